@@ -1,0 +1,14 @@
+//! The boundary between the host and a strategy plugin.
+//!
+//! Two kinds of thing live here and nothing else: the C table that a plugin exports ([`table`]), and the data that
+//! crosses it as JSON: what a strategy is called and takes ([`describe`]), what it adapts ([`plan`]), how an adapted
+//! module computes ([`recipe`]) and how frozen weights are stored ([`codec`]). No tensor and no allocation crosses.
+//!
+//! Fields and operations are only ever appended. A reader meets unknown operations with a refusal that names them.
+
+pub mod codec;
+pub mod describe;
+pub mod plan;
+pub mod recipe;
+pub mod shape;
+pub mod table;

@@ -1,0 +1,117 @@
+//! The C side of a plugin: the descriptor, and the dispatch of calls to a [`Strategy`].
+
+use std::cell::RefCell;
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
+use std::sync::Once;
+
+use homeroom_abi::describe::{PluginError, Source};
+use homeroom_abi::plan::PlanRequest;
+use homeroom_abi::table::{
+    self, ABI_MAJOR, ABI_MINOR, Bytes, Call, Descriptor, EMIT_ERROR, EMIT_RESULT, Emit, FAILED, MAGIC, OK,
+    UNKNOWN_METHOD,
+};
+
+use crate::strategy::{Strategy, describe, trace};
+use crate::{Error, Result};
+
+thread_local! {
+    /// Where the panic on this thread arose; the hook writes it before unwinding starts.
+    static PANIC: RefCell<Option<PluginError>> = const { RefCell::new(None) };
+}
+
+/// Exports a [`Strategy`] as this library's entry. Once in a crate, which must be a `cdylib`.
+#[macro_export]
+macro_rules! export_strategy {
+    ($strategy:ty) => {
+        #[doc(hidden)]
+        unsafe extern "C" fn homeroom_call(
+            method: u32,
+            input: $crate::abi::table::Bytes,
+            emit: $crate::abi::table::Emit,
+            ctx: *mut ::std::ffi::c_void,
+        ) -> i32 {
+            // SAFETY: the host keeps `input` readable during the call and gives an `emit` that belongs to `ctx`.
+            unsafe { $crate::dispatch::<$strategy>(method, input, emit, ctx, env!("CARGO_PKG_VERSION")) }
+        }
+
+        /// The entry that a host looks up.
+        // SAFETY: the name is this ABI's own, and a library exports one strategy.
+        #[unsafe(no_mangle)]
+        pub extern "C" fn homeroom_strategy_entry() -> *const $crate::abi::table::Descriptor {
+            static DESCRIPTOR: $crate::abi::table::Descriptor = $crate::descriptor(homeroom_call);
+            &DESCRIPTOR
+        }
+    };
+}
+
+/// The descriptor of a plugin built with this SDK.
+pub const fn descriptor(call: Call) -> Descriptor {
+    Descriptor {
+        magic: MAGIC,
+        struct_size: size_of::<Descriptor>() as u32,
+        abi_major: ABI_MAJOR,
+        abi_minor: ABI_MINOR,
+        sdk_version: Bytes::of(env!("CARGO_PKG_VERSION").as_bytes()),
+        rustc: Bytes::of(env!("HOMEROOM_RUSTC").as_bytes()),
+        target: Bytes::of(env!("HOMEROOM_TARGET").as_bytes()),
+        panic_unwind: cfg!(panic = "unwind") as u32,
+        reserved: 0,
+        call,
+        get_extension: no_extension,
+    }
+}
+
+unsafe extern "C" fn no_extension(_name: Bytes) -> *const c_void {
+    std::ptr::null()
+}
+
+/// Runs one method of `S` and emits its result, or an error. Never unwinds.
+///
+/// # Safety
+/// `input` must be readable during the call, and `emit` callable with `ctx`.
+pub unsafe fn dispatch<S: Strategy>(method: u32, input: Bytes, emit: Emit, ctx: *mut c_void, version: &str) -> i32 {
+    static HOOK: Once = Once::new();
+    // A plugin has a standard library of its own, so this hook sees the plugin's panics only.
+    HOOK.call_once(|| std::panic::set_hook(Box::new(remember_panic)));
+    // SAFETY: the caller keeps `input` readable during the call.
+    let input = unsafe { input.as_slice() };
+    let outcome = catch_unwind(AssertUnwindSafe(|| answer::<S>(method, input, version)));
+    let outcome = outcome.unwrap_or_else(|_| {
+        let error = PANIC.take().unwrap_or(PluginError { message: "panicked".into(), at: None });
+        Err(Error(error))
+    });
+    let (kind, record, code) = match outcome {
+        Ok(Some(json)) => (EMIT_RESULT, json, OK),
+        Ok(None) => return UNKNOWN_METHOD,
+        Err(error) => {
+            let json = serde_json::to_string(&error.0).unwrap_or_else(|_| "{}".to_owned());
+            (EMIT_ERROR, json, FAILED)
+        }
+    };
+    // SAFETY: the caller vouches for `emit` and `ctx`; `record` outlives the call.
+    unsafe { emit(ctx, kind, Bytes::of(record.as_bytes())) };
+    code
+}
+
+/// The JSON answer to one method; `None` when there is no such method.
+fn answer<S: Strategy>(method: u32, input: &[u8], version: &str) -> Result<Option<String>> {
+    let json = |error: serde_json::Error| Error::new(format!("not the JSON that was expected: {error}"));
+    Ok(Some(match method {
+        table::METHOD_DESCRIBE => serde_json::to_string(&describe::<S>(version)).map_err(json)?,
+        table::METHOD_PLAN => {
+            let request: PlanRequest = serde_json::from_slice(input).map_err(json)?;
+            serde_json::to_string(&trace::<S>(&request)?).map_err(json)?
+        }
+        _ => return Ok(None),
+    }))
+}
+
+fn remember_panic(info: &PanicHookInfo<'_>) {
+    let payload = info.payload();
+    let words = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let words = words.or_else(|| payload.downcast_ref::<String>().cloned());
+    let message = format!("panicked: {}", words.unwrap_or_else(|| "no message".to_owned()));
+    let at = info.location().map(|at| Source { file: at.file().to_owned(), line: at.line() });
+    PANIC.set(Some(PluginError { message, at }));
+}

@@ -1,0 +1,117 @@
+//! Collects what a strategy adapts.
+
+use homeroom_abi::codec::Codec;
+use homeroom_abi::plan::{Defaults, Group, Init, ModuleInfo, ParamSpec, Peft, Plan};
+use serde_json::{Map, Value};
+
+/// The plan in the making. Recipes are added when the strategy's `plan` has returned.
+#[derive(Default)]
+pub struct Planner {
+    pub(crate) plan: Plan,
+    pub(crate) adapted: Vec<Adapted>,
+}
+
+/// An adapted module in the making.
+pub struct Adapted {
+    pub(crate) module: ModuleInfo,
+    pub(crate) params: Vec<ParamSpec>,
+    pub(crate) codec: Option<Codec>,
+}
+
+impl Planner {
+    /// Adapts a module.
+    pub fn adapt(&mut self, module: &ModuleInfo) -> &mut Adapted {
+        let adapted = Adapted { module: module.clone(), params: Vec::new(), codec: None };
+        self.adapted.push(adapted);
+        self.adapted.last_mut().expect("one was pushed on the line above")
+    }
+
+    /// Adds a parameter of the model as a whole, which the recipe of any module may use.
+    pub fn shared<const N: usize>(&mut self, name: &str, shape: [usize; N], init: Init, trainable: bool) {
+        let mut param = spec(name, shape, init);
+        param.trainable = trainable;
+        self.plan.params.push(param);
+    }
+
+    /// Names a number that recipes use by `module.scalar(name)`.
+    pub fn scalar(&mut self, name: &str, value: f64) {
+        self.plan.scalars.insert(name.to_owned(), value);
+    }
+
+    /// Declares an optimizer group.
+    pub fn group(&mut self, name: &str, group: Group) {
+        self.plan.groups.insert(name.to_owned(), group);
+    }
+
+    /// Says how PEFT calls the result: its `peft_type` and the fields of its configuration beside the common ones.
+    pub fn peft(&mut self, peft_type: &str, fields: Value) {
+        let fields = match fields {
+            Value::Object(fields) => fields,
+            _ => Map::new(),
+        };
+        self.plan.peft = Some(Peft { peft_type: peft_type.to_owned(), fields });
+    }
+
+    /// What the strategy proposes where the user says nothing.
+    pub fn defaults(&mut self, defaults: Defaults) {
+        self.plan.defaults = defaults;
+    }
+
+    /// Proposes a peak learning rate.
+    pub fn learning_rate(&mut self, learning_rate: f64) {
+        self.plan.defaults.learning_rate = Some(learning_rate);
+    }
+}
+
+impl Adapted {
+    /// Adds a trainable parameter.
+    pub fn param<const N: usize>(&mut self, name: &str, shape: [usize; N], init: Init) -> &mut Self {
+        self.params.push(spec(name, shape, init));
+        self
+    }
+
+    /// Freezes the parameter that was added last: it is saved and used, and not trained.
+    pub fn frozen(&mut self) -> &mut Self {
+        self.last(|param| param.trainable = false)
+    }
+
+    /// Names the parameter that was added last in the adapter's file, after the module's path; else it is its own name.
+    pub fn saved_as(&mut self, ending: &str) -> &mut Self {
+        self.last(|param| param.tensor = ending.to_owned())
+    }
+
+    /// Gives the parameter that was added last another shape in the adapter's file.
+    pub fn saved_shape<const N: usize>(&mut self, shape: [usize; N]) -> &mut Self {
+        self.last(|param| param.tensor_shape = Some(shape.to_vec()))
+    }
+
+    /// Puts the parameter that was added last into an optimizer group.
+    pub fn in_group(&mut self, group: &str) -> &mut Self {
+        self.last(|param| param.group = Some(group.to_owned()))
+    }
+
+    /// Has the frozen weight stored by a codec.
+    pub fn codec(&mut self, codec: Codec) -> &mut Self {
+        self.codec = Some(codec);
+        self
+    }
+
+    fn last(&mut self, change: impl FnOnce(&mut ParamSpec)) -> &mut Self {
+        if let Some(param) = self.params.last_mut() {
+            change(param);
+        }
+        self
+    }
+}
+
+fn spec<const N: usize>(name: &str, shape: [usize; N], init: Init) -> ParamSpec {
+    ParamSpec {
+        name: name.to_owned(),
+        shape: shape.to_vec(),
+        init,
+        trainable: true,
+        tensor: name.to_owned(),
+        tensor_shape: None,
+        group: None,
+    }
+}

@@ -1,0 +1,249 @@
+//! Adapters on disk: PEFT's two files, and `homeroom.json` with what is needed to run one without its plugin.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::adaptation::{Adaptation, parse_plan};
+use crate::files::NewDirectory;
+use crate::model::BaseModel;
+use crate::peft;
+use crate::tensors::map_safetensors;
+
+/// File of PEFT's configuration.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// File of an adapter's tensors.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// File of what Homeroom knows beyond PEFT.
+pub const HOMEROOM_FILE: &str = "homeroom.json";
+
+/// What `homeroom.json` holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this file's form.
+    pub format: u32,
+    /// Version of the program that wrote it.
+    pub homeroom_version: String,
+    /// The base that the adapter belongs to.
+    pub base: Base,
+    /// Digest of the tokenizer that was trained with.
+    pub tokenizer_digest: String,
+    /// Digest of the chat template that was trained with.
+    pub template_digest: Option<String>,
+    /// The strategy that planned it.
+    pub strategy: StrategyRecord,
+    /// Digest of the training file.
+    pub data_digest: Option<String>,
+    /// How it was trained, and what came of it.
+    pub training: Value,
+    /// The plan with its recipes.
+    pub plan: Value,
+}
+
+/// The base that an adapter belongs to.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Base {
+    /// Where it was.
+    pub path: PathBuf,
+    /// Digest of its values, see [`BaseModel::digest`].
+    pub digest: String,
+}
+
+/// The strategy that planned an adapter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StrategyRecord {
+    /// Its name.
+    pub name: String,
+    /// Version of its plugin.
+    pub version: String,
+    /// SHA-256 of the plugin's file.
+    pub sha256: String,
+}
+
+/// What is saved beside the weights.
+pub struct Record<'a> {
+    /// The strategy that planned the adapter.
+    pub strategy: &'a StrategyRecord,
+    /// Digest of the training file.
+    pub data_digest: Option<&'a str>,
+    /// How it was trained, and what came of it.
+    pub training: Value,
+}
+
+/// Writes an adapter's files into a directory in the making.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) -> Result<()> {
+    let manifest = manifest(model, adaptation, record)?;
+    if let Some(peft) = &adaptation.plan.peft {
+        let config = peft::config(peft, &model.path);
+        directory.write(CONFIG_FILE, pretty(&config)?.as_bytes())?;
+    }
+    let mut tensors = Vec::new();
+    for param in &adaptation.params {
+        let values: Vec<f32> = param.var.as_detached_tensor().flatten_all()?.to_vec1()?;
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let shape = param.spec.tensor_shape.as_ref().unwrap_or(&param.spec.shape).clone();
+        tensors.push((param.spec.tensor.clone(), shape, bytes));
+    }
+    directory.write(WEIGHTS_FILE, &serialize_f32(&tensors)?)?;
+    directory.write(HOMEROOM_FILE, pretty(&serde_json::to_value(manifest)?)?.as_bytes())
+}
+
+/// What `homeroom.json` says of a run's result.
+///
+/// # Errors
+/// When it cannot be written as JSON.
+pub fn manifest(model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) -> Result<Manifest> {
+    Ok(Manifest {
+        format: 1,
+        homeroom_version: env!("CARGO_PKG_VERSION").to_owned(),
+        base: Base { path: model.path.clone(), digest: model.digest() },
+        tokenizer_digest: model.tokenizer.digest(),
+        template_digest: model.tokenizer.template_digest(),
+        strategy: record.strategy.clone(),
+        data_digest: record.data_digest.map(str::to_owned),
+        training: record.training,
+        plan: serde_json::to_value(&adaptation.plan)?,
+    })
+}
+
+/// A safetensors file of f32 tensors: (name, shape, little-endian bytes).
+///
+/// # Errors
+/// When a shape does not fit its bytes.
+pub fn serialize_f32(tensors: &[(String, Vec<usize>, Vec<u8>)]) -> Result<Vec<u8>> {
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+        Ok((name.as_str(), view.with_context(|| format!("tensor `{name}`"))?))
+    });
+    let views = views.collect::<Result<Vec<_>>>()?;
+    let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
+    Ok(safetensors::serialize(views, metadata)?)
+}
+
+/// JSON as Python's `json.dumps(indent=2)` lays it out, with a newline at the end.
+///
+/// # Errors
+/// When it cannot be written as JSON.
+pub fn pretty(value: &Value) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// An adapter's directory, read and checked, before its base is there.
+pub struct AdapterFiles {
+    /// The directory.
+    pub path: PathBuf,
+    /// `homeroom.json`, if this program wrote the adapter.
+    pub manifest: Option<Manifest>,
+    config: Option<Map<String, Value>>,
+    tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+/// Whether a directory holds an adapter.
+pub fn is_adapter(path: &Path) -> bool {
+    path.join(WEIGHTS_FILE).exists() || path.join(CONFIG_FILE).exists()
+}
+
+impl AdapterFiles {
+    /// Reads an adapter's files.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged.
+    pub fn read(path: &Path) -> Result<Self> {
+        let json = |name: &str| -> Result<Option<Value>> {
+            let file = path.join(name);
+            if !file.exists() {
+                return Ok(None);
+            }
+            let text = std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+            let value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", file.display()))?;
+            Ok(Some(value))
+        };
+        let manifest: Option<Manifest> = match json(HOMEROOM_FILE)? {
+            Some(value) => {
+                let file = path.join(HOMEROOM_FILE);
+                let format = value.get("format").and_then(Value::as_u64);
+                ensure!(
+                    format == Some(1),
+                    "{}: format {format:?} is not known; this program reads 1, so a newer one wrote it",
+                    file.display()
+                );
+                Some(serde_json::from_value(value).with_context(|| format!("{}: damaged", file.display()))?)
+            }
+            None => None,
+        };
+        let config = match json(CONFIG_FILE)? {
+            Some(Value::Object(config)) => Some(config),
+            Some(_) => bail!("{}: not a JSON object", path.join(CONFIG_FILE).display()),
+            None => None,
+        };
+        ensure!(
+            manifest.is_some() || config.is_some(),
+            "{}: neither {HOMEROOM_FILE} nor {CONFIG_FILE} is there",
+            path.display()
+        );
+        let mapped = map_safetensors(&path.join(WEIGHTS_FILE))?;
+        let tensors = mapped.into_iter().map(|(name, tensor)| Ok((name, (tensor.shape.clone(), tensor.values()?))));
+        let tensors = tensors.collect::<Result<_>>().with_context(|| path.join(WEIGHTS_FILE).display().to_string())?;
+        Ok(Self { path: path.to_owned(), manifest, config, tensors })
+    }
+
+    /// Where the adapter says its base is.
+    pub fn base_path(&self) -> Option<PathBuf> {
+        if let Some(manifest) = &self.manifest {
+            return Some(manifest.base.path.clone());
+        }
+        let name = self.config.as_ref()?.get("base_model_name_or_path")?.as_str()?;
+        Some(PathBuf::from(name))
+    }
+
+    /// Makes the adapter run on a base.
+    ///
+    /// # Errors
+    /// When it belongs to another base (unless `any_base`), or holds what this engine does not run.
+    pub fn adapt(self, model: &BaseModel, any_base: bool) -> Result<Adaptation> {
+        let Self { path, manifest, config, tensors } = self;
+        let place = || path.display().to_string();
+        let plan = match (&manifest, &config) {
+            (Some(manifest), _) => {
+                let digest = model.digest();
+                if manifest.base.digest != digest && !any_base {
+                    bail!(
+                        "{}: the adapter belongs to another base\n  it was trained on {} ({})\n  this is          {} ({})\nhint: name its base with --base-model; --any-base takes this one all the same, if its shapes fit",
+                        path.display(),
+                        manifest.base.path.display(),
+                        short(&manifest.base.digest),
+                        model.path.display(),
+                        short(&digest),
+                    );
+                }
+                parse_plan(&manifest.plan.to_string()).with_context(place)?
+            }
+            (None, Some(config)) => {
+                let names: Vec<&str> = tensors.keys().map(String::as_str).collect();
+                let shapes = |name: &str| tensors.get(name).map(|(shape, _)| shape.clone());
+                peft::lora_plan(config, &names, &shapes, model)
+                    .with_context(|| path.join(CONFIG_FILE).display().to_string())?
+            }
+            (None, None) => bail!("{}: not an adapter", path.display()),
+        };
+        let mut adaptation = Adaptation::new(model, plan, 0).with_context(place)?;
+        adaptation.load(tensors).with_context(|| path.join(WEIGHTS_FILE).display().to_string())?;
+        Ok(adaptation)
+    }
+
+    /// The tensors, to start a new run from.
+    pub fn into_tensors(self) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+        self.tensors
+    }
+}
+
+fn short(digest: &str) -> &str {
+    digest.get(..19).unwrap_or(digest)
+}

@@ -1,0 +1,347 @@
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use serde_json::json;
+use tempfile::NamedTempFile;
+
+use super::*;
+
+const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// Byte-level BPE of 320 pieces; BOS is `<|im_start|>` but is not added, EOS is `<|im_end|>`.
+fn tokenizer() -> Tokenizer {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models/llama");
+    Tokenizer::from_dir(&dir).unwrap()
+}
+
+fn chatml() -> ChatTemplate {
+    ChatTemplate::new(CHATML, None, None).unwrap()
+}
+
+fn file(bytes: impl AsRef<[u8]>) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(bytes.as_ref()).unwrap();
+    file
+}
+
+fn load(bytes: impl AsRef<[u8]>, template: Option<&ChatTemplate>) -> Result<Dataset> {
+    load_within(bytes, template, 4096, OnLongRow::Refuse)
+}
+
+fn load_within(
+    bytes: impl AsRef<[u8]>,
+    template: Option<&ChatTemplate>,
+    max_seq_len: usize,
+    on_long_row: OnLongRow,
+) -> Result<Dataset> {
+    let tokenizer = &tokenizer();
+    let encoder = Encoder { tokenizer, template, max_seq_len, on_long_row };
+    load_jsonl(file(bytes).path(), encoder)
+}
+
+/// The message for a file of these bytes, without its path.
+fn refusal(bytes: impl AsRef<[u8]>) -> String {
+    let message = format!("{:#}", load(bytes, Some(&chatml())).unwrap_err());
+    message[message.find(": ").unwrap() + 2..].to_owned()
+}
+
+fn texts(example: &Example) -> (String, String) {
+    let tokenizer = tokenizer();
+    let trained = example.ids.iter().zip(&example.trained).filter(|t| *t.1);
+    let trained: Vec<u32> = trained.map(|t| *t.0).collect();
+    let decode = |ids: &[u32]| tokenizer.decode(ids, false).unwrap();
+    (decode(&example.ids), decode(&trained))
+}
+
+const HI: &str = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n";
+
+#[test]
+fn a_conversation_learns_the_assistants_turns() {
+    let row = json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yo"}], "id": 3});
+    let data = load(format!("\n{row}\n"), Some(&chatml())).unwrap();
+    assert_eq!(data.format, RowFormat::Messages);
+    assert_eq!(data.examples.len(), 1);
+    assert_eq!(data.examples[0].line, 2);
+    assert_eq!(texts(&data.examples[0]), (HI.into(), "yo<|im_end|>\n".into()));
+}
+
+#[test]
+fn prompt_and_completion_are_a_conversation_where_there_is_a_template() {
+    let message = |role: &str, text: &str| json!({"role": role, "content": text});
+    let rows = [
+        json!({"prompt": "Hi", "completion": "yo"}),
+        json!({"prompt": [message("user", "Hi")], "completion": [message("assistant", "yo")]}),
+        json!({"prompt": "Hi", "completion": "yo", "system": "S"}),
+        json!({"prompt": [message("user", "a"), message("assistant", "b"), message("user", "c")], "completion": [message("assistant", "d")]}),
+    ];
+    let bytes: String = rows.iter().map(|r| format!("{r}\n")).collect();
+    let data = load(bytes, Some(&chatml())).unwrap();
+    assert_eq!(data.format, RowFormat::PromptCompletion);
+    let texts: Vec<_> = data.examples.iter().map(texts).collect();
+    assert_eq!(texts[0], (HI.into(), "yo<|im_end|>\n".into()));
+    assert_eq!(texts[1], texts[0]);
+    assert_eq!(texts[2].0, format!("<|im_start|>system\nS<|im_end|>\n{HI}"));
+    assert_eq!(texts[3].1, "d<|im_end|>\n");
+}
+
+/// The piece that spells " the" begins in the prompt, so it is not learned: nobody is asked to write half of it.
+#[test]
+fn a_raw_completion_is_learned_from_its_first_whole_token() {
+    let load = |prompt: &str, completion: &str| {
+        let row = json!({"prompt": prompt, "completion": completion});
+        load(row.to_string(), None)
+    };
+    let data = load("2 + 2 =", " 4.").unwrap();
+    let expected = ("2 + 2 = 4.<|im_end|>", " 4.<|im_end|>");
+    let (all, learned) = texts(&data.examples[0]);
+    assert_eq!((&*all, &*learned), expected);
+
+    let data = load("say ", "then").unwrap();
+    let (all, learned) = texts(&data.examples[0]);
+    assert_eq!((&*all, &*learned), ("say then<|im_end|>", "n<|im_end|>"));
+
+    let message = load("say ", "the").unwrap_err().to_string();
+    assert!(message.contains("line 1: nothing to train on: the completion begins inside"), "{message}");
+}
+
+#[test]
+fn text_is_learned_but_for_its_first_token_and_ends() {
+    let data = load("{\"text\": \"Hi <|im_start|>\"}\n", None).unwrap();
+    assert_eq!(data.format, RowFormat::Text);
+    let example = &data.examples[0];
+    let mut expected = tokenizer().encode("Hi <|im_start|>", true).unwrap().ids;
+    expected.push(tokenizer().eos_ids[0]);
+    assert_eq!(example.ids, expected);
+    assert!(example.ids.contains(&tokenizer().bos_id.unwrap()));
+    assert!(!example.trained[0] && example.trained[1..].iter().all(|&t| t));
+}
+
+#[test]
+fn the_problems_of_a_file_are_told_together() {
+    let long = "ab ".repeat(700);
+    let bytes = format!(
+        "{}\n{}\n\n{}\n{}\n",
+        json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        "{\"messages\" [1]}",
+        json!({"messages": [{"role": "user", "content": long}, {"role": "assistant", "content": "b"}]}),
+        json!({"messages": [{"role": "user", "content": "a"}]}),
+    );
+    let row = json!([{"role": "user", "content": long}, {"role": "assistant", "content": "b"}]);
+    let text = chatml().render(row.as_array().unwrap(), None, false).unwrap();
+    let count = thousands(tokenizer().encode(&text, false).unwrap().ids.len());
+    assert_eq!(count.len(), 5, "{count} has a thousands separator");
+    let template = chatml();
+    let file = file(bytes);
+    let tokenizer = &tokenizer();
+    let encoder = Encoder { tokenizer, template: Some(&template), max_seq_len: 1024, on_long_row: OnLongRow::Refuse };
+    let message = load_jsonl(file.path(), encoder).unwrap_err().to_string();
+    let expected = format!(
+        "{}: 3 problems\n  line 2: not JSON: expected `:` at column 13\n  line 4: {count} tokens, the limit is 1,024\n  line 5: nothing to train on: no assistant message\nhint: a JSONL file holds one JSON object a line, each on a single line\nhint: cut long rows with `--on-long-row truncate`, leave them out with `--on-long-row skip`, or allow more with a larger `--max-seq-len`",
+        file.path().display()
+    );
+    assert_eq!(message, expected);
+}
+
+#[test]
+fn of_many_problems_the_later_ones_are_listed_by_line() {
+    let mut bytes = "{\n".repeat(30);
+    bytes.push_str(&"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n".repeat(5));
+    bytes.push_str("{\"text\": \"a\"}\n");
+    bytes.push_str("{\"messages\": []}\n");
+    let message = refusal(bytes);
+    let lines: Vec<&str> = message.lines().collect();
+    assert_eq!(lines[0], "37 problems");
+    assert!(lines[20].starts_with("  line 20: not JSON"));
+    assert_eq!(
+        lines[21..24],
+        ["  not JSON: lines 21-30", "  not of the file's shape: line 36", "  nothing to train on: lines 31-35, 37"]
+    );
+}
+
+#[test]
+fn byte_order_mark_blank_lines_and_crlf_are_tolerated() {
+    let data = load("\u{feff}{\"text\": \"a\"}\r\n  \r\n{\"text\": \"b\"}", None).unwrap();
+    let lines: Vec<usize> = data.examples.iter().map(|e| e.line).collect();
+    assert_eq!(lines, [1, 3]);
+    // sha256sum of the same bytes.
+    assert_eq!(data.digest, "sha256:f0062f46521591154d7e0285567aeb3be0d04e03e9ae3d55669ed8637aa6325f");
+}
+
+#[test]
+fn a_malformed_row_is_told_by_what_is_wrong_with_it() {
+    let user = "{\"role\": \"user\", \"content\": \"a\"}";
+    let check = |row: &str, expected: &str| {
+        let message = refusal(row.replace("USER", user));
+        let told = message.lines().nth(1).unwrap().strip_prefix("  line 1: ").unwrap();
+        assert_eq!(told, expected, "{row}");
+    };
+    check(r#"{"mesages": []}"#, "unknown row with `mesages`; `mesages`: did you mean `messages`?");
+    check(
+        r#"{"prompt": "a", "completon": "b"}"#,
+        "unknown row with `prompt`, `completon`; `completon`: did you mean `completion`?",
+    );
+    check(r#"{"prompt": "a"}"#, "unknown row with `prompt`; `prompt` and `completion` go together");
+    check(
+        r#"{"instruction": "a", "output": "b"}"#,
+        "unknown row with `instruction`, `output`; rename `instruction` to `prompt` and `output` to `completion`",
+    );
+    check(r#"{"question": "a"}"#, "unknown row with `question`");
+    check("3", "not an object but a number");
+    check("{}", "an object without keys");
+    check(r#"{"messages": "a"}"#, "messages: a string is not a list of messages");
+    check(r#"{"messages": []}"#, "nothing to train on: `messages` is empty");
+    check(r#"{"messages": [USER, 3]}"#, "message 2: a number is not an object");
+    check(r#"{"messages": [{"content": "a"}]}"#, "message 1: no `role`");
+    check(
+        r#"{"messages": [{"rol": "user", "content": "a"}]}"#,
+        "message 1: no `role`, but `rol`: did you mean `role`?",
+    );
+    check(
+        r#"{"messages": [{"role": "asistant", "content": "a"}]}"#,
+        "message 1: unknown role `asistant`, did you mean `assistant`?",
+    );
+    check(
+        r#"{"messages": [{"role": "gpt", "content": "a"}]}"#,
+        "message 1: unknown role `gpt`, the roles are system, developer, user, assistant, tool",
+    );
+    check(
+        r#"{"messages": [{"role": "user", "contents": "a"}]}"#,
+        "message 1: no `content`, but `contents`: did you mean `content`?",
+    );
+    check(r#"{"messages": [{"role": "user", "content": null}]}"#, "message 1: content: null is not a string");
+    check(
+        r#"{"messages": [USER, {"role": "assistant", "content": " "}]}"#,
+        "nothing to train on: message 2 (assistant) has empty content and no tool_calls",
+    );
+    check(
+        r#"{"messages": [USER, {"role": "assistant", "content": "a", "weight": 2}]}"#,
+        "message 2: weight: 2 is neither 0 nor 1",
+    );
+    check(
+        r#"{"messages": [USER, {"role": "assistant", "content": "a", "weight": 0}]}"#,
+        "nothing to train on: every assistant message has weight 0",
+    );
+    check(
+        r#"{"messages": [USER, {"role": "assistant", "tool_calls": {}}]}"#,
+        "message 2: tool_calls: an object is not a list",
+    );
+    check(r#"{"messages": [USER], "tools": 3}"#, "tools: a number is not a list");
+    check(r#"{"messages": [USER], "tools": "{}"}"#, "tools: a string of an object, not of a list");
+    check(
+        r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#,
+        "message 1: content: part 1 is `image_url`, only text is learned",
+    );
+    check(
+        r#"{"prompt": "a", "completion": ["b"]}"#,
+        "`prompt` is a string and `completion` is a list; both must be strings or both lists of messages",
+    );
+    check(r#"{"prompt": "a", "completion": ""}"#, "nothing to train on: `completion` is empty");
+    check(r#"{"text": 3}"#, "text: a number is not a string");
+}
+
+#[test]
+fn rows_of_another_shape_than_the_first_are_refused() {
+    let message = refusal("{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n");
+    assert_eq!(message, "1 problem\n  line 2: has `prompt` and `completion`, while the rows before have `text`");
+}
+
+#[test]
+fn files_that_hold_no_rows_are_refused() {
+    assert_eq!(refusal("\n\n"), "no rows");
+    assert!(refusal("[\n{\"text\": \"a\"}\n]").starts_with("a JSON array, not JSONL\nhint: "));
+    assert_eq!(refusal(b"{\"text\": \"\xff\"}"), "1 problem\n  line 1: not UTF-8: byte 11 of the line");
+    let missing = PathBuf::from("no/such.jsonl");
+    assert!(parse_rows(&missing).unwrap_err().to_string().contains("no/such.jsonl"));
+}
+
+#[test]
+fn conversations_need_a_chat_template() {
+    let row = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]});
+    let message = load(row.to_string(), None).unwrap_err().to_string();
+    assert!(
+        message.contains(
+            "line 1: `messages` need a chat template, and the model has none\nhint: choose an instruction-tuned model"
+        ),
+        "{message}"
+    );
+    let row = json!({"prompt": "a", "completion": "b", "system": "c"});
+    let message = load(row.to_string(), None).unwrap_err().to_string();
+    assert!(message.contains("line 1: `system` needs a chat template"), "{message}");
+}
+
+#[test]
+fn what_the_template_refuses_is_told_by_line() {
+    let source = "{% if messages[0].role == 'system' %}\n{{ raise_exception('no system role') }}\n{% endif %}";
+    let template = ChatTemplate::new(source, None, None).unwrap();
+    let row = json!({"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]});
+    let message = load(row.to_string(), Some(&template)).unwrap_err().to_string();
+    assert!(message.ends_with("\n  line 1: chat template, line 2: no system role"), "{message}");
+}
+
+#[test]
+fn a_long_row_is_refused_cut_or_left_out() {
+    let long = "ab ".repeat(50);
+    let bytes = format!("{}\n{}\n", json!({"text": "a"}), json!({"text": long}));
+    let load = |on_long_row| load_within(&bytes, None, 16, on_long_row);
+    assert!(load(OnLongRow::Refuse).unwrap_err().to_string().contains("tokens, the limit is 16\n"));
+    let cut = load(OnLongRow::Truncate).unwrap();
+    assert_eq!((cut.examples[1].ids.len(), cut.truncated, cut.skipped), (16, 1, 0));
+    assert_eq!(cut.examples[1].trained.len(), 16);
+    let skipped = load(OnLongRow::Skip).unwrap();
+    assert_eq!((skipped.examples.len(), skipped.truncated, skipped.skipped), (1, 0, 1));
+
+    let only = json!({"text": long}).to_string();
+    let message = load_within(&only, None, 16, OnLongRow::Skip).unwrap_err().to_string();
+    assert!(message.contains("no rows left, all 1 are longer than 16 tokens"), "{message}");
+    let untrained = json!({"prompt": long, "completion": "b"}).to_string();
+    let message = load_within(&untrained, None, 16, OnLongRow::Truncate).unwrap_err().to_string();
+    assert!(message.contains("nothing to train on: no trained token among the first 16"), "{message}");
+}
+
+#[test]
+fn content_parts_and_tools_in_a_string_are_read() {
+    let row = json!({
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        ],
+        "tools": "[{\"type\": \"function\"}]",
+    });
+    let rows = parse_rows(file(row.to_string()).path()).unwrap();
+    let (1, Row::Messages { messages, tools }) = &rows[0] else { panic!("{rows:?}") };
+    assert_eq!(messages[0]["content"], "Hi");
+    assert_eq!(tools, &Some(json!([{"type": "function"}])));
+}
+
+/// A template that drops earlier turns gives an example a turn; all of a line go to one side.
+#[test]
+fn examples_of_one_line_are_not_parted_by_a_split() {
+    let source = "{{ messages[-2:] | map(attribute='content') | join('|') if not add_generation_prompt else messages[-1].content + '|' }}";
+    let template = ChatTemplate::new(source, None, None).unwrap();
+    let turn = |role: &str, text: &str| json!({"role": role, "content": text});
+    let row =
+        json!({"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]});
+    let data = load(format!("{row}\n").repeat(5), Some(&template)).unwrap();
+    assert_eq!(data.examples.len(), 10);
+    assert_eq!(texts(&data.examples[1]), ("c|d".into(), "d".into()));
+    let (train, eval) = data.split(0.4, 3).unwrap();
+    assert_eq!((train.len(), eval.len()), (6, 4));
+    let line = |i: &usize| data.examples[*i].line;
+    assert!(train.iter().all(|t| eval.iter().all(|e| line(t) != line(e))));
+}
+
+#[test]
+fn a_preview_brackets_what_is_trained() {
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode("<|im_start|>a\né b<|im_end|>", false).unwrap().ids;
+    let trained = ids.iter().enumerate().map(|(i, _)| i > ids.len() - 3).collect();
+    let preview = preview(&Example { ids, trained, line: 1 }, &tokenizer);
+    assert_eq!(preview, "<|im_start|>a\\n\nÃ© [b][<|im_end|>]");
+}
+
+#[test]
+fn numbers_and_lines_are_written_short() {
+    assert_eq!([0, 999, 1000, 2381, 1234567].map(thousands), ["0", "999", "1,000", "2,381", "1,234,567"]);
+    assert_eq!(spans(&[3]), "3");
+    assert_eq!(spans(&[1, 2, 4, 6, 7, 8]), "1-2, 4, 6-8");
+}

@@ -1,0 +1,365 @@
+//! A base model: its configuration, its frozen modules by Hugging Face path, its tokenizer and chat template.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use homeroom_abi::plan::{ModelInfo, ModuleInfo, ModuleKind};
+use homeroom_kernels::{RowOrder, Storage};
+use sha2::{Digest, Sha256};
+
+use crate::config::{ModelConfig, RopeScaling};
+use crate::gguf::Gguf;
+use crate::template::ChatTemplate;
+use crate::tensors::{MappedTensor, Tensors, map_directory};
+use crate::tokenizer::Tokenizer;
+use crate::weight::Weight;
+
+/// Paths of modules outside the layers.
+pub const EMBEDDING: &str = "model.embed_tokens";
+/// The norm before the head.
+pub const FINAL_NORM: &str = "model.norm";
+/// The module that yields the logits.
+pub const HEAD: &str = "lm_head";
+
+/// A loaded base model. Nothing in it changes.
+pub struct BaseModel {
+    /// The directory or GGUF file it was loaded from, absolute.
+    pub path: PathBuf,
+    /// Its numbers.
+    pub config: ModelConfig,
+    /// Its modules in the order of the forward pass.
+    pub modules: Vec<Module>,
+    /// Module indices of each decoder layer.
+    pub layers: Vec<LayerModules>,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat template, if it has one.
+    pub template: Option<ChatTemplate>,
+    by_path: HashMap<String, usize>,
+}
+
+/// A frozen module.
+#[derive(Clone)]
+pub struct Module {
+    /// Name, kind and shape.
+    pub info: ModuleInfo,
+    /// Its weight: linear (d_out, d_in), embedding (vocabulary, d), norm one row of d.
+    pub weight: Arc<Weight>,
+    /// Its bias (d_out).
+    pub bias: Option<Arc<Vec<f32>>>,
+}
+
+/// Indices into [`BaseModel::modules`].
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub struct LayerModules {
+    pub input_norm: usize,
+    pub q: usize,
+    pub k: usize,
+    pub v: usize,
+    pub o: usize,
+    pub post_norm: usize,
+    pub gate: usize,
+    pub up: usize,
+    pub down: usize,
+}
+
+impl BaseModel {
+    /// Loads a Hugging Face directory or a GGUF file. Weights are mapped, not read.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged, or holds what this decoder does not compute; nothing is guessed.
+    pub fn load(path: &Path) -> Result<Self> {
+        let absolute = path.canonicalize().with_context(|| format!("{}: no such model", path.display()))?;
+        if absolute.is_file() {
+            ensure!(
+                absolute.extension().is_some_and(|extension| extension == "gguf"),
+                "{}: a model is a Hugging Face directory or a .gguf file",
+                path.display()
+            );
+            return Self::from_gguf(&absolute);
+        }
+        if absolute.join("config.json").exists() {
+            return Self::from_directory(&absolute);
+        }
+        if absolute.join("adapter_config.json").exists() {
+            bail!("{}: this is an adapter; name the base model that it was trained on", path.display());
+        }
+        let files = std::fs::read_dir(&absolute).with_context(|| format!("{}: cannot list", path.display()))?;
+        let files = files.filter_map(|entry| Some(entry.ok()?.path()));
+        let mut gguf: Vec<PathBuf> = files.filter(|file| file.extension().is_some_and(|e| e == "gguf")).collect();
+        match (gguf.pop(), gguf.is_empty()) {
+            (Some(file), true) => Self::from_gguf(&file),
+            (Some(_), false) => bail!("{}: several .gguf files are there; name one", path.display()),
+            (None, _) => bail!("{}: neither config.json nor a .gguf file is there", path.display()),
+        }
+    }
+
+    fn from_directory(dir: &Path) -> Result<Self> {
+        let config = ModelConfig::from_json(&dir.join("config.json"))?;
+        let tensors = map_directory(dir)?;
+        let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
+        let natural = |_: &str| RowOrder::Natural;
+        let modules = build_modules(&config, &tensors, &natural).with_context(|| dir.display().to_string())?;
+        Self::assemble(dir.to_owned(), config, modules, tokenizer)
+    }
+
+    fn from_gguf(path: &Path) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        let place = || path.display().to_string();
+        let mut config = ModelConfig::from_gguf(&gguf).with_context(place)?;
+        let mut tensors = Tensors::new();
+        for tensor in gguf.tensors() {
+            let mapped = MappedTensor {
+                map: gguf.map().clone(),
+                range: tensor.range.clone(),
+                shape: tensor.shape.clone(),
+                storage: tensor.storage,
+            };
+            if tensor.name == "rope_freqs.weight" {
+                config.rope_scaling = RopeScaling::Divisors(mapped.values()?);
+                continue;
+            }
+            let name = hugging_face_name(&tensor.name)
+                .with_context(|| format!("{}: unknown tensor `{}`", path.display(), tensor.name))?;
+            tensors.insert(name, mapped);
+        }
+        if let RopeScaling::Divisors(divisors) = &config.rope_scaling {
+            let (got, want) = (divisors.len(), config.head_dim / 2);
+            ensure!(got == want, "{}: {got} rope divisors for {want} frequencies", path.display());
+            ensure!(divisors.iter().all(|d| d.is_finite() && *d > 0.0), "{}: a rope divisor is not positive", place());
+        }
+        // llama.cpp's converter interleaves the halves of each head in q and k of this architecture.
+        let interleaved = RowOrder::Interleaved { head_dim: config.head_dim };
+        let permuted = config.model_type == "llama";
+        let order = |name: &str| match permuted && (name.ends_with("q_proj") || name.ends_with("k_proj")) {
+            true => interleaved,
+            false => RowOrder::Natural,
+        };
+        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
+        let modules = build_modules(&config, &tensors, &order).with_context(place)?;
+        Self::assemble(path.to_owned(), config, modules, tokenizer)
+    }
+
+    fn assemble(path: PathBuf, config: ModelConfig, modules: Vec<Module>, tokenizer: Arc<Tokenizer>) -> Result<Self> {
+        let template = match &tokenizer.chat_template {
+            Some(source) => {
+                let (bos, eos) = (tokenizer.bos_token.as_deref(), tokenizer.eos_token.as_deref());
+                let template = ChatTemplate::new(source, bos, eos);
+                Some(template.with_context(|| format!("{}: its chat template", path.display()))?)
+            }
+            None => None,
+        };
+        let by_path: HashMap<String, usize> =
+            modules.iter().enumerate().map(|(index, module)| (module.info.path.clone(), index)).collect();
+        let layers = (0..config.num_hidden_layers).map(|layer| {
+            let at = |role: &str| by_path[&format!("model.layers.{layer}.{role}")];
+            LayerModules {
+                input_norm: at("input_layernorm"),
+                q: at("self_attn.q_proj"),
+                k: at("self_attn.k_proj"),
+                v: at("self_attn.v_proj"),
+                o: at("self_attn.o_proj"),
+                post_norm: at("post_attention_layernorm"),
+                gate: at("mlp.gate_proj"),
+                up: at("mlp.up_proj"),
+                down: at("mlp.down_proj"),
+            }
+        });
+        let layers = layers.collect();
+        Ok(Self { path, config, modules, layers, tokenizer, template, by_path })
+    }
+
+    /// The same model with other modules, as after a merge.
+    pub(crate) fn with_modules(&self, config: ModelConfig, modules: Vec<Module>) -> Result<Self> {
+        Self::assemble(self.path.clone(), config, modules, self.tokenizer.clone())
+    }
+
+    /// Index of a module by its path.
+    pub fn module_index(&self, path: &str) -> Option<usize> {
+        self.by_path.get(path).copied()
+    }
+
+    /// What a strategy may know of this model.
+    pub fn info(&self) -> ModelInfo {
+        ModelInfo {
+            model_type: self.config.model_type.clone(),
+            modules: self.modules.iter().map(|module| module.info.clone()).collect(),
+        }
+    }
+
+    /// Number of values in all weights and biases; tied ones count once.
+    pub fn parameter_count(&self) -> usize {
+        let mut seen = BTreeSet::new();
+        let unique = self.modules.iter().filter(|module| seen.insert(&module.info.storage));
+        let count = |module: &Module| {
+            module.weight.rows() * module.weight.cols() + module.bias.as_ref().map_or(0, |bias| bias.len())
+        };
+        unique.map(count).sum()
+    }
+
+    /// Storages in use, for the line that restates a run, e.g. `Q4_1`.
+    pub fn storage_words(&self) -> String {
+        let mut bytes: HashMap<Storage, usize> = HashMap::new();
+        for module in &self.modules {
+            *bytes.entry(module.weight.storage()).or_default() += module.weight.stored_bytes();
+        }
+        let largest = bytes.into_iter().max_by_key(|(_, bytes)| *bytes);
+        largest.map(|(storage, _)| format!("{storage:?}").to_lowercase()).unwrap_or_default()
+    }
+
+    /// A digest of the model's values, whatever they are stored as: SHA-256 over each module's path, shape, bias and up to
+    /// 16 evenly spaced rows as f32. It tells models apart that differ in any sampled row, which any training changes; an
+    /// edit of single rows elsewhere goes unseen.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for module in &self.modules {
+            let (rows, cols) = (module.weight.rows(), module.weight.cols());
+            hash.update(format!("{} {rows} {cols}\n", module.info.path));
+            let samples = rows.min(16);
+            for sample in 0..samples {
+                let row = sample * rows / samples;
+                module.weight.decode(row..row + 1).iter().for_each(|value| hash.update(value.to_le_bytes()));
+            }
+            for value in module.bias.iter().flat_map(|bias| bias.iter()) {
+                hash.update(value.to_le_bytes());
+            }
+        }
+        let hex: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("sha256:{hex}")
+    }
+}
+
+/// Builds all modules from tensors by their Hugging Face names; what is missing, left over or of another shape is an error,
+/// all problems together.
+fn build_modules(config: &ModelConfig, tensors: &Tensors, order: &dyn Fn(&str) -> RowOrder) -> Result<Vec<Module>> {
+    use ModuleKind::{Embedding, Linear, Norm};
+    let hidden = config.hidden_size;
+    let q_width = config.num_attention_heads * config.head_dim;
+    let kv_width = config.num_key_value_heads * config.head_dim;
+    let mut builder = Builder { tensors, order, used: BTreeSet::new(), problems: Vec::new(), modules: Vec::new() };
+    builder.add(EMBEDDING, Embedding, config.vocab_size, hidden);
+    for layer in 0..config.num_hidden_layers {
+        let mut add =
+            |role: &str, kind, d_in, d_out| builder.add(&format!("model.layers.{layer}.{role}"), kind, d_in, d_out);
+        add("input_layernorm", Norm, hidden, hidden);
+        add("self_attn.q_proj", Linear, hidden, q_width);
+        add("self_attn.k_proj", Linear, hidden, kv_width);
+        add("self_attn.v_proj", Linear, hidden, kv_width);
+        add("self_attn.o_proj", Linear, q_width, hidden);
+        add("post_attention_layernorm", Norm, hidden, hidden);
+        add("mlp.gate_proj", Linear, hidden, config.intermediate_size);
+        add("mlp.up_proj", Linear, hidden, config.intermediate_size);
+        add("mlp.down_proj", Linear, config.intermediate_size, hidden);
+    }
+    builder.add(FINAL_NORM, Norm, hidden, hidden);
+    if config.tie_word_embeddings {
+        builder.used.insert(format!("{HEAD}.weight"));
+        if let Some(embedding) = builder.modules.first().filter(|module| module.info.path == EMBEDDING).cloned() {
+            let info = ModuleInfo {
+                path: HEAD.to_owned(),
+                kind: Linear,
+                d_in: hidden,
+                d_out: config.vocab_size,
+                output_embedding: true,
+                ..embedding.info.clone()
+            };
+            builder.modules.push(Module { info, ..embedding });
+        }
+    } else {
+        builder.add(HEAD, Linear, hidden, config.vocab_size);
+    }
+    let Builder { used, mut problems, modules, .. } = builder;
+    let left = tensors.keys().filter(|name| !used.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
+    problems.extend(left.map(|name| format!("tensor `{name}` has no place in a {} model", config.model_type)));
+    if !problems.is_empty() {
+        let more = problems.len().saturating_sub(8);
+        problems.truncate(8);
+        let rest = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+        bail!("its tensors do not fit its configuration:\n  {}{rest}", problems.join("\n  "));
+    }
+    Ok(modules)
+}
+
+struct Builder<'a> {
+    tensors: &'a Tensors,
+    order: &'a dyn Fn(&str) -> RowOrder,
+    used: BTreeSet<String>,
+    problems: Vec<String>,
+    modules: Vec<Module>,
+}
+
+impl Builder<'_> {
+    fn add(&mut self, path: &str, kind: ModuleKind, d_in: usize, d_out: usize) {
+        let mut info = ModuleInfo {
+            path: path.to_owned(),
+            kind,
+            d_in,
+            d_out,
+            bias: false,
+            storage: path.to_owned(),
+            output_embedding: path == HEAD,
+        };
+        let Some(weight) = self.weight(&format!("{path}.weight"), &info.weight_shape(), (self.order)(path)) else {
+            return;
+        };
+        let mut bias = None;
+        let bias_name = format!("{path}.bias");
+        if kind == ModuleKind::Linear && self.tensors.contains_key(&bias_name) {
+            let Some(values) = self.weight(&bias_name, &[d_out], RowOrder::Natural) else { return };
+            // A bias is stored in the order of its weight's rows.
+            let values = values.decode(0..1);
+            let order = (self.order)(path);
+            bias = Some(Arc::new((0..d_out).map(|row| values[order.stored(row)]).collect()));
+            info.bias = true;
+        }
+        self.modules.push(Module { info, weight: Arc::new(weight), bias });
+    }
+
+    fn weight(&mut self, name: &str, shape: &[usize], order: RowOrder) -> Option<Weight> {
+        self.used.insert(name.to_owned());
+        let Some(tensor) = self.tensors.get(name) else {
+            self.problems.push(format!("tensor `{name}` is missing"));
+            return None;
+        };
+        if tensor.shape != shape {
+            self.problems.push(format!("tensor `{name}` is {:?}, it should be {shape:?}", tensor.shape));
+            return None;
+        }
+        let (rows, cols) = match *shape {
+            [rows, cols] => (rows, cols),
+            _ => (1, shape.iter().product()),
+        };
+        let weight = Weight::mapped(tensor.map.clone(), tensor.range.clone(), tensor.storage, (rows, cols), order);
+        weight.map_err(|error| self.problems.push(format!("tensor `{name}`: {error}"))).ok()
+    }
+}
+
+/// The Hugging Face name of a llama.cpp tensor.
+fn hugging_face_name(name: &str) -> Option<String> {
+    let (stem, ending) = name.rsplit_once('.')?;
+    let path = match stem {
+        "token_embd" => EMBEDDING.to_owned(),
+        "output_norm" => FINAL_NORM.to_owned(),
+        "output" => HEAD.to_owned(),
+        _ => {
+            let (layer, role) = stem.strip_prefix("blk.")?.split_once('.')?;
+            let role = match role {
+                "attn_norm" => "input_layernorm",
+                "attn_q" => "self_attn.q_proj",
+                "attn_k" => "self_attn.k_proj",
+                "attn_v" => "self_attn.v_proj",
+                "attn_output" => "self_attn.o_proj",
+                "ffn_norm" => "post_attention_layernorm",
+                "ffn_gate" => "mlp.gate_proj",
+                "ffn_up" => "mlp.up_proj",
+                "ffn_down" => "mlp.down_proj",
+                _ => return None,
+            };
+            format!("model.layers.{}.{role}", layer.parse::<u32>().ok()?)
+        }
+    };
+    Some(format!("{path}.{ending}"))
+}

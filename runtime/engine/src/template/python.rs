@@ -1,0 +1,257 @@
+//! Python's values in a chat template, where minijinja and Rust differ: methods of strings, tests, `json.dumps`.
+//!
+//! Not covered: printing a list or a mapping whole (`{{ tool }}`, not `{{ tool | tojson }}`) leaves out the escapes of
+//! Python's `repr` for unprintable characters, and its spelling of exponents.
+
+use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
+use minijinja::{Environment, Error, ErrorKind, State, Value, escape_formatter};
+
+/// Sets what templates written for jinja2 and transformers expect.
+pub(super) fn add_to(env: &mut Environment<'static>) {
+    env.set_unknown_method_callback(python_method);
+    env.set_formatter(|out, state, value| match f64::try_from(value.clone()) {
+        Ok(x) if value.kind() == ValueKind::Number && !value.is_integer() => Ok(out.write_str(&python_float(x))?),
+        _ => escape_formatter(out, state, value),
+    });
+    env.add_filter("tojson", to_json_filter);
+    env.add_filter("trim", trim_filter);
+    env.add_test("iterable", is_iterable);
+    env.add_test("sequence", is_sequence);
+}
+
+/// jinja2: whatever has a length and items by index, so strings and mappings too.
+fn is_sequence(value: &Value) -> bool {
+    use ValueKind::{Map, Seq, String, Undefined};
+    matches!(value.kind(), Seq | String | Map | Undefined)
+}
+
+/// jinja2: whatever `iter` takes, so not none, which minijinja iterates as nothing.
+fn is_iterable(value: &Value) -> bool {
+    is_sequence(value) || value.kind() == ValueKind::Iterable
+}
+
+/// `str.isspace`: Unicode white space and the four information separators.
+fn is_python_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
+}
+
+/// jinja2's `trim` filter: `str.strip`.
+fn trim_filter(value: &Value, chars: Option<&str>) -> String {
+    let text = value.to_string();
+    match chars {
+        Some(chars) => text.trim_matches(|c| chars.contains(c)).into(),
+        None => text.trim_matches(is_python_space).into(),
+    }
+}
+
+/// Methods of Python's values that minijinja-contrib lacks or has with Rust's idea of white space and lines.
+fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    if method == "split" && args.last().is_some_and(Value::is_kwargs) {
+        let (sep, most, options): (Option<Value>, Option<Value>, Kwargs) = from_args(args)?;
+        let sep = sep.or(options.get("sep")?).unwrap_or_default();
+        let most = most.or(options.get("maxsplit")?).unwrap_or(Value::from(-1));
+        options.assert_all_used()?;
+        return python_method(state, value, method, &[sep, most]);
+    }
+    let first = args.first().and_then(Value::as_str);
+    match (value.as_str(), method, first) {
+        (Some(s), "strip", None) if args.is_empty() => Ok(s.trim_matches(is_python_space).into()),
+        (Some(s), "lstrip", None) if args.is_empty() => Ok(s.trim_start_matches(is_python_space).into()),
+        (Some(s), "rstrip", None) if args.is_empty() => Ok(s.trim_end_matches(is_python_space).into()),
+        (Some(s), "removeprefix", Some(p)) => Ok(s.strip_prefix(p).unwrap_or(s).into()),
+        (Some(s), "removesuffix", Some(p)) => Ok(s.strip_suffix(p).unwrap_or(s).into()),
+        (Some(s), "partition", Some(p)) => Ok(match s.split_once(p) {
+            Some((a, b)) => Tuple::from([a, p, b].map(Value::from)).into(),
+            None => Tuple::from([s, "", ""].map(Value::from)).into(),
+        }),
+        (Some(s), "rpartition", Some(p)) => Ok(match s.rsplit_once(p) {
+            Some((a, b)) => Tuple::from([a, p, b].map(Value::from)).into(),
+            None => Tuple::from(["", "", s].map(Value::from)).into(),
+        }),
+        (Some(s), "rsplit", Some(p)) if !p.is_empty() => {
+            let most = args.get(1).and_then(Value::as_i64).unwrap_or(-1);
+            let most = usize::try_from(most).map_or(usize::MAX, |n| n.saturating_add(1));
+            let mut parts: Vec<&str> = s.rsplitn(most, p).collect();
+            parts.reverse();
+            Ok(parts.into_iter().collect())
+        }
+        (Some(s), "splitlines", None) if args.is_empty() => Ok(python_lines(s).into_iter().collect()),
+        (None, "copy", None) if value.kind() == ValueKind::Map => Ok(value.clone()),
+        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+/// `str.splitlines`: the boundaries of the Python documentation, "\r\n" being one.
+fn python_lines(text: &str) -> Vec<&str> {
+    let ends_line = |c: char| matches!(c, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    let mut lines = Vec::new();
+    let mut rest = text;
+    while let Some((at, c)) = rest.char_indices().find(|(_, c)| ends_line(*c)) {
+        let end = if rest[at..].starts_with("\r\n") { at + 2 } else { at + c.len_utf8() };
+        lines.push(&rest[..at]);
+        rest = &rest[end..];
+    }
+    if !rest.is_empty() {
+        lines.push(rest);
+    }
+    lines
+}
+
+/// `tojson` as transformers has it: `json.dumps` with `ensure_ascii=False`, nothing escaped for HTML.
+fn to_json_filter(
+    value: &Value,
+    ensure_ascii: Option<bool>,
+    indent: Option<Value>,
+    separators: Option<Value>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let indent = indent.or(options.get("indent")?).filter(|v| !v.is_none());
+    let indent = indent.map(|v| match (v.as_str(), v.as_i64()) {
+        (Some(text), _) => text.to_owned(),
+        (_, width) => " ".repeat(width.and_then(|n| usize::try_from(n).ok()).unwrap_or(0)),
+    });
+    let separators = separators.or(options.get("separators")?).filter(|v| !v.is_none());
+    let mut style = JsonStyle {
+        ensure_ascii: ensure_ascii.or(options.get("ensure_ascii")?).unwrap_or(false),
+        sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        between: if indent.is_some() { "," } else { ", " }.into(),
+        after_key: ": ".into(),
+        indent,
+    };
+    if let Some(pair) = separators {
+        style.between = pair.get_item_by_index(0)?.to_string();
+        style.after_key = pair.get_item_by_index(1)?.to_string();
+    }
+    options.assert_all_used()?;
+    let mut out = String::new();
+    style.write(value, 0, &mut out)?;
+    Ok(out)
+}
+
+/// `json.dumps(value, ensure_ascii=False)`.
+pub(super) fn to_json(value: &Value) -> Result<String, Error> {
+    let options = Kwargs::from_iter([("indent", Value::from(()))]);
+    to_json_filter(value, None, None, None, options)
+}
+
+struct JsonStyle {
+    ensure_ascii: bool,
+    sort_keys: bool,
+    between: String,
+    after_key: String,
+    indent: Option<String>,
+}
+
+impl JsonStyle {
+    fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        // minijinja stops runaway templates, not runaway data; serde_json admits 128 levels.
+        if depth > 256 {
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: nested too deeply"));
+        }
+        match value.kind() {
+            ValueKind::None => out.push_str("null"),
+            ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number if value.is_integer() => out.push_str(&value.to_string()),
+            ValueKind::Number => out.push_str(&python_float(f64::try_from(value.clone())?)),
+            ValueKind::String => self.write_string(value.as_str().unwrap_or_default(), out),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items: Vec<Value> = value.try_iter()?.collect();
+                self.write_all(('[', ']'), items.len(), depth, out, |i, out| self.write(&items[i], depth + 1, out))?;
+            }
+            ValueKind::Map => {
+                let mut keys: Vec<Value> = value.try_iter()?.collect();
+                if self.sort_keys {
+                    keys.sort();
+                }
+                self.write_all(('{', '}'), keys.len(), depth, out, |i, out| {
+                    match keys[i].kind() {
+                        ValueKind::String => self.write(&keys[i], depth + 1, out)?,
+                        _ => {
+                            let mut key = String::new();
+                            self.write(&keys[i], depth + 1, &mut key)?;
+                            self.write_string(&key, out);
+                        }
+                    }
+                    out.push_str(&self.after_key);
+                    self.write(&value.get_item(&keys[i])?, depth + 1, out)
+                })?;
+            }
+            kind => {
+                return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {kind} has no JSON form")));
+            }
+        }
+        Ok(())
+    }
+
+    fn write_all(
+        &self,
+        (open, close): (char, char),
+        len: usize,
+        depth: usize,
+        out: &mut String,
+        item: impl Fn(usize, &mut String) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let new_line = |depth: usize, out: &mut String| {
+            if let Some(indent) = &self.indent {
+                out.push('\n');
+                out.push_str(&indent.repeat(depth));
+            }
+        };
+        out.push(open);
+        for i in 0..len {
+            if i > 0 {
+                out.push_str(&self.between);
+            }
+            new_line(depth + 1, out);
+            item(i, out)?;
+        }
+        if len > 0 {
+            new_line(depth, out);
+        }
+        out.push(close);
+        Ok(())
+    }
+
+    fn write_string(&self, text: &str, out: &mut String) {
+        out.push('"');
+        for c in text.chars() {
+            match c {
+                '"' => out.push_str("\\\""),
+                '\\' => out.push_str("\\\\"),
+                '\n' => out.push_str("\\n"),
+                '\r' => out.push_str("\\r"),
+                '\t' => out.push_str("\\t"),
+                '\u{8}' => out.push_str("\\b"),
+                '\u{c}' => out.push_str("\\f"),
+                c if c < ' ' || (self.ensure_ascii && c > '~') => {
+                    let mut units = [0; 2];
+                    for unit in c.encode_utf16(&mut units) {
+                        out.push_str(&format!("\\u{unit:04x}"));
+                    }
+                }
+                c => out.push(c),
+            }
+        }
+        out.push('"');
+    }
+}
+
+/// `repr(float)`: the shortest digits that read back, with a signed exponent of two digits from 1e16 on.
+fn python_float(x: f64) -> String {
+    if !x.is_finite() {
+        return match (x.is_nan(), x > 0.0) {
+            (true, _) => "NaN".into(),
+            (_, true) => "Infinity".into(),
+            (_, false) => "-Infinity".into(),
+        };
+    }
+    // Rust's `{:?}` changes to exponents at the same sizes as Python: below 1e-4 and from 1e16 on.
+    let digits = format!("{x:?}");
+    match digits.split_once('e') {
+        Some((mantissa, exponent)) => match exponent.strip_prefix('-') {
+            Some(e) => format!("{}e-{e:0>2}", mantissa.trim_end_matches(".0")),
+            None => format!("{}e+{exponent:0>2}", mantissa.trim_end_matches(".0")),
+        },
+        None => digits,
+    }
+}

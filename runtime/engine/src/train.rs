@@ -1,0 +1,325 @@
+//! The training loop: batches, accumulation, clipping, updates, and what an observer hears of it.
+
+use std::time::Instant;
+
+use anyhow::{Result, bail, ensure};
+use candle_core::DType;
+use serde::Serialize;
+
+use crate::adaptation::Adaptation;
+use crate::batch::Batch;
+use crate::block::{Gradients, Outcome, evaluate, forward_backward};
+use crate::data::Example;
+use crate::model::BaseModel;
+use crate::optimizer::{AdamW, AdamWConfig};
+use crate::order::epoch_order;
+use crate::recipe::Pass;
+use crate::schedule::{LearningRate, Schedule};
+
+/// What a run is told.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainConfig {
+    /// Passes over the examples.
+    pub epochs: u64,
+    /// Ends the run after so many steps, wherever the epoch is.
+    pub max_steps: Option<u64>,
+    /// Examples in one forward and backward.
+    pub batch_size: usize,
+    /// Batches in one step.
+    pub gradient_accumulation_steps: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Shape of the learning rate.
+    pub lr_scheduler_type: Schedule,
+    /// Share of the steps that warm up.
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Bound on the norm of all gradients together; 0: none.
+    pub max_grad_norm: f64,
+    /// Seed of order, initial values and dropout.
+    pub seed: u64,
+    /// Whether each epoch has an order of its own; else examples come as they stand.
+    pub shuffle: bool,
+    /// Keep only the input of each block and run it again in backward: less memory, a third more time.
+    pub gradient_checkpointing: bool,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            epochs: 1,
+            max_steps: None,
+            batch_size: 8,
+            gradient_accumulation_steps: 1,
+            learning_rate: 2e-4,
+            lr_scheduler_type: Schedule::Cosine,
+            warmup_ratio: 0.03,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            seed: 42,
+            shuffle: true,
+            gradient_checkpointing: false,
+        }
+    }
+}
+
+/// One step, as it is reported. Field names are those of transformers' `trainer_state.json`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct StepReport {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Epochs done, with the part of the present one.
+    pub epoch: f64,
+    /// Mean cross-entropy of the step's trained tokens, in nats, before the update.
+    pub loss: f64,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the update.
+    pub learning_rate: f64,
+    /// Tokens of the step's examples.
+    pub tokens: usize,
+    /// Seconds that the step took.
+    pub seconds: f64,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainReport {
+    /// All steps.
+    pub steps: Vec<StepReport>,
+    /// Steps that were planned.
+    pub planned_steps: u64,
+    /// Whether the observer ended the run before its last step.
+    pub interrupted: bool,
+}
+
+impl TrainReport {
+    /// Mean loss of all steps.
+    pub fn train_loss(&self) -> f64 {
+        self.steps.iter().map(|step| step.loss).sum::<f64>() / self.steps.len().max(1) as f64
+    }
+
+    /// Tokens over step time.
+    pub fn tokens_per_second(&self) -> f64 {
+        let (tokens, seconds) =
+            self.steps.iter().fold((0, 0.0), |(tokens, seconds), step| (tokens + step.tokens, seconds + step.seconds));
+        if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 }
+    }
+}
+
+/// Whether a run goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// To the next step.
+    Continue,
+    /// No further step.
+    Stop,
+}
+
+/// Hears what a run does, between steps.
+pub trait Observer {
+    /// A step is done.
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Control;
+}
+
+impl<F: FnMut(&StepReport, u64) -> Control> Observer for F {
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Control {
+        self(report, planned_steps)
+    }
+}
+
+/// Steps of a run over so many examples.
+pub fn planned_steps(examples: usize, config: &TrainConfig) -> u64 {
+    let per_step = config.batch_size * config.gradient_accumulation_steps;
+    let full = config.epochs * examples.div_ceil(per_step) as u64;
+    config.max_steps.unwrap_or(full)
+}
+
+/// Trains the parameters of an adaptation in place.
+///
+/// The loss of a step is the sum over its trained tokens divided by their number, counted over the whole step first: how a
+/// step is cut into batches changes nothing but speed. A run goes round the examples again when `max_steps` wants more.
+///
+/// # Errors
+/// When the loss or a gradient is not finite, a parameter gets no gradient, or one stays all zero for three updates with a
+/// learning rate above zero; the message names it.
+pub fn train(
+    model: &BaseModel,
+    adaptation: &Adaptation,
+    examples: &[&Example],
+    config: &TrainConfig,
+    observer: &mut dyn Observer,
+) -> Result<TrainReport> {
+    ensure!(!examples.is_empty(), "there is no example to train on");
+    ensure!(config.batch_size > 0 && config.gradient_accumulation_steps > 0, "a batch holds at least one example");
+    let per_step = config.batch_size * config.gradient_accumulation_steps;
+    let steps_an_epoch = examples.len().div_ceil(per_step) as u64;
+    let planned = planned_steps(examples.len(), config);
+    let mut run = Run::new(model, adaptation, config, planned);
+    let mut report = TrainReport { steps: Vec::new(), planned_steps: planned, interrupted: false };
+    let mut order = Vec::new();
+    for step in 0..planned {
+        let (epoch, place) = (step / steps_an_epoch, (step % steps_an_epoch) as usize);
+        if place == 0 {
+            order = epoch_order(examples.len(), config.seed, epoch, config.shuffle);
+        }
+        let rows = &order[place * per_step..examples.len().min((place + 1) * per_step)];
+        let batches: Vec<Batch> = rows
+            .chunks(config.batch_size)
+            .map(|rows| Batch::of_examples(rows.iter().map(|row| (*row as u32, examples[*row]))))
+            .collect();
+        let mut done = run.step(&batches)?;
+        done.epoch = (step + 1) as f64 / steps_an_epoch as f64;
+        report.steps.push(done);
+        if observer.on_step(&done, planned) == Control::Stop && step + 1 < planned {
+            report.interrupted = true;
+            break;
+        }
+    }
+    Ok(report)
+}
+
+/// A run between two steps.
+pub struct Run<'a> {
+    model: &'a BaseModel,
+    adaptation: &'a Adaptation,
+    config: &'a TrainConfig,
+    learning_rate: LearningRate,
+    optimizer: AdamW,
+    step: u64,
+    /// For each parameter, updates in a row with a rate above zero and a gradient of zeros; `None` once it had another.
+    idle_updates: Vec<Option<u32>>,
+}
+
+impl<'a> Run<'a> {
+    /// Before the first of `planned` steps.
+    pub fn new(model: &'a BaseModel, adaptation: &'a Adaptation, config: &'a TrainConfig, planned: u64) -> Self {
+        let learning_rate = LearningRate {
+            peak: config.learning_rate,
+            schedule: config.lr_scheduler_type,
+            warmup_steps: LearningRate::warmup_steps(config.warmup_ratio, planned),
+            total_steps: planned,
+        };
+        let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
+        let optimizer = AdamW::new(adaptation, adamw);
+        let idle_updates = vec![Some(0); adaptation.params.len()];
+        Self { model, adaptation, config, learning_rate, optimizer, step: 0, idle_updates }
+    }
+
+    /// One update from the gradients of some batches.
+    ///
+    /// # Errors
+    /// See [`train`].
+    pub fn step(&mut self, batches: &[Batch]) -> Result<StepReport> {
+        let start = Instant::now();
+        let (outcome, gradients) = self.gradients(batches)?;
+        let loss = outcome.loss_sum / outcome.trained as f64;
+        let learning_rate = self.learning_rate.at(self.step);
+        let step = self.step + 1;
+        ensure!(loss.is_finite(), "step {step}: the loss is {loss}; try a lower learning rate");
+        let grad_norm = self.norm(&gradients, learning_rate)?;
+        ensure!(grad_norm.is_finite(), "step {step}: a gradient is not finite; try a lower learning rate");
+        // As torch's clip_grad_norm_, whose 1e-6 is part of the definition.
+        let clip = match self.config.max_grad_norm {
+            bound if bound > 0.0 => (bound / (grad_norm + 1e-6)).min(1.0),
+            _ => 1.0,
+        };
+        self.optimizer.step(self.adaptation, &gradients, learning_rate, clip)?;
+        self.step = step;
+        let tokens = batches.iter().map(|batch| batch.tokens).sum();
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(StepReport { step, epoch: 0.0, loss, grad_norm, learning_rate, tokens, seconds })
+    }
+
+    /// Loss and gradients of a step: of the mean over all trained tokens of its batches.
+    ///
+    /// # Errors
+    /// When no token is trained, or a tensor operation fails.
+    pub fn gradients(&self, batches: &[Batch]) -> Result<(Outcome, Gradients)> {
+        let trained: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        ensure!(trained > 0, "step {}: no token of its examples is trained", self.step + 1);
+        let update = self.step as u32;
+        let pass = Pass::training(self.model, self.adaptation, self.config.seed, update);
+        let mut gradients = Gradients::new(self.adaptation.params.len());
+        let mut total = Outcome::default();
+        for batch in batches {
+            let recompute = self.config.gradient_checkpointing;
+            let outcome = forward_backward(&pass, batch, 1.0 / trained as f64, recompute, &mut gradients)?;
+            total.loss_sum += outcome.loss_sum;
+            total.correct += outcome.correct;
+            total.trained += outcome.trained;
+        }
+        Ok((total, gradients))
+    }
+
+    /// Norm of all gradients together; watches for parameters that get none.
+    fn norm(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<f64> {
+        let mut total = 0.0;
+        for (index, param) in self.adaptation.params.iter().enumerate().filter(|(_, param)| param.spec.trainable) {
+            let name = &param.spec.tensor;
+            let Some(gradient) = gradients.get(index) else {
+                bail!("parameter `{name}` gets no gradient: the recipe does not depend on it, or cuts it off");
+            };
+            let squared = gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+            total += squared;
+            if let Some(idle) = self.idle_updates[index] {
+                self.idle_updates[index] = match (squared == 0.0, learning_rate > 0.0) {
+                    (false, _) => None,
+                    (true, true) => Some(idle + 1),
+                    (true, false) => Some(idle),
+                };
+                if self.idle_updates[index] == Some(4) {
+                    bail!("parameter `{name}` still has a gradient of zeros after three updates: it learns nothing");
+                }
+            }
+        }
+        Ok(total.sqrt())
+    }
+}
+
+/// Loss over examples, without gradients: a mean over all trained tokens.
+///
+/// # Errors
+/// When no token is trained, or a tensor operation fails.
+pub fn evaluate_examples(
+    model: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    examples: &[&Example],
+    batch_size: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<Evaluation> {
+    let pass = Pass::evaluation(model, adaptation);
+    let mut total = Outcome::default();
+    for (number, examples) in examples.chunks(batch_size.max(1)).enumerate() {
+        let outcome = evaluate(&pass, &Batch::of_examples(examples.iter().map(|example| (0, *example))))?;
+        total.loss_sum += outcome.loss_sum;
+        total.correct += outcome.correct;
+        total.trained += outcome.trained;
+        progress(number * batch_size + examples.len());
+    }
+    ensure!(total.trained > 0, "no token of these examples is trained, so there is no loss");
+    let loss = total.loss_sum / total.trained as f64;
+    Ok(Evaluation {
+        loss,
+        perplexity: loss.exp(),
+        token_accuracy: total.correct as f64 / total.trained as f64,
+        trained_tokens: total.trained,
+        examples: examples.len(),
+    })
+}
+
+/// Loss over a set of examples.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Evaluation {
+    /// Mean cross-entropy of trained tokens, in nats.
+    pub loss: f64,
+    /// e to the loss.
+    pub perplexity: f64,
+    /// Share of trained tokens whose most likely prediction was right.
+    pub token_accuracy: f64,
+    /// Trained tokens.
+    pub trained_tokens: usize,
+    /// Examples.
+    pub examples: usize,
+}

@@ -1,0 +1,302 @@
+//! The command line. stdout is the result, stderr the story.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use homeroom_engine::data::OnLongRow;
+use homeroom_engine::schedule::Schedule;
+
+use crate::command;
+use crate::interrupt;
+
+/// Fine-tunes open-weight language models on your own machine.
+///
+/// Exit codes: 0 done, 1 failed (the message says where, what and what next), 2 the command line is wrong, 130 interrupted.
+#[derive(Parser)]
+#[command(name = "homeroom", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Trains a model on rows of text or conversations, and saves an adapter
+    FineTune(Box<FineTune>),
+    /// Measures loss, perplexity and token accuracy on a file of rows
+    Eval(Eval),
+    /// Answers one prompt; the reply alone goes to stdout
+    Chat(Chat),
+    /// Shows the training strategies that are installed
+    #[command(subcommand)]
+    Plugins(Plugins),
+}
+
+/// Where a model is.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Adapter, model directory or .gguf file
+    #[arg(long, value_name = "DIR")]
+    pub model_dir: PathBuf,
+    /// Base model of the adapter, if it is not where it was trained
+    #[arg(long, value_name = "MODEL")]
+    pub base_model: Option<PathBuf>,
+    /// Take a base model with other weights than the adapter was trained on, if its shapes fit
+    #[arg(long)]
+    pub any_base: bool,
+}
+
+/// How rows become tokens.
+#[derive(Args)]
+pub struct RowArgs {
+    /// Tokens that a row may have [default: the model's context, at most 2048]
+    #[arg(long, value_name = "N", value_parser = at_least_two)]
+    pub max_seq_len: Option<usize>,
+    /// What to do with a longer row
+    #[arg(long, value_enum, default_value = "refuse")]
+    pub on_long_row: LongRow,
+}
+
+/// What to do with a row that is too long.
+#[derive(Clone, Copy, ValueEnum)]
+#[allow(missing_docs)]
+pub enum LongRow {
+    /// Refuse the file, naming the lines
+    Refuse,
+    /// Keep its beginning
+    Truncate,
+    /// Leave it out
+    Skip,
+}
+
+impl From<LongRow> for OnLongRow {
+    fn from(choice: LongRow) -> Self {
+        match choice {
+            LongRow::Refuse => Self::Refuse,
+            LongRow::Truncate => Self::Truncate,
+            LongRow::Skip => Self::Skip,
+        }
+    }
+}
+
+/// Shape of the learning rate.
+#[derive(Clone, Copy, ValueEnum)]
+#[allow(missing_docs)]
+pub enum Scheduler {
+    Cosine,
+    Linear,
+    Constant,
+}
+
+impl From<Scheduler> for Schedule {
+    fn from(choice: Scheduler) -> Self {
+        match choice {
+            Scheduler::Cosine => Self::Cosine,
+            Scheduler::Linear => Self::Linear,
+            Scheduler::Constant => Self::Constant,
+        }
+    }
+}
+
+/// Arguments of `fine-tune`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct FineTune {
+    /// Base model: a Hugging Face directory or a .gguf file
+    #[arg(long, value_name = "MODEL")]
+    pub model_name: PathBuf,
+    /// JSONL file of rows: messages, prompt and completion, or text
+    #[arg(long, value_name = "FILE")]
+    pub training_file: PathBuf,
+    /// Directory that is written: an adapter, or a model for strategy `full`
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: PathBuf,
+    /// Replace the output directory if it is there
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Training strategy, see `homeroom plugins list`
+    #[arg(long, default_value = "lora", value_name = "NAME")]
+    pub strategy: String,
+    /// Passes over the rows
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub epochs: u64,
+    /// End after so many steps, wherever the epoch is
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_steps: Option<u64>,
+    /// Peak learning rate [default: what the strategy proposes, else 2e-4]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub learning_rate: Option<f64>,
+    /// Shape of the learning rate after warm-up
+    #[arg(long, value_enum, default_value = "cosine")]
+    pub lr_scheduler_type: Scheduler,
+    /// Share of the steps that warm up
+    #[arg(long, default_value_t = 0.03, value_name = "SHARE", value_parser = share)]
+    pub warmup_ratio: f64,
+    /// Weight decay
+    #[arg(long, default_value_t = 0.0, value_name = "X", value_parser = share)]
+    pub weight_decay: f64,
+    /// Bound on the norm of the gradients; 0: none
+    #[arg(long, default_value_t = 1.0, value_name = "NORM", value_parser = not_negative)]
+    pub max_grad_norm: f64,
+    /// Rank of the adapter [default: 16]
+    #[arg(long, alias = "r", value_name = "R")]
+    pub lora_r: Option<u64>,
+    /// Strength of the adapter [default: 2 r]
+    #[arg(long, value_name = "ALPHA")]
+    pub lora_alpha: Option<f64>,
+    /// Dropout on the adapter's input [default: 0]
+    #[arg(long, value_name = "P")]
+    pub lora_dropout: Option<f64>,
+    /// Adapted modules: all-linear, names separated by commas, or one regular expression [default: all-linear]
+    #[arg(long, value_name = "NAMES")]
+    pub target_modules: Option<String>,
+    /// Any other option of the strategy, its value as JSON or text; see `homeroom plugins list`
+    #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
+    pub options: Vec<(String, serde_json::Value)>,
+    /// Start from the weights of this adapter
+    #[arg(long, value_name = "DIR")]
+    pub init_from: Option<PathBuf>,
+    /// Rows in one forward and backward pass
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_size: u32,
+    /// Batches in one step
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub gradient_accumulation_steps: u32,
+    /// Save memory: keep only the input of each layer and run it again in the backward pass
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    #[command(flatten)]
+    pub rows: RowArgs,
+    /// Held-out rows to evaluate on, before and after
+    #[arg(long, value_name = "FILE", conflicts_with = "eval_fraction")]
+    pub eval_file: Option<PathBuf>,
+    /// Share of the training rows to hold out and evaluate on
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    pub eval_fraction: Option<f64>,
+    /// Seed of the order, the first values and dropout
+    #[arg(long, default_value_t = 42, value_name = "N")]
+    pub seed: u64,
+    /// Take the rows in the order of the file
+    #[arg(long)]
+    pub no_shuffle: bool,
+    /// Look for strategies here first
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Print one JSON object at the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `eval`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct Eval {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// JSONL file of rows
+    #[arg(long, value_name = "FILE")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub rows: RowArgs,
+    /// Rows in one forward pass
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_size: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `chat`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct Chat {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What the user says
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+    /// What the system message says
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Longest reply, in tokens
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_tokens: usize,
+    /// 0: always the likeliest word; higher is freer
+    #[arg(long, default_value_t = 0.7, value_name = "T", value_parser = not_negative)]
+    pub temperature: f64,
+    /// Seed of the draw
+    #[arg(long, default_value_t = 42, value_name = "N")]
+    pub seed: u64,
+}
+
+/// Subcommands of `plugins`.
+#[derive(Subcommand)]
+#[allow(missing_docs)]
+pub enum Plugins {
+    /// Name, version, digest and file of each strategy, and its options
+    List {
+        /// Look here first
+        #[arg(long, value_name = "DIR")]
+        plugin_dir: Vec<PathBuf>,
+        /// Print one JSON array
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text, |number| (0.0..1.0).contains(&number), "a number from 0 and below 1")
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    number(text, |number| number >= 0.0, "a number from 0")
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    number(text, |number| number > 0.0 && number <= 10.0, "a number above 0, such as 2e-4")
+}
+
+fn number(text: &str, admits: impl Fn(f64) -> bool, words: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| number.is_finite() && admits(*number));
+    number.ok_or_else(|| format!("it should be {words}"))
+}
+
+fn at_least_two(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| *number >= 2);
+    number.ok_or_else(|| "it should be a whole number from 2".to_owned())
+}
+
+fn key_value(text: &str) -> Result<(String, serde_json::Value), String> {
+    let (key, value) = text.split_once('=').ok_or("it should be KEY=VALUE")?;
+    let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+    Ok((key.to_owned(), value))
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        Command::FineTune(arguments) => command::fine_tune::run(&arguments),
+        Command::Eval(arguments) => command::eval::run(&arguments),
+        Command::Chat(arguments) => command::chat::run(&arguments),
+        Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
+    };
+    match done {
+        Ok(Done::Whole) => ExitCode::SUCCESS,
+        Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// How a command ended that did not fail.
+pub enum Done {
+    /// It did all it was asked for.
+    Whole,
+    /// It was interrupted, and saved what it had.
+    Interrupted,
+}

@@ -1,0 +1,61 @@
+//! `homeroom plugins`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::print;
+use crate::cli::Done;
+use crate::plugin::{Plugin, Search};
+
+/// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
+pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
+    let search = Search::new(plugin_dirs);
+    let files = search.list();
+    let loaded: Vec<_> = files.iter().map(|file| (file, Plugin::load(&file.path))).collect();
+    if as_json {
+        let items = loaded.iter().map(|(file, plugin)| match plugin {
+            Ok(plugin) => json!({
+                "name": file.name,
+                "version": plugin.description.version,
+                "sha256": plugin.sha256,
+                "path": file.path,
+                "doc": plugin.description.doc,
+                "options": plugin.description.options,
+            }),
+            Err(error) => json!({"name": file.name, "path": file.path, "error": format!("{error:#}")}),
+        });
+        print(&Value::Array(items.collect()).to_string())?;
+        return Ok(Done::Whole);
+    }
+    let mut out = Vec::new();
+    for (file, plugin) in &loaded {
+        match plugin {
+            Ok(plugin) => {
+                let about = &plugin.description;
+                out.push(format!("{}   {}   {}", about.name, about.version, about.doc));
+                out.push(format!("  {}   sha256 {}", file.path.display(), &plugin.sha256[..16]));
+                let width = about.options.iter().map(|option| option.name.len()).max().unwrap_or(0);
+                for option in &about.options {
+                    let default = match &option.default {
+                        Value::Null => String::new(),
+                        default => format!(" (default {default})"),
+                    };
+                    out.push(format!("    {:width$}   {}{default}", option.name, option.doc));
+                }
+            }
+            Err(error) => {
+                out.push(format!("{}   cannot be loaded", file.name));
+                out.push(format!("  {}   {error:#}", file.path.display()));
+            }
+        }
+    }
+    if out.is_empty() {
+        let dirs: Vec<String> = search.dirs().iter().map(|dir| format!("\n  {}", dir.display())).collect();
+        eprintln!("no strategies in:{}\nhint: `cargo build --release` puts them beside the program", dirs.concat());
+        return Ok(Done::Whole);
+    }
+    print(&out.join("\n"))?;
+    Ok(Done::Whole)
+}

@@ -1,0 +1,30 @@
+//! Ctrl-C: the first one asks a run to end after its step, the second ends the program at once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Exit code of a run that was interrupted: 128 + SIGINT, as shells have it.
+pub const EXIT_CODE: u8 = 130;
+
+/// From now on Ctrl-C (and termination) is an interruption. Files are renamed into place when whole, so that ending at once
+/// leaves nothing half-written.
+///
+/// # Errors
+/// When the signal handler cannot be set.
+pub fn listen() -> Result<()> {
+    let handler = || {
+        if ASKED.swap(true, Ordering::SeqCst) {
+            std::process::exit(i32::from(EXIT_CODE));
+        }
+        eprintln!("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
+    };
+    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")
+}
+
+/// Whether an interruption was asked for.
+pub fn asked() -> bool {
+    ASKED.load(Ordering::SeqCst)
+}

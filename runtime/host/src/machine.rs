@@ -1,0 +1,16 @@
+//! What the machine says of this process.
+
+/// Highest resident memory so far, in bytes; `None` where the system does not say.
+#[cfg(target_os = "linux")]
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Highest resident memory so far, in bytes; `None` where the system does not say. On macOS `getrusage` would.
+#[cfg(not(target_os = "linux"))]
+pub fn peak_memory_bytes() -> Option<u64> {
+    None
+}

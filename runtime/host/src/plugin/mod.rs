@@ -1,0 +1,8 @@
+//! Strategy plugins: where they are found, what is checked before their code runs, and how they are called.
+
+mod elf;
+mod find;
+mod load;
+
+pub use find::{Search, StrategyFile};
+pub use load::Plugin;

@@ -12,9 +12,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Homeroom computes in bf16 where the CPU has it; a comparison in f32 has to ask for f32.
-F32 = ["--compute-dtype", "f32"]
-
 
 # --- options --------------------------------------------------------------------------------
 

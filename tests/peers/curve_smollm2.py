@@ -147,8 +147,8 @@ def main() -> None:
         command += ["--set-option", f"{key}={common.option_text(value)}"]
     command += ["--max-steps", args.steps, "--batch-size", args.batch_size]
     command += ["--gradient-accumulation-steps", args.accumulation]
-    command += ["--learning-rate", args.learning_rate, "--no-shuffle", "--json"]
-    command += FIXED + common.F32 + args.homeroom_args
+    command += ["--learning-rate", args.learning_rate, "--no-shuffle", "--overwrite", "--json"]
+    command += FIXED + args.homeroom_args
     # An older state must not pass for this run's.
     (output / "trainer_state.json").unlink(missing_ok=True)
     common.run(command)

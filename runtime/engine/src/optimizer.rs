@@ -86,8 +86,10 @@ impl AdamW {
             let gradient = gradient.with_context(|| format!("parameter `{}` has no gradient", param.spec.tensor))?;
             let rate = learning_rate * state.learning_rate_scale;
             let update = Update {
-                beta1: beta1 as f32,
                 beta2: beta2 as f32,
+                // Subtracted in f64: in f32, 1 - 0.999 is off by 5e-5 of itself.
+                one_minus_beta1: (1.0 - beta1) as f32,
+                one_minus_beta2: (1.0 - beta2) as f32,
                 gradient_scale: gradient_scale as f32,
                 decay: (1.0 - rate * state.weight_decay) as f32,
                 step_size: (rate / correction1) as f32,
@@ -102,8 +104,9 @@ impl AdamW {
 
 #[derive(Clone, Copy)]
 struct Update {
-    beta1: f32,
     beta2: f32,
+    one_minus_beta1: f32,
+    one_minus_beta2: f32,
     gradient_scale: f32,
     decay: f32,
     step_size: f32,
@@ -142,7 +145,8 @@ impl InplaceOp2 for InPlace<'_> {
         let (CpuStorage::F32(param), CpuStorage::F32(gradient)) = (param, gradient) else {
             return Err(Error::Msg("adamw: parameters and gradients are f32".to_owned()));
         };
-        let Update { beta1, beta2, gradient_scale, decay, step_size, root_correction2, epsilon } = self.update;
+        let Update { beta2, one_minus_beta1, one_minus_beta2, .. } = self.update;
+        let Update { gradient_scale, decay, step_size, root_correction2, epsilon, .. } = self.update;
         let mut moments = self.moments.lock().map_err(|_| Error::Msg("adamw: a thread panicked".to_owned()))?;
         let (m, v) = &mut *moments;
         const CHUNK: usize = 16_384;
@@ -153,8 +157,8 @@ impl InplaceOp2 for InPlace<'_> {
             .for_each(|((param, gradient), (m, v))| {
                 for i in 0..param.len() {
                     let g = gradient[i] * gradient_scale;
-                    m[i] += (g - m[i]) * (1.0 - beta1);
-                    v[i] = v[i] * beta2 + (1.0 - beta2) * g * g;
+                    m[i] += (g - m[i]) * one_minus_beta1;
+                    v[i] = v[i] * beta2 + one_minus_beta2 * g * g;
                     let denominator = v[i].sqrt() / root_correction2 + epsilon;
                     param[i] = param[i] * decay - step_size * (m[i] / denominator);
                 }

@@ -11,7 +11,7 @@ impl Strategy for Hostile {
     const DOC: &'static str = "misbehaves in the way its option says";
 
     fn options(options: &mut Options) {
-        options.string("how", "well", "panic, error, shape, name, cut");
+        options.string("how", "well", "panic, error, shape, name, cut, zero");
     }
 
     fn new(values: &Values) -> Result<Self> {
@@ -35,6 +35,7 @@ impl Strategy for Hostile {
         match self.how.as_str() {
             "shape" => module.base(x).matmul(shift),
             "cut" => module.base(x) + shift.detach(),
+            "zero" => module.base(x) + (shift - shift),
             _ => module.base(x) + shift,
         }
     }

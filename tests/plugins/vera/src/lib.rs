@@ -29,6 +29,8 @@ impl Strategy for Vera {
         options
             .int("r", 256, "rank of the shared projections")
             .float("d_initial", 0.1, "first value of the scale between the projections")
+            .int("projection_prng_key", 0, "noted in the configuration; the projections are in the file")
+            .bool("save_projection", true, "noted in the configuration; the projections are always saved")
             .targets("target_modules", r".*\.(q_proj|v_proj)", "adapted modules");
     }
 

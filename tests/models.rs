@@ -1,0 +1,84 @@
+//! Model files against transformers: every architecture, every way of storing weights.
+
+use anyhow::Result;
+use homeroom_engine::batch::Batch;
+use homeroom_engine::config::ModelConfig;
+use homeroom_engine::generate::{Sampling, generate};
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::recipe::Pass;
+
+use crate::support::{distance, expected, fixture, model, stored_ids};
+
+fn check(model: &BaseModel, answers: &str, bound: f32) -> Result<()> {
+    let pass = Pass::evaluation(model, None);
+    for (ids, want) in expected(&fixture("models").join(answers))? {
+        let logits = pass.logits(&Batch::of_tokens(&ids, 0))?.flatten_all()?.to_vec1::<f32>()?;
+        let apart = distance(&logits, &want);
+        assert!(apart < bound, "{}: a logit is {apart} away from transformers'", model.path.display());
+    }
+    Ok(())
+}
+
+#[test]
+fn logits_equal_those_of_transformers() -> Result<()> {
+    for name in ["llama", "llama-tied", "qwen2", "mistral", "llama3-rope", "llama-gguf"] {
+        check(&model(name)?, &format!("{name}/expected.safetensors"), 1e-4)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn logits_of_gguf_files_equal_those_of_transformers() -> Result<()> {
+    check(&model("llama-gguf/model-f32.gguf")?, "llama-gguf/expected-f32.safetensors", 1e-4)?;
+    check(&model("llama-gguf/model-mixed.gguf")?, "llama-gguf/expected.safetensors", 1e-4)
+}
+
+/// The digest is of values, so a quantised file and its decoded copy are one base, and two models are two.
+#[test]
+fn a_gguf_file_and_its_dequantised_directory_are_the_same_base() -> Result<()> {
+    let [mixed, directory, f32] = ["llama-gguf/model-mixed.gguf", "llama-gguf", "llama-gguf/model-f32.gguf"];
+    assert_eq!(model(mixed)?.digest(), model(directory)?.digest());
+    assert_ne!(model(mixed)?.digest(), model(f32)?.digest());
+    Ok(())
+}
+
+#[test]
+fn both_forms_of_rope_configuration_are_read_alike() -> Result<()> {
+    let dir = fixture("models/llama3-rope");
+    let old = ModelConfig::from_json(&dir.join("config.json"))?;
+    assert_eq!(old, ModelConfig::from_json(&dir.join("config.rope_parameters.json"))?);
+    Ok(())
+}
+
+/// The cache holds what the whole sequence would compute: 24 tokens, as transformers draws them.
+#[test]
+fn greedy_tokens_equal_those_of_transformers() -> Result<()> {
+    let mut model = model("llama")?;
+    let path = fixture("models/llama/expected.safetensors");
+    let (prompt, want) = (stored_ids(&path, "ids_0")?, stored_ids(&path, "greedy")?);
+    // The fixture goes on past the end of a turn.
+    let mut endless = homeroom_engine::tokenizer::Tokenizer::from_dir(&model.path)?;
+    endless.eos_ids.clear();
+    model.tokenizer = endless.into();
+    let sampling = Sampling { max_tokens: want.len(), temperature: 0.0, seed: 0 };
+    assert_eq!(generate(&model, None, &prompt, sampling)?.ids, want);
+    Ok(())
+}
+
+/// Rows of a batch are laid end to end; what stands beside a sequence must not be seen by it.
+#[test]
+fn a_sequence_answers_the_same_whatever_shares_its_batch() -> Result<()> {
+    use homeroom_engine::data::Example;
+    let model = model("llama")?;
+    let pass = Pass::evaluation(&model, None);
+    let example = |ids: &[u32]| Example { ids: ids.to_vec(), trained: vec![true; ids.len()], line: 0 };
+    let (mine, other) = (example(&[1, 40, 41, 42, 43, 9]), example(&[7, 8, 9, 10, 11, 12, 13]));
+    let last = |examples: &[&Example], row: usize| -> Result<Vec<f32>> {
+        let logits = pass.logits(&Batch::of_examples(examples.iter().map(|example| (0, *example))))?;
+        Ok(logits.get(row)?.to_vec1()?)
+    };
+    let alone = last(&[&mine], 4)?;
+    assert!(distance(&alone, &last(&[&mine, &other], 4)?) < 1e-5);
+    assert!(distance(&alone, &last(&[&other, &mine], 10)?) < 1e-5);
+    Ok(())
+}

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
 /// A directory in the making, beside its destination, under a temporary name. Dropped before [`NewDirectory::publish`], it
@@ -21,8 +21,14 @@ impl NewDirectory {
     /// When the parent cannot be created or written.
     pub fn start(destination: &Path) -> Result<Self> {
         let destination = std::path::absolute(destination)?;
-        let parent = destination.parent().context("a directory needs a parent")?;
+        let parent = destination.parent().filter(|_| destination.file_name().is_some());
+        let parent = parent.with_context(|| format!("{}: not a name for a directory", destination.display()))?;
         fs::create_dir_all(parent).with_context(|| format!("{}: cannot create", parent.display()))?;
+        ensure!(
+            !is_mount_point(&destination, parent),
+            "{}: a mount point, which cannot be replaced by a finished directory; name a directory in it",
+            destination.display()
+        );
         let temporary = tempfile::Builder::new().prefix(".homeroom-").tempdir_in(parent);
         let temporary = temporary.with_context(|| format!("{}: cannot write here", parent.display()))?;
         Ok(Self { temporary, destination })
@@ -47,17 +53,28 @@ impl NewDirectory {
         self.temporary.path()
     }
 
+    /// Leaves the directory, finished, under its temporary name, which it returns.
+    ///
+    /// # Errors
+    /// When its files cannot be synced.
+    pub fn keep(self) -> Result<PathBuf> {
+        let failed = || format!("{}: cannot finish the directory", self.destination.display());
+        for entry in fs::read_dir(self.path()).with_context(failed)? {
+            File::open(entry.with_context(failed)?.path()).and_then(|file| file.sync_all()).with_context(failed)?;
+        }
+        open_to_others(self.path()).with_context(failed)?;
+        Ok(self.temporary.keep())
+    }
+
     /// Gives the directory its name, in place of an older one if there is one.
     ///
     /// # Errors
-    /// When it cannot be renamed; an older one is then still there.
+    /// When it cannot be renamed; an older one is then still there, and the message says where the finished one is.
     pub fn publish(self) -> Result<PathBuf> {
-        let Self { temporary, destination } = self;
-        let failed = || format!("{}: cannot put the finished directory here", destination.display());
-        for entry in fs::read_dir(temporary.path()).with_context(failed)? {
-            File::open(entry.with_context(failed)?.path()).and_then(|file| file.sync_all()).with_context(failed)?;
-        }
-        open_to_others(temporary.path()).with_context(failed)?;
+        let destination = self.destination.clone();
+        let from = self.keep()?;
+        let failed =
+            || format!("{}: cannot put the finished directory here; it is {}", destination.display(), from.display());
         let parent = destination.parent().context("a directory needs a parent")?.to_owned();
         let mut older = None;
         if destination.exists() {
@@ -65,13 +82,13 @@ impl NewDirectory {
             fs::rename(&destination, aside.path().join("old")).with_context(failed)?;
             older = Some(aside);
         }
-        let from = temporary.keep();
         if let Err(error) = fs::rename(&from, &destination) {
-            if let Some(aside) = &older {
-                // The older directory goes back; if even that fails, both stay where the message says.
-                fs::rename(aside.path().join("old"), &destination).with_context(failed)?;
+            if let Some(aside) = older {
+                // The older directory goes back; if even that fails, it stays where the message says.
+                let aside = aside.keep();
+                let back = fs::rename(aside.join("old"), &destination).and_then(|()| fs::remove_dir(&aside));
+                back.with_context(|| format!("the older one is in {}", aside.display())).with_context(failed)?;
             }
-            let _ = fs::remove_dir_all(&from);
             return Err(error).with_context(failed);
         }
         sync_directory(&parent);
@@ -93,6 +110,19 @@ pub fn vacant(path: &Path) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error).with_context(|| format!("{}: cannot write a directory here", path.display())),
     }
+}
+
+/// Whether a directory is on another device than its parent.
+#[cfg(unix)]
+fn is_mount_point(path: &Path, parent: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = fs::symlink_metadata(path).map(|meta| meta.dev());
+    matches!((device, fs::metadata(parent)), (Ok(device), Ok(parent)) if device != parent.dev())
+}
+
+#[cfg(not(unix))]
+fn is_mount_point(_: &Path, _: &Path) -> bool {
+    false
 }
 
 /// A temporary directory is private; the finished one is as open as the user's other directories.

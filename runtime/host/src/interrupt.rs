@@ -1,25 +1,36 @@
 //! Ctrl-C: the first one asks a run to end after its step, the second ends the program at once.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
+use crate::progress::line;
+
 static ASKED: AtomicBool = AtomicBool::new(false);
+/// A directory in the making, which nobody else would remove if the program ended now.
+static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// Exit code of a run that was interrupted: 128 + SIGINT, as shells have it.
 pub const EXIT_CODE: u8 = 130;
 
-/// From now on Ctrl-C (and termination) is an interruption. Files are renamed into place when whole, so that ending at once
-/// leaves nothing half-written.
+/// From now on Ctrl-C (and termination) is an interruption. Directories are renamed into place when whole, so that ending at
+/// once leaves nothing half-written.
 ///
 /// # Errors
 /// When the signal handler cannot be set.
 pub fn listen() -> Result<()> {
     let handler = || {
         if ASKED.swap(true, Ordering::SeqCst) {
+            // Held until the end, so that the directory does not get its name while it is being removed.
+            let mut unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(path) = unfinished.take() {
+                let _ = std::fs::remove_dir_all(path);
+            }
             std::process::exit(i32::from(EXIT_CODE));
         }
-        eprintln!("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
+        line("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
     };
     ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")
 }
@@ -27,4 +38,9 @@ pub fn listen() -> Result<()> {
 /// Whether an interruption was asked for.
 pub fn asked() -> bool {
     ASKED.load(Ordering::SeqCst)
+}
+
+/// Names the directory in the making, which goes when the program is ended at once; `None`: there is none any more.
+pub fn unfinished(path: Option<&Path>) {
+    *UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) = path.map(Path::to_owned);
 }

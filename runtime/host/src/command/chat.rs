@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::{load_model, print};
 use crate::cli::{Chat, Done};
+use crate::progress::line;
 
 /// Answers one prompt.
 pub fn run(arguments: &Chat) -> Result<Done> {
@@ -19,7 +20,11 @@ pub fn run(arguments: &Chat) -> Result<Done> {
     let answer = generate(&model, adaptation.as_ref(), &prompt, sampling)?;
     print(&answer.text)?;
     if answer.finish == Finish::Length {
-        eprintln!("note: the reply was cut at {} tokens; --max-tokens allows more", answer.ids.len());
+        let (tokens, context) = (answer.ids.len(), model.config.max_position_embeddings);
+        line(match tokens < arguments.max_tokens {
+            true => format!("note: the reply was cut at {tokens} tokens, where the model's context of {context} ends"),
+            false => format!("note: the reply was cut at {tokens} tokens; --max-tokens allows more"),
+        });
     }
     Ok(Done::Whole)
 }

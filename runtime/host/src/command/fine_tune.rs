@@ -1,8 +1,8 @@
 //! `homeroom fine-tune`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use homeroom_abi::plan::PlanRequest;
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::adapter::{self, AdapterFiles, Record};
@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use super::{load_base, load_rows, print};
 use crate::cli::{Done, FineTune};
 use crate::plugin::{Plugin, Search};
-use crate::progress::{self, thousands};
+use crate::progress::{self, line, thousands};
 use crate::{interrupt, machine};
 
 /// The strategy's learning rate when neither it nor the user says one.
@@ -30,6 +30,7 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     if !arguments.overwrite {
         vacant(&arguments.output_dir)?;
     }
+    spares_inputs(arguments)?;
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
     let model = load_base(&arguments.model_name)?;
     let request = PlanRequest { options: options(arguments), model: model.info() };
@@ -42,11 +43,12 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
         adaptation.load(files.into_tensors()).with_context(|| format!("--init-from {}", path.display()))?;
     }
     let rows = Rows::load(arguments, &model)?;
-    // A directory that cannot be written is found out now, not after hours.
-    let directory = NewDirectory::start(&arguments.output_dir)?;
+    // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
+    // something to fill it with, so that a run that is killed leaves nothing.
+    drop(NewDirectory::start(&arguments.output_dir)?);
     let run = Started { model: &model, adaptation: &adaptation, plugin: &plugin, config: &config, rows: &rows };
-    restate(&run, arguments);
     interrupt::listen()?;
+    restate(&run, arguments);
     let held_out = rows.eval();
     // Started from an adapter, a run is compared with that adapter.
     let first = arguments.init_from.as_ref().map(|_| &adaptation);
@@ -56,15 +58,55 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     let summary = summary(arguments, &report, before, after);
     let training = json!({"config": config, "options": request.options, "result": summary});
     let record = Record { strategy: &plugin.record(), data_digest: Some(&rows.data.digest), training };
+    let directory = NewDirectory::start(&arguments.output_dir)?;
+    interrupt::unfinished(Some(directory.path()));
     save(&directory, &model, &adaptation, record)?;
     let state = trainer_state(&report, &config, after);
     directory.write("trainer_state.json", adapter::pretty(&state)?.as_bytes())?;
-    let output_dir = directory.publish()?;
+    interrupt::unfinished(None);
+    let output_dir = publish(directory, arguments)?;
     tell(&output_dir, &report, before, after);
     if arguments.json {
         print(&summary.to_string())?;
     }
     Ok(if report.interrupted { Done::Interrupted } else { Done::Whole })
+}
+
+/// Refuses an output directory that holds what the run reads, since replacing it would take that away.
+fn spares_inputs(arguments: &FineTune) -> Result<()> {
+    // What is not there yet holds nothing.
+    let Ok(output) = arguments.output_dir.canonicalize() else { return Ok(()) };
+    let inputs = [
+        ("the base model", Some(&arguments.model_name)),
+        ("the training file", Some(&arguments.training_file)),
+        ("the file of held-out rows", arguments.eval_file.as_ref()),
+        ("the working directory", std::env::current_dir().ok().as_ref()),
+        // To go on from an adapter and put the result in its place is fine; from one inside it is not.
+        ("the adapter to start from", arguments.init_from.as_ref().filter(|path| !is_same(path, &output))),
+    ]
+    .map(|(what, path)| (what, path.and_then(|path| path.canonicalize().ok())));
+    for (what, path) in inputs {
+        if path.is_some_and(|path| path.starts_with(&output)) {
+            bail!("{}: {what} is in it, and would be lost; name a new directory", arguments.output_dir.display());
+        }
+    }
+    Ok(())
+}
+
+fn is_same(path: &Path, canonical: &Path) -> bool {
+    path.canonicalize().is_ok_and(|path| path == canonical)
+}
+
+/// Gives the finished directory its name, unless something came to be there that nobody agreed to replace.
+fn publish(directory: NewDirectory, arguments: &FineTune) -> Result<PathBuf> {
+    match vacant(&arguments.output_dir) {
+        Err(error) if !arguments.overwrite => {
+            let kept = directory.keep()?;
+            Err(error)
+                .with_context(|| format!("the run is done and saved in {}, but not where it should be", kept.display()))
+        }
+        _ => directory.publish(),
+    }
 }
 
 /// A run whose parts are all there.
@@ -186,19 +228,19 @@ fn restate(run: &Started<'_>, arguments: &FineTune) {
     let trained = adaptation.trainable_count();
     let millions = |count: usize| count as f64 / 1e6;
     let share = 100.0 * trained as f64 / parameters as f64;
-    eprintln!(
+    line(format_args!(
         "model     {}   {:.1} M parameters, {}",
         arguments.model_name.display(),
         millions(parameters),
         model.storage_words()
-    );
-    eprintln!(
+    ));
+    line(format_args!(
         "strategy  {} {}   {:.2} M trained ({share:.2} %) in {} modules   f32, plain blocks",
         plugin.description.name,
         plugin.description.version,
         millions(trained),
         adaptation.plan.modules.len(),
-    );
+    ));
     let held_out = rows.eval().len();
     let held_out = if held_out > 0 { format!(", {} held out", thousands(held_out)) } else { String::new() };
     let left_out = match (rows.data.skipped, rows.data.truncated) {
@@ -210,12 +252,12 @@ fn restate(run: &Started<'_>, arguments: &FineTune) {
         Some(_) => "by the model's chat template",
         None => "as plain text",
     };
-    eprintln!(
+    line(format_args!(
         "data      {}   {} examples{held_out}{left_out}, {how}",
         arguments.training_file.display(),
         thousands(rows.train.len()),
-    );
-    eprintln!(
+    ));
+    line(format_args!(
         "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
         thousands(planned_steps(rows.train.len(), config) as usize),
         config.gradient_accumulation_steps,
@@ -223,7 +265,7 @@ fn restate(run: &Started<'_>, arguments: &FineTune) {
         config.learning_rate,
         config.lr_scheduler_type,
         config.seed,
-    );
+    ));
 }
 
 /// What a script reads of a run.
@@ -288,17 +330,20 @@ fn trainer_state(report: &TrainReport, config: &TrainConfig, after: Option<Evalu
 /// What was written, and what to do next.
 fn tell(path: &Path, report: &TrainReport, before: Option<Evaluation>, after: Option<Evaluation>) {
     if let (Some(before), Some(after)) = (before, after) {
-        eprintln!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss);
+        line(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }
     let done = report.steps.len();
-    eprintln!("saved     {}", path.display());
+    line(format_args!("saved     {}", path.display()));
     if report.interrupted {
-        eprintln!("stopped after step {done} of {}; what it had learned by then is saved", report.planned_steps);
-        eprintln!(
+        line(format_args!(
+            "stopped after step {done} of {}; what it had learned by then is saved",
+            report.planned_steps
+        ));
+        line(format_args!(
             "next      go on from it: the same command with --init-from {} and a new --output-dir",
             path.display()
-        );
+        ));
     } else {
-        eprintln!("next      homeroom chat --model-dir {} --prompt \"...\"", path.display());
+        line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", path.display()));
     }
 }

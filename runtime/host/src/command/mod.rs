@@ -15,6 +15,7 @@ use homeroom_engine::data::{Dataset, Encoder, load_jsonl};
 use homeroom_engine::model::BaseModel;
 
 use crate::cli::{ModelArgs, RowArgs};
+use crate::progress::line;
 
 /// Loads a base model by the name that the user gave.
 fn load_base(name: &Path) -> Result<BaseModel> {
@@ -56,10 +57,10 @@ fn load_model(arguments: &ModelArgs) -> Result<(BaseModel, Option<Adaptation>)> 
     let model = load_base(&base)?;
     if let Some(manifest) = &files.manifest {
         if manifest.template_digest != model.tokenizer.template_digest() {
-            eprintln!("warning: the base model's chat template is not the one that the adapter was trained with");
+            line("warning: the base model's chat template is not the one that the adapter was trained with");
         }
         if manifest.tokenizer_digest != model.tokenizer.digest() {
-            eprintln!("note: the base model's tokenizer file is not the one that the adapter was trained with");
+            line("note: the base model's tokenizer file is not the one that the adapter was trained with");
         }
     }
     let adaptation = files.adapt(&model, arguments.any_base)?;

@@ -1,7 +1,10 @@
 //! Tests that cross crates: strategies from their `.so` files, the program as users run it, and numbers against torch.
 
+mod command_line;
 mod curves;
 mod gradients;
 mod invariants;
 mod models;
+mod plugins;
+mod real_model;
 mod support;

@@ -55,9 +55,11 @@ impl NewDirectory {
         let Self { temporary, destination } = self;
         let failed = || format!("{}: cannot put the finished directory here", destination.display());
         for entry in fs::read_dir(temporary.path()).with_context(failed)? {
-            File::open(entry.with_context(failed)?.path()).and_then(|file| file.sync_all()).with_context(failed)?;
+            let path = entry.with_context(failed)?.path();
+            File::open(&path).and_then(|file| file.sync_all()).with_context(failed)?;
+            open_to_others(&path, 0o644).with_context(failed)?;
         }
-        open_to_others(temporary.path()).with_context(failed)?;
+        open_to_others(temporary.path(), 0o755).with_context(failed)?;
         let parent = destination.parent().context("a directory needs a parent")?.to_owned();
         let mut older = None;
         if destination.exists() {
@@ -95,15 +97,15 @@ pub fn vacant(path: &Path) -> Result<()> {
     }
 }
 
-/// A temporary directory is private; the finished one is as open as the user's other directories.
+/// Temporary files are private; finished ones are as open as the user's other files.
 #[cfg(unix)]
-fn open_to_others(path: &Path) -> std::io::Result<()> {
+fn open_to_others(path: &Path, mode: u32) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
 }
 
 #[cfg(not(unix))]
-fn open_to_others(_: &Path) -> std::io::Result<()> {
+fn open_to_others(_: &Path, _: u32) -> std::io::Result<()> {
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, vacant};
 use homeroom_engine::model::BaseModel;
@@ -17,6 +17,7 @@ use crate::job::{Job, Outcome};
 use crate::models::{load_base, load_rows};
 use crate::plugin::Search;
 use crate::progress::{self, thousands};
+use crate::registry;
 
 /// The strategy's learning rate when neither it nor the user says one.
 const DEFAULT_LEARNING_RATE: f64 = 2e-4;
@@ -24,8 +25,13 @@ const DEFAULT_LEARNING_RATE: f64 = 2e-4;
 /// Trains, and saves an adapter or a model.
 pub fn run(arguments: &FineTune) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
+    let output_dir = match (&arguments.output_dir, &arguments.name) {
+        (Some(directory), _) => directory.clone(),
+        (None, Some(name)) => registry::place(name)?,
+        (None, None) => bail!("name where the result goes: --output-dir DIR or --name NAME"),
+    };
     if !arguments.overwrite {
-        vacant(&arguments.output_dir)?;
+        vacant(&output_dir)?;
     }
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
@@ -33,7 +39,7 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     let rows = Rows::load(arguments, &job.model)?;
     let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours.
-    let directory = NewDirectory::start(&arguments.output_dir)?;
+    let directory = NewDirectory::start(&output_dir)?;
     restate(arguments, &job, &rows, &config);
     interrupt::listen()?;
     let held_out = rows.eval();

@@ -2,7 +2,9 @@
 
 pub mod chat;
 pub mod eval;
+pub mod export_model;
 pub mod fine_tune;
+pub mod list_models;
 pub mod plugins;
 
 use std::io::Write;

@@ -1,6 +1,7 @@
 //! Tests that cross crates: strategies from their `.so` files, the program as users run it, and numbers against torch.
 
 mod curves;
+mod export;
 mod gradients;
 mod invariants;
 mod models;

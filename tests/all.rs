@@ -2,6 +2,7 @@
 
 mod command_line;
 mod curves;
+mod export;
 mod gradients;
 mod invariants;
 mod models;

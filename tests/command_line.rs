@@ -507,10 +507,28 @@ fn an_output_directory_that_holds_the_runs_inputs_is_not_overwritten() -> Result
     let mut inside = start(&far_base, &far_rows);
     refused(inside.current_dir(&base), &["the working directory is in it"])?;
     assert!(rows.exists() && base.join("config.json").exists());
+    let export = |adapter: &Path, to: &Path| {
+        let mut command = homeroom();
+        command.args(["export-model", "--format", "merged", "--overwrite", "--model-dir"]).arg(adapter);
+        command.arg("--base-model").arg(&base).arg("--output-dir").arg(to);
+        command
+    };
+    let adapter = place.copy(&fixture("curves/lora/trained"), "adapter")?;
+    refused(&mut export(&adapter, &base), &["the base model is in it"])?;
+    refused(&mut export(&adapter, &adapter), &["the adapter is in it"])?;
+    assert!(adapter.join("adapter_config.json").exists() && base.join("config.json").exists());
     // An adapter may be replaced by what was made of it.
     succeeds(&mut start(&far_base, &far_rows))?;
     succeeds(start(&far_base, &far_rows).arg("--init-from").arg(place.path("outputs/out")))?;
     Ok(())
+}
+
+/// A command in a shell that does something first.
+fn in_shell(first: &str, command: &Command) -> Command {
+    let mut shell = Command::new("bash");
+    shell.arg("-c").arg(format!("{first}; exec \"$0\" \"$@\"")).arg(command.get_program()).args(command.get_args());
+    shell.envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    shell
 }
 
 /// Files may not grow beyond a limit, so that a write fails in the middle as it does on a full disk: EFBIG for ENOSPC.
@@ -524,10 +542,7 @@ fn a_full_disk_while_saving_is_told_and_leaves_nothing() -> Result<()> {
     let r = limit_kib * 1024 / (14 * 96 * 4) + 100;
     let mut train = place.fine_tune(&fixture("models/llama"), &rows);
     train.args(["--max-steps", "1", "--lora-r", &r.to_string()]);
-    let mut shell = Command::new("bash");
-    shell.arg("-c").arg(format!("trap '' XFSZ; ulimit -f {limit_kib}; exec \"$0\" \"$@\""));
-    shell.arg(train.get_program()).args(train.get_args());
-    shell.envs(train.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    let mut shell = in_shell(&format!("trap '' XFSZ; ulimit -f {limit_kib}"), &train);
     refused(&mut shell, &["outputs/out: cannot write adapter_model.safetensors", "too large"])?;
     leaves_nothing(&place)?;
     // What was there before is still there.
@@ -536,6 +551,27 @@ fn a_full_disk_while_saving_is_told_and_leaves_nothing() -> Result<()> {
     assert_eq!((fs::read_to_string(mine)?, place.outputs()?), ("mine".to_owned(), vec!["out".to_owned()]));
     // Without the limit the same command saves.
     succeeds(train.arg("--overwrite"))?;
+    Ok(())
+}
+
+/// What is written is as open as the user's umask says, since it may repeat what it was trained on.
+#[test]
+fn what_is_written_is_as_open_as_the_users_other_files() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 2)?;
+    for (strategy, umask, directory, file) in [("lora", "027", 0o750, 0o640), ("full", "077", 0o700, 0o600)] {
+        let mut train = place.fine_tune(&fixture("models/llama"), &rows);
+        train.args(["--max-steps", "1", "--overwrite", "--strategy", strategy]);
+        succeeds(&mut in_shell(&format!("umask {umask}"), &train))?;
+        let mode = |path: &Path| -> Result<u32> { Ok(fs::metadata(path)?.permissions().mode() & 0o777) };
+        let out = place.path("outputs/out");
+        assert_eq!(mode(&out)?, directory);
+        for entry in fs::read_dir(&out)? {
+            let path = entry?.path();
+            assert_eq!(mode(&path)?, file, "{}", path.display());
+        }
+    }
     Ok(())
 }
 
@@ -667,7 +703,7 @@ fn a_result_whose_place_was_taken_meanwhile_is_kept_beside_it() -> Result<()> {
     assert_eq!(fs::read_to_string(theirs)?, "theirs");
     let outputs = place.outputs()?;
     let [kept, out] = outputs.as_slice() else { anyhow::bail!("{outputs:?}") };
-    assert!(out == "out" && stderr.contains(&format!("saved in {}", place.path("outputs").join(kept).display())));
+    assert!(out == "out" && stderr.contains(&format!("it is whole in {}", place.path("outputs").join(kept).display())));
     assert!(stderr.contains("the directory is not empty"), "{stderr}");
     AdapterFiles::read(&place.path("outputs").join(kept))?.adapt(&model("llama")?, false)?;
     Ok(())

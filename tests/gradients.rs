@@ -184,7 +184,15 @@ fn every_operation_of_a_recipe_has_the_gradient_of_its_value() -> Result<()> {
         (
             "div",
             vec![("a", &[80])],
-            vec![Op::X, Op::Base(0), p("a"), Op::Mul(2, 2), Op::Scalar("strength".into()), Op::Add(3, 4), Op::Div(1, 5)],
+            vec![
+                Op::X,
+                Op::Base(0),
+                p("a"),
+                Op::Mul(2, 2),
+                Op::Scalar("strength".into()),
+                Op::Add(3, 4),
+                Op::Div(1, 5),
+            ],
         ),
         (
             "scale, silu",

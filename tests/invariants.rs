@@ -36,7 +36,7 @@ fn learn(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig, steps
     let rows = examples(model, 24, 1);
     let rows: Vec<&Example> = rows.iter().collect();
     let config = TrainConfig { max_steps: Some(steps), ..config.clone() };
-    let report = train(model, adaptation, &rows, &config, &mut |_: &StepReport, _| Control::Continue)?;
+    let report = train(model, adaptation, &rows, &config, &mut |_: &StepReport, _| Ok(Control::Continue))?;
     Ok(report.steps)
 }
 

@@ -219,8 +219,11 @@ pub fn adapt(strategy: &str, options: &Value, model: &BaseModel, seed: u64) -> R
     Adaptation::new(model, plan(strategy, options, model)?, seed)
 }
 
+/// A tensor's shape and values.
+pub type Values = (Vec<usize>, Vec<f32>);
+
 /// The tensors of a safetensors file as f32.
-pub fn tensors(path: &Path) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+pub fn tensors(path: &Path) -> Result<BTreeMap<String, Values>> {
     let mapped = map_safetensors(path)?;
     mapped.into_iter().map(|(name, tensor)| Ok((name, (tensor.shape.clone(), tensor.values()?)))).collect()
 }

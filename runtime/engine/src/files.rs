@@ -12,6 +12,8 @@ use tempfile::TempDir;
 pub struct NewDirectory {
     temporary: TempDir,
     destination: PathBuf,
+    /// Whether what is at the destination by then may be replaced; it may, unless the caller says otherwise.
+    pub replaces: bool,
 }
 
 impl NewDirectory {
@@ -29,9 +31,14 @@ impl NewDirectory {
             "{}: a mount point, which cannot be replaced by a finished directory; name a directory in it",
             destination.display()
         );
-        let temporary = tempfile::Builder::new().prefix(".homeroom-").tempdir_in(parent);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".homeroom-");
+        // As open as the user's other directories: the system takes away what their umask forbids.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let temporary = builder.tempdir_in(parent);
         let temporary = temporary.with_context(|| format!("{}: cannot write here", parent.display()))?;
-        Ok(Self { temporary, destination })
+        Ok(Self { temporary, destination, replaces: true })
     }
 
     /// Writes a file and has it on the disk.
@@ -53,28 +60,27 @@ impl NewDirectory {
         self.temporary.path()
     }
 
-    /// Leaves the directory, finished, under its temporary name, which it returns.
-    ///
-    /// # Errors
-    /// When its files cannot be synced.
-    pub fn keep(self) -> Result<PathBuf> {
-        let failed = || format!("{}: cannot finish the directory", self.destination.display());
-        for entry in fs::read_dir(self.path()).with_context(failed)? {
-            File::open(entry.with_context(failed)?.path()).and_then(|file| file.sync_all()).with_context(failed)?;
-        }
-        open_to_others(self.path()).with_context(failed)?;
-        Ok(self.temporary.keep())
-    }
-
     /// Gives the directory its name, in place of an older one if there is one.
     ///
     /// # Errors
-    /// When it cannot be renamed; an older one is then still there, and the message says where the finished one is.
+    /// When it cannot get its name, or that is taken and it must not replace what has it. What had the name is then still there,
+    /// and so is the finished directory: the message says where.
     pub fn publish(self) -> Result<PathBuf> {
-        let destination = self.destination.clone();
-        let from = self.keep()?;
-        let failed =
-            || format!("{}: cannot put the finished directory here; it is {}", destination.display(), from.display());
+        let Self { temporary, destination, replaces } = self;
+        let unfinished = || format!("{}: cannot finish the directory", destination.display());
+        for entry in fs::read_dir(temporary.path()).with_context(unfinished)? {
+            let path = entry.with_context(unfinished)?.path();
+            File::open(&path).and_then(|file| file.sync_all()).with_context(unfinished)?;
+            open_as(temporary.path(), &path).with_context(unfinished)?;
+        }
+        let from = temporary.keep();
+        let failed = || {
+            let (to, from) = (destination.display(), from.display());
+            format!("{to}: cannot put the finished directory here; it is whole in {from}")
+        };
+        if !replaces {
+            vacant(&destination).with_context(failed)?;
+        }
         let parent = destination.parent().context("a directory needs a parent")?.to_owned();
         let mut older = None;
         if destination.exists() {
@@ -125,15 +131,16 @@ fn is_mount_point(_: &Path, _: &Path) -> bool {
     false
 }
 
-/// A temporary directory is private; the finished one is as open as the user's other directories.
+/// Makes a file as open as its directory: some writers make theirs private.
 #[cfg(unix)]
-fn open_to_others(path: &Path) -> std::io::Result<()> {
+fn open_as(directory: &Path, file: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+    let mode = fs::metadata(directory)?.permissions().mode() & 0o666;
+    fs::set_permissions(file, fs::Permissions::from_mode(mode))
 }
 
 #[cfg(not(unix))]
-fn open_to_others(_: &Path) -> std::io::Result<()> {
+fn open_as(_: &Path, _: &Path) -> std::io::Result<()> {
     Ok(())
 }
 

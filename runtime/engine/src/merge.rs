@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use candle_core::DType;
+use anyhow::{Context, Result, ensure};
+use candle_core::{D, DType, Tensor};
 use homeroom_abi::plan::ModuleKind;
 use homeroom_kernels::Storage;
+use serde_json::{Value, json};
 
 use crate::adaptation::Adaptation;
 use crate::adapter::pretty;
+use crate::batch::Batch;
 use crate::files::NewDirectory;
 use crate::model::{BaseModel, EMBEDDING, HEAD, Module};
 use crate::recipe::Pass;
@@ -58,8 +60,40 @@ pub fn merge(model: &BaseModel, adaptation: &Adaptation) -> Result<BaseModel> {
     model.with_modules(config, modules)
 }
 
+/// Mean Kullback-Leibler divergence of `other`'s predictions from `model`'s over all positions of some token sequences, in
+/// nats: what answering by `other` loses.
+///
+/// # Errors
+/// When there is no position, or a tensor operation fails.
+pub fn divergence(model: &Pass<'_>, other: &Pass<'_>, sequences: &[Vec<u32>]) -> Result<f64> {
+    let (mut total, mut positions) = (0.0, 0);
+    for ids in sequences.iter().filter(|ids| !ids.is_empty()) {
+        let batch = Batch::of_tokens(ids, 0);
+        let log_probabilities = |pass: &Pass<'_>| -> Result<Tensor> {
+            Ok(candle_nn::ops::log_softmax(&pass.logits(&batch)?.to_dtype(DType::F64)?, D::Minus1)?)
+        };
+        let (p, q) = (log_probabilities(model)?, log_probabilities(other)?);
+        total += (p.exp()? * (p - q)?)?.sum_all()?.to_scalar::<f64>()?;
+        positions += ids.len();
+    }
+    ensure!(positions > 0, "there is no text to compare on");
+    Ok(total / positions as f64)
+}
+
+/// Files of a Hugging Face directory that go into a directory made from it, byte for byte.
+const UNTOUCHED: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
 /// Writes a model as a Hugging Face directory that transformers loads. Floats keep the base's type where it is f16 or bf16;
-/// a quantised base becomes f32.
+/// a quantised base becomes f32. The chat template stands in both places in which readers look for it.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -70,16 +104,7 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel)
         Storage::BF16 => (safetensors::Dtype::BF16, "bfloat16"),
         _ => (safetensors::Dtype::F32, "float32"),
     };
-    let tokenizer = &model.tokenizer;
-    let config = model.config.to_json(dtype_name, tokenizer.bos_id, &tokenizer.eos_ids)?;
-    directory.write("config.json", pretty(&config)?.as_bytes())?;
-    directory.write("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-    directory.write("tokenizer_config.json", pretty(&tokenizer.config_json())?.as_bytes())?;
-    if let Some(template) = &tokenizer.chat_template {
-        directory.write("chat_template.jinja", template.as_bytes())?;
-    }
-    let generation = serde_json::json!({"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids});
-    directory.write("generation_config.json", pretty(&generation)?.as_bytes())?;
+    save_configuration(directory, model, base, dtype_name)?;
     let mut tensors = Vec::new();
     for module in &model.modules {
         if module.info.path == HEAD && model.config.tie_word_embeddings {
@@ -100,6 +125,51 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel)
     let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
     let file = directory.path().join("model.safetensors");
     safetensors::serialize_to_file(views, metadata, &file).context("model.safetensors: cannot write")
+}
+
+/// `config.json`, the tokenizer's files and the chat template: the base's own where it is a directory, else made from what a
+/// GGUF file holds.
+fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseModel, dtype: &str) -> Result<()> {
+    let tokenizer = &model.tokenizer;
+    let read = |name: &str| -> Result<Value> {
+        let path = base.path.join(name);
+        let text = std::fs::read_to_string(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{}: not JSON", path.display()))
+    };
+    let mut config = model.config.to_json(dtype, tokenizer.bos_id, &tokenizer.eos_ids);
+    let mut tokenizer_config = tokenizer.config_json();
+    if base.path.is_dir() {
+        let mut own = read("config.json")?;
+        own["tie_word_embeddings"] = model.config.tie_word_embeddings.into();
+        let dtype_key = if own.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+        own[dtype_key] = dtype.into();
+        config = Ok(own);
+        for name in UNTOUCHED.iter().filter(|name| base.path.join(name).exists()) {
+            let path = base.path.join(name);
+            let bytes = std::fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+            directory.write(name, &bytes)?;
+        }
+        if base.path.join("tokenizer_config.json").exists() {
+            let own = read("tokenizer_config.json")?;
+            let template = tokenizer_config.get("chat_template").cloned();
+            tokenizer_config = own;
+            if let (None, Some(template)) = (tokenizer_config.get("chat_template"), template) {
+                tokenizer_config["chat_template"] = template;
+            }
+        }
+    } else {
+        directory.write("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
+        let generation = json!({"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids});
+        directory.write("generation_config.json", pretty(&generation)?.as_bytes())?;
+    }
+    directory.write("config.json", pretty(&config?)?.as_bytes())?;
+    directory.write("tokenizer_config.json", pretty(&tokenizer_config)?.as_bytes())?;
+    match &tokenizer.chat_template {
+        Some(template) if !base.path.join("chat_template.jinja").exists() => {
+            directory.write("chat_template.jinja", template.as_bytes())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn encode(values: &[f32], dtype: safetensors::Dtype) -> Vec<u8> {

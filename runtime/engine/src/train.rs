@@ -108,11 +108,13 @@ impl TrainReport {
     }
 }
 
-/// Whether a run goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What an observer has a run do before its next step.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Control {
-    /// To the next step.
+    /// Go on.
     Continue,
+    /// Go on with the schedule's learning rates times this, from now on.
+    ScaleLearningRate(f64),
     /// No further step.
     Stop,
 }
@@ -120,11 +122,14 @@ pub enum Control {
 /// Hears what a run does, between steps.
 pub trait Observer {
     /// A step is done.
-    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Control;
+    ///
+    /// # Errors
+    /// Ends the run with that error.
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control>;
 }
 
-impl<F: FnMut(&StepReport, u64) -> Control> Observer for F {
-    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Control {
+impl<F: FnMut(&StepReport, u64) -> Result<Control>> Observer for F {
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
         self(report, planned_steps)
     }
 }
@@ -172,9 +177,16 @@ pub fn train(
         let mut done = run.step(&batches)?;
         done.epoch = (step + 1) as f64 / steps_an_epoch as f64;
         report.steps.push(done);
-        if observer.on_step(&done, planned) == Control::Stop && step + 1 < planned {
-            report.interrupted = true;
-            break;
+        match observer.on_step(&done, planned)? {
+            Control::Continue => {}
+            Control::ScaleLearningRate(scale) => {
+                ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
+                run.learning_rate.peak = config.learning_rate * scale;
+            }
+            Control::Stop => {
+                report.interrupted = step + 1 < planned;
+                break;
+            }
         }
     }
     Ok(report)

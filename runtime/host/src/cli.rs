@@ -29,6 +29,10 @@ enum Command {
     Eval(Eval),
     /// Answers one prompt; the reply alone goes to stdout
     Chat(Chat),
+    /// Lists the models that were trained here
+    ListModels(ListModels),
+    /// Writes a trained model in a form that other programs load
+    ExportModel(ExportModel),
     /// Shows the training strategies that are installed
     #[command(subcommand)]
     Plugins(Plugins),
@@ -111,9 +115,12 @@ pub struct FineTune {
     #[arg(long, value_name = "FILE")]
     pub training_file: PathBuf,
     /// Directory that is written: an adapter, or a model for strategy `full`
-    #[arg(long, value_name = "DIR")]
-    pub output_dir: PathBuf,
-    /// Replace the output directory if it is there
+    #[arg(long, value_name = "DIR", required_unless_present = "name", conflicts_with = "name")]
+    pub output_dir: Option<PathBuf>,
+    /// Name in `homeroom list-models`, in place of a directory
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Replace what is there of that directory or name
     #[arg(long)]
     pub overwrite: bool,
     /// Training strategy, see `homeroom plugins list`
@@ -231,6 +238,42 @@ pub struct Chat {
     pub seed: u64,
 }
 
+/// Arguments of `list-models`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct ListModels {
+    /// Print one JSON array
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `export-model`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct ExportModel {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Form of the export
+    #[arg(long, value_enum)]
+    pub format: ExportFormat,
+    /// Directory that is written
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: PathBuf,
+    /// Replace the output directory if it is there
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Print one JSON object at the end
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Form of an export.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ExportFormat {
+    /// A Hugging Face directory with the adapter merged into the base
+    Merged,
+}
+
 /// Subcommands of `plugins`.
 #[derive(Subcommand)]
 #[allow(missing_docs)]
@@ -281,6 +324,8 @@ pub fn main() -> ExitCode {
         Command::FineTune(arguments) => command::fine_tune::run(&arguments),
         Command::Eval(arguments) => command::eval::run(&arguments),
         Command::Chat(arguments) => command::chat::run(&arguments),
+        Command::ListModels(arguments) => command::list_models::run(&arguments),
+        Command::ExportModel(arguments) => command::export_model::run(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
     };
     match done {

@@ -1,8 +1,8 @@
 //! Ctrl-C: the first one asks a run to end after its step, the second ends the program at once.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -10,7 +10,7 @@ use crate::progress::line;
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 /// A directory in the making, which nobody else would remove if the program ended now.
-static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
+static UNFINISHED: OnceLock<PathBuf> = OnceLock::new();
 
 /// Exit code of a run that was interrupted: 128 + SIGINT, as shells have it.
 pub const EXIT_CODE: u8 = 130;
@@ -23,10 +23,12 @@ pub const EXIT_CODE: u8 = 130;
 pub fn listen() -> Result<()> {
     let handler = || {
         if ASKED.swap(true, Ordering::SeqCst) {
-            // Held until the end, so that the directory does not get its name while it is being removed.
-            let mut unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(path) = unfinished.take() {
-                let _ = std::fs::remove_dir_all(path);
+            // Renamed first, which fails when the directory has got its final name meanwhile: then it is finished.
+            if let Some(path) = UNFINISHED.get() {
+                let aside = path.with_extension("ended");
+                if std::fs::rename(path, &aside).is_ok() {
+                    let _ = std::fs::remove_dir_all(aside);
+                }
             }
             std::process::exit(i32::from(EXIT_CODE));
         }
@@ -40,7 +42,8 @@ pub fn asked() -> bool {
     ASKED.load(Ordering::SeqCst)
 }
 
-/// Names the directory in the making, which goes when the program is ended at once; `None`: there is none any more.
-pub fn unfinished(path: Option<&Path>) {
-    *UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) = path.map(Path::to_owned);
+/// Names the directory in the making, which goes when the program is ended at once.
+pub fn unfinished(path: &Path) {
+    // A command makes one; were there more, the others would stay under their temporary names.
+    let _ = UNFINISHED.set(path.to_owned());
 }

@@ -1,10 +1,14 @@
 //! The host: what people type, and the plugins that the engine's work is planned by.
 //!
-//! [`cli`] reads the command line and hands over to a file of `command/`. [`plugin`] finds, checks and loads strategies.
+//! [`cli`] reads the command line and hands over to a file of `command/`. [`plugin`] finds, checks and loads strategies;
+//! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains.
 
 pub mod cli;
 mod command;
 mod interrupt;
+pub mod job;
 mod machine;
+pub mod models;
 pub mod plugin;
 mod progress;
+pub mod registry;

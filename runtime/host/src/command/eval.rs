@@ -4,19 +4,20 @@ use anyhow::Result;
 use homeroom_engine::train::evaluate_examples;
 use serde_json::json;
 
-use super::{load_model, load_rows, print};
+use super::{print, reference};
 use crate::cli::{Done, Eval};
+use crate::models::{Loaded, load_rows};
 use crate::progress;
 
 /// Measures a model on rows.
 pub fn run(arguments: &Eval) -> Result<Done> {
-    let (model, adaptation) = load_model(&arguments.model)?;
-    let data = load_rows(&arguments.file, &model, &arguments.rows)?;
+    let Loaded { model, adaptation } = Loaded::load(&reference(&arguments.model))?;
+    let data = load_rows(&arguments.file, &model, arguments.rows.max_seq_len, arguments.rows.on_long_row.into())?;
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("rows", examples.len());
     let batch_size = arguments.batch_size as usize;
     let result =
-        evaluate_examples(&model, adaptation.as_ref(), &examples, batch_size, |done| bar.set_position(done as u64))?;
+        evaluate_examples(&model, adaptation.as_deref(), &examples, batch_size, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     let (loss, perplexity, accuracy) = (result.loss, result.perplexity, result.token_accuracy);
     if arguments.json {

@@ -1,25 +1,23 @@
 //! `homeroom fine-tune`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
-use homeroom_abi::plan::PlanRequest;
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::adapter::{self, AdapterFiles, Record};
+use anyhow::{Result, bail};
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, vacant};
-use homeroom_engine::merge::{merge, save_model};
 use homeroom_engine::model::BaseModel;
-use homeroom_engine::train::{
-    Control, Evaluation, StepReport, TrainConfig, TrainReport, evaluate_examples, planned_steps, train,
-};
-use serde_json::{Map, Value, json};
+use homeroom_engine::train::{Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
+use serde_json::{Map, Value};
 
-use super::{load_base, load_rows, print};
+use super::{is_same, print, spares};
 use crate::cli::{Done, FineTune};
-use crate::plugin::{Plugin, Search};
+use crate::interrupt;
+use crate::job::{Job, Outcome};
+use crate::models::{load_base, load_rows};
+use crate::plugin::Search;
 use crate::progress::{self, line, thousands};
-use crate::{interrupt, machine};
+use crate::registry;
 
 /// The strategy's learning rate when neither it nor the user says one.
 const DEFAULT_LEARNING_RATE: f64 = 2e-4;
@@ -27,109 +25,72 @@ const DEFAULT_LEARNING_RATE: f64 = 2e-4;
 /// Trains, and saves an adapter or a model.
 pub fn run(arguments: &FineTune) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
+    let output_dir = match (&arguments.output_dir, &arguments.name) {
+        (Some(directory), _) => directory.clone(),
+        (None, Some(name)) => registry::place(name)?,
+        (None, None) => bail!("name where the result goes: --output-dir DIR or --name NAME"),
+    };
     if !arguments.overwrite {
-        vacant(&arguments.output_dir)?;
+        vacant(&output_dir)?;
     }
-    spares_inputs(arguments)?;
+    // To go on from an adapter and put the result in its place is fine; from one inside it is not.
+    let start = arguments.init_from.as_deref().filter(|path| !is_same(path, &output_dir));
+    let inputs = [
+        ("the base model", Some(registry::resolve(&arguments.model_name))),
+        ("the training file", Some(arguments.training_file.clone())),
+        ("the file of held-out rows", arguments.eval_file.clone()),
+        ("the adapter to start from", start.map(Path::to_owned)),
+    ];
+    spares(&output_dir, inputs)?;
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
-    let model = load_base(&arguments.model_name)?;
-    let request = PlanRequest { options: options(arguments), model: model.info() };
-    let plan = plugin.plan(&request)?;
-    let config = config(arguments, plan.defaults.learning_rate);
-    let mut adaptation = Adaptation::new(&model, plan, arguments.seed)
-        .with_context(|| format!("strategy `{}`", plugin.description.name))?;
-    if let Some(path) = &arguments.init_from {
-        let files = AdapterFiles::read(path)?;
-        adaptation.load(files.into_tensors()).with_context(|| format!("--init-from {}", path.display()))?;
-    }
-    let rows = Rows::load(arguments, &model)?;
+    let model = Arc::new(load_base(&arguments.model_name)?);
+    let job = Job::new(model, &plugin, options(arguments), arguments.seed, arguments.init_from.as_deref())?;
+    let rows = Rows::load(arguments, &job.model)?;
+    let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
     // something to fill it with, so that a run that is killed leaves nothing.
-    drop(NewDirectory::start(&arguments.output_dir)?);
-    let run = Started { model: &model, adaptation: &adaptation, plugin: &plugin, config: &config, rows: &rows };
+    drop(NewDirectory::start(&output_dir)?);
     interrupt::listen()?;
-    restate(&run, arguments);
+    restate(arguments, &job, &rows, &config);
     let held_out = rows.eval();
-    // Started from an adapter, a run is compared with that adapter.
-    let first = arguments.init_from.as_ref().map(|_| &adaptation);
-    let before = evaluate(&model, first, &held_out)?;
-    let report = run.train()?;
-    let after = evaluate(&model, Some(&adaptation), &held_out)?;
-    let summary = summary(arguments, &report, before, after);
-    let training = json!({"config": config, "options": request.options, "result": summary});
-    let record = Record { strategy: &plugin.record(), data_digest: Some(&rows.data.digest), training };
-    let directory = NewDirectory::start(&arguments.output_dir)?;
-    interrupt::unfinished(Some(directory.path()));
-    save(&directory, &model, &adaptation, record)?;
-    let state = trainer_state(&report, &config, after);
-    directory.write("trainer_state.json", adapter::pretty(&state)?.as_bytes())?;
-    interrupt::unfinished(None);
-    let output_dir = publish(directory, arguments)?;
-    tell(&output_dir, &report, before, after);
+    let before = evaluate(&job, &held_out)?;
+    let report = train(&job, &rows.train(), &config)?;
+    let after = evaluate(&job, &held_out)?;
+    let outcome = Outcome { config, report, before, after, data_digest: rows.data.digest.clone() };
+    let mut directory = NewDirectory::start(&output_dir)?;
+    directory.replaces = arguments.overwrite;
+    interrupt::unfinished(directory.path());
+    let output_dir = outcome.save(&job, directory, None)?;
+    tell(&output_dir, &outcome.report, before, after);
     if arguments.json {
-        print(&summary.to_string())?;
+        let mut summary = Map::from_iter([("output_dir".to_owned(), output_dir.display().to_string().into())]);
+        summary.extend(outcome.summary());
+        print(&Value::Object(summary).to_string())?;
     }
-    Ok(if report.interrupted { Done::Interrupted } else { Done::Whole })
+    Ok(if outcome.report.interrupted { Done::Interrupted } else { Done::Whole })
 }
 
-/// Refuses an output directory that holds what the run reads, since replacing it would take that away.
-fn spares_inputs(arguments: &FineTune) -> Result<()> {
-    // What is not there yet holds nothing.
-    let Ok(output) = arguments.output_dir.canonicalize() else { return Ok(()) };
-    let inputs = [
-        ("the base model", Some(&arguments.model_name)),
-        ("the training file", Some(&arguments.training_file)),
-        ("the file of held-out rows", arguments.eval_file.as_ref()),
-        ("the working directory", std::env::current_dir().ok().as_ref()),
-        // To go on from an adapter and put the result in its place is fine; from one inside it is not.
-        ("the adapter to start from", arguments.init_from.as_ref().filter(|path| !is_same(path, &output))),
-    ]
-    .map(|(what, path)| (what, path.and_then(|path| path.canonicalize().ok())));
-    for (what, path) in inputs {
-        if path.is_some_and(|path| path.starts_with(&output)) {
-            bail!("{}: {what} is in it, and would be lost; name a new directory", arguments.output_dir.display());
-        }
+/// Trains with a progress bar, until the end or an interruption.
+fn train(job: &Job, examples: &[&Example], config: &TrainConfig) -> Result<TrainReport> {
+    let mut bar = progress::Training::start(planned_steps(examples.len(), config));
+    let mut observer = |step: &StepReport, steps| {
+        bar.step(step, steps);
+        Ok(if interrupt::asked() { Control::Stop } else { Control::Continue })
+    };
+    let report = job.train(examples, config, &mut observer)?;
+    bar.end();
+    Ok(report)
+}
+
+/// Loss on the held-out examples; not after an interruption, whose user waits.
+fn evaluate(job: &Job, examples: &[&Example]) -> Result<Option<Evaluation>> {
+    if interrupt::asked() {
+        return Ok(None);
     }
-    Ok(())
-}
-
-fn is_same(path: &Path, canonical: &Path) -> bool {
-    path.canonicalize().is_ok_and(|path| path == canonical)
-}
-
-/// Gives the finished directory its name, unless something came to be there that nobody agreed to replace.
-fn publish(directory: NewDirectory, arguments: &FineTune) -> Result<PathBuf> {
-    match vacant(&arguments.output_dir) {
-        Err(error) if !arguments.overwrite => {
-            let kept = directory.keep()?;
-            Err(error)
-                .with_context(|| format!("the run is done and saved in {}, but not where it should be", kept.display()))
-        }
-        _ => directory.publish(),
-    }
-}
-
-/// A run whose parts are all there.
-struct Started<'a> {
-    model: &'a BaseModel,
-    adaptation: &'a Adaptation,
-    plugin: &'a Plugin,
-    config: &'a TrainConfig,
-    rows: &'a Rows,
-}
-
-impl Started<'_> {
-    fn train(&self) -> Result<TrainReport> {
-        let examples = self.rows.train();
-        let mut bar = progress::Training::start(planned_steps(examples.len(), self.config));
-        let mut observer = |step: &StepReport, steps| {
-            bar.step(step, steps);
-            if interrupt::asked() { Control::Stop } else { Control::Continue }
-        };
-        let report = train(self.model, self.adaptation, &examples, self.config, &mut observer)?;
-        bar.end();
-        Ok(report)
-    }
+    let bar = progress::counting("evaluating", examples.len());
+    let result = job.evaluate(examples, |done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    result
 }
 
 /// The strategy's options, by PEFT's names.
@@ -189,8 +150,9 @@ struct Rows {
 
 impl Rows {
     fn load(arguments: &FineTune, model: &BaseModel) -> Result<Self> {
-        let data = load_rows(&arguments.training_file, model, &arguments.rows)?;
-        let eval_file = arguments.eval_file.as_ref().map(|file| load_rows(file, model, &arguments.rows)).transpose()?;
+        let load = |file: &Path| load_rows(file, model, arguments.rows.max_seq_len, arguments.rows.on_long_row.into());
+        let data = load(&arguments.training_file)?;
+        let eval_file = arguments.eval_file.as_deref().map(load).transpose()?;
         let (train, eval) = match arguments.eval_fraction {
             Some(share) if share > 0.0 => data.split(share, arguments.seed)?,
             _ => ((0..data.examples.len()).collect(), Vec::new()),
@@ -210,20 +172,9 @@ impl Rows {
     }
 }
 
-/// Loss on the held-out examples, if there are any.
-fn evaluate(model: &BaseModel, adaptation: Option<&Adaptation>, examples: &[&Example]) -> Result<Option<Evaluation>> {
-    if examples.is_empty() || interrupt::asked() {
-        return Ok(None);
-    }
-    let bar = progress::counting("evaluating", examples.len());
-    let result = evaluate_examples(model, adaptation, examples, 8, |done| bar.set_position(done as u64));
-    bar.finish_and_clear();
-    result.map(Some)
-}
-
 /// Restates the run, so that a wrong one is seen before it has cost anything.
-fn restate(run: &Started<'_>, arguments: &FineTune) {
-    let Started { model, adaptation, plugin, config, rows } = run;
+fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig) {
+    let Job { model, adaptation, strategy, .. } = job;
     let parameters = model.parameter_count();
     let trained = adaptation.trainable_count();
     let millions = |count: usize| count as f64 / 1e6;
@@ -236,8 +187,8 @@ fn restate(run: &Started<'_>, arguments: &FineTune) {
     ));
     line(format_args!(
         "strategy  {} {}   {:.2} M trained ({share:.2} %) in {} modules   f32, plain blocks",
-        plugin.description.name,
-        plugin.description.version,
+        strategy.name,
+        strategy.version,
         millions(trained),
         adaptation.plan.modules.len(),
     ));
@@ -266,65 +217,6 @@ fn restate(run: &Started<'_>, arguments: &FineTune) {
         config.lr_scheduler_type,
         config.seed,
     ));
-}
-
-/// What a script reads of a run.
-fn summary(arguments: &FineTune, report: &TrainReport, before: Option<Evaluation>, after: Option<Evaluation>) -> Value {
-    json!({
-        "output_dir": std::path::absolute(&arguments.output_dir).unwrap_or_else(|_| arguments.output_dir.clone()),
-        "steps": report.steps.len(),
-        "train_loss": report.train_loss(),
-        "eval_loss_before": before.map(|eval| eval.loss),
-        "eval_loss": after.map(|eval| eval.loss),
-        "tokens_per_second": report.tokens_per_second(),
-        "peak_memory_bytes": machine::peak_memory_bytes(),
-        "interrupted": report.interrupted,
-    })
-}
-
-/// An adapter, or for a strategy that trains the base's own weights a model; with `homeroom.json` beside either.
-fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) -> Result<()> {
-    if !adaptation.is_whole_model() {
-        return adapter::save(directory, model, adaptation, record);
-    }
-    save_model(directory, &merge(model, adaptation)?, model)?;
-    let manifest = serde_json::to_value(adapter::manifest(model, adaptation, record)?)?;
-    directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())
-}
-
-/// The history of a run in the form of transformers' `trainer_state.json`, which plotting tools read.
-fn trainer_state(report: &TrainReport, config: &TrainConfig, after: Option<Evaluation>) -> Value {
-    let mut history: Vec<Value> = report
-        .steps
-        .iter()
-        .map(|step| {
-            json!({
-                "step": step.step,
-                "epoch": step.epoch,
-                "loss": step.loss,
-                "grad_norm": step.grad_norm,
-                "learning_rate": step.learning_rate,
-            })
-        })
-        .collect();
-    let last = report.steps.last();
-    let (steps, epoch) = (last.map_or(0, |step| step.step), last.map_or(0.0, |step| step.epoch));
-    history.extend(after.map(|eval| json!({"step": steps, "epoch": epoch, "eval_loss": eval.loss})));
-    json!({
-        "best_metric": null,
-        "best_model_checkpoint": null,
-        "epoch": epoch,
-        "global_step": steps,
-        "is_hyper_param_search": false,
-        "is_local_process_zero": true,
-        "is_world_process_zero": true,
-        "log_history": history,
-        "max_steps": report.planned_steps,
-        "num_train_epochs": config.epochs,
-        "total_flos": 0,
-        "trial_name": null,
-        "trial_params": null,
-    })
 }
 
 /// What was written, and what to do next.

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::describe::nearest;
 
 use super::load::Plugin;
+use crate::registry::data_directory;
 
 /// The directories in which strategies are looked for, in order.
 pub struct Search {
@@ -85,14 +86,6 @@ impl Search {
     /// The directories, in the order of the search.
     pub fn dirs(&self) -> &[PathBuf] {
         &self.dirs
-    }
-}
-
-/// `$HOMEROOM_HOME`, or the user's data directory.
-pub fn data_directory() -> Option<PathBuf> {
-    match std::env::var_os("HOMEROOM_HOME") {
-        Some(home) if !home.is_empty() => Some(PathBuf::from(home)),
-        _ => directories::ProjectDirs::from("", "", "homeroom").map(|dirs| dirs.data_dir().to_owned()),
     }
 }
 

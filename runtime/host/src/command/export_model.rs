@@ -1,0 +1,57 @@
+//! `homeroom export-model`.
+
+use anyhow::{Context, Result};
+use homeroom_engine::files::{NewDirectory, vacant};
+use homeroom_engine::generate::prompt_ids;
+use homeroom_engine::merge::{divergence, merge, save_model};
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::recipe::Pass;
+use serde_json::json;
+
+use super::{print, reference, spares};
+use crate::cli::{Done, ExportFormat, ExportModel};
+use crate::models::Loaded;
+use crate::progress::line;
+use crate::registry;
+
+/// Texts that the export is compared with the trained model on.
+const PROBES: [&str; 4] = [
+    "What is the capital of France, and why did it become the capital?",
+    "Explain photosynthesis to a ten-year-old in three sentences.",
+    "If a train travels 120 kilometres in 90 minutes, how fast is it?",
+    "Write a short poem about the sea in winter.",
+];
+
+/// Writes a trained model for other programs, and says how far its answers are from the trained model's.
+pub fn run(arguments: &ExportModel) -> Result<Done> {
+    let ExportFormat::Merged = arguments.format;
+    if !arguments.overwrite {
+        vacant(&arguments.output_dir)?;
+    }
+    let Loaded { model, adaptation } = Loaded::load(&reference(&arguments.model))?;
+    let adaptation = adaptation.with_context(|| {
+        format!("{}: not an adapter, so there is nothing to merge", arguments.model.model_dir.display())
+    })?;
+    let adapter = registry::resolve(&arguments.model.model_dir);
+    spares(&arguments.output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
+    let mut directory = NewDirectory::start(&arguments.output_dir)?;
+    directory.replaces = arguments.overwrite;
+    save_model(&directory, &merge(&model, &adaptation)?, &model)?;
+    // Compared as it was written, so that rounding to the file's type counts.
+    let written = BaseModel::load(directory.path()).context("the export cannot be read back")?;
+    let sequences = PROBES.map(|probe| match model.template {
+        Some(_) => prompt_ids(&model, &[json!({"role": "user", "content": probe})]),
+        None => Ok(model.tokenizer.encode(probe, true)?.ids),
+    });
+    let sequences = sequences.into_iter().collect::<Result<Vec<_>>>()?;
+    let trained = Pass::evaluation(&model, Some(&adaptation));
+    let kl = divergence(&trained, &Pass::evaluation(&written, None), &sequences)?;
+    drop(written);
+    let output_dir = directory.publish()?;
+    line(format_args!("saved     {}", output_dir.display()));
+    line(format_args!("KL        {kl:.2e} nats a token from the unmerged model"));
+    if arguments.json {
+        print(&json!({"output_dir": output_dir, "kl": kl}).to_string())?;
+    }
+    Ok(Done::Whole)
+}

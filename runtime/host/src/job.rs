@@ -1,0 +1,176 @@
+//! A training job: what the command line and a pipeline both run.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use homeroom_abi::plan::PlanRequest;
+use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
+use homeroom_engine::data::Example;
+use homeroom_engine::files::NewDirectory;
+use homeroom_engine::merge::{merge, save_model};
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, evaluate_examples, train};
+use serde_json::{Map, Value, json};
+
+use crate::machine::peak_memory_bytes;
+use crate::plugin::Plugin;
+
+/// A strategy made real on a model, not yet trained.
+pub struct Job {
+    /// The base.
+    pub model: Arc<BaseModel>,
+    /// Its parameters.
+    pub adaptation: Adaptation,
+    /// The strategy, as an adapter records it.
+    pub strategy: StrategyRecord,
+    /// The strategy's options as they were given.
+    pub options: Map<String, Value>,
+    /// The learning rate that the strategy proposes.
+    pub proposed_learning_rate: Option<f64>,
+    /// The adapter that it starts from.
+    pub init_from: Option<PathBuf>,
+}
+
+impl Job {
+    /// Has the strategy plan, and gives its parameters their first values, or those of the adapter to start from.
+    ///
+    /// # Errors
+    /// When the strategy refuses, its plan does not fit, or neither does the adapter.
+    pub fn new(
+        model: Arc<BaseModel>,
+        plugin: &Plugin,
+        options: Map<String, Value>,
+        seed: u64,
+        init_from: Option<&Path>,
+    ) -> Result<Self> {
+        let plan = plugin.plan(&PlanRequest { options: options.clone(), model: model.info() })?;
+        let proposed_learning_rate = plan.defaults.learning_rate;
+        let adaptation = Adaptation::new(&model, plan, seed);
+        let mut adaptation = adaptation.with_context(|| format!("strategy `{}`", plugin.description.name))?;
+        if let Some(path) = init_from {
+            let files = AdapterFiles::read(path)?;
+            adaptation
+                .load(files.into_tensors())
+                .with_context(|| format!("{}: cannot start from it", path.display()))?;
+        }
+        let strategy = plugin.record();
+        let init_from = init_from.map(Path::to_owned);
+        Ok(Self { model, adaptation, strategy, options, proposed_learning_rate, init_from })
+    }
+
+    /// Loss on held-out examples, if there are any. Before training, a job that starts from nothing is the base.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn evaluate(&self, examples: &[&Example], progress: impl FnMut(usize)) -> Result<Option<Evaluation>> {
+        if examples.is_empty() {
+            return Ok(None);
+        }
+        evaluate_examples(&self.model, Some(&self.adaptation), examples, 8, progress).map(Some)
+    }
+
+    /// Trains in place.
+    ///
+    /// # Errors
+    /// See [`train`].
+    pub fn train(
+        &self,
+        examples: &[&Example],
+        config: &TrainConfig,
+        observer: &mut dyn Observer,
+    ) -> Result<TrainReport> {
+        train(&self.model, &self.adaptation, examples, config, observer)
+    }
+}
+
+/// What came of a job.
+pub struct Outcome {
+    /// How it was trained.
+    pub config: TrainConfig,
+    /// All steps.
+    pub report: TrainReport,
+    /// Held-out loss before.
+    pub before: Option<Evaluation>,
+    /// Held-out loss after.
+    pub after: Option<Evaluation>,
+    /// Digest of the training data.
+    pub data_digest: String,
+}
+
+impl Outcome {
+    /// What a script reads of a run.
+    pub fn summary(&self) -> Map<String, Value> {
+        let summary = json!({
+            "steps": self.report.steps.len(),
+            "train_loss": self.report.train_loss(),
+            "eval_loss_before": self.before.map(|eval| eval.loss),
+            "eval_loss": self.after.map(|eval| eval.loss),
+            "tokens_per_second": self.report.tokens_per_second(),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "interrupted": self.report.interrupted,
+        });
+        match summary {
+            Value::Object(summary) => summary,
+            _ => Map::new(),
+        }
+    }
+
+    /// Writes an adapter, or for a strategy that trains the base's own weights a model; with `homeroom.json` and
+    /// `trainer_state.json` beside either. Nothing is there until all of it is.
+    ///
+    /// # Errors
+    /// When the disk is full, or anything else fails.
+    pub fn save(&self, job: &Job, directory: NewDirectory, parent: Option<&str>) -> Result<PathBuf> {
+        let training = json!({
+            "config": self.config,
+            "options": job.options,
+            "init_from": job.init_from,
+            "parent": parent,
+            "result": self.summary(),
+        });
+        let record = Record { strategy: &job.strategy, data_digest: Some(&self.data_digest), training };
+        if job.adaptation.is_whole_model() {
+            save_model(&directory, &merge(&job.model, &job.adaptation)?, &job.model)?;
+            let manifest = serde_json::to_value(adapter::manifest(&job.model, &job.adaptation, record)?)?;
+            directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())?;
+        } else {
+            adapter::save(&directory, &job.model, &job.adaptation, record)?;
+        }
+        directory.write("trainer_state.json", adapter::pretty(&self.trainer_state())?.as_bytes())?;
+        directory.publish()
+    }
+
+    /// The history of a run in the form of transformers' `trainer_state.json`, which plotting tools read.
+    fn trainer_state(&self) -> Value {
+        let steps = self.report.steps.iter().map(|step| {
+            json!({
+                "step": step.step,
+                "epoch": step.epoch,
+                "loss": step.loss,
+                "grad_norm": step.grad_norm,
+                "learning_rate": step.learning_rate,
+            })
+        });
+        let mut history: Vec<Value> = steps.collect();
+        let last = self.report.steps.last();
+        let (steps, epoch) = (last.map_or(0, |step| step.step), last.map_or(0.0, |step| step.epoch));
+        history.extend(self.after.map(|eval| json!({"step": steps, "epoch": epoch, "eval_loss": eval.loss})));
+        json!({
+            "best_metric": null,
+            "best_model_checkpoint": null,
+            "epoch": epoch,
+            "global_step": steps,
+            "is_hyper_param_search": false,
+            "is_local_process_zero": true,
+            "is_world_process_zero": true,
+            "log_history": history,
+            "max_steps": self.report.planned_steps,
+            "num_train_epochs": self.config.epochs,
+            "total_flos": 0,
+            "trial_name": null,
+            "trial_params": null,
+        })
+    }
+}

@@ -1,0 +1,120 @@
+//! Models by name or path: bases, and adapters with their bases.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Result, bail, ensure};
+use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::adapter::{AdapterFiles, is_adapter};
+use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
+use homeroom_engine::model::BaseModel;
+
+use crate::progress::line;
+use crate::registry;
+
+/// A model that can be run: a base, perhaps with an adapter.
+#[derive(Clone)]
+pub struct Loaded {
+    /// The base.
+    pub model: Arc<BaseModel>,
+    /// The adapter.
+    pub adaptation: Option<Arc<Adaptation>>,
+}
+
+/// What a user says of a model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelRef {
+    /// A path, or a name from `homeroom list-models`.
+    pub name: PathBuf,
+    /// The base of an adapter, if it is not where the adapter says.
+    pub base_model: Option<PathBuf>,
+    /// Take a base with other weights than the adapter was trained on.
+    pub any_base: bool,
+}
+
+/// Loads a base model by the name that the user gave.
+///
+/// # Errors
+/// When there is no such model here, or it cannot be run.
+pub fn load_base(name: &Path) -> Result<BaseModel> {
+    let path = registry::resolve(name);
+    if !path.exists() {
+        let text = name.to_string_lossy();
+        let hub_like = text.matches('/').count() == 1 && !text.starts_with(['.', '/', '~']) && !text.ends_with(".gguf");
+        if hub_like {
+            bail!(
+                "{text}: no such directory; it looks like a name on the Hugging Face hub, and downloading from there is not built yet\nhint: bring the model's directory or a .gguf file to this machine and name its path"
+            );
+        }
+        bail!(
+            "{text}: no such model\nhint: name a Hugging Face directory or a .gguf file; `homeroom list-models` shows yours"
+        );
+    }
+    BaseModel::load(&path)
+}
+
+impl Loaded {
+    /// Loads an adapter with its base, or a base alone.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or the adapter and its base do not belong together.
+    pub fn load(reference: &ModelRef) -> Result<Self> {
+        let path = registry::resolve(&reference.name);
+        if !is_adapter(&path) {
+            ensure!(reference.base_model.is_none(), "{}: not an adapter, so it has no base model", path.display());
+            return Ok(Self { model: Arc::new(load_base(&reference.name)?), adaptation: None });
+        }
+        let files = AdapterFiles::read(&path)?;
+        let base = match reference.base_model.clone().or_else(|| files.base_path()) {
+            Some(base) => base,
+            None => {
+                bail!("{}: it does not say which base model it belongs to; name it with --base-model", path.display())
+            }
+        };
+        if reference.base_model.is_none() && !base.exists() {
+            bail!(
+                "{}: its base model {} is not there\nhint: name where it is with --base-model",
+                path.display(),
+                base.display()
+            );
+        }
+        let model = load_base(&base)?;
+        if let Some(manifest) = &files.manifest {
+            if manifest.template_digest != model.tokenizer.template_digest() {
+                line("warning: the base model's chat template is not the one that the adapter was trained with");
+            }
+            if manifest.tokenizer_digest != model.tokenizer.digest() {
+                line("note: the base model's tokenizer file is not the one that the adapter was trained with");
+            }
+        }
+        let adaptation = files.adapt(&model, reference.any_base)?;
+        Ok(Self { model: Arc::new(model), adaptation: Some(Arc::new(adaptation)) })
+    }
+}
+
+/// Longest row when the user does not say: the model's context, and no more than fits an ordinary machine.
+const DEFAULT_MAX_SEQ_LEN: usize = 2048;
+
+/// How rows are encoded for a model.
+///
+/// # Errors
+/// When the rows may be longer than the model's context.
+pub fn encoder(model: &BaseModel, max_seq_len: Option<usize>, on_long_row: OnLongRow) -> Result<Encoder<'_>> {
+    let context = model.config.max_position_embeddings;
+    let max_seq_len = max_seq_len.unwrap_or(context.min(DEFAULT_MAX_SEQ_LEN));
+    ensure!(max_seq_len <= context, "--max-seq-len {max_seq_len}: the model's context is {context} tokens");
+    Ok(Encoder { tokenizer: &model.tokenizer, template: model.template.as_ref(), max_seq_len, on_long_row })
+}
+
+/// Reads and encodes a file of rows for a model.
+///
+/// # Errors
+/// When a row is refused; all of them in one message.
+pub fn load_rows(
+    path: &Path,
+    model: &BaseModel,
+    max_seq_len: Option<usize>,
+    on_long_row: OnLongRow,
+) -> Result<Dataset> {
+    load_jsonl(path, encoder(model, max_seq_len, on_long_row)?)
+}

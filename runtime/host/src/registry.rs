@@ -1,0 +1,129 @@
+//! The user's models: `models/<name>/` below `$HOMEROOM_HOME` or the user's data directory.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use homeroom_engine::adapter::{HOMEROOM_FILE, Manifest};
+use serde::Serialize;
+
+/// `$HOMEROOM_HOME`, or the user's data directory.
+pub fn data_directory() -> Option<PathBuf> {
+    match std::env::var_os("HOMEROOM_HOME") {
+        Some(home) if !home.is_empty() => Some(PathBuf::from(home)),
+        _ => directories::ProjectDirs::from("", "", "homeroom").map(|dirs| dirs.data_dir().to_owned()),
+    }
+}
+
+/// Whether a text can name a model: `[a-z0-9][a-z0-9._-]{0,63}`.
+pub fn is_name(text: &str) -> bool {
+    let body = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
+    let first = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
+    first && text.len() <= 64 && text.chars().all(body)
+}
+
+/// Where the model of that name is, or will be.
+///
+/// # Errors
+/// When the name is not one, or there is no place for models.
+pub fn place(name: &str) -> Result<PathBuf> {
+    ensure!(
+        is_name(name),
+        "`{name}` is not a model's name: up to 64 small letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+    );
+    let data = data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
+    Ok(data.join("models").join(name))
+}
+
+/// The path that a user means: what is there wins, then a model of that name.
+pub fn resolve(name: &Path) -> PathBuf {
+    if name.exists() {
+        return name.to_owned();
+    }
+    let named = name.to_str().filter(|text| is_name(text)).and_then(|text| place(text).ok());
+    named.filter(|path| path.exists()).unwrap_or_else(|| name.to_owned())
+}
+
+/// A model in the registry.
+#[derive(Clone, Debug, Serialize)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Its directory.
+    pub path: PathBuf,
+    /// `adapter` or `model`.
+    pub kind: &'static str,
+    /// The strategy that trained it.
+    pub strategy: String,
+    /// The base it was trained on.
+    pub base: PathBuf,
+    /// Held-out loss at the end of its training.
+    pub eval_loss: Option<f64>,
+    /// The model it was trained on from, if it went on from another of the registry.
+    pub parent: Option<String>,
+    /// Why it cannot be read, where it cannot.
+    pub problem: Option<String>,
+}
+
+/// All models in the registry, by name.
+///
+/// # Errors
+/// When the directory cannot be listed.
+pub fn list() -> Result<Vec<Entry>> {
+    let Some(models) = data_directory().map(|data| data.join("models")) else { return Ok(Vec::new()) };
+    let entries = match std::fs::read_dir(&models) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("{}: cannot list", models.display())),
+    };
+    let mut found: Vec<Entry> = entries
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let name = path.file_name()?.to_str().filter(|name| is_name(name))?.to_owned();
+            path.is_dir().then(|| read(name, path))
+        })
+        .collect();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+fn read(name: String, path: PathBuf) -> Entry {
+    let kind = if homeroom_engine::adapter::is_adapter(&path) { "adapter" } else { "model" };
+    let text = std::fs::read_to_string(path.join(HOMEROOM_FILE));
+    let manifest = text.map_err(anyhow::Error::from).and_then(|text| Ok(serde_json::from_str::<Manifest>(&text)?));
+    let entry = Entry {
+        name,
+        path,
+        kind,
+        strategy: String::new(),
+        base: PathBuf::new(),
+        eval_loss: None,
+        parent: None,
+        problem: None,
+    };
+    match manifest {
+        Ok(manifest) => Entry {
+            strategy: manifest.strategy.name,
+            base: manifest.base.path,
+            eval_loss: manifest.training["result"]["eval_loss"].as_f64(),
+            parent: manifest.training["parent"].as_str().map(str::to_owned),
+            ..entry
+        },
+        Err(error) => Entry { problem: Some(format!("{HOMEROOM_FILE}: {error:#}")), ..entry },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_leave_the_registry() {
+        for good in ["algebra-tutor", "a", "0.5b_v2"] {
+            assert!(is_name(good), "{good}");
+        }
+        let long = "a".repeat(65);
+        for bad in ["", "..", ".hidden", "-x", "A", "a/b", "a b", "ä", long.as_str()] {
+            assert!(!is_name(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What was trained, by name: listed, used by that name, and exported for other programs.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+use homeroom_engine::batch::Batch;
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::recipe::Pass;
+use serde_json::Value;
+
+use crate::support::{distance, fixture, homeroom, plugin_path};
+
+/// The program with its own data directory and the strategies that cargo built.
+fn program(home: &Path) -> Result<Command> {
+    let mut command = homeroom();
+    let plugins = plugin_path("lora").parent().context("a library lies in a directory")?.to_owned();
+    command.env("HOMEROOM_HOME", home).env("HOMEROOM_PLUGINS", plugins);
+    Ok(command)
+}
+
+fn done(command: &mut Command) -> Result<Output> {
+    let output = command.output()?;
+    ensure!(output.status.success(), "{command:?}:\n{}", String::from_utf8_lossy(&output.stderr));
+    Ok(output)
+}
+
+fn json(output: &Output) -> Result<Value> {
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+fn train(home: &Path, model: &str, name: &str) -> Result<()> {
+    let mut command = program(home)?;
+    command.arg("fine-tune").arg("--model-name").arg(fixture("models").join(model));
+    command.arg("--training-file").arg(fixture("rows/colours.jsonl")).args(["--name", name, "--max-steps", "4"]);
+    command.args(["--learning-rate", "2e-2", "--eval-fraction", "0.2", "--warmup-ratio", "0"]);
+    done(&mut command).map(|_| ())
+}
+
+#[test]
+fn a_model_that_was_trained_by_name_is_listed_and_answers_by_name() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    train(home.path(), "llama", "colours")?;
+    let list = json(&done(program(home.path())?.args(["list-models", "--json"]))?)?;
+    ensure!(list.as_array().is_some_and(|list| list.len() == 1), "{list}");
+    let entry = &list[0];
+    assert_eq!((entry["name"].as_str(), entry["kind"].as_str()), (Some("colours"), Some("adapter")));
+    assert_eq!(entry["strategy"], "lora");
+    assert!(entry["eval_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{entry}");
+
+    let eval = |name: &Path| -> Result<f64> {
+        let mut command = program(home.path())?;
+        command.arg("eval").arg("--model-dir").arg(name).arg("--json");
+        let output = done(command.arg("--file").arg(fixture("rows/colours.jsonl")))?;
+        json(&output)?["loss"].as_f64().context("`eval` prints a loss")
+    };
+    assert_eq!(eval(Path::new("colours"))?, eval(&home.path().join("models/colours"))?);
+    assert!(eval(Path::new("colours"))? < eval(&fixture("models/llama"))?);
+    Ok(())
+}
+
+#[test]
+fn a_name_is_not_written_over_unless_asked() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    train(home.path(), "llama", "colours")?;
+    let error = train(home.path(), "llama", "colours").unwrap_err().to_string();
+    assert!(error.contains("not empty") && error.contains("--overwrite"), "{error}");
+    let error = train(home.path(), "llama", "../colours").unwrap_err().to_string();
+    assert!(error.contains("is not a model's name"), "{error}");
+    Ok(())
+}
+
+/// The export is the trained model to f32 rounding, with the base's tokenizer byte for byte and the template where old and new
+/// readers look for it.
+#[test]
+fn a_merged_export_is_the_trained_model() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    for model in ["llama", "llama-gguf/model-mixed.gguf"] {
+        let name = if model == "llama" { "from-directory" } else { "from-gguf" };
+        train(home.path(), model, name)?;
+        let out = home.path().join(format!("{name}-merged"));
+        let mut command = program(home.path())?;
+        command
+            .args(["export-model", "--model-dir", name, "--format", "merged", "--json"])
+            .arg("--output-dir")
+            .arg(&out);
+        let kl = json(&done(&mut command)?)?["kl"].as_f64().context("the export prints its KL")?;
+        assert!((0.0..1e-8).contains(&kl.abs()), "{model}: {kl}");
+
+        let base = BaseModel::load(&fixture("models").join(model))?;
+        let files = homeroom_engine::adapter::AdapterFiles::read(&home.path().join("models").join(name))?;
+        let adaptation = files.adapt(&base, false)?;
+        let batch = Batch::of_tokens(&[1, 30, 31, 200, 77, 9], 0);
+        let logits = |pass: &Pass<'_>| -> Result<Vec<f32>> { Ok(pass.logits(&batch)?.flatten_all()?.to_vec1()?) };
+        let trained = logits(&Pass::evaluation(&base, Some(&adaptation)))?;
+        let exported = logits(&Pass::evaluation(&BaseModel::load(&out)?, None))?;
+        assert!(distance(&trained, &exported) < 1e-3, "{model}: {}", distance(&trained, &exported));
+        assert!(distance(&trained, &logits(&Pass::evaluation(&base, None))?) > 1e-2, "{model}: nothing was learned");
+
+        let config: Value = serde_json::from_slice(&fs::read(out.join("tokenizer_config.json"))?)?;
+        let template = fs::read_to_string(out.join("chat_template.jinja"))?;
+        assert_eq!(config["chat_template"].as_str(), Some(template.as_str()));
+        if model == "llama" {
+            let original = fixture("models/llama/tokenizer.json");
+            assert_eq!(fs::read(out.join("tokenizer.json"))?, fs::read(original)?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_base_has_nothing_to_merge() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let mut command = program(home.path())?;
+    command.args(["export-model", "--format", "merged", "--model-dir"]).arg(fixture("models/llama"));
+    let output = command.arg("--output-dir").arg(home.path().join("out")).output()?;
+    assert!(!output.status.success());
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("not an adapter") && error.contains("nothing to merge"), "{error}");
+    assert!(!home.path().join("out").exists());
+    Ok(())
+}

@@ -1,11 +1,13 @@
 //! Tests that cross crates: strategies from their `.so` files, the program as users run it, and numbers against torch.
 
+#[cfg(unix)]
 mod command_line;
 mod curves;
 mod export;
 mod gradients;
 mod invariants;
 mod models;
+#[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
 mod support;

@@ -328,6 +328,7 @@ pub fn main() -> ExitCode {
         Command::ExportModel(arguments) => command::export_model::run(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
     };
+    interrupt::await_end();
     match done {
         Ok(Done::Whole) => ExitCode::SUCCESS,
         Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),

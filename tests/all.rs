@@ -2,6 +2,7 @@
 
 mod curves;
 mod gradients;
+mod handlers;
 mod invariants;
 mod models;
 mod support;

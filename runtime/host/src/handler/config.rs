@@ -471,7 +471,7 @@ egress = "dney"
 "#,
         );
         for wanted in [
-            "14 problems",
+            "17 problems",
             "`lokal`: unknown kind, did you mean `local`?",
             "`base_ulr`: unknown key, did you mean `base_url`?",
             "[handlers.b]: `base_url` is missing",
@@ -482,7 +482,7 @@ egress = "dney"
             "`base_url`: an address begins with",
             "`read_timeout_s`: should be from 1 to 3600",
             "`route`: unknown key, did you mean `routes`?",
-            "`cc`: there is no such handler, did you mean `a`?",
+            "`cc`: there is no such handler, did you mean `c`?",
             "`c`: is in the list twice",
             "\"redact\" is not built yet",
             "`handlers`: the list is empty",

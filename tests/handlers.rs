@@ -251,7 +251,7 @@ fn an_answer_that_breaks_off_is_never_whole() -> Result<()> {
         (format!("{word}data: {{\"choi"), Kind::Protocol),
         (format!("{word}data: {{\"error\":{{\"message\":\"overloaded\",\"code\":503}}}}\n\n"), Kind::Unavailable),
         (
-            format!("data: {{\"error\":{{\"message\":\"slow\",\"type\":\"rate_limit_error\"}}}}\n\n"),
+            "data: {\"error\":{\"message\":\"slow\",\"type\":\"rate_limit_error\"}}\n\n".to_owned(),
             Kind::RateLimited { retry_after: None },
         ),
         (format!("{word}<silence>"), Kind::Timeout),

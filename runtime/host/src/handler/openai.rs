@@ -288,7 +288,10 @@ impl<R: io::BufRead> Answer<R> {
         let data = match self.events.next() {
             Some(Ok(data)) => data,
             // After the finish nothing is missing but perhaps the usage.
-            None | Some(Err(_)) if self.finish.is_some() => return Ok(self.end()),
+            None | Some(Err(_)) if self.finish.is_some() => {
+                self.end();
+                return Ok(());
+            }
             None => return Err(self.error(Kind::Cut, "the answer broke off: the connection ended before it did")),
             Some(Err(error)) if is_timeout(&error) => {
                 return Err(self.error(Kind::Timeout, "the answer stopped in the middle: no further word in time"));
@@ -299,10 +302,11 @@ impl<R: io::BufRead> Answer<R> {
             Some(Err(error)) => return Err(self.error(Kind::Cut, &format!("the answer broke off: {error}"))),
         };
         if data.trim() == "[DONE]" {
-            return match self.finish {
-                Some(_) => Ok(self.end()),
-                None => Err(self.error(Kind::Cut, "the answer broke off: it is done without a finish_reason")),
-            };
+            if self.finish.is_none() {
+                return Err(self.error(Kind::Cut, "the answer broke off: it is done without a finish_reason"));
+            }
+            self.end();
+            return Ok(());
         }
         let chunk: Value =
             serde_json::from_str(&data).map_err(|_| self.error(Kind::Protocol, "a piece of the answer is not JSON"))?;

@@ -3,6 +3,7 @@
 mod curves;
 mod export;
 mod gradients;
+mod handlers;
 mod invariants;
 mod models;
 mod support;

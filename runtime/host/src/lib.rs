@@ -2,9 +2,11 @@
 //!
 //! [`cli`] reads the command line and hands over to a file of `command/`. [`plugin`] finds, checks and loads strategies;
 //! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains.
+//! [`handler`] answers conversations, [`serve`] does so over HTTP.
 
 pub mod cli;
 mod command;
+pub mod handler;
 mod interrupt;
 pub mod job;
 mod machine;
@@ -12,3 +14,5 @@ pub mod models;
 pub mod plugin;
 mod progress;
 pub mod registry;
+pub mod serve;
+pub mod toml_problems;

@@ -4,6 +4,7 @@ pub mod chat;
 pub mod eval;
 pub mod fine_tune;
 pub mod plugins;
+pub mod run;
 
 use std::io::Write;
 

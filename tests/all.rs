@@ -4,4 +4,5 @@ mod curves;
 mod gradients;
 mod invariants;
 mod models;
+mod pipelines;
 mod support;

@@ -214,7 +214,10 @@ mod tests {
         let cases = [
             ("homeroom.fine_tun {}", "s.lua:1: `homeroom` has no `fine_tun`, did you mean `fine_tune`?"),
             ("\n\nprint(params.modle)", "s.lua:3: `params` has no `modle`, did you mean `model`?"),
-            ("homeroom.fine_tune {\n  epoch = 1 }", "s.lua:2: fine_tune: unknown option `epoch`, did you mean `epochs`?"),
+            (
+                "homeroom.fine_tune {\n  epoch = 1 }",
+                "s.lua:2: fine_tune: unknown option `epoch`, did you mean `epochs`?",
+            ),
             ("homeroom.fine_tune({ lora_q = 1 })", "unknown option `lora_q`, did you mean `lora_r`?"),
             ("d:split { evla = 1 }", "s.lua:1: split: unknown option `evla`, did you mean `eval`?"),
             ("--[[ x\n]] homeroom.nothing()", "s.lua:2: `homeroom` has no `nothing`; it has load_model"),

@@ -57,13 +57,8 @@ enum Type {
     Path,
 }
 
-const TYPES: [(&str, Type); 5] = [
-    ("string", Type::String),
-    ("int", Type::Int),
-    ("float", Type::Float),
-    ("bool", Type::Bool),
-    ("path", Type::Path),
-];
+const TYPES: [(&str, Type); 5] =
+    [("string", Type::String), ("int", Type::Int), ("float", Type::Float), ("bool", Type::Bool), ("path", Type::Path)];
 
 /// One declared parameter.
 struct Param {

@@ -200,7 +200,7 @@ impl Sandbox {
         if let Value::Table(table) = &value {
             freeze(table)?;
         }
-        self.globals.set(name, value)
+        self.globals.raw_set(name, value)
     }
 
     fn guard(&self) -> mlua::Result<()> {
@@ -211,22 +211,23 @@ impl Sandbox {
         }
         let string: Table = globals.get("string")?;
         let rep: Function = string.get("rep")?;
-        let guarded = lua.create_function(move |_, (text, count, more): (LuaString, f64, Variadic<Value>)| {
+        let guarded = lua.create_function(move |_, (text, count): (LuaString, f64)| {
             let bytes = text.as_bytes().len() as f64 * count;
             if bytes > REP_BYTES_MAX || count > REP_BYTES_MAX {
                 return Err(mlua::Error::runtime(format!("string.rep: {bytes} bytes are too many for one string")));
             }
-            rep.call::<LuaString>((text, count, more))
+            rep.call::<LuaString>((text, count))
         })?;
         string.set("rep", guarded)?;
         let table: Table = globals.get("table")?;
         let move_all: Function = table.get("move")?;
-        let guarded = lua.create_function(move |_, (from, first, last, rest): (Table, f64, f64, Variadic<Value>)| {
-            if last - first > MOVE_MAX {
-                return Err(mlua::Error::runtime("table.move: too many elements to move at once"));
-            }
-            move_all.call::<Table>((from, first, last, rest))
-        })?;
+        let guarded =
+            lua.create_function(move |_, (from, first, last, rest): (Table, f64, f64, Variadic<Value>)| {
+                if last - first > MOVE_MAX {
+                    return Err(mlua::Error::runtime("table.move: too many elements to move at once"));
+                }
+                move_all.call::<Table>((from, first, last, rest))
+            })?;
         table.set("move", guarded)?;
         self.provide_require()?;
         // A name that nobody defined is a slip, and so is a global that a script makes.
@@ -269,7 +270,9 @@ impl Sandbox {
                 other => {
                     loaded.borrow_mut().remove(&path);
                     other?;
-                    return Err(mlua::Error::runtime(format!("`{name}` returns no table: a module ends with `return`")));
+                    return Err(mlua::Error::runtime(format!(
+                        "`{name}` returns no table: a module ends with `return`"
+                    )));
                 }
             };
             loaded.borrow_mut().insert(path, Some(module.clone()));
@@ -382,8 +385,8 @@ fn place(frame: &str) -> &str {
 /// A compiled chunk, from text and never from bytecode, which is trusted by the machine.
 fn chunk(lua: &Lua, path: &Path, globals: &Table) -> mlua::Result<Function> {
     let name = shown(path);
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| mlua::Error::runtime(format!("{name}: cannot read: {error}")))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|error| mlua::Error::runtime(format!("{name}: cannot read: {error}")))?;
     let chunk = lua.load(text).set_name(format!("@{name}")).set_mode(ChunkMode::Text);
     chunk.set_environment(globals.clone()).into_function()
 }
@@ -402,9 +405,8 @@ pub fn shown(path: &Path) -> String {
 /// # Errors
 /// When the name is not one, there is no such module, or it lies outside of the scripts' directory.
 pub fn module_path(scripts: &Path, name: &str) -> Result<PathBuf> {
-    let part = |part: &str| {
-        !part.is_empty() && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
-    };
+    let part =
+        |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
     if !name.split('/').all(part) {
         bail!("`{name}` is not a module's name: small letters, digits, underscores, and / between directories");
     }
@@ -427,4 +429,216 @@ pub fn freeze(table: &Table) -> mlua::Result<()> {
     }
     table.set_readonly(true);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: Duration = Duration::from_millis(400);
+
+    /// Runs a script in a directory of its own, with a budget; returns what it returns as text, and how long it took.
+    fn play(script: &str, cancelled: &dyn Fn() -> bool) -> (Result<String>, Duration) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("s.lua"), script).unwrap();
+        in_directory(dir.path(), cancelled)
+    }
+
+    fn in_directory(dir: &Path, cancelled: &dyn Fn() -> bool) -> (Result<String>, Duration) {
+        let start = Instant::now();
+        let result = run(dir, BUDGET, cancelled, |sandbox| {
+            let lua = sandbox.lua();
+            let api = lua.create_table().unwrap();
+            let work = lua.create_function(|_, ()| Ok(7)).unwrap();
+            api.set("work", work).unwrap();
+            sandbox.provide("api", api).unwrap();
+            sandbox.close().unwrap();
+            let script = sandbox.compile(&dir.join("s.lua"))?;
+            let value = sandbox.call(&script)?;
+            Ok(value.to_string().unwrap_or_default())
+        });
+        (result, start.elapsed())
+    }
+
+    fn error(script: &str) -> String {
+        format!("{:#}", play(script, &|| false).0.expect_err(script))
+    }
+
+    /// The scripts that stop no other machine, each in its own budget and at most as much again.
+    #[test]
+    fn every_hostile_script_is_stopped_in_time() {
+        let spins = "used its 0.40 s of Lua time";
+        let memory = "more than 256 MiB of memory";
+        let cases = [
+            ("while true do end", spins),
+            ("local function spin() while true do end end while true do pcall(spin) end", spins),
+            ("local function spin() while true do end end while true do pcall(coroutine.wrap(spin)) end", spins),
+            ("local function spin() while true do end end while true do xpcall(spin, spin) end", spins),
+            ("local function f() pcall(function() pcall(f) while true do end end) return f() end f()", spins),
+            ("local function f() pcall(f) f() end f()", ""),
+            (
+                "local function spin() while true do end end while true do pcall(string.gsub, 'aaa', 'a', spin) end",
+                spins,
+            ),
+            ("local function spin() while true do end end while true do pcall(table.sort, {3, 1, 2}, spin) end", spins),
+            ("string.find(('a'):rep(40), ('a-'):rep(40) .. 'b')", spins),
+            ("while true do pcall(string.find, ('a'):rep(40), ('a-'):rep(40) .. 'b') end", spins),
+            ("string.find(('a'):rep(1e5), '.-.-.-.-b$')", spins),
+            ("string.rep('x', 1e9)", "too many for one string"),
+            ("string.rep('x', 1e10)", "too many for one string"),
+            ("return #(('x'):rep(2^33))", "too many for one string"),
+            ("local s = 'x' while true do s = s .. s end", memory),
+            ("local t = {} while true do t[#t + 1] = { t } end", ""),
+            ("local t = {} for i = 1, 1e9 do t[i] = ('x'):rep(1e6) .. i end", memory),
+            ("return (('x'):rep(6e7)):gsub('.', ('y'):rep(1e6))", memory),
+            ("buffer.create(2^30)", memory),
+            ("table.create(6e7, 1)", memory),
+            ("table.move({}, 1, 2^31 - 3, 1)", "too many elements"),
+            ("setmetatable({}, { __gc = function() while true do end end }) while true do end", spins),
+            ("local t = setmetatable({}, { __index = function(t, k) return t[k + 1] end }) return t[1]", ""),
+            (
+                "local co co = coroutine.wrap(function() while true do coroutine.yield() end end) while true do co() end",
+                spins,
+            ),
+        ];
+        for (script, expected) in cases {
+            let (result, time) = play(script, &|| false);
+            let message = format!("{:#}", result.expect_err(script));
+            // On a busy machine a script's time may be over before its memory is.
+            let stopped = message.contains(expected) || (expected == memory && message.contains(spins));
+            assert!(stopped, "{script}\n{message}");
+            assert!(time < 2 * BUDGET + Duration::from_millis(100), "{script}: {time:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_leads_out_of_the_sandbox() {
+        for (script, expected) in [
+            ("loadstring('return 1')", "unknown name `loadstring`"),
+            ("load('return 1')", "unknown name `load`"),
+            ("dofile('x')", "unknown name `dofile`"),
+            ("getfenv()", "unknown name `getfenv`"),
+            ("setfenv(1, {})", "unknown name `setfenv`"),
+            ("newproxy(true)", "unknown name `newproxy`"),
+            ("collectgarbage('stop')", "unknown name `collectgarbage`"),
+            ("io.open('x')", "unknown name `io`"),
+            ("package.loadlib('x', 'y')", "unknown name `package`"),
+            ("os.execute('true')", "attempt to call a nil value"),
+            ("os.remove('s.lua')", "attempt to call a nil value"),
+            ("os.exit(1)", "attempt to call a nil value"),
+            ("os.getenv('HOME')", "attempt to call a nil value"),
+            ("string.dump(function() end)", "attempt to call a nil value"),
+            ("debug.getregistry()", "attempt to call a nil value"),
+            ("getmetatable('').__index = {}", "readonly table"),
+            ("_G.print = 1", "readonly table"),
+            ("print = 1", "readonly table"),
+            ("string.rep = nil", "readonly table"),
+            ("api.work = nil", "readonly table"),
+            ("api.more = 1", "readonly table"),
+            ("rawset(api, 'work', 1)", "readonly table"),
+            ("rawset(_G, 'x', 1)", "readonly table"),
+            ("setmetatable(_G, {})", "protected metatable"),
+            ("setmetatable(api, {})", "readonly table"),
+            ("table.insert(_G, 1)", "readonly table"),
+            ("return table.clear(string)", "readonly table"),
+        ] {
+            let message = error(script);
+            assert!(message.contains(expected), "{script}\n{message}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        // Bytecode is trusted by the machine, so it must not come in as a script.
+        let lua = Lua::new();
+        let code = mlua::chunk::Compiler::new().compile("return 1").unwrap();
+        drop(lua);
+        std::fs::write(dir.path().join("s.lua"), &code).unwrap();
+        assert!(in_directory(dir.path(), &|| false).0.is_err());
+        assert_eq!(play("getmetatable(_G)", &|| false).0.unwrap(), "nil");
+        assert_eq!(play("return getmetatable(_G)", &|| false).0.unwrap(), "locked");
+    }
+
+    #[test]
+    fn a_slip_in_a_name_is_an_error_at_its_line() {
+        assert!(error("local x = 1\nprnit(x)").ends_with("s.lua:2: unknown name `prnit`, did you mean `print`?"));
+        let message = error("local x = 1\ncount = x");
+        assert!(message.contains("s.lua:2: `count` is not declared; write `local count = …`"), "{message}");
+        let message =
+            error("local function f()\n  error('no')\nend\nlocal function g()\n  f()\n  return 1\nend\ng()\nreturn 2");
+        assert!(message.contains("s.lua:2: no\n  called from"), "{message}");
+        assert!(message.contains("s.lua:5\n") && message.ends_with("s.lua:8"), "{message}");
+        assert!(error("local = 3").contains("s.lua:1:"));
+    }
+
+    #[test]
+    fn scripts_compute_as_usual() {
+        for (script, expected) in [
+            ("return ('ab'):rep(3)", "ababab"),
+            ("return #string.rep('x', 0) + #string.rep('x', -3)", "0"),
+            ("return table.concat(table.move({1, 2, 3}, 2, 3, 1), ',')", "2,3,3"),
+            ("local t = table.move({1, 2}, 1, 2, 1, {}) return #t", "2"),
+            ("return api.work() + 1", "8"),
+            ("return select('#', pcall(error, 'x'))", "2"),
+        ] {
+            assert_eq!(play(script, &|| false).0.unwrap(), expected, "{script}");
+        }
+    }
+
+    #[test]
+    fn a_script_ends_when_the_user_wants_it_to() {
+        let (result, time) = play("while true do pcall(function() while true do end end) end", &|| true);
+        assert!(format!("{:#}", result.unwrap_err()).contains("interrupted"));
+        assert!(time < BUDGET, "{time:?}");
+    }
+
+    #[test]
+    fn time_in_a_verb_is_not_the_scripts() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("s.lua"), "wait() return 1").unwrap();
+        let result = run(dir.path(), Duration::from_millis(100), &|| false, |sandbox| {
+            let clock = sandbox.clock.clone();
+            let wait = sandbox.lua().create_function(move |_, ()| {
+                let _paused = clock.pause();
+                std::thread::sleep(Duration::from_millis(300));
+                Ok(())
+            });
+            sandbox.provide("wait", wait.unwrap()).unwrap();
+            sandbox.close().unwrap();
+            sandbox.call(&sandbox.compile(&dir.path().join("s.lua"))?).map(|_| ())
+        });
+        result.unwrap();
+    }
+
+    #[test]
+    fn modules_are_found_below_the_scripts_and_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join("scripts").join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        std::fs::write(dir.path().join("out.lua"), "return {}").unwrap();
+        write("lib/x.lua", "local n = 0 return { next = function() n += 1 return n end }");
+        write("lib/self.lua", "return require('lib/self')");
+        write("lib/none.lua", "local x = 1");
+        write("lib/bad.lua", "\n\nprnit(1)");
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(dir.path().join("out.lua"), dir.path().join("scripts/lib/link.lua")).unwrap();
+        let play = |script: &str| {
+            write("s.lua", script);
+            in_directory(&dir.path().join("scripts"), &|| false).0.map_err(|error| format!("{error:#}"))
+        };
+        assert_eq!(play("require('lib/x').next() return require('lib/x').next()").unwrap(), "2");
+        for (script, expected) in [
+            ("\nrequire('../out')", "s.lua:2: `../out` is not a module's name"),
+            ("require('/etc/passwd')", "not a module's name"),
+            ("require('lib/gone')", "there is no module `lib/gone`"),
+            ("require('lib/self')", "required by itself"),
+            ("require('lib/none')", "returns no table"),
+            ("require('lib/bad')", "lib/bad.lua:3: unknown name `prnit`"),
+            #[cfg(unix)]
+            ("require('lib/link')", "lies outside of"),
+        ] {
+            let message = play(script).expect_err(script);
+            assert!(message.contains(expected), "{script}\n{message}");
+        }
+    }
 }

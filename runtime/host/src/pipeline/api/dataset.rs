@@ -205,7 +205,9 @@ fn map(lua: &Lua, session: &Session, data: &Dataset, change: Value) -> Result<Mu
     for row in data.rows.iter() {
         let changed = match call(lua, session, change, row)? {
             Value::Nil => continue,
-            value @ Value::Table(_) => to_json(&value).map_err(|failure| failure.within(&format!("map: {}", row.place())))?,
+            value @ Value::Table(_) => {
+                to_json(&value).map_err(|failure| failure.within(&format!("map: {}", row.place())))?
+            }
             other => return Err(said(format!("map: the function returned {}, not a row or nil", words(&other)))),
         };
         let text: Arc<str> = in_order_of(&row.json(), changed).to_string().into();

@@ -231,9 +231,8 @@ pub fn provide(sandbox: &Sandbox, session: &Rc<Session>, params: &Map<String, Js
     let homeroom = lua.create_table()?;
     for (name, call) in CALLS {
         let session = session.clone();
-        let function = lua.create_function(move |lua, argument: Value| {
-            guarded(lua, &session, || call(lua, &session, argument))
-        })?;
+        let function =
+            lua.create_function(move |lua, argument: Value| guarded(lua, &session, || call(lua, &session, argument)))?;
         homeroom.set(name, function)?;
     }
     let log = lua.create_table()?;
@@ -483,8 +482,7 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     let answers = lua.create_table()?;
     for prompt in &prompts {
         session.clock.check()?;
-        let messages: Vec<Json> =
-            system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
+        let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
         let ids = prompt_ids(&model, &messages).context("generate")?;
         let text = match session.dry {
             true => String::new(),

@@ -73,7 +73,8 @@ impl ModelSpec {
             return Ok(Self { base: name.to_owned(), strategy, options, adapter: None });
         }
         let files = AdapterFiles::read(&path)?;
-        let base = files.base_path().with_context(|| format!("{}: it does not say which base it has", path.display()))?;
+        let base =
+            files.base_path().with_context(|| format!("{}: it does not say which base it has", path.display()))?;
         Ok(Self { base: base.display().to_string(), strategy, options, adapter: Some(name.to_owned()) })
     }
 

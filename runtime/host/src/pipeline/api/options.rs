@@ -25,11 +25,7 @@ impl Options {
             Value::Table(table) => table,
             Value::Nil if verb.all().all(|option| !option.required) => return Ok(Self { values: BTreeMap::new() }),
             other => {
-                return Err(said(format!(
-                    "{}: it takes one table of options, not {}",
-                    verb.name,
-                    words(&other)
-                )));
+                return Err(said(format!("{}: it takes one table of options, not {}", verb.name, words(&other))));
             }
         };
         let mut values = BTreeMap::new();
@@ -56,11 +52,11 @@ impl Options {
                 problems.push(format!("{}: `{}` is given twice, under both its names", verb.name, option.name));
             }
         }
+        // A table has no order; messages have.
+        problems.sort();
         for option in verb.all().filter(|option| option.required && !values.contains_key(option.name)) {
             problems.push(format!("{}: `{}` is missing; it should be {}", verb.name, option.name, option.kind.words()));
         }
-        // A table has no order; messages have.
-        problems.sort();
         if problems.is_empty() { Ok(Self { values }) } else { Err(said(problems.join("\n  "))) }
     }
 
@@ -165,9 +161,7 @@ pub fn words(value: &Value) -> String {
         }
         Value::Table(_) => "a table".to_owned(),
         Value::Function(_) => "a function".to_owned(),
-        Value::UserData(data) if data.is::<Dataset>() => {
-            "a dataset".to_owned()
-        }
+        Value::UserData(data) if data.is::<Dataset>() => "a dataset".to_owned(),
         other => format!("a {}", other.type_name()),
     }
 }

@@ -275,7 +275,12 @@ pub const VERBS: &[Verb] = &[
             &[
                 opt("eval_every", Kind::Count, "only before and after", "evaluate on `eval` each so many steps"),
                 opt("on_step", Kind::OnStep, "none", "called after each step; may return a directive"),
-                opt("on_eval", Kind::OnEval, "none", "called after each evaluation of `eval_every`; may return a directive"),
+                opt(
+                    "on_eval",
+                    Kind::OnEval,
+                    "none",
+                    "called after each evaluation of `eval_every`; may return a directive",
+                ),
             ],
         ],
         returns: "Tuned",

@@ -217,10 +217,8 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
 fn restate(spec: &ModelSpec, job: &Job, data: &Encoded, eval: Option<&Encoded>, config: &TrainConfig, steps: u64) {
     let Job { model, adaptation, strategy, .. } = job;
     let (all, trained) = (model.parameter_count() as f64, adaptation.trainable_count() as f64);
-    let given: Vec<String> = STRATEGY_NAMES
-        .iter()
-        .filter_map(|name| Some(format!(" {name}={}", spec.options.get(*name)?)))
-        .collect();
+    let given: Vec<String> =
+        STRATEGY_NAMES.iter().filter_map(|name| Some(format!(" {name}={}", spec.options.get(*name)?))).collect();
     eprintln!("model     {}   {:.1} M parameters, {}", spec.base, all / 1e6, model.storage_words());
     eprintln!(
         "strategy  {} {}{}   {:.2} M trained ({:.2} %)",
@@ -346,7 +344,8 @@ impl Watcher<'_> {
                 ("learning_rate_scale", value) => {
                     let number = value.as_number().or_else(|| value.as_integer().map(|number| number as f64));
                     let number = number.filter(|number| number.is_finite() && *number >= 0.0);
-                    let wrong = || raise(format!("`learning_rate_scale` should be a number from 0, not {}", words(value)));
+                    let wrong =
+                        || raise(format!("`learning_rate_scale` should be a number from 0, not {}", words(value)));
                     scale = Some(number.ok_or_else(wrong)?);
                 }
                 (other, _) => {

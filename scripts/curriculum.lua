@@ -13,9 +13,10 @@ local function difficulty(row)
   return 100 * #(row.messages or {}) + chars
 end
 
-local data = homeroom.prepare_dataset { path = params.dataset, eval = params.eval, seed = params.seed }
--- The gate's rows are drawn once and never trained on, so that losses of different stages can be compared.
-local pool, held_out = data.train:dedupe(), data.eval
+-- The gate's rows are drawn once and never trained on, so that losses of different stages can be compared. Rows that are
+-- alike go first: one on each side would be both.
+local all = homeroom.prepare_dataset { path = params.dataset }.train:dedupe()
+local pool, held_out = all:split { eval = params.eval, seed = params.seed }
 local easy, medium, hard = table.unpack(pool:bucket { by = difficulty, quantiles = { 0.33, 0.66 } })
 
 local stages = {

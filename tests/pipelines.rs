@@ -80,7 +80,7 @@ fn row(n: usize) -> Value {
     let sum = format!("{n} + {n} is {}", 2 * n);
     let mut messages =
         vec![json!({"role": "user", "content": format!("{n} + {n}?")}), json!({"role": "assistant", "content": sum})];
-    if n % 3 == 0 {
+    if n.is_multiple_of(3) {
         messages.extend([json!({"role": "user", "content": "Sure?"}), json!({"role": "assistant", "content": "Yes."})]);
     }
     json!({"messages": messages, "level": n % 5, "id": n, "note": null, "meta": {"z": 1, "a": {}}})
@@ -290,6 +290,10 @@ fn mistakes_are_told_at_the_scripts_line() -> Result<()> {
         ("homeroom.load_model(params.model)", "s.lua:1: load_model: it takes one table of options, not"),
         ("homeroom.load_model { name = 3 }", "load_model: `name` should be a string, not 3"),
         ("homeroom.load_modle { }", "s.lua:1: `homeroom` has no `load_modle`, did you mean `load_model`?"),
+        (
+            "homeroom.evaluate { model = \"Org/Model\", dataset = homeroom.prepare_dataset { path = params.dataset }.train }",
+            "looks like a name on the Hugging Face hub",
+        ),
         ("print(params.modle)", "s.lua:1: `params` has no `modle`, did you mean `model`?"),
         ("params.n = 2", "readonly table"),
         ("homeroom.log.inof(\"x\")", "did you mean `info`?"),

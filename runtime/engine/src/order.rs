@@ -99,6 +99,17 @@ mod tests {
     }
 
     #[test]
+    fn a_sample_draws_each_row_at_most_once_and_no_more_than_there_are() {
+        for (n, count, drawn) in [(57, 9, 9), (5, 5, 5), (5, 8, 5), (0, 3, 0)] {
+            let rows = sample(n, count, 7);
+            assert_eq!(rows.len(), drawn);
+            assert!(rows.is_sorted_by(|a, b| a < b) && rows.iter().all(|row| *row < n));
+        }
+        assert_ne!(sample(57, 9, 7), sample(57, 9, 8));
+        assert_ne!(shuffled(57, 7), epoch_order(57, 7, 0, true));
+    }
+
+    #[test]
     fn a_split_that_cannot_be_names_its_numbers() {
         let message = |n, fraction| split(n, fraction, 0).unwrap_err().to_string();
         assert!(message(1, 0.1).contains("1 row(s) cannot be split into 0.1"));

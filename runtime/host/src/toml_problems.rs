@@ -46,15 +46,20 @@ impl Problems {
         Err(anyhow!(out))
     }
 
+    /// The last boundary between characters that is not after `at`.
+    fn boundary(&self, at: usize) -> usize {
+        (0..=at.min(self.text.len())).rev().find(|at| self.text.is_char_boundary(*at)).unwrap_or(0)
+    }
+
     fn show(&self, out: &mut String, span: &Range<usize>, message: &str) {
-        let start = self.text.floor_char_boundary(span.start);
+        let start = self.boundary(span.start);
         let first = self.text[..start].rfind('\n').map_or(0, |at| at + 1);
         let last = self.text[start..].find('\n').map_or(self.text.len(), |at| start + at);
         let line = self.text[first..last].trim_end_matches('\r');
         let number = self.text[..start].matches('\n').count() + 1;
         let before = &self.text[first..start.min(first + line.len())];
         // A span over several lines is marked on its first.
-        let end = self.text.floor_char_boundary(span.end).clamp(first + before.len(), first + line.len());
+        let end = self.boundary(span.end).clamp(first + before.len(), first + line.len());
         let width = self.text[first + before.len()..end].chars().count().max(1);
         let column = before.chars().count() + 1;
         // Tabs stay tabs, so that the caret stands where the terminal puts what it marks.

@@ -154,8 +154,8 @@ fn keys(script: &str, tokens: &[(usize, Token)], from: usize, verb: &Verb, probl
         return;
     }
     let (mut depth, mut blocks) = (0_usize, 0_usize);
-    for at in open..tokens.len() {
-        match &tokens[at].1 {
+    for (at, (line, token)) in tokens.iter().enumerate().skip(open) {
+        match token {
             Token::Symbol('{' | '(' | '[') => depth += 1,
             Token::Symbol('}' | ')' | ']') => {
                 depth -= 1;
@@ -171,7 +171,7 @@ fn keys(script: &str, tokens: &[(usize, Token)], from: usize, verb: &Verb, probl
                     let assigns = is(at + 1, '=') && !is(at + 2, '=');
                     if depth == 1 && blocks == 0 && begins && assigns {
                         let unknown = verb.unknown(key);
-                        problems.extend(unknown.map(|message| format!("{script}:{}: {message}", tokens[at].0)));
+                        problems.extend(unknown.map(|message| format!("{script}:{line}: {message}")));
                     }
                 }
             },

@@ -23,7 +23,7 @@ pub const PIPELINE_KEYS: [(&str, &str); 3] = [
 
 /// Keys of a parameter's declaration, each with what it does.
 pub const PARAM_KEYS: [(&str, &str); 7] = [
-    ("type", "`string`, `int`, `float`, `bool` or `path`"),
+    ("type", "`string`, `int`, `float`, `bool`, `path`, or `model`: a path if it is there, else a name"),
     ("default", "the value when none is set"),
     ("required", "`true`: there is no default, and `--set` has to name it"),
     ("min", "smallest number, or shortest string"),
@@ -55,10 +55,17 @@ enum Type {
     Float,
     Bool,
     Path,
+    Model,
 }
 
-const TYPES: [(&str, Type); 5] =
-    [("string", Type::String), ("int", Type::Int), ("float", Type::Float), ("bool", Type::Bool), ("path", Type::Path)];
+const TYPES: [(&str, Type); 6] = [
+    ("string", Type::String),
+    ("int", Type::Int),
+    ("float", Type::Float),
+    ("bool", Type::Bool),
+    ("path", Type::Path),
+    ("model", Type::Model),
+];
 
 /// One declared parameter.
 struct Param {
@@ -199,7 +206,7 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
             found?.1
         }
     };
-    let numeric = !matches!(kind, Type::Bool | Type::Path);
+    let numeric = !matches!(kind, Type::Bool | Type::Path | Type::Model);
     let mut bound = |key: &str| {
         let item = table.get(key)?;
         let bound = number(item).filter(|_| numeric);
@@ -264,12 +271,13 @@ fn words(kind: Type) -> &'static str {
         Type::Float => "a number",
         Type::Bool => "true or false",
         Type::Path => "a path, as a string",
+        Type::Model => "a model's path or name, as a string",
     }
 }
 
 fn typed(value: &toml_edit::Value, kind: Type) -> Option<Value> {
     match kind {
-        Type::String | Type::Path => value.as_str().map(Value::from),
+        Type::String | Type::Path | Type::Model => value.as_str().map(Value::from),
         Type::Int => value.as_integer().map(Value::from),
         Type::Float => {
             let number = value.as_float().or_else(|| value.as_integer().map(|number| number as f64))?;
@@ -282,7 +290,7 @@ fn typed(value: &toml_edit::Value, kind: Type) -> Option<Value> {
 /// The value that a text of `--set` stands for.
 fn parsed(text: &str, kind: Type) -> Option<Value> {
     match kind {
-        Type::String | Type::Path => Some(text.into()),
+        Type::String | Type::Path | Type::Model => Some(text.into()),
         Type::Int => text.parse::<i64>().ok().map(Value::from),
         Type::Float => text.parse::<f64>().ok().filter(|number| number.is_finite()).map(Value::from),
         Type::Bool => text.parse::<bool>().ok().map(Value::from),
@@ -341,8 +349,7 @@ fn values(
         let value = parsed(text, param.kind).ok_or_else(|| format!("it should be {}", words(param.kind)));
         match value.and_then(|value| check(param, value)) {
             Ok(value) => {
-                let value = if param.kind == Type::Path { located(&here, value) } else { value };
-                given.insert(name.clone(), value);
+                given.insert(name.clone(), located(&here, value, param.kind));
             }
             Err(why) => {
                 refused.push(name);
@@ -352,10 +359,7 @@ fn values(
     }
     let mut values = Map::new();
     for param in declared {
-        let default = param.default.clone().map(|value| match param.kind {
-            Type::Path => located(base, value),
-            _ => value,
-        });
+        let default = param.default.clone().map(|value| located(base, value, param.kind));
         let value = given.remove(&param.name).or(default);
         if value.is_none() && param.required && !refused.contains(&&param.name) {
             problems.at(None, format!("{}: it is required; --set {}=…", param.name, param.name));
@@ -365,12 +369,13 @@ fn values(
     values
 }
 
-/// A path made absolute, relative to `base`; what is the name of a model in the registry, and nothing there, stays a name.
-fn located(base: &Path, value: Value) -> Value {
-    let Some(text) = value.as_str() else { return value };
+/// A path made absolute, relative to `base`. The name of a model is no path: one of the registry stays, and so does whatever
+/// is declared as a model and not there.
+fn located(base: &Path, value: Value, kind: Type) -> Value {
+    let Some(text) = value.as_str().filter(|_| matches!(kind, Type::Path | Type::Model)) else { return value };
     let path = base.join(text);
-    let is_model = || registry::place(text).is_ok_and(|place| place.exists());
-    if !path.exists() && is_model() {
+    let is_name = || kind == Type::Model || registry::place(text).is_ok_and(|place| place.exists());
+    if !path.exists() && is_name() {
         return value;
     }
     path.display().to_string().into()
@@ -410,6 +415,12 @@ mod tests {
         let here = std::env::current_dir()?.join("other.jsonl");
         assert_eq!(read(GOOD, &[("rows", "other.jsonl")])?.params["rows"], here.to_str().unwrap_or_default());
         assert_eq!(read(GOOD, &[])?.params["mode"], Value::Null);
+        let model = |text: &str| -> Result<Value> {
+            let declared = format!("{GOOD}base = {{ type = \"model\", default = \"{text}\" }}");
+            Ok(read(&declared, &[])?.params["base"].clone())
+        };
+        assert_eq!(model("Org/Model")?, "Org/Model");
+        assert!(model("s.lua")?.as_str().is_some_and(|path| Path::new(path).is_absolute()));
         Ok(())
     }
 

@@ -113,7 +113,8 @@ impl ModelSpec {
         if let Some(known) = session.bases.borrow().get(&path) {
             return Ok(known.clone());
         }
-        let model = Arc::new(load_base(&path)?);
+        // What is not there may be a name that means something elsewhere, so it is told as it was given.
+        let model = Arc::new(load_base(if path.exists() { &path } else { Path::new(&self.base) })?);
         session.bases.borrow_mut().insert(path, model.clone());
         Ok(model)
     }

@@ -291,7 +291,7 @@ impl Watcher<'_> {
             table.set("tokens", report.tokens)?;
             scale = self.call("on_step", table)?.or(scale);
         }
-        let due = self.options.whole("eval_every").is_some_and(|every| report.step % every == 0);
+        let due = self.options.whole("eval_every").is_some_and(|every| report.step.is_multiple_of(every));
         if due && report.step < planned_steps && self.stopped.is_none() && !self.held_out.is_empty() {
             let Some(eval) = evaluate(self.session, self.job, self.held_out)? else { return Ok(Control::Stop) };
             self.best = self.best.min(eval.loss);

@@ -6,4 +6,5 @@ mod gradients;
 mod handlers;
 mod invariants;
 mod models;
+mod pipelines;
 mod support;

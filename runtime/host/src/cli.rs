@@ -25,6 +25,8 @@ struct Cli {
 enum Command {
     /// Trains a model on rows of text or conversations, and saves an adapter
     FineTune(Box<FineTune>),
+    /// Runs a pipeline: a Lua script that a TOML file declares
+    Run(Run),
     /// Measures loss, perplexity and token accuracy on a file of rows
     Eval(Eval),
     /// Talks with a model, or answers one prompt; the reply alone goes to stdout
@@ -198,6 +200,30 @@ pub struct FineTune {
     pub json: bool,
 }
 
+/// Arguments of `run`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct Run {
+    /// TOML file with a [pipeline]
+    #[arg(value_name = "CONFIG")]
+    pub config: PathBuf,
+    /// Set a parameter of the pipeline
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_value)]
+    pub set: Vec<(String, String)>,
+    /// Only say what is wrong with the file and its script
+    #[arg(long, conflicts_with = "dry_run")]
+    pub check: bool,
+    /// Walk the script and say what it would do, without training or writing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Look for strategies here first
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Print what the script returns as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Arguments of `eval`.
 #[derive(Args)]
 #[allow(missing_docs)]
@@ -347,6 +373,11 @@ fn at_least_two(text: &str) -> Result<usize, String> {
     number.ok_or_else(|| "it should be a whole number from 2".to_owned())
 }
 
+fn name_value(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("it should be NAME=VALUE")?;
+    Ok((name.trim().to_owned(), value.to_owned()))
+}
+
 fn key_value(text: &str) -> Result<(String, serde_json::Value), String> {
     let (key, value) = text.split_once('=').ok_or("it should be KEY=VALUE")?;
     let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
@@ -358,6 +389,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Command::FineTune(arguments) => command::fine_tune::run(&arguments),
+        Command::Run(arguments) => command::run::run(&arguments),
         Command::Eval(arguments) => command::eval::run(&arguments),
         Command::Chat(arguments) => command::chat::run(&arguments),
         Command::ListModels(arguments) => command::list_models::run(&arguments),

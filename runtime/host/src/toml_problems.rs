@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 pub struct Problems<'a> {
     path: PathBuf,
     text: &'a str,
-    found: Vec<(Range<usize>, String)>,
+    found: Vec<(Option<Range<usize>>, String)>,
     hidden: Vec<Range<usize>>,
 }
 
@@ -23,9 +23,9 @@ impl<'a> Problems<'a> {
         Self { path: path.to_owned(), text, found: Vec::new(), hidden: Vec::new() }
     }
 
-    /// Notes a problem at some bytes of the text.
-    pub fn at(&mut self, span: Range<usize>, message: impl Into<String>) {
-        self.found.push((span, message.into()));
+    /// Notes a problem at some bytes of the text; `None` where no place in the file is meant.
+    pub fn at(&mut self, span: impl Into<Option<Range<usize>>>, message: impl Into<String>) {
+        self.found.push((span.into(), message.into()));
     }
 
     /// Notes a problem with a value that must not be printed.
@@ -107,11 +107,14 @@ impl<'a> Problems<'a> {
         if self.found.is_empty() {
             return Ok(());
         }
-        self.found.sort_by_key(|(span, _)| span.start);
+        self.found.sort_by_key(|(span, _)| span.as_ref().map_or(usize::MAX, |span| span.start));
         let count = self.found.len();
         let mut report = format!("{}: {count} problem{}", self.path.display(), if count == 1 { "" } else { "s" });
         for (span, message) in &self.found {
-            self.show(&mut report, span, message);
+            match span {
+                Some(span) => self.show(&mut report, span, message),
+                None => write!(report, "\n  {message}").expect("a string takes what is written"),
+            }
         }
         bail!(report)
     }

@@ -1,5 +1,6 @@
 //! Tests that cross crates: strategies from their `.so` files, the program as users run it, and numbers against torch.
 
+mod command_line;
 mod curves;
 mod export;
 mod gradients;
@@ -7,4 +8,6 @@ mod handlers;
 mod invariants;
 mod models;
 mod pipelines;
+mod plugins;
+mod real_model;
 mod support;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +11,8 @@ use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::tensors::map_safetensors;
-use serde_json::Value;
+use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// The repository.
 pub fn root() -> PathBuf {
@@ -28,9 +29,140 @@ pub fn model(name: &str) -> Result<BaseModel> {
     BaseModel::load(&fixture("models").join(name))
 }
 
-/// The program as cargo built it.
+/// The program as cargo built it, with the plugins of this repository and none that the user has.
 pub fn homeroom() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_homeroom"))
+    let mut command = Command::new(env!("CARGO_BIN_EXE_homeroom"));
+    let plugins = plugin_path("lora");
+    command.env("HOMEROOM_PLUGINS", plugins.parent().expect("a library lies in a directory"));
+    command.env("HOMEROOM_HOME", "/nowhere");
+    command
+}
+
+/// What a command came to.
+#[derive(Debug)]
+pub struct Ran {
+    /// `None`: a signal ended it.
+    pub code: Option<i32>,
+    /// Its result.
+    pub stdout: String,
+    /// Its story.
+    pub stderr: String,
+}
+
+/// Runs a command to its end. It must not have panicked, whatever came of it.
+pub fn run(command: &mut Command) -> Result<Ran> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {command:?}"))?;
+    let ran = Ran {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout)?,
+        stderr: String::from_utf8(output.stderr)?,
+    };
+    ensure!(!ran.stderr.contains("panicked at"), "{command:?} panicked:\n{}", ran.stderr);
+    Ok(ran)
+}
+
+/// Runs a command that must succeed.
+pub fn succeeds(command: &mut Command) -> Result<Ran> {
+    let ran = run(command)?;
+    ensure!(ran.code == Some(0), "{command:?} ended with {:?}:\n{}", ran.code, ran.stderr);
+    Ok(ran)
+}
+
+/// Runs a command that must fail with one error, in which all of `words` stand, and with nothing on stdout.
+pub fn refused(command: &mut Command, words: &[&str]) -> Result<()> {
+    let Ran { code, stdout, stderr } = run(command)?;
+    ensure!(code == Some(1), "{command:?} ended with {code:?}:\n{stderr}");
+    ensure!(stdout.is_empty(), "{command:?} printed {stdout:?}");
+    let error = stderr.find("error: ").map(|at| &stderr[at..]);
+    let error = error.with_context(|| format!("{command:?} gave no error:\n{stderr}"))?;
+    for word in words {
+        ensure!(error.contains(word), "{command:?}: no `{word}` in\n{error}");
+    }
+    Ok(())
+}
+
+/// The object that a command printed with `--json`: one line, and nothing else on stdout.
+pub fn printed_json(ran: &Ran) -> Result<Value> {
+    ensure!(ran.stdout.lines().count() == 1, "more than one line:\n{}", ran.stdout);
+    serde_json::from_str(&ran.stdout).with_context(|| format!("not JSON: {}", ran.stdout))
+}
+
+/// A directory of a test's own. What runs write goes to `outputs/` in it.
+pub struct Place(TempDir);
+
+impl Place {
+    /// An empty one, on the disk that the build is on.
+    pub fn new() -> Result<Self> {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        std::fs::create_dir(dir.path().join("outputs"))?;
+        Ok(Self(dir))
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A file in it.
+    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<PathBuf> {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().context("a file lies in a directory")?)?;
+        std::fs::write(&path, bytes)?;
+        Ok(path)
+    }
+
+    /// A JSONL file of so many short conversations.
+    pub fn rows(&self, name: &str, count: usize) -> Result<PathBuf> {
+        let row = |number| {
+            let answer = format!("{} is what you get", number * 7 % 10);
+            json!({"messages": [
+                {"role": "user", "content": format!("times seven: {number}")},
+                {"role": "assistant", "content": answer},
+            ]})
+        };
+        let lines: Vec<String> = (0..count).map(|number| format!("{}\n", row(number))).collect();
+        self.write(name, lines.concat())
+    }
+
+    /// A copy of a directory's files, to change.
+    pub fn copy(&self, from: &Path, name: &str) -> Result<PathBuf> {
+        let to = self.path(name);
+        std::fs::create_dir_all(&to)?;
+        for entry in std::fs::read_dir(from)? {
+            let path = entry?.path();
+            std::fs::copy(&path, to.join(path.file_name().context("an entry has a name")?))?;
+        }
+        Ok(to)
+    }
+
+    /// `fine-tune` of a model into `outputs/out`.
+    pub fn fine_tune(&self, model: &Path, rows: &Path) -> Command {
+        let mut command = homeroom();
+        command.arg("fine-tune").arg("--model-name").arg(model).arg("--training-file").arg(rows);
+        command.arg("--output-dir").arg(self.path("outputs/out"));
+        command
+    }
+
+    /// Everything in `outputs/`, hidden or not.
+    pub fn outputs(&self) -> Result<Vec<String>> {
+        let entries = std::fs::read_dir(self.path("outputs"))?;
+        let mut names =
+            entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect::<Result<Vec<_>>>()?;
+        names.sort();
+        Ok(names)
+    }
+}
+
+/// `eval --json` of a model or adapter.
+pub fn eval(model: &Path, rows: &Path) -> Command {
+    let mut command = homeroom();
+    command.arg("eval").arg("--model-dir").arg(model).arg("--file").arg(rows).arg("--json");
+    command
+}
+
+/// The loss that `eval` finds.
+pub fn loss(model: &Path, rows: &Path) -> Result<f64> {
+    printed_json(&succeeds(&mut eval(model, rows))?)?["loss"].as_f64().context("a loss is a number")
 }
 
 /// The plugin's file, built by the first test that asks.
@@ -46,6 +178,8 @@ pub fn plugin_path(name: &str) -> PathBuf {
 pub fn build_plugins(workspace: &Path, packages: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(workspace).args(["build", "--release", "--offline", "--message-format=json"]);
+    // Another workspace shares this one's dependencies, which are built.
+    cargo.env("CARGO_TARGET_DIR", Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name(""));
     for package in packages {
         cargo.args(["-p", package]);
     }
@@ -85,8 +219,11 @@ pub fn adapt(strategy: &str, options: &Value, model: &BaseModel, seed: u64) -> R
     Adaptation::new(model, plan(strategy, options, model)?, seed)
 }
 
+/// A tensor's shape and values.
+pub type Values = (Vec<usize>, Vec<f32>);
+
 /// The tensors of a safetensors file as f32.
-pub fn tensors(path: &Path) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+pub fn tensors(path: &Path) -> Result<BTreeMap<String, Values>> {
     let mapped = map_safetensors(path)?;
     mapped.into_iter().map(|(name, tensor)| Ok((name, (tensor.shape.clone(), tensor.values()?)))).collect()
 }

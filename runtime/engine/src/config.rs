@@ -301,7 +301,8 @@ fn decimal(value: f32) -> f64 {
 fn rope_scaling(rope: &Value) -> Result<RopeScaling> {
     let kind = rope.get("rope_type").or_else(|| rope.get("type")).and_then(Value::as_str);
     let number = |key: &str| {
-        rope.get(key).and_then(Value::as_f64).with_context(|| format!("rope type `llama3` needs the number `{key}`"))
+        let value = rope.get(key).and_then(Value::as_f64).filter(|value| *value > 0.0);
+        value.with_context(|| format!("rope type `llama3` needs the number `{key}`, above zero"))
     };
     match kind {
         None | Some("default") => Ok(RopeScaling::None),

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
 /// A directory in the making, beside its destination, under a temporary name. Dropped before [`NewDirectory::publish`], it
@@ -12,6 +12,8 @@ use tempfile::TempDir;
 pub struct NewDirectory {
     temporary: TempDir,
     destination: PathBuf,
+    /// Whether what is at the destination by then may be replaced; it may, unless the caller says otherwise.
+    pub replaces: bool,
 }
 
 impl NewDirectory {
@@ -21,11 +23,22 @@ impl NewDirectory {
     /// When the parent cannot be created or written.
     pub fn start(destination: &Path) -> Result<Self> {
         let destination = std::path::absolute(destination)?;
-        let parent = destination.parent().context("a directory needs a parent")?;
+        let parent = destination.parent().filter(|_| destination.file_name().is_some());
+        let parent = parent.with_context(|| format!("{}: not a name for a directory", destination.display()))?;
         fs::create_dir_all(parent).with_context(|| format!("{}: cannot create", parent.display()))?;
-        let temporary = tempfile::Builder::new().prefix(".homeroom-").tempdir_in(parent);
+        ensure!(
+            !is_mount_point(&destination, parent),
+            "{}: a mount point, which cannot be replaced by a finished directory; name a directory in it",
+            destination.display()
+        );
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".homeroom-");
+        // As open as the user's other directories: the system takes away what their umask forbids.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let temporary = builder.tempdir_in(parent);
         let temporary = temporary.with_context(|| format!("{}: cannot write here", parent.display()))?;
-        Ok(Self { temporary, destination })
+        Ok(Self { temporary, destination, replaces: true })
     }
 
     /// Writes a file and has it on the disk.
@@ -50,16 +63,24 @@ impl NewDirectory {
     /// Gives the directory its name, in place of an older one if there is one.
     ///
     /// # Errors
-    /// When it cannot be renamed; an older one is then still there.
+    /// When it cannot get its name, or that is taken and it must not replace what has it. What had the name is then still there,
+    /// and so is the finished directory: the message says where.
     pub fn publish(self) -> Result<PathBuf> {
-        let Self { temporary, destination } = self;
-        let failed = || format!("{}: cannot put the finished directory here", destination.display());
-        for entry in fs::read_dir(temporary.path()).with_context(failed)? {
-            let path = entry.with_context(failed)?.path();
-            File::open(&path).and_then(|file| file.sync_all()).with_context(failed)?;
-            open_to_others(&path, 0o644).with_context(failed)?;
+        let Self { temporary, destination, replaces } = self;
+        let unfinished = || format!("{}: cannot finish the directory", destination.display());
+        for entry in fs::read_dir(temporary.path()).with_context(unfinished)? {
+            let path = entry.with_context(unfinished)?.path();
+            File::open(&path).and_then(|file| file.sync_all()).with_context(unfinished)?;
+            open_as(temporary.path(), &path).with_context(unfinished)?;
         }
-        open_to_others(temporary.path(), 0o755).with_context(failed)?;
+        let from = temporary.keep();
+        let failed = || {
+            let (to, from) = (destination.display(), from.display());
+            format!("{to}: cannot put the finished directory here; it is whole in {from}")
+        };
+        if !replaces {
+            vacant(&destination).with_context(failed)?;
+        }
         let parent = destination.parent().context("a directory needs a parent")?.to_owned();
         let mut older = None;
         if destination.exists() {
@@ -67,13 +88,13 @@ impl NewDirectory {
             fs::rename(&destination, aside.path().join("old")).with_context(failed)?;
             older = Some(aside);
         }
-        let from = temporary.keep();
         if let Err(error) = fs::rename(&from, &destination) {
-            if let Some(aside) = &older {
-                // The older directory goes back; if even that fails, both stay where the message says.
-                fs::rename(aside.path().join("old"), &destination).with_context(failed)?;
+            if let Some(aside) = older {
+                // The older directory goes back; if even that fails, it stays where the message says.
+                let aside = aside.keep();
+                let back = fs::rename(aside.join("old"), &destination).and_then(|()| fs::remove_dir(&aside));
+                back.with_context(|| format!("the older one is in {}", aside.display())).with_context(failed)?;
             }
-            let _ = fs::remove_dir_all(&from);
             return Err(error).with_context(failed);
         }
         sync_directory(&parent);
@@ -97,15 +118,29 @@ pub fn vacant(path: &Path) -> Result<()> {
     }
 }
 
-/// Temporary files are private; finished ones are as open as the user's other files.
+/// Whether a directory is on another device than its parent.
 #[cfg(unix)]
-fn open_to_others(path: &Path, mode: u32) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+fn is_mount_point(path: &Path, parent: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = fs::symlink_metadata(path).map(|meta| meta.dev());
+    matches!((device, fs::metadata(parent)), (Ok(device), Ok(parent)) if device != parent.dev())
 }
 
 #[cfg(not(unix))]
-fn open_to_others(_: &Path, _: u32) -> std::io::Result<()> {
+fn is_mount_point(_: &Path, _: &Path) -> bool {
+    false
+}
+
+/// Makes a file as open as its directory: some writers make theirs private.
+#[cfg(unix)]
+fn open_as(directory: &Path, file: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = fs::metadata(directory)?.permissions().mode() & 0o666;
+    fs::set_permissions(file, fs::Permissions::from_mode(mode))
+}
+
+#[cfg(not(unix))]
+fn open_as(_: &Path, _: &Path) -> std::io::Result<()> {
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use homeroom_engine::data::OnLongRow;
 use homeroom_engine::schedule::Schedule;
 
 use crate::command;
-use crate::interrupt;
+use crate::{interrupt, progress};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -401,7 +401,7 @@ pub fn main() -> ExitCode {
         Ok(Done::Whole) => ExitCode::SUCCESS,
         Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            progress::line(format_args!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -1,26 +1,39 @@
 //! Ctrl-C: the first one asks a run to end after its step, the second ends the program at once. A conversation and the
 //! server have their own ways.
 
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 
+use crate::progress::line;
+
 static ASKED: AtomicBool = AtomicBool::new(false);
+/// A directory in the making, which nobody else would remove if the program ended now.
+static UNFINISHED: OnceLock<PathBuf> = OnceLock::new();
 
 /// Exit code of a run that was interrupted: 128 + SIGINT, as shells have it.
 pub const EXIT_CODE: u8 = 130;
 
-/// From now on Ctrl-C (and termination) is an interruption. Files are renamed into place when whole, so that ending at once
-/// leaves nothing half-written.
+/// From now on Ctrl-C (and termination) is an interruption. Directories are renamed into place when whole, so that ending at
+/// once leaves nothing half-written.
 ///
 /// # Errors
 /// When the signal handler cannot be set.
 pub fn listen() -> Result<()> {
     let handler = || {
         if ASKED.swap(true, Ordering::SeqCst) {
+            // Renamed first, which fails when the directory has got its final name meanwhile: then it is finished.
+            if let Some(path) = UNFINISHED.get() {
+                let aside = path.with_extension("ended");
+                if std::fs::rename(path, &aside).is_ok() {
+                    let _ = std::fs::remove_dir_all(aside);
+                }
+            }
             std::process::exit(i32::from(EXIT_CODE));
         }
-        eprintln!("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
+        line("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
     };
     on_press(handler)
 }
@@ -36,4 +49,10 @@ pub fn on_press(press: impl FnMut() + Send + 'static) -> Result<()> {
 /// Whether an interruption was asked for.
 pub fn asked() -> bool {
     ASKED.load(Ordering::SeqCst)
+}
+
+/// Names the directory in the making, which goes when the program is ended at once.
+pub fn unfinished(path: &Path) {
+    // A command makes one; were there more, the others would stay under their temporary names.
+    let _ = UNFINISHED.set(path.to_owned());
 }

@@ -5,5 +5,20 @@
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
+    share_one_thread_pool();
     homeroom::cli::main()
+}
+
+/// Has candle use the threads that our kernels use.
+///
+/// Left alone, candle 0.11 reads `/proc/cpuinfo` at every matrix product to count processors, and runs elementwise operations on
+/// threads of its own, for which it waits by spinning: on a machine that is busy with something else, that took most of the time.
+fn share_one_thread_pool() {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).to_string();
+    for (name, value) in [("RAYON_NUM_THREADS", threads.as_str()), ("CANDLE_NUM_THREADS", "1")] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: no other thread has been started yet, so none reads the environment.
+            unsafe { std::env::set_var(name, value) };
+        }
+    }
 }

@@ -9,6 +9,7 @@ use homeroom_engine::adapter::{AdapterFiles, is_adapter};
 use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::model::BaseModel;
 
+use crate::progress::line;
 use crate::registry;
 
 /// A model that can be run: a base, perhaps with an adapter.
@@ -80,10 +81,10 @@ impl Loaded {
         let model = load_base(&base)?;
         if let Some(manifest) = &files.manifest {
             if manifest.template_digest != model.tokenizer.template_digest() {
-                eprintln!("warning: the base model's chat template is not the one that the adapter was trained with");
+                line("warning: the base model's chat template is not the one that the adapter was trained with");
             }
             if manifest.tokenizer_digest != model.tokenizer.digest() {
-                eprintln!("note: the base model's tokenizer file is not the one that the adapter was trained with");
+                line("note: the base model's tokenizer file is not the one that the adapter was trained with");
             }
         }
         let adaptation = files.adapt(&model, reference.any_base)?;

@@ -1,12 +1,18 @@
 //! Progress of long work: a bar on a terminal, plain lines off it. All of it goes to stderr.
 
-use std::io::{IsTerminal, stderr};
+use std::fmt::Display;
+use std::io::{IsTerminal, Write, stderr};
 use std::time::{Duration, Instant};
 
 use homeroom_engine::train::StepReport;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::machine::peak_memory_bytes;
+
+/// Writes a line to stderr. A reader that has gone away, as `2>&1 | head` has, must not end a run: `eprintln` would panic.
+pub fn line(text: impl Display) {
+    let _ = writeln!(stderr(), "{text}");
+}
 
 /// Progress of a training run.
 pub struct Training {
@@ -46,7 +52,7 @@ impl Training {
                     return;
                 }
                 let rest = self.started.elapsed().as_secs_f64() / report.step as f64 * (steps - report.step) as f64;
-                eprintln!(
+                line(format_args!(
                     "step {:>5}/{steps}   loss {:.3}   lr {:.1e}   {} tok/s   {}   {} left",
                     report.step,
                     report.loss,
@@ -54,7 +60,7 @@ impl Training {
                     thousands(speed as usize),
                     peak_memory_bytes().map_or_else(|| "?".to_owned(), bytes),
                     duration(rest),
-                );
+                ));
             }
         }
     }

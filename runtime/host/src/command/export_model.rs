@@ -8,9 +8,11 @@ use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use serde_json::json;
 
-use super::{print, reference};
+use super::{print, reference, spares};
 use crate::cli::{Done, ExportFormat, ExportModel};
 use crate::models::Loaded;
+use crate::progress::line;
+use crate::registry;
 
 /// Texts that the export is compared with the trained model on.
 const PROBES: [&str; 4] = [
@@ -30,7 +32,10 @@ pub fn run(arguments: &ExportModel) -> Result<Done> {
     let adaptation = adaptation.with_context(|| {
         format!("{}: not an adapter, so there is nothing to merge", arguments.model.model_dir.display())
     })?;
-    let directory = NewDirectory::start(&arguments.output_dir)?;
+    let adapter = registry::resolve(&arguments.model.model_dir);
+    spares(&arguments.output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
+    let mut directory = NewDirectory::start(&arguments.output_dir)?;
+    directory.replaces = arguments.overwrite;
     save_model(&directory, &merge(&model, &adaptation)?, &model)?;
     // Compared as it was written, so that rounding to the file's type counts.
     let written = BaseModel::load(directory.path()).context("the export cannot be read back")?;
@@ -43,8 +48,8 @@ pub fn run(arguments: &ExportModel) -> Result<Done> {
     let kl = divergence(&trained, &Pass::evaluation(&written, None), &sequences)?;
     drop(written);
     let output_dir = directory.publish()?;
-    eprintln!("saved     {}", output_dir.display());
-    eprintln!("KL        {kl:.2e} nats a token from the unmerged model");
+    line(format_args!("saved     {}", output_dir.display()));
+    line(format_args!("KL        {kl:.2e} nats a token from the unmerged model"));
     if arguments.json {
         print(&json!({"output_dir": output_dir, "kl": kl}).to_string())?;
     }

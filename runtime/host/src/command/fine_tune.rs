@@ -10,13 +10,13 @@ use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::{Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
 use serde_json::{Map, Value};
 
-use super::print;
+use super::{is_same, print, spares};
 use crate::cli::{Done, FineTune};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::models::{load_base, load_rows};
 use crate::plugin::Search;
-use crate::progress::{self, thousands};
+use crate::progress::{self, line, thousands};
 use crate::registry;
 
 /// The strategy's learning rate when neither it nor the user says one.
@@ -33,20 +33,33 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     if !arguments.overwrite {
         vacant(&output_dir)?;
     }
+    // To go on from an adapter and put the result in its place is fine; from one inside it is not.
+    let start = arguments.init_from.as_deref().filter(|path| !is_same(path, &output_dir));
+    let inputs = [
+        ("the base model", Some(registry::resolve(&arguments.model_name))),
+        ("the training file", Some(arguments.training_file.clone())),
+        ("the file of held-out rows", arguments.eval_file.clone()),
+        ("the adapter to start from", start.map(Path::to_owned)),
+    ];
+    spares(&output_dir, inputs)?;
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
     let job = Job::new(model, &plugin, options(arguments), arguments.seed, arguments.init_from.as_deref())?;
     let rows = Rows::load(arguments, &job.model)?;
     let config = config(arguments, job.proposed_learning_rate);
-    // A directory that cannot be written is found out now, not after hours.
-    let directory = NewDirectory::start(&output_dir)?;
-    restate(arguments, &job, &rows, &config);
+    // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
+    // something to fill it with, so that a run that is killed leaves nothing.
+    drop(NewDirectory::start(&output_dir)?);
     interrupt::listen()?;
+    restate(arguments, &job, &rows, &config);
     let held_out = rows.eval();
     let before = evaluate(&job, &held_out)?;
     let report = train(&job, &rows.train(), &config)?;
     let after = evaluate(&job, &held_out)?;
     let outcome = Outcome { config, report, before, after, data_digest: rows.data.digest.clone() };
+    let mut directory = NewDirectory::start(&output_dir)?;
+    directory.replaces = arguments.overwrite;
+    interrupt::unfinished(directory.path());
     let output_dir = outcome.save(&job, directory, None)?;
     tell(&output_dir, &outcome.report, before, after);
     if arguments.json {
@@ -166,19 +179,19 @@ fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig) {
     let trained = adaptation.trainable_count();
     let millions = |count: usize| count as f64 / 1e6;
     let share = 100.0 * trained as f64 / parameters as f64;
-    eprintln!(
+    line(format_args!(
         "model     {}   {:.1} M parameters, {}",
         arguments.model_name.display(),
         millions(parameters),
         model.storage_words()
-    );
-    eprintln!(
+    ));
+    line(format_args!(
         "strategy  {} {}   {:.2} M trained ({share:.2} %) in {} modules   f32, plain blocks",
         strategy.name,
         strategy.version,
         millions(trained),
         adaptation.plan.modules.len(),
-    );
+    ));
     let held_out = rows.eval().len();
     let held_out = if held_out > 0 { format!(", {} held out", thousands(held_out)) } else { String::new() };
     let left_out = match (rows.data.skipped, rows.data.truncated) {
@@ -190,12 +203,12 @@ fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig) {
         Some(_) => "by the model's chat template",
         None => "as plain text",
     };
-    eprintln!(
+    line(format_args!(
         "data      {}   {} examples{held_out}{left_out}, {how}",
         arguments.training_file.display(),
         thousands(rows.train.len()),
-    );
-    eprintln!(
+    ));
+    line(format_args!(
         "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
         thousands(planned_steps(rows.train.len(), config) as usize),
         config.gradient_accumulation_steps,
@@ -203,23 +216,26 @@ fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig) {
         config.learning_rate,
         config.lr_scheduler_type,
         config.seed,
-    );
+    ));
 }
 
 /// What was written, and what to do next.
 fn tell(path: &Path, report: &TrainReport, before: Option<Evaluation>, after: Option<Evaluation>) {
     if let (Some(before), Some(after)) = (before, after) {
-        eprintln!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss);
+        line(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }
     let done = report.steps.len();
-    eprintln!("saved     {}", path.display());
+    line(format_args!("saved     {}", path.display()));
     if report.interrupted {
-        eprintln!("stopped after step {done} of {}; what it had learned by then is saved", report.planned_steps);
-        eprintln!(
+        line(format_args!(
+            "stopped after step {done} of {}; what it had learned by then is saved",
+            report.planned_steps
+        ));
+        line(format_args!(
             "next      go on from it: the same command with --init-from {} and a new --output-dir",
             path.display()
-        );
+        ));
     } else {
-        eprintln!("next      homeroom chat --model-dir {} --prompt \"...\"", path.display());
+        line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", path.display()));
     }
 }

@@ -5,6 +5,7 @@ use serde_json::to_string;
 
 use super::print;
 use crate::cli::{Done, ListModels};
+use crate::progress::line;
 use crate::registry;
 
 /// Lists the models of the registry.
@@ -15,7 +16,7 @@ pub fn run(arguments: &ListModels) -> Result<Done> {
         return Ok(Done::Whole);
     }
     if entries.is_empty() {
-        eprintln!("no models yet\nhint: `homeroom run` saves one, and so does `homeroom fine-tune --name NAME`");
+        line("no models yet\nhint: `homeroom run` saves one, and so does `homeroom fine-tune --name NAME`");
         return Ok(Done::Whole);
     }
     let width = |of: fn(&registry::Entry) -> usize| entries.iter().map(of).max().unwrap_or(0);

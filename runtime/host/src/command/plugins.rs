@@ -7,13 +7,14 @@ use serde_json::{Value, json};
 
 use super::print;
 use crate::cli::Done;
-use crate::plugin::{Plugin, Search};
+use crate::plugin::Search;
+use crate::progress::line;
 
 /// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
 pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
     let search = Search::new(plugin_dirs);
     let files = search.list();
-    let loaded: Vec<_> = files.iter().map(|file| (file, Plugin::load(&file.path))).collect();
+    let loaded: Vec<_> = files.iter().map(|file| (file, file.load())).collect();
     if as_json {
         let items = loaded.iter().map(|(file, plugin)| match plugin {
             Ok(plugin) => json!({
@@ -53,7 +54,8 @@ pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
     }
     if out.is_empty() {
         let dirs: Vec<String> = search.dirs().iter().map(|dir| format!("\n  {}", dir.display())).collect();
-        eprintln!("no strategies in:{}\nhint: `cargo build --release` puts them beside the program", dirs.concat());
+        let dirs = dirs.concat();
+        line(format_args!("no strategies in:{dirs}\nhint: `cargo build --release` puts them beside the program"));
         return Ok(Done::Whole);
     }
     print(&out.join("\n"))?;

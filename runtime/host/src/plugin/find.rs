@@ -23,6 +23,19 @@ pub struct StrategyFile {
     pub path: PathBuf,
 }
 
+impl StrategyFile {
+    /// Loads the strategy.
+    ///
+    /// # Errors
+    /// As [`Plugin::load`], and when it has another name than its file.
+    pub fn load(&self) -> Result<Plugin> {
+        let plugin = Plugin::load(&self.path)?;
+        let (named, name) = (&plugin.description.name, &self.name);
+        ensure!(named == name, "it calls itself `{named}`, its file says `{name}`; rename the file");
+        Ok(plugin)
+    }
+}
+
 impl Search {
     /// `--plugin-dir`, then the directories in `HOMEROOM_PLUGINS`, then `plugins` in the user's data directory, then the
     /// directory of this program.
@@ -46,10 +59,8 @@ impl Search {
         ensure!(!name.is_empty() && name.chars().all(plain), "`{name}` is not a strategy's name");
         let file = file_name(name);
         if let Some(path) = self.dirs.iter().map(|dir| dir.join(&file)).find(|path| path.exists()) {
-            let plugin = Plugin::load(&path).with_context(|| format!("plugin {}", path.display()))?;
-            let named = &plugin.description.name;
-            ensure!(named == name, "plugin {}: it calls itself `{named}`, its file says `{name}`", path.display());
-            return Ok(plugin);
+            let file = StrategyFile { name: name.to_owned(), path };
+            return file.load().with_context(|| format!("plugin {}", file.path.display()));
         }
         let known = self.list();
         let near = nearest(name, known.iter().map(|file| file.name.as_str()));

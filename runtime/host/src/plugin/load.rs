@@ -153,7 +153,7 @@ fn check_descriptor(descriptor: *const Descriptor) -> Result<&'static Descriptor
     let descriptor = unsafe { &*descriptor };
     let (major, minor) = (descriptor.abi_major, descriptor.abi_minor);
     ensure!(
-        major == ABI_MAJOR && minor <= ABI_MINOR,
+        major == ABI_MAJOR && (0..=ABI_MINOR).contains(&minor),
         "built for ABI {major}.{minor}, this host has {ABI_MAJOR}.{ABI_MINOR}; rebuild it with this SDK"
     );
     ensure!(

@@ -35,7 +35,7 @@ impl Strategy for Hostile {
         match self.how.as_str() {
             "shape" => module.base(x).matmul(shift),
             "cut" => module.base(x) + shift.detach(),
-            "zero" => module.base(x) + (shift - shift),
+            "zero" => module.base(x) + (shift - module.param("shift")),
             _ => module.base(x) + shift,
         }
     }

@@ -5,7 +5,8 @@ local lessons = homeroom.prepare_dataset { path = params.lessons }.train
 local exam = homeroom.prepare_dataset { path = params.exam }.train
 
 local prompts, answers = {}, {}
-for _, row in ipairs(exam:rows()) do
+for i, row in ipairs(exam:rows()) do
+  if i > params.questions then break end
   table.insert(prompts, row.messages[1].content)
   table.insert(answers, row.messages[2].content)
 end

@@ -337,6 +337,7 @@ A pipeline is a Lua script that loads, trains, measures and saves; a TOML file d
 
 | script | what it does |
 | --- | --- |
+| `quickstart.lua` | teaches the pocket model a rule, and asks it before and after |
 | `fine_tune.lua` | trains on a file, holds some rows out, saves the adapter, answers with it |
 | `curriculum.lua` | trains from easy rows to hard ones in stages, each gated on the same held-out rows |
 

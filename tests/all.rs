@@ -5,8 +5,10 @@ mod command_line;
 mod curves;
 mod export;
 mod gradients;
+mod handlers;
 mod invariants;
 mod models;
+mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;

@@ -808,7 +808,7 @@ fn eval_chat_and_plugins_print_their_result_alone() -> Result<()> {
     let model = BaseModel::load(&base)?;
     let messages =
         [json!({"role": "system", "content": "short"}), json!({"role": "user", "content": "times seven: 3"})];
-    let sampling = Sampling { max_tokens: 12, temperature: 0.0, seed: 42 };
+    let sampling = Sampling { max_tokens: 12, temperature: 0.0, top_p: 1.0, seed: 42 };
     let answer = generate(&model, None, &prompt_ids(&model, &messages)?, sampling)?;
     let mut chat = homeroom();
     chat.args(["chat", "--prompt", "times seven: 3", "--system", "short", "--temperature", "0", "--max-tokens", "12"]);

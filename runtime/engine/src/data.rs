@@ -111,7 +111,7 @@ pub struct Encoder<'a> {
 
 /// Why a row is refused.
 #[derive(Debug)]
-struct Problem {
+pub struct Problem {
     /// What it is listed under when there are many.
     kind: &'static str,
     /// What is told in full.
@@ -151,17 +151,24 @@ impl Problem {
     }
 }
 
-/// The problems of a file, and how they are told.
+/// The problems of a file's rows, and how they are told: all in one message, by line.
 #[derive(Default)]
-struct Problems {
+pub struct Problems {
     first: Vec<(usize, Problem)>,
     others: BTreeMap<&'static str, Vec<usize>>,
     hints: Vec<&'static str>,
     count: usize,
 }
 
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.detail)
+    }
+}
+
 impl Problems {
-    fn add(&mut self, line: usize, problem: Problem) {
+    /// Adds the problem of a line.
+    pub fn add(&mut self, line: usize, problem: Problem) {
         self.count += 1;
         if let Some(hint) = problem.hint().filter(|h| !self.hints.contains(h)) {
             self.hints.push(hint);
@@ -173,7 +180,11 @@ impl Problems {
         }
     }
 
-    fn into_result(self, path: &Path) -> Result<()> {
+    /// Tells them, if there are any.
+    ///
+    /// # Errors
+    /// When there are.
+    pub fn into_result(self, path: &Path) -> Result<()> {
         if self.count == 0 {
             return Ok(());
         }
@@ -229,19 +240,13 @@ pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
     let mut examples = Vec::new();
     let mut problems = Problems::default();
     let (mut rows, mut skipped, mut truncated) = (0, 0, 0);
-    let (digest, format) = read_rows(path, |line, row| {
+    let (digest, format) = read_rows(path, |line, _, row| {
         rows += 1;
-        let encoded = row.and_then(|row| encoder.encode(&row));
-        let encoded = encoded.and_then(|sequences| encoder.fit(sequences));
-        match encoded {
-            Ok(Fitted::Skipped) => skipped += 1,
-            Ok(Fitted::Kept { sequences, cut }) => {
+        match row.and_then(|row| encoder.examples(line, &row)) {
+            Ok(None) => skipped += 1,
+            Ok(Some((mut kept, cut))) => {
                 truncated += cut;
-                examples.extend(sequences.into_iter().map(|(mut ids, mut trained)| {
-                    ids.shrink_to_fit();
-                    trained.shrink_to_fit();
-                    Example { ids, trained, line }
-                }));
+                examples.append(&mut kept);
             }
             Err(problem) => problems.add(line, problem),
         }
@@ -266,13 +271,38 @@ pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
 pub fn parse_rows(path: &Path) -> Result<Vec<(usize, Row)>> {
     let mut rows = Vec::new();
     let mut problems = Problems::default();
-    read_rows(path, |line, row| match row {
+    read_rows(path, |line, _, row| match row {
         Ok(row) => rows.push((line, row)),
         Err(problem) => problems.add(line, problem),
     })?;
     problems.into_result(path)?;
     ensure!(!rows.is_empty(), "{}: no rows", path.display());
     Ok(rows)
+}
+
+/// Reads and checks the rows of a JSONL file and returns each with its line, as the text that it was.
+///
+/// # Errors
+/// As [`load_jsonl`].
+pub fn read_texts(path: &Path) -> Result<Vec<(usize, String)>> {
+    let mut rows = Vec::new();
+    let mut problems = Problems::default();
+    read_rows(path, |line, text, row| match (row, std::str::from_utf8(text)) {
+        (Ok(_), Ok(text)) => rows.push((line, text.to_owned())),
+        (Err(problem), _) => problems.add(line, problem),
+        (Ok(_), Err(_)) => unreachable!("a row that was parsed is UTF-8"),
+    })?;
+    problems.into_result(path)?;
+    ensure!(!rows.is_empty(), "{}: no rows", path.display());
+    Ok(rows)
+}
+
+/// Checks one row that is not of a file, as a file's first row is checked.
+///
+/// # Errors
+/// Why it is refused.
+pub fn check_row(text: &str) -> Result<Row, Problem> {
+    parse_line(text.as_bytes(), &mut None)
 }
 
 impl Dataset {
@@ -291,9 +321,12 @@ impl Dataset {
     }
 }
 
-/// Calls `each` with the line and the checked row of every line that is not blank. Returns the file's digest and the
+/// Calls `each` with the line, the text and the checked row of every line that is not blank. Returns the file's digest and the
 /// format of its first row.
-fn read_rows(path: &Path, mut each: impl FnMut(usize, Result<Row, Problem>)) -> Result<(String, Option<RowFormat>)> {
+fn read_rows(
+    path: &Path,
+    mut each: impl FnMut(usize, &[u8], Result<Row, Problem>),
+) -> Result<(String, Option<RowFormat>)> {
     let place = || path.display().to_string();
     let file = File::open(path).with_context(place)?;
     let mut reader = BufReader::with_capacity(1 << 16, file);
@@ -319,7 +352,7 @@ fn read_rows(path: &Path, mut each: impl FnMut(usize, Result<Row, Problem>)) -> 
                 path.display()
             );
         }
-        each(line, parse_line(text, &mut format));
+        each(line, text, parse_line(text, &mut format));
     }
     let digest = hasher.finalize();
     let hex: String = digest.iter().map(|b| format!("{b:02x}")).collect();
@@ -583,6 +616,20 @@ enum Fitted {
 }
 
 impl Encoder<'_> {
+    /// The examples that a row becomes, and how many of them were cut; `None`: it is left out as too long.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn examples(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {
+        let Fitted::Kept { sequences, cut } = self.fit(self.encode(row)?)? else { return Ok(None) };
+        let examples = sequences.into_iter().map(|(mut ids, mut trained)| {
+            ids.shrink_to_fit();
+            trained.shrink_to_fit();
+            Example { ids, trained, line }
+        });
+        Ok(Some((examples.collect(), cut)))
+    }
+
     /// The sequences of a row, of any length.
     ///
     /// A conversation is rendered by the chat template, and what is typed in it stays text. Strings are taken as they

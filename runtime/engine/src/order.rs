@@ -7,6 +7,7 @@ use homeroom_kernels::Stream;
 /// Streams of random numbers are told apart by what they are for; the epoch is added.
 const EPOCH: u64 = u64::from_be_bytes(*b"epoch\0\0\0");
 const SPLIT: u64 = u64::from_be_bytes(*b"split\0\0\0");
+const MIX: u64 = u64::from_be_bytes(*b"mix\0\0\0\0\0");
 
 /// The order of `n` examples in an epoch, counted from 0: shuffled, or as in the file.
 pub fn epoch_order(n: usize, seed: u64, epoch: u64, shuffle: bool) -> Vec<usize> {
@@ -38,6 +39,21 @@ pub fn split(n: usize, eval_fraction: f64, seed: u64) -> Result<(Vec<usize>, Vec
     train.sort_unstable();
     rows.sort_unstable();
     Ok((train, rows))
+}
+
+/// A shuffled order of `n` rows, unlike that of any epoch.
+pub fn shuffled(n: usize, seed: u64) -> Vec<usize> {
+    let mut rows: Vec<usize> = (0..n).collect();
+    Stream::new(seed, MIX).shuffle(&mut rows);
+    rows
+}
+
+/// `count` of `n` rows by chance, or all if there are no more, ascending.
+pub fn sample(n: usize, count: usize, seed: u64) -> Vec<usize> {
+    let mut rows = shuffled(n, seed);
+    rows.truncate(count);
+    rows.sort_unstable();
+    rows
 }
 
 #[cfg(test)]
@@ -80,6 +96,17 @@ mod tests {
             assert!(train.is_sorted());
         }
         assert_ne!(split(57, 0.25, 5).unwrap(), split(57, 0.25, 6).unwrap());
+    }
+
+    #[test]
+    fn a_sample_draws_each_row_at_most_once_and_no_more_than_there_are() {
+        for (n, count, drawn) in [(57, 9, 9), (5, 5, 5), (5, 8, 5), (0, 3, 0)] {
+            let rows = sample(n, count, 7);
+            assert_eq!(rows.len(), drawn);
+            assert!(rows.is_sorted_by(|a, b| a < b) && rows.iter().all(|row| *row < n));
+        }
+        assert_ne!(sample(57, 9, 7), sample(57, 9, 8));
+        assert_ne!(shuffled(57, 7), epoch_order(57, 7, 0, true));
     }
 
     #[test]

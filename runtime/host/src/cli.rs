@@ -25,14 +25,18 @@ struct Cli {
 enum Command {
     /// Trains a model on rows of text or conversations, and saves an adapter
     FineTune(Box<FineTune>),
+    /// Runs a pipeline: a Lua script that a TOML file declares
+    Run(Run),
     /// Measures loss, perplexity and token accuracy on a file of rows
     Eval(Eval),
-    /// Answers one prompt; the reply alone goes to stdout
+    /// Talks with a model, or answers one prompt; the reply alone goes to stdout
     Chat(Chat),
     /// Lists the models that were trained here
     ListModels(ListModels),
     /// Writes a trained model in a form that other programs load
     ExportModel(ExportModel),
+    /// Serves models to programs that speak OpenAI's API, on this machine
+    Serve(Serve),
     /// Shows the training strategies that are installed
     #[command(subcommand)]
     Plugins(Plugins),
@@ -196,6 +200,30 @@ pub struct FineTune {
     pub json: bool,
 }
 
+/// Arguments of `run`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct Run {
+    /// TOML file with a [pipeline]
+    #[arg(value_name = "CONFIG")]
+    pub config: PathBuf,
+    /// Set a parameter of the pipeline
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_value)]
+    pub set: Vec<(String, String)>,
+    /// Only say what is wrong with the file and its script
+    #[arg(long, conflicts_with = "dry_run")]
+    pub check: bool,
+    /// Walk the script and say what it would do, without training or writing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Look for strategies here first
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Print what the script returns as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Arguments of `eval`.
 #[derive(Args)]
 #[allow(missing_docs)]
@@ -220,22 +248,51 @@ pub struct Eval {
 #[allow(missing_docs)]
 pub struct Chat {
     #[command(flatten)]
-    pub model: ModelArgs,
-    /// What the user says
+    pub model: Option<ModelArgs>,
+    /// Handler or route to talk with, of the file that --config names
+    #[arg(
+        long,
+        value_name = "NAME",
+        required_unless_present = "model_dir",
+        conflicts_with = "model_dir",
+        requires = "config"
+    )]
+    pub handler: Option<String>,
+    /// File of handlers and routes, such as configs/handlers.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// What the user says; without it the lines of stdin are a conversation, `/help` in it says more
     #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
+    pub prompt: Option<String>,
     /// What the system message says
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
     /// Longest reply, in tokens
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = at_least_one)]
     pub max_tokens: usize,
-    /// 0: always the likeliest word; higher is freer
-    #[arg(long, default_value_t = 0.7, value_name = "T", value_parser = not_negative)]
-    pub temperature: f64,
-    /// Seed of the draw
-    #[arg(long, default_value_t = 42, value_name = "N")]
-    pub seed: u64,
+    /// 0: always the likeliest word; higher is freer [default: the handler's, 0.7 for models of this machine]
+    #[arg(long, value_name = "T", value_parser = not_negative)]
+    pub temperature: Option<f64>,
+    /// Seed of the draw [default: the handler's, 42 with --model-dir]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<i64>,
+}
+
+/// Arguments of `serve`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct Serve {
+    #[command(flatten)]
+    pub model: Option<ModelArgs>,
+    /// File of handlers; its routes are what clients name as `model`
+    #[arg(long, value_name = "FILE", required_unless_present = "model_dir", conflicts_with = "model_dir")]
+    pub config: Option<PathBuf>,
+    /// Port; 0: a free one
+    #[arg(long, default_value_t = 8080, value_name = "PORT")]
+    pub port: u16,
+    /// Address of this machine to listen on
+    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
+    pub host: String,
 }
 
 /// Arguments of `list-models`.
@@ -306,9 +363,19 @@ fn number(text: &str, admits: impl Fn(f64) -> bool, words: &str) -> Result<f64, 
     number.ok_or_else(|| format!("it should be {words}"))
 }
 
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| *number >= 1);
+    number.ok_or_else(|| "it should be a whole number from 1".to_owned())
+}
+
 fn at_least_two(text: &str) -> Result<usize, String> {
     let number = text.parse().ok().filter(|number| *number >= 2);
     number.ok_or_else(|| "it should be a whole number from 2".to_owned())
+}
+
+fn name_value(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("it should be NAME=VALUE")?;
+    Ok((name.trim().to_owned(), value.to_owned()))
 }
 
 fn key_value(text: &str) -> Result<(String, serde_json::Value), String> {
@@ -322,10 +389,12 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Command::FineTune(arguments) => command::fine_tune::run(&arguments),
+        Command::Run(arguments) => command::run::run(&arguments),
         Command::Eval(arguments) => command::eval::run(&arguments),
         Command::Chat(arguments) => command::chat::run(&arguments),
         Command::ListModels(arguments) => command::list_models::run(&arguments),
         Command::ExportModel(arguments) => command::export_model::run(&arguments),
+        Command::Serve(arguments) => command::serve::run(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
     };
     interrupt::await_end();

@@ -1,4 +1,5 @@
-//! Ctrl-C: the first one asks a run to end after its step, the second ends the program at once.
+//! Ctrl-C: the first one asks a run to end after its step, the second ends the program at once. A conversation and the
+//! server have their own ways.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -37,7 +38,15 @@ pub fn listen() -> Result<()> {
         }
         line("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
     };
-    ctrlc::set_handler(handler).context("cannot listen for Ctrl-C")
+    on_press(handler)
+}
+
+/// From now on Ctrl-C (and termination) calls `press`, in a thread of its own. Once a process.
+///
+/// # Errors
+/// When the signal handler cannot be set.
+pub fn on_press(press: impl FnMut() + Send + 'static) -> Result<()> {
+    ctrlc::set_handler(press).context("cannot listen for Ctrl-C")
 }
 
 /// Whether an interruption was asked for.

@@ -1,14 +1,19 @@
 //! The host: what people type, and the plugins that the engine's work is planned by.
 //!
 //! [`cli`] reads the command line and hands over to a file of `command/`. [`plugin`] finds, checks and loads strategies;
-//! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains.
+//! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains; [`pipeline`] runs Lua scripts.
+//! [`handler`] answers conversations, [`serve`] does so over HTTP.
 
 pub mod cli;
 mod command;
+pub mod handler;
 mod interrupt;
 pub mod job;
 mod machine;
 pub mod models;
+pub mod pipeline;
 pub mod plugin;
 mod progress;
 pub mod registry;
+pub mod serve;
+pub mod toml_problems;

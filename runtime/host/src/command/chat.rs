@@ -1,31 +1,260 @@
 //! `homeroom chat`.
 
-use anyhow::Result;
-use homeroom_engine::generate::{Finish, Sampling, generate, prompt_ids};
-use serde_json::json;
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
-use super::{print, reference};
+use anyhow::{Context as _, Result, bail};
+
+use super::reference;
 use crate::cli::{Chat, Done};
+use crate::handler::config::{Config, Handlers};
+use crate::handler::local::Local;
+use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, checked};
+use crate::interrupt;
 use crate::models::Loaded;
-use crate::progress::line;
 
-/// Answers one prompt.
+const HELP: &str = "\
+/handler NAME   go on with another handler or route
+/system TEXT    what the system message says from now on; nothing: none
+/clear          forget what was said
+/exit           end, as Ctrl-D does
+Ctrl-C stops an answer. Everything else is said to the model.";
+
+/// Answers one prompt, or talks until stdin ends.
 pub fn run(arguments: &Chat) -> Result<Done> {
-    let Loaded { model, adaptation } = Loaded::load(&reference(&arguments.model))?;
-    let system = arguments.system.iter().map(|text| json!({"role": "system", "content": text}));
-    let user = json!({"role": "user", "content": arguments.prompt});
-    let messages: Vec<_> = system.chain([user]).collect();
-    let prompt = prompt_ids(&model, &messages)?;
-    let sampling =
-        Sampling { max_tokens: arguments.max_tokens, temperature: arguments.temperature, seed: arguments.seed };
-    let answer = generate(&model, adaptation.as_deref(), &prompt, sampling)?;
-    print(&answer.text)?;
-    if answer.finish == Finish::Length {
-        let (tokens, context) = (answer.ids.len(), model.config.max_position_embeddings);
-        line(match tokens < arguments.max_tokens {
-            true => format!("note: the reply was cut at {tokens} tokens, where the model's context of {context} ends"),
-            false => format!("note: the reply was cut at {tokens} tokens; --max-tokens allows more"),
-        });
+    let handlers = arguments.config.as_deref().map(Config::read).transpose()?.map(Handlers::new);
+    let (name, handler): (String, Arc<dyn Handler>) = match (&arguments.model, &arguments.handler) {
+        (Some(model), _) => {
+            let name = model.model_dir.display().to_string();
+            (name.clone(), Arc::new(Local::new(name, Loaded::load(&reference(model))?)))
+        }
+        (None, name) => {
+            let name = name.as_ref().context("--handler or --model-dir is needed")?;
+            let handlers = handlers.as_ref().context("--handler needs --config")?;
+            (name.clone(), handlers.get(name)?)
+        }
+    };
+    let mut session = Session {
+        name,
+        handler,
+        handlers,
+        system: arguments.system.clone(),
+        history: Vec::new(),
+        max_tokens: arguments.max_tokens,
+        temperature: arguments.temperature,
+        seed: arguments.seed.or(arguments.model.is_some().then_some(42)),
+    };
+    match &arguments.prompt {
+        Some(prompt) => session.say(prompt).map(|()| Done::Whole),
+        None => session.talk(),
     }
-    Ok(Done::Whole)
+}
+
+/// Where Ctrl-C finds a conversation.
+static STATE: AtomicU8 = AtomicU8::new(LISTENING);
+/// Waiting for the user.
+const LISTENING: u8 = 0;
+/// Ctrl-C was pressed while waiting; once more ends the program.
+const WARNED: u8 = 1;
+/// The model speaks.
+const ANSWERING: u8 = 2;
+/// Ctrl-C was pressed while it spoke.
+const STOPPING: u8 = 3;
+
+fn pressed() {
+    match STATE.load(Ordering::SeqCst) {
+        LISTENING => {
+            STATE.store(WARNED, Ordering::SeqCst);
+            eprint!("\nagain to end, or /exit\n> ");
+        }
+        ANSWERING => STATE.store(STOPPING, Ordering::SeqCst),
+        // Twice: whoever presses that often wants out.
+        _ => std::process::exit(i32::from(interrupt::EXIT_CODE)),
+    }
+}
+
+/// A conversation.
+struct Session {
+    name: String,
+    handler: Arc<dyn Handler>,
+    handlers: Option<Handlers>,
+    system: Option<String>,
+    history: Vec<Message>,
+    max_tokens: usize,
+    temperature: Option<f64>,
+    seed: Option<i64>,
+}
+
+impl Session {
+    /// Takes lines of stdin until it ends.
+    fn talk(&mut self) -> Result<Done> {
+        let terminal = io::stdin().is_terminal();
+        interrupt::on_press(pressed)?;
+        if terminal {
+            eprintln!("{}   /help says what there is", self.name);
+        }
+        let mut lines = io::stdin().lock();
+        loop {
+            if terminal {
+                eprint!("> ");
+            }
+            let mut line = String::new();
+            if lines.read_line(&mut line).context("cannot read stdin")? == 0 {
+                if terminal {
+                    eprintln!();
+                }
+                return Ok(Done::Whole);
+            }
+            let line = line.trim();
+            STATE.store(LISTENING, Ordering::SeqCst);
+            let done = match line.strip_prefix('/') {
+                _ if line.is_empty() => Ok(()),
+                Some("exit" | "quit") => return Ok(Done::Whole),
+                Some(command) => self.obey(command),
+                None => self.say(line),
+            };
+            if let Err(error) = done {
+                // A person can say something else; a script has gone wrong.
+                if !terminal {
+                    return Err(error);
+                }
+                eprintln!("error: {error:#}");
+            }
+        }
+    }
+
+    fn obey(&mut self, command: &str) -> Result<()> {
+        let (command, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        let rest = rest.trim();
+        match command {
+            "help" => eprintln!("{HELP}"),
+            "clear" => self.history.clear(),
+            "system" => self.system = Some(rest.to_owned()).filter(|text| !text.is_empty()),
+            "handler" => {
+                let handlers =
+                    self.handlers.as_ref().context("there are no other handlers: start with --config FILE")?;
+                if rest.is_empty() {
+                    bail!("/handler NAME: there are {}", handlers.names().join(", "));
+                }
+                self.handler = handlers.get(rest)?;
+                rest.clone_into(&mut self.name);
+                eprintln!("{rest} answers from now on");
+            }
+            other => bail!("/{other}: unknown; /help says what there is"),
+        }
+        Ok(())
+    }
+
+    /// Says something and writes the answer to stdout as it comes. What the model did not answer to is not kept.
+    fn say(&mut self, text: &str) -> Result<()> {
+        let system = self.system.iter().map(|text| Message::new(Role::System, text));
+        let user = Message::new(Role::User, text);
+        let messages: Vec<Message> = system.chain(self.history.iter().cloned()).chain([user.clone()]).collect();
+        let request = Request {
+            messages,
+            max_tokens: Some(self.max_tokens),
+            temperature: self.temperature,
+            top_p: None,
+            seed: self.seed,
+            stop: Vec::new(),
+        };
+        STATE.store(ANSWERING, Ordering::SeqCst);
+        let answer = answer(self.handler.clone(), request);
+        STATE.store(LISTENING, Ordering::SeqCst);
+        let Answer { text, ended } = answer?;
+        match ended {
+            Ok(FinishReason::Length) => {
+                eprintln!(
+                    "note: the reply was cut at {} tokens or the end of the context; --max-tokens allows more",
+                    self.max_tokens
+                );
+            }
+            Ok(FinishReason::Stop) => {}
+            Ok(other) => eprintln!("note: the provider ended the reply: {}", other.word()),
+            Err(error) if error.kind == Kind::Cancelled => eprintln!("stopped"),
+            Err(error) if error.kind == Kind::ContextLength && !self.history.is_empty() => {
+                bail!("{error}; /clear forgets what was said")
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.history.extend([user, Message::new(Role::Assistant, text)]);
+        Ok(())
+    }
+}
+
+/// What came of a request: the text, and how it ended.
+struct Answer {
+    text: String,
+    ended: Result<FinishReason, HandlerError>,
+}
+
+/// Streams an answer to stdout, with a line's end behind it.
+fn answer(handler: Arc<dyn Handler>, request: Request) -> Result<Answer> {
+    let context = Context::default();
+    // In a thread of its own, so that Ctrl-C is obeyed while a provider is silent.
+    let (sender, events) = sync_channel(64);
+    let theirs = context.clone();
+    std::thread::spawn(move || {
+        let stream = match handler.stream(&request, &theirs) {
+            Ok(stream) => checked(stream),
+            Err(error) => Box::new(std::iter::once(Err(error))),
+        };
+        for event in stream {
+            if sender.send(event).is_err() {
+                break;
+            }
+        }
+    });
+    let mut out = Output { stdout: io::stdout(), terminal: io::stdout().is_terminal(), open: true };
+    let mut text = String::new();
+    let mut ended = Err(HandlerError::new(Kind::Internal, "the handler ended without an answer"));
+    loop {
+        if STATE.load(Ordering::SeqCst) == STOPPING {
+            context.cancel();
+            ended = Err(HandlerError::new(Kind::Cancelled, "stopped"));
+            break;
+        }
+        match events.recv_timeout(Duration::from_millis(50)) {
+            Ok(Ok(Event::Delta { text: piece })) => {
+                out.write(&piece)?;
+                text.push_str(&piece);
+            }
+            Ok(Ok(Event::Finish { reason })) => ended = Ok(reason),
+            Ok(Ok(Event::Start { .. } | Event::Usage(_))) | Err(RecvTimeoutError::Timeout) => {}
+            Ok(Err(error)) => {
+                ended = Err(error);
+                break;
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    if ended.is_ok() || !text.is_empty() {
+        out.write("\n")?;
+    }
+    Ok(Answer { text, ended })
+}
+
+/// stdout. A reader that has gone away is no failure of ours.
+struct Output {
+    stdout: io::Stdout,
+    terminal: bool,
+    open: bool,
+}
+
+impl Output {
+    fn write(&mut self, text: &str) -> Result<()> {
+        if !self.open {
+            return Ok(());
+        }
+        // A model may say what a terminal obeys.
+        let text: String = text.chars().filter(|c| !self.terminal || !c.is_control() || "\n\t".contains(*c)).collect();
+        match self.stdout.write_all(text.as_bytes()).and_then(|()| self.stdout.flush()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.open = false,
+            other => other.context("cannot write the reply")?,
+        }
+        Ok(())
+    }
 }

@@ -6,6 +6,8 @@ pub mod export_model;
 pub mod fine_tune;
 pub mod list_models;
 pub mod plugins;
+pub mod run;
+pub mod serve;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

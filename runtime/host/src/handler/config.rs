@@ -1,0 +1,509 @@
+//! The file that says which handlers there are: `[handlers.NAME]` and `[routes.NAME]`.
+//!
+//! The whole file is checked before anything is loaded, and everything that is wrong is said at once.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::Handler;
+use super::Secret;
+use super::local::Local;
+use super::openai::{BaseUrl, Endpoint, OpenAi};
+use super::route::Route;
+use crate::models::{Loaded, ModelRef};
+use crate::toml_problems::{Problems, near};
+
+/// What a file of handlers says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where it stands, for messages.
+    pub path: PathBuf,
+    /// `[handlers.NAME]`.
+    pub handlers: BTreeMap<String, HandlerSpec>,
+    /// `[routes.NAME]`: names that clients use as `model`, and their handlers in order.
+    pub routes: BTreeMap<String, Vec<String>>,
+}
+
+/// A handler that is not loaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HandlerSpec {
+    /// `kind = "local"`.
+    Local(ModelRef),
+    /// `kind = "openai"`.
+    OpenAi(EndpointSpec),
+}
+
+/// An endpoint whose key is not read yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSpec {
+    /// `base_url`.
+    pub base_url: BaseUrl,
+    /// `model`.
+    pub model: String,
+    /// `api_key = { env = "…" }`: the variable's name.
+    pub api_key_env: Option<String>,
+    /// `connect_timeout_s`.
+    pub connect_timeout_s: u64,
+    /// `read_timeout_s`.
+    pub read_timeout_s: u64,
+    /// `max_tokens_param`.
+    pub max_tokens_param: String,
+}
+
+impl HandlerSpec {
+    /// Whether conversations leave this machine.
+    fn is_cloud(&self) -> bool {
+        match self {
+            Self::Local(_) => false,
+            Self::OpenAi(endpoint) => !endpoint.base_url.is_loopback(),
+        }
+    }
+}
+
+const LOCAL_KEYS: [&str; 4] = ["kind", "model", "base_model", "any_base"];
+const OPENAI_KEYS: [&str; 7] =
+    ["kind", "base_url", "model", "api_key", "connect_timeout_s", "read_timeout_s", "max_tokens_param"];
+const ROUTE_KEYS: [&str; 2] = ["handlers", "egress"];
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// When it cannot be read or there is anything wrong with it; everything in one message.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?;
+        Self::parse(path, &text)
+    }
+
+    /// Reads the text of a file. Paths of models in it are relative to the file.
+    ///
+    /// # Errors
+    /// When there is anything wrong with it; everything in one message.
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        let mut problems = Problems::new(path, text);
+        let root = problems.parse();
+        problems.unknown_keys(&root, &["handlers", "routes"]);
+        let mut config = Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new() };
+        let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
+        let [handlers, routes] = tables;
+        let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();
+        for (name, _, table) in &handlers {
+            if let Some(spec) = handler(&mut problems, path, name, table) {
+                config.handlers.insert((*name).to_owned(), spec);
+            }
+        }
+        for (name, span, table) in &routes {
+            if names.contains(name) {
+                problems.at(span.clone(), format!("`{name}`: a handler has this name already"));
+            }
+            let chain = route(&mut problems, span, table, &names, &config.handlers);
+            config.routes.insert((*name).to_owned(), chain);
+        }
+        problems.into_result()?;
+        Ok(config)
+    }
+}
+
+type NamedTable<'t, 'a> = (&'t str, std::ops::Range<usize>, &'t Spanned<DeValue<'a>>);
+
+/// The tables below `[key.NAME]`.
+fn named<'t, 'a>(problems: &mut Problems<'a>, root: &'t DeTable<'a>, key: &str) -> Vec<NamedTable<'t, 'a>> {
+    let Some(value) = root.get(key) else { return Vec::new() };
+    let Some(table) = value.get_ref().as_table() else {
+        problems.wrong_type(key, value, &format!("tables, [{key}.NAME]"));
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for (name, value) in table.iter() {
+        if value.get_ref().as_table().is_none() {
+            problems.at(name.span(), format!("`{}`: should be a table, [{key}.NAME]", name.get_ref()));
+            continue;
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:".contains(c);
+        if name.get_ref().is_empty() || !name.get_ref().chars().all(plain) {
+            problems.at(name.span(), "a name is of letters, digits, and . _ - / :");
+        }
+        found.push((name.get_ref().as_ref(), name.span(), value));
+    }
+    found
+}
+
+fn handler<'a>(
+    problems: &mut Problems<'a>,
+    path: &Path,
+    name: &str,
+    value: &Spanned<DeValue<'a>>,
+) -> Option<HandlerSpec> {
+    let table = value.get_ref().as_table()?;
+    let Some(kind) = table.get("kind") else {
+        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing, \"local\" or \"openai\""));
+        return None;
+    };
+    match problems.text("kind", kind)?.as_str() {
+        "local" => local(problems, path, name, value.span(), table),
+        "openai" => openai(problems, name, value.span(), table),
+        "anthropic" => {
+            problems.at(kind.span(), "kind \"anthropic\" is not built yet; \"local\" and \"openai\" are");
+            None
+        }
+        other => {
+            problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &["local", "openai"])));
+            None
+        }
+    }
+}
+
+fn missing(problems: &mut Problems, span: std::ops::Range<usize>, name: &str, key: &str) {
+    problems.at(span, format!("[handlers.{name}]: `{key}` is missing"));
+}
+
+fn local<'a>(
+    problems: &mut Problems<'a>,
+    path: &Path,
+    name: &str,
+    span: std::ops::Range<usize>,
+    table: &DeTable<'a>,
+) -> Option<HandlerSpec> {
+    problems.unknown_keys(table, &LOCAL_KEYS);
+    let mut text = |key: &str| table.get(key).and_then(|value| problems.text(key, value));
+    let (model, base_model) = (text("model"), text("base_model"));
+    let any_base = table.get("any_base").and_then(|value| problems.bool("any_base", value));
+    if !table.contains_key("model") {
+        missing(problems, span, name, "model");
+    }
+    let at = |name: String| match path.parent().map(|dir| dir.join(&name)) {
+        Some(beside) if beside.exists() => beside,
+        _ => PathBuf::from(name),
+    };
+    Some(HandlerSpec::Local(ModelRef {
+        name: at(model?),
+        base_model: base_model.map(at),
+        any_base: any_base.unwrap_or(false),
+    }))
+}
+
+fn openai<'a>(
+    problems: &mut Problems<'a>,
+    name: &str,
+    span: std::ops::Range<usize>,
+    table: &DeTable<'a>,
+) -> Option<HandlerSpec> {
+    problems.unknown_keys(table, &OPENAI_KEYS);
+    for key in ["base_url", "model"] {
+        if !table.contains_key(key) {
+            missing(problems, span.clone(), name, key);
+        }
+    }
+    let mut text = |key: &str| table.get(key).and_then(|value| problems.text(key, value));
+    let (base_url, model, max_tokens_param) = (text("base_url"), text("model"), text("max_tokens_param"));
+    let seconds = |problems: &mut Problems<'a>, key: &str, default: i64| {
+        let given = table.get(key).map(|value| problems.int(key, value, 1..=3600));
+        given.flatten().unwrap_or(default).unsigned_abs()
+    };
+    let connect_timeout_s = seconds(problems, "connect_timeout_s", 10);
+    let read_timeout_s = seconds(problems, "read_timeout_s", 120);
+    let max_tokens_param = max_tokens_param.unwrap_or_else(|| "max_tokens".to_owned());
+    if let Some(value) = table.get("max_tokens_param").filter(|_| max_tokens_param != "max_tokens")
+        && max_tokens_param != "max_completion_tokens"
+    {
+        problems.at(value.span(), "`max_tokens_param`: should be \"max_tokens\" or \"max_completion_tokens\"");
+    }
+    let api_key_env = table.get("api_key").and_then(|value| api_key(problems, value));
+    let base_url = table.get("base_url").zip(base_url).and_then(|(value, url)| {
+        BaseUrl::parse(&url).map_err(|why| problems.at(value.span(), format!("`base_url`: {why}"))).ok()
+    });
+    let (base_url, model) = (base_url?, model?);
+    Some(HandlerSpec::OpenAi(EndpointSpec {
+        base_url,
+        model,
+        api_key_env,
+        connect_timeout_s,
+        read_timeout_s,
+        max_tokens_param,
+    }))
+}
+
+fn api_key<'a>(problems: &mut Problems<'a>, value: &Spanned<DeValue<'a>>) -> Option<String> {
+    let Some(table) = value.get_ref().as_table() else {
+        problems.at_hidden(
+            value.span(),
+            "`api_key`: a key is not kept in the file; put it into a variable and name that: { env = \"NAME\" }",
+        );
+        return None;
+    };
+    problems.unknown_keys(table, &["env"]);
+    let Some(env) = table.get("env") else {
+        problems.at(value.span(), "`api_key`: should be { env = \"NAME\" }");
+        return None;
+    };
+    let name = problems.text("env", env)?;
+    if name.is_empty() || name.contains(['=', '\0']) {
+        problems.at(env.span(), "`env`: should be the name of an environment variable");
+    }
+    Some(name)
+}
+
+fn route<'a>(
+    problems: &mut Problems<'a>,
+    span: &std::ops::Range<usize>,
+    value: &Spanned<DeValue<'a>>,
+    names: &[&str],
+    handlers: &BTreeMap<String, HandlerSpec>,
+) -> Vec<String> {
+    let Some(table) = value.get_ref().as_table() else { return Vec::new() };
+    problems.unknown_keys(table, &ROUTE_KEYS);
+    let egress = table.get("egress").and_then(|value| Some((value, problems.text("egress", value)?)));
+    let deny = match egress.as_ref().map(|(value, egress)| (value, egress.as_str())) {
+        None | Some((_, "deny")) => true,
+        Some((_, "allow")) => false,
+        Some((value, "redact")) => {
+            problems.at(value.span(), "`egress`: \"redact\" is not built yet; \"deny\" and \"allow\" are");
+            false
+        }
+        Some((value, other)) => {
+            let known = ["deny", "redact", "allow"];
+            problems.at(value.span(), format!("`egress`: `{other}` is unknown, {}", near(other, &known)));
+            false
+        }
+    };
+    let Some(list) = table.get("handlers") else {
+        problems.at(span.clone(), "the route has no `handlers`");
+        return Vec::new();
+    };
+    let Some(items) = list.get_ref().as_array() else {
+        problems.wrong_type("handlers", list, "a list of names");
+        return Vec::new();
+    };
+    if items.is_empty() {
+        problems.at(list.span(), "`handlers`: the list is empty");
+    }
+    let mut chain: Vec<String> = Vec::new();
+    for item in items.iter() {
+        let Some(name) = problems.text("handlers", item) else { continue };
+        if !names.contains(&name.as_str()) {
+            problems.at(item.span(), format!("`{name}`: there is no such handler, {}", near(&name, names)));
+        } else if chain.contains(&name) {
+            problems.at(item.span(), format!("`{name}`: is in the list twice"));
+        } else if let Some(HandlerSpec::OpenAi(endpoint)) = handlers.get(&name).filter(|spec| deny && spec.is_cloud()) {
+            problems.at(
+                item.span(),
+                format!(
+                    "`{name}`: sends conversations to {}, and egress is \"deny\"; take it out, or say egress = \"allow\"",
+                    endpoint.base_url.host()
+                ),
+            );
+        }
+        chain.push(name);
+    }
+    chain
+}
+
+/// Handlers by name, loaded when they are first asked for.
+pub struct Handlers {
+    config: Config,
+    loaded: Mutex<BTreeMap<String, Arc<dyn Handler>>>,
+}
+
+impl Handlers {
+    /// The handlers of a file; loads nothing.
+    pub fn new(config: Config) -> Self {
+        Self { config, loaded: Mutex::default() }
+    }
+
+    /// What the file says.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Names of routes and handlers.
+    pub fn names(&self) -> Vec<&str> {
+        self.config.routes.keys().chain(self.config.handlers.keys()).map(String::as_str).collect()
+    }
+
+    /// A route or a handler, ready to answer. A handler taken by its own name is the user's choice, so no route's
+    /// `egress` speaks about it.
+    ///
+    /// # Errors
+    /// When there is none of that name, its model cannot be loaded, or its key is not in the environment.
+    pub fn get(&self, name: &str) -> Result<Arc<dyn Handler>> {
+        let Some(chain) = self.config.routes.get(name) else { return self.handler(name) };
+        let handlers = chain.iter().map(|name| Ok((name.clone(), self.handler(name)?)));
+        Ok(Arc::new(Route::new(handlers.collect::<Result<_>>()?)))
+    }
+
+    fn handler(&self, name: &str) -> Result<Arc<dyn Handler>> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handler) = loaded.get(name) {
+            return Ok(handler.clone());
+        }
+        let path = self.config.path.display();
+        let Some(spec) = self.config.handlers.get(name) else {
+            bail!("{path}: there is no handler or route `{name}`, {}", near(name, &self.names()));
+        };
+        let handler = load(name, spec).with_context(|| format!("{path}: [handlers.{name}]"))?;
+        loaded.insert(name.to_owned(), handler.clone());
+        Ok(handler)
+    }
+}
+
+fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
+    match spec {
+        HandlerSpec::Local(model) => Ok(Arc::new(Local::new(name, Loaded::load(model)?))),
+        HandlerSpec::OpenAi(spec) => {
+            let api_key = spec.api_key_env.as_ref().map(|variable| {
+                let value = std::env::var(variable).ok().map(|key| key.trim().to_owned());
+                let value = value.filter(|key| !key.is_empty() && key.chars().all(|c| c.is_ascii_graphic()));
+                value.map(Secret::new).with_context(|| {
+                    format!("api_key: the environment variable {variable} is not set, or is not a key\nhint: export {variable}=…")
+                })
+            });
+            let api_key = api_key.transpose()?;
+            if spec.base_url.can_be_overheard() && api_key.is_some() {
+                eprintln!(
+                    "warning: handler `{name}`: its key and conversations go to {} unencrypted; use https://",
+                    spec.base_url.host()
+                );
+            }
+            Ok(Arc::new(OpenAi::new(Endpoint {
+                base_url: spec.base_url.clone(),
+                model: spec.model.clone(),
+                api_key,
+                connect_timeout: Duration::from_secs(spec.connect_timeout_s),
+                read_timeout: Duration::from_secs(spec.read_timeout_s),
+                max_tokens_param: spec.max_tokens_param.clone(),
+            })))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+[handlers.near]
+kind = "local"
+model = "algebra-tutor"
+
+[handlers.far]
+kind = "openai"
+base_url = "https://api.example.com/v1/"
+model = "gpt-x"
+api_key = { env = "HOMEROOM_TEST_KEY_THAT_IS_NOT_SET" }
+
+[handlers.beside]
+kind = "openai"
+base_url = "http://localhost:11434/v1"
+model = "x"
+
+[routes.safe]
+handlers = ["near", "beside"]
+
+[routes.open]
+handlers = ["near", "far"]
+egress = "allow"
+"#;
+
+    fn problems(text: &str) -> String {
+        let error = Config::parse(Path::new("h.toml"), text).expect_err("it is wrong");
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn a_file_says_which_handlers_there_are() -> Result<()> {
+        let config = Config::parse(Path::new("h.toml"), GOOD)?;
+        assert_eq!(config.routes["open"], ["near", "far"]);
+        assert_eq!(
+            config.handlers["near"],
+            HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() })
+        );
+        assert!(config.handlers["far"].is_cloud() && !config.handlers["beside"].is_cloud());
+        let handlers = Handlers::new(config);
+        let refused = |name: &str| format!("{:#}", handlers.get(name).err().expect("it cannot be had"));
+        assert!(refused("far").contains("HOMEROOM_TEST_KEY_THAT_IS_NOT_SET"), "{}", refused("far"));
+        assert!(refused("naer").contains("did you mean `near`?"), "{}", refused("naer"));
+        assert!(refused("near").contains("no such model"), "{}", refused("near"));
+        assert!(handlers.get("beside").is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said_at_once() {
+        let all = problems(
+            r#"
+[handlers.a]
+kind = "lokal"
+
+[handlers.b]
+kind = "openai"
+base_ulr = "https://api.example.com"
+model = 7
+api_key = "sk-secret"
+
+[handlers.c]
+kind = "local"
+model = "x"
+any_base = "yes"
+
+[handlers.d]
+model = "x"
+
+[handlers.e]
+kind = "openai"
+base_url = "api.example.com"
+model = "x"
+read_timeout_s = 0
+
+[route.x]
+[routes.a]
+handlers = ["cc", "c", "c"]
+egress = "redact"
+[routes.y]
+handlers = []
+egress = "dney"
+[routes.z]
+"#,
+        );
+        for wanted in [
+            "17 problems",
+            "`lokal`: unknown kind, did you mean `local`?",
+            "`base_ulr`: unknown key, did you mean `base_url`?",
+            "[handlers.b]: `base_url` is missing",
+            "`model`: is a whole number, should be a text in quotes",
+            "a key is not kept in the file",
+            "`any_base`: is a text, should be true or false",
+            "[handlers.d]: `kind` is missing",
+            "`base_url`: an address begins with",
+            "`read_timeout_s`: should be from 1 to 3600",
+            "`route`: unknown key, did you mean `routes`?",
+            "`cc`: there is no such handler, did you mean `c`?",
+            "`c`: is in the list twice",
+            "\"redact\" is not built yet",
+            "`handlers`: the list is empty",
+            "`dney` is unknown, did you mean `deny`?",
+            "the route has no `handlers`",
+            "`a`: a handler has this name already",
+        ] {
+            assert!(all.contains(wanted), "{wanted}\nis not in\n{all}");
+        }
+        assert!(!all.contains("sk-secret"), "{all}");
+    }
+
+    #[test]
+    fn denied_egress_is_an_error_of_the_file() {
+        let denied = GOOD.replace("egress = \"allow\"", "egress = \"deny\"");
+        let all = problems(&denied);
+        assert!(all.contains("1 problem\n") && all.contains("api.example.com, and egress is \"deny\""), "{all}");
+        let default = GOOD.replace("egress = \"allow\"\n", "");
+        assert!(problems(&default).contains("egress is \"deny\""));
+        // Nor does a host that only looks like this machine pass.
+        let alike = GOOD.replace("http://localhost:11434", "http://localhost.example.com");
+        assert!(problems(&alike).contains("localhost.example.com, and egress"));
+    }
+}

@@ -1,0 +1,164 @@
+//! A model of this machine.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::generate::{Detokenizer, Finish, Sampling, Tokens, prompt_ids};
+use homeroom_engine::model::BaseModel;
+use serde_json::{Value, json};
+
+use super::stop::StopFilter;
+use super::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Usage, new_id, random};
+use crate::models::Loaded;
+
+/// Freedom of the draw where a request does not say: small models lose the thread at OpenAI's 1.
+pub const DEFAULT_TEMPERATURE: f64 = 0.7;
+
+/// One pass through a model uses all cores, so passes take turns; answers that run at once advance token by token.
+static CORES: Mutex<()> = Mutex::new(());
+
+fn cores() -> MutexGuard<'static, ()> {
+    CORES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A model of this machine: a base, perhaps with an adapter.
+pub struct Local {
+    name: String,
+    loaded: Loaded,
+}
+
+impl Local {
+    /// Answers with a model under a name.
+    pub fn new(name: impl Into<String>, loaded: Loaded) -> Self {
+        Self { name: name.into(), loaded }
+    }
+}
+
+impl Handler for Local {
+    fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
+        let Loaded { model, adaptation } = &self.loaded;
+        let messages: Vec<Value> = (request.messages.iter())
+            .map(|message| json!({"role": message.role, "content": message.content}))
+            .collect();
+        let prompt = prompt_ids(model, &messages);
+        let prompt = prompt.map_err(|error| HandlerError::invalid("messages", format!("{error:#}")))?;
+        let limit = model.config.max_position_embeddings;
+        if prompt.len() >= limit {
+            let message = format!(
+                "the conversation is {} tokens and leaves no room for an answer: the model's context is {limit}",
+                prompt.len()
+            );
+            return Err(HandlerError::new(Kind::ContextLength, message));
+        }
+        let sampling = Sampling {
+            max_tokens: request.max_tokens.unwrap_or(limit),
+            temperature: request.temperature.unwrap_or(DEFAULT_TEMPERATURE),
+            top_p: request.top_p.unwrap_or(1.0),
+            seed: request.seed.map_or_else(random, i64::cast_unsigned),
+        };
+        let tokens = Tokens::new(model.clone(), adaptation.clone(), &prompt, sampling);
+        Ok(Box::new(Answer {
+            tokens: tokens.map_err(|error| HandlerError::internal(&error))?,
+            model: model.clone(),
+            detokenizer: Detokenizer::default(),
+            stops: StopFilter::new(&request.stop),
+            context: context.clone(),
+            prompt_tokens: prompt.len() as u64,
+            drawn: 0,
+            ready: VecDeque::from([Event::Start { id: new_id(), model: self.name.clone() }]),
+            over: false,
+        }))
+    }
+}
+
+/// An answer in the middle of being drawn.
+struct Answer {
+    tokens: Tokens<Arc<BaseModel>, Arc<Adaptation>>,
+    model: Arc<BaseModel>,
+    detokenizer: Detokenizer,
+    stops: StopFilter,
+    context: Context,
+    prompt_tokens: u64,
+    /// Tokens drawn, the one that ends the turn not included.
+    drawn: u64,
+    ready: VecDeque<Event>,
+    /// No more is drawn.
+    over: bool,
+}
+
+impl Answer {
+    /// Draws one token and makes events of it.
+    fn step(&mut self) -> anyhow::Result<()> {
+        let token = {
+            let _turn = cores();
+            self.tokens.next().transpose()?
+        };
+        let Some(token) = token else {
+            let tail = self.detokenizer.finish(&self.model.tokenizer)?;
+            let (text, stopped) = self.stops.push(&tail);
+            self.delta(text);
+            if !stopped {
+                let held = self.stops.finish();
+                self.delta(held);
+            }
+            let ended = self.tokens.finish() == Some(Finish::Stop);
+            self.finish(if ended || stopped { FinishReason::Stop } else { FinishReason::Length }, u64::from(ended));
+            return Ok(());
+        };
+        self.drawn += 1;
+        let piece = self.detokenizer.push(token, &self.model.tokenizer)?;
+        let (text, stopped) = self.stops.push(&piece);
+        self.delta(text);
+        if stopped {
+            self.finish(FinishReason::Stop, 0);
+        }
+        Ok(())
+    }
+
+    fn delta(&mut self, text: String) {
+        if !text.is_empty() {
+            self.ready.push_back(Event::Delta { text });
+        }
+    }
+
+    fn finish(&mut self, reason: FinishReason, end_tokens: u64) {
+        let usage = Usage { prompt_tokens: Some(self.prompt_tokens), completion_tokens: Some(self.drawn + end_tokens) };
+        self.ready.extend([Event::Finish { reason }, Event::Usage(usage)]);
+        self.over = true;
+    }
+
+    /// Reads a piece of the prompt; says whether there is more.
+    fn prefill(&mut self) -> anyhow::Result<bool> {
+        let _turn = cores();
+        self.tokens.prefill()
+    }
+}
+
+impl Iterator for Answer {
+    type Item = Result<Event, HandlerError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(Ok(event));
+            }
+            if self.over {
+                return None;
+            }
+            if self.context.cancelled() {
+                self.over = true;
+                return Some(Err(HandlerError::new(Kind::Cancelled, "the answer was stopped")));
+            }
+            let done = match self.prefill() {
+                Ok(true) => continue,
+                Ok(false) => self.step(),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = done {
+                self.over = true;
+                return Some(Err(HandlerError::internal(&error)));
+            }
+        }
+    }
+}

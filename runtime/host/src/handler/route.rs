@@ -1,0 +1,128 @@
+//! A route: several handlers under one name, tried in order.
+
+use std::sync::Arc;
+
+use super::{Context, Event, EventStream, Handler, HandlerError, Request};
+
+/// Handlers in the order in which they are asked.
+///
+/// The next one is asked when one is unavailable, late or limited, and only before the first word of an answer: what was
+/// said stays said.
+pub struct Route {
+    handlers: Arc<[(String, Arc<dyn Handler>)]>,
+}
+
+impl Route {
+    /// A route over at least one handler.
+    pub fn new(handlers: Vec<(String, Arc<dyn Handler>)>) -> Self {
+        Self { handlers: handlers.into() }
+    }
+}
+
+impl Handler for Route {
+    fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
+        let mut attempt = Attempt {
+            handlers: self.handlers.clone(),
+            at: 0,
+            request: request.clone(),
+            context: context.clone(),
+            stream: None,
+            held: None,
+            spoken: false,
+        };
+        // The first handler's refusal is the route's own, if it is the last.
+        attempt.begin()?;
+        Ok(Box::new(attempt))
+    }
+}
+
+struct Attempt {
+    handlers: Arc<[(String, Arc<dyn Handler>)]>,
+    at: usize,
+    request: Request,
+    context: Context,
+    stream: Option<EventStream>,
+    /// The start of an answer that may still be another handler's.
+    held: Option<Event>,
+    spoken: bool,
+}
+
+impl Attempt {
+    /// Asks the handler at hand, and those after it until one begins.
+    fn begin(&mut self) -> Result<(), HandlerError> {
+        loop {
+            let Some((name, handler)) = self.handlers.get(self.at) else {
+                let kind = super::Kind::Internal;
+                return Err(HandlerError::new(kind, "the route has no handler"));
+            };
+            match handler.stream(&self.request, &self.context) {
+                Ok(stream) => {
+                    self.stream = Some(stream);
+                    return Ok(());
+                }
+                Err(error) => {
+                    let name = name.clone();
+                    self.pass_on(&name, error)?;
+                }
+            }
+        }
+    }
+
+    /// Moves to the next handler, or gives the error back.
+    fn pass_on(&mut self, name: &str, error: HandlerError) -> Result<(), HandlerError> {
+        let Some((next, _)) = self.handlers.get(self.at + 1).filter(|_| error.lets_another_try()) else {
+            return Err(error);
+        };
+        eprintln!("note: handler `{name}`: {error}; asking `{next}`");
+        self.at += 1;
+        Ok(())
+    }
+
+    fn is_last(&self) -> bool {
+        self.at + 1 >= self.handlers.len()
+    }
+}
+
+impl Iterator for Attempt {
+    type Item = Result<Event, HandlerError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            // What was held goes before what came after it.
+            if self.spoken
+                && let Some(event) = self.held.take()
+            {
+                return Some(Ok(event));
+            }
+            match self.stream.as_mut()?.next() {
+                Some(Ok(event @ Event::Start { .. })) if !self.spoken && !self.is_last() => self.held = Some(event),
+                Some(Ok(event)) if self.spoken => return Some(Ok(event)),
+                Some(Ok(event)) => {
+                    self.spoken = true;
+                    return Some(Ok(match self.held.replace(event.clone()) {
+                        Some(start) => start,
+                        None => {
+                            self.held = None;
+                            event
+                        }
+                    }));
+                }
+                Some(Err(error)) => {
+                    self.stream = None;
+                    if self.spoken {
+                        return Some(Err(error));
+                    }
+                    self.held = None;
+                    let name = self.handlers[self.at].0.clone();
+                    if let Err(error) = self.pass_on(&name, error).and_then(|()| self.begin()) {
+                        return Some(Err(error));
+                    }
+                }
+                None => {
+                    self.stream = None;
+                    return None;
+                }
+            }
+        }
+    }
+}

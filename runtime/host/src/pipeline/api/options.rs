@@ -1,0 +1,167 @@
+//! A call's table of options, checked against what the verb takes.
+
+use std::collections::BTreeMap;
+
+use mlua::{AnyUserData, Function, Table, Value};
+use serde_json::{Map, Value as Json};
+
+use super::dataset::Dataset;
+use super::spec::{STRATEGY_NAMES, Verb};
+use super::value::to_json;
+use super::{Failure, said};
+
+/// The options of a call, of known names and right types.
+pub struct Options {
+    values: BTreeMap<&'static str, Value>,
+}
+
+impl Options {
+    /// Checks a call's argument.
+    ///
+    /// # Errors
+    /// When it is no table, or options are unknown, missing or of another type; all of it in one message.
+    pub fn read(verb: &'static Verb, argument: Value) -> Result<Self, Failure> {
+        let table = match argument {
+            Value::Table(table) => table,
+            Value::Nil if verb.all().all(|option| !option.required) => return Ok(Self { values: BTreeMap::new() }),
+            other => {
+                return Err(said(format!("{}: it takes one table of options, not {}", verb.name, words(&other))));
+            }
+        };
+        let mut values = BTreeMap::new();
+        let mut problems = Vec::new();
+        for pair in table.pairs::<Value, Value>() {
+            let (key, value) = pair?;
+            let name = match &key {
+                Value::String(name) => name.to_string_lossy(),
+                other => {
+                    let shown = other.to_string().unwrap_or_default();
+                    problems.push(format!("{}: `[{shown}]` is no option; write name = value", verb.name));
+                    continue;
+                }
+            };
+            let Some(option) = verb.option(&name) else {
+                problems.extend(verb.unknown(&name));
+                continue;
+            };
+            if !option.kind.admits(&value) {
+                let (name, wanted) = (verb.name, option.kind.words());
+                problems.push(format!("{name}: `{}` should be {wanted}, not {}", option.name, words(&value)));
+            }
+            if values.insert(option.name, value).is_some() {
+                problems.push(format!("{}: `{}` is given twice, under both its names", verb.name, option.name));
+            }
+        }
+        // A table has no order; messages have.
+        problems.sort();
+        for option in verb.all().filter(|option| option.required && !values.contains_key(option.name)) {
+            problems.push(format!("{}: `{}` is missing; it should be {}", verb.name, option.name, option.kind.words()));
+        }
+        if problems.is_empty() { Ok(Self { values }) } else { Err(said(problems.join("\n  "))) }
+    }
+
+    /// The value as it was given.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.values.get(name)
+    }
+
+    /// A text.
+    pub fn text(&self, name: &str) -> Option<String> {
+        self.get(name)?.as_string().map(mlua::LuaString::to_string_lossy)
+    }
+
+    /// A required text.
+    pub fn needed_text(&self, name: &str) -> String {
+        self.text(name).expect("`read` saw that a required option is there")
+    }
+
+    /// A number.
+    pub fn number(&self, name: &str) -> Option<f64> {
+        match self.get(name)? {
+            Value::Integer(number) => Some(*number as f64),
+            Value::Number(number) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// A whole number.
+    pub fn whole(&self, name: &str) -> Option<u64> {
+        self.number(name).map(|number| number as u64)
+    }
+
+    /// True or false.
+    pub fn flag(&self, name: &str) -> Option<bool> {
+        self.get(name)?.as_boolean()
+    }
+
+    /// The seed.
+    pub fn seed(&self) -> u64 {
+        self.whole("seed").unwrap_or(42)
+    }
+
+    /// A list of numbers.
+    pub fn numbers(&self, name: &str) -> Vec<f64> {
+        self.get(name).and_then(Value::as_table).map(list).unwrap_or_default()
+    }
+
+    /// A list of texts.
+    pub fn texts(&self, name: &str) -> Vec<String> {
+        let items: Vec<mlua::LuaString> = self.get(name).and_then(Value::as_table).map(list).unwrap_or_default();
+        items.iter().map(mlua::LuaString::to_string_lossy).collect()
+    }
+
+    /// A function.
+    pub fn function(&self, name: &str) -> Option<&Function> {
+        self.get(name)?.as_function()
+    }
+
+    /// A dataset.
+    pub fn dataset(&self, name: &str) -> Option<Dataset> {
+        let data: &AnyUserData = self.get(name)?.as_userdata()?;
+        data.borrow::<Dataset>().ok().map(|data| data.clone())
+    }
+
+    /// The options that go to the strategy.
+    ///
+    /// # Errors
+    /// When one is given twice, or is no plain value.
+    pub fn strategy(&self) -> Result<Map<String, Json>, Failure> {
+        let mut options = Map::new();
+        for name in STRATEGY_NAMES {
+            if let Some(value) = self.get(name) {
+                options.insert(name.to_owned(), to_json(value)?);
+            }
+        }
+        let Some(Value::Table(others)) = self.get("options") else { return Ok(options) };
+        for pair in others.pairs::<String, Value>() {
+            let (name, value) = pair?;
+            let name = if name == "lora_r" { "r".to_owned() } else { name };
+            let value = to_json(&value)?;
+            if options.insert(name.clone(), value).is_some() {
+                return Err(said(format!("`{name}` is given twice, once in `options`")));
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn list<T: mlua::FromLua>(table: &Table) -> Vec<T> {
+    table.sequence_values().filter_map(Result::ok).collect()
+}
+
+/// A value in words, for messages.
+pub fn words(value: &Value) -> String {
+    match value {
+        Value::Nil => "nil".to_owned(),
+        Value::Boolean(_) | Value::Integer(_) | Value::Number(_) => value.to_string().unwrap_or_default(),
+        Value::String(text) => {
+            let text = text.to_string_lossy();
+            let short: String = text.chars().take(40).collect();
+            format!("{short:?}")
+        }
+        Value::Table(_) => "a table".to_owned(),
+        Value::Function(_) => "a function".to_owned(),
+        Value::UserData(data) if data.is::<Dataset>() => "a dataset".to_owned(),
+        other => format!("a {}", other.type_name()),
+    }
+}

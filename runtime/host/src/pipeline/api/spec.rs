@@ -1,0 +1,487 @@
+//! Every function that a script can call: its options, types, documentation and an example that a test runs.
+//!
+//! From this the checks of a call are made, and so are `scripts/README.md` and the type files for editors.
+
+use mlua::Value;
+
+use super::dataset::Dataset;
+
+/// A function of the table `homeroom`, or a method of a dataset.
+pub struct Verb {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does: one line, then more.
+    pub doc: &'static str,
+    /// Its options, in groups that verbs share.
+    pub options: &'static [&'static [Opt]],
+    /// What it returns, as a type of the type files.
+    pub returns: &'static str,
+    /// What that is, in words.
+    pub returns_doc: &'static str,
+    /// Lines that run after the examples before it.
+    pub example: &'static str,
+}
+
+/// One option of a verb.
+pub struct Opt {
+    /// Its name.
+    pub name: &'static str,
+    /// Another name for it.
+    pub alias: Option<&'static str>,
+    /// Its type.
+    pub kind: Kind,
+    /// Whether a call without it is an error.
+    pub required: bool,
+    /// What it is when it is not given, in words; empty where the documentation says it.
+    pub default: &'static str,
+    /// One line: what turning it does.
+    pub doc: &'static str,
+}
+
+/// Type of an option.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// A text.
+    Text,
+    /// One of some texts.
+    OneOf(&'static [&'static str]),
+    /// A whole number from 1.
+    Count,
+    /// A whole number from 0.
+    Whole,
+    /// A number from 0 and below 1.
+    Share,
+    /// A number from 0.
+    Number,
+    /// A number above 0.
+    Rate,
+    /// True or false.
+    Flag,
+    /// A text or a list of texts.
+    Names,
+    /// A list of texts.
+    Texts,
+    /// A list of numbers between 0 and 1.
+    Shares,
+    /// A table from option to value.
+    Table,
+    /// A model: its name, or what a verb returned.
+    Model,
+    /// A dataset.
+    Dataset,
+    /// A name of a field, or a function from a row.
+    Key,
+    /// A function from a step's report.
+    OnStep,
+    /// A function from an evaluation's report.
+    OnEval,
+}
+
+impl Kind {
+    /// Whether a value is of this type.
+    pub fn admits(self, value: &Value) -> bool {
+        let number = match value {
+            Value::Integer(number) => *number as f64,
+            Value::Number(number) => *number,
+            _ => f64::NAN,
+        };
+        let list = |admits: &dyn Fn(&Value) -> bool| match value {
+            Value::Table(table) => {
+                let items: Vec<Value> = table.sequence_values().filter_map(Result::ok).collect();
+                !items.is_empty() && items.len() == table.pairs::<Value, Value>().count() && items.iter().all(admits)
+            }
+            _ => false,
+        };
+        // Luau's numbers are doubles, exact to 2^53.
+        let whole = number.fract() == 0.0 && number <= 9_007_199_254_740_992.0;
+        match self {
+            Self::Text => value.is_string(),
+            Self::OneOf(words) => {
+                value.as_string().is_some_and(|text| words.iter().any(|word| text.as_bytes() == word.as_bytes()))
+            }
+            Self::Count => whole && number >= 1.0,
+            Self::Whole => whole && number >= 0.0,
+            Self::Share => (0.0..1.0).contains(&number),
+            Self::Number => number.is_finite() && number >= 0.0,
+            Self::Rate => number.is_finite() && number > 0.0,
+            Self::Flag => value.is_boolean(),
+            Self::Names => value.is_string() || list(&Value::is_string),
+            Self::Texts => list(&Value::is_string),
+            Self::Shares => list(&|value| Self::Share.admits(value) && !matches!(value, Value::Integer(0))),
+            Self::Table => value.is_table(),
+            Self::Model => value.is_string() || value.is_table(),
+            Self::Dataset => value.as_userdata().is_some_and(|data| data.is::<Dataset>()),
+            Self::Key => value.is_string() || value.is_function(),
+            Self::OnStep | Self::OnEval => value.is_function(),
+        }
+    }
+
+    /// The type in words.
+    pub fn words(self) -> String {
+        match self {
+            Self::Text => "a string",
+            Self::OneOf(words) => {
+                let quoted: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();
+                return quoted.join(" or ");
+            }
+            Self::Count => "a whole number from 1",
+            Self::Whole => "a whole number from 0",
+            Self::Share => "a number from 0 and below 1",
+            Self::Number => "a number from 0",
+            Self::Rate => "a number above 0",
+            Self::Flag => "true or false",
+            Self::Names => "a string or a list of strings",
+            Self::Texts => "a list of strings",
+            Self::Shares => "a list of numbers between 0 and 1",
+            Self::Table => "a table",
+            Self::Model => "a model: its name, its path, or what a verb returned",
+            Self::Dataset => "a dataset",
+            Self::Key => "the name of a field, or a function from a row",
+            Self::OnStep | Self::OnEval => "a function",
+        }
+        .to_owned()
+    }
+
+    /// The type in the notation that both type files share.
+    pub fn annotation(self) -> String {
+        match self {
+            Self::Text => "string",
+            Self::OneOf(words) => {
+                let quoted: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();
+                return quoted.join(" | ");
+            }
+            Self::Count | Self::Whole | Self::Share | Self::Number | Self::Rate => "number",
+            Self::Flag => "boolean",
+            Self::Names => "string | {string}",
+            Self::Texts => "{string}",
+            Self::Shares => "{number}",
+            Self::Table => "{[string]: any}",
+            Self::Model => "string | Model",
+            Self::Dataset => "Dataset",
+            Self::Key => "string | (row: Row) -> any",
+            Self::OnStep => "(report: StepReport) -> Directive?",
+            Self::OnEval => "(report: EvalReport) -> Directive?",
+        }
+        .to_owned()
+    }
+}
+
+const fn opt(name: &'static str, kind: Kind, default: &'static str, doc: &'static str) -> Opt {
+    Opt { name, alias: None, kind, required: false, default, doc }
+}
+
+const fn required(name: &'static str, kind: Kind, doc: &'static str) -> Opt {
+    Opt { name, alias: None, kind, required: true, default: "", doc }
+}
+
+const SEED: &[Opt] = &[opt("seed", Kind::Whole, "42", "the same seed gives the same result")];
+
+/// Options that a strategy takes, by PEFT's names.
+const STRATEGY: &[Opt] = &[
+    Opt {
+        alias: Some("lora_r"),
+        ..opt("r", Kind::Count, "the strategy's", "rank of the adapter: more learns more, and costs memory and time")
+    },
+    opt("lora_alpha", Kind::Rate, "the strategy's", "strength of the adapter: its update is scaled by lora_alpha / r"),
+    opt("lora_dropout", Kind::Share, "the strategy's", "dropout on the adapter's input, in training only"),
+    opt(
+        "target_modules",
+        Kind::Names,
+        "the strategy's",
+        "adapted modules: \"all-linear\", name endings, or one regular expression",
+    ),
+    opt("options", Kind::Table, "{}", "any other option of the strategy; `homeroom plugins list` shows them"),
+];
+
+/// The names of [`STRATEGY`], `options` left out.
+pub const STRATEGY_NAMES: [&str; 4] = ["r", "lora_alpha", "lora_dropout", "target_modules"];
+
+/// The functions of `homeroom`.
+pub const VERBS: &[Verb] = &[
+    Verb {
+        name: "load_model",
+        doc: "Describes a base model and the strategy to train it with.\nNothing is read yet: the weights are loaded when `fine_tune` knows its options.",
+        options: &[
+            &[
+                required(
+                    "name",
+                    Kind::Text,
+                    "a Hugging Face directory or a .gguf file, relative to the script; or a name from `homeroom list-models`",
+                ),
+                opt("strategy", Kind::Text, "\"lora\"", "training strategy; `homeroom plugins list` shows them"),
+            ],
+            STRATEGY,
+        ],
+        returns: "Model",
+        returns_doc: "what `fine_tune`, `evaluate` and `generate` take as `model`",
+        example: "local model = homeroom.load_model { name = params.model, strategy = \"lora\", r = 4 }",
+    },
+    Verb {
+        name: "prepare_dataset",
+        doc: "Reads a JSONL file of rows and checks all of them.\nRows are `messages`, `prompt` and `completion`, or `text`. They become tokens when a model uses them.",
+        options: &[
+            &[
+                required("path", Kind::Text, "the file, relative to the script"),
+                opt("eval", Kind::Share, "0", "share of the rows to hold out and evaluate on"),
+                opt("max_seq_len", Kind::Count, "the model's context, at most 2048", "tokens that a row may have"),
+                opt(
+                    "on_long_row",
+                    Kind::OneOf(&["refuse", "truncate", "skip"]),
+                    "\"refuse\"",
+                    "what to do with a longer row",
+                ),
+            ],
+            SEED,
+        ],
+        returns: "Split",
+        returns_doc: "`{train =, eval =}`, two datasets; without `eval` rows, `eval` is nil",
+        example: "local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }",
+    },
+    Verb {
+        name: "fine_tune",
+        doc: "Trains, and keeps the result until `save_model` gives it a name.\nA `model` that was trained goes on from where it is: its adapter is carried over, with its strategy and options. Callbacks run between steps, never inside one; an error in one ends the training after that step and is raised.",
+        options: &[
+            &[
+                required("model", Kind::Model, "what to train"),
+                required("dataset", Kind::Dataset, "rows to train on"),
+                opt("eval", Kind::Dataset, "none", "held-out rows to evaluate on, before and after"),
+                opt("epochs", Kind::Count, "1", "passes over the rows"),
+                opt("steps", Kind::Count, "all of the epochs", "ends after so many steps, wherever the epoch is"),
+                opt("batch_size", Kind::Count, "8", "rows in one forward and backward pass"),
+                opt("gradient_accumulation_steps", Kind::Count, "1", "batches in one step"),
+                opt("learning_rate", Kind::Rate, "the strategy's, else 2e-4", "peak of the learning rate"),
+                opt(
+                    "schedule",
+                    Kind::OneOf(&["cosine", "linear", "constant"]),
+                    "\"cosine\"",
+                    "shape of the learning rate after warm-up",
+                ),
+                opt("warmup", Kind::Share, "0.03", "share of the steps that warm up"),
+                opt("weight_decay", Kind::Share, "0", "decoupled weight decay"),
+                opt("max_grad_norm", Kind::Number, "1", "bound on the norm of the gradients; 0: none"),
+            ],
+            STRATEGY,
+            &[
+                opt("init_from", Kind::Model, "what `model` carries", "start from the weights of this adapter"),
+                opt("shuffle", Kind::Flag, "true", "whether each epoch has an order of its own"),
+                opt(
+                    "gradient_checkpointing",
+                    Kind::Flag,
+                    "false",
+                    "save memory: run each layer again in the backward pass",
+                ),
+            ],
+            SEED,
+            &[
+                opt("eval_every", Kind::Count, "only before and after", "evaluate on `eval` each so many steps"),
+                opt("on_step", Kind::OnStep, "none", "called after each step; may return a directive"),
+                opt(
+                    "on_eval",
+                    Kind::OnEval,
+                    "none",
+                    "called after each evaluation of `eval_every`; may return a directive",
+                ),
+            ],
+        ],
+        returns: "Tuned",
+        returns_doc: "a model, with `adapter` (its id), `metrics` and `stopped`: \"finished\", or the reason that a callback gave",
+        example: "local tuned = homeroom.fine_tune {\n  model = model, dataset = data.train, eval = data.eval, steps = 3, batch_size = 4, eval_every = 2,\n  on_eval = function(report)\n    if report.eval_loss > 1.5 * report.best then return { stop = \"it gets worse\" } end\n  end,\n}\nprint((\"loss %.3f before, %.3f after\"):format(tuned.metrics.eval_loss_before, tuned.metrics.eval_loss))",
+    },
+    Verb {
+        name: "save_model",
+        doc: "Gives a trained model a name in the registry; one of that name is replaced.",
+        options: &[&[
+            required("model", Kind::Model, "what `fine_tune` returned"),
+            required("name", Kind::Text, "small letters, digits, dots, dashes and underscores"),
+        ]],
+        returns: "Saved",
+        returns_doc: "a model, with `name` and `path`",
+        example: "local saved = homeroom.save_model { model = tuned, name = \"algebra-tutor\" }",
+    },
+    Verb {
+        name: "load_fine_tuned_model",
+        doc: "Describes a trained model: an adapter with its base and its strategy.",
+        options: &[&[required("name", Kind::Text, "a name from `homeroom list-models`, or a directory")]],
+        returns: "Model",
+        returns_doc: "what `fine_tune`, `evaluate` and `generate` take as `model`",
+        example: "local tutor = homeroom.load_fine_tuned_model { name = \"algebra-tutor\" }",
+    },
+    Verb {
+        name: "create_handler",
+        doc: "Has a name answered by a model: writes `[handlers.NAME]` to `handlers.toml` in the user's data directory.\nThe rest of that file stays as it is.",
+        options: &[&[
+            required("name", Kind::Text, "small letters, digits, dots, dashes and underscores"),
+            required("model", Kind::Model, "a saved model"),
+        ]],
+        returns: "Handler",
+        returns_doc: "`{name =, kind =, model =}`",
+        example: "local handler = homeroom.create_handler { name = \"tutor\", model = saved }",
+    },
+    Verb {
+        name: "evaluate",
+        doc: "Measures a model on a dataset, without training it.",
+        options: &[&[
+            required("model", Kind::Model, "what to measure"),
+            required("dataset", Kind::Dataset, "rows to measure on"),
+            opt("batch_size", Kind::Count, "8", "rows in one forward pass"),
+        ]],
+        returns: "Evaluation",
+        returns_doc: "`loss` in nats, `perplexity`, `token_accuracy`, `trained_tokens` and `examples`",
+        example: "local score = homeroom.evaluate { model = tutor, dataset = data.eval }\nprint(score.loss, score.perplexity)",
+    },
+    Verb {
+        name: "generate",
+        doc: "Answers prompts with a model, each as a conversation of its own.",
+        options: &[
+            &[
+                required("model", Kind::Model, "what answers"),
+                required("prompts", Kind::Texts, "what the user says"),
+                opt("system", Kind::Text, "none", "what the system message says"),
+                opt("max_tokens", Kind::Count, "256", "longest answer, in tokens"),
+                opt("temperature", Kind::Number, "0", "0: always the likeliest word; higher is freer"),
+            ],
+            SEED,
+        ],
+        returns: "{string}",
+        returns_doc: "the answers, in the order of the prompts",
+        example: "local answers = homeroom.generate { model = tutor, prompts = { \"2 + 2?\" }, max_tokens = 4 }\nprint(answers[1])",
+    },
+];
+
+/// The methods of a dataset.
+pub const METHODS: &[Verb] = &[
+    Verb {
+        name: "filter",
+        doc: "Keeps the rows for which a function returns true.",
+        options: &[],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local short = data.train:filter(function(row) return #row.messages < 8 end)",
+    },
+    Verb {
+        name: "map",
+        doc: "Replaces each row by what a function returns for it; nil leaves the row out.\nA new row is checked as the rows of a file are.",
+        options: &[],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local polite = data.train:map(function(row)\n  table.insert(row.messages, 1, { role = \"system\", content = \"You are patient.\" })\n  return row\nend)",
+    },
+    Verb {
+        name: "split",
+        doc: "Parts the rows by chance into those to train on and those to evaluate on.",
+        options: &[&[required("eval", Kind::Share, "share of the rows to evaluate on; at least one row")], SEED],
+        returns: "Dataset, Dataset",
+        returns_doc: "two datasets: the rows to train on, the rows to evaluate on",
+        example: "local pool, held_out = data.train:split { eval = 0.2, seed = 7 }",
+    },
+    Verb {
+        name: "bucket",
+        doc: "Sorts the rows by a number and parts them at quantiles.",
+        options: &[&[
+            required("by", Kind::Key, "the number: a field, or a function from a row"),
+            required("quantiles", Kind::Shares, "where to part, ascending: { 0.5 } makes two halves"),
+        ]],
+        returns: "{Dataset}",
+        returns_doc: "one dataset more than there are quantiles, the smallest numbers first",
+        example: "local easy, hard = table.unpack(pool:bucket { by = function(row) return #row.messages end, quantiles = { 0.5 } })",
+    },
+    Verb {
+        name: "sample",
+        doc: "Draws rows by chance, each at most once; all rows if there are no more than `n`.",
+        options: &[&[required("n", Kind::Count, "number of rows")], SEED],
+        returns: "Dataset",
+        returns_doc: "a new dataset, in the order of this one",
+        example: "local some = easy:sample { n = 3, seed = 1 }",
+    },
+    Verb {
+        name: "concat",
+        doc: "Adds the rows of another dataset at the end.",
+        options: &[],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local mixed = hard:concat(some)",
+    },
+    Verb {
+        name: "shuffle",
+        doc: "Puts the rows in another order. (Training has its own order for each epoch without it.)",
+        options: &[SEED],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local shuffled = mixed:shuffle { seed = 3 }",
+    },
+    Verb {
+        name: "dedupe",
+        doc: "Keeps the first of rows that are alike.",
+        options: &[&[opt("by", Kind::Key, "the whole row", "what is compared: a field, or a function from a row")]],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local unique = mixed:dedupe { by = \"messages\" }",
+    },
+    Verb {
+        name: "len",
+        doc: "Counts the rows.",
+        options: &[],
+        returns: "number",
+        returns_doc: "the number of rows; `#dataset` is the same",
+        example: "print(unique:len())",
+    },
+    Verb {
+        name: "rows",
+        doc: "Gives the rows as plain tables, all of them: for small datasets.",
+        options: &[],
+        returns: "{Row}",
+        returns_doc: "a list of tables",
+        example: "for _, row in ipairs(some:rows()) do print(row.messages[1].content) end",
+    },
+];
+
+/// The functions of `homeroom.log`.
+pub const LOGS: &[Verb] = &[
+    Verb {
+        name: "info",
+        doc: "Tells a line on stderr, with fields if there are any.",
+        options: &[],
+        returns: "()",
+        returns_doc: "nothing",
+        example: "homeroom.log.info(\"trained\", { loss = tuned.metrics.eval_loss })",
+    },
+    Verb {
+        name: "warn",
+        doc: "Tells a warning on stderr: say what to do about it.",
+        options: &[],
+        returns: "()",
+        returns_doc: "nothing",
+        example: "homeroom.log.warn(\"few rows: add more to \" .. params.dataset)",
+    },
+];
+
+impl Verb {
+    /// All options.
+    pub fn all(&self) -> impl Iterator<Item = &'static Opt> {
+        self.options.iter().copied().flatten()
+    }
+
+    /// The option of that name, or of that other name.
+    pub fn option(&self, name: &str) -> Option<&'static Opt> {
+        self.all().find(|option| option.name == name || option.alias == Some(name))
+    }
+
+    /// What is wrong with an option's name, if it is.
+    pub fn unknown(&self, name: &str) -> Option<String> {
+        if self.option(name).is_some() {
+            return None;
+        }
+        let names = self.all().flat_map(|option| [Some(option.name), option.alias]).flatten();
+        let near = homeroom_abi::describe::nearest(name, names);
+        let hint = match near {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("known are {}", self.all().map(|option| option.name).collect::<Vec<_>>().join(", ")),
+        };
+        Some(format!("{}: unknown option `{name}`, {hint}", self.name))
+    }
+}
+
+/// The verb of that name.
+pub fn verb(name: &str) -> &'static Verb {
+    VERBS.iter().chain(METHODS).chain(LOGS).find(|verb| verb.name == name).expect("every verb is in the lists above")
+}

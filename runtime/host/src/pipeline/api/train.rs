@@ -1,0 +1,373 @@
+//! `fine_tune`: options to a training job, callbacks between its steps, and the result as a plain table.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use homeroom_abi::describe::nearest;
+use homeroom_engine::data::Example;
+use homeroom_engine::files::NewDirectory;
+use homeroom_engine::schedule::Schedule;
+use homeroom_engine::train::{Control, Evaluation, Observer, StepReport, TrainConfig, planned_steps};
+use mlua::{Lua, Table, Value};
+use serde_json::{Map, Value as Json, json};
+
+use super::dataset::Encoded;
+use super::model::{DRY, ModelSpec};
+use super::options::{Options, words};
+use super::spec::{STRATEGY_NAMES, verb};
+use super::{Failure, Session, said};
+use crate::job::{Job, Outcome};
+use crate::plugin::Plugin;
+use crate::progress::{self, thousands};
+
+/// The strategy's learning rate when neither it nor the script says one.
+const DEFAULT_LEARNING_RATE: f64 = 2e-4;
+/// What `stopped` says of a training that did all its steps.
+const FINISHED: &str = "finished";
+
+/// Trains, or in a dry run says what would be trained.
+pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
+    let options = Options::read(verb("fine_tune"), argument)?;
+    let nil = Value::Nil;
+    let mut spec = ModelSpec::read(session, options.get("model").unwrap_or(&nil))?;
+    if let Some(from) = options.get("init_from") {
+        let from = ModelSpec::read(session, from)?;
+        if from.adapter.is_none() {
+            return Err(said("fine_tune: `init_from` is a base model; name an adapter, or leave it out"));
+        }
+        spec.adapter = from.adapter;
+    }
+    spec.options.extend(options.strategy()?);
+    let strategy = spec.strategy.get_or_insert_with(|| "lora".to_owned()).clone();
+    let plugin = session.plugin(&strategy)?;
+    check_options(&plugin, &spec.options)?;
+
+    let model = spec.load_base(session)?;
+    let init_from = spec.adapter_path(session);
+    let job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref())?;
+    let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
+    let data = rows.encode(&job.model).context("dataset")?;
+    let eval = options.dataset("eval").map(|eval| eval.encode(&job.model)).transpose().context("eval")?;
+    let config = config(&options, job.proposed_learning_rate);
+    let steps = planned_steps(data.examples.len(), &config);
+    restate(&spec, &job, &data, eval.as_ref(), &config, steps);
+    if session.dry {
+        return Ok(dry(lua, session, &spec, &job, &data, eval.as_ref(), steps)?);
+    }
+
+    // A directory that cannot be written is found out now, not after hours.
+    let (id, path) = session.new_adapter()?;
+    let directory = NewDirectory::start(&path)?;
+    let parent = spec.parent(session);
+    let trained: Vec<&Example> = data.examples.iter().collect();
+    let held_out: Vec<&Example> = eval.iter().flat_map(|eval| &eval.examples).collect();
+    let before = evaluate(session, &job, &held_out)?;
+    let mut watcher = Watcher {
+        lua,
+        session,
+        options: &options,
+        job: &job,
+        held_out: &held_out,
+        best: before.map_or(f64::INFINITY, |eval| eval.loss),
+        bar: progress::Training::start(steps),
+        stopped: None,
+        raised: None,
+    };
+    let report = job.train(&trained, &config, &mut watcher)?;
+    let Watcher { bar, stopped, raised, .. } = watcher;
+    bar.end();
+    let ended = raised.is_some() || session.clock.cancelled();
+    let after = if ended { None } else { evaluate(session, &job, &held_out)? };
+    let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone() };
+    let path = outcome.save(&job, directory, parent.as_deref())?;
+    if let (Some(before), Some(after)) = (before, after) {
+        eprintln!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss);
+    }
+    let done = outcome.report.steps.len();
+    if ended {
+        eprintln!("stopped after step {done} of {steps}; what it had learned by then is in {}", path.display());
+    }
+    if let Some(raised) = raised {
+        return Err(raised.into());
+    }
+    session.clock.check()?;
+    spec.adapter = Some(id);
+    let table = spec.to_table(lua)?;
+    let metrics = lua.create_table()?;
+    metrics.set("eval_loss", after.map(|eval| eval.loss))?;
+    metrics.set("eval_loss_before", before.map(|eval| eval.loss))?;
+    metrics.set("train_loss", outcome.report.train_loss())?;
+    metrics.set("steps", done)?;
+    metrics.set("planned_steps", steps)?;
+    table.set("metrics", metrics)?;
+    table.set("stopped", stopped.as_deref().unwrap_or(FINISHED))?;
+    Ok(Value::Table(table))
+}
+
+/// What a dry run says of a training. Its losses are not numbers, so that a script's comparisons with them are false.
+fn dry(
+    lua: &Lua,
+    session: &Session,
+    spec: &ModelSpec,
+    job: &Job,
+    data: &Encoded,
+    eval: Option<&Encoded>,
+    steps: u64,
+) -> mlua::Result<Value> {
+    let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
+    let held_out = eval.map_or(0, |eval| eval.examples.len());
+    session.would(
+        format!(
+            "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps, {} of {} parameters",
+            spec.base,
+            job.strategy.name,
+            thousands(data.examples.len()),
+            thousands(data.tokens()),
+            thousands(steps as usize),
+            thousands(trainable),
+            thousands(all),
+        ),
+        json!({
+            "verb": "fine_tune",
+            "model": spec.base,
+            "strategy": job.strategy.name,
+            "options": spec.options,
+            "examples": data.examples.len(),
+            "tokens": data.tokens(),
+            "held_out": held_out,
+            "steps": steps,
+            "trainable_parameters": trainable,
+            "parameters": all,
+        }),
+    );
+    let table = ModelSpec { adapter: Some(DRY.to_owned()), ..spec.clone() }.to_table(lua)?;
+    let metrics = lua.create_table()?;
+    let loss = eval.map(|_| f64::NAN);
+    metrics.set("eval_loss", loss)?;
+    metrics.set("eval_loss_before", loss)?;
+    metrics.set("train_loss", f64::NAN)?;
+    metrics.set("steps", steps)?;
+    metrics.set("planned_steps", steps)?;
+    table.set("metrics", metrics)?;
+    table.set("stopped", FINISHED)?;
+    Ok(Value::Table(table))
+}
+
+/// Loss on the held-out examples; not after an interruption, whose user waits.
+fn evaluate(session: &Session, job: &Job, examples: &[&Example]) -> Result<Option<Evaluation>> {
+    if session.clock.cancelled() {
+        return Ok(None);
+    }
+    let bar = progress::counting("evaluating", examples.len());
+    let result = job.evaluate(examples, |done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    result
+}
+
+/// Refuses options that the strategy does not have, before anything is loaded.
+fn check_options(plugin: &Plugin, options: &Map<String, Json>) -> Result<(), Failure> {
+    let about = &plugin.description;
+    let mut problems = Vec::new();
+    for (name, value) in options {
+        match about.options.iter().find(|option| option.name == *name) {
+            Some(option) if option.kind.admits(value) => {}
+            Some(option) => problems.push(format!(
+                "fine_tune: strategy `{}`: `{name}` should be {}, not {value}",
+                about.name,
+                option.kind.words()
+            )),
+            None => {
+                let known: Vec<&str> = about.options.iter().map(|option| option.name.as_str()).collect();
+                let hint = match nearest(name, known.iter().copied()) {
+                    Some(near) => format!(", did you mean `{near}`?"),
+                    None if known.is_empty() => "; it has none".to_owned(),
+                    None => format!("; it has {}", known.join(", ")),
+                };
+                problems.push(format!("fine_tune: strategy `{}` has no option `{name}`{hint}", about.name));
+            }
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(said(problems.join("\n  "))) }
+}
+
+fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
+    let default = TrainConfig::default();
+    let count = |name: &str, default: usize| options.whole(name).map_or(default, |count| count as usize);
+    TrainConfig {
+        epochs: options.whole("epochs").unwrap_or(default.epochs),
+        max_steps: options.whole("steps"),
+        batch_size: count("batch_size", default.batch_size),
+        gradient_accumulation_steps: count("gradient_accumulation_steps", default.gradient_accumulation_steps),
+        learning_rate: options.number("learning_rate").or(proposed).unwrap_or(DEFAULT_LEARNING_RATE),
+        lr_scheduler_type: match options.text("schedule").as_deref() {
+            Some("linear") => Schedule::Linear,
+            Some("constant") => Schedule::Constant,
+            _ => Schedule::Cosine,
+        },
+        warmup_ratio: options.number("warmup").unwrap_or(default.warmup_ratio),
+        weight_decay: options.number("weight_decay").unwrap_or(default.weight_decay),
+        max_grad_norm: options.number("max_grad_norm").unwrap_or(default.max_grad_norm),
+        seed: options.seed(),
+        shuffle: options.flag("shuffle").unwrap_or(default.shuffle),
+        gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
+    }
+}
+
+/// Restates a training, so that a wrong one is seen before it has cost anything.
+fn restate(spec: &ModelSpec, job: &Job, data: &Encoded, eval: Option<&Encoded>, config: &TrainConfig, steps: u64) {
+    let Job { model, adaptation, strategy, .. } = job;
+    let (all, trained) = (model.parameter_count() as f64, adaptation.trainable_count() as f64);
+    let given: Vec<String> =
+        STRATEGY_NAMES.iter().filter_map(|name| Some(format!(" {name}={}", spec.options.get(*name)?))).collect();
+    eprintln!("model     {}   {:.1} M parameters, {}", spec.base, all / 1e6, model.storage_words());
+    eprintln!(
+        "strategy  {} {}{}   {:.2} M trained ({:.2} %)",
+        strategy.name,
+        strategy.version,
+        given.concat(),
+        trained / 1e6,
+        100.0 * trained / all
+    );
+    let held_out = eval.map_or_else(String::new, |eval| format!(", {} held out", thousands(eval.examples.len())));
+    let left_out = match (data.skipped, data.truncated) {
+        (0, 0) => String::new(),
+        (skipped, 0) => format!(", {skipped} left out as too long"),
+        (_, truncated) => format!(", {truncated} cut to length"),
+    };
+    let count = thousands(data.examples.len());
+    eprintln!("data      {count} examples, {} tokens{held_out}{left_out}", thousands(data.tokens()));
+    eprintln!(
+        "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
+        thousands(steps as usize),
+        config.gradient_accumulation_steps,
+        config.batch_size,
+        config.learning_rate,
+        config.lr_scheduler_type,
+        config.seed,
+    );
+}
+
+/// Hears of each step, and lets the script's callbacks hear of it.
+struct Watcher<'a> {
+    lua: &'a Lua,
+    session: &'a Session,
+    options: &'a Options,
+    job: &'a Job,
+    held_out: &'a [&'a Example],
+    /// Lowest held-out loss so far.
+    best: f64,
+    bar: progress::Training,
+    /// Why a callback ended the training.
+    stopped: Option<String>,
+    /// What a callback raised. It is kept until the training has ended and is saved.
+    raised: Option<mlua::Error>,
+}
+
+impl Observer for Watcher<'_> {
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
+        self.bar.step(report, planned_steps);
+        if self.session.clock.cancelled() {
+            return Ok(Control::Stop);
+        }
+        match self.callbacks(report, planned_steps) {
+            Ok(control) => Ok(control),
+            Err(Failure::Lua(raised)) => {
+                self.raised = Some(raised);
+                Ok(Control::Stop)
+            }
+            Err(Failure::Said(error)) => Err(error),
+        }
+    }
+}
+
+impl Watcher<'_> {
+    fn callbacks(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control, Failure> {
+        let mut scale = None;
+        if self.options.function("on_step").is_some() {
+            let table = self.table(report, planned_steps)?;
+            table.set("loss", report.loss)?;
+            table.set("grad_norm", report.grad_norm)?;
+            table.set("learning_rate", report.learning_rate)?;
+            table.set("tokens", report.tokens)?;
+            scale = self.call("on_step", table)?.or(scale);
+        }
+        let due = self.options.whole("eval_every").is_some_and(|every| report.step.is_multiple_of(every));
+        if due && report.step < planned_steps && self.stopped.is_none() && !self.held_out.is_empty() {
+            let Some(eval) = evaluate(self.session, self.job, self.held_out)? else { return Ok(Control::Stop) };
+            self.best = self.best.min(eval.loss);
+            eprintln!("step {:>5}/{planned_steps}   held-out loss {:.4}", report.step, eval.loss);
+            if self.options.function("on_eval").is_some() {
+                let table = self.table(report, planned_steps)?;
+                table.set("eval_loss", eval.loss)?;
+                table.set("perplexity", eval.perplexity)?;
+                table.set("token_accuracy", eval.token_accuracy)?;
+                table.set("best", self.best)?;
+                scale = self.call("on_eval", table)?.or(scale);
+            }
+        }
+        Ok(match (&self.stopped, scale) {
+            (Some(_), _) => Control::Stop,
+            (None, Some(scale)) => Control::ScaleLearningRate(scale),
+            (None, None) => Control::Continue,
+        })
+    }
+
+    fn table(&self, report: &StepReport, planned_steps: u64) -> mlua::Result<Table> {
+        let table = self.lua.create_table()?;
+        table.set("step", report.step)?;
+        table.set("steps", planned_steps)?;
+        table.set("epoch", report.epoch)?;
+        Ok(table)
+    }
+
+    /// Calls a callback and reads its directive: a scale of the learning rate, or that the training is to stop.
+    fn call(&mut self, name: &str, report: Table) -> Result<Option<f64>, Failure> {
+        let function = self.options.function(name).context("the caller saw that it is there")?;
+        let answer = {
+            let _running = self.session.clock.resume();
+            function.call::<Value>(report)?
+        };
+        let raise = |message: String| Failure::Lua(mlua::Error::runtime(format!("fine_tune: {name}: {message}")));
+        let table = match answer {
+            Value::Nil => return Ok(None),
+            Value::Table(table) => table,
+            other => return Err(raise(format!("it returned {}, not nil or a table", words(&other)))),
+        };
+        let mut scale = None;
+        for pair in table.pairs::<String, Value>() {
+            let (key, value) = pair.map_err(|_| raise("a directive is a table of names".to_owned()))?;
+            match (key.as_str(), &value) {
+                ("stop", Value::String(reason)) => self.stopped = Some(reason.to_string_lossy()),
+                ("stop", other) => {
+                    return Err(raise(format!("`stop` should be the reason, as a string, not {}", words(other))));
+                }
+                ("learning_rate_scale", value) => {
+                    let number = value.as_number().or_else(|| value.as_integer().map(|number| number as f64));
+                    let number = number.filter(|number| number.is_finite() && *number >= 0.0);
+                    let wrong =
+                        || raise(format!("`learning_rate_scale` should be a number from 0, not {}", words(value)));
+                    scale = Some(number.ok_or_else(wrong)?);
+                }
+                (other, _) => {
+                    let near = nearest(other, ["stop", "learning_rate_scale"]);
+                    let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
+                    return Err(raise(format!("unknown directive `{other}`{near}")));
+                }
+            }
+        }
+        Ok(scale)
+    }
+}
+
+/// Copies a trained model's files from where the run left them.
+///
+/// # Errors
+/// When one cannot be read or written.
+pub fn copy_directory(from: &PathBuf, to: &NewDirectory) -> Result<()> {
+    for entry in std::fs::read_dir(from).with_context(|| format!("{}: cannot read", from.display()))? {
+        let entry = entry?;
+        let copied = std::fs::copy(entry.path(), to.path().join(entry.file_name()));
+        copied.with_context(|| format!("{}: cannot copy", entry.path().display()))?;
+    }
+    Ok(())
+}

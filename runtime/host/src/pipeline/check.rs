@@ -1,0 +1,244 @@
+//! What can be said of a script without running it: that it compiles, that the verbs, options and parameters it names are
+//! there, and the same of the modules that it requires.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use homeroom_abi::describe::nearest;
+
+use super::api::spec::{METHODS, VERBS, Verb};
+use super::config::PipelineConfig;
+use super::sandbox::{Sandbox, module_path, shown};
+
+/// Checks a pipeline's script and the modules that it requires.
+///
+/// # Errors
+/// All problems in one message, each with its line.
+pub fn check(config: &PipelineConfig, sandbox: &Sandbox) -> Result<()> {
+    let scripts = config.script.parent().context("a file has a directory")?;
+    let params: Vec<&str> = config.params.keys().map(String::as_str).collect();
+    let mut problems = Vec::new();
+    let (mut seen, mut todo) = (HashSet::new(), vec![config.script.clone()]);
+    while let Some(path) = todo.pop().filter(|path| seen.insert(path.clone())) {
+        if let Err(error) = sandbox.compile(&path) {
+            problems.push(format!("{error:#}"));
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        names(&shown(&path), &text, &params, &mut problems);
+        todo.extend(required(&shown(&path), &text, scripts, &mut problems));
+    }
+    match problems.len() {
+        0 => Ok(()),
+        1 => Err(anyhow!(problems.remove(0))),
+        count => Err(anyhow!("{}: {count} problems\n  {}", shown(&config.script), problems.join("\n  "))),
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Token {
+    Name(String),
+    Text(String),
+    Number,
+    Symbol(char),
+}
+
+/// The tokens of a script, each with its line. `==`, `..` and the like are single symbols in a row.
+fn tokens(text: &str) -> Vec<(usize, Token)> {
+    let chars: Vec<char> = text.chars().collect();
+    let (mut at, mut line, mut out) = (0, 1, Vec::new());
+    let long = |at: usize| {
+        // [[, [=[ and so on: the number of equal signs, if it is one.
+        let signs = chars[at..].iter().skip(1).take_while(|c| **c == '=').count();
+        (chars.get(at) == Some(&'[') && chars.get(at + signs + 1) == Some(&'[')).then_some(signs)
+    };
+    let long_end = |from: usize, signs: usize| {
+        let close: Vec<char> = format!("]{}]", "=".repeat(signs)).chars().collect();
+        let found = chars[from..].windows(close.len()).position(|window| window == close);
+        found.map_or(chars.len(), |found| from + found + close.len())
+    };
+    while at < chars.len() {
+        let start = at;
+        match chars[at] {
+            '-' if chars.get(at + 1) == Some(&'-') => {
+                at = match chars.get(at + 2).and_then(|_| long(at + 2)) {
+                    Some(signs) => long_end(at + 2, signs),
+                    None => chars[at..].iter().position(|c| *c == '\n').map_or(chars.len(), |end| at + end),
+                };
+            }
+            '[' if long(at).is_some() => {
+                at = long_end(at, long(at).unwrap_or(0));
+                out.push((line, Token::Text(String::new())));
+            }
+            quote @ ('"' | '\'' | '`') => {
+                at += 1;
+                let mut said = String::new();
+                while at < chars.len() && chars[at] != quote {
+                    at += usize::from(chars[at] == '\\');
+                    said.extend(chars.get(at));
+                    at += 1;
+                }
+                at += 1;
+                out.push((line, Token::Text(said)));
+            }
+            c if c.is_alphabetic() || c == '_' => {
+                let rest = chars[at..].iter().take_while(|c| c.is_alphanumeric() || **c == '_');
+                let name: String = rest.collect();
+                at += name.chars().count();
+                out.push((line, Token::Name(name)));
+            }
+            c if c.is_ascii_digit() => {
+                at += chars[at..].iter().take_while(|c| c.is_alphanumeric() || **c == '_').count();
+                out.push((line, Token::Number));
+            }
+            c => {
+                at += 1;
+                if !c.is_whitespace() {
+                    out.push((line, Token::Symbol(c)));
+                }
+            }
+        }
+        line += chars[start..at.min(chars.len())].iter().filter(|c| **c == '\n').count();
+    }
+    out
+}
+
+/// Names of verbs, options and parameters that are not there.
+fn names(script: &str, text: &str, params: &[&str], problems: &mut Vec<String>) {
+    let tokens = tokens(text);
+    let name = |at: usize| match tokens.get(at) {
+        Some((_, Token::Name(name))) => Some(name.as_str()),
+        _ => None,
+    };
+    let is = |at: usize, symbol: char| tokens.get(at).is_some_and(|(_, token)| *token == Token::Symbol(symbol));
+    let unknown = |what: &str, key: &str, known: &[&str]| {
+        let hint = match nearest(key, known.iter().copied()) {
+            Some(near) => format!(", did you mean `{near}`?"),
+            None if known.is_empty() => "; it is empty".to_owned(),
+            None => format!("; it has {}", known.join(", ")),
+        };
+        format!("`{what}` has no `{key}`{hint}")
+    };
+    let verbs: Vec<&str> = VERBS.iter().map(|verb| verb.name).chain(["log"]).collect();
+    for at in 0..tokens.len() {
+        let line = tokens[at].0;
+        let mut problem = |message: String| problems.push(format!("{script}:{line}: {message}"));
+        let is_field = at > 0 && (is(at - 1, '.') || is(at - 1, ':'));
+        match (name(at), name(at + 2)) {
+            (Some("homeroom"), Some(key)) if !is_field && is(at + 1, '.') => {
+                match VERBS.iter().find(|verb| verb.name == key) {
+                    Some(verb) => keys(script, &tokens, at + 3, verb, problems),
+                    None if key == "log" => {}
+                    None => problem(unknown("homeroom", key, &verbs)),
+                }
+            }
+            (Some("params"), Some(key)) if !is_field && is(at + 1, '.') && !params.contains(&key) => {
+                problem(unknown("params", key, params));
+            }
+            _ => {}
+        }
+        if is(at, ':')
+            && let Some(method) = name(at + 1).and_then(|key| METHODS.iter().find(|method| method.name == key))
+        {
+            keys(script, &tokens, at + 2, method, problems);
+        }
+    }
+}
+
+/// The keys of the table of options that a call begins with, if it does.
+fn keys(script: &str, tokens: &[(usize, Token)], from: usize, verb: &Verb, problems: &mut Vec<String>) {
+    let is = |at: usize, symbol: char| tokens.get(at).is_some_and(|(_, token)| *token == Token::Symbol(symbol));
+    let open = if is(from, '(') { from + 1 } else { from };
+    if !is(open, '{') {
+        return;
+    }
+    let (mut depth, mut blocks) = (0_usize, 0_usize);
+    for (at, (line, token)) in tokens.iter().enumerate().skip(open) {
+        match token {
+            Token::Symbol('{' | '(' | '[') => depth += 1,
+            Token::Symbol('}' | ')' | ']') => {
+                depth -= 1;
+                if depth == 0 {
+                    return;
+                }
+            }
+            Token::Name(word) => match word.as_str() {
+                "function" | "if" | "do" | "repeat" => blocks += 1,
+                "end" | "until" => blocks = blocks.saturating_sub(1),
+                key => {
+                    let begins = is(at - 1, '{') || is(at - 1, ',') || is(at - 1, ';');
+                    let assigns = is(at + 1, '=') && !is(at + 2, '=');
+                    if depth == 1 && blocks == 0 && begins && assigns {
+                        let unknown = verb.unknown(key);
+                        problems.extend(unknown.map(|message| format!("{script}:{line}: {message}")));
+                    }
+                }
+            },
+            _ => {}
+        }
+    }
+}
+
+/// The modules that a script requires by name.
+fn required(script: &str, text: &str, scripts: &Path, problems: &mut Vec<String>) -> Vec<PathBuf> {
+    let tokens = tokens(text);
+    let mut found = Vec::new();
+    for (at, (line, token)) in tokens.iter().enumerate() {
+        if *token != Token::Name("require".to_owned()) {
+            continue;
+        }
+        let open = usize::from(tokens.get(at + 1).is_some_and(|(_, token)| *token == Token::Symbol('(')));
+        if let Some((_, Token::Text(name))) = tokens.get(at + 1 + open) {
+            match module_path(scripts, name) {
+                Ok(path) => found.push(path),
+                Err(error) => problems.push(format!("{script}:{line}: {error:#}")),
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(text: &str) -> Vec<String> {
+        let mut problems = Vec::new();
+        names("s.lua", text, &["model", "dataset"], &mut problems);
+        problems
+    }
+
+    #[test]
+    fn names_that_are_not_there_are_told_by_line() {
+        let cases = [
+            ("homeroom.fine_tun {}", "s.lua:1: `homeroom` has no `fine_tun`, did you mean `fine_tune`?"),
+            ("\n\nprint(params.modle)", "s.lua:3: `params` has no `modle`, did you mean `model`?"),
+            (
+                "homeroom.fine_tune {\n  epoch = 1 }",
+                "s.lua:2: fine_tune: unknown option `epoch`, did you mean `epochs`?",
+            ),
+            ("homeroom.fine_tune({ lora_q = 1 })", "unknown option `lora_q`, did you mean `lora_r`?"),
+            ("d:split { evla = 1 }", "s.lua:1: split: unknown option `evla`, did you mean `eval`?"),
+            ("--[[ x\n]] homeroom.nothing()", "s.lua:2: `homeroom` has no `nothing`; it has load_model"),
+        ];
+        for (text, expected) in cases {
+            let found = problems(text);
+            assert!(found.len() == 1 && found[0].contains(expected), "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_an_option_is_left_alone() {
+        for text in [
+            "homeroom.fine_tune { on_step = function(r) local n = 1; n = 2; if n == 3 then n = 4 end end, epochs = 1 }",
+            "homeroom.load_model { name = params.model, options = { anything = 1, rank = { x = 2 } }, lora_r = 3 }",
+            "-- homeroom.typo {}\nlocal s = \"homeroom.typo params.typo\" .. [==[ params.typo ]] ]==]",
+            "local t = { params = { typo = 1 } } print(t.params.typo)",
+            "homeroom.log.info(\"x\", { anything = 1 })",
+            "f(x == 1, { epoch = 2 })",
+        ] {
+            assert_eq!(problems(text), [""; 0], "{text}");
+        }
+    }
+}

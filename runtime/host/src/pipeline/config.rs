@@ -1,0 +1,480 @@
+//! The TOML file that declares a pipeline: its script, and the parameters that the script reads as `params`.
+//!
+//! All problems of a file and of `--set` are told together.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use homeroom_abi::describe::nearest;
+use serde_json::{Map, Value};
+use toml_edit::{Document, Item, TableLike};
+
+use crate::registry;
+use crate::toml_problems::Problems;
+
+/// Keys of `[pipeline]`, each with what it does.
+pub const PIPELINE_KEYS: [(&str, &str); 3] = [
+    ("script", "the Lua script; a path relative to this file"),
+    ("lua_seconds", "time that the script's own Lua may take, in seconds, verbs not counted; 60 if it is not there"),
+    ("params", "the parameters, see below"),
+];
+
+/// Keys of a parameter's declaration, each with what it does.
+pub const PARAM_KEYS: [(&str, &str); 7] = [
+    ("type", "`string`, `int`, `float`, `bool`, `path`, or `model`: a path if it is there, else a name"),
+    ("default", "the value when none is set"),
+    ("required", "`true`: there is no default, and `--set` has to name it"),
+    ("min", "smallest number, or shortest string"),
+    ("max", "largest number, or longest string"),
+    ("one_of", "the values that are admitted"),
+    ("doc", "one line for whoever sets it"),
+];
+
+/// Time that a script's own Lua may take.
+const LUA_SECONDS: f64 = 60.0;
+
+/// A pipeline as it will be run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PipelineConfig {
+    /// The file that declares it.
+    pub path: PathBuf,
+    /// Its script.
+    pub script: PathBuf,
+    /// Time that the script's own Lua may take.
+    pub lua_time: Duration,
+    /// All parameters by name, in the order of the file. One that is neither set nor has a default is null.
+    pub params: Map<String, Value>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Type {
+    String,
+    Int,
+    Float,
+    Bool,
+    Path,
+    Model,
+}
+
+const TYPES: [(&str, Type); 6] = [
+    ("string", Type::String),
+    ("int", Type::Int),
+    ("float", Type::Float),
+    ("bool", Type::Bool),
+    ("path", Type::Path),
+    ("model", Type::Model),
+];
+
+/// One declared parameter.
+struct Param {
+    name: String,
+    kind: Type,
+    default: Option<Value>,
+    required: bool,
+    min: Option<f64>,
+    max: Option<f64>,
+    one_of: Option<Vec<Value>>,
+}
+
+impl PipelineConfig {
+    /// Reads a file, and sets parameters from `--set`. Paths in the file are relative to it, paths in `--set` to where the
+    /// user is.
+    ///
+    /// # Errors
+    /// All problems of both in one message.
+    pub fn read(path: &Path, set: &[(String, String)]) -> Result<Self> {
+        let place = || format!("{}: cannot read", path.display());
+        let text = std::fs::read_to_string(path).with_context(place)?;
+        let mut problems = Problems::new(path, &text);
+        let base = std::path::absolute(path)?.parent().context("a file has a directory")?.to_owned();
+        let config = match Document::parse(text.as_str()) {
+            Ok(document) => read_document(&document, path, &base, set, &mut problems),
+            Err(error) => {
+                problems.at(error.span(), error.message().replace('\n', ", "));
+                None
+            }
+        };
+        problems.into_result()?;
+        Ok(config.expect("a file without problems is a configuration"))
+    }
+}
+
+fn read_document(
+    document: &Document<&str>,
+    path: &Path,
+    base: &Path,
+    set: &[(String, String)],
+    problems: &mut Problems,
+) -> Option<PipelineConfig> {
+    unknown_keys(document.as_table(), &["pipeline"], problems);
+    let Some(item) = document.get("pipeline") else {
+        problems.at(None, "there is no [pipeline]; it needs one with `script`");
+        return None;
+    };
+    let Some(pipeline) = item.as_table_like() else {
+        problems.at(item.span(), "`pipeline` is a table: [pipeline]");
+        return None;
+    };
+    unknown_keys(pipeline, &PIPELINE_KEYS.map(|(key, _)| key), problems);
+    let script = read_script(pipeline, item, base, problems);
+    let lua_seconds = match pipeline.get("lua_seconds") {
+        None => LUA_SECONDS,
+        Some(value) => match number(value).filter(|seconds| *seconds > 0.0 && *seconds <= 1e6) {
+            Some(seconds) => seconds,
+            None => {
+                problems.at(value.span(), "lua_seconds: it should be a number of seconds above 0");
+                LUA_SECONDS
+            }
+        },
+    };
+    let mut declared = Vec::new();
+    let mut broken = Vec::new();
+    match pipeline.get("params").map(|item| (item, item.as_table_like())) {
+        None => {}
+        Some((item, None)) => problems.at(item.span(), "`params` is a table: [pipeline.params]"),
+        Some((_, Some(params))) => {
+            for (name, item) in params.iter() {
+                let key = params.key(name).and_then(toml_edit::Key::span);
+                match read_param(name, key, item, problems) {
+                    Some(param) => declared.push(param),
+                    None => broken.push(name.to_owned()),
+                }
+            }
+        }
+    }
+    let params = values(&declared, &broken, base, set, problems);
+    let lua_time = Duration::from_secs_f64(lua_seconds);
+    Some(PipelineConfig { path: path.to_owned(), script: script?, lua_time, params })
+}
+
+fn read_script(pipeline: &dyn TableLike, table: &Item, base: &Path, problems: &mut Problems) -> Option<PathBuf> {
+    let Some(item) = pipeline.get("script") else {
+        problems.at(table.span(), "there is no `script`");
+        return None;
+    };
+    let Some(text) = item.as_str() else {
+        problems.at(item.span(), "script: it should be a string, the path of a Lua file");
+        return None;
+    };
+    let script = base.join(text);
+    if !script.is_file() {
+        problems.at(item.span(), format!("script: there is no file {}", script.display()));
+        return None;
+    }
+    Some(script)
+}
+
+fn unknown_keys(table: &dyn TableLike, known: &[&str], problems: &mut Problems) {
+    for (name, _) in table.iter().filter(|(name, _)| !known.contains(name)) {
+        let span = table.key(name).and_then(toml_edit::Key::span);
+        let near = match nearest(name, known.iter().copied()) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("known here: {}", known.join(", ")),
+        };
+        problems.at(span, format!("unknown key `{name}`, {near}"));
+    }
+}
+
+/// Reads a declaration; `None` if its type is not known, so that nothing can be said of its values.
+fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut Problems) -> Option<Param> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if name.starts_with(|c: char| c.is_ascii_digit()) || !name.chars().all(plain) {
+        problems.at(key.clone(), format!("`{name}`: a parameter's name is letters, digits and underscores"));
+    }
+    let Some(table) = item.as_table_like() else {
+        let message = format!("{name}: a parameter is declared as a table, such as {{ type = \"int\", default = 1 }}");
+        problems.at(item.span(), message);
+        return None;
+    };
+    unknown_keys(table, &PARAM_KEYS.map(|(key, _)| key), problems);
+    let kind = match table.get("type").map(|item| (item, item.as_str())) {
+        None => {
+            problems.at(key, format!("{name}: it has no `type`"));
+            return None;
+        }
+        Some((item, text)) => {
+            let text = text.unwrap_or_default();
+            let found = TYPES.iter().find(|(word, _)| *word == text);
+            if found.is_none() {
+                let near = nearest(text, TYPES.map(|(word, _)| word));
+                let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
+                let known = TYPES.map(|(word, _)| word).join(", ");
+                problems.at(item.span(), format!("{name}: unknown type{near} (known: {known})"));
+            }
+            found?.1
+        }
+    };
+    let numeric = !matches!(kind, Type::Bool | Type::Path | Type::Model);
+    let mut bound = |key: &str| {
+        let item = table.get(key)?;
+        let bound = number(item).filter(|_| numeric);
+        if bound.is_none() {
+            let why = if numeric { "it should be a number" } else { "only numbers and strings have one" };
+            problems.at(item.span(), format!("{name}: {key}: {why}"));
+        }
+        bound
+    };
+    let (min, max) = (bound("min"), bound("max"));
+    if let (Some(least), Some(most), Some(item)) = (min, max, table.get("max"))
+        && least > most
+    {
+        problems.at(item.span(), format!("{name}: max is {most}, min is {least}"));
+    }
+    let mut param = Param { name: name.to_owned(), kind, default: None, required: false, min, max, one_of: None };
+    if let Some(item) = table.get("one_of") {
+        let list = item.as_array();
+        let mut admitted = Vec::new();
+        for item in list.into_iter().flatten() {
+            match typed(item, kind) {
+                Some(value) => admitted.push(value),
+                None => problems.at(item.span(), format!("{name}: one_of: it should be {}", words(kind))),
+            }
+        }
+        if list.is_none_or(toml_edit::Array::is_empty) {
+            problems.at(item.span(), format!("{name}: one_of: it should be a list of values"));
+        } else {
+            param.one_of = Some(admitted);
+        }
+    }
+    match table.get("required").map(|item| (item, item.as_bool())) {
+        None => {}
+        Some((_, Some(required))) => param.required = required,
+        Some((item, None)) => problems.at(item.span(), format!("{name}: required: it should be true or false")),
+    }
+    if let Some(item) = table.get("doc").filter(|item| !item.is_str()) {
+        problems.at(item.span(), format!("{name}: doc: it should be a string"));
+    }
+    if let Some(item) = table.get("default") {
+        let value = item.as_value().and_then(|value| typed(value, kind));
+        let checked = value.ok_or_else(|| format!("it should be {}", words(kind)));
+        match checked.and_then(|value| check(&param, value)) {
+            Ok(value) => param.default = Some(value),
+            Err(why) => problems.at(item.span(), format!("{name}: default: {why}")),
+        }
+        if param.required {
+            problems.at(item.span(), format!("{name}: a required parameter has no default"));
+        }
+    }
+    Some(param)
+}
+
+fn number(item: &Item) -> Option<f64> {
+    item.as_float().or_else(|| item.as_integer().map(|number| number as f64)).filter(|number| number.is_finite())
+}
+
+fn words(kind: Type) -> &'static str {
+    match kind {
+        Type::String => "a string",
+        Type::Int => "a whole number",
+        Type::Float => "a number",
+        Type::Bool => "true or false",
+        Type::Path => "a path, as a string",
+        Type::Model => "a model's path or name, as a string",
+    }
+}
+
+fn typed(value: &toml_edit::Value, kind: Type) -> Option<Value> {
+    match kind {
+        Type::String | Type::Path | Type::Model => value.as_str().map(Value::from),
+        Type::Int => value.as_integer().map(Value::from),
+        Type::Float => {
+            let number = value.as_float().or_else(|| value.as_integer().map(|number| number as f64))?;
+            number.is_finite().then(|| number.into())
+        }
+        Type::Bool => value.as_bool().map(Value::from),
+    }
+}
+
+/// The value that a text of `--set` stands for.
+fn parsed(text: &str, kind: Type) -> Option<Value> {
+    match kind {
+        Type::String | Type::Path | Type::Model => Some(text.into()),
+        Type::Int => text.parse::<i64>().ok().map(Value::from),
+        Type::Float => text.parse::<f64>().ok().filter(|number| number.is_finite()).map(Value::from),
+        Type::Bool => text.parse::<bool>().ok().map(Value::from),
+    }
+}
+
+/// Whether a value lies within what was declared.
+fn check(param: &Param, value: Value) -> Result<Value, String> {
+    let measured = match &value {
+        Value::String(text) => (text.chars().count() as f64, " characters"),
+        other => (other.as_f64().unwrap_or(f64::NAN), ""),
+    };
+    let (size, unit) = measured;
+    if let Some(min) = param.min.filter(|min| size < *min) {
+        return Err(format!("{size}{unit} is below the smallest, {min}"));
+    }
+    if let Some(max) = param.max.filter(|max| size > *max) {
+        return Err(format!("{size}{unit} is above the largest, {max}"));
+    }
+    match &param.one_of {
+        Some(admitted) if !admitted.contains(&value) => {
+            let list: Vec<String> = admitted.iter().map(Value::to_string).collect();
+            let texts = admitted.iter().filter_map(Value::as_str);
+            let near = nearest(value.as_str().unwrap_or_default(), texts);
+            let near = near.map(|near| format!(", did you mean {near:?}?")).unwrap_or_default();
+            Err(format!("{value} is none of {}{near}", list.join(", ")))
+        }
+        _ => Ok(value),
+    }
+}
+
+/// The value of each parameter: what `--set` says, or the default.
+fn values(
+    declared: &[Param],
+    broken: &[String],
+    base: &Path,
+    set: &[(String, String)],
+    problems: &mut Problems,
+) -> Map<String, Value> {
+    let mut given: Map<String, Value> = Map::new();
+    let mut refused = Vec::new();
+    let here = std::env::current_dir().unwrap_or_default();
+    for (name, text) in set {
+        let Some(param) = declared.iter().find(|param| param.name == *name) else {
+            if !broken.contains(name) {
+                let names: Vec<&str> = declared.iter().map(|param| param.name.as_str()).collect();
+                let hint = match nearest(name, names.iter().copied()) {
+                    Some(near) => format!(", did you mean `{near}`?"),
+                    None if names.is_empty() => "; it declares none".to_owned(),
+                    None => format!("; it declares {}", names.join(", ")),
+                };
+                problems.at(None, format!("--set {name}={text}: there is no such parameter{hint}"));
+            }
+            continue;
+        };
+        let value = parsed(text, param.kind).ok_or_else(|| format!("it should be {}", words(param.kind)));
+        match value.and_then(|value| check(param, value)) {
+            Ok(value) => {
+                given.insert(name.clone(), located(&here, value, param.kind));
+            }
+            Err(why) => {
+                refused.push(name);
+                problems.at(None, format!("--set {name}={text}: {why}"));
+            }
+        }
+    }
+    let mut values = Map::new();
+    for param in declared {
+        let default = param.default.clone().map(|value| located(base, value, param.kind));
+        let value = given.remove(&param.name).or(default);
+        if value.is_none() && param.required && !refused.contains(&&param.name) {
+            problems.at(None, format!("{}: it is required; --set {}=…", param.name, param.name));
+        }
+        values.insert(param.name.clone(), value.unwrap_or(Value::Null));
+    }
+    values
+}
+
+/// A path made absolute, relative to `base`. The name of a model is no path: one of the registry stays, and so does whatever
+/// is declared as a model and not there.
+fn located(base: &Path, value: Value, kind: Type) -> Value {
+    let Some(text) = value.as_str().filter(|_| matches!(kind, Type::Path | Type::Model)) else { return value };
+    let path = base.join(text);
+    let is_name = || kind == Type::Model || registry::place(text).is_ok_and(|place| place.exists());
+    if !path.exists() && is_name() {
+        return value;
+    }
+    path.display().to_string().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str, set: &[(&str, &str)]) -> Result<PipelineConfig> {
+        let dir = tempfile::tempdir()?;
+        std::fs::write(dir.path().join("s.lua"), "return {}")?;
+        std::fs::write(dir.path().join("rows.jsonl"), "")?;
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, text)?;
+        let set: Vec<_> = set.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        PipelineConfig::read(&path, &set)
+    }
+
+    fn refused(text: &str, set: &[(&str, &str)]) -> String {
+        format!("{:#}", read(text, set).unwrap_err())
+    }
+
+    const GOOD: &str = "[pipeline]\nscript = \"s.lua\"\n[pipeline.params]\n\
+        rows = { type = \"path\", default = \"rows.jsonl\" }\nr = { type = \"int\", default = 16, min = 1, max = 64 }\n\
+        rate = { type = \"float\", default = 1, doc = \"peak\" }\nmode = { type = \"string\", one_of = [\"sft\", \"dpo\"] }\n\
+        fast = { type = \"bool\", default = false }\n";
+
+    #[test]
+    fn values_are_typed_and_paths_belong_to_the_file_that_states_them() -> Result<()> {
+        let config = read(GOOD, &[("r", "8"), ("mode", "dpo"), ("fast", "true")])?;
+        assert_eq!(config.params["r"], 8);
+        assert_eq!(config.params["rate"], 1.0);
+        assert_eq!(config.params["fast"], true);
+        assert!(config.params["rows"].as_str().is_some_and(|path| Path::new(path).is_absolute()));
+        assert!(config.script.is_absolute());
+        let here = std::env::current_dir()?.join("other.jsonl");
+        assert_eq!(read(GOOD, &[("rows", "other.jsonl")])?.params["rows"], here.to_str().unwrap_or_default());
+        assert_eq!(read(GOOD, &[])?.params["mode"], Value::Null);
+        let model = |text: &str| -> Result<Value> {
+            let declared = format!("{GOOD}base = {{ type = \"model\", default = \"{text}\" }}");
+            Ok(read(&declared, &[])?.params["base"].clone())
+        };
+        assert_eq!(model("Org/Model")?, "Org/Model");
+        assert!(model("s.lua")?.as_str().is_some_and(|path| Path::new(path).is_absolute()));
+        Ok(())
+    }
+
+    #[test]
+    fn all_problems_are_told_together_with_line_caret_and_nearest_name() {
+        let text = "[pipeline]\nscrpt = \"s.lua\"\nscript = \"gone.lua\"\n[pipeline.params]\n\
+            r = { type = \"int\", default = 0, min = 1 }\nm = { type = \"strnig\" }\nq = { type = \"int\", defualt = 1 }\n\
+            must = { type = \"string\", required = true }\n[pipelin]\n";
+        let message = refused(text, &[("qq", "1"), ("q", "x"), ("m", "fine")]);
+        for expected in [
+            "9 problems",
+            "line 2: unknown key `scrpt`, did you mean `script`?\n    2 | scrpt = \"s.lua\"\n      | ^^^^^",
+            "line 3: script: there is no file",
+            "line 5: r: default: 0 is below the smallest, 1",
+            "      |                               ^\n",
+            "line 6: m: unknown type, did you mean `string`?",
+            "unknown key `defualt`, did you mean `default`?",
+            "line 9: unknown key `pipelin`, did you mean `pipeline`?",
+            "--set q=x: it should be a whole number",
+            "--set qq=1: there is no such parameter, did you mean `q`?",
+            "must: it is required; --set must=…",
+        ] {
+            assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_problem_is_named() {
+        let param = |text: &str| format!("[pipeline]\nscript = \"s.lua\"\n[pipeline.params]\n{text}\n");
+        for (text, expected) in [
+            ("x = 3".to_owned(), "there is no [pipeline]"),
+            ("[pipeline".to_owned(), "line 1"),
+            ("pipeline = 3".to_owned(), "`pipeline` is a table"),
+            ("[pipeline]".to_owned(), "there is no `script`"),
+            ("[pipeline]\nscript = 3".to_owned(), "the path of a Lua file"),
+            ("[pipeline]\nscript = \"s.lua\"\nlua_seconds = 0".to_owned(), "seconds above 0"),
+            ("[pipeline]\nscript = \"s.lua\"\nparams = 1".to_owned(), "`params` is a table"),
+            (param("a = 1"), "declared as a table"),
+            (param("a = { default = 1 }"), "it has no `type`"),
+            (param("a = { type = \"int\", default = 1.5 }"), "default: it should be a whole number"),
+            (param("a = { type = \"int\", min = 3, max = 2 }"), "max is 2, min is 3"),
+            (param("a = { type = \"bool\", min = 3 }"), "only numbers and strings have one"),
+            (param("a = { type = \"string\", one_of = [1] }"), "one_of: it should be a string"),
+            (param("a = { type = \"string\", one_of = [] }"), "one_of: it should be a list"),
+            (param("a = { type = \"string\", one_of = [\"sft\"], default = \"sfd\" }"), "did you mean \"sft\"?"),
+            (param("a = { type = \"int\", required = 1 }"), "required: it should be true or false"),
+            (param("a = { type = \"int\", required = true, default = 1 }"), "a required parameter has no default"),
+            (param("a = { type = \"float\", default = nan }"), "it should be a number"),
+            (param("\"a-b\" = { type = \"int\" }"), "letters, digits and underscores"),
+            (param("a = { type = \"int\", doc = 1 }"), "doc: it should be a string"),
+        ] {
+            let message = refused(&text, &[]);
+            assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
+        }
+        assert!(refused(GOOD, &[("r", "65")]).contains("--set r=65: 65 is above the largest, 64"));
+    }
+}

@@ -1,0 +1,183 @@
+//! Answers and errors in the shapes of OpenAI's API.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::handler::{Completion, Event, HandlerError, Kind, Usage};
+
+/// What all pieces of an answer say.
+pub struct Envelope {
+    /// The answer's id.
+    pub id: String,
+    /// When it was asked for, in seconds since 1970.
+    pub created: u64,
+    /// The model's name, as the client asked for it.
+    pub model: String,
+    /// Whether the usage is a piece of its own.
+    pub include_usage: bool,
+}
+
+impl Envelope {
+    /// A whole answer.
+    pub fn completion(&self, whole: &Completion) -> Value {
+        json!({
+            "id": whole.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [{
+                "index": 0,
+                "message": {"role": "assistant", "content": whole.text, "refusal": null},
+                "logprobs": null,
+                "finish_reason": whole.finish.word(),
+            }],
+            "usage": usage(whole.usage),
+        })
+    }
+
+    /// The frames of a stream that an event becomes.
+    pub fn frames(&mut self, event: Event) -> String {
+        match event {
+            Event::Start { id, .. } => {
+                self.id = id;
+                self.chunk(json!({"role": "assistant", "content": ""}), Value::Null)
+            }
+            Event::Delta { text } => self.chunk(json!({"content": text}), Value::Null),
+            Event::Finish { reason } => self.chunk(json!({}), json!(reason.word())),
+            Event::Usage(cost) => {
+                let mut frames = String::new();
+                if self.include_usage {
+                    let mut chunk = self.empty_chunk();
+                    chunk["usage"] = usage(cost);
+                    frames = frame(&chunk);
+                }
+                frames + "data: [DONE]\n\n"
+            }
+        }
+    }
+
+    fn chunk(&self, delta: Value, finish_reason: Value) -> String {
+        let mut chunk = self.empty_chunk();
+        chunk["choices"] = json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason}]);
+        if self.include_usage {
+            chunk["usage"] = Value::Null;
+        }
+        frame(&chunk)
+    }
+
+    fn empty_chunk(&self) -> Value {
+        json!({
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": [],
+        })
+    }
+}
+
+/// One event of a stream. JSON has no line breaks, so it is one line.
+pub fn frame(data: &Value) -> String {
+    format!("data: {data}\n\n")
+}
+
+/// What was counted. Clients expect numbers; where a provider did not say, there is no usage at all.
+fn usage(Usage { prompt_tokens, completion_tokens }: Usage) -> Value {
+    match (prompt_tokens, completion_tokens) {
+        (Some(prompt), Some(completion)) => {
+            json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt.saturating_add(completion)})
+        }
+        _ => Value::Null,
+    }
+}
+
+/// An error as clients are told of it.
+pub struct Refusal {
+    /// The HTTP status.
+    pub status: StatusCode,
+    /// For people.
+    pub message: String,
+    /// OpenAI's word for the kind.
+    pub kind: &'static str,
+    /// The field to blame.
+    pub param: Option<String>,
+    /// OpenAI's word for the case.
+    pub code: Option<&'static str>,
+    /// When to come back.
+    pub retry_after: Option<Duration>,
+    /// Whether asking again is of any use; `None`: clients know by the status.
+    pub retry: Option<bool>,
+}
+
+impl Refusal {
+    /// A request that is wrong.
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        let kind = "invalid_request_error";
+        Self { status, message: message.into(), kind, param: None, code: None, retry_after: None, retry: None }
+    }
+
+    /// The error's body.
+    pub fn body(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+    }
+}
+
+impl From<HandlerError> for Refusal {
+    fn from(error: HandlerError) -> Self {
+        let refusal = Self::new(StatusCode::BAD_GATEWAY, error.message);
+        // A handler behind us that does not accept our key or our model is a fault here, not of the client.
+        let upstream =
+            |refusal: Self, code| Self { kind: "api_error", code: Some(code), retry: Some(false), ..refusal };
+        match error.kind {
+            Kind::InvalidRequest { param } => Self { status: StatusCode::BAD_REQUEST, param, ..refusal },
+            Kind::ContextLength => Self {
+                status: StatusCode::BAD_REQUEST,
+                param: Some("messages".to_owned()),
+                code: Some("context_length_exceeded"),
+                ..refusal
+            },
+            Kind::Authentication => upstream(refusal, "upstream_authentication"),
+            Kind::NotFound => upstream(refusal, "upstream_not_found"),
+            Kind::Protocol => upstream(refusal, "upstream_protocol"),
+            Kind::Cut => upstream(refusal, "upstream_cut"),
+            Kind::RateLimited { retry_after } => Self {
+                status: StatusCode::TOO_MANY_REQUESTS,
+                kind: "rate_limit_error",
+                code: Some("rate_limit_exceeded"),
+                retry_after,
+                ..refusal
+            },
+            Kind::Timeout => {
+                Self { status: StatusCode::GATEWAY_TIMEOUT, kind: "api_error", code: Some("timeout"), ..refusal }
+            }
+            Kind::Unavailable => Self {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                kind: "api_error",
+                code: Some("unavailable"),
+                ..refusal
+            },
+            Kind::Cancelled => {
+                Self { status: StatusCode::SERVICE_UNAVAILABLE, kind: "api_error", code: Some("cancelled"), ..refusal }
+            }
+            Kind::Internal => Self { status: StatusCode::INTERNAL_SERVER_ERROR, kind: "api_error", ..refusal },
+        }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        let headers = response.headers_mut();
+        if let Some(wait) = self.retry_after {
+            headers.insert("retry-after", HeaderValue::from(wait.as_secs().max(1)));
+        }
+        if let Some(retry) = self.retry {
+            headers.insert("x-should-retry", HeaderValue::from_static(if retry { "true" } else { "false" }));
+        }
+        response
+    }
+}

@@ -1,0 +1,281 @@
+//! A body of `POST /v1/chat/completions`, read field by field.
+//!
+//! What is asked for and cannot be done is refused by name: an answer that silently lacks it is worse than none. What does
+//! not change the answer is passed over, and named to the client in `x-ignored-params`.
+
+use serde_json::{Map, Value};
+
+use crate::handler::{HandlerError, Kind, Message, Request, Role};
+
+/// What a client asked for.
+#[derive(Debug)]
+pub struct Asked {
+    /// The model, by our name for it.
+    pub model: String,
+    /// The request itself.
+    pub request: Request,
+    /// Whether the answer is sent as it comes.
+    pub stream: bool,
+    /// Whether a stream ends with the usage.
+    pub include_usage: bool,
+    /// Fields that were passed over.
+    pub ignored: Vec<String>,
+}
+
+/// Fields that change the answer and are not honoured yet, and the value that asks for nothing.
+fn asks_for_nothing(field: &str, value: &Value) -> Option<bool> {
+    let is_zero = || value.as_f64() == Some(0.0);
+    let is_empty = || value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty);
+    Some(match field {
+        "n" => value.as_u64() == Some(1),
+        "frequency_penalty" | "presence_penalty" | "top_logprobs" => is_zero(),
+        "logprobs" | "store" => value == false,
+        "tools" | "functions" | "logit_bias" => is_empty(),
+        "tool_choice" | "function_call" => value == "none",
+        "response_format" => value["type"] == "text",
+        "modalities" => value.as_array().is_some_and(|list| list.iter().all(|item| item == "text")),
+        "audio" | "prediction" | "web_search_options" => false,
+        _ => return None,
+    })
+}
+
+/// Reads a body.
+///
+/// # Errors
+/// When it is not JSON, or a field is wrong or not honoured; names the field.
+pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
+    let body: Value = serde_json::from_slice(body).map_err(|error| {
+        HandlerError::new(Kind::InvalidRequest { param: None }, format!("the body is not JSON: {error}"))
+    })?;
+    let Value::Object(fields) = body else {
+        return Err(HandlerError::new(Kind::InvalidRequest { param: None }, "the body should be a JSON object"));
+    };
+    let mut ignored = Vec::new();
+    for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
+        match asks_for_nothing(field, value) {
+            Some(true) => {}
+            Some(false) => {
+                let message = match field.as_str() {
+                    "n" => "one answer a request is given; n should be 1".to_owned(),
+                    _ => format!("`{field}` is not supported yet; leave it away"),
+                };
+                return Err(HandlerError::invalid(field, message));
+            }
+            None if HONOURED.contains(&field.as_str()) => {}
+            None => ignored.push(field.clone()),
+        }
+    }
+    let get = |field: &str| fields.get(field).filter(|value| !value.is_null());
+    let model = get("model").ok_or_else(|| HandlerError::invalid("model", "`model` is missing"))?;
+    let model = model.as_str().ok_or_else(|| wrong("model", "a text"))?.to_owned();
+    let messages = get("messages").ok_or_else(|| HandlerError::invalid("messages", "`messages` is missing"))?;
+    let stream_options = get("stream_options");
+    if let Some(options) = stream_options {
+        let options = options.as_object().ok_or_else(|| wrong("stream_options", "an object"))?;
+        let others = options.keys().filter(|key| *key != "include_usage");
+        ignored.extend(others.map(|key| format!("stream_options.{key}")));
+    }
+    let mut max_tokens = None;
+    for field in ["max_tokens", "max_completion_tokens"] {
+        if let Some(value) = get(field) {
+            let count = value.as_u64().filter(|count| *count >= 1);
+            let count = count.ok_or_else(|| wrong(field, "a whole number from 1"))?;
+            max_tokens = Some(usize::try_from(count).unwrap_or(usize::MAX));
+        }
+    }
+    let number = |field: &str, top: f64| -> Result<Option<f64>, HandlerError> {
+        let Some(value) = get(field) else { return Ok(None) };
+        let number = value.as_f64().filter(|number| (0.0..=top).contains(number));
+        number.map(Some).ok_or_else(|| wrong(field, &format!("a number from 0 to {top}")))
+    };
+    let flag = |field: &str, value: Option<&Value>| match value {
+        None | Some(Value::Null) => Ok(false),
+        Some(value) => value.as_bool().ok_or_else(|| wrong(field, "true or false")),
+    };
+    let seed = get("seed").map(|value| value.as_i64().ok_or_else(|| wrong("seed", "a whole number of 64 bits")));
+    let request = Request {
+        messages: read_messages(messages, &mut ignored)?,
+        max_tokens,
+        temperature: number("temperature", 2.0)?,
+        top_p: number("top_p", 1.0)?,
+        seed: seed.transpose()?,
+        stop: get("stop").map_or(Ok(Vec::new()), read_stop)?,
+    };
+    let stream = flag("stream", get("stream"))?;
+    let include_usage = stream_options.map(|options| &options["include_usage"]);
+    let include_usage = flag("stream_options.include_usage", include_usage)?;
+    Ok(Asked { model, request, stream, include_usage, ignored })
+}
+
+const HONOURED: [&str; 10] = [
+    "model",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+];
+
+fn wrong(field: &str, wanted: &str) -> HandlerError {
+    HandlerError::invalid(field, format!("`{field}` should be {wanted}"))
+}
+
+fn read_stop(value: &Value) -> Result<Vec<String>, HandlerError> {
+    let texts = match value {
+        Value::String(text) => Some(vec![text.clone()]),
+        Value::Array(texts) => texts.iter().map(|text| text.as_str().map(str::to_owned)).collect(),
+        _ => None,
+    };
+    let texts = texts.filter(|texts| texts.len() <= 4 && texts.iter().all(|text| !text.is_empty()));
+    texts.ok_or_else(|| wrong("stop", "a text, or a list of up to 4, none empty"))
+}
+
+fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message>, HandlerError> {
+    let list = value.as_array().filter(|list| !list.is_empty());
+    let list = list.ok_or_else(|| wrong("messages", "a list of at least one message"))?;
+    let mut messages = Vec::with_capacity(list.len());
+    for (i, message) in list.iter().enumerate() {
+        let at = |field: &str| format!("messages[{i}].{field}");
+        let fields = message.as_object().ok_or_else(|| wrong(&format!("messages[{i}]"), "an object"))?;
+        let role = match fields.get("role").and_then(Value::as_str) {
+            Some("system" | "developer") => Role::System,
+            Some("user") => Role::User,
+            Some("assistant") => Role::Assistant,
+            Some("tool" | "function") => {
+                return Err(HandlerError::invalid(&at("role"), "messages of tools are not supported yet"));
+            }
+            _ => return Err(wrong(&at("role"), "system, developer, user or assistant")),
+        };
+        let content = match fields.get("content") {
+            Some(Value::String(text)) => text.clone(),
+            Some(Value::Array(parts)) => read_parts(parts, &at("content"))?,
+            None | Some(Value::Null) if role == Role::Assistant => String::new(),
+            _ => return Err(wrong(&at("content"), "a text, or a list of parts")),
+        };
+        for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
+            match field.as_str() {
+                "role" | "content" => {}
+                "tool_calls" | "function_call" | "audio" if value.as_array().is_none_or(|list| !list.is_empty()) => {
+                    return Err(HandlerError::invalid(&at(field), format!("`{field}` is not supported yet")));
+                }
+                other => {
+                    let name = format!("messages[].{other}");
+                    if !ignored.contains(&name) {
+                        ignored.push(name);
+                    }
+                }
+            }
+        }
+        messages.push(Message { role, content });
+    }
+    Ok(messages)
+}
+
+fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
+    let text = |(i, part): (usize, &Value)| match (part["type"].as_str(), part["text"].as_str()) {
+        (Some("text"), Some(text)) => Ok(text.to_owned()),
+        (Some("text") | None, _) => Err(wrong(&format!("{at}[{i}]"), "an object with `type` and `text`")),
+        (Some(_), _) => {
+            Err(HandlerError::invalid(&format!("{at}[{i}].type"), "this model reads text and nothing else"))
+        }
+    };
+    Ok(parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn with(more: &Value) -> Result<Asked, HandlerError> {
+        let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+        for (key, value) in more.as_object().expect("fields") {
+            body[key] = value.clone();
+        }
+        read(body.to_string().as_bytes())
+    }
+
+    fn param(more: &Value) -> Option<String> {
+        match with(more).expect_err(&format!("{more} is refused")).kind {
+            Kind::InvalidRequest { param } => param,
+            other => panic!("{more}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_refused_by_name() {
+        for (field, value) in [
+            ("n", json!(2)),
+            ("n", json!(1_000_000_000)),
+            ("n", json!("1")),
+            ("tools", json!([{"type": "function"}])),
+            ("tool_choice", json!("auto")),
+            ("functions", json!([{}])),
+            ("response_format", json!({"type": "json_object"})),
+            ("logprobs", json!(true)),
+            ("top_logprobs", json!(3)),
+            ("frequency_penalty", json!(0.5)),
+            ("presence_penalty", json!(-1)),
+            ("logit_bias", json!({"5": 1})),
+            ("modalities", json!(["text", "audio"])),
+            ("prediction", json!({})),
+            ("store", json!(true)),
+            ("model", json!(7)),
+            ("messages", json!([])),
+            ("messages", json!("hi")),
+            ("max_tokens", json!(0)),
+            ("max_tokens", json!(-1)),
+            ("max_completion_tokens", json!(1.5)),
+            ("temperature", json!(2.5)),
+            ("temperature", json!(1e308)),
+            ("top_p", json!(-0.1)),
+            ("seed", json!(1e30)),
+            ("stop", json!(["a", "b", "c", "d", "e"])),
+            ("stop", json!("")),
+            ("stop", json!(5)),
+            ("stream", json!("yes")),
+            ("stream_options", json!(true)),
+        ] {
+            assert_eq!(param(&json!({field: value})).as_deref(), Some(field), "{field}: {value}");
+        }
+        for (message, at) in [
+            (json!("hi"), "messages[0]"),
+            (json!({"content": "hi"}), "messages[0].role"),
+            (json!({"role": "robot", "content": "hi"}), "messages[0].role"),
+            (json!({"role": "tool", "content": "hi"}), "messages[0].role"),
+            (json!({"role": "user"}), "messages[0].content"),
+            (json!({"role": "user", "content": [{"type": "image_url"}]}), "messages[0].content[0].type"),
+            (json!({"role": "user", "content": [{"type": "text"}]}), "messages[0].content[0]"),
+            (json!({"role": "assistant", "tool_calls": [{}]}), "messages[0].tool_calls"),
+        ] {
+            assert_eq!(param(&json!({"messages": [message]})).as_deref(), Some(at), "{message}");
+        }
+        assert_eq!(read(b"{").expect_err("not JSON").kind, Kind::InvalidRequest { param: None });
+        assert!(read("[".repeat(100_000).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn what_asks_for_nothing_is_fine_and_the_unknown_is_named() -> Result<(), HandlerError> {
+        let asked = with(&json!({
+            "n": 1, "tools": [], "tool_choice": "none", "logprobs": false, "presence_penalty": 0.0, "logit_bias": null,
+            "response_format": {"type": "text"}, "user": "u", "verbosity": "low", "banana": null,
+            "stream": true, "stream_options": {"include_usage": true, "include_obfuscation": false},
+            "max_tokens": 5, "max_completion_tokens": 7, "stop": "x", "seed": -1,
+            "messages": [
+                {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {"role": "assistant", "content": null, "name": "n"},
+            ],
+        }))?;
+        assert_eq!(asked.ignored, ["user", "verbosity", "stream_options.include_obfuscation", "messages[].name"]);
+        assert!(asked.stream && asked.include_usage);
+        assert_eq!(asked.request.max_tokens, Some(7));
+        assert_eq!(asked.request.seed, Some(-1));
+        assert_eq!(asked.request.messages, [Message::new(Role::System, "a\nb"), Message::new(Role::Assistant, "")]);
+        Ok(())
+    }
+}

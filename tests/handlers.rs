@@ -1,0 +1,693 @@
+//! Every handler against one contract, and the server that they stand behind.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use homeroom::handler::config::{Config, Handlers};
+use homeroom::handler::local::Local;
+use homeroom::handler::openai::{BaseUrl, Endpoint, OpenAi};
+use homeroom::handler::route::Route;
+use homeroom::handler::{
+    Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, Secret,
+    Usage, checked, collect,
+};
+use homeroom::models::{Loaded, ModelRef};
+use homeroom::serve::{Models, Running, bind, start};
+use serde_json::{Value, json};
+
+use crate::support::{fixture, homeroom, root};
+
+fn loaded() -> Result<Loaded> {
+    Loaded::load(&ModelRef { name: fixture("models/llama"), ..ModelRef::default() })
+}
+
+fn local() -> Result<Arc<dyn Handler>> {
+    Ok(Arc::new(Local::new("llama", loaded()?)))
+}
+
+fn endpoint(base_url: &str, model: &str) -> Result<OpenAi> {
+    Ok(OpenAi::new(Endpoint {
+        base_url: BaseUrl::parse(base_url).map_err(anyhow::Error::msg)?,
+        model: model.into(),
+        api_key: Some(Secret::new("sk-test-1234".into())),
+        connect_timeout: Duration::from_secs(5),
+        read_timeout: Duration::from_millis(1500),
+        max_tokens_param: "max_tokens".into(),
+    }))
+}
+
+fn asked(text: &str, max_tokens: usize) -> Request {
+    Request {
+        messages: vec![Message::new(Role::User, text)],
+        max_tokens: Some(max_tokens),
+        temperature: Some(0.0),
+        seed: Some(1),
+        ..Request::default()
+    }
+}
+
+fn serve(models: Models) -> Result<Running> {
+    start(models, bind("127.0.0.1", 0)?)
+}
+
+/// What every handler promises, whatever is behind it. All are given the same model here, so their answers are equal.
+fn keeps_the_contract(handler: &dyn Handler) -> Result<Completion> {
+    let context = Context::default();
+    let whole = handler.complete(&asked("hello there", 12), &context)?;
+    assert!(!whole.id.is_empty() && !whole.model.is_empty());
+    assert_eq!(whole.finish, FinishReason::Length);
+    assert_eq!(whole.usage.completion_tokens, Some(12));
+    assert!(whole.usage.prompt_tokens > Some(5), "{:?}", whole.usage);
+    assert_eq!(handler.complete(&asked("hello there", 12), &context)?.text, whole.text, "greedy answers are equal");
+
+    // The text of a stop is not in the answer, and neither is what follows it.
+    let middle = whole.text.char_indices().nth(4).context("some letters")?.0;
+    let stop = whole.text[middle..].chars().take(3).collect::<String>();
+    let stopped = handler.complete(&Request { stop: vec![stop.clone()], ..asked("hello there", 12) }, &context)?;
+    assert_eq!(stopped.finish, FinishReason::Stop);
+    assert_eq!(Some(stopped.text.as_str()), whole.text.split(stop.as_str()).next());
+
+    // Seeds decide.
+    let drawn = |seed| {
+        let request = Request { temperature: Some(1.5), top_p: Some(0.95), seed: Some(seed), ..asked("hello", 12) };
+        handler.complete(&request, &context).map(|whole| whole.text)
+    };
+    assert_eq!(drawn(-7)?, drawn(-7)?);
+    assert_ne!(drawn(7)?, drawn(8)?);
+
+    // A conversation that does not fit is refused as such, before the first word.
+    let long = asked(&"many words ".repeat(200), 5);
+    assert_eq!(handler.complete(&long, &context).expect_err("too long").kind, Kind::ContextLength);
+
+    // Nothing comes after a cancellation.
+    let context = Context::default();
+    let mut events = checked(handler.stream(&asked("hello there", 200), &context)?);
+    assert!(matches!(events.next(), Some(Ok(Event::Start { .. }))));
+    context.cancel();
+    let rest: Vec<_> = events.collect();
+    let last = rest.last().context("an item")?;
+    assert_eq!(last.as_ref().expect_err("it was cancelled").kind, Kind::Cancelled);
+    assert!(rest.len() < 150, "{} events after cancelling", rest.len());
+    Ok(whole)
+}
+
+#[test]
+fn all_handlers_keep_one_contract_and_say_the_same() -> Result<()> {
+    let local = local()?;
+    let here = keeps_the_contract(local.as_ref())?;
+    let server = serve(Models::from([("llama".into(), local.clone())]))?;
+    let far: Arc<dyn Handler> = Arc::new(endpoint(&server.url(), "llama")?);
+    let there = keeps_the_contract(far.as_ref())?;
+    let route = Route::new(vec![("far".into(), far), ("near".into(), local)]);
+    let routed = keeps_the_contract(&route)?;
+    assert_eq!((&there.text, there.usage), (&here.text, here.usage));
+    assert_eq!((&routed.text, routed.usage), (&here.text, here.usage));
+    server.stop();
+    server.wait()
+}
+
+/// Two answers at once advance by turns and do not touch each other.
+#[test]
+fn answers_that_run_at_once_are_as_alone() -> Result<()> {
+    let handler = local()?;
+    let (a, b) = (asked("one", 10), asked("quite another thing", 10));
+    let context = Context::default();
+    let alone = [handler.complete(&a, &context)?.text, handler.complete(&b, &context)?.text];
+    let mut streams = [handler.stream(&a, &context)?, handler.stream(&b, &context)?];
+    let mut seen: [Vec<_>; 2] = [Vec::new(), Vec::new()];
+    while seen.iter().any(|events| !matches!(events.last(), Some(Ok(Event::Usage(_))))) {
+        for (stream, seen) in streams.iter_mut().zip(&mut seen) {
+            seen.extend(stream.next());
+        }
+    }
+    let together = seen.map(|events| collect(Box::new(events.into_iter())).map(|whole| whole.text));
+    assert_eq!(together, alone.map(Ok));
+    Ok(())
+}
+
+// A server that says what it is told to.
+
+/// Answers each connection with the next text, as it stands, and closes. Returns the requests it got.
+fn scripted(replies: Vec<String>) -> Result<(String, std::thread::JoinHandle<Vec<String>>)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("http://{}/v1", listener.local_addr()?);
+    let thread = std::thread::spawn(move || {
+        let mut requests = Vec::new();
+        for reply in replies {
+            let Ok((mut stream, _)) = listener.accept() else { break };
+            requests.push(read_request(&stream).unwrap_or_default());
+            let (now, silent) = reply.strip_suffix("<silence>").map_or((reply.as_str(), false), |now| (now, true));
+            let _ = stream.write_all(now.as_bytes());
+            let _ = stream.flush();
+            if silent {
+                std::thread::sleep(Duration::from_secs(3));
+            }
+        }
+        requests
+    });
+    Ok((url, thread))
+}
+
+fn read_request(stream: &TcpStream) -> Result<String> {
+    let mut reader = BufReader::new(stream);
+    let (mut text, mut length) = (String::new(), 0);
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 || line == "\r\n" {
+            break;
+        }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse()?;
+        }
+        text.push_str(&line);
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    Ok(text + "\r\n" + &String::from_utf8(body)?)
+}
+
+fn stream_of(frames: &str) -> String {
+    format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n{frames}")
+}
+
+fn refusal(status: u16, headers: &str, body: &Value) -> String {
+    let body = body.to_string();
+    format!(
+        "HTTP/1.1 {status} No\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{headers}\r\n{body}",
+        body.len()
+    )
+}
+
+fn told(reply: String) -> Result<Result<Completion, HandlerError>> {
+    let (url, thread) = scripted(vec![reply])?;
+    let answer = endpoint(&url, "m")?.complete(&asked("hi", 5), &Context::default());
+    thread.join().expect("the server does not panic");
+    Ok(answer)
+}
+
+#[test]
+fn streams_of_many_dialects_are_read() -> Result<()> {
+    let stop = r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#;
+    let plain = told(stream_of(&format!(
+        ": hello\r\n\r\nevent: x\r\ndata: {{\"id\":\"i\",\"model\":\"n\",\r\ndata: \"choices\":[{{\"delta\":{{\"role\":\"assistant\",\"content\":\"\"}}}}]}}\r\n\r\n\
+         data:{{\"choices\":[{{\"delta\":{{\"content\":\"a\"}}}}]}}\r\n\r\n: ping\r\n\r\ndata: {{\"choices\":[{{\"delta\":{{\"content\":\"é🦊\"}},\"finish_reason\":null}}]}}\r\n\r\n\
+         data: {stop}\r\n\r\ndata: {{\"choices\":[],\"usage\":{{\"prompt_tokens\":3,\"completion_tokens\":2}}}}\r\n\r\ndata: [DONE]\r\n\r\n"
+    )))??;
+    let usage = Usage { prompt_tokens: Some(3), completion_tokens: Some(2) };
+    let (id, model) = ("i".to_owned(), "n".to_owned());
+    assert_eq!(plain, Completion { id, model, text: "aé🦊".into(), finish: FinishReason::Stop, usage });
+    // No id, no model, no usage, no [DONE], no last empty line: still whole, and the usage is not known.
+    let bare =
+        told(stream_of(&format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"a\"}}}}]}}\n\ndata: {stop}")))??;
+    assert_eq!((bare.text.as_str(), bare.usage, bare.model.as_str()), ("a", Usage::default(), "m"));
+    let odd = stop.replace("\"stop\"", "\"eos\"");
+    assert_eq!(told(stream_of(&format!("data: {odd}\n\n")))??.finish, FinishReason::Other("eos".into()));
+    Ok(())
+}
+
+#[test]
+fn what_a_provider_refuses_has_a_kind() -> Result<()> {
+    let error = |code: &str| json!({"error": {"message": "no: sk-test-1234", "type": "t", "param": "p", "code": code}});
+    let seconds = Some(Duration::from_secs(7));
+    for (status, headers, code, kind) in [
+        (400, "", "x", Kind::InvalidRequest { param: Some("p".into()) }),
+        (400, "", "context_length_exceeded", Kind::ContextLength),
+        (401, "", "x", Kind::Authentication),
+        (403, "", "x", Kind::Authentication),
+        (404, "", "model_not_found", Kind::NotFound),
+        (408, "", "x", Kind::Timeout),
+        (429, "retry-after: 7\r\n", "x", Kind::RateLimited { retry_after: seconds }),
+        (429, "retry-after: -1\r\n", "x", Kind::RateLimited { retry_after: None }),
+        (500, "", "x", Kind::Unavailable),
+        (503, "", "x", Kind::Unavailable),
+        (529, "", "x", Kind::Unavailable),
+        (307, "location: http://example.com/\r\n", "x", Kind::Protocol),
+    ] {
+        let refused = told(refusal(status, headers, &error(code)))?.expect_err("it refused");
+        assert_eq!(refused.kind, kind, "{status} {code}: {refused}");
+        assert!(!refused.message.contains("sk-test"), "{refused}");
+    }
+    let page = "HTTP/1.1 502 No\r\ncontent-type: text/html\r\nconnection: close\r\n\r\n<html>";
+    assert_eq!(told(page.into())?.expect_err("a proxy").kind, Kind::Unavailable);
+    let json = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}";
+    assert_eq!(told(json.into())?.expect_err("no stream").kind, Kind::Protocol);
+    Ok(())
+}
+
+#[test]
+fn an_answer_that_breaks_off_is_never_whole() -> Result<()> {
+    let word = "data: {\"choices\":[{\"delta\":{\"content\":\"half\"}}]}\n\n";
+    for (frames, kind) in [
+        (word.to_owned(), Kind::Cut),
+        (String::new(), Kind::Cut),
+        (format!("{word}data: [DONE]\n\n"), Kind::Cut),
+        (format!("{word}data: {{\"choi"), Kind::Protocol),
+        (format!("{word}data: {{\"error\":{{\"message\":\"overloaded\",\"code\":503}}}}\n\n"), Kind::Unavailable),
+        (
+            "data: {\"error\":{\"message\":\"slow\",\"type\":\"rate_limit_error\"}}\n\n".to_owned(),
+            Kind::RateLimited { retry_after: None },
+        ),
+        (format!("{word}<silence>"), Kind::Timeout),
+        ("<silence>".to_owned(), Kind::Timeout),
+    ] {
+        let error = told(stream_of(&frames))?.expect_err("it broke off");
+        assert_eq!(error.kind, kind, "{frames:?}: {error}");
+    }
+    let chunked = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{word}",
+        word.len()
+    );
+    assert_eq!(told(chunked)?.expect_err("it broke off").kind, Kind::Cut);
+    let nobody = endpoint("http://127.0.0.1:1/v1", "m")?.complete(&asked("hi", 5), &Context::default());
+    assert_eq!(nobody.expect_err("nobody listens").kind, Kind::Unavailable);
+    Ok(())
+}
+
+#[test]
+fn a_request_is_what_the_user_said_and_no_more() -> Result<()> {
+    let (url, thread) = scripted(vec![stream_of("data: {\"choices\":[{\"finish_reason\":\"stop\"}]}\n\n"); 2])?;
+    let handler = endpoint(&url, "m")?;
+    handler.complete(
+        &Request { messages: vec![Message::new(Role::User, "hi")], ..Request::default() },
+        &Context::default(),
+    )?;
+    handler.complete(&Request { stop: vec!["x".into()], ..asked("hi", 5) }, &Context::default())?;
+    let requests = thread.join().expect("the server does not panic");
+    let body = |request: &str| -> Result<Value> {
+        Ok(serde_json::from_str(request.split("\r\n\r\n").last().context("a body")?)?)
+    };
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let mut want =
+        json!({"model": "m", "messages": messages, "stream": true, "stream_options": {"include_usage": true}});
+    assert_eq!(body(&requests[0])?, want);
+    for (field, value) in
+        [("max_tokens", json!(5)), ("temperature", json!(0.0)), ("seed", json!(1)), ("stop", json!(["x"]))]
+    {
+        want[field] = value;
+    }
+    assert_eq!(body(&requests[1])?, want);
+    assert!(requests[0].starts_with("POST /v1/chat/completions HTTP/1.1"), "{}", requests[0]);
+    assert!(requests[0].to_lowercase().contains("authorization: bearer sk-test-1234"));
+    Ok(())
+}
+
+/// Fails in its own way, and counts how often it was asked.
+struct Fails {
+    before: Vec<Event>,
+    error: HandlerError,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Handler for Fails {
+    fn stream(&self, _: &Request, _: &Context) -> Result<EventStream, HandlerError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        if self.before.is_empty() {
+            return Err(self.error.clone());
+        }
+        let events: Vec<_> = self.before.iter().cloned().map(Ok).chain([Err(self.error.clone())]).collect();
+        Ok(Box::new(events.into_iter()))
+    }
+}
+
+#[test]
+fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
+    let start = Event::Start { id: "broken".into(), model: "broken".into() };
+    let word = Event::Delta { text: "half".into() };
+    let near = local()?;
+    let want = near.complete(&asked("hi", 5), &Context::default())?.text;
+    for (before, kind, falls_back) in [
+        (vec![], Kind::Unavailable, true),
+        (vec![], Kind::Timeout, true),
+        (vec![], Kind::RateLimited { retry_after: None }, true),
+        (vec![start.clone()], Kind::Unavailable, true),
+        (vec![], Kind::Authentication, false),
+        (vec![], Kind::InvalidRequest { param: None }, false),
+        (vec![], Kind::ContextLength, false),
+        (vec![start.clone()], Kind::Cut, false),
+        (vec![start.clone(), word.clone()], Kind::Unavailable, false),
+    ] {
+        let asked_times = Arc::new(AtomicUsize::new(0));
+        let error = HandlerError::new(kind.clone(), "broken");
+        let broken: Arc<dyn Handler> = Arc::new(Fails { before: before.clone(), error, asked: asked_times.clone() });
+        let route = Route::new(vec![("broken".into(), broken), ("near".into(), near.clone())]);
+        let answer = route.complete(&asked("hi", 5), &Context::default());
+        assert_eq!(asked_times.load(Ordering::SeqCst), 1);
+        match answer {
+            Ok(whole) => assert!(falls_back && whole.text == want && whole.model == "llama", "{before:?} {kind:?}"),
+            Err(error) => assert!(!falls_back && error.kind == kind, "{before:?} {kind:?}: {error}"),
+        }
+    }
+    Ok(())
+}
+
+// The server.
+
+/// A request as it goes over the wire, and the whole answer: status, headers, body.
+fn http(address: SocketAddr, head: &str, body: &str) -> Result<(u16, String, String)> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    write!(stream, "{head}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    let (headers, body) = text.split_once("\r\n\r\n").context("headers")?;
+    let status = headers.split(' ').nth(1).context("a status")?.parse()?;
+    Ok((status, headers.to_owned(), body.to_owned()))
+}
+
+fn post(address: SocketAddr, body: &Value) -> Result<(u16, String, String)> {
+    http(
+        address,
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json",
+        &body.to_string(),
+    )
+}
+
+fn chat_body(more: &Value) -> Value {
+    let mut body =
+        json!({"model": "a/b:c", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0});
+    for (key, value) in more.as_object().into_iter().flatten() {
+        body[key] = value.clone();
+    }
+    body
+}
+
+#[test]
+fn the_server_speaks_as_openai_does() -> Result<()> {
+    let server = serve(Models::from([("a/b:c".into(), local()?)]))?;
+    let at = server.address;
+
+    let (status, headers, body) = post(at, &chat_body(&json!({"user": "me", "max_tokens": 4})))?;
+    assert_eq!(status, 200, "{body}");
+    assert!(headers.contains("x-ignored-params: user"), "{headers}");
+    let whole: Value = serde_json::from_str(&body)?;
+    assert_eq!((&whole["object"], &whole["model"]), (&json!("chat.completion"), &json!("a/b:c")));
+    assert_eq!(whole["usage"]["completion_tokens"], 4);
+    assert_eq!(whole["choices"][0]["finish_reason"], "length");
+    let text = whole["choices"][0]["message"]["content"].as_str().context("a text")?;
+
+    let (status, headers, body) =
+        post(at, &chat_body(&json!({"stream": true, "stream_options": {"include_usage": true}})))?;
+    assert!(status == 200 && headers.contains("content-type: text/event-stream"), "{headers}");
+    let datas: Vec<&str> = body.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    assert_eq!(datas.last(), Some(&"[DONE]"));
+    let chunks =
+        datas[..datas.len() - 1].iter().map(|data| serde_json::from_str(data)).collect::<Result<Vec<Value>, _>>()?;
+    let first = &chunks[0];
+    assert_eq!(first["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    assert!(chunks.iter().all(|chunk| chunk["id"] == first["id"] && chunk["object"] == "chat.completion.chunk"));
+    let streamed: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(streamed, text);
+    let [finish, usage] = &chunks[chunks.len() - 2..] else { unreachable!("two chunks") };
+    assert_eq!(
+        (&finish["choices"][0]["delta"], &finish["choices"][0]["finish_reason"]),
+        (&json!({}), &json!("length"))
+    );
+    assert_eq!((&usage["choices"], &usage["usage"]["completion_tokens"]), (&json!([]), &json!(4)));
+    assert!(chunks[..chunks.len() - 1].iter().all(|chunk| chunk["usage"].is_null() && chunk.get("usage").is_some()));
+
+    let get = |path: &str| http(at, &format!("GET {path} HTTP/1.1\r\nhost: 127.0.0.1:9"), "");
+    let list: Value = serde_json::from_str(&get("/v1/models")?.2)?;
+    assert_eq!((&list["object"], &list["data"][0]["id"]), (&json!("list"), &json!("a/b:c")));
+    for path in ["/v1/models/a/b:c", "/v1/models/a%2Fb%3Ac"] {
+        assert_eq!(serde_json::from_str::<Value>(&get(path)?.2)?["object"], "model", "{path}");
+    }
+
+    for (body, status, param, code) in [
+        (chat_body(&json!({"model": "other"})), 404, json!("model"), json!("model_not_found")),
+        (chat_body(&json!({"n": 2})), 400, json!("n"), Value::Null),
+        (
+            chat_body(&json!({"messages": [{"role": "user", "content": "many words ".repeat(200)}]})),
+            400,
+            json!("messages"),
+            json!("context_length_exceeded"),
+        ),
+        (
+            chat_body(&json!({"messages": [{"role": "user", "content": "many words ".repeat(200)}], "stream": true})),
+            400,
+            json!("messages"),
+            json!("context_length_exceeded"),
+        ),
+        (chat_body(&json!({"user": "x".repeat(5 << 20)})), 413, Value::Null, Value::Null),
+    ] {
+        let (got, _, answer) = post(at, &body)?;
+        let error = &serde_json::from_str::<Value>(&answer)?["error"];
+        assert_eq!((got, &error["param"], &error["code"]), (status, &param, &code), "{answer}");
+        assert!(error["message"].is_string() && error["type"] == "invalid_request_error", "{answer}");
+    }
+    assert_eq!(get("/v1/models/other")?.0, 404);
+    assert_eq!(get("/v1/embeddings")?.0, 404);
+    assert_eq!(get("/v1/chat/completions")?.0, 405);
+    server.stop();
+    server.wait()
+}
+
+#[test]
+fn a_page_elsewhere_cannot_use_the_server() -> Result<()> {
+    let server = serve(Models::from([("m".into(), local()?)]))?;
+    let body = chat_body(&json!({"model": "m"})).to_string();
+    let status = |head: &str| -> Result<u16> { Ok(http(server.address, head, &body)?.0) };
+    let json = "content-type: application/json";
+    assert_eq!(status(&format!("POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{json}"))?, 200);
+    for path in ["/v1/chat/completions", "/v1/models", "/v1/models/m", "/", "/anything"] {
+        for method in ["GET", "POST", "OPTIONS", "PUT"] {
+            let rebound = format!("{method} {path} HTTP/1.1\r\nhost: evil.example:8080\r\n{json}");
+            assert_eq!(status(&rebound)?, 403, "{rebound}");
+        }
+    }
+    let absolute = format!("POST http://evil.example/v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{json}");
+    assert_eq!(status(&absolute)?, 403);
+    // What a form or a script without CORS can send.
+    for kind in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"] {
+        assert_eq!(
+            status(&format!("POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}"))?,
+            415
+        );
+    }
+    let (_, headers, _) = http(
+        server.address,
+        "OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\norigin: http://evil.example\r\naccess-control-request-method: POST",
+        "",
+    )?;
+    assert!(!headers.to_lowercase().contains("access-control-allow"), "{headers}");
+    server.stop();
+    server.wait()
+}
+
+/// Says so many words slowly, and counts those it was asked for.
+struct Slow(Arc<AtomicUsize>, usize);
+
+impl Handler for Slow {
+    fn stream(&self, _: &Request, _: &Context) -> Result<EventStream, HandlerError> {
+        let words = self.0.clone();
+        let word = move |_| {
+            std::thread::sleep(Duration::from_millis(5));
+            words.fetch_add(1, Ordering::SeqCst);
+            Event::Delta { text: "word ".into() }
+        };
+        let start = Event::Start { id: "i".into(), model: "m".into() };
+        let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
+        Ok(Box::new(std::iter::once(start).chain((0..self.1).map(word)).chain(end).map(Ok)))
+    }
+}
+
+#[test]
+fn a_client_that_leaves_ends_its_answer() -> Result<()> {
+    let words = Arc::new(AtomicUsize::new(0));
+    let server = serve(Models::from([("m".into(), Arc::new(Slow(words.clone(), usize::MAX)) as Arc<dyn Handler>)]))?;
+    for stream in [true, false] {
+        let body = chat_body(&json!({"model": "m", "stream": stream})).to_string();
+        let mut client = TcpStream::connect(server.address)?;
+        write!(
+            client,
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        let before = words.load(Ordering::SeqCst);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while words.load(Ordering::SeqCst) < before + 5 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        drop(client);
+        let mut last = words.load(Ordering::SeqCst);
+        loop {
+            std::thread::sleep(Duration::from_millis(300));
+            let now = words.load(Ordering::SeqCst);
+            if now == last {
+                break;
+            }
+            assert!(Instant::now() < deadline, "the answer goes on without its client (stream: {stream})");
+            last = now;
+        }
+        assert!(last > before, "an answer was begun");
+    }
+    server.stop();
+    server.wait()
+}
+
+#[test]
+fn an_answer_under_way_is_finished_when_the_server_ends() -> Result<()> {
+    let words = Arc::new(AtomicUsize::new(0));
+    let server = serve(Models::from([("m".into(), Arc::new(Slow(words.clone(), 100)) as Arc<dyn Handler>)]))?;
+    let address = server.address;
+    let body = chat_body(&json!({"model": "m", "stream": true}));
+    let client = std::thread::spawn(move || post(address, &body).map(|(_, _, body)| body));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while words.load(Ordering::SeqCst) < 3 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    server.stop();
+    assert!(words.load(Ordering::SeqCst) < 100, "it is asked to stop in the middle");
+    server.wait()?;
+    let body = client.join().expect("the client does not panic")?;
+    assert!(body.matches("word ").count() == 100 && body.contains("data: [DONE]"), "{body}");
+    assert!(TcpStream::connect(address).is_err(), "the port is free again");
+    Ok(())
+}
+
+#[test]
+fn a_handler_that_fails_in_the_middle_is_an_error_frame() -> Result<()> {
+    let before = vec![Event::Start { id: "i".into(), model: "m".into() }, Event::Delta { text: "half".into() }];
+    let error = HandlerError::new(Kind::Cut, "it broke off");
+    let broken = Fails { before, error, asked: Arc::default() };
+    let server = serve(Models::from([("m".into(), Arc::new(broken) as Arc<dyn Handler>)]))?;
+    let (status, _, body) = post(server.address, &chat_body(&json!({"model": "m", "stream": true})))?;
+    assert_eq!(status, 200);
+    assert!(
+        body.contains("half") && body.contains("\"message\":\"it broke off\"") && !body.contains("[DONE]"),
+        "{body}"
+    );
+    let (status, headers, _) = post(server.address, &chat_body(&json!({"model": "m"})))?;
+    assert!(status == 502 && headers.contains("x-should-retry: false"), "{status} {headers}");
+    let through = endpoint(&server.url(), "m")?.complete(&asked("hi", 5), &Context::default());
+    assert_eq!(through.expect_err("it broke off").message.matches("it broke off").count(), 1);
+    server.stop();
+    server.wait()
+}
+
+// The program.
+
+#[test]
+fn the_shipped_handlers_are_a_file_that_can_be_read() -> Result<()> {
+    let path = root().join("configs/handlers.toml");
+    let config = Config::read(&path)?;
+    assert!(!config.routes.is_empty() && !config.handlers.is_empty());
+    // What is commented out is right too.
+    let text = std::fs::read_to_string(&path)?;
+    let all: Vec<&str> = text.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).collect();
+    assert!(all.len() > 10 && all.join("\n") != text.trim_end());
+    let config = Config::parse(&path, &all.join("\n"))?;
+    assert!(config.routes.values().any(|chain| chain.len() > 1));
+    Ok(())
+}
+
+fn handlers_file(directory: &Path, base_url: &str) -> Result<std::path::PathBuf> {
+    let path = directory.join("handlers.toml");
+    let model = fixture("models/llama");
+    std::fs::write(
+        &path,
+        format!(
+            "[handlers.near]\nkind = \"local\"\nmodel = {:?}\n[handlers.far]\nkind = \"openai\"\nbase_url = {base_url:?}\nmodel = \"m\"\n[routes.both]\nhandlers = [\"far\", \"near\"]\n",
+            model
+        ),
+    )?;
+    Ok(path)
+}
+
+#[test]
+fn a_conversation_goes_on_with_another_handler() -> Result<()> {
+    let server = serve(Models::from([("m".into(), local()?)]))?;
+    let directory = tempfile::tempdir()?;
+    let config = handlers_file(directory.path(), &server.url())?;
+    let talk = |handler: &str, lines: &str| -> Result<(String, String)> {
+        let mut child = homeroom()
+            .args(["chat", "--handler", handler, "--max-tokens", "8", "--temperature", "0", "--config"])
+            .arg(&config)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        child.stdin.take().context("a pipe")?.write_all(lines.as_bytes())?;
+        let output = child.wait_with_output()?;
+        let stderr = String::from_utf8(output.stderr)?;
+        assert!(output.status.success(), "{stderr}");
+        Ok((String::from_utf8(output.stdout)?, stderr))
+    };
+    let (near, _) = talk("near", "one\ntwo\n/clear\none\n")?;
+    let (switched, story) = talk("far", "one\n\n/handler near\ntwo\n/clear\n/handler both\none\n/exit\nnever\n")?;
+    assert_eq!(near, switched);
+    assert!(story.contains("near answers from now on"), "{story}");
+    let (with_system, _) = talk("near", "/system other words\none\n/system\n/clear\none\n")?;
+    assert_ne!(with_system, near);
+    server.stop();
+    server.wait()
+}
+
+#[test]
+fn a_prompt_is_answered_alone_on_stdout() -> Result<()> {
+    let run = |more: &[&str]| -> Result<(bool, String, String)> {
+        let output = homeroom().arg("chat").args(more).stdin(Stdio::null()).output()?;
+        Ok((output.status.success(), String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
+    };
+    let model = fixture("models/llama").display().to_string();
+    let (done, text, story) =
+        run(&["--model-dir", &model, "--prompt", "hello there", "--max-tokens", "12", "--temperature", "0"])?;
+    assert!(done && story.contains("--max-tokens allows more"), "{story}");
+    let want = local()?.complete(&asked("hello there", 12), &Context::default())?;
+    assert_eq!(text, want.text + "\n");
+    let (done, _, story) = run(&["--handler", "x", "--config", "no-such-file.toml"])?;
+    assert!(!done && story.contains("no-such-file.toml"), "{story}");
+    assert!(!run(&["--prompt", "x"])?.0 && !run(&["--handler", "x"])?.0);
+    Ok(())
+}
+
+#[test]
+fn the_program_serves_and_ends_when_asked() -> Result<()> {
+    let model = fixture("models/llama");
+    let mut child =
+        homeroom().args(["serve", "--port", "0", "--model-dir"]).arg(&model).stderr(Stdio::piped()).spawn()?;
+    let mut story = BufReader::new(child.stderr.take().context("a pipe")?);
+    let mut lines = BTreeMap::new();
+    while !lines.contains_key("serving") {
+        let mut line = String::new();
+        anyhow::ensure!(story.read_line(&mut line)? > 0, "it ended before it served: {lines:?}");
+        let (key, rest) = line.trim().split_once(' ').context("two columns")?;
+        lines.insert(key.to_owned(), rest.trim().to_owned());
+    }
+    assert_eq!(lines["model"], "llama");
+    let url = lines["serving"].split(' ').next().context("an address")?;
+    let whole = endpoint(url, "llama")?.complete(&asked("hello there", 4), &Context::default())?;
+    assert_eq!(whole.usage.completion_tokens, Some(4));
+    #[cfg(unix)]
+    {
+        let stopped = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status()?;
+        assert!(stopped.success() && child.wait()?.success());
+    }
+    #[cfg(not(unix))]
+    child.kill()?;
+    Ok(())
+}
+
+#[test]
+fn a_route_without_leave_for_the_cloud_is_refused_by_the_program() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let config = handlers_file(directory.path(), "https://api.example.com/v1")?;
+    let output = homeroom().args(["serve", "--port", "0", "--config"]).arg(&config).output()?;
+    let story = String::from_utf8(output.stderr)?;
+    assert!(!output.status.success() && story.contains("egress is \"deny\"") && story.contains("^^^"), "{story}");
+    assert!(
+        Handlers::new(Config::parse(
+            &config,
+            &std::fs::read_to_string(&config)?.replace("[\"far\", \"near\"]", "[\"near\"]")
+        )?)
+        .get("both")
+        .is_ok()
+    );
+    Ok(())
+}

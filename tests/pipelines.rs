@@ -1,0 +1,516 @@
+//! Pipelines as users run them: the program, a TOML file, a script, tiny models and strategies from their `.so` files.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+use homeroom::pipeline::reference;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::{fixture, homeroom, plugin_path, root};
+
+/// A directory with rows, and a data directory of its own.
+struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    fn new() -> Result<Self> {
+        let place = Self { dir: tempfile::tempdir()? };
+        let rows: Vec<String> = (0..24).map(|n| row(n).to_string()).collect();
+        place.write("rows.jsonl", &rows.join("\n"))?;
+        Ok(place)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn home(&self) -> PathBuf {
+        self.path("home")
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
+        std::fs::write(self.path(name), text)?;
+        Ok(self.path(name))
+    }
+
+    /// A configuration for a script of this place, with the tiny model and the rows as parameters.
+    fn config(&self, script: &str) -> Result<PathBuf> {
+        self.write("s.lua", script)?;
+        let model = fixture("models/llama");
+        let text = format!(
+            "[pipeline]\nscript = \"s.lua\"\n[pipeline.params]\nmodel = {{ type = \"path\", default = {:?} }}\n\
+             dataset = {{ type = \"path\", default = \"rows.jsonl\" }}\nn = {{ type = \"int\", default = 1 }}\n",
+            model.display().to_string()
+        );
+        self.write("c.toml", &text)
+    }
+
+    fn command(&self, config: &Path) -> Command {
+        let plugins = plugin_path("lora").parent().map(Path::to_owned).unwrap_or_default();
+        let mut command = homeroom();
+        command.arg("run").arg(config).env("HOMEROOM_HOME", self.home()).env("HOMEROOM_PLUGINS", plugins);
+        command
+    }
+
+    fn run(&self, script: &str, arguments: &[&str]) -> Result<Output> {
+        Ok(self.command(&self.config(script)?).args(arguments).output()?)
+    }
+
+    /// What a script returns.
+    fn result(&self, script: &str) -> Result<Value> {
+        let output = self.run(script, &["--json"])?;
+        ensure!(output.status.success(), "{}", stderr(&output));
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// What a script's failure says, without the `error: ` before it.
+    fn error(&self, script: &str) -> Result<String> {
+        let output = self.run(script, &[])?;
+        ensure!(output.status.code() == Some(1), "it should fail: {script}\n{}", stderr(&output));
+        let text = stderr(&output);
+        let (_, message) = text.split_once("error: ").context("a failure says `error: `")?;
+        Ok(message.trim_end().to_owned())
+    }
+}
+
+fn row(n: usize) -> Value {
+    let sum = format!("{n} + {n} is {}", 2 * n);
+    let mut messages =
+        vec![json!({"role": "user", "content": format!("{n} + {n}?")}), json!({"role": "assistant", "content": sum})];
+    if n.is_multiple_of(3) {
+        messages.extend([json!({"role": "user", "content": "Sure?"}), json!({"role": "assistant", "content": "Yes."})]);
+    }
+    json!({"messages": messages, "level": n % 5, "id": n, "note": null, "meta": {"z": 1, "a": {}}})
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+const TRAIN: &str = "local model = homeroom.load_model { name = params.model, r = 4 }\n\
+    local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }\n";
+
+/// The shipped configurations run as their first lines say, and print what their scripts promise.
+#[test]
+fn shipped_configurations_run() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.path("rows.jsonl");
+    for (name, settings) in
+        [("fine_tune", vec!["epochs=1", "steps=2"]), ("curriculum", vec!["steps=3", "eval_every=2", "r=4"])]
+    {
+        let config = root().join("configs").join(format!("{name}.toml"));
+        let set = |command: &mut Command| {
+            command.arg("--set").arg(format!("model={}", fixture("models/llama").display()));
+            command.arg("--set").arg(format!("dataset={}", rows.display()));
+            for setting in &settings {
+                command.args(["--set", setting]);
+            }
+        };
+        let mut check = place.command(&config);
+        set(&mut check);
+        let output = check.arg("--check").output()?;
+        assert!(output.status.success(), "{}", stderr(&output));
+
+        let mut run = place.command(&config);
+        set(&mut run);
+        let output = run.args(["--json", "--set", &format!("name=the-{}", name.replace('_', "-"))]).output()?;
+        assert!(output.status.success(), "{}", stderr(&output));
+        let result: Value = serde_json::from_slice(&output.stdout)?;
+        assert!(result["eval_loss"].as_f64().is_some_and(f64::is_finite), "{result}");
+        let model = result["model"].as_str().context("it names its model")?;
+        assert!(place.home().join("models").join(model).join("adapter_model.safetensors").exists());
+    }
+    let handlers = std::fs::read_to_string(place.home().join("handlers.toml"))?;
+    assert!(handlers.contains("[handlers.the-fine-tune]\nkind = \"local\"\nmodel = \"the-fine-tune\""), "{handlers}");
+    assert!(handlers.contains("[handlers.the-curriculum]"), "{handlers}");
+    Ok(())
+}
+
+/// Every key that a shipped file has is told of, and every file is in the table.
+#[test]
+fn readmes_name_every_file_and_key() -> Result<()> {
+    use homeroom::pipeline::config::{PARAM_KEYS, PIPELINE_KEYS};
+    for directory in ["configs", "scripts"] {
+        let readme = std::fs::read_to_string(root().join(directory).join("README.md"))?;
+        for entry in std::fs::read_dir(root().join(directory))? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            assert!(name == "README.md" || readme.contains(&name), "{directory}/README.md does not name {name}");
+        }
+        if directory == "configs" {
+            for (key, doc) in PIPELINE_KEYS.into_iter().chain(PARAM_KEYS) {
+                assert!(readme.contains(&format!("| `{key}` | {doc} |")), "configs/README.md: `{key}`");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All examples of the reference, one after another, on the tiny model.
+#[test]
+fn every_example_of_the_reference_runs() -> Result<()> {
+    let place = Place::new()?;
+    let script = format!(
+        "{}\nreturn {{ tuned = tuned, saved = saved, handler = handler, answers = answers }}",
+        reference::examples()
+    );
+    let result = place.result(&script)?;
+    assert_eq!(result["saved"]["name"], "algebra-tutor");
+    assert_eq!(result["saved"]["adapter"], "algebra-tutor");
+    assert_eq!(result["handler"], json!({"kind": "local", "model": "algebra-tutor", "name": "tutor"}));
+    assert_eq!(result["answers"].as_array().map(Vec::len), Some(1));
+    assert_eq!(result["tuned"]["metrics"]["steps"], 3);
+    assert_eq!(result["tuned"]["adapter"], "s-1/1");
+    let checked = place.run(&script, &["--check"])?;
+    assert!(checked.status.success(), "{}", stderr(&checked));
+    let dry = place.run(&script, &["--dry-run"])?;
+    assert!(dry.status.success(), "{}", stderr(&dry));
+    Ok(())
+}
+
+/// The command line and a script are two ways to one job: same rows, same options, same bytes.
+#[test]
+fn a_script_trains_what_the_command_line_trains() -> Result<()> {
+    let place = Place::new()?;
+    let result = place.result(&format!(
+        "{TRAIN}return homeroom.save_model {{ name = \"x\", model = homeroom.fine_tune {{\n\
+         model = model, dataset = data.train, eval = data.eval, batch_size = 4, steps = 3, learning_rate = 1e-2, lora_alpha = 5 }} }}"
+    ))?;
+    let mut command = homeroom();
+    command.args(["fine-tune", "--lora-r", "4", "--lora-alpha", "5", "--batch-size", "4", "--max-steps", "3"]);
+    command.args(["--learning-rate", "1e-2", "--eval-fraction", "0.25", "--output-dir"]).arg(place.path("out"));
+    command.arg("--model-name").arg(fixture("models/llama")).arg("--training-file").arg(place.path("rows.jsonl"));
+    let plugins = plugin_path("lora");
+    command.arg("--plugin-dir").arg(plugins.parent().context("a file has a directory")?);
+    let output = command.output()?;
+    ensure!(output.status.success(), "{}", stderr(&output));
+    let saved = result["path"].as_str().context("save_model gives the path")?;
+    let read = |dir: &Path| std::fs::read(dir.join("adapter_model.safetensors"));
+    assert_eq!(read(Path::new(saved))?, read(&place.path("out"))?);
+    Ok(())
+}
+
+/// A model that was trained carries its adapter, strategy and options over; what is loaded by name is the same.
+#[test]
+fn training_goes_on_from_where_it_was() -> Result<()> {
+    let place = Place::new()?;
+    let result = place.result(&format!(
+        "{TRAIN}local function tune(model, from)\n  return homeroom.fine_tune {{ model = model, init_from = from, dataset = data.train, \
+         eval = data.eval, steps = 4, learning_rate = 2e-2, warmup = 0 }}\nend\n\
+         local first = tune(model)\nlocal second = tune(first)\nlocal named = homeroom.save_model {{ model = first, name = \"first\" }}\n\
+         local third = tune(homeroom.load_fine_tuned_model {{ name = \"first\" }})\nlocal fourth = tune(model, \"first\")\n\
+         homeroom.save_model {{ model = third, name = \"third\" }}\n\
+         local score = homeroom.evaluate {{ model = first, dataset = data.eval }}\n\
+         local loss = function(t) return t.metrics.eval_loss end\n\
+         return {{ first = first, second = second, losses = {{ loss(second), loss(third), loss(fourth) }}, score = score.loss }}"
+    ))?;
+    let number = |value: &Value| value.as_f64().context("a loss is a number");
+    let (first, second) = (&result["first"], &result["second"]);
+    let before = number(&second["metrics"]["eval_loss_before"])?;
+    assert!((before - number(&first["metrics"]["eval_loss"])?).abs() < 1e-9);
+    assert!((before - number(&result["score"])?).abs() < 1e-6);
+    assert!(number(&second["metrics"]["eval_loss"])? < before);
+    assert_eq!(second["options"], json!({"r": 4}));
+    let losses = result["losses"].as_array().context("three losses")?;
+    assert!(losses.iter().all(|loss| loss == &losses[0]), "{losses:?}");
+    let manifest = std::fs::read_to_string(place.home().join("models/third/homeroom.json"))?;
+    assert_eq!(serde_json::from_str::<Value>(&manifest)?["training"]["parent"], "first");
+    Ok(())
+}
+
+/// `full` trains the base's own weights, so what it gives is a model and not an adapter; scripts need not know.
+#[test]
+fn a_strategy_that_trains_the_whole_model_is_carried_over_too() -> Result<()> {
+    let place = Place::new()?;
+    let result = place.result(
+        "local model = homeroom.load_model { name = params.model, strategy = \"full\" }\n\
+         local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }\n\
+         local function tune(model) return homeroom.fine_tune { model = model, dataset = data.train, eval = data.eval, steps = 2, learning_rate = 1e-3 } end\n\
+         local first = tune(model)\nlocal second = tune(first)\n\
+         local saved = homeroom.save_model { model = second, name = \"whole\" }\n\
+         local score = homeroom.evaluate { model = homeroom.load_fine_tuned_model { name = \"whole\" }, dataset = data.eval }\n\
+         return { first = first.metrics.eval_loss, before = second.metrics.eval_loss_before, after = second.metrics.eval_loss, score = score.loss }",
+    )?;
+    let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
+    assert!((number("first") - number("before")).abs() < 1e-6, "{result}");
+    assert!((number("after") - number("score")).abs() < 1e-6, "{result}");
+    assert!(number("after") < number("first"), "{result}");
+    Ok(())
+}
+
+/// Datasets on rows whose answers are known.
+#[test]
+fn datasets_do_what_their_methods_say() -> Result<()> {
+    let place = Place::new()?;
+    let ids = "local function ids(data) local t = {} for i, row in ipairs(data:rows()) do t[i] = row.id end return t end\n\
+        local all = homeroom.prepare_dataset { path = params.dataset }.train\n";
+    let cases = [
+        ("#all .. all:len()", json!("2424")),
+        ("tostring(all)", json!("dataset of 24 rows")),
+        ("ids(all:filter(function(row) return row.id < 3 end))", json!([0, 1, 2])),
+        ("ids(all:map(function(row) if row.id < 2 then row.id += 100 return row end end))", json!([100, 101])),
+        (
+            "ids(all:filter(function(row) return row.id > 21 end):concat(all:filter(function(row) return row.id < 1 end)))",
+            json!([22, 23, 0]),
+        ),
+        ("ids(all:dedupe { by = \"level\" })", json!([0, 1, 2, 3, 4])),
+        ("ids(all:dedupe { by = function(row) return #row.messages end })", json!([0, 1])),
+        ("all:concat(all):dedupe():len()", json!(24)),
+        ("#all:bucket { by = \"id\", quantiles = { 0.25, 0.5 } }", json!(3)),
+        ("ids(all:bucket { by = function(row) return -row.id end, quantiles = { 0.125 } }[1])", json!([23, 22, 21])),
+        ("all:sample { n = 5 }:len() + all:sample { n = 500 }:len()", json!(29)),
+        (
+            "table.concat(ids(all:sample { n = 5, seed = 1 })) == table.concat(ids(all:sample { n = 5, seed = 2 }))",
+            json!(false),
+        ),
+        ("table.concat(ids(all:shuffle { seed = 1 })) == table.concat(ids(all:shuffle { seed = 1 }))", json!(true)),
+        ("table.concat(ids(all:shuffle { seed = 1 })) == table.concat(ids(all))", json!(false)),
+        ("select(2, all:split { eval = 0.25 }):len()", json!(6)),
+        ("homeroom.prepare_dataset { path = params.dataset }.eval == nil", json!(true)),
+        ("all:map(function(row) return row end):rows()[1].meta", json!({"a": {}, "z": 1})),
+    ];
+    for (expression, expected) in cases {
+        assert_eq!(place.result(&format!("{ids}return {expression}"))?, expected, "{expression}");
+    }
+    Ok(())
+}
+
+/// A mistake is told where it was made, with the nearest name.
+#[test]
+fn mistakes_are_told_at_the_scripts_line() -> Result<()> {
+    let place = Place::new()?;
+    let cases = [
+        (
+            "\nhomeroom.load_model { nmae = params.model }",
+            "s.lua:2: load_model: unknown option `nmae`, did you mean `name`?",
+        ),
+        ("homeroom.load_model { nmae = params.model }", "load_model: `name` is missing; it should be a string"),
+        ("homeroom.load_model(params.model)", "s.lua:1: load_model: it takes one table of options, not"),
+        ("homeroom.load_model { name = 3 }", "load_model: `name` should be a string, not 3"),
+        ("homeroom.load_modle { }", "s.lua:1: `homeroom` has no `load_modle`, did you mean `load_model`?"),
+        (
+            "homeroom.evaluate { model = \"Org/Model\", dataset = homeroom.prepare_dataset { path = params.dataset }.train }",
+            "looks like a name on the Hugging Face hub",
+        ),
+        ("print(params.modle)", "s.lua:1: `params` has no `modle`, did you mean `model`?"),
+        ("params.n = 2", "readonly table"),
+        ("homeroom.log.inof(\"x\")", "did you mean `info`?"),
+        ("homeroom.prepare_dataset { path = \"gone.jsonl\" }", "s.lua:1: "),
+        (
+            "homeroom.prepare_dataset { path = params.dataset, on_long_row = \"cut\" }",
+            "should be \"refuse\" or \"truncate\" or \"skip\", not \"cut\"",
+        ),
+        ("return homeroom.prepare_dataset { path = params.dataset }", "a userdata is no plain value"),
+        ("local t = {} t.t = t return t", "nested deeper than 64, or holds itself"),
+    ];
+    for (script, expected) in cases {
+        let message = place.error(script)?;
+        assert!(message.contains(expected), "{script}\n{message}");
+    }
+    let cases = [
+        (
+            "homeroom.fine_tune { model = model, dataset = data }",
+            "fine_tune: `dataset` should be a dataset, not a table",
+        ),
+        (
+            "homeroom.fine_tune { model = model, dataset = data.train, epochs = 0 }",
+            "`epochs` should be a whole number from 1, not 0",
+        ),
+        (
+            "homeroom.fine_tune { model = model, dataset = data.train, r = 4, lora_r = 4 }",
+            "`r` is given twice, under both its names",
+        ),
+        (
+            "homeroom.fine_tune { model = model, dataset = data.train, r = 4, options = { r = 4 } }",
+            "`r` is given twice, once in `options`",
+        ),
+        (
+            "homeroom.fine_tune { model = model, dataset = data.train, options = { lora_alhpa = 4 } }",
+            "s.lua:3: fine_tune: strategy `lora` has no option `lora_alhpa`, did you mean `lora_alpha`?",
+        ),
+        (
+            "homeroom.fine_tune { model = model, dataset = data.train, options = { use_rslora = 1 } }",
+            "`use_rslora` should be true or false, not 1",
+        ),
+        (
+            "homeroom.fine_tune { model = model, dataset = data.train, init_from = params.model }",
+            "`init_from` is a base model",
+        ),
+        (
+            "homeroom.fine_tune { model = { model = params.model, strategy = \"lroa\" }, dataset = data.train }",
+            "unknown strategy `lroa`, did you mean `lora`?",
+        ),
+        ("homeroom.save_model { model = model, name = \"x\" }", "s.lua:3: save_model: this model was not trained"),
+        ("homeroom.save_model { model = model, name = \"../x\" }", "is not a model's name"),
+        ("homeroom.load_fine_tuned_model { name = \"nobody\" }", "there is no model `nobody`"),
+        ("homeroom.load_fine_tuned_model { name = params.model }", "it was not fine-tuned"),
+        ("data.train:fliter(print)", "a dataset has no `fliter`, did you mean `filter`?"),
+        ("data.train:split { evla = 0.1 }", "s.lua:3: split: unknown option `evla`, did you mean `eval`?"),
+        (
+            "data.train:filter(function(row)\n  return row.nothing.there\nend)",
+            "s.lua:4: attempt to index nil with 'there' (row: ",
+        ),
+        ("data.train:filter(function(row)\n  return row.nothing.there\nend)", "rows.jsonl line "),
+        ("data.train:map(function(row) row.messages = nil return row end)", "s.lua:3: map: the new row is refused: "),
+        ("data.train:map(function(row) return 3 end)", "map: the function returned 3, not a row or nil"),
+        ("data.train:bucket { by = \"note\", quantiles = { 0.5 } }", "bucket: `by` gives null, not a number (row: "),
+        ("data.train:concat({})", "concat: it takes a dataset, not a table"),
+        ("local d = data.train for i = 1, 60 do d = d:concat(d) end", "rows are too many for one dataset"),
+        (
+            "homeroom.evaluate { model = model, dataset = data.train:filter(function() return false end) }",
+            "the dataset has no rows",
+        ),
+    ];
+    for (script, expected) in cases {
+        let message = place.error(&format!("{TRAIN}{script}"))?;
+        assert!(message.contains(expected), "{script}\n{message}");
+    }
+    assert!(!place.home().join("models").exists());
+    Ok(())
+}
+
+/// Callbacks hear of each step and steer, between steps; an error in one ends the training after the step and is raised.
+#[test]
+fn callbacks_steer_between_steps() -> Result<()> {
+    let place = Place::new()?;
+    let train = |more: &str| {
+        format!(
+            "{TRAIN}local seen = {{}}\nlocal function tune(more)\n  local options = {{ model = model, dataset = data.train, eval = data.eval, \
+             steps = 6, batch_size = 4, schedule = \"constant\", warmup = 0, learning_rate = 1e-2 }}\n  \
+             for k, v in pairs(more) do options[k] = v end\n  return homeroom.fine_tune(options)\nend\n{more}"
+        )
+    };
+    let result = place.result(&train(
+        "local tuned = tune { eval_every = 2, on_step = function(r) table.insert(seen, r.learning_rate) \
+         if r.step == 2 then return { learning_rate_scale = 0.5 } end end,\n\
+         on_eval = function(r) if r.step == 4 then return { stop = \"enough\" } end assert(r.best <= r.eval_loss) end }\n\
+         return { rates = seen, stopped = tuned.stopped, steps = tuned.metrics.steps, planned = tuned.metrics.planned_steps }",
+    ))?;
+    assert_eq!(result, json!({"planned": 6, "rates": [0.01, 0.01, 0.005, 0.005], "steps": 4, "stopped": "enough"}));
+    let result = place.result(&train("return tune({}).stopped"))?;
+    assert_eq!(result, "finished");
+
+    let raised =
+        place.run(&train("tune { on_step = function(r)\n  if r.step == 3 then error(\"no more\") end\nend }"), &[])?;
+    let story = stderr(&raised);
+    assert!(story.contains("stopped after step 3 of 6") && story.contains(": no more"), "{story}");
+    let kept = story.split_once("by then is in ").and_then(|(_, rest)| rest.lines().next()).context("it says where")?;
+    assert!(Path::new(kept).join("adapter_model.safetensors").exists());
+    // What a callback raises can be caught, as any error.
+    let caught =
+        place.result(&train("return (select(2, pcall(tune, { on_step = function() error(\"x\", 0) end }))) ~= nil"))?;
+    assert_eq!(caught, true);
+    for (callback, expected) in [
+        ("on_step = function() return 3 end", "fine_tune: on_step: it returned 3, not nil or a table"),
+        ("on_step = function() return { stpo = \"x\" } end", "unknown directive `stpo`, did you mean `stop`?"),
+        ("on_step = function() return { stop = true } end", "`stop` should be the reason, as a string, not true"),
+        (
+            "on_step = function() return { learning_rate_scale = -1 } end",
+            "`learning_rate_scale` should be a number from 0, not -1",
+        ),
+    ] {
+        let message = place.error(&train(&format!("tune {{ {callback} }}")))?;
+        assert!(message.contains(expected), "{callback}\n{message}");
+    }
+    Ok(())
+}
+
+/// A dry run says what would be done, does none of it, and gets through scripts that compare losses.
+#[test]
+fn a_dry_run_writes_nothing() -> Result<()> {
+    let place = Place::new()?;
+    let script = format!(
+        "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, eval = data.eval, epochs = 2 }}\n\
+         local again = homeroom.fine_tune {{ model = tuned, dataset = data.train, steps = 1 }}\n\
+         if tuned.metrics.eval_loss < 1 then error(\"nan is below nothing\") end\n\
+         local saved = homeroom.save_model {{ model = again, name = \"x\" }}\n\
+         homeroom.load_fine_tuned_model {{ name = \"x\" }}\n\
+         homeroom.create_handler {{ name = \"x\", model = saved }}\nreturn saved"
+    );
+    let output = place.run(&script, &["--dry-run", "--json"])?;
+    assert!(output.status.success(), "{}", stderr(&output));
+    let would: Value = serde_json::from_slice(&output.stdout)?;
+    let actions = would["would"].as_array().context("a list of actions")?;
+    let verbs: Vec<&str> = actions.iter().filter_map(|action| action["verb"].as_str()).collect();
+    assert_eq!(verbs, ["prepare_dataset", "fine_tune", "fine_tune", "save_model", "create_handler"]);
+    let train = &actions[1];
+    // 18 rows in batches of 8 are 3 steps an epoch.
+    assert_eq!((&train["examples"], &train["held_out"], &train["steps"]), (&json!(18), &json!(6), &json!(6)));
+    assert!(train["trainable_parameters"].as_u64() < train["parameters"].as_u64());
+    assert!(train["tokens"].as_u64() > Some(100), "{train}");
+    assert!(!place.home().exists(), "it wrote something");
+    let output = place.run(&script, &["--dry-run"])?;
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("would\n  read "), "{output:?}");
+    Ok(())
+}
+
+#[test]
+fn check_tells_all_problems_of_a_script_without_running_it() -> Result<()> {
+    let place = Place::new()?;
+    std::fs::create_dir(place.path("lib"))?;
+    place.write("lib/more.lua", "return { go = function() homeroom.fine_tnue {} end }")?;
+    let script = "error(\"it ran\")\nhomeroom.fine_tune { epoch = 1 }\nprint(params.modl)\nrequire(\"lib/more\")\nrequire(\"lib/gone\")";
+    let output = place.run(script, &["--check"])?;
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1));
+    for expected in [
+        "4 problems",
+        "s.lua:2: fine_tune: unknown option `epoch`, did you mean `epochs`?",
+        "s.lua:3: `params` has no `modl`, did you mean `model`?",
+        "more.lua:1: `homeroom` has no `fine_tnue`, did you mean `fine_tune`?",
+        "s.lua:5: there is no module `lib/gone`",
+    ] {
+        assert!(message.contains(expected), "{expected}\n{message}");
+    }
+    let output = place.run("local = 1", &["--check"])?;
+    assert!(stderr(&output).contains("s.lua:1:"), "{}", stderr(&output));
+    Ok(())
+}
+
+#[test]
+fn handlers_that_are_there_stay_as_they_are() -> Result<()> {
+    let place = Place::new()?;
+    std::fs::create_dir_all(place.home())?;
+    let before = "# mine\n[handlers.cloud]   # paid\nkind = \"openai\"\n\n[routes.tutor]\nhandlers = [\"cloud\"]\n";
+    std::fs::write(place.home().join("handlers.toml"), before)?;
+    place.result("return homeroom.create_handler { name = \"base\", model = params.model }")?;
+    let after = std::fs::read_to_string(place.home().join("handlers.toml"))?;
+    assert!(after.contains("# mine\n[handlers.cloud]   # paid\nkind = \"openai\"\n"), "{after}");
+    assert!(
+        after.contains("[routes.tutor]") && after.contains("[handlers.base]\nkind = \"local\"\nmodel = \""),
+        "{after}"
+    );
+    let message = place.error("homeroom.create_handler { name = \"cloud\", model = params.model }")?;
+    assert!(message.contains("handler `cloud` is there already, of kind `openai`"), "{message}");
+    assert_eq!(std::fs::read_to_string(place.home().join("handlers.toml"))?, after);
+    Ok(())
+}
+
+/// Ctrl-C ends the training after its step, keeps what it learned, and ends the script, whatever it would catch.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_pipeline_ends_after_its_step() -> Result<()> {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+    let place = Place::new()?;
+    let config = place.config(&format!(
+        "{TRAIN}while true do pcall(function() homeroom.fine_tune {{ model = model, dataset = data.train, epochs = 100000 }} end) end"
+    ))?;
+    let mut child = place.command(&config).stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+    let mut lines = BufReader::new(child.stderr.take().context("it is piped")?).lines();
+    let mut line = || -> Result<String> { Ok(lines.next().context("the run goes on")??) };
+    while !line()?.starts_with("step ") {}
+    // SAFETY: the child is ours and has not been waited for, so its id is still its own.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    let kept = loop {
+        let line = line()?;
+        if let Some((_, path)) = line.split_once("by then is in ") {
+            break path.to_owned();
+        }
+    };
+    assert_eq!(child.wait()?.code(), Some(130));
+    assert!(Path::new(&kept).join("adapter_model.safetensors").exists());
+    Ok(())
+}

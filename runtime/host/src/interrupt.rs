@@ -2,8 +2,8 @@
 //! server have their own ways.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -13,7 +13,7 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 /// The program is being ended at once.
 static ENDING: AtomicBool = AtomicBool::new(false);
 /// A directory in the making, which nobody else would remove if the program ended now.
-static UNFINISHED: OnceLock<PathBuf> = OnceLock::new();
+static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// Exit code of a run that was interrupted: 128 + SIGINT, as shells have it.
 pub const EXIT_CODE: u8 = 130;
@@ -28,9 +28,10 @@ pub fn listen() -> Result<()> {
         if ASKED.swap(true, Ordering::SeqCst) {
             ENDING.store(true, Ordering::SeqCst);
             // Renamed first, which fails when the directory has got its final name meanwhile: then it is finished.
-            if let Some(path) = UNFINISHED.get() {
+            let unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(path) = unfinished {
                 let aside = path.with_extension("ended");
-                if std::fs::rename(path, &aside).is_ok() {
+                if std::fs::rename(&path, &aside).is_ok() {
                     let _ = std::fs::remove_dir_all(aside);
                 }
             }
@@ -61,8 +62,7 @@ pub fn await_end() {
     }
 }
 
-/// Names the directory in the making, which goes when the program is ended at once.
+/// Names the directory in the making, which goes when the program is ended at once. There is one at a time.
 pub fn unfinished(path: &Path) {
-    // A command makes one; were there more, the others would stay under their temporary names.
-    let _ = UNFINISHED.set(path.to_owned());
+    *UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
 }

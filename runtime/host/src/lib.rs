@@ -4,6 +4,11 @@
 //! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains; [`pipeline`] runs Lua scripts.
 //! [`handler`] answers conversations, [`serve`] does so over HTTP.
 
+/// In this crate `eprintln` does not panic when nobody reads stderr any more, as after `2>&1 | head`: that would end a run.
+macro_rules! eprintln {
+    ($($text:tt)+) => { $crate::progress::line(format_args!($($text)+)) };
+}
+
 pub mod cli;
 mod command;
 pub mod handler;

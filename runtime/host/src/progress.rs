@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::machine::peak_memory_bytes;
 
-/// Writes a line to stderr. A reader that has gone away, as `2>&1 | head` has, must not end a run: `eprintln` would panic.
+/// Writes a line to stderr. A reader that has gone away, as `2>&1 | head` has, must not end a run: the standard `eprintln` would panic.
 pub fn line(text: impl Display) {
     let _ = writeln!(stderr(), "{text}");
 }

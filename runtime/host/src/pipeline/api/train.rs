@@ -16,6 +16,7 @@ use super::model::{DRY, ModelSpec};
 use super::options::{Options, words};
 use super::spec::{STRATEGY_NAMES, verb};
 use super::{Failure, Session, said};
+use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::plugin::Plugin;
 use crate::progress::{self, thousands};
@@ -55,9 +56,10 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         return Ok(dry(lua, session, &spec, &job, &data, eval.as_ref(), steps)?);
     }
 
-    // A directory that cannot be written is found out now, not after hours.
+    // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
+    // something to fill it with, so that a run that is killed leaves nothing.
     let (id, path) = session.new_adapter()?;
-    let directory = NewDirectory::start(&path)?;
+    drop(NewDirectory::start(&path)?);
     let parent = spec.parent(session);
     let trained: Vec<&Example> = data.examples.iter().collect();
     let held_out: Vec<&Example> = eval.iter().flat_map(|eval| &eval.examples).collect();
@@ -79,6 +81,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let ended = raised.is_some() || session.clock.cancelled();
     let after = if ended { None } else { evaluate(session, &job, &held_out)? };
     let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone() };
+    let directory = NewDirectory::start(&path)?;
+    interrupt::unfinished(directory.path());
     let path = outcome.save(&job, directory, parent.as_deref())?;
     if let (Some(before), Some(after)) = (before, after) {
         eprintln!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss);

@@ -1,5 +1,6 @@
 //! Tests that cross crates: strategies from their `.so` files, the program as users run it, and numbers against torch.
 
+#[cfg(unix)]
 mod command_line;
 mod curves;
 mod export;
@@ -8,6 +9,7 @@ mod handlers;
 mod invariants;
 mod models;
 mod pipelines;
+#[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
 mod support;

@@ -680,6 +680,31 @@ fn a_second_interruption_ends_at_once_and_leaves_nothing() -> Result<()> {
     leaves_nothing(&place)
 }
 
+/// Whenever the second signal comes, before, while or after the files are written: all of them are there, or none.
+#[test]
+fn a_second_interruption_while_saving_leaves_all_or_nothing() -> Result<()> {
+    let place = Place::new()?;
+    for milliseconds in [0, 2, 10, 20, 40, 80] {
+        let mut running = Running::start(endless(&place)?.args(["--overwrite", "--lora-r", "1000"]))?;
+        running.wait_for("step ")?;
+        running.signal(libc::SIGINT)?;
+        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        running.signal(libc::SIGINT)?;
+        let (code, _, stderr) = running.end()?;
+        assert_eq!(code, Some(130), "after {milliseconds} ms: {stderr}");
+        match place.outputs()?.as_slice() {
+            [] => {}
+            [out] if out == "out" => {
+                AdapterFiles::read(&place.path("outputs/out"))?.adapt(&model("llama")?, false)?;
+                assert!(place.path("outputs/out/trainer_state.json").exists());
+                fs::remove_dir_all(place.path("outputs/out"))?;
+            }
+            left => anyhow::bail!("after {milliseconds} ms it left {left:?}"),
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn a_killed_run_leaves_nothing() -> Result<()> {
     let place = Place::new()?;

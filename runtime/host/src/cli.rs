@@ -397,6 +397,7 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => command::serve::run(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
     };
+    interrupt::await_end();
     match done {
         Ok(Done::Whole) => ExitCode::SUCCESS,
         Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),

@@ -10,6 +10,8 @@ use anyhow::{Context, Result};
 use crate::progress::line;
 
 static ASKED: AtomicBool = AtomicBool::new(false);
+/// The program is being ended at once.
+static ENDING: AtomicBool = AtomicBool::new(false);
 /// A directory in the making, which nobody else would remove if the program ended now.
 static UNFINISHED: OnceLock<PathBuf> = OnceLock::new();
 
@@ -24,6 +26,7 @@ pub const EXIT_CODE: u8 = 130;
 pub fn listen() -> Result<()> {
     let handler = || {
         if ASKED.swap(true, Ordering::SeqCst) {
+            ENDING.store(true, Ordering::SeqCst);
             // Renamed first, which fails when the directory has got its final name meanwhile: then it is finished.
             if let Some(path) = UNFINISHED.get() {
                 let aside = path.with_extension("ended");
@@ -49,6 +52,13 @@ pub fn on_press(press: impl FnMut() + Send + 'static) -> Result<()> {
 /// Whether an interruption was asked for.
 pub fn asked() -> bool {
     ASKED.load(Ordering::SeqCst)
+}
+
+/// Does not return while the program is being ended: what fails for it is no failure to report, and the exit code is decided.
+pub fn await_end() {
+    while ENDING.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
 }
 
 /// Names the directory in the making, which goes when the program is ended at once.

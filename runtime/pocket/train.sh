@@ -8,13 +8,20 @@ work=${1:-target/pocket}
 homeroom=${HOMEROOM:-target/release/homeroom}
 
 python3 $here/make_text.py rows "$work" --rows 50000
+python3 $here/make_text.py rows "$work/more" --rows 15000 --seed 2
 python3 $here/make_text.py init "$work/init"
 python3 $here/make_text.py quickstart $here/quickstart
 
 # The products of a model this small are over before a second thread has begun: on a busy machine one was five times faster.
-RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-1} "$homeroom" fine-tune --strategy full --model-name "$work/init" \
-  --training-file "$work/rows.jsonl" --output-dir "$work/model" --overwrite \
-  --batch-size 24 --learning-rate 1.5e-3 --weight-decay 0.01
+RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-1}
+export RAYON_NUM_THREADS
+
+stage() { # FROM ROWS TO LEARNING_RATE
+  "$homeroom" fine-tune --strategy full --model-name "$1" --training-file "$2" --output-dir "$3" --overwrite \
+    --batch-size 24 --learning-rate "$4" --weight-decay 0.01
+}
+stage "$work/init" "$work/rows.jsonl" "$work/first" 1.5e-3
+stage "$work/first" "$work/more/rows.jsonl" "$work/model" 1e-3
 
 # The random weights are bf16, so the trained ones are too.
 mkdir -p $here/model

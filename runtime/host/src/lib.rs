@@ -6,6 +6,7 @@
 
 /// In this crate `eprintln` does not panic when nobody reads stderr any more, as after `2>&1 | head`: that would end a run.
 macro_rules! eprintln {
+    () => { $crate::progress::line("") };
     ($($text:tt)+) => { $crate::progress::line(format_args!($($text)+)) };
 }
 

@@ -180,7 +180,7 @@ fn what_goes_wrong_in_a_strategy_is_told_with_its_authors_file_and_line() -> Res
     check_plan_refused("hostile", json!({"how": "error"}), &["an error, as asked", &at("return Err(")?])?;
     let shape = ["model.layers.0.self_attn.q_proj: matmul: (48) is not a matrix", &at("matmul(shift)")?];
     check_plan_refused("hostile", json!({"how": "shape"}), &shape)?;
-    check_plan_refused("hostile", json!({"how": "name"}), &["there is no parameter `shfit`", &at("shfit")?])?;
+    check_plan_refused("hostile", json!({"how": "name"}), &["there is no parameter `shfit`", &at("\"shfit\"")?])?;
     // The host stays well: the same library answers the next call.
     assert!(!plan("hostile", &json!({}), &model("llama")?)?.modules.is_empty());
     Ok(())

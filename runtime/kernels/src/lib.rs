@@ -1,18 +1,43 @@
 //! CPU kernels over slices. No candle and no I/O: what comes in and goes out is `&[f32]` and bytes.
 //!
-//! - `storage`: the element types and block formats of a stored weight
-//! - `decode`: stored rows to floats
-//! - `matmul`: products with a stored weight
-//! - `dot`: the same for a few rows
+//! - `cpu`: which instructions they may use; `element`: f32 or bf16; `pool`: the threads
+//! - `storage`, `decode`: how a stored weight lies in memory, and rows of it as floats
+//! - `tile`, `panel`, `product`: products with frozen weights and adapters, for training
+//! - `norm`, `rope`, `attention`, `swiglu`, `cross_entropy`: the rest of a decoder layer and its loss, forward and backward
+//! - `peak`: the limit of the processor
+//! - `matmul`, `dot`: products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter
 
+mod attention;
+mod cpu;
+mod cross_entropy;
 mod decode;
 mod dot;
+mod element;
 mod matmul;
+mod norm;
+mod panel;
+mod peak;
 mod philox;
+mod pool;
+mod product;
+mod rope;
 mod storage;
+mod swiglu;
+mod tile;
 
+pub use attention::{Attention, KeyValueGradients, attention, attention_backward};
+pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
+pub use cross_entropy::cross_entropy;
 pub use decode::decode_row;
+pub use element::Element;
+pub use half::bf16;
 pub use matmul::{Float, Matrix, RowOrder, matmul, matmul_t};
+pub use norm::{rms_norm, rms_norm_backward, scale_columns};
+pub use peak::register_loop_gflops;
 pub use philox::{Stream, dropout_mask, philox4x32};
+pub use pool::threads;
+pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product};
+pub use rope::{RotaryTable, rotate};
 pub use storage::Storage;
+pub use swiglu::{swiglu, swiglu_backward};

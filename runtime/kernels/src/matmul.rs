@@ -5,6 +5,8 @@
 //! taken in one order; so results are equal bit by bit for any number of threads, and row i of a result depends on
 //! row i of the input (and W) alone, not on how many rows share the call.
 
+use crate::element::Element;
+use crate::pool::Shared;
 use crate::{Storage, decode_row, dot};
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -103,7 +105,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// Decodes the block `rows` x `cols`, whose columns are whole blocks, into `out`.
-    fn decode_part<T: Float>(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T]) {
+    pub(crate) fn decode_part<T: Float>(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T]) {
         if cols.is_empty() {
             return;
         }
@@ -116,6 +118,28 @@ impl<'a> Matrix<'a> {
             let at = self.order.stored(i) * row_bytes;
             T::decode(self.storage, &self.bytes[at + from..at + to], out);
         }
+    }
+
+    /// Values in one block along a row, which is decoded as a whole.
+    pub(crate) fn block_len(&self) -> usize {
+        self.storage.block_len()
+    }
+
+    /// Row `i` as values of E, when that is how they lie there.
+    pub(crate) fn row_of<E: Element>(&self, i: usize) -> Option<&'a [u8]> {
+        let direct = self.storage == E::STORAGE && cfg!(target_endian = "little");
+        let size = self.cols * size_of::<E>();
+        direct.then(|| &self.bytes[self.order.stored(i) * size..][..size])
+    }
+
+    /// All values in the order in which the rows are stored, when they lie there as E and aligned.
+    pub(crate) fn values_of<E: Element>(&self) -> Option<&'a [E]> {
+        if self.storage != E::STORAGE || cfg!(target_endian = "big") {
+            return None;
+        }
+        // SAFETY: every bit pattern is a value of either element type, and `align_to` sees to alignment.
+        let (before, values, after) = unsafe { self.bytes.align_to::<E>() };
+        (before.is_empty() && after.is_empty()).then_some(values)
     }
 
     /// The values themselves, when they are stored as the product needs them.
@@ -228,7 +252,7 @@ pub fn matmul_t<T: Float>(x: &[T], n: usize, w: &Matrix, y: &mut [T]) {
     let last = rows - (rows - 1) / PANEL_ROWS * PANEL_ROWS;
     let gapped: Vec<T> =
         if !by_dots && few(last) { x.iter().flat_map(|&value| [value, T::default()]).collect() } else { Vec::new() };
-    let y = Shared(y.as_mut_ptr());
+    let y = Shared::new(y);
     // Writes columns `panel` of y, from the rows `panel` of W in `w`.
     let columns = |panel: Range<usize>, w: &[T]| {
         let mut sums = [T::default(); PANEL_ROWS];
@@ -295,7 +319,7 @@ pub fn matmul<T: Float>(dy: &[T], n: usize, w: &Matrix, dx: &mut [T]) {
     }
     let values = w.values::<T>();
     let width = PANEL_COLS.next_multiple_of(w.storage.block_len());
-    let dx = Shared(dx.as_mut_ptr());
+    let dx = Shared::new(dx);
     (0..cols.div_ceil(width)).into_par_iter().with_max_len(1).for_each(|panel| {
         let panel = panel * width..cols.min((panel + 1) * width);
         let step = even_step(rows);
@@ -385,19 +409,4 @@ fn with_scratch<T: Float>(len: usize, f: impl FnOnce(&mut [T])) {
     }
     f(&mut scratch[..len]);
     T::scratch().replace(scratch);
-}
-
-/// A pointer that tasks share, each to write elements that no other task touches.
-#[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
-// SAFETY: the pointer is only dereferenced in `unsafe` blocks, each of which shows that its elements are its own.
-unsafe impl<T: Send> Send for Shared<T> {}
-// SAFETY: as for Send.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    /// The pointer; by a method, so that a closure captures the whole and not the field.
-    fn get(self) -> *mut T {
-        self.0
-    }
 }

@@ -1,0 +1,54 @@
+//! Cross-entropy over rows of logits, with its gradient in place.
+//!
+//! Logits come as distances from the target's, l − l_t, so that what matters, the logits near the target's, keeps its
+//! precision in bf16; and the loss is `ln Σ exp(l − l_t)` itself.
+
+use crate::cpu::{cpu, per_cpu};
+use crate::element::{Element, exp, largest, sum};
+use crate::pool::{Shared, for_ranges};
+
+/// Loss of each row (n) in nats from logits (n, v), each less its target's; and whether no logit is above the target's.
+///
+/// With a `scale`, the logits are replaced by the gradient of `scale` times the sum of the losses: `scale (softmax − onehot)`.
+///
+/// # Panics
+/// When sizes disagree or a target is not below v.
+pub fn cross_entropy<E: Element>(
+    v: usize,
+    logits: &mut [E],
+    targets: &[u32],
+    scale: Option<f32>,
+    losses: &mut [f32],
+    right: &mut [bool],
+) {
+    let n = targets.len();
+    assert!(logits.len() == n * v && losses.len() == n && right.len() == n, "{n} rows of {v}");
+    assert!(targets.iter().all(|target| (*target as usize) < v), "a target is one of {v} tokens");
+    let cpu = cpu();
+    let (logits, losses, right) = (Shared::new(logits), Shared::new(losses), Shared::new(right));
+    for_ranges(n, 4, |rows| {
+        for row in rows {
+            // SAFETY: no two tasks have a row in common.
+            let (logits, loss, right) =
+                unsafe { (logits.slice(row * v, v), &mut losses.slice(row, 1)[0], &mut right.slice(row, 1)[0]) };
+            (*loss, *right) = one_row(cpu, logits, targets[row] as usize, scale);
+        }
+    });
+}
+
+per_cpu! {
+    fn one_row<E: Element>(logits: &mut [E], target: usize, scale: Option<f32>) -> (f32, bool) {
+        // By definition; what a product made of it differs in the last bits.
+        logits[target] = E::of(0.0);
+        let top = largest(logits.len(), |j| logits[j].wide());
+        let total = sum(logits.len(), |j| exp(logits[j].wide() - top));
+        let loss = top + total.ln();
+        if let Some(scale) = scale {
+            for logit in logits.iter_mut() {
+                *logit = E::of(scale * exp(logit.wide() - loss));
+            }
+            logits[target] = E::of(scale * (exp(-loss) - 1.0));
+        }
+        (loss, top <= 0.0)
+    }
+}

@@ -1,0 +1,163 @@
+//! The type that activations are kept in: f32, or bf16 where the processor multiplies it faster.
+
+use half::bf16;
+
+/// f32 or bf16. Products read either as words of four bytes: one f32, or a pair of bf16.
+pub trait Element: sealed::Sealed + Copy + Default + PartialEq + Send + Sync + 'static {
+    /// Values in a word.
+    const PER_WORD: usize;
+    /// The storage of a frozen weight that holds exactly these values.
+    const STORAGE: crate::Storage;
+    /// The nearest value, ties to even.
+    fn of(value: f32) -> Self;
+    /// The value as f32, exactly.
+    fn wide(self) -> f32;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::bf16 {}
+}
+
+impl Element for f32 {
+    const PER_WORD: usize = 1;
+    const STORAGE: crate::Storage = crate::Storage::F32;
+
+    #[inline(always)]
+    fn of(value: f32) -> f32 {
+        value
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
+    }
+}
+
+impl Element for bf16 {
+    const PER_WORD: usize = 2;
+    const STORAGE: crate::Storage = crate::Storage::BF16;
+
+    /// Without branches, so that rows of it vectorise.
+    #[inline(always)]
+    fn of(value: f32) -> bf16 {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+        // Rounding up could carry a NaN over to zero.
+        bf16::from_bits(if value.is_nan() { 0x7FC0 } else { rounded as u16 })
+    }
+
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// Lanes that sums over a row are taken in: what two AVX-512 vectors hold. The order of a sum is part of the result, so it
+/// is the same on every processor.
+const LANES: usize = 32;
+
+/// Σ f(i) for i below `n`, in a fixed order.
+#[inline(always)]
+pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let whole = n / LANES * LANES;
+    for i in (0..whole).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += f(i + lane);
+        }
+    }
+    for i in whole..n {
+        lanes[i - whole] += f(i);
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// The largest f(i) for i below `n`, -inf if there is none. A NaN may be passed over.
+#[inline(always)]
+pub(crate) fn largest(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let whole = n / LANES * LANES;
+    for i in (0..whole).step_by(LANES) {
+        for (lane, largest) in lanes.iter_mut().enumerate() {
+            let value = f(i + lane);
+            *largest = if value > *largest { value } else { *largest };
+        }
+    }
+    for i in whole..n {
+        lanes[i - whole] = lanes[i - whole].max(f(i));
+    }
+    fold(lanes, f32::max)
+}
+
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = f(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// e^x to about 1.5 units in the last place, without branches; below -87.3 it stays at its smallest normal value, above 88.3
+/// at its largest; a NaN stays one.
+///
+/// 2^n · e^r with n = round(x / ln 2), ln 2 in two parts, and the Taylor polynomial of degree 7 for |r| ≤ ln 2 / 2.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    let x = if x < -87.3 { -87.3 } else { x };
+    let x = if x > 88.3 { 88.3 } else { x };
+    // Adding 1.5 · 2^23 leaves the rounded integer in the low bits.
+    const SHIFT: f32 = 12_582_912.0;
+    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
+    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
+    let mut p = 1.984_127e-4;
+    for c in [1.388_888_9e-3, 8.333_333e-3, 4.166_666_6e-2, 0.166_666_67, 0.5, 1.0, 1.0] {
+        p = p * r + c;
+    }
+    let scale = shifted.to_bits().wrapping_add(127) << 23;
+    p * f32::from_bits(scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_that_of_the_library_to_two_units_in_the_last_place() {
+        let mut worst = 0f64;
+        for i in -87_000..88_000 {
+            let x = i as f32 * 1e-3;
+            let exact = f64::from(x).exp();
+            worst = worst.max(((f64::from(exp(x)) - exact) / exact).abs());
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "{worst:e}");
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(-1e30) > 0.0 && exp(-1e30) < 2e-38);
+        assert!(exp(1e30).is_finite());
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_that_of_half() {
+        for high in 0..=u16::MAX {
+            for low in [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
+                let value = f32::from_bits(u32::from(high) << 16 | low);
+                let (ours, theirs) = (<bf16 as Element>::of(value), bf16::from_f32(value));
+                assert!(ours == theirs || ours.is_nan() && theirs.is_nan(), "{value:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_and_maxima_take_in_every_value_once() {
+        for n in [0, 1, 31, 32, 33, 100] {
+            assert_eq!(sum(n, |i| i as f32), (n * n.saturating_sub(1) / 2) as f32);
+            assert_eq!(largest(n, |i| (i % 7) as f32), if n == 0 { f32::NEG_INFINITY } else { (n - 1).min(6) as f32 });
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Packing a panel of B for the tiles: for each word of the sum, the words of up to 64 columns beside each other.
+//!
+//! This is the one place where a product meets the storage of a weight. B is W transposed (forward: a column of B is a row of
+//! W) or W itself (backward: a row of B is a row of W). Values already stored as E are packed from where they lie; others are
+//! decoded into a scratch first, a panel's part at a time.
+
+use crate::cpu::{Cpu, per_cpu};
+use crate::element::Element;
+use crate::tile::PANEL;
+
+/// Packs columns that are contiguous along the sum: `rows[j]` points at `words` words for column j.
+///
+/// `out` (words, [`PANEL`]); columns beyond `rows` become zero.
+///
+/// # Safety
+/// Each pointer is readable for `words` words.
+pub(crate) unsafe fn pack_columns(cpu: Cpu, rows: &[*const u8], words: usize, out: &mut [u32]) {
+    assert!(rows.len() <= PANEL && out.len() >= words * PANEL);
+    #[cfg(target_arch = "x86_64")]
+    if cpu >= Cpu::Avx512 {
+        let mut all = [std::ptr::null(); PANEL];
+        all[..rows.len()].copy_from_slice(rows);
+        // SAFETY: as the caller promised; null pointers stand for columns of zeros.
+        return unsafe { x86::pack_columns(&all, words, out) };
+    }
+    let _ = cpu;
+    for (j, row) in rows.iter().enumerate() {
+        for k in 0..words {
+            // SAFETY: as the caller promised.
+            out[k * PANEL + j] = unsafe { row.cast::<u32>().add(k).read_unaligned() };
+        }
+    }
+    for out in out[..words * PANEL].chunks_exact_mut(PANEL) {
+        out[rows.len()..].fill(0);
+    }
+}
+
+per_cpu! {
+    /// Packs rows that are contiguous across columns: row k of `from` starts at `k * step` and has `width` ≤ [`PANEL`]
+    /// columns; `count` rows, an even number for bf16.
+    ///
+    /// `out` (count / E::PER_WORD, [`PANEL`]); columns beyond `width` become zero.
+    pub(crate) fn pack_rows<E: Element>(from: &[E], step: usize, count: usize, width: usize, out: &mut [u32]) {
+        let words = count / E::PER_WORD;
+        for (k, out) in out[..words * PANEL].as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            let row = |i: usize| &from[(k * E::PER_WORD + i) * step..][..width];
+            // Whole panels have a length that the compiler knows.
+            if width == PANEL {
+                let first: &[E; PANEL] = row(0).try_into().expect("a whole panel is as wide as a panel");
+                let last: &[E; PANEL] = row(E::PER_WORD - 1).try_into().expect("a whole panel is as wide as a panel");
+                for j in 0..PANEL {
+                    out[j] = word(first[j], last[j]);
+                }
+            } else {
+                let (first, last) = (row(0), row(E::PER_WORD - 1));
+                for j in 0..width {
+                    out[j] = word(first[j], last[j]);
+                }
+                out[width..].fill(0);
+            }
+        }
+    }
+}
+
+/// As [`pack_rows`] for any number of rows: what the last word lacks, and whole words up to the end of `out`, are zeros.
+pub(crate) fn pack_rows_padded<E: Element>(
+    cpu: Cpu,
+    from: &[E],
+    step: usize,
+    count: usize,
+    width: usize,
+    out: &mut [u32],
+) {
+    let whole = count / E::PER_WORD;
+    pack_rows(cpu, from, step, whole * E::PER_WORD, width, out);
+    let rest = &mut out[whole * PANEL..];
+    rest.fill(0);
+    if whole * E::PER_WORD < count {
+        let last = &from[whole * E::PER_WORD * step..][..width];
+        for (out, value) in rest.iter_mut().zip(last) {
+            *out = word(*value, E::default());
+        }
+    }
+}
+
+/// The word of an f32 (given twice) or of two neighbouring bf16.
+#[inline(always)]
+pub(crate) fn word<E: Element>(first: E, last: E) -> u32 {
+    // A bf16 is the upper half of the f32 that it stands for.
+    if E::PER_WORD == 1 {
+        first.wide().to_bits()
+    } else {
+        first.wide().to_bits() >> 16 | last.wide().to_bits() & 0xFFFF_0000
+    }
+}
+
+per_cpu! {
+    /// Lays rows (m, width) out as the words of their transpose: word p of column i at `out[p * width + i]`, where a word
+    /// holds rows 2 p and 2 p + 1 for bf16 and row p for f32. A missing last row counts as zeros.
+    pub(crate) fn pair_rows<E: Element>(from: &[E], step: usize, m: usize, width: usize, out: &mut [u32]) {
+        for (p, out) in out[..m.div_ceil(E::PER_WORD) * width].chunks_exact_mut(width).enumerate() {
+            let (i, last) = (p * E::PER_WORD, p * E::PER_WORD + E::PER_WORD - 1);
+            let first = &from[i * step..][..width];
+            if last < m {
+                let last = &from[last * step..][..width];
+                for j in 0..width {
+                    out[j] = word(first[j], last[j]);
+                }
+            } else {
+                for j in 0..width {
+                    out[j] = word(first[j], E::default());
+                }
+            }
+        }
+    }
+}
+
+per_cpu! {
+    /// Rounds f32 to E.
+    pub(crate) fn narrow<E: Element>(from: &[f32], to: &mut [E]) {
+        for (from, to) in from.iter().zip(to) {
+            *to = E::of(*from);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use crate::tile::PANEL;
+
+    /// See [`super::pack_columns`]; null pointers are columns of zeros.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F; `out` holds `words * PANEL`; each pointer that is not null is readable for `words` words.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn pack_columns(rows: &[*const u8; PANEL], words: usize, out: &mut [u32]) {
+        const SIDE: usize = 16;
+        for from in (0..words).step_by(SIDE) {
+            let count = SIDE.min(words - from);
+            let mask = (((1_u32 << count) - 1) & 0xFFFF) as u16;
+            for (group, rows) in rows.chunks_exact(SIDE).enumerate() {
+                let mut square = [_mm512_setzero_si512(); SIDE];
+                for (square, row) in square.iter_mut().zip(rows) {
+                    if !row.is_null() {
+                        // SAFETY: the mask keeps the load to the words that there are.
+                        *square = unsafe { _mm512_maskz_loadu_epi32(mask, row.cast::<i32>().add(from)) };
+                    }
+                }
+                transpose(&mut square);
+                for (k, square) in square.iter().enumerate().take(count) {
+                    let out = &mut out[(from + k) * PANEL + group * SIDE..][..SIDE];
+                    // SAFETY: `out` is 16 words.
+                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), *square) };
+                }
+            }
+        }
+    }
+
+    /// Transposes 16 x 16 words: within 128 bits by unpacking twice, then across them by shuffling twice.
+    #[target_feature(enable = "avx512f")]
+    fn transpose(r: &mut [__m512i; 16]) {
+        let mut t = [_mm512_setzero_si512(); 16];
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..4 {
+            r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+            r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        }
+        for i in 0..4 {
+            t[i] = _mm512_shuffle_i32x4::<0x88>(r[i], r[i + 4]);
+            t[i + 4] = _mm512_shuffle_i32x4::<0xDD>(r[i], r[i + 4]);
+            t[i + 8] = _mm512_shuffle_i32x4::<0x88>(r[i + 8], r[i + 12]);
+            t[i + 12] = _mm512_shuffle_i32x4::<0xDD>(r[i + 8], r[i + 12]);
+        }
+        for i in 0..8 {
+            r[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[i + 8]);
+            r[i + 8] = _mm512_shuffle_i32x4::<0xDD>(t[i], t[i + 8]);
+        }
+    }
+}

@@ -28,7 +28,7 @@ fn loss_and_gradients(
     batches: &[Batch],
 ) -> Result<(f64, Vec<Option<Tensor>>)> {
     let config = TrainConfig { seed: 5, ..TrainConfig::default() };
-    let run = Run::new(model, adaptation, &config, 1);
+    let mut run = Run::new(model, adaptation, &config, 1);
     let (outcome, gradients) = run.gradients(batches)?;
     let gradients = (0..adaptation.params.len()).map(|param| gradients.get(param).cloned()).collect();
     Ok((outcome.loss_sum / outcome.trained as f64, gradients))

@@ -197,6 +197,8 @@ function homeroom.prepare_dataset(options) end
 ---@field init_from? string | Model # start from the weights of this adapter (default: what `model` carries)
 ---@field shuffle? boolean # whether each epoch has an order of its own (default: true)
 ---@field gradient_checkpointing? boolean # save memory: run each layer again in the backward pass (default: false)
+---@field packing? boolean # fill passes with the rows of a step as they fit; false: a pass is one batch (default: true)
+---@field compute? "auto" | "bf16" | "f32" # what products are computed in; auto: bf16 where the processor multiplies it, else f32 (default: "auto")
 ---@field seed? number # the same seed gives the same result (default: 42)
 ---@field eval_every? number # evaluate on `eval` each so many steps (default: only before and after)
 ---@field on_step? fun(report: StepReport): Directive? # called after each step; may return a directive (default: none)
@@ -238,7 +240,7 @@ function homeroom.create_handler(options) end
 ---@class EvaluateOptions
 ---@field model string | Model # what to measure
 ---@field dataset Dataset # rows to measure on
----@field batch_size? number # rows in one forward pass (default: 8)
+---@field compute? "auto" | "bf16" | "f32" # what products are computed in; auto: bf16 where the processor multiplies it, else f32 (default: "f32")
 
 ---Measures a model on a dataset, without training it.
 ---@param options EvaluateOptions

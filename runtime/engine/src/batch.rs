@@ -8,6 +8,9 @@ use std::sync::Arc;
 
 use crate::data::Example;
 
+/// Rows of a pass that examples are packed into. From here on more rows make products no faster, and cost memory.
+const PACKED_ROWS: usize = 1024;
+
 /// A batch of N rows, one a token.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
@@ -46,6 +49,25 @@ impl Batch {
         batch
     }
 
+    /// Packs examples in their order into as few batches as hold no more than some 1,000 rows; a longer example is one of its own.
+    ///
+    /// Positions start anew with each example and attention stays within it, so packing changes nothing but speed and memory.
+    pub fn packed(numbered: &[(u32, &Example)]) -> Vec<Self> {
+        let rows = |example: &Example| example.ids.len().saturating_sub(1);
+        let (mut batches, mut from, mut filled) = (Vec::new(), 0, 0);
+        for (i, (_, example)) in numbered.iter().enumerate() {
+            if i > from && filled + rows(example) > PACKED_ROWS {
+                batches.push(Self::of_examples(numbered[from..i].iter().copied()));
+                (from, filled) = (i, 0);
+            }
+            filled += rows(example);
+        }
+        if from < numbered.len() {
+            batches.push(Self::of_examples(numbered[from..].iter().copied()));
+        }
+        batches
+    }
+
     /// Lays out one sequence, or the continuation of one from position `from`, to predict after every row.
     pub fn of_tokens(ids: &[u32], from: u32) -> Self {
         let mut batch = Self { ids: Arc::new(ids.to_vec()), tokens: ids.len(), ..Self::default() };
@@ -68,5 +90,24 @@ impl Batch {
         self.positions.extend((0..rows.len() as u32).map(|position| from + position));
         self.examples.resize(rows.end, number);
         self.sequences.push(rows);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packing_keeps_order_and_fills_batches_up_to_the_limit() {
+        let example = |len: usize| Example { ids: vec![7; len], trained: vec![true; len], line: 0 };
+        let lengths = [500, 500, 300, 3000, 2, 1000, 24, 25];
+        let examples: Vec<Example> = lengths.iter().map(|len| example(*len)).collect();
+        let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
+        let batches = Batch::packed(&numbered);
+        let members = |batch: &Batch| batch.sequences.iter().map(|rows| batch.examples[rows.start]).collect::<Vec<_>>();
+        let packed: Vec<Vec<u32>> = batches.iter().map(members).collect();
+        assert_eq!(packed, [vec![0, 1], vec![2], vec![3], vec![4, 5, 6], vec![7]]);
+        assert_eq!(batches[3].positions[..3], [0, 0, 1]);
+        assert!(Batch::packed(&[]).is_empty());
     }
 }

@@ -1,15 +1,20 @@
-//! Blocks: what the engine runs forward and backward as one operation, and the loop over them.
+//! Blocks: what the engine runs forward and backward as one operation, and how each is run.
 //!
 //! Forward keeps what each block's backward needs, or with recomputation its input alone; backward goes block by block and
-//! drops what it used. [`choose`] is the one place that decides how a block is run. Below the lowest block with a trainable
-//! parameter nothing is kept and nothing is differentiated.
+//! drops what it used. [`Blocks::new`] decides for each block whether it is run fused (see [`crate::fused`]) or plain: as a
+//! composition of candle operations, differentiated by candle's tape, which runs any recipe. Below the lowest block with a
+//! trainable parameter nothing is kept and nothing is differentiated.
 
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 
+use homeroom_kernels::{bf16, cpu};
+use serde::Serialize;
+
 use crate::adaptation::Adaptation;
 use crate::batch::Batch;
+use crate::fused::Fused;
 use crate::model::{BaseModel, EMBEDDING};
 use crate::recipe::Pass;
 
@@ -32,6 +37,11 @@ impl Gradients {
         self.by_param[param].as_ref()
     }
 
+    /// Adds values of this shape.
+    pub(crate) fn add_values(&mut self, param: usize, values: Vec<f32>, shape: &[usize]) -> Result<()> {
+        self.add(param, Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
     fn add(&mut self, param: usize, gradient: Tensor) -> Result<()> {
         let sum = match self.by_param[param].take() {
             Some(sum) => (sum + gradient)?,
@@ -42,31 +52,9 @@ impl Gradients {
     }
 }
 
-/// A block between the residual stream below it and the one above it.
-pub trait Block {
-    /// Output (N, C), and what [`Block::backward`] needs if it is going to be called.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    fn forward(&self, pass: &Pass<'_>, batch: &Batch, x: Option<&Tensor>, keep: Keep) -> Result<(Tensor, Saved)>;
-
-    /// From the output's gradient (N, C), the input's, if it is wanted; parameters' gradients are added to `gradients`.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    fn backward(
-        &self,
-        pass: &Pass<'_>,
-        batch: &Batch,
-        saved: Saved,
-        dy: &Tensor,
-        gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>>;
-}
-
 /// What forward keeps for backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
+pub(crate) enum Keep {
     /// Nothing: there will be no backward.
     Nothing,
     /// What backward needs.
@@ -82,7 +70,7 @@ pub enum Keep {
 }
 
 /// What forward kept.
-pub enum Saved {
+pub(crate) enum Saved {
     /// Nothing.
     Nothing,
     /// candle's tape from the input, if its gradient is wanted, to the output.
@@ -101,20 +89,28 @@ pub enum Saved {
     },
 }
 
-/// How a block is run. All blocks are plain: compositions of candle operations that run any recipe.
-///
-/// A faster implementation is chosen here, for a block whose recipes it knows.
-fn choose(index: usize) -> Box<dyn Block> {
-    Box::new(Plain { layer: index.checked_sub(1) })
-}
-
-/// Any block as a composition of candle operations, differentiated by candle's tape.
-struct Plain {
+/// A block as a composition of candle operations, differentiated by candle's tape.
+pub(crate) struct Plain {
     /// `None`: the embedding.
     layer: Option<usize>,
 }
 
 impl Plain {
+    /// The embedding.
+    pub(crate) fn embedding() -> Self {
+        Self { layer: None }
+    }
+
+    /// A decoder layer.
+    pub(crate) fn layer(layer: usize) -> Self {
+        Self { layer: Some(layer) }
+    }
+
+    /// The block with this number: 0 is the embedding.
+    pub(crate) fn at(index: usize) -> Self {
+        Self { layer: index.checked_sub(1) }
+    }
+
     fn compose(&self, pass: &Pass<'_>, batch: &Batch, x: Option<&Tensor>) -> Result<Tensor> {
         match (self.layer, x) {
             (Some(layer), Some(x)) => pass.layer(layer, x, batch, None),
@@ -127,10 +123,18 @@ impl Plain {
         let output = self.compose(pass, batch, input.as_ref().map(Var::as_tensor).or(x))?;
         Ok(Saved::Tape { input, output })
     }
-}
 
-impl Block for Plain {
-    fn forward(&self, pass: &Pass<'_>, batch: &Batch, x: Option<&Tensor>, keep: Keep) -> Result<(Tensor, Saved)> {
+    /// Output (N, C), and what [`Plain::backward`] needs if it is going to be called.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub(crate) fn forward(
+        &self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        x: Option<&Tensor>,
+        keep: Keep,
+    ) -> Result<(Tensor, Saved)> {
         match keep {
             Keep::Nothing => Ok((self.compose(pass, batch, x)?.detach(), Saved::Nothing)),
             Keep::Input { input_gradient } => {
@@ -145,7 +149,11 @@ impl Block for Plain {
         }
     }
 
-    fn backward(
+    /// From the output's gradient (N, C), the input's, if it is wanted; parameters' gradients are added to `gradients`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub(crate) fn backward(
         &self,
         pass: &Pass<'_>,
         batch: &Batch,
@@ -189,57 +197,105 @@ pub struct Outcome {
     pub trained: usize,
 }
 
-/// Loss of a batch, without gradients.
-///
-/// # Errors
-/// When a tensor operation fails.
-pub fn evaluate(pass: &Pass<'_>, batch: &Batch) -> Result<Outcome> {
-    let mut h = None;
-    for index in 0..=pass.model.config.num_hidden_layers {
-        h = Some(choose(index).forward(pass, batch, h.as_ref(), Keep::Nothing)?.0);
-    }
-    let h = h.context("a model has at least an embedding")?;
-    Ok(head_loss(pass, batch, &h, None)?.0)
+/// What products are computed in, and whether blocks are fused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// Plain blocks, in the type of the parameters: the reference.
+    Plain,
+    /// Fused blocks, in f32.
+    F32,
+    /// Fused blocks: activations and products in bf16 with sums, norms and softmax in f32.
+    Bf16,
 }
 
-/// Loss of a batch; the gradients of `scale` times its sum are added to `gradients`.
-///
-/// # Errors
-/// When a tensor operation fails.
-pub fn forward_backward(
-    pass: &Pass<'_>,
-    batch: &Batch,
-    scale: f64,
-    recompute: bool,
-    gradients: &mut Gradients,
-) -> Result<Outcome> {
-    let adaptation = pass.adaptation.context("nothing is adapted, so nothing is trained")?;
-    let blocks = pass.model.config.num_hidden_layers + 1;
-    let lowest = (0..blocks).find(|block| trains(pass.model, adaptation, *block)).unwrap_or(blocks);
-    let mut saved = Vec::with_capacity(blocks);
-    let mut h = None;
-    for index in 0..blocks {
-        let input_gradient = index > lowest;
-        let keep = match (index >= lowest, recompute) {
-            (false, _) => Keep::Nothing,
-            (true, false) => Keep::All { input_gradient },
-            (true, true) => Keep::Input { input_gradient },
-        };
-        let (output, kept) = choose(index).forward(pass, batch, h.as_ref(), keep)?;
-        saved.push(kept);
-        h = Some(output);
+impl Compute {
+    /// The faster one on this processor: bf16 where it multiplies bf16, else f32.
+    pub fn auto() -> Self {
+        if cpu().has_bf16() { Self::Bf16 } else { Self::F32 }
     }
-    let h = h.context("a model has at least an embedding")?;
-    let (outcome, dh) = head_loss(pass, batch, &h, Some((scale, gradients)))?;
-    let mut dh = dh.context("a head that was asked for a gradient yields one")?;
-    for index in (lowest..blocks).rev() {
-        let kept = saved.pop().context("every block saved something")?;
-        match choose(index).backward(pass, batch, kept, &dh, gradients)? {
-            Some(below) => dh = below,
-            None => break,
+
+    /// Its name, as options and reports have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
         }
     }
-    Ok(outcome)
+}
+
+/// The blocks of a model, each with how it is run.
+pub enum Blocks {
+    /// Blocks in f32, fused or plain.
+    F32(Box<Fused<f32>>),
+    /// Fused blocks in bf16; plain ones are in f32.
+    Bf16(Box<Fused<bf16>>),
+}
+
+impl Blocks {
+    /// Decides how each block is run: fused where its recipes allow, else plain.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, compute: Compute) -> Self {
+        let f32_params =
+            adaptation.iter().flat_map(|adaptation| &adaptation.params).all(|p| p.var.dtype() == DType::F32);
+        match compute {
+            Compute::Bf16 if f32_params => Self::Bf16(Box::new(Fused::new(model, adaptation, true))),
+            _ => Self::F32(Box::new(Fused::new(model, adaptation, f32_params && compute != Compute::Plain))),
+        }
+    }
+
+    /// How blocks are run, in words for the line that restates a run.
+    pub fn words(&self) -> String {
+        let (name, (fused, layers, head)) = match self {
+            Self::F32(blocks) => ("f32", blocks.counts()),
+            Self::Bf16(blocks) => ("bf16", blocks.counts()),
+        };
+        match (fused, head) {
+            (0, false) => "f32, plain blocks".to_owned(),
+            _ if fused == layers && head => format!("{name}, fused blocks"),
+            _ => {
+                let head = if head { "" } else { " and the head" };
+                format!("{name}, fused blocks; {} of {layers} layers{head} plain in f32", layers - fused)
+            }
+        }
+    }
+
+    /// Loss of a batch, without gradients.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn evaluate(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Outcome> {
+        match self {
+            Self::F32(blocks) => blocks.evaluate(pass, batch),
+            Self::Bf16(blocks) => blocks.evaluate(pass, batch),
+        }
+    }
+
+    /// Loss of a batch; the gradients of `scale` times its sum are added to `gradients`. `recompute`: keep the input of each
+    /// block alone and run it again in backward; that changes no bit of the result.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn forward_backward(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        scale: f64,
+        recompute: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Outcome> {
+        match self {
+            Self::F32(blocks) => blocks.forward_backward(pass, batch, scale, recompute, gradients),
+            Self::Bf16(blocks) => blocks.forward_backward(pass, batch, scale, recompute, gradients),
+        }
+    }
+}
+
+/// The lowest block with a trained parameter; one above the highest if there is none.
+pub(crate) fn lowest_trained(pass: &Pass<'_>) -> Result<usize> {
+    let adaptation = pass.adaptation.context("nothing is adapted, so nothing is trained")?;
+    let blocks = pass.model.config.num_hidden_layers + 1;
+    Ok((0..blocks).find(|block| trains(pass.model, adaptation, *block)).unwrap_or(blocks))
 }
 
 fn trains(model: &BaseModel, adaptation: &Adaptation, block: usize) -> bool {
@@ -255,7 +311,7 @@ fn trains(model: &BaseModel, adaptation: &Adaptation, block: usize) -> bool {
 
 /// Norm, head and cross-entropy over the rows that have a target, in chunks; with a scale, also the gradient of the
 /// residual stream (N, C) of `scale` times the sum.
-fn head_loss(
+pub(crate) fn plain_head(
     pass: &Pass<'_>,
     batch: &Batch,
     h: &Tensor,

@@ -28,11 +28,19 @@ impl Pass<'_> {
     /// # Errors
     /// When an id has no embedding.
     pub fn embed(&self, batch: &Batch) -> Result<Tensor> {
+        self.apply(self.embedding(batch)?, &Input::Tokens(batch.ids.clone()), batch)
+    }
+
+    /// The embedding, once every token of a batch is known to have a row in it.
+    ///
+    /// # Errors
+    /// When an id has no embedding.
+    pub(crate) fn embedding(&self, batch: &Batch) -> Result<usize> {
         let vocab = self.model.config.vocab_size;
         if let Some(id) = batch.ids.iter().find(|id| **id as usize >= vocab) {
             anyhow::bail!("token {id} has no embedding: the model knows {vocab} tokens, its tokenizer more");
         }
-        self.apply(self.module(EMBEDDING)?, &Input::Tokens(batch.ids.clone()), batch)
+        self.module(EMBEDDING)
     }
 
     /// One decoder layer: (N, C) to (N, C).

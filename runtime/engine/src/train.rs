@@ -8,11 +8,12 @@ use serde::Serialize;
 
 use crate::adaptation::Adaptation;
 use crate::batch::Batch;
-use crate::block::{Gradients, Outcome, evaluate, forward_backward};
+use crate::block::{Blocks, Compute, Gradients, Outcome};
 use crate::data::Example;
 use crate::model::BaseModel;
 use crate::optimizer::{AdamW, AdamWConfig};
 use crate::order::epoch_order;
+use crate::profile::timed;
 use crate::recipe::Pass;
 use crate::schedule::{LearningRate, Schedule};
 
@@ -43,6 +44,10 @@ pub struct TrainConfig {
     pub shuffle: bool,
     /// Keep only the input of each block and run it again in backward: less memory, a third more time.
     pub gradient_checkpointing: bool,
+    /// Whether passes are filled with the rows of a step as they fit, whatever `batch_size` says; else a pass is one batch.
+    pub packing: bool,
+    /// What products are computed in.
+    pub compute: Compute,
 }
 
 impl Default for TrainConfig {
@@ -60,6 +65,8 @@ impl Default for TrainConfig {
             seed: 42,
             shuffle: true,
             gradient_checkpointing: false,
+            packing: true,
+            compute: Compute::F32,
         }
     }
 }
@@ -170,10 +177,11 @@ pub fn train(
             order = epoch_order(examples.len(), config.seed, epoch, config.shuffle);
         }
         let rows = &order[place * per_step..examples.len().min((place + 1) * per_step)];
-        let batches: Vec<Batch> = rows
-            .chunks(config.batch_size)
-            .map(|rows| Batch::of_examples(rows.iter().map(|row| (*row as u32, examples[*row]))))
-            .collect();
+        let rows: Vec<(u32, &Example)> = rows.iter().map(|row| (*row as u32, examples[*row])).collect();
+        let batches: Vec<Batch> = match config.packing {
+            true => Batch::packed(&rows),
+            false => rows.chunks(config.batch_size).map(|rows| Batch::of_examples(rows.iter().copied())).collect(),
+        };
         let mut done = run.step(&batches)?;
         done.epoch = (step + 1) as f64 / steps_an_epoch as f64;
         report.steps.push(done);
@@ -199,6 +207,7 @@ pub struct Run<'a> {
     config: &'a TrainConfig,
     learning_rate: LearningRate,
     optimizer: AdamW,
+    blocks: Blocks,
     step: u64,
     /// For each parameter, updates in a row with a rate above zero and a gradient of zeros; `None` once it had another.
     idle_updates: Vec<Option<u32>>,
@@ -216,7 +225,8 @@ impl<'a> Run<'a> {
         let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
         let optimizer = AdamW::new(adaptation, adamw);
         let idle_updates = vec![Some(0); adaptation.params.len()];
-        Self { model, adaptation, config, learning_rate, optimizer, step: 0, idle_updates }
+        let blocks = Blocks::new(model, Some(adaptation), config.compute);
+        Self { model, adaptation, config, learning_rate, optimizer, blocks, step: 0, idle_updates }
     }
 
     /// One update from the gradients of some batches.
@@ -230,14 +240,14 @@ impl<'a> Run<'a> {
         let learning_rate = self.learning_rate.at(self.step);
         let step = self.step + 1;
         ensure!(loss.is_finite(), "step {step}: the loss is {loss}; try a lower learning rate");
-        let grad_norm = self.norm(&gradients, learning_rate)?;
+        let grad_norm = timed("gradient norm", || self.norm(&gradients, learning_rate))?;
         ensure!(grad_norm.is_finite(), "step {step}: a gradient is not finite; try a lower learning rate");
         // As torch's clip_grad_norm_, whose 1e-6 is part of the definition.
         let clip = match self.config.max_grad_norm {
             bound if bound > 0.0 => (bound / (grad_norm + 1e-6)).min(1.0),
             _ => 1.0,
         };
-        self.optimizer.step(self.adaptation, &gradients, learning_rate, clip)?;
+        timed("optimizer", || self.optimizer.step(self.adaptation, &gradients, learning_rate, clip))?;
         self.step = step;
         let tokens = batches.iter().map(|batch| batch.tokens).sum();
         let seconds = start.elapsed().as_secs_f64();
@@ -248,7 +258,7 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     /// When no token is trained, or a tensor operation fails.
-    pub fn gradients(&self, batches: &[Batch]) -> Result<(Outcome, Gradients)> {
+    pub fn gradients(&mut self, batches: &[Batch]) -> Result<(Outcome, Gradients)> {
         let trained: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         ensure!(trained > 0, "step {}: no token of its examples is trained", self.step + 1);
         let update = self.step as u32;
@@ -257,7 +267,8 @@ impl<'a> Run<'a> {
         let mut total = Outcome::default();
         for batch in batches {
             let recompute = self.config.gradient_checkpointing;
-            let outcome = forward_backward(&pass, batch, 1.0 / trained as f64, recompute, &mut gradients)?;
+            let scale = 1.0 / trained as f64;
+            let outcome = self.blocks.forward_backward(&pass, batch, scale, recompute, &mut gradients)?;
             total.loss_sum += outcome.loss_sum;
             total.correct += outcome.correct;
             total.trained += outcome.trained;
@@ -298,17 +309,20 @@ pub fn evaluate_examples(
     model: &BaseModel,
     adaptation: Option<&Adaptation>,
     examples: &[&Example],
-    batch_size: usize,
+    compute: Compute,
     mut progress: impl FnMut(usize),
 ) -> Result<Evaluation> {
     let pass = Pass::evaluation(model, adaptation);
-    let mut total = Outcome::default();
-    for (number, examples) in examples.chunks(batch_size.max(1)).enumerate() {
-        let outcome = evaluate(&pass, &Batch::of_examples(examples.iter().map(|example| (0, *example))))?;
+    let mut blocks = Blocks::new(model, adaptation, compute);
+    let numbered: Vec<(u32, &Example)> = examples.iter().map(|example| (0, *example)).collect();
+    let (mut total, mut done) = (Outcome::default(), 0);
+    for batch in Batch::packed(&numbered) {
+        let outcome = blocks.evaluate(&pass, &batch)?;
         total.loss_sum += outcome.loss_sum;
         total.correct += outcome.correct;
         total.trained += outcome.trained;
-        progress(number * batch_size + examples.len());
+        done += batch.sequences.len();
+        progress(done);
     }
     ensure!(total.trained > 0, "no token of these examples is trained, so there is no loss");
     let loss = total.loss_sum / total.trained as f64;

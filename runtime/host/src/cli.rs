@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::schedule::Schedule;
 
@@ -40,6 +41,9 @@ enum Command {
     /// Shows the training strategies that are installed
     #[command(subcommand)]
     Plugins(Plugins),
+    /// Measures speed and memory
+    #[command(subcommand)]
+    Bench(Bench),
 }
 
 /// Where a model is.
@@ -104,6 +108,25 @@ impl From<Scheduler> for Schedule {
             Scheduler::Cosine => Self::Cosine,
             Scheduler::Linear => Self::Linear,
             Scheduler::Constant => Self::Constant,
+        }
+    }
+}
+
+/// What products are computed in.
+#[derive(Clone, Copy, ValueEnum)]
+#[allow(missing_docs)]
+pub enum ComputeArg {
+    Auto,
+    Bf16,
+    F32,
+}
+
+impl From<ComputeArg> for Compute {
+    fn from(choice: ComputeArg) -> Self {
+        match choice {
+            ComputeArg::Auto => Self::auto(),
+            ComputeArg::Bf16 => Self::Bf16,
+            ComputeArg::F32 => Self::F32,
         }
     }
 }
@@ -178,6 +201,12 @@ pub struct FineTune {
     /// Save memory: keep only the input of each layer and run it again in the backward pass
     #[arg(long)]
     pub gradient_checkpointing: bool,
+    /// Run each batch as a pass of its own; else passes are filled with the rows of a step as they fit
+    #[arg(long)]
+    pub no_packing: bool,
+    /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
+    #[arg(long, value_enum, default_value = "auto")]
+    pub compute: ComputeArg,
     #[command(flatten)]
     pub rows: RowArgs,
     /// Held-out rows to evaluate on, before and after
@@ -235,9 +264,9 @@ pub struct Eval {
     pub file: PathBuf,
     #[command(flatten)]
     pub rows: RowArgs,
-    /// Rows in one forward pass
-    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub batch_size: u32,
+    /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
+    #[arg(long, value_enum, default_value = "f32")]
+    pub compute: ComputeArg,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -331,6 +360,58 @@ pub enum ExportFormat {
     Merged,
 }
 
+/// Subcommands of `bench`.
+#[derive(Subcommand)]
+pub enum Bench {
+    /// Trains on random tokens, all of them, and prints tokens a second, the share of the processor's limit, and peak memory
+    Train(Box<BenchTrain>),
+}
+
+/// Arguments of `bench train`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct BenchTrain {
+    /// Base model: a Hugging Face directory or a .gguf file
+    #[arg(long, value_name = "MODEL")]
+    pub model_name: PathBuf,
+    /// Training strategy, see `homeroom plugins list`
+    #[arg(long, default_value = "lora", value_name = "NAME")]
+    pub strategy: String,
+    /// Rank of the adapter [default: 16]
+    #[arg(long, alias = "r", value_name = "R")]
+    pub lora_r: Option<u64>,
+    /// Any other option of the strategy, its value as JSON or text
+    #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
+    pub options: Vec<(String, serde_json::Value)>,
+    /// Rows of a step
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_size: u32,
+    /// Tokens of a row
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = at_least_two)]
+    pub seq_len: usize,
+    /// Steps that are measured
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    /// Steps before that
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub warmup: u32,
+    /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
+    #[arg(long, value_enum, default_value = "auto")]
+    pub compute: ComputeArg,
+    /// Keep only the input of each layer and run it again in the backward pass
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// Print where the time goes, by operation
+    #[arg(long)]
+    pub profile: bool,
+    /// Look for strategies here first
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Subcommands of `plugins`.
 #[derive(Subcommand)]
 #[allow(missing_docs)]
@@ -395,6 +476,7 @@ pub fn main() -> ExitCode {
         Command::ListModels(arguments) => command::list_models::run(&arguments),
         Command::ExportModel(arguments) => command::export_model::run(&arguments),
         Command::Serve(arguments) => command::serve::run(&arguments),
+        Command::Bench(Bench::Train(arguments)) => command::bench::train(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
     };
     interrupt::await_end();

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use homeroom_abi::plan::PlanRequest;
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
+use homeroom_engine::block::{Blocks, Compute};
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::merge::{merge, save_model};
@@ -60,7 +61,7 @@ impl Job {
         Ok(Self { model, adaptation, strategy, options, proposed_learning_rate, init_from })
     }
 
-    /// Loss on held-out examples, if there are any. Before training, a job that starts from nothing is the base.
+    /// Loss on held-out examples, if there are any, in f32 whatever the training computes in. Before training, a job that starts from nothing is the base.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -68,7 +69,12 @@ impl Job {
         if examples.is_empty() {
             return Ok(None);
         }
-        evaluate_examples(&self.model, Some(&self.adaptation), examples, 8, progress).map(Some)
+        evaluate_examples(&self.model, Some(&self.adaptation), examples, Compute::F32, progress).map(Some)
+    }
+
+    /// How its blocks will run, in words.
+    pub fn blocks(&self, compute: Compute) -> String {
+        Blocks::new(&self.model, Some(&self.adaptation), compute).words()
     }
 
     /// Trains in place.

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::cpu::{Cpu, cpu, per_cpu};
+use crate::cross_entropy::dot;
 use crate::element::{Element, exp, largest, sum};
 use crate::panel::{narrow, pack_columns, pack_rows_padded, word};
 use crate::pool::{Shared, for_each, for_ranges};
@@ -341,12 +342,12 @@ fn backward_head<E: ProductElement>(
         let block = from..sequence.end.min(from + PANEL);
         let nq = block.len();
         let mut lines = [[0f32; PANEL]; 2];
-        let [log_sum, dot] = &mut lines;
+        let [log_sum, mean] = &mut lines;
         log_sum[..nq].copy_from_slice(&log_sums[block.clone()]);
         let mut pointers = [[std::ptr::null(); PANEL]; 2];
         for (i, r) in block.clone().enumerate() {
             let (d_out, out) = (&d_out[r * out_row + out_at..][..d], &out[r * out_row + out_at..][..d]);
-            dot[i] = dot_row(cpu, d_out, out);
+            mean[i] = dot(cpu, d_out, out);
             pointers[0][i] = qkv[r * row + query_at..][..d].as_ptr().cast();
             pointers[1][i] = d_out.as_ptr().cast();
         }
@@ -383,7 +384,7 @@ fn backward_head<E: ProductElement>(
                 unsafe { rows::<E, false>(cpu, count, PANEL, &[segment], Store::wide(to.as_mut_ptr(), PANEL)) };
             }
             let place = (first, block.start, nq, window);
-            weigh(cpu, count, place, scale, log_sum, dot, scores, d_weights, weights, d_scores, pairs);
+            weigh(cpu, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
             for strip in 0..strips {
                 let (at, width) = (strip * PANEL, PANEL.min(d - strip * PANEL));
                 let b = strip * panel_words * PANEL;
@@ -425,13 +426,7 @@ fn backward_head<E: ProductElement>(
 }
 
 per_cpu! {
-    fn dot_row<E: Element>(a: &[E], b: &[E]) -> f32 {
-        sum(a.len(), |j| a[j].wide() * b[j].wide())
-    }
-}
-
-per_cpu! {
-    /// Weights `w = exp(scale s − log_sum)` and `ds = w (dw − dot)` of a block of keys (rows) and queries (columns), zero where a
+    /// Weights `w = exp(scale s − log_sum)` and `ds = w (dw − mean)`, mean = Σ w dw = do · o, of a block of keys (rows) and queries (columns), zero where a
     /// query does not see a key; ds also as words of neighbouring keys.
     ///
     /// `place`: first key, first query, queries, window.
@@ -440,7 +435,7 @@ per_cpu! {
         place: (usize, usize, usize, usize),
         scale: f32,
         log_sum: &[f32; PANEL],
-        dot: &[f32; PANEL],
+        mean: &[f32; PANEL],
         scores: &[f32],
         d_weights: &[f32],
         weights: &mut [E],
@@ -460,7 +455,7 @@ per_cpu! {
             for j in 0..PANEL {
                 let w = exp(scores[k][j] * scale - log_sum[j]);
                 weights[k][j] = E::of(w);
-                d_scores[k][j] = E::of(w * (d_weights[k][j] - dot[j]));
+                d_scores[k][j] = E::of(w * (d_weights[k][j] - mean[j]));
             }
             for unseen in [0..from, to..PANEL] {
                 weights[k][unseen.clone()].fill(E::default());

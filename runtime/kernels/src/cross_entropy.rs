@@ -3,9 +3,42 @@
 //! Logits come as distances from the target's, l − l_t, so that what matters, the logits near the target's, keeps its
 //! precision in bf16; and the loss is `ln Σ exp(l − l_t)` itself.
 
+use std::cell::RefCell;
+
+use crate::Matrix;
 use crate::cpu::{cpu, per_cpu};
 use crate::element::{Element, exp, largest, sum};
 use crate::pool::{Shared, for_ranges};
+use crate::product::{ProductElement, grown};
+
+/// `logits[i] = x[i] · w[targets[i]]` for rows x (n, w.cols).
+///
+/// # Panics
+/// When sizes disagree or a target is no row of w.
+pub fn target_logits<E: ProductElement>(x: &[E], w: &Matrix, targets: &[u32], logits: &mut [f32]) {
+    thread_local!(static ROW: RefCell<(Vec<u32>, Vec<f32>)> = RefCell::default());
+    let c = w.cols;
+    assert!(x.len() == targets.len() * c && logits.len() == targets.len(), "{} rows of {c}", targets.len());
+    assert!(targets.iter().all(|target| (*target as usize) < w.rows), "a target is one of {} rows", w.rows);
+    let cpu = cpu();
+    let logits = Shared::new(logits);
+    for_ranges(targets.len(), 16, |range| {
+        ROW.with_borrow_mut(|(row, floats)| {
+            let row = &mut E::of_words_mut(grown(row, c.div_ceil(E::PER_WORD)))[..c];
+            for i in range {
+                E::decode(cpu, w, targets[i] as usize, 0..c, row, floats);
+                // SAFETY: no two tasks have a row in common.
+                unsafe { logits.slice(i, 1)[0] = dot(cpu, &x[i * c..(i + 1) * c], row) };
+            }
+        });
+    });
+}
+
+per_cpu! {
+    pub(crate) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
+        sum(a.len(), |j| a[j].wide() * b[j].wide())
+    }
+}
 
 /// Loss of each row (n) in nats from logits (n, v), each less its target's; and whether no logit is above the target's.
 ///

@@ -28,12 +28,13 @@ mod tile;
 
 pub use attention::{Attention, KeyValueGradients, attention, attention_backward};
 pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
-pub use cross_entropy::cross_entropy;
+pub use cross_entropy::{cross_entropy, target_logits};
 pub use decode::decode_row;
 pub use element::Element;
 pub use half::bf16;
 pub use matmul::{Float, Matrix, RowOrder, matmul, matmul_t};
 pub use norm::{rms_norm, rms_norm_backward, scale_columns};
+pub use panel::to_elements;
 pub use peak::register_loop_gflops;
 pub use philox::{Stream, dropout_mask, philox4x32};
 pub use pool::threads;

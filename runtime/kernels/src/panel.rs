@@ -6,6 +6,7 @@
 
 use crate::cpu::{Cpu, per_cpu};
 use crate::element::Element;
+use crate::pool::{Shared, for_ranges};
 use crate::tile::PANEL;
 
 /// Packs columns that are contiguous along the sum: `rows[j]` points at `words` words for column j.
@@ -113,6 +114,20 @@ per_cpu! {
             }
         }
     }
+}
+
+/// Rounds f32 values to E, on all threads.
+///
+/// # Panics
+/// When sizes disagree.
+pub fn to_elements<E: Element>(from: &[f32], to: &mut [E]) {
+    assert_eq!(from.len(), to.len());
+    let cpu = crate::cpu::cpu();
+    let shared = Shared::new(to);
+    for_ranges(from.len(), 1 << 14, |range| {
+        // SAFETY: no two tasks have a value in common.
+        narrow(cpu, &from[range.clone()], unsafe { shared.slice(range.start, range.len()) });
+    });
 }
 
 per_cpu! {

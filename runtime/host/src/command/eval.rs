@@ -15,9 +15,9 @@ pub fn run(arguments: &Eval) -> Result<Done> {
     let data = load_rows(&arguments.file, &model, arguments.rows.max_seq_len, arguments.rows.on_long_row.into())?;
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("rows", examples.len());
-    let batch_size = arguments.batch_size as usize;
+    let compute = arguments.compute.into();
     let result =
-        evaluate_examples(&model, adaptation.as_deref(), &examples, batch_size, |done| bar.set_position(done as u64))?;
+        evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     let (loss, perplexity, accuracy) = (result.loss, result.perplexity, result.token_accuracy);
     if arguments.json {

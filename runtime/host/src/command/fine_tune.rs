@@ -134,6 +134,8 @@ fn config(arguments: &FineTune, proposed: Option<f64>) -> TrainConfig {
         seed: arguments.seed,
         shuffle: !arguments.no_shuffle,
         gradient_checkpointing: arguments.gradient_checkpointing,
+        packing: !arguments.no_packing,
+        compute: arguments.compute.into(),
     }
 }
 
@@ -186,11 +188,12 @@ fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig) {
         model.storage_words()
     ));
     line(format_args!(
-        "strategy  {} {}   {:.2} M trained ({share:.2} %) in {} modules   f32, plain blocks",
+        "strategy  {} {}   {:.2} M trained ({share:.2} %) in {} modules   {}",
         strategy.name,
         strategy.version,
         millions(trained),
         adaptation.plan.modules.len(),
+        job.blocks(config.compute),
     ));
     let held_out = rows.eval().len();
     let held_out = if held_out > 0 { format!(", {} held out", thousands(held_out)) } else { String::new() };

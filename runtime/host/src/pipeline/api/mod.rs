@@ -20,6 +20,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_abi::describe::nearest;
 use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::block::Compute;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::generate::{Sampling, generate as answer, prompt_ids};
 use homeroom_engine::model::BaseModel;
@@ -457,9 +458,9 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     }
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("evaluating", examples.len());
-    let batch_size = options.whole("batch_size").unwrap_or(8) as usize;
+    let compute = train::compute(&options, Compute::F32);
     let result =
-        evaluate_examples(&model, adaptation.as_deref(), &examples, batch_size, |done| bar.set_position(done as u64));
+        evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64));
     bar.finish_and_clear();
     let result = result?;
     table.set("loss", result.loss)?;

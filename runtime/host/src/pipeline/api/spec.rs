@@ -176,6 +176,12 @@ const fn required(name: &'static str, kind: Kind, doc: &'static str) -> Opt {
 
 const SEED: &[Opt] = &[opt("seed", Kind::Whole, "42", "the same seed gives the same result")];
 
+/// What products are computed in.
+const fn compute(default: &'static str) -> Opt {
+    let doc = "what products are computed in; auto: bf16 where the processor multiplies it, else f32";
+    opt("compute", Kind::OneOf(&["auto", "bf16", "f32"]), default, doc)
+}
+
 /// Options that a strategy takes, by PEFT's names.
 const STRATEGY: &[Opt] = &[
     Opt {
@@ -270,6 +276,13 @@ pub const VERBS: &[Verb] = &[
                     "false",
                     "save memory: run each layer again in the backward pass",
                 ),
+                opt(
+                    "packing",
+                    Kind::Flag,
+                    "true",
+                    "fill passes with the rows of a step as they fit; false: a pass is one batch",
+                ),
+                compute("\"auto\""),
             ],
             SEED,
             &[
@@ -323,7 +336,7 @@ pub const VERBS: &[Verb] = &[
         options: &[&[
             required("model", Kind::Model, "what to measure"),
             required("dataset", Kind::Dataset, "rows to measure on"),
-            opt("batch_size", Kind::Count, "8", "rows in one forward pass"),
+            compute("\"f32\""),
         ]],
         returns: "Evaluation",
         returns_doc: "`loss` in nats, `perplexity`, `token_accuracy`, `trained_tokens` and `examples`",

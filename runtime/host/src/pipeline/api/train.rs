@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use homeroom_abi::describe::nearest;
+use homeroom_engine::block::Compute;
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::schedule::Schedule;
@@ -214,6 +215,18 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         seed: options.seed(),
         shuffle: options.flag("shuffle").unwrap_or(default.shuffle),
         gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
+        packing: options.flag("packing").unwrap_or(default.packing),
+        compute: compute(options, Compute::auto()),
+    }
+}
+
+/// What `compute` says.
+pub fn compute(options: &Options, default: Compute) -> Compute {
+    match options.text("compute").as_deref() {
+        Some("bf16") => Compute::Bf16,
+        Some("f32") => Compute::F32,
+        Some(_) => Compute::auto(),
+        None => default,
     }
 }
 
@@ -225,12 +238,13 @@ fn restate(spec: &ModelSpec, job: &Job, data: &Encoded, eval: Option<&Encoded>, 
         STRATEGY_NAMES.iter().filter_map(|name| Some(format!(" {name}={}", spec.options.get(*name)?))).collect();
     eprintln!("model     {}   {:.1} M parameters, {}", spec.base, all / 1e6, model.storage_words());
     eprintln!(
-        "strategy  {} {}{}   {:.2} M trained ({:.2} %)",
+        "strategy  {} {}{}   {:.2} M trained ({:.2} %)   {}",
         strategy.name,
         strategy.version,
         given.concat(),
         trained / 1e6,
-        100.0 * trained / all
+        100.0 * trained / all,
+        job.blocks(config.compute),
     );
     let held_out = eval.map_or_else(String::new, |eval| format!(", {} held out", thousands(eval.examples.len())));
     let left_out = match (data.skipped, data.truncated) {

@@ -1,0 +1,111 @@
+//! The final norm, the frozen head and the cross-entropy as one operation over the rows that have a target: logits exist for
+//! some rows at a time, and their gradient takes their place.
+
+use homeroom_kernels::{
+    Columns, Finish, Left, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm, rms_norm_backward,
+    target_logits,
+};
+
+use super::Rows;
+use crate::adaptation::Adaptation;
+use crate::block::Outcome;
+use crate::model::{BaseModel, FINAL_NORM, HEAD};
+use crate::profile::timed;
+
+/// Bytes of logits that exist at once: enough rows that packing the head's weight is little beside its product.
+const LOGITS_BYTES: usize = 25 << 20;
+
+/// A head that is not adapted, nor is the norm before it.
+pub struct FusedHead {
+    norm: Vec<f32>,
+    head: usize,
+}
+
+impl FusedHead {
+    /// The head; `None` when it or the norm before it is adapted.
+    pub fn new<E: ProductElement>(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Self> {
+        let (norm, head) = (model.module_index(FINAL_NORM)?, model.module_index(HEAD)?);
+        let frozen = |module| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
+        let info = &model.modules[head].info;
+        let fits = info.d_in.is_multiple_of(E::PER_WORD) && info.d_out.is_multiple_of(E::PER_WORD);
+        let plain = model.modules[norm].bias.is_none();
+        (frozen(norm) && frozen(head) && fits && plain)
+            .then(|| Self { norm: model.modules[norm].weight.decode(0..1), head })
+    }
+
+    /// Loss over the residual stream x (m, C). With a scale, `dx` (m, C) becomes the gradient of `scale` times the sum of losses.
+    pub fn loss<E: ProductElement>(
+        &self,
+        rows: &mut Rows<'_, E>,
+        x: &[f32],
+        train: Option<(f32, &mut [f32])>,
+    ) -> Outcome {
+        let model = rows.pass.model;
+        let (targets, target_rows) = (&rows.batch.targets, &rows.batch.target_rows);
+        let (c, n, v) = (model.config.hidden_size, targets.len(), model.modules[self.head].info.d_out);
+        let mut outcome = Outcome { trained: n, ..Outcome::default() };
+        let (scale, mut dx) = train.map_or((None, None), |(scale, dx)| (Some(scale), Some(dx)));
+        if let Some(dx) = &mut dx {
+            dx.fill(0.0);
+        }
+        if n == 0 {
+            return outcome;
+        }
+        let weight = model.modules[self.head].weight.matrix();
+        let bias = model.modules[self.head].bias.as_ref().map(|bias| &bias[..]);
+        let picked = target_rows.iter().flat_map(|row| &x[*row as usize * c..][..c]);
+        let mut residual: Vec<f32> = picked.copied().collect();
+        let (mut normal, mut scaled) = (vec![E::default(); n * c], vec![E::default(); n * c]);
+        let mut inverse = vec![0f32; n];
+        let epsilon = model.config.rms_norm_eps as f32;
+        timed("forward norm", || rms_norm(&residual, &self.norm, epsilon, &mut normal, &mut inverse, &mut scaled));
+
+        let mut distance = vec![0f32; n];
+        timed("forward head", || target_logits(&scaled, &weight, targets, &mut distance));
+        for (distance, target) in distance.iter_mut().zip(targets) {
+            *distance = -(*distance + bias.map_or(0.0, |bias| bias[*target as usize]));
+        }
+        let chunk = (LOGITS_BYTES / (v * size_of::<E>())).clamp(48, 1024).min(n);
+        let mut logits = rows.logits(chunk * v);
+        let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
+        let (mut losses, mut right) = (vec![0f32; n], vec![false; n]);
+        for from in (0..n).step_by(chunk) {
+            let part = from..n.min(from + chunk);
+            let count = part.len();
+            let logits = &mut logits[..count * v];
+            timed("forward head", || {
+                let left = Left::rows(&scaled[part.start * c..part.end * c], c);
+                let terms = [Term::forward(left, Right::Frozen(weight))];
+                let columns = [Columns { terms: &terms, at: 0, bias }];
+                let finish = Finish { row_add: Some(&distance[part.clone()]), ..Finish::default() };
+                product(count, &columns, Output::Narrow(logits), v, finish);
+            });
+            timed("cross-entropy", || {
+                let (losses, right) = (&mut losses[part.clone()], &mut right[part.clone()]);
+                cross_entropy(v, logits, &targets[part.clone()], scale, losses, right);
+            });
+            if scale.is_some() {
+                timed("backward head", || {
+                    let terms = [Term::backward(Left::rows(logits, v), Right::Frozen(weight))];
+                    let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                    let dy = Output::Wide(&mut dy[part.start * c..part.end * c]);
+                    product(count, &columns, dy, c, Finish::default());
+                });
+            }
+        }
+        rows.give_logits(logits);
+        outcome.loss_sum = losses.iter().map(|loss| f64::from(*loss)).sum();
+        outcome.correct = right.iter().filter(|right| **right).count();
+        if let Some(dx) = dx {
+            // The residual's rows become their gradient.
+            residual.fill(0.0);
+            timed("backward norm", || {
+                rms_norm_backward(&normal, &self.norm, &inverse, &dy, &mut residual, &mut scaled);
+            });
+            for (row, d_row) in target_rows.iter().zip(residual.chunks_exact(c)) {
+                dx[*row as usize * c..][..c].copy_from_slice(d_row);
+            }
+        }
+        outcome
+    }
+}

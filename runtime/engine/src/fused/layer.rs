@@ -1,0 +1,213 @@
+//! A decoder layer as one operation: a hand-written forward and backward over reused buffers.
+//!
+//! ```text
+//! x̂₁ = norm(x)              qkv = W_qkv (w₁ ∘ x̂₁)        a = attention(rotate(qkv))      x ← x + W_o a
+//! x̂₂ = norm(x)              g, u = W_gu (w₂ ∘ x̂₂)        h = silu(g) ∘ u                 x ← x + W_d h
+//! ```
+//! W stands for a frozen weight with its low-rank update (see [`super::site`]). Kept for backward: x̂₁, qkv, a, x̂₂, g and u, the
+//! narrow products with A, and one number a row here and there; `w ∘ x̂` and h are computed again, and x itself is not needed.
+//! Backward has frozen products with dX only. The residual stream and its gradient are f32, all else is E.
+
+use anyhow::Result;
+use homeroom_kernels::{
+    Attention, KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, rms_norm,
+    rms_norm_backward, rotate, scale_columns, swiglu, swiglu_backward,
+};
+
+use super::Rows;
+use super::site::{Site, SiteSaved};
+use crate::adaptation::Adaptation;
+use crate::block::Gradients;
+use crate::config::ModelConfig;
+use crate::model::BaseModel;
+use crate::profile::timed;
+use crate::recipe::Pass;
+
+/// A layer whose modules are frozen or have low-rank updates.
+pub struct FusedLayer<E> {
+    input_norm: Vec<f32>,
+    post_norm: Vec<f32>,
+    qkv: Site<E>,
+    o: Site<E>,
+    gate_up: Site<E>,
+    down: Site<E>,
+}
+
+/// What a layer keeps for backward.
+pub struct LayerSaved<E> {
+    normal_1: Vec<E>,
+    inverse_1: Vec<f32>,
+    qkv: Vec<E>,
+    attended: Vec<E>,
+    log_sums: Vec<f32>,
+    normal_2: Vec<E>,
+    inverse_2: Vec<f32>,
+    gate_up: Vec<E>,
+    sites: [SiteSaved<E>; 4],
+}
+
+/// The shape of a model's attention over some rows.
+fn shape<'a>(config: &ModelConfig, rows: &Rows<'a, impl ProductElement>) -> Attention<'a> {
+    Attention {
+        sequences: &rows.batch.sequences,
+        heads: config.num_attention_heads,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        window: config.sliding_window,
+    }
+}
+
+impl<E: ProductElement> FusedLayer<E> {
+    /// The layer; `None` when a recipe in it is something else than a low-rank update of a linear module.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, layer: usize) -> Option<Self> {
+        let at = model.layers[layer];
+        let norm = |module: usize| {
+            let frozen = adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
+            let module = &model.modules[module];
+            (frozen && module.bias.is_none()).then(|| module.weight.decode(0..1))
+        };
+        let site = |names, modules: &[usize]| Site::new(names, model, adaptation, modules);
+        Some(Self {
+            input_norm: norm(at.input_norm)?,
+            post_norm: norm(at.post_norm)?,
+            qkv: site(["forward qkv", "backward qkv"], &[at.q, at.k, at.v])?,
+            o: site(["forward o", "backward o"], &[at.o])?,
+            gate_up: site(["forward gate up", "backward gate up"], &[at.gate, at.up])?,
+            down: site(["forward down", "backward down"], &[at.down])?,
+        })
+    }
+
+    /// Takes the present values of the parameters over.
+    ///
+    /// # Errors
+    /// When a parameter is not f32.
+    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
+        [&mut self.qkv, &mut self.o, &mut self.gate_up, &mut self.down].into_iter().try_for_each(|site| site.load(pass))
+    }
+
+    /// x (m, C) becomes the layer's output.
+    pub fn forward(&self, rows: &mut Rows<'_, E>, table: &RotaryTable, x: &mut [f32]) -> LayerSaved<E> {
+        let config = &rows.pass.model.config;
+        let (c, inner, epsilon) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps as f32);
+        let shape = shape(config, rows);
+        let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
+
+        let [mut normal_1, mut normal_2, mut scaled] = [0; 3].map(|_| rows.workspace.narrow.take(c));
+        let [mut inverse_1, mut inverse_2] = [0; 2].map(|_| rows.workspace.wide.take(1));
+        timed("forward norm", || {
+            rms_norm(x, &self.input_norm, epsilon, &mut normal_1, &mut inverse_1, &mut scaled);
+        });
+        let mut unrotated = rows.workspace.wide.take(width);
+        let qkv_saved = self.qkv.forward(rows, &scaled, Output::Wide(&mut unrotated));
+        let mut qkv = rows.workspace.narrow.take(width);
+        timed("forward rope", || {
+            let (heads, rotated) = (shape.heads + 2 * shape.kv_heads, shape.heads + shape.kv_heads);
+            rotate(&unrotated, &rows.batch.positions, heads, rotated, table, &mut qkv);
+        });
+        rows.workspace.wide.give(width, unrotated);
+        let (mut attended, mut log_sums) = (rows.workspace.narrow.take(q_width), rows.workspace.wide.take(shape.heads));
+        timed("forward attention", || attention(&shape, &qkv, &mut attended, &mut log_sums));
+        let o_saved = self.o.forward(rows, &attended, Output::Add(x));
+
+        timed("forward norm", || {
+            rms_norm(x, &self.post_norm, epsilon, &mut normal_2, &mut inverse_2, &mut scaled);
+        });
+        let mut gate_up = rows.workspace.narrow.take(2 * inner);
+        let gate_up_saved = self.gate_up.forward(rows, &scaled, Output::Narrow(&mut gate_up));
+        rows.workspace.narrow.give(c, scaled);
+        let mut h = rows.workspace.narrow.take(inner);
+        timed("forward swiglu", || swiglu(inner, &gate_up, &mut h));
+        let down_saved = self.down.forward(rows, &h, Output::Add(x));
+        rows.workspace.narrow.give(inner, h);
+        let sites = [qkv_saved, o_saved, gate_up_saved, down_saved];
+        LayerSaved { normal_1, inverse_1, qkv, attended, log_sums, normal_2, inverse_2, gate_up, sites }
+    }
+
+    /// dx (m, C), the gradient of the output, becomes that of the input; `narrow` is dx as E, before and after. Without
+    /// `input_gradient` it need not, and is left as something else.
+    ///
+    /// # Errors
+    /// When a gradient cannot be added.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &self,
+        rows: &mut Rows<'_, E>,
+        table: &RotaryTable,
+        partial: &mut KeyValueGradients,
+        saved: LayerSaved<E>,
+        (dx, narrow): (&mut [f32], &mut [E]),
+        input_gradient: bool,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let config = &rows.pass.model.config;
+        let (c, inner) = (config.hidden_size, config.intermediate_size);
+        let shape = shape(config, rows);
+        let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
+        let LayerSaved { normal_1, inverse_1, qkv, attended, log_sums, normal_2, inverse_2, gate_up, sites } = saved;
+        let [qkv_saved, o_saved, gate_up_saved, down_saved] = sites;
+
+        let (mut dh, mut d_gate_up) = (rows.workspace.narrow.take(inner), rows.workspace.narrow.take(2 * inner));
+        let to_h = |dh: &mut [E]| {
+            timed("backward swiglu", || swiglu_backward(inner, &gate_up, dh, &mut d_gate_up));
+        };
+        self.down.backward_then(rows, down_saved, narrow, &mut dh, to_h, gradients)?;
+        rows.workspace.narrow.give(inner, dh);
+        rows.workspace.narrow.give(2 * inner, gate_up);
+        let (mut scaled, mut dy) = (rows.workspace.narrow.take(c), rows.workspace.wide.take(c));
+        timed("backward norm", || scale_columns(&normal_2, &self.post_norm, &mut scaled));
+        let out = Some(Output::Wide(&mut dy));
+        self.gate_up.backward(rows, gate_up_saved, &d_gate_up, &scaled, out, gradients)?;
+        rows.workspace.narrow.give(2 * inner, d_gate_up);
+        timed("backward norm", || rms_norm_backward(&normal_2, &self.post_norm, &inverse_2, &dy, dx, narrow));
+
+        let mut d_attended = rows.workspace.narrow.take(q_width);
+        let out = Some(Output::Narrow(&mut d_attended));
+        self.o.backward(rows, o_saved, narrow, &attended, out, gradients)?;
+        let mut d_qkv = rows.workspace.narrow.take(width);
+        timed("backward attention", || {
+            let turn = (&rows.batch.positions[..], table);
+            attention_backward(&shape, &qkv, &attended, &log_sums, &d_attended, turn, partial, &mut d_qkv);
+        });
+        rows.workspace.narrow.give(q_width, d_attended);
+        timed("backward norm", || scale_columns(&normal_1, &self.input_norm, &mut scaled));
+        let out = input_gradient.then_some(Output::Wide(&mut dy));
+        self.qkv.backward(rows, qkv_saved, &d_qkv, &scaled, out, gradients)?;
+        rows.workspace.narrow.give(width, d_qkv);
+        if input_gradient {
+            timed("backward norm", || rms_norm_backward(&normal_1, &self.input_norm, &inverse_1, &dy, dx, narrow));
+        }
+        rows.workspace.narrow.give(c, scaled);
+        rows.workspace.wide.give(c, dy);
+        for buffer in [normal_1, normal_2] {
+            rows.workspace.narrow.give(c, buffer);
+        }
+        rows.workspace.narrow.give(width, qkv);
+        rows.workspace.narrow.give(q_width, attended);
+        for buffer in [inverse_1, inverse_2] {
+            rows.workspace.wide.give(1, buffer);
+        }
+        rows.workspace.wide.give(shape.heads, log_sums);
+        Ok(())
+    }
+
+    /// Takes back what forward kept, when there will be no backward.
+    pub fn discard(&self, rows: &mut Rows<'_, E>, saved: LayerSaved<E>) {
+        let config = &rows.pass.model.config;
+        let (c, inner, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
+        let width = (heads + 2 * config.num_key_value_heads) * config.head_dim;
+        let LayerSaved { normal_1, inverse_1, qkv, attended, log_sums, normal_2, inverse_2, gate_up, sites } = saved;
+        for buffer in [normal_1, normal_2] {
+            rows.workspace.narrow.give(c, buffer);
+        }
+        for buffer in [inverse_1, inverse_2] {
+            rows.workspace.wide.give(1, buffer);
+        }
+        rows.workspace.narrow.give(width, qkv);
+        rows.workspace.narrow.give(heads * config.head_dim, attended);
+        rows.workspace.wide.give(heads, log_sums);
+        rows.workspace.narrow.give(2 * inner, gate_up);
+        for (site, saved) in [&self.qkv, &self.o, &self.gate_up, &self.down].into_iter().zip(sites) {
+            site.discard(rows, saved);
+        }
+    }
+}

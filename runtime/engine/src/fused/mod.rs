@@ -1,0 +1,308 @@
+//! Blocks as single operations: a hand-written forward and backward over reused buffers, where every recipe in a block is none or
+//! a low-rank update. Any other block runs plain, as a composition of candle operations, beside them.
+
+mod head;
+mod layer;
+mod low_rank;
+mod site;
+mod workspace;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use homeroom_kernels::{KeyValueGradients, ProductElement, RotaryTable, to_elements};
+use rayon::prelude::*;
+
+use self::head::FusedHead;
+use self::layer::{FusedLayer, LayerSaved};
+use self::workspace::Workspace;
+use crate::adaptation::Adaptation;
+use crate::batch::Batch;
+use crate::block::{Gradients, Keep, Outcome, Plain, Saved, lowest_trained, plain_head};
+use crate::model::{BaseModel, EMBEDDING};
+use crate::profile::timed;
+use crate::recipe::Pass;
+
+/// A model's blocks, each with how it is run, and the buffers that fused ones share.
+pub struct Fused<E> {
+    layers: Vec<Option<FusedLayer<E>>>,
+    head: Option<FusedHead>,
+    /// Whether the embedding only looks rows up.
+    looks_up: bool,
+    workspace: Workspace<E>,
+    logits: Vec<E>,
+    table: RotaryTable,
+    partial: KeyValueGradients,
+}
+
+/// The rows of a pass, and the buffers that they go through.
+pub(crate) struct Rows<'a, E> {
+    pass: &'a Pass<'a>,
+    batch: &'a Batch,
+    workspace: &'a mut Workspace<E>,
+    logits: &'a mut Vec<E>,
+}
+
+impl<E: ProductElement> Rows<'_, E> {
+    fn count(&self) -> usize {
+        self.batch.ids.len()
+    }
+
+    /// The buffer of logits, at least so long.
+    fn logits(&mut self, len: usize) -> Vec<E> {
+        let mut logits = std::mem::take(self.logits);
+        if logits.len() < len {
+            logits.resize(len, E::default());
+        }
+        logits
+    }
+
+    fn give_logits(&mut self, logits: Vec<E>) {
+        *self.logits = logits;
+    }
+}
+
+/// The residual stream, or its gradient, between two blocks.
+enum Stream {
+    /// For plain blocks.
+    Tensor(Tensor),
+    /// For fused ones: (N, C), f32.
+    Buffer(Vec<f32>),
+}
+
+impl Stream {
+    fn into_tensor(self, rows: usize) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor),
+            Self::Buffer(buffer) => {
+                let width = buffer.len() / rows.max(1);
+                Ok(Tensor::from_vec(buffer, (rows, width), &Device::Cpu)?)
+            }
+        }
+    }
+
+    fn into_buffer(self) -> Result<Vec<f32>> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor.flatten_all()?.to_vec1()?),
+            Self::Buffer(buffer) => Ok(buffer),
+        }
+    }
+}
+
+/// What a block kept.
+enum Kept<E> {
+    Plain(Saved),
+    Fused(Box<LayerSaved<E>>),
+    /// The input alone, to run forward from again.
+    Input(Vec<f32>),
+}
+
+impl<E: ProductElement> Fused<E> {
+    /// Decides for each block how it is run; `fuse` false: all plain.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, fuse: bool) -> Self {
+        let layers = 0..model.config.num_hidden_layers;
+        let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer).filter(|_| fuse)).collect();
+        let head = FusedHead::new::<E>(model, adaptation).filter(|_| fuse);
+        let embedding = model.module_index(EMBEDDING);
+        let adapted = embedding.is_some_and(|module| adaptation.is_some_and(|a| a.of(module).is_some()));
+        let (workspace, logits, table) = (Workspace::new(), Vec::new(), RotaryTable::default());
+        let partial = KeyValueGradients::default();
+        Self { layers, head, looks_up: fuse && !adapted, workspace, logits, table, partial }
+    }
+
+    /// Layers that run fused, and all layers; whether the head does.
+    pub fn counts(&self) -> (usize, usize, bool) {
+        (self.layers.iter().flatten().count(), self.layers.len(), self.head.is_some())
+    }
+
+    /// Loss of a batch, without gradients.
+    ///
+    /// # Errors
+    /// When a tensor operation fails or a token has no embedding.
+    pub fn evaluate(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Outcome> {
+        let keep = |_| Keep::Nothing;
+        let (h, _) = self.up(pass, batch, &keep)?;
+        Ok(self.top(pass, batch, h, None)?.0)
+    }
+
+    /// Loss of a batch; the gradients of `scale` times its sum are added to `gradients`.
+    ///
+    /// # Errors
+    /// As [`Fused::evaluate`].
+    pub fn forward_backward(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        scale: f64,
+        recompute: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Outcome> {
+        let lowest = lowest_trained(pass)?;
+        let keep = |index: usize| {
+            let input_gradient = index > lowest;
+            match (index >= lowest, recompute) {
+                (false, _) => Keep::Nothing,
+                (true, false) => Keep::All { input_gradient },
+                (true, true) => Keep::Input { input_gradient },
+            }
+        };
+        let (h, kept) = self.up(pass, batch, &keep)?;
+        let (outcome, dh) = self.top(pass, batch, h, Some((scale, gradients)))?;
+        if let Some(dh) = dh {
+            self.back_down(pass, batch, kept, dh, lowest, gradients)?;
+        }
+        Ok(outcome)
+    }
+
+    /// All blocks in order: the residual stream, and what each kept.
+    fn up(&mut self, pass: &Pass<'_>, batch: &Batch, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
+        self.begin(pass, batch)?;
+        let m = batch.ids.len();
+        let mut kept = Vec::with_capacity(self.layers.len() + 1);
+        let mut h = if self.looks_up {
+            kept.push(Kept::Plain(Saved::Nothing));
+            Stream::Buffer(timed("embedding", || self.look_up(pass, batch))?)
+        } else {
+            let (h, saved) = Plain::embedding().forward(pass, batch, None, keep(0))?;
+            kept.push(Kept::Plain(saved));
+            Stream::Tensor(h)
+        };
+        for (number, layer) in self.layers.iter().enumerate() {
+            let keep = keep(number + 1);
+            h = match layer {
+                Some(layer) => {
+                    let mut x = h.into_buffer()?;
+                    let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+                    let input = matches!(keep, Keep::Input { .. }).then(|| {
+                        let mut input = rows.workspace.wide.take(pass.model.config.hidden_size);
+                        input.copy_from_slice(&x);
+                        input
+                    });
+                    let saved = layer.forward(rows, &self.table, &mut x);
+                    kept.push(match (keep, input) {
+                        (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
+                        (_, input) => {
+                            layer.discard(rows, saved);
+                            input.map_or(Kept::Plain(Saved::Nothing), Kept::Input)
+                        }
+                    });
+                    Stream::Buffer(x)
+                }
+                None => {
+                    let x = h.into_tensor(m)?;
+                    let plain = Plain::layer(number);
+                    let (h, saved) = timed("forward plain layer", || plain.forward(pass, batch, Some(&x), keep))?;
+                    kept.push(Kept::Plain(saved));
+                    Stream::Tensor(h)
+                }
+            };
+        }
+        Ok((h, kept))
+    }
+
+    /// Readies buffers, tables and the adapters' values for a pass.
+    fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<()> {
+        if self.layers.iter().all(Option::is_none) && self.head.is_none() {
+            return Ok(());
+        }
+        self.workspace.begin(batch.ids.len());
+        let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
+        if positions > self.table.positions() {
+            let positions = positions.next_power_of_two().min(pass.model.config.max_position_embeddings).max(positions);
+            self.table = RotaryTable::new(positions, &pass.model.config.rope_frequencies());
+        }
+        timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
+    }
+
+    /// Rows of the frozen embedding: (N, C).
+    fn look_up(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Vec<f32>> {
+        let module = pass.embedding(batch)?;
+        let c = pass.model.config.hidden_size;
+        let mut x = self.workspace.wide.take(c);
+        let weight = pass.model.modules[module].weight.matrix();
+        x.par_chunks_mut(c).zip(&batch.ids[..]).for_each(|(x, id)| {
+            weight.decode_rows(*id as usize..*id as usize + 1, x);
+        });
+        Ok(x)
+    }
+
+    /// Norm, head and loss; with a scale, also the gradient of the residual stream.
+    fn top(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        h: Stream,
+        train: Option<(f64, &mut Gradients)>,
+    ) -> Result<(Outcome, Option<Stream>)> {
+        let Some(head) = self.head.as_ref().filter(|_| pass.dtype == DType::F32) else {
+            let h = h.into_tensor(batch.ids.len())?;
+            let (outcome, dh) = timed("plain head", || plain_head(pass, batch, &h, train))?;
+            return Ok((outcome, dh.map(Stream::Tensor)));
+        };
+        let x = h.into_buffer()?;
+        let c = pass.model.config.hidden_size;
+        let mut dx = train.is_some().then(|| self.workspace.wide.take(c));
+        let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+        let outcome = head.loss(rows, &x, train.map(|(scale, _)| scale as f32).zip(dx.as_deref_mut()));
+        self.workspace.wide.give(c, x);
+        Ok((outcome, dx.map(Stream::Buffer)))
+    }
+
+    /// All blocks from the top down to the lowest that trains.
+    fn back_down(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        mut kept: Vec<Kept<E>>,
+        dh: Stream,
+        lowest: usize,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (m, c) = (batch.ids.len(), pass.model.config.hidden_size);
+        // The gradient, and for fused blocks the same as E.
+        let (mut dh, mut narrow) = (Some(dh), None::<Vec<E>>);
+        for index in (lowest..kept.len()).rev() {
+            let (Some(saved), Some(above)) = (kept.pop(), dh.take()) else { break };
+            let layer = index.checked_sub(1).and_then(|number| self.layers[number].as_ref());
+            let Some(layer) = layer else {
+                let Kept::Plain(saved) = saved else { unreachable!("a plain block keeps what plain blocks keep") };
+                let plain = Plain::at(index);
+                let above = above.into_tensor(m)?;
+                dh = timed("backward plain", || plain.backward(pass, batch, saved, &above, gradients))?
+                    .map(Stream::Tensor);
+                narrow = None;
+                continue;
+            };
+            let mut dx = above.into_buffer()?;
+            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+            let dx_narrow = narrow.get_or_insert_with(|| {
+                let mut narrow = rows.workspace.narrow.take(c);
+                to_elements(&dx, &mut narrow);
+                narrow
+            });
+            let saved = match saved {
+                Kept::Fused(saved) => *saved,
+                Kept::Input(mut x) => {
+                    let saved = layer.forward(rows, &self.table, &mut x);
+                    rows.workspace.wide.give(c, x);
+                    saved
+                }
+                Kept::Plain(_) => break,
+            };
+            let input_gradient = index > lowest;
+            let down = (&mut dx[..], &mut dx_narrow[..]);
+            layer.backward(rows, &self.table, &mut self.partial, saved, down, input_gradient, gradients)?;
+            if input_gradient {
+                dh = Some(Stream::Buffer(dx));
+            } else {
+                self.workspace.wide.give(c, dx);
+            }
+        }
+        if let Some(narrow) = narrow {
+            self.workspace.narrow.give(c, narrow);
+        }
+        if let Some(Stream::Buffer(buffer)) = dh {
+            self.workspace.wide.give(c, buffer);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,160 @@
+//! `homeroom bench`: speed and memory, beside the limits of the machine.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use homeroom_abi::plan::ModuleKind;
+use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::batch::Batch;
+use homeroom_engine::block::Compute;
+use homeroom_engine::data::Example;
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::profile;
+use homeroom_engine::train::{Run, TrainConfig};
+use homeroom_kernels::{Stream, bf16, cpu, register_loop_gflops, threads};
+use serde_json::{Map, Value, json};
+
+use super::print;
+use crate::cli::{BenchTrain, Done};
+use crate::job::Job;
+use crate::machine::peak_memory_bytes;
+use crate::models::load_base;
+use crate::plugin::Search;
+use crate::progress::line;
+
+/// Trains on random tokens.
+pub fn train(arguments: &BenchTrain) -> Result<Done> {
+    let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
+    let model = Arc::new(load_base(&arguments.model_name)?);
+    let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
+    if let Some(r) = arguments.lora_r {
+        options.insert("r".to_owned(), r.into());
+    }
+    let job = Job::new(model, &plugin, options, 42, None)?;
+    let compute = Compute::from(arguments.compute);
+    let config = TrainConfig {
+        batch_size: arguments.batch_size as usize,
+        gradient_checkpointing: arguments.gradient_checkpointing,
+        compute,
+        ..TrainConfig::default()
+    };
+    line(format_args!(
+        "model     {}   {:.1} M parameters, {}",
+        arguments.model_name.display(),
+        job.model.parameter_count() as f64 / 1e6,
+        job.model.storage_words()
+    ));
+    line(format_args!("strategy  {}   {}", job.strategy.name, job.blocks(compute)));
+    let steps = arguments.warmup + arguments.steps;
+    let measured = Measured::run(&job, arguments, &config, u64::from(steps))?;
+    // The limit is asked for before and after, as the machine may be busy with something else for a while.
+    let limit = || match compute {
+        Compute::Bf16 => register_loop_gflops::<bf16>(),
+        _ => register_loop_gflops::<f32>(),
+    };
+    let limit = limit().max(limit());
+    let seconds = median(&measured.seconds);
+    let tokens = (arguments.batch_size as usize * arguments.seq_len) as f64;
+    let gflops = measured.operations / seconds / 1e9;
+    let share = gflops / limit;
+    let peak = measured.peak_memory_bytes;
+    if arguments.json {
+        let operations = measured
+            .profile
+            .iter()
+            .map(|operation| json!({"name": operation.name, "seconds": operation.seconds, "calls": operation.calls}));
+        let json = json!({
+            "tokens_per_second": tokens / seconds,
+            "seconds_per_step": measured.seconds,
+            "gflops": gflops,
+            "register_loop_gflops": limit,
+            "share_of_register_loop": share,
+            "peak_memory_bytes": peak,
+            "compute": compute.name(),
+            "storage": job.model.storage_words(),
+            "blocks": job.blocks(compute),
+            "cpu": cpu().name(),
+            "threads": threads(),
+            "loss": measured.loss,
+            "profile": operations.collect::<Vec<_>>(),
+        });
+        print(&json.to_string())?;
+        return Ok(Done::Whole);
+    }
+    let memory = peak.map_or_else(|| "unknown".to_owned(), |bytes| format!("{:.2} GB", bytes as f64 / 1e9));
+    print(&format!(
+        "speed     {:.0} tokens/s   {seconds:.3} s a step, {} steps after {} of warm-up\n\
+         products  {gflops:.0} GFLOP/s   {:.0} % of {limit:.0} on registers alone ({}, {} threads)\n\
+         memory    {memory} at the highest",
+        tokens / seconds,
+        arguments.steps,
+        arguments.warmup,
+        100.0 * share,
+        cpu().name(),
+        threads(),
+    ))?;
+    for operation in &measured.profile {
+        let part = operation.seconds / f64::from(arguments.steps);
+        print(&format!("  {:<22} {:8.1} ms   {:4.1} %", operation.name, 1e3 * part, 100.0 * part / seconds))?;
+    }
+    Ok(Done::Whole)
+}
+
+/// What was measured.
+struct Measured {
+    /// Of each step after the warm-up.
+    seconds: Vec<f64>,
+    /// Floating-point operations of a step.
+    operations: f64,
+    loss: f64,
+    profile: Vec<profile::Operation>,
+    peak_memory_bytes: Option<u64>,
+}
+
+impl Measured {
+    fn run(job: &Job, arguments: &BenchTrain, config: &TrainConfig, steps: u64) -> Result<Self> {
+        let mut run = Run::new(&job.model, &job.adaptation, config, steps);
+        let mut random = Stream::new(config.seed, 7);
+        let (mut seconds, mut loss, mut profile) = (Vec::new(), f64::NAN, Vec::new());
+        for step in 0..steps {
+            let examples: Vec<Example> = (0..arguments.batch_size)
+                .map(|_| {
+                    let ids =
+                        (0..arguments.seq_len).map(|_| random.below(job.model.config.vocab_size) as u32).collect();
+                    Example { ids, trained: vec![true; arguments.seq_len], line: 0 }
+                })
+                .collect();
+            let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
+            let batches = Batch::packed(&numbered);
+            if arguments.profile && step == u64::from(arguments.warmup) {
+                profile::start();
+            }
+            let start = Instant::now();
+            loss = run.step(&batches).context("a step of the benchmark")?.loss;
+            if step >= u64::from(arguments.warmup) {
+                seconds.push(start.elapsed().as_secs_f64());
+            }
+        }
+        if arguments.profile {
+            profile = profile::finish();
+        }
+        let rows = (arguments.batch_size as usize * (arguments.seq_len - 1)) as f64;
+        let operations = rows * operations_per_row(&job.model, &job.adaptation);
+        Ok(Self { seconds, operations, loss, profile, peak_memory_bytes: peak_memory_bytes() })
+    }
+}
+
+/// Floating-point operations that training takes for a row: two for each frozen value of a linear module forward and two
+/// backward, six for each trained one. Attention, norms and recomputation are not counted.
+fn operations_per_row(model: &BaseModel, adaptation: &Adaptation) -> f64 {
+    let linear = model.modules.iter().filter(|module| module.info.kind == ModuleKind::Linear);
+    let frozen: usize = linear.map(|module| module.info.d_in * module.info.d_out).sum();
+    4.0 * frozen as f64 + 6.0 * adaptation.trainable_count() as f64
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}

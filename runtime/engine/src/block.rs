@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use homeroom_kernels::{bf16, cpu};
+use homeroom_kernels::{bf16, cpu, on_pool};
 use serde::Serialize;
 
 use crate::adaptation::Adaptation;
@@ -266,8 +266,8 @@ impl Blocks {
     /// When a tensor operation fails.
     pub fn evaluate(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Outcome> {
         match self {
-            Self::F32(blocks) => blocks.evaluate(pass, batch),
-            Self::Bf16(blocks) => blocks.evaluate(pass, batch),
+            Self::F32(blocks) => on_pool(|| blocks.evaluate(pass, batch)),
+            Self::Bf16(blocks) => on_pool(|| blocks.evaluate(pass, batch)),
         }
     }
 
@@ -285,8 +285,8 @@ impl Blocks {
         gradients: &mut Gradients,
     ) -> Result<Outcome> {
         match self {
-            Self::F32(blocks) => blocks.forward_backward(pass, batch, scale, recompute, gradients),
-            Self::Bf16(blocks) => blocks.forward_backward(pass, batch, scale, recompute, gradients),
+            Self::F32(blocks) => on_pool(|| blocks.forward_backward(pass, batch, scale, recompute, gradients)),
+            Self::Bf16(blocks) => on_pool(|| blocks.forward_backward(pass, batch, scale, recompute, gradients)),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Where a step's time goes: seconds by the name of the operation, when somebody asks.
 
-use std::cell::RefCell;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Seconds and calls of one operation.
@@ -14,37 +15,42 @@ pub struct Operation {
     pub calls: u64,
 }
 
-thread_local!(static OPERATIONS: RefCell<Option<Vec<Operation>>> = const { RefCell::new(None) });
+static MEASURING: AtomicBool = AtomicBool::new(false);
+static OPERATIONS: Mutex<Vec<Operation>> = Mutex::new(Vec::new());
 
-/// Starts to measure what this thread runs, from nothing.
+fn operations() -> std::sync::MutexGuard<'static, Vec<Operation>> {
+    OPERATIONS.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Starts to measure what this process runs, from nothing.
 pub fn start() {
-    OPERATIONS.set(Some(Vec::new()));
+    operations().clear();
+    MEASURING.store(true, Ordering::Relaxed);
 }
 
 /// Ends measuring: all operations, those that took longest first.
 pub fn finish() -> Vec<Operation> {
-    let mut operations = OPERATIONS.take().unwrap_or_default();
+    MEASURING.store(false, Ordering::Relaxed);
+    let mut operations = std::mem::take(&mut *operations());
     operations.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
     operations
 }
 
 /// Runs `f` as the operation `name`. Operations within an operation count for both.
 pub(crate) fn timed<R>(name: &'static str, f: impl FnOnce() -> R) -> R {
-    if OPERATIONS.with_borrow(Option::is_none) {
+    if !MEASURING.load(Ordering::Relaxed) {
         return f();
     }
     let start = Instant::now();
     let result = f();
     let seconds = start.elapsed().as_secs_f64();
-    OPERATIONS.with_borrow_mut(|operations| {
-        let Some(operations) = operations else { return };
-        match operations.iter_mut().find(|operation| operation.name == name) {
-            Some(operation) => {
-                operation.seconds += seconds;
-                operation.calls += 1;
-            }
-            None => operations.push(Operation { name, seconds, calls: 1 }),
+    let mut operations = operations();
+    match operations.iter_mut().find(|operation| operation.name == name) {
+        Some(operation) => {
+            operation.seconds += seconds;
+            operation.calls += 1;
         }
-    });
+        None => operations.push(Operation { name, seconds, calls: 1 }),
+    }
     result
 }

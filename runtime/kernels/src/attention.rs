@@ -212,12 +212,11 @@ per_cpu! {
         weights[all.start..seen.start].fill(E::default());
         weights[seen.end..all.end].fill(E::default());
         let (scores, weights) = (&mut scores[seen.clone()], &mut weights[seen]);
-        let n = scores.len();
-        let top = largest(n, |j| scores[j]) * scale;
+        let top = largest(scores) * scale;
         for score in scores.iter_mut() {
             *score = exp(*score * scale - top);
         }
-        let total = sum(n, |j| scores[j]);
+        let total = sum(scores, |score| score);
         let inverse = 1.0 / total;
         for (score, weight) in scores.iter().zip(weights) {
             *weight = E::of(*score * inverse);

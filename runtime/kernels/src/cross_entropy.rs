@@ -7,7 +7,7 @@ use std::cell::RefCell;
 
 use crate::Matrix;
 use crate::cpu::{cpu, per_cpu};
-use crate::element::{Element, exp, largest, sum};
+use crate::element::{Element, exp, largest, sum, sum2};
 use crate::pool::{Shared, for_ranges};
 use crate::product::{ProductElement, grown};
 
@@ -36,7 +36,7 @@ pub fn target_logits<E: ProductElement>(x: &[E], w: &Matrix, targets: &[u32], lo
 
 per_cpu! {
     pub(crate) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
-        sum(a.len(), |j| a[j].wide() * b[j].wide())
+        sum2(a, b, |a, b| a * b)
     }
 }
 
@@ -73,8 +73,8 @@ per_cpu! {
     fn one_row<E: Element>(logits: &mut [E], target: usize, scale: Option<f32>) -> (f32, bool) {
         // By definition; what a product made of it differs in the last bits.
         logits[target] = E::of(0.0);
-        let top = largest(logits.len(), |j| logits[j].wide());
-        let total = sum(logits.len(), |j| exp(logits[j].wide() - top));
+        let top = largest(logits);
+        let total = sum(logits, |logit| exp(logit - top));
         let loss = top + total.ln();
         if let Some(scale) = scale {
             for logit in logits.iter_mut() {

@@ -58,37 +58,61 @@ impl Element for bf16 {
 /// is the same on every processor.
 const LANES: usize = 32;
 
-/// Σ f(i) for i below `n`, in a fixed order.
-#[inline(always)]
-pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let whole = n / LANES * LANES;
-    for i in (0..whole).step_by(LANES) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += f(i + lane);
-        }
-    }
-    for i in whole..n {
-        lanes[i - whole] += f(i);
-    }
-    fold(lanes, |a, b| a + b)
+/// The first of some arguments, of which only the first is of interest.
+macro_rules! first {
+    ($first:expr $(, $rest:expr)*) => { $first };
 }
 
-/// The largest f(i) for i below `n`, -inf if there is none. A NaN may be passed over.
-#[inline(always)]
-pub(crate) fn largest(n: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let whole = n / LANES * LANES;
-    for i in (0..whole).step_by(LANES) {
-        for (lane, largest) in lanes.iter_mut().enumerate() {
-            let value = f(i + lane);
-            *largest = if value > *largest { value } else { *largest };
+/// Folds rows of equal length lane by lane, then the lanes: in a fixed order, over arrays whose length the compiler knows.
+macro_rules! reduce {
+    ($start:expr, $merge:expr, $f:expr, $($row:ident),+) => {{
+        let merge = $merge;
+        let mut lanes = [$start; LANES];
+        $(let $row = $row.as_chunks::<LANES>();)+
+        let chunks = first!($($row.0),+).len();
+        for i in 0..chunks {
+            $(let $row = &$row.0[i];)+
+            for lane in 0..LANES {
+                lanes[lane] = merge(lanes[lane], $f($($row[lane].wide()),+));
+            }
         }
-    }
-    for i in whole..n {
-        lanes[i - whole] = lanes[i - whole].max(f(i));
-    }
-    fold(lanes, f32::max)
+        let rest = first!($($row.1),+).len();
+        for lane in 0..rest {
+            lanes[lane] = merge(lanes[lane], $f($($row.1[lane].wide()),+));
+        }
+        fold(lanes, merge)
+    }};
+}
+
+/// Σ f(aᵢ).
+#[inline(always)]
+pub(crate) fn sum<A: Element>(a: &[A], f: impl Fn(f32) -> f32) -> f32 {
+    reduce!(0f32, |sum, value| sum + value, f, a)
+}
+
+/// Σ f(aᵢ, bᵢ), for rows of equal length.
+#[inline(always)]
+pub(crate) fn sum2<A: Element, B: Element>(a: &[A], b: &[B], f: impl Fn(f32, f32) -> f32) -> f32 {
+    assert_eq!(a.len(), b.len());
+    reduce!(0f32, |sum, value| sum + value, f, a, b)
+}
+
+/// Σ f(aᵢ, bᵢ, cᵢ), for rows of equal length.
+#[inline(always)]
+pub(crate) fn sum3<A: Element, B: Element, C: Element>(
+    a: &[A],
+    b: &[B],
+    c: &[C],
+    f: impl Fn(f32, f32, f32) -> f32,
+) -> f32 {
+    assert!(a.len() == b.len() && a.len() == c.len());
+    reduce!(0f32, |sum, value| sum + value, f, a, b, c)
+}
+
+/// The largest aᵢ, -inf if there is none. A NaN may be passed over.
+#[inline(always)]
+pub(crate) fn largest<A: Element>(a: &[A]) -> f32 {
+    reduce!(f32::NEG_INFINITY, |most: f32, value: f32| if value > most { value } else { most }, |value| value, a)
 }
 
 #[inline(always)]
@@ -156,8 +180,12 @@ mod tests {
     #[test]
     fn sums_and_maxima_take_in_every_value_once() {
         for n in [0, 1, 31, 32, 33, 100] {
-            assert_eq!(sum(n, |i| i as f32), (n * n.saturating_sub(1) / 2) as f32);
-            assert_eq!(largest(n, |i| (i % 7) as f32), if n == 0 { f32::NEG_INFINITY } else { (n - 1).min(6) as f32 });
+            let values: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let total = (n * n.saturating_sub(1) / 2) as f32;
+            assert_eq!(sum(&values, |x| x), total);
+            assert_eq!(sum2(&values, &values, |x, y| 2.0 * x - y), total);
+            assert_eq!(sum3(&values, &values, &values, |x, y, z| x + y - z), total);
+            assert_eq!(largest(&values), if n == 0 { f32::NEG_INFINITY } else { (n - 1) as f32 });
         }
     }
 }

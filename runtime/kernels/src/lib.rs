@@ -37,7 +37,7 @@ pub use norm::{rms_norm, rms_norm_backward, scale_columns};
 pub use panel::to_elements;
 pub use peak::register_loop_gflops;
 pub use philox::{Stream, dropout_mask, philox4x32};
-pub use pool::threads;
+pub use pool::{on_pool, threads};
 pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product};
 pub use rope::{RotaryTable, rotate};
 pub use storage::Storage;

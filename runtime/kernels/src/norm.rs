@@ -4,7 +4,7 @@
 //! in bf16, and the gradient needs no more.
 
 use crate::cpu::{cpu, per_cpu};
-use crate::element::{Element, sum};
+use crate::element::{Element, sum, sum3};
 use crate::pool::{Shared, for_ranges};
 
 /// Rows of one task.
@@ -36,7 +36,7 @@ per_cpu! {
         for (i, inverse) in inverse.iter_mut().enumerate() {
             let row = i * c..(i + 1) * c;
             let (x, normal, y) = (&x[row.clone()], &mut normal[row.clone()], &mut y[row]);
-            *inverse = 1.0 / (sum(c, |j| x[j] * x[j]) / c as f32 + epsilon).sqrt();
+            *inverse = 1.0 / (sum(x, |x| x * x) / c as f32 + epsilon).sqrt();
             for j in 0..c {
                 normal[j] = E::of(x[j] * *inverse);
                 y[j] = E::of(w[j] * normal[j].wide());
@@ -113,7 +113,7 @@ per_cpu! {
             let row = i * c..(i + 1) * c;
             let (normal, dy) = (&normal[row.clone()], &dy[row.clone()]);
             let (dx, narrow) = (&mut dx[row.clone()], &mut narrow[row]);
-            let mean = sum(c, |j| w[j] * dy[j] * normal[j].wide()) / c as f32;
+            let mean = sum3(w, dy, normal, |w, dy, normal| w * dy * normal) / c as f32;
             for j in 0..c {
                 dx[j] += (w[j] * dy[j] - normal[j].wide() * mean) * inverse;
                 narrow[j] = E::of(dx[j]);

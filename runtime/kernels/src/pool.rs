@@ -7,6 +7,11 @@ pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 
+/// Runs `f` as one of the pool's threads, so that the many short tasks it starts find the others awake and itself at work.
+pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
 /// Calls `f` with each number below `tasks`, on all threads, in no particular order but started in ascending order.
 ///
 /// What a task computes must not depend on which thread runs it or on how many there are.

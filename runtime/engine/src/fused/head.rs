@@ -65,7 +65,9 @@ impl FusedHead {
         for (distance, target) in distance.iter_mut().zip(targets) {
             *distance = -(*distance + bias.map_or(0.0, |bias| bias[*target as usize]));
         }
-        let chunk = (LOGITS_BYTES / (v * size_of::<E>())).clamp(48, 1024).min(n);
+        // Chunks of one size: a small one at the end would cost a packing of the whole head.
+        let most = (LOGITS_BYTES / (v * size_of::<E>())).clamp(48, 1024);
+        let chunk = n.div_ceil(n.div_ceil(most));
         let mut logits = rows.logits(chunk * v);
         let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
         let (mut losses, mut right) = (vec![0f32; n], vec![false; n]);

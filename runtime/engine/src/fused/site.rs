@@ -201,8 +201,13 @@ impl<E: ProductElement> Site<E> {
                     let scale = update.low_rank.scaling as f32;
                     outer(m, u, update.padded, dy, module.d_out, scale, &mut transposed);
                     // (padded, d_out) to (d_out, r).
-                    let column = |i: usize| (0..update.r).map(move |k| k * module.d_out + i);
-                    (0..module.d_out).flat_map(column).map(|place| transposed[place]).collect()
+                    let mut b = vec![0f32; module.d_out * update.r];
+                    for (i, b) in b.chunks_exact_mut(update.r).enumerate() {
+                        for (k, b) in b.iter_mut().enumerate() {
+                            *b = transposed[k * module.d_out + i];
+                        }
+                    }
+                    b
                 });
                 gradients.add_values(update.low_rank.b, b, &[module.d_out, update.r])?;
             }

@@ -4,6 +4,7 @@
 mod command_line;
 mod curves;
 mod export;
+mod fused;
 mod gradients;
 mod handlers;
 mod invariants;

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::support::{adapt, distance, fixture, model};
 
-fn examples(model: &BaseModel, count: usize, seed: u64) -> Vec<Example> {
+pub fn examples(model: &BaseModel, count: usize, seed: u64) -> Vec<Example> {
     let mut stream = Stream::new(seed, 4);
     let vocab = model.config.vocab_size;
     let example = |_| {

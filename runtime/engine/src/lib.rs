@@ -29,6 +29,7 @@ pub mod order;
 pub mod peft;
 pub mod profile;
 pub mod recipe;
+pub mod requantize;
 pub mod schedule;
 pub mod template;
 pub mod tensors;

@@ -1,12 +1,12 @@
 //! A base model: its configuration, its frozen modules by Hugging Face path, its tokenizer and chat template.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{ModelInfo, ModuleInfo, ModuleKind};
-use homeroom_kernels::{RowOrder, Storage};
+use homeroom_kernels::RowOrder;
 use sha2::{Digest, Sha256};
 
 use crate::config::{ModelConfig, RopeScaling};
@@ -202,12 +202,14 @@ impl BaseModel {
 
     /// Storages in use, for the line that restates a run, e.g. `Q4_1`.
     pub fn storage_words(&self) -> String {
-        let mut bytes: HashMap<Storage, usize> = HashMap::new();
+        let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
         for module in &self.modules {
-            *bytes.entry(module.weight.storage()).or_default() += module.weight.stored_bytes();
+            *bytes.entry(module.weight.storage_name()).or_default() += module.weight.stored_bytes();
         }
-        let largest = bytes.into_iter().max_by_key(|(_, bytes)| *bytes);
-        largest.map(|(storage, _)| format!("{storage:?}").to_lowercase()).unwrap_or_default()
+        // That of the linear layers says more than that of an embedding, which codecs leave alone.
+        let linear = self.layers.first().map(|layer| self.modules[layer.down].weight.storage_name());
+        let largest = bytes.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(storage, _)| storage);
+        linear.or(largest).unwrap_or_default()
     }
 
     /// A digest of the model's values, whatever they are stored as: SHA-256 over each module's path, shape, bias and up to

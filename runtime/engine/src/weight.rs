@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use homeroom_kernels::{Matrix, RowOrder, Storage};
+use homeroom_kernels::{Codec, Encoded, Matrix, RowOrder, Storage, bf16, encode};
 use memmap2::Mmap;
 
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
@@ -23,6 +23,7 @@ pub struct Weight {
 enum Bytes {
     Mapped(Arc<Mmap>, Range<usize>),
     Owned(Arc<[u8]>),
+    Coded(Arc<(Codec, Encoded)>),
 }
 
 impl Weight {
@@ -50,9 +51,46 @@ impl Weight {
         Self::checked(Bytes::Owned(bytes.into()), Storage::F32, (rows, cols), RowOrder::Natural)
     }
 
+    /// A weight of bf16 values in memory.
+    ///
+    /// # Errors
+    /// When there are not `rows * cols` values.
+    pub fn from_bf16(values: &[bf16], (rows, cols): (usize, usize)) -> Result<Self> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Self::checked(Bytes::Owned(bytes.into()), Storage::BF16, (rows, cols), RowOrder::Natural)
+    }
+
+    /// The same values through a codec: the nearest it has. They are read a few rows at a time, and memory that was mapped for
+    /// them is given back.
+    ///
+    /// # Errors
+    /// When the codec cannot be run, or a value is not finite.
+    pub fn encoded(&self, codec: &Codec) -> Result<Self> {
+        let matrix = self.matrix();
+        let read = |rows: Range<usize>, out: &mut [f32]| matrix.decode_rows(rows, out);
+        let encoded = encode(codec, self.rows, self.cols, &read).map_err(anyhow::Error::msg)?;
+        self.release();
+        let bytes = Bytes::Coded(Arc::new((codec.clone(), encoded)));
+        let weight = Self { bytes, storage: Storage::Coded, order: RowOrder::Natural, ..*self };
+        weight.view().map_err(anyhow::Error::msg)?;
+        Ok(weight)
+    }
+
+    /// Tells the system that the mapped pages of this weight need not stay in memory; they are read again when they are asked for.
+    fn release(&self) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map, range) = &self.bytes {
+            // SAFETY: the mapping is of a file and read-only, so a dropped page comes back with the same content.
+            let advised =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+            // It is advice; a system that does not take it keeps the pages, and nothing else changes.
+            let _ = advised;
+        }
+    }
+
     fn checked(bytes: Bytes, storage: Storage, (rows, cols): (usize, usize), order: RowOrder) -> Result<Self> {
         let weight = Self { bytes, storage, rows, cols, order };
-        Matrix::new(storage, weight.raw(), rows, cols, order).map_err(anyhow::Error::msg)?;
+        weight.view().map_err(anyhow::Error::msg)?;
         Ok(weight)
     }
 
@@ -60,13 +98,28 @@ impl Weight {
         match &self.bytes {
             Bytes::Mapped(map, range) => &map[range.clone()],
             Bytes::Owned(bytes) => bytes,
+            Bytes::Coded(coded) => &coded.1.codes,
+        }
+    }
+
+    fn view(&self) -> Result<Matrix<'_>, String> {
+        match &self.bytes {
+            Bytes::Coded(coded) => Matrix::coded(&coded.0, &coded.1, self.rows, self.cols),
+            _ => Matrix::new(self.storage, self.raw(), self.rows, self.cols, self.order),
         }
     }
 
     /// The view that kernels take.
     pub fn matrix(&self) -> Matrix<'_> {
-        Matrix::new(self.storage, self.raw(), self.rows, self.cols, self.order)
-            .expect("`checked` built the same view from the same fields")
+        self.view().expect("the constructors built the same view from the same fields")
+    }
+
+    /// Name of the storage: that of the codec, or of the element type or block format.
+    pub fn storage_name(&self) -> String {
+        match &self.bytes {
+            Bytes::Coded(coded) => coded.0.name.clone(),
+            _ => format!("{:?}", self.storage).to_lowercase(),
+        }
     }
 
     /// Element type or block format.
@@ -86,7 +139,10 @@ impl Weight {
 
     /// Bytes that the weight takes as stored.
     pub fn stored_bytes(&self) -> usize {
-        self.raw().len()
+        match &self.bytes {
+            Bytes::Coded(coded) => coded.1.bytes(),
+            _ => self.raw().len(),
+        }
     }
 
     /// The values of some rows, row-major.

@@ -7,7 +7,9 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
+use homeroom_engine::requantize::StoredAs;
 use homeroom_engine::schedule::Schedule;
+use homeroom_kernels::Codec;
 
 use crate::command;
 use crate::{interrupt, progress};
@@ -367,6 +369,30 @@ pub enum Bench {
     Train(Box<BenchTrain>),
 }
 
+/// How a base is stored.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum StorageArg {
+    /// 16-bit floats
+    Bf16,
+    /// 32-bit floats
+    F32,
+    /// 4-bit NormalFloat in blocks of 64, with double quantisation
+    Nf4,
+    /// 8-bit integers by rows
+    Int8,
+}
+
+impl From<StorageArg> for StoredAs {
+    fn from(choice: StorageArg) -> Self {
+        match choice {
+            StorageArg::Bf16 => Self::Bf16,
+            StorageArg::F32 => Self::F32,
+            StorageArg::Nf4 => Self::Codec(Codec::nf4()),
+            StorageArg::Int8 => Self::Codec(Codec::int8()),
+        }
+    }
+}
+
 /// Arguments of `bench train`.
 #[derive(Args)]
 #[allow(missing_docs)]
@@ -398,6 +424,9 @@ pub struct BenchTrain {
     /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
     #[arg(long, value_enum, default_value = "auto")]
     pub compute: ComputeArg,
+    /// How the base is stored: its linear layers through a codec, or all of it as floats [default: as it is]
+    #[arg(long, value_enum)]
+    pub storage: Option<StorageArg>,
     /// Keep only the input of each layer and run it again in the backward pass
     #[arg(long)]
     pub gradient_checkpointing: bool,

@@ -60,7 +60,9 @@ const LANES: usize = 32;
 
 /// The first of some arguments, of which only the first is of interest.
 macro_rules! first {
-    ($first:expr $(, $rest:expr)*) => { $first };
+    ($first:expr $(, $rest:expr)*) => {
+        $first
+    };
 }
 
 /// Folds rows of equal length lane by lane, then the lanes: in a fixed order, over arrays whose length the compiler knows.
@@ -179,7 +181,7 @@ mod tests {
 
     #[test]
     fn sums_and_maxima_take_in_every_value_once() {
-        for n in [0, 1, 31, 32, 33, 100] {
+        for n in [0_usize, 1, 31, 32, 33, 100] {
             let values: Vec<f32> = (0..n).map(|i| i as f32).collect();
             let total = (n * n.saturating_sub(1) / 2) as f32;
             assert_eq!(sum(&values, |x| x), total);

@@ -2,6 +2,7 @@
 //!
 //! - `cpu`: which instructions they may use; `element`: f32 or bf16; `pool`: the threads
 //! - `storage`, `decode`: how a stored weight lies in memory, and rows of it as floats
+//! - `codec`: storage as data, a code book over blocks of values: encoding and decoding
 //! - `tile`, `panel`, `product`: products with frozen weights and adapters, for training
 //! - `norm`, `rope`, `attention`, `swiglu`, `cross_entropy`: the rest of a decoder layer and its loss, forward and backward
 //! - `peak`: the limit of the processor
@@ -9,6 +10,7 @@
 //! - `philox`: random numbers as a function of a counter
 
 mod attention;
+mod codec;
 mod cpu;
 mod cross_entropy;
 mod decode;
@@ -27,6 +29,7 @@ mod swiglu;
 mod tile;
 
 pub use attention::{Attention, KeyValueGradients, attention, attention_backward};
+pub use codec::{Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};
 pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
 pub use cross_entropy::{cross_entropy, target_logits};
 pub use decode::decode_row;

@@ -5,6 +5,8 @@
 //! taken in one order; so results are equal bit by bit for any number of threads, and row i of a result depends on
 //! row i of the input (and W) alone, not on how many rows share the call.
 
+use crate::codec::{Codec, Coded, Encoded};
+use crate::cpu::cpu;
 use crate::element::Element;
 use crate::pool::Shared;
 use crate::{Storage, decode_row, dot};
@@ -39,6 +41,8 @@ pub struct Matrix<'a> {
     pub cols: usize,
     /// Where a row lies.
     pub order: RowOrder,
+    /// What the bytes mean when they are indices into a code book.
+    pub coded: Option<Coded<'a>>,
 }
 
 /// The order in which the rows of a matrix are stored.
@@ -92,7 +96,16 @@ impl<'a> Matrix<'a> {
         {
             return Err(format!("{rows} rows are not whole heads of {head_dim}"));
         }
-        Ok(Self { storage, bytes, rows, cols, order })
+        Ok(Self { storage, bytes, rows, cols, order, coded: None })
+    }
+
+    /// An encoded matrix.
+    ///
+    /// # Errors
+    /// See [`Coded::new`].
+    pub fn coded(codec: &'a Codec, encoded: &'a Encoded, rows: usize, cols: usize) -> Result<Self, String> {
+        let coded = Some(Coded::new(codec, encoded, rows, cols)?);
+        Ok(Self { storage: Storage::Coded, bytes: &encoded.codes, rows, cols, order: RowOrder::Natural, coded })
     }
 
     /// Decodes `rows` (indices in the matrix's own order) into `out` (rows.len(), cols).
@@ -107,6 +120,12 @@ impl<'a> Matrix<'a> {
     /// Decodes the block `rows` x `cols`, whose columns are whole blocks, into `out`.
     pub(crate) fn decode_part<T: Float>(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T]) {
         if cols.is_empty() {
+            return;
+        }
+        if let Some(coded) = &self.coded {
+            for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
+                T::decode_coded(coded, row, cols.clone(), out);
+            }
             return;
         }
         let size = |cols| {
@@ -162,6 +181,8 @@ mod sealed {
         const ONE: Self;
         /// Decodes a whole number of blocks.
         fn decode(storage: Storage, bytes: &[u8], out: &mut [Self]);
+        /// Decodes part of a row.
+        fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [Self]);
         /// `bytes` as values, when that is what f32 in the file's byte order are here.
         fn of_f32_bytes(bytes: &[u8]) -> Option<&[Self]>;
         /// Whether there is a kernel for few rows: see [`dot::dot_rows`].
@@ -181,6 +202,10 @@ mod sealed {
 
         fn decode(storage: Storage, bytes: &[u8], out: &mut [f32]) {
             decode_row(storage, bytes, out);
+        }
+
+        fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [f32]) {
+            coded.decode(cpu(), row, cols, out);
         }
 
         fn of_f32_bytes(bytes: &[u8]) -> Option<&[f32]> {
@@ -217,6 +242,12 @@ mod sealed {
                     *out = f64::from(*value);
                 }
             }
+        }
+
+        fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [f64]) {
+            let mut values = vec![0f32; out.len()];
+            coded.decode(cpu(), row, cols, &mut values);
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = f64::from(value));
         }
 
         fn of_f32_bytes(_: &[u8]) -> Option<&[f64]> {
@@ -318,7 +349,7 @@ pub fn matmul<T: Float>(dy: &[T], n: usize, w: &Matrix, dx: &mut [T]) {
         return dx.copy_from_slice(&out[..cols]);
     }
     let values = w.values::<T>();
-    let width = PANEL_COLS.next_multiple_of(w.storage.block_len());
+    let width = PANEL_COLS.next_multiple_of(w.block_len());
     let dx = Shared::new(dx);
     (0..cols.div_ceil(width)).into_par_iter().with_max_len(1).for_each(|panel| {
         let panel = panel * width..cols.min((panel + 1) * width);

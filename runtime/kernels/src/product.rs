@@ -655,6 +655,9 @@ impl ProductElement for half::bf16 {
         out: &mut [half::bf16],
         floats: &mut Vec<f32>,
     ) {
+        if let Some(coded) = &matrix.coded {
+            return coded.decode(cpu, row, cols, out);
+        }
         if let Some(row) = matrix.row_of::<half::bf16>(row) {
             let bytes = &row[2 * cols.start..2 * cols.end];
             for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {

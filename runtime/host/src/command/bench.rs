@@ -11,6 +11,7 @@ use homeroom_engine::block::Compute;
 use homeroom_engine::data::Example;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::profile;
+use homeroom_engine::requantize::store_as;
 use homeroom_engine::train::{Run, TrainConfig};
 use homeroom_kernels::{Stream, bf16, cpu, register_loop_gflops, threads};
 use serde_json::{Map, Value, json};
@@ -21,12 +22,18 @@ use crate::job::Job;
 use crate::machine::peak_memory_bytes;
 use crate::models::load_base;
 use crate::plugin::Search;
-use crate::progress::line;
+use crate::progress::{self, line};
 
 /// Trains on random tokens.
 pub fn train(arguments: &BenchTrain) -> Result<Done> {
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
-    let model = Arc::new(load_base(&arguments.model_name)?);
+    let mut model = load_base(&arguments.model_name)?;
+    if let Some(storage) = arguments.storage {
+        let bar = progress::counting("encoding", model.modules.len());
+        model = store_as(&model, &storage.into(), |done, _| bar.set_position(done as u64))?;
+        bar.finish_and_clear();
+    }
+    let model = Arc::new(model);
     let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
     if let Some(r) = arguments.lora_r {
         options.insert("r".to_owned(), r.into());

@@ -11,57 +11,67 @@ use crate::element::Element;
 impl Coded<'_> {
     /// Decodes values of row `row`: value = code[index] · scale in f32, rounded to the nearest E.
     ///
+    /// An index beyond the end of the code book stands for its last level.
+    ///
     /// # Panics
     /// When they lie outside the matrix or `out` has another length.
     pub(crate) fn decode<E: CodeElement>(&self, cpu: Cpu, row: usize, cols: Range<usize>, out: &mut [E]) {
         assert!(row < self.rows && cols.end <= self.cols && out.len() == cols.len(), "{cols:?} of row {row}");
-        let block_len = self.codec.block_len(self.cols);
-        let (mut at, end) = (row * self.cols + cols.start, row * self.cols + cols.end);
-        let mut out = out;
-        while at < end {
-            let block = at / block_len;
-            let stop = end.min((block + 1) * block_len);
-            let (now, rest) = out.split_at_mut(stop - at);
-            let scale = self.scale(block);
-            if self.codec.bits == 4 {
-                self.nibbles(cpu, at, scale, now);
-            } else if self.linear {
-                linear(cpu, &self.encoded.codes[at..stop], scale, now);
-            } else {
-                for (value, index) in now.iter_mut().zip(&self.encoded.codes[at..stop]) {
-                    *value = E::of(self.level(*index) * scale);
-                }
+        let range = row * self.cols + cols.start..row * self.cols + cols.end;
+        if self.codec.bits == 4 {
+            E::nibbles(cpu, self, &self.levels(), range, out);
+        } else if self.linear {
+            for (scale, block, out) in self.blocks(range, out) {
+                linear(cpu, &self.encoded.codes[block], scale, out);
             }
-            (out, at) = (rest, stop);
+        } else {
+            let table = self.levels();
+            for (scale, block, out) in self.blocks(range, out) {
+                looked_up(cpu, &self.encoded.codes[block], &table, scale, out);
+            }
         }
     }
 
-    /// The code book's value of an index; one beyond its end is its last.
-    fn level(&self, index: u8) -> f32 {
-        self.codec.code[usize::from(index).min(self.codec.code.len() - 1)]
+    /// The code book, its last value repeated.
+    fn levels<const N: usize>(&self) -> [f32; N] {
+        let code = &self.codec.code;
+        let mut table = [*code.last().expect("a code book has values"); N];
+        table[..code.len()].copy_from_slice(code);
+        table
     }
 
-    /// Values from number `at` on, 4 bits each.
-    fn nibbles<E: CodeElement>(&self, cpu: Cpu, at: usize, scale: f32, out: &mut [E]) {
-        let codes = &self.encoded.codes;
-        let last = *self.codec.code.last().expect("a code book has values");
-        let mut table = [last; 16];
-        table[..self.codec.code.len()].copy_from_slice(&self.codec.code);
-        let mut out = out;
-        let mut at = at;
-        if at % 2 == 1 {
-            // Begins with the lower half of a byte.
-            let (first, rest) = out.split_at_mut(1);
-            first[0] = E::of(table[usize::from(codes[at / 2] & 15)] * scale);
-            (out, at) = (rest, at + 1);
+    /// The blocks that a range of values touches, in order.
+    #[inline(always)]
+    fn blocks<'o, E>(&self, range: Range<usize>, out: &'o mut [E]) -> Blocks<'_, 'o, E> {
+        let len = self.codec.block_len(self.cols);
+        Blocks { coded: self, len, block: range.start / len, range, out }
+    }
+}
+
+/// See [`Coded::blocks`]. Yields the scale of a block, its values (their numbers in the matrix) and where they go.
+struct Blocks<'a, 'o, E> {
+    coded: &'a Coded<'a>,
+    len: usize,
+    block: usize,
+    range: Range<usize>,
+    out: &'o mut [E],
+}
+
+impl<'o, E> Iterator for Blocks<'_, 'o, E> {
+    type Item = (f32, Range<usize>, &'o mut [E]);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Self::Item> {
+        let Range { start, end } = self.range;
+        if start >= end {
+            return None;
         }
-        let pairs = out.len() / 2;
-        let bytes = &codes[at / 2..][..pairs];
-        let (whole, rest) = out.split_at_mut(2 * pairs);
-        E::pairs(cpu, bytes, &table, scale, whole);
-        if let [value] = rest {
-            *value = E::of(table[usize::from(codes[at / 2 + pairs] >> 4)] * scale);
-        }
+        let scale = self.coded.scale(self.block);
+        self.block += 1;
+        let stop = end.min(self.block * self.len);
+        let (now, rest) = std::mem::take(&mut self.out).split_at_mut(stop - start);
+        (self.out, self.range.start) = (rest, stop);
+        Some((scale, start..stop, now))
     }
 }
 
@@ -69,108 +79,258 @@ per_cpu! {
     /// `(index - 127) · scale / 127`, multiplied in the order in which bitsandbytes does.
     fn linear<E: Element>(codes: &[u8], scale: f32, out: &mut [E]) {
         for (value, code) in out.iter_mut().zip(codes) {
-            *value = E::of((i32::from(*code) - 127) as f32 * scale * (1.0 / 127.0));
+            *value = E::of((i32::from((*code).min(254)) - 127) as f32 * scale * (1.0 / 127.0));
         }
     }
 }
 
-/// An element type that pairs of 4-bit indices are decoded to.
-pub(crate) trait CodeElement: Element {
-    /// Two values for each byte, the upper half first.
-    fn pairs(cpu: Cpu, bytes: &[u8], table: &[f32; 16], scale: f32, out: &mut [Self]);
-}
-
-/// The form that every processor has.
-fn pairs<E: Element>(bytes: &[u8], table: &[f32; 16], scale: f32, out: &mut [E]) {
-    for (byte, out) in bytes.iter().zip(out.as_chunks_mut::<2>().0) {
-        *out = [byte >> 4, byte & 15].map(|index| E::of(table[usize::from(index)] * scale));
+per_cpu! {
+    fn looked_up<E: Element>(codes: &[u8], table: &[f32; 256], scale: f32, out: &mut [E]) {
+        // Loads one by one, then products and rounding in vectors.
+        let (chunks, rest) = codes.as_chunks::<16>();
+        let (outs, out_rest) = out.as_chunks_mut::<16>();
+        for (codes, out) in chunks.iter().zip(outs) {
+            let levels = codes.map(|index| table[usize::from(index)]);
+            for (value, level) in out.iter_mut().zip(levels) {
+                *value = E::of(level * scale);
+            }
+        }
+        for (value, index) in out_rest.iter_mut().zip(rest) {
+            *value = E::of(table[usize::from(*index)] * scale);
+        }
     }
 }
 
+/// An element type that 4-bit indices are decoded to.
+pub(crate) trait CodeElement: Element {
+    /// Decodes values by their numbers in the matrix.
+    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [Self]);
+}
+
 impl CodeElement for f32 {
-    fn pairs(cpu: Cpu, bytes: &[u8], table: &[f32; 16], scale: f32, out: &mut [f32]) {
-        let done = match cpu {
+    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
+        match cpu {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a `Cpu` is never more than the processor has.
-            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { x86::pairs_f32(bytes, table, scale, out) },
-            _ => 0,
-        };
-        pairs(&bytes[done..], table, scale, &mut out[2 * done..]);
+            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_f32(coded, levels, range, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Cpu::Avx2 => unsafe { avx2::nibbles_f32(coded, levels, range, out) },
+            _ => plain(coded, levels, range, out),
+        }
     }
 }
 
 impl CodeElement for bf16 {
-    fn pairs(cpu: Cpu, bytes: &[u8], table: &[f32; 16], scale: f32, out: &mut [bf16]) {
-        let done = match cpu {
+    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
+        match cpu {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a `Cpu` is never more than the processor has.
-            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { x86::pairs_bf16(bytes, table, scale, out) },
-            _ => 0,
-        };
-        pairs(&bytes[done..], table, scale, &mut out[2 * done..]);
+            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_bf16(coded, levels, range, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Cpu::Avx2 => unsafe { avx2::nibbles_bf16(coded, levels, range, out) },
+            _ => plain(coded, levels, range, out),
+        }
     }
 }
 
+/// The form that every processor has.
+fn plain<E: Element>(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [E]) {
+    for (scale, block, out) in coded.blocks(range, out) {
+        block_of_nibbles(&coded.encoded.codes, block, levels, scale, out);
+    }
+}
+
+/// Decodes one block: sixteen products, then lookups.
+#[inline(always)]
+fn block_of_nibbles<E: Element>(codes: &[u8], block: Range<usize>, levels: &[f32; 16], scale: f32, out: &mut [E]) {
+    let table = levels.map(|level| E::of(level * scale));
+    let (mut at, mut out) = (block.start, out);
+    if !at.is_multiple_of(2) {
+        // Begins with the lower half of a byte.
+        let Some((first, rest)) = out.split_first_mut() else { return };
+        *first = table[usize::from(codes[at / 2] & 15)];
+        (at, out) = (at + 1, rest);
+    }
+    let (pairs, last) = out.as_chunks_mut::<2>();
+    let bytes = &codes[at / 2..][..pairs.len()];
+    for (out, byte) in pairs.iter_mut().zip(bytes) {
+        *out = [byte >> 4, byte & 15].map(|index| table[usize::from(index)]);
+    }
+    if let [last] = last {
+        *last = table[usize::from(codes[at / 2 + pairs.len()] >> 4)];
+    }
+}
+
+/// What the forms for one processor share: cuts the block that it gets into groups of `N` values that start on a byte, hands
+/// these to `whole`, and decodes what is left at its ends as [`plain`] does.
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+macro_rules! by_groups {
+    ($n:literal, $codes:expr, $block:expr, $levels:expr, $scale:expr, $out:expr, $whole:expr) => {{
+        let (block, out) = ($block, $out);
+        let first = (block.start % 2).min(out.len());
+        // Rounding by integers would carry a NaN over to zero.
+        let groups = if $scale.is_finite() { (out.len() - first) / $n } else { 0 };
+        let (head, rest) = out.split_at_mut(first);
+        let (body, tail) = rest.split_at_mut(groups * $n);
+        let at = block.start + first;
+        if !head.is_empty() {
+            super::block_of_nibbles($codes, block.start..at, $levels, $scale, head);
+        }
+        if groups > 0 {
+            let bytes = &$codes[at / 2..][..groups * ($n / 2)];
+            $whole(bytes.as_chunks::<{ $n / 2 }>().0, body.as_chunks_mut::<$n>().0);
+        }
+        if !tail.is_empty() {
+            super::block_of_nibbles($codes, at + groups * $n..block.end, $levels, $scale, tail);
+        }
+    }};
+}
+
+/// With AVX-512 a register holds a whole code book, twice over in bf16.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
     use std::arch::x86_64::*;
+    use std::ops::Range;
 
     use half::bf16;
 
-    /// Levels of the upper and the lower halves of 16 bytes, times the scale.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn levels(bytes: &[u8; 16], table: __m512, scale: __m512) -> (__m512, __m512) {
-        // SAFETY: `bytes` is 16 bytes.
-        let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) });
-        // The lookup takes the low four bits of each lane.
-        let upper = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table);
-        let lower = _mm512_permutexvar_ps(bytes, table);
-        (_mm512_mul_ps(upper, scale), _mm512_mul_ps(lower, scale))
-    }
+    use super::Coded;
 
-    /// See [`super::CodeElement::pairs`]; returns how many bytes were decoded.
-    #[target_feature(enable = "avx512f")]
-    pub fn pairs_f32(bytes: &[u8], table: &[f32; 16], scale: f32, out: &mut [f32]) -> usize {
-        // SAFETY: `table` is 16 values.
-        let (table, scale) = (unsafe { _mm512_loadu_ps(table.as_ptr()) }, _mm512_set1_ps(scale));
-        let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        let chunks = bytes.as_chunks::<16>().0;
-        for (bytes, out) in chunks.iter().zip(out.as_chunks_mut::<32>().0) {
-            let (upper, lower) = levels(bytes, table, scale);
-            // SAFETY: `out` is 32 values.
-            unsafe {
-                _mm512_storeu_ps(out.as_mut_ptr(), _mm512_permutex2var_ps(upper, first, lower));
-                _mm512_storeu_ps(out.as_mut_ptr().add(16), _mm512_permutex2var_ps(upper, second, lower));
-            }
+    /// See [`super::CodeElement::nibbles`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
+        // SAFETY: `levels` is 16 values.
+        let all = unsafe { _mm512_loadu_ps(levels.as_ptr()) };
+        let codes = &coded.encoded.codes[..];
+        for (scale, block, out) in coded.blocks(range, out) {
+            let table = _mm512_mul_ps(all, _mm512_set1_ps(scale));
+            by_groups!(16, codes, block, levels, scale, out, |bytes: &[[u8; 8]], out: &mut [[f32; 16]]| {
+                for (bytes, out) in bytes.iter().zip(out) {
+                    let bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(i64::from_le_bytes(*bytes)));
+                    // A byte's upper half goes to the lower of two words. A lookup takes the low four bits of each.
+                    let pairs = _mm512_or_si512(_mm512_srli_epi64::<4>(bytes), _mm512_slli_epi64::<32>(bytes));
+                    // SAFETY: `out` is 16 values.
+                    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_permutexvar_ps(pairs, table)) };
+                }
+            });
         }
-        16 * chunks.len()
     }
 
-    /// See [`super::CodeElement::pairs`]; returns how many bytes were decoded.
-    #[target_feature(enable = "avx512f")]
-    pub fn pairs_bf16(bytes: &[u8], table: &[f32; 16], scale: f32, out: &mut [bf16]) -> usize {
-        // SAFETY: `table` is 16 values.
-        let (table, scale) = (unsafe { _mm512_loadu_ps(table.as_ptr()) }, _mm512_set1_ps(scale));
-        let chunks = bytes.as_chunks::<16>().0;
-        for (bytes, out) in chunks.iter().zip(out.as_chunks_mut::<32>().0) {
-            let (upper, lower) = levels(bytes, table, scale);
-            // A pair is one word: the upper half of the byte, which comes first, in the lower half of the word.
-            let upper = _mm512_srli_epi32::<16>(rounded(upper));
-            let lower = _mm512_and_si512(rounded(lower), _mm512_set1_epi32(0xFFFF_0000_u32 as i32));
-            // SAFETY: `out` is 32 values of two bytes.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_or_si512(upper, lower)) };
+    /// See [`super::CodeElement::nibbles`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
+        // SAFETY: `levels` is 16 values.
+        let all = unsafe { _mm512_loadu_ps(levels.as_ptr()) };
+        let codes = &coded.encoded.codes[..];
+        for (scale, block, out) in coded.blocks(range, out) {
+            let bits = _mm512_castps_si512(_mm512_mul_ps(all, _mm512_set1_ps(scale)));
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+            let table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+            by_groups!(32, codes, block, levels, scale, out, |bytes: &[[u8; 16]], out: &mut [[bf16; 32]]| {
+                for (bytes, out) in bytes.iter().zip(out) {
+                    // SAFETY: `bytes` is 16 bytes.
+                    let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) });
+                    // A byte's upper half goes to the lower of two halves of a word. A lookup takes the low five bits of
+                    // each, and the table does not mind the fifth.
+                    let pairs = _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
+                    // SAFETY: `out` is 32 values of two bytes.
+                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi16(pairs, table)) };
+                }
+            });
         }
-        16 * chunks.len()
+    }
+}
+
+/// With AVX2 a register holds half a code book of f32; of bf16, the upper or the lower bytes of all of it.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+    use std::ops::Range;
+
+    use half::bf16;
+
+    use super::Coded;
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn halves(levels: &[f32; 16]) -> (__m256, __m256) {
+        // SAFETY: `levels` is 16 values.
+        unsafe { (_mm256_loadu_ps(levels.as_ptr()), _mm256_loadu_ps(levels.as_ptr().add(8))) }
     }
 
-    /// Bits of finite values after rounding to the nearest bf16, ties to even; the lower half is left as it falls.
+    /// See [`super::CodeElement::nibbles`].
+    #[target_feature(enable = "avx2")]
+    pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
+        let (low, high) = halves(levels);
+        let codes = &coded.encoded.codes[..];
+        // Where in a word of four bytes the eight indices lie.
+        let shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+        for (scale, block, out) in coded.blocks(range, out) {
+            let scales = _mm256_set1_ps(scale);
+            let (low, high) = (_mm256_mul_ps(low, scales), _mm256_mul_ps(high, scales));
+            by_groups!(8, codes, block, levels, scale, out, |bytes: &[[u8; 4]], out: &mut [[f32; 8]]| {
+                for (bytes, out) in bytes.iter().zip(out) {
+                    let indices = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*bytes)), shifts);
+                    // A lookup takes the low three bits; the fourth, moved to the sign, chooses between the two.
+                    let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(indices));
+                    let values = _mm256_blendv_ps(
+                        _mm256_permutevar8x32_ps(low, indices),
+                        _mm256_permutevar8x32_ps(high, indices),
+                        upper,
+                    );
+                    // SAFETY: `out` is eight values.
+                    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), values) };
+                }
+            });
+        }
+    }
+
+    /// Bits of finite values as bf16, to the nearest, ties to even, in the lower halves of words.
     #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn rounded(values: __m512) -> __m512i {
-        let bits = _mm512_castps_si512(values);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)))
+    #[target_feature(enable = "avx2")]
+    fn rounded(values: __m256) -> __m256i {
+        let bits = _mm256_castps_si256(values);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))))
+    }
+
+    /// See [`super::CodeElement::nibbles`].
+    #[target_feature(enable = "avx2")]
+    pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
+        let (low, high) = halves(levels);
+        let codes = &coded.encoded.codes[..];
+        let byte = _mm256_set1_epi16(0xFF);
+        for (scale, block, out) in coded.blocks(range, out) {
+            let scales = _mm256_set1_ps(scale);
+            let (low, high) = (rounded(_mm256_mul_ps(low, scales)), rounded(_mm256_mul_ps(high, scales)));
+            // Packing works within halves of a register: 0-3 8-11 4-7 12-15, put in order after.
+            let table = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
+            // The lower bytes of all sixteen, then the upper, each in both halves of a register.
+            let bytes = _mm256_packus_epi16(_mm256_and_si256(table, byte), _mm256_srli_epi16::<8>(table));
+            let lower = _mm256_permute4x64_epi64::<0b10_00_10_00>(bytes);
+            let upper = _mm256_permute4x64_epi64::<0b11_01_11_01>(bytes);
+            by_groups!(32, codes, block, levels, scale, out, |bytes: &[[u8; 16]], out: &mut [[bf16; 32]]| {
+                for (bytes, out) in bytes.iter().zip(out) {
+                    // SAFETY: `bytes` is 16 bytes.
+                    let bytes = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+                    let first = _mm_and_si128(_mm_srli_epi16::<4>(bytes), _mm_set1_epi8(15));
+                    let second = _mm_and_si128(bytes, _mm_set1_epi8(15));
+                    // Indices 0-7 and 16-23 lie in the lower halves, the others in the upper, so that unpacking yields 0-7
+                    // beside 8-15.
+                    let indices = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+                    let indices = _mm256_permute4x64_epi64::<0b11_01_10_00>(indices);
+                    let (lower, upper) = (_mm256_shuffle_epi8(lower, indices), _mm256_shuffle_epi8(upper, indices));
+                    // SAFETY: `out` is 32 values of two bytes.
+                    unsafe {
+                        let out = out.as_mut_ptr().cast::<__m256i>();
+                        _mm256_storeu_si256(out, _mm256_unpacklo_epi8(lower, upper));
+                        _mm256_storeu_si256(out.add(1), _mm256_unpackhi_epi8(lower, upper));
+                    }
+                }
+            });
+        }
     }
 }

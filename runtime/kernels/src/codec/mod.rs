@@ -1,8 +1,9 @@
 //! Frozen storage as data: indices of 4 or 8 bits into a code book, over blocks of values that share a scale.
 //!
-//! A value is `code[index] * scale[block]`. With 4 bits the first of two values lies in the upper half of its byte, as
-//! bitsandbytes packs them. Source of NF4 and of double quantisation: Dettmers et al. 2023,
-//! <https://arxiv.org/abs/2305.14314>, section 3; of int8 by rows: Dettmers et al. 2022, <https://arxiv.org/abs/2208.07339>.
+//! A value is `code[index] * scale[block]` in f32; of int8, `(index - 127) * scale * (1 / 127)`, multiplied as in bitsandbytes.
+//! With 4 bits the first of two values lies in the upper half of its byte, as bitsandbytes packs them. Source of NF4 and of
+//! double quantisation: Dettmers et al. 2023, <https://arxiv.org/abs/2305.14314>, section 3; of int8 by rows: Dettmers et al.
+//! 2022, <https://arxiv.org/abs/2208.07339>.
 
 mod decode;
 mod encode;
@@ -390,6 +391,32 @@ mod tests {
                         assert_eq!(narrow, rounded, "{} {cpu:?}", codec.name);
                     }
                 }
+            }
+        }
+    }
+
+    /// What no encoder writes, but a file could hold: all paths still agree, and a scale that is not a number is not lost.
+    #[test]
+    fn an_index_beyond_the_code_book_is_its_last_level_and_a_broken_scale_shows() {
+        let (rows, cols) = (2_usize, 70);
+        for mut codec in codecs() {
+            codec.scales = ScaleStorage::F32;
+            let blocks = (rows * cols).div_ceil(codec.block_len(cols));
+            let mut scales = vec![2.0; blocks];
+            scales[blocks - 1] = f32::NAN;
+            let encoded =
+                Encoded { codes: vec![0xFF; codec.code_bytes(rows * cols)], scales: EncodedScales::F32(scales) };
+            let coded = Coded::new(&codec, &encoded, rows, cols).unwrap();
+            for cpu in CPUS.into_iter().filter(|cpu| *cpu <= Cpu::detected()) {
+                let (mut wide, mut narrow) = (vec![0f32; cols], vec![bf16::ZERO; cols]);
+                coded.decode(cpu, 0, 0..cols, &mut wide);
+                coded.decode(cpu, 0, 0..cols, &mut narrow);
+                let last = 2.0 * codec.code.last().unwrap();
+                assert!(wide.iter().all(|value| *value == last), "{} {cpu:?}: {wide:?}", codec.name);
+                assert!(narrow.iter().all(|value| *value == bf16::of(last)), "{} {cpu:?}: {narrow:?}", codec.name);
+                coded.decode(cpu, 1, 0..cols, &mut wide);
+                coded.decode(cpu, 1, 0..cols, &mut narrow);
+                assert!(wide[cols - 1].is_nan() && narrow[cols - 1].is_nan(), "{} {cpu:?}", codec.name);
             }
         }
     }

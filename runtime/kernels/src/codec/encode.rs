@@ -112,7 +112,7 @@ fn one_block(cpu: Cpu, bits: u8, values: &[f32], short: bool, borders: &[f32], f
         }
         if bits == 8 {
             codes[from + done..from + done + indices.len()].copy_from_slice(indices);
-        } else if (from + done) % 2 == 0 {
+        } else if (from + done).is_multiple_of(2) {
             let codes = &mut codes[(from + done) / 2..];
             let (pairs, single) = indices.as_chunks::<2>();
             for (code, [first, second]) in codes.iter_mut().zip(pairs) {
@@ -128,7 +128,7 @@ fn one_block(cpu: Cpu, bits: u8, values: &[f32], short: bool, borders: &[f32], f
             for (i, index) in indices.iter().enumerate() {
                 let at = from + done + i;
                 let code = &mut codes[at / 2];
-                *code = if at % 2 == 0 { index << 4 } else { *code & 0xF0 | index };
+                *code = if at.is_multiple_of(2) { index << 4 } else { *code & 0xF0 | index };
             }
         }
         done += values.len();

@@ -640,13 +640,17 @@ impl ProductElement for f32 {
     }
 
     fn decode(
-        _: Cpu,
+        cpu: Cpu,
         matrix: &Matrix<'_>,
         row: usize,
         cols: std::ops::Range<usize>,
         out: &mut [f32],
         _: &mut Vec<f32>,
     ) {
+        // By the caller's processor: a thread of the pool is not kept to one.
+        if let Some(coded) = &matrix.coded {
+            return coded.decode(cpu, row, cols, out);
+        }
         matrix.decode_part(row..row + 1, cols, out);
     }
 }

@@ -3,15 +3,15 @@
 //! From f32 the result is that of bitsandbytes 0.50 on a CPU: `quantize_4bit` for blocks of 4-bit indices (each value times
 //! `1 / absmax`, in the last, shorter block divided by it; a value on the border between two levels takes the lower),
 //! `quantize_blockwise` for nested scales, `int8_vectorwise_quant` for rows of integers. Only the mean that is taken off
-//! nested scales is summed in another order.
+//! nested scales is summed in another order. Other code books of 8 bits take the nearest level, which is not always the one
+//! that `quantize_blockwise` looks up.
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Mutex;
 
 use super::{Codec, CodecBlock, Encoded, EncodedScales, ScaleStorage};
-use crate::cpu::{Cpu, cpu, per_cpu};
-use crate::element::largest;
+use crate::cpu::{cpu, per_cpu};
 use crate::pool::{Shared, for_each};
 use crate::product::grown;
 
@@ -45,6 +45,12 @@ pub fn encode(
     let chunk = (CHUNK / cols.max(1)).max(1).next_multiple_of(whole);
     let problem = Mutex::new(None::<usize>);
     let (cpu, linear, borders) = (cpu(), codec.is_linear(), borders(&codec.code));
+    let nibble_borders = (codec.bits == 4).then(|| {
+        // No value lies above the borders of levels that a shorter code book lacks.
+        let mut all = [f32::INFINITY; 15];
+        all[..borders.len()].copy_from_slice(&borders);
+        all
+    });
     let (shared_codes, shared_absmax) = (Shared::new(&mut codes), Shared::new(&mut absmax));
     for_each(rows.div_ceil(chunk), |task| {
         let range = task * chunk..rows.min((task + 1) * chunk);
@@ -52,7 +58,9 @@ pub fn encode(
         VALUES.with_borrow_mut(|buffer| {
             let buffer = grown(buffer, count);
             values(range.clone(), buffer);
-            if let Some(wrong) = buffer.iter().position(|value| !value.is_finite()) {
+            if !finite(cpu, buffer) {
+                let wrong = buffer.iter().position(|value| !value.is_finite());
+                let wrong = wrong.expect("one of the values is not finite");
                 let row = range.start + wrong / cols;
                 let mut problem = problem.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 *problem = Some(problem.map_or(row, |other| other.min(row)));
@@ -65,15 +73,12 @@ pub fn encode(
                 let codes = shared_codes.slice(first, codec.code_bytes(count));
                 (codes, shared_absmax.slice(at / block_len, count.div_ceil(block_len)))
             };
-            for (block, (values, absmax)) in buffer.chunks(block_len).zip(absmax).enumerate() {
-                let from = block * block_len;
-                if linear {
-                    *absmax = largest_magnitude(cpu, values);
-                    integers(cpu, values, *absmax, &mut codes[from..from + values.len()]);
-                } else {
-                    let short = values.len() < block_len;
-                    *absmax = one_block(cpu, codec.bits, values, short, &borders, from, codes);
-                }
+            if linear {
+                integers(cpu, buffer, block_len, codes, absmax);
+            } else if let Some(borders) = &nibble_borders {
+                nibbles(cpu, buffer, block_len, borders, codes, absmax);
+            } else {
+                bytes(cpu, buffer, block_len, &borders, codes, absmax);
             }
         });
     });
@@ -96,101 +101,119 @@ fn borders(code: &[f32]) -> Vec<f32> {
     code.windows(2).map(|pair| ((f64::from(pair[0]) + f64::from(pair[1])) / 2.0) as f32).collect()
 }
 
-/// Encodes one block and returns its scale.
-fn one_block(cpu: Cpu, bits: u8, values: &[f32], short: bool, borders: &[f32], from: usize, codes: &mut [u8]) -> f32 {
-    const LEAST: f32 = 1e-38;
-    let absmax = largest_magnitude(cpu, values);
-    let clamped = absmax.max(LEAST);
-    let mut indices = [0_u8; 256];
-    let mut done = 0;
-    for values in values.chunks(indices.len()) {
-        let indices = &mut indices[..values.len()];
-        if short {
-            levels(cpu, values, clamped, true, borders, indices);
-        } else {
-            levels(cpu, values, 1.0 / clamped, false, borders, indices);
-        }
-        if bits == 8 {
-            codes[from + done..from + done + indices.len()].copy_from_slice(indices);
-        } else if (from + done).is_multiple_of(2) {
-            let codes = &mut codes[(from + done) / 2..];
-            let (pairs, single) = indices.as_chunks::<2>();
-            for (code, [first, second]) in codes.iter_mut().zip(pairs) {
-                *code = first << 4 | second;
-            }
-            if let [last] = single {
-                // What no value fills holds the index of 0.
-                let zero = borders.iter().filter(|border| 0.0 > **border).count() as u8;
-                codes[pairs.len()] = last << 4 | zero;
-            }
-        } else {
-            // A block that starts in the middle of a byte.
-            for (i, index) in indices.iter().enumerate() {
-                let at = from + done + i;
-                let code = &mut codes[at / 2];
-                *code = if at.is_multiple_of(2) { index << 4 } else { *code & 0xF0 | index };
-            }
-        }
-        done += values.len();
-    }
-    if short { clamped } else { absmax }
+/// The magnitude that stands for the scale of a block of zeros, and for that of any short block below it: bitsandbytes' guard
+/// against dividing by zero.
+const LEAST: f32 = 1e-38;
+
+/// The largest magnitude. Those of floats are ordered as their bits are, and integers take any order of comparisons.
+#[inline(always)]
+fn largest_magnitude(values: &[f32]) -> f32 {
+    f32::from_bits(values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7FFF_FFFF)))
 }
 
 per_cpu! {
-    fn largest_magnitude(values: &[f32]) -> f32 {
-        let mut most = 0f32;
-        let (chunks, rest) = values.as_chunks::<16>();
-        let mut lanes = [0f32; 16];
-        for chunk in chunks {
-            for lane in 0..16 {
-                let magnitude = chunk[lane].abs();
-                lanes[lane] = if magnitude > lanes[lane] { magnitude } else { lanes[lane] };
-            }
+    fn finite(values: &[f32]) -> bool {
+        largest_magnitude(values).is_finite()
+    }
+}
+
+/// How the values of a block are brought to -1..1: bitsandbytes multiplies, and divides in a block that is shorter than the others.
+#[derive(Clone, Copy)]
+enum Scaling {
+    By(f32),
+    Over(f32),
+}
+
+/// The scaling of a block, and the scale to store.
+#[inline(always)]
+fn scaling(values: &[f32], block_len: usize) -> (Scaling, f32) {
+    let absmax = largest_magnitude(values);
+    let least = absmax.max(LEAST);
+    if values.len() < block_len { (Scaling::Over(least), least) } else { (Scaling::By(1.0 / least), absmax) }
+}
+
+/// For each value the number of borders below it, at most 64 of them.
+#[inline(always)]
+fn levels(values: &[f32], scaling: Scaling, borders: &[f32; 15], indices: &mut [u8; 64]) {
+    let mut scaled = [0f32; 64];
+    match scaling {
+        Scaling::By(factor) => scaled.iter_mut().zip(values).for_each(|(scaled, value)| *scaled = value * factor),
+        Scaling::Over(divisor) => scaled.iter_mut().zip(values).for_each(|(scaled, value)| *scaled = value / divisor),
+    }
+    for (index, scaled) in indices.iter_mut().zip(&scaled) {
+        let mut count = 0_u32;
+        for border in borders {
+            count += u32::from(scaled > border);
         }
-        most = most.max(largest(&lanes));
-        for value in rest {
-            most = most.max(value.abs());
-        }
-        most
+        *index = count as u8;
     }
 }
 
 per_cpu! {
-    /// The number of borders below each value, once it is scaled: by a factor, or by a divisor.
-    fn levels(values: &[f32], scale: f32, divide: bool, borders: &[f32], indices: &mut [u8]) {
-        let (chunks, rest) = values.as_chunks::<16>();
-        let (outs, out_rest) = indices.as_chunks_mut::<16>();
-        for (values, out) in chunks.iter().zip(outs) {
-            let mut scaled = [0f32; 16];
-            let mut counts = [0_u32; 16];
-            for lane in 0..16 {
-                scaled[lane] = if divide { values[lane] / scale } else { values[lane] * scale }.clamp(-1.0, 1.0);
-            }
-            for border in borders {
-                for lane in 0..16 {
-                    counts[lane] += u32::from(scaled[lane] > *border);
+    /// Blocks of values to indices of 4 bits.
+    fn nibbles(values: &[f32], block_len: usize, borders: &[f32; 15], codes: &mut [u8], absmax: &mut [f32]) {
+        // What no value fills at the end holds the index of 0.
+        let zero = borders.iter().filter(|border| 0.0 > **border).count() as u8;
+        let mut indices = [0_u8; 64];
+        for (block, (values, absmax)) in values.chunks(block_len).zip(absmax).enumerate() {
+            let (scaling, scale) = scaling(values, block_len);
+            *absmax = scale;
+            for (part, values) in values.chunks(indices.len()).enumerate() {
+                levels(values, scaling, borders, &mut indices);
+                let indices = &indices[..values.len()];
+                let at = block * block_len + part * 64;
+                if at.is_multiple_of(2) {
+                    let codes = &mut codes[at / 2..];
+                    let (pairs, single) = indices.as_chunks::<2>();
+                    for (code, [first, second]) in codes.iter_mut().zip(pairs) {
+                        *code = first << 4 | second;
+                    }
+                    if let [last] = single {
+                        codes[pairs.len()] = last << 4 | zero;
+                    }
+                } else {
+                    // A block that starts in the middle of a byte.
+                    for (at, index) in (at..).zip(indices) {
+                        let code = &mut codes[at / 2];
+                        *code = if at.is_multiple_of(2) { index << 4 | zero } else { *code & 0xF0 | index };
+                    }
                 }
             }
-            for lane in 0..16 {
-                out[lane] = counts[lane] as u8;
-            }
         }
-        for (value, index) in rest.iter().zip(out_rest) {
-            let scaled = if divide { value / scale } else { value * scale }.clamp(-1.0, 1.0);
-            *index = borders.iter().filter(|border| scaled > **border).count() as u8;
+    }
+}
+
+per_cpu! {
+    /// Blocks of values to indices of 8 bits into any code book.
+    fn bytes(values: &[f32], block_len: usize, borders: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
+        for ((values, codes), absmax) in values.chunks(block_len).zip(codes.chunks_mut(block_len)).zip(absmax) {
+            let (scaling, scale) = scaling(values, block_len);
+            *absmax = scale;
+            for (code, value) in codes.iter_mut().zip(values) {
+                let scaled = match scaling {
+                    Scaling::By(factor) => value * factor,
+                    Scaling::Over(divisor) => value / divisor,
+                };
+                *code = borders.partition_point(|border| *border < scaled) as u8;
+            }
         }
     }
 }
 
 per_cpu! {
     /// `round(x (1 / absmax · 127))`, ties to even, as indices from 0 for -127.
-    fn integers(values: &[f32], absmax: f32, codes: &mut [u8]) {
+    fn integers(values: &[f32], block_len: usize, codes: &mut [u8], absmax: &mut [f32]) {
         // Adding and taking off 1.5 · 2^23 rounds to an integer, ties to even.
         const SHIFT: f32 = 12_582_912.0;
-        let factor = if absmax > 0.0 { 1.0 / absmax * 127.0 } else { 0.0 };
-        for (value, code) in values.iter().zip(codes) {
-            let rounded = (value * factor + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
-            *code = (rounded.clamp(-127, 127) + 127) as u8;
+        for ((values, codes), absmax) in values.chunks(block_len).zip(codes.chunks_mut(block_len)).zip(absmax) {
+            *absmax = largest_magnitude(values);
+            // Below 3.7e-37 the factor would be infinite; such a block is all zeros, as it is to bitsandbytes.
+            let factor = 1.0 / *absmax * 127.0;
+            let factor = if factor.is_finite() { factor } else { 0.0 };
+            for (value, code) in values.iter().zip(codes) {
+                let rounded = (value * factor + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
+                *code = (rounded.clamp(-127, 127) + 127) as u8;
+            }
         }
     }
 }
@@ -200,25 +223,43 @@ pub(super) fn mean(absmax: &[f32]) -> f32 {
     (absmax.iter().map(|value| f64::from(*value)).sum::<f64>() / absmax.len().max(1) as f64) as f32
 }
 
-/// Scales in 8 bits: less their mean, over blocks, each the nearest level as bitsandbytes finds it.
+/// Scales in 8 bits: less their mean, over blocks, each at the level that bitsandbytes finds.
+///
+/// Its `quantize_blockwise` on a CPU does not search for the nearest level but looks it up by the nearest of 2^16 places in
+/// -1..1 (`csrc/cpu_ops.cpp`, `build_quantize_lut` and `norm_to_lut_index`), so close to zero a level can be another one.
 pub(super) fn nested(absmax: &[f32], block: usize, code: &[f32], offset: f32) -> EncodedScales {
+    const PLACES: usize = 1 << 16;
+    const LAST: f32 = (PLACES - 1) as f32;
+    let borders: Vec<f32> = code.windows(2).map(|pair| 0.5 * (pair[0] + pair[1])).collect();
+    let value = |place: usize| -1.0 + 2.0 * place as f32 / LAST;
+    let mut places = vec![0_u8; PLACES];
+    let mut from = 0;
+    for (index, border) in borders.iter().enumerate() {
+        // Where values above this border begin: about here, and not before.
+        let mut to = (((border + 1.0) * 0.5 * LAST) as usize).saturating_sub(2).clamp(from, PLACES);
+        while to < PLACES && value(to) <= *border {
+            to += 1;
+        }
+        places[from..to].fill(index as u8);
+        from = to;
+    }
+    places[from..].fill(borders.len() as u8);
     let mut codes = vec![0_u8; absmax.len()];
     let mut scales = Vec::with_capacity(absmax.len().div_ceil(block));
-    for (values, codes) in absmax.chunks(block).zip(codes.chunks_mut(block)) {
-        let most = values.iter().map(|value| (value - offset).abs()).fold(0f32, f32::max);
-        for (value, index) in values.iter().zip(codes) {
-            // Where all are the mean, any level times zero is right; bitsandbytes takes the first.
-            let normed = if most > 0.0 { (value - offset) / most } else { -1.0 };
-            // bitsandbytes looks the level up in a table of 2^16 places; so what counts is the place, not the value.
-            const PLACES: f32 = 65_535.0;
-            let place = ((normed + 1.0) * (PLACES / 2.0) + 0.5).floor();
-            let normed = f64::from(place) / f64::from(PLACES / 2.0) - 1.0;
-            let right = code.partition_point(|level| f64::from(*level) <= normed);
-            let left = right.saturating_sub(1);
-            let distance = |at: usize| (normed - f64::from(code[at])).abs();
-            *index = if right < code.len() && distance(right) < distance(left) { right } else { left } as u8;
-        }
+    let mut values = Vec::with_capacity(block);
+    for (absmax, codes) in absmax.chunks(block).zip(codes.chunks_mut(block)) {
+        values.clear();
+        values.extend(absmax.iter().map(|value| value - offset));
+        let most = largest_magnitude(&values);
         scales.push(most);
+        if most == 0.0 {
+            continue; // Any level times zero is right; the first, as theirs.
+        }
+        let factor = 1.0 / most;
+        for (value, code) in values.iter().zip(codes) {
+            let scaled = (value * factor).clamp(-1.0, 1.0);
+            *code = places[((scaled + 1.0) * 0.5 * LAST + 0.5) as usize];
+        }
     }
     EncodedScales::Nested { codes, absmax: scales, offset }
 }

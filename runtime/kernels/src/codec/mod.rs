@@ -286,6 +286,7 @@ mod tests {
                 include_bytes!(concat!("../../../../tests/fixtures/codec/ties-", $ending)),
                 include_bytes!(concat!("../../../../tests/fixtures/codec/halves-", $ending)),
                 include_bytes!(concat!("../../../../tests/fixtures/codec/many-blocks-", $ending)),
+                include_bytes!(concat!("../../../../tests/fixtures/codec/tiny-", $ending)),
             ]
         };
     }
@@ -309,6 +310,15 @@ mod tests {
             let wanted = EncodedScales::Nested { codes: nested_codes.to_vec(), absmax: floats(nested_absmax), offset };
             assert_eq!(nested(&absmax, block, &code, offset), wanted, "{rows} x {cols}");
         }
+    }
+
+    /// Close to an edge between two levels it shows by which operations bitsandbytes comes to a level.
+    #[test]
+    fn nested_scales_are_those_of_bitsandbytes_at_every_edge_between_levels() {
+        let file = include_bytes!("../../../../tests/fixtures/codec/edges.bin");
+        let [values, codes, absmax] = parts(file, 0)[..] else { panic!("three parts") };
+        let wanted = EncodedScales::Nested { codes: codes.to_vec(), absmax: floats(absmax), offset: 0.0 };
+        assert_eq!(nested(&floats(values), 256, &dynamic_code(), 0.0), wanted);
     }
 
     #[test]

@@ -80,7 +80,7 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, epsilon, .. } = self.config;
         let exponent = self.updates as f64;
         let (correction1, correction2) = (1.0 - beta1.powf(exponent), 1.0 - beta2.powf(exponent));
-        for state in &mut self.states {
+        self.states.par_iter_mut().try_for_each(|state| {
             let param = &adaptation.params[state.param];
             let gradient = gradients.get(state.param);
             let gradient = gradient.with_context(|| format!("parameter `{}` has no gradient", param.spec.tensor))?;
@@ -96,9 +96,8 @@ impl AdamW {
                 root_correction2: correction2.sqrt() as f32,
                 epsilon: epsilon as f32,
             };
-            apply(&param.var, gradient, update, &mut state.m, &mut state.v)?;
-        }
-        Ok(())
+            apply(&param.var, gradient, update, &mut state.m, &mut state.v)
+        })
     }
 }
 

@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
-use candle_core::DType;
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::adaptation::Adaptation;
+use crate::adaptation::{Adaptation, Param};
 use crate::batch::Batch;
 use crate::block::{Blocks, Compute, Gradients, Outcome};
 use crate::data::Example;
@@ -278,13 +279,17 @@ impl<'a> Run<'a> {
 
     /// Norm of all gradients together; watches for parameters that get none.
     fn norm(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<f64> {
+        let trainable = self.adaptation.params.iter().enumerate().filter(|(_, param)| param.spec.trainable);
+        let trainable: Vec<(usize, &Param)> = trainable.collect();
+        // Each parameter's share is summed by one thread, and the shares in order.
+        let squares = trainable.par_iter().map(|(index, _)| gradients.get(*index).map(sum_of_squares).transpose());
+        let squares: Vec<Option<f64>> = squares.collect::<Result<_>>()?;
         let mut total = 0.0;
-        for (index, param) in self.adaptation.params.iter().enumerate().filter(|(_, param)| param.spec.trainable) {
+        for ((index, param), squared) in trainable.into_iter().zip(squares) {
             let name = &param.spec.tensor;
-            let Some(gradient) = gradients.get(index) else {
+            let Some(squared) = squared else {
                 bail!("parameter `{name}` gets no gradient: the recipe does not depend on it, or cuts it off");
             };
-            let squared = gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
             total += squared;
             if let Some(idle) = self.idle_updates[index] {
                 self.idle_updates[index] = match (squared == 0.0, learning_rate > 0.0) {
@@ -299,6 +304,15 @@ impl<'a> Run<'a> {
         }
         Ok(total.sqrt())
     }
+}
+
+/// Σ g², in f64.
+fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
+    let gradient = gradient.flatten_all()?;
+    Ok(match gradient.dtype() {
+        DType::F32 => gradient.to_vec1::<f32>()?.iter().map(|g| f64::from(*g).powi(2)).sum(),
+        _ => gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?,
+    })
 }
 
 /// Loss over examples, without gradients: a mean over all trained tokens.

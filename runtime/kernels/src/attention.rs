@@ -63,6 +63,9 @@ impl Attention<'_> {
         let (heads, kv_heads) = (self.heads, self.kv_heads);
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads for {kv_heads}");
         assert!(self.head_dim > 0 && self.head_dim.is_multiple_of(2), "a head of {}", self.head_dim);
+        let width = kv_heads.checked_mul(2).and_then(|both| both.checked_add(heads)?.checked_mul(self.head_dim));
+        assert!(width.and_then(|width| width.checked_mul(rows)).is_some(), "{rows} rows of {heads} heads");
+        assert!(self.window != Some(0), "a query sees its own position");
         let mut end = 0;
         for sequence in self.sequences {
             assert!(sequence.start == end && sequence.end >= end, "sequences follow each other");
@@ -251,12 +254,16 @@ pub fn attention_backward<E: ProductElement>(
     shape.check(m);
     assert!(qkv.len() == m * row && d_qkv.len() == m * row && out.len() == m * heads * d);
     assert!(d_out.len() == out.len() && log_sums.len() == m * heads);
+    assert_eq!(table.head_dim(), d, "the table's heads are those that were rotated");
     let cpu = cpu();
     let d_keys = grown(&mut partial.keys, heads * m * d);
     let d_values = grown(&mut partial.values, heads * m * d);
     let (shared_keys, shared_values, shared) = (Shared::new(d_keys), Shared::new(d_values), Shared::new(d_qkv));
     for_each(shape.sequences.len() * heads, |task| {
         let (sequence, head) = (shape.sequences[task / heads].clone(), task % heads);
+        if sequence.is_empty() {
+            return;
+        }
         let (at, len) = ((head * m + sequence.start) * d, sequence.len() * d);
         // SAFETY: no two tasks have a head of a sequence in common.
         let gradients = unsafe { (shared_keys.slice(at, len), shared_values.slice(at, len)) };
@@ -316,7 +323,7 @@ fn backward_head<E: ProductElement>(
     let [query_at, key_at, value_at] = shape.places(head);
     let (out_row, out_at) = (shape.heads * d, head * d);
     let (words, strips, panel_words) = (d / E::PER_WORD, d.div_ceil(PANEL), PANEL / E::PER_WORD);
-    let Scratch { keys, values, scores, weights, packed, turned, sums } = scratch;
+    let Scratch { keys, scores, weights, packed, turned, sums, .. } = scratch;
     d_keys.fill(0.0);
     d_values.fill(0.0);
     // Keys by words of neighbouring positions: B of dq.
@@ -336,7 +343,6 @@ fn backward_head<E: ProductElement>(
     let (weights, pairs) = grown(weights, 3 * size).split_at_mut(2 * size);
     let (weights, d_scores) = E::of_words_mut(weights).split_at_mut(KEYS * PANEL);
     let d_queries = grown(sums, PANEL * d);
-    let _ = values;
     for from in sequence.clone().step_by(PANEL) {
         let block = from..sequence.end.min(from + PANEL);
         let nq = block.len();

@@ -83,10 +83,15 @@ pub fn cpu() -> Cpu {
 /// Runs `f` with the kernels that this thread calls kept to `cpu`, or to what the processor has of it: for tests that
 /// hold one path to another.
 pub fn with_cpu<R>(cpu: Cpu, f: impl FnOnce() -> R) -> R {
-    let before = FORCED.replace(Some(cpu.min(Cpu::detected())));
-    let result = f();
-    FORCED.set(before);
-    result
+    /// Puts back what was before, also when `f` panics.
+    struct Before(Option<Cpu>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            FORCED.set(self.0);
+        }
+    }
+    let _before = Before(FORCED.replace(Some(cpu.min(Cpu::detected()))));
+    f()
 }
 
 /// Writes a function whose body is compiled for each instruction set, with the one to use as its first argument.

@@ -42,6 +42,8 @@ per_cpu! {
 
 /// Loss of each row (n) in nats from logits (n, v), each less its target's; and whether no logit is above the target's.
 ///
+/// A NaN in a row, or an infinity above its target, makes its loss one, and a row of such a loss is not right.
+///
 /// With a `scale`, the logits are replaced by the gradient of `scale` times the sum of the losses: `scale (softmax − onehot)`.
 ///
 /// # Panics
@@ -55,7 +57,8 @@ pub fn cross_entropy<E: Element>(
     right: &mut [bool],
 ) {
     let n = targets.len();
-    assert!(logits.len() == n * v && losses.len() == n && right.len() == n, "{n} rows of {v}");
+    assert_eq!(Some(logits.len()), n.checked_mul(v), "{n} rows of {v}");
+    assert!(losses.len() == n && right.len() == n, "{n} rows");
     assert!(targets.iter().all(|target| (*target as usize) < v), "a target is one of {v} tokens");
     let cpu = cpu();
     let (logits, losses, right) = (Shared::new(logits), Shared::new(losses), Shared::new(right));
@@ -71,17 +74,19 @@ pub fn cross_entropy<E: Element>(
 
 per_cpu! {
     fn one_row<E: Element>(logits: &mut [E], target: usize, scale: Option<f32>) -> (f32, bool) {
-        // By definition; what a product made of it differs in the last bits.
-        logits[target] = E::of(0.0);
+        // By definition; what a product made of it differs in the last bits. But ∞ − ∞, of a run that diverges, stays NaN.
+        logits[target] = E::of(0.0 * logits[target].wide());
         let top = largest(logits);
         let total = sum(logits, |logit| exp(logit - top));
         let loss = top + total.ln();
         if let Some(scale) = scale {
+            // By way of the largest logit and not of the loss, whose rounding grows with it.
+            let share = scale / total;
             for logit in logits.iter_mut() {
-                *logit = E::of(scale * exp(logit.wide() - loss));
+                *logit = E::of(share * exp(logit.wide() - top));
             }
-            logits[target] = E::of(scale * (exp(-loss) - 1.0));
+            logits[target] = E::of(share * exp(-top) - scale);
         }
-        (loss, top <= 0.0)
+        (loss, top <= 0.0 && !loss.is_nan())
     }
 }

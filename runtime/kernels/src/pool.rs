@@ -2,14 +2,19 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::cpu::{cpu, with_cpu};
+
 /// Threads that share the work.
 pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 
 /// Runs `f` as one of the pool's threads, so that the many short tasks it starts find the others awake and itself at work.
+///
+/// It is kept to the instructions that this thread is kept to, see [`with_cpu`](crate::with_cpu).
 pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| f())
+    let cpu = cpu();
+    rayon::scope(|_| with_cpu(cpu, f))
 }
 
 /// Calls `f` with each number below `tasks`, on all threads, in no particular order but started in ascending order.

@@ -147,7 +147,7 @@ impl Default for Finish<'_> {
 /// Computes `m` rows of all `columns` into `out`, whose rows are `step` values apart.
 ///
 /// # Panics
-/// When sizes disagree, a sum has more terms than a tile takes, or a depth is odd for bf16.
+/// When sizes disagree, columns overlap, a sum has more terms than a tile takes, or a depth is odd for bf16.
 pub fn product<E: ProductElement>(
     m: usize,
     columns: &[Columns<'_, E>],
@@ -155,8 +155,8 @@ pub fn product<E: ProductElement>(
     step: usize,
     finish: Finish,
 ) {
-    let mut end = 0;
-    for columns in columns {
+    let (mut end, columns_before) = (0, columns);
+    for (index, columns) in columns.iter().enumerate() {
         let first = columns.terms.first().expect("a sum has a term");
         let n = first.width();
         assert!(columns.terms.len() <= SEGMENTS_MAX / 2, "a sum of {} terms", columns.terms.len());
@@ -164,15 +164,20 @@ pub fn product<E: ProductElement>(
             let (depth, left) = (term.depth(), term.left);
             assert!(term.width() == n && depth.is_multiple_of(E::PER_WORD), "a term of {} x {depth}", term.width());
             assert!(depth <= left.step || m <= 1, "rows of {} values for a depth of {depth}", left.step);
-            assert!(m == 0 || left.at + (m - 1) * left.step + depth <= left.values.len(), "A is short");
+            assert!(fits(m, left.at, left.step, depth, left.values.len()), "A is short");
             if let Right::Dense { values, cols } = term.right {
                 assert!(cols > 0 && values.len().is_multiple_of(cols), "W is not whole rows of {cols}");
             }
         }
-        assert!(columns.at + n <= step && columns.bias.is_none_or(|bias| bias.len() == n), "columns out of place");
+        assert!(fits(1, columns.at, 0, n, step), "columns out of place");
+        assert!(columns.bias.is_none_or(|bias| bias.len() == n), "a bias for each of {n} columns");
+        for other in &columns_before[..index] {
+            let other = other.at..other.at + other.terms[0].width();
+            assert!(columns.at >= other.end || columns.at + n <= other.start, "columns {other:?} are written twice");
+        }
         end = end.max(columns.at + n);
     }
-    assert!(m == 0 || (m - 1) * step + end <= out.len(), "the output is short");
+    assert!(fits(m, 0, step, end, out.len()), "the output is short");
     assert!(finish.row_add.is_none_or(|values| values.len() >= m), "an addend for every row");
     if m == 0 {
         return;
@@ -203,6 +208,13 @@ pub fn product<E: ProductElement>(
             unsafe { run(cpu, task, &columns[task.columns], store.get(), scratch) };
         });
     });
+}
+
+/// Whether `m` rows of `width` values, the first at `at` and the others `step` apart, lie within `len`.
+fn fits(m: usize, at: usize, step: usize, width: usize, len: usize) -> bool {
+    let Some(last) = m.checked_sub(1) else { return true };
+    let end = last.checked_mul(step).and_then(|start| start.checked_add(at)?.checked_add(width));
+    end.is_some_and(|end| end <= len)
 }
 
 /// An output that tasks share.
@@ -331,7 +343,7 @@ unsafe fn run<E: ProductElement>(
                 let out = &mut panel[at * PANEL..(at + piece.words) * PANEL];
                 let depth = piece.words * E::PER_WORD;
                 match (&shared, term.right) {
-                    (Some(all), Right::Frozen(_)) => {
+                    (Some(all), Right::Frozen(_)) if !term.transposed => {
                         let values = &E::of_words(all)[starts..starts + depth * task.width];
                         pack_rows(cpu, &values[from..], task.width, depth, width, out);
                         starts += depth * task.width;
@@ -516,7 +528,8 @@ unsafe fn pack_all(cpu: Cpu, row: impl Fn(usize) -> *const u8, width: usize, wor
     unsafe { pack_columns(cpu, &rows[..width], words, out) }
 }
 
-/// Decodes the frozen pieces of a group for all columns of a wide task: (values of the sum, width), one piece after another.
+/// Decodes the backward pieces of frozen weights in a group for all columns of a wide task: (values of the sum, width), one
+/// piece after another.
 fn decode_wide<'s, E: ProductElement>(
     cpu: Cpu,
     task: &Task,
@@ -525,7 +538,8 @@ fn decode_wide<'s, E: ProductElement>(
     decoded: &'s mut Vec<u32>,
     floats: &mut Vec<f32>,
 ) -> &'s [u32] {
-    let frozen = || group.iter().filter(|piece| matches!(columns.terms[piece.term].right, Right::Frozen(_)));
+    let backward = |term: &Term<'_, E>| matches!(term.right, Right::Frozen(_)) && !term.transposed;
+    let frozen = || group.iter().filter(|piece| backward(&columns.terms[piece.term]));
     let total: usize = frozen().map(|piece| piece.words * task.width).sum();
     let all = grown(decoded, total);
     let values = E::of_words_mut(all);
@@ -554,11 +568,12 @@ pub fn outer<E: ProductElement>(
     scale: f32,
     c: &mut [f32],
 ) {
-    assert_eq!(c.len(), p * n, "the result of {p} x {n}");
+    assert_eq!(Some(c.len()), p.checked_mul(n), "the result of {p} x {n}");
     if m == 0 || p == 0 || n == 0 {
         return c.fill(0.0);
     }
-    assert!(d.at + (m - 1) * d.step + p <= d.values.len() && x.at + (m - 1) * x.step + n <= x.values.len());
+    assert!(fits(m, d.at, d.step, p, d.values.len()), "D is short");
+    assert!(fits(m, x.at, x.step, n, x.values.len()), "X is short");
     let cpu = cpu();
     let words = m.div_ceil(E::PER_WORD);
     let mut pairs = vec![0; words * p];
@@ -625,13 +640,17 @@ impl ProductElement for f32 {
     }
 
     fn decode(
-        _: Cpu,
+        cpu: Cpu,
         matrix: &Matrix<'_>,
         row: usize,
         cols: std::ops::Range<usize>,
         out: &mut [f32],
         _: &mut Vec<f32>,
     ) {
+        // By the caller's processor: a thread of the pool is not kept to one.
+        if let Some(coded) = &matrix.coded {
+            return coded.decode(cpu, row, cols, out);
+        }
         matrix.decode_part(row..row + 1, cols, out);
     }
 }

@@ -26,6 +26,11 @@ impl RotaryTable {
         self.cos.len() / self.half.max(1)
     }
 
+    /// Width of the heads that it rotates.
+    pub(crate) fn head_dim(&self) -> usize {
+        2 * self.half
+    }
+
     /// Cosines and sines of a position.
     pub(crate) fn at(&self, position: u32) -> (&[f32], &[f32]) {
         let at = position as usize * self.half..(position as usize + 1) * self.half;

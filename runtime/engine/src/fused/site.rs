@@ -202,11 +202,11 @@ impl<E: ProductElement> Site<E> {
                     outer(m, u, update.padded, dy, module.d_out, scale, &mut transposed);
                     // (padded, d_out) to (d_out, r).
                     let mut b = vec![0f32; module.d_out * update.r];
-                    for (i, b) in b.chunks_exact_mut(update.r).enumerate() {
+                    b.par_chunks_exact_mut(update.r).with_min_len(128).enumerate().for_each(|(i, b)| {
                         for (k, b) in b.iter_mut().enumerate() {
                             *b = transposed[k * module.d_out + i];
                         }
-                    }
+                    });
                     b
                 });
                 gradients.add_values(update.low_rank.b, b, &[module.d_out, update.r])?;

@@ -1,0 +1,443 @@
+//! Attention, forward and backward, against the whole matrix of scores in f64.
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use homeroom_kernels::{
+    Attention, Cpu, KeyValueGradients, ProductElement, RotaryTable, Stream, attention, attention_backward, bf16,
+};
+
+use super::{U, bits, close, cpus, is_gradient, narrow, normal, on_any_threads, on_threads, unit, wide};
+
+/// Lengths around tiles (6), blocks of queries (48), panels (64), blocks of keys (128) and chunks of queries (240).
+const LENGTHS: [usize; 9] = [1, 2, 47, 48, 0, 49, 65, 129, 300];
+const SHORT: [usize; 4] = [2, 65, 129, 1];
+
+fn sequences(lengths: &[usize]) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let each = lengths.iter().map(|len| {
+        end += len;
+        end - len..end
+    });
+    each.collect()
+}
+
+fn frequencies(half: usize) -> Vec<f32> {
+    (0..half).map(|i| 100f32.powf(-(i as f32) / half as f32)).collect()
+}
+
+/// Values and how far a right kernel may be from each.
+#[derive(Default)]
+struct Bounded {
+    values: Vec<f64>,
+    bounds: Vec<f64>,
+}
+
+impl Bounded {
+    fn zeros(n: usize) -> Self {
+        Self { values: vec![0.0; n], bounds: vec![0.0; n] }
+    }
+
+    /// `values[at..] += factor row`, where `factor` has an error and a sum of them a relative one.
+    fn add(&mut self, at: usize, factor: f64, error: f64, relative: f64, row: &[f64]) {
+        let bound = error + relative * factor.abs();
+        let (values, bounds) = (&mut self.values[at..][..row.len()], &mut self.bounds[at..][..row.len()]);
+        for (value, x) in values.iter_mut().zip(row) {
+            *value += factor * x;
+        }
+        for (error, x) in bounds.iter_mut().zip(row) {
+            *error += bound * x.abs();
+        }
+    }
+}
+
+struct Reference {
+    out: Bounded,
+    log_sums: Bounded,
+    d_qkv: Bounded,
+}
+
+/// Σ a b and Σ |a b|.
+fn dot(a: &[f64], b: &[f64]) -> [f64; 2] {
+    let terms = a.iter().zip(b).map(|(a, b)| a * b);
+    terms.fold([0.0; 2], |[sum, size], term| [sum + term, size + term.abs()])
+}
+
+/// With P = softmax(S), S = Q Kᵀ / √D and O = P V:
+///
+/// dV = Pᵀ dO; dP = dO Vᵀ; dS = P ∘ (dP − Σ_k P dP), as ∂P_k / ∂S_l = P_k ([k = l] − P_l), and Σ_k P_k dP_k = dO · O;
+/// dQ = dS K / √D; dK = dSᵀ Q / √D. A rotation's gradient is the rotation back.
+///
+/// `unit` is the error of rounding to the kernel's element, which out, P, dS and the results are.
+fn reference(
+    shape: &Attention,
+    qkv: &[f64],
+    d_out: &[f64],
+    positions: &[u32],
+    frequencies: &[f32],
+    unit: f64,
+) -> Reference {
+    let (d, heads, row, m) = (shape.head_dim, shape.heads, shape.row(), positions.len());
+    let (group, scale) = (heads / shape.kv_heads, (d as f64).powf(-0.5));
+    let mut out = Bounded::zeros(m * heads * d);
+    let mut log_sums = Bounded::zeros(heads * m);
+    let mut turned = Bounded::zeros(m * row);
+    for sequence in shape.sequences {
+        for head in 0..heads {
+            let key_at = (heads + head / group) * d;
+            let value_at = key_at + shape.kv_heads * d;
+            for query in sequence.clone() {
+                let first = query.saturating_sub(shape.window.unwrap_or(usize::MAX) - 1).max(sequence.start);
+                let seen = first..query + 1;
+                let q = &qkv[query * row + head * d..][..d];
+                let at = |r: usize, column: usize| &qkv[r * row + column..][..d];
+                let scores: Vec<[f64; 2]> = seen.clone().map(|r| dot(q, at(r, key_at)).map(|x| x * scale)).collect();
+                let top = scores.iter().map(|s| s[0]).fold(f64::NEG_INFINITY, f64::max);
+                let log_sum = top + scores.iter().map(|s| (s[0] - top).exp()).sum::<f64>().ln();
+                let n = scores.len() as f64;
+                // Errors of a score, of a weight, of sums over the keys.
+                let largest = scores.iter().map(|s| s[1]).fold(0.0, f64::max);
+                let of_score = U * (d as f64 + 8.0) * largest;
+                let of_weight = 2.0 * of_score + U * (n / 32.0 + 40.0 + 4.0 * log_sum.abs());
+                let of_sum = U * (n + 16.0);
+                log_sums.values[head * m + query] = log_sum;
+                log_sums.bounds[head * m + query] = of_score + U * (n / 32.0 + 12.0 + 4.0 * log_sum.abs());
+
+                let weights: Vec<f64> = scores.iter().map(|s| (s[0] - log_sum).exp()).collect();
+                let place = (query * heads + head) * d;
+                for (r, weight) in seen.clone().zip(&weights) {
+                    out.add(place, *weight, 0.0, of_weight + of_sum + unit, at(r, value_at));
+                }
+                for (value, bound) in out.values[place..][..d].iter().zip(&mut out.bounds[place..][..d]) {
+                    *bound += unit * (value.abs() + *bound);
+                }
+
+                let d_o = &d_out[place..][..d];
+                let [mean, size] = dot(d_o, &out.values[place..][..d]);
+                let of_mean = dot(d_o, &out.bounds[place..][..d])[1] + U * (d as f64 + 8.0) * size;
+                for (r, weight) in seen.zip(weights) {
+                    let [d_weight, size] = dot(d_o, at(r, value_at));
+                    let of_d_weight = U * (d as f64 + 8.0) * size;
+                    let d_score = weight * (d_weight - mean);
+                    let error = d_score.abs() * (of_weight + 4.0 * U) + weight * (of_d_weight + of_mean);
+                    let error = scale * (error + unit * (d_score.abs() + error));
+                    let (d_score, sums) = (scale * d_score, of_sum + 8.0 * U);
+                    turned.add(query * row + head * d, d_score, error, sums, at(r, key_at));
+                    turned.add(r * row + key_at, d_score, error, sums, q);
+                    turned.add(r * row + value_at, weight, 0.0, of_weight + sums + unit, d_o);
+                }
+            }
+        }
+    }
+    let mut d_qkv = Bounded::zeros(m * row);
+    for i in 0..m * row {
+        let (r, head, channel) = (i / row, i % row / d, i % d);
+        if head >= heads + shape.kv_heads {
+            d_qkv.values[i] = turned.values[i];
+            d_qkv.bounds[i] = turned.bounds[i];
+        } else {
+            let other = i - channel + (channel + d / 2) % d;
+            let angle = f64::from(positions[r] as f32 * frequencies[channel % (d / 2)]);
+            let sign = if channel < d / 2 { 1.0 } else { -1.0 };
+            d_qkv.values[i] = turned.values[i] * angle.cos() + sign * turned.values[other] * angle.sin();
+            d_qkv.bounds[i] = turned.bounds[i]
+                + turned.bounds[other]
+                + 4.0 * U * (turned.values[i].abs() + turned.values[other].abs());
+        }
+        d_qkv.bounds[i] += unit * (d_qkv.values[i].abs() + d_qkv.bounds[i]);
+    }
+    Reference { out, log_sums, d_qkv }
+}
+
+/// Queries and keys turned by their positions.
+fn rotated(shape: &Attention, x: &[f64], positions: &[u32], frequencies: &[f32]) -> Vec<f64> {
+    let (d, row) = (shape.head_dim, shape.row());
+    let turn = |i: usize| {
+        let (r, head, channel) = (i / row, i % row / d, i % d);
+        if head >= shape.heads + shape.kv_heads {
+            return x[i];
+        }
+        let angle = f64::from(positions[r] as f32 * frequencies[channel % (d / 2)]);
+        let sign = if channel < d / 2 { -1.0 } else { 1.0 };
+        x[i] * angle.cos() + sign * x[i - channel + (channel + d / 2) % d] * angle.sin()
+    };
+    (0..x.len()).map(turn).collect()
+}
+
+#[test]
+fn the_plain_backward_is_the_derivative_of_the_plain_forward() {
+    let mut stream = Stream::new(51, 0);
+    let sequences = sequences(&[2, 5]);
+    for window in [None, Some(2)] {
+        let shape = Attention { sequences: &sequences, heads: 4, kv_heads: 2, head_dim: 6, window };
+        let positions = [0, 1, 3, 4, 5, 6, 7];
+        let frequencies = frequencies(3);
+        let mut some = |n: usize| -> Vec<f64> { (0..n).map(|_| stream.normal()).collect() };
+        let (x, d_out) = (some(7 * shape.row()), some(7 * 4 * 6));
+        let run = |x: &[f64]| {
+            let qkv = rotated(&shape, x, &positions, &frequencies);
+            reference(&shape, &qkv, &d_out, &positions, &frequencies, 0.0)
+        };
+        is_gradient(|x| dot(&run(x).out.values, &d_out)[0], &x, &run(&x).d_qkv.values, 0..x.len());
+    }
+}
+
+/// What the kernels give for a batch.
+#[derive(Clone, PartialEq)]
+struct Results {
+    out: Vec<u32>,
+    log_sums: Vec<u32>,
+    d_qkv: Vec<u32>,
+}
+
+/// What they are given.
+#[derive(Clone)]
+struct Given<E> {
+    qkv: Vec<E>,
+    d_out: Vec<E>,
+    positions: Vec<u32>,
+    table: RotaryTable,
+}
+
+impl<E: ProductElement> Given<E> {
+    fn random(shape: &Attention, stream: &mut Stream) -> Self {
+        let m = shape.sequences.last().map_or(0, |last| last.end);
+        let d_out = narrow(&normal(m * shape.heads * shape.head_dim, 1.0, stream));
+        let qkv = narrow(&normal(m * shape.row(), 1.5, stream));
+        // A sequence need not start at its beginning.
+        let positions =
+            shape.sequences.iter().enumerate().flat_map(|(i, rows)| (0..rows.len()).map(move |j| (3 * i + j) as u32));
+        Self {
+            qkv,
+            d_out,
+            positions: positions.collect(),
+            table: RotaryTable::new(400, &frequencies(shape.head_dim / 2)),
+        }
+    }
+
+    fn run(&self, shape: &Attention, partial: &mut KeyValueGradients) -> Results {
+        let m = self.positions.len();
+        let nan = E::of(f32::NAN);
+        let (mut out, mut log_sums) = (vec![nan; self.d_out.len()], vec![f32::NAN; shape.heads * m]);
+        attention(shape, &self.qkv, &mut out, &mut log_sums);
+        let mut d_qkv = vec![nan; self.qkv.len()];
+        let turn = (&self.positions[..], &self.table);
+        attention_backward(shape, &self.qkv, &out, &log_sums, &self.d_out, turn, partial, &mut d_qkv);
+        Results { out: bits(&out), log_sums: bits(&log_sums), d_qkv: bits(&d_qkv) }
+    }
+}
+
+impl Results {
+    /// What belongs to some rows.
+    fn part(&self, shape: &Attention, rows: Range<usize>) -> Results {
+        let m = self.log_sums.len() / shape.heads;
+        let of = |values: &[u32], width: usize| values[rows.start * width..rows.end * width].to_vec();
+        Results {
+            out: of(&self.out, shape.heads * shape.head_dim),
+            log_sums: self.log_sums.chunks_exact(m).flat_map(|head| &head[rows.clone()]).copied().collect(),
+            d_qkv: of(&self.d_qkv, shape.row()),
+        }
+    }
+}
+
+fn check<E: ProductElement>(lengths: &[usize], [heads, kv_heads, head_dim]: [usize; 3], window: Option<usize>) {
+    let mut stream = Stream::new(52, (head_dim + window.unwrap_or(0)) as u64);
+    let sequences = sequences(lengths);
+    let shape = Attention { sequences: &sequences, heads, kv_heads, head_dim, window };
+    let given = Given::<E>::random(&shape, &mut stream);
+    let expected = reference(
+        &shape,
+        &wide(&given.qkv),
+        &wide(&given.d_out),
+        &given.positions,
+        &frequencies(head_dim / 2),
+        unit::<E>(),
+    );
+    for cpu in cpus() {
+        let label = format!("attention of {heads} {kv_heads} {head_dim} window {window:?} {cpu:?}");
+        let result = on_any_threads(cpu, &label, || given.run(&shape, &mut KeyValueGradients::default()));
+        let compare = |name: &str, got: &[u32], expected: &Bounded| {
+            let got: Vec<f32> = got.iter().map(|bits| f32::from_bits(*bits)).collect();
+            close(&format!("{name}, {label}"), &got, &expected.values, &expected.bounds);
+        };
+        compare("out", &result.out, &expected.out);
+        compare("sums", &result.log_sums, &expected.log_sums);
+        compare("gradients", &result.d_qkv, &expected.d_qkv);
+        others_do_not_matter(&shape, &given, &result, cpu);
+    }
+}
+
+/// A sequence whose neighbours have other values, or another place, has the same bits.
+fn others_do_not_matter<E: ProductElement>(shape: &Attention, given: &Given<E>, result: &Results, cpu: Cpu) {
+    let sequences = shape.sequences;
+    if sequences.is_empty() {
+        return;
+    }
+    let changed = sequences.len() / 2;
+    let rows = sequences[changed].clone();
+    let mut other = given.clone();
+    let of = |width: usize| rows.start * width..rows.end * width;
+    for value in other.qkv[of(shape.row())].iter_mut().chain(&mut other.d_out[of(shape.heads * shape.head_dim)]) {
+        *value = E::of(3.0 - 2.0 * value.wide());
+    }
+    let changed_result = on_threads(cpu, 2, || other.run(shape, &mut KeyValueGradients::default()));
+    for (i, rows) in sequences.iter().enumerate() {
+        let same = changed_result.part(shape, rows.clone()) == result.part(shape, rows.clone());
+        assert!(same == (i != changed || rows.is_empty()), "{cpu:?}: sequence {i} when {changed} changes");
+    }
+
+    // Backwards through the batch.
+    let order: Vec<usize> = (0..sequences.len()).rev().collect();
+    let moved = super::attention::sequences(&order.iter().map(|i| sequences[*i].len()).collect::<Vec<usize>>());
+    let gather = |values: &[E], width: usize| -> Vec<E> {
+        let rows = order.iter().flat_map(|i| &values[sequences[*i].start * width..sequences[*i].end * width]);
+        rows.copied().collect()
+    };
+    let positions = order.iter().flat_map(|i| &given.positions[sequences[*i].clone()]).copied().collect();
+    let elsewhere = Given {
+        qkv: gather(&given.qkv, shape.row()),
+        d_out: gather(&given.d_out, shape.heads * shape.head_dim),
+        positions,
+        table: given.table.clone(),
+    };
+    let moved_shape = Attention { sequences: &moved, ..*shape };
+    let moved_result = on_threads(cpu, 2, || elsewhere.run(&moved_shape, &mut KeyValueGradients::default()));
+    for (place, i) in moved.iter().zip(&order) {
+        let same = moved_result.part(shape, place.clone()) == result.part(shape, sequences[*i].clone());
+        assert!(same, "{cpu:?}: sequence {i} elsewhere differs");
+    }
+}
+
+fn check_all<E: ProductElement>() {
+    for window in [None, Some(1), Some(5), Some(64), Some(100)] {
+        check::<E>(&LENGTHS, [6, 2, 16], window);
+        check::<E>(&SHORT, [6, 2, 64], window);
+    }
+    check::<E>(&LENGTHS, [3, 1, 6], None);
+    check::<E>(&SHORT, [2, 2, 6], Some(64));
+    check::<E>(&LENGTHS, [2, 1, 64], None);
+    check::<E>(&SHORT, [6, 2, 80], None);
+    check::<E>(&SHORT, [2, 1, 80], Some(100));
+    check::<E>(&SHORT, [6, 2, 128], None);
+    check::<E>(&SHORT, [2, 2, 128], Some(5));
+    check::<E>(&[], [2, 1, 16], None);
+}
+
+#[test]
+fn attention_equals_all_scores_in_f64_f32() {
+    check_all::<f32>();
+}
+
+#[test]
+fn attention_equals_all_scores_in_f64_bf16() {
+    check_all::<bf16>();
+}
+
+/// Scores so far apart that all but one weight vanish, either way.
+#[test]
+fn extreme_scores_pick_one_key() {
+    fn check<E: ProductElement>() {
+        let rows = 0..70;
+        let shape =
+            Attention { sequences: std::slice::from_ref(&rows), heads: 1, kv_heads: 1, head_dim: 2, window: None };
+        for sign in [1.0, -1.0] {
+            // The score of key k is ±300 k / √2 and its value k.
+            let qkv = (0..70).flat_map(|k| [300.0, 0.0, sign * k as f32, 0.0, k as f32, 1.0]);
+            let qkv: Vec<f32> = qkv.collect();
+            for cpu in cpus() {
+                on_any_threads(cpu, "", || {
+                    let (mut out, mut log_sums) = (vec![E::of(f32::NAN); 140], vec![f32::NAN; 70]);
+                    attention(&shape, &narrow::<E>(&qkv), &mut out, &mut log_sums);
+                    for query in 0..70 {
+                        let picked = if sign > 0.0 { query as f32 } else { 0.0 };
+                        let (value, one) = (out[2 * query].wide(), out[2 * query + 1].wide());
+                        assert!((value - picked).abs() < 1e-30 && one == 1.0, "{cpu:?} {query}: {value} {one}");
+                    }
+                });
+            }
+        }
+    }
+    check::<f32>();
+    check::<bf16>();
+}
+
+/// A NaN shows in its sequence, and there alone.
+#[test]
+fn what_is_not_finite_stays_in_its_sequence() {
+    fn check<E: ProductElement>() {
+        let mut stream = Stream::new(53, 0);
+        let sequences = sequences(&[5, 70, 3]);
+        let shape = Attention { sequences: &sequences, heads: 4, kv_heads: 2, head_dim: 16, window: None };
+        let given = Given::<E>::random(&shape, &mut stream);
+        for cpu in cpus() {
+            let clean = on_threads(cpu, 2, || given.run(&shape, &mut KeyValueGradients::default()));
+            // A query's, a key's and a value's channel in row 20 of the batch.
+            for column in [5, 4 * 16 + 3, 7 * 16] {
+                for bad in [f32::NAN, f32::INFINITY] {
+                    let mut given = given.clone();
+                    given.qkv[20 * shape.row() + column] = E::of(bad);
+                    let result = on_any_threads(cpu, "", || given.run(&shape, &mut KeyValueGradients::default()));
+                    for (i, rows) in sequences.iter().enumerate() {
+                        let part = result.part(&shape, rows.clone());
+                        let bad = |bits: &[u32]| bits.iter().any(|bits| !f32::from_bits(*bits).is_finite());
+                        if i == 1 {
+                            assert!(bad(&part.out) && bad(&part.d_qkv), "{cpu:?} {column}");
+                        } else {
+                            assert!(part == clean.part(&shape, rows.clone()), "{cpu:?} {column}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    check::<f32>();
+    check::<bf16>();
+}
+
+/// Buffers that were larger in an earlier call leave nothing behind.
+#[test]
+fn buffers_carry_nothing_over() {
+    let mut stream = Stream::new(54, 0);
+    let (large, small) = (sequences(&[100, 30]), sequences(&[7, 50]));
+    let of = |sequences| Attention { sequences, heads: 4, kv_heads: 2, head_dim: 16, window: None };
+    let (large, small) = (of(&large), of(&small));
+    let (first, second) = (Given::<bf16>::random(&large, &mut stream), Given::<bf16>::random(&small, &mut stream));
+    let mut partial = KeyValueGradients::default();
+    first.run(&large, &mut partial);
+    assert!(second.run(&small, &mut partial) == second.run(&small, &mut KeyValueGradients::default()));
+}
+
+/// What the unsafe code relies on is asserted before it runs.
+#[test]
+fn shapes_that_disagree_are_refused() {
+    let sequences = sequences(&[2, 3]);
+    let shape = Attention { sequences: &sequences, heads: 2, kv_heads: 1, head_dim: 4, window: None };
+    let refused = |label: &str, shape: Attention, [qkv, out, sums]: [usize; 3], table: usize| {
+        let (qkv, mut out, mut sums) = (vec![0f32; qkv], vec![0f32; out], vec![0f32; sums]);
+        let forward = catch_unwind(AssertUnwindSafe(|| attention(&shape, &qkv, &mut out, &mut sums)));
+        let table = RotaryTable::new(8, &vec![1.0; table]);
+        let mut d_qkv = qkv.clone();
+        let backward = catch_unwind(AssertUnwindSafe(|| {
+            let partial = &mut KeyValueGradients::default();
+            attention_backward(&shape, &qkv, &out, &sums, &out, (&[0; 5], &table), partial, &mut d_qkv);
+        }));
+        (assert!(backward.is_err(), "{label} is not refused backward"), forward.is_err()).1
+    };
+    let sizes = [5 * 16, 5 * 8, 10];
+    assert!(refused("no window", Attention { window: Some(0), ..shape }, sizes, 2));
+    assert!(refused("a head of odd width", Attention { head_dim: 3, ..shape }, [5 * 12, 5 * 6, 10], 1));
+    assert!(refused("heads that share unevenly", Attention { kv_heads: 3, ..shape }, [5 * 32, 5 * 8, 10], 2));
+    assert!(refused("no key heads", Attention { kv_heads: 0, ..shape }, [5 * 8, 5 * 8, 10], 2));
+    let gap = [0..2, 3..5];
+    assert!(refused("rows of no sequence", Attention { sequences: &gap, ..shape }, sizes, 2));
+    let twice = [0..3, 2..5];
+    assert!(refused("rows of two sequences", Attention { sequences: &twice, ..shape }, sizes, 2));
+    #[allow(clippy::reversed_empty_ranges)]
+    let back = [0..3, 3..2, 2..5];
+    assert!(refused("a sequence that ends before it starts", Attention { sequences: &back, ..shape }, sizes, 2));
+    assert!(refused("q, k and v that are short", shape, [5 * 16 - 1, 5 * 8, 10], 2));
+    assert!(refused("an output that is short", shape, [5 * 16, 5 * 8 - 1, 10], 2));
+    // Forward does not rotate.
+    assert!(!refused("a table of another width", shape, sizes, 1));
+    assert!(!refused("a table of another width", shape, sizes, 3));
+}

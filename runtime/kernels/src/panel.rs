@@ -74,7 +74,7 @@ const AHEAD: usize = 24;
 #[inline(always)]
 fn prefetch<E>(values: &[E], at: usize, count: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..count * size_of::<E>()).step_by(64) {
+    for line in (0..count * size_of::<E>() + 63).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch of any address is harmless, and every x86-64 processor has it.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(at).cast::<i8>().wrapping_add(line)) };
@@ -165,6 +165,9 @@ mod x86 {
 
     use crate::tile::PANEL;
 
+    /// Bytes that each row is fetched into the cache ahead of its turn.
+    const AHEAD: usize = 256;
+
     /// See [`super::pack_columns`]; null pointers are columns of zeros.
     ///
     /// # Safety
@@ -179,6 +182,8 @@ mod x86 {
                 let mut square = [_mm512_setzero_si512(); SIDE];
                 for (square, row) in square.iter_mut().zip(rows) {
                     if !row.is_null() {
+                        // 64 rows are more than the processor follows by itself.
+                        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(4 * from + AHEAD).cast());
                         // SAFETY: the mask keeps the load to the words that there are.
                         *square = unsafe { _mm512_maskz_loadu_epi32(mask, row.cast::<i32>().add(from)) };
                     }

@@ -12,8 +12,9 @@ use crate::pool::{Shared, for_each, threads};
 use crate::tile::{PANEL, SEGMENTS_MAX, Segment, Store, TileElement, rows};
 use crate::{Matrix, RowOrder};
 
-/// Words of the sum that are packed at once: 384 KiB of panel, which stays in the second-level cache.
-const DEPTH: usize = 1536;
+/// Words of the sum that are packed at once: 416 KiB of panel, which stays in the second-level cache, and enough for two
+/// widths of 1,536 in bf16 with their adapters in one sum.
+const DEPTH: usize = 1664;
 /// The same where a panel is decoded in pieces of [`WIDE`] columns, whose scratch is as large again.
 const DEPTH_WIDE: usize = 384;
 /// Columns that are decoded together where a weight's blocks are longer than a panel: those of ggml's K-quants.

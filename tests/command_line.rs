@@ -887,3 +887,10 @@ fn full_fine_tuning_writes_a_model() -> Result<()> {
     assert_eq!(place.outputs()?, ["out"]);
     Ok(())
 }
+
+#[test]
+fn an_instruction_set_that_is_not_known_is_refused() -> Result<()> {
+    let mut command = homeroom();
+    command.arg("list-models").env("HOMEROOM_CPU", "avx9000");
+    refused(&mut command, &["HOMEROOM_CPU is `avx9000`", "known are portable, avx2, avx512, avx512bf16"])
+}

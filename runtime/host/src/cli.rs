@@ -9,7 +9,7 @@ use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::requantize::StoredAs;
 use homeroom_engine::schedule::Schedule;
-use homeroom_kernels::Codec;
+use homeroom_kernels::{Codec, Cpu};
 
 use crate::command;
 use crate::{interrupt, progress};
@@ -497,6 +497,10 @@ fn key_value(text: &str) -> Result<(String, serde_json::Value), String> {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Err(problem) = Cpu::allowed() {
+        progress::line(format_args!("error: {problem}"));
+        return ExitCode::FAILURE;
+    }
     let done = match cli.command {
         Command::FineTune(arguments) => command::fine_tune::run(&arguments),
         Command::Run(arguments) => command::run::run(&arguments),

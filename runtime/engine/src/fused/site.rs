@@ -173,8 +173,7 @@ impl<E: ProductElement> Site<E> {
         }
     }
 
-    /// First half of backward: from dy (m, d_out), the gradients of the parameters and `du` (m, rank). `x` yields the input, which
-    /// may have to be computed again; it is asked for once, and only if something is trained here.
+    /// First part of backward: from dy (m, d_out), the gradients of B and `du = dy s B` (m, rank).
     fn parameters(
         &self,
         rows: &mut Rows<'_, E>,
@@ -215,7 +214,7 @@ impl<E: ProductElement> Site<E> {
         Ok(du)
     }
 
-    /// Second half: the gradients of A from the input x (m, d_in).
+    /// Last part: the gradients of A, `duᵀ x`, from the input x (m, d_in).
     fn down_parameters(&self, rows: &mut Rows<'_, E>, x: &[E], du: &[E], gradients: &mut Gradients) -> Result<()> {
         let (m, d_in) = (rows.count(), self.d_in);
         let updates = || self.modules.iter().filter_map(|module| module.update.as_ref());
@@ -243,7 +242,7 @@ impl<E: ProductElement> Site<E> {
         Ok(())
     }
 
-    /// Third part: `dx = Σ dy_j W_j + du A` (m, d_in).
+    /// Second part: `dx = Σ dy_j W_j + du A` (m, d_in).
     fn input(&self, rows: &mut Rows<'_, E>, dy: &[E], du: &[E], mut out: Output<'_, E>) {
         let (m, d_in, width) = (rows.count(), self.d_in, self.d_out());
         let updates = || self.modules.iter().filter_map(|module| module.update.as_ref());
@@ -294,8 +293,7 @@ impl<E: ProductElement> Site<E> {
         }
     }
 
-    /// Backward: gradients of the parameters, and of the input unless `dx` is `None`. `x` makes the input, given dx as it came
-    /// out where there is one.
+    /// Backward: gradients of the parameters, and of the input unless `dx` is `None`; x (m, d_in) is what forward was given.
     ///
     /// # Errors
     /// When a gradient cannot be added.

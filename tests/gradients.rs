@@ -158,7 +158,6 @@ fn with_recipe(model: &BaseModel, params: &[(&str, &[usize])], ops: Vec<Op>) -> 
                 group: None,
             })
             .collect(),
-        codec: None,
     });
     let plan = Plan {
         modules: modules.collect(),

@@ -184,7 +184,7 @@ fn a_saved_adapter_answers_as_the_trained_one() -> Result<()> {
         learn(&model, &adaptation, &TrainConfig { learning_rate: 1e-2, ..TrainConfig::default() }, 3)?;
         let place = tempfile::tempdir()?;
         let started = NewDirectory::start(&place.path().join("adapter"))?;
-        let record = Record { strategy: &StrategyRecord::default(), data_digest: None, training: Value::Null };
+        let record = Record { strategy: &StrategyRecord::default(), data_digest: None, requantize: false, training: Value::Null };
         save(&started, &model, &adaptation, record)?;
         let files = AdapterFiles::read(&started.publish()?)?;
         let again = files.adapt(&model, false)?;

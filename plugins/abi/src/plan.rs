@@ -84,6 +84,13 @@ pub struct Plan {
     /// Optimizer groups that parameters refer to by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub groups: BTreeMap<String, Group>,
+    /// Codecs that [`Plan::stored`] refers to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub codecs: Vec<Codec>,
+    /// How frozen weights are to be stored: path of a module, adapted or not, to an index into [`Plan::codecs`]. It holds for
+    /// weights that are floats; one that is quantised already keeps its storage, unless the user wants it otherwise.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub stored: BTreeMap<String, usize>,
     /// How the result is written as a PEFT adapter. Without it no `adapter_config.json` is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peft: Option<Peft>,
@@ -101,9 +108,6 @@ pub struct AdaptedModule {
     pub recipe: usize,
     /// The module's own parameters.
     pub params: Vec<ParamSpec>,
-    /// How its frozen weight is to be stored; `None` leaves it as it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub codec: Option<Codec>,
 }
 
 /// How a module computes, and what its weights amount to.

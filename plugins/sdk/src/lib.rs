@@ -36,6 +36,7 @@
 
 mod error;
 mod export;
+pub mod lora;
 mod model;
 mod options;
 mod planner;

@@ -15,13 +15,12 @@ pub struct Planner {
 pub struct Adapted {
     pub(crate) module: ModuleInfo,
     pub(crate) params: Vec<ParamSpec>,
-    pub(crate) codec: Option<Codec>,
 }
 
 impl Planner {
     /// Adapts a module.
     pub fn adapt(&mut self, module: &ModuleInfo) -> &mut Adapted {
-        let adapted = Adapted { module: module.clone(), params: Vec::new(), codec: None };
+        let adapted = Adapted { module: module.clone(), params: Vec::new() };
         self.adapted.push(adapted);
         self.adapted.last_mut().expect("one was pushed on the line above")
     }
@@ -41,6 +40,17 @@ impl Planner {
     /// Declares an optimizer group.
     pub fn group(&mut self, name: &str, group: Group) {
         self.plan.groups.insert(name.to_owned(), group);
+    }
+
+    /// Has the frozen weight of a module, adapted or not, stored by a codec where it is stored as floats.
+    pub fn store(&mut self, module: &ModuleInfo, codec: &Codec) {
+        let codecs = &mut self.plan.codecs;
+        let known = codecs.iter().position(|known| known == codec);
+        let index = known.unwrap_or_else(|| {
+            codecs.push(codec.clone());
+            codecs.len() - 1
+        });
+        self.plan.stored.insert(module.path.clone(), index);
     }
 
     /// Says how PEFT calls the result: its `peft_type` and the fields of its configuration beside the common ones.
@@ -88,12 +98,6 @@ impl Adapted {
     /// Puts the parameter that was added last into an optimizer group.
     pub fn in_group(&mut self, group: &str) -> &mut Self {
         self.last(|param| param.group = Some(group.to_owned()))
-    }
-
-    /// Has the frozen weight stored by a codec.
-    pub fn codec(&mut self, codec: Codec) -> &mut Self {
-        self.codec = Some(codec);
-        self
     }
 
     fn last(&mut self, change: impl FnOnce(&mut ParamSpec)) -> &mut Self {

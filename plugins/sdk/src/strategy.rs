@@ -119,7 +119,6 @@ pub fn trace<S: Strategy>(request: &PlanRequest) -> Result<Plan> {
             path: module.path.clone(),
             recipe,
             params: params.collect(),
-            codec: adapted.codec,
         });
     }
     Ok(plan)

@@ -10,6 +10,7 @@ use homeroom_abi::shape::{Dim, Shape, check_result};
 use homeroom_kernels::Stream;
 
 use crate::model::BaseModel;
+use crate::requantize::is_float;
 
 /// A strategy's plan with its parameters, ready to train or to run.
 pub struct Adaptation {
@@ -194,11 +195,21 @@ fn check(model: &BaseModel, plan: &Plan) -> Vec<String> {
     if let Some(optimizer) = plan.defaults.optimizer.as_deref().filter(|name| *name != "adamw") {
         problems.push(format!("optimizer `{optimizer}` is not known; known is adamw"));
     }
-    if let Some(dtype) = plan.defaults.compute_dtype.as_deref().filter(|name| *name != "f32") {
-        problems.push(format!("compute dtype `{dtype}` is not known; known is f32"));
+    if let Some(dtype) = plan.defaults.compute_dtype.as_deref().filter(|name| !matches!(*name, "f32" | "bf16")) {
+        problems.push(format!("compute dtype `{dtype}` is not known; known are f32 and bf16"));
     }
     if plan.modules.is_empty() {
         problems.push("it adapts no module".to_owned());
+    }
+    for path in plan.stored.keys() {
+        let weight = model.module_index(path).map(|module| &model.modules[module].weight);
+        match weight {
+            None => problems.push(format!("it stores `{path}`, which the model does not have")),
+            Some(weight) if is_float(weight.storage()) => {
+                problems.push(format!("{path}: its weight is still stored as {}", weight.storage_name()));
+            }
+            Some(_) => {}
+        }
     }
     let (mut seen, mut tensors) = (HashSet::new(), HashSet::new());
     for spec in &plan.params {
@@ -213,9 +224,6 @@ fn check(model: &BaseModel, plan: &Plan) -> Vec<String> {
         let module = &model.modules[index].info;
         if !seen.insert(index) {
             problems.push(format!("{}: adapted twice", adapted.path));
-        }
-        if let Some(codec) = &adapted.codec {
-            problems.push(format!("{}: this host cannot store weights as `{}`", adapted.path, codec.name));
         }
         let mut names = HashSet::new();
         for spec in &adapted.params {

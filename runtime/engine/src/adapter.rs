@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -12,6 +13,7 @@ use crate::adaptation::{Adaptation, parse_plan};
 use crate::files::NewDirectory;
 use crate::model::BaseModel;
 use crate::peft;
+use crate::requantize::store_as_planned;
 use crate::tensors::map_safetensors;
 
 /// File of PEFT's configuration.
@@ -51,6 +53,12 @@ pub struct Base {
     pub path: PathBuf,
     /// Digest of its values, see [`BaseModel::digest`].
     pub digest: String,
+    /// How its linear layers were stored.
+    #[serde(default)]
+    pub storage: String,
+    /// Whether weights that were quantised already were encoded anew.
+    #[serde(default)]
+    pub requantize: bool,
 }
 
 /// The strategy that planned an adapter.
@@ -70,6 +78,8 @@ pub struct Record<'a> {
     pub strategy: &'a StrategyRecord,
     /// Digest of the training file.
     pub data_digest: Option<&'a str>,
+    /// Whether weights of the base that were quantised already were encoded anew.
+    pub requantize: bool,
     /// How it was trained, and what came of it.
     pub training: Value,
 }
@@ -103,7 +113,12 @@ pub fn manifest(model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) 
     Ok(Manifest {
         format: 1,
         homeroom_version: env!("CARGO_PKG_VERSION").to_owned(),
-        base: Base { path: model.path.clone(), digest: model.digest() },
+        base: Base {
+            path: model.path.clone(),
+            digest: model.digest(),
+            storage: model.storage_words(),
+            requantize: record.requantize,
+        },
         tokenizer_digest: model.tokenizer.digest(),
         template_digest: model.tokenizer.template_digest(),
         strategy: record.strategy.clone(),
@@ -203,7 +218,19 @@ impl AdapterFiles {
         Some(PathBuf::from(name))
     }
 
-    /// Makes the adapter run on a base.
+    /// The base with its weights stored as they were in training, where the strategy had them stored otherwise than the files
+    /// have them; that takes a while, and `progress` hears of modules done, of all.
+    ///
+    /// # Errors
+    /// When the adapter's plan does not fit, or a weight cannot be encoded.
+    pub fn store(&self, model: Arc<BaseModel>, progress: impl FnMut(usize, usize)) -> Result<Arc<BaseModel>> {
+        let Some(manifest) = &self.manifest else { return Ok(model) };
+        let place = || self.path.display().to_string();
+        let plan = parse_plan(&manifest.plan.to_string()).with_context(place)?;
+        store_as_planned(model, &plan, manifest.base.requantize, progress).with_context(place)
+    }
+
+    /// Makes the adapter run on a base, whose weights are stored as [`Self::store`] does.
     ///
     /// # Errors
     /// When it belongs to another base (unless `any_base`), or holds what this engine does not run.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{ModelInfo, ModuleInfo, ModuleKind};
@@ -38,6 +38,7 @@ pub struct BaseModel {
     /// Its chat template, if it has one.
     pub template: Option<ChatTemplate>,
     by_path: HashMap<String, usize>,
+    digest: OnceLock<String>,
 }
 
 /// A frozen module.
@@ -169,12 +170,18 @@ impl BaseModel {
             }
         });
         let layers = layers.collect();
-        Ok(Self { path, config, modules, layers, tokenizer, template, by_path })
+        Ok(Self { path, config, modules, layers, tokenizer, template, by_path, digest: OnceLock::new() })
     }
 
     /// The same model with other modules, as after a merge.
     pub(crate) fn with_modules(&self, config: ModelConfig, modules: Vec<Module>) -> Result<Self> {
         Self::assemble(self.path.clone(), config, modules, self.tokenizer.clone())
+    }
+
+    /// The same model with its values stored otherwise. It keeps the digest of what was loaded: that is what tells bases apart.
+    pub(crate) fn with_storage(&self, modules: Vec<Module>, digest: String) -> Result<Self> {
+        let model = self.with_modules(self.config.clone(), modules)?;
+        Ok(Self { digest: OnceLock::from(digest), ..model })
     }
 
     /// Index of a module by its path.
@@ -212,10 +219,14 @@ impl BaseModel {
         linear.or(largest).unwrap_or_default()
     }
 
-    /// A digest of the model's values, whatever they are stored as: SHA-256 over each module's path, shape, bias and up to
+    /// A digest of the values that were loaded, however they are stored since: SHA-256 over each module's path, shape, bias and up to
     /// 16 evenly spaced rows as f32. It tells models apart that differ in any sampled row, which any training changes; an
     /// edit of single rows elsewhere goes unseen.
     pub fn digest(&self) -> String {
+        self.digest.get_or_init(|| self.digest_of_values()).clone()
+    }
+
+    fn digest_of_values(&self) -> String {
         let mut hash = Sha256::new();
         for module in &self.modules {
             let (rows, cols) = (module.weight.rows(), module.weight.cols());

@@ -111,7 +111,7 @@ pub fn lora_plan(
             group: None,
         };
         let params = vec![param(a, a_shape), param(b, b_shape)];
-        plan.modules.push(AdaptedModule { path: info.path.clone(), recipe, params, codec: None });
+        plan.modules.push(AdaptedModule { path: info.path.clone(), recipe, params });
     }
     if found != tensors.len() {
         let known = |tensor: &&str| plan.modules.iter().any(|m| m.params.iter().any(|param| param.tensor == *tensor));

@@ -206,6 +206,9 @@ pub struct FineTune {
     /// Run each batch as a pass of its own; else passes are filled with the rows of a step as they fit
     #[arg(long)]
     pub no_packing: bool,
+    /// Encode a base that is quantised already (GGUF) anew as the strategy asks; else it keeps its storage
+    #[arg(long)]
+    pub requantize: bool,
     /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
     #[arg(long, value_enum, default_value = "auto")]
     pub compute: ComputeArg,

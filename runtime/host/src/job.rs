@@ -12,11 +12,13 @@ use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::merge::{merge, save_model};
 use homeroom_engine::model::BaseModel;
+use homeroom_engine::requantize::{kept_storage, store_as_planned};
 use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, evaluate_examples, train};
 use serde_json::{Map, Value, json};
 
 use crate::machine::peak_memory_bytes;
 use crate::plugin::Plugin;
+use crate::progress::{self, line};
 
 /// A strategy made real on a model, not yet trained.
 pub struct Job {
@@ -32,10 +34,13 @@ pub struct Job {
     pub proposed_learning_rate: Option<f64>,
     /// The adapter that it starts from.
     pub init_from: Option<PathBuf>,
+    /// Whether weights of the base that were quantised already were encoded anew.
+    pub requantize: bool,
 }
 
 impl Job {
-    /// Has the strategy plan, and gives its parameters their first values, or those of the adapter to start from.
+    /// Has the strategy plan, stores the base as the plan asks for, and gives parameters their first values, or those of the
+    /// adapter to start from. A base that is quantised already keeps its storage, unless `requantize`.
     ///
     /// # Errors
     /// When the strategy refuses, its plan does not fit, or neither does the adapter.
@@ -45,11 +50,16 @@ impl Job {
         options: Map<String, Value>,
         seed: u64,
         init_from: Option<&Path>,
+        requantize: bool,
     ) -> Result<Self> {
         let plan = plugin.plan(&PlanRequest { options: options.clone(), model: model.info() })?;
         let proposed_learning_rate = plan.defaults.learning_rate;
-        let adaptation = Adaptation::new(&model, plan, seed);
-        let mut adaptation = adaptation.with_context(|| format!("strategy `{}`", plugin.description.name))?;
+        let place = || format!("strategy `{}`", plugin.description.name);
+        let model = encode(|progress| store_as_planned(model, &plan, requantize, progress)).with_context(place)?;
+        if let Some((wanted, kept)) = kept_storage(&model, &plan) {
+            line(format_args!("note: the base keeps its storage, {kept}; `--requantize` would make it {wanted}"));
+        }
+        let mut adaptation = Adaptation::new(&model, plan, seed).with_context(place)?;
         if let Some(path) = init_from {
             let files = AdapterFiles::read(path)?;
             adaptation
@@ -58,7 +68,7 @@ impl Job {
         }
         let strategy = plugin.record();
         let init_from = init_from.map(Path::to_owned);
-        Ok(Self { model, adaptation, strategy, options, proposed_learning_rate, init_from })
+        Ok(Self { model, adaptation, strategy, options, proposed_learning_rate, init_from, requantize })
     }
 
     /// Loss on held-out examples, if there are any, in f32 whatever the training computes in. Before training, a job that starts from nothing is the base.
@@ -89,6 +99,22 @@ impl Job {
     ) -> Result<TrainReport> {
         train(&self.model, &self.adaptation, examples, config, observer)
     }
+}
+
+/// Runs what stores a base otherwise, with a bar on a terminal.
+///
+/// # Errors
+/// Those of `store`.
+pub fn encode(
+    store: impl FnOnce(&mut dyn FnMut(usize, usize)) -> Result<Arc<BaseModel>>,
+) -> Result<Arc<BaseModel>> {
+    let bar = progress::counting("encoding", 0);
+    let result = store(&mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    result
 }
 
 /// What came of a job.
@@ -136,7 +162,7 @@ impl Outcome {
             "parent": parent,
             "result": self.summary(),
         });
-        let record = Record { strategy: &job.strategy, data_digest: Some(&self.data_digest), training };
+        let record = Record { strategy: &job.strategy, data_digest: Some(&self.data_digest), requantize: job.requantize, training };
         if job.adaptation.is_whole_model() {
             save_model(&directory, &merge(&job.model, &job.adaptation)?, &job.model)?;
             let manifest = serde_json::to_value(adapter::manifest(&job.model, &job.adaptation, record)?)?;

@@ -9,6 +9,7 @@ use homeroom_engine::adapter::{AdapterFiles, is_adapter};
 use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::model::BaseModel;
 
+use crate::job::encode;
 use crate::progress::line;
 use crate::registry;
 
@@ -78,7 +79,7 @@ impl Loaded {
                 base.display()
             );
         }
-        let model = load_base(&base)?;
+        let model = Arc::new(load_base(&base)?);
         if let Some(manifest) = &files.manifest {
             if manifest.template_digest != model.tokenizer.template_digest() {
                 line("warning: the base model's chat template is not the one that the adapter was trained with");
@@ -87,8 +88,9 @@ impl Loaded {
                 line("note: the base model's tokenizer file is not the one that the adapter was trained with");
             }
         }
+        let model = encode(|progress| files.store(model, progress))?;
         let adaptation = files.adapt(&model, reference.any_base)?;
-        Ok(Self { model: Arc::new(model), adaptation: Some(Arc::new(adaptation)) })
+        Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
     }
 }
 

@@ -18,27 +18,24 @@ use serde_json::{Map, Value, json};
 
 use super::print;
 use crate::cli::{BenchTrain, Done};
-use crate::job::Job;
+use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
 use crate::models::load_base;
 use crate::plugin::Search;
-use crate::progress::{self, line};
+use crate::progress::line;
 
 /// Trains on random tokens.
 pub fn train(arguments: &BenchTrain) -> Result<Done> {
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
-    let mut model = load_base(&arguments.model_name)?;
+    let mut model = Arc::new(load_base(&arguments.model_name)?);
     if let Some(storage) = arguments.storage {
-        let bar = progress::counting("encoding", model.modules.len());
-        model = store_as(&model, &storage.into(), |done, _| bar.set_position(done as u64))?;
-        bar.finish_and_clear();
+        model = encode(|progress| store_as(&model, &storage.into(), progress).map(Arc::new))?;
     }
-    let model = Arc::new(model);
     let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
     if let Some(r) = arguments.lora_r {
         options.insert("r".to_owned(), r.into());
     }
-    let job = Job::new(model, &plugin, options, 42, None)?;
+    let job = Job::new(model, &plugin, options, 42, None, false)?;
     let compute = Compute::from(arguments.compute);
     let config = TrainConfig {
         batch_size: arguments.batch_size as usize,

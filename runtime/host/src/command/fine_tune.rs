@@ -44,8 +44,9 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     spares(&output_dir, inputs)?;
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
-    let job = Job::new(model, &plugin, options(arguments), arguments.seed, arguments.init_from.as_deref())?;
-    let rows = Rows::load(arguments, &job.model)?;
+    let rows = Rows::load(arguments, &model)?;
+    let (options, start) = (options(arguments), arguments.init_from.as_deref());
+    let job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;
     let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
     // something to fill it with, so that a run that is killed leaves nothing.

@@ -97,7 +97,7 @@ pub struct Session {
     search: Search,
     plugins: RefCell<HashMap<String, Rc<Plugin>>>,
     bases: RefCell<HashMap<PathBuf, Arc<BaseModel>>>,
-    adaptations: RefCell<HashMap<PathBuf, Arc<Adaptation>>>,
+    adaptations: RefCell<HashMap<PathBuf, (Arc<BaseModel>, Arc<Adaptation>)>>,
     /// Models that a dry run would have saved.
     dry_saved: RefCell<HashMap<String, ModelSpec>>,
     /// What a dry run would do: in words, and as JSON.

@@ -12,6 +12,7 @@ use serde_json::{Map, Value as Json};
 
 use super::value::{to_json, to_lua};
 use super::{Failure, Session, said};
+use crate::job::encode;
 use crate::models::load_base;
 use crate::registry;
 
@@ -126,11 +127,13 @@ impl ModelSpec {
     pub fn load(&self, session: &Session) -> Result<(Arc<BaseModel>, Option<Arc<Adaptation>>)> {
         let model = self.load_base(session)?;
         let Some(path) = self.adapter_path(session) else { return Ok((model, None)) };
-        if let Some(known) = session.adaptations.borrow().get(&path) {
-            return Ok((model, Some(known.clone())));
+        if let Some((model, adaptation)) = session.adaptations.borrow().get(&path) {
+            return Ok((model.clone(), Some(adaptation.clone())));
         }
-        let adaptation = Arc::new(AdapterFiles::read(&path)?.adapt(&model, false)?);
-        session.adaptations.borrow_mut().insert(path, adaptation.clone());
+        let files = AdapterFiles::read(&path)?;
+        let model = encode(|progress| files.store(model, progress))?;
+        let adaptation = Arc::new(files.adapt(&model, false)?);
+        session.adaptations.borrow_mut().insert(path, (model.clone(), adaptation.clone()));
         Ok((model, Some(adaptation)))
     }
 

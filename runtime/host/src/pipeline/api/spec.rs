@@ -282,6 +282,12 @@ pub const VERBS: &[Verb] = &[
                     "true",
                     "fill passes with the rows of a step as they fit; false: a pass is one batch",
                 ),
+                opt(
+                    "requantize",
+                    Kind::Flag,
+                    "false",
+                    "encode a base that is quantised already (GGUF) anew as the strategy asks; it keeps its storage else",
+                ),
                 compute("\"auto\""),
             ],
             SEED,

@@ -46,10 +46,11 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
 
     let model = spec.load_base(session)?;
     let init_from = spec.adapter_path(session);
-    let job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref())?;
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
-    let data = rows.encode(&job.model).context("dataset")?;
-    let eval = options.dataset("eval").map(|eval| eval.encode(&job.model)).transpose().context("eval")?;
+    let data = rows.encode(&model).context("dataset")?;
+    let eval = options.dataset("eval").map(|eval| eval.encode(&model)).transpose().context("eval")?;
+    let requantize = options.flag("requantize").unwrap_or(false);
+    let job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
     let config = config(&options, job.proposed_learning_rate);
     let steps = planned_steps(data.examples.len(), &config);
     restate(&spec, &job, &data, eval.as_ref(), &config, steps);

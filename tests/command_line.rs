@@ -352,7 +352,7 @@ fn an_adapter_with_fields_that_are_not_run_is_refused_by_name() -> Result<()> {
     };
     succeeds(&mut command())?;
     for (key, value) in [
-        ("use_dora", json!(true)),
+        ("use_dora", json!("yes")),
         ("bias", json!("all")),
         ("modules_to_save", json!(["lm_head"])),
         ("fan_in_fan_out", json!(true)),
@@ -368,8 +368,8 @@ fn an_adapter_with_fields_that_are_not_run_is_refused_by_name() -> Result<()> {
         refused(&mut command(), &["adapter_config.json", "not supported", &format!("`{key}` = {value}")])?;
     }
     fs::write(&config, &original)?;
-    set_fields(&config, json!({"use_dora": true, "bias": "all"}))?;
-    refused(&mut command(), &["`use_dora` = true", "`bias` = \"all\""])?;
+    set_fields(&config, json!({"use_qalora": true, "bias": "all"}))?;
+    refused(&mut command(), &["`use_qalora` = true", "`bias` = \"all\""])?;
     fs::write(&config, &original)?;
     set_fields(&config, json!({"peft_type": "LOHA"}))?;
     refused(&mut command(), &["peft_type `LOHA`", "supported is LORA"])?;

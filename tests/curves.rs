@@ -9,7 +9,7 @@ use homeroom_engine::recipe::Pass;
 use homeroom_engine::train::{Run, TrainConfig};
 use serde_json::Value;
 
-use crate::support::{adapt, distance, expected, fixture, model, tensors};
+use crate::support::{adapt_stored, distance, expected, fixture, model, tensors};
 
 fn examples(micro_batch: &Value) -> Result<Vec<Example>> {
     let rows = micro_batch.as_array().context("a micro-batch is a list")?;
@@ -28,8 +28,7 @@ fn check(name: &str) -> Result<()> {
     let config = &curve["config"];
     let text = |key: &str| config[key].as_str().with_context(|| format!("`{key}` is missing"));
     let number = |key: &str| config[key].as_f64().with_context(|| format!("`{key}` is missing"));
-    let model = model(text("base")?)?;
-    let mut adaptation = adapt(text("strategy")?, &config["options"], &model, 1)?;
+    let (model, mut adaptation) = adapt_stored(text("strategy")?, &config["options"], model(text("base")?)?, 1)?;
     if dir.join("init").exists() {
         adaptation.load(AdapterFiles::read(&dir.join("init"))?.into_tensors())?;
     }
@@ -92,6 +91,18 @@ fn rslora_learns_as_in_peft() -> Result<()> {
     check("rslora")
 }
 
+/// Also on biases, which DoRA leaves alone.
+#[test]
+fn dora_learns_as_in_peft() -> Result<()> {
+    check("dora")
+}
+
+/// Over weights that bitsandbytes stored as NF4, on the fused path.
+#[test]
+fn qlora_learns_as_in_peft_with_bitsandbytes() -> Result<()> {
+    check("qlora")
+}
+
 #[test]
 fn full_learns_as_in_torch() -> Result<()> {
     check("full")
@@ -115,9 +126,9 @@ fn vera_learns_as_in_peft_through_the_plain_executor() -> Result<()> {
 /// PEFT's directory has no `homeroom.json`: the engine makes the recipe from the configuration.
 #[test]
 fn an_adapter_of_peft_answers_here_as_there() -> Result<()> {
-    for name in ["lora", "rslora"] {
+    for (name, base) in [("lora", "llama"), ("rslora", "llama"), ("dora", "qwen2")] {
         let dir = fixture("curves").join(name);
-        let model = model("llama")?;
+        let model = model(base)?;
         let adaptation = AdapterFiles::read(&dir.join("trained"))?.adapt(&model, false)?;
         let merged = merge(&model, &adaptation)?;
         for (ids, want) in expected(&dir.join("logits.safetensors"))? {

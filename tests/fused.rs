@@ -10,22 +10,15 @@ use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use homeroom_engine::requantize::{StoredAs, store_as};
 use homeroom_engine::train::{Control, Run, StepReport, TrainConfig, evaluate_examples, train};
-use homeroom_kernels::{Codec, Cpu, Stream, with_cpu};
+use homeroom_kernels::{Codec, Cpu, with_cpu};
 use serde_json::{Value, json};
 
 use crate::invariants::examples;
-use crate::support::{adapt, model};
+use crate::support::{adapt, model, shake};
 
 /// A strategy made real, with every parameter away from its first value: a fresh B of zeros would hide the gradient of A.
 fn shaken(strategy: &str, options: &Value, model: &BaseModel) -> Result<Adaptation> {
-    let adaptation = adapt(strategy, options, model, 3)?;
-    for (number, param) in adaptation.params.iter().enumerate() {
-        let values: Vec<f32> = param.var.flatten_all()?.to_vec1()?;
-        let mut random = Stream::new(11, number as u64);
-        let values: Vec<f32> = values.iter().map(|value| value + 0.2 * random.normal() as f32).collect();
-        param.var.set(&candle_core::Tensor::from_vec(values, param.var.shape(), &candle_core::Device::Cpu)?)?;
-    }
-    Ok(adaptation)
+    shake(adapt(strategy, options, model, 3)?)
 }
 
 /// Sequences of unequal lengths, one of them longer than a block of attention.

@@ -45,6 +45,7 @@ fn strategies() -> Vec<(&'static str, Value)> {
         ("lora", json!({"r": 3, "lora_alpha": 5})),
         ("lora", json!({"r": 3, "target_modules": ["embed_tokens", "lm_head", "q_proj"]})),
         ("lora", json!({"r": 4, "use_rslora": true, "target_modules": r".*\.(up|down)_proj"})),
+        ("lora", json!({"r": 2, "use_dora": true, "lora_dropout": 0.1})),
         ("full", json!({})),
         ("ia3", json!({"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]})),
         ("vera", json!({"r": 5})),
@@ -184,7 +185,12 @@ fn a_saved_adapter_answers_as_the_trained_one() -> Result<()> {
         learn(&model, &adaptation, &TrainConfig { learning_rate: 1e-2, ..TrainConfig::default() }, 3)?;
         let place = tempfile::tempdir()?;
         let started = NewDirectory::start(&place.path().join("adapter"))?;
-        let record = Record { strategy: &StrategyRecord::default(), data_digest: None, requantize: false, training: Value::Null };
+        let record = Record {
+            strategy: &StrategyRecord::default(),
+            data_digest: None,
+            requantize: false,
+            training: Value::Null,
+        };
         save(&started, &model, &adaptation, record)?;
         let files = AdapterFiles::read(&started.publish()?)?;
         let again = files.adapt(&model, false)?;
@@ -196,8 +202,8 @@ fn a_saved_adapter_answers_as_the_trained_one() -> Result<()> {
 /// The engine makes the recipe for PEFT's adapters itself; it is the one that the `lora` plugin records.
 #[test]
 fn the_recipe_of_a_peft_adapter_is_the_plugins() -> Result<()> {
-    let model = model("llama")?;
-    for name in ["lora", "rslora"] {
+    for (name, base) in [("lora", "llama"), ("rslora", "llama"), ("dora", "qwen2")] {
+        let model = model(base)?;
         let dir = fixture("curves").join(name);
         let curve: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("curve.json"))?)?;
         let ours = AdapterFiles::read(&dir.join("trained"))?.adapt(&model, false)?;

@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, ensure};
 use homeroom::plugin::Plugin;
 use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::model::BaseModel;
+use homeroom_engine::requantize::store_as_planned;
 use homeroom_engine::tensors::map_safetensors;
+use homeroom_kernels::Stream;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -169,7 +171,7 @@ pub fn loss(model: &Path, rows: &Path) -> Result<f64> {
 pub fn plugin_path(name: &str) -> PathBuf {
     static BUILT: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
-        build_plugins(&root(), &["lora", "full", "ia3", "vera", "hostile"]).expect("the plugins build")
+        build_plugins(&root(), &["lora", "qlora", "int8", "full", "ia3", "vera", "hostile"]).expect("the plugins build")
     });
     built.get(name).unwrap_or_else(|| panic!("plugin `{name}` was not built")).clone()
 }
@@ -217,6 +219,30 @@ pub fn plan(strategy: &str, options: &Value, model: &BaseModel) -> Result<Plan> 
 /// A strategy's adaptation of a model.
 pub fn adapt(strategy: &str, options: &Value, model: &BaseModel, seed: u64) -> Result<Adaptation> {
     Adaptation::new(model, plan(strategy, options, model)?, seed)
+}
+
+/// A strategy's adaptation of a model whose weights are stored as it asks for.
+pub fn adapt_stored(
+    strategy: &str,
+    options: &Value,
+    model: BaseModel,
+    seed: u64,
+) -> Result<(Arc<BaseModel>, Adaptation)> {
+    let plan = plan(strategy, options, &model)?;
+    let model = store_as_planned(Arc::new(model), &plan, false, |_, _| {})?;
+    let adaptation = Adaptation::new(&model, plan, seed)?;
+    Ok((model, adaptation))
+}
+
+/// The same with every parameter moved off its first value, so that nothing in it is 0 or 1.
+pub fn shake(adaptation: Adaptation) -> Result<Adaptation> {
+    for (number, param) in adaptation.params.iter().enumerate() {
+        let values: Vec<f32> = param.var.flatten_all()?.to_vec1()?;
+        let mut random = Stream::new(11, number as u64);
+        let values: Vec<f32> = values.iter().map(|value| value + 0.2 * random.normal() as f32).collect();
+        param.var.set(&candle_core::Tensor::from_vec(values, param.var.shape(), &candle_core::Device::Cpu)?)?;
+    }
+    Ok(adaptation)
 }
 
 /// A tensor's shape and values.

@@ -40,9 +40,11 @@ impl Strategy for QLora {
 
     fn options(options: &mut Options) {
         Lora::options(options);
-        options
-            .int("block_size", 64, "weights that share a scale: fewer are more exact and take more memory")
-            .bool("double_quant", true, "store the scales in 8 bits as well, which saves 0.4 bits a weight");
+        options.int("block_size", 64, "weights that share a scale: fewer are more exact and take more memory").bool(
+            "double_quant",
+            true,
+            "store the scales in 8 bits as well, which saves 0.4 bits a weight",
+        );
     }
 
     fn new(values: &Values) -> Result<Self> {

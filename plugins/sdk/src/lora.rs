@@ -16,16 +16,8 @@ use serde_json::{Map, Value};
 use crate::{Merged, Model, Module, Node, Options, Planner, Result, Targets, Values, number, pattern_value};
 
 /// Options that [`Lora::options`] declares, which are fields of PEFT's configuration too.
-const FIELDS: [&str; 8] = [
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-];
+const FIELDS: [&str; 8] =
+    ["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"];
 
 /// Length of each row of a DoRA module's effective weight.
 const MAGNITUDE: &str = "lora_magnitude_vector";

@@ -115,11 +115,7 @@ pub fn trace<S: Strategy>(request: &PlanRequest) -> Result<Plan> {
             param.tensor = format!("{prefix}{}.{}", module.path, param.tensor);
             param
         });
-        plan.modules.push(AdaptedModule {
-            path: module.path.clone(),
-            recipe,
-            params: params.collect(),
-        });
+        plan.modules.push(AdaptedModule { path: module.path.clone(), recipe, params: params.collect() });
     }
     Ok(plan)
 }

@@ -6,8 +6,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use homeroom_abi::plan::{AdaptedModule, Init, ModuleKind, ParamSpec, Peft, Plan, Recipes};
+use homeroom_abi::plan::{AdaptedModule, Init, ModuleInfo, ModuleKind, ParamSpec, Peft, Plan, Recipes};
 use homeroom_abi::recipe::{Node, Op, Recipe};
+use homeroom_abi::shape::Dim;
 use serde_json::{Map, Value, json};
 
 use crate::model::BaseModel;
@@ -48,7 +49,7 @@ const HARMLESS: [&str; 16] = [
     "runtime_config",
 ];
 
-/// The plan of an adapter that PEFT wrote: LoRA and rsLoRA, with rank and alpha patterns.
+/// The plan of an adapter that PEFT wrote: LoRA, rsLoRA and DoRA, with rank and alpha patterns.
 ///
 /// # Errors
 /// When the configuration says what is not run here, all fields together, or a tensor belongs to no module.
@@ -65,7 +66,7 @@ pub fn lora_plan(
         let fine = match key.as_str() {
             key if HARMLESS.contains(&key) => true,
             "r" | "lora_alpha" => value.as_f64().is_some_and(|number| number > 0.0),
-            "use_rslora" => value.is_boolean(),
+            "use_rslora" | "use_dora" => value.is_boolean(),
             "rank_pattern" | "alpha_pattern" => value.is_object() || value.is_null(),
             "bias" => *value == json!("none"),
             // These start A and B otherwise; the tensors hold what came of it. Names that also change the base do not pass.
@@ -79,7 +80,8 @@ pub fn lora_plan(
     ensure!(refused.is_empty(), "fields that are not supported: {}", refused.join(", "));
     let number = |key: &str| config.get(key).and_then(Value::as_f64).with_context(|| format!("`{key}` is missing"));
     let (r, alpha) = (number("r")?, number("lora_alpha")?);
-    let rslora = config.get("use_rslora") == Some(&Value::Bool(true));
+    let on = |key: &str| config.get(key) == Some(&Value::Bool(true));
+    let (rslora, dora) = (on("use_rslora"), on("use_dora"));
     let mut plan = Plan { peft: Some(Peft { peft_type: "LORA".into(), fields: config.clone() }), ..Plan::default() };
     let mut found = 0;
     for module in &model.modules {
@@ -96,7 +98,12 @@ pub fn lora_plan(
         let has = a_shape.first().copied().unwrap_or(0);
         ensure!(has as f64 == rank, "{}: its rank is {rank}, its tensor `{}` has {has}", info.path, a.1);
         let alpha = pattern_value(config.get("alpha_pattern"), &info.path)?.unwrap_or(alpha);
-        let recipes = lora_recipes(alpha / if rslora { rank.sqrt() } else { rank }, embedding, [a.0, b.0]);
+        ensure!(!(dora && embedding), "{}: DoRA of an embedding is not supported", info.path);
+        let scaling = alpha / if rslora { rank.sqrt() } else { rank };
+        let recipes = match dora {
+            true => dora_recipes(scaling, info),
+            false => lora_recipes(scaling, embedding, [a.0, b.0]),
+        };
         let recipe = plan.recipes.iter().position(|known| *known == recipes).unwrap_or_else(|| {
             plan.recipes.push(recipes);
             plan.recipes.len() - 1
@@ -110,7 +117,13 @@ pub fn lora_plan(
             tensor_shape: None,
             group: None,
         };
-        let params = vec![param(a, a_shape), param(b, b_shape)];
+        let mut params = vec![param(a, a_shape), param(b, b_shape)];
+        if dora {
+            let tensor = name(MAGNITUDE);
+            let magnitude = shape(&tensor).with_context(|| format!("tensor `{tensor}` is missing"))?;
+            params.push(param((MAGNITUDE, tensor), magnitude));
+            found += 1;
+        }
         plan.modules.push(AdaptedModule { path: info.path.clone(), recipe, params });
     }
     if found != tensors.len() {
@@ -140,6 +153,38 @@ fn lora_recipes(scaling: f64, embedding: bool, [a, b]: [&str; 2]) -> Recipes {
         true => merged.extend([Op::Transpose(3), Op::Add(4, 5)]),
         false => merged.push(Op::Add(4, 3)),
     }
+    Recipes { forward: recipe(forward), merged_weight: Some(recipe(merged)), merged_bias: None }
+}
+
+/// Name of DoRA's magnitudes, of the parameter and of its tensor.
+const MAGNITUDE: &str = "lora_magnitude_vector";
+
+/// `m / ‖W + s B A‖ ∘ (W x + s B A x) + b`, and the weight that it amounts to.
+fn dora_recipes(scaling: f64, module: &ModuleInfo) -> Recipes {
+    let recipe = |ops: Vec<Op>| Recipe { nodes: ops.into_iter().map(|op| Node { op, at: None }).collect() };
+    let param = |name: &str| Op::Param(name.to_owned());
+    // Nodes 0 to 4: W + s B A.
+    let weight = vec![param("lora_A"), param("lora_B"), Op::Matmul(1, 0), Op::Scale(2, scaling), Op::Weight];
+    let weight = [weight, vec![Op::Add(4, 3), Op::RowNorm(5)]].concat();
+    let mut forward = weight.clone();
+    forward.extend([
+        Op::Detach(6),
+        param(MAGNITUDE),
+        Op::Div(8, 7), // m / ‖W + s B A‖
+        Op::X,
+        Op::MatmulT(10, 0),
+        Op::MatmulT(11, 1),
+        Op::Scale(12, scaling),
+        Op::Linear(10),
+        Op::Add(14, 13),
+        Op::Mul(9, 15),
+    ]);
+    if module.bias {
+        forward.extend([Op::Bias, Op::Add(16, 17)]);
+    }
+    let mut merged = weight;
+    let column = vec![Dim::Fixed(module.d_out), Dim::Fixed(1)];
+    merged.extend([param(MAGNITUDE), Op::Div(7, 6), Op::Reshape { of: 8, shape: column }, Op::Mul(5, 9)]);
     Recipes { forward: recipe(forward), merged_weight: Some(recipe(merged)), merged_bias: None }
 }
 

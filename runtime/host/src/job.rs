@@ -105,9 +105,7 @@ impl Job {
 ///
 /// # Errors
 /// Those of `store`.
-pub fn encode(
-    store: impl FnOnce(&mut dyn FnMut(usize, usize)) -> Result<Arc<BaseModel>>,
-) -> Result<Arc<BaseModel>> {
+pub fn encode(store: impl FnOnce(&mut dyn FnMut(usize, usize)) -> Result<Arc<BaseModel>>) -> Result<Arc<BaseModel>> {
     let bar = progress::counting("encoding", 0);
     let result = store(&mut |done, all| {
         bar.set_length(all as u64);
@@ -162,7 +160,12 @@ impl Outcome {
             "parent": parent,
             "result": self.summary(),
         });
-        let record = Record { strategy: &job.strategy, data_digest: Some(&self.data_digest), requantize: job.requantize, training };
+        let record = Record {
+            strategy: &job.strategy,
+            data_digest: Some(&self.data_digest),
+            requantize: job.requantize,
+            training,
+        };
         if job.adaptation.is_whole_model() {
             save_model(&directory, &merge(&job.model, &job.adaptation)?, &job.model)?;
             let manifest = serde_json::to_value(adapter::manifest(&job.model, &job.adaptation, record)?)?;

@@ -1,0 +1,139 @@
+//! The strategies that store the base in their own way: what is stored, and that an adapter is run as it was trained.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::batch::Batch;
+use homeroom_engine::merge::merge;
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::recipe::Pass;
+use homeroom_engine::requantize::{StoredAs, store_as, store_as_planned};
+use homeroom_kernels::Codec;
+use serde_json::{Value, json};
+
+use crate::support::{
+    Place, adapt_stored, distance, fixture, homeroom, model, plan, plugin_path, printed_json, refused, shake, succeeds,
+};
+
+fn storages(model: &BaseModel) -> Vec<(String, String)> {
+    model.modules.iter().map(|module| (module.info.path.clone(), module.weight.storage_name())).collect()
+}
+
+/// The kernels' own NF4 and int8 are held to bitsandbytes' bytes; these are the ones that the plugins state.
+#[test]
+fn the_codecs_of_the_plugins_are_those_that_equal_bitsandbytes() -> Result<()> {
+    for (strategy, codec) in [("qlora", Codec::nf4()), ("int8", Codec::int8())] {
+        let (stored, _) = adapt_stored(strategy, &json!({"target_modules": ["q_proj"]}), model("llama")?, 1)?;
+        let expected = store_as(&model("llama")?, &StoredAs::Codec(codec), |_, _| {})?;
+        assert_eq!(storages(&stored), storages(&expected), "{strategy}");
+        for (got, want) in stored.modules.iter().zip(&expected.modules) {
+            let rows = got.weight.rows();
+            assert!(got.weight.decode(0..rows) == want.weight.decode(0..rows), "{strategy}: {}", got.info.path);
+        }
+    }
+    Ok(())
+}
+
+/// Blocks of 4 bits have lost what 4 bits would lose once more.
+#[test]
+fn a_quantised_weight_keeps_its_storage_unless_the_user_wants_it_otherwise() -> Result<()> {
+    let base = fixture("models").join("llama-gguf/model-mixed.gguf");
+    let stored = |requantize| -> Result<Vec<String>> {
+        let model = Arc::new(BaseModel::load(&base)?);
+        let plan = plan("qlora", &json!({}), &model)?;
+        let model = store_as_planned(model, &plan, requantize, |_, _| {})?;
+        Adaptation::new(&model, plan, 1)?;
+        let paths = ["model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"];
+        let index = |path| model.module_index(path).context("a module");
+        paths.iter().map(|path| Ok(model.modules[index(path)?].weight.storage_name())).collect()
+    };
+    assert_eq!(stored(false)?, ["q5_0", "q8_0", "nf4"]);
+    assert_eq!(stored(true)?, ["q5_0", "nf4", "nf4"]);
+
+    let place = Place::new()?;
+    for (flags, kept) in [(&[][..], true), (&["--requantize"][..], false)] {
+        let output = place.path("outputs").join(format!("kept-{kept}"));
+        let mut command = fine_tune(&place, &base, "qlora", &output)?;
+        let ran = succeeds(command.args(flags))?;
+        assert_eq!(ran.stderr.contains("keeps its storage"), kept, "{}", ran.stderr);
+        let manifest: Value = serde_json::from_slice(&fs::read(output.join("homeroom.json"))?)?;
+        assert_eq!(manifest["base"]["requantize"], !kept);
+        answer(&output)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_is_run_merged_and_exported_with_its_plugin_file_gone() -> Result<()> {
+    let place = Place::new()?;
+    let plugins = place.path("plugins");
+    fs::create_dir(&plugins)?;
+    for strategy in ["qlora", "int8"] {
+        let file = plugin_path(strategy);
+        let copy = plugins.join(file.file_name().context("a library has a name")?);
+        fs::copy(&file, &copy)?;
+        let output = place.path("outputs").join(strategy);
+        let mut command = fine_tune(&place, &fixture("models").join("llama"), strategy, &output)?;
+        succeeds(command.env("HOMEROOM_PLUGINS", &plugins))?;
+        fs::remove_file(&copy)?;
+        let first = answer(&output)?;
+        assert_eq!(first, answer(&output)?, "{strategy}");
+        let mut export = homeroom();
+        export.env("HOMEROOM_PLUGINS", &plugins).arg("export-model").arg("--model-dir").arg(&output);
+        let merged = place.path("outputs").join(format!("{strategy}-merged"));
+        let ran = succeeds(export.args(["--format", "merged", "--json", "--output-dir"]).arg(&merged))?;
+        let kl = printed_json(&ran)?["kl"].as_f64().context("kl")?;
+        assert!((0.0..1e-6).contains(&kl), "{strategy}: {kl}");
+    }
+    Ok(())
+}
+
+/// The values that training saw are those that are merged: what the codec stores, not what the files hold.
+#[test]
+fn merging_into_a_coded_base_changes_nothing() -> Result<()> {
+    for strategy in ["qlora", "int8"] {
+        let (base, adaptation) = adapt_stored(strategy, &json!({"r": 3, "use_dora": true}), model("llama")?, 1)?;
+        let adaptation = shake(adaptation)?;
+        let merged = merge(&base, &adaptation)?;
+        let batch = Batch::of_tokens(&[1, 5, 9, 30, 4], 0);
+        let logits = |model, adaptation| -> Result<Vec<f32>> {
+            Ok(Pass::evaluation(model, adaptation).logits(&batch)?.flatten_all()?.to_vec1()?)
+        };
+        let (unmerged, merged) = (logits(&base, Some(&adaptation))?, logits(&merged, None)?);
+        let apart = distance(&unmerged, &merged);
+        assert!(apart < 1e-4, "{strategy}: {apart}");
+        let plain = logits(&base, None)?;
+        assert!(distance(&unmerged, &plain) > 1e-2, "the adapter changes something");
+    }
+    Ok(())
+}
+
+#[test]
+fn options_of_the_storage_are_checked() -> Result<()> {
+    let place = Place::new()?;
+    let output = place.path("outputs/out");
+    let base = fixture("models").join("llama");
+    let mut command = fine_tune(&place, &base, "qlora", &output)?;
+    refused(command.args(["--set-option", "block_size=48"]), &["block_size is 48", "power of two"])?;
+    let mut command = fine_tune(&place, &base, "qlora", &output)?;
+    refused(command.args(["--set-option", "double_quants=true"]), &["double_quants", "did you mean `double_quant`"])
+}
+
+fn fine_tune(place: &Place, base: &Path, strategy: &str, output: &Path) -> Result<std::process::Command> {
+    let row = json!({"prompt": "a b c", "completion": " d e"}).to_string();
+    let rows = place.write("rows.jsonl", format!("{row}\n{row}\n"))?;
+    let mut command = homeroom();
+    command.arg("fine-tune").arg("--model-name").arg(base).arg("--training-file").arg(rows);
+    command.args(["--strategy", strategy, "--max-steps", "2", "--lora-r", "2", "--output-dir"]).arg(output);
+    Ok(command)
+}
+
+/// What an adapter says to a prompt.
+fn answer(adapter: &Path) -> Result<String> {
+    let mut command = homeroom();
+    command.arg("chat").arg("--model-dir").arg(adapter).args(["--prompt", "a b", "--max-tokens", "4"]);
+    Ok(succeeds(&mut command)?.stdout)
+}

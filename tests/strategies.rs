@@ -11,7 +11,7 @@ use homeroom_engine::merge::merge;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use homeroom_engine::requantize::{StoredAs, store_as, store_as_planned};
-use homeroom_kernels::Codec;
+use homeroom_kernels::{Codec, ScaleStorage};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -136,4 +136,85 @@ fn answer(adapter: &Path) -> Result<String> {
     let mut command = homeroom();
     command.arg("chat").arg("--model-dir").arg(adapter).args(["--prompt", "a b", "--max-tokens", "4"]);
     Ok(succeeds(&mut command)?.stdout)
+}
+
+/// A directory as transformers writes it when bitsandbytes stores the linear layers.
+fn saved_by_bitsandbytes(place: &Place, kind: &str) -> Result<std::path::PathBuf> {
+    let dir = place.copy(&fixture("models/llama"), kind)?;
+    let saved = fixture("bitsandbytes");
+    fs::copy(saved.join(format!("{kind}.safetensors")), dir.join("model.safetensors"))?;
+    fs::copy(saved.join("config.json"), dir.join("config.json"))?;
+    Ok(dir)
+}
+
+#[test]
+fn a_model_that_bitsandbytes_stored_has_the_values_that_we_store() -> Result<()> {
+    let place = Place::new()?;
+    let plain = Codec { scales: ScaleStorage::F32, ..Codec::nf4() };
+    for (kind, codec) in [("nf4", Codec::nf4()), ("nf4-plain-scales", plain), ("int8", Codec::int8())] {
+        let theirs = BaseModel::load(&saved_by_bitsandbytes(&place, kind)?)?;
+        let ours = store_as(&model("llama")?, &StoredAs::Codec(codec), |_, _| {})?;
+        assert_eq!(storages(&theirs), storages(&ours), "{kind}");
+        for (got, want) in theirs.modules.iter().zip(&ours.modules) {
+            let rows = got.weight.rows();
+            let (got_values, want_values) = (got.weight.decode(0..rows), want.weight.decode(0..rows));
+            let largest = want_values.iter().fold(0_f32, |most, value| most.max(value.abs()));
+            let bound = match kind {
+                // The mean of the scales, which nested scales are stored without, is summed in another order.
+                "nf4" => 1e-6,
+                // Its layer rounds to f16 before it encodes: a value near the middle of two levels may fall to the other.
+                "int8" => largest / 126.0,
+                _ => 0.0,
+            };
+            let apart = distance(&got_values, &want_values);
+            assert!(apart <= bound, "{kind}: {} {apart:e}", got.info.path);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_model_that_bitsandbytes_stored_is_trained_on_and_merged_into_floats() -> Result<()> {
+    let place = Place::new()?;
+    let base = saved_by_bitsandbytes(&place, "nf4")?;
+    let output = place.path("outputs/out");
+    let ran = succeeds(&mut fine_tune(&place, &base, "qlora", &output)?)?;
+    assert!(!ran.stderr.contains("keeps its storage"), "{}", ran.stderr);
+    let merged = place.path("outputs/merged");
+    let mut export = homeroom();
+    export.arg("export-model").arg("--model-dir").arg(&output).args(["--format", "merged", "--output-dir"]);
+    succeeds(export.arg(&merged))?;
+    let config = fs::read_to_string(merged.join("config.json"))?;
+    assert!(!config.contains("quantization_config"), "{config}");
+    BaseModel::load(&merged)?;
+    Ok(())
+}
+
+#[test]
+fn what_bitsandbytes_stored_otherwise_or_not_whole_is_refused_by_name() -> Result<()> {
+    let place = Place::new()?;
+    let refusal = |dir: &Path| BaseModel::load(dir).err().map(|error| format!("{error:#}")).context("it is refused");
+    let error = refusal(&saved_by_bitsandbytes(&place, "fp4")?)?;
+    assert!(error.contains("bitsandbytes__fp4") && error.contains("nf4 is run here"), "{error}");
+
+    let dir = saved_by_bitsandbytes(&place, "nf4")?;
+    let file = dir.join("model.safetensors");
+    let whole = fs::read(&file)?;
+    let text = |bytes: &[u8], from: &str, to: &str| -> Result<Vec<u8>> {
+        let (from, to) = (from.as_bytes(), to.as_bytes());
+        let at = bytes.windows(from.len()).position(|window| window == from).context("it is in the file")?;
+        Ok([&bytes[..at], to, &bytes[at + from.len()..]].concat())
+    };
+    for (from, to, words) in [
+        ("down_proj.weight.absmax", "down_proj.weight.absmix", "its `absmax` is missing"),
+        ("\"blocksize\": 64", "\"blocksize\": 32", "takes"),
+        ("\"blocksize\": 64", "\"blocksize\":  0", "at least one value"),
+        ("\"shape\": [48", "\"shape\": [84", "it should be"),
+        ("\"nested_offset\"", "\"nested_0ffset\"", "nested_offset"),
+    ] {
+        fs::write(&file, text(&whole, from, to)?)?;
+        let error = refusal(&dir)?;
+        assert!(error.contains(words), "{from}: {error}");
+    }
+    Ok(())
 }

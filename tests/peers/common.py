@@ -88,12 +88,23 @@ def load_tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load_base(folder: Path):
+def load_base(folder: Path, storage: str = "f32"):
+    """The base in f32; with `nf4` or `int8` its linear layers as bitsandbytes stores them."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    coded = {
+        "nf4": dict(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+        "int8": dict(load_in_8bit=True),
+    }.get(storage)
+    more = dict(quantization_config=BitsAndBytesConfig(**coded), device_map="cpu") if coded else {}
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager", **more
     ).eval()
 
 

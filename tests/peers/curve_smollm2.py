@@ -8,7 +8,11 @@ whole step.
 Leaves OUT/init (start), OUT/peft (trained here), OUT/peft.json (the curve) and OUT/homeroom.
 
 Run: python curve_smollm2.py --model D --rows train.jsonl --out OUT --homeroom BIN
-         [--strategy lora|rslora|dora|full|ia3|vera] [--plugin-dir DIR] [-- more options]
+         [--strategy lora|rslora|dora|qlora|int8|full|ia3|vera] [--eval-rows eval.jsonl]
+         [--plugin-dir DIR] [-- more options]
+
+With qlora and int8 the other side is PEFT over bitsandbytes. Its 8-bit products round activations
+too, so that there the losses agree to some parts in a hundred only.
 """
 
 import argparse
@@ -35,6 +39,8 @@ STRATEGIES = {
         2e-4,
         dict(r=8, lora_alpha=16, use_dora=True, target_modules=["q_proj", "v_proj"]),
     ),
+    "qlora": ("qlora", 2e-4, dict(r=8, lora_alpha=16, target_modules=TARGETS)),
+    "int8": ("int8", 2e-4, dict(r=8, lora_alpha=16, target_modules=TARGETS)),
     "full": ("full", 2e-5, {}),
     "ia3": (
         "ia3",
@@ -61,6 +67,17 @@ def make_adapter(base, strategy: str):
         options["save_projection"] = True
     torch.manual_seed(1)
     return get_peft_model(base, kinds.get(strategy, LoraConfig)(task_type="CAUSAL_LM", **options))
+
+
+def held_out_loss(model, tokenizer, path: Path) -> float:
+    """Mean loss of the trained tokens of a file of rows."""
+    import torch
+
+    rows = [common.encode(tokenizer, row["messages"]) for row in common.read_rows(path)]
+    model.eval()
+    with torch.no_grad():
+        total = sum(common.token_losses(model, rows[i : i + 8])[0].item() for i in range(0, len(rows), 8))
+    return total / sum(sum(trained) for _, trained in rows)
 
 
 def train(model, steps: list, learning_rate: float) -> list[dict]:
@@ -112,6 +129,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, help="default: the strategy's, see above")
+    parser.add_argument("--eval-rows", type=Path, help="held-out rows: both losses at the end")
     parser.add_argument("--reuse", action="store_true", help="take OUT/peft.json from a run before")
     parser.add_argument("--bound", type=float, default=1e-4, help="relative, on each step")
     args = parser.parse_args()
@@ -131,12 +149,14 @@ def main() -> None:
             [rows[i : i + size] for i in range(step * each, (step + 1) * each, size)]
             for step in range(args.steps)
         ]
-        model = common.load_base(args.model)
+        model = common.load_base(args.model, {"qlora": "nf4"}.get(args.strategy, args.strategy))
         if not full:
             model = make_adapter(model, args.strategy)
             model.peft_config["default"].base_model_name_or_path = str(args.model.resolve())
             model.save_pretrained(args.out / "init", save_embedding_layers=False)
         records = train(model, steps, args.learning_rate)
+        if args.eval_rows:
+            records[-1]["eval_loss"] = held_out_loss(model, tokenizer, args.eval_rows)
         curve.write_text(json.dumps(records, indent=1) + "\n")
         if full:
             model.save_pretrained(args.out / "peft")
@@ -180,6 +200,11 @@ def main() -> None:
         # max() would pass over NaN.
         for value in (*apart, rate):
             worst = value if not value <= worst else worst
+    if args.eval_rows:
+        command = [args.homeroom, "eval", "--model-dir", output, "--file", args.eval_rows, "--json"]
+        ours_held = common.last_json(common.run(command))["loss"]
+        held = theirs[-1]["eval_loss"]
+        print(f"held out: PEFT {held:.5f}   Homeroom {ours_held:.5f}   rel {ours_held / held - 1:+.2e}")
     if len(ours) != len(theirs):
         print(f"Homeroom logged {len(ours)} steps, PEFT made {len(theirs)}")
     common.verdict("largest relative difference of a step is", worst, args.bound)

@@ -92,7 +92,10 @@ impl ModelConfig {
         let given = |key: &str| config.get(key).filter(|value| !value.is_null());
         if let Some(quantization) = given("quantization_config") {
             let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-            bail!("its weights are quantised by `{method}`; use the unquantised model, or a GGUF file of it");
+            ensure!(
+                method == "bitsandbytes",
+                "its weights are quantised by `{method}`; use the unquantised model, or a GGUF file of it"
+            );
         }
         for (key, allowed) in FIXED_FIELDS {
             if let Some(value) = given(key) {

@@ -13,6 +13,7 @@ pub mod adaptation;
 pub mod adapter;
 pub mod attention;
 pub mod batch;
+mod bitsandbytes;
 pub mod block;
 pub mod config;
 pub mod data;

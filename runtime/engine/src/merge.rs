@@ -140,6 +140,10 @@ fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseMo
     let mut tokenizer_config = tokenizer.config_json();
     if base.path.is_dir() {
         let mut own = read("config.json")?;
+        // What is written are floats, whatever the base was stored as.
+        if let Some(own) = own.as_object_mut() {
+            own.shift_remove("quantization_config");
+        }
         own["tie_word_embeddings"] = model.config.tie_word_embeddings.into();
         let dtype_key = if own.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
         own[dtype_key] = dtype.into();

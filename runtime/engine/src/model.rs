@@ -6,9 +6,10 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{ModelInfo, ModuleInfo, ModuleKind};
-use homeroom_kernels::RowOrder;
+use homeroom_kernels::{RowOrder, Storage};
 use sha2::{Digest, Sha256};
 
+use crate::bitsandbytes;
 use crate::config::{ModelConfig, RopeScaling};
 use crate::gguf::Gguf;
 use crate::template::ChatTemplate;
@@ -337,6 +338,21 @@ impl Builder<'_> {
             self.problems.push(format!("tensor `{name}` is missing"));
             return None;
         };
+        let coded = match tensor.storage {
+            Storage::Coded => bitsandbytes::weight(self.tensors, name, shape),
+            _ => Ok(None),
+        };
+        match coded {
+            Ok(None) => {}
+            Ok(Some((weight, parts))) => {
+                self.used.extend(parts);
+                return Some(weight);
+            }
+            Err(error) => {
+                self.problems.push(format!("tensor `{name}`: {error:#}"));
+                return None;
+            }
+        }
         if tensor.shape != shape {
             self.problems.push(format!("tensor `{name}` is {:?}, it should be {shape:?}", tensor.shape));
             return None;

@@ -21,7 +21,7 @@ pub struct MappedTensor {
     pub range: Range<usize>,
     /// Its shape, row-major.
     pub shape: Vec<usize>,
-    /// Its element type or block format.
+    /// Its element type or block format; [`Storage::Coded`]: bytes, which mean something beside other tensors only.
     pub storage: Storage,
 }
 
@@ -77,7 +77,7 @@ pub fn map_directory(dir: &Path) -> Result<Tensors> {
 /// Maps one safetensors file.
 ///
 /// # Errors
-/// When it is missing, truncated or inconsistent, or holds a type that is not a float of 16 or 32 bits.
+/// When it is missing, truncated or inconsistent, or holds a type that is neither a float of 16 or 32 bits nor bytes.
 pub fn map_safetensors(path: &Path) -> Result<Tensors> {
     let map = map_file(path)?;
     let parsed = SafeTensors::deserialize(&map);
@@ -90,7 +90,11 @@ pub fn map_safetensors(path: &Path) -> Result<Tensors> {
             Dtype::F32 => Storage::F32,
             Dtype::F16 => Storage::F16,
             Dtype::BF16 => Storage::BF16,
-            other => bail!("{}: tensor `{name}` is of type {other:?}; known are F32, F16, BF16", path.display()),
+            Dtype::U8 | Dtype::I8 => Storage::Coded,
+            other => bail!(
+                "{}: tensor `{name}` is of type {other:?}; known are F32, F16, BF16, and U8 and I8 as bitsandbytes uses them",
+                path.display()
+            ),
         };
         let offset = view.data().as_ptr() as usize - start;
         let range = offset..offset + view.data().len();
@@ -100,10 +104,15 @@ pub fn map_safetensors(path: &Path) -> Result<Tensors> {
 }
 
 impl MappedTensor {
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map[self.range.clone()]
+    }
+
     /// The values, for small tensors and adapters.
     ///
     /// # Errors
-    /// When the shape does not fit the bytes.
+    /// When the shape does not fit the bytes, or they are no floats.
     pub fn values(&self) -> Result<Vec<f32>> {
         let (rows, cols) = match *self.shape.as_slice() {
             [] => (1, 1),

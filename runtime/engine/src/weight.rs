@@ -2,11 +2,11 @@
 //!
 //! The bytes are usually part of a memory-mapped file, so holding a weight costs nothing until its rows are read.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use homeroom_kernels::{Codec, Encoded, Matrix, RowOrder, Storage, bf16, encode};
+use homeroom_kernels::{Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode};
 use memmap2::Mmap;
 
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
@@ -23,7 +23,33 @@ pub struct Weight {
 enum Bytes {
     Mapped(Arc<Mmap>, Range<usize>),
     Owned(Arc<[u8]>),
-    Coded(Arc<(Codec, Encoded)>),
+    Coded(Arc<Coding>),
+}
+
+/// A matrix through a codec: indices and scales.
+struct Coding {
+    codec: Codec,
+    codes: Codes,
+    scales: EncodedScales,
+}
+
+/// Indices of a coded matrix, in memory or in a mapped file.
+pub enum Codes {
+    /// In memory.
+    Owned(Vec<u8>),
+    /// In a file.
+    Mapped(Arc<Mmap>, Range<usize>),
+}
+
+impl Deref for Codes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Owned(bytes) => bytes,
+            Self::Mapped(map, range) => &map[range.clone()],
+        }
+    }
 }
 
 impl Weight {
@@ -70,10 +96,19 @@ impl Weight {
         let read = |rows: Range<usize>, out: &mut [f32]| matrix.decode_rows(rows, out);
         let encoded = encode(codec, self.rows, self.cols, &read).map_err(anyhow::Error::msg)?;
         self.release();
-        let bytes = Bytes::Coded(Arc::new((codec.clone(), encoded)));
-        let weight = Self { bytes, storage: Storage::Coded, order: RowOrder::Natural, ..*self };
-        weight.view().map_err(anyhow::Error::msg)?;
-        Ok(weight)
+        Self::coded(codec.clone(), Codes::Owned(encoded.codes), encoded.scales, (self.rows, self.cols))
+    }
+
+    /// A weight whose indices and scales there are already.
+    ///
+    /// # Errors
+    /// When the codec cannot be run, or there are not as many of them as the shape asks for.
+    pub fn coded(codec: Codec, codes: Codes, scales: EncodedScales, (rows, cols): (usize, usize)) -> Result<Self> {
+        if let Codes::Mapped(map, range) = &codes {
+            ensure!(map.get(range.clone()).is_some(), "its bytes lie outside the file");
+        }
+        let bytes = Bytes::Coded(Arc::new(Coding { codec, codes, scales }));
+        Self::checked(bytes, Storage::Coded, (rows, cols), RowOrder::Natural)
     }
 
     /// Tells the system that the mapped pages of this weight need not stay in memory; they are read again when they are asked for.
@@ -98,13 +133,13 @@ impl Weight {
         match &self.bytes {
             Bytes::Mapped(map, range) => &map[range.clone()],
             Bytes::Owned(bytes) => bytes,
-            Bytes::Coded(coded) => &coded.1.codes,
+            Bytes::Coded(coded) => &coded.codes,
         }
     }
 
     fn view(&self) -> Result<Matrix<'_>, String> {
         match &self.bytes {
-            Bytes::Coded(coded) => Matrix::coded(&coded.0, &coded.1, self.rows, self.cols),
+            Bytes::Coded(coded) => Matrix::coded(&coded.codec, &coded.codes, &coded.scales, self.rows, self.cols),
             _ => Matrix::new(self.storage, self.raw(), self.rows, self.cols, self.order),
         }
     }
@@ -117,7 +152,7 @@ impl Weight {
     /// Name of the storage: that of the codec, or of the element type or block format.
     pub fn storage_name(&self) -> String {
         match &self.bytes {
-            Bytes::Coded(coded) => coded.0.name.clone(),
+            Bytes::Coded(coded) => coded.codec.name.clone(),
             _ => format!("{:?}", self.storage).to_lowercase(),
         }
     }
@@ -140,7 +175,7 @@ impl Weight {
     /// Bytes that the weight takes as stored.
     pub fn stored_bytes(&self) -> usize {
         match &self.bytes {
-            Bytes::Coded(coded) => coded.1.bytes(),
+            Bytes::Coded(coded) => coded.codes.len() + coded.scales.bytes(),
             _ => self.raw().len(),
         }
     }

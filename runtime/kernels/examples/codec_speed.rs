@@ -23,7 +23,8 @@ fn measure() {
             with_cpu(cpu, || {
                 let encoding = best(|| drop(encode(&codec, rows, cols, &read)));
                 let encoded = encode(&codec, rows, cols, &read).expect("the values are finite");
-                let matrix = Matrix::coded(&codec, &encoded, rows, cols).expect("the sizes agree");
+                let matrix =
+                    Matrix::coded(&codec, &encoded.codes, &encoded.scales, rows, cols).expect("the sizes agree");
                 let mut floats = vec![0f32; rows * cols];
                 let decoding = best(|| matrix.decode_rows(0..rows, &mut floats));
                 // A product with one row of x is little but decoding to bf16 and packing.

@@ -5,7 +5,7 @@
 //! taken in one order; so results are equal bit by bit for any number of threads, and row i of a result depends on
 //! row i of the input (and W) alone, not on how many rows share the call.
 
-use crate::codec::{Codec, Coded, Encoded};
+use crate::codec::{Codec, Coded, EncodedScales};
 use crate::cpu::cpu;
 use crate::element::Element;
 use crate::pool::Shared;
@@ -103,9 +103,15 @@ impl<'a> Matrix<'a> {
     ///
     /// # Errors
     /// See [`Coded::new`].
-    pub fn coded(codec: &'a Codec, encoded: &'a Encoded, rows: usize, cols: usize) -> Result<Self, String> {
-        let coded = Some(Coded::new(codec, encoded, rows, cols)?);
-        Ok(Self { storage: Storage::Coded, bytes: &encoded.codes, rows, cols, order: RowOrder::Natural, coded })
+    pub fn coded(
+        codec: &'a Codec,
+        codes: &'a [u8],
+        scales: &'a EncodedScales,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, String> {
+        let coded = Some(Coded::new(codec, codes, scales, rows, cols)?);
+        Ok(Self { storage: Storage::Coded, bytes: codes, rows, cols, order: RowOrder::Natural, coded })
     }
 
     /// Decodes `rows` (indices in the matrix's own order) into `out` (rows.len(), cols).

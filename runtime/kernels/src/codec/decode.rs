@@ -22,12 +22,12 @@ impl Coded<'_> {
             E::nibbles(cpu, self, &self.levels(), range, out);
         } else if self.linear {
             for (scale, block, out) in self.blocks(range, out) {
-                linear(cpu, &self.encoded.codes[block], scale, out);
+                linear(cpu, &self.codes[block], scale, out);
             }
         } else {
             let table = self.levels();
             for (scale, block, out) in self.blocks(range, out) {
-                looked_up(cpu, &self.encoded.codes[block], &table, scale, out);
+                looked_up(cpu, &self.codes[block], &table, scale, out);
             }
         }
     }
@@ -138,7 +138,7 @@ impl CodeElement for bf16 {
 /// The form that every processor has.
 fn plain<E: Element>(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [E]) {
     for (scale, block, out) in coded.blocks(range, out) {
-        block_of_nibbles(&coded.encoded.codes, block, levels, scale, out);
+        block_of_nibbles(coded.codes, block, levels, scale, out);
     }
 }
 
@@ -203,7 +203,7 @@ mod avx512 {
     pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
         // SAFETY: `levels` is 16 values.
         let all = unsafe { _mm512_loadu_ps(levels.as_ptr()) };
-        let codes = &coded.encoded.codes[..];
+        let codes = coded.codes;
         for (scale, block, out) in coded.blocks(range, out) {
             let table = _mm512_mul_ps(all, _mm512_set1_ps(scale));
             by_groups!(16, codes, block, levels, scale, out, |bytes: &[[u8; 8]], out: &mut [[f32; 16]]| {
@@ -223,7 +223,7 @@ mod avx512 {
     pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
         // SAFETY: `levels` is 16 values.
         let all = unsafe { _mm512_loadu_ps(levels.as_ptr()) };
-        let codes = &coded.encoded.codes[..];
+        let codes = coded.codes;
         for (scale, block, out) in coded.blocks(range, out) {
             let bits = _mm512_castps_si512(_mm512_mul_ps(all, _mm512_set1_ps(scale)));
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -265,7 +265,7 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
         let (low, high) = halves(levels);
-        let codes = &coded.encoded.codes[..];
+        let codes = coded.codes;
         // Where in a word of four bytes the eight indices lie.
         let shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
         for (scale, block, out) in coded.blocks(range, out) {
@@ -301,7 +301,7 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
         let (low, high) = halves(levels);
-        let codes = &coded.encoded.codes[..];
+        let codes = coded.codes;
         let byte = _mm256_set1_epi16(0xFF);
         for (scale, block, out) in coded.blocks(range, out) {
             let scales = _mm256_set1_ps(scale);

@@ -176,11 +176,17 @@ pub enum EncodedScales {
 impl Encoded {
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
-        let scales = match &self.scales {
-            EncodedScales::F32(scales) => 4 * scales.len(),
-            EncodedScales::Nested { codes, absmax, .. } => codes.len() + 4 * absmax.len() + 4,
-        };
-        self.codes.len() + scales
+        self.codes.len() + self.scales.bytes()
+    }
+}
+
+impl EncodedScales {
+    /// Bytes that they take.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::F32(scales) => 4 * scales.len(),
+            Self::Nested { codes, absmax, .. } => codes.len() + 4 * absmax.len() + 4,
+        }
     }
 }
 
@@ -188,7 +194,8 @@ impl Encoded {
 #[derive(Clone, Copy, Debug)]
 pub struct Coded<'a> {
     codec: &'a Codec,
-    encoded: &'a Encoded,
+    codes: &'a [u8],
+    scales: &'a EncodedScales,
     rows: usize,
     cols: usize,
     /// See [`Codec::is_linear`].
@@ -196,30 +203,38 @@ pub struct Coded<'a> {
 }
 
 impl<'a> Coded<'a> {
-    /// A view; whoever made `encoded`, its sizes are checked here.
+    /// A view of indices and scales, whoever made them: their sizes are checked here.
     ///
     /// # Errors
     /// When the codec cannot be run, or there are not as many indices and scales as the shape asks for.
-    pub fn new(codec: &'a Codec, encoded: &'a Encoded, rows: usize, cols: usize) -> Result<Self, String> {
+    pub fn new(
+        codec: &'a Codec,
+        codes: &'a [u8],
+        scales: &'a EncodedScales,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, String> {
         codec.check()?;
         let name = &codec.name;
         let values = rows.checked_mul(cols).ok_or_else(|| format!("{name}: {rows} x {cols} is too large"))?;
         let blocks = values.div_ceil(codec.block_len(cols));
-        let (codes, scales, nested) = match (&encoded.scales, &codec.scales) {
-            (EncodedScales::F32(scales), ScaleStorage::F32) => (encoded.codes.len(), scales.len(), None),
+        let (count, nested) = match (scales, &codec.scales) {
+            (EncodedScales::F32(scales), ScaleStorage::F32) => (scales.len(), None),
             (EncodedScales::Nested { codes, absmax, .. }, ScaleStorage::Nested { block, .. }) => {
-                (encoded.codes.len(), codes.len(), Some((absmax.len(), blocks.div_ceil(*block))))
+                (codes.len(), Some((absmax.len(), blocks.div_ceil(*block))))
             }
             _ => return Err(format!("{name}: its scales are not stored as the codec says")),
         };
         let wanted = (codec.code_bytes(values), blocks);
-        if (codes, scales) != wanted || nested.is_some_and(|(got, want)| got != want) {
+        if (codes.len(), count) != wanted || nested.is_some_and(|(got, want)| got != want) {
             return Err(format!(
-                "{name}: {rows} x {cols} takes {} bytes of indices and {} scales, got {codes} and {scales}",
-                wanted.0, wanted.1
+                "{name}: {rows} x {cols} takes {} bytes of indices and {} scales, got {} and {count}",
+                wanted.0,
+                wanted.1,
+                codes.len()
             ));
         }
-        Ok(Self { codec, encoded, rows, cols, linear: codec.is_linear() })
+        Ok(Self { codec, codes, scales, rows, cols, linear: codec.is_linear() })
     }
 
     /// The codec.
@@ -229,7 +244,7 @@ impl<'a> Coded<'a> {
 
     /// The scale of a block.
     fn scale(&self, block: usize) -> f32 {
-        match (&self.encoded.scales, &self.codec.scales) {
+        match (self.scales, &self.codec.scales) {
             (EncodedScales::F32(scales), _) => scales[block],
             (EncodedScales::Nested { codes, absmax, offset }, ScaleStorage::Nested { block: nested, code }) => {
                 code[usize::from(codes[block])] * absmax[block / nested] + offset
@@ -364,7 +379,7 @@ mod tests {
                 let mut random = Stream::new(3, 1);
                 let values: Vec<f32> = (0..rows * cols).map(|_| random.normal() as f32).collect();
                 let encoded = encoded(&codec, rows, cols, &values);
-                let coded = Coded::new(&codec, &encoded, rows, cols).unwrap();
+                let coded = Coded::new(&codec, &encoded.codes, &encoded.scales, rows, cols).unwrap();
                 let mut plain = vec![0f32; rows * cols];
                 for row in 0..rows {
                     coded.decode(Cpu::Portable, row, 0..cols, &mut plain[row * cols..(row + 1) * cols]);
@@ -406,7 +421,7 @@ mod tests {
             scales[blocks - 1] = f32::NAN;
             let encoded =
                 Encoded { codes: vec![0xFF; codec.code_bytes(rows * cols)], scales: EncodedScales::F32(scales) };
-            let coded = Coded::new(&codec, &encoded, rows, cols).unwrap();
+            let coded = Coded::new(&codec, &encoded.codes, &encoded.scales, rows, cols).unwrap();
             for cpu in CPUS.into_iter().filter(|cpu| *cpu <= Cpu::detected()) {
                 let (mut wide, mut narrow) = (vec![0f32; cols], vec![bf16::ZERO; cols]);
                 coded.decode(cpu, 0, 0..cols, &mut wide);
@@ -428,7 +443,7 @@ mod tests {
             let mut random = Stream::new(4, 1);
             let values: Vec<f32> = (0..rows * cols).map(|_| random.normal() as f32).collect();
             let encoded = encoded(codec, rows, cols, &values);
-            let matrix = Matrix::coded(codec, &encoded, rows, cols).unwrap();
+            let matrix = Matrix::coded(codec, &encoded.codes, &encoded.scales, rows, cols).unwrap();
             let mut floats = vec![0f32; rows * cols];
             matrix.decode_rows(0..rows, &mut floats);
             let dense: Vec<E> = floats.iter().map(|value| E::of(*value)).collect();
@@ -482,9 +497,17 @@ mod tests {
     fn sizes_and_numbers_that_do_not_fit_are_refused() {
         let codec = Codec::nf4();
         let whole = encoded(&codec, 4, 96, &[0.5; 4 * 96]);
-        assert!(Coded::new(&codec, &whole, 4, 96).is_ok());
-        assert!(Coded::new(&codec, &whole, 5, 96).unwrap_err().contains("takes 240 bytes of indices and 8 scales"));
-        assert!(Coded::new(&Codec::int8(), &whole, 4, 96).unwrap_err().contains("scales are not stored"));
+        assert!(Coded::new(&codec, &whole.codes, &whole.scales, 4, 96).is_ok());
+        assert!(
+            Coded::new(&codec, &whole.codes, &whole.scales, 5, 96)
+                .unwrap_err()
+                .contains("takes 240 bytes of indices and 8 scales")
+        );
+        assert!(
+            Coded::new(&Codec::int8(), &whole.codes, &whole.scales, 4, 96)
+                .unwrap_err()
+                .contains("scales are not stored")
+        );
         let wrong = |change: fn(&mut Codec)| {
             let mut codec = Codec::nf4();
             change(&mut codec);

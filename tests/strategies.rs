@@ -5,17 +5,22 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use homeroom::plugin::{Plugin, native};
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::batch::Batch;
+use homeroom_engine::block::Compute;
+use homeroom_engine::data::Example;
 use homeroom_engine::merge::merge;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use homeroom_engine::requantize::{StoredAs, store_as, store_as_planned};
+use homeroom_engine::train::{Run, TrainConfig};
 use homeroom_kernels::{Codec, ScaleStorage};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Place, adapt_stored, distance, fixture, homeroom, model, plan, plugin_path, printed_json, refused, shake, succeeds,
+    Place, adapt_stored, distance, fixture, homeroom, model, no_native, plan, plugin_path, printed_json, refused,
+    shake, succeeds,
 };
 
 fn storages(model: &BaseModel) -> Vec<(String, String)> {
@@ -44,7 +49,7 @@ fn a_quantised_weight_keeps_its_storage_unless_the_user_wants_it_otherwise() -> 
     let stored = |requantize| -> Result<Vec<String>> {
         let model = Arc::new(BaseModel::load(&base)?);
         let plan = plan("qlora", &json!({}), &model)?;
-        let model = store_as_planned(model, &plan, requantize, |_, _| {})?;
+        let model = store_as_planned(model, &plan, requantize, &no_native, |_, _| {})?;
         Adaptation::new(&model, plan, 1)?;
         let paths = ["model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"];
         let index = |path| model.module_index(path).context("a module");
@@ -217,4 +222,48 @@ fn what_bitsandbytes_stored_otherwise_or_not_whole_is_refused_by_name() -> Resul
         assert!(error.contains(words), "{from}: {error}");
     }
     Ok(())
+}
+
+/// What a plugin's functions encode is multiplied as any other storage: fused, plain and in f64.
+#[test]
+fn a_native_codec_stores_the_base_and_trains_on_it() -> Result<()> {
+    let plugin = Plugin::load(&plugin_path("mxfp4"))?;
+    let base = Arc::new(model("llama-gguf")?);
+    let plan = plan("mxfp4", &json!({"r": 3}), &base)?;
+    let find = |name: &str| native::of_plugin(&plugin, name);
+    let stored = store_as_planned(base.clone(), &plan, false, &find, |_, _| {})?;
+    let down = stored.module_index("model.layers.1.mlp.down_proj").context("a module")?;
+    assert_eq!(stored.modules[down].weight.storage_name(), "mxfp4");
+    assert_eq!(stored.modules[down].weight.stored_bytes(), 64 * 96 / 32 * 17);
+
+    // The same values as floats.
+    let as_floats = store_as(&stored, &StoredAs::F32, |_, _| {})?;
+    let adaptation = shake(Adaptation::new(&stored, plan.clone(), 1)?)?;
+    let floats_plan = homeroom_abi::plan::Plan { stored_natively: Default::default(), ..plan };
+    let on_floats = shake(Adaptation::new(&as_floats, floats_plan, 1)?)?;
+    let rows = Example { ids: vec![1, 5, 9, 30, 4, 17, 2], trained: vec![true; 7], line: 0 };
+    for compute in [Compute::Plain, Compute::F32] {
+        let config = TrainConfig { compute, ..TrainConfig::default() };
+        let batch = || Batch::of_examples([(0, &rows)]);
+        let (ours, _) = Run::new(&stored, &adaptation, &config, 1).gradients(&[batch()])?;
+        let (theirs, _) = Run::new(&as_floats, &on_floats, &config, 1).gradients(&[batch()])?;
+        assert!((ours.loss_sum - theirs.loss_sum).abs() < 1e-5 * theirs.loss_sum, "{compute:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_over_a_native_codec_names_the_plugin_that_it_lacks() -> Result<()> {
+    let place = Place::new()?;
+    let output = place.path("outputs/out");
+    succeeds(&mut fine_tune(&place, &fixture("models/llama-gguf"), "mxfp4", &output)?)?;
+    answer(&output)?;
+    // Beside the program there may be one that the tests built.
+    let alone = place.path("bin");
+    fs::create_dir(&alone)?;
+    fs::copy(env!("CARGO_BIN_EXE_homeroom"), alone.join("homeroom"))?;
+    let mut command = std::process::Command::new(alone.join("homeroom"));
+    command.env("HOMEROOM_HOME", place.path("home")).env("HOMEROOM_PLUGINS", "").arg("chat").arg("--model-dir");
+    command.arg(&output).args(["--prompt", "a"]);
+    refused(&mut command, &["native codec `mxfp4`", "plugin `mxfp4` 0.1.0", "unknown strategy `mxfp4`"])
 }

@@ -12,6 +12,7 @@ use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::requantize::store_as_planned;
 use homeroom_engine::tensors::map_safetensors;
+use homeroom_engine::weight::NativeCodec;
 use homeroom_kernels::Stream;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -171,7 +172,8 @@ pub fn loss(model: &Path, rows: &Path) -> Result<f64> {
 pub fn plugin_path(name: &str) -> PathBuf {
     static BUILT: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
-        build_plugins(&root(), &["lora", "qlora", "int8", "full", "ia3", "vera", "hostile"]).expect("the plugins build")
+        build_plugins(&root(), &["lora", "qlora", "int8", "full", "ia3", "vera", "mxfp4", "hostile"])
+            .expect("the plugins build")
     });
     built.get(name).unwrap_or_else(|| panic!("plugin `{name}` was not built")).clone()
 }
@@ -229,9 +231,14 @@ pub fn adapt_stored(
     seed: u64,
 ) -> Result<(Arc<BaseModel>, Adaptation)> {
     let plan = plan(strategy, options, &model)?;
-    let model = store_as_planned(Arc::new(model), &plan, false, |_, _| {})?;
+    let model = store_as_planned(Arc::new(model), &plan, false, &no_native, |_, _| {})?;
     let adaptation = Adaptation::new(&model, plan, seed)?;
     Ok((model, adaptation))
+}
+
+/// For plans without a native codec.
+pub fn no_native(name: &str) -> Result<Arc<dyn NativeCodec>> {
+    anyhow::bail!("there is no native codec `{name}` here")
 }
 
 /// The same with every parameter moved off its first value, so that nothing in it is 0 or 1.

@@ -8,6 +8,7 @@
 
 pub mod codec;
 pub mod describe;
+pub mod native;
 pub mod plan;
 pub mod recipe;
 pub mod shape;

@@ -91,6 +91,9 @@ pub struct Plan {
     /// weights that are floats; one that is quantised already keeps its storage, unless the user wants it otherwise.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub stored: BTreeMap<String, usize>,
+    /// As [`Plan::stored`], by the plugin's native codec of that name, see [`crate::native`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub stored_natively: BTreeMap<String, String>,
     /// How the result is written as a PEFT adapter. Without it no `adapter_config.json` is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peft: Option<Peft>,

@@ -8,8 +8,8 @@ use std::sync::Once;
 use homeroom_abi::describe::{PluginError, Source};
 use homeroom_abi::plan::PlanRequest;
 use homeroom_abi::table::{
-    self, ABI_MAJOR, ABI_MINOR, Bytes, Call, Descriptor, EMIT_ERROR, EMIT_RESULT, Emit, FAILED, MAGIC, OK,
-    UNKNOWN_METHOD,
+    self, ABI_MAJOR, ABI_MINOR, Bytes, Call, Descriptor, EMIT_ERROR, EMIT_RESULT, Emit, FAILED, GetExtension, MAGIC,
+    OK, UNKNOWN_METHOD,
 };
 
 use crate::strategy::{Strategy, describe, trace};
@@ -20,10 +20,23 @@ thread_local! {
     static PANIC: RefCell<Option<PluginError>> = const { RefCell::new(None) };
 }
 
-/// Exports a [`Strategy`] as this library's entry. Once in a crate, which must be a `cdylib`.
+/// Exports a [`Strategy`] as this library's entry, and with `codec = C` a [`crate::native::Codec`] beside it. Once in a crate,
+/// which must be a `cdylib`.
 #[macro_export]
 macro_rules! export_strategy {
     ($strategy:ty) => {
+        $crate::export_strategy!(@entry $strategy, $crate::no_extension);
+    };
+    ($strategy:ty, codec = $codec:ty) => {
+        #[doc(hidden)]
+        unsafe extern "C" fn homeroom_extension(name: $crate::abi::table::Bytes) -> *const ::std::ffi::c_void {
+            static CODEC: $crate::abi::native::NativeCodec = $crate::native::native_codec::<$codec>();
+            // SAFETY: the host keeps `name` readable during the call.
+            unsafe { $crate::native::extension(name, &CODEC) }
+        }
+        $crate::export_strategy!(@entry $strategy, homeroom_extension);
+    };
+    (@entry $strategy:ty, $extension:expr) => {
         #[doc(hidden)]
         unsafe extern "C" fn homeroom_call(
             method: u32,
@@ -39,14 +52,14 @@ macro_rules! export_strategy {
         // SAFETY: the name is this ABI's own, and a library exports one strategy.
         #[unsafe(no_mangle)]
         pub extern "C" fn homeroom_strategy_entry() -> *const $crate::abi::table::Descriptor {
-            static DESCRIPTOR: $crate::abi::table::Descriptor = $crate::descriptor(homeroom_call);
+            static DESCRIPTOR: $crate::abi::table::Descriptor = $crate::descriptor(homeroom_call, $extension);
             &DESCRIPTOR
         }
     };
 }
 
 /// The descriptor of a plugin built with this SDK.
-pub const fn descriptor(call: Call) -> Descriptor {
+pub const fn descriptor(call: Call, get_extension: GetExtension) -> Descriptor {
     Descriptor {
         magic: MAGIC,
         struct_size: size_of::<Descriptor>() as u32,
@@ -58,11 +71,15 @@ pub const fn descriptor(call: Call) -> Descriptor {
         panic_unwind: cfg!(panic = "unwind") as u32,
         reserved: 0,
         call,
-        get_extension: no_extension,
+        get_extension,
     }
 }
 
-unsafe extern "C" fn no_extension(_name: Bytes) -> *const c_void {
+/// The answer of a plugin without extensions.
+///
+/// # Safety
+/// Any name is fine: it is not read.
+pub unsafe extern "C" fn no_extension(_name: Bytes) -> *const c_void {
     std::ptr::null()
 }
 

@@ -38,6 +38,7 @@ mod error;
 mod export;
 pub mod lora;
 mod model;
+pub mod native;
 mod options;
 mod planner;
 mod record;
@@ -45,7 +46,7 @@ mod strategy;
 pub mod testing;
 
 pub use error::{Error, Result};
-pub use export::{descriptor, dispatch};
+pub use export::{descriptor, dispatch, no_extension};
 pub use homeroom_abi as abi;
 pub use model::{Model, Targets, pattern_value};
 pub use options::{Options, Values, number};

@@ -53,6 +53,11 @@ impl Planner {
         self.plan.stored.insert(module.path.clone(), index);
     }
 
+    /// As [`Planner::store`], by the codec that this plugin exports beside its strategy.
+    pub fn store_natively<C: crate::native::Codec>(&mut self, module: &ModuleInfo) {
+        self.plan.stored_natively.insert(module.path.clone(), C::NAME.to_owned());
+    }
+
     /// Says how PEFT calls the result: its `peft_type` and the fields of its configuration beside the common ones.
     pub fn peft(&mut self, peft_type: &str, fields: Value) {
         let fields = match fields {

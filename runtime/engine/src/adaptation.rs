@@ -201,7 +201,7 @@ fn check(model: &BaseModel, plan: &Plan) -> Vec<String> {
     if plan.modules.is_empty() {
         problems.push("it adapts no module".to_owned());
     }
-    for path in plan.stored.keys() {
+    for path in plan.stored.keys().chain(plan.stored_natively.keys()) {
         let weight = model.module_index(path).map(|module| &model.modules[module].weight);
         match weight {
             None => problems.push(format!("it stores `{path}`, which the model does not have")),

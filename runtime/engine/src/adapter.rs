@@ -15,6 +15,7 @@ use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
 use crate::tensors::map_safetensors;
+use crate::weight::NativeCodec;
 
 /// File of PEFT's configuration.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -219,15 +220,22 @@ impl AdapterFiles {
     }
 
     /// The base with its weights stored as they were in training, where the strategy had them stored otherwise than the files
-    /// have them; that takes a while, and `progress` hears of modules done, of all.
+    /// have them; that takes a while, and `progress` hears of modules done, of all. `native` finds a codec by the strategy and its
+    /// name where one is needed that only the strategy's plugin has.
     ///
     /// # Errors
-    /// When the adapter's plan does not fit, or a weight cannot be encoded.
-    pub fn store(&self, model: Arc<BaseModel>, progress: impl FnMut(usize, usize)) -> Result<Arc<BaseModel>> {
+    /// When the adapter's plan does not fit, its native codec is not there, or a weight cannot be encoded.
+    pub fn store(
+        &self,
+        model: Arc<BaseModel>,
+        native: &dyn Fn(&StrategyRecord, &str) -> Result<Arc<dyn NativeCodec>>,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Arc<BaseModel>> {
         let Some(manifest) = &self.manifest else { return Ok(model) };
         let place = || self.path.display().to_string();
         let plan = parse_plan(&manifest.plan.to_string()).with_context(place)?;
-        store_as_planned(model, &plan, manifest.base.requantize, progress).with_context(place)
+        let native = |name: &str| native(&manifest.strategy, name);
+        store_as_planned(model, &plan, manifest.base.requantize, &native, progress).with_context(place)
     }
 
     /// Makes the adapter run on a base, whose weights are stored as [`Self::store`] does.

@@ -3,16 +3,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use homeroom_abi::codec::{Absmax, Block};
 use homeroom_abi::plan::{ModuleKind, Plan};
 use homeroom_kernels::{Codec, CodecBlock, ScaleStorage, Storage, bf16};
 
 use crate::model::{BaseModel, Module};
-use crate::weight::Weight;
+use crate::weight::{NativeCodec, Weight};
 
 /// How a base's matrices are to be stored.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum StoredAs {
     /// All matrices as bf16.
     Bf16,
@@ -21,13 +21,18 @@ pub enum StoredAs {
     /// Linear layers through a codec. The embedding and the head, which is often the same weight, stay as they are, as with
     /// bitsandbytes.
     Codec(Codec),
+    /// The same, through a codec of a plugin.
+    Native(Arc<dyn NativeCodec>),
 }
+
+/// Finds a native codec by its name.
+pub type FindNative<'a> = &'a dyn Fn(&str) -> Result<Arc<dyn NativeCodec>>;
 
 impl StoredAs {
     fn applies(&self, module: &Module) -> bool {
         match (self, module.info.kind) {
             (_, ModuleKind::Norm) => false,
-            (Self::Codec(_), kind) => kind == ModuleKind::Linear && !module.info.output_embedding,
+            (Self::Codec(_) | Self::Native(_), kind) => kind == ModuleKind::Linear && !module.info.output_embedding,
             _ => true,
         }
     }
@@ -36,6 +41,7 @@ impl StoredAs {
         let (rows, cols) = (weight.rows(), weight.cols());
         match self {
             Self::Codec(codec) => weight.encoded(codec),
+            Self::Native(codec) => weight.encoded_natively(codec),
             Self::F32 => Weight::from_values(&weight.decode(0..rows), (rows, cols)),
             Self::Bf16 => {
                 let values: Vec<bf16> = weight.decode(0..rows).into_iter().map(bf16::from_f32).collect();
@@ -58,7 +64,7 @@ pub fn store_as(model: &BaseModel, stored: &StoredAs, progress: impl FnMut(usize
 /// The model with its frozen weights stored as a plan asks for. Weights that are quantised already keep their storage, unless
 /// `requantize`: then they are encoded from what they decode to. A plan without codecs leaves the model as it is.
 ///
-/// `progress` hears of modules done, of all.
+/// `native` finds the plugin's own codec where the plan names one; `progress` hears of modules done, of all.
 ///
 /// # Errors
 /// When the plan names a module or a codec that there is not, or a weight cannot be encoded.
@@ -66,23 +72,25 @@ pub fn store_as_planned(
     model: Arc<BaseModel>,
     plan: &Plan,
     requantize: bool,
+    native: FindNative<'_>,
     progress: impl FnMut(usize, usize),
 ) -> Result<Arc<BaseModel>> {
-    let codecs: Vec<StoredAs> = plan.codecs.iter().map(|codec| StoredAs::Codec(kernel_codec(codec))).collect();
+    let mut asked: HashMap<&str, StoredAs> = HashMap::new();
     for (path, codec) in &plan.stored {
-        match model.module_index(path) {
-            None => bail!("the plan stores `{path}`, which the model does not have"),
-            Some(module) if model.modules[module].info.kind == ModuleKind::Norm => {
-                bail!("the plan stores `{path}` by a codec; norms stay as they are")
-            }
-            Some(_) if *codec >= codecs.len() => bail!("{path}: the plan has no codec {codec}"),
-            Some(_) => {}
-        }
+        let codec = plan.codecs.get(*codec).with_context(|| format!("{path}: the plan has no codec {codec}"))?;
+        asked.insert(path, StoredAs::Codec(kernel_codec(codec)));
     }
-    let asked = |module: &Module| plan.stored.get(&module.info.path).map(|codec| &codecs[*codec]);
+    for (path, name) in &plan.stored_natively {
+        asked.insert(path, StoredAs::Native(native(name)?));
+    }
+    for path in asked.keys() {
+        let module = model.module_index(path).map(|module| &model.modules[module]);
+        let module = module.with_context(|| format!("the plan stores `{path}`, which the model does not have"))?;
+        ensure!(module.info.kind != ModuleKind::Norm, "the plan stores `{path}` by a codec; norms stay as they are");
+    }
     let stored = |module: &Module| {
-        let (wanted, has) = (asked(module)?, module.weight.storage());
-        let encodes = if requantize { has != Storage::Coded } else { is_float(has) };
+        let (wanted, has) = (asked.get(module.info.path.as_str())?, module.weight.storage());
+        let encodes = if requantize { !matches!(has, Storage::Coded | Storage::Native) } else { is_float(has) };
         encodes.then_some(wanted)
     };
     if !model.modules.iter().any(|module| stored(module).is_some()) {
@@ -94,9 +102,10 @@ pub fn store_as_planned(
 /// Names of the plan's codecs that the model's weights are not stored by, and what they are stored as instead: what a base that
 /// is quantised already keeps.
 pub fn kept_storage(model: &BaseModel, plan: &Plan) -> Option<(String, String)> {
-    plan.stored.iter().find_map(|(path, codec)| {
-        let (wanted, has) = (&plan.codecs[*codec].name, &model.modules[model.module_index(path)?].weight);
-        (has.storage_name() != *wanted).then(|| (wanted.clone(), has.storage_name()))
+    let coded = plan.stored.iter().map(|(path, codec)| (path, &plan.codecs[*codec].name));
+    coded.chain(&plan.stored_natively).find_map(|(path, wanted)| {
+        let has = model.modules[model.module_index(path)?].weight.storage_name();
+        (has != *wanted).then(|| (wanted.clone(), has))
     })
 }
 

@@ -6,7 +6,7 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use homeroom_kernels::{Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode};
+use homeroom_kernels::{BlockCodec, Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode};
 use memmap2::Mmap;
 
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
@@ -24,6 +24,18 @@ enum Bytes {
     Mapped(Arc<Mmap>, Range<usize>),
     Owned(Arc<[u8]>),
     Coded(Arc<Coding>),
+    Native(Arc<dyn NativeCodec>, Arc<[u8]>),
+}
+
+/// A codec that a plugin brings as functions.
+pub trait NativeCodec: BlockCodec {
+    /// Its name.
+    fn name(&self) -> &str;
+    /// Encodes whole blocks of finite values.
+    ///
+    /// # Errors
+    /// When the codec fails.
+    fn encode(&self, values: &[f32], bytes: &mut [u8]) -> Result<()>;
 }
 
 /// A matrix through a codec: indices and scales.
@@ -99,6 +111,30 @@ impl Weight {
         Self::coded(codec.clone(), Codes::Owned(encoded.codes), encoded.scales, (self.rows, self.cols))
     }
 
+    /// The same values through a codec of a plugin; see [`Self::encoded`].
+    ///
+    /// # Errors
+    /// When a row is not a whole number of blocks, a value is not finite, or the codec fails.
+    pub fn encoded_natively(&self, codec: &Arc<dyn NativeCodec>) -> Result<Self> {
+        let (len, size) = (codec.block_len(), codec.block_bytes());
+        ensure!(
+            self.cols.is_multiple_of(len),
+            "{} columns are not a whole number of blocks of {len}, which codec `{}` takes",
+            self.cols,
+            codec.name()
+        );
+        let row_bytes = self.cols / len * size;
+        let mut bytes = vec![0; row_bytes * self.rows];
+        for (row, bytes) in bytes.chunks_exact_mut(row_bytes.max(1)).enumerate() {
+            let values = self.decode(row..row + 1);
+            ensure!(values.iter().all(|value| value.is_finite()), "row {row} holds a value that is not finite");
+            codec.encode(&values, bytes)?;
+        }
+        self.release();
+        let bytes = Bytes::Native(codec.clone(), bytes.into());
+        Self::checked(bytes, Storage::Native, (self.rows, self.cols), RowOrder::Natural)
+    }
+
     /// A weight whose indices and scales there are already.
     ///
     /// # Errors
@@ -134,12 +170,14 @@ impl Weight {
             Bytes::Mapped(map, range) => &map[range.clone()],
             Bytes::Owned(bytes) => bytes,
             Bytes::Coded(coded) => &coded.codes,
+            Bytes::Native(_, bytes) => bytes,
         }
     }
 
     fn view(&self) -> Result<Matrix<'_>, String> {
         match &self.bytes {
             Bytes::Coded(coded) => Matrix::coded(&coded.codec, &coded.codes, &coded.scales, self.rows, self.cols),
+            Bytes::Native(codec, bytes) => Matrix::native(&**codec, bytes, self.rows, self.cols),
             _ => Matrix::new(self.storage, self.raw(), self.rows, self.cols, self.order),
         }
     }
@@ -153,6 +191,7 @@ impl Weight {
     pub fn storage_name(&self) -> String {
         match &self.bytes {
             Bytes::Coded(coded) => coded.codec.name.clone(),
+            Bytes::Native(codec, _) => codec.name().to_owned(),
             _ => format!("{:?}", self.storage).to_lowercase(),
         }
     }

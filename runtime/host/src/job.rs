@@ -17,7 +17,7 @@ use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, eva
 use serde_json::{Map, Value, json};
 
 use crate::machine::peak_memory_bytes;
-use crate::plugin::Plugin;
+use crate::plugin::{Plugin, native};
 use crate::progress::{self, line};
 
 /// A strategy made real on a model, not yet trained.
@@ -55,7 +55,9 @@ impl Job {
         let plan = plugin.plan(&PlanRequest { options: options.clone(), model: model.info() })?;
         let proposed_learning_rate = plan.defaults.learning_rate;
         let place = || format!("strategy `{}`", plugin.description.name);
-        let model = encode(|progress| store_as_planned(model, &plan, requantize, progress)).with_context(place)?;
+        let native = |name: &str| native::of_plugin(plugin, name);
+        let model =
+            encode(|progress| store_as_planned(model, &plan, requantize, &native, progress)).with_context(place)?;
         if let Some((wanted, kept)) = kept_storage(&model, &plan) {
             line(format_args!("note: the base keeps its storage, {kept}; `--requantize` would make it {wanted}"));
         }

@@ -10,6 +10,7 @@ use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::model::BaseModel;
 
 use crate::job::encode;
+use crate::plugin::native;
 use crate::progress::line;
 use crate::registry;
 
@@ -88,7 +89,7 @@ impl Loaded {
                 line("note: the base model's tokenizer file is not the one that the adapter was trained with");
             }
         }
-        let model = encode(|progress| files.store(model, progress))?;
+        let model = encode(|progress| files.store(model, &native::find, progress))?;
         let adaptation = files.adapt(&model, reference.any_base)?;
         Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
     }

@@ -45,7 +45,7 @@ fn decode(storage: Storage, bytes: &[u8], out: &mut [f32]) {
         Storage::Q4K => each(bytes, out, q4_k),
         Storage::Q5K => each(bytes, out, q5_k),
         Storage::Q6K => each(bytes, out, q6_k),
-        Storage::Coded => unreachable!("`decode_row` saw that it has rows of a fixed size"),
+        Storage::Coded | Storage::Native => unreachable!("`decode_row` saw that it has rows of a fixed size"),
     }
 }
 

@@ -35,7 +35,7 @@ pub use cross_entropy::{cross_entropy, target_logits};
 pub use decode::decode_row;
 pub use element::Element;
 pub use half::bf16;
-pub use matmul::{Float, Matrix, RowOrder, matmul, matmul_t};
+pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use norm::{rms_norm, rms_norm_backward, scale_columns};
 pub use panel::to_elements;
 pub use peak::register_loop_gflops;

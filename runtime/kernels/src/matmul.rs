@@ -43,6 +43,18 @@ pub struct Matrix<'a> {
     pub order: RowOrder,
     /// What the bytes mean when they are indices into a code book.
     pub coded: Option<Coded<'a>>,
+    /// What they mean when they are the blocks of a codec that is given as functions.
+    pub native: Option<&'a dyn BlockCodec>,
+}
+
+/// A codec that is given as functions: blocks of a fixed number of values in a fixed number of bytes.
+pub trait BlockCodec: std::fmt::Debug + Send + Sync {
+    /// Values of a block: a power of two, 256 at most.
+    fn block_len(&self) -> usize;
+    /// Bytes of a block.
+    fn block_bytes(&self) -> usize;
+    /// Decodes whole blocks.
+    fn decode(&self, bytes: &[u8], values: &mut [f32]);
 }
 
 /// The order in which the rows of a matrix are stored.
@@ -96,7 +108,7 @@ impl<'a> Matrix<'a> {
         {
             return Err(format!("{rows} rows are not whole heads of {head_dim}"));
         }
-        Ok(Self { storage, bytes, rows, cols, order, coded: None })
+        Ok(Self { storage, bytes, rows, cols, order, coded: None, native: None })
     }
 
     /// An encoded matrix.
@@ -111,7 +123,24 @@ impl<'a> Matrix<'a> {
         cols: usize,
     ) -> Result<Self, String> {
         let coded = Some(Coded::new(codec, codes, scales, rows, cols)?);
-        Ok(Self { storage: Storage::Coded, bytes: codes, rows, cols, order: RowOrder::Natural, coded })
+        Ok(Self { storage: Storage::Coded, bytes: codes, rows, cols, order: RowOrder::Natural, coded, native: None })
+    }
+
+    /// A matrix of blocks that `codec` decodes.
+    ///
+    /// # Errors
+    /// When `cols` is not a whole number of blocks, or `bytes` has not the size that the shape asks for.
+    pub fn native(codec: &'a dyn BlockCodec, bytes: &'a [u8], rows: usize, cols: usize) -> Result<Self, String> {
+        let (len, size) = (codec.block_len(), codec.block_bytes());
+        if !len.is_power_of_two() || len > 256 || size == 0 || !cols.is_multiple_of(len) {
+            return Err(format!("{cols} columns are not a whole number of blocks of {len}"));
+        }
+        let expected = (cols / len).checked_mul(size).and_then(|row| row.checked_mul(rows));
+        if expected != Some(bytes.len()) {
+            return Err(format!("{rows} x {cols} in blocks of {size} bytes does not take {} bytes", bytes.len()));
+        }
+        let (storage, order, native) = (Storage::Native, RowOrder::Natural, Some(codec));
+        Ok(Self { storage, bytes, rows, cols, order, coded: None, native })
     }
 
     /// Decodes `rows` (indices in the matrix's own order) into `out` (rows.len(), cols).
@@ -134,6 +163,14 @@ impl<'a> Matrix<'a> {
             }
             return;
         }
+        if let Some(codec) = self.native {
+            let size = |cols: usize| cols / codec.block_len() * codec.block_bytes();
+            for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
+                let row = &self.bytes[row * size(self.cols)..][size(cols.start)..size(cols.end)];
+                T::decode_native(codec, row, out);
+            }
+            return;
+        }
         let size = |cols| {
             let size = self.storage.row_bytes(cols);
             size.expect("the columns are a whole number of blocks")
@@ -147,7 +184,7 @@ impl<'a> Matrix<'a> {
 
     /// Values in one block along a row, which is decoded as a whole.
     pub(crate) fn block_len(&self) -> usize {
-        self.storage.block_len()
+        self.native.map_or(self.storage.block_len(), BlockCodec::block_len)
     }
 
     /// Row `i` as values of E, when that is how they lie there.
@@ -189,6 +226,8 @@ mod sealed {
         fn decode(storage: Storage, bytes: &[u8], out: &mut [Self]);
         /// Decodes part of a row.
         fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [Self]);
+        /// Decodes whole blocks.
+        fn decode_native(codec: &dyn BlockCodec, bytes: &[u8], out: &mut [Self]);
         /// `bytes` as values, when that is what f32 in the file's byte order are here.
         fn of_f32_bytes(bytes: &[u8]) -> Option<&[Self]>;
         /// Whether there is a kernel for few rows: see [`dot::dot_rows`].
@@ -212,6 +251,10 @@ mod sealed {
 
         fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [f32]) {
             coded.decode(cpu(), row, cols, out);
+        }
+
+        fn decode_native(codec: &dyn BlockCodec, bytes: &[u8], out: &mut [f32]) {
+            codec.decode(bytes, out);
         }
 
         fn of_f32_bytes(bytes: &[u8]) -> Option<&[f32]> {
@@ -253,6 +296,12 @@ mod sealed {
         fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [f64]) {
             let mut values = vec![0f32; out.len()];
             coded.decode(cpu(), row, cols, &mut values);
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = f64::from(value));
+        }
+
+        fn decode_native(codec: &dyn BlockCodec, bytes: &[u8], out: &mut [f64]) {
+            let mut values = vec![0f32; out.len()];
+            codec.decode(bytes, &mut values);
             out.iter_mut().zip(values).for_each(|(out, value)| *out = f64::from(value));
         }
 

@@ -19,13 +19,15 @@ pub enum Storage {
     Q6K,
     /// Indices into a code book, see [`crate::Codec`]; a block is a matter of its own.
     Coded,
+    /// Blocks of a codec that is given as functions, see [`crate::BlockCodec`].
+    Native,
 }
 
 impl Storage {
     /// Values in one block; 1 for plain floats.
     pub fn block_len(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::BF16 | Self::Coded => 1,
+            Self::F32 | Self::F16 | Self::BF16 | Self::Coded | Self::Native => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
@@ -44,14 +46,14 @@ impl Storage {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
-            Self::Coded => 1,
+            Self::Coded | Self::Native => 1,
         }
     }
 
     /// Bytes of a row of `cols` values; `None` when `cols` is not a whole number of blocks, the size
     /// overflows, or the storage has no rows of a fixed size.
     pub fn row_bytes(self, cols: usize) -> Option<usize> {
-        if self == Self::Coded || !cols.is_multiple_of(self.block_len()) {
+        if matches!(self, Self::Coded | Self::Native) || !cols.is_multiple_of(self.block_len()) {
             return None;
         }
         (cols / self.block_len()).checked_mul(self.block_bytes())

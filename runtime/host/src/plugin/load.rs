@@ -6,6 +6,7 @@
 use std::ffi::c_void;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_abi::describe::{Description, PluginError};
@@ -14,6 +15,7 @@ use homeroom_abi::table::{
     self, ABI_MAJOR, ABI_MINOR, Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, ENTRY, Entry, MAGIC, OK,
 };
 use homeroom_engine::adapter::StrategyRecord;
+use homeroom_engine::weight::NativeCodec;
 use sha2::{Digest, Sha256};
 
 /// A loaded strategy. Its code stays mapped until the process ends.
@@ -24,6 +26,8 @@ pub struct Plugin {
     pub sha256: String,
     /// What it says of itself.
     pub description: Description,
+    /// Its native codec, if it has one.
+    pub codec: Option<Arc<dyn NativeCodec>>,
     descriptor: &'static Descriptor,
 }
 
@@ -54,6 +58,7 @@ impl Plugin {
                 doc: String::new(),
                 options: vec![],
             },
+            codec: super::native::codec(descriptor)?,
             descriptor,
         };
         plugin.description = plugin.call(table::METHOD_DESCRIBE, b"{}")?;

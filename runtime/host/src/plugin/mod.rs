@@ -3,6 +3,7 @@
 mod elf;
 mod find;
 mod load;
+pub mod native;
 
 pub use find::{Search, StrategyFile};
 pub use load::Plugin;

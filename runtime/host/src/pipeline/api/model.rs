@@ -14,6 +14,7 @@ use super::value::{to_json, to_lua};
 use super::{Failure, Session, said};
 use crate::job::encode;
 use crate::models::load_base;
+use crate::plugin::native;
 use crate::registry;
 
 /// What stands for the id of an adapter that a dry run did not train.
@@ -131,7 +132,7 @@ impl ModelSpec {
             return Ok((model.clone(), Some(adaptation.clone())));
         }
         let files = AdapterFiles::read(&path)?;
-        let model = encode(|progress| files.store(model, progress))?;
+        let model = encode(|progress| files.store(model, &native::find, progress))?;
         let adaptation = Arc::new(files.adapt(&model, false)?);
         session.adaptations.borrow_mut().insert(path, (model.clone(), adaptation.clone()));
         Ok((model, Some(adaptation)))

@@ -151,6 +151,9 @@ pub fn pretty(value: &Value) -> Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
+/// Finds a native codec by the strategy that brought it and its name.
+pub type FindCodec<'a> = &'a dyn Fn(&StrategyRecord, &str) -> Result<Arc<dyn NativeCodec>>;
+
 /// An adapter's directory, read and checked, before its base is there.
 pub struct AdapterFiles {
     /// The directory.
@@ -228,7 +231,7 @@ impl AdapterFiles {
     pub fn store(
         &self,
         model: Arc<BaseModel>,
-        native: &dyn Fn(&StrategyRecord, &str) -> Result<Arc<dyn NativeCodec>>,
+        native: FindCodec<'_>,
         progress: impl FnMut(usize, usize),
     ) -> Result<Arc<BaseModel>> {
         let Some(manifest) = &self.manifest else { return Ok(model) };

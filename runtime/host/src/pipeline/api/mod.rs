@@ -19,7 +19,6 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_abi::describe::nearest;
-use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::block::Compute;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::generate::{Sampling, generate as answer, prompt_ids};
@@ -35,6 +34,7 @@ use self::spec::{VERBS, verb};
 use self::value::to_lua;
 use super::sandbox::{Clock, Sandbox, here, message};
 use crate::interrupt;
+use crate::models::Loaded;
 use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
 use crate::registry;
@@ -97,7 +97,7 @@ pub struct Session {
     search: Search,
     plugins: RefCell<HashMap<String, Rc<Plugin>>>,
     bases: RefCell<HashMap<PathBuf, Arc<BaseModel>>>,
-    adaptations: RefCell<HashMap<PathBuf, (Arc<BaseModel>, Arc<Adaptation>)>>,
+    adaptations: RefCell<HashMap<PathBuf, Loaded>>,
     /// Models that a dry run would have saved.
     dry_saved: RefCell<HashMap<String, ModelSpec>>,
     /// What a dry run would do: in words, and as JSON.

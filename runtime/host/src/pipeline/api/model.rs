@@ -13,7 +13,7 @@ use serde_json::{Map, Value as Json};
 use super::value::{to_json, to_lua};
 use super::{Failure, Session, said};
 use crate::job::encode;
-use crate::models::load_base;
+use crate::models::{Loaded, load_base};
 use crate::plugin::native;
 use crate::registry;
 
@@ -128,14 +128,14 @@ impl ModelSpec {
     pub fn load(&self, session: &Session) -> Result<(Arc<BaseModel>, Option<Arc<Adaptation>>)> {
         let model = self.load_base(session)?;
         let Some(path) = self.adapter_path(session) else { return Ok((model, None)) };
-        if let Some((model, adaptation)) = session.adaptations.borrow().get(&path) {
-            return Ok((model.clone(), Some(adaptation.clone())));
+        if let Some(Loaded { model, adaptation }) = session.adaptations.borrow().get(&path) {
+            return Ok((model.clone(), adaptation.clone()));
         }
         let files = AdapterFiles::read(&path)?;
         let model = encode(|progress| files.store(model, &native::find, progress))?;
-        let adaptation = Arc::new(files.adapt(&model, false)?);
-        session.adaptations.borrow_mut().insert(path, (model.clone(), adaptation.clone()));
-        Ok((model, Some(adaptation)))
+        let adaptation = Some(Arc::new(files.adapt(&model, false)?));
+        session.adaptations.borrow_mut().insert(path, Loaded { model: model.clone(), adaptation: adaptation.clone() });
+        Ok((model, adaptation))
     }
 
     /// The name in the registry of the model that this one goes on from.

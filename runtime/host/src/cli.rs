@@ -455,6 +455,14 @@ pub enum Plugins {
         #[arg(long)]
         json: bool,
     },
+    /// Writes a new strategy: a crate that builds without a network
+    New {
+        /// Its name: small letters, digits and underscores
+        name: String,
+        /// Where it is written [default: NAME, here]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
     /// Loads a strategy and answers another process of this program
     #[command(hide = true)]
     Probe { file: PathBuf, deadline_s: u32 },
@@ -515,6 +523,7 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => command::serve::run(&arguments),
         Command::Bench(Bench::Train(arguments)) => command::bench::train(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
+        Command::Plugins(Plugins::New { name, dir }) => command::plugins::new(&name, dir.as_deref()),
         Command::Plugins(Plugins::Probe { file, deadline_s }) => probe::answer(&file, deadline_s).map(|()| Done::Whole),
     };
     interrupt::await_end();

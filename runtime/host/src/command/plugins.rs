@@ -1,13 +1,13 @@
 //! `homeroom plugins`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::print;
 use crate::cli::Done;
-use crate::plugin::Search;
+use crate::plugin::{Search, file_name, new};
 use crate::progress::line;
 
 /// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
@@ -59,5 +59,16 @@ pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
         return Ok(Done::Whole);
     }
     print(&out.join("\n"))?;
+    Ok(Done::Whole)
+}
+
+/// Writes a new strategy, and says what to do with it.
+pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
+    let written = new::create(name, dir.unwrap_or(Path::new(name)))?;
+    line(format_args!(
+        "strategy `{name}` is in {}, its code in src/lib.rs, all that it needs in homeroom/\nhint: there, `cargo test`, `cargo build --release`, `homeroom plugins check target/release/{}`",
+        written.display(),
+        file_name(name)
+    ));
     Ok(Done::Whole)
 }

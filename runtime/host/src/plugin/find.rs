@@ -89,7 +89,8 @@ impl Search {
     }
 }
 
-fn file_name(name: &str) -> String {
+/// The file of a strategy of that name.
+pub fn file_name(name: &str) -> String {
     format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX)
 }
 

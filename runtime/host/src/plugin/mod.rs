@@ -3,8 +3,9 @@
 mod elf;
 mod find;
 mod load;
+pub mod new;
 pub mod probe;
 
-pub use find::{Search, StrategyFile};
+pub use find::{Search, StrategyFile, file_name};
 pub use load::Plugin;
 pub use probe::Probe;

@@ -15,6 +15,7 @@ pub mod attention;
 pub mod batch;
 pub mod block;
 pub mod config;
+pub mod conformance;
 pub mod data;
 pub mod decoder;
 pub mod files;

@@ -163,7 +163,7 @@ pub fn gradients(model: &BaseModel, plan: &Plan) -> Result<String> {
     for (index, param) in as_planned.params.iter().enumerate().filter(|(_, param)| param.spec.trainable) {
         ensure!(
             gradients.get(index).is_some(),
-            "`{}` gets no gradient: nothing that is trained uses it",
+            "`{}` gets no gradient: it is detached, or no result uses it",
             param.spec.tensor
         );
     }
@@ -262,7 +262,7 @@ fn relative(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok(a.iter().zip(&b).fold(0_f64, |most, (a, b)| most.max((a - b).abs())) / scale)
 }
 
-/// Peft's names of its methods, for which its loader has a class.
+/// PEFT's names of its methods, for which its loader has a class.
 const PEFT_TYPES: [&str; 24] = [
     "ADALORA",
     "ADAPTION_PROMPT",

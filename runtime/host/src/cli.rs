@@ -463,6 +463,14 @@ pub enum Plugins {
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
     },
+    /// Checks a strategy's file: that it loads, plans, learns, merges and saves as it should. Exit code 1 if anything failed
+    Check {
+        /// Its library, such as target/release/libNAME.so. Its code is run
+        file: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Loads a strategy and answers another process of this program
     #[command(hide = true)]
     Probe { file: PathBuf, deadline_s: u32 },
@@ -524,6 +532,7 @@ pub fn main() -> ExitCode {
         Command::Bench(Bench::Train(arguments)) => command::bench::train(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
         Command::Plugins(Plugins::New { name, dir }) => command::plugins::new(&name, dir.as_deref()),
+        Command::Plugins(Plugins::Check { file, json }) => command::plugins::check(&file, json),
         Command::Plugins(Plugins::Probe { file, deadline_s }) => probe::answer(&file, deadline_s).map(|()| Done::Whole),
     };
     interrupt::await_end();

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::print;
 use crate::cli::Done;
-use crate::plugin::{Search, file_name, new};
+use crate::plugin::check::{self, Verdict};
+use crate::plugin::{Probe, Search, file_name, new};
 use crate::progress::line;
 
 /// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
@@ -70,5 +71,27 @@ pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
         written.display(),
         file_name(name)
     ));
+    Ok(Done::Whole)
+}
+
+/// Checks a strategy and prints the report; an error when anything failed.
+pub fn check(file: &Path, as_json: bool) -> Result<Done> {
+    let report = check::check(file, &Probe::this_program()?)?;
+    let (failed, all) = (report.failed(), report.checks.len());
+    if as_json {
+        print(&json!({"file": file, "ok": failed == 0, "checks": report.checks}).to_string())?;
+    } else {
+        let width = report.checks.iter().map(|line| line.check.len()).max().unwrap_or(0);
+        let lines = report.checks.iter().map(|line| {
+            let verdict = match line.verdict {
+                Verdict::Ok => "ok",
+                Verdict::Note => "note",
+                Verdict::Failed => "FAILED",
+            };
+            format!("{verdict:6}   {:width$}   {}", line.check, line.why)
+        });
+        print(&lines.collect::<Vec<_>>().join("\n"))?;
+    }
+    ensure!(failed == 0, "{}: {failed} of {all} checks failed", file.display());
     Ok(Done::Whole)
 }

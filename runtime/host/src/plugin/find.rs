@@ -94,7 +94,8 @@ pub fn file_name(name: &str) -> String {
     format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX)
 }
 
-fn strategy_name(path: &Path) -> Option<String> {
+/// The strategy's name that a file's says; `None`: it is not a library's.
+pub fn strategy_name(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
     let name = file.strip_prefix(std::env::consts::DLL_PREFIX)?.strip_suffix(std::env::consts::DLL_SUFFIX)?;
     Some(name.to_owned())

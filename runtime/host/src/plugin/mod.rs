@@ -1,5 +1,6 @@
 //! Strategy plugins: where they are found, what is checked before their code runs, and how they are called.
 
+pub mod check;
 mod elf;
 mod find;
 mod load;

@@ -21,12 +21,16 @@ use crate::cli::{BenchTrain, Done};
 use crate::job::Job;
 use crate::machine::peak_memory_bytes;
 use crate::models::load_base;
-use crate::plugin::Search;
 use crate::progress::{self, line};
 
 /// Trains on random tokens.
 pub fn train(arguments: &BenchTrain) -> Result<Done> {
-    let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
+    let plugin = arguments.plugins.search()?.load(&arguments.strategy)?;
+    let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
+    if let Some(r) = arguments.lora_r {
+        options.insert("r".to_owned(), r.into());
+    }
+    plugin.check_options(&options)?;
     let mut model = load_base(&arguments.model_name)?;
     if let Some(storage) = arguments.storage {
         let bar = progress::counting("encoding", model.modules.len());
@@ -34,10 +38,6 @@ pub fn train(arguments: &BenchTrain) -> Result<Done> {
         bar.finish_and_clear();
     }
     let model = Arc::new(model);
-    let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
-    if let Some(r) = arguments.lora_r {
-        options.insert("r".to_owned(), r.into());
-    }
     let job = Job::new(model, &plugin, options, 42, None)?;
     let compute = Compute::from(arguments.compute);
     let config = TrainConfig {

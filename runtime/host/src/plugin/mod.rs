@@ -5,8 +5,11 @@ mod elf;
 mod find;
 mod load;
 pub mod new;
+mod owner;
 pub mod probe;
+pub mod trust;
 
 pub use find::{Search, StrategyFile, file_name};
-pub use load::Plugin;
+pub use load::{Plugin, PluginFile};
 pub use probe::Probe;
+pub use trust::{Policy, Standing, Trust};

@@ -13,4 +13,5 @@ mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
+mod sdk;
 mod support;

@@ -14,12 +14,16 @@ use serde_json::Value;
 
 use crate::support::{Place, fixture, homeroom, plugin_path, printed_json, refused, root, run, succeeds};
 
-/// Cargo in a crate, with an empty home and no network.
+/// Cargo in a crate, with an empty home and no network. What it builds outlives the test, so that the next run is short.
 fn cargo(place: &Place, crate_dir: &Path, arguments: &[&str]) -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(crate_dir).env("CARGO_HOME", place.path("cargo-home")).env_remove("CARGO_TARGET_DIR");
+    cargo.current_dir(crate_dir).env("CARGO_HOME", place.path("cargo-home")).env("CARGO_TARGET_DIR", new_target());
     cargo.args(arguments).args(["--offline", "--locked"]);
     cargo
+}
+
+fn new_target() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("new-strategy")
 }
 
 /// The block of a README that holds all of a strategy's source.
@@ -38,7 +42,7 @@ fn a_new_strategy_builds_without_a_network_and_becomes_dora_as_the_readme_says()
     succeeds(homeroom().args(["plugins", "new", "dora", "--dir"]).arg(&dir))?;
     let tests = succeeds(&mut cargo(&place, &dir, &["test", "--release"]))?;
     ensure!(tests.stdout.contains("3 passed"), "{}", tests.stdout);
-    let library = dir.join("target/release/libdora.so");
+    let library = new_target().join("release/libdora.so");
     let check = || -> Result<Value> {
         succeeds(&mut cargo(&place, &dir, &["build", "--release"]))?;
         let report = printed_json(&succeeds(homeroom().args(["plugins", "check", "--json"]).arg(&library))?)?;
@@ -231,9 +235,9 @@ fn a_pipelines_file_can_tighten_the_policy_and_never_loosen_it() -> Result<()> {
     here.place.write(
         "s.lua",
         format!(
-            "local model = homeroom.load_model {{ name = {model:?} }}\n\
+            "local model = homeroom.load_model {{ name = {model:?}, strategy = \"vera\" }}\n\
              local data = homeroom.prepare_dataset {{ path = \"rows.jsonl\" }}\n\
-             homeroom.fine_tune {{ model = model, dataset = data, strategy = \"vera\", steps = 1 }}\n"
+             homeroom.fine_tune {{ model = model, dataset = data.train, steps = 1 }}\n"
         ),
     )?;
     let pipeline = |plugins: &str, policy: &[&str]| -> Result<Command> {

@@ -250,5 +250,5 @@ fn a_pipelines_file_can_tighten_the_policy_and_never_loosen_it() -> Result<()> {
     succeeds(&mut pipeline("", &dev)?)?;
     refused(&mut pipeline("", &[])?, &["it is not in plugins.lock"])?;
     refused(&mut pipeline("[plugins]\npolicy = \"locked\"\n", &dev)?, &["it is not in plugins.lock"])?;
-    refused(&mut pipeline("[plugins]\npolicy = \"dev\"\n", &dev)?, &["c.toml:4", "not loosen it"])
+    refused(&mut pipeline("[plugins]\npolicy = \"dev\"\n", &dev)?, &["c.toml", "line 4: policy", "not loosen it"])
 }

@@ -13,6 +13,4 @@ mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
-
-mod strategies;
-mod support;
+bamod support;

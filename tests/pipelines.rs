@@ -132,7 +132,7 @@ fn shipped_configurations_run() -> Result<()> {
 /// Every key that a shipped file has is told of, and every file is in the table.
 #[test]
 fn readmes_name_every_file_and_key() -> Result<()> {
-    use homeroom::pipeline::config::{PARAM_KEYS, PIPELINE_KEYS};
+    use homeroom::pipeline::config::{PARAM_KEYS, PIPELINE_KEYS, PLUGINS_KEYS};
     for directory in ["configs", "scripts"] {
         let readme = std::fs::read_to_string(root().join(directory).join("README.md"))?;
         for entry in std::fs::read_dir(root().join(directory))? {
@@ -140,7 +140,7 @@ fn readmes_name_every_file_and_key() -> Result<()> {
             assert!(name == "README.md" || readme.contains(&name), "{directory}/README.md does not name {name}");
         }
         if directory == "configs" {
-            for (key, doc) in PIPELINE_KEYS.into_iter().chain(PARAM_KEYS) {
+            for (key, doc) in PIPELINE_KEYS.into_iter().chain(PARAM_KEYS).chain(PLUGINS_KEYS) {
                 assert!(readme.contains(&format!("| `{key}` | {doc} |")), "configs/README.md: `{key}`");
             }
         }

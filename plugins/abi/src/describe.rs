@@ -1,7 +1,7 @@
 //! What a strategy is called, which options it takes, and how it reports a failure.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// A strategy's answer to [`crate::table::METHOD_DESCRIBE`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -74,6 +74,23 @@ impl OptionKind {
             Self::Map => "a table from text to number",
         }
     }
+}
+
+/// What is wrong with options, by their declaration: unknown names, with the nearest known one, and wrong types.
+pub fn option_problems(specs: &[OptionSpec], given: &Map<String, Value>) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (name, value) in given {
+        match specs.iter().find(|spec| spec.name == *name) {
+            Some(spec) if spec.kind.admits(value) => {}
+            Some(spec) => problems.push(format!("`{name}` is {value}, it takes {}", spec.kind.words())),
+            None => {
+                let near = nearest(name, specs.iter().map(|spec| spec.name.as_str()));
+                let hint = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
+                problems.push(format!("unknown option `{name}`{hint}"));
+            }
+        }
+    }
+    problems
 }
 
 /// Why a call failed, and where in the author's source when that is known.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use homeroom_abi::describe::{OptionKind, OptionSpec, nearest};
+use homeroom_abi::describe::{OptionKind, OptionSpec, option_problems};
 use serde_json::{Map, Value};
 
 use crate::{Error, Result, Targets};
@@ -66,18 +66,7 @@ impl Values {
     /// # Errors
     /// All unknown names and wrong types together, each with the nearest known name or the wanted type.
     pub(crate) fn check(specs: &[OptionSpec], given: &Map<String, Value>) -> Result<Self> {
-        let mut problems = Vec::new();
-        for (name, value) in given {
-            match specs.iter().find(|spec| spec.name == *name) {
-                Some(spec) if spec.kind.admits(value) => {}
-                Some(spec) => problems.push(format!("`{name}` is {value}, it takes {}", spec.kind.words())),
-                None => {
-                    let hint = nearest(name, specs.iter().map(|spec| spec.name.as_str()))
-                        .map(|near| format!(", did you mean `{near}`?"));
-                    problems.push(format!("unknown option `{name}`{}", hint.unwrap_or_default()));
-                }
-            }
-        }
+        let problems = option_problems(specs, given);
         if !problems.is_empty() {
             return Err(Error(homeroom_abi::describe::PluginError { message: problems.join("; "), at: None }));
         }

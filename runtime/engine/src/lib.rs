@@ -16,6 +16,7 @@ pub mod batch;
 mod bitsandbytes;
 pub mod block;
 pub mod config;
+pub mod conformance;
 pub mod data;
 pub mod decoder;
 pub mod files;

@@ -114,7 +114,7 @@ pub(crate) fn is_float(storage: Storage) -> bool {
     matches!(storage, Storage::F32 | Storage::F16 | Storage::BF16)
 }
 
-fn kernel_codec(codec: &homeroom_abi::codec::Codec) -> Codec {
+pub(crate) fn kernel_codec(codec: &homeroom_abi::codec::Codec) -> Codec {
     Codec {
         name: codec.name.clone(),
         bits: codec.bits,

@@ -12,6 +12,7 @@ use homeroom_engine::schedule::Schedule;
 use homeroom_kernels::{Codec, Cpu};
 
 use crate::command;
+use crate::plugin::{Policy, Search, Trust, probe};
 use crate::{interrupt, progress};
 
 /// Fine-tunes open-weight language models on your own machine.
@@ -60,6 +61,27 @@ pub struct ModelArgs {
     /// Take a base model with other weights than the adapter was trained on, if its shapes fit
     #[arg(long)]
     pub any_base: bool,
+}
+
+/// Where strategies are, and which may be loaded.
+#[derive(Args)]
+pub struct PluginArgs {
+    /// Look for strategies here first
+    #[arg(long, value_name = "DIR")]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Which strategies may be loaded [default: $HOMEROOM_PLUGIN_POLICY, else locked]
+    #[arg(long, value_enum)]
+    pub plugin_policy: Option<Policy>,
+}
+
+impl PluginArgs {
+    /// The search that they ask for.
+    ///
+    /// # Errors
+    /// When what the user trusts cannot be read.
+    pub fn search(&self) -> Result<Search> {
+        Ok(Search::new(&self.plugin_dir, Trust::of_user(self.plugin_policy)?))
+    }
 }
 
 /// How rows become tokens.
@@ -226,9 +248,8 @@ pub struct FineTune {
     /// Take the rows in the order of the file
     #[arg(long)]
     pub no_shuffle: bool,
-    /// Look for strategies here first
-    #[arg(long, value_name = "DIR")]
-    pub plugin_dir: Vec<PathBuf>,
+    #[command(flatten)]
+    pub plugins: PluginArgs,
     /// Print one JSON object at the end
     #[arg(long)]
     pub json: bool,
@@ -250,9 +271,8 @@ pub struct Run {
     /// Walk the script and say what it would do, without training or writing
     #[arg(long)]
     pub dry_run: bool,
-    /// Look for strategies here first
-    #[arg(long, value_name = "DIR")]
-    pub plugin_dir: Vec<PathBuf>,
+    #[command(flatten)]
+    pub plugins: PluginArgs,
     /// Print what the script returns as JSON
     #[arg(long)]
     pub json: bool,
@@ -436,9 +456,8 @@ pub struct BenchTrain {
     /// Print where the time goes, by operation
     #[arg(long)]
     pub profile: bool,
-    /// Look for strategies here first
-    #[arg(long, value_name = "DIR")]
-    pub plugin_dir: Vec<PathBuf>,
+    #[command(flatten)]
+    pub plugins: PluginArgs,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -448,15 +467,41 @@ pub struct BenchTrain {
 #[derive(Subcommand)]
 #[allow(missing_docs)]
 pub enum Plugins {
-    /// Name, version, digest and file of each strategy, and its options
+    /// Name, version, digest and file of each strategy, whether it may be loaded, and its options
     List {
-        /// Look here first
-        #[arg(long, value_name = "DIR")]
-        plugin_dir: Vec<PathBuf>,
+        #[command(flatten)]
+        plugins: PluginArgs,
         /// Print one JSON array
         #[arg(long)]
         json: bool,
     },
+    /// Writes a new strategy: a crate that builds without a network
+    New {
+        /// Its name: small letters, digits and underscores
+        name: String,
+        /// Where it is written [default: NAME, here]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+    /// Checks a strategy's file: that it loads, plans, learns, merges and saves as it should. Exit code 1 if anything failed
+    Check {
+        /// Its library, such as target/release/libNAME.so. Its code is run
+        file: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Trusts strategies as their files are now: writes their digests into plugins.lock. Their code is run, to ask their versions
+    Lock {
+        /// Strategies [default: all that are found and not beside the program]
+        name: Vec<String>,
+        /// Look here first
+        #[arg(long, value_name = "DIR")]
+        plugin_dir: Vec<PathBuf>,
+    },
+    /// Loads a strategy and answers another process of this program
+    #[command(hide = true)]
+    Probe { file: PathBuf, deadline_s: u32 },
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -513,7 +558,11 @@ pub fn main() -> ExitCode {
         Command::ExportModel(arguments) => command::export_model::run(&arguments),
         Command::Serve(arguments) => command::serve::run(&arguments),
         Command::Bench(Bench::Train(arguments)) => command::bench::train(&arguments),
-        Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
+        Command::Plugins(Plugins::List { plugins, json }) => command::plugins::list(&plugins, json),
+        Command::Plugins(Plugins::Lock { name, plugin_dir }) => command::plugins::lock(&name, &plugin_dir),
+        Command::Plugins(Plugins::New { name, dir }) => command::plugins::new(&name, dir.as_deref()),
+        Command::Plugins(Plugins::Check { file, json }) => command::plugins::check(&file, json),
+        Command::Plugins(Plugins::Probe { file, deadline_s }) => probe::answer(&file, deadline_s).map(|()| Done::Whole),
     };
     interrupt::await_end();
     match done {

@@ -21,19 +21,19 @@ use crate::cli::{BenchTrain, Done};
 use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
 use crate::models::load_base;
-use crate::plugin::Search;
 use crate::progress::line;
 
 /// Trains on random tokens.
 pub fn train(arguments: &BenchTrain) -> Result<Done> {
-    let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
-    let mut model = Arc::new(load_base(&arguments.model_name)?);
-    if let Some(storage) = arguments.storage {
-        model = encode(|progress| store_as(&model, &storage.into(), progress).map(Arc::new))?;
-    }
+    let plugin = arguments.plugins.search()?.load(&arguments.strategy)?;
     let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
     if let Some(r) = arguments.lora_r {
         options.insert("r".to_owned(), r.into());
+    }
+    plugin.check_options(&options)?;
+    let mut model = Arc::new(load_base(&arguments.model_name)?);
+    if let Some(storage) = arguments.storage {
+        model = encode(|progress| store_as(&model, &storage.into(), progress).map(Arc::new))?;
     }
     let job = Job::new(model, &plugin, options, 42, None, false)?;
     let compute = Compute::from(arguments.compute);

@@ -15,7 +15,6 @@ use crate::cli::{Done, FineTune};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::models::{load_base, load_rows};
-use crate::plugin::Search;
 use crate::progress::{self, line, thousands};
 use crate::registry;
 
@@ -42,10 +41,12 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
         ("the adapter to start from", start.map(Path::to_owned)),
     ];
     spares(&output_dir, inputs)?;
-    let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
+    let plugin = arguments.plugins.search()?.load(&arguments.strategy)?;
+    let options = options(arguments);
+    plugin.check_options(&options)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
     let rows = Rows::load(arguments, &model)?;
-    let (options, start) = (options(arguments), arguments.init_from.as_deref());
+    let start = arguments.init_from.as_deref();
     let job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;
     let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is

@@ -1,27 +1,29 @@
 //! `homeroom plugins`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::print;
-use crate::cli::Done;
-use crate::plugin::Search;
+use crate::cli::{Done, PluginArgs};
+use crate::plugin::check::{self, Verdict};
+use crate::plugin::{Probe, Search, Standing, StrategyFile, Trust, file_name, new, trust};
 use crate::progress::line;
 
 /// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
-pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
-    let search = Search::new(plugin_dirs);
+pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
+    let search = arguments.search()?;
     let files = search.list();
-    let loaded: Vec<_> = files.iter().map(|file| (file, file.load())).collect();
+    let loaded: Vec<_> = files.iter().map(|file| (file, search.load_file(file))).collect();
     if as_json {
         let items = loaded.iter().map(|(file, plugin)| match plugin {
-            Ok(plugin) => json!({
+            Ok((plugin, standing)) => json!({
                 "name": file.name,
                 "version": plugin.description.version,
                 "sha256": plugin.sha256,
                 "path": file.path,
+                "trust": standing.word(),
                 "doc": plugin.description.doc,
                 "options": plugin.description.options,
             }),
@@ -33,10 +35,10 @@ pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
     let mut out = Vec::new();
     for (file, plugin) in &loaded {
         match plugin {
-            Ok(plugin) => {
+            Ok((plugin, standing)) => {
                 let about = &plugin.description;
                 out.push(format!("{}   {}   {}", about.name, about.version, about.doc));
-                out.push(format!("  {}   sha256 {}", file.path.display(), &plugin.sha256[..16]));
+                out.push(format!("  {}   sha256 {}   {}", file.path.display(), &plugin.sha256[..16], standing.word()));
                 let width = about.options.iter().map(|option| option.name.len()).max().unwrap_or(0);
                 for option in &about.options {
                     let default = match &option.default {
@@ -47,8 +49,8 @@ pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
                 }
             }
             Err(error) => {
-                out.push(format!("{}   cannot be loaded", file.name));
-                out.push(format!("  {}   {error:#}", file.path.display()));
+                out.push(format!("{}   not loaded", file.name));
+                out.push(format!("  {}   {}", file.path.display(), format!("{error:#}").replace('\n', "\n    ")));
             }
         }
     }
@@ -59,5 +61,74 @@ pub fn list(plugin_dirs: &[PathBuf], as_json: bool) -> Result<Done> {
         return Ok(Done::Whole);
     }
     print(&out.join("\n"))?;
+    Ok(Done::Whole)
+}
+
+/// Writes a new strategy, and says what to do with it.
+pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
+    let written = new::create(name, dir.unwrap_or(Path::new(name)))?;
+    line(format_args!(
+        "strategy `{name}` is in {}, its code in src/lib.rs, all that it needs in homeroom/\nhint: there, `cargo test`, `cargo build --release`, `homeroom plugins check target/release/{}`",
+        written.display(),
+        file_name(name)
+    ));
+    Ok(Done::Whole)
+}
+
+/// Checks a strategy and prints the report; an error when anything failed.
+pub fn check(file: &Path, as_json: bool) -> Result<Done> {
+    let report = check::check(file, &Probe::this_program()?)?;
+    let (failed, all) = (report.failed(), report.checks.len());
+    if as_json {
+        print(&json!({"file": file, "ok": failed == 0, "checks": report.checks}).to_string())?;
+    } else {
+        let width = report.checks.iter().map(|line| line.check.len()).max().unwrap_or(0);
+        let lines = report.checks.iter().map(|line| {
+            let verdict = match line.verdict {
+                Verdict::Ok => "ok",
+                Verdict::Note => "note",
+                Verdict::Failed => "FAILED",
+            };
+            format!("{verdict:6}   {:width$}   {}", line.check, line.why)
+        });
+        print(&lines.collect::<Vec<_>>().join("\n"))?;
+    }
+    ensure!(failed == 0, "{}: {failed} of {all} checks failed", file.display());
+    Ok(Done::Whole)
+}
+
+/// Writes digests into `plugins.lock`.
+pub fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
+    let search = Search::new(plugin_dirs, Trust::default());
+    let found = search.list();
+    let mut entries = Vec::new();
+    let wanted: Vec<&StrategyFile> = match names {
+        [] => found.iter().filter(|file| !matches!(search.read(file), Ok((_, Standing::Beside)))).collect(),
+        names => names
+            .iter()
+            .map(|name| {
+                let dirs: Vec<String> = search.dirs().iter().map(|dir| format!("\n  {}", dir.display())).collect();
+                let file = found.iter().find(|file| file.name == *name);
+                file.with_context(|| format!("no strategy `{name}` in:{}", dirs.concat()))
+            })
+            .collect::<Result<_>>()?,
+    };
+    ensure!(!wanted.is_empty(), "there is nothing to lock: all strategies that are found lie beside the program");
+    let probe = Probe::this_program()?;
+    for file in wanted {
+        let place = || format!("plugin {}", file.path.display());
+        let answers = probe.ask(&file.path, &[]).with_context(place)?;
+        let named = answers.description.name;
+        ensure!(named == file.name, "{}: it calls itself `{named}`; rename the file", place());
+        let path = file.path.canonicalize().with_context(place)?;
+        entries.push(trust::Entry { name: named, version: answers.description.version, sha256: answers.sha256, path });
+    }
+    let lines = entries
+        .iter()
+        .map(|entry| format!("{}   {}   {}   {}", entry.name, entry.version, entry.sha256, entry.path.display()));
+    let lines = lines.collect::<Vec<_>>().join("\n");
+    let path = trust::lock(entries)?;
+    line(format_args!("locked in {}", path.display()));
+    print(&lines)?;
     Ok(Done::Whole)
 }

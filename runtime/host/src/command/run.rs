@@ -22,7 +22,7 @@ pub fn run(arguments: &Run) -> Result<Done> {
         eprintln!("  {name} = {value}");
     }
     interrupt::listen()?;
-    let outcome = pipeline::run(&config, &arguments.plugin_dir, arguments.dry_run, &interrupt::asked);
+    let outcome = pipeline::run(&config, arguments.plugins.search()?, arguments.dry_run, &interrupt::asked);
     let outcome = match outcome {
         Err(error) if interrupt::asked() => {
             eprintln!("{error:#}: the script has ended where it was");

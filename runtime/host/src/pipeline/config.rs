@@ -11,6 +11,7 @@ use homeroom_abi::describe::nearest;
 use serde_json::{Map, Value};
 use toml_edit::{Document, Item, TableLike};
 
+use crate::plugin::Policy;
 use crate::registry;
 use crate::toml_problems::Problems;
 
@@ -20,6 +21,10 @@ pub const PIPELINE_KEYS: [(&str, &str); 3] = [
     ("lua_seconds", "time that the script's own Lua may take, in seconds, verbs not counted; 60 if it is not there"),
     ("params", "the parameters, see below"),
 ];
+
+/// Keys of `[plugins]`, each with what it does.
+pub const PLUGINS_KEYS: [(&str, &str); 1] =
+    [("policy", "`locked`: only strategies beside the program or in `plugins.lock`, whatever the user's policy is")];
 
 /// Keys of a parameter's declaration, each with what it does.
 pub const PARAM_KEYS: [(&str, &str); 7] = [
@@ -44,6 +49,8 @@ pub struct PipelineConfig {
     pub script: PathBuf,
     /// Time that the script's own Lua may take.
     pub lua_time: Duration,
+    /// The policy that the file asks for: `locked`, or nothing.
+    pub plugin_policy: Option<Policy>,
     /// All parameters by name, in the order of the file. One that is neither set nor has a default is null.
     pub params: Map<String, Value>,
 }
@@ -108,7 +115,8 @@ fn read_document(
     set: &[(String, String)],
     problems: &mut Problems,
 ) -> Option<PipelineConfig> {
-    unknown_keys(document.as_table(), &["pipeline"], problems);
+    unknown_keys(document.as_table(), &["pipeline", "plugins"], problems);
+    let plugin_policy = document.get("plugins").and_then(|item| read_policy(item, problems));
     let Some(item) = document.get("pipeline") else {
         problems.at(None, "there is no [pipeline]; it needs one with `script`");
         return None;
@@ -146,7 +154,26 @@ fn read_document(
     }
     let params = values(&declared, &broken, base, set, problems);
     let lua_time = Duration::from_secs_f64(lua_seconds);
-    Some(PipelineConfig { path: path.to_owned(), script: script?, lua_time, params })
+    Some(PipelineConfig { path: path.to_owned(), script: script?, lua_time, plugin_policy, params })
+}
+
+/// A project's file can tighten the user's policy and never loosen it: it may come from somebody else.
+fn read_policy(item: &Item, problems: &mut Problems) -> Option<Policy> {
+    let Some(plugins) = item.as_table_like() else {
+        problems.at(item.span(), "`plugins` is a table: [plugins]");
+        return None;
+    };
+    unknown_keys(plugins, &PLUGINS_KEYS.map(|(key, _)| key), problems);
+    let policy = plugins.get("policy")?;
+    match policy.as_str() {
+        Some("locked") => return Some(Policy::Locked),
+        Some("dev") => problems.at(
+            policy.span(),
+            "policy: a file can tighten the policy to \"locked\", not loosen it; leave it out and run with --plugin-policy dev",
+        ),
+        _ => problems.at(policy.span(), "policy: it should be \"locked\""),
+    }
+    None
 }
 
 fn read_script(pipeline: &dyn TableLike, table: &Item, base: &Path, problems: &mut Problems) -> Option<PathBuf> {

@@ -9,7 +9,6 @@ pub mod config;
 pub mod reference;
 pub mod sandbox;
 
-use std::path::PathBuf;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow};
@@ -18,6 +17,7 @@ use serde_json::{Value, json};
 use self::api::Session;
 use self::config::PipelineConfig;
 use self::sandbox::Sandbox;
+use crate::plugin::{Search, Trust};
 
 /// What came of a pipeline.
 #[derive(Debug)]
@@ -33,13 +33,8 @@ pub struct Outcome {
 ///
 /// # Errors
 /// What the script or a verb raises, with the script's file and line.
-pub fn run(
-    config: &PipelineConfig,
-    plugin_dirs: &[PathBuf],
-    dry: bool,
-    cancelled: &dyn Fn() -> bool,
-) -> Result<Outcome> {
-    in_sandbox(config, plugin_dirs, dry, cancelled, |sandbox, session| {
+pub fn run(config: &PipelineConfig, search: Search, dry: bool, cancelled: &dyn Fn() -> bool) -> Result<Outcome> {
+    in_sandbox(config, search, dry, cancelled, |sandbox, session| {
         let script = sandbox.compile(&config.script)?;
         let returned = sandbox.call(&script)?;
         let result = api::to_json(&returned).map_err(api::Failure::into_error);
@@ -53,20 +48,21 @@ pub fn run(
 /// # Errors
 /// All problems in one message.
 pub fn check(config: &PipelineConfig) -> Result<()> {
-    in_sandbox(config, &[], true, &|| false, |sandbox, _| check::check(config, sandbox))
+    in_sandbox(config, Search::new(&[], Trust::default()), true, &|| false, |sandbox, _| check::check(config, sandbox))
 }
 
 fn in_sandbox<T: Send>(
     config: &PipelineConfig,
-    plugin_dirs: &[PathBuf],
+    search: Search,
     dry: bool,
     cancelled: &dyn Fn() -> bool,
     work: impl FnOnce(&Sandbox, &Session) -> Result<T> + Send,
 ) -> Result<T> {
+    let search = search.tightened(config.plugin_policy);
     let scripts = config.script.parent().context("a file has a directory")?;
     sandbox::run(scripts, config.lua_time, cancelled, |sandbox| {
         let about = json!({"config": config.path, "script": config.script, "params": config.params});
-        let session = Rc::new(Session::new(sandbox, &config.script, about, plugin_dirs, dry));
+        let session = Rc::new(Session::new(sandbox, &config.script, about, search, dry));
         let provided = api::provide(sandbox, &session, &config.params).and_then(|()| sandbox.close());
         provided.map_err(|error| anyhow!("cannot set up the script's machine: {error}"))?;
         work(sandbox, &session)

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::describe::nearest;
 
-use super::load::Plugin;
+use super::load::{Plugin, PluginFile};
+use super::trust::{Policy, Standing, Trust};
 use crate::registry::data_directory;
 
 /// The directories in which strategies are looked for, in order.
 pub struct Search {
     dirs: Vec<PathBuf>,
+    trust: Trust,
 }
 
 /// A strategy's file, not loaded.
@@ -23,23 +25,10 @@ pub struct StrategyFile {
     pub path: PathBuf,
 }
 
-impl StrategyFile {
-    /// Loads the strategy.
-    ///
-    /// # Errors
-    /// As [`Plugin::load`], and when it has another name than its file.
-    pub fn load(&self) -> Result<Plugin> {
-        let plugin = Plugin::load(&self.path)?;
-        let (named, name) = (&plugin.description.name, &self.name);
-        ensure!(named == name, "it calls itself `{named}`, its file says `{name}`; rename the file");
-        Ok(plugin)
-    }
-}
-
 impl Search {
     /// `--plugin-dir`, then the directories in `HOMEROOM_PLUGINS`, then `plugins` in the user's data directory, then the
-    /// directory of this program.
-    pub fn new(plugin_dirs: &[PathBuf]) -> Self {
+    /// directory of this program. What is found is loaded if `trust` says so.
+    pub fn new(plugin_dirs: &[PathBuf], trust: Trust) -> Self {
         let mut dirs = plugin_dirs.to_vec();
         if let Some(list) = std::env::var_os("HOMEROOM_PLUGINS") {
             dirs.extend(std::env::split_paths(&list).filter(|dir| !dir.as_os_str().is_empty()));
@@ -47,7 +36,37 @@ impl Search {
         dirs.extend(data_directory().map(|data| data.join("plugins")));
         let program = std::env::current_exe().and_then(|program| program.canonicalize());
         dirs.extend(program.ok().and_then(|program| Some(program.parent()?.to_owned())));
-        Self { dirs }
+        Self { dirs, trust }
+    }
+
+    /// The same under a policy that a project's file asks for; see [`Trust::tightened`].
+    pub fn tightened(self, project: Option<Policy>) -> Self {
+        Self { trust: self.trust.tightened(project), ..self }
+    }
+
+    /// Reads a strategy's file and says whether it may be loaded.
+    ///
+    /// # Errors
+    /// As [`PluginFile::read`].
+    pub fn read(&self, file: &StrategyFile) -> Result<(PluginFile, Standing)> {
+        let read = PluginFile::read(&file.path)?;
+        let standing = self.trust.standing(&file.name, &read);
+        Ok((read, standing))
+    }
+
+    /// Loads a strategy's file if it may be loaded.
+    ///
+    /// # Errors
+    /// When it may not, cannot, or has another name than its file.
+    pub fn load_file(&self, file: &StrategyFile) -> Result<(Plugin, Standing)> {
+        let (read, standing) = self.read(file)?;
+        if let Standing::Refused(why) = standing {
+            bail!("{why}");
+        }
+        let plugin = read.load()?;
+        let (named, name) = (&plugin.description.name, &file.name);
+        ensure!(named == name, "it calls itself `{named}`, its file says `{name}`; rename the file");
+        Ok((plugin, standing))
     }
 
     /// Loads the strategy of that name from the first directory that has it.
@@ -60,7 +79,8 @@ impl Search {
         let file = file_name(name);
         if let Some(path) = self.dirs.iter().map(|dir| dir.join(&file)).find(|path| path.exists()) {
             let file = StrategyFile { name: name.to_owned(), path };
-            return file.load().with_context(|| format!("plugin {}", file.path.display()));
+            let loaded = self.load_file(&file).with_context(|| format!("plugin {}", file.path.display()));
+            return Ok(loaded?.0);
         }
         let known = self.list();
         let near = nearest(name, known.iter().map(|file| file.name.as_str()));
@@ -89,11 +109,13 @@ impl Search {
     }
 }
 
-fn file_name(name: &str) -> String {
+/// The file of a strategy of that name.
+pub fn file_name(name: &str) -> String {
     format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX)
 }
 
-fn strategy_name(path: &Path) -> Option<String> {
+/// The strategy's name that a file's says; `None`: it is not a library's.
+pub fn strategy_name(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
     let name = file.strip_prefix(std::env::consts::DLL_PREFIX)?.strip_suffix(std::env::consts::DLL_SUFFIX)?;
     Some(name.to_owned())

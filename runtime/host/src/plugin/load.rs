@@ -4,19 +4,23 @@
 //! never unloaded: threads and thread-local values may keep pointing into it.
 
 use std::ffi::c_void;
-use std::fs;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use homeroom_abi::describe::{Description, PluginError};
+use homeroom_abi::describe::{Description, PluginError, option_problems};
 use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_abi::table::{
     self, ABI_MAJOR, ABI_MINOR, Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, ENTRY, Entry, MAGIC, OK,
 };
 use homeroom_engine::adapter::StrategyRecord;
 use homeroom_engine::weight::NativeCodec;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+
+use super::owner;
 
 /// A loaded strategy. Its code stays mapped until the process ends.
 pub struct Plugin {
@@ -31,26 +35,67 @@ pub struct Plugin {
     descriptor: &'static Descriptor,
 }
 
-impl Plugin {
-    /// Reads a library once, checks those bytes, and loads a private copy of them.
+/// A library's bytes, read once and checked, not loaded. None of its code has run.
+pub struct PluginFile {
+    /// Where it was read from.
+    pub path: PathBuf,
+    /// SHA-256 of the bytes, in hexadecimal digits.
+    pub sha256: String,
+    /// Whether it lies in this program's directory and has the program's owner.
+    pub beside_program: bool,
+    bytes: Vec<u8>,
+}
+
+impl PluginFile {
+    /// Opens a library once; what is checked, hashed and loaded later is what this reads.
     ///
     /// # Errors
-    /// When others may write the file, it is not a whole library for this machine, it is no strategy or one of another ABI, or
-    /// it does not describe itself.
-    pub fn load(path: &Path) -> Result<Self> {
-        check_owner(path)?;
-        let bytes = fs::read(path).context("cannot read")?;
+    /// When others may write the file or a directory above it, or it is not a whole library for this machine with the entry of
+    /// a strategy.
+    pub fn read(path: &Path) -> Result<Self> {
+        let mut file = owner::open(path)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).context("cannot read")?;
         if cfg!(target_os = "linux") {
             super::elf::check(&bytes)?;
         }
         ensure!(names_entry(&bytes), "not a strategy: it has no function `{ENTRY}`");
         let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let entry = open_copy(path, &bytes)?;
+        let beside_program = is_beside_program(path, &file).unwrap_or(false);
+        Ok(Self { path: path.to_owned(), sha256, beside_program, bytes })
+    }
+
+    /// Loads a private copy of the bytes.
+    ///
+    /// # Errors
+    /// When it cannot be loaded, is of another ABI, or does not describe itself.
+    pub fn load(self) -> Result<Plugin> {
+        let entry = open_copy(&self.path, &self.bytes)?;
+        Plugin::from_entry(self.path, self.sha256, entry)
+    }
+}
+
+fn is_beside_program(path: &Path, file: &File) -> std::io::Result<bool> {
+    let program = std::env::current_exe()?.canonicalize()?;
+    let same_directory = path.canonicalize()?.parent() == program.parent();
+    Ok(same_directory && owner::same_owner(&file.metadata()?, &program.metadata()?))
+}
+
+impl Plugin {
+    /// Reads a file and loads it, whoever trusts it: the caller has asked.
+    ///
+    /// # Errors
+    /// As [`PluginFile::read`] and [`PluginFile::load`].
+    pub fn load(path: &Path) -> Result<Self> {
+        PluginFile::read(path)?.load()
+    }
+
+    fn from_entry(path: PathBuf, sha256: String, entry: Entry) -> Result<Self> {
         // SAFETY: the library exports this ABI's entry, whose contract is to return a pointer to static data or null.
         let descriptor = unsafe { entry() };
         let descriptor = check_descriptor(descriptor)?;
         let mut plugin = Self {
-            path: path.to_owned(),
+            path,
             sha256,
             description: Description {
                 name: String::new(),
@@ -63,6 +108,16 @@ impl Plugin {
         };
         plugin.description = plugin.call(table::METHOD_DESCRIBE, b"{}")?;
         Ok(plugin)
+    }
+
+    /// Checks options against the strategy's own declaration, before anything large is loaded.
+    ///
+    /// # Errors
+    /// All unknown names and wrong types together, each with the nearest known name or the wanted type.
+    pub fn check_options(&self, given: &Map<String, Value>) -> Result<()> {
+        let problems = option_problems(&self.description.options, given);
+        ensure!(problems.is_empty(), "strategy `{}`: {}", self.description.name, problems.join("; "));
+        Ok(())
     }
 
     /// The strategy's plan for a model.
@@ -118,13 +173,22 @@ pub fn names_entry(bytes: &[u8]) -> bool {
 fn open_copy(path: &Path, bytes: &[u8]) -> Result<Entry> {
     let dir = tempfile::Builder::new().prefix("homeroom-plugin-").tempdir().context("cannot make a private copy")?;
     let copy = dir.path().join(path.file_name().context("a library has a file name")?);
-    fs::write(&copy, bytes).with_context(|| format!("cannot make a private copy in {}", dir.path().display()))?;
+    write_private(&copy, bytes).with_context(|| format!("cannot make a private copy in {}", dir.path().display()))?;
     let library = open(&copy).map_err(|error| anyhow!("cannot load: {error}"))?;
     // SAFETY: the name is this ABI's, which fixes the type; the library is never unloaded, so the pointer stays good.
     let entry = unsafe { library.get::<Entry>(ENTRY.as_bytes()) };
     let entry = *entry.map_err(|_| anyhow!("not a strategy: it does not export `{ENTRY}`"))?;
     std::mem::forget(library);
     Ok(entry)
+}
+
+/// Writes a file that nobody writes again; its directory is the user's alone.
+fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut options = File::options();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o500);
+    options.open(path)?.write_all(bytes)
 }
 
 /// Resolves everything now, so that a missing symbol is an error here and not an exit later; and keeps symbols to itself.
@@ -166,25 +230,4 @@ fn check_descriptor(descriptor: *const Descriptor) -> Result<&'static Descriptor
         "built with panic=abort, so that a panic would end the run; build it with unwinding"
     );
     Ok(descriptor)
-}
-
-/// Refuses a file that others than its owner could have written.
-#[cfg(unix)]
-fn check_owner(path: &Path) -> Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    let meta = fs::metadata(path).context("cannot read")?;
-    ensure!(meta.is_file(), "not a file");
-    // SAFETY: geteuid has no preconditions.
-    let user = unsafe { libc::geteuid() };
-    ensure!(meta.uid() == user || meta.uid() == 0, "it belongs to another user (uid {}); copy it", meta.uid());
-    ensure!(meta.mode() & 0o002 == 0, "everybody may write it; run `chmod o-w {}`", path.display());
-    // Many systems give each user a group of the same number, which nobody else is in.
-    let private_group = meta.gid() == meta.uid();
-    ensure!(meta.mode() & 0o020 == 0 || private_group, "its group may write it; run `chmod g-w {}`", path.display());
-    Ok(())
-}
-
-#[cfg(not(unix))]
-fn check_owner(_: &Path) -> Result<()> {
-    Ok(())
 }

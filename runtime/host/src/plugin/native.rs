@@ -10,7 +10,7 @@ use homeroom_engine::adapter::StrategyRecord;
 use homeroom_engine::weight::NativeCodec;
 use homeroom_kernels::{BlockCodec, Stream};
 
-use super::{Plugin, Search};
+use super::{Plugin, Search, Trust};
 
 /// The table of a library that is never unloaded.
 struct Native {
@@ -145,7 +145,7 @@ pub fn find(strategy: &StrategyRecord, name: &str) -> Result<Arc<dyn NativeCodec
             "its base is stored by the native codec `{name}` of the plugin `{plugin}` {version}, without which it cannot be read\n{error:#}"
         )
     };
-    let plugin = Search::new(&[]).load(plugin).map_err(missing)?;
+    let plugin = Trust::of_user(None).and_then(|trust| Search::new(&[], trust).load(plugin)).map_err(missing)?;
     of_plugin(&plugin, name)
 }
 

@@ -11,7 +11,12 @@ impl Strategy for Hostile {
     const DOC: &'static str = "misbehaves in the way its option says";
 
     fn options(options: &mut Options) {
-        options.string("how", "well", "panic, error, shape, name, cut, zero");
+        // `plugins check` gives no options, so its tests say it in the environment.
+        let how = std::env::var("HOSTILE").unwrap_or_else(|_| "well".to_owned());
+        options.string("how", &how, "panic, error, shape, name, cut, zero, abort, crash, exit, loop, merge, fickle");
+        if how == "schema" {
+            options.int("Rank", 1, "");
+        }
     }
 
     fn new(values: &Values) -> Result<Self> {
@@ -22,10 +27,18 @@ impl Strategy for Hostile {
         match self.how.as_str() {
             "panic" => panic!("as asked"),
             "error" => return Err("an error, as asked".into()),
+            "abort" => std::process::abort(),
+            // SAFETY: there is none; a crash is what is asked for.
+            "crash" => unsafe { std::ptr::null_mut::<u8>().write_volatile(1) },
+            "exit" => std::process::exit(0),
+            "loop" => loop {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            },
             _ => {}
         }
         for module in model.matching(&Targets::AllLinear)? {
-            plan.adapt(module).param("shift", [module.d_out], Init::Zeros);
+            let first = if self.how == "fickle" { Init::Constant(f64::from(std::process::id())) } else { Init::Zeros };
+            plan.adapt(module).param("shift", [module.d_out], first);
         }
         Ok(())
     }
@@ -38,6 +51,11 @@ impl Strategy for Hostile {
             "zero" => module.base(x) + (shift - module.param("shift")),
             _ => module.base(x) + shift,
         }
+    }
+
+    fn merged<'t>(&self, module: &Module<'t>) -> Option<Merged<'t>> {
+        // The shift belongs to the bias, which this leaves as it is.
+        (self.how == "merge").then(|| Merged::weight(module.weight()))
     }
 }
 

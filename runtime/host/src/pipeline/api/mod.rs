@@ -108,7 +108,7 @@ pub struct Session {
 
 impl Session {
     /// Before the script runs.
-    pub fn new(sandbox: &Sandbox, script: &Path, about: Json, plugin_dirs: &[PathBuf], dry: bool) -> Self {
+    pub fn new(sandbox: &Sandbox, script: &Path, about: Json, search: Search, dry: bool) -> Self {
         let stem = script.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
         let plain = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' { c } else { '-' };
         let name = stem.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).chars().map(plain).take(40).collect();
@@ -118,7 +118,7 @@ impl Session {
             scripts: script.parent().map(Path::to_owned).unwrap_or_default(),
             name,
             about,
-            search: Search::new(plugin_dirs),
+            search,
             plugins: RefCell::default(),
             bases: RefCell::default(),
             adaptations: RefCell::default(),

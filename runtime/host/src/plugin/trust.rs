@@ -1,0 +1,173 @@
+//! Which strategies may be loaded: those beside this program that its owner put there, and those whose SHA-256 the user has
+//! written into `plugins.lock`. The policy `dev` loads any.
+//!
+//! The policy is the user's: `--plugin-policy`, else `HOMEROOM_PLUGIN_POLICY`, else `locked`. A pipeline's file may say `locked`, and
+//! nothing else, since it may come from somebody else.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use super::load::PluginFile;
+use super::owner;
+use crate::registry::data_directory;
+
+/// Environment variable of the policy.
+pub const VARIABLE: &str = "HOMEROOM_PLUGIN_POLICY";
+
+/// Which strategies may be loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// Those beside the program, and those in plugins.lock
+    #[default]
+    Locked,
+    /// Any, for writing strategies
+    Dev,
+}
+
+/// Why a strategy may be loaded, or that it may not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It lies beside this program and has its owner.
+    Beside,
+    /// Its digest is in `plugins.lock`.
+    Locked,
+    /// The policy is `dev`.
+    Dev,
+    /// It may not, for this reason.
+    Refused(String),
+}
+
+impl Standing {
+    /// In a word, for lists.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Beside => "beside the program",
+            Self::Locked => "locked",
+            Self::Dev => "dev",
+            Self::Refused(_) => "refused",
+        }
+    }
+}
+
+/// A strategy that the user trusts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// SHA-256 of its file, in hexadecimal digits.
+    pub sha256: String,
+    /// Where it was.
+    pub path: PathBuf,
+}
+
+/// `plugins.lock`.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LockFile {
+    #[serde(default)]
+    plugin: Vec<Entry>,
+}
+
+/// The policy, and what is locked.
+#[derive(Clone, Debug, Default)]
+pub struct Trust {
+    policy: Policy,
+    entries: Vec<Entry>,
+}
+
+impl Trust {
+    /// What the user says: on the command line, else in the environment.
+    ///
+    /// # Errors
+    /// When the environment names no policy, or `plugins.lock` cannot be read or others may write it.
+    pub fn of_user(policy: Option<Policy>) -> Result<Self> {
+        let policy = match (policy, std::env::var(VARIABLE)) {
+            (Some(policy), _) => policy,
+            (None, Ok(text)) if !text.is_empty() => Policy::from_str(&text, false)
+                .map_err(|_| anyhow!("{VARIABLE} is `{text}`, it takes `locked` or `dev`"))?,
+            _ => Policy::default(),
+        };
+        Ok(Self { policy, entries: read_lock()? })
+    }
+
+    /// The same with a policy that a project's file asks for, which can only be stricter.
+    pub fn tightened(self, project: Option<Policy>) -> Self {
+        let policy = if project == Some(Policy::Locked) { Policy::Locked } else { self.policy };
+        Self { policy, ..self }
+    }
+
+    /// Whether a file may be loaded as the strategy `name`.
+    pub fn standing(&self, name: &str, file: &PluginFile) -> Standing {
+        if file.beside_program {
+            return Standing::Beside;
+        }
+        let named = self.entries.iter().find(|entry| entry.name == name);
+        if named.is_some_and(|entry| entry.sha256 == file.sha256) {
+            return Standing::Locked;
+        }
+        if self.policy == Policy::Dev {
+            return Standing::Dev;
+        }
+        let digest = &file.sha256[..16];
+        let why = match named {
+            Some(entry) => {
+                format!("it has changed since it was locked: sha256 {digest}, locked is {}", short(&entry.sha256))
+            }
+            None => format!("it is not in plugins.lock (sha256 {digest})"),
+        };
+        Standing::Refused(format!(
+            "{why}\nhint: if you trust it, `homeroom plugins lock {name}` (with the same --plugin-dir), or --plugin-policy dev while you write it"
+        ))
+    }
+}
+
+fn short(digest: &str) -> &str {
+    digest.get(..16).unwrap_or(digest)
+}
+
+/// Where `plugins.lock` is.
+fn lock_path() -> Option<PathBuf> {
+    data_directory().map(|data| data.join("plugins.lock"))
+}
+
+fn read_lock() -> Result<Vec<Entry>> {
+    let Some(path) = lock_path().filter(|path| path.exists()) else { return Ok(Vec::new()) };
+    let place = || path.display().to_string();
+    let mut text = String::new();
+    owner::open(&path).with_context(place)?.read_to_string(&mut text).with_context(place)?;
+    let file: LockFile = toml::from_str(&text).with_context(place)?;
+    Ok(file.plugin)
+}
+
+/// Writes entries into `plugins.lock`, in place of older ones of their names. Says where that is.
+///
+/// # Errors
+/// When there is no data directory, or it cannot be written.
+pub fn lock(new: Vec<Entry>) -> Result<PathBuf> {
+    let path = lock_path().context("there is no data directory; set HOMEROOM_HOME")?;
+    let by_name = |entry: Entry| (entry.name.clone(), entry);
+    let mut entries: BTreeMap<String, Entry> = read_lock()?.into_iter().map(by_name).collect();
+    entries.extend(new.into_iter().map(by_name));
+    let mut text = String::from("# Strategies that may be loaded, written by `homeroom plugins lock`.\n");
+    for Entry { name, version, sha256, path } in entries.values() {
+        let Some(path) = path.to_str() else { bail!("{}: its path is not UTF-8", path.display()) };
+        let [name, version, sha256, path] =
+            [name, version, sha256, path].map(|text| toml_edit::Value::from(text.to_owned()));
+        text += &format!("\n[[plugin]]\nname = {name}\nversion = {version}\nsha256 = {sha256}\npath = {path}\n");
+    }
+    let place = || format!("{}: cannot write", path.display());
+    let dir = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(dir).with_context(place)?;
+    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(place)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).with_context(place)?;
+    file.persist(&path).with_context(place)?;
+    Ok(path)
+}

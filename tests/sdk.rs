@@ -1,0 +1,254 @@
+//! Writing a strategy and trusting one: a new crate builds without a network and passes the checks, what is wrong with a
+//! strategy is found without harm to the host, and a strategy that nobody trusts is not loaded.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use homeroom::plugin::Probe;
+use homeroom::plugin::check::{Report, Verdict, check};
+use serde_json::Value;
+
+use crate::support::{Place, fixture, homeroom, plugin_path, printed_json, refused, root, run, succeeds};
+
+/// Cargo in a crate, with an empty home and no network. What it builds outlives the test, so that the next run is short.
+fn cargo(place: &Place, crate_dir: &Path, arguments: &[&str]) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(crate_dir).env("CARGO_HOME", place.path("cargo-home")).env("CARGO_TARGET_DIR", new_target());
+    cargo.args(arguments).args(["--offline", "--locked"]);
+    cargo
+}
+
+fn new_target() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("new-strategy")
+}
+
+/// The block of a README that holds all of a strategy's source.
+fn block_of_readme(word: &str) -> Result<String> {
+    let readme = fs::read_to_string(root().join("plugins/README.md"))?;
+    let blocks = readme.split("```rust\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let block = blocks.filter(|block| block.contains(word) && block.contains("export_strategy!")).last();
+    block.map(str::to_owned).with_context(|| format!("plugins/README.md has no source with `{word}`"))
+}
+
+/// The walk of `plugins/README.md`, in one crate since compiling is what takes time.
+#[test]
+fn a_new_strategy_builds_without_a_network_and_becomes_dora_as_the_readme_says() -> Result<()> {
+    let place = Place::new()?;
+    let dir = place.path("dora");
+    succeeds(homeroom().args(["plugins", "new", "dora", "--dir"]).arg(&dir))?;
+    let tests = succeeds(&mut cargo(&place, &dir, &["test", "--release"]))?;
+    ensure!(tests.stdout.contains("3 passed"), "{}", tests.stdout);
+    let library = new_target().join("release/libdora.so");
+    let check = || -> Result<Value> {
+        succeeds(&mut cargo(&place, &dir, &["build", "--release"]))?;
+        let report = printed_json(&succeeds(homeroom().args(["plugins", "check", "--json"]).arg(&library))?)?;
+        let checks = report["checks"].as_array().context("a report has checks")?;
+        let notes: Vec<_> = checks.iter().filter(|line| line["verdict"] != "ok").collect();
+        ensure!(report["ok"] == true && checks.len() == 13 && notes.is_empty(), "{report:#}");
+        Ok(report)
+    };
+    let lora = check()?;
+    fs::write(dir.join("src/lib.rs"), block_of_readme("lora_magnitude_vector")?)?;
+    let dora = check()?;
+    assert!(lora["checks"][2]["why"].as_str().is_some_and(|why| why.contains("28 parameters")), "{lora}");
+    assert!(dora["checks"][2]["why"].as_str().is_some_and(|why| why.contains("42 parameters")), "{dora}");
+    Ok(())
+}
+
+#[test]
+fn a_new_strategy_has_a_good_name_and_a_place_of_its_own() -> Result<()> {
+    let place = Place::new()?;
+    let new = |name: &str, dir: &str| {
+        let mut command = homeroom();
+        command.args(["plugins", "new", name, "--dir"]).arg(place.path(dir));
+        command
+    };
+    refused(&mut new("My-Lora", "outputs/a"), &["`My-Lora` is not a strategy's name"])?;
+    refused(&mut new("fn", "outputs/a"), &["`fn` is a name that Rust has taken"])?;
+    place.write("full/notes.txt", "mine")?;
+    refused(&mut new("mine", "full"), &["the directory is not empty"])?;
+    refused(&mut new("mine", "full/notes.txt"), &["cannot write a directory here"])?;
+    assert!(place.outputs()?.is_empty());
+    fs::create_dir(place.path("empty"))?;
+    succeeds(&mut new("mine", "empty"))?;
+    assert!(place.path("empty/.cargo/config.toml").is_file() && place.path("empty/src/lib.rs").is_file());
+    Ok(())
+}
+
+/// Checks the hostile strategy, which does as it is told in the environment of the program that is the child.
+fn hostile(how: &str, deadline: Duration) -> Result<Report> {
+    let place = Place::new()?;
+    let program = place
+        .write("program", format!("#!/bin/sh\nHOSTILE={how} exec '{}' \"$@\"\n", env!("CARGO_BIN_EXE_homeroom")))?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    check(&plugin_path("hostile"), &Probe { program, deadline })
+}
+
+#[test]
+fn what_is_wrong_with_a_strategy_fails_its_check_and_harms_nobody() -> Result<()> {
+    for (how, at, word) in [
+        ("panic", "plan: ", "panicked: as asked (tests/plugins/hostile/src/lib.rs:"),
+        ("abort", "plan: ", "it aborted"),
+        ("crash", "plan: ", "memory that is not its own"),
+        ("exit", "plan: ", "ended the process with exit code 0"),
+        ("shape", "plan: ", "matmul: (16) is not a matrix"),
+        ("schema", "describe", "`Rank` has no line of doc"),
+        ("fickle", "plan twice", "not the same plan"),
+        ("cut", "gradients", "shift` gets no gradient"),
+        ("merge", "merge", "`merged` is not what `forward` computes"),
+    ] {
+        let report = hostile(how, Duration::from_secs(10))?;
+        let failed: Vec<_> = report.checks.iter().filter(|line| line.verdict == Verdict::Failed).collect();
+        let first = failed.first().with_context(|| format!("{how}: nothing failed"))?;
+        ensure!(first.check.starts_with(at) && first.why.contains(word), "{how}: {failed:?}");
+    }
+    assert_eq!(hostile("well", Duration::from_secs(10))?.failed(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_strategy_that_does_not_return_is_given_up_on() -> Result<()> {
+    let started = Instant::now();
+    let report = hostile("loop", Duration::from_millis(400))?;
+    let last = report.checks.last().context("a report has lines")?;
+    ensure!(last.verdict == Verdict::Failed && last.why.contains("did not return within 0.4 s"), "{last:?}");
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    Ok(())
+}
+
+#[test]
+fn a_file_that_cannot_be_loaded_or_has_another_name_fails_its_check() -> Result<()> {
+    let place = Place::new()?;
+    let text = place.write("libtext.so", "import torch\n".repeat(20))?;
+    let ran = run(homeroom().args(["plugins", "check"]).arg(&text))?;
+    ensure!(ran.code == Some(1) && ran.stdout.contains("FAILED   load") && ran.stdout.contains("ELF"), "{ran:?}");
+    let mut bytes = fs::read(plugin_path("hostile"))?;
+    let other = place.write("libother.so", &bytes)?;
+    let ran = run(homeroom().args(["plugins", "check"]).arg(&other))?;
+    ensure!(ran.code == Some(1) && ran.stdout.contains("its file says `other`"), "{ran:?}");
+    ensure!(ran.stderr.contains("1 of 13 checks failed"), "{ran:?}");
+    let magic = bytes.windows(8).position(|bytes| bytes == b"HOMEROOM").context("a plugin has a descriptor")?;
+    bytes[magic + 12] = 9;
+    let ran = run(homeroom().args(["plugins", "check"]).arg(place.write("libhostile.so", bytes)?))?;
+    ensure!(ran.code == Some(1) && ran.stdout.contains("built for ABI 9."), "{ran:?}");
+    Ok(())
+}
+
+/// Options are the strategy's own to know, so that a wrong one costs no model.
+#[test]
+fn a_wrong_option_is_told_before_a_model_is_loaded() -> Result<()> {
+    let place = Place::new()?;
+    let nowhere = place.path("no-model");
+    let mut command = place.fine_tune(&nowhere, &place.rows("rows.jsonl", 2)?);
+    refused(command.args(["--set-option", "lora_alhpa=3"]), &["did you mean `lora_alpha`?"])?;
+    let mut command = homeroom();
+    command.args(["bench", "train", "--set-option", "use_rslora=3", "--model-name"]).arg(&nowhere);
+    refused(&mut command, &["`use_rslora` is 3, it takes true or false"])
+}
+
+/// A strategy in a directory of its own, a data directory, and the program under the default policy.
+struct Locked {
+    place: Place,
+    library: PathBuf,
+}
+
+impl Locked {
+    fn new() -> Result<Self> {
+        let place = Place::new()?;
+        let library = place.write("mine/libvera.so", fs::read(plugin_path("vera"))?)?;
+        Ok(Self { place, library })
+    }
+
+    fn program(&self, arguments: &[&str]) -> Command {
+        let mut command = homeroom();
+        command.env("HOMEROOM_HOME", self.place.path("home")).env_remove("HOMEROOM_PLUGIN_POLICY").args(arguments);
+        command.arg("--plugin-dir").arg(self.place.path("mine"));
+        command
+    }
+
+    /// A training that ends before anything is loaded, unless the strategy is.
+    fn train(&self, more: &[&str]) -> Command {
+        let arguments = ["fine-tune", "--strategy", "vera", "--output-dir", "outputs/out", "--max-steps", "1"];
+        let mut command = self.program(&arguments);
+        command.current_dir(self.place.path("")).args(more).arg("--overwrite");
+        command.arg("--model-name").arg(fixture("models/llama")).args(["--training-file", "rows.jsonl"]);
+        command
+    }
+
+    fn standing(&self) -> Result<String> {
+        let listed = printed_json(&succeeds(&mut self.program(&["plugins", "list", "--json"]))?)?;
+        let vera = listed.as_array().context("a list")?.iter().find(|item| item["name"] == "vera");
+        let vera = vera.context("the file is listed")?;
+        Ok(vera["trust"].as_str().unwrap_or("refused").to_owned())
+    }
+}
+
+#[test]
+fn a_strategy_is_loaded_when_its_digest_is_locked_and_not_after_it_changed() -> Result<()> {
+    let here = Locked::new()?;
+    here.place.rows("rows.jsonl", 2)?;
+    let unknown = ["libvera.so", "it is not in plugins.lock", "homeroom plugins lock vera", "--plugin-policy dev"];
+    refused(&mut here.train(&[]), &unknown)?;
+    assert_eq!(here.standing()?, "refused");
+    succeeds(&mut here.train(&["--plugin-policy", "dev"]))?;
+    let locked = succeeds(&mut here.program(&["plugins", "lock", "vera"]))?;
+    ensure!(locked.stdout.starts_with("vera   0.1.0   "), "{locked:?}");
+    assert_eq!(here.standing()?, "locked");
+    succeeds(&mut here.train(&[]))?;
+    // A byte more at the end changes nothing but the digest.
+    let mut bytes = fs::read(&here.library)?;
+    bytes.push(0);
+    fs::write(&here.library, bytes)?;
+    refused(&mut here.train(&[]), &["it has changed since it was locked", "homeroom plugins lock vera"])?;
+    succeeds(&mut here.program(&["plugins", "lock"]))?;
+    assert_eq!(here.standing()?, "locked");
+    refused(&mut here.program(&["plugins", "lock", "nothing"]), &["no strategy `nothing` in:"])?;
+    refused(here.train(&[]).env("HOMEROOM_PLUGIN_POLICY", "open"), &["is `open`, it takes `locked` or `dev`"])
+}
+
+#[test]
+fn a_file_or_directory_that_others_may_write_is_refused_whatever_is_locked() -> Result<()> {
+    let here = Locked::new()?;
+    here.place.rows("rows.jsonl", 2)?;
+    succeeds(&mut here.program(&["plugins", "lock", "vera"]))?;
+    let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+    mode(&here.library, 0o666)?;
+    refused(&mut here.train(&["--plugin-policy", "dev"]), &["everybody may write it", "chmod o-w"])?;
+    mode(&here.library, 0o644)?;
+    mode(&here.place.path("mine"), 0o777)?;
+    let words = ["its directory ", "mine: everybody may write it", "chmod o-w"];
+    refused(&mut here.train(&["--plugin-policy", "dev"]), &words)?;
+    mode(&here.place.path("mine"), 0o755)?;
+    mode(&here.place.path("home/plugins.lock"), 0o666)?;
+    refused(&mut here.train(&[]), &["plugins.lock", "everybody may write it"])
+}
+
+#[test]
+fn a_pipelines_file_can_tighten_the_policy_and_never_loosen_it() -> Result<()> {
+    let here = Locked::new()?;
+    here.place.rows("rows.jsonl", 2)?;
+    let model = fixture("models/llama").display().to_string();
+    here.place.write(
+        "s.lua",
+        format!(
+            "local model = homeroom.load_model {{ name = {model:?}, strategy = \"vera\" }}\n\
+             local data = homeroom.prepare_dataset {{ path = \"rows.jsonl\" }}\n\
+             homeroom.fine_tune {{ model = model, dataset = data.train, steps = 1 }}\n"
+        ),
+    )?;
+    let pipeline = |plugins: &str, policy: &[&str]| -> Result<Command> {
+        let config = here.place.write("c.toml", format!("[pipeline]\nscript = \"s.lua\"\n{plugins}"))?;
+        let mut command = here.program(&["run", &config.display().to_string(), "--dry-run"]);
+        command.args(policy);
+        Ok(command)
+    };
+    let dev = ["--plugin-policy", "dev"];
+    succeeds(&mut pipeline("", &dev)?)?;
+    refused(&mut pipeline("", &[])?, &["it is not in plugins.lock"])?;
+    refused(&mut pipeline("[plugins]\npolicy = \"locked\"\n", &dev)?, &["it is not in plugins.lock"])?;
+    refused(&mut pipeline("[plugins]\npolicy = \"dev\"\n", &dev)?, &["c.toml", "line 4: policy", "not loosen it"])
+}

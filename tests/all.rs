@@ -13,4 +13,7 @@ mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
-bamod support;
+#[cfg(target_os = "linux")]
+mod sdk;
+mod strategies;
+mod support;

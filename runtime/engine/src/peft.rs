@@ -109,6 +109,7 @@ pub fn lora_plan(
             tensor,
             tensor_shape: None,
             group: None,
+            migrate: None,
         };
         let params = vec![param(a, a_shape), param(b, b_shape)];
         plan.modules.push(AdaptedModule { path: info.path.clone(), recipe, params, codec: None });

@@ -12,6 +12,7 @@ use homeroom_engine::schedule::Schedule;
 use homeroom_kernels::{Codec, Cpu};
 
 use crate::command;
+use crate::plugin::probe;
 use crate::{interrupt, progress};
 
 /// Fine-tunes open-weight language models on your own machine.
@@ -454,6 +455,9 @@ pub enum Plugins {
         #[arg(long)]
         json: bool,
     },
+    /// Loads a strategy and answers another process of this program
+    #[command(hide = true)]
+    Probe { file: PathBuf, deadline_s: u32 },
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -511,6 +515,7 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => command::serve::run(&arguments),
         Command::Bench(Bench::Train(arguments)) => command::bench::train(&arguments),
         Command::Plugins(Plugins::List { plugin_dir, json }) => command::plugins::list(&plugin_dir, json),
+        Command::Plugins(Plugins::Probe { file, deadline_s }) => probe::answer(&file, deadline_s).map(|()| Done::Whole),
     };
     interrupt::await_end();
     match done {

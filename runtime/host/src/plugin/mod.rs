@@ -3,6 +3,8 @@
 mod elf;
 mod find;
 mod load;
+pub mod probe;
 
 pub use find::{Search, StrategyFile};
 pub use load::Plugin;
+pub use probe::Probe;

@@ -224,6 +224,9 @@ pub struct FineTune {
     /// Take the rows in the order of the file
     #[arg(long)]
     pub no_shuffle: bool,
+    /// Watch the strategy's file, and go on with a new build of it between two steps
+    #[arg(long)]
+    pub watch_plugins: bool,
     /// Look for strategies here first
     #[arg(long, value_name = "DIR")]
     pub plugin_dir: Vec<PathBuf>,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, vacant};
 use homeroom_engine::model::BaseModel;
@@ -44,7 +44,10 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     spares(&output_dir, inputs)?;
     let plugin = Search::new(&arguments.plugin_dir).load(&arguments.strategy)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
-    let job = Job::new(model, &plugin, options(arguments), arguments.seed, arguments.init_from.as_deref())?;
+    let mut job = Job::new(model, &plugin, options(arguments), arguments.seed, arguments.init_from.as_deref())?;
+    if arguments.watch_plugins {
+        job.watch = Some(std::env::current_exe().context("cannot tell which program this is")?);
+    }
     let rows = Rows::load(arguments, &job.model)?;
     let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is

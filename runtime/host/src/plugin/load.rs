@@ -4,19 +4,21 @@
 //! never unloaded: threads and thread-local values may keep pointing into it.
 
 use std::ffi::c_void;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_abi::describe::{Description, PluginError};
 use homeroom_abi::plan::{Plan, PlanRequest};
+use homeroom_abi::step::{StepAnswer, StepRequest};
 use homeroom_abi::table::{
-    self, ABI_MAJOR, ABI_MINOR, Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, ENTRY, Entry, MAGIC, OK,
+    self, ABI_MAJOR, ABI_MINOR, Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, ENTRY, Entry, MAGIC, OK, UNKNOWN_METHOD,
 };
 use homeroom_engine::adapter::StrategyRecord;
-use sha2::{Digest, Sha256};
+
+use super::stage::Staged;
 
 /// A loaded strategy. Its code stays mapped until the process ends.
+#[derive(Clone)]
 pub struct Plugin {
     /// The file it was read from.
     pub path: PathBuf,
@@ -34,20 +36,18 @@ impl Plugin {
     /// When others may write the file, it is not a whole library for this machine, it is no strategy or one of another ABI, or
     /// it does not describe itself.
     pub fn load(path: &Path) -> Result<Self> {
-        check_owner(path)?;
-        let bytes = fs::read(path).context("cannot read")?;
-        if cfg!(target_os = "linux") {
-            super::elf::check(&bytes)?;
-        }
-        ensure!(names_entry(&bytes), "not a strategy: it has no function `{ENTRY}`");
-        let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let entry = open_copy(path, &bytes)?;
+        Staged::read(path)?.load()
+    }
+
+    /// Loads a file that was read and checked.
+    pub(super) fn open(staged: &Staged) -> Result<Self> {
+        let entry = open_copy(&staged.copy)?;
         // SAFETY: the library exports this ABI's entry, whose contract is to return a pointer to static data or null.
         let descriptor = unsafe { entry() };
         let descriptor = check_descriptor(descriptor)?;
         let mut plugin = Self {
-            path: path.to_owned(),
-            sha256,
+            path: staged.source.clone(),
+            sha256: staged.sha256.clone(),
             description: Description {
                 name: String::new(),
                 version: String::new(),
@@ -69,6 +69,24 @@ impl Plugin {
         self.call(table::METHOD_PLAN, &input).with_context(|| format!("strategy `{}`", self.description.name))
     }
 
+    /// What the strategy has a run do after a step; `None`: it wants to hear of no step. Blocks for as long as it likes.
+    ///
+    /// # Errors
+    /// What the strategy answers, with the author's file and line.
+    pub fn on_step(&self, request: &StepRequest) -> Result<Option<StepAnswer>> {
+        // Before ABI 1.1 there was no such method.
+        if self.descriptor.abi_minor < 1 {
+            return Ok(None);
+        }
+        let input = serde_json::to_vec(request)?;
+        match self.ask(table::METHOD_ON_STEP, &input)? {
+            Some(answer) => {
+                serde_json::from_slice(&answer).map(Some).context("its directives are not known to this host")
+            }
+            None => Ok(None),
+        }
+    }
+
     /// What an adapter records of its strategy.
     pub fn record(&self) -> StrategyRecord {
         let Description { name, version, .. } = self.description.clone();
@@ -76,6 +94,12 @@ impl Plugin {
     }
 
     fn call<T: serde::de::DeserializeOwned>(&self, method: u32, input: &[u8]) -> Result<T> {
+        let json = self.ask(method, input)?.context("it does not know what every strategy has to")?;
+        serde_json::from_slice(&json).context("its result cannot be read by this host")
+    }
+
+    /// The result of a method; `None`: the plugin does not have it.
+    fn ask(&self, method: u32, input: &[u8]) -> Result<Option<Vec<u8>>> {
         let mut records: Vec<(u32, Vec<u8>)> = Vec::new();
         let ctx = (&raw mut records).cast::<c_void>();
         // SAFETY: `input` outlives the call; `receive` belongs to `ctx`, which points at `records`, and is called during the
@@ -83,8 +107,10 @@ impl Plugin {
         let code = unsafe { (self.descriptor.call)(method, Bytes::of(input), receive, ctx) };
         let record = |kind| records.iter().find(|(emitted, _)| *emitted == kind).map(|(_, bytes)| bytes.as_slice());
         if code == OK {
-            let json = record(EMIT_RESULT).context("it succeeded without a result")?;
-            return serde_json::from_slice(json).context("its result cannot be read by this host");
+            return Ok(Some(record(EMIT_RESULT).context("it succeeded without a result")?.to_vec()));
+        }
+        if code == UNKNOWN_METHOD {
+            return Ok(None);
         }
         let error = record(EMIT_ERROR).and_then(|json| serde_json::from_slice::<PluginError>(json).ok());
         match error {
@@ -108,13 +134,9 @@ pub fn names_entry(bytes: &[u8]) -> bool {
     bytes.windows(name.len()).any(|window| window == name)
 }
 
-/// Writes the bytes to a new file and loads that. A new name and inode, because the linker answers a known name or inode with
-/// the library it already has, and a file that is overwritten in place changes code that is running.
-fn open_copy(path: &Path, bytes: &[u8]) -> Result<Entry> {
-    let dir = tempfile::Builder::new().prefix("homeroom-plugin-").tempdir().context("cannot make a private copy")?;
-    let copy = dir.path().join(path.file_name().context("a library has a file name")?);
-    fs::write(&copy, bytes).with_context(|| format!("cannot make a private copy in {}", dir.path().display()))?;
-    let library = open(&copy).map_err(|error| anyhow!("cannot load: {error}"))?;
+/// Loads a private copy.
+fn open_copy(copy: &Path) -> Result<Entry> {
+    let library = open(copy).map_err(|error| anyhow!("cannot load: {error}"))?;
     // SAFETY: the name is this ABI's, which fixes the type; the library is never unloaded, so the pointer stays good.
     let entry = unsafe { library.get::<Entry>(ENTRY.as_bytes()) };
     let entry = *entry.map_err(|_| anyhow!("not a strategy: it does not export `{ENTRY}`"))?;
@@ -161,25 +183,4 @@ fn check_descriptor(descriptor: *const Descriptor) -> Result<&'static Descriptor
         "built with panic=abort, so that a panic would end the run; build it with unwinding"
     );
     Ok(descriptor)
-}
-
-/// Refuses a file that others than its owner could have written.
-#[cfg(unix)]
-fn check_owner(path: &Path) -> Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    let meta = fs::metadata(path).context("cannot read")?;
-    ensure!(meta.is_file(), "not a file");
-    // SAFETY: geteuid has no preconditions.
-    let user = unsafe { libc::geteuid() };
-    ensure!(meta.uid() == user || meta.uid() == 0, "it belongs to another user (uid {}); copy it", meta.uid());
-    ensure!(meta.mode() & 0o002 == 0, "everybody may write it; run `chmod o-w {}`", path.display());
-    // Many systems give each user a group of the same number, which nobody else is in.
-    let private_group = meta.gid() == meta.uid();
-    ensure!(meta.mode() & 0o020 == 0 || private_group, "its group may write it; run `chmod g-w {}`", path.display());
-    Ok(())
-}
-
-#[cfg(not(unix))]
-fn check_owner(_: &Path) -> Result<()> {
-    Ok(())
 }

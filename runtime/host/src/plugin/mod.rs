@@ -2,8 +2,12 @@
 
 mod elf;
 mod find;
+pub mod generation;
 mod load;
 pub mod probe;
+pub mod reload;
+mod stage;
+mod watch;
 
 pub use find::{Search, StrategyFile};
 pub use load::Plugin;

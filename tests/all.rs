@@ -13,4 +13,6 @@ mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
+#[cfg(target_os = "linux")]
+mod reload;
 mod support;

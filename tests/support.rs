@@ -169,7 +169,7 @@ pub fn loss(model: &Path, rows: &Path) -> Result<f64> {
 pub fn plugin_path(name: &str) -> PathBuf {
     static BUILT: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
-        build_plugins(&root(), &["lora", "full", "ia3", "vera", "hostile"]).expect("the plugins build")
+        build_plugins(&root(), &["lora", "full", "ia3", "vera", "hostile", "reloading"]).expect("the plugins build")
     });
     built.get(name).unwrap_or_else(|| panic!("plugin `{name}` was not built")).clone()
 }

@@ -14,6 +14,8 @@ mod pipelines;
 mod plugins;
 mod real_model;
 #[cfg(target_os = "linux")]
+mod reload;
+#[cfg(target_os = "linux")]
 mod sdk;
 mod strategies;
 mod support;

@@ -156,6 +156,7 @@ fn with_recipe(model: &BaseModel, params: &[(&str, &[usize])], ops: Vec<Op>) -> 
                 tensor: format!("{}.{name}", module.info.path),
                 tensor_shape: None,
                 group: None,
+                migrate: None,
             })
             .collect(),
     });

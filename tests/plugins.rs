@@ -116,8 +116,9 @@ fn a_strategy_of_another_abi_is_refused_and_says_which() -> Result<()> {
     };
     check_refused(&patched(0, b'h')?, &["not a strategy of this ABI"])?;
     check_refused(&patched(8, 80)?, &["its descriptor has 80 bytes, this host reads 88", "rebuild"])?;
-    check_refused(&patched(12, 2)?, &["built for ABI 2.0, this host has 1.0", "rebuild"])?;
-    check_refused(&patched(14, 1)?, &["built for ABI 1.1, this host has 1.0", "rebuild"])?;
+    check_refused(&patched(12, 2)?, &["built for ABI 2.1, this host has 1.1", "rebuild"])?;
+    check_refused(&patched(14, 2)?, &["built for ABI 1.2, this host has 1.1", "rebuild"])?;
+    assert_eq!(Plugin::load(&patched(14, 0)?)?.description.name, "hostile");
     check_refused(&patched(64, 0)?, &["panic=abort"])?;
     // What a later SDK appends is not read.
     assert_eq!(Plugin::load(&patched(8, 96)?)?.description.name, "hostile");

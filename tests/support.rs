@@ -173,8 +173,8 @@ pub fn loss(model: &Path, rows: &Path) -> Result<f64> {
 pub fn plugin_path(name: &str) -> PathBuf {
     static BUILT: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
-        build_plugins(&root(), &["lora", "qlora", "int8", "full", "ia3", "vera", "mxfp4", "hostile"])
-            .expect("the plugins build")
+        let names = ["lora", "qlora", "int8", "full", "ia3", "vera", "mxfp4", "hostile", "reloading"];
+        build_plugins(&root(), &names).expect("the plugins build")
     });
     built.get(name).unwrap_or_else(|| panic!("plugin `{name}` was not built")).clone()
 }

@@ -2,7 +2,8 @@
 //!
 //! Two kinds of thing live here and nothing else: the C table that a plugin exports ([`table`]), and the data that
 //! crosses it as JSON: what a strategy is called and takes ([`describe`]), what it adapts ([`plan`]), how an adapted
-//! module computes ([`recipe`]) and how frozen weights are stored ([`codec`]). No tensor and no allocation crosses.
+//! module computes ([`recipe`]), how frozen weights are stored ([`codec`]), and what it has a run do between two steps
+//! ([`step`]). No tensor and no allocation crosses.
 //!
 //! Fields and operations are only ever appended. A reader meets unknown operations with a refusal that names them.
 
@@ -12,4 +13,5 @@ pub mod native;
 pub mod plan;
 pub mod recipe;
 pub mod shape;
+pub mod step;
 pub mod table;

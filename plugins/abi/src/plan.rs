@@ -145,6 +145,22 @@ pub struct ParamSpec {
     /// Optimizer group, a key of [`Plan::groups`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// What becomes of its values when a running training goes on with a plan that gives it another shape; `None`: such a
+    /// plan is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migrate: Option<Migrate>,
+}
+
+/// How the values of a parameter are taken over into another shape with as many dimensions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Migrate {
+    /// Into a larger one: what is new is zero.
+    PadZero,
+    /// Into a larger one: what is new has its first values.
+    PadInit,
+    /// Into a smaller one: the rest is dropped.
+    Truncate,
 }
 
 /// First values of a parameter. Random ones depend on the seed and the parameter's name only.

@@ -10,7 +10,7 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"HOMEROOM");
 /// Raised when an existing field or meaning changes. A host refuses any other major.
 pub const ABI_MAJOR: u16 = 1;
 /// Raised when something is appended. A host accepts a plugin with a smaller or equal minor.
-pub const ABI_MINOR: u16 = 0;
+pub const ABI_MINOR: u16 = 1;
 /// Name of the exported function, of type [`Entry`].
 pub const ENTRY: &str = "homeroom_strategy_entry";
 
@@ -18,6 +18,9 @@ pub const ENTRY: &str = "homeroom_strategy_entry";
 pub const METHOD_DESCRIBE: u32 = 1;
 /// Method of [`Descriptor::call`]: a [`crate::plan::PlanRequest`] in; emits one [`crate::plan::Plan`].
 pub const METHOD_PLAN: u32 = 2;
+/// Method of [`Descriptor::call`], since minor 1: a [`crate::step::StepRequest`] in; emits one [`crate::step::StepAnswer`].
+/// [`UNKNOWN_METHOD`]: the strategy wants to hear of no step, and is not asked again. A host waits for a short while only.
+pub const METHOD_ON_STEP: u32 = 3;
 
 /// Kind of an emitted record: the method's result, JSON.
 pub const EMIT_RESULT: u32 = 1;

@@ -7,12 +7,13 @@ use std::sync::Once;
 
 use homeroom_abi::describe::{PluginError, Source};
 use homeroom_abi::plan::PlanRequest;
+use homeroom_abi::step::StepRequest;
 use homeroom_abi::table::{
     self, ABI_MAJOR, ABI_MINOR, Bytes, Call, Descriptor, EMIT_ERROR, EMIT_RESULT, Emit, FAILED, GetExtension, MAGIC,
     OK, UNKNOWN_METHOD,
 };
 
-use crate::strategy::{Strategy, describe, trace};
+use crate::strategy::{Strategy, describe, on_step, trace};
 use crate::{Error, Result};
 
 thread_local! {
@@ -119,6 +120,11 @@ fn answer<S: Strategy>(method: u32, input: &[u8], version: &str) -> Result<Optio
         table::METHOD_PLAN => {
             let request: PlanRequest = serde_json::from_slice(input).map_err(json)?;
             serde_json::to_string(&trace::<S>(&request)?).map_err(json)?
+        }
+        table::METHOD_ON_STEP => {
+            let request: StepRequest = serde_json::from_slice(input).map_err(json)?;
+            let Some(answer) = on_step::<S>(request)? else { return Ok(None) };
+            serde_json::to_string(&answer).map_err(json)?
         }
         _ => return Ok(None),
     }))

@@ -42,6 +42,7 @@ pub mod native;
 mod options;
 mod planner;
 mod record;
+mod step;
 mod strategy;
 pub mod testing;
 
@@ -52,15 +53,16 @@ pub use model::{Model, Targets, pattern_value};
 pub use options::{Options, Values, number};
 pub use planner::{Adapted, Planner};
 pub use record::{Module, Node};
+pub use step::Step;
 pub use strategy::{Merged, Strategy, trace};
 
 /// Everything that a strategy's source file needs.
 pub mod prelude {
     pub use crate::abi::codec::{Absmax, Block, Codec};
-    pub use crate::abi::plan::{Group, Init, ModuleInfo, ModuleKind};
+    pub use crate::abi::plan::{Group, Init, Migrate, ModuleInfo, ModuleKind};
     pub use crate::abi::shape::Dim;
     pub use crate::{
-        Error, Merged, Model, Module, Node, Options, Planner, Result, Strategy, Targets, Values, export_strategy,
+        Error, Merged, Model, Module, Node, Options, Planner, Result, Step, Strategy, Targets, Values, export_strategy,
         number, pattern_value,
     };
     pub use serde_json::{Value, json};

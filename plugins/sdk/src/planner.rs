@@ -1,7 +1,7 @@
 //! Collects what a strategy adapts.
 
 use homeroom_abi::codec::Codec;
-use homeroom_abi::plan::{Defaults, Group, Init, ModuleInfo, ParamSpec, Peft, Plan};
+use homeroom_abi::plan::{Defaults, Group, Init, Migrate, ModuleInfo, ParamSpec, Peft, Plan};
 use serde_json::{Map, Value};
 
 /// The plan in the making. Recipes are added when the strategy's `plan` has returned.
@@ -105,6 +105,11 @@ impl Adapted {
         self.last(|param| param.group = Some(group.to_owned()))
     }
 
+    /// Lets a running training go on with another shape of the parameter that was added last; else it refuses one.
+    pub fn migrate(&mut self, how: Migrate) -> &mut Self {
+        self.last(|param| param.migrate = Some(how))
+    }
+
     fn last(&mut self, change: impl FnOnce(&mut ParamSpec)) -> &mut Self {
         if let Some(param) = self.params.last_mut() {
             change(param);
@@ -122,5 +127,6 @@ fn spec<const N: usize>(name: &str, shape: [usize; N], init: Init) -> ParamSpec 
         tensor: name.to_owned(),
         tensor_shape: None,
         group: None,
+        migrate: None,
     }
 }

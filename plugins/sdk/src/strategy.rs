@@ -3,9 +3,10 @@
 use homeroom_abi::describe::Description;
 use homeroom_abi::plan::{AdaptedModule, ParamSpec, Plan, PlanRequest, Recipes};
 use homeroom_abi::shape::{Dim, check_result};
+use homeroom_abi::step::{StepAnswer, StepRequest};
 
 use crate::record::{Scope, record};
-use crate::{Error, Model, Module, Node, Options, Planner, Result, Values};
+use crate::{Error, Model, Module, Node, Options, Planner, Result, Step, Values};
 
 /// A training strategy.
 pub trait Strategy: Sized {
@@ -37,6 +38,17 @@ pub trait Strategy: Sized {
         let _ = module;
         None
     }
+
+    /// Hears of each step, and says what is done before the next one. It has two seconds: a later answer is not waited for,
+    /// and it is not asked again. `self` is made anew from the options each time; what it has to remember goes into
+    /// [`Step::state`].
+    ///
+    /// # Errors
+    /// An error is reported once; the training goes on without this hook.
+    fn on_step(&self, step: &mut Step) -> Result<()> {
+        step.unused();
+        Ok(())
+    }
 }
 
 /// The effective weight of an adapted module and, where it is not the frozen one, its effective bias.
@@ -67,6 +79,19 @@ pub fn describe<S: Strategy>(version: &str) -> Description {
         doc: S::DOC.to_owned(),
         options: options.into_specs(),
     }
+}
+
+/// What `S` has a run do after a step; `None`: it wants to hear of no step.
+///
+/// # Errors
+/// What the strategy answers, or options that it does not have.
+pub(crate) fn on_step<S: Strategy>(request: StepRequest) -> Result<Option<StepAnswer>> {
+    let mut options = Options::default();
+    S::options(&mut options);
+    let strategy = S::new(&Values::check(&options.into_specs(), &request.options)?)?;
+    let mut step = Step::new(request);
+    strategy.on_step(&mut step)?;
+    Ok(step.into_answer())
 }
 
 /// The plan of `S` for a model: its modules and parameters, and its recipes as recorded.

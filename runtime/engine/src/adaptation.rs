@@ -12,7 +12,8 @@ use homeroom_kernels::Stream;
 use crate::model::BaseModel;
 use crate::requantize::is_float;
 
-/// A strategy's plan with its parameters, ready to train or to run.
+/// A strategy's plan with its parameters, ready to train or to run. A clone has the same parameters, not copies of them.
+#[derive(Clone)]
 pub struct Adaptation {
     /// What was planned.
     pub plan: Plan,
@@ -23,6 +24,7 @@ pub struct Adaptation {
 }
 
 /// One parameter and its values.
+#[derive(Clone)]
 pub struct Param {
     /// What the plan says of it. Of parameters that tied modules share, what it says at the first.
     pub spec: ParamSpec,
@@ -33,6 +35,7 @@ pub struct Param {
 }
 
 /// The adaptation of one module.
+#[derive(Clone)]
 pub struct Adapted {
     /// Index into [`Plan::recipes`].
     pub recipe: usize,
@@ -46,15 +49,23 @@ impl Adaptation {
     /// # Errors
     /// When the plan names what the model does not have, asks for what this host does not run, or a recipe does not fit.
     pub fn new(model: &BaseModel, plan: Plan, seed: u64) -> Result<Self> {
+        Self::with_values(model, plan, |spec, module| var(first_values(spec, module, model, seed)?, spec))
+    }
+
+    /// Checks a plan against a model and has `values` make its parameters, each with the number of its module.
+    pub(crate) fn with_values(
+        model: &BaseModel,
+        plan: Plan,
+        mut values: impl FnMut(&ParamSpec, Option<usize>) -> Result<Var>,
+    ) -> Result<Self> {
         let problems = check(model, &plan);
         ensure!(problems.is_empty(), "the plan does not fit the model:\n  {}", problems.join("\n  "));
         let mut adaptation = Self { plan, params: Vec::new(), by_module: Vec::new() };
         adaptation.by_module.resize_with(model.modules.len(), || None);
         let mut shared = HashMap::new();
         for spec in adaptation.plan.params.clone() {
-            let values = first_values(&spec, None, model, seed)?;
             shared.insert(spec.name.clone(), adaptation.params.len());
-            adaptation.params.push(Param { var: var(values, &spec)?, spec, module: None });
+            adaptation.params.push(Param { var: values(&spec, None)?, spec, module: None });
         }
         // Parameters that start as a copy of a tied weight are one parameter.
         let mut copies: HashMap<(String, String), usize> = HashMap::new();
@@ -68,9 +79,8 @@ impl Adaptation {
                 let param = match known {
                     Some(param) => param,
                     None => {
-                        let values = first_values(&spec, Some(index), model, seed)?;
-                        let param = Param { var: var(values, &spec)?, spec: spec.clone(), module: Some(path.clone()) };
-                        adaptation.params.push(param);
+                        let var = values(&spec, Some(index))?;
+                        adaptation.params.push(Param { var, spec: spec.clone(), module: Some(path.clone()) });
                         adaptation.params.len() - 1
                     }
                 };
@@ -145,13 +155,13 @@ impl Adaptation {
     }
 }
 
-fn var(values: Vec<f32>, spec: &ParamSpec) -> Result<Var> {
+pub(crate) fn var(values: Vec<f32>, spec: &ParamSpec) -> Result<Var> {
     Ok(Var::from_vec(values, spec.shape.clone(), &Device::Cpu)?)
 }
 
 /// First values of a parameter. Random ones are a stream of their own for each tensor name, so that they depend on the seed
 /// and the name alone.
-fn first_values(spec: &ParamSpec, module: Option<usize>, model: &BaseModel, seed: u64) -> Result<Vec<f32>> {
+pub(crate) fn first_values(spec: &ParamSpec, module: Option<usize>, model: &BaseModel, seed: u64) -> Result<Vec<f32>> {
     let count: usize = spec.shape.iter().product();
     let mut stream = Stream::new(seed, fnv1a(&spec.tensor));
     let base = || {

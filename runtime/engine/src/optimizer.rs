@@ -27,6 +27,7 @@ impl Default for AdamWConfig {
 }
 
 /// AdamW: Loshchilov & Hutter 2017, <https://arxiv.org/abs/1711.05101>, algorithm 2, in PyTorch's form.
+#[derive(Clone)]
 pub struct AdamW {
     config: AdamWConfig,
     /// Updates made.
@@ -36,6 +37,7 @@ pub struct AdamW {
 }
 
 /// The optimizer's state of one parameter.
+#[derive(Clone)]
 pub struct State {
     /// Index into [`Adaptation::params`].
     pub param: usize,
@@ -43,8 +45,22 @@ pub struct State {
     pub m: Vec<f32>,
     /// Second moment.
     pub v: Vec<f32>,
+    /// Updates of the run that were not this parameter's: those before it was new or its moments were reset, and those that
+    /// found it frozen. Bias correction counts the others.
+    pub missed: u64,
+    /// Whether it is left as it is, for now.
+    pub frozen: bool,
     learning_rate_scale: f64,
     weight_decay: f64,
+}
+
+impl State {
+    /// Forgets both moments, as if the next update were the first. `updates`: those that were made.
+    pub(crate) fn reset(&mut self, updates: u64) {
+        self.m.fill(0.0);
+        self.v.fill(0.0);
+        self.missed = updates;
+    }
 }
 
 impl AdamW {
@@ -58,6 +74,8 @@ impl AdamW {
                 param: index,
                 m: vec![0.0; count],
                 v: vec![0.0; count],
+                missed: 0,
+                frozen: false,
                 learning_rate_scale: group.map_or(1.0, |group| group.learning_rate_scale),
                 weight_decay: group.and_then(|group| group.weight_decay).unwrap_or(config.weight_decay),
             }
@@ -65,7 +83,24 @@ impl AdamW {
         Self { config, updates: 0, states: states.collect() }
     }
 
-    /// One update of every trainable parameter. `gradient_scale` multiplies the gradients, as clipping does.
+    /// Goes on for another plan of the same run: updates are counted on, and `known` says of a parameter which state it had
+    /// before, if its moments are to be kept.
+    pub(crate) fn succeed(&self, adaptation: &Adaptation, known: impl Fn(usize) -> Option<usize>) -> Self {
+        let mut next = Self::new(adaptation, self.config);
+        next.updates = self.updates;
+        for state in &mut next.states {
+            match known(state.param).and_then(|param| self.states.iter().find(|state| state.param == param)) {
+                Some(old) => {
+                    (state.m, state.v) = (old.m.clone(), old.v.clone());
+                    (state.missed, state.frozen) = (old.missed, old.frozen);
+                }
+                None => state.missed = self.updates,
+            }
+        }
+        next
+    }
+
+    /// One update of every trainable parameter that is not frozen. `gradient_scale` multiplies the gradients, as clipping does.
     ///
     /// # Errors
     /// When a parameter has no gradient; the message names it.
@@ -78,9 +113,14 @@ impl AdamW {
     ) -> Result<()> {
         self.updates += 1;
         let AdamWConfig { beta1, beta2, epsilon, .. } = self.config;
-        let exponent = self.updates as f64;
-        let (correction1, correction2) = (1.0 - beta1.powf(exponent), 1.0 - beta2.powf(exponent));
+        let updates = self.updates;
         self.states.par_iter_mut().try_for_each(|state| {
+            if state.frozen {
+                state.missed += 1;
+                return Ok(());
+            }
+            let exponent = (updates - state.missed) as f64;
+            let (correction1, correction2) = (1.0 - beta1.powf(exponent), 1.0 - beta2.powf(exponent));
             let param = &adaptation.params[state.param];
             let gradient = gradients.get(state.param);
             let gradient = gradient.with_context(|| format!("parameter `{}` has no gradient", param.spec.tensor))?;

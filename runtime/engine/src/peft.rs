@@ -116,6 +116,7 @@ pub fn lora_plan(
             tensor,
             tensor_shape: None,
             group: None,
+            migrate: None,
         };
         let mut params = vec![param(a, a_shape), param(b, b_shape)];
         if dora {

@@ -1,13 +1,18 @@
 //! The training loop: batches, accumulation, clipping, updates, and what an observer hears of it.
+//!
+//! Between two steps a run can go on with another plan: see [`swap`].
 
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Tensor};
+use homeroom_abi::step::Directive;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::adaptation::{Adaptation, Param};
+use crate::adaptation::Adaptation;
 use crate::batch::Batch;
 use crate::block::{Blocks, Compute, Gradients, Outcome};
 use crate::data::Example;
@@ -17,6 +22,10 @@ use crate::order::epoch_order;
 use crate::profile::timed;
 use crate::recipe::Pass;
 use crate::schedule::{LearningRate, Schedule};
+
+pub mod swap;
+
+pub use swap::{Candidate, Change, RunEvent, Swap};
 
 /// What a run is told.
 #[derive(Clone, Debug, Serialize)]
@@ -100,6 +109,8 @@ pub struct TrainReport {
     pub planned_steps: u64,
     /// Whether the observer ended the run before its last step.
     pub interrupted: bool,
+    /// What changed between steps: with these at their steps, the run can be repeated.
+    pub events: Vec<RunEvent>,
 }
 
 impl TrainReport {
@@ -127,13 +138,39 @@ pub enum Control {
     Stop,
 }
 
-/// Hears what a run does, between steps.
+/// Hears what a run does, between steps, and may have it go on otherwise.
 pub trait Observer {
-    /// A step is done.
+    /// A step is done. Steps that are undone by [`Change::RolledBack`] are done, and heard of, again.
     ///
     /// # Errors
     /// Ends the run with that error.
     fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control>;
+
+    /// What a strategy has the run do after a step. Asked after [`Observer::on_step`].
+    ///
+    /// # Errors
+    /// Ends the run with that error.
+    fn directives(&mut self, report: &StepReport, planned_steps: u64) -> Result<Vec<Directive>> {
+        let _ = (report, planned_steps);
+        Ok(Vec::new())
+    }
+
+    /// The next step is about to begin, and no plan is on trial: here is one to go on with.
+    ///
+    /// # Errors
+    /// Ends the run with that error.
+    fn candidate(&mut self) -> Result<Option<Candidate>> {
+        Ok(None)
+    }
+
+    /// Something has changed; this is what is trained from now on.
+    ///
+    /// # Errors
+    /// Ends the run with that error.
+    fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
+        let _ = (event, adaptation);
+        Ok(())
+    }
 }
 
 impl<F: FnMut(&StepReport, u64) -> Result<Control>> Observer for F {
@@ -149,7 +186,8 @@ pub fn planned_steps(examples: usize, config: &TrainConfig) -> u64 {
     config.max_steps.unwrap_or(full)
 }
 
-/// Trains the parameters of an adaptation in place.
+/// Trains the parameters of an adaptation in place; those of the plans that an observer has it go on with are others, which
+/// the observer is given.
 ///
 /// The loss of a step is the sum over its trained tokens divided by their number, counted over the whole step first: how a
 /// step is cut into batches changes nothing but speed. A run goes round the examples again when `max_steps` wants more.
@@ -170,11 +208,19 @@ pub fn train(
     let steps_an_epoch = examples.len().div_ceil(per_step) as u64;
     let planned = planned_steps(examples.len(), config);
     let mut run = Run::new(model, adaptation, config, planned);
-    let mut report = TrainReport { steps: Vec::new(), planned_steps: planned, interrupted: false };
-    let mut order = Vec::new();
-    for step in 0..planned {
+    let mut report = TrainReport { steps: Vec::new(), planned_steps: planned, interrupted: false, events: Vec::new() };
+    let (mut order, mut order_of) = (Vec::new(), None);
+    while run.step < planned {
+        let step = run.step;
+        if !run.is_on_trial()
+            && let Some(candidate) = observer.candidate()?
+        {
+            let change = run.swap(candidate);
+            report.tell(observer, &run, change)?;
+        }
         let (epoch, place) = (step / steps_an_epoch, (step % steps_an_epoch) as usize);
-        if place == 0 {
+        if order_of != Some(epoch) {
+            order_of = Some(epoch);
             order = epoch_order(examples.len(), config.seed, epoch, config.shuffle);
         }
         let rows = &order[place * per_step..examples.len().min((place + 1) * per_step)];
@@ -183,40 +229,79 @@ pub fn train(
             true => Batch::packed(&rows),
             false => rows.chunks(config.batch_size).map(|rows| Batch::of_examples(rows.iter().copied())).collect(),
         };
-        let mut done = run.step(&batches)?;
+        let mut done = match run.try_step(&batches) {
+            Err(error) if run.is_on_trial() => {
+                let change = run.roll_back(format!("{error:#}"));
+                report.steps.truncate(run.step as usize);
+                report.tell(observer, &run, change)?;
+                continue;
+            }
+            done => done?,
+        };
         done.epoch = (step + 1) as f64 / steps_an_epoch as f64;
         report.steps.push(done);
         match observer.on_step(&done, planned)? {
             Control::Continue => {}
             Control::ScaleLearningRate(scale) => {
                 ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
-                run.learning_rate.peak = config.learning_rate * scale;
+                run.script_scale = scale;
             }
             Control::Stop => {
                 report.interrupted = step + 1 < planned;
                 break;
             }
         }
+        for directive in observer.directives(&done, planned)? {
+            if let Some(change) = run.direct(directive) {
+                report.tell(observer, &run, change)?;
+            }
+        }
+        if let Some(change) = run.passed() {
+            report.tell(observer, &run, change)?;
+        }
     }
     Ok(report)
+}
+
+impl TrainReport {
+    fn tell(&mut self, observer: &mut dyn Observer, run: &Run<'_>, change: Change) -> Result<()> {
+        let event = RunEvent { step: run.step, change };
+        observer.changed(&event, &run.generation.adaptation)?;
+        self.events.push(event);
+        Ok(())
+    }
 }
 
 /// A run between two steps.
 pub struct Run<'a> {
     model: &'a BaseModel,
-    adaptation: &'a Adaptation,
     config: &'a TrainConfig,
     learning_rate: LearningRate,
-    optimizer: AdamW,
+    /// What the observer has the learning rates multiplied by.
+    script_scale: f64,
+    generation: Generation,
     blocks: Blocks,
     step: u64,
+    /// Losses of the last steps, for what is on trial to be held to.
+    losses: VecDeque<f64>,
+    trial: Option<swap::Trial>,
+}
+
+/// A plan with all that was learned under it.
+struct Generation {
+    adaptation: Arc<Adaptation>,
+    optimizer: AdamW,
     /// For each parameter, updates in a row with a rate above zero and a gradient of zeros; `None` once it had another.
     idle_updates: Vec<Option<u32>>,
+    /// What the strategy has the learning rates multiplied by.
+    scale: f64,
+    /// The scalars that the strategy has set, with the values that the plan gives them.
+    set_scalars: BTreeMap<String, f64>,
 }
 
 impl<'a> Run<'a> {
     /// Before the first of `planned` steps.
-    pub fn new(model: &'a BaseModel, adaptation: &'a Adaptation, config: &'a TrainConfig, planned: u64) -> Self {
+    pub fn new(model: &'a BaseModel, adaptation: &Adaptation, config: &'a TrainConfig, planned: u64) -> Self {
         let learning_rate = LearningRate {
             peak: config.learning_rate,
             schedule: config.lr_scheduler_type,
@@ -227,7 +312,10 @@ impl<'a> Run<'a> {
         let optimizer = AdamW::new(adaptation, adamw);
         let idle_updates = vec![Some(0); adaptation.params.len()];
         let blocks = Blocks::new(model, Some(adaptation), config.compute);
-        Self { model, adaptation, config, learning_rate, optimizer, blocks, step: 0, idle_updates }
+        let adaptation = Arc::new(adaptation.clone());
+        let generation = Generation { adaptation, optimizer, idle_updates, scale: 1.0, set_scalars: BTreeMap::new() };
+        let (losses, trial) = (VecDeque::new(), None);
+        Self { model, config, learning_rate, script_scale: 1.0, generation, blocks, step: 0, losses, trial }
     }
 
     /// One update from the gradients of some batches.
@@ -238,7 +326,7 @@ impl<'a> Run<'a> {
         let start = Instant::now();
         let (outcome, gradients) = self.gradients(batches)?;
         let loss = outcome.loss_sum / outcome.trained as f64;
-        let learning_rate = self.learning_rate.at(self.step);
+        let learning_rate = self.rate();
         let step = self.step + 1;
         ensure!(loss.is_finite(), "step {step}: the loss is {loss}; try a lower learning rate");
         let grad_norm = timed("gradient norm", || self.norm(&gradients, learning_rate))?;
@@ -248,11 +336,18 @@ impl<'a> Run<'a> {
             bound if bound > 0.0 => (bound / (grad_norm + 1e-6)).min(1.0),
             _ => 1.0,
         };
-        timed("optimizer", || self.optimizer.step(self.adaptation, &gradients, learning_rate, clip))?;
+        let Generation { adaptation, optimizer, .. } = &mut self.generation;
+        timed("optimizer", || optimizer.step(adaptation, &gradients, learning_rate, clip))?;
         self.step = step;
         let tokens = batches.iter().map(|batch| batch.tokens).sum();
         let seconds = start.elapsed().as_secs_f64();
         Ok(StepReport { step, epoch: 0.0, loss, grad_norm, learning_rate, tokens, seconds })
+    }
+
+    /// Learning rate of the next update.
+    fn rate(&self) -> f64 {
+        let peak = self.config.learning_rate * self.script_scale * self.generation.scale;
+        LearningRate { peak, ..self.learning_rate }.at(self.step)
     }
 
     /// Loss and gradients of a step: of the mean over all trained tokens of its batches.
@@ -263,8 +358,9 @@ impl<'a> Run<'a> {
         let trained: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         ensure!(trained > 0, "step {}: no token of its examples is trained", self.step + 1);
         let update = self.step as u32;
-        let pass = Pass::training(self.model, self.adaptation, self.config.seed, update);
-        let mut gradients = Gradients::new(self.adaptation.params.len());
+        let adaptation = &self.generation.adaptation;
+        let pass = Pass::training(self.model, adaptation, self.config.seed, update);
+        let mut gradients = Gradients::new(adaptation.params.len());
         let mut total = Outcome::default();
         for batch in batches {
             let recompute = self.config.gradient_checkpointing;
@@ -279,25 +375,26 @@ impl<'a> Run<'a> {
 
     /// Norm of all gradients together; watches for parameters that get none.
     fn norm(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<f64> {
-        let trainable = self.adaptation.params.iter().enumerate().filter(|(_, param)| param.spec.trainable);
-        let trainable: Vec<(usize, &Param)> = trainable.collect();
+        let Generation { adaptation, optimizer, idle_updates, .. } = &mut self.generation;
+        let trained = optimizer.states.iter().filter(|state| !state.frozen);
+        let trained: Vec<usize> = trained.map(|state| state.param).collect();
         // Each parameter's share is summed by one thread, and the shares in order.
-        let squares = trainable.par_iter().map(|(index, _)| gradients.get(*index).map(sum_of_squares).transpose());
+        let squares = trained.par_iter().map(|index| gradients.get(*index).map(sum_of_squares).transpose());
         let squares: Vec<Option<f64>> = squares.collect::<Result<_>>()?;
         let mut total = 0.0;
-        for ((index, param), squared) in trainable.into_iter().zip(squares) {
-            let name = &param.spec.tensor;
+        for (index, squared) in trained.into_iter().zip(squares) {
+            let name = &adaptation.params[index].spec.tensor;
             let Some(squared) = squared else {
                 bail!("parameter `{name}` gets no gradient: the recipe does not depend on it, or cuts it off");
             };
             total += squared;
-            if let Some(idle) = self.idle_updates[index] {
-                self.idle_updates[index] = match (squared == 0.0, learning_rate > 0.0) {
+            if let Some(idle) = idle_updates[index] {
+                idle_updates[index] = match (squared == 0.0, learning_rate > 0.0) {
                     (false, _) => None,
                     (true, true) => Some(idle + 1),
                     (true, false) => Some(idle),
                 };
-                if self.idle_updates[index] == Some(4) {
+                if idle_updates[index] == Some(4) {
                     bail!("parameter `{name}` still has a gradient of zeros after three updates: it learns nothing");
                 }
             }

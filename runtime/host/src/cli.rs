@@ -248,6 +248,9 @@ pub struct FineTune {
     /// Take the rows in the order of the file
     #[arg(long)]
     pub no_shuffle: bool,
+    /// Watch the strategy's file, and go on with a new build of it between two steps
+    #[arg(long)]
+    pub watch_plugins: bool,
     #[command(flatten)]
     pub plugins: PluginArgs,
     /// Print one JSON object at the end

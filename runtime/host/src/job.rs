@@ -1,7 +1,7 @@
 //! A training job: what the command line and a pipeline both run.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use homeroom_abi::plan::PlanRequest;
@@ -17,6 +17,8 @@ use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, eva
 use serde_json::{Map, Value, json};
 
 use crate::machine::peak_memory_bytes;
+use crate::plugin::generation::Live;
+use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
 use crate::progress::{self, line};
 
@@ -24,7 +26,7 @@ use crate::progress::{self, line};
 pub struct Job {
     /// The base.
     pub model: Arc<BaseModel>,
-    /// Its parameters.
+    /// Its parameters before training; [`Job::now`] has those that it went on with.
     pub adaptation: Adaptation,
     /// The strategy, as an adapter records it.
     pub strategy: StrategyRecord,
@@ -36,6 +38,11 @@ pub struct Job {
     pub init_from: Option<PathBuf>,
     /// Whether weights of the base that were quantised already were encoded anew.
     pub requantize: bool,
+    /// When the plugin's file is to be watched while it trains.
+    pub watch: Option<Watching>,
+    plugin: Plugin,
+    /// What a training went on with after its plugin changed or set a scalar.
+    changed: Mutex<Option<(Arc<Adaptation>, StrategyRecord)>>,
 }
 
 impl Job {
@@ -70,7 +77,25 @@ impl Job {
         }
         let strategy = plugin.record();
         let init_from = init_from.map(Path::to_owned);
-        Ok(Self { model, adaptation, strategy, options, proposed_learning_rate, init_from, requantize })
+        let (watch, plugin, changed) = (None, plugin.clone(), Mutex::new(None));
+        Ok(Self {
+            model,
+            adaptation,
+            strategy,
+            options,
+            proposed_learning_rate,
+            init_from,
+            requantize,
+            watch,
+            plugin,
+            changed,
+        })
+    }
+
+    /// What is trained now, and by which generation of the strategy.
+    pub fn now(&self) -> (Arc<Adaptation>, StrategyRecord) {
+        let changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        changed.unwrap_or_else(|| (Arc::new(self.adaptation.clone()), self.strategy.clone()))
     }
 
     /// Loss on held-out examples, if there are any, in f32 whatever the training computes in. Before training, a job that starts from nothing is the base.
@@ -81,7 +106,7 @@ impl Job {
         if examples.is_empty() {
             return Ok(None);
         }
-        evaluate_examples(&self.model, Some(&self.adaptation), examples, Compute::F32, progress).map(Some)
+        evaluate_examples(&self.model, Some(&self.now().0), examples, Compute::F32, progress).map(Some)
     }
 
     /// How its blocks will run, in words.
@@ -89,7 +114,8 @@ impl Job {
         Blocks::new(&self.model, Some(&self.adaptation), compute).words()
     }
 
-    /// Trains in place.
+    /// Trains, with the strategy beside it: its hook is asked after each step, and when its file is watched another generation
+    /// is taken over between two steps.
     ///
     /// # Errors
     /// See [`train`].
@@ -99,7 +125,13 @@ impl Job {
         config: &TrainConfig,
         observer: &mut dyn Observer,
     ) -> Result<TrainReport> {
-        train(&self.model, &self.adaptation, examples, config, observer)
+        let tell = |plugin: &Plugin, adaptation: &Arc<Adaptation>| {
+            let now = (adaptation.clone(), plugin.record());
+            *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        };
+        let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
+        let mut live = Live::new(observer, &self.plugin, request, self.watch.clone(), &tell, |text| line(text));
+        train(&self.model, &self.adaptation, examples, config, &mut live)
     }
 }
 
@@ -155,25 +187,25 @@ impl Outcome {
     /// # Errors
     /// When the disk is full, or anything else fails.
     pub fn save(&self, job: &Job, directory: NewDirectory, parent: Option<&str>) -> Result<PathBuf> {
-        let training = json!({
+        let (adaptation, strategy) = job.now();
+        let mut training = json!({
             "config": self.config,
             "options": job.options,
             "init_from": job.init_from,
             "parent": parent,
             "result": self.summary(),
         });
-        let record = Record {
-            strategy: &job.strategy,
-            data_digest: Some(&self.data_digest),
-            requantize: job.requantize,
-            training,
-        };
-        if job.adaptation.is_whole_model() {
-            save_model(&directory, &merge(&job.model, &job.adaptation)?, &job.model)?;
-            let manifest = serde_json::to_value(adapter::manifest(&job.model, &job.adaptation, record)?)?;
+        if !self.report.events.is_empty() {
+            training["events"] = json!(self.report.events);
+        }
+        let record =
+            Record { strategy: &strategy, data_digest: Some(&self.data_digest), requantize: job.requantize, training };
+        if adaptation.is_whole_model() {
+            save_model(&directory, &merge(&job.model, &adaptation)?, &job.model)?;
+            let manifest = serde_json::to_value(adapter::manifest(&job.model, &adaptation, record)?)?;
             directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())?;
         } else {
-            adapter::save(&directory, &job.model, &job.adaptation, record)?;
+            adapter::save(&directory, &job.model, &adaptation, record)?;
         }
         directory.write("trainer_state.json", adapter::pretty(&self.trainer_state())?.as_bytes())?;
         directory.publish()

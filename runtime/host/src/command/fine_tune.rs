@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, vacant};
 use homeroom_engine::model::BaseModel;
@@ -15,6 +15,7 @@ use crate::cli::{Done, FineTune};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::models::{load_base, load_rows};
+use crate::plugin::reload::Watching;
 use crate::progress::{self, line, thousands};
 use crate::registry;
 
@@ -41,13 +42,18 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
         ("the adapter to start from", start.map(Path::to_owned)),
     ];
     spares(&output_dir, inputs)?;
-    let plugin = arguments.plugins.search()?.load(&arguments.strategy)?;
+    let search = arguments.plugins.search()?;
+    let plugin = search.load(&arguments.strategy)?;
     let options = options(arguments);
     plugin.check_options(&options)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
     let rows = Rows::load(arguments, &model)?;
     let start = arguments.init_from.as_deref();
-    let job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;
+    let mut job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;
+    if arguments.watch_plugins {
+        let program = std::env::current_exe().context("cannot tell which program this is")?;
+        job.watch = Some(Watching { program, trust: search.trust().clone() });
+    }
     let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
     // something to fill it with, so that a run that is killed leaves nothing.

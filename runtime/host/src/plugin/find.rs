@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::describe::nearest;
 
-use super::load::{Plugin, PluginFile};
 use super::trust::{Policy, Standing, Trust};
+use super::{Plugin, PluginFile};
 use crate::registry::data_directory;
 
 /// The directories in which strategies are looked for, in order.
@@ -42,6 +42,11 @@ impl Search {
     /// The same under a policy that a project's file asks for; see [`Trust::tightened`].
     pub fn tightened(self, project: Option<Policy>) -> Self {
         Self { trust: self.trust.tightened(project), ..self }
+    }
+
+    /// What may be loaded.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
     }
 
     /// Reads a strategy's file and says whether it may be loaded.

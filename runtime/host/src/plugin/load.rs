@@ -4,25 +4,24 @@
 //! never unloaded: threads and thread-local values may keep pointing into it.
 
 use std::ffi::c_void;
-use std::fs::File;
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_abi::describe::{Description, PluginError, option_problems};
 use homeroom_abi::plan::{Plan, PlanRequest};
+use homeroom_abi::step::{StepAnswer, StepRequest};
 use homeroom_abi::table::{
-    self, ABI_MAJOR, ABI_MINOR, Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, ENTRY, Entry, MAGIC, OK,
+    self, ABI_MAJOR, ABI_MINOR, Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, ENTRY, Entry, MAGIC, OK, UNKNOWN_METHOD,
 };
 use homeroom_engine::adapter::StrategyRecord;
 use homeroom_engine::weight::NativeCodec;
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
-use super::owner;
+use super::stage::{PluginFile, Staged};
 
 /// A loaded strategy. Its code stays mapped until the process ends.
+#[derive(Clone)]
 pub struct Plugin {
     /// The file it was read from.
     pub path: PathBuf,
@@ -35,52 +34,6 @@ pub struct Plugin {
     descriptor: &'static Descriptor,
 }
 
-/// A library's bytes, read once and checked, not loaded. None of its code has run.
-pub struct PluginFile {
-    /// Where it was read from.
-    pub path: PathBuf,
-    /// SHA-256 of the bytes, in hexadecimal digits.
-    pub sha256: String,
-    /// Whether it lies in this program's directory and has the program's owner.
-    pub beside_program: bool,
-    bytes: Vec<u8>,
-}
-
-impl PluginFile {
-    /// Opens a library once; what is checked, hashed and loaded later is what this reads.
-    ///
-    /// # Errors
-    /// When others may write the file or a directory above it, or it is not a whole library for this machine with the entry of
-    /// a strategy.
-    pub fn read(path: &Path) -> Result<Self> {
-        let mut file = owner::open(path)?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).context("cannot read")?;
-        if cfg!(target_os = "linux") {
-            super::elf::check(&bytes)?;
-        }
-        ensure!(names_entry(&bytes), "not a strategy: it has no function `{ENTRY}`");
-        let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let beside_program = is_beside_program(path, &file).unwrap_or(false);
-        Ok(Self { path: path.to_owned(), sha256, beside_program, bytes })
-    }
-
-    /// Loads a private copy of the bytes.
-    ///
-    /// # Errors
-    /// When it cannot be loaded, is of another ABI, or does not describe itself.
-    pub fn load(self) -> Result<Plugin> {
-        let entry = open_copy(&self.path, &self.bytes)?;
-        Plugin::from_entry(self.path, self.sha256, entry)
-    }
-}
-
-fn is_beside_program(path: &Path, file: &File) -> std::io::Result<bool> {
-    let program = std::env::current_exe()?.canonicalize()?;
-    let same_directory = path.canonicalize()?.parent() == program.parent();
-    Ok(same_directory && owner::same_owner(&file.metadata()?, &program.metadata()?))
-}
-
 impl Plugin {
     /// Reads a file and loads it, whoever trusts it: the caller has asked.
     ///
@@ -90,13 +43,15 @@ impl Plugin {
         PluginFile::read(path)?.load()
     }
 
-    fn from_entry(path: PathBuf, sha256: String, entry: Entry) -> Result<Self> {
+    /// Loads a file that was read and checked.
+    pub(super) fn open(staged: &Staged) -> Result<Self> {
+        let entry = open_copy(&staged.copy)?;
         // SAFETY: the library exports this ABI's entry, whose contract is to return a pointer to static data or null.
         let descriptor = unsafe { entry() };
         let descriptor = check_descriptor(descriptor)?;
         let mut plugin = Self {
-            path,
-            sha256,
+            path: staged.source.clone(),
+            sha256: staged.sha256.clone(),
             description: Description {
                 name: String::new(),
                 version: String::new(),
@@ -129,6 +84,24 @@ impl Plugin {
         self.call(table::METHOD_PLAN, &input).with_context(|| format!("strategy `{}`", self.description.name))
     }
 
+    /// What the strategy has a run do after a step; `None`: it wants to hear of no step. Blocks for as long as it likes.
+    ///
+    /// # Errors
+    /// What the strategy answers, with the author's file and line.
+    pub fn on_step(&self, request: &StepRequest) -> Result<Option<StepAnswer>> {
+        // Before ABI 1.1 there was no such method.
+        if self.descriptor.abi_minor < 1 {
+            return Ok(None);
+        }
+        let input = serde_json::to_vec(request)?;
+        match self.ask(table::METHOD_ON_STEP, &input)? {
+            Some(answer) => {
+                serde_json::from_slice(&answer).map(Some).context("its directives are not known to this host")
+            }
+            None => Ok(None),
+        }
+    }
+
     /// What an adapter records of its strategy.
     pub fn record(&self) -> StrategyRecord {
         let Description { name, version, .. } = self.description.clone();
@@ -136,6 +109,12 @@ impl Plugin {
     }
 
     fn call<T: serde::de::DeserializeOwned>(&self, method: u32, input: &[u8]) -> Result<T> {
+        let json = self.ask(method, input)?.context("it does not know what every strategy has to")?;
+        serde_json::from_slice(&json).context("its result cannot be read by this host")
+    }
+
+    /// The result of a method; `None`: the plugin does not have it.
+    fn ask(&self, method: u32, input: &[u8]) -> Result<Option<Vec<u8>>> {
         let mut records: Vec<(u32, Vec<u8>)> = Vec::new();
         let ctx = (&raw mut records).cast::<c_void>();
         // SAFETY: `input` outlives the call; `receive` belongs to `ctx`, which points at `records`, and is called during the
@@ -143,8 +122,10 @@ impl Plugin {
         let code = unsafe { (self.descriptor.call)(method, Bytes::of(input), receive, ctx) };
         let record = |kind| records.iter().find(|(emitted, _)| *emitted == kind).map(|(_, bytes)| bytes.as_slice());
         if code == OK {
-            let json = record(EMIT_RESULT).context("it succeeded without a result")?;
-            return serde_json::from_slice(json).context("its result cannot be read by this host");
+            return Ok(Some(record(EMIT_RESULT).context("it succeeded without a result")?.to_vec()));
+        }
+        if code == UNKNOWN_METHOD {
+            return Ok(None);
         }
         let error = record(EMIT_ERROR).and_then(|json| serde_json::from_slice::<PluginError>(json).ok());
         match error {
@@ -168,27 +149,14 @@ pub fn names_entry(bytes: &[u8]) -> bool {
     bytes.windows(name.len()).any(|window| window == name)
 }
 
-/// Writes the bytes to a new file and loads that. A new name and inode, because the linker answers a known name or inode with
-/// the library it already has, and a file that is overwritten in place changes code that is running.
-fn open_copy(path: &Path, bytes: &[u8]) -> Result<Entry> {
-    let dir = tempfile::Builder::new().prefix("homeroom-plugin-").tempdir().context("cannot make a private copy")?;
-    let copy = dir.path().join(path.file_name().context("a library has a file name")?);
-    write_private(&copy, bytes).with_context(|| format!("cannot make a private copy in {}", dir.path().display()))?;
-    let library = open(&copy).map_err(|error| anyhow!("cannot load: {error}"))?;
+/// Loads a private copy.
+fn open_copy(copy: &Path) -> Result<Entry> {
+    let library = open(copy).context("cannot load")?;
     // SAFETY: the name is this ABI's, which fixes the type; the library is never unloaded, so the pointer stays good.
     let entry = unsafe { library.get::<Entry>(ENTRY.as_bytes()) };
     let entry = *entry.map_err(|_| anyhow!("not a strategy: it does not export `{ENTRY}`"))?;
     std::mem::forget(library);
     Ok(entry)
-}
-
-/// Writes a file that nobody writes again; its directory is the user's alone.
-fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut options = File::options();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o500);
-    options.open(path)?.write_all(bytes)
 }
 
 /// Resolves everything now, so that a missing symbol is an error here and not an exit later; and keeps symbols to itself.

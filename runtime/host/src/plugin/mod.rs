@@ -3,14 +3,19 @@
 pub mod check;
 mod elf;
 mod find;
+pub mod generation;
 mod load;
 pub mod native;
 pub mod new;
 mod owner;
 pub mod probe;
+pub mod reload;
+mod stage;
 pub mod trust;
+mod watch;
 
 pub use find::{Search, StrategyFile, file_name};
-pub use load::{Plugin, PluginFile};
+pub use load::Plugin;
 pub use probe::Probe;
+pub use stage::PluginFile;
 pub use trust::{Policy, Standing, Trust};

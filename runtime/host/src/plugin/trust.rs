@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::load::PluginFile;
+use super::PluginFile;
 use super::owner;
 use crate::registry::data_directory;
 

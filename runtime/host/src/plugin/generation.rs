@@ -1,0 +1,201 @@
+//! A strategy beside its running training: its hook is asked after each step, and another generation of it is taken over
+//! between two steps.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use homeroom_abi::plan::PlanRequest;
+use homeroom_abi::step::{Directive, StepAnswer, StepMetrics, StepRequest};
+use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::train::{Candidate, Change, Control, Observer, RunEvent, StepReport};
+use serde_json::{Map, Value};
+
+use super::Plugin;
+use super::reload::{Reload, Watching};
+
+/// How long a strategy may take to answer to a step.
+const DEADLINE: Duration = Duration::from_secs(2);
+
+/// An observer with a strategy beside it.
+pub struct Live<'a> {
+    observer: &'a mut dyn Observer,
+    options: Map<String, Value>,
+    plugin: Plugin,
+    hook: Option<Hook>,
+    /// What the strategy gave to hear again.
+    state: Value,
+    reload: Option<Reload>,
+    /// The generation that was taken from `reload`, until the run has answered.
+    next: Option<Plugin>,
+    /// The generation before the one on trial, whether it had a hook, and the state then.
+    before: Option<(Plugin, bool, Value)>,
+    tell: &'a dyn Fn(&Plugin, &Arc<Adaptation>),
+    say: fn(&str),
+}
+
+impl<'a> Live<'a> {
+    /// `watching`: when the plugin's file is to be watched. `tell` is given what is trained now
+    /// whenever that has changed, `say` each line.
+    pub fn new(
+        observer: &'a mut dyn Observer,
+        plugin: &Plugin,
+        request: PlanRequest,
+        watching: Option<Watching>,
+        tell: &'a dyn Fn(&Plugin, &Arc<Adaptation>),
+        say: fn(&str),
+    ) -> Self {
+        Self {
+            observer,
+            options: request.options.clone(),
+            plugin: plugin.clone(),
+            hook: Some(Hook::new(plugin)),
+            state: Value::Null,
+            reload: watching.map(|watching| Reload::watch(plugin, request, watching, say)),
+            next: None,
+            before: None,
+            tell,
+            say,
+        }
+    }
+
+    fn short(sha256: &str) -> &str {
+        sha256.get(..8).unwrap_or(sha256)
+    }
+}
+
+impl Observer for Live<'_> {
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
+        self.observer.on_step(report, planned_steps)
+    }
+
+    fn directives(&mut self, report: &StepReport, planned_steps: u64) -> Result<Vec<Directive>> {
+        let mut directives = self.observer.directives(report, planned_steps)?;
+        let Some(hook) = &self.hook else { return Ok(directives) };
+        let metrics = StepMetrics {
+            step: report.step,
+            steps: planned_steps,
+            epoch: report.epoch,
+            loss: report.loss,
+            grad_norm: report.grad_norm,
+            learning_rate: report.learning_rate,
+            tokens: report.tokens,
+        };
+        let request = StepRequest { options: self.options.clone(), metrics, state: self.state.clone() };
+        match hook.ask(request) {
+            Ok(Some(answer)) => {
+                self.state = answer.state;
+                directives.extend(answer.directives);
+            }
+            Ok(None) => self.hook = None,
+            Err(reason) => {
+                self.hook = None;
+                let name = &self.plugin.description.name;
+                (self.say)(&format!("warning: strategy `{name}`: on_step: {reason}; the training goes on without it"));
+            }
+        }
+        Ok(directives)
+    }
+
+    fn candidate(&mut self) -> Result<Option<Candidate>> {
+        let Some(ready) = self.reload.as_ref().and_then(Reload::take) else { return self.observer.candidate() };
+        let id = ready.plugin.sha256.clone();
+        self.next = Some(ready.plugin);
+        Ok(Some(Candidate { id, plan: ready.plan }))
+    }
+
+    fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
+        let (name, step) = (self.plugin.description.name.clone(), event.step);
+        let line = match &event.change {
+            Change::Swapped(swap) => {
+                if let Some(next) = self.next.take() {
+                    let hook = self.hook.replace(Hook::new(&next));
+                    let before = std::mem::replace(&mut self.plugin, next);
+                    self.before = Some((before, hook.is_some(), self.state.clone()));
+                }
+                let some = |what: &str, names: &[String]| match names {
+                    [] => String::new(),
+                    [first, rest @ ..] if rest.is_empty() => format!(", {what} {first}"),
+                    [first, rest @ ..] => format!(", {what} {first} and {} more", rest.len()),
+                };
+                format!(
+                    "reload    {name} {} after step {step}: {} parameters kept{}{}{}",
+                    Self::short(&swap.id),
+                    swap.kept,
+                    some("new:", &swap.added),
+                    some("in another shape:", &swap.migrated),
+                    some("dropped:", &swap.dropped),
+                )
+            }
+            Change::Passed { id } => {
+                self.before = None;
+                format!("reload    {name} {} has done well and stays", Self::short(id))
+            }
+            Change::Refused { id, reason } | Change::RolledBack { id, reason } => {
+                self.next = None;
+                if let Some((plugin, hooked, state)) = self.before.take() {
+                    self.hook = hooked.then(|| Hook::new(&plugin));
+                    (self.plugin, self.state) = (plugin, state);
+                }
+                if let Some(reload) = &self.reload {
+                    reload.quarantine(id, &self.plugin.sha256);
+                }
+                let reason = reason.replace('\n', " ");
+                let how = match &event.change {
+                    Change::Refused { .. } => format!("refused: {reason}; the training goes on without it"),
+                    _ => format!("taken back to step {step}: {reason}; the training goes on without it"),
+                };
+                format!("reload    {name} {} {how}", Self::short(id))
+            }
+            Change::Directed { directive } => format!("strategy `{name}` after step {step}: {directive}"),
+            Change::Undirected { directive, reason } => {
+                self.hook = None;
+                format!("warning: strategy `{name}`: on_step: {directive}: {reason}; the training goes on without it")
+            }
+        };
+        // A scalar or a rate may follow a schedule, which is a directive a step.
+        if !matches!(
+            event.change,
+            Change::Directed { directive: Directive::LearningRateScale(_) | Directive::Scalar { .. } }
+        ) {
+            (self.say)(&line);
+        }
+        (self.tell)(&self.plugin, adaptation);
+        self.observer.changed(event, adaptation)
+    }
+}
+
+/// A strategy's `on_step`, in a thread of its own: one that does not return is left behind.
+struct Hook {
+    asks: Sender<StepRequest>,
+    answers: Receiver<Result<Option<StepAnswer>>>,
+}
+
+impl Hook {
+    fn new(plugin: &Plugin) -> Self {
+        let (asks, requests) = channel::<StepRequest>();
+        let (sender, answers) = channel();
+        let plugin = plugin.clone();
+        thread::spawn(move || {
+            for request in requests {
+                if sender.send(plugin.on_step(&request)).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { asks, answers }
+    }
+
+    /// `None`: the strategy wants to hear of no step.
+    fn ask(&self, request: StepRequest) -> Result<Option<StepAnswer>, String> {
+        // A thread that has ended shows in the answer that does not come.
+        let _ = self.asks.send(request);
+        match self.answers.recv_timeout(DEADLINE) {
+            Ok(answer) => answer.map_err(|error| format!("{error:#}").replace('\n', " ")),
+            Err(RecvTimeoutError::Timeout) => Err(format!("no answer within {} s", DEADLINE.as_secs())),
+            Err(RecvTimeoutError::Disconnected) => Err("its thread has ended".to_owned()),
+        }
+    }
+}

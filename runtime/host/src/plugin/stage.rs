@@ -1,0 +1,119 @@
+//! A plugin's file before any of its code runs: read once, checked, and copied to where nobody else changes it.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use homeroom_abi::table::ENTRY;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use super::load::{Plugin, names_entry};
+use super::owner;
+
+/// A library's bytes, read once. None of its code has run.
+pub struct PluginFile {
+    /// Where it was read from.
+    pub path: PathBuf,
+    /// SHA-256 of the bytes, in hexadecimal digits.
+    pub sha256: String,
+    /// Whether it lies in this program's directory and has the program's owner.
+    pub beside_program: bool,
+    bytes: Vec<u8>,
+}
+
+impl PluginFile {
+    /// Opens a library once; what is checked, hashed and loaded later is what this reads.
+    ///
+    /// # Errors
+    /// When others may write the file or a directory above it, or it cannot be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut file = owner::open(path)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).context("cannot read")?;
+        let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let beside_program = is_beside_program(path, &file).unwrap_or(false);
+        Ok(Self { path: path.to_owned(), sha256, beside_program, bytes })
+    }
+
+    /// As [`PluginFile::open`], and [`PluginFile::check`].
+    ///
+    /// # Errors
+    /// As those.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = Self::open(path)?;
+        file.check()?;
+        Ok(file)
+    }
+
+    /// Looks at the bytes.
+    ///
+    /// # Errors
+    /// When they are not a whole library for this machine with the entry of a strategy.
+    pub fn check(&self) -> Result<()> {
+        if cfg!(target_os = "linux") {
+            super::elf::check(&self.bytes)?;
+        }
+        ensure!(names_entry(&self.bytes), "not a strategy: it has no function `{ENTRY}`");
+        Ok(())
+    }
+
+    /// Writes a private copy of the bytes.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn stage(&self) -> Result<Staged> {
+        let dir =
+            tempfile::Builder::new().prefix("homeroom-plugin-").tempdir().context("cannot make a private copy")?;
+        let copy = dir.path().join(self.path.file_name().context("a library has a file name")?);
+        write_private(&copy, &self.bytes)
+            .with_context(|| format!("cannot make a private copy in {}", dir.path().display()))?;
+        Ok(Staged { source: self.path.clone(), sha256: self.sha256.clone(), copy, _dir: dir })
+    }
+
+    /// Loads a private copy of the bytes.
+    ///
+    /// # Errors
+    /// When it cannot be loaded, is of another ABI, or does not describe itself.
+    pub fn load(self) -> Result<Plugin> {
+        self.stage()?.load()
+    }
+}
+
+/// A private copy of a library that was checked.
+pub struct Staged {
+    /// The file that was read.
+    pub source: PathBuf,
+    /// SHA-256 of its bytes, in hexadecimal digits.
+    pub sha256: String,
+    /// The copy: a new name and inode, because the linker answers a known name or inode with the library it already has, and
+    /// a file that is overwritten in place changes code that is running.
+    pub copy: PathBuf,
+    _dir: TempDir,
+}
+
+impl Staged {
+    /// Loads the copy.
+    ///
+    /// # Errors
+    /// As [`PluginFile::load`].
+    pub fn load(&self) -> Result<Plugin> {
+        Plugin::open(self)
+    }
+}
+
+fn is_beside_program(path: &Path, file: &File) -> std::io::Result<bool> {
+    let program = std::env::current_exe()?.canonicalize()?;
+    let same_directory = path.canonicalize()?.parent() == program.parent();
+    Ok(same_directory && owner::same_owner(&file.metadata()?, &program.metadata()?))
+}
+
+/// Writes a file that nobody writes again; its directory is the user's alone.
+fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut options = File::options();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o500);
+    options.open(path)?.write_all(bytes)
+}

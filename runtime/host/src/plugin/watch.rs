@@ -1,0 +1,105 @@
+//! Waits until a file may have changed. What the system reports is a hint: it may come late, twice or never, so the file is
+//! also looked at every two seconds.
+//!
+//! Watched is the directory: a build replaces the file, and a watch on the file itself would die with the old one.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, SystemTime};
+
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+
+/// Silence after which a file that was being written is taken to be whole.
+const QUIET: Duration = Duration::from_millis(150);
+/// How often a file is looked at when nothing is reported.
+const POLL: Duration = Duration::from_secs(2);
+
+/// A watched file.
+pub struct Watch {
+    path: PathBuf,
+    sender: Sender<()>,
+    events: Receiver<()>,
+    watcher: Option<RecommendedWatcher>,
+    /// The directory that is watched: it may be deleted and made anew.
+    dir: Option<Identity>,
+    seen: Option<Identity>,
+}
+
+/// What tells a file from another of the same name, and from itself before it was written.
+type Identity = (u64, u64, Option<SystemTime>);
+
+impl Watch {
+    /// Watches a file, which need not be there. The second value: why it is only looked at from time to time.
+    pub fn new(path: &Path) -> (Self, Option<String>) {
+        let (sender, events) = channel();
+        let seen = identity(path);
+        let mut watch = Self { path: path.to_owned(), sender, events, watcher: None, dir: None, seen };
+        let problem = watch.watch().err().map(|error| error.to_string());
+        (watch, problem)
+    }
+
+    /// What ends a wait early.
+    pub fn waker(&self) -> Sender<()> {
+        self.sender.clone()
+    }
+
+    /// Waits for something to happen to the file, and then for silence. False: only time has passed.
+    pub fn wait(&mut self) -> bool {
+        let hinted = match self.events.recv_timeout(POLL) {
+            Ok(()) => {
+                while self.events.recv_timeout(QUIET).is_ok() {}
+                true
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => false,
+        };
+        if self.directory().is_some_and(|dir| identity(dir).map(inode) != self.dir.map(inode)) {
+            let _ = self.watch();
+        }
+        let mut now = identity(&self.path);
+        if now == self.seen {
+            return hinted;
+        }
+        // Written by somebody of whom nothing was reported: wait until two looks agree.
+        while !hinted {
+            std::thread::sleep(QUIET);
+            let before = std::mem::replace(&mut now, identity(&self.path));
+            if before == now {
+                break;
+            }
+        }
+        self.seen = now;
+        true
+    }
+
+    fn directory(&self) -> Option<&Path> {
+        self.path.parent()
+    }
+
+    fn watch(&mut self) -> notify::Result<()> {
+        (self.watcher, self.dir) = (None, None);
+        let Some(dir) = self.path.parent().map(Path::to_owned) else { return Ok(()) };
+        let sender = self.sender.clone();
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reading the file is an event too, and would be answered by another read.
+            if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_))) {
+                let _ = sender.send(());
+            }
+        })?;
+        watcher.watch(&dir, RecursiveMode::NonRecursive)?;
+        (self.watcher, self.dir) = (Some(watcher), identity(&dir));
+        Ok(())
+    }
+}
+
+fn identity(path: &Path) -> Option<Identity> {
+    let meta = std::fs::metadata(path).ok()?;
+    #[cfg(unix)]
+    let inode = std::os::unix::fs::MetadataExt::ino(&meta);
+    #[cfg(not(unix))]
+    let inode = 0;
+    Some((inode, meta.len(), meta.modified().ok()))
+}
+
+fn inode(identity: Identity) -> u64 {
+    identity.0
+}

@@ -117,7 +117,7 @@ impl Observer for Live<'_> {
                 }
                 let some = |what: &str, names: &[String]| match names {
                     [] => String::new(),
-                    [first, rest @ ..] if rest.is_empty() => format!(", {what} {first}"),
+                    [first] => format!(", {what} {first}"),
                     [first, rest @ ..] => format!(", {what} {first} and {} more", rest.len()),
                 };
                 format!(

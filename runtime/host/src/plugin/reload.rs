@@ -77,16 +77,15 @@ impl Reload {
                 if !changed {
                     continue;
                 }
-                // A build that has removed the file will put another there.
-                let Ok(file) =
-                    PluginFile::open(&path).map_err(|error| (path.exists(), error)).or_else(|(there, error)| {
-                        if there {
+                let file = match PluginFile::open(&path) {
+                    Ok(file) => file,
+                    Err(error) => {
+                        // A build that has removed the file will put another there.
+                        if path.exists() {
                             say(&format!("reload    {}: {error:#}", path.display()));
                         }
-                        Err(())
-                    })
-                else {
-                    continue;
+                        continue;
+                    }
                 };
                 let sha256 = file.sha256.clone();
                 {

@@ -60,11 +60,11 @@ impl Watch {
             return hinted;
         }
         // Written by somebody of whom nothing was reported: wait until two looks agree.
-        while !hinted {
-            std::thread::sleep(QUIET);
-            let before = std::mem::replace(&mut now, identity(&self.path));
-            if before == now {
-                break;
+        if !hinted {
+            let mut before = None;
+            while before != Some(now) {
+                std::thread::sleep(QUIET);
+                before = Some(std::mem::replace(&mut now, identity(&self.path)));
             }
         }
         self.seen = now;

@@ -274,6 +274,9 @@ pub struct Run {
     /// Walk the script and say what it would do, without training or writing
     #[arg(long)]
     pub dry_run: bool,
+    /// Run again when the file or a script beside its script is saved, and go on with new builds of a strategy that trains
+    #[arg(long, conflicts_with_all = ["check", "json"])]
+    pub watch: bool,
     #[command(flatten)]
     pub plugins: PluginArgs,
     /// Print what the script returns as JSON
@@ -494,6 +497,12 @@ pub enum Plugins {
         #[arg(long)]
         json: bool,
     },
+    /// Builds a strategy's crate now and whenever its source is saved; a training with --watch-plugins takes the result over
+    Watch {
+        /// Directory of the crate
+        #[arg(value_name = "CRATE")]
+        dir: PathBuf,
+    },
     /// Trusts strategies as their files are now: writes their digests into plugins.lock. Their code is run, to ask their versions
     Lock {
         /// Strategies [default: all that are found and not beside the program]
@@ -563,6 +572,7 @@ pub fn main() -> ExitCode {
         Command::Bench(Bench::Train(arguments)) => command::bench::train(&arguments),
         Command::Plugins(Plugins::List { plugins, json }) => command::plugins::list(&plugins, json),
         Command::Plugins(Plugins::Lock { name, plugin_dir }) => command::plugins::lock(&name, &plugin_dir),
+        Command::Plugins(Plugins::Watch { dir }) => command::plugins::watch(&dir),
         Command::Plugins(Plugins::New { name, dir }) => command::plugins::new(&name, dir.as_deref()),
         Command::Plugins(Plugins::Check { file, json }) => command::plugins::check(&file, json),
         Command::Plugins(Plugins::Probe { file, deadline_s }) => probe::answer(&file, deadline_s).map(|()| Done::Whole),

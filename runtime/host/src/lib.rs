@@ -23,3 +23,4 @@ mod progress;
 pub mod registry;
 pub mod serve;
 pub mod toml_problems;
+mod watch;

@@ -3,19 +3,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, vacant};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::{Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
 use serde_json::{Map, Value};
 
-use super::{is_same, print, spares};
+use super::{is_same, print, spares, this_program};
 use crate::cli::{Done, FineTune};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::models::{load_base, load_rows};
-use crate::plugin::reload::Watching;
 use crate::progress::{self, line, thousands};
 use crate::registry;
 
@@ -42,7 +41,10 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
         ("the adapter to start from", start.map(Path::to_owned)),
     ];
     spares(&output_dir, inputs)?;
-    let search = arguments.plugins.search()?;
+    let mut search = arguments.plugins.search()?;
+    if arguments.watch_plugins {
+        search = search.watched(this_program()?);
+    }
     let plugin = search.load(&arguments.strategy)?;
     let options = options(arguments);
     plugin.check_options(&options)?;
@@ -50,10 +52,7 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     let rows = Rows::load(arguments, &model)?;
     let start = arguments.init_from.as_deref();
     let mut job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;
-    if arguments.watch_plugins {
-        let program = std::env::current_exe().context("cannot tell which program this is")?;
-        job.watch = Some(Watching { program, trust: search.trust().clone() });
-    }
+    job.watch = search.watching();
     let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
     // something to fill it with, so that a run that is killed leaves nothing.

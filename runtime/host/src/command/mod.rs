@@ -53,3 +53,8 @@ fn print(text: &str) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+/// The file of this program, for child processes.
+fn this_program() -> Result<PathBuf> {
+    std::env::current_exe().context("cannot tell which program this is")
+}

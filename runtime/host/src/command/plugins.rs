@@ -1,15 +1,19 @@
 //! `homeroom plugins`.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::print;
 use crate::cli::{Done, PluginArgs};
+use crate::interrupt;
+use crate::plugin::build::build;
 use crate::plugin::check::{self, Verdict};
 use crate::plugin::{Probe, Search, Standing, StrategyFile, Trust, file_name, new, trust};
 use crate::progress::line;
+use crate::watch::Tree;
 
 /// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
 pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
@@ -131,4 +135,26 @@ pub fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
     line(format_args!("locked in {}", path.display()));
     print(&lines)?;
     Ok(Done::Whole)
+}
+
+/// Builds a crate now and after each change of its source, until it is interrupted.
+pub fn watch(dir: &Path) -> Result<Done> {
+    let manifest = dir.join("Cargo.toml");
+    ensure!(manifest.exists(), "{}: no crate is there\nhint: `homeroom plugins new NAME` writes one", dir.display());
+    interrupt::listen()?;
+    let (mut tree, problem) = Tree::new(vec![manifest, dir.join("src")]);
+    if let Some(problem) = problem {
+        line(format_args!("note: changes are looked for every 2 s only: {problem}"));
+    }
+    loop {
+        let started = Instant::now();
+        match build(dir) {
+            Ok(library) => {
+                line(format_args!("built     {}   {:.1} s", library.display(), started.elapsed().as_secs_f64()));
+            }
+            Err(error) => line(format_args!("not built: {error:#}; the last build stays")),
+        }
+        let Some(changed) = tree.wait(&interrupt::asked) else { return Ok(Done::Interrupted) };
+        line(format_args!("changed   {}", changed.display()));
+    }
 }

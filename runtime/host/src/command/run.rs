@@ -1,16 +1,46 @@
 //! `homeroom run`.
 
+use std::path::Path;
+use std::sync::Once;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::print;
+use super::{print, this_program};
 use crate::cli::{Done, Run};
 use crate::interrupt;
 use crate::pipeline::config::PipelineConfig;
 use crate::pipeline::{self, sandbox::shown};
+use crate::progress::line;
+use crate::watch::Tree;
 
-/// Runs a pipeline, or says what it would do, or what is wrong with it.
+/// Ctrl-C is listened for once a process.
+static LISTEN: Once = Once::new();
+
+/// Runs a pipeline, or says what it would do, or what is wrong with it; with `--watch` again after each change.
 pub fn run(arguments: &Run) -> Result<Done> {
+    if !arguments.watch {
+        return once(arguments);
+    }
+    let config = PipelineConfig::read(&arguments.config, &arguments.set)?;
+    let scripts = config.script.parent().unwrap_or(Path::new(".")).to_owned();
+    let (mut tree, problem) = Tree::new(vec![arguments.config.clone(), scripts.clone()]);
+    if let Some(problem) = problem {
+        line(format_args!("note: changes are looked for every 2 s only: {problem}"));
+    }
+    loop {
+        match once(arguments) {
+            Ok(Done::Interrupted) => return Ok(Done::Interrupted),
+            Ok(_) => {}
+            Err(error) => line(format_args!("error: {error:#}")),
+        }
+        line(format_args!("watching  {} and {}   Ctrl-C ends", arguments.config.display(), shown(&scripts)));
+        let Some(changed) = tree.wait(&interrupt::asked) else { return Ok(Done::Interrupted) };
+        line(format_args!("changed   {}", shown(&changed)));
+    }
+}
+
+fn once(arguments: &Run) -> Result<Done> {
     let config = PipelineConfig::read(&arguments.config, &arguments.set)?;
     if arguments.check {
         pipeline::check(&config)?;
@@ -21,8 +51,15 @@ pub fn run(arguments: &Run) -> Result<Done> {
     for (name, value) in config.params.iter().filter(|(_, value)| !value.is_null()) {
         eprintln!("  {name} = {value}");
     }
-    interrupt::listen()?;
-    let outcome = pipeline::run(&config, arguments.plugins.search()?, arguments.dry_run, &interrupt::asked);
+    LISTEN.call_once(|| {
+        // Without it Ctrl-C ends the run at once.
+        let _ = interrupt::listen();
+    });
+    let mut search = arguments.plugins.search()?;
+    if arguments.watch {
+        search = search.watched(this_program()?);
+    }
+    let outcome = pipeline::run(&config, search, arguments.dry_run, &interrupt::asked);
     let outcome = match outcome {
         Err(error) if interrupt::asked() => {
             eprintln!("{error:#}: the script has ended where it was");

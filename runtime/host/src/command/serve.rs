@@ -1,8 +1,10 @@
 //! `homeroom serve`.
 
+use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use super::reference;
 use crate::cli::{Done, Serve};
@@ -11,12 +13,15 @@ use crate::handler::config::{Config, Handlers};
 use crate::handler::local::Local;
 use crate::interrupt;
 use crate::models::Loaded;
+use crate::progress::line;
 use crate::serve::{Models, bind, start};
+use crate::watch::Watch;
 
 /// Serves until it is interrupted.
 pub fn run(arguments: &Serve) -> Result<Done> {
     // The port first: loading takes longer than finding out that it is taken.
     let listener = bind(&arguments.host, arguments.port)?;
+    let mut watched = None;
     let models = match (&arguments.model, &arguments.config) {
         (Some(model), _) => {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
@@ -25,21 +30,21 @@ pub fn run(arguments: &Serve) -> Result<Done> {
             Models::from([(name, handler)])
         }
         (None, config) => {
-            let handlers =
-                Handlers::new(Config::read(config.as_deref().context("--config or --model-dir is needed")?)?);
-            let config = handlers.config();
-            ensure!(
-                !config.routes.is_empty(),
-                "{}: it has no route, so there is nothing that clients could name\nhint: add [routes.NAME] with handlers = [\"…\"]",
-                config.path.display()
-            );
-            config.routes.keys().map(|name| Ok((name.clone(), handlers.get(name)?))).collect::<Result<_>>()?
+            let path = config.as_deref().context("--config or --model-dir is needed")?;
+            let handlers = Handlers::new(Config::read(path)?);
+            let routes = handlers.routes()?;
+            watched = Some((path.to_owned(), handlers));
+            routes
         }
     };
     for name in models.keys() {
         eprintln!("model    {name}");
     }
     let server = start(models, listener)?;
+    if let Some((path, handlers)) = watched {
+        let replace = server.replacer();
+        thread::spawn(move || watch(&path, handlers, replace));
+    }
     let stop = server.stopper();
     let mut pressed = false;
     interrupt::on_press(move || {
@@ -52,4 +57,39 @@ pub fn run(arguments: &Serve) -> Result<Done> {
     eprintln!("serving  {}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
+}
+
+/// Serves what an edited file says; a bad edit changes nothing, and why is told in one line.
+fn watch(path: &Path, mut handlers: Handlers, replace: impl Fn(Models)) {
+    let (mut file, problem) = Watch::new(path);
+    if let Some(problem) = problem {
+        line(format_args!("note: {}: changes are looked for every 2 s only: {problem}", path.display()));
+    }
+    loop {
+        // Editors remove a file before they write it.
+        if !file.wait() || !path.exists() {
+            continue;
+        }
+        let edited = Config::read(path).and_then(|config| {
+            if config == *handlers.config() {
+                return Ok(None);
+            }
+            let next = handlers.succeed(config);
+            let routes = next.routes()?;
+            Ok(Some((next, routes)))
+        });
+        match edited {
+            Ok(None) => {}
+            Ok(Some((next, routes))) => {
+                let names: Vec<&str> = routes.keys().map(String::as_str).collect();
+                line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
+                replace(routes);
+                handlers = next;
+            }
+            Err(error) => {
+                let reason = format!("{error:#}").replace('\n', " ");
+                line(format_args!("reload   refused: {reason}; what was served is served on"));
+            }
+        }
+    }
 }

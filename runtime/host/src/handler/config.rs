@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -314,6 +314,29 @@ impl Handlers {
     /// The handlers of a file; loads nothing.
     pub fn new(config: Config) -> Self {
         Self { config, loaded: Mutex::default() }
+    }
+
+    /// Those of a file that was edited: handlers that stand in it as before stay loaded.
+    pub fn succeed(&self, config: Config) -> Self {
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let same =
+            |name: &str| config.handlers.get(name).is_some_and(|spec| self.config.handlers.get(name) == Some(spec));
+        let kept = loaded.iter().filter(|(name, _)| same(name)).map(|(name, handler)| (name.clone(), handler.clone()));
+        let kept = kept.collect();
+        Self { config, loaded: Mutex::new(kept) }
+    }
+
+    /// All routes by name, ready to answer.
+    ///
+    /// # Errors
+    /// When there is none, or as [`Handlers::get`].
+    pub fn routes(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
+        ensure!(
+            !self.config.routes.is_empty(),
+            "{}: it has no route, so there is nothing that clients could name\nhint: add [routes.NAME] with handlers = [\"…\"]",
+            self.config.path.display()
+        );
+        self.config.routes.keys().map(|name| Ok((name.clone(), self.get(name)?))).collect()
     }
 
     /// What the file says.

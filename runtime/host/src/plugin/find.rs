@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::describe::nearest;
 
+use super::reload::Watching;
 use super::trust::{Policy, Standing, Trust};
 use super::{Plugin, PluginFile};
 use crate::registry::data_directory;
@@ -14,6 +15,7 @@ use crate::registry::data_directory;
 pub struct Search {
     dirs: Vec<PathBuf>,
     trust: Trust,
+    program: Option<PathBuf>,
 }
 
 /// A strategy's file, not loaded.
@@ -36,7 +38,7 @@ impl Search {
         dirs.extend(data_directory().map(|data| data.join("plugins")));
         let program = std::env::current_exe().and_then(|program| program.canonicalize());
         dirs.extend(program.ok().and_then(|program| Some(program.parent()?.to_owned())));
-        Self { dirs, trust }
+        Self { dirs, trust, program: None }
     }
 
     /// The same under a policy that a project's file asks for; see [`Trust::tightened`].
@@ -44,9 +46,14 @@ impl Search {
         Self { trust: self.trust.tightened(project), ..self }
     }
 
-    /// What may be loaded.
-    pub fn trust(&self) -> &Trust {
-        &self.trust
+    /// The same for runs whose strategies are watched while they train. `program`: the `homeroom` program, for child processes.
+    pub fn watched(self, program: PathBuf) -> Self {
+        Self { program: Some(program), ..self }
+    }
+
+    /// What watching a strategy takes, if strategies are to be watched.
+    pub fn watching(&self) -> Option<Watching> {
+        Some(Watching { program: self.program.clone()?, trust: self.trust.clone() })
     }
 
     /// Reads a strategy's file and says whether it may be loaded.

@@ -1,5 +1,6 @@
 //! Strategy plugins: where they are found, what is checked before their code runs, and how they are called.
 
+pub mod build;
 pub mod check;
 mod elf;
 mod find;
@@ -12,7 +13,6 @@ pub mod probe;
 pub mod reload;
 mod stage;
 pub mod trust;
-mod watch;
 
 pub use find::{Search, StrategyFile, file_name};
 pub use load::Plugin;

@@ -14,8 +14,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{Plan, PlanRequest};
 
-use super::watch::Watch;
 use super::{Plugin, PluginFile, Probe, Standing, Trust};
+use crate::watch::Watch;
 
 /// How long a strategy may take to load and plan in this process.
 const DEADLINE: Duration = Duration::from_secs(2);

@@ -10,8 +10,8 @@ mod request;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -68,6 +68,7 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
 pub struct Running {
     /// Where it listens.
     pub address: SocketAddr,
+    models: Arc<RwLock<Models>>,
     stop: watch::Sender<bool>,
     thread: JoinHandle<Result<()>>,
 }
@@ -76,6 +77,12 @@ impl Running {
     /// What clients take as base URL.
     pub fn url(&self) -> String {
         format!("http://{}/v1", self.address)
+    }
+
+    /// What puts other models in the place of those that are served. Answers under way come from those that they began with.
+    pub fn replacer(&self) -> impl Fn(Models) + Send + 'static {
+        let served = self.models.clone();
+        move |models| *served.write().unwrap_or_else(PoisonError::into_inner) = models
     }
 
     /// Lets answers come to their end, for half a minute at most, and takes no further requests.
@@ -110,8 +117,9 @@ pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
     listener.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let (stop, mut stopped) = watch::channel(false);
+    let models = Arc::new(RwLock::new(models));
     let app = Arc::new(App {
-        models,
+        models: models.clone(),
         created: now(),
         slots: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
         ending: Arc::new(AtomicBool::new(false)),
@@ -141,15 +149,21 @@ pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
         done
     };
     let thread = std::thread::Builder::new().name("server".to_owned()).spawn(run)?;
-    Ok(Running { address, stop, thread })
+    Ok(Running { address, models, stop, thread })
 }
 
 struct App {
-    models: Models,
+    models: Arc<RwLock<Models>>,
     created: u64,
     slots: Arc<Semaphore>,
     /// The time to drain is over.
     ending: Arc<AtomicBool>,
+}
+
+impl App {
+    fn models(&self) -> RwLockReadGuard<'_, Models> {
+        self.models.read().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn now() -> u64 {
@@ -194,12 +208,12 @@ fn is_this_machine(host: &str) -> bool {
 }
 
 async fn list(State(app): State<Arc<App>>) -> Json<Value> {
-    let data: Vec<Value> = app.models.keys().map(|id| card(&app, id)).collect();
+    let data: Vec<Value> = app.models().keys().map(|id| card(&app, id)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
 async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
-    if app.models.contains_key(&id) {
+    if app.models().contains_key(&id) {
         Json(card(&app, &id)).into_response()
     } else {
         no_model(&app, &id).into_response()
@@ -211,7 +225,8 @@ fn card(app: &App, id: &str) -> Value {
 }
 
 fn no_model(app: &App, id: &str) -> Refusal {
-    let known: Vec<&str> = app.models.keys().map(String::as_str).collect();
+    let models = app.models();
+    let known: Vec<&str> = models.keys().map(String::as_str).collect();
     let id: String = id.chars().take(80).collect();
     let message = format!("there is no model `{id}`; there are: {}", known.join(", "));
     let refusal = Refusal::new(StatusCode::NOT_FOUND, message);
@@ -238,7 +253,8 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     })?;
     let asked = request::read(&body)?;
-    let handler = app.models.get(&asked.model).ok_or_else(|| no_model(app, &asked.model))?.clone();
+    let handler = app.models().get(&asked.model).cloned();
+    let handler = handler.ok_or_else(|| no_model(app, &asked.model))?;
     let slot = app.slots.clone().try_acquire_owned().map_err(|_| Refusal {
         kind: "api_error",
         code: Some("overloaded"),

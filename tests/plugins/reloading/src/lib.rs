@@ -82,8 +82,8 @@ impl Strategy for Reloading {
         let update = x.matmul_t(module.param("A")).matmul_t(module.param("B"));
         match self.variant.as_str() {
             "nan" => {
-                let nothing = update - update;
-                module.base(x) + nothing / nothing
+                let nothing = update * 0.0;
+                module.base(x) + nothing / (nothing * 1.0)
             }
             "worse" if module.output_embedding => module.base(x) * 40.0 + update,
             "more" => module.base(x) + update * 2.0 + module.param("shift"),

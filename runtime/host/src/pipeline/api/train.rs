@@ -50,7 +50,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let data = rows.encode(&model).context("dataset")?;
     let eval = options.dataset("eval").map(|eval| eval.encode(&model)).transpose().context("eval")?;
     let requantize = options.flag("requantize").unwrap_or(false);
-    let job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
+    let mut job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
+    job.watch = session.search.watching();
     let config = config(&options, job.proposed_learning_rate);
     let steps = planned_steps(data.examples.len(), &config);
     restate(&spec, &job, &data, eval.as_ref(), &config, steps);

@@ -3,9 +3,10 @@
 //!
 //! Watched is the directory: a build replaces the file, and a watch on the file itself would die with the old one.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
@@ -14,7 +15,7 @@ const QUIET: Duration = Duration::from_millis(150);
 /// How often a file is looked at when nothing is reported.
 const POLL: Duration = Duration::from_secs(2);
 
-/// A watched file.
+/// One watched file.
 pub struct Watch {
     path: PathBuf,
     sender: Sender<()>,
@@ -89,6 +90,82 @@ impl Watch {
         (self.watcher, self.dir) = (Some(watcher), identity(&dir));
         Ok(())
     }
+}
+
+/// Watched files and directories, with what is below them.
+pub struct Tree {
+    roots: Vec<PathBuf>,
+    events: Receiver<()>,
+    _watcher: Option<RecommendedWatcher>,
+    seen: BTreeMap<PathBuf, Option<Identity>>,
+}
+
+impl Tree {
+    /// Watches files, and directories but for what is hidden or built (`target`). The second value: why they are only looked at
+    /// from time to time.
+    pub fn new(roots: Vec<PathBuf>) -> (Self, Option<String>) {
+        let (sender, events) = channel();
+        let watching = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_))) {
+                let _ = sender.send(());
+            }
+        });
+        let watching = watching.and_then(|mut watcher| {
+            for root in &roots {
+                let (path, mode) = match root.is_dir() {
+                    true => (root.as_path(), RecursiveMode::Recursive),
+                    false => (root.parent().unwrap_or(root), RecursiveMode::NonRecursive),
+                };
+                watcher.watch(path, mode)?;
+            }
+            Ok(watcher)
+        });
+        let (watcher, problem) = match watching {
+            Ok(watcher) => (Some(watcher), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let seen = below(&roots);
+        (Self { roots, events, _watcher: watcher, seen }, problem)
+    }
+
+    /// Waits until a file has changed since the last wait began, and then for silence; the file. `None`: `ended` said so.
+    pub fn wait(&mut self, ended: &dyn Fn() -> bool) -> Option<PathBuf> {
+        let mut looked = Instant::now().checked_sub(POLL);
+        while !ended() {
+            let hinted = self.events.recv_timeout(QUIET).is_ok();
+            if hinted {
+                while self.events.recv_timeout(QUIET).is_ok() {}
+            } else if looked.is_some_and(|looked| looked.elapsed() < POLL) {
+                continue;
+            }
+            looked = Some(Instant::now());
+            let now = below(&self.roots);
+            if now != self.seen {
+                let differs = |path: &&PathBuf| now.get(*path) != self.seen.get(*path);
+                let changed = now.keys().chain(self.seen.keys()).find(differs).cloned();
+                self.seen = now;
+                return changed;
+            }
+        }
+        None
+    }
+}
+
+/// All files below some roots.
+fn below(roots: &[PathBuf]) -> BTreeMap<PathBuf, Option<Identity>> {
+    let (mut found, mut open) = (BTreeMap::new(), roots.to_vec());
+    while let Some(path) = open.pop() {
+        if !path.is_dir() {
+            found.insert(path.clone(), identity(&path));
+            continue;
+        }
+        let entries = std::fs::read_dir(&path).into_iter().flatten().flatten();
+        open.extend(entries.map(|entry| entry.path()).filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            !name.starts_with('.') && name != "target"
+        }));
+    }
+    found
 }
 
 fn identity(path: &Path) -> Option<Identity> {

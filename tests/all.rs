@@ -19,3 +19,5 @@ mod reload;
 mod sdk;
 mod strategies;
 mod support;
+#[cfg(unix)]
+mod watching;

@@ -350,7 +350,7 @@ fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
 // The server.
 
 /// A request as it goes over the wire, and the whole answer: status, headers, body.
-fn http(address: SocketAddr, head: &str, body: &str) -> Result<(u16, String, String)> {
+pub fn http(address: SocketAddr, head: &str, body: &str) -> Result<(u16, String, String)> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     write!(stream, "{head}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;

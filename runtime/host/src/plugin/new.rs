@@ -29,6 +29,8 @@ homeroom-sdk = { path = "homeroom/sdk" }
 # A panic has to unwind: it becomes an error that names your line.
 [profile.release]
 panic = "unwind"
+# Only what was edited is compiled anew.
+incremental = true
 "#;
 
 /// What the crates in `homeroom/vendor` are taken for, so that cargo asks no network.

@@ -124,7 +124,9 @@ fn options_of_the_storage_are_checked() -> Result<()> {
     let mut command = fine_tune(&place, &base, "qlora", &output)?;
     refused(command.args(["--set-option", "block_size=48"]), &["block_size is 48", "power of two"])?;
     let mut command = fine_tune(&place, &base, "qlora", &output)?;
-    refused(command.args(["--set-option", "double_quants=true"]), &["double_quants", "did you mean `double_quant`"])
+    refused(command.args(["--set-option", "double_quants=true"]), &["double_quants", "did you mean `double_quant`"])?;
+    let mut command = fine_tune(&place, &base, "qlora", &output)?;
+    refused(command.args(["--set-option", "r=4"]), &["--lora-r is 2", "--set-option r is 4"])
 }
 
 fn fine_tune(place: &Place, base: &Path, strategy: &str, output: &Path) -> Result<std::process::Command> {

@@ -51,7 +51,7 @@ pub use export::{descriptor, dispatch, no_extension};
 pub use homeroom_abi as abi;
 pub use model::{Model, Targets, pattern_value};
 pub use options::{Options, Values, number};
-pub use planner::{Adapted, Planner};
+pub use planner::{Adapted, Planner, Shared};
 pub use record::{Module, Node};
 pub use step::Step;
 pub use strategy::{Merged, Strategy, trace};

@@ -17,6 +17,35 @@ pub struct Adapted {
     pub(crate) params: Vec<ParamSpec>,
 }
 
+/// A parameter of the model as a whole.
+pub struct Shared<'a>(&'a mut ParamSpec);
+
+impl Shared<'_> {
+    /// Freezes it: it is saved and used, and not trained.
+    pub fn frozen(self) -> Self {
+        self.0.trainable = false;
+        self
+    }
+
+    /// Names it in the adapter's file; else that is its own name.
+    pub fn saved_as(self, name: &str) -> Self {
+        self.0.tensor = name.to_owned();
+        self
+    }
+
+    /// Gives it another shape in the adapter's file.
+    pub fn saved_shape<const N: usize>(self, shape: [usize; N]) -> Self {
+        self.0.tensor_shape = Some(shape.to_vec());
+        self
+    }
+
+    /// Puts it into an optimizer group.
+    pub fn in_group(self, group: &str) -> Self {
+        self.0.group = Some(group.to_owned());
+        self
+    }
+}
+
 impl Planner {
     /// Adapts a module.
     pub fn adapt(&mut self, module: &ModuleInfo) -> &mut Adapted {
@@ -25,11 +54,10 @@ impl Planner {
         self.adapted.last_mut().expect("one was pushed on the line above")
     }
 
-    /// Adds a parameter of the model as a whole, which the recipe of any module may use.
-    pub fn shared<const N: usize>(&mut self, name: &str, shape: [usize; N], init: Init, trainable: bool) {
-        let mut param = spec(name, shape, init);
-        param.trainable = trainable;
-        self.plan.params.push(param);
+    /// Adds a trainable parameter of the model as a whole, which the recipe of any module may use.
+    pub fn shared<const N: usize>(&mut self, name: &str, shape: [usize; N], init: Init) -> Shared<'_> {
+        self.plan.params.push(spec(name, shape, init));
+        Shared(self.plan.params.last_mut().expect("one was pushed on the line above"))
     }
 
     /// Names a number that recipes use by `module.scalar(name)`.

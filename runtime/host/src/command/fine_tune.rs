@@ -46,7 +46,7 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
         search = search.watched(this_program()?);
     }
     let plugin = search.load(&arguments.strategy)?;
-    let options = options(arguments);
+    let options = options(arguments)?;
     plugin.check_options(&options)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
     let rows = Rows::load(arguments, &model)?;
@@ -101,21 +101,29 @@ fn evaluate(job: &Job, examples: &[&Example]) -> Result<Option<Evaluation>> {
 }
 
 /// The strategy's options, by PEFT's names.
-fn options(arguments: &FineTune) -> Map<String, Value> {
+///
+/// # Errors
+/// When one is given twice, with two values.
+fn options(arguments: &FineTune) -> Result<Map<String, Value>> {
+    let flags = [
+        ("--lora-r", "r", arguments.lora_r.map(Value::from)),
+        ("--lora-alpha", "lora_alpha", arguments.lora_alpha.map(Value::from)),
+        ("--lora-dropout", "lora_dropout", arguments.lora_dropout.map(Value::from)),
+        ("--target-modules", "target_modules", arguments.target_modules.as_deref().map(targets)),
+    ];
     let mut options = Map::new();
-    let mut set = |name: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            options.insert(name.to_owned(), value);
-        }
-    };
-    set("r", arguments.lora_r.map(Value::from));
-    set("lora_alpha", arguments.lora_alpha.map(Value::from));
-    set("lora_dropout", arguments.lora_dropout.map(Value::from));
-    set("target_modules", arguments.target_modules.as_deref().map(targets));
     for (name, value) in &arguments.options {
-        set(name, Some(value.clone()));
+        if let Some(before) = options.insert(name.clone(), value.clone()).filter(|before| before != value) {
+            bail!("--set-option {name} is given twice, as {before} and as {value}");
+        }
     }
-    options
+    for (flag, name, value) in flags {
+        let Some(value) = value else { continue };
+        if let Some(other) = options.insert(name.to_owned(), value.clone()).filter(|other| *other != value) {
+            bail!("{flag} is {value}, and --set-option {name} is {other}; give one of them");
+        }
+    }
+    Ok(options)
 }
 
 /// `all-linear`, a list of names, or a regular expression.

@@ -81,6 +81,7 @@ pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
 
 /// Checks a strategy and prints the report; an error when anything failed.
 pub fn check(file: &Path, as_json: bool) -> Result<Done> {
+    ensure!(file.exists(), "{}: no such file\nhint: build it first, with `cargo build --release`", file.display());
     let report = check::check(file, &Probe::this_program()?)?;
     let (failed, all) = (report.failed(), report.checks.len());
     if as_json {

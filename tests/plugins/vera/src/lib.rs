@@ -48,8 +48,8 @@ impl Strategy for Vera {
         let modules = model.matching(&self.targets)?;
         let d_in = modules.iter().map(|module| module.d_in).max().unwrap_or(0);
         let d_out = modules.iter().map(|module| module.d_out).max().unwrap_or(0);
-        plan.shared("vera_A", [self.r, d_in], Init::KaimingUniform { a: 5_f64.sqrt() }, false);
-        plan.shared("vera_B", [d_out, self.r], Init::KaimingUniform { a: 5_f64.sqrt() }, false);
+        plan.shared("vera_A", [self.r, d_in], Init::KaimingUniform { a: 5_f64.sqrt() }).frozen();
+        plan.shared("vera_B", [d_out, self.r], Init::KaimingUniform { a: 5_f64.sqrt() }).frozen();
         for module in modules {
             plan.adapt(module).param("vera_lambda_b", [module.d_out], Init::Zeros).param(
                 "vera_lambda_d",

@@ -198,6 +198,7 @@ function homeroom.prepare_dataset(options) end
 ---@field shuffle? boolean # whether each epoch has an order of its own (default: true)
 ---@field gradient_checkpointing? boolean # save memory: run each layer again in the backward pass (default: false)
 ---@field packing? boolean # fill passes with the rows of a step as they fit; false: a pass is one batch (default: true)
+---@field requantize? boolean # encode a base that is quantised already (GGUF) anew as the strategy asks; it keeps its storage else (default: false)
 ---@field compute? "auto" | "bf16" | "f32" # what products are computed in; auto: bf16 where the processor multiplies it, else f32 (default: "auto")
 ---@field seed? number # the same seed gives the same result (default: 42)
 ---@field eval_every? number # evaluate on `eval` each so many steps (default: only before and after)

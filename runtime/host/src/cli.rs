@@ -41,7 +41,7 @@ enum Command {
     ExportModel(ExportModel),
     /// Serves models to programs that speak OpenAI's API, on this machine
     Serve(Serve),
-    /// Shows the training strategies that are installed
+    /// Lists, writes, builds, checks and locks training strategies
     #[command(subcommand)]
     Plugins(Plugins),
     /// Measures speed and memory

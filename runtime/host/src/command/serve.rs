@@ -81,10 +81,10 @@ fn watch(path: &Path, mut handlers: Handlers, replace: impl Fn(Models)) {
         match edited {
             Ok(None) => {}
             Ok(Some((next, routes))) => {
-                let names: Vec<&str> = routes.keys().map(String::as_str).collect();
-                line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
+                let names: Vec<String> = routes.keys().cloned().collect();
                 replace(routes);
                 handlers = next;
+                line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
             }
             Err(error) => {
                 let reason = format!("{error:#}").replace('\n', " ");

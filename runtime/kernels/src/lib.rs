@@ -5,6 +5,7 @@
 //! - `codec`: storage as data, a code book over blocks of values: encoding and decoding
 //! - `tile`, `panel`, `product`: products with frozen weights and adapters, for training
 //! - `norm`, `rope`, `attention`, `swiglu`, `cross_entropy`: the rest of a decoder layer and its loss, forward and backward
+//! - `gemv`, `team`: products for a few rows, as in decoding, and the threads that share many short ones
 //! - `peak`: the limit of the processor
 //! - `matmul`, `dot`: products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter
@@ -16,6 +17,7 @@ mod cross_entropy;
 mod decode;
 mod dot;
 mod element;
+mod gemv;
 mod matmul;
 mod norm;
 mod panel;
@@ -26,6 +28,7 @@ mod product;
 mod rope;
 mod storage;
 mod swiglu;
+mod team;
 mod tile;
 
 pub use attention::{Attention, KeyValueGradients, attention, attention_backward};
@@ -34,6 +37,7 @@ pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
 pub use cross_entropy::{cross_entropy, target_logits};
 pub use decode::decode_row;
 pub use element::Element;
+pub use gemv::{FewRows, UpdateRows, gemv};
 pub use half::bf16;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use norm::{rms_norm, rms_norm_backward, scale_columns};
@@ -45,3 +49,4 @@ pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, ou
 pub use rope::{RotaryTable, rotate};
 pub use storage::Storage;
 pub use swiglu::{swiglu, swiglu_backward};
+pub use team::{Team, lead};

@@ -7,6 +7,7 @@ use half::bf16;
 use super::Coded;
 use crate::cpu::{Cpu, per_cpu};
 use crate::element::Element;
+use crate::gemv::LANES;
 
 impl Coded<'_> {
     /// Decodes values of row `row`: value = code[index] · scale in f32, rounded to the nearest E.
@@ -32,6 +33,17 @@ impl Coded<'_> {
         }
     }
 
+    /// How a row is decoded in registers; `None` where blocks or rows do not end where lanes do.
+    pub(crate) fn fused(&self) -> Option<Fused> {
+        let len = self.block_len();
+        let whole = self.cols.is_multiple_of(len) && len.is_multiple_of(LANES);
+        match self.codec.bits {
+            4 if whole => Some(Fused::Nibbles(self.levels())),
+            8 if whole && self.linear && len == self.cols => Some(Fused::Linear),
+            _ => None,
+        }
+    }
+
     /// The code book, its last value repeated.
     fn levels<const N: usize>(&self) -> [f32; N] {
         let code = &self.codec.code;
@@ -46,6 +58,14 @@ impl Coded<'_> {
         let len = self.codec.block_len(self.cols);
         Blocks { coded: self, len, block: range.start / len, range, out }
     }
+}
+
+/// See [`Coded::fused`].
+pub(crate) enum Fused {
+    /// Four bits a value, by these levels.
+    Nibbles([f32; 16]),
+    /// Eight bits a value on a straight line, a scale for each row.
+    Linear,
 }
 
 /// See [`Coded::blocks`]. Yields the scale of a block, its values (their numbers in the matrix) and where they go.

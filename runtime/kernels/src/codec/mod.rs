@@ -8,6 +8,7 @@
 mod decode;
 mod encode;
 
+pub(crate) use decode::Fused;
 pub use encode::encode;
 
 /// NF4 levels: quantiles of N(0, 1), Dettmers et al. 2023, appendix E, in bitsandbytes' digits.
@@ -242,8 +243,13 @@ impl<'a> Coded<'a> {
         self.codec
     }
 
+    /// Values of a block.
+    pub(crate) fn block_len(&self) -> usize {
+        self.codec.block_len(self.cols)
+    }
+
     /// The scale of a block.
-    fn scale(&self, block: usize) -> f32 {
+    pub(crate) fn scale(&self, block: usize) -> f32 {
         match (self.scales, &self.codec.scales) {
             (EncodedScales::F32(scales), _) => scales[block],
             (EncodedScales::Nested { codes, absmax, offset }, ScaleStorage::Nested { block: nested, code }) => {

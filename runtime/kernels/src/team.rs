@@ -1,0 +1,182 @@
+//! Many short jobs one after another, as in decoding a token: a leader hands out tasks, and whoever of the pool has time takes
+//! some, without being woken for each job.
+//!
+//! The leader never waits for a thread to come: what nobody takes it does itself. So a busy pool makes a team slower, and
+//! never stops it.
+
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+
+use crate::cpu::{cpu, with_cpu};
+use crate::pool::threads;
+
+/// Polls before a thread that waits lets others have the processor.
+const PATIENCE: u32 = 4096;
+
+/// Bits of a ticket that count tasks, twice; the others count jobs, so that no ticket of one job is one of the next.
+const BITS: u32 = 20;
+const MASK: u64 = (1 << BITS) - 1;
+
+/// The tasks of a job by number, from anybody who takes one.
+type Call = unsafe fn(*const (), usize);
+
+/// Threads that do a leader's jobs. See [`lead`].
+pub struct Team {
+    /// Number of the job, its tasks, and how many of them are taken.
+    ticket: AtomicU64,
+    /// What the job's tasks are; written while no task can be taken.
+    call: AtomicPtr<()>,
+    context: AtomicPtr<()>,
+    done: AtomicUsize,
+    failed: AtomicBool,
+    over: AtomicBool,
+}
+
+/// Waits a little more: first awake, then by letting others run.
+fn wait(polls: &mut u32) {
+    *polls = polls.saturating_add(1);
+    if *polls > PATIENCE { std::thread::yield_now() } else { std::hint::spin_loop() }
+}
+
+impl Team {
+    fn new() -> Self {
+        Self {
+            ticket: AtomicU64::new(0),
+            call: AtomicPtr::new(std::ptr::null_mut()),
+            context: AtomicPtr::new(std::ptr::null_mut()),
+            done: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+        }
+    }
+
+    /// Calls `f` with each number below `tasks`, started in ascending order, and returns when all have ended.
+    ///
+    /// # Panics
+    /// When a task does, or there are more than a million.
+    pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, f: F) {
+        unsafe fn call<F: Fn(usize)>(context: *const (), task: usize) {
+            // SAFETY: `run` passes its `f`, and returns only when no task runs.
+            unsafe { (*context.cast::<F>())(task) }
+        }
+        if tasks == 0 {
+            return;
+        }
+        assert!((tasks as u64) < MASK, "{tasks} tasks");
+        self.done.store(0, Ordering::Relaxed);
+        self.call.store(call::<F> as *mut (), Ordering::Relaxed);
+        self.context.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
+        let job = (self.ticket.load(Ordering::Relaxed) >> (2 * BITS)) + 1;
+        self.ticket.store(job << (2 * BITS) | (tasks as u64) << BITS, Ordering::Release);
+        while self.task() {}
+        let mut polls = 0;
+        while self.done.load(Ordering::Acquire) < tasks {
+            wait(&mut polls);
+        }
+        assert!(!self.failed.load(Ordering::Relaxed), "a task of a team panicked");
+    }
+
+    /// Takes a task and does it; false when there is none.
+    fn task(&self) -> bool {
+        let ticket = self.ticket.load(Ordering::Acquire);
+        let (tasks, next) = (ticket >> BITS & MASK, ticket & MASK);
+        if next >= tasks {
+            return false;
+        }
+        // These belong to the ticket: another job is only begun when all tasks of this one are done, and if that has
+        // happened the exchange fails.
+        let (call, context) = (self.call.load(Ordering::Relaxed), self.context.load(Ordering::Relaxed));
+        if self.ticket.compare_exchange(ticket, ticket + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return true;
+        }
+        // SAFETY: `call` was made from a `Call` by `run`, whose `f` lives until this task is counted as done.
+        let run = std::panic::AssertUnwindSafe(|| unsafe {
+            std::mem::transmute::<*mut (), Call>(call)(context, next as usize);
+        });
+        if std::panic::catch_unwind(run).is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        self.done.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    fn help(&self) {
+        let mut polls = 0;
+        while !self.over.load(Ordering::Acquire) {
+            if self.task() {
+                polls = 0;
+            } else {
+                wait(&mut polls);
+            }
+        }
+    }
+}
+
+/// Runs `f` as the leader of a team of all threads of the pool that have time.
+///
+/// They are busy waiting between jobs, so `f` should be little else than jobs, and short.
+pub fn lead<R: Send>(f: impl FnOnce(&Team) -> R + Send) -> R {
+    /// Lets the helpers go, also when `f` panics.
+    struct Over<'a>(&'a Team);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.over.store(true, Ordering::Release);
+        }
+    }
+    let (team, cpu) = (&Team::new(), cpu());
+    rayon::scope(|scope| {
+        for _ in 1..threads() {
+            scope.spawn(move |_| with_cpu(cpu, || team.help()));
+        }
+        let _over = Over(team);
+        with_cpu(cpu, || f(team))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    fn on<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads start").install(f)
+    }
+
+    #[test]
+    fn every_task_of_every_job_is_done_once_before_the_next_job_begins() {
+        for threads in [1, 2, 5] {
+            on(threads, || {
+                lead(|team| {
+                    for job in 0..2000_u32 {
+                        let counts: Vec<AtomicU32> = (0..job % 37).map(|_| AtomicU32::new(0)).collect();
+                        team.run(counts.len(), |task| {
+                            counts[task].fetch_add(1, Ordering::Relaxed);
+                        });
+                        assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "job {job}");
+                    }
+                });
+            });
+        }
+    }
+
+    #[test]
+    fn teams_that_run_at_once_do_not_wait_for_each_other() {
+        on(2, || {
+            rayon::scope(|scope| {
+                for _ in 0..6 {
+                    scope.spawn(|_| {
+                        lead(|team| (0..50).for_each(|_| team.run(9, |_| std::thread::yield_now())));
+                    });
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn a_task_that_panics_is_the_leaders_panic() {
+        let caught = std::panic::catch_unwind(|| {
+            on(2, || lead(|team| team.run(100, |task| assert!(task != 50, "the fiftieth"))));
+        });
+        assert!(caught.is_err());
+    }
+}

@@ -59,13 +59,17 @@ impl Attention<'_> {
         [head, self.heads + head / group, self.heads + self.kv_heads + head / group].map(|head| head * self.head_dim)
     }
 
-    fn check(&self, rows: usize) {
+    fn check_heads(&self, rows: usize) {
         let (heads, kv_heads) = (self.heads, self.kv_heads);
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads for {kv_heads}");
         assert!(self.head_dim > 0 && self.head_dim.is_multiple_of(2), "a head of {}", self.head_dim);
         let width = kv_heads.checked_mul(2).and_then(|both| both.checked_add(heads)?.checked_mul(self.head_dim));
         assert!(width.and_then(|width| width.checked_mul(rows)).is_some(), "{rows} rows of {heads} heads");
         assert!(self.window != Some(0), "a query sees its own position");
+    }
+
+    fn check(&self, rows: usize) {
+        self.check_heads(rows);
         let mut end = 0;
         for sequence in self.sequences {
             assert!(sequence.start == end && sequence.end >= end, "sequences follow each other");
@@ -98,7 +102,9 @@ pub fn attention<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E],
     shape.check(m);
     assert!(qkv.len() == m * row && out.len() == m * shape.heads * shape.head_dim && log_sums.len() == m * shape.heads);
     let cpu = cpu();
-    let (out, log_sums) = (Shared::new(out), Shared::new(log_sums));
+    let (out, log_sums) = (Shared::new(out), Some(Shared::new(log_sums)));
+    let [_, key_at, value_at] = shape.places(0);
+    let source = Source { queries: qkv, query_row: row, offset: 0, keys: qkv, key_row: row, key_at, value_at };
     let chunks = shape.sequences.iter().flat_map(|sequence| {
         sequence.clone().step_by(CHUNK).map(move |from| (sequence.start, from..sequence.end.min(from + CHUNK)))
     });
@@ -107,9 +113,47 @@ pub fn attention<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E],
         let (start, queries) = &chunks[task / shape.kv_heads];
         SCRATCH.with_borrow_mut(|scratch| {
             let place = (task % shape.kv_heads, *start, queries.clone());
-            forward_chunk(cpu, shape, qkv, place, out, log_sums, m, scratch);
+            forward_chunk(cpu, shape, &source, place, out, log_sums, m, scratch);
         });
     });
+}
+
+/// [`attention`] of a sequence whose earlier keys and values are kept: rows of q, k, v (m, [`Attention::row`]), the last m of
+/// the positions in `kept` (T, 2 H_kv D), k beside v, to out (m, H D). `shape.sequences` is not asked.
+///
+/// # Panics
+/// When sizes disagree.
+pub fn attention_kept<E: ProductElement>(shape: &Attention, qkv: &[E], kept: &[E], out: &mut [E]) {
+    let (row, key_row) = (shape.row(), 2 * shape.kv_heads * shape.head_dim);
+    shape.check_heads(qkv.len() / row);
+    let (m, total) = (qkv.len() / row, kept.len() / key_row);
+    let sizes = qkv.len() == m * row && kept.len() == total * key_row && out.len() == m * shape.heads * shape.head_dim;
+    assert!(sizes && m <= total, "{m} rows, the last of {total}");
+    let (cpu, out, offset) = (cpu(), Shared::new(out), total - m);
+    let value_at = shape.kv_heads * shape.head_dim;
+    let source = Source { queries: qkv, query_row: row, offset, keys: kept, key_row, key_at: 0, value_at };
+    // Chunks begin at the same positions whatever part of a sequence is asked for.
+    let first = offset / CHUNK;
+    for_each((total.div_ceil(CHUNK) - first) * shape.kv_heads, |task| {
+        let from = (first + task / shape.kv_heads) * CHUNK;
+        let queries = from.max(offset)..total.min(from + CHUNK);
+        SCRATCH.with_borrow_mut(|scratch| {
+            forward_chunk(cpu, shape, &source, (task % shape.kv_heads, 0, queries), out, None, m, scratch);
+        });
+    });
+}
+
+/// Where queries, keys and values lie.
+struct Source<'a, E> {
+    /// Rows of queries, the first of which stands at position `offset` of the keys.
+    queries: &'a [E],
+    query_row: usize,
+    offset: usize,
+    /// Rows of keys and values, and where in a row those of the first head are.
+    keys: &'a [E],
+    key_row: usize,
+    key_at: usize,
+    value_at: usize,
 }
 
 /// One chunk of a sequence's queries, for the heads that share a key head.
@@ -117,18 +161,20 @@ pub fn attention<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E],
 fn forward_chunk<E: ProductElement>(
     cpu: Cpu,
     shape: &Attention,
-    qkv: &[E],
+    source: &Source<'_, E>,
     (kv_head, start, queries): (usize, usize, Range<usize>),
     out: Shared<E>,
-    log_sums: Shared<f32>,
+    log_sums: Option<Shared<f32>>,
     m: usize,
     scratch: &mut Scratch,
 ) {
-    let (row, d, window, scale) = (shape.row(), shape.head_dim, shape.window(), shape.scale());
+    let (d, window, scale) = (shape.head_dim, shape.window(), shape.scale());
+    let &Source { queries: q, query_row, offset, keys: kv, key_row, .. } = source;
     let group = shape.heads / shape.kv_heads;
-    let [_, key_at, value_at] = shape.places(kv_head * group);
-    // Keys from `first` on are seen by some query.
-    let first = start.max(queries.start.saturating_sub(window - 1));
+    let (key_at, value_at) = (source.key_at + kv_head * d, source.value_at + kv_head * d);
+    // Keys from `first` on are seen by some query. It is a whole number of panels from the start, so that a row is summed in the
+    // same order whichever queries it shares the call with.
+    let first = start + (queries.start.saturating_sub(window - 1).max(start) - start) / PANEL * PANEL;
     let count = queries.end - first;
     let panels = count.div_ceil(PANEL);
     let words = d / E::PER_WORD;
@@ -139,7 +185,7 @@ fn forward_chunk<E: ProductElement>(
         let width = PANEL.min(queries.end - from);
         let mut pointers = [std::ptr::null(); PANEL];
         for (j, pointer) in pointers[..width].iter_mut().enumerate() {
-            *pointer = qkv[(from + j) * row + key_at..][..d].as_ptr().cast();
+            *pointer = kv[(from + j) * key_row + key_at..][..d].as_ptr().cast();
         }
         // SAFETY: each pointer is to the `d` values of a key.
         unsafe { pack_columns(cpu, &pointers[..width], words, out) };
@@ -151,7 +197,7 @@ fn forward_chunk<E: ProductElement>(
     for (strip, out) in values.chunks_exact_mut(value_words * PANEL).enumerate() {
         let at = strip * PANEL;
         let width = PANEL.min(d - at);
-        pack_rows_padded(cpu, &qkv[first * row + value_at + at..], row, count, width, out);
+        pack_rows_padded(cpu, &kv[first * key_row + value_at + at..], key_row, count, width, out);
     }
     let step = panels * PANEL;
     let scores = grown(scores, QUERIES * step);
@@ -165,8 +211,8 @@ fn forward_chunk<E: ProductElement>(
             let (low, high) = (low / PANEL * PANEL, (block.end - first).next_multiple_of(PANEL));
             for key in (low..high).step_by(PANEL) {
                 let segment = Segment {
-                    a: qkv[block.start * row + query_at..].as_ptr().cast(),
-                    row_step: row * size_of::<E>(),
+                    a: q[(block.start - offset) * query_row + query_at..].as_ptr().cast(),
+                    row_step: query_row * size_of::<E>(),
                     word_step: size_of::<u32>(),
                     words,
                     b: keys[key * words..].as_ptr(),
@@ -179,8 +225,10 @@ fn forward_chunk<E: ProductElement>(
                 let seen = query.saturating_sub(window - 1).max(first) - first..query + 1 - first;
                 let (scores, weights) = (&mut scores[i * step..][..step], &mut weights[i * step..][..step]);
                 let log_sum = softmax_row(cpu, scores, seen, low..high, scale, weights);
-                // SAFETY: this task alone writes this head's and row's place.
-                unsafe { *log_sums.get().add(head * m + query) = log_sum };
+                if let Some(log_sums) = log_sums {
+                    // SAFETY: this task alone writes this head's and row's place.
+                    unsafe { *log_sums.get().add(head * m + query) = log_sum };
+                }
             }
             for strip in 0..strips {
                 let width = PANEL.min(d - strip * PANEL);
@@ -191,7 +239,7 @@ fn forward_chunk<E: ProductElement>(
                     words: (high - low) / E::PER_WORD,
                     b: values[(strip * value_words + low / E::PER_WORD) * PANEL..].as_ptr(),
                 };
-                let at = block.start * shape.heads * d + head * d + strip * PANEL;
+                let at = (block.start - offset) * shape.heads * d + head * d + strip * PANEL;
                 let narrow = out.get().wrapping_add(at);
                 let store =
                     Store { wide: std::ptr::null_mut(), narrow, ..Store::wide(std::ptr::null_mut(), shape.heads * d) };

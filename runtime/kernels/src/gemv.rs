@@ -14,6 +14,8 @@ use crate::product::grown;
 
 /// Lanes of a sum. Rows of x are padded to a multiple with zeros.
 pub const LANES: usize = 32;
+/// Columns that are multiplied at once: into the first half of the lanes, into the second, and so on.
+const HALF: usize = LANES / 2;
 /// Rows of x that share one reading of W at most; more are taken in turns.
 const ROWS: usize = 4;
 
@@ -37,7 +39,8 @@ impl FewRows<'_> {
     }
 }
 
-/// A low-rank update beside the weight: `s B` (n, step of `u`) and `u = x Aᵀ` (m, …), both padded with zeros.
+/// A low-rank update beside the weight: `s B` (n, step of `u`) and `u = x Aᵀ` (m, …), both padded with zeros to whole halves of
+/// the lanes.
 #[derive(Clone, Copy, Debug)]
 pub struct UpdateRows<'a> {
     /// `s B`, one row for each row of W.
@@ -61,7 +64,7 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<U
     assert!(fits, "{rows:?} of {} x {} for {m} rows of {}", w.rows, w.cols, x.step);
     if let Some(UpdateRows { b, u }) = &update {
         let fits = u.values.len() == m * u.step && b.len() == w.rows * u.step;
-        assert!(u.step.is_multiple_of(LANES) && fits, "an update of {} x {}", w.rows, u.step);
+        assert!(u.step.is_multiple_of(HALF) && fits, "an update of {} x {}", w.rows, u.step);
     }
     let cpu = cpu();
     SCRATCH.with_borrow_mut(|scratch| {
@@ -148,8 +151,9 @@ unsafe fn add<const M: usize>(cpu: Cpu, w: &[f32], x: *const f32, step: usize, s
     for (j, sums) in sums.iter_mut().enumerate() {
         // SAFETY: passed on to the caller.
         let x = unsafe { std::slice::from_raw_parts(x.add(j * step), w.len()) };
-        for (w, x) in w.as_chunks::<LANES>().0.iter().zip(x.as_chunks::<LANES>().0) {
-            for lane in 0..LANES {
+        for (i, (w, x)) in w.as_chunks::<HALF>().0.iter().zip(x.as_chunks::<HALF>().0).enumerate() {
+            let sums = &mut sums.as_chunks_mut::<HALF>().0[i % 2];
+            for lane in 0..HALF {
                 sums[lane] += w[lane] * x[lane];
             }
         }
@@ -183,14 +187,11 @@ mod avx2 {
                 // SAFETY: `sums` is four times eight values.
                 *lanes = unsafe { _mm256_loadu_ps(sums.as_ptr().add(8 * i)) };
             }
-            for (k, w) in w.as_chunks::<LANES>().0.iter().enumerate() {
-                for (i, lanes) in lanes.iter_mut().enumerate() {
-                    // SAFETY: `w` is four times eight values; for x passed on to the caller.
-                    let (w, x) = unsafe {
-                        (_mm256_loadu_ps(w.as_ptr().add(8 * i)), _mm256_loadu_ps(x.add(j * step + k * LANES + 8 * i)))
-                    };
-                    *lanes = _mm256_fmadd_ps(w, x, *lanes);
-                }
+            for (k, w) in w.as_chunks::<8>().0.iter().enumerate() {
+                let lanes = &mut lanes[k % 4];
+                // SAFETY: `w` is eight values; for x passed on to the caller.
+                let (w, x) = unsafe { (_mm256_loadu_ps(w.as_ptr()), _mm256_loadu_ps(x.add(j * step + 8 * k))) };
+                *lanes = _mm256_fmadd_ps(w, x, *lanes);
             }
             for (i, lanes) in lanes.iter().enumerate() {
                 // SAFETY: as above.
@@ -391,14 +392,16 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     fn five_bits(q: __m512i, high: [__mmask16; 2], [low, up]: [__m512; 2]) -> [__m512; 2] {
         let fifth = _mm512_set1_epi32(16);
-        [q, _mm512_srli_epi32::<4>(q)].map(|q| _mm512_and_si512(q, _mm512_set1_epi32(15))).into_iter().zip(high).fold(
-            ([_mm512_setzero_ps(); 2], 0),
-            |(mut out, k), (q, high)| {
+        [q, _mm512_srli_epi32::<4>(q)]
+            .map(|q| _mm512_and_si512(q, _mm512_set1_epi32(15)))
+            .into_iter()
+            .zip(high)
+            .fold(([_mm512_setzero_ps(); 2], 0), |(mut out, k), (q, high)| {
                 let index = _mm512_mask_or_epi32(q, high, q, fifth);
                 out[k] = _mm512_permutex2var_ps(low, index, up);
                 (out, k + 1)
-            },
-        ).0
+            })
+            .0
     }
 
     format!(Q5_0, 32, 22, |p, each| {
@@ -453,9 +456,8 @@ mod avx512 {
     format!(Q4K, 256, 144, |p, each| {
         let (scale, min) = scales(p);
         for i in 0..4 {
-            let table = |s: usize| {
-                _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale[s]), count(0)), _mm512_set1_ps(min[s]))
-            };
+            let table =
+                |s: usize| _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale[s]), count(0)), _mm512_set1_ps(min[s]));
             let (low, high) = (table(2 * i), table(2 * i + 1));
             let q = [0, 16].map(|k| bytes(p.add(16 + 32 * i + k)));
             each(4 * i, _mm512_permutexvar_ps(q[0], low));
@@ -594,7 +596,7 @@ mod tests {
         let bytes: Vec<u8> = decoded.iter().flat_map(|value| value.to_le_bytes()).collect();
         let floats = Matrix::new(Storage::F32, &bytes, n, k, RowOrder::Natural).unwrap();
         let mut stream = Stream::new(5, 1);
-        let (m, r) = (6, 32);
+        let (m, r) = (6, 48);
         let (x, u, b) = (random(&mut stream, m * k), random(&mut stream, m * r), random(&mut stream, n * r));
         let x_padded = padded(&x, m, k);
         for cpu in cpus() {
@@ -677,7 +679,10 @@ mod tests {
             let f16: Vec<u8> = values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
             let bf16: Vec<u8> = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
             for (storage, bytes) in [(Storage::F32, &f32_bytes), (Storage::F16, &f16), (Storage::BF16, &bf16)] {
-                check(&Matrix::new(storage, bytes, n, k, RowOrder::Natural).unwrap(), &format!("{storage:?}, {k} columns"));
+                check(
+                    &Matrix::new(storage, bytes, n, k, RowOrder::Natural).unwrap(),
+                    &format!("{storage:?}, {k} columns"),
+                );
             }
             let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
                 out.copy_from_slice(&values[rows.start * k..rows.end * k]);

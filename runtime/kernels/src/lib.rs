@@ -5,11 +5,12 @@
 //! - `codec`: storage as data, a code book over blocks of values: encoding and decoding
 //! - `tile`, `panel`, `product`: products with frozen weights and adapters, for training
 //! - `norm`, `rope`, `attention`, `swiglu`, `cross_entropy`: the rest of a decoder layer and its loss, forward and backward
-//! - `gemv`, `team`: products for a few rows, as in decoding, and the threads that share many short ones
+//! - `gemv`, `attend`, `team`: products and attention for a few rows, as in decoding, and the threads that share many short jobs
 //! - `peak`: the limit of the processor
 //! - `matmul`, `dot`: products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter
 
+mod attend;
 mod attention;
 mod codec;
 mod cpu;
@@ -31,7 +32,8 @@ mod swiglu;
 mod team;
 mod tile;
 
-pub use attention::{Attention, KeyValueGradients, attention, attention_backward};
+pub use attend::{attend, attend_join, attend_tasks, attend_values};
+pub use attention::{Attention, KeyValueGradients, attention, attention_backward, attention_kept};
 pub use codec::{Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};
 pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
 pub use cross_entropy::{cross_entropy, target_logits};
@@ -40,7 +42,7 @@ pub use element::Element;
 pub use gemv::{FewRows, UpdateRows, gemv};
 pub use half::bf16;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
-pub use norm::{rms_norm, rms_norm_backward, scale_columns};
+pub use norm::{normalise, rms_norm, rms_norm_backward, scale_columns};
 pub use panel::to_elements;
 pub use peak::register_loop_gflops;
 pub use philox::{Stream, dropout_mask, philox4x32};
@@ -48,5 +50,5 @@ pub use pool::{on_pool, threads};
 pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product};
 pub use rope::{RotaryTable, rotate};
 pub use storage::Storage;
-pub use swiglu::{swiglu, swiglu_backward};
+pub use swiglu::{gate, swiglu, swiglu_backward};
 pub use team::{Team, lead};

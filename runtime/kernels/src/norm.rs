@@ -45,6 +45,24 @@ per_cpu! {
     }
 }
 
+/// `y = w ∘ x / √(mean(x²) + ε)` of one row, in f32.
+///
+/// # Panics
+/// When sizes disagree.
+pub fn normalise(x: &[f32], w: &[f32], epsilon: f32, y: &mut [f32]) {
+    assert!(x.len() == w.len() && y.len() == w.len(), "a row of {}", w.len());
+    normalise_row(cpu(), x, w, epsilon, y);
+}
+
+per_cpu! {
+    fn normalise_row(x: &[f32], w: &[f32], epsilon: f32, y: &mut [f32]) {
+        let inverse = 1.0 / (sum(x, |x| x * x) / w.len() as f32 + epsilon).sqrt();
+        for j in 0..w.len() {
+            y[j] = w[j] * (x[j] * inverse);
+        }
+    }
+}
+
 /// `y = w ∘ x̂` again, from what was kept.
 ///
 /// # Panics

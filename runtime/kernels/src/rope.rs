@@ -26,6 +26,21 @@ impl RotaryTable {
         self.cos.len() / self.half.max(1)
     }
 
+    /// Turns heads that lie beside each other, in place, by a position.
+    ///
+    /// # Panics
+    /// When they are no whole heads or the position is not in the table.
+    pub fn turn(&self, position: u32, heads: &mut [f32]) {
+        assert!(heads.len().is_multiple_of(2 * self.half), "heads of {}", 2 * self.half);
+        let (cos, sin) = self.at(position);
+        for head in heads.chunks_exact_mut(2 * self.half) {
+            let (low, high) = head.split_at_mut(self.half);
+            for i in 0..self.half {
+                (low[i], high[i]) = (low[i] * cos[i] - high[i] * sin[i], high[i] * cos[i] + low[i] * sin[i]);
+            }
+        }
+    }
+
     /// Width of the heads that it rotates.
     pub(crate) fn head_dim(&self) -> usize {
         2 * self.half

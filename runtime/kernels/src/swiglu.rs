@@ -23,6 +23,23 @@ pub fn swiglu<E: Element>(n: usize, gate_up: &[E], h: &mut [E]) {
     });
 }
 
+/// `g = silu(g) ∘ u`, in f32.
+///
+/// # Panics
+/// When sizes disagree.
+pub fn gate(g: &mut [f32], u: &[f32]) {
+    assert_eq!(g.len(), u.len());
+    gate_values(cpu(), g, u);
+}
+
+per_cpu! {
+    fn gate_values(g: &mut [f32], u: &[f32]) {
+        for (g, u) in g.iter_mut().zip(u) {
+            *g = *g / (1.0 + exp(-*g)) * u;
+        }
+    }
+}
+
 per_cpu! {
     fn forward_rows<E: Element>(n: usize, gate_up: &[E], h: &mut [E]) {
         for (gate_up, h) in gate_up.chunks_exact(2 * n).zip(h.chunks_exact_mut(n)) {

@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use crate::cpu::{cpu, with_cpu};
-use crate::pool::threads;
+use crate::pool::{Shared, threads};
 
 /// Polls before a thread that waits lets others have the processor.
 const PATIENCE: u32 = 4096;
@@ -73,6 +73,20 @@ impl Team {
             wait(&mut polls);
         }
         assert!(!self.failed.load(Ordering::Relaxed), "a task of a team panicked");
+    }
+
+    /// Calls `f` with the number and the values of each part of `values`, `size` long, the last perhaps shorter.
+    ///
+    /// # Panics
+    /// As [`Team::run`].
+    pub fn parts<T: Send>(&self, values: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+        let len = values.len();
+        let values = Shared::new(values);
+        self.run(len.div_ceil(size), |task| {
+            let from = task * size;
+            // SAFETY: no two tasks have a part in common, and all lie in the slice, which is borrowed until all have ended.
+            f(task, unsafe { values.slice(from, size.min(len - from)) });
+        });
     }
 
     /// Takes a task and does it; false when there is none.

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use homeroom_kernels::{
-    Attention, Cpu, KeyValueGradients, ProductElement, RotaryTable, Stream, attention, attention_backward, bf16,
+    Attention, Cpu, KeyValueGradients, ProductElement, RotaryTable, Stream, attend, attend_join, attend_tasks,
+    attend_values, attention, attention_backward, attention_kept, bf16, with_cpu,
 };
 
 use super::{U, bits, close, cpus, is_gradient, narrow, normal, on_any_threads, on_threads, unit, wide};
@@ -180,6 +181,65 @@ fn the_plain_backward_is_the_derivative_of_the_plain_forward() {
         };
         is_gradient(|x| dot(&run(x).out.values, &d_out)[0], &x, &run(&x).d_qkv.values, 0..x.len());
     }
+}
+
+/// A sequence read in pieces over kept keys and values, and its last query by itself, against the whole at once.
+fn kept<E: ProductElement>(length: usize, heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) {
+    let label = format!("{length} rows, {heads} heads for {kv_heads} of {head_dim}, {window:?}");
+    let whole = sequences(&[length]);
+    let shape = Attention { sequences: &whole, heads, kv_heads, head_dim, window };
+    let (row, kv) = (shape.row(), 2 * kv_heads * head_dim);
+    let mut stream = Stream::new(77, length as u64);
+    let qkv: Vec<E> = normal(length * row, 1.0, &mut stream).into_iter().map(E::of).collect();
+    let kept: Vec<E> = qkv.chunks_exact(row).flat_map(|row| row[heads * head_dim..].to_vec()).collect();
+    for cpu in cpus() {
+        let mut expected = vec![E::default(); length * heads * head_dim];
+        with_cpu(cpu, || attention(&shape, &qkv, &mut expected, &mut vec![0.0; heads * length]));
+        for piece in [1, 7, 100, 250] {
+            let out = on_any_threads(cpu, &label, || {
+                let mut out = vec![E::default(); expected.len()];
+                for from in (0..length).step_by(piece) {
+                    let to = length.min(from + piece);
+                    let out = &mut out[from * heads * head_dim..to * heads * head_dim];
+                    attention_kept(&shape, &qkv[from * row..to * row], &kept[..to * kv], out);
+                }
+                out.iter().map(|value| value.wide().to_bits()).collect::<Vec<u32>>()
+            });
+            let whole: Vec<u32> = expected.iter().map(|value| value.wide().to_bits()).collect();
+            assert!(out == whole, "{label}, {cpu:?}: in pieces of {piece} it is something else");
+        }
+        for last in [0, length / 2, length - 1] {
+            let q: Vec<f32> = qkv[last * row..][..heads * head_dim].iter().map(|value| value.wide()).collect();
+            let kept = &kept[..(last + 1) * kv];
+            let size = attend_values(&shape);
+            let mut parts = vec![f32::NAN; attend_tasks(&shape, last + 1) * size];
+            for (task, part) in parts.chunks_exact_mut(size).enumerate() {
+                with_cpu(cpu, || attend(&shape, &q, kept, task, part));
+            }
+            let mut out = vec![f32::NAN; heads * head_dim];
+            attend_join(&shape, &parts, &mut out);
+            let places = &expected[last * heads * head_dim..][..heads * head_dim];
+            for (got, want) in out.iter().zip(places) {
+                // The whole rounds its weights and its result to E.
+                assert!(
+                    (got - want.wide()).abs() < 4.0 * unit::<E>() as f32 + 2e-5,
+                    "{label}, {cpu:?}: {got} for {want:?}",
+                    want = want.wide()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_over_kept_keys_is_attention_over_the_whole() {
+    for window in [None, Some(1), Some(70), Some(300)] {
+        kept::<f32>(601, 6, 2, 16, window);
+        kept::<bf16>(601, 6, 2, 16, window);
+    }
+    kept::<bf16>(300, 9, 3, 64, None);
+    kept::<f32>(300, 2, 2, 80, None);
+    kept::<bf16>(3, 4, 1, 6, Some(2));
 }
 
 /// What the kernels give for a batch.

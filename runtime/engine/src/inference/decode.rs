@@ -1,0 +1,357 @@
+//! One further token of one or several sequences: every weight is read once, decoded and multiplied in one pass, with low-rank
+//! updates in the same sums. Activations are f32.
+//!
+//! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
+
+use homeroom_kernels::{
+    Attention, Element, FewRows, RotaryTable, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values, gemv,
+    lead, threads,
+};
+
+use super::cache::KvCache;
+use crate::adaptation::Adaptation;
+use crate::config::ModelConfig;
+use crate::fused::low_rank::low_rank;
+use crate::model::{BaseModel, EMBEDDING, FINAL_NORM, HEAD};
+use crate::weight::Weight;
+
+/// Ranks are padded with zeros to a multiple of this, see [`UpdateRows`].
+const RANK_STEP: usize = 16;
+
+/// A model whose modules are frozen or have low-rank updates, laid out for decoding.
+pub struct Decoder {
+    layers: Vec<Layer>,
+    final_norm: Vec<f32>,
+    head: Site,
+    embedding: usize,
+}
+
+struct Layer {
+    input_norm: Vec<f32>,
+    post_norm: Vec<f32>,
+    qkv: Site,
+    o: Site,
+    gate_up: Site,
+    down: Site,
+}
+
+/// Modules that share an input, as in [`crate::fused`].
+struct Site {
+    d_in: usize,
+    modules: Vec<Linear>,
+    /// A of all modules (rank, d_in), if there is one.
+    a: Option<Weight>,
+}
+
+struct Linear {
+    /// Index into [`BaseModel::modules`].
+    index: usize,
+    d_out: usize,
+    update: Option<Update>,
+}
+
+struct Update {
+    /// First of its rows of A, and how many.
+    at: usize,
+    r: usize,
+    /// r, padded.
+    padded: usize,
+    /// `s B` (d_out, padded).
+    b: Vec<f32>,
+}
+
+impl Site {
+    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize]) -> Option<Self> {
+        let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
+        for &index in indices {
+            let info = &model.modules[index].info;
+            (d_in, _) = (info.d_in, info.d_out);
+            let adapted = adaptation.and_then(|adaptation| Some((adaptation, adaptation.of(index)?)));
+            let update = match adapted {
+                None => None,
+                Some((adaptation, adapted)) => {
+                    let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted)?;
+                    let values = |param: usize| {
+                        let tensor = adaptation.params[param].var.as_detached_tensor();
+                        tensor.flatten_all().and_then(|values| values.to_vec1::<f32>()).ok()
+                    };
+                    let (a, b) = (values(low_rank.a)?, values(low_rank.b)?);
+                    let r = a.len() / info.d_in;
+                    let padded = r.next_multiple_of(RANK_STEP);
+                    let at = stacked.len() / info.d_in;
+                    stacked.extend(a);
+                    let mut scaled = vec![0f32; info.d_out * padded];
+                    for (to, from) in scaled.chunks_exact_mut(padded).zip(b.chunks_exact(r)) {
+                        to.iter_mut().zip(from).for_each(|(to, from)| *to = low_rank.scaling as f32 * from);
+                    }
+                    Some(Update { at, r, padded, b: scaled })
+                }
+            };
+            modules.push(Linear { index, d_out: info.d_out, update });
+        }
+        let rank = stacked.len() / d_in.max(1);
+        let a = (rank > 0).then(|| Weight::from_values(&stacked, (rank, d_in)).ok());
+        Some(Self { d_in, modules, a: a.flatten() })
+    }
+
+    fn d_out(&self) -> usize {
+        self.modules.iter().map(|module| module.d_out).sum()
+    }
+
+    /// `u = x Aᵀ` of each module (m, padded), nothing where there is no update.
+    fn down(&self, team: &Team, x: FewRows<'_>, m: usize) -> Vec<Vec<f32>> {
+        let Some(a) = &self.a else { return vec![Vec::new(); self.modules.len()] };
+        let mut all = vec![0f32; a.rows() * m];
+        let size = part(a.rows());
+        team.parts(&mut all, size * m, |task, out| {
+            let from = task * size;
+            gemv(x, &a.matrix(), from..from + out.len() / m, None, out);
+        });
+        let of_module = |module: &Linear| {
+            let Some(Update { at, r, padded, .. }) = module.update else { return Vec::new() };
+            let mut u = vec![0f32; m * padded];
+            for (k, values) in all[at * m..(at + r) * m].chunks_exact(m).enumerate() {
+                values.iter().enumerate().for_each(|(j, value)| u[j * padded + k] = *value);
+            }
+            u
+        };
+        self.modules.iter().map(of_module).collect()
+    }
+
+    /// Rows `from..` of a module's output into `out` (rows, m).
+    fn rows(&self, model: &BaseModel, module: usize, x: FewRows<'_>, u: &[Vec<f32>], from: usize, out: &mut [f32]) {
+        let Linear { index, update, .. } = &self.modules[module];
+        let m = x.values.len() / x.step;
+        let rows = from..from + out.len() / m;
+        let update = update.as_ref().map(|update| UpdateRows {
+            b: &update.b,
+            u: FewRows { values: &u[module], step: update.padded },
+        });
+        let module = &model.modules[*index];
+        gemv(x, &module.weight.matrix(), rows.clone(), update, out);
+        if let Some(bias) = &module.bias {
+            for (out, bias) in out.chunks_exact_mut(m).zip(&bias[rows]) {
+                out.iter_mut().for_each(|out| *out += bias);
+            }
+        }
+    }
+
+    /// All outputs beside each other: `out` (d_out, m), from x (m, d_in).
+    fn run(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
+        let m = x.values.len() / x.step;
+        let u = self.down(team, x, m);
+        let size = part(self.d_out());
+        team.parts(out, size * m, |task, mut out| {
+            let (mut from, mut first) = (task * size, 0);
+            for (module, linear) in self.modules.iter().enumerate() {
+                let here = (first..first + linear.d_out).contains(&from);
+                if here && !out.is_empty() {
+                    let count = (first + linear.d_out - from).min(out.len() / m);
+                    let (now, rest) = std::mem::take(&mut out).split_at_mut(count * m);
+                    self.rows(model, module, x, &u, from - first, now);
+                    (out, from) = (rest, from + count);
+                }
+                first += linear.d_out;
+            }
+        });
+    }
+
+    /// `silu(g) ∘ u` of the two modules of a gated layer: `out` (inner, m).
+    fn run_gated(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
+        let m = x.values.len() / x.step;
+        let u = self.down(team, x, m);
+        let size = part(out.len() / m).min(MOST / m.min(MOST)).max(1);
+        team.parts(out, size * m, |task, out| {
+            let mut up = [0f32; MOST];
+            let mut more = Vec::new();
+            let up = if out.len() <= MOST {
+                &mut up[..out.len()]
+            } else {
+                more.resize(out.len(), 0.0);
+                &mut more[..]
+            };
+            self.rows(model, 0, x, &u, task * size, out);
+            self.rows(model, 1, x, &u, task * size, up);
+            homeroom_kernels::gate(out, up);
+        });
+    }
+}
+
+/// Values of a task of a gated layer that need no allocation.
+const MOST: usize = 512;
+
+/// Rows of a task: few enough that threads end together, enough that taking one costs nothing beside it.
+fn part(rows: usize) -> usize {
+    (rows / (8 * threads())).clamp(8, 256).next_multiple_of(8)
+}
+
+impl Decoder {
+    /// The layout; `None` when a recipe is something else than a low-rank update of a linear module.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Self> {
+        let frozen = |module: usize| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
+        let norm = |index: usize| {
+            let module = &model.modules[index];
+            (frozen(index) && module.bias.is_none()).then(|| module.weight.decode(0..1))
+        };
+        let site = |modules: &[usize]| Site::new(model, adaptation, modules);
+        let layers = model.layers.iter().map(|at| {
+            Some(Layer {
+                input_norm: norm(at.input_norm)?,
+                post_norm: norm(at.post_norm)?,
+                qkv: site(&[at.q, at.k, at.v])?,
+                o: site(&[at.o])?,
+                gate_up: site(&[at.gate, at.up])?,
+                down: site(&[at.down])?,
+            })
+        });
+        let layers = layers.collect::<Option<Vec<Layer>>>()?;
+        let embedding = model.module_index(EMBEDDING).filter(|module| frozen(*module))?;
+        let (final_norm, head) = (norm(model.module_index(FINAL_NORM)?)?, site(&[model.module_index(HEAD)?])?);
+        Some(Self { layers, final_norm, head, embedding })
+    }
+
+    /// Logits (m, V) after a further token of each sequence, which its cache takes in.
+    pub fn step<E: Element>(
+        &self,
+        model: &BaseModel,
+        table: &RotaryTable,
+        sequences: &mut [(u32, &mut KvCache<E>)],
+    ) -> Vec<Vec<f32>> {
+        let mut x = Vec::with_capacity(sequences.len() * model.config.hidden_size);
+        for (id, _) in sequences.iter() {
+            x.extend(model.modules[self.embedding].weight.decode(*id as usize..*id as usize + 1));
+        }
+        lead(|team| {
+            for (number, layer) in self.layers.iter().enumerate() {
+                layer.run(team, model, table, number, sequences, &mut x);
+            }
+            for (_, cache) in sequences.iter_mut() {
+                cache.advance(1, false);
+            }
+            self.logits(team, model, &x)
+        })
+    }
+
+    /// Logits after rows of the residual stream x (m, C).
+    pub fn head(&self, model: &BaseModel, x: &[f32]) -> Vec<Vec<f32>> {
+        lead(|team| self.logits(team, model, x))
+    }
+
+    fn logits(&self, team: &Team, model: &BaseModel, x: &[f32]) -> Vec<Vec<f32>> {
+        let (c, v) = (self.final_norm.len(), self.head.d_out());
+        let m = x.len() / c;
+        let normal = normalised(x, &self.final_norm, model.config.rms_norm_eps as f32);
+        let mut all = vec![0f32; v * m];
+        self.head.run(team, model, few(&normal, c), &mut all);
+        if m == 1 {
+            return vec![all];
+        }
+        let mut rows = vec![vec![0f32; v]; m];
+        team.parts(&mut rows, 1, |j, row| {
+            row[0].iter_mut().zip(all.iter().skip(j).step_by(m)).for_each(|(to, from)| *to = *from);
+        });
+        rows
+    }
+}
+
+/// Rows of width c, padded.
+fn few(values: &[f32], c: usize) -> FewRows<'_> {
+    FewRows { values, step: FewRows::padded(c) }
+}
+
+/// RMSNorm of rows of x, padded.
+fn normalised(x: &[f32], w: &[f32], epsilon: f32) -> Vec<f32> {
+    let (c, step) = (w.len(), FewRows::padded(w.len()));
+    let mut out = vec![0f32; x.len() / c * step];
+    for (x, out) in x.chunks_exact(c).zip(out.chunks_exact_mut(step)) {
+        homeroom_kernels::normalise(x, w, epsilon, &mut out[..c]);
+    }
+    out
+}
+
+/// The shape of a model's attention.
+fn shape(config: &ModelConfig) -> Attention<'static> {
+    Attention {
+        sequences: &[],
+        heads: config.num_attention_heads,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        window: config.sliding_window,
+    }
+}
+
+impl Layer {
+    /// x (m, C) becomes the layer's output.
+    fn run<E: Element>(
+        &self,
+        team: &Team,
+        model: &BaseModel,
+        table: &RotaryTable,
+        number: usize,
+        sequences: &mut [(u32, &mut KvCache<E>)],
+        x: &mut [f32],
+    ) {
+        let config = &model.config;
+        let (m, c, inner) = (sequences.len(), config.hidden_size, config.intermediate_size);
+        let (shape, epsilon) = (shape(config), config.rms_norm_eps as f32);
+        let (d, q_width) = (shape.head_dim, shape.heads * shape.head_dim);
+
+        let normal = normalised(x, &self.input_norm, epsilon);
+        let mut qkv = vec![0f32; shape.row() * m];
+        self.qkv.run(team, model, few(&normal, c), &mut qkv);
+
+        // Rows of q, turned; k, turned, and v go to the caches.
+        let mut row = vec![0f32; shape.row()];
+        let mut queries = vec![0f32; m * q_width];
+        for (j, (_, cache)) in sequences.iter_mut().enumerate() {
+            row.iter_mut().zip(qkv.iter().skip(j).step_by(m)).for_each(|(to, from)| *to = *from);
+            let (turning, _) = row.split_at_mut(q_width + shape.kv_heads * d);
+            table.turn(cache.len() as u32, turning);
+            queries[j * q_width..(j + 1) * q_width].copy_from_slice(&row[..q_width]);
+            let kept: Vec<E> = row[q_width..].iter().map(|value| E::of(*value)).collect();
+            cache.extend(number, std::iter::once(&kept[..]));
+        }
+
+        let size = attend_values(&shape);
+        let tasks: Vec<(usize, usize)> = (sequences.iter().enumerate())
+            .flat_map(|(j, (_, cache))| (0..attend_tasks(&shape, cache.len() + 1)).map(move |task| (j, task)))
+            .collect();
+        let mut parts = vec![0f32; tasks.len() * size];
+        let caches: Vec<&[E]> = sequences.iter().map(|(_, cache)| cache.layer(number)).collect();
+        team.parts(&mut parts, size, |number, out| {
+            let (j, task) = tasks[number];
+            attend(&shape, &queries[j * q_width..(j + 1) * q_width], caches[j], task, out);
+        });
+        let step = FewRows::padded(q_width);
+        let mut attended = vec![0f32; m * step];
+        let mut rest = &parts[..];
+        for (out, kept) in attended.chunks_exact_mut(step).zip(&caches) {
+            let positions = kept.len() / (2 * shape.kv_heads * d);
+            let (own, after) = rest.split_at(attend_tasks(&shape, positions) * size);
+            rest = after;
+            attend_join(&shape, own, &mut out[..q_width]);
+        }
+        let mut y = vec![0f32; c * m];
+        self.o.run(team, model, few(&attended, q_width), &mut y);
+        add_turned(x, &y, m);
+
+        let normal = normalised(x, &self.post_norm, epsilon);
+        let mut h = vec![0f32; inner * m];
+        self.gate_up.run_gated(team, model, few(&normal, c), &mut h);
+        let step = FewRows::padded(inner);
+        let mut rows = vec![0f32; m * step];
+        for (i, values) in h.chunks_exact(m).enumerate() {
+            values.iter().enumerate().for_each(|(j, value)| rows[j * step + i] = *value);
+        }
+        self.down.run(team, model, few(&rows, inner), &mut y);
+        add_turned(x, &y, m);
+    }
+}
+
+/// x (m, c) += y (c, m).
+fn add_turned(x: &mut [f32], y: &[f32], m: usize) {
+    let c = y.len() / m;
+    for (i, y) in y.chunks_exact(m).enumerate() {
+        y.iter().enumerate().for_each(|(j, y)| x[j * c + i] += y);
+    }
+}

@@ -1,14 +1,9 @@
 //! Answers: tokens one after another, until the model ends its turn.
 
-use std::ops::Deref;
+use anyhow::{Context, Result};
 
-use anyhow::{Context, Result, ensure};
-use candle_transformers::generation::{LogitsProcessor, Sampling as Draw};
-
-use crate::adaptation::Adaptation;
-use crate::decoder::Cache;
+use crate::inference::Answers;
 use crate::model::BaseModel;
-use crate::recipe::Pass;
 use crate::template::tokenize;
 use crate::tokenizer::Tokenizer;
 
@@ -56,117 +51,15 @@ pub fn prompt_ids(model: &BaseModel, messages: &[serde_json::Value]) -> Result<V
     Ok(tokenize(&rendered, &model.tokenizer)?.0)
 }
 
-/// Tokens of the prompt that are read at once: enough to fill the cores, few enough to stop between two pieces.
-const PREFILL: usize = 256;
-
-/// Below this a temperature is 0: dividing logits by less overflows.
-const TEMPERATURE_MIN: f64 = 1e-6;
-
-/// An answer that is drawn as it is asked for. Each `next` is one pass through the model; dropping it ends the work.
-///
-/// `M` and `A` are references or `Arc`s.
-pub struct Tokens<M, A> {
-    model: M,
-    adaptation: Option<A>,
-    cache: Cache,
-    draw: LogitsProcessor,
-    /// What the model has not seen: the rest of the prompt, then the last token.
-    unseen: Vec<u32>,
-    left: usize,
-    finish: Option<Finish>,
-}
-
-impl<M: Deref<Target = BaseModel>, A: Deref<Target = Adaptation>> Tokens<M, A> {
-    /// Prepares to continue `prompt`; nothing is computed yet.
-    ///
-    /// # Errors
-    /// When the prompt is empty or longer than the model's context, or the sampling is not of numbers in range.
-    pub fn new(model: M, adaptation: Option<A>, prompt: &[u32], sampling: Sampling) -> Result<Self> {
-        let Sampling { max_tokens, temperature, top_p, seed } = sampling;
-        ensure!(temperature.is_finite() && temperature >= 0.0, "the temperature is not a number from 0");
-        ensure!((0.0..=1.0).contains(&top_p), "top_p is not a number from 0 to 1");
-        let context = model.config.max_position_embeddings;
-        ensure!(!prompt.is_empty(), "the prompt is empty");
-        ensure!(prompt.len() <= context, "the prompt is {} tokens, the model's context {context}", prompt.len());
-        let draw = if temperature < TEMPERATURE_MIN || top_p == 0.0 {
-            Draw::ArgMax
-        } else if top_p < 1.0 {
-            Draw::TopP { p: top_p, temperature }
-        } else {
-            Draw::All { temperature }
-        };
-        let draw = LogitsProcessor::from_sampling(seed, draw);
-        let finish = (max_tokens == 0).then_some(Finish::Length);
-        let unseen = prompt.to_vec();
-        Ok(Self { model, adaptation, cache: Cache::default(), draw, unseen, left: max_tokens, finish })
-    }
-
-    /// Reads a piece of the prompt, all but its last one; says whether there is more to read before the first token.
-    /// Without calls to it the first `next` reads the whole prompt.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn prefill(&mut self) -> Result<bool> {
-        if self.finish.is_none() && self.unseen.len() > PREFILL {
-            let piece: Vec<u32> = self.unseen.drain(..PREFILL).collect();
-            let pass = Pass::evaluation(&self.model, self.adaptation.as_deref());
-            pass.continue_sequence(&piece, &mut self.cache)?;
-        }
-        Ok(self.unseen.len() > PREFILL)
-    }
-
-    /// Why the answer ended, once it has.
-    pub fn finish(&self) -> Option<Finish> {
-        self.finish
-    }
-
-    fn draw(&mut self) -> Result<Option<u32>> {
-        while self.prefill()? {}
-        let pass = Pass::evaluation(&self.model, self.adaptation.as_deref());
-        let logits = pass.continue_sequence(&self.unseen, &mut self.cache)?;
-        let token = self.draw.sample(&logits)?;
-        if self.model.tokenizer.eos_ids.contains(&token) {
-            self.finish = Some(Finish::Stop);
-            return Ok(None);
-        }
-        self.left -= 1;
-        self.unseen = vec![token];
-        if self.left == 0 || self.cache.len >= self.model.config.max_position_embeddings {
-            self.finish = Some(Finish::Length);
-        }
-        Ok(Some(token))
-    }
-}
-
-impl<M: Deref<Target = BaseModel>, A: Deref<Target = Adaptation>> Iterator for Tokens<M, A> {
-    type Item = Result<u32>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.finish.is_some() {
-            return None;
-        }
-        let drawn = self.draw();
-        if drawn.is_err() {
-            self.finish = Some(Finish::Length);
-        }
-        drawn.transpose()
-    }
-}
-
 /// Continues some tokens, to the end.
 ///
 /// # Errors
-/// When the prompt is longer than the model's context, or a tensor operation fails.
-pub fn generate(
-    model: &BaseModel,
-    adaptation: Option<&Adaptation>,
-    prompt: &[u32],
-    sampling: Sampling,
-) -> Result<Answer> {
-    let mut tokens = Tokens::new(model, adaptation, prompt, sampling)?;
+/// When the prompt is longer than the model's context, or a pass fails.
+pub fn generate(answers: &Answers, prompt: &[u32], sampling: Sampling) -> Result<Answer> {
+    let mut tokens = answers.ask(prompt, sampling)?;
     let ids = tokens.by_ref().collect::<Result<Vec<u32>>>()?;
     let finish = tokens.finish().expect("the tokens came to their end");
-    Ok(Answer { text: model.tokenizer.decode(&ids, true)?, ids, finish })
+    Ok(Answer { text: answers.inference().model.tokenizer.decode(&ids, true)?, ids, finish })
 }
 
 /// Text out of tokens that come one by one: what it has given out never changes by what comes after.
@@ -215,7 +108,11 @@ impl Detokenizer {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::block::Compute;
+    use crate::inference::Inference;
 
     fn fixture(name: &str) -> std::path::PathBuf {
         std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models").join(name)
@@ -225,28 +122,15 @@ mod tests {
         Sampling { max_tokens: 24, temperature, top_p, seed }
     }
 
-    #[test]
-    fn a_prompt_read_in_pieces_is_answered_as_one_read_at_once() -> Result<()> {
-        let model = BaseModel::load(&fixture("llama"))?;
-        let prompt: Vec<u32> = (0..model.config.max_position_embeddings as u32 - 9).map(|i| 3 + i * 7 % 300).collect();
-        let pass = Pass::evaluation(&model, None);
-        let whole = pass.continue_sequence(&prompt, &mut Cache::default())?.to_vec1::<f32>()?;
-        let mut cache = Cache::default();
-        for piece in prompt[..prompt.len() - 5].chunks(37) {
-            pass.continue_sequence(piece, &mut cache)?;
-        }
-        let pieces = pass.continue_sequence(&prompt[prompt.len() - 5..], &mut cache)?.to_vec1::<f32>()?;
-        for (a, b) in whole.iter().zip(&pieces) {
-            assert!((a - b).abs() < 1e-4, "{a} and {b}");
-        }
-        Ok(())
+    fn answers(model: BaseModel, compute: Compute) -> Answers {
+        Answers::new(Inference::new(Arc::new(model), None, compute))
     }
 
     #[test]
     fn seed_and_sampling_decide_the_answer() -> Result<()> {
-        let model = BaseModel::load(&fixture("llama"))?;
+        let answers = answers(BaseModel::load(&fixture("llama"))?, Compute::F32);
         let prompt = [1, 40, 41, 42];
-        let ids = |sampling| -> Result<Vec<u32>> { Ok(generate(&model, None, &prompt, sampling)?.ids) };
+        let ids = |sampling| -> Result<Vec<u32>> { Ok(generate(&answers, &prompt, sampling)?.ids) };
         let greedy = ids(sampling(0.0, 1.0, 1))?;
         assert_eq!(greedy, ids(sampling(1.5, 0.0, 2))?, "top_p 0 leaves the likeliest token");
         assert_eq!(greedy, ids(sampling(1.5, 1e-6, 3))?, "and so does next to nothing");
@@ -258,15 +142,18 @@ mod tests {
 
     #[test]
     fn an_answer_ends_where_the_context_ends() -> Result<()> {
-        let mut model = BaseModel::load(&fixture("llama"))?;
-        let mut endless = Tokenizer::from_dir(&fixture("llama"))?;
-        endless.eos_ids.clear();
-        model.tokenizer = endless.into();
-        let context = model.config.max_position_embeddings;
-        let answer = generate(&model, None, &vec![5; context - 3], sampling(0.0, 1.0, 0))?;
-        assert_eq!((answer.ids.len(), answer.finish), (4, Finish::Length));
-        let refused = generate(&model, None, &vec![5; context + 1], sampling(0.0, 1.0, 0));
-        assert!(format!("{:#}", refused.expect_err("it is too long")).contains("the model's context"));
+        for compute in [Compute::Plain, Compute::F32, Compute::Bf16] {
+            let mut model = BaseModel::load(&fixture("llama"))?;
+            let mut endless = Tokenizer::from_dir(&fixture("llama"))?;
+            endless.eos_ids.clear();
+            model.tokenizer = endless.into();
+            let context = model.config.max_position_embeddings;
+            let answers = answers(model, compute);
+            let answer = generate(&answers, &vec![5; context - 3], sampling(0.0, 1.0, 0))?;
+            assert_eq!((answer.ids.len(), answer.finish), (4, Finish::Length));
+            let refused = generate(&answers, &vec![5; context + 1], sampling(0.0, 1.0, 0));
+            assert!(format!("{:#}", refused.expect_err("it is too long")).contains("the model's context"));
+        }
         Ok(())
     }
 

@@ -396,6 +396,55 @@ pub enum ExportFormat {
 pub enum Bench {
     /// Trains on random tokens, all of them, and prints tokens a second, the share of the processor's limit, and peak memory
     Train(Box<BenchTrain>),
+    /// Reads a prompt of random tokens and prints tokens a second and the share of the processor's limit
+    Prefill(BenchPrefill),
+    /// Draws tokens and prints tokens a second and the share of what memory yields
+    Decode(BenchDecode),
+}
+
+/// What `bench prefill` and `bench decode` have in common.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct BenchModel {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What prompts are read in; auto: bf16 where the processor multiplies it, else f32
+    #[arg(long, value_enum, default_value = "auto")]
+    pub compute: ComputeArg,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `bench prefill`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct BenchPrefill {
+    #[command(flatten)]
+    pub model: BenchModel,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 512, value_name = "N", value_parser = at_least_two)]
+    pub tokens: usize,
+    /// How often it is read, after once that is not counted
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+}
+
+/// Arguments of `bench decode`.
+#[derive(Args)]
+#[allow(missing_docs)]
+pub struct BenchDecode {
+    #[command(flatten)]
+    pub model: BenchModel,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 32, value_name = "N", value_parser = at_least_two)]
+    pub prompt: usize,
+    /// Tokens that are drawn
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = at_least_two)]
+    pub tokens: usize,
+    /// Chats that are answered at once
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub chats: u32,
 }
 
 /// How a base is stored.
@@ -570,6 +619,8 @@ pub fn main() -> ExitCode {
         Command::ExportModel(arguments) => command::export_model::run(&arguments),
         Command::Serve(arguments) => command::serve::run(&arguments),
         Command::Bench(Bench::Train(arguments)) => command::bench::train(&arguments),
+        Command::Bench(Bench::Prefill(arguments)) => command::bench::prefill(&arguments),
+        Command::Bench(Bench::Decode(arguments)) => command::bench::decode(&arguments),
         Command::Plugins(Plugins::List { plugins, json }) => command::plugins::list(&plugins, json),
         Command::Plugins(Plugins::Lock { name, plugin_dir }) => command::plugins::lock(&name, &plugin_dir),
         Command::Plugins(Plugins::Watch { dir }) => command::plugins::watch(&dir),

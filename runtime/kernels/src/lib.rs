@@ -6,7 +6,7 @@
 //! - `tile`, `panel`, `product`: products with frozen weights and adapters, for training
 //! - `norm`, `rope`, `attention`, `swiglu`, `cross_entropy`: the rest of a decoder layer and its loss, forward and backward
 //! - `gemv`, `attend`, `team`: products and attention for a few rows, as in decoding, and the threads that share many short jobs
-//! - `peak`: the limit of the processor
+//! - `peak`: the limits of the machine
 //! - `matmul`, `dot`: products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter
 
@@ -44,7 +44,7 @@ pub use half::bf16;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use norm::{normalise, rms_norm, rms_norm_backward, scale_columns};
 pub use panel::to_elements;
-pub use peak::register_loop_gflops;
+pub use peak::{read_gigabytes, register_loop_gflops};
 pub use philox::{Stream, dropout_mask, philox4x32};
 pub use pool::{on_pool, threads};
 pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product};

@@ -1,4 +1,4 @@
-//! The limit of the processor: multiply-adds on registers alone, on all threads.
+//! The limits of the machine: multiply-adds on registers alone, and reading memory alone, on all threads.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -27,6 +27,29 @@ pub fn register_loop_gflops<E: ProductElement>() -> f64 {
         steps *= 2;
     }
     let mut tries: Vec<f64> = (0..11).map(|_| run(steps).0).collect();
+    tries.sort_by(f64::total_cmp);
+    tries[tries.len() / 2]
+}
+
+/// GB/s at which all threads together read memory that no cache holds: what decoding cannot exceed. The median of five tries.
+pub fn read_gigabytes() -> f64 {
+    let values = vec![1u64; (256 << 20) / size_of::<u64>()];
+    let part = 1 << 16;
+    let mut tries: Vec<f64> = (0..5)
+        .map(|_| {
+            let start = Instant::now();
+            for_each(values.len().div_ceil(part), |task| {
+                let values = &values[task * part..values.len().min((task + 1) * part)];
+                // Several sums at once, so that no addition waits for the one before.
+                let mut sums = [0u64; 32];
+                for values in values.as_chunks::<32>().0 {
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum ^= value);
+                }
+                black_box(sums);
+            });
+            size_of_val(&values[..]) as f64 / start.elapsed().as_secs_f64() / 1e9
+        })
+        .collect();
     tries.sort_by(f64::total_cmp);
     tries[tries.len() / 2]
 }

@@ -10,8 +10,8 @@
 
 use anyhow::Result;
 use homeroom_kernels::{
-    Attention, KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, rms_norm,
-    rms_norm_backward, rotate, scale_columns, swiglu, swiglu_backward,
+    Attention, KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, attention_kept,
+    rms_norm, rms_norm_backward, rotate, scale_columns, swiglu, swiglu_backward,
 };
 
 use super::Rows;
@@ -19,6 +19,7 @@ use super::site::{Site, SiteSaved};
 use crate::adaptation::Adaptation;
 use crate::block::Gradients;
 use crate::config::ModelConfig;
+use crate::inference::KvCache;
 use crate::model::BaseModel;
 use crate::profile::timed;
 use crate::recipe::Pass;
@@ -85,8 +86,14 @@ impl<E: ProductElement> FusedLayer<E> {
         [&mut self.qkv, &mut self.o, &mut self.gate_up, &mut self.down].into_iter().try_for_each(|site| site.load(pass))
     }
 
-    /// x (m, C) becomes the layer's output.
-    pub fn forward(&self, rows: &mut Rows<'_, E>, table: &RotaryTable, x: &mut [f32]) -> LayerSaved<E> {
+    /// x (m, C) becomes the layer's output. With a cache, the rows continue its sequence; its layer `kept.1` takes them in.
+    pub fn forward(
+        &self,
+        rows: &mut Rows<'_, E>,
+        table: &RotaryTable,
+        x: &mut [f32],
+        kept: Option<(&mut KvCache<E>, usize)>,
+    ) -> LayerSaved<E> {
         let config = &rows.pass.model.config;
         let (c, inner, epsilon) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps as f32);
         let shape = shape(config, rows);
@@ -106,7 +113,13 @@ impl<E: ProductElement> FusedLayer<E> {
         });
         rows.workspace.wide.give(width, unrotated);
         let (mut attended, mut log_sums) = (rows.workspace.narrow.take(q_width), rows.workspace.wide.take(shape.heads));
-        timed("forward attention", || attention(&shape, &qkv, &mut attended, &mut log_sums));
+        timed("forward attention", || match kept {
+            None => attention(&shape, &qkv, &mut attended, &mut log_sums),
+            Some((cache, number)) => {
+                let kept = cache.extend(number, qkv.chunks_exact(width).map(|row| &row[q_width..]));
+                attention_kept(&shape, &qkv, kept, &mut attended);
+            }
+        });
         let o_saved = self.o.forward(rows, &attended, Output::Add(x));
 
         timed("forward norm", || {

@@ -3,11 +3,11 @@
 
 mod head;
 mod layer;
-mod low_rank;
+pub(crate) mod low_rank;
 mod site;
 mod workspace;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use homeroom_kernels::{KeyValueGradients, ProductElement, RotaryTable, to_elements};
 use rayon::prelude::*;
@@ -18,6 +18,8 @@ use self::workspace::Workspace;
 use crate::adaptation::Adaptation;
 use crate::batch::Batch;
 use crate::block::{Gradients, Keep, Outcome, Plain, Saved, lowest_trained, plain_head};
+use crate::config::ModelConfig;
+use crate::inference::KvCache;
 use crate::model::{BaseModel, EMBEDDING};
 use crate::profile::timed;
 use crate::recipe::Pass;
@@ -177,7 +179,7 @@ impl<E: ProductElement> Fused<E> {
                         input.copy_from_slice(&x);
                         input
                     });
-                    let saved = layer.forward(rows, &self.table, &mut x);
+                    let saved = layer.forward(rows, &self.table, &mut x, None);
                     kept.push(match (keep, input) {
                         (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
                         (_, input) => {
@@ -199,6 +201,32 @@ impl<E: ProductElement> Fused<E> {
         Ok((h, kept))
     }
 
+    /// The residual stream (N, C) after rows that continue a sequence, whose cache takes them in; all layers are fused.
+    ///
+    /// # Errors
+    /// When a token has no embedding or a parameter is not f32.
+    pub fn continue_sequence(&mut self, pass: &Pass<'_>, batch: &Batch, cache: &mut KvCache<E>) -> Result<Vec<f32>> {
+        self.begin(pass, batch)?;
+        let mut x = self.look_up(pass, batch)?;
+        for (number, layer) in self.layers.iter().enumerate() {
+            let layer = layer.as_ref().context("a layer is not fused")?;
+            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+            let saved = layer.forward(rows, &self.table, &mut x, Some((cache, number)));
+            layer.discard(rows, saved);
+        }
+        cache.advance(batch.ids.len(), true);
+        Ok(x)
+    }
+
+    /// Cosines and sines of positions below `positions` at least.
+    pub fn table(&mut self, config: &ModelConfig, positions: usize) -> &RotaryTable {
+        if positions > self.table.positions() {
+            let positions = positions.next_power_of_two().min(config.max_position_embeddings).max(positions);
+            self.table = RotaryTable::new(positions, &config.rope_frequencies());
+        }
+        &self.table
+    }
+
     /// Readies buffers, tables and the adapters' values for a pass.
     fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<()> {
         if self.layers.iter().all(Option::is_none) && self.head.is_none() {
@@ -206,10 +234,7 @@ impl<E: ProductElement> Fused<E> {
         }
         self.workspace.begin(batch.ids.len());
         let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
-        if positions > self.table.positions() {
-            let positions = positions.next_power_of_two().min(pass.model.config.max_position_embeddings).max(positions);
-            self.table = RotaryTable::new(positions, &pass.model.config.rope_frequencies());
-        }
+        self.table(&pass.model.config, positions);
         timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
     }
 
@@ -282,7 +307,7 @@ impl<E: ProductElement> Fused<E> {
             let saved = match saved {
                 Kept::Fused(saved) => *saved,
                 Kept::Input(mut x) => {
-                    let saved = layer.forward(rows, &self.table, &mut x);
+                    let saved = layer.forward(rows, &self.table, &mut x, None);
                     rows.workspace.wide.give(c, x);
                     saved
                 }

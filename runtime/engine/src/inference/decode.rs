@@ -37,7 +37,6 @@ struct Layer {
 
 /// Modules that share an input, as in [`crate::fused`].
 struct Site {
-    d_in: usize,
     modules: Vec<Linear>,
     /// A of all modules (rank, d_in), if there is one.
     a: Option<Weight>,
@@ -65,7 +64,7 @@ impl Site {
         let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
         for &index in indices {
             let info = &model.modules[index].info;
-            (d_in, _) = (info.d_in, info.d_out);
+            d_in = info.d_in;
             let adapted = adaptation.and_then(|adaptation| Some((adaptation, adaptation.of(index)?)));
             let update = match adapted {
                 None => None,
@@ -91,7 +90,7 @@ impl Site {
         }
         let rank = stacked.len() / d_in.max(1);
         let a = (rank > 0).then(|| Weight::from_values(&stacked, (rank, d_in)).ok());
-        Some(Self { d_in, modules, a: a.flatten() })
+        Some(Self { modules, a: a.flatten() })
     }
 
     fn d_out(&self) -> usize {
@@ -123,10 +122,9 @@ impl Site {
         let Linear { index, update, .. } = &self.modules[module];
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
-        let update = update.as_ref().map(|update| UpdateRows {
-            b: &update.b,
-            u: FewRows { values: &u[module], step: update.padded },
-        });
+        let update = update
+            .as_ref()
+            .map(|update| UpdateRows { b: &update.b, u: FewRows { values: &u[module], step: update.padded } });
         let module = &model.modules[*index];
         gemv(x, &module.weight.matrix(), rows.clone(), update, out);
         if let Some(bias) = &module.bias {

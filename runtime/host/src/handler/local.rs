@@ -1,10 +1,12 @@
 //! A model of this machine.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::time::Duration;
 
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::generate::{Detokenizer, Finish, Sampling, Tokens, prompt_ids};
+use homeroom_engine::block::Compute;
+use homeroom_engine::generate::{Detokenizer, Finish, Sampling, prompt_ids};
+use homeroom_engine::inference::{Answers, Inference, Tokens};
 use homeroom_engine::model::BaseModel;
 use serde_json::{Value, json};
 
@@ -15,29 +17,26 @@ use crate::models::Loaded;
 /// Freedom of the draw where a request does not say: small models lose the thread at OpenAI's 1.
 pub const DEFAULT_TEMPERATURE: f64 = 0.7;
 
-/// One pass through a model uses all cores, so passes take turns; answers that run at once advance token by token.
-static CORES: Mutex<()> = Mutex::new(());
-
-fn cores() -> MutexGuard<'static, ()> {
-    CORES.lock().unwrap_or_else(PoisonError::into_inner)
-}
+/// How long a token is waited for before it is asked whether the answer is still wanted.
+const PATIENCE: Duration = Duration::from_millis(50);
 
 /// A model of this machine: a base, perhaps with an adapter.
 pub struct Local {
     name: String,
-    loaded: Loaded,
+    answers: Answers,
 }
 
 impl Local {
     /// Answers with a model under a name.
     pub fn new(name: impl Into<String>, loaded: Loaded) -> Self {
-        Self { name: name.into(), loaded }
+        let Loaded { model, adaptation } = loaded;
+        Self { name: name.into(), answers: Answers::new(Inference::new(model, adaptation, Compute::auto())) }
     }
 }
 
 impl Handler for Local {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
-        let Loaded { model, adaptation } = &self.loaded;
+        let model = &self.answers.inference().model;
         let messages: Vec<Value> = (request.messages.iter())
             .map(|message| json!({"role": message.role, "content": message.content}))
             .collect();
@@ -57,7 +56,7 @@ impl Handler for Local {
             top_p: request.top_p.unwrap_or(1.0),
             seed: request.seed.map_or_else(random, i64::cast_unsigned),
         };
-        let tokens = Tokens::new(model.clone(), adaptation.clone(), &prompt, sampling);
+        let tokens = self.answers.ask(&prompt, sampling);
         Ok(Box::new(Answer {
             tokens: tokens.map_err(|error| HandlerError::internal(&error))?,
             model: model.clone(),
@@ -74,7 +73,7 @@ impl Handler for Local {
 
 /// An answer in the middle of being drawn.
 struct Answer {
-    tokens: Tokens<Arc<BaseModel>, Arc<Adaptation>>,
+    tokens: Tokens,
     model: Arc<BaseModel>,
     detokenizer: Detokenizer,
     stops: StopFilter,
@@ -88,13 +87,10 @@ struct Answer {
 }
 
 impl Answer {
-    /// Draws one token and makes events of it.
+    /// Makes events of the next token, unless it lets itself be waited for.
     fn step(&mut self) -> anyhow::Result<()> {
-        let token = {
-            let _turn = cores();
-            self.tokens.next().transpose()?
-        };
-        let Some(token) = token else {
+        let Ok(token) = self.tokens.next_within(PATIENCE) else { return Ok(()) };
+        let Some(token) = token.transpose()? else {
             let tail = self.detokenizer.finish(&self.model.tokenizer)?;
             let (text, stopped) = self.stops.push(&tail);
             self.delta(text);
@@ -127,12 +123,6 @@ impl Answer {
         self.ready.extend([Event::Finish { reason }, Event::Usage(usage)]);
         self.over = true;
     }
-
-    /// Reads a piece of the prompt; says whether there is more.
-    fn prefill(&mut self) -> anyhow::Result<bool> {
-        let _turn = cores();
-        self.tokens.prefill()
-    }
 }
 
 impl Iterator for Answer {
@@ -150,12 +140,7 @@ impl Iterator for Answer {
                 self.over = true;
                 return Some(Err(HandlerError::new(Kind::Cancelled, "the answer was stopped")));
             }
-            let done = match self.prefill() {
-                Ok(true) => continue,
-                Ok(false) => self.step(),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = done {
+            if let Err(error) = self.step() {
                 self.over = true;
                 return Some(Err(HandlerError::internal(&error)));
             }

@@ -21,7 +21,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_abi::describe::nearest;
 use homeroom_engine::block::Compute;
 use homeroom_engine::files::NewDirectory;
-use homeroom_engine::generate::{Sampling, generate as answer, prompt_ids};
+use homeroom_engine::generate::{Sampling, prompt_ids};
+use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::evaluate_examples;
 use mlua::{Lua, Table, Value, Variadic};
@@ -483,16 +484,24 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     };
     let (model, adaptation) = spec.load(session)?;
     let system = options.text("system").map(|text| json!({"role": "system", "content": text}));
-    let answers = lua.create_table()?;
+    let texts = lua.create_table()?;
+    let inference = (!session.dry).then(|| Inference::new(model.clone(), adaptation, Compute::auto()));
+    let answers = inference.map(Answers::new);
+    // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
+    let mut asked = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
-        session.clock.check()?;
         let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
         let ids = prompt_ids(&model, &messages).context("generate")?;
-        let text = match session.dry {
-            true => String::new(),
-            false => answer(&model, adaptation.as_deref(), &ids, sampling).context("generate")?.text,
-        };
-        answers.raw_push(text)?;
+        asked.push(answers.as_ref().map(|answers| answers.ask(&ids, sampling)).transpose().context("generate")?);
+    }
+    for tokens in asked {
+        session.clock.check()?;
+        let mut ids = Vec::new();
+        for id in tokens.into_iter().flatten() {
+            session.clock.check()?;
+            ids.push(id.context("generate")?);
+        }
+        texts.raw_push(model.tokenizer.decode(&ids, true).context("generate")?)?;
     }
     if session.dry {
         session.would(
@@ -500,5 +509,5 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
             json!({"verb": "generate", "model": spec.base, "prompts": prompts.len()}),
         );
     }
-    Ok(Value::Table(answers))
+    Ok(Value::Table(texts))
 }

@@ -1,4 +1,4 @@
-//! `homeroom bench`: speed and memory, beside the limits of the machine.
+//! `homeroom bench train`: training on random tokens.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,7 +16,8 @@ use homeroom_engine::train::{Run, TrainConfig};
 use homeroom_kernels::{Stream, bf16, cpu, register_loop_gflops, threads};
 use serde_json::{Map, Value, json};
 
-use super::print;
+use super::super::print;
+use super::median;
 use crate::cli::{BenchTrain, Done};
 use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
@@ -155,10 +156,4 @@ fn operations_per_row(model: &BaseModel, adaptation: &Adaptation) -> f64 {
     let linear = model.modules.iter().filter(|module| module.info.kind == ModuleKind::Linear);
     let frozen: usize = linear.map(|module| module.info.d_in * module.info.d_out).sum();
     4.0 * frozen as f64 + 6.0 * adaptation.trainable_count() as f64
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }

@@ -1,0 +1,203 @@
+//! Answering: a prompt is read in pieces by the blocks that training runs, further tokens come one at a time, for all sequences that
+//! are being answered together.
+//!
+//! Reading multiplies in the type of the blocks, bf16 or f32; decoding always in f32, with weights as they are stored. Keys and
+//! values are kept in the type of the blocks. What a sequence comes to depends on its tokens alone, not on what is answered
+//! beside it, in which pieces its prompt was read, or whether the beginning of its prompt was taken over from another.
+
+mod cache;
+mod decode;
+mod schedule;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, ensure};
+use homeroom_kernels::{ProductElement, bf16, on_pool};
+
+pub use self::cache::KvCache;
+use self::decode::Decoder;
+pub use self::schedule::{Answers, Tokens};
+use crate::adaptation::Adaptation;
+use crate::batch::Batch;
+use crate::block::Compute;
+use crate::decoder::Cache;
+use crate::fused::Fused;
+use crate::model::BaseModel;
+use crate::recipe::Pass;
+
+/// A model, perhaps with an adapter, made ready to answer. It keeps the adapter's values as they are now.
+pub struct Inference {
+    /// The base.
+    pub model: Arc<BaseModel>,
+    adaptation: Option<Arc<Adaptation>>,
+    blocks: Blocks,
+}
+
+enum Blocks {
+    F32(Box<Fast<f32>>),
+    Bf16(Box<Fast<bf16>>),
+    /// Recipes that are no low-rank updates: candle operations, one sequence after another.
+    Plain,
+}
+
+struct Fast<E> {
+    reading: Mutex<Fused<E>>,
+    decoder: Decoder,
+}
+
+impl<E: ProductElement> Fast<E> {
+    fn new(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Box<Self>> {
+        let blocks = Fused::new(model, adaptation, true);
+        let (fused, layers, _) = blocks.counts();
+        let decoder = Decoder::new(model, adaptation).filter(|_| fused == layers)?;
+        Some(Box::new(Self { reading: Mutex::new(blocks), decoder }))
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, Fused<E>> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads tokens; with `logits`, those after the last.
+    fn read(&self, pass: &Pass<'_>, ids: &[u32], cache: &mut KvCache<E>, logits: bool) -> Result<Option<Vec<f32>>> {
+        let batch = Batch::of_tokens(ids, cache.len() as u32);
+        let x = on_pool(|| self.blocks().continue_sequence(pass, &batch, cache))?;
+        let last = &x[x.len() - pass.model.config.hidden_size..];
+        Ok(logits.then(|| self.decoder.head(pass.model, last)).and_then(|mut logits| logits.pop()))
+    }
+
+    fn step(&self, model: &BaseModel, sequences: &mut [(u32, &mut KvCache<E>)]) -> Vec<Vec<f32>> {
+        let positions = sequences.iter().map(|(_, cache)| cache.len() + 1).max().unwrap_or(0);
+        let mut blocks = self.blocks();
+        self.decoder.step(model, blocks.table(&model.config, positions), sequences)
+    }
+}
+
+/// What is kept of a sequence between its tokens.
+pub enum Kept {
+    /// Keys and values in f32.
+    F32(KvCache<f32>),
+    /// In bf16.
+    Bf16(KvCache<bf16>),
+    /// Of plain blocks.
+    Plain(Cache),
+}
+
+impl Kept {
+    /// Positions.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(cache) => cache.len(),
+            Self::Bf16(cache) => cache.len(),
+            Self::Plain(cache) => cache.len,
+        }
+    }
+
+    /// Positions from the first on that another sequence with the same tokens would come to.
+    fn prefilled(&self) -> usize {
+        match self {
+            Self::F32(cache) => cache.prefilled(),
+            Self::Bf16(cache) => cache.prefilled(),
+            Self::Plain(_) => 0,
+        }
+    }
+
+    /// A copy of the first positions.
+    fn prefix(&self, len: usize) -> Option<Self> {
+        match self {
+            Self::F32(cache) => Some(Self::F32(cache.prefix(len))),
+            Self::Bf16(cache) => Some(Self::Bf16(cache.prefix(len))),
+            Self::Plain(_) => None,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(cache) => cache.bytes(),
+            Self::Bf16(cache) => cache.bytes(),
+            Self::Plain(_) => 0,
+        }
+    }
+}
+
+impl Inference {
+    /// Makes a model ready; `compute` is what prompts are read in.
+    pub fn new(model: Arc<BaseModel>, adaptation: Option<Arc<Adaptation>>, compute: Compute) -> Self {
+        let adapted = adaptation.as_deref();
+        let fast = match compute {
+            Compute::Plain => None,
+            Compute::F32 => Fast::new(&model, adapted).map(Blocks::F32),
+            Compute::Bf16 => {
+                Fast::new(&model, adapted).map(Blocks::Bf16).or_else(|| Fast::new(&model, adapted).map(Blocks::F32))
+            }
+        };
+        Self { model, adaptation, blocks: fast.unwrap_or(Blocks::Plain) }
+    }
+
+    /// Nothing of a sequence yet.
+    pub fn begin(&self) -> Kept {
+        match self.blocks {
+            Blocks::F32(_) => Kept::F32(KvCache::new(&self.model.config)),
+            Blocks::Bf16(_) => Kept::Bf16(KvCache::new(&self.model.config)),
+            Blocks::Plain => Kept::Plain(Cache::default()),
+        }
+    }
+
+    /// Reads tokens of a prompt; the logits after the last, (V), if they are wanted.
+    ///
+    /// # Errors
+    /// When there is no token, one has no embedding, or the sequence grows beyond the model's context.
+    pub fn read(&self, ids: &[u32], kept: &mut Kept, logits: bool) -> Result<Option<Vec<f32>>> {
+        ensure!(!ids.is_empty(), "there is no token to read");
+        self.check(ids, kept.len() + ids.len())?;
+        let pass = Pass::evaluation(&self.model, self.adaptation.as_deref());
+        match (&self.blocks, kept) {
+            (Blocks::F32(fast), Kept::F32(cache)) => fast.read(&pass, ids, cache, logits),
+            (Blocks::Bf16(fast), Kept::Bf16(cache)) => fast.read(&pass, ids, cache, logits),
+            (Blocks::Plain, Kept::Plain(cache)) => {
+                let last = pass.continue_sequence(ids, cache)?;
+                logits.then(|| Ok(last.to_vec1()?)).transpose()
+            }
+            _ => anyhow::bail!("what is kept is of another model"),
+        }
+    }
+
+    /// A further token of each sequence: the logits after it, (V) each.
+    ///
+    /// # Errors
+    /// As [`Inference::read`].
+    pub fn step(&self, sequences: &mut [(u32, &mut Kept)]) -> Result<Vec<Vec<f32>>> {
+        for (id, kept) in sequences.iter() {
+            self.check(&[*id], kept.len() + 1)?;
+        }
+        const OTHER: &str = "what is kept is of another model";
+        match &self.blocks {
+            Blocks::F32(fast) => {
+                let own = sequences.iter_mut().map(|(id, kept)| match kept {
+                    Kept::F32(cache) => Some((*id, cache)),
+                    _ => None,
+                });
+                Ok(fast.step(&self.model, &mut own.collect::<Option<Vec<_>>>().context(OTHER)?))
+            }
+            Blocks::Bf16(fast) => {
+                let own = sequences.iter_mut().map(|(id, kept)| match kept {
+                    Kept::Bf16(cache) => Some((*id, cache)),
+                    _ => None,
+                });
+                Ok(fast.step(&self.model, &mut own.collect::<Option<Vec<_>>>().context(OTHER)?))
+            }
+            Blocks::Plain => {
+                let one = |(id, kept): &mut (u32, &mut Kept)| self.read(&[*id], kept, true);
+                sequences.iter_mut().map(|sequence| one(sequence)?.context(OTHER)).collect()
+            }
+        }
+    }
+
+    fn check(&self, ids: &[u32], positions: usize) -> Result<()> {
+        let (vocab, context) = (self.model.config.vocab_size, self.model.config.max_position_embeddings);
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+            anyhow::bail!("token {id} has no embedding: the model knows {vocab} tokens, its tokenizer more");
+        }
+        ensure!(positions <= context, "the conversation is longer than the model's context of {context} tokens");
+        Ok(())
+    }
+}

@@ -1,0 +1,338 @@
+//! Answers that are being drawn at once, by one thread: a piece of a prompt, then a token for each that is past its prompt, and
+//! so on. Each answer is what it would be alone.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, ensure};
+use candle_core::{Device, Tensor};
+use candle_transformers::generation::{LogitsProcessor, Sampling as Draw};
+
+use super::{Inference, Kept};
+use crate::generate::{Finish, Sampling};
+
+/// Tokens of a prompt that are read at once: enough to fill the cores, few enough that others need not wait long.
+const PIECE: usize = 256;
+/// Answers that are drawn together; more wait for one to end.
+const TOGETHER: usize = 16;
+/// Beginnings that are kept for later prompts, and their bytes.
+const BEGINNINGS: usize = 8;
+const BEGINNINGS_BYTES: usize = 256 << 20;
+/// A beginning with fewer tokens is read again as quickly.
+const SHORTEST: usize = 16;
+/// Below this a temperature is 0: dividing logits by less overflows.
+const TEMPERATURE_MIN: f64 = 1e-6;
+
+/// One pass through a model uses all cores, so models take turns.
+static CORES: Mutex<()> = Mutex::new(());
+
+fn cores() -> MutexGuard<'static, ()> {
+    CORES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the drawing thread tells of an answer.
+enum News {
+    Token(u32),
+    End(Finish),
+    Failed(anyhow::Error),
+}
+
+/// An answer that was asked for.
+struct Asked {
+    prompt: Vec<u32>,
+    sampling: Sampling,
+    news: Sender<News>,
+    dropped: Arc<AtomicBool>,
+}
+
+/// The answers of one model.
+pub struct Answers {
+    inference: Arc<Inference>,
+    /// To the thread that draws, once there is one.
+    asked: Mutex<Option<Sender<Asked>>>,
+}
+
+impl Answers {
+    /// None yet.
+    pub fn new(inference: Inference) -> Self {
+        Self { inference: Arc::new(inference), asked: Mutex::new(None) }
+    }
+
+    /// The model.
+    pub fn inference(&self) -> &Inference {
+        &self.inference
+    }
+
+    /// Begins to answer a prompt.
+    ///
+    /// # Errors
+    /// When the prompt is empty or longer than the model's context, or the sampling is not of numbers in range.
+    pub fn ask(&self, prompt: &[u32], sampling: Sampling) -> Result<Tokens> {
+        let Sampling { max_tokens, temperature, top_p, .. } = sampling;
+        ensure!(temperature.is_finite() && temperature >= 0.0, "the temperature is not a number from 0");
+        ensure!((0.0..=1.0).contains(&top_p), "top_p is not a number from 0 to 1");
+        let context = self.inference.model.config.max_position_embeddings;
+        ensure!(!prompt.is_empty(), "the prompt is empty");
+        ensure!(prompt.len() <= context, "the prompt is {} tokens, the model's context {context}", prompt.len());
+        let (news, heard) = channel();
+        let dropped = Arc::new(AtomicBool::new(false));
+        let finish = (max_tokens == 0).then_some(Finish::Length);
+        if finish.is_none() {
+            let mut asked = Asked { prompt: prompt.to_vec(), sampling, news, dropped: dropped.clone() };
+            let mut thread = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            // A thread that ended by a panic is followed by another.
+            for _ in 0..2 {
+                let sender = thread.get_or_insert_with(|| start(self.inference.clone()));
+                match sender.send(asked) {
+                    Ok(()) => break,
+                    Err(back) => (asked, *thread) = (back.0, None),
+                }
+            }
+        }
+        Ok(Tokens { heard, dropped, finish })
+    }
+}
+
+/// Tokens of an answer as they are drawn, without the one that ends the turn. Dropping it ends the work.
+pub struct Tokens {
+    heard: Receiver<News>,
+    dropped: Arc<AtomicBool>,
+    finish: Option<Finish>,
+}
+
+impl Tokens {
+    /// Why the answer ended, once it has.
+    pub fn finish(&self) -> Option<Finish> {
+        self.finish
+    }
+
+    /// The next token, `None` after the last; `Err` when it took longer than `patience`.
+    ///
+    /// # Errors
+    /// The inner one when the model failed.
+    pub fn next_within(&mut self, patience: Duration) -> Result<Option<Result<u32>>, RecvTimeoutError> {
+        if self.finish.is_some() {
+            return Ok(None);
+        }
+        Ok(match self.heard.recv_timeout(patience) {
+            Err(RecvTimeoutError::Timeout) => return Err(RecvTimeoutError::Timeout),
+            Ok(News::Token(id)) => Some(Ok(id)),
+            Ok(News::End(finish)) => {
+                self.finish = Some(finish);
+                None
+            }
+            Ok(News::Failed(error)) => {
+                self.finish = Some(Finish::Length);
+                Some(Err(error))
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                self.finish = Some(Finish::Length);
+                Some(Err(anyhow!("the thread that draws answers stopped")))
+            }
+        })
+    }
+}
+
+impl Iterator for Tokens {
+    type Item = Result<u32>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Ok(next) = self.next_within(Duration::from_secs(60)) {
+                return next;
+            }
+        }
+    }
+}
+
+impl Drop for Tokens {
+    fn drop(&mut self) {
+        self.dropped.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Starts the thread that draws; it ends when its sender is dropped and nothing is left to draw.
+fn start(inference: Arc<Inference>) -> Sender<Asked> {
+    let (sender, asked) = channel();
+    let draw = move || Drawing { inference, waiting: VecDeque::new(), drawn: Vec::new(), kept: Vec::new() }.run(&asked);
+    let started = std::thread::Builder::new().name("answers".to_owned()).spawn(draw);
+    // Without a thread the sender fails at once, and whoever asks is told.
+    drop(started);
+    sender
+}
+
+/// An answer that is being drawn.
+struct Sequence {
+    asked: Asked,
+    draw: LogitsProcessor,
+    kept: Kept,
+    /// What the model has read: the prompt so far, and the tokens drawn.
+    read: Vec<u32>,
+    /// The last token, which it has not read yet.
+    last: Option<u32>,
+    left: usize,
+}
+
+impl Sequence {
+    fn new(inference: &Inference, asked: Asked, beginnings: &[(Vec<u32>, Kept)]) -> Self {
+        let Sampling { max_tokens, temperature, top_p, seed } = asked.sampling;
+        let draw = if temperature < TEMPERATURE_MIN || top_p == 0.0 {
+            Draw::ArgMax
+        } else if top_p < 1.0 {
+            Draw::TopP { p: top_p, temperature }
+        } else {
+            Draw::All { temperature }
+        };
+        let draw = LogitsProcessor::from_sampling(seed, draw);
+        let shared = |(ids, kept): &(Vec<u32>, Kept)| {
+            let same = ids.iter().zip(&asked.prompt).take_while(|(a, b)| a == b).count();
+            // The last token of the prompt is read in any case: what follows it is asked for.
+            same.min(kept.prefilled()).min(asked.prompt.len() - 1)
+        };
+        let longest = beginnings.iter().map(|beginning| (shared(beginning), beginning)).max_by_key(|(len, _)| *len);
+        let begun = longest.filter(|(len, _)| *len >= SHORTEST).and_then(|(len, (_, kept))| kept.prefix(len));
+        let kept = begun.unwrap_or_else(|| inference.begin());
+        let read = asked.prompt[..kept.len()].to_vec();
+        Self { draw, kept, read, last: None, left: max_tokens, asked }
+    }
+
+    /// Reads a piece of the prompt. After its last piece, draws.
+    fn read(&mut self, inference: &Inference) -> Result<Option<Finish>> {
+        let piece = &self.asked.prompt[self.read.len()..];
+        let piece = &piece[..piece.len().min(PIECE)];
+        let whole = self.read.len() + piece.len() == self.asked.prompt.len();
+        let logits = inference.read(piece, &mut self.kept, whole)?;
+        self.read.extend_from_slice(piece);
+        logits.map_or(Ok(None), |logits| self.draw(inference, logits))
+    }
+
+    /// Draws a token; why the answer ends, if it does.
+    fn draw(&mut self, inference: &Inference, logits: Vec<f32>) -> Result<Option<Finish>> {
+        let len = logits.len();
+        let token = self.draw.sample(&Tensor::from_vec(logits, len, &Device::Cpu)?)?;
+        if inference.model.tokenizer.eos_ids.contains(&token) {
+            return Ok(Some(Finish::Stop));
+        }
+        self.left -= 1;
+        self.last = Some(token);
+        if self.asked.news.send(News::Token(token)).is_err() {
+            return Ok(Some(Finish::Length));
+        }
+        let full = self.kept.len() >= inference.model.config.max_position_embeddings;
+        Ok((self.left == 0 || full).then_some(Finish::Length))
+    }
+}
+
+/// The thread that draws.
+struct Drawing {
+    inference: Arc<Inference>,
+    waiting: VecDeque<Asked>,
+    drawn: Vec<Sequence>,
+    /// Beginnings of sequences that ended, the latest last.
+    kept: Vec<(Vec<u32>, Kept)>,
+}
+
+impl Drawing {
+    fn run(mut self, asked: &Receiver<Asked>) {
+        loop {
+            if self.drawn.is_empty() && self.waiting.is_empty() {
+                let Ok(first) = asked.recv() else { return };
+                self.waiting.push_back(first);
+            }
+            loop {
+                match asked.try_recv() {
+                    Ok(more) => self.waiting.push_back(more),
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+                }
+            }
+            self.waiting.retain(|asked| !asked.dropped.load(Ordering::Relaxed));
+            while self.drawn.len() < TOGETHER
+                && let Some(asked) = self.waiting.pop_front()
+            {
+                self.drawn.push(Sequence::new(&self.inference, asked, &self.kept));
+            }
+            self.round();
+        }
+    }
+
+    /// A piece of one prompt, then a token of each sequence that is past its prompt.
+    fn round(&mut self) {
+        let mut ends: Vec<Option<Result<Finish>>> = Vec::new();
+        ends.resize_with(self.drawn.len(), || None);
+        for (sequence, end) in self.drawn.iter().zip(&mut ends) {
+            if sequence.asked.dropped.load(Ordering::Relaxed) {
+                *end = Some(Ok(Finish::Length));
+            }
+        }
+        let inference = &self.inference;
+        let reads = |(_, (sequence, end)): &(usize, (&mut Sequence, &mut Option<Result<Finish>>))| {
+            end.is_none() && sequence.last.is_none()
+        };
+        if let Some((_, (sequence, end))) = self.drawn.iter_mut().zip(&mut ends).enumerate().find(reads) {
+            *end = guarded(|| sequence.read(inference)).transpose();
+        }
+        let mut steps: Vec<(&mut Sequence, &mut Option<Result<Finish>>)> = (self.drawn.iter_mut().zip(&mut ends))
+            .filter(|(sequence, end)| end.is_none() && sequence.last.is_some())
+            .collect();
+        if !steps.is_empty() {
+            let logits = guarded(|| {
+                let mut sequences: Vec<(u32, &mut Kept)> = Vec::new();
+                for (sequence, _) in &mut steps {
+                    if let Some(last) = sequence.last {
+                        sequence.read.push(last);
+                        sequences.push((last, &mut sequence.kept));
+                    }
+                }
+                inference.step(&mut sequences)
+            });
+            match logits {
+                Ok(logits) => {
+                    for ((sequence, end), logits) in steps.into_iter().zip(logits) {
+                        *end = sequence.draw(inference, logits).transpose();
+                    }
+                }
+                Err(error) => {
+                    let words = format!("{error:#}");
+                    steps.into_iter().for_each(|(_, end)| *end = Some(Err(anyhow!("{words}"))));
+                }
+            }
+        }
+        for number in (0..self.drawn.len()).rev() {
+            let Some(end) = ends[number].take() else { continue };
+            let sequence = self.drawn.remove(number);
+            let news = match end {
+                Ok(finish) => {
+                    self.keep(sequence.read, sequence.kept);
+                    News::End(finish)
+                }
+                Err(error) => News::Failed(error),
+            };
+            // Whoever asked may have gone.
+            let _ = sequence.asked.news.send(news);
+        }
+    }
+
+    /// Keeps the beginning of a sequence that ended, for a prompt that begins alike.
+    fn keep(&mut self, mut ids: Vec<u32>, kept: Kept) {
+        ids.truncate(kept.prefilled());
+        if ids.len() < SHORTEST {
+            return;
+        }
+        self.kept.retain(|(other, _)| !ids.starts_with(other));
+        self.kept.push((ids, kept));
+        let bytes = |all: &[(Vec<u32>, Kept)]| all.iter().map(|(_, kept)| kept.bytes()).sum::<usize>();
+        while self.kept.len() > BEGINNINGS || self.kept.len() > 1 && bytes(&self.kept) > BEGINNINGS_BYTES {
+            self.kept.remove(0);
+        }
+    }
+}
+
+/// A pass, in its turn; a panic is an error of those whose pass it was.
+fn guarded<R>(pass: impl FnOnce() -> Result<R>) -> Result<R> {
+    let _turn = cores();
+    catch_unwind(AssertUnwindSafe(pass)).unwrap_or_else(|_| Err(anyhow!("the model's pass panicked")))
+}

@@ -1,0 +1,171 @@
+//! `homeroom bench prefill` and `bench decode`: reading a prompt and drawing tokens, without sampling.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use homeroom_abi::plan::ModuleKind;
+use homeroom_engine::block::Compute;
+use homeroom_engine::inference::{Inference, Kept};
+use homeroom_engine::model::BaseModel;
+use homeroom_kernels::{Stream, bf16, cpu, read_gigabytes, register_loop_gflops, threads};
+use serde_json::json;
+
+use super::super::print;
+use super::median;
+use crate::cli::{BenchDecode, BenchModel, BenchPrefill, Done};
+use crate::machine::peak_memory_bytes;
+use crate::models::{Loaded, ModelRef};
+use crate::progress::line;
+
+/// What is measured.
+struct Bench {
+    inference: Inference,
+    compute: Compute,
+}
+
+impl Bench {
+    fn new(arguments: &BenchModel) -> Result<Self> {
+        let reference = ModelRef {
+            name: arguments.model.model_dir.clone(),
+            base_model: arguments.model.base_model.clone(),
+            any_base: arguments.model.any_base,
+        };
+        let Loaded { model, adaptation } = Loaded::load(&reference)?;
+        line(format_args!(
+            "model     {}   {:.1} M parameters, {}{}",
+            arguments.model.model_dir.display(),
+            model.parameter_count() as f64 / 1e6,
+            model.storage_words(),
+            if adaptation.is_some() { ", with an adapter" } else { "" },
+        ));
+        let compute = Compute::from(arguments.compute);
+        Ok(Self { inference: Inference::new(model, adaptation, compute), compute })
+    }
+
+    fn model(&self) -> &BaseModel {
+        &self.inference.model
+    }
+
+    fn prompt(&self, tokens: usize, random: &mut Stream) -> Vec<u32> {
+        (0..tokens).map(|_| random.below(self.model().config.vocab_size) as u32).collect()
+    }
+
+    fn fits(&self, positions: usize) -> Result<()> {
+        let context = self.model().config.max_position_embeddings;
+        ensure!(positions <= context, "{positions} tokens: the model's context is {context}");
+        Ok(())
+    }
+}
+
+/// Reads a prompt of random tokens.
+pub fn prefill(arguments: &BenchPrefill) -> Result<Done> {
+    let bench = Bench::new(&arguments.model)?;
+    bench.fits(arguments.tokens)?;
+    let mut random = Stream::new(42, 7);
+    let mut seconds = Vec::new();
+    for run in 0..=arguments.runs {
+        let prompt = bench.prompt(arguments.tokens, &mut random);
+        let mut kept = bench.inference.begin();
+        let start = Instant::now();
+        bench.inference.read(&prompt, &mut kept, true)?;
+        if run > 0 {
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    let limit = match bench.compute {
+        Compute::Bf16 => register_loop_gflops::<bf16>(),
+        _ => register_loop_gflops::<f32>(),
+    };
+    let seconds_each = median(&seconds);
+    let linear = bench.model().modules.iter().filter(|module| module.info.kind == ModuleKind::Linear);
+    let of_rows: usize = (linear.filter(|module| !module.info.output_embedding))
+        .map(|module| module.info.d_in * module.info.d_out)
+        .sum();
+    let gflops = 2.0 * of_rows as f64 * arguments.tokens as f64 / seconds_each / 1e9;
+    let speed = arguments.tokens as f64 / seconds_each;
+    if arguments.model.json {
+        let json = json!({
+            "tokens_per_second": speed,
+            "seconds": seconds,
+            "gflops": gflops,
+            "register_loop_gflops": limit,
+            "share_of_register_loop": gflops / limit,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "compute": bench.compute.name(),
+            "storage": bench.model().storage_words(),
+            "cpu": cpu().name(),
+            "threads": threads(),
+        });
+        print(&json.to_string())?;
+        return Ok(Done::Whole);
+    }
+    print(&format!(
+        "speed     {speed:.0} tokens/s   {seconds_each:.3} s for {} tokens\n\
+         products  {gflops:.0} GFLOP/s   {:.0} % of {limit:.0} on registers alone ({}, {} threads)",
+        arguments.tokens,
+        100.0 * gflops / limit,
+        cpu().name(),
+        threads(),
+    ))?;
+    Ok(Done::Whole)
+}
+
+/// Draws tokens after a prompt of random ones.
+pub fn decode(arguments: &BenchDecode) -> Result<Done> {
+    let bench = Bench::new(&arguments.model)?;
+    bench.fits(arguments.prompt + arguments.tokens + 1)?;
+    let mut random = Stream::new(42, 7);
+    let mut chats: Vec<(u32, Kept)> = Vec::new();
+    for _ in 0..arguments.chats {
+        let prompt = bench.prompt(arguments.prompt, &mut random);
+        let mut kept = bench.inference.begin();
+        let logits = bench.inference.read(&prompt, &mut kept, true)?.context("the prompt has logits")?;
+        chats.push((likeliest(&logits), kept));
+    }
+    let mut seconds = Vec::new();
+    for step in 0..=arguments.tokens {
+        let start = Instant::now();
+        let mut sequences: Vec<(u32, &mut Kept)> = chats.iter_mut().map(|(id, kept)| (*id, kept)).collect();
+        let logits = bench.inference.step(&mut sequences)?;
+        let taken = start.elapsed().as_secs_f64();
+        chats.iter_mut().zip(&logits).for_each(|((id, _), logits)| *id = likeliest(logits));
+        if step > 0 {
+            seconds.push(taken);
+        }
+    }
+    let each = median(&seconds);
+    let speed = chats.len() as f64 / each;
+    let linear = bench.model().modules.iter().filter(|module| module.info.kind == ModuleKind::Linear);
+    let bytes: usize = linear.map(|module| module.weight.stored_bytes()).sum();
+    let (read, limit) = (bytes as f64 / each / 1e9, read_gigabytes());
+    if arguments.model.json {
+        let json = json!({
+            "tokens_per_second": speed,
+            "seconds_per_token": seconds,
+            "chats": chats.len(),
+            "weights_gigabytes_per_second": read,
+            "read_gigabytes_per_second": limit,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "storage": bench.model().storage_words(),
+            "cpu": cpu().name(),
+            "threads": threads(),
+        });
+        print(&json.to_string())?;
+        return Ok(Done::Whole);
+    }
+    print(&format!(
+        "speed     {speed:.1} tokens/s   {:.2} ms a token of {} at once\n\
+         weights   {read:.1} GB/s   {:.0} % of {limit:.1} by reading alone ({}, {} threads)",
+        1e3 * each,
+        chats.len(),
+        100.0 * read / limit,
+        cpu().name(),
+        threads(),
+    ))?;
+    Ok(Done::Whole)
+}
+
+fn likeliest(logits: &[f32]) -> u32 {
+    let most = logits.iter().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b));
+    most.map_or(0, |(id, _)| id as u32)
+}

@@ -7,6 +7,7 @@ mod export;
 mod fused;
 mod gradients;
 mod handlers;
+mod inference;
 mod invariants;
 mod models;
 mod pipelines;

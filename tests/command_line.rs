@@ -7,7 +7,9 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapter::AdapterFiles;
+use homeroom_engine::block::Compute;
 use homeroom_engine::generate::{Sampling, generate, prompt_ids};
+use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
 use serde_json::{Map, Value, json};
 
@@ -809,7 +811,8 @@ fn eval_chat_and_plugins_print_their_result_alone() -> Result<()> {
     let messages =
         [json!({"role": "system", "content": "short"}), json!({"role": "user", "content": "times seven: 3"})];
     let sampling = Sampling { max_tokens: 12, temperature: 0.0, top_p: 1.0, seed: 42 };
-    let answer = generate(&model, None, &prompt_ids(&model, &messages)?, sampling)?;
+    let prompt = prompt_ids(&model, &messages)?;
+    let answer = generate(&Answers::new(Inference::new(model.into(), None, Compute::auto())), &prompt, sampling)?;
     let mut chat = homeroom();
     chat.args(["chat", "--prompt", "times seven: 3", "--system", "short", "--temperature", "0", "--max-tokens", "12"]);
     let said = succeeds(chat.arg("--model-dir").arg(&base))?;

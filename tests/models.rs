@@ -2,8 +2,10 @@
 
 use anyhow::Result;
 use homeroom_engine::batch::Batch;
+use homeroom_engine::block::Compute;
 use homeroom_engine::config::ModelConfig;
 use homeroom_engine::generate::{Sampling, generate};
+use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 
@@ -61,7 +63,11 @@ fn greedy_tokens_equal_those_of_transformers() -> Result<()> {
     endless.eos_ids.clear();
     model.tokenizer = endless.into();
     let sampling = Sampling { max_tokens: want.len(), temperature: 0.0, top_p: 1.0, seed: 0 };
-    assert_eq!(generate(&model, None, &prompt, sampling)?.ids, want);
+    let model = std::sync::Arc::new(model);
+    for compute in [Compute::Plain, Compute::F32] {
+        let answers = Answers::new(Inference::new(model.clone(), None, compute));
+        assert_eq!(generate(&answers, &prompt, sampling)?.ids, want, "{compute:?}");
+    }
     Ok(())
 }
 

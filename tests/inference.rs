@@ -1,0 +1,213 @@
+//! Answers: what reads prompts and draws tokens is held to the plain blocks, and no answer sees what is answered beside it.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::block::Compute;
+use homeroom_engine::decoder::Cache;
+use homeroom_engine::generate::{Sampling, generate};
+use homeroom_engine::inference::{Answers, Inference, Kept};
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::recipe::Pass;
+use homeroom_engine::requantize::{StoredAs, store_as};
+use homeroom_kernels::{Codec, Cpu, with_cpu};
+use serde_json::{Value, json};
+
+use crate::support::{adapt, model, shake};
+
+/// Every model that ships as a fixture, and bases through codecs and in other float types.
+fn cases() -> Result<Vec<(String, Arc<BaseModel>)>> {
+    let mut cases = Vec::new();
+    for name in ["llama", "llama-tied", "llama3-rope", "mistral", "qwen2", "llama-gguf/model-mixed.gguf"] {
+        cases.push((name.to_owned(), Arc::new(model(name)?)));
+    }
+    for codec in [Codec::nf4(), Codec::int8()] {
+        let name = format!("llama as {}", codec.name);
+        cases.push((name, Arc::new(store_as(&model("llama")?, &StoredAs::Codec(codec), |_, _| {})?)));
+    }
+    cases.push(("llama as bf16".to_owned(), Arc::new(store_as(&model("llama")?, &StoredAs::Bf16, |_, _| {})?)));
+    Ok(cases)
+}
+
+/// None, and low-rank updates of every module that may have one.
+fn adaptations(model: &BaseModel) -> Result<Vec<Option<Arc<Adaptation>>>> {
+    let made = |options: Value| -> Result<Option<Arc<Adaptation>>> {
+        Ok(Some(Arc::new(shake(adapt("lora", &options, model, 3)?)?)))
+    };
+    let patterns = json!({"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"v_proj": 19}});
+    Ok(vec![None, made(json!({"r": 3, "lora_alpha": 5}))?, made(patterns)?])
+}
+
+fn ids(model: &BaseModel, count: usize, seed: u32) -> Vec<u32> {
+    let vocab = model.config.vocab_size as u32;
+    (0..count as u32).map(|i| (3 + (i + seed) * (7 + seed)) % vocab).collect()
+}
+
+/// Largest difference, as a share of the largest value.
+fn apart(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let largest = b.iter().fold(0f32, |most, x| most.max(x.abs()));
+    a.iter().zip(b).fold(0f32, |most, (x, y)| most.max((x - y).abs())) / largest
+}
+
+/// Reads a prompt in pieces, then tokens one at a time: the logits after the prompt and after each token.
+fn logits(inference: &Inference, prompt: &[u32], pieces: usize, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+    let mut kept = inference.begin();
+    let mut all = Vec::new();
+    for piece in prompt.chunks(pieces) {
+        let last = kept.len() + piece.len() == prompt.len();
+        all.extend(inference.read(piece, &mut kept, last)?);
+    }
+    for token in tokens {
+        all.extend(inference.step(&mut [(*token, &mut kept)])?);
+    }
+    Ok(all)
+}
+
+#[test]
+fn prompts_and_tokens_have_the_logits_of_plain_blocks() -> Result<()> {
+    for (name, model) in cases()? {
+        let length = 97.min(model.config.max_position_embeddings - 8);
+        let (prompt, tokens) = (ids(&model, length, 1), ids(&model, 8, 5));
+        for (number, adaptation) in adaptations(&model)?.into_iter().enumerate() {
+            let pass = Pass::evaluation(&model, adaptation.as_deref());
+            let mut cache = Cache::default();
+            let mut plain = vec![pass.continue_sequence(&prompt, &mut cache)?.to_vec1::<f32>()?];
+            for token in &tokens {
+                plain.push(pass.continue_sequence(&[*token], &mut cache)?.to_vec1()?);
+            }
+            // bf16 keeps 8 bits of a number; these models are random, so that nothing hides what that adds up to.
+            for (compute, bound) in [(Compute::F32, 2e-5), (Compute::Bf16, 0.1)] {
+                let inference = Inference::new(model.clone(), adaptation.clone(), compute);
+                assert!(!matches!(inference.begin(), Kept::Plain(_)), "adapter {number} on {name} is not run plain");
+                let fast = logits(&inference, &prompt, prompt.len(), &tokens)?;
+                for (position, (fast, plain)) in fast.iter().zip(&plain).enumerate() {
+                    let apart = apart(fast, plain);
+                    assert!(apart < bound, "adapter {number} on {name}, {compute:?}: {apart:e} apart at {position}");
+                }
+                for cpu in [Cpu::Portable, Cpu::Avx2] {
+                    let other = with_cpu(cpu, || logits(&inference, &prompt, prompt.len(), &tokens))?;
+                    let apart = other.iter().zip(&plain).map(|(a, b)| apart(a, b)).fold(0.0, f32::max);
+                    assert!(apart < bound, "adapter {number} on {name}, {compute:?}, {cpu:?}: {apart:e} apart");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_pieces_of_a_prompt_change_no_bit() -> Result<()> {
+    for name in ["llama", "mistral", "llama-gguf/model-mixed.gguf"] {
+        let model = Arc::new(model(name)?);
+        let (prompt, tokens) = (ids(&model, 100.min(model.config.max_position_embeddings - 4), 2), ids(&model, 4, 3));
+        for compute in [Compute::F32, Compute::Bf16] {
+            let inference = Inference::new(model.clone(), None, compute);
+            let whole = logits(&inference, &prompt, prompt.len(), &tokens)?;
+            for pieces in [1, 7, 64] {
+                assert!(logits(&inference, &prompt, pieces, &tokens)? == whole, "{name}, {compute:?}, by {pieces}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sequences_that_are_decoded_together_have_the_logits_that_each_has_alone() -> Result<()> {
+    for (name, model) in cases()? {
+        for adaptation in adaptations(&model)? {
+            for compute in [Compute::F32, Compute::Bf16, Compute::Plain] {
+                let inference = Inference::new(model.clone(), adaptation.clone(), compute);
+                let prompts: Vec<Vec<u32>> = (0..6).map(|i| ids(&model, 3 + 5 * i, i as u32)).collect();
+                let tokens: Vec<Vec<u32>> = (0..6).map(|i| ids(&model, 3, 20 + i)).collect();
+                let mut kept = Vec::new();
+                for prompt in &prompts {
+                    let mut one = inference.begin();
+                    inference.read(prompt, &mut one, false)?;
+                    kept.push(one);
+                }
+                let mut together = vec![Vec::new(); 6];
+                for step in 0..3 {
+                    let mut sequences: Vec<(u32, &mut Kept)> =
+                        tokens.iter().map(|tokens| tokens[step]).zip(&mut kept).collect();
+                    for (all, logits) in together.iter_mut().zip(inference.step(&mut sequences)?) {
+                        all.push(logits);
+                    }
+                }
+                for ((prompt, tokens), together) in prompts.iter().zip(&tokens).zip(together) {
+                    let alone = logits(&inference, prompt, prompt.len(), tokens)?;
+                    assert!(alone[1..] == together, "{name}, {compute:?}: company changes what is answered");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn answers(model: &Arc<BaseModel>, compute: Compute) -> Answers {
+    Answers::new(Inference::new(model.clone(), None, compute))
+}
+
+fn sampling(seed: u64) -> Sampling {
+    Sampling { max_tokens: 20, temperature: 0.9, top_p: 0.95, seed }
+}
+
+#[test]
+fn answers_that_are_drawn_at_once_are_those_that_each_is_alone() -> Result<()> {
+    let model = Arc::new(model("llama")?);
+    for compute in [Compute::F32, Compute::Bf16, Compute::Plain] {
+        // More than are drawn together, some with the same beginning, some twice.
+        let shared = ids(&model, 40, 1);
+        let prompts: Vec<Vec<u32>> = (0..20)
+            .map(|i| match i % 3 {
+                0 => ids(&model, 5 + 2 * i, i as u32),
+                _ => [&shared[..], &ids(&model, i % 7, 3)].concat(),
+            })
+            .collect();
+        let mut alone = Vec::new();
+        for (prompt, seed) in prompts.iter().zip(0..) {
+            alone.push(generate(&answers(&model, compute), prompt, sampling(seed))?.ids);
+        }
+        assert!(alone.iter().any(|ids| ids != &alone[0]) && alone.iter().any(|ids| ids.len() > 5));
+        let answers = answers(&model, compute);
+        for _ in 0..2 {
+            let asked = prompts.iter().zip(0..).map(|(prompt, seed)| answers.ask(prompt, sampling(seed)));
+            let asked = asked.collect::<Result<Vec<_>>>()?;
+            for (number, (tokens, alone)) in asked.into_iter().zip(&alone).enumerate() {
+                let ids = tokens.collect::<Result<Vec<u32>>>()?;
+                assert_eq!(&ids, alone, "answer {number}, {compute:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_answer_that_nobody_waits_for_makes_room_for_others() -> Result<()> {
+    let mut endless = model("llama")?;
+    let mut tokenizer = homeroom_engine::tokenizer::Tokenizer::from_dir(&endless.path)?;
+    tokenizer.eos_ids.clear();
+    endless.tokenizer = tokenizer.into();
+    let answers = answers(&Arc::new(endless), Compute::F32);
+    let prompt = [1, 40, 41];
+    let long = Sampling { max_tokens: 1 << 20, ..sampling(1) };
+    let dropped: Vec<_> = (0..40).map(|_| answers.ask(&prompt, long)).collect::<Result<_>>()?;
+    drop(dropped);
+    assert!(!generate(&answers, &prompt, sampling(2))?.ids.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_token_without_an_embedding_fails_its_answer_and_no_other() -> Result<()> {
+    let model = Arc::new(model("llama")?);
+    let answers = answers(&model, Compute::F32);
+    let good = [1, 40, 41];
+    let fine = answers.ask(&good, sampling(1))?;
+    let mut wrong = answers.ask(&[1, model.config.vocab_size as u32], sampling(1))?;
+    let error = wrong.next().context("it fails")?.expect_err("the token is unknown");
+    assert!(error.to_string().contains("has no embedding"), "{error}");
+    assert!(wrong.next().is_none(), "after its error an answer is over");
+    assert_eq!(fine.collect::<Result<Vec<u32>>>()?, generate(&answers, &good, sampling(1))?.ids);
+    Ok(())
+}

@@ -217,12 +217,18 @@ mod avx512 {
         const LEN: usize;
         /// Bytes of a block.
         const BYTES: usize;
-        /// Calls `each` with the number of sixteen values and with these, in order.
+        /// Whether a block begins with half-precision numbers, four at most.
+        const HALVES: bool;
+        /// Calls `each` with the number of sixteen values and with these, in order. `halves` are those that the block begins with.
         ///
         /// # Safety
         /// The block is readable, and the processor has AVX-512.
-        unsafe fn block(bytes: *const u8, each: impl FnMut(usize, __m512));
+        unsafe fn block(bytes: *const u8, halves: &[f32; 4], each: impl FnMut(usize, __m512));
     }
+
+    /// Blocks of a row whose halves are converted together, and from memory are in all lanes at once: a conversion of each in all
+    /// lanes costs as much as the rest of its block.
+    const TOGETHER: usize = 32;
 
     type Sums<const M: usize> = [[__m512; 2]; M];
 
@@ -277,10 +283,20 @@ mod avx512 {
             // SAFETY: a row of W is `blocks` blocks, and values of float storage beyond; a row of x is as long, padded.
             unsafe {
                 let w = job.w.bytes.as_ptr().add(job.w.order.stored(row) * size);
-                for block in 0..blocks {
-                    F::block(w.add(block * F::BYTES), |k, w| {
-                        sixteen(w, block * (F::LEN / 16) + k, x, step, &mut sums);
-                    });
+                let mut halves = [[0f32; 4]; TOGETHER];
+                for from in (0..blocks).step_by(TOGETHER) {
+                    let count = TOGETHER.min(blocks - from);
+                    if F::HALVES {
+                        for (i, halves) in halves[..count].iter_mut().enumerate() {
+                            let bits = _mm_loadl_epi64(w.add((from + i) * F::BYTES).cast());
+                            _mm_storeu_ps(halves.as_mut_ptr(), _mm_cvtph_ps(bits));
+                        }
+                    }
+                    for (i, halves) in halves[..count].iter().enumerate() {
+                        F::block(w.add((from + i) * F::BYTES), halves, |k, w| {
+                            sixteen(w, (from + i) * (F::LEN / 16) + k, x, step, &mut sums);
+                        });
+                    }
                 }
                 if rest > 0 {
                     // Only rows of floats end within a block.
@@ -338,14 +354,15 @@ mod avx512 {
     }
 
     macro_rules! format {
-        ($name:ident, $len:literal, $bytes:literal, |$p:ident, $each:ident| $body:block) => {
+        ($name:ident, $len:literal, $bytes:literal, $has_halves:literal, |$p:ident, $halves:tt, $each:ident| $body:block) => {
             struct $name;
             impl Format for $name {
                 const LEN: usize = $len;
                 const BYTES: usize = $bytes;
+                const HALVES: bool = $has_halves;
                 #[inline]
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-                unsafe fn block($p: *const u8, mut $each: impl FnMut(usize, __m512)) {
+                unsafe fn block($p: *const u8, $halves: &[f32; 4], mut $each: impl FnMut(usize, __m512)) {
                     // SAFETY: the caller has a whole block at the pointer.
                     unsafe { $body }
                 }
@@ -353,35 +370,35 @@ mod avx512 {
         };
     }
 
-    format!(F32, 32, 128, |p, each| {
+    format!(F32, 32, 128, false, |p, _, each| {
         for k in 0..2 {
             each(k, _mm512_loadu_ps(p.cast::<f32>().add(16 * k)));
         }
     });
 
-    format!(F16, 32, 64, |p, each| {
+    format!(F16, 32, 64, false, |p, _, each| {
         for k in 0..2 {
             each(k, _mm512_cvtph_ps(_mm256_loadu_si256(p.add(32 * k).cast())));
         }
     });
 
-    format!(BF16, 32, 64, |p, each| {
+    format!(BF16, 32, 64, false, |p, _, each| {
         for k in 0..2 {
             let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.add(32 * k).cast()));
             each(k, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)));
         }
     });
 
-    format!(Q4_0, 32, 18, |p, each| {
-        let table = _mm512_mul_ps(count(-8), half(p));
+    format!(Q4_0, 32, 18, true, |p, [d, ..], each| {
+        let table = _mm512_mul_ps(count(-8), _mm512_set1_ps(*d));
         let q = bytes(p.add(2));
         // A lookup takes the low four bits of each word.
         each(0, _mm512_permutexvar_ps(q, table));
         each(1, _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(q), table));
     });
 
-    format!(Q4_1, 32, 20, |p, each| {
-        let table = _mm512_add_ps(_mm512_mul_ps(count(0), half(p)), half(p.add(2)));
+    format!(Q4_1, 32, 20, true, |p, [d, m, ..], each| {
+        let table = _mm512_add_ps(_mm512_mul_ps(count(0), _mm512_set1_ps(*d)), _mm512_set1_ps(*m));
         let q = bytes(p.add(4));
         each(0, _mm512_permutexvar_ps(q, table));
         each(1, _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(q), table));
@@ -404,8 +421,8 @@ mod avx512 {
             .0
     }
 
-    format!(Q5_0, 32, 22, |p, each| {
-        let d = half(p);
+    format!(Q5_0, 32, 22, true, |p, [d, ..], each| {
+        let d = _mm512_set1_ps(*d);
         let high = p.add(2).cast::<u32>().read_unaligned();
         let tables = [_mm512_mul_ps(count(-16), d), _mm512_mul_ps(count(0), d)];
         let [a, b] = five_bits(bytes(p.add(6)), [high as u16, (high >> 16) as u16], tables);
@@ -413,8 +430,8 @@ mod avx512 {
         each(1, b);
     });
 
-    format!(Q5_1, 32, 24, |p, each| {
-        let (d, m) = (half(p), half(p.add(2)));
+    format!(Q5_1, 32, 24, true, |p, [d, m, ..], each| {
+        let (d, m) = (_mm512_set1_ps(*d), _mm512_set1_ps(*m));
         let high = p.add(4).cast::<u32>().read_unaligned();
         let tables = [count(0), count(16)].map(|count| _mm512_add_ps(_mm512_mul_ps(count, d), m));
         let [a, b] = five_bits(bytes(p.add(8)), [high as u16, (high >> 16) as u16], tables);
@@ -422,8 +439,8 @@ mod avx512 {
         each(1, b);
     });
 
-    format!(Q8_0, 32, 34, |p, each| {
-        let d = half(p);
+    format!(Q8_0, 32, 34, true, |p, [d, ..], each| {
+        let d = _mm512_set1_ps(*d);
         for k in 0..2 {
             let q = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(2 + 16 * k).cast()));
             each(k, _mm512_mul_ps(_mm512_cvtepi32_ps(q), d));
@@ -433,28 +450,25 @@ mod avx512 {
     /// `d scale` and `dmin min` of the eight sub-blocks of Q4_K and Q5_K.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,f16c")]
-    unsafe fn scales(p: *const u8) -> ([f32; 8], [f32; 8]) {
+    unsafe fn scales(p: *const u8, d: f32, dmin: f32) -> ([f32; 8], [f32; 8]) {
         // SAFETY: the caller has a whole block at the pointer: two halves, then twelve bytes.
-        let (a, b, c, d, dmin) = unsafe {
-            let word = |i: usize| p.add(4 + 4 * i).cast::<u32>().read_unaligned();
-            (word(0), word(1), word(2), half(p), half(p.add(2)))
-        };
+        let [a, b, c] = [0, 1, 2].map(|i| unsafe { p.add(4 + 4 * i).cast::<u32>().read_unaligned() });
         // Six bits each: the first four whole, the last four split.
         let (low, split) = (0x3F3F_3F3F, 0x0303_0303);
         let scale = u64::from(a & low) | u64::from((c & 0x0F0F_0F0F) | (a >> 6 & split) << 4) << 32;
         let min = u64::from(b & low) | u64::from((c >> 4 & 0x0F0F_0F0F) | (b >> 6 & split) << 4) << 32;
-        let eight = |bytes: u64, d: __m512| {
+        let eight = |bytes: u64, d: f32| {
             let values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)));
             let mut out = [0f32; 8];
             // SAFETY: `out` is eight values.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_mul_ps(_mm512_castps512_ps256(d), values)) };
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_mul_ps(_mm256_set1_ps(d), values)) };
             out
         };
         (eight(scale, d), eight(min, dmin))
     }
 
-    format!(Q4K, 256, 144, |p, each| {
-        let (scale, min) = scales(p);
+    format!(Q4K, 256, 144, true, |p, [d, m, ..], each| {
+        let (scale, min) = scales(p, *d, *m);
         for i in 0..4 {
             let table =
                 |s: usize| _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scale[s]), count(0)), _mm512_set1_ps(min[s]));
@@ -467,8 +481,8 @@ mod avx512 {
         }
     });
 
-    format!(Q5K, 256, 176, |p, each| {
-        let (scale, min) = scales(p);
+    format!(Q5K, 256, 176, true, |p, [d, m, ..], each| {
+        let (scale, min) = scales(p, *d, *m);
         let fifths = [0, 16].map(|k| bytes(p.add(16 + k)));
         for i in 0..4 {
             for half in 0..2 {
@@ -487,7 +501,7 @@ mod avx512 {
         }
     });
 
-    format!(Q6K, 256, 210, |p, each| {
+    format!(Q6K, 256, 210, false, |p, _, each| {
         let d = half(p.add(208));
         // Sixteen scales, times d.
         let signed = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(192).cast()));

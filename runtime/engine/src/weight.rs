@@ -6,7 +6,7 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use homeroom_kernels::{BlockCodec, Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode};
+use homeroom_kernels::{BlockCodec, Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode, f16};
 use memmap2::Mmap;
 
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
@@ -87,6 +87,15 @@ impl Weight {
     pub fn from_values(values: &[f32], (rows, cols): (usize, usize)) -> Result<Self> {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         Self::checked(Bytes::Owned(bytes.into()), Storage::F32, (rows, cols), RowOrder::Natural)
+    }
+
+    /// A weight of f16 values in memory.
+    ///
+    /// # Errors
+    /// When there are not `rows * cols` values.
+    pub fn from_f16(values: &[f16], (rows, cols): (usize, usize)) -> Result<Self> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Self::checked(Bytes::Owned(bytes.into()), Storage::F16, (rows, cols), RowOrder::Natural)
     }
 
     /// A weight of bf16 values in memory.

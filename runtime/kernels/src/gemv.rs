@@ -8,9 +8,9 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use crate::Matrix;
 use crate::cpu::{Cpu, cpu};
 use crate::product::grown;
+use crate::{Matrix, RowOrder, Storage};
 
 /// Lanes of a sum. Rows of x are padded to a multiple with zeros.
 pub const LANES: usize = 32;
@@ -43,8 +43,8 @@ impl FewRows<'_> {
 /// the lanes.
 #[derive(Clone, Copy, Debug)]
 pub struct UpdateRows<'a> {
-    /// `s B`, one row for each row of W.
-    pub b: &'a [f32],
+    /// `s B`, one row for each row of W, as [`Storage::F32`] or [`Storage::F16`].
+    pub b: Matrix<'a>,
     /// `u`.
     pub u: FewRows<'a>,
 }
@@ -63,8 +63,9 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<U
     let fits = w.cols <= x.step && rows.end <= w.rows && out.len() == rows.len() * m;
     assert!(fits, "{rows:?} of {} x {} for {m} rows of {}", w.rows, w.cols, x.step);
     if let Some(UpdateRows { b, u }) = &update {
-        let fits = u.values.len() == m * u.step && b.len() == w.rows * u.step;
-        assert!(u.step.is_multiple_of(HALF) && fits, "an update of {} x {}", w.rows, u.step);
+        let fits = u.values.len() == m * u.step && (b.rows, b.cols, b.order) == (w.rows, u.step, RowOrder::Natural);
+        let floats = matches!(b.storage, Storage::F32 | Storage::F16);
+        assert!(u.step.is_multiple_of(HALF) && fits && floats, "an update of {} x {}", w.rows, u.step);
     }
     let cpu = cpu();
     SCRATCH.with_borrow_mut(|scratch| {
@@ -73,7 +74,7 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<U
             let part = |rows: FewRows<'_>| rows.values[first * rows.step..].as_ptr();
             let job = Job {
                 x: (part(x), x.step),
-                update: update.map(|UpdateRows { b, u }| (b.as_ptr(), part(u), u.step)),
+                update: update.map(|UpdateRows { b, u }| (b, part(u), u.step)),
                 w,
                 rows: rows.clone(),
                 out: (out[first..].as_mut_ptr(), m),
@@ -97,7 +98,7 @@ struct Job<'a> {
     /// First row of x, and the step to the next.
     x: (*const f32, usize),
     /// `s B`, u, and the step of both.
-    update: Option<(*const f32, *const f32, usize)>,
+    update: Option<(Matrix<'a>, *const f32, usize)>,
     w: &'a Matrix<'a>,
     rows: Range<usize>,
     /// First result, and the step to those of the next row of W.
@@ -118,7 +119,8 @@ impl Job<'_> {
             }
         }
         let (k, padded) = (self.w.cols, FewRows::padded(self.w.cols));
-        let row_of_w = grown(scratch, padded);
+        let rank = self.update.map_or(0, |(_, _, step)| step);
+        let (row_of_w, row_of_b) = grown(scratch, padded + rank).split_at_mut(padded);
         row_of_w[k..].fill(0.0);
         for (i, row) in self.rows.clone().enumerate() {
             self.w.decode_rows(row..row + 1, &mut row_of_w[..k]);
@@ -127,7 +129,8 @@ impl Job<'_> {
             unsafe {
                 add(cpu, row_of_w, self.x.0, self.x.1, &mut sums);
                 if let Some((b, u, step)) = self.update {
-                    add(cpu, std::slice::from_raw_parts(b.add(row * step), step), u, step, &mut sums);
+                    b.decode_rows(row..row + 1, row_of_b);
+                    add(cpu, row_of_b, u, step, &mut sums);
                 }
                 for (j, sums) in sums.into_iter().enumerate() {
                     *self.out.0.add(i * self.out.1 + j) = fold(sums);
@@ -319,8 +322,14 @@ mod avx512 {
         // SAFETY: passed on to the caller: the update has `step` values for each row of W and of x.
         unsafe {
             if let Some((b, u, step)) = job.update {
+                let (at, single) = (row * step, b.storage == Storage::F32);
                 for k in 0..step / 16 {
-                    sixteen(_mm512_loadu_ps(b.add(row * step + 16 * k)), k, u, step, &mut sums);
+                    let values = if single {
+                        _mm512_loadu_ps(b.bytes.as_ptr().cast::<f32>().add(at + 16 * k))
+                    } else {
+                        _mm512_cvtph_ps(_mm256_loadu_si256(b.bytes.as_ptr().cast::<u16>().add(at + 16 * k).cast()))
+                    };
+                    sixteen(values, k, u, step, &mut sums);
                 }
             }
             for (j, [even, odd]) in sums.into_iter().enumerate() {
@@ -581,7 +590,7 @@ mod tests {
     use super::*;
     use crate::codec::{Codec, encode};
     use crate::cpu::with_cpu;
-    use crate::{Encoded, RowOrder, Storage, Stream};
+    use crate::{Encoded, Stream};
 
     /// x padded.
     fn padded(values: &[f32], m: usize, k: usize) -> Vec<f32> {
@@ -613,21 +622,29 @@ mod tests {
         let (m, r) = (6, 48);
         let (x, u, b) = (random(&mut stream, m * k), random(&mut stream, m * r), random(&mut stream, n * r));
         let x_padded = padded(&x, m, k);
+        let single: Vec<u8> = b.iter().flat_map(|b| b.to_le_bytes()).collect();
+        let half: Vec<u8> = b.iter().flat_map(|b| half::f16::from_f32(*b).to_le_bytes()).collect();
+        let half = Matrix::new(Storage::F16, &half, n, r, RowOrder::Natural).unwrap();
+        let mut b = vec![0f32; n * r];
+        half.decode_rows(0..n, &mut b);
+        let exact: Vec<u8> = b.iter().flat_map(|b| b.to_le_bytes()).collect();
+        let exact = Matrix::new(Storage::F32, &exact, n, r, RowOrder::Natural).unwrap();
+        assert_ne!(exact.bytes, single, "half precision rounds");
         for cpu in cpus() {
             for with_update in [false, true] {
-                let product = |w: &Matrix, rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
+                let product = |w: &Matrix, b: Matrix, rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
                     let step = FewRows::padded(k);
                     let mut out = vec![f32::NAN; rows.len() * of.len()];
                     let few = FewRows { values: &x_padded[of.start * step..of.end * step], step };
                     let u = FewRows { values: &u[of.start * r..of.end * r], step: r };
-                    let update = with_update.then_some(UpdateRows { b: &b, u });
+                    let update = with_update.then_some(UpdateRows { b, u });
                     with_cpu(cpu, || gemv(few, w, rows, update, &mut out));
                     out
                 };
-                let all = product(w, 0..n, 0..m);
-                assert_eq!(all, product(&floats, 0..n, 0..m), "{label}, {cpu:?}: differs from its values");
+                let all = product(w, half, 0..n, 0..m);
+                assert_eq!(all, product(&floats, exact, 0..n, 0..m), "{label}, {cpu:?}: differs from its values");
                 for j in 0..m {
-                    let alone: Vec<f32> = (0..n).flat_map(|row| product(w, row..row + 1, j..j + 1)).collect();
+                    let alone: Vec<f32> = (0..n).flat_map(|row| product(w, half, row..row + 1, j..j + 1)).collect();
                     let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
                     assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
                 }

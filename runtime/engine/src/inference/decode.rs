@@ -4,8 +4,8 @@
 //! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
 
 use homeroom_kernels::{
-    Attention, Element, FewRows, RotaryTable, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values, gemv,
-    lead, threads,
+    Attention, Element, FewRows, RotaryTable, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values, f16,
+    gemv, lead, threads,
 };
 
 use super::cache::KvCache;
@@ -38,8 +38,8 @@ struct Layer {
 /// Modules that share an input, as in [`crate::fused`].
 struct Site {
     modules: Vec<Linear>,
-    /// A of all modules (rank, d_in), if there is one.
-    a: Option<Weight>,
+    /// A of all modules (rank, d_in), if there is one, and what u is multiplied by.
+    a: Option<(Weight, f32)>,
 }
 
 struct Linear {
@@ -53,14 +53,27 @@ struct Update {
     /// First of its rows of A, and how many.
     at: usize,
     r: usize,
-    /// r, padded.
-    padded: usize,
-    /// `s B` (d_out, padded).
-    b: Vec<f32>,
+    /// `s B / power` (d_out, r padded).
+    b: Weight,
+    /// What u is multiplied by instead.
+    power: f32,
+}
+
+/// Values as a weight. In half precision they are read in half the time; then they are divided by the power of two that makes the
+/// largest at least 1, so that none but the very smallest loses a bit to the narrow exponent.
+fn stored(mut values: Vec<f32>, shape: (usize, usize), half: bool) -> Option<(Weight, f32)> {
+    if !half {
+        return Some((Weight::from_values(&values, shape).ok()?, 1.0));
+    }
+    let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
+    let power = if largest.is_normal() { 2f32.powi(largest.log2().floor() as i32) } else { 1.0 };
+    values.iter_mut().for_each(|value| *value /= power);
+    let halves: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
+    Some((Weight::from_f16(&halves, shape).ok()?, power))
 }
 
 impl Site {
-    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize]) -> Option<Self> {
+    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize], half: bool) -> Option<Self> {
         let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
         for &index in indices {
             let info = &model.modules[index].info;
@@ -83,14 +96,15 @@ impl Site {
                     for (to, from) in scaled.chunks_exact_mut(padded).zip(b.chunks_exact(r)) {
                         to.iter_mut().zip(from).for_each(|(to, from)| *to = low_rank.scaling as f32 * from);
                     }
-                    Some(Update { at, r, padded, b: scaled })
+                    let (b, power) = stored(scaled, (info.d_out, padded), half)?;
+                    Some(Update { at, r, b, power })
                 }
             };
             modules.push(Linear { index, d_out: info.d_out, update });
         }
         let rank = stacked.len() / d_in.max(1);
-        let a = (rank > 0).then(|| Weight::from_values(&stacked, (rank, d_in)).ok());
-        Some(Self { modules, a: a.flatten() })
+        let a = if rank > 0 { Some(stored(stacked, (rank, d_in), half)?) } else { None };
+        Some(Self { modules, a })
     }
 
     fn d_out(&self) -> usize {
@@ -99,7 +113,7 @@ impl Site {
 
     /// `u = x Aᵀ` of each module (m, padded), nothing where there is no update.
     fn down(&self, team: &Team, x: FewRows<'_>, m: usize) -> Vec<Vec<f32>> {
-        let Some(a) = &self.a else { return vec![Vec::new(); self.modules.len()] };
+        let Some((a, power)) = &self.a else { return vec![Vec::new(); self.modules.len()] };
         let mut all = vec![0f32; a.rows() * m];
         let size = part(a.rows());
         team.parts(&mut all, size * m, |task, out| {
@@ -107,10 +121,11 @@ impl Site {
             gemv(x, &a.matrix(), from..from + out.len() / m, None, out);
         });
         let of_module = |module: &Linear| {
-            let Some(Update { at, r, padded, .. }) = module.update else { return Vec::new() };
+            let Some(Update { at, r, b, power: of_b }) = &module.update else { return Vec::new() };
+            let (padded, power) = (b.cols(), power * of_b);
             let mut u = vec![0f32; m * padded];
             for (k, values) in all[at * m..(at + r) * m].chunks_exact(m).enumerate() {
-                values.iter().enumerate().for_each(|(j, value)| u[j * padded + k] = *value);
+                values.iter().enumerate().for_each(|(j, value)| u[j * padded + k] = power * value);
             }
             u
         };
@@ -122,9 +137,10 @@ impl Site {
         let Linear { index, update, .. } = &self.modules[module];
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
-        let update = update
-            .as_ref()
-            .map(|update| UpdateRows { b: &update.b, u: FewRows { values: &u[module], step: update.padded } });
+        let update = update.as_ref().map(|update| UpdateRows {
+            b: update.b.matrix(),
+            u: FewRows { values: &u[module], step: update.b.cols() },
+        });
         let module = &model.modules[*index];
         gemv(x, &module.weight.matrix(), rows.clone(), update, out);
         if let Some(bias) = &module.bias {
@@ -185,13 +201,15 @@ fn part(rows: usize) -> usize {
 
 impl Decoder {
     /// The layout; `None` when a recipe is something else than a low-rank update of a linear module.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Self> {
+    ///
+    /// `half`: updates are kept in half precision.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, half: bool) -> Option<Self> {
         let frozen = |module: usize| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
         let norm = |index: usize| {
             let module = &model.modules[index];
             (frozen(index) && module.bias.is_none()).then(|| module.weight.decode(0..1))
         };
-        let site = |modules: &[usize]| Site::new(model, adaptation, modules);
+        let site = |modules: &[usize]| Site::new(model, adaptation, modules, half);
         let layers = model.layers.iter().map(|at| {
             Some(Layer {
                 input_norm: norm(at.input_norm)?,

@@ -1,7 +1,8 @@
 //! Answering: a prompt is read in pieces by the blocks that training runs, further tokens come one at a time, for all sequences that
 //! are being answered together.
 //!
-//! Reading multiplies in the type of the blocks, bf16 or f32; decoding always in f32, with weights as they are stored. Keys and
+//! Reading multiplies in the type of the blocks, bf16 or f32; decoding always in f32, with weights as they are stored (and
+//! adapters in half precision, where blocks are bf16). Keys and
 //! values are kept in the type of the blocks. What a sequence comes to depends on its tokens alone, not on what is answered
 //! beside it, in which pieces its prompt was read, or whether the beginning of its prompt was taken over from another.
 
@@ -49,7 +50,7 @@ impl<E: ProductElement> Fast<E> {
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Box<Self>> {
         let blocks = Fused::new(model, adaptation, true);
         let (fused, layers, _) = blocks.counts();
-        let decoder = Decoder::new(model, adaptation).filter(|_| fused == layers)?;
+        let decoder = Decoder::new(model, adaptation, E::PER_WORD > 1).filter(|_| fused == layers)?;
         Some(Box::new(Self { reading: Mutex::new(blocks), decoder }))
     }
 

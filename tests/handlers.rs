@@ -20,6 +20,7 @@ use homeroom::handler::{
 };
 use homeroom::models::{Loaded, ModelRef};
 use homeroom::serve::{Models, Running, bind, start};
+use homeroom_engine::block::Compute;
 use serde_json::{Value, json};
 
 use crate::support::{fixture, homeroom, root};
@@ -29,7 +30,7 @@ fn loaded() -> Result<Loaded> {
 }
 
 fn local() -> Result<Arc<dyn Handler>> {
-    Ok(Arc::new(Local::new("llama", loaded()?)))
+    Ok(Arc::new(Local::new("llama", loaded()?, Compute::auto())))
 }
 
 fn endpoint(base_url: &str, model: &str) -> Result<OpenAi> {

@@ -336,6 +336,9 @@ pub struct Chat {
     /// Seed of the draw [default: the handler's, 42 with --model-dir]
     #[arg(long, value_name = "N")]
     pub seed: Option<i64>,
+    /// What prompts are read in; auto: bf16 where the processor multiplies it, else f32
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "config")]
+    pub compute: ComputeArg,
 }
 
 /// Arguments of `serve`.
@@ -347,6 +350,9 @@ pub struct Serve {
     /// File of handlers; its routes are what clients name as `model`
     #[arg(long, value_name = "FILE", required_unless_present = "model_dir", conflicts_with = "model_dir")]
     pub config: Option<PathBuf>,
+    /// What prompts are read in; auto: bf16 where the processor multiplies it, else f32
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "config")]
+    pub compute: ComputeArg,
     /// Port; 0: a free one
     #[arg(long, default_value_t = 8080, value_name = "PORT")]
     pub port: u16,

@@ -26,7 +26,8 @@ pub fn run(arguments: &Serve) -> Result<Done> {
         (Some(model), _) => {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
-            let handler: Arc<dyn Handler> = Arc::new(Local::new(&name, Loaded::load(&reference(model))?));
+            let handler: Arc<dyn Handler> =
+                Arc::new(Local::new(&name, Loaded::load(&reference(model))?, arguments.compute.into()));
             Models::from([(name, handler)])
         }
         (None, config) => {

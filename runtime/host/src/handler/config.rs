@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_engine::block::Compute;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -33,8 +34,8 @@ pub struct Config {
 /// A handler that is not loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HandlerSpec {
-    /// `kind = "local"`.
-    Local(ModelRef),
+    /// `kind = "local"`, and what its prompts are read in.
+    Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
 }
@@ -60,13 +61,13 @@ impl HandlerSpec {
     /// Whether conversations leave this machine.
     fn is_cloud(&self) -> bool {
         match self {
-            Self::Local(_) => false,
+            Self::Local(..) => false,
             Self::OpenAi(endpoint) => !endpoint.base_url.is_loopback(),
         }
     }
 }
 
-const LOCAL_KEYS: [&str; 4] = ["kind", "model", "base_model", "any_base"];
+const LOCAL_KEYS: [&str; 5] = ["kind", "model", "base_model", "any_base", "compute"];
 const OPENAI_KEYS: [&str; 7] =
     ["kind", "base_url", "model", "api_key", "connect_timeout_s", "read_timeout_s", "max_tokens_param"];
 const ROUTE_KEYS: [&str; 2] = ["handlers", "egress"];
@@ -174,6 +175,17 @@ fn local<'a>(
     let mut text = |key: &str| table.get(key).and_then(|value| problems.text(key, value));
     let (model, base_model) = (text("model"), text("base_model"));
     let any_base = table.get("any_base").and_then(|value| problems.bool("any_base", value));
+    let compute = table.get("compute").and_then(|value| Some((value, problems.text("compute", value)?)));
+    let compute = match compute.as_ref().map(|(value, name)| (value, name.as_str())) {
+        None | Some((_, "auto")) => Compute::auto(),
+        Some((_, "bf16")) => Compute::Bf16,
+        Some((_, "f32")) => Compute::F32,
+        Some((value, other)) => {
+            let known = ["auto", "bf16", "f32"];
+            problems.at(value.span(), format!("`compute`: `{other}` is unknown, {}", near(other, &known)));
+            Compute::auto()
+        }
+    };
     if !table.contains_key("model") {
         missing(problems, span, name, "model");
     }
@@ -181,11 +193,8 @@ fn local<'a>(
         Some(beside) if beside.exists() => beside,
         _ => PathBuf::from(name),
     };
-    Some(HandlerSpec::Local(ModelRef {
-        name: at(model?),
-        base_model: base_model.map(at),
-        any_base: any_base.unwrap_or(false),
-    }))
+    let model = ModelRef { name: at(model?), base_model: base_model.map(at), any_base: any_base.unwrap_or(false) };
+    Some(HandlerSpec::Local(model, compute))
 }
 
 fn openai<'a>(
@@ -377,7 +386,7 @@ impl Handlers {
 
 fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
     match spec {
-        HandlerSpec::Local(model) => Ok(Arc::new(Local::new(name, Loaded::load(model)?))),
+        HandlerSpec::Local(model, compute) => Ok(Arc::new(Local::new(name, Loaded::load(model)?, *compute))),
         HandlerSpec::OpenAi(spec) => {
             let api_key = spec.api_key_env.as_ref().map(|variable| {
                 let value = std::env::var(variable).ok().map(|key| key.trim().to_owned());
@@ -444,7 +453,7 @@ egress = "allow"
         assert_eq!(config.routes["open"], ["near", "far"]);
         assert_eq!(
             config.handlers["near"],
-            HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() })
+            HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() }, Compute::auto())
         );
         assert!(config.handlers["far"].is_cloud() && !config.handlers["beside"].is_cloud());
         let handlers = Handlers::new(config);
@@ -473,6 +482,7 @@ api_key = "sk-secret"
 kind = "local"
 model = "x"
 any_base = "yes"
+compute = "f23"
 
 [handlers.d]
 model = "x"
@@ -494,13 +504,14 @@ egress = "dney"
 "#,
         );
         for wanted in [
-            "17 problems",
+            "18 problems",
             "`lokal`: unknown kind, did you mean `local`?",
             "`base_ulr`: unknown key, did you mean `base_url`?",
             "[handlers.b]: `base_url` is missing",
             "`model`: is a whole number, should be a text in quotes",
             "a key is not kept in the file",
             "`any_base`: is a text, should be true or false",
+            "`compute`: `f23` is unknown",
             "[handlers.d]: `kind` is missing",
             "`base_url`: an address begins with",
             "`read_timeout_s`: should be from 1 to 3600",

@@ -27,10 +27,10 @@ pub struct Local {
 }
 
 impl Local {
-    /// Answers with a model under a name.
-    pub fn new(name: impl Into<String>, loaded: Loaded) -> Self {
+    /// Answers with a model under a name; `compute` is what prompts are read in.
+    pub fn new(name: impl Into<String>, loaded: Loaded, compute: Compute) -> Self {
         let Loaded { model, adaptation } = loaded;
-        Self { name: name.into(), answers: Answers::new(Inference::new(model, adaptation, Compute::auto())) }
+        Self { name: name.into(), answers: Answers::new(Inference::new(model, adaptation, compute)) }
     }
 }
 

@@ -89,6 +89,49 @@ impl Team {
         });
     }
 
+    /// As [`Team::parts`] of `first`, and in the same job of `second`, each of whose parts is given all of `first`.
+    ///
+    /// # Panics
+    /// As [`Team::run`].
+    pub fn parts_then<A: Send + Sync, B: Send>(
+        &self,
+        first: (&mut [A], usize),
+        f: impl Fn(usize, &mut [A]) + Sync,
+        second: (&mut [B], usize),
+        g: impl Fn(usize, &mut [B], &[A]) + Sync,
+    ) {
+        /// Counts a part as done, also when it panicked.
+        struct Done<'a>(&'a AtomicUsize);
+        impl Drop for Done<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_add(1, Ordering::Release);
+            }
+        }
+        let (lens, sizes) = ((first.0.len(), second.0.len()), (first.1, second.1));
+        let (firsts, seconds) = (Shared::new(first.0), Shared::new(second.0));
+        let (before, done) = (lens.0.div_ceil(sizes.0), AtomicUsize::new(0));
+        self.run(before + lens.1.div_ceil(sizes.1), |task| match task.checked_sub(before) {
+            None => {
+                let _done = Done(&done);
+                let from = task * sizes.0;
+                // SAFETY: no two tasks have a part in common, and the whole is only read when all have ended.
+                f(task, unsafe { firsts.slice(from, sizes.0.min(lens.0 - from)) });
+            }
+            Some(task) => {
+                // Tasks start in ascending order, so all of `first` is done or being done.
+                let mut polls = 0;
+                while done.load(Ordering::Acquire) < before {
+                    wait(&mut polls);
+                }
+                let from = task * sizes.1;
+                // SAFETY: nobody writes `first` any more; no two tasks have a part of `second` in common.
+                let (all, part) =
+                    unsafe { (&*firsts.slice(0, lens.0), seconds.slice(from, sizes.1.min(lens.1 - from))) };
+                g(task, part, all);
+            }
+        });
+    }
+
     /// Takes a task and does it; false when there is none.
     fn task(&self) -> bool {
         let ticket = self.ticket.load(Ordering::Acquire);
@@ -167,6 +210,27 @@ mod tests {
                             counts[task].fetch_add(1, Ordering::Relaxed);
                         });
                         assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "job {job}");
+                    }
+                });
+            });
+        }
+    }
+
+    #[test]
+    fn second_parts_see_all_of_the_first() {
+        for threads in [1, 2, 5] {
+            on(threads, || {
+                lead(|team| {
+                    for n in 0..300 {
+                        let (mut first, mut second) = (vec![0; n], vec![0; 97]);
+                        team.parts_then(
+                            (&mut first, 7),
+                            |part, values| values.fill(part + 1),
+                            (&mut second, 10),
+                            |part, values, all| values.fill(part + all.iter().sum::<usize>()),
+                        );
+                        let sum: usize = (0..n).map(|i| i / 7 + 1).sum();
+                        assert!(second.iter().enumerate().all(|(i, value)| *value == i / 10 + sum));
                     }
                 });
             });

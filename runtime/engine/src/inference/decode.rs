@@ -38,8 +38,10 @@ struct Layer {
 /// Modules that share an input, as in [`crate::fused`].
 struct Site {
     modules: Vec<Linear>,
-    /// A of all modules (rank, d_in), if there is one, and what u is multiplied by.
-    a: Option<(Weight, f32)>,
+    /// A of all modules (rank, d_in), if there is one; ranks are padded.
+    a: Option<Weight>,
+    /// What rows of u are multiplied by.
+    powers: Vec<f32>,
 }
 
 struct Linear {
@@ -50,13 +52,10 @@ struct Linear {
 }
 
 struct Update {
-    /// First of its rows of A, and how many.
+    /// First of its rows of A.
     at: usize,
-    r: usize,
-    /// `s B / power` (d_out, r padded).
+    /// `s B` (d_out, r padded), divided by a power of two that u is multiplied by.
     b: Weight,
-    /// What u is multiplied by instead.
-    power: f32,
 }
 
 /// Values as a weight. In half precision they are read in half the time; then they are divided by the power of two that makes the
@@ -74,7 +73,7 @@ fn stored(mut values: Vec<f32>, shape: (usize, usize), half: bool) -> Option<(We
 
 impl Site {
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize], half: bool) -> Option<Self> {
-        let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
+        let (mut modules, mut stacked, mut powers, mut d_in) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for &index in indices {
             let info = &model.modules[index].info;
             d_in = info.d_in;
@@ -92,57 +91,79 @@ impl Site {
                     let padded = r.next_multiple_of(RANK_STEP);
                     let at = stacked.len() / info.d_in;
                     stacked.extend(a);
+                    stacked.resize((at + padded) * info.d_in, 0.0);
                     let mut scaled = vec![0f32; info.d_out * padded];
                     for (to, from) in scaled.chunks_exact_mut(padded).zip(b.chunks_exact(r)) {
                         to.iter_mut().zip(from).for_each(|(to, from)| *to = low_rank.scaling as f32 * from);
                     }
                     let (b, power) = stored(scaled, (info.d_out, padded), half)?;
-                    Some(Update { at, r, b, power })
+                    powers.resize(at + padded, power);
+                    Some(Update { at, b })
                 }
             };
             modules.push(Linear { index, d_out: info.d_out, update });
         }
         let rank = stacked.len() / d_in.max(1);
         let a = if rank > 0 { Some(stored(stacked, (rank, d_in), half)?) } else { None };
-        Some(Self { modules, a })
+        powers.iter_mut().for_each(|power| *power *= a.as_ref().map_or(1.0, |(_, of_a)| *of_a));
+        Some(Self { modules, a: a.map(|(a, _)| a), powers })
     }
 
     fn d_out(&self) -> usize {
         self.modules.iter().map(|module| module.d_out).sum()
     }
 
-    /// `u = x Aᵀ` of each module (m, padded), nothing where there is no update.
-    fn down(&self, team: &Team, x: FewRows<'_>, m: usize) -> Vec<Vec<f32>> {
-        let Some((a, power)) = &self.a else { return vec![Vec::new(); self.modules.len()] };
-        let mut all = vec![0f32; a.rows() * m];
-        let size = part(a.rows());
-        team.parts(&mut all, size * m, |task, out| {
-            let from = task * size;
-            gemv(x, &a.matrix(), from..from + out.len() / m, None, out);
-        });
-        let of_module = |module: &Linear| {
-            let Some(Update { at, r, b, power: of_b }) = &module.update else { return Vec::new() };
-            let (padded, power) = (b.cols(), power * of_b);
-            let mut u = vec![0f32; m * padded];
-            for (k, values) in all[at * m..(at + r) * m].chunks_exact(m).enumerate() {
-                values.iter().enumerate().for_each(|(j, value)| u[j * padded + k] = power * value);
-            }
-            u
+    /// Calls `rows` for parts of `out`, `size` rows of m values each, with `u = x Aᵀ` of all modules (rank, m).
+    fn parts(
+        &self,
+        team: &Team,
+        x: FewRows<'_>,
+        out: (&mut [f32], usize),
+        rows: impl Fn(usize, &mut [f32], &[f32]) + Sync,
+    ) {
+        let m = x.values.len() / x.step;
+        let (out, size) = out;
+        let Some(a) = &self.a else {
+            return team.parts(out, size * m, |task, out| rows(task * size, out, &[]));
         };
-        self.modules.iter().map(of_module).collect()
+        let mut u = vec![0f32; a.rows() * m];
+        let down = part(a.rows());
+        let first = |task: usize, u: &mut [f32]| {
+            let from = task * down;
+            gemv(x, &a.matrix(), from..from + u.len() / m, None, u);
+            for (u, power) in u.chunks_exact_mut(m).zip(&self.powers[from..]) {
+                u.iter_mut().for_each(|u| *u *= power);
+            }
+        };
+        team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, u));
     }
 
     /// Rows `from..` of a module's output into `out` (rows, m).
-    fn rows(&self, model: &BaseModel, module: usize, x: FewRows<'_>, u: &[Vec<f32>], from: usize, out: &mut [f32]) {
+    fn rows(&self, model: &BaseModel, module: usize, x: FewRows<'_>, u: &[f32], from: usize, out: &mut [f32]) {
         let Linear { index, update, .. } = &self.modules[module];
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
-        let update = update.as_ref().map(|update| UpdateRows {
-            b: update.b.matrix(),
-            u: FewRows { values: &u[module], step: update.b.cols() },
-        });
         let module = &model.modules[*index];
-        gemv(x, &module.weight.matrix(), rows.clone(), update, out);
+        let weight = module.weight.matrix();
+        match update {
+            None => gemv(x, &weight, rows.clone(), None, out),
+            Some(Update { at, b }) => {
+                let step = b.cols();
+                let u = &u[at * m..(at + step) * m];
+                let mut turned = Vec::new();
+                let values = if m == 1 {
+                    u
+                } else {
+                    turned.resize(u.len(), 0.0);
+                    for (k, values) in u.chunks_exact(m).enumerate() {
+                        values.iter().enumerate().for_each(|(j, value)| turned[j * step + k] = *value);
+                    }
+                    &turned
+                };
+                let update = UpdateRows { b: b.matrix(), u: FewRows { values, step } };
+                gemv(x, &weight, rows.clone(), Some(update), out);
+            }
+        }
         if let Some(bias) = &module.bias {
             for (out, bias) in out.chunks_exact_mut(m).zip(&bias[rows]) {
                 out.iter_mut().for_each(|out| *out += bias);
@@ -153,16 +174,14 @@ impl Site {
     /// All outputs beside each other: `out` (d_out, m), from x (m, d_in).
     fn run(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
-        let u = self.down(team, x, m);
-        let size = part(self.d_out());
-        team.parts(out, size * m, |task, mut out| {
-            let (mut from, mut first) = (task * size, 0);
+        self.parts(team, x, (out, part(self.d_out())), |mut from, mut out, u| {
+            let mut first = 0;
             for (module, linear) in self.modules.iter().enumerate() {
                 let here = (first..first + linear.d_out).contains(&from);
                 if here && !out.is_empty() {
                     let count = (first + linear.d_out - from).min(out.len() / m);
                     let (now, rest) = std::mem::take(&mut out).split_at_mut(count * m);
-                    self.rows(model, module, x, &u, from - first, now);
+                    self.rows(model, module, x, u, from - first, now);
                     (out, from) = (rest, from + count);
                 }
                 first += linear.d_out;
@@ -173,9 +192,8 @@ impl Site {
     /// `silu(g) ∘ u` of the two modules of a gated layer: `out` (inner, m).
     fn run_gated(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
-        let u = self.down(team, x, m);
         let size = part(out.len() / m).min(MOST / m.min(MOST)).max(1);
-        team.parts(out, size * m, |task, out| {
+        self.parts(team, x, (out, size), |from, out, u| {
             let mut up = [0f32; MOST];
             let mut more = Vec::new();
             let up = if out.len() <= MOST {
@@ -184,8 +202,8 @@ impl Site {
                 more.resize(out.len(), 0.0);
                 &mut more[..]
             };
-            self.rows(model, 0, x, &u, task * size, out);
-            self.rows(model, 1, x, &u, task * size, up);
+            self.rows(model, 0, x, u, from, out);
+            self.rows(model, 1, x, u, from, up);
             homeroom_kernels::gate(out, up);
         });
     }

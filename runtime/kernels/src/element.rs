@@ -129,6 +129,21 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[0]
 }
 
+/// The largest |aᵢ|, 0 if there is none; NaN if one is not a number.
+#[inline(always)]
+pub(crate) fn largest_magnitude(a: &[f32]) -> f32 {
+    // Bits of floats without their sign are in the order of their magnitudes, and NaN lies above infinity.
+    let mut lanes = [0u32; LANES];
+    let (chunks, rest) = a.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = lanes[lane].max(chunk[lane].to_bits() & 0x7FFF_FFFF);
+        }
+    }
+    let rest = rest.iter().map(|value| value.to_bits() & 0x7FFF_FFFF);
+    f32::from_bits(lanes.into_iter().chain(rest).fold(0, u32::max))
+}
+
 /// e^x to about 1.5 units in the last place, without branches; below -87.3 it stays at its smallest normal value, above 88.3
 /// at its largest; a NaN stays one.
 ///

@@ -1,0 +1,484 @@
+//! Products in integers with weights of eight bits on a straight line: a row of A is rounded to 255 levels around 0 with a scale of its
+//! own, products and sums are exact, and scales are put on at the end.
+//!
+//! `y[i, n] = s[i] t[n] Σ_k a[i, k] (index[n, k] - 127)`, forward; backward, where the sum runs over the rows of W, their scales t go
+//! into A before it is rounded. Rounding A is what this costs in exactness; after Dettmers et al. 2022,
+//! <https://arxiv.org/abs/2208.07339>, section 2, without its separate path for outliers.
+//!
+//! A word holds four values of eight bits where the processor multiplies those (VNNI), else two of sixteen. Integers are exact, so
+//! every processor comes to the same result.
+
+use std::ops::Range;
+
+use crate::codec::Coded;
+use crate::cpu::{Cpu, per_cpu};
+use crate::element::Element;
+use crate::panel::pack_columns;
+use crate::pool::{Shared, for_ranges};
+use crate::product::{Left, grown};
+use crate::tile::PANEL;
+
+/// Values of a sum that are packed at once; within them a sum fits 32 bits.
+pub(crate) const CHUNK: usize = 2048;
+/// The index of 0.
+const ZERO: i32 = 127;
+/// Words of a packed chunk at most.
+pub(crate) const CHUNK_WORDS: usize = CHUNK / 2;
+
+/// Whether words hold four values.
+fn by_fours(cpu: Cpu) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return cpu >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = cpu;
+        false
+    }
+}
+
+/// Rows of A in integers.
+pub(crate) struct Rounded {
+    /// (m, `step`): four values of eight bits a word, or two of sixteen.
+    words: Vec<u32>,
+    step: usize,
+    /// Of each row.
+    scales: Vec<f32>,
+    /// Of each row and chunk: the sum of its values, times minus the index of 0.
+    starts: Vec<i32>,
+    k: usize,
+}
+
+impl Rounded {
+    fn chunks(&self) -> usize {
+        self.k.div_ceil(CHUNK)
+    }
+}
+
+/// Rounds `m` rows of k values, a multiple of four, each first multiplied by its column's factor if there is one.
+pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>, factors: Option<&[f32]>) -> Rounded {
+    assert!(k.is_multiple_of(4), "{k} values are no whole words");
+    let per_word = if by_fours(cpu) { 4 } else { 2 };
+    let (step, chunks) = (k / per_word, k.div_ceil(CHUNK));
+    let mut rounded =
+        Rounded { words: vec![0; m * step], step, scales: vec![0.0; m], starts: vec![0; m * chunks], k };
+    let words = Shared::new(&mut rounded.words);
+    let (scales, starts) = (Shared::new(&mut rounded.scales), Shared::new(&mut rounded.starts));
+    for_ranges(m, 16, |rows| {
+        let mut scratch = vec![0f32; k];
+        for i in rows {
+            // SAFETY: no two tasks have a row in common.
+            let (words, scale, starts) =
+                unsafe { (words.slice(i * step, step), scales.slice(i, 1), starts.slice(i * chunks, chunks)) };
+            let row = &left.values[left.at + i * left.step..][..k];
+            scale[0] = round_row(cpu, row, factors.unwrap_or(&[]), &mut scratch);
+            if per_word == 4 {
+                for (word, values) in words.iter_mut().zip(scratch.as_chunks::<4>().0) {
+                    *word = u32::from_le_bytes(values.map(|value| value as i8 as u8));
+                }
+            } else {
+                for (word, values) in words.iter_mut().zip(scratch.as_chunks::<2>().0) {
+                    let [low, high] = values.map(|value| u32::from(value as i16 as u16));
+                    *word = low | high << 16;
+                }
+            }
+            for (start, values) in starts.iter_mut().zip(scratch.chunks(CHUNK)) {
+                *start = -ZERO * values.iter().map(|value| *value as i32).sum::<i32>();
+            }
+        }
+    });
+    rounded
+}
+
+per_cpu! {
+    /// Whole numbers from -127 to 127, as floats, and what they are to be multiplied by: NaN if a value is not finite.
+    fn round_row<E: Element>(row: &[E], factors: &[f32], out: &mut [f32]) -> f32 {
+        if factors.is_empty() {
+            for (out, value) in out.iter_mut().zip(row) {
+                *out = value.wide();
+            }
+        } else {
+            for ((out, value), factor) in out.iter_mut().zip(row).zip(factors) {
+                *out = value.wide() * factor;
+            }
+        }
+        let largest = crate::element::largest_magnitude(out);
+        if !largest.is_finite() {
+            out.fill(0.0);
+            return f32::NAN;
+        }
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        // Adding 1.5 · 2^23 rounds to the nearest whole number, ties to even.
+        const SHIFT: f32 = 12_582_912.0;
+        for value in out.iter_mut() {
+            *value = (*value * inverse + SHIFT) - SHIFT;
+        }
+        if inverse.is_finite() { largest / 127.0 } else { 0.0 }
+    }
+}
+
+/// Words that a chunk of so many values takes.
+pub(crate) fn words(cpu: Cpu, values: usize) -> usize {
+    values / if by_fours(cpu) { 4 } else { 2 }
+}
+
+/// Packs the part `sum` of the sum for rows `rows` of W, forward, or with `backward` for columns `rows` of it: words of [`PANEL`]
+/// columns beside each other.
+pub(crate) fn pack(
+    cpu: Cpu,
+    coded: &Coded<'_>,
+    backward: bool,
+    sum: Range<usize>,
+    columns: Range<usize>,
+    out: &mut [u32],
+    scratch: &mut Vec<u32>,
+) {
+    let (codes, cols) = coded.indices();
+    let count = words(cpu, sum.len());
+    let out = &mut out[..count * PANEL];
+    if backward {
+        let row = |n: usize| &codes[(sum.start + n) * cols + columns.start..][..columns.len()];
+        for (word, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            if by_fours(cpu) {
+                weave_fours(cpu, [0, 1, 2, 3].map(|i| row(4 * word + i)), out);
+            } else {
+                weave_pairs(cpu, [0, 1].map(|i| row(2 * word + i)), out);
+            }
+        }
+        return;
+    }
+    let row = |j: usize| &codes[(columns.start + j) * cols + sum.start..][..sum.len()];
+    let mut pointers = [std::ptr::null(); PANEL];
+    if by_fours(cpu) {
+        for (j, pointer) in pointers[..columns.len()].iter_mut().enumerate() {
+            *pointer = row(j).as_ptr();
+        }
+    } else {
+        let pairs = grown(scratch, columns.len() * count);
+        for (j, pairs) in pairs.chunks_exact_mut(count).enumerate() {
+            for (pair, index) in pairs.iter_mut().zip(row(j).as_chunks::<2>().0) {
+                *pair = pair_of(*index);
+            }
+            pointers[j] = pairs.as_ptr().cast();
+        }
+    }
+    // SAFETY: each pointer is to `count` words.
+    unsafe { pack_columns(cpu, &pointers[..columns.len()], count, out) };
+    if by_fours(cpu) {
+        clamp(cpu, out);
+    }
+}
+
+/// Two indices as words of sixteen bits.
+#[inline(always)]
+fn pair_of([low, high]: [u8; 2]) -> u32 {
+    u32::from(low.min(254)) | u32::from(high.min(254)) << 16
+}
+
+per_cpu! {
+    /// Indices beyond the last level stand for it.
+    fn clamp(words: &mut [u32]) {
+        for word in words.iter_mut() {
+            *word = u32::from_le_bytes(word.to_le_bytes().map(|index| index.min(254)));
+        }
+    }
+}
+
+per_cpu! {
+    fn weave_fours(rows: [&[u8]; 4], out: &mut [u32; PANEL]) {
+        let n = rows[0].len();
+        if n == PANEL {
+            // A whole panel has a length that the compiler knows.
+            let rows = rows.map(|row| row.first_chunk::<PANEL>().expect("it is as long"));
+            for j in 0..PANEL {
+                out[j] = u32::from_le_bytes([0, 1, 2, 3].map(|i: usize| rows[i][j].min(254)));
+            }
+            return;
+        }
+        for j in 0..n {
+            out[j] = u32::from_le_bytes([0, 1, 2, 3].map(|i: usize| rows[i][j].min(254)));
+        }
+        out[n..].fill(0);
+    }
+}
+
+per_cpu! {
+    fn weave_pairs(rows: [&[u8]; 2], out: &mut [u32; PANEL]) {
+        let n = rows[0].len();
+        for j in 0..n {
+            out[j] = pair_of([rows[0][j], rows[1][j]]);
+        }
+        out[n..].fill(0);
+    }
+}
+
+/// Where sums go: rows of f32, `step` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Sums {
+    pub out: *mut f32,
+    pub step: usize,
+    /// Whether they are added to what is there.
+    pub add: bool,
+    /// A factor for each column, or null.
+    pub factors: *const f32,
+}
+
+/// Multiplies rows of A by a packed chunk, number `chunk` of the sum: `width` columns.
+///
+/// # Safety
+/// The output is writable over rows x `width`, `factors` readable over `width`, and the panel holds the chunk's words.
+pub(crate) unsafe fn rows(
+    cpu: Cpu,
+    a: &Rounded,
+    rows: Range<usize>,
+    chunk: usize,
+    panel: &[u32],
+    width: usize,
+    sums: Sums,
+) {
+    let count = words(cpu, CHUNK.min(a.k - chunk * CHUNK));
+    assert!(rows.end <= a.scales.len() && panel.len() >= count * PANEL && width <= PANEL, "{rows:?} by {width}");
+    let at = chunk * words(cpu, CHUNK);
+    #[cfg(target_arch = "x86_64")]
+    if by_fours(cpu) {
+        // SAFETY: the processor has VNNI, and the rest is passed on to the caller.
+        return unsafe { walk::<vnni::Vnni>(cpu, a, rows, chunk, (at, count), panel, width, sums) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if cpu >= Cpu::Avx2 {
+        // SAFETY: the processor has AVX2, and the rest is passed on to the caller.
+        return unsafe { walk::<pairs::Avx2>(cpu, a, rows, chunk, (at, count), panel, width, sums) };
+    }
+    // SAFETY: passed on to the caller.
+    unsafe { walk::<Portable>(cpu, a, rows, chunk, (at, count), panel, width, sums) }
+}
+
+/// Rows and vectors of the largest tile.
+const ROWS: usize = 6;
+const VECTORS: usize = 4;
+
+/// Vectors of one processor.
+///
+/// # Safety
+/// Functions run only where the processor has the instructions.
+trait Lanes {
+    const WIDTH: usize;
+    /// Rows and vectors of a tile, as many as registers hold.
+    const ROWS: usize;
+    const VECTORS: usize;
+    /// Sums of a tile of `ROWS` rows of A, each at its pointer, and columns of B from `b` on.
+    ///
+    /// # Safety
+    /// Each row has `words` words, and B as many times [`PANEL`].
+    unsafe fn tile<const R: usize>(
+        a: &[*const u32; ROWS],
+        b: *const u32,
+        words: usize,
+        out: &mut [[i32; VECTORS * 16]; ROWS],
+    );
+}
+
+/// # Safety
+/// See [`rows`]; the processor has the instructions of `L`.
+#[allow(clippy::too_many_arguments)]
+unsafe fn walk<L: Lanes>(
+    cpu: Cpu,
+    a: &Rounded,
+    rows: Range<usize>,
+    chunk: usize,
+    (at, words): (usize, usize),
+    panel: &[u32],
+    width: usize,
+    sums: Sums,
+) {
+    let strip = L::WIDTH * L::VECTORS;
+    let mut out = [[0i32; VECTORS * 16]; ROWS];
+    for column in (0..width).step_by(strip) {
+        let columns = strip.min(width - column);
+        for first in rows.clone().step_by(L::ROWS) {
+            let count = L::ROWS.min(rows.end - first);
+            // Rows beyond the last are the last again.
+            let pointers = std::array::from_fn(|r| {
+                let row = first + r.min(count - 1);
+                a.words[row * a.step + at..][..words].as_ptr()
+            });
+            // SAFETY: rows of A were sliced, and the panel is `words` times `PANEL` words, as the caller saw.
+            unsafe {
+                let b = panel.as_ptr().add(column);
+                match count {
+                    1 => L::tile::<1>(&pointers, b, words, &mut out),
+                    2 => L::tile::<2>(&pointers, b, words, &mut out),
+                    3 => L::tile::<3>(&pointers, b, words, &mut out),
+                    4 => L::tile::<4>(&pointers, b, words, &mut out),
+                    5 => L::tile::<5>(&pointers, b, words, &mut out),
+                    _ => L::tile::<6>(&pointers, b, words, &mut out),
+                }
+            }
+            for (r, out) in out[..count].iter().enumerate() {
+                let row = first + r;
+                let (start, scale) = (a.starts[row * a.chunks() + chunk], a.scales[row]);
+                // SAFETY: the output and the factors are as large as the caller says.
+                unsafe {
+                    let to = sums.out.add((row - rows.start) * sums.step + column);
+                    let to = std::slice::from_raw_parts_mut(to, columns);
+                    let factors = match sums.factors.is_null() {
+                        true => &[][..],
+                        false => std::slice::from_raw_parts(sums.factors.add(column), columns),
+                    };
+                    finish(cpu, &out[..columns], start, scale, factors, sums.add, to);
+                }
+            }
+        }
+    }
+}
+
+per_cpu! {
+    fn finish(sums: &[i32], start: i32, scale: f32, factors: &[f32], add: bool, out: &mut [f32]) {
+        if factors.is_empty() {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                let value = (sum + start) as f32 * scale;
+                *out = if add { *out + value } else { value };
+            }
+        } else {
+            for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
+                let value = (sum + start) as f32 * (scale * factor);
+                *out = if add { *out + value } else { value };
+            }
+        }
+    }
+}
+
+/// Plain Rust, over pairs of sixteen bits.
+struct Portable;
+
+impl Lanes for Portable {
+    const WIDTH: usize = 4;
+    const ROWS: usize = 4;
+    const VECTORS: usize = 4;
+
+    unsafe fn tile<const R: usize>(
+        a: &[*const u32; ROWS],
+        b: *const u32,
+        words: usize,
+        out: &mut [[i32; VECTORS * 16]; ROWS],
+    ) {
+        for (row, out) in a.iter().zip(&mut out[..R.min(Self::ROWS)]) {
+            let mut sums = [0i32; 16];
+            for k in 0..words {
+                // SAFETY: as the trait asks.
+                let (x, b) = unsafe { (*row.add(k), &*b.add(k * PANEL).cast::<[u32; 16]>()) };
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    let low = i32::from(x as i16) * i32::from(*b as i16);
+                    *sum += low + i32::from((x >> 16) as i16) * i32::from((*b >> 16) as i16);
+                }
+            }
+            out[..16].copy_from_slice(&sums);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod pairs {
+    use std::arch::x86_64::*;
+
+    use super::{Lanes, PANEL, ROWS, VECTORS};
+
+    /// 16 registers of 8 lanes: 8 sums, 2 words of B, one of A.
+    pub struct Avx2;
+
+    impl Lanes for Avx2 {
+        const WIDTH: usize = 8;
+        const ROWS: usize = 4;
+        const VECTORS: usize = 2;
+
+        unsafe fn tile<const R: usize>(
+            a: &[*const u32; ROWS],
+            b: *const u32,
+            words: usize,
+            out: &mut [[i32; VECTORS * 16]; ROWS],
+        ) {
+            // SAFETY: passed on to the caller.
+            unsafe { tile::<R>(a, b, words, out) }
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    unsafe fn tile<const R: usize>(
+        a: &[*const u32; ROWS],
+        b: *const u32,
+        words: usize,
+        out: &mut [[i32; VECTORS * 16]; ROWS],
+    ) {
+        let mut sums = [[_mm256_setzero_si256(); 2]; R];
+        // SAFETY: as the trait asks.
+        unsafe {
+            for k in 0..words {
+                let b: [__m256i; 2] = [0, 8].map(|v| _mm256_loadu_si256(b.add(k * PANEL + v).cast()));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm256_set1_epi32(*a[row % ROWS].add(k) as i32);
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(x, b));
+                    }
+                }
+            }
+            for (sums, out) in sums.iter().zip(out) {
+                for (v, sum) in sums.iter().enumerate() {
+                    _mm256_storeu_si256(out[8 * v..].as_mut_ptr().cast(), *sum);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use std::arch::x86_64::*;
+
+    use super::{Lanes, PANEL, ROWS, VECTORS};
+
+    /// 32 registers of 16 lanes: 24 sums, 4 words of B, one of A.
+    pub struct Vnni;
+
+    impl Lanes for Vnni {
+        const WIDTH: usize = 16;
+        const ROWS: usize = ROWS;
+        const VECTORS: usize = VECTORS;
+
+        unsafe fn tile<const R: usize>(
+            a: &[*const u32; ROWS],
+            b: *const u32,
+            words: usize,
+            out: &mut [[i32; VECTORS * 16]; ROWS],
+        ) {
+            // SAFETY: passed on to the caller.
+            unsafe { tile::<R>(a, b, words, out) }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn tile<const R: usize>(
+        a: &[*const u32; ROWS],
+        b: *const u32,
+        words: usize,
+        out: &mut [[i32; VECTORS * 16]; ROWS],
+    ) {
+        let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
+        // SAFETY: as the trait asks.
+        unsafe {
+            for k in 0..words {
+                let b: [__m512i; VECTORS] = [0, 16, 32, 48].map(|v| _mm512_loadu_si512(b.add(k * PANEL + v).cast()));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm512_set1_epi32(*a[row % ROWS].add(k) as i32);
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        // Indices are unsigned, values of A signed.
+                        *sum = _mm512_dpbusd_epi32(*sum, b, x);
+                    }
+                }
+            }
+            for (sums, out) in sums.iter().zip(out) {
+                for (v, sum) in sums.iter().enumerate() {
+                    _mm512_storeu_si512(out[16 * v..].as_mut_ptr().cast(), *sum);
+                }
+            }
+        }
+    }
+}

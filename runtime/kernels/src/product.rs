@@ -5,6 +5,7 @@
 //! multiplications and no pass of its own. What an element of C is does not depend on how the work is cut into tasks.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::cpu::{Cpu, cpu};
 use crate::panel::{narrow, pack_columns, pack_rows, pack_rows_padded, pair_rows};
@@ -15,6 +16,8 @@ use crate::{Matrix, RowOrder};
 /// Words of the sum that are packed at once: 416 KiB of panel, which stays in the second-level cache, and enough for two
 /// widths of 1,536 in bf16 with their adapters in one sum.
 const DEPTH: usize = 1664;
+/// The same in rounds, see [`product`]: what some hundred rows of A have of so many words stays in the second-level cache too.
+const DEPTH_OF_ROUND: usize = 512;
 /// The same where a panel is decoded in pieces of [`WIDE`] columns, whose scratch is as large again.
 const DEPTH_WIDE: usize = 384;
 /// Columns that are decoded together where a weight's blocks are longer than a panel: those of ggml's K-quants.
@@ -200,15 +203,24 @@ pub fn product<E: ProductElement>(
         step,
     };
     let tasks = cut(m, columns);
+    let in_output = !store.wide.is_null() && !add;
+    let groups: Vec<Vec<Vec<Piece>>> = columns.iter().map(|columns| group(columns.terms, in_output)).collect();
+    // Sums that are too deep for one panel are taken a group of pieces at a time. Where they can wait in the output, that is in
+    // rounds, one group for all panels, so that a thread's panels find their part of A in its cache.
+    let rounds = if in_output { groups.iter().map(Vec::len).max().unwrap_or(1) } else { 1 };
     let store = SharedStore(store);
-    for_each(tasks.len(), |index| {
-        let task = &tasks[index];
-        SCRATCH.with_borrow_mut(|scratch| {
-            // SAFETY: the asserts above hold for all of A, W and the output; a task writes the rows and columns that it
-            // was cut for, and no two tasks have an element in common.
-            unsafe { run(cpu, task, &columns[task.columns], store.get(), scratch) };
+    for round in 0..rounds {
+        for_each(tasks.len(), |index| {
+            let task = &tasks[index];
+            let all = &groups[task.columns];
+            let now = if in_output { round..(round + 1).min(all.len()) } else { 0..all.len() };
+            SCRATCH.with_borrow_mut(|scratch| {
+                // SAFETY: the asserts above hold for all of A, W and the output; a task writes the rows and columns that it
+                // was cut for, and no two tasks have an element in common.
+                unsafe { run(cpu, task, &columns[task.columns], (all, now), in_output, store.get(), scratch) };
+            });
         });
-    });
+    }
 }
 
 /// Whether `m` rows of `width` values, the first at `at` and the others `step` apart, lie within `len`.
@@ -237,7 +249,7 @@ struct Task {
     /// How many.
     width: usize,
     /// Its rows.
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
 }
 
 /// Cuts the output into panels, and panels at the end, or all if there are few, into parts of their rows, so that no thread
@@ -311,7 +323,7 @@ struct Piece {
     words: usize,
 }
 
-/// Computes one task.
+/// Computes the groups `now` of one task's sums.
 ///
 /// # Safety
 /// See [`product`].
@@ -319,19 +331,23 @@ unsafe fn run<E: ProductElement>(
     cpu: Cpu,
     task: &Task,
     columns: &Columns<'_, E>,
+    (groups, now): (&[Vec<Piece>], Range<usize>),
+    in_output: bool,
     store: Store<E>,
     scratch: &mut Scratch,
 ) {
     let wide = task.width > PANEL;
-    let depth = if wide { DEPTH_WIDE } else { DEPTH };
     let Scratch { panel, decoded, all, floats, sums } = scratch;
-    let panel = grown(panel, depth * PANEL);
+    let panel = grown(panel, DEPTH * PANEL);
     let m = task.rows.len();
-    let groups = group(columns.terms, depth, E::PER_WORD);
-    let step = task.width.next_multiple_of(PANEL);
-    // Sums of all but the last group wait here.
-    let sums = if groups.len() > 1 { grown(sums, m * step).as_mut_ptr() } else { std::ptr::null_mut() };
-    for (number, group) in groups.iter().enumerate() {
+    // Sums of all but the last group wait in the output or here.
+    let (sums, step) = if in_output {
+        (target(store, columns, task, 0).wide, store.step)
+    } else {
+        let step = task.width.next_multiple_of(PANEL);
+        (if groups.len() > 1 { grown(sums, m * step).as_mut_ptr() } else { std::ptr::null_mut() }, step)
+    };
+    for (number, group) in groups.iter().enumerate().take(now.end).skip(now.start) {
         let (first, last) = (number == 0, number + 1 == groups.len());
         // What a wide task decodes for all of its panels; narrow ones decode as they pack.
         let shared = if wide { Some(decode_wide(cpu, task, columns, group, all, floats)) } else { None };
@@ -441,8 +457,15 @@ crate::cpu::per_cpu! {
     }
 }
 
-/// Cuts the terms' sums into groups of at most `depth` words, in order.
-fn group<E>(terms: &[Term<'_, E>], depth: usize, per_word: usize) -> Vec<Vec<Piece>> {
+/// Cuts the terms' sums into groups of as many words as a panel takes, in order.
+fn group<E: ProductElement>(terms: &[Term<'_, E>], in_rounds: bool) -> Vec<Vec<Piece>> {
+    let per_word = E::PER_WORD;
+    let total: usize = terms.iter().map(|term| term.depth() / per_word).sum();
+    let depth = match terms.iter().any(decodes_wide) {
+        true => DEPTH_WIDE,
+        false if in_rounds && total > DEPTH => DEPTH_OF_ROUND,
+        false => DEPTH,
+    };
     let mut groups = vec![Vec::new()];
     let mut room = depth;
     for (index, term) in terms.iter().enumerate() {
@@ -498,9 +521,8 @@ fn pack<E: ProductElement>(
             let end = (from + depth).next_multiple_of(block).min(matrix.cols);
             let span = end - start;
             let values = E::of_words_mut(grown(decoded, (width * span).div_ceil(E::PER_WORD)));
-            for (j, values) in values[..width * span].chunks_exact_mut(span).enumerate() {
-                E::decode(cpu, &matrix, column + j, start..end, values, floats);
-            }
+            let values = &mut values[..width * span];
+            E::decode_rows(cpu, &matrix, column..column + width, start..end, values, floats);
             let row = |j: usize| values[j * span + from - start..][..depth].as_ptr().cast::<u8>();
             // SAFETY: each row was sliced to `depth` values.
             unsafe { pack_all(cpu, row, width, words, out) };
@@ -510,9 +532,8 @@ fn pack<E: ProductElement>(
                 return pack_rows(cpu, &values[from * matrix.cols + column..], matrix.cols, depth, width, out);
             }
             let values = E::of_words_mut(grown(decoded, (depth * width).div_ceil(E::PER_WORD)));
-            for (k, values) in values[..depth * width].chunks_exact_mut(width).enumerate() {
-                E::decode(cpu, &matrix, from + k, column..column + width, values, floats);
-            }
+            let values = &mut values[..depth * width];
+            E::decode_rows(cpu, &matrix, from..from + depth, column..column + width, values, floats);
             pack_rows(cpu, values, width, depth, width, out);
         }
     }
@@ -547,11 +568,11 @@ fn decode_wide<'s, E: ProductElement>(
     let mut at = 0;
     for piece in frozen() {
         let Right::Frozen(matrix) = columns.terms[piece.term].right else { continue };
-        for k in 0..piece.words * E::PER_WORD {
-            let values = &mut values[at..at + task.width];
-            E::decode(cpu, &matrix, piece.from + k, task.from..task.from + task.width, values, floats);
-            at += task.width;
-        }
+        let depth = piece.words * E::PER_WORD;
+        let values = &mut values[at..at + depth * task.width];
+        at += depth * task.width;
+        let (rows, cols) = (piece.from..piece.from + depth, task.from..task.from + task.width);
+        E::decode_rows(cpu, &matrix, rows, cols, values, floats);
     }
     all
 }
@@ -617,16 +638,28 @@ pub trait ProductElement: TileElement {
     /// The same, to write.
     #[doc(hidden)]
     fn of_words_mut(words: &mut [u32]) -> &mut [Self];
+    /// Decodes part of some rows of a weight.
+    #[doc(hidden)]
+    fn decode_rows(
+        cpu: Cpu,
+        matrix: &Matrix<'_>,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut [Self],
+        floats: &mut Vec<f32>,
+    );
     /// Decodes part of a row of a weight.
     #[doc(hidden)]
     fn decode(
         cpu: Cpu,
         matrix: &Matrix<'_>,
         row: usize,
-        cols: std::ops::Range<usize>,
+        cols: Range<usize>,
         out: &mut [Self],
         floats: &mut Vec<f32>,
-    );
+    ) {
+        Self::decode_rows(cpu, matrix, row..row + 1, cols, out, floats);
+    }
 }
 
 impl ProductElement for f32 {
@@ -640,19 +673,19 @@ impl ProductElement for f32 {
         unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
     }
 
-    fn decode(
+    fn decode_rows(
         cpu: Cpu,
         matrix: &Matrix<'_>,
-        row: usize,
-        cols: std::ops::Range<usize>,
+        rows: Range<usize>,
+        cols: Range<usize>,
         out: &mut [f32],
         _: &mut Vec<f32>,
     ) {
         // By the caller's processor: a thread of the pool is not kept to one.
         if let Some(coded) = &matrix.coded {
-            return coded.decode(cpu, row, cols, out);
+            return coded.decode_rows(cpu, rows, cols, out);
         }
-        matrix.decode_part(row..row + 1, cols, out);
+        matrix.decode_part(rows, cols, out);
     }
 }
 
@@ -667,26 +700,28 @@ impl ProductElement for half::bf16 {
         unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 2 * words.len()) }
     }
 
-    fn decode(
+    fn decode_rows(
         cpu: Cpu,
         matrix: &Matrix<'_>,
-        row: usize,
-        cols: std::ops::Range<usize>,
+        rows: Range<usize>,
+        cols: Range<usize>,
         out: &mut [half::bf16],
         floats: &mut Vec<f32>,
     ) {
         if let Some(coded) = &matrix.coded {
-            return coded.decode(cpu, row, cols, out);
-        }
-        if let Some(row) = matrix.row_of::<half::bf16>(row) {
-            let bytes = &row[2 * cols.start..2 * cols.end];
-            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = half::bf16::from_le_bytes(*bytes);
-            }
-            return;
+            return coded.decode_rows(cpu, rows, cols, out);
         }
         let floats = grown(floats, cols.len());
-        matrix.decode_part(row..row + 1, cols, floats);
-        narrow(cpu, floats, out);
+        for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
+            if let Some(row) = matrix.row_of::<half::bf16>(row) {
+                let bytes = &row[2 * cols.start..2 * cols.end];
+                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = half::bf16::from_le_bytes(*bytes);
+                }
+            } else {
+                matrix.decode_part(row..row + 1, cols.clone(), floats);
+                narrow(cpu, floats, out);
+            }
+        }
     }
 }

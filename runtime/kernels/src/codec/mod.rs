@@ -243,6 +243,7 @@ impl<'a> Coded<'a> {
     }
 
     /// The scale of a block.
+    #[inline(always)]
     fn scale(&self, block: usize) -> f32 {
         match (self.scales, &self.codec.scales) {
             (EncodedScales::F32(scales), _) => scales[block],

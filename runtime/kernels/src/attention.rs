@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::cross_entropy::dot;
-use crate::element::{Element, exp, largest, sum};
+use crate::element::{Element, exp, largest, replace_and_sum};
 use crate::panel::{narrow, pack_columns, pack_rows_padded, word};
 use crate::pool::{Shared, for_each, for_ranges};
 use crate::product::{ProductElement, grown};
@@ -36,8 +36,12 @@ pub struct Attention<'a> {
 const QUERIES: usize = 48;
 /// Query rows of a task of forward, for which keys and values are packed.
 const CHUNK: usize = 5 * QUERIES;
-/// Key rows that backward takes at once, with a panel of queries.
-const KEYS: usize = 128;
+/// Key rows that backward takes at once, with a panel of queries: whole tiles.
+const KEYS: usize = 192;
+/// The same where keys lie beside the panel's own queries, of which each sees a part.
+const KEYS_DIAGONAL: usize = 24;
+/// Columns of the widest vector: scores are left out by so many.
+const VECTOR: usize = 16;
 
 impl Attention<'_> {
     /// Values of a row of q, k and v beside each other.
@@ -206,9 +210,9 @@ fn forward_chunk<E: ProductElement>(
         let [query_at, ..] = shape.places(head);
         for from in queries.clone().step_by(QUERIES) {
             let block = from..queries.end.min(from + QUERIES);
-            // Whole panels of keys that some query of the block sees.
+            // Keys that some query of the block sees, from a whole panel to a whole vector.
             let low = block.start.saturating_sub(window - 1).max(first) - first;
-            let (low, high) = (low / PANEL * PANEL, (block.end - first).next_multiple_of(PANEL));
+            let (low, high) = (low / PANEL * PANEL, (block.end - first).next_multiple_of(VECTOR));
             for key in (low..high).step_by(PANEL) {
                 let segment = Segment {
                     a: q[(block.start - offset) * query_row + query_at..].as_ptr().cast(),
@@ -218,8 +222,9 @@ fn forward_chunk<E: ProductElement>(
                     b: keys[key * words..].as_ptr(),
                 };
                 let store = Store::wide(scores[key..].as_mut_ptr(), step);
+                let width = PANEL.min(high - key);
                 // SAFETY: A is the block's queries, B a packed panel of keys; the scores have a row of `step` for each query.
-                unsafe { rows::<E, false>(cpu, block.len(), PANEL, &[segment], store) };
+                unsafe { rows::<E, false>(cpu, block.len(), width, &[segment], store) };
             }
             for (i, query) in block.clone().enumerate() {
                 let seen = query.saturating_sub(window - 1).max(first) - first..query + 1 - first;
@@ -264,10 +269,7 @@ per_cpu! {
         weights[seen.end..all.end].fill(E::default());
         let (scores, weights) = (&mut scores[seen.clone()], &mut weights[seen]);
         let top = largest(scores) * scale;
-        for score in scores.iter_mut() {
-            *score = exp(*score * scale - top);
-        }
-        let total = sum(scores, |score| score);
+        let total = replace_and_sum(scores, |score| exp(score * scale - top));
         let inverse = 1.0 / total;
         for (score, weight) in scores.iter().zip(weights) {
             *weight = E::of(*score * inverse);
@@ -332,8 +334,7 @@ pub fn attention_backward<E: ProductElement>(
                 let add_up = |from: &[f32], total: &mut [f32]| {
                     total.fill(0.0);
                     for head in kv_head * group..(kv_head + 1) * group {
-                        let part = &from[(head * m + r) * d..][..d];
-                        total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
+                        add(cpu, &from[(head * m + r) * d..][..d], total);
                     }
                 };
                 let (cos, sin) = table.at(positions[r]);
@@ -344,6 +345,14 @@ pub fn attention_backward<E: ProductElement>(
             }
         }
     });
+}
+
+per_cpu! {
+    fn add(part: &[f32], total: &mut [f32]) {
+        for (total, part) in total.iter_mut().zip(part) {
+            *total += part;
+        }
+    }
 }
 
 /// What backward is given.
@@ -420,10 +429,13 @@ fn backward_head<E: ProductElement>(
         d_queries[..nq * d].fill(0.0);
         // Keys that some query of the block sees, counted from the sequence's start.
         let low = (block.start + 1).saturating_sub(window).max(sequence.start) - sequence.start;
-        let high = block.end - sequence.start;
-        for key in (low / KEYS * KEYS..high).step_by(KEYS) {
-            let count = KEYS.min(high - key);
+        let (diagonal, high) = (block.start - sequence.start, block.end - sequence.start);
+        let before = (low / KEYS * KEYS..diagonal).step_by(KEYS).map(|key| (key, KEYS.min(diagonal - key)));
+        let beside = (diagonal..high).step_by(KEYS_DIAGONAL).map(|key| (key, KEYS_DIAGONAL.min(high - key)));
+        for (key, count) in before.chain(beside) {
             let first = sequence.start + key;
+            // Queries at the block's start that see none of these keys, by whole vectors.
+            let skip = first.saturating_sub(block.start) / VECTOR * VECTOR;
             // Scores transposed, (key, query), and the gradient of the weights likewise.
             for (at, b, to) in [(key_at, &*queries_turned, &mut *scores), (value_at, &*d_out_turned, &mut *d_weights)] {
                 let segment = Segment {
@@ -431,25 +443,26 @@ fn backward_head<E: ProductElement>(
                     row_step: row * size_of::<E>(),
                     word_step: size_of::<u32>(),
                     words,
-                    b: b.as_ptr(),
+                    b: b[skip..].as_ptr(),
                 };
+                let store = Store::wide(to[skip..].as_mut_ptr(), PANEL);
                 // SAFETY: A is `count` keys or values, B the packed block; the result has a row of a panel for each key.
-                unsafe { rows::<E, false>(cpu, count, PANEL, &[segment], Store::wide(to.as_mut_ptr(), PANEL)) };
+                unsafe { rows::<E, false>(cpu, count, PANEL - skip, &[segment], store) };
             }
-            let place = (first, block.start, nq, window);
+            let place = (first, block.start, nq, window, skip);
             weigh(cpu, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
             for strip in 0..strips {
                 let (at, width) = (strip * PANEL, PANEL.min(d - strip * PANEL));
-                let b = strip * panel_words * PANEL;
+                let b = (strip * panel_words + skip / E::PER_WORD) * PANEL;
                 // dv += wᵀ do; dk += dsᵀ q.
                 let products =
                     [(&*weights, &*d_out_packed, &mut *d_values), (&*d_scores, &*queries_packed, &mut *d_keys)];
                 for (a, packed, to) in products {
                     let segment = Segment {
-                        a: a.as_ptr().cast(),
+                        a: a[skip..].as_ptr().cast(),
                         row_step: PANEL * size_of::<E>(),
                         word_step: size_of::<u32>(),
-                        words: panel_words,
+                        words: panel_words - skip / E::PER_WORD,
                         b: packed[b..].as_ptr(),
                     };
                     let store = Store::adding(to[key * d + at..].as_mut_ptr(), d);
@@ -458,15 +471,15 @@ fn backward_head<E: ProductElement>(
                 }
                 // dq += ds k.
                 let segment = Segment {
-                    a: pairs.as_ptr().cast(),
+                    a: pairs[skip..].as_ptr().cast(),
                     row_step: size_of::<u32>(),
                     word_step: PANEL * size_of::<u32>(),
                     words: count.div_ceil(E::PER_WORD),
                     b: keys[(strip * key_words + key / E::PER_WORD) * PANEL..].as_ptr(),
                 };
-                let store = Store::adding(d_queries[at..].as_mut_ptr(), d);
+                let store = Store::adding(d_queries[skip * d + at..].as_mut_ptr(), d);
                 // SAFETY: A is a word for each pair of keys and query, B the packed keys from `key` on.
-                unsafe { rows::<E, true>(cpu, nq, width, &[segment], store) };
+                unsafe { rows::<E, true>(cpu, nq - skip, width, &[segment], store) };
             }
         }
         for (i, r) in block.enumerate() {
@@ -478,14 +491,26 @@ fn backward_head<E: ProductElement>(
     }
 }
 
+/// The vectors of a panel's columns.
+#[inline(always)]
+fn vectors<T>(values: &[T; PANEL]) -> &[[T; VECTOR]; PANEL / VECTOR] {
+    values.as_chunks().0.try_into().expect("a panel is whole vectors")
+}
+
+/// The same, to write.
+#[inline(always)]
+fn vectors_mut<T>(values: &mut [T; PANEL]) -> &mut [[T; VECTOR]; PANEL / VECTOR] {
+    values.as_chunks_mut().0.try_into().expect("a panel is whole vectors")
+}
+
 per_cpu! {
     /// Weights `w = exp(scale s − log_sum)` and `ds = w (dw − mean)`, mean = Σ w dw = do · o, of a block of keys (rows) and queries (columns), zero where a
     /// query does not see a key; ds also as words of neighbouring keys.
     ///
-    /// `place`: first key, first query, queries, window.
+    /// `place`: first key, first query, queries, window, queries to leave out.
     fn weigh<E: Element>(
         count: usize,
-        place: (usize, usize, usize, usize),
+        place: (usize, usize, usize, usize, usize),
         scale: f32,
         log_sum: &[f32; PANEL],
         mean: &[f32; PANEL],
@@ -495,7 +520,8 @@ per_cpu! {
         d_scores: &mut [E],
         pairs: &mut [u32],
     ) {
-        let (first_key, first_query, nq, window) = place;
+        let (first_key, first_query, nq, window, skip) = place;
+        let skip = skip / VECTOR;
         let scores = scores.as_chunks::<PANEL>().0;
         let d_weights = d_weights.as_chunks::<PANEL>().0;
         let weights = weights.as_chunks_mut::<PANEL>().0;
@@ -505,12 +531,18 @@ per_cpu! {
             // Queries from the key's own position on, as far as the window reaches.
             let from = key.saturating_sub(first_query).min(nq);
             let to = key.saturating_add(window).saturating_sub(first_query).min(nq).max(from);
-            for j in 0..PANEL {
-                let w = exp(scores[k][j] * scale - log_sum[j]);
-                weights[k][j] = E::of(w);
-                d_scores[k][j] = E::of(w * (d_weights[k][j] - mean[j]));
+            let (scores, d_weights) = (&vectors(&scores[k])[skip..], &vectors(&d_weights[k])[skip..]);
+            let (log_sums, means) = (&vectors(log_sum)[skip..], &vectors(mean)[skip..]);
+            let outs = vectors_mut(&mut weights[k])[skip..].iter_mut().zip(&mut vectors_mut(&mut d_scores[k])[skip..]);
+            for (v, (weights, d_scores)) in outs.enumerate() {
+                let (scores, d_weights, log_sum, mean) = (&scores[v], &d_weights[v], &log_sums[v], &means[v]);
+                for j in 0..VECTOR {
+                    let w = exp(scores[j] * scale - log_sum[j]);
+                    weights[j] = E::of(w);
+                    d_scores[j] = E::of(w * (d_weights[j] - mean[j]));
+                }
             }
-            for unseen in [0..from, to..PANEL] {
+            for unseen in [skip * VECTOR..from, to..PANEL] {
                 weights[k][unseen.clone()].fill(E::default());
                 d_scores[k][unseen].fill(E::default());
             }
@@ -520,8 +552,11 @@ per_cpu! {
         }
         for (p, pairs) in pairs.as_chunks_mut::<PANEL>().0.iter_mut().enumerate().take(count.div_ceil(E::PER_WORD)) {
             let (first, last) = (&d_scores[p * E::PER_WORD], &d_scores[p * E::PER_WORD + E::PER_WORD - 1]);
-            for j in 0..PANEL {
-                pairs[j] = word(first[j], last[j]);
+            let (first, last) = (&vectors(first)[skip..], &vectors(last)[skip..]);
+            for (v, pairs) in vectors_mut(pairs)[skip..].iter_mut().enumerate() {
+                for j in 0..VECTOR {
+                    pairs[j] = word(first[v][j], last[v][j]);
+                }
             }
         }
     }

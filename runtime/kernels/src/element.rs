@@ -92,6 +92,24 @@ pub(crate) fn sum<A: Element>(a: &[A], f: impl Fn(f32) -> f32) -> f32 {
     reduce!(0f32, |sum, value| sum + value, f, a)
 }
 
+/// Replaces each aᵢ by f(aᵢ) and yields the sum of these.
+#[inline(always)]
+pub(crate) fn replace_and_sum(a: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks, rest) = a.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            chunk[lane] = f(chunk[lane]);
+            lanes[lane] += chunk[lane];
+        }
+    }
+    for (sum, value) in lanes.iter_mut().zip(rest) {
+        *value = f(*value);
+        *sum += *value;
+    }
+    fold(lanes, |sum, value| sum + value)
+}
+
 /// Σ f(aᵢ, bᵢ), for rows of equal length.
 #[inline(always)]
 pub(crate) fn sum2<A: Element, B: Element>(a: &[A], b: &[B], f: impl Fn(f32, f32) -> f32) -> f32 {
@@ -147,19 +165,20 @@ pub(crate) fn largest_magnitude(a: &[f32]) -> f32 {
 /// e^x to about 1.5 units in the last place, without branches; below -87.3 it stays at its smallest normal value, above 88.3
 /// at its largest; a NaN stays one.
 ///
-/// 2^n · e^r with n = round(x / ln 2), ln 2 in two parts, and the Taylor polynomial of degree 7 for |r| ≤ ln 2 / 2.
+/// 2^n · e^r with n = round(x / ln 2), ln 2 in two parts, and for |r| ≤ ln 2 / 2 the polynomial 1 + r + r² q(r) of degree 6 whose
+/// largest relative error is least, 3e-9. Products are fused with their sums, which halves the instructions.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     let x = if x < -87.3 { -87.3 } else { x };
     let x = if x > 88.3 { 88.3 } else { x };
     // Adding 1.5 · 2^23 leaves the rounded integer in the low bits.
     const SHIFT: f32 = 12_582_912.0;
-    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, SHIFT);
     let n = shifted - SHIFT;
-    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let mut p = 1.984_127e-4;
-    for c in [1.388_888_9e-3, 8.333_333e-3, 4.166_666_6e-2, 0.166_666_67, 0.5, 1.0, 1.0] {
-        p = p * r + c;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let mut p = 1.381_459_9e-3;
+    for c in [8.368_717e-3, 4.166_839e-2, 0.166_665_21, 0.499_999_94, 1.0, 1.0] {
+        p = r.mul_add(p, c);
     }
     let scale = shifted.to_bits().wrapping_add(127) << 23;
     p * f32::from_bits(scale)
@@ -200,6 +219,9 @@ mod tests {
             let values: Vec<f32> = (0..n).map(|i| i as f32).collect();
             let total = (n * n.saturating_sub(1) / 2) as f32;
             assert_eq!(sum(&values, |x| x), total);
+            let mut replaced = values.clone();
+            assert_eq!(replace_and_sum(&mut replaced, |x| 2.0 * x), 2.0 * total);
+            assert!(values.iter().zip(&replaced).all(|(x, y)| 2.0 * x == *y));
             assert_eq!(sum2(&values, &values, |x, y| 2.0 * x - y), total);
             assert_eq!(sum3(&values, &values, &values, |x, y, z| x + y - z), total);
             assert_eq!(largest(&values), if n == 0 { f32::NEG_INFINITY } else { (n - 1) as f32 });

@@ -22,8 +22,6 @@ use crate::tile::PANEL;
 pub(crate) const CHUNK: usize = 2048;
 /// The index of 0.
 const ZERO: i32 = 127;
-/// Words of a packed chunk at most.
-pub(crate) const CHUNK_WORDS: usize = CHUNK / 2;
 
 /// Whether words hold four values.
 fn by_fours(cpu: Cpu) -> bool {
@@ -59,8 +57,7 @@ pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>,
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
     let per_word = if by_fours(cpu) { 4 } else { 2 };
     let (step, chunks) = (k / per_word, k.div_ceil(CHUNK));
-    let mut rounded =
-        Rounded { words: vec![0; m * step], step, scales: vec![0.0; m], starts: vec![0; m * chunks], k };
+    let mut rounded = Rounded { words: vec![0; m * step], step, scales: vec![0.0; m], starts: vec![0; m * chunks], k };
     let words = Shared::new(&mut rounded.words);
     let (scales, starts) = (Shared::new(&mut rounded.scales), Shared::new(&mut rounded.starts));
     for_ranges(m, 16, |rows| {

@@ -19,6 +19,7 @@ mod decode;
 mod dot;
 mod element;
 mod gemv;
+mod int8;
 mod matmul;
 mod norm;
 mod panel;

@@ -5,8 +5,10 @@
 //! multiplications and no pass of its own. What an element of C is does not depend on how the work is cut into tasks.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::cpu::{Cpu, cpu};
+use crate::int8::{self, Rounded};
 use crate::panel::{narrow, pack_columns, pack_rows, pack_rows_padded, pair_rows};
 use crate::pool::{Shared, for_each, threads};
 use crate::tile::{PANEL, SEGMENTS_MAX, Segment, Store, TileElement, rows};
@@ -15,6 +17,8 @@ use crate::{Matrix, RowOrder};
 /// Words of the sum that are packed at once: 416 KiB of panel, which stays in the second-level cache, and enough for two
 /// widths of 1,536 in bf16 with their adapters in one sum.
 const DEPTH: usize = 1664;
+/// The same in rounds, see [`product`]: what some hundred rows of A have of so many words stays in the second-level cache too.
+const DEPTH_OF_ROUND: usize = 512;
 /// The same where a panel is decoded in pieces of [`WIDE`] columns, whose scratch is as large again.
 const DEPTH_WIDE: usize = 384;
 /// Columns that are decoded together where a weight's blocks are longer than a panel: those of ggml's K-quants.
@@ -48,6 +52,8 @@ impl<'a, E> Left<'a, E> {
 pub enum Right<'a, E> {
     /// A frozen weight.
     Frozen(Matrix<'a>),
+    /// A frozen weight that is multiplied in integers, see [`Matrix::multiplies_in_integers`]: A is rounded to eight bits.
+    Integers(Matrix<'a>),
     /// Values (rows, cols), row-major.
     Dense {
         /// The values.
@@ -60,7 +66,7 @@ pub enum Right<'a, E> {
 impl<E> Right<'_, E> {
     fn shape(&self) -> (usize, usize) {
         match self {
-            Self::Frozen(matrix) => (matrix.rows, matrix.cols),
+            Self::Frozen(matrix) | Self::Integers(matrix) => (matrix.rows, matrix.cols),
             Self::Dense { values, cols } => (values.len() / cols.max(&1), *cols),
         }
     }
@@ -166,8 +172,12 @@ pub fn product<E: ProductElement>(
             assert!(term.width() == n && depth.is_multiple_of(E::PER_WORD), "a term of {} x {depth}", term.width());
             assert!(depth <= left.step || m <= 1, "rows of {} values for a depth of {depth}", left.step);
             assert!(fits(m, left.at, left.step, depth, left.values.len()), "A is short");
-            if let Right::Dense { values, cols } = term.right {
-                assert!(cols > 0 && values.len().is_multiple_of(cols), "W is not whole rows of {cols}");
+            match term.right {
+                Right::Dense { values, cols } => {
+                    assert!(cols > 0 && values.len().is_multiple_of(cols), "W is not whole rows of {cols}");
+                }
+                Right::Integers(matrix) => assert!(matrix.multiplies_in_integers(), "W in integers"),
+                Right::Frozen(_) => (),
             }
         }
         assert!(fits(1, columns.at, 0, n, step), "columns out of place");
@@ -200,15 +210,28 @@ pub fn product<E: ProductElement>(
         step,
     };
     let tasks = cut(m, columns);
+    let integers = Integers::of(cpu, m, columns);
+    let in_output = !store.wide.is_null() && !add;
+    let groups: Vec<Vec<Vec<Piece>>> = columns.iter().map(|columns| group(columns.terms, in_output)).collect();
+    // Sums that are too deep for one panel are taken a group of pieces at a time. Where they can wait in the output, that is in
+    // rounds, one group for all panels, so that a thread's panels find their part of A in its cache.
+    let rounds = if in_output { groups.iter().map(Vec::len).max().unwrap_or(1) } else { 1 };
     let store = SharedStore(store);
-    for_each(tasks.len(), |index| {
-        let task = &tasks[index];
-        SCRATCH.with_borrow_mut(|scratch| {
-            // SAFETY: the asserts above hold for all of A, W and the output; a task writes the rows and columns that it
-            // was cut for, and no two tasks have an element in common.
-            unsafe { run(cpu, task, &columns[task.columns], store.get(), scratch) };
+    for round in 0..rounds {
+        for_each(tasks.len(), |index| {
+            let task = &tasks[index];
+            let all = &groups[task.columns];
+            let now = if in_output { round..(round + 1).min(all.len()) } else { 0..all.len() };
+            SCRATCH.with_borrow_mut(|scratch| {
+                // SAFETY: the asserts above hold for all of A, W and the output; a task writes the rows and columns that it
+                // was cut for, and no two tasks have an element in common.
+                unsafe {
+                    let rounded = (&integers, integers.places[task.columns].as_slice());
+                    run(cpu, task, &columns[task.columns], rounded, (all, now), in_output, store.get(), scratch);
+                };
+            });
         });
-    });
+    }
 }
 
 /// Whether `m` rows of `width` values, the first at `at` and the others `step` apart, lie within `len`.
@@ -216,6 +239,34 @@ fn fits(m: usize, at: usize, step: usize, width: usize, len: usize) -> bool {
     let Some(last) = m.checked_sub(1) else { return true };
     let end = last.checked_mul(step).and_then(|start| start.checked_add(at)?.checked_add(width));
     end.is_some_and(|end| end <= len)
+}
+
+/// A of all terms in integers, rounded.
+struct Integers {
+    rounded: Vec<Rounded>,
+    /// For each sum and each of its terms, which of them it is.
+    places: Vec<Vec<usize>>,
+}
+
+impl Integers {
+    fn of<E: ProductElement>(cpu: Cpu, m: usize, columns: &[Columns<'_, E>]) -> Self {
+        let (mut rounded, mut made) = (Vec::new(), Vec::new());
+        let mut place = |term: &Term<'_, E>| {
+            let Right::Integers(matrix) = term.right else { return usize::MAX };
+            let left = term.left;
+            // Backward, the scales of W's rows are A's columns', so that A is another one for each weight.
+            let scales = (!term.transposed).then(|| matrix.integer_scales(0..matrix.rows));
+            let key = (left.values.as_ptr(), left.at, term.depth(), scales.is_none());
+            if let Some((_, known)) = made.iter().find(|(other, _)| *other == key && scales.is_none()) {
+                return *known;
+            }
+            rounded.push(int8::round(cpu, m, term.depth(), left, scales.as_deref()));
+            made.push((key, rounded.len() - 1));
+            rounded.len() - 1
+        };
+        let places = columns.iter().map(|columns| columns.terms.iter().map(&mut place).collect()).collect();
+        Self { rounded, places }
+    }
 }
 
 /// An output that tasks share.
@@ -237,7 +288,7 @@ struct Task {
     /// How many.
     width: usize,
     /// Its rows.
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
 }
 
 /// Cuts the output into panels, and panels at the end, or all if there are few, into parts of their rows, so that no thread
@@ -272,7 +323,7 @@ fn cut<E>(m: usize, columns: &[Columns<'_, E>]) -> Vec<Task> {
 fn decodes_wide<E>(term: &Term<'_, E>) -> bool {
     match term.right {
         Right::Frozen(matrix) => !term.transposed && matrix.block_len() > PANEL,
-        Right::Dense { .. } => false,
+        Right::Integers(_) | Right::Dense { .. } => false,
     }
 }
 
@@ -311,7 +362,7 @@ struct Piece {
     words: usize,
 }
 
-/// Computes one task.
+/// Computes the groups `now` of one task's sums.
 ///
 /// # Safety
 /// See [`product`].
@@ -319,20 +370,40 @@ unsafe fn run<E: ProductElement>(
     cpu: Cpu,
     task: &Task,
     columns: &Columns<'_, E>,
+    integers: (&Integers, &[usize]),
+    (groups, now): (&[Vec<Piece>], Range<usize>),
+    in_output: bool,
     store: Store<E>,
     scratch: &mut Scratch,
 ) {
     let wide = task.width > PANEL;
-    let depth = if wide { DEPTH_WIDE } else { DEPTH };
     let Scratch { panel, decoded, all, floats, sums } = scratch;
-    let panel = grown(panel, depth * PANEL);
+    let panel = grown(panel, DEPTH * PANEL);
     let m = task.rows.len();
-    let groups = group(columns.terms, depth, E::PER_WORD);
-    let step = task.width.next_multiple_of(PANEL);
-    // Sums of all but the last group wait here.
-    let sums = if groups.len() > 1 { grown(sums, m * step).as_mut_ptr() } else { std::ptr::null_mut() };
-    for (number, group) in groups.iter().enumerate() {
+    // Sums of all but the last group wait in the output or here.
+    let (sums, step) = if in_output {
+        (target(store, columns, task, 0).wide, store.step)
+    } else {
+        let step = task.width.next_multiple_of(PANEL);
+        let wait = groups.len() > 1 || in_integers(columns, &groups[0]);
+        (if wait { grown(sums, m * step).as_mut_ptr() } else { std::ptr::null_mut() }, step)
+    };
+    for (number, group) in groups.iter().enumerate().take(now.end).skip(now.start) {
         let (first, last) = (number == 0, number + 1 == groups.len());
+        if in_integers(columns, group) {
+            for from in (0..task.width).step_by(PANEL) {
+                let width = PANEL.min(task.width - from);
+                let waiting = sums.wrapping_add(from);
+                // SAFETY: `sums` holds m rows of `step`.
+                unsafe {
+                    whole_numbers(cpu, task, columns, integers, group, (from, width), (waiting, step), panel, decoded);
+                    if last {
+                        finish(cpu, m, width, waiting, step, target(store, columns, task, from));
+                    }
+                }
+            }
+            continue;
+        }
         // What a wide task decodes for all of its panels; narrow ones decode as they pack.
         let shared = if wide { Some(decode_wide(cpu, task, columns, group, all, floats)) } else { None };
         for from in (0..task.width).step_by(PANEL) {
@@ -379,6 +450,46 @@ unsafe fn run<E: ProductElement>(
             };
             // SAFETY: as above; the output is the task's own.
             unsafe { rows::<E, false>(cpu, m, width, segments, target) };
+        }
+    }
+}
+
+/// Whether a group is of terms in integers.
+fn in_integers<E>(columns: &Columns<'_, E>, group: &[Piece]) -> bool {
+    group.first().is_some_and(|piece| matches!(columns.terms[piece.term].right, Right::Integers(_)))
+}
+
+/// The sums of the terms in integers, for a panel of a task's columns.
+///
+/// # Safety
+/// `sums` is writable over the task's rows by the panel's columns.
+#[allow(clippy::too_many_arguments)]
+unsafe fn whole_numbers<E: ProductElement>(
+    cpu: Cpu,
+    task: &Task,
+    columns: &Columns<'_, E>,
+    (integers, places): (&Integers, &[usize]),
+    group: &[Piece],
+    (from, width): (usize, usize),
+    (sums, step): (*mut f32, usize),
+    panel: &mut [u32],
+    scratch: &mut Vec<u32>,
+) {
+    let mut add = false;
+    for piece in group {
+        let term = &columns.terms[piece.term];
+        let (Right::Integers(matrix), rounded) = (term.right, &integers.rounded[places[piece.term]]) else { continue };
+        let Some(coded) = matrix.coded else { continue };
+        let columns = task.from + from..task.from + from + width;
+        let factors = term.transposed.then(|| matrix.integer_scales(columns.clone()));
+        for (chunk, start) in (0..term.depth()).step_by(int8::CHUNK).enumerate() {
+            let part = start..term.depth().min(start + int8::CHUNK);
+            int8::pack(cpu, &coded, !term.transposed, part, columns.clone(), panel, scratch);
+            let factors = factors.as_ref().map_or(std::ptr::null(), |factors| factors.as_ptr());
+            let to = int8::Sums { out: sums, step, add, factors };
+            // SAFETY: the caller's sums, and as many factors as columns.
+            unsafe { int8::rows(cpu, rounded, task.rows.clone(), chunk, panel, width, to) };
+            add = true;
         }
     }
 }
@@ -441,11 +552,22 @@ crate::cpu::per_cpu! {
     }
 }
 
-/// Cuts the terms' sums into groups of at most `depth` words, in order.
-fn group<E>(terms: &[Term<'_, E>], depth: usize, per_word: usize) -> Vec<Vec<Piece>> {
-    let mut groups = vec![Vec::new()];
-    let mut room = depth;
-    for (index, term) in terms.iter().enumerate() {
+/// Cuts the terms' sums into groups of as many words as a panel takes, in order, those in integers before the others.
+fn group<E: ProductElement>(terms: &[Term<'_, E>], in_rounds: bool) -> Vec<Vec<Piece>> {
+    let per_word = E::PER_WORD;
+    let (integers, others): (Vec<_>, Vec<_>) =
+        terms.iter().enumerate().partition(|(_, term)| matches!(term.right, Right::Integers(_)));
+    let total: usize = others.iter().map(|(_, term)| term.depth() / per_word).sum();
+    let depth = match terms.iter().any(decodes_wide) {
+        true => DEPTH_WIDE,
+        false if in_rounds && total > DEPTH => DEPTH_OF_ROUND,
+        false => DEPTH,
+    };
+    // Terms in integers are a group of their own, each whole.
+    let whole = |(term, of): (usize, &Term<'_, E>)| Piece { term, from: 0, words: of.depth() / per_word };
+    let mut groups = vec![integers.into_iter().map(whole).collect::<Vec<Piece>>()];
+    let mut room = if groups[0].is_empty() { depth } else { 0 };
+    for (index, term) in others {
         let (mut from, mut words) = (0, term.depth() / per_word);
         while words > 0 {
             if room == 0 {
@@ -498,21 +620,20 @@ fn pack<E: ProductElement>(
             let end = (from + depth).next_multiple_of(block).min(matrix.cols);
             let span = end - start;
             let values = E::of_words_mut(grown(decoded, (width * span).div_ceil(E::PER_WORD)));
-            for (j, values) in values[..width * span].chunks_exact_mut(span).enumerate() {
-                E::decode(cpu, &matrix, column + j, start..end, values, floats);
-            }
+            let values = &mut values[..width * span];
+            E::decode_rows(cpu, &matrix, column..column + width, start..end, values, floats);
             let row = |j: usize| values[j * span + from - start..][..depth].as_ptr().cast::<u8>();
             // SAFETY: each row was sliced to `depth` values.
             unsafe { pack_all(cpu, row, width, words, out) };
         }
+        (Right::Integers(_), _) => unreachable!("a term in integers is in a group of its own"),
         (Right::Frozen(matrix), false) => {
             if let (Some(values), RowOrder::Natural) = (matrix.values_of::<E>(), matrix.order) {
                 return pack_rows(cpu, &values[from * matrix.cols + column..], matrix.cols, depth, width, out);
             }
             let values = E::of_words_mut(grown(decoded, (depth * width).div_ceil(E::PER_WORD)));
-            for (k, values) in values[..depth * width].chunks_exact_mut(width).enumerate() {
-                E::decode(cpu, &matrix, from + k, column..column + width, values, floats);
-            }
+            let values = &mut values[..depth * width];
+            E::decode_rows(cpu, &matrix, from..from + depth, column..column + width, values, floats);
             pack_rows(cpu, values, width, depth, width, out);
         }
     }
@@ -547,11 +668,11 @@ fn decode_wide<'s, E: ProductElement>(
     let mut at = 0;
     for piece in frozen() {
         let Right::Frozen(matrix) = columns.terms[piece.term].right else { continue };
-        for k in 0..piece.words * E::PER_WORD {
-            let values = &mut values[at..at + task.width];
-            E::decode(cpu, &matrix, piece.from + k, task.from..task.from + task.width, values, floats);
-            at += task.width;
-        }
+        let depth = piece.words * E::PER_WORD;
+        let values = &mut values[at..at + depth * task.width];
+        at += depth * task.width;
+        let (rows, cols) = (piece.from..piece.from + depth, task.from..task.from + task.width);
+        E::decode_rows(cpu, &matrix, rows, cols, values, floats);
     }
     all
 }
@@ -617,16 +738,21 @@ pub trait ProductElement: TileElement {
     /// The same, to write.
     #[doc(hidden)]
     fn of_words_mut(words: &mut [u32]) -> &mut [Self];
-    /// Decodes part of a row of a weight.
+    /// Decodes part of some rows of a weight.
     #[doc(hidden)]
-    fn decode(
+    fn decode_rows(
         cpu: Cpu,
         matrix: &Matrix<'_>,
-        row: usize,
-        cols: std::ops::Range<usize>,
+        rows: Range<usize>,
+        cols: Range<usize>,
         out: &mut [Self],
         floats: &mut Vec<f32>,
     );
+    /// Decodes part of a row of a weight.
+    #[doc(hidden)]
+    fn decode(cpu: Cpu, matrix: &Matrix<'_>, row: usize, cols: Range<usize>, out: &mut [Self], floats: &mut Vec<f32>) {
+        Self::decode_rows(cpu, matrix, row..row + 1, cols, out, floats);
+    }
 }
 
 impl ProductElement for f32 {
@@ -640,19 +766,19 @@ impl ProductElement for f32 {
         unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
     }
 
-    fn decode(
+    fn decode_rows(
         cpu: Cpu,
         matrix: &Matrix<'_>,
-        row: usize,
-        cols: std::ops::Range<usize>,
+        rows: Range<usize>,
+        cols: Range<usize>,
         out: &mut [f32],
         _: &mut Vec<f32>,
     ) {
         // By the caller's processor: a thread of the pool is not kept to one.
         if let Some(coded) = &matrix.coded {
-            return coded.decode(cpu, row, cols, out);
+            return coded.decode_rows(cpu, rows, cols, out);
         }
-        matrix.decode_part(row..row + 1, cols, out);
+        matrix.decode_part(rows, cols, out);
     }
 }
 
@@ -667,26 +793,28 @@ impl ProductElement for half::bf16 {
         unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 2 * words.len()) }
     }
 
-    fn decode(
+    fn decode_rows(
         cpu: Cpu,
         matrix: &Matrix<'_>,
-        row: usize,
-        cols: std::ops::Range<usize>,
+        rows: Range<usize>,
+        cols: Range<usize>,
         out: &mut [half::bf16],
         floats: &mut Vec<f32>,
     ) {
         if let Some(coded) = &matrix.coded {
-            return coded.decode(cpu, row, cols, out);
-        }
-        if let Some(row) = matrix.row_of::<half::bf16>(row) {
-            let bytes = &row[2 * cols.start..2 * cols.end];
-            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = half::bf16::from_le_bytes(*bytes);
-            }
-            return;
+            return coded.decode_rows(cpu, rows, cols, out);
         }
         let floats = grown(floats, cols.len());
-        matrix.decode_part(row..row + 1, cols, floats);
-        narrow(cpu, floats, out);
+        for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
+            if let Some(row) = matrix.row_of::<half::bf16>(row) {
+                let bytes = &row[2 * cols.start..2 * cols.end];
+                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = half::bf16::from_le_bytes(*bytes);
+                }
+            } else {
+                matrix.decode_part(row..row + 1, cols.clone(), floats);
+                narrow(cpu, floats, out);
+            }
+        }
     }
 }

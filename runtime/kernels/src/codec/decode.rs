@@ -10,24 +10,31 @@ use crate::element::Element;
 use crate::gemv::LANES;
 
 impl Coded<'_> {
-    /// Decodes values of row `row`: value = code[index] · scale in f32, rounded to the nearest E.
+    /// Decodes values of row `row`; see [`Self::decode_rows`].
+    pub(crate) fn decode<E: CodeElement>(&self, cpu: Cpu, row: usize, cols: Range<usize>, out: &mut [E]) {
+        self.decode_rows(cpu, row..row + 1, cols, out);
+    }
+
+    /// Decodes `rows` x `cols`: value = code[index] · scale in f32, rounded to the nearest E.
     ///
     /// An index beyond the end of the code book stands for its last level.
     ///
     /// # Panics
     /// When they lie outside the matrix or `out` has another length.
-    pub(crate) fn decode<E: CodeElement>(&self, cpu: Cpu, row: usize, cols: Range<usize>, out: &mut [E]) {
-        assert!(row < self.rows && cols.end <= self.cols && out.len() == cols.len(), "{cols:?} of row {row}");
-        let range = row * self.cols + cols.start..row * self.cols + cols.end;
+    pub(crate) fn decode_rows<E: CodeElement>(&self, cpu: Cpu, rows: Range<usize>, cols: Range<usize>, out: &mut [E]) {
+        assert!(rows.end <= self.rows && cols.end <= self.cols, "{cols:?} of {rows:?}");
+        assert_eq!(out.len(), rows.len() * cols.len(), "{cols:?} of {rows:?}");
+        if out.is_empty() {
+            return;
+        }
         if self.codec.bits == 4 {
-            E::nibbles(cpu, self, &self.levels(), range, out);
-        } else if self.linear {
-            for (scale, block, out) in self.blocks(range, out) {
+            return E::nibbles(cpu, self, &self.levels(), (rows, cols), out);
+        }
+        let table = if self.linear { [0.0; 256] } else { self.levels() };
+        for (scale, block, out) in self.blocks((rows, cols), out) {
+            if self.linear {
                 linear(cpu, &self.codes[block], scale, out);
-            }
-        } else {
-            let table = self.levels();
-            for (scale, block, out) in self.blocks(range, out) {
+            } else {
                 looked_up(cpu, &self.codes[block], &table, scale, out);
             }
         }
@@ -52,11 +59,13 @@ impl Coded<'_> {
         table
     }
 
-    /// The blocks that a range of values touches, in order.
+    /// The blocks that some columns of some rows touch, in order.
     #[inline(always)]
-    fn blocks<'o, E>(&self, range: Range<usize>, out: &'o mut [E]) -> Blocks<'_, 'o, E> {
+    fn blocks<'o, E>(&self, (rows, cols): Part, out: &'o mut [E]) -> Blocks<'_, 'o, E> {
         let len = self.codec.block_len(self.cols);
-        Blocks { coded: self, len, block: range.start / len, range, out }
+        let start = rows.start * self.cols + cols.start;
+        let range = start..start + cols.len();
+        Blocks { coded: self, len, width: cols.len(), block: range.start / len, range, out }
     }
 }
 
@@ -68,11 +77,17 @@ pub(crate) enum Fused {
     Linear,
 }
 
+/// Rows and columns.
+type Part = (Range<usize>, Range<usize>);
+
 /// See [`Coded::blocks`]. Yields the scale of a block, its values (their numbers in the matrix) and where they go.
 struct Blocks<'a, 'o, E> {
     coded: &'a Coded<'a>,
     len: usize,
+    /// Columns.
+    width: usize,
     block: usize,
+    /// What is left of the present row.
     range: Range<usize>,
     out: &'o mut [E],
 }
@@ -82,10 +97,15 @@ impl<'o, E> Iterator for Blocks<'_, 'o, E> {
 
     #[inline(always)]
     fn next(&mut self) -> Option<Self::Item> {
-        let Range { start, end } = self.range;
-        if start >= end {
+        if self.out.is_empty() {
             return None;
         }
+        if self.range.is_empty() {
+            let start = self.range.end - self.width + self.coded.cols;
+            self.range = start..start + self.width;
+            self.block = start / self.len;
+        }
+        let Range { start, end } = self.range;
         let scale = self.coded.scale(self.block);
         self.block += 1;
         let stop = end.min(self.block * self.len);
@@ -123,41 +143,41 @@ per_cpu! {
 
 /// An element type that 4-bit indices are decoded to.
 pub(crate) trait CodeElement: Element {
-    /// Decodes values by their numbers in the matrix.
-    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [Self]);
+    /// Decodes some columns of some rows.
+    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [Self]);
 }
 
 impl CodeElement for f32 {
-    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
+    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [f32]) {
         match cpu {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a `Cpu` is never more than the processor has.
-            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_f32(coded, levels, range, out) },
+            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_f32(coded, levels, part, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Cpu::Avx2 => unsafe { avx2::nibbles_f32(coded, levels, range, out) },
-            _ => plain(coded, levels, range, out),
+            Cpu::Avx2 => unsafe { avx2::nibbles_f32(coded, levels, part, out) },
+            _ => plain(coded, levels, part, out),
         }
     }
 }
 
 impl CodeElement for bf16 {
-    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
+    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [bf16]) {
         match cpu {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a `Cpu` is never more than the processor has.
-            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_bf16(coded, levels, range, out) },
+            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_bf16(coded, levels, part, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Cpu::Avx2 => unsafe { avx2::nibbles_bf16(coded, levels, range, out) },
-            _ => plain(coded, levels, range, out),
+            Cpu::Avx2 => unsafe { avx2::nibbles_bf16(coded, levels, part, out) },
+            _ => plain(coded, levels, part, out),
         }
     }
 }
 
 /// The form that every processor has.
-fn plain<E: Element>(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [E]) {
-    for (scale, block, out) in coded.blocks(range, out) {
+fn plain<E: Element>(coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [E]) {
+    for (scale, block, out) in coded.blocks(part, out) {
         block_of_nibbles(coded.codes, block, levels, scale, out);
     }
 }
@@ -212,19 +232,18 @@ macro_rules! by_groups {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::*;
-    use std::ops::Range;
 
     use half::bf16;
 
-    use super::Coded;
+    use super::{Coded, Part};
 
     /// See [`super::CodeElement::nibbles`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
+    pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [f32]) {
         // SAFETY: `levels` is 16 values.
         let all = unsafe { _mm512_loadu_ps(levels.as_ptr()) };
         let codes = coded.codes;
-        for (scale, block, out) in coded.blocks(range, out) {
+        for (scale, block, out) in coded.blocks(part, out) {
             let table = _mm512_mul_ps(all, _mm512_set1_ps(scale));
             by_groups!(16, codes, block, levels, scale, out, |bytes: &[[u8; 8]], out: &mut [[f32; 16]]| {
                 for (bytes, out) in bytes.iter().zip(out) {
@@ -240,11 +259,11 @@ mod avx512 {
 
     /// See [`super::CodeElement::nibbles`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
+    pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [bf16]) {
         // SAFETY: `levels` is 16 values.
         let all = unsafe { _mm512_loadu_ps(levels.as_ptr()) };
         let codes = coded.codes;
-        for (scale, block, out) in coded.blocks(range, out) {
+        for (scale, block, out) in coded.blocks(part, out) {
             let bits = _mm512_castps_si512(_mm512_mul_ps(all, _mm512_set1_ps(scale)));
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
             let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
@@ -268,11 +287,10 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::*;
-    use std::ops::Range;
 
     use half::bf16;
 
-    use super::Coded;
+    use super::{Coded, Part};
 
     #[inline]
     #[target_feature(enable = "avx2")]
@@ -283,12 +301,12 @@ mod avx2 {
 
     /// See [`super::CodeElement::nibbles`].
     #[target_feature(enable = "avx2")]
-    pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [f32]) {
+    pub fn nibbles_f32(coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [f32]) {
         let (low, high) = halves(levels);
         let codes = coded.codes;
         // Where in a word of four bytes the eight indices lie.
         let shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-        for (scale, block, out) in coded.blocks(range, out) {
+        for (scale, block, out) in coded.blocks(part, out) {
             let scales = _mm256_set1_ps(scale);
             let (low, high) = (_mm256_mul_ps(low, scales), _mm256_mul_ps(high, scales));
             by_groups!(8, codes, block, levels, scale, out, |bytes: &[[u8; 4]], out: &mut [[f32; 8]]| {
@@ -319,11 +337,11 @@ mod avx2 {
 
     /// See [`super::CodeElement::nibbles`].
     #[target_feature(enable = "avx2")]
-    pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], range: Range<usize>, out: &mut [bf16]) {
+    pub fn nibbles_bf16(coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [bf16]) {
         let (low, high) = halves(levels);
         let codes = coded.codes;
         let byte = _mm256_set1_epi16(0xFF);
-        for (scale, block, out) in coded.blocks(range, out) {
+        for (scale, block, out) in coded.blocks(part, out) {
             let scales = _mm256_set1_ps(scale);
             let (low, high) = (rounded(_mm256_mul_ps(low, scales)), rounded(_mm256_mul_ps(high, scales)));
             // Packing works within halves of a register: 0-3 8-11 4-7 12-15, put in order after.

@@ -243,12 +243,18 @@ impl<'a> Coded<'a> {
         self.codec
     }
 
+    /// Indices of eight bits, and how many a row has.
+    pub(crate) fn indices(&self) -> (&'a [u8], usize) {
+        (self.codes, self.cols)
+    }
+
     /// Values of a block.
     pub(crate) fn block_len(&self) -> usize {
         self.codec.block_len(self.cols)
     }
 
     /// The scale of a block.
+    #[inline(always)]
     pub(crate) fn scale(&self, block: usize) -> f32 {
         match (self.scales, &self.codec.scales) {
             (EncodedScales::F32(scales), _) => scales[block],

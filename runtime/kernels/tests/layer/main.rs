@@ -11,6 +11,7 @@
 mod attention;
 mod cross_entropy;
 mod elementwise;
+mod integers;
 mod product;
 
 use std::sync::LazyLock;

@@ -1,0 +1,186 @@
+//! Products in integers against the same rounding and sums in f64.
+
+use homeroom_kernels::{
+    Codec, Columns, Encoded, Finish, Left, Matrix, Output, ProductElement, Right, Stream, Term, bf16, encode, product,
+};
+
+use super::{cpus, normal, on_any_threads, unit};
+
+/// A matrix of eight bits, and its values.
+fn weight(rows: usize, cols: usize, stream: &mut Stream) -> (Codec, Encoded) {
+    let mut values = normal(rows * cols, 0.1, stream);
+    // A row of zeros, and one whose values all are the largest.
+    values[..cols].fill(0.0);
+    values[cols..2 * cols].fill(0.5);
+    let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+        out.copy_from_slice(&values[rows.start * cols..rows.end * cols]);
+    };
+    let codec = Codec::int8();
+    let encoded = encode(&codec, rows, cols, &read).expect("finite values");
+    (codec, encoded)
+}
+
+/// A row as whole numbers from -127 to 127, times a scale.
+fn rounded(row: &[f64]) -> Vec<f64> {
+    let largest = row.iter().fold(0f64, |most, value| most.max(value.abs()));
+    let scale = largest / 127.0;
+    row.iter().map(|value| if scale > 0.0 { (value / scale).round() * scale } else { 0.0 }).collect()
+}
+
+fn check<E: ProductElement>(m: usize, k: usize, n: usize, with_dense: bool) {
+    let label = format!("{m} x {k} x {n}, dense term: {with_dense}");
+    let mut stream = Stream::new(11, (m * k * n) as u64);
+    let (codec, encoded) = weight(n, k, &mut stream);
+    let (other_codec, other_encoded) = weight(n, k, &mut stream);
+    let one = Matrix::coded(&codec, &encoded.codes, &encoded.scales, n, k).expect("it fits");
+    let two = Matrix::coded(&other_codec, &other_encoded.codes, &other_encoded.scales, n, k).expect("it fits");
+    assert!(one.multiplies_in_integers(), "{label}");
+    let values = |w: &Matrix| {
+        let mut values = vec![0f32; n * k];
+        w.decode_rows(0..n, &mut values);
+        values.into_iter().map(f64::from).collect::<Vec<f64>>()
+    };
+    let (first, second) = (values(&one), values(&two));
+    let elements = |n: usize, stream: &mut Stream| normal(n, 1.0, stream).into_iter().map(E::of).collect::<Vec<E>>();
+    let (x, dy) = (elements(m * k, &mut stream), elements(2 * m * n, &mut stream));
+    let r = 16;
+    let (u, b) = (elements(m * r, &mut stream), elements(n * r, &mut stream));
+    let (du, a) = (elements(m * r, &mut stream), elements(r * k, &mut stream));
+    let wide = |values: &[E]| values.iter().map(|value| f64::from(value.wide())).collect::<Vec<f64>>();
+
+    let mut forward = vec![0f64; m * n];
+    let mut backward = vec![0f64; m * k];
+    // As large as a sum's terms are together: what rounding is measured by.
+    let mut sizes = [vec![0f64; m * n], vec![0f64; m * k]];
+    for i in 0..m {
+        let row = rounded(&wide(&x[i * k..(i + 1) * k]));
+        for j in 0..n {
+            let mut terms: Vec<f64> = row.iter().zip(&first[j * k..(j + 1) * k]).map(|(x, w)| x * w).collect();
+            if with_dense {
+                terms.extend(wide(&u[i * r..(i + 1) * r]).iter().zip(wide(&b[j * r..(j + 1) * r])).map(|(u, b)| u * b));
+            }
+            forward[i * n + j] = terms.iter().sum();
+            sizes[0][i * n + j] = terms.iter().map(|term| term.abs()).sum();
+        }
+        // The rows of W are summed over, so their scales go into A.
+        for (w, part) in [(&first, 0), (&second, 1)] {
+            let scale = |j: usize| {
+                let largest = w[j * k..(j + 1) * k].iter().fold(0f64, |most, value| most.max(value.abs()));
+                largest / 127.0
+            };
+            let dy = wide(&dy[i * 2 * n + part * n..][..n]);
+            let row = rounded(&(0..n).map(|j| dy[j] * scale(j)).collect::<Vec<f64>>());
+            for c in 0..k {
+                for j in (0..n).filter(|j| scale(*j) > 0.0) {
+                    let term = row[j] * w[j * k + c] / scale(j);
+                    backward[i * k + c] += term;
+                    sizes[1][i * k + c] += term.abs();
+                }
+                if with_dense && part == 0 {
+                    for l in 0..r {
+                        let term = f64::from(du[i * r + l].wide()) * f64::from(a[l * k + c].wide());
+                        backward[i * k + c] += term;
+                        sizes[1][i * k + c] += term.abs();
+                    }
+                }
+            }
+        }
+    }
+
+    for cpu in cpus() {
+        let run = |to: usize, transposed: bool| {
+            on_any_threads(cpu, &label, || {
+                let width = if transposed { n } else { k };
+                let mut terms = Vec::new();
+                if transposed {
+                    terms.push(Term::forward(Left::rows(&x, k), Right::Integers(one)));
+                    if with_dense {
+                        terms.push(Term::forward(Left::rows(&u, r), Right::Dense { values: &b, cols: r }));
+                    }
+                } else {
+                    terms.push(Term::backward(Left::rows(&dy, 2 * n), Right::Integers(one)));
+                    terms.push(Term::backward(Left::rows(&dy, 2 * n).from(n), Right::Integers(two)));
+                    if with_dense {
+                        terms.push(Term::backward(Left::rows(&du, r), Right::Dense { values: &a, cols: k }));
+                    }
+                }
+                let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                let mut floats = vec![if to == 1 { 1f32 } else { f32::NAN }; m * width];
+                let mut narrow = vec![E::default(); m * width];
+                let out = match to {
+                    0 => Output::Wide(&mut floats),
+                    1 => Output::Add(&mut floats),
+                    _ => Output::Narrow(&mut narrow),
+                };
+                product(m, &columns, out, width, Finish { scale: 2.0, row_add: None });
+                match to {
+                    2 => narrow.iter().map(|value| value.wide()).collect(),
+                    _ => floats,
+                }
+            })
+        };
+        for transposed in [true, false] {
+            let (expected, sizes) = if transposed { (&forward, &sizes[0]) } else { (&backward, &sizes[1]) };
+            for to in 0..3 {
+                let before = if to == 1 { 1.0 } else { 0.0 };
+                for (i, got) in run(to, transposed).into_iter().enumerate() {
+                    let want = before + 2.0 * expected[i];
+                    // Where a value of A lies between two whole numbers f32 and f64 may part; these are few, and one step each.
+                    let steps = 2.0 * sizes[i] * (1e-5 + 2.0 / 254.0 / 8.0);
+                    let rounding = if to == 2 { 2.0 * unit::<E>() * want.abs() } else { 0.0 };
+                    let error = (f64::from(got) - want).abs();
+                    assert!(error <= steps + rounding + 1e-5, "{label}, {cpu:?}, {transposed}, {to}: {got} for {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_in_integers_are_those_of_rounded_rows() {
+    for (m, k, n) in [(1, 32, 4), (5, 64, 100), (37, 576, 192), (3, 2080, 68), (6, 96, 2052)] {
+        for with_dense in [false, true] {
+            check::<f32>(m, k, n, with_dense);
+            check::<bf16>(m, k, n, with_dense);
+        }
+    }
+}
+
+#[test]
+fn every_processor_comes_to_the_same_integers() {
+    let mut stream = Stream::new(5, 3);
+    let (m, k, n) = (7, 128, 72);
+    let (codec, encoded) = weight(n, k, &mut stream);
+    let w = Matrix::coded(&codec, &encoded.codes, &encoded.scales, n, k).expect("it fits");
+    let x = normal(m * k, 3.0, &mut stream);
+    let all: Vec<Vec<f32>> = cpus()
+        .map(|cpu| {
+            on_any_threads(cpu, "integers", || {
+                let terms = [Term::forward(Left::rows(&x, k), Right::Integers(w))];
+                let mut out = vec![0f32; m * n];
+                let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                product(m, &columns, Output::Wide(&mut out), n, Finish::default());
+                out
+            })
+        })
+        .collect();
+    assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn a_row_that_holds_no_number_yields_none_and_no_other_row_does() {
+    let mut stream = Stream::new(5, 4);
+    let (m, k, n) = (3, 32, 8);
+    let (codec, encoded) = weight(n, k, &mut stream);
+    let w = Matrix::coded(&codec, &encoded.codes, &encoded.scales, n, k).expect("it fits");
+    for wrong in [f32::NAN, f32::INFINITY] {
+        let mut x = normal(m * k, 1.0, &mut stream);
+        x[k + 5] = wrong;
+        let terms = [Term::forward(Left::rows(&x, k), Right::Integers(w))];
+        let mut out = vec![0f32; m * n];
+        product(m, &[Columns { terms: &terms, at: 0, bias: None }], Output::Wide(&mut out), n, Finish::default());
+        for (i, value) in out.iter().enumerate() {
+            assert_eq!(value.is_nan(), i / n == 1, "{i}");
+        }
+    }
+}

@@ -19,5 +19,6 @@ mod reload;
 mod sdk;
 mod strategies;
 mod support;
+mod toml_errors;
 #[cfg(unix)]
 mod watching;

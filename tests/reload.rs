@@ -431,6 +431,90 @@ fn a_directory_that_is_deleted_and_made_anew_is_watched_again() -> Result<()> {
     Ok(())
 }
 
+/// Nothing is reported of the file that a link points to: it is seen all the same, when it is next looked at.
+#[test]
+fn a_build_of_which_the_system_reports_nothing_is_taken() -> Result<()> {
+    let place = Place::new()?;
+    let target = place.write("elsewhere/libreloading.so", variant("plain")?)?;
+    let link = place.path("linked/libreloading.so");
+    fs::create_dir(place.path("linked"))?;
+    std::os::unix::fs::symlink(&target, &link)?;
+    let plugin = Plugin::load(&link)?;
+    let reload = Reload::watch(&plugin, request(&model("llama")?), watching()?, say);
+    let watched = Watched { path: link, reload };
+    for name in ["first", "second"] {
+        fs::write(&target, variant(name)?)?;
+        assert!(watched.ready(Duration::from_secs(6)).is_some(), "{name}");
+    }
+    assert!(said(&watched.path).is_empty());
+    Ok(())
+}
+
+/// As builds may come: by renaming, by unlinking and linking, and written over piece by piece.
+#[test]
+fn of_a_hundred_quick_builds_the_last_is_taken_and_none_that_is_half_written() -> Result<()> {
+    use std::io::Write;
+    let place = Place::new()?;
+    let model = Arc::new(model("llama")?);
+    let path = place.write("watched/libreloading.so", variant("plain")?)?;
+    let mut job = Job::new(model.clone(), &Plugin::load(&path)?, Map::new(), 42, None, false)?;
+    job.watch = Some(watching()?);
+    let builds = (0..100).map(|number| variant(&format!("build{number}"))).collect::<Result<Vec<_>>>()?;
+    let digests: Vec<String> = builds.iter().map(|bytes| sha256(bytes)).collect();
+    let written = std::thread::scope(|scope| -> Result<TrainReport> {
+        let builder = scope.spawn(|| -> Result<()> {
+            let built = path.with_extension("built");
+            for (number, bytes) in builds.iter().enumerate() {
+                match number % 3 {
+                    0 => {
+                        fs::write(&built, bytes)?;
+                        fs::rename(&built, &path)?;
+                    }
+                    1 => {
+                        fs::write(&built, bytes)?;
+                        fs::remove_file(&path)?;
+                        fs::hard_link(&built, &path)?;
+                        fs::remove_file(&built)?;
+                    }
+                    _ => {
+                        let mut file = fs::File::create(&path)?;
+                        for piece in bytes.chunks(bytes.len().div_ceil(4)) {
+                            file.write_all(piece)?;
+                            sleep(Duration::from_millis(10));
+                        }
+                    }
+                }
+                // Now and then long enough for a build to be taken.
+                sleep(Duration::from_millis(if number % 25 == 24 { 500 } else { 10 }));
+            }
+            Ok(())
+        });
+        let rows = examples(&model, 24, 1);
+        let start = Instant::now();
+        let mut observer = |_: &StepReport, _| {
+            sleep(Duration::from_millis(5));
+            let done = job.now().1.sha256 == digests[99] || start.elapsed() > Duration::from_secs(60);
+            Ok(if done { Control::Stop } else { Control::Continue })
+        };
+        let report = job.train(&rows.iter().collect::<Vec<_>>(), &config(100_000), &mut observer)?;
+        builder.join().expect("it does not panic")?;
+        Ok(report)
+    })?;
+    assert_eq!(job.now().1.sha256, digests[99]);
+    let swapped = written.events.iter().filter_map(|event| match &event.change {
+        Change::Swapped(swap) => Some(swap.id.clone()),
+        _ => None,
+    });
+    let swapped: Vec<String> = swapped.collect();
+    assert!(!swapped.is_empty() && swapped.iter().all(|id| digests.contains(id)), "{swapped:?}");
+    Ok(())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::Digest;
+    sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// All of it: a job whose file is replaced while it trains.
 #[test]
 fn a_training_takes_a_new_build_over_between_two_steps() -> Result<()> {

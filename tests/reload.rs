@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use homeroom::job::Job;
+use homeroom::plugin::generation::Live;
 use homeroom::plugin::reload::{Ready, Reload, Watching};
 use homeroom::plugin::{Plugin, Policy, Trust};
 use homeroom_abi::plan::PlanRequest;
@@ -60,7 +61,7 @@ struct Script {
 impl Script {
     fn offer(mut self, after: u64, name: &str, plugin: &Plugin, model: &BaseModel) -> Result<Self> {
         let plan = plugin.plan(&request(model))?;
-        self.offers.push((after, Candidate { id: name.to_owned(), plan }));
+        self.offers.push((after, Candidate { id: name.to_owned(), plan, directs: true }));
         Ok(self)
     }
 }
@@ -193,6 +194,23 @@ fn a_bad_recipe_is_taken_back_and_the_steps_are_done_anew() -> Result<()> {
     Ok(())
 }
 
+/// Of losses near zero, one is soon three times another: that is no harm.
+#[test]
+fn a_loss_that_is_still_small_is_no_reason_to_go_back() -> Result<()> {
+    let (model, place) = (model("llama")?, Place::new()?);
+    let row = examples(&model, 1, 1);
+    let plan = load(&place, "plain")?.plan(&request(&model))?;
+    let adaptation = Adaptation::new(&model, plan, 42)?;
+    let mut script = Script::default().offer(150, "quieter", &load(&place, "quieter")?, &model)?;
+    let config = TrainConfig { learning_rate: 2e-2, ..config(160) };
+    let report = train(&model, &adaptation, &row.iter().collect::<Vec<_>>(), &config, &mut script)?;
+    let loss = |steps: &[StepReport]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
+    let (before, after) = (loss(&report.steps[134..150]), report.steps[150].loss);
+    assert!(after > 3.0 * before && after < 0.5, "{before} before, {after} after");
+    assert!(matches!(report.events[1].change, Change::Passed { .. }), "{:?}", report.events);
+    Ok(())
+}
+
 #[test]
 fn another_rank_is_refused_unless_the_plan_says_how() -> Result<()> {
     let (model, place) = (model("llama")?, Place::new()?);
@@ -268,6 +286,34 @@ fn directives_are_followed_from_the_next_step_on() -> Result<()> {
     let (report, _) = directed(&place, "reset", 6)?;
     assert_eq!(losses(&plain)[..4], losses(&report)[..4]);
     assert!(losses(&plain)[5] != losses(&report)[5]);
+    Ok(())
+}
+
+#[test]
+fn what_was_directed_ends_with_the_code_that_directs() -> Result<()> {
+    let (model, place) = (model("llama")?, Place::new()?);
+    for directs in [true, false] {
+        let mut script = Script::default().offer(4, "scalar", &load(&place, "scalar")?, &model)?;
+        script.offers[0].1.directs = directs;
+        let directives = [
+            Directive::Freeze("*.A".to_owned()),
+            Directive::LearningRateScale(0.5),
+            Directive::Scalar { name: "s".to_owned(), value: 0.25 },
+        ];
+        script.directives = directives.map(|directive| (2, directive)).into();
+        let (report, _) = learn(&model, &place, 8, &mut script)?;
+        let swap = report.events.iter().find_map(|event| match &event.change {
+            Change::Swapped(swap) => Some(swap),
+            _ => None,
+        });
+        let ended = ["scalar s 0.25", "freeze of 4 parameters", "scale of the learning rate"];
+        assert_eq!(swap.context("it is swapped")?.ended, if directs { &[][..] } else { &ended });
+        let undirected = learn(&model, &place, 8, &mut Script::default())?.0;
+        let rates = |report: &TrainReport| report.steps[6].learning_rate;
+        assert_eq!(rates(&report) == rates(&undirected), !directs);
+        let scalar = script.now.context("something has changed")?.plan.scalars["s"];
+        assert_eq!(scalar, if directs { 0.25 } else { 1.0 });
+    }
     Ok(())
 }
 
@@ -513,6 +559,39 @@ fn of_a_hundred_quick_builds_the_last_is_taken_and_none_that_is_half_written() -
 fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest;
     sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Code of before ABI 1.1 has no `on_step`.
+#[test]
+fn a_build_without_the_hook_ends_what_it_directed_and_one_line_says_so() -> Result<()> {
+    let place = Place::new()?;
+    let model = Arc::new(model("llama")?);
+    let path = place.write("watched/libreloading.so", variant("restrained")?)?;
+    let mut faster = variant("faster")?;
+    let magic = (0..faster.len()).find(|at| faster[*at..].starts_with(b"HOMEROOM\x58\0\0\0\x01\0\x01\0"));
+    faster[magic.context("it has a descriptor")? + 14] = 0;
+    let new = sha256(&faster)[..8].to_owned();
+    let lines = || SAID.lock().expect("no test panics with it").iter().filter(|line| line.contains(&new)).cloned().collect();
+    let start = Instant::now();
+    let mut observer = |report: &StepReport, _| {
+        if report.step == 5 {
+            fs::write(&path, &faster)?;
+        }
+        sleep(Duration::from_millis(10));
+        let lines: Vec<String> = lines();
+        let done = lines.len() == 2 || start.elapsed() > Duration::from_secs(9);
+        Ok(if done { Control::Stop } else { Control::Continue })
+    };
+    let plugin = Plugin::load(&path)?;
+    let adaptation = Adaptation::new(&model, plugin.plan(&request(&model))?, 42)?;
+    let mut live = Live::new(&mut observer, &plugin, request(&model), None, Some(watching()?), &|_, _| {}, say);
+    let rows = examples(&model, 24, 1);
+    train(&model, &adaptation, &rows.iter().collect::<Vec<_>>(), &config(3000), &mut live)?;
+    let lines: Vec<String> = lines();
+    for words in ["no longer directed: freeze of 4 parameters, scale of the learning rate", "the learning rate stays (0.25 is"] {
+        assert!(lines.first().is_some_and(|line| line.contains(words)), "no `{words}` in {lines:?}");
+    }
+    Ok(())
 }
 
 /// All of it: a job whose file is replaced while it trains.

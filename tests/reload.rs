@@ -321,7 +321,7 @@ fn what_was_directed_ends_with_the_code_that_directs() -> Result<()> {
 fn a_hook_that_is_late_or_wrong_is_not_asked_again() -> Result<()> {
     let place = Place::new()?;
     let (plain, _) = directed(&place, "plain", 6)?;
-    for name in ["late", "bad", "error"] {
+    for name in ["late", "bad", "error", "no_number", "unknown", "panics"] {
         let start = Instant::now();
         let (report, _) = directed(&place, name, 6)?;
         assert!(start.elapsed() < Duration::from_secs(4), "{name}");
@@ -385,15 +385,29 @@ impl Watched {
     fn refusal(&self, bytes: &[u8]) -> Result<String> {
         let before = said(&self.path).len();
         self.replace(bytes)?;
+        Ok(self.line_after(before))
+    }
+
+    /// The next line after so many.
+    fn line_after(&self, before: usize) -> String {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(9) {
             if let Some(line) = said(&self.path).get(before) {
-                return Ok(line.clone());
+                return line.clone();
             }
             sleep(Duration::from_millis(10));
         }
-        Ok(String::new())
+        String::new()
     }
+}
+
+fn make_directory(path: &Path) -> std::io::Result<()> {
+    fs::create_dir(path)
+}
+
+fn make_pipe(path: &Path) -> std::io::Result<()> {
+    let made = Command::new("mkfifo").arg(path).status()?;
+    made.success().then_some(()).ok_or_else(|| std::io::Error::other("no pipe was made"))
 }
 
 #[test]
@@ -418,6 +432,8 @@ fn a_bad_file_is_refused_in_one_line_and_the_next_good_one_is_taken() -> Result<
         (variant("abort")?, &["crashed with signal 6"]),
         (variant("segfault")?, &["crashed with signal 11"]),
         (variant("spin")?, &["did not return within 5 s"]),
+        (variant("devour")?, &["crashed with signal 6", "memory allocation of"]),
+        (variant("exit")?, &["it ended the process with exit code 7"]),
     ];
     for (bytes, words) in cases {
         let line = watched.refusal(&bytes)?;
@@ -429,6 +445,14 @@ fn a_bad_file_is_refused_in_one_line_and_the_next_good_one_is_taken() -> Result<
     for cut in (1..20).map(|part| whole.len() * part / 20).chain([whole.len() * 999 / 1000]) {
         let line = watched.refusal(&whole[..cut])?;
         assert!(line.contains("truncated"), "cut at {cut}: `{line}`");
+    }
+    for (what, put) in [("directory", make_directory as fn(&Path) -> _), ("pipe", make_pipe)] {
+        let before = said(&watched.path).len();
+        let _ = fs::remove_file(&watched.path);
+        put(&watched.path)?;
+        let line = watched.line_after(before);
+        assert!(line.contains("not a file"), "{what}: `{line}`");
+        let _ = fs::remove_dir(&watched.path);
     }
     let lines = said(&watched.path).len();
     // The same bytes again are not tried again.
@@ -571,7 +595,8 @@ fn a_build_without_the_hook_ends_what_it_directed_and_one_line_says_so() -> Resu
     let magic = (0..faster.len()).find(|at| faster[*at..].starts_with(b"HOMEROOM\x58\0\0\0\x01\0\x01\0"));
     faster[magic.context("it has a descriptor")? + 14] = 0;
     let new = sha256(&faster)[..8].to_owned();
-    let lines = || SAID.lock().expect("no test panics with it").iter().filter(|line| line.contains(&new)).cloned().collect();
+    let lines =
+        || SAID.lock().expect("no test panics with it").iter().filter(|line| line.contains(&new)).cloned().collect();
     let start = Instant::now();
     let mut observer = |report: &StepReport, _| {
         if report.step == 5 {
@@ -588,7 +613,9 @@ fn a_build_without_the_hook_ends_what_it_directed_and_one_line_says_so() -> Resu
     let rows = examples(&model, 24, 1);
     train(&model, &adaptation, &rows.iter().collect::<Vec<_>>(), &config(3000), &mut live)?;
     let lines: Vec<String> = lines();
-    for words in ["no longer directed: freeze of 4 parameters, scale of the learning rate", "the learning rate stays (0.25 is"] {
+    for words in
+        ["no longer directed: freeze of 4 parameters, scale of the learning rate", "the learning rate stays (0.25 is"]
+    {
         assert!(lines.first().is_some_and(|line| line.contains(words)), "no `{words}` in {lines:?}");
     }
     Ok(())

@@ -207,7 +207,8 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
         problems.at(key.clone(), format!("`{name}`: a parameter's name is letters, digits and underscores"));
     }
     let Some(table) = item.as_table_like() else {
-        let message = format!("`{name}`: a parameter is declared as a table, such as {{ type = \"int\", default = 1 }}");
+        let message =
+            format!("`{name}`: a parameter is declared as a table, such as {{ type = \"int\", default = 1 }}");
         problems.at(item.span(), message);
         return None;
     };

@@ -42,6 +42,11 @@ impl Strategy for Reloading {
         match self.variant.as_str() {
             "panic_plan" => panic!("as asked"),
             "abort" => std::process::abort(),
+            "exit" => std::process::exit(7),
+            "devour" => {
+                let taken: Vec<Vec<u8>> = (0..1024).map(|_| vec![0; 1 << 26]).collect();
+                panic!("it was given {} pieces of 64 MiB", taken.len());
+            }
             "spin" => loop {
                 std::hint::spin_loop();
             },
@@ -111,6 +116,9 @@ impl Strategy for Reloading {
             "set_scalar" if count == 3 => step.scalar("s", 0.0),
             "reset" if count == 3 => step.reset_moments("*"),
             "bad" => step.freeze("nothing"),
+            "no_number" => step.learning_rate_scale(f64::NAN),
+            "unknown" => step.scalar("S", 0.5),
+            "panics" => panic!("in on_step, as asked"),
             "error" => return Err("an error, as asked".into()),
             "late" => loop {
                 std::thread::sleep(std::time::Duration::from_secs(60));

@@ -20,5 +20,6 @@ mod reload;
 mod sdk;
 mod strategies;
 mod support;
+mod toml_errors;
 #[cfg(unix)]
 mod watching;

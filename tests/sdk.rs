@@ -8,8 +8,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use homeroom::plugin::Probe;
 use homeroom::plugin::check::{Report, Verdict, check};
+use homeroom::plugin::{Plugin, Probe};
 use serde_json::Value;
 
 use crate::support::{Place, fixture, homeroom, plugin_path, printed_json, refused, root, run, succeeds};
@@ -250,5 +250,109 @@ fn a_pipelines_file_can_tighten_the_policy_and_never_loosen_it() -> Result<()> {
     succeeds(&mut pipeline("", &dev)?)?;
     refused(&mut pipeline("", &[])?, &["it is not in plugins.lock"])?;
     refused(&mut pipeline("[plugins]\npolicy = \"locked\"\n", &dev)?, &["it is not in plugins.lock"])?;
-    refused(&mut pipeline("[plugins]\npolicy = \"dev\"\n", &dev)?, &["c.toml", "line 4: policy", "not loosen it"])
+    refused(&mut pipeline("[plugins]\npolicy = \"dev\"\n", &dev)?, &["c.toml", "line 4: `policy`", "not loosen it"])
+}
+
+/// A damaged list is told and not taken for an empty one.
+#[test]
+fn a_lock_file_that_cannot_be_right_is_refused_in_words() -> Result<()> {
+    let here = Locked::new()?;
+    let entry = |name: &str, digest: &str| {
+        format!("[[plugin]]\nname = {name:?}\nversion = \"1\"\nsha256 = {digest:?}\npath = \"/x\"\n")
+    };
+    let good = "0a".repeat(32);
+    for (text, words) in [
+        ("[[plugin]\n".to_owned(), &["line 1"][..]),
+        (entry("vera", &good).replace("\"1\"", "1"), &["line 3", "invalid type", "expected a string"]),
+        (entry("vera", &good).replace("path = \"/x\"\n", ""), &["missing field `path`"]),
+        (entry("vera", &good) + "trusted = true\n", &["line 6", "unknown field `trusted`"]),
+        (entry("vera", "0A"), &["`vera`: its sha256 is not 64 hexadecimal digits"]),
+        (entry("vera", &good.to_uppercase()), &["hexadecimal digits in small letters"]),
+        (entry("vera", &good) + &entry("vera", &good), &["`vera` is there twice"]),
+        (entry("vera", &good) + "\0", &["line 6"]),
+        ("#".repeat(1 << 21), &["more than 1048576 bytes"]),
+    ] {
+        here.place.write("home/plugins.lock", text)?;
+        refused(&mut here.program(&["plugins", "list"]), &[&["plugins.lock"], words].concat())?;
+    }
+    Ok(())
+}
+
+/// A name with an escape, a pipe, a directory and a file of terabytes that is mostly a hole: none is read, and none hangs.
+#[test]
+fn what_only_looks_like_a_strategy_hangs_no_list() -> Result<()> {
+    let here = Locked::new()?;
+    fs::copy(&here.library, here.place.path("mine/lib\x1b[31m.so"))?;
+    succeeds(Command::new("mkfifo").arg(here.place.path("mine/libpipe.so")))?;
+    fs::create_dir(here.place.path("mine/libdir.so"))?;
+    fs::File::create(here.place.path("mine/libhuge.so"))?.set_len(1 << 40)?;
+    let listed = succeeds(&mut here.program(&["plugins", "list"]))?.stdout;
+    ensure!(listed.contains("libvera.so") && !listed.contains('\x1b'), "{listed}");
+    ensure!(["pipe", "dir", "huge"].iter().all(|name| !listed.contains(&format!("lib{name}.so"))), "{listed}");
+    for (name, words) in [("pipe", "not a file"), ("dir", "not a file"), ("huge", "are the most")] {
+        let program = &mut here.program(&["fine-tune", "--strategy", name, "--plugin-policy", "dev"]);
+        program.args(["--output-dir", "out", "--training-file", "rows.jsonl", "--model-name"]);
+        refused(program.arg(fixture("models/llama")), &[words])?;
+    }
+    Ok(())
+}
+
+/// The directory that a link lies in is as good as that of the file: who writes it says where the link leads.
+#[test]
+fn a_link_is_followed_through_directories_that_nobody_else_may_write() -> Result<()> {
+    let here = Locked::new()?;
+    let place = &here.place;
+    let (mine, link) = (place.path("mine/libvera.so"), place.path("between/link"));
+    fs::create_dir(place.path("between"))?;
+    fs::rename(&mine, place.path("libvera.so"))?;
+    std::os::unix::fs::symlink("../libvera.so", &link)?;
+    std::os::unix::fs::symlink(&link, &mine)?;
+    let load = || Plugin::load(&mine).map(|plugin| plugin.description.name);
+    assert_eq!(load()?, "vera");
+    fs::set_permissions(place.path("between"), fs::Permissions::from_mode(0o777))?;
+    let error = load().err().context("it is loaded")?.to_string();
+    ensure!(error.contains("between: everybody may write it"), "{error}");
+    fs::remove_file(place.path("libvera.so"))?;
+    std::os::unix::fs::symlink(&mine, place.path("libvera.so"))?;
+    let error = format!("{:#}", load().err().context("it is loaded")?);
+    ensure!(error.contains("cannot read"), "{error}");
+    Ok(())
+}
+
+/// As `/usr/local/lib` on Debian. Only root can make such a directory.
+#[test]
+fn a_directory_of_roots_that_a_group_of_the_system_may_write_is_trusted() -> Result<()> {
+    let here = Locked::new()?;
+    let dir = here.place.path("mine");
+    for (group, trusted) in [(50, true), (100, false), (1234, false)] {
+        if std::os::unix::fs::chown(&dir, Some(0), Some(group)).is_err() {
+            return Ok(());
+        }
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o2775))?;
+        let loaded = Plugin::load(&here.library);
+        ensure!(loaded.is_ok() == trusted, "group {group}: {:?}", loaded.err());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_private_copy_is_not_made_where_others_could_replace_it() -> Result<()> {
+    let here = Locked::new()?;
+    here.place.rows("rows.jsonl", 2)?;
+    let open = here.place.path("open");
+    fs::create_dir(&open)?;
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777))?;
+    let words = ["cannot make a private copy", "open: everybody may write it"];
+    refused(here.train(&["--plugin-policy", "dev"]).env("TMPDIR", &open), &words)
+}
+
+#[test]
+fn what_a_strategy_prints_is_no_part_of_the_result() -> Result<()> {
+    let place = Place::new()?;
+    let mut command = place.fine_tune(&fixture("models/llama"), &place.rows("rows.jsonl", 2)?);
+    command.args(["--strategy", "hostile", "--set-option", "how=print", "--max-steps", "1", "--json"]);
+    let ran = succeeds(&mut command)?;
+    printed_json(&ran)?;
+    ensure!(ran.stderr.contains("not a result"), "{ran:?}");
+    Ok(())
 }

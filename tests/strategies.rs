@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use homeroom::plugin::{Plugin, native};
+use homeroom_abi::codec::{Absmax, Block, Codec as PlannedCodec};
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::batch::Batch;
 use homeroom_engine::block::Compute;
@@ -215,13 +216,41 @@ fn what_bitsandbytes_stored_otherwise_or_not_whole_is_refused_by_name() -> Resul
     for (from, to, words) in [
         ("down_proj.weight.absmax", "down_proj.weight.absmix", "its `absmax` is missing"),
         ("\"blocksize\": 64", "\"blocksize\": 32", "takes"),
-        ("\"blocksize\": 64", "\"blocksize\":  0", "at least one value"),
+        ("\"blocksize\": 64", "\"blocksize\":  0", "a block holds 1 to"),
         ("\"shape\": [48", "\"shape\": [84", "it should be"),
         ("\"nested_offset\"", "\"nested_0ffset\"", "nested_offset"),
     ] {
         fs::write(&file, text(&whole, from, to)?)?;
         let error = refusal(&dir)?;
         assert!(error.contains(words), "{from}: {error}");
+    }
+    Ok(())
+}
+
+/// A plan is not trusted: it may come from an adapter's directory.
+#[test]
+fn a_plan_that_would_break_what_runs_it_is_refused() -> Result<()> {
+    let model = Arc::new(model("llama")?);
+    let mut twice = plan("vera", &json!({}), &model)?;
+    twice.params.push(twice.params[0].clone());
+    let error = Adaptation::new(&model, twice, 1).err().context("it is taken")?.to_string();
+    assert!(error.contains("the model: parameter `vera_A` is there twice"), "{error}");
+    for (what, change) in [
+        (
+            "a block holds 1 to",
+            (|codec: &mut PlannedCodec| codec.block = Block::Flat(1 << 63)) as fn(&mut PlannedCodec),
+        ),
+        ("a block of 1 to", |codec| {
+            if let Absmax::Nested { block, .. } = &mut codec.absmax {
+                *block = 1 << 53;
+            }
+        }),
+    ] {
+        let mut endless = plan("qlora", &json!({}), &model)?;
+        change(&mut endless.codecs[0]);
+        let stored = store_as_planned(model.clone(), &endless, false, &no_native, |_, _| {});
+        let error = format!("{:#}", stored.err().context("it is taken")?);
+        assert!(error.contains(what), "{error}");
     }
     Ok(())
 }

@@ -70,9 +70,14 @@ impl Directive {
     /// Whether a tensor's name is meant by a pattern.
     pub fn matches(pattern: &str, name: &str) -> bool {
         let Some((first, rest)) = pattern.split_once('*') else { return pattern == name };
-        let Some(name) = name.strip_prefix(first) else { return false };
-        let ends = name.char_indices().map(|(at, _)| at).chain([name.len()]);
-        ends.into_iter().any(|at| Self::matches(rest, &name[at..]))
+        let Some(mut left) = name.strip_prefix(first) else { return false };
+        let (between, last) = rest.rsplit_once('*').unwrap_or(("", rest));
+        // The first place of each part is as good as any, so that no choice is ever taken back.
+        for part in between.split('*') {
+            let Some((_, after)) = left.split_once(part) else { return false };
+            left = after;
+        }
+        left.ends_with(last)
     }
 }
 
@@ -95,10 +100,10 @@ mod tests {
     #[test]
     fn a_star_stands_for_any_text() {
         let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
-        for pattern in ["*", "*lora_A*", "*.q_proj.*", "base_model*weight", name] {
+        for pattern in ["*", "*lora_A*", "*.q_proj.*", "base_model*weight", "*model*model*model*", "**A.weight", name] {
             assert!(Directive::matches(pattern, name), "{pattern}");
         }
-        for pattern in ["", "lora_A", "*lora_B*", "*.lora_A", "weight*"] {
+        for pattern in ["", "lora_A", "*lora_B*", "*.lora_A", "weight*", "*A.weight*weight", "base_model*base_model*"] {
             assert!(!Directive::matches(pattern, name), "{pattern}");
         }
     }

@@ -5,9 +5,9 @@ use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::sync::Once;
 
-use homeroom_abi::describe::{PluginError, Source};
-use homeroom_abi::plan::PlanRequest;
-use homeroom_abi::step::StepRequest;
+use homeroom_abi::describe::{Description, PluginError, Source};
+use homeroom_abi::plan::{Plan, PlanRequest};
+use homeroom_abi::step::{StepAnswer, StepRequest};
 use homeroom_abi::table::{
     self, ABI_MAJOR, ABI_MINOR, Bytes, Call, Descriptor, EMIT_ERROR, EMIT_RESULT, Emit, FAILED, GetExtension, MAGIC,
     OK, UNKNOWN_METHOD,
@@ -103,7 +103,7 @@ pub unsafe fn dispatch<S: Strategy>(method: u32, input: Bytes, emit: Emit, ctx: 
         Ok(Some(json)) => (EMIT_RESULT, json, OK),
         Ok(None) => return UNKNOWN_METHOD,
         Err(error) => {
-            let json = serde_json::to_string(&error.0).unwrap_or_else(|_| "{}".to_owned());
+            let json = json::of_error(&error);
             (EMIT_ERROR, json, FAILED)
         }
     };
@@ -114,20 +114,48 @@ pub unsafe fn dispatch<S: Strategy>(method: u32, input: Bytes, emit: Emit, ctx: 
 
 /// The JSON answer to one method; `None` when there is no such method.
 fn answer<S: Strategy>(method: u32, input: &[u8], version: &str) -> Result<Option<String>> {
-    let json = |error: serde_json::Error| Error::new(format!("not the JSON that was expected: {error}"));
     Ok(Some(match method {
-        table::METHOD_DESCRIBE => serde_json::to_string(&describe::<S>(version)).map_err(json)?,
-        table::METHOD_PLAN => {
-            let request: PlanRequest = serde_json::from_slice(input).map_err(json)?;
-            serde_json::to_string(&trace::<S>(&request)?).map_err(json)?
-        }
+        table::METHOD_DESCRIBE => json::of_description(&describe::<S>(version))?,
+        table::METHOD_PLAN => json::of_plan(&trace::<S>(&json::plan_request(input)?)?)?,
         table::METHOD_ON_STEP => {
-            let request: StepRequest = serde_json::from_slice(input).map_err(json)?;
-            let Some(answer) = on_step::<S>(request)? else { return Ok(None) };
-            serde_json::to_string(&answer).map_err(json)?
+            let Some(answer) = on_step::<S>(json::step_request(input)?)? else { return Ok(None) };
+            json::of_answer(&answer)?
         }
         _ => return Ok(None),
     }))
+}
+
+/// What is the same for every strategy: compiled once with this crate, and not with each build of a plugin.
+mod json {
+    use super::{Description, Error, Plan, PlanRequest, Result, StepAnswer, StepRequest};
+
+    fn wrong(error: serde_json::Error) -> Error {
+        Error::new(format!("not the JSON that was expected: {error}"))
+    }
+
+    pub fn plan_request(json: &[u8]) -> Result<PlanRequest> {
+        serde_json::from_slice(json).map_err(wrong)
+    }
+
+    pub fn step_request(json: &[u8]) -> Result<StepRequest> {
+        serde_json::from_slice(json).map_err(wrong)
+    }
+
+    pub fn of_description(description: &Description) -> Result<String> {
+        serde_json::to_string(description).map_err(wrong)
+    }
+
+    pub fn of_plan(plan: &Plan) -> Result<String> {
+        serde_json::to_string(plan).map_err(wrong)
+    }
+
+    pub fn of_answer(answer: &StepAnswer) -> Result<String> {
+        serde_json::to_string(answer).map_err(wrong)
+    }
+
+    pub fn of_error(error: &Error) -> String {
+        serde_json::to_string(&error.0).unwrap_or_else(|_| "{}".to_owned())
+    }
 }
 
 fn remember_panic(info: &PanicHookInfo<'_>) {

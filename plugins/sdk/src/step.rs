@@ -26,7 +26,12 @@ impl Step {
     }
 
     /// Multiplies the schedule's learning rates from now on; 1 gives them back.
+    ///
+    /// # Panics
+    /// When it is not a number from 0.
+    #[track_caller]
     pub fn learning_rate_scale(&mut self, scale: f64) {
+        assert!(scale.is_finite() && scale >= 0.0, "learning_rate_scale: {scale} is not a number from 0");
         self.directives.push(Directive::LearningRateScale(scale));
     }
 
@@ -41,7 +46,12 @@ impl Step {
     }
 
     /// Gives a number that the plan names by `scalar` another value.
+    ///
+    /// # Panics
+    /// When it is not a finite number.
+    #[track_caller]
     pub fn scalar(&mut self, name: &str, value: f64) {
+        assert!(value.is_finite(), "scalar `{name}`: {value} is not a finite number");
         self.directives.push(Directive::Scalar { name: name.to_owned(), value });
     }
 

@@ -224,7 +224,10 @@ fn check(model: &BaseModel, plan: &Plan) -> Vec<String> {
     let (mut seen, mut tensors) = (HashSet::new(), HashSet::new());
     for spec in &plan.params {
         check_param(spec, plan, None, &mut problems);
-        tensors.insert(spec.tensor.clone());
+        let same_name = plan.params.iter().filter(|other| other.name == spec.name).count();
+        if same_name > 1 || !tensors.insert(spec.tensor.clone()) {
+            problems.push(format!("the model: parameter `{}` is there twice", spec.name));
+        }
     }
     for adapted in &plan.modules {
         let Some(index) = model.module_index(&adapted.path) else {

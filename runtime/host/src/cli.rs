@@ -13,7 +13,7 @@ use homeroom_kernels::{Codec, Cpu};
 
 use crate::command;
 use crate::plugin::{Policy, Search, Trust, probe};
-use crate::{interrupt, progress};
+use crate::{interrupt, progress, stdout};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -614,6 +614,10 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Err(problem) = Cpu::allowed() {
         progress::line(format_args!("error: {problem}"));
+        return ExitCode::FAILURE;
+    }
+    if let Err(problem) = stdout::set_apart() {
+        progress::line(format_args!("error: cannot set stdout apart: {problem}"));
         return ExitCode::FAILURE;
     }
     let done = match cli.command {

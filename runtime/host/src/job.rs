@@ -130,7 +130,15 @@ impl Job {
             *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
         };
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
-        let mut live = Live::new(observer, &self.plugin, request, self.watch.clone(), &tell, |text| line(text));
+        let mut live = Live::new(
+            observer,
+            &self.plugin,
+            request,
+            self.proposed_learning_rate,
+            self.watch.clone(),
+            &tell,
+            |text| line(text),
+        );
         train(&self.model, &self.adaptation, examples, config, &mut live)
     }
 }

@@ -22,5 +22,6 @@ pub mod plugin;
 mod progress;
 pub mod registry;
 pub mod serve;
+mod stdout;
 pub mod toml_problems;
 mod watch;

@@ -38,9 +38,22 @@ impl<'a> Problems<'a> {
     pub fn parse(&mut self) -> DeTable<'a> {
         let (table, errors) = DeTable::parse_recoverable(self.text);
         for error in errors {
-            self.at(error.span().unwrap_or(0..0), error.message());
+            self.not_toml(error.span().unwrap_or(0..0), error.message());
         }
         table.into_inner()
+    }
+
+    /// Notes what a parser of TOML found, in plain words where it has none.
+    pub fn not_toml(&mut self, span: impl Into<Option<Range<usize>>>, found: &str) {
+        let plain = match found.lines().next().unwrap_or_default() {
+            "string values must be quoted, expected literal string" => "a text stands in quotes",
+            "invalid basic string, expected `\"`" => "the text has no closing quote",
+            "extra `=`, expected nothing" => "one `=` too many",
+            "unexpected key or value, expected newline, `#`" => "the line should end here",
+            "duplicate key" => "this key is there already",
+            _ => found,
+        };
+        self.at(span, plain.trim_end().replace('\n', ", "));
     }
 
     /// Notes every key of a table that is not among `known`, with the nearest that is.

@@ -1,12 +1,13 @@
-//! Waits until a file may have changed. What the system reports is a hint: it may come late, twice or never, so the file is
-//! also looked at every two seconds.
+//! Waits until a file may have changed. What the system reports is a hint: it may come late, twice or never (as on network
+//! file systems, for the target of a link, or when there are no more watches to be had), so the file is also looked at every
+//! two seconds.
 //!
 //! Watched is the directory: a build replaces the file, and a watch on the file itself would die with the old one.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
@@ -26,8 +27,12 @@ pub struct Watch {
     seen: Option<Identity>,
 }
 
-/// What tells a file from another of the same name, and from itself before it was written.
-type Identity = (u64, u64, Option<SystemTime>);
+/// What tells a file from another of the same name, and from itself before it was written: device and inode, length, and
+/// the time of the last change. That is not the time of the last write, which a copy may set back to the original's.
+#[cfg(unix)]
+type Identity = ((u64, u64), u64, (i64, i64));
+#[cfg(not(unix))]
+type Identity = ((u64, u64), u64, Option<std::time::SystemTime>);
 
 impl Watch {
     /// Watches a file, which need not be there. The second value: why it is only looked at from time to time.
@@ -168,15 +173,71 @@ fn below(roots: &[PathBuf]) -> BTreeMap<PathBuf, Option<Identity>> {
     found
 }
 
+#[cfg(unix)]
 fn identity(path: &Path) -> Option<Identity> {
+    use std::os::unix::fs::MetadataExt;
     let meta = std::fs::metadata(path).ok()?;
-    #[cfg(unix)]
-    let inode = std::os::unix::fs::MetadataExt::ino(&meta);
-    #[cfg(not(unix))]
-    let inode = 0;
-    Some((inode, meta.len(), meta.modified().ok()))
+    Some(((meta.dev(), meta.ino()), meta.len(), (meta.ctime(), meta.ctime_nsec())))
 }
 
-fn inode(identity: Identity) -> u64 {
+#[cfg(not(unix))]
+fn identity(path: &Path) -> Option<Identity> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some(((0, 0), meta.len(), meta.modified().ok()))
+}
+
+fn inode(identity: Identity) -> (u64, u64) {
     identity.0
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Result;
+
+    use super::*;
+
+    /// Waits until a wait says that the file may have changed.
+    fn sees(watch: &mut Watch) -> bool {
+        let start = Instant::now();
+        while start.elapsed() < 3 * POLL {
+            if watch.wait() {
+                return true;
+            }
+        }
+        false
+    }
+
+    #[test]
+    fn a_change_of_which_nothing_is_reported_is_seen_and_once() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("file");
+        std::fs::write(&path, "one")?;
+        let (mut watch, problem) = Watch::new(&path);
+        assert_eq!(problem, None);
+        watch.watcher = None;
+        // A copy with the time of the original, of the same length: only the change of its entry tells.
+        let before = std::fs::metadata(&path)?.modified()?;
+        std::fs::write(&path, "two")?;
+        std::fs::File::options().append(true).open(&path)?.set_modified(before)?;
+        assert!(sees(&mut watch));
+        assert!(!watch.wait());
+        std::fs::remove_file(&path)?;
+        assert!(sees(&mut watch));
+        Ok(())
+    }
+
+    #[test]
+    fn where_no_watch_can_be_had_this_is_said_and_the_file_is_looked_at() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("not yet/file");
+        let (mut watch, problem) = Watch::new(&path);
+        assert!(problem.is_some());
+        assert!(!watch.wait());
+        std::fs::create_dir_all(dir.path().join("not yet"))?;
+        std::fs::write(&path, "one")?;
+        assert!(sees(&mut watch));
+        // Now that there is a directory, it is watched as any other.
+        assert!(watch.watcher.is_some());
+        Ok(())
+    }
 }

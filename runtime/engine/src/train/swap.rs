@@ -22,8 +22,10 @@ use crate::block::Blocks;
 
 /// Steps that a new plan is on trial for at least: it is also until each of its parameters has had a gradient.
 const TRIAL_STEPS: u64 = 3;
-/// A loss on trial is bad when it is so many times the mean before.
+/// A loss on trial is bad when it is so many times the mean before,
 const BAD_LOSS: f64 = 3.0;
+/// and above this, in nats: of losses near zero one is soon three times another.
+const BAD_LOSS_MIN: f64 = 0.5;
 /// Steps in that mean.
 const MEAN_STEPS: usize = 16;
 
@@ -34,6 +36,8 @@ pub struct Candidate {
     pub id: String,
     /// The plan.
     pub plan: Plan,
+    /// Whether its strategy directs the run between steps. If not, what was directed before ends.
+    pub directs: bool,
 }
 
 /// What changed in a run, and after which step.
@@ -98,6 +102,8 @@ pub struct Swap {
     pub migrated: Vec<String>,
     /// Tensors that are gone.
     pub dropped: Vec<String>,
+    /// What had been directed and holds no longer, in words.
+    pub ended: Vec<String>,
 }
 
 /// The generation before, while its successor is on trial.
@@ -122,8 +128,8 @@ impl Run<'_> {
 
     /// Goes on with another plan, on trial; or refuses it and goes on as before.
     pub fn swap(&mut self, candidate: Candidate) -> Change {
-        let Candidate { id, plan } = candidate;
-        let (generation, swap) = match self.successor(plan) {
+        let Candidate { id, plan, directs } = candidate;
+        let (generation, swap) = match self.successor(plan, directs) {
             Ok(successor) => successor,
             Err(error) => return Change::Refused { id, reason: format!("{error:#}") },
         };
@@ -151,7 +157,7 @@ impl Run<'_> {
         let done = self.step(batches)?;
         if let Some(mean) = self.trial.as_ref().and_then(|trial| trial.losses_mean) {
             ensure!(
-                done.loss <= BAD_LOSS * mean,
+                done.loss <= (BAD_LOSS * mean).max(BAD_LOSS_MIN),
                 "step {}: the loss is {:.3}, it was {mean:.3} on average",
                 done.step,
                 done.loss
@@ -228,21 +234,23 @@ impl Run<'_> {
         }
     }
 
-    /// The generation that goes on with a plan.
-    fn successor(&self, mut plan: Plan) -> Result<(Generation, Swap)> {
+    /// The generation that goes on with a plan. `directs`: what was directed before still holds.
+    fn successor(&self, mut plan: Plan, directs: bool) -> Result<(Generation, Swap)> {
         let Generation { adaptation: old, optimizer, idle_updates, scale, set_scalars } = &self.generation;
         check_codecs(&old.plan, &plan)?;
+        let mut swap = Swap::default();
         // A scalar that the strategy has set stays so, unless the plan gives it another value than before.
         let mut still_set = BTreeMap::new();
         for (name, planned) in set_scalars {
-            if plan.scalars.get(name) == Some(planned) {
+            if !directs {
+                swap.ended.push(format!("scalar {name} {}", old.plan.scalars[name]));
+            } else if plan.scalars.get(name) == Some(planned) {
                 plan.scalars.insert(name.clone(), old.plan.scalars[name]);
                 still_set.insert(name.clone(), *planned);
             }
         }
         let by_name: HashMap<&str, usize> =
             old.params.iter().enumerate().map(|(index, param)| (param.spec.tensor.as_str(), index)).collect();
-        let mut swap = Swap::default();
         let mut misfits = Vec::new();
         let mut next = Adaptation::with_values(self.model, plan, |spec, module| {
             let fresh = || first_values(spec, module, self.model, self.config.seed);
@@ -286,11 +294,22 @@ impl Run<'_> {
             let index = *by_name.get(spec.tensor.as_str())?;
             (old.params[index].spec.shape == spec.shape && old.params[index].spec.trainable).then_some(index)
         };
-        let optimizer = optimizer.succeed(&next, known);
+        let mut optimizer = optimizer.succeed(&next, known);
+        let mut scale = *scale;
+        if !directs {
+            let frozen = optimizer.states.iter_mut().filter(|state| state.frozen);
+            let thawed = frozen.map(|state| state.frozen = false).count();
+            if thawed > 0 {
+                swap.ended.push(format!("freeze of {thawed} parameters"));
+            }
+            if std::mem::replace(&mut scale, 1.0) != 1.0 {
+                swap.ended.push("scale of the learning rate".to_owned());
+            }
+        }
         let idle = |param| known(param).map_or(Some(0), |index| idle_updates[index]);
         let idle_updates = (0..next.params.len()).map(idle).collect();
         let adaptation = Arc::new(next);
-        Ok((Generation { adaptation, optimizer, idle_updates, scale: *scale, set_scalars: still_set }, swap))
+        Ok((Generation { adaptation, optimizer, idle_updates, scale, set_scalars: still_set }, swap))
     }
 }
 

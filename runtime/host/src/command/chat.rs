@@ -15,6 +15,7 @@ use crate::handler::local::Local;
 use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, checked};
 use crate::interrupt;
 use crate::models::Loaded;
+use crate::stdout::Stdout;
 
 const HELP: &str = "\
 /handler NAME   go on with another handler or route
@@ -208,7 +209,7 @@ fn answer(handler: Arc<dyn Handler>, request: Request) -> Result<Answer> {
             }
         }
     });
-    let mut out = Output { stdout: io::stdout(), terminal: io::stdout().is_terminal(), open: true };
+    let mut out = Output { stdout: Stdout, terminal: Stdout.is_terminal(), open: true };
     let mut text = String::new();
     let mut ended = Err(HandlerError::new(Kind::Internal, "the handler ended without an answer"));
     loop {
@@ -239,7 +240,7 @@ fn answer(handler: Arc<dyn Handler>, request: Request) -> Result<Answer> {
 
 /// stdout. A reader that has gone away is no failure of ours.
 struct Output {
-    stdout: io::Stdout,
+    stdout: Stdout,
     terminal: bool,
     open: bool,
 }

@@ -17,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cli::ModelArgs;
 use crate::models::ModelRef;
+use crate::stdout::Stdout;
 
 /// The model that a command was given.
 fn reference(arguments: &ModelArgs) -> ModelRef {
@@ -47,8 +48,8 @@ fn is_same(a: &Path, b: &Path) -> bool {
 
 /// Prints a command's result. A reader that has gone away is no failure of ours.
 fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()) {
+    let mut out = Stdout;
+    match out.write_all(format!("{text}\n").as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot write the result"),
         _ => Ok(()),
     }

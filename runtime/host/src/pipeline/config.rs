@@ -13,7 +13,7 @@ use toml_edit::{Document, Item, TableLike};
 
 use crate::plugin::Policy;
 use crate::registry;
-use crate::toml_problems::Problems;
+use crate::toml_problems::{Problems, near};
 
 /// Keys of `[pipeline]`, each with what it does.
 pub const PIPELINE_KEYS: [(&str, &str); 3] = [
@@ -99,7 +99,7 @@ impl PipelineConfig {
         let config = match Document::parse(text.as_str()) {
             Ok(document) => read_document(&document, path, &base, set, &mut problems),
             Err(error) => {
-                problems.at(error.span(), error.message().replace('\n', ", "));
+                problems.not_toml(error.span(), error.message());
                 None
             }
         };
@@ -132,7 +132,7 @@ fn read_document(
         Some(value) => match number(value).filter(|seconds| *seconds > 0.0 && *seconds <= 1e6) {
             Some(seconds) => seconds,
             None => {
-                problems.at(value.span(), "lua_seconds: it should be a number of seconds above 0");
+                problems.at(value.span(), "`lua_seconds`: it should be a number of seconds above 0");
                 LUA_SECONDS
             }
         },
@@ -169,9 +169,9 @@ fn read_policy(item: &Item, problems: &mut Problems) -> Option<Policy> {
         Some("locked") => return Some(Policy::Locked),
         Some("dev") => problems.at(
             policy.span(),
-            "policy: a file can tighten the policy to \"locked\", not loosen it; leave it out and run with --plugin-policy dev",
+            "`policy`: a file can tighten the policy to \"locked\", not loosen it; leave it out and run with --plugin-policy dev",
         ),
-        _ => problems.at(policy.span(), "policy: it should be \"locked\""),
+        _ => problems.at(policy.span(), "`policy`: it should be \"locked\""),
     }
     None
 }
@@ -182,12 +182,12 @@ fn read_script(pipeline: &dyn TableLike, table: &Item, base: &Path, problems: &m
         return None;
     };
     let Some(text) = item.as_str() else {
-        problems.at(item.span(), "script: it should be a string, the path of a Lua file");
+        problems.at(item.span(), "`script`: it should be a string, the path of a Lua file");
         return None;
     };
     let script = base.join(text);
     if !script.is_file() {
-        problems.at(item.span(), format!("script: there is no file {}", script.display()));
+        problems.at(item.span(), format!("`script`: there is no file {}", script.display()));
         return None;
     }
     Some(script)
@@ -196,11 +196,7 @@ fn read_script(pipeline: &dyn TableLike, table: &Item, base: &Path, problems: &m
 fn unknown_keys(table: &dyn TableLike, known: &[&str], problems: &mut Problems) {
     for (name, _) in table.iter().filter(|(name, _)| !known.contains(name)) {
         let span = table.key(name).and_then(toml_edit::Key::span);
-        let near = match nearest(name, known.iter().copied()) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("known here: {}", known.join(", ")),
-        };
-        problems.at(span, format!("unknown key `{name}`, {near}"));
+        problems.at(span, format!("`{name}`: unknown key, {}", near(name, known)));
     }
 }
 
@@ -211,24 +207,23 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
         problems.at(key.clone(), format!("`{name}`: a parameter's name is letters, digits and underscores"));
     }
     let Some(table) = item.as_table_like() else {
-        let message = format!("{name}: a parameter is declared as a table, such as {{ type = \"int\", default = 1 }}");
+        let message =
+            format!("`{name}`: a parameter is declared as a table, such as {{ type = \"int\", default = 1 }}");
         problems.at(item.span(), message);
         return None;
     };
     unknown_keys(table, &PARAM_KEYS.map(|(key, _)| key), problems);
     let kind = match table.get("type").map(|item| (item, item.as_str())) {
         None => {
-            problems.at(key, format!("{name}: it has no `type`"));
+            problems.at(key, format!("`{name}`: it has no `type`"));
             return None;
         }
         Some((item, text)) => {
             let text = text.unwrap_or_default();
             let found = TYPES.iter().find(|(word, _)| *word == text);
             if found.is_none() {
-                let near = nearest(text, TYPES.map(|(word, _)| word));
-                let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
-                let known = TYPES.map(|(word, _)| word).join(", ");
-                problems.at(item.span(), format!("{name}: unknown type{near} (known: {known})"));
+                let near = near(text, &TYPES.map(|(word, _)| word));
+                problems.at(item.span(), format!("`{name}`: its type is unknown, {near}"));
             }
             found?.1
         }
@@ -239,7 +234,7 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
         let bound = number(item).filter(|_| numeric);
         if bound.is_none() {
             let why = if numeric { "it should be a number" } else { "only numbers and strings have one" };
-            problems.at(item.span(), format!("{name}: {key}: {why}"));
+            problems.at(item.span(), format!("`{name}`: {key}: {why}"));
         }
         bound
     };
@@ -247,7 +242,7 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
     if let (Some(least), Some(most), Some(item)) = (min, max, table.get("max"))
         && least > most
     {
-        problems.at(item.span(), format!("{name}: max is {most}, min is {least}"));
+        problems.at(item.span(), format!("`{name}`: max is {most}, min is {least}"));
     }
     let mut param = Param { name: name.to_owned(), kind, default: None, required: false, min, max, one_of: None };
     if let Some(item) = table.get("one_of") {
@@ -256,11 +251,11 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
         for item in list.into_iter().flatten() {
             match typed(item, kind) {
                 Some(value) => admitted.push(value),
-                None => problems.at(item.span(), format!("{name}: one_of: it should be {}", words(kind))),
+                None => problems.at(item.span(), format!("`{name}`: one_of: it should be {}", words(kind))),
             }
         }
         if list.is_none_or(toml_edit::Array::is_empty) {
-            problems.at(item.span(), format!("{name}: one_of: it should be a list of values"));
+            problems.at(item.span(), format!("`{name}`: one_of: it should be a list of values"));
         } else {
             param.one_of = Some(admitted);
         }
@@ -268,20 +263,20 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
     match table.get("required").map(|item| (item, item.as_bool())) {
         None => {}
         Some((_, Some(required))) => param.required = required,
-        Some((item, None)) => problems.at(item.span(), format!("{name}: required: it should be true or false")),
+        Some((item, None)) => problems.at(item.span(), format!("`{name}`: required: it should be true or false")),
     }
     if let Some(item) = table.get("doc").filter(|item| !item.is_str()) {
-        problems.at(item.span(), format!("{name}: doc: it should be a string"));
+        problems.at(item.span(), format!("`{name}`: doc: it should be a string"));
     }
     if let Some(item) = table.get("default") {
         let value = item.as_value().and_then(|value| typed(value, kind));
         let checked = value.ok_or_else(|| format!("it should be {}", words(kind)));
         match checked.and_then(|value| check(&param, value)) {
             Ok(value) => param.default = Some(value),
-            Err(why) => problems.at(item.span(), format!("{name}: default: {why}")),
+            Err(why) => problems.at(item.span(), format!("`{name}`: default: {why}")),
         }
         if param.required {
-            problems.at(item.span(), format!("{name}: a required parameter has no default"));
+            problems.at(item.span(), format!("`{name}`: a required parameter has no default"));
         }
     }
     Some(param)
@@ -389,7 +384,7 @@ fn values(
         let default = param.default.clone().map(|value| located(base, value, param.kind));
         let value = given.remove(&param.name).or(default);
         if value.is_none() && param.required && !refused.contains(&&param.name) {
-            problems.at(None, format!("{}: it is required; --set {}=…", param.name, param.name));
+            problems.at(None, format!("`{}`: it is required; --set {}=…", param.name, param.name));
         }
         values.insert(param.name.clone(), value.unwrap_or(Value::Null));
     }
@@ -459,16 +454,16 @@ mod tests {
         let message = refused(text, &[("qq", "1"), ("q", "x"), ("m", "fine")]);
         for expected in [
             "9 problems",
-            "line 2: unknown key `scrpt`, did you mean `script`?\n    2 | scrpt = \"s.lua\"\n      | ^^^^^",
-            "line 3: script: there is no file",
-            "line 5: r: default: 0 is below the smallest, 1",
+            "line 2: `scrpt`: unknown key, did you mean `script`?\n    2 | scrpt = \"s.lua\"\n      | ^^^^^",
+            "line 3: `script`: there is no file",
+            "line 5: `r`: default: 0 is below the smallest, 1",
             "      |                               ^\n",
-            "line 6: m: unknown type, did you mean `string`?",
-            "unknown key `defualt`, did you mean `default`?",
-            "line 9: unknown key `pipelin`, did you mean `pipeline`?",
+            "line 6: `m`: its type is unknown, did you mean `string`?",
+            "`defualt`: unknown key, did you mean `default`?",
+            "line 9: `pipelin`: unknown key, did you mean `pipeline`?",
             "--set q=x: it should be a whole number",
             "--set qq=1: there is no such parameter, did you mean `q`?",
-            "must: it is required; --set must=…",
+            "`must`: it is required; --set must=…",
         ] {
             assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
         }
@@ -487,7 +482,7 @@ mod tests {
             ("[pipeline]\nscript = \"s.lua\"\nparams = 1".to_owned(), "`params` is a table"),
             (param("a = 1"), "declared as a table"),
             (param("a = { default = 1 }"), "it has no `type`"),
-            (param("a = { type = \"int\", default = 1.5 }"), "default: it should be a whole number"),
+            (param("a = { type = \"int\", default = 1.5 }"), "it should be a whole number"),
             (param("a = { type = \"int\", min = 3, max = 2 }"), "max is 2, min is 3"),
             (param("a = { type = \"bool\", min = 3 }"), "only numbers and strings have one"),
             (param("a = { type = \"string\", one_of = [1] }"), "one_of: it should be a string"),

@@ -1,12 +1,15 @@
 //! Where strategies are found: never beside a model or a script, nor in the working directory by chance.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::describe::nearest;
 
+use super::owner;
 use super::reload::Watching;
+use super::stage::BYTES_MAX;
 use super::trust::{Policy, Standing, Trust};
 use super::{Plugin, PluginFile};
 use crate::registry::data_directory;
@@ -86,8 +89,7 @@ impl Search {
     /// # Errors
     /// When no directory has it (the message says where it looked), or the one that was found cannot be loaded.
     pub fn load(&self, name: &str) -> Result<Plugin> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-        ensure!(!name.is_empty() && name.chars().all(plain), "`{name}` is not a strategy's name");
+        ensure!(is_plain(name), "`{name}` is not a strategy's name");
         let file = file_name(name);
         if let Some(path) = self.dirs.iter().map(|dir| dir.join(&file)).find(|path| path.exists()) {
             let file = StrategyFile { name: name.to_owned(), path };
@@ -126,6 +128,12 @@ pub fn file_name(name: &str) -> String {
     format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX)
 }
 
+/// Whether a name is one that a strategy can be asked for by.
+fn is_plain(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    !name.is_empty() && name.chars().all(plain)
+}
+
 /// The strategy's name that a file's says; `None`: it is not a library's.
 pub fn strategy_name(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
@@ -136,6 +144,12 @@ pub fn strategy_name(path: &Path) -> Option<String> {
 /// Libraries of a directory that hold the entry's name.
 fn strategy_files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten();
-    let files = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| strategy_name(path).is_some());
-    files.filter(|path| std::fs::read(path).is_ok_and(|bytes| super::load::names_entry(&bytes))).collect()
+    let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let files = files.filter(|path| strategy_name(path).is_some_and(|name| is_plain(&name)));
+    let names_entry = |path: &PathBuf| {
+        let mut bytes = Vec::new();
+        let read = owner::open_unchecked(path).map(|file| file.take(BYTES_MAX).read_to_end(&mut bytes));
+        matches!(read, Ok(Ok(_))) && super::load::names_entry(&bytes)
+    };
+    files.filter(names_entry).collect()
 }

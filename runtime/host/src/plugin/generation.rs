@@ -14,7 +14,7 @@ use homeroom_engine::train::{Candidate, Change, Control, Observer, RunEvent, Ste
 use serde_json::{Map, Value};
 
 use super::Plugin;
-use super::reload::{Reload, Watching};
+use super::reload::{Ready, Reload, Watching};
 
 /// How long a strategy may take to answer to a step.
 const DEADLINE: Duration = Duration::from_secs(2);
@@ -27,22 +27,42 @@ pub struct Live<'a> {
     hook: Option<Hook>,
     /// What the strategy gave to hear again.
     state: Value,
+    /// The step that is done.
+    last: Option<StepMetrics>,
+    /// The learning rate that the present plan proposes.
+    learning_rate: Option<f64>,
     reload: Option<Reload>,
     /// The generation that was taken from `reload`, until the run has answered.
-    next: Option<Plugin>,
-    /// The generation before the one on trial, whether it had a hook, and the state then.
-    before: Option<(Plugin, bool, Value)>,
+    next: Option<Next>,
+    /// The generation before the one on trial.
+    before: Option<Before>,
     tell: &'a dyn Fn(&Plugin, &Arc<Adaptation>),
     say: fn(&str),
 }
 
+/// A generation that the run has yet to answer to.
+struct Next {
+    plugin: Plugin,
+    hook: Option<Hook>,
+    learning_rate: Option<f64>,
+}
+
+/// A generation to go back to.
+struct Before {
+    plugin: Plugin,
+    hooked: bool,
+    state: Value,
+    learning_rate: Option<f64>,
+}
+
 impl<'a> Live<'a> {
-    /// `watching`: when the plugin's file is to be watched. `tell` is given what is trained now
+    /// `learning_rate`: what the plan proposes. `watching`: when the plugin's file is to be watched. `tell` is given what is trained now
     /// whenever that has changed, `say` each line.
     pub fn new(
         observer: &'a mut dyn Observer,
         plugin: &Plugin,
         request: PlanRequest,
+        learning_rate: Option<f64>,
         watching: Option<Watching>,
         tell: &'a dyn Fn(&Plugin, &Arc<Adaptation>),
         say: fn(&str),
@@ -53,6 +73,8 @@ impl<'a> Live<'a> {
             plugin: plugin.clone(),
             hook: Some(Hook::new(plugin)),
             state: Value::Null,
+            last: None,
+            learning_rate,
             reload: watching.map(|watching| Reload::watch(plugin, request, watching, say)),
             next: None,
             before: None,
@@ -64,6 +86,18 @@ impl<'a> Live<'a> {
     fn short(sha256: &str) -> &str {
         sha256.get(..8).unwrap_or(sha256)
     }
+
+    fn request(&self, metrics: StepMetrics) -> StepRequest {
+        StepRequest { options: self.options.clone(), metrics, state: self.state.clone() }
+    }
+
+    /// The hook of another generation, if it has one: it is asked what it would have directed after the last step.
+    fn hook_of(&self, plugin: &Plugin) -> Option<Hook> {
+        let hook = Hook::new(plugin);
+        let answer = self.last.map(|metrics| hook.ask(self.request(metrics)));
+        // One that fails has a hook; it fails again after the next step, and that is told.
+        (!matches!(answer, Some(Ok(None)))).then_some(hook)
+    }
 }
 
 impl Observer for Live<'_> {
@@ -73,7 +107,6 @@ impl Observer for Live<'_> {
 
     fn directives(&mut self, report: &StepReport, planned_steps: u64) -> Result<Vec<Directive>> {
         let mut directives = self.observer.directives(report, planned_steps)?;
-        let Some(hook) = &self.hook else { return Ok(directives) };
         let metrics = StepMetrics {
             step: report.step,
             steps: planned_steps,
@@ -83,7 +116,9 @@ impl Observer for Live<'_> {
             learning_rate: report.learning_rate,
             tokens: report.tokens,
         };
-        let request = StepRequest { options: self.options.clone(), metrics, state: self.state.clone() };
+        self.last = Some(metrics);
+        let request = self.request(metrics);
+        let Some(hook) = &self.hook else { return Ok(directives) };
         match hook.ask(request) {
             Ok(Some(answer)) => {
                 self.state = answer.state;
@@ -101,27 +136,40 @@ impl Observer for Live<'_> {
 
     fn candidate(&mut self) -> Result<Option<Candidate>> {
         let Some(ready) = self.reload.as_ref().and_then(Reload::take) else { return self.observer.candidate() };
-        let id = ready.plugin.sha256.clone();
-        self.next = Some(ready.plugin);
-        Ok(Some(Candidate { id, plan: ready.plan }))
+        let Ready { plugin, plan } = ready;
+        let (id, hook, learning_rate) = (plugin.sha256.clone(), self.hook_of(&plugin), plan.defaults.learning_rate);
+        let directs = hook.is_some();
+        self.next = Some(Next { plugin, hook, learning_rate });
+        Ok(Some(Candidate { id, plan, directs }))
     }
 
     fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
         let (name, step) = (self.plugin.description.name.clone(), event.step);
         let line = match &event.change {
             Change::Swapped(swap) => {
-                if let Some(next) = self.next.take() {
-                    let hook = self.hook.replace(Hook::new(&next));
-                    let before = std::mem::replace(&mut self.plugin, next);
-                    self.before = Some((before, hook.is_some(), self.state.clone()));
+                let mut proposal = String::new();
+                if let Some(Next { plugin, hook, learning_rate }) = self.next.take() {
+                    if let Some(rate) = learning_rate.filter(|_| learning_rate != self.learning_rate) {
+                        proposal = format!(", the learning rate stays ({rate} is proposed for a new run)");
+                    }
+                    self.before = Some(Before {
+                        plugin: std::mem::replace(&mut self.plugin, plugin),
+                        hooked: std::mem::replace(&mut self.hook, hook).is_some(),
+                        state: self.state.clone(),
+                        learning_rate: std::mem::replace(&mut self.learning_rate, learning_rate),
+                    });
                 }
                 let some = |what: &str, names: &[String]| match names {
                     [] => String::new(),
                     [first] => format!(", {what} {first}"),
                     [first, rest @ ..] => format!(", {what} {first} and {} more", rest.len()),
                 };
+                let ended = match &swap.ended[..] {
+                    [] => String::new(),
+                    ended => format!(", no longer directed: {}", ended.join(", ")),
+                };
                 format!(
-                    "reload    {name} {} after step {step}: {} parameters kept{}{}{}",
+                    "reload    {name} {} after step {step}: {} parameters kept{}{}{}{ended}{proposal}",
                     Self::short(&swap.id),
                     swap.kept,
                     some("new:", &swap.added),
@@ -135,9 +183,9 @@ impl Observer for Live<'_> {
             }
             Change::Refused { id, reason } | Change::RolledBack { id, reason } => {
                 self.next = None;
-                if let Some((plugin, hooked, state)) = self.before.take() {
+                if let Some(Before { plugin, hooked, state, learning_rate }) = self.before.take() {
                     self.hook = hooked.then(|| Hook::new(&plugin));
-                    (self.plugin, self.state) = (plugin, state);
+                    (self.plugin, self.state, self.learning_rate) = (plugin, state, learning_rate);
                 }
                 if let Some(reload) = &self.reload {
                     reload.quarantine(id, &self.plugin.sha256);

@@ -18,6 +18,7 @@ use homeroom_engine::adapter::StrategyRecord;
 use homeroom_engine::weight::NativeCodec;
 use serde_json::{Map, Value};
 
+use super::pages::Pages;
 use super::stage::{PluginFile, Staged};
 
 /// A loaded strategy. Its code stays mapped until the process ends.
@@ -32,6 +33,7 @@ pub struct Plugin {
     /// Its native codec, if it has one.
     pub codec: Option<Arc<dyn NativeCodec>>,
     descriptor: &'static Descriptor,
+    pages: Pages,
 }
 
 impl Plugin {
@@ -60,6 +62,7 @@ impl Plugin {
             },
             codec: super::native::codec(descriptor)?,
             descriptor,
+            pages: Pages::around((&raw const *descriptor).cast()),
         };
         plugin.description = plugin.call(table::METHOD_DESCRIBE, b"{}")?;
         Ok(plugin)
@@ -81,7 +84,10 @@ impl Plugin {
     /// What the strategy answers, with the author's file and line.
     pub fn plan(&self, request: &PlanRequest) -> Result<Plan> {
         let input = serde_json::to_vec(request)?;
-        self.call(table::METHOD_PLAN, &input).with_context(|| format!("strategy `{}`", self.description.name))
+        let plan = self.call(table::METHOD_PLAN, &input);
+        // Of what is left to call, `on_step` and a codec, little is code.
+        self.pages.release();
+        plan.with_context(|| format!("strategy `{}`", self.description.name))
     }
 
     /// What the strategy has a run do after a step; `None`: it wants to hear of no step. Blocks for as long as it likes.

@@ -9,6 +9,7 @@ mod load;
 pub mod native;
 pub mod new;
 mod owner;
+mod pages;
 pub mod probe;
 pub mod reload;
 mod stage;

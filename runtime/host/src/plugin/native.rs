@@ -137,15 +137,31 @@ fn round_trip(codec: &Native) -> Result<()> {
 /// The codec that an adapter's base was stored by, from the plugin that the adapter's strategy came from.
 ///
 /// # Errors
-/// When the plugin is not there, or has no such codec.
+/// When the plugin is not there, may not be loaded, or has no such codec.
 pub fn find(strategy: &StrategyRecord, name: &str) -> Result<Arc<dyn NativeCodec>> {
+    find_by(|| Search::new(&[], Trust::of_user(None)?).load(&strategy.name), strategy, name)
+}
+
+/// The same where a search is there, with directories and a policy of its own.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_in(search: &Search, strategy: &StrategyRecord, name: &str) -> Result<Arc<dyn NativeCodec>> {
+    find_by(|| search.load(&strategy.name), strategy, name)
+}
+
+fn find_by(
+    load: impl FnOnce() -> Result<Plugin>,
+    strategy: &StrategyRecord,
+    name: &str,
+) -> Result<Arc<dyn NativeCodec>> {
     let StrategyRecord { name: plugin, version, .. } = strategy;
     let missing = |error: anyhow::Error| {
         anyhow!(
             "its base is stored by the native codec `{name}` of the plugin `{plugin}` {version}, without which it cannot be read\n{error:#}"
         )
     };
-    let plugin = Trust::of_user(None).and_then(|trust| Search::new(&[], trust).load(plugin)).map_err(missing)?;
+    let plugin = load().map_err(missing)?;
     of_plugin(&plugin, name)
 }
 

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Plugin;
+use crate::stdout::Stdout;
 
 /// How long a strategy may take to load, describe itself and answer the plans that it is asked for.
 pub const DEADLINE: Duration = Duration::from_secs(10);
@@ -184,7 +185,8 @@ impl Running {
     /// How a child ended that did not answer, with the last thing it said.
     fn how(&self, status: ExitStatus) -> String {
         let said = self.errors.recv_timeout(Duration::from_millis(500)).unwrap_or_default();
-        let said = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default().to_owned();
+        let last = said.lines().map(str::trim).rfind(|line| !line.is_empty() && !line.starts_with("note: "));
+        let said = last.unwrap_or_default().to_owned();
         let said = if said.is_empty() { said } else { format!(", having said `{said}`") };
         #[cfg(unix)]
         if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
@@ -213,6 +215,17 @@ impl Drop for Running {
     }
 }
 
+/// A strategy that takes memory without end aborts before the machine has none left, and a crash leaves no file behind.
+#[cfg(unix)]
+fn limit() {
+    const MEMORY_BYTES: libc::rlim_t = 4 << 30;
+    for (what, most) in [(libc::RLIMIT_DATA, MEMORY_BYTES), (libc::RLIMIT_CORE, 0)] {
+        let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+        // SAFETY: the struct is whole and outlives the call. Where the system sets a lower limit it refuses, and that one holds.
+        unsafe { libc::setrlimit(what, &raw const limit) };
+    }
+}
+
 /// The child: loads a strategy and answers the requests on stdin.
 ///
 /// # Errors
@@ -226,7 +239,9 @@ pub fn answer(plugin: &Path, deadline_s: u32) -> Result<()> {
     }
     #[cfg(not(unix))]
     let _ = deadline_s;
-    let mut out = own_stdout()?;
+    #[cfg(unix)]
+    limit();
+    let mut out = Stdout;
     let mut say = |line: Value| -> Result<()> {
         writeln!(out, "{line}")?;
         Ok(out.flush()?)
@@ -243,23 +258,4 @@ pub fn answer(plugin: &Path, deadline_s: u32) -> Result<()> {
         say(serde_json::to_value(plan)?)?;
     }
     Ok(())
-}
-
-/// The stdout that the parent reads, with what a plugin prints sent to stderr instead.
-#[cfg(unix)]
-fn own_stdout() -> Result<std::fs::File> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: both numbers are open descriptors of this process; what `dup` returns is new, and owned by the file alone.
-    unsafe {
-        let copy = libc::dup(libc::STDOUT_FILENO);
-        if copy < 0 || libc::dup2(libc::STDERR_FILENO, libc::STDOUT_FILENO) < 0 {
-            return Err(std::io::Error::last_os_error()).context("cannot set stdout apart");
-        }
-        Ok(std::fs::File::from_raw_fd(copy))
-    }
-}
-
-#[cfg(not(unix))]
-fn own_stdout() -> Result<std::io::Stdout> {
-    Ok(std::io::stdout())
 }

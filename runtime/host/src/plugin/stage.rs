@@ -12,6 +12,9 @@ use tempfile::TempDir;
 use super::load::{Plugin, names_entry};
 use super::owner;
 
+/// Size of the largest library that is read: with all its debug information, a strategy has some ten megabytes.
+pub const BYTES_MAX: u64 = 1 << 29;
+
 /// A library's bytes, read once. None of its code has run.
 pub struct PluginFile {
     /// Where it was read from.
@@ -30,8 +33,16 @@ impl PluginFile {
     /// When others may write the file or a directory above it, or it cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
         let mut file = owner::open(path)?;
+        let written = |file: &File| -> Result<_> {
+            let meta = file.metadata().context("cannot read")?;
+            Ok((meta.len(), meta.modified().ok()))
+        };
+        let before = written(&file)?;
+        ensure!(before.0 <= BYTES_MAX, "not a library: {} bytes, {BYTES_MAX} are the most", before.0);
         let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).context("cannot read")?;
+        (&mut file).take(BYTES_MAX).read_to_end(&mut bytes).context("cannot read")?;
+        let whole = bytes.len() as u64 == before.0 && written(&file)? == before;
+        ensure!(whole, "it was written while it was read; try again");
         let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let beside_program = is_beside_program(path, &file).unwrap_or(false);
         Ok(Self { path: path.to_owned(), sha256, beside_program, bytes })
@@ -66,6 +77,8 @@ impl PluginFile {
     pub fn stage(&self) -> Result<Staged> {
         let dir =
             tempfile::Builder::new().prefix("homeroom-plugin-").tempdir().context("cannot make a private copy")?;
+        // Who can replace the directory can replace the copy before it is loaded.
+        owner::check_directories(dir.path()).context("cannot make a private copy")?;
         let copy = dir.path().join(self.path.file_name().context("a library has a file name")?);
         write_private(&copy, &self.bytes)
             .with_context(|| format!("cannot make a private copy in {}", dir.path().display()))?;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,9 @@ use crate::registry::data_directory;
 
 /// Environment variable of the policy.
 pub const VARIABLE: &str = "HOMEROOM_PLUGIN_POLICY";
+
+/// Size of the largest `plugins.lock` that is read.
+const LOCK_BYTES_MAX: u64 = 1 << 20;
 
 /// Which strategies may be loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -119,7 +122,7 @@ impl Trust {
         let digest = &file.sha256[..16];
         let why = match named {
             Some(entry) => {
-                format!("it has changed since it was locked: sha256 {digest}, locked is {}", short(&entry.sha256))
+                format!("it has changed since it was locked: sha256 {digest}, locked is {}", &entry.sha256[..16])
             }
             None => format!("it is not in plugins.lock (sha256 {digest})"),
         };
@@ -127,10 +130,6 @@ impl Trust {
             "{why}\nhint: if you trust it, `homeroom plugins lock {name}` (with the same --plugin-dir), or --plugin-policy dev while you write it"
         ))
     }
-}
-
-fn short(digest: &str) -> &str {
-    digest.get(..16).unwrap_or(digest)
 }
 
 /// Where `plugins.lock` is.
@@ -141,10 +140,18 @@ fn lock_path() -> Option<PathBuf> {
 fn read_lock() -> Result<Vec<Entry>> {
     let Some(path) = lock_path().filter(|path| path.exists()) else { return Ok(Vec::new()) };
     let place = || path.display().to_string();
+    let file = owner::open(&path).with_context(place)?;
     let mut text = String::new();
-    owner::open(&path).with_context(place)?.read_to_string(&mut text).with_context(place)?;
-    let file: LockFile = toml::from_str(&text).with_context(place)?;
-    Ok(file.plugin)
+    file.take(LOCK_BYTES_MAX + 1).read_to_string(&mut text).with_context(place)?;
+    ensure!(text.len() as u64 <= LOCK_BYTES_MAX, "{}: more than {LOCK_BYTES_MAX} bytes", path.display());
+    let LockFile { plugin: entries } = toml::from_str(&text).with_context(place)?;
+    for (index, Entry { name, sha256, .. }) in entries.iter().enumerate() {
+        let digest = sha256.len() == 64 && sha256.chars().all(|c| c.is_ascii_digit() || ('a'..='f').contains(&c));
+        ensure!(digest, "{}: `{name}`: its sha256 is not 64 hexadecimal digits in small letters", path.display());
+        let twice = entries[..index].iter().any(|other| other.name == *name);
+        ensure!(!twice, "{}: `{name}` is there twice; take one out", path.display());
+    }
+    Ok(entries)
 }
 
 /// Writes entries into `plugins.lock`, in place of older ones of their names. Says where that is.

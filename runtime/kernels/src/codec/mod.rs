@@ -32,6 +32,9 @@ const NF4: [f32; 16] = [
     1.0,
 ];
 
+/// Values of the largest block: buffers are as large.
+const BLOCK_MAX: usize = 1 << 20;
+
 /// How a weight is encoded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Codec {
@@ -97,12 +100,16 @@ impl Codec {
             let most = 1 << self.bits;
             return Err(format!("codec `{name}`: a code book is 2 to {most} finite values in ascending order"));
         }
-        if self.block == CodecBlock::Flat(0) {
-            return Err(format!("codec `{name}`: a block holds at least one value"));
+        if matches!(self.block, CodecBlock::Flat(len) if !(1..=BLOCK_MAX).contains(&len)) {
+            return Err(format!("codec `{name}`: a block holds 1 to {BLOCK_MAX} values"));
         }
         match &self.scales {
-            ScaleStorage::Nested { block, code } if *block == 0 || code.len() != 256 || !ascending(code) => {
-                Err(format!("codec `{name}`: nested scales take 256 finite values in ascending order, and a block"))
+            ScaleStorage::Nested { block, code }
+                if !(1..=BLOCK_MAX).contains(block) || code.len() != 256 || !ascending(code) =>
+            {
+                Err(format!(
+                    "codec `{name}`: nested scales take 256 finite values in ascending order, and a block of 1 to {BLOCK_MAX}"
+                ))
             }
             _ => Ok(()),
         }
@@ -527,7 +534,13 @@ mod tests {
         };
         assert!(wrong(|codec| codec.bits = 3).contains("3 bits"));
         assert!(wrong(|codec| codec.code.reverse()).contains("ascending"));
-        assert!(wrong(|codec| codec.block = CodecBlock::Flat(0)).contains("at least one value"));
+        assert!(wrong(|codec| codec.block = CodecBlock::Flat(0)).contains("1 to 1048576 values"));
+        assert!(wrong(|codec| codec.block = CodecBlock::Flat(1 << 63)).contains("1 to 1048576 values"));
         assert!(wrong(|codec| codec.scales = ScaleStorage::Nested { block: 0, code: vec![] }).contains("nested"));
+        let endless = |codec: &mut Codec| match &mut codec.scales {
+            ScaleStorage::Nested { block, .. } => *block = 1 << 53,
+            ScaleStorage::F32 => {}
+        };
+        assert!(wrong(endless).contains("a block of 1 to 1048576"));
     }
 }

@@ -13,7 +13,11 @@ impl Strategy for Hostile {
     fn options(options: &mut Options) {
         // `plugins check` gives no options, so its tests say it in the environment.
         let how = std::env::var("HOSTILE").unwrap_or_else(|_| "well".to_owned());
-        options.string("how", &how, "panic, error, shape, name, cut, zero, abort, crash, exit, loop, merge, fickle");
+        options.string(
+            "how",
+            &how,
+            "panic, print, error, shape, name, cut, zero, abort, crash, exit, loop, merge, fickle",
+        );
         if how == "schema" {
             options.int("Rank", 1, "");
         }
@@ -26,6 +30,7 @@ impl Strategy for Hostile {
     fn plan(&self, model: &Model, plan: &mut Planner) -> Result<()> {
         match self.how.as_str() {
             "panic" => panic!("as asked"),
+            "print" => println!("not a result"),
             "error" => return Err("an error, as asked".into()),
             "abort" => std::process::abort(),
             // SAFETY: there is none; a crash is what is asked for.

@@ -42,6 +42,11 @@ impl Strategy for Reloading {
         match self.variant.as_str() {
             "panic_plan" => panic!("as asked"),
             "abort" => std::process::abort(),
+            "exit" => std::process::exit(7),
+            "devour" => {
+                let taken: Vec<Vec<u8>> = (0..1024).map(|_| vec![0; 1 << 26]).collect();
+                panic!("it was given {} pieces of 64 MiB", taken.len());
+            }
             "spin" => loop {
                 std::hint::spin_loop();
             },
@@ -49,6 +54,9 @@ impl Strategy for Reloading {
         }
         let r = if self.variant.starts_with("rank") { 16 } else { 8 };
         plan.scalar("s", 1.0);
+        if self.variant == "faster" {
+            plan.learning_rate(0.25);
+        }
         let mut targets = vec!["q_proj".to_owned(), "v_proj".to_owned()];
         if self.variant == "worse" {
             targets.push("lm_head".to_owned());
@@ -87,6 +95,7 @@ impl Strategy for Reloading {
             }
             "worse" if module.output_embedding => module.base(x) * 40.0 + update,
             "more" => module.base(x) + update * 2.0 + module.param("shift"),
+            "quieter" => module.base(x) + update * 1.2,
             variant if variant.contains("scalar") => module.base(x) + update * module.scalar("s"),
             _ => module.base(x) + update * 2.0,
         }
@@ -99,10 +108,17 @@ impl Strategy for Reloading {
             "freeze" if count == 2 => step.freeze("*.A"),
             "unfreeze" if count == 2 => step.freeze("*"),
             "unfreeze" if count == 4 => step.unfreeze("*.B"),
+            "restrained" if count == 2 => {
+                step.freeze("*.A");
+                step.learning_rate_scale(0.5);
+            }
             "no_rate" => step.learning_rate_scale(0.0),
             "set_scalar" if count == 3 => step.scalar("s", 0.0),
             "reset" if count == 3 => step.reset_moments("*"),
             "bad" => step.freeze("nothing"),
+            "no_number" => step.learning_rate_scale(f64::NAN),
+            "unknown" => step.scalar("S", 0.5),
+            "panics" => panic!("in on_step, as asked"),
             "error" => return Err("an error, as asked".into()),
             "late" => loop {
                 std::thread::sleep(std::time::Duration::from_secs(60));

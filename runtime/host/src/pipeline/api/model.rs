@@ -132,7 +132,9 @@ impl ModelSpec {
             return Ok((model.clone(), adaptation.clone()));
         }
         let files = AdapterFiles::read(&path)?;
-        let model = encode(|progress| files.store(model, &native::find, progress))?;
+        // By the pipeline's search, whose policy its file may have tightened.
+        let native = |strategy: &_, name: &_| native::find_in(&session.search, strategy, name);
+        let model = encode(|progress| files.store(model, &native, progress))?;
         let adaptation = Some(Arc::new(files.adapt(&model, false)?));
         session.adaptations.borrow_mut().insert(path, Loaded { model: model.clone(), adaptation: adaptation.clone() });
         Ok((model, adaptation))

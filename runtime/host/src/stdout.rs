@@ -1,0 +1,58 @@
+//! The program's stdout, which is its result. What a plugin prints is no part of that, and goes to stderr.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
+
+static OWN: OnceLock<File> = OnceLock::new();
+
+/// Keeps stdout for [`Stdout`], and sends to stderr what anything else in this process prints.
+///
+/// # Errors
+/// When the system refuses.
+#[cfg(unix)]
+pub fn set_apart() -> io::Result<()> {
+    use std::os::fd::AsFd;
+    let own = io::stdout().as_fd().try_clone_to_owned()?;
+    // SAFETY: both numbers are open descriptors of this process: the standard library opens those that are not.
+    if unsafe { libc::dup2(libc::STDERR_FILENO, libc::STDOUT_FILENO) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    OWN.get_or_init(|| own.into());
+    Ok(())
+}
+
+/// Does nothing here: what a plugin prints stands in the result.
+///
+/// # Errors
+/// None.
+#[cfg(not(unix))]
+pub fn set_apart() -> io::Result<()> {
+    Ok(())
+}
+
+/// The program's stdout.
+pub struct Stdout;
+
+impl Stdout {
+    /// Whether somebody reads it as it is written.
+    pub fn is_terminal(&self) -> bool {
+        OWN.get().map_or_else(|| io::stdout().is_terminal(), File::is_terminal)
+    }
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match OWN.get() {
+            Some(mut own) => own.write(bytes),
+            None => io::stdout().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match OWN.get() {
+            Some(mut own) => own.flush(),
+            None => io::stdout().flush(),
+        }
+    }
+}

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::batch::Batch;
+use homeroom_engine::batch::{Batch, PASS_ROWS};
 use homeroom_engine::block::{Blocks, Compute, Outcome};
 use homeroom_engine::data::Example;
 use homeroom_engine::model::BaseModel;
@@ -35,7 +35,7 @@ fn gradients(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -
     let rows = rows(model);
     let numbered: Vec<(u32, &Example)> = (0..).zip(&rows).collect();
     let batches = match config.packing {
-        true => Batch::packed(&numbered),
+        true => Batch::packed(&numbered, PASS_ROWS),
         false => numbered.iter().map(|row| Batch::of_examples([*row])).collect(),
     };
     let (outcome, gradients) = Run::new(model, adaptation, config, 1).gradients(&batches)?;

@@ -2,7 +2,8 @@
 
 Each variant is a process of its own, so that its peak memory is its own; variants take turns, and figures are medians over the
 rounds. Training is LoRA of rank 16, alpha 32, on all linear layers, AdamW, clipping at 1. The synthetic rows are random tokens,
-all trained; the chat rows are those of rows.py, of which only the answers are trained, on both sides the same tokens.
+all trained; the chat rows are those of rows.py, of which only the answers are trained, on both sides the same tokens, from the
+same adapter and in the same order.
 
 Run: python bench_train.py --model D (bf16) --rows DIR --homeroom BIN [--only lora-bf16,nf4] [--rounds 3] [--json FILE]
 """
@@ -94,10 +95,22 @@ def peer(args) -> dict:
     return {"tokens_per_second": rate, "peak_memory_bytes": peak_memory_bytes(), "loss": loss.item()}
 
 
+def adapter(args) -> dict:
+    """A fresh adapter in OUT, from which both sides start."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(42)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(common.load_base(args.model), lora)
+    model.peft_config["default"].base_model_name_or_path = str(args.model.resolve())
+    model.save_pretrained(args.out, save_embedding_layers=False)
+    return {}
+
+
 def trl(args) -> dict:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
@@ -122,12 +135,11 @@ def trl(args) -> dict:
         save_strategy="no",
         use_cpu=True,
         seed=42,
+        train_sampling_strategy="sequential",
         dataloader_num_workers=0,
     )
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, peft_config=lora
-    )
+    model = common.load_adapter(model, args.init, strict=False, trainable=True)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
     first = next(iter(trainer.get_train_dataloader()))
     print("trained tokens of TRL's first batch:", int((first["labels"] != -100).sum()), file=sys.stderr)
     start = time.perf_counter()
@@ -213,16 +225,21 @@ def chat(args, record: dict, broken: list[str]) -> None:
         encoded = [common.encode(tokenizer, row["messages"]) for row in rows]
         tokens, trained = sum(len(ids) for ids, _ in encoded), sum(sum(mask) for _, mask in encoded)
         print(f"chat       {len(rows)} rows of {tokens / len(rows):.0f} tokens, {trained / len(rows):.0f} of them trained")
+        # One start and one order for both, so that what differs is the training.
+        in_a_process(args, "adapter", ["--out", place / "init"])
         mine, theirs = [], []
         for _ in range(args.rounds):
             for folder in ("ours", "theirs"):
                 shutil.rmtree(place / folder, ignore_errors=True)
             command = [args.homeroom, "fine-tune", "--model-name", args.model, "--training-file", train, "--json"]
-            command += ["--output-dir", place / "ours", "--learning-rate", "2e-4", *args.homeroom_args]
+            command += ["--output-dir", place / "ours", "--learning-rate", "2e-4", "--no-shuffle"]
+            command += ["--init-from", place / "init", "--lora-r", 16, "--lora-alpha", 32]
+            command += ["--target-modules", "all-linear", *args.homeroom_args]
             summary = common.last_json(common.run(command))
             summary["rows_per_second"] = len(rows) / (tokens / summary["tokens_per_second"])
             mine.append(summary)
-            theirs.append(in_a_process(args, "trl", ["--train", train, "--out", place / "theirs"]))
+            extra = ["--train", train, "--init", place / "init", "--out", place / "theirs"]
+            theirs.append(in_a_process(args, "trl", extra))
         held_out = [common.encode(tokenizer, row["messages"]) for row in common.read_rows(args.rows / "eval.jsonl")]
         losses = [adapter_loss(args, place / folder, held_out) for folder in ("ours", "theirs")]
     record["chat"] = {"homeroom": mine, "trl": theirs, "losses": losses}
@@ -248,13 +265,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--chat-rows", type=int, default=240)
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--peer", choices=[*PEERS, "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=[*PEERS, "adapter", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--init", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     common.torch_ready(args.threads)
     if args.peer:
-        print(json.dumps(trl(args) if args.peer == "trl" else peer(args)))
+        print(json.dumps({"trl": trl, "adapter": adapter}.get(args.peer, peer)(args)))
         return
     if not args.homeroom:
         parser.error("--homeroom BIN is needed")

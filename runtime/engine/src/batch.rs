@@ -9,7 +9,9 @@ use std::sync::Arc;
 use crate::data::Example;
 
 /// Rows of a pass that examples are packed into. From here on more rows make products no faster, and cost memory.
-const PACKED_ROWS: usize = 1024;
+pub const PASS_ROWS: usize = 1024;
+/// The same where memory counts for more.
+pub const PASS_ROWS_CODED: usize = 384;
 
 /// A batch of N rows, one a token.
 #[derive(Clone, Debug, Default)]
@@ -49,23 +51,20 @@ impl Batch {
         batch
     }
 
-    /// Packs examples in their order into as few batches as hold no more than some 1,000 rows; a longer example is one of its own.
+    /// Packs examples in their order into as few batches as hold no more than `most` rows, and these as evenly as can be; a
+    /// longer example is one of its own.
     ///
     /// Positions start anew with each example and attention stays within it, so packing changes nothing but speed and memory.
-    pub fn packed(numbered: &[(u32, &Example)]) -> Vec<Self> {
-        let rows = |example: &Example| example.ids.len().saturating_sub(1);
-        let (mut batches, mut from, mut filled) = (Vec::new(), 0, 0);
-        for (i, (_, example)) in numbered.iter().enumerate() {
-            if i > from && filled + rows(example) > PACKED_ROWS {
-                batches.push(Self::of_examples(numbered[from..i].iter().copied()));
-                (from, filled) = (i, 0);
-            }
-            filled += rows(example);
+    pub fn packed(numbered: &[(u32, &Example)], most: usize) -> Vec<Self> {
+        let lengths: Vec<usize> = numbered.iter().map(|(_, example)| example.ids.len().saturating_sub(1)).collect();
+        // The least bound that makes no more batches than `most` does. Fewer rows in the fullest are less memory.
+        let (mut low, mut high) = (0, most);
+        let count = cut(&lengths, most).len();
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            if cut(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
         }
-        if from < numbered.len() {
-            batches.push(Self::of_examples(numbered[from..].iter().copied()));
-        }
-        batches
+        cut(&lengths, high).into_iter().map(|part| Self::of_examples(numbered[part].iter().copied())).collect()
     }
 
     /// Lays out one sequence, or the continuation of one from position `from`, to predict after every row.
@@ -93,21 +92,44 @@ impl Batch {
     }
 }
 
+/// Cuts lengths into ranges that come to no more than `most` each, filled in order; a longer one is a range of its own.
+fn cut(lengths: &[usize], most: usize) -> Vec<Range<usize>> {
+    let (mut parts, mut from, mut filled) = (Vec::new(), 0, 0);
+    for (i, length) in lengths.iter().enumerate() {
+        if i > from && filled + length > most {
+            parts.push(from..i);
+            (from, filled) = (i, 0);
+        }
+        filled += length;
+    }
+    if from < lengths.len() {
+        parts.push(from..lengths.len());
+    }
+    parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn packing_keeps_order_and_fills_batches_up_to_the_limit() {
-        let example = |len: usize| Example { ids: vec![7; len], trained: vec![true; len], line: 0 };
-        let lengths = [500, 500, 300, 3000, 2, 1000, 24, 25];
-        let examples: Vec<Example> = lengths.iter().map(|len| example(*len)).collect();
-        let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
-        let batches = Batch::packed(&numbered);
-        let members = |batch: &Batch| batch.sequences.iter().map(|rows| batch.examples[rows.start]).collect::<Vec<_>>();
-        let packed: Vec<Vec<u32>> = batches.iter().map(members).collect();
-        assert_eq!(packed, [vec![0, 1], vec![2], vec![3], vec![4, 5, 6], vec![7]]);
-        assert_eq!(batches[3].positions[..3], [0, 0, 1]);
-        assert!(Batch::packed(&[]).is_empty());
+    fn packing_keeps_order_and_fills_few_batches_evenly() {
+        let packed = |lengths: &[usize]| {
+            let example = |len: &usize| Example { ids: vec![7; *len], trained: vec![true; *len], line: 0 };
+            let examples: Vec<Example> = lengths.iter().map(example).collect();
+            let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
+            let batches = Batch::packed(&numbered, 1024);
+            assert!(batches.iter().all(|batch| batch.positions[..2] == [0, 1]));
+            let members =
+                |batch: &Batch| batch.sequences.iter().map(|rows| batch.examples[rows.start]).collect::<Vec<_>>();
+            batches.iter().map(members).collect::<Vec<Vec<u32>>>()
+        };
+        assert_eq!(
+            packed(&[500, 500, 300, 3000, 3, 1000, 23, 25]),
+            [vec![0, 1], vec![2], vec![3], vec![4, 5], vec![6, 7]]
+        );
+        assert_eq!(packed(&[300, 300, 300, 300]), [[0, 1], [2, 3]], "not three and one");
+        assert_eq!(packed(&[3, 500, 500]), [[0, 1, 2]]);
+        assert!(packed(&[]).is_empty());
     }
 }

@@ -12,6 +12,7 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::de::DeserializeOwned;
@@ -26,8 +27,10 @@ use crate::gguf::Gguf;
 /// A model's tokenizer with its special tokens and chat template, whatever file they came from.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The same, except that special tokens in the text are not looked for.
-    as_text: tokenizers::Tokenizer,
+    /// The same, except that special tokens in the text are not looked for; made for the first text that has one.
+    as_text: OnceLock<tokenizers::Tokenizer>,
+    /// Whether every special token is looked for as it is typed, not in what a normalizer makes of a text.
+    special_as_typed: bool,
     special: Vec<(String, u32)>,
     n_ids: usize,
     unk_token: Option<String>,
@@ -125,7 +128,17 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary cannot spell a special token, so that its id would come out.
     pub fn encode_as_text(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.as_text.encode_fast(text, false))?;
+        // Most texts have none, for which the tokenizers are the same.
+        let clean = self.special_as_typed && !self.special.iter().any(|(token, _)| text.contains(token.as_str()));
+        let tokenizer = match clean {
+            true => &self.inner,
+            false => self.as_text.get_or_init(|| {
+                let mut as_text = self.inner.clone();
+                as_text.set_encode_special_tokens(true);
+                as_text
+            }),
+        };
+        let encoding = guarded(|| tokenizer.encode_fast(text, false))?;
         let ids = encoding.get_ids().to_vec();
         for id in &ids {
             let Ok(at) = self.special.binary_search_by_key(id, |(_, id)| *id) else {
@@ -264,8 +277,7 @@ fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
     special.sort_by_key(|(_, id)| *id);
     let n_ids = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
     let (begins, _) = adds(&inner, bos_id, None)?;
-    let mut as_text = inner.clone();
-    as_text.set_encode_special_tokens(true);
+    let special_as_typed = added.values().all(|token| !token.special || !token.normalized);
     Ok(Tokenizer {
         special,
         n_ids,
@@ -280,7 +292,8 @@ fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
         add_bos: begins,
         chat_template: named.chat_template,
         inner,
-        as_text,
+        as_text: OnceLock::new(),
+        special_as_typed,
     })
 }
 

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::adaptation::Adaptation;
-use crate::batch::Batch;
+use crate::batch::{Batch, PASS_ROWS};
 use crate::block::{Blocks, Compute, Gradients, Outcome};
 use crate::data::Example;
 use crate::model::BaseModel;
@@ -226,7 +226,7 @@ pub fn train(
         let rows = &order[place * per_step..examples.len().min((place + 1) * per_step)];
         let rows: Vec<(u32, &Example)> = rows.iter().map(|row| (*row as u32, examples[*row])).collect();
         let batches: Vec<Batch> = match config.packing {
-            true => Batch::packed(&rows),
+            true => Batch::packed(&rows, model.pass_rows()),
             false => rows.chunks(config.batch_size).map(|rows| Batch::of_examples(rows.iter().copied())).collect(),
         };
         let mut done = match run.try_step(&batches) {
@@ -427,7 +427,7 @@ pub fn evaluate_examples(
     let mut blocks = Blocks::new(model, adaptation, compute);
     let numbered: Vec<(u32, &Example)> = examples.iter().map(|example| (0, *example)).collect();
     let (mut total, mut done) = (Outcome::default(), 0);
-    for batch in Batch::packed(&numbered) {
+    for batch in Batch::packed(&numbered, PASS_ROWS) {
         let outcome = blocks.evaluate(&pass, &batch)?;
         total.loss_sum += outcome.loss_sum;
         total.correct += outcome.correct;

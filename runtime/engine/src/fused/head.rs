@@ -33,7 +33,8 @@ impl FusedHead {
             .then(|| Self { norm: model.modules[norm].weight.decode(0..1), head })
     }
 
-    /// Loss over the residual stream x (m, C). With a scale, `dx` (m, C) becomes the gradient of `scale` times the sum of losses.
+    /// Loss over the residual stream x, of all rows or of those with a target alone. With a scale, `dx`, of the same rows, becomes
+    /// the gradient of `scale` times the sum of losses.
     pub fn loss<E: ProductElement>(
         &self,
         rows: &mut Rows<'_, E>,
@@ -53,8 +54,9 @@ impl FusedHead {
         }
         let weight = model.modules[self.head].weight.matrix();
         let bias = model.modules[self.head].bias.as_ref().map(|bias| &bias[..]);
-        let picked = target_rows.iter().flat_map(|row| &x[*row as usize * c..][..c]);
-        let mut residual: Vec<f32> = picked.copied().collect();
+        let mut residual = vec![0f32; n * c];
+        let place = |i: usize| if x.len() == n * c { i } else { target_rows[i] as usize };
+        residual.chunks_exact_mut(c).enumerate().for_each(|(i, row)| row.copy_from_slice(&x[place(i) * c..][..c]));
         let (mut normal, mut scaled) = (vec![E::default(); n * c], vec![E::default(); n * c]);
         let mut inverse = vec![0f32; n];
         let epsilon = model.config.rms_norm_eps as f32;
@@ -104,8 +106,8 @@ impl FusedHead {
             timed("backward norm", || {
                 rms_norm_backward(&normal, &self.norm, &inverse, &dy, &mut residual, &mut scaled);
             });
-            for (row, d_row) in target_rows.iter().zip(residual.chunks_exact(c)) {
-                dx[*row as usize * c..][..c].copy_from_slice(d_row);
+            for (i, d_row) in residual.chunks_exact(c).enumerate() {
+                dx[place(i) * c..][..c].copy_from_slice(d_row);
             }
         }
         outcome

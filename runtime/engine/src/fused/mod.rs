@@ -49,6 +49,15 @@ impl<E: ProductElement> Rows<'_, E> {
         self.batch.ids.len()
     }
 
+    /// Calls `f` with other rows, of which there are no more, and the same buffers.
+    fn with<R>(&mut self, batch: &Batch, f: impl FnOnce(&mut Rows<'_, E>) -> R) -> R {
+        let Rows { pass, batch: present, workspace, logits } = self;
+        workspace.begin(batch.ids.len());
+        let result = f(&mut Rows { pass, batch, workspace, logits });
+        self.workspace.begin(present.ids.len());
+        result
+    }
+
     /// The buffer of logits, at least so long.
     fn logits(&mut self, len: usize) -> Vec<E> {
         let mut logits = std::mem::take(self.logits);
@@ -158,7 +167,7 @@ impl<E: ProductElement> Fused<E> {
     /// All blocks in order: the residual stream, and what each kept.
     fn up(&mut self, pass: &Pass<'_>, batch: &Batch, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
         self.begin(pass, batch)?;
-        let m = batch.ids.len();
+        let (m, few) = (batch.ids.len(), self.few(pass, batch));
         let mut kept = Vec::with_capacity(self.layers.len() + 1);
         let mut h = if self.looks_up {
             kept.push(Kept::Plain(Saved::Nothing));
@@ -172,14 +181,15 @@ impl<E: ProductElement> Fused<E> {
             let keep = keep(number + 1);
             h = match layer {
                 Some(layer) => {
-                    let mut x = h.into_buffer()?;
+                    let x = h.into_buffer()?;
+                    let few = few.as_ref().filter(|_| number + 1 == self.layers.len());
                     let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
                     let input = matches!(keep, Keep::Input { .. }).then(|| {
                         let mut input = rows.workspace.wide.take(pass.model.config.hidden_size);
                         input.copy_from_slice(&x);
                         input
                     });
-                    let saved = layer.forward(rows, &self.table, &mut x, None);
+                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
                     kept.push(match (keep, input) {
                         (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
                         (_, input) => {
@@ -201,21 +211,37 @@ impl<E: ProductElement> Fused<E> {
         Ok((h, kept))
     }
 
-    /// The residual stream (N, C) after rows that continue a sequence, whose cache takes them in; all layers are fused.
+    /// The rows with a target as a batch of their own, if there are others: all that the fused head needs of the layer below.
+    fn few(&self, pass: &Pass<'_>, batch: &Batch) -> Option<Batch> {
+        let some = (1..batch.ids.len()).contains(&batch.targets.len());
+        (some && self.head.is_some() && pass.dtype == DType::F32).then(|| batch.rows(&batch.target_rows))
+    }
+
+    /// The residual stream (C) after the last of some rows that continue a sequence, whose cache takes them in; all layers are
+    /// fused.
     ///
     /// # Errors
-    /// When a token has no embedding or a parameter is not f32.
+    /// When there is no row, a token has no embedding or a parameter is not f32.
     pub fn continue_sequence(&mut self, pass: &Pass<'_>, batch: &Batch, cache: &mut KvCache<E>) -> Result<Vec<f32>> {
+        let last = batch.ids.len().checked_sub(1).context("there is no row")? as u32;
         self.begin(pass, batch)?;
         let mut x = self.look_up(pass, batch)?;
+        // Above the last layer's keys and values nothing is asked for but the last row.
+        let batch = &Batch { target_rows: vec![last], ..batch.clone() };
+        let of_last = (last > 0).then(|| batch.rows(&batch.target_rows));
         for (number, layer) in self.layers.iter().enumerate() {
             let layer = layer.as_ref().context("a layer is not fused")?;
+            let few = of_last.as_ref().filter(|_| number + 1 == self.layers.len());
             let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
-            let saved = layer.forward(rows, &self.table, &mut x, Some((cache, number)));
+            let (above, saved) = layer.forward(rows, few, &self.table, x, Some((&mut *cache, number)));
             layer.discard(rows, saved);
+            x = above;
         }
         cache.advance(batch.ids.len(), true);
-        Ok(x)
+        let c = pass.model.config.hidden_size;
+        let row = x[x.len() - c..].to_vec();
+        self.workspace.wide.give(c, x);
+        Ok(row)
     }
 
     /// Cosines and sines of positions below `positions` at least.
@@ -265,7 +291,11 @@ impl<E: ProductElement> Fused<E> {
         };
         let x = h.into_buffer()?;
         let c = pass.model.config.hidden_size;
-        let mut dx = train.is_some().then(|| self.workspace.wide.take(c));
+        let mut dx = train.is_some().then(|| {
+            let mut dx = self.workspace.wide.take(c);
+            dx.truncate(x.len());
+            dx
+        });
         let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
         let outcome = head.loss(rows, &x, train.map(|(scale, _)| scale as f32).zip(dx.as_deref_mut()));
         self.workspace.wide.give(c, x);
@@ -282,7 +312,7 @@ impl<E: ProductElement> Fused<E> {
         lowest: usize,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (m, c) = (batch.ids.len(), pass.model.config.hidden_size);
+        let (m, c, few) = (batch.ids.len(), pass.model.config.hidden_size, self.few(pass, batch));
         // The gradient, and for fused blocks the same as E.
         let (mut dh, mut narrow) = (Some(dh), None::<Vec<E>>);
         for index in (lowest..kept.len()).rev() {
@@ -297,25 +327,29 @@ impl<E: ProductElement> Fused<E> {
                 narrow = None;
                 continue;
             };
-            let mut dx = above.into_buffer()?;
+            let dx = above.into_buffer()?;
+            let few = few.as_ref().filter(|_| index == self.layers.len());
             let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
-            let dx_narrow = narrow.get_or_insert_with(|| {
+            let dx_narrow = narrow.take().unwrap_or_else(|| {
                 let mut narrow = rows.workspace.narrow.take(c);
+                narrow.truncate(dx.len());
                 to_elements(&dx, &mut narrow);
                 narrow
             });
             let saved = match saved {
                 Kept::Fused(saved) => *saved,
-                Kept::Input(mut x) => {
-                    let saved = layer.forward(rows, &self.table, &mut x, None);
+                Kept::Input(x) => {
+                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
                     rows.workspace.wide.give(c, x);
                     saved
                 }
                 Kept::Plain(_) => break,
             };
             let input_gradient = index > lowest;
-            let down = (&mut dx[..], &mut dx_narrow[..]);
-            layer.backward(rows, &self.table, &mut self.partial, saved, down, input_gradient, gradients)?;
+            let (table, partial) = (&self.table, &mut self.partial);
+            let down = (dx, dx_narrow);
+            let (dx, dx_narrow) = layer.backward(rows, few, table, partial, saved, down, input_gradient, gradients)?;
+            narrow = Some(dx_narrow);
             if input_gradient {
                 dh = Some(Stream::Buffer(dx));
             } else {

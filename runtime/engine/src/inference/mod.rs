@@ -61,9 +61,8 @@ impl<E: ProductElement> Fast<E> {
     /// Reads tokens; with `logits`, those after the last.
     fn read(&self, pass: &Pass<'_>, ids: &[u32], cache: &mut KvCache<E>, logits: bool) -> Result<Option<Vec<f32>>> {
         let batch = Batch::of_tokens(ids, cache.len() as u32);
-        let x = on_pool(|| self.blocks().continue_sequence(pass, &batch, cache))?;
-        let last = &x[x.len() - pass.model.config.hidden_size..];
-        Ok(logits.then(|| self.decoder.head(pass.model, last)).and_then(|mut logits| logits.pop()))
+        let last = on_pool(|| self.blocks().continue_sequence(pass, &batch, cache))?;
+        Ok(logits.then(|| self.decoder.head(pass.model, &last)).and_then(|mut logits| logits.pop()))
     }
 
     fn step(&self, model: &BaseModel, sequences: &mut [(u32, &mut KvCache<E>)]) -> Vec<Vec<f32>> {

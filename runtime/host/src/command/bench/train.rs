@@ -131,7 +131,7 @@ impl Measured {
                 })
                 .collect();
             let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
-            let batches = Batch::packed(&numbered);
+            let batches = Batch::packed(&numbered, job.model.pass_rows());
             if arguments.profile && step == u64::from(arguments.warmup) {
                 profile::start();
             }

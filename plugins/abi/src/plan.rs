@@ -218,7 +218,8 @@ pub struct Defaults {
     /// Optimizer, e.g. `adamw`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub optimizer: Option<String>,
-    /// Type that products are computed in, e.g. `f32`.
+    /// Type that products are computed in where the user says nothing: `f32`, `bf16` or `int8`, which is bf16 with products in
+    /// integers where a weight is stored in eight bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compute_dtype: Option<String>,
 }

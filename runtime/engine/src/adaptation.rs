@@ -205,8 +205,9 @@ fn check(model: &BaseModel, plan: &Plan) -> Vec<String> {
     if let Some(optimizer) = plan.defaults.optimizer.as_deref().filter(|name| *name != "adamw") {
         problems.push(format!("optimizer `{optimizer}` is not known; known is adamw"));
     }
-    if let Some(dtype) = plan.defaults.compute_dtype.as_deref().filter(|name| !matches!(*name, "f32" | "bf16")) {
-        problems.push(format!("compute dtype `{dtype}` is not known; known are f32 and bf16"));
+    if let Some(dtype) = plan.defaults.compute_dtype.as_deref().filter(|name| !matches!(*name, "f32" | "bf16" | "int8"))
+    {
+        problems.push(format!("compute dtype `{dtype}` is not known; known are f32, bf16 and int8"));
     }
     if plan.modules.is_empty() {
         problems.push("it adapts no module".to_owned());

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::adaptation::Adaptation;
 use crate::batch::Batch;
-use crate::fused::Fused;
+use crate::fused::{Fused, How};
 use crate::model::{BaseModel, EMBEDDING};
 use crate::recipe::Pass;
 
@@ -203,24 +203,43 @@ pub struct Outcome {
 pub enum Compute {
     /// Plain blocks, in the type of the parameters: the reference.
     Plain,
+    /// What the strategy proposes, else the faster one on this processor: bf16 where it multiplies bf16, else f32.
+    Auto,
     /// Fused blocks, in f32.
     F32,
     /// Fused blocks: activations and products in bf16 with sums, norms and softmax in f32.
     Bf16,
+    /// The same, f32 where the processor does not multiply bf16, and products with weights of eight bits in integers.
+    Int8,
 }
 
 impl Compute {
-    /// The faster one on this processor: bf16 where it multiplies bf16, else f32.
+    /// The faster type of floats on this processor: bf16 where it multiplies bf16, else f32.
     pub fn auto() -> Self {
         if cpu().has_bf16() { Self::Bf16 } else { Self::F32 }
+    }
+
+    /// What [`Compute::Auto`] comes to with an adaptation; any other is itself.
+    pub fn resolved(self, adaptation: Option<&Adaptation>) -> Self {
+        let proposed = || adaptation?.plan.defaults.compute_dtype.as_deref();
+        match (self, proposed) {
+            (Self::Auto, proposed) => match proposed() {
+                Some("f32") => Self::F32,
+                Some("int8") => Self::Int8,
+                _ => Self::auto(),
+            },
+            (other, _) => other,
+        }
     }
 
     /// Its name, as options and reports have it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
+            Self::Auto => "auto",
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
         }
     }
 }
@@ -238,18 +257,22 @@ impl Blocks {
     pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, compute: Compute) -> Self {
         let f32_params =
             adaptation.iter().flat_map(|adaptation| &adaptation.params).all(|p| p.var.dtype() == DType::F32);
-        match compute {
-            Compute::Bf16 if f32_params => Self::Bf16(Box::new(Fused::new(model, adaptation, true))),
-            _ => Self::F32(Box::new(Fused::new(model, adaptation, f32_params && compute != Compute::Plain))),
+        let compute = compute.resolved(adaptation);
+        let how = How { fuse: f32_params && compute != Compute::Plain, integers: compute == Compute::Int8 };
+        let in_bf16 = compute == Compute::Bf16 || compute == Compute::Int8 && Compute::auto() == Compute::Bf16;
+        match in_bf16 && how.fuse {
+            true => Self::Bf16(Box::new(Fused::new(model, adaptation, how))),
+            false => Self::F32(Box::new(Fused::new(model, adaptation, how))),
         }
     }
 
     /// How blocks are run, in words for the line that restates a run.
     pub fn words(&self) -> String {
-        let (name, (fused, layers, head)) = match self {
-            Self::F32(blocks) => ("f32", blocks.counts()),
-            Self::Bf16(blocks) => ("bf16", blocks.counts()),
+        let (name, (fused, layers, head), integers) = match self {
+            Self::F32(blocks) => ("f32", blocks.counts(), blocks.in_integers()),
+            Self::Bf16(blocks) => ("bf16", blocks.counts(), blocks.in_integers()),
         };
+        let name = if integers { format!("{name}, 8-bit weights in integers") } else { name.to_owned() };
         match (fused, head) {
             (0, false) => "f32, plain blocks".to_owned(),
             _ if fused == layers && head => format!("{name}, fused blocks"),

@@ -140,17 +140,44 @@ impl From<Scheduler> for Schedule {
 #[derive(Clone, Copy, ValueEnum)]
 #[allow(missing_docs)]
 pub enum ComputeArg {
+    /// What the strategy proposes, else bf16 where the processor multiplies it, else f32
     Auto,
+    /// Activations in bf16
     Bf16,
+    /// Activations in f32
     F32,
+    /// As bf16, with weights of eight bits multiplied in integers
+    Int8,
 }
 
 impl From<ComputeArg> for Compute {
     fn from(choice: ComputeArg) -> Self {
         match choice {
-            ComputeArg::Auto => Self::auto(),
+            ComputeArg::Auto => Self::Auto,
             ComputeArg::Bf16 => Self::Bf16,
             ComputeArg::F32 => Self::F32,
+            ComputeArg::Int8 => Self::Int8,
+        }
+    }
+}
+
+/// What prompts are read in.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ReadIn {
+    /// bf16 where the processor multiplies it, else f32
+    Auto,
+    /// Activations in bf16
+    Bf16,
+    /// Activations in f32
+    F32,
+}
+
+impl From<ReadIn> for Compute {
+    fn from(choice: ReadIn) -> Self {
+        match choice {
+            ReadIn::Auto => Self::auto(),
+            ReadIn::Bf16 => Self::Bf16,
+            ReadIn::F32 => Self::F32,
         }
     }
 }
@@ -231,7 +258,7 @@ pub struct FineTune {
     /// Encode a base that is quantised already (GGUF) anew as the strategy asks; else it keeps its storage
     #[arg(long)]
     pub requantize: bool,
-    /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
+    /// What products are computed in
     #[arg(long, value_enum, default_value = "auto")]
     pub compute: ComputeArg,
     #[command(flatten)]
@@ -295,7 +322,7 @@ pub struct Eval {
     pub file: PathBuf,
     #[command(flatten)]
     pub rows: RowArgs,
-    /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
+    /// What products are computed in
     #[arg(long, value_enum, default_value = "f32")]
     pub compute: ComputeArg,
     /// Print one JSON object
@@ -336,9 +363,9 @@ pub struct Chat {
     /// Seed of the draw [default: the handler's, 42 with --model-dir]
     #[arg(long, value_name = "N")]
     pub seed: Option<i64>,
-    /// What prompts are read in; auto: bf16 where the processor multiplies it, else f32
+    /// What prompts are read in
     #[arg(long, value_enum, default_value = "auto", conflicts_with = "config")]
-    pub compute: ComputeArg,
+    pub compute: ReadIn,
 }
 
 /// Arguments of `serve`.
@@ -350,9 +377,9 @@ pub struct Serve {
     /// File of handlers; its routes are what clients name as `model`
     #[arg(long, value_name = "FILE", required_unless_present = "model_dir", conflicts_with = "model_dir")]
     pub config: Option<PathBuf>,
-    /// What prompts are read in; auto: bf16 where the processor multiplies it, else f32
+    /// What prompts are read in
     #[arg(long, value_enum, default_value = "auto", conflicts_with = "config")]
-    pub compute: ComputeArg,
+    pub compute: ReadIn,
     /// Port; 0: a free one
     #[arg(long, default_value_t = 8080, value_name = "PORT")]
     pub port: u16,
@@ -414,9 +441,9 @@ pub enum Bench {
 pub struct BenchModel {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What prompts are read in; auto: bf16 where the processor multiplies it, else f32
+    /// What prompts are read in
     #[arg(long, value_enum, default_value = "auto")]
-    pub compute: ComputeArg,
+    pub compute: ReadIn,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -505,7 +532,7 @@ pub struct BenchTrain {
     /// Steps before that
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub warmup: u32,
-    /// What products are computed in; auto: bf16 where the processor multiplies it, else f32
+    /// What products are computed in
     #[arg(long, value_enum, default_value = "auto")]
     pub compute: ComputeArg,
     /// How the base is stored: its linear layers through a codec, or all of it as floats [default: as it is]

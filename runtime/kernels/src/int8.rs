@@ -67,19 +67,23 @@ pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>,
             let (words, scale, starts) =
                 unsafe { (words.slice(i * step, step), scales.slice(i, 1), starts.slice(i * chunks, chunks)) };
             let row = &left.values[left.at + i * left.step..][..k];
-            scale[0] = round_row(cpu, row, factors.unwrap_or(&[]), &mut scratch);
-            if per_word == 4 {
-                for (word, values) in words.iter_mut().zip(scratch.as_chunks::<4>().0) {
-                    *word = u32::from_le_bytes(values.map(|value| value as i8 as u8));
+            let largest = measure(cpu, row, factors.unwrap_or(&[]), &mut scratch);
+            let inverse = if largest > 0.0 && largest.is_finite() { 127.0 / largest } else { 0.0 };
+            scale[0] = match (largest.is_finite(), inverse.is_finite()) {
+                (true, true) => largest / 127.0,
+                (true, false) => 0.0,
+                (false, _) => f32::NAN,
+            };
+            let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+            // SAFETY: a word is four values of eight bits, or two of sixteen.
+            unsafe {
+                if per_word == 4 {
+                    let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i8>(), k);
+                    round_row::<i8>(cpu, &scratch, inverse, values, starts);
+                } else {
+                    let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i16>(), k);
+                    round_row::<i16>(cpu, &scratch, inverse, values, starts);
                 }
-            } else {
-                for (word, values) in words.iter_mut().zip(scratch.as_chunks::<2>().0) {
-                    let [low, high] = values.map(|value| u32::from(value as i16 as u16));
-                    *word = low | high << 16;
-                }
-            }
-            for (start, values) in starts.iter_mut().zip(scratch.chunks(CHUNK)) {
-                *start = -ZERO * values.iter().map(|value| *value as i32).sum::<i32>();
             }
         }
     });
@@ -87,8 +91,8 @@ pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>,
 }
 
 per_cpu! {
-    /// Whole numbers from -127 to 127, as floats, and what they are to be multiplied by: NaN if a value is not finite.
-    fn round_row<E: Element>(row: &[E], factors: &[f32], out: &mut [f32]) -> f32 {
+    /// A row times its columns' factors, and its largest magnitude: not finite if a value is not.
+    fn measure<E: Element>(row: &[E], factors: &[f32], out: &mut [f32]) -> f32 {
         if factors.is_empty() {
             for (out, value) in out.iter_mut().zip(row) {
                 *out = value.wide();
@@ -98,18 +102,45 @@ per_cpu! {
                 *out = value.wide() * factor;
             }
         }
-        let largest = crate::element::largest_magnitude(out);
-        if !largest.is_finite() {
-            out.fill(0.0);
-            return f32::NAN;
-        }
-        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-        // Adding 1.5 · 2^23 rounds to the nearest whole number, ties to even.
+        crate::element::largest_magnitude(out)
+    }
+}
+
+/// A value of a word.
+trait Value: Copy {
+    fn of(value: i32) -> Self;
+}
+
+impl Value for i8 {
+    #[inline(always)]
+    fn of(value: i32) -> i8 {
+        value as i8
+    }
+}
+
+impl Value for i16 {
+    #[inline(always)]
+    fn of(value: i32) -> i16 {
+        value as i16
+    }
+}
+
+per_cpu! {
+    /// Whole numbers from -127 to 127, and for each chunk where its sums start.
+    fn round_row<V: Value>(row: &[f32], inverse: f32, out: &mut [V], starts: &mut [i32]) {
+        // Adding 1.5 · 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits.
         const SHIFT: f32 = 12_582_912.0;
-        for value in out.iter_mut() {
-            *value = (*value * inverse + SHIFT) - SHIFT;
+        for ((row, out), start) in row.chunks(CHUNK).zip(out.chunks_mut(CHUNK)).zip(starts) {
+            let mut sum = 0i32;
+            for (out, value) in out.iter_mut().zip(row) {
+                // What is not finite is multiplied by 0 here, and its row's scale says so.
+                let rounded = value * inverse + SHIFT;
+                let whole = rounded.to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
+                *out = V::of(whole);
+                sum = sum.wrapping_add(whole);
+            }
+            *start = sum.wrapping_mul(-ZERO);
         }
-        if inverse.is_finite() { largest / 127.0 } else { 0.0 }
     }
 }
 
@@ -136,7 +167,14 @@ pub(crate) fn pack(
         let row = |n: usize| &codes[(sum.start + n) * cols + columns.start..][..columns.len()];
         for (word, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             if by_fours(cpu) {
-                weave_fours(cpu, [0, 1, 2, 3].map(|i| row(4 * word + i)), out);
+                let rows = [0, 1, 2, 3].map(|i| row(4 * word + i));
+                #[cfg(target_arch = "x86_64")]
+                if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(|row| row.first_chunk::<PANEL>()) {
+                    // SAFETY: a processor with VNNI has the other instructions of AVX-512.
+                    unsafe { vnni::weave([a, b, c, d], out) };
+                    continue;
+                }
+                weave_fours(cpu, rows, out);
             } else {
                 weave_pairs(cpu, [0, 1].map(|i| row(2 * word + i)), out);
             }
@@ -183,14 +221,6 @@ per_cpu! {
 per_cpu! {
     fn weave_fours(rows: [&[u8]; 4], out: &mut [u32; PANEL]) {
         let n = rows[0].len();
-        if n == PANEL {
-            // A whole panel has a length that the compiler knows.
-            let rows = rows.map(|row| row.first_chunk::<PANEL>().expect("it is as long"));
-            for j in 0..PANEL {
-                out[j] = u32::from_le_bytes([0, 1, 2, 3].map(|i: usize| rows[i][j].min(254)));
-            }
-            return;
-        }
         for j in 0..n {
             out[j] = u32::from_le_bytes([0, 1, 2, 3].map(|i: usize| rows[i][j].min(254)));
         }
@@ -448,6 +478,37 @@ mod vnni {
         ) {
             // SAFETY: passed on to the caller.
             unsafe { tile::<R>(a, b, words, out) }
+        }
+    }
+
+    /// Words of a byte of each of four rows.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]) {
+        // SAFETY: a row is 64 bytes.
+        let [a, b, c, d] = rows.map(|row| unsafe {
+            _mm512_min_epu8(_mm512_loadu_si512(row.as_ptr().cast()), _mm512_set1_epi8(254u8 as i8))
+        });
+        // Within each 128 bits, words of columns 0-3, 4-7, 8-11 and 12-15.
+        let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
+        let (low_2, high_2) = (_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d));
+        let w = [
+            _mm512_unpacklo_epi16(low, low_2),
+            _mm512_unpackhi_epi16(low, low_2),
+            _mm512_unpacklo_epi16(high, high_2),
+            _mm512_unpackhi_epi16(high, high_2),
+        ];
+        // Their 128 bits, transposed.
+        let (x, y) = (_mm512_shuffle_i32x4::<0x44>(w[0], w[1]), _mm512_shuffle_i32x4::<0xEE>(w[0], w[1]));
+        let (z, u) = (_mm512_shuffle_i32x4::<0x44>(w[2], w[3]), _mm512_shuffle_i32x4::<0xEE>(w[2], w[3]));
+        let v = [
+            _mm512_shuffle_i32x4::<0x88>(x, z),
+            _mm512_shuffle_i32x4::<0xDD>(x, z),
+            _mm512_shuffle_i32x4::<0x88>(y, u),
+            _mm512_shuffle_i32x4::<0xDD>(y, u),
+        ];
+        for (out, v) in out.as_chunks_mut::<16>().0.iter_mut().zip(v) {
+            // SAFETY: `out` is 16 words.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
         }
     }
 

@@ -438,6 +438,10 @@ unsafe fn run<E: ProductElement>(
                 (true, true) => target(store, columns, task, from),
                 (true, false) => Store::wide(waiting, step),
                 (false, false) => Store::adding(waiting, step),
+                // With nothing that goes in between, the sums so far are an addend.
+                (false, true) if store.scale == 1.0 && store.add.is_null() && store.wide.is_null() => {
+                    Store { add: waiting, add_step: step, ..target(store, columns, task, from) }
+                }
                 (false, true) => {
                     // The sums so far go in before scale, bias and addends do.
                     // SAFETY: `sums` holds m rows of `step`; A and B are as large as the segments say.

@@ -70,14 +70,14 @@ fn shape<'a>(config: &ModelConfig, rows: &Rows<'a, impl ProductElement>) -> Atte
 
 impl<E: ProductElement> FusedLayer<E> {
     /// The layer; `None` when a recipe in it is something else than a low-rank update of a linear module.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, layer: usize) -> Option<Self> {
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, layer: usize, integers: bool) -> Option<Self> {
         let at = model.layers[layer];
         let norm = |module: usize| {
             let frozen = adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
             let module = &model.modules[module];
             (frozen && module.bias.is_none()).then(|| module.weight.decode(0..1))
         };
-        let site = |names, modules: &[usize]| Site::new(names, model, adaptation, modules);
+        let site = |names, modules: &[usize]| Site::new(names, model, adaptation, modules, integers);
         Some(Self {
             input_norm: norm(at.input_norm)?,
             post_norm: norm(at.post_norm)?,
@@ -86,6 +86,11 @@ impl<E: ProductElement> FusedLayer<E> {
             gate_up: site(["forward gate up", "backward gate up"], &[at.gate, at.up])?,
             down: site(["forward down", "backward down"], &[at.down])?,
         })
+    }
+
+    /// Whether a weight of it is multiplied in integers.
+    pub fn in_integers(&self) -> bool {
+        [&self.qkv, &self.o, &self.gate_up, &self.down].into_iter().any(Site::in_integers)
     }
 
     /// Takes the present values of the parameters over.

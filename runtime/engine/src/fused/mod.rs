@@ -36,6 +36,15 @@ pub struct Fused<E> {
     partial: KeyValueGradients,
 }
 
+/// What may be done with the blocks of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Fuse those that can be; false: all are plain.
+    pub fuse: bool,
+    /// Multiply in integers where a weight's storage allows it.
+    pub integers: bool,
+}
+
 /// The rows of a pass, and the buffers that they go through.
 pub(crate) struct Rows<'a, E> {
     pass: &'a Pass<'a>,
@@ -108,16 +117,22 @@ enum Kept<E> {
 }
 
 impl<E: ProductElement> Fused<E> {
-    /// Decides for each block how it is run; `fuse` false: all plain.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, fuse: bool) -> Self {
+    /// Decides for each block how it is run.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, how: How) -> Self {
+        let How { fuse, integers } = how;
         let layers = 0..model.config.num_hidden_layers;
-        let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer).filter(|_| fuse)).collect();
+        let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer, integers).filter(|_| fuse)).collect();
         let head = FusedHead::new::<E>(model, adaptation).filter(|_| fuse);
         let embedding = model.module_index(EMBEDDING);
         let adapted = embedding.is_some_and(|module| adaptation.is_some_and(|a| a.of(module).is_some()));
         let (workspace, logits, table) = (Workspace::new(), Vec::new(), RotaryTable::default());
         let partial = KeyValueGradients::default();
         Self { layers, head, looks_up: fuse && !adapted, workspace, logits, table, partial }
+    }
+
+    /// Whether a layer multiplies in integers.
+    pub fn in_integers(&self) -> bool {
+        self.layers.iter().flatten().any(FusedLayer::in_integers)
     }
 
     /// Layers that run fused, and all layers; whether the head does.

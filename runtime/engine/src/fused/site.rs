@@ -35,7 +35,17 @@ struct SiteModule<E> {
     /// Index into [`BaseModel::modules`].
     index: usize,
     d_out: usize,
+    /// Whether its weight is multiplied in integers.
+    integers: bool,
     update: Option<Update<E>>,
+}
+
+impl<E> SiteModule<E> {
+    /// Its weight, as products take it.
+    fn weight<'m>(&self, model: &'m BaseModel) -> Right<'m, E> {
+        let matrix = model.modules[self.index].weight.matrix();
+        if self.integers { Right::Integers(matrix) } else { Right::Frozen(matrix) }
+    }
 }
 
 /// A low-rank update and its place in the stack.
@@ -66,6 +76,7 @@ impl<E: ProductElement> Site<E> {
         model: &BaseModel,
         adaptation: Option<&Adaptation>,
         indices: &[usize],
+        integers: bool,
     ) -> Option<Self> {
         let mut site = Self { names, d_in: 0, modules: Vec::new(), rank: 0, a: Vec::new() };
         for &index in indices {
@@ -90,7 +101,8 @@ impl<E: ProductElement> Site<E> {
                     Some(Update { low_rank, r, padded, at, b: Vec::new(), trains, dropout_key })
                 }
             };
-            site.modules.push(SiteModule { index, d_out: info.d_out, update });
+            let integers = integers && model.modules[index].weight.matrix().multiplies_in_integers();
+            site.modules.push(SiteModule { index, d_out: info.d_out, integers, update });
         }
         Some(site)
     }
@@ -121,6 +133,11 @@ impl<E: ProductElement> Site<E> {
         Ok(())
     }
 
+    /// Whether a weight of it is multiplied in integers.
+    pub fn in_integers(&self) -> bool {
+        self.modules.iter().any(|module| module.integers)
+    }
+
     /// Whether a parameter of it is trained.
     fn trains(&self) -> bool {
         self.modules.iter().filter_map(|module| module.update.as_ref()).any(|update| update.trains != [false; 2])
@@ -136,8 +153,7 @@ impl<E: ProductElement> Site<E> {
         let u_rows = Left::rows(&u, self.rank);
         let mut terms = Vec::with_capacity(self.modules.len());
         for module in &self.modules {
-            let weight = rows.pass.model.modules[module.index].weight.matrix();
-            let frozen = Term::forward(Left::rows(x, self.d_in), Right::Frozen(weight));
+            let frozen = Term::forward(Left::rows(x, self.d_in), module.weight(rows.pass.model));
             let update = module.update.as_ref().map(|update| {
                 Term::forward(u_rows.from(update.at), Right::Dense { values: &update.b, cols: update.padded })
             });
@@ -250,8 +266,7 @@ impl<E: ProductElement> Site<E> {
         let mut at = 0;
         let mut terms = Vec::with_capacity(self.modules.len() + 1);
         for module in &self.modules {
-            let weight = rows.pass.model.modules[module.index].weight.matrix();
-            terms.push(Term::backward(Left::rows(dy, width).from(at), Right::Frozen(weight)));
+            terms.push(Term::backward(Left::rows(dy, width).from(at), module.weight(rows.pass.model)));
             at += module.d_out;
         }
         if stacked && self.rank > 0 {

@@ -22,7 +22,7 @@ use crate::adaptation::Adaptation;
 use crate::batch::Batch;
 use crate::block::Compute;
 use crate::decoder::Cache;
-use crate::fused::Fused;
+use crate::fused::{Fused, How};
 use crate::model::BaseModel;
 use crate::recipe::Pass;
 
@@ -48,7 +48,7 @@ struct Fast<E> {
 
 impl<E: ProductElement> Fast<E> {
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Box<Self>> {
-        let blocks = Fused::new(model, adaptation, true);
+        let blocks = Fused::new(model, adaptation, How { fuse: true, integers: false });
         let (fused, layers, _) = blocks.counts();
         let decoder = Decoder::new(model, adaptation, E::PER_WORD > 1).filter(|_| fused == layers)?;
         Some(Box::new(Self { reading: Mutex::new(blocks), decoder }))
@@ -123,10 +123,12 @@ impl Inference {
     /// Makes a model ready; `compute` is what prompts are read in.
     pub fn new(model: Arc<BaseModel>, adaptation: Option<Arc<Adaptation>>, compute: Compute) -> Self {
         let adapted = adaptation.as_deref();
+        // What a strategy proposes is for its training.
+        let compute = if compute == Compute::Auto { Compute::auto() } else { compute };
         let fast = match compute {
             Compute::Plain => None,
-            Compute::F32 => Fast::new(&model, adapted).map(Blocks::F32),
-            Compute::Bf16 => {
+            Compute::Auto | Compute::F32 => Fast::new(&model, adapted).map(Blocks::F32),
+            Compute::Bf16 | Compute::Int8 => {
                 Fast::new(&model, adapted).map(Blocks::Bf16).or_else(|| Fast::new(&model, adapted).map(Blocks::F32))
             }
         };

@@ -37,7 +37,7 @@ pub fn train(arguments: &BenchTrain) -> Result<Done> {
         model = encode(|progress| store_as(&model, &storage.into(), progress).map(Arc::new))?;
     }
     let job = Job::new(model, &plugin, options, 42, None, false)?;
-    let compute = Compute::from(arguments.compute);
+    let compute = Compute::from(arguments.compute).resolved(Some(&job.adaptation));
     let config = TrainConfig {
         batch_size: arguments.batch_size as usize,
         gradient_checkpointing: arguments.gradient_checkpointing,
@@ -55,7 +55,7 @@ pub fn train(arguments: &BenchTrain) -> Result<Done> {
     let measured = Measured::run(&job, arguments, &config, u64::from(steps))?;
     // The limit is asked for before and after, as the machine may be busy with something else for a while.
     let limit = || match compute {
-        Compute::Bf16 => register_loop_gflops::<bf16>(),
+        Compute::Bf16 | Compute::Int8 if cpu().has_bf16() => register_loop_gflops::<bf16>(),
         _ => register_loop_gflops::<f32>(),
     };
     let limit = limit().max(limit());

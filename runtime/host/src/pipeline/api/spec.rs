@@ -178,8 +178,8 @@ const SEED: &[Opt] = &[opt("seed", Kind::Whole, "42", "the same seed gives the s
 
 /// What products are computed in.
 const fn compute(default: &'static str) -> Opt {
-    let doc = "what products are computed in; auto: bf16 where the processor multiplies it, else f32";
-    opt("compute", Kind::OneOf(&["auto", "bf16", "f32"]), default, doc)
+    let doc = "what products are computed in; auto: what the strategy proposes, else bf16 where the processor multiplies it, else f32; int8: weights of eight bits are multiplied in integers";
+    opt("compute", Kind::OneOf(&["auto", "bf16", "f32", "int8"]), default, doc)
 }
 
 /// Options that a strategy takes, by PEFT's names.

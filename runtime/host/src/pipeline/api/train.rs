@@ -218,7 +218,7 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         shuffle: options.flag("shuffle").unwrap_or(default.shuffle),
         gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
         packing: options.flag("packing").unwrap_or(default.packing),
-        compute: compute(options, Compute::auto()),
+        compute: compute(options, Compute::Auto),
     }
 }
 
@@ -227,7 +227,8 @@ pub fn compute(options: &Options, default: Compute) -> Compute {
     match options.text("compute").as_deref() {
         Some("bf16") => Compute::Bf16,
         Some("f32") => Compute::F32,
-        Some(_) => Compute::auto(),
+        Some("int8") => Compute::Int8,
+        Some(_) => Compute::Auto,
         None => default,
     }
 }

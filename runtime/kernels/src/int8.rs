@@ -1,9 +1,10 @@
-//! Products in integers with weights of eight bits on a straight line: a row of A is rounded to 255 levels around 0 with a scale of its
-//! own, products and sums are exact, and scales are put on at the end.
+//! Products in integers with weights of eight bits on a straight line: each group of [`GROUP`] neighbouring values of a row of A is
+//! rounded to 255 levels around 0 with a scale of its own, products and sums over a group are exact, and its scale is put on them.
 //!
-//! `y[i, n] = s[i] t[n] Σ_k a[i, k] (index[n, k] - 127)`, forward; backward, where the sum runs over the rows of W, their scales t go
-//! into A before it is rounded. Rounding A is what this costs in exactness; after Dettmers et al. 2022,
-//! <https://arxiv.org/abs/2208.07339>, section 2, without its separate path for outliers.
+//! `y[i, n] = t[n] Σ_g s[i, g] Σ_{k in g} a[i, k] (index[n, k] - 127)`, forward; backward, where the sum runs over the rows of W, their
+//! scales t go into A before it is rounded. Rounding A is what this costs in exactness; after Dettmers et al. 2022,
+//! <https://arxiv.org/abs/2208.07339>, section 2. Instead of a separate path for outliers, scales are of groups, so that an outlier
+//! takes levels from its neighbours only.
 //!
 //! A word holds four values of eight bits where the processor multiplies those (VNNI), else two of sixteen. Integers are exact, so
 //! every processor comes to the same result.
@@ -12,14 +13,16 @@ use std::ops::Range;
 
 use crate::codec::Coded;
 use crate::cpu::{Cpu, per_cpu};
-use crate::element::Element;
+use crate::element::{Element, largest_magnitude};
 use crate::panel::pack_columns;
 use crate::pool::{Shared, for_ranges};
 use crate::product::{Left, grown};
 use crate::tile::PANEL;
 
-/// Values of a sum that are packed at once; within them a sum fits 32 bits.
-pub(crate) const CHUNK: usize = 2048;
+/// Values of a row of A that share a scale.
+const GROUP: usize = 128;
+/// Values of a sum that are packed at once: whole groups.
+pub(crate) const CHUNK: usize = 16 * GROUP;
 /// The index of 0.
 const ZERO: i32 = 127;
 
@@ -39,16 +42,16 @@ pub(crate) struct Rounded {
     /// (m, `step`): four values of eight bits a word, or two of sixteen.
     words: Vec<u32>,
     step: usize,
-    /// Of each row.
+    /// Of each row and group.
     scales: Vec<f32>,
-    /// Of each row and chunk: the sum of its values, times minus the index of 0.
+    /// Of each row and group: the sum of its values, times minus the index of 0.
     starts: Vec<i32>,
     k: usize,
 }
 
 impl Rounded {
-    fn chunks(&self) -> usize {
-        self.k.div_ceil(CHUNK)
+    fn groups(&self) -> usize {
+        self.k.div_ceil(GROUP)
     }
 }
 
@@ -56,33 +59,28 @@ impl Rounded {
 pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>, factors: Option<&[f32]>) -> Rounded {
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
     let per_word = if by_fours(cpu) { 4 } else { 2 };
-    let (step, chunks) = (k / per_word, k.div_ceil(CHUNK));
-    let mut rounded = Rounded { words: vec![0; m * step], step, scales: vec![0.0; m], starts: vec![0; m * chunks], k };
+    let (step, groups) = (k / per_word, k.div_ceil(GROUP));
+    let (words, scales, starts) = (vec![0; m * step], vec![0.0; m * groups], vec![0; m * groups]);
+    let mut rounded = Rounded { words, step, scales, starts, k };
     let words = Shared::new(&mut rounded.words);
     let (scales, starts) = (Shared::new(&mut rounded.scales), Shared::new(&mut rounded.starts));
     for_ranges(m, 16, |rows| {
         let mut scratch = vec![0f32; k];
         for i in rows {
+            let of_row = i * groups;
             // SAFETY: no two tasks have a row in common.
-            let (words, scale, starts) =
-                unsafe { (words.slice(i * step, step), scales.slice(i, 1), starts.slice(i * chunks, chunks)) };
+            let (words, scales, starts) =
+                unsafe { (words.slice(i * step, step), scales.slice(of_row, groups), starts.slice(of_row, groups)) };
             let row = &left.values[left.at + i * left.step..][..k];
-            let largest = measure(cpu, row, factors.unwrap_or(&[]), &mut scratch);
-            let inverse = if largest > 0.0 && largest.is_finite() { 127.0 / largest } else { 0.0 };
-            scale[0] = match (largest.is_finite(), inverse.is_finite()) {
-                (true, true) => largest / 127.0,
-                (true, false) => 0.0,
-                (false, _) => f32::NAN,
-            };
-            let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+            widen(cpu, row, factors.unwrap_or(&[]), &mut scratch);
             // SAFETY: a word is four values of eight bits, or two of sixteen.
             unsafe {
                 if per_word == 4 {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i8>(), k);
-                    round_row::<i8>(cpu, &scratch, inverse, values, starts);
+                    round_row::<i8>(cpu, &scratch, values, scales, starts);
                 } else {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i16>(), k);
-                    round_row::<i16>(cpu, &scratch, inverse, values, starts);
+                    round_row::<i16>(cpu, &scratch, values, scales, starts);
                 }
             }
         }
@@ -91,8 +89,8 @@ pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>,
 }
 
 per_cpu! {
-    /// A row times its columns' factors, and its largest magnitude: not finite if a value is not.
-    fn measure<E: Element>(row: &[E], factors: &[f32], out: &mut [f32]) -> f32 {
+    /// A row times its columns' factors.
+    fn widen<E: Element>(row: &[E], factors: &[f32], out: &mut [f32]) {
         if factors.is_empty() {
             for (out, value) in out.iter_mut().zip(row) {
                 *out = value.wide();
@@ -102,7 +100,6 @@ per_cpu! {
                 *out = value.wide() * factor;
             }
         }
-        crate::element::largest_magnitude(out)
     }
 }
 
@@ -126,14 +123,19 @@ impl Value for i16 {
 }
 
 per_cpu! {
-    /// Whole numbers from -127 to 127, and for each chunk where its sums start.
-    fn round_row<V: Value>(row: &[f32], inverse: f32, out: &mut [V], starts: &mut [i32]) {
+    /// Whole numbers from -127 to 127, and for each group its scale, NaN if a value is not finite, and where its sums start.
+    fn round_row<V: Value>(row: &[f32], out: &mut [V], scales: &mut [f32], starts: &mut [i32]) {
         // Adding 1.5 · 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits.
         const SHIFT: f32 = 12_582_912.0;
-        for ((row, out), start) in row.chunks(CHUNK).zip(out.chunks_mut(CHUNK)).zip(starts) {
+        let groups = row.chunks(GROUP).zip(out.chunks_mut(GROUP)).zip(scales.iter_mut().zip(starts));
+        for ((row, out), (scale, start)) in groups {
+            let largest = largest_magnitude(row);
+            let inverse = 127.0 / largest;
+            // A group of zeros, and one so small that the inverse overflows, is zeros.
+            let inverse = if largest.is_finite() && inverse.is_finite() { inverse } else { 0.0 };
+            *scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
             let mut sum = 0i32;
             for (out, value) in out.iter_mut().zip(row) {
-                // What is not finite is multiplied by 0 here, and its row's scale says so.
                 let rounded = value * inverse + SHIFT;
                 let whole = rounded.to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
                 *out = V::of(whole);
@@ -263,7 +265,10 @@ pub(crate) unsafe fn rows(
     sums: Sums,
 ) {
     let count = words(cpu, CHUNK.min(a.k - chunk * CHUNK));
-    assert!(rows.end <= a.scales.len() && panel.len() >= count * PANEL && width <= PANEL, "{rows:?} by {width}");
+    assert!(
+        rows.end * a.groups() <= a.scales.len() && panel.len() >= count * PANEL && width <= PANEL,
+        "{rows:?} by {width}"
+    );
     let at = chunk * words(cpu, CHUNK);
     #[cfg(target_arch = "x86_64")]
     if by_fours(cpu) {
@@ -283,6 +288,17 @@ pub(crate) unsafe fn rows(
 const ROWS: usize = 6;
 const VECTORS: usize = 4;
 
+/// Rows of A of a tile.
+struct Rows {
+    /// Their words, scales and starts.
+    at: [(*const u32, *const f32, *const i32); ROWS],
+    /// Words of a group.
+    group: usize,
+}
+
+/// Sums of a tile.
+type Tile = [[f32; VECTORS * 16]; ROWS];
+
 /// Vectors of one processor.
 ///
 /// # Safety
@@ -292,16 +308,11 @@ trait Lanes {
     /// Rows and vectors of a tile, as many as registers hold.
     const ROWS: usize;
     const VECTORS: usize;
-    /// Sums of a tile of `ROWS` rows of A, each at its pointer, and columns of B from `b` on.
+    /// Sums of a tile of `R` rows of A and columns of B from `b` on, a group after the other.
     ///
     /// # Safety
-    /// Each row has `words` words, and B as many times [`PANEL`].
-    unsafe fn tile<const R: usize>(
-        a: &[*const u32; ROWS],
-        b: *const u32,
-        words: usize,
-        out: &mut [[i32; VECTORS * 16]; ROWS],
-    );
+    /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times [`PANEL`].
+    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile);
 }
 
 /// # Safety
@@ -317,41 +328,41 @@ unsafe fn walk<L: Lanes>(
     width: usize,
     sums: Sums,
 ) {
-    let strip = L::WIDTH * L::VECTORS;
-    let mut out = [[0i32; VECTORS * 16]; ROWS];
+    let (strip, first_group) = (L::WIDTH * L::VECTORS, chunk * (CHUNK / GROUP));
+    let mut out: Tile = [[0.0; VECTORS * 16]; ROWS];
     for column in (0..width).step_by(strip) {
         let columns = strip.min(width - column);
         for first in rows.clone().step_by(L::ROWS) {
             let count = L::ROWS.min(rows.end - first);
             // Rows beyond the last are the last again.
-            let pointers = std::array::from_fn(|r| {
+            let of_rows = std::array::from_fn(|r| {
                 let row = first + r.min(count - 1);
-                a.words[row * a.step + at..][..words].as_ptr()
+                let group = row * a.groups() + first_group;
+                (a.words[row * a.step + at..][..words].as_ptr(), a.scales[group..].as_ptr(), a.starts[group..].as_ptr())
             });
+            let of_rows = Rows { at: of_rows, group: self::words(cpu, GROUP) };
             // SAFETY: rows of A were sliced, and the panel is `words` times `PANEL` words, as the caller saw.
             unsafe {
                 let b = panel.as_ptr().add(column);
                 match count {
-                    1 => L::tile::<1>(&pointers, b, words, &mut out),
-                    2 => L::tile::<2>(&pointers, b, words, &mut out),
-                    3 => L::tile::<3>(&pointers, b, words, &mut out),
-                    4 => L::tile::<4>(&pointers, b, words, &mut out),
-                    5 => L::tile::<5>(&pointers, b, words, &mut out),
-                    _ => L::tile::<6>(&pointers, b, words, &mut out),
+                    1 => L::tile::<1>(&of_rows, b, words, &mut out),
+                    2 => L::tile::<2>(&of_rows, b, words, &mut out),
+                    3 => L::tile::<3>(&of_rows, b, words, &mut out),
+                    4 => L::tile::<4>(&of_rows, b, words, &mut out),
+                    5 => L::tile::<5>(&of_rows, b, words, &mut out),
+                    _ => L::tile::<6>(&of_rows, b, words, &mut out),
                 }
             }
             for (r, out) in out[..count].iter().enumerate() {
-                let row = first + r;
-                let (start, scale) = (a.starts[row * a.chunks() + chunk], a.scales[row]);
                 // SAFETY: the output and the factors are as large as the caller says.
                 unsafe {
-                    let to = sums.out.add((row - rows.start) * sums.step + column);
+                    let to = sums.out.add((first + r - rows.start) * sums.step + column);
                     let to = std::slice::from_raw_parts_mut(to, columns);
                     let factors = match sums.factors.is_null() {
                         true => &[][..],
                         false => std::slice::from_raw_parts(sums.factors.add(column), columns),
                     };
-                    finish(cpu, &out[..columns], start, scale, factors, sums.add, to);
+                    finish(cpu, &out[..columns], factors, sums.add, to);
                 }
             }
         }
@@ -359,15 +370,14 @@ unsafe fn walk<L: Lanes>(
 }
 
 per_cpu! {
-    fn finish(sums: &[i32], start: i32, scale: f32, factors: &[f32], add: bool, out: &mut [f32]) {
+    fn finish(sums: &[f32], factors: &[f32], add: bool, out: &mut [f32]) {
         if factors.is_empty() {
             for (out, sum) in out.iter_mut().zip(sums) {
-                let value = (sum + start) as f32 * scale;
-                *out = if add { *out + value } else { value };
+                *out = if add { *out + sum } else { *sum };
             }
         } else {
             for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
-                let value = (sum + start) as f32 * (scale * factor);
+                let value = sum * factor;
                 *out = if add { *out + value } else { value };
             }
         }
@@ -382,23 +392,26 @@ impl Lanes for Portable {
     const ROWS: usize = 4;
     const VECTORS: usize = 4;
 
-    unsafe fn tile<const R: usize>(
-        a: &[*const u32; ROWS],
-        b: *const u32,
-        words: usize,
-        out: &mut [[i32; VECTORS * 16]; ROWS],
-    ) {
-        for (row, out) in a.iter().zip(&mut out[..R.min(Self::ROWS)]) {
-            let mut sums = [0i32; 16];
-            for k in 0..words {
+    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+        for ((row, scales, starts), out) in a.at.iter().zip(&mut out[..R.min(Self::ROWS)]) {
+            let mut totals = [0f32; 16];
+            for (group, from) in (0..words).step_by(a.group).enumerate() {
+                let mut sums = [0i32; 16];
+                for k in from..words.min(from + a.group) {
+                    // SAFETY: as the trait asks.
+                    let (x, b) = unsafe { (*row.add(k), &*b.add(k * PANEL).cast::<[u32; 16]>()) };
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        let low = i32::from(x as i16) * i32::from(*b as i16);
+                        *sum += low + i32::from((x >> 16) as i16) * i32::from((*b >> 16) as i16);
+                    }
+                }
                 // SAFETY: as the trait asks.
-                let (x, b) = unsafe { (*row.add(k), &*b.add(k * PANEL).cast::<[u32; 16]>()) };
-                for (sum, b) in sums.iter_mut().zip(b) {
-                    let low = i32::from(x as i16) * i32::from(*b as i16);
-                    *sum += low + i32::from((x >> 16) as i16) * i32::from((*b >> 16) as i16);
+                let (scale, start) = unsafe { (*scales.add(group), *starts.add(group)) };
+                for (total, sum) in totals.iter_mut().zip(sums) {
+                    *total += (sum + start) as f32 * scale;
                 }
             }
-            out[..16].copy_from_slice(&sums);
+            out[..16].copy_from_slice(&totals);
         }
     }
 }
@@ -407,7 +420,7 @@ impl Lanes for Portable {
 mod pairs {
     use std::arch::x86_64::*;
 
-    use super::{Lanes, PANEL, ROWS, VECTORS};
+    use super::{Lanes, PANEL, ROWS, Rows, Tile};
 
     /// 16 registers of 8 lanes: 8 sums, 2 words of B, one of A.
     pub struct Avx2;
@@ -417,39 +430,38 @@ mod pairs {
         const ROWS: usize = 4;
         const VECTORS: usize = 2;
 
-        unsafe fn tile<const R: usize>(
-            a: &[*const u32; ROWS],
-            b: *const u32,
-            words: usize,
-            out: &mut [[i32; VECTORS * 16]; ROWS],
-        ) {
+        unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
             // SAFETY: passed on to the caller.
             unsafe { tile::<R>(a, b, words, out) }
         }
     }
 
     #[target_feature(enable = "avx2")]
-    unsafe fn tile<const R: usize>(
-        a: &[*const u32; ROWS],
-        b: *const u32,
-        words: usize,
-        out: &mut [[i32; VECTORS * 16]; ROWS],
-    ) {
-        let mut sums = [[_mm256_setzero_si256(); 2]; R];
+    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
         // SAFETY: as the trait asks.
         unsafe {
-            for k in 0..words {
-                let b: [__m256i; 2] = [0, 8].map(|v| _mm256_loadu_si256(b.add(k * PANEL + v).cast()));
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm256_set1_epi32(*a[row % ROWS].add(k) as i32);
-                    for (sum, b) in sums.iter_mut().zip(b) {
-                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(x, b));
+            for (group, from) in (0..words).step_by(a.group).enumerate() {
+                let mut sums = [[_mm256_setzero_si256(); 2]; R];
+                for k in from..words.min(from + a.group) {
+                    let b: [__m256i; 2] = [0, 8].map(|v| _mm256_loadu_si256(b.add(k * PANEL + v).cast()));
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let x = _mm256_set1_epi32(*a.at[row % ROWS].0.add(k) as i32);
+                        for (sum, b) in sums.iter_mut().zip(b) {
+                            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(x, b));
+                        }
                     }
                 }
-            }
-            for (sums, out) in sums.iter().zip(out) {
-                for (v, sum) in sums.iter().enumerate() {
-                    _mm256_storeu_si256(out[8 * v..].as_mut_ptr().cast(), *sum);
+                for (row, (sums, out)) in sums.into_iter().zip(out.iter_mut()).enumerate() {
+                    let (_, scales, starts) = a.at[row % ROWS];
+                    let scale = _mm256_set1_ps(*scales.add(group));
+                    let start = _mm256_set1_epi32(*starts.add(group));
+                    for (v, sum) in sums.into_iter().enumerate() {
+                        // Not fused, so that every processor comes to the same.
+                        let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, start)), scale);
+                        let out = out[8 * v..].as_mut_ptr();
+                        let before = if group == 0 { _mm256_setzero_ps() } else { _mm256_loadu_ps(out) };
+                        _mm256_storeu_ps(out, _mm256_add_ps(before, sum));
+                    }
                 }
             }
         }
@@ -460,7 +472,7 @@ mod pairs {
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{Lanes, PANEL, ROWS, VECTORS};
+    use super::{Lanes, PANEL, ROWS, Rows, Tile, VECTORS};
 
     /// 32 registers of 16 lanes: 24 sums, 4 words of B, one of A.
     pub struct Vnni;
@@ -470,12 +482,7 @@ mod vnni {
         const ROWS: usize = ROWS;
         const VECTORS: usize = VECTORS;
 
-        unsafe fn tile<const R: usize>(
-            a: &[*const u32; ROWS],
-            b: *const u32,
-            words: usize,
-            out: &mut [[i32; VECTORS * 16]; ROWS],
-        ) {
+        unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
             // SAFETY: passed on to the caller.
             unsafe { tile::<R>(a, b, words, out) }
         }
@@ -513,28 +520,33 @@ mod vnni {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn tile<const R: usize>(
-        a: &[*const u32; ROWS],
-        b: *const u32,
-        words: usize,
-        out: &mut [[i32; VECTORS * 16]; ROWS],
-    ) {
-        let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
-        // SAFETY: as the trait asks.
+    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+        // SAFETY: as the trait asks; a row of the tile is four vectors.
         unsafe {
-            for k in 0..words {
-                let b: [__m512i; VECTORS] = [0, 16, 32, 48].map(|v| _mm512_loadu_si512(b.add(k * PANEL + v).cast()));
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_set1_epi32(*a[row % ROWS].add(k) as i32);
-                    for (sum, b) in sums.iter_mut().zip(b) {
-                        // Indices are unsigned, values of A signed.
-                        *sum = _mm512_dpbusd_epi32(*sum, b, x);
+            for (group, from) in (0..words).step_by(a.group).enumerate() {
+                let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
+                for k in from..words.min(from + a.group) {
+                    let b: [__m512i; VECTORS] =
+                        [0, 16, 32, 48].map(|v| _mm512_loadu_si512(b.add(k * PANEL + v).cast()));
+                    for (row, sums) in sums.iter_mut().enumerate() {
+                        let x = _mm512_set1_epi32(*a.at[row % ROWS].0.add(k) as i32);
+                        for (sum, b) in sums.iter_mut().zip(b) {
+                            // Indices are unsigned, values of A signed.
+                            *sum = _mm512_dpbusd_epi32(*sum, b, x);
+                        }
                     }
                 }
-            }
-            for (sums, out) in sums.iter().zip(out) {
-                for (v, sum) in sums.iter().enumerate() {
-                    _mm512_storeu_si512(out[16 * v..].as_mut_ptr().cast(), *sum);
+                for (row, (sums, out)) in sums.into_iter().zip(out.iter_mut()).enumerate() {
+                    let (_, scales, starts) = a.at[row % ROWS];
+                    let scale = _mm512_set1_ps(*scales.add(group));
+                    let start = _mm512_set1_epi32(*starts.add(group));
+                    for (v, sum) in sums.into_iter().enumerate() {
+                        // Not fused, so that every processor comes to the same.
+                        let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum, start)), scale);
+                        let out = out[16 * v..].as_mut_ptr();
+                        let before = if group == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(out) };
+                        _mm512_storeu_ps(out, _mm512_add_ps(before, sum));
+                    }
                 }
             }
         }

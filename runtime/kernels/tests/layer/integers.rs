@@ -20,8 +20,12 @@ fn weight(rows: usize, cols: usize, stream: &mut Stream) -> (Codec, Encoded) {
     (codec, encoded)
 }
 
-/// A row as whole numbers from -127 to 127, times a scale.
+/// A row as whole numbers from -127 to 127, times a scale for each 128.
 fn rounded(row: &[f64]) -> Vec<f64> {
+    row.chunks(128).flat_map(rounded_group).collect()
+}
+
+fn rounded_group(row: &[f64]) -> Vec<f64> {
     let largest = row.iter().fold(0f64, |most, value| most.max(value.abs()));
     let scale = largest / 127.0;
     row.iter().map(|value| if scale > 0.0 { (value / scale).round() * scale } else { 0.0 }).collect()

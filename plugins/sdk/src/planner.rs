@@ -100,6 +100,11 @@ impl Planner {
         self.plan.defaults = defaults;
     }
 
+    /// Proposes what products are computed in: `f32`, `bf16` or `int8`, see [`Defaults::compute_dtype`].
+    pub fn compute(&mut self, dtype: &str) {
+        self.plan.defaults.compute_dtype = Some(dtype.to_owned());
+    }
+
     /// Proposes a peak learning rate.
     pub fn learning_rate(&mut self, learning_rate: f64) {
         self.plan.defaults.learning_rate = Some(learning_rate);

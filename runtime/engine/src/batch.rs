@@ -124,7 +124,10 @@ mod tests {
                 |batch: &Batch| batch.sequences.iter().map(|rows| batch.examples[rows.start]).collect::<Vec<_>>();
             batches.iter().map(members).collect::<Vec<Vec<u32>>>()
         };
-        assert_eq!(packed(&[500, 500, 300, 3000, 3, 1000, 23, 25]), [vec![0, 1], vec![2], vec![3], vec![4, 5], vec![6, 7]]);
+        assert_eq!(
+            packed(&[500, 500, 300, 3000, 3, 1000, 23, 25]),
+            [vec![0, 1], vec![2], vec![3], vec![4, 5], vec![6, 7]]
+        );
         assert_eq!(packed(&[300, 300, 300, 300]), [[0, 1], [2, 3]], "not three and one");
         assert_eq!(packed(&[3, 500, 500]), [[0, 1, 2]]);
         assert!(packed(&[]).is_empty());

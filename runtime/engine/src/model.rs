@@ -9,8 +9,8 @@ use homeroom_abi::plan::{ModelInfo, ModuleInfo, ModuleKind};
 use homeroom_kernels::{RowOrder, Storage};
 use sha2::{Digest, Sha256};
 
-use crate::bitsandbytes;
 use crate::batch::{PASS_ROWS, PASS_ROWS_CODED};
+use crate::bitsandbytes;
 use crate::config::{ModelConfig, RopeScaling};
 use crate::gguf::Gguf;
 use crate::template::ChatTemplate;

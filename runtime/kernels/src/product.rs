@@ -650,14 +650,7 @@ pub trait ProductElement: TileElement {
     );
     /// Decodes part of a row of a weight.
     #[doc(hidden)]
-    fn decode(
-        cpu: Cpu,
-        matrix: &Matrix<'_>,
-        row: usize,
-        cols: Range<usize>,
-        out: &mut [Self],
-        floats: &mut Vec<f32>,
-    ) {
+    fn decode(cpu: Cpu, matrix: &Matrix<'_>, row: usize, cols: Range<usize>, out: &mut [Self], floats: &mut Vec<f32>) {
         Self::decode_rows(cpu, matrix, row..row + 1, cols, out, floats);
     }
 }

@@ -186,9 +186,8 @@ impl<E: ProductElement> FusedLayer<E> {
         let d_attended = match (few, picked) {
             (Some(few), Some(picked)) => {
                 let (from, from_narrow) = (&mut dx, &mut narrow);
-                let part = rows.with(few, |rows| {
-                    self.backward_upper(rows, upper, &picked, (from, from_narrow), gradients)
-                })?;
+                let part =
+                    rows.with(few, |rows| self.backward_upper(rows, upper, &picked, (from, from_narrow), gradients))?;
                 let targets = &rows.batch.target_rows;
                 let d_attended = place(targets, q_width, &part, rows.workspace.narrow.take(q_width));
                 let placed = place(targets, c, &dx, rows.workspace.wide.take(c));

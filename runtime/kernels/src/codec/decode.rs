@@ -20,13 +20,7 @@ impl Coded<'_> {
     ///
     /// # Panics
     /// When they lie outside the matrix or `out` has another length.
-    pub(crate) fn decode_rows<E: CodeElement>(
-        &self,
-        cpu: Cpu,
-        rows: Range<usize>,
-        cols: Range<usize>,
-        out: &mut [E],
-    ) {
+    pub(crate) fn decode_rows<E: CodeElement>(&self, cpu: Cpu, rows: Range<usize>, cols: Range<usize>, out: &mut [E]) {
         assert!(rows.end <= self.rows && cols.end <= self.cols, "{cols:?} of {rows:?}");
         assert_eq!(out.len(), rows.len() * cols.len(), "{cols:?} of {rows:?}");
         if out.is_empty() {

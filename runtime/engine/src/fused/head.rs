@@ -13,7 +13,7 @@ use crate::model::{BaseModel, FINAL_NORM, HEAD};
 use crate::profile::timed;
 
 /// Bytes of logits that exist at once: enough rows that packing the head's weight is little beside its product.
-const LOGITS_BYTES: usize = 25 << 20;
+const LOGITS_BYTES: usize = 36 << 20;
 
 /// A head that is not adapted, nor is the norm before it.
 pub struct FusedHead {

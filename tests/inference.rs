@@ -56,7 +56,7 @@ fn logits(inference: &Inference, prompt: &[u32], pieces: usize, tokens: &[u32]) 
     let mut kept = inference.begin();
     let mut all = Vec::new();
     for piece in prompt.chunks(pieces) {
-        let last = kept.len() + piece.len() == prompt.len();
+        let last = kept.positions() + piece.len() == prompt.len();
         all.extend(inference.read(piece, &mut kept, last)?);
     }
     for token in tokens {

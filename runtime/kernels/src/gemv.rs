@@ -498,11 +498,11 @@ mod avx512 {
                 let s = 2 * i + half;
                 let (d, m) = (_mm512_set1_ps(scale[s]), _mm512_set1_ps(min[s]));
                 let tables = [count(0), count(16)].map(|count| _mm512_sub_ps(_mm512_mul_ps(d, count), m));
-                for k in 0..2 {
+                for (k, fifths) in fifths.iter().enumerate() {
                     let q = bytes(p.add(48 + 32 * i + 16 * k));
                     let q = if half == 0 { q } else { _mm512_srli_epi32::<4>(q) };
                     let q = _mm512_and_si512(q, _mm512_set1_epi32(15));
-                    let high = _mm512_test_epi32_mask(fifths[k], _mm512_set1_epi32(1 << s));
+                    let high = _mm512_test_epi32_mask(*fifths, _mm512_set1_epi32(1 << s));
                     let index = _mm512_mask_or_epi32(q, high, q, _mm512_set1_epi32(16));
                     each(2 * s + k, _mm512_permutex2var_ps(tables[0], index, tables[1]));
                 }

@@ -5,7 +5,7 @@
 //! taken in one order; so results are equal bit by bit for any number of threads, and row i of a result depends on
 //! row i of the input (and W) alone, not on how many rows share the call.
 
-use crate::codec::{Codec, Coded, EncodedScales, Fused};
+use crate::codec::{Codec, Coded, EncodedScales};
 use crate::cpu::cpu;
 use crate::element::Element;
 use crate::pool::Shared;
@@ -184,8 +184,8 @@ impl<'a> Matrix<'a> {
 
     /// Whether products with it may be taken in integers: eight bits a value on a straight line, with a scale for each row.
     pub fn multiplies_in_integers(&self) -> bool {
-        let linear = self.coded.as_ref().and_then(Coded::fused).is_some_and(|fused| matches!(fused, Fused::Linear));
-        linear && self.rows.is_multiple_of(4)
+        let linear = self.coded.as_ref().is_some_and(Coded::has_linear_rows);
+        linear && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
     }
 
     /// What the whole numbers of some rows stand for, one by one, when they are multiplied in integers.

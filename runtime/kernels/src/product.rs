@@ -366,6 +366,7 @@ struct Piece {
 ///
 /// # Safety
 /// See [`product`].
+#[allow(clippy::too_many_arguments)]
 unsafe fn run<E: ProductElement>(
     cpu: Cpu,
     task: &Task,

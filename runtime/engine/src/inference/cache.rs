@@ -24,7 +24,7 @@ impl<E: Element> KvCache<E> {
     }
 
     /// Positions.
-    pub fn len(&self) -> usize {
+    pub fn positions(&self) -> usize {
         self.len
     }
 

@@ -340,7 +340,7 @@ impl Layer {
         for (j, (_, cache)) in sequences.iter_mut().enumerate() {
             row.iter_mut().zip(qkv.iter().skip(j).step_by(m)).for_each(|(to, from)| *to = *from);
             let (turning, _) = row.split_at_mut(q_width + shape.kv_heads * d);
-            table.turn(cache.len() as u32, turning);
+            table.turn(cache.positions() as u32, turning);
             queries[j * q_width..(j + 1) * q_width].copy_from_slice(&row[..q_width]);
             let kept: Vec<E> = row[q_width..].iter().map(|value| E::of(*value)).collect();
             cache.extend(number, std::iter::once(&kept[..]));
@@ -348,7 +348,7 @@ impl Layer {
 
         let size = attend_values(&shape);
         let tasks: Vec<(usize, usize)> = (sequences.iter().enumerate())
-            .flat_map(|(j, (_, cache))| (0..attend_tasks(&shape, cache.len() + 1)).map(move |task| (j, task)))
+            .flat_map(|(j, (_, cache))| (0..attend_tasks(&shape, cache.positions() + 1)).map(move |task| (j, task)))
             .collect();
         let mut parts = vec![0f32; tasks.len() * size];
         let caches: Vec<&[E]> = sequences.iter().map(|(_, cache)| cache.layer(number)).collect();

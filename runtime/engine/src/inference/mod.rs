@@ -60,13 +60,13 @@ impl<E: ProductElement> Fast<E> {
 
     /// Reads tokens; with `logits`, those after the last.
     fn read(&self, pass: &Pass<'_>, ids: &[u32], cache: &mut KvCache<E>, logits: bool) -> Result<Option<Vec<f32>>> {
-        let batch = Batch::of_tokens(ids, cache.len() as u32);
+        let batch = Batch::of_tokens(ids, cache.positions() as u32);
         let last = on_pool(|| self.blocks().continue_sequence(pass, &batch, cache))?;
         Ok(logits.then(|| self.decoder.head(pass.model, &last)).and_then(|mut logits| logits.pop()))
     }
 
     fn step(&self, model: &BaseModel, sequences: &mut [(u32, &mut KvCache<E>)]) -> Vec<Vec<f32>> {
-        let positions = sequences.iter().map(|(_, cache)| cache.len() + 1).max().unwrap_or(0);
+        let positions = sequences.iter().map(|(_, cache)| cache.positions() + 1).max().unwrap_or(0);
         let mut blocks = self.blocks();
         self.decoder.step(model, blocks.table(&model.config, positions), sequences)
     }
@@ -84,10 +84,10 @@ pub enum Kept {
 
 impl Kept {
     /// Positions.
-    pub fn len(&self) -> usize {
+    pub fn positions(&self) -> usize {
         match self {
-            Self::F32(cache) => cache.len(),
-            Self::Bf16(cache) => cache.len(),
+            Self::F32(cache) => cache.positions(),
+            Self::Bf16(cache) => cache.positions(),
             Self::Plain(cache) => cache.len,
         }
     }
@@ -150,7 +150,7 @@ impl Inference {
     /// When there is no token, one has no embedding, or the sequence grows beyond the model's context.
     pub fn read(&self, ids: &[u32], kept: &mut Kept, logits: bool) -> Result<Option<Vec<f32>>> {
         ensure!(!ids.is_empty(), "there is no token to read");
-        self.check(ids, kept.len() + ids.len())?;
+        self.check(ids, kept.positions() + ids.len())?;
         let pass = Pass::evaluation(&self.model, self.adaptation.as_deref());
         match (&self.blocks, kept) {
             (Blocks::F32(fast), Kept::F32(cache)) => fast.read(&pass, ids, cache, logits),
@@ -169,7 +169,7 @@ impl Inference {
     /// As [`Inference::read`].
     pub fn step(&self, sequences: &mut [(u32, &mut Kept)]) -> Result<Vec<Vec<f32>>> {
         for (id, kept) in sequences.iter() {
-            self.check(&[*id], kept.len() + 1)?;
+            self.check(&[*id], kept.positions() + 1)?;
         }
         const OTHER: &str = "what is kept is of another model";
         match &self.blocks {

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -196,7 +196,7 @@ impl Sequence {
         let longest = beginnings.iter().map(|beginning| (shared(beginning), beginning)).max_by_key(|(len, _)| *len);
         let begun = longest.filter(|(len, _)| *len >= SHORTEST).and_then(|(len, (_, kept))| kept.prefix(len));
         let kept = begun.unwrap_or_else(|| inference.begin());
-        let read = asked.prompt[..kept.len()].to_vec();
+        let read = asked.prompt[..kept.positions()].to_vec();
         Self { draw, kept, read, last: None, left: max_tokens, asked }
     }
 
@@ -222,7 +222,7 @@ impl Sequence {
         if self.asked.news.send(News::Token(token)).is_err() {
             return Ok(Some(Finish::Length));
         }
-        let full = self.kept.len() >= inference.model.config.max_position_embeddings;
+        let full = self.kept.positions() >= inference.model.config.max_position_embeddings;
         Ok((self.left == 0 || full).then_some(Finish::Length))
     }
 }
@@ -243,11 +243,8 @@ impl Drawing {
                 let Ok(first) = asked.recv() else { return };
                 self.waiting.push_back(first);
             }
-            loop {
-                match asked.try_recv() {
-                    Ok(more) => self.waiting.push_back(more),
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-                }
+            while let Ok(more) = asked.try_recv() {
+                self.waiting.push_back(more);
             }
             self.waiting.retain(|asked| !asked.dropped.load(Ordering::Relaxed));
             while self.drawn.len() < TOGETHER

@@ -40,13 +40,18 @@ impl Coded<'_> {
         }
     }
 
+    /// Whether values are eight bits on a straight line, with a scale for each row.
+    pub(crate) fn has_linear_rows(&self) -> bool {
+        self.codec.bits == 8 && self.linear && self.block_len() == self.cols
+    }
+
     /// How a row is decoded in registers; `None` where blocks or rows do not end where lanes do.
     pub(crate) fn fused(&self) -> Option<Fused> {
         let len = self.block_len();
         let whole = self.cols.is_multiple_of(len) && len.is_multiple_of(LANES);
         match self.codec.bits {
             4 if whole => Some(Fused::Nibbles(self.levels())),
-            8 if whole && self.linear && len == self.cols => Some(Fused::Linear),
+            8 if whole && self.has_linear_rows() => Some(Fused::Linear),
             _ => None,
         }
     }

@@ -198,6 +198,37 @@ fn an_answer_that_nobody_waits_for_makes_room_for_others() -> Result<()> {
     Ok(())
 }
 
+/// Two models draw at once; the longest run of one's tokens stays short.
+#[test]
+fn models_take_turns() -> Result<()> {
+    let mut endless = model("llama")?;
+    let mut tokenizer = homeroom_engine::tokenizer::Tokenizer::from_dir(&endless.path)?;
+    tokenizer.eos_ids.clear();
+    endless.tokenizer = tokenizer.into();
+    let endless = Arc::new(endless);
+    let (one, other) = (answers(&endless, Compute::F32), answers(&endless, Compute::F32));
+    let long = Sampling { max_tokens: 150, ..sampling(1) };
+    let (sender, order) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        for (name, answers) in [("one", &one), ("other", &other)] {
+            let sender = sender.clone();
+            scope.spawn(move || {
+                for token in answers.ask(&[1, 40, 41], long).expect("it is asked") {
+                    let sent = token.is_ok() && sender.send(name).is_ok();
+                    assert!(sent);
+                }
+            });
+        }
+    });
+    drop(sender);
+    let order: Vec<&str> = order.iter().collect();
+    assert_eq!(order.len(), 300);
+    // While both draw, the first half of all tokens is of both.
+    let of_one = order[..150].iter().filter(|name| **name == "one").count();
+    assert!((40..=110).contains(&of_one), "{of_one} of the first 150 tokens are of one of the two");
+    Ok(())
+}
+
 #[test]
 fn a_token_without_an_embedding_fails_its_answer_and_no_other() -> Result<()> {
     let model = Arc::new(model("llama")?);

@@ -134,6 +134,7 @@ mod tests {
         let greedy = ids(sampling(0.0, 1.0, 1))?;
         assert_eq!(greedy, ids(sampling(1.5, 0.0, 2))?, "top_p 0 leaves the likeliest token");
         assert_eq!(greedy, ids(sampling(1.5, 1e-6, 3))?, "and so does next to nothing");
+        assert_eq!(greedy, ids(sampling(1.5, 1e-300, 3))?, "also when f32 has no such number");
         assert_eq!(greedy, ids(sampling(1e-300, 1.0, 4))?, "as does next to no temperature");
         assert_eq!(ids(sampling(1.5, 0.9, 5))?, ids(sampling(1.5, 0.9, 5))?);
         assert_ne!(ids(sampling(1.5, 1.0, 5))?, ids(sampling(1.5, 1.0, 6))?);

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
@@ -27,11 +27,34 @@ const SHORTEST: usize = 16;
 /// Below this a temperature is 0: dividing logits by less overflows.
 const TEMPERATURE_MIN: f64 = 1e-6;
 
-/// One pass through a model uses all cores, so models take turns.
-static CORES: Mutex<()> = Mutex::new(());
+/// One pass through a model uses all cores, so models take turns, in the order in which they came: a mutex alone would be taken
+/// again by who has just let it go.
+struct Cores {
+    /// The number of the next who comes, and of who has its turn.
+    numbers: Mutex<(u64, u64)>,
+    next: Condvar,
+}
 
-fn cores() -> MutexGuard<'static, ()> {
-    CORES.lock().unwrap_or_else(PoisonError::into_inner)
+static CORES: Cores = Cores { numbers: Mutex::new((0, 0)), next: Condvar::new() };
+
+/// A turn, until it is dropped.
+struct Turn;
+
+impl Turn {
+    fn wait() -> Self {
+        let mut numbers = CORES.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = numbers.0;
+        numbers.0 += 1;
+        drop(CORES.next.wait_while(numbers, |(_, now)| *now != own));
+        Self
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        CORES.numbers.lock().unwrap_or_else(PoisonError::into_inner).1 += 1;
+        CORES.next.notify_all();
+    }
 }
 
 /// What the drawing thread tells of an answer.
@@ -180,7 +203,8 @@ struct Sequence {
 impl Sequence {
     fn new(inference: &Inference, asked: Asked, beginnings: &[(Vec<u32>, Kept)]) -> Self {
         let Sampling { max_tokens, temperature, top_p, seed } = asked.sampling;
-        let draw = if temperature < TEMPERATURE_MIN || top_p == 0.0 {
+        // What draws counts in f32.
+        let draw = if temperature < TEMPERATURE_MIN || (top_p as f32) < f32::MIN_POSITIVE {
             Draw::ArgMax
         } else if top_p < 1.0 {
             Draw::TopP { p: top_p, temperature }
@@ -266,10 +290,12 @@ impl Drawing {
             }
         }
         let inference = &self.inference;
-        let reads = |(_, (sequence, end)): &(usize, (&mut Sequence, &mut Option<Result<Finish>>))| {
-            end.is_none() && sequence.last.is_none()
-        };
-        if let Some((_, (sequence, end))) = self.drawn.iter_mut().zip(&mut ends).enumerate().find(reads) {
+        // The prompt with the least left to read is first: it costs the others least, and a long one hinders nobody else's.
+        let reading =
+            self.drawn.iter_mut().zip(&mut ends).filter(|(sequence, end)| end.is_none() && sequence.last.is_none());
+        if let Some((sequence, end)) =
+            reading.min_by_key(|(sequence, _)| sequence.asked.prompt.len() - sequence.read.len())
+        {
             *end = guarded(|| sequence.read(inference)).transpose();
         }
         let mut steps: Vec<(&mut Sequence, &mut Option<Result<Finish>>)> = (self.drawn.iter_mut().zip(&mut ends))
@@ -306,7 +332,11 @@ impl Drawing {
                     self.keep(sequence.read, sequence.kept);
                     News::End(finish)
                 }
-                Err(error) => News::Failed(error),
+                // What is told is a line; some errors bring a trace along.
+                Err(error) => {
+                    let words = format!("{error:#}");
+                    News::Failed(anyhow!("{}", words.lines().next().unwrap_or_default()))
+                }
             };
             // Whoever asked may have gone.
             let _ = sequence.asked.news.send(news);
@@ -330,6 +360,6 @@ impl Drawing {
 
 /// A pass, in its turn; a panic is an error of those whose pass it was.
 fn guarded<R>(pass: impl FnOnce() -> Result<R>) -> Result<R> {
-    let _turn = cores();
+    let _turn = Turn::wait();
     catch_unwind(AssertUnwindSafe(pass)).unwrap_or_else(|_| Err(anyhow!("the model's pass panicked")))
 }

@@ -113,7 +113,7 @@ pub fn prefill(arguments: &BenchPrefill) -> Result<Done> {
 /// Draws tokens after a prompt of random ones.
 pub fn decode(arguments: &BenchDecode) -> Result<Done> {
     let bench = Bench::new(&arguments.model)?;
-    bench.fits(arguments.prompt + arguments.tokens + 1)?;
+    bench.fits(arguments.prompt.saturating_add(arguments.tokens).saturating_add(1))?;
     let mut random = Stream::new(42, 7);
     let mut chats: Vec<(u32, Kept)> = Vec::new();
     for _ in 0..arguments.chats {

@@ -128,6 +128,9 @@ mod avx512 {
     const VECTORS: usize = 4;
 
     /// Sixteen values.
+    ///
+    /// # Safety
+    /// They are readable at `p`, and the processor has AVX-512.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
     unsafe fn load<E: Element>(p: *const E) -> __m512 {
@@ -171,6 +174,9 @@ mod avx512 {
     }
 
     /// See [`super::part_of`].
+    ///
+    /// # Safety
+    /// Rows are whole, heads of `d` values, a multiple of sixteen, and the processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
     pub unsafe fn part_of<E: Element>(
         q: &[f32],

@@ -236,6 +236,9 @@ mod avx512 {
     type Sums<const M: usize> = [[__m512; 2]; M];
 
     /// Adds the products of sixteen values, the i-th of a row of W, with M rows of x.
+    ///
+    /// # Safety
+    /// Each row of x has sixteen values there, and the processor has AVX-512; so for all below.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn sixteen<const M: usize>(w: __m512, i: usize, x: *const f32, step: usize, sums: &mut Sums<M>) {
@@ -276,6 +279,10 @@ mod avx512 {
         true
     }
 
+    /// Storages by blocks.
+    ///
+    /// # Safety
+    /// See [`Job::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn by_blocks<F: Format, const M: usize>(job: &Job<'_>) {
         let (blocks, rest) = (job.w.cols / F::LEN, job.w.cols % F::LEN);
@@ -316,6 +323,9 @@ mod avx512 {
     }
 
     /// Adds the update and writes the sums of a row of W.
+    ///
+    /// # Safety
+    /// See [`Job::run`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn finish<const M: usize>(job: &Job<'_>, i: usize, row: usize, mut sums: Sums<M>) {
@@ -338,7 +348,10 @@ mod avx512 {
         }
     }
 
-    /// Half-precision numbers at `p`, in all lanes.
+    /// The half-precision number at `p`, in all lanes.
+    ///
+    /// # Safety
+    /// Two bytes are readable there.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn half(p: *const u8) -> __m512 {
@@ -347,6 +360,9 @@ mod avx512 {
     }
 
     /// Sixteen bytes as numbers.
+    ///
+    /// # Safety
+    /// They are readable at `p`.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn bytes(p: *const u8) -> __m512i {
@@ -457,6 +473,9 @@ mod avx512 {
     });
 
     /// `d scale` and `dmin min` of the eight sub-blocks of Q4_K and Q5_K.
+    ///
+    /// # Safety
+    /// A whole block is readable at `p`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,f16c")]
     unsafe fn scales(p: *const u8, d: f32, dmin: f32) -> ([f32; 8], [f32; 8]) {
@@ -534,6 +553,9 @@ mod avx512 {
     });
 
     /// Four-bit indices into a code book, in blocks of whole lanes that begin with every row.
+    ///
+    /// # Safety
+    /// See [`Job::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn nibbles<const M: usize>(job: &Job<'_>, coded: &Coded<'_>, levels: &[f32; 16]) {
         let len = coded.block_len();
@@ -563,6 +585,9 @@ mod avx512 {
     }
 
     /// Eight bits a value, `(index - 127) · scale / 127`, a scale for each row.
+    ///
+    /// # Safety
+    /// See [`Job::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn linear<const M: usize>(job: &Job<'_>, coded: &Coded<'_>) {
         let cols = job.w.cols;

@@ -489,6 +489,9 @@ mod vnni {
     }
 
     /// Words of a byte of each of four rows.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]) {
         // SAFETY: a row is 64 bytes.

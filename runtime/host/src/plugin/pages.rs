@@ -18,6 +18,9 @@ impl Pages {
             pages: Vec<Range<usize>>,
         }
         /// Looks at one library; 1 ends the walk.
+        ///
+        /// # Safety
+        /// `info` is a library of the linker, and `asked` the walk's own [`Asked`].
         unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _: usize, asked: *mut c_void) -> i32 {
             // SAFETY: the walk below passes its `asked`, and the linker a library whose headers stay mapped.
             let (info, asked) = unsafe { (&*info, &mut *asked.cast::<Asked>()) };

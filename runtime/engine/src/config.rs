@@ -1,8 +1,10 @@
 //! What a decoder's numbers are: read from `config.json` or from GGUF metadata, and refused by name where unknown.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_kernels::Attention;
 use serde_json::{Map, Value, json};
 
 use crate::gguf::Gguf;
@@ -72,6 +74,17 @@ const FIXED_FIELDS: [(&str, &[&str]); 7] = [
 ];
 
 impl ModelConfig {
+    /// The shape of the attention over rows of these sequences.
+    pub fn attention<'a>(&self, sequences: &'a [Range<usize>]) -> Attention<'a> {
+        Attention {
+            sequences,
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            window: self.sliding_window,
+        }
+    }
+
     /// Reads `config.json` of a Hugging Face directory.
     ///
     /// # Errors

@@ -10,8 +10,8 @@
 
 use anyhow::Result;
 use homeroom_kernels::{
-    Attention, KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, attention_kept,
-    rms_norm, rms_norm_backward, rotate, scale_columns, swiglu, swiglu_backward,
+    KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, attention_kept, rms_norm,
+    rms_norm_backward, rotate, scale_columns, swiglu, swiglu_backward,
 };
 
 use super::Rows;
@@ -19,7 +19,6 @@ use super::site::{Site, SiteSaved};
 use crate::adaptation::Adaptation;
 use crate::batch::Batch;
 use crate::block::Gradients;
-use crate::config::ModelConfig;
 use crate::inference::KvCache;
 use crate::model::BaseModel;
 use crate::profile::timed;
@@ -55,17 +54,6 @@ struct UpperSaved<E> {
     gate_up: Vec<E>,
     /// Of o, gate and up, down.
     sites: [SiteSaved<E>; 3],
-}
-
-/// The shape of a model's attention over some rows.
-fn shape<'a>(config: &ModelConfig, rows: &Rows<'a, impl ProductElement>) -> Attention<'a> {
-    Attention {
-        sequences: &rows.batch.sequences,
-        heads: config.num_attention_heads,
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        window: config.sliding_window,
-    }
 }
 
 impl<E: ProductElement> FusedLayer<E> {
@@ -114,7 +102,7 @@ impl<E: ProductElement> FusedLayer<E> {
     ) -> (Vec<f32>, LayerSaved<E>) {
         let config = &rows.pass.model.config;
         let (c, epsilon) = (config.hidden_size, config.rms_norm_eps as f32);
-        let shape = shape(config, rows);
+        let shape = config.attention(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
 
         let [mut normal_1, mut scaled] = [0; 2].map(|_| rows.workspace.narrow.take(c));
@@ -193,7 +181,7 @@ impl<E: ProductElement> FusedLayer<E> {
     ) -> Result<(Vec<f32>, Vec<E>)> {
         let config = &rows.pass.model.config;
         let c = config.hidden_size;
-        let shape = shape(config, rows);
+        let shape = config.attention(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
         let LayerSaved { normal_1, inverse_1, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
 

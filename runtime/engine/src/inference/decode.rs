@@ -4,13 +4,12 @@
 //! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
 
 use homeroom_kernels::{
-    Attention, Element, FewRows, RotaryTable, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values, f16,
-    gemv, lead, threads,
+    Element, FewRows, RotaryTable, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values, f16, gemv, lead,
+    threads,
 };
 
 use super::cache::KvCache;
 use crate::adaptation::Adaptation;
-use crate::config::ModelConfig;
 use crate::fused::low_rank::low_rank;
 use crate::model::{BaseModel, EMBEDDING, FINAL_NORM, HEAD};
 use crate::weight::Weight;
@@ -303,17 +302,6 @@ fn normalised(x: &[f32], w: &[f32], epsilon: f32) -> Vec<f32> {
     out
 }
 
-/// The shape of a model's attention.
-fn shape(config: &ModelConfig) -> Attention<'static> {
-    Attention {
-        sequences: &[],
-        heads: config.num_attention_heads,
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        window: config.sliding_window,
-    }
-}
-
 impl Layer {
     /// x (m, C) becomes the layer's output.
     fn run<E: Element>(
@@ -327,7 +315,7 @@ impl Layer {
     ) {
         let config = &model.config;
         let (m, c, inner) = (sequences.len(), config.hidden_size, config.intermediate_size);
-        let (shape, epsilon) = (shape(config), config.rms_norm_eps as f32);
+        let (shape, epsilon) = (config.attention(&[]), config.rms_norm_eps as f32);
         let (d, q_width) = (shape.head_dim, shape.heads * shape.head_dim);
 
         let normal = normalised(x, &self.input_norm, epsilon);

@@ -117,6 +117,8 @@ impl Running {
     fn start(program: &Path, plugin: &Path, deadline: Duration) -> Result<Self> {
         let mut command = Command::new(program);
         command.args(["plugins", "probe"]).arg(plugin).arg(deadline.as_secs().max(1).to_string());
+        // Of what it says last one line is told: a trace, which the user's shell may ask for, would stand in its place.
+        command.env("RUST_BACKTRACE", "0").env_remove("RUST_LIB_BACKTRACE");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
         let stdout = child.stdout.take().context("its stdout is a pipe")?;

@@ -4,8 +4,8 @@
 //! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
 
 use homeroom_kernels::{
-    Element, FewRows, RotaryTable, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values, f16, gemv, lead,
-    threads,
+    Element, FewRows, RotaryTable, RoundedRows, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values,
+    f16, gemv, lead, threads,
 };
 
 use super::cache::KvCache;
@@ -41,6 +41,8 @@ struct Site {
     a: Option<Weight>,
     /// What rows of u are multiplied by.
     powers: Vec<f32>,
+    /// Whether x is rounded to eight bits for modules that take it so.
+    rounds: bool,
 }
 
 struct Linear {
@@ -105,25 +107,29 @@ impl Site {
         let rank = stacked.len() / d_in.max(1);
         let a = if rank > 0 { Some(stored(stacked, (rank, d_in), half)?) } else { None };
         powers.iter_mut().for_each(|power| *power *= a.as_ref().map_or(1.0, |(_, of_a)| *of_a));
-        Some(Self { modules, a: a.map(|(a, _)| a), powers })
+        let rounds = half && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
+        Some(Self { modules, a: a.map(|(a, _)| a), powers, rounds })
     }
 
     fn d_out(&self) -> usize {
         self.modules.iter().map(|module| module.d_out).sum()
     }
 
-    /// Calls `rows` for parts of `out`, `size` rows of m values each, with `u = x Aᵀ` of all modules (rank, m).
+    /// Calls `rows` for parts of `out`, `size` rows of m values each, with x, in eight bits besides where a module takes it so,
+    /// and `u = x Aᵀ` of all modules (rank, m).
     fn parts(
         &self,
         team: &Team,
         x: FewRows<'_>,
         out: (&mut [f32], usize),
-        rows: impl Fn(usize, &mut [f32], &[f32]) + Sync,
+        rows: impl Fn(usize, &mut [f32], FewRows<'_>, &[f32]) + Sync,
     ) {
         let m = x.values.len() / x.step;
         let (out, size) = out;
+        let rounded = self.rounds.then(|| RoundedRows::new(x));
+        let x = FewRows { rounded: rounded.as_ref(), ..x };
         let Some(a) = &self.a else {
-            return team.parts(out, size * m, |task, out| rows(task * size, out, &[]));
+            return team.parts(out, size * m, |task, out| rows(task * size, out, x, &[]));
         };
         let mut u = vec![0f32; a.rows() * m];
         let down = part(a.rows());
@@ -134,7 +140,7 @@ impl Site {
                 u.iter_mut().for_each(|u| *u *= power);
             }
         };
-        team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, u));
+        team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, x, u));
     }
 
     /// Rows `from..` of a module's output into `out` (rows, m).
@@ -159,7 +165,7 @@ impl Site {
                     }
                     &turned
                 };
-                let update = UpdateRows { b: b.matrix(), u: FewRows { values, step } };
+                let update = UpdateRows { b: b.matrix(), u: FewRows { values, step, rounded: None } };
                 gemv(x, &weight, rows.clone(), Some(update), out);
             }
         }
@@ -173,7 +179,7 @@ impl Site {
     /// All outputs beside each other: `out` (d_out, m), from x (m, d_in).
     fn run(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
-        self.parts(team, x, (out, part(self.d_out())), |mut from, mut out, u| {
+        self.parts(team, x, (out, part(self.d_out())), |mut from, mut out, x, u| {
             let mut first = 0;
             for (module, linear) in self.modules.iter().enumerate() {
                 let here = (first..first + linear.d_out).contains(&from);
@@ -192,7 +198,7 @@ impl Site {
     fn run_gated(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
         let size = part(out.len() / m).min(MOST / m.min(MOST)).max(1);
-        self.parts(team, x, (out, size), |from, out, u| {
+        self.parts(team, x, (out, size), |from, out, x, u| {
             let mut up = [0f32; MOST];
             let mut more = Vec::new();
             let up = if out.len() <= MOST {
@@ -289,7 +295,7 @@ impl Decoder {
 
 /// Rows of width c, padded.
 fn few(values: &[f32], c: usize) -> FewRows<'_> {
-    FewRows { values, step: FewRows::padded(c) }
+    FewRows { values, step: FewRows::padded(c), rounded: None }
 }
 
 /// RMSNorm of rows of x, padded.

@@ -1,12 +1,18 @@
 //! Products of a few rows with a stored weight, as in decoding: each row of W is decoded in registers and multiplied by all rows
 //! of x on the way, so that W is read once and never exists as floats.
 //!
+//! Rows that are given in eight bits besides are multiplied by codes, see `rounded`. What follows is of the others.
+//!
 //! A sum runs over 32 lanes: lane `l` takes columns `l`, `l + 32`, … in ascending order, and lanes are added by halves. What an
 //! element of the result is depends on its row of x and of W alone: not on the storage beyond the values it decodes to, on how
 //! many rows share the call, or on the cut into tasks. Multiply-adds are fused where the processor has them.
 
+mod rounded;
+
 use std::cell::RefCell;
 use std::ops::Range;
+
+pub use self::rounded::RoundedRows;
 
 use crate::cpu::{Cpu, cpu};
 use crate::product::grown;
@@ -26,6 +32,8 @@ pub struct FewRows<'a> {
     pub values: &'a [f32],
     /// Values from one row to the next.
     pub step: usize,
+    /// The same rows in eight bits: weights that [`Matrix::takes_rounded`] says so of are multiplied with these.
+    pub rounded: Option<&'a RoundedRows>,
 }
 
 impl FewRows<'_> {
@@ -43,7 +51,8 @@ impl FewRows<'_> {
 /// the lanes.
 #[derive(Clone, Copy, Debug)]
 pub struct UpdateRows<'a> {
-    /// `s B`, one row for each row of W, as [`Storage::F32`] or [`Storage::F16`].
+    /// `s B`, one row for each row of W, as [`Storage::F32`] or [`Storage::F16`]; beside a weight that takes rounded rows of x
+    /// also by a code book that lies on a straight line, a scale for each row.
     pub b: Matrix<'a>,
     /// `u`.
     pub u: FewRows<'a>,
@@ -62,10 +71,16 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<U
     assert!(x.step.is_multiple_of(LANES) && x.values.len() == m * x.step, "padded rows of x");
     let fits = w.cols <= x.step && rows.end <= w.rows && out.len() == rows.len() * m;
     assert!(fits, "{rows:?} of {} x {} for {m} rows of {}", w.rows, w.cols, x.step);
+    let rounded = x.rounded.filter(|_| w.takes_rounded());
+    assert!(rounded.is_none_or(|rounded| rounded.is_of(m, x.step)), "as many rows in eight bits");
     if let Some(UpdateRows { b, u }) = &update {
         let fits = u.values.len() == m * u.step && (b.rows, b.cols, b.order) == (w.rows, u.step, RowOrder::Natural);
-        let floats = matches!(b.storage, Storage::F32 | Storage::F16);
-        assert!(u.step.is_multiple_of(HALF) && fits && floats, "an update of {} x {}", w.rows, u.step);
+        let stored = match b.storage {
+            Storage::F32 | Storage::F16 => true,
+            Storage::Coded => rounded.is_some() && b.takes_rounded(),
+            _ => false,
+        };
+        assert!(u.step.is_multiple_of(HALF) && fits && stored, "an update of {} x {}", w.rows, u.step);
     }
     let cpu = cpu();
     SCRATCH.with_borrow_mut(|scratch| {
@@ -74,6 +89,7 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<U
             let part = |rows: FewRows<'_>| rows.values[first * rows.step..].as_ptr();
             let job = Job {
                 x: (part(x), x.step),
+                rounded: rounded.map(|rounded| (rounded, first)),
                 update: update.map(|UpdateRows { b, u }| (b, part(u), u.step)),
                 w,
                 rows: rows.clone(),
@@ -97,6 +113,8 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<U
 struct Job<'a> {
     /// First row of x, and the step to the next.
     x: (*const f32, usize),
+    /// Rows of x in eight bits, and the first of them.
+    rounded: Option<(&'a RoundedRows, usize)>,
     /// `s B`, u, and the step of both.
     update: Option<(Matrix<'a>, *const f32, usize)>,
     w: &'a Matrix<'a>,
@@ -111,6 +129,11 @@ impl Job<'_> {
     /// # Safety
     /// Pointers are to what [`gemv`] checked, and the processor has what `cpu` says.
     unsafe fn run<const M: usize>(&self, cpu: Cpu, scratch: &mut Vec<f32>) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some((x, first)) = self.rounded {
+            // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2.
+            return unsafe { rounded::run::<M>(self, x, first, cpu >= Cpu::Avx512) };
+        }
         #[cfg(target_arch = "x86_64")]
         if cpu >= Cpu::Avx512 {
             // SAFETY: passed on to the caller.
@@ -163,6 +186,22 @@ unsafe fn add<const M: usize>(cpu: Cpu, w: &[f32], x: *const f32, step: usize, s
     }
 }
 
+/// The eight scales and minima of Q4_K and Q5_K, six bits each, as bytes.
+///
+/// # Safety
+/// Twelve bytes are readable at `p`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn sub_blocks(p: *const u8) -> (u64, u64) {
+    // SAFETY: passed on to the caller.
+    let [a, b, c] = [0, 1, 2].map(|i| unsafe { p.add(4 * i).cast::<u32>().read_unaligned() });
+    // The first four whole, the last four split.
+    let (low, split) = (0x3F3F_3F3F, 0x0303_0303);
+    let scales = u64::from(a & low) | u64::from((c & 0x0F0F_0F0F) | (a >> 6 & split) << 4) << 32;
+    let mins = u64::from(b & low) | u64::from((c >> 4 & 0x0F0F_0F0F) | (b >> 6 & split) << 4) << 32;
+    (scales, mins)
+}
+
 /// Adds lanes by halves.
 fn fold(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
@@ -210,7 +249,7 @@ mod avx2 {
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{Job, LANES};
+    use super::{Job, LANES, sub_blocks};
     use crate::Storage;
     use crate::codec::{Coded, Fused};
 
@@ -480,11 +519,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,f16c")]
     unsafe fn scales(p: *const u8, d: f32, dmin: f32) -> ([f32; 8], [f32; 8]) {
         // SAFETY: the caller has a whole block at the pointer: two halves, then twelve bytes.
-        let [a, b, c] = [0, 1, 2].map(|i| unsafe { p.add(4 + 4 * i).cast::<u32>().read_unaligned() });
-        // Six bits each: the first four whole, the last four split.
-        let (low, split) = (0x3F3F_3F3F, 0x0303_0303);
-        let scale = u64::from(a & low) | u64::from((c & 0x0F0F_0F0F) | (a >> 6 & split) << 4) << 32;
-        let min = u64::from(b & low) | u64::from((c >> 4 & 0x0F0F_0F0F) | (b >> 6 & split) << 4) << 32;
+        let (scale, min) = unsafe { sub_blocks(p.add(4)) };
         let eight = |bytes: u64, d: f32| {
             let values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)));
             let mut out = [0f32; 8];
@@ -660,8 +695,8 @@ mod tests {
                 let product = |w: &Matrix, b: Matrix, rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
                     let step = FewRows::padded(k);
                     let mut out = vec![f32::NAN; rows.len() * of.len()];
-                    let few = FewRows { values: &x_padded[of.start * step..of.end * step], step };
-                    let u = FewRows { values: &u[of.start * r..of.end * r], step: r };
+                    let few = FewRows { values: &x_padded[of.start * step..of.end * step], step, rounded: None };
+                    let u = FewRows { values: &u[of.start * r..of.end * r], step: r, rounded: None };
                     let update = with_update.then_some(UpdateRows { b, u });
                     with_cpu(cpu, || gemv(few, w, rows, update, &mut out));
                     out
@@ -754,6 +789,6 @@ mod tests {
     #[should_panic(expected = "of 1 x 4 for 1 rows of 32")]
     fn rows_that_there_are_not_are_refused() {
         let w = Matrix::new(Storage::F32, &[0; 16], 1, 4, RowOrder::Natural).unwrap();
-        gemv(FewRows { values: &[0.0; 32], step: 32 }, &w, 0..2, None, &mut [0.0; 2]);
+        gemv(FewRows { values: &[0.0; 32], step: 32, rounded: None }, &w, 0..2, None, &mut [0.0; 2]);
     }
 }

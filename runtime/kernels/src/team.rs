@@ -2,7 +2,8 @@
 //! some, without being woken for each job.
 //!
 //! The leader never waits for a thread to come: what nobody takes it does itself. So a busy pool makes a team slower, and
-//! never stops it.
+//! never stops it. Neighbouring tasks are taken together, many at first and single ones in the end: threads read long pieces of
+//! memory in order, seldom meet at the ticket, and end together.
 
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
@@ -21,15 +22,28 @@ type Call = unsafe fn(*const (), usize);
 
 /// Threads that do a leader's jobs. See [`lead`].
 pub struct Team {
+    threads: usize,
+    job: Line<Job>,
+    /// Tasks of the job that are done.
+    done: Line<AtomicUsize>,
+    failed: AtomicBool,
+}
+
+/// What threads look at until there is something to do.
+struct Job {
     /// Number of the job, its tasks, and how many of them are taken.
     ticket: AtomicU64,
     /// What the job's tasks are; written while no task can be taken.
     call: AtomicPtr<()>,
     context: AtomicPtr<()>,
-    done: AtomicUsize,
-    failed: AtomicBool,
+    /// Tasks that others wait for: the first so many.
+    before: AtomicUsize,
     over: AtomicBool,
 }
+
+/// In a cache line of its own, so that writing it does not slow down those who read what lies beside it.
+#[repr(align(64))]
+struct Line<T>(T);
 
 /// Waits a little more: first awake, then by letting others run.
 fn wait(polls: &mut u32) {
@@ -39,14 +53,14 @@ fn wait(polls: &mut u32) {
 
 impl Team {
     fn new() -> Self {
-        Self {
+        let job = Job {
             ticket: AtomicU64::new(0),
             call: AtomicPtr::new(std::ptr::null_mut()),
             context: AtomicPtr::new(std::ptr::null_mut()),
-            done: AtomicUsize::new(0),
-            failed: AtomicBool::new(false),
+            before: AtomicUsize::new(0),
             over: AtomicBool::new(false),
-        }
+        };
+        Self { threads: threads(), job: Line(job), done: Line(AtomicUsize::new(0)), failed: AtomicBool::new(false) }
     }
 
     /// Calls `f` with each number below `tasks`, started in ascending order, and returns when all have ended.
@@ -54,22 +68,29 @@ impl Team {
     /// # Panics
     /// When a task does, or there are more than a million.
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, f: F) {
+        self.run_after(0, tasks, f);
+    }
+
+    /// As [`Team::run`]; the first `before` tasks are spread over all threads like a job of their own.
+    fn run_after<F: Fn(usize) + Sync>(&self, before: usize, tasks: usize, f: F) {
         unsafe fn call<F: Fn(usize)>(context: *const (), task: usize) {
-            // SAFETY: `run` passes its `f`, and returns only when no task runs.
+            // SAFETY: `run_after` passes its `f`, and returns only when no task runs.
             unsafe { (*context.cast::<F>())(task) }
         }
         if tasks == 0 {
             return;
         }
         assert!((tasks as u64) < MASK, "{tasks} tasks");
-        self.done.store(0, Ordering::Relaxed);
-        self.call.store(call::<F> as *mut (), Ordering::Relaxed);
-        self.context.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
-        let job = (self.ticket.load(Ordering::Relaxed) >> (2 * BITS)) + 1;
-        self.ticket.store(job << (2 * BITS) | (tasks as u64) << BITS, Ordering::Release);
-        while self.task() {}
+        let job = &self.job.0;
+        self.done.0.store(0, Ordering::Relaxed);
+        job.call.store(call::<F> as *mut (), Ordering::Relaxed);
+        job.context.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
+        job.before.store(before, Ordering::Relaxed);
+        let number = (job.ticket.load(Ordering::Relaxed) >> (2 * BITS)) + 1;
+        job.ticket.store(number << (2 * BITS) | (tasks as u64) << BITS, Ordering::Release);
+        while self.tasks() {}
         let mut polls = 0;
-        while self.done.load(Ordering::Acquire) < tasks {
+        while self.done.0.load(Ordering::Acquire) < tasks {
             wait(&mut polls);
         }
         assert!(!self.failed.load(Ordering::Relaxed), "a task of a team panicked");
@@ -110,7 +131,7 @@ impl Team {
         let (lens, sizes) = ((first.0.len(), second.0.len()), (first.1, second.1));
         let (firsts, seconds) = (Shared::new(first.0), Shared::new(second.0));
         let (before, done) = (lens.0.div_ceil(sizes.0), AtomicUsize::new(0));
-        self.run(before + lens.1.div_ceil(sizes.1), |task| match task.checked_sub(before) {
+        self.run_after(before, before + lens.1.div_ceil(sizes.1), |task| match task.checked_sub(before) {
             None => {
                 let _done = Done(&done);
                 let from = task * sizes.0;
@@ -118,7 +139,7 @@ impl Team {
                 f(task, unsafe { firsts.slice(from, sizes.0.min(lens.0 - from)) });
             }
             Some(task) => {
-                // Tasks start in ascending order, so all of `first` is done or being done.
+                // Tasks are taken in ascending order, and each thread does its own so: all of `first` is done or being done.
                 let mut polls = 0;
                 while done.load(Ordering::Acquire) < before {
                     wait(&mut polls);
@@ -132,34 +153,41 @@ impl Team {
         });
     }
 
-    /// Takes a task and does it; false when there is none.
-    fn task(&self) -> bool {
-        let ticket = self.ticket.load(Ordering::Acquire);
-        let (tasks, next) = (ticket >> BITS & MASK, ticket & MASK);
+    /// Takes some tasks and does them; false when there is none.
+    fn tasks(&self) -> bool {
+        let job = &self.job.0;
+        let ticket = job.ticket.load(Ordering::Acquire);
+        let (tasks, next) = ((ticket >> BITS & MASK) as usize, (ticket & MASK) as usize);
         if next >= tasks {
             return false;
         }
         // These belong to the ticket: another job is only begun when all tasks of this one are done, and if that has
         // happened the exchange fails.
-        let (call, context) = (self.call.load(Ordering::Relaxed), self.context.load(Ordering::Relaxed));
-        if self.ticket.compare_exchange(ticket, ticket + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        let (call, context) = (job.call.load(Ordering::Relaxed), job.context.load(Ordering::Relaxed));
+        let before = job.before.load(Ordering::Relaxed);
+        let left = if next < before { before - next } else { tasks - next };
+        let count = (3 * left / (4 * self.threads)).max(1);
+        let taken = ticket + count as u64;
+        if job.ticket.compare_exchange(ticket, taken, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return true;
         }
-        // SAFETY: `call` was made from a `Call` by `run`, whose `f` lives until this task is counted as done.
-        let run = std::panic::AssertUnwindSafe(|| unsafe {
-            std::mem::transmute::<*mut (), Call>(call)(context, next as usize);
-        });
-        if std::panic::catch_unwind(run).is_err() {
-            self.failed.store(true, Ordering::Relaxed);
+        for task in next..next + count {
+            // SAFETY: `call` was made from a `Call` by `run_after`, whose `f` lives until this task is counted as done.
+            let run = std::panic::AssertUnwindSafe(|| unsafe {
+                std::mem::transmute::<*mut (), Call>(call)(context, task);
+            });
+            if std::panic::catch_unwind(run).is_err() {
+                self.failed.store(true, Ordering::Relaxed);
+            }
         }
-        self.done.fetch_add(1, Ordering::Release);
+        self.done.0.fetch_add(count, Ordering::Release);
         true
     }
 
     fn help(&self) {
         let mut polls = 0;
-        while !self.over.load(Ordering::Acquire) {
-            if self.task() {
+        while !self.job.0.over.load(Ordering::Acquire) {
+            if self.tasks() {
                 polls = 0;
             } else {
                 wait(&mut polls);
@@ -176,7 +204,7 @@ pub fn lead<R: Send>(f: impl FnOnce(&Team) -> R + Send) -> R {
     struct Over<'a>(&'a Team);
     impl Drop for Over<'_> {
         fn drop(&mut self) {
-            self.0.over.store(true, Ordering::Release);
+            self.0.job.0.over.store(true, Ordering::Release);
         }
     }
     let (team, cpu) = (&Team::new(), cpu());

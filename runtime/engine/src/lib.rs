@@ -33,6 +33,7 @@ pub mod peft;
 pub mod profile;
 pub mod recipe;
 pub mod requantize;
+mod resident;
 pub mod schedule;
 pub mod template;
 pub mod tensors;

@@ -23,6 +23,8 @@ pub struct Weight {
 enum Bytes {
     Mapped(Arc<Mmap>, Range<usize>),
     Owned(Arc<[u8]>),
+    /// In memory, beside other weights.
+    Resident(Arc<Mmap>, Range<usize>),
     Coded(Arc<Coding>),
     Native(Arc<dyn NativeCodec>, Arc<[u8]>),
 }
@@ -168,6 +170,17 @@ impl Weight {
         }
     }
 
+    /// Its bytes, if they lie in a mapped file.
+    pub(crate) fn mapped_bytes(&self) -> Option<&[u8]> {
+        matches!(self.bytes, Bytes::Mapped(..)).then(|| self.raw())
+    }
+
+    /// The same weight, whose bytes were copied to this place; their pages of the file are released.
+    pub(crate) fn in_memory(&self, memory: Arc<Mmap>, range: Range<usize>) -> Self {
+        self.release();
+        Self { bytes: Bytes::Resident(memory, range), ..self.clone() }
+    }
+
     fn checked(bytes: Bytes, storage: Storage, (rows, cols): (usize, usize), order: RowOrder) -> Result<Self> {
         let weight = Self { bytes, storage, rows, cols, order };
         weight.view().map_err(anyhow::Error::msg)?;
@@ -176,7 +189,7 @@ impl Weight {
 
     fn raw(&self) -> &[u8] {
         match &self.bytes {
-            Bytes::Mapped(map, range) => &map[range.clone()],
+            Bytes::Mapped(map, range) | Bytes::Resident(map, range) => &map[range.clone()],
             Bytes::Owned(bytes) => bytes,
             Bytes::Coded(coded) => &coded.codes,
             Bytes::Native(_, bytes) => bytes,

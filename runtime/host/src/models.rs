@@ -93,6 +93,18 @@ impl Loaded {
         let adaptation = files.adapt(&model, reference.any_base)?;
         Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
     }
+
+    /// As [`Loaded::load`], to answer: weights are where they are read fastest, see [`BaseModel::make_resident`].
+    ///
+    /// # Errors
+    /// As [`Loaded::load`].
+    pub fn to_answer(reference: &ModelRef) -> Result<Self> {
+        let mut loaded = Self::load(reference)?;
+        if let Some(model) = Arc::get_mut(&mut loaded.model) {
+            model.make_resident();
+        }
+        Ok(loaded)
+    }
 }
 
 /// Longest row when the user does not say: the model's context, and no more than fits an ordinary machine.

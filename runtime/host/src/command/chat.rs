@@ -30,7 +30,7 @@ pub fn run(arguments: &Chat) -> Result<Done> {
     let (name, handler): (String, Arc<dyn Handler>) = match (&arguments.model, &arguments.handler) {
         (Some(model), _) => {
             let name = model.model_dir.display().to_string();
-            (name.clone(), Arc::new(Local::new(name, Loaded::load(&reference(model))?, arguments.compute.into())))
+            (name.clone(), Arc::new(Local::new(name, Loaded::to_answer(&reference(model))?, arguments.compute.into())))
         }
         (None, name) => {
             let name = name.as_ref().context("--handler or --model-dir is needed")?;

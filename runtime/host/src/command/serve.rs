@@ -27,7 +27,7 @@ pub fn run(arguments: &Serve) -> Result<Done> {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
             let handler: Arc<dyn Handler> =
-                Arc::new(Local::new(&name, Loaded::load(&reference(model))?, arguments.compute.into()));
+                Arc::new(Local::new(&name, Loaded::to_answer(&reference(model))?, arguments.compute.into()));
             Models::from([(name, handler)])
         }
         (None, config) => {

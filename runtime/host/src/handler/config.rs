@@ -386,7 +386,7 @@ impl Handlers {
 
 fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
     match spec {
-        HandlerSpec::Local(model, compute) => Ok(Arc::new(Local::new(name, Loaded::load(model)?, *compute))),
+        HandlerSpec::Local(model, compute) => Ok(Arc::new(Local::new(name, Loaded::to_answer(model)?, *compute))),
         HandlerSpec::OpenAi(spec) => {
             let api_key = spec.api_key_env.as_ref().map(|variable| {
                 let value = std::env::var(variable).ok().map(|key| key.trim().to_owned());

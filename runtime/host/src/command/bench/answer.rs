@@ -30,7 +30,7 @@ impl Bench {
             base_model: arguments.model.base_model.clone(),
             any_base: arguments.model.any_base,
         };
-        let Loaded { model, adaptation } = Loaded::load(&reference)?;
+        let Loaded { model, adaptation } = Loaded::to_answer(&reference)?;
         line(format_args!(
             "model     {}   {:.1} M parameters, {}{}",
             arguments.model.model_dir.display(),

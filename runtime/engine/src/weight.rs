@@ -6,7 +6,7 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use homeroom_kernels::{BlockCodec, Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode, f16};
+use homeroom_kernels::{BlockCodec, CheckedCodec, Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode, f16};
 use memmap2::Mmap;
 
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
@@ -42,7 +42,7 @@ pub trait NativeCodec: BlockCodec {
 
 /// A matrix through a codec: indices and scales.
 struct Coding {
-    codec: Codec,
+    codec: CheckedCodec,
     codes: Codes,
     scales: EncodedScales,
 }
@@ -154,6 +154,7 @@ impl Weight {
         if let Codes::Mapped(map, range) = &codes {
             ensure!(map.get(range.clone()).is_some(), "its bytes lie outside the file");
         }
+        let codec = CheckedCodec::new(codec).map_err(anyhow::Error::msg)?;
         let bytes = Bytes::Coded(Arc::new(Coding { codec, codes, scales }));
         Self::checked(bytes, Storage::Coded, (rows, cols), RowOrder::Natural)
     }
@@ -198,7 +199,9 @@ impl Weight {
 
     fn view(&self) -> Result<Matrix<'_>, String> {
         match &self.bytes {
-            Bytes::Coded(coded) => Matrix::coded(&coded.codec, &coded.codes, &coded.scales, self.rows, self.cols),
+            Bytes::Coded(coded) => {
+                Matrix::coded_checked(&coded.codec, &coded.codes, &coded.scales, self.rows, self.cols)
+            }
             Bytes::Native(codec, bytes) => Matrix::native(&**codec, bytes, self.rows, self.cols),
             _ => Matrix::new(self.storage, self.raw(), self.rows, self.cols, self.order),
         }

@@ -35,7 +35,7 @@ mod tile;
 
 pub use attend::{attend, attend_join, attend_tasks, attend_values};
 pub use attention::{Attention, KeyValueGradients, attention, attention_backward, attention_kept};
-pub use codec::{Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};
+pub use codec::{CheckedCodec, Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};
 pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
 pub use cross_entropy::{cross_entropy, target_logits};
 pub use decode::decode_row;

@@ -5,7 +5,7 @@
 //! taken in one order; so results are equal bit by bit for any number of threads, and row i of a result depends on
 //! row i of the input (and W) alone, not on how many rows share the call.
 
-use crate::codec::{Codec, Coded, EncodedScales};
+use crate::codec::{CheckedCodec, Codec, Coded, EncodedScales};
 use crate::cpu::cpu;
 use crate::element::Element;
 use crate::pool::Shared;
@@ -122,8 +122,26 @@ impl<'a> Matrix<'a> {
         rows: usize,
         cols: usize,
     ) -> Result<Self, String> {
-        let coded = Some(Coded::new(codec, codes, scales, rows, cols)?);
-        Ok(Self { storage: Storage::Coded, bytes: codes, rows, cols, order: RowOrder::Natural, coded, native: None })
+        Ok(Self::of_coded(Coded::new(codec, codes, scales, rows, cols)?, codes, rows, cols))
+    }
+
+    /// An encoded matrix.
+    ///
+    /// # Errors
+    /// See [`Coded::of_checked`].
+    pub fn coded_checked(
+        codec: &'a CheckedCodec,
+        codes: &'a [u8],
+        scales: &'a EncodedScales,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, String> {
+        Ok(Self::of_coded(Coded::of_checked(codec, codes, scales, rows, cols)?, codes, rows, cols))
+    }
+
+    fn of_coded(coded: Coded<'a>, bytes: &'a [u8], rows: usize, cols: usize) -> Self {
+        let (storage, order, coded) = (Storage::Coded, RowOrder::Natural, Some(coded));
+        Self { storage, bytes, rows, cols, order, coded, native: None }
     }
 
     /// A matrix of blocks that `codec` decodes.

@@ -1,18 +1,21 @@
 //! One further token of one or several sequences: every weight is read once, decoded and multiplied in one pass, with low-rank
-//! updates in the same sums. Activations are f32.
+//! updates in the same sums. Activations are f32; where blocks are bf16, those that meet quantised weights are rounded to eight bits
+//! by groups of 32 on the way.
 //!
 //! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
 
+use std::ops::Range;
+
 use homeroom_kernels::{
-    Element, FewRows, RotaryTable, RoundedRows, Team, UpdateRows, attend, attend_join, attend_tasks, attend_values,
-    f16, gemv, lead, threads,
+    Codec, Element, Encoded, FewRows, RotaryTable, RoundedRows, Team, UpdateRows, attend, attend_join, attend_tasks,
+    attend_values, encode, f16, gemv, lead, threads,
 };
 
 use super::cache::KvCache;
 use crate::adaptation::Adaptation;
 use crate::fused::low_rank::low_rank;
 use crate::model::{BaseModel, EMBEDDING, FINAL_NORM, HEAD};
-use crate::weight::Weight;
+use crate::weight::{Codes, Weight};
 
 /// Ranks are padded with zeros to a multiple of this, see [`UpdateRows`].
 const RANK_STEP: usize = 16;
@@ -59,11 +62,33 @@ struct Update {
     b: Weight,
 }
 
-/// Values as a weight. In half precision they are read in half the time; then they are divided by the power of two that makes the
-/// largest at least 1, so that none but the very smallest loses a bit to the narrow exponent.
-fn stored(mut values: Vec<f32>, shape: (usize, usize), half: bool) -> Option<(Weight, f32)> {
-    if !half {
+/// How values of an update are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// As they are.
+    Single,
+    /// In half precision: they are read in half the time.
+    Half,
+    /// In eight bits, a scale for each row, beside a weight that is multiplied with x in eight bits: in half of that again, and
+    /// rounded about as finely as x is.
+    Eight,
+}
+
+/// Values as a weight, and a power of two that its products are still to be multiplied by: halves are divided by the one that
+/// makes the largest at least 1, so that none but the very smallest loses a bit to the narrow exponent.
+fn stored(mut values: Vec<f32>, shape: (usize, usize), keep: Keep) -> Option<(Weight, f32)> {
+    if keep == Keep::Single {
         return Some((Weight::from_values(&values, shape).ok()?, 1.0));
+    }
+    if keep == Keep::Eight {
+        let codec = Codec::int8();
+        let read = |rows: Range<usize>, out: &mut [f32]| {
+            out.copy_from_slice(&values[rows.start * shape.1..rows.end * shape.1]);
+        };
+        // What is not finite has no code, and stays what it is in the other types.
+        if let Ok(Encoded { codes, scales }) = encode(&codec, shape.0, shape.1, &read) {
+            return Some((Weight::coded(codec, Codes::Owned(codes), scales, shape).ok()?, 1.0));
+        }
     }
     let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
     let power = if largest.is_normal() { 2f32.powi(largest.log2().floor() as i32) } else { 1.0 };
@@ -75,6 +100,13 @@ fn stored(mut values: Vec<f32>, shape: (usize, usize), half: bool) -> Option<(We
 impl Site {
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize], half: bool) -> Option<Self> {
         let (mut modules, mut stacked, mut powers, mut d_in) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let keep = |rounds: bool| match (half, rounds) {
+            (false, _) => Keep::Single,
+            (true, false) => Keep::Half,
+            (true, true) => Keep::Eight,
+        };
+        let takes = |index: usize| half && model.modules[index].weight.matrix().takes_rounded();
+        let rounds = indices.iter().any(|index| takes(*index));
         for &index in indices {
             let info = &model.modules[index].info;
             d_in = info.d_in;
@@ -97,7 +129,7 @@ impl Site {
                     for (to, from) in scaled.chunks_exact_mut(padded).zip(b.chunks_exact(r)) {
                         to.iter_mut().zip(from).for_each(|(to, from)| *to = low_rank.scaling as f32 * from);
                     }
-                    let (b, power) = stored(scaled, (info.d_out, padded), half)?;
+                    let (b, power) = stored(scaled, (info.d_out, padded), keep(takes(index)))?;
                     powers.resize(at + padded, power);
                     Some(Update { at, b })
                 }
@@ -105,9 +137,8 @@ impl Site {
             modules.push(Linear { index, d_out: info.d_out, update });
         }
         let rank = stacked.len() / d_in.max(1);
-        let a = if rank > 0 { Some(stored(stacked, (rank, d_in), half)?) } else { None };
+        let a = if rank > 0 { Some(stored(stacked, (rank, d_in), keep(rounds))?) } else { None };
         powers.iter_mut().for_each(|power| *power *= a.as_ref().map_or(1.0, |(_, of_a)| *of_a));
-        let rounds = half && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
         Some(Self { modules, a: a.map(|(a, _)| a), powers, rounds })
     }
 
@@ -225,7 +256,7 @@ fn part(rows: usize) -> usize {
 impl Decoder {
     /// The layout; `None` when a recipe is something else than a low-rank update of a linear module.
     ///
-    /// `half`: updates are kept in half precision.
+    /// `half`: updates are kept in half precision or in eight bits, and x is rounded to eight bits where weights take it so.
     pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, half: bool) -> Option<Self> {
         let frozen = |module: usize| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
         let norm = |index: usize| {

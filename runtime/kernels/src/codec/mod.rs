@@ -50,6 +50,33 @@ pub struct Codec {
     pub scales: ScaleStorage,
 }
 
+/// A codec that was found right once: views of its matrices are made without looking at its code book again.
+#[derive(Clone, Debug)]
+pub struct CheckedCodec {
+    codec: Codec,
+    /// See [`Codec::is_linear`].
+    linear: bool,
+}
+
+impl CheckedCodec {
+    /// Checks a codec.
+    ///
+    /// # Errors
+    /// See [`Codec::check`].
+    pub fn new(codec: Codec) -> Result<Self, String> {
+        codec.check()?;
+        Ok(Self { linear: codec.is_linear(), codec })
+    }
+}
+
+impl std::ops::Deref for CheckedCodec {
+    type Target = Codec;
+
+    fn deref(&self) -> &Codec {
+        &self.codec
+    }
+}
+
 /// Which values share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CodecBlock {
@@ -223,6 +250,30 @@ impl<'a> Coded<'a> {
         cols: usize,
     ) -> Result<Self, String> {
         codec.check()?;
+        Self::sized((codec, codec.is_linear()), codes, scales, rows, cols)
+    }
+
+    /// As [`Coded::new`].
+    ///
+    /// # Errors
+    /// When there are not as many indices and scales as the shape asks for.
+    pub fn of_checked(
+        codec: &'a CheckedCodec,
+        codes: &'a [u8],
+        scales: &'a EncodedScales,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, String> {
+        Self::sized((&codec.codec, codec.linear), codes, scales, rows, cols)
+    }
+
+    fn sized(
+        (codec, linear): (&'a Codec, bool),
+        codes: &'a [u8],
+        scales: &'a EncodedScales,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, String> {
         let name = &codec.name;
         let values = rows.checked_mul(cols).ok_or_else(|| format!("{name}: {rows} x {cols} is too large"))?;
         let blocks = values.div_ceil(codec.block_len(cols));
@@ -242,7 +293,7 @@ impl<'a> Coded<'a> {
                 codes.len()
             ));
         }
-        Ok(Self { codec, codes, scales, rows, cols, linear: codec.is_linear() })
+        Ok(Self { codec, codes, scales, rows, cols, linear })
     }
 
     /// The codec.

@@ -77,7 +77,7 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<U
         let fits = u.values.len() == m * u.step && (b.rows, b.cols, b.order) == (w.rows, u.step, RowOrder::Natural);
         let stored = match b.storage {
             Storage::F32 | Storage::F16 => true,
-            Storage::Coded => rounded.is_some() && b.takes_rounded(),
+            Storage::Coded => rounded.is_some() && b.coded.is_some_and(|coded| coded.row_scales().is_some()),
             _ => false,
         };
         assert!(u.step.is_multiple_of(HALF) && fits && stored, "an update of {} x {}", w.rows, u.step);
@@ -653,7 +653,7 @@ mod tests {
     use crate::{Encoded, Stream};
 
     /// x padded.
-    fn padded(values: &[f32], m: usize, k: usize) -> Vec<f32> {
+    pub(super) fn padded(values: &[f32], m: usize, k: usize) -> Vec<f32> {
         let step = FewRows::padded(k);
         let mut out = vec![0.0; m * step];
         for i in 0..m {
@@ -662,11 +662,11 @@ mod tests {
         out
     }
 
-    fn random(stream: &mut Stream, n: usize) -> Vec<f32> {
+    pub(super) fn random(stream: &mut Stream, n: usize) -> Vec<f32> {
         (0..n).map(|_| stream.normal() as f32).collect()
     }
 
-    fn cpus() -> impl Iterator<Item = Cpu> {
+    pub(super) fn cpus() -> impl Iterator<Item = Cpu> {
         [Cpu::Portable, Cpu::Avx2, Cpu::Avx512].into_iter().filter(|cpu| *cpu <= Cpu::detected())
     }
 
@@ -721,34 +721,42 @@ mod tests {
         }
     }
 
+    /// Every block format, and its name in `tests/fixtures/ggml`.
+    pub(super) const BLOCKS: [(Storage, &str); 8] = [
+        (Storage::Q4_0, "q4_0"),
+        (Storage::Q4_1, "q4_1"),
+        (Storage::Q5_0, "q5_0"),
+        (Storage::Q5_1, "q5_1"),
+        (Storage::Q8_0, "q8_0"),
+        (Storage::Q4K, "q4_k"),
+        (Storage::Q5K, "q5_k"),
+        (Storage::Q6K, "q6_k"),
+    ];
+
+    /// Rows of two blocks that ggml wrote or that are random bytes, how many, and their columns. Those with a scale that is no
+    /// number are left out: their sums are none either.
+    pub(super) fn ggml(storage: Storage, name: &str) -> (Vec<u8>, usize, usize) {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/ggml/");
+        let file = std::fs::read(format!("{path}{name}.bin")).unwrap();
+        let size = u32::from_le_bytes(file[..4].try_into().unwrap()) as usize;
+        let cols = 2 * storage.block_len();
+        let row_bytes = storage.row_bytes(cols).unwrap();
+        let finite = file[8..8 + size].chunks_exact(row_bytes).filter(|row| {
+            let mut out = vec![0f32; cols];
+            crate::decode_row(storage, row, &mut out);
+            out.iter().all(|value| value.abs() < 1e30)
+        });
+        let bytes: Vec<u8> = finite.flatten().copied().collect();
+        let rows = bytes.len() / row_bytes;
+        assert!(rows > 0);
+        (bytes, rows, cols)
+    }
+
     #[test]
     fn a_few_rows_are_multiplied_by_the_values_of_every_block_format() {
-        for (storage, name) in [
-            (Storage::Q4_0, "q4_0"),
-            (Storage::Q4_1, "q4_1"),
-            (Storage::Q5_0, "q5_0"),
-            (Storage::Q5_1, "q5_1"),
-            (Storage::Q8_0, "q8_0"),
-            (Storage::Q4K, "q4_k"),
-            (Storage::Q5K, "q5_k"),
-            (Storage::Q6K, "q6_k"),
-        ] {
-            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/ggml/");
-            let file = std::fs::read(format!("{path}{name}.bin")).unwrap();
-            let size = u32::from_le_bytes(file[..4].try_into().unwrap()) as usize;
-            let values = u32::from_le_bytes(file[4..8].try_into().unwrap()) as usize;
-            let cols = 2 * storage.block_len();
-            let rows = values / cols;
-            let row_bytes = storage.row_bytes(cols).unwrap();
-            // Blocks with a scale that is no number are left out: their sums are none either.
-            let finite = file[8..8 + size].chunks_exact(row_bytes).filter(|row| {
-                let mut out = vec![0f32; cols];
-                crate::decode_row(storage, row, &mut out);
-                out.iter().all(|value| value.abs() < 1e30)
-            });
-            let bytes: Vec<u8> = finite.flatten().copied().collect();
-            let rows_left = bytes.len() / row_bytes;
-            assert!(rows_left > 0 && rows_left <= rows);
+        for (storage, name) in BLOCKS {
+            let (bytes, rows_left, cols) = ggml(storage, name);
+            let row_bytes = bytes.len() / rows_left;
             let w = Matrix::new(storage, &bytes, rows_left, cols, RowOrder::Natural).unwrap();
             check(&w, name);
             let even = rows_left / 2 * 2;

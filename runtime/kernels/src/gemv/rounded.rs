@@ -164,6 +164,12 @@ mod x86 {
                 Storage::Q6K => q6k::<I, M>(job, x, first),
                 _ => linear::<I, M>(job, x, first),
             }
+            match job.update.map(|(b, _, _)| (b.storage, b.coded)) {
+                None => {}
+                Some((Storage::F32, _)) => add_update::<Singles, M>(job, None),
+                Some((Storage::F16, _)) => add_update::<Halves, M>(job, None),
+                Some((_, coded)) => add_update::<Codes, M>(job, coded.and_then(|coded| coded.row_scales())),
+            }
         }
     }
 
@@ -281,37 +287,31 @@ mod x86 {
             }
         }
 
-        /// Adds the update and writes a row's results: `factor` times products and `offset` times offsets.
+        /// Writes a row's results: `factor` times products and `offset` times offsets.
         ///
         /// # Safety
         /// See [`run`].
         #[inline(always)]
-        unsafe fn finish(self, job: &Job<'_>, i: usize, row: usize, factor: f32, offset: f32) {
-            // SAFETY: passed on to the caller: the update has `step` values for each row of W and of x.
+        unsafe fn finish(self, job: &Job<'_>, i: usize, factor: f32, offset: f32) {
+            // SAFETY: passed on to the caller.
             unsafe {
                 for j in 0..M {
                     let [a, b] = self.products[j];
                     let both = _mm256_fmadd_ps(_mm256_set1_ps(offset), self.offsets[j], _mm256_add_ps(a, b));
-                    let mut sum = _mm256_mul_ps(_mm256_set1_ps(factor), both);
-                    if let Some((b, u, step)) = &job.update {
-                        let u = u.add(j * step);
-                        let values = b.bytes.as_ptr().add(b.bytes.len() / b.rows * row);
-                        sum = match b.storage {
-                            Storage::F32 => update::<Singles>(sum, *step, u, values),
-                            Storage::F16 => update::<Halves>(sum, *step, u, values),
-                            _ => {
-                                let products = update::<Codes>(_mm256_setzero_ps(), *step, u, values);
-                                let scale = b.coded.as_ref().map_or(0.0, |coded| coded.scale(row));
-                                _mm256_fmadd_ps(_mm256_set1_ps(scale / 127.0), products, sum)
-                            }
-                        };
-                    }
-                    let four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
-                    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-                    let one = _mm_add_ss(two, _mm_movehdup_ps(two));
-                    *job.out.0.add(i * job.out.1 + j) = _mm_cvtss_f32(one);
+                    *job.out.0.add(i * job.out.1 + j) = factor * fold(both);
                 }
             }
+        }
+    }
+
+    /// Adds lanes by halves.
+    #[inline(always)]
+    unsafe fn fold(lanes: __m256) -> f32 {
+        // SAFETY: the processor has it.
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
     }
 
@@ -363,16 +363,31 @@ mod x86 {
         }
     }
 
-    /// Adds the products of `step` values of u, a multiple of eight, with those of a row of B.
+    /// Adds `u (s B)ᵀ` to results, with a scale for each row of B if there are any.
+    ///
+    /// # Safety
+    /// See [`run`].
     #[inline(always)]
-    unsafe fn update<E: Eight>(mut sum: __m256, step: usize, u: *const f32, b: *const u8) -> __m256 {
-        for k in 0..step / 8 {
-            // SAFETY: passed on to the caller.
-            unsafe {
-                sum = _mm256_fmadd_ps(E::read(b.add(k * E::BYTES)), _mm256_loadu_ps(u.add(8 * k)), sum);
+    unsafe fn add_update<E: Eight, const M: usize>(job: &Job<'_>, scales: Option<&[f32]>) {
+        let Some((b, u, step)) = job.update else { return };
+        let size = step / 8 * E::BYTES;
+        // SAFETY: passed on to the caller: the update has `step` values, a multiple of eight, for each row of W and of x.
+        unsafe {
+            for (i, row) in job.rows.clone().enumerate() {
+                let b = b.bytes.as_ptr().add(row * size);
+                let mut sums = [_mm256_setzero_ps(); M];
+                for k in 0..step / 8 {
+                    let b = E::read(b.add(k * E::BYTES));
+                    for j in 0..M {
+                        sums[j] = _mm256_fmadd_ps(b, _mm256_loadu_ps(u.add(j * step + 8 * k)), sums[j]);
+                    }
+                }
+                let scale = scales.map_or(1.0, |scales| scales[row] * (1.0 / 127.0));
+                for (j, sums) in sums.into_iter().enumerate() {
+                    *job.out.0.add(i * job.out.1 + j) += scale * fold(sums);
+                }
             }
         }
-        sum
     }
 
     /// A row of x.
@@ -493,6 +508,7 @@ mod x86 {
                 let mut sums = Sums::<M>::zero();
                 for from in (0..blocks - blocks % 8).step_by(8) {
                     let p = w.add(from * F::BYTES);
+                    prefetch(p, 8 * F::BYTES);
                     let scale = halves::<F>(p);
                     let min = if F::HAS_MIN { halves::<F>(p.add(2)) } else { scale };
                     let mut factors = [[0f32; 8]; M];
@@ -524,7 +540,7 @@ mod x86 {
                     }
                     sums.block::<F, I, 0>(p, &x, block, &factors);
                 }
-                sums.finish(job, i, row, 1.0, offset);
+                sums.finish(job, i, 1.0, offset);
             }
         }
     }
@@ -580,6 +596,18 @@ mod x86 {
         }
     }
 
+    /// How far ahead memory is asked for.
+    const AHEAD: usize = 4096;
+
+    /// Asks for the memory that will be read some blocks later, in place of `len` bytes at `p`.
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8, len: usize) {
+        for line in 0..len.div_ceil(64) {
+            // SAFETY: nothing is read; an address that nothing lies at does no harm.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64 * line).cast()) };
+        }
+    }
+
     /// Eight bytes as floats, times a factor.
     #[inline(always)]
     unsafe fn eight(bytes: u64, factor: __m256) -> __m256 {
@@ -604,6 +632,7 @@ mod x86 {
                 let mut sums = Sums::<M>::zero();
                 for block in 0..blocks {
                     let (p, at) = (w.add(block * F::BYTES), 8 * block);
+                    prefetch(p, F::BYTES);
                     let both = _mm_cvtph_ps(_mm_cvtsi32_si128(p.cast::<i32>().read_unaligned()));
                     let d = _mm256_broadcastss_ps(both);
                     let d_min = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
@@ -623,7 +652,7 @@ mod x86 {
                         }
                     }
                 }
-                sums.finish(job, i, row, 1.0, -1.0);
+                sums.finish(job, i, 1.0, -1.0);
             }
         }
     }
@@ -644,6 +673,7 @@ mod x86 {
                 let mut sums = Sums::<M>::zero();
                 for block in 0..blocks {
                     let (p, at) = (w.add(block * BYTES), 8 * block);
+                    prefetch(p, BYTES);
                     let d = _mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.add(208).cast::<u16>().read_unaligned())));
                     let d = _mm256_broadcastss_ps(d);
                     let signed = _mm_loadu_si128(p.add(192).cast());
@@ -679,7 +709,7 @@ mod x86 {
                         }
                     }
                 }
-                sums.finish(job, i, row, 1.0, -32.0);
+                sums.finish(job, i, 1.0, -32.0);
             }
         }
     }
@@ -694,18 +724,12 @@ mod x86 {
         let x = rows::<M>(x, first);
         let Some(coded) = job.w.coded.as_ref() else { return };
         for (i, row) in job.rows.clone().enumerate() {
-            // SAFETY: a row is `cols` bytes, a multiple of sixteen; a row of x has a group for each 32 of them.
+            // SAFETY: a row is `cols` bytes, a multiple of 32; a row of x has a group for each 32 of them.
             unsafe {
                 let w = job.w.bytes.as_ptr().add(row * cols);
                 let mut sums = Sums::<M>::zero();
-                for group in 0..cols.div_ceil(GROUP) {
-                    let at = w.add(group * GROUP);
-                    let codes = if group < cols / GROUP {
-                        _mm256_loadu_si256(at.cast())
-                    } else {
-                        // The other half meets zeros of x.
-                        _mm256_zextsi128_si256(_mm_loadu_si128(at.cast()))
-                    };
+                for group in 0..cols / GROUP {
+                    let codes = _mm256_loadu_si256(w.add(group * GROUP).cast());
                     let codes = _mm256_min_epu8(codes, _mm256_set1_epi8(254u8 as i8));
                     let codes = _mm256_sub_epi8(codes, _mm256_set1_epi8(127));
                     for j in 0..M {
@@ -714,14 +738,156 @@ mod x86 {
                     }
                 }
                 if I::SHIFT != 0.0 {
-                    for eight in (0..cols.div_ceil(GROUP)).step_by(8) {
+                    for eight in (0..cols / GROUP).step_by(8) {
                         for j in 0..M {
                             sums.offsets[j] = _mm256_add_ps(sums.offsets[j], _mm256_loadu_ps(x[j].sums.add(eight)));
                         }
                     }
                 }
-                sums.finish(job, i, row, coded.scale(row) / 127.0, -I::SHIFT);
+                sums.finish(job, i, coded.scale(row) / 127.0, -I::SHIFT);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{BLOCKS, cpus, ggml, padded, random};
+    use super::super::{UpdateRows, gemv};
+    use super::*;
+    use crate::codec::{Codec, encode};
+    use crate::cpu::with_cpu;
+    use crate::{Encoded, RowOrder, Stream};
+
+    /// B (n, r) as a coded matrix.
+    fn encoded(values: &[f32], n: usize, r: usize) -> Encoded {
+        let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+            out.copy_from_slice(&values[rows.start * r..rows.end * r]);
+        };
+        encode(&Codec::int8(), n, r, &read).unwrap()
+    }
+
+    /// Holds the product with `w` to that of its values with the rounded values of x in f64, and its rows to those of a call of
+    /// their own; and what rounding costs to a bound.
+    fn check(w: &Matrix, label: &str) {
+        let (n, k, m, r) = (w.rows, w.cols, 6, 16);
+        let mut decoded = vec![0f32; n * k];
+        w.decode_rows(0..n, &mut decoded);
+        let mut stream = Stream::new(9, 1);
+        let (x, u, b) = (random(&mut stream, m * k), random(&mut stream, m * r), random(&mut stream, n * r));
+        let (x, step) = (padded(&x, m, k), FewRows::padded(k));
+        let (singles, halves, codes) = (
+            b.iter().flat_map(|b| b.to_le_bytes()).collect::<Vec<u8>>(),
+            b.iter().flat_map(|b| half::f16::from_f32(*b).to_le_bytes()).collect::<Vec<u8>>(),
+            encoded(&b, n, r),
+        );
+        let updates = [
+            Matrix::new(Storage::F32, &singles, n, r, RowOrder::Natural).unwrap(),
+            Matrix::new(Storage::F16, &halves, n, r, RowOrder::Natural).unwrap(),
+        ];
+        let codec = Codec::int8();
+        let coded = Matrix::coded(&codec, &codes.codes, &codes.scales, n, r).unwrap();
+        let updates = [None, Some(updates[0]), Some(updates[1]), Some(coded)];
+        for cpu in cpus().filter(|cpu| *cpu >= Cpu::Avx2) {
+            for b in updates {
+                let product = |rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
+                    let mut out = vec![f32::NAN; rows.len() * of.len()];
+                    with_cpu(cpu, || {
+                        assert!(w.takes_rounded(), "{label}, {cpu:?}");
+                        let few = FewRows { values: &x[of.start * step..of.end * step], step, rounded: None };
+                        let rounded = RoundedRows::new(few);
+                        let few = FewRows { rounded: Some(&rounded), ..few };
+                        let u = FewRows { values: &u[of.start * r..of.end * r], step: r, rounded: None };
+                        gemv(few, w, rows, b.map(|b| UpdateRows { b, u }), &mut out);
+                    });
+                    out
+                };
+                let all = product(0..n, 0..m);
+                for j in 0..m {
+                    let alone: Vec<f32> = (0..n).flat_map(|row| product(row..row + 1, j..j + 1)).collect();
+                    let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
+                    assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
+                }
+                let rounded = RoundedRows::new(FewRows { values: &x, step, rounded: None });
+                let mut b_values = vec![0f32; n * r];
+                if let Some(b) = &b {
+                    b.decode_rows(0..n, &mut b_values);
+                }
+                for j in 0..m {
+                    let (mut away, mut norm) = (0f64, 0f64);
+                    for row in 0..n {
+                        let w = &decoded[row * k..(row + 1) * k];
+                        let largest = f64::from(w.iter().fold(0f32, |most, w| most.max(w.abs())));
+                        let update: f64 = (b_values[row * r..(row + 1) * r].iter().zip(&u[j * r..]))
+                            .map(|(b, u)| f64::from(*b) * f64::from(*u))
+                            .sum();
+                        let (mut exact, mut wanted, mut size) = (update, update, 20.0 + update.abs());
+                        for (i, w) in w.iter().enumerate() {
+                            let scale = f64::from(rounded.scales[j * rounded.padded + i / GROUP]);
+                            let value = f64::from(rounded.codes[j * step + i]) * scale;
+                            exact += f64::from(*w) * f64::from(x[j * step + i]);
+                            wanted += f64::from(*w) * value;
+                            // Codes without a sign are up to 16 times as large as the values that they stand for.
+                            size += value.abs() * largest * 16.0;
+                        }
+                        let got = f64::from(all[row * m + j]);
+                        let error = (got - wanted).abs();
+                        assert!(error <= size * 8.0 * f64::from(f32::EPSILON), "{label}, {cpu:?}: off by {error:e}");
+                        away += (got - exact).powi(2);
+                        norm += (0..k).map(|i| (f64::from(w[i]) * f64::from(x[j * step + i])).powi(2)).sum::<f64>();
+                    }
+                    assert!(away.sqrt() < 0.02 * norm.sqrt() + 1e-4, "{label}, {cpu:?}: {} away", (away / norm).sqrt());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_in_eight_bits_are_multiplied_by_every_block_format() {
+        for (storage, name) in BLOCKS {
+            let (bytes, rows, cols) = ggml(storage, name);
+            check(&Matrix::new(storage, &bytes, rows, cols, RowOrder::Natural).unwrap(), name);
+            // The same bytes as longer rows, whose blocks are taken by eights.
+            let blocks = rows * 2;
+            for wide in [8, 11, 18].into_iter().filter(|wide| *wide <= blocks) {
+                let (rows, cols) = (blocks / wide, wide * storage.block_len());
+                let bytes = &bytes[..rows * storage.row_bytes(cols).unwrap()];
+                let label = format!("{name}, {wide} blocks a row");
+                check(&Matrix::new(storage, bytes, rows, cols, RowOrder::Natural).unwrap(), &label);
+            }
+            if rows.is_multiple_of(2) {
+                let order = RowOrder::Interleaved { head_dim: rows };
+                check(&Matrix::new(storage, &bytes, rows, cols, order).unwrap(), "rows in another order");
+            }
+        }
+    }
+
+    #[test]
+    fn and_by_codes_on_a_straight_line() {
+        let mut stream = Stream::new(3, 1);
+        for k in [32, 64, 256, 288, 576] {
+            let n = 5;
+            let Encoded { codes, scales } = encoded(&random(&mut stream, n * k), n, k);
+            check(&Matrix::coded(&Codec::int8(), &codes, &scales, n, k).unwrap(), &format!("{k} columns"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so_and_zeros_and_tiny_values_are_zeros() {
+        let (bytes, n, k) = ggml(Storage::Q4_0, "q4_0");
+        let w = Matrix::new(Storage::Q4_0, &bytes, n, k, RowOrder::Natural).unwrap();
+        if !w.takes_rounded() {
+            return;
+        }
+        let product = |value: f32| {
+            let values = vec![value; k];
+            let x = FewRows { values: &values, step: k, rounded: None };
+            let rounded = RoundedRows::new(x);
+            let mut out = vec![1.0; n];
+            gemv(FewRows { rounded: Some(&rounded), ..x }, &w, 0..n, None, &mut out);
+            out
+        };
+        assert!([f32::NAN, f32::INFINITY].into_iter().flat_map(product).all(f32::is_nan));
+        assert!([0.0, -0.0, 1e-42].into_iter().flat_map(product).all(|sum| sum.abs() < 1e-30));
     }
 }

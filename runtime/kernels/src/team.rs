@@ -110,16 +110,17 @@ impl Team {
         });
     }
 
-    /// As [`Team::parts`] of `first`, and in the same job of `second`, each of whose parts is given all of `first`.
+    /// As [`Team::parts`] of `first`, and in the same job of `second`, each of whose parts may ask for all of `first`, and then waits
+    /// until it is done.
     ///
     /// # Panics
     /// As [`Team::run`].
-    pub fn parts_then<A: Send + Sync, B: Send>(
+    pub fn parts_then<'f, A: Send + Sync, B: Send>(
         &self,
-        first: (&mut [A], usize),
+        first: (&'f mut [A], usize),
         f: impl Fn(usize, &mut [A]) + Sync,
         second: (&mut [B], usize),
-        g: impl Fn(usize, &mut [B], &[A]) + Sync,
+        g: impl Fn(usize, &mut [B], &dyn Fn() -> &'f [A]) + Sync,
     ) {
         /// Counts a part as done, also when it panicked.
         struct Done<'a>(&'a AtomicUsize);
@@ -139,16 +140,18 @@ impl Team {
                 f(task, unsafe { firsts.slice(from, sizes.0.min(lens.0 - from)) });
             }
             Some(task) => {
-                // Tasks are taken in ascending order, and each thread does its own so: all of `first` is done or being done.
-                let mut polls = 0;
-                while done.load(Ordering::Acquire) < before {
-                    wait(&mut polls);
-                }
                 let from = task * sizes.1;
-                // SAFETY: nobody writes `first` any more; no two tasks have a part of `second` in common.
-                let (all, part) =
-                    unsafe { (&*firsts.slice(0, lens.0), seconds.slice(from, sizes.1.min(lens.1 - from))) };
-                g(task, part, all);
+                // SAFETY: no two tasks have a part in common.
+                let part = unsafe { seconds.slice(from, sizes.1.min(lens.1 - from)) };
+                g(task, part, &|| {
+                    // Tasks are taken in ascending order, and each thread does its own so: all of `first` is done or being done.
+                    let mut polls = 0;
+                    while done.load(Ordering::Acquire) < before {
+                        wait(&mut polls);
+                    }
+                    // SAFETY: nobody writes `first` any more.
+                    unsafe { &*firsts.slice(0, lens.0) }
+                });
             }
         });
     }
@@ -255,7 +258,7 @@ mod tests {
                             (&mut first, 7),
                             |part, values| values.fill(part + 1),
                             (&mut second, 10),
-                            |part, values, all| values.fill(part + all.iter().sum::<usize>()),
+                            |part, values, all| values.fill(part + all().iter().sum::<usize>()),
                         );
                         let sum: usize = (0..n).map(|i| i / 7 + 1).sum();
                         assert!(second.iter().enumerate().all(|(i, value)| *value == i / 10 + sum));

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use homeroom_kernels::{
-    Codec, Element, Encoded, FewRows, RotaryTable, RoundedRows, Team, UpdateRows, attend, attend_join, attend_tasks,
+    Codec, Element, Encoded, FewRows, LowRank, RotaryTable, RoundedRows, Team, attend, attend_join, attend_tasks,
     attend_values, encode, f16, gemv, lead, threads,
 };
 
@@ -16,9 +16,6 @@ use crate::adaptation::Adaptation;
 use crate::fused::low_rank::low_rank;
 use crate::model::{BaseModel, EMBEDDING, FINAL_NORM, HEAD};
 use crate::weight::{Codes, Weight};
-
-/// Ranks are padded with zeros to a multiple of this, see [`UpdateRows`].
-const RANK_STEP: usize = 16;
 
 /// A model whose modules are frozen or have low-rank updates, laid out for decoding.
 pub struct Decoder {
@@ -40,10 +37,8 @@ struct Layer {
 /// Modules that share an input, as in [`crate::fused`].
 struct Site {
     modules: Vec<Linear>,
-    /// A of all modules (rank, d_in), if there is one; ranks are padded.
-    a: Option<Weight>,
-    /// What rows of u are multiplied by.
-    powers: Vec<f32>,
+    /// A of all modules (rank, d_in), if there is one, and what u is multiplied by.
+    a: Option<(Weight, f32)>,
     /// Whether x is rounded to eight bits for modules that take it so.
     rounds: bool,
 }
@@ -58,11 +53,11 @@ struct Linear {
 struct Update {
     /// First of its rows of A.
     at: usize,
-    /// `s B` (d_out, r padded), divided by a power of two that u is multiplied by.
-    b: Weight,
+    /// `s B` (d_out, r).
+    b: LowRank,
 }
 
-/// How values of an update are kept.
+/// How A is kept.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Keep {
     /// As they are.
@@ -99,14 +94,13 @@ fn stored(mut values: Vec<f32>, shape: (usize, usize), keep: Keep) -> Option<(We
 
 impl Site {
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize], half: bool) -> Option<Self> {
-        let (mut modules, mut stacked, mut powers, mut d_in) = (Vec::new(), Vec::new(), Vec::new(), 0);
-        let keep = |rounds: bool| match (half, rounds) {
+        let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
+        let rounds = half && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
+        let keep = match (half, rounds) {
             (false, _) => Keep::Single,
             (true, false) => Keep::Half,
             (true, true) => Keep::Eight,
         };
-        let takes = |index: usize| half && model.modules[index].weight.matrix().takes_rounded();
-        let rounds = indices.iter().any(|index| takes(*index));
         for &index in indices {
             let info = &model.modules[index].info;
             d_in = info.d_in;
@@ -121,25 +115,17 @@ impl Site {
                     };
                     let (a, b) = (values(low_rank.a)?, values(low_rank.b)?);
                     let r = a.len() / info.d_in;
-                    let padded = r.next_multiple_of(RANK_STEP);
                     let at = stacked.len() / info.d_in;
                     stacked.extend(a);
-                    stacked.resize((at + padded) * info.d_in, 0.0);
-                    let mut scaled = vec![0f32; info.d_out * padded];
-                    for (to, from) in scaled.chunks_exact_mut(padded).zip(b.chunks_exact(r)) {
-                        to.iter_mut().zip(from).for_each(|(to, from)| *to = low_rank.scaling as f32 * from);
-                    }
-                    let (b, power) = stored(scaled, (info.d_out, padded), keep(takes(index)))?;
-                    powers.resize(at + padded, power);
-                    Some(Update { at, b })
+                    let scaled: Vec<f32> = b.iter().map(|b| low_rank.scaling as f32 * b).collect();
+                    Some(Update { at, b: LowRank::new(&scaled, (info.d_out, r), half) })
                 }
             };
             modules.push(Linear { index, d_out: info.d_out, update });
         }
         let rank = stacked.len() / d_in.max(1);
-        let a = if rank > 0 { Some(stored(stacked, (rank, d_in), keep(rounds))?) } else { None };
-        powers.iter_mut().for_each(|power| *power *= a.as_ref().map_or(1.0, |(_, of_a)| *of_a));
-        Some(Self { modules, a: a.map(|(a, _)| a), powers, rounds })
+        let a = if rank > 0 { Some(stored(stacked, (rank, d_in), keep)?) } else { None };
+        Some(Self { modules, a, rounds })
     }
 
     fn d_out(&self) -> usize {
@@ -147,58 +133,51 @@ impl Site {
     }
 
     /// Calls `rows` for parts of `out`, `size` rows of m values each, with x, in eight bits besides where a module takes it so,
-    /// and `u = x Aᵀ` of all modules (rank, m).
+    /// and what waits for
+    /// `u = x Aᵀ` of all modules (rank, m).
     fn parts(
         &self,
         team: &Team,
         x: FewRows<'_>,
         out: (&mut [f32], usize),
-        rows: impl Fn(usize, &mut [f32], FewRows<'_>, &[f32]) + Sync,
+        rows: impl for<'u> Fn(usize, &mut [f32], FewRows<'_>, &dyn Fn() -> &'u [f32]) + Sync,
     ) {
         let m = x.values.len() / x.step;
         let (out, size) = out;
         let rounded = self.rounds.then(|| RoundedRows::new(x));
         let x = FewRows { rounded: rounded.as_ref(), ..x };
-        let Some(a) = &self.a else {
-            return team.parts(out, size * m, |task, out| rows(task * size, out, x, &[]));
+        let Some((a, power)) = &self.a else {
+            return team.parts(out, size * m, |task, out| rows(task * size, out, x, &|| &[]));
         };
         let mut u = vec![0f32; a.rows() * m];
         let down = part(a.rows());
         let first = |task: usize, u: &mut [f32]| {
             let from = task * down;
-            gemv(x, &a.matrix(), from..from + u.len() / m, None, u);
-            for (u, power) in u.chunks_exact_mut(m).zip(&self.powers[from..]) {
-                u.iter_mut().for_each(|u| *u *= power);
-            }
+            gemv(x, &a.matrix(), from..from + u.len() / m, u);
+            u.iter_mut().for_each(|u| *u *= power);
         };
         team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, x, u));
     }
 
     /// Rows `from..` of a module's output into `out` (rows, m).
-    fn rows(&self, model: &BaseModel, module: usize, x: FewRows<'_>, u: &[f32], from: usize, out: &mut [f32]) {
+    ///
+    /// `u` waits for that of all modules.
+    fn rows<'u>(
+        &self,
+        model: &BaseModel,
+        module: usize,
+        x: FewRows<'_>,
+        u: &dyn Fn() -> &'u [f32],
+        from: usize,
+        out: &mut [f32],
+    ) {
         let Linear { index, update, .. } = &self.modules[module];
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
         let module = &model.modules[*index];
-        let weight = module.weight.matrix();
-        match update {
-            None => gemv(x, &weight, rows.clone(), None, out),
-            Some(Update { at, b }) => {
-                let step = b.cols();
-                let u = &u[at * m..(at + step) * m];
-                let mut turned = Vec::new();
-                let values = if m == 1 {
-                    u
-                } else {
-                    turned.resize(u.len(), 0.0);
-                    for (k, values) in u.chunks_exact(m).enumerate() {
-                        values.iter().enumerate().for_each(|(j, value)| turned[j * step + k] = *value);
-                    }
-                    &turned
-                };
-                let update = UpdateRows { b: b.matrix(), u: FewRows { values, step, rounded: None } };
-                gemv(x, &weight, rows.clone(), Some(update), out);
-            }
+        gemv(x, &module.weight.matrix(), rows.clone(), out);
+        if let Some(Update { at, b }) = update {
+            b.add(&u()[at * m..(at + b.rank()) * m], m, rows.clone(), out);
         }
         if let Some(bias) = &module.bias {
             for (out, bias) in out.chunks_exact_mut(m).zip(&bias[rows]) {

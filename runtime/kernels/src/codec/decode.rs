@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{Coded, EncodedScales};
+use super::Coded;
 use crate::cpu::{Cpu, per_cpu};
 use crate::element::Element;
 use crate::gemv::LANES;
 
-impl<'a> Coded<'a> {
+impl Coded<'_> {
     /// Decodes values of row `row`; see [`Self::decode_rows`].
     pub(crate) fn decode<E: CodeElement>(&self, cpu: Cpu, row: usize, cols: Range<usize>, out: &mut [E]) {
         self.decode_rows(cpu, row..row + 1, cols, out);
@@ -43,14 +43,6 @@ impl<'a> Coded<'a> {
     /// Whether values are eight bits on a straight line, with a scale for each row.
     pub(crate) fn has_linear_rows(&self) -> bool {
         self.codec.bits == 8 && self.linear && self.block_len() == self.cols
-    }
-
-    /// The scales of rows whose indices lie on a straight line, if they are stored as they are.
-    pub(crate) fn row_scales(&self) -> Option<&'a [f32]> {
-        match self.scales {
-            EncodedScales::F32(scales) if self.has_linear_rows() => Some(scales),
-            _ => None,
-        }
     }
 
     /// How a row is decoded in registers; `None` where blocks or rows do not end where lanes do.

@@ -8,15 +8,17 @@
 //! many rows share the call, or on the cut into tasks. Multiply-adds are fused where the processor has them.
 
 mod rounded;
+mod update;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 pub use self::rounded::RoundedRows;
+pub use self::update::LowRank;
 
+use crate::Matrix;
 use crate::cpu::{Cpu, cpu};
 use crate::product::grown;
-use crate::{Matrix, RowOrder, Storage};
 
 /// Lanes of a sum. Rows of x are padded to a multiple with zeros.
 pub const LANES: usize = 32;
@@ -47,55 +49,33 @@ impl FewRows<'_> {
     }
 }
 
-/// A low-rank update beside the weight: `s B` (n, step of `u`) and `u = x Aᵀ` (m, …), both padded with zeros to whole halves of
-/// the lanes.
-#[derive(Clone, Copy, Debug)]
-pub struct UpdateRows<'a> {
-    /// `s B`, one row for each row of W, as [`Storage::F32`] or [`Storage::F16`]; beside a weight that takes rounded rows of x
-    /// also by a code book that lies on a straight line, a scale for each row.
-    pub b: Matrix<'a>,
-    /// `u`.
-    pub u: FewRows<'a>,
-}
-
 thread_local!(static SCRATCH: RefCell<Vec<f32>> = RefCell::default());
 
-/// `x Wᵀ + u (s B)ᵀ` for the rows `rows` of W: `out` (rows.len(), m).
+/// `x Wᵀ` for the rows `rows` of W: `out` (rows.len(), m).
 ///
 /// Runs on the calling thread alone; callers give each thread a part of the rows.
 ///
 /// # Panics
 /// When sizes disagree.
-pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, update: Option<UpdateRows<'_>>, out: &mut [f32]) {
+pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, out: &mut [f32]) {
     let m = x.count();
     assert!(x.step.is_multiple_of(LANES) && x.values.len() == m * x.step, "padded rows of x");
     let fits = w.cols <= x.step && rows.end <= w.rows && out.len() == rows.len() * m;
     assert!(fits, "{rows:?} of {} x {} for {m} rows of {}", w.rows, w.cols, x.step);
     let rounded = x.rounded.filter(|_| w.takes_rounded());
     assert!(rounded.is_none_or(|rounded| rounded.is_of(m, x.step)), "as many rows in eight bits");
-    if let Some(UpdateRows { b, u }) = &update {
-        let fits = u.values.len() == m * u.step && (b.rows, b.cols, b.order) == (w.rows, u.step, RowOrder::Natural);
-        let stored = match b.storage {
-            Storage::F32 | Storage::F16 => true,
-            Storage::Coded => rounded.is_some() && b.coded.is_some_and(|coded| coded.row_scales().is_some()),
-            _ => false,
-        };
-        assert!(u.step.is_multiple_of(HALF) && fits && stored, "an update of {} x {}", w.rows, u.step);
-    }
     let cpu = cpu();
     SCRATCH.with_borrow_mut(|scratch| {
         for first in (0..m).step_by(ROWS) {
             let count = ROWS.min(m - first);
-            let part = |rows: FewRows<'_>| rows.values[first * rows.step..].as_ptr();
             let job = Job {
-                x: (part(x), x.step),
+                x: (x.values[first * x.step..].as_ptr(), x.step),
                 rounded: rounded.map(|rounded| (rounded, first)),
-                update: update.map(|UpdateRows { b, u }| (b, part(u), u.step)),
                 w,
                 rows: rows.clone(),
                 out: (out[first..].as_mut_ptr(), m),
             };
-            // SAFETY: the asserts above hold for x, the update and the result, and a `Matrix` for its bytes; the processor has
+            // SAFETY: the asserts above hold for x and the result, and a `Matrix` for its bytes; the processor has
             // what `cpu` says.
             unsafe {
                 match count {
@@ -115,8 +95,6 @@ struct Job<'a> {
     x: (*const f32, usize),
     /// Rows of x in eight bits, and the first of them.
     rounded: Option<(&'a RoundedRows, usize)>,
-    /// `s B`, u, and the step of both.
-    update: Option<(Matrix<'a>, *const f32, usize)>,
     w: &'a Matrix<'a>,
     rows: Range<usize>,
     /// First result, and the step to those of the next row of W.
@@ -142,19 +120,14 @@ impl Job<'_> {
             }
         }
         let (k, padded) = (self.w.cols, FewRows::padded(self.w.cols));
-        let rank = self.update.map_or(0, |(_, _, step)| step);
-        let (row_of_w, row_of_b) = grown(scratch, padded + rank).split_at_mut(padded);
+        let row_of_w = grown(scratch, padded);
         row_of_w[k..].fill(0.0);
         for (i, row) in self.rows.clone().enumerate() {
             self.w.decode_rows(row..row + 1, &mut row_of_w[..k]);
             let mut sums = [[0f32; LANES]; M];
-            // SAFETY: passed on to the caller: rows of x have `padded` values at least, those of the update `step`.
+            // SAFETY: passed on to the caller: rows of x have `padded` values at least.
             unsafe {
                 add(cpu, row_of_w, self.x.0, self.x.1, &mut sums);
-                if let Some((b, u, step)) = self.update {
-                    b.decode_rows(row..row + 1, row_of_b);
-                    add(cpu, row_of_b, u, step, &mut sums);
-                }
                 for (j, sums) in sums.into_iter().enumerate() {
                     *self.out.0.add(i * self.out.1 + j) = fold(sums);
                 }
@@ -356,31 +329,20 @@ mod avx512 {
                         sixteen(_mm512_loadu_ps(values.as_ptr().add(16 * k)), 2 * blocks + k, x, step, &mut sums);
                     }
                 }
-                finish(job, i, row, sums);
+                finish(job, i, sums);
             }
         }
     }
 
-    /// Adds the update and writes the sums of a row of W.
+    /// Writes the sums of a row of W.
     ///
     /// # Safety
     /// See [`Job::run`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn finish<const M: usize>(job: &Job<'_>, i: usize, row: usize, mut sums: Sums<M>) {
-        // SAFETY: passed on to the caller: the update has `step` values for each row of W and of x.
+    unsafe fn finish<const M: usize>(job: &Job<'_>, i: usize, sums: Sums<M>) {
+        // SAFETY: passed on to the caller.
         unsafe {
-            if let Some((b, u, step)) = job.update {
-                let (at, single) = (row * step, b.storage == Storage::F32);
-                for k in 0..step / 16 {
-                    let values = if single {
-                        _mm512_loadu_ps(b.bytes.as_ptr().cast::<f32>().add(at + 16 * k))
-                    } else {
-                        _mm512_cvtph_ps(_mm256_loadu_si256(b.bytes.as_ptr().cast::<u16>().add(at + 16 * k).cast()))
-                    };
-                    sixteen(values, k, u, step, &mut sums);
-                }
-            }
             for (j, [even, odd]) in sums.into_iter().enumerate() {
                 *job.out.0.add(i * job.out.1 + j) = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
             }
@@ -614,7 +576,7 @@ mod avx512 {
                         sixteen(_mm512_permutexvar_ps(index, table), block * (len / 16) + k, x, step, &mut sums);
                     }
                 }
-                finish(job, i, row, sums);
+                finish(job, i, sums);
             }
         }
     }
@@ -639,7 +601,7 @@ mod avx512 {
                     let value = _mm512_mul_ps(_mm512_mul_ps(level, scale), _mm512_set1_ps(1.0 / 127.0));
                     sixteen(value, k, x, step, &mut sums);
                 }
-                finish(job, i, row, sums);
+                finish(job, i, sums);
             }
         }
     }
@@ -650,7 +612,7 @@ mod tests {
     use super::*;
     use crate::codec::{Codec, encode};
     use crate::cpu::with_cpu;
-    use crate::{Encoded, Stream};
+    use crate::{Encoded, RowOrder, Storage, Stream};
 
     /// x padded.
     pub(super) fn padded(values: &[f32], m: usize, k: usize) -> Vec<f32> {
@@ -679,44 +641,31 @@ mod tests {
         let bytes: Vec<u8> = decoded.iter().flat_map(|value| value.to_le_bytes()).collect();
         let floats = Matrix::new(Storage::F32, &bytes, n, k, RowOrder::Natural).unwrap();
         let mut stream = Stream::new(5, 1);
-        let (m, r) = (6, 48);
-        let (x, u, b) = (random(&mut stream, m * k), random(&mut stream, m * r), random(&mut stream, n * r));
+        let m = 6;
+        let x = random(&mut stream, m * k);
         let x_padded = padded(&x, m, k);
-        let single: Vec<u8> = b.iter().flat_map(|b| b.to_le_bytes()).collect();
-        let half: Vec<u8> = b.iter().flat_map(|b| half::f16::from_f32(*b).to_le_bytes()).collect();
-        let half = Matrix::new(Storage::F16, &half, n, r, RowOrder::Natural).unwrap();
-        let mut b = vec![0f32; n * r];
-        half.decode_rows(0..n, &mut b);
-        let exact: Vec<u8> = b.iter().flat_map(|b| b.to_le_bytes()).collect();
-        let exact = Matrix::new(Storage::F32, &exact, n, r, RowOrder::Natural).unwrap();
-        assert_ne!(exact.bytes, single, "half precision rounds");
         for cpu in cpus() {
-            for with_update in [false, true] {
-                let product = |w: &Matrix, b: Matrix, rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
-                    let step = FewRows::padded(k);
-                    let mut out = vec![f32::NAN; rows.len() * of.len()];
-                    let few = FewRows { values: &x_padded[of.start * step..of.end * step], step, rounded: None };
-                    let u = FewRows { values: &u[of.start * r..of.end * r], step: r, rounded: None };
-                    let update = with_update.then_some(UpdateRows { b, u });
-                    with_cpu(cpu, || gemv(few, w, rows, update, &mut out));
-                    out
-                };
-                let all = product(w, half, 0..n, 0..m);
-                assert_eq!(all, product(&floats, exact, 0..n, 0..m), "{label}, {cpu:?}: differs from its values");
-                for j in 0..m {
-                    let alone: Vec<f32> = (0..n).flat_map(|row| product(w, half, row..row + 1, j..j + 1)).collect();
-                    let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
-                    assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
-                }
-                for (i, got) in all.iter().enumerate() {
-                    let (row, j) = (i / m, i % m);
-                    let products = (x[j * k..(j + 1) * k].iter().zip(&decoded[row * k..(row + 1) * k]))
-                        .chain(u[j * r..(j + 1) * r].iter().zip(&b[row * r..(row + 1) * r]).filter(|_| with_update));
-                    let products: Vec<f64> = products.map(|(x, w)| f64::from(*x) * f64::from(*w)).collect();
-                    let size: f64 = products.iter().map(|p| p.abs()).sum();
-                    let error = (f64::from(*got) - products.iter().sum::<f64>()).abs();
-                    assert!(error <= size * 40.0 * f64::from(f32::EPSILON) / 2.0, "{label}, {cpu:?}: off by {error:e}");
-                }
+            let product = |w: &Matrix, rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
+                let step = FewRows::padded(k);
+                let mut out = vec![f32::NAN; rows.len() * of.len()];
+                let few = FewRows { values: &x_padded[of.start * step..of.end * step], step, rounded: None };
+                with_cpu(cpu, || gemv(few, w, rows, &mut out));
+                out
+            };
+            let all = product(w, 0..n, 0..m);
+            assert_eq!(all, product(&floats, 0..n, 0..m), "{label}, {cpu:?}: differs from its values");
+            for j in 0..m {
+                let alone: Vec<f32> = (0..n).flat_map(|row| product(w, row..row + 1, j..j + 1)).collect();
+                let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
+                assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
+            }
+            for (i, got) in all.iter().enumerate() {
+                let (row, j) = (i / m, i % m);
+                let products = x[j * k..(j + 1) * k].iter().zip(&decoded[row * k..(row + 1) * k]);
+                let products: Vec<f64> = products.map(|(x, w)| f64::from(*x) * f64::from(*w)).collect();
+                let size: f64 = products.iter().map(|p| p.abs()).sum();
+                let error = (f64::from(*got) - products.iter().sum::<f64>()).abs();
+                assert!(error <= size * 40.0 * f64::from(f32::EPSILON) / 2.0, "{label}, {cpu:?}: off by {error:e}");
             }
         }
     }
@@ -797,6 +746,6 @@ mod tests {
     #[should_panic(expected = "of 1 x 4 for 1 rows of 32")]
     fn rows_that_there_are_not_are_refused() {
         let w = Matrix::new(Storage::F32, &[0; 16], 1, 4, RowOrder::Natural).unwrap();
-        gemv(FewRows { values: &[0.0; 32], step: 32, rounded: None }, &w, 0..2, None, &mut [0.0; 2]);
+        gemv(FewRows { values: &[0.0; 32], step: 32, rounded: None }, &w, 0..2, &mut [0.0; 2]);
     }
 }

@@ -164,12 +164,6 @@ mod x86 {
                 Storage::Q6K => q6k::<I, M>(job, x, first),
                 _ => linear::<I, M>(job, x, first),
             }
-            match job.update.map(|(b, _, _)| (b.storage, b.coded)) {
-                None => {}
-                Some((Storage::F32, _)) => add_update::<Singles, M>(job, None),
-                Some((Storage::F16, _)) => add_update::<Halves, M>(job, None),
-                Some((_, coded)) => add_update::<Codes, M>(job, coded.and_then(|coded| coded.row_scales())),
-            }
         }
     }
 
@@ -312,81 +306,6 @@ mod x86 {
             let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-        }
-    }
-
-    /// How eight values of a row of B are read.
-    trait Eight {
-        const BYTES: usize;
-        /// # Safety
-        /// They are readable at `p`.
-        unsafe fn read(p: *const u8) -> __m256;
-    }
-
-    struct Singles;
-
-    impl Eight for Singles {
-        const BYTES: usize = 32;
-
-        #[inline(always)]
-        unsafe fn read(p: *const u8) -> __m256 {
-            // SAFETY: passed on to the caller.
-            unsafe { _mm256_loadu_ps(p.cast()) }
-        }
-    }
-
-    struct Halves;
-
-    impl Eight for Halves {
-        const BYTES: usize = 16;
-
-        #[inline(always)]
-        unsafe fn read(p: *const u8) -> __m256 {
-            // SAFETY: passed on to the caller.
-            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
-        }
-    }
-
-    /// Indices on a straight line, without their scale.
-    struct Codes;
-
-    impl Eight for Codes {
-        const BYTES: usize = 8;
-
-        #[inline(always)]
-        unsafe fn read(p: *const u8) -> __m256 {
-            // SAFETY: passed on to the caller.
-            unsafe {
-                let codes = _mm_min_epu8(_mm_loadl_epi64(p.cast()), _mm_set1_epi8(254u8 as i8));
-                _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(codes), _mm256_set1_epi32(127)))
-            }
-        }
-    }
-
-    /// Adds `u (s B)ᵀ` to results, with a scale for each row of B if there are any.
-    ///
-    /// # Safety
-    /// See [`run`].
-    #[inline(always)]
-    unsafe fn add_update<E: Eight, const M: usize>(job: &Job<'_>, scales: Option<&[f32]>) {
-        let Some((b, u, step)) = job.update else { return };
-        let size = step / 8 * E::BYTES;
-        // SAFETY: passed on to the caller: the update has `step` values, a multiple of eight, for each row of W and of x.
-        unsafe {
-            for (i, row) in job.rows.clone().enumerate() {
-                let b = b.bytes.as_ptr().add(row * size);
-                let mut sums = [_mm256_setzero_ps(); M];
-                for k in 0..step / 8 {
-                    let b = E::read(b.add(k * E::BYTES));
-                    for j in 0..M {
-                        sums[j] = _mm256_fmadd_ps(b, _mm256_loadu_ps(u.add(j * step + 8 * k)), sums[j]);
-                    }
-                }
-                let scale = scales.map_or(1.0, |scales| scales[row] * (1.0 / 127.0));
-                for (j, sums) in sums.into_iter().enumerate() {
-                    *job.out.0.add(i * job.out.1 + j) += scale * fold(sums);
-                }
-            }
         }
     }
 
@@ -752,14 +671,14 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::gemv;
     use super::super::tests::{BLOCKS, cpus, ggml, padded, random};
-    use super::super::{UpdateRows, gemv};
     use super::*;
     use crate::codec::{Codec, encode};
     use crate::cpu::with_cpu;
     use crate::{Encoded, RowOrder, Stream};
 
-    /// B (n, r) as a coded matrix.
+    /// Values (n, r) as a coded matrix.
     fn encoded(values: &[f32], n: usize, r: usize) -> Encoded {
         let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
             out.copy_from_slice(&values[rows.start * r..rows.end * r]);
@@ -770,74 +689,51 @@ mod tests {
     /// Holds the product with `w` to that of its values with the rounded values of x in f64, and its rows to those of a call of
     /// their own; and what rounding costs to a bound.
     fn check(w: &Matrix, label: &str) {
-        let (n, k, m, r) = (w.rows, w.cols, 6, 16);
+        let (n, k, m) = (w.rows, w.cols, 6);
         let mut decoded = vec![0f32; n * k];
         w.decode_rows(0..n, &mut decoded);
         let mut stream = Stream::new(9, 1);
-        let (x, u, b) = (random(&mut stream, m * k), random(&mut stream, m * r), random(&mut stream, n * r));
-        let (x, step) = (padded(&x, m, k), FewRows::padded(k));
-        let (singles, halves, codes) = (
-            b.iter().flat_map(|b| b.to_le_bytes()).collect::<Vec<u8>>(),
-            b.iter().flat_map(|b| half::f16::from_f32(*b).to_le_bytes()).collect::<Vec<u8>>(),
-            encoded(&b, n, r),
-        );
-        let updates = [
-            Matrix::new(Storage::F32, &singles, n, r, RowOrder::Natural).unwrap(),
-            Matrix::new(Storage::F16, &halves, n, r, RowOrder::Natural).unwrap(),
-        ];
-        let codec = Codec::int8();
-        let coded = Matrix::coded(&codec, &codes.codes, &codes.scales, n, r).unwrap();
-        let updates = [None, Some(updates[0]), Some(updates[1]), Some(coded)];
+        let (x, step) = (padded(&random(&mut stream, m * k), m, k), FewRows::padded(k));
         for cpu in cpus().filter(|cpu| *cpu >= Cpu::Avx2) {
-            for b in updates {
-                let product = |rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
-                    let mut out = vec![f32::NAN; rows.len() * of.len()];
-                    with_cpu(cpu, || {
-                        assert!(w.takes_rounded(), "{label}, {cpu:?}");
-                        let few = FewRows { values: &x[of.start * step..of.end * step], step, rounded: None };
-                        let rounded = RoundedRows::new(few);
-                        let few = FewRows { rounded: Some(&rounded), ..few };
-                        let u = FewRows { values: &u[of.start * r..of.end * r], step: r, rounded: None };
-                        gemv(few, w, rows, b.map(|b| UpdateRows { b, u }), &mut out);
-                    });
-                    out
-                };
-                let all = product(0..n, 0..m);
-                for j in 0..m {
-                    let alone: Vec<f32> = (0..n).flat_map(|row| product(row..row + 1, j..j + 1)).collect();
-                    let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
-                    assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
-                }
-                let rounded = RoundedRows::new(FewRows { values: &x, step, rounded: None });
-                let mut b_values = vec![0f32; n * r];
-                if let Some(b) = &b {
-                    b.decode_rows(0..n, &mut b_values);
-                }
-                for j in 0..m {
-                    let (mut away, mut norm) = (0f64, 0f64);
-                    for row in 0..n {
-                        let w = &decoded[row * k..(row + 1) * k];
-                        let largest = f64::from(w.iter().fold(0f32, |most, w| most.max(w.abs())));
-                        let update: f64 = (b_values[row * r..(row + 1) * r].iter().zip(&u[j * r..]))
-                            .map(|(b, u)| f64::from(*b) * f64::from(*u))
-                            .sum();
-                        let (mut exact, mut wanted, mut size) = (update, update, 20.0 + update.abs());
-                        for (i, w) in w.iter().enumerate() {
-                            let scale = f64::from(rounded.scales[j * rounded.padded + i / GROUP]);
-                            let value = f64::from(rounded.codes[j * step + i]) * scale;
-                            exact += f64::from(*w) * f64::from(x[j * step + i]);
-                            wanted += f64::from(*w) * value;
-                            // Codes without a sign are up to 16 times as large as the values that they stand for.
-                            size += value.abs() * largest * 16.0;
-                        }
-                        let got = f64::from(all[row * m + j]);
-                        let error = (got - wanted).abs();
-                        assert!(error <= size * 8.0 * f64::from(f32::EPSILON), "{label}, {cpu:?}: off by {error:e}");
-                        away += (got - exact).powi(2);
-                        norm += (0..k).map(|i| (f64::from(w[i]) * f64::from(x[j * step + i])).powi(2)).sum::<f64>();
+            let product = |rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
+                let mut out = vec![f32::NAN; rows.len() * of.len()];
+                with_cpu(cpu, || {
+                    assert!(w.takes_rounded(), "{label}, {cpu:?}");
+                    let few = FewRows { values: &x[of.start * step..of.end * step], step, rounded: None };
+                    let rounded = RoundedRows::new(few);
+                    gemv(FewRows { rounded: Some(&rounded), ..few }, w, rows, &mut out);
+                });
+                out
+            };
+            let all = product(0..n, 0..m);
+            for j in 0..m {
+                let alone: Vec<f32> = (0..n).flat_map(|row| product(row..row + 1, j..j + 1)).collect();
+                let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
+                assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
+            }
+            let rounded = RoundedRows::new(FewRows { values: &x, step, rounded: None });
+            for j in 0..m {
+                let (mut away, mut norm) = (0f64, 0f64);
+                for row in 0..n {
+                    let w = &decoded[row * k..(row + 1) * k];
+                    let largest = f64::from(w.iter().fold(0f32, |most, w| most.max(w.abs())));
+                    let (mut exact, mut wanted, mut size) = (0f64, 0f64, 0f64);
+                    for (i, w) in w.iter().enumerate() {
+                        let scale = f64::from(rounded.scales[j * rounded.padded + i / GROUP]);
+                        let value = f64::from(rounded.codes[j * step + i]) * scale;
+                        let product = f64::from(*w) * f64::from(x[j * step + i]);
+                        exact += product;
+                        norm += product.powi(2);
+                        wanted += f64::from(*w) * value;
+                        // Codes without a sign are up to 16 times as large as the values that they stand for.
+                        size += value.abs() * largest * 16.0;
                     }
-                    assert!(away.sqrt() < 0.02 * norm.sqrt() + 1e-4, "{label}, {cpu:?}: {} away", (away / norm).sqrt());
+                    let got = f64::from(all[row * m + j]);
+                    let error = (got - wanted).abs();
+                    assert!(error <= size * 8.0 * f64::from(f32::EPSILON), "{label}, {cpu:?}: off by {error:e}");
+                    away += (got - exact).powi(2);
                 }
+                assert!(away.sqrt() < 0.02 * norm.sqrt() + 1e-6, "{label}, {cpu:?}: {} away", (away / norm).sqrt());
             }
         }
     }
@@ -884,7 +780,7 @@ mod tests {
             let x = FewRows { values: &values, step: k, rounded: None };
             let rounded = RoundedRows::new(x);
             let mut out = vec![1.0; n];
-            gemv(FewRows { rounded: Some(&rounded), ..x }, &w, 0..n, None, &mut out);
+            gemv(FewRows { rounded: Some(&rounded), ..x }, &w, 0..n, &mut out);
             out
         };
         assert!([f32::NAN, f32::INFINITY].into_iter().flat_map(product).all(f32::is_nan));

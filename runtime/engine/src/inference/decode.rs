@@ -175,6 +175,9 @@ impl Site {
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
         let module = &model.modules[*index];
+        if let Some(Update { b, .. }) = update {
+            b.prefetch(rows.clone());
+        }
         gemv(x, &module.weight.matrix(), rows.clone(), out);
         if let Some(Update { at, b }) = update {
             b.add(&u()[at * m..(at + b.rank()) * m], m, rows.clone(), out);

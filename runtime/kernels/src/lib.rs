@@ -5,7 +5,8 @@
 //! - `codec`: storage as data, a code book over blocks of values: encoding and decoding
 //! - `tile`, `panel`, `product`: products with frozen weights and adapters, for training
 //! - `norm`, `rope`, `attention`, `swiglu`, `cross_entropy`: the rest of a decoder layer and its loss, forward and backward
-//! - `gemv`, `attend`, `team`: products and attention for a few rows, as in decoding, and the threads that share many short jobs
+//! - `gemv`, `attend`, `team`: products (exact, or with rows of x in eight bits, and low-rank updates) and attention for a few rows,
+//!   as in decoding, and the threads that share many short jobs
 //! - `peak`: the limits of the machine
 //! - `matmul`, `dot`: products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter

@@ -1,6 +1,6 @@
 //! One further token of one or several sequences: every weight is read once, decoded and multiplied in one pass, with low-rank
-//! updates in the same sums. Activations are f32; where blocks are bf16, those that meet quantised weights are rounded to eight bits
-//! by groups of 32 on the way.
+//! updates in the same sums. Activations are f32; unless all is to be exact, those that meet quantised weights are rounded to eight
+//! bits by groups of 32 on the way.
 //!
 //! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
 
@@ -93,10 +93,10 @@ fn stored(mut values: Vec<f32>, shape: (usize, usize), keep: Keep) -> Option<(We
 }
 
 impl Site {
-    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize], half: bool) -> Option<Self> {
+    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize], round: bool) -> Option<Self> {
         let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
-        let rounds = half && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
-        let keep = match (half, rounds) {
+        let rounds = round && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
+        let keep = match (round, rounds) {
             (false, _) => Keep::Single,
             (true, false) => Keep::Half,
             (true, true) => Keep::Eight,
@@ -118,7 +118,7 @@ impl Site {
                     let at = stacked.len() / info.d_in;
                     stacked.extend(a);
                     let scaled: Vec<f32> = b.iter().map(|b| low_rank.scaling as f32 * b).collect();
-                    Some(Update { at, b: LowRank::new(&scaled, (info.d_out, r), half) })
+                    Some(Update { at, b: LowRank::new(&scaled, (info.d_out, r), round) })
                 }
             };
             modules.push(Linear { index, d_out: info.d_out, update });
@@ -238,14 +238,14 @@ fn part(rows: usize) -> usize {
 impl Decoder {
     /// The layout; `None` when a recipe is something else than a low-rank update of a linear module.
     ///
-    /// `half`: updates are kept in half precision or in eight bits, and x is rounded to eight bits where weights take it so.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, half: bool) -> Option<Self> {
+    /// `round`: updates are kept in half precision or in eight bits, and x is rounded to eight bits where weights take it so.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, round: bool) -> Option<Self> {
         let frozen = |module: usize| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
         let norm = |index: usize| {
             let module = &model.modules[index];
             (frozen(index) && module.bias.is_none()).then(|| module.weight.decode(0..1))
         };
-        let site = |modules: &[usize]| Site::new(model, adaptation, modules, half);
+        let site = |modules: &[usize]| Site::new(model, adaptation, modules, round);
         let layers = model.layers.iter().map(|at| {
             Some(Layer {
                 input_norm: norm(at.input_norm)?,

@@ -1,9 +1,9 @@
 //! Answering: a prompt is read in pieces by the blocks that training runs, further tokens come one at a time, for all sequences that
 //! are being answered together.
 //!
-//! Reading multiplies in the type of the blocks, bf16 or f32; decoding always in f32, with weights as they are stored (and
-//! adapters in half precision, where blocks are bf16). Keys and
-//! values are kept in the type of the blocks. What a sequence comes to depends on its tokens alone, not on what is answered
+//! Reading multiplies in the type of the blocks, bf16 or f32. Decoding multiplies weights as they are stored: by f32, or, where
+//! f32 is not asked for and weights are whole numbers by blocks, by activations in eight bits. Keys and values are kept in the type of
+//! the blocks. What a sequence comes to depends on its tokens alone, not on what is answered
 //! beside it, in which pieces its prompt was read, or whether the beginning of its prompt was taken over from another.
 
 mod cache;
@@ -47,10 +47,11 @@ struct Fast<E> {
 }
 
 impl<E: ProductElement> Fast<E> {
-    fn new(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Box<Self>> {
+    /// `round`: see [`Decoder::new`].
+    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, round: bool) -> Option<Box<Self>> {
         let blocks = Fused::new(model, adaptation, How { fuse: true, integers: false });
         let (fused, layers, _) = blocks.counts();
-        let decoder = Decoder::new(model, adaptation, E::PER_WORD > 1).filter(|_| fused == layers)?;
+        let decoder = Decoder::new(model, adaptation, round).filter(|_| fused == layers)?;
         Some(Box::new(Self { reading: Mutex::new(blocks), decoder }))
     }
 
@@ -120,17 +121,21 @@ impl Kept {
 }
 
 impl Inference {
-    /// Makes a model ready; `compute` is what prompts are read in.
+    /// Makes a model ready. Prompts are read in f32 or bf16, as `compute` says; if it says anything but f32, tokens are decoded with
+    /// activations in eight bits where weights take them so.
     pub fn new(model: Arc<BaseModel>, adaptation: Option<Arc<Adaptation>>, compute: Compute) -> Self {
         let adapted = adaptation.as_deref();
         // What a strategy proposes is for its training.
-        let compute = if compute == Compute::Auto { Compute::auto() } else { compute };
-        let fast = match compute {
+        let (blocks, round) = match compute {
+            Compute::Auto => (Compute::auto(), true),
+            Compute::F32 => (compute, false),
+            _ => (compute, true),
+        };
+        let in_f32 = || Fast::new(&model, adapted, round).map(Blocks::F32);
+        let fast = match blocks {
             Compute::Plain => None,
-            Compute::Auto | Compute::F32 => Fast::new(&model, adapted).map(Blocks::F32),
-            Compute::Bf16 | Compute::Int8 => {
-                Fast::new(&model, adapted).map(Blocks::Bf16).or_else(|| Fast::new(&model, adapted).map(Blocks::F32))
-            }
+            Compute::Auto | Compute::F32 => in_f32(),
+            Compute::Bf16 | Compute::Int8 => Fast::new(&model, adapted, round).map(Blocks::Bf16).or_else(in_f32),
         };
         Self { model, adaptation, blocks: fast.unwrap_or(Blocks::Plain) }
     }

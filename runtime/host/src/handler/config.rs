@@ -34,7 +34,7 @@ pub struct Config {
 /// A handler that is not loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HandlerSpec {
-    /// `kind = "local"`, and what its prompts are read in.
+    /// `kind = "local"`, and what it computes in.
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
@@ -177,13 +177,13 @@ fn local<'a>(
     let any_base = table.get("any_base").and_then(|value| problems.bool("any_base", value));
     let compute = table.get("compute").and_then(|value| Some((value, problems.text("compute", value)?)));
     let compute = match compute.as_ref().map(|(value, name)| (value, name.as_str())) {
-        None | Some((_, "auto")) => Compute::auto(),
+        None | Some((_, "auto")) => Compute::Auto,
         Some((_, "bf16")) => Compute::Bf16,
         Some((_, "f32")) => Compute::F32,
         Some((value, other)) => {
             let known = ["auto", "bf16", "f32"];
             problems.at(value.span(), format!("`compute`: `{other}` is unknown, {}", near(other, &known)));
-            Compute::auto()
+            Compute::Auto
         }
     };
     if !table.contains_key("model") {
@@ -453,7 +453,7 @@ egress = "allow"
         assert_eq!(config.routes["open"], ["near", "far"]);
         assert_eq!(
             config.handlers["near"],
-            HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() }, Compute::auto())
+            HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() }, Compute::Auto)
         );
         assert!(config.handlers["far"].is_cloud() && !config.handlers["beside"].is_cloud());
         let handlers = Handlers::new(config);

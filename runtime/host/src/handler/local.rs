@@ -27,7 +27,7 @@ pub struct Local {
 }
 
 impl Local {
-    /// Answers with a model under a name; `compute` is what prompts are read in.
+    /// Answers with a model under a name; `compute` is what it computes in.
     pub fn new(name: impl Into<String>, loaded: Loaded, compute: Compute) -> Self {
         let Loaded { model, adaptation } = loaded;
         Self { name: name.into(), answers: Answers::new(Inference::new(model, adaptation, compute)) }

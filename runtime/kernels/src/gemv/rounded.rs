@@ -110,6 +110,7 @@ pub(super) use x86::run;
 
 /// 256 bits at a time, with the products of bytes that the processor has.
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop, reason = "loops of a constant length become straight code, whatever they index")]
 mod x86 {
     use std::arch::is_x86_feature_detected;
     use std::arch::x86_64::*;

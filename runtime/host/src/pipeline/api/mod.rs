@@ -485,7 +485,7 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     let (model, adaptation) = spec.load(session)?;
     let system = options.text("system").map(|text| json!({"role": "system", "content": text}));
     let texts = lua.create_table()?;
-    let inference = (!session.dry).then(|| Inference::new(model.clone(), adaptation, Compute::auto()));
+    let inference = (!session.dry).then(|| Inference::new(model.clone(), adaptation, Compute::Auto));
     let answers = inference.map(Answers::new);
     // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
     let mut asked = Vec::with_capacity(prompts.len());

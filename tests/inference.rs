@@ -122,7 +122,7 @@ fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> R
     let fast = logits(&Inference::new(model.clone(), None, Compute::Bf16), first, 1, rest)?;
     let away = divergence(&exact, &fast);
     println!("divergence from f32 over {} tokens: {away:.2e} nats", ids.len());
-    // What rounding to bf16 costs when a prompt is read is of the same size.
+    // Beside it, what rounding to bf16 costs when a prompt is read.
     let read = |compute| -> Result<Vec<Vec<f32>>> {
         let inference = Inference::new(model.clone(), None, compute);
         (1..=ids.len()).map(|len| Ok(logits(&inference, &ids[..len], len, &[])?.remove(0))).collect()

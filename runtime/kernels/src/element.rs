@@ -162,6 +162,24 @@ pub(crate) fn largest_magnitude(a: &[f32]) -> f32 {
     f32::from_bits(lanes.into_iter().chain(rest).fold(0, u32::max))
 }
 
+/// How values are rounded to whole numbers from -127 to 127: what the numbers are multiplied by, and the values before. The scale is
+/// NaN if a value is not finite; values that are all zero, or so small that the inverse overflows, become zeros.
+#[inline(always)]
+pub(crate) fn eight_bit_scale(values: &[f32]) -> (f32, f32) {
+    let largest = largest_magnitude(values);
+    let inverse = 127.0 / largest;
+    let inverse = if largest.is_finite() && inverse.is_finite() { inverse } else { 0.0 };
+    (if largest.is_finite() { largest / 127.0 } else { f32::NAN }, inverse)
+}
+
+/// The nearest whole number to `value * inverse`, ties to even, if it is below 2^22 in magnitude.
+#[inline(always)]
+pub(crate) fn nearest_whole(value: f32, inverse: f32) -> i32 {
+    // Adding 1.5 · 2^23 rounds and leaves the number in the low bits.
+    const SHIFT: f32 = 12_582_912.0;
+    (value * inverse + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32
+}
+
 /// e^x to about 1.5 units in the last place, without branches; below -87.3 it stays at its smallest normal value, above 88.3
 /// at its largest; a NaN stays one.
 ///

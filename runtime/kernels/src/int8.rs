@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use crate::codec::Coded;
 use crate::cpu::{Cpu, per_cpu};
-use crate::element::{Element, largest_magnitude};
+use crate::element::{Element, eight_bit_scale, nearest_whole};
 use crate::panel::pack_columns;
 use crate::pool::{Shared, for_ranges};
 use crate::product::{Left, grown};
@@ -125,19 +125,13 @@ impl Value for i16 {
 per_cpu! {
     /// Whole numbers from -127 to 127, and for each group its scale, NaN if a value is not finite, and where its sums start.
     fn round_row<V: Value>(row: &[f32], out: &mut [V], scales: &mut [f32], starts: &mut [i32]) {
-        // Adding 1.5 · 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits.
-        const SHIFT: f32 = 12_582_912.0;
         let groups = row.chunks(GROUP).zip(out.chunks_mut(GROUP)).zip(scales.iter_mut().zip(starts));
         for ((row, out), (scale, start)) in groups {
-            let largest = largest_magnitude(row);
-            let inverse = 127.0 / largest;
-            // A group of zeros, and one so small that the inverse overflows, is zeros.
-            let inverse = if largest.is_finite() && inverse.is_finite() { inverse } else { 0.0 };
-            *scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+            let inverse;
+            (*scale, inverse) = eight_bit_scale(row);
             let mut sum = 0i32;
             for (out, value) in out.iter_mut().zip(row) {
-                let rounded = value * inverse + SHIFT;
-                let whole = rounded.to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
+                let whole = nearest_whole(*value, inverse);
                 *out = V::of(whole);
                 sum = sum.wrapping_add(whole);
             }

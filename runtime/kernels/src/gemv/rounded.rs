@@ -12,7 +12,7 @@ use super::FewRows;
 use crate::Storage;
 use crate::codec::Fused;
 use crate::cpu::{Cpu, cpu, per_cpu};
-use crate::element::largest_magnitude;
+use crate::element::{eight_bit_scale, nearest_whole};
 use crate::matmul::Matrix;
 
 /// Values of a row that share a scale.
@@ -68,18 +68,13 @@ impl RoundedRows {
 per_cpu! {
     /// Codes, scales, and for each half of a group the sum of its codes times the scale.
     fn round(row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
-        // Adding 1.5 · 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits.
-        const SHIFT: f32 = 12_582_912.0;
         let groups = row.as_chunks::<GROUP>().0.iter().zip(codes.as_chunks_mut::<GROUP>().0);
         for ((row, codes), (scale, halves)) in groups.zip(scales.iter_mut().zip(halves.as_chunks_mut::<2>().0)) {
-            let largest = largest_magnitude(row);
-            let inverse = 127.0 / largest;
-            // A group of zeros, and one so small that the inverse overflows, is zeros.
-            let inverse = if largest.is_finite() && inverse.is_finite() { inverse } else { 0.0 };
-            *scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+            let inverse;
+            (*scale, inverse) = eight_bit_scale(row);
             let mut whole = [0i32; GROUP];
             for (whole, value) in whole.iter_mut().zip(row) {
-                *whole = (value * inverse + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
+                *whole = nearest_whole(*value, inverse);
             }
             for (code, whole) in codes.iter_mut().zip(whole) {
                 *code = whole as i8;

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::cpu::{cpu, per_cpu};
-use crate::element::largest_magnitude;
+use crate::element::{eight_bit_scale, nearest_whole};
 
 /// Rows of a panel.
 const ROWS: usize = 8;
@@ -32,28 +32,27 @@ impl LowRank {
     pub fn new(values: &[f32], (n, r): (usize, usize), eight_bits: bool) -> Self {
         assert_eq!(values.len(), n * r, "{n} x {r}");
         let panels = n.div_ceil(ROWS);
-        let (mut singles, mut codes) = (vec![[0f32; ROWS]; if eight_bits { 0 } else { panels * r }], Vec::new());
-        let mut scales = Vec::new();
-        if eight_bits {
-            codes = vec![[0i8; ROWS]; panels * r];
-            scales = vec![[0f32; ROWS]; panels];
-        }
-        for row in 0..n {
-            let (panel, lane, values) = (row / ROWS, row % ROWS, &values[row * r..(row + 1) * r]);
-            if eight_bits {
-                let largest = largest_magnitude(values);
-                let inverse = if largest.is_finite() && largest > 0.0 { 127.0 / f64::from(largest) } else { 0.0 };
-                scales[panel][lane] = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+        let rows = values.chunks_exact(r.max(1)).enumerate().map(|(row, values)| (row / ROWS, row % ROWS, values));
+        let values = if eight_bits {
+            let (mut codes, mut scales) = (vec![[0; ROWS]; panels * r], vec![[0.0; ROWS]; panels]);
+            for (panel, lane, values) in rows {
+                let (scale, inverse) = eight_bit_scale(values);
+                scales[panel][lane] = scale;
                 for (codes, value) in codes[panel * r..].iter_mut().zip(values) {
-                    codes[lane] = (f64::from(*value) * inverse).round_ties_even() as i8;
+                    codes[lane] = nearest_whole(*value, inverse) as i8;
                 }
-            } else {
+            }
+            Values::Codes(codes, scales)
+        } else {
+            let mut singles = vec![[0.0; ROWS]; panels * r];
+            for (panel, lane, values) in rows {
                 for (singles, value) in singles[panel * r..].iter_mut().zip(values) {
                     singles[lane] = *value;
                 }
             }
-        }
-        Self { n, r, values: if eight_bits { Values::Codes(codes, scales) } else { Values::Singles(singles) } }
+            Values::Singles(singles)
+        };
+        Self { n, r, values }
     }
 
     /// r.

@@ -707,6 +707,35 @@ fn a_second_interruption_while_saving_leaves_all_or_nothing() -> Result<()> {
     Ok(())
 }
 
+/// The export is made in a directory beside its place; whether it was finished or not, that one is gone.
+#[test]
+fn an_interrupted_export_is_whole_or_leaves_nothing() -> Result<()> {
+    let place = Place::new()?;
+    let mut command = place.fine_tune(&fixture("models/llama"), &place.rows("rows.jsonl", 4)?);
+    succeeds(command.args(["--max-steps", "1"]))?;
+    let finished = |place: &Place| anyhow::Ok(place.outputs()?.iter().all(|name| name == "out" || name == "merged"));
+    let mut interrupted = 0;
+    for _ in 0..5 {
+        let mut command = homeroom();
+        command
+            .args(["export-model", "--overwrite", "--format", "merged", "--model-dir"])
+            .arg(place.path("outputs/out"));
+        let mut running = Running::start(command.arg("--output-dir").arg(place.path("outputs/merged")))?;
+        while running.child.try_wait()?.is_none() && finished(&place)? {
+            std::thread::yield_now();
+        }
+        if running.child.try_wait()?.is_none() {
+            running.signal(libc::SIGINT)?;
+        }
+        let (code, _, stderr) = running.end()?;
+        assert!(matches!(code, Some(0 | 130)), "{code:?} {stderr}");
+        interrupted += usize::from(code == Some(130));
+        assert!(finished(&place)?, "{:?}", place.outputs()?);
+    }
+    assert!(interrupted > 0, "every export ended before its signal came");
+    Ok(())
+}
+
 #[test]
 fn a_killed_run_leaves_nothing() -> Result<()> {
     let place = Place::new()?;

@@ -1,16 +1,42 @@
 //! Writes a directory so that it is there whole or not at all.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
-use tempfile::TempDir;
+
+/// The temporary names of all directories in the making. They get theirs, and lose it, with this held: whoever holds it sees none
+/// that is neither here nor finished.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes every directory in the making, for a program that ends at once. From now on no other is begun or finished: whoever
+/// tries to waits for the end.
+pub fn abandon_all() {
+    let mut directories = unfinished();
+    abandon(&mut directories);
+    std::mem::forget(directories);
+}
+
+fn abandon(directories: &mut Vec<PathBuf>) {
+    for path in directories.drain(..) {
+        // Under another name first, so that its writers find it no more; a file that they were just opening may still appear.
+        let aside = path.with_extension("ended");
+        if fs::rename(&path, &aside).is_ok() {
+            while fs::remove_dir_all(&aside).is_err_and(|error| error.kind() == ErrorKind::DirectoryNotEmpty) {}
+        }
+    }
+}
 
 /// A directory in the making, beside its destination, under a temporary name. Dropped before [`NewDirectory::publish`], it
 /// leaves nothing.
 pub struct NewDirectory {
-    temporary: TempDir,
+    temporary: Temporary,
     destination: PathBuf,
     /// Whether what is at the destination by then may be replaced; it may, unless the caller says otherwise.
     pub replaces: bool,
@@ -31,12 +57,7 @@ impl NewDirectory {
             "{}: a mount point, which cannot be replaced by a finished directory; name a directory in it",
             destination.display()
         );
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".homeroom-");
-        // As open as the user's other directories: the system takes away what their umask forbids.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let temporary = builder.tempdir_in(parent);
+        let temporary = Temporary::new(".homeroom-", parent);
         let temporary = temporary.with_context(|| format!("{}: cannot write here", parent.display()))?;
         Ok(Self { temporary, destination, replaces: true })
     }
@@ -67,39 +88,90 @@ impl NewDirectory {
     /// and so is the finished directory: the message says where.
     pub fn publish(self) -> Result<PathBuf> {
         let Self { temporary, destination, replaces } = self;
-        let unfinished = || format!("{}: cannot finish the directory", destination.display());
-        for entry in fs::read_dir(temporary.path()).with_context(unfinished)? {
-            let path = entry.with_context(unfinished)?.path();
-            File::open(&path).and_then(|file| file.sync_all()).with_context(unfinished)?;
-            open_as(temporary.path(), &path).with_context(unfinished)?;
+        let incomplete = || format!("{}: cannot finish the directory", destination.display());
+        for entry in fs::read_dir(temporary.path()).with_context(incomplete)? {
+            let path = entry.with_context(incomplete)?.path();
+            File::open(&path).and_then(|file| file.sync_all()).with_context(incomplete)?;
+            open_as(temporary.path(), &path).with_context(incomplete)?;
         }
-        let from = temporary.keep();
+        let parent = destination.parent().context("a directory needs a parent")?;
+        let older = temporary.take_place(&destination, parent, replaces)?;
+        sync_directory(parent);
+        drop(older);
+        Ok(destination)
+    }
+}
+
+/// A directory under a temporary name, known to [`UNFINISHED`].
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn new(prefix: &str, parent: &Path) -> std::io::Result<Self> {
+        Self::among(&mut unfinished(), prefix, parent)
+    }
+
+    fn among(directories: &mut Vec<PathBuf>, prefix: &str, parent: &Path) -> std::io::Result<Self> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(prefix);
+        // As open as the user's other directories: the system takes away what their umask forbids.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let path = builder.tempdir_in(parent)?.keep();
+        directories.push(path.clone());
+        Ok(Self(path))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Nobody removes the directory any more.
+    fn keep(mut self, directories: &mut Vec<PathBuf>) -> PathBuf {
+        let path = std::mem::take(&mut self.0);
+        std::mem::forget(self);
+        directories.retain(|other| *other != path);
+        path
+    }
+
+    /// Gives the directory its name, and what had that name a temporary one, which is returned.
+    fn take_place(self, destination: &Path, parent: &Path, replaces: bool) -> Result<Option<Self>> {
+        let mut directories = unfinished();
+        // It is whole now.
+        let from = self.keep(&mut directories);
         let failed = || {
             let (to, from) = (destination.display(), from.display());
             format!("{to}: cannot put the finished directory here; it is whole in {from}")
         };
         if !replaces {
-            vacant(&destination).with_context(failed)?;
+            vacant(destination).with_context(failed)?;
         }
-        let parent = destination.parent().context("a directory needs a parent")?.to_owned();
         let mut older = None;
         if destination.exists() {
-            let aside = tempfile::Builder::new().prefix(".homeroom-old-").tempdir_in(&parent).with_context(failed)?;
-            fs::rename(&destination, aside.path().join("old")).with_context(failed)?;
+            let aside = Self::among(&mut directories, ".homeroom-old-", parent).with_context(failed)?;
+            if let Err(error) = fs::rename(destination, aside.path().join("old")) {
+                drop(directories);
+                return Err(error).with_context(failed);
+            }
             older = Some(aside);
         }
-        if let Err(error) = fs::rename(&from, &destination) {
+        if let Err(error) = fs::rename(&from, destination) {
             if let Some(aside) = older {
                 // The older directory goes back; if even that fails, it stays where the message says.
-                let aside = aside.keep();
-                let back = fs::rename(aside.join("old"), &destination).and_then(|()| fs::remove_dir(&aside));
+                let aside = aside.keep(&mut directories);
+                let back = fs::rename(aside.join("old"), destination).and_then(|()| fs::remove_dir(&aside));
                 back.with_context(|| format!("the older one is in {}", aside.display())).with_context(failed)?;
             }
             return Err(error).with_context(failed);
         }
-        sync_directory(&parent);
-        drop(older);
-        Ok(destination)
+        Ok(older)
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let mut directories = unfinished();
+        directories.retain(|path| path != self.path());
+        let _ = fs::remove_dir_all(self.path());
     }
 }
 
@@ -113,7 +185,7 @@ pub fn vacant(path: &Path) -> Result<()> {
             None => Ok(()),
             Some(_) => bail!("{}: the directory is not empty; name a new one, or pass --overwrite", path.display()),
         },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error).with_context(|| format!("{}: cannot write a directory here", path.display())),
     }
 }
@@ -174,8 +246,24 @@ mod tests {
         let again = NewDirectory::start(&target)?;
         again.write("a", b"2")?;
         again.publish()?;
+        assert!(!unfinished().iter().any(|path| path.starts_with(place.path())));
         assert_eq!(fs::read(target.join("a"))?, b"2");
         assert_eq!(fs::read_dir(place.path())?.count(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn an_abandoned_directory_goes_with_what_is_in_it_and_cannot_be_written_or_finished() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let target = place.path().join("out");
+        let started = NewDirectory::start(&target)?;
+        started.write("a", b"1")?;
+        let mut ours = vec![started.path().to_owned()];
+        abandon(&mut ours);
+        assert_eq!(fs::read_dir(place.path())?.count(), 0);
+        assert!(started.write("b", b"1").is_err());
+        assert!(started.publish().is_err());
+        assert_eq!(fs::read_dir(place.path())?.count(), 0);
         Ok(())
     }
 }

@@ -1,19 +1,16 @@
 //! Ctrl-C: the first one asks a run to end after its step, the second ends the program at once. A conversation and the
 //! server have their own ways.
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use homeroom_engine::files;
 
 use crate::progress::line;
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 /// The program is being ended at once.
 static ENDING: AtomicBool = AtomicBool::new(false);
-/// A directory in the making, which nobody else would remove if the program ended now.
-static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// Exit code of a run that was interrupted: 128 + SIGINT, as shells have it.
 pub const EXIT_CODE: u8 = 130;
@@ -26,20 +23,26 @@ pub const EXIT_CODE: u8 = 130;
 pub fn listen() -> Result<()> {
     let handler = || {
         if ASKED.swap(true, Ordering::SeqCst) {
-            ENDING.store(true, Ordering::SeqCst);
-            // Renamed first, which fails when the directory has got its final name meanwhile: then it is finished.
-            let unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(path) = unfinished {
-                let aside = path.with_extension("ended");
-                if std::fs::rename(&path, &aside).is_ok() {
-                    let _ = std::fs::remove_dir_all(aside);
-                }
-            }
-            std::process::exit(i32::from(EXIT_CODE));
+            end();
         }
         line("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
     };
     on_press(handler)
+}
+
+/// From now on Ctrl-C (and termination) ends the program, without what it was making.
+///
+/// # Errors
+/// When the signal handler cannot be set.
+pub fn end_at_once() -> Result<()> {
+    on_press(|| end())
+}
+
+/// Ends the program. A directory in the making goes with it.
+fn end() -> ! {
+    ENDING.store(true, Ordering::SeqCst);
+    files::abandon_all();
+    std::process::exit(i32::from(EXIT_CODE));
 }
 
 /// From now on Ctrl-C (and termination) calls `press`, in a thread of its own. Once a process.
@@ -60,9 +63,4 @@ pub fn await_end() {
     while ENDING.load(Ordering::SeqCst) {
         std::thread::park();
     }
-}
-
-/// Names the directory in the making, which goes when the program is ended at once. There is one at a time.
-pub fn unfinished(path: &Path) {
-    *UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
 }

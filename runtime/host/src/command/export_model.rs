@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::{print, reference, spares};
 use crate::cli::{Done, ExportFormat, ExportModel};
+use crate::interrupt;
 use crate::models::Loaded;
 use crate::progress::line;
 use crate::registry;
@@ -34,6 +35,7 @@ pub fn run(arguments: &ExportModel) -> Result<Done> {
     })?;
     let adapter = registry::resolve(&arguments.model.model_dir);
     spares(&arguments.output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
+    interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&arguments.output_dir)?;
     directory.replaces = arguments.overwrite;
     save_model(&directory, &merge(&model, &adaptation)?, &model)?;

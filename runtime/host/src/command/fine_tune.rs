@@ -66,7 +66,6 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     let outcome = Outcome { config, report, before, after, data_digest: rows.data.digest.clone() };
     let mut directory = NewDirectory::start(&output_dir)?;
     directory.replaces = arguments.overwrite;
-    interrupt::unfinished(directory.path());
     let output_dir = outcome.save(&job, directory, None)?;
     tell(&output_dir, &outcome.report, before, after);
     if arguments.json {

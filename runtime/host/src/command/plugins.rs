@@ -70,6 +70,7 @@ pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
 
 /// Writes a new strategy, and says what to do with it.
 pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
+    interrupt::end_at_once()?;
     let written = new::create(name, dir.unwrap_or(Path::new(name)))?;
     line(format_args!(
         "strategy `{name}` is in {}, its code in src/lib.rs, all that it needs in homeroom/\nhint: there, `cargo test`, `cargo build --release`, `homeroom plugins check target/release/{}`",

@@ -34,7 +34,6 @@ use self::options::{Options, words};
 use self::spec::{VERBS, verb};
 use self::value::to_lua;
 use super::sandbox::{Clock, Sandbox, here, message};
-use crate::interrupt;
 use crate::models::Loaded;
 use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
@@ -384,7 +383,6 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
         ensure_trained(&from, &adapter)?;
         let replaces = if place.exists() { "   (in place of the model of that name)" } else { "" };
         let directory = NewDirectory::start(&place)?;
-        interrupt::unfinished(directory.path());
         train::copy_directory(&from, &directory)?;
         directory.publish()?;
         session.adaptations.borrow_mut().remove(&place);

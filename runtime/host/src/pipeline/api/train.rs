@@ -17,7 +17,6 @@ use super::model::{DRY, ModelSpec};
 use super::options::{Options, words};
 use super::spec::{STRATEGY_NAMES, verb};
 use super::{Failure, Session, said};
-use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::plugin::Plugin;
 use crate::progress::{self, thousands};
@@ -85,7 +84,6 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let after = if ended { None } else { evaluate(session, &job, &held_out)? };
     let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone() };
     let directory = NewDirectory::start(&path)?;
-    interrupt::unfinished(directory.path());
     let path = outcome.save(&job, directory, parent.as_deref())?;
     if let (Some(before), Some(after)) = (before, after) {
         eprintln!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss);

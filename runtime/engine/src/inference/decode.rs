@@ -232,7 +232,7 @@ const MOST: usize = 512;
 
 /// Rows of a task: few enough that threads end together, enough that taking one costs nothing beside it.
 fn part(rows: usize) -> usize {
-    (rows / (4 * threads())).clamp(8, 256).next_multiple_of(8)
+    (rows / (4 * threads())).clamp(16, 256).next_multiple_of(16)
 }
 
 impl Decoder {

@@ -110,7 +110,7 @@ impl Job<'_> {
         #[cfg(target_arch = "x86_64")]
         if let Some((x, first)) = self.rounded {
             // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2.
-            return unsafe { rounded::run::<M>(self, x, first, cpu >= Cpu::Avx512) };
+            return unsafe { rounded::run::<M>(self, x, first) };
         }
         #[cfg(target_arch = "x86_64")]
         if cpu >= Cpu::Avx512 {

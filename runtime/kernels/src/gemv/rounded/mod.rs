@@ -1,0 +1,363 @@
+//! Products of a few rows in eight bits with weights in blocks of whole numbers: sums over a block are of integers and exact, one
+//! multiply-add puts the scales of both sides on them.
+//!
+//! A row of x is cut into groups of [`GROUP`] values; each is rounded to whole numbers from -127 to 127 with a scale of its own,
+//! `x[k] = s q[k]`. With a block `w[k] = d c[k] + m` of codes without a sign, the block's part of the product is
+//! `d s Σ c[k] q[k] + m s Σ q[k]`: the first sum is one instruction, the second is the same for all rows of W and known
+//! beforehand. Rounding x is all that this costs in exactness. It is how ggml multiplies, too (`ggml-quants.c`, `vec_dot`).
+//!
+//! What an element of the result is depends on its row of x and of W alone, not on how many rows share the call.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+use std::ops::{Deref, DerefMut};
+
+use super::{FewRows, Job, ROWS};
+use crate::Storage;
+use crate::codec::Fused;
+use crate::cpu::{Cpu, cpu, per_cpu};
+use crate::element::{eight_bit_scale, nearest_whole};
+use crate::matmul::Matrix;
+
+/// Values of a row that share a scale.
+const GROUP: usize = 32;
+/// Groups that are taken together; rows are padded with zeros to a multiple.
+const SPAN: usize = 8;
+/// Codes that lie together wherever they lie.
+const PIECE: usize = 16;
+
+/// Rows of x in eight bits.
+#[derive(Debug)]
+pub struct RoundedRows {
+    order: Order,
+    m: usize,
+    groups: usize,
+    /// Spans of a row.
+    spans: usize,
+    codes: Lines<i8, 64>,
+    /// What a group's codes are multiplied by; NaN if a value is not finite.
+    scales: Lines<f32, 16>,
+    /// The sum of a group's codes, times its scale.
+    sums: Lines<f32, 16>,
+    /// The same of its first and second half.
+    halves: Lines<f32, 16>,
+}
+
+/// How rows lie, so that a vector of 512 bits holds a piece of four groups, or of four rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// One after another.
+    Rows,
+    /// A single row: the first pieces of four groups, then their second ones.
+    One,
+    /// Four rows beside each other: of each group the first pieces of all, then the second ones, and each scale four times; of each
+    /// span the sums of one row after another, and so for each half of its halves.
+    Fours,
+}
+
+impl Order {
+    fn of(m: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if cpu() >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni") {
+            return if m == 1 { Self::One } else { Self::Fours };
+        }
+        let _ = m;
+        Self::Rows
+    }
+
+    /// Where a piece lies: the `half` of a group of row j.
+    fn piece(self, spans: usize, j: usize, group: usize, half: usize) -> usize {
+        let four = |of: usize, among: usize| (8 * of + 4 * half + among) * PIECE;
+        match self {
+            Self::Rows => (2 * (j * spans * SPAN + group) + half) * PIECE,
+            Self::One => four(group / 4, group % 4),
+            Self::Fours => four(j / ROWS * spans * SPAN + group, j % ROWS),
+        }
+    }
+
+    /// Where a scale lies, and how often.
+    fn scale(self, spans: usize, j: usize, group: usize) -> (usize, usize) {
+        match self {
+            Self::Rows | Self::One => (j * spans * SPAN + group, 1),
+            Self::Fours => (((j / ROWS * spans * SPAN + group) * ROWS + j % ROWS) * 4, 4),
+        }
+    }
+
+    /// Where a sum lies, one of eight of a span, or with `two` of sixteen.
+    fn sum(self, spans: usize, j: usize, number: usize, two: usize) -> usize {
+        match self {
+            Self::Rows | Self::One => j * spans * SPAN * two + number,
+            Self::Fours => (j / ROWS * spans * two + number / SPAN) * ROWS * SPAN + j % ROWS * SPAN + number % SPAN,
+        }
+    }
+}
+
+/// Values in whole cache lines.
+#[derive(Debug)]
+struct Lines<T, const N: usize>(Vec<Line<[T; N]>>);
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line<T>(T);
+
+impl<T: Copy + Default, const N: usize> Lines<T, N> {
+    /// So many values, all zero, rounded up.
+    fn zeros(len: usize) -> Self {
+        const { assert!(size_of::<Line<[T; N]>>() == size_of::<[T; N]>()) };
+        Self(vec![Line([T::default(); N]); len.div_ceil(N)])
+    }
+}
+
+impl<T, const N: usize> Deref for Lines<T, N> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: a line is N values and nothing else, as `zeros` saw.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * N) }
+    }
+}
+
+impl<T, const N: usize> DerefMut for Lines<T, N> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len() * N) }
+    }
+}
+
+impl RoundedRows {
+    /// Rounds rows of x.
+    pub fn new(x: FewRows<'_>) -> Self {
+        let (m, groups) = (x.count(), x.step / GROUP);
+        let (order, spans) = (Order::of(m), groups.div_ceil(SPAN));
+        let rows = if order == Order::Fours { m.next_multiple_of(ROWS) } else { m };
+        let all = rows * spans * SPAN;
+        let of_four = if order == Order::Fours { 4 } else { 1 };
+        let mut rounded = Self {
+            order,
+            m,
+            groups,
+            spans,
+            codes: Lines::zeros(all * GROUP),
+            scales: Lines::zeros(all * of_four),
+            sums: Lines::zeros(all),
+            halves: Lines::zeros(2 * all),
+        };
+        let (mut codes, mut scales, mut halves) = (vec![0; x.step], vec![0.0; groups], vec![0.0; 2 * groups]);
+        for (j, row) in x.values.chunks_exact(x.step).enumerate() {
+            round(cpu(), row, &mut codes, &mut scales, &mut halves);
+            for (number, piece) in codes.as_chunks::<PIECE>().0.iter().enumerate() {
+                let at = order.piece(spans, j, number / 2, number % 2);
+                rounded.codes[at..at + PIECE].copy_from_slice(piece);
+            }
+            for (group, scale) in scales.iter().enumerate() {
+                let (at, times) = order.scale(spans, j, group);
+                rounded.scales[at..at + times].fill(*scale);
+            }
+            for (group, [a, b]) in halves.as_chunks::<2>().0.iter().enumerate() {
+                rounded.sums[order.sum(spans, j, group, 1)] = a + b;
+                rounded.halves[order.sum(spans, j, 2 * group, 2)] = *a;
+                rounded.halves[order.sum(spans, j, 2 * group + 1, 2)] = *b;
+            }
+        }
+        rounded
+    }
+
+    /// Whether these are m rows of `step` values.
+    pub(super) fn is_of(&self, m: usize, step: usize) -> bool {
+        self.groups * GROUP == step && self.m == m
+    }
+
+    /// What value i of row j was rounded to.
+    #[cfg(test)]
+    fn value(&self, j: usize, i: usize) -> f32 {
+        let (order, spans, group) = (self.order, self.spans, i / GROUP);
+        let code = self.codes[order.piece(spans, j, group, i % GROUP / PIECE) + i % PIECE];
+        f32::from(code) * self.scales[order.scale(spans, j, group).0]
+    }
+}
+
+/// Computes a job of M rows of x from the `first` on, a multiple of [`ROWS`].
+///
+/// # Safety
+/// The job is as [`super::gemv`] checked it, [`Matrix::takes_rounded`] of its weight.
+#[cfg(target_arch = "x86_64")]
+pub(super) unsafe fn run<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
+    // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2, and rows lie in fours where there is VNNI.
+    unsafe {
+        match x.order {
+            Order::Rows => avx2::run::<M>(job, x, first),
+            Order::One | Order::Fours => vnni::run(job, x, first, M),
+        }
+    }
+}
+
+/// How far ahead memory is asked for.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// Asks for the memory that will be read some blocks later, in place of `len` bytes at `p`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn prefetch(p: *const u8, len: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in 0..len.div_ceil(64) {
+        // SAFETY: nothing is read; an address that nothing lies at does no harm.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64 * line).cast()) };
+    }
+}
+
+per_cpu! {
+    /// Codes, scales, and for each half of a group the sum of its codes times the scale.
+    fn round(row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
+        let groups = row.as_chunks::<GROUP>().0.iter().zip(codes.as_chunks_mut::<GROUP>().0);
+        for ((row, codes), (scale, halves)) in groups.zip(scales.iter_mut().zip(halves.as_chunks_mut::<2>().0)) {
+            let inverse;
+            (*scale, inverse) = eight_bit_scale(row);
+            let mut whole = [0i32; GROUP];
+            for (whole, value) in whole.iter_mut().zip(row) {
+                *whole = nearest_whole(*value, inverse);
+            }
+            for (code, whole) in codes.iter_mut().zip(whole) {
+                *code = whole as i8;
+            }
+            for (half, whole) in halves.iter_mut().zip(whole.as_chunks::<{ GROUP / 2 }>().0) {
+                *half = *scale * whole.iter().sum::<i32>() as f32;
+            }
+        }
+    }
+}
+
+impl Matrix<'_> {
+    /// Whether a few rows of x in eight bits are multiplied with this weight: if it is stored as whole numbers by blocks, and the
+    /// processor has AVX2.
+    pub fn takes_rounded(&self) -> bool {
+        let whole = match self.storage {
+            Storage::Q4_0 | Storage::Q4_1 | Storage::Q5_0 | Storage::Q5_1 | Storage::Q8_0 => true,
+            Storage::Q4K | Storage::Q5K | Storage::Q6K => true,
+            Storage::Coded => self.coded.as_ref().is_some_and(|coded| matches!(coded.fused(), Some(Fused::Linear))),
+            Storage::F32 | Storage::F16 | Storage::BF16 | Storage::Native => false,
+        };
+        whole && cpu() >= Cpu::Avx2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gemv;
+    use super::super::tests::{BLOCKS, cpus, ggml, padded, random};
+    use super::*;
+    use crate::codec::{Codec, encode};
+    use crate::cpu::with_cpu;
+    use crate::{Encoded, RowOrder, Stream};
+
+    /// Values (n, r) as a coded matrix.
+    fn encoded(values: &[f32], n: usize, r: usize) -> Encoded {
+        let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+            out.copy_from_slice(&values[rows.start * r..rows.end * r]);
+        };
+        encode(&Codec::int8(), n, r, &read).unwrap()
+    }
+
+    /// Holds the product with `w` to that of its values with the rounded values of x in f64, and its rows to those of a call of
+    /// their own; and what rounding costs to a bound.
+    fn check(w: &Matrix, label: &str) {
+        let (n, k, m) = (w.rows, w.cols, 6);
+        let mut decoded = vec![0f32; n * k];
+        w.decode_rows(0..n, &mut decoded);
+        let mut stream = Stream::new(9, 1);
+        let (x, step) = (padded(&random(&mut stream, m * k), m, k), FewRows::padded(k));
+        for cpu in cpus().filter(|cpu| *cpu >= Cpu::Avx2) {
+            let product = |rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
+                let mut out = vec![f32::NAN; rows.len() * of.len()];
+                with_cpu(cpu, || {
+                    assert!(w.takes_rounded(), "{label}, {cpu:?}");
+                    let few = FewRows { values: &x[of.start * step..of.end * step], step, rounded: None };
+                    let rounded = RoundedRows::new(few);
+                    gemv(FewRows { rounded: Some(&rounded), ..few }, w, rows, &mut out);
+                });
+                out
+            };
+            let all = product(0..n, 0..m);
+            for j in 0..m {
+                let alone: Vec<f32> = (0..n).flat_map(|row| product(row..row + 1, j..j + 1)).collect();
+                let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
+                assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
+            }
+            let rounded = RoundedRows::new(FewRows { values: &x, step, rounded: None });
+            for j in 0..m {
+                let (mut away, mut norm) = (0f64, 0f64);
+                for row in 0..n {
+                    let w = &decoded[row * k..(row + 1) * k];
+                    let largest = f64::from(w.iter().fold(0f32, |most, w| most.max(w.abs())));
+                    let (mut exact, mut wanted, mut size) = (0f64, 0f64, 0f64);
+                    for (i, w) in w.iter().enumerate() {
+                        let value = f64::from(rounded.value(j, i));
+                        let product = f64::from(*w) * f64::from(x[j * step + i]);
+                        exact += product;
+                        norm += product.powi(2);
+                        wanted += f64::from(*w) * value;
+                        // Codes without a sign are up to 16 times as large as the values that they stand for.
+                        size += value.abs() * largest * 16.0;
+                    }
+                    let got = f64::from(all[row * m + j]);
+                    let error = (got - wanted).abs();
+                    assert!(error <= size * 8.0 * f64::from(f32::EPSILON), "{label}, {cpu:?}: off by {error:e}");
+                    away += (got - exact).powi(2);
+                }
+                assert!(away.sqrt() < 0.02 * norm.sqrt() + 1e-6, "{label}, {cpu:?}: {} away", (away / norm).sqrt());
+            }
+        }
+    }
+
+    #[test]
+    fn rows_in_eight_bits_are_multiplied_by_every_block_format() {
+        for (storage, name) in BLOCKS {
+            let (bytes, rows, cols) = ggml(storage, name);
+            check(&Matrix::new(storage, &bytes, rows, cols, RowOrder::Natural).unwrap(), name);
+            // The same bytes as longer rows, whose blocks are taken by eights.
+            let blocks = rows * 2;
+            for wide in [8, 11, 18].into_iter().filter(|wide| *wide <= blocks) {
+                let (rows, cols) = (blocks / wide, wide * storage.block_len());
+                let bytes = &bytes[..rows * storage.row_bytes(cols).unwrap()];
+                let label = format!("{name}, {wide} blocks a row");
+                check(&Matrix::new(storage, bytes, rows, cols, RowOrder::Natural).unwrap(), &label);
+            }
+            if rows.is_multiple_of(2) {
+                let order = RowOrder::Interleaved { head_dim: rows };
+                check(&Matrix::new(storage, &bytes, rows, cols, order).unwrap(), "rows in another order");
+            }
+        }
+    }
+
+    #[test]
+    fn and_by_codes_on_a_straight_line() {
+        let mut stream = Stream::new(3, 1);
+        for k in [32, 64, 256, 288, 576] {
+            let n = 5;
+            let Encoded { codes, scales } = encoded(&random(&mut stream, n * k), n, k);
+            check(&Matrix::coded(&Codec::int8(), &codes, &scales, n, k).unwrap(), &format!("{k} columns"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so_and_zeros_and_tiny_values_are_zeros() {
+        let (bytes, n, k) = ggml(Storage::Q4_0, "q4_0");
+        let w = Matrix::new(Storage::Q4_0, &bytes, n, k, RowOrder::Natural).unwrap();
+        if !w.takes_rounded() {
+            return;
+        }
+        let product = |value: f32| {
+            let values = vec![value; k];
+            let x = FewRows { values: &values, step: k, rounded: None };
+            let rounded = RoundedRows::new(x);
+            let mut out = vec![1.0; n];
+            gemv(FewRows { rounded: Some(&rounded), ..x }, &w, 0..n, &mut out);
+            out
+        };
+        assert!([f32::NAN, f32::INFINITY].into_iter().flat_map(product).all(f32::is_nan));
+        assert!([0.0, -0.0, 1e-42].into_iter().flat_map(product).all(|sum| sum.abs() < 1e-30));
+    }
+}

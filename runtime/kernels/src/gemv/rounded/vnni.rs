@@ -1,0 +1,784 @@
+//! 512 bits at a time, with products of bytes by fours (VNNI): a vector holds sixteen codes of four groups of a single row of x, or of
+//! one group of four rows.
+//!
+//! Either way a group's products are in four lanes, a sum of eight in each, and those of group g are added to the sums of turn g mod 4.
+//! So a row comes to the same result alone and among others.
+
+use std::arch::x86_64::*;
+
+use super::super::{Job, sub_blocks};
+use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN, prefetch};
+use crate::Storage;
+
+/// Computes a job of `count` rows of x from the `first` on.
+///
+/// # Safety
+/// The job is as [`super::super::gemv`] checked it, [`Matrix::takes_rounded`](crate::Matrix::takes_rounded) of its weight, and the
+/// processor has AVX-512 with VNNI. So for all below, which is inlined into code with its instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")]
+pub unsafe fn run(job: &Job<'_>, x: &RoundedRows, first: usize, count: usize) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match job.w.storage {
+            Storage::Q4_0 => by_format::<Q4_0>(job, x, first, count),
+            Storage::Q4_1 => by_format::<Q4_1>(job, x, first, count),
+            Storage::Q5_0 => by_format::<Q5_0>(job, x, first, count),
+            Storage::Q5_1 => by_format::<Q5_1>(job, x, first, count),
+            Storage::Q8_0 => by_format::<Q8_0>(job, x, first, count),
+            Storage::Q4K => by_format::<Q4K>(job, x, first, count),
+            Storage::Q5K => by_format::<Q5K>(job, x, first, count),
+            Storage::Q6K => by_format::<Q6K>(job, x, first, count),
+            _ => by_format::<Linear>(job, x, first, count),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn by_format<F: Format>(job: &Job<'_>, x: &RoundedRows, first: usize, count: usize) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match x.order {
+            super::Order::One => walk::<F, One<'_>>(job, &One(x)),
+            _ => walk::<F, Four>(job, &Four::new(x, first, count)),
+        }
+    }
+}
+
+/// Scales of the groups of a span.
+struct Scales {
+    /// Of each group, or of its first half.
+    first: __m256,
+    /// Of its second half.
+    second: __m256,
+    /// What its sum is multiplied by, [`Format::OFFSET`] set aside; or of the first and second eight halves.
+    sums: [__m256; 2],
+}
+
+impl Scales {
+    #[inline(always)]
+    fn of(scales: __m256, sums: __m256) -> Self {
+        Self { first: scales, second: scales, sums: [sums, sums] }
+    }
+}
+
+/// A storage of codes without a sign, in blocks of a group or of a span.
+trait Format {
+    /// Groups of a block, 1 or [`SPAN`].
+    const GROUPS: usize = 1;
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// What sums times scales are multiplied by.
+    const OFFSET: f32;
+    /// Whether halves of a group have scales of their own.
+    const HALVES: bool = false;
+
+    /// The first `n` groups' scales, at least one, and after them any of a group that there is: rows of x are zeros there.
+    unsafe fn scales(p: *const u8, n: usize) -> Scales;
+    /// Codes of a group.
+    unsafe fn group(p: *const u8, group: usize) -> __m256i;
+    /// The first sixteen codes of groups 4q to 4q + 3, and the second.
+    #[inline(always)]
+    unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let (a, b) = (Self::group(p, 4 * q), Self::group(p, 4 * q + 1));
+            quad_of([a, b, Self::group(p, 4 * q + 2), Self::group(p, 4 * q + 3)])
+        }
+    }
+    /// The first sixteen codes of a group in each quarter, and the second.
+    #[inline(always)]
+    unsafe fn spread(p: *const u8, group: usize) -> [__m512i; 2] {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let codes = _mm512_castsi256_si512(Self::group(p, group));
+            [_mm512_shuffle_i32x4::<0x00>(codes, codes), _mm512_shuffle_i32x4::<0x55>(codes, codes)]
+        }
+    }
+    /// What all of a row's results are multiplied by.
+    #[inline(always)]
+    fn factor(_: &Job<'_>, _: usize) -> f32 {
+        1.0
+    }
+}
+
+#[inline(always)]
+unsafe fn quad_of([a, b, c, d]: [__m256i; 4]) -> [__m512i; 2] {
+    // SAFETY: the processor has it.
+    unsafe {
+        let (ab, cd) = (beside(a, b), beside(c, d));
+        [_mm512_shuffle_i32x4::<0x88>(ab, cd), _mm512_shuffle_i32x4::<0xDD>(ab, cd)]
+    }
+}
+
+#[inline(always)]
+unsafe fn beside(a: __m256i, b: __m256i) -> __m512i {
+    // SAFETY: the processor has it.
+    unsafe { _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b) }
+}
+
+/// Sums of products over four lanes of codes: those of both halves of a group.
+#[inline(always)]
+unsafe fn dot([first, second]: [__m512i; 2], [x, y]: [__m512i; 2]) -> __m512 {
+    // SAFETY: the processor has it.
+    unsafe {
+        let sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, x);
+        _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(sums, second, y))
+    }
+}
+
+/// The same of the first and of the second half.
+#[inline(always)]
+unsafe fn dots([first, second]: [__m512i; 2], [x, y]: [__m512i; 2]) -> [__m512; 2] {
+    // SAFETY: the processor has it.
+    unsafe {
+        let zero = _mm512_setzero_si512();
+        let (a, b) = (_mm512_dpbusd_epi32(zero, first, x), _mm512_dpbusd_epi32(zero, second, y));
+        [_mm512_cvtepi32_ps(a), _mm512_cvtepi32_ps(b)]
+    }
+}
+
+/// Pairs of vectors of codes from number `pair` on.
+#[inline(always)]
+unsafe fn codes(p: *const i8, pair: usize) -> [__m512i; 2] {
+    // SAFETY: the caller has so many.
+    unsafe {
+        let p = p.add(2 * pair * 4 * PIECE);
+        [_mm512_load_si512(p.cast()), _mm512_load_si512(p.add(4 * PIECE).cast())]
+    }
+}
+
+/// Eight values twice.
+#[inline(always)]
+unsafe fn twice(eight: __m256) -> __m512 {
+    // SAFETY: the processor has it.
+    unsafe {
+        let eight = _mm512_castps256_ps512(eight);
+        _mm512_shuffle_f32x4::<0x44>(eight, eight)
+    }
+}
+
+/// Four of eight values, each in four lanes.
+#[inline(always)]
+unsafe fn quarter(eight: __m256, q: usize) -> __m512 {
+    // SAFETY: the processor has it.
+    unsafe {
+        let lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        let lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(4 * q as i32));
+        _mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(eight))
+    }
+}
+
+/// Rows of x that share a reading of W.
+trait Rows {
+    /// What is summed for a row of W.
+    type Sums;
+
+    unsafe fn begin() -> Self::Sums;
+    /// Adds the products of span number `span`, n groups at `p`.
+    unsafe fn span<F: Format>(&self, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize);
+    /// Writes the results of row `i` of the job's, `factor` times the sums.
+    unsafe fn end<F: Format>(&self, sums: Self::Sums, job: &Job<'_>, i: usize, factor: f32);
+}
+
+#[inline(always)]
+unsafe fn walk<F: Format, R: Rows>(job: &Job<'_>, x: &R) {
+    let groups = job.w.cols / GROUP;
+    let (of_span, of_row) = (F::BYTES * (SPAN / F::GROUPS), F::BYTES * (groups / F::GROUPS));
+    for (i, row) in job.rows.clone().enumerate() {
+        // SAFETY: a row of W is whole blocks; x has codes, scales and sums for whole spans.
+        unsafe {
+            let w = job.w.bytes.as_ptr().add(job.w.order.stored(row) * of_row);
+            let mut sums = R::begin();
+            for span in 0..groups / SPAN {
+                let p = w.add(span * of_span);
+                prefetch(p, of_span);
+                x.span::<F>(&mut sums, p, span, SPAN);
+            }
+            if F::GROUPS == 1 && !groups.is_multiple_of(SPAN) {
+                let span = groups / SPAN;
+                x.span::<F>(&mut sums, w.add(span * of_span), span, groups % SPAN);
+            }
+            x.end::<F>(sums, job, i, F::factor(job, row));
+        }
+    }
+}
+
+/// A single row.
+struct One<'a>(&'a RoundedRows);
+
+impl Rows for One<'_> {
+    /// Products in lanes of turns, offsets in lanes of groups.
+    type Sums = (__m512, __m256);
+
+    #[inline(always)]
+    unsafe fn begin() -> Self::Sums {
+        // SAFETY: the processor has it.
+        unsafe { (_mm512_setzero_ps(), _mm256_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    unsafe fn span<F: Format>(&self, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize) {
+        let Self(x) = self;
+        let (products, offsets) = sums;
+        // SAFETY: the caller has the span on both sides.
+        unsafe {
+            let scales = F::scales(p, n);
+            let of_x = _mm256_load_ps(x.scales.as_ptr().add(span * SPAN));
+            if F::HALVES {
+                for (half, scales) in scales.sums.into_iter().enumerate() {
+                    let sums = _mm256_load_ps(x.halves.as_ptr().add((2 * span + half) * SPAN));
+                    *offsets = _mm256_fmadd_ps(scales, sums, *offsets);
+                }
+            } else {
+                let sums = _mm256_load_ps(x.sums.as_ptr().add(span * SPAN));
+                *offsets = _mm256_fmadd_ps(scales.sums[0], sums, *offsets);
+            }
+            for q in 0..n.div_ceil(4) {
+                // Groups beyond the last are the last again, times zero.
+                let w = if n == SPAN {
+                    F::quad(p, q)
+                } else {
+                    let (g, last) = (4 * q, n - 1);
+                    let (a, b) = (F::group(p, g), F::group(p, last.min(g + 1)));
+                    quad_of([a, b, F::group(p, last.min(g + 2)), F::group(p, last.min(g + 3))])
+                };
+                let codes = codes(x.codes.as_ptr(), 2 * span + q);
+                let factors = quarter(_mm256_mul_ps(scales.first, of_x), q);
+                if F::HALVES {
+                    let [a, b] = dots(w, codes);
+                    *products = _mm512_fmadd_ps(a, factors, *products);
+                    let factors = quarter(_mm256_mul_ps(scales.second, of_x), q);
+                    *products = _mm512_fmadd_ps(b, factors, *products);
+                } else {
+                    *products = _mm512_fmadd_ps(dot(w, codes), factors, *products);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn end<F: Format>(&self, (products, offsets): Self::Sums, job: &Job<'_>, i: usize, factor: f32) {
+        // SAFETY: the job has room for the result.
+        unsafe {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(products), _mm512_extractf32x8_ps::<1>(products));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let offsets = _mm_add_ps(_mm256_castps256_ps128(offsets), _mm256_extractf128_ps::<1>(offsets));
+            let four = _mm_fmadd_ps(_mm_set1_ps(F::OFFSET), offsets, four);
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            let one = _mm_add_ss(two, _mm_movehdup_ps(two));
+            *job.out.0.add(i * job.out.1) = factor * _mm_cvtss_f32(one);
+        }
+    }
+}
+
+/// Four rows, of which some are asked for.
+struct Four {
+    codes: *const i8,
+    scales: *const f32,
+    sums: *const f32,
+    halves: *const f32,
+    count: usize,
+}
+
+impl Four {
+    #[inline(always)]
+    fn new(x: &RoundedRows, first: usize, count: usize) -> Self {
+        let before = first * x.spans * SPAN;
+        Self {
+            codes: x.codes[before * GROUP..].as_ptr(),
+            scales: x.scales[before * 4..].as_ptr(),
+            sums: x.sums[before..].as_ptr(),
+            halves: x.halves[2 * before..].as_ptr(),
+            count,
+        }
+    }
+}
+
+impl Rows for Four {
+    /// Products of each turn in lanes of rows; offsets of the first two rows and of the others, in lanes of groups.
+    type Sums = ([__m512; 4], [__m512; 2]);
+
+    #[inline(always)]
+    unsafe fn begin() -> Self::Sums {
+        // SAFETY: the processor has it.
+        unsafe { ([_mm512_setzero_ps(); 4], [_mm512_setzero_ps(); 2]) }
+    }
+
+    #[inline(always)]
+    unsafe fn span<F: Format>(&self, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize) {
+        let (products, offsets) = sums;
+        // SAFETY: the caller has the span on both sides.
+        unsafe {
+            let scales = F::scales(p, n);
+            let turns = if F::HALVES { 2 } else { 1 };
+            for turn in 0..turns {
+                let sums = if F::HALVES { self.halves } else { self.sums }.add((turns * span + turn) * ROWS * SPAN);
+                let scales = twice(scales.sums[turn]);
+                for (two, offsets) in offsets.iter_mut().enumerate() {
+                    *offsets = _mm512_fmadd_ps(scales, _mm512_load_ps(sums.add(two * 2 * SPAN)), *offsets);
+                }
+            }
+            let first = _mm512_castps256_ps512(scales.first);
+            let second = _mm512_castps256_ps512(scales.second);
+            for g in 0..n {
+                let w = F::spread(p, g);
+                let codes = codes(self.codes, span * SPAN + g);
+                let of_x = _mm512_load_ps(self.scales.add((span * SPAN + g) * 4 * ROWS));
+                let lanes = _mm512_set1_epi32(g as i32);
+                let products = &mut products[g % 4];
+                let factors = _mm512_mul_ps(_mm512_permutexvar_ps(lanes, first), of_x);
+                if F::HALVES {
+                    let [a, b] = dots(w, codes);
+                    *products = _mm512_fmadd_ps(a, factors, *products);
+                    let factors = _mm512_mul_ps(_mm512_permutexvar_ps(lanes, second), of_x);
+                    *products = _mm512_fmadd_ps(b, factors, *products);
+                } else {
+                    *products = _mm512_fmadd_ps(dot(w, codes), factors, *products);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn end<F: Format>(&self, (products, offsets): Self::Sums, job: &Job<'_>, i: usize, factor: f32) {
+        // SAFETY: the job has room for the results.
+        unsafe {
+            let [a, b, c, d] = products;
+            let four = _mm512_add_ps(_mm512_add_ps(a, c), _mm512_add_ps(b, d));
+            let [low, high] = offsets;
+            let offsets =
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(low, high), _mm512_shuffle_f32x4::<0xDD>(low, high));
+            let four = _mm512_fmadd_ps(_mm512_set1_ps(F::OFFSET), offsets, four);
+            let two = _mm512_add_ps(four, _mm512_permute_ps::<0b01_00_11_10>(four));
+            let one = _mm512_add_ps(two, _mm512_movehdup_ps(two));
+            let apart = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+            let results = _mm512_castps512_ps128(_mm512_permutexvar_ps(apart, one));
+            let results = _mm_mul_ps(_mm_set1_ps(factor), results);
+            _mm_mask_storeu_ps(job.out.0.add(i * job.out.1), (1u8 << self.count) - 1, results);
+        }
+    }
+}
+
+/// The halves at `p` and at the same place of the blocks of `bytes` that follow, n in all, as floats; after them the last again.
+#[inline(always)]
+unsafe fn halves(p: *const u8, bytes: usize, n: usize) -> __m256 {
+    // SAFETY: the caller has n blocks at the pointer.
+    unsafe {
+        let at = |block: usize| i32::from(p.add(block.min(n - 1) * bytes).cast::<u16>().read_unaligned());
+        let mut bits = _mm_cvtsi32_si128(at(0));
+        bits = _mm_insert_epi16::<1>(bits, at(1));
+        bits = _mm_insert_epi16::<2>(bits, at(2));
+        bits = _mm_insert_epi16::<3>(bits, at(3));
+        bits = _mm_insert_epi16::<4>(bits, at(4));
+        bits = _mm_insert_epi16::<5>(bits, at(5));
+        bits = _mm_insert_epi16::<6>(bits, at(6));
+        bits = _mm_insert_epi16::<7>(bits, at(7));
+        _mm256_cvtph_ps(bits)
+    }
+}
+
+/// Scales and minima of n blocks that begin with both in half precision; after them those of the last again.
+#[inline(always)]
+unsafe fn scales_and_minima(p: *const u8, bytes: usize, n: usize) -> Scales {
+    // SAFETY: the caller has n blocks at the pointer.
+    unsafe {
+        let at = |block: usize| p.add(block.min(n - 1) * bytes).cast::<i32>().read_unaligned();
+        let (mut low, mut high) = (_mm_cvtsi32_si128(at(0)), _mm_cvtsi32_si128(at(4)));
+        (low, high) = (_mm_insert_epi32::<1>(low, at(1)), _mm_insert_epi32::<1>(high, at(5)));
+        (low, high) = (_mm_insert_epi32::<2>(low, at(2)), _mm_insert_epi32::<2>(high, at(6)));
+        (low, high) = (_mm_insert_epi32::<3>(low, at(3)), _mm_insert_epi32::<3>(high, at(7)));
+        let both = _mm512_cvtph_ps(_mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), high));
+        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+        let apart = _mm512_permutexvar_ps(even, both);
+        Scales::of(_mm512_castps512_ps256(apart), _mm512_extractf32x8_ps::<1>(apart))
+    }
+}
+
+/// Sixteen bytes of four blocks, the low halves of each and the high ones.
+#[inline(always)]
+unsafe fn nibbles_of_four(p: *const u8, bytes: usize) -> [__m512i; 2] {
+    // SAFETY: the caller has four blocks at the pointer.
+    unsafe {
+        let (a, b) = (_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.add(bytes).cast()));
+        let (c, d) = (_mm_loadu_si128(p.add(2 * bytes).cast()), _mm_loadu_si128(p.add(3 * bytes).cast()));
+        let ab = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
+        let cd = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(c), d);
+        nibbles(beside(ab, cd))
+    }
+}
+
+/// The low halves of bytes, and the high ones.
+#[inline(always)]
+unsafe fn nibbles(bytes: __m512i) -> [__m512i; 2] {
+    // SAFETY: the processor has it.
+    unsafe {
+        let low = _mm512_set1_epi8(15);
+        [_mm512_and_si512(bytes, low), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), low)]
+    }
+}
+
+/// Sixteen bytes as 32 codes: the low halves of all, then the high ones.
+#[inline(always)]
+unsafe fn nibbles_of_one(p: *const u8) -> __m256i {
+    // SAFETY: the caller has sixteen bytes at the pointer.
+    unsafe {
+        let bytes = _mm_loadu_si128(p.cast());
+        let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(bytes), _mm_srli_epi16::<4>(bytes));
+        _mm256_and_si256(both, _mm256_set1_epi8(15))
+    }
+}
+
+/// Sixteen bytes in each quarter.
+#[inline(always)]
+unsafe fn in_quarters(p: *const u8) -> __m512i {
+    // SAFETY: the caller has sixteen bytes at the pointer.
+    unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())) }
+}
+
+/// Adds 16 to the codes whose bit is set.
+#[inline(always)]
+unsafe fn fifth(codes: __m512i, bits: u64) -> __m512i {
+    // SAFETY: the processor has it.
+    unsafe { _mm512_mask_add_epi8(codes, bits, codes, _mm512_set1_epi8(16)) }
+}
+
+/// Four times sixteen bits, those at `p` of blocks of `bytes`.
+#[inline(always)]
+unsafe fn bits_of_four(p: *const u8, bytes: usize) -> u64 {
+    // SAFETY: the caller has four blocks at the pointer.
+    unsafe {
+        let at = |block: usize| u64::from(p.add(block * bytes).cast::<u16>().read_unaligned());
+        at(0) | at(1) << 16 | at(2) << 32 | at(3) << 48
+    }
+}
+
+/// Formats of four bits or five in blocks of a group: scale, perhaps a minimum, perhaps fifth bits, and half bytes.
+macro_rules! block {
+    ($name:ident, $bytes:literal, offset $offset:literal, min $min:literal, fifth $fifth:literal) => {
+        struct $name;
+
+        impl $name {
+            const FIFTHS: usize = if $min { 4 } else { 2 };
+            const CODES: usize = Self::FIFTHS + if $fifth { 4 } else { 0 };
+        }
+
+        impl Format for $name {
+            const BYTES: usize = $bytes;
+            const OFFSET: f32 = $offset;
+
+            #[inline(always)]
+            unsafe fn scales(p: *const u8, n: usize) -> Scales {
+                // SAFETY: the caller has n blocks at the pointer; so for all below.
+                unsafe {
+                    if $min {
+                        return scales_and_minima(p, $bytes, n);
+                    }
+                    let scales = halves(p, $bytes, n);
+                    Scales::of(scales, scales)
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn group(p: *const u8, group: usize) -> __m256i {
+                // SAFETY: as above.
+                unsafe {
+                    let p = p.add(group * $bytes);
+                    let codes = nibbles_of_one(p.add(Self::CODES));
+                    if !$fifth {
+                        return codes;
+                    }
+                    let bits = p.add(Self::FIFTHS).cast::<u32>().read_unaligned();
+                    _mm256_mask_add_epi8(codes, bits, codes, _mm256_set1_epi8(16))
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+                // SAFETY: as above.
+                unsafe {
+                    let p = p.add(4 * q * $bytes);
+                    let [low, high] = nibbles_of_four(p.add(Self::CODES), $bytes);
+                    if !$fifth {
+                        return [low, high];
+                    }
+                    let p = p.add(Self::FIFTHS);
+                    [fifth(low, bits_of_four(p, $bytes)), fifth(high, bits_of_four(p.add(2), $bytes))]
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn spread(p: *const u8, group: usize) -> [__m512i; 2] {
+                // SAFETY: as above.
+                unsafe {
+                    let p = p.add(group * $bytes);
+                    let [low, high] = nibbles(in_quarters(p.add(Self::CODES)));
+                    if !$fifth {
+                        return [low, high];
+                    }
+                    let bits = p.add(Self::FIFTHS).cast::<u32>().read_unaligned();
+                    let all = 0x0001_0001_0001_0001;
+                    [fifth(low, u64::from(bits & 0xFFFF) * all), fifth(high, u64::from(bits >> 16) * all)]
+                }
+            }
+        }
+    };
+}
+
+block!(Q4_0, 18, offset -8.0, min false, fifth false);
+block!(Q4_1, 20, offset 1.0, min true, fifth false);
+block!(Q5_0, 22, offset -16.0, min false, fifth true);
+block!(Q5_1, 24, offset 1.0, min true, fifth true);
+
+struct Q8_0;
+
+impl Format for Q8_0 {
+    const BYTES: usize = 34;
+    const OFFSET: f32 = -128.0;
+
+    #[inline(always)]
+    unsafe fn scales(p: *const u8, n: usize) -> Scales {
+        // SAFETY: the caller has n blocks at the pointer.
+        unsafe {
+            let scales = halves(p, Self::BYTES, n);
+            Scales::of(scales, scales)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+        // SAFETY: the caller has the block at the pointer.
+        unsafe {
+            let signed = _mm256_loadu_si256(p.add(group * Self::BYTES + 2).cast());
+            _mm256_xor_si256(signed, _mm256_set1_epi8(-128))
+        }
+    }
+}
+
+/// Eight bits a value, `(index - 127) · scale / 127`, a scale for each row.
+struct Linear;
+
+impl Format for Linear {
+    const BYTES: usize = GROUP;
+    const OFFSET: f32 = -127.0;
+
+    #[inline(always)]
+    unsafe fn scales(_: *const u8, _: usize) -> Scales {
+        // SAFETY: the processor has it.
+        let ones = unsafe { _mm256_set1_ps(1.0) };
+        Scales::of(ones, ones)
+    }
+
+    #[inline(always)]
+    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+        // SAFETY: the caller has the group at the pointer.
+        unsafe { _mm256_min_epu8(_mm256_loadu_si256(p.add(group * GROUP).cast()), _mm256_set1_epi8(254u8 as i8)) }
+    }
+
+    #[inline(always)]
+    fn factor(job: &Job<'_>, row: usize) -> f32 {
+        job.w.coded.as_ref().map_or(f32::NAN, |coded| coded.scale(row) / 127.0)
+    }
+}
+
+/// Scales and minima of six bits each, after the block's own in half precision at `p`.
+#[inline(always)]
+unsafe fn scales_of_six(p: *const u8) -> Scales {
+    // SAFETY: the caller has a whole block at the pointer.
+    unsafe {
+        let both = _mm_cvtph_ps(_mm_cvtsi32_si128(p.cast::<i32>().read_unaligned()));
+        let (d, d_min) = (_mm256_broadcastss_ps(both), _mm256_broadcastss_ps(_mm_movehdup_ps(both)));
+        let (scales, mins) = sub_blocks(p.add(4));
+        let scales = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(scales as i64)));
+        let mins = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(mins as i64)));
+        Scales::of(_mm256_mul_ps(scales, d), _mm256_mul_ps(mins, d_min))
+    }
+}
+
+/// 32 bytes hold the codes of two groups; those of four as they lie: groups 0 and 2, and 1 and 3.
+#[inline(always)]
+unsafe fn in_order([even, odd]: [__m512i; 2]) -> [__m512i; 2] {
+    // SAFETY: the processor has it.
+    unsafe {
+        let first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+        let second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+        [_mm512_permutex2var_epi64(even, first, odd), _mm512_permutex2var_epi64(even, second, odd)]
+    }
+}
+
+/// Codes of group g among 32 bytes for each two groups.
+#[inline(always)]
+unsafe fn half_bytes(p: *const u8, group: usize) -> __m256i {
+    // SAFETY: the caller has so many bytes at the pointer.
+    unsafe {
+        let both = _mm256_loadu_si256(p.add(group / 2 * GROUP).cast());
+        let one = if group.is_multiple_of(2) { both } else { _mm256_srli_epi16::<4>(both) };
+        _mm256_and_si256(one, _mm256_set1_epi8(15))
+    }
+}
+
+struct Q4K;
+
+impl Format for Q4K {
+    const GROUPS: usize = SPAN;
+    const BYTES: usize = 144;
+    const OFFSET: f32 = -1.0;
+
+    #[inline(always)]
+    unsafe fn scales(p: *const u8, _: usize) -> Scales {
+        // SAFETY: passed on to the caller; so for all below.
+        unsafe { scales_of_six(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+        // SAFETY: as above.
+        unsafe { half_bytes(p.add(16), group) }
+    }
+
+    #[inline(always)]
+    unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+        // SAFETY: as above.
+        unsafe { in_order(nibbles(_mm512_loadu_si512(p.add(16 + 64 * q).cast()))) }
+    }
+}
+
+struct Q5K;
+
+impl Format for Q5K {
+    const GROUPS: usize = SPAN;
+    const BYTES: usize = 176;
+    const OFFSET: f32 = -1.0;
+
+    #[inline(always)]
+    unsafe fn scales(p: *const u8, _: usize) -> Scales {
+        // SAFETY: passed on to the caller; so for all below.
+        unsafe { scales_of_six(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+        // SAFETY: as above. Bit `group` of each byte becomes the fifth.
+        unsafe {
+            let fifths = _mm256_loadu_si256(p.add(16).cast());
+            let set = _mm256_test_epi8_mask(fifths, _mm256_set1_epi8((1u8 << group) as i8));
+            let codes = half_bytes(p.add(48), group);
+            _mm256_mask_add_epi8(codes, set, codes, _mm256_set1_epi8(16))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+        // SAFETY: as above.
+        unsafe {
+            let [even, odd] = nibbles(_mm512_loadu_si512(p.add(48 + 64 * q).cast()));
+            let fifths = _mm256_loadu_si256(p.add(16).cast());
+            let fifths = beside(fifths, fifths);
+            // Bits of groups 4q and 4q + 2, and of the two after them.
+            let first = (1u8 << (4 * q)) as i8;
+            let bits = beside(_mm256_set1_epi8(first), _mm256_set1_epi8(first << 2));
+            let even_set = _mm512_test_epi8_mask(fifths, bits);
+            let odd_set = _mm512_test_epi8_mask(fifths, _mm512_add_epi8(bits, bits));
+            in_order([fifth(even, even_set), fifth(odd, odd_set)])
+        }
+    }
+}
+
+/// Sixteen scales of sixteen codes each.
+struct Q6K;
+
+impl Format for Q6K {
+    const GROUPS: usize = SPAN;
+    const BYTES: usize = 210;
+    const OFFSET: f32 = -32.0;
+    const HALVES: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales(p: *const u8, _: usize) -> Scales {
+        // SAFETY: passed on to the caller; so for all below.
+        unsafe {
+            let d = _mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.add(208).cast::<u16>().read_unaligned())));
+            let d = _mm256_broadcastss_ps(d);
+            let signed = _mm_loadu_si128(p.add(192).cast());
+            let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(signed));
+            let high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(signed, signed)));
+            let even = _mm_srai_epi16::<8>(_mm_slli_epi16::<8>(signed));
+            let even = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(even));
+            let odd = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_srai_epi16::<8>(signed)));
+            Scales {
+                first: _mm256_mul_ps(d, even),
+                second: _mm256_mul_ps(d, odd),
+                sums: [_mm256_mul_ps(d, low), _mm256_mul_ps(d, high)],
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+        // SAFETY: as above. Two bits of 32 bytes become the fifth and sixth.
+        unsafe {
+            let (half, quarter) = (group / 4, group % 4);
+            let low = _mm256_loadu_si256(p.add(64 * half + 32 * (quarter % 2)).cast());
+            let low = if quarter < 2 { low } else { _mm256_srli_epi16::<4>(low) };
+            let high = _mm256_loadu_si256(p.add(128 + 32 * half).cast());
+            let high = match quarter {
+                0 => _mm256_slli_epi16::<4>(high),
+                1 => _mm256_slli_epi16::<2>(high),
+                2 => high,
+                _ => _mm256_srli_epi16::<2>(high),
+            };
+            let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
+            _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::tests::{BLOCKS, ggml};
+    use super::*;
+
+    /// Every way to the codes of a group yields the same.
+    fn check<F: Format>(p: *const u8) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")]
+        unsafe fn all<F: Format>(p: *const u8) {
+            // SAFETY: the caller has a span at the pointer.
+            unsafe {
+                let bytes = |vector: __m512i| std::mem::transmute::<__m512i, [[u8; PIECE]; 4]>(vector);
+                for g in 0..SPAN {
+                    let group = std::mem::transmute::<__m256i, [[u8; PIECE]; 2]>(F::group(p, g));
+                    for half in 0..2 {
+                        assert_eq!(bytes(F::quad(p, g / 4)[half])[g % 4], group[half], "group {g} of a quad");
+                        assert_eq!(bytes(F::spread(p, g)[half]), [group[half]; 4], "group {g} in quarters");
+                    }
+                }
+            }
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { all::<F>(p) }
+    }
+
+    #[test]
+    fn codes_of_one_group_and_of_four_are_the_same() {
+        if !std::arch::is_x86_feature_detected!("avx512vnni") {
+            return;
+        }
+        for (storage, name) in BLOCKS {
+            let (mut bytes, ..) = ggml(storage, name);
+            while bytes.len() < 2 * SPAN * storage.block_bytes() {
+                bytes.extend_from_within(..);
+            }
+            let p = bytes.as_ptr();
+            match storage {
+                Storage::Q4_0 => check::<Q4_0>(p),
+                Storage::Q4_1 => check::<Q4_1>(p),
+                Storage::Q5_0 => check::<Q5_0>(p),
+                Storage::Q5_1 => check::<Q5_1>(p),
+                Storage::Q8_0 => check::<Q8_0>(p),
+                Storage::Q4K => check::<Q4K>(p),
+                Storage::Q5K => check::<Q5K>(p),
+                Storage::Q6K => check::<Q6K>(p),
+                _ => (),
+            }
+        }
+    }
+}

@@ -8,10 +8,12 @@ use homeroom_kernels::on_pool;
 use memmap2::MmapMut;
 
 use crate::model::BaseModel;
-use crate::weight::Weight;
+use crate::weight::{Codes, Weight};
 
 /// Weights begin at multiples of this: a cache line.
 const ALIGNMENT: usize = 64;
+/// Bytes of a large page.
+const LARGE: usize = 2 << 20;
 /// Bytes that one task copies.
 const PART: usize = 4 << 20;
 /// The share of the memory that is available which weights may take.
@@ -22,6 +24,29 @@ fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+/// Memory of so many bytes, in large pages where the system has them.
+fn large_pages(len: usize) -> Option<MmapMut> {
+    let memory = MmapMut::map_anon(len).ok()?;
+    #[cfg(target_os = "linux")]
+    let _ = memory.advise(memmap2::Advice::HugePage);
+    Some(memory)
+}
+
+/// Moves bytes to memory with large pages, if it can be had.
+pub fn in_large_pages(bytes: Vec<u8>) -> Codes {
+    let len = bytes.len();
+    let copy = |mut memory: MmapMut| {
+        memory[..len].copy_from_slice(&bytes);
+        memory.make_read_only().ok()
+    };
+    // Whole pages, or the last part lies in small ones.
+    let memory = (len > 0).then(|| large_pages(len.next_multiple_of(LARGE))).flatten().and_then(copy);
+    match memory {
+        Some(memory) => Codes::Mapped(Arc::new(memory), 0..len),
+        None => Codes::Owned(bytes),
+    }
 }
 
 impl BaseModel {
@@ -48,9 +73,7 @@ impl BaseModel {
                 at
             });
         }
-        let mut memory = MmapMut::map_anon(len).ok()?;
-        #[cfg(target_os = "linux")]
-        let _ = memory.advise(memmap2::Advice::HugePage);
+        let mut memory = large_pages(len)?;
         let mut rest = &mut memory[..];
         let mut parts = Vec::new();
         for (number, (at, bytes)) in sources.iter().enumerate() {

@@ -41,7 +41,7 @@ pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
 pub use cross_entropy::{cross_entropy, target_logits};
 pub use decode::decode_row;
 pub use element::Element;
-pub use gemv::{FewRows, LowRank, RoundedRows, gemv};
+pub use gemv::{FewRows, Panels, RoundedRows, gemv};
 pub use half::{bf16, f16};
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use norm::{normalise, rms_norm, rms_norm_backward, scale_columns};

@@ -168,8 +168,11 @@ impl Team {
         // happened the exchange fails.
         let (call, context) = (job.call.load(Ordering::Relaxed), job.context.load(Ordering::Relaxed));
         let before = job.before.load(Ordering::Relaxed);
-        let left = if next < before { before - next } else { tasks - next };
-        let count = (3 * left / (4 * self.threads)).max(1);
+        let count = if next < before {
+            (before - next).div_ceil(self.threads)
+        } else {
+            (3 * (tasks - next) / (4 * self.threads)).max(1)
+        };
         let taken = ticket + count as u64;
         if job.ticket.compare_exchange(ticket, taken, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return true;

@@ -7,14 +7,15 @@
 use std::ops::Range;
 
 use homeroom_kernels::{
-    Codec, Element, Encoded, FewRows, LowRank, RotaryTable, RoundedRows, Team, attend, attend_join, attend_tasks,
-    attend_values, encode, f16, gemv, lead, threads,
+    Element, FewRows, Panels, RotaryTable, RoundedRows, Team, attend, attend_join, attend_tasks, attend_values, f16,
+    gemv, lead, threads,
 };
 
 use super::cache::KvCache;
 use crate::adaptation::Adaptation;
 use crate::fused::low_rank::low_rank;
 use crate::model::{BaseModel, EMBEDDING, FINAL_NORM, HEAD};
+use crate::resident::in_large_pages;
 use crate::weight::{Codes, Weight};
 
 /// A model whose modules are frozen or have low-rank updates, laid out for decoding.
@@ -23,6 +24,32 @@ pub struct Decoder {
     final_norm: Vec<f32>,
     head: Site,
     embedding: usize,
+    updates: Codes,
+}
+
+/// What a token's work is done with.
+#[derive(Clone, Copy)]
+struct Work<'a> {
+    team: &'a Team,
+    model: &'a BaseModel,
+    /// Updates of all sites, in the order in which they are read.
+    updates: &'a [u8],
+}
+
+/// A matrix among the updates.
+#[derive(Clone)]
+struct Placed {
+    panels: Panels,
+    at: Range<usize>,
+}
+
+impl Placed {
+    fn put(values: &[f32], panels: Panels, updates: &mut Vec<u8>) -> Self {
+        let from = updates.len();
+        updates.resize(from + panels.bytes(), 0);
+        panels.write(values, &mut updates[from..]);
+        Self { panels, at: from..updates.len() }
+    }
 }
 
 struct Layer {
@@ -37,8 +64,8 @@ struct Layer {
 /// Modules that share an input, as in [`crate::fused`].
 struct Site {
     modules: Vec<Linear>,
-    /// A of all modules (rank, d_in), if there is one, and what u is multiplied by.
-    a: Option<(Weight, f32)>,
+    /// A of all modules (rank, d_in), if there is one.
+    a: Option<Down>,
     /// Whether x is rounded to eight bits for modules that take it so.
     rounds: bool,
 }
@@ -54,53 +81,61 @@ struct Update {
     /// First of its rows of A.
     at: usize,
     /// `s B` (d_out, r).
-    b: LowRank,
+    b: Placed,
 }
 
-/// How A is kept.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Keep {
-    /// As they are.
-    Single,
-    /// In half precision: they are read in half the time.
-    Half,
-    /// In eight bits, a scale for each row, beside a weight that is multiplied with x in eight bits: in half of that again, and
-    /// rounded about as finely as x is.
-    Eight,
+/// A of a site's modules.
+enum Down {
+    /// As it is, or in half precision, which is read in half the time: a weight, and a power of two that products with it are still to be
+    /// multiplied by.
+    Weight(Weight, f32),
+    /// In eight bits, beside weights that are multiplied with x in eight bits: in half of that again, and rounded about as finely as x is.
+    Rounded(Placed),
 }
 
-/// Values as a weight, and a power of two that its products are still to be multiplied by: halves are divided by the one that
-/// makes the largest at least 1, so that none but the very smallest loses a bit to the narrow exponent.
-fn stored(mut values: Vec<f32>, shape: (usize, usize), keep: Keep) -> Option<(Weight, f32)> {
-    if keep == Keep::Single {
-        return Some((Weight::from_values(&values, shape).ok()?, 1.0));
-    }
-    if keep == Keep::Eight {
-        let codec = Codec::int8();
-        let read = |rows: Range<usize>, out: &mut [f32]| {
-            out.copy_from_slice(&values[rows.start * shape.1..rows.end * shape.1]);
-        };
-        // What is not finite has no code, and stays what it is in the other types.
-        if let Ok(Encoded { codes, scales }) = encode(&codec, shape.0, shape.1, &read) {
-            return Some((Weight::coded(codec, Codes::Owned(codes), scales, shape).ok()?, 1.0));
+impl Down {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Weight(weight, _) => weight.rows(),
+            Self::Rounded(placed) => placed.panels.rows(),
         }
     }
+
+    /// `u = x Aᵀ` for the rows of A from `from` on: `u` (rows, m).
+    fn product(&self, work: Work<'_>, x: FewRows<'_>, from: usize, u: &mut [f32]) {
+        let rows = from..from + u.len() / (x.values.len() / x.step);
+        match (self, x.rounded) {
+            (Self::Weight(weight, power), _) => {
+                gemv(x, &weight.matrix(), rows, u);
+                u.iter_mut().for_each(|u| *u *= power);
+            }
+            (Self::Rounded(a), Some(x)) => a.panels.product(&work.updates[a.at.clone()], x, rows, u),
+            (Self::Rounded(_), None) => unreachable!("A is in eight bits where x is, too"),
+        }
+    }
+}
+
+/// Values in half precision. They are divided by the power of two that makes the largest at least 1, so that none but the very
+/// smallest loses a bit to the narrow exponent.
+fn halves(mut values: Vec<f32>, shape: (usize, usize)) -> Option<Down> {
     let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
     let power = if largest.is_normal() { 2f32.powi(largest.log2().floor() as i32) } else { 1.0 };
     values.iter_mut().for_each(|value| *value /= power);
     let halves: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
-    Some((Weight::from_f16(&halves, shape).ok()?, power))
+    Some(Down::Weight(Weight::from_f16(&halves, shape).ok()?, power))
 }
 
 impl Site {
-    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, indices: &[usize], round: bool) -> Option<Self> {
+    fn new(
+        model: &BaseModel,
+        adaptation: Option<&Adaptation>,
+        indices: &[usize],
+        round: bool,
+        updates: &mut Vec<u8>,
+    ) -> Option<Self> {
         let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
         let rounds = round && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
-        let keep = match (round, rounds) {
-            (false, _) => Keep::Single,
-            (true, false) => Keep::Half,
-            (true, true) => Keep::Eight,
-        };
+        let mut ups = Vec::new();
         for &index in indices {
             let info = &model.modules[index].info;
             d_in = info.d_in;
@@ -118,13 +153,23 @@ impl Site {
                     let at = stacked.len() / info.d_in;
                     stacked.extend(a);
                     let scaled: Vec<f32> = b.iter().map(|b| low_rank.scaling as f32 * b).collect();
-                    Some(Update { at, b: LowRank::new(&scaled, (info.d_out, r), round) })
+                    Some((at, scaled, Panels::new(info.d_out, r, round)))
                 }
             };
-            modules.push(Linear { index, d_out: info.d_out, update });
+            modules.push(Linear { index, d_out: info.d_out, update: None });
+            ups.push(update);
         }
-        let rank = stacked.len() / d_in.max(1);
-        let a = if rank > 0 { Some(stored(stacked, (rank, d_in), keep)?) } else { None };
+        let shape = (stacked.len() / d_in.max(1), d_in);
+        let a = match (shape.0, round, rounds) {
+            (0, ..) => None,
+            (_, false, _) => Some(Down::Weight(Weight::from_values(&stacked, shape).ok()?, 1.0)),
+            (_, true, false) => Some(halves(stacked, shape)?),
+            (rank, true, true) => Some(Down::Rounded(Placed::put(&stacked, Panels::new(rank, d_in, true), updates))),
+        };
+        for (module, update) in modules.iter_mut().zip(ups) {
+            let place = |(at, b, panels): (usize, Vec<f32>, Panels)| Update { at, b: Placed::put(&b, panels, updates) };
+            module.update = update.map(place);
+        }
         Some(Self { modules, a, rounds })
     }
 
@@ -137,7 +182,7 @@ impl Site {
     /// `u = x Aᵀ` of all modules (rank, m).
     fn parts(
         &self,
-        team: &Team,
+        work: Work<'_>,
         x: FewRows<'_>,
         out: (&mut [f32], usize),
         rows: impl for<'u> Fn(usize, &mut [f32], FewRows<'_>, &dyn Fn() -> &'u [f32]) + Sync,
@@ -146,17 +191,14 @@ impl Site {
         let (out, size) = out;
         let rounded = self.rounds.then(|| RoundedRows::new(x));
         let x = FewRows { rounded: rounded.as_ref(), ..x };
-        let Some((a, power)) = &self.a else {
-            return team.parts(out, size * m, |task, out| rows(task * size, out, x, &|| &[]));
+        let Some(a) = &self.a else {
+            return work.team.parts(out, size * m, |task, out| rows(task * size, out, x, &|| &[]));
         };
         let mut u = vec![0f32; a.rows() * m];
-        let down = part(a.rows());
-        let first = |task: usize, u: &mut [f32]| {
-            let from = task * down;
-            gemv(x, &a.matrix(), from..from + u.len() / m, u);
-            u.iter_mut().for_each(|u| *u *= power);
-        };
-        team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, x, u));
+        // Whole panels.
+        let down = part(a.rows()).next_multiple_of(16);
+        let first = |task: usize, u: &mut [f32]| a.product(work, x, task * down, u);
+        work.team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, x, u));
     }
 
     /// Rows `from..` of a module's output into `out` (rows, m).
@@ -164,7 +206,7 @@ impl Site {
     /// `u` waits for that of all modules.
     fn rows<'u>(
         &self,
-        model: &BaseModel,
+        work: Work<'_>,
         module: usize,
         x: FewRows<'_>,
         u: &dyn Fn() -> &'u [f32],
@@ -174,13 +216,14 @@ impl Site {
         let Linear { index, update, .. } = &self.modules[module];
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
-        let module = &model.modules[*index];
+        let module = &work.model.modules[*index];
         if let Some(Update { b, .. }) = update {
-            b.prefetch(rows.clone());
+            b.panels.prefetch(&work.updates[b.at.clone()], rows.clone());
         }
         gemv(x, &module.weight.matrix(), rows.clone(), out);
         if let Some(Update { at, b }) = update {
-            b.add(&u()[at * m..(at + b.rank()) * m], m, rows.clone(), out);
+            let u = &u()[at * m..(at + b.panels.cols()) * m];
+            b.panels.add(&work.updates[b.at.clone()], u, m, rows.clone(), out);
         }
         if let Some(bias) = &module.bias {
             for (out, bias) in out.chunks_exact_mut(m).zip(&bias[rows]) {
@@ -190,16 +233,16 @@ impl Site {
     }
 
     /// All outputs beside each other: `out` (d_out, m), from x (m, d_in).
-    fn run(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
+    fn run(&self, work: Work<'_>, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
-        self.parts(team, x, (out, part(self.d_out())), |mut from, mut out, x, u| {
+        self.parts(work, x, (out, part(self.d_out())), |mut from, mut out, x, u| {
             let mut first = 0;
             for (module, linear) in self.modules.iter().enumerate() {
                 let here = (first..first + linear.d_out).contains(&from);
                 if here && !out.is_empty() {
                     let count = (first + linear.d_out - from).min(out.len() / m);
                     let (now, rest) = std::mem::take(&mut out).split_at_mut(count * m);
-                    self.rows(model, module, x, u, from - first, now);
+                    self.rows(work, module, x, u, from - first, now);
                     (out, from) = (rest, from + count);
                 }
                 first += linear.d_out;
@@ -208,10 +251,10 @@ impl Site {
     }
 
     /// `silu(g) ∘ u` of the two modules of a gated layer: `out` (inner, m).
-    fn run_gated(&self, team: &Team, model: &BaseModel, x: FewRows<'_>, out: &mut [f32]) {
+    fn run_gated(&self, work: Work<'_>, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
         let size = part(out.len() / m).min(MOST / m.min(MOST)).max(1);
-        self.parts(team, x, (out, size), |from, out, x, u| {
+        self.parts(work, x, (out, size), |from, out, x, u| {
             let mut up = [0f32; MOST];
             let mut more = Vec::new();
             let up = if out.len() <= MOST {
@@ -220,8 +263,8 @@ impl Site {
                 more.resize(out.len(), 0.0);
                 &mut more[..]
             };
-            self.rows(model, 0, x, u, from, out);
-            self.rows(model, 1, x, u, from, up);
+            self.rows(work, 0, x, u, from, out);
+            self.rows(work, 1, x, u, from, up);
             homeroom_kernels::gate(out, up);
         });
     }
@@ -232,7 +275,7 @@ const MOST: usize = 512;
 
 /// Rows of a task: few enough that threads end together, enough that taking one costs nothing beside it.
 fn part(rows: usize) -> usize {
-    (rows / (4 * threads())).clamp(16, 256).next_multiple_of(16)
+    (rows / (4 * threads())).clamp(8, 256).next_multiple_of(8)
 }
 
 impl Decoder {
@@ -245,7 +288,8 @@ impl Decoder {
             let module = &model.modules[index];
             (frozen(index) && module.bias.is_none()).then(|| module.weight.decode(0..1))
         };
-        let site = |modules: &[usize]| Site::new(model, adaptation, modules, round);
+        let mut updates = Vec::new();
+        let mut site = |modules: &[usize]| Site::new(model, adaptation, modules, round, &mut updates);
         let layers = model.layers.iter().map(|at| {
             Some(Layer {
                 input_norm: norm(at.input_norm)?,
@@ -259,7 +303,7 @@ impl Decoder {
         let layers = layers.collect::<Option<Vec<Layer>>>()?;
         let embedding = model.module_index(EMBEDDING).filter(|module| frozen(*module))?;
         let (final_norm, head) = (norm(model.module_index(FINAL_NORM)?)?, site(&[model.module_index(HEAD)?])?);
-        Some(Self { layers, final_norm, head, embedding })
+        Some(Self { layers, final_norm, head, embedding, updates: in_large_pages(updates) })
     }
 
     /// Logits (m, V) after a further token of each sequence, which its cache takes in.
@@ -274,32 +318,37 @@ impl Decoder {
             x.extend(model.modules[self.embedding].weight.decode(*id as usize..*id as usize + 1));
         }
         lead(|team| {
+            let work = self.work(team, model);
             for (number, layer) in self.layers.iter().enumerate() {
-                layer.run(team, model, table, number, sequences, &mut x);
+                layer.run(work, table, number, sequences, &mut x);
             }
             for (_, cache) in sequences.iter_mut() {
                 cache.advance(1, false);
             }
-            self.logits(team, model, &x)
+            self.logits(work, &x)
         })
     }
 
     /// Logits after rows of the residual stream x (m, C).
     pub fn head(&self, model: &BaseModel, x: &[f32]) -> Vec<Vec<f32>> {
-        lead(|team| self.logits(team, model, x))
+        lead(|team| self.logits(self.work(team, model), x))
     }
 
-    fn logits(&self, team: &Team, model: &BaseModel, x: &[f32]) -> Vec<Vec<f32>> {
+    fn work<'a>(&'a self, team: &'a Team, model: &'a BaseModel) -> Work<'a> {
+        Work { team, model, updates: &self.updates }
+    }
+
+    fn logits(&self, work: Work<'_>, x: &[f32]) -> Vec<Vec<f32>> {
         let (c, v) = (self.final_norm.len(), self.head.d_out());
         let m = x.len() / c;
-        let normal = normalised(x, &self.final_norm, model.config.rms_norm_eps as f32);
+        let normal = normalised(x, &self.final_norm, work.model.config.rms_norm_eps as f32);
         let mut all = vec![0f32; v * m];
-        self.head.run(team, model, few(&normal, c), &mut all);
+        self.head.run(work, few(&normal, c), &mut all);
         if m == 1 {
             return vec![all];
         }
         let mut rows = vec![vec![0f32; v]; m];
-        team.parts(&mut rows, 1, |j, row| {
+        work.team.parts(&mut rows, 1, |j, row| {
             row[0].iter_mut().zip(all.iter().skip(j).step_by(m)).for_each(|(to, from)| *to = *from);
         });
         rows
@@ -325,21 +374,20 @@ impl Layer {
     /// x (m, C) becomes the layer's output.
     fn run<E: Element>(
         &self,
-        team: &Team,
-        model: &BaseModel,
+        work: Work<'_>,
         table: &RotaryTable,
         number: usize,
         sequences: &mut [(u32, &mut KvCache<E>)],
         x: &mut [f32],
     ) {
-        let config = &model.config;
+        let config = &work.model.config;
         let (m, c, inner) = (sequences.len(), config.hidden_size, config.intermediate_size);
         let (shape, epsilon) = (config.attention(&[]), config.rms_norm_eps as f32);
         let (d, q_width) = (shape.head_dim, shape.heads * shape.head_dim);
 
         let normal = normalised(x, &self.input_norm, epsilon);
         let mut qkv = vec![0f32; shape.row() * m];
-        self.qkv.run(team, model, few(&normal, c), &mut qkv);
+        self.qkv.run(work, few(&normal, c), &mut qkv);
 
         // Rows of q, turned; k, turned, and v go to the caches.
         let mut row = vec![0f32; shape.row()];
@@ -359,7 +407,7 @@ impl Layer {
             .collect();
         let mut parts = vec![0f32; tasks.len() * size];
         let caches: Vec<&[E]> = sequences.iter().map(|(_, cache)| cache.layer(number)).collect();
-        team.parts(&mut parts, size, |number, out| {
+        work.team.parts(&mut parts, size, |number, out| {
             let (j, task) = tasks[number];
             attend(&shape, &queries[j * q_width..(j + 1) * q_width], caches[j], task, out);
         });
@@ -373,18 +421,18 @@ impl Layer {
             attend_join(&shape, own, &mut out[..q_width]);
         }
         let mut y = vec![0f32; c * m];
-        self.o.run(team, model, few(&attended, q_width), &mut y);
+        self.o.run(work, few(&attended, q_width), &mut y);
         add_turned(x, &y, m);
 
         let normal = normalised(x, &self.post_norm, epsilon);
         let mut h = vec![0f32; inner * m];
-        self.gate_up.run_gated(team, model, few(&normal, c), &mut h);
+        self.gate_up.run_gated(work, few(&normal, c), &mut h);
         let step = FewRows::padded(inner);
         let mut rows = vec![0f32; m * step];
         for (i, values) in h.chunks_exact(m).enumerate() {
             values.iter().enumerate().for_each(|(j, value)| rows[j * step + i] = *value);
         }
-        self.down.run(team, model, few(&rows, inner), &mut y);
+        self.down.run(work, few(&rows, inner), &mut y);
         add_turned(x, &y, m);
     }
 }

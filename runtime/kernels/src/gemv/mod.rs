@@ -14,7 +14,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 pub use self::rounded::RoundedRows;
-pub use self::update::LowRank;
+pub use self::update::Panels;
 
 use crate::Matrix;
 use crate::cpu::{Cpu, cpu};

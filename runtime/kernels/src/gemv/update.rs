@@ -1,8 +1,9 @@
-//! Low-rank updates of products of a few rows. Rows of `s B` are short: some of them lie beside each other, so that their sums grow
+//! Matrices of low-rank updates, for products of a few rows: neighbouring rows lie beside each other in panels, so that their sums grow
 //! together and none has to be added over lanes.
 
 use std::ops::Range;
 
+use super::RoundedRows;
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{eight_bit_scale, nearest_whole};
 
@@ -12,206 +13,234 @@ const SINGLES: usize = 8;
 const CODES: usize = 16;
 /// What a code is greater by than the whole number that it stands for.
 const ZERO: i32 = 128;
+/// Layouts take a multiple of this: a cache line.
+const LINE: usize = 64;
 
-/// `s B` (n, r).
-pub struct LowRank {
-    n: usize,
-    r: usize,
-    values: Values,
+/// Four neighbouring codes of each row of a panel.
+type Word = [[u8; 4]; CODES];
+/// One value of each row of a panel.
+type Values = [[u8; 4]; SINGLES];
+
+/// How a matrix (rows, cols) lies in bytes by panels: floats, or in eight bits whole numbers from -127 to 127 with a scale for each row.
+///
+/// A panel of floats is a value of each of its rows, column by column. One of codes is its rows' scales, then four codes of each of its
+/// rows, and so on.
+#[derive(Clone, Copy, Debug)]
+pub struct Panels {
+    rows: usize,
+    cols: usize,
+    eight_bits: bool,
 }
 
-/// Panels in order.
-enum Values {
-    /// Of each panel, r times a value of each row.
-    Singles(Vec<[f32; SINGLES]>),
-    /// Whole numbers from -127 to 127.
-    Codes(Codes),
-}
-
-struct Codes {
-    /// Of each panel, r / 4 times four codes of each row, r rounded up.
-    words: Vec<[[u8; 4]; CODES]>,
-    /// What the whole numbers of each row are multiplied by.
-    scales: Vec<[f32; CODES]>,
-}
-
-impl LowRank {
-    /// Lays out `values` (n, r); in `eight_bits` each row is rounded to whole numbers with a scale of its own, NaN if a value is not
-    /// finite, and so will be what it is multiplied with.
-    ///
-    /// # Panics
-    /// When there are not n r values.
-    pub fn new(values: &[f32], (n, r): (usize, usize), eight_bits: bool) -> Self {
-        assert_eq!(values.len(), n * r, "{n} x {r}");
-        let rows = values.chunks_exact(r.max(1)).enumerate();
-        let values = if eight_bits {
-            let (panels, words) = (n.div_ceil(CODES), r.div_ceil(4));
-            let mut codes =
-                Codes { words: vec![[[ZERO as u8; 4]; CODES]; panels * words], scales: vec![[0.0; CODES]; panels] };
-            for (row, values) in rows {
-                let (panel, lane) = (row / CODES, row % CODES);
-                let (scale, inverse) = eight_bit_scale(values);
-                codes.scales[panel][lane] = scale;
-                for (k, value) in values.iter().enumerate() {
-                    let code = nearest_whole(*value, inverse) + ZERO;
-                    codes.words[panel * words + k / 4][lane][k % 4] = code as u8;
-                }
-            }
-            Values::Codes(codes)
-        } else {
-            let mut singles = vec![[0.0; SINGLES]; n.div_ceil(SINGLES) * r];
-            for (row, values) in rows {
-                for (singles, value) in singles[row / SINGLES * r..].iter_mut().zip(values) {
-                    singles[row % SINGLES] = *value;
-                }
-            }
-            Values::Singles(singles)
-        };
-        Self { n, r, values }
+impl Panels {
+    /// The layout of so many rows and columns.
+    pub fn new(rows: usize, cols: usize, eight_bits: bool) -> Self {
+        Self { rows, cols, eight_bits }
     }
 
-    /// r.
-    pub fn rank(&self) -> usize {
-        self.r
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Rows of a panel, and its bytes.
+    fn panel(&self) -> (usize, usize) {
+        if self.eight_bits {
+            (CODES, size_of::<Word>() * (1 + self.cols.div_ceil(4)))
+        } else {
+            (SINGLES, size_of::<Values>() * self.cols)
+        }
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        let (height, size) = self.panel();
+        (self.rows.div_ceil(height) * size).next_multiple_of(LINE)
+    }
+
+    /// Lays out values (rows, cols). In eight bits each row is rounded with a scale of its own, NaN if a value is not finite.
+    ///
+    /// # Panics
+    /// When there are not so many values or bytes.
+    pub fn write(&self, values: &[f32], out: &mut [u8]) {
+        assert_eq!((values.len(), out.len()), (self.rows * self.cols, self.bytes()), "{self:?}");
+        let (height, size) = self.panel();
+        for (row, values) in values.chunks_exact(self.cols.max(1)).enumerate() {
+            let (panel, lane) = (&mut out[row / height * size..][..size], row % height);
+            let (fours, _) = panel.as_chunks_mut::<4>();
+            if !self.eight_bits {
+                for (k, value) in values.iter().enumerate() {
+                    fours[k * SINGLES + lane] = value.to_ne_bytes();
+                }
+                continue;
+            }
+            let (scale, inverse) = eight_bit_scale(values);
+            fours[lane] = scale.to_ne_bytes();
+            for (word, values) in values.chunks(4).enumerate() {
+                let codes = &mut fours[(1 + word) * CODES + lane];
+                *codes = [ZERO as u8; 4];
+                for (code, value) in codes.iter_mut().zip(values) {
+                    *code = (nearest_whole(*value, inverse) + ZERO) as u8;
+                }
+            }
+        }
     }
 
     /// Asks for the memory of some rows, which will be read soon.
-    pub fn prefetch(&self, rows: Range<usize>) {
+    pub fn prefetch(&self, bytes: &[u8], rows: Range<usize>) {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            const LINE: usize = 64;
-            let (height, size, base) = match &self.values {
-                Values::Singles(values) => {
-                    (SINGLES, self.r * size_of::<[f32; SINGLES]>(), values.as_ptr().cast::<i8>())
-                }
-                Values::Codes(codes) => {
-                    (CODES, self.r.div_ceil(4) * size_of::<[[u8; 4]; CODES]>(), codes.words.as_ptr().cast::<i8>())
-                }
-            };
+            let (height, size) = self.panel();
             for at in (rows.start / height * size..rows.end.div_ceil(height) * size).step_by(LINE) {
                 // SAFETY: nothing is read; an address that nothing lies at does no harm.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(at)) };
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) };
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = rows;
+        let _ = (bytes, rows);
     }
 
-    /// `out += s B uᵀ` for the rows `rows`: `out` (rows.len(), m), `u` (r, m). Each element depends on its row of `s B` and of `u`
-    /// alone, and is the same on every processor.
+    /// Panels that have some of the rows: for each, these rows, and its bytes.
+    fn over<'a>(
+        &self,
+        bytes: &'a [u8],
+        rows: Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, &'a [u8])> + use<'a> {
+        let (height, size) = self.panel();
+        (rows.start / height..rows.end.div_ceil(height)).map(move |panel| {
+            let own = (panel * height).max(rows.start)..((panel + 1) * height).min(rows.end);
+            (own, &bytes[panel * size..(panel + 1) * size])
+        })
+    }
+
+    /// `out += W uᵀ` for the rows `rows`: `out` (rows.len(), m), `u` (cols, m). In eight bits u is rounded, too, with a scale for each of
+    /// its m rows. Each element depends on its row of W and of u alone, and is the same on every processor.
     ///
     /// # Panics
     /// When sizes disagree.
-    pub fn add(&self, u: &[f32], m: usize, rows: Range<usize>, out: &mut [f32]) {
-        let fits = u.len() == self.r * m && rows.end <= self.n && out.len() == rows.len() * m;
-        assert!(fits, "{rows:?} of {} x {} for {m} rows", self.n, self.r);
-        match &self.values {
-            Values::Singles(singles) => add(cpu(), u, m, singles, rows, out),
-            Values::Codes(codes) => {
-                let mut words = Vec::with_capacity(self.r.div_ceil(4));
-                for j in 0..m {
-                    let u = u[j..].iter().step_by(m);
-                    let (scale, start) = round(u, &mut words);
-                    codes.add((&words, start), scale, (j, m), rows.clone(), out);
+    pub fn add(&self, bytes: &[u8], u: &[f32], m: usize, rows: Range<usize>, out: &mut [f32]) {
+        let fits = u.len() == self.cols * m && rows.end <= self.rows && out.len() == rows.len() * m;
+        assert!(fits && bytes.len() == self.bytes(), "{rows:?} of {} x {} for {m} rows", self.rows, self.cols);
+        let (cpu, first) = (cpu(), rows.start);
+        if !self.eight_bits {
+            for (own, panel) in self.over(bytes, rows) {
+                let out = &mut out[(own.start - first) * m..(own.end - first) * m];
+                add_singles(cpu, u, m, panel.as_chunks().0.as_chunks().0, own, out);
+            }
+            return;
+        }
+        let mut of_u = Rounded::default();
+        for j in 0..m {
+            of_u.round(u[j..].iter().step_by(m).copied());
+            for (own, panel) in self.over(bytes, rows.clone()) {
+                let (scales, words) = codes(panel);
+                let sums = sums_of_codes(cpu, words, (&of_u.words, of_u.start));
+                let lane = own.start % CODES;
+                let (sums, scales) = (&sums[lane..lane + own.len()], &scales[lane..lane + own.len()]);
+                let out = &mut out[(own.start - first) * m..(own.end - first) * m];
+                if m == 1 {
+                    put(cpu, sums, scales, of_u.scale, out);
+                } else {
+                    put_apart(sums, scales, of_u.scale, out[j..].iter_mut().step_by(m));
+                }
+            }
+        }
+    }
+
+    /// `W xᵀ` for the rows `rows`, in eight bits on both sides: `out` (rows.len(), m), x (m, cols). Each element depends on its row of W
+    /// and of x alone, and is the same on every processor.
+    ///
+    /// # Panics
+    /// When W is not in eight bits, or sizes disagree.
+    pub fn product(&self, bytes: &[u8], x: &RoundedRows, rows: Range<usize>, out: &mut [f32]) {
+        let m = x.count();
+        let fits = self.cols <= x.width() && rows.end <= self.rows && out.len() == rows.len() * m;
+        let fits = fits && self.eight_bits && bytes.len() == self.bytes();
+        assert!(fits, "{rows:?} of {} x {} for {m} rows", self.rows, self.cols);
+        let (cpu, first) = (cpu(), rows.start);
+        for (own, panel) in self.over(bytes, rows) {
+            let (scales, words) = codes(panel);
+            for j in 0..m {
+                let sums = sums_of_groups(cpu, words, x, j);
+                let offset = ZERO as f32 * x.total(j);
+                for row in own.clone() {
+                    let lane = row % CODES;
+                    out[(row - first) * m + j] = (sums[lane] - offset) * f32::from_ne_bytes(scales[lane]);
                 }
             }
         }
     }
 }
 
-/// Rounds r values to words of four whole numbers; their scale, NaN if a value is not finite, and what sums of products with codes start
-/// from.
-fn round<'a>(u: impl Iterator<Item = &'a f32>, words: &mut Vec<[i8; 4]>) -> (f32, i32) {
-    const MOST: usize = 64;
-    let mut few = [0f32; MOST];
-    let (mut count, mut more) = (0, Vec::new());
-    for value in u {
-        if count < MOST {
-            few[count] = *value;
-        } else {
-            if count == MOST {
-                more.extend_from_slice(&few);
-            }
-            more.push(*value);
-        }
-        count += 1;
-    }
-    let values = if count <= MOST { &few[..count] } else { &more };
-    let (scale, inverse) = eight_bit_scale(values);
-    words.clear();
-    let mut sum = 0;
-    for values in values.chunks(4) {
-        let mut word = [0i8; 4];
-        for (code, value) in word.iter_mut().zip(values) {
-            let whole = nearest_whole(*value, inverse);
-            sum += whole;
-            *code = whole as i8;
-        }
-        words.push(word);
-    }
-    (scale, -ZERO * sum)
+/// Scales and codes of a panel.
+fn codes(panel: &[u8]) -> (&Word, &[Word]) {
+    let (words, _) = panel.as_chunks::<4>().0.as_chunks::<CODES>();
+    words.split_first().expect("scales come first")
 }
 
-impl Codes {
-    /// Adds the products with one row of u, given as words and where their sums start, to column j of m of `out`.
-    fn add(&self, u: (&[[i8; 4]], i32), scale: f32, (j, m): (usize, usize), rows: Range<usize>, out: &mut [f32]) {
-        let cpu = cpu();
-        for panel in rows.start / CODES..rows.end.div_ceil(CODES) {
-            let words = &self.words[panel * u.0.len()..(panel + 1) * u.0.len()];
-            let sums = sums_of_codes(cpu, words, u);
-            let of_panel = (panel * CODES).max(rows.start)..((panel + 1) * CODES).min(rows.end);
-            let lanes = of_panel.start - panel * CODES..of_panel.end - panel * CODES;
-            let (sums, scales) = (&sums[lanes.clone()], &self.scales[panel][lanes]);
-            let out = &mut out[(of_panel.start - rows.start) * m..(of_panel.end - rows.start) * m];
-            if m == 1 {
-                put(cpu, sums, scales, scale, out);
-            } else {
-                for ((out, sum), of_row) in out[j..].iter_mut().step_by(m).zip(sums).zip(scales) {
-                    *out += *sum as f32 * (of_row * scale);
-                }
+/// A row of u in eight bits.
+#[derive(Default)]
+struct Rounded {
+    values: Vec<f32>,
+    words: Vec<[i8; 4]>,
+    /// NaN if a value is not finite.
+    scale: f32,
+    /// What sums of products with codes start from.
+    start: i32,
+}
+
+impl Rounded {
+    fn round(&mut self, u: impl Iterator<Item = f32>) {
+        self.values.clear();
+        self.values.extend(u);
+        self.words.clear();
+        self.words.resize(self.values.len().div_ceil(4), [0; 4]);
+        let inverse;
+        (self.scale, inverse) = eight_bit_scale(&self.values);
+        let mut sum = 0;
+        for (word, values) in self.words.iter_mut().zip(self.values.chunks(4)) {
+            for (code, value) in word.iter_mut().zip(values) {
+                let whole = nearest_whole(*value, inverse);
+                sum += whole;
+                *code = whole as i8;
             }
         }
+        self.start = -ZERO * sum;
     }
 }
 
 per_cpu! {
     /// Adds sums times scales.
-    fn put(sums: &[i32], scales: &[f32], scale: f32, out: &mut [f32]) {
-        for ((out, sum), of_row) in out.iter_mut().zip(sums).zip(scales) {
-            *out += *sum as f32 * (of_row * scale);
-        }
+    fn put(sums: &[i32], scales: &[[u8; 4]], scale: f32, out: &mut [f32]) {
+        put_apart(sums, scales, scale, out.iter_mut());
+    }
+}
+
+#[inline(always)]
+fn put_apart<'a>(sums: &[i32], scales: &[[u8; 4]], scale: f32, out: impl Iterator<Item = &'a mut f32>) {
+    for ((out, sum), of_row) in out.zip(sums).zip(scales) {
+        *out += *sum as f32 * (f32::from_ne_bytes(*of_row) * scale);
     }
 }
 
 /// Sums of products of each row of a panel of codes with words of u.
-fn sums_of_codes(cpu: Cpu, codes: &[[[u8; 4]; CODES]], u: (&[[i8; 4]], i32)) -> [i32; CODES] {
+fn sums_of_codes(cpu: Cpu, codes: &[Word], u: (&[[i8; 4]], i32)) -> [i32; CODES] {
     #[cfg(target_arch = "x86_64")]
-    if cpu >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni") {
+    if vnni::has(cpu) {
         // SAFETY: the processor has it.
-        return unsafe { vnni(codes, u) };
+        return unsafe { vnni::sums_of_codes(codes, u) };
     }
-    portable(cpu, codes, u)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn vnni(codes: &[[[u8; 4]; CODES]], (u, start): (&[[i8; 4]], i32)) -> [i32; CODES] {
-    use std::arch::x86_64::*;
-    let mut sums = _mm512_set1_epi32(start);
-    for (codes, u) in codes.iter().zip(u) {
-        // SAFETY: sixteen words are 64 bytes.
-        let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
-        sums = _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(i32::from_le_bytes(u.map(|code| code as u8))));
-    }
-    let mut out = [0; CODES];
-    // SAFETY: as above.
-    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sums) };
-    out
+    sums_of_words(cpu, codes, u)
 }
 
 per_cpu! {
-    fn portable(codes: &[[[u8; 4]; CODES]], u: (&[[i8; 4]], i32)) -> [i32; CODES] {
+    fn sums_of_words(codes: &[Word], u: (&[[i8; 4]], i32)) -> [i32; CODES] {
         let mut sums = [u.1; CODES];
         for (codes, u) in codes.iter().zip(u.0) {
             for (sum, codes) in sums.iter_mut().zip(codes) {
@@ -224,38 +253,103 @@ per_cpu! {
     }
 }
 
+/// The same with row j of x, a group after the other, each times its scale.
+fn sums_of_groups(cpu: Cpu, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; CODES] {
+    #[cfg(target_arch = "x86_64")]
+    if vnni::has(cpu) {
+        // SAFETY: the processor has it.
+        return unsafe { vnni::sums_of_groups(codes, x, j) };
+    }
+    let mut sums = [0f32; CODES];
+    for (group, codes) in codes.chunks(RoundedRows::WORDS).enumerate() {
+        let ([first, second], scale) = x.group(j, group);
+        let (low, high) = codes.split_at(codes.len().min(RoundedRows::WORDS / 2));
+        let (low, high) = (sums_of_words(cpu, low, (first, 0)), sums_of_words(cpu, high, (second, 0)));
+        for (sum, (low, high)) in sums.iter_mut().zip(low.into_iter().zip(high)) {
+            *sum += (low + high) as f32 * scale;
+        }
+    }
+    sums
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use std::arch::x86_64::*;
+
+    use super::{CODES, RoundedRows, Word};
+    use crate::cpu::Cpu;
+
+    pub fn has(cpu: Cpu) -> bool {
+        cpu >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni")
+    }
+
+    /// Adds the products of words of codes and of u.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn add(mut sums: __m512i, codes: &[Word], u: &[[i8; 4]]) -> __m512i {
+        for (codes, u) in codes.iter().zip(u) {
+            // SAFETY: a word of all rows is 64 bytes.
+            let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
+            let [a, b, c, d] = *u;
+            let u = i32::from_ne_bytes([a as u8, b as u8, c as u8, d as u8]);
+            sums = _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(u));
+        }
+        sums
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub fn sums_of_codes(codes: &[Word], (u, start): (&[[i8; 4]], i32)) -> [i32; CODES] {
+        let sums = add(_mm512_set1_epi32(start), codes, u);
+        let mut out = [0; CODES];
+        // SAFETY: sixteen sums are 64 bytes.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sums) };
+        out
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub fn sums_of_groups(codes: &[Word], x: &RoundedRows, j: usize) -> [f32; CODES] {
+        let mut sums = _mm512_setzero_ps();
+        for (group, codes) in codes.chunks(RoundedRows::WORDS).enumerate() {
+            let ([first, second], scale) = x.group(j, group);
+            let (low, high) = codes.split_at(codes.len().min(RoundedRows::WORDS / 2));
+            let of_group = add(add(_mm512_setzero_si512(), low, first), high, second);
+            // Not fused, so that every processor comes to the same.
+            let of_group = _mm512_mul_ps(_mm512_cvtepi32_ps(of_group), _mm512_set1_ps(scale));
+            sums = _mm512_add_ps(sums, of_group);
+        }
+        let mut out = [0.0; CODES];
+        // SAFETY: sixteen sums are 64 bytes.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums) };
+        out
+    }
+}
+
 /// Sums over a panel of floats, in two turns, so that an addition does not wait for the one before.
 #[inline(always)]
-fn sums(values: &[[f32; SINGLES]], u: impl Iterator<Item = f32>) -> [f32; SINGLES] {
+fn sums(values: &[Values], u: impl Iterator<Item = f32>) -> [f32; SINGLES] {
     let (mut even, mut odd) = ([0f32; SINGLES], [0f32; SINGLES]);
     for (values, u) in values.iter().zip(u) {
         for ((even, odd), value) in even.iter_mut().zip(&mut odd).zip(values) {
-            (*even, *odd) = (*odd, *even + value * u);
+            (*even, *odd) = (*odd, *even + f32::from_ne_bytes(*value) * u);
         }
     }
     std::array::from_fn(|lane| even[lane] + odd[lane])
 }
 
 per_cpu! {
-    /// See [`LowRank::add`].
-    fn add(u: &[f32], m: usize, values: &[[f32; SINGLES]], rows: Range<usize>, out: &mut [f32]) {
-        let r = u.len() / m;
-        for panel in rows.start / SINGLES..rows.end.div_ceil(SINGLES) {
-            let values = &values[panel * r..(panel + 1) * r];
-            let of_panel = (panel * SINGLES).max(rows.start)..((panel + 1) * SINGLES).min(rows.end);
-            let out = &mut out[(of_panel.start - rows.start) * m..(of_panel.end - rows.start) * m];
-            if m == 1 && out.len() == SINGLES {
-                let sums = sums(values, u.iter().copied());
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    *out += sum;
-                }
-                continue;
+    /// See [`Panels::add`], for the rows `rows` of a panel.
+    fn add_singles(u: &[f32], m: usize, values: &[Values], rows: Range<usize>, out: &mut [f32]) {
+        if m == 1 && out.len() == SINGLES {
+            let sums = sums(values, u.iter().copied());
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out += sum;
             }
-            for j in 0..m {
-                let sums = sums(values, u[j..].iter().step_by(m).copied());
-                for (out, row) in out.chunks_exact_mut(m).zip(of_panel.clone()) {
-                    out[j] += sums[row % SINGLES];
-                }
+            return;
+        }
+        for j in 0..m {
+            let sums = sums(values, u[j..].iter().step_by(m).copied());
+            for (out, row) in out.chunks_exact_mut(m).zip(rows.clone()) {
+                out[j] += sums[row % SINGLES];
             }
         }
     }
@@ -263,21 +357,42 @@ per_cpu! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{cpus, random};
+    use super::super::FewRows;
+    use super::super::tests::{cpus, padded, random};
     use super::*;
     use crate::Stream;
     use crate::cpu::with_cpu;
 
+    fn laid_out(values: &[f32], panels: Panels) -> Vec<u8> {
+        let mut bytes = vec![0; panels.bytes()];
+        panels.write(values, &mut bytes);
+        bytes
+    }
+
+    /// What whole numbers of eight bits may be off by in a sum of products, on both sides.
+    fn rounding(values: &[f32], others: &[f32]) -> f64 {
+        let most = |values: &[f32]| f64::from(values.iter().fold(0f32, |most, value| most.max(value.abs())));
+        let sum = |values: &[f32]| values.iter().map(|value| f64::from(value.abs())).sum::<f64>();
+        let (a, b) = (most(values) / 254.0, most(others) / 254.0);
+        a * sum(others) + b * sum(values) + a * b * values.len() as f64
+    }
+
+    fn dot(a: &[f32], b: &[f32]) -> (f64, f64) {
+        let products = || a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+        (products().sum(), products().map(f64::abs).sum())
+    }
+
     #[test]
     fn an_update_is_added_to_any_rows_on_every_processor() {
-        let (n, m) = (21, 5);
-        for (r, eight_bits) in [1, 8, 16, 33].into_iter().flat_map(|r| [(r, false), (r, true)]) {
+        let (n, m) = (37, 5);
+        for (r, eight_bits) in [1, 8, 16, 33, 70].into_iter().flat_map(|r| [(r, false), (r, true)]) {
             let mut stream = Stream::new(4, 1);
             let (u, b, before) = (random(&mut stream, m * r), random(&mut stream, n * r), random(&mut stream, n * m));
-            let update = LowRank::new(&b, (n, r), eight_bits);
+            let panels = Panels::new(n, r, eight_bits);
+            let bytes = laid_out(&b, panels);
             let all = cpus().map(|cpu| {
                 let mut out = before.clone();
-                with_cpu(cpu, || update.add(&u, m, 0..n, &mut out));
+                with_cpu(cpu, || panels.add(&bytes, &u, m, 0..n, &mut out));
                 out
             });
             let all: Vec<Vec<f32>> = all.collect();
@@ -286,38 +401,63 @@ mod tests {
                 let got = all[0][row * m + j];
                 let alone: Vec<f32> = (0..r).map(|k| u[k * m + j]).collect();
                 let mut out = [before[row * m + j]];
-                update.add(&alone, 1, row..row + 1, &mut out);
+                panels.add(&bytes, &alone, 1, row..row + 1, &mut out);
                 assert_eq!(out, [got], "rank {r}: alone");
-                let largest = b[row * r..(row + 1) * r].iter().fold(0f32, |most, b| most.max(b.abs()));
-                let (mut wanted, mut size) = (f64::from(before[row * m + j]), 1.0);
-                for k in 0..r {
-                    wanted += f64::from(b[row * r + k]) * f64::from(alone[k]);
-                    size += f64::from(largest * alone[k].abs());
-                }
-                // A code is off by half a step at most, on both sides.
-                let most = alone.iter().fold(0f32, |most, u| most.max(u.abs()));
-                let rounding = (size + r as f64 * f64::from(largest * most)) * 0.5 / 127.0;
-                let bound = if eight_bits { rounding } else { size * 8.0 * f64::from(f32::EPSILON) };
-                let error = (f64::from(got) - wanted).abs();
+                let b = &b[row * r..(row + 1) * r];
+                let (product, size) = dot(b, &alone);
+                let bound = if eight_bits { rounding(b, &alone) } else { 0.0 } + (size + 3.0) * 1e-6;
+                let error = (f64::from(got) - f64::from(before[row * m + j]) - product).abs();
                 assert!(error <= bound, "rank {r}, in eight bits: {eight_bits}: off by {error:e}");
             }
         }
     }
 
     #[test]
+    fn rows_in_eight_bits_are_multiplied_on_every_processor() {
+        let (n, m) = (21, 5);
+        for k in [32, 36, 576] {
+            let mut stream = Stream::new(5, 1);
+            let (w, x) = (random(&mut stream, n * k), random(&mut stream, m * k));
+            let panels = Panels::new(n, k, true);
+            let (bytes, padded) = (laid_out(&w, panels), padded(&x, m, k));
+            let product = |rows: Range<usize>, of: Range<usize>| {
+                let step = FewRows::padded(k);
+                let few = FewRows { values: &padded[of.start * step..of.end * step], step, rounded: None };
+                let mut out = vec![0.0; rows.len() * of.len()];
+                panels.product(&bytes, &RoundedRows::new(few), rows, &mut out);
+                out
+            };
+            let all: Vec<Vec<f32>> = cpus().map(|cpu| with_cpu(cpu, || product(0..n, 0..m))).collect();
+            assert!(all.iter().all(|one| *one == all[0]), "{k} columns");
+            for (row, j) in (0..n).flat_map(|row| (0..m).map(move |j| (row, j))) {
+                let got = all[0][row * m + j];
+                assert_eq!(product(row..row + 1, j..j + 1), [got], "{k} columns: alone");
+                let (w, x) = (&w[row * k..(row + 1) * k], &x[j * k..(j + 1) * k]);
+                let (product, size) = dot(w, x);
+                let error = (f64::from(got) - product).abs();
+                assert!(error <= rounding(w, x) + size * 1e-5, "{k} columns: off by {error:e}");
+            }
+        }
+    }
+
+    #[test]
     fn a_row_that_is_not_finite_yields_no_number() {
-        let update = LowRank::new(&[1.0, f32::INFINITY, 2.0, 3.0], (2, 2), true);
-        let mut out = [0.0; 2];
-        update.add(&[1.0, 1.0], 1, 0..2, &mut out);
-        assert!(out[0].is_nan() && (out[1] - 5.0).abs() < 0.03);
-        let mut out = [0.0; 2];
-        update.add(&[1.0, f32::NAN], 1, 0..2, &mut out);
-        assert!(out.iter().all(|sum| sum.is_nan()));
+        let panels = Panels::new(2, 2, true);
+        let bytes = laid_out(&[1.0, f32::INFINITY, 2.0, 3.0], panels);
+        let added = |u: [f32; 2]| {
+            let mut out = [0.0; 2];
+            panels.add(&bytes, &u, 1, 0..2, &mut out);
+            out
+        };
+        let [a, b] = added([1.0, 1.0]);
+        assert!(a.is_nan() && (b - 5.0).abs() < 0.03);
+        assert!(added([1.0, f32::NAN]).iter().all(|sum| sum.is_nan()));
     }
 
     #[test]
     #[should_panic(expected = "1..3 of 2 x 16 for 1 rows")]
     fn rows_that_there_are_not_are_refused() {
-        LowRank::new(&[0.0; 32], (2, 16), false).add(&[0.0; 16], 1, 1..3, &mut [0.0; 2]);
+        let panels = Panels::new(2, 16, false);
+        panels.add(&laid_out(&[0.0; 32], panels), &[0.0; 16], 1, 1..3, &mut [0.0; 2]);
     }
 }

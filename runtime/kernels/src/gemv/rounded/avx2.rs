@@ -1,6 +1,8 @@
 //! 256 bits at a time: bytes are multiplied by pairs, which is exact for what stands here. Each block's part of the products is in
 //! eight lanes.
 
+#![allow(clippy::needless_range_loop, reason = "loops of a constant length become straight code, whatever they index")]
+
 use std::arch::x86_64::*;
 
 use super::super::{Job, sub_blocks};

@@ -170,6 +170,34 @@ impl RoundedRows {
         self.groups * GROUP == step && self.m == m
     }
 
+    /// Words of four codes of a group.
+    pub(super) const WORDS: usize = GROUP / 4;
+
+    /// Rows.
+    pub(super) fn count(&self) -> usize {
+        self.m
+    }
+
+    /// Values of a row.
+    pub(super) fn width(&self) -> usize {
+        self.groups * GROUP
+    }
+
+    /// The codes of a group of row j by words, those of its first half and of its second, and its scale.
+    #[inline(always)]
+    pub(super) fn group(&self, j: usize, group: usize) -> ([&[[i8; 4]; PIECE / 4]; 2], f32) {
+        let piece = |half: usize| {
+            let piece = &self.codes[self.order.piece(self.spans, j, group, half)..][..PIECE];
+            piece.as_chunks::<4>().0.first_chunk().expect("a piece is whole words")
+        };
+        ([piece(0), piece(1)], self.scales[self.order.scale(self.spans, j, group).0])
+    }
+
+    /// The sum of what row j was rounded to.
+    pub(super) fn total(&self, j: usize) -> f32 {
+        (0..self.groups).map(|group| self.sums[self.order.sum(self.spans, j, group, 1)]).sum()
+    }
+
     /// What value i of row j was rounded to.
     #[cfg(test)]
     fn value(&self, j: usize, i: usize) -> f32 {

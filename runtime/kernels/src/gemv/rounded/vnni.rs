@@ -746,10 +746,10 @@ mod tests {
                 let bytes = |vector: __m512i| std::mem::transmute::<__m512i, [[u8; PIECE]; 4]>(vector);
                 for g in 0..SPAN {
                     let group = std::mem::transmute::<__m256i, [[u8; PIECE]; 2]>(F::group(p, g));
-                    for half in 0..2 {
-                        assert_eq!(bytes(F::quad(p, g / 4)[half])[g % 4], group[half], "group {g} of a quad");
-                        assert_eq!(bytes(F::spread(p, g)[half]), [group[half]; 4], "group {g} in quarters");
-                    }
+                    let quad = F::quad(p, g / 4).map(|codes| bytes(codes)[g % 4]);
+                    assert_eq!(quad, group, "group {g} of a quad");
+                    let spread = F::spread(p, g).map(bytes);
+                    assert_eq!(spread, group.map(|half| [half; 4]), "group {g} in quarters");
                 }
             }
         }

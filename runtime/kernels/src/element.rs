@@ -166,7 +166,12 @@ pub(crate) fn largest_magnitude(a: &[f32]) -> f32 {
 /// NaN if a value is not finite; values that are all zero, or so small that the inverse overflows, become zeros.
 #[inline(always)]
 pub(crate) fn eight_bit_scale(values: &[f32]) -> (f32, f32) {
-    let largest = largest_magnitude(values);
+    scale_of_eight_bits(largest_magnitude(values))
+}
+
+/// The same of values whose largest magnitude is known.
+#[inline(always)]
+pub(crate) fn scale_of_eight_bits(largest: f32) -> (f32, f32) {
     let inverse = 127.0 / largest;
     let inverse = if largest.is_finite() && inverse.is_finite() { inverse } else { 0.0 };
     (if largest.is_finite() { largest / 127.0 } else { f32::NAN }, inverse)

@@ -77,6 +77,9 @@ pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>,
             unsafe {
                 if per_word == 4 {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i8>(), k);
+                    #[cfg(target_arch = "x86_64")]
+                    vnni::round_row(&scratch, values, scales, starts);
+                    #[cfg(not(target_arch = "x86_64"))]
                     round_row::<i8>(cpu, &scratch, values, scales, starts);
                 } else {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i16>(), k);
@@ -466,7 +469,8 @@ mod pairs {
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{Lanes, PANEL, ROWS, Rows, Tile, VECTORS};
+    use super::{GROUP, Lanes, PANEL, ROWS, Rows, Tile, VECTORS, ZERO};
+    use crate::element::scale_of_eight_bits;
 
     /// 32 registers of 16 lanes: 24 sums, 4 words of B, one of A.
     pub struct Vnni;
@@ -516,12 +520,63 @@ mod vnni {
         }
     }
 
+    /// See [`super::round_row`], which comes to the same.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub unsafe fn round_row(row: &[f32], out: &mut [i8], scales: &mut [f32], starts: &mut [i32]) {
+        const LANES: usize = 16;
+        let groups = row.chunks(GROUP).zip(out.chunks_mut(GROUP)).zip(scales.iter_mut().zip(starts));
+        for ((row, out), (scale, start)) in groups {
+            let (vectors, rest) = row.as_chunks::<LANES>();
+            // The last vector is filled with zeros.
+            let mask = (1u16 << rest.len()) - 1;
+            let mut most = _mm512_setzero_si512();
+            for values in vectors {
+                // SAFETY: a vector is sixteen values.
+                let bits = _mm512_castps_si512(unsafe { _mm512_loadu_ps(values.as_ptr()) });
+                most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX)));
+            }
+            // SAFETY: the mask has as many bits as there are values.
+            let rest = unsafe { _mm512_maskz_loadu_ps(mask, rest.as_ptr()) };
+            let bits = _mm512_and_si512(_mm512_castps_si512(rest), _mm512_set1_epi32(i32::MAX));
+            let largest = f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(most, bits)));
+            let inverse;
+            (*scale, inverse) = scale_of_eight_bits(largest);
+            let inverse = _mm512_set1_ps(inverse);
+            let mut sum = _mm512_setzero_si512();
+            let (to, last) = out.as_chunks_mut::<LANES>();
+            for (values, out) in vectors.iter().zip(to) {
+                // SAFETY: as above.
+                let whole = unsafe { _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values.as_ptr()), inverse)) };
+                sum = _mm512_add_epi32(sum, whole);
+                // SAFETY: as above.
+                unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(whole)) };
+            }
+            let whole = _mm512_cvtps_epi32(_mm512_mul_ps(rest, inverse));
+            sum = _mm512_add_epi32(sum, whole);
+            // SAFETY: as above.
+            unsafe { _mm512_mask_cvtepi32_storeu_epi8(last.as_mut_ptr().cast(), mask, whole) };
+            *start = _mm512_reduce_add_epi32(sum).wrapping_mul(-ZERO);
+        }
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+        let zero = _mm512_setzero_ps();
         // SAFETY: as the trait asks; a row of the tile is four vectors.
         unsafe {
+            for out in &mut out[..R] {
+                for v in 0..VECTORS {
+                    _mm512_storeu_ps(out.as_mut_ptr().add(16 * v), zero);
+                }
+            }
             for (group, from) in (0..words).step_by(a.group).enumerate() {
                 let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    *sums = [_mm512_set1_epi32(*a.at[row % ROWS].2.add(group)); VECTORS];
+                }
                 for k in from..words.min(from + a.group) {
                     let b: [__m512i; VECTORS] =
                         [0, 16, 32, 48].map(|v| _mm512_loadu_si512(b.add(k * PANEL + v).cast()));
@@ -533,18 +588,40 @@ mod vnni {
                         }
                     }
                 }
-                for (row, (sums, out)) in sums.into_iter().zip(out.iter_mut()).enumerate() {
-                    let (_, scales, starts) = a.at[row % ROWS];
-                    let scale = _mm512_set1_ps(*scales.add(group));
-                    let start = _mm512_set1_epi32(*starts.add(group));
-                    for (v, sum) in sums.into_iter().enumerate() {
-                        // Not fused, so that every processor comes to the same.
-                        let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum, start)), scale);
-                        let out = out[16 * v..].as_mut_ptr();
-                        let before = if group == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(out) };
-                        _mm512_storeu_ps(out, _mm512_add_ps(before, sum));
-                    }
+                // One by one, so that sums stay in registers.
+                let scales = a.at.map(|(_, scales, _)| scales.wrapping_add(group));
+                put(sums[0], scales[0], &mut out[0]);
+                if R > 1 {
+                    put(sums[1 % R], scales[1], &mut out[1]);
                 }
+                if R > 2 {
+                    put(sums[2 % R], scales[2], &mut out[2]);
+                }
+                if R > 3 {
+                    put(sums[3 % R], scales[3], &mut out[3]);
+                }
+                if R > 4 {
+                    put(sums[4 % R], scales[4], &mut out[4]);
+                }
+                if R > 5 {
+                    put(sums[5 % R], scales[5], &mut out[5]);
+                }
+            }
+        }
+    }
+
+    /// Adds a group's sums, times its scale, to a row of the tile.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn put(sums: [__m512i; VECTORS], scale: *const f32, out: &mut [f32; VECTORS * 16]) {
+        // SAFETY: the caller has a scale; the row is four vectors.
+        unsafe {
+            let scale = _mm512_set1_ps(*scale);
+            for v in 0..VECTORS {
+                // Not fused, so that every processor comes to the same.
+                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), scale);
+                let out = out.as_mut_ptr().add(16 * v);
+                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));
             }
         }
     }

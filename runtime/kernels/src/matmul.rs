@@ -8,7 +8,9 @@
 use crate::codec::{CheckedCodec, Codec, Coded, EncodedScales};
 use crate::cpu::cpu;
 use crate::element::Element;
+use crate::int8;
 use crate::pool::Shared;
+use crate::tile::PANEL;
 use crate::{Storage, decode_row, dot};
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -200,10 +202,21 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Whether products with it may be taken in integers: eight bits a value on a straight line, with a scale for each row.
+    /// Whether products with it may be taken in integers: if it has eight bits a value on a straight line, with a scale for each row, or,
+    /// where the processor has VNNI, any values that are not decoded many at a time.
     pub fn multiplies_in_integers(&self) -> bool {
-        let linear = self.coded.as_ref().is_some_and(Coded::has_linear_rows);
-        linear && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
+        let rounded = || self.block_len() <= PANEL && int8::by_fours(cpu());
+        (self.line().is_some() || rounded()) && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
+    }
+
+    /// Its codes, if it is stored by a code book.
+    pub(crate) fn coded_view(&self) -> Option<&Coded<'a>> {
+        self.coded.as_ref()
+    }
+
+    /// Its codes, if they are whole numbers already: eight bits a value on a straight line, with a scale for each row.
+    pub(crate) fn line(&self) -> Option<&Coded<'a>> {
+        self.coded.as_ref().filter(|coded| coded.has_linear_rows())
     }
 
     /// What the whole numbers of some rows stand for, one by one, when they are multiplied in integers.

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::cpu::{Cpu, cpu};
-use crate::int8::{self, Rounded};
+use crate::int8::{self, Packed, Rounded};
 use crate::panel::{narrow, pack_columns, pack_rows, pack_rows_padded, pair_rows};
 use crate::pool::{Shared, for_each, threads};
 use crate::tile::{PANEL, SEGMENTS_MAX, Segment, Store, TileElement, rows};
@@ -255,7 +255,8 @@ impl Integers {
             let Right::Integers(matrix) = term.right else { return usize::MAX };
             let left = term.left;
             // Backward, the scales of W's rows are A's columns', so that A is another one for each weight.
-            let scales = (!term.transposed).then(|| matrix.integer_scales(0..matrix.rows));
+            let on_line = matrix.line().is_some();
+            let scales = (!term.transposed && on_line).then(|| matrix.integer_scales(0..matrix.rows));
             let key = (left.values.as_ptr(), left.at, term.depth(), scales.is_none());
             if let Some((_, known)) = made.iter().find(|(other, _)| *other == key && scales.is_none()) {
                 return *known;
@@ -332,6 +333,8 @@ fn decodes_wide<E>(term: &Term<'_, E>) -> bool {
 struct Scratch {
     /// The packed panel.
     panel: Vec<u32>,
+    /// The same in integers.
+    packed: Packed,
     /// Decoded values for one panel.
     decoded: Vec<u32>,
     /// Decoded values for all panels of a wide task.
@@ -378,7 +381,7 @@ unsafe fn run<E: ProductElement>(
     scratch: &mut Scratch,
 ) {
     let wide = task.width > PANEL;
-    let Scratch { panel, decoded, all, floats, sums } = scratch;
+    let Scratch { panel, packed, decoded, all, floats, sums } = scratch;
     let panel = grown(panel, DEPTH * PANEL);
     let m = task.rows.len();
     // Sums of all but the last group wait in the output or here.
@@ -397,7 +400,7 @@ unsafe fn run<E: ProductElement>(
                 let waiting = sums.wrapping_add(from);
                 // SAFETY: `sums` holds m rows of `step`.
                 unsafe {
-                    whole_numbers(cpu, task, columns, integers, group, (from, width), (waiting, step), panel, decoded);
+                    whole_numbers(cpu, task, columns, integers, group, (from, width), (waiting, step), packed);
                     if last {
                         finish(cpu, m, width, waiting, step, target(store, columns, task, from));
                     }
@@ -477,23 +480,21 @@ unsafe fn whole_numbers<E: ProductElement>(
     group: &[Piece],
     (from, width): (usize, usize),
     (sums, step): (*mut f32, usize),
-    panel: &mut [u32],
-    scratch: &mut Vec<u32>,
+    packed: &mut Packed,
 ) {
     let mut add = false;
     for piece in group {
         let term = &columns.terms[piece.term];
         let (Right::Integers(matrix), rounded) = (term.right, &integers.rounded[places[piece.term]]) else { continue };
-        let Some(coded) = matrix.coded else { continue };
         let columns = task.from + from..task.from + from + width;
-        let factors = term.transposed.then(|| matrix.integer_scales(columns.clone()));
+        let factors = (term.transposed && matrix.line().is_some()).then(|| matrix.integer_scales(columns.clone()));
         for (chunk, start) in (0..term.depth()).step_by(int8::CHUNK).enumerate() {
             let part = start..term.depth().min(start + int8::CHUNK);
-            int8::pack(cpu, &coded, !term.transposed, part, columns.clone(), panel, scratch);
+            int8::pack(cpu, &matrix, !term.transposed, part, columns.clone(), packed);
             let factors = factors.as_ref().map_or(std::ptr::null(), |factors| factors.as_ptr());
             let to = int8::Sums { out: sums, step, add, factors };
             // SAFETY: the caller's sums, and as many factors as columns.
-            unsafe { int8::rows(cpu, rounded, task.rows.clone(), chunk, panel, width, to) };
+            unsafe { int8::rows(cpu, rounded, task.rows.clone(), chunk, packed, width, to) };
             add = true;
         }
     }

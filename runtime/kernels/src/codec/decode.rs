@@ -45,6 +45,11 @@ impl Coded<'_> {
         self.codec.bits == 8 && self.linear && self.block_len() == self.cols
     }
 
+    /// The code book, if indices are of four bits.
+    pub(crate) fn levels_of_four_bits(&self) -> Option<[f32; 16]> {
+        (self.codec.bits == 4).then(|| self.levels())
+    }
+
     /// How a row is decoded in registers; `None` where blocks or rows do not end where lanes do.
     pub(crate) fn fused(&self) -> Option<Fused> {
         let len = self.block_len();

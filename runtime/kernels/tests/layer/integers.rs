@@ -1,7 +1,8 @@
 //! Products in integers against the same rounding and sums in f64.
 
 use homeroom_kernels::{
-    Codec, Columns, Encoded, Finish, Left, Matrix, Output, ProductElement, Right, Stream, Term, bf16, encode, product,
+    Codec, CodecBlock, Columns, Encoded, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage, Stream, Term,
+    bf16, encode, product,
 };
 
 use super::{cpus, normal, on_any_threads, unit};
@@ -186,5 +187,101 @@ fn a_row_that_holds_no_number_yields_none_and_no_other_row_does() {
         for (i, value) in out.iter().enumerate() {
             assert_eq!(value.is_nan(), i / n == 1, "{i}");
         }
+    }
+}
+
+/// Holds both products with a weight to those of its values, by what rounding both sides to whole numbers can cost at most, and by what
+/// it does cost.
+fn check_rounded(w: &Matrix<'_>, m: usize, label: &str) {
+    let (n, k) = (w.rows, w.cols);
+    let mut stream = Stream::new(17, (n * k) as u64);
+    let mut values = vec![0f32; n * k];
+    w.decode_rows(0..n, &mut values);
+    let turned: Vec<f32> = (0..k).flat_map(|c| (0..n).map(move |r| r * k + c)).map(|at| values[at]).collect();
+    let largest = |row: &[f32]| f64::from(row.iter().fold(0f32, |most, value| most.max(value.abs())));
+    for transposed in [true, false] {
+        // `columns` (width, depth).
+        let (columns, depth, width) = if transposed { (&values, k, n) } else { (&turned, n, k) };
+        let x = normal(m * depth, 1.0, &mut stream);
+        for cpu in cpus() {
+            let out = on_any_threads(cpu, label, || {
+                if !w.multiplies_in_integers() {
+                    return None;
+                }
+                let left = Left::rows(&x, depth);
+                let right = Right::Integers(*w);
+                let terms = [if transposed { Term::forward(left, right) } else { Term::backward(left, right) }];
+                let mut out = vec![0f32; m * width];
+                let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                product(m, &columns, Output::Wide(&mut out), width, Finish::default());
+                Some(out)
+            });
+            let Some(out) = out else { continue };
+            let (mut away, mut norm) = (0f64, 0f64);
+            for (i, j) in (0..m).flat_map(|i| (0..width).map(move |j| (i, j))) {
+                let (x, w) = (&x[i * depth..(i + 1) * depth], &columns[j * depth..(j + 1) * depth]);
+                let (mut want, mut bound) = (0f64, 1e-6);
+                for (x, w) in x.chunks(128).zip(w.chunks(128)) {
+                    // A block's levels are rounded by its scale, and its values need not reach it.
+                    let (of_x, of_w) = (largest(x) / 254.0, 3.0 * largest(w) / 254.0);
+                    for (x, w) in x.iter().zip(w) {
+                        let (x, w) = (f64::from(*x), f64::from(*w));
+                        want += x * w;
+                        norm += (x * w).powi(2);
+                        bound += of_x * w.abs() + of_w * x.abs() + of_x * of_w;
+                    }
+                }
+                let error = f64::from(out[i * width + j]) - want;
+                assert!(error.abs() <= bound, "{label}, {cpu:?}, {transposed}: off by {error:e}, bound {bound:e}");
+                away += error.powi(2);
+            }
+            assert!(away.sqrt() < 0.02 * norm.sqrt(), "{label}, {cpu:?}, {transposed}: {} away", (away / norm).sqrt());
+        }
+    }
+}
+
+#[test]
+fn weights_of_any_storage_are_multiplied_in_integers() {
+    let mut stream = Stream::new(8, 2);
+    let block = |codec: Codec, len: usize| Codec { block: CodecBlock::Flat(len), ..codec };
+    let codecs = [("nf4", Codec::nf4()), ("nf4 by 32", block(Codec::nf4(), 32)), ("nf4 by 128", block(Codec::nf4(), 128))];
+    for (m, k, n) in [(1, 32, 4), (5, 64, 100), (9, 576, 192), (3, 2080, 68), (7, 192, 132)] {
+        let values = normal(n * k, 0.1, &mut stream);
+        let floats: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let halves: Vec<u8> = values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect();
+        let label = |name: &str| format!("{name}, {n} x {k}");
+        for (storage, bytes) in [(Storage::F32, &floats), (Storage::BF16, &halves)] {
+            let w = Matrix::new(storage, bytes, n, k, RowOrder::Natural).expect("it fits");
+            check_rounded(&w, m, &label(&format!("{storage:?}")));
+        }
+        let order = RowOrder::Interleaved { head_dim: n };
+        let w = Matrix::new(Storage::BF16, &halves, n, k, order).expect("it fits");
+        check_rounded(&w, m, &label("rows in another order"));
+        for (name, codec) in &codecs {
+            let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+                out.copy_from_slice(&values[rows.start * k..rows.end * k]);
+            };
+            let Encoded { codes, scales } = encode(codec, n, k, &read).expect("finite values");
+            check_rounded(&Matrix::coded(codec, &codes, &scales, n, k).expect("it fits"), m, &label(name));
+        }
+    }
+}
+
+#[test]
+fn a_weight_that_is_no_number_yields_none_where_it_stands() {
+    let (m, k, n) = (2, 256, 8);
+    let mut values = vec![1f32; n * k];
+    values[3 * k + 200] = f32::NAN;
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let w = Matrix::new(Storage::F32, &bytes, n, k, RowOrder::Natural).expect("it fits");
+    if !w.multiplies_in_integers() {
+        return;
+    }
+    let x = vec![1f32; m * k];
+    let terms = [Term::forward(Left::rows(&x, k), Right::Integers(w))];
+    let mut out = vec![0f32; m * n];
+    product(m, &[Columns { terms: &terms, at: 0, bias: None }], Output::Wide(&mut out), n, Finish::default());
+    for (i, value) in out.iter().enumerate() {
+        assert!(if i % n == 3 { value.is_nan() } else { (value - k as f32).abs() < 1e-2 }, "{i}: {value}");
     }
 }

@@ -6,14 +6,20 @@
 //! <https://arxiv.org/abs/2208.07339>, section 2. Instead of a separate path for outliers, scales are of groups, so that an outlier
 //! takes levels from its neighbours only.
 //!
+//! Weights of other storages are rounded as well, see [`weight`], where the processor has VNNI.
+//!
 //! A word holds four values of eight bits where the processor multiplies those (VNNI), else two of sixteen. Integers are exact, so
 //! every processor comes to the same result.
+
+#[cfg(target_arch = "x86_64")]
+mod weight;
 
 use std::ops::Range;
 
 use crate::codec::Coded;
 use crate::cpu::{Cpu, per_cpu};
 use crate::element::{Element, eight_bit_scale, nearest_whole};
+use crate::matmul::Matrix;
 use crate::panel::pack_columns;
 use crate::pool::{Shared, for_ranges};
 use crate::product::{Left, grown};
@@ -26,8 +32,8 @@ pub(crate) const CHUNK: usize = 16 * GROUP;
 /// The index of 0.
 const ZERO: i32 = 127;
 
-/// Whether words hold four values.
-fn by_fours(cpu: Cpu) -> bool {
+/// Whether words hold four values, and weights of any storage are rounded.
+pub(crate) fn by_fours(cpu: Cpu) -> bool {
     #[cfg(target_arch = "x86_64")]
     return cpu >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni");
     #[cfg(not(target_arch = "x86_64"))]
@@ -148,9 +154,40 @@ pub(crate) fn words(cpu: Cpu, values: usize) -> usize {
     values / if by_fours(cpu) { 4 } else { 2 }
 }
 
-/// Packs the part `sum` of the sum for rows `rows` of W, forward, or with `backward` for columns `rows` of it: words of [`PANEL`]
-/// columns beside each other.
-pub(crate) fn pack(
+/// A packed chunk's words and, unless they stand for values on one line, the scales of each group's columns.
+#[derive(Default)]
+pub(crate) struct Packed {
+    words: Vec<u32>,
+    scales: Vec<[f32; PANEL]>,
+    scaled: bool,
+    pairs: Vec<u32>,
+    #[cfg(target_arch = "x86_64")]
+    buffers: weight::Buffers,
+}
+
+/// Packs the part `sum` of the sum for rows `columns` of W, forward, or with `backward` for columns of it: words of [`PANEL`] columns
+/// beside each other.
+pub(crate) fn pack(cpu: Cpu, w: &Matrix<'_>, backward: bool, sum: Range<usize>, columns: Range<usize>, to: &mut Packed) {
+    let out = grown(&mut to.words, words(cpu, sum.len()) * PANEL);
+    to.scaled = w.line().is_none();
+    if let Some(coded) = w.line() {
+        return pack_line(cpu, coded, backward, sum, columns, out, &mut to.pairs);
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        to.scales.resize(sum.len().div_ceil(GROUP), [0.0; PANEL]);
+        if backward {
+            weight::pack_backward(w, sum, columns, out, &mut to.scales, &mut to.buffers);
+        } else {
+            weight::pack_forward(cpu, w, sum, columns, out, &mut to.scales, &mut to.buffers);
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("a product in integers with another storage");
+}
+
+/// See [`pack`], for eight bits on a straight line.
+fn pack_line(
     cpu: Cpu,
     coded: &Coded<'_>,
     backward: bool,
@@ -251,22 +288,26 @@ pub(crate) struct Sums {
 /// Multiplies rows of A by a packed chunk, number `chunk` of the sum: `width` columns.
 ///
 /// # Safety
-/// The output is writable over rows x `width`, `factors` readable over `width`, and the panel holds the chunk's words.
+/// The output is writable over rows x `width`, `factors` readable over `width`, and what is packed is the chunk.
 pub(crate) unsafe fn rows(
     cpu: Cpu,
     a: &Rounded,
     rows: Range<usize>,
     chunk: usize,
-    panel: &[u32],
+    packed: &Packed,
     width: usize,
     sums: Sums,
 ) {
+    let panel = &packed.words[..];
     let count = words(cpu, CHUNK.min(a.k - chunk * CHUNK));
     assert!(
         rows.end * a.groups() <= a.scales.len() && panel.len() >= count * PANEL && width <= PANEL,
         "{rows:?} by {width}"
     );
     let at = chunk * words(cpu, CHUNK);
+    let scales = if packed.scaled { &packed.scales[..] } else { &[] };
+    assert!(!packed.scaled || by_fours(cpu) && scales.len() * words(cpu, GROUP) >= count, "scales of each group");
+    let panel = (panel, scales);
     #[cfg(target_arch = "x86_64")]
     if by_fours(cpu) {
         // SAFETY: the processor has VNNI, and the rest is passed on to the caller.
@@ -293,6 +334,14 @@ struct Rows {
     group: usize,
 }
 
+/// Columns of a tile.
+#[derive(Clone, Copy)]
+struct Right {
+    words: *const u32,
+    /// Of each group [`PANEL`] values, or null.
+    scales: *const f32,
+}
+
 /// Sums of a tile.
 type Tile = [[f32; VECTORS * 16]; ROWS];
 
@@ -308,8 +357,9 @@ trait Lanes {
     /// Sums of a tile of `R` rows of A and columns of B from `b` on, a group after the other.
     ///
     /// # Safety
-    /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times [`PANEL`].
-    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile);
+    /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times [`PANEL`]; scales of B
+    /// there are with [`by_fours`] alone.
+    unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile);
 }
 
 /// # Safety
@@ -321,7 +371,7 @@ unsafe fn walk<L: Lanes>(
     rows: Range<usize>,
     chunk: usize,
     (at, words): (usize, usize),
-    panel: &[u32],
+    (panel, scales): (&[u32], &[[f32; PANEL]]),
     width: usize,
     sums: Sums,
 ) {
@@ -340,7 +390,8 @@ unsafe fn walk<L: Lanes>(
             let of_rows = Rows { at: of_rows, group: self::words(cpu, GROUP) };
             // SAFETY: rows of A were sliced, and the panel is `words` times `PANEL` words, as the caller saw.
             unsafe {
-                let b = panel.as_ptr().add(column);
+                let scales = if scales.is_empty() { std::ptr::null() } else { scales.as_flattened()[column..].as_ptr() };
+                let b = Right { words: panel.as_ptr().add(column), scales };
                 match count {
                     1 => L::tile::<1>(&of_rows, b, words, &mut out),
                     2 => L::tile::<2>(&of_rows, b, words, &mut out),
@@ -389,7 +440,8 @@ impl Lanes for Portable {
     const ROWS: usize = 4;
     const VECTORS: usize = 4;
 
-    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+    unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile) {
+        let b = b.words;
         for ((row, scales, starts), out) in a.at.iter().zip(&mut out[..R.min(Self::ROWS)]) {
             let mut totals = [0f32; 16];
             for (group, from) in (0..words).step_by(a.group).enumerate() {
@@ -417,7 +469,7 @@ impl Lanes for Portable {
 mod pairs {
     use std::arch::x86_64::*;
 
-    use super::{Lanes, PANEL, ROWS, Rows, Tile};
+    use super::{Lanes, PANEL, ROWS, Right, Rows, Tile};
 
     /// 16 registers of 8 lanes: 8 sums, 2 words of B, one of A.
     pub struct Avx2;
@@ -427,9 +479,9 @@ mod pairs {
         const ROWS: usize = 4;
         const VECTORS: usize = 2;
 
-        unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+        unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile) {
             // SAFETY: passed on to the caller.
-            unsafe { tile::<R>(a, b, words, out) }
+            unsafe { tile::<R>(a, b.words, words, out) }
         }
     }
 
@@ -469,7 +521,7 @@ mod pairs {
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{GROUP, Lanes, PANEL, ROWS, Rows, Tile, VECTORS, ZERO};
+    use super::{GROUP, Lanes, PANEL, ROWS, Right, Rows, Tile, VECTORS, ZERO};
     use crate::element::scale_of_eight_bits;
 
     /// 32 registers of 16 lanes: 24 sums, 4 words of B, one of A.
@@ -480,9 +532,15 @@ mod vnni {
         const ROWS: usize = ROWS;
         const VECTORS: usize = VECTORS;
 
-        unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+        unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile) {
             // SAFETY: passed on to the caller.
-            unsafe { tile::<R>(a, b, words, out) }
+            unsafe {
+                if b.scales.is_null() {
+                    tile::<R, false>(a, b, words, out);
+                } else {
+                    tile::<R, true>(a, b, words, out);
+                }
+            }
         }
     }
 
@@ -563,7 +621,7 @@ mod vnni {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+    unsafe fn tile<const R: usize, const SCALED: bool>(a: &Rows, b: Right, words: usize, out: &mut Tile) {
         let zero = _mm512_setzero_ps();
         // SAFETY: as the trait asks; a row of the tile is four vectors.
         unsafe {
@@ -579,7 +637,7 @@ mod vnni {
                 }
                 for k in from..words.min(from + a.group) {
                     let b: [__m512i; VECTORS] =
-                        [0, 16, 32, 48].map(|v| _mm512_loadu_si512(b.add(k * PANEL + v).cast()));
+                        [0, 16, 32, 48].map(|v| _mm512_loadu_si512(b.words.add(k * PANEL + v).cast()));
                     for (row, sums) in sums.iter_mut().enumerate() {
                         let x = _mm512_set1_epi32(*a.at[row % ROWS].0.add(k) as i32);
                         for (sum, b) in sums.iter_mut().zip(b) {
@@ -590,35 +648,42 @@ mod vnni {
                 }
                 // One by one, so that sums stay in registers.
                 let scales = a.at.map(|(_, scales, _)| scales.wrapping_add(group));
-                put(sums[0], scales[0], &mut out[0]);
+                let of_b = b.scales.wrapping_add(group * PANEL);
+                put::<SCALED>(sums[0], scales[0], of_b, &mut out[0]);
                 if R > 1 {
-                    put(sums[1 % R], scales[1], &mut out[1]);
+                    put::<SCALED>(sums[1 % R], scales[1], of_b, &mut out[1]);
                 }
                 if R > 2 {
-                    put(sums[2 % R], scales[2], &mut out[2]);
+                    put::<SCALED>(sums[2 % R], scales[2], of_b, &mut out[2]);
                 }
                 if R > 3 {
-                    put(sums[3 % R], scales[3], &mut out[3]);
+                    put::<SCALED>(sums[3 % R], scales[3], of_b, &mut out[3]);
                 }
                 if R > 4 {
-                    put(sums[4 % R], scales[4], &mut out[4]);
+                    put::<SCALED>(sums[4 % R], scales[4], of_b, &mut out[4]);
                 }
                 if R > 5 {
-                    put(sums[5 % R], scales[5], &mut out[5]);
+                    put::<SCALED>(sums[5 % R], scales[5], of_b, &mut out[5]);
                 }
             }
         }
     }
 
-    /// Adds a group's sums, times its scale, to a row of the tile.
+    /// Adds a group's sums, times its scales, to a row of the tile.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn put(sums: [__m512i; VECTORS], scale: *const f32, out: &mut [f32; VECTORS * 16]) {
-        // SAFETY: the caller has a scale; the row is four vectors.
+    unsafe fn put<const SCALED: bool>(
+        sums: [__m512i; VECTORS],
+        scale: *const f32,
+        of_b: *const f32,
+        out: &mut [f32; VECTORS * 16],
+    ) {
+        // SAFETY: the caller has a scale, and one for each column of B if they are; the row is four vectors.
         unsafe {
             let scale = _mm512_set1_ps(*scale);
             for v in 0..VECTORS {
                 // Not fused, so that every processor comes to the same.
+                let scale = if SCALED { _mm512_mul_ps(_mm512_loadu_ps(of_b.add(16 * v)), scale) } else { scale };
                 let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), scale);
                 let out = out.as_mut_ptr().add(16 * v);
                 _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));

@@ -294,6 +294,6 @@ fn products_in_integers_are_near_those_in_floats() -> Result<()> {
         assert!(cosine > 0.995, "{options}: cosine {cosine}");
     }
     let words = Blocks::new(&model, None, Compute::Int8).words();
-    assert!(words.contains("8-bit weights in integers"), "{words}");
+    assert!(words.contains("frozen weights in integers"), "{words}");
     Ok(())
 }

@@ -38,10 +38,10 @@ PAIRS = {
     "lora-f32": (["--compute", "f32"], "peft-f32", None, None),
     "narrow": (["--compute", "bf16"], "peft-bf16-narrow", None, None),
     "compiled": (["--compute", "bf16"], "peft-bf16-compiled", None, None),
-    "nf4": (["--compute", "bf16", "--strategy", "qlora"], "peft-nf4", 3.0, 1 / 8),
-    "nf4-bf16": (["--compute", "bf16", "--strategy", "qlora"], "peft-nf4-bf16", 3.0, 1 / 8),
-    "int8": (["--compute", "bf16", "--strategy", "int8"], "peft-int8", 2.2, 1 / 6),
-    "int8-bf16": (["--compute", "bf16", "--strategy", "int8"], "peft-int8-bf16", 2.2, 1 / 6),
+    "nf4": (["--strategy", "qlora"], "peft-nf4", 3.0, 1 / 8),
+    "nf4-bf16": (["--strategy", "qlora"], "peft-nf4-bf16", 3.0, 1 / 8),
+    "int8": (["--strategy", "int8"], "peft-int8", 2.2, 1 / 6),
+    "int8-bf16": (["--strategy", "int8"], "peft-int8-bf16", 2.2, 1 / 6),
 }
 
 

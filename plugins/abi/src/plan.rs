@@ -219,7 +219,7 @@ pub struct Defaults {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub optimizer: Option<String>,
     /// Type that products are computed in where the user says nothing: `f32`, `bf16` or `int8`, which is bf16 with products in
-    /// integers where a weight is stored in eight bits.
+    /// integers where a frozen weight takes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compute_dtype: Option<String>,
 }

@@ -11,7 +11,7 @@ use crate::data::Example;
 /// Rows of a pass that examples are packed into. From here on more rows make products no faster, and cost memory.
 pub const PASS_ROWS: usize = 1024;
 /// The same where memory counts for more.
-pub const PASS_ROWS_CODED: usize = 384;
+pub const PASS_ROWS_CODED: usize = 512;
 
 /// A batch of N rows, one a token.
 #[derive(Clone, Debug, Default)]

@@ -209,7 +209,7 @@ pub enum Compute {
     F32,
     /// Fused blocks: activations and products in bf16 with sums, norms and softmax in f32.
     Bf16,
-    /// The same, f32 where the processor does not multiply bf16, and products with weights of eight bits in integers.
+    /// The same, f32 where the processor does not multiply bf16, and products with frozen weights in integers where that is possible.
     Int8,
 }
 
@@ -272,7 +272,7 @@ impl Blocks {
             Self::F32(blocks) => ("f32", blocks.counts(), blocks.in_integers()),
             Self::Bf16(blocks) => ("bf16", blocks.counts(), blocks.in_integers()),
         };
-        let name = if integers { format!("{name}, 8-bit weights in integers") } else { name.to_owned() };
+        let name = if integers { format!("{name}, frozen weights in integers") } else { name.to_owned() };
         match (fused, head) {
             (0, false) => "f32, plain blocks".to_owned(),
             _ if fused == layers && head => format!("{name}, fused blocks"),

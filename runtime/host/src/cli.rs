@@ -146,7 +146,7 @@ pub enum ComputeArg {
     Bf16,
     /// Activations in f32
     F32,
-    /// As bf16, with weights of eight bits multiplied in integers
+    /// As bf16, with frozen weights multiplied in integers, their inputs rounded to 8 bits in groups of 128
     Int8,
 }
 

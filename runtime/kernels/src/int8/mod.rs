@@ -167,7 +167,14 @@ pub(crate) struct Packed {
 
 /// Packs the part `sum` of the sum for rows `columns` of W, forward, or with `backward` for columns of it: words of [`PANEL`] columns
 /// beside each other.
-pub(crate) fn pack(cpu: Cpu, w: &Matrix<'_>, backward: bool, sum: Range<usize>, columns: Range<usize>, to: &mut Packed) {
+pub(crate) fn pack(
+    cpu: Cpu,
+    w: &Matrix<'_>,
+    backward: bool,
+    sum: Range<usize>,
+    columns: Range<usize>,
+    to: &mut Packed,
+) {
     let out = grown(&mut to.words, words(cpu, sum.len()) * PANEL);
     to.scaled = w.line().is_none();
     if let Some(coded) = w.line() {
@@ -390,7 +397,8 @@ unsafe fn walk<L: Lanes>(
             let of_rows = Rows { at: of_rows, group: self::words(cpu, GROUP) };
             // SAFETY: rows of A were sliced, and the panel is `words` times `PANEL` words, as the caller saw.
             unsafe {
-                let scales = if scales.is_empty() { std::ptr::null() } else { scales.as_flattened()[column..].as_ptr() };
+                let scales =
+                    if scales.is_empty() { std::ptr::null() } else { scales.as_flattened()[column..].as_ptr() };
                 let b = Right { words: panel.as_ptr().add(column), scales };
                 match count {
                     1 => L::tile::<1>(&of_rows, b, words, &mut out),
@@ -681,10 +689,10 @@ mod vnni {
         // SAFETY: the caller has a scale, and one for each column of B if they are; the row is four vectors.
         unsafe {
             let scale = _mm512_set1_ps(*scale);
-            for v in 0..VECTORS {
+            for (v, sums) in sums.into_iter().enumerate() {
                 // Not fused, so that every processor comes to the same.
                 let scale = if SCALED { _mm512_mul_ps(_mm512_loadu_ps(of_b.add(16 * v)), scale) } else { scale };
-                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), scale);
+                let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
                 let out = out.as_mut_ptr().add(16 * v);
                 _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum));
             }

@@ -1,8 +1,8 @@
 //! Products in integers against the same rounding and sums in f64.
 
 use homeroom_kernels::{
-    Codec, CodecBlock, Columns, Encoded, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage, Stream, Term,
-    bf16, encode, product,
+    Codec, CodecBlock, Columns, Encoded, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage,
+    Stream, Term, bf16, encode, product,
 };
 
 use super::{cpus, normal, on_any_threads, unit};
@@ -244,7 +244,8 @@ fn check_rounded(w: &Matrix<'_>, m: usize, label: &str) {
 fn weights_of_any_storage_are_multiplied_in_integers() {
     let mut stream = Stream::new(8, 2);
     let block = |codec: Codec, len: usize| Codec { block: CodecBlock::Flat(len), ..codec };
-    let codecs = [("nf4", Codec::nf4()), ("nf4 by 32", block(Codec::nf4(), 32)), ("nf4 by 128", block(Codec::nf4(), 128))];
+    let codecs =
+        [("nf4", Codec::nf4()), ("nf4 by 32", block(Codec::nf4(), 32)), ("nf4 by 128", block(Codec::nf4(), 128))];
     for (m, k, n) in [(1, 32, 4), (5, 64, 100), (9, 576, 192), (3, 2080, 68), (7, 192, 132)] {
         let values = normal(n * k, 0.1, &mut stream);
         let floats: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();

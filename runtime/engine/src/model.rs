@@ -246,6 +246,8 @@ impl BaseModel {
                 let row = sample * rows / samples;
                 module.weight.decode(row..row + 1).iter().for_each(|value| hash.update(value.to_le_bytes()));
             }
+            // Around each row the system may have mapped two megabytes.
+            module.weight.release();
             for value in module.bias.iter().flat_map(|bias| bias.iter()) {
                 hash.update(value.to_le_bytes());
             }

@@ -160,7 +160,7 @@ impl Weight {
     }
 
     /// Tells the system that the mapped pages of this weight need not stay in memory; they are read again when they are asked for.
-    fn release(&self) {
+    pub(crate) fn release(&self) {
         #[cfg(unix)]
         if let Bytes::Mapped(map, range) = &self.bytes {
             // SAFETY: the mapping is of a file and read-only, so a dropped page comes back with the same content.

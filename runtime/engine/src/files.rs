@@ -76,6 +76,23 @@ impl NewDirectory {
         write().with_context(|| format!("{}: cannot write {name}", self.destination.display()))
     }
 
+    /// Creates a directory in it, given as a relative path, and those above it. Unlike `create_dir_all` it does not make an abandoned
+    /// directory anew.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn subdirectory(&self, relative: &Path) -> std::io::Result<()> {
+        let mut path = self.temporary.path().to_owned();
+        for part in relative {
+            path.push(part);
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => (),
+                made => made?,
+            }
+        }
+        Ok(())
+    }
+
     /// The directory under its temporary name, for writers that want a path.
     pub fn path(&self) -> &Path {
         self.temporary.path()
@@ -203,10 +220,13 @@ fn is_mount_point(_: &Path, _: &Path) -> bool {
     false
 }
 
-/// Makes a file as open as its directory: some writers make theirs private.
+/// Makes a file as open as its directory: some writers make theirs private. A directory in it is one of ours, and stays as it is.
 #[cfg(unix)]
 fn open_as(directory: &Path, file: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
+    if file.is_dir() {
+        return Ok(());
+    }
     let mode = fs::metadata(directory)?.permissions().mode() & 0o666;
     fs::set_permissions(file, fs::Permissions::from_mode(mode))
 }
@@ -252,6 +272,22 @@ mod tests {
         Ok(())
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn directories_in_it_can_be_entered() -> Result<()> {
+        use std::os::unix::fs::PermissionsExt;
+        let place = tempfile::tempdir()?;
+        let started = NewDirectory::start(&place.path().join("out"))?;
+        started.subdirectory(Path::new("a/b"))?;
+        started.subdirectory(Path::new("a/c"))?;
+        started.write("a/b/file", b"1")?;
+        let out = started.publish()?;
+        for path in ["a", "a/b", "a/c"] {
+            assert_eq!(fs::metadata(out.join(path))?.permissions().mode() & 0o700, 0o700, "{path}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn an_abandoned_directory_goes_with_what_is_in_it_and_cannot_be_written_or_finished() -> Result<()> {
         let place = tempfile::tempdir()?;
@@ -262,6 +298,7 @@ mod tests {
         abandon(&mut ours);
         assert_eq!(fs::read_dir(place.path())?.count(), 0);
         assert!(started.write("b", b"1").is_err());
+        assert!(started.subdirectory(Path::new("c/d")).is_err());
         assert!(started.publish().is_err());
         assert_eq!(fs::read_dir(place.path())?.count(), 0);
         Ok(())

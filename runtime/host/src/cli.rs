@@ -146,7 +146,8 @@ pub enum ComputeArg {
     Bf16,
     /// Activations in f32
     F32,
-    /// As bf16, with frozen weights multiplied in integers, their inputs rounded to 8 bits in groups of 128
+    /// As bf16 (f32 where the processor lacks it), with frozen weights multiplied in integers where that is possible:
+    /// they and their inputs are rounded to 8 bits in groups of 128
     Int8,
 }
 

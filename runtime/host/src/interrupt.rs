@@ -35,7 +35,10 @@ pub fn listen() -> Result<()> {
 /// # Errors
 /// When the signal handler cannot be set.
 pub fn end_at_once() -> Result<()> {
-    on_press(|| end())
+    on_press(|| {
+        line("\ninterrupted: what was not finished is removed");
+        end()
+    })
 }
 
 /// Ends the program. A directory in the making goes with it.

@@ -33,7 +33,8 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
         vacant(&output_dir)?;
     }
     // To go on from an adapter and put the result in its place is fine; from one inside it is not.
-    let start = arguments.init_from.as_deref().filter(|path| !is_same(path, &output_dir));
+    let init_from = arguments.init_from.as_deref().map(registry::resolve);
+    let start = init_from.as_deref().filter(|path| !is_same(path, &output_dir));
     let inputs = [
         ("the base model", Some(registry::resolve(&arguments.model_name))),
         ("the training file", Some(arguments.training_file.clone())),
@@ -50,14 +51,14 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     plugin.check_options(&options)?;
     let model = Arc::new(load_base(&arguments.model_name)?);
     let rows = Rows::load(arguments, &model)?;
-    let start = arguments.init_from.as_deref();
+    let start = init_from.as_deref();
     let mut job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;
     job.watch = search.watching();
     let config = config(arguments, job.proposed_learning_rate);
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
     // something to fill it with, so that a run that is killed leaves nothing.
-    drop(NewDirectory::start(&output_dir)?);
     interrupt::listen()?;
+    drop(NewDirectory::start(&output_dir)?);
     restate(arguments, &job, &rows, &config);
     let held_out = rows.eval();
     let before = evaluate(&job, &held_out)?;
@@ -249,7 +250,7 @@ fn tell(path: &Path, report: &TrainReport, before: Option<Evaluation>, after: Op
             report.planned_steps
         ));
         line(format_args!(
-            "next      go on from it: the same command with --init-from {} and a new --output-dir",
+            "next      go on from it: the same command with --init-from {} and a new --output-dir or --name",
             path.display()
         ));
     } else {

@@ -139,10 +139,10 @@ pub fn create(name: &str, dir: &Path) -> Result<PathBuf> {
     let mut directory = NewDirectory::start(dir)?;
     directory.replaces = false;
     let put = |path: &str, bytes: &[u8]| -> Result<()> {
-        let to = directory.path().join(path);
-        let parent = to.parent().context("a file lies in a directory")?;
-        fs::create_dir_all(parent)
-            .and_then(|()| fs::write(&to, bytes))
+        let parent = Path::new(path).parent().context("a file lies in a directory")?;
+        directory
+            .subdirectory(parent)
+            .and_then(|()| fs::write(directory.path().join(path), bytes))
             .with_context(|| format!("{}: cannot write {path}", dir.display()))
     };
     for (path, bytes) in KIT.iter().filter(|(path, _)| *path != "Cargo.lock") {

@@ -72,7 +72,8 @@ pub fn prefill(arguments: &BenchPrefill) -> Result<Done> {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    let limit = match bench.compute {
+    let computed = if bench.compute == Compute::Auto { Compute::auto() } else { bench.compute };
+    let limit = match computed {
         Compute::Bf16 => register_loop_gflops::<bf16>(),
         _ => register_loop_gflops::<f32>(),
     };

@@ -217,9 +217,6 @@ impl Site {
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
         let module = &work.model.modules[*index];
-        if let Some(Update { b, .. }) = update {
-            b.panels.prefetch(&work.updates[b.at.clone()], rows.clone());
-        }
         gemv(x, &module.weight.matrix(), rows.clone(), out);
         if let Some(Update { at, b }) = update {
             let u = &u()[at * m..(at + b.panels.cols()) * m];

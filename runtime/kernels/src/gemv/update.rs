@@ -91,21 +91,6 @@ impl Panels {
         }
     }
 
-    /// Asks for the memory of some rows, which will be read soon.
-    pub fn prefetch(&self, bytes: &[u8], rows: Range<usize>) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let (height, size) = self.panel();
-            for at in (rows.start / height * size..rows.end.div_ceil(height) * size).step_by(LINE) {
-                // SAFETY: nothing is read; an address that nothing lies at does no harm.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) };
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (bytes, rows);
-    }
-
     /// Panels that have some of the rows: for each, these rows, and its bytes.
     fn over<'a>(
         &self,

@@ -65,6 +65,14 @@ impl Cpu {
         self == Self::Avx512Bf16
     }
 
+    /// Whether there are products of four pairs of bytes in 512 bits: AVX-512 with VNNI.
+    pub(crate) fn has_vnni(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self >= Self::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// The name that [`VARIABLE`] knows.
     pub fn name(self) -> &'static str {
         NAMES.iter().find(|(_, cpu)| *cpu == self).map_or("", |(name, _)| name)

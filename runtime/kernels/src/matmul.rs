@@ -8,7 +8,6 @@
 use crate::codec::{CheckedCodec, Codec, Coded, EncodedScales};
 use crate::cpu::cpu;
 use crate::element::Element;
-use crate::int8;
 use crate::pool::Shared;
 use crate::tile::PANEL;
 use crate::{Storage, decode_row, dot};
@@ -205,7 +204,7 @@ impl<'a> Matrix<'a> {
     /// Whether products with it may be taken in integers: if it has eight bits a value on a straight line, with a scale for each row, or,
     /// where the processor has VNNI, any values that are not decoded many at a time.
     pub fn multiplies_in_integers(&self) -> bool {
-        let rounded = || self.block_len() <= PANEL && int8::by_fours(cpu());
+        let rounded = || self.block_len() <= PANEL && cpu().has_vnni();
         (self.line().is_some() || rounded()) && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
     }
 

@@ -217,7 +217,7 @@ fn put_apart<'a>(sums: &[i32], scales: &[[u8; 4]], scale: f32, out: impl Iterato
 /// Sums of products of each row of a panel of codes with words of u.
 fn sums_of_codes(cpu: Cpu, codes: &[Word], u: (&[[i8; 4]], i32)) -> [i32; CODES] {
     #[cfg(target_arch = "x86_64")]
-    if vnni::has(cpu) {
+    if cpu.has_vnni() {
         // SAFETY: the processor has it.
         return unsafe { vnni::sums_of_codes(codes, u) };
     }
@@ -241,7 +241,7 @@ per_cpu! {
 /// The same with row j of x, a group after the other, each times its scale.
 fn sums_of_groups(cpu: Cpu, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; CODES] {
     #[cfg(target_arch = "x86_64")]
-    if vnni::has(cpu) {
+    if cpu.has_vnni() {
         // SAFETY: the processor has it.
         return unsafe { vnni::sums_of_groups(codes, x, j) };
     }
@@ -262,11 +262,6 @@ mod vnni {
     use std::arch::x86_64::*;
 
     use super::{CODES, RoundedRows, Word};
-    use crate::cpu::Cpu;
-
-    pub fn has(cpu: Cpu) -> bool {
-        cpu >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni")
-    }
 
     /// Adds the products of words of codes and of u.
     #[inline]

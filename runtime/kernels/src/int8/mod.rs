@@ -6,10 +6,11 @@
 //! <https://arxiv.org/abs/2208.07339>, section 2. Instead of a separate path for outliers, scales are of groups, so that an outlier
 //! takes levels from its neighbours only.
 //!
-//! Weights of other storages are rounded as well, see [`weight`], where the processor has VNNI.
+//! Where the processor has VNNI, weights of other storages are rounded as well, see [`weight`], with a scale t[g, n] for each group and
+//! column: `y[i, n] = Σ_g s[i, g] t[g, n] Σ_{k in g} a[i, k] (index[n, k] - 127)`, and the same backward.
 //!
 //! A word holds four values of eight bits where the processor multiplies those (VNNI), else two of sixteen. Integers are exact, so
-//! every processor comes to the same result.
+//! with weights on a straight line every processor comes to the same result.
 
 #[cfg(target_arch = "x86_64")]
 mod weight;
@@ -32,17 +33,6 @@ pub(crate) const CHUNK: usize = 16 * GROUP;
 /// The index of 0.
 const ZERO: i32 = 127;
 
-/// Whether words hold four values, and weights of any storage are rounded.
-pub(crate) fn by_fours(cpu: Cpu) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return cpu >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni");
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = cpu;
-        false
-    }
-}
-
 /// Rows of A in integers.
 pub(crate) struct Rounded {
     /// (m, `step`): four values of eight bits a word, or two of sixteen.
@@ -64,7 +54,7 @@ impl Rounded {
 /// Rounds `m` rows of k values, a multiple of four, each first multiplied by its column's factor if there is one.
 pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>, factors: Option<&[f32]>) -> Rounded {
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
-    let per_word = if by_fours(cpu) { 4 } else { 2 };
+    let per_word = if cpu.has_vnni() { 4 } else { 2 };
     let (step, groups) = (k / per_word, k.div_ceil(GROUP));
     let (words, scales, starts) = (vec![0; m * step], vec![0.0; m * groups], vec![0; m * groups]);
     let mut rounded = Rounded { words, step, scales, starts, k };
@@ -151,7 +141,7 @@ per_cpu! {
 
 /// Words that a chunk of so many values takes.
 pub(crate) fn words(cpu: Cpu, values: usize) -> usize {
-    values / if by_fours(cpu) { 4 } else { 2 }
+    values / if cpu.has_vnni() { 4 } else { 2 }
 }
 
 /// A packed chunk's words and, unless they stand for values on one line, the scales of each group's columns.
@@ -209,7 +199,7 @@ fn pack_line(
     if backward {
         let row = |n: usize| &codes[(sum.start + n) * cols + columns.start..][..columns.len()];
         for (word, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            if by_fours(cpu) {
+            if cpu.has_vnni() {
                 let rows = [0, 1, 2, 3].map(|i| row(4 * word + i));
                 #[cfg(target_arch = "x86_64")]
                 if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(|row| row.first_chunk::<PANEL>()) {
@@ -226,7 +216,7 @@ fn pack_line(
     }
     let row = |j: usize| &codes[(columns.start + j) * cols + sum.start..][..sum.len()];
     let mut pointers = [std::ptr::null(); PANEL];
-    if by_fours(cpu) {
+    if cpu.has_vnni() {
         for (j, pointer) in pointers[..columns.len()].iter_mut().enumerate() {
             *pointer = row(j).as_ptr();
         }
@@ -241,7 +231,7 @@ fn pack_line(
     }
     // SAFETY: each pointer is to `count` words.
     unsafe { pack_columns(cpu, &pointers[..columns.len()], count, out) };
-    if by_fours(cpu) {
+    if cpu.has_vnni() {
         clamp(cpu, out);
     }
 }
@@ -313,10 +303,10 @@ pub(crate) unsafe fn rows(
     );
     let at = chunk * words(cpu, CHUNK);
     let scales = if packed.scaled { &packed.scales[..] } else { &[] };
-    assert!(!packed.scaled || by_fours(cpu) && scales.len() * words(cpu, GROUP) >= count, "scales of each group");
+    assert!(!packed.scaled || cpu.has_vnni() && scales.len() * words(cpu, GROUP) >= count, "scales of each group");
     let panel = (panel, scales);
     #[cfg(target_arch = "x86_64")]
-    if by_fours(cpu) {
+    if cpu.has_vnni() {
         // SAFETY: the processor has VNNI, and the rest is passed on to the caller.
         return unsafe { walk::<vnni::Vnni>(cpu, a, rows, chunk, (at, count), panel, width, sums) };
     }
@@ -365,7 +355,7 @@ trait Lanes {
     ///
     /// # Safety
     /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times [`PANEL`]; scales of B
-    /// there are with [`by_fours`] alone.
+    /// there are where [`Cpu::has_vnni`] alone.
     unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile);
 }
 

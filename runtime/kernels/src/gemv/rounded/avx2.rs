@@ -332,13 +332,37 @@ impl SuperBlock for Q5K {
 }
 
 /// Four-bit codes of a group: 32 bytes hold those of two.
+///
+/// # Safety
+/// The bytes are readable, and the processor has AVX2; so for [`six_bits`].
 #[inline(always)]
-unsafe fn half_bytes(p: *const u8, group: usize) -> __m256i {
+pub(super) unsafe fn half_bytes(p: *const u8, group: usize) -> __m256i {
     // SAFETY: the caller has so many bytes at the pointer.
     unsafe {
         let both = _mm256_loadu_si256(p.add(group / 2 * 32).cast());
         let one = if group.is_multiple_of(2) { both } else { _mm256_srli_epi16::<4>(both) };
         _mm256_and_si256(one, _mm256_set1_epi8(15))
+    }
+}
+
+/// Codes of a group of Q6_K: four bits of each lie in the first 128 bytes, two in the 64 after them.
+#[inline(always)]
+pub(super) unsafe fn six_bits(p: *const u8, group: usize) -> __m256i {
+    // SAFETY: the caller has a whole block at the pointer.
+    unsafe {
+        let (half, quarter) = (group / 4, group % 4);
+        let low = _mm256_loadu_si256(p.add(64 * half + 32 * (quarter % 2)).cast());
+        let low = if quarter < 2 { low } else { _mm256_srli_epi16::<4>(low) };
+        let high = _mm256_loadu_si256(p.add(128 + 32 * half).cast());
+        // Two bits each, to the fifth and sixth place.
+        let high = match quarter {
+            0 => _mm256_slli_epi16::<4>(high),
+            1 => _mm256_slli_epi16::<2>(high),
+            2 => high,
+            _ => _mm256_srli_epi16::<2>(high),
+        };
+        let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
+        _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
     }
 }
 
@@ -418,18 +442,7 @@ unsafe fn q6k<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
                 }
                 for group in 0..8 {
                     let (half, quarter) = (group / 4, group % 4);
-                    let low = _mm256_loadu_si256(p.add(64 * half + 32 * (quarter % 2)).cast());
-                    let low = if quarter < 2 { low } else { _mm256_srli_epi16::<4>(low) };
-                    let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
-                    let high = _mm256_loadu_si256(p.add(128 + 32 * half).cast());
-                    // Two bits each, to the fifth and sixth place.
-                    let high = match quarter {
-                        0 => _mm256_slli_epi16::<4>(high),
-                        1 => _mm256_slli_epi16::<2>(high),
-                        2 => high,
-                        _ => _mm256_srli_epi16::<2>(high),
-                    };
-                    let codes = _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
+                    let codes = six_bits(p, group);
                     let lane = 2 * quarter as i32;
                     let lanes = _mm256_setr_epi32(lane, lane, lane, lane, lane + 1, lane + 1, lane + 1, lane + 1);
                     let scale = _mm256_permutevar8x32_ps(scales[half], lanes);

@@ -60,12 +60,11 @@ enum Order {
 
 impl Order {
     fn of(m: usize) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if cpu() >= Cpu::Avx512 && std::arch::is_x86_feature_detected!("avx512vnni") {
-            return if m == 1 { Self::One } else { Self::Fours };
+        match (cpu().has_vnni(), m) {
+            (false, _) => Self::Rows,
+            (true, 1) => Self::One,
+            (true, _) => Self::Fours,
         }
-        let _ = m;
-        Self::Rows
     }
 
     /// Where a piece lies: the `half` of a group of row j.

@@ -7,6 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::super::{Job, sub_blocks};
+use super::avx2::{half_bytes, six_bits};
 use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN, prefetch};
 use crate::Storage;
 
@@ -605,17 +606,6 @@ unsafe fn in_order([even, odd]: [__m512i; 2]) -> [__m512i; 2] {
     }
 }
 
-/// Codes of group g among 32 bytes for each two groups.
-#[inline(always)]
-unsafe fn half_bytes(p: *const u8, group: usize) -> __m256i {
-    // SAFETY: the caller has so many bytes at the pointer.
-    unsafe {
-        let both = _mm256_loadu_si256(p.add(group / 2 * GROUP).cast());
-        let one = if group.is_multiple_of(2) { both } else { _mm256_srli_epi16::<4>(both) };
-        _mm256_and_si256(one, _mm256_set1_epi8(15))
-    }
-}
-
 struct Q4K;
 
 impl Format for Q4K {
@@ -714,21 +704,8 @@ impl Format for Q6K {
 
     #[inline(always)]
     unsafe fn group(p: *const u8, group: usize) -> __m256i {
-        // SAFETY: as above. Two bits of 32 bytes become the fifth and sixth.
-        unsafe {
-            let (half, quarter) = (group / 4, group % 4);
-            let low = _mm256_loadu_si256(p.add(64 * half + 32 * (quarter % 2)).cast());
-            let low = if quarter < 2 { low } else { _mm256_srli_epi16::<4>(low) };
-            let high = _mm256_loadu_si256(p.add(128 + 32 * half).cast());
-            let high = match quarter {
-                0 => _mm256_slli_epi16::<4>(high),
-                1 => _mm256_slli_epi16::<2>(high),
-                2 => high,
-                _ => _mm256_srli_epi16::<2>(high),
-            };
-            let low = _mm256_and_si256(low, _mm256_set1_epi8(15));
-            _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
-        }
+        // SAFETY: as above.
+        unsafe { six_bits(p, group) }
     }
 }
 

@@ -387,14 +387,11 @@ impl Layer {
         self.qkv.run(work, few(&normal, c), &mut qkv);
 
         // Rows of q, turned; k, turned, and v go to the caches.
-        let mut row = vec![0f32; shape.row()];
-        let mut queries = vec![0f32; m * q_width];
-        for (j, (_, cache)) in sequences.iter_mut().enumerate() {
-            row.iter_mut().zip(qkv.iter().skip(j).step_by(m)).for_each(|(to, from)| *to = *from);
-            let (turning, _) = row.split_at_mut(q_width + shape.kv_heads * d);
-            table.turn(cache.positions() as u32, turning);
-            queries[j * q_width..(j + 1) * q_width].copy_from_slice(&row[..q_width]);
-            let kept: Vec<E> = row[q_width..].iter().map(|value| E::of(*value)).collect();
+        let mut qkv = by_rows(&qkv, m, shape.row());
+        let mut kept = vec![E::default(); shape.row() - q_width];
+        for ((_, cache), row) in sequences.iter_mut().zip(qkv.chunks_exact_mut(shape.row())) {
+            table.turn(cache.positions() as u32, &mut row[..q_width + shape.kv_heads * d]);
+            kept.iter_mut().zip(&row[q_width..]).for_each(|(to, from)| *to = E::of(*from));
             cache.extend(number, std::iter::once(&kept[..]));
         }
 
@@ -406,7 +403,7 @@ impl Layer {
         let caches: Vec<&[E]> = sequences.iter().map(|(_, cache)| cache.layer(number)).collect();
         work.team.parts(&mut parts, size, |number, out| {
             let (j, task) = tasks[number];
-            attend(&shape, &queries[j * q_width..(j + 1) * q_width], caches[j], task, out);
+            attend(&shape, &qkv[j * shape.row()..][..q_width], caches[j], task, out);
         });
         let step = FewRows::padded(q_width);
         let mut attended = vec![0f32; m * step];
@@ -424,20 +421,43 @@ impl Layer {
         let normal = normalised(x, &self.post_norm, epsilon);
         let mut h = vec![0f32; inner * m];
         self.gate_up.run_gated(work, few(&normal, c), &mut h);
-        let step = FewRows::padded(inner);
-        let mut rows = vec![0f32; m * step];
-        for (i, values) in h.chunks_exact(m).enumerate() {
-            values.iter().enumerate().for_each(|(j, value)| rows[j * step + i] = *value);
-        }
+        let rows = by_rows(&h, m, FewRows::padded(inner));
         self.down.run(work, few(&rows, inner), &mut y);
         add_turned(x, &y, m);
     }
 }
 
+/// Rows (m, step) of values that lie by channel first, (n, m); zeros beyond n.
+fn by_rows(values: &[f32], m: usize, step: usize) -> Vec<f32> {
+    let mut rows = vec![0f32; m * step];
+    match m {
+        1 => rows[..values.len()].copy_from_slice(values),
+        2 => apart::<2>(values, step, &mut rows),
+        3 => apart::<3>(values, step, &mut rows),
+        4 => apart::<4>(values, step, &mut rows),
+        _ => {
+            for (j, row) in rows.chunks_exact_mut(step).enumerate() {
+                row.iter_mut().zip(values[j..].iter().step_by(m)).for_each(|(to, from)| *to = *from);
+            }
+        }
+    }
+    rows
+}
+
+/// The same of M rows in one pass.
+fn apart<const M: usize>(values: &[f32], step: usize, rows: &mut [f32]) {
+    let values = values.as_chunks::<M>().0;
+    let mut to = rows.chunks_exact_mut(step).map(|row| &mut row[..values.len()]);
+    let to: [&mut [f32]; M] = std::array::from_fn(|_| to.next().expect("there are M rows"));
+    for (i, values) in values.iter().enumerate() {
+        for j in 0..M {
+            to[j][i] = values[j];
+        }
+    }
+}
+
 /// x (m, c) += y (c, m).
 fn add_turned(x: &mut [f32], y: &[f32], m: usize) {
-    let c = y.len() / m;
-    for (i, y) in y.chunks_exact(m).enumerate() {
-        y.iter().enumerate().for_each(|(j, y)| x[j * c + i] += y);
-    }
+    let rows = by_rows(y, m, y.len() / m);
+    x.iter_mut().zip(rows).for_each(|(x, y)| *x += y);
 }

@@ -144,24 +144,30 @@ impl RoundedRows {
             sums: Lines::zeros(all),
             halves: Lines::zeros(2 * all),
         };
+        let cpu = cpu();
         let (mut codes, mut scales, mut halves) = (vec![0; x.step], vec![0.0; groups], vec![0.0; 2 * groups]);
         for (j, row) in x.values.chunks_exact(x.step).enumerate() {
-            round(cpu(), row, &mut codes, &mut scales, &mut halves);
-            for (number, piece) in codes.as_chunks::<PIECE>().0.iter().enumerate() {
-                let at = order.piece(spans, j, number / 2, number % 2);
-                rounded.codes[at..at + PIECE].copy_from_slice(piece);
-            }
-            for (group, scale) in scales.iter().enumerate() {
-                let (at, times) = order.scale(spans, j, group);
-                rounded.scales[at..at + times].fill(*scale);
-            }
-            for (group, [a, b]) in halves.as_chunks::<2>().0.iter().enumerate() {
-                rounded.sums[order.sum(spans, j, group, 1)] = a + b;
-                rounded.halves[order.sum(spans, j, 2 * group, 2)] = *a;
-                rounded.halves[order.sum(spans, j, 2 * group + 1, 2)] = *b;
-            }
+            round(cpu, row, &mut codes, &mut scales, &mut halves);
+            rounded.place(j, &codes, &scales, &halves);
         }
         rounded
+    }
+
+    /// Puts a row where it belongs.
+    fn place(&mut self, j: usize, codes: &[i8], scales: &[f32], halves: &[f32]) {
+        let (order, spans) = (self.order, self.spans);
+        let groups = codes.as_chunks::<GROUP>().0.iter().zip(scales).zip(halves.as_chunks::<2>().0).enumerate();
+        for (group, ((codes, scale), [a, b])) in groups {
+            for (half, piece) in codes.as_chunks::<PIECE>().0.iter().enumerate() {
+                let at = order.piece(spans, j, group, half);
+                self.codes[at..at + PIECE].copy_from_slice(piece);
+            }
+            let (at, times) = order.scale(spans, j, group);
+            self.scales[at..at + times].fill(*scale);
+            self.sums[order.sum(spans, j, group, 1)] = a + b;
+            self.halves[order.sum(spans, j, 2 * group, 2)] = *a;
+            self.halves[order.sum(spans, j, 2 * group + 1, 2)] = *b;
+        }
     }
 
     /// Whether these are m rows of `step` values.
@@ -236,9 +242,18 @@ unsafe fn prefetch(p: *const u8, len: usize) {
     }
 }
 
+/// A row's codes, scales, and for each half of a group the sum of its codes times the scale: the same on every processor.
+fn round(cpu: Cpu, row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if cpu.has_vnni() {
+        // SAFETY: the processor has it.
+        return unsafe { vnni::round(row, codes, scales, halves) };
+    }
+    round_by_lanes(cpu, row, codes, scales, halves);
+}
+
 per_cpu! {
-    /// Codes, scales, and for each half of a group the sum of its codes times the scale.
-    fn round(row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
+    fn round_by_lanes(row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
         let groups = row.as_chunks::<GROUP>().0.iter().zip(codes.as_chunks_mut::<GROUP>().0);
         for ((row, codes), (scale, halves)) in groups.zip(scales.iter_mut().zip(halves.as_chunks_mut::<2>().0)) {
             let inverse;
@@ -367,6 +382,25 @@ mod tests {
             let Encoded { codes, scales } = encoded(&random(&mut stream, n * k), n, k);
             check(&Matrix::coded(&Codec::int8(), &codes, &scales, n, k).unwrap(), &format!("{k} columns"));
         }
+    }
+
+    #[test]
+    fn a_row_is_rounded_to_the_same_on_every_processor() {
+        let (mut stream, k) = (Stream::new(6, 1), 288);
+        let mut row = random(&mut stream, k);
+        row[..GROUP].fill(0.0);
+        row[GROUP..2 * GROUP].fill(1e-42);
+        // Halfway between whole numbers, which go to the even ones.
+        row[2 * GROUP..3 * GROUP].iter_mut().enumerate().for_each(|(i, value)| *value = i as f32 + 0.5);
+        row[2 * GROUP] = -127.0;
+        let all = cpus().map(|cpu| {
+            let (mut codes, mut scales, mut halves) = (vec![1; k], vec![1.0; k / GROUP], vec![1.0; k / GROUP * 2]);
+            round(cpu, &row, &mut codes, &mut scales, &mut halves);
+            (codes, scales, halves)
+        });
+        let all: Vec<_> = all.collect();
+        assert!(all.iter().all(|one| *one == all[0]));
+        assert_eq!(all[0].0[2 * GROUP..2 * GROUP + 5], [-127, 2, 2, 4, 4]);
     }
 
     #[test]

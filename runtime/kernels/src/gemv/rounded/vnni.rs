@@ -10,6 +10,7 @@ use super::super::{Job, sub_blocks};
 use super::avx2::{half_bytes, six_bits};
 use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN, prefetch};
 use crate::Storage;
+use crate::element::scale_of_eight_bits;
 
 /// Computes a job of `count` rows of x from the `first` on.
 ///
@@ -41,6 +42,33 @@ unsafe fn by_format<F: Format>(job: &Job<'_>, x: &RoundedRows, first: usize, cou
         match x.order {
             super::Order::One => walk::<F, One<'_>>(job, &One(x)),
             _ => walk::<F, Four>(job, &Four::new(x, first, count)),
+        }
+    }
+}
+
+/// See [`super::round`].
+///
+/// # Safety
+/// The processor has AVX-512 with VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")]
+pub unsafe fn round(row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
+    let groups = row.as_chunks::<GROUP>().0.iter().zip(codes.as_chunks_mut::<GROUP>().0);
+    for ((row, codes), (scale, halves)) in groups.zip(scales.iter_mut().zip(halves.as_chunks_mut::<2>().0)) {
+        // SAFETY: a group is two vectors of values and two pieces of codes.
+        let (first, second) = unsafe { (_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(PIECE))) };
+        let (a, b) = (_mm512_castps_si512(_mm512_abs_ps(first)), _mm512_castps_si512(_mm512_abs_ps(second)));
+        // Bits of floats without their sign are in the order of their magnitudes, and NaN lies above infinity.
+        let inverse;
+        (*scale, inverse) = scale_of_eight_bits(f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(a, b))));
+        let inverse = _mm512_set1_ps(inverse);
+        for (half, values) in [first, second].into_iter().enumerate() {
+            let whole = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values, inverse)));
+            // SAFETY: as above.
+            unsafe { _mm_storeu_si128(codes.as_mut_ptr().add(PIECE * half).cast(), whole) };
+            let four = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), whole);
+            let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+            let sum = _mm_add_epi32(two, _mm_shuffle_epi32::<1>(two));
+            halves[half] = *scale * _mm_cvtsi128_si32(sum) as f32;
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Matrices of low-rank updates, for products of a few rows: neighbouring rows lie beside each other in panels, so that their sums grow
 //! together and none has to be added over lanes.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::RoundedRows;
@@ -120,22 +121,15 @@ impl Panels {
             }
             return;
         }
-        let mut of_u = Rounded::default();
-        for j in 0..m {
-            of_u.round(u[j..].iter().step_by(m).copied());
-            for (own, panel) in self.over(bytes, rows.clone()) {
-                let (scales, words) = codes(panel);
-                let sums = sums_of_codes(cpu, words, (&of_u.words, of_u.start));
-                let lane = own.start % CODES;
-                let (sums, scales) = (&sums[lane..lane + own.len()], &scales[lane..lane + own.len()]);
-                let out = &mut out[(own.start - first) * m..(own.end - first) * m];
-                if m == 1 {
-                    put(cpu, sums, scales, of_u.scale, out);
-                } else {
-                    put_apart(sums, scales, of_u.scale, out[j..].iter_mut().step_by(m));
+        ROUNDED.with_borrow_mut(|of_u| {
+            for j in 0..m {
+                of_u.round(cpu, u[j..].iter().step_by(m).copied());
+                for (own, panel) in self.over(bytes, rows.clone()) {
+                    let out = &mut out[(own.start - first) * m..(own.end - first) * m];
+                    add_codes(cpu, panel, own.start % CODES, of_u, &mut out[j..], m);
                 }
             }
-        }
+        });
     }
 
     /// `W xᵀ` for the rows `rows`, in eight bits on both sides: `out` (rows.len(), m), x (m, cols). Each element depends on its row of W
@@ -180,65 +174,61 @@ struct Rounded {
     start: i32,
 }
 
+thread_local!(static ROUNDED: RefCell<Rounded> = RefCell::default());
+
 impl Rounded {
-    fn round(&mut self, u: impl Iterator<Item = f32>) {
+    fn round(&mut self, cpu: Cpu, u: impl Iterator<Item = f32>) {
         self.values.clear();
         self.values.extend(u);
-        self.words.clear();
-        self.words.resize(self.values.len().div_ceil(4), [0; 4]);
-        let inverse;
-        (self.scale, inverse) = eight_bit_scale(&self.values);
-        let mut sum = 0;
-        for (word, values) in self.words.iter_mut().zip(self.values.chunks(4)) {
-            for (code, value) in word.iter_mut().zip(values) {
-                let whole = nearest_whole(*value, inverse);
-                sum += whole;
-                *code = whole as i8;
-            }
-        }
+        let sum;
+        (self.scale, sum) = round(cpu, &self.values, &mut self.words);
         self.start = -ZERO * sum;
     }
 }
 
 per_cpu! {
-    /// Adds sums times scales.
-    fn put(sums: &[i32], scales: &[[u8; 4]], scale: f32, out: &mut [f32]) {
-        put_apart(sums, scales, scale, out.iter_mut());
+    /// Values to words of codes; their scale, and the sum of the codes.
+    fn round(values: &[f32], words: &mut Vec<[i8; 4]>) -> (f32, i32) {
+        let (scale, inverse) = eight_bit_scale(values);
+        words.clear();
+        words.resize(values.len().div_ceil(4), [0; 4]);
+        let codes = words.as_flattened_mut();
+        for (code, value) in codes.iter_mut().zip(values) {
+            *code = nearest_whole(*value, inverse) as i8;
+        }
+        (scale, codes.iter().map(|code| i32::from(*code)).sum())
     }
 }
 
-#[inline(always)]
-fn put_apart<'a>(sums: &[i32], scales: &[[u8; 4]], scale: f32, out: impl Iterator<Item = &'a mut f32>) {
-    for ((out, sum), of_row) in out.zip(sums).zip(scales) {
-        *out += *sum as f32 * (f32::from_ne_bytes(*of_row) * scale);
-    }
-}
-
-/// Sums of products of each row of a panel of codes with words of u.
-fn sums_of_codes(cpu: Cpu, codes: &[Word], u: (&[[i8; 4]], i32)) -> [i32; CODES] {
+/// Adds the products of rows of a panel, from number `lane` on, with a row of u, to every m-th value of `out`.
+fn add_codes(cpu: Cpu, panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], m: usize) {
     #[cfg(target_arch = "x86_64")]
     if cpu.has_vnni() {
         // SAFETY: the processor has it.
-        return unsafe { vnni::sums_of_codes(codes, u) };
+        return unsafe { vnni::add_codes(panel, lane, u, out, m) };
     }
-    sums_of_words(cpu, codes, u)
+    let (scales, words) = codes(panel);
+    let mut sums = [u.start; CODES];
+    sums_of_words(cpu, words, &u.words, &mut sums);
+    for ((out, sum), scale) in out.iter_mut().step_by(m).zip(&sums[lane..]).zip(&scales[lane..]) {
+        *out += *sum as f32 * (f32::from_ne_bytes(*scale) * u.scale);
+    }
 }
 
 per_cpu! {
-    fn sums_of_words(codes: &[Word], u: (&[[i8; 4]], i32)) -> [i32; CODES] {
-        let mut sums = [u.1; CODES];
-        for (codes, u) in codes.iter().zip(u.0) {
+    /// Adds products of each row of a panel of codes with words of u.
+    fn sums_of_words(codes: &[Word], u: &[[i8; 4]], sums: &mut [i32; CODES]) {
+        for (codes, u) in codes.iter().zip(u) {
             for (sum, codes) in sums.iter_mut().zip(codes) {
                 for k in 0..4 {
                     *sum += i32::from(codes[k]) * i32::from(u[k]);
                 }
             }
         }
-        sums
     }
 }
 
-/// The same with row j of x, a group after the other, each times its scale.
+/// Sums of products of each row of a panel of codes with row j of x, a group after the other, each times its scale.
 fn sums_of_groups(cpu: Cpu, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; CODES] {
     #[cfg(target_arch = "x86_64")]
     if cpu.has_vnni() {
@@ -249,9 +239,11 @@ fn sums_of_groups(cpu: Cpu, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; 
     for (group, codes) in codes.chunks(RoundedRows::WORDS).enumerate() {
         let ([first, second], scale) = x.group(j, group);
         let (low, high) = codes.split_at(codes.len().min(RoundedRows::WORDS / 2));
-        let (low, high) = (sums_of_words(cpu, low, (first, 0)), sums_of_words(cpu, high, (second, 0)));
-        for (sum, (low, high)) in sums.iter_mut().zip(low.into_iter().zip(high)) {
-            *sum += (low + high) as f32 * scale;
+        let mut of_group = [0; CODES];
+        sums_of_words(cpu, low, first, &mut of_group);
+        sums_of_words(cpu, high, second, &mut of_group);
+        for (sum, of_group) in sums.iter_mut().zip(of_group) {
+            *sum += of_group as f32 * scale;
         }
     }
     sums
@@ -261,7 +253,7 @@ fn sums_of_groups(cpu: Cpu, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; 
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{CODES, RoundedRows, Word};
+    use super::{CODES, Rounded, RoundedRows, Word, codes};
 
     /// Adds the products of words of codes and of u.
     #[inline]
@@ -277,13 +269,27 @@ mod vnni {
         sums
     }
 
+    /// See [`super::add_codes`].
     #[target_feature(enable = "avx512f,avx512vnni")]
-    pub fn sums_of_codes(codes: &[Word], (u, start): (&[[i8; 4]], i32)) -> [i32; CODES] {
-        let sums = add(_mm512_set1_epi32(start), codes, u);
-        let mut out = [0; CODES];
-        // SAFETY: sixteen sums are 64 bytes.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sums) };
-        out
+    pub fn add_codes(panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], m: usize) {
+        let (scales, words) = codes(panel);
+        let sums = add(_mm512_set1_epi32(u.start), words, &u.words);
+        // SAFETY: a word of all rows is 64 bytes.
+        let scales = unsafe { _mm512_loadu_ps(scales.as_ptr().cast()) };
+        // Not fused, so that every processor comes to the same.
+        let update = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, _mm512_set1_ps(u.scale)));
+        if m == 1 && out.len() == CODES {
+            // SAFETY: sixteen values are 64 bytes.
+            unsafe {
+                let out = out.as_mut_ptr();
+                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), update));
+            }
+            return;
+        }
+        let mut of_rows = [0f32; CODES];
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_ps(of_rows.as_mut_ptr(), update) };
+        out.iter_mut().step_by(m).zip(&of_rows[lane..]).for_each(|(out, update)| *out += update);
     }
 
     #[target_feature(enable = "avx512f,avx512vnni")]

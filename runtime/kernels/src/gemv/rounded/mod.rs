@@ -44,6 +44,8 @@ pub struct RoundedRows {
     sums: Lines<f32, 16>,
     /// The same of its first and second half.
     halves: Lines<f32, 16>,
+    /// The sum of what each row was rounded to.
+    totals: Vec<f32>,
 }
 
 /// How rows lie, so that a vector of 512 bits holds a piece of four groups, or of four rows.
@@ -143,6 +145,7 @@ impl RoundedRows {
             scales: Lines::zeros(all * of_four),
             sums: Lines::zeros(all),
             halves: Lines::zeros(2 * all),
+            totals: vec![0.0; m],
         };
         let cpu = cpu();
         let (mut codes, mut scales, mut halves) = (vec![0; x.step], vec![0.0; groups], vec![0.0; 2 * groups]);
@@ -165,6 +168,7 @@ impl RoundedRows {
             let (at, times) = order.scale(spans, j, group);
             self.scales[at..at + times].fill(*scale);
             self.sums[order.sum(spans, j, group, 1)] = a + b;
+            self.totals[j] += a + b;
             self.halves[order.sum(spans, j, 2 * group, 2)] = *a;
             self.halves[order.sum(spans, j, 2 * group + 1, 2)] = *b;
         }
@@ -200,7 +204,7 @@ impl RoundedRows {
 
     /// The sum of what row j was rounded to.
     pub(super) fn total(&self, j: usize) -> f32 {
-        (0..self.groups).map(|group| self.sums[self.order.sum(self.spans, j, group, 1)]).sum()
+        self.totals[j]
     }
 
     /// What value i of row j was rounded to.

@@ -195,8 +195,7 @@ impl Site {
             return work.team.parts(out, size * m, |task, out| rows(task * size, out, x, &|| &[]));
         };
         let mut u = vec![0f32; a.rows() * m];
-        // Whole panels.
-        let down = part(a.rows()).next_multiple_of(16);
+        let down = part(a.rows());
         let first = |task: usize, u: &mut [f32]| a.product(work, x, task * down, u);
         work.team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, x, u));
     }
@@ -250,7 +249,7 @@ impl Site {
     /// `silu(g) ∘ u` of the two modules of a gated layer: `out` (inner, m).
     fn run_gated(&self, work: Work<'_>, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
-        let size = part(out.len() / m).min(MOST / m.min(MOST)).max(1);
+        let size = part(out.len() / m).min(MOST / m.min(MOST) / 16 * 16).max(16);
         self.parts(work, x, (out, size), |from, out, x, u| {
             let mut up = [0f32; MOST];
             let mut more = Vec::new();
@@ -270,9 +269,9 @@ impl Site {
 /// Values of a task of a gated layer that need no allocation.
 const MOST: usize = 512;
 
-/// Rows of a task: few enough that threads end together, enough that taking one costs nothing beside it.
+/// Rows of a task, whole panels: few enough that threads end together, enough that taking one costs nothing beside it.
 fn part(rows: usize) -> usize {
-    (rows / (4 * threads())).clamp(8, 256).next_multiple_of(8)
+    (rows / (4 * threads())).clamp(16, 256).next_multiple_of(16)
 }
 
 impl Decoder {

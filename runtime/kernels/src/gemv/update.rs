@@ -19,13 +19,15 @@ const LINE: usize = 64;
 
 /// Four neighbouring codes of each row of a panel.
 type Word = [[u8; 4]; CODES];
+/// Scale of each row of a panel of codes: the upper half of its bits as a float.
+type Scales = [[u8; 2]; CODES];
 /// One value of each row of a panel.
 type Values = [[u8; 4]; SINGLES];
 
 /// How a matrix (rows, cols) lies in bytes by panels: floats, or in eight bits whole numbers from -127 to 127 with a scale for each row.
 ///
-/// A panel of floats is a value of each of its rows, column by column. One of codes is its rows' scales, then four codes of each of its
-/// rows, and so on.
+/// A panel of floats is a value of each of its rows, column by column. One of codes is its rows' scales in bfloat16, then four codes of
+/// each of its rows, and so on.
 #[derive(Clone, Copy, Debug)]
 pub struct Panels {
     rows: usize,
@@ -52,7 +54,7 @@ impl Panels {
     /// Rows of a panel, and its bytes.
     fn panel(&self) -> (usize, usize) {
         if self.eight_bits {
-            (CODES, size_of::<Word>() * (1 + self.cols.div_ceil(4)))
+            (CODES, size_of::<Scales>() + size_of::<Word>() * self.cols.div_ceil(4))
         } else {
             (SINGLES, size_of::<Values>() * self.cols)
         }
@@ -73,17 +75,21 @@ impl Panels {
         let (height, size) = self.panel();
         for (row, values) in values.chunks_exact(self.cols.max(1)).enumerate() {
             let (panel, lane) = (&mut out[row / height * size..][..size], row % height);
-            let (fours, _) = panel.as_chunks_mut::<4>();
             if !self.eight_bits {
+                let (fours, _) = panel.as_chunks_mut::<4>();
                 for (k, value) in values.iter().enumerate() {
                     fours[k * SINGLES + lane] = value.to_ne_bytes();
                 }
                 continue;
             }
-            let (scale, inverse) = eight_bit_scale(values);
-            fours[lane] = scale.to_ne_bytes();
+            let (scales, words) = panel.split_at_mut(size_of::<Scales>());
+            // Rounded up, so that the largest value is 127 times it at most.
+            let (scale, _) = eight_bit_scale(values);
+            let scale = if scale.is_nan() { scale } else { f32::from_bits((scale.to_bits() + 0xFFFF) & 0xFFFF_0000) };
+            scales.as_chunks_mut().0[lane] = ((scale.to_bits() >> 16) as u16).to_ne_bytes();
+            let inverse = if scale.is_normal() { 1.0 / scale } else { 0.0 };
             for (word, values) in values.chunks(4).enumerate() {
-                let codes = &mut fours[(1 + word) * CODES + lane];
+                let codes = &mut words.as_chunks_mut::<4>().0[word * CODES + lane];
                 *codes = [ZERO as u8; 4];
                 for (code, value) in codes.iter_mut().zip(values) {
                     *code = (nearest_whole(*value, inverse) + ZERO) as u8;
@@ -150,7 +156,7 @@ impl Panels {
                 let offset = ZERO as f32 * x.total(j);
                 for row in own.clone() {
                     let lane = row % CODES;
-                    out[(row - first) * m + j] = (sums[lane] - offset) * f32::from_ne_bytes(scales[lane]);
+                    out[(row - first) * m + j] = (sums[lane] - offset) * widened(scales[lane]);
                 }
             }
         }
@@ -158,9 +164,14 @@ impl Panels {
 }
 
 /// Scales and codes of a panel.
-fn codes(panel: &[u8]) -> (&Word, &[Word]) {
-    let (words, _) = panel.as_chunks::<4>().0.as_chunks::<CODES>();
-    words.split_first().expect("scales come first")
+fn codes(panel: &[u8]) -> (&Scales, &[Word]) {
+    let (scales, words) = panel.split_at(size_of::<Scales>());
+    (scales.as_chunks().0.first_chunk().expect("scales come first"), words.as_chunks().0.as_chunks().0)
+}
+
+/// A scale as a float.
+fn widened(scale: [u8; 2]) -> f32 {
+    f32::from_bits(u32::from(u16::from_ne_bytes(scale)) << 16)
 }
 
 /// A row of u in eight bits.
@@ -211,7 +222,7 @@ fn add_codes(cpu: Cpu, panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], 
     let mut sums = [u.start; CODES];
     sums_of_words(cpu, words, &u.words, &mut sums);
     for ((out, sum), scale) in out.iter_mut().step_by(m).zip(&sums[lane..]).zip(&scales[lane..]) {
-        *out += *sum as f32 * (f32::from_ne_bytes(*scale) * u.scale);
+        *out += *sum as f32 * (widened(*scale) * u.scale);
     }
 }
 
@@ -270,12 +281,13 @@ mod vnni {
     }
 
     /// See [`super::add_codes`].
-    #[target_feature(enable = "avx512f,avx512vnni")]
+    #[target_feature(enable = "avx512f,avx512vnni,avx2")]
     pub fn add_codes(panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], m: usize) {
         let (scales, words) = codes(panel);
         let sums = add(_mm512_set1_epi32(u.start), words, &u.words);
-        // SAFETY: a word of all rows is 64 bytes.
-        let scales = unsafe { _mm512_loadu_ps(scales.as_ptr().cast()) };
+        // SAFETY: sixteen scales are 32 bytes.
+        let scales = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(scales.as_ptr().cast()) });
+        let scales = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(scales));
         // Not fused, so that every processor comes to the same.
         let update = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, _mm512_set1_ps(u.scale)));
         if m == 1 && out.len() == CODES {

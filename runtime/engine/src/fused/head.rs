@@ -2,8 +2,8 @@
 //! some rows at a time, and their gradient takes their place.
 
 use homeroom_kernels::{
-    Columns, Finish, Left, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm, rms_norm_backward,
-    target_logits,
+    Codec, Columns, Finish, Left, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm,
+    rms_norm_backward, target_logits,
 };
 
 use super::Rows;
@@ -11,6 +11,7 @@ use crate::adaptation::Adaptation;
 use crate::block::Outcome;
 use crate::model::{BaseModel, FINAL_NORM, HEAD};
 use crate::profile::timed;
+use crate::weight::Weight;
 
 /// Bytes of logits that exist at once: enough rows that packing the head's weight is little beside its product.
 const LOGITS_BYTES: usize = 36 << 20;
@@ -19,18 +20,29 @@ const LOGITS_BYTES: usize = 36 << 20;
 pub struct FusedHead {
     norm: Vec<f32>,
     head: usize,
+    /// Its weight in eight bits, if products with it are in integers: it is read for each chunk of rows anew, and rounding it as often
+    /// would cost more than integers gain.
+    rounded: Option<Weight>,
 }
 
 impl FusedHead {
-    /// The head; `None` when it or the norm before it is adapted.
-    pub fn new<E: ProductElement>(model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Self> {
+    /// The head, in integers where that is asked for and possible; `None` when it or the norm before it is adapted.
+    pub fn new<E: ProductElement>(model: &BaseModel, adaptation: Option<&Adaptation>, integers: bool) -> Option<Self> {
         let (norm, head) = (model.module_index(FINAL_NORM)?, model.module_index(HEAD)?);
         let frozen = |module| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
         let info = &model.modules[head].info;
         let fits = info.d_in.is_multiple_of(E::PER_WORD) && info.d_out.is_multiple_of(E::PER_WORD);
         let plain = model.modules[norm].bias.is_none();
-        (frozen(norm) && frozen(head) && fits && plain)
-            .then(|| Self { norm: model.modules[norm].weight.decode(0..1), head })
+        (frozen(norm) && frozen(head) && fits && plain).then(|| {
+            let rounded = integers.then(|| model.modules[head].weight.encoded(&Codec::int8()).ok()).flatten();
+            let rounded = rounded.filter(|weight| weight.matrix().multiplies_in_integers());
+            Self { norm: model.modules[norm].weight.decode(0..1), head, rounded }
+        })
+    }
+
+    /// Whether its weight is multiplied in integers.
+    pub fn in_integers(&self) -> bool {
+        self.rounded.is_some()
     }
 
     /// Loss over the residual stream x, of all rows or of those with a target alone. With a scale, `dx`, of the same rows, becomes
@@ -53,6 +65,8 @@ impl FusedHead {
             return outcome;
         }
         let weight = model.modules[self.head].weight.matrix();
+        let rounded = self.rounded.as_ref().map(|weight| Right::Integers(weight.matrix()));
+        let right = rounded.unwrap_or(Right::Frozen(weight));
         let bias = model.modules[self.head].bias.as_ref().map(|bias| &bias[..]);
         let mut residual = vec![0f32; n * c];
         let place = |i: usize| if x.len() == n * c { i } else { target_rows[i] as usize };
@@ -72,25 +86,25 @@ impl FusedHead {
         let chunk = n.div_ceil(n.div_ceil(most));
         let mut logits = rows.logits(chunk * v);
         let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
-        let (mut losses, mut right) = (vec![0f32; n], vec![false; n]);
+        let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
         for from in (0..n).step_by(chunk) {
             let part = from..n.min(from + chunk);
             let count = part.len();
             let logits = &mut logits[..count * v];
             timed("forward head", || {
                 let left = Left::rows(&scaled[part.start * c..part.end * c], c);
-                let terms = [Term::forward(left, Right::Frozen(weight))];
+                let terms = [Term::forward(left, right)];
                 let columns = [Columns { terms: &terms, at: 0, bias }];
                 let finish = Finish { row_add: Some(&distance[part.clone()]), ..Finish::default() };
                 product(count, &columns, Output::Narrow(logits), v, finish);
             });
             timed("cross-entropy", || {
-                let (losses, right) = (&mut losses[part.clone()], &mut right[part.clone()]);
-                cross_entropy(v, logits, &targets[part.clone()], scale, losses, right);
+                let (losses, correct) = (&mut losses[part.clone()], &mut correct[part.clone()]);
+                cross_entropy(v, logits, &targets[part.clone()], scale, losses, correct);
             });
             if scale.is_some() {
                 timed("backward head", || {
-                    let terms = [Term::backward(Left::rows(logits, v), Right::Frozen(weight))];
+                    let terms = [Term::backward(Left::rows(logits, v), right)];
                     let columns = [Columns { terms: &terms, at: 0, bias: None }];
                     let dy = Output::Wide(&mut dy[part.start * c..part.end * c]);
                     product(count, &columns, dy, c, Finish::default());
@@ -99,7 +113,7 @@ impl FusedHead {
         }
         rows.give_logits(logits);
         outcome.loss_sum = losses.iter().map(|loss| f64::from(*loss)).sum();
-        outcome.correct = right.iter().filter(|right| **right).count();
+        outcome.correct = correct.iter().filter(|correct| **correct).count();
         if let Some(dx) = dx {
             // The residual's rows become their gradient.
             residual.fill(0.0);

@@ -122,7 +122,7 @@ impl<E: ProductElement> Fused<E> {
         let How { fuse, integers } = how;
         let layers = 0..model.config.num_hidden_layers;
         let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer, integers).filter(|_| fuse)).collect();
-        let head = FusedHead::new::<E>(model, adaptation).filter(|_| fuse);
+        let head = fuse.then(|| FusedHead::new::<E>(model, adaptation, integers)).flatten();
         let embedding = model.module_index(EMBEDDING);
         let adapted = embedding.is_some_and(|module| adaptation.is_some_and(|a| a.of(module).is_some()));
         let (workspace, logits, table) = (Workspace::new(), Vec::new(), RotaryTable::default());
@@ -130,9 +130,10 @@ impl<E: ProductElement> Fused<E> {
         Self { layers, head, looks_up: fuse && !adapted, workspace, logits, table, partial }
     }
 
-    /// Whether a layer multiplies in integers.
+    /// Whether a layer or the head multiplies in integers.
     pub fn in_integers(&self) -> bool {
         self.layers.iter().flatten().any(FusedLayer::in_integers)
+            || self.head.as_ref().is_some_and(FusedHead::in_integers)
     }
 
     /// Layers that run fused, and all layers; whether the head does.

@@ -109,6 +109,34 @@ fn a_merged_export_is_the_trained_model() -> Result<()> {
     Ok(())
 }
 
+/// Sixteen bits round what was learned; the program says by how much, and how to keep it.
+#[test]
+fn an_export_is_in_the_floats_that_are_asked_for() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    train(home.path(), "llama", "colours")?;
+    let mut divergences = Vec::new();
+    for (dtype, name, bytes) in [("f32", "float32", 4), ("f16", "float16", 2), ("bfloat16", "bfloat16", 2)] {
+        let out = home.path().join(dtype);
+        let mut command = program(home.path())?;
+        command.args(["export-model", "--model-dir", "colours", "--format", "merged", "--json", "--dtype", dtype]);
+        let output = done(command.arg("--output-dir").arg(&out))?;
+        let said = json(&output)?;
+        assert_eq!(said["dtype"], name);
+        let kl = said["kl"].as_f64().context("the export prints its KL")?;
+        let hint = String::from_utf8_lossy(&output.stderr).contains("--dtype f32");
+        assert_eq!(hint, kl > 1e-3 && dtype != "f32", "{dtype}: {kl}");
+        divergences.push(kl.abs());
+        let config: Value = serde_json::from_slice(&fs::read(out.join("config.json"))?)?;
+        let stored = config.get("dtype").or(config.get("torch_dtype"));
+        assert_eq!(stored.and_then(Value::as_str), Some(name), "{config}");
+        let parameters = BaseModel::load(&out)?.parameter_count() as u64;
+        let size = fs::metadata(out.join("model.safetensors"))?.len();
+        assert!((parameters * bytes..parameters * bytes * 11 / 10).contains(&size), "{dtype}: {size}");
+    }
+    assert!(divergences.is_sorted() && divergences[2] > 1e-7, "{divergences:?}");
+    Ok(())
+}
+
 #[test]
 fn a_base_has_nothing_to_merge() -> Result<()> {
     let home = tempfile::tempdir()?;

@@ -6,7 +6,7 @@ use homeroom_engine::adapter::{AdapterFiles, Record, StrategyRecord, save};
 use homeroom_engine::batch::Batch;
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
-use homeroom_engine::merge::{merge, save_model};
+use homeroom_engine::merge::{Floats, merge, save_model};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use homeroom_engine::train::{Control, Run, StepReport, TrainConfig, train};
@@ -85,7 +85,7 @@ fn merged_equals_unmerged() -> Result<()> {
             assert!(apart < 1e-3, "{strategy} {options} on {name}: {apart}");
             let directory = tempfile::tempdir()?;
             let started = NewDirectory::start(&directory.path().join("merged"))?;
-            save_model(&started, &merged, &model)?;
+            save_model(&started, &merged, &model, Floats::of(&model)?)?;
             let again = BaseModel::load(&started.publish()?)?;
             let stored = distance(&logits(&again, None)?, &logits(&merged, None)?);
             assert!(stored < 1e-6, "{strategy} {options} on {name}: {stored} after saving");

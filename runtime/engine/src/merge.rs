@@ -92,19 +92,53 @@ const UNTOUCHED: [&str; 8] = [
     "chat_template.jinja",
 ];
 
-/// Writes a model as a Hugging Face directory that transformers loads. Floats keep the base's type where it is f16 or bf16;
-/// a quantised base becomes f32. The chat template stands in both places in which readers look for it.
+/// Floats that a model is written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Floats {
+    /// 32 bits: nothing is lost.
+    F32,
+    /// 16 bits, 11 of them of precision.
+    F16,
+    /// 16 bits, 8 of them of precision: a change of a weight by less than a 500th may be lost.
+    Bf16,
+}
+
+impl Floats {
+    /// Those that a base is stored in; f32 where it is quantised.
+    ///
+    /// # Errors
+    /// When it has no embedding.
+    pub fn of(base: &BaseModel) -> Result<Self> {
+        let embedding = base.module_index(EMBEDDING).context("a model has an embedding")?;
+        Ok(match base.modules[embedding].weight.storage() {
+            Storage::F16 => Self::F16,
+            Storage::BF16 => Self::Bf16,
+            _ => Self::F32,
+        })
+    }
+
+    /// Their name in `config.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+}
+
+/// Writes a model, made from `base`, as a Hugging Face directory that transformers loads. The chat template stands in both places in
+/// which readers look for it.
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel) -> Result<()> {
-    let embedding = base.module_index(EMBEDDING).context("a model has an embedding")?;
-    let (dtype, dtype_name) = match base.modules[embedding].weight.storage() {
-        Storage::F16 => (safetensors::Dtype::F16, "float16"),
-        Storage::BF16 => (safetensors::Dtype::BF16, "bfloat16"),
-        _ => (safetensors::Dtype::F32, "float32"),
+pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel, floats: Floats) -> Result<()> {
+    let dtype = match floats {
+        Floats::F32 => safetensors::Dtype::F32,
+        Floats::F16 => safetensors::Dtype::F16,
+        Floats::Bf16 => safetensors::Dtype::BF16,
     };
-    save_configuration(directory, model, base, dtype_name)?;
+    save_configuration(directory, model, base, floats.name())?;
     let mut tensors = Vec::new();
     for module in &model.modules {
         if module.info.path == HEAD && model.config.tie_word_embeddings {

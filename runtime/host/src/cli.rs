@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
+use homeroom_engine::merge::Floats;
 use homeroom_engine::requantize::StoredAs;
 use homeroom_engine::schedule::Schedule;
 use homeroom_kernels::{Codec, Cpu};
@@ -410,12 +411,41 @@ pub struct ExportModel {
     /// Directory that is written
     #[arg(long, value_name = "DIR")]
     pub output_dir: PathBuf,
+    /// Floats that are written [default: the base's, f32 where it is quantised]
+    ///
+    /// What training changed is rounded to them; the KL divergence that is printed says what that costs.
+    #[arg(long, value_enum)]
+    pub dtype: Option<FloatsArg>,
     /// Replace the output directory if it is there
     #[arg(long)]
     pub overwrite: bool,
     /// Print one JSON object at the end
     #[arg(long)]
     pub json: bool,
+}
+
+/// Floats of an export.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum FloatsArg {
+    /// 32 bits: nothing is lost
+    #[value(alias = "float32")]
+    F32,
+    /// 16 bits, as transformers' float16
+    #[value(alias = "float16")]
+    F16,
+    /// 16 bits, as transformers' bfloat16
+    #[value(alias = "bfloat16")]
+    Bf16,
+}
+
+impl From<FloatsArg> for Floats {
+    fn from(choice: FloatsArg) -> Self {
+        match choice {
+            FloatsArg::F32 => Self::F32,
+            FloatsArg::F16 => Self::F16,
+            FloatsArg::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// Form of an export.

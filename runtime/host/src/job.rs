@@ -10,7 +10,7 @@ use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
 use homeroom_engine::block::{Blocks, Compute};
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
-use homeroom_engine::merge::{merge, save_model};
+use homeroom_engine::merge::{Floats, merge, save_model};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::requantize::{kept_storage, store_as_planned};
 use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, evaluate_examples, train};
@@ -209,7 +209,7 @@ impl Outcome {
         let record =
             Record { strategy: &strategy, data_digest: Some(&self.data_digest), requantize: job.requantize, training };
         if adaptation.is_whole_model() {
-            save_model(&directory, &merge(&job.model, &adaptation)?, &job.model)?;
+            save_model(&directory, &merge(&job.model, &adaptation)?, &job.model, Floats::of(&job.model)?)?;
             let manifest = serde_json::to_value(adapter::manifest(&job.model, &adaptation, record)?)?;
             directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())?;
         } else {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use homeroom_engine::files::{NewDirectory, vacant};
 use homeroom_engine::generate::prompt_ids;
-use homeroom_engine::merge::{divergence, merge, save_model};
+use homeroom_engine::merge::{Floats, divergence, merge, save_model};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use serde_json::json;
@@ -23,6 +23,9 @@ const PROBES: [&str; 4] = [
     "Write a short poem about the sea in winter.",
 ];
 
+/// A divergence in nats a token that is more than the noise of answering in 16 bits.
+const FELT: f64 = 1e-3;
+
 /// Writes a trained model for other programs, and says how far its answers are from the trained model's.
 pub fn run(arguments: &ExportModel) -> Result<Done> {
     let ExportFormat::Merged = arguments.format;
@@ -38,7 +41,8 @@ pub fn run(arguments: &ExportModel) -> Result<Done> {
     interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&arguments.output_dir)?;
     directory.replaces = arguments.overwrite;
-    save_model(&directory, &merge(&model, &adaptation)?, &model)?;
+    let floats = arguments.dtype.map_or_else(|| Floats::of(&model), |chosen| Ok(chosen.into()))?;
+    save_model(&directory, &merge(&model, &adaptation)?, &model, floats)?;
     // Compared as it was written, so that rounding to the file's type counts.
     let written = BaseModel::load(directory.path()).context("the export cannot be read back")?;
     let sequences = PROBES.map(|probe| match model.template {
@@ -51,9 +55,12 @@ pub fn run(arguments: &ExportModel) -> Result<Done> {
     drop(written);
     let output_dir = directory.publish()?;
     line(format_args!("saved     {}", output_dir.display()));
-    line(format_args!("KL        {kl:.2e} nats a token from the unmerged model"));
+    line(format_args!("KL        {kl:.2e} nats a token from the unmerged model, in {}", floats.name()));
+    if kl > FELT && floats != Floats::F32 {
+        line("          rounding loses some of what was learned; `--dtype f32` keeps it");
+    }
     if arguments.json {
-        print(&json!({"output_dir": output_dir, "kl": kl}).to_string())?;
+        print(&json!({"output_dir": output_dir, "kl": kl, "dtype": floats.name()}).to_string())?;
     }
     Ok(Done::Whole)
 }

@@ -266,13 +266,21 @@ impl Blocks {
         }
     }
 
+    /// Whether a frozen weight is multiplied in integers.
+    pub fn in_integers(&self) -> bool {
+        match self {
+            Self::F32(blocks) => blocks.in_integers(),
+            Self::Bf16(blocks) => blocks.in_integers(),
+        }
+    }
+
     /// How blocks are run, in words for the line that restates a run.
     pub fn words(&self) -> String {
-        let (name, (fused, layers, head), integers) = match self {
-            Self::F32(blocks) => ("f32", blocks.counts(), blocks.in_integers()),
-            Self::Bf16(blocks) => ("bf16", blocks.counts(), blocks.in_integers()),
+        let (name, (fused, layers, head)) = match self {
+            Self::F32(blocks) => ("f32", blocks.counts()),
+            Self::Bf16(blocks) => ("bf16", blocks.counts()),
         };
-        let name = if integers { format!("{name}, frozen weights in integers") } else { name.to_owned() };
+        let name = if self.in_integers() { format!("{name}, frozen weights in integers") } else { name.to_owned() };
         match (fused, head) {
             (0, false) => "f32, plain blocks".to_owned(),
             _ if fused == layers && head => format!("{name}, fused blocks"),

@@ -111,7 +111,10 @@ impl Job {
 
     /// How its blocks will run, in words.
     pub fn blocks(&self, compute: Compute) -> String {
-        Blocks::new(&self.model, Some(&self.adaptation), compute).words()
+        let blocks = Blocks::new(&self.model, Some(&self.adaptation), compute);
+        let missed = compute == Compute::Int8 && !blocks.in_integers();
+        let missed = if missed { "; nothing in integers, which takes frozen weights in fused blocks" } else { "" };
+        format!("{}{missed}", blocks.words())
     }
 
     /// Trains, with the strategy beside it: its hook is asked after each step, and when its file is watched another generation

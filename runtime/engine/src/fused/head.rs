@@ -1,6 +1,8 @@
 //! The final norm, the frozen head and the cross-entropy as one operation over the rows that have a target: logits exist for
 //! some rows at a time, and their gradient takes their place.
 
+use std::sync::OnceLock;
+
 use homeroom_kernels::{
     Codec, Columns, Finish, Left, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm,
     rms_norm_backward, target_logits,
@@ -20,9 +22,9 @@ const LOGITS_BYTES: usize = 36 << 20;
 pub struct FusedHead {
     norm: Vec<f32>,
     head: usize,
-    /// Its weight in eight bits, if products with it are in integers: it is read for each chunk of rows anew, and rounding it as often
-    /// would cost more than integers gain.
-    rounded: Option<Weight>,
+    /// If products with its weight are in integers, its weight in eight bits, once it has been needed: it is read for each chunk of rows
+    /// anew, and rounding it as often would cost more than integers gain. `None` where it cannot be rounded.
+    rounded: Option<OnceLock<Option<Weight>>>,
 }
 
 impl FusedHead {
@@ -34,8 +36,8 @@ impl FusedHead {
         let fits = info.d_in.is_multiple_of(E::PER_WORD) && info.d_out.is_multiple_of(E::PER_WORD);
         let plain = model.modules[norm].bias.is_none();
         (frozen(norm) && frozen(head) && fits && plain).then(|| {
-            let rounded = integers.then(|| model.modules[head].weight.encoded(&Codec::int8()).ok()).flatten();
-            let rounded = rounded.filter(|weight| weight.matrix().multiplies_in_integers());
+            let whole_words = info.d_in.is_multiple_of(4) && info.d_out.is_multiple_of(4);
+            let rounded = (integers && whole_words).then(OnceLock::new);
             Self { norm: model.modules[norm].weight.decode(0..1), head, rounded }
         })
     }
@@ -65,8 +67,11 @@ impl FusedHead {
             return outcome;
         }
         let weight = model.modules[self.head].weight.matrix();
-        let rounded = self.rounded.as_ref().map(|weight| Right::Integers(weight.matrix()));
-        let right = rounded.unwrap_or(Right::Frozen(weight));
+        let rounded = self.rounded.as_ref().and_then(|rounded| {
+            let weight = &model.modules[self.head].weight;
+            rounded.get_or_init(|| weight.encoded(&Codec::int8()).ok()).as_ref()
+        });
+        let right = rounded.map_or(Right::Frozen(weight), |rounded| Right::Integers(rounded.matrix()));
         let bias = model.modules[self.head].bias.as_ref().map(|bias| &bias[..]);
         let mut residual = vec![0f32; n * c];
         let place = |i: usize| if x.len() == n * c { i } else { target_rows[i] as usize };

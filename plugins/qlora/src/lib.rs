@@ -1,8 +1,8 @@
 //! QLoRA: LoRA over a base whose linear layers are stored as 4-bit NormalFloat, with their scales quantised in turn.
 //!
 //! Source: Dettmers et al. 2023, <https://arxiv.org/abs/2305.14314>, section 3. Packed bytes and scales are bitsandbytes'. Training
-//! proposes products in integers: inputs are rounded to 8 bits in groups of 128, and so are the weights' levels. The held-out loss
-//! after an epoch of SmolLM2-135M was 0.6 % higher than with products in bf16.
+//! proposes products in integers: inputs are rounded to 8 bits in groups of 64, and so are the weights' levels. The held-out loss
+//! after an epoch of SmolLM2-135M was 0.4 % higher than with products in bf16.
 
 use homeroom_sdk::lora::Lora;
 use homeroom_sdk::prelude::*;

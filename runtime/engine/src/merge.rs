@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{D, DType, Tensor};
 use homeroom_abi::plan::ModuleKind;
 use homeroom_kernels::Storage;
@@ -99,7 +99,7 @@ pub enum Floats {
     F32,
     /// 16 bits, 11 of them of precision.
     F16,
-    /// 16 bits, 8 of them of precision: a change of a weight by less than a 500th may be lost.
+    /// 16 bits, 8 of them of precision: a change of a weight by less than a 500th is lost.
     Bf16,
 }
 
@@ -146,9 +146,14 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
         }
         let shape = module.info.weight_shape();
         let order = if module.info.kind == ModuleKind::Norm { 0..1 } else { 0..module.weight.rows() };
-        tensors.push((format!("{}.weight", module.info.path), shape, encode(&module.weight.decode(order), dtype)));
+        let mut push = |name: String, shape: Vec<usize>, values: &[f32]| -> Result<()> {
+            let bytes = encode(values, floats).with_context(|| format!("tensor `{name}`"))?;
+            tensors.push((name, shape, bytes));
+            Ok(())
+        };
+        push(format!("{}.weight", module.info.path), shape, &module.weight.decode(order))?;
         if let Some(bias) = &module.bias {
-            tensors.push((format!("{}.bias", module.info.path), vec![bias.len()], encode(bias, dtype)));
+            push(format!("{}.bias", module.info.path), vec![bias.len()], bias)?;
         }
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {
@@ -210,10 +215,35 @@ fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseMo
     }
 }
 
-fn encode(values: &[f32], dtype: safetensors::Dtype) -> Vec<u8> {
-    match dtype {
-        safetensors::Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-        safetensors::Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+/// Values as bytes; refuses those that only infinity would stand for.
+fn encode(values: &[f32], floats: Floats) -> Result<Vec<u8>> {
+    let narrowed = |value: f32| match floats {
+        Floats::F16 => half::f16::from_f32(value).to_f32(),
+        Floats::Bf16 => half::bf16::from_f32(value).to_f32(),
+        Floats::F32 => value,
+    };
+    if let Some(value) = values.iter().find(|value| value.is_finite() && !narrowed(**value).is_finite()) {
+        let name = floats.name();
+        bail!("{value} is beyond what {name} holds; `--dtype f32` holds it, and bf16 all but the largest of f32");
+    }
+    Ok(match floats {
+        Floats::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        Floats::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Floats::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_never_written_as_infinity() {
+        for (value, floats) in [(70_000.0, Floats::F16), (-1e6, Floats::F16), (f32::MAX, Floats::Bf16)] {
+            let error = encode(&[1.0, value], floats).unwrap_err().to_string();
+            assert!(error.contains(floats.name()) && error.contains("--dtype f32"), "{error}");
+        }
+        assert_eq!(encode(&[65_504.0, f32::INFINITY], Floats::F16).unwrap(), [0xFF, 0x7B, 0x00, 0x7C]);
+        assert_eq!(encode(&[f32::MAX], Floats::F32).unwrap(), f32::MAX.to_le_bytes());
     }
 }

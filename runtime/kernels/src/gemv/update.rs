@@ -120,6 +120,9 @@ impl Panels {
         let fits = u.len() == self.cols * m && rows.end <= self.rows && out.len() == rows.len() * m;
         assert!(fits && bytes.len() == self.bytes(), "{rows:?} of {} x {} for {m} rows", self.rows, self.cols);
         let (cpu, first) = (cpu(), rows.start);
+        if self.cols == 0 {
+            return;
+        }
         if !self.eight_bits {
             for (own, panel) in self.over(bytes, rows) {
                 let out = &mut out[(own.start - first) * m..(own.end - first) * m];

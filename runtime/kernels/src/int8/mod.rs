@@ -27,9 +27,9 @@ use crate::product::{Left, grown};
 use crate::tile::PANEL;
 
 /// Values of a row of A that share a scale.
-const GROUP: usize = 128;
+const GROUP: usize = 64;
 /// Values of a sum that are packed at once: whole groups.
-pub(crate) const CHUNK: usize = 16 * GROUP;
+pub(crate) const CHUNK: usize = 32 * GROUP;
 /// The index of 0.
 const ZERO: i32 = 127;
 

@@ -21,9 +21,9 @@ fn weight(rows: usize, cols: usize, stream: &mut Stream) -> (Codec, Encoded) {
     (codec, encoded)
 }
 
-/// A row as whole numbers from -127 to 127, times a scale for each 128.
+/// A row as whole numbers from -127 to 127, times a scale for each 64.
 fn rounded(row: &[f64]) -> Vec<f64> {
-    row.chunks(128).flat_map(rounded_group).collect()
+    row.chunks(64).flat_map(rounded_group).collect()
 }
 
 fn rounded_group(row: &[f64]) -> Vec<f64> {
@@ -221,7 +221,7 @@ fn check_rounded(w: &Matrix<'_>, m: usize, label: &str) {
             for (i, j) in (0..m).flat_map(|i| (0..width).map(move |j| (i, j))) {
                 let (x, w) = (&x[i * depth..(i + 1) * depth], &columns[j * depth..(j + 1) * depth]);
                 let (mut want, mut bound) = (0f64, 1e-6);
-                for (x, w) in x.chunks(128).zip(w.chunks(128)) {
+                for (x, w) in x.chunks(64).zip(w.chunks(64)) {
                     // A block's levels are rounded by its scale, and its values need not reach it.
                     let (of_x, of_w) = (largest(x) / 254.0, 3.0 * largest(w) / 254.0);
                     for (x, w) in x.iter().zip(w) {

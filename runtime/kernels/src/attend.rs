@@ -216,8 +216,8 @@ mod avx512 {
     /// Positions that are read together.
     const TOGETHER: usize = 16;
 
-    /// Reads values in the order in which they lie, and does nothing with them: memory then comes a third faster than head by head, even
-    /// where each head asks for what the next will read.
+    /// Reads values in the order in which they lie, and does nothing with them: memory then comes faster than head by head, even where
+    /// each head asks for what the next will read.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn read<E: Element>(values: &[E]) {

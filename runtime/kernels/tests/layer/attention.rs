@@ -240,6 +240,8 @@ fn attention_over_kept_keys_is_attention_over_the_whole() {
     kept::<bf16>(300, 9, 3, 64, None);
     kept::<f32>(300, 2, 2, 80, None);
     kept::<bf16>(300, 5, 1, 80, None);
+    // More positions than sixteen of the shortest spans.
+    kept::<bf16>(1100, 2, 1, 16, Some(300));
     kept::<bf16>(270, 4, 2, 128, Some(9));
     kept::<f32>(270, 8, 2, 48, None);
     kept::<bf16>(3, 4, 1, 6, Some(2));

@@ -1,5 +1,6 @@
 //! Tests that cross crates: strategies from their `.so` files, the program as users run it, and numbers against torch.
 
+mod admission;
 #[cfg(unix)]
 mod command_line;
 mod curves;

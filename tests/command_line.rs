@@ -839,7 +839,7 @@ fn eval_chat_and_plugins_print_their_result_alone() -> Result<()> {
     let model = BaseModel::load(&base)?;
     let messages =
         [json!({"role": "system", "content": "short"}), json!({"role": "user", "content": "times seven: 3"})];
-    let sampling = Sampling { max_tokens: 12, temperature: 0.0, top_p: 1.0, seed: 42 };
+    let sampling = Sampling { max_tokens: 12, seed: 42, ..Sampling::default() };
     let prompt = prompt_ids(&model, &messages)?;
     let answer = generate(&Answers::new(Inference::new(model.into(), None, Compute::auto())), &prompt, sampling)?;
     let mut chat = homeroom();

@@ -29,22 +29,28 @@ fn loaded() -> Result<Loaded> {
     Loaded::load(&ModelRef { name: fixture("models/llama"), ..ModelRef::default() })
 }
 
-fn local() -> Result<Arc<dyn Handler>> {
+pub fn local() -> Result<Arc<dyn Handler>> {
     Ok(Arc::new(Local::new("llama", loaded()?, Compute::auto())))
 }
 
-fn endpoint(base_url: &str, model: &str) -> Result<OpenAi> {
-    Ok(OpenAi::new(Endpoint {
+pub fn endpoint(base_url: &str, model: &str) -> Result<OpenAi> {
+    Ok(OpenAi::new(settings(base_url, model)?))
+}
+
+pub fn settings(base_url: &str, model: &str) -> Result<Endpoint> {
+    Ok(Endpoint {
         base_url: BaseUrl::parse(base_url).map_err(anyhow::Error::msg)?,
+        name: "far".into(),
         model: model.into(),
         api_key: Some(Secret::new("sk-test-1234".into())),
         connect_timeout: Duration::from_secs(5),
         read_timeout: Duration::from_millis(1500),
+        answer_timeout: Duration::from_secs(60),
         max_tokens_param: "max_tokens".into(),
-    }))
+    })
 }
 
-fn asked(text: &str, max_tokens: usize) -> Request {
+pub fn asked(text: &str, max_tokens: usize) -> Request {
     Request {
         messages: vec![Message::new(Role::User, text)],
         max_tokens: Some(max_tokens),
@@ -54,7 +60,7 @@ fn asked(text: &str, max_tokens: usize) -> Request {
     }
 }
 
-fn serve(models: Models) -> Result<Running> {
+pub fn serve(models: Models) -> Result<Running> {
     start(models, bind("127.0.0.1", 0)?)
 }
 
@@ -136,7 +142,7 @@ fn answers_that_run_at_once_are_as_alone() -> Result<()> {
 // A server that says what it is told to.
 
 /// Answers each connection with the next text, as it stands, and closes. Returns the requests it got.
-fn scripted(replies: Vec<String>) -> Result<(String, std::thread::JoinHandle<Vec<String>>)> {
+pub fn scripted(replies: Vec<String>) -> Result<(String, std::thread::JoinHandle<Vec<String>>)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let url = format!("http://{}/v1", listener.local_addr()?);
     let thread = std::thread::spawn(move || {
@@ -156,7 +162,7 @@ fn scripted(replies: Vec<String>) -> Result<(String, std::thread::JoinHandle<Vec
     Ok((url, thread))
 }
 
-fn read_request(stream: &TcpStream) -> Result<String> {
+pub fn read_request(stream: &TcpStream) -> Result<String> {
     let mut reader = BufReader::new(stream);
     let (mut text, mut length) = (String::new(), 0);
     loop {
@@ -174,11 +180,11 @@ fn read_request(stream: &TcpStream) -> Result<String> {
     Ok(text + "\r\n" + &String::from_utf8(body)?)
 }
 
-fn stream_of(frames: &str) -> String {
+pub fn stream_of(frames: &str) -> String {
     format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n{frames}")
 }
 
-fn refusal(status: u16, headers: &str, body: &Value) -> String {
+pub fn refusal(status: u16, headers: &str, body: &Value) -> String {
     let body = body.to_string();
     format!(
         "HTTP/1.1 {status} No\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{headers}\r\n{body}",
@@ -202,8 +208,8 @@ fn streams_of_many_dialects_are_read() -> Result<()> {
          data: {stop}\r\n\r\ndata: {{\"choices\":[],\"usage\":{{\"prompt_tokens\":3,\"completion_tokens\":2}}}}\r\n\r\ndata: [DONE]\r\n\r\n"
     )))??;
     let usage = Usage { prompt_tokens: Some(3), completion_tokens: Some(2) };
-    let (id, model) = ("i".to_owned(), "n".to_owned());
-    assert_eq!(plain, Completion { id, model, text: "aé🦊".into(), finish: FinishReason::Stop, usage });
+    let (id, model, handler) = ("i".to_owned(), "n".to_owned(), "far".to_owned());
+    assert_eq!(plain, Completion { id, model, handler, text: "aé🦊".into(), finish: FinishReason::Stop, usage });
     // No id, no model, no usage, no [DONE], no last empty line: still whole, and the usage is not known.
     let bare =
         told(stream_of(&format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"a\"}}}}]}}\n\ndata: {stop}")))??;
@@ -319,7 +325,7 @@ impl Handler for Fails {
 
 #[test]
 fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
-    let start = Event::Start { id: "broken".into(), model: "broken".into() };
+    let start = Event::Start { id: "broken".into(), model: "broken".into(), handler: "broken".into() };
     let word = Event::Delta { text: "half".into() };
     let near = local()?;
     let want = near.complete(&asked("hi", 5), &Context::default())?.text;
@@ -338,12 +344,44 @@ fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
         let error = HandlerError::new(kind.clone(), "broken");
         let broken: Arc<dyn Handler> = Arc::new(Fails { before: before.clone(), error, asked: asked_times.clone() });
         let route = Route::new(vec![("broken".into(), broken), ("near".into(), near.clone())]);
-        let answer = route.complete(&asked("hi", 5), &Context::default());
+        let answer = route.stream(&asked("hi", 5), &Context::default()).and_then(collect);
         assert_eq!(asked_times.load(Ordering::SeqCst), 1);
         match answer {
             Ok(whole) => assert!(falls_back && whole.text == want && whole.model == "llama", "{before:?} {kind:?}"),
             Err(error) => assert!(!falls_back && error.kind == kind, "{before:?} {kind:?}: {error}"),
         }
+    }
+    Ok(())
+}
+
+/// Nobody saw a word of it.
+#[test]
+fn an_unstreamed_answer_that_breaks_off_is_given_by_the_next_handler() -> Result<()> {
+    let start = Event::Start { id: "broken".into(), model: "broken".into(), handler: "broken".into() };
+    let before = vec![start, Event::Delta { text: "half".into() }];
+    let near = local()?;
+    let want = near.complete(&asked("hi", 5), &Context::default())?.text;
+    for (kind, falls_back) in [
+        (Kind::Cut, true),
+        (Kind::Protocol, true),
+        (Kind::Unavailable, true),
+        (Kind::InvalidRequest { param: None }, false),
+        (Kind::Cancelled, false),
+    ] {
+        let error = HandlerError::new(kind.clone(), "broken");
+        let broken: Arc<dyn Handler> = Arc::new(Fails { before: before.clone(), error, asked: Arc::default() });
+        let route = Route::new(vec![("broken".into(), broken.clone()), ("near".into(), near.clone())]);
+        match route.complete(&asked("hi", 5), &Context::default()) {
+            Ok(whole) => {
+                assert!(
+                    falls_back && whole.text == want && whole.handler == "llama" && !whole.id.is_empty(),
+                    "{kind:?}"
+                );
+            }
+            Err(error) => assert!(!falls_back && error.kind == kind, "{kind:?}: {error}"),
+        }
+        let last = Route::new(vec![("broken".into(), broken)]);
+        assert_eq!(last.complete(&asked("hi", 5), &Context::default()).expect_err("no other").kind, kind);
     }
     Ok(())
 }
@@ -362,7 +400,7 @@ pub fn http(address: SocketAddr, head: &str, body: &str) -> Result<(u16, String,
     Ok((status, headers.to_owned(), body.to_owned()))
 }
 
-fn post(address: SocketAddr, body: &Value) -> Result<(u16, String, String)> {
+pub fn post(address: SocketAddr, body: &Value) -> Result<(u16, String, String)> {
     http(
         address,
         "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json",
@@ -370,7 +408,7 @@ fn post(address: SocketAddr, body: &Value) -> Result<(u16, String, String)> {
     )
 }
 
-fn chat_body(more: &Value) -> Value {
+pub fn chat_body(more: &Value) -> Value {
     let mut body =
         json!({"model": "a/b:c", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0});
     for (key, value) in more.as_object().into_iter().flatten() {
@@ -492,7 +530,7 @@ impl Handler for Slow {
             words.fetch_add(1, Ordering::SeqCst);
             Event::Delta { text: "word ".into() }
         };
-        let start = Event::Start { id: "i".into(), model: "m".into() };
+        let start = Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() };
         let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
         Ok(Box::new(std::iter::once(start).chain((0..self.1).map(word)).chain(end).map(Ok)))
     }
@@ -554,7 +592,10 @@ fn an_answer_under_way_is_finished_when_the_server_ends() -> Result<()> {
 
 #[test]
 fn a_handler_that_fails_in_the_middle_is_an_error_frame() -> Result<()> {
-    let before = vec![Event::Start { id: "i".into(), model: "m".into() }, Event::Delta { text: "half".into() }];
+    let before = vec![
+        Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() },
+        Event::Delta { text: "half".into() },
+    ];
     let error = HandlerError::new(Kind::Cut, "it broke off");
     let broken = Fails { before, error, asked: Arc::default() };
     let server = serve(Models::from([("m".into(), Arc::new(broken) as Arc<dyn Handler>)]))?;

@@ -186,7 +186,7 @@ fn answers(model: &Arc<BaseModel>, compute: Compute) -> Answers {
 }
 
 fn sampling(seed: u64) -> Sampling {
-    Sampling { max_tokens: 20, temperature: 0.9, top_p: 0.95, seed }
+    Sampling { max_tokens: 20, temperature: 0.9, top_p: 0.95, seed, ..Sampling::default() }
 }
 
 #[test]

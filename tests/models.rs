@@ -62,7 +62,7 @@ fn greedy_tokens_equal_those_of_transformers() -> Result<()> {
     let mut endless = homeroom_engine::tokenizer::Tokenizer::from_dir(&model.path)?;
     endless.eos_ids.clear();
     model.tokenizer = endless.into();
-    let sampling = Sampling { max_tokens: want.len(), temperature: 0.0, top_p: 1.0, seed: 0 };
+    let sampling = Sampling { max_tokens: want.len(), ..Sampling::default() };
     let model = std::sync::Arc::new(model);
     for compute in [Compute::Plain, Compute::F32] {
         let answers = Answers::new(Inference::new(model.clone(), None, compute));

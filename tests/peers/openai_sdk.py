@@ -78,10 +78,15 @@ def errors(client: openai.OpenAI, model: str) -> None:
     check("  has its code", error.code == "model_not_found", error.body)
     for field, value in [
         ("n", 2), ("temperature", 3), ("tools", [{"type": "function", "function": {"name": "f"}}]), ("logprobs", True),
-        ("response_format", {"type": "json_object"}), ("presence_penalty", 1), ("logit_bias", {"1": 1}), ("max_tokens", 0),
+        ("response_format", {"type": "json_object"}), ("presence_penalty", 3), ("logit_bias", {"1": 1}), ("max_tokens", 0),
     ]:
         error = raises(f"{field}={value}", openai.BadRequestError, lambda: create(**common | {field: value}))
         check("  is blamed by name", error is not None and error.param == field, error and error.body)
+    error = raises("an unknown field", openai.BadRequestError, lambda: create(**common, extra_body={"top_kk": 5}))
+    check("  is blamed by name", error is not None and error.param == "top_kk" and "did you mean `top_k`" in str(error), error)
+    extra = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1}
+    drawn = [create(**common | {"temperature": 2, "max_tokens": 12}, extra_body=extra, seed=seed) for seed in (1, 2)]
+    check("top_k 1 leaves one token", len({answer.choices[0].message.content for answer in drawn}) == 1, drawn)
     long = [{"role": "user", "content": "many words " * 20_000}]
     error = raises("a conversation that is too long", openai.BadRequestError, lambda: create(**common | {"messages": long}))
     check("  has its code", error.code == "context_length_exceeded", error.body)

@@ -14,10 +14,37 @@ pub struct Sampling {
     pub max_tokens: usize,
     /// 0: always the most likely token; higher is freer.
     pub temperature: f64,
+    /// Draw from so many of the likeliest tokens; 0: from all.
+    pub top_k: usize,
     /// Draw from the likeliest tokens that together have this probability; 1: from all.
     pub top_p: f64,
+    /// Draw from tokens at least this share as likely as the likeliest: 0 to 1; 0: from all.
+    pub min_p: f64,
+    /// Divides what speaks for a token that stands in the conversation; 1: nothing.
+    pub repetition_penalty: f64,
+    /// What a token's logit loses for each time it was drawn: -2 to 2.
+    pub frequency_penalty: f64,
+    /// What the logit of a token that was drawn loses once: -2 to 2.
+    pub presence_penalty: f64,
     /// Seed of the draw.
     pub seed: u64,
+}
+
+impl Default for Sampling {
+    /// Always the most likely token, to the end of the context.
+    fn default() -> Self {
+        Self {
+            max_tokens: usize::MAX,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            seed: 0,
+        }
+    }
 }
 
 /// Why an answer ended.
@@ -119,7 +146,7 @@ mod tests {
     }
 
     fn sampling(temperature: f64, top_p: f64, seed: u64) -> Sampling {
-        Sampling { max_tokens: 24, temperature, top_p, seed }
+        Sampling { max_tokens: 24, temperature, top_p, seed, ..Sampling::default() }
     }
 
     fn answers(model: BaseModel, compute: Compute) -> Answers {

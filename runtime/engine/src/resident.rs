@@ -20,7 +20,7 @@ const PART: usize = 4 << 20;
 const SHARE: u64 = 4;
 
 /// Bytes that can be used without pushing others out, if the system tells.
-fn available() -> Option<u64> {
+pub(crate) fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)

@@ -30,9 +30,9 @@ pub struct Watch {
 /// What tells a file from another of the same name, and from itself before it was written: device and inode, length, and
 /// the time of the last change. That is not the time of the last write, which a copy may set back to the original's.
 #[cfg(unix)]
-type Identity = ((u64, u64), u64, (i64, i64));
+pub type Identity = ((u64, u64), u64, (i64, i64));
 #[cfg(not(unix))]
-type Identity = ((u64, u64), u64, Option<std::time::SystemTime>);
+pub type Identity = ((u64, u64), u64, Option<std::time::SystemTime>);
 
 impl Watch {
     /// Watches a file, which need not be there. The second value: why it is only looked at from time to time.
@@ -75,6 +75,11 @@ impl Watch {
         }
         self.seen = now;
         true
+    }
+
+    /// The file as the last wait saw it; `None`: it is not there.
+    pub fn identity(&self) -> Option<Identity> {
+        self.seen
     }
 
     fn directory(&self) -> Option<&Path> {

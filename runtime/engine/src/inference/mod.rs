@@ -8,6 +8,7 @@
 
 mod cache;
 mod decode;
+mod sampler;
 mod schedule;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +18,7 @@ use homeroom_kernels::{ProductElement, bf16, on_pool};
 
 pub use self::cache::KvCache;
 use self::decode::Decoder;
-pub use self::schedule::{Answers, Tokens};
+pub use self::schedule::{Answers, TOGETHER, Tokens};
 use crate::adaptation::Adaptation;
 use crate::batch::Batch;
 use crate::block::Compute;
@@ -62,7 +63,12 @@ impl<E: ProductElement> Fast<E> {
     /// Reads tokens; with `logits`, those after the last.
     fn read(&self, pass: &Pass<'_>, ids: &[u32], cache: &mut KvCache<E>, logits: bool) -> Result<Option<Vec<f32>>> {
         let batch = Batch::of_tokens(ids, cache.positions() as u32);
-        let last = on_pool(|| self.blocks().continue_sequence(pass, &batch, cache))?;
+        // The lock before the pool: a thread of the pool that waits for its own tasks may take another's, and that one might want
+        // this lock.
+        let mut guard = self.blocks();
+        let blocks = &mut *guard;
+        let last = on_pool(|| blocks.continue_sequence(pass, &batch, cache))?;
+        drop(guard);
         Ok(logits.then(|| self.decoder.head(pass.model, &last)).and_then(|mut logits| logits.pop()))
     }
 
@@ -147,6 +153,13 @@ impl Inference {
             Blocks::Bf16(_) => Kept::Bf16(KvCache::new(&self.model.config)),
             Blocks::Plain => Kept::Plain(Cache::default()),
         }
+    }
+
+    /// Bytes of the keys and values of one position.
+    pub fn bytes_per_position(&self) -> usize {
+        let config = &self.model.config;
+        let element = if matches!(self.blocks, Blocks::Bf16(_)) { size_of::<bf16>() } else { size_of::<f32>() };
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
     }
 
     /// Reads tokens of a prompt; the logits after the last, (V), if they are wanted.

@@ -9,23 +9,23 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
-use candle_core::{Device, Tensor};
-use candle_transformers::generation::{LogitsProcessor, Sampling as Draw};
 
+use super::sampler::Sampler;
 use super::{Inference, Kept};
 use crate::generate::{Finish, Sampling};
+use crate::resident::available;
 
 /// Tokens of a prompt that are read at once: enough to fill the cores, few enough that others need not wait long.
 const PIECE: usize = 256;
-/// Answers that are drawn together; more wait for one to end.
-const TOGETHER: usize = 16;
+/// Answers that are drawn together, a class; more wait for one to end.
+pub const TOGETHER: usize = 32;
+/// The share of the memory that is available which keys and values of answers may come to; more answers wait.
+const SHARE: u64 = 2;
 /// Beginnings that are kept for later prompts, and their bytes.
 const BEGINNINGS: usize = 8;
 const BEGINNINGS_BYTES: usize = 256 << 20;
 /// A beginning with fewer tokens is read again as quickly.
 const SHORTEST: usize = 16;
-/// Below this a temperature is 0: dividing logits by less overflows.
-const TEMPERATURE_MIN: f64 = 1e-6;
 
 /// One pass through a model uses all cores, so models take turns, in the order in which they came: a mutex alone would be taken
 /// again by who has just let it go.
@@ -67,7 +67,8 @@ enum News {
 /// An answer that was asked for.
 struct Asked {
     prompt: Vec<u32>,
-    sampling: Sampling,
+    sampler: Sampler,
+    max_tokens: usize,
     news: Sender<News>,
     dropped: Arc<AtomicBool>,
 }
@@ -95,9 +96,8 @@ impl Answers {
     /// # Errors
     /// When the prompt is empty or longer than the model's context, or the sampling is not of numbers in range.
     pub fn ask(&self, prompt: &[u32], sampling: Sampling) -> Result<Tokens> {
-        let Sampling { max_tokens, temperature, top_p, .. } = sampling;
-        ensure!(temperature.is_finite() && temperature >= 0.0, "the temperature is not a number from 0");
-        ensure!((0.0..=1.0).contains(&top_p), "top_p is not a number from 0 to 1");
+        let max_tokens = sampling.max_tokens;
+        let sampler = Sampler::new(sampling, prompt)?;
         let context = self.inference.model.config.max_position_embeddings;
         ensure!(!prompt.is_empty(), "the prompt is empty");
         ensure!(prompt.len() <= context, "the prompt is {} tokens, the model's context {context}", prompt.len());
@@ -105,7 +105,7 @@ impl Answers {
         let dropped = Arc::new(AtomicBool::new(false));
         let finish = (max_tokens == 0).then_some(Finish::Length);
         if finish.is_none() {
-            let mut asked = Asked { prompt: prompt.to_vec(), sampling, news, dropped: dropped.clone() };
+            let mut asked = Asked { prompt: prompt.to_vec(), sampler, max_tokens, news, dropped: dropped.clone() };
             let mut thread = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
             // A thread that ended by a panic is followed by another.
             for _ in 0..2 {
@@ -181,7 +181,12 @@ impl Drop for Tokens {
 /// Starts the thread that draws; it ends when its sender is dropped and nothing is left to draw.
 fn start(inference: Arc<Inference>) -> Sender<Asked> {
     let (sender, asked) = channel();
-    let draw = move || Drawing { inference, waiting: VecDeque::new(), drawn: Vec::new(), kept: Vec::new() }.run(&asked);
+    let draw = move || {
+        let bytes = inference.bytes_per_position().max(1) as u64;
+        // A cache that grows holds up to twice what is in it.
+        let positions_max = available().map_or(usize::MAX, |available| (available / SHARE / (2 * bytes)) as usize);
+        Drawing { inference, waiting: VecDeque::new(), drawn: Vec::new(), kept: Vec::new(), positions_max }.run(&asked);
+    };
     let started = std::thread::Builder::new().name("answers".to_owned()).spawn(draw);
     // Without a thread the sender fails at once, and whoever asks is told.
     drop(started);
@@ -191,7 +196,6 @@ fn start(inference: Arc<Inference>) -> Sender<Asked> {
 /// An answer that is being drawn.
 struct Sequence {
     asked: Asked,
-    draw: LogitsProcessor,
     kept: Kept,
     /// What the model has read: the prompt so far, and the tokens drawn.
     read: Vec<u32>,
@@ -202,16 +206,6 @@ struct Sequence {
 
 impl Sequence {
     fn new(inference: &Inference, asked: Asked, beginnings: &[(Vec<u32>, Kept)]) -> Self {
-        let Sampling { max_tokens, temperature, top_p, seed } = asked.sampling;
-        // What draws counts in f32.
-        let draw = if temperature < TEMPERATURE_MIN || (top_p as f32) < f32::MIN_POSITIVE {
-            Draw::ArgMax
-        } else if top_p < 1.0 {
-            Draw::TopP { p: top_p, temperature }
-        } else {
-            Draw::All { temperature }
-        };
-        let draw = LogitsProcessor::from_sampling(seed, draw);
         let shared = |(ids, kept): &(Vec<u32>, Kept)| {
             let same = ids.iter().zip(&asked.prompt).take_while(|(a, b)| a == b).count();
             // The last token of the prompt is read in any case: what follows it is asked for.
@@ -221,7 +215,7 @@ impl Sequence {
         let begun = longest.filter(|(len, _)| *len >= SHORTEST).and_then(|(len, (_, kept))| kept.prefix(len));
         let kept = begun.unwrap_or_else(|| inference.begin());
         let read = asked.prompt[..kept.positions()].to_vec();
-        Self { draw, kept, read, last: None, left: max_tokens, asked }
+        Self { kept, read, last: None, left: asked.max_tokens, asked }
     }
 
     /// Reads a piece of the prompt. After its last piece, draws.
@@ -236,8 +230,7 @@ impl Sequence {
 
     /// Draws a token; why the answer ends, if it does.
     fn draw(&mut self, inference: &Inference, logits: Vec<f32>) -> Result<Option<Finish>> {
-        let len = logits.len();
-        let token = self.draw.sample(&Tensor::from_vec(logits, len, &Device::Cpu)?)?;
+        let token = self.asked.sampler.draw(logits)?;
         if inference.model.tokenizer.eos_ids.contains(&token) {
             return Ok(Some(Finish::Stop));
         }
@@ -258,6 +251,8 @@ struct Drawing {
     drawn: Vec<Sequence>,
     /// Beginnings of sequences that ended, the latest last.
     kept: Vec<(Vec<u32>, Kept)>,
+    /// Positions whose keys and values there is memory for.
+    positions_max: usize,
 }
 
 impl Drawing {
@@ -271,13 +266,22 @@ impl Drawing {
                 self.waiting.push_back(more);
             }
             self.waiting.retain(|asked| !asked.dropped.load(Ordering::Relaxed));
-            while self.drawn.len() < TOGETHER
+            while self.waiting.front().is_some_and(|asked| self.fits(asked))
                 && let Some(asked) = self.waiting.pop_front()
             {
                 self.drawn.push(Sequence::new(&self.inference, asked, &self.kept));
             }
             self.round();
         }
+    }
+
+    /// Whether an answer can be drawn beside those that are: there is a place, and memory for its keys and values however long it gets.
+    /// One always fits.
+    fn fits(&self, asked: &Asked) -> bool {
+        let context = self.inference.model.config.max_position_embeddings;
+        let positions = |asked: &Asked| asked.prompt.len().saturating_add(asked.max_tokens).min(context);
+        let all = self.drawn.iter().map(|sequence| positions(&sequence.asked)).sum::<usize>() + positions(asked);
+        self.drawn.is_empty() || self.drawn.len() < TOGETHER && all <= self.positions_max
     }
 
     /// A piece of one prompt, then a token of each sequence that is past its prompt.

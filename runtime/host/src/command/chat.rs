@@ -158,9 +158,8 @@ impl Session {
             messages,
             max_tokens: Some(self.max_tokens),
             temperature: self.temperature,
-            top_p: None,
             seed: self.seed,
-            stop: Vec::new(),
+            ..Request::default()
         };
         STATE.store(ANSWERING, Ordering::SeqCst);
         let answer = answer(self.handler.clone(), request);

@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use super::reference;
 use crate::cli::{Done, Serve};
 use crate::handler::Handler;
-use crate::handler::config::{Config, Handlers};
+use crate::handler::config::{Config, Handlers, LOCAL_LIMITS};
+use crate::handler::limit::Limited;
 use crate::handler::local::Local;
 use crate::interrupt;
 use crate::models::Loaded;
@@ -26,8 +27,8 @@ pub fn run(arguments: &Serve) -> Result<Done> {
         (Some(model), _) => {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
-            let handler: Arc<dyn Handler> =
-                Arc::new(Local::new(&name, Loaded::to_answer(&reference(model))?, arguments.compute.into()));
+            let local = Local::new(&name, Loaded::to_answer(&reference(model))?, arguments.compute.into());
+            let handler: Arc<dyn Handler> = Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS));
             Models::from([(name, handler)])
         }
         (None, config) => {
@@ -60,17 +61,24 @@ pub fn run(arguments: &Serve) -> Result<Done> {
     Ok(Done::Whole)
 }
 
-/// Serves what an edited file says; a bad edit changes nothing, and why is told in one line.
+/// Serves what an edited file says; a bad edit changes nothing, and why is told once.
 fn watch(path: &Path, mut handlers: Handlers, replace: impl Fn(Models)) {
     let (mut file, problem) = Watch::new(path);
     if let Some(problem) = problem {
         line(format_args!("note: {}: changes are looked for every 2 s only: {problem}", path.display()));
     }
+    // What was read last, good or bad: much is reported that changes nothing, such as a log that grows beside the file.
+    let mut read = None;
     loop {
         // Editors remove a file before they write it.
         if !file.wait() || !path.exists() {
             continue;
         }
+        let now = (file.identity(), std::fs::read(path).ok());
+        if read.as_ref() == Some(&now) {
+            continue;
+        }
+        read = Some(now);
         let edited = Config::read(path).and_then(|config| {
             if config == *handlers.config() {
                 return Ok(None);
@@ -88,8 +96,7 @@ fn watch(path: &Path, mut handlers: Handlers, replace: impl Fn(Models)) {
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
             }
             Err(error) => {
-                let reason = format!("{error:#}").replace('\n', " ");
-                line(format_args!("reload   refused: {reason}; what was served is served on"));
+                line(format_args!("reload   refused, what was served is served on: {error:#}"));
             }
         }
     }

@@ -2,12 +2,15 @@
 
 use super::{Event, EventStream, HandlerError, Kind};
 
+/// Longest text of an answer, in bytes: more is no answer but a fault of whoever sends it.
+const TEXT_LIMIT: usize = 8 << 20;
+
 /// The stream, with every break of the grammar as an error: a handler's mistake must not look like an answer.
 ///
 /// Start, deltas that are not empty, one finish, one usage, the end. A stream that ends before its finish is
-/// [`Kind::Cut`]. Nothing follows an error.
+/// [`Kind::Cut`], one whose text does not end [`Kind::Protocol`]. Nothing follows an error.
 pub fn checked(stream: EventStream) -> EventStream {
-    Box::new(Checked { stream, state: State::New })
+    Box::new(Checked { stream, state: State::New, bytes: 0 })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +25,8 @@ enum State {
 struct Checked {
     stream: EventStream,
     state: State,
+    /// Of the text so far.
+    bytes: usize,
 }
 
 impl Checked {
@@ -34,6 +39,13 @@ impl Checked {
             _ => None,
         }
     }
+
+    fn is_endless(&mut self, event: &Event) -> bool {
+        if let Event::Delta { text } = event {
+            self.bytes += text.len();
+        }
+        self.bytes > TEXT_LIMIT
+    }
 }
 
 impl Iterator for Checked {
@@ -45,6 +57,10 @@ impl Iterator for Checked {
         }
         let item = match self.stream.next() {
             Some(Ok(event)) => match self.advance(&event) {
+                Some(_) if self.is_endless(&event) => {
+                    let message = format!("the answer is longer than {} MiB, so it was stopped", TEXT_LIMIT >> 20);
+                    Some(Err(HandlerError::new(Kind::Protocol, message)))
+                }
                 Some(state) => {
                     self.state = state;
                     return Some(Ok(event));
@@ -70,7 +86,7 @@ mod tests {
 
     fn kind(letters: &str) -> Result<String, Kind> {
         let event = |letter| match letter {
-            's' => Event::Start { id: "i".into(), model: "m".into() },
+            's' => Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() },
             'd' => Event::Delta { text: "x".into() },
             'e' => Event::Delta { text: String::new() },
             'f' => Event::Finish { reason: FinishReason::Stop },
@@ -90,5 +106,13 @@ mod tests {
         for wrong in ["d", "ssfu", "sefu", "sdu", "sdffu", "sdfd", "sdfuu", "sdfud", "f"] {
             assert_eq!(kind(wrong), Err(Kind::Internal), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_text_that_does_not_end_is_stopped() {
+        let start = Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() };
+        let endless = std::iter::repeat_with(|| Event::Delta { text: "x".repeat(1 << 20) });
+        let refused = collect(Box::new(std::iter::once(start).chain(endless).map(Ok))).expect_err("it has no end");
+        assert!(refused.kind == Kind::Protocol && refused.message.contains("8 MiB"), "{refused}");
     }
 }

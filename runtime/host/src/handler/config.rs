@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::block::Compute;
+use homeroom_engine::inference::TOGETHER;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::Handler;
 use super::Secret;
+use super::limit::{Limited, Limits};
 use super::local::Local;
 use super::openai::{BaseUrl, Endpoint, OpenAi};
 use super::route::Route;
@@ -53,6 +55,8 @@ pub struct EndpointSpec {
     pub connect_timeout_s: u64,
     /// `read_timeout_s`.
     pub read_timeout_s: u64,
+    /// `answer_timeout_s`.
+    pub answer_timeout_s: u64,
     /// `max_tokens_param`.
     pub max_tokens_param: String,
 }
@@ -68,8 +72,20 @@ impl HandlerSpec {
 }
 
 const LOCAL_KEYS: [&str; 5] = ["kind", "model", "base_model", "any_base", "compute"];
-const OPENAI_KEYS: [&str; 7] =
-    ["kind", "base_url", "model", "api_key", "connect_timeout_s", "read_timeout_s", "max_tokens_param"];
+const OPENAI_KEYS: [&str; 8] = [
+    "kind",
+    "base_url",
+    "model",
+    "api_key",
+    "connect_timeout_s",
+    "read_timeout_s",
+    "answer_timeout_s",
+    "max_tokens_param",
+];
+/// Answers of a model here at once: as many as are drawn together. Two more classes may wait.
+pub const LOCAL_LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
+/// Answers of an endpoint at once, and requests that wait: a provider has a queue of its own, and each answer here is a connection.
+const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 const ROUTE_KEYS: [&str; 2] = ["handlers", "egress"];
 
 impl Config {
@@ -217,6 +233,7 @@ fn openai<'a>(
     };
     let connect_timeout_s = seconds(problems, "connect_timeout_s", 10);
     let read_timeout_s = seconds(problems, "read_timeout_s", 120);
+    let answer_timeout_s = seconds(problems, "answer_timeout_s", 600);
     let max_tokens_param = max_tokens_param.unwrap_or_else(|| "max_tokens".to_owned());
     if let Some(value) = table.get("max_tokens_param").filter(|_| max_tokens_param != "max_tokens")
         && max_tokens_param != "max_completion_tokens"
@@ -234,6 +251,7 @@ fn openai<'a>(
         api_key_env,
         connect_timeout_s,
         read_timeout_s,
+        answer_timeout_s,
         max_tokens_param,
     }))
 }
@@ -386,7 +404,10 @@ impl Handlers {
 
 fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
     match spec {
-        HandlerSpec::Local(model, compute) => Ok(Arc::new(Local::new(name, Loaded::to_answer(model)?, *compute))),
+        HandlerSpec::Local(model, compute) => {
+            let local = Local::new(name, Loaded::to_answer(model)?, *compute);
+            Ok(Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS)))
+        }
         HandlerSpec::OpenAi(spec) => {
             let api_key = spec.api_key_env.as_ref().map(|variable| {
                 let value = std::env::var(variable).ok().map(|key| key.trim().to_owned());
@@ -402,14 +423,17 @@ fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
                     spec.base_url.host()
                 );
             }
-            Ok(Arc::new(OpenAi::new(Endpoint {
+            let endpoint = OpenAi::new(Endpoint {
+                name: name.to_owned(),
                 base_url: spec.base_url.clone(),
                 model: spec.model.clone(),
                 api_key,
                 connect_timeout: Duration::from_secs(spec.connect_timeout_s),
                 read_timeout: Duration::from_secs(spec.read_timeout_s),
+                answer_timeout: Duration::from_secs(spec.answer_timeout_s),
                 max_tokens_param: spec.max_tokens_param.clone(),
-            })))
+            });
+            Ok(Arc::new(Limited::new(Arc::new(endpoint), ENDPOINT_LIMITS)))
         }
     }
 }

@@ -21,6 +21,11 @@ pub enum Kind {
         /// When to come back, if it said so.
         retry_after: Option<Duration>,
     },
+    /// More requests wait here than are let in.
+    Overloaded {
+        /// When to come back, from how long answers have taken.
+        retry_after: Duration,
+    },
     /// No answer in time.
     Timeout,
     /// The handler cannot be reached, is not ready, or failed for a reason that may pass.
@@ -60,10 +65,15 @@ impl HandlerError {
         Self::new(Kind::Internal, format!("{error:#}"))
     }
 
+    /// Whether another handler may be asked instead of one whose answer broke off, as long as nobody saw a word of it.
+    pub fn lets_another_try_whole(&self) -> bool {
+        self.lets_another_try() || matches!(self.kind, Kind::Cut | Kind::Protocol)
+    }
+
     /// Whether another handler may be asked instead: the request is fine and this handler is not.
     pub fn lets_another_try(&self) -> bool {
         match self.kind {
-            Kind::Unavailable | Kind::Timeout | Kind::RateLimited { .. } => true,
+            Kind::Unavailable | Kind::Overloaded { .. } | Kind::Timeout | Kind::RateLimited { .. } => true,
             Kind::InvalidRequest { .. }
             | Kind::ContextLength
             | Kind::Authentication

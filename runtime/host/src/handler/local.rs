@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
 
 use homeroom_engine::block::Compute;
 use homeroom_engine::generate::{Detokenizer, Finish, Sampling, prompt_ids};
@@ -10,6 +9,7 @@ use homeroom_engine::inference::{Answers, Inference, Tokens};
 use homeroom_engine::model::BaseModel;
 use serde_json::{Value, json};
 
+use super::context::PATIENCE;
 use super::stop::StopFilter;
 use super::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Usage, new_id, random};
 use crate::models::Loaded;
@@ -17,8 +17,8 @@ use crate::models::Loaded;
 /// Freedom of the draw where a request does not say: small models lose the thread at OpenAI's 1.
 pub const DEFAULT_TEMPERATURE: f64 = 0.7;
 
-/// How long a token is waited for before it is asked whether the answer is still wanted.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// Longest answer where a request does not say, in tokens: a model that does not find an end would go on to that of its context.
+pub const DEFAULT_MAX_TOKENS: usize = 1024;
 
 /// A model of this machine: a base, perhaps with an adapter.
 pub struct Local {
@@ -50,10 +50,16 @@ impl Handler for Local {
             );
             return Err(HandlerError::new(Kind::ContextLength, message));
         }
+        let neutral = Sampling::default();
         let sampling = Sampling {
-            max_tokens: request.max_tokens.unwrap_or(limit),
+            max_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).min(limit),
             temperature: request.temperature.unwrap_or(DEFAULT_TEMPERATURE),
-            top_p: request.top_p.unwrap_or(1.0),
+            top_k: request.top_k.unwrap_or(neutral.top_k),
+            top_p: request.top_p.unwrap_or(neutral.top_p),
+            min_p: request.min_p.unwrap_or(neutral.min_p),
+            repetition_penalty: request.repetition_penalty.unwrap_or(neutral.repetition_penalty),
+            frequency_penalty: request.frequency_penalty.unwrap_or(neutral.frequency_penalty),
+            presence_penalty: request.presence_penalty.unwrap_or(neutral.presence_penalty),
             seed: request.seed.map_or_else(random, i64::cast_unsigned),
         };
         let tokens = self.answers.ask(&prompt, sampling);
@@ -65,7 +71,11 @@ impl Handler for Local {
             context: context.clone(),
             prompt_tokens: prompt.len() as u64,
             drawn: 0,
-            ready: VecDeque::from([Event::Start { id: new_id(), model: self.name.clone() }]),
+            ready: VecDeque::from([Event::Start {
+                id: new_id(),
+                model: self.name.clone(),
+                handler: self.name.clone(),
+            }]),
             over: false,
         }))
     }
@@ -136,9 +146,9 @@ impl Iterator for Answer {
             if self.over {
                 return None;
             }
-            if self.context.cancelled() {
+            if let Err(gone) = self.context.check() {
                 self.over = true;
-                return Some(Err(HandlerError::new(Kind::Cancelled, "the answer was stopped")));
+                return Some(Err(gone));
             }
             if let Err(error) = self.step() {
                 self.over = true;

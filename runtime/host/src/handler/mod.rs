@@ -6,7 +6,9 @@
 
 mod checker;
 pub mod config;
+mod context;
 mod error;
+pub mod limit;
 pub mod local;
 pub mod openai;
 pub mod route;
@@ -16,12 +18,11 @@ mod stop;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 pub use checker::checked;
+pub use context::{Context, PATIENCE};
 pub use error::{HandlerError, Kind};
 pub use secret::Secret;
 
@@ -62,30 +63,22 @@ pub struct Request {
     pub max_tokens: Option<usize>,
     /// 0: always the likeliest token; up to 2.
     pub temperature: Option<f64>,
+    /// Draw from so many of the likeliest tokens; 0: from all.
+    pub top_k: Option<usize>,
     /// Draw from the likeliest tokens that together have this probability: 0 to 1.
     pub top_p: Option<f64>,
+    /// Draw from tokens at least this share as likely as the likeliest: 0 to 1.
+    pub min_p: Option<f64>,
+    /// Divides what speaks for a token that stands in the conversation: above 0; 1: nothing.
+    pub repetition_penalty: Option<f64>,
+    /// What a token's logit loses for each time it was drawn: -2 to 2.
+    pub frequency_penalty: Option<f64>,
+    /// What the logit of a token that was drawn loses once: -2 to 2.
+    pub presence_penalty: Option<f64>,
     /// Seed of the draw: equal requests with it have equal answers, where the handler can.
     pub seed: Option<i64>,
     /// Texts that end the answer, and are not part of it.
     pub stop: Vec<String>,
-}
-
-/// What goes with a request and is not asked of the model.
-#[derive(Clone, Debug, Default)]
-pub struct Context {
-    cancelled: Arc<AtomicBool>,
-}
-
-impl Context {
-    /// Asks the handler to stop. It does so between two tokens, and between two pieces of a prompt.
-    pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether nobody waits for the answer any more.
-    pub fn cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::SeqCst)
-    }
 }
 
 /// Why an answer ended.
@@ -131,6 +124,8 @@ pub enum Event {
         id: String,
         /// The model that answers, in the provider's words.
         model: String,
+        /// The handler that answers, by our name for it.
+        handler: String,
     },
     /// More text.
     Delta {
@@ -156,6 +151,8 @@ pub struct Completion {
     pub id: String,
     /// The model that answered.
     pub model: String,
+    /// The handler that answered, by our name for it.
+    pub handler: String,
     /// The text.
     pub text: String,
     /// Why it ended.
@@ -186,11 +183,11 @@ pub trait Handler: Send + Sync {
 /// # Errors
 /// When the stream fails or ends too early.
 pub fn collect(stream: EventStream) -> Result<Completion, HandlerError> {
-    let (id, model, finish) = (String::new(), String::new(), FinishReason::Stop);
-    let mut whole = Completion { id, model, text: String::new(), finish, usage: Usage::default() };
+    let (id, model, handler, text) = Default::default();
+    let mut whole = Completion { id, model, handler, text, finish: FinishReason::Stop, usage: Usage::default() };
     for event in checked(stream) {
         match event? {
-            Event::Start { id, model } => (whole.id, whole.model) = (id, model),
+            Event::Start { id, model, handler } => (whole.id, whole.model, whole.handler) = (id, model, handler),
             Event::Delta { text } => whole.text.push_str(&text),
             Event::Finish { reason } => whole.finish = reason,
             Event::Usage(usage) => whole.usage = usage,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Context, Event, EventStream, Handler, HandlerError, Request};
+use super::{Completion, Context, Event, EventStream, Handler, HandlerError, Kind, Request};
 
 /// Handlers in the order in which they are asked.
 ///
@@ -34,6 +34,26 @@ impl Handler for Route {
         attempt.begin()?;
         Ok(Box::new(attempt))
     }
+
+    /// The whole answer. Nobody has seen a word of one that breaks off, so then the next handler is asked, too.
+    fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
+        let mut handlers = self.handlers.iter().peekable();
+        while let Some((name, handler)) = handlers.next() {
+            match (handler.complete(request, context), handlers.peek()) {
+                (Err(error), Some((next, _))) if error.lets_another_try_whole() => note(name, &error, next),
+                (answer, _) => return answer,
+            }
+        }
+        Err(no_handler())
+    }
+}
+
+fn no_handler() -> HandlerError {
+    HandlerError::new(Kind::Internal, "the route has no handler")
+}
+
+fn note(name: &str, error: &HandlerError, next: &str) {
+    eprintln!("note: handler `{name}`: {error}; asking `{next}`");
 }
 
 struct Attempt {
@@ -52,8 +72,7 @@ impl Attempt {
     fn begin(&mut self) -> Result<(), HandlerError> {
         loop {
             let Some((name, handler)) = self.handlers.get(self.at) else {
-                let kind = super::Kind::Internal;
-                return Err(HandlerError::new(kind, "the route has no handler"));
+                return Err(no_handler());
             };
             match handler.stream(&self.request, &self.context) {
                 Ok(stream) => {
@@ -73,7 +92,7 @@ impl Attempt {
         let Some((next, _)) = self.handlers.get(self.at + 1).filter(|_| error.lets_another_try()) else {
             return Err(error);
         };
-        eprintln!("note: handler `{name}`: {error}; asking `{next}`");
+        note(name, &error, next);
         self.at += 1;
         Ok(())
     }

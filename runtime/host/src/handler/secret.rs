@@ -1,5 +1,8 @@
 //! Keys of providers.
 
+/// So many characters of a key in a row give it away: providers quote the beginning or the end of a wrong one.
+const TELLING: usize = 12;
+
 /// A text that is never printed: neither as itself nor inside of what holds it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -15,9 +18,31 @@ impl Secret {
         &self.0
     }
 
-    /// `text` without the secret: providers quote a wrong key in their refusal.
+    /// `text` without the secret or any telling part of it. Cut a text after it was scrubbed, never before: half a key is no key
+    /// that could be found.
     pub fn scrub(&self, text: &str) -> String {
-        if self.0.is_empty() { text.to_owned() } else { text.replace(&self.0, "[key]") }
+        let secret: Vec<char> = self.0.chars().collect();
+        let telling = TELLING.min(secret.len());
+        if telling == 0 {
+            return text.to_owned();
+        }
+        let text: Vec<char> = text.chars().collect();
+        let mut scrubbed = String::with_capacity(text.len());
+        let mut at = 0;
+        while at < text.len() {
+            let part = secret.windows(telling).position(|part| text[at..].starts_with(part));
+            match part {
+                Some(from) => {
+                    scrubbed.push_str("[key]");
+                    at += text[at..].iter().zip(&secret[from..]).take_while(|(a, b)| a == b).count();
+                }
+                None => {
+                    scrubbed.push(text[at]);
+                    at += 1;
+                }
+            }
+        }
+        scrubbed
     }
 }
 
@@ -37,5 +62,19 @@ mod tests {
         assert_eq!(format!("{secret:?}"), "Some(Secret(…))");
         assert_eq!(secret.map(|secret| secret.scrub("wrong key: sk-123!")).as_deref(), Some("wrong key: [key]!"));
         assert_eq!(Secret::new(String::new()).scrub("as it is"), "as it is");
+    }
+
+    #[test]
+    fn nor_is_a_telling_part_of_it() {
+        let secret = Secret::new("sk-proj-0123456789abcdefghijklmnopqrstu".into());
+        for (text, want) in [
+            ("Incorrect: sk-proj-0123456789abc", "Incorrect: [key]"),
+            ("it ends in jklmnopqrstu.", "it ends in [key]."),
+            ("sk-proj-0123456789abcdefghijklmnopqrstusk-proj-0123456789abcdefghijklmnopqrstu", "[key][key]"),
+            ("é sk-proj-**** ü", "é sk-proj-**** ü"),
+            ("0123456789ab and 0123456789a", "[key] and 0123456789a"),
+        ] {
+            assert_eq!(secret.scrub(text), want);
+        }
     }
 }

@@ -5,7 +5,7 @@
 use std::io::{self, BufRead, Read};
 
 /// Longest line and longest event, in bytes: more is no answer but an attack or a mistake.
-const LIMIT: u64 = 4 << 20;
+const LIMIT: u64 = 1 << 20;
 
 /// The `data` of each event of a stream. Comments and other fields are passed over.
 pub struct Events<R> {

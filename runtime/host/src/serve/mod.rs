@@ -4,42 +4,33 @@
 //! page elsewhere can name this machine by a host name of its own (DNS rebinding). Bodies must say that they are JSON,
 //! which a page elsewhere cannot without leave; it is never given. Nothing is logged.
 
+mod chat;
+mod connection;
 mod reply;
 mod request;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use futures_core::Stream;
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::sync::watch;
+use tokio::time::sleep;
 
-use crate::handler::{Completion, Context, Event, Handler, HandlerError, Kind, checked};
-use reply::{Envelope, Refusal, frame};
+use crate::handler::Handler;
+pub use connection::Times;
+use reply::Refusal;
 
-/// Largest body of a request, in bytes.
-const BODY_LIMIT: usize = 4 << 20;
-/// Requests that are answered or wait at once; each holds its keys and values in memory.
-const IN_FLIGHT_MAX: usize = 16;
-/// How long a stream waits for its first event before it says 200: a refusal before that has its own status.
-const FIRST_EVENT: Duration = Duration::from_secs(10);
-/// Silence after which a stream says that it is alive.
-const PING: Duration = Duration::from_secs(5);
 /// How long answers may go on once the server is asked to stop.
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -112,26 +103,31 @@ impl Running {
 /// # Errors
 /// When there is no model, or the system refuses.
 pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
+    start_with(models, listener, Times::default())
+}
+
+/// The same with other times.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_with(models: Models, listener: TcpListener, times: Times) -> Result<Running> {
     ensure!(!models.is_empty(), "there is no model to serve");
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let (stop, mut stopped) = watch::channel(false);
+    // An answer that is waited for takes a thread, a connection one answer.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .max_blocking_threads(connection::CONNECTIONS_MAX)
+        .enable_all()
+        .build()?;
+    let (stop, stopped) = watch::channel(false);
     let models = Arc::new(RwLock::new(models));
-    let app = Arc::new(App {
-        models: models.clone(),
-        created: now(),
-        slots: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
-        ending: Arc::new(AtomicBool::new(false)),
-    });
+    let app = Arc::new(App { models: models.clone(), created: now(), times, ending: Arc::new(AtomicBool::new(false)) });
     let ending = app.ending.clone();
     let serve = async move {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let mut late = stopped.clone();
-        let served = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
-            // The sender lives as long as the server is wanted.
-            let _ = stopped.wait_for(|stopped| *stopped).await;
-        });
+        let served = connection::serve(listener, router(app), times, stopped);
         let deadline = async move {
             let _ = late.wait_for(|stopped| *stopped).await;
             sleep(DRAIN).await;
@@ -155,7 +151,7 @@ pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
 struct App {
     models: Arc<RwLock<Models>>,
     created: u64,
-    slots: Arc<Semaphore>,
+    times: Times,
     /// The time to drain is over.
     ending: Arc<AtomicBool>,
 }
@@ -172,7 +168,7 @@ fn now() -> u64 {
 
 fn router(app: Arc<App>) -> Router {
     Router::new()
-        .route("/v1/chat/completions", post(chat))
+        .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/models", get(list))
         .route("/v1/models/{*id}", get(retrieve))
         .fallback(async || {
@@ -231,151 +227,6 @@ fn no_model(app: &App, id: &str) -> Refusal {
     let message = format!("there is no model `{id}`; there are: {}", known.join(", "));
     let refusal = Refusal::new(StatusCode::NOT_FOUND, message);
     Refusal { param: Some("model".to_owned()), code: Some("model_not_found"), ..refusal }
-}
-
-async fn chat(State(app): State<Arc<App>>, request: Request) -> Response {
-    match answer(&app, request).await {
-        Ok(response) => response,
-        Err(refusal) => refusal.into_response(),
-    }
-}
-
-async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
-    let is_json = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).is_some_and(|kind| {
-        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
-    });
-    if !is_json {
-        let message = "the body should be JSON, with the header content-type: application/json";
-        return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
-    }
-    let body = to_bytes(request.into_body(), BODY_LIMIT).await.map_err(|_| {
-        let message = format!("the body did not come whole, or is larger than {} MiB", BODY_LIMIT >> 20);
-        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
-    })?;
-    let asked = request::read(&body)?;
-    let handler = app.models().get(&asked.model).cloned();
-    let handler = handler.ok_or_else(|| no_model(app, &asked.model))?;
-    let slot = app.slots.clone().try_acquire_owned().map_err(|_| Refusal {
-        kind: "api_error",
-        code: Some("overloaded"),
-        retry_after: Some(Duration::from_secs(2)),
-        ..Refusal::new(StatusCode::SERVICE_UNAVAILABLE, format!("{IN_FLIGHT_MAX} requests are being answered already"))
-    })?;
-
-    let context = Context::default();
-    let waiting = Waiting(context.clone());
-    let (sender, mut events) = mpsc::channel(32);
-    let (request, ending) = (asked.request, app.ending.clone());
-    tokio::task::spawn_blocking(move || {
-        let _slot = slot;
-        let stream = match handler.stream(&request, &context) {
-            Ok(stream) => checked(stream),
-            Err(error) => Box::new(std::iter::once(Err(error))),
-        };
-        for event in stream {
-            let ending = ending.load(Ordering::SeqCst);
-            let event = if ending { Err(HandlerError::new(Kind::Cancelled, "the server is ending")) } else { event };
-            if sender.blocking_send(event).is_err() || ending {
-                break;
-            }
-        }
-    });
-
-    let (created, model, include_usage) = (now(), asked.model, asked.include_usage);
-    let mut envelope = Envelope { id: String::new(), created, model, include_usage };
-    let mut response = if asked.stream {
-        // What is refused before the answer begins has its own status; a long prompt does not keep the client waiting.
-        let first = match timeout(FIRST_EVENT, events.recv()).await {
-            Ok(Some(Err(error))) => return Err(error.into()),
-            Ok(Some(Ok(event))) => Some(envelope.frames(event)),
-            Ok(None) | Err(_) => None,
-        };
-        let ping = Box::pin(sleep(PING));
-        let body = Body::from_stream(Frames { events, envelope, first, ping, over: false, _waiting: waiting });
-        let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
-        (headers, body).into_response()
-    } else {
-        let whole = gather(&mut events).await?;
-        Json(envelope.completion(&whole)).into_response()
-    };
-    name_ignored(response.headers_mut(), &asked.ignored);
-    Ok(response)
-}
-
-/// All events of an answer.
-async fn gather(events: &mut mpsc::Receiver<Result<Event, HandlerError>>) -> Result<Completion, HandlerError> {
-    let mut seen = Vec::new();
-    while let Some(event) = events.recv().await {
-        seen.push(event);
-    }
-    crate::handler::collect(Box::new(seen.into_iter()))
-}
-
-/// Says which fields were passed over, as far as a header can.
-fn name_ignored(headers: &mut HeaderMap, ignored: &[String]) {
-    let plain =
-        |name: &&String| name.len() <= 64 && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-[]".contains(c));
-    let names: Vec<&str> = ignored.iter().filter(plain).take(32).map(String::as_str).collect();
-    if let Ok(value) = HeaderValue::from_str(&names.join(","))
-        && !value.is_empty()
-    {
-        headers.insert("x-ignored-params", value);
-    }
-}
-
-/// Cancels the work when the client is gone: whatever held this is dropped then.
-struct Waiting(Context);
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.cancel();
-    }
-}
-
-/// The body of a stream.
-struct Frames {
-    events: mpsc::Receiver<Result<Event, HandlerError>>,
-    envelope: Envelope,
-    first: Option<String>,
-    ping: Pin<Box<Sleep>>,
-    over: bool,
-    _waiting: Waiting,
-}
-
-impl Stream for Frames {
-    type Item = Result<Bytes, std::convert::Infallible>;
-
-    fn poll_next(self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = self.get_mut();
-        if this.over {
-            return Poll::Ready(None);
-        }
-        let frames = match this.first.take() {
-            Some(first) => first,
-            None => match this.events.poll_recv(context) {
-                Poll::Ready(Some(Ok(event))) => {
-                    this.over = matches!(event, Event::Usage(_));
-                    this.envelope.frames(event)
-                }
-                // A stream that only ends looks whole to clients, so that its failure is said.
-                Poll::Ready(Some(Err(error))) => {
-                    this.over = true;
-                    frame(&Refusal::from(error).body())
-                }
-                Poll::Ready(None) => {
-                    this.over = true;
-                    let error = HandlerError::new(Kind::Internal, "the answer broke off");
-                    frame(&Refusal::from(error).body())
-                }
-                Poll::Pending => {
-                    std::task::ready!(this.ping.as_mut().poll(context));
-                    ": ping\n\n".to_owned()
-                }
-            },
-        };
-        this.ping.as_mut().reset(Instant::now() + PING);
-        Poll::Ready(Some(Ok(Bytes::from(frames))))
-    }
 }
 
 #[cfg(test)]

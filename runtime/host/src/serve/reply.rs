@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 
 use crate::handler::{Completion, Event, HandlerError, Kind, Usage};
 
+/// The header that says which handler gave an answer, by its name in the file of handlers.
+pub const HANDLER: &str = "x-homeroom-handler";
+
 /// What all pieces of an answer say.
 pub struct Envelope {
     /// The answer's id.
@@ -19,6 +22,8 @@ pub struct Envelope {
     pub model: String,
     /// Whether the usage is a piece of its own.
     pub include_usage: bool,
+    /// Whether the first piece names the handler: the headers had to go before it was known.
+    pub name_handler: bool,
 }
 
 impl Envelope {
@@ -42,12 +47,16 @@ impl Envelope {
     /// The frames of a stream that an event becomes.
     pub fn frames(&mut self, event: Event) -> String {
         match event {
-            Event::Start { id, .. } => {
+            Event::Start { id, handler, .. } => {
                 self.id = id;
-                self.chunk(json!({"role": "assistant", "content": ""}), Value::Null)
+                let mut first = self.chunk(json!({"role": "assistant", "content": ""}), Value::Null);
+                if self.name_handler {
+                    first[HANDLER] = json!(handler);
+                }
+                frame(&first)
             }
-            Event::Delta { text } => self.chunk(json!({"content": text}), Value::Null),
-            Event::Finish { reason } => self.chunk(json!({}), json!(reason.word())),
+            Event::Delta { text } => frame(&self.chunk(json!({"content": text}), Value::Null)),
+            Event::Finish { reason } => frame(&self.chunk(json!({}), json!(reason.word()))),
             Event::Usage(cost) => {
                 let mut frames = String::new();
                 if self.include_usage {
@@ -60,13 +69,13 @@ impl Envelope {
         }
     }
 
-    fn chunk(&self, delta: Value, finish_reason: Value) -> String {
+    fn chunk(&self, delta: Value, finish_reason: Value) -> Value {
         let mut chunk = self.empty_chunk();
         chunk["choices"] = json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason}]);
         if self.include_usage {
             chunk["usage"] = Value::Null;
         }
-        frame(&chunk)
+        chunk
     }
 
     fn empty_chunk(&self) -> Value {
@@ -151,6 +160,13 @@ impl From<HandlerError> for Refusal {
                 retry_after,
                 ..refusal
             },
+            Kind::Overloaded { retry_after } => Self {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                kind: "api_error",
+                code: Some("overloaded"),
+                retry_after: Some(retry_after),
+                ..refusal
+            },
             Kind::Timeout => {
                 Self { status: StatusCode::GATEWAY_TIMEOUT, kind: "api_error", code: Some("timeout"), ..refusal }
             }
@@ -173,7 +189,7 @@ impl IntoResponse for Refusal {
         let mut response = (self.status, Json(self.body())).into_response();
         let headers = response.headers_mut();
         if let Some(wait) = self.retry_after {
-            headers.insert("retry-after", HeaderValue::from(wait.as_secs().max(1)));
+            headers.insert("retry-after", HeaderValue::from(wait.as_secs_f64().ceil().max(1.0) as u64));
         }
         if let Some(retry) = self.retry {
             headers.insert("x-should-retry", HeaderValue::from_static(if retry { "true" } else { "false" }));

@@ -1,11 +1,12 @@
 //! A body of `POST /v1/chat/completions`, read field by field.
 //!
-//! What is asked for and cannot be done is refused by name: an answer that silently lacks it is worse than none. What does
-//! not change the answer is passed over, and named to the client in `x-ignored-params`.
+//! What is asked for and cannot be done is refused by name, and so is what is not known: an answer that silently lacks it is worse
+//! than none. What does not change the answer is passed over, and named to the client in `x-ignored-params`.
 
 use serde_json::{Map, Value};
 
 use crate::handler::{HandlerError, Kind, Message, Request, Role};
+use crate::toml_problems::near;
 
 /// What a client asked for.
 #[derive(Debug)]
@@ -28,10 +29,11 @@ fn asks_for_nothing(field: &str, value: &Value) -> Option<bool> {
     let is_empty = || value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty);
     Some(match field {
         "n" => value.as_u64() == Some(1),
-        "frequency_penalty" | "presence_penalty" | "top_logprobs" => is_zero(),
+        "top_logprobs" => is_zero(),
         "logprobs" | "store" => value == false,
         "tools" | "functions" | "logit_bias" => is_empty(),
-        "tool_choice" | "function_call" => value == "none",
+        "tool_choice" | "function_call" | "reasoning_effort" => value == "none",
+        "verbosity" => value == "medium",
         "response_format" => value["type"] == "text",
         "modalities" => value.as_array().is_some_and(|list| list.iter().all(|item| item == "text")),
         "audio" | "prediction" | "web_search_options" => false,
@@ -57,12 +59,17 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
             Some(false) => {
                 let message = match field.as_str() {
                     "n" => "one answer a request is given; n should be 1".to_owned(),
-                    _ => format!("`{field}` is not supported yet; leave it away"),
+                    _ => format!("`{field}` is not supported yet; leave it out"),
                 };
                 return Err(HandlerError::invalid(field, message));
             }
             None if HONOURED.contains(&field.as_str()) => {}
-            None => ignored.push(field.clone()),
+            None if HARMLESS.contains(&field.as_str()) => ignored.push(field.clone()),
+            None => {
+                let name: String = field.chars().take(80).collect();
+                let message = format!("`{name}` is not known here, {}", near(&name, &HONOURED));
+                return Err(HandlerError::invalid(&name, message));
+            }
         }
     }
     let get = |field: &str| fields.get(field).filter(|value| !value.is_null());
@@ -72,8 +79,12 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
     let stream_options = get("stream_options");
     if let Some(options) = stream_options {
         let options = options.as_object().ok_or_else(|| wrong("stream_options", "an object"))?;
-        let others = options.keys().filter(|key| *key != "include_usage");
-        ignored.extend(others.map(|key| format!("stream_options.{key}")));
+        for key in options.keys().filter(|key| *key != "include_usage") {
+            if key != "include_obfuscation" {
+                return Err(unknown("stream_options", key));
+            }
+            ignored.push(format!("stream_options.{key}"));
+        }
     }
     let mut max_tokens = None;
     for field in ["max_tokens", "max_completion_tokens"] {
@@ -83,11 +94,21 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
             max_tokens = Some(usize::try_from(count).unwrap_or(usize::MAX));
         }
     }
-    let number = |field: &str, top: f64| -> Result<Option<f64>, HandlerError> {
+    let number = |field: &str, bottom: f64, top: f64| -> Result<Option<f64>, HandlerError> {
         let Some(value) = get(field) else { return Ok(None) };
-        let number = value.as_f64().filter(|number| (0.0..=top).contains(number));
-        number.map(Some).ok_or_else(|| wrong(field, &format!("a number from 0 to {top}")))
+        let number = value.as_f64().filter(|number| (bottom..=top).contains(number));
+        number.map(Some).ok_or_else(|| wrong(field, &format!("a number from {bottom} to {top}")))
     };
+    // 0 and -1 are both in use for "all".
+    let top_k = get("top_k").map(|value| match value.as_i64() {
+        Some(-1) => Ok(0),
+        Some(count @ 0..) => Ok(usize::try_from(count).unwrap_or(usize::MAX)),
+        _ => Err(wrong("top_k", "a whole number from 0, which is off")),
+    });
+    let mut repetition_penalty = None;
+    for field in ["repetition_penalty", "repeat_penalty"] {
+        repetition_penalty = number(field, 0.01, 100.0)?.or(repetition_penalty);
+    }
     let flag = |field: &str, value: Option<&Value>| match value {
         None | Some(Value::Null) => Ok(false),
         Some(value) => value.as_bool().ok_or_else(|| wrong(field, "true or false")),
@@ -96,8 +117,13 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
     let request = Request {
         messages: read_messages(messages, &mut ignored)?,
         max_tokens,
-        temperature: number("temperature", 2.0)?,
-        top_p: number("top_p", 1.0)?,
+        temperature: number("temperature", 0.0, 2.0)?,
+        top_k: top_k.transpose()?,
+        top_p: number("top_p", 0.0, 1.0)?,
+        min_p: number("min_p", 0.0, 1.0)?,
+        repetition_penalty,
+        frequency_penalty: number("frequency_penalty", -2.0, 2.0)?,
+        presence_penalty: number("presence_penalty", -2.0, 2.0)?,
         seed: seed.transpose()?,
         stop: get("stop").map_or(Ok(Vec::new()), read_stop)?,
     };
@@ -107,18 +133,44 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
     Ok(Asked { model, request, stream, include_usage, ignored })
 }
 
-const HONOURED: [&str; 10] = [
+const HONOURED: [&str; 16] = [
     "model",
     "messages",
     "max_tokens",
     "max_completion_tokens",
     "temperature",
+    "top_k",
     "top_p",
+    "min_p",
+    "repetition_penalty",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "seed",
     "stop",
     "stream",
     "stream_options",
 ];
+
+/// Fields of OpenAI's API that say nothing about the answer.
+const HARMLESS: [&str; 8] = [
+    "user",
+    "safety_identifier",
+    "metadata",
+    "service_tier",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+];
+/// Fields of a message that programs send back as they got them, and that say nothing to the model.
+const HARMLESS_IN_MESSAGES: [&str; 8] =
+    ["name", "id", "refusal", "annotations", "reasoning", "reasoning_content", "thinking", "tool_call_id"];
+
+fn unknown(at: &str, field: &str) -> HandlerError {
+    let field: String = field.chars().take(80).collect();
+    HandlerError::invalid(&format!("{at}.{field}"), format!("`{at}.{field}` is not known here; leave it out"))
+}
 
 fn wrong(field: &str, wanted: &str) -> HandlerError {
     HandlerError::invalid(field, format!("`{field}` should be {wanted}"))
@@ -162,6 +214,10 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
                 "tool_calls" | "function_call" | "audio" if value.as_array().is_none_or(|list| !list.is_empty()) => {
                     return Err(HandlerError::invalid(&at(field), format!("`{field}` is not supported yet")));
                 }
+                "tool_calls" | "function_call" | "audio" => {}
+                other if !HARMLESS_IN_MESSAGES.contains(&other) => {
+                    return Err(unknown(&format!("messages[{i}]"), other));
+                }
                 other => {
                     let name = format!("messages[].{other}");
                     if !ignored.contains(&name) {
@@ -177,6 +233,12 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
 
 fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
     let text = |(i, part): (usize, &Value)| match (part["type"].as_str(), part["text"].as_str()) {
+        // `cache_control` and the like: what a part says of itself beside its text.
+        (Some("text"), Some(_)) if part.as_object().is_some_and(|part| part.len() > 2) => {
+            let other =
+                part.as_object().into_iter().flat_map(Map::keys).find(|key| !["type", "text"].contains(&key.as_str()));
+            Err(unknown(&format!("{at}[{i}]"), other.map_or("", String::as_str)))
+        }
         (Some("text"), Some(text)) => Ok(text.to_owned()),
         (Some("text") | None, _) => Err(wrong(&format!("{at}[{i}]"), "an object with `type` and `text`")),
         (Some(_), _) => {
@@ -219,8 +281,19 @@ mod tests {
             ("response_format", json!({"type": "json_object"})),
             ("logprobs", json!(true)),
             ("top_logprobs", json!(3)),
-            ("frequency_penalty", json!(0.5)),
-            ("presence_penalty", json!(-1)),
+            ("frequency_penalty", json!(2.5)),
+            ("presence_penalty", json!("1")),
+            ("top_k", json!(-2)),
+            ("top_k", json!(1.5)),
+            ("min_p", json!(1.1)),
+            ("repetition_penalty", json!(0)),
+            ("repeat_penalty", json!("x")),
+            ("verbosity", json!("low")),
+            ("reasoning_effort", json!("high")),
+            ("banana", json!(1)),
+            ("num_predict", json!(5)),
+            ("typical_p", json!(0.5)),
+            ("guided_json", json!({})),
             ("logit_bias", json!({"5": 1})),
             ("modalities", json!(["text", "audio"])),
             ("prediction", json!({})),
@@ -252,26 +325,43 @@ mod tests {
             (json!({"role": "user", "content": [{"type": "image_url"}]}), "messages[0].content[0].type"),
             (json!({"role": "user", "content": [{"type": "text"}]}), "messages[0].content[0]"),
             (json!({"role": "assistant", "tool_calls": [{}]}), "messages[0].tool_calls"),
+            (json!({"role": "user", "content": "hi", "wieght": 0}), "messages[0].wieght"),
+            (
+                json!({"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}),
+                "messages[0].content[0].cache_control",
+            ),
         ] {
             assert_eq!(param(&json!({"messages": [message]})).as_deref(), Some(at), "{message}");
         }
+        let options = json!({"stream_options": {"include_usages": true}});
+        assert_eq!(param(&options).as_deref(), Some("stream_options.include_usages"));
+        let near = with(&json!({"max_token": 5})).expect_err("it is not known").message;
+        assert!(near.contains("did you mean `max_tokens`?"), "{near}");
         assert_eq!(read(b"{").expect_err("not JSON").kind, Kind::InvalidRequest { param: None });
         assert!(read("[".repeat(100_000).as_bytes()).is_err());
     }
 
     #[test]
-    fn what_asks_for_nothing_is_fine_and_the_unknown_is_named() -> Result<(), HandlerError> {
+    fn what_asks_for_nothing_is_fine_and_the_harmless_is_named() -> Result<(), HandlerError> {
         let asked = with(&json!({
-            "n": 1, "tools": [], "tool_choice": "none", "logprobs": false, "presence_penalty": 0.0, "logit_bias": null,
-            "response_format": {"type": "text"}, "user": "u", "verbosity": "low", "banana": null,
+            "n": 1, "tools": [], "tool_choice": "none", "logprobs": false, "presence_penalty": 0.5, "logit_bias": null,
+            "response_format": {"type": "text"}, "user": "u", "verbosity": "medium", "banana": null, "service_tier": "auto",
+            "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "frequency_penalty": -2,
             "stream": true, "stream_options": {"include_usage": true, "include_obfuscation": false},
             "max_tokens": 5, "max_completion_tokens": 7, "stop": "x", "seed": -1,
             "messages": [
                 {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-                {"role": "assistant", "content": null, "name": "n"},
+                {"role": "assistant", "content": null, "name": "n", "refusal": "r", "tool_calls": []},
             ],
         }))?;
-        assert_eq!(asked.ignored, ["user", "verbosity", "stream_options.include_obfuscation", "messages[].name"]);
+        assert_eq!(
+            asked.ignored,
+            ["user", "service_tier", "stream_options.include_obfuscation", "messages[].name", "messages[].refusal"]
+        );
+        let Request { top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, .. } = asked.request;
+        assert_eq!((top_k, min_p, repetition_penalty), (Some(40), Some(0.05), Some(1.1)));
+        assert_eq!((frequency_penalty, presence_penalty), (Some(-2.0), Some(0.5)));
+        assert_eq!(with(&json!({"top_k": -1, "repeat_penalty": 1.2}))?.request.top_k, Some(0));
         assert!(asked.stream && asked.include_usage);
         assert_eq!(asked.request.max_tokens, Some(7));
         assert_eq!(asked.request.seed, Some(-1));

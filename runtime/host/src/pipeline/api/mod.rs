@@ -476,9 +476,9 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     let prompts = options.texts("prompts");
     let sampling = Sampling {
         max_tokens: options.whole("max_tokens").unwrap_or(256) as usize,
-        top_p: 1.0,
         temperature: options.number("temperature").unwrap_or(0.0),
         seed: options.seed(),
+        ..Sampling::default()
     };
     let (model, adaptation) = spec.load(session)?;
     let system = options.text("system").map(|text| json!({"role": "system", "content": text}));

@@ -1,0 +1,321 @@
+//! The sampler: one token out of the logits after a sequence.
+//!
+//! In the order of transformers' `generate`: penalties, temperature, top-k, top-p, min-p, then a draw. Nothing is sorted but what
+//! the draw is left with.
+
+use std::collections::HashMap;
+
+use anyhow::{Result, ensure};
+use homeroom_kernels::Stream;
+
+use crate::generate::Sampling;
+
+/// Below this a temperature is 0: dividing logits by less overflows.
+const TEMPERATURE_MIN: f64 = 1e-6;
+/// The domain of the draws' random numbers.
+const DRAWS: u64 = 0x6472_6177;
+/// Candidates that top-p looks at first; four times as many each time these do not reach it.
+const FIRST_CANDIDATES: usize = 64;
+
+/// Draws the tokens of one sequence.
+pub(super) struct Sampler {
+    sampling: Sampling,
+    random: Stream,
+    /// How often each token was drawn; a token of the prompt alone has 0. Empty unless there is a penalty.
+    seen: HashMap<u32, u32>,
+}
+
+impl Sampler {
+    /// A sampler for a sequence that begins with `prompt`.
+    ///
+    /// # Errors
+    /// When a number of `sampling` is not in its range.
+    pub fn new(sampling: Sampling, prompt: &[u32]) -> Result<Self> {
+        let Sampling { temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, .. } =
+            sampling;
+        ensure!(temperature.is_finite() && temperature >= 0.0, "the temperature is not a number from 0");
+        ensure!((0.0..=1.0).contains(&top_p), "top_p is not a number from 0 to 1");
+        ensure!((0.0..=1.0).contains(&min_p), "min_p is not a number from 0 to 1");
+        ensure!(
+            repetition_penalty.is_finite() && repetition_penalty > 0.0,
+            "the repetition penalty is not a number above 0"
+        );
+        for penalty in [frequency_penalty, presence_penalty] {
+            ensure!((-2.0..=2.0).contains(&penalty), "a penalty is not a number from -2 to 2");
+        }
+        let mut sampler = Self { sampling, random: Stream::new(sampling.seed, DRAWS), seen: HashMap::new() };
+        if sampler.penalises() {
+            sampler.seen.extend(prompt.iter().map(|token| (*token, 0)));
+        }
+        Ok(sampler)
+    }
+
+    /// Draws a token from logits, (V).
+    ///
+    /// # Errors
+    /// When a logit is not a finite number: the model's numbers have overflowed, and any token would be a lie.
+    pub fn draw(&mut self, mut logits: Vec<f32>) -> Result<u32> {
+        // Not `all`, which looks at one after another.
+        let finite = logits.iter().fold(true, |finite, logit| finite & logit.is_finite());
+        ensure!(
+            finite && !logits.is_empty(),
+            "the model's numbers overflow: its logits are not finite, so there is no answer; a training with a smaller learning rate, or --compute f32, may mend it"
+        );
+        self.penalise(&mut logits);
+        let greedy = self.sampling.temperature < TEMPERATURE_MIN || self.sampling.top_k == 1;
+        let token = if greedy { first_of_largest(&logits) } else { self.draw_from(&logits) };
+        if self.penalises() {
+            *self.seen.entry(token).or_default() += 1;
+        }
+        Ok(token)
+    }
+
+    fn penalises(&self) -> bool {
+        let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = self.sampling;
+        repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0
+    }
+
+    /// Lowers the logits of tokens that stand in the sequence.
+    ///
+    /// Repetition: Keskar et al. 2019, <https://arxiv.org/abs/1909.05858>, section 4.1, over prompt and answer as in
+    /// transformers. Frequency and presence: OpenAI's API, over the answer alone.
+    fn penalise(&self, logits: &mut [f32]) {
+        let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = self.sampling;
+        for (token, count) in &self.seen {
+            let Some(logit) = logits.get_mut(*token as usize) else { continue };
+            let mut value = f64::from(*logit);
+            value = if value < 0.0 { value * repetition_penalty } else { value / repetition_penalty };
+            if *count > 0 {
+                value -= f64::from(*count) * frequency_penalty + presence_penalty;
+            }
+            // A penalty must not make infinities of what was finite.
+            *logit = value.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32;
+        }
+    }
+
+    fn draw_from(&mut self, logits: &[f32]) -> u32 {
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        let largest = logits[first_of_largest(logits) as usize];
+        // e^((l - max) / T): the likeliest token weighs 1, so nothing overflows.
+        let inverse = 1.0 / temperature as f32;
+        let weigh = |logit: f32| f64::from(((logit - largest) * inverse).exp());
+        if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
+            let weights: Vec<f64> = logits.iter().map(|logit| weigh(*logit)).collect();
+            let sum = weights.iter().sum::<f64>();
+            return pick(self.random.uniform() * sum, weights.into_iter().enumerate());
+        }
+        let mut candidates: Vec<(usize, f64)> = logits.iter().map(|logit| weigh(*logit)).enumerate().collect();
+        if top_k > 0 && top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k - 1, likelier_first);
+            candidates.truncate(top_k);
+        }
+        if top_p < 1.0 {
+            keep_nucleus(&mut candidates, top_p);
+        }
+        candidates.retain(|(_, weight)| *weight >= min_p);
+        candidates.sort_unstable_by(likelier_first);
+        let sum = candidates.iter().map(|(_, weight)| weight).sum::<f64>();
+        pick(self.random.uniform() * sum, candidates.into_iter())
+    }
+}
+
+/// The order of candidates: by weight, and of equal ones the lower id first, so that it does not depend on how they were selected.
+fn likelier_first(a: &(usize, f64), b: &(usize, f64)) -> std::cmp::Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Keeps the likeliest candidates that together reach a share of the whole: at least one.
+///
+/// Source: Holtzman et al. 2019, <https://arxiv.org/abs/1904.09751>, section 3.1.
+fn keep_nucleus(candidates: &mut Vec<(usize, f64)>, top_p: f64) {
+    let wanted = top_p * candidates.iter().map(|(_, weight)| weight).sum::<f64>();
+    let mut looked_at = FIRST_CANDIDATES;
+    loop {
+        let all = looked_at >= candidates.len();
+        if !all {
+            candidates.select_nth_unstable_by(looked_at - 1, likelier_first);
+        }
+        let len = looked_at.min(candidates.len());
+        let head = &mut candidates[..len];
+        head.sort_unstable_by(likelier_first);
+        let mut sum = 0.0;
+        let reached = head.iter().position(|(_, weight)| {
+            sum += weight;
+            sum >= wanted
+        });
+        match reached {
+            Some(last) => return candidates.truncate(last + 1),
+            None if all => return,
+            None => looked_at *= 4,
+        }
+    }
+}
+
+/// The first id whose logit none exceeds.
+fn first_of_largest(logits: &[f32]) -> u32 {
+    const LANES: usize = 16;
+    // Sixteen maxima beside each other, which a processor finds at once.
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane = if *logit > *lane { *logit } else { *lane };
+        }
+    }
+    let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+    logits.iter().position(|logit| *logit == largest).unwrap_or(0) as u32
+}
+
+/// The id at which the sum of weights passes `at`; the last with a weight if rounding keeps the sum below.
+fn pick(at: f64, weighted: impl Iterator<Item = (usize, f64)>) -> u32 {
+    let (mut sum, mut last) = (0.0, 0);
+    for (id, weight) in weighted.filter(|(_, weight)| *weight > 0.0) {
+        sum += weight;
+        last = id;
+        if sum > at {
+            break;
+        }
+    }
+    last as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use candle_transformers::utils::apply_repeat_penalty;
+
+    use super::*;
+
+    /// Odd logits of an odd vocabulary, with ties.
+    fn logits(seed: u64) -> Vec<f32> {
+        let mut random = Stream::new(seed, 1);
+        (0..1237).map(|id| if id % 50 == 7 { 2.5 } else { 3.0 * random.normal() as f32 }).collect()
+    }
+
+    fn drawn(sampling: Sampling, prompt: &[u32], logits: &[f32], times: usize) -> Result<Vec<u32>> {
+        let mut sampler = Sampler::new(sampling, prompt)?;
+        (0..times).map(|_| sampler.draw(logits.to_vec())).collect()
+    }
+
+    /// Ids that can be drawn, by sorting everything: the definition, as transformers' warpers have it.
+    fn allowed(logits: &[f32], sampling: &Sampling) -> Vec<u32> {
+        let top = logits.iter().copied().fold(f32::MIN, f32::max);
+        let mut all: Vec<(usize, f64)> =
+            logits.iter().map(|l| f64::from(((l - top) / sampling.temperature as f32).exp())).enumerate().collect();
+        all.sort_by(likelier_first);
+        if sampling.top_k > 0 {
+            all.truncate(sampling.top_k);
+        }
+        let sum: f64 = all.iter().map(|(_, weight)| weight).sum();
+        let mut before = 0.0;
+        all.retain(|(_, weight)| {
+            let kept = before < sampling.top_p * sum;
+            before += weight;
+            kept
+        });
+        all.truncate(all.len().max(1));
+        let largest = all[0].1;
+        all.retain(|(_, weight)| *weight >= sampling.min_p * largest);
+        all.into_iter().map(|(id, _)| id as u32).collect()
+    }
+
+    #[test]
+    fn only_what_the_filters_leave_is_drawn_and_all_of_it() -> Result<()> {
+        let free = Sampling { temperature: 1.3, ..Sampling::default() };
+        for (top_k, top_p, min_p) in [
+            (0, 0.9, 0.0),
+            (7, 1.0, 0.0),
+            (0, 1.0, 0.05),
+            (41, 0.8, 0.02),
+            (0, 0.0, 0.0),
+            (3, 1e-300, 0.0),
+            (5000, 0.3, 1.0),
+        ] {
+            for seed in 0..5 {
+                let (logits, sampling) = (logits(seed), Sampling { top_k, top_p, min_p, seed, ..free });
+                let want = allowed(&logits, &sampling);
+                let got = drawn(sampling, &[], &logits, 3000)?;
+                assert!(got.iter().all(|id| want.contains(id)), "{sampling:?}");
+                if want.len() < 20 {
+                    assert!(want.iter().all(|id| got.contains(id)), "{sampling:?}: {want:?}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Frequencies of 40,000 draws against softmax: the standard deviation of a frequency is below 0.0025.
+    #[test]
+    fn draws_follow_softmax() -> Result<()> {
+        let logits = [0.5f32, -1.0, 2.0, 2.0, -30.0, 1.0, 0.0];
+        let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / 0.8).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for top_p in [1.0, 0.999_999] {
+            let sampling = Sampling { temperature: 0.8, top_p, seed: 3, ..Sampling::default() };
+            let got = drawn(sampling, &[], &logits, 40_000)?;
+            for (id, weight) in weights.iter().enumerate() {
+                let share = got.iter().filter(|got| **got as usize == id).count() as f64 / 40_000.0;
+                assert!((share - weight / sum).abs() < 0.011, "{id}: {share} for {}", weight / sum);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest() -> Result<()> {
+        let logits = [1.0, 4.0, -1.0, 4.0];
+        assert_eq!(drawn(Sampling::default(), &[], &logits, 2)?, [1, 1]);
+        let narrow = Sampling { temperature: 1.5, top_k: 1, ..Sampling::default() };
+        assert_eq!(drawn(narrow, &[], &logits, 2)?, [1, 1]);
+        Ok(())
+    }
+
+    #[test]
+    fn penalties_are_those_of_candle_transformers_and_openai() -> Result<()> {
+        let (logits, prompt) = (logits(9), [3, 3, 700, 1236]);
+        let sampler = |sampling| Sampler::new(sampling, &prompt);
+        let mut ours = logits.clone();
+        sampler(Sampling { repetition_penalty: 1.7, ..Sampling::default() })?.penalise(&mut ours);
+        let theirs = Tensor::from_slice(&logits, logits.len(), &Device::Cpu)?;
+        let theirs: Vec<f32> = apply_repeat_penalty(&theirs, 1.7, &prompt)?.to_vec1()?;
+        assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-6));
+        assert_ne!(ours, logits);
+
+        // What was drawn twice loses two frequencies and one presence; the prompt loses neither.
+        let mut sampler = sampler(Sampling { frequency_penalty: 0.5, presence_penalty: -0.25, ..Sampling::default() })?;
+        let mut sure = vec![0.0; 1237];
+        sure[5] = 10.0;
+        assert_eq!((sampler.draw(sure.clone())?, sampler.draw(sure)?), (5, 5));
+        let mut ours = logits.clone();
+        sampler.penalise(&mut ours);
+        let differ: Vec<usize> = (0..ours.len()).filter(|id| ours[*id] != logits[*id]).collect();
+        assert_eq!(differ, [5]);
+        assert!((ours[5] - (logits[5] - 0.75)).abs() < 1e-6);
+        Ok(())
+    }
+
+    #[test]
+    fn numbers_out_of_range_and_logits_that_are_none_are_refused() -> Result<()> {
+        let free = Sampling { temperature: 1.0, ..Sampling::default() };
+        for wrong in [
+            Sampling { temperature: f64::NAN, ..free },
+            Sampling { temperature: -1.0, ..free },
+            Sampling { top_p: 1.5, ..free },
+            Sampling { min_p: f64::NAN, ..free },
+            Sampling { repetition_penalty: 0.0, ..free },
+            Sampling { presence_penalty: f64::INFINITY, ..free },
+            Sampling { frequency_penalty: -3.0, ..free },
+        ] {
+            assert!(Sampler::new(wrong, &[]).is_err(), "{wrong:?}");
+        }
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for sampling in [free, Sampling::default()] {
+                let error = drawn(sampling, &[], &[0.0, broken, 1.0], 1).expect_err("there is no answer");
+                assert!(error.to_string().contains("not finite"), "{error}");
+            }
+        }
+        let far = Sampling { repetition_penalty: 1e300, ..free };
+        assert_eq!(drawn(far, &[0], &[-1.0, 5.0, -f32::MAX], 1)?, [1]);
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! Admission: so many answers of a handler at once, a queue of a bounded length before it, and past that a refusal that says when
+//! to come back.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::context::PATIENCE;
+use super::{Context, Event, EventStream, Handler, HandlerError, Kind, Request};
+
+/// What is waited at least and at most before a refused request is worth another try.
+const COME_BACK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
+/// What an answer takes as long as none was measured.
+const FIRST_GUESS_S: f64 = 2.0;
+/// The weight of the latest answer in the mean of the times.
+const LATEST: f64 = 0.2;
+
+/// How many requests a handler takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Answers at once; at least 1.
+    pub running: usize,
+    /// Requests that wait for one of these to end.
+    pub waiting: usize,
+}
+
+/// A handler behind a queue. Who came first is answered first; who leaves gives up the place, in the queue and at the head of it.
+pub struct Limited {
+    inner: Arc<dyn Handler>,
+    gate: Arc<Gate>,
+}
+
+impl Limited {
+    /// Puts a queue before a handler.
+    pub fn new(inner: Arc<dyn Handler>, limits: Limits) -> Self {
+        let state = State { running: 0, waiting: VecDeque::new(), next: 0, answer_s: FIRST_GUESS_S };
+        Self { inner, gate: Arc::new(Gate { limits, state: Mutex::new(state), changed: Condvar::new() }) }
+    }
+}
+
+impl Handler for Limited {
+    fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
+        let place = Gate::enter(&self.gate, context)?;
+        let stream = self.inner.stream(request, context)?;
+        Ok(Box::new(Admitted { held: Some((stream, place)) }))
+    }
+}
+
+struct Gate {
+    limits: Limits,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    running: usize,
+    /// Numbers of those who wait, the first who came at the front.
+    waiting: VecDeque<u64>,
+    next: u64,
+    /// How long an answer takes, in seconds: a mean in which the latest weigh most.
+    answer_s: f64,
+}
+
+impl Gate {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(gate: &Arc<Self>, context: &Context) -> Result<Place, HandlerError> {
+        let Limits { running, waiting } = gate.limits;
+        let mut state = gate.state();
+        if state.running >= running && state.waiting.len() >= waiting {
+            // Those who wait go first, `running` at a time.
+            let rounds = (state.waiting.len() + 1).div_ceil(running);
+            let retry_after = Duration::try_from_secs_f64(state.answer_s * rounds as f64).unwrap_or(COME_BACK.1);
+            let retry_after = retry_after.clamp(COME_BACK.0, COME_BACK.1);
+            let message = format!("{running} requests are being answered and {} wait", state.waiting.len());
+            return Err(HandlerError::new(Kind::Overloaded { retry_after }, message));
+        }
+        let number = state.next;
+        state.next += 1;
+        state.waiting.push_back(number);
+        while state.running >= running || state.waiting.front() != Some(&number) {
+            state = gate.changed.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner).0;
+            if let Err(gone) = context.check() {
+                state.waiting.retain(|waiting| *waiting != number);
+                gate.changed.notify_all();
+                return Err(gone);
+            }
+        }
+        state.waiting.pop_front();
+        state.running += 1;
+        gate.changed.notify_all();
+        Ok(Place { gate: gate.clone(), since: Instant::now() })
+    }
+}
+
+/// A place among those who are answered, given back when it is dropped.
+struct Place {
+    gate: Arc<Gate>,
+    since: Instant,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        state.running -= 1;
+        state.answer_s += LATEST * (self.since.elapsed().as_secs_f64() - state.answer_s);
+        self.gate.changed.notify_all();
+    }
+}
+
+/// An answer in its place. Both go with the last event: who reads slowly does not keep the place.
+struct Admitted {
+    held: Option<(EventStream, Place)>,
+}
+
+impl Iterator for Admitted {
+    type Item = Result<Event, HandlerError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (stream, _) = self.held.as_mut()?;
+        let item = stream.next();
+        if !matches!(item, Some(Ok(Event::Start { .. } | Event::Delta { .. } | Event::Finish { .. }))) {
+            self.held = None;
+        }
+        item
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{FinishReason, Usage};
+    use super::*;
+
+    /// Answers nothing, once somebody reads.
+    struct Short;
+
+    impl Handler for Short {
+        fn stream(&self, _: &Request, _: &Context) -> Result<EventStream, HandlerError> {
+            let start = Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() };
+            let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
+            Ok(Box::new([start].into_iter().chain(end).map(Ok)))
+        }
+    }
+
+    fn limited(running: usize, waiting: usize) -> Arc<Limited> {
+        Arc::new(Limited::new(Arc::new(Short), Limits { running, waiting }))
+    }
+
+    fn waiting(handler: &Limited) -> usize {
+        handler.gate.state().waiting.len()
+    }
+
+    #[test]
+    fn who_came_first_is_answered_first_and_all_are() {
+        let handler = limited(1, 40);
+        let first = handler.stream(&Request::default(), &Context::default()).expect("there is a place");
+        let (sender, done) = std::sync::mpsc::channel();
+        for number in 0..33 {
+            let (queued, sender) = (handler.clone(), sender.clone());
+            std::thread::spawn(move || {
+                let stream = queued.stream(&Request::default(), &Context::default()).expect("it is let in");
+                sender.send(number).expect("the test waits");
+                assert_eq!(stream.count(), 3);
+            });
+            while waiting(&handler) <= number {
+                std::thread::yield_now();
+            }
+        }
+        drop(first);
+        let order: Vec<usize> = (0..33).map(|_| done.recv().expect("an answer")).collect();
+        assert_eq!(order, (0..33).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn past_the_queue_one_is_told_when_to_come_back() {
+        let handler = limited(2, 0);
+        let held = [(); 2].map(|()| handler.stream(&Request::default(), &Context::default()).expect("a place"));
+        handler.gate.state().answer_s = 7.2;
+        let refused = handler.stream(&Request::default(), &Context::default()).err().expect("both places are taken");
+        assert_eq!(refused.kind, Kind::Overloaded { retry_after: Duration::from_secs_f64(7.2) });
+        handler.gate.state().answer_s = 1e9;
+        let refused = handler.stream(&Request::default(), &Context::default()).err().expect("both places are taken");
+        assert_eq!(refused.kind, Kind::Overloaded { retry_after: COME_BACK.1 });
+        drop(held);
+        assert!(handler.stream(&Request::default(), &Context::default()).is_ok());
+    }
+
+    #[test]
+    fn who_leaves_the_queue_leaves_no_gap() {
+        let handler = limited(1, 2);
+        let first = handler.stream(&Request::default(), &Context::default()).expect("a place");
+        let gone = Context::default();
+        let leaves = {
+            let (handler, gone) = (handler.clone(), gone.clone());
+            std::thread::spawn(move || handler.stream(&Request::default(), &gone).err().map(|error| error.kind))
+        };
+        while waiting(&handler) == 0 {
+            std::thread::yield_now();
+        }
+        gone.cancel();
+        assert_eq!(leaves.join().expect("it does not panic"), Some(Kind::Cancelled));
+        let late = handler.stream(&Request::default(), &Context::default().within(Duration::ZERO)).err();
+        assert_eq!(late.map(|error| error.kind), Some(Kind::Timeout));
+        assert_eq!(waiting(&handler), 0);
+        drop(first);
+        assert!(handler.stream(&Request::default(), &Context::default()).is_ok());
+    }
+
+    #[test]
+    fn an_answer_that_is_whole_holds_no_place_however_slowly_it_is_read() {
+        let handler = limited(1, 0);
+        let mut read = handler.stream(&Request::default(), &Context::default()).expect("a place");
+        assert_eq!(read.by_ref().take(3).count(), 3);
+        assert!(handler.stream(&Request::default(), &Context::default()).is_ok());
+        assert!(read.next().is_none());
+    }
+}

@@ -1,0 +1,81 @@
+//! Any endpoint that speaks OpenAI's API: a provider, another machine's server, ours.
+//!
+//! Always asks for a stream. A stream that ends without a `finish_reason` is an error, since it looks like a short answer
+//! otherwise. Nothing is asked twice and no redirect is followed: a key and a conversation go to the address that the
+//! user wrote, once.
+
+mod endpoint;
+mod refusal;
+mod stream;
+
+use serde_json::{Map, Value, json};
+use ureq::Agent;
+
+pub use self::endpoint::{BaseUrl, Endpoint};
+use self::stream::Reading;
+use super::{Context, EventStream, Handler, HandlerError, Request};
+
+/// Asks an endpoint.
+pub struct OpenAi {
+    endpoint: Endpoint,
+}
+
+impl OpenAi {
+    /// Prepares to ask; connects to nothing.
+    pub fn new(endpoint: Endpoint) -> Self {
+        Self { endpoint }
+    }
+
+    /// Who asks for one answer. Shutting it down ends every wait of that answer, and of no other.
+    fn agent(&self) -> Agent {
+        let endpoint = &self.endpoint;
+        let mut config = Agent::config_builder()
+            .timeout_connect(Some(endpoint.connect_timeout))
+            .timeout_per_read(Some(endpoint.read_timeout))
+            .timeout_per_write(Some(endpoint.read_timeout))
+            .timeout_global(Some(endpoint.answer_timeout))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .user_agent(concat!("homeroom/", env!("CARGO_PKG_VERSION")));
+        if endpoint.base_url.is_loopback() {
+            // What is meant for this machine must not leave it by a proxy of the environment.
+            config = config.proxy(None);
+        }
+        Agent::new_with_config(config.build())
+    }
+
+    fn body(&self, request: &Request) -> Value {
+        let mut body = Map::new();
+        body.insert("model".into(), json!(self.endpoint.model));
+        body.insert("messages".into(), json!(request.messages));
+        body.insert("stream".into(), json!(true));
+        body.insert("stream_options".into(), json!({"include_usage": true}));
+        let optional = [
+            (self.endpoint.max_tokens_param.as_str(), request.max_tokens.map(|n| json!(n))),
+            ("temperature", request.temperature.map(|t| json!(t))),
+            ("top_k", request.top_k.map(|k| json!(k))),
+            ("top_p", request.top_p.map(|p| json!(p))),
+            ("min_p", request.min_p.map(|p| json!(p))),
+            ("repetition_penalty", request.repetition_penalty.map(|p| json!(p))),
+            ("frequency_penalty", request.frequency_penalty.map(|p| json!(p))),
+            ("presence_penalty", request.presence_penalty.map(|p| json!(p))),
+            ("seed", request.seed.map(|seed| json!(seed))),
+            ("stop", Some(&request.stop).filter(|stop| !stop.is_empty()).map(|stop| json!(stop))),
+        ];
+        for (name, value) in optional {
+            if let Some(value) = value {
+                body.insert(name.into(), value);
+            }
+        }
+        Value::Object(body)
+    }
+}
+
+impl Handler for OpenAi {
+    fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
+        let context = context.within(self.endpoint.answer_timeout);
+        let body = self.body(request).to_string();
+        Ok(Box::new(Reading::begin(self.endpoint.clone(), self.agent(), body, context)?))
+    }
+}

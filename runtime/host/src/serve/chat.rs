@@ -1,0 +1,217 @@
+//! `POST /v1/chat/completions`: a handler works in a thread, and what it says is sent as it comes or gathered.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use futures_core::Stream;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, Sleep, sleep, timeout};
+
+use super::reply::{Envelope, HANDLER, Refusal, frame};
+use super::{App, no_model, now, request};
+use crate::handler::{self, Context, Event, Handler, HandlerError, Kind, PATIENCE, checked};
+
+/// Largest body of a request, in bytes.
+const BODY_LIMIT: usize = 4 << 20;
+/// Longest time for an answer, the wait for it included.
+const ANSWER: Duration = Duration::from_secs(30 * 60);
+/// Text that is made ahead of a client who does not read, in bytes. The work ends with it, so that it does not hold a place for
+/// somebody who is not there.
+const AHEAD: usize = 1 << 20;
+/// How long a stream waits for its first event before it says 200: a refusal before that has its own status.
+const FIRST_EVENT: Duration = Duration::from_secs(10);
+/// Silence after which a stream says that it is alive.
+const PING: Duration = Duration::from_secs(5);
+
+pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Response {
+    match answer(&app, request).await {
+        Ok(response) => response,
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
+    let is_json = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).is_some_and(|kind| {
+        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+    });
+    if !is_json {
+        let message = "the body should be JSON, with the header content-type: application/json";
+        return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+    }
+    let body = timeout(app.times.body, to_bytes(request.into_body(), BODY_LIMIT)).await.map_err(|_| {
+        let message = format!("the body did not come whole in {} s", app.times.body.as_secs());
+        Refusal::new(StatusCode::REQUEST_TIMEOUT, message)
+    })?;
+    let body = body.map_err(|_| {
+        let message = format!("the body did not come whole, or is larger than {} MiB", BODY_LIMIT >> 20);
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    })?;
+    let asked = request::read(&body)?;
+    let handler = app.models().get(&asked.model).cloned();
+    let handler = handler.ok_or_else(|| no_model(app, &asked.model))?;
+
+    let context = Context::default().or_with(app.ending.clone()).within(ANSWER);
+    let waiting = Waiting(context.clone());
+    let request::Asked { model, request, stream, include_usage, ignored } = asked;
+    let mut envelope = Envelope { id: String::new(), created: now(), model, include_usage, name_handler: false };
+    let (mut response, by) = if stream {
+        let mut events = Events::of(handler, request, context);
+        // What is refused before the answer begins has its own status; a long prompt does not keep the client waiting.
+        let first = match timeout(FIRST_EVENT, events.next()).await {
+            Ok(Some(Err(error))) => return Err(error.into()),
+            Ok(Some(Ok(event))) => Some(event),
+            Ok(None) | Err(_) => None,
+        };
+        let by = match &first {
+            Some(Event::Start { handler, .. }) => Some(handler.clone()),
+            _ => None,
+        };
+        envelope.name_handler = by.is_none();
+        let first = first.map(|event| envelope.frames(event));
+        let ping = Box::pin(sleep(PING));
+        let body = Body::from_stream(Frames { events, envelope, first, ping, over: false, _waiting: waiting });
+        let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
+        ((headers, body).into_response(), by)
+    } else {
+        let whole = spawn_blocking(move || handler.complete(&request, &context)).await;
+        let whole = whole.map_err(|_| HandlerError::new(Kind::Internal, "the handler panicked"))??;
+        drop(waiting);
+        (Json(envelope.completion(&whole)).into_response(), Some(whole.handler))
+    };
+    if let Some(by) = by.and_then(|by| HeaderValue::try_from(by).ok()) {
+        response.headers_mut().insert(HANDLER, by);
+    }
+    name_ignored(response.headers_mut(), &ignored);
+    Ok(response)
+}
+
+/// Says which fields were passed over, as far as a header can.
+fn name_ignored(headers: &mut HeaderMap, ignored: &[String]) {
+    if let Ok(value) = HeaderValue::from_str(&ignored.join(","))
+        && !value.is_empty()
+    {
+        headers.insert("x-ignored-params", value);
+    }
+}
+
+/// Cancels the work when the client is gone: whatever held this is dropped then.
+struct Waiting(Context);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+type Item = Result<Event, HandlerError>;
+
+/// Events of a handler that works in a thread, ahead of the client.
+struct Events {
+    channel: mpsc::UnboundedReceiver<Item>,
+    /// Bytes of text that lie in the channel.
+    ahead: Arc<AtomicUsize>,
+}
+
+impl Events {
+    fn of(handler: Arc<dyn Handler>, request: handler::Request, context: Context) -> Self {
+        let (sender, channel) = mpsc::unbounded_channel();
+        let ahead = Arc::new(AtomicUsize::new(0));
+        let made = ahead.clone();
+        spawn_blocking(move || {
+            let stream = match handler.stream(&request, &context) {
+                Ok(stream) => checked(stream),
+                Err(error) => Box::new(std::iter::once(Err(error))),
+            };
+            for item in stream {
+                made.fetch_add(bytes(&item), Ordering::SeqCst);
+                if sender.send(item).is_err() {
+                    return;
+                }
+                while made.load(Ordering::SeqCst) > AHEAD {
+                    if let Err(gone) = context.check() {
+                        // Whoever it is told may be gone.
+                        let _ = sender.send(Err(gone));
+                        return;
+                    }
+                    std::thread::sleep(PATIENCE);
+                }
+            }
+        });
+        Self { channel, ahead }
+    }
+
+    async fn next(&mut self) -> Option<Item> {
+        std::future::poll_fn(|context| self.poll_next(context)).await
+    }
+
+    fn poll_next(&mut self, context: &mut std::task::Context<'_>) -> Poll<Option<Item>> {
+        let item = std::task::ready!(self.channel.poll_recv(context));
+        if let Some(item) = &item {
+            self.ahead.fetch_sub(bytes(item), Ordering::SeqCst);
+        }
+        Poll::Ready(item)
+    }
+}
+
+/// What an item counts in memory: its text, and an allowance for the frame around it.
+fn bytes(item: &Item) -> usize {
+    match item {
+        Ok(Event::Delta { text }) => text.len() + 64,
+        _ => 64,
+    }
+}
+
+/// The body of a stream.
+struct Frames {
+    events: Events,
+    envelope: Envelope,
+    first: Option<String>,
+    ping: Pin<Box<Sleep>>,
+    over: bool,
+    _waiting: Waiting,
+}
+
+impl Stream for Frames {
+    type Item = Result<Bytes, std::convert::Infallible>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if this.over {
+            return Poll::Ready(None);
+        }
+        let frames = match this.first.take() {
+            Some(first) => first,
+            None => match this.events.poll_next(context) {
+                Poll::Ready(Some(Ok(event))) => {
+                    this.over = matches!(event, Event::Usage(_));
+                    this.envelope.frames(event)
+                }
+                // A stream that only ends looks whole to clients, so that its failure is said.
+                Poll::Ready(Some(Err(error))) => {
+                    this.over = true;
+                    frame(&Refusal::from(error).body())
+                }
+                Poll::Ready(None) => {
+                    this.over = true;
+                    let error = HandlerError::new(Kind::Internal, "the answer broke off");
+                    frame(&Refusal::from(error).body())
+                }
+                Poll::Pending => {
+                    std::task::ready!(this.ping.as_mut().poll(context));
+                    ": ping\n\n".to_owned()
+                }
+            },
+        };
+        this.ping.as_mut().reset(Instant::now() + PING);
+        Poll::Ready(Some(Ok(Bytes::from(frames))))
+    }
+}

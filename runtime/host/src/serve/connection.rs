@@ -1,0 +1,190 @@
+//! Connections: how many there may be, and how long one may keep the server waiting.
+//!
+//! A client that sends half a request, does not read its answer, or is gone while more of its requests lie in the buffer, loses its
+//! connection. With it goes the work on its answer.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use anyhow::Result;
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Sleep, sleep};
+
+/// Connections at once; more wait in the system's queue.
+pub const CONNECTIONS_MAX: usize = 400;
+/// How often it is looked whether a client that sends ahead is still there.
+const LOOK: Duration = Duration::from_millis(200);
+/// Most that is kept of a request that is not read yet, in bytes.
+const BUFFER: usize = 128 << 10;
+
+/// How long a client may keep the server waiting.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// From the beginning of a connection, or the end of the answer before, to the end of a request's headers.
+    pub headers: Duration,
+    /// From there to the end of its body.
+    pub body: Duration,
+    /// While it takes nothing of what it is sent.
+    pub unread: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        let [headers, body, unread] = [15, 30, 30].map(Duration::from_secs);
+        Self { headers, body, unread }
+    }
+}
+
+/// Serves a router's answers until `stopped` says true; then answers under way come to their end, and nothing new is taken.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    times: Times,
+    mut stopped: watch::Receiver<bool>,
+) -> Result<()> {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        let place = places.clone().acquire_owned().await?;
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            // The sender lives as long as the server is wanted.
+            _ = stopped.wait_for(|stopped| *stopped) => break,
+        };
+        while connections.try_join_next().is_some() {}
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            // A client that left already, or no descriptor to be had: neither is the end of the server.
+            Err(_) => {
+                sleep(Duration::from_millis(20)).await;
+                continue;
+            }
+        };
+        let _ = stream.set_nodelay(true);
+        let (router, stopped) = (router.clone(), stopped.clone());
+        connections.spawn(async move {
+            let _place = place;
+            answer(stream, router, times, stopped).await;
+        });
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// Answers the requests of one connection, one after another.
+async fn answer(stream: TcpStream, router: Router, times: Times, mut stopped: watch::Receiver<bool>) {
+    let stream = Arc::new(stream);
+    let io = TokioIo::new(Impatient { stream: stream.clone(), patience: times.unread, unread: None });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(times.headers).max_buf_size(BUFFER);
+    let mut connection = std::pin::pin!(builder.serve_connection(io, TowerToHyperService::new(router)));
+    let mut ending = false;
+    loop {
+        tokio::select! {
+            // How it ended concerns nobody: who it was for is gone.
+            _ = connection.as_mut() => return,
+            () = gone(&stream) => return,
+            _ = stopped.wait_for(|stopped| *stopped), if !ending => {
+                ending = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Waits until the client has closed its side. HTTP code sees that only once it has read everything that was sent before.
+async fn gone(stream: &TcpStream) {
+    loop {
+        match stream.ready(Interest::READABLE).await {
+            Ok(ready) if !ready.is_read_closed() => sleep(LOOK).await,
+            _ => return,
+        }
+    }
+}
+
+/// A connection whose writes fail when nothing of them is taken for too long.
+struct Impatient {
+    stream: Arc<TcpStream>,
+    patience: Duration,
+    unread: Option<Pin<Box<Sleep>>>,
+}
+
+impl Impatient {
+    fn write(
+        &mut self,
+        context: &mut Context<'_>,
+        write: impl Fn(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            match self.stream.poll_write_ready(context) {
+                Poll::Ready(Ok(())) => match write(&self.stream) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    written => {
+                        self.unread = None;
+                        return Poll::Ready(written);
+                    }
+                },
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    let patience = self.patience;
+                    ready!(self.unread.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(context));
+                    return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+                }
+            }
+        }
+    }
+}
+
+impl AsyncRead for Impatient {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.stream.poll_read_ready(context))?;
+            match self.stream.try_read(buf.initialize_unfilled()) {
+                Ok(read) => {
+                    buf.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Impatient {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.get_mut().write(context, |stream| stream.try_write(bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.get_mut().write(context, |stream| stream.try_write_vectored(slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    /// Nothing: the connection is closed when it is dropped, which follows.
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}

@@ -96,7 +96,7 @@ fn watch(path: &Path, mut handlers: Handlers, replace: impl Fn(Models)) {
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
             }
             Err(error) => {
-                line(format_args!("reload   refused, what was served is served on: {error:#}"));
+                line(format_args!("reload   refused: {error:#}\n         what was served is served on"));
             }
         }
     }

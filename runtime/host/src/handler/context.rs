@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{HandlerError, Kind};
+use super::{EventStream, HandlerError, Kind};
 
 /// How long anything is waited for before it is asked whether the answer is still wanted.
 pub const PATIENCE: Duration = Duration::from_millis(50);
@@ -56,5 +56,23 @@ impl Context {
             return Err(HandlerError::new(Kind::Timeout, "the answer took longer than it is given"));
         }
         Ok(())
+    }
+
+    /// The stream, which ends between two events when work on it does not go on.
+    pub fn watch(&self, mut stream: EventStream) -> EventStream {
+        let context = self.clone();
+        let mut over = false;
+        Box::new(std::iter::from_fn(move || {
+            if over {
+                return None;
+            }
+            match context.check() {
+                Ok(()) => stream.next(),
+                Err(gone) => {
+                    over = true;
+                    Some(Err(gone))
+                }
+            }
+        }))
     }
 }

@@ -172,9 +172,9 @@ pub trait Handler: Send + Sync {
     /// The whole answer.
     ///
     /// # Errors
-    /// As [`Handler::stream`], and when the stream fails or ends too early.
+    /// As [`Handler::stream`], and when the stream fails or ends too early, or nobody waits for it any more.
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
-        collect(self.stream(request, context)?)
+        collect(context.watch(self.stream(request, context)?))
     }
 }
 

@@ -128,7 +128,7 @@ impl Events {
         let made = ahead.clone();
         spawn_blocking(move || {
             let stream = match handler.stream(&request, &context) {
-                Ok(stream) => checked(stream),
+                Ok(stream) => checked(context.watch(stream)),
                 Err(error) => Box::new(std::iter::once(Err(error))),
             };
             for item in stream {

@@ -4,6 +4,7 @@
 //! connection. With it goes the work on its answer.
 
 use std::io;
+use std::net::Shutdown;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -14,16 +15,19 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Sleep, sleep, timeout};
 
 /// Connections at once; more wait in the system's queue.
 pub const CONNECTIONS_MAX: usize = 400;
 /// How often it is looked whether a client that sends ahead is still there.
 const LOOK: Duration = Duration::from_millis(200);
+/// What a client that is refused may still be sending: so long, and so many bytes.
+const LINGER: (Duration, usize) = (Duration::from_secs(2), 16 << 20);
 /// Most that is kept of a request that is not read yet, in bytes.
 const BUFFER: usize = 128 << 10;
 
@@ -93,7 +97,7 @@ async fn answer(stream: TcpStream, router: Router, times: Times, mut stopped: wa
     loop {
         tokio::select! {
             // How it ended concerns nobody: who it was for is gone.
-            _ = connection.as_mut() => return,
+            _ = connection.as_mut() => break,
             () = gone(&stream) => return,
             _ = stopped.wait_for(|stopped| *stopped), if !ending => {
                 ending = true;
@@ -101,6 +105,26 @@ async fn answer(stream: TcpStream, router: Router, times: Times, mut stopped: wa
             }
         }
     }
+    linger(&stream).await;
+}
+
+/// Takes what the client still sends, before the connection is closed: closing it with something unread would take the answer from a
+/// client that has not read it yet.
+async fn linger(stream: &TcpStream) {
+    let (time, bytes) = LINGER;
+    let _ = SockRef::from(stream).shutdown(Shutdown::Write);
+    let take = async {
+        let (mut taken, mut scrap) = (0, vec![0; 64 << 10]);
+        while taken < bytes && stream.readable().await.is_ok() {
+            match stream.try_read(&mut scrap) {
+                Ok(0) => return,
+                Ok(read) => taken += read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
+    };
+    let _ = timeout(time, take).await;
 }
 
 /// Waits until the client has closed its side. HTTP code sees that only once it has read everything that was sent before.
@@ -183,7 +207,7 @@ impl AsyncWrite for Impatient {
         Poll::Ready(Ok(()))
     }
 
-    /// Nothing: the connection is closed when it is dropped, which follows.
+    /// Nothing: [`linger`] follows.
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }

@@ -214,6 +214,13 @@ fn streams_of_many_dialects_are_read() -> Result<()> {
     let bare =
         told(stream_of(&format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"a\"}}}}]}}\n\ndata: {stop}")))??;
     assert_eq!((bare.text.as_str(), bare.usage, bare.model.as_str()), ("a", Usage::default(), "m"));
+    // A reason that is none in every piece, content in parts, and pieces that say nothing.
+    let parts = r#"{"choices":[{"delta":{"content":[{"type":"text","text":"a"},{"type":"image"},{"type":"text","text":"b"}]},"finish_reason":""}]}"#;
+    let words = r#"{"choices":[{"delta":{"content":"c"},"finish_reason":""}]}"#;
+    let empty = r#"{"choices":[{"delta":{"content":null},"finish_reason":null}]}"#;
+    let frames = format!("data: {parts}\n\ndata: {empty}\n\ndata: {words}\n\ndata: {stop}\n\ndata: [DONE]\n\n");
+    let whole = told(stream_of(&frames))??;
+    assert_eq!((whole.text.as_str(), whole.finish), ("abc", FinishReason::Stop));
     let odd = stop.replace("\"stop\"", "\"eos\"");
     assert_eq!(told(stream_of(&format!("data: {odd}\n\n")))??.finish, FinishReason::Other("eos".into()));
     Ok(())
@@ -305,6 +312,36 @@ fn a_request_is_what_the_user_said_and_no_more() -> Result<()> {
     Ok(())
 }
 
+/// Some servers refuse what they do not know. Without the usage an answer is still an answer.
+#[test]
+fn an_endpoint_that_refuses_stream_options_is_asked_without_them() -> Result<()> {
+    let taken = || stream_of("data: {\"choices\":[{\"delta\":{\"content\":\"a\"},\"finish_reason\":\"stop\"}]}\n\n");
+    for (status, body) in [
+        (
+            422,
+            json!({"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "not permitted"}]}),
+        ),
+        (400, json!({"error": {"message": "Unrecognized request argument supplied: stream_options"}})),
+    ] {
+        let close = "connection: close\r\n";
+        let (url, thread) = scripted(vec![refusal(status, close, &body), taken(), taken()])?;
+        let handler = endpoint(&url, "m")?;
+        for _ in 0..2 {
+            assert_eq!(handler.complete(&asked("hi", 5), &Context::default())?.text, "a");
+        }
+        let requests = thread.join().expect("the server does not panic");
+        // It is remembered, so that the second answer is asked for once.
+        let with: Vec<bool> = requests.iter().map(|request| request.contains("stream_options")).collect();
+        assert_eq!(with, [true, false, false], "{status}");
+    }
+    let other = json!({"error": {"message": "temperature is too high"}});
+    let (url, thread) = scripted(vec![refusal(422, "", &other)])?;
+    let refused = endpoint(&url, "m")?.complete(&asked("hi", 5), &Context::default()).expect_err("it refuses");
+    assert!(refused.message.contains("temperature is too high"), "{refused}");
+    assert_eq!(thread.join().expect("the server does not panic").len(), 1, "it is asked once");
+    Ok(())
+}
+
 /// Fails in its own way, and counts how often it was asked.
 struct Fails {
     before: Vec<Event>,
@@ -337,8 +374,11 @@ fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
         (vec![], Kind::Authentication, false),
         (vec![], Kind::InvalidRequest { param: None }, false),
         (vec![], Kind::ContextLength, false),
-        (vec![start.clone()], Kind::Cut, false),
+        (vec![start.clone()], Kind::Cut, true),
+        (vec![], Kind::Protocol, true),
+        (vec![start.clone()], Kind::ContextLength, false),
         (vec![start.clone(), word.clone()], Kind::Unavailable, false),
+        (vec![start.clone(), word.clone()], Kind::Cut, false),
     ] {
         let asked_times = Arc::new(AtomicUsize::new(0));
         let error = HandlerError::new(kind.clone(), "broken");

@@ -89,12 +89,20 @@ pub fn generate(answers: &Answers, prompt: &[u32], sampling: Sampling) -> Result
     Ok(Answer { text: answers.inference().model.tokenizer.decode(&ids, true)?, ids, finish })
 }
 
+/// Tokens that are held back at most: no character has as many bytes, so whatever is held longer will not become one.
+const HELD_MAX: usize = 16;
+
 /// Text out of tokens that come one by one: what it has given out never changes by what comes after.
 ///
-/// The pieces put together are what [`Tokenizer::decode`] makes of all tokens at once, without special ones.
+/// The pieces put together are what [`Tokenizer::decode`] makes of all tokens at once, without special ones. A token costs the same
+/// however many came before: it is decoded behind those of the piece before, whose text tells what is new.
 #[derive(Default)]
 pub struct Detokenizer {
+    /// Tokens of the piece that was given out last, and those since.
     ids: Vec<u32>,
+    /// How many of them were given out.
+    read: usize,
+    /// Their text.
     given: String,
 }
 
@@ -107,7 +115,8 @@ impl Detokenizer {
         self.ids.push(id);
         let text = tokenizer.decode(&self.ids, true)?;
         // Bytes of a character that is not whole are decoded as replacement characters.
-        Ok(self.give(text.trim_end_matches(char::REPLACEMENT_CHARACTER)))
+        let held = text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.read <= HELD_MAX;
+        if held { Ok(String::new()) } else { self.give(&text, tokenizer) }
     }
 
     /// What was held back, at the end.
@@ -116,20 +125,22 @@ impl Detokenizer {
     /// When the tokenizer cannot decode.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
         let text = tokenizer.decode(&self.ids, true)?;
-        Ok(self.give(&text))
+        self.give(&text, tokenizer)
     }
 
-    /// All of `text` that was not given out. Some decoders take a whole character back when bytes behind it turn out to
-    /// be none; then what differs is given again.
-    fn give(&mut self, text: &str) -> String {
-        if text.len() <= self.given.len() {
-            return String::new();
-        }
+    /// All of `text`, that of all tokens here, which was not given out. Some decoders take a whole character back when bytes behind
+    /// it turn out to be none; then what differs is given again.
+    fn give(&mut self, text: &str, tokenizer: &Tokenizer) -> Result<String> {
         let same = text.char_indices().zip(self.given.chars()).take_while(|((_, a), b)| a == b).last();
         let from = same.map_or(0, |((at, c), _)| at + c.len_utf8());
-        self.given.truncate(from);
-        self.given.push_str(&text[from..]);
-        text[from..].to_owned()
+        let piece = text[from..].to_owned();
+        if !piece.is_empty() {
+            // What was new is what the next piece is told by.
+            self.ids.drain(..self.read);
+            self.read = self.ids.len();
+            self.given = tokenizer.decode(&self.ids, true)?;
+        }
+        Ok(piece)
     }
 }
 

@@ -209,11 +209,11 @@ mod tests {
         let sum: f64 = all.iter().map(|(_, weight)| weight).sum();
         let mut before = 0.0;
         all.retain(|(_, weight)| {
-            let kept = before < sampling.top_p * sum;
+            // The likeliest is kept in any case.
+            let kept = before == 0.0 || before < sampling.top_p * sum;
             before += weight;
             kept
         });
-        all.truncate(all.len().max(1));
         let largest = all[0].1;
         all.retain(|(_, weight)| *weight >= sampling.min_p * largest);
         all.into_iter().map(|(id, _)| id as u32).collect()

@@ -65,21 +65,20 @@ impl HandlerError {
         Self::new(Kind::Internal, format!("{error:#}"))
     }
 
-    /// Whether another handler may be asked instead of one whose answer broke off, as long as nobody saw a word of it.
-    pub fn lets_another_try_whole(&self) -> bool {
-        self.lets_another_try() || matches!(self.kind, Kind::Cut | Kind::Protocol)
-    }
-
-    /// Whether another handler may be asked instead: the request is fine and this handler is not.
+    /// Whether another handler may be asked instead: the request is fine and this handler is not. To be asked before anybody has
+    /// seen a word of its answer.
     pub fn lets_another_try(&self) -> bool {
         match self.kind {
-            Kind::Unavailable | Kind::Overloaded { .. } | Kind::Timeout | Kind::RateLimited { .. } => true,
+            Kind::Unavailable
+            | Kind::Overloaded { .. }
+            | Kind::Timeout
+            | Kind::RateLimited { .. }
+            | Kind::Cut
+            | Kind::Protocol => true,
             Kind::InvalidRequest { .. }
             | Kind::ContextLength
             | Kind::Authentication
             | Kind::NotFound
-            | Kind::Cut
-            | Kind::Protocol
             | Kind::Cancelled
             | Kind::Internal => false,
         }

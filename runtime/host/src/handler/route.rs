@@ -6,8 +6,8 @@ use super::{Completion, Context, Event, EventStream, Handler, HandlerError, Kind
 
 /// Handlers in the order in which they are asked.
 ///
-/// The next one is asked when one is unavailable, late or limited, and only before the first word of an answer: what was
-/// said stays said.
+/// The next one is asked when one is unavailable, late or limited, or breaks off, and only before anybody has seen a word of an
+/// answer: what was said stays said.
 pub struct Route {
     handlers: Arc<[(String, Arc<dyn Handler>)]>,
 }
@@ -40,7 +40,7 @@ impl Handler for Route {
         let mut handlers = self.handlers.iter().peekable();
         while let Some((name, handler)) = handlers.next() {
             match (handler.complete(request, context), handlers.peek()) {
-                (Err(error), Some((next, _))) if error.lets_another_try_whole() => note(name, &error, next),
+                (Err(error), Some((next, _))) if error.lets_another_try() => note(name, &error, next),
                 (answer, _) => return answer,
             }
         }

@@ -1,29 +1,34 @@
 //! Any endpoint that speaks OpenAI's API: a provider, another machine's server, ours.
 //!
 //! Always asks for a stream. A stream that ends without a `finish_reason` is an error, since it looks like a short answer
-//! otherwise. Nothing is asked twice and no redirect is followed: a key and a conversation go to the address that the
-//! user wrote, once.
+//! otherwise. Nothing is asked twice, but for an endpoint that refuses `stream_options` and is asked without it, and no redirect is
+//! followed: a key and a conversation go to the address that the user wrote.
 
 mod endpoint;
 mod refusal;
 mod stream;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde_json::{Map, Value, json};
 use ureq::Agent;
 
 pub use self::endpoint::{BaseUrl, Endpoint};
-use self::stream::Reading;
+use self::stream::{Reading, STREAM_OPTIONS};
 use super::{Context, EventStream, Handler, HandlerError, Request};
 
 /// Asks an endpoint.
 pub struct OpenAi {
     endpoint: Endpoint,
+    /// The endpoint has refused to be asked for the usage.
+    usage_refused: Arc<AtomicBool>,
 }
 
 impl OpenAi {
     /// Prepares to ask; connects to nothing.
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint }
+        Self { endpoint, usage_refused: Arc::default() }
     }
 
     /// Who asks for one answer. Shutting it down ends every wait of that answer, and of no other.
@@ -45,12 +50,14 @@ impl OpenAi {
         Agent::new_with_config(config.build())
     }
 
-    fn body(&self, request: &Request) -> Value {
+    fn body(&self, request: &Request) -> Map<String, Value> {
         let mut body = Map::new();
         body.insert("model".into(), json!(self.endpoint.model));
         body.insert("messages".into(), json!(request.messages));
         body.insert("stream".into(), json!(true));
-        body.insert("stream_options".into(), json!({"include_usage": true}));
+        if !self.usage_refused.load(Ordering::SeqCst) {
+            body.insert(STREAM_OPTIONS.into(), json!({"include_usage": true}));
+        }
         let optional = [
             (self.endpoint.max_tokens_param.as_str(), request.max_tokens.map(|n| json!(n))),
             ("temperature", request.temperature.map(|t| json!(t))),
@@ -68,14 +75,14 @@ impl OpenAi {
                 body.insert(name.into(), value);
             }
         }
-        Value::Object(body)
+        body
     }
 }
 
 impl Handler for OpenAi {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let context = context.within(self.endpoint.answer_timeout);
-        let body = self.body(request).to_string();
-        Ok(Box::new(Reading::begin(self.endpoint.clone(), self.agent(), body, context)?))
+        let (body, usage_refused) = (self.body(request), self.usage_refused.clone());
+        Ok(Box::new(Reading::begin(self.endpoint.clone(), self.agent(), body, usage_refused, context)?))
     }
 }

@@ -13,8 +13,15 @@ use crate::handler::{HandlerError, Kind};
 /// Longest body of a refusal that is read, in bytes.
 const REFUSAL_LIMIT: u64 = 64 << 10;
 
-/// The error that a refusal comes to.
-pub(super) fn refusal(endpoint: &Endpoint, response: Response<Body>) -> HandlerError {
+/// What a refusal comes to.
+pub(super) struct Refusal {
+    pub(super) error: HandlerError,
+    /// Whether it is about `stream_options`, which some servers do not know.
+    pub(super) of_stream_options: bool,
+}
+
+/// Reads a refusal.
+pub(super) fn refusal(endpoint: &Endpoint, response: Response<Body>) -> Refusal {
     let status = response.status().as_u16();
     let header = |name: &str| response.headers().get(name)?.to_str().ok()?.trim().parse::<f64>().ok();
     let seconds = header("retry-after-ms").map(|ms| ms / 1000.0).or_else(|| header("retry-after"));
@@ -24,7 +31,8 @@ pub(super) fn refusal(endpoint: &Endpoint, response: Response<Body>) -> HandlerE
     let body: Value = serde_json::from_str(&text).unwrap_or_default();
     let refused = Refused::read(&body);
     let kind = refused.kind(Some(status), retry_after);
-    endpoint.error(kind, &format!("{} (status {status})", refused.words()))
+    let error = endpoint.error(kind, &format!("{} (status {status})", refused.words()));
+    Refusal { error, of_stream_options: matches!(status, 400 | 422) && text.contains("stream_options") }
 }
 
 /// An error object of a provider. They are alike, and no two the same.
@@ -40,6 +48,8 @@ impl Refused {
         let error = body.get("error").unwrap_or(body);
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let message = text(error).or_else(|| text(&error["message"])).or_else(|| text(&body["detail"]));
+        // As FastAPI has it: a list of problems.
+        let message = message.or_else(|| text(&body["detail"][0]["msg"]));
         let words = [&error["code"], &error["type"], &error["status"]];
         let code = words.map(|value| text(value).unwrap_or_else(|| value.to_string())).join(" ");
         Self { message, code, param: text(&error["param"]) }

@@ -5,11 +5,13 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufReader};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 
-use serde_json::Value;
-use ureq::Agent;
+use serde_json::{Map, Value};
+use ureq::http::Response;
+use ureq::{Agent, Body};
 
 use super::endpoint::Endpoint;
 use super::refusal::{Refused, is_timeout, kind_of, refusal, words_of};
@@ -17,6 +19,8 @@ use crate::handler::context::PATIENCE;
 use crate::handler::sse::Events;
 use crate::handler::{Context, Event, FinishReason, HandlerError, Kind, Usage, new_id};
 
+/// The field that asks for the usage at the end of a stream.
+pub(super) const STREAM_OPTIONS: &str = "stream_options";
 /// Events that are read ahead of whoever wants them.
 const AHEAD: usize = 16;
 /// Threads that read at once. Some may still wait for a connection that nobody wants any more.
@@ -64,7 +68,8 @@ impl Reading {
     pub(super) fn begin(
         endpoint: Endpoint,
         agent: Agent,
-        body: String,
+        mut body: Map<String, Value>,
+        usage_refused: Arc<AtomicBool>,
         context: Context,
     ) -> Result<Self, HandlerError> {
         context.check()?;
@@ -77,7 +82,7 @@ impl Reading {
         let words = endpoint.clone();
         let run = move || {
             let _reader = reader;
-            if let Err(error) = ask(&endpoint, &agent, &body, &sender) {
+            if let Err(error) = ask(&endpoint, &agent, &mut body, &usage_refused, &sender) {
                 // Nobody may wait any more.
                 let _ = sender.send(Told::Failed(error));
             }
@@ -139,15 +144,25 @@ impl Drop for Reading {
 }
 
 /// Asks, and tells what comes of it as long as somebody listens.
-fn ask(endpoint: &Endpoint, agent: &Agent, body: &str, sender: &SyncSender<Told>) -> Result<(), HandlerError> {
-    let mut post = agent.post(format!("{}/chat/completions", endpoint.base_url.text));
-    post = post.header("content-type", "application/json").header("accept", "text/event-stream");
-    if let Some(key) = &endpoint.api_key {
-        post = post.header("authorization", format!("Bearer {}", key.expose()));
-    }
-    let response = post.send(body.as_bytes()).map_err(|error| endpoint.error(kind_of(&error), &words_of(&error)))?;
+fn ask(
+    endpoint: &Endpoint,
+    agent: &Agent,
+    body: &mut Map<String, Value>,
+    usage_refused: &AtomicBool,
+    sender: &SyncSender<Told>,
+) -> Result<(), HandlerError> {
+    let mut response = post(endpoint, agent, body)?;
     if !response.status().is_success() {
-        return Err(refusal(endpoint, response));
+        let refused = refusal(endpoint, response);
+        if !refused.of_stream_options || body.get(STREAM_OPTIONS).is_none() {
+            return Err(refused.error);
+        }
+        usage_refused.store(true, Ordering::SeqCst);
+        body.remove(STREAM_OPTIONS);
+        response = post(endpoint, agent, body)?;
+        if !response.status().is_success() {
+            return Err(refusal(endpoint, response).error);
+        }
     }
     let kind = response.body().mime_type().unwrap_or("nothing");
     if kind != "text/event-stream" {
@@ -176,6 +191,25 @@ fn ask(endpoint: &Endpoint, agent: &Agent, body: &str, sender: &SyncSender<Told>
         }
     }
     Ok(())
+}
+
+fn post(endpoint: &Endpoint, agent: &Agent, body: &Map<String, Value>) -> Result<Response<Body>, HandlerError> {
+    let mut post = agent.post(format!("{}/chat/completions", endpoint.base_url.text));
+    post = post.header("content-type", "application/json").header("accept", "text/event-stream");
+    if let Some(key) = &endpoint.api_key {
+        post = post.header("authorization", format!("Bearer {}", key.expose()));
+    }
+    let body = Value::Object(body.clone()).to_string();
+    post.send(body.as_bytes()).map_err(|error| endpoint.error(kind_of(&error), &words_of(&error)))
+}
+
+/// The text of a delta's content: a text, or a list of parts.
+fn text_of(content: &Value) -> String {
+    match content {
+        Value::String(text) => text.clone(),
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+        _ => String::new(),
+    }
 }
 
 /// An answer in the middle of being read.
@@ -243,10 +277,12 @@ impl<R: io::BufRead> Answer<'_, R> {
         if self.finish.is_some() {
             return;
         }
-        if let Some(text) = choice["delta"]["content"].as_str().filter(|text| !text.is_empty()) {
-            self.ready.push_back(Event::Delta { text: self.endpoint.content(text) });
+        let text = text_of(&choice["delta"]["content"]);
+        if !text.is_empty() {
+            self.ready.push_back(Event::Delta { text: self.endpoint.content(&text) });
         }
-        if let Some(reason) = choice["finish_reason"].as_str() {
+        // Some send an empty reason with every piece.
+        if let Some(reason) = choice["finish_reason"].as_str().filter(|reason| !reason.is_empty()) {
             self.finish = Some(match reason {
                 "stop" => FinishReason::Stop,
                 "length" => FinishReason::Length,

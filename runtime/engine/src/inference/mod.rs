@@ -8,6 +8,7 @@
 
 mod cache;
 mod decode;
+mod finite;
 mod schedule;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

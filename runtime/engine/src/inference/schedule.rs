@@ -12,6 +12,7 @@ use anyhow::{Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling as Draw};
 
+use super::finite::check_finite;
 use super::{Inference, Kept};
 use crate::generate::{Finish, Sampling};
 
@@ -236,6 +237,7 @@ impl Sequence {
 
     /// Draws a token; why the answer ends, if it does.
     fn draw(&mut self, inference: &Inference, logits: Vec<f32>) -> Result<Option<Finish>> {
+        check_finite(&logits)?;
         let len = logits.len();
         let token = self.draw.sample(&Tensor::from_vec(logits, len, &Device::Cpu)?)?;
         if inference.model.tokenizer.eos_ids.contains(&token) {

@@ -10,13 +10,17 @@ mod gradients;
 mod handlers;
 mod inference;
 mod invariants;
+mod mixed;
 mod models;
+mod pipeline_results;
 mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
 #[cfg(target_os = "linux")]
 mod reload;
+#[cfg(target_os = "linux")]
+mod results;
 #[cfg(target_os = "linux")]
 mod sdk;
 mod strategies;

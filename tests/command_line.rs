@@ -14,18 +14,18 @@ use homeroom_engine::model::BaseModel;
 use serde_json::{Map, Value, json};
 
 use crate::support::{
-    Place, eval, fixture, homeroom, loss, model, plugin_path, printed_json, refused, run, succeeds, tensors,
+    Place, Sizes, eval, fixture, homeroom, loss, model, plugin_path, printed_json, refused, run, succeeds, tensors,
 };
 
 /// Runs that must be refused leave nothing where their output would be.
-fn leaves_nothing(place: &Place) -> Result<()> {
+pub fn leaves_nothing(place: &Place) -> Result<()> {
     let left = place.outputs()?;
     ensure!(left.is_empty(), "it left {left:?}");
     Ok(())
 }
 
 /// `fine-tune` of a model that must be refused.
-fn check_model(place: &Place, model: &Path, words: &[&str]) -> Result<()> {
+pub fn check_model(place: &Place, model: &Path, words: &[&str]) -> Result<()> {
     let rows = place.rows("rows.jsonl", 3)?;
     refused(&mut place.fine_tune(model, &rows), words)?;
     leaves_nothing(place)
@@ -39,12 +39,12 @@ fn check_rows(lines: &str, words: &[&str]) -> Result<()> {
     leaves_nothing(&place)
 }
 
-fn read_json(path: &Path) -> Result<Value> {
+pub fn read_json(path: &Path) -> Result<Value> {
     Ok(serde_json::from_str(&fs::read_to_string(path)?)?)
 }
 
 /// Sets fields of a JSON object in a file.
-fn set_fields(path: &Path, fields: Value) -> Result<()> {
+pub fn set_fields(path: &Path, fields: Value) -> Result<()> {
     let mut object: Map<String, Value> = serde_json::from_str(&fs::read_to_string(path)?)?;
     object.extend(fields.as_object().cloned().context("fields are an object")?);
     Ok(fs::write(path, Value::Object(object).to_string())?)
@@ -125,7 +125,7 @@ fn truncated_gguf_files_are_refused_wherever_they_end() -> Result<()> {
 }
 
 /// A copy of a GGUF file with the bytes `offset` after the first place of `text` replaced.
-fn patched_gguf(place: &Place, text: &str, offset: usize, with: &[u8]) -> Result<PathBuf> {
+pub fn patched_gguf(place: &Place, text: &str, offset: usize, with: &[u8]) -> Result<PathBuf> {
     let mut file = fs::read(fixture("models/llama-gguf/model-f32.gguf"))?;
     let at = file.windows(text.len()).position(|window| window == text.as_bytes());
     let at = at.with_context(|| format!("the file has no `{text}`"))? + text.len() + offset;
@@ -167,12 +167,30 @@ fn gguf_tensors_whose_sizes_overflow_are_refused() -> Result<()> {
 fn what_the_decoder_does_not_compute_is_refused_by_name() -> Result<()> {
     let place = Place::new()?;
     let rope = |kind: &str| json!({"rope_scaling": {"rope_type": kind, "factor": 4.0}});
+    let llama3 = |low: f64, high: f64| {
+        json!({"rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": 64,
+        }})
+    };
     for (fields, words) in [
         (json!({"model_type": "mamba"}), &["unknown architecture `mamba`", "known are llama"][..]),
         (rope("yarn"), &["unknown rope type `yarn`", "known are default, llama3"]),
         (rope("llama3"), &["rope type `llama3`", "`low_freq_factor`"]),
         (json!({"hidden_act": "gelu"}), &["`hidden_act` = \"gelu\""]),
         (json!({"quantization_config": {"quant_method": "gptq"}}), &["quantised by `gptq`"]),
+        (json!({"rope_scaling": "linear"}), &["its rope scaling is \"linear\", not an object"]),
+        (json!({"rope_scaling": {"rope_type": 3}}), &["its rope type is 3, not a text"]),
+        (json!({"rope_scaling": {"factor": 4.0}}), &["has a `factor` and no type"]),
+        (llama3(1.0, 1.0), &["`high_freq_factor` = 1 is not above `low_freq_factor` = 1"]),
+        (llama3(1.0, 1e300), &["`high_freq_factor`, above zero"]),
+        (json!({"rope_theta": 1e300}), &["`rope_theta` = 1000", "it is a number from 1"]),
+        (json!({"rope_theta": 0.5}), &["`rope_theta` = 0.5"]),
+        (json!({"rms_norm_eps": 1e-300}), &["`rms_norm_eps` = 0.000", "above 0 and below 1"]),
+        (json!({"rms_norm_eps": -1e-5}), &["`rms_norm_eps` = -0.00001"]),
+        (json!({"tie_word_embeddings": "yes"}), &["`tie_word_embeddings` is neither true nor false"]),
+        (json!({"head_dim": 4_294_967_294_u32}), &["a head of 4294967294 channels"]),
+        (json!({"num_attention_heads": 100, "num_key_value_heads": 100}), &["a head of 0 channels"]),
         (json!({"num_attention_heads": 0}), &["`num_attention_heads` = 0"]),
         (json!({"num_key_value_heads": 3}), &["4 query heads cannot share 3"]),
         (json!({"hidden_size": u32::MAX - 7, "vocab_size": u32::MAX}), &["its sizes overflow"]),
@@ -316,6 +334,21 @@ fn wrong_flags_end_with_2_and_name_the_flag() -> Result<()> {
         &["--gradient-accumulation-steps", "0"],
         &["--learning-rate", "0"],
         &["--learning-rate", "nan"],
+        &["--learning-rate", "inf"],
+        &["--learning-rate", "1e38"],
+        &["--lora-alpha", "nan"],
+        &["--lora-alpha", "inf"],
+        &["--lora-alpha", "1e39"],
+        &["--lora-alpha", "0"],
+        &["--lora-dropout", "nan"],
+        &["--lora-dropout", "1"],
+        &["--lora-dropout=-0.1"],
+        &["--warmup-ratio", "nan"],
+        &["--weight-decay", "nan"],
+        &["--weight-decay", "1"],
+        &["--max-grad-norm", "inf"],
+        &["--batch-size", "4294967296"],
+        &["--seed=-1"],
         &["--warmup-ratio", "1"],
         &["--max-grad-norm=-1"],
         &["--max-seq-len", "1"],
@@ -364,6 +397,11 @@ fn an_adapter_with_fields_that_are_not_run_is_refused_by_name() -> Result<()> {
         ("trainable_token_indices", json!([3])),
         ("a_field_of_the_future", json!(1)),
         ("r", json!(0)),
+        ("lora_alpha", json!(-5)),
+        ("lora_alpha", json!(1e300)),
+        ("alpha_pattern", json!({"q_proj": 0})),
+        ("alpha_pattern", json!({"q_proj": "7"})),
+        ("rank_pattern", json!([3])),
     ] {
         fs::write(&config, &original)?;
         set_fields(&config, json!({key: value}))?;
@@ -378,6 +416,23 @@ fn an_adapter_with_fields_that_are_not_run_is_refused_by_name() -> Result<()> {
     fs::write(&config, &original)?;
     set_fields(&config, json!({"r": 5}))?;
     refused(&mut command(), &["its rank is 5", "has 3"])
+}
+
+/// Sets the factors of all scalings in a manifest's recipes to one that f32 does not hold.
+fn scaled_beyond_f32(bytes: Vec<u8>) -> Vec<u8> {
+    fn set(value: &mut Value) {
+        match value {
+            Value::Array(items) => items.iter_mut().for_each(set),
+            Value::Object(fields) => fields.iter_mut().for_each(|(name, value)| match (name.as_str(), &mut *value) {
+                ("scale", Value::Array(scale)) => scale[1] = json!(1e300),
+                _ => set(value),
+            }),
+            _ => {}
+        }
+    }
+    let mut manifest: Value = serde_json::from_slice(&bytes).expect("it was whole");
+    set(&mut manifest["plan"]["recipes"]);
+    manifest.to_string().into_bytes()
 }
 
 #[test]
@@ -401,6 +456,8 @@ fn a_damaged_adapter_is_refused() -> Result<()> {
     };
     damage("homeroom.json", &replace("\"format\": 1", "\"format\": 2"), &["homeroom.json: format", "newer"])?;
     damage("homeroom.json", &replace("\"matmul_t\"", "\"matmul_tt\""), &["cannot read"])?;
+    // The first factor is that of LoRA's update.
+    damage("homeroom.json", &scaled_beyond_f32, &["recipe 0 scales by", "f32 does not hold"])?;
     damage("homeroom.json", &replace("self_attn.q_proj", "self_attn.qq_proj"), &["no module", "qq_proj"])?;
     let not_a_number = |mut bytes: Vec<u8>| {
         let end = bytes.len();
@@ -533,17 +590,24 @@ fn in_shell(first: &str, command: &Command) -> Command {
     shell
 }
 
+/// A model that adapters of some megabytes fit on.
+fn wide_model(place: &Place) -> Result<PathBuf> {
+    let sizes = Sizes { hidden: 320, inner: 640, heads: 5, kv_heads: 5, head_dim: 64, vocab: 320, tied: false };
+    place.random_model("wide", &sizes)
+}
+
+/// The highest rank that all of its modules take: 13.9 MB.
+const WIDE_R: &str = "320";
+
 /// Files may not grow beyond a limit, so that a write fails in the middle as it does on a full disk: EFBIG for ENOSPC.
 #[test]
 fn a_full_disk_while_saving_is_told_and_leaves_nothing() -> Result<()> {
     let place = Place::new()?;
     let rows = place.rows("rows.jsonl", 2)?;
-    // The limit must let the plugin's private copy through, so the adapter has to be larger than that: 14 modules with about
-    // 100 r values of 4 bytes each.
+    // The limit must let the plugin's private copy through, so the adapter has to be larger than that.
     let limit_kib = fs::metadata(plugin_path("lora"))?.len() / 1024 + 64;
-    let r = limit_kib * 1024 / (14 * 96 * 4) + 100;
-    let mut train = place.fine_tune(&fixture("models/llama"), &rows);
-    train.args(["--max-steps", "1", "--lora-r", &r.to_string()]);
+    let mut train = place.fine_tune(&wide_model(&place)?, &rows);
+    train.args(["--max-steps", "1", "--lora-r", WIDE_R]);
     let mut shell = in_shell(&format!("trap '' XFSZ; ulimit -f {limit_kib}"), &train);
     refused(&mut shell, &["outputs/out: cannot write adapter_model.safetensors", "too large"])?;
     leaves_nothing(&place)?;
@@ -578,21 +642,21 @@ fn what_is_written_is_as_open_as_the_users_other_files() -> Result<()> {
 }
 
 /// A run under way, with its stderr.
-struct Running {
+pub struct Running {
     child: Child,
     stderr: BufReader<ChildStderr>,
     seen: String,
 }
 
 impl Running {
-    fn start(command: &mut Command) -> Result<Self> {
+    pub fn start(command: &mut Command) -> Result<Self> {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let stderr = BufReader::new(child.stderr.take().context("stderr is piped")?);
         Ok(Self { child, stderr, seen: String::new() })
     }
 
     /// Reads on until a line begins so.
-    fn wait_for(&mut self, beginning: &str) -> Result<()> {
+    pub fn wait_for(&mut self, beginning: &str) -> Result<()> {
         loop {
             let start = self.seen.len();
             let read = self.stderr.read_line(&mut self.seen)?;
@@ -603,7 +667,7 @@ impl Running {
         }
     }
 
-    fn signal(&self, signal: i32) -> Result<()> {
+    pub fn signal(&self, signal: i32) -> Result<()> {
         // SAFETY: kill has no memory preconditions; the child was not waited for, so the number is still its own.
         let sent = unsafe { libc::kill(self.child.id() as i32, signal) };
         ensure!(sent == 0, "cannot signal: {}", std::io::Error::last_os_error());
@@ -611,7 +675,7 @@ impl Running {
     }
 
     /// The exit code, stdout and all of stderr.
-    fn end(mut self) -> Result<(Option<i32>, String, String)> {
+    pub fn end(mut self) -> Result<(Option<i32>, String, String)> {
         self.stderr.read_to_string(&mut self.seen)?;
         let mut stdout = String::new();
         self.child.stdout.take().context("stdout is piped")?.read_to_string(&mut stdout)?;
@@ -629,7 +693,12 @@ impl Drop for Running {
 
 /// A run that goes on for as long as a test could want.
 fn endless(place: &Place) -> Result<Command> {
-    let mut command = place.fine_tune(&fixture("models/llama"), &place.rows("rows.jsonl", 8)?);
+    endless_on(place, &fixture("models/llama"))
+}
+
+/// The same on a model.
+pub fn endless_on(place: &Place, model: &Path) -> Result<Command> {
+    let mut command = place.fine_tune(model, &place.rows("rows.jsonl", 8)?);
     command.args(["--max-steps", "1000000", "--warmup-ratio", "0", "--learning-rate", "1e-3", "--json"]);
     Ok(command)
 }
@@ -686,8 +755,9 @@ fn a_second_interruption_ends_at_once_and_leaves_nothing() -> Result<()> {
 #[test]
 fn a_second_interruption_while_saving_leaves_all_or_nothing() -> Result<()> {
     let place = Place::new()?;
+    let wide = wide_model(&place)?;
     for milliseconds in [0, 2, 10, 20, 40, 80] {
-        let mut running = Running::start(endless(&place)?.args(["--overwrite", "--lora-r", "1000"]))?;
+        let mut running = Running::start(endless_on(&place, &wide)?.args(["--overwrite", "--lora-r", WIDE_R]))?;
         running.wait_for("step ")?;
         running.signal(libc::SIGINT)?;
         std::thread::sleep(std::time::Duration::from_millis(milliseconds));
@@ -697,7 +767,7 @@ fn a_second_interruption_while_saving_leaves_all_or_nothing() -> Result<()> {
         match place.outputs()?.as_slice() {
             [] => {}
             [out] if out == "out" => {
-                AdapterFiles::read(&place.path("outputs/out"))?.adapt(&model("llama")?, false)?;
+                AdapterFiles::read(&place.path("outputs/out"))?.adapt(&BaseModel::load(&wide)?, false)?;
                 assert!(place.path("outputs/out/trainer_state.json").exists());
                 fs::remove_dir_all(place.path("outputs/out"))?;
             }
@@ -769,11 +839,11 @@ fn a_result_whose_place_was_taken_meanwhile_is_kept_beside_it() -> Result<()> {
 #[test]
 fn the_same_seed_writes_the_same_bytes_for_any_number_of_threads() -> Result<()> {
     let place = Place::new()?;
-    let rows = place.rows("rows.jsonl", 12)?;
+    let (rows, wide) = (place.rows("rows.jsonl", 12)?, wide_model(&place)?);
     let adapter = |threads: &str, seed: &str| -> Result<Vec<u8>> {
-        let mut command = place.fine_tune(&fixture("models/llama"), &rows);
+        let mut command = place.fine_tune(&wide, &rows);
         command.env("RAYON_NUM_THREADS", threads);
-        command.args(["--max-steps", "3", "--lora-r", "500", "--lora-dropout", "0.3", "--overwrite", "--seed", seed]);
+        command.args(["--max-steps", "3", "--lora-r", WIDE_R, "--lora-dropout", "0.3", "--overwrite", "--seed", seed]);
         succeeds(&mut command)?;
         Ok(fs::read(place.path("outputs/out/adapter_model.safetensors"))?)
     };

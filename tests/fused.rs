@@ -17,12 +17,12 @@ use crate::invariants::examples;
 use crate::support::{adapt, model, shake};
 
 /// A strategy made real, with every parameter away from its first value: a fresh B of zeros would hide the gradient of A.
-fn shaken(strategy: &str, options: &Value, model: &BaseModel) -> Result<Adaptation> {
+pub fn shaken(strategy: &str, options: &Value, model: &BaseModel) -> Result<Adaptation> {
     shake(adapt(strategy, options, model, 3)?)
 }
 
 /// Sequences of unequal lengths, one of them longer than a block of attention.
-fn rows(model: &BaseModel) -> Vec<Example> {
+pub fn rows(model: &BaseModel) -> Vec<Example> {
     let mut rows = examples(model, 7, 2);
     let long = 97.min(model.config.max_position_embeddings);
     rows.push(Example { ids: (0..long as u32).collect(), trained: (0..long).map(|t| t % 3 > 0).collect(), line: 0 });
@@ -31,7 +31,7 @@ fn rows(model: &BaseModel) -> Vec<Example> {
 }
 
 /// Loss, right predictions and the gradients of all trained parameters in one.
-fn gradients(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -> Result<(Outcome, Vec<f64>)> {
+pub fn gradients(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -> Result<(Outcome, Vec<f64>)> {
     let rows = rows(model);
     let numbered: Vec<(u32, &Example)> = (0..).zip(&rows).collect();
     let batches = match config.packing {
@@ -48,13 +48,13 @@ fn gradients(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -
 }
 
 /// Largest difference, as a share of the largest value.
-fn apart(a: &[f64], b: &[f64]) -> f64 {
+pub fn apart(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let largest = a.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
     a.iter().zip(b).fold(0.0, |most: f64, (x, y)| most.max((x - y).abs())) / largest
 }
 
-fn config(compute: Compute) -> TrainConfig {
+pub fn config(compute: Compute) -> TrainConfig {
     TrainConfig { compute, ..TrainConfig::default() }
 }
 

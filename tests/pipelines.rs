@@ -11,33 +11,33 @@ use tempfile::TempDir;
 use crate::support::{fixture, homeroom, plugin_path, root};
 
 /// A directory with rows, and a data directory of its own.
-struct Place {
+pub struct Place {
     dir: TempDir,
 }
 
 impl Place {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let place = Self { dir: tempfile::tempdir()? };
         let rows: Vec<String> = (0..24).map(|n| row(n).to_string()).collect();
         place.write("rows.jsonl", &rows.join("\n"))?;
         Ok(place)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn home(&self) -> PathBuf {
+    pub fn home(&self) -> PathBuf {
         self.path("home")
     }
 
-    fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
+    pub fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
         std::fs::write(self.path(name), text)?;
         Ok(self.path(name))
     }
 
     /// A configuration for a script of this place, with the tiny model and the rows as parameters.
-    fn config(&self, script: &str) -> Result<PathBuf> {
+    pub fn config(&self, script: &str) -> Result<PathBuf> {
         self.write("s.lua", script)?;
         let model = fixture("models/llama");
         let text = format!(
@@ -48,26 +48,26 @@ impl Place {
         self.write("c.toml", &text)
     }
 
-    fn command(&self, config: &Path) -> Command {
+    pub fn command(&self, config: &Path) -> Command {
         let plugins = plugin_path("lora").parent().map(Path::to_owned).unwrap_or_default();
         let mut command = homeroom();
         command.arg("run").arg(config).env("HOMEROOM_HOME", self.home()).env("HOMEROOM_PLUGINS", plugins);
         command
     }
 
-    fn run(&self, script: &str, arguments: &[&str]) -> Result<Output> {
+    pub fn run(&self, script: &str, arguments: &[&str]) -> Result<Output> {
         Ok(self.command(&self.config(script)?).args(arguments).output()?)
     }
 
     /// What a script returns.
-    fn result(&self, script: &str) -> Result<Value> {
+    pub fn result(&self, script: &str) -> Result<Value> {
         let output = self.run(script, &["--json"])?;
         ensure!(output.status.success(), "{}", stderr(&output));
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
     /// What a script's failure says, without the `error: ` before it.
-    fn error(&self, script: &str) -> Result<String> {
+    pub fn error(&self, script: &str) -> Result<String> {
         let output = self.run(script, &[])?;
         ensure!(output.status.code() == Some(1), "it should fail: {script}\n{}", stderr(&output));
         let text = stderr(&output);
@@ -90,7 +90,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-const TRAIN: &str = "local model = homeroom.load_model { name = params.model, r = 4 }\n\
+pub const TRAIN: &str = "local model = homeroom.load_model { name = params.model, r = 4 }\n\
     local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }\n";
 
 /// The shipped configurations run as their first lines say, and print what their scripts promise.

@@ -27,7 +27,7 @@ use crate::invariants::examples;
 use crate::support::{Place, model, plugin_path, succeeds};
 
 /// The bytes of the test strategy in a variant.
-fn variant(name: &str) -> Result<Vec<u8>> {
+pub fn variant(name: &str) -> Result<Vec<u8>> {
     let mut bytes = fs::read(plugin_path("reloading"))?;
     let mark = b"HOMEROOM_VARIANT";
     let places: Vec<usize> = (0..bytes.len() - 32).filter(|at| bytes[*at..].starts_with(mark)).collect();

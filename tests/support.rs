@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use homeroom::plugin::Plugin;
 use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::adapter::serialize_f32;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::requantize::store_as_planned;
 use homeroom_engine::tensors::map_safetensors;
@@ -91,6 +92,18 @@ pub fn printed_json(ran: &Ran) -> Result<Value> {
     serde_json::from_str(&ran.stdout).with_context(|| format!("not JSON: {}", ran.stdout))
 }
 
+/// Sizes of a model of two layers.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    pub hidden: usize,
+    pub inner: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab: usize,
+    pub tied: bool,
+}
+
 /// A directory of a test's own. What runs write goes to `outputs/` in it.
 pub struct Place(TempDir);
 
@@ -137,6 +150,55 @@ impl Place {
             std::fs::copy(&path, to.join(path.file_name().context("an entry has a name")?))?;
         }
         Ok(to)
+    }
+
+    /// A model of random weights with the tokenizer and template of the fixtures.
+    pub fn random_model(&self, name: &str, sizes: &Sizes) -> Result<PathBuf> {
+        let Sizes { hidden, inner, heads, kv_heads, head_dim, vocab, tied } = *sizes;
+        let from = fixture("models/llama");
+        let dir = self.path(name);
+        std::fs::create_dir_all(&dir)?;
+        for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
+            std::fs::copy(from.join(file), dir.join(file))?;
+        }
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "max_position_embeddings": 256, "tie_word_embeddings": tied,
+            "bos_token_id": 1, "eos_token_id": 2,
+        });
+        std::fs::write(dir.join("config.json"), config.to_string())?;
+        let mut random = Stream::new(5, vocab as u64);
+        let mut stored = Vec::new();
+        let mut add = |name: String, shape: &[usize], middle: f64, spread: f64| {
+            let values = (0..shape.iter().product()).map(|_| (middle + spread * random.normal()) as f32);
+            stored.push((name, shape.to_vec(), values.flat_map(f32::to_le_bytes).collect::<Vec<u8>>()));
+        };
+        let (wide, narrow) = (heads * head_dim, kv_heads * head_dim);
+        add("model.embed_tokens.weight".into(), &[vocab, hidden], 0.0, 0.7);
+        for layer in 0..2 {
+            let at = |role: &str| format!("model.layers.{layer}.{role}.weight");
+            add(at("input_layernorm"), &[hidden], 1.0, 0.1);
+            add(at("post_attention_layernorm"), &[hidden], 1.0, 0.1);
+            for (role, d_out, d_in) in [
+                ("self_attn.q_proj", wide, hidden),
+                ("self_attn.k_proj", narrow, hidden),
+                ("self_attn.v_proj", narrow, hidden),
+                ("self_attn.o_proj", hidden, wide),
+                ("mlp.gate_proj", inner, hidden),
+                ("mlp.up_proj", inner, hidden),
+                ("mlp.down_proj", hidden, inner),
+            ] {
+                add(at(role), &[d_out, d_in], 0.0, (d_in as f64).powf(-0.5));
+            }
+        }
+        add("model.norm.weight".into(), &[hidden], 1.0, 0.1);
+        if !tied {
+            add("lm_head.weight".into(), &[vocab, hidden], 0.0, (hidden as f64).powf(-0.5));
+        }
+        std::fs::write(dir.join("model.safetensors"), serialize_f32(&stored)?)?;
+        Ok(dir)
     }
 
     /// `fine-tune` of a model into `outputs/out`.

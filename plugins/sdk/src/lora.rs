@@ -64,6 +64,12 @@ impl Lora {
             return Err(format!("lora_dropout is {dropout}, it is a probability below 1").into());
         }
         let alpha = values.float_or("lora_alpha", 2.0 * r as f64)?;
+        let alphas = values.map("alpha_pattern")?;
+        if let Some(alpha) =
+            alphas.values().chain([&alpha]).find(|alpha| !(**alpha > 0.0 && (**alpha as f32).is_finite()))
+        {
+            return Err(format!("a lora_alpha is {alpha}, it is a number above 0 that f32 holds").into());
+        }
         let mut peft = Map::new();
         for name in FIELDS {
             peft.insert(name.to_owned(), values.value(name)?.clone());
@@ -77,7 +83,7 @@ impl Lora {
             dora: values.bool("use_dora")?,
             targets: values.targets("target_modules")?,
             ranks,
-            alphas: values.map("alpha_pattern")?,
+            alphas,
             peft: Value::Object(peft),
         })
     }
@@ -85,12 +91,23 @@ impl Lora {
     /// Adapts the modules that are meant.
     ///
     /// # Errors
-    /// When none is, or one cannot be adapted so.
+    /// When none is, or one cannot be adapted so, or a rank is above both widths of its module.
     pub fn plan(&self, model: &Model, plan: &mut Planner) -> Result<()> {
         plan.peft("LORA", self.peft.clone());
         for module in model.matching(&self.targets)? {
             let (r, [a, b]) = (self.rank(module)?, names(module));
             pattern_value(&self.alphas, &module.path)?;
+            // The update has the smaller width for its rank at most. Between the two a rank only costs, above both it is a mistake,
+            // which may cost all memory.
+            let (d_in, d_out) = (module.d_in, module.d_out);
+            if r > d_in.max(d_out) {
+                return Err(format!(
+                    "{}: a rank of {r} is above both its widths, {d_in} in and {d_out} out; {} already makes any update",
+                    module.path,
+                    d_in.min(d_out)
+                )
+                .into());
+            }
             let adapted = plan.adapt(module);
             match module.kind {
                 ModuleKind::Linear => adapted

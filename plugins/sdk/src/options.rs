@@ -94,7 +94,7 @@ impl Values {
     /// A number, or `default` when none was given.
     #[track_caller]
     pub fn float_or(&self, name: &str, default: f64) -> Result<f64> {
-        Ok(self.value(name)?.as_f64().unwrap_or(default))
+        if self.value(name)?.is_null() { Ok(default) } else { self.float(name) }
     }
 
     /// True or false.
@@ -121,8 +121,13 @@ impl Values {
     /// A table from text to number.
     #[track_caller]
     pub fn map(&self, name: &str) -> Result<BTreeMap<String, f64>> {
-        let map = self.value(name)?.as_object().cloned().unwrap_or_default();
-        Ok(map.into_iter().filter_map(|(key, value)| Some((key, value.as_f64()?))).collect())
+        let value = self.value(name)?;
+        let wrong = || Error::new(format!("`{name}` needs a table from text to number"));
+        if value.is_null() {
+            return Ok(BTreeMap::new());
+        }
+        let entries = value.as_object().ok_or_else(wrong)?.iter();
+        entries.map(|(key, value)| Ok((key.clone(), value.as_f64().ok_or_else(wrong)?))).collect()
     }
 
     /// All values by their names, as the fields of a PEFT configuration.

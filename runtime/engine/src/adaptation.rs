@@ -168,7 +168,7 @@ pub(crate) fn first_values(spec: &ParamSpec, module: Option<usize>, model: &Base
         let module = module.with_context(|| format!("`{}` of the whole model cannot start as a weight", spec.name))?;
         Ok::<_, anyhow::Error>(&model.modules[module])
     };
-    Ok(match spec.init {
+    let values = match spec.init {
         Init::Zeros => vec![0.0; count],
         Init::Ones => vec![1.0; count],
         Init::Constant(value) => vec![value as f32; count],
@@ -191,7 +191,17 @@ pub(crate) fn first_values(spec: &ParamSpec, module: Option<usize>, model: &Base
                 |row| weight.decode(row..row + 1).iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt() as f32;
             (0..weight.rows()).map(norm).collect()
         }
-    })
+    };
+    ensure!(
+        values.iter().all(|value| value.is_finite()),
+        "parameter `{}` would start with values that are not finite: {}",
+        spec.tensor,
+        match spec.init {
+            Init::Base | Init::BaseRowNorm => "the base's weight is damaged".to_owned(),
+            other => format!("{other:?} is beyond what f32 holds"),
+        }
+    );
+    Ok(values)
 }
 
 /// FNV-1a, 64 bits: names a random stream. <http://www.isthe.com/chongo/tech/comp/fnv/>
@@ -211,6 +221,31 @@ fn check(model: &BaseModel, plan: &Plan) -> Vec<String> {
     }
     if plan.modules.is_empty() {
         problems.push("it adapts no module".to_owned());
+    }
+    problems.extend(
+        plan.scalars
+            .iter()
+            .filter(|(_, value)| !in_f32(**value))
+            .map(|(name, value)| format!("scalar `{name}` is {value}, which f32 does not hold")),
+    );
+    for (name, group) in &plan.groups {
+        let (scale, decay) = (group.learning_rate_scale, group.weight_decay.unwrap_or(0.0));
+        if !(in_f32(scale) && scale >= 0.0 && (0.0..1.0).contains(&decay)) {
+            problems.push(format!(
+                "group `{name}`: its learning_rate_scale is {scale} and its weight_decay {decay}; the one is from 0, the other from 0 and below 1"
+            ));
+        }
+    }
+    for (number, recipes) in plan.recipes.iter().enumerate() {
+        let all = [Some(&recipes.forward), recipes.merged_weight.as_ref(), recipes.merged_bias.as_ref()];
+        let nodes = all.into_iter().flatten().flat_map(|recipe| &recipe.nodes);
+        let factors = nodes.filter_map(|node| match node.op {
+            Op::Scale(_, factor) => Some(factor),
+            _ => None,
+        });
+        if let Some(factor) = factors.into_iter().find(|factor| !in_f32(*factor)) {
+            problems.push(format!("recipe {number} scales by {factor}, which f32 does not hold"));
+        }
     }
     for path in plan.stored.keys().chain(plan.stored_natively.keys()) {
         let weight = model.module_index(path).map(|module| &model.modules[module].weight);
@@ -273,6 +308,11 @@ fn check(model: &BaseModel, plan: &Plan) -> Vec<String> {
         }
     }
     problems
+}
+
+/// Whether an f32 holds a number, near enough.
+fn in_f32(value: f64) -> bool {
+    (value as f32).is_finite()
 }
 
 fn check_param(spec: &ParamSpec, plan: &Plan, module: Option<&ModuleInfo>, problems: &mut Vec<String>) {

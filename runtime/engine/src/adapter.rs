@@ -88,7 +88,7 @@ pub struct Record<'a> {
 /// Writes an adapter's files into a directory in the making.
 ///
 /// # Errors
-/// When a file cannot be written.
+/// When a file cannot be written, or a value is not finite.
 pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) -> Result<()> {
     let manifest = manifest(model, adaptation, record)?;
     if let Some(peft) = &adaptation.plan.peft {
@@ -98,6 +98,9 @@ pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation
     let mut tensors = Vec::new();
     for param in &adaptation.params {
         let values: Vec<f32> = param.var.as_detached_tensor().flatten_all()?.to_vec1()?;
+        // What reads it would refuse it.
+        let finite = values.iter().all(|value| value.is_finite());
+        ensure!(finite, "tensor `{}` holds a value that is not finite, so nothing is saved", param.spec.tensor);
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let shape = param.spec.tensor_shape.as_ref().unwrap_or(&param.spec.shape).clone();
         tensors.push((param.spec.tensor.clone(), shape, bytes));

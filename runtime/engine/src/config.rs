@@ -73,6 +73,9 @@ const FIXED_FIELDS: [(&str, &[&str]); 7] = [
     ("attention_multiplier", &[]),
 ];
 
+/// Widest head: some hundred times those that there are.
+const HEAD_DIM_MAX: usize = 1 << 16;
+
 impl ModelConfig {
     /// The shape of the attention over rows of these sequences.
     pub fn attention<'a>(&self, sequences: &'a [Range<usize>]) -> Attention<'a> {
@@ -141,7 +144,9 @@ impl ModelConfig {
             rope_theta: rope_theta.map_or(Some(10_000.0), Value::as_f64).context("`rope_theta` is no number")?,
             rope_scaling: rope.map_or(Ok(RopeScaling::None), rope_scaling)?,
             max_position_embeddings: number_or("max_position_embeddings", 2048)?,
-            tie_word_embeddings: given("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
+            tie_word_embeddings: given("tie_word_embeddings")
+                .map_or(Some(false), Value::as_bool)
+                .context("`tie_word_embeddings` is neither true nor false")?,
             sliding_window: if slides && given("sliding_window").is_some() {
                 Some(number("sliding_window")?)
             } else {
@@ -172,8 +177,17 @@ impl ModelConfig {
             None => Ok(default),
         };
         ensure!(gguf.u64(&key("expert_count"))?.unwrap_or(0) == 0, "mixtures of experts are not supported");
-        let scaling = gguf.str(&key("rope.scaling.type"))?.unwrap_or("none");
-        ensure!(scaling == "none", "rope type `{scaling}` is not supported");
+        let scaling = gguf.str(&key("rope.scaling.type"))?;
+        ensure!(
+            scaling.is_none_or(|kind| kind == "none"),
+            "rope type `{}` is not supported",
+            scaling.unwrap_or_default()
+        );
+        // llama.cpp takes a factor without a type as that of linear scaling; 0 and 1 are none.
+        for name in ["rope.scaling.factor", "rope.scale_linear"].map(key).iter().filter(|_| scaling.is_none()) {
+            let factor = gguf.f32(name)?.unwrap_or(1.0);
+            ensure!(factor == 0.0 || factor == 1.0, "`{name}` = {factor}: linear scaling of rope is not supported");
+        }
         let hidden_size = number("embedding_length")?;
         let num_attention_heads = number("attention.head_count")?;
         let head_dim = number_or("attention.key_length", hidden_size / num_attention_heads)?;
@@ -213,14 +227,27 @@ impl ModelConfig {
     fn check(&self) -> Result<()> {
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
         ensure!(heads.is_multiple_of(kv_heads), "{heads} query heads cannot share {kv_heads} key heads");
-        ensure!(self.head_dim.is_multiple_of(2), "a head of {} channels cannot be rotated", self.head_dim);
-        ensure!(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0, "`rms_norm_eps` = {}", self.rms_norm_eps);
-        ensure!(self.rope_theta >= 1.0 && self.rope_theta.is_finite(), "`rope_theta` = {}", self.rope_theta);
         let product = |a: usize, b: usize| a.checked_mul(b).filter(|n| *n <= isize::MAX as usize / 8);
         let fits = product(self.vocab_size, self.hidden_size).is_some()
             && product(self.intermediate_size, self.hidden_size).is_some()
             && product(heads, self.head_dim).and_then(|wide| product(wide, self.hidden_size)).is_some();
         ensure!(fits, "its sizes overflow");
+        let rotates = self.head_dim.is_multiple_of(2) && (2..=HEAD_DIM_MAX).contains(&self.head_dim);
+        ensure!(rotates, "a head of {} channels cannot be rotated", self.head_dim);
+        // In f32, as they are computed with.
+        let (epsilon, theta) = (self.rms_norm_eps as f32, self.rope_theta as f32);
+        ensure!(
+            epsilon > 0.0 && epsilon < 1.0,
+            "`rms_norm_eps` = {}; it is a number above 0 and below 1",
+            self.rms_norm_eps
+        );
+        ensure!(theta >= 1.0 && theta.is_finite(), "`rope_theta` = {}; it is a number from 1", self.rope_theta);
+        let frequencies = self.rope_frequencies();
+        ensure!(
+            frequencies.iter().all(|frequency| frequency.is_finite() && *frequency >= 0.0),
+            "its rope scaling, {:?}, makes frequencies that are no numbers",
+            self.rope_scaling
+        );
         ensure!(self.num_hidden_layers <= 4096, "{} layers", self.num_hidden_layers);
         Ok(())
     }
@@ -315,19 +342,29 @@ fn decimal(value: f32) -> f64 {
 }
 
 fn rope_scaling(rope: &Value) -> Result<RopeScaling> {
-    let kind = rope.get("rope_type").or_else(|| rope.get("type")).and_then(Value::as_str);
+    ensure!(rope.is_object(), "its rope scaling is {rope}, not an object");
+    let kind = rope.get("rope_type").or_else(|| rope.get("type")).filter(|kind| !kind.is_null());
+    let kind =
+        kind.map(|kind| kind.as_str().with_context(|| format!("its rope type is {kind}, not a text"))).transpose()?;
     let number = |key: &str| {
-        let value = rope.get(key).and_then(Value::as_f64).filter(|value| *value > 0.0);
+        let value = rope.get(key).and_then(Value::as_f64).filter(|value| *value > 0.0 && (*value as f32).is_finite());
         value.with_context(|| format!("rope type `llama3` needs the number `{key}`, above zero"))
     };
     match kind {
+        None if rope.get("factor").is_some_and(|factor| !factor.is_null()) => {
+            bail!("its rope scaling has a `factor` and no type; known types are default, llama3")
+        }
         None | Some("default") => Ok(RopeScaling::None),
-        Some("llama3") => Ok(RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original: number("original_max_position_embeddings")?,
-        }),
+        Some("llama3") => {
+            let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
+            ensure!(high > low, "`high_freq_factor` = {high} is not above `low_freq_factor` = {low}");
+            Ok(RopeScaling::Llama3 {
+                factor: number("factor")?,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original: number("original_max_position_embeddings")?,
+            })
+        }
         Some(kind) => bail!("unknown rope type `{kind}`; known are default, llama3"),
     }
 }

@@ -9,7 +9,6 @@
 //! and the numbers of ggml's types in `ggml.h`.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +16,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_kernels::Storage;
 use memmap2::Mmap;
+
+use crate::mapped::map_file;
 
 /// An open GGUF file: its metadata, its table of tensors, and the mapping that holds their data.
 pub struct Gguf {
@@ -83,17 +84,9 @@ impl Gguf {
     /// When the file is not a little-endian GGUF of version 2 or 3, ends early, or holds a count,
     /// length, offset, shape or type that does not fit. Names the file and the key or tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let open = || -> Result<Self> {
-            let file = File::open(path)?;
-            // SAFETY: the map is read only, and what `parse` hands out are ranges checked against
-            // its length. What stays open, as with every mapped model file: another process that
-            // truncates the file while it is in use ends this one with SIGBUS, and one that
-            // rewrites it changes weights under us. Homeroom itself replaces files by renaming.
-            let map = unsafe { Mmap::map(&file)? };
-            let contents = parse(&map)?;
-            Ok(Self { path: path.to_owned(), map: Arc::new(map), contents })
-        };
-        open().with_context(|| path.display().to_string())
+        let map = map_file(path)?;
+        let contents = parse(&map).with_context(|| path.display().to_string())?;
+        Ok(Self { path: path.to_owned(), map, contents })
     }
 
     /// The file's path, as it was given.
@@ -124,17 +117,7 @@ impl Gguf {
 
     /// An integer of any width that is not negative.
     pub fn u64(&self, key: &str) -> Result<Option<u64>> {
-        self.read(key, "an integer of at least 0", |value| match *value {
-            Value::U8(x) => Some(x.into()),
-            Value::U16(x) => Some(x.into()),
-            Value::U32(x) => Some(x.into()),
-            Value::U64(x) => Some(x),
-            Value::I8(x) => x.try_into().ok(),
-            Value::I16(x) => x.try_into().ok(),
-            Value::I32(x) => x.try_into().ok(),
-            Value::I64(x) => x.try_into().ok(),
-            _ => None,
-        })
+        self.read(key, "an integer of at least 0", Value::as_u64)
     }
 
     /// A float; one stored in 64 bits is rounded.
@@ -220,6 +203,21 @@ impl Gguf {
 }
 
 impl Value {
+    /// An integer of any width that is not negative.
+    fn as_u64(&self) -> Option<u64> {
+        match *self {
+            Self::U8(x) => Some(x.into()),
+            Self::U16(x) => Some(x.into()),
+            Self::U32(x) => Some(x.into()),
+            Self::U64(x) => Some(x),
+            Self::I8(x) => x.try_into().ok(),
+            Self::I16(x) => x.try_into().ok(),
+            Self::I32(x) => x.try_into().ok(),
+            Self::I64(x) => x.try_into().ok(),
+            _ => None,
+        }
+    }
+
     /// The value for an error message: numbers as they are, the rest by type.
     fn describe(&self) -> String {
         match self {
@@ -281,7 +279,9 @@ fn parse(bytes: &[u8]) -> Result<Contents> {
         }
     }
     let alignment = alignment(&metadata).context("general.alignment")?;
-    if let Some(Value::U16(n_files @ 2..)) = metadata.get("split.count") {
+    let n_files =
+        metadata.get("split.count").map(|value| value.as_u64().context("split.count: is no integer")).transpose()?;
+    if let Some(n_files @ 2..) = n_files {
         bail!("split.count: the model is in {n_files} files; join them with llama-gguf-split --merge");
     }
 
@@ -303,7 +303,26 @@ fn parse(bytes: &[u8]) -> Result<Contents> {
         }
         tensors.push(TensorInfo { name, shape: entry.shape, storage: entry.storage, range });
     }
+    apart(&tensors)?;
     Ok(Contents { metadata, tensors, tensor_idx })
+}
+
+/// Refuses tensors that share bytes: whoever wrote them meant other ones.
+fn apart(tensors: &[TensorInfo]) -> Result<()> {
+    let mut in_order: Vec<&TensorInfo> = tensors.iter().collect();
+    in_order.sort_by_key(|tensor| tensor.range.start);
+    for pair in in_order.windows(2) {
+        let [before, after] = pair else { continue };
+        ensure!(
+            before.range.end <= after.range.start,
+            "tensors {} and {} lie at one place: bytes {:?} and {:?} of the file; convert the model again",
+            before.name,
+            after.name,
+            before.range,
+            after.range
+        );
+    }
+    Ok(())
 }
 
 fn alignment(metadata: &HashMap<String, Value>) -> Result<usize> {
@@ -703,7 +722,11 @@ mod tests {
             let writer = Writer::new(3, 1, 1).string("general.alignment").u32(4).u32(alignment);
             writer.tensor("w", &[4], 0, offset).data(32, 256)
         };
-        let entry = |value_type: u32| Writer::new(3, 0, 1).string("k").u32(value_type);
+        let entry_of = |key: &str, value_type: u32| Writer::new(3, 0, 1).string(key).u32(value_type);
+        let entry = |value_type: u32| entry_of("k", value_type);
+        // 30 floats of 4 bytes each: with 128 bytes in between they lie apart.
+        let two = |a: u64, b: u64| Writer::new(3, 2, 0).tensor("a", &[30], 0, a).tensor("b", &[30], 0, b).data(32, 512);
+        assert!(parse(&two(0, 128)).is_ok() && parse(&two(256, 128)).is_ok());
         let cases = [
             (b"GGML....".to_vec(), "not a GGUF file"),
             (Writer::new(1, 0, 0).0, "version 1 is not supported"),
@@ -737,6 +760,12 @@ mod tests {
                 "tensor w: appears twice",
             ),
             (Writer::new(3, 0, 1).string("split.count").u32(2).raw(&[3, 0]).0, "in 3 files; join them"),
+            (entry_of("split.count", 4).u32(3).0, "in 3 files; join them"),
+            (entry_of("split.count", 8).string("3").0, "split.count: is no integer"),
+            (two(0, 0), "tensors a and b lie at one place"),
+            (two(32, 0), "tensors b and a lie at one place"),
+            (two(0, 64), "tensors a and b lie at one place"),
+            (two(160, 64), "tensors b and a lie at one place"),
         ];
         for (bytes, expected) in cases {
             let message = error(&bytes);

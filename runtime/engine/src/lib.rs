@@ -1,6 +1,6 @@
 //! The engine: models, data, recipes, training, generation, model and adapter files.
 //!
-//! From files to a model: [`gguf`] and [`tensors`] map files, [`config`] reads a model's numbers, [`tokenizer`] and
+//! From files to a model: [`gguf`] and [`tensors`] read files that [`mapped`] maps, [`config`] reads a model's numbers, [`tokenizer`] and
 //! [`template`] its text side, [`weight`] one frozen matrix, [`model`] all of them by name. From a strategy's plan to
 //! numbers: [`adaptation`] makes a plan real, [`recipe`] runs it, [`decoder`] and [`attention`] compose the model,
 //! [`block`] loops over it forward and backward, [`frozen_linear`] multiplies by frozen weights. From rows to an adapter:
@@ -25,6 +25,7 @@ pub mod fused;
 pub mod generate;
 pub mod gguf;
 pub mod inference;
+pub mod mapped;
 pub mod merge;
 pub mod model;
 pub mod optimizer;

@@ -1,7 +1,10 @@
 //! AdamW over our own state, so that a run can be saved and taken up again.
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use anyhow::{Context, Result};
-use candle_core::{CpuStorage, Error, InplaceOp2, Layout, Tensor, Var};
+use candle_core::{CpuStorage, Device, Error, InplaceOp2, Layout, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::adaptation::Adaptation;
@@ -34,7 +37,13 @@ pub struct AdamW {
     pub updates: u64,
     /// One state a trainable parameter.
     pub states: Vec<State>,
+    /// Whether parameters are kept as they were before the last update.
+    keeps: bool,
 }
+
+/// Bytes of parameters that are always kept as they were before the last update. More are kept while they take a quarter of what the
+/// base would as f32: a copy of every weight of a model is memory that its user has not reckoned with.
+const KEPT_BYTES: usize = 64 << 20;
 
 /// The optimizer's state of one parameter.
 #[derive(Clone)]
@@ -50,6 +59,8 @@ pub struct State {
     pub missed: u64,
     /// Whether it is left as it is, for now.
     pub frozen: bool,
+    /// The parameter before the last update, where that is kept; empty: it was not changed by it.
+    before: Vec<f32>,
     learning_rate_scale: f64,
     weight_decay: f64,
 }
@@ -76,17 +87,48 @@ impl AdamW {
                 v: vec![0.0; count],
                 missed: 0,
                 frozen: false,
+                before: Vec::new(),
                 learning_rate_scale: group.map_or(1.0, |group| group.learning_rate_scale),
                 weight_decay: group.and_then(|group| group.weight_decay).unwrap_or(config.weight_decay),
             }
         });
-        Self { config, updates: 0, states: states.collect() }
+        Self { config, updates: 0, states: states.collect(), keeps: false }
+    }
+
+    /// Keeps parameters as they were before the last update, so that [`AdamW::undo`] can take it back, if they are few enough beside
+    /// a base of so many values.
+    pub fn keeping(mut self, base_values: usize) -> Self {
+        let values: usize = self.states.iter().map(|state| state.m.len()).sum();
+        self.keeps = values <= (KEPT_BYTES / 4).max(base_values / 4);
+        self
+    }
+
+    /// Gives all parameters the values that they had before the last update; false: those were not kept, and nothing changes. The
+    /// moments are not those of before: no further update may follow.
+    ///
+    /// # Errors
+    /// When a value cannot be set.
+    pub fn undo(&mut self, adaptation: &Adaptation) -> Result<bool> {
+        if !self.keeps {
+            return Ok(false);
+        }
+        for state in &mut self.states {
+            if !state.before.is_empty() {
+                let param = &adaptation.params[state.param];
+                param.var.set(&Tensor::from_vec(
+                    std::mem::take(&mut state.before),
+                    param.var.shape(),
+                    &Device::Cpu,
+                )?)?;
+            }
+        }
+        Ok(true)
     }
 
     /// Goes on for another plan of the same run: updates are counted on, and `known` says of a parameter which state it had
     /// before, if its moments are to be kept.
     pub(crate) fn succeed(&self, adaptation: &Adaptation, known: impl Fn(usize) -> Option<usize>) -> Self {
-        let mut next = Self::new(adaptation, self.config);
+        let mut next = Self { keeps: self.keeps, ..Self::new(adaptation, self.config) };
         next.updates = self.updates;
         for state in &mut next.states {
             match known(state.param).and_then(|param| self.states.iter().find(|state| state.param == param)) {
@@ -102,6 +144,8 @@ impl AdamW {
 
     /// One update of every trainable parameter that is not frozen. `gradient_scale` multiplies the gradients, as clipping does.
     ///
+    /// Returns whether every value that it made, of parameters and moments, is finite.
+    ///
     /// # Errors
     /// When a parameter has no gradient; the message names it.
     pub fn step(
@@ -110,14 +154,15 @@ impl AdamW {
         gradients: &Gradients,
         learning_rate: f64,
         gradient_scale: f64,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         self.updates += 1;
         let AdamWConfig { beta1, beta2, epsilon, .. } = self.config;
-        let updates = self.updates;
-        self.states.par_iter_mut().try_for_each(|state| {
+        let (updates, keeps) = (self.updates, self.keeps);
+        let finite = self.states.par_iter_mut().map(|state| {
             if state.frozen {
                 state.missed += 1;
-                return Ok(());
+                state.before.clear();
+                return Ok(true);
             }
             let exponent = (updates - state.missed) as f64;
             let (correction1, correction2) = (1.0 - beta1.powf(exponent), 1.0 - beta2.powf(exponent));
@@ -136,8 +181,12 @@ impl AdamW {
                 root_correction2: correction2.sqrt() as f32,
                 epsilon: epsilon as f32,
             };
-            apply(&param.var, gradient, update, &mut state.m, &mut state.v)
-        })
+            if keeps {
+                state.before.resize(state.m.len(), 0.0);
+            }
+            apply(&param.var, gradient, update, Moments { m: &mut state.m, v: &mut state.v, before: &mut state.before })
+        });
+        finite.try_reduce(|| true, |a, b| Ok(a && b))
     }
 }
 
@@ -153,16 +202,25 @@ struct Update {
     epsilon: f32,
 }
 
-/// Updates a parameter in place, on candle's storage.
-fn apply(var: &Var, gradient: &Tensor, update: Update, m: &mut [f32], v: &mut [f32]) -> Result<()> {
-    let op = InPlace { update, moments: std::sync::Mutex::new((m, v)) };
+/// What an update changes beside the parameter.
+struct Moments<'a> {
+    m: &'a mut [f32],
+    v: &'a mut [f32],
+    /// Gets the parameter's values as they were, unless it is empty.
+    before: &'a mut [f32],
+}
+
+/// Updates a parameter in place, on candle's storage. Returns whether all values that it made are finite.
+fn apply(var: &Var, gradient: &Tensor, update: Update, moments: Moments<'_>) -> Result<bool> {
+    let op = InPlace { update, moments: Mutex::new(moments), finite: AtomicBool::new(true) };
     var.as_tensor().inplace_op2(&gradient.contiguous()?, &op)?;
-    Ok(())
+    Ok(op.finite.into_inner())
 }
 
 struct InPlace<'a> {
     update: Update,
-    moments: std::sync::Mutex<(&'a mut [f32], &'a mut [f32])>,
+    moments: Mutex<Moments<'a>>,
+    finite: AtomicBool,
 }
 
 impl InplaceOp2 for InPlace<'_> {
@@ -187,21 +245,70 @@ impl InplaceOp2 for InPlace<'_> {
         let Update { beta2, one_minus_beta1, one_minus_beta2, .. } = self.update;
         let Update { gradient_scale, decay, step_size, root_correction2, epsilon, .. } = self.update;
         let mut moments = self.moments.lock().map_err(|_| Error::Msg("adamw: a thread panicked".to_owned()))?;
-        let (m, v) = &mut *moments;
+        let Moments { m, v, before } = &mut *moments;
         const CHUNK: usize = 16_384;
-        param[start..end]
+        let parts = param[start..end]
             .par_chunks_mut(CHUNK)
             .zip(gradient[g_start..g_end].par_chunks(CHUNK))
-            .zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)))
-            .for_each(|((param, gradient), (m, v))| {
-                for i in 0..param.len() {
-                    let g = gradient[i] * gradient_scale;
-                    m[i] += (g - m[i]) * one_minus_beta1;
-                    v[i] = v[i] * beta2 + one_minus_beta2 * g * g;
-                    let denominator = v[i].sqrt() / root_correction2 + epsilon;
-                    param[i] = param[i] * decay - step_size * (m[i] / denominator);
-                }
-            });
+            .zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)));
+        let part = |param: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32]| {
+            // Of one length, as the compiler then sees, so that it takes several values at once.
+            let count = param.len();
+            let (gradient, m, v) = (&gradient[..count], &mut m[..count], &mut v[..count]);
+            let mut spoilt = false;
+            for i in 0..count {
+                let g = gradient[i] * gradient_scale;
+                m[i] += (g - m[i]) * one_minus_beta1;
+                v[i] = v[i] * beta2 + one_minus_beta2 * g * g;
+                let denominator = v[i].sqrt() / root_correction2 + epsilon;
+                param[i] = param[i] * decay - step_size * (m[i] / denominator);
+                spoilt |= !param[i].is_finite() | !v[i].is_finite();
+            }
+            if spoilt {
+                self.finite.store(false, Ordering::Relaxed);
+            }
+        };
+        match before.is_empty() {
+            true => parts.for_each(|((param, gradient), (m, v))| part(param, gradient, m, v)),
+            false => parts.zip(before.par_chunks_mut(CHUNK)).for_each(|(((param, gradient), (m, v)), before)| {
+                before.copy_from_slice(param);
+                part(param, gradient, m, v);
+            }),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A parameter at infinity, and a second moment there, which would keep its parameter from ever moving again.
+    #[test]
+    fn an_update_beyond_all_numbers_is_told_and_what_was_before_is_kept() -> Result<()> {
+        let start = [1.0_f32, -2.0, 3.3e38];
+        for (gradient, step_size, finite) in
+            [([0.5_f32, 0.5, 0.5], 0.1_f32, true), ([0.5, 0.5, -0.5], 3e37, false), ([1e30, 0.5, 0.5], 0.1, false)]
+        {
+            let var = Var::from_vec(start.to_vec(), 3, &Device::Cpu)?;
+            let gradient = Tensor::from_slice(&gradient, 3, &Device::Cpu)?;
+            let update = Update {
+                beta2: 0.999,
+                one_minus_beta1: 0.1,
+                one_minus_beta2: 0.001,
+                gradient_scale: 1.0,
+                decay: 1.0,
+                // That and the first moment's 0.1 make a step of this size.
+                step_size: step_size * 10.0,
+                root_correction2: 0.001_f32.sqrt(),
+                epsilon: 1e-8,
+            };
+            let (mut m, mut v, mut before) = ([0.0; 3], [0.0; 3], [0.0; 3]);
+            let moments = Moments { m: &mut m, v: &mut v, before: &mut before };
+            assert_eq!(apply(&var, &gradient, update, moments)?, finite, "{gradient:?} {step_size}");
+            assert_eq!(before, start);
+            assert_ne!(var.to_vec1::<f32>()?, start);
+        }
         Ok(())
     }
 }

@@ -65,9 +65,11 @@ pub fn lora_plan(
     for (key, value) in config {
         let fine = match key.as_str() {
             key if HARMLESS.contains(&key) => true,
-            "r" | "lora_alpha" => value.as_f64().is_some_and(|number| number > 0.0),
+            "r" | "lora_alpha" => is_above_zero(value),
             "use_rslora" | "use_dora" => value.is_boolean(),
-            "rank_pattern" | "alpha_pattern" => value.is_object() || value.is_null(),
+            "rank_pattern" | "alpha_pattern" => {
+                value.is_null() || value.as_object().is_some_and(|map| map.values().all(is_above_zero))
+            }
             "bias" => *value == json!("none"),
             // These start A and B otherwise; the tensors hold what came of it. Names that also change the base do not pass.
             "init_lora_weights" => value.is_boolean() || *value == json!("gaussian") || *value == json!("orthogonal"),
@@ -187,6 +189,11 @@ fn dora_recipes(scaling: f64, module: &ModuleInfo) -> Recipes {
     let column = vec![Dim::Fixed(module.d_out), Dim::Fixed(1)];
     merged.extend([param(MAGNITUDE), Op::Div(7, 6), Op::Reshape { of: 8, shape: column }, Op::Mul(5, 9)]);
     Recipes { forward: recipe(forward), merged_weight: Some(recipe(merged)), merged_bias: None }
+}
+
+/// Whether a rank or an alpha is one: a number above zero that f32 holds.
+fn is_above_zero(value: &Value) -> bool {
+    value.as_f64().is_some_and(|number| number > 0.0 && (number as f32).is_finite())
 }
 
 /// Whether a field's value says that its feature is not used.

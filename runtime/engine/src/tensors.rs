@@ -1,7 +1,6 @@
 //! The tensors of a model's files, memory-mapped and checked before anything reads them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +10,8 @@ use homeroom_kernels::Storage;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
+
+use crate::mapped::map_file;
 
 /// One tensor in a mapped file.
 #[derive(Clone)]
@@ -27,18 +28,6 @@ pub struct MappedTensor {
 
 /// Tensors by name.
 pub type Tensors = BTreeMap<String, MappedTensor>;
-
-/// Maps a file for reading.
-///
-/// # Errors
-/// When it cannot be opened.
-pub fn map_file(path: &Path) -> Result<Arc<Mmap>> {
-    let file = File::open(path).with_context(|| format!("{}: cannot open", path.display()))?;
-    // SAFETY: the bytes are read as plain numbers, any of which is valid. What stays open: if another program shortens the
-    // file while it is mapped, reading the lost part raises SIGBUS. Model files are written once, to a new name.
-    let map = unsafe { Mmap::map(&file) }.with_context(|| format!("{}: cannot map", path.display()))?;
-    Ok(Arc::new(map))
-}
 
 /// Maps the weights of a Hugging Face directory: `model.safetensors`, or the shards that its index names.
 ///

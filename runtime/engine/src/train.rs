@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor};
 use homeroom_abi::step::Directive;
 use rayon::prelude::*;
@@ -16,6 +16,7 @@ use crate::adaptation::Adaptation;
 use crate::batch::{Batch, PASS_ROWS};
 use crate::block::{Blocks, Compute, Gradients, Outcome};
 use crate::data::Example;
+use crate::mapped::{Surviving, intact, whole};
 use crate::model::BaseModel;
 use crate::optimizer::{AdamW, AdamWConfig};
 use crate::order::epoch_order;
@@ -23,8 +24,11 @@ use crate::profile::timed;
 use crate::recipe::Pass;
 use crate::schedule::{LearningRate, Schedule};
 
+mod end;
 pub mod swap;
 
+pub use end::Broken;
+use end::Unusable;
 pub use swap::{Candidate, Change, RunEvent, Swap};
 
 /// What a run is told.
@@ -78,6 +82,47 @@ impl Default for TrainConfig {
             packing: true,
             compute: Compute::F32,
         }
+    }
+}
+
+impl TrainConfig {
+    /// Highest learning rate. AdamW moves every parameter by about the rate, so that a tenth of this already leaves nothing of what it was.
+    const LEARNING_RATE_MAX: f64 = 10.0;
+
+    /// Refuses numbers that no run can go by.
+    ///
+    /// # Errors
+    /// All of them together, by their names here.
+    pub fn check(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        let mut number = |name: &str, value: f64, admitted: bool, words: &str| {
+            if !(value.is_finite() && admitted) {
+                problems.push(format!("{name} is {value}, it should be {words}"));
+            }
+        };
+        let rate = self.learning_rate;
+        number("learning_rate", rate, rate > 0.0 && rate <= Self::LEARNING_RATE_MAX, "above 0 and at most 10");
+        number("warmup_ratio", self.warmup_ratio, (0.0..1.0).contains(&self.warmup_ratio), "from 0 and below 1");
+        number("weight_decay", self.weight_decay, (0.0..1.0).contains(&self.weight_decay), "from 0 and below 1");
+        number("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0.0, "from 0");
+        let counts = [
+            ("epochs", self.epochs),
+            ("max_steps", self.max_steps.unwrap_or(1)),
+            ("batch_size", self.batch_size as u64),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
+        ];
+        problems.extend(counts.iter().filter(|(_, n)| *n == 0).map(|(name, _)| format!("{name} is 0, the least is 1")));
+        if self.batch_size.checked_mul(self.gradient_accumulation_steps).is_none() {
+            let (a, b) = (self.batch_size, self.gradient_accumulation_steps);
+            problems.push(format!("batch_size {a} times gradient_accumulation_steps {b} is more than can be counted"));
+        }
+        ensure!(problems.is_empty(), "{}", problems.join("; "));
+        Ok(())
+    }
+
+    /// Examples of a step.
+    fn per_step(&self) -> usize {
+        self.batch_size.saturating_mul(self.gradient_accumulation_steps)
     }
 }
 
@@ -179,11 +224,22 @@ impl<F: FnMut(&StepReport, u64) -> Result<Control>> Observer for F {
     }
 }
 
-/// Steps of a run over so many examples.
-pub fn planned_steps(examples: usize, config: &TrainConfig) -> u64 {
-    let per_step = config.batch_size * config.gradient_accumulation_steps;
-    let full = config.epochs * examples.div_ceil(per_step) as u64;
-    config.max_steps.unwrap_or(full)
+/// Steps of a run over so many examples: at least one.
+///
+/// # Errors
+/// When there is no example, a number of the configuration is out of range, or there are more steps than can be counted.
+pub fn planned_steps(examples: usize, config: &TrainConfig) -> Result<u64> {
+    config.check()?;
+    ensure!(examples > 0, "there is no example to train on");
+    let an_epoch = examples.div_ceil(config.per_step()) as u64;
+    let steps = config.max_steps.or_else(|| config.epochs.checked_mul(an_epoch));
+    // Dropout is drawn by the step's number, in 32 bits.
+    steps.filter(|steps| *steps <= u64::from(u32::MAX)).with_context(|| match config.max_steps {
+        Some(steps) => format!("max_steps is {steps}; a run has {} steps at most", u32::MAX),
+        None => {
+            format!("{} epochs of {an_epoch} steps are too many; a run has {} steps at most", config.epochs, u32::MAX)
+        }
+    })
 }
 
 /// Trains the parameters of an adaptation in place; those of the plans that an observer has it go on with are others, which
@@ -192,9 +248,12 @@ pub fn planned_steps(examples: usize, config: &TrainConfig) -> u64 {
 /// The loss of a step is the sum over its trained tokens divided by their number, counted over the whole step first: how a
 /// step is cut into batches changes nothing but speed. A run goes round the examples again when `max_steps` wants more.
 ///
+/// Losses, gradients and parameters are looked at in every step, and the loss of one row after the last.
+///
 /// # Errors
-/// When the loss or a gradient is not finite, a parameter gets no gradient, or one stays all zero for three updates with a
-/// learning rate above zero; the message names it.
+/// When a parameter gets no gradient, or one stays all zero for three updates with a learning rate above zero; the message names it.
+/// When numbers are no longer finite, or a file of the base is gone: as [`Broken`], if something was learned before, to which the
+/// parameters are set back.
 pub fn train(
     model: &BaseModel,
     adaptation: &Adaptation,
@@ -202,11 +261,11 @@ pub fn train(
     config: &TrainConfig,
     observer: &mut dyn Observer,
 ) -> Result<TrainReport> {
-    ensure!(!examples.is_empty(), "there is no example to train on");
-    ensure!(config.batch_size > 0 && config.gradient_accumulation_steps > 0, "a batch holds at least one example");
-    let per_step = config.batch_size * config.gradient_accumulation_steps;
+    let planned = planned_steps(examples.len(), config)?;
+    let per_step = config.per_step().min(examples.len());
     let steps_an_epoch = examples.len().div_ceil(per_step) as u64;
-    let planned = planned_steps(examples.len(), config);
+    // A base that shrinks costs no more than the step that meets it: `Run::step` looks for that.
+    let _surviving = Surviving::begin();
     let mut run = Run::new(model, adaptation, config, planned);
     let mut report = TrainReport { steps: Vec::new(), planned_steps: planned, interrupted: false, events: Vec::new() };
     let (mut order, mut order_of) = (Vec::new(), None);
@@ -229,14 +288,20 @@ pub fn train(
             true => Batch::packed(&rows, model.pass_rows()),
             false => rows.chunks(config.batch_size).map(|rows| Batch::of_examples(rows.iter().copied())).collect(),
         };
-        let mut done = match run.try_step(&batches) {
+        let last = step + 1 == planned;
+        let done = run.try_step(&batches).and_then(|done| {
+            if last {
+                run.look(&rows)?;
+            }
+            Ok(done)
+        });
+        let mut done = match done {
             Err(error) if run.is_on_trial() => {
-                let change = run.roll_back(format!("{error:#}"));
-                report.steps.truncate(run.step as usize);
-                report.tell(observer, &run, change)?;
+                report.roll_back(observer, &mut run, &error)?;
                 continue;
             }
-            done => done?,
+            Err(error) => return Err(run.end(error, report)),
+            Ok(done) => done,
         };
         done.epoch = (step + 1) as f64 / steps_an_epoch as f64;
         report.steps.push(done);
@@ -247,7 +312,14 @@ pub fn train(
                 run.script_scale = scale;
             }
             Control::Stop => {
-                report.interrupted = step + 1 < planned;
+                report.interrupted = !last;
+                if !last && let Err(error) = run.look(&rows) {
+                    if !run.is_on_trial() {
+                        return Err(run.end(error, report));
+                    }
+                    report.roll_back(observer, &mut run, &error)?;
+                    run.look(&rows).map_err(|error| run.end(error, report.clone()))?;
+                }
                 break;
             }
         }
@@ -264,6 +336,13 @@ pub fn train(
 }
 
 impl TrainReport {
+    /// Takes the plan on trial back, for an error of its.
+    fn roll_back(&mut self, observer: &mut dyn Observer, run: &mut Run<'_>, error: &anyhow::Error) -> Result<()> {
+        let change = run.roll_back(format!("{error:#}"));
+        self.steps.truncate(run.step as usize);
+        self.tell(observer, run, change)
+    }
+
     fn tell(&mut self, observer: &mut dyn Observer, run: &Run<'_>, change: Change) -> Result<()> {
         let event = RunEvent { step: run.step, change };
         observer.changed(&event, &run.generation.adaptation)?;
@@ -309,7 +388,7 @@ impl<'a> Run<'a> {
             total_steps: planned,
         };
         let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
-        let optimizer = AdamW::new(adaptation, adamw);
+        let optimizer = AdamW::new(adaptation, adamw).keeping(model.parameter_count());
         let idle_updates = vec![Some(0); adaptation.params.len()];
         let blocks = Blocks::new(model, Some(adaptation), config.compute);
         let adaptation = Arc::new(adaptation.clone());
@@ -328,17 +407,19 @@ impl<'a> Run<'a> {
         let loss = outcome.loss_sum / outcome.trained as f64;
         let learning_rate = self.rate();
         let step = self.step + 1;
-        ensure!(loss.is_finite(), "step {step}: the loss is {loss}; try a lower learning rate");
+        intact().map_err(|error| Unusable::base(step, &error))?;
+        ensure!(loss.is_finite(), Unusable::parameters(step, &format!("the loss is {loss}")));
         let grad_norm = timed("gradient norm", || self.norm(&gradients, learning_rate))?;
-        ensure!(grad_norm.is_finite(), "step {step}: a gradient is not finite; try a lower learning rate");
+        ensure!(grad_norm.is_finite(), Unusable::parameters(step, "a gradient is not finite"));
         // As torch's clip_grad_norm_, whose 1e-6 is part of the definition.
         let clip = match self.config.max_grad_norm {
             bound if bound > 0.0 => (bound / (grad_norm + 1e-6)).min(1.0),
             _ => 1.0,
         };
         let Generation { adaptation, optimizer, .. } = &mut self.generation;
-        timed("optimizer", || optimizer.step(adaptation, &gradients, learning_rate, clip))?;
+        let finite = timed("optimizer", || optimizer.step(adaptation, &gradients, learning_rate, clip))?;
         self.step = step;
+        ensure!(finite, Unusable::update(step));
         let tokens = batches.iter().map(|batch| batch.tokens).sum();
         let seconds = start.elapsed().as_secs_f64();
         Ok(StepReport { step, epoch: 0.0, loss, grad_norm, learning_rate, tokens, seconds })
@@ -415,7 +496,7 @@ fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
 /// Loss over examples, without gradients: a mean over all trained tokens.
 ///
 /// # Errors
-/// When no token is trained, or a tensor operation fails.
+/// When no token is trained, a tensor operation fails, or the loss is not finite.
 pub fn evaluate_examples(
     model: &BaseModel,
     adaptation: Option<&Adaptation>,
@@ -436,10 +517,16 @@ pub fn evaluate_examples(
         progress(done);
     }
     ensure!(total.trained > 0, "no token of these examples is trained, so there is no loss");
+    whole()?;
     let loss = total.loss_sum / total.trained as f64;
+    ensure!(
+        loss.is_finite(),
+        "the loss of these examples is {loss}: the model's numbers overflow, or its weights are damaged"
+    );
     Ok(Evaluation {
         loss,
-        perplexity: loss.exp(),
+        // A number that JSON has, whatever the loss.
+        perplexity: loss.exp().min(f64::MAX),
         token_accuracy: total.correct as f64 / total.trained as f64,
         trained_tokens: total.trained,
         examples: examples.len(),

@@ -231,10 +231,10 @@ pub struct FineTune {
     #[arg(long, alias = "r", value_name = "R")]
     pub lora_r: Option<u64>,
     /// Strength of the adapter [default: 2 r]
-    #[arg(long, value_name = "ALPHA")]
+    #[arg(long, value_name = "ALPHA", value_parser = above_zero)]
     pub lora_alpha: Option<f64>,
     /// Dropout on the adapter's input [default: 0]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", value_parser = share)]
     pub lora_dropout: Option<f64>,
     /// Adapted modules: all-linear, names separated by commas, or one regular expression [default: all-linear]
     #[arg(long, value_name = "NAMES")]
@@ -559,10 +559,10 @@ pub struct BenchTrain {
     #[arg(long, default_value_t = 256, value_name = "N", value_parser = at_least_two)]
     pub seq_len: usize,
     /// Steps that are measured
-    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..1_000_000))]
     pub steps: u32,
     /// Steps before that
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(..1_000_000))]
     pub warmup: u32,
     /// What products are computed in
     #[arg(long, value_enum, default_value = "auto")]
@@ -639,7 +639,11 @@ fn not_negative(text: &str) -> Result<f64, String> {
 }
 
 fn rate(text: &str) -> Result<f64, String> {
-    number(text, |number| number > 0.0 && number <= 10.0, "a number above 0, such as 2e-4")
+    number(text, |number| number > 0.0 && number <= 10.0, "a number above 0 and at most 10, such as 2e-4")
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    number(text, |number| number > 0.0 && (number as f32).is_finite(), "a number above 0 that f32 holds, such as 32")
 }
 
 fn number(text: &str, admits: impl Fn(f64) -> bool, words: &str) -> Result<f64, String> {

@@ -132,6 +132,8 @@ impl Job {
             let now = (adaptation.clone(), plugin.record());
             *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
         };
+        // What is saved names its base by this. It is read now, as the base's files may be gone at the end.
+        self.model.digest();
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
         let mut live = Live::new(
             observer,
@@ -172,6 +174,8 @@ pub struct Outcome {
     pub after: Option<Evaluation>,
     /// Digest of the training data.
     pub data_digest: String,
+    /// Why the run ended before its end, if that was a failure.
+    pub failure: Option<String>,
 }
 
 impl Outcome {
@@ -186,18 +190,20 @@ impl Outcome {
             "peak_memory_bytes": peak_memory_bytes(),
             "interrupted": self.report.interrupted,
         });
-        match summary {
+        let mut summary = match summary {
             Value::Object(summary) => summary,
             _ => Map::new(),
-        }
+        };
+        summary.extend(self.failure.clone().map(|failure| ("failure".to_owned(), failure.into())));
+        summary
     }
 
-    /// Writes an adapter, or for a strategy that trains the base's own weights a model; with `homeroom.json` and
-    /// `trainer_state.json` beside either. Nothing is there until all of it is.
+    /// Writes an adapter, or for a strategy that trains the base's own weights a model, into a directory in the making; with
+    /// `homeroom.json` and `trainer_state.json` beside either.
     ///
     /// # Errors
     /// When the disk is full, or anything else fails.
-    pub fn save(&self, job: &Job, directory: NewDirectory, parent: Option<&str>) -> Result<PathBuf> {
+    pub fn write(&self, job: &Job, directory: &NewDirectory, parent: Option<&str>) -> Result<()> {
         let (adaptation, strategy) = job.now();
         let mut training = json!({
             "config": self.config,
@@ -212,14 +218,13 @@ impl Outcome {
         let record =
             Record { strategy: &strategy, data_digest: Some(&self.data_digest), requantize: job.requantize, training };
         if adaptation.is_whole_model() {
-            save_model(&directory, &merge(&job.model, &adaptation)?, &job.model, Floats::of(&job.model)?)?;
+            save_model(directory, &merge(&job.model, &adaptation)?, &job.model, Floats::of(&job.model)?)?;
             let manifest = serde_json::to_value(adapter::manifest(&job.model, &adaptation, record)?)?;
             directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())?;
         } else {
-            adapter::save(&directory, &job.model, &adaptation, record)?;
+            adapter::save(directory, &job.model, &adaptation, record)?;
         }
-        directory.write("trainer_state.json", adapter::pretty(&self.trainer_state())?.as_bytes())?;
-        directory.publish()
+        directory.write("trainer_state.json", adapter::pretty(&self.trainer_state())?.as_bytes())
     }
 
     /// The history of a run in the form of transformers' `trainer_state.json`, which plotting tools read.

@@ -15,6 +15,7 @@ mod command;
 pub mod handler;
 mod interrupt;
 pub mod job;
+mod keep;
 mod machine;
 pub mod models;
 pub mod pipeline;

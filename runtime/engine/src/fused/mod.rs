@@ -271,10 +271,11 @@ impl<E: ProductElement> Fused<E> {
 
     /// Readies buffers, tables and the adapters' values for a pass.
     fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<()> {
-        if self.layers.iter().all(Option::is_none) && self.head.is_none() {
+        // The embedding alone may be looked up, under blocks that are all plain: it takes a buffer, too.
+        self.workspace.begin(batch.ids.len());
+        if self.layers.iter().all(Option::is_none) {
             return Ok(());
         }
-        self.workspace.begin(batch.ids.len());
         let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
         self.table(&pass.model.config, positions);
         timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))

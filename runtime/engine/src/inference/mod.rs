@@ -8,6 +8,7 @@
 
 mod cache;
 mod decode;
+mod finite;
 mod sampler;
 mod schedule;
 

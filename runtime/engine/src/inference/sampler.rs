@@ -50,24 +50,15 @@ impl Sampler {
         Ok(sampler)
     }
 
-    /// Draws a token from logits, (V).
-    ///
-    /// # Errors
-    /// When a logit is not a finite number: the model's numbers have overflowed, and any token would be a lie.
-    pub fn draw(&mut self, mut logits: Vec<f32>) -> Result<u32> {
-        // Not `all`, which looks at one after another.
-        let finite = logits.iter().fold(true, |finite, logit| finite & logit.is_finite());
-        ensure!(
-            finite && !logits.is_empty(),
-            "the model's numbers overflow: its logits are not finite, so there is no answer; a training with a smaller learning rate, or --compute f32, may mend it"
-        );
+    /// Draws a token from logits, (V), which are finite.
+    pub fn draw(&mut self, mut logits: Vec<f32>) -> u32 {
         self.penalise(&mut logits);
         let greedy = self.sampling.temperature < TEMPERATURE_MIN || self.sampling.top_k == 1;
         let token = if greedy { first_of_largest(&logits) } else { self.draw_from(&logits) };
         if self.penalises() {
             *self.seen.entry(token).or_default() += 1;
         }
-        Ok(token)
+        token
     }
 
     fn penalises(&self) -> bool {
@@ -194,7 +185,7 @@ mod tests {
 
     fn drawn(sampling: Sampling, prompt: &[u32], logits: &[f32], times: usize) -> Result<Vec<u32>> {
         let mut sampler = Sampler::new(sampling, prompt)?;
-        (0..times).map(|_| sampler.draw(logits.to_vec())).collect()
+        Ok((0..times).map(|_| sampler.draw(logits.to_vec())).collect())
     }
 
     /// Ids that can be drawn, by sorting everything: the definition, as transformers' warpers have it.
@@ -285,7 +276,7 @@ mod tests {
         let mut sampler = sampler(Sampling { frequency_penalty: 0.5, presence_penalty: -0.25, ..Sampling::default() })?;
         let mut sure = vec![0.0; 1237];
         sure[5] = 10.0;
-        assert_eq!((sampler.draw(sure.clone())?, sampler.draw(sure)?), (5, 5));
+        assert_eq!((sampler.draw(sure.clone()), sampler.draw(sure)), (5, 5));
         let mut ours = logits.clone();
         sampler.penalise(&mut ours);
         let differ: Vec<usize> = (0..ours.len()).filter(|id| ours[*id] != logits[*id]).collect();
@@ -295,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_out_of_range_and_logits_that_are_none_are_refused() -> Result<()> {
+    fn numbers_out_of_range_are_refused_and_large_ones_do_not_overflow() -> Result<()> {
         let free = Sampling { temperature: 1.0, ..Sampling::default() };
         for wrong in [
             Sampling { temperature: f64::NAN, ..free },
@@ -307,12 +298,6 @@ mod tests {
             Sampling { frequency_penalty: -3.0, ..free },
         ] {
             assert!(Sampler::new(wrong, &[]).is_err(), "{wrong:?}");
-        }
-        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            for sampling in [free, Sampling::default()] {
-                let error = drawn(sampling, &[], &[0.0, broken, 1.0], 1).expect_err("there is no answer");
-                assert!(error.to_string().contains("not finite"), "{error}");
-            }
         }
         let far = Sampling { repetition_penalty: 1e300, ..free };
         assert_eq!(drawn(far, &[0], &[-1.0, 5.0, -f32::MAX], 1)?, [1]);

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
 
+use super::finite::check_finite;
 use super::sampler::Sampler;
 use super::{Inference, Kept};
 use crate::generate::{Finish, Sampling};
@@ -230,7 +231,8 @@ impl Sequence {
 
     /// Draws a token; why the answer ends, if it does.
     fn draw(&mut self, inference: &Inference, logits: Vec<f32>) -> Result<Option<Finish>> {
-        let token = self.asked.sampler.draw(logits)?;
+        check_finite(&logits)?;
+        let token = self.asked.sampler.draw(logits);
         if inference.model.tokenizer.eos_ids.contains(&token) {
             return Ok(Some(Finish::Stop));
         }

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, vacant};
 use homeroom_engine::model::BaseModel;
-use homeroom_engine::train::{Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
+use homeroom_engine::train::{Broken, Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
 use serde_json::{Map, Value};
 
 use super::{is_same, print, spares, this_program};
@@ -24,6 +24,7 @@ const DEFAULT_LEARNING_RATE: f64 = 2e-4;
 /// Trains, and saves an adapter or a model.
 pub fn run(arguments: &FineTune) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
+    config(arguments, None).check()?;
     let output_dir = match (&arguments.output_dir, &arguments.name) {
         (Some(directory), _) => directory.clone(),
         (None, Some(name)) => registry::place(name)?,
@@ -59,15 +60,29 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     // something to fill it with, so that a run that is killed leaves nothing.
     interrupt::listen()?;
     drop(NewDirectory::start(&output_dir)?);
-    restate(arguments, &job, &rows, &config);
+    let steps = planned_steps(rows.train.len(), &config)?;
+    restate(arguments, &job, &rows, &config, steps);
     let held_out = rows.eval();
     let before = evaluate(&job, &held_out)?;
-    let report = train(&job, &rows.train(), &config)?;
-    let after = evaluate(&job, &held_out)?;
-    let outcome = Outcome { config, report, before, after, data_digest: rows.data.digest.clone() };
-    let mut directory = NewDirectory::start(&output_dir)?;
-    directory.replaces = arguments.overwrite;
-    let output_dir = outcome.save(&job, directory, None)?;
+    let (report, mut failure) = match train(&job, &rows.train(), &config, steps) {
+        Ok(report) => (report, None),
+        Err(error) => {
+            let Broken { reason, report } = error.downcast()?;
+            (report, Some(reason))
+        }
+    };
+    let after = match failure {
+        None => evaluate(&job, &held_out).unwrap_or_else(|error| {
+            failure = Some(format!("held-out rows, after the training: {error:#}"));
+            None
+        }),
+        Some(_) => None,
+    };
+    let outcome = Outcome { config, report, before, after, data_digest: rows.data.digest.clone(), failure };
+    if let Some(failure) = &outcome.failure {
+        bail!("{failure}\n{}", outcome.save_beside(&job, &output_dir));
+    }
+    let output_dir = outcome.save(&job, &output_dir, arguments.overwrite, None)?;
     tell(&output_dir, &outcome.report, before, after);
     if arguments.json {
         let mut summary = Map::from_iter([("output_dir".to_owned(), output_dir.display().to_string().into())]);
@@ -78,8 +93,8 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
 }
 
 /// Trains with a progress bar, until the end or an interruption.
-fn train(job: &Job, examples: &[&Example], config: &TrainConfig) -> Result<TrainReport> {
-    let mut bar = progress::Training::start(planned_steps(examples.len(), config));
+fn train(job: &Job, examples: &[&Example], config: &TrainConfig, steps: u64) -> Result<TrainReport> {
+    let mut bar = progress::Training::start(steps);
     let mut observer = |step: &StepReport, steps| {
         bar.step(step, steps);
         Ok(if interrupt::asked() { Control::Stop } else { Control::Continue })
@@ -190,7 +205,7 @@ impl Rows {
 }
 
 /// Restates the run, so that a wrong one is seen before it has cost anything.
-fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig) {
+fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig, steps: u64) {
     let Job { model, adaptation, strategy, .. } = job;
     let parameters = model.parameter_count();
     let trained = adaptation.trainable_count();
@@ -228,7 +243,7 @@ fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig) {
     ));
     line(format_args!(
         "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
-        thousands(planned_steps(rows.train.len(), config) as usize),
+        thousands(steps as usize),
         config.gradient_accumulation_steps,
         config.batch_size,
         config.learning_rate,

@@ -319,8 +319,14 @@ fn parsed(text: &str, kind: Type) -> Option<Value> {
     }
 }
 
+/// Luau's numbers are doubles, exact to 2^53: a script would get the neighbour of a larger one.
+const WHOLE_MAX: u64 = 1 << 53;
+
 /// Whether a value lies within what was declared.
 fn check(param: &Param, value: Value) -> Result<Value, String> {
+    if value.as_i64().is_some_and(|number| number.unsigned_abs() > WHOLE_MAX) {
+        return Err(format!("{value} is beyond what a script's numbers hold exactly, {WHOLE_MAX}"));
+    }
     let measured = match &value {
         Value::String(text) => (text.chars().count() as f64, " characters"),
         other => (other.as_f64().unwrap_or(f64::NAN), ""),
@@ -483,6 +489,12 @@ mod tests {
             (param("a = 1"), "declared as a table"),
             (param("a = { default = 1 }"), "it has no `type`"),
             (param("a = { type = \"int\", default = 1.5 }"), "it should be a whole number"),
+            (
+                param("a = { type = \"int\", default = 9007199254740993 }"),
+                "beyond what a script's numbers hold exactly, 9007199254740992",
+            ),
+            (param("a = { type = \"float\", default = inf }"), "it should be a number"),
+            (param("a = { type = \"int\", default = 1, max = nan }"), "max: it should be a number"),
             (param("a = { type = \"int\", min = 3, max = 2 }"), "max is 2, min is 3"),
             (param("a = { type = \"bool\", min = 3 }"), "only numbers and strings have one"),
             (param("a = { type = \"string\", one_of = [1] }"), "one_of: it should be a string"),
@@ -497,6 +509,11 @@ mod tests {
             let message = refused(&text, &[]);
             assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
         }
+        assert!(refused(GOOD, &[("rate", "nan")]).contains("--set rate=nan: it should be a number"));
+        assert!(
+            refused(GOOD, &[("r", "9007199254740993")])
+                .contains("beyond what a script's numbers hold exactly, 9007199254740992")
+        );
         assert!(refused(GOOD, &[("r", "65")]).contains("--set r=65: 65 is above the largest, 64"));
     }
 }

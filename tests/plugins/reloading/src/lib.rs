@@ -116,6 +116,7 @@ impl Strategy for Reloading {
             "set_scalar" if count == 3 => step.scalar("s", 0.0),
             "reset" if count == 3 => step.reset_moments("*"),
             "bad" => step.freeze("nothing"),
+            "explodes" if count == 3 => step.learning_rate_scale(1e40),
             "no_number" => step.learning_rate_scale(f64::NAN),
             "unknown" => step.scalar("S", 0.5),
             "panics" => panic!("in on_step, as asked"),

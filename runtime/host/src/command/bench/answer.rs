@@ -17,6 +17,9 @@ use crate::machine::peak_memory_bytes;
 use crate::models::{Loaded, ModelRef};
 use crate::progress::line;
 
+/// Why no speed is told.
+const OVERFLOW: &str = "the model's numbers overflow: what it says next is no number, so its speed means nothing";
+
 /// What is measured.
 struct Bench {
     inference: Inference,
@@ -67,9 +70,11 @@ pub fn prefill(arguments: &BenchPrefill) -> Result<Done> {
         let prompt = bench.prompt(arguments.tokens, &mut random);
         let mut kept = bench.inference.begin();
         let start = Instant::now();
-        bench.inference.read(&prompt, &mut kept, true)?;
+        let logits = bench.inference.read(&prompt, &mut kept, true)?.context("the prompt has logits")?;
+        let taken = start.elapsed().as_secs_f64();
+        ensure!(logits.iter().all(|logit| logit.is_finite()), OVERFLOW);
         if run > 0 {
-            seconds.push(start.elapsed().as_secs_f64());
+            seconds.push(taken);
         }
     }
     let computed = if bench.compute == Compute::Auto { Compute::auto() } else { bench.compute };
@@ -123,17 +128,19 @@ pub fn decode(arguments: &BenchDecode) -> Result<Done> {
         let logits = bench.inference.read(&prompt, &mut kept, true)?.context("the prompt has logits")?;
         chats.push((likeliest(&logits), kept));
     }
-    let mut seconds = Vec::new();
+    let (mut seconds, mut finite) = (Vec::new(), true);
     for step in 0..=arguments.tokens {
         let start = Instant::now();
         let mut sequences: Vec<(u32, &mut Kept)> = chats.iter_mut().map(|(id, kept)| (*id, kept)).collect();
         let logits = bench.inference.step(&mut sequences)?;
         let taken = start.elapsed().as_secs_f64();
+        finite &= logits.iter().flatten().all(|logit| logit.is_finite());
         chats.iter_mut().zip(&logits).for_each(|((id, _), logits)| *id = likeliest(logits));
         if step > 0 {
             seconds.push(taken);
         }
     }
+    ensure!(finite, OVERFLOW);
     let each = median(&seconds);
     let speed = chats.len() as f64 / each;
     let linear = bench.model().modules.iter().filter(|module| module.info.kind == ModuleKind::Linear);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use homeroom_abi::plan::ModuleKind;
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::batch::Batch;
@@ -32,6 +32,15 @@ pub fn train(arguments: &BenchTrain) -> Result<Done> {
         options.insert("r".to_owned(), r.into());
     }
     plugin.check_options(&options)?;
+    // Rows of a pass are counted in 32 bits.
+    let tokens = (arguments.batch_size as usize).checked_mul(arguments.seq_len);
+    ensure!(
+        tokens.is_some_and(|tokens| u32::try_from(tokens).is_ok()),
+        "--batch-size {} times --seq-len {} are more tokens than a step can have, {}",
+        arguments.batch_size,
+        arguments.seq_len,
+        u32::MAX
+    );
     let mut model = Arc::new(load_base(&arguments.model_name)?);
     if let Some(storage) = arguments.storage {
         model = encode(|progress| store_as(&model, &storage.into(), progress).map(Arc::new))?;

@@ -4,13 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_abi::plan::PlanRequest;
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::adapter::{AdapterFiles, HOMEROOM_FILE, Manifest, is_adapter};
 use homeroom_engine::model::BaseModel;
+use homeroom_engine::requantize::store_as_planned;
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 
-use super::value::{to_json, to_lua};
+use super::options::strategy_options;
+use super::value::to_lua;
 use super::{Failure, Session, said};
 use crate::job::encode;
 use crate::models::{Loaded, load_base};
@@ -46,10 +49,7 @@ impl ModelSpec {
                 let text = |key: &str| table.raw_get::<Option<String>>(key).map_err(|_| wrong());
                 let base = text("model")?.ok_or_else(wrong)?;
                 let options = match table.raw_get::<Value>("options")? {
-                    Value::Table(options) => match to_json(&Value::Table(options))? {
-                        Json::Object(options) => options,
-                        _ => Map::new(),
-                    },
+                    Value::Table(options) => strategy_options(&options)?,
                     _ => Map::new(),
                 };
                 Ok(Self { base, strategy: text("strategy")?, options, adapter: text("adapter")? })
@@ -127,7 +127,7 @@ impl ModelSpec {
     /// When a file is missing or damaged, or they do not belong together.
     pub fn load(&self, session: &Session) -> Result<(Arc<BaseModel>, Option<Arc<Adaptation>>)> {
         let model = self.load_base(session)?;
-        let Some(path) = self.adapter_path(session) else { return Ok((model, None)) };
+        let Some(path) = self.adapter_path(session) else { return Ok((self.stored(session, model)?, None)) };
         if let Some(Loaded { model, adaptation }) = session.adaptations.borrow().get(&path) {
             return Ok((model.clone(), adaptation.clone()));
         }
@@ -138,6 +138,22 @@ impl ModelSpec {
         let adaptation = Some(Arc::new(files.adapt(&model, false)?));
         session.adaptations.borrow_mut().insert(path, Loaded { model: model.clone(), adaptation: adaptation.clone() });
         Ok((model, adaptation))
+    }
+
+    /// The base of a model that was not trained, stored as its strategy will have it in training: that is what a training begins with.
+    /// What is named without a strategy, or was made by one, is as its files have it.
+    fn stored(&self, session: &Session, model: Arc<BaseModel>) -> Result<Arc<BaseModel>> {
+        let Some(strategy) = self.strategy.as_deref().filter(|_| self.adapter.is_none() && !session.dry) else {
+            return Ok(model);
+        };
+        if manifest(&session.locate(&self.base))?.is_some_and(|made| made.strategy.name == strategy) {
+            return Ok(model);
+        }
+        let plugin = session.plugin(strategy)?;
+        plugin.check_options(&self.options)?;
+        let plan = plugin.plan(&PlanRequest { options: self.options.clone(), model: model.info() })?;
+        let native = |name: &str| native::of_plugin(&plugin, name);
+        encode(|progress| store_as_planned(model, &plan, false, &native, progress))
     }
 
     /// The name in the registry of the model that this one goes on from.

@@ -133,16 +133,33 @@ impl Options {
             }
         }
         let Some(Value::Table(others)) = self.get("options") else { return Ok(options) };
-        for pair in others.pairs::<String, Value>() {
-            let (name, value) = pair?;
+        for (name, value) in strategy_options(others)? {
             let name = if name == "lora_r" { "r".to_owned() } else { name };
-            let value = to_json(&value)?;
             if options.insert(name.clone(), value).is_some() {
                 return Err(said(format!("`{name}` is given twice, once in `options`")));
             }
         }
         Ok(options)
     }
+}
+
+/// A strategy's options as JSON. That has no word for a number that is not finite, which would read as one that was not given.
+///
+/// # Errors
+/// When one is such a number, or no plain value.
+pub fn strategy_options(table: &Table) -> Result<Map<String, Json>, Failure> {
+    let mut options = Map::new();
+    for pair in table.pairs::<String, Value>() {
+        let (name, value) = pair?;
+        if let Value::Number(number) = &value
+            && !number.is_finite()
+        {
+            return Err(said(format!("`{name}` should be a finite number, not {number}")));
+        }
+        let value = to_json(&value)?;
+        options.insert(name, value);
+    }
+    Ok(options)
 }
 
 fn list<T: mlua::FromLua>(table: &Table) -> Vec<T> {

@@ -55,6 +55,8 @@ pub enum Kind {
     Number,
     /// A number above 0.
     Rate,
+    /// A number above 0 and at most 10.
+    LearningRate,
     /// True or false.
     Flag,
     /// A text or a list of texts.
@@ -104,6 +106,7 @@ impl Kind {
             Self::Share => (0.0..1.0).contains(&number),
             Self::Number => number.is_finite() && number >= 0.0,
             Self::Rate => number.is_finite() && number > 0.0,
+            Self::LearningRate => number > 0.0 && number <= 10.0,
             Self::Flag => value.is_boolean(),
             Self::Names => value.is_string() || list(&Value::is_string),
             Self::Texts => list(&Value::is_string),
@@ -129,6 +132,7 @@ impl Kind {
             Self::Share => "a number from 0 and below 1",
             Self::Number => "a number from 0",
             Self::Rate => "a number above 0",
+            Self::LearningRate => "a number above 0 and at most 10",
             Self::Flag => "true or false",
             Self::Names => "a string or a list of strings",
             Self::Texts => "a list of strings",
@@ -150,7 +154,7 @@ impl Kind {
                 let quoted: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();
                 return quoted.join(" | ");
             }
-            Self::Count | Self::Whole | Self::Share | Self::Number | Self::Rate => "number",
+            Self::Count | Self::Whole | Self::Share | Self::Number | Self::Rate | Self::LearningRate => "number",
             Self::Flag => "boolean",
             Self::Names => "string | {string}",
             Self::Texts => "{string}",
@@ -255,7 +259,7 @@ pub const VERBS: &[Verb] = &[
                 opt("steps", Kind::Count, "all of the epochs", "ends after so many steps, wherever the epoch is"),
                 opt("batch_size", Kind::Count, "8", "rows in one forward and backward pass"),
                 opt("gradient_accumulation_steps", Kind::Count, "1", "batches in one step"),
-                opt("learning_rate", Kind::Rate, "the strategy's, else 2e-4", "peak of the learning rate"),
+                opt("learning_rate", Kind::LearningRate, "the strategy's, else 2e-4", "peak of the learning rate"),
                 opt(
                     "schedule",
                     Kind::OneOf(&["cosine", "linear", "constant"]),

@@ -8,7 +8,7 @@ use homeroom_engine::block::Compute;
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::schedule::Schedule;
-use homeroom_engine::train::{Control, Evaluation, Observer, StepReport, TrainConfig, planned_steps};
+use homeroom_engine::train::{Broken, Control, Evaluation, Observer, StepReport, TrainConfig, planned_steps};
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
@@ -42,6 +42,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let strategy = spec.strategy.get_or_insert_with(|| "lora".to_owned()).clone();
     let plugin = session.plugin(&strategy)?;
     check_options(&plugin, &spec.options)?;
+    config(&options, None).check().context("fine_tune")?;
 
     let model = spec.load_base(session)?;
     let init_from = spec.adapter_path(session);
@@ -52,7 +53,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let mut job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
     job.watch = session.search.watching();
     let config = config(&options, job.proposed_learning_rate);
-    let steps = planned_steps(data.examples.len(), &config);
+    let steps = planned_steps(data.examples.len(), &config).context("fine_tune")?;
     restate(&spec, &job, &data, eval.as_ref(), &config, steps);
     if session.dry {
         return Ok(dry(lua, session, &spec, &job, &data, eval.as_ref(), steps)?);
@@ -77,14 +78,25 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         stopped: None,
         raised: None,
     };
-    let report = job.train(&trained, &config, &mut watcher)?;
+    let (report, mut failure) = match job.train(&trained, &config, &mut watcher) {
+        Ok(report) => (report, None),
+        Err(error) => {
+            let Broken { reason, report } = error.downcast()?;
+            (report, Some(reason))
+        }
+    };
     let Watcher { bar, stopped, raised, .. } = watcher;
     bar.end();
+    let mut after = None;
+    if raised.is_none() && failure.is_none() && !session.clock.cancelled() {
+        match evaluate(session, &job, &held_out) {
+            Ok(evaluation) => after = evaluation,
+            Err(error) => failure = Some(format!("held-out rows, after the training: {error:#}")),
+        }
+    }
     let ended = raised.is_some() || session.clock.cancelled();
-    let after = if ended { None } else { evaluate(session, &job, &held_out)? };
-    let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone() };
-    let directory = NewDirectory::start(&path)?;
-    let path = outcome.save(&job, directory, parent.as_deref())?;
+    let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone(), failure };
+    let path = outcome.save(&job, &path, true, parent.as_deref())?;
     if let (Some(before), Some(after)) = (before, after) {
         eprintln!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss);
     }
@@ -92,8 +104,12 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     if ended {
         eprintln!("stopped after step {done} of {steps}; what it had learned by then is in {}", path.display());
     }
+    if let Some(failure) = &outcome.failure {
+        let kept = format!("what it had learned by step {done} is in {}", path.display());
+        return Err(said(format!("fine_tune: {failure}; {kept}")));
+    }
     if let Some(raised) = raised {
-        return Err(raised.into());
+        return Err(raised);
     }
     session.clock.check()?;
     spec.adapter = Some(id);
@@ -278,8 +294,8 @@ struct Watcher<'a> {
     bar: progress::Training,
     /// Why a callback ended the training.
     stopped: Option<String>,
-    /// What a callback raised. It is kept until the training has ended and is saved.
-    raised: Option<mlua::Error>,
+    /// What a callback raised, or why held-out rows could not be evaluated. It is kept until the training has ended and is saved.
+    raised: Option<Failure>,
 }
 
 impl Observer for Watcher<'_> {
@@ -290,11 +306,10 @@ impl Observer for Watcher<'_> {
         }
         match self.callbacks(report, planned_steps) {
             Ok(control) => Ok(control),
-            Err(Failure::Lua(raised)) => {
+            Err(raised) => {
                 self.raised = Some(raised);
                 Ok(Control::Stop)
             }
-            Err(Failure::Said(error)) => Err(error),
         }
     }
 }

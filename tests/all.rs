@@ -20,6 +20,8 @@ mod reload;
 mod sdk;
 mod strategies;
 mod support;
+#[cfg(unix)]
+mod terminal;
 mod toml_errors;
 #[cfg(unix)]
 mod watching;

@@ -1,5 +1,6 @@
 //! The command line. stdout is the result, stderr the story.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -14,7 +15,7 @@ use homeroom_kernels::{Codec, Cpu};
 
 use crate::command;
 use crate::plugin::{Policy, Search, Trust, probe};
-use crate::{interrupt, progress, stdout};
+use crate::{interrupt, progress, stdout, terminal};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -668,9 +669,27 @@ fn key_value(text: &str) -> Result<(String, serde_json::Value), String> {
     Ok((key.to_owned(), value))
 }
 
+/// The command line, or the exit code of one that is wrong or asks for help.
+fn parsed(arguments: Vec<OsString>) -> Result<Cli, ExitCode> {
+    let error = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => return Ok(cli),
+        Err(error) => error,
+    };
+    // Names of files, which the shell puts in the place of `*`, may hold what a terminal obeys. What is wrong is the same without it.
+    let plain = arguments.iter().map(|argument| terminal::shown(&argument.to_string_lossy()).into_owned());
+    match Cli::try_parse_from(plain) {
+        Err(shown) => drop(shown.print()),
+        Ok(_) => progress::prompt(error.render()),
+    }
+    Err(ExitCode::from(error.exit_code() as u8))
+}
+
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match parsed(std::env::args_os().collect()) {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
     if let Err(problem) = Cpu::allowed() {
         progress::line(format_args!("error: {problem}"));
         return ExitCode::FAILURE;

@@ -9,6 +9,8 @@ mod gradients;
 mod handlers;
 mod inference;
 mod invariants;
+#[cfg(unix)]
+mod machine;
 mod models;
 mod pipelines;
 #[cfg(target_os = "linux")]

@@ -8,6 +8,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
+use homeroom_engine::files::keep_private;
 use homeroom_engine::merge::Floats;
 use homeroom_engine::requantize::StoredAs;
 use homeroom_engine::schedule::Schedule;
@@ -15,7 +16,7 @@ use homeroom_kernels::{Codec, Cpu};
 
 use crate::command;
 use crate::plugin::{Policy, Search, Trust, probe};
-use crate::{interrupt, progress, stdout, terminal};
+use crate::{interrupt, progress, registry, stdout, terminal};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -690,6 +691,10 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
+    // What `plugins watch` starts, the compiler, writes as the user's shell would have it.
+    if !matches!(cli.command, Command::Plugins(Plugins::Watch { .. })) {
+        keep_private(registry::data_directory(), |note| progress::line(note));
+    }
     if let Err(problem) = Cpu::allowed() {
         progress::line(format_args!("error: {problem}"));
         return ExitCode::FAILURE;

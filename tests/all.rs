@@ -10,6 +10,8 @@ mod gradients;
 mod handlers;
 mod inference;
 mod invariants;
+#[cfg(unix)]
+mod machine;
 mod mixed;
 mod models;
 mod pipeline_results;
@@ -25,6 +27,8 @@ mod results;
 mod sdk;
 mod strategies;
 mod support;
+#[cfg(unix)]
+mod terminal;
 mod toml_errors;
 #[cfg(unix)]
 mod watching;

@@ -583,7 +583,7 @@ fn an_output_directory_that_holds_the_runs_inputs_is_not_overwritten() -> Result
 }
 
 /// A command in a shell that does something first.
-fn in_shell(first: &str, command: &Command) -> Command {
+pub fn in_shell(first: &str, command: &Command) -> Command {
     let mut shell = Command::new("bash");
     shell.arg("-c").arg(format!("{first}; exec \"$0\" \"$@\"")).arg(command.get_program()).args(command.get_args());
     shell.envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
@@ -620,13 +620,18 @@ fn a_full_disk_while_saving_is_told_and_leaves_nothing() -> Result<()> {
     Ok(())
 }
 
-/// What is written is as open as the user's umask says, since it may repeat what it was trained on.
+/// What is written is as open as the user's umask says, since it may repeat what it was trained on; and nobody else may change it.
 #[test]
 fn what_is_written_is_as_open_as_the_users_other_files() -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let place = Place::new()?;
     let rows = place.rows("rows.jsonl", 2)?;
-    for (strategy, umask, directory, file) in [("lora", "027", 0o750, 0o640), ("full", "077", 0o700, 0o600)] {
+    for (strategy, umask, directory, file) in [
+        ("lora", "027", 0o750, 0o640),
+        ("full", "077", 0o700, 0o600),
+        ("lora", "002", 0o755, 0o644),
+        ("lora", "000", 0o755, 0o644),
+    ] {
         let mut train = place.fine_tune(&fixture("models/llama"), &rows);
         train.args(["--max-steps", "1", "--overwrite", "--strategy", strategy]);
         succeeds(&mut in_shell(&format!("umask {umask}"), &train))?;
@@ -643,7 +648,7 @@ fn what_is_written_is_as_open_as_the_users_other_files() -> Result<()> {
 
 /// A run under way, with its stderr.
 pub struct Running {
-    child: Child,
+    pub child: Child,
     stderr: BufReader<ChildStderr>,
     seen: String,
 }
@@ -828,9 +833,15 @@ fn a_result_whose_place_was_taken_meanwhile_is_kept_beside_it() -> Result<()> {
     assert!(code == Some(1) && stdout.is_empty(), "{stderr}");
     assert_eq!(fs::read_to_string(theirs)?, "theirs");
     let outputs = place.outputs()?;
-    let [kept, out] = outputs.as_slice() else { anyhow::bail!("{outputs:?}") };
+    let [out, kept] = outputs.as_slice() else { anyhow::bail!("{outputs:?}") };
     assert!(out == "out" && stderr.contains(&format!("it is whole in {}", place.path("outputs").join(kept).display())));
     assert!(stderr.contains("the directory is not empty"), "{stderr}");
+    // It is nobody's litter.
+    succeeds(place.fine_tune(&fixture("models/llama"), &place.rows("few.jsonl", 2)?).args([
+        "--max-steps",
+        "1",
+        "--overwrite",
+    ]))?;
     AdapterFiles::read(&place.path("outputs").join(kept))?.adapt(&model("llama")?, false)?;
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::adaptation::Adaptation;
 use crate::adapter::{self, AdapterFiles, CONFIG_FILE, Record, StrategyRecord, serialize_f32};
 use crate::batch::Batch;
 use crate::data::Example;
-use crate::files::NewDirectory;
+use crate::files::{NewDirectory, Scratch};
 use crate::merge::merge;
 use crate::model::BaseModel;
 use crate::recipe::{Input, Pass};
@@ -56,7 +56,7 @@ pub fn tiny_models() -> Result<Vec<TinyModel>> {
 }
 
 fn tiny_model(model_type: &str, kv_heads: usize, tied: bool) -> Result<BaseModel> {
-    let dir = tempfile::Builder::new().prefix("homeroom-check-").tempdir()?;
+    let dir = Scratch::new("check")?;
     let config = json!({
         "architectures": [if model_type == "llama" { "LlamaForCausalLM" } else { "Qwen2ForCausalLM" }],
         "model_type": model_type, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": 2,
@@ -301,7 +301,7 @@ pub fn files(model: &BaseModel, plan: &Plan, strategy: &StrategyRecord) -> Resul
     if adaptation.is_whole_model() {
         return Ok("a model directory: every parameter stands for a base weight".to_owned());
     }
-    let dir = tempfile::Builder::new().prefix("homeroom-check-").tempdir()?;
+    let dir = Scratch::new("check")?;
     let directory = NewDirectory::start(&dir.path().join("adapter"))?;
     let record = Record { strategy, data_digest: None, requantize: false, training: json!({}) };
     adapter::save(&directory, model, &adaptation, record)?;

@@ -1,11 +1,21 @@
-//! Writes a directory so that it is there whole or not at all.
+//! Writes a directory so that it is there whole or not at all, and keeps what is private so.
+
+mod exchange;
+mod litter;
+mod lock;
+mod modes;
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
+
+use self::exchange::Older;
+pub use self::litter::Scratch;
+pub use self::lock::Lock;
+pub use self::modes::{keep_private, prepare};
 
 /// The temporary names of all directories in the making. They get theirs, and lose it, with this held: whoever holds it sees none
 /// that is neither here nor finished.
@@ -23,12 +33,20 @@ pub fn abandon_all() {
     std::mem::forget(directories);
 }
 
+/// Removes whatever has the name: a directory with what is in it, a file, or a link.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path)?.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    }
+}
+
 fn abandon(directories: &mut Vec<PathBuf>) {
     for path in directories.drain(..) {
         // Under another name first, so that its writers find it no more; a file that they were just opening may still appear.
-        let aside = path.with_extension("ended");
+        let aside = path.with_extension(litter::ENDED);
         if fs::rename(&path, &aside).is_ok() {
-            while fs::remove_dir_all(&aside).is_err_and(|error| error.kind() == ErrorKind::DirectoryNotEmpty) {}
+            while remove(&aside).is_err_and(|error| error.kind() == ErrorKind::DirectoryNotEmpty) {}
         }
     }
 }
@@ -51,13 +69,14 @@ impl NewDirectory {
         let destination = std::path::absolute(destination)?;
         let parent = destination.parent().filter(|_| destination.file_name().is_some());
         let parent = parent.with_context(|| format!("{}: not a name for a directory", destination.display()))?;
-        fs::create_dir_all(parent).with_context(|| format!("{}: cannot create", parent.display()))?;
+        modes::make_directory(parent)?;
+        litter::sweep(parent);
         ensure!(
             !is_mount_point(&destination, parent),
             "{}: a mount point, which cannot be replaced by a finished directory; name a directory in it",
             destination.display()
         );
-        let temporary = Temporary::new(".homeroom-", parent);
+        let temporary = Temporary::new(parent);
         let temporary = temporary.with_context(|| format!("{}: cannot write here", parent.display()))?;
         Ok(Self { temporary, destination, replaces: true })
     }
@@ -68,12 +87,18 @@ impl NewDirectory {
     /// When the disk is full, or anything else fails.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.temporary.path().join(name);
-        let write = || -> std::io::Result<()> {
+        let write = || -> io::Result<()> {
             let mut file = File::create(&path)?;
             file.write_all(bytes)?;
             file.sync_all()
         };
-        write().with_context(|| format!("{}: cannot write {name}", self.destination.display()))
+        write().with_context(|| self.cannot_write(name))
+    }
+
+    /// What to say when a file cannot be written, as on a full disk.
+    pub fn cannot_write(&self, name: &str) -> String {
+        let kept = if fs::symlink_metadata(&self.destination).is_ok() { "; what is there already stays" } else { "" };
+        format!("{}: cannot write {name}{kept}", self.destination.display())
     }
 
     /// Creates a directory in it, given as a relative path, and those above it. Unlike `create_dir_all` it does not make an abandoned
@@ -81,7 +106,7 @@ impl NewDirectory {
     ///
     /// # Errors
     /// When that fails.
-    pub fn subdirectory(&self, relative: &Path) -> std::io::Result<()> {
+    pub fn subdirectory(&self, relative: &Path) -> io::Result<()> {
         let mut path = self.temporary.path().to_owned();
         for part in relative {
             path.push(part);
@@ -98,113 +123,175 @@ impl NewDirectory {
         self.temporary.path()
     }
 
-    /// Gives the directory its name, in place of an older one if there is one.
+    /// Gives the directory its name, in place of an older one if there is one. Whoever is killed meanwhile leaves either there.
     ///
     /// # Errors
     /// When it cannot get its name, or that is taken and it must not replace what has it. What had the name is then still there,
-    /// and so is the finished directory: the message says where.
+    /// and so is the finished directory, under a name beside it: the message says which.
     pub fn publish(self) -> Result<PathBuf> {
         let Self { temporary, destination, replaces } = self;
         let incomplete = || format!("{}: cannot finish the directory", destination.display());
-        for entry in fs::read_dir(temporary.path()).with_context(incomplete)? {
-            let path = entry.with_context(incomplete)?.path();
-            File::open(&path).and_then(|file| file.sync_all()).with_context(incomplete)?;
-            open_as(temporary.path(), &path).with_context(incomplete)?;
-        }
+        finish(temporary.path(), modes::directory_mode(&destination)).with_context(incomplete)?;
         let parent = destination.parent().context("a directory needs a parent")?;
-        let older = temporary.take_place(&destination, parent, replaces)?;
+        let older = temporary.take_place(&destination, replaces)?;
         sync_directory(parent);
         drop(older);
         Ok(destination)
     }
 }
 
+/// Has a directory and all below it on the disk, and as open as it is to be: some writers make their files private, others leave
+/// them open to everybody.
+fn finish(directory: &Path, mode: u32) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            finish(&path, mode)?;
+        } else if entry.file_type()?.is_file() {
+            File::open(&path)?.sync_all()?;
+            modes::set_mode(&path, mode & 0o666)?;
+        }
+    }
+    sync_directory(directory);
+    modes::set_mode(directory, mode)
+}
+
 /// A directory under a temporary name, known to [`UNFINISHED`].
-struct Temporary(PathBuf);
+struct Temporary {
+    path: PathBuf,
+    /// The lock that says that this process lives, where there are such.
+    alive: Option<File>,
+}
 
 impl Temporary {
-    fn new(prefix: &str, parent: &Path) -> std::io::Result<Self> {
-        Self::among(&mut unfinished(), prefix, parent)
+    fn new(parent: &Path) -> io::Result<Self> {
+        let mut directories = unfinished();
+        let (path, alive) = litter::claim(litter::PREFIX, parent)?;
+        Ok(Self::known(&mut directories, path, alive))
     }
 
-    fn among(directories: &mut Vec<PathBuf>, prefix: &str, parent: &Path) -> std::io::Result<Self> {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(prefix);
-        // As open as the user's other directories: the system takes away what their umask forbids.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let path = builder.tempdir_in(parent)?.keep();
+    fn known(directories: &mut Vec<PathBuf>, path: PathBuf, alive: Option<File>) -> Self {
         directories.push(path.clone());
-        Ok(Self(path))
+        Self { path, alive }
     }
 
     fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
-    /// Nobody removes the directory any more.
-    fn keep(mut self, directories: &mut Vec<PathBuf>) -> PathBuf {
-        let path = std::mem::take(&mut self.0);
+    /// Nobody removes the directory any more, as long as the lock is held that is returned.
+    fn keep(mut self, directories: &mut Vec<PathBuf>) -> (PathBuf, Option<File>) {
+        let kept = (std::mem::take(&mut self.path), self.alive.take());
         std::mem::forget(self);
-        directories.retain(|other| *other != path);
-        path
+        directories.retain(|other| *other != kept.0);
+        kept
     }
 
     /// Gives the directory its name, and what had that name a temporary one, which is returned.
-    fn take_place(self, destination: &Path, parent: &Path, replaces: bool) -> Result<Option<Self>> {
+    fn take_place(self, destination: &Path, replaces: bool) -> Result<Option<Self>> {
         let mut directories = unfinished();
         // It is whole now.
-        let from = self.keep(&mut directories);
-        let failed = || {
-            let (to, from) = (destination.display(), from.display());
-            format!("{to}: cannot put the finished directory here; it is whole in {from}")
-        };
-        if !replaces {
-            vacant(destination).with_context(failed)?;
-        }
-        let mut older = None;
-        if destination.exists() {
-            let aside = Self::among(&mut directories, ".homeroom-old-", parent).with_context(failed)?;
-            if let Err(error) = fs::rename(destination, aside.path().join("old")) {
-                drop(directories);
-                return Err(error).with_context(failed);
+        let (from, _alive) = self.keep(&mut directories);
+        match give_name(&from, destination, replaces) {
+            Ok(older) => Ok(older.map(|(path, alive)| Self::known(&mut directories, path, alive))),
+            Err(error) => {
+                let kept = keep_beside(&from, destination);
+                let (to, kept) = (destination.display(), kept.display());
+                Err(error)
+                    .with_context(|| format!("{to}: cannot put the finished directory here; it is whole in {kept}"))
             }
-            older = Some(aside);
         }
-        if let Err(error) = fs::rename(&from, destination) {
-            if let Some(aside) = older {
-                // The older directory goes back; if even that fails, it stays where the message says.
-                let aside = aside.keep(&mut directories);
-                let back = fs::rename(aside.join("old"), destination).and_then(|()| fs::remove_dir(&aside));
-                back.with_context(|| format!("the older one is in {}", aside.display())).with_context(failed)?;
-            }
-            return Err(error).with_context(failed);
-        }
-        Ok(older)
     }
+}
+
+fn give_name(from: &Path, destination: &Path, replaces: bool) -> Result<Older> {
+    if replaces {
+        return Ok(exchange::replace(from, destination)?);
+    }
+    vacant(destination)?;
+    // What came to be there since is not replaced: only an empty directory is, and a link to one.
+    match fs::rename(from, destination) {
+        Err(_) if destination.is_symlink() => Ok(exchange::replace(from, destination)?),
+        renamed => Ok(renamed.map(|()| None)?),
+    }
+}
+
+/// Gives a finished directory that cannot have its name one like it, as under its temporary name it would be litter.
+fn keep_beside(from: &Path, destination: &Path) -> PathBuf {
+    let name = destination.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let names =
+        (1..1000).map(|number| if number == 1 { format!("{name}.kept") } else { format!("{name}.kept-{number}") });
+    let kept = names.map(|name| destination.with_file_name(name)).find(|path| fs::symlink_metadata(path).is_err());
+    kept.filter(|kept| fs::rename(from, kept).is_ok()).unwrap_or_else(|| from.to_owned())
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
         let mut directories = unfinished();
         directories.retain(|path| path != self.path());
-        let _ = fs::remove_dir_all(self.path());
+        let _ = remove(self.path());
     }
 }
 
 /// Refuses to write over something.
 ///
 /// # Errors
-/// When `path` is a file, or a directory that is not empty.
+/// When `path` is a file, or a directory that is not empty, or a link that leads nowhere.
 pub fn vacant(path: &Path) -> Result<()> {
+    recover(path);
     match fs::read_dir(path) {
         Ok(mut entries) => match entries.next() {
             None => Ok(()),
             Some(_) => bail!("{}: the directory is not empty; name a new one, or pass --overwrite", path.display()),
         },
+        Err(error) if error.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_ok() => {
+            bail!("{}: a link that leads nowhere; remove it, or name another directory", path.display())
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error).with_context(|| format!("{}: cannot write a directory here", path.display())),
     }
+}
+
+/// Puts a directory under its name that a process was just putting there when it was killed, where that takes more than one operation.
+/// Does nothing if the name is taken.
+pub fn recover(path: &Path) {
+    if let (Err(_), Some(parent)) = (fs::symlink_metadata(path), path.parent()) {
+        litter::recover(if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+    }
+}
+
+/// The same for all names in a directory.
+pub fn recover_all(directory: &Path) {
+    litter::recover(directory);
+}
+
+/// Writes a private file, whole or not at all, in place of an older one of its name. If that is a link, what it leads to is replaced.
+/// The caller holds the [`Lock`] of the directory, so that what another writer left there under a temporary name is litter.
+///
+/// # Errors
+/// When it cannot be written; the older one is then still there.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let there = fs::symlink_metadata(path);
+    let kept = if there.is_ok() { "; what is in it stays" } else { "" };
+    let failed = || format!("{}: cannot write{kept}", path.display());
+    let target = match there.is_ok_and(|meta| meta.is_symlink()) {
+        true => path.canonicalize().with_context(failed)?,
+        false => path.to_owned(),
+    };
+    let directory = target.parent().context("a file has a directory")?;
+    modes::make_directory(directory)?;
+    litter::sweep_files(directory);
+    let write = || -> io::Result<()> {
+        let mut file = litter::file(directory)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(&target)?;
+        Ok(())
+    };
+    write().with_context(failed)?;
+    sync_directory(directory);
+    Ok(())
 }
 
 /// Whether a directory is on another device than its parent.
@@ -220,22 +307,6 @@ fn is_mount_point(_: &Path, _: &Path) -> bool {
     false
 }
 
-/// Makes a file as open as its directory: some writers make theirs private. A directory in it is one of ours, and stays as it is.
-#[cfg(unix)]
-fn open_as(directory: &Path, file: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    if file.is_dir() {
-        return Ok(());
-    }
-    let mode = fs::metadata(directory)?.permissions().mode() & 0o666;
-    fs::set_permissions(file, fs::Permissions::from_mode(mode))
-}
-
-#[cfg(not(unix))]
-fn open_as(_: &Path, _: &Path) -> std::io::Result<()> {
-    Ok(())
-}
-
 /// Has a rename on the disk. Not every file system lets a directory be synced; the data itself is synced already.
 fn sync_directory(path: &Path) {
     if let Ok(directory) = File::open(path) {
@@ -244,63 +315,4 @@ fn sync_directory(path: &Path) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_directory_appears_whole_or_not_at_all() -> Result<()> {
-        let place = tempfile::tempdir()?;
-        let target = place.path().join("out");
-        let started = NewDirectory::start(&target)?;
-        started.write("a", b"1")?;
-        assert!(!target.exists());
-        drop(started);
-        assert_eq!(fs::read_dir(place.path())?.count(), 0);
-
-        let started = NewDirectory::start(&target)?;
-        started.write("a", b"1")?;
-        started.publish()?;
-        assert_eq!(fs::read(target.join("a"))?, b"1");
-        assert!(vacant(&target).is_err());
-
-        let again = NewDirectory::start(&target)?;
-        again.write("a", b"2")?;
-        again.publish()?;
-        assert!(!unfinished().iter().any(|path| path.starts_with(place.path())));
-        assert_eq!(fs::read(target.join("a"))?, b"2");
-        assert_eq!(fs::read_dir(place.path())?.count(), 1);
-        Ok(())
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn directories_in_it_can_be_entered() -> Result<()> {
-        use std::os::unix::fs::PermissionsExt;
-        let place = tempfile::tempdir()?;
-        let started = NewDirectory::start(&place.path().join("out"))?;
-        started.subdirectory(Path::new("a/b"))?;
-        started.subdirectory(Path::new("a/c"))?;
-        started.write("a/b/file", b"1")?;
-        let out = started.publish()?;
-        for path in ["a", "a/b", "a/c"] {
-            assert_eq!(fs::metadata(out.join(path))?.permissions().mode() & 0o700, 0o700, "{path}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn an_abandoned_directory_goes_with_what_is_in_it_and_cannot_be_written_or_finished() -> Result<()> {
-        let place = tempfile::tempdir()?;
-        let target = place.path().join("out");
-        let started = NewDirectory::start(&target)?;
-        started.write("a", b"1")?;
-        let mut ours = vec![started.path().to_owned()];
-        abandon(&mut ours);
-        assert_eq!(fs::read_dir(place.path())?.count(), 0);
-        assert!(started.write("b", b"1").is_err());
-        assert!(started.subdirectory(Path::new("c/d")).is_err());
-        assert!(started.publish().is_err());
-        assert_eq!(fs::read_dir(place.path())?.count(), 0);
-        Ok(())
-    }
-}
+mod tests;

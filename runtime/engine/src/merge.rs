@@ -163,7 +163,7 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
     let views = views.collect::<Result<Vec<_>>>()?;
     let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
     let file = directory.path().join("model.safetensors");
-    safetensors::serialize_to_file(views, metadata, &file).context("model.safetensors: cannot write")
+    safetensors::serialize_to_file(views, metadata, &file).with_context(|| directory.cannot_write("model.safetensors"))
 }
 
 /// `config.json`, the tokenizer's files and the chat template: the base's own where it is a directory, else made from what a

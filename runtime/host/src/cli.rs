@@ -1,5 +1,6 @@
 //! The command line. stdout is the result, stderr the story.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -7,6 +8,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
+use homeroom_engine::files::keep_private;
 use homeroom_engine::merge::Floats;
 use homeroom_engine::requantize::StoredAs;
 use homeroom_engine::schedule::Schedule;
@@ -14,7 +16,7 @@ use homeroom_kernels::{Codec, Cpu};
 
 use crate::command;
 use crate::plugin::{Policy, Search, Trust, probe};
-use crate::{interrupt, progress, stdout};
+use crate::{interrupt, progress, registry, stdout, terminal};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -672,9 +674,31 @@ fn key_value(text: &str) -> Result<(String, serde_json::Value), String> {
     Ok((key.to_owned(), value))
 }
 
+/// The command line, or the exit code of one that is wrong or asks for help.
+fn parsed(arguments: Vec<OsString>) -> Result<Cli, ExitCode> {
+    let error = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => return Ok(cli),
+        Err(error) => error,
+    };
+    // Names of files, which the shell puts in the place of `*`, may hold what a terminal obeys. What is wrong is the same without it.
+    let plain = arguments.iter().map(|argument| terminal::shown(&argument.to_string_lossy()).into_owned());
+    match Cli::try_parse_from(plain) {
+        Err(shown) => drop(shown.print()),
+        Ok(_) => progress::prompt(error.render()),
+    }
+    Err(ExitCode::from(error.exit_code() as u8))
+}
+
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match parsed(std::env::args_os().collect()) {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
+    // What `plugins watch` starts, the compiler, writes as the user's shell would have it.
+    if !matches!(cli.command, Command::Plugins(Plugins::Watch { .. })) {
+        keep_private(registry::data_directory(), |note| progress::line(note));
+    }
     if let Err(problem) = Cpu::allowed() {
         progress::line(format_args!("error: {problem}"));
         return ExitCode::FAILURE;

@@ -4,10 +4,16 @@
 //! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains; [`pipeline`] runs Lua scripts.
 //! [`handler`] answers conversations, [`serve`] does so over HTTP.
 
-/// In this crate `eprintln` does not panic when nobody reads stderr any more, as after `2>&1 | head`: that would end a run.
+/// In this crate `eprintln` does not panic when nobody reads stderr any more, as after `2>&1 | head`: that would end a run. Nor does it
+/// send a terminal what that would obey.
 macro_rules! eprintln {
     () => { $crate::progress::line("") };
     ($($text:tt)+) => { $crate::progress::line(format_args!($($text)+)) };
+}
+
+/// As [`eprintln`].
+macro_rules! eprint {
+    ($($text:tt)+) => { $crate::progress::prompt(format_args!($($text)+)) };
 }
 
 pub mod cli;
@@ -24,5 +30,6 @@ mod progress;
 pub mod registry;
 pub mod serve;
 mod stdout;
+mod terminal;
 pub mod toml_problems;
 mod watch;

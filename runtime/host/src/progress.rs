@@ -8,10 +8,18 @@ use homeroom_engine::train::StepReport;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::machine::peak_memory_bytes;
+use crate::terminal;
 
-/// Writes a line to stderr. A reader that has gone away, as `2>&1 | head` has, must not end a run: the standard `eprintln` would panic.
+/// Writes a line to stderr, what a terminal would obey in it escaped. A reader that has gone away, as `2>&1 | head` has, must not end a
+/// run: the standard `eprintln` would panic.
 pub fn line(text: impl Display) {
-    let _ = writeln!(stderr(), "{text}");
+    prompt(format_args!("{text}\n"));
+}
+
+/// As [`line`], and stays in the line. In one piece, so that lines of several processes do not mix.
+pub fn prompt(text: impl Display) {
+    let text = text.to_string();
+    let _ = stderr().write_all(terminal::shown(&text).as_bytes());
 }
 
 /// Progress of a training run.

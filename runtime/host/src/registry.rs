@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapter::{HOMEROOM_FILE, Manifest};
+use homeroom_engine::files::{self, Lock};
 use serde::Serialize;
+
+use crate::progress::line;
 
 /// `$HOMEROOM_HOME`, or the user's data directory.
 pub fn data_directory() -> Option<PathBuf> {
@@ -12,6 +15,17 @@ pub fn data_directory() -> Option<PathBuf> {
         Some(home) if !home.is_empty() => Some(PathBuf::from(home)),
         _ => directories::ProjectDirs::from("", "", "homeroom").map(|dirs| dirs.data_dir().to_owned()),
     }
+}
+
+/// The lock of the data directory, for who reads a file in it, changes that and writes it back: two processes that do so at once would
+/// undo each other's changes. What has its directory or name to itself, as a model has, needs none.
+///
+/// # Errors
+/// When there is no data directory, it cannot be written, others could tamper with it, or another process has the lock for a minute.
+pub fn lock() -> Result<Lock> {
+    let data = data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
+    files::prepare(&data, |note| line(note))?;
+    Lock::take(&data, &mut |note| line(note))
 }
 
 /// Whether a text can name a model: `[a-z0-9][a-z0-9._-]{0,63}`.
@@ -36,11 +50,17 @@ pub fn place(name: &str) -> Result<PathBuf> {
 
 /// The path that a user means: what is there wins, then a model of that name.
 pub fn resolve(name: &Path) -> PathBuf {
+    files::recover(name);
     if name.exists() {
         return name.to_owned();
     }
     let named = name.to_str().filter(|text| is_name(text)).and_then(|text| place(text).ok());
-    named.filter(|path| path.exists()).unwrap_or_else(|| name.to_owned())
+    named.filter(|path| is_there(path)).unwrap_or_else(|| name.to_owned())
+}
+
+fn is_there(path: &Path) -> bool {
+    files::recover(path);
+    path.exists()
 }
 
 /// A model in the registry.
@@ -70,6 +90,8 @@ pub struct Entry {
 /// When the directory cannot be listed.
 pub fn list() -> Result<Vec<Entry>> {
     let Some(models) = data_directory().map(|data| data.join("models")) else { return Ok(Vec::new()) };
+    // A process that was killed while it replaced a model may have left it without its name.
+    files::recover_all(&models);
     let entries = match std::fs::read_dir(&models) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

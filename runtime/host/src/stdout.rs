@@ -1,8 +1,13 @@
 //! The program's stdout, which is its result. What a plugin prints is no part of that, and goes to stderr.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
+
+use serde::de::IgnoredAny;
+
+use crate::terminal::{shown, shown_json};
 
 static OWN: OnceLock<File> = OnceLock::new();
 
@@ -38,6 +43,20 @@ impl Stdout {
     /// Whether somebody reads it as it is written.
     pub fn is_terminal(&self) -> bool {
         OWN.get().map_or_else(|| io::stdout().is_terminal(), File::is_terminal)
+    }
+
+    /// Writes a text that is whole: byte for byte, but on a terminal nothing that it would obey.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn text(&mut self, text: &str) -> io::Result<()> {
+        let text = match self.is_terminal() {
+            false => Cow::Borrowed(text),
+            true if serde_json::from_str::<IgnoredAny>(text).is_ok() => shown_json(text),
+            true => shown(text),
+        };
+        self.write_all(text.as_bytes())?;
+        self.flush()
     }
 }
 

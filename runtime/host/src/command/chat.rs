@@ -16,6 +16,7 @@ use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, 
 use crate::interrupt;
 use crate::models::Loaded;
 use crate::stdout::Stdout;
+use crate::terminal::Stream;
 
 const HELP: &str = "\
 /handler NAME   go on with another handler or route
@@ -208,7 +209,7 @@ fn answer(handler: Arc<dyn Handler>, request: Request) -> Result<Answer> {
             }
         }
     });
-    let mut out = Output { stdout: Stdout, terminal: Stdout.is_terminal(), open: true };
+    let mut out = Output { stdout: Stdout, terminal: Stdout.is_terminal().then(Stream::default), open: true };
     let mut text = String::new();
     let mut ended = Err(HandlerError::new(Kind::Internal, "the handler ended without an answer"));
     loop {
@@ -232,7 +233,7 @@ fn answer(handler: Arc<dyn Handler>, request: Request) -> Result<Answer> {
         }
     }
     if ended.is_ok() || !text.is_empty() {
-        out.write("\n")?;
+        out.end()?;
     }
     Ok(Answer { text, ended })
 }
@@ -240,17 +241,32 @@ fn answer(handler: Arc<dyn Handler>, request: Request) -> Result<Answer> {
 /// stdout. A reader that has gone away is no failure of ours.
 struct Output {
     stdout: Stdout,
-    terminal: bool,
+    /// On a terminal, what it would obey is shown: a model may say anything.
+    terminal: Option<Stream>,
     open: bool,
 }
 
 impl Output {
     fn write(&mut self, text: &str) -> Result<()> {
+        match &mut self.terminal {
+            Some(stream) => {
+                let text = stream.shown(text);
+                self.send(&text)
+            }
+            None => self.send(text),
+        }
+    }
+
+    /// The end of an answer and its line.
+    fn end(&mut self) -> Result<()> {
+        let waiting = self.terminal.as_mut().map(Stream::end).unwrap_or_default();
+        self.send(&(waiting + "\n"))
+    }
+
+    fn send(&mut self, text: &str) -> Result<()> {
         if !self.open {
             return Ok(());
         }
-        // A model may say what a terminal obeys.
-        let text: String = text.chars().filter(|c| !self.terminal || !c.is_control() || "\n\t".contains(*c)).collect();
         match self.stdout.write_all(text.as_bytes()).and_then(|()| self.stdout.flush()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.open = false,
             other => other.context("cannot write the reply")?,

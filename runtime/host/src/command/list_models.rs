@@ -7,6 +7,8 @@ use super::print;
 use crate::cli::{Done, ListModels};
 use crate::progress::line;
 use crate::registry;
+use crate::stdout::Stdout;
+use crate::terminal::cell;
 
 /// Lists the models of the registry.
 pub fn run(arguments: &ListModels) -> Result<Done> {
@@ -19,19 +21,21 @@ pub fn run(arguments: &ListModels) -> Result<Done> {
         line("no models yet\nhint: `homeroom run` saves one, and so does `homeroom fine-tune --name NAME`");
         return Ok(Done::Whole);
     }
-    let width = |of: fn(&registry::Entry) -> usize| entries.iter().map(of).max().unwrap_or(0);
-    let (names, strategies) = (width(|entry| entry.name.len()), width(|entry| entry.strategy.len()));
-    let lines = entries.iter().map(|entry| match &entry.problem {
-        Some(problem) => format!("{:names$}   cannot be read: {problem}", entry.name),
+    // Other people's adapters say what they like of themselves; on a terminal each keeps to its line.
+    let cell = |text: &str| if Stdout.is_terminal() { cell(text) } else { text.to_owned() };
+    let strategies: Vec<String> = entries.iter().map(|entry| cell(&entry.strategy)).collect();
+    let names = entries.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
+    let width = strategies.iter().map(|strategy| strategy.chars().count()).max().unwrap_or(0);
+    let lines = entries.iter().zip(&strategies).map(|(entry, strategy)| match &entry.problem {
+        Some(problem) => format!("{:names$}   cannot be read: {}", entry.name, cell(problem)),
         None => {
             let loss = entry.eval_loss.map_or_else(|| "-".to_owned(), |loss| format!("{loss:.3}"));
-            let from = entry.parent.as_ref().map(|parent| format!(", from {parent}")).unwrap_or_default();
+            let from = entry.parent.as_ref().map(|parent| format!(", from {}", cell(parent))).unwrap_or_default();
             format!(
-                "{:names$}   {:7}   {:strategies$}   held-out loss {loss:>6}   on {}{from}",
+                "{:names$}   {:7}   {strategy:width$}   held-out loss {loss:>6}   on {}{from}",
                 entry.name,
                 entry.kind,
-                entry.strategy,
-                entry.base.display()
+                cell(&entry.base.display().to_string())
             )
         }
     });

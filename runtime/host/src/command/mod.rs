@@ -10,7 +10,6 @@ pub mod plugins;
 pub mod run;
 pub mod serve;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -48,8 +47,7 @@ fn is_same(a: &Path, b: &Path) -> bool {
 
 /// Prints a command's result. A reader that has gone away is no failure of ours.
 fn print(text: &str) -> Result<()> {
-    let mut out = Stdout;
-    match out.write_all(format!("{text}\n").as_bytes()).and_then(|()| out.flush()) {
+    match Stdout.text(&format!("{text}\n")) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot write the result"),
         _ => Ok(()),
     }

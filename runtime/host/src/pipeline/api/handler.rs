@@ -1,9 +1,9 @@
 //! `create_handler`: an entry of `handlers.toml`.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_engine::files::replace_file;
 use toml_edit::{DocumentMut, Item, Table, value};
 
 use crate::registry;
@@ -27,6 +27,8 @@ pub fn write(name: &str, model: &str) -> Result<PathBuf> {
         "`{name}` is not a handler's name: up to 64 small letters, digits, dots, dashes and underscores, beginning with a letter or digit"
     );
     let path = file()?;
+    // From the reading to the writing.
+    let _lock = registry::lock()?;
     let place = || path.display().to_string();
     let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
@@ -49,15 +51,6 @@ pub fn write(name: &str, model: &str) -> Result<PathBuf> {
     }
     handler.insert("kind", value("local"));
     handler.insert("model", value(model));
-    let directory = path.parent().context("a file has a directory")?;
-    let write = || -> std::io::Result<()> {
-        std::fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(document.to_string().as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("{}: cannot write", path.display()))?;
+    replace_file(&path, document.to_string().as_bytes())?;
     Ok(path)
 }

@@ -7,6 +7,8 @@ mod export;
 mod fused;
 mod gradients;
 mod handlers;
+#[cfg(target_os = "linux")]
+mod hostile;
 mod inference;
 mod invariants;
 mod models;

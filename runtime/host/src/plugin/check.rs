@@ -147,7 +147,7 @@ impl Asked<'_> {
     fn plan(&self, tiny: &TinyModel, options: &Map<String, Value>) -> Result<Result<Plan, Failure>> {
         let request = PlanRequest { options: options.clone(), model: tiny.model.info() };
         // A child that does not load or end well this time has not planned.
-        let ended = |error| Failure { reason: format!("{error:#}"), ended: true, late: false };
+        let ended = |error| Failure { reason: format!("{error:#}"), ended: true, ..Failure::default() };
         match self.plans(&[request]) {
             Ok(mut plans) => plans.pop().context("one request has one answer"),
             Err(error) => Ok(Err(ended(error))),

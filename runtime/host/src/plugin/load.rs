@@ -163,8 +163,8 @@ impl Library {
     /// What it answers instead, or what is wrong with the answer.
     pub fn describe(&self) -> Result<Description> {
         let mut about: Description = self.call(table::METHOD_DESCRIBE, b"{}", DESCRIPTION_BYTES_MAX)?;
-        check_description(&about).map_err(|problem| anyhow!(problem))?;
         text::clean_description(&mut about);
+        check_description(&about).map_err(|problem| anyhow!(problem))?;
         Ok(about)
     }
 

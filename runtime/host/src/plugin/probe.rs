@@ -74,8 +74,8 @@ pub struct Answers {
     pub said: String,
 }
 
-/// Why there is no plan.
-#[derive(Clone, Debug)]
+/// Why there is no answer.
+#[derive(Clone, Debug, Default)]
 pub struct Failure {
     /// In words.
     pub reason: String,
@@ -83,6 +83,16 @@ pub struct Failure {
     pub ended: bool,
     /// Whether it was late.
     pub late: bool,
+    /// The last thing that it printed.
+    pub(super) said: String,
+}
+
+impl Failure {
+    /// With the stage at which it failed, and what it said there.
+    fn at(self, stage: &str) -> Self {
+        let said = if self.said.is_empty() { String::new() } else { format!("; it had said `{}`", self.said) };
+        Self { reason: format!("{} {stage}{said}", self.reason), said: String::new(), ..self }
+    }
 }
 
 /// A line of a child.
@@ -124,29 +134,27 @@ impl Probe {
             Ok(Line::Loaded) => {}
             Ok(Line::Refused(reason)) => bail!("{reason}"),
             Ok(_) => bail!("{NO_ANSWER}"),
-            Err(failure) => bail!("{} while it was loaded", failure.reason),
+            Err(failure) => bail!("{}", failure.at("while it was loaded").reason),
         }
         let description = match child.line() {
             Ok(Line::Description(about)) => checked(*about)?,
             Ok(Line::Refused(reason)) => bail!("{reason}"),
             Ok(_) => bail!("{NO_ANSWER}"),
-            Err(failure) => bail!("{} while it described itself", failure.reason),
+            Err(failure) => bail!("{}", failure.at("while it described itself").reason),
         };
         let mut plans: Vec<Result<Plan, Failure>> = Vec::with_capacity(requests.len());
         let mut ended: Option<Failure> = None;
         for _ in requests {
-            let said = |reason| Failure { reason, ended: false, late: false };
+            let said = |reason| Failure { reason, ..Failure::default() };
             let plan = match &ended {
-                Some(failure) => {
-                    Err(Failure { reason: format!("{} at an earlier plan", failure.reason), ..failure.clone() })
-                }
+                Some(failure) => Err(failure.clone().at("at an earlier plan")),
                 None => match child.line() {
                     Ok(Line::Plan(plan)) => check_plan(&plan).map(|()| *plan).map_err(said),
                     Ok(Line::NoPlan(reason)) => Err(said(reason)),
                     Ok(_) => Err(said(NO_ANSWER.to_owned())),
                     Err(failure) => {
                         ended = Some(failure.clone());
-                        Err(Failure { reason: format!("{} while it planned", failure.reason), ..failure })
+                        Err(failure.at("while it planned"))
                     }
                 },
             };
@@ -154,7 +162,7 @@ impl Probe {
         }
         if ended.is_none() {
             // A destructor that hangs or crashes does so after the last answer, and would when this program ends.
-            child.end().map_err(|failure| anyhow!("{} when the process was to end", failure.reason))?;
+            child.end().map_err(|failure| anyhow!(failure.at("when the process was to end").reason))?;
         }
         Ok(Answers { description, plans, said: child.said() })
     }
@@ -238,8 +246,7 @@ impl Running {
         match self.lines.recv_timeout(left) {
             Ok(line) => serde_json::from_slice(&line).map_err(|error| Failure {
                 reason: format!("{NO_ANSWER} ({})", text::line(&error.to_string())),
-                ended: false,
-                late: false,
+                ..Failure::default()
             }),
             Err(RecvTimeoutError::Timeout) => Err(self.late()),
             Err(RecvTimeoutError::Disconnected) => Err(match self.wait() {
@@ -266,7 +273,7 @@ impl Running {
 
     fn late(&self) -> Failure {
         let reason = format!("it did not return within {} s", self.deadline.as_secs_f32());
-        Failure { reason, ended: true, late: true }
+        Failure { reason, ended: true, late: true, said: String::new() }
     }
 
     fn wait(&mut self) -> Option<ExitStatus> {
@@ -283,8 +290,8 @@ impl Running {
     fn how(&self, status: ExitStatus) -> Failure {
         let said = self.said();
         let last = said.lines().map(str::trim).rfind(|line| !line.is_empty() && !line.starts_with("note: "));
-        let said = last.map(|last| format!(" (having said `{}`)", text::line(last))).unwrap_or_default();
-        Failure { reason: format!("{}{said}", ending(status)), ended: true, late: false }
+        let said = last.map(text::line).unwrap_or_default();
+        Failure { reason: ending(status), ended: true, late: false, said }
     }
 
     /// Ends whatever the plugin has started, unless that has taken care not to be found.

@@ -204,7 +204,9 @@ pub fn names_entry(bytes: &[u8]) -> bool {
 
 /// Loads a private copy.
 fn open_copy(copy: &Path) -> Result<Entry> {
-    let library = open(copy).map_err(|error| anyhow!("cannot load: {}", text::line(&error.to_string())))?;
+    // The linker quotes names from the file.
+    let words = |error| text::line(&format!("{:#}", anyhow::Error::from(error)));
+    let library = open(copy).map_err(|error| anyhow!("cannot load: {}", words(error)))?;
     // SAFETY: the name is this ABI's, which fixes the type; the library is never unloaded, so the pointer stays good.
     let entry = unsafe { library.get::<Entry>(ENTRY.as_bytes()) };
     let entry = *entry.map_err(|_| anyhow!("not a strategy: it does not export `{ENTRY}`"))?;

@@ -193,10 +193,6 @@ unsafe fn emitted(how: &str, method: u32, emit: Emit, ctx: *mut c_void) -> Optio
             say(EMIT_RESULT, rubbish(), 100);
             OK
         }
-        "runs_out" => {
-            say(EMIT_RESULT, b"{}".as_ptr(), 1 << 19);
-            OK
-        }
         "error_null" => {
             say(EMIT_ERROR, std::ptr::null(), 1 << 20);
             FAILED

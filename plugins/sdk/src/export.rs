@@ -165,7 +165,8 @@ mod json {
         // JSON takes six bytes for a control character.
         let most = ERROR_BYTES_MAX / 8;
         if error.message.len() > most {
-            error.message.truncate(error.message.floor_char_boundary(most));
+            let end = (0..=most).rfind(|end| error.message.is_char_boundary(*end)).unwrap_or(0);
+            error.message.truncate(end);
             error.message.push('…');
         }
         serde_json::to_string(&error).unwrap_or_else(|_| "{}".to_owned())

@@ -24,7 +24,7 @@ pub fn line(text: &str) -> String {
 
 fn cut(mut text: String, most: usize) -> String {
     if text.len() > most {
-        text.truncate(text.floor_char_boundary(most));
+        text.truncate((0..=most).rfind(|end| text.is_char_boundary(*end)).unwrap_or(0));
         text.push('…');
     }
     text

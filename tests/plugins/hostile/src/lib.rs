@@ -80,10 +80,10 @@ impl Strategy for Hostile {
             "print" => println!("not a result"),
             "print_escapes" => println!("\x1b[31mred\x1b[2J"),
             "error" => return Err("an error, as asked".into()),
-            "shared" => (0..10_000_000).for_each(|i| drop(plan.shared(&i.to_string(), [1], Init::Zeros))),
-            "memory" => (0..1000).for_each(|i| drop(plan.shared(&i.to_string(), [1 << 30], Init::Zeros))),
-            "endless" => drop(plan.shared("endless", [usize::MAX, usize::MAX], Init::Zeros)),
-            "long_name" => drop(plan.shared(&"n".repeat(1 << 20), [1], Init::Zeros)),
+            "shared" => shared(plan, 10_000_000, 1),
+            "memory" => shared(plan, 1000, 1 << 30),
+            "endless" => _ = plan.shared("endless", [usize::MAX, usize::MAX], Init::Zeros),
+            "long_name" => _ = plan.shared(&"n".repeat(1 << 20), [1], Init::Zeros),
             "rate" => plan.learning_rate(f64::MAX),
             "infinite" => plan.scalar("s", f64::INFINITY),
             _ => {}
@@ -121,6 +121,13 @@ impl Strategy for Hostile {
     fn merged<'t>(&self, module: &Module<'t>) -> Option<Merged<'t>> {
         // The shift belongs to the bias, which this leaves as it is.
         (self.how == "merge").then(|| Merged::weight(module.weight()))
+    }
+}
+
+/// Parameters of the whole model.
+fn shared(plan: &mut Planner, count: usize, size: usize) {
+    for number in 0..count {
+        plan.shared(&number.to_string(), [size], Init::Zeros);
     }
 }
 

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 
 use homeroom_sdk::abi::native::{NATIVE_CODEC, NativeCodec};
 use homeroom_sdk::abi::table::{
-    Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, Emit, FAILED, METHOD_DESCRIBE, METHOD_ON_STEP, METHOD_PLAN, OK,
+    Bytes, Call, Descriptor, EMIT_ERROR, EMIT_RESULT, Emit, FAILED, METHOD_DESCRIBE, METHOD_ON_STEP, METHOD_PLAN, OK,
 };
 use homeroom_sdk::{descriptor, dispatch};
 
@@ -74,8 +74,10 @@ pub extern "C" fn homeroom_strategy_entry() -> *const Descriptor {
         }),
         "no_call" => changed(|table| table.call = None),
         "no_extension" => changed(|table| table.get_extension = None),
-        // SAFETY: there is none: it is no function.
-        "wrong_call" => changed(|table| table.call = Some(unsafe { std::mem::transmute(rubbish::<u8>()) })),
+        "wrong_call" => changed(|table| {
+            // SAFETY: there is none: it is no function.
+            table.call = Some(unsafe { std::mem::transmute::<*const u8, Call>(rubbish()) });
+        }),
         _ => &DESCRIPTOR,
     }
 }

@@ -25,7 +25,8 @@ pub trait Strategy: Sized {
     /// When a value is out of range.
     fn new(values: &Values) -> Result<Self>;
 
-    /// Says which modules are adapted and which parameters each gets.
+    /// Says which modules are adapted and which parameters each gets. It has ten seconds, in a process of its own: what it leaves in a
+    /// `static` is not there in [`Strategy::on_step`].
     ///
     /// # Errors
     /// When the strategy cannot adapt this model.

@@ -95,7 +95,8 @@ impl Plugin {
     }
 
     fn plan_in_child(&self, probe: &Probe, request: &PlanRequest) -> Result<Plan> {
-        let staged = PluginFile::read(&self.path).ok().filter(|file| file.sha256 == self.sha256);
+        // The bytes were looked at when they were loaded.
+        let staged = PluginFile::open(&self.path).ok().filter(|file| file.sha256 == self.sha256);
         let Some(staged) = staged.map(|file| file.stage()).transpose()? else {
             // The file has changed since it was loaded, and what is loaded goes on.
             let (library, request) = (self.library.clone(), request.clone());

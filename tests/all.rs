@@ -8,6 +8,8 @@ mod export;
 mod fused;
 mod gradients;
 mod handlers;
+#[cfg(target_os = "linux")]
+mod hostile;
 mod inference;
 mod invariants;
 #[cfg(unix)]

@@ -177,8 +177,8 @@ fn line_of(source: &str, text: &str) -> Result<String> {
 fn what_goes_wrong_in_a_strategy_is_told_with_its_authors_file_and_line() -> Result<()> {
     let source = "tests/plugins/hostile/src/lib.rs";
     let at = |text: &str| line_of(source, text);
-    check_plan_refused("hostile", json!({"how": "panic"}), &["panicked: as asked", &at("panic!(")?])?;
-    check_plan_refused("hostile", json!({"how": "error"}), &["an error, as asked", &at("return Err(")?])?;
+    check_plan_refused("hostile", json!({"how": "panic"}), &["panicked: as asked", &at("panic!(\"as asked\")")?])?;
+    check_plan_refused("hostile", json!({"how": "error"}), &["an error, as asked", &at("return Err(\"an error")?])?;
     let shape = ["model.layers.0.self_attn.q_proj: matmul: (48) is not a matrix", &at("matmul(shift)")?];
     check_plan_refused("hostile", json!({"how": "shape"}), &shape)?;
     check_plan_refused("hostile", json!({"how": "name"}), &["there is no parameter `shfit`", &at("\"shfit\"")?])?;

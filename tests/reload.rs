@@ -429,10 +429,10 @@ fn a_bad_file_is_refused_in_one_line_and_the_next_good_one_is_taken() -> Result<
         (changed(b"\0memmove\0", b"\0memmovx\0"), &["cannot load", "memmovx"]),
         (variant("panic_plan")?, &["panicked: as asked", "lib.rs:"]),
         (variant("panic_trace")?, &["panicked: in the trace", "lib.rs:"]),
-        (variant("abort")?, &["crashed with signal 6"]),
-        (variant("segfault")?, &["crashed with signal 11"]),
+        (variant("abort")?, &["aborted (SIGABRT) while it planned"]),
+        (variant("segfault")?, &["(SIGSEGV) while it was loaded"]),
         (variant("spin")?, &["did not return within 5 s"]),
-        (variant("devour")?, &["crashed with signal 6", "memory allocation of"]),
+        (variant("devour")?, &["aborted (SIGABRT)", "memory allocation of"]),
         (variant("exit")?, &["it ended the process with exit code 7"]),
     ];
     for (bytes, words) in cases {

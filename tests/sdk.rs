@@ -131,7 +131,7 @@ fn a_file_that_cannot_be_loaded_or_has_another_name_fails_its_check() -> Result<
     let ran = run(homeroom().args(["plugins", "check"]).arg(&other))?;
     ensure!(ran.code == Some(1) && ran.stdout.contains("its file says `other`"), "{ran:?}");
     ensure!(ran.stderr.contains("1 of 13 checks failed"), "{ran:?}");
-    let magic = bytes.windows(8).position(|bytes| bytes == b"HOMEROOM").context("a plugin has a descriptor")?;
+    let magic = bytes.windows(10).position(|bytes| bytes == b"HOMEROOM\x58\0").context("a plugin has a descriptor")?;
     bytes[magic + 12] = 9;
     let ran = run(homeroom().args(["plugins", "check"]).arg(place.write("libhostile.so", bytes)?))?;
     ensure!(ran.code == Some(1) && ran.stdout.contains("built for ABI 9."), "{ran:?}");

@@ -3,12 +3,13 @@
 //! Two kinds of thing live here and nothing else: the C table that a plugin exports ([`table`]), and the data that
 //! crosses it as JSON: what a strategy is called and takes ([`describe`]), what it adapts ([`plan`]), how an adapted
 //! module computes ([`recipe`]), how frozen weights are stored ([`codec`]), and what it has a run do between two steps
-//! ([`step`]). No tensor and no allocation crosses.
+//! ([`step`]). No tensor and no allocation crosses. How much may cross stands in [`limits`].
 //!
 //! Fields and operations are only ever appended. A reader meets unknown operations with a refusal that names them.
 
 pub mod codec;
 pub mod describe;
+pub mod limits;
 pub mod native;
 pub mod plan;
 pub mod recipe;

@@ -23,12 +23,19 @@ pub struct NativeCodec {
     pub reserved: u32,
     /// Name for messages and files, UTF-8, static.
     pub name: Bytes,
-    /// Encodes `blocks` blocks: reads `blocks * block_len` values, all finite, and writes `blocks * block_bytes` bytes. 0: done.
-    pub encode: unsafe extern "C" fn(values: *const f32, blocks: usize, bytes: *mut u8) -> i32,
+    /// Encodes `blocks` blocks: reads `blocks * block_len` values, all finite, and writes all of `blocks * block_bytes` bytes. 0: done.
+    /// Never null.
+    pub encode: Option<Encode>,
     /// Decodes `blocks` blocks: reads `blocks * block_bytes` bytes, which this codec has written, and writes
     /// `blocks * block_len` values. The same bytes give the same values each time. 0: done.
-    pub decode: unsafe extern "C" fn(bytes: *const u8, blocks: usize, values: *mut f32) -> i32,
+    /// Never null.
+    pub decode: Option<Decode>,
 }
+
+/// Type of [`NativeCodec::encode`].
+pub type Encode = unsafe extern "C" fn(values: *const f32, blocks: usize, bytes: *mut u8) -> i32;
+/// Type of [`NativeCodec::decode`].
+pub type Decode = unsafe extern "C" fn(bytes: *const u8, blocks: usize, values: *mut f32) -> i32;
 
 // SAFETY: a table is immutable, and its pointers refer to static data of the library that holds it.
 unsafe impl Sync for NativeCodec {}

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::limits::{VALUES_MAX, VALUES_PER_ROW_MAX};
 use crate::plan::{ModuleInfo, ModuleKind};
 use crate::recipe::{Op, Recipe};
 
@@ -80,6 +81,33 @@ pub fn infer(
     param: &dyn Fn(&str) -> Option<Vec<usize>>,
     scalar: &dyn Fn(&str) -> bool,
 ) -> Result<Shape, String> {
+    let shape = fitting(op, before, module, param, scalar)?;
+    // A row times a column is a matrix, so that a few operations can ask for more memory than there is.
+    let most = if shape.contains(&Dim::Rows) { VALUES_PER_ROW_MAX } else { VALUES_MAX };
+    let larger = |values: usize| op.inputs().all(|id| fixed_values(&before[id]).is_some_and(|input| input < values));
+    let too_large = fixed_values(&shape).is_none_or(|values| values > most && larger(values));
+    if too_large && op.inputs().next().is_some() {
+        let per_row = if shape.contains(&Dim::Rows) { " a row" } else { "" };
+        return Err(format!("its result would be {}, {most} values{per_row} are the most", words(&shape)));
+    }
+    Ok(shape)
+}
+
+/// Product of the sizes that are known; `None`: it is no number.
+fn fixed_values(shape: &[Dim]) -> Option<usize> {
+    shape.iter().try_fold(1_usize, |values, dim| match dim {
+        Dim::Rows => Some(values),
+        Dim::Fixed(size) => values.checked_mul(*size),
+    })
+}
+
+fn fitting(
+    op: &Op,
+    before: &[Shape],
+    module: &ModuleInfo,
+    param: &dyn Fn(&str) -> Option<Vec<usize>>,
+    scalar: &dyn Fn(&str) -> bool,
+) -> Result<Shape, String> {
     for id in op.inputs() {
         if id >= before.len() {
             return Err(format!("node {id} is not an earlier node"));
@@ -135,12 +163,8 @@ pub fn infer(
             shape
         }
         Op::Reshape { of, shape } => {
-            let count = |dims: &[Dim]| {
-                dims.iter().try_fold((0_usize, 1_usize), |(rows, product), dim| match dim {
-                    Dim::Rows => Some((rows + 1, product)),
-                    Dim::Fixed(size) => product.checked_mul(*size).map(|product| (rows, product)),
-                })
-            };
+            let rows = |dims: &[Dim]| dims.iter().filter(|dim| **dim == Dim::Rows).count();
+            let count = |dims: &[Dim]| fixed_values(dims).map(|values| (rows(dims), values));
             if count(&before[*of]).is_none() || count(&before[*of]) != count(shape) {
                 let (from, to) = (words(&before[*of]), words(shape));
                 return Err(format!("{from} and {to} do not hold as many values"));
@@ -219,4 +243,38 @@ fn broadcast(a: &Shape, b: &Shape) -> Result<Shape, String> {
             _ => Err(format!("{} and {} do not broadcast", words(a), words(b))),
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_of_two_long_vectors_is_refused_before_it_is_computed() {
+        let module = ModuleInfo {
+            path: "m".to_owned(),
+            kind: ModuleKind::Linear,
+            d_in: 5,
+            d_out: 7,
+            bias: false,
+            storage: "m".to_owned(),
+            output_embedding: false,
+        };
+        let long = 1 << 20;
+        let before = [
+            vec![Dim::Fixed(long), Dim::Fixed(1)],
+            vec![Dim::Fixed(long)],
+            vec![Dim::Rows, Dim::Fixed(long), Dim::Fixed(1)],
+        ];
+        let infer = |op| infer(&op, &before, &module, &|_| None, &|_| false);
+        for (op, words) in [
+            (Op::Add(0, 1), "its result would be (1048576, 1048576), 2147483648 values are the most"),
+            (Op::MatmulT(0, 0), "its result would be (1048576, 1048576)"),
+            (Op::Mul(2, 1), "(N, 1048576, 1048576), 4194304 values a row are the most"),
+        ] {
+            let error = infer(op).expect_err(words);
+            assert!(error.contains(words), "{error}");
+        }
+        assert!(infer(Op::Add(0, 0)).is_ok() && infer(Op::Silu(2)).is_ok());
+    }
 }

@@ -53,23 +53,29 @@ impl Bytes {
 
     /// The bytes as a slice.
     ///
+    /// `None`: they cannot be bytes, because there are some at null, or more than half of all addresses could hold.
+    ///
     /// # Safety
-    /// `ptr` must point at `len` readable bytes that nobody writes for as long as `'a`.
-    pub unsafe fn as_slice<'a>(self) -> &'a [u8] {
+    /// If `ptr` is not null, it must point at `len` readable bytes that nobody writes for as long as `'a`.
+    pub unsafe fn as_slice<'a>(self) -> Option<&'a [u8]> {
         if self.len == 0 {
-            return &[];
+            return Some(&[]);
         }
-        // SAFETY: the caller vouches for `ptr` and `len`; an empty slice was answered above.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+        if self.ptr.is_null() || self.len > isize::MAX as usize {
+            return None;
+        }
+        // SAFETY: the caller vouches for `ptr` and `len`; what no slice can be was answered above.
+        Some(unsafe { std::slice::from_raw_parts(self.ptr, self.len) })
     }
 }
 
 /// The host's receiver. Called by the plugin, from the thread that made the call, during the call only. It copies what it
-/// is given, never keeps the pointer, and does not unwind.
+/// is given, never keeps the pointer, and does not unwind. What it cannot take fails the call: a record that cannot be read or is
+/// longer than [`crate::limits`] has it, a second result, one from another thread. What comes after the call is ignored.
 pub type Emit = unsafe extern "C" fn(ctx: *mut c_void, kind: u32, record: Bytes);
 
 /// Runs one method. Blocks; a host makes one call at a time per library. `input` is UTF-8 JSON, borrowed for the call.
-/// Returns [`OK`], [`FAILED`] or [`UNKNOWN_METHOD`]. Does not unwind: a panic inside becomes an error record.
+/// Returns [`OK`], [`FAILED`] or [`UNKNOWN_METHOD`]; any other number is taken for a failure. Does not unwind: a panic inside becomes an error record.
 pub type Call = unsafe extern "C" fn(method: u32, input: Bytes, emit: Emit, ctx: *mut c_void) -> i32;
 
 /// Looks up an optional extension by its versioned name. Null: the plugin does not have it.
@@ -96,10 +102,10 @@ pub struct Descriptor {
     pub panic_unwind: u32,
     /// Zero.
     pub reserved: u32,
-    /// Runs a method.
-    pub call: Call,
-    /// Looks up an extension.
-    pub get_extension: GetExtension,
+    /// Runs a method. Never null; a host asks before it calls.
+    pub call: Option<Call>,
+    /// Looks up an extension. Never null.
+    pub get_extension: Option<GetExtension>,
 }
 
 // SAFETY: a descriptor is immutable, and its pointers refer to static data of the library that holds it.

@@ -71,8 +71,8 @@ pub const fn descriptor(call: Call, get_extension: GetExtension) -> Descriptor {
         target: Bytes::of(env!("HOMEROOM_TARGET").as_bytes()),
         panic_unwind: cfg!(panic = "unwind") as u32,
         reserved: 0,
-        call,
-        get_extension,
+        call: Some(call),
+        get_extension: Some(get_extension),
     }
 }
 
@@ -94,8 +94,13 @@ pub unsafe fn dispatch<S: Strategy>(method: u32, input: Bytes, emit: Emit, ctx: 
     HOOK.call_once(|| std::panic::set_hook(Box::new(remember_panic)));
     // SAFETY: the caller keeps `input` readable during the call.
     let input = unsafe { input.as_slice() };
-    let outcome = catch_unwind(AssertUnwindSafe(|| answer::<S>(method, input, version)));
-    let outcome = outcome.unwrap_or_else(|_| {
+    let outcome = catch_unwind(AssertUnwindSafe(|| match input {
+        Some(input) => answer::<S>(method, input, version),
+        None => Err(Error::new("the host passed an input that cannot be in memory")),
+    }));
+    let outcome = outcome.unwrap_or_else(|payload| {
+        // What a panic carries may panic itself when it is dropped, and this function must not unwind.
+        std::mem::forget(payload);
         let error = PANIC.take().unwrap_or(PluginError { message: "panicked".into(), at: None });
         Err(Error(error))
     });
@@ -127,6 +132,8 @@ fn answer<S: Strategy>(method: u32, input: &[u8], version: &str) -> Result<Optio
 
 /// What is the same for every strategy: compiled once with this crate, and not with each build of a plugin.
 mod json {
+    use homeroom_abi::limits::ERROR_BYTES_MAX;
+
     use super::{Description, Error, Plan, PlanRequest, Result, StepAnswer, StepRequest};
 
     fn wrong(error: serde_json::Error) -> Error {
@@ -154,7 +161,15 @@ mod json {
     }
 
     pub fn of_error(error: &Error) -> String {
-        serde_json::to_string(&error.0).unwrap_or_else(|_| "{}".to_owned())
+        let mut error = error.0.clone();
+        // JSON takes six bytes for a control character.
+        let most = ERROR_BYTES_MAX / 8;
+        if error.message.len() > most {
+            let end = (0..=most).rfind(|end| error.message.is_char_boundary(*end)).unwrap_or(0);
+            error.message.truncate(end);
+            error.message.push('…');
+        }
+        serde_json::to_string(&error).unwrap_or_else(|_| "{}".to_owned())
     }
 }
 

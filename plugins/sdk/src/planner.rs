@@ -1,20 +1,61 @@
 //! Collects what a strategy adapts.
 
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
 use homeroom_abi::codec::Codec;
+use homeroom_abi::limits::{MODULES_MAX, PARAMETERS_MAX, too_many};
 use homeroom_abi::plan::{Defaults, Group, Init, Migrate, ModuleInfo, ParamSpec, Peft, Plan};
 use serde_json::{Map, Value};
+
+use crate::{Error, Result};
 
 /// The plan in the making. Recipes are added when the strategy's `plan` has returned.
 #[derive(Default)]
 pub struct Planner {
     pub(crate) plan: Plan,
     pub(crate) adapted: Vec<Adapted>,
+    count: Rc<Count>,
 }
 
 /// An adapted module in the making.
 pub struct Adapted {
     pub(crate) module: ModuleInfo,
     pub(crate) params: Vec<ParamSpec>,
+    count: Rc<Count>,
+}
+
+/// How many modules and parameters were asked for, and where the first was that is one too many. Those are not kept, so that a
+/// mistake is told before it takes all memory.
+#[derive(Default)]
+struct Count {
+    modules: Cell<usize>,
+    params: Cell<usize>,
+    over: RefCell<Option<Error>>,
+}
+
+impl Count {
+    /// One more; whether it is kept.
+    #[track_caller]
+    fn add(&self, count: &Cell<usize>, most: usize) -> bool {
+        count.set(count.get() + 1);
+        if count.get() == most + 1 {
+            let error = Error::new("");
+            self.over.borrow_mut().get_or_insert(error);
+        }
+        count.get() <= most
+    }
+
+    fn check(&self) -> Result<()> {
+        let Some(Error(mut error)) = self.over.take() else { return Ok(()) };
+        let (modules, params) = (self.modules.get(), self.params.get());
+        error.message = if params > PARAMETERS_MAX {
+            too_many("it plans", params, "parameters", PARAMETERS_MAX)
+        } else {
+            too_many("it adapts", modules, "modules", MODULES_MAX)
+        };
+        Err(Error(error))
+    }
 }
 
 /// A parameter of the model as a whole.
@@ -47,15 +88,32 @@ impl Shared<'_> {
 }
 
 impl Planner {
+    /// The plan and the adapted modules.
+    ///
+    /// # Errors
+    /// When it asks for more of them than a plan may have.
+    pub(crate) fn finish(self) -> Result<(Plan, Vec<Adapted>)> {
+        self.count.check()?;
+        Ok((self.plan, self.adapted))
+    }
+
     /// Adapts a module.
+    #[track_caller]
     pub fn adapt(&mut self, module: &ModuleInfo) -> &mut Adapted {
-        let adapted = Adapted { module: module.clone(), params: Vec::new() };
+        let adapted = Adapted { module: module.clone(), params: Vec::new(), count: self.count.clone() };
+        if !self.count.add(&self.count.modules, MODULES_MAX) {
+            self.adapted.pop();
+        }
         self.adapted.push(adapted);
         self.adapted.last_mut().expect("one was pushed on the line above")
     }
 
     /// Adds a trainable parameter of the model as a whole, which the recipe of any module may use.
+    #[track_caller]
     pub fn shared<const N: usize>(&mut self, name: &str, shape: [usize; N], init: Init) -> Shared<'_> {
+        if !self.count.add(&self.count.params, PARAMETERS_MAX) {
+            self.plan.params.pop();
+        }
         self.plan.params.push(spec(name, shape, init));
         Shared(self.plan.params.last_mut().expect("one was pushed on the line above"))
     }
@@ -113,7 +171,11 @@ impl Planner {
 
 impl Adapted {
     /// Adds a trainable parameter.
+    #[track_caller]
     pub fn param<const N: usize>(&mut self, name: &str, shape: [usize; N], init: Init) -> &mut Self {
+        if !self.count.add(&self.count.params, PARAMETERS_MAX) {
+            self.params.pop();
+        }
         self.params.push(spec(name, shape, init));
         self
     }

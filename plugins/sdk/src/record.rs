@@ -9,6 +9,7 @@ use std::marker::PhantomData;
 use std::ops::{Add, Deref, Div, Mul, Sub};
 use std::panic::Location;
 
+use homeroom_abi::limits::NODES_MAX;
 use homeroom_abi::plan::ModuleInfo;
 use homeroom_abi::recipe::{self, NodeId, Op, Recipe};
 use homeroom_abi::shape::{Dim, Shape, infer};
@@ -176,7 +177,11 @@ fn push<'t>(op: Op) -> Node<'t> {
         if recording.error.is_none() {
             let param = |name: &str| recording.params.get(name).cloned();
             let scalar = |name: &str| recording.scalars.iter().any(|known| known == name);
-            match infer(&op, &recording.shapes, &recording.module, &param, &scalar) {
+            let shape = match recording.recipe.nodes.len() {
+                RECORDED_MAX.. => Err(format!("more than {RECORDED_MAX} operations are recorded")),
+                _ => infer(&op, &recording.shapes, &recording.module, &param, &scalar),
+            };
+            match shape {
                 Ok(shape) => recording.shapes.push(shape),
                 Err(message) => {
                     let message = format!("{}: {}: {message}", recording.module.path, op.name());
@@ -189,6 +194,9 @@ fn push<'t>(op: Op) -> Node<'t> {
         Node { id: recording.recipe.nodes.len() - 1, recording: PhantomData }
     })
 }
+
+/// Operations that are recorded of a module, those that its result does not need among them.
+const RECORDED_MAX: usize = 4 * NODES_MAX;
 
 /// What `record` may refer to.
 pub(crate) struct Scope<'a> {

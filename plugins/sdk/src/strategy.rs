@@ -1,6 +1,7 @@
 //! The trait that a strategy implements, and the tracing of it.
 
 use homeroom_abi::describe::Description;
+use homeroom_abi::limits::{RECIPES_MAX, too_many};
 use homeroom_abi::plan::{AdaptedModule, ParamSpec, Plan, PlanRequest, Recipes};
 use homeroom_abi::shape::{Dim, check_result};
 use homeroom_abi::step::{StepAnswer, StepRequest};
@@ -24,7 +25,8 @@ pub trait Strategy: Sized {
     /// When a value is out of range.
     fn new(values: &Values) -> Result<Self>;
 
-    /// Says which modules are adapted and which parameters each gets.
+    /// Says which modules are adapted and which parameters each gets. It has ten seconds, in a process of its own: what it leaves in a
+    /// `static` is not there in [`Strategy::on_step`].
     ///
     /// # Errors
     /// When the strategy cannot adapt this model.
@@ -104,7 +106,7 @@ pub fn trace<S: Strategy>(request: &PlanRequest) -> Result<Plan> {
     let strategy = S::new(&Values::check(&options.into_specs(), &request.options)?)?;
     let mut planner = Planner::default();
     strategy.plan(&Model::new(request.model.clone()), &mut planner)?;
-    let Planner { mut plan, adapted } = planner;
+    let (mut plan, adapted) = planner.finish()?;
     // The names that PEFT gives tensors all begin with `base_model.`; a model directory's are the module's paths alone.
     let (shared_prefix, prefix) = match plan.peft {
         Some(_) => ("base_model.", "base_model.model."),
@@ -132,6 +134,9 @@ pub fn trace<S: Strategy>(request: &PlanRequest) -> Result<Plan> {
             .map_err(|message| Error::new(format!("forward: {message}")))?;
         let recipes = Recipes { forward, merged_weight: weight, merged_bias: bias };
         let known = plan.recipes.iter().position(|known| *known == recipes);
+        if known.is_none() && plan.recipes.len() == RECIPES_MAX {
+            return Err(Error::new(too_many("it has", RECIPES_MAX + 1, "recipes", RECIPES_MAX)));
+        }
         let recipe = known.unwrap_or_else(|| {
             plan.recipes.push(recipes);
             plan.recipes.len() - 1

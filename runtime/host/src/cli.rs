@@ -707,6 +707,7 @@ pub fn main() -> ExitCode {
         progress::line(format_args!("error: cannot set stdout apart: {problem}"));
         return ExitCode::FAILURE;
     }
+    probe::this_is_the_program();
     let done = match cli.command {
         Command::FineTune(arguments) => command::fine_tune::run(&arguments),
         Command::Run(arguments) => command::run::run(&arguments),

@@ -11,7 +11,7 @@ use crate::cli::{Done, PluginArgs};
 use crate::interrupt;
 use crate::plugin::build::build;
 use crate::plugin::check::{self, Verdict};
-use crate::plugin::{Probe, Search, Standing, StrategyFile, Trust, file_name, new, trust};
+use crate::plugin::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, file_name, new, trust};
 use crate::progress::line;
 use crate::watch::Tree;
 
@@ -123,11 +123,12 @@ pub fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
     let probe = Probe::this_program()?;
     for file in wanted {
         let place = || format!("plugin {}", file.path.display());
-        let answers = probe.ask(&file.path, &[]).with_context(place)?;
+        let staged = PluginFile::read(&file.path).and_then(|read| read.stage()).with_context(place)?;
+        let answers = probe.ask(&staged, &[]).with_context(place)?;
         let named = answers.description.name;
         ensure!(named == file.name, "{}: it calls itself `{named}`; rename the file", place());
         let path = file.path.canonicalize().with_context(place)?;
-        entries.push(trust::Entry { name: named, version: answers.description.version, sha256: answers.sha256, path });
+        entries.push(trust::Entry { name: named, version: answers.description.version, sha256: staged.sha256, path });
     }
     let lines = entries
         .iter()

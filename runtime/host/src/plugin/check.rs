@@ -11,8 +11,10 @@ use homeroom_engine::conformance::{self, TinyModel, tiny_models};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::Probe;
 use super::find::strategy_name;
+use super::probe::Failure;
+use super::stage::Staged;
+use super::{PluginFile, Probe};
 
 /// What came of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -67,7 +69,12 @@ fn fine(why: impl Into<String>) -> Result<(Verdict, String)> {
 pub fn check(file: &Path, probe: &Probe) -> Result<Report> {
     let models = tiny_models()?;
     let mut report = Report::default();
-    let loaded = match probe.ask(file, &[]) {
+    let load = || -> Result<_> {
+        let staged = PluginFile::read(file)?.stage()?;
+        let loaded = probe.ask(&staged, &[])?;
+        Ok((staged, loaded))
+    };
+    let (staged, loaded) = match load() {
         Ok(loaded) => loaded,
         Err(error) => {
             report.add("load", Err(error));
@@ -78,35 +85,37 @@ pub fn check(file: &Path, probe: &Probe) -> Result<Report> {
     report.add("load", fine(format!("{} {}, ABI fits, panics unwind", about.name, about.version)));
     report.add("describe", described(file, about));
     let strategy =
-        StrategyRecord { name: about.name.clone(), version: about.version.clone(), sha256: loaded.sha256.clone() };
+        StrategyRecord { name: about.name.clone(), version: about.version.clone(), sha256: staged.sha256.clone() };
+    let asked = Asked { probe, staged: &staged };
     let mut planned = Vec::new();
     for tiny in &models {
-        let plan = plan(probe, file, tiny, &Map::new());
-        let plan = plan.and_then(|plan| conformance::adapt(&tiny.model, &plan).map(|_| plan));
-        match plan {
-            Ok(plan) => {
-                report.add(&format!("plan: {}", tiny.words), fine(plan_words(&plan)));
-                planned.push((tiny, plan));
-            }
-            Err(error) => {
+        let check = format!("plan: {}", tiny.words);
+        match asked.plan(tiny, &Map::new())? {
+            Ok(plan) => match conformance::adapt(&tiny.model, &plan) {
+                Ok(_) => {
+                    report.add(&check, fine(plan_words(&plan)));
+                    planned.push((tiny, plan));
+                }
+                Err(error) => report.add(&check, Err(error)),
+            },
+            Err(failure) => {
+                report.add(&check, Err(anyhow!(failure.reason)));
                 // Each further question would take as long.
-                let hangs = format!("{error:#}").contains("it did not return");
-                report.add(&format!("plan: {}", tiny.words), Err(error));
-                if hangs {
+                if failure.late {
                     return Ok(report);
                 }
             }
         }
     }
-    report.add("unknown option", unknown_option(probe, file, &models[0], about));
-    report.add("wrong type", wrong_types(probe, file, &models[0], about));
+    report.add("unknown option", unknown_option(&asked, &models[0], about));
+    report.add("wrong type", wrong_types(&asked, &models[0], about));
     // The rest is the same code for each model; one that plans is needed.
     let Some((tiny, _)) = planned.first() else {
         report.add("extreme values", Ok((Verdict::Note, "not tried: it plans for none of the models".to_owned())));
         return Ok(report);
     };
-    report.add("extreme values", extremes(probe, file, tiny, about));
-    report.add("plan twice", same_twice(probe, file, &planned));
+    report.add("extreme values", extremes(&asked, tiny, about));
+    report.add("plan twice", same_twice(&asked, &planned));
     report.add("gradients", of_all(&planned, |tiny, plan| conformance::gradients(&tiny.model, plan)).and_then(fine));
     report.add("fresh adapter", fresh(&planned));
     report.add("merge", merging(&planned));
@@ -122,11 +131,28 @@ pub fn check(file: &Path, probe: &Probe) -> Result<Report> {
     Ok(report)
 }
 
-/// Asks for one plan, in a child of its own.
-fn plan(probe: &Probe, file: &Path, tiny: &TinyModel, options: &Map<String, Value>) -> Result<Plan> {
-    let request = PlanRequest { options: options.clone(), model: tiny.model.info() };
-    let answer = probe.ask(file, &[request])?.plans.pop().context("one request has one answer")?;
-    answer.map_err(|reason| anyhow!(reason))
+/// What is asked, and by whom.
+struct Asked<'a> {
+    probe: &'a Probe,
+    staged: &'a Staged,
+}
+
+impl Asked<'_> {
+    /// Plans, all from one child.
+    fn plans(&self, requests: &[PlanRequest]) -> Result<Vec<Result<Plan, Failure>>> {
+        Ok(self.probe.ask(self.staged, requests)?.plans)
+    }
+
+    /// One plan, from a child of its own.
+    fn plan(&self, tiny: &TinyModel, options: &Map<String, Value>) -> Result<Result<Plan, Failure>> {
+        let request = PlanRequest { options: options.clone(), model: tiny.model.info() };
+        // A child that does not load or end well this time has not planned.
+        let ended = |error| Failure { reason: format!("{error:#}"), ended: true, ..Failure::default() };
+        match self.plans(&[request]) {
+            Ok(mut plans) => plans.pop().context("one request has one answer"),
+            Err(error) => Ok(Err(ended(error))),
+        }
+    }
 }
 
 fn plan_words(plan: &Plan) -> String {
@@ -171,13 +197,13 @@ fn described(file: &Path, about: &Description) -> Result<(Verdict, String)> {
     fine(format!("{} options, each with doc and a default that it admits", about.options.len()))
 }
 
-fn unknown_option(probe: &Probe, file: &Path, tiny: &TinyModel, about: &Description) -> Result<(Verdict, String)> {
+fn unknown_option(asked: &Asked<'_>, tiny: &TinyModel, about: &Description) -> Result<(Verdict, String)> {
     let near = about.options.iter().map(|option| option.name.as_str()).max_by_key(|name| name.len());
     let wrong = near.map_or("no_such_option".to_owned(), |name| format!("{name}x"));
     let options = Map::from_iter([(wrong.clone(), json!(1))]);
-    let error = match plan(probe, file, tiny, &options) {
+    let error = match asked.plan(tiny, &options)? {
         Ok(_) => anyhow::bail!("`{wrong}` is planned as if it were an option"),
-        Err(error) => format!("{error:#}"),
+        Err(failure) => failure.reason,
     };
     ensure!(error.contains(&format!("`{wrong}`")), "the error does not name `{wrong}`: {error}");
     if let Some(near) = near {
@@ -186,24 +212,26 @@ fn unknown_option(probe: &Probe, file: &Path, tiny: &TinyModel, about: &Descript
     fine("is named, with the nearest that there is")
 }
 
-fn wrong_types(probe: &Probe, file: &Path, tiny: &TinyModel, about: &Description) -> Result<(Verdict, String)> {
+fn wrong_types(asked: &Asked<'_>, tiny: &TinyModel, about: &Description) -> Result<(Verdict, String)> {
     let requests = about.options.iter().map(|option| {
         let wrong = if option.kind == OptionKind::Bool { json!("yes") } else { json!(true) };
         PlanRequest { options: Map::from_iter([(option.name.clone(), wrong)]), model: tiny.model.info() }
     });
-    let answers = probe.ask(file, &requests.collect::<Vec<_>>())?.plans;
+    let answers = asked.plans(&requests.collect::<Vec<_>>())?;
     for (option, answer) in about.options.iter().zip(answers) {
         let name = &option.name;
         match answer {
             Ok(_) => anyhow::bail!("`{name}` takes {}, and is planned with a value that is not", option.kind.words()),
-            Err(error) => ensure!(error.contains(&format!("`{name}`")), "the error does not name `{name}`: {error}"),
+            Err(Failure { reason, .. }) => {
+                ensure!(reason.contains(&format!("`{name}`")), "the error does not name `{name}`: {reason}");
+            }
         }
     }
     fine("is named, for every option")
 }
 
 /// Values of the right type that few strategies can use: they are planned or refused, with no panic.
-fn extremes(probe: &Probe, file: &Path, tiny: &TinyModel, about: &Description) -> Result<(Verdict, String)> {
+fn extremes(asked: &Asked<'_>, tiny: &TinyModel, about: &Description) -> Result<(Verdict, String)> {
     let values = |kind| match kind {
         OptionKind::Int => vec![json!(0), json!(1_u64 << 53)],
         OptionKind::Float => vec![json!(-1), json!(0), json!(1e300)],
@@ -216,12 +244,10 @@ fn extremes(probe: &Probe, file: &Path, tiny: &TinyModel, about: &Description) -
         about.options.iter().flat_map(|option| values(option.kind).into_iter().map(|value| (&option.name, value)));
     let (mut planned, mut refused) = (0, 0);
     for (name, value) in tried {
-        match plan(probe, file, tiny, &Map::from_iter([(name.clone(), value.clone())])) {
+        match asked.plan(tiny, &Map::from_iter([(name.clone(), value.clone())]))? {
             Ok(_) => planned += 1,
-            Err(error) => {
-                let error = format!("{error:#}");
-                let crashed = ["panicked", "it crashed", "it did not return", "it ended the process"];
-                ensure!(!crashed.iter().any(|word| error.contains(word)), "`{name}` = {value}: {error}");
+            Err(Failure { reason, ended, .. }) => {
+                ensure!(!ended && !reason.contains("panicked"), "`{name}` = {value}: {reason}");
                 refused += 1;
             }
         }
@@ -232,11 +258,11 @@ fn extremes(probe: &Probe, file: &Path, tiny: &TinyModel, about: &Description) -
     fine(format!("{planned} planned, {refused} refused in words"))
 }
 
-fn same_twice(probe: &Probe, file: &Path, planned: &[(&TinyModel, Plan)]) -> Result<(Verdict, String)> {
+fn same_twice(asked: &Asked<'_>, planned: &[(&TinyModel, Plan)]) -> Result<(Verdict, String)> {
     for (tiny, first) in planned {
         let request = PlanRequest { options: Map::new(), model: tiny.model.info() };
-        for again in probe.ask(file, &[request.clone(), request])?.plans {
-            let again = again.map_err(|reason| anyhow!("{}: {reason}", tiny.words))?;
+        for again in asked.plans(&[request.clone(), request])? {
+            let again = again.map_err(|failure| anyhow!("{}: {}", tiny.words, failure.reason))?;
             ensure!(
                 serde_json::to_value(&again)? == serde_json::to_value(first)?,
                 "{}: it is not the same plan",

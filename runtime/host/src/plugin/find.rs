@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::describe::nearest;
+use homeroom_abi::table::ENTRY;
 
 use super::owner;
 use super::reload::Watching;
 use super::stage::BYTES_MAX;
 use super::trust::{Policy, Standing, Trust};
-use super::{Plugin, PluginFile};
+use super::{Plugin, PluginFile, Probe};
 use crate::registry::data_directory;
 
 /// The directories in which strategies are looked for, in order.
@@ -69,18 +70,30 @@ impl Search {
         Ok((read, standing))
     }
 
-    /// Loads a strategy's file if it may be loaded.
+    /// Loads a strategy's file if it may be loaded. In the `homeroom` program a child process does so first.
     ///
     /// # Errors
-    /// When it may not, cannot, or has another name than its file.
+    /// When it may not, cannot, has another name than its file, or does not do well in the child.
     pub fn load_file(&self, file: &StrategyFile) -> Result<(Plugin, Standing)> {
         let (read, standing) = self.read(file)?;
         if let Standing::Refused(why) = standing {
             bail!("{why}");
         }
-        let plugin = read.load()?;
-        let (named, name) = (&plugin.description.name, &file.name);
-        ensure!(named == name, "it calls itself `{named}`, its file says `{name}`; rename the file");
+        let name = &file.name;
+        let check = |named: &str| -> Result<()> {
+            ensure!(named == name, "it calls itself `{named}`, its file says `{name}`; rename the file");
+            Ok(())
+        };
+        let staged = read.stage()?;
+        let plugin = match Probe::of_program() {
+            Some(probe) => {
+                let about = probe.ask(&staged, &[])?.description;
+                check(&about.name)?;
+                staged.load_probed(about, probe)?
+            }
+            None => staged.load()?,
+        };
+        check(&plugin.description.name)?;
         Ok((plugin, standing))
     }
 
@@ -146,10 +159,25 @@ fn strategy_files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten();
     let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let files = files.filter(|path| strategy_name(path).is_some_and(|name| is_plain(&name)));
-    let names_entry = |path: &PathBuf| {
-        let mut bytes = Vec::new();
-        let read = owner::open_unchecked(path).map(|file| file.take(BYTES_MAX).read_to_end(&mut bytes));
-        matches!(read, Ok(Ok(_))) && super::load::names_entry(&bytes)
-    };
-    files.filter(names_entry).collect()
+    files.filter(|path| names_entry(path).unwrap_or(false)).collect()
+}
+
+/// Whether a file holds the entry's name; read by pieces, since a directory may hold libraries of any size.
+fn names_entry(path: &Path) -> Result<bool> {
+    const PIECE: usize = 1 << 18;
+    let mut file = owner::open_unchecked(path)?;
+    if file.metadata()?.len() > BYTES_MAX {
+        return Ok(false);
+    }
+    let mut piece = Vec::new();
+    loop {
+        // The name may lie across two pieces.
+        piece.drain(..piece.len().saturating_sub(ENTRY.len()));
+        if (&mut file).take(PIECE as u64).read_to_end(&mut piece)? == 0 {
+            return Ok(false);
+        }
+        if super::load::names_entry(&piece) {
+            return Ok(true);
+        }
+    }
 }

@@ -1,25 +1,29 @@
 //! Loads a strategy and calls it: the one place where foreign code enters the process.
 //!
-//! Loading is trusting: a plugin has all the rights of this program, and what is checked here stops accidents. A library is
-//! never unloaded: threads and thread-local values may keep pointing into it.
+//! Loading is trusting: a plugin has all the rights of this program, and what is checked here stops accidents. In the program a
+//! child process loads it first and plans in this one's place, see [`super::probe`]; what is left for this process is the
+//! strategy's `on_step` and its codec. A library is never unloaded: threads and thread-local values may keep pointing into it.
 
-use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use homeroom_abi::describe::{Description, PluginError, option_problems};
+use anyhow::{Context, Result, anyhow, ensure};
+use homeroom_abi::describe::{Description, option_problems};
+use homeroom_abi::limits::{
+    ANSWER_BYTES_MAX, DESCRIPTION_BYTES_MAX, PLAN_BYTES_MAX, check_answer, check_description, check_plan,
+};
 use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_abi::step::{StepAnswer, StepRequest};
-use homeroom_abi::table::{
-    self, ABI_MAJOR, ABI_MINOR, Bytes, Descriptor, EMIT_ERROR, EMIT_RESULT, ENTRY, Entry, MAGIC, OK, UNKNOWN_METHOD,
-};
+use homeroom_abi::table::{self, ABI_MAJOR, ABI_MINOR, Call, Descriptor, ENTRY, Entry, MAGIC};
 use homeroom_engine::adapter::StrategyRecord;
 use homeroom_engine::weight::NativeCodec;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::pages::Pages;
+use super::probe::{self, Probe};
 use super::stage::{PluginFile, Staged};
+use super::{call, demand, foreign, text};
 
 /// A loaded strategy. Its code stays mapped until the process ends.
 #[derive(Clone)]
@@ -32,12 +36,13 @@ pub struct Plugin {
     pub description: Description,
     /// Its native codec, if it has one.
     pub codec: Option<Arc<dyn NativeCodec>>,
-    descriptor: &'static Descriptor,
-    pages: Pages,
+    library: Library,
+    /// What plans in this process's place; `None`: this process plans.
+    probe: Option<Probe>,
 }
 
 impl Plugin {
-    /// Reads a file and loads it, whoever trusts it: the caller has asked.
+    /// Reads a file and loads it in this process, whoever trusts it and whatever it does: the caller has asked.
     ///
     /// # Errors
     /// As [`PluginFile::read`] and [`PluginFile::load`].
@@ -45,27 +50,18 @@ impl Plugin {
         PluginFile::read(path)?.load()
     }
 
-    /// Loads a file that was read and checked.
-    pub(super) fn open(staged: &Staged) -> Result<Self> {
-        let entry = open_copy(&staged.copy)?;
-        // SAFETY: the library exports this ABI's entry, whose contract is to return a pointer to static data or null.
-        let descriptor = unsafe { entry() };
-        let descriptor = check_descriptor(descriptor)?;
-        let mut plugin = Self {
-            path: staged.source.clone(),
-            sha256: staged.sha256.clone(),
-            description: Description {
-                name: String::new(),
-                version: String::new(),
-                doc: String::new(),
-                options: vec![],
-            },
-            codec: super::native::codec(descriptor)?,
-            descriptor,
-            pages: Pages::around((&raw const *descriptor).cast()),
+    /// Loads a copy. `probed`: the description that a child process was given, and what asks another one for plans.
+    pub(super) fn open(staged: &Staged, probed: Option<(Description, Probe)>) -> Result<Self> {
+        let library = Library::open(&staged.copy)?;
+        let (description, probe) = match probed {
+            Some((description, probe)) => (description, Some(probe)),
+            None => (library.describe()?, None),
         };
-        plugin.description = plugin.call(table::METHOD_DESCRIBE, b"{}")?;
-        Ok(plugin)
+        if probe.is_some() {
+            library.release();
+        }
+        let (path, sha256, codec) = (staged.source.clone(), staged.sha256.clone(), library.codec.clone());
+        Ok(Self { path, sha256, description, codec, library, probe })
     }
 
     /// Checks options against the strategy's own declaration, before anything large is loaded.
@@ -81,13 +77,37 @@ impl Plugin {
     /// The strategy's plan for a model.
     ///
     /// # Errors
-    /// What the strategy answers, with the author's file and line.
+    /// What the strategy answers, with the author's file and line; what it does instead of answering; or more than the machine's
+    /// memory holds.
     pub fn plan(&self, request: &PlanRequest) -> Result<Plan> {
-        let input = serde_json::to_vec(request)?;
-        let plan = self.call(table::METHOD_PLAN, &input);
+        let planned = || -> Result<Plan> {
+            let plan = match &self.probe {
+                Some(probe) => self.plan_in_child(probe, request)?,
+                None => self.library.plan(request)?,
+            };
+            demand::check(&plan, &request.model)?;
+            Ok(plan)
+        };
+        let plan = planned();
         // Of what is left to call, `on_step` and a codec, little is code.
-        self.pages.release();
+        self.library.release();
         plan.with_context(|| format!("strategy `{}`", self.description.name))
+    }
+
+    fn plan_in_child(&self, probe: &Probe, request: &PlanRequest) -> Result<Plan> {
+        // The bytes were looked at when they were loaded.
+        let staged = PluginFile::open(&self.path).ok().filter(|file| file.sha256 == self.sha256);
+        let Some(staged) = staged.map(|file| file.stage()).transpose()? else {
+            // The file has changed since it was loaded, and what is loaded goes on.
+            let (library, request) = (self.library.clone(), request.clone());
+            return probe::within(probe.deadline, move || library.plan(&request));
+        };
+        let mut answers = probe.ask(&staged, std::slice::from_ref(request))?;
+        if !answers.said.is_empty() {
+            crate::progress::line(&answers.said);
+        }
+        let plan = answers.plans.pop().context("one request has one answer")?;
+        plan.map_err(|failure| anyhow!(failure.reason))
     }
 
     /// What the strategy has a run do after a step; `None`: it wants to hear of no step. Blocks for as long as it likes.
@@ -96,16 +116,14 @@ impl Plugin {
     /// What the strategy answers, with the author's file and line.
     pub fn on_step(&self, request: &StepRequest) -> Result<Option<StepAnswer>> {
         // Before ABI 1.1 there was no such method.
-        if self.descriptor.abi_minor < 1 {
+        if self.library.abi_minor < 1 {
             return Ok(None);
         }
         let input = serde_json::to_vec(request)?;
-        match self.ask(table::METHOD_ON_STEP, &input)? {
-            Some(answer) => {
-                serde_json::from_slice(&answer).map(Some).context("its directives are not known to this host")
-            }
-            None => Ok(None),
-        }
+        let Some(json) = self.library.ask(table::METHOD_ON_STEP, &input, ANSWER_BYTES_MAX)? else { return Ok(None) };
+        let answer: StepAnswer = serde_json::from_slice(&json).context("its directives are not known to this host")?;
+        check_answer(&answer).map_err(|problem| anyhow!(problem))?;
+        Ok(Some(answer))
     }
 
     /// What an adapter records of its strategy.
@@ -113,43 +131,73 @@ impl Plugin {
         let Description { name, version, .. } = self.description.clone();
         StrategyRecord { name, version, sha256: self.sha256.clone() }
     }
+}
 
-    fn call<T: serde::de::DeserializeOwned>(&self, method: u32, input: &[u8]) -> Result<T> {
-        let json = self.ask(method, input)?.context("it does not know what every strategy has to")?;
-        serde_json::from_slice(&json).context("its result cannot be read by this host")
+/// A library that was loaded, and what it exports.
+#[derive(Clone)]
+pub(super) struct Library {
+    call: Call,
+    abi_minor: u16,
+    codec: Option<Arc<dyn NativeCodec>>,
+    pages: Pages,
+}
+
+impl Library {
+    /// Loads a private copy, and checks what it exports. Its constructors, its entry and its codec run.
+    ///
+    /// # Errors
+    /// When it cannot be loaded, is of another ABI, or exports what cannot be.
+    pub fn open(copy: &Path) -> Result<Self> {
+        let entry = open_copy(copy)?;
+        // SAFETY: the library exports this ABI's entry, which takes nothing; what it returns is checked.
+        let at = unsafe { entry() };
+        let descriptor = read_descriptor(at)?;
+        let call = descriptor.call.context("its descriptor has no function `call`")?;
+        let get_extension = descriptor.get_extension.context("its descriptor has no function `get_extension`")?;
+        let codec = super::native::codec(get_extension)?;
+        Ok(Self { call, abi_minor: descriptor.abi_minor, codec, pages: Pages::around(at.cast()) })
     }
 
-    /// The result of a method; `None`: the plugin does not have it.
-    fn ask(&self, method: u32, input: &[u8]) -> Result<Option<Vec<u8>>> {
-        let mut records: Vec<(u32, Vec<u8>)> = Vec::new();
-        let ctx = (&raw mut records).cast::<c_void>();
-        // SAFETY: `input` outlives the call; `receive` belongs to `ctx`, which points at `records`, and is called during the
-        // call only, from this thread. The SDK turns panics into errors, and builds that abort were refused.
-        let code = unsafe { (self.descriptor.call)(method, Bytes::of(input), receive, ctx) };
-        let record = |kind| records.iter().find(|(emitted, _)| *emitted == kind).map(|(_, bytes)| bytes.as_slice());
-        if code == OK {
-            return Ok(Some(record(EMIT_RESULT).context("it succeeded without a result")?.to_vec()));
-        }
-        if code == UNKNOWN_METHOD {
-            return Ok(None);
-        }
-        let error = record(EMIT_ERROR).and_then(|json| serde_json::from_slice::<PluginError>(json).ok());
-        match error {
-            Some(PluginError { message, at: Some(at) }) => bail!("{message} ({at})"),
-            Some(PluginError { message, at: None }) => bail!("{message}"),
-            None => bail!("it failed with code {code} and said nothing"),
-        }
+    /// What it says of itself, within the ABI's limits and fit to be shown.
+    ///
+    /// # Errors
+    /// What it answers instead, or what is wrong with the answer.
+    pub fn describe(&self) -> Result<Description> {
+        let mut about: Description = self.call(table::METHOD_DESCRIBE, b"{}", DESCRIPTION_BYTES_MAX)?;
+        text::clean_description(&mut about);
+        check_description(&about).map_err(|problem| anyhow!(problem))?;
+        Ok(about)
+    }
+
+    /// Its plan for a model, within the ABI's limits.
+    ///
+    /// # Errors
+    /// What it answers instead, or what is wrong with the answer.
+    pub fn plan(&self, request: &PlanRequest) -> Result<Plan> {
+        let mut plan: Plan = self.call(table::METHOD_PLAN, &serde_json::to_vec(request)?, PLAN_BYTES_MAX)?;
+        check_plan(&plan).map_err(|problem| anyhow!(problem))?;
+        text::clean_plan(&mut plan);
+        Ok(plan)
+    }
+
+    /// Lets its code leave memory until it runs again.
+    fn release(&self) {
+        self.pages.release();
+    }
+
+    fn call<T: DeserializeOwned>(&self, method: u32, input: &[u8], result_max: usize) -> Result<T> {
+        let json = self.ask(method, input, result_max)?.context("it does not know what every strategy has to")?;
+        serde_json::from_slice(&json)
+            .map_err(|error| anyhow!("its result cannot be read by this host: {}", text::line(&error.to_string())))
+    }
+
+    fn ask(&self, method: u32, input: &[u8], result_max: usize) -> Result<Option<Vec<u8>>> {
+        // SAFETY: it is the descriptor's, and the library is never unloaded.
+        unsafe { call::ask(self.call, method, input, result_max) }
     }
 }
 
-/// Copies a record that a plugin emits.
-unsafe extern "C" fn receive(ctx: *mut c_void, kind: u32, record: Bytes) {
-    // SAFETY: `call` passed a pointer to its `records` as `ctx`, and waits for this to return; `record` is readable now.
-    let (records, bytes) = unsafe { (&mut *ctx.cast::<Vec<(u32, Vec<u8>)>>(), record.as_slice()) };
-    records.push((kind, bytes.to_vec()));
-}
-
-/// Whether a library's bytes hold the entry's name. Asked first, since loading a library runs its constructors.
+/// Whether bytes hold the entry's name. Asked first, since loading a library runs its constructors.
 pub fn names_entry(bytes: &[u8]) -> bool {
     let name = ENTRY.as_bytes();
     bytes.windows(name.len()).any(|window| window == name)
@@ -157,7 +205,9 @@ pub fn names_entry(bytes: &[u8]) -> bool {
 
 /// Loads a private copy.
 fn open_copy(copy: &Path) -> Result<Entry> {
-    let library = open(copy).context("cannot load")?;
+    // The linker quotes names from the file.
+    let words = |error| text::line(&format!("{:#}", anyhow::Error::from(error)));
+    let library = open(copy).map_err(|error| anyhow!("cannot load: {}", words(error)))?;
     // SAFETY: the name is this ABI's, which fixes the type; the library is never unloaded, so the pointer stays good.
     let entry = unsafe { library.get::<Entry>(ENTRY.as_bytes()) };
     let entry = *entry.map_err(|_| anyhow!("not a strategy: it does not export `{ENTRY}`"))?;
@@ -179,21 +229,26 @@ fn open(path: &Path) -> Result<libloading::Library, libloading::Error> {
     unsafe { libloading::Library::new(path) }
 }
 
-/// Reads a descriptor in the order that the ABI asks for.
-fn check_descriptor(descriptor: *const Descriptor) -> Result<&'static Descriptor> {
-    ensure!(!descriptor.is_null() && descriptor.is_aligned(), "its entry returned no descriptor");
-    // SAFETY: the entry's contract is static data that begins with the magic and the size; nothing else is read before both
-    // are known to be right.
-    let (magic, size) =
-        unsafe { ((&raw const (*descriptor).magic).read(), (&raw const (*descriptor).struct_size).read()) };
-    ensure!(magic == MAGIC, "not a strategy of this ABI: its descriptor begins otherwise");
-    let known = size_of::<Descriptor>();
+/// Copies a descriptor, in the order that the ABI asks for. The pointers in it are as the plugin has them.
+fn read_descriptor(at: *const Descriptor) -> Result<Descriptor> {
+    ensure!(!at.is_null(), "its entry returned no descriptor");
+    ensure!(at.is_aligned(), "its entry returned a descriptor that is not aligned");
+    /// How every descriptor begins.
+    #[repr(C)]
+    struct Head {
+        magic: u64,
+        struct_size: u32,
+    }
+    // SAFETY: any bits are two numbers.
+    let head = unsafe { foreign::value(at.cast::<Head>()) }.context("its descriptor")?;
+    ensure!(head.magic == MAGIC, "not a strategy of this ABI: its descriptor begins otherwise");
+    let (size, known) = (head.struct_size, size_of::<Descriptor>());
     ensure!(
         size as usize >= known,
         "its descriptor has {size} bytes, this host reads {known}; rebuild it with this SDK"
     );
-    // SAFETY: at least as many bytes as this type has are there, and they are static.
-    let descriptor = unsafe { &*descriptor };
+    // SAFETY: any bits are numbers, pointers that nobody follows unasked, and functions that may be null.
+    let descriptor = unsafe { foreign::value(at) }.context("its descriptor")?;
     let (major, minor) = (descriptor.abi_major, descriptor.abi_minor);
     ensure!(
         major == ABI_MAJOR && (0..=ABI_MINOR).contains(&minor),

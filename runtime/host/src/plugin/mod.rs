@@ -1,18 +1,23 @@
 //! Strategy plugins: where they are found, what is checked before their code runs, and how they are called.
 
 pub mod build;
+mod call;
 pub mod check;
+mod demand;
 mod elf;
 mod find;
+mod foreign;
 pub mod generation;
 mod load;
 pub mod native;
 pub mod new;
 mod owner;
 mod pages;
+mod private;
 pub mod probe;
 pub mod reload;
 mod stage;
+mod text;
 pub mod trust;
 
 pub use find::{Search, StrategyFile, file_name};

@@ -4,17 +4,20 @@ use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use homeroom_abi::native::{NATIVE_CODEC, NativeCodec as Table};
-use homeroom_abi::table::{Bytes, Descriptor};
+use homeroom_abi::native::{Decode, Encode, NATIVE_CODEC, NativeCodec as Table};
+use homeroom_abi::table::{Bytes, GetExtension};
 use homeroom_engine::adapter::StrategyRecord;
 use homeroom_engine::weight::NativeCodec;
 use homeroom_kernels::{BlockCodec, Stream};
 
-use super::{Plugin, Search, Trust};
+use super::{Plugin, Search, Trust, foreign};
 
-/// The table of a library that is never unloaded.
+/// What the table of a library said when it was loaded; the library is never unloaded.
 struct Native {
-    table: &'static Table,
+    block_len: usize,
+    block_bytes: usize,
+    encode: Encode,
+    decode: Decode,
     name: String,
 }
 
@@ -26,11 +29,11 @@ impl fmt::Debug for Native {
 
 impl BlockCodec for Native {
     fn block_len(&self) -> usize {
-        self.table.block_len as usize
+        self.block_len
     }
 
     fn block_bytes(&self) -> usize {
-        self.table.block_bytes as usize
+        self.block_bytes
     }
 
     fn decode(&self, bytes: &[u8], values: &mut [f32]) {
@@ -41,7 +44,7 @@ impl BlockCodec for Native {
             "whole blocks"
         );
         // SAFETY: both buffers hold that many blocks; the table's contract is to touch nothing else and not to unwind.
-        let code = unsafe { (self.table.decode)(bytes.as_ptr(), blocks, values.as_mut_ptr()) };
+        let code = unsafe { (self.decode)(bytes.as_ptr(), blocks, values.as_mut_ptr()) };
         if code != 0 {
             // A product cannot fail; a loss that is not a number ends the run.
             values.fill(f32::NAN);
@@ -62,67 +65,101 @@ impl NativeCodec for Native {
             self.name
         );
         // SAFETY: as in `decode`.
-        let code = unsafe { (self.table.encode)(values.as_ptr(), blocks, bytes.as_mut_ptr()) };
+        let code = unsafe { (self.encode)(values.as_ptr(), blocks, bytes.as_mut_ptr()) };
         ensure!(code == 0, "codec `{}` failed to encode", self.name);
         Ok(())
     }
 }
 
-/// The codec of a plugin's descriptor, if it exports one.
+/// The codec of a plugin, if it exports one.
 ///
 /// # Errors
 /// When its table is not of this ABI, or what it encodes does not come back.
-pub(super) fn codec(descriptor: &Descriptor) -> Result<Option<Arc<dyn NativeCodec>>> {
-    // SAFETY: the name is readable for the call, which returns null or a static table of the type that the name stands for.
-    let table = unsafe { (descriptor.get_extension)(Bytes::of(NATIVE_CODEC.as_bytes())) }.cast::<Table>();
+pub(super) fn codec(get_extension: GetExtension) -> Result<Option<Arc<dyn NativeCodec>>> {
+    // SAFETY: the name is readable for the call; what is returned is checked.
+    let table = unsafe { get_extension(Bytes::of(NATIVE_CODEC.as_bytes())) }.cast::<Table>();
     if table.is_null() {
         return Ok(None);
     }
     ensure!(table.is_aligned(), "its native codec's table is not aligned");
-    // SAFETY: the table begins with its size; nothing beyond it is read before that is known.
-    let size = unsafe { (*table).struct_size } as usize;
+    // SAFETY: the table begins with its size; any bits are a number.
+    let size = unsafe { foreign::value(table.cast::<u32>()) }.context("its native codec's table")? as usize;
     ensure!(size >= size_of::<Table>(), "its native codec's table has {size} bytes; rebuild it with this SDK");
-    // SAFETY: it is static and at least as large as this type.
-    let table = unsafe { &*table };
-    ensure!(table.name.len <= 64, "its native codec's name is too long");
-    // SAFETY: the name is static.
-    let name = std::str::from_utf8(unsafe { table.name.as_slice() }).context("its native codec's name")?.to_owned();
+    // SAFETY: any bits are numbers, pointers that nobody follows unasked, and functions that may be null.
+    let table = unsafe { foreign::value(table) }.context("its native codec's table")?;
+    let name = foreign::bytes(table.name.ptr, table.name.len, 64).context("its native codec's name")?;
+    let name = String::from_utf8(name).context("its native codec's name")?;
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-    ensure!(!name.is_empty() && name.chars().all(plain), "`{name}` is not a codec's name");
+    ensure!(!name.is_empty() && name.chars().all(plain), "{name:?} is not a codec's name");
     let (len, bytes) = (table.block_len, table.block_bytes);
     ensure!(
         len.is_power_of_two() && len <= 256,
         "codec `{name}`: a block of {len} values; it is a power of two, 256 at most"
     );
     ensure!((1..=4096).contains(&bytes), "codec `{name}`: a block of {bytes} bytes; it is 1 to 4096");
-    let native = Native { table, name };
+    let (Some(encode), Some(decode)) = (table.encode, table.decode) else {
+        bail!(
+            "codec `{name}`: its table has no function `{}`",
+            if table.encode.is_none() { "encode" } else { "decode" }
+        );
+    };
+    let native = Native { block_len: len as usize, block_bytes: bytes as usize, encode, decode, name };
     round_trip(&native).with_context(|| format!("codec `{}` is not sound", native.name))?;
     Ok(Some(Arc::new(native)))
 }
 
-/// Encodes and decodes a few blocks, of zeros, small and large values, and looks at what comes back.
+/// A buffer with a margin on both sides that must stay as it is, wide enough for what is written by mistake.
+struct Guarded<T> {
+    all: Vec<T>,
+    margin: usize,
+    guard: T,
+}
+
+impl<T: Copy + PartialEq> Guarded<T> {
+    /// Of `len` values, each `inside` at first.
+    fn new(len: usize, guard: T, inside: T) -> Self {
+        const MARGIN_BYTES: usize = 1 << 16;
+        let margin = MARGIN_BYTES / size_of::<T>();
+        let mut all = vec![guard; len + 2 * margin];
+        all[margin..margin + len].fill(inside);
+        Self { all, margin, guard }
+    }
+
+    fn inside(&mut self) -> &mut [T] {
+        let end = self.all.len() - self.margin;
+        &mut self.all[self.margin..end]
+    }
+
+    /// What is inside, if nothing was written beside it.
+    fn checked(self) -> Option<Vec<T>> {
+        let (margin, end) = (self.margin, self.all.len() - self.margin);
+        let untouched = self.all[..margin].iter().chain(&self.all[end..]).all(|value| *value == self.guard);
+        untouched.then(|| self.all[margin..end].to_vec())
+    }
+}
+
+/// Encodes and decodes a few blocks, of zeros, small and large values, and looks at what comes back and at what lies beside it.
 fn round_trip(codec: &Native) -> Result<()> {
     const BLOCKS: usize = 8;
-    const GUARD: u8 = 0xA5;
     let (len, size) = (codec.block_len(), codec.block_bytes());
     let mut random = Stream::new(1, 1);
     let scale = |block: usize| [0.0, 1.0, 1e-3, 30.0][block % 4];
     let values: Vec<f32> = (0..BLOCKS * len).map(|i| (scale(i / len) * random.normal()) as f32).collect();
-    let encoded = || -> Result<Vec<u8>> {
-        let mut bytes = vec![GUARD; (BLOCKS + 1) * size];
-        codec.encode(&values, &mut bytes[..BLOCKS * size])?;
-        ensure!(bytes[BLOCKS * size..].iter().all(|byte| *byte == GUARD), "it writes beyond its blocks");
-        bytes.truncate(BLOCKS * size);
-        Ok(bytes)
+    let encoded = |inside: u8| -> Result<Vec<u8>> {
+        let mut bytes = Guarded::new(BLOCKS * size, 0xA5, inside);
+        codec.encode(&values, bytes.inside())?;
+        bytes.checked().context("it encodes beyond its blocks")
     };
-    let bytes = encoded()?;
-    ensure!(encoded()? == bytes, "the same values give other bytes the second time");
-    let mut decoded = vec![f32::NAN; BLOCKS * len];
-    codec.decode(&bytes, &mut decoded);
-    let mut one_by_one = vec![f32::NAN; BLOCKS * len];
-    for (bytes, values) in bytes.chunks_exact(size).zip(one_by_one.chunks_exact_mut(len)) {
-        codec.decode(bytes, values);
-    }
+    let bytes = encoded(0)?;
+    ensure!(encoded(0)? == bytes, "the same values give other bytes the second time");
+    ensure!(encoded(0xFF)? == bytes, "it leaves bytes of its blocks as they were");
+    let decode = |bytes: &[u8]| -> Result<Vec<f32>> {
+        let mut values = Guarded::new(bytes.len() / size * len, 1.5e-30_f32, f32::NAN);
+        codec.decode(bytes, values.inside());
+        values.checked().context("it decodes beyond its blocks")
+    };
+    let decoded = decode(&bytes)?;
+    let one_by_one = bytes.chunks_exact(size).map(decode).collect::<Result<Vec<_>>>()?.concat();
     let same = decoded.iter().zip(&one_by_one).all(|(a, b)| a.to_bits() == b.to_bits());
     ensure!(same, "a block decodes otherwise beside others than alone");
     for (block, (got, want)) in decoded.chunks_exact(len).zip(values.chunks_exact(len)).enumerate() {

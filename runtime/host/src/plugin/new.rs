@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::files::NewDirectory;
 
+use super::private;
+
 /// Paths and contents, packed by this crate's `build.rs`.
 static KIT: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/kit.rs"));
 
@@ -154,6 +156,8 @@ pub fn create(name: &str, dir: &Path) -> Result<PathBuf> {
     put(".cargo/config.toml", CARGO_CONFIG.as_bytes())?;
     put(".gitignore", b"target\n")?;
     put("src/lib.rs", named(STRATEGY).as_bytes())?;
+    // What others could write would be refused when it is built and loaded.
+    private::close_to_others(directory.path()).with_context(|| format!("{}: cannot write", dir.display()))?;
     directory.publish()
 }
 

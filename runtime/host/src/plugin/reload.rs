@@ -1,23 +1,25 @@
 //! From a plugin's file that has changed to a plan that a running training can go on with, or to one line that says why not.
 //!
 //! The file settles; its bytes are read once, checked and copied; a child process loads the copy and plans for the model;
-//! then this process does. What fails anywhere is not tried again until the file has other bytes, and the training goes on
+//! then this process loads it, too. What fails anywhere is not tried again until the file has other bytes, and the training goes on
 //! with what it has. The old library stays mapped.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_abi::plan::{Plan, PlanRequest};
 
+use super::demand;
+use super::probe::within;
 use super::{Plugin, PluginFile, Probe, Standing, Trust};
 use crate::watch::Watch;
 
-/// How long a strategy may take to load and plan in this process.
+/// How long a strategy may take to load in this process.
 const DEADLINE: Duration = Duration::from_secs(2);
 /// How long the child may live that does so first.
 const PROBE_DEADLINE: Duration = Duration::from_secs(5);
@@ -147,24 +149,14 @@ fn candidate(name: &str, file: &PluginFile, trust: &Trust, request: &PlanRequest
         bail!("{why}");
     }
     let staged = file.stage()?;
-    let answers = probe.ask(&staged.copy, std::slice::from_ref(request))?;
+    let mut answers = probe.ask(&staged, std::slice::from_ref(request))?;
     let named = &answers.description.name;
     ensure!(named == name, "it calls itself `{named}`, and not `{name}`");
-    if let Some(Err(reason)) = answers.plans.into_iter().next() {
-        bail!("{reason}");
-    }
-    let request = request.clone();
-    within(DEADLINE, move || {
-        let plugin = staged.load()?;
-        let plan = plugin.plan(&request)?;
-        Ok(Ready { plugin, plan })
-    })
-}
-
-/// Runs foreign code in a thread of its own, which is left behind when it is late.
-fn within<T: Send + 'static>(deadline: Duration, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let (sender, answer) = channel();
-    thread::spawn(move || sender.send(work()));
-    let late = || format!("it did not plan within {} s", deadline.as_secs());
-    answer.recv_timeout(deadline).with_context(late)?
+    let plan = answers.plans.pop().context("one request has one answer")?;
+    let plan = plan.map_err(|failure| anyhow!("strategy `{name}`: {}", failure.reason))?;
+    demand::check(&plan, &request.model)?;
+    let (about, probe) = (answers.description, probe.clone());
+    // The plan is the child's; here it is loaded for its hook.
+    let plugin = within(DEADLINE, move || staged.load_probed(about, probe))?;
+    Ok(Ready { plugin, plan })
 }

@@ -1,16 +1,17 @@
 //! A plugin's file before any of its code runs: read once, checked, and copied to where nobody else changes it.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use homeroom_abi::describe::Description;
 use homeroom_abi::table::ENTRY;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::load::{Plugin, names_entry};
-use super::owner;
+use super::{Probe, owner, private};
 
 /// Size of the largest library that is read: with all its debug information, a strategy has some ten megabytes.
 pub const BYTES_MAX: u64 = 1 << 29;
@@ -75,17 +76,16 @@ impl PluginFile {
     /// # Errors
     /// When it cannot be written.
     pub fn stage(&self) -> Result<Staged> {
-        let dir =
-            tempfile::Builder::new().prefix("homeroom-plugin-").tempdir().context("cannot make a private copy")?;
+        let dir = private::temporary_directory("homeroom-plugin-").context("cannot make a private copy")?;
         // Who can replace the directory can replace the copy before it is loaded.
         owner::check_directories(dir.path()).context("cannot make a private copy")?;
         let copy = dir.path().join(self.path.file_name().context("a library has a file name")?);
-        write_private(&copy, &self.bytes)
+        private::write(&copy, &self.bytes, 0o500)
             .with_context(|| format!("cannot make a private copy in {}", dir.path().display()))?;
         Ok(Staged { source: self.path.clone(), sha256: self.sha256.clone(), copy, _dir: dir })
     }
 
-    /// Loads a private copy of the bytes.
+    /// Loads a private copy of the bytes in this process.
     ///
     /// # Errors
     /// When it cannot be loaded, is of another ABI, or does not describe itself.
@@ -107,12 +107,20 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Loads the copy.
+    /// Loads the copy in this process.
     ///
     /// # Errors
     /// As [`PluginFile::load`].
     pub fn load(&self) -> Result<Plugin> {
-        Plugin::open(self)
+        Plugin::open(self, None)
+    }
+
+    /// The same after a child process has loaded it, which was given this description. Other children plan in its place.
+    ///
+    /// # Errors
+    /// When it cannot be loaded, or is of another ABI.
+    pub fn load_probed(&self, description: Description, probe: Probe) -> Result<Plugin> {
+        Plugin::open(self, Some((description, probe)))
     }
 }
 
@@ -120,13 +128,4 @@ fn is_beside_program(path: &Path, file: &File) -> std::io::Result<bool> {
     let program = std::env::current_exe()?.canonicalize()?;
     let same_directory = path.canonicalize()?.parent() == program.parent();
     Ok(same_directory && owner::same_owner(&file.metadata()?, &program.metadata()?))
-}
-
-/// Writes a file that nobody writes again; its directory is the user's alone.
-fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut options = File::options();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o500);
-    options.open(path)?.write_all(bytes)
 }

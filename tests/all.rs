@@ -7,6 +7,8 @@ mod export;
 mod fused;
 mod gradients;
 mod handlers;
+#[cfg(unix)]
+mod hostile_scripts;
 mod inference;
 mod invariants;
 mod models;

@@ -10,6 +10,8 @@ mod gradients;
 mod handlers;
 #[cfg(target_os = "linux")]
 mod hostile;
+#[cfg(unix)]
+mod hostile_scripts;
 mod inference;
 mod invariants;
 #[cfg(unix)]

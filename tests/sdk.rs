@@ -234,14 +234,13 @@ fn a_pipelines_file_can_tighten_the_policy_and_never_loosen_it() -> Result<()> {
     let model = fixture("models/llama").display().to_string();
     here.place.write(
         "s.lua",
-        format!(
-            "local model = homeroom.load_model {{ name = {model:?}, strategy = \"vera\" }}\n\
-             local data = homeroom.prepare_dataset {{ path = \"rows.jsonl\" }}\n\
-             homeroom.fine_tune {{ model = model, dataset = data.train, steps = 1 }}\n"
-        ),
+        "local model = homeroom.load_model { name = params.model, strategy = \"vera\" }\n\
+         local data = homeroom.prepare_dataset { path = \"rows.jsonl\" }\n\
+         homeroom.fine_tune { model = model, dataset = data.train, steps = 1 }\n",
     )?;
     let pipeline = |plugins: &str, policy: &[&str]| -> Result<Command> {
-        let config = here.place.write("c.toml", format!("[pipeline]\nscript = \"s.lua\"\n{plugins}"))?;
+        let params = format!("[pipeline.params]\nmodel = {{ type = \"model\", default = {model:?} }}\n");
+        let config = here.place.write("c.toml", format!("[pipeline]\nscript = \"s.lua\"\n{plugins}{params}"))?;
         let mut command = here.program(&["run", &config.display().to_string(), "--dry-run"]);
         command.args(policy);
         Ok(command)

@@ -147,7 +147,7 @@ function Dataset:rows() end
 homeroom = {}
 
 ---@class LoadModelOptions
----@field name string # a Hugging Face directory or a .gguf file, relative to the script; or a name from `homeroom list-models`
+---@field name string # a Hugging Face directory or a .gguf file, by a parameter or below the TOML file; or a name from `homeroom list-models`
 ---@field strategy? string # training strategy; `homeroom plugins list` shows them (default: "lora")
 ---@field r? number # rank of the adapter: more learns more, and costs memory and time (default: the strategy's)
 ---@field lora_r? number # rank of the adapter: more learns more, and costs memory and time (default: the strategy's)
@@ -163,7 +163,7 @@ homeroom = {}
 function homeroom.load_model(options) end
 
 ---@class PrepareDatasetOptions
----@field path string # the file, relative to the script
+---@field path string # the file: a parameter of type `path`, or below the TOML file, relative to the script
 ---@field eval? number # share of the rows to hold out and evaluate on (default: 0)
 ---@field max_seq_len? number # tokens that a row may have (default: the model's context, at most 2048)
 ---@field on_long_row? "refuse" | "truncate" | "skip" # what to do with a longer row (default: "refuse")
@@ -206,7 +206,7 @@ function homeroom.prepare_dataset(options) end
 ---@field on_eval? fun(report: EvalReport): Directive? # called after each evaluation of `eval_every`; may return a directive (default: none)
 
 ---Trains, and keeps the result until `save_model` gives it a name.
----A `model` that was trained goes on from where it is: its adapter is carried over, with its strategy and options. Callbacks run between steps, never inside one; an error in one ends the training after that step and is raised.
+---A `model` that was trained goes on from where it is: its adapter is carried over, with its strategy and options. Callbacks run between steps, never inside one, and begin no training; an error in one ends the training after that step and is raised.
 ---@param options FineTuneOptions
 ---@return Tuned # a model, with `adapter` (its id), `metrics` and `stopped`: "finished", or the reason that a callback gave
 function homeroom.fine_tune(options) end
@@ -221,7 +221,7 @@ function homeroom.fine_tune(options) end
 function homeroom.save_model(options) end
 
 ---@class LoadFineTunedModelOptions
----@field name string # a name from `homeroom list-models`, or a directory
+---@field name string # a name from `homeroom list-models`, the id of a training, or a parameter's directory
 
 ---Describes a trained model: an adapter with its base and its strategy.
 ---@param options LoadFineTunedModelOptions

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -280,14 +280,15 @@ pub fn parse_rows(path: &Path) -> Result<Vec<(usize, Row)>> {
     Ok(rows)
 }
 
-/// Reads and checks the rows of a JSONL file and returns each with its line, as the text that it was.
+/// Reads and checks the rows of an open JSONL file and returns each with its line, as the text that it was. `path` is what messages
+/// call the file.
 ///
 /// # Errors
 /// As [`load_jsonl`].
-pub fn read_texts(path: &Path) -> Result<Vec<(usize, String)>> {
+pub fn read_texts(path: &Path, file: impl Read) -> Result<Vec<(usize, String)>> {
     let mut rows = Vec::new();
     let mut problems = Problems::default();
-    read_rows(path, |line, text, row| match (row, std::str::from_utf8(text)) {
+    rows_of(path, file, |line, text, row| match (row, std::str::from_utf8(text)) {
         (Ok(_), Ok(text)) => rows.push((line, text.to_owned())),
         (Err(problem), _) => problems.add(line, problem),
         (Ok(_), Err(_)) => unreachable!("a row that was parsed is UTF-8"),
@@ -323,12 +324,17 @@ impl Dataset {
 
 /// Calls `each` with the line, the text and the checked row of every line that is not blank. Returns the file's digest and the
 /// format of its first row.
-fn read_rows(
+fn read_rows(path: &Path, each: impl FnMut(usize, &[u8], Result<Row, Problem>)) -> Result<(String, Option<RowFormat>)> {
+    rows_of(path, File::open(path).with_context(|| path.display().to_string())?, each)
+}
+
+/// As [`read_rows`], of a file that is open.
+fn rows_of(
     path: &Path,
+    file: impl Read,
     mut each: impl FnMut(usize, &[u8], Result<Row, Problem>),
 ) -> Result<(String, Option<RowFormat>)> {
     let place = || path.display().to_string();
-    let file = File::open(path).with_context(place)?;
     let mut reader = BufReader::with_capacity(1 << 16, file);
     let mut hasher = Sha256::new();
     let mut format = None;

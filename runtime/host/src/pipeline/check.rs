@@ -5,11 +5,14 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use homeroom_abi::describe::nearest;
 
 use super::api::spec::{METHODS, VERBS, Verb};
 use super::config::PipelineConfig;
-use super::sandbox::{Sandbox, module_path, shown};
+use super::errors::{nearest, short};
+use super::sandbox::{Sandbox, module_path, script_text, shown};
+
+/// Problems that are told; of the others there is only a count.
+const PROBLEMS_TOLD: usize = 50;
 
 /// Checks a pipeline's script and the modules that it requires.
 ///
@@ -25,14 +28,21 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox) -> Result<()> {
             problems.push(format!("{error:#}"));
             continue;
         }
-        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let text = script_text(&path)?;
         names(&shown(&path), &text, &params, &mut problems);
         todo.extend(required(&shown(&path), &text, scripts, &mut problems));
     }
     match problems.len() {
         0 => Ok(()),
         1 => Err(anyhow!(problems.remove(0))),
-        count => Err(anyhow!("{}: {count} problems\n  {}", shown(&config.script), problems.join("\n  "))),
+        count => {
+            let more = count.saturating_sub(PROBLEMS_TOLD);
+            problems.truncate(PROBLEMS_TOLD);
+            if more > 0 {
+                problems.push(format!("and {more} more"));
+            }
+            Err(anyhow!("{}: {count} problems\n  {}", shown(&config.script), problems.join("\n  ")))
+        }
     }
 }
 
@@ -118,7 +128,7 @@ fn names(script: &str, text: &str, params: &[&str], problems: &mut Vec<String>) 
             None if known.is_empty() => "; it is empty".to_owned(),
             None => format!("; it has {}", known.join(", ")),
         };
-        format!("`{what}` has no `{key}`{hint}")
+        format!("`{what}` has no `{}`{hint}", short(key))
     };
     let verbs: Vec<&str> = VERBS.iter().map(|verb| verb.name).chain(["log"]).collect();
     for at in 0..tokens.len() {

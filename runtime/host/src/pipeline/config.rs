@@ -18,7 +18,10 @@ use crate::toml_problems::{Problems, near};
 /// Keys of `[pipeline]`, each with what it does.
 pub const PIPELINE_KEYS: [(&str, &str); 3] = [
     ("script", "the Lua script; a path relative to this file"),
-    ("lua_seconds", "time that the script's own Lua may take, in seconds, verbs not counted; 60 if it is not there"),
+    (
+        "lua_seconds",
+        "time that the script's own Lua and its work on datasets may take, in seconds; training, loading and answering are not counted; 60 if it is not there",
+    ),
     ("params", "the parameters, see below"),
 ];
 
@@ -53,6 +56,8 @@ pub struct PipelineConfig {
     pub plugin_policy: Option<Policy>,
     /// All parameters by name, in the order of the file. One that is neither set nor has a default is null.
     pub params: Map<String, Value>,
+    /// What parameters of type `path` and `model` name: what the script may read, wherever it is.
+    pub named: Vec<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -154,7 +159,10 @@ fn read_document(
     }
     let params = values(&declared, &broken, base, set, problems);
     let lua_time = Duration::from_secs_f64(lua_seconds);
-    Some(PipelineConfig { path: path.to_owned(), script: script?, lua_time, plugin_policy, params })
+    let is_path = |param: &&Param| matches!(param.kind, Type::Path | Type::Model);
+    let named = declared.iter().filter(is_path).filter_map(|param| params[&param.name].as_str().map(PathBuf::from));
+    let named = named.collect();
+    Some(PipelineConfig { path: path.to_owned(), script: script?, lua_time, plugin_policy, params, named })
 }
 
 /// A project's file can tighten the user's policy and never loosen it: it may come from somebody else.

@@ -1,23 +1,43 @@
 //! Pipelines: Lua scripts that load, train, measure and save, declared in TOML.
 //!
-//! [`config`] reads the declaration, [`sandbox`] bounds what a script can do, [`api`] is what it can call, [`check`] says what
-//! is wrong without running it. [`reference`] writes the reference and the type files from the list in [`api::spec`].
+//! [`config`] reads the declaration, [`sandbox`] bounds what a script can do ([`limits`], [`clock`], [`libraries`], [`output`]),
+//! [`places`] what it can read, [`api`] is what it can call, [`check`] says what is wrong without running it. [`reference`] writes
+//! the reference and the type files from the list in [`api::spec`].
 
 pub mod api;
 pub mod check;
+pub mod clock;
 pub mod config;
+pub mod errors;
+pub mod libraries;
+pub mod limits;
+pub mod output;
+pub mod places;
 pub mod reference;
 pub mod sandbox;
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use homeroom_engine::files;
 use serde_json::{Value, json};
 
 use self::api::Session;
+use self::clock::Ended;
 use self::config::PipelineConfig;
+use self::errors::Failure;
+use self::limits::Limits;
 use self::sandbox::Sandbox;
+use crate::interrupt;
 use crate::plugin::{Search, Trust};
+use crate::progress::line;
+
+/// How long a script may go on after Ctrl-C, before the program ends with it.
+const CANCELLED_FOR: Duration = Duration::from_secs(1);
+/// How long a script may go on after its time is over, before the program ends with it. It is being stopped, and a single call of a
+/// library function on all the memory that it has takes a part of that.
+const EXPIRED_FOR: Duration = Duration::from_secs(30);
 
 /// What came of a pipeline.
 #[derive(Debug)]
@@ -34,10 +54,28 @@ pub struct Outcome {
 /// # Errors
 /// What the script or a verb raises, with the script's file and line.
 pub fn run(config: &PipelineConfig, search: Search, dry: bool, cancelled: &dyn Fn() -> bool) -> Result<Outcome> {
-    in_sandbox(config, search, dry, cancelled, |sandbox, session| {
+    let limits = Limits { lua_time: config.lua_time, ..Limits::default() };
+    run_within(config, search, dry, cancelled, limits)
+}
+
+/// As [`run`], within other bounds.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_within(
+    config: &PipelineConfig,
+    search: Search,
+    dry: bool,
+    cancelled: &dyn Fn() -> bool,
+    limits: Limits,
+) -> Result<Outcome> {
+    in_sandbox(config, search, dry, cancelled, limits, |sandbox, session| {
         let script = sandbox.compile(&config.script)?;
-        let returned = sandbox.call(&script)?;
-        let result = api::to_json(&returned).map_err(api::Failure::into_error);
+        let returned = sandbox.call(&script, &config.script)?;
+        let result = {
+            let _running = session.clock().resume();
+            api::to_json(session.clock(), &returned).map_err(Failure::into_error)
+        };
         let result = result.with_context(|| format!("{}: what it returns", sandbox::shown(&config.script)))?;
         Ok(Outcome { result, actions: session.actions() })
     })
@@ -48,7 +86,8 @@ pub fn run(config: &PipelineConfig, search: Search, dry: bool, cancelled: &dyn F
 /// # Errors
 /// All problems in one message.
 pub fn check(config: &PipelineConfig) -> Result<()> {
-    in_sandbox(config, Search::new(&[], Trust::default()), true, &|| false, |sandbox, _| check::check(config, sandbox))
+    let search = Search::new(&[], Trust::default());
+    in_sandbox(config, search, true, &|| false, Limits::default(), |sandbox, _| check::check(config, sandbox))
 }
 
 fn in_sandbox<T: Send>(
@@ -56,15 +95,37 @@ fn in_sandbox<T: Send>(
     search: Search,
     dry: bool,
     cancelled: &dyn Fn() -> bool,
+    limits: Limits,
     work: impl FnOnce(&Sandbox, &Session) -> Result<T> + Send,
 ) -> Result<T> {
     let search = search.tightened(config.plugin_policy);
     let scripts = config.script.parent().context("a file has a directory")?;
-    sandbox::run(scripts, config.lua_time, cancelled, |sandbox| {
-        let about = json!({"config": config.path, "script": config.script, "params": config.params});
-        let session = Rc::new(Session::new(sandbox, &config.script, about, search, dry));
+    sandbox::run(scripts, limits, cancelled, &give_up, |sandbox| {
+        let session = Rc::new(Session::new(sandbox, config, search, dry)?);
         let provided = api::provide(sandbox, &session, &config.params).and_then(|()| sandbox.close());
         provided.map_err(|error| anyhow!("cannot set up the script's machine: {error}"))?;
         work(sandbox, &session)
     })
+}
+
+/// Ends the program, if a script that is to end has not for too long. Every function that is known to be slow looks at the time;
+/// this is for one that is not.
+fn give_up(ended: Ended, since: Duration) {
+    let (patience, code) = match ended {
+        Ended::Cancelled => (CANCELLED_FOR, i32::from(interrupt::EXIT_CODE)),
+        Ended::Expired(_) => (EXPIRED_FOR, 1),
+    };
+    if since > patience {
+        // Beside, as it may be stderr that nobody reads, and that the script waits for.
+        std::thread::spawn(move || {
+            line(format_args!("error: {ended}: the script was inside of a function that does not end"))
+        });
+        files::abandon_all();
+        std::thread::sleep(Duration::from_millis(200));
+        std::process::exit(code);
+    }
+}
+
+fn about(config: &PipelineConfig) -> Value {
+    json!({"config": config.path, "script": config.script, "params": config.params})
 }

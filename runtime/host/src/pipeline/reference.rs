@@ -348,7 +348,7 @@ homeroom run configs/fine_tune.toml --dry-run      # says what it would do and t
 ```
 
 What the script returns is printed on stdout (`--json`: as JSON); what it prints, and the story of the run, goes to stderr.
-Ctrl-C ends a training after its step and the script with it; the exit code is 130.
+Ctrl-C ends a training after its step, and a script that computes at once; the exit code is 130.
 
 ## The language
 
@@ -356,20 +356,25 @@ Scripts are [Luau](https://luau.org), which is Lua 5.1 with `+=`, `continue`, `/
 verbs: `types/homeroom.meta.lua` is for LuaLS (add `scripts/types` to `workspace.library`), `types/homeroom.d.luau` for luau-lsp.
 
 - `params` holds the declared parameters, checked and read-only. Paths among them are absolute.
-- A path in a script is relative to the script.
+- A path in a script is relative to the script, and has to lie below the directory of the TOML file, symbolic links resolved; what
+  is elsewhere is named by a parameter of type `path` or `model`. Only regular files are read.
 - A verb takes one table of options. An unknown option, or one of another type, is an error at the script's line.
-- Verbs return plain tables and strings, which can be stored; only datasets are objects.
+- Verbs return plain tables and strings, which can be stored; only datasets are objects. A model's table is looked up as its
+  names are: a script can write one, and gets no further with it.
+- An error of a verb is a string that begins with the script's line; `pcall` catches it.
 - A name that nobody defined is an error, and so is a global: write `local`.
 - `require("lib/x")` runs `lib/x.lua` beside the script, once; names are small letters, digits and underscores.
-- `print` and `homeroom.log` write to stderr.
+- `print` and `homeroom.log` write to stderr, 16 MiB a run, controls of a terminal as `\u{1b}`.
 - In a dry run losses are not numbers (`nan`), and comparisons with them are false.
 
-A script can compute and call verbs, and nothing else: there are no files, no processes and no bytecode, libraries are
-read-only, its values may take 256 MiB, and its own time is bounded by `lua_seconds`. That stops accidents and hostile scripts; it
-does not bound what verbs do: a script can train for days, and overwrite the models that it names.
+A script can compute and call verbs, and nothing else: there are no files, no processes and no bytecode, and libraries are
+read-only. Its values may take 256 MiB, and the rows of its datasets half of the machine's memory, at most 8 GiB; what it returns,
+logs or makes of one row 64 MiB. Its own time, work on datasets included, is bounded by `lua_seconds`; library functions are bounded
+too: `string.rep` to 64 MiB, `table.move` to 10 million elements, patterns by their longest set times the text. That stops accidents
+and hostile scripts; it does not bound what verbs do: a script can train for days, and overwrite the models that it names.
 
-What is trained is kept in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until it is deleted; `save_model` copies it to
-the registry.
+What is trained is kept in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until it is deleted; `save_model` copies
+the model's own files to the registry, for the user alone.
 "#;
 
 #[cfg(test)]

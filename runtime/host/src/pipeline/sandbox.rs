@@ -1,133 +1,37 @@
-//! The virtual machine that a pipeline's script runs in: Luau on a thread of its own, with bounds on memory and time.
+//! The virtual machine that a pipeline's script runs in: Luau on a thread of its own, in the bounds of [`Limits`].
 //!
 //! A script can compute and call what it is given, and nothing else: no files, no processes, no bytecode, no way to change
-//! the libraries. What is stopped, and is tried in the tests below: endless loops under `pcall`, in coroutines, in patterns
-//! and in callbacks; strings and tables without end. What is not: the verbs do what they say, so a script can train for days.
+//! the libraries. What is stopped, and is tried in the tests below and in `tests/hostile_scripts.rs`: endless loops under `pcall`,
+//! in coroutines, in patterns, in callbacks and in library functions; values, errors and output without end. What is not: the
+//! verbs do what they say, so a script can train for days.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use mlua::chunk::ChunkMode;
-use mlua::{Function, Lua, LuaString, Table, Value, Variadic, VmState};
+use mlua::{Function, IntoLuaMulti, Lua, MultiValue, Table, Value, VmState};
 
-/// Memory that a script's own values may take.
-pub const MEMORY_BYTES_MAX: usize = 256 << 20;
-/// Longest string that `string.rep` makes. Luau's own wraps round for larger ones, and gives an empty string.
-const REP_BYTES_MAX: f64 = (64 << 20) as f64;
-/// Most elements that `table.move` moves in one call: it is one loop in C, which nothing interrupts.
-const MOVE_MAX: f64 = 10e6;
+use super::clock::{Clock, Ended};
+use super::errors::{self, Failure, PRELUDE, nearest, parts, said, short};
+use super::libraries;
+use super::limits::Limits;
+use super::output::plain;
+use super::places::read_text;
+
 /// How often time and Ctrl-C are looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(20);
-
-const RUNNING: u8 = 0;
-const CANCELLED: u8 = 1;
-const EXPIRED: u8 = 2;
-
-/// Time that a script has spent in Lua; it stands still while a verb works.
-pub struct Clock {
-    start: Instant,
-    spent_us: AtomicU64,
-    /// Since when Lua runs, in microseconds after `start`, plus 1; 0: it does not.
-    since_us: AtomicU64,
-    state: AtomicU8,
-    budget: Duration,
-}
-
-/// Sets a clock back to what it did, when dropped.
-pub struct Turned<'a>(Option<(&'a Clock, bool)>);
-
-impl Clock {
-    fn new(budget: Duration) -> Self {
-        let (spent_us, since_us, state) = Default::default();
-        Self { start: Instant::now(), spent_us, since_us, state, budget }
-    }
-
-    fn now_us(&self) -> u64 {
-        self.start.elapsed().as_micros() as u64 + 1
-    }
-
-    fn set(&self, run: bool) {
-        let since = self.since_us.swap(if run { self.now_us() } else { 0 }, Ordering::SeqCst);
-        if since > 0 {
-            self.spent_us.fetch_add(self.now_us() - since, Ordering::SeqCst);
-        }
-    }
-
-    fn turn(&self, run: bool) -> Turned<'_> {
-        let runs = self.since_us.load(Ordering::SeqCst) > 0;
-        if runs == run {
-            return Turned(None);
-        }
-        self.set(run);
-        Turned(Some((self, runs)))
-    }
-
-    /// The clock stands still until the guard is dropped: a verb works.
-    pub fn pause(&self) -> Turned<'_> {
-        self.turn(false)
-    }
-
-    /// The clock runs until the guard is dropped: a script's function is called.
-    pub fn resume(&self) -> Turned<'_> {
-        self.turn(true)
-    }
-
-    /// Whether the script is to end because the user wants it to.
-    pub fn cancelled(&self) -> bool {
-        self.state.load(Ordering::Relaxed) == CANCELLED
-    }
-
-    /// Refuses to go on with a script that is to end.
-    ///
-    /// # Errors
-    /// When it was cancelled, or has used up its time.
-    pub fn check(&self) -> mlua::Result<()> {
-        match self.state.load(Ordering::Relaxed) {
-            RUNNING => Ok(()),
-            CANCELLED => Err(mlua::Error::runtime("interrupted")),
-            _ => Err(mlua::Error::runtime(format!(
-                "the script has used its {} of Lua time\nhint: `lua_seconds` in [pipeline] allows more",
-                words(self.budget)
-            ))),
-        }
-    }
-
-    fn watch(&self, cancelled: &dyn Fn() -> bool) {
-        if self.state.load(Ordering::SeqCst) != RUNNING {
-            return;
-        }
-        let since = self.since_us.load(Ordering::SeqCst);
-        let running = if since > 0 { self.now_us().saturating_sub(since) } else { 0 };
-        let spent = Duration::from_micros(self.spent_us.load(Ordering::SeqCst) + running);
-        if cancelled() {
-            self.state.store(CANCELLED, Ordering::SeqCst);
-        } else if spent > self.budget {
-            self.state.store(EXPIRED, Ordering::SeqCst);
-        }
-    }
-}
-
-fn words(time: Duration) -> String {
-    match time.as_secs_f64() {
-        whole if whole.fract() == 0.0 => format!("{whole} s"),
-        part => format!("{part:.2} s"),
-    }
-}
-
-impl Drop for Turned<'_> {
-    fn drop(&mut self) {
-        if let Some((clock, runs)) = self.0 {
-            clock.set(runs);
-        }
-    }
-}
+/// Longest script. The compiler cannot be interrupted.
+const SCRIPT_BYTES_MAX: u64 = 4 << 20;
+/// What Luau says of an error for whose telling something is missing.
+const UNTOLD: &str = "error in error handling";
+/// Longest name of a module.
+const MODULE_BYTES_MAX: usize = 128;
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
@@ -141,34 +45,54 @@ pub struct Sandbox {
     lua: Lua,
     /// What scripts see as globals; read-only once the sandbox is closed.
     globals: Table,
-    /// Time in Lua.
+    /// Time of the script.
     pub clock: Arc<Clock>,
+    /// What the script may take.
+    pub limits: Limits,
     scripts: PathBuf,
+    prelude: Prelude,
 }
 
-/// Runs `work` with a sandbox on a thread of its own, and ends its script when `cancelled` says so or `lua_time` is spent.
-/// `require` finds modules below `scripts`.
+/// The functions of `prelude.luau`.
+#[derive(Clone)]
+pub struct Prelude {
+    wrap: Function,
+    print_with: Function,
+}
+
+/// Runs `work` with a sandbox on a thread of its own, and ends its script when `cancelled` says so or its time is spent.
+/// `require` finds modules below `scripts`. `give_up` hears when the script is to end and has not, and since when: what it is in
+/// looks at no time, and no thread can be ended from outside.
 ///
 /// # Errors
 /// What `work` returns.
 pub fn run<T: Send>(
     scripts: &Path,
-    lua_time: Duration,
+    limits: Limits,
     cancelled: &dyn Fn() -> bool,
+    give_up: &dyn Fn(Ended, Duration),
     work: impl FnOnce(&Sandbox) -> Result<T> + Send,
 ) -> Result<T> {
-    let clock = Arc::new(Clock::new(lua_time));
+    let clock = Arc::new(Clock::new(limits.lua_time));
     let (done, wait) = channel::<()>();
     std::thread::scope(|scope| {
         let theirs = clock.clone();
         let thread = std::thread::Builder::new().name("lua".into()).stack_size(32 << 20);
         let thread = thread.spawn_scoped(scope, move || {
             let _done = done; // Dropped when this thread ends, however it ends.
-            work(&Sandbox::new(scripts, theirs)?)
+            work(&Sandbox::new(scripts, limits, theirs)?)
         });
         let thread = thread.context("cannot start a thread for the script")?;
+        let mut since: Option<(Ended, Instant)> = None;
         while wait.recv_timeout(WATCH_EVERY) == Err(RecvTimeoutError::Timeout) {
             clock.watch(cancelled);
+            since = match (clock.ended().filter(|_| !clock.in_verb()), since) {
+                (Some(ended), Some((before, since))) if before == ended => {
+                    give_up(ended, since.elapsed());
+                    Some((ended, since))
+                }
+                (ended, _) => ended.map(|ended| (ended, Instant::now())),
+            };
         }
         match thread.join() {
             Ok(result) => result,
@@ -177,18 +101,71 @@ pub fn run<T: Send>(
     })
 }
 
+impl Prelude {
+    fn load(lua: &Lua) -> mlua::Result<Self> {
+        let chunk = lua.load(include_str!("prelude.luau")).set_name(format!("={PRELUDE}")).set_mode(ChunkMode::Text);
+        let (wrap, print_with) = chunk.call(())?;
+        Ok(Self { wrap, print_with })
+    }
+
+    /// A function for scripts, of at most two arguments. What it fails with is raised as a string, at the caller's line.
+    ///
+    /// # Errors
+    /// When memory is out.
+    pub fn function<R: IntoLuaMulti>(
+        &self,
+        lua: &Lua,
+        call: impl Fn(&Lua, Value, Value) -> Result<R, Failure> + 'static,
+    ) -> mlua::Result<Function> {
+        let raw =
+            lua.create_function(move |lua, (first, second): (Value, Value)| answer(lua, call(lua, first, second)))?;
+        self.wrap.call(raw)
+    }
+
+    /// `print`, for a function that writes a line.
+    ///
+    /// # Errors
+    /// When memory is out.
+    pub fn print(&self, lua: &Lua, write: impl Fn(&str) -> Result<(), Failure> + 'static) -> mlua::Result<Function> {
+        let raw = lua.create_function(move |lua, line: mlua::LuaString| {
+            answer(lua, write(&String::from_utf8_lossy(&line.as_bytes())))
+        })?;
+        self.print_with.call(raw)
+    }
+}
+
+/// What the prelude takes: true and the results, or false and a message. An error of mlua's would be a value outside of the
+/// script's memory, with a trace of its own, and scripts can keep those.
+fn answer(lua: &Lua, result: Result<impl IntoLuaMulti, Failure>) -> mlua::Result<MultiValue> {
+    match result {
+        Ok(results) => {
+            let mut results = results.into_lua_multi(lua)?;
+            results.push_front(Value::Boolean(true));
+            Ok(results)
+        }
+        Err(failure) => (false, failure.told(lua)).into_lua_multi(lua),
+    }
+}
+
 impl Sandbox {
-    fn new(scripts: &Path, clock: Arc<Clock>) -> Result<Self> {
+    fn new(scripts: &Path, limits: Limits, clock: Arc<Clock>) -> Result<Self> {
+        errors::set_memory_bytes(limits.memory_bytes);
+        let failed = |error: mlua::Error| anyhow!("cannot set up Lua: {error}");
         let lua = Lua::new();
-        let globals = lua.globals();
-        let sandbox = Self { lua, globals, clock, scripts: scripts.to_owned() };
-        sandbox.guard().map_err(|error| anyhow!("cannot set up Lua: {error}"))?;
+        let (globals, prelude) = (lua.globals(), Prelude::load(&lua).map_err(failed)?);
+        let sandbox = Self { lua, globals, clock, limits, scripts: scripts.to_owned(), prelude };
+        sandbox.guard().map_err(failed)?;
         Ok(sandbox)
     }
 
     /// The machine, to make values in.
     pub fn lua(&self) -> &Lua {
         &self.lua
+    }
+
+    /// What makes functions for scripts.
+    pub fn prelude(&self) -> &Prelude {
+        &self.prelude
     }
 
     /// Gives scripts a global. Tables are frozen.
@@ -205,47 +182,28 @@ impl Sandbox {
 
     fn guard(&self) -> mlua::Result<()> {
         let (lua, globals) = (&self.lua, &self.globals);
-        lua.set_memory_limit(MEMORY_BYTES_MAX)?;
+        lua.set_memory_limit(self.limits.memory_bytes)?;
         for name in ["loadstring", "getfenv", "setfenv", "newproxy", "collectgarbage"] {
             globals.set(name, Value::Nil)?;
         }
-        let string: Table = globals.get("string")?;
-        let rep: Function = string.get("rep")?;
-        let guarded = lua.create_function(move |_, (text, count): (LuaString, f64)| {
-            let bytes = text.as_bytes().len() as f64 * count;
-            if bytes > REP_BYTES_MAX || count > REP_BYTES_MAX {
-                return Err(mlua::Error::runtime(format!("string.rep: {bytes} bytes are too many for one string")));
-            }
-            rep.call::<LuaString>((text, count))
-        })?;
-        string.set("rep", guarded)?;
-        let table: Table = globals.get("table")?;
-        let move_all: Function = table.get("move")?;
-        let guarded =
-            lua.create_function(move |_, (from, first, last, rest): (Table, f64, f64, Variadic<Value>)| {
-                if last - first > MOVE_MAX {
-                    return Err(mlua::Error::runtime("table.move: too many elements to move at once"));
-                }
-                move_all.call::<Table>((from, first, last, rest))
-            })?;
-        table.set("move", guarded)?;
+        libraries::guard(lua, self.clock.clone())?;
         self.provide_require()?;
         // A name that nobody defined is a slip, and so is a global that a script makes.
         let strict = lua.create_table()?;
         let known = globals.clone();
-        let unknown = lua.create_function(move |_, (_, name): (Value, Value)| -> mlua::Result<()> {
-            let name = name.to_string().unwrap_or_default();
+        let unknown = self.prelude.function(lua, move |_, _, name| -> Result<(), Failure> {
+            let name = name_of(&name);
             let names = known.pairs::<String, Value>().filter_map(|pair| Some(pair.ok()?.0)).collect::<Vec<_>>();
-            let near = homeroom_abi::describe::nearest(&name, names.iter().map(String::as_str));
+            let near = nearest(&name, names.iter().map(String::as_str));
             let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
-            Err(mlua::Error::runtime(format!("unknown name `{name}`{near}")))
+            Err(said(format!("unknown name `{}`{near}", short(&name))))
         })?;
-        let made = lua.create_function(|_, (_, name, _): (Value, Value, Value)| -> mlua::Result<()> {
-            let name = name.to_string().unwrap_or_default();
-            Err(mlua::Error::runtime(format!("`{name}` is not declared; write `local {name} = …`")))
+        let made = self.prelude.function(lua, |_, _, name| -> Result<(), Failure> {
+            let name = short(&name_of(&name));
+            Err(said(format!("`{name}` is not declared; write `local {name} = …`")))
         })?;
-        strict.set("__index", at_caller(lua, unknown)?)?;
-        strict.set("__newindex", at_caller(lua, made)?)?;
+        strict.set("__index", unknown)?;
+        strict.set("__newindex", made)?;
         strict.set("__metatable", "locked")?;
         strict.set_readonly(true);
         globals.set_metatable(Some(strict))
@@ -255,30 +213,32 @@ impl Sandbox {
     fn provide_require(&self) -> mlua::Result<()> {
         let (scripts, globals) = (self.scripts.clone(), self.globals.clone());
         let loaded: Rc<RefCell<HashMap<PathBuf, Option<Value>>>> = Rc::default();
-        let require = self.lua.create_function(move |lua, name: LuaString| {
+        let require = self.prelude.function(&self.lua, move |lua, name, _| {
+            let Value::String(name) = name else {
+                return Err(said(format!("require: it takes the name of a module, not a {}", name.type_name())));
+            };
             let name = name.to_string_lossy();
-            let path = module_path(&scripts, &name).map_err(|error| mlua::Error::runtime(format!("{error:#}")))?;
+            let path = module_path(&scripts, &name)?;
             match loaded.borrow().get(&path) {
                 Some(Some(module)) => return Ok(module.clone()),
-                Some(None) => return Err(mlua::Error::runtime(format!("`{name}` is required by itself"))),
+                Some(None) => return Err(said(format!("`{name}` is required by itself"))),
                 None => {}
             }
             loaded.borrow_mut().insert(path.clone(), None);
-            let module = chunk(lua, &path, &globals).and_then(|chunk| chunk.call::<Value>(()));
-            let module = match module {
-                Ok(module @ (Value::Table(_) | Value::Function(_))) => module,
+            let module = chunk(lua, &path, &globals).and_then(|chunk| Ok(chunk.call::<Value>(())?));
+            match module {
+                Ok(module @ (Value::Table(_) | Value::Function(_))) => {
+                    loaded.borrow_mut().insert(path, Some(module.clone()));
+                    Ok(module)
+                }
                 other => {
                     loaded.borrow_mut().remove(&path);
                     other?;
-                    return Err(mlua::Error::runtime(format!(
-                        "`{name}` returns no table: a module ends with `return`"
-                    )));
+                    Err(said(format!("`{name}` returns no table: a module ends with `return`")))
                 }
-            };
-            loaded.borrow_mut().insert(path, Some(module.clone()));
-            Ok(module)
+            }
         })?;
-        self.globals.set("require", at_caller(&self.lua, require)?)
+        self.globals.set("require", require)
     }
 
     /// Closes the sandbox: from here on nothing that was provided can be changed, and time counts.
@@ -288,7 +248,10 @@ impl Sandbox {
     pub fn close(&self) -> mlua::Result<()> {
         self.lua.sandbox(true)?;
         let clock = self.clock.clone();
-        self.lua.set_interrupt(move |_| clock.check().map(|()| VmState::Continue));
+        self.lua.set_interrupt(move |lua| match clock.check() {
+            Ok(()) => Ok(VmState::Continue),
+            Err(ended) => Err(mlua::Error::runtime(Failure::from(ended).told(lua))),
+        });
         Ok(())
     }
 
@@ -297,77 +260,52 @@ impl Sandbox {
     /// # Errors
     /// When it cannot be read or is not Lua; the message names the line.
     pub fn compile(&self, script: &Path) -> Result<Function> {
-        chunk(&self.lua, script, &self.globals).map_err(|error| self.tell(&error))
+        chunk(&self.lua, script, &self.globals).map_err(|failure| match failure {
+            Failure::Lua(error) => self.tell(&error, script),
+            Failure::Said(error) => error,
+        })
     }
 
-    /// Runs a compiled script and returns what it returns.
+    /// Runs a compiled script and returns what it returns. `script` is where it is from.
     ///
     /// # Errors
     /// What the script raises, with its line; or that it was stopped.
-    pub fn call(&self, script: &Function) -> Result<Value> {
+    pub fn call(&self, function: &Function, script: &Path) -> Result<Value> {
         let _running = self.clock.resume();
-        script.call::<Value>(()).map_err(|error| self.tell(&error))
+        function.call::<Value>(()).map_err(|error| self.tell(&error, script))
     }
 
     /// A Lua error as users read it: what was raised, and the lines that led there.
-    fn tell(&self, error: &mlua::Error) -> anyhow::Error {
-        if let Err(ended) = self.clock.check() {
-            return anyhow!(message(&ended));
-        }
+    fn tell(&self, error: &mlua::Error, script: &Path) -> anyhow::Error {
         let (text, trace) = parts(error);
+        // What a machine cannot tell has no place either.
+        let text = match text {
+            text if text == errors::out_of_memory() => format!("{}: {text}", shown(script)),
+            text if text.starts_with(UNTOLD) => {
+                format!("{}: {UNTOLD}: no memory or no stack was left to tell it", shown(script))
+            }
+            text => text,
+        };
+        if let Some(ended) = self.clock.ended() {
+            // What the script raised when it was ended may be anything; where it was is worth telling.
+            let words = ended.to_string();
+            return if text.ends_with(&words) { anyhow!(text) } else { anyhow!("{}: {words}", shown(script)) };
+        }
         let frames: Vec<&str> = trace.lines().map(str::trim).filter(|line| is_frame(line)).collect();
         // The first frame is where the message says that it is.
         let callers: String =
             frames.iter().skip(1).take(8).map(|frame| format!("\n  called from {}", place(frame))).collect();
-        anyhow!("{text}{callers}")
+        // What the script raised may hold a terminal's controls.
+        anyhow!("{}{callers}", plain(&text))
     }
 }
 
-/// Has the errors of a host function begin with the place of the Lua line that called it.
-pub fn at_caller(lua: &Lua, function: Function) -> mlua::Result<Function> {
-    lua.create_function(move |lua, arguments: Variadic<Value>| {
-        function.call::<Variadic<Value>>(arguments).map_err(|error| {
-            let message = message(&error);
-            let here = here(lua);
-            if message.starts_with(&here) { error } else { mlua::Error::runtime(format!("{here}{message}")) }
-        })
-    })
-}
-
-/// `scripts/x.lua:12: `, the line of Lua that is being run; nothing if there is none.
-pub fn here(lua: &Lua) -> String {
-    let line = |level| {
-        lua.inspect_stack(level, |frame| {
-            let line = frame.current_line()?;
-            Some(format!("{}:{line}: ", frame.source().short_src?))
-        })
-    };
-    (0..16).map_while(line).flatten().next().unwrap_or_default()
-}
-
-/// What an error says, without how it came to be.
-pub fn message(error: &mlua::Error) -> String {
-    parts(error).0
-}
-
-/// What an error says, and its stack.
-fn parts(error: &mlua::Error) -> (String, String) {
-    let text = match error {
-        mlua::Error::CallbackError { traceback, cause } => {
-            let (text, deeper) = parts(cause);
-            let trace = if deeper.is_empty() { traceback.clone() } else { deeper };
-            return (text, trace);
-        }
-        mlua::Error::RuntimeError(text) => text.clone(),
-        mlua::Error::SyntaxError { message, .. } => message.clone(),
-        mlua::Error::MemoryError(_) => {
-            format!("the script's values take more than {} MiB of memory", MEMORY_BYTES_MAX >> 20)
-        }
-        other => other.to_string(),
-    };
-    match text.split_once("\nstack traceback:\n") {
-        Some((text, trace)) => (text.to_owned(), trace.to_owned()),
-        None => (text, String::new()),
+/// A key as a name. What is no text has none, and is not asked for one: it could have a function to answer with.
+pub fn name_of(key: &Value) -> String {
+    match key {
+        Value::String(name) => name.to_string_lossy(),
+        Value::Boolean(_) | Value::Integer(_) | Value::Number(_) => key.to_string().unwrap_or_default(),
+        other => format!("a {}", other.type_name()),
     }
 }
 
@@ -383,12 +321,17 @@ fn place(frame: &str) -> &str {
 }
 
 /// A compiled chunk, from text and never from bytecode, which is trusted by the machine.
-fn chunk(lua: &Lua, path: &Path, globals: &Table) -> mlua::Result<Function> {
-    let name = shown(path);
-    let text =
-        std::fs::read_to_string(path).map_err(|error| mlua::Error::runtime(format!("{name}: cannot read: {error}")))?;
-    let chunk = lua.load(text).set_name(format!("@{name}")).set_mode(ChunkMode::Text);
-    chunk.set_environment(globals.clone()).into_function()
+fn chunk(lua: &Lua, path: &Path, globals: &Table) -> Result<Function, Failure> {
+    let chunk = lua.load(script_text(path)?).set_name(format!("@{}", shown(path))).set_mode(ChunkMode::Text);
+    Ok(chunk.set_environment(globals.clone()).into_function()?)
+}
+
+/// The text of a script or module.
+///
+/// # Errors
+/// When it is no regular file, cannot be read or is too long.
+pub fn script_text(path: &Path) -> Result<String> {
+    read_text(path, SCRIPT_BYTES_MAX).with_context(|| shown(path))
 }
 
 /// A path as messages show it: as users would type it from where they are.
@@ -405,6 +348,9 @@ pub fn shown(path: &Path) -> String {
 /// # Errors
 /// When the name is not one, there is no such module, or it lies outside of the scripts' directory.
 pub fn module_path(scripts: &Path, name: &str) -> Result<PathBuf> {
+    if name.len() > MODULE_BYTES_MAX {
+        bail!("a module's name has at most {MODULE_BYTES_MAX} characters, not {}", name.len());
+    }
     let part =
         |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
     if !name.split('/').all(part) {
@@ -446,7 +392,8 @@ mod tests {
 
     fn in_directory(dir: &Path, cancelled: &dyn Fn() -> bool) -> (Result<String>, Duration) {
         let mut spent = Duration::ZERO;
-        let result = run(dir, BUDGET, cancelled, |sandbox| {
+        let limits = Limits { lua_time: BUDGET, ..Limits::default() };
+        let result = run(dir, limits, cancelled, &|_, _| {}, |sandbox| {
             let lua = sandbox.lua();
             let api = lua.create_table().unwrap();
             let work = lua.create_function(|_, ()| Ok(7)).unwrap();
@@ -455,7 +402,7 @@ mod tests {
             sandbox.close().unwrap();
             let script = sandbox.compile(&dir.join("s.lua"))?;
             let start = thread_time();
-            let value = sandbox.call(&script);
+            let value = sandbox.call(&script, &dir.join("s.lua"));
             spent = thread_time() - start;
             Ok(value?.to_string().unwrap_or_default())
         });
@@ -610,7 +557,8 @@ mod tests {
     fn time_in_a_verb_is_not_the_scripts() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("s.lua"), "wait() return 1").unwrap();
-        let result = run(dir.path(), Duration::from_millis(100), &|| false, |sandbox| {
+        let limits = Limits { lua_time: Duration::from_millis(100), ..Limits::default() };
+        let result = run(dir.path(), limits, &|| false, &|_, _| {}, |sandbox| {
             let clock = sandbox.clock.clone();
             let wait = sandbox.lua().create_function(move |_, ()| {
                 let _paused = clock.pause();
@@ -619,7 +567,8 @@ mod tests {
             });
             sandbox.provide("wait", wait.unwrap()).unwrap();
             sandbox.close().unwrap();
-            sandbox.call(&sandbox.compile(&dir.path().join("s.lua"))?).map(|_| ())
+            let script = dir.path().join("s.lua");
+            sandbox.call(&sandbox.compile(&script)?, &script).map(|_| ())
         });
         result.unwrap();
     }

@@ -4,42 +4,64 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::data::{Example, OnLongRow, Problems, check_row, read_texts};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::order;
-use mlua::{IntoLuaMulti, Lua, MetaMethod, MultiValue, UserData, UserDataMethods, Value};
+use mlua::{IntoLuaMulti, Lua, MetaMethod, MultiValue, UserData, UserDataFields, UserDataMethods, Value};
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
 
 use super::options::{Options, words};
 use super::spec::{METHODS, verb};
 use super::value::{to_json, to_lua};
-use super::{Failure, Session, guarded, said, session};
+use super::{Session, counted};
 use crate::models;
-use crate::pipeline::sandbox::{message, shown};
+use crate::pipeline::clock::Clock;
+use crate::pipeline::errors::{Failure, message, nearest, said, short};
+use crate::pipeline::limits::Held;
+use crate::pipeline::sandbox::{Prelude, name_of, shown};
 
-/// Most rows that a dataset holds: a script that doubles one in a loop is stopped before memory is out.
+/// Most rows that a dataset holds.
 const ROWS_MAX: usize = 1 << 26;
+/// Most parts that `bucket` makes.
+const QUANTILES_MAX: usize = 1000;
+/// What a text takes beside its bytes, and a dataset beside its rows.
+const OVERHEAD_BYTES: usize = 96;
+/// Name in the registry of the table of a dataset's methods.
+const METHODS_TABLE: &str = "homeroom.dataset";
 
 /// One row.
 #[derive(Clone)]
 struct Row {
     /// The file it comes from.
-    file: Arc<Path>,
+    file: Rc<Path>,
     /// Its line there.
     line: usize,
-    /// One JSON object.
-    text: Arc<str>,
+    /// What is in it, shared by all datasets that have the row.
+    text: Rc<Text>,
+}
+
+/// One JSON object.
+struct Text {
+    json: Box<str>,
+    _held: Held,
+}
+
+/// The rows of a dataset, in order.
+struct Rows {
+    rows: Vec<Row>,
+    _held: Held,
 }
 
 impl Row {
     fn json(&self) -> Json {
-        serde_json::from_str(&self.text).expect("rows were checked when they were read or made")
+        serde_json::from_str(&self.text.json).expect("rows were checked when they were read or made")
     }
 
     fn place(&self) -> String {
@@ -50,7 +72,7 @@ impl Row {
 /// Rows, and how they are to be encoded. Copies share the rows.
 #[derive(Clone)]
 pub struct Dataset {
-    rows: Rc<Vec<Row>>,
+    rows: Rc<Rows>,
     max_seq_len: Option<usize>,
     on_long_row: OnLongRow,
 }
@@ -78,33 +100,54 @@ impl Dataset {
     /// Reads a file and checks its rows.
     ///
     /// # Errors
-    /// When it cannot be read, or rows are refused; all of them in one message.
-    pub fn read(path: &Path, max_seq_len: Option<usize>, on_long_row: OnLongRow) -> Result<Self> {
-        let file: Arc<Path> = path.into();
-        let rows = read_texts(path)?;
-        let rows = rows.into_iter().map(|(line, text)| Row { file: file.clone(), line, text: text.into() });
-        Ok(Self { rows: Rc::new(rows.collect()), max_seq_len, on_long_row })
+    /// When it cannot be read, rows are refused (all of them in one message), they are more than the program may hold, or the
+    /// script is to end.
+    pub fn read(
+        lua: &Lua,
+        session: &Session,
+        path: &Path,
+        file: File,
+        max_seq_len: Option<usize>,
+        on_long_row: OnLongRow,
+    ) -> Result<Self, Failure> {
+        let size = file.metadata().with_context(|| path.display().to_string())?.len();
+        // While the rows are read they are there twice: as one text each, and here.
+        let whole = session.hold(lua, usize::try_from(size).unwrap_or(usize::MAX))?;
+        let rows = read_texts(path, Watched { file: file.take(size), clock: session.clock() })?;
+        drop(whole);
+        let file: Rc<Path> = path.into();
+        let rows = rows
+            .into_iter()
+            .map(|(line, text)| Ok(Row { file: file.clone(), line, text: Text::hold(lua, session, text)? }));
+        let rows = rows.collect::<Result<Vec<_>, Failure>>()?;
+        let held = session.hold(lua, size_of_rows(rows.len()))?;
+        Ok(Self { rows: Rc::new(Rows { rows, _held: held }), max_seq_len, on_long_row })
     }
 
     /// Number of rows.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.rows().len()
+    }
+
+    fn rows(&self) -> &[Row] {
+        &self.rows.rows
     }
 
     /// The rows as examples of a model.
     ///
     /// # Errors
-    /// When there are none, or rows are refused; all of them in one message.
-    pub fn encode(&self, model: &BaseModel) -> Result<Encoded> {
-        ensure!(!self.rows.is_empty(), "the dataset has no rows");
+    /// When there are none, rows are refused (all of them in one message), or the script is to end.
+    pub fn encode(&self, clock: &Clock, model: &BaseModel) -> Result<Encoded> {
+        ensure!(!self.rows().is_empty(), "the dataset has no rows");
         let encoder = models::encoder(model, self.max_seq_len, self.on_long_row).map_err(in_lua_words)?;
         let mut problems: BTreeMap<&Path, Problems> = BTreeMap::new();
         let (mut examples, mut skipped, mut truncated) = (Vec::new(), 0, 0);
         let mut hasher = Sha256::new();
-        for row in self.rows.iter() {
-            hasher.update(row.text.as_bytes());
+        for row in self.rows() {
+            clock.check()?;
+            hasher.update(row.text.json.as_bytes());
             hasher.update(b"\n");
-            match check_row(&row.text).and_then(|checked| encoder.examples(row.line, &checked)) {
+            match check_row(&row.text.json).and_then(|checked| encoder.examples(row.line, &checked)) {
                 Ok(None) => skipped += 1,
                 Ok(Some((mut kept, cut))) => {
                     truncated += cut;
@@ -116,7 +159,7 @@ impl Dataset {
         for (file, problems) in problems {
             problems.into_result(file).map_err(in_lua_words)?;
         }
-        ensure!(!examples.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.rows.len());
+        ensure!(!examples.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
         let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Encoded { examples, digest: format!("sha256:{hex}"), skipped, truncated })
     }
@@ -124,27 +167,66 @@ impl Dataset {
     /// Parts the rows by chance.
     ///
     /// # Errors
-    /// When there are fewer than two.
-    pub fn split(&self, eval: f64, seed: u64) -> Result<(Self, Self)> {
+    /// When there are fewer than two, or the program may not hold more.
+    pub fn split(&self, lua: &Lua, session: &Session, eval: f64, seed: u64) -> Result<(Self, Self), Failure> {
         let (train, eval) = order::split(self.len(), eval, seed)?;
-        Ok((self.pick(&train), self.pick(&eval)))
+        Ok((self.pick(lua, session, &train)?, self.pick(lua, session, &eval)?))
     }
 
-    fn of(&self, rows: Vec<Row>) -> Self {
-        Self { rows: Rc::new(rows), ..*self }
+    /// A dataset of other rows. `held`: what they take.
+    fn of(&self, rows: Vec<Row>, held: Held) -> Self {
+        Self { rows: Rc::new(Rows { rows, _held: held }), ..*self }
     }
 
-    fn pick(&self, indices: &[usize]) -> Self {
-        self.of(indices.iter().map(|index| self.rows[*index].clone()).collect())
+    fn pick(&self, lua: &Lua, session: &Session, indices: &[usize]) -> Result<Self, Failure> {
+        let held = session.hold(lua, size_of_rows(indices.len()))?;
+        Ok(self.of(indices.iter().map(|index| self.rows()[*index].clone()).collect(), held))
     }
 
-    /// What a script says of each row: a function's answer, or a field's value.
-    fn keys(&self, lua: &Lua, session: &Session, name: &str, by: &Value) -> Result<Vec<Json>, Failure> {
-        let key = |row: &Row| match by {
-            Value::String(field) => Ok(row.json().get(field.to_string_lossy()).cloned().unwrap_or_default()),
-            by => to_json(&call(lua, session, by, row)?).map_err(|failure| failure.within(&format!("{name}: by"))),
-        };
-        self.rows.iter().map(key).collect()
+    /// What a script says of each row, one after the other: a function's answer, or a field's value.
+    fn keys(
+        &self,
+        lua: &Lua,
+        session: &Session,
+        name: &str,
+        by: &Value,
+        mut each: impl FnMut(&Row, Json) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let field = by.as_string().map(|field| field.to_string_lossy());
+        for row in self.rows() {
+            session.clock().check()?;
+            let key = match &field {
+                Some(field) => row.json().get(field).cloned().unwrap_or_default(),
+                None => to_json(session.clock(), &call(lua, session, by, row)?)
+                    .map_err(|failure| failure.within(&format!("{name}: by")))?,
+            };
+            each(row, key)?;
+        }
+        Ok(())
+    }
+}
+
+impl Text {
+    fn hold(lua: &Lua, session: &Session, json: String) -> Result<Rc<Self>, Failure> {
+        let held = session.hold(lua, json.len() + OVERHEAD_BYTES)?;
+        Ok(Rc::new(Self { json: json.into(), _held: held }))
+    }
+}
+
+fn size_of_rows(count: usize) -> usize {
+    count.saturating_mul(size_of::<Row>()).saturating_add(OVERHEAD_BYTES)
+}
+
+/// A file that is read until the script is to end.
+struct Watched<'a> {
+    file: io::Take<File>,
+    clock: &'a Clock,
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.clock.check().map_err(io::Error::other)?;
+        self.file.read(buffer)
     }
 }
 
@@ -161,13 +243,13 @@ fn in_lua_words(error: anyhow::Error) -> anyhow::Error {
 fn call(lua: &Lua, session: &Session, function: &Value, row: &Row) -> Result<Value, Failure> {
     let function = function.as_function().context("the caller saw that it is a function")?;
     let table = to_lua(lua, &row.json())?;
-    let _running = session.clock.resume();
     function.call::<Value>(table).map_err(|error| {
-        // A script that is ended has no row at fault.
-        match session.clock.check() {
-            Err(ended) => ended.into(),
-            Ok(()) => Failure::Lua(mlua::Error::runtime(format!("{} (row: {})", message(&error), row.place()))),
+        let message = message(&error);
+        // A script that is ended has no row at fault, and within a method that is called for a row the inner row is.
+        if session.clock().check().is_err() || message.contains(" (row: ") {
+            return Failure::Lua(error);
         }
+        Failure::Lua(mlua::Error::runtime(format!("{message} (row: {})", row.place())))
     })
 }
 
@@ -186,58 +268,63 @@ fn one(lua: &Lua, value: impl mlua::IntoLua) -> Result<MultiValue, Failure> {
 
 fn filter(lua: &Lua, session: &Session, data: &Dataset, keeps: Value) -> Result<MultiValue, Failure> {
     let keeps = function("filter", &keeps)?;
-    let mut rows = Vec::new();
-    for row in data.rows.iter() {
+    let mut kept = Vec::new();
+    for (index, row) in data.rows().iter().enumerate() {
         match call(lua, session, keeps, row)? {
-            Value::Boolean(true) => rows.push(row.clone()),
+            Value::Boolean(true) => kept.push(index),
             Value::Boolean(false) | Value::Nil => {}
             other => {
                 return Err(said(format!("filter: the function returned {}, not true or false", words(&other))));
             }
         }
     }
-    one(lua, data.of(rows))
+    one(lua, data.pick(lua, session, &kept)?)
 }
 
 fn map(lua: &Lua, session: &Session, data: &Dataset, change: Value) -> Result<MultiValue, Failure> {
     let change = function("map", &change)?;
+    let held = session.hold(lua, size_of_rows(data.len()))?;
     let mut rows = Vec::new();
-    for row in data.rows.iter() {
+    for row in data.rows() {
         let changed = match call(lua, session, change, row)? {
             Value::Nil => continue,
             value @ Value::Table(_) => {
-                to_json(&value).map_err(|failure| failure.within(&format!("map: {}", row.place())))?
+                to_json(session.clock(), &value).map_err(|failure| failure.within(&format!("map: {}", row.place())))?
             }
             other => return Err(said(format!("map: the function returned {}, not a row or nil", words(&other)))),
         };
-        let text: Arc<str> = in_order_of(&row.json(), changed).to_string().into();
+        let text = in_order_of(row.json(), changed).to_string();
         if let Err(problem) = check_row(&text) {
             return Err(said(format!("map: the new row is refused: {problem} (row: {})", row.place())));
         }
-        rows.push(Row { text, ..row.clone() });
+        rows.push(Row { text: Text::hold(lua, session, text)?, ..row.clone() });
     }
-    one(lua, data.of(rows))
+    one(lua, data.of(rows, held))
 }
 
 /// A row with its fields, and what is in them, in the order that they had: Lua keeps none, and templates print what they get.
-fn in_order_of(old: &Json, new: Json) -> Json {
-    let (Json::Object(before), Json::Object(mut after)) = (old, new.clone()) else {
-        return if *old == new { old.clone() } else { new };
-    };
-    let mut fields = serde_json::Map::new();
-    for (name, value) in before {
-        // A whole number that was written as 1.0 comes back as 1.
-        if let Some(changed) = after.shift_remove(name) {
-            fields.insert(name.clone(), if *value == changed { value.clone() } else { in_order_of(value, changed) });
+fn in_order_of(old: Json, new: Json) -> Json {
+    match (old, new) {
+        (Json::Object(before), Json::Object(mut after)) => {
+            let mut fields = serde_json::Map::new();
+            for (name, value) in before {
+                // What is taken leaves a null behind, which is no value of Lua's.
+                if let Some(changed) = after.get_mut(&name) {
+                    fields.insert(name, in_order_of(value, changed.take()));
+                }
+            }
+            after.retain(|name, _| !fields.contains_key(name));
+            fields.extend(after);
+            Json::Object(fields)
         }
+        // A whole number that was written as 1.0 comes back as 1.
+        (_, new) => new,
     }
-    fields.extend(after);
-    Json::Object(fields)
 }
 
-fn split(lua: &Lua, _: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
+fn split(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
     let options = Options::read(verb("split"), options)?;
-    let (train, eval) = data.split(options.number("eval").unwrap_or_default(), options.seed())?;
+    let (train, eval) = data.split(lua, session, options.number("eval").unwrap_or_default(), options.seed())?;
     Ok((train, eval).into_lua_multi(lua)?)
 }
 
@@ -247,14 +334,20 @@ fn bucket(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
     if !quantiles.is_sorted_by(|a, b| a < b) {
         return Err(said("bucket: `quantiles` should ascend"));
     }
-    let keys = data.keys(lua, session, "bucket", options.get("by").unwrap_or(&Value::Nil))?;
-    let mut numbers = Vec::new();
-    for (key, row) in keys.iter().zip(data.rows.iter()) {
-        match key.as_f64() {
-            Some(number) => numbers.push(number),
-            None => return Err(said(format!("bucket: `by` gives {key}, not a number (row: {})", row.place()))),
-        }
+    if quantiles.len() > QUANTILES_MAX {
+        return Err(said(format!("bucket: {} `quantiles` are more than {QUANTILES_MAX}", quantiles.len())));
     }
+    let mut numbers = Vec::new();
+    data.keys(lua, session, "bucket", options.get("by").unwrap_or(&Value::Nil), |row, key| match key.as_f64() {
+        Some(number) => {
+            numbers.push(number);
+            Ok(())
+        }
+        None => {
+            let key = short(&key.to_string());
+            Err(said(format!("bucket: `by` gives {key}, not a number (row: {})", row.place())))
+        }
+    })?;
     let mut order: Vec<usize> = (0..data.len()).collect();
     // Stable: rows of equal numbers stay in order.
     order.sort_by(|a, b| numbers[*a].partial_cmp(&numbers[*b]).unwrap_or(Ordering::Equal));
@@ -262,44 +355,57 @@ fn bucket(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
     let ends = quantiles.iter().map(|quantile| (quantile * order.len() as f64).round() as usize);
     let mut first = 0;
     for end in ends.chain([order.len()]) {
-        table.raw_push(data.pick(&order[first..end]))?;
+        table.raw_push(data.pick(lua, session, &order[first..end])?)?;
         first = end;
     }
     one(lua, table)
 }
 
-fn sample(lua: &Lua, _: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
+fn sample(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
     let options = Options::read(verb("sample"), options)?;
     let count = options.whole("n").unwrap_or_default() as usize;
-    one(lua, data.pick(&order::sample(data.len(), count, options.seed())))
+    one(lua, data.pick(lua, session, &order::sample(data.len(), count, options.seed()))?)
 }
 
-fn shuffle(lua: &Lua, _: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
+fn shuffle(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
     let options = Options::read(verb("shuffle"), options)?;
-    one(lua, data.pick(&order::shuffled(data.len(), options.seed())))
+    one(lua, data.pick(lua, session, &order::shuffled(data.len(), options.seed()))?)
 }
 
-fn concat(lua: &Lua, _: &Session, data: &Dataset, other: Value) -> Result<MultiValue, Failure> {
+fn concat(lua: &Lua, session: &Session, data: &Dataset, other: Value) -> Result<MultiValue, Failure> {
     let wrong = || said(format!("concat: it takes a dataset, not {}", words(&other)));
     let other = other.as_userdata().ok_or_else(wrong)?.borrow::<Dataset>().map_err(|_| wrong())?;
     let count = data.len() + other.len();
     if count > ROWS_MAX {
         return Err(said(format!("concat: {count} rows are too many for one dataset")));
     }
-    one(lua, data.of(data.rows.iter().chain(other.rows.iter()).cloned().collect()))
+    let held = session.hold(lua, size_of_rows(count))?;
+    one(lua, data.of(data.rows().iter().chain(other.rows()).cloned().collect(), held))
 }
 
 fn dedupe(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
     let options = Options::read(verb("dedupe"), options)?;
+    // Digests instead of texts: what is compared may be as large as all rows.
     let mut seen = HashSet::new();
-    let kept: Vec<usize> = match options.get("by") {
+    let mut is_new = |value: &Json| seen.insert(<[u8; 32]>::from(Sha256::digest(sorted(value).to_string())));
+    let mut kept = Vec::new();
+    match options.get("by") {
         Some(by) => {
-            let keys = data.keys(lua, session, "dedupe", by)?;
-            (0..data.len()).filter(|index| seen.insert(sorted(&keys[*index]).to_string())).collect()
+            let mut index = 0;
+            data.keys(lua, session, "dedupe", by, |_, key| {
+                kept.extend(is_new(&key).then_some(index));
+                index += 1;
+                Ok(())
+            })?;
         }
-        None => (0..data.len()).filter(|index| seen.insert(sorted(&data.rows[*index].json()).to_string())).collect(),
-    };
-    one(lua, data.pick(&kept))
+        None => {
+            for (index, row) in data.rows().iter().enumerate() {
+                session.clock().check()?;
+                kept.extend(is_new(&row.json()).then_some(index));
+            }
+        }
+    }
+    one(lua, data.pick(lua, session, &kept)?)
 }
 
 /// JSON with its keys in one order, so that equal values have equal texts.
@@ -319,9 +425,10 @@ fn len(lua: &Lua, _: &Session, data: &Dataset, _: Value) -> Result<MultiValue, F
     one(lua, data.len())
 }
 
-fn rows(lua: &Lua, _: &Session, data: &Dataset, _: Value) -> Result<MultiValue, Failure> {
+fn rows(lua: &Lua, session: &Session, data: &Dataset, _: Value) -> Result<MultiValue, Failure> {
     let table = lua.create_table_with_capacity(data.len(), 0)?;
-    for row in data.rows.iter() {
+    for row in data.rows() {
+        session.clock().check()?;
         table.raw_push(to_lua(lua, &row.json())?)?;
     }
     one(lua, table)
@@ -341,25 +448,48 @@ const CALLS: [(&str, Method); 10] = [
 ];
 
 impl UserData for Dataset {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        for (name, call) in CALLS {
-            methods.add_method(name, move |lua, data, argument: Value| {
-                let session = session(lua)?;
-                guarded(lua, &session, || call(lua, &session, data, argument))
-            });
-        }
-        methods.add_meta_method(MetaMethod::Len, |_, data, ()| Ok(data.len()));
-        methods.add_meta_method(MetaMethod::ToString, |_, data, ()| Ok(format!("dataset of {} rows", data.len())));
-        methods.add_meta_method(MetaMethod::Index, |lua, _, name: Value| {
-            let session = session(lua)?;
-            guarded(lua, &session, || {
-                let name = name.to_string().unwrap_or_default();
-                let near = homeroom_abi::describe::nearest(&name, METHODS.iter().map(|method| method.name));
-                let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
-                Err::<Value, _>(said(format!("a dataset has no `{name}`{near}")))
-            })
+    fn add_fields<F: UserDataFields<Self>>(fields: &mut F) {
+        fields.add_meta_field_with(MetaMethod::Index.name(), |lua| {
+            lua.named_registry_value::<mlua::Table>(METHODS_TABLE)
         });
     }
+
+    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
+        methods.add_meta_method(MetaMethod::Len, |_, data, ()| Ok(data.len()));
+        methods.add_meta_method(MetaMethod::ToString, |_, data, ()| Ok(format!("dataset of {} rows", data.len())));
+    }
+}
+
+/// Gives the datasets of a machine their methods.
+///
+/// # Errors
+/// When memory is out.
+pub fn provide(lua: &Lua, prelude: &Prelude, session: &Rc<Session>) -> mlua::Result<()> {
+    let methods = lua.create_table()?;
+    for (name, method) in CALLS {
+        let session = session.clone();
+        let function = prelude.function(lua, move |lua, data, argument| {
+            counted(&session, || {
+                let wrong = || said(format!("{name}: it is called as `dataset:{name}(…)`"));
+                let data = data.as_userdata().ok_or_else(wrong)?.borrow::<Dataset>().map_err(|_| wrong())?;
+                method(lua, &session, &data, argument)
+            })
+        })?;
+        methods.set(name, function)?;
+    }
+    let unknown = prelude.function(lua, |_, _, name| -> Result<(), Failure> {
+        let name = name_of(&name);
+        let near = nearest(&name, METHODS.iter().map(|method| method.name));
+        let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
+        Err(said(format!("a dataset has no `{}`{near}", short(&name))))
+    })?;
+    let strict = lua.create_table()?;
+    strict.set("__index", unknown)?;
+    strict.set("__metatable", "locked")?;
+    strict.set_readonly(true);
+    methods.set_metatable(Some(strict))?;
+    methods.set_readonly(true);
+    lua.set_named_registry_value(METHODS_TABLE, methods)
 }
 
 /// `refuse`, `truncate` or `skip`.

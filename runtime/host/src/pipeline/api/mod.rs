@@ -7,25 +7,26 @@ mod dataset;
 mod handler;
 mod model;
 mod options;
+mod saved;
 pub mod spec;
 mod train;
 mod value;
 
-use std::cell::RefCell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use homeroom_abi::describe::nearest;
+use anyhow::{Context, Result};
 use homeroom_engine::block::Compute;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::generate::{Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::evaluate_examples;
-use mlua::{Lua, Table, Value, Variadic};
+use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use self::dataset::Dataset;
@@ -33,7 +34,14 @@ use self::model::{DRY, ModelSpec, fine_tuned};
 use self::options::{Options, words};
 use self::spec::{VERBS, verb};
 use self::value::to_lua;
-use super::sandbox::{Clock, Sandbox, here, message};
+use super::about;
+use super::clock::Clock;
+use super::config::PipelineConfig;
+use super::errors::{Failure, nearest, said, short};
+use super::limits::{Account, Held, bytes};
+use super::output::Output;
+use super::places::{Place, Places};
+use super::sandbox::{Prelude, Sandbox, name_of};
 use crate::models::Loaded;
 use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
@@ -41,59 +49,23 @@ use crate::registry;
 
 pub use self::value::to_json;
 
-/// Why a call fails.
-pub enum Failure {
-    /// The script's own error, or one that has its place in the script.
-    Lua(mlua::Error),
-    /// An error that gets the place of the call.
-    Said(anyhow::Error),
-}
-
-impl From<mlua::Error> for Failure {
-    fn from(error: mlua::Error) -> Self {
-        Self::Lua(error)
-    }
-}
-
-impl From<anyhow::Error> for Failure {
-    fn from(error: anyhow::Error) -> Self {
-        Self::Said(error)
-    }
-}
-
-impl Failure {
-    /// The same with words before it.
-    fn within(self, words: &str) -> Self {
-        match self {
-            Self::Lua(error) => Self::Lua(error),
-            Self::Said(error) => Self::Said(error.context(words.to_owned())),
-        }
-    }
-
-    /// As an error of the command that ran the script.
-    pub fn into_error(self) -> anyhow::Error {
-        match self {
-            Self::Lua(error) => anyhow!(message(&error)),
-            Self::Said(error) => error,
-        }
-    }
-}
-
-fn said(text: impl Into<String>) -> Failure {
-    Failure::Said(anyhow!(text.into()))
-}
-
 /// What the verbs of one run share. It belongs to the script's thread.
 pub struct Session {
     clock: Arc<Clock>,
     /// Describe, and neither train nor write.
     dry: bool,
-    /// Directory of the script: what its paths are relative to.
-    scripts: PathBuf,
+    /// What the script may read.
+    places: Places,
+    /// What it prints.
+    output: Output,
+    /// What is held for it.
+    account: Account,
     /// The script's name, for that of the run.
     name: String,
     /// What is written beside a run's adapters.
     about: Json,
+    /// Bases of the user's trained models, which the tables of those models name.
+    known_bases: RefCell<HashSet<PathBuf>>,
     search: Search,
     plugins: RefCell<HashMap<String, Rc<Plugin>>>,
     bases: RefCell<HashMap<PathBuf, Arc<BaseModel>>>,
@@ -101,55 +73,108 @@ pub struct Session {
     /// Models that a dry run would have saved.
     dry_saved: RefCell<HashMap<String, ModelSpec>>,
     /// What a dry run would do: in words, and as JSON.
-    actions: RefCell<Vec<(String, Json)>>,
+    actions: RefCell<Vec<(String, Json, Held)>>,
+    /// Whether a training is under way.
+    trains: Cell<bool>,
     /// The run's directory and the number of adapters in it, once there is one.
     run: RefCell<Option<(PathBuf, usize)>>,
 }
 
 impl Session {
     /// Before the script runs.
-    pub fn new(sandbox: &Sandbox, script: &Path, about: Json, search: Search, dry: bool) -> Self {
-        let stem = script.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    ///
+    /// # Errors
+    /// When a directory of the pipeline is not there.
+    pub fn new(sandbox: &Sandbox, config: &PipelineConfig, search: Search, dry: bool) -> Result<Self> {
+        let stem = config.script.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
         let plain = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' { c } else { '-' };
         let name = stem.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).chars().map(plain).take(40).collect();
-        Self {
+        let scripts = config.script.parent().context("a file has a directory")?;
+        let file = std::path::absolute(&config.path)?;
+        Ok(Self {
             clock: sandbox.clock.clone(),
             dry,
-            scripts: script.parent().map(Path::to_owned).unwrap_or_default(),
+            places: Places::new(scripts, file.parent().context("a file has a directory")?, &config.named)?,
+            output: Output::new(sandbox.limits.output_bytes),
+            account: Account::new(sandbox.limits.held_bytes),
             name,
-            about,
+            about: about(config),
+            known_bases: RefCell::default(),
             search,
             plugins: RefCell::default(),
             bases: RefCell::default(),
             adaptations: RefCell::default(),
             dry_saved: RefCell::default(),
             actions: RefCell::default(),
+            trains: Cell::default(),
             run: RefCell::default(),
-        }
+        })
+    }
+
+    /// Time of the script.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     /// What a dry run would do.
     pub fn actions(&self) -> Vec<(String, Json)> {
-        self.actions.take()
+        self.actions.take().into_iter().map(|(words, json, _)| (words, json)).collect()
     }
 
-    fn would(&self, words: String, json: Json) {
-        self.actions.borrow_mut().push((words, json));
+    fn would(&self, lua: &Lua, words: String, json: Json) -> Result<(), Failure> {
+        // The JSON says the same once more.
+        let held = self.hold(lua, 4 * words.len())?;
+        self.actions.borrow_mut().push((words, json, held));
+        Ok(())
     }
 
-    /// The path that a script means: relative to the script, then an adapter of a run, then a model of that name.
-    fn locate(&self, name: &str) -> PathBuf {
-        let path = self.scripts.join(name);
-        if path.exists() {
-            return path;
+    /// Writes a line of a verb's story.
+    fn tell(&self, text: impl Display) {
+        self.output.line(&self.clock, &text.to_string());
+    }
+
+    /// Holds bytes outside of the machine for the script.
+    ///
+    /// # Errors
+    /// When they are too many, even without what the script no longer needs.
+    fn hold(&self, lua: &Lua, size: usize) -> Result<Held, Failure> {
+        if let Some(held) = self.account.hold(size) {
+            return Ok(held);
         }
-        let run = name.rsplit_once('/').filter(|(run, number)| {
-            registry::is_name(run) && !number.is_empty() && number.chars().all(|c| c.is_ascii_digit())
-        });
-        if let (Some((run, number)), Some(data)) = (run, registry::data_directory()) {
-            return data.join("runs").join(run).join("adapters").join(number);
+        // The machine sees of a dataset a few bytes, and thinks that there is time.
+        lua.gc_collect()?;
+        lua.gc_collect()?;
+        self.account.hold(size).ok_or_else(|| {
+            let most = bytes(self.account.most());
+            said(format!(
+                "the datasets of this script would take more than {most} of memory, which is all that they may"
+            ))
+        })
+    }
+
+    /// The place that a script means by a model: what a parameter names or lies below the TOML file's directory, an adapter of a
+    /// run, or a model of that name. `None`: there is none.
+    fn locate(&self, name: &str) -> Result<Option<Place>> {
+        let known = |path: PathBuf| path.exists().then_some(Place { path, named: true });
+        if self.known_bases.borrow().contains(Path::new(name)) {
+            return Ok(known(name.into()));
         }
-        registry::place(name).ok().filter(|place| place.exists()).unwrap_or(path)
+        // A name is tried as a path first, as everywhere.
+        let found = self.places.find(name);
+        if let Ok(Some(place)) = &found {
+            self.places.check_model(place)?;
+            return found;
+        }
+        let saved = match (registry::data_directory().filter(|_| is_id(name)), name.rsplit_once('/')) {
+            (Some(data), Some((run, number))) => known(data.join("runs").join(run).join("adapters").join(number)),
+            (Some(_), None) => known(registry::place(name)?),
+            (None, _) => None,
+        };
+        match found {
+            // The script's directory need not be below the TOML file's: a name that nothing has there is only a name.
+            Err(outside) if saved.is_none() && !(is_id(name) && self.places.is_vacant(name)) => Err(outside),
+            _ => Ok(saved),
+        }
     }
 
     fn plugin(&self, name: &str) -> Result<Rc<Plugin>> {
@@ -173,15 +198,18 @@ impl Session {
         Ok((format!("{name}/{count}"), directory.join("adapters").join(count.to_string())))
     }
 
-    /// A new directory `runs/<script>-<number>`.
+    /// A new directory `runs/<script>-<number>`, for the user alone.
     fn new_run(&self) -> Result<PathBuf> {
         let data = registry::data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
         let runs = data.join("runs");
         let place = || format!("{}: cannot write here", runs.display());
         std::fs::create_dir_all(&runs).with_context(place)?;
+        let mut builder = std::fs::DirBuilder::new();
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
         for number in 1.. {
             let directory = runs.join(format!("{}-{number}", self.name));
-            match std::fs::create_dir(&directory) {
+            match builder.create(&directory) {
                 Ok(()) => {
                     std::fs::write(directory.join("run.json"), format!("{:#}\n", self.about)).with_context(place)?;
                     return Ok(directory);
@@ -194,20 +222,30 @@ impl Session {
     }
 }
 
-/// The session of a machine.
-fn session(lua: &Lua) -> mlua::Result<Rc<Session>> {
-    let session = lua.app_data_ref::<Rc<Session>>().map(|session| session.clone());
-    session.ok_or_else(|| mlua::Error::runtime("there is no session"))
+/// Whether a text can be the name of a model, or the id of an adapter of a run: `NAME` or `RUN/NUMBER`.
+fn is_id(text: &str) -> bool {
+    match text.rsplit_once('/') {
+        Some((run, number)) => {
+            let digits = (1..=9).contains(&number.len()) && number.bytes().all(|c| c.is_ascii_digit());
+            registry::is_name(run) && digits
+        }
+        None => registry::is_name(text),
+    }
 }
 
-/// Runs a call: the clock stands still, a script that is to end gets no further, and a failure names the script's line.
-fn guarded<T>(lua: &Lua, session: &Session, call: impl FnOnce() -> Result<T, Failure>) -> mlua::Result<T> {
+/// Runs what is the script's own work: its time counts, and a script that is to end gets no further.
+fn counted<T>(session: &Session, call: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     session.clock.check()?;
+    let _running = session.clock.resume();
+    call()
+}
+
+/// Runs a verb: the clock stands still, and a script that is to end, or has printed too much, gets no further.
+fn verb_call<T>(session: &Session, call: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    session.clock.check()?;
+    session.output.check()?;
     let _paused = session.clock.pause();
-    call().map_err(|failure| match failure {
-        Failure::Lua(error) => error,
-        Failure::Said(error) => mlua::Error::runtime(format!("{}{error:#}", here(lua))),
-    })
+    call()
 }
 
 type Call = fn(&Lua, &Session, Value) -> Result<Value, Failure>;
@@ -215,7 +253,7 @@ type Call = fn(&Lua, &Session, Value) -> Result<Value, Failure>;
 const CALLS: [(&str, Call); 8] = [
     ("load_model", load_model),
     ("prepare_dataset", prepare_dataset),
-    ("fine_tune", train::fine_tune),
+    ("fine_tune", fine_tune),
     ("save_model", save_model),
     ("load_fine_tuned_model", load_fine_tuned_model),
     ("create_handler", create_handler),
@@ -228,52 +266,50 @@ const CALLS: [(&str, Call); 8] = [
 /// # Errors
 /// When memory is out.
 pub fn provide(sandbox: &Sandbox, session: &Rc<Session>, params: &Map<String, Json>) -> mlua::Result<()> {
-    let lua = sandbox.lua();
-    lua.set_app_data(session.clone());
+    let (lua, prelude) = (sandbox.lua(), sandbox.prelude());
+    dataset::provide(lua, prelude, session)?;
     let homeroom = lua.create_table()?;
     for (name, call) in CALLS {
         let session = session.clone();
         let function =
-            lua.create_function(move |lua, argument: Value| guarded(lua, &session, || call(lua, &session, argument)))?;
+            prelude.function(lua, move |lua, argument, _| verb_call(&session, || call(lua, &session, argument)))?;
         homeroom.set(name, function)?;
     }
     let log = lua.create_table()?;
     for (name, mark) in [("info", ""), ("warn", "warning: ")] {
         let session = session.clone();
-        let function = lua.create_function(move |lua, (text, fields): (Value, Value)| {
-            guarded(lua, &session, || {
-                eprintln!("{mark}{}{}", shown_text(&text), shown_fields(&fields)?);
-                Ok(())
+        let function = prelude.function(lua, move |_, text, fields| {
+            counted(&session, || {
+                let line = format!("{mark}{}{}", shown_text(&text), shown_fields(&session, &fields)?);
+                Ok(session.output.print(&session.clock, &line)?)
             })
         })?;
         log.set(name, function)?;
     }
-    strict(lua, &log, "homeroom.log", ["info", "warn"].map(str::to_owned).to_vec())?;
+    strict(lua, prelude, &log, "homeroom.log", ["info", "warn"].map(str::to_owned).to_vec())?;
     homeroom.set("log", log)?;
     let names = VERBS.iter().map(|verb| verb.name.to_owned()).chain(["log".to_owned()]).collect();
-    strict(lua, &homeroom, "homeroom", names)?;
+    strict(lua, prelude, &homeroom, "homeroom", names)?;
     sandbox.provide("homeroom", homeroom)?;
 
     let table = lua.create_table()?;
     for (name, value) in params {
         table.set(name.as_str(), to_lua(lua, value)?)?;
     }
-    strict(lua, &table, "params", params.keys().cloned().collect())?;
+    strict(lua, prelude, &table, "params", params.keys().cloned().collect())?;
     sandbox.provide("params", table)?;
     // stdout is the result; what a script prints is the story.
-    let print = lua.create_function(|_, values: Variadic<Value>| {
-        let words: Vec<String> = values.iter().map(shown_text).collect();
-        eprintln!("{}", words.join("\t"));
-        Ok(())
-    })?;
+    let session = session.clone();
+    let print =
+        prelude.print(lua, move |line| counted(&session, || Ok(session.output.print(&session.clock, line)?)))?;
     sandbox.provide("print", print)
 }
 
 /// Has a table refuse names that it does not have. A name that is known and not set is nil.
-fn strict(lua: &Lua, table: &Table, place: &'static str, names: Vec<String>) -> mlua::Result<()> {
+fn strict(lua: &Lua, prelude: &Prelude, table: &Table, place: &'static str, names: Vec<String>) -> mlua::Result<()> {
     let meta = lua.create_table()?;
-    let index = lua.create_function(move |lua, (_, key): (Value, Value)| {
-        let key = key.to_string().unwrap_or_default();
+    let index = prelude.function(lua, move |_, _, key| {
+        let key = name_of(&key);
         if names.contains(&key) {
             return Ok(Value::Nil);
         }
@@ -283,7 +319,7 @@ fn strict(lua: &Lua, table: &Table, place: &'static str, names: Vec<String>) -> 
             None if names.is_empty() => "; it is empty".to_owned(),
             None => format!("; it has {}", names.join(", ")),
         };
-        Err(mlua::Error::runtime(format!("{}`{place}` has no `{key}`{hint}", here(lua))))
+        Err(said(format!("`{place}` has no `{}`{hint}", short(&key))))
     })?;
     meta.set("__index", index)?;
     meta.set("__metatable", "locked")?;
@@ -291,18 +327,20 @@ fn strict(lua: &Lua, table: &Table, place: &'static str, names: Vec<String>) -> 
     table.set_metatable(Some(meta))
 }
 
+/// A message of `log`, which is a text; of other values there is what can be said without asking them.
 fn shown_text(value: &Value) -> String {
     match value {
         Value::String(text) => text.to_string_lossy(),
-        other => other.to_string().unwrap_or_else(|_| other.type_name().to_owned()),
+        Value::Nil => "nil".to_owned(),
+        other => name_of(other),
     }
 }
 
-fn shown_fields(fields: &Value) -> Result<String, Failure> {
+fn shown_fields(session: &Session, fields: &Value) -> Result<String, Failure> {
     if fields.is_nil() {
         return Ok(String::new());
     }
-    let json = to_json(fields)?;
+    let json = to_json(&session.clock, fields).map_err(|failure| failure.within("log: fields"))?;
     let Some(fields) = json.as_object() else {
         return Err(said(format!("log: fields are a table of names, not {}", words(fields))));
     };
@@ -319,31 +357,29 @@ fn load_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     let options = Options::read(verb("load_model"), argument)?;
     let name = options.needed_text("name");
     let named = ModelSpec::named(session, &name)?;
-    let mut spec = ModelSpec { options: options.strategy()?, ..named.clone() };
+    let mut spec = ModelSpec { options: options.strategy(&session.clock)?, ..named.clone() };
     if named.adapter.is_some() {
         return Err(said(format!("load_model: `{name}` is an adapter; `load_fine_tuned_model` describes it")));
     }
     spec.strategy = Some(options.text("strategy").unwrap_or_else(|| "lora".to_owned()));
-    if session.dry {
-        let path = session.locate(&spec.base);
-        if !path.exists() {
-            spec.load_base(session)?; // Says what is missing.
-        }
+    if session.dry && session.locate(&spec.base)?.is_none() {
+        spec.load_base(session)?; // Says what is missing.
     }
     Ok(Value::Table(spec.to_table(lua)?))
 }
 
 fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("prepare_dataset"), argument)?;
-    let path = session.scripts.join(options.needed_text("path"));
+    let (path, file) = session.places.open(&options.needed_text("path")).context("prepare_dataset")?;
     let on_long_row = dataset::on_long_row(options.text("on_long_row").as_deref().unwrap_or("refuse"))?;
     let max_seq_len = options.whole("max_seq_len").map(|tokens| tokens as usize);
-    let data = Dataset::read(&path, max_seq_len, on_long_row)?;
+    let data = Dataset::read(lua, session, &path, file, max_seq_len, on_long_row)?;
     let share = options.number("eval").filter(|share| *share > 0.0);
     let (rows, table) = (data.len(), lua.create_table()?);
     let held_out = match share {
         Some(share) => {
-            let (train, eval) = data.split(share, options.seed()).with_context(|| path.display().to_string())?;
+            let parted = data.split(lua, session, share, options.seed());
+            let (train, eval) = parted.map_err(|failure| failure.within(&path.display().to_string()))?;
             let held_out = eval.len();
             table.set("train", train)?;
             table.set("eval", eval)?;
@@ -356,11 +392,22 @@ fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Valu
     };
     if session.dry {
         session.would(
+            lua,
             format!("read    {}: {} rows, {held_out} held out", path.display(), thousands(rows)),
             json!({"verb": "prepare_dataset", "path": path, "rows": rows, "held_out": held_out}),
-        );
+        )?;
     }
     Ok(Value::Table(table))
+}
+
+fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
+    // Each would hold its model and moments on top of the other's, and nothing but the stack would end it.
+    if session.trains.replace(true) {
+        return Err(said("fine_tune: a callback of a training cannot begin another"));
+    }
+    let tuned = train::fine_tune(lua, session, argument);
+    session.trains.set(false);
+    tuned
 }
 
 fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
@@ -371,23 +418,24 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     let Some(adapter) = spec.adapter.clone() else {
         return Err(said("save_model: this model was not trained; `fine_tune` gives one that was"));
     };
+    let is_imagined = session.dry && (adapter == DRY || session.dry_saved.borrow().contains_key(&adapter));
+    let from = if is_imagined { None } else { Some(trained(session, &adapter)?) };
     if session.dry {
         spec.adapter = Some(DRY.to_owned());
-        session.dry_saved.borrow_mut().insert(name.clone(), spec.clone());
         session.would(
+            lua,
             format!("save    {name}: {}", place.display()),
             json!({"verb": "save_model", "name": name, "output": place}),
-        );
+        )?;
+        session.dry_saved.borrow_mut().insert(name.clone(), spec.clone());
     } else {
-        let from = session.locate(&adapter);
-        ensure_trained(&from, &adapter)?;
         let replaces = if place.exists() { "   (in place of the model of that name)" } else { "" };
         let directory = NewDirectory::start(&place)?;
-        train::copy_directory(&from, &directory)?;
+        saved::copy(&from.context("only a dry run imagines models")?, directory.path())?;
         directory.publish()?;
         session.adaptations.borrow_mut().remove(&place);
         session.bases.borrow_mut().remove(&place);
-        eprintln!("saved     {name}   {}{replaces}", place.display());
+        session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
         spec.adapter = Some(name.clone());
     }
     let table = spec.to_table(lua)?;
@@ -396,9 +444,18 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     Ok(Value::Table(table))
 }
 
-fn ensure_trained(path: &Path, id: &str) -> Result<()> {
-    ensure!(path.is_dir(), "there is no trained model `{id}`; `homeroom list-models` shows yours");
-    Ok(())
+/// The directory of a trained model.
+fn trained(session: &Session, adapter: &str) -> Result<PathBuf, Failure> {
+    let Some(place) = session.locate(adapter)?.filter(|from| from.path.is_dir()) else {
+        return Err(said(format!(
+            "there is no trained model `{}`; `homeroom list-models` shows yours",
+            short(adapter)
+        )));
+    };
+    saved::ensure_trained(&place.path)?;
+    // What comes with the script may name a base that is none of its business; in the registry it would be the user's word.
+    ModelSpec::named(session, adapter)?;
+    Ok(place.path)
 }
 
 fn load_fine_tuned_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
@@ -413,21 +470,26 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
     // A name of the registry goes into the file as it is; anything else as the path that it means here.
     let model = spec.adapter.clone().unwrap_or_else(|| spec.base.clone());
     let given = match options.get("model") {
-        Some(Value::Table(table)) => table.raw_get::<Option<String>>("name")?,
+        Some(Value::Table(table)) => table.raw_get::<Value>("name")?.as_string().map(|name| name.to_string_lossy()),
         _ => None,
     };
     let model = given.unwrap_or(model);
-    let is_name = registry::is_name(&model) && !session.scripts.join(&model).exists();
-    let model = if is_name { model } else { session.locate(&model).display().to_string() };
+    let model = match session.locate(&model)? {
+        _ if session.dry_saved.borrow().contains_key(&model) => model,
+        Some(place) if registry::place(&model).is_ok_and(|saved| saved == place.path) => model,
+        Some(place) => place.path.display().to_string(),
+        None => return Err(said(format!("create_handler: there is no model `{}`", short(&model)))),
+    };
     if session.dry {
         let file = handler::file()?;
         session.would(
+            lua,
             format!("write   [handlers.{name}] in {}: {model}", file.display()),
             json!({"verb": "create_handler", "name": name, "model": model, "output": file}),
-        );
+        )?;
     } else {
         let file = handler::write(&name, &model)?;
-        eprintln!("handler   {name}   {model}, in {}", file.display());
+        session.tell(format_args!("handler   {name}   {model}, in {}", file.display()));
     }
     let table = lua.create_table()?;
     table.set("name", name)?;
@@ -441,13 +503,14 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     let spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
     let data = options.dataset("dataset").context("`read` saw that a required option is there")?;
     let (model, adaptation) = spec.load(session)?;
-    let data = data.encode(&model).context("evaluate: dataset")?;
+    let data = data.encode(&session.clock, &model).context("evaluate: dataset")?;
     let table = lua.create_table()?;
     if session.dry {
         session.would(
+            lua,
             format!("measure {} on {} examples", spec.base, thousands(data.examples.len())),
             json!({"verb": "evaluate", "model": spec.base, "examples": data.examples.len(), "tokens": data.tokens()}),
-        );
+        )?;
         for name in ["loss", "perplexity", "token_accuracy"] {
             table.set(name, f64::NAN)?;
         }
@@ -488,6 +551,7 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
     let mut asked = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
+        session.clock.check()?;
         let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
         let ids = prompt_ids(&model, &messages).context("generate")?;
         asked.push(answers.as_ref().map(|answers| answers.ask(&ids, sampling)).transpose().context("generate")?);
@@ -503,9 +567,10 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     }
     if session.dry {
         session.would(
+            lua,
             format!("answer  {} prompts with {}", prompts.len(), spec.base),
             json!({"verb": "generate", "model": spec.base, "prompts": prompts.len()}),
-        );
+        )?;
     }
     Ok(Value::Table(texts))
 }

@@ -1,4 +1,7 @@
 //! Models as scripts hold them: plain tables that say which base, which strategy and which adapter.
+//!
+//! A script can write such a table itself. It gains nothing by that: what a table names is looked up as a name is, by
+//! [`Session::locate`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,13 +15,20 @@ use homeroom_engine::requantize::store_as_planned;
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 
+use super::Session;
 use super::options::strategy_options;
 use super::value::to_lua;
-use super::{Failure, Session, said};
 use crate::job::encode;
 use crate::models::{Loaded, load_base};
+use crate::pipeline::errors::{Failure, said, short};
+use crate::pipeline::places::{Place, read_text};
 use crate::plugin::native;
 use crate::registry;
+
+/// Longest text of a model's table: no path and no name is longer.
+const TEXT_BYTES_MAX: usize = 4096;
+/// Longest `homeroom.json`.
+const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 
 /// What stands for the id of an adapter that a dry run did not train.
 pub const DRY: &str = "dry-run";
@@ -46,13 +56,21 @@ impl ModelSpec {
             Value::String(name) => Ok(Self::named(session, &name.to_string_lossy())?),
             Value::Table(table) => {
                 let wrong = || said("`model` should be a model: its name, or what a verb returned");
-                let text = |key: &str| table.raw_get::<Option<String>>(key).map_err(|_| wrong());
+                let text = |key: &str| match table.raw_get::<Value>(key)? {
+                    Value::Nil => Ok(None),
+                    Value::String(text) if text.as_bytes().len() <= TEXT_BYTES_MAX => Ok(Some(text.to_string_lossy())),
+                    _ => Err(wrong()),
+                };
                 let base = text("model")?.ok_or_else(wrong)?;
                 let options = match table.raw_get::<Value>("options")? {
-                    Value::Table(options) => strategy_options(&options)?,
+                    Value::Table(options) => strategy_options(session.clock(), &options)?,
                     _ => Map::new(),
                 };
-                Ok(Self { base, strategy: text("strategy")?, options, adapter: text("adapter")? })
+                let spec = Self { base, strategy: text("strategy")?, options, adapter: text("adapter")? };
+                // Whether it may be read is known now, not when it is.
+                session.locate(&spec.base)?;
+                spec.adapter.as_deref().map(|adapter| session.locate(adapter)).transpose()?;
+                Ok(spec)
             }
             _ => Err(said("`model` should be a model: its name, or what a verb returned")),
         }
@@ -66,18 +84,27 @@ impl ModelSpec {
         if let Some(saved) = session.dry_saved.borrow().get(name) {
             return Ok(saved.clone());
         }
-        let path = session.locate(name);
-        let manifest = manifest(&path)?;
+        let base = |strategy, options| Self { base: name.to_owned(), strategy, options, adapter: None };
+        let Some(place) = session.locate(name)? else { return Ok(base(None, Map::new())) };
+        let path = &place.path;
+        let manifest = manifest(path)?;
         let strategy = manifest.as_ref().map(|manifest| manifest.strategy.name.clone());
         let options = manifest.as_ref().and_then(|manifest| manifest.training["options"].as_object().cloned());
         let options = options.unwrap_or_default();
-        if !is_adapter(&path) {
-            return Ok(Self { base: name.to_owned(), strategy, options, adapter: None });
+        if !is_adapter(path) {
+            return Ok(base(strategy, options));
         }
-        let files = AdapterFiles::read(&path)?;
+        let files = AdapterFiles::read(path)?;
         let base =
             files.base_path().with_context(|| format!("{}: it does not say which base it has", path.display()))?;
-        Ok(Self { base: base.display().to_string(), strategy, options, adapter: Some(name.to_owned()) })
+        let text = base.display().to_string();
+        if place.named {
+            session.known_bases.borrow_mut().insert(base);
+        } else {
+            // It comes with the script, and so does what it says.
+            session.locate(&text).with_context(|| format!("{}: its base", path.display()))?;
+        }
+        Ok(Self { base: text, strategy, options, adapter: Some(name.to_owned()) })
     }
 
     /// The table that a script gets.
@@ -94,29 +121,36 @@ impl ModelSpec {
     }
 
     /// Where its adapter is, if it has one that is a directory of its own; a trained whole model is a base.
-    pub fn adapter_path(&self, session: &Session) -> Option<PathBuf> {
-        let adapter = self.adapter.as_deref().filter(|adapter| *adapter != DRY)?;
-        Some(session.locate(adapter)).filter(|path| is_adapter(path))
+    ///
+    /// # Errors
+    /// When the script may not read there.
+    pub fn adapter_path(&self, session: &Session) -> Result<Option<PathBuf>> {
+        let Some(adapter) = self.adapter.as_deref().filter(|adapter| *adapter != DRY) else { return Ok(None) };
+        Ok(session.locate(adapter)?.map(|place| place.path).filter(|path| is_adapter(path)))
     }
 
     /// Loads the base, or the whole model that training made.
     ///
     /// # Errors
-    /// When it is not there or cannot be run.
+    /// When it is not there or cannot be run, or the script may not read there.
     pub fn load_base(&self, session: &Session) -> Result<Arc<BaseModel>> {
-        let path = match &self.adapter {
-            Some(adapter) if adapter != DRY && self.adapter_path(session).is_none() => {
-                let path = session.locate(adapter);
-                ensure!(path.exists(), "there is no trained model `{adapter}`; `homeroom list-models` shows yours");
-                path
+        let name = match &self.adapter {
+            Some(adapter) if adapter != DRY && self.adapter_path(session)?.is_none() => adapter,
+            _ => &self.base,
+        };
+        let Some(path) = session.locate(name)?.map(|place| place.path) else {
+            if Some(name) == self.adapter.as_ref() {
+                bail!("there is no trained model `{}`; `homeroom list-models` shows yours", short(name));
             }
-            _ => session.locate(&self.base),
+            // What is not there may be a name that means something elsewhere, so it is told as it was given; where the user is
+            // means nothing to a script.
+            ensure!(!Path::new(name).exists(), "{}: no such model: a path is relative to the script", short(name));
+            return Ok(Arc::new(load_base(Path::new(name))?));
         };
         if let Some(known) = session.bases.borrow().get(&path) {
             return Ok(known.clone());
         }
-        // What is not there may be a name that means something elsewhere, so it is told as it was given.
-        let model = Arc::new(load_base(if path.exists() { &path } else { Path::new(&self.base) })?);
+        let model = Arc::new(load_base(&path)?);
         session.bases.borrow_mut().insert(path, model.clone());
         Ok(model)
     }
@@ -127,7 +161,7 @@ impl ModelSpec {
     /// When a file is missing or damaged, or they do not belong together.
     pub fn load(&self, session: &Session) -> Result<(Arc<BaseModel>, Option<Arc<Adaptation>>)> {
         let model = self.load_base(session)?;
-        let Some(path) = self.adapter_path(session) else { return Ok((self.stored(session, model)?, None)) };
+        let Some(path) = self.adapter_path(session)? else { return Ok((self.stored(session, model)?, None)) };
         if let Some(Loaded { model, adaptation }) = session.adaptations.borrow().get(&path) {
             return Ok((model.clone(), adaptation.clone()));
         }
@@ -146,7 +180,8 @@ impl ModelSpec {
         let Some(strategy) = self.strategy.as_deref().filter(|_| self.adapter.is_none() && !session.dry) else {
             return Ok(model);
         };
-        if manifest(&session.locate(&self.base))?.is_some_and(|made| made.strategy.name == strategy) {
+        let made = session.locate(&self.base)?.map(|place| manifest(&place.path)).transpose()?.flatten();
+        if made.is_some_and(|made| made.strategy.name == strategy) {
             return Ok(model);
         }
         let plugin = session.plugin(strategy)?;
@@ -162,14 +197,14 @@ impl ModelSpec {
         if registry::is_name(adapter) {
             return Some(adapter.to_owned());
         }
-        manifest(&session.locate(adapter)).ok()??.training["parent"].as_str().map(str::to_owned)
+        manifest(&session.locate(adapter).ok()??.path).ok()??.training["parent"].as_str().map(str::to_owned)
     }
 }
 
 /// What `homeroom.json` says, if it is there.
 fn manifest(path: &Path) -> Result<Option<Manifest>> {
     let file = path.join(HOMEROOM_FILE);
-    match std::fs::read_to_string(&file) {
+    match read_text(&file, MANIFEST_BYTES_MAX) {
         Ok(text) => Ok(Some(serde_json::from_str(&text).with_context(|| format!("{}: damaged", file.display()))?)),
         Err(_) => Ok(None),
     }
@@ -183,10 +218,9 @@ pub fn fine_tuned(session: &Session, name: &str) -> Result<ModelSpec> {
     if let Some(saved) = session.dry_saved.borrow().get(name) {
         return Ok(saved.clone());
     }
-    let path = session.locate(name);
-    if !path.exists() {
-        bail!("there is no model `{name}`\nhint: `homeroom list-models` shows yours");
-    }
+    let Some(Place { path, .. }) = session.locate(name)? else {
+        bail!("there is no model `{}`\nhint: `homeroom list-models` shows yours", short(name));
+    };
     if !is_adapter(&path) && !path.join(HOMEROOM_FILE).exists() {
         bail!("{}: it was not fine-tuned; `load_model` describes a base", path.display());
     }

@@ -8,7 +8,15 @@ use serde_json::{Map, Value as Json};
 use super::dataset::Dataset;
 use super::spec::{STRATEGY_NAMES, Verb};
 use super::value::to_json;
-use super::{Failure, said};
+use crate::pipeline::clock::Clock;
+use crate::pipeline::errors::{Failure, said, short};
+use crate::pipeline::limits::bytes;
+use crate::pipeline::sandbox::name_of;
+
+/// Most keys of a table of options that are looked at: no verb has as many.
+const KEYS_MAX: usize = 100;
+/// Longest text of an option, and of all texts of a list together.
+const TEXT_BYTES_MAX: usize = 64 << 20;
 
 /// The options of a call, of known names and right types.
 pub struct Options {
@@ -30,12 +38,16 @@ impl Options {
         };
         let mut values = BTreeMap::new();
         let mut problems = Vec::new();
-        for pair in table.pairs::<Value, Value>() {
+        for (index, pair) in table.pairs::<Value, Value>().enumerate() {
+            if index == KEYS_MAX {
+                problems.push(format!("{}: more than {KEYS_MAX} options", verb.name));
+                break;
+            }
             let (key, value) = pair?;
             let name = match &key {
                 Value::String(name) => name.to_string_lossy(),
                 other => {
-                    let shown = other.to_string().unwrap_or_default();
+                    let shown = name_of(other);
                     problems.push(format!("{}: `[{shown}]` is no option; write name = value", verb.name));
                     continue;
                 }
@@ -44,7 +56,10 @@ impl Options {
                 problems.extend(verb.unknown(&name));
                 continue;
             };
-            if !option.kind.admits(&value) {
+            if texts(&value) > TEXT_BYTES_MAX {
+                let (name, most) = (verb.name, bytes(TEXT_BYTES_MAX));
+                problems.push(format!("{name}: `{}` is longer than {most}", option.name));
+            } else if !option.kind.admits(&value) {
                 let (name, wanted) = (verb.name, option.kind.words());
                 problems.push(format!("{name}: `{}` should be {wanted}, not {}", option.name, words(&value)));
             }
@@ -101,13 +116,16 @@ impl Options {
 
     /// A list of numbers.
     pub fn numbers(&self, name: &str) -> Vec<f64> {
-        self.get(name).and_then(Value::as_table).map(list).unwrap_or_default()
+        let Some(table) = self.get(name).and_then(Value::as_table) else { return Vec::new() };
+        table.sequence_values().filter_map(Result::ok).collect()
     }
 
     /// A list of texts.
     pub fn texts(&self, name: &str) -> Vec<String> {
-        let items: Vec<mlua::LuaString> = self.get(name).and_then(Value::as_table).map(list).unwrap_or_default();
-        items.iter().map(mlua::LuaString::to_string_lossy).collect()
+        let Some(table) = self.get(name).and_then(Value::as_table) else { return Vec::new() };
+        // None is kept as a handle of Lua's, whose number is bounded.
+        let texts = table.sequence_values::<mlua::LuaString>().filter_map(Result::ok);
+        texts.map(|text| text.to_string_lossy()).collect()
     }
 
     /// A function.
@@ -125,18 +143,18 @@ impl Options {
     ///
     /// # Errors
     /// When one is given twice, or is no plain value.
-    pub fn strategy(&self) -> Result<Map<String, Json>, Failure> {
+    pub fn strategy(&self, clock: &Clock) -> Result<Map<String, Json>, Failure> {
         let mut options = Map::new();
         for name in STRATEGY_NAMES {
             if let Some(value) = self.get(name) {
-                options.insert(name.to_owned(), to_json(value)?);
+                options.insert(name.to_owned(), to_json(clock, value)?);
             }
         }
         let Some(Value::Table(others)) = self.get("options") else { return Ok(options) };
-        for (name, value) in strategy_options(others)? {
+        for (name, value) in strategy_options(clock, others)? {
             let name = if name == "lora_r" { "r".to_owned() } else { name };
             if options.insert(name.clone(), value).is_some() {
-                return Err(said(format!("`{name}` is given twice, once in `options`")));
+                return Err(said(format!("`{}` is given twice, once in `options`", short(&name))));
             }
         }
         Ok(options)
@@ -147,23 +165,51 @@ impl Options {
 ///
 /// # Errors
 /// When one is such a number, or no plain value.
-pub fn strategy_options(table: &Table) -> Result<Map<String, Json>, Failure> {
-    let mut options = Map::new();
-    for pair in table.pairs::<String, Value>() {
+pub fn strategy_options(clock: &Clock, table: &Table) -> Result<Map<String, Json>, Failure> {
+    for pair in table.pairs::<Value, Value>() {
         let (name, value) = pair?;
         if let Value::Number(number) = &value
             && !number.is_finite()
         {
-            return Err(said(format!("`{name}` should be a finite number, not {number}")));
+            let name = name.to_string().unwrap_or_default();
+            return Err(said(format!("`{}` should be a finite number, not {number}", short(&name))));
         }
-        let value = to_json(&value)?;
-        options.insert(name, value);
+        clock.check()?;
     }
-    Ok(options)
+    object(clock, "options", table)
 }
 
-fn list<T: mlua::FromLua>(table: &Table) -> Vec<T> {
-    table.sequence_values().filter_map(Result::ok).collect()
+/// A table of names as JSON.
+///
+/// # Errors
+/// When it is a list, or not plain.
+fn object(clock: &Clock, name: &str, table: &Table) -> Result<Map<String, Json>, Failure> {
+    match to_json(clock, &Value::Table(table.clone()))? {
+        Json::Object(fields) => Ok(fields),
+        Json::Array(items) if items.is_empty() => Ok(Map::new()),
+        _ => Err(said(format!("`{name}` should be a table of names, not a list"))),
+    }
+}
+
+/// Bytes of a text, or of all texts of a list; not all of them, if they are more than [`TEXT_BYTES_MAX`].
+fn texts(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.as_bytes().len(),
+        Value::Table(table) => {
+            let items = table.sequence_values::<Value>().map_while(Result::ok);
+            // An empty text costs as well.
+            let sizes = items.map(|item| 64 + item.as_string().map_or(0, |text| text.as_bytes().len()));
+            let mut all = 0;
+            sizes
+                .take_while(|size| {
+                    all += size;
+                    all <= TEXT_BYTES_MAX
+                })
+                .for_each(drop);
+            all
+        }
+        _ => 0,
+    }
 }
 
 /// A value in words, for messages.

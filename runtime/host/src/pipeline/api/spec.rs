@@ -5,6 +5,7 @@
 use mlua::Value;
 
 use super::dataset::Dataset;
+use crate::pipeline::errors::{nearest, short};
 
 /// A function of the table `homeroom`, or a method of a dataset.
 pub struct Verb {
@@ -89,8 +90,8 @@ impl Kind {
         };
         let list = |admits: &dyn Fn(&Value) -> bool| match value {
             Value::Table(table) => {
-                let items: Vec<Value> = table.sequence_values().filter_map(Result::ok).collect();
-                !items.is_empty() && items.len() == table.pairs::<Value, Value>().count() && items.iter().all(admits)
+                let items = table.sequence_values::<Value>().map_while(|item| item.ok().filter(admits)).count();
+                items > 0 && items == table.pairs::<Value, Value>().take(items + 1).count()
             }
             _ => false,
         };
@@ -138,7 +139,7 @@ impl Kind {
             Self::Texts => "a list of strings",
             Self::Shares => "a list of numbers between 0 and 1",
             Self::Table => "a table",
-            Self::Model => "a model: its name, its path, or what a verb returned",
+            Self::Model => "a model: its name, a parameter's path, or what a verb returned",
             Self::Dataset => "a dataset",
             Self::Key => "the name of a field, or a function from a row",
             Self::OnStep | Self::OnEval => "a function",
@@ -216,7 +217,7 @@ pub const VERBS: &[Verb] = &[
                 required(
                     "name",
                     Kind::Text,
-                    "a Hugging Face directory or a .gguf file, relative to the script; or a name from `homeroom list-models`",
+                    "a Hugging Face directory or a .gguf file, by a parameter or below the TOML file; or a name from `homeroom list-models`",
                 ),
                 opt("strategy", Kind::Text, "\"lora\"", "training strategy; `homeroom plugins list` shows them"),
             ],
@@ -231,7 +232,11 @@ pub const VERBS: &[Verb] = &[
         doc: "Reads a JSONL file of rows and checks all of them.\nRows are `messages`, `prompt` and `completion`, or `text`. They become tokens when a model uses them.",
         options: &[
             &[
-                required("path", Kind::Text, "the file, relative to the script"),
+                required(
+                    "path",
+                    Kind::Text,
+                    "the file: a parameter of type `path`, or below the TOML file, relative to the script",
+                ),
                 opt("eval", Kind::Share, "0", "share of the rows to hold out and evaluate on"),
                 opt("max_seq_len", Kind::Count, "the model's context, at most 2048", "tokens that a row may have"),
                 opt(
@@ -249,7 +254,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "fine_tune",
-        doc: "Trains, and keeps the result until `save_model` gives it a name.\nA `model` that was trained goes on from where it is: its adapter is carried over, with its strategy and options. Callbacks run between steps, never inside one; an error in one ends the training after that step and is raised.",
+        doc: "Trains, and keeps the result until `save_model` gives it a name.\nA `model` that was trained goes on from where it is: its adapter is carried over, with its strategy and options. Callbacks run between steps, never inside one, and begin no training; an error in one ends the training after that step and is raised.",
         options: &[
             &[
                 required("model", Kind::Model, "what to train"),
@@ -324,7 +329,11 @@ pub const VERBS: &[Verb] = &[
     Verb {
         name: "load_fine_tuned_model",
         doc: "Describes a trained model: an adapter with its base and its strategy.",
-        options: &[&[required("name", Kind::Text, "a name from `homeroom list-models`, or a directory")]],
+        options: &[&[required(
+            "name",
+            Kind::Text,
+            "a name from `homeroom list-models`, the id of a training, or a parameter's directory",
+        )]],
         returns: "Model",
         returns_doc: "what `fine_tune`, `evaluate` and `generate` take as `model`",
         example: "local tutor = homeroom.load_fine_tuned_model { name = \"algebra-tutor\" }",
@@ -495,12 +504,12 @@ impl Verb {
             return None;
         }
         let names = self.all().flat_map(|option| [Some(option.name), option.alias]).flatten();
-        let near = homeroom_abi::describe::nearest(name, names);
+        let near = nearest(name, names);
         let hint = match near {
             Some(near) => format!("did you mean `{near}`?"),
             None => format!("known are {}", self.all().map(|option| option.name).collect::<Vec<_>>().join(", ")),
         };
-        Some(format!("{}: unknown option `{name}`, {hint}", self.name))
+        Some(format!("{}: unknown option `{}`, {hint}", self.name, short(name)))
     }
 }
 

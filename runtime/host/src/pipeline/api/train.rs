@@ -1,9 +1,6 @@
 //! `fine_tune`: options to a training job, callbacks between its steps, and the result as a plain table.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result};
-use homeroom_abi::describe::nearest;
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
@@ -12,12 +9,13 @@ use homeroom_engine::train::{Broken, Control, Evaluation, Observer, StepReport, 
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
+use super::Session;
 use super::dataset::Encoded;
 use super::model::{DRY, ModelSpec};
 use super::options::{Options, words};
 use super::spec::{STRATEGY_NAMES, verb};
-use super::{Failure, Session, said};
 use crate::job::{Job, Outcome};
+use crate::pipeline::errors::{Failure, nearest, said, short};
 use crate::plugin::Plugin;
 use crate::progress::{self, thousands};
 
@@ -38,25 +36,25 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         }
         spec.adapter = from.adapter;
     }
-    spec.options.extend(options.strategy()?);
+    spec.options.extend(options.strategy(session.clock())?);
     let strategy = spec.strategy.get_or_insert_with(|| "lora".to_owned()).clone();
     let plugin = session.plugin(&strategy)?;
     check_options(&plugin, &spec.options)?;
     config(&options, None).check().context("fine_tune")?;
 
     let model = spec.load_base(session)?;
-    let init_from = spec.adapter_path(session);
+    let init_from = spec.adapter_path(session)?;
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
-    let data = rows.encode(&model).context("dataset")?;
-    let eval = options.dataset("eval").map(|eval| eval.encode(&model)).transpose().context("eval")?;
+    let data = rows.encode(session.clock(), &model).context("dataset")?;
+    let eval = options.dataset("eval").map(|eval| eval.encode(session.clock(), &model)).transpose().context("eval")?;
     let requantize = options.flag("requantize").unwrap_or(false);
     let mut job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
     job.watch = session.search.watching();
     let config = config(&options, job.proposed_learning_rate);
     let steps = planned_steps(data.examples.len(), &config).context("fine_tune")?;
-    restate(&spec, &job, &data, eval.as_ref(), &config, steps);
+    restate(session, &spec, &job, &data, eval.as_ref(), &config, steps);
     if session.dry {
-        return Ok(dry(lua, session, &spec, &job, &data, eval.as_ref(), steps)?);
+        return dry(lua, session, &spec, &job, &data, eval.as_ref(), steps);
     }
 
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
@@ -88,21 +86,24 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let Watcher { bar, stopped, raised, .. } = watcher;
     bar.end();
     let mut after = None;
-    if raised.is_none() && failure.is_none() && !session.clock.cancelled() {
+    if raised.is_none() && failure.is_none() && !session.clock().cancelled() {
         match evaluate(session, &job, &held_out) {
             Ok(evaluation) => after = evaluation,
             Err(error) => failure = Some(format!("held-out rows, after the training: {error:#}")),
         }
     }
-    let ended = raised.is_some() || session.clock.cancelled();
+    let ended = raised.is_some() || session.clock().cancelled();
     let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone(), failure };
     let path = outcome.save(&job, &path, true, parent.as_deref())?;
     if let (Some(before), Some(after)) = (before, after) {
-        eprintln!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss);
+        session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }
     let done = outcome.report.steps.len();
     if ended {
-        eprintln!("stopped after step {done} of {steps}; what it had learned by then is in {}", path.display());
+        session.tell(format_args!(
+            "stopped after step {done} of {steps}; what it had learned by then is in {}",
+            path.display()
+        ));
     }
     if let Some(failure) = &outcome.failure {
         let kept = format!("what it had learned by step {done} is in {}", path.display());
@@ -111,7 +112,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     if let Some(raised) = raised {
         return Err(raised);
     }
-    session.clock.check()?;
+    session.clock().check()?;
     spec.adapter = Some(id);
     let table = spec.to_table(lua)?;
     let metrics = lua.create_table()?;
@@ -134,10 +135,11 @@ fn dry(
     data: &Encoded,
     eval: Option<&Encoded>,
     steps: u64,
-) -> mlua::Result<Value> {
+) -> Result<Value, Failure> {
     let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
     let held_out = eval.map_or(0, |eval| eval.examples.len());
     session.would(
+        lua,
         format!(
             "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps, {} of {} parameters",
             spec.base,
@@ -160,7 +162,7 @@ fn dry(
             "trainable_parameters": trainable,
             "parameters": all,
         }),
-    );
+    )?;
     let table = ModelSpec { adapter: Some(DRY.to_owned()), ..spec.clone() }.to_table(lua)?;
     let metrics = lua.create_table()?;
     let loss = eval.map(|_| f64::NAN);
@@ -176,7 +178,7 @@ fn dry(
 
 /// Loss on the held-out examples; not after an interruption, whose user waits.
 fn evaluate(session: &Session, job: &Job, examples: &[&Example]) -> Result<Option<Evaluation>> {
-    if session.clock.cancelled() {
+    if session.clock().cancelled() {
         return Ok(None);
     }
     let bar = progress::counting("evaluating", examples.len());
@@ -193,9 +195,10 @@ fn check_options(plugin: &Plugin, options: &Map<String, Json>) -> Result<(), Fai
         match about.options.iter().find(|option| option.name == *name) {
             Some(option) if option.kind.admits(value) => {}
             Some(option) => problems.push(format!(
-                "fine_tune: strategy `{}`: `{name}` should be {}, not {value}",
+                "fine_tune: strategy `{}`: `{name}` should be {}, not {}",
                 about.name,
-                option.kind.words()
+                option.kind.words(),
+                short(&value.to_string())
             )),
             None => {
                 let known: Vec<&str> = about.options.iter().map(|option| option.name.as_str()).collect();
@@ -204,7 +207,7 @@ fn check_options(plugin: &Plugin, options: &Map<String, Json>) -> Result<(), Fai
                     None if known.is_empty() => "; it has none".to_owned(),
                     None => format!("; it has {}", known.join(", ")),
                 };
-                problems.push(format!("fine_tune: strategy `{}` has no option `{name}`{hint}", about.name));
+                problems.push(format!("fine_tune: strategy `{}` has no option `{}`{hint}", about.name, short(name)));
             }
         }
     }
@@ -248,13 +251,21 @@ pub fn compute(options: &Options, default: Compute) -> Compute {
 }
 
 /// Restates a training, so that a wrong one is seen before it has cost anything.
-fn restate(spec: &ModelSpec, job: &Job, data: &Encoded, eval: Option<&Encoded>, config: &TrainConfig, steps: u64) {
+fn restate(
+    session: &Session,
+    spec: &ModelSpec,
+    job: &Job,
+    data: &Encoded,
+    eval: Option<&Encoded>,
+    config: &TrainConfig,
+    steps: u64,
+) {
     let Job { model, adaptation, strategy, .. } = job;
     let (all, trained) = (model.parameter_count() as f64, adaptation.trainable_count() as f64);
     let given: Vec<String> =
         STRATEGY_NAMES.iter().filter_map(|name| Some(format!(" {name}={}", spec.options.get(*name)?))).collect();
-    eprintln!("model     {}   {:.1} M parameters, {}", spec.base, all / 1e6, model.storage_words());
-    eprintln!(
+    session.tell(format_args!("model     {}   {:.1} M parameters, {}", spec.base, all / 1e6, model.storage_words()));
+    session.tell(format_args!(
         "strategy  {} {}{}   {:.2} M trained ({:.2} %)   {}",
         strategy.name,
         strategy.version,
@@ -262,7 +273,7 @@ fn restate(spec: &ModelSpec, job: &Job, data: &Encoded, eval: Option<&Encoded>, 
         trained / 1e6,
         100.0 * trained / all,
         job.blocks(config.compute),
-    );
+    ));
     let held_out = eval.map_or_else(String::new, |eval| format!(", {} held out", thousands(eval.examples.len())));
     let left_out = match (data.skipped, data.truncated) {
         (0, 0) => String::new(),
@@ -270,8 +281,8 @@ fn restate(spec: &ModelSpec, job: &Job, data: &Encoded, eval: Option<&Encoded>, 
         (_, truncated) => format!(", {truncated} cut to length"),
     };
     let count = thousands(data.examples.len());
-    eprintln!("data      {count} examples, {} tokens{held_out}{left_out}", thousands(data.tokens()));
-    eprintln!(
+    session.tell(format_args!("data      {count} examples, {} tokens{held_out}{left_out}", thousands(data.tokens())));
+    session.tell(format_args!(
         "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
         thousands(steps as usize),
         config.gradient_accumulation_steps,
@@ -279,7 +290,7 @@ fn restate(spec: &ModelSpec, job: &Job, data: &Encoded, eval: Option<&Encoded>, 
         config.learning_rate,
         config.lr_scheduler_type,
         config.seed,
-    );
+    ));
 }
 
 /// Hears of each step, and lets the script's callbacks hear of it.
@@ -301,7 +312,7 @@ struct Watcher<'a> {
 impl Observer for Watcher<'_> {
     fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
         self.bar.step(report, planned_steps);
-        if self.session.clock.cancelled() {
+        if self.session.clock().cancelled() {
             return Ok(Control::Stop);
         }
         match self.callbacks(report, planned_steps) {
@@ -329,7 +340,7 @@ impl Watcher<'_> {
         if due && report.step < planned_steps && self.stopped.is_none() && !self.held_out.is_empty() {
             let Some(eval) = evaluate(self.session, self.job, self.held_out)? else { return Ok(Control::Stop) };
             self.best = self.best.min(eval.loss);
-            eprintln!("step {:>5}/{planned_steps}   held-out loss {:.4}", report.step, eval.loss);
+            self.session.tell(format_args!("step {:>5}/{planned_steps}   held-out loss {:.4}", report.step, eval.loss));
             if self.options.function("on_eval").is_some() {
                 let table = self.table(report, planned_steps)?;
                 table.set("eval_loss", eval.loss)?;
@@ -358,7 +369,7 @@ impl Watcher<'_> {
     fn call(&mut self, name: &str, report: Table) -> Result<Option<f64>, Failure> {
         let function = self.options.function(name).context("the caller saw that it is there")?;
         let answer = {
-            let _running = self.session.clock.resume();
+            let _running = self.session.clock().resume();
             function.call::<Value>(report)?
         };
         let raise = |message: String| Failure::Lua(mlua::Error::runtime(format!("fine_tune: {name}: {message}")));
@@ -385,23 +396,10 @@ impl Watcher<'_> {
                 (other, _) => {
                     let near = nearest(other, ["stop", "learning_rate_scale"]);
                     let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
-                    return Err(raise(format!("unknown directive `{other}`{near}")));
+                    return Err(raise(format!("unknown directive `{}`{near}", short(other))));
                 }
             }
         }
         Ok(scale)
     }
-}
-
-/// Copies a trained model's files from where the run left them.
-///
-/// # Errors
-/// When one cannot be read or written.
-pub fn copy_directory(from: &PathBuf, to: &NewDirectory) -> Result<()> {
-    for entry in std::fs::read_dir(from).with_context(|| format!("{}: cannot read", from.display()))? {
-        let entry = entry?;
-        let copied = std::fs::copy(entry.path(), to.path().join(entry.file_name()));
-        copied.with_context(|| format!("{}: cannot copy", entry.path().display()))?;
-    }
-    Ok(())
 }

@@ -3,69 +3,93 @@
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 
-use super::{Failure, said};
+use crate::pipeline::clock::Clock;
+use crate::pipeline::errors::{Failure, said, short};
+use crate::pipeline::limits::bytes;
+use crate::pipeline::sandbox::name_of;
 
 /// Deepest nesting of tables. A table can hold itself; JSON cannot.
 const DEPTH_MAX: usize = 64;
+/// Largest value, in bytes of memory: a table that is in it twice counts twice, as it is there twice in JSON.
+const PLAIN_BYTES_MAX: usize = 64 << 20;
+/// What a value takes beside its text, roughly.
+const NODE_BYTES: usize = 64;
 /// Name in the registry of the metatable that tells an empty object from an empty list.
 const EMPTY_OBJECT: &str = "homeroom.empty_object";
 
 /// A Lua value as JSON. Keys are sorted, since Lua keeps no order; a whole number is an integer.
 ///
 /// # Errors
-/// When it holds a function or another value that is not plain.
-pub fn to_json(value: &Value) -> Result<Json, Failure> {
-    nested(value, 0)
+/// When it holds a function or another value that is not plain, is too large, or the script is to end.
+pub fn to_json(clock: &Clock, value: &Value) -> Result<Json, Failure> {
+    Plain { clock, left: PLAIN_BYTES_MAX }.value(value, 0)
 }
 
-fn nested(value: &Value, depth: usize) -> Result<Json, Failure> {
-    if depth > DEPTH_MAX {
-        return Err(said(format!("a table is nested deeper than {DEPTH_MAX}, or holds itself")));
-    }
-    Ok(match value {
-        Value::Nil => Json::Null,
-        Value::Boolean(flag) => (*flag).into(),
-        Value::Integer(number) => (*number).into(),
-        // Not finite: JSON has no word for it.
-        Value::Number(number) if number.fract() == 0.0 && number.abs() < 9e15 => (*number as i64).into(),
-        Value::Number(number) => (*number).into(),
-        Value::String(text) => match text.to_str() {
-            Ok(text) => Json::String(text.to_string()),
-            Err(_) => return Err(said("a string is not UTF-8")),
-        },
-        Value::Table(table) => from_table(table, depth)?,
-        other => return Err(said(format!("a {} is no plain value", other.type_name()))),
-    })
+/// A conversion, and what it may still take.
+struct Plain<'a> {
+    clock: &'a Clock,
+    left: usize,
 }
 
-fn from_table(table: &Table, depth: usize) -> Result<Json, Failure> {
-    let length = table.raw_len();
-    let mut fields = Vec::new();
-    for pair in table.pairs::<Value, Value>() {
-        match pair? {
-            (Value::Integer(index), value) if (1..=length as i64).contains(&index) => {
-                fields.push((index, String::new(), value));
-            }
-            (Value::String(name), value) => fields.push((0, name.to_string_lossy(), value)),
-            (key, _) => {
-                let shown = key.to_string().unwrap_or_default();
-                return Err(said(format!("a table with key {shown} is neither a list nor a table of names")));
-            }
-        }
+impl Plain<'_> {
+    fn take(&mut self, text: usize) -> Result<(), Failure> {
+        self.clock.check()?;
+        let too_large = || {
+            said(format!("a value takes more than {}; tables that are in it twice count twice", bytes(PLAIN_BYTES_MAX)))
+        };
+        self.left = self.left.checked_sub(NODE_BYTES + text).ok_or_else(too_large)?;
+        Ok(())
     }
-    if fields.is_empty() {
-        return Ok(if table.has_metatable() { Json::Object(Map::new()) } else { Json::Array(Vec::new()) });
+
+    fn value(&mut self, value: &Value, depth: usize) -> Result<Json, Failure> {
+        if depth > DEPTH_MAX {
+            return Err(said(format!("a table is nested deeper than {DEPTH_MAX}, or holds itself")));
+        }
+        self.take(value.as_string().map_or(0, |text| text.as_bytes().len()))?;
+        Ok(match value {
+            Value::Nil => Json::Null,
+            Value::Boolean(flag) => (*flag).into(),
+            Value::Integer(number) => (*number).into(),
+            // Not finite: JSON has no word for it.
+            Value::Number(number) if number.fract() == 0.0 && number.abs() < 9e15 => (*number as i64).into(),
+            Value::Number(number) => (*number).into(),
+            Value::String(text) => match text.to_str() {
+                Ok(text) => Json::String(text.to_string()),
+                Err(_) => return Err(said("a string is not UTF-8")),
+            },
+            Value::Table(table) => self.table(table, depth)?,
+            other => return Err(said(format!("a {} is no plain value", other.type_name()))),
+        })
     }
-    fields.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
-    match fields.iter().filter(|(index, _, _)| *index > 0).count() {
-        0 => {
-            let items = fields.iter().map(|(_, name, value)| Ok((name.clone(), nested(value, depth + 1)?)));
-            Ok(Json::Object(items.collect::<Result<_, Failure>>()?))
+
+    /// Items become JSON one by one: a handle of a Lua value is a slot of a stack that has an end.
+    fn table(&mut self, table: &Table, depth: usize) -> Result<Json, Failure> {
+        let length = table.raw_len();
+        let (mut items, mut fields) = (Vec::new(), Vec::new());
+        for pair in table.pairs::<Value, Value>() {
+            match pair? {
+                (Value::Integer(index), value) if (1..=length as i64).contains(&index) => {
+                    items.push((index, self.value(&value, depth + 1)?));
+                }
+                (Value::String(name), value) => {
+                    self.take(name.as_bytes().len())?;
+                    fields.push((name.to_string_lossy(), self.value(&value, depth + 1)?));
+                }
+                (key, _) => {
+                    let key = short(&name_of(&key));
+                    return Err(said(format!("a table with key {key} is neither a list nor a table of names")));
+                }
+            }
         }
-        count if count == fields.len() => {
-            Ok(Json::Array(fields.iter().map(|(_, _, value)| nested(value, depth + 1)).collect::<Result<_, _>>()?))
+        if !items.is_empty() && !fields.is_empty() {
+            return Err(said("a table has both a list's items and names"));
         }
-        _ => Err(said("a table has both a list's items and names")),
+        if fields.is_empty() && (!items.is_empty() || !table.has_metatable()) {
+            items.sort_by_key(|(index, _)| *index);
+            return Ok(items.into_iter().map(|(_, item)| item).collect());
+        }
+        fields.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(Json::Object(fields.into_iter().collect::<Map<_, _>>()))
     }
 }
 

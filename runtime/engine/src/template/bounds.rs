@@ -236,7 +236,7 @@ fn listed(state: &State, value: Value) -> Result<Value, Error> {
     }
     let mut items = Vec::new();
     for item in value.try_iter()? {
-        if items.len() % 64 == 0 {
+        if items.len().is_multiple_of(64) {
             state.consume_fuel(32)?;
         }
         items.push(item);

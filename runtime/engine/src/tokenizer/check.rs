@@ -276,7 +276,7 @@ fn check_charsmap(base64: &str) -> Result<()> {
     let bytes = decode_base64(base64).context("its charsmap is not base64")?;
     let (head, rest) = bytes.split_first_chunk::<4>().context("its charsmap is cut short")?;
     let trie = u32::from_le_bytes(*head) as usize;
-    ensure!(trie >= 4 && trie % 4 == 0, "its charsmap has a trie of {trie} bytes");
+    ensure!(trie >= 4 && trie.is_multiple_of(4), "its charsmap has a trie of {trie} bytes");
     ensure!(trie <= rest.len(), "its charsmap has a trie of {trie} bytes, {} are there", rest.len());
     let (_, texts) = rest.split_at(trie);
     let longest = texts.split(|byte| *byte == 0).map(<[u8]>::len).max().unwrap_or(0);

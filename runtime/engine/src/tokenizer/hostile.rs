@@ -52,7 +52,7 @@ fn charsmap(bytes: &[u8]) -> Value {
             text.push(DIGITS[(bits >> (18 - 6 * digit)) as usize & 63] as char);
         }
     }
-    while text.len() % 4 > 0 {
+    while !text.len().is_multiple_of(4) {
         text.push('=');
     }
     json!({"type": "Precompiled", "precompiled_charsmap": text})

@@ -678,8 +678,8 @@ impl Encoder<'_> {
             let kind = if detail.starts_with(NOTHING) { NOTHING } else { NOT_RENDERED };
             Problem::new(kind, detail)
         };
-        let special = self.tokenizer.special_tokens();
-        let texts: Vec<Rendered> = template.render_for_training(messages, tools, special).map_err(problem)?;
+        let control = self.tokenizer.control_in(messages, tools).map_err(problem)?;
+        let texts: Vec<Rendered> = template.render_for_training(messages, tools, &control).map_err(problem)?;
         texts.iter().map(|text| tokenize(text, self.tokenizer).map_err(problem)).collect()
     }
 

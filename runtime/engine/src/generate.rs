@@ -74,7 +74,8 @@ pub struct Answer {
 pub fn prompt_ids(model: &BaseModel, messages: &[serde_json::Value]) -> Result<Vec<u32>> {
     let template = model.template.as_ref();
     let template = template.with_context(|| format!("{}: the model has no chat template", model.path.display()))?;
-    let rendered = template.render_prompt(messages, None, model.tokenizer.special_tokens())?;
+    let control = model.tokenizer.control_in(messages, None)?;
+    let rendered = template.render_prompt(messages, None, &control)?;
     Ok(tokenize(&rendered, &model.tokenizer)?.0)
 }
 

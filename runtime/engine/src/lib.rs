@@ -24,6 +24,7 @@ pub mod frozen_linear;
 pub mod fused;
 pub mod generate;
 pub mod gguf;
+mod guard;
 pub mod inference;
 pub mod mapped;
 pub mod merge;

@@ -5,10 +5,9 @@
 //! and its `{% generation %}` block, which marks what the assistant wrote.
 //!
 //! A rendered text carries two sets of byte spans. *Trained* spans are what the model must learn to write. *Literal*
-//! spans are special tokens that somebody typed inside a message: they stay text, or a user could end a turn and
+//! spans are control tokens that somebody typed inside a message: they stay text, or a user could end a turn and
 //! begin another in the assistant's name.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,18 +17,24 @@ use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 use serde_json::{Map, Value as Json};
 
-use crate::tokenizer::{Encoded, Tokenizer};
+use crate::tokenizer::{Control, Encoded, Tokenizer};
 
+mod bounds;
+mod generation;
+#[cfg(test)]
+mod hostile;
+mod lexer;
+mod marks;
 mod python;
+mod source;
 #[cfg(test)]
 mod tests;
 
+use generation::rewrite_generation_tags;
+use marks::{Marked, Marks, Survey, find_around};
+
 /// The name under which the one template is stored in its environment.
 const NAME: &str = "chat template";
-/// What `{% generation %}` becomes, less the outer delimiters: a block with its own scope, filtered. Nothing stands
-/// between the two tags, so white space is trimmed as around the original one.
-const GENERATION: &str = "with %}{% filter homeroom_generation(homeroom_marks)";
-const END_GENERATION: &str = "endfilter %}{% endwith";
 
 /// A model's chat template, compiled.
 ///
@@ -43,6 +48,10 @@ pub struct ChatTemplate {
     variables: Vec<(String, Value)>,
     /// The template adds `arguments` to strings, so it must be given text (DeepSeek-V3 does).
     arguments_as_text: bool,
+    /// Rendering may nest so deep that it needs a stack of its own.
+    deep: bool,
+    /// Texts that it may write.
+    written: String,
 }
 
 /// A text ready for tokenising: which byte spans are trained, and where a user's text spells special tokens that must
@@ -58,31 +67,54 @@ pub struct Rendered {
 }
 
 impl ChatTemplate {
-    /// Compiles `source`, a Jinja template, for a tokenizer with these BOS and EOS tokens.
+    /// Compiles `source`, a Jinja template, for a tokenizer with these BOS and EOS tokens, and renders a plain
+    /// conversation with it once.
     ///
     /// # Errors
-    /// When the template does not parse; the message names the line.
+    /// When the template does not parse, or takes more work, memory or depth for that conversation than any is given.
+    /// A template that refuses the conversation otherwise may still render those that it is for. The message names the
+    /// line.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self> {
         let mut env = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.expect("the standard delimiters differ from each other"));
         env.set_auto_escape_callback(|_| AutoEscape::None);
+        bounds::add_to(&mut env);
         python::add_to(&mut env);
         env.add_function("joiner", minijinja_contrib::globals::joiner);
         env.add_function("raise_exception", raise_exception);
         env.add_filter("homeroom_generation", mark_generation);
         // jinja2 reads every line ending as "\n".
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
-        env.add_template_owned(NAME, rewrite_generation_tags(&source)).map_err(|e| template_error(&e))?;
-        let mut template = Self { env, source, variables: Vec::new(), arguments_as_text: false };
+        let source::Checked { text, deep, written } = source::check(&rewrite_generation_tags(&source))?;
+        // Parsing and compiling recurse into expressions.
+        let env = bounds::on_stack(true, move || {
+            env.add_template_owned(NAME, text).map_err(|e| template_error(&e))?;
+            Ok(env)
+        })?;
+        let mut template = Self { env, source, variables: Vec::new(), arguments_as_text: false, deep, written };
         template.set_clock(None);
         for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
             if let Some(token) = token {
                 template.variables.push((name.into(), Value::from(token)));
             }
         }
+        template.try_out()?;
         template.arguments_as_text = template.wants_arguments_as_text();
         Ok(template)
+    }
+
+    /// Renders a plain conversation, as a template would be asked to first.
+    fn try_out(&self) -> Result<()> {
+        let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+        let messages = [message("user", "a"), message("assistant", "b"), message("user", "c")];
+        for (messages, prompt) in [(&messages[..], true), (&messages[..2], false)] {
+            match self.run(messages, None, prompt, "") {
+                Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Sets a variable that the template can read: `unk_token`, `pad_token`, `enable_thinking`, `documents`, ….
@@ -112,7 +144,7 @@ impl ChatTemplate {
         self.run(&self.normalise(messages)?, tools, add_generation_prompt, "")
     }
 
-    /// Renders a conversation to learn from. `special` are the tokenizer's special tokens.
+    /// Renders a conversation to learn from. `control`: see [`Tokenizer::control_in`].
     ///
     /// Usually one text. A template with `{% generation %}` says itself what is trained. Without it, the span of an
     /// assistant turn is what rendering up to and including it adds to rendering before it with
@@ -127,7 +159,7 @@ impl ChatTemplate {
         &self,
         messages: &[Json],
         tools: Option<&Json>,
-        special: &[(String, u32)],
+        control: &[Control],
     ) -> Result<Vec<Rendered>> {
         let turns: Vec<usize> = (0..messages.len()).filter(|&i| messages[i]["role"] == "assistant").collect();
         ensure!(!turns.is_empty(), "nothing to train on: no assistant message");
@@ -136,7 +168,7 @@ impl ChatTemplate {
         ensure!(!learned.is_empty(), "nothing to train on: every assistant message has weight 0");
 
         let messages = self.normalise(messages)?;
-        let full = self.render_marked(&messages, tools, false, special)?;
+        let full = self.render_marked(&messages, tools, false, control)?;
         if self.marks_generation() {
             return Ok(vec![full.trained_by_marks(&turns, &learned)?]);
         }
@@ -159,7 +191,7 @@ impl ChatTemplate {
         let mut texts = Vec::with_capacity(learned.len());
         for &i in &learned {
             let prompt = self.run(&messages[..i], tools, true, "").with_context(|| before_turn(i))?;
-            let Marked { text, literal, .. } = self.render_marked(&messages[..=i], tools, false, special)?;
+            let Marked { text, literal, .. } = self.render_marked(&messages[..=i], tools, false, control)?;
             if !text.starts_with(&prompt) {
                 let (ours, theirs) = parting(&text, &prompt);
                 bail!(
@@ -176,15 +208,10 @@ impl ChatTemplate {
     /// Renders what serving sends to the model: with `add_generation_prompt`, nothing trained.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render`]; also when the template changes a special token typed in a message, so that it
+    /// As [`ChatTemplate::render`]; also when the template changes a control token typed in a message, so that it
     /// cannot be kept as text.
-    pub fn render_prompt(
-        &self,
-        messages: &[Json],
-        tools: Option<&Json>,
-        special: &[(String, u32)],
-    ) -> Result<Rendered> {
-        let marked = self.render_marked(&self.normalise(messages)?, tools, true, special)?;
+    pub fn render_prompt(&self, messages: &[Json], tools: Option<&Json>, control: &[Control]) -> Result<Rendered> {
+        let marked = self.render_marked(&self.normalise(messages)?, tools, true, control)?;
         Ok(Rendered { text: marked.text, trained: Vec::new(), literal: marked.literal })
     }
 
@@ -195,6 +222,8 @@ impl ChatTemplate {
 
     fn set_clock(&mut self, unix_seconds: Option<i64>) {
         self.env.add_function("strftime_now", move |state: &State, format: &str| -> Result<String, Error> {
+            bounds::width(format.chars().count(), "strftime_now: a format")?;
+            bounds::format(format, "strftime_now: a format")?;
             let now = unix_seconds.unwrap_or_else(|| {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH);
                 since.map_or(0, |d| d.as_secs() as i64)
@@ -206,17 +235,26 @@ impl ChatTemplate {
 
     /// Renders messages that are normalised. `marks`: the two characters to put around generated spans, or "".
     fn run(&self, messages: &[Json], tools: Option<&Json>, prompt: bool, marks: &str) -> Result<String> {
-        let mut context: Vec<(&str, Value)> =
-            vec![("documents", Value::from(())), ("homeroom_marks", Value::from(marks))];
-        context.extend(self.variables.iter().map(|(n, v)| (n.as_str(), v.clone())));
-        context.extend([
-            ("messages", messages.iter().map(to_value).collect()),
-            ("tools", tools.map_or_else(|| Value::from(()), to_value)),
-            ("add_generation_prompt", Value::from(prompt)),
-        ]);
-        let template = self.env.get_template(NAME).map_err(|e| template_error(&e))?;
-        let rendered = template.render(Value::from_pairs(context));
-        rendered.map_err(|e| template_error(&e))
+        let fuel = bounds::fuel(messages, tools);
+        let more = (fuel > bounds::FUEL).then(|| {
+            let mut env = self.env.clone();
+            env.set_fuel(Some(fuel));
+            env
+        });
+        let env = more.as_ref().unwrap_or(&self.env);
+        bounds::on_stack(self.deep, || {
+            let mut context: Vec<(&str, Value)> =
+                vec![("documents", Value::from(())), ("homeroom_marks", Value::from(marks))];
+            context.extend(self.variables.iter().map(|(n, v)| (n.as_str(), v.clone())));
+            context.extend([
+                ("messages", messages.iter().map(to_value).collect()),
+                ("tools", tools.map_or_else(|| Value::from(()), to_value)),
+                ("add_generation_prompt", Value::from(prompt)),
+            ]);
+            let template = env.get_template(NAME).map_err(|e| template_error(&e))?;
+            let rendered = template.render(Value::from_pairs(context));
+            rendered.map_err(|e| template_error(&e))
+        })
     }
 
     /// Renders with marks around what was generated and around special tokens in the messages, and reads them off.
@@ -225,13 +263,26 @@ impl ChatTemplate {
         messages: &[Json],
         tools: Option<&Json>,
         prompt: bool,
-        special: &[(String, u32)],
+        control: &[Control],
     ) -> Result<Marked> {
-        let mut special: Vec<&str> = special.iter().map(|(s, _)| s.as_str()).collect();
-        special.retain(|s| !s.is_empty());
-        special.sort_by_key(|s| std::cmp::Reverse(s.len()));
+        let texts = |chosen: &dyn Fn(&Control) -> bool| {
+            let mut texts: Vec<&str> = control.iter().filter(|c| chosen(c)).map(|c| c.text.as_str()).collect();
+            texts.retain(|s| !s.is_empty());
+            texts.sort_by_key(|s| std::cmp::Reverse(s.len()));
+            texts
+        };
+        let (all, special) = (texts(&|_| true), texts(&|c| c.special));
+        let of = |message: &Json| if message["role"] == "assistant" { &special } else { &all };
+        for (i, message) in messages.iter().enumerate() {
+            // Templates write a role as it is, and branch on it, so it cannot be marked.
+            let role = message["role"].as_str().unwrap_or_default();
+            if let Some(token) = all.iter().find(|token| role.contains(**token)) {
+                bail!("message {}: its role has the control token {token:?} in it", i + 1);
+            }
+        }
         let mut survey = Survey::default();
-        messages.iter().chain(tools).for_each(|v| survey.visit(v, &special));
+        messages.iter().for_each(|v| survey.visit(v, of(v)));
+        tools.into_iter().for_each(|v| survey.visit(v, &all));
         survey.note_private(&self.source);
         let marks = Marks::outside(&survey.private)?;
 
@@ -242,21 +293,22 @@ impl ChatTemplate {
         // Around the token first; a template that trims or looks at the ends of a message may be disturbed by that,
         // and is then given the mark behind the token's first character.
         for inside in [false, true] {
-            let mark = |v: &Json| marks.mark(v, &special, inside, true);
-            let messages: Vec<Json> = messages.iter().map(mark).collect();
-            let tools = tools.map(mark);
-            let Ok(text) = self.run(&messages, tools.as_ref(), prompt, &marks.generation()) else {
-                continue;
+            let messages: Vec<Json> = messages.iter().map(|v| marks.mark(v, of(v), inside, true)).collect();
+            let tools = tools.map(|v| marks.mark(v, &all, inside, true));
+            let text = match self.run(&messages, tools.as_ref(), prompt, &marks.generation()) {
+                Ok(text) => text,
+                Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
+                Err(_) => continue,
             };
             let mut marked = marks.read(&text)?;
             if marked.text == plain.text && marked.generated == plain.generated {
                 if inside {
-                    marked.literal = find_around(&marked.text, &marked.inner, &special);
+                    marked.literal = find_around(&marked.text, &marked.inner, &all);
                 }
                 return Ok(marked);
             }
         }
-        bail!("the chat template changes the special token {typed:?} typed in a message, so it cannot be kept as text")
+        bail!("the chat template changes the control token {typed:?} typed in a message, so it cannot be kept as text")
     }
 
     /// What the template sees: no null keys, no `weight`, parsed `arguments`, reasoning under its usual names.
@@ -357,7 +409,7 @@ pub fn tokenize(rendered: &Rendered, tokenizer: &Tokenizer) -> Result<(Vec<u32>,
             None => tokenizer.encode_as_text(piece),
         }
     };
-    let (ids, trained) = lay_out(rendered, &encoded, tokenizer.special_tokens(), spell)?;
+    let (ids, trained) = lay_out(rendered, &encoded, tokenizer.control_tokens(), spell)?;
     if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id, &ids[..]) {
         ensure!(
             !(*first == bos && *second == bos),
@@ -371,7 +423,7 @@ pub fn tokenize(rendered: &Rendered, tokenizer: &Tokenizer) -> Result<(Vec<u32>,
 fn lay_out(
     rendered: &Rendered,
     encoded: &Encoded,
-    special: &[(String, u32)],
+    control: &[Control],
     spell: impl Fn(&str) -> Result<Vec<u32>>,
 ) -> Result<(Vec<u32>, Vec<bool>)> {
     let starts = token_starts(encoded);
@@ -383,7 +435,7 @@ fn lay_out(
         let learn = span.peek().is_some_and(|s| s.start <= starts[t]);
         let (from, to) = encoded.offsets[t];
         while literal.next_if(|l| l.end <= from).is_some() {}
-        let typed = literal.peek().is_some_and(|l| l.start < to) && special.iter().any(|&(_, s)| s == id);
+        let typed = literal.peek().is_some_and(|l| l.start < to) && control.iter().any(|c| c.id == id);
         if typed {
             let piece = rendered
                 .text
@@ -407,6 +459,27 @@ fn lay_out(
     Ok((ids, trained))
 }
 
+/// Texts that a chat template may write by itself: its strings, and plain conversations. `source` is taken whole where it
+/// is no template.
+pub(crate) fn written_by(source: &str, bos: Option<&str>, eos: Option<&str>) -> String {
+    let Ok(template) = ChatTemplate::new(source, bos, eos) else {
+        return source.to_owned();
+    };
+    let mut written = template.written.clone();
+    let message = |role: &str| serde_json::json!({"role": role, "content": "a"});
+    let (user, assistant) = (message("user"), message("assistant"));
+    let conversations = [
+        vec![message("system"), user.clone(), assistant.clone(), user.clone()],
+        vec![user.clone(), assistant.clone(), message("tool"), assistant],
+        vec![user],
+    ];
+    for messages in conversations {
+        written.push('\0');
+        written.push_str(&template.run(&messages, None, true, "").unwrap_or_default());
+    }
+    written
+}
+
 /// Where each token's text starts, in bytes: tokenizers may leave white space before a token out of its offsets, but
 /// it belongs to the token that follows.
 pub(crate) fn token_starts(encoded: &Encoded) -> Vec<usize> {
@@ -417,257 +490,6 @@ pub(crate) fn token_starts(encoded: &Encoded) -> Vec<usize> {
         start
     };
     encoded.offsets.iter().map(start).collect()
-}
-
-/// A rendering whose marks were read off.
-struct Marked {
-    text: String,
-    generated: Vec<Range<usize>>,
-    literal: Vec<Range<usize>>,
-    /// Where marks stood inside a token, behind its first character.
-    inner: Vec<usize>,
-}
-
-impl Marked {
-    /// Keeps the `{% generation %}` spans of the turns to learn. A span per assistant turn is needed to tell which is
-    /// whose; without `weight: 0` all are kept.
-    fn trained_by_marks(self, turns: &[usize], learned: &[usize]) -> Result<Rendered> {
-        let mut trained = self.generated;
-        trained.retain(|span| !span.is_empty());
-        if learned.len() < turns.len() {
-            ensure!(
-                trained.len() == turns.len(),
-                "`weight: 0` cannot be honoured: the chat template marks {} generated spans for {} assistant messages",
-                trained.len(),
-                turns.len()
-            );
-            let mut turn = turns.iter();
-            trained.retain(|_| turn.next().is_some_and(|i| learned.contains(i)));
-        }
-        ensure!(!trained.is_empty(), "nothing to train on: the chat template marks nothing as generated");
-        Ok(Rendered { text: self.text, trained, literal: self.literal })
-    }
-}
-
-/// What must be known of a row before marks are chosen.
-#[derive(Default)]
-struct Survey<'a> {
-    /// Private-use characters that occur.
-    private: BTreeSet<char>,
-    /// The first special token that occurs.
-    typed: Option<&'a str>,
-}
-
-impl<'a> Survey<'a> {
-    fn visit(&mut self, value: &Json, special: &[&'a str]) {
-        match value {
-            Json::String(text) => self.note(text, special),
-            Json::Array(items) => items.iter().for_each(|v| self.visit(v, special)),
-            Json::Object(fields) => fields.iter().for_each(|(key, v)| {
-                self.note(key, special);
-                self.visit(v, special);
-            }),
-            _ => {}
-        }
-    }
-
-    fn note(&mut self, text: &str, special: &[&'a str]) {
-        self.note_private(text);
-        if self.typed.is_none() {
-            self.typed = special.iter().copied().find(|s| text.contains(s));
-        }
-    }
-
-    fn note_private(&mut self, text: &str) {
-        let private = text.chars().filter(|c| ('\u{e000}'..='\u{f8ff}').contains(c));
-        self.private.extend(private);
-    }
-}
-
-/// Private-use characters that occur neither in the row nor in the template.
-struct Marks {
-    generation_start: char,
-    generation_end: char,
-    literal_start: char,
-    literal_end: char,
-    inside: char,
-}
-
-impl Marks {
-    fn outside(taken: &BTreeSet<char>) -> Result<Self> {
-        let mut free = ('\u{e000}'..='\u{f8ff}').filter(|c| !taken.contains(c));
-        let mut next =
-            || free.next().context("the messages use every private-use character, none is left to mark with");
-        Ok(Self {
-            generation_start: next()?,
-            generation_end: next()?,
-            literal_start: next()?,
-            literal_end: next()?,
-            inside: next()?,
-        })
-    }
-
-    fn generation(&self) -> String {
-        String::from_iter([self.generation_start, self.generation_end])
-    }
-
-    /// Copies `value` with each special token in it marked. The role of a message (`top`) is what templates branch
-    /// on; its values are known words.
-    fn mark(&self, value: &Json, special: &[&str], inside: bool, top: bool) -> Json {
-        match value {
-            Json::String(text) => Json::String(self.mark_text(text, special, inside)),
-            Json::Array(items) => {
-                let items = items.iter().map(|v| self.mark(v, special, inside, false));
-                Json::Array(items.collect())
-            }
-            Json::Object(fields) => {
-                let fields = fields.iter().map(|(key, v)| match (top, key.as_str()) {
-                    (true, "role") => (key.clone(), v.clone()),
-                    _ => (self.mark_text(key, special, inside), self.mark(v, special, inside, false)),
-                });
-                Json::Object(fields.collect())
-            }
-            other => other.clone(),
-        }
-    }
-
-    /// `special` is sorted longest first, so that a token takes precedence over the tokens that it contains.
-    fn mark_text(&self, text: &str, special: &[&str], inside: bool) -> String {
-        let mut out = String::with_capacity(text.len() + 8);
-        let mut rest = text;
-        while let Some(first) = rest.chars().next() {
-            let token = special.iter().find(|s| rest.starts_with(**s));
-            let len = token.map_or(first.len_utf8(), |s| s.len());
-            match token {
-                Some(token) if inside => {
-                    out.push(first);
-                    out.push(self.inside);
-                    out.push_str(&token[first.len_utf8()..]);
-                }
-                Some(token) => {
-                    out.push(self.literal_start);
-                    out.push_str(token);
-                    out.push(self.literal_end);
-                }
-                None => out.push(first),
-            }
-            rest = &rest[len..];
-        }
-        out
-    }
-
-    /// Takes the marks out of a rendering and remembers where they stood.
-    fn read(&self, rendered: &str) -> Result<Marked> {
-        let mut marked = Marked {
-            text: String::with_capacity(rendered.len()),
-            generated: Vec::new(),
-            literal: Vec::new(),
-            inner: Vec::new(),
-        };
-        let (mut generation, mut literal) = (None, None);
-        for c in rendered.chars() {
-            let at = marked.text.len();
-            if c == self.generation_start && generation.is_none() {
-                generation = Some(at);
-            } else if c == self.generation_end && generation.is_some() {
-                marked.generated.extend(generation.take().map(|start| start..at));
-            } else if c == self.generation_start || c == self.generation_end {
-                bail!("the chat template nests or takes apart its {{% generation %}} blocks");
-            } else if c == self.literal_start {
-                literal = Some(at);
-            } else if c == self.literal_end {
-                // A template that splits a message may part the marks; a lone one marks nothing.
-                marked.literal.extend(literal.take().map(|start| start..at));
-            } else if c == self.inside {
-                marked.inner.push(at);
-            } else {
-                marked.text.push(c);
-            }
-        }
-        ensure!(generation.is_none(), "the chat template does not close a {{% generation %}} block");
-        Ok(marked)
-    }
-}
-
-/// The special tokens of `text` whose first character ends at one of `inner`.
-fn find_around(text: &str, inner: &[usize], special: &[&str]) -> Vec<Range<usize>> {
-    let around = |&at: &usize| {
-        let start = text[..at].char_indices().next_back()?.0;
-        let token = special.iter().find(|s| text[start..].starts_with(**s))?;
-        Some(start..start + token.len())
-    };
-    inner.iter().filter_map(around).collect()
-}
-
-/// Rewrites `{% generation %}` and `{% endgeneration %}` as [`GENERATION`] and [`END_GENERATION`], leaving
-/// the outer delimiters and their white-space control as they are.
-fn rewrite_generation_tags(source: &str) -> String {
-    if !source.contains("endgeneration") {
-        return source.into();
-    }
-    let mut out = String::with_capacity(source.len() + 64);
-    let mut rest = source;
-    while let Some(at) = rest.find('{') {
-        let tag = &rest[at..];
-        let len = match tag.as_bytes().get(1) {
-            Some(b'#') => tag.find("#}").map_or(tag.len(), |end| end + 2),
-            Some(b'{') => 2 + expression_len(&tag[2..], "}}"),
-            Some(b'%') => 2 + expression_len(&tag[2..], "%}"),
-            _ => 1,
-        };
-        out.push_str(&rest[..at]);
-        let (tag, after) = tag.split_at(len);
-        rest = after;
-        let word = tag.trim_start_matches("{%").trim_end_matches("%}").trim_matches(['-', '+']).trim();
-        match word {
-            "generation" if tag.starts_with("{%") => out.push_str(&tag.replacen(word, GENERATION, 1)),
-            "endgeneration" if tag.starts_with("{%") => out.push_str(&tag.replacen(word, END_GENERATION, 1)),
-            "raw" if tag.starts_with("{%") => {
-                let raw = raw_len(rest);
-                out.push_str(tag);
-                out.push_str(&rest[..raw]);
-                rest = &rest[raw..];
-            }
-            _ => out.push_str(tag),
-        }
-    }
-    out.push_str(rest);
-    out
-}
-
-/// The length of `text` up to and including `close`, which does not count inside a string, nor (for an expression)
-/// inside braces.
-fn expression_len(text: &str, close: &str) -> usize {
-    let bytes = text.as_bytes();
-    let (mut at, mut depth) = (0, 0usize);
-    while at < bytes.len() {
-        match bytes[at] {
-            quote @ (b'"' | b'\'') => {
-                at += 1;
-                while at < bytes.len() && bytes[at] != quote {
-                    at += if bytes[at] == b'\\' { 2 } else { 1 };
-                }
-            }
-            _ if depth == 0 && text.as_bytes()[at..].starts_with(close.as_bytes()) => {
-                return at + close.len();
-            }
-            b'{' => depth += 1,
-            b'}' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        at += 1;
-    }
-    text.len()
-}
-
-/// The length of what a `{% raw %}` holds: up to the tag that ends it, which is left to be read as a tag.
-fn raw_len(text: &str) -> usize {
-    let is_end = |at: &usize| {
-        let inner = text[at + 2..].trim_start_matches(['-', '+']).trim_start();
-        inner.starts_with("endraw")
-    };
-    let end = text.match_indices("{%").map(|(at, _)| at).find(is_end);
-    end.unwrap_or(text.len())
 }
 
 /// Puts the marks around what the block wrote. `marks` is "" when nobody asked.
@@ -695,6 +517,13 @@ fn template_error(error: &Error) -> anyhow::Error {
     }
     let line = deepest.line().or(error.line());
     let place = line.map_or(String::new(), |n| format!(", line {n}"));
+    if bounds::is_beyond(deepest.kind(), deepest.detail()) {
+        let detail = match deepest.kind() {
+            ErrorKind::OutOfFuel => "stopped: it takes more work or memory than a conversation of this size is given",
+            _ => deepest.detail().unwrap_or_default(),
+        };
+        return anyhow!(bounds::Exceeded(format!("{NAME}{place}: {detail}")));
+    }
     match (deepest.kind(), deepest.detail()) {
         // `raise_exception` and plain failures say enough by themselves.
         (ErrorKind::InvalidOperation, Some(detail)) => anyhow!("{NAME}{place}: {detail}"),

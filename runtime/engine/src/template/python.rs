@@ -3,15 +3,20 @@
 //! Not covered: printing a list or a mapping whole (`{{ tool }}`, not `{{ tool | tojson }}`) leaves out the escapes of
 //! Python's `repr` for unprintable characters, and its spelling of exponents.
 
-use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value, escape_formatter};
+
+use super::bounds;
 
 /// Sets what templates written for jinja2 and transformers expect.
 pub(super) fn add_to(env: &mut Environment<'static>) {
     env.set_unknown_method_callback(python_method);
     env.set_formatter(|out, state, value| match f64::try_from(value.clone()) {
         Ok(x) if value.kind() == ValueKind::Number && !value.is_integer() => Ok(out.write_str(&python_float(x))?),
-        _ => escape_formatter(out, state, value),
+        _ => {
+            bounds::weigh(state, value)?;
+            escape_formatter(out, state, value)
+        }
     });
     env.add_filter("tojson", to_json_filter);
     env.add_filter("trim", trim_filter);
@@ -36,12 +41,16 @@ fn is_python_space(c: char) -> bool {
 }
 
 /// jinja2's `trim` filter: `str.strip`.
-fn trim_filter(value: &Value, chars: Option<&str>) -> String {
+fn trim_filter(state: &State, value: &Value, chars: Option<&str>) -> Result<String, Error> {
+    bounds::weigh(state, value)?;
     let text = value.to_string();
-    match chars {
-        Some(chars) => text.trim_matches(|c| chars.contains(c)).into(),
+    Ok(match chars {
+        Some(chars) => {
+            state.consume_fuel((text.len() / 64).saturating_mul(chars.len()) as u64)?;
+            text.trim_matches(|c| chars.contains(c)).into()
+        }
         None => text.trim_matches(is_python_space).into(),
-    }
+    })
 }
 
 /// Methods of Python's values that minijinja-contrib lacks or has with Rust's idea of white space and lines.
@@ -54,6 +63,7 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
         return python_method(state, value, method, &[sep, most]);
     }
     let first = args.first().and_then(Value::as_str);
+    charge_method(state, value, method, args)?;
     match (value.as_str(), method, first) {
         (Some(s), "strip", None) if args.is_empty() => Ok(s.trim_matches(is_python_space).into()),
         (Some(s), "lstrip", None) if args.is_empty() => Ok(s.trim_start_matches(is_python_space).into()),
@@ -81,6 +91,40 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
     }
 }
 
+/// Charges for what a method may walk or make, before it does.
+fn charge_method(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<(), Error> {
+    args.iter().try_for_each(|arg| bounds::weigh(state, arg))?;
+    let first = args.first().and_then(Value::as_str);
+    match (value.as_str(), method, first) {
+        (None, "count", _) => bounds::weigh(state, value),
+        (Some(s), "split" | "rsplit", by) => bounds::charge_pieces(state, Some(s), by),
+        (Some(s), "splitlines", _) => bounds::charge_pieces(state, Some(s), Some("\n")),
+        (Some(s), "strip" | "lstrip" | "rstrip", Some(chars)) => {
+            state.consume_fuel((s.len() / 64).saturating_mul(chars.len()) as u64)
+        }
+        (Some(s), "replace", Some(old)) => {
+            let new = args.get(1).and_then(Value::as_str).unwrap_or_default();
+            let places = if s.len() < 4096 && new.len() < 4096 { 0 } else { s.matches(old).count() };
+            state.consume_fuel(places.saturating_mul(new.len()) as u64 / 64)
+        }
+        (Some(s), "join", _) => {
+            let pieces = args.first().and_then(Value::len).unwrap_or(0);
+            state.consume_fuel(pieces.saturating_mul(s.len()) as u64 / 64)
+        }
+        (Some(s), "format", _) => {
+            bounds::format(s, "format")?;
+            let fields = s.matches('{').count();
+            // A width of three digits at most; that of an argument may not be asked for.
+            if s.split("{{").any(|part| part.split('}').any(|field| field.matches('{').count() > 1)) {
+                return Err(bounds::beyond("format with a field inside a field"));
+            }
+            let longest = args.iter().map(|arg| arg.as_str().map_or(1000, str::len)).max().unwrap_or(0);
+            state.consume_fuel(fields.saturating_mul(1000 + longest) as u64 / 64)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// `str.splitlines`: the boundaries of the Python documentation, "\r\n" being one.
 fn python_lines(text: &str) -> Vec<&str> {
     let ends_line = |c: char| matches!(c, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
@@ -98,18 +142,24 @@ fn python_lines(text: &str) -> Vec<&str> {
 }
 
 /// `tojson` as transformers has it: `json.dumps` with `ensure_ascii=False`, nothing escaped for HTML.
-fn to_json_filter(
-    value: &Value,
-    ensure_ascii: Option<bool>,
-    indent: Option<Value>,
-    separators: Option<Value>,
-    options: Kwargs,
-) -> Result<String, Error> {
+fn to_json_filter(state: &State, value: &Value, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    let args = args.into_values();
+    let (ensure_ascii, indent, separators, options): (Option<bool>, Option<Value>, Option<Value>, Kwargs) =
+        from_args(&args)?;
     let indent = indent.or(options.get("indent")?).filter(|v| !v.is_none());
-    let indent = indent.map(|v| match (v.as_str(), v.as_i64()) {
-        (Some(text), _) => text.to_owned(),
-        (_, width) => " ".repeat(width.and_then(|n| usize::try_from(n).ok()).unwrap_or(0)),
-    });
+    let indent = match indent {
+        None => None,
+        Some(v) => Some(match (v.as_str(), v.as_i64()) {
+            (Some(text), _) => {
+                bounds::width(text.len(), "tojson: an indentation")?;
+                text.to_owned()
+            }
+            (_, width) => {
+                let width = width.map_or(0, |n| usize::try_from(n.max(0)).unwrap_or(usize::MAX));
+                " ".repeat(bounds::width(width, "tojson: an indentation")?)
+            }
+        }),
+    };
     let separators = separators.or(options.get("separators")?).filter(|v| !v.is_none());
     let mut style = JsonStyle {
         ensure_ascii: ensure_ascii.or(options.get("ensure_ascii")?).unwrap_or(false),
@@ -119,19 +169,47 @@ fn to_json_filter(
         indent,
     };
     if let Some(pair) = separators {
+        bounds::weigh(state, &pair)?;
         style.between = pair.get_item_by_index(0)?.to_string();
         style.after_key = pair.get_item_by_index(1)?.to_string();
+        bounds::width(style.between.len().max(style.after_key.len()), "tojson: a separator")?;
     }
     options.assert_all_used()?;
-    let mut out = String::new();
+    bounds::weigh(state, value)?;
+    let mut out = Json { text: String::new(), state: Some(state), charged: 0 };
     style.write(value, 0, &mut out)?;
-    Ok(out)
+    Ok(out.text)
 }
 
 /// `json.dumps(value, ensure_ascii=False)`.
 pub(super) fn to_json(value: &Value) -> Result<String, Error> {
-    let options = Kwargs::from_iter([("indent", Value::from(()))]);
-    to_json_filter(value, None, None, None, options)
+    let style =
+        JsonStyle { ensure_ascii: false, sort_keys: false, between: ", ".into(), after_key: ": ".into(), indent: None };
+    let mut out = Json { text: String::new(), state: None, charged: 0 };
+    style.write(value, 0, &mut out)?;
+    Ok(out.text)
+}
+
+/// JSON as far as it is written, and paid for.
+struct Json<'a> {
+    text: String,
+    /// Who pays.
+    state: Option<&'a State<'a, 'a>>,
+    /// Bytes that were paid for.
+    charged: usize,
+}
+
+impl Json<'_> {
+    fn charge(&mut self) -> Result<(), Error> {
+        let new = self.text.len() - self.charged;
+        match self.state {
+            Some(state) if new > 4096 => {
+                self.charged = self.text.len();
+                state.consume_fuel(new as u64 / 8)
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 struct JsonStyle {
@@ -143,17 +221,18 @@ struct JsonStyle {
 }
 
 impl JsonStyle {
-    fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    fn write(&self, value: &Value, depth: usize, out: &mut Json) -> Result<(), Error> {
         // minijinja stops runaway templates, not runaway data; serde_json admits 128 levels.
         if depth > 256 {
-            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: nested too deeply"));
+            return Err(bounds::beyond("tojson: a value nests too deeply"));
         }
+        out.charge()?;
         match value.kind() {
-            ValueKind::None => out.push_str("null"),
-            ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number if value.is_integer() => out.push_str(&value.to_string()),
-            ValueKind::Number => out.push_str(&python_float(f64::try_from(value.clone())?)),
-            ValueKind::String => self.write_string(value.as_str().unwrap_or_default(), out),
+            ValueKind::None => out.text.push_str("null"),
+            ValueKind::Bool => out.text.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number if value.is_integer() => out.text.push_str(&value.to_string()),
+            ValueKind::Number => out.text.push_str(&python_float(f64::try_from(value.clone())?)),
+            ValueKind::String => self.write_string(value.as_str().unwrap_or_default(), &mut out.text),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
                 self.write_all(('[', ']'), items.len(), depth, out, |i, out| self.write(&items[i], depth + 1, out))?;
@@ -167,12 +246,12 @@ impl JsonStyle {
                     match keys[i].kind() {
                         ValueKind::String => self.write(&keys[i], depth + 1, out)?,
                         _ => {
-                            let mut key = String::new();
+                            let mut key = Json { text: String::new(), state: out.state, charged: 0 };
                             self.write(&keys[i], depth + 1, &mut key)?;
-                            self.write_string(&key, out);
+                            self.write_string(&key.text, &mut out.text);
                         }
                     }
-                    out.push_str(&self.after_key);
+                    out.text.push_str(&self.after_key);
                     self.write(&value.get_item(&keys[i])?, depth + 1, out)
                 })?;
             }
@@ -188,19 +267,19 @@ impl JsonStyle {
         (open, close): (char, char),
         len: usize,
         depth: usize,
-        out: &mut String,
-        item: impl Fn(usize, &mut String) -> Result<(), Error>,
+        out: &mut Json,
+        item: impl Fn(usize, &mut Json) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let new_line = |depth: usize, out: &mut String| {
+        let new_line = |depth: usize, out: &mut Json| {
             if let Some(indent) = &self.indent {
-                out.push('\n');
-                out.push_str(&indent.repeat(depth));
+                out.text.push('\n');
+                out.text.push_str(&indent.repeat(depth));
             }
         };
-        out.push(open);
+        out.text.push(open);
         for i in 0..len {
             if i > 0 {
-                out.push_str(&self.between);
+                out.text.push_str(&self.between);
             }
             new_line(depth + 1, out);
             item(i, out)?;
@@ -208,7 +287,7 @@ impl JsonStyle {
         if len > 0 {
             new_line(depth, out);
         }
-        out.push(close);
+        out.text.push(close);
         Ok(())
     }
 

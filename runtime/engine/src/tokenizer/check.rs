@@ -1,0 +1,339 @@
+//! What a `tokenizer.json` may ask for, checked before the library builds or runs it.
+//!
+//! The library trusts the file: it makes room for lengths that are written there, and carries out whatever chain of
+//! steps is described on every text. A file of a few bytes can ask for gigabytes, or for a text to grow a millionfold,
+//! and running out of memory cannot be caught. So each step's size, and how much all may make a text grow, is bounded
+//! here. The bounds are far from what published tokenizers use.
+//!
+//! Sources: the parts' forms in the `tokenizers` crate, version 0.23; `spm_precompiled`, version 0.1, for the charsmap.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use serde_json::Value;
+
+/// Most steps of a chain: normalizers, pre-tokenizers, decoders, or pieces of a template.
+const STEPS_MAX: usize = 64;
+/// Most chains within chains.
+const DEPTH_MAX: usize = 8;
+/// Most times longer that all replacements together may make a text.
+const GROWTH_MAX: usize = 64;
+/// Longest text of a step: what is prepended, put in place of something, or looked for, in bytes.
+const TEXT_MAX: usize = 1024;
+/// Most bytes that are put before a text: it is taken apart at added tokens, and each part gets them.
+const PREPENDED_MAX: usize = 64;
+/// Most characters of a word that WordPiece looks for pieces of, in time that grows with their square. BERT has 100.
+const WORD_MAX: u64 = 1000;
+/// Longest regular expression, in bytes. GPT-4o's has some 400.
+const REGEX_MAX: usize = 16 << 10;
+/// Most repetitions that the counts of a regular expression come to, multiplied.
+const REPEATS_MAX: usize = 10_000;
+/// Longest replacement in a charsmap, in bytes. The longest that Unicode knows has 33.
+const CHARSMAP_TEXT_MAX: usize = 256;
+/// Most added tokens, and the longest, in bytes.
+const ADDED_MAX: usize = 200_000;
+/// Largest id.
+const ID_MAX: u32 = 1 << 24;
+
+/// The parts of a `tokenizer.json` beside its model.
+#[derive(Deserialize)]
+pub(super) struct Parts {
+    #[serde(default)]
+    pub added_tokens: Vec<Added>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+    #[serde(default)]
+    model: Model,
+}
+
+/// What matters here of a model.
+#[derive(Default, Deserialize)]
+struct Model {
+    max_input_chars_per_word: Option<u64>,
+}
+
+/// An added token as it is listed.
+#[derive(Deserialize)]
+pub(super) struct Added {
+    pub id: u32,
+    pub content: String,
+}
+
+impl Parts {
+    /// Reads and checks the parts.
+    ///
+    /// # Errors
+    /// When the file is no JSON of that form, or asks for more than is given. Names the part.
+    pub(super) fn read(bytes: &[u8]) -> Result<Self> {
+        let parts: Self = serde_json::from_slice(bytes)?;
+        parts.check_added()?;
+        let word = parts.model.max_input_chars_per_word.unwrap_or(0);
+        ensure!(word <= WORD_MAX, "model: max_input_chars_per_word is {word}, at most {WORD_MAX} are tried");
+        let mut chain = Chain::default();
+        chain.steps("normalizer", &parts.normalizer, 0)?;
+        // Each pre-tokenizer works on what the normalizers made of a text.
+        chain.steps = 0;
+        chain.steps("pre_tokenizer", &parts.pre_tokenizer, 0)?;
+        Chain::default().steps("decoder", &parts.decoder, 0)?;
+        Chain::default().steps("post_processor", &parts.post_processor, 0)?;
+        Ok(parts)
+    }
+
+    fn check_added(&self) -> Result<()> {
+        let n = self.added_tokens.len();
+        ensure!(n <= ADDED_MAX, "added_tokens: has {n}, at most {ADDED_MAX} are read");
+        for (at, token) in self.added_tokens.iter().enumerate() {
+            let bytes = token.content.len();
+            ensure!(bytes <= TEXT_MAX, "added_tokens: number {at} has {bytes} bytes, at most {TEXT_MAX} are read");
+            ensure!(token.id < ID_MAX, "added_tokens: {:?} has id {}, ids end at {ID_MAX}", token.content, token.id);
+        }
+        Ok(())
+    }
+}
+
+/// What the steps so far come to.
+struct Chain {
+    steps: usize,
+    growth: usize,
+    prepended: usize,
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self { steps: 0, growth: 1, prepended: 0 }
+    }
+}
+
+impl Chain {
+    /// Checks a step, or a chain of them. `part` is the key that it stands under.
+    fn steps(&mut self, part: &str, step: &Value, depth: usize) -> Result<()> {
+        if step.is_null() {
+            return Ok(());
+        }
+        ensure!(depth <= DEPTH_MAX, "{part}: has chains in one another, at most {DEPTH_MAX} deep");
+        self.steps += 1;
+        ensure!(self.steps <= STEPS_MAX, "{part}: has more than {STEPS_MAX} steps");
+        let kind = step["type"].as_str().unwrap_or_default();
+        let within = format!("{part}: {kind}");
+        for key in ["normalizers", "pretokenizers", "decoders", "processors"] {
+            for inner in step[key].as_array().into_iter().flatten() {
+                self.steps(part, inner, depth + 1)?;
+            }
+        }
+        for key in ["prepend", "content", "replacement", "prefix", "suffix", "pad_token", "word_delimiter_token"] {
+            let bytes = step[key].as_str().map_or(0, str::len);
+            ensure!(bytes <= TEXT_MAX, "{within}: its {key} has {bytes} bytes, at most {TEXT_MAX} are read");
+        }
+        for key in ["start", "stop"] {
+            let n = step[key].as_u64().unwrap_or(0);
+            ensure!(n <= TEXT_MAX as u64, "{within}: its {key} is {n}, at most {TEXT_MAX} are cut");
+        }
+        ensure!(step["length"].as_u64() != Some(0), "{within}: its length is 0");
+        let mut shortest = 1;
+        match &step["pattern"] {
+            Value::String(text) => check_text(text).with_context(|| within.clone())?,
+            pattern => {
+                if let Some(text) = pattern["String"].as_str() {
+                    check_text(text).with_context(|| within.clone())?;
+                    shortest = text.len();
+                }
+                if let Some(regex) = pattern["Regex"].as_str() {
+                    check_regex(regex).with_context(|| within.clone())?;
+                }
+            }
+        }
+        match kind {
+            "Replace" => self.grow(&within, step["content"].as_str().map_or(0, str::len).div_ceil(shortest))?,
+            "Prepend" => {
+                self.prepended += step["prepend"].as_str().map_or(0, str::len);
+                let n = self.prepended;
+                ensure!(n <= PREPENDED_MAX, "{within}: {n} bytes are prepended, at most {PREPENDED_MAX} are allowed");
+            }
+            "Precompiled" => {
+                check_charsmap(step["precompiled_charsmap"].as_str().unwrap_or_default()).context(within)?;
+            }
+            "TemplateProcessing" => check_template(step).context(within)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, within: &str, times: usize) -> Result<()> {
+        self.growth = self.growth.saturating_mul(times.max(1));
+        ensure!(
+            self.growth <= GROWTH_MAX,
+            "{within}: makes a text up to {} times longer with the steps before it, at most {GROWTH_MAX} are allowed",
+            self.growth
+        );
+        Ok(())
+    }
+}
+
+fn check_text(text: &str) -> Result<()> {
+    ensure!(!text.is_empty(), "its pattern is empty, which is found everywhere");
+    ensure!(text.len() <= TEXT_MAX, "its pattern has {} bytes, at most {TEXT_MAX} are read", text.len());
+    Ok(())
+}
+
+/// Checks a regular expression of the `fancy-regex` crate. What looks around or back is matched by trying, which takes
+/// exponential time where repetitions stand in one another; all else takes time in proportion to its size.
+fn check_regex(regex: &str) -> Result<()> {
+    ensure!(!regex.is_empty(), "its pattern is empty, which is found everywhere");
+    ensure!(regex.len() <= REGEX_MAX, "its pattern has {} bytes, at most {REGEX_MAX} are read", regex.len());
+    let bytes = regex.as_bytes();
+    let (mut repeats, mut nested, mut tries) = (1usize, false, false);
+    // For each open group: whether something in it repeats without end. The last is what was closed just now.
+    let (mut open, mut closed) = (vec![false], false);
+    let (mut at, mut class) = (0, 0usize);
+    while at < bytes.len() {
+        let rest = &bytes[at..];
+        let mut after_group = false;
+        let mut unbounded = false;
+        let mut len = 1;
+        match rest[0] {
+            b'\\' => {
+                len = 2;
+                // References to groups, and `\G`, `\K` and `\b{…}` kin.
+                tries |= class == 0 && matches!(rest.get(1), Some(b'1'..=b'9' | b'k' | b'g' | b'G' | b'K'));
+            }
+            b'[' => class += 1,
+            b']' => class = class.saturating_sub(1),
+            _ if class > 0 => {}
+            b'(' => {
+                ensure!(open.len() <= 100, "its pattern has groups in one another, at most 100 deep");
+                open.push(false);
+                let around = [&b"(?="[..], b"(?!", b"(?<=", b"(?<!", b"(?>", b"(?(", b"(?P=", b"(?P>", b"(?&", b"(?R"];
+                tries |= around.iter().any(|around| rest.starts_with(around));
+            }
+            b')' => {
+                closed = open.pop().unwrap_or(false);
+                if open.is_empty() {
+                    open.push(false);
+                }
+                if closed {
+                    *open.last_mut().expect("one is always open") = true;
+                }
+                after_group = true;
+            }
+            // Alternatives are tried in turn, too.
+            b'|' => *open.last_mut().expect("one is always open") = open.len() > 1,
+            b'*' | b'+' => unbounded = true,
+            b'{' => {
+                if let Some((most, endless, end)) = count(rest) {
+                    repeats = repeats.saturating_mul(most.max(1));
+                    unbounded = endless || most > 16;
+                    len = end;
+                }
+            }
+            _ => {}
+        }
+        if unbounded {
+            nested |= closed;
+            // Possessive ones give nothing back.
+            match bytes.get(at + len) {
+                Some(b'+') => {
+                    len += 1;
+                    tries = true;
+                }
+                Some(b'?') => len += 1,
+                _ => {}
+            }
+            *open.last_mut().expect("one is always open") = true;
+        }
+        closed &= after_group;
+        at += len;
+    }
+    ensure!(repeats <= REPEATS_MAX, "its pattern repeats up to {repeats} times, at most {REPEATS_MAX} are allowed");
+    if tries && nested {
+        bail!("its pattern repeats what repeats and looks around, which takes for ever on some texts");
+    }
+    Ok(())
+}
+
+/// Reads `{2,5}`: the most, whether there is none, and its length.
+fn count(rest: &[u8]) -> Option<(usize, bool, usize)> {
+    let end = rest.iter().position(|c| *c == b'}')?;
+    let inner = std::str::from_utf8(&rest[1..end]).ok()?;
+    let number = |text: &str| -> Option<usize> {
+        let digits = !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
+        digits.then(|| text.parse().unwrap_or(usize::MAX))
+    };
+    let (least, most) = inner.split_once(',').unwrap_or((inner, inner));
+    let least = if least.is_empty() { 0 } else { number(least.trim())? };
+    match most.trim() {
+        "" => Some((least, true, end + 1)),
+        most => Some((number(most)?.max(least), false, end + 1)),
+    }
+}
+
+/// Checks SentencePiece's normalisation table: the length of a trie, the trie, and replacements with NUL behind each.
+fn check_charsmap(base64: &str) -> Result<()> {
+    let bytes = decode_base64(base64).context("its charsmap is not base64")?;
+    let (head, rest) = bytes.split_first_chunk::<4>().context("its charsmap is cut short")?;
+    let trie = u32::from_le_bytes(*head) as usize;
+    ensure!(trie >= 4 && trie.is_multiple_of(4), "its charsmap has a trie of {trie} bytes");
+    ensure!(trie <= rest.len(), "its charsmap has a trie of {trie} bytes, {} are there", rest.len());
+    let (_, texts) = rest.split_at(trie);
+    let longest = texts.split(|byte| *byte == 0).map(<[u8]>::len).max().unwrap_or(0);
+    ensure!(
+        longest <= CHARSMAP_TEXT_MAX,
+        "its charsmap puts up to {longest} bytes in place of a character, at most {CHARSMAP_TEXT_MAX} are allowed"
+    );
+    Ok(())
+}
+
+/// Standard base64; `None` for what is none.
+fn decode_base64(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut n_bits) = (0u32, 0);
+    for c in text.trim_end_matches('=').bytes() {
+        let value = match c {
+            b'A'..=b'Z' => c - b'A',
+            b'a'..=b'z' => c - b'a' + 26,
+            b'0'..=b'9' => c - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 | u32::from(value);
+        n_bits += 6;
+        if n_bits >= 8 {
+            n_bits -= 8;
+            bytes.push((bits >> n_bits) as u8);
+            bits &= (1 << n_bits) - 1;
+        }
+    }
+    Some(bytes)
+}
+
+/// Checks a template of special tokens around sequences: each text once a side, and few ids.
+fn check_template(step: &Value) -> Result<()> {
+    for side in ["single", "pair"] {
+        // Written as pieces or, in short, as "[CLS] $A [SEP]".
+        let pieces: Vec<bool> = match &step[side] {
+            Value::String(text) => text.split_whitespace().map(|piece| piece.starts_with('$')).collect(),
+            Value::Array(pieces) => pieces
+                .iter()
+                .map(|piece| piece.get("Sequence").is_some() || piece.as_str().is_some_and(|p| p.starts_with('$')))
+                .collect(),
+            _ => Vec::new(),
+        };
+        let texts = pieces.iter().filter(|is_text| **is_text).count();
+        ensure!(pieces.len() <= STEPS_MAX, "its {side} has {} pieces, at most {STEPS_MAX} are read", pieces.len());
+        ensure!(texts <= 2, "its {side} has its text {texts} times, at most twice is allowed");
+    }
+    let ids = |token: &Value| token["ids"].as_array().map_or(0, Vec::len);
+    let longest = match &step["special_tokens"] {
+        Value::Object(tokens) => tokens.values().map(ids).max(),
+        Value::Array(tokens) => tokens.iter().map(ids).max(),
+        _ => None,
+    };
+    let longest = longest.unwrap_or(0);
+    ensure!(longest <= STEPS_MAX, "a special token of it stands for {longest} ids, at most {STEPS_MAX} are allowed");
+    Ok(())
+}

@@ -1,0 +1,542 @@
+//! A model's tokenizer: from a Hugging Face directory or from the metadata of a GGUF file, one type
+//! with the same methods, so training and serving cannot tell where it came from.
+//!
+//! Sources: the `tokenizer.json` files of GPT-2, SmolLM2, Llama 3, Qwen2.5 and Mistral Nemo, and
+//! Llama 2's for SentencePiece; keys and defaults of `tokenizer.ggml.*` as in llama.cpp's
+//! `llama-vocab.cpp`.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tokenizers::AddedToken;
+use tokenizers::processors::PostProcessorWrapper;
+
+use crate::gguf::Gguf;
+use crate::guard::quietly;
+use crate::template;
+
+mod check;
+mod control;
+mod gguf;
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod tests;
+
+pub use control::Control;
+
+/// A model's tokenizer with its special tokens and chat template, whatever file they came from.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// The same, except that control tokens in the text are not looked for; made for the first text that has one.
+    as_text: OnceLock<tokenizers::Tokenizer>,
+    /// Whether every control token is looked for as it is typed, not in what a normalizer makes of a text.
+    control_as_typed: bool,
+    /// By id.
+    control: Vec<Control>,
+    n_ids: usize,
+    unk_token: Option<String>,
+    model_max_length: Option<u64>,
+    /// The token that opens a sequence.
+    pub bos_token: Option<String>,
+    /// The token that ends a text, the first of `eos_ids`.
+    pub eos_token: Option<String>,
+    /// The token that fills a batch.
+    pub pad_token: Option<String>,
+    /// Id of `bos_token`.
+    pub bos_id: Option<u32>,
+    /// Id of `pad_token`.
+    pub pad_id: Option<u32>,
+    /// Every id that ends a generation, without repeats: the end of text, of a turn, of a message.
+    pub eos_ids: Vec<u32>,
+    /// Whether [`Tokenizer::encode`] with special tokens begins with `bos_token`.
+    pub add_bos: bool,
+    /// The Jinja source that turns messages into text.
+    pub chat_template: Option<String>,
+}
+
+/// A text as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each id, the bytes of the text that it stands for, leading space included. Ids that
+    /// together spell one character each have that character's bytes; added specials have `(0, 0)`.
+    pub offsets: Vec<(usize, usize)>,
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of a Hugging Face model directory.
+    ///
+    /// `tokenizer.json` is required. Names of special tokens come from `tokenizer_config.json`,
+    /// then `special_tokens_map.json`; ids that end a generation also from
+    /// `generation_config.json`, or `config.json` where that has none; the template from
+    /// `chat_template.jinja`, then from `tokenizer_config.json`. As in transformers, named special
+    /// tokens become special in the text, and `add_bos_token` and `add_eos_token` win over the
+    /// post-processor.
+    ///
+    /// Truncation, padding and trimmed offsets of `tokenizer.json` are switched off.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed, or the files disagree about an id. Names the file.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        if !path.exists() && dir.join("tokenizer.model").exists() {
+            bail!(
+                "{}: has only tokenizer.model, tokenizer.json is needed; make it once with \
+                 transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+                dir.display()
+            );
+        }
+        let bytes = read_file(&path, TOKENIZER_BYTES_MAX).with_context(|| path.display().to_string())?;
+        let inner = read_tokenizer_json(&bytes).with_context(|| path.display().to_string())?;
+        let files = Files {
+            config: read_json(&dir.join("tokenizer_config.json"))?,
+            special_tokens_map: read_json(&dir.join("special_tokens_map.json"))?,
+            generation_config: read_json(&dir.join("generation_config.json"))?,
+            model_config: read_json(&dir.join("config.json"))?,
+            chat_template: read_if_there(&dir.join("chat_template.jinja"))?,
+        };
+        from_files(inner, &files).with_context(|| dir.display().to_string())
+    }
+
+    /// Builds the tokenizer that a GGUF file's metadata describes.
+    ///
+    /// Known are `gpt2` (byte-level BPE) with the pre-tokenizers gpt-2 (also when none is named),
+    /// smollm, starcoder, llama-bpe, qwen2 and tekken, and `llama` (SentencePiece BPE) of the
+    /// Llama and Mistral kind.
+    ///
+    /// # Errors
+    /// When the kind or pre-tokenizer is another one, or pieces, scores, types, merges and ids do
+    /// not fit each other. Names the file and the key.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let meta = gguf::Meta::read(gguf)?;
+        gguf::from_meta(&meta).with_context(|| gguf.path().display().to_string())
+    }
+
+    /// Encodes text that may hold control: special tokens in it become their ids.
+    ///
+    /// For a rendered template pass `add_special_tokens = false`: the template wrote them already.
+    ///
+    /// # Errors
+    /// When the tokenizer cannot encode the text, which a checked one always can.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoded> {
+        let encoding = guarded(|| self.inner.encode(text, add_special_tokens))?;
+        Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+    }
+
+    /// Encodes text that is only text: control tokens typed in it are spelled, never obeyed.
+    ///
+    /// # Errors
+    /// When the vocabulary cannot spell a control token, so that its id would come out.
+    pub fn encode_as_text(&self, text: &str) -> Result<Vec<u32>> {
+        // Most texts have none, for which the tokenizers are the same.
+        let clean = self.control_as_typed && !self.control.iter().any(|c| text.contains(c.text.as_str()));
+        let tokenizer = match clean {
+            true => &self.inner,
+            false => self.as_text.get_or_init(|| self.without_control()),
+        };
+        let encoding = guarded(|| tokenizer.encode_fast(text, false))?;
+        let ids = encoding.get_ids().to_vec();
+        for id in &ids {
+            let Ok(at) = self.control.binary_search_by_key(id, |c| c.id) else {
+                continue;
+            };
+            let token = &self.control[at].text;
+            // The unknown token is what a character without a piece becomes; nobody typed it.
+            if self.unk_token.as_ref() != Some(token) {
+                bail!(
+                    "the text contains {token:?}, a control token that this vocabulary cannot spell; \
+                     remove it"
+                );
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Turns ids back into text. An id that is no token, as in a padded vocabulary, gives nothing.
+    ///
+    /// # Errors
+    /// When the decoder of `tokenizer.json` fails.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        guarded(|| self.inner.decode(ids, skip_special_tokens))
+    }
+
+    /// One more than the largest id, so an embedding needs at least as many rows.
+    pub fn vocab_size(&self) -> usize {
+        self.n_ids
+    }
+
+    /// The id of a token, spelled as in the vocabulary (`Ġthe`, `▁the`).
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The token of an id, spelled as in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// A `tokenizer.json` that transformers loads.
+    ///
+    /// # Errors
+    /// When it cannot be written as JSON.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(false).map_err(|e| anyhow!(e))
+    }
+
+    /// The `tokenizer_config.json` to go with [`Tokenizer::to_json`].
+    pub fn config_json(&self) -> Value {
+        let mut config = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": false,
+        });
+        let strings = [
+            ("bos_token", &self.bos_token),
+            ("eos_token", &self.eos_token),
+            ("pad_token", &self.pad_token),
+            ("unk_token", &self.unk_token),
+            ("chat_template", &self.chat_template),
+        ];
+        // Absent and null differ: transformers gives an absent bos_token a default.
+        for (key, value) in strings {
+            config[key] = json!(value);
+        }
+        if let Some(length) = self.model_max_length {
+            config["model_max_length"] = json!(length);
+        }
+        config
+    }
+
+    /// `sha256:…` of [`Tokenizer::to_json`]: equal digests give equal ids.
+    pub fn digest(&self) -> String {
+        sha256(&self.to_json().expect("every part was read from JSON, or is of a kind that can be"))
+    }
+
+    /// `sha256:…` of the chat template.
+    pub fn template_digest(&self) -> Option<String> {
+        self.chat_template.as_deref().map(sha256)
+    }
+}
+
+/// Runs the library, which trusts lengths and names that a damaged `tokenizer.json` controls: a panic
+/// over them is that file's error.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let done = quietly(run).context("the tokenizer is damaged: its parts do not fit each other")?;
+    done.map_err(|e| anyhow!(e))
+}
+
+fn sha256(text: &str) -> String {
+    let mut digest = "sha256:".to_owned();
+    for byte in Sha256::digest(text.as_bytes()) {
+        digest.push_str(&format!("{byte:02x}"));
+    }
+    digest
+}
+
+/// What both sources agree on once the pipeline stands.
+struct Named {
+    bos: Option<String>,
+    eos: Option<String>,
+    pad: Option<String>,
+    unk: Option<String>,
+    /// Ids that end a generation besides that of `eos`.
+    more_eos_ids: Vec<u32>,
+    chat_template: Option<String>,
+    model_max_length: Option<u64>,
+}
+
+fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
+    let id = |name: &str, token: &Option<String>| -> Result<Option<u32>> {
+        let Some(token) = token else { return Ok(None) };
+        let id = inner.token_to_id(token);
+        Ok(Some(id.with_context(|| format!("{name} {token:?} is not in the vocabulary"))?))
+    };
+    let bos_id = id("bos_token", &named.bos)?;
+    let pad_id = id("pad_token", &named.pad)?;
+    let mut eos_ids: Vec<u32> = Vec::new();
+    for id in id("eos_token", &named.eos)?.into_iter().chain(named.more_eos_ids) {
+        if !eos_ids.contains(&id) {
+            eos_ids.push(id);
+        }
+    }
+    let eos_token = named.eos.or_else(|| inner.id_to_token(*eos_ids.first()?));
+
+    let added = inner.get_added_tokens_decoder();
+    let named_ids: Vec<u32> = eos_ids.iter().copied().chain(bos_id).collect();
+    let source = named.chat_template.as_deref();
+    let written = source.map(|source| template::written_by(source, named.bos.as_deref(), eos_token.as_deref()));
+    let written = written.unwrap_or_default();
+    let is_control = |id: &u32, token: &AddedToken| control::is_control(token, *id, &named_ids, &written);
+    let mut control: Vec<Control> = (added.iter().filter(|(id, token)| is_control(id, token)))
+        .map(|(id, token)| Control { text: token.content.clone(), id: *id, special: token.special })
+        .collect();
+    control.sort_by_key(|c| c.id);
+    let normalizes = inner.get_normalizer().is_some();
+    let control_as_typed = !normalizes || control.iter().all(|c| !added[&c.id].normalized);
+    let n_ids = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+    let (begins, _) = adds(&inner, bos_id, None)?;
+    Ok(Tokenizer {
+        control,
+        n_ids,
+        unk_token: named.unk,
+        model_max_length: named.model_max_length,
+        bos_token: named.bos,
+        eos_token,
+        pad_token: named.pad,
+        bos_id,
+        pad_id,
+        eos_ids,
+        add_bos: begins,
+        chat_template: named.chat_template,
+        inner,
+        as_text: OnceLock::new(),
+        control_as_typed,
+    })
+}
+
+/// Whether an encoding with special tokens begins with `bos` and ends with `eos`: what the
+/// post-processor does, whichever it is.
+fn adds(inner: &tokenizers::Tokenizer, bos: Option<u32>, eos: Option<u32>) -> Result<(bool, bool)> {
+    let nothing = guarded(|| inner.encode("", true))?;
+    let ids = nothing.get_ids();
+    Ok((bos.is_some() && ids.first().copied() == bos, eos.is_some() && ids.last().copied() == eos))
+}
+
+/// The post-processor that puts `bos` before a sequence and `eos` after it, written as
+/// transformers writes it.
+fn add_bos_and_eos(bos: Option<(&str, u32)>, eos: Option<(&str, u32)>) -> Result<PostProcessorWrapper> {
+    let special = |token: (&str, u32), type_id: u32| json!({"SpecialToken": {"id": token.0, "type_id": type_id}});
+    let side = |sequence: &str, type_id: u32| -> Vec<Value> {
+        let middle = json!({"Sequence": {"id": sequence, "type_id": type_id}});
+        let bos = bos.map(|bos| special(bos, type_id));
+        let eos = eos.map(|eos| special(eos, type_id));
+        bos.into_iter().chain([middle]).chain(eos).collect()
+    };
+    let mut tokens = serde_json::Map::new();
+    for (token, id) in bos.into_iter().chain(eos) {
+        tokens.insert(token.to_owned(), json!({"id": token, "ids": [id], "tokens": [token]}));
+    }
+    let pair = [side("A", 0), side("B", 1)].concat();
+    part(json!({
+        "type": "TemplateProcessing",
+        "single": side("A", 0),
+        "pair": pair,
+        "special_tokens": tokens,
+    }))
+}
+
+/// A part of the pipeline from its form in `tokenizer.json`.
+fn part<T: DeserializeOwned>(form: Value) -> Result<T> {
+    let kind = form["type"].to_string();
+    serde_json::from_value(form).with_context(|| format!("a {kind} cannot be built"))
+}
+
+// From a directory.
+
+/// The small files around `tokenizer.json`; `Null` for those that are not there.
+#[derive(Default)]
+struct Files {
+    config: Value,
+    special_tokens_map: Value,
+    generation_config: Value,
+    model_config: Value,
+    chat_template: Option<String>,
+}
+
+/// Largest `tokenizer.json`, and largest of the files around it, in bytes. Published ones have 35 MB at most.
+const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
+const SMALL_BYTES_MAX: u64 = 16 << 20;
+
+/// Reads a regular file of at most `most` bytes: a pipe or a device would never end.
+fn read_file(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let about = std::fs::metadata(path)?;
+    ensure!(about.is_file(), "this is no regular file");
+    ensure!(about.len() <= most, "has {} bytes, at most {most} are read", about.len());
+    Ok(std::fs::read(path)?)
+}
+
+fn read_if_there(path: &Path) -> Result<Option<String>> {
+    if !path.try_exists().with_context(|| path.display().to_string())? {
+        return Ok(None);
+    }
+    let bytes = read_file(path, SMALL_BYTES_MAX).with_context(|| path.display().to_string())?;
+    Ok(Some(String::from_utf8(bytes).with_context(|| path.display().to_string())?))
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let Some(text) = read_if_there(path)? else {
+        return Ok(Value::Null);
+    };
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
+}
+
+/// Texts that a tokenizer is tried with: what its parts do not agree on shows when they run.
+const TRIALS: [&str; 4] =
+    ["", "a 1\n<é", "The  quick (brown) fox\t§ 12345 日本語 🦊e\u{301}", "<|im_start|>user\nhello<|im_end|>"];
+/// Most tokens for each byte of a text that is tried, and those that stand around it.
+const TRIAL_TOKENS_MAX: usize = 100;
+
+fn read_tokenizer_json(bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
+    let parts = check::Parts::read(bytes)?;
+    let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))?;
+    // Before the first text: padding to a length makes room for it.
+    inner.with_padding(None);
+    guarded(|| inner.with_truncation(None).map(|_| ()))?;
+    if let Some(mut post) = inner.get_post_processor().cloned() {
+        keep_offsets(&mut post);
+        inner.with_post_processor(Some(post));
+    }
+    for check::Added { id, content } in parts.added_tokens {
+        // The library only logs an added token whose id it cannot give.
+        let got = inner.token_to_id(&content);
+        ensure!(got == Some(id), "added token {content:?} has id {id}, but the vocabulary makes it {got:?}");
+    }
+    try_out(&inner)?;
+    Ok(inner)
+}
+
+/// Encodes and decodes short texts.
+fn try_out(inner: &tokenizers::Tokenizer) -> Result<()> {
+    for text in TRIALS {
+        let ids = guarded(|| inner.encode(text, true))?.get_ids().to_vec();
+        let most = TRIAL_TOKENS_MAX * (text.len() + 1);
+        ensure!(ids.len() <= most, "it makes {} tokens of {text:?}, at most {most} are allowed", ids.len());
+        guarded(|| inner.decode(&ids, true))?;
+    }
+    Ok(())
+}
+
+/// Switches off the trimming of spaces from offsets; ids do not depend on it.
+fn keep_offsets(post: &mut PostProcessorWrapper) {
+    match post {
+        PostProcessorWrapper::ByteLevel(post) => post.trim_offsets = false,
+        PostProcessorWrapper::Roberta(post) => post.trim_offsets = false,
+        PostProcessorWrapper::Sequence(posts) => posts.as_mut().iter_mut().for_each(keep_offsets),
+        PostProcessorWrapper::Bert(_) | PostProcessorWrapper::Template(_) => {}
+    }
+}
+
+fn from_files(mut inner: tokenizers::Tokenizer, files: &Files) -> Result<Tokenizer> {
+    // A token is a string or an object with `content`.
+    let content = |value: &Value| {
+        let text = value.as_str().or_else(|| value["content"].as_str());
+        text.map(str::to_owned)
+    };
+    let named = |key: &str| content(&files.config[key]).or_else(|| content(&files.special_tokens_map[key]));
+    let known = |token: &String| inner.token_to_id(token).is_some();
+    let bos = named("bos_token");
+    let eos = named("eos_token");
+    // A vocabulary may lack these two, and nothing is lost: rows are packed, and bytes are spelled.
+    let pad = named("pad_token").filter(known);
+    let unk = named("unk_token").filter(known);
+
+    if let Some(listed) = files.config["added_tokens_decoder"].as_object() {
+        for (id, token) in listed {
+            let Some(token) = content(token) else {
+                continue;
+            };
+            let got = inner.token_to_id(&token);
+            ensure!(
+                got.map(|id| id.to_string()).as_ref() == Some(id),
+                "token {token:?} has id {id} in tokenizer_config.json and {got:?} in tokenizer.json"
+            );
+        }
+    }
+
+    let mut specials: Vec<String> = [&bos, &eos, &pad, &unk].into_iter().flatten().cloned().collect();
+    for source in [&files.config, &files.special_tokens_map] {
+        for key in ["additional_special_tokens", "extra_special_tokens"] {
+            match &source[key] {
+                Value::Array(tokens) => specials.extend(tokens.iter().filter_map(content)),
+                Value::Object(tokens) => specials.extend(tokens.values().filter_map(content)),
+                _ => {}
+            }
+        }
+    }
+    let mut added: Vec<AddedToken> = Vec::new();
+    for token in specials {
+        // One that is missing is refused by `finish` if it matters, and must not get a new id here.
+        let Some(id) = inner.token_to_id(&token) else {
+            continue;
+        };
+        let as_listed = inner.get_added_tokens_decoder().get(&id).cloned();
+        let token = as_listed.unwrap_or_else(|| AddedToken::from(token, true).normalized(false));
+        if !added.contains(&token) {
+            added.push(token.special(true));
+        }
+    }
+    inner.add_special_tokens(added).map_err(|e| anyhow!(e))?;
+
+    let bos_id = bos.as_ref().and_then(|token| inner.token_to_id(token));
+    let eos_id = eos.as_ref().and_then(|token| inner.token_to_id(token));
+    let asked = |key: &str| files.config[key].as_bool();
+    let (add_bos, add_eos) = (asked("add_bos_token"), asked("add_eos_token"));
+    let (begins, ends) = adds(&inner, bos_id, eos_id)?;
+    if add_bos.is_some_and(|add| add != begins && bos_id.is_some())
+        || add_eos.is_some_and(|add| add != ends && eos_id.is_some())
+    {
+        let wanted = |asked: Option<bool>, does: bool| asked.unwrap_or(does);
+        let bos = bos.as_deref().zip(bos_id).filter(|_| wanted(add_bos, begins));
+        let eos = eos.as_deref().zip(eos_id).filter(|_| wanted(add_eos, ends));
+        inner.with_post_processor(Some(add_bos_and_eos(bos, eos)?));
+    }
+
+    let mut more_eos_ids =
+        ids(&files.generation_config["eos_token_id"]).context("generation_config.json: eos_token_id")?;
+    if more_eos_ids.is_empty() {
+        more_eos_ids = ids(&files.model_config["eos_token_id"]).context("config.json: eos_token_id")?;
+    }
+    let named = Named {
+        bos,
+        eos,
+        pad,
+        unk,
+        more_eos_ids,
+        chat_template: match &files.chat_template {
+            Some(template) => Some(template.clone()),
+            None => default_template(&files.config["chat_template"])?,
+        },
+        // transformers writes 10^30 for "not known".
+        model_max_length: files.config["model_max_length"].as_u64().filter(|&n| n < 1 << 40),
+    };
+    finish(inner, named)
+}
+
+/// An id, a list of ids, or none.
+fn ids(value: &Value) -> Result<Vec<u32>> {
+    let id = |value: &Value| {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.with_context(|| format!("{value} is not a token id"))
+    };
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(values) => values.iter().map(id).collect(),
+        value => Ok(vec![id(value)?]),
+    }
+}
+
+/// A template, or the one named "default" of a list.
+fn default_template(value: &Value) -> Result<Option<String>> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(template) => Ok(Some(template.clone())),
+        Value::Array(templates) => {
+            let default = templates.iter().find(|entry| entry["name"] == "default");
+            let template = default.and_then(|entry| entry["template"].as_str());
+            let names: Vec<&str> = templates.iter().filter_map(|entry| entry["name"].as_str()).collect();
+            let template = template.with_context(|| {
+                format!(
+                    "tokenizer_config.json: chat_template has {names:?} but no \"default\"; \
+                     write the one to use to chat_template.jinja"
+                )
+            })?;
+            Ok(Some(template.to_owned()))
+        }
+        _ => bail!("tokenizer_config.json: chat_template is neither a string nor a list"),
+    }
+}

@@ -35,6 +35,16 @@ fn limited(handler: impl Handler + 'static, running: usize, waiting: usize) -> A
     Arc::new(Limited::new(Arc::new(handler), Limits { running, waiting }))
 }
 
+/// A program that ends with the test, however that ends.
+struct Ends(std::process::Child);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Sends a request and leaves the connection open.
 fn ask(address: SocketAddr, body: &Value) -> Result<TcpStream> {
     let mut client = TcpStream::connect(address)?;
@@ -399,18 +409,14 @@ fn a_bad_edit_is_told_once_and_shows_its_place() -> Result<()> {
     std::fs::write(&config, &good)?;
     // A log beside the file: each line in it is a change of the directory.
     let story = || std::fs::read_to_string(&log).unwrap_or_default();
-    let mut child = homeroom()
-        .args(["serve", "--port", "0", "--config"])
-        .arg(&config)
-        .stderr(Stdio::from(std::fs::File::create(&log)?))
-        .spawn()?;
+    let mut command = homeroom();
+    command.args(["serve", "--port", "0", "--config"]).arg(&config);
+    let _child = Ends(command.stderr(Stdio::from(std::fs::File::create(&log)?)).spawn()?);
     until("it serves", || story().contains("serving"));
     std::fs::write(&config, good.replace("kind = \"local\"", "kind = \"lokal\""))?;
     until("the edit is refused", || story().contains("refused"));
     std::thread::sleep(Duration::from_secs(3));
     let told = story();
-    child.kill()?;
-    child.wait()?;
     assert_eq!(told.matches("refused").count(), 1, "{told}");
     assert!(told.contains("did you mean `local`?") && told.contains("^^^"), "{told}");
     Ok(())

@@ -526,7 +526,18 @@ fn an_output_directory_is_replaced_when_asked_and_then_whole() -> Result<()> {
     let mut failing = place.fine_tune(&base, &place.write("bad.jsonl", "{")?);
     refused(failing.arg("--overwrite"), &["not JSON"])?;
     assert_eq!(fs::read_to_string(&mine)?, "mine");
-    succeeds(command.arg("--overwrite"))?;
+    // Nor does one that was asked to, what is no earlier result.
+    refused(
+        command.arg("--overwrite"),
+        &["outputs/out: holds `mine.txt`, which is no part of a model", "another directory"],
+    )?;
+    place.write("outputs/out/adapter_config.json", "{}")?;
+    place.write("outputs/out/.hidden/thesis", "mine")?;
+    refused(&mut command, &["holds `.hidden` and 1 more"])?;
+    assert_eq!(fs::read_to_string(&mine)?, "mine");
+    fs::remove_file(&mine)?;
+    fs::remove_dir_all(place.path("outputs/out/.hidden"))?;
+    succeeds(&mut command)?;
     let mut names: Vec<_> =
         fs::read_dir(place.path("outputs/out"))?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
     names.sort();
@@ -576,6 +587,13 @@ fn an_output_directory_that_holds_the_runs_inputs_is_not_overwritten() -> Result
     refused(&mut export(&adapter, &base), &["the base model is in it"])?;
     refused(&mut export(&adapter, &adapter), &["the adapter is in it"])?;
     assert!(adapter.join("adapter_config.json").exists() && base.join("config.json").exists());
+    // The same of the data directory, and of all that lies in it.
+    fs::create_dir_all(place.path("outputs/out/home/models/m"))?;
+    refused(
+        start(&far_base, &far_rows).env("HOMEROOM_HOME", place.path("outputs/out/home")),
+        &["outputs/out: holds `base`"],
+    )?;
+    fs::remove_dir_all(place.path("outputs/out"))?;
     // An adapter may be replaced by what was made of it.
     succeeds(&mut start(&far_base, &far_rows))?;
     succeeds(start(&far_base, &far_rows).arg("--init-from").arg(place.path("outputs/out")))?;
@@ -591,13 +609,13 @@ pub fn in_shell(first: &str, command: &Command) -> Command {
 }
 
 /// A model that adapters of some megabytes fit on.
-fn wide_model(place: &Place) -> Result<PathBuf> {
+pub fn wide_model(place: &Place) -> Result<PathBuf> {
     let sizes = Sizes { hidden: 320, inner: 640, heads: 5, kv_heads: 5, head_dim: 64, vocab: 320, tied: false };
     place.random_model("wide", &sizes)
 }
 
 /// The highest rank that all of its modules take: 13.9 MB.
-const WIDE_R: &str = "320";
+pub const WIDE_R: &str = "320";
 
 /// Files may not grow beyond a limit, so that a write fails in the middle as it does on a full disk: EFBIG for ENOSPC.
 #[test]

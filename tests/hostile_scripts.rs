@@ -367,7 +367,8 @@ fn what_is_printed_has_no_controls_and_goes_where_it_belongs() -> Result<()> {
     let story = stderr(&output);
     assert!(story.contains("a\\u{1b}[2Jb\tnil\t3\n") && story.contains("\\u{8}x   y \\u{1b}]0;z\\u{7}\n"), "{story}");
     assert!(!story.contains('\x1b') && !story.contains('\x07'), "{story:?}");
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "1  \\u{1b}[2Jc\n");
+    // A result goes on as it is: where it is piped to, it is data.
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "1  \u{1b}[2Jc\n");
     let message = place.error("error('\\27[2Jd')", &[])?;
     assert!(message.contains("s.lua:1: \\u{1b}[2Jd"), "{message:?}");
     Ok(())

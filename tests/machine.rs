@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapter::AdapterFiles;
+use homeroom_engine::model::BaseModel;
 
-use crate::command_line::{Running, in_shell};
+use crate::command_line::{Running, WIDE_R, in_shell, wide_model};
 use crate::support::{Place, fixture, homeroom, model, refused, run, succeeds};
 
 /// A pipeline with its parameters `name` and `model`, the rows `rows.jsonl`, and its home `home`.
@@ -44,9 +45,13 @@ const SAVE: &str = "local data = homeroom.prepare_dataset { path = params.rows }
 
 /// `fine-tune` of the tiny model, its result in a path of the place.
 fn train(place: &Place, output: &str) -> Result<Command> {
+    train_on(&fixture("models/llama"), place, output)
+}
+
+fn train_on(model: &Path, place: &Place, output: &str) -> Result<Command> {
     let mut command = homeroom();
     command.args(["fine-tune", "--output-dir"]).arg(place.path(output)).arg("--training-file");
-    command.arg(place.rows("rows.jsonl", 6)?).arg("--model-name").arg(fixture("models/llama"));
+    command.arg(place.rows("rows.jsonl", 6)?).arg("--model-name").arg(model);
     Ok(command)
 }
 
@@ -102,7 +107,11 @@ fn litter(place: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn is_whole(adapter: &Path) -> Result<()> {
-    AdapterFiles::read(adapter)?.adapt(&model("llama")?, false)?;
+    is_whole_on(&model("llama")?, adapter)
+}
+
+fn is_whole_on(base: &BaseModel, adapter: &Path) -> Result<()> {
+    AdapterFiles::read(adapter)?.adapt(base, false)?;
     Ok(())
 }
 
@@ -167,9 +176,10 @@ fn a_run_that_is_killed_while_it_overwrites_leaves_the_older_result_or_its_own()
 
 /// A run that is just saving a large adapter, killed with `signal`; the directory that it was filling.
 fn caught_while_saving(place: &Place, output: &str, signal: i32) -> Result<(Running, PathBuf)> {
+    let wide = wide_model(place)?;
     for _ in 0..20 {
-        let mut command = train(place, output)?;
-        command.args(["--max-steps", "1000000", "--overwrite", "--lora-r", "2000"]);
+        let mut command = train_on(&wide, place, output)?;
+        command.args(["--max-steps", "1000000", "--overwrite", "--lora-r", WIDE_R]);
         let before = litter(&place.path("outputs"))?;
         let mut running = Running::start(&mut command)?;
         running.wait_for("step ")?;
@@ -202,7 +212,7 @@ fn what_a_killed_run_was_filling_goes_with_the_next_run_and_a_living_run_keeps_i
     living.signal(libc::SIGCONT)?;
     let (code, _, stderr) = living.end()?;
     assert_eq!(code, Some(130), "{stderr}");
-    is_whole(&place.path("outputs/living"))?;
+    is_whole_on(&BaseModel::load(&wide_model(&place)?)?, &place.path("outputs/living"))?;
     assert_eq!(place.outputs()?, ["living", "out"]);
     Ok(())
 }

@@ -50,7 +50,7 @@ mod tests {
 
     #[test]
     fn every_linear_layer_is_stored_in_eight_bits_whichever_are_adapted() -> Result<()> {
-        let plan = trace::<Int8>(&testing::request(r#"{"target_modules": ["q_proj"]}"#))?;
+        let plan = trace::<Int8>(&testing::request(r#"{"target_modules": ["q_proj"], "r": 3}"#))?;
         assert_eq!((plan.modules.len(), plan.stored.len()), (2, 14));
         assert_eq!((plan.codecs.len(), plan.codecs[0].code.len()), (1, 255));
         assert_eq!(plan.defaults.compute_dtype.as_deref(), Some("int8"));

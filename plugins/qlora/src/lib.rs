@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn every_linear_layer_is_stored_in_four_bits_whichever_are_adapted() -> Result<()> {
-        let plan = trace::<QLora>(&testing::request(r#"{"target_modules": ["q_proj"]}"#))?;
+        let plan = trace::<QLora>(&testing::request(r#"{"target_modules": ["q_proj"], "r": 3}"#))?;
         assert_eq!((plan.modules.len(), plan.stored.len(), plan.codecs.len()), (2, 14, 1));
         assert_eq!(plan.defaults.compute_dtype.as_deref(), Some("int8"));
         assert!(!plan.stored.contains_key("lm_head") && !plan.stored.contains_key("model.embed_tokens"));
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn the_options_of_the_storage_are_no_fields_of_the_adapter() -> Result<()> {
-        let plan = trace::<QLora>(&testing::request("{}"))?;
+        let plan = trace::<QLora>(&testing::request(r#"{"r": 3}"#))?;
         let fields = plan.peft.expect("it is a LoRA").fields;
         assert!(fields.contains_key("r") && !fields.contains_key("double_quant"), "{fields:?}");
         Ok(())

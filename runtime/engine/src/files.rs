@@ -1,6 +1,7 @@
 //! Writes a directory so that it is there whole or not at all, and keeps what is private so.
 
 mod exchange;
+mod known;
 mod litter;
 mod lock;
 mod modes;
@@ -13,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 use self::exchange::Older;
+pub use self::known::{RESULT_FILES, replaceable};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
 pub use self::modes::{keep_private, prepare};

@@ -1,7 +1,7 @@
 //! `homeroom export-model`.
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::files::{NewDirectory, vacant};
+use homeroom_engine::files::{NewDirectory, replaceable, vacant};
 use homeroom_engine::generate::prompt_ids;
 use homeroom_engine::merge::{Floats, divergence, merge, save_model};
 use homeroom_engine::model::BaseModel;
@@ -39,6 +39,9 @@ pub fn run(arguments: &ExportModel) -> Result<Done> {
     })?;
     let adapter = registry::resolve(&arguments.model.model_dir);
     spares(&arguments.output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
+    if arguments.overwrite {
+        replaceable(&arguments.output_dir)?;
+    }
     interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&arguments.output_dir)?;
     directory.replaces = arguments.overwrite;

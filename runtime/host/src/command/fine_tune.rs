@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use homeroom_engine::data::{Dataset, Example};
-use homeroom_engine::files::{NewDirectory, vacant};
+use homeroom_engine::files::{NewDirectory, replaceable, vacant};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::{Broken, Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
 use serde_json::{Map, Value};
@@ -43,6 +43,9 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
         ("the adapter to start from", start.map(Path::to_owned)),
     ];
     spares(&output_dir, inputs)?;
+    if arguments.overwrite {
+        replaceable(&output_dir)?;
+    }
     let mut search = arguments.plugins.search()?;
     if arguments.watch_plugins {
         search = search.watched(this_program()?);

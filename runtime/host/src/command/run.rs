@@ -10,7 +10,6 @@ use super::{print, this_program};
 use crate::cli::{Done, Run};
 use crate::interrupt;
 use crate::pipeline::config::PipelineConfig;
-use crate::pipeline::output::plain;
 use crate::pipeline::{self, sandbox::shown};
 use crate::progress::line;
 use crate::watch::Tree;
@@ -72,7 +71,7 @@ fn once(arguments: &Run) -> Result<Done> {
         let (words, actions): (Vec<String>, Vec<Value>) = outcome.actions.into_iter().unzip();
         print(&match arguments.json {
             true => json!({"would": actions}).to_string(),
-            false => plain(&format!("would\n  {}", words.join("\n  "))).into_owned(),
+            false => format!("would\n  {}", words.join("\n  ")),
         })?;
     } else if arguments.json {
         print(&outcome.result.to_string())?;
@@ -81,7 +80,7 @@ fn once(arguments: &Run) -> Result<Done> {
         readable("", &outcome.result, &mut lines);
         let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
         let lines: Vec<String> = lines.iter().map(|(name, value)| format!("{name:width$}  {value}")).collect();
-        print(&plain(lines.join("\n").trim()))?;
+        print(lines.join("\n").trim())?;
     }
     Ok(Done::Whole)
 }

@@ -33,9 +33,11 @@ pub fn run(arguments: &Serve) -> Result<Done> {
         }
         (None, config) => {
             let path = config.as_deref().context("--config or --model-dir is needed")?;
+            // Before it is read: an edit in between is a change.
+            let file = Watch::new(path);
             let handlers = Handlers::new(Config::read(path)?);
             let routes = handlers.routes()?;
-            watched = Some((path.to_owned(), handlers));
+            watched = Some((path.to_owned(), file, handlers));
             routes
         }
     };
@@ -43,9 +45,9 @@ pub fn run(arguments: &Serve) -> Result<Done> {
         eprintln!("model    {name}");
     }
     let server = start(models, listener)?;
-    if let Some((path, handlers)) = watched {
+    if let Some((path, file, handlers)) = watched {
         let replace = server.replacer();
-        thread::spawn(move || watch(&path, handlers, replace));
+        thread::spawn(move || watch(&path, file, handlers, replace));
     }
     let stop = server.stopper();
     let mut pressed = false;
@@ -62,8 +64,7 @@ pub fn run(arguments: &Serve) -> Result<Done> {
 }
 
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.
-fn watch(path: &Path, mut handlers: Handlers, replace: impl Fn(Models)) {
-    let (mut file, problem) = Watch::new(path);
+fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers: Handlers, replace: impl Fn(Models)) {
     if let Some(problem) = problem {
         line(format_args!("note: {}: changes are looked for every 2 s only: {problem}", path.display()));
     }

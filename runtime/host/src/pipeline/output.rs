@@ -1,8 +1,6 @@
-//! What a script prints: to stderr, in bounds, and without the controls of a terminal, which could rewrite what is on the screen.
+//! What a script prints: to stderr, in bounds.
 
-use std::borrow::Cow;
 use std::cell::Cell;
-use std::fmt::Write as _;
 
 use super::clock::Clock;
 use super::limits::bytes;
@@ -35,7 +33,6 @@ impl Output {
 
     /// Writes a line of a verb's. It counts, and is written even if it is one too many: the verb has done what it says.
     pub fn line(&self, clock: &Clock, text: &str) {
-        let text = plain(text);
         self.written.set(self.written.get().saturating_add(text.len() + 1));
         let _waiting = clock.wait();
         progress::line(text);
@@ -52,33 +49,5 @@ impl Output {
             bytes(self.most)
         );
         Ok(())
-    }
-}
-
-/// A text with its controls written out, newlines and tabs left as they are.
-pub fn plain(text: &str) -> Cow<'_, str> {
-    let control = |c: char| c.is_control() && c != '\n' && c != '\t';
-    if !text.contains(control) {
-        return Cow::Borrowed(text);
-    }
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if control(c) {
-            let _ = write!(out, "{}", c.escape_unicode());
-        } else {
-            out.push(c);
-        }
-    }
-    Cow::Owned(out)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn controls_are_written_out_and_lines_stay_lines() {
-        assert_eq!(plain("a\x1b[2Jb\r\nc\t\u{9b}d"), "a\\u{1b}[2Jb\\u{d}\nc\t\\u{9b}d");
-        assert!(matches!(plain("plain ä"), Cow::Borrowed(_)));
     }
 }

@@ -21,7 +21,6 @@ use super::clock::{Clock, Ended};
 use super::errors::{self, Failure, PRELUDE, nearest, parts, said, short};
 use super::libraries;
 use super::limits::Limits;
-use super::output::plain;
 use super::places::read_text;
 
 /// How often time and Ctrl-C are looked at.
@@ -295,8 +294,7 @@ impl Sandbox {
         // The first frame is where the message says that it is.
         let callers: String =
             frames.iter().skip(1).take(8).map(|frame| format!("\n  called from {}", place(frame))).collect();
-        // What the script raised may hold a terminal's controls.
-        anyhow!("{}{callers}", plain(&text))
+        anyhow!("{text}{callers}")
     }
 }
 

@@ -4,26 +4,8 @@ use std::fs::{File, OpenOptions};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE, is_adapter};
-
-/// The files of an adapter, and those of a whole model that was trained.
-const FILES: [&str; 15] = [
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    HOMEROOM_FILE,
-    "trainer_state.json",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-];
+use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, is_adapter};
+use homeroom_engine::files::RESULT_FILES;
 
 /// Refuses a directory that is no trained model.
 ///
@@ -45,7 +27,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         std::fs::set_permissions(to, mode).with_context(|| to.display().to_string())?;
     }
-    for name in FILES {
+    for name in RESULT_FILES {
         let path = from.join(name);
         let Ok(kind) = path.symlink_metadata() else { continue };
         ensure!(

@@ -1,0 +1,59 @@
+//! The files of a result: what may be copied as a part of it, and what `--overwrite` may replace.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+
+use crate::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
+
+/// The files of an adapter, and those of a whole model that was trained.
+pub const RESULT_FILES: [&str; 15] = [
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    HOMEROOM_FILE,
+    "trainer_state.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+];
+
+/// Whether a file of this name is part of a result, a shard of its weights among them.
+fn is_known(name: &str) -> bool {
+    let shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    shard || name == "model.safetensors.index.json" || RESULT_FILES.contains(&name)
+}
+
+/// Refuses to replace a directory that holds anything but a result: whatever else lies there would be lost.
+///
+/// # Errors
+/// Names what is no part of a result.
+pub fn replaceable(path: &Path) -> Result<()> {
+    let Ok(entries) = fs::read_dir(path) else { return Ok(()) };
+    let mut others: Vec<String> = entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // A link is one entry: what it leads to is not lost.
+            let is_file = entry.file_type().is_ok_and(|kind| !kind.is_dir());
+            (!is_file || !is_known(&name)).then_some(name)
+        })
+        .collect();
+    others.sort();
+    let Some(first) = others.first() else { return Ok(()) };
+    let more = if others.len() > 1 { format!(" and {} more", others.len() - 1) } else { String::new() };
+    ensure!(
+        others.is_empty(),
+        "{}: holds `{first}`{more}, which is no part of a model and would be lost; name another directory, or move it",
+        path.display()
+    );
+    Ok(())
+}

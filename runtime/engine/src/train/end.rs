@@ -88,7 +88,7 @@ impl Run<'_> {
         };
         let good = if undo { self.step.saturating_sub(1) } else { self.step };
         if good == 0 {
-            return anyhow!("{reason}");
+            return anyhow!("{reason}; nothing that could be saved was learned before");
         }
         match undo.then(|| self.generation.optimizer.undo(&self.generation.adaptation)).transpose() {
             Err(error) => return error.context(reason),

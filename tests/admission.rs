@@ -13,7 +13,7 @@ use homeroom::handler::openai::OpenAi;
 use homeroom::handler::{
     Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Secret, Usage,
 };
-use homeroom::serve::{Models, Running, Times, bind, start_with};
+use homeroom::serve::{Bounds, Models, Running, bind, start_with};
 use serde_json::{Value, json};
 
 use crate::handlers::{asked, chat_body, local, post, refusal, scripted, serve, settings, stream_of};
@@ -260,7 +260,7 @@ fn a_client_that_does_not_read_loses_its_connection_and_its_answer() -> Result<(
     let server = start_with(
         models(vec![("far", limited(OpenAi::new(settings(&url, "m")?), 1, 0))]),
         bind("127.0.0.1", 0)?,
-        Times { unread: Duration::from_millis(500), ..Times::default() },
+        Bounds { unread: Duration::from_millis(500), ..Bounds::default() },
     )?;
     let held = ask(server.address, &chat_body(&json!({"model": "far", "stream": true})))?;
     until("it is being answered", || begun.load(Ordering::SeqCst) == 1);
@@ -317,7 +317,7 @@ fn half_a_request_is_not_waited_for() -> Result<()> {
     let server = start_with(
         models(vec![("m", local()?)]),
         bind("127.0.0.1", 0)?,
-        Times { headers: brief, body: brief, ..Times::default() },
+        Bounds { headers: brief, body: brief, ..Bounds::default() },
     )?;
     let whole = request_text(&chat_body(&json!({"model": "m"})));
     for sent in ["", "POST /v1/ch", &whole[..60], &whole[..whole.len() - 3]] {
@@ -336,6 +336,25 @@ fn half_a_request_is_not_waited_for() -> Result<()> {
     assert!(line.starts_with("HTTP/1.1 200"), "{line}");
     let mut rest = Vec::new();
     client.read_to_end(&mut rest)?;
+    end(server)
+}
+
+/// Whoever connects and says nothing keeps nobody out.
+#[test]
+fn a_server_full_of_silent_connections_answers() -> Result<()> {
+    let bounds = Bounds { connections: 5, ..Bounds::default() };
+    let server = start_with(models(vec![("m", local()?)]), bind("127.0.0.1", 0)?, bounds)?;
+    let body = chat_body(&json!({"model": "m"}));
+    let mut silent = Vec::new();
+    for number in 0..23 {
+        let mut client = TcpStream::connect(server.address)?;
+        client.write_all(if number % 2 == 0 { b"" } else { b"POST /v1/chat" })?;
+        silent.push(client);
+    }
+    for _ in 0..7 {
+        assert_eq!(post(server.address, &body)?.0, 200);
+    }
+    drop(silent);
     end(server)
 }
 
@@ -394,6 +413,20 @@ fn no_part_of_a_key_comes_back_in_any_field() -> Result<()> {
         let frame = format!("data: {error}\n\n");
         assert!(!shows(&format!("{:?}", answer(stream_of(&frame))?.expect_err("it refused"))));
     }
+    // Cut into pieces of eleven, and hidden by what shows nothing.
+    let pieces: String = (0..key.len())
+        .step_by(11)
+        .map(|from| {
+            let piece = &key[from..key.len().min(from + 11)];
+            format!("data: {}\n\n", json!({"choices": [{"delta": {"content": piece}}]}))
+        })
+        .collect();
+    let stop = "data: {\"choices\":[{\"delta\":{\"content\":\" sk-\"},\"finish_reason\":\"stop\"}]}\n\n";
+    let whole = answer(stream_of(&format!("{pieces}{stop}")))??;
+    assert_eq!(whole.text, "[key] sk-");
+    let hidden: String = key.chars().flat_map(|c| [c, '\u{200b}']).collect();
+    let refused = answer(refusal(400, "", &json!({"error": {"message": hidden}})))?.expect_err("it refused");
+    assert!(!shows(&refused.message.replace('\u{200b}', "")), "{refused:?}");
     let chunk = json!({"id": key, "model": format!("m-{key}"), "choices": [{"delta": {"content": format!("say {key}")}, "finish_reason": format!("no: {key}")}]});
     let whole = answer(stream_of(&format!("data: {chunk}\n\ndata: [DONE]\n\n")))??;
     assert!(!shows(&format!("{whole:?}")) && whole.text == "say [key]", "{whole:?}");

@@ -517,7 +517,7 @@ fn an_adapter_is_refused_on_a_base_that_it_was_not_trained_on() -> Result<()> {
 fn an_output_directory_is_replaced_when_asked_and_then_whole() -> Result<()> {
     let place = Place::new()?;
     let (base, rows) = (fixture("models/llama"), place.rows("rows.jsonl", 3)?);
-    let mine = place.write("outputs/out/mine.txt", "mine")?;
+    let mine = place.write("outputs/out/trainer_state.json", "mine")?;
     let mut command = place.fine_tune(&base, &rows);
     command.args(["--max-steps", "1"]);
     refused(&mut command, &["outputs/out: the directory is not empty", "--overwrite"])?;
@@ -526,16 +526,14 @@ fn an_output_directory_is_replaced_when_asked_and_then_whole() -> Result<()> {
     let mut failing = place.fine_tune(&base, &place.write("bad.jsonl", "{")?);
     refused(failing.arg("--overwrite"), &["not JSON"])?;
     assert_eq!(fs::read_to_string(&mine)?, "mine");
-    // Nor does one that was asked to, what is no earlier result.
-    refused(
-        command.arg("--overwrite"),
-        &["outputs/out: holds `mine.txt`, which is no part of a model", "another directory"],
-    )?;
-    place.write("outputs/out/adapter_config.json", "{}")?;
-    place.write("outputs/out/.hidden/thesis", "mine")?;
+    // Nor does one that was asked to replace what is no result.
+    command.arg("--overwrite");
+    let thesis = place.write("outputs/out/thesis.txt", "mine")?;
+    refused(&mut command, &["outputs/out: holds `thesis.txt`, which is no part of a model", "another directory"])?;
+    place.write("outputs/out/.hidden/key", "mine")?;
     refused(&mut command, &["holds `.hidden` and 1 more"])?;
-    assert_eq!(fs::read_to_string(&mine)?, "mine");
-    fs::remove_file(&mine)?;
+    assert_eq!(fs::read_to_string(&thesis)?, "mine");
+    fs::remove_file(thesis)?;
     fs::remove_dir_all(place.path("outputs/out/.hidden"))?;
     succeeds(&mut command)?;
     let mut names: Vec<_> =
@@ -630,7 +628,7 @@ fn a_full_disk_while_saving_is_told_and_leaves_nothing() -> Result<()> {
     refused(&mut shell, &["outputs/out: cannot write adapter_model.safetensors", "too large"])?;
     leaves_nothing(&place)?;
     // What was there before is still there.
-    let mine = place.write("outputs/out/mine.txt", "mine")?;
+    let mine = place.write("outputs/out/trainer_state.json", "mine")?;
     refused(shell.arg("--overwrite"), &["cannot write adapter_model.safetensors"])?;
     assert_eq!((fs::read_to_string(mine)?, place.outputs()?), ("mine".to_owned(), vec!["out".to_owned()]));
     // Without the limit the same command saves.
@@ -845,7 +843,7 @@ fn a_result_whose_place_was_taken_meanwhile_is_kept_beside_it() -> Result<()> {
     let place = Place::new()?;
     let mut running = Running::start(&mut endless(&place)?)?;
     running.wait_for("step ")?;
-    let theirs = place.write("outputs/out/theirs.txt", "theirs")?;
+    let theirs = place.write("outputs/out/tokenizer.json", "theirs")?;
     running.signal(libc::SIGINT)?;
     let (code, stdout, stderr) = running.end()?;
     assert!(code == Some(1) && stdout.is_empty(), "{stderr}");
@@ -854,6 +852,7 @@ fn a_result_whose_place_was_taken_meanwhile_is_kept_beside_it() -> Result<()> {
     let [out, kept] = outputs.as_slice() else { anyhow::bail!("{outputs:?}") };
     assert!(out == "out" && stderr.contains(&format!("it is whole in {}", place.path("outputs").join(kept).display())));
     assert!(stderr.contains("the directory is not empty"), "{stderr}");
+    assert!(!stderr.contains("homeroom-kept-"), "it is kept once, and one place is named:\n{stderr}");
     // It is nobody's litter.
     succeeds(place.fine_tune(&fixture("models/llama"), &place.rows("few.jsonl", 2)?).args([
         "--max-steps",

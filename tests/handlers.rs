@@ -521,6 +521,14 @@ fn the_server_speaks_as_openai_does() -> Result<()> {
         assert!(error["message"].is_string() && error["type"] == "invalid_request_error", "{answer}");
     }
     assert_eq!(get("/v1/models/other")?.0, 404);
+    let (status, _, odd) = get("/v1/models/%ff")?;
+    assert!(status == 400 && odd.contains("\"type\":\"invalid_request_error\""), "{odd}");
+    let (_, _, quoted) = post(at, &chat_body(&json!({"\u{1b}[31m": 1})))?;
+    assert!(quoted.contains("{1b}") && !quoted.contains("u001b"), "{quoted}");
+    // Far too long to make tokens of it.
+    let (status, _, long) =
+        post(at, &chat_body(&json!({"messages": [{"role": "user", "content": "a".repeat(4_000_000)}]})))?;
+    assert!(status == 400 && long.contains("4000000 bytes long") && long.contains("context_length_exceeded"), "{long}");
     assert_eq!(get("/v1/embeddings")?.0, 404);
     assert_eq!(get("/v1/chat/completions")?.0, 405);
     server.stop();

@@ -12,7 +12,7 @@ use homeroom_engine::adapter::AdapterFiles;
 use homeroom_engine::model::BaseModel;
 
 use crate::command_line::{Running, WIDE_R, in_shell, wide_model};
-use crate::support::{Place, fixture, homeroom, model, refused, run, succeeds};
+use crate::support::{Place, eval, fixture, homeroom, model, refused, run, succeeds};
 
 /// A pipeline with its parameters `name` and `model`, the rows `rows.jsonl`, and its home `home`.
 fn pipeline(place: &Place, script: &str) -> Result<PathBuf> {
@@ -351,5 +351,62 @@ fn a_full_disk_leaves_the_older_handlers() -> Result<()> {
     assert!(litter(&place.path("home"))?.is_empty());
     succeeds(&mut run_pipeline(&place, &config, "two"))?;
     assert_eq!(handlers(&place)?, ["one", "two"]);
+    Ok(())
+}
+
+// --- files of others -------------------------------------------------------------------------------------------------
+
+/// Opening a pipe waits for who writes to it: one in the place of a file must not hold a command for ever.
+#[test]
+fn a_pipe_in_the_place_of_a_file_is_refused_in_words() -> Result<()> {
+    let place = Place::new()?;
+    let pipe = |path: &Path| -> Result<()> {
+        let _ = fs::remove_file(path);
+        ensure!(Command::new("mkfifo").arg(path).status()?.success(), "mkfifo");
+        Ok(())
+    };
+    let chat = |model: &Path| {
+        let mut command = homeroom();
+        command.args(["chat", "--prompt", "hi", "--max-tokens", "1", "--model-dir"]).arg(model);
+        command
+    };
+    for file in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        let model = place.copy(&fixture("models/llama"), &format!("model-{file}"))?;
+        pipe(&model.join(file))?;
+        refused(&mut chat(&model), &["regular file"])?;
+    }
+    for file in ["adapter_config.json", "adapter_model.safetensors", "homeroom.json"] {
+        let adapter = place.copy(&fixture("curves/lora/trained"), &format!("adapter-{file}"))?;
+        pipe(&adapter.join(file))?;
+        refused(chat(&adapter).arg("--base-model").arg(fixture("models/llama")), &["regular file"])?;
+    }
+    let fifo = place.path("fifo");
+    pipe(&fifo)?;
+    refused(&mut eval(&fixture("models/llama"), &fifo), &["not a regular file"])?;
+    refused(&mut place.fine_tune(&fixture("models/llama"), &fifo), &["not a regular file"])?;
+    // One bad entry of the registry does not hide the others, and a pipe as the file of handlers stops no pipeline.
+    succeeds(train_named(&place, "good")?.args(["--max-steps", "1"]))?;
+    let bad = place.copy(&place.path("home/models/good"), "home/models/bad")?;
+    pipe(&bad.join("homeroom.json"))?;
+    let mut list = homeroom();
+    let listed = succeeds(list.args(["list-models", "--json"]).env("HOMEROOM_HOME", place.path("home")))?.stdout;
+    let listed: serde_json::Value = serde_json::from_str(&listed)?;
+    assert!(listed[0]["problem"].as_str().is_some_and(|problem| problem.contains("not a regular file")), "{listed}");
+    assert!(listed[1]["name"] == "good" && listed[1]["problem"].is_null(), "{listed}");
+    pipe(&place.path("home/handlers.toml"))?;
+    refused(&mut run_pipeline(&place, &pipeline(&place, HANDLER)?, "x"), &["not a regular file"])?;
+    Ok(())
+}
+
+/// A text that no context could hold is refused before tokens are made of it, which would take two hundred times its bytes.
+#[test]
+fn a_row_of_megabytes_is_refused_before_it_takes_gigabytes() -> Result<()> {
+    let place = Place::new()?;
+    let row = serde_json::json!({"text": "ab c".repeat(5 << 18)}).to_string();
+    let rows = place.write("rows.jsonl", row + "\n")?;
+    refused(
+        eval(&fixture("models/llama"), &rows).args(["--on-long-row", "truncate"]),
+        &["line 1", "too long to be made tokens of"],
+    )?;
     Ok(())
 }

@@ -220,7 +220,7 @@ fn exploding(place: &Place) -> Result<PathBuf> {
 fn a_run_that_ends_badly_keeps_what_it_had_learned_before() -> Result<()> {
     let place = Place::new()?;
     let (base, rows, plugins) = (fixture("models/llama"), place.rows("rows.jsonl", 8)?, exploding(&place)?);
-    let mine = place.write("outputs/out/mine.txt", "mine")?;
+    let mine = place.write("outputs/out/trainer_state.json", "mine")?;
     let command = |steps: &str| {
         let mut command = place.fine_tune(&base, &rows);
         command.arg("--plugin-dir").arg(&plugins).args(["--strategy", "reloading", "--max-steps", steps]);

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::adaptation::{Adaptation, parse_plan};
 use crate::files::NewDirectory;
+use crate::files::{TEXT_BYTES_MAX, read_text};
 use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
@@ -183,7 +184,7 @@ impl AdapterFiles {
             if !file.exists() {
                 return Ok(None);
             }
-            let text = std::fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+            let text = read_text(&file, TEXT_BYTES_MAX)?;
             let value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", file.display()))?;
             Ok(Some(value))
         };

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
@@ -13,6 +12,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 
+use crate::files::open_regular;
 use crate::order;
 use crate::template::{ChatTemplate, Rendered, token_starts, tokenize};
 use crate::tokenizer::Tokenizer;
@@ -325,7 +325,7 @@ impl Dataset {
 /// Calls `each` with the line, the text and the checked row of every line that is not blank. Returns the file's digest and the
 /// format of its first row.
 fn read_rows(path: &Path, each: impl FnMut(usize, &[u8], Result<Row, Problem>)) -> Result<(String, Option<RowFormat>)> {
-    rows_of(path, File::open(path).with_context(|| path.display().to_string())?, each)
+    rows_of(path, open_regular(path)?, each)
 }
 
 /// As [`read_rows`], of a file that is open.

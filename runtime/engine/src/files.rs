@@ -5,6 +5,7 @@ mod known;
 mod litter;
 mod lock;
 mod modes;
+mod regular;
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
@@ -18,6 +19,7 @@ pub use self::known::{RESULT_FILES, replaceable};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
 pub use self::modes::{keep_private, prepare};
+pub use self::regular::{TEXT_BYTES_MAX, open_regular, read_text};
 
 /// The temporary names of all directories in the making. They get theirs, and lose it, with this held: whoever holds it sees none
 /// that is neither here nor finished.
@@ -199,11 +201,24 @@ impl Temporary {
             Ok(older) => Ok(older.map(|(path, alive)| Self::known(&mut directories, path, alive))),
             Err(error) => {
                 let kept = keep_beside(&from, destination);
-                let (to, kept) = (destination.display(), kept.display());
-                Err(error)
-                    .with_context(|| format!("{to}: cannot put the finished directory here; it is whole in {kept}"))
+                Err(error.context(Kept { wanted: destination.to_owned(), kept }))
             }
         }
+    }
+}
+
+/// A finished directory that could not get its name, and where it is whole. What [`NewDirectory::publish`] fails with then.
+#[derive(Debug)]
+pub struct Kept {
+    wanted: PathBuf,
+    /// Where it is.
+    pub kept: PathBuf,
+}
+
+impl std::fmt::Display for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (wanted, kept) = (self.wanted.display(), self.kept.display());
+        write!(f, "{wanted}: cannot put the finished directory here; it is whole in {kept}")
     }
 }
 
@@ -224,8 +239,11 @@ fn keep_beside(from: &Path, destination: &Path) -> PathBuf {
     let name = destination.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let names =
         (1..1000).map(|number| if number == 1 { format!("{name}.kept") } else { format!("{name}.kept-{number}") });
-    let kept = names.map(|name| destination.with_file_name(name)).find(|path| fs::symlink_metadata(path).is_err());
-    kept.filter(|kept| fs::rename(from, kept).is_ok()).unwrap_or_else(|| from.to_owned())
+    // A name that is too long already gets no longer.
+    let others = (1..1000).map(|number| format!("homeroom-kept-{number}"));
+    let free = |path: &PathBuf| fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    let mut free = names.chain(others).map(|name| destination.with_file_name(name)).filter(free);
+    free.find(|kept| fs::rename(from, kept).is_ok()).unwrap_or_else(|| from.to_owned())
 }
 
 impl Drop for Temporary {

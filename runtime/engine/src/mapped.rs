@@ -4,19 +4,20 @@
 //! was and ends the program with exit code 1; or, while a run is [`Surviving`], puts zeros in the place of what is gone, and
 //! [`intact`] fails from then on: whoever computes asks it before a result counts.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use memmap2::Mmap;
 
+use crate::files::open_regular;
+
 /// Maps a file for reading.
 ///
 /// # Errors
 /// When it cannot be opened or mapped.
 pub fn map_file(path: &Path) -> Result<Arc<Mmap>> {
-    let file = File::open(path).with_context(|| format!("{}: cannot open", path.display()))?;
+    let file = open_regular(path)?;
     // SAFETY: the map is read only, and any bytes are valid to its readers, who check what they mean. What stays open: another
     // program that rewrites the file changes numbers under us. Homeroom itself replaces files by renaming. One that is shortened is
     // what the handler of this module is for.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use homeroom_engine::files::NewDirectory;
+use homeroom_engine::files::{Kept, NewDirectory};
 
 use crate::job::{Job, Outcome};
 
@@ -43,8 +43,7 @@ impl Outcome {
         let mut directory = NewDirectory::start(place).map_err(lost)?;
         directory.replaces = replaces;
         self.write(job, &directory, parent).map_err(lost)?;
-        let made = directory.path().to_owned();
-        directory.publish().map_err(|error| Unsaved { error, whole: made.exists() })
+        directory.publish().map_err(|error| Unsaved { whole: error.downcast_ref::<Kept>().is_some(), error })
     }
 
     /// Saves what a run that failed had learned before, beside the place where its result would have gone: that keeps what it has.

@@ -8,6 +8,7 @@ use homeroom_engine::files::{self, Lock};
 use serde::Serialize;
 
 use crate::progress::line;
+use homeroom_engine::files::{TEXT_BYTES_MAX, read_text};
 
 /// `$HOMEROOM_HOME`, or the user's data directory.
 pub fn data_directory() -> Option<PathBuf> {
@@ -110,8 +111,8 @@ pub fn list() -> Result<Vec<Entry>> {
 
 fn read(name: String, path: PathBuf) -> Entry {
     let kind = if homeroom_engine::adapter::is_adapter(&path) { "adapter" } else { "model" };
-    let text = std::fs::read_to_string(path.join(HOMEROOM_FILE));
-    let manifest = text.map_err(anyhow::Error::from).and_then(|text| Ok(serde_json::from_str::<Manifest>(&text)?));
+    let text = read_text(&path.join(HOMEROOM_FILE), TEXT_BYTES_MAX);
+    let manifest = text.and_then(|text| Ok(serde_json::from_str::<Manifest>(&text)?));
     let entry = Entry {
         name,
         path,

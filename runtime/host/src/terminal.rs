@@ -6,7 +6,8 @@ use std::borrow::Cow;
 /// Whether a terminal, or the order of letters in it, would obey a character: control characters but for the end of a line and the
 /// tabulator, and what turns the direction of writing (Unicode's "Trojan source", <https://trojansource.codes>).
 fn is_obeyed(c: char) -> bool {
-    c.is_control() && !"\n\t".contains(c) || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    c.is_control() && !"\n\t".contains(c)
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Whether a text is shown as it is.

@@ -1,9 +1,10 @@
 //! The files of a result: what may be copied as a part of it, and what `--overwrite` may replace.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
 
@@ -37,7 +38,10 @@ fn is_known(name: &str) -> bool {
 /// # Errors
 /// Names what is no part of a result.
 pub fn replaceable(path: &Path) -> Result<()> {
-    let Ok(entries) = fs::read_dir(path) else { return Ok(()) };
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(|| format!("{}: cannot write a directory here", path.display()))?,
+    };
     let mut others: Vec<String> = entries
         .filter_map(|entry| {
             let entry = entry.ok()?;

@@ -125,6 +125,7 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer cannot encode the text, which a checked one always can.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoded> {
+        check_length(text)?;
         let encoding = guarded(|| self.inner.encode(text, add_special_tokens))?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
@@ -134,6 +135,7 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary cannot spell a control token, so that its id would come out.
     pub fn encode_as_text(&self, text: &str) -> Result<Vec<u32>> {
+        check_length(text)?;
         // Most texts have none, for which the tokenizers are the same.
         let clean = self.control_as_typed && !self.control.iter().any(|c| text.contains(c.text.as_str()));
         let tokenizer = match clean {
@@ -337,6 +339,18 @@ fn part<T: DeserializeOwned>(form: Value) -> Result<T> {
 }
 
 // From a directory.
+
+/// Longest text that is encoded, in bytes: each takes some 200 of memory meanwhile. No context is as long.
+const TEXT_BYTES_MAX: usize = 4 << 20;
+
+fn check_length(text: &str) -> Result<()> {
+    let len = text.len();
+    ensure!(
+        len <= TEXT_BYTES_MAX,
+        "a text of {len} bytes is too long to be made tokens of, at most {TEXT_BYTES_MAX} are"
+    );
+    Ok(())
+}
 
 /// The small files around `tokenizer.json`; `Null` for those that are not there.
 #[derive(Default)]

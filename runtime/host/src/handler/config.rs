@@ -21,6 +21,7 @@ use super::openai::{BaseUrl, Endpoint, OpenAi};
 use super::route::Route;
 use crate::models::{Loaded, ModelRef};
 use crate::toml_problems::{Problems, near};
+use homeroom_engine::files::{TEXT_BYTES_MAX, read_text};
 
 /// What a file of handlers says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,7 +95,7 @@ impl Config {
     /// # Errors
     /// When it cannot be read or there is anything wrong with it; everything in one message.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?;
+        let text = read_text(path, TEXT_BYTES_MAX)?;
         Self::parse(path, &text)
     }
 
@@ -242,7 +243,12 @@ fn openai<'a>(
     }
     let api_key_env = table.get("api_key").and_then(|value| api_key(problems, value));
     let base_url = table.get("base_url").zip(base_url).and_then(|(value, url)| {
-        BaseUrl::parse(&url).map_err(|why| problems.at(value.span(), format!("`base_url`: {why}"))).ok()
+        // A name and a password stand before an `@`; the line would show them.
+        let tell = |why: String| match url.contains('@') {
+            true => problems.at_hidden(value.span(), format!("`base_url`: {why}")),
+            false => problems.at(value.span(), format!("`base_url`: {why}")),
+        };
+        BaseUrl::parse(&url).map_err(tell).ok()
     });
     let (base_url, model) = (base_url?, model?);
     Some(HandlerSpec::OpenAi(EndpointSpec {

@@ -1,7 +1,7 @@
 //! A model of this machine.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use homeroom_engine::block::Compute;
 use homeroom_engine::generate::{Detokenizer, Finish, Sampling, prompt_ids};
@@ -20,6 +20,27 @@ pub const DEFAULT_TEMPERATURE: f64 = 0.7;
 /// Longest answer where a request does not say, in tokens: a model that does not find an end would go on to that of its context.
 pub const DEFAULT_MAX_TOKENS: usize = 1024;
 
+/// Bytes of a conversation for each token of the context from which on it cannot fit: no text has so long tokens on an average. Making
+/// tokens of it only to find that out would take minutes and gigabytes.
+const BYTES_PER_TOKEN_MAX: usize = 48;
+
+/// Conversations of more bytes are made tokens of one at a time, as each byte takes some 200 of memory meanwhile.
+const LONG_BYTES: usize = 64 << 10;
+
+static LONG: Mutex<()> = Mutex::new(());
+
+/// Waits until no other long conversation is made tokens of.
+fn turn(context: &Context) -> Result<MutexGuard<'static, ()>, HandlerError> {
+    loop {
+        match LONG.try_lock() {
+            Ok(turn) => return Ok(turn),
+            Err(TryLockError::Poisoned(turn)) => return Ok(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => context.check()?,
+        }
+        std::thread::sleep(PATIENCE);
+    }
+}
+
 /// A model of this machine: a base, perhaps with an adapter.
 pub struct Local {
     name: String,
@@ -37,12 +58,20 @@ impl Local {
 impl Handler for Local {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let model = &self.answers.inference().model;
+        let limit = model.config.max_position_embeddings;
+        let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();
+        if bytes / BYTES_PER_TOKEN_MAX > limit {
+            let message =
+                format!("the conversation is {bytes} bytes long, far beyond the model's context of {limit} tokens");
+            return Err(HandlerError::new(Kind::ContextLength, message));
+        }
         let messages: Vec<Value> = (request.messages.iter())
             .map(|message| json!({"role": message.role, "content": message.content}))
             .collect();
+        let turn = (bytes > LONG_BYTES).then(|| turn(context)).transpose()?;
         let prompt = prompt_ids(model, &messages);
+        drop(turn);
         let prompt = prompt.map_err(|error| HandlerError::invalid("messages", format!("{error:#}")))?;
-        let limit = model.config.max_position_embeddings;
         if prompt.len() >= limit {
             let message = format!(
                 "the conversation is {} tokens and leaves no room for an answer: the model's context is {limit}",

@@ -18,6 +18,19 @@ impl Secret {
         &self.0
     }
 
+    /// Bytes at the end of `text` that the secret begins with, or a telling part of it.
+    pub fn begun(&self, text: &str) -> usize {
+        let all: Vec<(usize, char)> = text.char_indices().collect();
+        let secret: Vec<char> = self.0.chars().collect();
+        let telling = TELLING.min(secret.len());
+        let from = all.len().saturating_sub(telling.saturating_sub(1));
+        let begun = (from..all.len()).find(|&from| {
+            let tail: Vec<char> = all[from..].iter().map(|(_, c)| *c).collect();
+            secret.windows(tail.len()).any(|part| part == tail)
+        });
+        begun.map_or(0, |begun| text.len() - all[begun].0)
+    }
+
     /// `text` without the secret or any telling part of it. Cut a text after it was scrubbed, never before: half a key is no key
     /// that could be found.
     pub fn scrub(&self, text: &str) -> String {
@@ -62,6 +75,15 @@ mod tests {
         assert_eq!(format!("{secret:?}"), "Some(Secret(…))");
         assert_eq!(secret.map(|secret| secret.scrub("wrong key: sk-123!")).as_deref(), Some("wrong key: [key]!"));
         assert_eq!(Secret::new(String::new()).scrub("as it is"), "as it is");
+    }
+
+    #[test]
+    fn the_beginning_of_it_is_seen_before_it_is_whole() {
+        let secret = Secret::new("sk-proj-0123456789".into());
+        for (text, want) in [("say sk-proj", 7), ("say", 0), ("hello", 1), ("é0123", 4), ("", 0), ("sk-proj-0123 x", 0)]
+        {
+            assert_eq!(secret.begun(text), want, "{text}");
+        }
     }
 
     #[test]

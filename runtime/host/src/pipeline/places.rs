@@ -2,11 +2,11 @@
 //! and sets, or what lies below the directory of the pipeline's TOML file. Only regular files are read, so that nothing hangs on a
 //! pipe or never ends, as `/dev/zero` does.
 
-use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_engine::files::open_regular;
 
 use super::errors::short;
 
@@ -141,36 +141,10 @@ fn plain(path: &Path) -> PathBuf {
     out
 }
 
-/// Opens a file for reading, if it is a regular one. Opening a pipe does not wait for who writes to it.
-///
-/// # Errors
-/// When it cannot be opened or is none.
-pub fn open_regular(path: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK | libc::O_NOCTTY);
-    let file = options.open(path).with_context(|| format!("{}: cannot open", path.display()))?;
-    let kind = file.metadata().with_context(|| path.display().to_string())?.file_type();
-    let what = if kind.is_dir() { "a directory" } else { "a device, a pipe or a socket" };
-    ensure!(kind.is_file(), "{}: {what}, not a regular file", path.display());
-    Ok(file)
-}
-
-/// The text of a small regular file.
-///
-/// # Errors
-/// When it is none, cannot be read, or has more than `most` bytes.
-pub fn read_text(path: &Path, most: u64) -> Result<String> {
-    let mut text = String::new();
-    let read = open_regular(path)?.take(most + 1).read_to_string(&mut text);
-    read.with_context(|| format!("{}: cannot read", path.display()))?;
-    ensure!(text.len() as u64 <= most, "{}: longer than {most} bytes", path.display());
-    Ok(text)
-}
-
 #[cfg(test)]
 mod tests {
+    use homeroom_engine::files::read_text;
+
     use super::*;
 
     #[test]

@@ -21,7 +21,7 @@ use super::clock::{Clock, Ended};
 use super::errors::{self, Failure, PRELUDE, nearest, parts, said, short};
 use super::libraries;
 use super::limits::Limits;
-use super::places::read_text;
+use homeroom_engine::files::read_text;
 
 /// How often time and Ctrl-C are looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(20);

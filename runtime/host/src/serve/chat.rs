@@ -47,8 +47,8 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         let message = "the body should be JSON, with the header content-type: application/json";
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
-    let body = timeout(app.times.body, to_bytes(request.into_body(), BODY_LIMIT)).await.map_err(|_| {
-        let message = format!("the body did not come whole in {} s", app.times.body.as_secs());
+    let body = timeout(app.bounds.body, to_bytes(request.into_body(), BODY_LIMIT)).await.map_err(|_| {
+        let message = format!("the body did not come whole in {} s", app.bounds.body.as_secs());
         Refusal::new(StatusCode::REQUEST_TIMEOUT, message)
     })?;
     let body = body.map_err(|_| {

@@ -1,29 +1,36 @@
 //! Connections: how many there may be, and how long one may keep the server waiting.
 //!
+//! When all places are taken, the oldest connection that never sent a whole request gives up its own: whoever only connects keeps
+//! nobody out.
+//!
 //! A client that sends half a request, does not read its answer, or is gone while more of its requests lie in the buffer, loses its
 //! connection. With it goes the work on its answer.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::Shutdown;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use anyhow::Result;
 use axum::Router;
+use axum::extract::Request;
+use axum::middleware::map_request;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep, timeout};
 
-/// Connections at once; more wait in the system's queue.
-pub const CONNECTIONS_MAX: usize = 400;
+/// Connections at once: below half of the files that a program may open where nobody raised it.
+const CONNECTIONS_MAX: usize = 400;
 /// How often it is looked whether a client that sends ahead is still there.
 const LOOK: Duration = Duration::from_millis(200);
 /// What a client that is refused may still be sending: so long, and so many bytes.
@@ -31,9 +38,11 @@ const LINGER: (Duration, usize) = (Duration::from_secs(2), 16 << 20);
 /// Most that is kept of a request that is not read yet, in bytes.
 const BUFFER: usize = 128 << 10;
 
-/// How long a client may keep the server waiting.
+/// How many connections there may be, and how long a client may keep the server waiting.
 #[derive(Clone, Copy, Debug)]
-pub struct Times {
+pub struct Bounds {
+    /// Connections at once, each with an answer at most; more wait in the system's queue.
+    pub connections: usize,
     /// From the beginning of a connection, or the end of the answer before, to the end of a request's headers.
     pub headers: Duration,
     /// From there to the end of its body.
@@ -42,10 +51,10 @@ pub struct Times {
     pub unread: Duration,
 }
 
-impl Default for Times {
+impl Default for Bounds {
     fn default() -> Self {
         let [headers, body, unread] = [15, 30, 30].map(Duration::from_secs);
-        Self { headers, body, unread }
+        Self { connections: CONNECTIONS_MAX, headers, body, unread }
     }
 }
 
@@ -53,13 +62,27 @@ impl Default for Times {
 pub async fn serve(
     listener: TcpListener,
     router: Router,
-    times: Times,
+    bounds: Bounds,
     mut stopped: watch::Receiver<bool>,
 ) -> Result<()> {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let places = Arc::new(Semaphore::new(bounds.connections));
     let mut connections = JoinSet::new();
+    let mut mute = VecDeque::<Arc<Mute>>::new();
     loop {
-        let place = places.clone().acquire_owned().await?;
+        mute.retain(|connection| Arc::strong_count(connection) > 1 && !connection.spoke.load(Ordering::SeqCst));
+        let place = loop {
+            if let Ok(place) = places.clone().try_acquire_owned() {
+                break place;
+            }
+            match mute.pop_front() {
+                Some(oldest) => oldest.leaves.notify_one(),
+                None => break places.clone().acquire_owned().await?,
+            }
+            // It goes in its own time, which is soon.
+            if let Ok(place) = timeout(LOOK, places.clone().acquire_owned()).await {
+                break place?;
+            }
+        };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             // The sender lives as long as the server is wanted.
@@ -76,9 +99,11 @@ pub async fn serve(
         };
         let _ = stream.set_nodelay(true);
         let (router, stopped) = (router.clone(), stopped.clone());
+        let connection = Arc::new(Mute::default());
+        mute.push_back(connection.clone());
         connections.spawn(async move {
             let _place = place;
-            answer(stream, router, times, stopped).await;
+            answer(stream, router, bounds, connection, stopped).await;
         });
     }
     drop(listener);
@@ -86,12 +111,31 @@ pub async fn serve(
     Ok(())
 }
 
+/// A connection as long as it has not sent a whole request.
+#[derive(Default)]
+struct Mute {
+    spoke: AtomicBool,
+    /// It is to give up its place.
+    leaves: Notify,
+}
+
 /// Answers the requests of one connection, one after another.
-async fn answer(stream: TcpStream, router: Router, times: Times, mut stopped: watch::Receiver<bool>) {
+async fn answer(
+    stream: TcpStream,
+    router: Router,
+    bounds: Bounds,
+    state: Arc<Mute>,
+    mut stopped: watch::Receiver<bool>,
+) {
     let stream = Arc::new(stream);
-    let io = TokioIo::new(Impatient { stream: stream.clone(), patience: times.unread, unread: None });
+    let io = TokioIo::new(Impatient { stream: stream.clone(), patience: bounds.unread, unread: None });
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(times.headers).max_buf_size(BUFFER);
+    let speaks = state.clone();
+    let router = router.layer(map_request(move |request: Request| {
+        speaks.spoke.store(true, Ordering::SeqCst);
+        async move { request }
+    }));
+    builder.timer(TokioTimer::new()).header_read_timeout(bounds.headers).max_buf_size(BUFFER);
     let mut connection = std::pin::pin!(builder.serve_connection(io, TowerToHyperService::new(router)));
     let mut ending = false;
     loop {
@@ -99,6 +143,7 @@ async fn answer(stream: TcpStream, router: Router, times: Times, mut stopped: wa
             // How it ended concerns nobody: who it was for is gone.
             _ = connection.as_mut() => break,
             () = gone(&stream) => return,
+            () = state.leaves.notified() => return,
             _ = stopped.wait_for(|stopped| *stopped), if !ending => {
                 ending = true;
                 connection.as_mut().graceful_shutdown();

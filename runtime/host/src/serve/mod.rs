@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn};
@@ -28,7 +29,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::handler::Handler;
-pub use connection::Times;
+pub use connection::Bounds;
 use reply::Refusal;
 
 /// How long answers may go on once the server is asked to stop.
@@ -103,31 +104,32 @@ impl Running {
 /// # Errors
 /// When there is no model, or the system refuses.
 pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
-    start_with(models, listener, Times::default())
+    start_with(models, listener, Bounds::default())
 }
 
-/// The same with other times.
+/// The same with other bounds.
 ///
 /// # Errors
 /// As [`start`].
-pub fn start_with(models: Models, listener: TcpListener, times: Times) -> Result<Running> {
+pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Result<Running> {
     ensure!(!models.is_empty(), "there is no model to serve");
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
     // An answer that is waited for takes a thread, a connection one answer.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
-        .max_blocking_threads(connection::CONNECTIONS_MAX)
+        .max_blocking_threads(bounds.connections)
         .enable_all()
         .build()?;
     let (stop, stopped) = watch::channel(false);
     let models = Arc::new(RwLock::new(models));
-    let app = Arc::new(App { models: models.clone(), created: now(), times, ending: Arc::new(AtomicBool::new(false)) });
+    let app =
+        Arc::new(App { models: models.clone(), created: now(), bounds, ending: Arc::new(AtomicBool::new(false)) });
     let ending = app.ending.clone();
     let serve = async move {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let mut late = stopped.clone();
-        let served = connection::serve(listener, router(app), times, stopped);
+        let served = connection::serve(listener, router(app), bounds, stopped);
         let deadline = async move {
             let _ = late.wait_for(|stopped| *stopped).await;
             sleep(DRAIN).await;
@@ -151,7 +153,7 @@ pub fn start_with(models: Models, listener: TcpListener, times: Times) -> Result
 struct App {
     models: Arc<RwLock<Models>>,
     created: u64,
-    times: Times,
+    bounds: Bounds,
     /// The time to drain is over.
     ending: Arc<AtomicBool>,
 }
@@ -208,7 +210,10 @@ async fn list(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"object": "list", "data": data}))
 }
 
-async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+async fn retrieve(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejection>) -> Response {
+    let Ok(Path(id)) = id else {
+        return Refusal::new(StatusCode::BAD_REQUEST, "the model's name in the address is not UTF-8").into_response();
+    };
     if app.models().contains_key(&id) {
         Json(card(&app, &id)).into_response()
     } else {

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::handler::{Completion, Event, HandlerError, Kind, Usage};
+use crate::terminal::shown;
 
 /// The header that says which handler gave an answer, by its name in the file of handlers.
 pub const HANDLER: &str = "x-homeroom-handler";
@@ -129,9 +130,10 @@ impl Refusal {
         Self { status, message: message.into(), kind, param: None, code: None, retry_after: None, retry: None }
     }
 
-    /// The error's body.
+    /// The error's body. What a client sent and is quoted here holds no controls, so that they write over nobody's terminal.
     pub fn body(&self) -> Value {
-        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+        let (message, param) = (shown(&self.message), self.param.as_deref().map(shown));
+        json!({"error": {"message": message, "type": self.kind, "param": param, "code": self.code}})
     }
 }
 

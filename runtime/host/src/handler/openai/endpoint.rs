@@ -35,7 +35,7 @@ impl Endpoint {
     /// A provider's text as it is passed on: without the key, without control characters, not longer than `limit` characters. Only
     /// what was scrubbed is cut.
     fn clean(&self, text: &str, limit: usize) -> String {
-        let text: String = text.chars().filter(|c| !c.is_control()).collect();
+        let text: String = text.chars().filter(|c| !c.is_control() && !is_invisible(*c)).collect();
         let text = self.api_key.as_ref().map_or(text.clone(), |key| key.scrub(&text));
         text.chars().take(limit).collect()
     }
@@ -45,9 +45,15 @@ impl Endpoint {
         self.clean(text, NAME_LIMIT)
     }
 
-    /// Text of an answer: all of it but the key.
-    pub(super) fn content(&self, text: &str) -> String {
-        self.api_key.as_ref().map_or_else(|| text.to_owned(), |key| key.scrub(text))
+    /// Text of an answer that comes in pieces: all of it but the key, which may be cut into pieces, too. `held` is what may still become
+    /// the key.
+    pub(super) fn content(&self, held: &mut String, piece: &str, is_last: bool) -> String {
+        let Some(key) = &self.api_key else { return piece.to_owned() };
+        held.push_str(piece);
+        let text = key.scrub(held);
+        let waits = if is_last { 0 } else { key.begun(&text) };
+        *held = text[text.len() - waits..].to_owned();
+        text[..text.len() - waits].to_owned()
     }
 
     /// `message` with what was wrong where.
@@ -58,6 +64,11 @@ impl Endpoint {
         };
         HandlerError::new(kind, format!("{}: {}", self.base_url.text, self.clean(message, MESSAGE_LIMIT)))
     }
+}
+
+/// Whether a character shows nothing and could hide a key from whoever looks for it.
+fn is_invisible(c: char) -> bool {
+    matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// An address that is one: `http://` or `https://`, a host, a path.

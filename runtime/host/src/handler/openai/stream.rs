@@ -180,6 +180,7 @@ fn ask(
         started: false,
         finish: None,
         usage: Usage::default(),
+        held: String::new(),
         over: false,
     };
     while !answer.over {
@@ -220,6 +221,8 @@ struct Answer<'a, R> {
     started: bool,
     finish: Option<FinishReason>,
     usage: Usage,
+    /// The end of the text, as long as it may be a part of the key.
+    held: String,
     over: bool,
 }
 
@@ -278,8 +281,9 @@ impl<R: io::BufRead> Answer<'_, R> {
             return;
         }
         let text = text_of(&choice["delta"]["content"]);
+        let text = self.endpoint.content(&mut self.held, &text, false);
         if !text.is_empty() {
-            self.ready.push_back(Event::Delta { text: self.endpoint.content(&text) });
+            self.ready.push_back(Event::Delta { text });
         }
         // Some send an empty reason with every piece.
         if let Some(reason) = choice["finish_reason"].as_str().filter(|reason| !reason.is_empty()) {
@@ -295,6 +299,10 @@ impl<R: io::BufRead> Answer<'_, R> {
     fn end(&mut self) {
         self.over = true;
         let reason = self.finish.take().unwrap_or(FinishReason::Stop);
+        let text = self.endpoint.content(&mut self.held, "", true);
+        if !text.is_empty() {
+            self.ready.push_back(Event::Delta { text });
+        }
         self.ready.extend([Event::Finish { reason }, Event::Usage(self.usage)]);
     }
 

@@ -21,9 +21,10 @@ use super::value::to_lua;
 use crate::job::encode;
 use crate::models::{Loaded, load_base};
 use crate::pipeline::errors::{Failure, said, short};
-use crate::pipeline::places::{Place, read_text};
+use crate::pipeline::places::Place;
 use crate::plugin::native;
 use crate::registry;
+use homeroom_engine::files::read_text;
 
 /// Longest text of a model's table: no path and no name is longer.
 const TEXT_BYTES_MAX: usize = 4096;

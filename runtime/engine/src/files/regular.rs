@@ -1,0 +1,38 @@
+//! Files that others wrote: only regular ones are read, so that a pipe is not waited for and a device does not go on for ever.
+
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+/// Largest text of a model's or an adapter's small files, in bytes.
+pub const TEXT_BYTES_MAX: u64 = 256 << 20;
+
+/// Opens a file for reading, if it is a regular one. Opening a pipe does not wait for who writes to it.
+///
+/// # Errors
+/// When it cannot be opened or is none.
+pub fn open_regular(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK | libc::O_NOCTTY);
+    let file = options.open(path).with_context(|| format!("{}: cannot open", path.display()))?;
+    let kind = file.metadata().with_context(|| path.display().to_string())?.file_type();
+    let what = if kind.is_dir() { "a directory" } else { "a device, a pipe or a socket" };
+    ensure!(kind.is_file(), "{}: {what}, not a regular file", path.display());
+    Ok(file)
+}
+
+/// The text of a small regular file.
+///
+/// # Errors
+/// When it is none, cannot be read, or has more than `most` bytes.
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    let mut text = String::new();
+    let read = open_regular(path)?.take(most + 1).read_to_string(&mut text);
+    read.with_context(|| format!("{}: cannot read", path.display()))?;
+    ensure!(text.len() as u64 <= most, "{}: longer than {most} bytes", path.display());
+    Ok(text)
+}

@@ -8,6 +8,7 @@
 //! spans are control tokens that somebody typed inside a message: they stay text, or a user could end a turn and
 //! begin another in the assistant's name.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -31,7 +32,7 @@ mod source;
 mod tests;
 
 use generation::rewrite_generation_tags;
-use marks::{Marked, Marks, Survey, find_around};
+use marks::{Marked, Marks, Survey, count_obeyed, find_around, find_typed, keys_of};
 
 /// The name under which the one template is stored in its environment.
 const NAME: &str = "chat template";
@@ -253,7 +254,7 @@ impl ChatTemplate {
             ]);
             let template = env.get_template(NAME).map_err(|e| template_error(&e))?;
             let rendered = template.render(Value::from_pairs(context));
-            rendered.map_err(|e| template_error(&e))
+            bounds::written(rendered.map_err(|e| template_error(&e))?, messages, tools)
         })
     }
 
@@ -280,21 +281,105 @@ impl ChatTemplate {
                 bail!("message {}: its role has the control token {token:?} in it", i + 1);
             }
         }
-        let mut survey = Survey::default();
+        let sought = all.iter().flat_map(|token| keys_of(token)).collect();
+        let mut survey = Survey { sought, ..Survey::default() };
         messages.iter().for_each(|v| survey.visit(v, of(v)));
         tools.into_iter().for_each(|v| survey.visit(v, &all));
         survey.note_private(&self.source);
-        let marks = Marks::outside(&survey.private)?;
+        let marks = Marks::outside(&survey.private, &survey.keys)?;
 
         let plain = marks.read(&self.run(messages, tools, prompt, &marks.generation())?)?;
-        let Some(typed) = survey.typed else {
+        // A token can also come of typed pieces, which the template puts together.
+        let in_pieces =
+            |token: &&&str| keys_of(token).next().is_some() && keys_of(token).all(|key| survey.keys.contains(&key));
+        let made = all.iter().find(in_pieces).copied();
+        if survey.typed.is_none() && made.is_none() {
             return Ok(plain);
+        }
+        let written: Vec<&Control> = control.iter().filter(|c| !c.text.is_empty()).collect();
+        let mut harmless = None;
+        if survey.typed.is_none_or(|token| keys_of(token).next().is_some()) {
+            let (keep, keep_of_assistant) = (self.looked_for(&all), self.looked_for(&special));
+            let stand_in = |v: &Json| match v["role"] == "assistant" {
+                true => marks.stand_in(v, &keep_of_assistant, true, true),
+                false => marks.stand_in(v, &keep, false, true),
+            };
+            let messages: Vec<Json> = messages.iter().map(stand_in).collect();
+            let tools = tools.map(|v| marks.stand_in(v, &keep, false, false));
+            match self.run(&messages, tools.as_ref(), prompt, &marks.generation()) {
+                Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
+                Err(_) => {}
+                Ok(text) => {
+                    let mut marked = marks.read(&text)?;
+                    marked.literal = find_typed(&marked.text, &marked.typed, &written);
+                    if marked.text == plain.text && marked.generated == plain.generated {
+                        return Ok(marked);
+                    }
+                    harmless = Some(marked);
+                }
+            }
+        }
+        // The template looks at those characters, so only whole tokens are marked.
+        let marked = match survey.typed {
+            Some(typed) => self.mark_whole(&marks, &plain, messages, tools, prompt, (&all, &special), typed)?,
+            None => plain,
         };
+        if let Some(harmless) = harmless {
+            let (obeyed, most) = (
+                count_obeyed(&marked.text, &marked.literal, &written),
+                count_obeyed(&harmless.text, &harmless.literal, &written),
+            );
+            let own = |token: &Control| {
+                !token.special && messages.iter().any(|m| m["role"] == "assistant" && holds(m, &token.text))
+            };
+            if let Some(i) = (0..written.len()).find(|&i| obeyed[i] > most[i] && !own(written[i])) {
+                bail!(
+                    "the chat template makes the control token {:?} of what is typed in a message, so it cannot be kept as text",
+                    written[i].text
+                );
+            }
+        } else if let (None, Some(token)) = (survey.typed, made) {
+            bail!(
+                "the chat template fails unless the characters of {token:?} are typed in a message, so it cannot be told who writes that"
+            );
+        }
+        Ok(marked)
+    }
+
+    /// Texts that the template may look for in messages, and that are no part of these tokens, longest first.
+    fn looked_for<'a>(&self, tokens: &[&'a str]) -> Vec<&str> {
+        let ends_of = |token: &&'a str| {
+            let second = token.char_indices().nth(2).map_or(token.len(), |(at, _)| at);
+            let last = token.char_indices().nth_back(1).map_or(0, |(at, _)| at);
+            [&token[..second], &token[last..]]
+        };
+        let ends: BTreeSet<&str> = tokens.iter().flat_map(ends_of).collect();
+        let texts = self.written.split('\0').map(str::trim);
+        let mut texts: Vec<&str> = texts.filter(|text| (3..=64).contains(&text.len())).collect();
+        texts.retain(|text| keys_of(text).next().is_some());
+        texts.retain(|text| !ends.iter().any(|end| text.contains(end)) && !tokens.iter().any(|t| t.contains(text)));
+        texts.sort_by_key(|text| std::cmp::Reverse(text.len()));
+        texts
+    }
+
+    /// Marks control tokens that are typed as they are. `typed` is one of them.
+    #[expect(clippy::too_many_arguments, reason = "one rendering, and what is known of it")]
+    fn mark_whole(
+        &self,
+        marks: &Marks,
+        plain: &Marked,
+        messages: &[Json],
+        tools: Option<&Json>,
+        prompt: bool,
+        (all, special): (&[&str], &[&str]),
+        typed: &str,
+    ) -> Result<Marked> {
+        let of = |message: &Json| if message["role"] == "assistant" { special } else { all };
         // Around the token first; a template that trims or looks at the ends of a message may be disturbed by that,
         // and is then given the mark behind the token's first character.
         for inside in [false, true] {
             let messages: Vec<Json> = messages.iter().map(|v| marks.mark(v, of(v), inside, true)).collect();
-            let tools = tools.map(|v| marks.mark(v, &all, inside, true));
+            let tools = tools.map(|v| marks.mark(v, all, inside, true));
             let text = match self.run(&messages, tools.as_ref(), prompt, &marks.generation()) {
                 Ok(text) => text,
                 Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
@@ -303,7 +388,7 @@ impl ChatTemplate {
             let mut marked = marks.read(&text)?;
             if marked.text == plain.text && marked.generated == plain.generated {
                 if inside {
-                    marked.literal = find_around(&marked.text, &marked.inner, &all);
+                    marked.literal = find_around(&marked.text, &marked.inner, all);
                 }
                 return Ok(marked);
             }
@@ -375,6 +460,16 @@ impl ChatTemplate {
     }
 }
 
+/// Whether a text in `value` has `part` in it.
+fn holds(value: &Json, part: &str) -> bool {
+    match value {
+        Json::String(text) => text.contains(part),
+        Json::Array(items) => items.iter().any(|item| holds(item, part)),
+        Json::Object(fields) => fields.iter().any(|(key, item)| key.contains(part) || holds(item, part)),
+        _ => false,
+    }
+}
+
 fn before_turn(i: usize) -> String {
     format!("message {}: the chat template cannot render the prompt that this assistant message answers", i + 1)
 }
@@ -409,7 +504,7 @@ pub fn tokenize(rendered: &Rendered, tokenizer: &Tokenizer) -> Result<(Vec<u32>,
             None => tokenizer.encode_as_text(piece),
         }
     };
-    let (ids, trained) = lay_out(rendered, &encoded, tokenizer.control_tokens(), spell)?;
+    let (ids, trained) = lay_out(rendered, &encoded, tokenizer.control_tokens(), tokenizer.unknown_ids(), spell)?;
     if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id, &ids[..]) {
         ensure!(
             !(*first == bos && *second == bos),
@@ -424,6 +519,7 @@ fn lay_out(
     rendered: &Rendered,
     encoded: &Encoded,
     control: &[Control],
+    unknown: &[u32],
     spell: impl Fn(&str) -> Result<Vec<u32>>,
 ) -> Result<(Vec<u32>, Vec<bool>)> {
     let starts = token_starts(encoded);
@@ -435,8 +531,19 @@ fn lay_out(
         let learn = span.peek().is_some_and(|s| s.start <= starts[t]);
         let (from, to) = encoded.offsets[t];
         while literal.next_if(|l| l.end <= from).is_some() {}
-        let typed = literal.peek().is_some_and(|l| l.start < to) && control.iter().any(|c| c.id == id);
+        let token = control.binary_search_by_key(&id, |c| c.id).ok().map(|at| &control[at]);
+        // A normalizer or the vocabulary may make one of a text that does not spell it, which no template writes.
+        let typed = token.is_some_and(|token| {
+            literal.peek().is_some_and(|l| l.start < to)
+                || !(unknown.contains(&id) || spells(&rendered.text, (from, to), &token.text))
+        });
         if typed {
+            ensure!(
+                from < to,
+                "the tokenizer's normalizer makes the control token {:?} of a text that is something else; remove that \
+                 text from the messages",
+                token.map_or("", |token| &token.text)
+            );
             let piece = rendered
                 .text
                 .get(from..to)
@@ -457,6 +564,17 @@ fn lay_out(
         *first = false;
     }
     Ok((ids, trained))
+}
+
+/// Whether `token` stands in `text` where these bytes are, or partly there: offsets can be off by a prefix.
+fn spells(text: &str, (from, to): (usize, usize), token: &str) -> bool {
+    if text.get(from..to) == Some(token) {
+        return true;
+    }
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    let start = (0..=from.saturating_sub(token.len())).rev().find(boundary).unwrap_or(0);
+    let end = ((to + token.len()).min(text.len())..text.len()).find(boundary).unwrap_or(text.len());
+    text[start..end].match_indices(token).any(|(at, _)| start + at < to && start + at + token.len() > from)
 }
 
 /// Texts that a chat template may write by itself: its strings, and plain conversations. `source` is taken whole where it
@@ -502,7 +620,7 @@ fn mark_generation(written: String, marks: &str) -> String {
 }
 
 fn raise_exception(message: &str) -> Result<Value, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()))
+    Err(Error::new(ErrorKind::InvalidOperation, bounds::cut(message)))
 }
 
 /// "chat template, line 3: what failed", from the innermost place that is known.
@@ -524,7 +642,7 @@ fn template_error(error: &Error) -> anyhow::Error {
         };
         return anyhow!(bounds::Exceeded(format!("{NAME}{place}: {detail}")));
     }
-    match (deepest.kind(), deepest.detail()) {
+    match (deepest.kind(), deepest.detail().map(bounds::cut)) {
         // `raise_exception` and plain failures say enough by themselves.
         (ErrorKind::InvalidOperation, Some(detail)) => anyhow!("{NAME}{place}: {detail}"),
         (kind, Some(detail)) => anyhow!("{NAME}{place}: {kind}: {detail}"),

@@ -10,11 +10,12 @@
 //!   may add (`homeroom_kept`), and no namespace is kept in a namespace, so no value holds itself. A template that may
 //!   nest deep all the same (macros, recursion) is rendered on a stack of its own, as all are compiled.
 
+use std::borrow::Cow;
 use std::fmt;
 
-use anyhow::{Result, anyhow};
-use minijinja::value::{Rest, ValueKind, ValueOrKwargs};
-use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
+use anyhow::{Result, anyhow, ensure};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
+use minijinja::{Environment, Error, ErrorKind, State, Value, filters, tests};
 use serde_json::Value as Json;
 
 use super::NAME;
@@ -35,6 +36,11 @@ const DEPTH_MAX: usize = 256;
 const STACK_BYTES: usize = 256 << 20;
 /// Longest list that is added to another: sums of lists are made in one instruction, whatever they cost.
 const SUMMED_MAX: usize = 100_000;
+/// Longest text that a template writes by itself, in bytes, and how many more for each byte of messages and tools.
+const WRITTEN_MAX: usize = 1 << 20;
+const WRITTEN_A_BYTE: usize = 8;
+/// Longest detail of an error, in characters: a template writes its own.
+const DETAIL_MAX: usize = 1000;
 /// Widest indentation of `tojson`, and longest format of `strftime_now`, in characters.
 const WIDTH_MAX: usize = 256;
 
@@ -66,10 +72,38 @@ pub(super) fn is_beyond(kind: ErrorKind, detail: Option<&str>) -> bool {
 
 /// The fuel for a rendering of these.
 pub(super) fn fuel(messages: &[Json], tools: Option<&Json>) -> u64 {
-    let bytes: usize = messages.iter().chain(tools).map(text_bytes).sum();
+    let bytes = bytes(messages, tools);
     let asked = FUEL_A_MESSAGE.saturating_mul(messages.len() as u64);
     let asked = asked.saturating_add(FUEL_A_BYTE.saturating_mul(bytes as u64));
     asked.clamp(FUEL, FUEL_MAX)
+}
+
+/// Checks how long a rendering of these is: a caller makes tokens of it.
+///
+/// # Errors
+/// When it is longer than these and what a template adds to them.
+pub(super) fn written(text: String, messages: &[Json], tools: Option<&Json>) -> Result<String> {
+    if text.len() > WRITTEN_MAX {
+        let most = WRITTEN_MAX.saturating_add(bytes(messages, tools).saturating_mul(WRITTEN_A_BYTE));
+        let n = text.len();
+        ensure!(
+            n <= most,
+            Exceeded(format!("{NAME}: stopped: it writes {n} bytes, at most {most} for these messages"))
+        );
+    }
+    Ok(text)
+}
+
+/// A detail of an error, cut to a length that can be shown.
+pub(super) fn cut(detail: &str) -> String {
+    match detail.char_indices().nth(DETAIL_MAX) {
+        Some((at, _)) => format!("{}…", &detail[..at]),
+        None => detail.to_owned(),
+    }
+}
+
+fn bytes(messages: &[Json], tools: Option<&Json>) -> usize {
+    messages.iter().chain(tools).map(text_bytes).sum()
 }
 
 fn text_bytes(value: &Json) -> usize {
@@ -121,10 +155,15 @@ pub(super) fn add_to(env: &mut Environment<'static>) {
     add_comparison(env, &["le", "<="], |a, b| a <= b);
     add_comparison(env, &["gt", "greaterthan", ">"], |a, b| a > b);
     add_comparison(env, &["ge", ">="], |a, b| a >= b);
+    add_walk(env, "lower", tests::is_lower);
+    add_walk(env, "upper", tests::is_upper);
+    add_ends(env, "startingwith", tests::is_startingwith);
+    add_ends(env, "endingwith", tests::is_endingwith);
+    env.add_filter("sum", sum_filter);
     env.add_test("in", |state: &State, value: &Value, container: &Value| -> Result<bool, Error> {
         weigh(state, value)?;
         weigh(state, container)?;
-        minijinja::tests::is_in(state, value, container)
+        tests::is_in(state, value, container)
     });
 }
 
@@ -136,9 +175,63 @@ fn add_comparison(env: &mut Environment<'static>, names: &[&'static str], compar
                 weigh(state, a)?;
                 weigh(state, b)?;
             }
+            let texts = a.as_str().zip(b.as_str());
+            state.consume_fuel(texts.map_or(0, |(a, b)| a.len().min(b.len()) as u64 / 256))?;
             Ok(compare(a, b))
         });
     }
+}
+
+/// A test of each character of a text.
+fn add_walk(env: &mut Environment<'static>, name: &'static str, test: fn(&Value) -> bool) {
+    env.add_test(name, move |state: &State, value: &Value| -> Result<bool, Error> {
+        state.consume_fuel(value.as_str().map_or(0, str::len) as u64 / 16)?;
+        Ok(test(value))
+    });
+}
+
+/// A test of the ends of a text, or of what a value is as a text.
+fn add_ends(env: &mut Environment<'static>, name: &'static str, test: fn(Cow<'_, str>, Cow<'_, str>) -> bool) {
+    env.add_test(name, move |state: &State, value: &Value, end: &Value| -> Result<bool, Error> {
+        weigh(state, value)?;
+        weigh(state, end)?;
+        let text = |value: &Value| -> Result<String, Error> {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            state.consume_fuel(text.len() as u64 / 64)?;
+            Ok(text)
+        };
+        Ok(test(text(value)?.into(), text(end)?.into()))
+    });
+}
+
+/// A sum of texts copies what was added so far at each step.
+fn sum_filter(
+    state: &State,
+    values: Value,
+    attribute: Option<&str>,
+    start: Option<Value>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    let first = match &start {
+        Some(start) => Some(start.clone()),
+        None => options.peek::<Option<Value>>("start")?,
+    };
+    if first.is_some_and(|first| first.as_str().is_some()) {
+        let mut scales = Scales { state, units: 0, namespaces: true };
+        let (mut bytes, mut steps) = (0u64, 0u64);
+        for value in values.try_iter()? {
+            scales.put(&value, 0)?;
+            let item = match attribute {
+                Some(attribute) => value.get_attr(attribute)?,
+                None => value,
+            };
+            bytes += item.as_str().map_or(64, str::len) as u64;
+            steps += bytes / 64;
+        }
+        scales.charge(1)?;
+        state.consume_fuel(steps)?;
+    }
+    filters::sum(state, values, attribute, start, options)
 }
 
 /// Charges for walking `value` to its end, before something does.

@@ -239,6 +239,55 @@ fn values_that_grow_are_stopped() {
 }
 
 #[test]
+fn tests_and_sums_are_paid_for() {
+    let tested = |test: &str| {
+        format!(
+            "{{% set l='a'*10000000 %}}{{% set m='a'*10000000 %}}{{% for i in range(20000) %}}{{% if {test} %}}{{% endif %}}{{% endfor %}}"
+        )
+    };
+    check(&[
+        (&tested("l is lower"), WORK),
+        (&tested("l is upper"), WORK),
+        (&tested("[l]|select('lower')|list"), WORK),
+        (&tested("[{'a': l}]|rejectattr('a', 'lower')|list"), WORK),
+        (&tested("l is eq m"), WORK),
+        (&tested("l is ge m"), WORK),
+        (&tested("l is startingwith m"), WORK),
+        (&tested("l is endingwith m"), WORK),
+        (
+            "{% set x=['a'*60] %}{% for i in range(20000) %}{% if x*1 is defined %}{% endif %}{% endfor %}",
+            "it repeats a list",
+        ),
+        ("{{ range(99999)|map('string')|sum(start='')|length }}", WORK),
+        ("{{ range(99999)|map('string')|sum(none, '')|length }}", WORK),
+        (
+            "{{ ['ab', 'c']|sum(start='x') ~ [{'a': 1}, {'a': 2}]|sum(attribute='a') ~ [{'a': 'b'}]|sum('a', '') }}",
+            "renders xabc3b",
+        ),
+        (
+            "{{ ('Ab' is lower, 'ab' is lower, 'AB' is upper, 1 is lower, 'abc' is startingwith 'ab', 12 is endingwith 2) }}",
+            "renders (False, True, True, False, True, True)",
+        ),
+    ]);
+}
+
+/// Whoever renders makes tokens of the text next.
+#[test]
+fn what_a_template_writes_is_bounded() {
+    let longest = "for these messages";
+    check(&[
+        ("{% for i in range(24) %}{{ 'a'*1000000 }}{% endfor %}", longest),
+        ("{% for i in range(20000) %}{{ strftime_now('%Y%Y%Y%Y%Y%Y%Y%Y%Y%Y%Y%Y%Y%Y') }}{% endfor %}", longest),
+        ("{{ 'a' * 1000000 }}", "renders aaa"),
+    ]);
+    let template = ChatTemplate::new("{{ raise_exception('x' * 100000000) }}", None, None).unwrap();
+    let said = format!("{:#}", template.render(&[json!({"role": "user", "content": "a"})], None, true).unwrap_err());
+    assert_eq!(said, format!("chat template, line 1: {}…", "x".repeat(1000)));
+    let said = run("{{ ('x' * 10000000).nope() }}{{ {}['x' * 9999999].a }}");
+    assert!(said.len() < 5000, "{}", said.len());
+}
+
+#[test]
 fn widths_are_stopped() {
     check(&[
         ("{{ [[1]]|tojson(indent=100000000000) }}", "tojson: an indentation of 100000000000 characters"),

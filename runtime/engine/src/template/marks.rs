@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value as Json;
 
 use super::Rendered;
+use crate::tokenizer::Control;
 
 /// A rendering whose marks were read off.
 pub(super) struct Marked {
@@ -15,6 +16,8 @@ pub(super) struct Marked {
     pub(super) literal: Vec<Range<usize>>,
     /// Where marks stood inside a token, behind its first character.
     pub(super) inner: Vec<usize>,
+    /// Where characters were typed that [`Marks::stand_in`] stood in for, and whether by an assistant.
+    pub(super) typed: Vec<(usize, bool)>,
 }
 
 impl Marked {
@@ -45,6 +48,15 @@ pub(super) struct Survey<'a> {
     pub(super) private: BTreeSet<char>,
     /// The first special token that occurs.
     pub(super) typed: Option<&'a str>,
+    /// Of the characters that make up special tokens, those that occur.
+    pub(super) keys: BTreeSet<char>,
+    /// The characters that make up special tokens.
+    pub(super) sought: BTreeSet<char>,
+}
+
+/// The characters of a token that ordinary texts seldom have, or none. Who types it, in whatever pieces, types these.
+pub(super) fn keys_of(token: &str) -> impl Iterator<Item = char> + '_ {
+    token.chars().filter(|c| !c.is_alphanumeric() && !c.is_whitespace() && !matches!(c, '_' | '-' | '/' | '.' | ','))
 }
 
 impl<'a> Survey<'a> {
@@ -61,7 +73,13 @@ impl<'a> Survey<'a> {
     }
 
     fn note(&mut self, text: &str, special: &[&'a str]) {
-        self.note_private(text);
+        for c in text.chars().filter(|c| !c.is_alphanumeric() && *c != ' ') {
+            if ('\u{e000}'..='\u{f8ff}').contains(&c) {
+                self.private.insert(c);
+            } else if self.sought.contains(&c) {
+                self.keys.insert(c);
+            }
+        }
         if self.typed.is_none() {
             self.typed = special.iter().copied().find(|s| text.contains(s));
         }
@@ -80,10 +98,13 @@ pub(super) struct Marks {
     literal_start: char,
     literal_end: char,
     inside: char,
+    /// Characters, what stands in for each, and whether an assistant typed it.
+    stand_ins: Vec<(char, char, bool)>,
 }
 
 impl Marks {
-    pub(super) fn outside(taken: &BTreeSet<char>) -> Result<Self> {
+    /// `keys`: see [`Marks::stand_in`].
+    pub(super) fn outside(taken: &BTreeSet<char>, keys: &BTreeSet<char>) -> Result<Self> {
         let mut free = ('\u{e000}'..='\u{f8ff}').filter(|c| !taken.contains(c));
         let mut next =
             || free.next().context("the messages use every private-use character, none is left to mark with");
@@ -93,6 +114,9 @@ impl Marks {
             literal_start: next()?,
             literal_end: next()?,
             inside: next()?,
+            stand_ins: (keys.iter().flat_map(|key| [(*key, false), (*key, true)]))
+                .map(|(key, assistant)| Ok((key, next()?, assistant)))
+                .collect::<Result<_>>()?,
         })
     }
 
@@ -118,6 +142,45 @@ impl Marks {
             }
             other => other.clone(),
         }
+    }
+
+    /// Copies `value` with a character that means nothing in place of each that control tokens are made of, so that
+    /// what is typed is known in a rendering however it was taken apart and put together. `keep`: texts that the template
+    /// may look for.
+    pub(super) fn stand_in(&self, value: &Json, keep: &[&str], assistant: bool, top: bool) -> Json {
+        match value {
+            Json::String(text) => Json::String(self.stand_in_text(text, keep, assistant)),
+            Json::Array(items) => {
+                let items = items.iter().map(|v| self.stand_in(v, keep, assistant, false));
+                Json::Array(items.collect())
+            }
+            Json::Object(fields) => {
+                let fields = fields.iter().map(|(key, v)| match (top, key.as_str()) {
+                    (true, "role") => (key.clone(), v.clone()),
+                    _ => (self.stand_in_text(key, keep, assistant), self.stand_in(v, keep, assistant, false)),
+                });
+                Json::Object(fields.collect())
+            }
+            other => other.clone(),
+        }
+    }
+
+    fn stand_in_text(&self, text: &str, keep: &[&str], assistant: bool) -> String {
+        let mut out = String::with_capacity(text.len() + 8);
+        let mut rest = text;
+        while let Some(c) = rest.chars().next() {
+            let of = self.stand_ins.iter().find(|(key, _, by)| *key == c && *by == assistant);
+            // What a template looks for begins with such a character, or the look is not disturbed that much.
+            let kept = of.and_then(|_| keep.iter().find(|keep| rest.starts_with(**keep)));
+            let len = kept.map_or(c.len_utf8(), |kept| kept.len());
+            match (kept, of) {
+                (Some(kept), _) => out.push_str(kept),
+                (None, Some((_, stand_in, _))) => out.push(*stand_in),
+                (None, None) => out.push(c),
+            }
+            rest = &rest[len..];
+        }
+        out
     }
 
     /// `special` is sorted longest first, so that a token takes precedence over the tokens that it contains.
@@ -152,6 +215,7 @@ impl Marks {
             generated: Vec::new(),
             literal: Vec::new(),
             inner: Vec::new(),
+            typed: Vec::new(),
         };
         let (mut generation, mut literal) = (None, None);
         for c in rendered.chars() {
@@ -170,7 +234,10 @@ impl Marks {
             } else if c == self.inside {
                 marked.inner.push(at);
             } else {
-                marked.text.push(c);
+                let private = ('\u{e000}'..='\u{f8ff}').contains(&c);
+                let of = private.then(|| self.stand_ins.iter().find(|(_, stand_in, _)| *stand_in == c)).flatten();
+                marked.typed.extend(of.map(|(_, _, assistant)| (at, *assistant)));
+                marked.text.push(of.map_or(c, |(key, _, _)| *key));
             }
         }
         ensure!(generation.is_none(), "the chat template does not close a {{% generation %}} block");
@@ -186,4 +253,43 @@ pub(super) fn find_around(text: &str, inner: &[usize], special: &[&str]) -> Vec<
         Some(start..start + token.len())
     };
     inner.iter().filter_map(around).collect()
+}
+
+/// Where `text` has control tokens, the longest at each place, and which of `control` each is.
+pub(super) fn occurrences(text: &str, control: &[&Control]) -> Vec<(Range<usize>, usize)> {
+    let firsts: BTreeSet<char> = control.iter().filter_map(|c| c.text.chars().next()).collect();
+    let (mut found, mut from) = (Vec::new(), 0);
+    for (at, first) in text.char_indices() {
+        if at < from || !firsts.contains(&first) {
+            continue;
+        }
+        let here = (0..control.len()).filter(|i| text[at..].starts_with(&control[*i].text));
+        if let Some(i) = here.max_by_key(|i| control[*i].text.len()) {
+            from = at + control[i].text.len();
+            found.push((at..from, i));
+        }
+    }
+    found
+}
+
+/// The control tokens of a rendering that are typed, if only in part. An assistant may write those that are not special.
+pub(super) fn find_typed(text: &str, typed: &[(usize, bool)], control: &[&Control]) -> Vec<Range<usize>> {
+    let is_typed = |(span, i): &(Range<usize>, usize)| {
+        let from = typed.partition_point(|(at, _)| *at < span.start);
+        let within = typed[from..].iter().take_while(|(at, _)| *at < span.end);
+        within.into_iter().any(|(_, assistant)| control[*i].special || !assistant)
+    };
+    occurrences(text, control).into_iter().filter(is_typed).map(|(span, _)| span).collect()
+}
+
+/// How often a rendering has each of `control` outside of `literal`.
+pub(super) fn count_obeyed(text: &str, literal: &[Range<usize>], control: &[&Control]) -> Vec<usize> {
+    let mut counts = vec![0; control.len()];
+    for (span, i) in occurrences(text, control) {
+        let at = literal.partition_point(|l| l.end <= span.start);
+        if literal.get(at).is_none_or(|l| l.start >= span.end) {
+            counts[i] += 1;
+        }
+    }
+    counts
 }

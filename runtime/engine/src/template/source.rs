@@ -8,9 +8,11 @@
 //! Strings, numbers, brackets and the ends of tags are read as in minijinja's `compiler/lexer.rs`, so that nothing is a
 //! string for one of the two and an operator for the other.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use anyhow::{Result, bail, ensure};
+use minijinja::Environment;
 
 use super::NAME;
 use super::lexer::{Kind, Token, basic_tag, lex};
@@ -65,7 +67,8 @@ pub(super) struct Checked {
     pub text: String,
     /// Rendering may nest values or calls so deep that it needs a stack of its own.
     pub deep: bool,
-    /// Texts that the template may write: what stands outside of tags, and strings in them, with NUL between.
+    /// Texts that the template may write: what stands outside of tags, and strings in them, with NUL between; then
+    /// the same with nothing between, for what is put together of several.
     pub written: String,
 }
 
@@ -150,6 +153,20 @@ struct Reader<'a> {
     calls: bool,
     deep: bool,
     written: String,
+    /// The same with nothing between.
+    joined: String,
+}
+
+/// What a string literal stands for.
+fn value_of(literal: &str) -> Cow<'_, str> {
+    let inner = &literal[1..literal.len() - 1];
+    if !inner.contains('\\') {
+        return Cow::Borrowed(inner);
+    }
+    let env = Environment::empty();
+    let value = env.compile_expression(literal).and_then(|expression| expression.eval(()));
+    let text = value.ok().and_then(|value| value.as_str().map(str::to_owned));
+    text.map_or(Cow::Borrowed(inner), Cow::Owned)
 }
 
 impl<'a> Reader<'a> {
@@ -176,7 +193,7 @@ impl<'a> Reader<'a> {
                 },
                 Some(b'{') => self.tag(inner, "}}")?,
                 _ => {
-                    self.written.push('{');
+                    self.note_written(start, start + 1);
                     start + 1
                 }
             };
@@ -187,6 +204,7 @@ impl<'a> Reader<'a> {
 
     fn note_written(&mut self, from: usize, to: usize) {
         self.written.push_str(&self.source[from..to]);
+        self.joined.push_str(&self.source[from..to]);
     }
 
     fn end_of_raw(&self, start: usize) -> usize {
@@ -208,8 +226,10 @@ impl<'a> Reader<'a> {
         };
         self.written.push('\0');
         for token in self.tokens.iter().filter(|token| token.kind == Kind::Text) {
-            self.written.push_str(&token.text[1..token.text.len() - 1]);
+            let text = value_of(token.text);
+            self.written.push_str(&text);
             self.written.push('\0');
+            self.joined.push_str(&text);
         }
         (self.at, self.wraps, self.lazy, self.filters) = (0, 0, false, false);
         let tokens = self.tokens.len();
@@ -657,6 +677,8 @@ impl<'a> Reader<'a> {
             from = *at;
         }
         text.push_str(&self.source[from..]);
+        self.written.push('\0');
+        self.written.push_str(&self.joined);
         Checked { text, deep, written: self.written }
     }
 }

@@ -7,8 +7,11 @@
 //!
 //! Sources: the parts' forms in the `tokenizers` crate, version 0.23; `spm_precompiled`, version 0.1, for the charsmap.
 
+use std::fmt;
+
 use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
+use serde::de::{self, IgnoredAny};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 /// Most steps of a chain: normalizers, pre-tokenizers, decoders, or pieces of a template.
@@ -21,16 +24,27 @@ const GROWTH_MAX: usize = 64;
 const TEXT_MAX: usize = 1024;
 /// Most bytes that are put before a text: it is taken apart at added tokens, and each part gets them.
 const PREPENDED_MAX: usize = 64;
-/// Most characters of a word that WordPiece looks for pieces of, in time that grows with their square. BERT has 100.
-const WORD_MAX: u64 = 1000;
+/// Most steps that write into each part of a text: ByteLevel, Metaspace and charsmaps. Published files have one.
+const WRITERS_MAX: usize = 2;
+/// Most characters of a word that WordPiece looks for pieces of, in time that grows with their cube. BERT has 100.
+const WORD_MAX: u64 = 200;
+/// Longest piece of a Unigram vocabulary, in bytes: each place of a text is compared with all pieces that begin there.
+/// SentencePiece makes pieces of 16 characters.
+const PIECE_MAX: usize = 256;
 /// Longest regular expression, in bytes. GPT-4o's has some 400.
 const REGEX_MAX: usize = 16 << 10;
 /// Most repetitions that the counts of a regular expression come to, multiplied.
 const REPEATS_MAX: usize = 10_000;
+/// The same where the expression looks around: its parts are tried anew at each place of a text.
+const TRIED_REPEATS_MAX: usize = 256;
+/// Longest part of a regular expression that looks around, in bytes.
+const AROUND_MAX: usize = 512;
 /// Longest replacement in a charsmap, in bytes. The longest that Unicode knows has 33.
 const CHARSMAP_TEXT_MAX: usize = 256;
 /// Most added tokens, and the longest, in bytes.
 const ADDED_MAX: usize = 200_000;
+/// Most bytes of all added tokens, as long as the normalizers may make them. Finding them takes 100 times as much memory.
+pub(super) const ADDED_BYTES_MAX: usize = 2 << 20;
 /// Largest id.
 const ID_MAX: u32 = 1 << 24;
 
@@ -55,6 +69,45 @@ pub(super) struct Parts {
 #[derive(Default, Deserialize)]
 struct Model {
     max_input_chars_per_word: Option<u64>,
+    #[serde(default)]
+    vocab: Pieces,
+}
+
+/// The longest piece of a vocabulary that is a list of pieces and scores, as Unigram's is; of others nothing is read.
+#[derive(Default)]
+struct Pieces {
+    bytes_max: usize,
+}
+
+impl<'de> Deserialize<'de> for Pieces {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Pieces;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a vocabulary")
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut pieces: A) -> std::result::Result<Pieces, A::Error> {
+                let mut bytes_max = 0;
+                while let Some((piece, _)) = pieces.next_element::<(String, IgnoredAny)>()? {
+                    bytes_max = bytes_max.max(piece.len());
+                }
+                Ok(Pieces { bytes_max })
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut pieces: A) -> std::result::Result<Pieces, A::Error> {
+                while pieces.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Pieces::default())
+            }
+
+            fn visit_unit<E>(self) -> std::result::Result<Pieces, E> {
+                Ok(Pieces::default())
+            }
+        }
+        from.deserialize_any(Visitor)
+    }
 }
 
 /// An added token as it is listed.
@@ -62,6 +115,12 @@ struct Model {
 pub(super) struct Added {
     pub id: u32,
     pub content: String,
+    #[serde(default)]
+    normalized: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
 }
 
 impl Parts {
@@ -71,11 +130,14 @@ impl Parts {
     /// When the file is no JSON of that form, or asks for more than is given. Names the part.
     pub(super) fn read(bytes: &[u8]) -> Result<Self> {
         let parts: Self = serde_json::from_slice(bytes)?;
-        parts.check_added()?;
+        parts.check_each_added()?;
         let word = parts.model.max_input_chars_per_word.unwrap_or(0);
         ensure!(word <= WORD_MAX, "model: max_input_chars_per_word is {word}, at most {WORD_MAX} are tried");
+        let piece = parts.model.vocab.bytes_max;
+        ensure!(piece <= PIECE_MAX, "model: its vocab has a piece of {piece} bytes, at most {PIECE_MAX} are read");
         let mut chain = Chain::default();
         chain.steps("normalizer", &parts.normalizer, 0)?;
+        parts.check_added_together(&chain)?;
         // Each pre-tokenizer works on what the normalizers made of a text.
         chain.steps = 0;
         chain.steps("pre_tokenizer", &parts.pre_tokenizer, 0)?;
@@ -84,14 +146,32 @@ impl Parts {
         Ok(parts)
     }
 
-    fn check_added(&self) -> Result<()> {
+    fn check_each_added(&self) -> Result<()> {
         let n = self.added_tokens.len();
         ensure!(n <= ADDED_MAX, "added_tokens: has {n}, at most {ADDED_MAX} are read");
         for (at, token) in self.added_tokens.iter().enumerate() {
             let bytes = token.content.len();
             ensure!(bytes <= TEXT_MAX, "added_tokens: number {at} has {bytes} bytes, at most {TEXT_MAX} are read");
             ensure!(token.id < ID_MAX, "added_tokens: {:?} has id {}, ids end at {ID_MAX}", token.content, token.id);
+            // White space is looked for on both sides of each one found, in white space too.
+            ensure!(
+                !((token.lstrip || token.rstrip) && token.content.trim().is_empty()),
+                "added_tokens: number {at} is white space and takes in the white space around it"
+            );
         }
+        Ok(())
+    }
+
+    fn check_added_together(&self, normalizers: &Chain) -> Result<()> {
+        let bytes = |token: &Added| match token.normalized {
+            true => token.content.len().saturating_mul(normalizers.growth) + normalizers.prepended,
+            false => token.content.len(),
+        };
+        let bytes: usize = self.added_tokens.iter().map(bytes).sum();
+        ensure!(
+            bytes <= ADDED_BYTES_MAX,
+            "added_tokens: have {bytes} bytes when they are normalized, at most {ADDED_BYTES_MAX} are read"
+        );
         Ok(())
     }
 }
@@ -101,11 +181,12 @@ struct Chain {
     steps: usize,
     growth: usize,
     prepended: usize,
+    writers: usize,
 }
 
 impl Default for Chain {
     fn default() -> Self {
-        Self { steps: 0, growth: 1, prepended: 0 }
+        Self { steps: 0, growth: 1, prepended: 0, writers: 0 }
     }
 }
 
@@ -155,11 +236,26 @@ impl Chain {
                 ensure!(n <= PREPENDED_MAX, "{within}: {n} bytes are prepended, at most {PREPENDED_MAX} are allowed");
             }
             "Precompiled" => {
-                check_charsmap(step["precompiled_charsmap"].as_str().unwrap_or_default()).context(within)?;
+                let charsmap = step["precompiled_charsmap"].as_str().unwrap_or_default();
+                let longest = check_charsmap(charsmap).with_context(|| within.clone())?;
+                self.write(&within)?;
+                // Characters with long replacements have several bytes and are few.
+                self.grow(&within, longest.div_ceil(8))?;
+            }
+            // A byte becomes a character of up to two, and each piece may get a space, which later steps part from it.
+            "ByteLevel" | "Metaspace" if matches!(part, "normalizer" | "pre_tokenizer") => {
+                self.write(&within)?;
+                self.grow(&within, 2)?;
             }
             "TemplateProcessing" => check_template(step).context(within)?,
             _ => {}
         }
+        Ok(())
+    }
+
+    fn write(&mut self, within: &str) -> Result<()> {
+        self.writers += 1;
+        ensure!(self.writers <= WRITERS_MAX, "{within}: at most {WRITERS_MAX} steps of this kind are allowed");
         Ok(())
     }
 
@@ -189,6 +285,10 @@ fn check_regex(regex: &str) -> Result<()> {
     let (mut repeats, mut nested, mut tries) = (1usize, false, false);
     // For each open group: whether something in it repeats without end. The last is what was closed just now.
     let (mut open, mut closed) = (vec![false], false);
+    // How many groups were open where each part that looks around began, and where the outermost did. What is in them
+    // is tried anew at each place of a text, to the end of what repeats without end.
+    let (mut around, mut around_start) = (Vec::new(), 0);
+    let (mut around_unbounded, mut behind_unbounded) = (0, false);
     let (mut at, mut class) = (0, 0usize);
     while at < bytes.len() {
         let rest = &bytes[at..];
@@ -206,9 +306,16 @@ fn check_regex(regex: &str) -> Result<()> {
             _ if class > 0 => {}
             b'(' => {
                 ensure!(open.len() <= 100, "its pattern has groups in one another, at most 100 deep");
+                let looks = [&b"(?="[..], b"(?!", b"(?<=", b"(?<!"];
+                if looks.iter().any(|look| rest.starts_with(look)) {
+                    if around.is_empty() {
+                        (around_start, around_unbounded) = (at, 0);
+                    }
+                    around.push((open.len(), rest[2] == b'<'));
+                }
                 open.push(false);
-                let around = [&b"(?="[..], b"(?!", b"(?<=", b"(?<!", b"(?>", b"(?(", b"(?P=", b"(?P>", b"(?&", b"(?R"];
-                tries |= around.iter().any(|around| rest.starts_with(around));
+                let trying = [&b"(?="[..], b"(?!", b"(?<=", b"(?<!", b"(?>", b"(?(", b"(?P=", b"(?P>", b"(?&", b"(?R"];
+                tries |= trying.iter().any(|trying| rest.starts_with(trying));
             }
             b')' => {
                 closed = open.pop().unwrap_or(false);
@@ -217,6 +324,14 @@ fn check_regex(regex: &str) -> Result<()> {
                 }
                 if closed {
                     *open.last_mut().expect("one is always open") = true;
+                }
+                if around.last().is_some_and(|(groups, _)| *groups >= open.len()) {
+                    around.pop();
+                    let bytes = at - around_start;
+                    ensure!(
+                        bytes <= AROUND_MAX,
+                        "its pattern looks around for a pattern of {bytes} bytes, at most {AROUND_MAX} are allowed"
+                    );
                 }
                 after_group = true;
             }
@@ -233,6 +348,14 @@ fn check_regex(regex: &str) -> Result<()> {
             _ => {}
         }
         if unbounded {
+            around_unbounded += usize::from(!around.is_empty());
+            behind_unbounded |= around.iter().any(|(_, behind)| *behind);
+            let most = if behind_unbounded { 0 } else { 1 };
+            ensure!(
+                around_unbounded <= most,
+                "its pattern repeats where it looks around, which takes for ever on some texts; at most one repetition \
+                 ahead is allowed"
+            );
             nested |= closed;
             // Possessive ones give nothing back.
             match bytes.get(at + len) {
@@ -249,6 +372,10 @@ fn check_regex(regex: &str) -> Result<()> {
         at += len;
     }
     ensure!(repeats <= REPEATS_MAX, "its pattern repeats up to {repeats} times, at most {REPEATS_MAX} are allowed");
+    ensure!(
+        !tries || repeats <= TRIED_REPEATS_MAX,
+        "its pattern looks around and repeats up to {repeats} times, at most {TRIED_REPEATS_MAX} are allowed"
+    );
     if tries && nested {
         bail!("its pattern repeats what repeats and looks around, which takes for ever on some texts");
     }
@@ -272,7 +399,8 @@ fn count(rest: &[u8]) -> Option<(usize, bool, usize)> {
 }
 
 /// Checks SentencePiece's normalisation table: the length of a trie, the trie, and replacements with NUL behind each.
-fn check_charsmap(base64: &str) -> Result<()> {
+/// Returns the length of the longest.
+fn check_charsmap(base64: &str) -> Result<usize> {
     let bytes = decode_base64(base64).context("its charsmap is not base64")?;
     let (head, rest) = bytes.split_first_chunk::<4>().context("its charsmap is cut short")?;
     let trie = u32::from_le_bytes(*head) as usize;
@@ -284,7 +412,7 @@ fn check_charsmap(base64: &str) -> Result<()> {
         longest <= CHARSMAP_TEXT_MAX,
         "its charsmap puts up to {longest} bytes in place of a character, at most {CHARSMAP_TEXT_MAX} are allowed"
     );
-    Ok(())
+    Ok(longest)
 }
 
 /// Standard base64; `None` for what is none.

@@ -34,6 +34,11 @@ impl Tokenizer {
         &self.control
     }
 
+    /// The control tokens that stand for a character without a piece; nobody types these.
+    pub(crate) fn unknown_ids(&self) -> &[u32] {
+        &self.unknown_ids
+    }
+
     /// The control tokens, and what else in these messages a normalizer makes one of: `<|IM_END|>` where it lowers
     /// case, full-width brackets where it decomposes them.
     ///

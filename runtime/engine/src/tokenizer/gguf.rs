@@ -11,6 +11,7 @@ use serde_json::json;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
+use super::check::ADDED_BYTES_MAX;
 use super::{Named, Tokenizer, add_bos_and_eos, finish, part, try_out};
 use crate::gguf::Gguf;
 
@@ -165,6 +166,11 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
             added.push(AddedToken::from(content.clone(), special).normalized(false));
         }
     }
+    let bytes: usize = added.iter().map(|token| token.content.len()).sum();
+    ensure!(
+        bytes <= ADDED_BYTES_MAX,
+        "tokenizer.ggml.tokens: those that are control or user-defined have {bytes} bytes, at most {ADDED_BYTES_MAX} are read"
+    );
     inner.add_tokens(added).map_err(|e| anyhow!(e))?;
 
     let adds = |key: &str, said: Option<bool>, default: bool, id: Option<u32>| -> Result<Option<(&str, u32)>> {

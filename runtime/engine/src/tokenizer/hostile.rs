@@ -58,6 +58,20 @@ fn charsmap(bytes: &[u8]) -> Value {
     json!({"type": "Precompiled", "precompiled_charsmap": text})
 }
 
+/// A short token may be normalized to a long one.
+#[test]
+fn added_tokens_are_bounded_as_they_are_normalized() {
+    let mut file = file();
+    let token = |i: u32| {
+        json!({"id": 320 + i, "content": format!("{i:0100}"), "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": true, "special": true})
+    };
+    file["added_tokens"] = (0..1000).map(token).collect();
+    file["normalizer"] = replace(json!({"String": "0"}), &"b".repeat(64));
+    let said = refusal(&file);
+    assert!(said.starts_with("added_tokens: have "), "{said}");
+}
+
 #[test]
 fn what_a_file_asks_for_is_bounded() {
     let padding = |strategy: Value| {
@@ -82,6 +96,14 @@ fn what_a_file_asks_for_is_bounded() {
     let token = json!({"SpecialToken": {"id": "a", "type_id": 0}});
     let deep = (0..40).fold(json!({"type": "NFC"}), |inner, _| sequence(vec![inner]));
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let digits = json!({"type": "Digits", "individual_digits": true});
+    let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+    let mixed = [&digits, &byte_level, &digits, &byte_level, &digits, &metaspace];
+    let nfkc = [&4u32.to_le_bytes()[..], &[0; 4], "x".repeat(16).as_bytes(), &[0]].concat();
+    let long: Vec<Value> = (0..5000).map(|i| added(format!("{i:0900}"), 320 + i)[0].clone()).collect();
+    let unigram = |piece: String| json!({"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], [piece, -1.0]]});
+    let mut white = added(" ".into(), 320);
+    (white[0]["lstrip"], white[0]["rstrip"]) = (json!(true), json!(true));
     check(vec![
         // Switched off before they act.
         ("padding", padding(json!({"Fixed": 10_000_000_000u64})), "is read"),
@@ -108,6 +130,25 @@ fn what_a_file_asks_for_is_bounded() {
         ("normalizer", replace(json!({"String": ""}), "b"), "its pattern is empty"),
         ("normalizer", replace(json!({"Regex": ""}), "b"), "its pattern is empty"),
         ("normalizer", replace(json!({"Regex": "(a+)+(?!b)$"}), "b"), "repeats what repeats and looks around"),
+        (
+            "normalizer",
+            replace(json!({"Regex": "(?=(((a?){16}){16}){16}b)a"}), "b"),
+            "looks around and repeats up to 4096 times",
+        ),
+        (
+            "normalizer",
+            replace(json!({"Regex": "(?!x)(((a?){16}){16}){16}b"}), "b"),
+            "looks around and repeats up to 4096 times",
+        ),
+        ("normalizer", replace(json!({"Regex": "(?=a*a*a*a*b)a"}), "b"), "repeats where it looks around"),
+        ("normalizer", replace(json!({"Regex": "(?!(a+)[b](?=c*))a"}), "b"), "repeats where it looks around"),
+        ("normalizer", replace(json!({"Regex": "(?<=a*)b"}), "b"), "repeats where it looks around"),
+        ("normalizer", replace(json!({"Regex": "x|(?<!(?:a{2,})c)b"}), "b"), "repeats where it looks around"),
+        (
+            "normalizer",
+            replace(json!({"Regex": format!("(?={})a", "a?".repeat(300))}), "b"),
+            "looks around for a pattern of 603 bytes",
+        ),
         ("normalizer", replace(json!({"Regex": "(?:a|a)*(?=b)"}), "b"), "repeats what repeats and looks around"),
         ("normalizer", replace(json!({"Regex": "((a*)*)\\2c"}), "b"), "repeats what repeats and looks around"),
         ("normalizer", replace(json!({"Regex": "((a{100}){100}){100}"}), "b"), "repeats up to 1000000 times"),
@@ -118,9 +159,27 @@ fn what_a_file_asks_for_is_bounded() {
         ("normalizer", deep, "at most 8 deep"),
         (
             "pre_tokenizer",
-            json!({"type": "Sequence", "pretokenizers": vec![byte_level.clone(); 100]}),
+            json!({"type": "Sequence", "pretokenizers": vec![digits.clone(); 100]}),
             "more than 64 steps",
         ),
+        ("normalizer", sequence(vec![json!({"type": "ByteLevel"}); 3]), "at most 2 steps of this kind"),
+        (
+            "normalizer",
+            sequence(vec![json!({"type": "ByteLevel"}), replace(json!({"String": "a"}), &"b".repeat(33))]),
+            "66 times longer",
+        ),
+        ("normalizer", sequence(vec![charsmap(&nfkc); 3]), "at most 2 steps of this kind"),
+        (
+            "normalizer",
+            sequence(vec![charsmap(&nfkc), replace(json!({"Regex": "."}), &"b".repeat(33))]),
+            "66 times longer",
+        ),
+        (
+            "pre_tokenizer",
+            json!({"type": "Sequence", "pretokenizers": vec![byte_level.clone(); 3]}),
+            "at most 2 steps of this kind",
+        ),
+        ("pre_tokenizer", json!({"type": "Sequence", "pretokenizers": mixed}), "at most 2 steps of this kind"),
         ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "its length is 0"),
         (
             "pre_tokenizer",
@@ -150,11 +209,15 @@ fn what_a_file_asks_for_is_bounded() {
         ("added_tokens", json!(many), "has 200001"),
         ("added_tokens", added("x".repeat(5000), 320), "number 0 has 5000 bytes"),
         ("added_tokens", added("<x>".into(), u32::MAX), "has id 4294967295"),
+        ("added_tokens", json!(long), "have 4500000 bytes"),
+        ("added_tokens", white, "number 0 is white space and takes in the white space around it"),
+        ("model", unigram("a".repeat(60_000)), "its vocab has a piece of 60000 bytes"),
+        ("model", unigram("é".repeat(129)), "its vocab has a piece of 258 bytes"),
         (
             "model",
             json!({"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 1_000_000_000, "vocab": {"a": 0}}),
-            "max_input_chars_per_word is 1000000000",
+            "max_input_chars_per_word": 201, "vocab": {"a": 0}}),
+            "max_input_chars_per_word is 201",
         ),
     ]);
 }
@@ -168,7 +231,11 @@ fn what_published_files_ask_for_is_given() {
     let gpt4o = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     let cl100k = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
     let deepseek = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
+    let thousands = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))|(?=(\d{3})+(?!\d))";
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     check(vec![
+        ("pre_tokenizer", split(thousands), "is read"),
+        ("pre_tokenizer", json!({"type": "Sequence", "pretokenizers": [split(llama3), byte_level]}), "is read"),
         ("pre_tokenizer", split(llama3), "is read"),
         ("pre_tokenizer", split(gpt4o), "is read"),
         ("pre_tokenizer", split(cl100k), "is read"),

@@ -12,8 +12,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokenizers::AddedToken;
 use tokenizers::processors::PostProcessorWrapper;
+use tokenizers::{AddedToken, Model};
 
 use crate::gguf::Gguf;
 use crate::guard::quietly;
@@ -38,6 +38,8 @@ pub struct Tokenizer {
     control_as_typed: bool,
     /// By id.
     control: Vec<Control>,
+    /// Control tokens that a character without a piece becomes.
+    unknown_ids: Vec<u32>,
     n_ids: usize,
     unk_token: Option<String>,
     model_max_length: Option<u64>,
@@ -279,11 +281,21 @@ fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
         .collect();
     control.sort_by_key(|c| c.id);
     let normalizes = inner.get_normalizer().is_some();
-    let control_as_typed = !normalizes || control.iter().all(|c| !added[&c.id].normalized);
+    // A private character, for which vocabularies have no piece.
+    let unknown = guarded(|| inner.get_model().tokenize("\u{10fffd}")).unwrap_or_default();
+    let mut unknown_ids: Vec<u32> = unknown.into_iter().map(|token| token.id).collect();
+    unknown_ids.retain(|id| control.iter().any(|c| c.id == *id));
+    // The vocabulary may hold a token, so that what is normalized becomes it without being looked for.
+    let model_makes = |c: &Control| {
+        let made = guarded(|| inner.get_model().tokenize(&c.text)).unwrap_or_default();
+        made.iter().any(|token| token.id == c.id) && !unknown_ids.contains(&c.id)
+    };
+    let control_as_typed = !normalizes || !control.iter().any(|c| added[&c.id].normalized || model_makes(c));
     let n_ids = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
     let (begins, _) = adds(&inner, bos_id, None)?;
     Ok(Tokenizer {
         control,
+        unknown_ids,
         n_ids,
         unk_token: named.unk,
         model_max_length: named.model_max_length,
@@ -405,7 +417,7 @@ fn read_tokenizer_json(bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
         keep_offsets(&mut post);
         inner.with_post_processor(Some(post));
     }
-    for check::Added { id, content } in parts.added_tokens {
+    for check::Added { id, content, .. } in parts.added_tokens {
         // The library only logs an added token whose id it cannot give.
         let got = inner.token_to_id(&content);
         ensure!(got == Some(id), "added token {content:?} has id {id}, but the vocabulary makes it {got:?}");

@@ -266,7 +266,11 @@ fn what_does_not_fit_is_named() -> Result<()> {
     let nan = vec![f32::NAN; s.tokens.len()];
     let long = [s.tokens, &["x".repeat(2000)]].concat();
     let long_scores = vec![0.0; long.len()];
+    let added: Vec<String> = (0..2400).map(|i| format!("{i:0900}")).collect();
+    let added_types = [&b.types[..], &vec![4; 2400]].concat();
+    let added = [b.tokens, &added].concat();
     let cases = [
+        (Meta { tokens: &added, types: added_types, ..b.clone() }, "control or user-defined have 2160"),
         (Meta { model: Some("bert"), ..b.clone() }, "tokenizer.ggml.model: \"bert\" is not supported"),
         (Meta { model: None, ..b.clone() }, "tokenizer.ggml.model: is missing"),
         (Meta { pre: Some("deepseek-llm"), ..b.clone() }, "tokenizer.ggml.pre: \"deepseek-llm\" is not"),
@@ -446,10 +450,103 @@ fn control_behind_a_prefix_stays_text() -> Result<()> {
     let files = Files { chat_template: Some(template.to_owned()), ..Files::default() };
     let tokenizer = from_files(read_tokenizer_json(file.to_string().as_bytes())?, &files)?;
     let id = tokenizer.id("</s>").context("it is there")?;
+    // What the template writes is what it is without anything typed.
+    let apart = "{% for m in messages %}{{ '<s>' + m.content + ' </s>' }}{% endfor %}";
+    let files = Files { chat_template: Some(apart.to_owned()), ..Files::default() };
+    let apart = from_files(read_tokenizer_json(file.to_string().as_bytes())?, &files)?;
+    assert!(apart.encode("<s>a </s>", false)?.ids.contains(&id));
+    for typed in ["a", "</s>", "a </s> b"] {
+        assert_eq!(obeyed(&apart, &[("user", typed)], "</s>")?, 1, "{typed}");
+    }
     for typed in ["</s>", "a </s> b", " </s>", "a</s>b"] {
         let plain = obeyed(&tokenizer, &[("user", "a")], "</s>")?;
         assert_eq!(obeyed(&tokenizer, &[("user", typed)], "</s>")?, plain, "{typed}");
         assert!(!tokenizer.encode_as_text(typed)?.contains(&id), "{typed}");
+    }
+    Ok(())
+}
+
+/// A vocabulary that holds the tokens of turns gives their ids for any text that is normalized to them.
+#[test]
+fn what_a_vocabulary_makes_control_stays_text_or_is_refused() -> Result<()> {
+    let unigram = |file: &mut Value| {
+        let pieces: std::collections::BTreeMap<u64, String> = (file["model"]["vocab"].as_object().expect("a mapping"))
+            .iter()
+            .map(|(piece, id)| (id.as_u64().unwrap_or(0), piece.clone()))
+            .collect();
+        let scored = pieces.iter().map(|(id, piece)| json!([piece, if *id < 3 { 0.0 } else { -10.0 }]));
+        let vocab: Vec<Value> = scored.collect();
+        file["model"] = json!({"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": false});
+        file["pre_tokenizer"] =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    };
+    let whole = |file: &mut Value| {
+        file["model"]["ignore_merges"] = json!(true);
+        file["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]});
+    };
+    let changes: [&dyn Fn(&mut Value); 2] = [&unigram, &whole];
+    for change in changes {
+        let tokenizer = changed(CHATML, |file| {
+            change(file);
+            file["normalizer"] = json!({"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]});
+        })?;
+        let plain = obeyed(&tokenizer, &[("user", "ab")], "<|im_end|>")?;
+        assert_eq!(plain, 1);
+        for typed in ["\n＜｜im_end｜＞\n", "a ＜｜im_end｜> b", "x\n<|IM_END|>\n"] {
+            let said = match obeyed(&tokenizer, &[("user", typed)], "<|im_end|>") {
+                Ok(count) => count.to_string(),
+                Err(error) => format!("{error:#}"),
+            };
+            assert!(
+                said == "1" || said.contains("a control token that this vocabulary cannot spell"),
+                "{typed}: {said}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A normalizer may put a token where it stands for no byte of the text.
+#[test]
+fn what_a_normalizer_writes_is_never_control() -> Result<()> {
+    for (pattern, content, typed) in
+        [("[[E]]", "<|im_end|>", "a[[E]]b"), ("END", "im_end", "a<|END|>b"), ("~", "", "a<|im~_end|>b")]
+    {
+        let tokenizer = changed(CHATML, |file| {
+            file["normalizer"] = json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
+            for token in file["added_tokens"].as_array_mut().expect("it is a list") {
+                token["normalized"] = json!(true);
+            }
+        })?;
+        assert_eq!(obeyed(&tokenizer, &[("user", "ab")], "<|im_end|>")?, 1);
+        for typed in [typed.to_owned(), typed.repeat(2), format!("<|im_end|>{typed}")] {
+            let said = match obeyed(&tokenizer, &[("user", &typed)], "<|im_end|>") {
+                Ok(count) => count.to_string(),
+                Err(error) => format!("{error:#}"),
+            };
+            assert!(
+                said == "1" || said.contains("the tokenizer's normalizer makes the control token"),
+                "{typed}: {said}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// In a branch that no plain conversation takes, and spelled in the ways of the language.
+#[test]
+fn what_a_template_may_write_is_control_however_it_is_spelled() -> Result<()> {
+    for late in [
+        "{{ '<|' ~ 'sep' ~ '|>' }}",
+        "{{ '\\x3c|sep|>' }}",
+        "{{ '<|s\\u0065p|>' }}",
+        "<|{{ 'sep' }}|>",
+        "{{ '<|sep|>' }}",
+    ] {
+        let template = format!("{CHATML}{{% if messages|length > 9 %}}{late}{{% endif %}}");
+        let tokenizer = changed(&template, |file| add(file, "<|sep|>", false))?;
+        assert_eq!(obeyed(&tokenizer, &[("user", "a<|sep|>b")], "<|sep|>")?, 0, "{late}");
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::adaptation::{Adaptation, parse_plan};
 use crate::files::NewDirectory;
-use crate::files::{TEXT_BYTES_MAX, read_text};
+use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
 use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
@@ -184,7 +184,7 @@ impl AdapterFiles {
             if !file.exists() {
                 return Ok(None);
             }
-            let text = read_text(&file, TEXT_BYTES_MAX)?;
+            let text = read_text(&file, SMALL_FILE_BYTES_MAX)?;
             let value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", file.display()))?;
             Ok(Some(value))
         };

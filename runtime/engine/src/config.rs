@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_kernels::Attention;
 use serde_json::{Map, Value, json};
 
-use crate::files::{TEXT_BYTES_MAX, read_text};
+use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
 use crate::gguf::Gguf;
 
 /// The shape and constants of a Llama-family decoder.
@@ -94,7 +94,7 @@ impl ModelConfig {
     /// # Errors
     /// When the file cannot be read, or says something that this decoder does not compute; all problems together.
     pub fn from_json(path: &Path) -> Result<Self> {
-        let text = read_text(path, TEXT_BYTES_MAX)?;
+        let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         let config: Map<String, Value> =
             serde_json::from_str(&text).with_context(|| format!("{}: not a JSON object", path.display()))?;
         Self::from_map(&config).with_context(|| format!("{}: this model cannot be run", path.display()))

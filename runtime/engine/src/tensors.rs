@@ -11,7 +11,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::files::{TEXT_BYTES_MAX, read_text};
+use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
 use crate::mapped::map_file;
 
 /// One tensor in a mapped file.
@@ -43,7 +43,7 @@ pub fn map_directory(dir: &Path) -> Result<Tensors> {
         }
         return map_safetensors(&single);
     }
-    let text = read_text(&index, TEXT_BYTES_MAX)?;
+    let text = read_text(&index, SMALL_FILE_BYTES_MAX)?;
     let json: Value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", index.display()))?;
     let weight_map = json.get("weight_map").and_then(Value::as_object);
     let weight_map = weight_map.with_context(|| format!("{}: `weight_map` is missing", index.display()))?;

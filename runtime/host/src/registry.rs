@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapter::{HOMEROOM_FILE, Manifest};
-use homeroom_engine::files::{self, Lock};
+use homeroom_engine::files::{self, Lock, SMALL_FILE_BYTES_MAX, read_text};
 use serde::Serialize;
 
 use crate::progress::line;
-use homeroom_engine::files::{TEXT_BYTES_MAX, read_text};
 
 /// `$HOMEROOM_HOME`, or the user's data directory.
 pub fn data_directory() -> Option<PathBuf> {
@@ -111,7 +110,7 @@ pub fn list() -> Result<Vec<Entry>> {
 
 fn read(name: String, path: PathBuf) -> Entry {
     let kind = if homeroom_engine::adapter::is_adapter(&path) { "adapter" } else { "model" };
-    let text = read_text(&path.join(HOMEROOM_FILE), TEXT_BYTES_MAX);
+    let text = read_text(&path.join(HOMEROOM_FILE), SMALL_FILE_BYTES_MAX);
     let manifest = text.and_then(|text| Ok(serde_json::from_str::<Manifest>(&text)?));
     let entry = Entry {
         name,

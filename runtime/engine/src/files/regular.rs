@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 /// Largest text of a model's or an adapter's small files, in bytes.
-pub const TEXT_BYTES_MAX: u64 = 256 << 20;
+pub const SMALL_FILE_BYTES_MAX: u64 = 256 << 20;
 
 /// Opens a file for reading, if it is a regular one. Opening a pipe does not wait for who writes to it.
 ///

@@ -353,13 +353,13 @@ fn part<T: DeserializeOwned>(form: Value) -> Result<T> {
 // From a directory.
 
 /// Longest text that is encoded, in bytes: each takes some 200 of memory meanwhile. No context is as long.
-const TEXT_BYTES_MAX: usize = 4 << 20;
+const ENCODED_BYTES_MAX: usize = 4 << 20;
 
 fn check_length(text: &str) -> Result<()> {
     let len = text.len();
     ensure!(
-        len <= TEXT_BYTES_MAX,
-        "a text of {len} bytes is too long to be made tokens of, at most {TEXT_BYTES_MAX} are"
+        len <= ENCODED_BYTES_MAX,
+        "a text of {len} bytes is too long to be made tokens of, at most {ENCODED_BYTES_MAX} are"
     );
     Ok(())
 }

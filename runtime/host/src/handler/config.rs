@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::block::Compute;
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use homeroom_engine::inference::TOGETHER;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -21,7 +22,6 @@ use super::openai::{BaseUrl, Endpoint, OpenAi};
 use super::route::Route;
 use crate::models::{Loaded, ModelRef};
 use crate::toml_problems::{Problems, near};
-use homeroom_engine::files::{TEXT_BYTES_MAX, read_text};
 
 /// What a file of handlers says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +95,7 @@ impl Config {
     /// # Errors
     /// When it cannot be read or there is anything wrong with it; everything in one message.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = read_text(path, TEXT_BYTES_MAX)?;
+        let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         Self::parse(path, &text)
     }
 

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use homeroom_abi::describe::nearest;
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use serde_json::{Map, Value};
 use toml_edit::{Document, Item, TableLike};
 
 use crate::plugin::Policy;
 use crate::registry;
 use crate::toml_problems::{Problems, near};
-use homeroom_engine::files::{TEXT_BYTES_MAX, read_text};
 
 /// Keys of `[pipeline]`, each with what it does.
 pub const PIPELINE_KEYS: [(&str, &str); 3] = [
@@ -98,7 +98,7 @@ impl PipelineConfig {
     /// # Errors
     /// All problems of both in one message.
     pub fn read(path: &Path, set: &[(String, String)]) -> Result<Self> {
-        let text = read_text(path, TEXT_BYTES_MAX)?;
+        let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         let mut problems = Problems::new(path, &text);
         let base = std::path::absolute(path)?.parent().context("a file has a directory")?.to_owned();
         let config = match Document::parse(text.as_str()) {

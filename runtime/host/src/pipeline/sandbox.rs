@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use homeroom_engine::files::read_text;
 use mlua::chunk::ChunkMode;
 use mlua::{Function, IntoLuaMulti, Lua, MultiValue, Table, Value, VmState};
 
@@ -21,7 +22,6 @@ use super::clock::{Clock, Ended};
 use super::errors::{self, Failure, PRELUDE, nearest, parts, said, short};
 use super::libraries;
 use super::limits::Limits;
-use homeroom_engine::files::read_text;
 
 /// How often time and Ctrl-C are looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(20);

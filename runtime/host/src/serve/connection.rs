@@ -70,6 +70,7 @@ pub async fn serve(
     let mut mute = VecDeque::<Arc<Mute>>::new();
     loop {
         mute.retain(|connection| Arc::strong_count(connection) > 1 && !connection.spoke.load(Ordering::SeqCst));
+        // Whoever comes next finds a place: when the last is taken, the oldest that has said nothing gives up its own.
         let place = loop {
             if let Ok(place) = places.clone().try_acquire_owned() {
                 break place;

@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use homeroom_engine::files::replace_file;
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text, replace_file};
 use toml_edit::{DocumentMut, Item, Table, value};
 
 use crate::registry;
-use homeroom_engine::files::{TEXT_BYTES_MAX, read_text};
 
 /// The file that says which handlers there are.
 ///
@@ -31,7 +30,7 @@ pub fn write(name: &str, model: &str) -> Result<PathBuf> {
     // From the reading to the writing.
     let _lock = registry::lock()?;
     let place = || path.display().to_string();
-    let text = if path.exists() { read_text(&path, TEXT_BYTES_MAX)? } else { String::new() };
+    let text = if path.exists() { read_text(&path, SMALL_FILE_BYTES_MAX)? } else { String::new() };
     let mut document: DocumentMut = text.parse().with_context(place)?;
     let handlers = document.entry("handlers").or_insert_with(|| {
         let mut table = Table::new();

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::PlanRequest;
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::adapter::{AdapterFiles, HOMEROOM_FILE, Manifest, is_adapter};
+use homeroom_engine::files::read_text;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::requantize::store_as_planned;
 use mlua::{Lua, Table, Value};
@@ -24,10 +25,9 @@ use crate::pipeline::errors::{Failure, said, short};
 use crate::pipeline::places::Place;
 use crate::plugin::native;
 use crate::registry;
-use homeroom_engine::files::read_text;
 
 /// Longest text of a model's table: no path and no name is longer.
-const TEXT_BYTES_MAX: usize = 4096;
+const NAME_BYTES_MAX: usize = 4096;
 /// Longest `homeroom.json`.
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 
@@ -59,7 +59,7 @@ impl ModelSpec {
                 let wrong = || said("`model` should be a model: its name, or what a verb returned");
                 let text = |key: &str| match table.raw_get::<Value>(key)? {
                     Value::Nil => Ok(None),
-                    Value::String(text) if text.as_bytes().len() <= TEXT_BYTES_MAX => Ok(Some(text.to_string_lossy())),
+                    Value::String(text) if text.as_bytes().len() <= NAME_BYTES_MAX => Ok(Some(text.to_string_lossy())),
                     _ => Err(wrong()),
                 };
                 let base = text("model")?.ok_or_else(wrong)?;

@@ -4,6 +4,7 @@
 //! otherwise. Nothing is asked twice, but for an endpoint that refuses `stream_options` and is asked without it, and no redirect is
 //! followed: a key and a conversation go to the address that the user wrote.
 
+mod answer;
 mod endpoint;
 mod refusal;
 mod stream;

@@ -1,7 +1,7 @@
 //! Why a provider gave no answer: its refusals, which are alike and no two the same, and what went wrong on the way.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 use ureq::Body;
@@ -23,60 +23,140 @@ pub(super) struct Refusal {
 /// Reads a refusal.
 pub(super) fn refusal(endpoint: &Endpoint, response: Response<Body>) -> Refusal {
     let status = response.status().as_u16();
-    let header = |name: &str| response.headers().get(name)?.to_str().ok()?.trim().parse::<f64>().ok();
-    let seconds = header("retry-after-ms").map(|ms| ms / 1000.0).or_else(|| header("retry-after"));
-    // An hour and more is as good as never, and what is not a duration is nothing.
-    let retry_after = seconds.and_then(|s| Duration::try_from_secs_f64(s.min(3600.0)).ok());
+    let header = |name: &str| response.headers().get(name)?.to_str().ok().map(|value| value.trim().to_owned());
+    let retry_after = header("retry-after-ms").and_then(|ms| seconds(&ms)).map(|wait| wait / 1000);
+    let retry_after =
+        retry_after.or_else(|| header("retry-after").and_then(|wait| seconds(&wait).or_else(|| until(&wait))));
+    // An hour and more is as good as never.
+    let retry_after = retry_after.map(|wait| wait.min(Duration::from_secs(3600)));
+    let location = header("location").filter(|_| (300..400).contains(&status));
     let text = response.into_body().into_with_config().limit(REFUSAL_LIMIT).read_to_string().unwrap_or_default();
     let body: Value = serde_json::from_str(&text).unwrap_or_default();
     let refused = Refused::read(&body);
     let kind = refused.kind(Some(status), retry_after);
-    let error = endpoint.error(kind, &format!("{} (status {status})", refused.words()));
+    let mut words = match (location, refused.message.as_deref().or_else(|| plain(&text))) {
+        (Some(location), _) => {
+            format!("it redirects to {location}, which is not followed; write that address as base_url")
+        }
+        (None, Some(words)) => words.to_owned(),
+        (None, None) => SILENT.to_owned(),
+    };
+    if status == 404 && refused.message.is_none() && !endpoint.base_url.text.contains("/v1") {
+        words += "; base_url may lack a /v1 at its end";
+    }
+    let error = endpoint.error(kind, &format!("{words} (status {status})"));
     Refusal { error, of_stream_options: matches!(status, 400 | 422) && text.contains("stream_options") }
+}
+
+const SILENT: &str = "it refused and did not say why";
+
+/// A number of seconds, which may have a fraction.
+fn seconds(text: &str) -> Option<Duration> {
+    text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+}
+
+/// The time until a date of HTTP, which is nothing if it is past.
+fn until(date: &str) -> Option<Duration> {
+    let date = httpdate::parse_http_date(date).ok()?;
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+/// What a refusal says that is no JSON: the title of a page, or the first line of a text.
+fn plain(text: &str) -> Option<&str> {
+    let title = text.split_once("<title>").and_then(|(_, rest)| rest.split_once("</title>")).map(|(title, _)| title);
+    let line = || text.lines().map(str::trim).find(|line| !line.is_empty());
+    title.map(str::trim).or_else(line).filter(|words| !words.starts_with(['<', '{', '[']))
 }
 
 /// An error object of a provider. They are alike, and no two the same.
 pub(super) struct Refused {
     message: Option<String>,
+    /// All that names the kind of the error, in lower case.
     code: String,
     param: Option<String>,
 }
 
 impl Refused {
-    /// Reads the body of a refusal, or a frame of a stream.
+    /// Reads the body of a refusal, or a piece of a stream.
     pub(super) fn read(body: &Value) -> Self {
-        let error = body.get("error").unwrap_or(body);
+        // Gemini's stands in a list.
+        let body = body.get(0).unwrap_or(body);
+        let error = [&body["error"], &body["errors"][0]].into_iter().find(|error| says(error)).unwrap_or(body);
         let text = |value: &Value| value.as_str().map(str::to_owned);
+        // As FastAPI has it: a list of problems, each with its place.
+        let details = [&error["message"]["detail"], &body["detail"]];
+        let detail = details.into_iter().find_map(|detail| detail.get(0));
+        let place = detail.and_then(|detail| detail["loc"].as_array()?.last()).and_then(text);
         let message = text(error).or_else(|| text(&error["message"])).or_else(|| text(&body["detail"]));
-        // As FastAPI has it: a list of problems.
-        let message = message.or_else(|| text(&body["detail"][0]["msg"]));
+        let message = message.or_else(|| {
+            let message = text(&detail?["msg"])?;
+            Some(place.as_ref().map_or(message.clone(), |place| format!("{place}: {message}")))
+        });
         let words = [&error["code"], &error["type"], &error["status"]];
-        let code = words.map(|value| text(value).unwrap_or_else(|| value.to_string())).join(" ");
-        Self { message, code, param: text(&error["param"]) }
+        let code = words.map(|value| text(value).unwrap_or_else(|| value.to_string())).join(" ").to_lowercase();
+        Self { message, code, param: text(&error["param"]).or(place) }
+    }
+
+    /// The error that a piece of a stream is, or that it carries beside a piece of an answer.
+    pub(super) fn of_piece(piece: &Value) -> Option<Self> {
+        let choice = &piece["choices"][0];
+        if let Some(at) = [piece, piece.get(0).unwrap_or(piece), choice].into_iter().find(|at| says(&at["error"])) {
+            return Some(Self::read(at));
+        }
+        let is_error = piece["object"] == "error" || piece["type"] == "error";
+        let bare = is_error || piece["message"].is_string() || says(&piece["detail"]);
+        (bare && piece.get("choices").is_none()).then(|| Self::read(piece))
     }
 
     pub(super) fn words(&self) -> &str {
-        self.message.as_deref().unwrap_or("it refused and did not say why")
+        self.message.as_deref().unwrap_or(SILENT)
     }
 
     pub(super) fn kind(&self, status: Option<u16>, retry_after: Option<Duration>) -> Kind {
         let says = |word: &str| self.code.contains(word);
-        // A frame within a stream has no status; some put it into the code.
+        let message = self.message.as_deref().unwrap_or_default().to_lowercase();
+        // A piece of a stream has no status; some put it into the code.
         let status = status.or_else(|| self.code.split(' ').find_map(|word| word.parse().ok()));
         match status {
             _ if says("context_length") || says("exceed_context_size") => Kind::ContextLength,
+            // Most servers have no word for it.
+            Some(400 | 413 | 422) | None if TOO_LONG.iter().any(|words| message.contains(words)) => Kind::ContextLength,
             _ if says("model_not_found") => Kind::NotFound,
-            Some(429) => Kind::RateLimited { retry_after },
+            // 402: what the account was given is spent.
+            Some(402 | 429) => Kind::RateLimited { retry_after },
             Some(401 | 403) => Kind::Authentication,
             Some(404 | 405) => Kind::NotFound,
             Some(408 | 504) => Kind::Timeout,
+            // Of these, the request is not to blame.
+            Some(409 | 423 | 425 | 499) => Kind::Unavailable,
             Some(400..=499) => Kind::InvalidRequest { param: self.param.clone() },
-            Some(500..=599) => Kind::Unavailable,
+            Some(500..=599) => match retry_after {
+                Some(retry_after) => Kind::Overloaded { retry_after },
+                None => Kind::Unavailable,
+            },
             Some(_) => Kind::Protocol,
-            None if says("rate_limit") => Kind::RateLimited { retry_after },
+            None if says("rate_limit") || says("quota") || says("resource_exhausted") => {
+                Kind::RateLimited { retry_after }
+            }
+            None if says("authentication") || says("api_key") => Kind::Authentication,
             None if says("invalid_request") => Kind::InvalidRequest { param: self.param.clone() },
             None => Kind::Unavailable,
         }
+    }
+}
+
+/// In messages of a conversation that does not fit.
+const TOO_LONG: [&str; 5] =
+    ["context length", "context window", "context size", "prompt is too long", "maximum number of tokens"];
+
+/// Whether an `error` is one: some send an empty one with every piece.
+fn says(error: &Value) -> bool {
+    match error {
+        Value::Null | Value::Bool(_) => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Number(_) => true,
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
-use super::reply::{Envelope, HANDLER, Refusal, frame};
+use super::reply::{Envelope, HANDLER, PING, Refusal, frame};
 use super::{App, no_model, now, request};
 use crate::handler::{self, Context, Event, Handler, HandlerError, Kind, PATIENCE, checked};
 
@@ -27,10 +27,6 @@ const ANSWER: Duration = Duration::from_secs(30 * 60);
 /// Text that is made ahead of a client who does not read, in bytes. The work ends with it, so that it does not hold a place for
 /// somebody who is not there.
 const AHEAD: usize = 1 << 20;
-/// How long a stream waits for its first event before it says 200: a refusal before that has its own status.
-const FIRST_EVENT: Duration = Duration::from_secs(10);
-/// Silence after which a stream says that it is alive.
-const PING: Duration = Duration::from_secs(5);
 
 pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Response {
     match answer(&app, request).await {
@@ -66,7 +62,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     let (mut response, by) = if stream {
         let mut events = Events::of(handler, request, context);
         // What is refused before the answer begins has its own status; a long prompt does not keep the client waiting.
-        let first = match timeout(FIRST_EVENT, events.next()).await {
+        let first = match timeout(app.bounds.first_event, events.next()).await {
             Ok(Some(Err(error))) => return Err(error.into()),
             Ok(Some(Ok(event))) => Some(event),
             Ok(None) | Err(_) => None,
@@ -77,8 +73,9 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         };
         envelope.name_handler = by.is_none();
         let first = first.map(|event| envelope.frames(event));
-        let ping = Box::pin(sleep(PING));
-        let body = Body::from_stream(Frames { events, envelope, first, ping, over: false, _waiting: waiting });
+        let silence = app.bounds.silence;
+        let ping = Box::pin(sleep(silence));
+        let body = Body::from_stream(Frames { events, envelope, first, silence, ping, over: false, _waiting: waiting });
         let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
         ((headers, body).into_response(), by)
     } else {
@@ -175,6 +172,8 @@ struct Frames {
     events: Events,
     envelope: Envelope,
     first: Option<String>,
+    /// After so long without a frame, a ping is sent.
+    silence: Duration,
     ping: Pin<Box<Sleep>>,
     over: bool,
     _waiting: Waiting,
@@ -207,11 +206,11 @@ impl Stream for Frames {
                 }
                 Poll::Pending => {
                     std::task::ready!(this.ping.as_mut().poll(context));
-                    ": ping\n\n".to_owned()
+                    PING.to_owned()
                 }
             },
         };
-        this.ping.as_mut().reset(Instant::now() + PING);
+        this.ping.as_mut().reset(Instant::now() + this.silence);
         Poll::Ready(Some(Ok(Bytes::from(frames))))
     }
 }

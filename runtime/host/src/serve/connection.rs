@@ -38,7 +38,8 @@ const LINGER: (Duration, usize) = (Duration::from_secs(2), 16 << 20);
 /// Most that is kept of a request that is not read yet, in bytes.
 const BUFFER: usize = 128 << 10;
 
-/// How many connections there may be, and how long a client may keep the server waiting.
+/// How many connections there may be, how long a client may keep the server waiting, and how long the server keeps a client waiting
+/// without a word.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     /// Connections at once, each with an answer at most; more wait in the system's queue.
@@ -49,12 +50,16 @@ pub struct Bounds {
     pub body: Duration,
     /// While it takes nothing of what it is sent.
     pub unread: Duration,
+    /// Until a stream says 200 without having begun: what is refused before that has its own status.
+    pub first_event: Duration,
+    /// Between two words of a stream, before it says that it is alive.
+    pub silence: Duration,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
-        let [headers, body, unread] = [15, 30, 30].map(Duration::from_secs);
-        Self { connections: CONNECTIONS_MAX, headers, body, unread }
+        let [headers, body, unread, first_event, silence] = [15, 30, 30, 10, 5].map(Duration::from_secs);
+        Self { connections: CONNECTIONS_MAX, headers, body, unread, first_event, silence }
     }
 }
 

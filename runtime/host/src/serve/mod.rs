@@ -2,7 +2,7 @@
 //!
 //! There are no keys yet, so it listens on this machine alone, and asks browsers which host they think they talk to: a
 //! page elsewhere can name this machine by a host name of its own (DNS rebinding). Bodies must say that they are JSON,
-//! which a page elsewhere cannot without leave; it is never given. Nothing is logged.
+//! which a page elsewhere cannot without a CORS preflight; that is refused. Nothing is logged.
 
 mod chat;
 mod connection;
@@ -29,6 +29,8 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::handler::Handler;
+use crate::terminal::shown;
+use crate::toml_problems::near;
 pub use connection::Bounds;
 use reply::Refusal;
 
@@ -150,6 +152,8 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
     Ok(Running { address, models, stop, thread })
 }
 
+const CHAT: &str = "/v1/chat/completions";
+
 struct App {
     models: Arc<RwLock<Models>>,
     created: u64,
@@ -170,15 +174,19 @@ fn now() -> u64 {
 
 fn router(app: Arc<App>) -> Router {
     Router::new()
-        .route("/v1/chat/completions", post(chat::chat))
+        .route(CHAT, post(chat::chat))
         .route("/v1/models", get(list))
         .route("/v1/models/{*id}", get(retrieve))
-        .fallback(async || {
-            let known = "there is no such address here; there are /v1/chat/completions, /v1/models and /v1/models/{id}";
-            Refusal::new(StatusCode::NOT_FOUND, known)
-        })
-        .method_not_allowed_fallback(async || {
-            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "this address takes another method")
+        .route("/", get(welcome))
+        .route("/v1", get(welcome))
+        .route("/v1/", get(welcome))
+        .route("/health", get(async || Json(json!({"status": "ok"}))))
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(async |request: Request| {
+            let path = request.uri().path();
+            let method = if path == CHAT { "POST" } else { "GET" };
+            let message = format!("{path} takes {method} and not {}", request.method());
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message)
         })
         .with_state(app)
         .layer(from_fn(only_for_this_machine))
@@ -205,6 +213,29 @@ fn is_this_machine(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
+/// For people who open the address in a browser, and programs that ask whether anybody is there.
+async fn welcome(State(app): State<Arc<App>>, request: Request) -> String {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
+    let models = app.models();
+    let names: Vec<&str> = models.keys().map(String::as_str).collect();
+    let text = format!(
+        "homeroom answers OpenAI's API here\nbase URL  http://{host}/v1   any API key will do: none is checked\nmodels    {}\n",
+        names.join(", ")
+    );
+    shown(&text).into_owned()
+}
+
+async fn nothing_here(request: Request) -> Refusal {
+    let path = request.uri().path();
+    let asked = path.trim_end_matches('/');
+    // With a base URL that ends too early or too late, the end of the address is right.
+    let meant = [CHAT, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
+    let known = [CHAT, "/v1/models", "/v1/models/{id}", "/health"];
+    let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
+    let path: String = path.chars().take(80).collect();
+    Refusal::new(StatusCode::NOT_FOUND, format!("{path} is not served here, {hint}"))
+}
+
 async fn list(State(app): State<Arc<App>>) -> Json<Value> {
     let data: Vec<Value> = app.models().keys().map(|id| card(&app, id)).collect();
     Json(json!({"object": "list", "data": data}))
@@ -229,7 +260,7 @@ fn no_model(app: &App, id: &str) -> Refusal {
     let models = app.models();
     let known: Vec<&str> = models.keys().map(String::as_str).collect();
     let id: String = id.chars().take(80).collect();
-    let message = format!("there is no model `{id}`; there are: {}", known.join(", "));
+    let message = format!("there is no model `{id}` here, {}", near(&id, &known));
     let refusal = Refusal::new(StatusCode::NOT_FOUND, message);
     Refusal { param: Some("model".to_owned()), code: Some("model_not_found"), ..refusal }
 }

@@ -7,7 +7,7 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::handler::{Completion, Event, HandlerError, Kind, Usage};
+use crate::handler::{Completion, Event, FinishReason, HandlerError, Kind, Usage};
 use crate::terminal::shown;
 
 /// The header that says which handler gave an answer, by its name in the file of handlers.
@@ -30,17 +30,20 @@ pub struct Envelope {
 impl Envelope {
     /// A whole answer.
     pub fn completion(&self, whole: &Completion) -> Value {
+        let mut choice = json!({
+            "index": 0,
+            "message": {"role": "assistant", "content": whole.text, "refusal": null},
+            "logprobs": null,
+        });
+        end(&mut choice, &whole.finish);
         json!({
             "id": whole.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
-            "choices": [{
-                "index": 0,
-                "message": {"role": "assistant", "content": whole.text, "refusal": null},
-                "logprobs": null,
-                "finish_reason": whole.finish.word(),
-            }],
+            // Moodle reads it without asking whether it is there.
+            "system_fingerprint": null,
+            "choices": [choice],
             "usage": usage(whole.usage),
         })
     }
@@ -50,14 +53,14 @@ impl Envelope {
         match event {
             Event::Start { id, handler, .. } => {
                 self.id = id;
-                let mut first = self.chunk(json!({"role": "assistant", "content": ""}), Value::Null);
+                let mut first = self.chunk(json!({"role": "assistant", "content": ""}), None);
                 if self.name_handler {
                     first[HANDLER] = json!(handler);
                 }
                 frame(&first)
             }
-            Event::Delta { text } => frame(&self.chunk(json!({"content": text}), Value::Null)),
-            Event::Finish { reason } => frame(&self.chunk(json!({}), json!(reason.word()))),
+            Event::Delta { text } => frame(&self.chunk(json!({"content": text}), None)),
+            Event::Finish { reason } => frame(&self.chunk(json!({}), Some(&reason))),
             Event::Usage(cost) => {
                 let mut frames = String::new();
                 if self.include_usage {
@@ -70,9 +73,13 @@ impl Envelope {
         }
     }
 
-    fn chunk(&self, delta: Value, finish_reason: Value) -> Value {
+    fn chunk(&self, delta: Value, finish: Option<&FinishReason>) -> Value {
+        let mut choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": null});
+        if let Some(reason) = finish {
+            end(&mut choice, reason);
+        }
         let mut chunk = self.empty_chunk();
-        chunk["choices"] = json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason}]);
+        chunk["choices"] = json!([choice]);
         if self.include_usage {
             chunk["usage"] = Value::Null;
         }
@@ -89,6 +96,22 @@ impl Envelope {
         })
     }
 }
+
+/// Says why an answer ended. Some clients fail at a reason that OpenAI does not have, so that another stands beside it, where OpenRouter
+/// puts it.
+fn end(choice: &mut Value, reason: &FinishReason) {
+    if let FinishReason::Other(word) = reason {
+        choice["native_finish_reason"] = json!(word);
+    }
+    choice["finish_reason"] = json!(match reason {
+        FinishReason::Other(_) => FinishReason::Stop.word(),
+        known => known.word(),
+    });
+}
+
+/// What keeps a silent stream open: a comment. No empty line follows it, since older versions of OpenAI's Go client take that for an
+/// event without data and fail. axum's `Sse` always sends one after its `KeepAlive`, which is why streams are framed here.
+pub const PING: &str = ": ping\n";
 
 /// One event of a stream. JSON has no line breaks, so it is one line.
 pub fn frame(data: &Value) -> String {

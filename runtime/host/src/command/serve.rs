@@ -36,9 +36,9 @@ pub fn run(arguments: &Serve) -> Result<Done> {
             // Before it is read: an edit in between is a change.
             let file = Watch::new(path);
             let handlers = Handlers::new(Config::read(path)?);
-            let routes = handlers.routes()?;
+            let served = handlers.served()?;
             watched = Some((path.to_owned(), file, handlers));
-            routes
+            served
         }
     };
     for name in models.keys() {
@@ -85,14 +85,14 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
                 return Ok(None);
             }
             let next = handlers.succeed(config);
-            let routes = next.routes()?;
-            Ok(Some((next, routes)))
+            let served = next.served()?;
+            Ok(Some((next, served)))
         });
         match edited {
             Ok(None) => {}
-            Ok(Some((next, routes))) => {
-                let names: Vec<String> = routes.keys().cloned().collect();
-                replace(routes);
+            Ok(Some((next, served))) => {
+                let names: Vec<String> = served.keys().cloned().collect();
+                replace(served);
                 handlers = next;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
             }

@@ -2,7 +2,7 @@
 //!
 //! The whole file is checked before anything is loaded, and everything that is wrong is said at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -63,11 +63,33 @@ pub struct EndpointSpec {
 }
 
 impl HandlerSpec {
-    /// Whether conversations leave this machine.
-    fn is_cloud(&self) -> bool {
+    /// The host that conversations are sent to, if it is not this machine.
+    fn far_host(&self) -> Option<&str> {
         match self {
-            Self::Local(..) => false,
-            Self::OpenAi(endpoint) => !endpoint.base_url.is_loopback(),
+            Self::Local(..) => None,
+            Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
+        }
+    }
+
+    fn api_key(&self) -> Result<Option<Secret>, String> {
+        match self {
+            Self::Local(..) => Ok(None),
+            Self::OpenAi(endpoint) => endpoint.api_key(),
+        }
+    }
+}
+
+impl EndpointSpec {
+    /// The key, from the environment.
+    fn api_key(&self) -> Result<Option<Secret>, String> {
+        let Some(variable) = &self.api_key_env else { return Ok(None) };
+        let value = std::env::var(variable).map(|key| key.trim().to_owned());
+        match value {
+            Ok(key) if !key.is_empty() && key.chars().all(|c| c.is_ascii_graphic()) => Ok(Some(Secret::new(key))),
+            Ok(key) if !key.is_empty() => Err(format!(
+                "api_key: what the environment variable {variable} holds is not a key: keys have no spaces"
+            )),
+            _ => Err(format!("api_key: the environment variable {variable} is not set; export {variable}=…")),
         }
     }
 }
@@ -323,14 +345,10 @@ fn route<'a>(
             problems.at(item.span(), format!("`{name}`: there is no such handler, {}", near(&name, names)));
         } else if chain.contains(&name) {
             problems.at(item.span(), format!("`{name}`: is in the list twice"));
-        } else if let Some(HandlerSpec::OpenAi(endpoint)) = handlers.get(&name).filter(|spec| deny && spec.is_cloud()) {
-            problems.at(
-                item.span(),
-                format!(
-                    "`{name}`: sends conversations to {}, and egress is \"deny\"; take it out, or say egress = \"allow\"",
-                    endpoint.base_url.host()
-                ),
-            );
+        } else if let Some(host) = handlers.get(&name).and_then(HandlerSpec::far_host).filter(|_| deny) {
+            let hint = "take it out, or say egress = \"allow\"";
+            problems
+                .at(item.span(), format!("`{name}`: sends conversations to {host}, and egress is \"deny\"; {hint}"));
         }
         chain.push(name);
     }
@@ -359,17 +377,53 @@ impl Handlers {
         Self { config, loaded: Mutex::new(kept) }
     }
 
-    /// All routes by name, ready to answer.
+    /// What clients can name, ready to answer: the routes, or each handler under its own name where the file has no route. Without a
+    /// route nothing allows conversations to leave this machine, so that handlers that send them away are left out, which is said.
     ///
     /// # Errors
-    /// When there is none, or as [`Handlers::get`].
-    pub fn routes(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
-        ensure!(
-            !self.config.routes.is_empty(),
-            "{}: it has no route, so there is nothing that clients could name\nhint: add [routes.NAME] with handlers = [\"…\"]",
-            self.config.path.display()
-        );
-        self.config.routes.keys().map(|name| Ok((name.clone(), self.get(name)?))).collect()
+    /// When nothing can be served, or as [`Handlers::get`]. Missing keys are found before a model is loaded, and all at once.
+    pub fn served(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
+        let Config { path, handlers, routes } = &self.config;
+        let path = path.display();
+        let mut names: Vec<&String> = routes.keys().collect();
+        if routes.is_empty() {
+            ensure!(
+                !handlers.is_empty(),
+                "{path}: it has no handler\nhint: add [handlers.NAME] with kind = \"local\" and model = \"…\""
+            );
+            let tell = |(name, spec): (&String, &HandlerSpec)| {
+                Some(format!("`{name}` sends conversations to {}, and no route allows that", spec.far_host()?))
+            };
+            let far: Vec<String> = handlers.iter().filter_map(tell).collect();
+            names = handlers.iter().filter(|(_, spec)| spec.far_host().is_none()).map(|(name, _)| name).collect();
+            let hint = "add [routes.NAME] with handlers = [\"…\"] and egress = \"allow\"";
+            ensure!(!names.is_empty(), "{path}: {}\nhint: {hint}", far.join("; "));
+            eprintln!("note: {path}: it has no route, so each handler is served under its own name");
+            for denied in far {
+                eprintln!("note: {path}: {denied}, so it is not served; {hint}");
+            }
+        }
+        self.check_keys(&names)?;
+        names.into_iter().map(|name| Ok((name.clone(), self.get(name)?))).collect()
+    }
+
+    /// Whether the handlers behind some names have their keys.
+    fn check_keys(&self, names: &[&String]) -> Result<()> {
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let behind = |name: &&String| self.config.routes.get(*name).cloned().unwrap_or_else(|| vec![(*name).clone()]);
+        let used: BTreeSet<String> = names.iter().flat_map(behind).filter(|name| !loaded.contains_key(name)).collect();
+        let key = |name: &String| self.config.handlers.get(name)?.api_key().err();
+        let missing: Vec<(String, String)> = used.into_iter().filter_map(|name| Some((key(&name)?, name))).collect();
+        let path = self.config.path.display();
+        match missing.as_slice() {
+            [] => Ok(()),
+            [(why, name)] => bail!("{path}: [handlers.{name}]: {why}"),
+            many => {
+                let lines: Vec<String> =
+                    many.iter().map(|(why, name)| format!("\n  [handlers.{name}]: {why}")).collect();
+                bail!("{path}: {} keys are missing{}", many.len(), lines.concat())
+            }
+        }
     }
 
     /// What the file says.
@@ -415,14 +469,7 @@ fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
             Ok(Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS)))
         }
         HandlerSpec::OpenAi(spec) => {
-            let api_key = spec.api_key_env.as_ref().map(|variable| {
-                let value = std::env::var(variable).ok().map(|key| key.trim().to_owned());
-                let value = value.filter(|key| !key.is_empty() && key.chars().all(|c| c.is_ascii_graphic()));
-                value.map(Secret::new).with_context(|| {
-                    format!("api_key: the environment variable {variable} is not set, or is not a key\nhint: export {variable}=…")
-                })
-            });
-            let api_key = api_key.transpose()?;
+            let api_key = spec.api_key().map_err(anyhow::Error::msg)?;
             if spec.base_url.can_be_overheard() && api_key.is_some() {
                 eprintln!(
                     "warning: handler `{name}`: its key and conversations go to {} unencrypted; use https://",
@@ -485,13 +532,38 @@ egress = "allow"
             config.handlers["near"],
             HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() }, Compute::Auto)
         );
-        assert!(config.handlers["far"].is_cloud() && !config.handlers["beside"].is_cloud());
+        assert_eq!(config.handlers["far"].far_host(), Some("api.example.com"));
+        assert_eq!(config.handlers["beside"].far_host(), None);
         let handlers = Handlers::new(config);
         let refused = |name: &str| format!("{:#}", handlers.get(name).err().expect("it cannot be had"));
         assert!(refused("far").contains("HOMEROOM_TEST_KEY_THAT_IS_NOT_SET"), "{}", refused("far"));
         assert!(refused("naer").contains("did you mean `near`?"), "{}", refused("naer"));
         assert!(refused("near").contains("no such model"), "{}", refused("near"));
         assert!(handlers.get("beside").is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn keys_that_are_missing_are_all_named_before_a_model_is_loaded() -> Result<()> {
+        let refused = |text: &str| -> Result<String> {
+            let handlers = Handlers::new(Config::parse(Path::new("h.toml"), text)?);
+            Ok(format!("{:#}", handlers.served().err().context("a key is missing")?))
+        };
+        let one = refused(GOOD)?;
+        assert!(one.contains("h.toml: [handlers.far]: api_key: the environment variable HOMEROOM_TEST_KEY_"), "{one}");
+        assert!(
+            one.contains("is not set; export HOMEROOM_TEST_KEY_THAT_IS_NOT_SET=…") && !one.contains("near"),
+            "{one}"
+        );
+        // What it holds is not shown, in case it is half a key.
+        let other =
+            GOOD.replace("[handlers.beside]\n", "[handlers.beside]\napi_key = { env = \"CARGO_PKG_DESCRIPTION\" }\n");
+        let two = refused(&other)?;
+        assert!(two.contains("2 keys are missing") && two.contains("[handlers.far]: api_key"), "{two}");
+        assert!(two.contains("CARGO_PKG_DESCRIPTION holds is not a key") && !two.contains("open-weight"), "{two}");
+        // What no route uses needs no key.
+        let unused = refused(&GOOD.replace("[\"near\", \"far\"]", "[\"near\"]"))?;
+        assert!(unused.contains("no such model"), "{unused}");
         Ok(())
     }
 

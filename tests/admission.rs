@@ -535,8 +535,14 @@ fn a_file_of_handlers_is_followed_however_it_is_written() -> Result<()> {
     // An empty file is told and changes nothing.
     replace("")?;
     until("the empty file is refused", || story().contains("refused: handlers.toml: it has no handler"));
+    // Nobody writes to the pipe, and the directory is no file: neither is waited for.
     std::fs::remove_file(&target)?;
-    std::thread::sleep(Duration::from_millis(500));
+    assert!(std::process::Command::new("mkfifo").arg(&target).status()?.success());
+    until("the pipe is refused", || story().contains("refused: handlers.toml: a device, a pipe or a socket"));
+    std::fs::remove_file(&target)?;
+    std::fs::create_dir(&target)?;
+    until("the directory is refused", || story().contains("refused: handlers.toml: a directory"));
+    std::fs::remove_dir(&target)?;
     replace(&handler("three"))?;
     until("the third is served", || story().contains("handlers.toml: three"));
     // The link is exchanged for a file.
@@ -544,6 +550,6 @@ fn a_file_of_handlers_is_followed_however_it_is_written() -> Result<()> {
     std::fs::write(&written, handler("four"))?;
     std::fs::rename(written, &link)?;
     until("the fourth is served", || story().contains("handlers.toml: four"));
-    assert_eq!(story().matches("refused").count(), 1, "{}", story());
+    assert_eq!(story().matches("refused").count(), 3, "{}", story());
     Ok(())
 }

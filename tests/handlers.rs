@@ -295,7 +295,19 @@ fn what_a_provider_refuses_is_told_in_its_own_words() -> Result<()> {
             Kind::ContextLength,
             "9 > 8",
         ),
-        (500, json!({}), Kind::Unavailable, "did not say why (status 500)"),
+        (
+            429,
+            json!({"error": {"message": "Provider returned error", "code": 429, "metadata": {"raw": "free tier is full"}}}),
+            Kind::RateLimited { retry_after: None },
+            "free tier",
+        ),
+        (
+            400,
+            json!({"error": {"message": "Use 'max_completion_tokens' instead.", "param": "max_tokens"}}),
+            invalid(Some("max_tokens")),
+            "set max_tokens_param = \"max_completion_tokens\"",
+        ),
+        (500, json!({}), Kind::Unavailable, "gave no reason (status 500)"),
     ] {
         let refused = told(refusal(status, "", &body))?.expect_err("it refused");
         assert!(refused.kind == kind && refused.message.contains(words), "{body}: {refused:?}");
@@ -309,7 +321,7 @@ fn what_a_provider_refuses_is_told_in_its_own_words() -> Result<()> {
     let page = "content-type: text/html\r\n\r\n<!doctype html><html>\n<head><title>502 Bad Gateway</title></head>";
     for (status, text, kind, words) in [
         ("502", page, Kind::Unavailable, "/v1: 502 Bad Gateway (status 502)"),
-        ("502", "content-type: text/html\r\n\r\n<html>", Kind::Unavailable, "did not say why"),
+        ("502", "content-type: text/html\r\n\r\n<html>", Kind::Unavailable, "gave no reason"),
         (
             "404",
             "content-type: text/plain\r\n\r\n\n404 page not found\n",
@@ -323,12 +335,17 @@ fn what_a_provider_refuses_is_told_in_its_own_words() -> Result<()> {
             "redirects to https://api.example.com/v1/x",
         ),
         // What comes with 200 and is no answer.
-        ("200", "content-type: text/html\r\n\r\n<html>sign in</html>", Kind::Protocol, "with a page"),
-        ("200", "content-type: application/json\r\n\r\n{}", Kind::Protocol, "no answer"),
-        ("200", "content-type: application/json\r\n\r\n{\"choices\":[],\"usage\":{}}", Kind::Protocol, "no answer"),
-        ("200", "content-type: application/json\r\n\r\n{\"choices\":[{\"mess", Kind::Protocol, "no answer"),
+        ("200", "content-type: text/html\r\n\r\n<html>sign in</html>", Kind::Protocol, "a web page"),
+        ("200", "content-type: application/json\r\n\r\n{}", Kind::Protocol, "not an answer"),
+        ("200", "content-type: application/json\r\n\r\n{\"choices\":[],\"usage\":{}}", Kind::Protocol, "not an answer"),
+        ("200", "content-type: application/json\r\n\r\n{\"choices\":[{\"mess", Kind::Protocol, "not an answer"),
         ("200", "content-type: text/plain\r\n\r\nOllama is running", Kind::Cut, "connection ended"),
-        ("200", "content-type: text/event-stream\r\ncontent-encoding: gzip\r\n\r\n\u{1f}", Kind::Protocol, "in gzip"),
+        (
+            "200",
+            "content-type: text/event-stream\r\ncontent-encoding: gzip\r\n\r\n\u{1f}",
+            Kind::Protocol,
+            "content-encoding gzip",
+        ),
         (
             "200",
             "content-type: text/event-stream\r\n\r\n\n{\"error\":{\"message\":\"full\",\"code\":503}}",

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
 use super::reference;
 use crate::cli::{Done, Serve};
@@ -75,12 +76,13 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
         if !file.wait() || !path.exists() {
             continue;
         }
-        let now = (file.identity(), std::fs::read(path).ok());
+        let text = read_text(path, SMALL_FILE_BYTES_MAX);
+        let now = (file.identity(), text.as_ref().ok().cloned());
         if read.as_ref() == Some(&now) {
             continue;
         }
         read = Some(now);
-        let edited = Config::read(path).and_then(|config| {
+        let edited = text.and_then(|text| Config::parse(path, &text)).and_then(|config| {
             if config == *handlers.config() {
                 return Ok(None);
             }

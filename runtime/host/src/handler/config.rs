@@ -1,6 +1,6 @@
-//! The file that says which handlers there are: `[handlers.NAME]` and `[routes.NAME]`.
+//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`.
 //!
-//! The whole file is checked before anything is loaded, and everything that is wrong is said at once.
+//! The whole file is checked before a model is loaded, and all problems are reported at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -23,21 +23,21 @@ use super::route::Route;
 use crate::models::{Loaded, ModelRef};
 use crate::toml_problems::{Problems, near};
 
-/// What a file of handlers says.
+/// A file of handlers, as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Where it stands, for messages.
+    /// Its path, for messages.
     pub path: PathBuf,
     /// `[handlers.NAME]`.
     pub handlers: BTreeMap<String, HandlerSpec>,
-    /// `[routes.NAME]`: names that clients use as `model`, and their handlers in order.
+    /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
     pub routes: BTreeMap<String, Vec<String>>,
 }
 
-/// A handler that is not loaded.
+/// A handler as the file describes it, not loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HandlerSpec {
-    /// `kind = "local"`, and what it computes in.
+    /// `kind = "local"`, and the type that it computes in.
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
@@ -105,9 +105,9 @@ const OPENAI_KEYS: [&str; 8] = [
     "answer_timeout_s",
     "max_tokens_param",
 ];
-/// Answers of a model here at once: as many as are drawn together. Two more classes may wait.
+/// Limits of a model of this machine: it samples for so many at once, and twice as many may wait.
 pub const LOCAL_LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
-/// Answers of an endpoint at once, and requests that wait: a provider has a queue of its own, and each answer here is a connection.
+/// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 const ROUTE_KEYS: [&str; 2] = ["handlers", "egress"];
 
@@ -115,7 +115,7 @@ impl Config {
     /// Reads a file.
     ///
     /// # Errors
-    /// When it cannot be read or there is anything wrong with it; everything in one message.
+    /// When it cannot be read or has problems; all of them in one message.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         Self::parse(path, &text)
@@ -124,7 +124,7 @@ impl Config {
     /// Reads the text of a file. Paths of models in it are relative to the file.
     ///
     /// # Errors
-    /// When there is anything wrong with it; everything in one message.
+    /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let mut problems = Problems::new(path, text);
         let root = problems.parse();
@@ -140,7 +140,7 @@ impl Config {
         }
         for (name, span, table) in &routes {
             if names.contains(name) {
-                problems.at(span.clone(), format!("`{name}`: a handler has this name already"));
+                problems.at(span.clone(), format!("`{name}`: a handler has this name already; clients name the route"));
             }
             let chain = route(&mut problems, span, table, &names, &config.handlers);
             config.routes.insert((*name).to_owned(), chain);
@@ -152,7 +152,7 @@ impl Config {
 
 type NamedTable<'t, 'a> = (&'t str, std::ops::Range<usize>, &'t Spanned<DeValue<'a>>);
 
-/// The tables below `[key.NAME]`.
+/// The tables `[key.NAME]`.
 fn named<'t, 'a>(problems: &mut Problems<'a>, root: &'t DeTable<'a>, key: &str) -> Vec<NamedTable<'t, 'a>> {
     let Some(value) = root.get(key) else { return Vec::new() };
     let Some(table) = value.get_ref().as_table() else {
@@ -167,7 +167,7 @@ fn named<'t, 'a>(problems: &mut Problems<'a>, root: &'t DeTable<'a>, key: &str) 
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:".contains(c);
         if name.get_ref().is_empty() || !name.get_ref().chars().all(plain) {
-            problems.at(name.span(), "a name is of letters, digits, and . _ - / :");
+            problems.at(name.span(), "a name consists of the letters a to z, A to Z, digits, and . _ - / :");
         }
         found.push((name.get_ref().as_ref(), name.span(), value));
     }
@@ -182,14 +182,14 @@ fn handler<'a>(
 ) -> Option<HandlerSpec> {
     let table = value.get_ref().as_table()?;
     let Some(kind) = table.get("kind") else {
-        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing, \"local\" or \"openai\""));
+        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing; it is \"local\" or \"openai\""));
         return None;
     };
     match problems.text("kind", kind)?.as_str() {
         "local" => local(problems, path, name, value.span(), table),
         "openai" => openai(problems, name, value.span(), table),
         "anthropic" => {
-            problems.at(kind.span(), "kind \"anthropic\" is not built yet; \"local\" and \"openai\" are");
+            problems.at(kind.span(), "kind \"anthropic\" is not supported yet; use \"local\" or \"openai\"");
             None
         }
         other => {
@@ -265,7 +265,7 @@ fn openai<'a>(
     }
     let api_key_env = table.get("api_key").and_then(|value| api_key(problems, value));
     let base_url = table.get("base_url").zip(base_url).and_then(|(value, url)| {
-        // A name and a password stand before an `@`; the line would show them.
+        // The line would show a name and a password, which stand before an `@`.
         let tell = |why: String| match url.contains('@') {
             true => problems.at_hidden(value.span(), format!("`base_url`: {why}")),
             false => problems.at(value.span(), format!("`base_url`: {why}")),
@@ -288,7 +288,7 @@ fn api_key<'a>(problems: &mut Problems<'a>, value: &Spanned<DeValue<'a>>) -> Opt
     let Some(table) = value.get_ref().as_table() else {
         problems.at_hidden(
             value.span(),
-            "`api_key`: a key is not kept in the file; put it into a variable and name that: { env = \"NAME\" }",
+            "`api_key`: a key does not belong in the file; put it into an environment variable and name that: { env = \"NAME\" }",
         );
         return None;
     };
@@ -318,7 +318,7 @@ fn route<'a>(
         None | Some((_, "deny")) => true,
         Some((_, "allow")) => false,
         Some((value, "redact")) => {
-            problems.at(value.span(), "`egress`: \"redact\" is not built yet; \"deny\" and \"allow\" are");
+            problems.at(value.span(), "`egress`: \"redact\" is not supported yet; use \"deny\" or \"allow\"");
             false
         }
         Some((value, other)) => {
@@ -328,7 +328,7 @@ fn route<'a>(
         }
     };
     let Some(list) = table.get("handlers") else {
-        problems.at(span.clone(), "the route has no `handlers`");
+        problems.at(span.clone(), "the route has no `handlers`; add handlers = [\"…\"]");
         return Vec::new();
     };
     let Some(items) = list.get_ref().as_array() else {
@@ -336,7 +336,7 @@ fn route<'a>(
         return Vec::new();
     };
     if items.is_empty() {
-        problems.at(list.span(), "`handlers`: the list is empty");
+        problems.at(list.span(), "`handlers`: the list is empty; name at least one handler");
     }
     let mut chain: Vec<String> = Vec::new();
     for item in items.iter() {
@@ -344,7 +344,7 @@ fn route<'a>(
         if !names.contains(&name.as_str()) {
             problems.at(item.span(), format!("`{name}`: there is no such handler, {}", near(&name, names)));
         } else if chain.contains(&name) {
-            problems.at(item.span(), format!("`{name}`: is in the list twice"));
+            problems.at(item.span(), format!("`{name}`: stands in the list twice"));
         } else if let Some(host) = handlers.get(&name).and_then(HandlerSpec::far_host).filter(|_| deny) {
             let hint = "take it out, or say egress = \"allow\"";
             problems
@@ -355,19 +355,19 @@ fn route<'a>(
     chain
 }
 
-/// Handlers by name, loaded when they are first asked for.
+/// Handlers by name, each loaded when it is first asked for.
 pub struct Handlers {
     config: Config,
     loaded: Mutex<BTreeMap<String, Arc<dyn Handler>>>,
 }
 
 impl Handlers {
-    /// The handlers of a file; loads nothing.
+    /// Takes the handlers of a file; loads nothing.
     pub fn new(config: Config) -> Self {
         Self { config, loaded: Mutex::default() }
     }
 
-    /// Those of a file that was edited: handlers that stand in it as before stay loaded.
+    /// Takes the handlers of the edited file. Those that it has not changed stay loaded.
     pub fn succeed(&self, config: Config) -> Self {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let same =
@@ -377,11 +377,11 @@ impl Handlers {
         Self { config, loaded: Mutex::new(kept) }
     }
 
-    /// What clients can name, ready to answer: the routes, or each handler under its own name where the file has no route. Without a
-    /// route nothing allows conversations to leave this machine, so that handlers that send them away are left out, which is said.
+    /// Returns what clients can name, ready to answer: the routes or, if the file has none, each handler under its own name. Only a route
+    /// can allow conversations to leave this machine, so that without one a handler that sends them away is left out, with a note.
     ///
     /// # Errors
-    /// When nothing can be served, or as [`Handlers::get`]. Missing keys are found before a model is loaded, and all at once.
+    /// When nothing can be served, or as [`Handlers::get`]. All missing keys are reported at once, before a model is loaded.
     pub fn served(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
         let Config { path, handlers, routes } = &self.config;
         let path = path.display();
@@ -407,7 +407,7 @@ impl Handlers {
         names.into_iter().map(|name| Ok((name.clone(), self.get(name)?))).collect()
     }
 
-    /// Whether the handlers behind some names have their keys.
+    /// Checks that all handlers behind some names have their keys.
     fn check_keys(&self, names: &[&String]) -> Result<()> {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let behind = |name: &&String| self.config.routes.get(*name).cloned().unwrap_or_else(|| vec![(*name).clone()]);
@@ -426,7 +426,7 @@ impl Handlers {
         }
     }
 
-    /// What the file says.
+    /// The file.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -436,11 +436,11 @@ impl Handlers {
         self.config.routes.keys().chain(self.config.handlers.keys()).map(String::as_str).collect()
     }
 
-    /// A route or a handler, ready to answer. A handler taken by its own name is the user's choice, so no route's
-    /// `egress` speaks about it.
+    /// Returns a route or a handler, ready to answer. Whoever asks for a handler by name chooses where conversations go, so that
+    /// `egress` is not asked.
     ///
     /// # Errors
-    /// When there is none of that name, its model cannot be loaded, or its key is not in the environment.
+    /// When there is no such name, a model cannot be loaded, or a key is not in the environment.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Handler>> {
         let Some(chain) = self.config.routes.get(name) else { return self.handler(name) };
         let handlers = chain.iter().map(|name| Ok((name.clone(), self.handler(name)?)));
@@ -472,7 +472,7 @@ fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
             let api_key = spec.api_key().map_err(anyhow::Error::msg)?;
             if spec.base_url.can_be_overheard() && api_key.is_some() {
                 eprintln!(
-                    "warning: handler `{name}`: its key and conversations go to {} unencrypted; use https://",
+                    "warning: handler `{name}`: its key and conversations are sent to {} unencrypted; use https://",
                     spec.base_url.host()
                 );
             }

@@ -1,6 +1,6 @@
-//! The server: handlers over HTTP, in the words of OpenAI's API.
+//! The server: handlers over HTTP, by OpenAI's API.
 //!
-//! There are no keys yet, so it listens on this machine alone, and asks browsers which host they think they talk to: a
+//! There are no keys yet, so it listens on this machine alone, and checks the `Host` that a browser believes it talks to: a
 //! page elsewhere can name this machine by a host name of its own (DNS rebinding). Bodies must say that they are JSON,
 //! which a page elsewhere cannot without a CORS preflight; that is refused. Nothing is logged.
 
@@ -37,7 +37,7 @@ use reply::Refusal;
 /// How long answers may go on once the server is asked to stop.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// What clients can name as `model`.
+/// The handlers by the names that clients give as `model`.
 pub type Models = BTreeMap<String, Arc<dyn Handler>>;
 
 /// Opens a port of this machine.
@@ -58,9 +58,9 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
     TcpListener::bind(address).with_context(|| format!("{address}: cannot listen there; --port 0 takes a free port"))
 }
 
-/// A server in a thread of its own.
+/// A server that runs in a thread of its own.
 pub struct Running {
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: SocketAddr,
     models: Arc<RwLock<Models>>,
     stop: watch::Sender<bool>,
@@ -68,18 +68,18 @@ pub struct Running {
 }
 
 impl Running {
-    /// What clients take as base URL.
+    /// Returns the base URL for clients.
     pub fn url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
 
-    /// What puts other models in the place of those that are served. Answers under way come from those that they began with.
+    /// Returns a function that replaces the models. Answers under way go on with the model that they began with.
     pub fn replacer(&self) -> impl Fn(Models) + Send + 'static {
         let served = self.models.clone();
         move |models| *served.write().unwrap_or_else(PoisonError::into_inner) = models
     }
 
-    /// Lets answers come to their end, for half a minute at most, and takes no further requests.
+    /// Takes no further requests, and lets answers under way complete within half a minute.
     pub fn stop(&self) {
         self.stop.send_replace(true);
     }
@@ -92,7 +92,7 @@ impl Running {
         self.thread.join().unwrap_or_else(|_| bail!("the server's thread ended in a panic"))
     }
 
-    /// What stops it from another thread.
+    /// Returns a function that stops it from another thread.
     pub fn stopper(&self) -> impl Fn() + Send + 'static {
         let stop = self.stop.clone();
         move || {
@@ -109,7 +109,7 @@ pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
     start_with(models, listener, Bounds::default())
 }
 
-/// The same with other bounds.
+/// Serves models on a port, with other bounds.
 ///
 /// # Errors
 /// As [`start`].
@@ -117,7 +117,7 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
     ensure!(!models.is_empty(), "there is no model to serve");
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
-    // An answer that is waited for takes a thread, a connection one answer.
+    // Each connection has one answer at most, and each answer takes a thread.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(bounds.connections)
@@ -192,19 +192,19 @@ fn router(app: Arc<App>) -> Router {
         .layer(from_fn(only_for_this_machine))
 }
 
-/// Lets a request pass that was meant for this machine by name.
+/// Refuses a request whose `Host` does not name this machine.
 async fn only_for_this_machine(request: Request, next: Next) -> Response {
     let header = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     let named = [header, request.uri().authority().map(|authority| authority.as_str())];
     let meant = header.is_some() && named.into_iter().flatten().all(is_this_machine);
     if !meant {
-        let message = "this server answers to localhost and 127.0.0.1 only; call it by one of these names";
+        let message = "this server answers only when it is called localhost or 127.0.0.1; use one of these in the URL";
         return Refusal::new(StatusCode::FORBIDDEN, message).into_response();
     }
     next.run(request).await
 }
 
-/// Whether a `Host` names this machine, with or without a port.
+/// Returns true if a `Host` names this machine, with or without a port.
 fn is_this_machine(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split_once(']').map_or("", |(name, _)| name),
@@ -213,7 +213,7 @@ fn is_this_machine(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// For people who open the address in a browser, and programs that ask whether anybody is there.
+/// Answers people who open the address in a browser, and programs that check whether a server is there.
 async fn welcome(State(app): State<Arc<App>>, request: Request) -> String {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
     let models = app.models();
@@ -228,7 +228,7 @@ async fn welcome(State(app): State<Arc<App>>, request: Request) -> String {
 async fn nothing_here(request: Request) -> Refusal {
     let path = request.uri().path();
     let asked = path.trim_end_matches('/');
-    // With a base URL that ends too early or too late, the end of the address is right.
+    // Under a base URL that is too short or too long, the end of the path is right.
     let meant = [CHAT, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
     let known = [CHAT, "/v1/models", "/v1/models/{id}", "/health"];
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));

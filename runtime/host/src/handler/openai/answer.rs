@@ -1,6 +1,7 @@
-//! What a provider sends, made into events: OpenAI's pieces, in all the dialects that are spoken.
+//! The pieces of a provider's answer, made into events.
 //!
-//! A dialect is read as long as nothing of an answer can be lost by it. What cannot be an answer is an error, never an empty one.
+//! Providers write OpenAI's pieces in many dialects. A dialect is read if no text can be lost by that; anything else is an error, and
+//! never a short or empty answer.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,29 +12,30 @@ use super::endpoint::Endpoint;
 use super::refusal::{Refused, is_timeout};
 use crate::handler::{Event, FinishReason, HandlerError, Kind, Usage, new_id};
 
-/// An answer in the middle of being read. `I` gives the data of its pieces.
+/// An answer that is being read. `I` yields the data of its pieces.
 pub(super) struct Answer<'a, I> {
     pieces: I,
     endpoint: &'a Endpoint,
     ready: VecDeque<Event>,
     started: bool,
-    /// Whether there was any text.
+    /// There was text.
     spoke: bool,
-    /// Whether there was any text that is thought and not said.
+    /// There was reasoning, which is not passed on.
     thought: bool,
     finish: Option<FinishReason>,
     usage: Usage,
-    /// The end of the text, as long as it may be a part of the key.
+    /// The end of the text while it may be the beginning of the key.
     held: String,
     over: bool,
 }
 
-/// The error of a read that failed.
+/// Makes the error of a read that failed.
 pub(super) fn unreadable(endpoint: &Endpoint, error: &io::Error) -> HandlerError {
     match error.kind() {
-        _ if is_timeout(error) => {
-            endpoint.error(Kind::Timeout, "the answer stopped in the middle: no further word in time")
-        }
+        _ if is_timeout(error) => endpoint.error(
+            Kind::Timeout,
+            "the answer stopped in the middle: nothing came within read_timeout_s or answer_timeout_s",
+        ),
         io::ErrorKind::InvalidData => endpoint.error(Kind::Protocol, &error.to_string()),
         _ => endpoint.error(Kind::Cut, &format!("the answer broke off: {error}")),
     }
@@ -59,14 +61,14 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
     fn step(&mut self) -> Result<(), HandlerError> {
         let data = match self.pieces.next() {
             Some(Ok(data)) => data,
-            // After the finish nothing is missing but perhaps the usage.
+            // After the finish_reason only the usage may be missing.
             None | Some(Err(_)) if self.finish.is_some() => return self.end(),
             None => return Err(self.error(Kind::Cut, "the answer broke off: the connection ended before it did")),
             Some(Err(error)) => return Err(unreadable(self.endpoint, &error)),
         };
         match serde_json::from_str(&data) {
             Ok(piece) => self.take(&piece),
-            // Several pieces, where a server ends each with one line break instead of two.
+            // Some servers end a piece with one line break instead of two, so that several come as one event.
             Err(_) => data.lines().try_for_each(|line| self.line(line.trim())),
         }
     }
@@ -93,12 +95,12 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
             return Err(self.error(refused.kind(None, None), refused.words()));
         }
         let choice = &piece["choices"][0];
-        // Azure's first piece has no choice, and neither an id nor a model.
+        // Azure's first piece has no choice, no id and no model.
         if !self.started && choice.is_object() {
             self.start(piece);
         }
         self.count(piece);
-        // A server that does not stream sends a message where there should be a delta; some send all of the text so again at the end.
+        // Some servers send one message instead of deltas, and some repeat the whole text as a message at the end.
         let is_delta = choice["delta"].is_object();
         let says = if is_delta { &choice["delta"] } else { &choice["message"] };
         let is_call = |field: &str| match &says[field] {
@@ -106,14 +108,14 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
             call => call.is_object(),
         };
         if is_call("tool_calls") || is_call("function_call") {
-            return Err(self.error(Kind::Protocol, "it answered with the call of a tool, which was not asked for"));
+            return Err(self.error(Kind::Protocol, "it answered with a tool call, and no tools were offered"));
         }
         if is_delta || !self.spoke {
             self.say(&said(says));
         }
         let thoughts = ["reasoning_content", "reasoning", "thinking"].map(|field| &says[field]);
         self.thought |= thoughts.iter().any(|thought| thought.as_str().is_some_and(|text| !text.is_empty()));
-        // The last one counts: Gemini has sent one with every piece.
+        // The last one counts: Gemini sent one with every piece.
         if let Some(word) = choice["finish_reason"].as_str()
             && let Some(reason) = self.reason(word)?
         {
@@ -131,9 +133,9 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         self.ready.push_back(Event::Start { id, model, handler: self.endpoint.name.clone() });
     }
 
-    /// Takes the usage, which comes once or grows with every piece.
+    /// Reads the usage, which comes once or grows with every piece.
     fn count(&mut self, piece: &Value) {
-        // Moonshot's and Groq's places for it after OpenAI's.
+        // The places of OpenAI, Moonshot and Groq.
         let places = [&piece["usage"], &piece["choices"][0]["usage"], &piece["x_groq"]["usage"]];
         let Some(usage) = places.into_iter().find(|usage| usage.is_object()) else { return };
         let whole = |number: f64| (number >= 0.0 && number.fract() == 0.0).then_some(number as u64);
@@ -150,15 +152,15 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         }
     }
 
-    /// The reason that a word means, if it is one. Providers have passed on the words of their models' own interfaces.
+    /// Returns the reason that a word means, if any. Some providers pass on the words of other interfaces.
     fn reason(&self, word: &str) -> Result<Option<FinishReason>, HandlerError> {
         Ok(Some(match word.to_ascii_lowercase().as_str() {
-            // Some send one that is none with every piece.
+            // Some servers send these with every piece.
             "" | "null" | "none" => return Ok(None),
             "stop" | "eos" | "eos_token" | "end_turn" | "stop_sequence" | "complete" => FinishReason::Stop,
             "length" | "max_tokens" | "model_length" | "model_context_window_exceeded" => FinishReason::Length,
             "content_filter" | "safety" | "recitation" | "refusal" | "sensitive" => FinishReason::ContentFilter,
-            // What came is not the answer, though some say [DONE] after it.
+            // The answer is not complete, though vLLM sends [DONE] after it.
             "error" | "abort" | "aborted" | "cancelled" | "network_error" | "insufficient_system_resource" => {
                 return Err(self.error(Kind::Cut, &format!("the answer broke off: its finish_reason is {word}")));
             }
@@ -169,9 +171,9 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
     fn end(&mut self) -> Result<(), HandlerError> {
         self.over = true;
         let reason = self.finish.take().unwrap_or(FinishReason::Stop);
-        // As servers do that take an answer for thoughts. One that was too long to get beyond its thoughts is another matter.
+        // Some servers take the whole answer for reasoning. With reason `length`, the model only did not get beyond it.
         if self.thought && !self.spoke && reason == FinishReason::Stop {
-            return Err(self.error(Kind::Protocol, "the answer is empty: all of it came as reasoning"));
+            return Err(self.error(Kind::Protocol, "the answer is empty: all of its text came as reasoning"));
         }
         let text = self.endpoint.content(&mut self.held, "", true);
         if !text.is_empty() {
@@ -206,7 +208,7 @@ impl<I: Iterator<Item = io::Result<String>>> Iterator for Answer<'_, I> {
     }
 }
 
-/// The text of a delta or a message. A refusal is what the model says instead.
+/// Returns the text of a delta or a message. A refusal is the text that the model gives instead.
 fn said(delta: &Value) -> String {
     let part = |part: &Value| match part["type"].as_str() {
         Some("thinking" | "reasoning") => None,
@@ -228,7 +230,7 @@ mod tests {
     use super::super::BaseUrl;
     use super::*;
     use crate::handler::sse::Events;
-    use crate::handler::{checked, collect};
+    use crate::handler::{Completion, collect};
 
     fn endpoint() -> Endpoint {
         let [connect_timeout, read_timeout, answer_timeout] = [Duration::from_secs(1); 3];
@@ -244,16 +246,14 @@ mod tests {
         }
     }
 
-    /// What a stream comes to, in a word: its text, its reason and its usage, or the kind of its error and a part of the message.
-    fn read(stream: &str) -> Result<(String, String, Option<(u64, u64)>), (Kind, String)> {
+    fn read(stream: &str) -> Result<Completion, HandlerError> {
         let endpoint = endpoint();
-        let events: Vec<_> =
-            checked(Box::new(Answer::new(&endpoint, Events::new(stream.as_bytes())).collect::<Vec<_>>().into_iter()))
-                .collect();
-        let whole = collect(Box::new(events.into_iter())).map_err(|error| (error.kind, error.message))?;
-        let usage = whole.usage.prompt_tokens.zip(whole.usage.completion_tokens);
-        Ok((whole.text, whole.finish.word().to_owned(), usage))
+        let events: Vec<_> = Answer::new(&endpoint, Events::new(stream.as_bytes())).collect();
+        collect(Box::new(events.into_iter()))
     }
+
+    /// What it is, the stream, its text, its reason, its tokens.
+    type Whole<'a> = (&'a str, &'a str, &'a str, &'a str, Option<(u64, u64)>);
 
     /// `D`: a piece with this delta; `C`: one with this choice; else the whole piece.
     fn stream(pieces: &[&str]) -> String {
@@ -280,7 +280,7 @@ mod tests {
             twice("é"),
             twice("ß")
         );
-        let cases: &[(&str, &str, &str, &str, Option<(u64, u64)>)] = &[
+        let cases: &[Whole] = &[
             (
                 "OpenAI",
                 &stream(&[
@@ -476,7 +476,7 @@ mod tests {
                 "an error that is none",
                 &stream(&[
                     r#"{"error":"","choices":[{"delta":{"content":"a"}}]}"#,
-                    r#"{"error":{},"choices":[{"error":null,"delta":{},"finish_reason":"stop"}]}"#,
+                    r#"{"error":{},"choices":[{"error":0,"delta":{},"finish_reason":"stop"}]}"#,
                 ]),
                 "a",
                 "stop",
@@ -500,8 +500,10 @@ mod tests {
             ),
             ("an unknown reason", &stream(&[A, r#"C{"delta":{},"finish_reason":"weird"}"#]), "a", "weird", None),
         ];
-        for (what, bytes, text, reason, usage) in cases {
-            assert_eq!(read(bytes), Ok(((*text).to_owned(), (*reason).to_owned(), *usage)), "{what}: {bytes}");
+        for (what, bytes, text, reason, tokens) in cases {
+            let whole = read(bytes).unwrap_or_else(|error| panic!("{what}: {error}\n{bytes}"));
+            let usage = whole.usage.prompt_tokens.zip(whole.usage.completion_tokens);
+            assert_eq!((whole.text.as_str(), whole.finish.word(), usage), (*text, *reason, *tokens), "{what}: {bytes}");
         }
         for (words, reason) in [
             ("eos eos_token end_turn END_TURN stop_sequence STOP COMPLETE", "stop"),
@@ -510,7 +512,7 @@ mod tests {
         ] {
             for word in words.split(' ') {
                 let bytes = stream(&[A, &format!(r#"C{{"delta":{{}},"finish_reason":"{word}"}}"#), DONE]);
-                assert_eq!(read(&bytes).map(|whole| whole.1).as_deref(), Ok(reason), "{word}");
+                assert_eq!(read(&bytes).expect(word).finish.word(), reason, "{word}");
             }
         }
     }
@@ -648,8 +650,8 @@ mod tests {
             ),
         ];
         for (what, bytes, kind, words) in cases {
-            let (got, message) = read(bytes).expect_err(what);
-            assert!(got == *kind && message.contains(words), "{what}: {got:?} {message}\n{bytes}");
+            let error = read(bytes).expect_err(what);
+            assert!(error.kind == *kind && error.message.contains(words), "{what}: {error:?}\n{bytes}");
         }
     }
 }

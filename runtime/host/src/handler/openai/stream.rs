@@ -1,7 +1,7 @@
-//! An answer on its way: it is asked for and read by a thread of its own.
+//! A request to a provider, made and read by a thread of its own.
 //!
-//! Whoever wants the answer waits beside that thread and not in it: a name that is not found, a connection that does not come, a
-//! provider that is silent or sends comments for ever hold nobody who has left.
+//! The caller waits for that thread's messages and not in its reads, so that neither a name that does not resolve, nor a connection
+//! that hangs, nor a silent provider holds a caller who has left.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::Arc;
@@ -21,24 +21,24 @@ use crate::handler::{Context, Event, HandlerError, Kind};
 
 /// The field that asks for the usage at the end of a stream.
 pub(super) const STREAM_OPTIONS: &str = "stream_options";
-/// Events that are read ahead of whoever wants them.
+/// Events that are read ahead of the caller.
 const AHEAD: usize = 16;
 /// Longest answer that does not come as a stream, in bytes.
 const WHOLE_BYTES_MAX: u64 = 16 << 20;
-/// Threads that read at once. Some may still wait for a connection that nobody wants any more.
+/// Most threads at once. Some of them may still wait for a connection that nobody wants any longer.
 const READERS_MAX: usize = 256;
 
 static READERS: AtomicUsize = AtomicUsize::new(0);
 
-/// What the thread tells.
+/// A message of the thread.
 enum Told {
-    /// The provider takes the request.
+    /// The provider has accepted the request.
     Taken,
     Event(Event),
     Failed(HandlerError),
 }
 
-/// A place among the threads that read.
+/// A place among the threads.
 struct Reader;
 
 impl Reader {
@@ -54,19 +54,19 @@ impl Drop for Reader {
     }
 }
 
-/// Events of an answer as a provider sends them.
+/// The events of an answer, as a provider sends them.
 pub(super) struct Reading {
     told: Receiver<Told>,
-    /// Shut down, it ends the thread's waits.
+    /// Its shutdown ends the thread's waits.
     agent: Option<Agent>,
     context: Context,
 }
 
 impl Reading {
-    /// Sends a request and waits until it is taken.
+    /// Sends a request and waits until it is accepted.
     ///
     /// # Errors
-    /// When it is refused, the provider cannot be reached, or nobody waits any more.
+    /// When it is refused, the provider cannot be reached, or the answer is cancelled.
     pub(super) fn begin(
         endpoint: Endpoint,
         agent: Agent,
@@ -76,7 +76,7 @@ impl Reading {
     ) -> Result<Self, HandlerError> {
         context.check()?;
         let Some(reader) = Reader::new() else {
-            let message = format!("{READERS_MAX} requests are under way already");
+            let message = format!("{READERS_MAX} requests to providers are under way already");
             return Err(endpoint.error(Kind::Unavailable, &message));
         };
         let (sender, told) = sync_channel(AHEAD);
@@ -85,7 +85,7 @@ impl Reading {
         let run = move || {
             let _reader = reader;
             if let Err(error) = ask(&endpoint, &agent, &mut body, &usage_refused, &sender) {
-                // Nobody may wait any more.
+                // The caller may have left.
                 let _ = sender.send(Told::Failed(error));
             }
         };
@@ -94,11 +94,11 @@ impl Reading {
         match reading.wait() {
             Some(Told::Taken) => Ok(reading),
             Some(Told::Failed(error)) => Err(error),
-            Some(Told::Event(_)) | None => Err(words.error(Kind::Internal, "the thread that reads stopped")),
+            Some(Told::Event(_)) | None => Err(words.error(Kind::Internal, "the thread that reads the answer stopped")),
         }
     }
 
-    /// What is told next; `None` when nothing is any more.
+    /// Waits for the next message; `None` after the last.
     fn wait(&self) -> Option<Told> {
         loop {
             if let Err(gone) = self.context.check() {
@@ -123,7 +123,7 @@ impl Iterator for Reading {
     type Item = Result<Event, HandlerError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        // An agent that is gone: the answer was.
+        // Without an agent, the answer is over.
         self.agent.as_ref()?;
         match self.wait() {
             Some(Told::Event(event)) => Some(Ok(event)),
@@ -145,7 +145,7 @@ impl Drop for Reading {
     }
 }
 
-/// Asks, and tells what comes of it as long as somebody listens.
+/// Sends the request and passes the answer on, as long as the caller listens.
 fn ask(
     endpoint: &Endpoint,
     agent: &Agent,
@@ -168,21 +168,22 @@ fn ask(
     }
     let coding = response.headers().get("content-encoding").and_then(|coding| coding.to_str().ok());
     if let Some(coding) = coding.filter(|coding| *coding != "identity") {
-        return Err(endpoint.error(Kind::Protocol, &format!("it answered in {coding}, which was not asked for")));
+        return Err(endpoint
+            .error(Kind::Protocol, &format!("it answered with content-encoding {coding}, which was not asked for")));
     }
     if sender.send(Told::Taken).is_err() {
         return Ok(());
     }
-    // Any length: what is kept of it is bounded line by line, and its text by whoever puts it together.
+    // No limit: every line is bounded, and so is the text by whoever collects it.
     let mut reader = BufReader::new(response.into_body().into_with_config().limit(u64::MAX).reader());
-    // What it is shows in its first character; what the headers say of it is often wrong.
+    // Its first character tells what it is; its content-type is often wrong.
     let first = first(&mut reader).map_err(|error| unreadable(endpoint, &error))?;
     match first {
         Some(b'<') => {
-            let message = "it answered with a page; base_url should be the address that /chat/completions follows";
+            let message = "it answered with a web page; is base_url the address without /chat/completions, often with /v1 at its end?";
             Err(endpoint.error(Kind::Protocol, message))
         }
-        // A whole answer, or an error that came too late for a status.
+        // An answer in one piece, or an error that came too late for a status.
         Some(b'{' | b'[') => {
             let mut text = String::new();
             let read = reader.take(WHOLE_BYTES_MAX).read_to_string(&mut text);
@@ -190,7 +191,7 @@ fn ask(
             let whole: Option<Value> = serde_json::from_str(&text).ok();
             let is_answer = |whole: &Value| whole["choices"][0].is_object() || Refused::of_piece(whole).is_some();
             if !whole.as_ref().is_some_and(is_answer) {
-                return Err(endpoint.error(Kind::Protocol, "it answered with something that is no answer"));
+                return Err(endpoint.error(Kind::Protocol, "it answered with JSON that is not an answer"));
             }
             tell(Answer::new(endpoint, std::iter::once(Ok(text))), sender)
         }
@@ -198,7 +199,7 @@ fn ask(
     }
 }
 
-/// The first character that is not white, which is left there.
+/// Returns the first byte that is not white space, and leaves it in the reader.
 fn first(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
     loop {
         let bytes = reader.fill_buf()?;

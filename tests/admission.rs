@@ -3,8 +3,9 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -285,6 +286,53 @@ const LONG: &str = concat!(
     "\"}}]}\n\n"
 );
 
+/// Says one word a release.
+struct Waits(Arc<Mutex<Receiver<()>>>);
+
+impl Handler for Waits {
+    fn stream(&self, _: &Request, context: &Context) -> Result<EventStream, HandlerError> {
+        let (released, context) = (self.0.clone(), context.clone());
+        let start = Event::Start { id: "i".into(), model: "m".into(), handler: "waits".into() };
+        let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
+        let events = std::iter::once(start).chain([Event::Delta { text: "é".into() }]).chain(end);
+        Ok(Box::new(events.map(move |event| {
+            while !matches!(event, Event::Usage(_)) && released.lock().expect("no panic").try_recv().is_err() {
+                context.check()?;
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Ok(event)
+        })))
+    }
+}
+
+/// Before the first word and between two. An empty line after a ping would be an event without data, at which some clients fail.
+#[test]
+fn a_stream_that_waits_says_that_it_is_alive_and_no_event_is_empty() -> Result<()> {
+    let (release, released) = std::sync::mpsc::channel();
+    let bounds =
+        Bounds { first_event: Duration::from_millis(50), silence: Duration::from_millis(30), ..Bounds::default() };
+    let waits = Arc::new(Waits(Arc::new(Mutex::new(released))));
+    let server = start_with(models(vec![("m", waits)]), bind("127.0.0.1", 0)?, bounds)?;
+    let mut client = BufReader::new(ask(server.address, &chat_body(&json!({"model": "m", "stream": true})))?);
+    let (mut seen, mut pings) = (String::new(), 0);
+    while !seen.contains("[DONE]") && client.read_line(&mut seen)? > 0 {
+        let line = seen.trim_end_matches('\n').rsplit('\n').next().unwrap_or_default();
+        match line {
+            ": ping" => pings += 1,
+            line if line.starts_with("data: ") => pings = 0,
+            _ => continue,
+        }
+        // The next word comes when two pings came since the last.
+        if pings == 2 {
+            release.send(())?;
+        }
+    }
+    let waits: Vec<usize> = seen.split("data: ").map(|part| part.matches(": ping\n").count()).collect();
+    assert!(waits.len() == 5 && waits[..3].iter().all(|pings| *pings >= 2), "{waits:?} in {seen}");
+    assert!(!seen.contains(": ping\n\n") && seen.contains("\"content\":\"é\"") && seen.ends_with("[DONE]\n"), "{seen}");
+    end(server)
+}
+
 #[test]
 fn an_answer_without_end_is_stopped_before_it_fills_the_memory() -> Result<()> {
     let (url, _, serving) = endless(LONG)?;
@@ -453,5 +501,55 @@ fn a_bad_edit_is_told_once_and_shows_its_place() -> Result<()> {
     let told = story();
     assert_eq!(told.matches("refused").count(), 1, "{told}");
     assert!(told.contains("did you mean `local`?") && told.contains("^^^"), "{told}");
+    Ok(())
+}
+
+/// As editors and other systems leave them: behind a link, with a byte order mark and CRLF, exchanged for another, gone for a moment.
+#[cfg(unix)]
+#[test]
+fn a_file_of_handlers_is_followed_however_it_is_written() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let [link, target, log] =
+        ["handlers.toml", "my handlers.txt", "log/serve.log"].map(|name| directory.path().join(name));
+    std::fs::create_dir(directory.path().join("log"))?;
+    let handler =
+        |name: &str| format!("[handlers.{name}]\r\nkind = \"local\"\r\nmodel = {:?}\r\n", fixture("models/llama"));
+    std::fs::write(&target, format!("\u{feff}{}", handler("one")))?;
+    std::os::unix::fs::symlink("my handlers.txt", &link)?;
+    let story = || std::fs::read_to_string(&log).unwrap_or_default();
+    let mut command = homeroom();
+    command.current_dir(directory.path()).args(["serve", "--port", "0", "--config", "handlers.toml"]);
+    let _child = Ends(command.stderr(Stdio::from(std::fs::File::create(&log)?)).spawn()?);
+    until("it serves", || story().contains("serving"));
+    let first = story();
+    assert!(first.contains("model    one") && first.contains("served under its own name"), "{first}");
+    assert!(!first.contains("every 2 s"), "{first}");
+    // An editor exchanges the file that the link names.
+    let replace = |text: &str| -> Result<()> {
+        let written = directory.path().join(".my handlers.swp");
+        std::fs::write(&written, text)?;
+        Ok(std::fs::rename(written, &target)?)
+    };
+    replace(&(handler("one") + &handler("two")))?;
+    until("both are served", || story().contains("handlers.toml: one, two"));
+    // An empty file is told and changes nothing.
+    replace("")?;
+    until("the empty file is refused", || story().contains("refused: handlers.toml: it has no handler"));
+    // Nobody writes to the pipe, and the directory is no file: neither is waited for.
+    std::fs::remove_file(&target)?;
+    assert!(std::process::Command::new("mkfifo").arg(&target).status()?.success());
+    until("the pipe is refused", || story().contains("refused: handlers.toml: a device, a pipe or a socket"));
+    std::fs::remove_file(&target)?;
+    std::fs::create_dir(&target)?;
+    until("the directory is refused", || story().contains("refused: handlers.toml: a directory"));
+    std::fs::remove_dir(&target)?;
+    replace(&handler("three"))?;
+    until("the third is served", || story().contains("handlers.toml: three"));
+    // The link is exchanged for a file.
+    let written = directory.path().join("new");
+    std::fs::write(&written, handler("four"))?;
+    std::fs::rename(written, &link)?;
+    until("the fourth is served", || story().contains("handlers.toml: four"));
+    assert_eq!(story().matches("refused").count(), 3, "{}", story());
     Ok(())
 }

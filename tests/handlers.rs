@@ -214,44 +214,180 @@ fn streams_of_many_dialects_are_read() -> Result<()> {
     let bare =
         told(stream_of(&format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"a\"}}}}]}}\n\ndata: {stop}")))??;
     assert_eq!((bare.text.as_str(), bare.usage, bare.model.as_str()), ("a", Usage::default(), "m"));
-    // A reason that is none in every piece, content in parts, and pieces that say nothing.
-    let parts = r#"{"choices":[{"delta":{"content":[{"type":"text","text":"a"},{"type":"image"},{"type":"text","text":"b"}]},"finish_reason":""}]}"#;
-    let words = r#"{"choices":[{"delta":{"content":"c"},"finish_reason":""}]}"#;
-    let empty = r#"{"choices":[{"delta":{"content":null},"finish_reason":null}]}"#;
-    let frames = format!("data: {parts}\n\ndata: {empty}\n\ndata: {words}\n\ndata: {stop}\n\ndata: [DONE]\n\n");
-    let whole = told(stream_of(&frames))??;
-    assert_eq!((whole.text.as_str(), whole.finish), ("abc", FinishReason::Stop));
-    let odd = stop.replace("\"stop\"", "\"eos\"");
-    assert_eq!(told(stream_of(&format!("data: {odd}\n\n")))??.finish, FinishReason::Other("eos".into()));
     Ok(())
 }
 
 #[test]
 fn what_a_provider_refuses_has_a_kind() -> Result<()> {
     let error = |code: &str| json!({"error": {"message": "no: sk-test-1234", "type": "t", "param": "p", "code": code}});
-    let seconds = Some(Duration::from_secs(7));
+    let (after, seconds) = ("retry-after: 7\r\n", Duration::from_secs(7));
+    let limited = |retry_after| Kind::RateLimited { retry_after };
+    let invalid = |param: &str| Kind::InvalidRequest { param: Some(param.into()) };
     for (status, headers, code, kind) in [
-        (400, "", "x", Kind::InvalidRequest { param: Some("p".into()) }),
+        (400, "", "x", invalid("p")),
         (400, "", "context_length_exceeded", Kind::ContextLength),
         (401, "", "x", Kind::Authentication),
+        (402, "", "x", limited(None)),
         (403, "", "x", Kind::Authentication),
         (404, "", "model_not_found", Kind::NotFound),
         (408, "", "x", Kind::Timeout),
-        (429, "retry-after: 7\r\n", "x", Kind::RateLimited { retry_after: seconds }),
-        (429, "retry-after: -1\r\n", "x", Kind::RateLimited { retry_after: None }),
+        (409, "", "x", Kind::Unavailable),
+        (413, "", "x", invalid("p")),
+        (429, after, "x", limited(Some(seconds))),
+        (429, "retry-after: 0.5\r\n", "x", limited(Some(Duration::from_millis(500)))),
+        (429, "retry-after: 9\r\nretry-after-ms: 7000\r\n", "x", limited(Some(seconds))),
+        (429, "retry-after: -1\r\n", "x", limited(None)),
+        (429, "retry-after: nan\r\n", "x", limited(None)),
+        (429, "retry-after: soon\r\n", "x", limited(None)),
+        (429, "retry-after: 1e9\r\n", "x", limited(Some(Duration::from_secs(3600)))),
+        (429, "retry-after: Wed, 21 Oct 2015 07:28:00 GMT\r\n", "x", limited(Some(Duration::ZERO))),
+        (429, "retry-after: Tue, 31 Dec 2999 23:59:59 GMT\r\n", "x", limited(Some(Duration::from_secs(3600)))),
         (500, "", "x", Kind::Unavailable),
         (503, "", "x", Kind::Unavailable),
+        (503, after, "x", Kind::Overloaded { retry_after: seconds }),
         (529, "", "x", Kind::Unavailable),
         (307, "location: http://example.com/\r\n", "x", Kind::Protocol),
     ] {
         let refused = told(refusal(status, headers, &error(code)))?.expect_err("it refused");
-        assert_eq!(refused.kind, kind, "{status} {code}: {refused}");
+        assert_eq!(refused.kind, kind, "{status} {headers} {code}: {refused}");
         assert!(!refused.message.contains("sk-test"), "{refused}");
     }
-    let page = "HTTP/1.1 502 No\r\ncontent-type: text/html\r\nconnection: close\r\n\r\n<html>";
-    assert_eq!(told(page.into())?.expect_err("a proxy").kind, Kind::Unavailable);
-    let json = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}";
-    assert_eq!(told(json.into())?.expect_err("no stream").kind, Kind::Protocol);
+    Ok(())
+}
+
+/// As their servers write them.
+#[test]
+fn what_a_provider_refuses_is_told_in_its_own_words() -> Result<()> {
+    let invalid = |param: Option<&str>| Kind::InvalidRequest { param: param.map(str::to_owned) };
+    let place = json!([{"type": "extra_forbidden", "loc": ["body", "top_k"], "msg": "Extra inputs are not permitted"}]);
+    let told_place = "top_k: Extra inputs are not permitted";
+    for (status, body, kind, words) in [
+        // Gemini, FastAPI, Mistral, Cloudflare, Ollama, vLLM, Anthropic.
+        (
+            400,
+            json!([{"error": {"code": 400, "message": "Unknown name \"top_k\"", "status": "INVALID_ARGUMENT"}}]),
+            invalid(None),
+            "Unknown name",
+        ),
+        (422, json!({"detail": place}), invalid(Some("top_k")), told_place),
+        (
+            422,
+            json!({"object": "error", "message": {"detail": place}, "type": "invalid_request_error", "code": null}),
+            invalid(Some("top_k")),
+            told_place,
+        ),
+        (
+            400,
+            json!({"success": false, "errors": [{"code": 7003, "message": "Could not route to it"}]}),
+            invalid(None),
+            "Could not route",
+        ),
+        (500, json!({"error": "the model runner stopped"}), Kind::Unavailable, "model runner"),
+        (
+            400,
+            json!({"object": "error", "message": "This model's maximum context length is 4096 tokens", "code": 400}),
+            Kind::ContextLength,
+            "4096",
+        ),
+        (
+            400,
+            json!({"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 9 > 8"}}),
+            Kind::ContextLength,
+            "9 > 8",
+        ),
+        (
+            429,
+            json!({"error": {"message": "Provider returned error", "code": 429, "metadata": {"raw": "free tier is full"}}}),
+            Kind::RateLimited { retry_after: None },
+            "free tier",
+        ),
+        (
+            400,
+            json!({"error": {"message": "Use 'max_completion_tokens' instead.", "param": "max_tokens"}}),
+            invalid(Some("max_tokens")),
+            "set max_tokens_param = \"max_completion_tokens\"",
+        ),
+        (500, json!({}), Kind::Unavailable, "gave no reason (status 500)"),
+    ] {
+        let refused = told(refusal(status, "", &body))?.expect_err("it refused");
+        assert!(refused.kind == kind && refused.message.contains(words), "{body}: {refused:?}");
+    }
+    let raw = |status: &str, text: &str| {
+        told(format!(
+            "HTTP/1.1 {status} No\r\ncontent-length: {}\r\nconnection: close\r\n{text}",
+            text.split_once("\r\n\r\n").map_or(0, |(_, body)| body.len())
+        ))
+    };
+    let page = "content-type: text/html\r\n\r\n<!doctype html><html>\n<head><title>502 Bad Gateway</title></head>";
+    for (status, text, kind, words) in [
+        ("502", page, Kind::Unavailable, "/v1: 502 Bad Gateway (status 502)"),
+        ("502", "content-type: text/html\r\n\r\n<html>", Kind::Unavailable, "gave no reason"),
+        (
+            "404",
+            "content-type: text/plain\r\n\r\n\n404 page not found\n",
+            Kind::NotFound,
+            "404 page not found (status 404)",
+        ),
+        (
+            "307",
+            "location: https://api.example.com/v1/x\r\n\r\n",
+            Kind::Protocol,
+            "redirects to https://api.example.com/v1/x",
+        ),
+        // What comes with 200 and is no answer.
+        ("200", "content-type: text/html\r\n\r\n<html>sign in</html>", Kind::Protocol, "a web page"),
+        ("200", "content-type: application/json\r\n\r\n{}", Kind::Protocol, "not an answer"),
+        ("200", "content-type: application/json\r\n\r\n{\"choices\":[],\"usage\":{}}", Kind::Protocol, "not an answer"),
+        ("200", "content-type: application/json\r\n\r\n{\"choices\":[{\"mess", Kind::Protocol, "not an answer"),
+        ("200", "content-type: text/plain\r\n\r\nOllama is running", Kind::Cut, "connection ended"),
+        (
+            "200",
+            "content-type: text/event-stream\r\ncontent-encoding: gzip\r\n\r\n\u{1f}",
+            Kind::Protocol,
+            "content-encoding gzip",
+        ),
+        (
+            "200",
+            "content-type: text/event-stream\r\n\r\n\n{\"error\":{\"message\":\"full\",\"code\":503}}",
+            Kind::Unavailable,
+            "full",
+        ),
+        (
+            "200",
+            "content-type: application/json\r\n\r\n{\"error\":{\"message\":\"slow down\",\"code\":429}}",
+            Kind::RateLimited { retry_after: None },
+            "slow down",
+        ),
+        ("204", "\r\n", Kind::Cut, "connection ended"),
+    ] {
+        let refused = raw(status, text)?.expect_err("it is no answer");
+        assert!(refused.kind == kind && refused.message.contains(words), "{text}: {refused:?}");
+    }
+    let (url, thread) = scripted(vec![refusal(404, "", &json!(null))])?;
+    let lost = endpoint(url.trim_end_matches("/v1"), "m")?.complete(&asked("hi", 5), &Context::default());
+    assert!(lost.expect_err("it is elsewhere").message.contains("may lack a /v1"));
+    thread.join().expect("the server does not panic");
+    Ok(())
+}
+
+/// Some do not stream, and some say something else of a stream than that it is one.
+#[test]
+fn an_answer_is_read_whatever_its_headers_call_it() -> Result<()> {
+    let whole = json!({
+        "id": "w", "object": "chat.completion", "model": "n",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "é🦊"}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    });
+    let stream =
+        "data: {\"choices\":[{\"delta\":{\"content\":\"é🦊\"},\"finish_reason\":\"length\"}]}\n\ndata: [DONE]\n\n";
+    for body in [whole.to_string(), format!("\n{whole:#}\n"), stream.to_owned(), format!("\r\n\r\n: hello\n\n{stream}")]
+    {
+        for kind in ["text/event-stream", "Text/Event-Stream; charset=UTF-8", "application/json", "text/plain", "x"] {
+            let reply = format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\nconnection: close\r\n\r\n{body}");
+            let answer = told(reply)??;
+            assert_eq!((answer.text.as_str(), answer.finish), ("é🦊", FinishReason::Length), "{kind}: {body}");
+        }
+    }
     Ok(())
 }
 
@@ -467,6 +603,7 @@ fn the_server_speaks_as_openai_does() -> Result<()> {
     assert!(headers.contains("x-ignored-params: user"), "{headers}");
     let whole: Value = serde_json::from_str(&body)?;
     assert_eq!((&whole["object"], &whole["model"]), (&json!("chat.completion"), &json!("a/b:c")));
+    assert!(whole.get("system_fingerprint").is_some(), "Moodle reads it: {whole}");
     assert_eq!(whole["usage"]["completion_tokens"], 4);
     assert_eq!(whole["choices"][0]["finish_reason"], "length");
     let text = whole["choices"][0]["message"]["content"].as_str().context("a text")?;
@@ -529,8 +666,63 @@ fn the_server_speaks_as_openai_does() -> Result<()> {
     let (status, _, long) =
         post(at, &chat_body(&json!({"messages": [{"role": "user", "content": "a".repeat(4_000_000)}]})))?;
     assert!(status == 400 && long.contains("4000000 bytes long") && long.contains("context_length_exceeded"), "{long}");
-    assert_eq!(get("/v1/embeddings")?.0, 404);
-    assert_eq!(get("/v1/chat/completions")?.0, 405);
+    server.stop();
+    server.wait()
+}
+
+#[test]
+fn what_is_not_served_is_told_with_what_is() -> Result<()> {
+    let model = local()?;
+    let server = serve(Models::from([("tutor".into(), model.clone()), ("tutor/klein:2".into(), model)]))?;
+    let at = server.address;
+    let ask = |method: &str, path: &str| http(at, &format!("{method} {path} HTTP/1.1\r\nhost: localhost:9"), "");
+    for path in ["/", "/v1", "/v1/"] {
+        let (status, headers, body) = ask("GET", path)?;
+        assert!(status == 200 && headers.contains("text/plain"), "{path}: {headers}");
+        assert!(body.contains("http://localhost:9/v1") && body.contains("tutor, tutor/klein:2"), "{path}: {body}");
+    }
+    let (status, _, body) = ask("GET", "/health")?;
+    assert_eq!((status, serde_json::from_str(&body)?), (200, json!({"status": "ok"})));
+    for (method, path, status, words) in [
+        ("GET", "/v1/chat/completions", 405, "/v1/chat/completions takes POST and not GET"),
+        ("DELETE", "/v1/models/tutor", 405, "takes GET and not DELETE"),
+        ("POST", "/chat/completions", 404, "/chat/completions is not served here, did you mean /v1/chat/completions?"),
+        ("POST", "/v1/v1/chat/completions", 404, "did you mean /v1/chat/completions?"),
+        ("POST", "/v1/chat/completions/", 404, "did you mean /v1/chat/completions?"),
+        ("GET", "/models", 404, "did you mean /v1/models?"),
+        ("POST", "/v1/chat/completion", 404, "did you mean `/v1/chat/completions`?"),
+        ("POST", "/v1/embeddings", 404, "known are /v1/chat/completions, /v1/models"),
+        ("GET", "/favicon.ico", 404, "/favicon.ico is not served here"),
+        ("GET", "/v1/models/tutr", 404, "there is no model `tutr` here, did you mean `tutor`?"),
+        ("GET", "/v1/models/banana", 404, "known are tutor, tutor/klein:2"),
+    ] {
+        let (got, headers, body) = ask(method, path)?;
+        let error = &serde_json::from_str::<Value>(&body)?["error"];
+        let message = error["message"].as_str().context("a message")?;
+        assert!(got == status && message.contains(words), "{method} {path}: {got} {message}");
+        assert_eq!((&error["type"], headers.contains("allow: ")), (&json!("invalid_request_error"), status == 405));
+    }
+    let (status, _, body) = post(at, &chat_body(&json!({"model": "tutor/klein"})))?;
+    assert!(
+        status == 404 && body.contains("did you mean `tutor/klein:2`?") && body.contains("model_not_found"),
+        "{body}"
+    );
+    server.stop();
+    server.wait()
+}
+
+/// Official clients in typed languages fail at a word that OpenAI does not have.
+#[test]
+fn a_reason_that_openai_does_not_have_stands_beside_one_that_it_has() -> Result<()> {
+    let odd = stream_of("data: {\"choices\":[{\"delta\":{\"content\":\"a\"},\"finish_reason\":\"odd\"}]}\n\n");
+    let (url, thread) = scripted(vec![odd; 2])?;
+    let server = serve(Models::from([("m".into(), Arc::new(endpoint(&url, "m")?) as Arc<dyn Handler>)]))?;
+    for stream in [false, true] {
+        let (_, _, body) = post(server.address, &chat_body(&json!({"model": "m", "stream": stream})))?;
+        let both = body.contains("\"finish_reason\":\"stop\"") && body.contains("\"native_finish_reason\":\"odd\"");
+        assert!(both, "{body}");
+    }
+    thread.join().expect("the server does not panic");
     server.stop();
     server.wait()
 }
@@ -761,6 +953,31 @@ fn the_program_serves_and_ends_when_asked() -> Result<()> {
     }
     #[cfg(not(unix))]
     child.kill()?;
+    Ok(())
+}
+
+#[test]
+fn a_file_without_routes_serves_its_handlers_under_their_own_names() -> Result<()> {
+    let near = format!("[handlers.near]\nkind = \"local\"\nmodel = {:?}\n", fixture("models/llama"));
+    let beside = "[handlers.beside]\nkind = \"openai\"\nbase_url = \"http://localhost:1/v1\"\nmodel = \"m\"\n";
+    let far = "[handlers.far]\nkind = \"openai\"\nbase_url = \"https://api.example.com/v1\"\nmodel = \"m\"\n";
+    let served = |text: &str| -> Result<Vec<String>> {
+        let served = Handlers::new(Config::parse(Path::new("h.toml"), text)?).served()?;
+        Ok(served.into_keys().collect())
+    };
+    assert_eq!(served(&near)?, ["near"]);
+    // Nothing leaves this machine unless a route says so.
+    assert_eq!(served(&format!("{near}{far}{beside}"))?, ["beside", "near"]);
+    let refused = served(far).expect_err("no route allows it").to_string();
+    let words =
+        "h.toml: `far` sends conversations to api.example.com, and no route allows that\nhint: add [routes.NAME]";
+    assert!(refused.contains(words) && refused.contains("egress = \"allow\""), "{refused}");
+    let route = "[routes.tutor]\nhandlers = [\"far\"]\negress = \"allow\"\n";
+    assert_eq!(served(&format!("{near}{far}{route}"))?, ["tutor"]);
+    for empty in ["", "# nothing yet\n", "[handlers]\n", "[routes]\n"] {
+        let refused = served(empty).expect_err("there is nothing").to_string();
+        assert!(refused.contains("h.toml: it has no handler\nhint: add [handlers.NAME]"), "{empty}: {refused}");
+    }
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
 use super::reference;
 use crate::cli::{Done, Serve};
@@ -36,9 +37,9 @@ pub fn run(arguments: &Serve) -> Result<Done> {
             // Before it is read: an edit in between is a change.
             let file = Watch::new(path);
             let handlers = Handlers::new(Config::read(path)?);
-            let routes = handlers.routes()?;
+            let served = handlers.served()?;
             watched = Some((path.to_owned(), file, handlers));
-            routes
+            served
         }
     };
     for name in models.keys() {
@@ -75,24 +76,25 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
         if !file.wait() || !path.exists() {
             continue;
         }
-        let now = (file.identity(), std::fs::read(path).ok());
+        let text = read_text(path, SMALL_FILE_BYTES_MAX);
+        let now = (file.identity(), text.as_ref().ok().cloned());
         if read.as_ref() == Some(&now) {
             continue;
         }
         read = Some(now);
-        let edited = Config::read(path).and_then(|config| {
+        let edited = text.and_then(|text| Config::parse(path, &text)).and_then(|config| {
             if config == *handlers.config() {
                 return Ok(None);
             }
             let next = handlers.succeed(config);
-            let routes = next.routes()?;
-            Ok(Some((next, routes)))
+            let served = next.served()?;
+            Ok(Some((next, served)))
         });
         match edited {
             Ok(None) => {}
-            Ok(Some((next, routes))) => {
-                let names: Vec<String> = routes.keys().cloned().collect();
-                replace(routes);
+            Ok(Some((next, served))) => {
+                let names: Vec<String> = served.keys().cloned().collect();
+                replace(served);
                 handlers = next;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
             }

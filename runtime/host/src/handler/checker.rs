@@ -1,14 +1,14 @@
-//! Holds handlers to the order of events.
+//! Checks that handlers keep to the order of events.
 
 use super::{Event, EventStream, HandlerError, Kind};
 
-/// Longest text of an answer, in bytes: more is no answer but a fault of whoever sends it.
+/// Longest text of an answer, in bytes: a longer one is a fault of its sender.
 const TEXT_LIMIT: usize = 8 << 20;
 
-/// The stream, with every break of the grammar as an error: a handler's mistake must not look like an answer.
+/// Returns the stream with every violation of the order as an error, so that a handler's mistake does not look like an answer.
 ///
-/// Start, deltas that are not empty, one finish, one usage, the end. A stream that ends before its finish is
-/// [`Kind::Cut`], one whose text does not end [`Kind::Protocol`]. Nothing follows an error.
+/// The order is one start, deltas that are not empty, one finish, one usage. A stream that ends early is [`Kind::Cut`], one whose
+/// text does not end is [`Kind::Protocol`]. Nothing follows an error.
 pub fn checked(stream: EventStream) -> EventStream {
     Box::new(Checked { stream, state: State::New, bytes: 0 })
 }
@@ -25,7 +25,7 @@ enum State {
 struct Checked {
     stream: EventStream,
     state: State,
-    /// Of the text so far.
+    /// Length of the text so far.
     bytes: usize,
 }
 
@@ -58,7 +58,7 @@ impl Iterator for Checked {
         let item = match self.stream.next() {
             Some(Ok(event)) => match self.advance(&event) {
                 Some(_) if self.is_endless(&event) => {
-                    let message = format!("the answer is longer than {} MiB, so it was stopped", TEXT_LIMIT >> 20);
+                    let message = format!("the answer was stopped: it is longer than {} MiB", TEXT_LIMIT >> 20);
                     Some(Err(HandlerError::new(Kind::Protocol, message)))
                 }
                 Some(state) => {

@@ -1,8 +1,8 @@
-//! The file that says which handlers there are: `[handlers.NAME]` and `[routes.NAME]`.
+//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`.
 //!
-//! The whole file is checked before anything is loaded, and everything that is wrong is said at once.
+//! The whole file is checked before a model is loaded, and all problems are reported at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,21 +23,21 @@ use super::route::Route;
 use crate::models::{Loaded, ModelRef};
 use crate::toml_problems::{Problems, near};
 
-/// What a file of handlers says.
+/// A file of handlers, as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Where it stands, for messages.
+    /// Its path, for messages.
     pub path: PathBuf,
     /// `[handlers.NAME]`.
     pub handlers: BTreeMap<String, HandlerSpec>,
-    /// `[routes.NAME]`: names that clients use as `model`, and their handlers in order.
+    /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
     pub routes: BTreeMap<String, Vec<String>>,
 }
 
-/// A handler that is not loaded.
+/// A handler as the file describes it, not loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HandlerSpec {
-    /// `kind = "local"`, and what it computes in.
+    /// `kind = "local"`, and the type that it computes in.
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
@@ -63,11 +63,33 @@ pub struct EndpointSpec {
 }
 
 impl HandlerSpec {
-    /// Whether conversations leave this machine.
-    fn is_cloud(&self) -> bool {
+    /// The host that conversations are sent to, if it is not this machine.
+    fn far_host(&self) -> Option<&str> {
         match self {
-            Self::Local(..) => false,
-            Self::OpenAi(endpoint) => !endpoint.base_url.is_loopback(),
+            Self::Local(..) => None,
+            Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
+        }
+    }
+
+    fn api_key(&self) -> Result<Option<Secret>, String> {
+        match self {
+            Self::Local(..) => Ok(None),
+            Self::OpenAi(endpoint) => endpoint.api_key(),
+        }
+    }
+}
+
+impl EndpointSpec {
+    /// The key, from the environment.
+    fn api_key(&self) -> Result<Option<Secret>, String> {
+        let Some(variable) = &self.api_key_env else { return Ok(None) };
+        let value = std::env::var(variable).map(|key| key.trim().to_owned());
+        match value {
+            Ok(key) if !key.is_empty() && key.chars().all(|c| c.is_ascii_graphic()) => Ok(Some(Secret::new(key))),
+            Ok(key) if !key.is_empty() => Err(format!(
+                "api_key: what the environment variable {variable} holds is not a key: keys have no spaces"
+            )),
+            _ => Err(format!("api_key: the environment variable {variable} is not set; export {variable}=…")),
         }
     }
 }
@@ -83,9 +105,9 @@ const OPENAI_KEYS: [&str; 8] = [
     "answer_timeout_s",
     "max_tokens_param",
 ];
-/// Answers of a model here at once: as many as are drawn together. Two more classes may wait.
+/// Limits of a model of this machine: it samples for so many at once, and twice as many may wait.
 pub const LOCAL_LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
-/// Answers of an endpoint at once, and requests that wait: a provider has a queue of its own, and each answer here is a connection.
+/// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 const ROUTE_KEYS: [&str; 2] = ["handlers", "egress"];
 
@@ -93,7 +115,7 @@ impl Config {
     /// Reads a file.
     ///
     /// # Errors
-    /// When it cannot be read or there is anything wrong with it; everything in one message.
+    /// When it cannot be read or has problems; all of them in one message.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         Self::parse(path, &text)
@@ -102,7 +124,7 @@ impl Config {
     /// Reads the text of a file. Paths of models in it are relative to the file.
     ///
     /// # Errors
-    /// When there is anything wrong with it; everything in one message.
+    /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let mut problems = Problems::new(path, text);
         let root = problems.parse();
@@ -118,7 +140,7 @@ impl Config {
         }
         for (name, span, table) in &routes {
             if names.contains(name) {
-                problems.at(span.clone(), format!("`{name}`: a handler has this name already"));
+                problems.at(span.clone(), format!("`{name}`: a handler has this name already; clients name the route"));
             }
             let chain = route(&mut problems, span, table, &names, &config.handlers);
             config.routes.insert((*name).to_owned(), chain);
@@ -130,7 +152,7 @@ impl Config {
 
 type NamedTable<'t, 'a> = (&'t str, std::ops::Range<usize>, &'t Spanned<DeValue<'a>>);
 
-/// The tables below `[key.NAME]`.
+/// The tables `[key.NAME]`.
 fn named<'t, 'a>(problems: &mut Problems<'a>, root: &'t DeTable<'a>, key: &str) -> Vec<NamedTable<'t, 'a>> {
     let Some(value) = root.get(key) else { return Vec::new() };
     let Some(table) = value.get_ref().as_table() else {
@@ -145,7 +167,7 @@ fn named<'t, 'a>(problems: &mut Problems<'a>, root: &'t DeTable<'a>, key: &str) 
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:".contains(c);
         if name.get_ref().is_empty() || !name.get_ref().chars().all(plain) {
-            problems.at(name.span(), "a name is of letters, digits, and . _ - / :");
+            problems.at(name.span(), "a name consists of the letters a to z, A to Z, digits, and . _ - / :");
         }
         found.push((name.get_ref().as_ref(), name.span(), value));
     }
@@ -160,14 +182,14 @@ fn handler<'a>(
 ) -> Option<HandlerSpec> {
     let table = value.get_ref().as_table()?;
     let Some(kind) = table.get("kind") else {
-        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing, \"local\" or \"openai\""));
+        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing; it is \"local\" or \"openai\""));
         return None;
     };
     match problems.text("kind", kind)?.as_str() {
         "local" => local(problems, path, name, value.span(), table),
         "openai" => openai(problems, name, value.span(), table),
         "anthropic" => {
-            problems.at(kind.span(), "kind \"anthropic\" is not built yet; \"local\" and \"openai\" are");
+            problems.at(kind.span(), "kind \"anthropic\" is not supported yet; use \"local\" or \"openai\"");
             None
         }
         other => {
@@ -243,7 +265,7 @@ fn openai<'a>(
     }
     let api_key_env = table.get("api_key").and_then(|value| api_key(problems, value));
     let base_url = table.get("base_url").zip(base_url).and_then(|(value, url)| {
-        // A name and a password stand before an `@`; the line would show them.
+        // The line would show a name and a password, which stand before an `@`.
         let tell = |why: String| match url.contains('@') {
             true => problems.at_hidden(value.span(), format!("`base_url`: {why}")),
             false => problems.at(value.span(), format!("`base_url`: {why}")),
@@ -266,7 +288,7 @@ fn api_key<'a>(problems: &mut Problems<'a>, value: &Spanned<DeValue<'a>>) -> Opt
     let Some(table) = value.get_ref().as_table() else {
         problems.at_hidden(
             value.span(),
-            "`api_key`: a key is not kept in the file; put it into a variable and name that: { env = \"NAME\" }",
+            "`api_key`: a key does not belong in the file; put it into an environment variable and name that: { env = \"NAME\" }",
         );
         return None;
     };
@@ -296,7 +318,7 @@ fn route<'a>(
         None | Some((_, "deny")) => true,
         Some((_, "allow")) => false,
         Some((value, "redact")) => {
-            problems.at(value.span(), "`egress`: \"redact\" is not built yet; \"deny\" and \"allow\" are");
+            problems.at(value.span(), "`egress`: \"redact\" is not supported yet; use \"deny\" or \"allow\"");
             false
         }
         Some((value, other)) => {
@@ -306,7 +328,7 @@ fn route<'a>(
         }
     };
     let Some(list) = table.get("handlers") else {
-        problems.at(span.clone(), "the route has no `handlers`");
+        problems.at(span.clone(), "the route has no `handlers`; add handlers = [\"…\"]");
         return Vec::new();
     };
     let Some(items) = list.get_ref().as_array() else {
@@ -314,7 +336,7 @@ fn route<'a>(
         return Vec::new();
     };
     if items.is_empty() {
-        problems.at(list.span(), "`handlers`: the list is empty");
+        problems.at(list.span(), "`handlers`: the list is empty; name at least one handler");
     }
     let mut chain: Vec<String> = Vec::new();
     for item in items.iter() {
@@ -322,34 +344,30 @@ fn route<'a>(
         if !names.contains(&name.as_str()) {
             problems.at(item.span(), format!("`{name}`: there is no such handler, {}", near(&name, names)));
         } else if chain.contains(&name) {
-            problems.at(item.span(), format!("`{name}`: is in the list twice"));
-        } else if let Some(HandlerSpec::OpenAi(endpoint)) = handlers.get(&name).filter(|spec| deny && spec.is_cloud()) {
-            problems.at(
-                item.span(),
-                format!(
-                    "`{name}`: sends conversations to {}, and egress is \"deny\"; take it out, or say egress = \"allow\"",
-                    endpoint.base_url.host()
-                ),
-            );
+            problems.at(item.span(), format!("`{name}`: stands in the list twice"));
+        } else if let Some(host) = handlers.get(&name).and_then(HandlerSpec::far_host).filter(|_| deny) {
+            let hint = "take it out, or say egress = \"allow\"";
+            problems
+                .at(item.span(), format!("`{name}`: sends conversations to {host}, and egress is \"deny\"; {hint}"));
         }
         chain.push(name);
     }
     chain
 }
 
-/// Handlers by name, loaded when they are first asked for.
+/// Handlers by name, each loaded when it is first asked for.
 pub struct Handlers {
     config: Config,
     loaded: Mutex<BTreeMap<String, Arc<dyn Handler>>>,
 }
 
 impl Handlers {
-    /// The handlers of a file; loads nothing.
+    /// Takes the handlers of a file; loads nothing.
     pub fn new(config: Config) -> Self {
         Self { config, loaded: Mutex::default() }
     }
 
-    /// Those of a file that was edited: handlers that stand in it as before stay loaded.
+    /// Takes the handlers of the edited file. Those that it has not changed stay loaded.
     pub fn succeed(&self, config: Config) -> Self {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let same =
@@ -359,20 +377,56 @@ impl Handlers {
         Self { config, loaded: Mutex::new(kept) }
     }
 
-    /// All routes by name, ready to answer.
+    /// Returns what clients can name, ready to answer: the routes or, if the file has none, each handler under its own name. Only a route
+    /// can allow conversations to leave this machine, so that without one a handler that sends them away is left out, with a note.
     ///
     /// # Errors
-    /// When there is none, or as [`Handlers::get`].
-    pub fn routes(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
-        ensure!(
-            !self.config.routes.is_empty(),
-            "{}: it has no route, so there is nothing that clients could name\nhint: add [routes.NAME] with handlers = [\"…\"]",
-            self.config.path.display()
-        );
-        self.config.routes.keys().map(|name| Ok((name.clone(), self.get(name)?))).collect()
+    /// When nothing can be served, or as [`Handlers::get`]. All missing keys are reported at once, before a model is loaded.
+    pub fn served(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
+        let Config { path, handlers, routes } = &self.config;
+        let path = path.display();
+        let mut names: Vec<&String> = routes.keys().collect();
+        if routes.is_empty() {
+            ensure!(
+                !handlers.is_empty(),
+                "{path}: it has no handler\nhint: add [handlers.NAME] with kind = \"local\" and model = \"…\""
+            );
+            let tell = |(name, spec): (&String, &HandlerSpec)| {
+                Some(format!("`{name}` sends conversations to {}, and no route allows that", spec.far_host()?))
+            };
+            let far: Vec<String> = handlers.iter().filter_map(tell).collect();
+            names = handlers.iter().filter(|(_, spec)| spec.far_host().is_none()).map(|(name, _)| name).collect();
+            let hint = "add [routes.NAME] with handlers = [\"…\"] and egress = \"allow\"";
+            ensure!(!names.is_empty(), "{path}: {}\nhint: {hint}", far.join("; "));
+            eprintln!("note: {path}: it has no route, so each handler is served under its own name");
+            for denied in far {
+                eprintln!("note: {path}: {denied}, so it is not served; {hint}");
+            }
+        }
+        self.check_keys(&names)?;
+        names.into_iter().map(|name| Ok((name.clone(), self.get(name)?))).collect()
     }
 
-    /// What the file says.
+    /// Checks that all handlers behind some names have their keys.
+    fn check_keys(&self, names: &[&String]) -> Result<()> {
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let behind = |name: &&String| self.config.routes.get(*name).cloned().unwrap_or_else(|| vec![(*name).clone()]);
+        let used: BTreeSet<String> = names.iter().flat_map(behind).filter(|name| !loaded.contains_key(name)).collect();
+        let key = |name: &String| self.config.handlers.get(name)?.api_key().err();
+        let missing: Vec<(String, String)> = used.into_iter().filter_map(|name| Some((key(&name)?, name))).collect();
+        let path = self.config.path.display();
+        match missing.as_slice() {
+            [] => Ok(()),
+            [(why, name)] => bail!("{path}: [handlers.{name}]: {why}"),
+            many => {
+                let lines: Vec<String> =
+                    many.iter().map(|(why, name)| format!("\n  [handlers.{name}]: {why}")).collect();
+                bail!("{path}: {} keys are missing{}", many.len(), lines.concat())
+            }
+        }
+    }
+
+    /// The file.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -382,11 +436,11 @@ impl Handlers {
         self.config.routes.keys().chain(self.config.handlers.keys()).map(String::as_str).collect()
     }
 
-    /// A route or a handler, ready to answer. A handler taken by its own name is the user's choice, so no route's
-    /// `egress` speaks about it.
+    /// Returns a route or a handler, ready to answer. Whoever asks for a handler by name chooses where conversations go, so that
+    /// `egress` is not asked.
     ///
     /// # Errors
-    /// When there is none of that name, its model cannot be loaded, or its key is not in the environment.
+    /// When there is no such name, a model cannot be loaded, or a key is not in the environment.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Handler>> {
         let Some(chain) = self.config.routes.get(name) else { return self.handler(name) };
         let handlers = chain.iter().map(|name| Ok((name.clone(), self.handler(name)?)));
@@ -415,17 +469,10 @@ fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
             Ok(Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS)))
         }
         HandlerSpec::OpenAi(spec) => {
-            let api_key = spec.api_key_env.as_ref().map(|variable| {
-                let value = std::env::var(variable).ok().map(|key| key.trim().to_owned());
-                let value = value.filter(|key| !key.is_empty() && key.chars().all(|c| c.is_ascii_graphic()));
-                value.map(Secret::new).with_context(|| {
-                    format!("api_key: the environment variable {variable} is not set, or is not a key\nhint: export {variable}=…")
-                })
-            });
-            let api_key = api_key.transpose()?;
+            let api_key = spec.api_key().map_err(anyhow::Error::msg)?;
             if spec.base_url.can_be_overheard() && api_key.is_some() {
                 eprintln!(
-                    "warning: handler `{name}`: its key and conversations go to {} unencrypted; use https://",
+                    "warning: handler `{name}`: its key and conversations are sent to {} unencrypted; use https://",
                     spec.base_url.host()
                 );
             }
@@ -485,13 +532,38 @@ egress = "allow"
             config.handlers["near"],
             HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() }, Compute::Auto)
         );
-        assert!(config.handlers["far"].is_cloud() && !config.handlers["beside"].is_cloud());
+        assert_eq!(config.handlers["far"].far_host(), Some("api.example.com"));
+        assert_eq!(config.handlers["beside"].far_host(), None);
         let handlers = Handlers::new(config);
         let refused = |name: &str| format!("{:#}", handlers.get(name).err().expect("it cannot be had"));
         assert!(refused("far").contains("HOMEROOM_TEST_KEY_THAT_IS_NOT_SET"), "{}", refused("far"));
         assert!(refused("naer").contains("did you mean `near`?"), "{}", refused("naer"));
         assert!(refused("near").contains("no such model"), "{}", refused("near"));
         assert!(handlers.get("beside").is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn keys_that_are_missing_are_all_named_before_a_model_is_loaded() -> Result<()> {
+        let refused = |text: &str| -> Result<String> {
+            let handlers = Handlers::new(Config::parse(Path::new("h.toml"), text)?);
+            Ok(format!("{:#}", handlers.served().err().context("a key is missing")?))
+        };
+        let one = refused(GOOD)?;
+        assert!(one.contains("h.toml: [handlers.far]: api_key: the environment variable HOMEROOM_TEST_KEY_"), "{one}");
+        assert!(
+            one.contains("is not set; export HOMEROOM_TEST_KEY_THAT_IS_NOT_SET=…") && !one.contains("near"),
+            "{one}"
+        );
+        // What it holds is not shown, in case it is half a key.
+        let other =
+            GOOD.replace("[handlers.beside]\n", "[handlers.beside]\napi_key = { env = \"CARGO_PKG_DESCRIPTION\" }\n");
+        let two = refused(&other)?;
+        assert!(two.contains("2 keys are missing") && two.contains("[handlers.far]: api_key"), "{two}");
+        assert!(two.contains("CARGO_PKG_DESCRIPTION holds is not a key") && !two.contains("open-weight"), "{two}");
+        // What no route uses needs no key.
+        let unused = refused(&GOOD.replace("[\"near\", \"far\"]", "[\"near\"]"))?;
+        assert!(unused.contains("no such model"), "{unused}");
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! What goes with a request and is not asked of the model: whether anybody waits still, and until when.
+//! What accompanies a request on its way: cancellation and a deadline.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,34 +6,34 @@ use std::time::{Duration, Instant};
 
 use super::{EventStream, HandlerError, Kind};
 
-/// How long anything is waited for before it is asked whether the answer is still wanted.
+/// Longest wait between two checks of whether the answer is still wanted.
 pub const PATIENCE: Duration = Duration::from_millis(50);
 
-/// Whether an answer is still wanted. Clones speak of the same answer.
+/// Whether an answer is still wanted. Clones share the same answer.
 ///
-/// Whoever waits (for a place in a queue, a token, a word of a provider) asks [`Context::check`] every [`PATIENCE`].
+/// Code that waits (for a place in a queue, a token, a provider) calls [`Context::check`] every [`PATIENCE`].
 #[derive(Clone, Debug, Default)]
 pub struct Context {
     cancelled: Arc<AtomicBool>,
-    /// Set by whoever ends all answers at once.
+    /// Set to end all answers at once.
     all: Option<Arc<AtomicBool>>,
     deadline: Option<Instant>,
 }
 
 impl Context {
-    /// The same answer, which also ends when `all` is set.
+    /// Returns the same context, which is also cancelled when `all` is set.
     pub fn or_with(self, all: Arc<AtomicBool>) -> Self {
         Self { all: Some(all), ..self }
     }
 
-    /// The same answer, which must be whole within so long, and within what it was given before.
+    /// Returns the same context with a deadline, if that is earlier than the one it has.
     pub fn within(&self, time: Duration) -> Self {
-        // What lies beyond the clock's range is no limit.
+        // A time beyond the clock's range is no deadline.
         let deadline = [Instant::now().checked_add(time), self.deadline].into_iter().flatten().min();
         Self { deadline, ..self.clone() }
     }
 
-    /// Asks the handler to stop. It does so between two tokens, between two pieces of a prompt, and in any wait.
+    /// Asks the handler to stop. It does so between two tokens, between two pieces of a prompt, and in every wait.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
     }
@@ -44,21 +44,21 @@ impl Context {
         all || self.cancelled.load(Ordering::SeqCst)
     }
 
-    /// Whether work on the answer goes on.
+    /// Returns an error if work on the answer should stop.
     ///
     /// # Errors
-    /// [`Kind::Cancelled`] when nobody waits for it, [`Kind::Timeout`] when its time is over.
+    /// [`Kind::Cancelled`] when it was cancelled, [`Kind::Timeout`] after the deadline.
     pub fn check(&self) -> Result<(), HandlerError> {
         if self.cancelled() {
-            return Err(HandlerError::new(Kind::Cancelled, "the answer was stopped"));
+            return Err(HandlerError::new(Kind::Cancelled, "the answer was cancelled"));
         }
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Err(HandlerError::new(Kind::Timeout, "the answer took longer than it is given"));
+            return Err(HandlerError::new(Kind::Timeout, "the answer took longer than its time limit"));
         }
         Ok(())
     }
 
-    /// The stream, which ends between two events when work on it does not go on.
+    /// Returns the stream, which ends in an error between two events when [`Context::check`] fails.
     pub fn watch(&self, mut stream: EventStream) -> EventStream {
         let context = self.clone();
         let mut over = false;

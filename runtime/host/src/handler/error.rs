@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-/// What went wrong, for callers that decide by it.
+/// The kind of an error, for callers that decide by it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The request cannot be answered as it is.
+    /// The request is wrong.
     InvalidRequest {
-        /// The field to blame, as OpenAI's API names it.
+        /// The wrong field, by OpenAI's name for it.
         param: Option<String>,
     },
     /// The conversation is longer than the model's context.
@@ -16,57 +16,57 @@ pub enum Kind {
     Authentication,
     /// The provider has no such model or address.
     NotFound,
-    /// The provider wants fewer requests.
+    /// The provider's limit of requests or of money is reached.
     RateLimited {
-        /// When to come back, if it said so.
+        /// When to try again, if the provider said so.
         retry_after: Option<Duration>,
     },
-    /// More requests wait here than are let in.
+    /// More requests wait than the queue takes.
     Overloaded {
-        /// When to come back, from how long answers have taken.
+        /// When to try again: as the provider says, or estimated from how long answers have taken.
         retry_after: Duration,
     },
-    /// No answer in time.
+    /// The answer did not come in time.
     Timeout,
     /// The handler cannot be reached, is not ready, or failed for a reason that may pass.
     Unavailable,
-    /// The answer broke off: what came is not all.
+    /// The answer broke off: a part of it is missing.
     Cut,
-    /// The provider answered with something that is not the API.
+    /// The provider answered with something other than the API.
     Protocol,
-    /// Nobody waits for the answer any more.
+    /// Nobody waits for the answer any longer.
     Cancelled,
-    /// A fault of ours.
+    /// A fault of this program.
     Internal,
 }
 
-/// Why a handler gave no answer. The words hold no secret.
+/// Why a handler gave no answer. The message holds no secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandlerError {
-    /// For callers that decide.
+    /// Its kind.
     pub kind: Kind,
-    /// For people: lower case, no full stop.
+    /// The message for people: lower case, no full stop.
     pub message: String,
 }
 
 impl HandlerError {
-    /// An error.
+    /// Makes an error.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
 
-    /// A field of the request is wrong.
+    /// Makes the error of a wrong field.
     pub fn invalid(param: &str, message: impl Into<String>) -> Self {
         Self::new(Kind::InvalidRequest { param: Some(param.to_owned()) }, message)
     }
 
-    /// An error of the engine, which has no kinds of its own.
+    /// Makes an error of one of the engine, which has no kinds.
     pub fn internal(error: &anyhow::Error) -> Self {
         Self::new(Kind::Internal, format!("{error:#}"))
     }
 
-    /// Whether another handler may be asked instead: the request is fine and this handler is not. To be asked before anybody has
-    /// seen a word of its answer.
+    /// Returns true if another handler may be asked instead: the request is fine, and this handler is not. Valid only before any of the
+    /// answer was shown.
     pub fn lets_another_try(&self) -> bool {
         match self.kind {
             Kind::Unavailable

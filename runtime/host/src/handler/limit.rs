@@ -1,5 +1,5 @@
-//! Admission: so many answers of a handler at once, a queue of a bounded length before it, and past that a refusal that says when
-//! to come back.
+//! Admission: a bounded number of answers at once and a bounded queue. A request beyond the queue is refused, and told when to try
+//! again.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use super::context::PATIENCE;
 use super::{Context, Event, EventStream, Handler, HandlerError, Kind, Request};
 
-/// What is waited at least and at most before a refused request is worth another try.
+/// Least and most time after which a refused request is told to try again.
 const COME_BACK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
-/// What an answer takes as long as none was measured.
+/// Seconds that an answer is assumed to take before one was measured.
 const FIRST_GUESS_S: f64 = 2.0;
-/// The weight of the latest answer in the mean of the times.
+/// Weight of the latest answer in the moving mean of their times.
 const LATEST: f64 = 0.2;
 
 /// How many requests a handler takes.
@@ -20,18 +20,18 @@ const LATEST: f64 = 0.2;
 pub struct Limits {
     /// Answers at once; at least 1.
     pub running: usize,
-    /// Requests that wait for one of these to end.
+    /// Requests in the queue.
     pub waiting: usize,
 }
 
-/// A handler behind a queue. Who came first is answered first; who leaves gives up the place, in the queue and at the head of it.
+/// A handler behind a queue, first in, first out. A request that is cancelled gives up its place, in the queue or in an answer.
 pub struct Limited {
     inner: Arc<dyn Handler>,
     gate: Arc<Gate>,
 }
 
 impl Limited {
-    /// Puts a queue before a handler.
+    /// Puts a queue in front of a handler.
     pub fn new(inner: Arc<dyn Handler>, limits: Limits) -> Self {
         let state = State { running: 0, waiting: VecDeque::new(), next: 0, answer_s: FIRST_GUESS_S };
         Self { inner, gate: Arc::new(Gate { limits, state: Mutex::new(state), changed: Condvar::new() }) }
@@ -54,10 +54,10 @@ struct Gate {
 
 struct State {
     running: usize,
-    /// Numbers of those who wait, the first who came at the front.
+    /// Numbers of the requests that wait, the oldest in front.
     waiting: VecDeque<u64>,
     next: u64,
-    /// How long an answer takes, in seconds: a mean in which the latest weigh most.
+    /// How long an answer takes, in seconds: a moving mean.
     answer_s: f64,
 }
 
@@ -70,11 +70,12 @@ impl Gate {
         let Limits { running, waiting } = gate.limits;
         let mut state = gate.state();
         if state.running >= running && state.waiting.len() >= waiting {
-            // Those who wait go first, `running` at a time.
+            // The queue goes first, `running` at a time.
             let rounds = (state.waiting.len() + 1).div_ceil(running);
             let retry_after = Duration::try_from_secs_f64(state.answer_s * rounds as f64).unwrap_or(COME_BACK.1);
             let retry_after = retry_after.clamp(COME_BACK.0, COME_BACK.1);
-            let message = format!("{running} requests are being answered and {} wait", state.waiting.len());
+            let message =
+                format!("the handler is full: {running} requests are being answered and {} wait", state.waiting.len());
             return Err(HandlerError::new(Kind::Overloaded { retry_after }, message));
         }
         let number = state.next;
@@ -95,7 +96,7 @@ impl Gate {
     }
 }
 
-/// A place among those who are answered, given back when it is dropped.
+/// A place among the requests that are answered, given back when it is dropped.
 struct Place {
     gate: Arc<Gate>,
     since: Instant,
@@ -110,7 +111,7 @@ impl Drop for Place {
     }
 }
 
-/// An answer in its place. Both go with the last event: who reads slowly does not keep the place.
+/// An answer and its place. Both are dropped with the last event, so that a slow reader does not keep the place.
 struct Admitted {
     held: Option<(EventStream, Place)>,
 }

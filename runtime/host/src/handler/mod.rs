@@ -1,8 +1,8 @@
-//! Handlers: what answers a conversation, near or far.
+//! Handlers: what answers a conversation, on this machine or elsewhere.
 //!
-//! Every handler is a stream of [`Event`]s that is pulled: nothing is computed that nobody asks for, and dropping the
+//! A handler returns a stream of [`Event`]s. The stream is pulled: no token is computed before it is asked for, and dropping the
 //! stream ends the work within a token. [`local`] runs a model of this machine, [`openai`] asks an endpoint that speaks
-//! OpenAI's API, a [`route`] tries several in order. Which there are stands in a file, see [`config`].
+//! OpenAI's API, a [`route`] tries several handlers in order. A file lists them, see [`config`].
 
 mod checker;
 pub mod config;
@@ -26,13 +26,13 @@ pub use context::{Context, PATIENCE};
 pub use error::{HandlerError, Kind};
 pub use secret::Secret;
 
-/// Who says a message.
+/// The author of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Whoever set the conversation up.
+    /// Whoever set up the conversation.
     System,
-    /// The person.
+    /// The person who asks.
     User,
     /// The model.
     Assistant,
@@ -41,9 +41,9 @@ pub enum Role {
 /// A message, in OpenAI's shape.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who says it.
+    /// Its author.
     pub role: Role,
-    /// What.
+    /// Its text.
     pub content: String,
 }
 
@@ -54,41 +54,41 @@ impl Message {
     }
 }
 
-/// What is asked. One answer is given. What is `None` was not said, and is the handler's to choose.
+/// A request for one answer. A field that is `None` was not given, and the handler chooses.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
     /// The conversation.
     pub messages: Vec<Message>,
     /// Longest answer, in tokens; at least 1.
     pub max_tokens: Option<usize>,
-    /// 0: always the likeliest token; up to 2.
+    /// Temperature of sampling, 0 to 2; 0 always takes the likeliest token.
     pub temperature: Option<f64>,
-    /// Draw from so many of the likeliest tokens; 0: from all.
+    /// Sample from this many of the likeliest tokens; 0 means all.
     pub top_k: Option<usize>,
-    /// Draw from the likeliest tokens that together have this probability: 0 to 1.
+    /// Sample from the likeliest tokens that together have this probability, 0 to 1.
     pub top_p: Option<f64>,
-    /// Draw from tokens at least this share as likely as the likeliest: 0 to 1.
+    /// Sample from tokens that have at least this share of the likeliest token's probability, 0 to 1.
     pub min_p: Option<f64>,
-    /// Divides what speaks for a token that stands in the conversation: above 0; 1: nothing.
+    /// Penalty of tokens that are in the conversation already: above 0; 1 changes nothing.
     pub repetition_penalty: Option<f64>,
-    /// What a token's logit loses for each time it was drawn: -2 to 2.
+    /// Subtracted from a token's logit for each time it was sampled, -2 to 2.
     pub frequency_penalty: Option<f64>,
-    /// What the logit of a token that was drawn loses once: -2 to 2.
+    /// Subtracted once from the logit of a token that was sampled, -2 to 2.
     pub presence_penalty: Option<f64>,
-    /// Seed of the draw: equal requests with it have equal answers, where the handler can.
+    /// Seed of sampling: equal requests with equal seeds get equal answers, as far as the handler supports it.
     pub seed: Option<i64>,
-    /// Texts that end the answer, and are not part of it.
+    /// Texts that end the answer. They are not part of it.
     pub stop: Vec<String>,
 }
 
 /// Why an answer ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// The model ended its turn, or said a stop text.
+    /// The model ended its turn, or wrote a stop text.
     Stop,
     /// `max_tokens`, or the end of the model's context.
     Length,
-    /// The provider withheld the rest.
+    /// The provider's filter withheld the rest.
     ContentFilter,
     /// Another reason, in the provider's word.
     Other(String),
@@ -106,23 +106,23 @@ impl FinishReason {
     }
 }
 
-/// What an answer cost; `None` where the provider did not say.
+/// Counts of tokens; `None` where the provider did not give one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Tokens of the conversation as the model saw it.
     pub prompt_tokens: Option<u64>,
-    /// Tokens of the answer, the one that ends the turn included.
+    /// Tokens of the answer, including the one that ends the turn.
     pub completion_tokens: Option<u64>,
 }
 
-/// A piece of an answer. One `Start`, any number of `Delta`, one `Finish`, one `Usage`, in this order.
+/// A piece of an answer. The order is one `Start`, any number of `Delta`, one `Finish`, one `Usage`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The answer begins.
     Start {
-        /// Its id, the provider's own if it gave one.
+        /// Its id: the provider's, or one of ours.
         id: String,
-        /// The model that answers, in the provider's words.
+        /// The model that answers, by the provider's name for it.
         model: String,
         /// The handler that answers, by our name for it.
         handler: String,
@@ -132,16 +132,16 @@ pub enum Event {
         /// Whole characters, at least one.
         text: String,
     },
-    /// The text is whole.
+    /// The text is complete.
     Finish {
-        /// Why.
+        /// Why it ended.
         reason: FinishReason,
     },
     /// The last event.
     Usage(Usage),
 }
 
-/// Events as they happen. An error is the last item.
+/// Events as they happen. Nothing follows an error.
 pub type EventStream = Box<dyn Iterator<Item = Result<Event, HandlerError>> + Send>;
 
 /// A whole answer.
@@ -157,31 +157,31 @@ pub struct Completion {
     pub text: String,
     /// Why it ended.
     pub finish: FinishReason,
-    /// What it cost.
+    /// Its tokens.
     pub usage: Usage,
 }
 
-/// Answers requests.
+/// What answers requests.
 pub trait Handler: Send + Sync {
     /// Begins an answer.
     ///
     /// # Errors
-    /// When the request can be refused before any work is done. What goes wrong later is an item of the stream.
+    /// When the request is refused before any work is done. A later error is an item of the stream.
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError>;
 
-    /// The whole answer.
+    /// Waits for the whole answer.
     ///
     /// # Errors
-    /// As [`Handler::stream`], and when the stream fails or ends too early, or nobody waits for it any more.
+    /// As [`Handler::stream`], and when the stream fails, ends early or is cancelled.
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
         collect(context.watch(self.stream(request, context)?))
     }
 }
 
-/// Puts the events of a stream together.
+/// Collects the events of a stream into an answer.
 ///
 /// # Errors
-/// When the stream fails or ends too early.
+/// When the stream fails or ends early.
 pub fn collect(stream: EventStream) -> Result<Completion, HandlerError> {
     let (id, model, handler, text) = Default::default();
     let mut whole = Completion { id, model, handler, text, finish: FinishReason::Stop, usage: Usage::default() };
@@ -196,7 +196,7 @@ pub fn collect(stream: EventStream) -> Result<Completion, HandlerError> {
     Ok(whole)
 }
 
-/// A number that nobody can guess well; not for secrets.
+/// A random number; not for secrets.
 fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }

@@ -1,4 +1,4 @@
-//! A route: several handlers under one name, tried in order.
+//! A route: several handlers under one name, asked in order.
 
 use std::sync::Arc;
 
@@ -6,14 +6,14 @@ use super::{Completion, Context, Event, EventStream, Handler, HandlerError, Kind
 
 /// Handlers in the order in which they are asked.
 ///
-/// The next one is asked when one is unavailable, late or limited, or breaks off, and only before anybody has seen a word of an
-/// answer: what was said stays said.
+/// The next one is asked when one is unavailable, late or limited, or its answer breaks off, and only before any of an answer was
+/// shown: text that was shown is not taken back.
 pub struct Route {
     handlers: Arc<[(String, Arc<dyn Handler>)]>,
 }
 
 impl Route {
-    /// A route over at least one handler.
+    /// Makes a route over at least one handler.
     pub fn new(handlers: Vec<(String, Arc<dyn Handler>)>) -> Self {
         Self { handlers: handlers.into() }
     }
@@ -30,12 +30,12 @@ impl Handler for Route {
             held: None,
             spoken: false,
         };
-        // The first handler's refusal is the route's own, if it is the last.
+        // When the last handler refuses, so does the route.
         attempt.begin()?;
         Ok(Box::new(attempt))
     }
 
-    /// The whole answer. Nobody has seen a word of one that breaks off, so then the next handler is asked, too.
+    /// Waits for the whole answer. None of one that breaks off was shown, so that the next handler is asked then, too.
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
         let mut handlers = self.handlers.iter().peekable();
         while let Some((name, handler)) = handlers.next() {
@@ -62,13 +62,13 @@ struct Attempt {
     request: Request,
     context: Context,
     stream: Option<EventStream>,
-    /// The start of an answer that may still be another handler's.
+    /// The start of an answer, held back while another handler may still be asked.
     held: Option<Event>,
     spoken: bool,
 }
 
 impl Attempt {
-    /// Asks the handler at hand, and those after it until one begins.
+    /// Asks the current handler, and those after it until one begins.
     fn begin(&mut self) -> Result<(), HandlerError> {
         loop {
             let Some((name, handler)) = self.handlers.get(self.at) else {
@@ -87,7 +87,7 @@ impl Attempt {
         }
     }
 
-    /// Moves to the next handler, or gives the error back.
+    /// Moves to the next handler, or returns the error.
     fn pass_on(&mut self, name: &str, error: HandlerError) -> Result<(), HandlerError> {
         let Some((next, _)) = self.handlers.get(self.at + 1).filter(|_| error.lets_another_try()) else {
             return Err(error);
@@ -107,7 +107,7 @@ impl Iterator for Attempt {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            // What was held goes before what came after it.
+            // The event that was held back goes first.
             if self.spoken
                 && let Some(event) = self.held.take()
             {

@@ -1,24 +1,24 @@
 //! Keys of providers.
 
-/// So many characters of a key in a row give it away: providers quote the beginning or the end of a wrong one.
+/// Characters in a row that give a key away: providers quote the beginning or the end of a wrong one.
 const TELLING: usize = 12;
 
-/// A text that is never printed: neither as itself nor inside of what holds it.
+/// A text that is never printed, not even by `Debug` of what holds it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// A secret.
+    /// Makes a secret.
     pub fn new(text: String) -> Self {
         Self(text)
     }
 
-    /// The text, to be sent and not kept.
+    /// Returns the text, to be sent and not kept.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// Bytes at the end of `text` that the secret begins with, or a telling part of it.
+    /// Returns the number of bytes at the end of `text` that may be the beginning of the secret or of a telling part of it.
     pub fn begun(&self, text: &str) -> usize {
         let all: Vec<(usize, char)> = text.char_indices().collect();
         let secret: Vec<char> = self.0.chars().collect();
@@ -31,8 +31,8 @@ impl Secret {
         begun.map_or(0, |begun| text.len() - all[begun].0)
     }
 
-    /// `text` without the secret or any telling part of it. Cut a text after it was scrubbed, never before: half a key is no key
-    /// that could be found.
+    /// Returns `text` without the secret or any telling part of it. Cut a text after it was scrubbed, never before: half a key is not
+    /// found.
     pub fn scrub(&self, text: &str) -> String {
         let secret: Vec<char> = self.0.chars().collect();
         let telling = TELLING.min(secret.len());

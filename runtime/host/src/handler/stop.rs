@@ -1,18 +1,18 @@
-//! Texts that end an answer.
+//! Stop texts: texts that end an answer.
 
-/// Looks for stop texts in an answer that comes in pieces, and holds back what may be the beginning of one.
+/// Finds stop texts in an answer that comes in pieces. It holds back the end of a piece that may be the beginning of one.
 pub struct StopFilter {
     stops: Vec<String>,
     held: String,
 }
 
 impl StopFilter {
-    /// Looks for any of `stops`; empty ones are none.
+    /// Makes a filter for `stops`; empty ones are ignored.
     pub fn new(stops: &[String]) -> Self {
         Self { stops: stops.iter().filter(|stop| !stop.is_empty()).cloned().collect(), held: String::new() }
     }
 
-    /// The text that is certainly part of the answer, and whether a stop text ended it.
+    /// Takes a piece. Returns the text that is certainly part of the answer, and whether a stop text ended it.
     pub fn push(&mut self, text: &str) -> (String, bool) {
         self.held.push_str(text);
         if let Some(end) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
@@ -24,17 +24,17 @@ impl StopFilter {
         (std::mem::replace(&mut self.held, rest), false)
     }
 
-    /// What was held back, when no more comes.
+    /// Returns what was held back, after the last piece.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 
-    /// Bytes at the end that a stop text begins with, at most.
+    /// Returns the number of bytes at the end that may be the beginning of a stop text.
     fn begun(&self) -> usize {
         let held = self.held.as_bytes();
         let begun = |stop: &[u8]| (1..stop.len()).rev().find(|&n| held.ends_with(&stop[..n]));
         let longest = self.stops.iter().filter_map(|stop| begun(stop.as_bytes())).max().unwrap_or(0);
-        // A stop text may begin with some of a character's bytes; characters are whole.
+        // A stop text's first bytes may match a part of a character, which stays whole.
         let from = (held.len() - longest..=held.len()).find(|&at| self.held.is_char_boundary(at));
         held.len() - from.unwrap_or(held.len())
     }

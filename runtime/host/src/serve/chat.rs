@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions`: a handler works in a thread, and what it says is sent as it comes or gathered.
+//! `POST /v1/chat/completions`: a handler works in a thread, and its answer is sent as a stream or in one piece.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,21 +16,17 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
-use super::reply::{Envelope, HANDLER, Refusal, frame};
+use super::reply::{Envelope, HANDLER, PING, Refusal, frame};
 use super::{App, no_model, now, request};
 use crate::handler::{self, Context, Event, Handler, HandlerError, Kind, PATIENCE, checked};
 
 /// Largest body of a request, in bytes.
 const BODY_LIMIT: usize = 4 << 20;
-/// Longest time for an answer, the wait for it included.
+/// Longest time for an answer, including the wait in the queue.
 const ANSWER: Duration = Duration::from_secs(30 * 60);
-/// Text that is made ahead of a client who does not read, in bytes. The work ends with it, so that it does not hold a place for
-/// somebody who is not there.
+/// Most text that is made ahead of a client who does not read, in bytes. Shorter answers are completed for such a client and give
+/// up their place among the answers.
 const AHEAD: usize = 1 << 20;
-/// How long a stream waits for its first event before it says 200: a refusal before that has its own status.
-const FIRST_EVENT: Duration = Duration::from_secs(10);
-/// Silence after which a stream says that it is alive.
-const PING: Duration = Duration::from_secs(5);
 
 pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Response {
     match answer(&app, request).await {
@@ -48,11 +44,11 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
     let body = timeout(app.bounds.body, to_bytes(request.into_body(), BODY_LIMIT)).await.map_err(|_| {
-        let message = format!("the body did not come whole in {} s", app.bounds.body.as_secs());
+        let message = format!("the body of the request was not complete after {} s", app.bounds.body.as_secs());
         Refusal::new(StatusCode::REQUEST_TIMEOUT, message)
     })?;
     let body = body.map_err(|_| {
-        let message = format!("the body did not come whole, or is larger than {} MiB", BODY_LIMIT >> 20);
+        let message = format!("the body of the request is larger than {} MiB, or incomplete", BODY_LIMIT >> 20);
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     })?;
     let asked = request::read(&body)?;
@@ -65,8 +61,8 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     let mut envelope = Envelope { id: String::new(), created: now(), model, include_usage, name_handler: false };
     let (mut response, by) = if stream {
         let mut events = Events::of(handler, request, context);
-        // What is refused before the answer begins has its own status; a long prompt does not keep the client waiting.
-        let first = match timeout(FIRST_EVENT, events.next()).await {
+        // A refusal before the answer begins has its own status; with a long prompt, the client gets its 200 before the answer begins.
+        let first = match timeout(app.bounds.first_event, events.next()).await {
             Ok(Some(Err(error))) => return Err(error.into()),
             Ok(Some(Ok(event))) => Some(event),
             Ok(None) | Err(_) => None,
@@ -77,8 +73,9 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         };
         envelope.name_handler = by.is_none();
         let first = first.map(|event| envelope.frames(event));
-        let ping = Box::pin(sleep(PING));
-        let body = Body::from_stream(Frames { events, envelope, first, ping, over: false, _waiting: waiting });
+        let silence = app.bounds.silence;
+        let ping = Box::pin(sleep(silence));
+        let body = Body::from_stream(Frames { events, envelope, first, silence, ping, over: false, _waiting: waiting });
         let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
         ((headers, body).into_response(), by)
     } else {
@@ -94,7 +91,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     Ok(response)
 }
 
-/// Says which fields were passed over, as far as a header can.
+/// Names the fields that were ignored, if a header can hold their names.
 fn name_ignored(headers: &mut HeaderMap, ignored: &[String]) {
     if let Ok(value) = HeaderValue::from_str(&ignored.join(","))
         && !value.is_empty()
@@ -103,7 +100,7 @@ fn name_ignored(headers: &mut HeaderMap, ignored: &[String]) {
     }
 }
 
-/// Cancels the work when the client is gone: whatever held this is dropped then.
+/// Cancels the work when it is dropped, which happens when the client leaves.
 struct Waiting(Context);
 
 impl Drop for Waiting {
@@ -114,10 +111,10 @@ impl Drop for Waiting {
 
 type Item = Result<Event, HandlerError>;
 
-/// Events of a handler that works in a thread, ahead of the client.
+/// Events of a handler that works in a thread. axum's bodies only pull, and a tokio channel bounds events and not bytes.
 struct Events {
     channel: mpsc::UnboundedReceiver<Item>,
-    /// Bytes of text that lie in the channel.
+    /// Bytes of text in the channel.
     ahead: Arc<AtomicUsize>,
 }
 
@@ -138,7 +135,7 @@ impl Events {
                 }
                 while made.load(Ordering::SeqCst) > AHEAD {
                     if let Err(gone) = context.check() {
-                        // Whoever it is told may be gone.
+                        // The client may have left.
                         let _ = sender.send(Err(gone));
                         return;
                     }
@@ -162,7 +159,7 @@ impl Events {
     }
 }
 
-/// What an item counts in memory: its text, and an allowance for the frame around it.
+/// Returns about the memory of an item, in bytes.
 fn bytes(item: &Item) -> usize {
     match item {
         Ok(Event::Delta { text }) => text.len() + 64,
@@ -170,11 +167,13 @@ fn bytes(item: &Item) -> usize {
     }
 }
 
-/// The body of a stream.
+/// The body of a streamed answer.
 struct Frames {
     events: Events,
     envelope: Envelope,
     first: Option<String>,
+    /// After so long without a frame, a ping is sent.
+    silence: Duration,
     ping: Pin<Box<Sleep>>,
     over: bool,
     _waiting: Waiting,
@@ -195,7 +194,7 @@ impl Stream for Frames {
                     this.over = matches!(event, Event::Usage(_));
                     this.envelope.frames(event)
                 }
-                // A stream that only ends looks whole to clients, so that its failure is said.
+                // A stream that just ends looks complete to clients, so that an error is sent first.
                 Poll::Ready(Some(Err(error))) => {
                     this.over = true;
                     frame(&Refusal::from(error).body())
@@ -207,11 +206,11 @@ impl Stream for Frames {
                 }
                 Poll::Pending => {
                     std::task::ready!(this.ping.as_mut().poll(context));
-                    ": ping\n\n".to_owned()
+                    PING.to_owned()
                 }
             },
         };
-        this.ping.as_mut().reset(Instant::now() + PING);
+        this.ping.as_mut().reset(Instant::now() + this.silence);
         Poll::Ready(Some(Ok(Bytes::from(frames))))
     }
 }

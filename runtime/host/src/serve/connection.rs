@@ -1,10 +1,10 @@
-//! Connections: how many there may be, and how long one may keep the server waiting.
+//! Connections: their number, and how long a client may keep the server waiting.
 //!
-//! When all places are taken, the oldest connection that never sent a whole request gives up its own: whoever only connects keeps
-//! nobody out.
+//! When all places are taken, the oldest connection that has never sent a complete request is closed, so that clients who only connect
+//! keep nobody out.
 //!
-//! A client that sends half a request, does not read its answer, or is gone while more of its requests lie in the buffer, loses its
-//! connection. With it goes the work on its answer.
+//! A client that sends half a request, does not read its answer, or leaves while more of its requests are in the buffer, loses its
+//! connection. The work on its answer ends with it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,14 +31,15 @@ use tokio::time::{Sleep, sleep, timeout};
 
 /// Connections at once: below half of the files that a program may open where nobody raised it.
 const CONNECTIONS_MAX: usize = 400;
-/// How often it is looked whether a client that sends ahead is still there.
+/// How often a client that sends requests ahead is checked for having left.
 const LOOK: Duration = Duration::from_millis(200);
-/// What a client that is refused may still be sending: so long, and so many bytes.
+/// For how long, and how many bytes, a refused client may go on sending.
 const LINGER: (Duration, usize) = (Duration::from_secs(2), 16 << 20);
-/// Most that is kept of a request that is not read yet, in bytes.
+/// Most bytes of a request that are buffered.
 const BUFFER: usize = 128 << 10;
 
-/// How many connections there may be, and how long a client may keep the server waiting.
+/// How many connections there may be, how long a client may keep the server waiting, and how long the server keeps a client waiting
+/// without a word.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     /// Connections at once, each with an answer at most; more wait in the system's queue.
@@ -49,16 +50,20 @@ pub struct Bounds {
     pub body: Duration,
     /// While it takes nothing of what it is sent.
     pub unread: Duration,
+    /// Until a stream says 200 without having begun: what is refused before that has its own status.
+    pub first_event: Duration,
+    /// Between two words of a stream, before it says that it is alive.
+    pub silence: Duration,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
-        let [headers, body, unread] = [15, 30, 30].map(Duration::from_secs);
-        Self { connections: CONNECTIONS_MAX, headers, body, unread }
+        let [headers, body, unread, first_event, silence] = [15, 30, 30, 10, 5].map(Duration::from_secs);
+        Self { connections: CONNECTIONS_MAX, headers, body, unread, first_event, silence }
     }
 }
 
-/// Serves a router's answers until `stopped` says true; then answers under way come to their end, and nothing new is taken.
+/// Serves a router until `stopped` is true. Then it accepts no connection, and returns when the answers under way are complete.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -70,7 +75,7 @@ pub async fn serve(
     let mut mute = VecDeque::<Arc<Mute>>::new();
     loop {
         mute.retain(|connection| Arc::strong_count(connection) > 1 && !connection.spoke.load(Ordering::SeqCst));
-        // Whoever comes next finds a place: when the last is taken, the oldest that has said nothing gives up its own.
+        // The next client always finds a place: when none is left, the oldest silent connection is closed.
         let place = loop {
             if let Ok(place) = places.clone().try_acquire_owned() {
                 break place;
@@ -79,20 +84,20 @@ pub async fn serve(
                 Some(oldest) => oldest.leaves.notify_one(),
                 None => break places.clone().acquire_owned().await?,
             }
-            // It goes in its own time, which is soon.
+            // It closes soon, but not at once.
             if let Ok(place) = timeout(LOOK, places.clone().acquire_owned()).await {
                 break place?;
             }
         };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            // The sender lives as long as the server is wanted.
+            // An error means that the sender is gone, and with it whoever wants the server.
             _ = stopped.wait_for(|stopped| *stopped) => break,
         };
         while connections.try_join_next().is_some() {}
         let stream = match accepted {
             Ok((stream, _)) => stream,
-            // A client that left already, or no descriptor to be had: neither is the end of the server.
+            // The client has left already, or no descriptor is free: the server goes on.
             Err(_) => {
                 sleep(Duration::from_millis(20)).await;
                 continue;
@@ -112,11 +117,11 @@ pub async fn serve(
     Ok(())
 }
 
-/// A connection as long as it has not sent a whole request.
+/// A connection that has not sent a complete request.
 #[derive(Default)]
 struct Mute {
     spoke: AtomicBool,
-    /// It is to give up its place.
+    /// Tells it to close.
     leaves: Notify,
 }
 
@@ -141,7 +146,7 @@ async fn answer(
     let mut ending = false;
     loop {
         tokio::select! {
-            // How it ended concerns nobody: who it was for is gone.
+            // There is nobody left to tell about an error.
             _ = connection.as_mut() => break,
             () = gone(&stream) => return,
             () = state.leaves.notified() => return,
@@ -154,8 +159,8 @@ async fn answer(
     linger(&stream).await;
 }
 
-/// Takes what the client still sends, before the connection is closed: closing it with something unread would take the answer from a
-/// client that has not read it yet.
+/// Reads what the client still sends, before the connection is closed: closing a connection with unread bytes resets it, and the client
+/// would lose an answer that it has not read yet.
 async fn linger(stream: &TcpStream) {
     let (time, bytes) = LINGER;
     let _ = SockRef::from(stream).shutdown(Shutdown::Write);
@@ -173,7 +178,7 @@ async fn linger(stream: &TcpStream) {
     let _ = timeout(time, take).await;
 }
 
-/// Waits until the client has closed its side. HTTP code sees that only once it has read everything that was sent before.
+/// Waits until the client has closed its side. hyper notices that only after it has read all that was sent before.
 async fn gone(stream: &TcpStream) {
     loop {
         match stream.ready(Interest::READABLE).await {
@@ -183,7 +188,7 @@ async fn gone(stream: &TcpStream) {
     }
 }
 
-/// A connection whose writes fail when nothing of them is taken for too long.
+/// A connection whose writes fail when the client takes nothing for too long.
 struct Impatient {
     stream: Arc<TcpStream>,
     patience: Duration,

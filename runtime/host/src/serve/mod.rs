@@ -1,8 +1,8 @@
-//! The server: handlers over HTTP, in the words of OpenAI's API.
+//! The server: handlers over HTTP, by OpenAI's API.
 //!
-//! There are no keys yet, so it listens on this machine alone, and asks browsers which host they think they talk to: a
+//! There are no keys yet, so it listens on this machine alone, and checks the `Host` that a browser believes it talks to: a
 //! page elsewhere can name this machine by a host name of its own (DNS rebinding). Bodies must say that they are JSON,
-//! which a page elsewhere cannot without leave; it is never given. Nothing is logged.
+//! which a page elsewhere cannot without a CORS preflight; that is refused. Nothing is logged.
 
 mod chat;
 mod connection;
@@ -29,13 +29,15 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::handler::Handler;
+use crate::terminal::shown;
+use crate::toml_problems::near;
 pub use connection::Bounds;
 use reply::Refusal;
 
 /// How long answers may go on once the server is asked to stop.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// What clients can name as `model`.
+/// The handlers by the names that clients give as `model`.
 pub type Models = BTreeMap<String, Arc<dyn Handler>>;
 
 /// Opens a port of this machine.
@@ -56,9 +58,9 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
     TcpListener::bind(address).with_context(|| format!("{address}: cannot listen there; --port 0 takes a free port"))
 }
 
-/// A server in a thread of its own.
+/// A server that runs in a thread of its own.
 pub struct Running {
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: SocketAddr,
     models: Arc<RwLock<Models>>,
     stop: watch::Sender<bool>,
@@ -66,18 +68,18 @@ pub struct Running {
 }
 
 impl Running {
-    /// What clients take as base URL.
+    /// Returns the base URL for clients.
     pub fn url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
 
-    /// What puts other models in the place of those that are served. Answers under way come from those that they began with.
+    /// Returns a function that replaces the models. Answers under way go on with the model that they began with.
     pub fn replacer(&self) -> impl Fn(Models) + Send + 'static {
         let served = self.models.clone();
         move |models| *served.write().unwrap_or_else(PoisonError::into_inner) = models
     }
 
-    /// Lets answers come to their end, for half a minute at most, and takes no further requests.
+    /// Takes no further requests, and lets answers under way complete within half a minute.
     pub fn stop(&self) {
         self.stop.send_replace(true);
     }
@@ -90,7 +92,7 @@ impl Running {
         self.thread.join().unwrap_or_else(|_| bail!("the server's thread ended in a panic"))
     }
 
-    /// What stops it from another thread.
+    /// Returns a function that stops it from another thread.
     pub fn stopper(&self) -> impl Fn() + Send + 'static {
         let stop = self.stop.clone();
         move || {
@@ -107,7 +109,7 @@ pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
     start_with(models, listener, Bounds::default())
 }
 
-/// The same with other bounds.
+/// Serves models on a port, with other bounds.
 ///
 /// # Errors
 /// As [`start`].
@@ -115,7 +117,7 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
     ensure!(!models.is_empty(), "there is no model to serve");
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
-    // An answer that is waited for takes a thread, a connection one answer.
+    // Each connection has one answer at most, and each answer takes a thread.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(bounds.connections)
@@ -150,6 +152,8 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
     Ok(Running { address, models, stop, thread })
 }
 
+const CHAT: &str = "/v1/chat/completions";
+
 struct App {
     models: Arc<RwLock<Models>>,
     created: u64,
@@ -170,39 +174,66 @@ fn now() -> u64 {
 
 fn router(app: Arc<App>) -> Router {
     Router::new()
-        .route("/v1/chat/completions", post(chat::chat))
+        .route(CHAT, post(chat::chat))
         .route("/v1/models", get(list))
         .route("/v1/models/{*id}", get(retrieve))
-        .fallback(async || {
-            let known = "there is no such address here; there are /v1/chat/completions, /v1/models and /v1/models/{id}";
-            Refusal::new(StatusCode::NOT_FOUND, known)
-        })
-        .method_not_allowed_fallback(async || {
-            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "this address takes another method")
+        .route("/", get(welcome))
+        .route("/v1", get(welcome))
+        .route("/v1/", get(welcome))
+        .route("/health", get(async || Json(json!({"status": "ok"}))))
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(async |request: Request| {
+            let path = request.uri().path();
+            let method = if path == CHAT { "POST" } else { "GET" };
+            let message = format!("{path} takes {method} and not {}", request.method());
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message)
         })
         .with_state(app)
         .layer(from_fn(only_for_this_machine))
 }
 
-/// Lets a request pass that was meant for this machine by name.
+/// Refuses a request whose `Host` does not name this machine.
 async fn only_for_this_machine(request: Request, next: Next) -> Response {
     let header = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     let named = [header, request.uri().authority().map(|authority| authority.as_str())];
     let meant = header.is_some() && named.into_iter().flatten().all(is_this_machine);
     if !meant {
-        let message = "this server answers to localhost and 127.0.0.1 only; call it by one of these names";
+        let message = "this server answers only when it is called localhost or 127.0.0.1; use one of these in the URL";
         return Refusal::new(StatusCode::FORBIDDEN, message).into_response();
     }
     next.run(request).await
 }
 
-/// Whether a `Host` names this machine, with or without a port.
+/// Returns true if a `Host` names this machine, with or without a port.
 fn is_this_machine(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split_once(']').map_or("", |(name, _)| name),
         None => host.rsplit_once(':').map_or(host, |(name, _)| name),
     };
     name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// Answers people who open the address in a browser, and programs that check whether a server is there.
+async fn welcome(State(app): State<Arc<App>>, request: Request) -> String {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
+    let models = app.models();
+    let names: Vec<&str> = models.keys().map(String::as_str).collect();
+    let text = format!(
+        "homeroom answers OpenAI's API here\nbase URL  http://{host}/v1   any API key will do: none is checked\nmodels    {}\n",
+        names.join(", ")
+    );
+    shown(&text).into_owned()
+}
+
+async fn nothing_here(request: Request) -> Refusal {
+    let path = request.uri().path();
+    let asked = path.trim_end_matches('/');
+    // Under a base URL that is too short or too long, the end of the path is right.
+    let meant = [CHAT, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
+    let known = [CHAT, "/v1/models", "/v1/models/{id}", "/health"];
+    let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
+    let path: String = path.chars().take(80).collect();
+    Refusal::new(StatusCode::NOT_FOUND, format!("{path} is not served here, {hint}"))
 }
 
 async fn list(State(app): State<Arc<App>>) -> Json<Value> {
@@ -229,7 +260,7 @@ fn no_model(app: &App, id: &str) -> Refusal {
     let models = app.models();
     let known: Vec<&str> = models.keys().map(String::as_str).collect();
     let id: String = id.chars().take(80).collect();
-    let message = format!("there is no model `{id}`; there are: {}", known.join(", "));
+    let message = format!("there is no model `{id}` here, {}", near(&id, &known));
     let refusal = Refusal::new(StatusCode::NOT_FOUND, message);
     Refusal { param: Some("model".to_owned()), code: Some("model_not_found"), ..refusal }
 }

@@ -7,57 +7,60 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::handler::{Completion, Event, HandlerError, Kind, Usage};
+use crate::handler::{Completion, Event, FinishReason, HandlerError, Kind, Usage};
 use crate::terminal::shown;
 
-/// The header that says which handler gave an answer, by its name in the file of handlers.
+/// The header with the name of the handler that gave the answer.
 pub const HANDLER: &str = "x-homeroom-handler";
 
-/// What all pieces of an answer say.
+/// What all pieces of an answer have in common.
 pub struct Envelope {
     /// The answer's id.
     pub id: String,
-    /// When it was asked for, in seconds since 1970.
+    /// The time of the request, in seconds since 1970.
     pub created: u64,
-    /// The model's name, as the client asked for it.
+    /// The model's name, as the client gave it.
     pub model: String,
-    /// Whether the usage is a piece of its own.
+    /// The stream ends with a piece for the usage.
     pub include_usage: bool,
-    /// Whether the first piece names the handler: the headers had to go before it was known.
+    /// The first piece names the handler, since the headers were sent before it was known.
     pub name_handler: bool,
 }
 
 impl Envelope {
-    /// A whole answer.
+    /// Returns the body of a whole answer.
     pub fn completion(&self, whole: &Completion) -> Value {
+        let mut choice = json!({
+            "index": 0,
+            "message": {"role": "assistant", "content": whole.text, "refusal": null},
+            "logprobs": null,
+        });
+        end(&mut choice, &whole.finish);
         json!({
             "id": whole.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
-            "choices": [{
-                "index": 0,
-                "message": {"role": "assistant", "content": whole.text, "refusal": null},
-                "logprobs": null,
-                "finish_reason": whole.finish.word(),
-            }],
+            // Moodle reads it without checking that it is there.
+            "system_fingerprint": null,
+            "choices": [choice],
             "usage": usage(whole.usage),
         })
     }
 
-    /// The frames of a stream that an event becomes.
+    /// Returns the frames of a stream for an event.
     pub fn frames(&mut self, event: Event) -> String {
         match event {
             Event::Start { id, handler, .. } => {
                 self.id = id;
-                let mut first = self.chunk(json!({"role": "assistant", "content": ""}), Value::Null);
+                let mut first = self.chunk(json!({"role": "assistant", "content": ""}), None);
                 if self.name_handler {
                     first[HANDLER] = json!(handler);
                 }
                 frame(&first)
             }
-            Event::Delta { text } => frame(&self.chunk(json!({"content": text}), Value::Null)),
-            Event::Finish { reason } => frame(&self.chunk(json!({}), json!(reason.word()))),
+            Event::Delta { text } => frame(&self.chunk(json!({"content": text}), None)),
+            Event::Finish { reason } => frame(&self.chunk(json!({}), Some(&reason))),
             Event::Usage(cost) => {
                 let mut frames = String::new();
                 if self.include_usage {
@@ -70,9 +73,13 @@ impl Envelope {
         }
     }
 
-    fn chunk(&self, delta: Value, finish_reason: Value) -> Value {
+    fn chunk(&self, delta: Value, finish: Option<&FinishReason>) -> Value {
+        let mut choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": null});
+        if let Some(reason) = finish {
+            end(&mut choice, reason);
+        }
         let mut chunk = self.empty_chunk();
-        chunk["choices"] = json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason}]);
+        chunk["choices"] = json!([choice]);
         if self.include_usage {
             chunk["usage"] = Value::Null;
         }
@@ -90,12 +97,28 @@ impl Envelope {
     }
 }
 
+/// Sets why an answer ended. Typed clients fail at a reason that OpenAI does not have: such a one goes into a field of its own, as
+/// OpenRouter names it.
+fn end(choice: &mut Value, reason: &FinishReason) {
+    if let FinishReason::Other(word) = reason {
+        choice["native_finish_reason"] = json!(word);
+    }
+    choice["finish_reason"] = json!(match reason {
+        FinishReason::Other(_) => FinishReason::Stop.word(),
+        known => known.word(),
+    });
+}
+
+/// What keeps a silent stream open: a comment. No empty line follows it, since older versions of OpenAI's Go client take that for an
+/// event without data and fail. axum's `Sse` always sends one after its `KeepAlive`, which is why streams are framed here.
+pub const PING: &str = ": ping\n";
+
 /// One event of a stream. JSON has no line breaks, so it is one line.
 pub fn frame(data: &Value) -> String {
     format!("data: {data}\n\n")
 }
 
-/// What was counted. Clients expect numbers; where a provider did not say, there is no usage at all.
+/// Returns the usage. Clients expect numbers, so that it is null where a provider gave none.
 fn usage(Usage { prompt_tokens, completion_tokens }: Usage) -> Value {
     match (prompt_tokens, completion_tokens) {
         (Some(prompt), Some(completion)) => {
@@ -105,32 +128,32 @@ fn usage(Usage { prompt_tokens, completion_tokens }: Usage) -> Value {
     }
 }
 
-/// An error as clients are told of it.
+/// An error as it is sent to clients.
 pub struct Refusal {
     /// The HTTP status.
     pub status: StatusCode,
-    /// For people.
+    /// The message for people.
     pub message: String,
-    /// OpenAI's word for the kind.
+    /// OpenAI's `type`.
     pub kind: &'static str,
-    /// The field to blame.
+    /// The wrong field.
     pub param: Option<String>,
-    /// OpenAI's word for the case.
+    /// OpenAI's `code`.
     pub code: Option<&'static str>,
-    /// When to come back.
+    /// When to try again.
     pub retry_after: Option<Duration>,
-    /// Whether asking again is of any use; `None`: clients know by the status.
+    /// Whether to try again; `None`: clients decide by the status.
     pub retry: Option<bool>,
 }
 
 impl Refusal {
-    /// A request that is wrong.
+    /// Makes the error of a wrong request.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
         let kind = "invalid_request_error";
         Self { status, message: message.into(), kind, param: None, code: None, retry_after: None, retry: None }
     }
 
-    /// The error's body. What a client sent and is quoted here holds no controls, so that they write over nobody's terminal.
+    /// Returns the body. It quotes what a client sent, without control characters that would act on a terminal.
     pub fn body(&self) -> Value {
         let (message, param) = (shown(&self.message), self.param.as_deref().map(shown));
         json!({"error": {"message": message, "type": self.kind, "param": param, "code": self.code}})
@@ -140,7 +163,7 @@ impl Refusal {
 impl From<HandlerError> for Refusal {
     fn from(error: HandlerError) -> Self {
         let refusal = Self::new(StatusCode::BAD_GATEWAY, error.message);
-        // A handler behind us that does not accept our key or our model is a fault here, not of the client.
+        // When a provider refuses our key or model, the fault is in the file of handlers and not in the request.
         let upstream =
             |refusal: Self, code| Self { kind: "api_error", code: Some(code), retry: Some(false), ..refusal };
         match error.kind {

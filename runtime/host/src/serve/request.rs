@@ -1,29 +1,29 @@
-//! A body of `POST /v1/chat/completions`, read field by field.
+//! The body of `POST /v1/chat/completions`, read field by field.
 //!
-//! What is asked for and cannot be done is refused by name, and so is what is not known: an answer that silently lacks it is worse
-//! than none. What does not change the answer is passed over, and named to the client in `x-ignored-params`.
+//! A field that is not supported or not known is refused by name: an answer that silently ignores it is worse than none. A field that
+//! does not change the answer is ignored, and named in the header `x-ignored-params`.
 
 use serde_json::{Map, Value};
 
 use crate::handler::{HandlerError, Kind, Message, Request, Role};
 use crate::toml_problems::near;
 
-/// What a client asked for.
+/// A request, read.
 #[derive(Debug)]
 pub struct Asked {
     /// The model, by our name for it.
     pub model: String,
-    /// The request itself.
+    /// The request for the handler.
     pub request: Request,
-    /// Whether the answer is sent as it comes.
+    /// The answer is sent as a stream.
     pub stream: bool,
-    /// Whether a stream ends with the usage.
+    /// The stream ends with the usage.
     pub include_usage: bool,
-    /// Fields that were passed over.
+    /// Fields that were ignored.
     pub ignored: Vec<String>,
 }
 
-/// Fields that change the answer and are not honoured yet, and the value that asks for nothing.
+/// Returns, for a field that changes the answer and is not supported yet, whether its value asks for nothing.
 fn asks_for_nothing(field: &str, value: &Value) -> Option<bool> {
     let is_zero = || value.as_f64() == Some(0.0);
     let is_empty = || value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty);
@@ -44,7 +44,7 @@ fn asks_for_nothing(field: &str, value: &Value) -> Option<bool> {
 /// Reads a body.
 ///
 /// # Errors
-/// When it is not JSON, or a field is wrong or not honoured; names the field.
+/// When it is not JSON, or a field is wrong, not supported or not known; names the field.
 pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
     let body: Value = serde_json::from_slice(body).map_err(|error| {
         HandlerError::new(Kind::InvalidRequest { param: None }, format!("the body is not JSON: {error}"))
@@ -58,7 +58,7 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
             Some(true) => {}
             Some(false) => {
                 let message = match field.as_str() {
-                    "n" => "one answer a request is given; n should be 1".to_owned(),
+                    "n" => "a request gets one answer; `n` should be 1".to_owned(),
                     _ => format!("`{field}` is not supported yet; leave it out"),
                 };
                 return Err(HandlerError::invalid(field, message));
@@ -152,7 +152,7 @@ const HONOURED: [&str; 16] = [
     "stream_options",
 ];
 
-/// Fields of OpenAI's API that say nothing about the answer.
+/// Fields of OpenAI's API that do not change the answer.
 const HARMLESS: [&str; 8] = [
     "user",
     "safety_identifier",
@@ -163,7 +163,7 @@ const HARMLESS: [&str; 8] = [
     "prompt_cache_retention",
     "parallel_tool_calls",
 ];
-/// Fields of a message that programs send back as they got them, and that say nothing to the model.
+/// Fields of a message that programs send back as they received them, and that are not for the model.
 const HARMLESS_IN_MESSAGES: [&str; 8] =
     ["name", "id", "refusal", "annotations", "reasoning", "reasoning_content", "thinking", "tool_call_id"];
 
@@ -198,7 +198,10 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
             Some("user") => Role::User,
             Some("assistant") => Role::Assistant,
             Some("tool" | "function") => {
-                return Err(HandlerError::invalid(&at("role"), "messages of tools are not supported yet"));
+                return Err(HandlerError::invalid(
+                    &at("role"),
+                    "messages of tools are not supported yet; send system, developer, user or assistant",
+                ));
             }
             _ => return Err(wrong(&at("role"), "system, developer, user or assistant")),
         };
@@ -233,7 +236,7 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
 
 fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
     let text = |(i, part): (usize, &Value)| match (part["type"].as_str(), part["text"].as_str()) {
-        // `cache_control` and the like: what a part says of itself beside its text.
+        // Such as `cache_control`.
         (Some("text"), Some(_)) if part.as_object().is_some_and(|part| part.len() > 2) => {
             let other =
                 part.as_object().into_iter().flat_map(Map::keys).find(|key| !["type", "text"].contains(&key.as_str()));
@@ -241,9 +244,7 @@ fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
         }
         (Some("text"), Some(text)) => Ok(text.to_owned()),
         (Some("text") | None, _) => Err(wrong(&format!("{at}[{i}]"), "an object with `type` and `text`")),
-        (Some(_), _) => {
-            Err(HandlerError::invalid(&format!("{at}[{i}].type"), "this model reads text and nothing else"))
-        }
+        (Some(_), _) => Err(HandlerError::invalid(&format!("{at}[{i}].type"), "only text is supported")),
     };
     Ok(parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
 }

@@ -1,4 +1,4 @@
-//! Where an endpoint is, and how it is asked.
+//! An endpoint's address and settings, and the texts that it sends as they are passed on.
 
 use std::time::Duration;
 
@@ -6,47 +6,46 @@ use ureq::http::Uri;
 
 use crate::handler::{HandlerError, Kind, Secret};
 
-/// Longest name, id or reason of a provider that is passed on, and longest message, in characters.
+/// Longest name, id or reason, and longest message of a provider that is passed on, in characters.
 const NAME_LIMIT: usize = 200;
 const MESSAGE_LIMIT: usize = 400;
 
-/// Where an endpoint is and how it is asked.
+/// An endpoint and its settings.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    /// The handler's name, by which answers say who gave them.
+    /// The handler's name.
     pub name: String,
-    /// The address that `/chat/completions` follows.
+    /// Its address, without `/chat/completions`.
     pub base_url: BaseUrl,
-    /// The model, in the provider's words.
+    /// The model, by the provider's name for it.
     pub model: String,
-    /// The key, if it wants one.
+    /// The key, if it asks for one.
     pub api_key: Option<Secret>,
     /// Longest wait for a connection.
     pub connect_timeout: Duration,
-    /// Longest silence, before the first word and between two.
+    /// Longest silence, before the first token and between two.
     pub read_timeout: Duration,
     /// Longest time for a whole answer.
     pub answer_timeout: Duration,
-    /// What the provider calls the longest answer: `max_tokens`, or `max_completion_tokens` where that is refused.
+    /// The field for the longest answer: `max_tokens`, or `max_completion_tokens` where that is refused.
     pub max_tokens_param: String,
 }
 
 impl Endpoint {
-    /// A provider's text as it is passed on: without the key, without control characters, not longer than `limit` characters. Only
-    /// what was scrubbed is cut.
+    /// Returns a provider's text without the key and control characters, cut to `limit` characters. It is cut last: half a key is not
+    /// found.
     fn clean(&self, text: &str, limit: usize) -> String {
         let text: String = text.chars().filter(|c| !c.is_control() && !is_invisible(*c)).collect();
         let text = self.api_key.as_ref().map_or(text.clone(), |key| key.scrub(&text));
         text.chars().take(limit).collect()
     }
 
-    /// An id, a name, a reason of the provider.
+    /// Returns an id, a name or a reason of the provider as it is passed on.
     pub(super) fn name_of(&self, text: &str) -> String {
         self.clean(text, NAME_LIMIT)
     }
 
-    /// Text of an answer that comes in pieces: all of it but the key, which may be cut into pieces, too. `held` is what may still become
-    /// the key.
+    /// Returns the text of an answer without the key. Both may come in pieces: `held` is the end that may be the beginning of the key.
     pub(super) fn content(&self, held: &mut String, piece: &str, is_last: bool) -> String {
         let Some(key) = &self.api_key else { return piece.to_owned() };
         held.push_str(piece);
@@ -56,7 +55,7 @@ impl Endpoint {
         text[..text.len() - waits].to_owned()
     }
 
-    /// `message` with what was wrong where.
+    /// Makes an error that names the address.
     pub(super) fn error(&self, kind: Kind, message: &str) -> HandlerError {
         let kind = match kind {
             Kind::InvalidRequest { param } => Kind::InvalidRequest { param: param.map(|param| self.name_of(&param)) },
@@ -66,12 +65,12 @@ impl Endpoint {
     }
 }
 
-/// Whether a character shows nothing and could hide a key from whoever looks for it.
+/// Returns true if a character is invisible: one in a key would hide it from the search for keys.
 fn is_invisible(c: char) -> bool {
     matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-/// An address that is one: `http://` or `https://`, a host, a path.
+/// A checked address: `http://` or `https://`, a host, a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseUrl {
     pub(super) text: String,
@@ -83,7 +82,7 @@ impl BaseUrl {
     /// Reads an address.
     ///
     /// # Errors
-    /// When it is none; says why.
+    /// When it is not an address; says why.
     pub fn parse(text: &str) -> Result<Self, String> {
         let example = "it should be like https://api.example.com/v1";
         let uri: Uri = text.trim_end_matches('/').parse().map_err(|_| format!("not an address; {example}"))?;
@@ -94,23 +93,23 @@ impl BaseUrl {
         };
         let authority = uri.authority().ok_or_else(|| format!("the address has no host; {example}"))?;
         if authority.as_str().contains('@') {
-            return Err("a name or password in the address would be printed; use api_key".to_owned());
+            return Err("a name or password in the address would be printed; leave it out and use api_key".to_owned());
         }
         let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
         if host.is_empty() {
             return Err(format!("the address has no host; {example}"));
         }
         if uri.query().is_some() || text.contains('#') {
-            return Err("the address ends before `?` and `#`".to_owned());
+            return Err("an address with `?` or `#` is not supported; leave out what begins there".to_owned());
         }
         let text = text.trim_end_matches('/').to_owned();
         if text.ends_with("/chat/completions") {
-            return Err("leave /chat/completions away: it is added".to_owned());
+            return Err("leave out /chat/completions: it is added".to_owned());
         }
         Ok(Self { text, host, encrypted })
     }
 
-    /// Whether it is this machine.
+    /// Returns true if it is this machine.
     pub fn is_loopback(&self) -> bool {
         let address = self.host.parse::<std::net::IpAddr>();
         self.host == "localhost" || address.is_ok_and(|address| address.is_loopback())
@@ -121,7 +120,7 @@ impl BaseUrl {
         &self.host
     }
 
-    /// Whether what is sent there can be read on the way.
+    /// Returns true if what is sent there can be read on the way.
     pub fn can_be_overheard(&self) -> bool {
         !self.encrypted && !self.is_loopback()
     }

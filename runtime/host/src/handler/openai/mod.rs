@@ -1,9 +1,10 @@
-//! Any endpoint that speaks OpenAI's API: a provider, another machine's server, ours.
+//! A handler that asks an endpoint which speaks OpenAI's API: a provider, a server in the network, or another `homeroom serve`.
 //!
-//! Always asks for a stream. A stream that ends without a `finish_reason` is an error, since it looks like a short answer
-//! otherwise. Nothing is asked twice, but for an endpoint that refuses `stream_options` and is asked without it, and no redirect is
-//! followed: a key and a conversation go to the address that the user wrote.
+//! It always asks for a stream. A stream that ends without a `finish_reason` is an error, since it would look like a short answer.
+//! Nothing is asked twice, except that an endpoint which refuses `stream_options` is asked again without it. Redirects are not
+//! followed: a key and a conversation go to the address that the user wrote, and to no other.
 
+mod answer;
 mod endpoint;
 mod refusal;
 mod stream;
@@ -18,20 +19,20 @@ pub use self::endpoint::{BaseUrl, Endpoint};
 use self::stream::{Reading, STREAM_OPTIONS};
 use super::{Context, EventStream, Handler, HandlerError, Request};
 
-/// Asks an endpoint.
+/// A handler that asks an endpoint.
 pub struct OpenAi {
     endpoint: Endpoint,
-    /// The endpoint has refused to be asked for the usage.
+    /// The endpoint has refused `stream_options`.
     usage_refused: Arc<AtomicBool>,
 }
 
 impl OpenAi {
-    /// Prepares to ask; connects to nothing.
+    /// Makes a handler; connects to nothing.
     pub fn new(endpoint: Endpoint) -> Self {
         Self { endpoint, usage_refused: Arc::default() }
     }
 
-    /// Who asks for one answer. Shutting it down ends every wait of that answer, and of no other.
+    /// Makes the HTTP client of one answer. Its shutdown ends every wait of that answer, and of no other.
     fn agent(&self) -> Agent {
         let endpoint = &self.endpoint;
         let mut config = Agent::config_builder()
@@ -44,7 +45,7 @@ impl OpenAi {
             .max_redirects_will_error(false)
             .user_agent(concat!("homeroom/", env!("CARGO_PKG_VERSION")));
         if endpoint.base_url.is_loopback() {
-            // What is meant for this machine must not leave it by a proxy of the environment.
+            // A proxy of the environment would take conversations away from this machine.
             config = config.proxy(None);
         }
         Agent::new_with_config(config.build())

@@ -1,7 +1,7 @@
-//! Why a provider gave no answer: its refusals, which are alike and no two the same, and what went wrong on the way.
+//! Why a provider gave no answer: its refusals, whose forms differ, and errors of the connection.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 use ureq::Body;
@@ -13,74 +13,160 @@ use crate::handler::{HandlerError, Kind};
 /// Longest body of a refusal that is read, in bytes.
 const REFUSAL_LIMIT: u64 = 64 << 10;
 
-/// What a refusal comes to.
+/// A refusal, read.
 pub(super) struct Refusal {
     pub(super) error: HandlerError,
-    /// Whether it is about `stream_options`, which some servers do not know.
+    /// It is about `stream_options`, which some servers do not know.
     pub(super) of_stream_options: bool,
 }
 
 /// Reads a refusal.
 pub(super) fn refusal(endpoint: &Endpoint, response: Response<Body>) -> Refusal {
     let status = response.status().as_u16();
-    let header = |name: &str| response.headers().get(name)?.to_str().ok()?.trim().parse::<f64>().ok();
-    let seconds = header("retry-after-ms").map(|ms| ms / 1000.0).or_else(|| header("retry-after"));
-    // An hour and more is as good as never, and what is not a duration is nothing.
-    let retry_after = seconds.and_then(|s| Duration::try_from_secs_f64(s.min(3600.0)).ok());
+    let header = |name: &str| response.headers().get(name)?.to_str().ok().map(|value| value.trim().to_owned());
+    let retry_after = header("retry-after-ms").and_then(|ms| seconds(&ms)).map(|wait| wait / 1000);
+    let retry_after =
+        retry_after.or_else(|| header("retry-after").and_then(|wait| seconds(&wait).or_else(|| until(&wait))));
+    // An hour and more is as good as never.
+    let retry_after = retry_after.map(|wait| wait.min(Duration::from_secs(3600)));
+    let location = header("location").filter(|_| (300..400).contains(&status));
     let text = response.into_body().into_with_config().limit(REFUSAL_LIMIT).read_to_string().unwrap_or_default();
     let body: Value = serde_json::from_str(&text).unwrap_or_default();
     let refused = Refused::read(&body);
     let kind = refused.kind(Some(status), retry_after);
-    let error = endpoint.error(kind, &format!("{} (status {status})", refused.words()));
+    let mut words = match (location, refused.message.as_deref().or_else(|| plain(&text))) {
+        (Some(location), _) => {
+            format!("it redirects to {location}, which is not followed; write that address as base_url")
+        }
+        (None, Some(words)) => words.to_owned(),
+        (None, None) => SILENT.to_owned(),
+    };
+    if status == 404 && refused.message.is_none() && !endpoint.base_url.text.contains("/v1") {
+        words += "; base_url may lack a /v1 at its end";
+    }
+    if endpoint.max_tokens_param == "max_tokens" && words.contains("max_completion_tokens") {
+        words += "; set max_tokens_param = \"max_completion_tokens\" for this handler";
+    }
+    let error = endpoint.error(kind, &format!("{words} (status {status})"));
     Refusal { error, of_stream_options: matches!(status, 400 | 422) && text.contains("stream_options") }
 }
 
-/// An error object of a provider. They are alike, and no two the same.
+const SILENT: &str = "it refused and gave no reason";
+
+/// Reads a number of seconds, which may have a fraction.
+fn seconds(text: &str) -> Option<Duration> {
+    text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+}
+
+/// Returns the time until an HTTP date; zero if that is past.
+fn until(date: &str) -> Option<Duration> {
+    let date = httpdate::parse_http_date(date).ok()?;
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+/// Returns the message of a refusal that is not JSON: the title of a page, or the first line of a text.
+fn plain(text: &str) -> Option<&str> {
+    let title = text.split_once("<title>").and_then(|(_, rest)| rest.split_once("</title>")).map(|(title, _)| title);
+    let line = || text.lines().map(str::trim).find(|line| !line.is_empty());
+    title.map(str::trim).or_else(line).filter(|words| !words.starts_with(['<', '{', '[']))
+}
+
+/// An error object of a provider.
 pub(super) struct Refused {
     message: Option<String>,
+    /// All fields that name the kind of the error, in lower case.
     code: String,
     param: Option<String>,
 }
 
 impl Refused {
-    /// Reads the body of a refusal, or a frame of a stream.
+    /// Reads the body of a refusal, or a piece of a stream.
     pub(super) fn read(body: &Value) -> Self {
-        let error = body.get("error").unwrap_or(body);
+        // Gemini sends a list of one.
+        let body = body.get(0).unwrap_or(body);
+        let error = [&body["error"], &body["errors"][0]].into_iter().find(|error| says(error)).unwrap_or(body);
         let text = |value: &Value| value.as_str().map(str::to_owned);
+        // FastAPI sends a list of problems, each with its place.
+        let details = [&error["message"]["detail"], &body["detail"]];
+        let detail = details.into_iter().find_map(|detail| detail.get(0));
+        let place = detail.and_then(|detail| detail["loc"].as_array()?.last()).and_then(text);
         let message = text(error).or_else(|| text(&error["message"])).or_else(|| text(&body["detail"]));
-        // As FastAPI has it: a list of problems.
-        let message = message.or_else(|| text(&body["detail"][0]["msg"]));
+        let message = message.or_else(|| {
+            let message = text(&detail?["msg"])?;
+            Some(place.as_ref().map_or(message.clone(), |place| format!("{place}: {message}")))
+        });
+        // OpenRouter's own message says only that there was one.
+        let raw = text(&error["metadata"]["raw"]).filter(|raw| !raw.is_empty());
+        let message = message.map(|message| raw.map_or(message.clone(), |raw| format!("{message}: {raw}")));
         let words = [&error["code"], &error["type"], &error["status"]];
-        let code = words.map(|value| text(value).unwrap_or_else(|| value.to_string())).join(" ");
-        Self { message, code, param: text(&error["param"]) }
+        let code = words.map(|value| text(value).unwrap_or_else(|| value.to_string())).join(" ").to_lowercase();
+        Self { message, code, param: text(&error["param"]).or(place) }
+    }
+
+    /// Returns the error that a piece of a stream is or contains.
+    pub(super) fn of_piece(piece: &Value) -> Option<Self> {
+        let choice = &piece["choices"][0];
+        if let Some(at) = [piece, piece.get(0).unwrap_or(piece), choice].into_iter().find(|at| says(&at["error"])) {
+            return Some(Self::read(at));
+        }
+        let is_error = piece["object"] == "error" || piece["type"] == "error";
+        let bare = is_error || piece["message"].is_string() || says(&piece["detail"]);
+        (bare && piece.get("choices").is_none()).then(|| Self::read(piece))
     }
 
     pub(super) fn words(&self) -> &str {
-        self.message.as_deref().unwrap_or("it refused and did not say why")
+        self.message.as_deref().unwrap_or(SILENT)
     }
 
     pub(super) fn kind(&self, status: Option<u16>, retry_after: Option<Duration>) -> Kind {
         let says = |word: &str| self.code.contains(word);
-        // A frame within a stream has no status; some put it into the code.
+        let message = self.message.as_deref().unwrap_or_default().to_lowercase();
+        // A piece of a stream has no status; some put it into the code.
         let status = status.or_else(|| self.code.split(' ').find_map(|word| word.parse().ok()));
         match status {
             _ if says("context_length") || says("exceed_context_size") => Kind::ContextLength,
+            // Most servers have no code for it.
+            Some(400 | 413 | 422) | None if TOO_LONG.iter().any(|words| message.contains(words)) => Kind::ContextLength,
             _ if says("model_not_found") => Kind::NotFound,
-            Some(429) => Kind::RateLimited { retry_after },
+            // 402: the account's money is spent.
+            Some(402 | 429) => Kind::RateLimited { retry_after },
             Some(401 | 403) => Kind::Authentication,
             Some(404 | 405) => Kind::NotFound,
             Some(408 | 504) => Kind::Timeout,
+            // The request is not to blame for these.
+            Some(409 | 423 | 425 | 499) => Kind::Unavailable,
             Some(400..=499) => Kind::InvalidRequest { param: self.param.clone() },
-            Some(500..=599) => Kind::Unavailable,
+            Some(500..=599) => match retry_after {
+                Some(retry_after) => Kind::Overloaded { retry_after },
+                None => Kind::Unavailable,
+            },
             Some(_) => Kind::Protocol,
-            None if says("rate_limit") => Kind::RateLimited { retry_after },
+            None if says("rate_limit") || says("quota") || says("resource_exhausted") => {
+                Kind::RateLimited { retry_after }
+            }
+            None if says("authentication") || says("api_key") => Kind::Authentication,
             None if says("invalid_request") => Kind::InvalidRequest { param: self.param.clone() },
             None => Kind::Unavailable,
         }
     }
 }
 
-/// The kind of what went wrong on the way.
+/// Words of messages about a conversation that does not fit.
+const TOO_LONG: [&str; 5] =
+    ["context length", "context window", "context size", "prompt is too long", "maximum number of tokens"];
+
+/// Returns true if an `error` says anything: some servers send an empty one with every piece.
+fn says(error: &Value) -> bool {
+    match error {
+        Value::Null | Value::Bool(_) => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Number(code) => code.as_f64() != Some(0.0),
+    }
+}
+
+/// Returns the kind of an error of the connection.
 pub(super) fn kind_of(error: &ureq::Error) -> Kind {
     match error {
         ureq::Error::Timeout(_) => Kind::Timeout,
@@ -91,20 +177,22 @@ pub(super) fn kind_of(error: &ureq::Error) -> Kind {
     }
 }
 
-/// The same in words.
+/// Returns its message.
 pub(super) fn words_of(error: &ureq::Error) -> String {
     match error {
-        ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => "no connection in time".to_owned(),
+        ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => {
+            "no connection within connect_timeout_s".to_owned()
+        }
         ureq::Error::Timeout(_) => "no answer in time".to_owned(),
-        ureq::Error::HostNotFound => "there is no such host, or no network".to_owned(),
+        ureq::Error::HostNotFound => "the host was not found: its name is wrong, or there is no network".to_owned(),
         ureq::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            "the connection was refused: nothing listens there".to_owned()
+            "the connection was refused: no server listens there".to_owned()
         }
         other => other.to_string(),
     }
 }
 
-/// Whether a read took too long.
+/// Returns true if a read took too long.
 pub(super) fn is_timeout(error: &io::Error) -> bool {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>());
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)

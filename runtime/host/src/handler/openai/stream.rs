@@ -1,10 +1,9 @@
-//! A provider's stream, read by a thread of its own and made into events.
+//! A request to a provider, made and read by a thread of its own.
 //!
-//! Whoever wants the answer waits beside that thread and not in it: a name that is not found, a connection that does not come, a
-//! provider that is silent or sends comments for ever hold nobody who has left.
+//! The caller waits for that thread's messages and not in its reads, so that neither a name that does not resolve, nor a connection
+//! that hangs, nor a silent provider holds a caller who has left.
 
-use std::collections::VecDeque;
-use std::io::{self, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -13,30 +12,33 @@ use serde_json::{Map, Value};
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
+use super::answer::{Answer, unreadable};
 use super::endpoint::Endpoint;
-use super::refusal::{Refused, is_timeout, kind_of, refusal, words_of};
+use super::refusal::{Refused, kind_of, refusal, words_of};
 use crate::handler::context::PATIENCE;
 use crate::handler::sse::Events;
-use crate::handler::{Context, Event, FinishReason, HandlerError, Kind, Usage, new_id};
+use crate::handler::{Context, Event, HandlerError, Kind};
 
 /// The field that asks for the usage at the end of a stream.
 pub(super) const STREAM_OPTIONS: &str = "stream_options";
-/// Events that are read ahead of whoever wants them.
+/// Events that are read ahead of the caller.
 const AHEAD: usize = 16;
-/// Threads that read at once. Some may still wait for a connection that nobody wants any more.
+/// Longest answer that does not come as a stream, in bytes.
+const WHOLE_BYTES_MAX: u64 = 16 << 20;
+/// Most threads at once. Some of them may still wait for a connection that nobody wants any longer.
 const READERS_MAX: usize = 256;
 
 static READERS: AtomicUsize = AtomicUsize::new(0);
 
-/// What the thread tells.
+/// A message of the thread.
 enum Told {
-    /// The provider takes the request.
+    /// The provider has accepted the request.
     Taken,
     Event(Event),
     Failed(HandlerError),
 }
 
-/// A place among the threads that read.
+/// A place among the threads.
 struct Reader;
 
 impl Reader {
@@ -52,19 +54,19 @@ impl Drop for Reader {
     }
 }
 
-/// Events of an answer as a provider sends them.
+/// The events of an answer, as a provider sends them.
 pub(super) struct Reading {
     told: Receiver<Told>,
-    /// Shut down, it ends the thread's waits.
+    /// Its shutdown ends the thread's waits.
     agent: Option<Agent>,
     context: Context,
 }
 
 impl Reading {
-    /// Sends a request and waits until it is taken.
+    /// Sends a request and waits until it is accepted.
     ///
     /// # Errors
-    /// When it is refused, the provider cannot be reached, or nobody waits any more.
+    /// When it is refused, the provider cannot be reached, or the answer is cancelled.
     pub(super) fn begin(
         endpoint: Endpoint,
         agent: Agent,
@@ -74,7 +76,7 @@ impl Reading {
     ) -> Result<Self, HandlerError> {
         context.check()?;
         let Some(reader) = Reader::new() else {
-            let message = format!("{READERS_MAX} requests are under way already");
+            let message = format!("{READERS_MAX} requests to providers are under way already");
             return Err(endpoint.error(Kind::Unavailable, &message));
         };
         let (sender, told) = sync_channel(AHEAD);
@@ -83,7 +85,7 @@ impl Reading {
         let run = move || {
             let _reader = reader;
             if let Err(error) = ask(&endpoint, &agent, &mut body, &usage_refused, &sender) {
-                // Nobody may wait any more.
+                // The caller may have left.
                 let _ = sender.send(Told::Failed(error));
             }
         };
@@ -92,11 +94,11 @@ impl Reading {
         match reading.wait() {
             Some(Told::Taken) => Ok(reading),
             Some(Told::Failed(error)) => Err(error),
-            Some(Told::Event(_)) | None => Err(words.error(Kind::Internal, "the thread that reads stopped")),
+            Some(Told::Event(_)) | None => Err(words.error(Kind::Internal, "the thread that reads the answer stopped")),
         }
     }
 
-    /// What is told next; `None` when nothing is any more.
+    /// Waits for the next message; `None` after the last.
     fn wait(&self) -> Option<Told> {
         loop {
             if let Err(gone) = self.context.check() {
@@ -121,7 +123,7 @@ impl Iterator for Reading {
     type Item = Result<Event, HandlerError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        // An agent that is gone: the answer was.
+        // Without an agent, the answer is over.
         self.agent.as_ref()?;
         match self.wait() {
             Some(Told::Event(event)) => Some(Ok(event)),
@@ -143,7 +145,7 @@ impl Drop for Reading {
     }
 }
 
-/// Asks, and tells what comes of it as long as somebody listens.
+/// Sends the request and passes the answer on, as long as the caller listens.
 fn ask(
     endpoint: &Endpoint,
     agent: &Agent,
@@ -164,31 +166,60 @@ fn ask(
             return Err(refusal(endpoint, response).error);
         }
     }
-    let kind = response.body().mime_type().unwrap_or("nothing");
-    if kind != "text/event-stream" {
-        return Err(endpoint.error(Kind::Protocol, &format!("it answered with {kind} and not with a stream")));
+    let coding = response.headers().get("content-encoding").and_then(|coding| coding.to_str().ok());
+    if let Some(coding) = coding.filter(|coding| *coding != "identity") {
+        return Err(endpoint
+            .error(Kind::Protocol, &format!("it answered with content-encoding {coding}, which was not asked for")));
     }
     if sender.send(Told::Taken).is_err() {
         return Ok(());
     }
-    // Any length: what is kept of it is bounded line by line, and its text by whoever puts it together.
-    let reader = response.into_body().into_with_config().limit(u64::MAX).reader();
-    let mut answer = Answer {
-        events: Events::new(BufReader::new(reader)),
-        endpoint,
-        ready: VecDeque::new(),
-        started: false,
-        finish: None,
-        usage: Usage::default(),
-        held: String::new(),
-        over: false,
-    };
-    while !answer.over {
-        answer.step()?;
-        for event in answer.ready.drain(..) {
-            if sender.send(Told::Event(event)).is_err() {
-                return Ok(());
+    // No limit: every line is bounded, and so is the text by whoever collects it.
+    let mut reader = BufReader::new(response.into_body().into_with_config().limit(u64::MAX).reader());
+    // Its first character tells what it is; its content-type is often wrong.
+    let first = first(&mut reader).map_err(|error| unreadable(endpoint, &error))?;
+    match first {
+        Some(b'<') => {
+            let message = "it answered with a web page; is base_url the address without /chat/completions, often with /v1 at its end?";
+            Err(endpoint.error(Kind::Protocol, message))
+        }
+        // An answer in one piece, or an error that came too late for a status.
+        Some(b'{' | b'[') => {
+            let mut text = String::new();
+            let read = reader.take(WHOLE_BYTES_MAX).read_to_string(&mut text);
+            read.map_err(|error| unreadable(endpoint, &error))?;
+            let whole: Option<Value> = serde_json::from_str(&text).ok();
+            let is_answer = |whole: &Value| whole["choices"][0].is_object() || Refused::of_piece(whole).is_some();
+            if !whole.as_ref().is_some_and(is_answer) {
+                return Err(endpoint.error(Kind::Protocol, "it answered with JSON that is not an answer"));
             }
+            tell(Answer::new(endpoint, std::iter::once(Ok(text))), sender)
+        }
+        _ => tell(Answer::new(endpoint, Events::new(reader)), sender),
+    }
+}
+
+/// Returns the first byte that is not white space, and leaves it in the reader.
+fn first(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
+    loop {
+        let bytes = reader.fill_buf()?;
+        let white = bytes.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        let first = bytes.get(white).copied();
+        let is_over = bytes.is_empty();
+        reader.consume(white);
+        if first.is_some() || is_over {
+            return Ok(first);
+        }
+    }
+}
+
+fn tell(
+    answer: impl Iterator<Item = Result<Event, HandlerError>>,
+    sender: &SyncSender<Told>,
+) -> Result<(), HandlerError> {
+    for event in answer {
+        if sender.send(Told::Event(event?)).is_err() {
+            break;
         }
     }
     Ok(())
@@ -202,111 +233,4 @@ fn post(endpoint: &Endpoint, agent: &Agent, body: &Map<String, Value>) -> Result
     }
     let body = Value::Object(body.clone()).to_string();
     post.send(body.as_bytes()).map_err(|error| endpoint.error(kind_of(&error), &words_of(&error)))
-}
-
-/// The text of a delta's content: a text, or a list of parts.
-fn text_of(content: &Value) -> String {
-    match content {
-        Value::String(text) => text.clone(),
-        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
-        _ => String::new(),
-    }
-}
-
-/// An answer in the middle of being read.
-struct Answer<'a, R> {
-    events: Events<R>,
-    endpoint: &'a Endpoint,
-    ready: VecDeque<Event>,
-    started: bool,
-    finish: Option<FinishReason>,
-    usage: Usage,
-    /// The end of the text, as long as it may be a part of the key.
-    held: String,
-    over: bool,
-}
-
-impl<R: io::BufRead> Answer<'_, R> {
-    /// Reads one event of the stream and makes events of it.
-    fn step(&mut self) -> Result<(), HandlerError> {
-        let data = match self.events.next() {
-            Some(Ok(data)) => data,
-            // After the finish nothing is missing but perhaps the usage.
-            None | Some(Err(_)) if self.finish.is_some() => {
-                self.end();
-                return Ok(());
-            }
-            None => return Err(self.error(Kind::Cut, "the answer broke off: the connection ended before it did")),
-            Some(Err(error)) if is_timeout(&error) => {
-                return Err(self.error(Kind::Timeout, "the answer stopped in the middle: no further word in time"));
-            }
-            Some(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
-                return Err(self.error(Kind::Protocol, &error.to_string()));
-            }
-            Some(Err(error)) => return Err(self.error(Kind::Cut, &format!("the answer broke off: {error}"))),
-        };
-        if data.trim() == "[DONE]" {
-            if self.finish.is_none() {
-                return Err(self.error(Kind::Cut, "the answer broke off: it is done without a finish_reason"));
-            }
-            self.end();
-            return Ok(());
-        }
-        let chunk: Value =
-            serde_json::from_str(&data).map_err(|_| self.error(Kind::Protocol, "a piece of the answer is not JSON"))?;
-        if chunk.get("error").is_some_and(|error| !error.is_null()) {
-            let refused = Refused::read(&chunk);
-            return Err(self.error(refused.kind(None, None), refused.words()));
-        }
-        self.take(&chunk);
-        Ok(())
-    }
-
-    fn take(&mut self, chunk: &Value) {
-        if !self.started {
-            self.started = true;
-            let text =
-                |key: &str| chunk[key].as_str().map(|text| self.endpoint.name_of(text)).filter(|text| !text.is_empty());
-            let id = text("id").unwrap_or_else(new_id);
-            let model = text("model").unwrap_or_else(|| self.endpoint.model.clone());
-            let handler = self.endpoint.name.clone();
-            self.ready.push_back(Event::Start { id, model, handler });
-        }
-        if let Some(usage) = chunk.get("usage").filter(|usage| usage.is_object()) {
-            let count = |key: &str| usage[key].as_u64();
-            self.usage = Usage { prompt_tokens: count("prompt_tokens"), completion_tokens: count("completion_tokens") };
-        }
-        let choice = &chunk["choices"][0];
-        if self.finish.is_some() {
-            return;
-        }
-        let text = text_of(&choice["delta"]["content"]);
-        let text = self.endpoint.content(&mut self.held, &text, false);
-        if !text.is_empty() {
-            self.ready.push_back(Event::Delta { text });
-        }
-        // Some send an empty reason with every piece.
-        if let Some(reason) = choice["finish_reason"].as_str().filter(|reason| !reason.is_empty()) {
-            self.finish = Some(match reason {
-                "stop" => FinishReason::Stop,
-                "length" => FinishReason::Length,
-                "content_filter" => FinishReason::ContentFilter,
-                other => FinishReason::Other(self.endpoint.name_of(other)),
-            });
-        }
-    }
-
-    fn end(&mut self) {
-        self.over = true;
-        let reason = self.finish.take().unwrap_or(FinishReason::Stop);
-        let text = self.endpoint.content(&mut self.held, "", true);
-        if !text.is_empty() {
-            self.ready.push_back(Event::Delta { text });
-        }
-        self.ready.extend([Event::Finish { reason }, Event::Usage(self.usage)]);
-    }
-
-    fn error(&self, kind: Kind, message: &str) -> HandlerError {
-        self.endpoint.error(kind, message)
-    }
 }

@@ -51,7 +51,10 @@ enum Command {
 
 /// The command line's definition.
 pub fn command() -> clap::Command {
-    with_negative_numbers(Cli::command())
+    // These can do without: a file of handlers names models, too.
+    let without_model = |command: clap::Command| command.mut_arg("model_dir", |model| model.required(false));
+    let command = Cli::command().mut_subcommand("chat", without_model).mut_subcommand("serve", without_model);
+    with_negative_numbers(command)
 }
 
 /// Lets `-1` behind an option be its value, so that the message is about the number.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 use clap::{ArgGroup, Args};
+use homeroom_engine::adapter::is_adapter;
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, replaceable, vacant};
@@ -150,7 +151,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     // To go on from an adapter and put the result in its place is fine; from one inside it is not.
     let init_from = arguments.init_from.as_deref().map(registry::resolve);
     if let (Some(name), Some(path)) = (&arguments.init_from, &init_from) {
-        ensure!(path.exists(), "{}: no such adapter{}", name.display(), did_you_mean(near::model(name)));
+        let name = name.display();
+        ensure!(path.exists(), "{name}: no such adapter{}", did_you_mean(near::model(path)));
+        ensure!(is_adapter(path), "{name}: not an adapter\nhint: a model is trained further with `--model-name {name}` alone");
     }
     let start = init_from.as_deref().filter(|path| !is_same(path, &output_dir));
     let inputs = [

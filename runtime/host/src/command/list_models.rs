@@ -26,7 +26,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         return Ok(Done::Whole);
     }
     if entries.is_empty() {
-        line("no models yet\nhint: `homeroom run` saves one, and so does `homeroom fine-tune --name NAME`");
+        line("no models yet\nhint: `homeroom fine-tune` saves one, and so does `homeroom run`");
         return Ok(Done::Whole);
     }
     // Other people's adapters say what they like of themselves; on a terminal each keeps to its line.

@@ -12,7 +12,9 @@ use super::{Done, print};
 use crate::interrupt;
 use crate::plugin::build::build;
 use crate::plugin::check::{self, Verdict};
-use crate::plugin::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, file_name, new, probe, trust};
+use crate::plugin::find::NONE_HINT;
+use crate::plugin::install::{self, Installed, library, sources};
+use crate::plugin::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, new, probe, trust};
 use crate::progress::line;
 use crate::watch::Tree;
 
@@ -37,8 +39,9 @@ pub enum Plugins {
     },
     /// Checks that a strategy loads, plans, learns, merges and saves as it should; exit code 1 if a check fails
     Check {
-        /// Library of the strategy, such as target/release/libNAME.so; its code is run
-        file: PathBuf,
+        /// Crate of the strategy, which is built, or its library, such as target/release/libNAME.so; its code is run
+        #[arg(value_name = "CRATE-OR-FILE")]
+        path: PathBuf,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -48,6 +51,12 @@ pub enum Plugins {
         /// Directory of the crate
         #[arg(value_name = "CRATE")]
         dir: PathBuf,
+    },
+    /// Copies strategies to the data directory, where every copy of this program finds them, and trusts them; their code is run
+    Install {
+        /// Crates, which are built, or libraries [default: the strategies that come with this program]
+        #[arg(value_name = "CRATE-OR-FILE")]
+        paths: Vec<PathBuf>,
     },
     /// Trusts strategies: writes the digests of their files into plugins.lock; their code is run, to ask for their versions
     Lock {
@@ -68,7 +77,8 @@ pub fn run(plugins: &Plugins) -> Result<Done> {
     match plugins {
         Plugins::List { plugins, json } => list(plugins, *json),
         Plugins::New { name, dir } => new(name, dir.as_deref()),
-        Plugins::Check { file, json } => check(file, *json),
+        Plugins::Check { path, json } => check(path, *json),
+        Plugins::Install { paths } => install(paths),
         Plugins::Watch { dir } => watch(dir),
         Plugins::Lock { names, plugin_dir } => lock(names, plugin_dir),
         Plugins::Probe { file, deadline_s } => probe::answer(file, *deadline_s).map(|()| Done::Whole),
@@ -120,8 +130,7 @@ fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
     }
     if out.is_empty() {
         let dirs: Vec<String> = search.dirs().iter().map(|dir| format!("\n  {}", dir.display())).collect();
-        let dirs = dirs.concat();
-        line(format_args!("no strategies in:{dirs}\nhint: `cargo build --release` puts them beside the program"));
+        line(format_args!("no strategies in:{}\nhint: {NONE_HINT}", dirs.concat()));
         return Ok(Done::Whole);
     }
     print(&out.join("\n"))?;
@@ -133,16 +142,15 @@ fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
     interrupt::end_at_once()?;
     let written = new::create(name, dir.unwrap_or(Path::new(name)))?;
     line(format_args!(
-        "strategy `{name}` is in {}, its code in src/lib.rs, all that it needs in homeroom/\nhint: there, `cargo test`, `cargo build --release`, `homeroom plugins check target/release/{}`",
-        written.display(),
-        file_name(name)
+        "strategy `{name}` is in {}, its code in src/lib.rs, all that it needs in homeroom/\nhint: there, `cargo test` and `homeroom plugins check .`; `homeroom plugins install .` when it is as you want it",
+        written.display()
     ));
     Ok(Done::Whole)
 }
 
 /// Checks a strategy and prints the report; an error when anything failed.
-fn check(file: &Path, as_json: bool) -> Result<Done> {
-    ensure!(file.exists(), "{}: no such file\nhint: build it first, with `cargo build --release`", file.display());
+fn check(path: &Path, as_json: bool) -> Result<Done> {
+    let file = &library(path)?;
     let report = check::check(file, &Probe::this_program()?)?;
     let (failed, all) = (report.failed(), report.checks.len());
     if as_json {
@@ -160,6 +168,21 @@ fn check(file: &Path, as_json: bool) -> Result<Done> {
         print(&lines.collect::<Vec<_>>().join("\n"))?;
     }
     ensure!(failed == 0, "{}: {failed} of {all} checks failed", file.display());
+    Ok(Done::Whole)
+}
+
+/// Installs strategies, one after the other, and says what became of each.
+fn install(paths: &[PathBuf]) -> Result<Done> {
+    let probe = Probe::this_program()?;
+    for path in sources(paths)? {
+        let Installed { entry, replaced, unchanged } = install::install(&path, &probe)?;
+        let what = match replaced {
+            Some(version) => format!("installed, in place of {version}"),
+            None if unchanged => "unchanged".to_owned(),
+            None => "installed".to_owned(),
+        };
+        print(&format!("{}   {}   {what}   {}", entry.name, entry.version, entry.path.display()))?;
+    }
     Ok(Done::Whole)
 }
 

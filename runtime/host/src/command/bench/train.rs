@@ -45,7 +45,7 @@ pub struct Arguments {
     #[arg(long, default_value = "4", value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
     batch_size: u32,
     /// Tokens of one row
-    #[arg(long, default_value = "256", value_name = "TOKENS", value_parser = whole::<usize>(2..=COUNT_MAX))]
+    #[arg(long, default_value = "256", value_name = "TOKENS", value_parser = whole::<usize>(2..=u64::MAX))]
     seq_len: usize,
     /// Steps that are timed
     #[arg(long, default_value = "5", value_name = "N", value_parser = whole::<u32>(1..=STEPS_MAX))]

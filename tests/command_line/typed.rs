@@ -109,6 +109,8 @@ fn flags_of_other_programs_are_answered_with_the_flag_here() -> Result<()> {
         ("chat --max_new_tokens 5", "is '--max-tokens' here"),
         ("fine-tune rows.jsonl", "--training-file rows.jsonl"),
         ("chat tutor", "--model-dir tutor"),
+        ("fine-tune --gradient-checkpointing true", "'--gradient-checkpointing' takes no value: leave out 'true'"),
+        ("fine-tune --target-modules q_proj v_proj", "by commas: --target-modules q_proj,v_proj"),
         ("train --lr 1", "tip: 'train' is 'fine-tune' here"),
         ("fine_tune", "tip: 'fine_tune' is 'fine-tune' here"),
         ("ls", "tip: 'ls' is 'list-models' here"),
@@ -117,7 +119,8 @@ fn flags_of_other_programs_are_answered_with_the_flag_here() -> Result<()> {
     ] {
         wrong(line, &[tip])?;
     }
-    Ok(())
+    // The usage is the command's, and not that of a flag which is spelled alike.
+    wrong("fine-tune --lr 1e-4", &["Usage: homeroom fine-tune [OPTIONS] --model-name <MODEL> --training-file <FILE>\n"])
 }
 
 #[test]

@@ -41,7 +41,7 @@ enum Command {
     ExportModel(export_model::Arguments),
     /// Serves models on this machine to programs that speak OpenAI's API
     Serve(serve::Arguments),
-    /// Lists, writes, builds, checks and locks training strategies
+    /// Lists, writes, builds, checks, installs and locks training strategies
     #[command(subcommand)]
     Plugins(plugins::Plugins),
     /// Measures speed and memory

@@ -108,7 +108,11 @@ pub fn add(error: &mut Error, root: &Command, arguments: &[OsString]) {
     let tip = match error.kind() {
         ErrorKind::UnknownArgument => {
             let wrong = text(error, ContextKind::InvalidArg);
-            wrong.and_then(|wrong| argument(&wrong, asked(root, arguments)))
+            let command = asked(root, arguments);
+            wrong.and_then(|wrong| match wrong.strip_prefix("--") {
+                Some(flag) => self::flag(&wrong, flag, command),
+                None => value(&wrong, command, arguments),
+            })
         }
         ErrorKind::InvalidSubcommand => {
             let wrong = text(error, ContextKind::InvalidSubcommand);
@@ -119,6 +123,9 @@ pub fn add(error: &mut Error, root: &Command, arguments: &[OsString]) {
     if let Some(tip) = tip {
         error.remove(ContextKind::SuggestedArg);
         error.remove(ContextKind::SuggestedSubcommand);
+        // clap's goes on with the flag that it would have suggested.
+        let usage = asked(root, arguments).clone().render_usage();
+        error.insert(ContextKind::Usage, ContextValue::StyledStr(usage));
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
     }
 }
@@ -144,30 +151,46 @@ fn asked<'c>(root: &'c Command, arguments: &[OsString]) -> &'c Command {
     .unwrap_or(root)
 }
 
-/// The tip for an argument that a command does not know.
-fn argument(wrong: &str, command: &Command) -> Option<String> {
-    let has = |flag: &str| {
-        let name = flag.trim_start_matches('-').split(' ').next();
-        command.get_arguments().any(|argument| argument.get_long() == name)
-    };
-    let Some(flag) = wrong.strip_prefix("--") else {
-        // Ollama's `run tutor` and mlx's positional paths.
-        let flags = if wrong.ends_with(".jsonl") || wrong.ends_with(".json") {
-            ["--training-file", "--file"]
-        } else {
-            ["--model-name", "--model-dir"]
-        };
-        let flag = flags.into_iter().find(|flag| !wrong.starts_with('-') && has(flag))?;
-        return Some(format!("name it with a flag: {flag} {wrong}"));
-    };
+fn has(command: &Command, flag: &str) -> bool {
+    let name = flag.trim_start_matches('-').split(' ').next();
+    command.get_arguments().any(|argument| argument.get_long() == name)
+}
+
+/// The tip for a flag that a command does not know.
+fn flag(wrong: &str, flag: &str, command: &Command) -> Option<String> {
     let flag = flag.split('=').next().unwrap_or(flag).to_lowercase().replace('_', "-");
     let same = format!("--{flag}");
-    if has(&same) {
+    if has(command, &same) {
         return Some(format!("'{wrong}' is '{same}' here"));
     }
     let (_, here) = FLAGS.iter().find(|(elsewhere, _)| *elsewhere == flag)?;
-    let here = here.iter().find(|flag| has(flag))?;
+    let here = here.iter().find(|flag| has(command, flag))?;
     Some(format!("'{wrong}' is '{here}' here"))
+}
+
+/// The tip for a word that belongs to no flag.
+fn value(wrong: &str, command: &Command, arguments: &[OsString]) -> Option<String> {
+    let at = arguments.iter().position(|argument| argument == wrong)?;
+    let before = arguments.get(at.checked_sub(1)?)?.to_str()?;
+    // transformers' switches take `true`.
+    if before.starts_with("--") && has(command, before) && ["true", "false", "True", "False", "0", "1", "yes", "no"].contains(&wrong) {
+        return Some(format!("'{before}' takes no value: leave out '{wrong}', and the flag for false"));
+    }
+    // PEFT's scripts take names of modules one after the other.
+    let flag = arguments[..at].iter().rev().find_map(|argument| argument.to_str().filter(|word| word.starts_with("--")));
+    if flag == Some("--target-modules") {
+        return Some(format!("separate the names of modules by commas: --target-modules {before},{wrong}"));
+    }
+    // Ollama's and mlx-lm's positional models and files.
+    if before != command.get_name() || wrong.starts_with('-') {
+        return None;
+    }
+    let flags = match wrong.rsplit('.').next() {
+        Some("json" | "jsonl") => ["--training-file", "--file"],
+        _ => ["--model-name", "--model-dir"],
+    };
+    let flag = flags.into_iter().find(|flag| has(command, flag))?;
+    Some(format!("name it with a flag: {flag} {wrong}"))
 }
 
 /// The tip for a command that is not known.
@@ -201,7 +224,7 @@ mod tests {
                 let known = |command: &&Command| command.get_arguments().any(|argument| argument.get_long() == name);
                 assert!(commands.iter().any(|command| known(command)), "{elsewhere}: {flag}");
             }
-            let tip = commands.iter().find_map(|command| argument(&format!("--{elsewhere}"), command));
+            let tip = commands.iter().find_map(|command| flag(&format!("--{elsewhere}"), elsewhere, command));
             assert!(tip.is_some_and(|tip| tip.contains(here[0]) || here.len() > 1), "{elsewhere}");
         }
         for (elsewhere, here) in COMMANDS {

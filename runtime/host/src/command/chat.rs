@@ -63,11 +63,11 @@ pub struct Arguments {
 }
 
 const HELP: &str = "\
-/handler NAME   go on with another handler or route
-/system TEXT    what the system message says from now on; nothing: none
-/clear          forget what was said
+/handler NAME   continue with another handler or route
+/system TEXT    set the system message; without TEXT remove it
+/clear          forget the conversation
 /exit           end, as Ctrl-D does
-Ctrl-C stops an answer. Everything else is said to the model.";
+Ctrl-C stops an answer. Any other line is said to the model.";
 
 /// Answers one prompt, or talks until stdin ends.
 pub fn run(arguments: &Arguments) -> Result<Done> {
@@ -148,7 +148,7 @@ fn pressed() {
     match STATE.load(Ordering::SeqCst) {
         LISTENING => {
             STATE.store(WARNED, Ordering::SeqCst);
-            eprint!("\nagain to end, or /exit\n> ");
+            eprint!("\npress Ctrl-C again to end, or type /exit\n> ");
         }
         ANSWERING => STATE.store(STOPPING, Ordering::SeqCst),
         // Twice: whoever presses that often wants out.
@@ -174,7 +174,7 @@ impl Session {
         let terminal = io::stdin().is_terminal();
         interrupt::on_press(pressed)?;
         if terminal {
-            eprintln!("{}   /help says what there is", self.name);
+            eprintln!("{}   /help lists the commands", self.name);
         }
         let mut lines = io::stdin().lock();
         loop {
@@ -223,7 +223,7 @@ impl Session {
                 rest.clone_into(&mut self.name);
                 eprintln!("{rest} answers from now on");
             }
-            other => bail!("/{other}: unknown; /help says what there is"),
+            other => bail!("/{other}: unknown; /help lists the commands"),
         }
         Ok(())
     }

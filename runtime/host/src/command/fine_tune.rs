@@ -62,7 +62,7 @@ pub struct Arguments {
     /// Share of the steps in which the learning rate warms up
     #[arg(long, default_value = "0.03", value_name = "SHARE", value_parser = share)]
     warmup_ratio: f64,
-    /// Weight decay
+    /// Weight decay of AdamW
     #[arg(long, default_value = "0", value_name = "X", value_parser = share)]
     weight_decay: f64,
     /// Largest norm of the gradients, which are scaled down to it; 0 sets no limit
@@ -184,6 +184,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     interrupt::listen()?;
     drop(NewDirectory::start(&output_dir)?);
     let steps = planned_steps(rows.train.len(), &config)?;
+    if arguments.output_dir.is_none() && arguments.name.is_none() {
+        let name = registry::short(&output_dir);
+        line(format_args!("name      {name}   --name or --output-dir chooses another"));
+    }
     restate(arguments, &job, &rows, &config, steps);
     let held_out = rows.eval();
     let before = evaluate(&job, &held_out)?;
@@ -220,11 +224,7 @@ fn place(arguments: &Arguments) -> Result<PathBuf> {
     match (&arguments.output_dir, &arguments.name) {
         (Some(directory), _) => Ok(directory.clone()),
         (None, Some(name)) => registry::place(name),
-        (None, None) => {
-            let name = registry::free_name(&[&arguments.training_file, &arguments.model_name])?;
-            line(format_args!("name      {name}   --name or --output-dir chooses another"));
-            registry::place(&name)
-        }
+        (None, None) => registry::place(&registry::free_name(&[&arguments.training_file, &arguments.model_name])?),
     }
 }
 

@@ -98,7 +98,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         if std::mem::replace(&mut pressed, true) {
             std::process::exit(i32::from(interrupt::EXIT_CODE));
         }
-        eprintln!("\nending: answers under way are finished first; again to end at once");
+        eprintln!("\nending: answers under way are finished first; press Ctrl-C again to end at once");
         stop();
     })?;
     eprintln!("serving  {}   Ctrl-C ends", server.url());

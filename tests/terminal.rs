@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -12,6 +12,11 @@ use crate::support::{Place, eval, fixture, homeroom, printed_json, run, succeeds
 
 /// What a command sends to a terminal, as stdout and stderr.
 fn on_terminal(command: &mut Command) -> Result<String> {
+    watched(command, |_, _| {})
+}
+
+/// The same; `see` is shown the child and what it has sent so far, each time it has sent more.
+fn watched(command: &mut Command, mut see: impl FnMut(&Child, &str)) -> Result<String> {
     let (mut ours, mut theirs) = (0, 0);
     let null = std::ptr::null_mut();
     // SAFETY: both numbers outlive the call; null asks for no name and default settings.
@@ -27,6 +32,7 @@ fn on_terminal(command: &mut Command) -> Result<String> {
     // When its last user goes, Linux ends a terminal with an error.
     while let Ok(count @ 1..) = ours.read(&mut buffer) {
         seen.extend(&buffer[..count]);
+        see(&child, &String::from_utf8_lossy(&seen));
     }
     child.wait()?;
     Ok(String::from_utf8(seen)?.replace("\r\n", "\n"))
@@ -153,5 +159,48 @@ fn what_a_model_answers_is_piped_as_it_is_and_shown_on_a_terminal() -> Result<()
     assert!(piped.starts_with('\x1b'), "{piped:?}");
     let seen = on_terminal(&mut chat("4"))?;
     assert!(is_plain(&seen) && seen.contains("\\u{1b}"), "{seen:?}");
+    Ok(())
+}
+
+/// A bar is drawn where it can be drawn over; elsewhere there are lines, as off a terminal.
+#[test]
+fn where_no_bar_can_be_drawn_progress_is_told_in_lines() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 12)?;
+    let train = |variables: &[(&str, &str)]| {
+        let mut command = place.fine_tune(&fixture("models/llama"), &rows);
+        command.args(["--max-steps", "3", "--overwrite"]).env("TERM", "xterm").env_remove("CI").env_remove("NO_COLOR");
+        command.envs(variables.iter().copied());
+        on_terminal(&mut command)
+    };
+    for variables in [&[("TERM", "dumb")][..], &[("CI", "true")], &[("CI", "1"), ("NO_COLOR", "1")]] {
+        let seen = train(variables)?;
+        for step in ["step     1/3   loss ", "step     3/3   loss "] {
+            ensure!(seen.contains(step) && is_plain(&seen), "{variables:?}: no {step} in {seen:?}");
+        }
+        ensure!(seen.contains("   0 seconds left\n"), "{variables:?}: {seen:?}");
+    }
+    for variables in [&[][..], &[("CI", "false")]] {
+        let seen = train(variables)?;
+        ensure!(!seen.contains("step     1/3") && seen.contains("step 3/3 ") && seen.contains('\x1b'), "{seen:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_bar_of_a_run_that_is_stopped_stays_where_it_is() -> Result<()> {
+    let place = Place::new()?;
+    let mut train = place.fine_tune(&fixture("models/llama"), &place.rows("rows.jsonl", 12)?);
+    train.args(["--max-steps", "77777", "--warmup-ratio", "0"]).env("TERM", "xterm").env_remove("CI");
+    let mut stopped = false;
+    let seen = watched(&mut train, |child, seen| {
+        if !stopped && seen.contains("tok/s") {
+            stopped = true;
+            // SAFETY: kill has no memory preconditions; the child was not waited for, so the number is still its own.
+            unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+        }
+    })?;
+    ensure!(stopped && seen.contains("stopped after step ") && seen.contains(" of 77777"), "{seen:?}");
+    ensure!(!seen.contains("77777/77777"), "{seen:?}");
     Ok(())
 }

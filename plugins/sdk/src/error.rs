@@ -12,15 +12,22 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Error(pub PluginError);
 
 impl Error {
-    /// An error at the caller's line.
+    /// An error at the caller's line, if that is the author's: a line of this crate would help nobody, as when a user's option is out
+    /// of range.
     #[track_caller]
     pub fn new(message: impl Into<String>) -> Self {
-        Self(PluginError { message: message.into(), at: Some(here(Location::caller())) })
+        let at = Some(here(Location::caller())).filter(|at| !is_of_sdk(&at.file));
+        Self(PluginError { message: message.into(), at })
     }
 }
 
 pub(crate) fn here(at: &Location<'_>) -> Source {
     Source { file: at.file().to_owned(), line: at.line() }
+}
+
+/// Whether a source file, as the compiler saw it, is one of this crate.
+fn is_of_sdk(file: &str) -> bool {
+    file!().strip_suffix("error.rs").is_some_and(|directory| file.starts_with(directory))
 }
 
 impl std::fmt::Display for Error {

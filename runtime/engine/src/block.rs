@@ -5,7 +5,9 @@
 //! composition of candle operations, differentiated by candle's tape, which runs any recipe. Below the lowest block with a
 //! trainable parameter nothing is kept and nothing is differentiated.
 
-use anyhow::{Context, Result};
+use std::str::FromStr;
+
+use anyhow::{Context, Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 
@@ -17,6 +19,7 @@ use crate::batch::Batch;
 use crate::fused::{Fused, How};
 use crate::model::{BaseModel, EMBEDDING};
 use crate::recipe::Pass;
+use crate::words::value_of;
 
 /// Values in one chunk of logits: the vocabulary-sized logits of a whole batch never exist.
 const LOGITS_CHUNK: usize = 8 << 20;
@@ -241,6 +244,16 @@ impl Compute {
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
         }
+    }
+}
+
+/// `plain` is no word: it is the reference, and for tests alone.
+impl FromStr for Compute {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        let known = [Self::Auto, Self::Bf16, Self::F32, Self::Int8];
+        value_of(word, &known.map(|compute| (compute.name(), compute)))
     }
 }
 

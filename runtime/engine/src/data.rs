@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+use std::str::FromStr;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 
@@ -16,6 +17,7 @@ use crate::files::open_regular;
 use crate::order;
 use crate::template::{ChatTemplate, Rendered, token_starts, tokenize};
 use crate::tokenizer::Tokenizer;
+use crate::words::value_of;
 
 #[cfg(test)]
 mod tests;
@@ -71,6 +73,14 @@ pub enum OnLongRow {
     Truncate,
     /// It is left out.
     Skip,
+}
+
+impl FromStr for OnLongRow {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        value_of(word, &[("refuse", Self::Refuse), ("truncate", Self::Truncate), ("skip", Self::Skip)])
+    }
 }
 
 /// A row as it was read and checked.

@@ -42,3 +42,4 @@ pub mod tensors;
 pub mod tokenizer;
 pub mod train;
 pub mod weight;
+mod words;

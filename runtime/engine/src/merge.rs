@@ -1,8 +1,9 @@
 //! Merging: the adapted modules' effective weights in place of the frozen ones, and a model directory written of them.
 
+use std::str::FromStr;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use candle_core::{D, DType, Tensor};
 use homeroom_abi::plan::ModuleKind;
 use homeroom_kernels::Storage;
@@ -15,6 +16,7 @@ use crate::files::NewDirectory;
 use crate::model::{BaseModel, EMBEDDING, HEAD, Module};
 use crate::recipe::Pass;
 use crate::weight::Weight;
+use crate::words::value_of;
 
 /// The model that an adapted one amounts to, as f32 where modules were adapted.
 ///
@@ -101,6 +103,22 @@ pub enum Floats {
     F16,
     /// 16 bits, 8 of them of precision: a change of a weight by less than a 500th is lost.
     Bf16,
+}
+
+impl FromStr for Floats {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        let known = [
+            ("f32", Self::F32),
+            ("f16", Self::F16),
+            ("bf16", Self::Bf16),
+            ("float32", Self::F32),
+            ("float16", Self::F16),
+            ("bfloat16", Self::Bf16),
+        ];
+        value_of(word, &known)
+    }
 }
 
 impl Floats {

@@ -1,15 +1,17 @@
 //! A base stored in another way: its linear layers through a codec, or all of it as floats of another size.
 
 use std::collections::HashMap;
+use std::str::FromStr;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use homeroom_abi::codec::{Absmax, Block};
 use homeroom_abi::plan::{ModuleKind, Plan};
 use homeroom_kernels::{Codec, CodecBlock, ScaleStorage, Storage, bf16};
 
 use crate::model::{BaseModel, Module};
 use crate::weight::{NativeCodec, Weight};
+use crate::words::value_of;
 
 /// How a base's matrices are to be stored.
 #[derive(Clone, Debug)]
@@ -27,6 +29,16 @@ pub enum StoredAs {
 
 /// Finds a native codec by its name.
 pub type FindNative<'a> = &'a dyn Fn(&str) -> Result<Arc<dyn NativeCodec>>;
+
+/// Native codecs have no word.
+impl FromStr for StoredAs {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        let (nf4, int8) = (Self::Codec(Codec::nf4()), Self::Codec(Codec::int8()));
+        value_of(word, &[("bf16", Self::Bf16), ("f32", Self::F32), ("nf4", nf4), ("int8", int8)])
+    }
+}
 
 impl StoredAs {
     fn applies(&self, module: &Module) -> bool {

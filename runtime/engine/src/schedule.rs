@@ -2,7 +2,12 @@
 //!
 //! Warm-up differs from transformers', whose first step has rate zero: a run of one step would save the base as if it had learned.
 
+use std::str::FromStr;
+
+use anyhow::{Error, Result};
 use serde::{Deserialize, Serialize};
+
+use crate::words::value_of;
 
 /// Shape of the schedule after warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +20,14 @@ pub enum Schedule {
     Linear,
     /// The peak throughout.
     Constant,
+}
+
+impl FromStr for Schedule {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        value_of(word, &[("cosine", Self::Cosine), ("linear", Self::Linear), ("constant", Self::Constant)])
+    }
 }
 
 /// A schedule over a run.

@@ -25,7 +25,7 @@ pub fn listen() -> Result<()> {
         if ASKED.swap(true, Ordering::SeqCst) {
             end();
         }
-        line("\ninterrupted: the run ends after this step and saves what it has; again to end at once");
+        line("\ninterrupted: the run ends after this step and saves what it has; press Ctrl-C again to end at once");
     };
     on_press(handler)
 }

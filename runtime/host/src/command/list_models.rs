@@ -1,24 +1,32 @@
 //! `homeroom list-models`.
 
 use anyhow::Result;
+use clap::Args;
 use serde_json::to_string;
 
-use super::print;
-use crate::cli::{Done, ListModels};
+use super::{Done, print};
 use crate::progress::line;
 use crate::registry;
 use crate::stdout::Stdout;
 use crate::terminal::cell;
 
+/// Arguments of `list-models`.
+#[derive(Args)]
+pub struct Arguments {
+    /// Print one JSON array
+    #[arg(long)]
+    json: bool,
+}
+
 /// Lists the models of the registry.
-pub fn run(arguments: &ListModels) -> Result<Done> {
+pub fn run(arguments: &Arguments) -> Result<Done> {
     let entries = registry::list()?;
     if arguments.json {
         print(&to_string(&entries)?)?;
         return Ok(Done::Whole);
     }
     if entries.is_empty() {
-        line("no models yet\nhint: `homeroom run` saves one, and so does `homeroom fine-tune --name NAME`");
+        line("no models yet\nhint: `homeroom fine-tune` saves one, and so does `homeroom run`");
         return Ok(Done::Whole);
     }
     // Other people's adapters say what they like of themselves; on a terminal each keeps to its line.

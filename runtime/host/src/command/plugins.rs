@@ -4,19 +4,89 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::print;
-use crate::cli::{Done, PluginArgs};
+use super::arguments::PluginArgs;
+use super::{Done, print};
 use crate::interrupt;
 use crate::plugin::build::build;
 use crate::plugin::check::{self, Verdict};
-use crate::plugin::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, file_name, new, trust};
+use crate::plugin::find::NONE_HINT;
+use crate::plugin::install::{self, Installed, library, sources};
+use crate::plugin::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, new, probe, trust};
 use crate::progress::line;
 use crate::watch::Tree;
 
+/// What is done with strategies.
+#[derive(Subcommand)]
+pub enum Plugins {
+    /// Lists each strategy: name, version, digest, file, whether it may be loaded, and options
+    List {
+        #[command(flatten)]
+        plugins: PluginArgs,
+        /// Print one JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Writes the crate of a new strategy, which builds without a network
+    New {
+        /// Name of the strategy: small letters, digits and underscores
+        name: String,
+        /// Directory of the crate [default: NAME in the working directory]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+    /// Checks that a strategy loads, plans, learns, merges and saves as it should; exit code 1 if a check fails
+    Check {
+        /// Crate of the strategy, which is built, or its library, such as target/release/libNAME.so; its code is run
+        #[arg(value_name = "CRATE-OR-FILE")]
+        path: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Builds a strategy's crate now and after each change of its source; a training with --watch-plugins takes each build over
+    Watch {
+        /// Directory of the crate
+        #[arg(value_name = "CRATE")]
+        dir: PathBuf,
+    },
+    /// Copies strategies to the data directory, where every copy of this program finds them, and trusts them; their code is run
+    Install {
+        /// Crates, which are built, or libraries [default: the strategies that come with this program]
+        #[arg(value_name = "CRATE-OR-FILE")]
+        paths: Vec<PathBuf>,
+    },
+    /// Trusts strategies: writes the digests of their files into plugins.lock; their code is run, to ask for their versions
+    Lock {
+        /// Strategies [default: all that are found but those beside the program]
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// Look for strategies in this directory first; may be repeated
+        #[arg(long, value_name = "DIR")]
+        plugin_dir: Vec<PathBuf>,
+    },
+    /// Loads a strategy and answers another process of this program
+    #[command(hide = true)]
+    Probe { file: PathBuf, deadline_s: u32 },
+}
+
+/// Does it.
+pub fn run(plugins: &Plugins) -> Result<Done> {
+    match plugins {
+        Plugins::List { plugins, json } => list(plugins, *json),
+        Plugins::New { name, dir } => new(name, dir.as_deref()),
+        Plugins::Check { path, json } => check(path, *json),
+        Plugins::Install { paths } => install(paths),
+        Plugins::Watch { dir } => watch(dir),
+        Plugins::Lock { names, plugin_dir } => lock(names, plugin_dir),
+        Plugins::Probe { file, deadline_s } => probe::answer(file, *deadline_s).map(|()| Done::Whole),
+    }
+}
+
 /// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
-pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
+fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
     let search = arguments.search()?;
     let files = search.list();
     let loaded: Vec<_> = files.iter().map(|file| (file, search.load_file(file))).collect();
@@ -60,8 +130,7 @@ pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
     }
     if out.is_empty() {
         let dirs: Vec<String> = search.dirs().iter().map(|dir| format!("\n  {}", dir.display())).collect();
-        let dirs = dirs.concat();
-        line(format_args!("no strategies in:{dirs}\nhint: `cargo build --release` puts them beside the program"));
+        line(format_args!("no strategies in:{}\nhint: {NONE_HINT}", dirs.concat()));
         return Ok(Done::Whole);
     }
     print(&out.join("\n"))?;
@@ -69,20 +138,19 @@ pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
 }
 
 /// Writes a new strategy, and says what to do with it.
-pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
+fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
     interrupt::end_at_once()?;
     let written = new::create(name, dir.unwrap_or(Path::new(name)))?;
     line(format_args!(
-        "strategy `{name}` is in {}, its code in src/lib.rs, all that it needs in homeroom/\nhint: there, `cargo test`, `cargo build --release`, `homeroom plugins check target/release/{}`",
-        written.display(),
-        file_name(name)
+        "strategy `{name}` is in {}, its code in src/lib.rs, all that it needs in homeroom/\nhint: there, `cargo test` and `homeroom plugins check .`; `homeroom plugins install .` when it is as you want it",
+        written.display()
     ));
     Ok(Done::Whole)
 }
 
 /// Checks a strategy and prints the report; an error when anything failed.
-pub fn check(file: &Path, as_json: bool) -> Result<Done> {
-    ensure!(file.exists(), "{}: no such file\nhint: build it first, with `cargo build --release`", file.display());
+fn check(path: &Path, as_json: bool) -> Result<Done> {
+    let file = &library(path)?;
     let report = check::check(file, &Probe::this_program()?)?;
     let (failed, all) = (report.failed(), report.checks.len());
     if as_json {
@@ -103,8 +171,23 @@ pub fn check(file: &Path, as_json: bool) -> Result<Done> {
     Ok(Done::Whole)
 }
 
+/// Installs strategies, one after the other, and says what became of each.
+fn install(paths: &[PathBuf]) -> Result<Done> {
+    let probe = Probe::this_program()?;
+    for path in sources(paths)? {
+        let Installed { entry, replaced, unchanged } = install::install(&path, &probe)?;
+        let what = match replaced {
+            Some(version) => format!("installed, in place of {version}"),
+            None if unchanged => "unchanged".to_owned(),
+            None => "installed".to_owned(),
+        };
+        print(&format!("{}   {}   {what}   {}", entry.name, entry.version, entry.path.display()))?;
+    }
+    Ok(Done::Whole)
+}
+
 /// Writes digests into `plugins.lock`.
-pub fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
+fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
     let search = Search::new(plugin_dirs, Trust::default());
     let found = search.list();
     let mut entries = Vec::new();
@@ -141,7 +224,7 @@ pub fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
 }
 
 /// Builds a crate now and after each change of its source, until it is interrupted.
-pub fn watch(dir: &Path) -> Result<Done> {
+fn watch(dir: &Path) -> Result<Done> {
     let manifest = dir.join("Cargo.toml");
     ensure!(manifest.exists(), "{}: no crate is there\nhint: `homeroom plugins new NAME` writes one", dir.display());
     interrupt::listen()?;

@@ -215,16 +215,13 @@ fn local<'a>(
     let (model, base_model) = (text("model"), text("base_model"));
     let any_base = table.get("any_base").and_then(|value| problems.bool("any_base", value));
     let compute = table.get("compute").and_then(|value| Some((value, problems.text("compute", value)?)));
-    let compute = match compute.as_ref().map(|(value, name)| (value, name.as_str())) {
-        None | Some((_, "auto")) => Compute::Auto,
-        Some((_, "bf16")) => Compute::Bf16,
-        Some((_, "f32")) => Compute::F32,
-        Some((value, other)) => {
-            let known = ["auto", "bf16", "f32"];
-            problems.at(value.span(), format!("`compute`: `{other}` is unknown, {}", near(other, &known)));
-            Compute::Auto
+    let compute = compute.map_or(Compute::Auto, |(value, name)| {
+        let known = ["auto", "bf16", "f32"];
+        if !known.contains(&name.as_str()) {
+            problems.at(value.span(), format!("`compute`: `{name}` is unknown, {}", near(&name, &known)));
         }
-    };
+        name.parse().unwrap_or(Compute::Auto)
+    });
     if !table.contains_key("model") {
         missing(problems, span, name, "model");
     }

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::find::strategy_name;
 use super::probe::Failure;
 use super::stage::Staged;
-use super::{PluginFile, Probe};
+use super::{PluginFile, Probe, peft};
 
 /// What came of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -125,6 +125,9 @@ pub fn check(file: &Path, probe: &Probe) -> Result<Report> {
             && conformance::adapt(&tiny.model, plan).is_ok_and(|adaptation| !adaptation.is_whole_model())
     });
     report.add("files", files.map(|why| (if no_mapping { Verdict::Note } else { Verdict::Ok }, why)));
+    if let Some(outcome) = of_peft(&planned) {
+        report.add("PEFT", outcome);
+    }
     if let Some(outcome) = codecs(&planned) {
         report.add("codec", outcome);
     }
@@ -302,6 +305,15 @@ fn merging(planned: &[(&TinyModel, Plan)]) -> Result<(Verdict, String)> {
         }
     }
     fine(format!("merged and not, outputs agree to {most:.0e} of the largest"))
+}
+
+/// `None`: no plan names a type of PEFT's.
+fn of_peft(planned: &[(&TinyModel, Plan)]) -> Option<Result<(Verdict, String)>> {
+    let said: Result<Vec<_>> = planned.iter().map(|(tiny, plan)| peft::check(plan).context(tiny.words)).collect();
+    match said {
+        Ok(said) => said.into_iter().flatten().next_back().map(fine),
+        Err(error) => Some(Err(error)),
+    }
 }
 
 /// `None`: no module has a codec.

@@ -15,6 +15,9 @@ use super::trust::{Policy, Standing, Trust};
 use super::{Plugin, PluginFile, Probe};
 use crate::registry::data_directory;
 
+/// What to do where no strategy is found.
+pub const NONE_HINT: &str = "`cargo build --release` puts them beside the program in target/release; `target/release/homeroom plugins install` copies them to where every copy of the program finds them";
+
 /// The directories in which strategies are looked for, in order.
 pub struct Search {
     dirs: Vec<PathBuf>,
@@ -32,16 +35,20 @@ pub struct StrategyFile {
 }
 
 impl Search {
-    /// `--plugin-dir`, then the directories in `HOMEROOM_PLUGINS`, then `plugins` in the user's data directory, then the
-    /// directory of this program. What is found is loaded if `trust` says so.
+    /// `--plugin-dir`, then the directories in `HOMEROOM_PLUGINS`, then `plugins` in the user's data directory, then those of
+    /// [`beside_program`]. What is found is loaded if `trust` says so.
     pub fn new(plugin_dirs: &[PathBuf], trust: Trust) -> Self {
         let mut dirs = plugin_dirs.to_vec();
         if let Some(list) = std::env::var_os("HOMEROOM_PLUGINS") {
             dirs.extend(std::env::split_paths(&list).filter(|dir| !dir.as_os_str().is_empty()));
         }
         dirs.extend(data_directory().map(|data| data.join("plugins")));
-        let program = std::env::current_exe().and_then(|program| program.canonicalize());
-        dirs.extend(program.ok().and_then(|program| Some(program.parent()?.to_owned())));
+        dirs.extend(beside_program());
+        Self::of(dirs, trust)
+    }
+
+    /// In these directories and no others.
+    pub fn of(dirs: Vec<PathBuf>, trust: Trust) -> Self {
         Self { dirs, trust, program: None }
     }
 
@@ -110,13 +117,15 @@ impl Search {
             return Ok(loaded?.0);
         }
         let known = self.list();
-        let near = nearest(name, known.iter().map(|file| file.name.as_str()));
+        // Papers write LoRA and QLoRA; strategies' names are small.
+        let near = nearest(&name.to_lowercase(), known.iter().map(|file| file.name.as_str()));
         let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
         let dirs: Vec<String> = self.dirs.iter().map(|dir| format!("\n  {}", dir.display())).collect();
-        bail!(
-            "unknown strategy `{name}`{near}\nlooked for {file} in:{}\nhint: `homeroom plugins list` shows what is there; --plugin-dir adds a directory",
-            dirs.concat()
-        );
+        let hint = match known.as_slice() {
+            [] => NONE_HINT,
+            _ => "`homeroom plugins list` shows what is there; --plugin-dir adds a directory",
+        };
+        bail!("unknown strategy `{name}`{near}\nlooked for {file} in:{}\nhint: {hint}", dirs.concat());
     }
 
     /// The strategy files of all directories; of equal names the first, which is the one that is loaded.
@@ -134,6 +143,15 @@ impl Search {
     pub fn dirs(&self) -> &[PathBuf] {
         &self.dirs
     }
+}
+
+/// Where a build and an installation put strategies: the directory of this program, links resolved, and `../lib/homeroom/plugins`
+/// beside that.
+pub fn beside_program() -> Vec<PathBuf> {
+    let program = std::env::current_exe().and_then(|program| program.canonicalize());
+    let Some(dir) = program.ok().and_then(|program| Some(program.parent()?.to_owned())) else { return Vec::new() };
+    let installed = dir.parent().map(|above| above.join("lib/homeroom/plugins"));
+    std::iter::once(dir).chain(installed).collect()
 }
 
 /// The file of a strategy of that name.

@@ -20,7 +20,6 @@ use homeroom_engine::weight::NativeCodec;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::pages::Pages;
 use super::probe::{self, Probe};
 use super::stage::{PluginFile, Staged};
 use super::{call, demand, foreign, text};
@@ -57,9 +56,6 @@ impl Plugin {
             Some((description, probe)) => (description, Some(probe)),
             None => (library.describe()?, None),
         };
-        if probe.is_some() {
-            library.release();
-        }
         let (path, sha256, codec) = (staged.source.clone(), staged.sha256.clone(), library.codec.clone());
         Ok(Self { path, sha256, description, codec, library, probe })
     }
@@ -88,10 +84,7 @@ impl Plugin {
             demand::check(&plan, &request.model)?;
             Ok(plan)
         };
-        let plan = planned();
-        // Of what is left to call, `on_step` and a codec, little is code.
-        self.library.release();
-        plan.with_context(|| format!("strategy `{}`", self.description.name))
+        planned().with_context(|| format!("strategy `{}`", self.description.name))
     }
 
     fn plan_in_child(&self, probe: &Probe, request: &PlanRequest) -> Result<Plan> {
@@ -139,7 +132,6 @@ pub(super) struct Library {
     call: Call,
     abi_minor: u16,
     codec: Option<Arc<dyn NativeCodec>>,
-    pages: Pages,
 }
 
 impl Library {
@@ -155,7 +147,7 @@ impl Library {
         let call = descriptor.call.context("its descriptor has no function `call`")?;
         let get_extension = descriptor.get_extension.context("its descriptor has no function `get_extension`")?;
         let codec = super::native::codec(get_extension)?;
-        Ok(Self { call, abi_minor: descriptor.abi_minor, codec, pages: Pages::around(at.cast()) })
+        Ok(Self { call, abi_minor: descriptor.abi_minor, codec })
     }
 
     /// What it says of itself, within the ABI's limits and fit to be shown.
@@ -178,11 +170,6 @@ impl Library {
         check_plan(&plan).map_err(|problem| anyhow!(problem))?;
         text::clean_plan(&mut plan);
         Ok(plan)
-    }
-
-    /// Lets its code leave memory until it runs again.
-    fn release(&self) {
-        self.pages.release();
     }
 
     fn call<T: DeserializeOwned>(&self, method: u32, input: &[u8], result_max: usize) -> Result<T> {

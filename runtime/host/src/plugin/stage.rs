@@ -1,7 +1,7 @@
 //! A plugin's file before any of its code runs: read once, checked, and copied to where nobody else changes it.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::load::{Plugin, names_entry};
-use super::{Probe, owner, private};
+use super::{Probe, beside_program, owner, private};
 
 /// Size of the largest library that is read: with all its debug information, a strategy has some ten megabytes.
 pub const BYTES_MAX: u64 = 1 << 29;
@@ -22,7 +22,7 @@ pub struct PluginFile {
     pub path: PathBuf,
     /// SHA-256 of the bytes, in hexadecimal digits.
     pub sha256: String,
-    /// Whether it lies in this program's directory and has the program's owner.
+    /// Whether it lies in a directory of [`beside_program`] and has the program's owner.
     pub beside_program: bool,
     bytes: Vec<u8>,
 }
@@ -85,6 +85,20 @@ impl PluginFile {
         Ok(Staged { source: self.path.clone(), sha256: self.sha256.clone(), copy, _dir: dir })
     }
 
+    /// Writes the bytes as a file of that name into a directory of the user's alone, in place of what is there.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn install(&self, path: &Path) -> Result<()> {
+        let dir = path.parent().context("a file lies in a directory")?;
+        let place = || format!("{}: cannot write", path.display());
+        private::create_directories(dir).with_context(place)?;
+        let mut file = tempfile::NamedTempFile::new_in(dir).with_context(place)?;
+        file.write_all(&self.bytes).and_then(|()| file.as_file().sync_all()).with_context(place)?;
+        file.persist(path).with_context(place)?;
+        Ok(())
+    }
+
     /// Loads a private copy of the bytes in this process.
     ///
     /// # Errors
@@ -124,8 +138,9 @@ impl Staged {
     }
 }
 
-fn is_beside_program(path: &Path, file: &File) -> std::io::Result<bool> {
+fn is_beside_program(path: &Path, file: &File) -> Result<bool> {
     let program = std::env::current_exe()?.canonicalize()?;
-    let same_directory = path.canonicalize()?.parent() == program.parent();
-    Ok(same_directory && owner::same_owner(&file.metadata()?, &program.metadata()?))
+    let path = path.canonicalize()?;
+    let here = |dir: &PathBuf| dir.canonicalize().is_ok_and(|dir| path.parent() == Some(&dir));
+    Ok(beside_program().iter().any(here) && owner::same_owner(&file.metadata()?, &program.metadata()?))
 }

@@ -34,7 +34,7 @@ pub enum Policy {
     /// Those beside the program, and those in plugins.lock
     #[default]
     Locked,
-    /// Any, for writing strategies
+    /// Any that is found; for developing strategies
     Dev,
 }
 
@@ -182,6 +182,13 @@ fn alone(dir: &Path) -> Result<File> {
             Err(TryLockError::Error(error)) => return Err(error).with_context(place),
         }
     }
+}
+
+/// The version of a strategy of which that file was locked, in words; "another version" if it was not.
+pub fn locked_version(name: &str, sha256: &str) -> String {
+    let entries = read_lock().unwrap_or_default();
+    let entry = entries.into_iter().find(|entry| entry.name == name && entry.sha256 == sha256);
+    entry.map_or_else(|| "another version".to_owned(), |entry| entry.version)
 }
 
 /// Writes entries into `plugins.lock`, in place of older ones of their names. Says where that is. Of several processes that do so at

@@ -226,6 +226,11 @@ impl AdapterFiles {
         Some(PathBuf::from(name))
     }
 
+    /// PEFT's configuration, if the adapter has one.
+    pub fn peft_config(&self) -> Option<&Map<String, Value>> {
+        self.config.as_ref()
+    }
+
     /// The base with its weights stored as they were in training, where the strategy had them stored otherwise than the files
     /// have them; that takes a while, and `progress` hears of modules done, of all. `native` finds a codec by the strategy and its
     /// name where one is needed that only the strategy's plugin has.

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
-use homeroom_abi::plan::PlanRequest;
+use anyhow::{Context, Result, bail};
+use homeroom_abi::plan::{Peft, PlanRequest};
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
 use homeroom_engine::block::{Blocks, Compute};
@@ -66,14 +66,17 @@ impl Job {
         let model =
             encode(|progress| store_as_planned(model, &plan, requantize, &native, progress)).with_context(place)?;
         if let Some((wanted, kept)) = kept_storage(&model, &plan) {
-            line(format_args!("note: the base keeps its storage, {kept}; `--requantize` would make it {wanted}"));
+            line(format_args!("note: the base keeps its storage, {kept}; with `requantize` it is stored as {wanted}"));
         }
         let mut adaptation = Adaptation::new(&model, plan, seed).with_context(place)?;
         if let Some(path) = init_from {
             let files = AdapterFiles::read(path)?;
-            adaptation
-                .load(files.into_tensors())
-                .with_context(|| format!("{}: cannot start from it", path.display()))?;
+            let differences = differences(files.peft_config(), adaptation.plan.peft.as_ref());
+            let loaded = adaptation.load(files.into_tensors());
+            if loaded.is_err() && !differences.is_empty() {
+                bail!("{}: cannot start from it: it has {}", path.display(), differences.join("; "));
+            }
+            loaded.with_context(|| format!("{}: cannot start from it", path.display()))?;
         }
         let strategy = plugin.record();
         let init_from = init_from.map(Path::to_owned);
@@ -146,6 +149,33 @@ impl Job {
         );
         train(&self.model, &self.adaptation, examples, config, &mut live)
     }
+}
+
+/// How the options that decide on the shapes of an adapter's tensors differ from those of a plan, in words.
+fn differences(theirs: Option<&Map<String, Value>>, plan: Option<&Peft>) -> Vec<String> {
+    let (Some(theirs), Some(plan)) = (theirs, plan) else { return Vec::new() };
+    let of_plan = |name: &str| match name {
+        "peft_type" => Some(Value::from(plan.peft_type.as_str())),
+        name => plan.fields.get(name).cloned(),
+    };
+    // PEFT writes the names of modules in no order, and leaves out what is off.
+    let comparable = |value: Option<Value>| match value {
+        Some(Value::Array(mut names)) => {
+            names.sort_by_key(Value::to_string);
+            Value::Array(names)
+        }
+        Some(Value::Object(map)) if map.is_empty() => Value::Null,
+        Some(Value::Bool(false)) | None => Value::Null,
+        Some(other) => other,
+    };
+    ["peft_type", "r", "rank_pattern", "target_modules", "use_dora"]
+        .into_iter()
+        .filter_map(|name| {
+            let (their, our) = (comparable(theirs.get(name).cloned()), comparable(of_plan(name)));
+            let shown = |value: &Value| if value.is_null() { "none".to_owned() } else { value.to_string() };
+            (their != our).then(|| format!("{name} {}, this run asks for {}", shown(&their), shown(&our)))
+        })
+        .collect()
 }
 
 /// Runs what stores a base otherwise, with a bar on a terminal.

@@ -10,6 +10,7 @@ use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::model::BaseModel;
 
 use crate::job::encode;
+use crate::near;
 use crate::plugin::native;
 use crate::progress::line;
 use crate::registry;
@@ -40,19 +41,66 @@ pub struct ModelRef {
 /// When there is no such model here, or it cannot be run.
 pub fn load_base(name: &Path) -> Result<BaseModel> {
     let path = registry::resolve(name);
-    if !path.exists() {
-        let text = name.to_string_lossy();
-        let hub_like = text.matches('/').count() == 1 && !text.starts_with(['.', '/', '~']) && !text.ends_with(".gguf");
-        if hub_like {
-            bail!(
-                "{text}: no such directory; it looks like a name on the Hugging Face hub, and downloading from there is not built yet\nhint: bring the model's directory or a .gguf file to this machine and name its path"
-            );
-        }
-        bail!(
-            "{text}: no such model\nhint: name a Hugging Face directory or a .gguf file; `homeroom list-models` shows yours"
-        );
-    }
+    ensure!(path.exists(), "{}", not_there(name));
     BaseModel::load(&path)
+}
+
+/// Refuses an adapter where a base model is needed.
+///
+/// # Errors
+/// When the name is an adapter's.
+pub fn refuse_adapter(name: &Path) -> Result<()> {
+    let path = registry::resolve(name);
+    if is_adapter(&path) {
+        let base = AdapterFiles::read(&path).ok().and_then(|files| files.base_path());
+        let base = base.map_or_else(|| "MODEL".to_owned(), |base| base.display().to_string());
+        let name = name.display();
+        bail!("{name}: an adapter on {base}, not a base model\nhint: `--model-name {base} --init-from {name}` trains it further");
+    }
+    Ok(())
+}
+
+/// Why there is no such model, and what to do.
+fn not_there(name: &Path) -> String {
+    let text = name.display();
+    if let Some(near) = near::model(name) {
+        return format!("{text}: no such model, did you mean `{near}`?");
+    }
+    let Some(hub_name) = hub_name(name) else {
+        return format!(
+            "{text}: no such model\nhint: name a Hugging Face directory or a .gguf file; `homeroom list-models` shows the models that were trained here"
+        );
+    };
+    let what = format!("{text}: no such directory; it looks like a name on the Hugging Face hub, and downloading from there is not built yet");
+    if let Some(copy) = in_hub_cache(hub_name) {
+        return format!("{what}\nhint: Hugging Face's cache has a copy, name that: {}", copy.display());
+    }
+    let directory = hub_name.split('/').next_back().unwrap_or(hub_name);
+    format!(
+        "{what}\nhint: download it with `hf download {hub_name} --local-dir {directory}` (of `pip install huggingface_hub`), or a .gguf file of it with a browser, and name that directory or file"
+    )
+}
+
+/// `owner/name`, if a name has that form and no other meaning.
+fn hub_name(name: &Path) -> Option<&str> {
+    let text = name.to_str()?;
+    let (owner, rest) = text.split_once('/')?;
+    let plain = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    let hub_like = plain(owner) && plain(rest) && !text.starts_with('.') && !text.ends_with(".gguf");
+    (hub_like && !Path::new(owner).exists()).then_some(text)
+}
+
+/// The newest copy of a model in the cache of Hugging Face's own programs.
+fn in_hub_cache(hub_name: &str) -> Option<PathBuf> {
+    let hub = match (std::env::var_os("HF_HUB_CACHE"), std::env::var_os("HF_HOME")) {
+        (Some(hub), _) => PathBuf::from(hub),
+        (None, Some(home)) => Path::new(&home).join("hub"),
+        (None, None) => directories::BaseDirs::new()?.home_dir().join(".cache/huggingface/hub"),
+    };
+    let snapshots = hub.join(format!("models--{}", hub_name.replace('/', "--"))).join("snapshots");
+    let copies = std::fs::read_dir(snapshots).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let whole = copies.filter(|copy| copy.join("config.json").exists());
+    whole.max_by_key(|copy| copy.metadata().and_then(|meta| meta.modified()).ok())
 }
 
 impl Loaded {
@@ -131,5 +179,6 @@ pub fn load_rows(
     max_seq_len: Option<usize>,
     on_long_row: OnLongRow,
 ) -> Result<Dataset> {
+    near::exists(path)?;
     load_jsonl(path, encoder(model, max_seq_len, on_long_row)?)
 }

@@ -1,11 +1,12 @@
-//! Progress of long work: a bar on a terminal, plain lines off it. All of it goes to stderr.
+//! Progress of long work: a bar on a terminal, plain lines off it and where bars are not drawn. All of it goes to stderr.
 
+use std::cell::Cell;
 use std::fmt::Display;
-use std::io::{IsTerminal, Write, stderr};
+use std::io::{Write, stderr};
 use std::time::{Duration, Instant};
 
 use homeroom_engine::train::StepReport;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanBytes, HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::machine::peak_memory_bytes;
 use crate::terminal;
@@ -22,6 +23,13 @@ pub fn prompt(text: impl Display) {
     let _ = stderr().write_all(terminal::shown(&text).as_bytes());
 }
 
+/// Where a bar is drawn; `None` off a terminal, on a dumb one, and in continuous integration, whose logs keep each redrawing of a bar.
+fn terminal() -> Option<ProgressDrawTarget> {
+    let target = ProgressDrawTarget::stderr();
+    let ci = std::env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false");
+    (!target.is_hidden() && !ci).then_some(target)
+}
+
 /// Progress of a training run.
 pub struct Training {
     bar: Option<ProgressBar>,
@@ -33,10 +41,10 @@ pub struct Training {
 impl Training {
     /// Before the first of `steps`.
     pub fn start(steps: u64) -> Self {
-        let bar = stderr().is_terminal().then(|| {
+        let bar = terminal().map(|target| {
             let style = "step {pos}/{len} {wide_bar} {msg}  {eta} left";
             let style = ProgressStyle::with_template(style).expect("the template is right");
-            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr()).with_style(style);
+            let bar = ProgressBar::with_draw_target(Some(steps), target).with_style(style);
             bar.enable_steady_tick(Duration::from_secs(1));
             bar
         });
@@ -47,74 +55,88 @@ impl Training {
     pub fn step(&mut self, report: &StepReport, steps: u64) {
         self.tokens += report.tokens;
         self.seconds += report.seconds;
-        let speed = self.tokens as f64 / self.seconds.max(1e-9);
+        let speed = thousands((self.tokens as f64 / self.seconds.max(1e-9)) as usize);
         match &self.bar {
             Some(bar) => {
                 bar.set_position(report.step);
-                bar.set_message(format!("loss {:.3}  {} tok/s", report.loss, thousands(speed as usize)));
+                bar.set_message(format!("loss {:.3}  {speed} tok/s", report.loss));
             }
             None => {
-                // About twenty lines a run, the first and the last among them.
-                let part = |step: u64| step * 20 / steps.max(1);
+                // About ten lines a run, the first and the last among them.
+                let part = |step: u64| step * 10 / steps.max(1);
                 if report.step > 1 && report.step < steps && part(report.step) == part(report.step - 1) {
                     return;
                 }
-                let rest = self.started.elapsed().as_secs_f64() / report.step as f64 * (steps - report.step) as f64;
                 line(format_args!(
-                    "step {:>5}/{steps}   loss {:.3}   lr {:.1e}   {} tok/s   {}   {} left",
+                    "step {:>5}/{steps}   loss {:.3}   lr {:.1e}   {speed} tok/s   {}   {} left",
                     report.step,
                     report.loss,
                     report.learning_rate,
-                    thousands(speed as usize),
-                    peak_memory_bytes().map_or_else(|| "?".to_owned(), bytes),
-                    duration(rest),
+                    peak_memory_bytes().map_or_else(|| "?".to_owned(), |bytes| HumanBytes(bytes).to_string()),
+                    left(self.started, report.step, steps),
                 ));
             }
         }
     }
 
-    /// The run has ended.
+    /// The run has ended: after its last step, or where it was stopped.
     pub fn end(self) {
         if let Some(bar) = self.bar {
-            bar.finish();
+            bar.abandon();
         }
     }
 }
 
-/// A bar over `count` things on a terminal; nothing off it.
-pub fn counting(what: &'static str, count: usize) -> ProgressBar {
+/// The time that the rest takes if it goes on as it began.
+fn left(started: Instant, done: u64, all: u64) -> HumanDuration {
+    let each = started.elapsed().as_secs_f64() / done.max(1) as f64;
+    let rest = Duration::try_from_secs_f64(each * all.saturating_sub(done) as f64);
+    HumanDuration(rest.unwrap_or(Duration::MAX))
+}
+
+/// Progress over things that are counted.
+pub struct Counting {
+    bar: ProgressBar,
+    what: &'static str,
+    started: Instant,
+    told: Cell<Instant>,
+}
+
+/// Time between two lines where no bar is drawn.
+const BETWEEN_LINES: Duration = Duration::from_secs(20);
+
+/// A bar over `count` things; off a terminal a line now and then, none for what is done soon.
+pub fn counting(what: &'static str, count: usize) -> Counting {
     let style = ProgressStyle::with_template("{msg} {pos}/{len} {wide_bar} {eta} left").expect("the template is right");
-    let target = if stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    ProgressBar::with_draw_target(Some(count as u64), target).with_style(style).with_message(what)
+    let target = terminal().unwrap_or_else(ProgressDrawTarget::hidden);
+    let bar = ProgressBar::with_draw_target(Some(count as u64), target).with_style(style).with_message(what);
+    Counting { bar, what, started: Instant::now(), told: Cell::new(Instant::now()) }
+}
+
+impl Counting {
+    /// How many there are.
+    pub fn set_length(&self, count: u64) {
+        self.bar.set_length(count);
+    }
+
+    /// How many are done.
+    pub fn set_position(&self, done: u64) {
+        self.bar.set_position(done);
+        if self.bar.is_hidden() && self.told.get().elapsed() >= BETWEEN_LINES {
+            self.told.set(Instant::now());
+            let all = self.bar.length().unwrap_or(done);
+            let (what, left) = (self.what, left(self.started, done, all));
+            line(format_args!("{what} {}/{}   {left} left", HumanCount(done), HumanCount(all)));
+        }
+    }
+
+    /// All are done, or no more will be.
+    pub fn finish_and_clear(&self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 /// 1,234,567.
-pub fn thousands(number: usize) -> String {
-    let digits = number.to_string();
-    let mut out = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
-/// 1.9 GiB.
-pub fn bytes(bytes: u64) -> String {
-    let bytes = bytes as f64;
-    let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
-    let unit = units.iter().find(|(_, shift)| bytes >= f64::from(1 << shift));
-    unit.map_or_else(|| format!("{bytes} B"), |(name, shift)| format!("{:.1} {name}", bytes / f64::from(1 << shift)))
-}
-
-/// 1h02m, 3m05s or 7s.
-pub fn duration(seconds: f64) -> String {
-    let seconds = seconds.round() as u64;
-    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-        (0, 0, s) => format!("{s}s"),
-        (0, m, s) => format!("{m}m{s:02}s"),
-        (h, m, _) => format!("{h}h{m:02}m"),
-    }
+pub fn thousands(number: usize) -> HumanCount {
+    HumanCount(number as u64)
 }

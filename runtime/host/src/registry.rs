@@ -48,6 +48,42 @@ pub fn place(name: &str) -> Result<PathBuf> {
     Ok(data.join("models").join(name))
 }
 
+/// A name that no model has: the first file's, without its extension and in a name's letters, or the next one's if nothing is left of
+/// that; with a number behind it if it is taken.
+///
+/// # Errors
+/// When there is no place for models.
+pub fn free_name(files: &[&Path]) -> Result<String> {
+    let base = files.iter().find_map(|file| named_after(file)).unwrap_or_else(|| "model".to_owned());
+    let mut name = base.clone();
+    for number in 2.. {
+        if !is_there(&place(&name)?) {
+            break;
+        }
+        name = format!("{base}-{number}");
+    }
+    Ok(name)
+}
+
+/// A name in the letters of [`is_name`], with room for a number.
+fn named_after(file: &Path) -> Option<String> {
+    const LETTERS_MAX: usize = 56;
+    let file = file.file_name()?.to_string_lossy().to_lowercase();
+    let stem = [".jsonl", ".json", ".txt", ".gguf"].iter().find_map(|ending| file.strip_suffix(ending));
+    let mut name = String::new();
+    for c in stem.unwrap_or(&file).chars() {
+        let plain = c.is_ascii_lowercase() || c.is_ascii_digit();
+        match c {
+            c if plain || "._".contains(c) && !name.is_empty() => name.push(c),
+            _ if !name.is_empty() && !name.ends_with('-') => name.push('-'),
+            _ => {}
+        }
+    }
+    name.truncate(LETTERS_MAX);
+    let name = name.trim_end_matches(['-', '.', '_']);
+    (!name.is_empty()).then(|| name.to_owned())
+}
+
 /// The path that a user means: what is there wins, then a model of that name.
 pub fn resolve(name: &Path) -> PathBuf {
     files::recover(name);
@@ -56,6 +92,13 @@ pub fn resolve(name: &Path) -> PathBuf {
     }
     let named = name.to_str().filter(|text| is_name(text)).and_then(|text| place(text).ok());
     named.filter(|path| is_there(path)).unwrap_or_else(|| name.to_owned())
+}
+
+/// What to type for a model: its name if it has one, else its path.
+pub fn short(path: &Path) -> String {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.filter(|name| place(name).is_ok_and(|place| place == path) && !Path::new(name).exists());
+    name.map_or_else(|| path.display().to_string(), str::to_owned)
 }
 
 fn is_there(path: &Path) -> bool {
@@ -137,6 +180,25 @@ fn read(name: String, path: PathBuf) -> Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_gives_a_model_a_name_that_is_one() {
+        for (file, expected) in [
+            ("data/rows.jsonl", "rows"),
+            ("Qwen2.5-0.5B", "qwen2.5-0.5b"),
+            ("Übungen Klasse 7 (neu).jsonl", "bungen-klasse-7-neu"),
+            (".hidden.jsonl", "hidden"),
+            ("__a__.json", "a"),
+            ("SmolLM2.Q4_1.gguf", "smollm2.q4_1"),
+        ] {
+            assert_eq!(named_after(Path::new(file)).as_deref(), Some(expected));
+        }
+        for nothing in ["练习.jsonl", "...", "/"] {
+            assert_eq!(named_after(Path::new(nothing)), None, "{nothing}");
+        }
+        let long = named_after(Path::new(&format!("{}.jsonl", "ab-".repeat(90)))).unwrap();
+        assert!(is_name(&format!("{long}-1000000")), "{long}");
+    }
 
     #[test]
     fn a_name_cannot_leave_the_registry() {

@@ -1,22 +1,66 @@
 //! `homeroom chat`.
 
 use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use homeroom_engine::block::Compute;
 
-use super::reference;
-use crate::cli::{Chat, Done};
+use super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, not_negative, one_of, signed, whole};
+use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, Handlers};
 use crate::handler::local::Local;
 use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, checked};
 use crate::interrupt;
 use crate::models::Loaded;
+use crate::near::exists;
 use crate::stdout::Stdout;
 use crate::terminal::Stream;
+
+/// Arguments of `chat`.
+#[derive(Args)]
+#[command(
+    override_usage = "homeroom chat --model-dir <MODEL> [OPTIONS]\n       homeroom chat [--config <FILE>] [--handler <NAME>] [OPTIONS]"
+)]
+pub struct Arguments {
+    #[command(flatten)]
+    model: Option<ModelArgs>,
+    /// Handler or route to talk to [default: the file's only one]
+    #[arg(long, value_name = "NAME", conflicts_with = "model_dir")]
+    handler: Option<String>,
+    /// TOML file of handlers and routes, as in configs/handlers.toml [default: handlers.toml in $HOMEROOM_HOME]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Say this and print the reply; without it each line of stdin is said, and `/help` lists the commands
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// Text of the system message
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    system: Option<String>,
+    /// Most tokens of a reply
+    #[arg(long, default_value = "256", value_name = "TOKENS", value_parser = whole::<usize>(1..=COUNT_MAX))]
+    max_tokens: usize,
+    /// Temperature: 0 takes the likeliest token each time, higher varies more [default: the handler's, 0.7 with --model-dir]
+    #[arg(long, value_name = "T", value_parser = not_negative)]
+    temperature: Option<f64>,
+    /// Seed of the sampling [default: the handler's, 42 with --model-dir]
+    #[arg(long, value_name = "N", value_parser = signed)]
+    seed: Option<i64>,
+    /// Number format of the products
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "FORMAT",
+        conflicts_with = "config",
+        value_parser = one_of::<Compute>(&ANSWER_COMPUTE)
+    )]
+    compute: Compute,
+}
 
 const HELP: &str = "\
 /handler NAME   go on with another handler or route
@@ -26,18 +70,23 @@ const HELP: &str = "\
 Ctrl-C stops an answer. Everything else is said to the model.";
 
 /// Answers one prompt, or talks until stdin ends.
-pub fn run(arguments: &Chat) -> Result<Done> {
-    let handlers = arguments.config.as_deref().map(Config::read).transpose()?.map(Handlers::new);
-    let (name, handler): (String, Arc<dyn Handler>) = match (&arguments.model, &arguments.handler) {
+pub fn run(arguments: &Arguments) -> Result<Done> {
+    let handlers = handlers(arguments)?;
+    let (name, handler): (String, Arc<dyn Handler>) = match (&arguments.model, &handlers) {
         (Some(model), _) => {
             let name = model.model_dir.display().to_string();
-            (name.clone(), Arc::new(Local::new(name, Loaded::to_answer(&reference(model))?, arguments.compute.into())))
+            (name.clone(), Arc::new(Local::new(name, Loaded::to_answer(&model.reference())?, arguments.compute)))
         }
-        (None, name) => {
-            let name = name.as_ref().context("--handler or --model-dir is needed")?;
-            let handlers = handlers.as_ref().context("--handler needs --config")?;
-            (name.clone(), handlers.get(name)?)
+        (None, Some(handlers)) => {
+            let name = match &arguments.handler {
+                Some(name) => name,
+                None => only(handlers.config())?,
+            };
+            (name.to_owned(), handlers.get(name)?)
         }
+        (None, None) => bail!(
+            "nobody to talk to: name a model with --model-dir, or a handler with --config FILE --handler NAME\nhint: `homeroom list-models` shows your models; a handlers.toml in $HOMEROOM_HOME needs no --config"
+        ),
     };
     let mut session = Session {
         name,
@@ -52,6 +101,35 @@ pub fn run(arguments: &Chat) -> Result<Done> {
     match &arguments.prompt {
         Some(prompt) => session.say(prompt).map(|()| Done::Whole),
         None => session.talk(),
+    }
+}
+
+/// The file of handlers that was named, or that of the data directory where no model was named.
+fn handlers(arguments: &Arguments) -> Result<Option<Handlers>> {
+    let path = match &arguments.config {
+        Some(path) => path.clone(),
+        None if arguments.model.is_some() => return Ok(None),
+        None => {
+            let Some(path) = handlers_of_home() else { return Ok(None) };
+            eprintln!("handlers  {}", path.display());
+            path
+        }
+    };
+    exists(&path)?;
+    Config::read(&path).map(|config| Some(Handlers::new(config)))
+}
+
+/// The only route of a file, or its only handler if it has no route.
+fn only(config: &Config) -> Result<&str> {
+    let (routes, handlers): (Vec<&String>, Vec<&String>) =
+        (config.routes.keys().collect(), config.handlers.keys().collect());
+    match (routes.as_slice(), handlers.as_slice()) {
+        ([name], _) | ([], [name]) => Ok(name),
+        ([], []) => bail!("{}: it has no handler", config.path.display()),
+        _ => {
+            let names: Vec<&str> = routes.into_iter().chain(handlers).map(String::as_str).collect();
+            bail!("{}: name one of its handlers with --handler: {}", config.path.display(), names.join(", "))
+        }
     }
 }
 

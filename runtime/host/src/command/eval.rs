@@ -1,23 +1,44 @@
 //! `homeroom eval`.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
+use clap::Args;
+use homeroom_engine::block::Compute;
 use homeroom_engine::train::evaluate_examples;
 use serde_json::json;
 
-use super::{print, reference};
-use crate::cli::{Done, Eval};
+use super::arguments::{COMPUTE, ModelArgs, RowArgs, one_of};
+use super::{Done, print};
 use crate::models::{Loaded, load_rows};
 use crate::progress;
 
+/// Arguments of `eval`.
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// JSONL file of rows
+    #[arg(long, value_name = "FILE")]
+    file: PathBuf,
+    #[command(flatten)]
+    rows: RowArgs,
+    /// Number format of the products
+    #[arg(long, default_value = "f32", value_name = "FORMAT", value_parser = one_of::<Compute>(&COMPUTE))]
+    compute: Compute,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
 /// Measures a model on rows.
-pub fn run(arguments: &Eval) -> Result<Done> {
-    let Loaded { model, adaptation } = Loaded::load(&reference(&arguments.model))?;
-    let data = load_rows(&arguments.file, &model, arguments.rows.max_seq_len, arguments.rows.on_long_row.into())?;
+pub fn run(arguments: &Arguments) -> Result<Done> {
+    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference())?;
+    let data = load_rows(&arguments.file, &model, arguments.rows.max_seq_len, arguments.rows.on_long_row)?;
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("rows", examples.len());
-    let compute = arguments.compute.into();
     let result =
-        evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64))?;
+        evaluate_examples(&model, adaptation.as_deref(), &examples, arguments.compute, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     let (loss, perplexity, accuracy) = (result.loss, result.perplexity, result.token_accuracy);
     if arguments.json {

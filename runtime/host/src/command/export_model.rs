@@ -1,6 +1,10 @@
 //! `homeroom export-model`.
 
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
 use homeroom_engine::files::{NewDirectory, replaceable, vacant};
 use homeroom_engine::generate::prompt_ids;
 use homeroom_engine::merge::{Floats, divergence, merge, save_model};
@@ -8,12 +12,53 @@ use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use serde_json::json;
 
-use super::{print, reference, spares};
-use crate::cli::{Done, ExportFormat, ExportModel};
+use super::arguments::{ModelArgs, Word, one_of};
+use super::{Done, print, spares};
 use crate::interrupt;
 use crate::models::Loaded;
 use crate::progress::line;
 use crate::registry;
+
+/// Arguments of `export-model`.
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Format of the export
+    #[arg(long, value_enum, default_value = "merged", value_name = "FORMAT")]
+    format: Format,
+    /// Directory for the export [default: the model's name with -merged behind it, in the working directory]
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Number format of the written weights [default: the base's, f32 where it is quantised]
+    ///
+    /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on a
+    /// few questions of general knowledge; on rows like those of the training the loss is larger, and `homeroom eval` measures it.
+    #[arg(long, value_name = "TYPE", value_parser = one_of::<Floats>(&DTYPES))]
+    dtype: Option<Floats>,
+    /// Replace an earlier export in that directory
+    #[arg(long)]
+    overwrite: bool,
+    /// Print one JSON object at the end
+    #[arg(long)]
+    json: bool,
+}
+
+/// Format of an export.
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    /// A Hugging Face directory with the adapter merged into the base
+    Merged,
+}
+
+const DTYPES: [Word; 6] = [
+    ("f32", "32 bits; nothing is lost"),
+    ("f16", "16 bits, 11 of them of precision"),
+    ("bf16", "16 bits, 8 of them of precision"),
+    ("float32", ""),
+    ("float16", ""),
+    ("bfloat16", ""),
+];
 
 /// Texts that the export is compared with the trained model on.
 const PROBES: [&str; 4] = [
@@ -28,24 +73,31 @@ const PROBES: [&str; 4] = [
 const FELT: f64 = 1e-4;
 
 /// Writes a trained model for other programs, and says how far its answers are from the trained model's.
-pub fn run(arguments: &ExportModel) -> Result<Done> {
-    let ExportFormat::Merged = arguments.format;
+pub fn run(arguments: &Arguments) -> Result<Done> {
+    let Format::Merged = arguments.format;
+    let output_dir = match &arguments.output_dir {
+        Some(directory) => Cow::Borrowed(directory.as_path()),
+        None => Cow::Owned(beside(&arguments.model.model_dir)),
+    };
     if !arguments.overwrite {
-        vacant(&arguments.output_dir)?;
+        vacant(&output_dir)?;
     }
-    let Loaded { model, adaptation } = Loaded::load(&reference(&arguments.model))?;
+    if arguments.output_dir.is_none() {
+        line(format_args!("export    merged, to {}   --output-dir chooses another directory", output_dir.display()));
+    }
+    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference())?;
     let adaptation = adaptation.with_context(|| {
         format!("{}: not an adapter, so there is nothing to merge", arguments.model.model_dir.display())
     })?;
     let adapter = registry::resolve(&arguments.model.model_dir);
-    spares(&arguments.output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
+    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
     if arguments.overwrite {
-        replaceable(&arguments.output_dir)?;
+        replaceable(&output_dir)?;
     }
     interrupt::end_at_once()?;
-    let mut directory = NewDirectory::start(&arguments.output_dir)?;
+    let mut directory = NewDirectory::start(&output_dir)?;
     directory.replaces = arguments.overwrite;
-    let floats = arguments.dtype.map_or_else(|| Floats::of(&model), |chosen| Ok(chosen.into()))?;
+    let floats = arguments.dtype.map_or_else(|| Floats::of(&model), Ok)?;
     save_model(&directory, &merge(&model, &adaptation)?, &model, floats)?;
     // Compared as it was written, so that rounding to the file's type counts.
     let written = BaseModel::load(directory.path()).context("the export cannot be read back")?;
@@ -79,4 +131,14 @@ pub fn run(arguments: &ExportModel) -> Result<Done> {
         print(&json!({"output_dir": output_dir, "kl": kl, "dtype": floats.name()}).to_string())?;
     }
     Ok(Done::Whole)
+}
+
+/// `NAME-merged` in the working directory, for the model's name or the last part of its path.
+fn beside(model: &Path) -> PathBuf {
+    // Of `.` and `outputs/..` the name is that of the directory that they lead to.
+    let path = if model.file_name().is_some() { None } else { model.canonicalize().ok() };
+    let name = path.as_deref().unwrap_or(model).file_name();
+    let mut name = name.map_or_else(|| "model".into(), std::ffi::OsString::from);
+    name.push("-merged");
+    name.into()
 }

@@ -1,40 +1,157 @@
 //! `homeroom fine-tune`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
+use clap::{ArgGroup, Args};
+use homeroom_engine::block::Compute;
 use homeroom_engine::data::{Dataset, Example};
 use homeroom_engine::files::{NewDirectory, replaceable, vacant};
 use homeroom_engine::model::BaseModel;
+use homeroom_engine::schedule::Schedule;
 use homeroom_engine::train::{Broken, Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
 use serde_json::{Map, Value};
 
-use super::{is_same, print, spares, this_program};
-use crate::cli::{Done, FineTune};
+use super::arguments::{
+    COMPUTE, COUNT_MAX, PluginArgs, RowArgs, Word, above_zero, key_value, not_negative, one_of, rate, share, whole,
+};
+use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
-use crate::models::{load_base, load_rows};
+use crate::models::{load_base, load_rows, refuse_adapter};
+use crate::near::{self, did_you_mean, exists};
 use crate::progress::{self, line, thousands};
 use crate::registry;
 
-/// The strategy's learning rate when neither it nor the user says one.
+/// Arguments of `fine-tune`.
+#[derive(Args)]
+#[command(group(ArgGroup::new("place").args(["output_dir", "name"])))]
+pub struct Arguments {
+    /// Base model: a Hugging Face directory, a .gguf file, or a name from `homeroom list-models`
+    #[arg(long, value_name = "MODEL")]
+    model_name: PathBuf,
+    /// JSONL file of rows: `messages`, `prompt` and `completion`, or `text`
+    #[arg(long, value_name = "FILE")]
+    training_file: PathBuf,
+    /// Directory for the result: an adapter, or a model with strategy `full`
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Name of the result in `homeroom list-models` [default: the training file's, with a number if it is taken]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Replace an earlier result in that directory or of that name
+    #[arg(long, requires = "place")]
+    overwrite: bool,
+    /// Training strategy; `homeroom plugins list` shows what there is
+    #[arg(long, default_value = "lora", value_name = "NAME")]
+    strategy: String,
+    /// Passes over the training rows
+    #[arg(long, default_value = "1", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
+    epochs: u64,
+    /// Stop after this many steps, wherever the epoch is
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
+    max_steps: Option<u64>,
+    /// Peak learning rate [default: what the strategy proposes, else 2e-4]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    learning_rate: Option<f64>,
+    /// Shape of the learning rate after warm-up
+    #[arg(long, default_value = "cosine", value_name = "SHAPE", value_parser = one_of::<Schedule>(&SCHEDULES))]
+    lr_scheduler_type: Schedule,
+    /// Share of the steps in which the learning rate warms up
+    #[arg(long, default_value = "0.03", value_name = "SHARE", value_parser = share)]
+    warmup_ratio: f64,
+    /// Weight decay
+    #[arg(long, default_value = "0", value_name = "X", value_parser = share)]
+    weight_decay: f64,
+    /// Largest norm of the gradients, which are scaled down to it; 0 sets no limit
+    #[arg(long, default_value = "1", value_name = "NORM", value_parser = not_negative)]
+    max_grad_norm: f64,
+    /// Rank of the adapter [default: 16]
+    #[arg(long, alias = "r", value_name = "R", value_parser = whole::<u64>(0..=u64::MAX))]
+    lora_r: Option<u64>,
+    /// Alpha of the adapter, whose update is scaled by alpha / r [default: 2 r]
+    #[arg(long, value_name = "ALPHA", value_parser = above_zero)]
+    lora_alpha: Option<f64>,
+    /// Dropout on the adapter's input [default: 0]
+    #[arg(long, value_name = "P", value_parser = share)]
+    lora_dropout: Option<f64>,
+    /// Modules to adapt: all-linear, names separated by commas, or one regular expression [default: all-linear]
+    #[arg(long, value_name = "NAMES")]
+    target_modules: Option<String>,
+    /// Any other option of the strategy, its value as JSON or text; `homeroom plugins list` shows them; may be repeated
+    #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
+    options: Vec<(String, Value)>,
+    /// Start from the weights of this adapter: a directory, or a name from `homeroom list-models`
+    #[arg(long, value_name = "MODEL")]
+    init_from: Option<PathBuf>,
+    /// Rows of one batch
+    #[arg(long, default_value = "8", value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    batch_size: u32,
+    /// Batches of one step
+    #[arg(long, default_value = "1", value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    gradient_accumulation_steps: u32,
+    /// Save memory: keep only the input of each layer, and compute the layer again in the backward pass
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Compute each batch in a pass of its own; else a pass is filled with as many rows of the step as fit
+    #[arg(long)]
+    no_packing: bool,
+    /// Encode a base that is already quantised (GGUF) again, as the strategy asks; else it keeps its storage
+    #[arg(long)]
+    requantize: bool,
+    /// Number format of the products
+    #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = one_of::<Compute>(&COMPUTE))]
+    compute: Compute,
+    #[command(flatten)]
+    rows: RowArgs,
+    /// JSONL file of held-out rows; their loss is measured before and after the training
+    #[arg(long, value_name = "FILE", conflicts_with = "eval_fraction")]
+    eval_file: Option<PathBuf>,
+    /// Share of the training rows to hold out instead
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    eval_fraction: Option<f64>,
+    /// Seed of the order of rows, of first values and of dropout
+    #[arg(long, default_value = "42", value_name = "N", value_parser = whole::<u64>(0..=u64::MAX))]
+    seed: u64,
+    /// Keep the rows in the order of the file
+    #[arg(long)]
+    no_shuffle: bool,
+    /// Watch the strategy's file, and continue with a new build of it between two steps
+    #[arg(long)]
+    watch_plugins: bool,
+    #[command(flatten)]
+    plugins: PluginArgs,
+    /// Print one JSON object at the end
+    #[arg(long)]
+    json: bool,
+}
+
+const SCHEDULES: [Word; 3] = [
+    ("cosine", "Half a cosine from the peak to zero"),
+    ("linear", "A straight line from the peak to zero"),
+    ("constant", "The peak throughout"),
+];
+
+/// The learning rate when neither the strategy nor the user gives one.
 const DEFAULT_LEARNING_RATE: f64 = 2e-4;
 
 /// Trains, and saves an adapter or a model.
-pub fn run(arguments: &FineTune) -> Result<Done> {
+pub fn run(arguments: &Arguments) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
     config(arguments, None).check()?;
-    let output_dir = match (&arguments.output_dir, &arguments.name) {
-        (Some(directory), _) => directory.clone(),
-        (None, Some(name)) => registry::place(name)?,
-        (None, None) => bail!("name where the result goes: --output-dir DIR or --name NAME"),
-    };
+    refuse_adapter(&arguments.model_name)?;
+    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
+    files.into_iter().flatten().try_for_each(|file| exists(file))?;
+    let output_dir = place(arguments)?;
     if !arguments.overwrite {
         vacant(&output_dir)?;
     }
     // To go on from an adapter and put the result in its place is fine; from one inside it is not.
     let init_from = arguments.init_from.as_deref().map(registry::resolve);
+    if let (Some(name), Some(path)) = (&arguments.init_from, &init_from) {
+        ensure!(path.exists(), "{}: no such adapter{}", name.display(), did_you_mean(near::model(name)));
+    }
     let start = init_from.as_deref().filter(|path| !is_same(path, &output_dir));
     let inputs = [
         ("the base model", Some(registry::resolve(&arguments.model_name))),
@@ -95,6 +212,19 @@ pub fn run(arguments: &FineTune) -> Result<Done> {
     Ok(if outcome.report.interrupted { Done::Interrupted } else { Done::Whole })
 }
 
+/// Where the result goes: what was named, or a name after the training file.
+fn place(arguments: &Arguments) -> Result<PathBuf> {
+    match (&arguments.output_dir, &arguments.name) {
+        (Some(directory), _) => Ok(directory.clone()),
+        (None, Some(name)) => registry::place(name),
+        (None, None) => {
+            let name = registry::free_name(&[&arguments.training_file, &arguments.model_name])?;
+            line(format_args!("name      {name}   --name or --output-dir chooses another"));
+            registry::place(&name)
+        }
+    }
+}
+
 /// Trains with a progress bar, until the end or an interruption.
 fn train(job: &Job, examples: &[&Example], config: &TrainConfig, steps: u64) -> Result<TrainReport> {
     let mut bar = progress::Training::start(steps);
@@ -122,7 +252,7 @@ fn evaluate(job: &Job, examples: &[&Example]) -> Result<Option<Evaluation>> {
 ///
 /// # Errors
 /// When one is given twice, with two values.
-fn options(arguments: &FineTune) -> Result<Map<String, Value>> {
+fn options(arguments: &Arguments) -> Result<Map<String, Value>> {
     let flags = [
         ("--lora-r", "r", arguments.lora_r.map(Value::from)),
         ("--lora-alpha", "lora_alpha", arguments.lora_alpha.map(Value::from)),
@@ -153,14 +283,14 @@ fn targets(text: &str) -> Value {
     text.split(',').filter(|name| !name.is_empty()).collect()
 }
 
-fn config(arguments: &FineTune, proposed: Option<f64>) -> TrainConfig {
+fn config(arguments: &Arguments, proposed: Option<f64>) -> TrainConfig {
     TrainConfig {
         epochs: arguments.epochs,
         max_steps: arguments.max_steps,
         batch_size: arguments.batch_size as usize,
         gradient_accumulation_steps: arguments.gradient_accumulation_steps as usize,
         learning_rate: arguments.learning_rate.or(proposed).unwrap_or(DEFAULT_LEARNING_RATE),
-        lr_scheduler_type: arguments.lr_scheduler_type.into(),
+        lr_scheduler_type: arguments.lr_scheduler_type,
         warmup_ratio: arguments.warmup_ratio,
         weight_decay: arguments.weight_decay,
         max_grad_norm: arguments.max_grad_norm,
@@ -168,7 +298,7 @@ fn config(arguments: &FineTune, proposed: Option<f64>) -> TrainConfig {
         shuffle: !arguments.no_shuffle,
         gradient_checkpointing: arguments.gradient_checkpointing,
         packing: !arguments.no_packing,
-        compute: arguments.compute.into(),
+        compute: arguments.compute,
     }
 }
 
@@ -184,8 +314,8 @@ struct Rows {
 }
 
 impl Rows {
-    fn load(arguments: &FineTune, model: &BaseModel) -> Result<Self> {
-        let load = |file: &Path| load_rows(file, model, arguments.rows.max_seq_len, arguments.rows.on_long_row.into());
+    fn load(arguments: &Arguments, model: &BaseModel) -> Result<Self> {
+        let load = |file: &Path| load_rows(file, model, arguments.rows.max_seq_len, arguments.rows.on_long_row);
         let data = load(&arguments.training_file)?;
         let eval_file = arguments.eval_file.as_deref().map(load).transpose()?;
         let (train, eval) = match arguments.eval_fraction {
@@ -208,7 +338,7 @@ impl Rows {
 }
 
 /// Restates the run, so that a wrong one is seen before it has cost anything.
-fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig, steps: u64) {
+fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, steps: u64) {
     let Job { model, adaptation, strategy, .. } = job;
     let parameters = model.parameter_count();
     let trained = adaptation.trainable_count();
@@ -268,10 +398,10 @@ fn tell(path: &Path, report: &TrainReport, before: Option<Evaluation>, after: Op
             report.planned_steps
         ));
         line(format_args!(
-            "next      go on from it: the same command with --init-from {} and a new --output-dir or --name",
-            path.display()
+            "next      train it further: the same command with --init-from {} and another --output-dir or --name",
+            registry::short(path)
         ));
     } else {
-        line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", path.display()));
+        line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", registry::short(path)));
     }
 }

@@ -1,17 +1,25 @@
 //! `homeroom list-models`.
 
 use anyhow::Result;
+use clap::Args;
 use serde_json::to_string;
 
-use super::print;
-use crate::cli::{Done, ListModels};
+use super::{Done, print};
 use crate::progress::line;
 use crate::registry;
 use crate::stdout::Stdout;
 use crate::terminal::cell;
 
+/// Arguments of `list-models`.
+#[derive(Args)]
+pub struct Arguments {
+    /// Print one JSON array
+    #[arg(long)]
+    json: bool,
+}
+
 /// Lists the models of the registry.
-pub fn run(arguments: &ListModels) -> Result<Done> {
+pub fn run(arguments: &Arguments) -> Result<Done> {
     let entries = registry::list()?;
     if arguments.json {
         print(&to_string(&entries)?)?;

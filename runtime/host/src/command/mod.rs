@@ -1,5 +1,6 @@
-//! One file a command.
+//! One file a command, with its own arguments.
 
+pub mod arguments;
 pub mod bench;
 pub mod chat;
 pub mod eval;
@@ -14,14 +15,20 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cli::ModelArgs;
-use crate::models::ModelRef;
+use crate::registry::data_directory;
 use crate::stdout::Stdout;
 
-/// The model that a command was given.
-fn reference(arguments: &ModelArgs) -> ModelRef {
-    let ModelArgs { model_dir, base_model, any_base } = arguments;
-    ModelRef { name: model_dir.clone(), base_model: base_model.clone(), any_base: *any_base }
+/// How a command ended that did not fail.
+pub enum Done {
+    /// It did all it was asked for.
+    Whole,
+    /// It was interrupted, and saved what it had.
+    Interrupted,
+}
+
+/// The file of handlers that is read if none is named: `handlers.toml` in the data directory, if it is there.
+fn handlers_of_home() -> Option<PathBuf> {
+    data_directory().map(|data| data.join("handlers.toml")).filter(|path| path.exists())
 }
 
 /// Refuses an output directory that holds what the command reads, or where the user is: replacing it would take that away.

@@ -4,19 +4,79 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::print;
-use crate::cli::{Done, PluginArgs};
+use super::arguments::PluginArgs;
+use super::{Done, print};
 use crate::interrupt;
 use crate::plugin::build::build;
 use crate::plugin::check::{self, Verdict};
-use crate::plugin::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, file_name, new, trust};
+use crate::plugin::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, file_name, new, probe, trust};
 use crate::progress::line;
 use crate::watch::Tree;
 
+/// What is done with strategies.
+#[derive(Subcommand)]
+pub enum Plugins {
+    /// Lists each strategy: name, version, digest, file, whether it may be loaded, and options
+    List {
+        #[command(flatten)]
+        plugins: PluginArgs,
+        /// Print one JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Writes the crate of a new strategy, which builds without a network
+    New {
+        /// Name of the strategy: small letters, digits and underscores
+        name: String,
+        /// Directory of the crate [default: NAME in the working directory]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+    /// Checks that a strategy loads, plans, learns, merges and saves as it should; exit code 1 if a check fails
+    Check {
+        /// Library of the strategy, such as target/release/libNAME.so; its code is run
+        file: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Builds a strategy's crate now and after each change of its source; a training with --watch-plugins takes each build over
+    Watch {
+        /// Directory of the crate
+        #[arg(value_name = "CRATE")]
+        dir: PathBuf,
+    },
+    /// Trusts strategies: writes the digests of their files into plugins.lock; their code is run, to ask for their versions
+    Lock {
+        /// Strategies [default: all that are found but those beside the program]
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// Look for strategies in this directory first; may be repeated
+        #[arg(long, value_name = "DIR")]
+        plugin_dir: Vec<PathBuf>,
+    },
+    /// Loads a strategy and answers another process of this program
+    #[command(hide = true)]
+    Probe { file: PathBuf, deadline_s: u32 },
+}
+
+/// Does it.
+pub fn run(plugins: &Plugins) -> Result<Done> {
+    match plugins {
+        Plugins::List { plugins, json } => list(plugins, *json),
+        Plugins::New { name, dir } => new(name, dir.as_deref()),
+        Plugins::Check { file, json } => check(file, *json),
+        Plugins::Watch { dir } => watch(dir),
+        Plugins::Lock { names, plugin_dir } => lock(names, plugin_dir),
+        Plugins::Probe { file, deadline_s } => probe::answer(file, *deadline_s).map(|()| Done::Whole),
+    }
+}
+
 /// Lists the strategies that are installed. One that cannot be loaded is listed with the reason.
-pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
+fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
     let search = arguments.search()?;
     let files = search.list();
     let loaded: Vec<_> = files.iter().map(|file| (file, search.load_file(file))).collect();
@@ -69,7 +129,7 @@ pub fn list(arguments: &PluginArgs, as_json: bool) -> Result<Done> {
 }
 
 /// Writes a new strategy, and says what to do with it.
-pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
+fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
     interrupt::end_at_once()?;
     let written = new::create(name, dir.unwrap_or(Path::new(name)))?;
     line(format_args!(
@@ -81,7 +141,7 @@ pub fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
 }
 
 /// Checks a strategy and prints the report; an error when anything failed.
-pub fn check(file: &Path, as_json: bool) -> Result<Done> {
+fn check(file: &Path, as_json: bool) -> Result<Done> {
     ensure!(file.exists(), "{}: no such file\nhint: build it first, with `cargo build --release`", file.display());
     let report = check::check(file, &Probe::this_program()?)?;
     let (failed, all) = (report.failed(), report.checks.len());
@@ -104,7 +164,7 @@ pub fn check(file: &Path, as_json: bool) -> Result<Done> {
 }
 
 /// Writes digests into `plugins.lock`.
-pub fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
+fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
     let search = Search::new(plugin_dirs, Trust::default());
     let found = search.list();
     let mut entries = Vec::new();
@@ -141,7 +201,7 @@ pub fn lock(names: &[String], plugin_dirs: &[PathBuf]) -> Result<Done> {
 }
 
 /// Builds a crate now and after each change of its source, until it is interrupted.
-pub fn watch(dir: &Path) -> Result<Done> {
+fn watch(dir: &Path) -> Result<Done> {
     let manifest = dir.join("Cargo.toml");
     ensure!(manifest.exists(), "{}: no crate is there\nhint: `homeroom plugins new NAME` writes one", dir.display());
     interrupt::listen()?;

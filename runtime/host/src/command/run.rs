@@ -1,14 +1,16 @@
 //! `homeroom run`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use anyhow::Result;
+use clap::Args;
 use serde_json::{Value, json};
 
-use super::{print, this_program};
-use crate::cli::{Done, Run};
+use super::arguments::{PluginArgs, name_value};
+use super::{Done, print, this_program};
 use crate::interrupt;
+use crate::near::exists;
 use crate::pipeline::config::PipelineConfig;
 use crate::pipeline::{self, sandbox::shown};
 use crate::progress::line;
@@ -19,11 +21,37 @@ const WIDTH: usize = 80;
 /// Most items of a list that are told one by one, if they are kept in a file.
 const ITEMS_MAX: usize = 5;
 
+/// Arguments of `run`.
+#[derive(Args)]
+pub struct Arguments {
+    /// TOML file with a [pipeline] table
+    #[arg(value_name = "CONFIG")]
+    config: PathBuf,
+    /// Set a parameter of the pipeline; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_value)]
+    set: Vec<(String, String)>,
+    /// Only check the file and its script, and say what is wrong with them
+    #[arg(long, conflicts_with = "dry_run")]
+    check: bool,
+    /// Run the script without training or writing, and print what it would do
+    #[arg(long)]
+    dry_run: bool,
+    /// Run again when the file, its script or a module of it is saved; a training continues with new builds of its strategy
+    #[arg(long, conflicts_with_all = ["check", "json"])]
+    watch: bool,
+    #[command(flatten)]
+    plugins: PluginArgs,
+    /// Print what the script returns as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 /// Ctrl-C is listened for once a process.
 static LISTEN: Once = Once::new();
 
 /// Runs a pipeline, or says what it would do, or what is wrong with it; with `--watch` again after each change.
-pub fn run(arguments: &Run) -> Result<Done> {
+pub fn run(arguments: &Arguments) -> Result<Done> {
+    exists(&arguments.config)?;
     let mut files = Files::new();
     if !arguments.watch {
         return once(arguments, &mut files);
@@ -54,7 +82,7 @@ pub fn run(arguments: &Run) -> Result<Done> {
 }
 
 /// Runs it once; `files` gets what was read: the file, its script, and the modules that the script required.
-fn once(arguments: &Run, files: &mut Files) -> Result<Done> {
+fn once(arguments: &Arguments, files: &mut Files) -> Result<Done> {
     let path = std::path::absolute(&arguments.config)?;
     files.insert(path.clone(), identity(&path));
     let config = PipelineConfig::read(&arguments.config, &arguments.set)?;

@@ -1,38 +1,81 @@
 //! `homeroom serve`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
+use clap::Args;
+use homeroom_engine::block::Compute;
 
-use super::reference;
-use crate::cli::{Done, Serve};
+use super::arguments::{ANSWER_COMPUTE, ModelArgs, one_of, whole};
+use super::{Done, handlers_of_home};
 use crate::handler::Handler;
 use crate::handler::config::{Config, Handlers, LOCAL_LIMITS};
 use crate::handler::limit::Limited;
 use crate::handler::local::Local;
 use crate::interrupt;
 use crate::models::Loaded;
+use crate::near::exists;
 use crate::progress::line;
 use crate::serve::{Models, bind, start};
 use crate::watch::Watch;
 
+/// Arguments of `serve`.
+#[derive(Args)]
+#[command(
+    override_usage = "homeroom serve --model-dir <MODEL> [OPTIONS]\n       homeroom serve [--config <FILE>] [OPTIONS]"
+)]
+pub struct Arguments {
+    #[command(flatten)]
+    model: Option<ModelArgs>,
+    /// TOML file of handlers and routes; clients name a route as `model` [default: handlers.toml in $HOMEROOM_HOME]
+    #[arg(long, value_name = "FILE", conflicts_with = "model_dir")]
+    config: Option<PathBuf>,
+    /// Number format of the products
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "FORMAT",
+        conflicts_with = "config",
+        value_parser = one_of::<Compute>(&ANSWER_COMPUTE)
+    )]
+    compute: Compute,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value = "8080", value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
+    port: u16,
+    /// Address of this machine to listen on
+    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
+    host: String,
+}
+
 /// Serves until it is interrupted.
-pub fn run(arguments: &Serve) -> Result<Done> {
+pub fn run(arguments: &Arguments) -> Result<Done> {
+    let config = match (&arguments.model, &arguments.config) {
+        (Some(_), _) => None,
+        (None, Some(path)) => Some(path.clone()),
+        (None, None) => {
+            let path = handlers_of_home().context(
+                "nothing to serve: name a model with --model-dir, or a file of handlers with --config\nhint: `homeroom list-models` shows your models; a handlers.toml in $HOMEROOM_HOME needs no --config",
+            )?;
+            eprintln!("handlers {}", path.display());
+            Some(path)
+        }
+    };
     // The port first: loading takes longer than finding out that it is taken.
     let listener = bind(&arguments.host, arguments.port)?;
     let mut watched = None;
-    let models = match (&arguments.model, &arguments.config) {
+    let models = match (&arguments.model, &config) {
         (Some(model), _) => {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
-            let local = Local::new(&name, Loaded::to_answer(&reference(model))?, arguments.compute.into());
+            let local = Local::new(&name, Loaded::to_answer(&model.reference())?, arguments.compute);
             let handler: Arc<dyn Handler> = Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS));
             Models::from([(name, handler)])
         }
         (None, config) => {
-            let path = config.as_deref().context("--config or --model-dir is needed")?;
+            let path = config.as_deref().context("a file was named or found")?;
+            exists(path)?;
             // Before it is read: an edit in between is a change.
             let file = Watch::new(path);
             let handlers = Handlers::new(Config::read(path)?);

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use homeroom_abi::plan::ModuleKind;
 use homeroom_engine::block::Compute;
 use homeroom_engine::inference::{Inference, Kept};
@@ -10,12 +11,54 @@ use homeroom_engine::model::BaseModel;
 use homeroom_kernels::{Stream, bf16, cpu, read_gigabytes, register_loop_gflops, threads};
 use serde_json::json;
 
-use super::super::print;
+use super::super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, one_of, whole};
+use super::super::{Done, print};
 use super::median;
-use crate::cli::{BenchDecode, BenchModel, BenchPrefill, Done};
 use crate::machine::peak_memory_bytes;
-use crate::models::{Loaded, ModelRef};
+use crate::models::Loaded;
 use crate::progress::line;
+
+/// What `bench prefill` and `bench decode` have in common.
+#[derive(Args)]
+struct Measured {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Number format of the products
+    #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = one_of::<Compute>(&ANSWER_COMPUTE))]
+    compute: Compute,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `bench prefill`.
+#[derive(Args)]
+pub struct Prefill {
+    #[command(flatten)]
+    measured: Measured,
+    /// Tokens of the prompt
+    #[arg(long, default_value = "512", value_name = "N", value_parser = whole::<usize>(2..=COUNT_MAX))]
+    tokens: usize,
+    /// Timed readings of a prompt, after one that is not timed
+    #[arg(long, default_value = "5", value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    runs: u32,
+}
+
+/// Arguments of `bench decode`.
+#[derive(Args)]
+pub struct Decode {
+    #[command(flatten)]
+    measured: Measured,
+    /// Tokens of the prompt
+    #[arg(long, default_value = "32", value_name = "N", value_parser = whole::<usize>(2..=COUNT_MAX))]
+    prompt: usize,
+    /// Tokens to generate
+    #[arg(long, default_value = "64", value_name = "N", value_parser = whole::<usize>(2..=COUNT_MAX))]
+    tokens: usize,
+    /// Chats that are answered at once
+    #[arg(long, default_value = "1", value_name = "N", value_parser = whole::<u32>(1..=64))]
+    chats: u32,
+}
 
 /// Why no speed is told.
 const OVERFLOW: &str = "the model's numbers overflow: what it says next is no number, so its speed means nothing";
@@ -27,13 +70,8 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(arguments: &BenchModel) -> Result<Self> {
-        let reference = ModelRef {
-            name: arguments.model.model_dir.clone(),
-            base_model: arguments.model.base_model.clone(),
-            any_base: arguments.model.any_base,
-        };
-        let Loaded { model, adaptation } = Loaded::to_answer(&reference)?;
+    fn new(arguments: &Measured) -> Result<Self> {
+        let Loaded { model, adaptation } = Loaded::to_answer(&arguments.model.reference())?;
         line(format_args!(
             "model     {}   {:.1} M parameters, {}{}",
             arguments.model.model_dir.display(),
@@ -41,7 +79,7 @@ impl Bench {
             model.storage_words(),
             if adaptation.is_some() { ", with an adapter" } else { "" },
         ));
-        let compute = Compute::from(arguments.compute);
+        let compute = arguments.compute;
         Ok(Self { inference: Inference::new(model, adaptation, compute), compute })
     }
 
@@ -61,8 +99,8 @@ impl Bench {
 }
 
 /// Reads a prompt of random tokens.
-pub fn prefill(arguments: &BenchPrefill) -> Result<Done> {
-    let bench = Bench::new(&arguments.model)?;
+pub fn prefill(arguments: &Prefill) -> Result<Done> {
+    let bench = Bench::new(&arguments.measured)?;
     bench.fits(arguments.tokens)?;
     let mut random = Stream::new(42, 7);
     let mut seconds = Vec::new();
@@ -89,7 +127,7 @@ pub fn prefill(arguments: &BenchPrefill) -> Result<Done> {
         .sum();
     let gflops = 2.0 * of_rows as f64 * arguments.tokens as f64 / seconds_each / 1e9;
     let speed = arguments.tokens as f64 / seconds_each;
-    if arguments.model.json {
+    if arguments.measured.json {
         let json = json!({
             "tokens_per_second": speed,
             "seconds": seconds,
@@ -117,8 +155,8 @@ pub fn prefill(arguments: &BenchPrefill) -> Result<Done> {
 }
 
 /// Draws tokens after a prompt of random ones.
-pub fn decode(arguments: &BenchDecode) -> Result<Done> {
-    let bench = Bench::new(&arguments.model)?;
+pub fn decode(arguments: &Decode) -> Result<Done> {
+    let bench = Bench::new(&arguments.measured)?;
     bench.fits(arguments.prompt.saturating_add(arguments.tokens).saturating_add(1))?;
     let mut random = Stream::new(42, 7);
     let mut chats: Vec<(u32, Kept)> = Vec::new();
@@ -146,7 +184,7 @@ pub fn decode(arguments: &BenchDecode) -> Result<Done> {
     let linear = bench.model().modules.iter().filter(|module| module.info.kind == ModuleKind::Linear);
     let bytes: usize = linear.map(|module| module.weight.stored_bytes()).sum();
     let (read, limit) = (bytes as f64 / each / 1e9, read_gigabytes());
-    if arguments.model.json {
+    if arguments.measured.json {
         let json = json!({
             "tokens_per_second": speed,
             "seconds_per_token": seconds,

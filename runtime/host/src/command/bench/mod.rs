@@ -3,8 +3,30 @@
 mod answer;
 mod train;
 
-pub use answer::{decode, prefill};
-pub use train::train;
+use anyhow::Result;
+use clap::Subcommand;
+
+use super::Done;
+
+/// What is measured.
+#[derive(Subcommand)]
+pub enum Bench {
+    /// Trains on random tokens; prints tokens a second, the share of the processor's limit, and peak memory
+    Train(Box<train::Arguments>),
+    /// Reads a prompt of random tokens; prints tokens a second and the share of the processor's limit
+    Prefill(answer::Prefill),
+    /// Generates tokens; prints tokens a second and the share of the memory's bandwidth
+    Decode(answer::Decode),
+}
+
+/// Measures.
+pub fn run(bench: &Bench) -> Result<Done> {
+    match bench {
+        Bench::Train(arguments) => train::train(arguments),
+        Bench::Prefill(arguments) => answer::prefill(arguments),
+        Bench::Decode(arguments) => answer::decode(arguments),
+    }
+}
 
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();

@@ -1,9 +1,11 @@
 //! `homeroom bench train`: training on random tokens.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use homeroom_abi::plan::ModuleKind;
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::batch::Batch;
@@ -11,21 +13,77 @@ use homeroom_engine::block::Compute;
 use homeroom_engine::data::Example;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::profile;
-use homeroom_engine::requantize::store_as;
+use homeroom_engine::requantize::{StoredAs, store_as};
 use homeroom_engine::train::{Run, TrainConfig};
 use homeroom_kernels::{Stream, bf16, cpu, register_loop_gflops, threads};
 use serde_json::{Map, Value, json};
 
-use super::super::print;
+use super::super::arguments::{COMPUTE, COUNT_MAX, PluginArgs, Word, key_value, one_of, whole};
+use super::super::{Done, print};
 use super::median;
-use crate::cli::{BenchTrain, Done};
 use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
-use crate::models::load_base;
+use crate::models::{load_base, refuse_adapter};
 use crate::progress::line;
 
+/// Arguments of `bench train`.
+#[derive(Args)]
+pub struct Arguments {
+    /// Base model: a Hugging Face directory, a .gguf file, or a name from `homeroom list-models`
+    #[arg(long, value_name = "MODEL")]
+    model_name: PathBuf,
+    /// Training strategy; `homeroom plugins list` shows what there is
+    #[arg(long, default_value = "lora", value_name = "NAME")]
+    strategy: String,
+    /// Rank of the adapter [default: 16]
+    #[arg(long, alias = "r", value_name = "R", value_parser = whole::<u64>(0..=u64::MAX))]
+    lora_r: Option<u64>,
+    /// Any other option of the strategy, its value as JSON or text; may be repeated
+    #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
+    options: Vec<(String, Value)>,
+    /// Rows of one step
+    #[arg(long, default_value = "4", value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    batch_size: u32,
+    /// Tokens of one row
+    #[arg(long, default_value = "256", value_name = "TOKENS", value_parser = whole::<usize>(2..=COUNT_MAX))]
+    seq_len: usize,
+    /// Steps that are timed
+    #[arg(long, default_value = "5", value_name = "N", value_parser = whole::<u32>(1..=STEPS_MAX))]
+    steps: u32,
+    /// Steps before those
+    #[arg(long, default_value = "2", value_name = "N", value_parser = whole::<u32>(0..=STEPS_MAX))]
+    warmup: u32,
+    /// Number format of the products
+    #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = one_of::<Compute>(&COMPUTE))]
+    compute: Compute,
+    /// Storage of the base [default: as its files have it]
+    #[arg(long, value_name = "STORAGE", value_parser = one_of::<StoredAs>(&STORAGES))]
+    storage: Option<StoredAs>,
+    /// Keep only the input of each layer, and compute the layer again in the backward pass
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Print the time that each operation takes
+    #[arg(long)]
+    profile: bool,
+    #[command(flatten)]
+    plugins: PluginArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const STEPS_MAX: u64 = 999_999;
+
+const STORAGES: [Word; 4] = [
+    ("bf16", "All weights as 16-bit floats"),
+    ("f32", "All weights as 32-bit floats"),
+    ("nf4", "Linear layers as 4-bit NormalFloat in blocks of 64, with double quantisation"),
+    ("int8", "Linear layers as 8-bit integers by rows"),
+];
+
 /// Trains on random tokens.
-pub fn train(arguments: &BenchTrain) -> Result<Done> {
+pub fn train(arguments: &Arguments) -> Result<Done> {
+    refuse_adapter(&arguments.model_name)?;
     let plugin = arguments.plugins.search()?.load(&arguments.strategy)?;
     let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
     if let Some(r) = arguments.lora_r {
@@ -42,11 +100,11 @@ pub fn train(arguments: &BenchTrain) -> Result<Done> {
         u32::MAX
     );
     let mut model = Arc::new(load_base(&arguments.model_name)?);
-    if let Some(storage) = arguments.storage {
-        model = encode(|progress| store_as(&model, &storage.into(), progress).map(Arc::new))?;
+    if let Some(storage) = &arguments.storage {
+        model = encode(|progress| store_as(&model, storage, progress).map(Arc::new))?;
     }
     let job = Job::new(model, &plugin, options, 42, None, false)?;
-    let compute = Compute::from(arguments.compute).resolved(Some(&job.adaptation));
+    let compute = arguments.compute.resolved(Some(&job.adaptation));
     let config = TrainConfig {
         batch_size: arguments.batch_size as usize,
         gradient_checkpointing: arguments.gradient_checkpointing,
@@ -127,7 +185,7 @@ struct Measured {
 }
 
 impl Measured {
-    fn run(job: &Job, arguments: &BenchTrain, config: &TrainConfig, steps: u64) -> Result<Self> {
+    fn run(job: &Job, arguments: &Arguments, config: &TrainConfig, steps: u64) -> Result<Self> {
         let mut run = Run::new(&job.model, &job.adaptation, config, steps);
         let mut random = Stream::new(config.seed, 7);
         let (mut seconds, mut loss, mut profile) = (Vec::new(), f64::NAN, Vec::new());

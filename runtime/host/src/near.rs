@@ -1,0 +1,44 @@
+//! The nearest of what there is, for names and files that are wrong by a letter.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use homeroom_abi::describe::nearest;
+
+use crate::registry;
+
+/// Refuses a file or directory that is not there, and names the nearest that is beside its place.
+///
+/// # Errors
+/// When nothing is there.
+pub fn exists(path: &Path) -> Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    bail!("{}: no such file or directory{}", path.display(), did_you_mean(file_beside(path)));
+}
+
+/// The file or directory beside a path's place whose name is nearest to the path's.
+pub fn file_beside(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?;
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let entries = std::fs::read_dir(parent.unwrap_or(Path::new("."))).ok()?;
+    let names: Vec<String> = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    let near = nearest(name, names.iter().map(String::as_str))?;
+    Some(parent.map_or_else(|| near.to_owned(), |parent| parent.join(near).display().to_string()))
+}
+
+/// The model of the registry, or else the file beside a path's place, that is nearest to what was typed.
+pub fn model(name: &Path) -> Option<String> {
+    let registered = || {
+        let entries = registry::list().ok()?;
+        let near = nearest(name.to_str()?, entries.iter().map(|entry| entry.name.as_str()))?;
+        Some(near.to_owned())
+    };
+    registered().or_else(|| file_beside(name))
+}
+
+/// `, did you mean X?`, or nothing.
+pub fn did_you_mean(near: Option<String>) -> String {
+    near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default()
+}

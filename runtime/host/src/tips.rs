@@ -1,0 +1,213 @@
+//! What to type here for a flag or a command of transformers, PEFT, TRL, mlx-lm, LLaMA-Factory, llama.cpp or Ollama.
+
+use std::ffi::OsString;
+
+use clap::Command;
+use clap::Error;
+use clap::builder::StyledStr;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+/// Flags elsewhere, and what they are here: the first that the command has. Hyphens stand for underscores, too.
+const FLAGS: [(&str, &[&str]); 71] = [
+    ("adapter", &["--model-dir", "--init-from"]),
+    ("adapter-name-or-path", &["--model-dir", "--init-from"]),
+    ("adapter-path", &["--model-dir", "--init-from"]),
+    ("alpha", &["--lora-alpha"]),
+    ("base", &["--base-model", "--model-name"]),
+    ("base-model", &["--model-name"]),
+    ("bf16", &["--compute bf16"]),
+    ("bs", &["--batch-size"]),
+    ("ckpt", &["--init-from", "--model-dir"]),
+    ("cutoff-len", &["--max-seq-len"]),
+    ("data", &["--training-file", "--file"]),
+    ("data-path", &["--training-file", "--file"]),
+    ("dataset", &["--training-file", "--file"]),
+    ("dataset-name", &["--training-file", "--file"]),
+    ("dataset-path", &["--training-file", "--file"]),
+    ("dropout", &["--lora-dropout"]),
+    ("epoch", &["--epochs"]),
+    ("eval-dataset", &["--eval-file"]),
+    ("fine-tune-type", &["--strategy"]),
+    ("finetuning-type", &["--strategy"]),
+    ("fp32", &["--compute f32"]),
+    ("grad-accum", &["--gradient-accumulation-steps"]),
+    ("grad-accumulation-steps", &["--gradient-accumulation-steps"]),
+    ("grad-checkpoint", &["--gradient-checkpointing"]),
+    ("gradient-accumulation", &["--gradient-accumulation-steps"]),
+    ("input", &["--training-file", "--file", "--prompt"]),
+    ("iters", &["--max-steps"]),
+    ("learningrate", &["--learning-rate"]),
+    ("load-in-4bit", &["--strategy qlora"]),
+    ("load-in-8bit", &["--strategy int8"]),
+    ("lora-rank", &["--lora-r"]),
+    ("lora-target", &["--target-modules"]),
+    ("lora-target-modules", &["--target-modules"]),
+    ("lr", &["--learning-rate"]),
+    ("lr-schedule", &["--lr-scheduler-type"]),
+    ("lr-scheduler", &["--lr-scheduler-type"]),
+    ("max-length", &["--max-seq-len", "--max-tokens"]),
+    ("max-new-tokens", &["--max-tokens", "--tokens"]),
+    ("max-seq-length", &["--max-seq-len"]),
+    ("method", &["--strategy"]),
+    ("micro-batch-size", &["--batch-size"]),
+    ("model", &["--model-name", "--model-dir"]),
+    ("model-id", &["--model-name", "--model-dir"]),
+    ("model-name-or-path", &["--model-name", "--model-dir"]),
+    ("model-path", &["--model-name", "--model-dir"]),
+    ("n-predict", &["--max-tokens", "--tokens"]),
+    ("num-epochs", &["--epochs"]),
+    ("num-train-epochs", &["--epochs"]),
+    ("out", &["--output-dir"]),
+    ("outdir", &["--output-dir"]),
+    ("output", &["--output-dir"]),
+    ("output-path", &["--output-dir"]),
+    ("per-device-train-batch-size", &["--batch-size"]),
+    ("pretrained-model-name-or-path", &["--model-name", "--model-dir"]),
+    ("qlora", &["--strategy qlora"]),
+    ("quantization-bit", &["--strategy qlora"]),
+    ("rank", &["--lora-r"]),
+    ("resume-adapter-file", &["--init-from"]),
+    ("resume-from-checkpoint", &["--init-from"]),
+    ("save-path", &["--output-dir"]),
+    ("steps", &["--max-steps"]),
+    ("system-prompt", &["--system"]),
+    ("temp", &["--temperature"]),
+    ("test-size", &["--eval-fraction"]),
+    ("train-batch-size", &["--batch-size"]),
+    ("train-file", &["--training-file"]),
+    ("use-dora", &["--set-option use_dora=true"]),
+    ("use-rslora", &["--set-option use_rslora=true"]),
+    ("val-set-size", &["--eval-fraction"]),
+    ("validation-file", &["--eval-file"]),
+    ("warmup-steps", &["--warmup-ratio"]),
+];
+
+/// Commands elsewhere, and what they are here.
+const COMMANDS: [(&str, &str); 17] = [
+    ("evaluate", "eval"),
+    ("export", "export-model"),
+    ("finetune", "fine-tune"),
+    ("fuse", "export-model"),
+    ("generate", "chat --prompt TEXT"),
+    ("list", "list-models"),
+    ("ls", "list-models"),
+    ("lora", "fine-tune"),
+    ("merge", "export-model"),
+    ("models", "list-models"),
+    ("perplexity", "eval"),
+    ("predict", "chat --prompt TEXT"),
+    ("server", "serve"),
+    ("sft", "fine-tune"),
+    ("start", "serve"),
+    ("train", "fine-tune"),
+    ("tune", "fine-tune"),
+];
+
+/// Adds a tip to the error about a command line, if there is one.
+pub fn add(error: &mut Error, root: &Command, arguments: &[OsString]) {
+    let tip = match error.kind() {
+        ErrorKind::UnknownArgument => {
+            let wrong = text(error, ContextKind::InvalidArg);
+            wrong.and_then(|wrong| argument(&wrong, asked(root, arguments)))
+        }
+        ErrorKind::InvalidSubcommand => {
+            let wrong = text(error, ContextKind::InvalidSubcommand);
+            wrong.and_then(|wrong| subcommand(&wrong, asked(root, arguments)))
+        }
+        _ => None,
+    };
+    if let Some(tip) = tip {
+        error.remove(ContextKind::SuggestedArg);
+        error.remove(ContextKind::SuggestedSubcommand);
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![StyledStr::from(tip)]));
+    }
+}
+
+fn text(error: &Error, kind: ContextKind) -> Option<String> {
+    match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        _ => None,
+    }
+}
+
+/// The command that the arguments name.
+fn asked<'c>(root: &'c Command, arguments: &[OsString]) -> &'c Command {
+    let words = arguments.iter().skip(1).map_while(|word| word.to_str().filter(|word| !word.starts_with('-')));
+    words.map_while({
+        let mut at = root;
+        move |word| {
+            at = at.find_subcommand(word)?;
+            Some(at)
+        }
+    })
+    .last()
+    .unwrap_or(root)
+}
+
+/// The tip for an argument that a command does not know.
+fn argument(wrong: &str, command: &Command) -> Option<String> {
+    let has = |flag: &str| {
+        let name = flag.trim_start_matches('-').split(' ').next();
+        command.get_arguments().any(|argument| argument.get_long() == name)
+    };
+    let Some(flag) = wrong.strip_prefix("--") else {
+        // Ollama's `run tutor` and mlx's positional paths.
+        let flags = if wrong.ends_with(".jsonl") || wrong.ends_with(".json") {
+            ["--training-file", "--file"]
+        } else {
+            ["--model-name", "--model-dir"]
+        };
+        let flag = flags.into_iter().find(|flag| !wrong.starts_with('-') && has(flag))?;
+        return Some(format!("name it with a flag: {flag} {wrong}"));
+    };
+    let flag = flag.split('=').next().unwrap_or(flag).to_lowercase().replace('_', "-");
+    let same = format!("--{flag}");
+    if has(&same) {
+        return Some(format!("'{wrong}' is '{same}' here"));
+    }
+    let (_, here) = FLAGS.iter().find(|(elsewhere, _)| *elsewhere == flag)?;
+    let here = here.iter().find(|flag| has(flag))?;
+    Some(format!("'{wrong}' is '{here}' here"))
+}
+
+/// The tip for a command that is not known.
+fn subcommand(wrong: &str, command: &Command) -> Option<String> {
+    let word = wrong.to_lowercase().replace('_', "-");
+    let same = command.find_subcommand(&word).map(Command::get_name);
+    // They are commands of the program, not of its commands.
+    let here = || COMMANDS.iter().find(|(elsewhere, _)| command.get_name() == "homeroom" && *elsewhere == word);
+    let here = same.or_else(|| here().map(|(_, here)| *here))?;
+    Some(format!("'{wrong}' is '{here}' here"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli;
+
+    /// A table that names a flag that no command has gives no tip, and nobody would see.
+    #[test]
+    fn every_tip_names_what_some_command_has() {
+        fn all<'c>(command: &'c Command, found: &mut Vec<&'c Command>) {
+            found.push(command);
+            command.get_subcommands().for_each(|command| all(command, found));
+        }
+        let (root, mut commands) = (cli::command(), Vec::new());
+        all(&root, &mut commands);
+        for (elsewhere, here) in FLAGS {
+            assert!(!elsewhere.contains('_') && !here.is_empty(), "{elsewhere}");
+            for flag in here {
+                let name = flag.trim_start_matches('-').split(' ').next();
+                let known = |command: &&Command| command.get_arguments().any(|argument| argument.get_long() == name);
+                assert!(commands.iter().any(|command| known(command)), "{elsewhere}: {flag}");
+            }
+            let tip = commands.iter().find_map(|command| argument(&format!("--{elsewhere}"), command));
+            assert!(tip.is_some_and(|tip| tip.contains(here[0]) || here.len() > 1), "{elsewhere}");
+        }
+        for (elsewhere, here) in COMMANDS {
+            assert!(root.find_subcommand(elsewhere).is_none(), "{elsewhere}");
+            assert!(here.split(' ').next().is_some_and(|here| root.find_subcommand(here).is_some()), "{here}");
+        }
+        assert!(FLAGS.is_sorted() && COMMANDS.is_sorted());
+    }
+}

@@ -1,10 +1,11 @@
--- Train from easy rows to hard ones, in stages that carry the adapter over, each gated on the same held-out rows.
+-- Trains on easy rows first and on hard ones last. Each stage goes on from the adapter of the one before, and counts only if the
+-- loss on the same held-out rows falls.
 -- Run: homeroom run configs/curriculum.toml --set model=MODEL --set dataset=rows.jsonl
 --
--- Bengio et al. 2009, "Curriculum learning", <https://doi.org/10.1145/1553374.1553380>. Later stages mix in rows of earlier
+-- Bengio et al. 2009, "Curriculum learning", <https://doi.org/10.1145/1553374.1553380>. Later stages also train on rows of earlier
 -- ones, since a model forgets what it no longer sees.
 
--- How hard a row is: many turns count more than long ones. Any number will do.
+-- How hard a row is: its length, and 100 for each message. Change this to what is hard in your rows; any number will do.
 local function difficulty(row)
   local chars = 0
   for _, message in ipairs(row.messages or { { content = row.text or row.prompt .. row.completion } }) do
@@ -13,8 +14,8 @@ local function difficulty(row)
   return 100 * #(row.messages or {}) + chars
 end
 
--- The gate's rows are drawn once and never trained on, so that losses of different stages can be compared. Rows that are
--- alike go first: one on each side would be both.
+-- The held-out rows are drawn once, so that the losses of different stages can be compared. Equal rows are removed before:
+-- one of them could be trained on, and the other held out.
 local all = homeroom.prepare_dataset { path = params.dataset }.train:dedupe()
 local pool, held_out = all:split { eval = params.eval, seed = params.seed }
 local easy, medium, hard = table.unpack(pool:bucket { by = difficulty, quantiles = { 0.33, 0.66 } })
@@ -32,11 +33,11 @@ for _, stage in ipairs(stages) do
     model = best, -- goes on from the adapter of the best stage so far
     dataset = stage.rows,
     eval = held_out,
-    steps = params.steps,
+    max_steps = params.max_steps,
     learning_rate = stage.learning_rate,
-    eval_every = params.eval_every,
+    eval_steps = params.eval_steps,
     on_eval = function(report)
-      -- A stage that has lost half of what was gained will not win it back at a falling learning rate.
+      -- The learning rate falls, so a stage that is so far off does not come back.
       if report.eval_loss > 1.5 * report.best then
         return { stop = "the held-out loss rises" }
       end
@@ -45,7 +46,7 @@ for _, stage in ipairs(stages) do
   local loss = tuned.metrics.eval_loss
   print(("%-7s %4d rows   held-out loss %.4f   %s"):format(stage.name, stage.rows:len(), loss, tuned.stopped))
   if loss >= best_loss then
-    homeroom.log.warn("no gain: the stage before is kept", { stage = stage.name, loss = loss, best = best_loss })
+    homeroom.log.warn("no gain: the stage before it is saved", { stage = stage.name, loss = loss, best = best_loss })
     break
   end
   best, best_loss, best_stage = tuned, loss, stage.name

@@ -1,23 +1,24 @@
--- Teaches the pocket model a rule that it lacks, and asks it before and after: questions with words it was never shown.
+-- Teaches the pocket model Pig Latin, and asks it the same questions before and after. No lesson has the words that it is asked for.
 -- Run: homeroom run configs/quickstart.toml
 local base = homeroom.load_model { name = params.model, strategy = "lora" }
 local lessons = homeroom.prepare_dataset { path = params.lessons }.train
 local exam = homeroom.prepare_dataset { path = params.exam }.train
 
-local prompts, answers = {}, {}
+local prompts, expected = {}, {}
 for i, row in ipairs(exam:rows()) do
   if i > params.questions then break end
-  table.insert(prompts, row.messages[1].content)
-  table.insert(answers, row.messages[2].content)
+  prompts[i] = row.messages[1].content
+  expected[i] = row.messages[2].content
 end
 
+-- The model's answers, and how many of them are right.
 local function sit_exam(model)
-  local replies = homeroom.generate { model = model, prompts = prompts, max_tokens = 24, temperature = 0 }
+  local answers = homeroom.generate { model = model, prompts = prompts, max_tokens = 24, temperature = 0 }
   local right = 0
-  for i, reply in ipairs(replies) do
-    if reply == answers[i] then right = right + 1 end
+  for i, answer in ipairs(answers) do
+    if answer == expected[i] then right += 1 end
   end
-  return replies, right
+  return answers, right
 end
 
 local before, right_before = sit_exam(base)
@@ -27,27 +28,40 @@ local tuned = homeroom.fine_tune {
   eval = exam,
   r = params.r,
   learning_rate = params.learning_rate,
-  epochs = params.epochs,
-  batch_size = params.batch_size,
+  num_train_epochs = params.epochs,
+  per_device_train_batch_size = params.batch_size,
 }
 local after, right_after = sit_exam(tuned)
 local saved = homeroom.save_model { model = tuned, name = params.name }
 homeroom.create_handler { name = params.name, model = saved }
 
-local log = homeroom.log.info
-log(("held-out loss   %.3f before, %.3f after"):format(tuned.metrics.eval_loss_before, tuned.metrics.eval_loss))
-log(("right answers   %d of %d before, %d after"):format(right_before, #prompts, right_after))
-for i = 1, math.min(3, #prompts) do
-  log(("  %s   before: %s   after: %s"):format(prompts[i], before[i], after[i]))
+-- One line of a table, in columns that fit 80 characters.
+local function line(...)
+  local out = ""
+  for i, width in ipairs { 32, 20, 16, 6 } do
+    local text = select(i, ...):gsub("%s+", " ")
+    local length = utf8.len(text) or #text
+    if length > width then
+      text, length = text:sub(1, (utf8.offset(text, width) or width) - 1) .. "…", width
+    end
+    out ..= text .. (" "):rep(width + 2 - length)
+  end
+  print((out:gsub(" +$", "")))
 end
-log(("next   homeroom chat --model-dir %s --prompt %q"):format(params.name, prompts[1]))
+
+print()
+line("question", "before", "after", "right?")
+for i = 1, math.min(5, #prompts) do
+  line(prompts[i], before[i], after[i], after[i] == expected[i] and "yes" or "no")
+end
+print(("\nnext  homeroom chat --model-dir %s --prompt %q\n"):format(saved.name, prompts[1]))
 
 local questions = {}
 for i, prompt in ipairs(prompts) do
-  questions[i] = { prompt = prompt, expected = answers[i], before = before[i], after = after[i] }
+  questions[i] = { question = prompt, expected = expected[i], before = before[i], after = after[i] }
 end
 return {
-  name = params.name,
+  model = saved.name,
   right_before = right_before,
   right_after = right_after,
   eval_loss_before = tuned.metrics.eval_loss_before,

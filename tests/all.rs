@@ -27,6 +27,7 @@ mod real_model;
 mod reload;
 #[cfg(target_os = "linux")]
 mod results;
+mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;
 mod strategies;

@@ -99,7 +99,7 @@ fn shipped_configurations_run() -> Result<()> {
     let place = Place::new()?;
     let rows = place.path("rows.jsonl");
     for (name, settings) in
-        [("fine_tune", vec!["epochs=1", "steps=2"]), ("curriculum", vec!["steps=3", "eval_every=2", "r=4"])]
+        [("fine_tune", vec!["epochs=1", "max_steps=2"]), ("curriculum", vec!["max_steps=3", "eval_steps=2", "r=4"])]
     {
         let config = root().join("configs").join(format!("{name}.toml"));
         let set = |command: &mut Command| {
@@ -302,7 +302,7 @@ fn mistakes_are_told_at_the_scripts_line() -> Result<()> {
             "homeroom.prepare_dataset { path = params.dataset, on_long_row = \"cut\" }",
             "should be \"refuse\" or \"truncate\" or \"skip\", not \"cut\"",
         ),
-        ("return homeroom.prepare_dataset { path = params.dataset }", "a userdata is no plain value"),
+        ("return homeroom.prepare_dataset { path = params.dataset }", "a dataset is no plain value"),
         ("local t = {} t.t = t return t", "nested deeper than 64, or holds itself"),
     ];
     for (script, expected) in cases {
@@ -320,7 +320,7 @@ fn mistakes_are_told_at_the_scripts_line() -> Result<()> {
         ),
         (
             "homeroom.fine_tune { model = model, dataset = data.train, r = 4, lora_r = 4 }",
-            "`r` is given twice, under both its names",
+            "`r` and `lora_r` are one option; give one of them",
         ),
         (
             "homeroom.fine_tune { model = model, dataset = data.train, r = 4, options = { r = 4 } }",

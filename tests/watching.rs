@@ -19,7 +19,12 @@ struct Following {
 
 impl Following {
     fn start(command: &mut Command) -> Result<Self> {
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        Self::start_into(command, Stdio::null())
+    }
+
+    /// With its result somewhere.
+    fn start_into(command: &mut Command, result: Stdio) -> Result<Self> {
+        let mut child = command.stdin(Stdio::null()).stdout(result).stderr(Stdio::piped()).spawn()?;
         let stderr = BufReader::new(child.stderr.take().context("it was piped")?);
         let (sender, lines) = channel();
         std::thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
@@ -92,6 +97,50 @@ fn a_pipeline_runs_again_when_its_script_is_saved() -> Result<()> {
     run.says("error:")?;
     run.says("watching")?;
     place.write("scripts/one.lua", "print(\"second\")\nreturn nil\n")?;
+    run.says("second")?;
+    Ok(())
+}
+
+/// What a run writes where its scripts are is no reason to run again; a module that it required is, and one that it looked for.
+#[test]
+fn a_pipeline_never_follows_what_it_writes() -> Result<()> {
+    let place = Place::new()?;
+    place.write("scripts/lib/x.lua", "return { word = \"first\" }\n")?;
+    place.write("scripts/other.lua", "return {}\n")?;
+    let model = fixture("models/llama").display().to_string();
+    place.write(
+        "scripts/one.lua",
+        "local x = require(\"lib/x\")\nprint(x.word)\nhomeroom.create_handler { name = x.word, model = params.model }\n\
+         print(\"written\")\nreturn { word = x.word }\n",
+    )?;
+    let config = place.write(
+        "scripts/one.toml",
+        format!(
+            "[pipeline]\nscript = \"one.lua\"\n[pipeline.params]\nmodel = {{ type = \"model\", default = {model:?} }}\n"
+        ),
+    )?;
+    let mut command = homeroom();
+    command.arg("run").arg(&config).arg("--watch").env("HOMEROOM_HOME", place.path("scripts/home"));
+    let result = fs::File::create(place.path("scripts/result.txt"))?;
+    let run = Following::start_into(&mut command, result.into())?;
+    run.says("written")?;
+    let watching = run.says("watching")?;
+    for name in ["one.toml", "one.lua", "lib/x.lua"] {
+        assert!(watching.contains(name), "{watching}");
+    }
+    assert!(!watching.contains("other.lua") && !watching.contains("home"), "{watching}");
+    assert!(place.path("scripts/home/handlers.toml").exists());
+    // None of these is a change: the next that is told is the module.
+    place.write("scripts/other.lua", "return { 1 }\n")?;
+    place.write("scripts/run.log", "a line\n")?;
+    place.write("scripts/lib/x.lua", "return { word = require(\"lib/y\").word }\n")?;
+    let changed = run.says("changed")?;
+    assert!(changed.contains("lib/x.lua"), "{changed}");
+    run.says("there is no module `lib/y`")?;
+    run.says("watching")?;
+    place.write("scripts/lib/y.lua", "return { word = \"second\" }\n")?;
+    let changed = run.says("changed")?;
+    assert!(changed.contains("lib/y.lua"), "{changed}");
     run.says("second")?;
     Ok(())
 }

@@ -66,7 +66,7 @@ impl Job {
         let model =
             encode(|progress| store_as_planned(model, &plan, requantize, &native, progress)).with_context(place)?;
         if let Some((wanted, kept)) = kept_storage(&model, &plan) {
-            line(format_args!("note: the base keeps its storage, {kept}; `--requantize` would make it {wanted}"));
+            line(format_args!("note: the base keeps its storage, {kept}; with `requantize` it is stored as {wanted}"));
         }
         let mut adaptation = Adaptation::new(&model, plan, seed).with_context(place)?;
         if let Some(path) = init_from {

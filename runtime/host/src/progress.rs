@@ -62,8 +62,8 @@ impl Training {
                 bar.set_message(format!("loss {:.3}  {speed} tok/s", report.loss));
             }
             None => {
-                // About twenty lines a run, the first and the last among them.
-                let part = |step: u64| step * 20 / steps.max(1);
+                // About ten lines a run, the first and the last among them.
+                let part = |step: u64| step * 10 / steps.max(1);
                 if report.step > 1 && report.step < steps && part(report.step) == part(report.step - 1) {
                     return;
                 }

@@ -102,18 +102,31 @@ impl Watch {
     }
 }
 
+/// Files, each as it was when somebody looked; `None`: it was not there.
+pub type Files = BTreeMap<PathBuf, Option<Identity>>;
+
 /// Watched files and directories, with what is below them.
 pub struct Tree {
     roots: Vec<PathBuf>,
     events: Receiver<()>,
     _watcher: Option<RecommendedWatcher>,
-    seen: BTreeMap<PathBuf, Option<Identity>>,
+    seen: Files,
 }
 
 impl Tree {
     /// Watches files, and directories but for what is hidden or built (`target`). The second value: why they are only looked at
     /// from time to time.
     pub fn new(roots: Vec<PathBuf>) -> (Self, Option<String>) {
+        let seen = below(&roots);
+        Self::watching(roots, seen)
+    }
+
+    /// Watches files and nothing else. What has changed since they were looked at has changed.
+    pub fn of_files(files: Files) -> (Self, Option<String>) {
+        Self::watching(files.keys().cloned().collect(), files)
+    }
+
+    fn watching(roots: Vec<PathBuf>, seen: Files) -> (Self, Option<String>) {
         let (sender, events) = channel();
         let watching = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_))) {
@@ -134,7 +147,6 @@ impl Tree {
             Ok(watcher) => (Some(watcher), None),
             Err(error) => (None, Some(error.to_string())),
         };
-        let seen = below(&roots);
         (Self { roots, events, _watcher: watcher, seen }, problem)
     }
 
@@ -162,7 +174,7 @@ impl Tree {
 }
 
 /// All files below some roots.
-fn below(roots: &[PathBuf]) -> BTreeMap<PathBuf, Option<Identity>> {
+fn below(roots: &[PathBuf]) -> Files {
     let (mut found, mut open) = (BTreeMap::new(), roots.to_vec());
     while let Some(path) = open.pop() {
         if !path.is_dir() {
@@ -178,15 +190,17 @@ fn below(roots: &[PathBuf]) -> BTreeMap<PathBuf, Option<Identity>> {
     found
 }
 
+/// The identity of a file; `None`: it is not there.
 #[cfg(unix)]
-fn identity(path: &Path) -> Option<Identity> {
+pub fn identity(path: &Path) -> Option<Identity> {
     use std::os::unix::fs::MetadataExt;
     let meta = std::fs::metadata(path).ok()?;
     Some(((meta.dev(), meta.ino()), meta.len(), (meta.ctime(), meta.ctime_nsec())))
 }
 
+/// The identity of a file; `None`: it is not there.
 #[cfg(not(unix))]
-fn identity(path: &Path) -> Option<Identity> {
+pub fn identity(path: &Path) -> Option<Identity> {
     let meta = std::fs::metadata(path).ok()?;
     Some(((0, 0), meta.len(), meta.modified().ok()))
 }

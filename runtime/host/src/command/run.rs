@@ -14,7 +14,12 @@ use crate::near::exists;
 use crate::pipeline::config::PipelineConfig;
 use crate::pipeline::{self, sandbox::shown};
 use crate::progress::line;
-use crate::watch::Tree;
+use crate::watch::{Files, Tree, identity};
+
+/// Characters of a line of parameters.
+const WIDTH: usize = 80;
+/// Most items of a list that are told one by one, if they are kept in a file.
+const ITEMS_MAX: usize = 5;
 
 /// Arguments of `run`.
 #[derive(Args)]
@@ -31,7 +36,7 @@ pub struct Arguments {
     /// Run the script without training or writing, and print what it would do
     #[arg(long)]
     dry_run: bool,
-    /// Run again when the file or a script beside its script is saved; a training continues with new builds of its strategy
+    /// Run again when the file, its script or a module of it is saved; a training continues with new builds of its strategy
     #[arg(long, conflicts_with_all = ["check", "json"])]
     watch: bool,
     #[command(flatten)]
@@ -47,28 +52,39 @@ static LISTEN: Once = Once::new();
 /// Runs a pipeline, or says what it would do, or what is wrong with it; with `--watch` again after each change.
 pub fn run(arguments: &Arguments) -> Result<Done> {
     exists(&arguments.config)?;
+    let mut files = Files::new();
     if !arguments.watch {
-        return once(arguments);
+        return once(arguments, &mut files);
     }
-    let config = PipelineConfig::read(&arguments.config, &arguments.set)?;
-    let scripts = config.script.parent().unwrap_or(Path::new(".")).to_owned();
-    let (mut tree, problem) = Tree::new(vec![arguments.config.clone(), scripts.clone()]);
-    if let Some(problem) = problem {
-        line(format_args!("note: changes are looked for every 2 s only: {problem}"));
-    }
+    PipelineConfig::read(&arguments.config, &arguments.set)?;
+    let mut is_told = false;
     loop {
-        match once(arguments) {
+        let before = std::mem::take(&mut files);
+        match once(arguments, &mut files) {
             Ok(Done::Interrupted) => return Ok(Done::Interrupted),
             Ok(_) => {}
             Err(error) => line(format_args!("error: {error:#}")),
         }
-        line(format_args!("watching  {} and {}   Ctrl-C ends", arguments.config.display(), shown(&scripts)));
+        if files.len() == 1 {
+            // The file could not be read, and what it names may be what is wrong with it.
+            before.into_keys().for_each(|path| _ = files.entry(path).or_insert_with_key(|path| identity(path)));
+        }
+        // What was read is watched, and nothing that a run may write. Its rows are not: what follows them is another run.
+        let (mut tree, problem) = Tree::of_files(files.clone());
+        if let Some(problem) = problem.filter(|_| !std::mem::replace(&mut is_told, true)) {
+            line(format_args!("note: changes are looked for every 2 s only: {problem}"));
+        }
+        let names: Vec<String> = files.keys().map(|file| shown(file)).collect();
+        line(format_args!("watching  {}   Ctrl-C ends", names.join(", ")));
         let Some(changed) = tree.wait(&interrupt::asked) else { return Ok(Done::Interrupted) };
         line(format_args!("changed   {}", shown(&changed)));
     }
 }
 
-fn once(arguments: &Arguments) -> Result<Done> {
+/// Runs it once; `files` gets what was read: the file, its script, and the modules that the script required.
+fn once(arguments: &Arguments, files: &mut Files) -> Result<Done> {
+    let path = std::path::absolute(&arguments.config)?;
+    files.insert(path.clone(), identity(&path));
     let config = PipelineConfig::read(&arguments.config, &arguments.set)?;
     if arguments.check {
         pipeline::check(&config)?;
@@ -76,8 +92,8 @@ fn once(arguments: &Arguments) -> Result<Done> {
         return Ok(Done::Whole);
     }
     eprintln!("pipeline  {}   {}", arguments.config.display(), shown(&config.script));
-    for (name, value) in config.params.iter().filter(|(_, value)| !value.is_null()) {
-        eprintln!("  {name} = {value}");
+    for line in told(&config) {
+        eprintln!("{line}");
     }
     LISTEN.call_once(|| {
         // Without it Ctrl-C ends the run at once.
@@ -87,7 +103,7 @@ fn once(arguments: &Arguments) -> Result<Done> {
     if arguments.watch {
         search = search.watched(this_program()?);
     }
-    let outcome = pipeline::run(&config, search, arguments.dry_run, &interrupt::asked);
+    let outcome = pipeline::run(&config, search, arguments.dry_run, &interrupt::asked, files);
     let outcome = match outcome {
         Err(error) if interrupt::asked() => {
             eprintln!("{error:#}: the script has ended where it was");
@@ -105,7 +121,7 @@ fn once(arguments: &Arguments) -> Result<Done> {
         print(&outcome.result.to_string())?;
     } else if !outcome.result.is_null() {
         let mut lines = Vec::new();
-        readable("", &outcome.result, &mut lines);
+        readable("", &outcome.result, outcome.file.as_deref(), &mut lines);
         let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
         let lines: Vec<String> = lines.iter().map(|(name, value)| format!("{name:width$}  {value}")).collect();
         print(lines.join("\n").trim())?;
@@ -113,21 +129,73 @@ fn once(arguments: &Arguments) -> Result<Done> {
     Ok(Done::Whole)
 }
 
-/// One line a plain value, its names joined by dots.
-fn readable(name: &str, value: &Value, lines: &mut Vec<(String, String)>) {
+/// The values of the parameters, in lines that fit a screen.
+fn told(config: &PipelineConfig) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for (name, value) in config.params.iter().filter(|(_, value)| !value.is_null()) {
+        let is_path = config.named.iter().any(|(param, _)| param == name);
+        let value = match value.as_str().filter(|_| is_path) {
+            Some(path) if Path::new(path).is_absolute() => shown(Path::new(path)),
+            _ => value.to_string(),
+        };
+        let next = format!("{name} = {value}");
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 3 + next.chars().count() <= WIDTH => {
+                line.push_str("   ");
+                line.push_str(&next);
+            }
+            _ => lines.push(format!("{}{next}", if lines.is_empty() { "params    " } else { "          " })),
+        }
+    }
+    lines
+}
+
+/// One line a plain value, its names joined by dots. A long list is told by where it is kept, if it is.
+fn readable(name: &str, value: &Value, file: Option<&Path>, lines: &mut Vec<(String, String)>) {
     let within = |part: &str| if name.is_empty() { part.to_owned() } else { format!("{name}.{part}") };
-    match value {
-        Value::Object(fields) => {
+    match (value, file) {
+        (Value::Object(fields), _) => {
             for (part, field) in fields {
-                readable(&within(part), field, lines);
+                readable(&within(part), field, file, lines);
             }
         }
-        Value::Array(items) => {
+        (Value::Array(items), Some(file)) if items.len() > ITEMS_MAX => {
+            lines.push((name.to_owned(), format!("{} items, in {}", items.len(), shown(file))));
+        }
+        (Value::Array(items), _) => {
             for (index, item) in items.iter().enumerate() {
-                readable(&within(&(index + 1).to_string()), item, lines);
+                readable(&within(&(index + 1).to_string()), item, file, lines);
             }
         }
-        Value::String(text) => lines.push((name.to_owned(), text.clone())),
-        other => lines.push((name.to_owned(), other.to_string())),
+        (Value::String(text), _) => lines.push((name.to_owned(), text.clone())),
+        (Value::Number(number), _) if number.is_f64() => {
+            lines.push((name.to_owned(), rounded(number.as_f64().unwrap_or(f64::NAN))));
+        }
+        (other, _) => lines.push((name.to_owned(), other.to_string())),
+    }
+}
+
+/// A number to six digits, for readers.
+fn rounded(number: f64) -> String {
+    let text = format!("{number:.5e}");
+    text.parse::<f64>().map_or(text, |number| number.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_list_is_told_by_where_it_is_kept() {
+        let value = json!({"loss": 0.106_589_108, "few": [1, [2.5]], "many": [1, 2, 3, 4, 5, "ü"], "n": 12_345_678});
+        let lines = |file: Option<&Path>| {
+            let mut lines = Vec::new();
+            readable("", &value, file, &mut lines);
+            lines.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+        };
+        let told = "loss=0.106589 few.1=1 few.2.1=2.5 many=6 items, in /runs/x-1/result.json n=12345678";
+        assert_eq!(lines(Some(Path::new("/runs/x-1/result.json"))), told);
+        // What is kept nowhere is all told.
+        assert!(lines(None).ends_with("many.5=5 many.6=ü n=12345678"));
     }
 }

@@ -1,11 +1,12 @@
-//! What can be said of a script without running it: that it compiles, that the verbs, options and parameters it names are
-//! there, and the same of the modules that it requires.
+//! What can be said of a pipeline without running it: that what its parameters name is there, that its script compiles, that the
+//! verbs, options and parameters it names exist, and the same of the modules that it requires.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
+use super::api::Session;
 use super::api::spec::{METHODS, VERBS, Verb};
 use super::config::PipelineConfig;
 use super::errors::{nearest, short};
@@ -14,14 +15,15 @@ use super::sandbox::{Sandbox, module_path, script_text, shown};
 /// Problems that are told; of the others there is only a count.
 const PROBLEMS_TOLD: usize = 50;
 
-/// Checks a pipeline's script and the modules that it requires.
+/// Checks a pipeline's parameters, its script and the modules that it requires.
 ///
 /// # Errors
 /// All problems in one message, each with its line.
-pub fn check(config: &PipelineConfig, sandbox: &Sandbox) -> Result<()> {
+pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<()> {
     let scripts = config.script.parent().context("a file has a directory")?;
     let params: Vec<&str> = config.params.keys().map(String::as_str).collect();
-    let mut problems = Vec::new();
+    let mut problems: Vec<String> =
+        config.named.iter().filter_map(|(name, path)| missing(config, session, name, path)).collect();
     let (mut seen, mut todo) = (HashSet::new(), vec![config.script.clone()]);
     while let Some(path) = todo.pop().filter(|path| seen.insert(path.clone())) {
         if let Err(error) = sandbox.compile(&path) {
@@ -44,6 +46,21 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox) -> Result<()> {
             Err(anyhow!("{}: {count} problems\n  {}", shown(&config.script), problems.join("\n  ")))
         }
     }
+}
+
+/// What is wrong with what a parameter of type `path` or `model` names, if something is.
+fn missing(config: &PipelineConfig, session: &Session, name: &str, path: &Path) -> Option<String> {
+    let text = path.display().to_string();
+    let problem = match session.locate(&text) {
+        Ok(Some(_)) => return None,
+        Ok(None) if path.is_absolute() => format!("there is no file or directory {}", text),
+        Ok(None) => format!(
+            "there is no model `{}`: no file, no directory, and no name in `homeroom list-models`",
+            short(&text)
+        ),
+        Err(error) => format!("{error:#}"),
+    };
+    Some(format!("{}: parameter `{name}`: {problem}", config.path.display()))
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -130,7 +147,7 @@ fn names(script: &str, text: &str, params: &[&str], problems: &mut Vec<String>) 
         };
         format!("`{what}` has no `{}`{hint}", short(key))
     };
-    let verbs: Vec<&str> = VERBS.iter().map(|verb| verb.name).chain(["log"]).collect();
+    let verbs: Vec<&str> = VERBS.iter().map(|verb| verb.name).chain(["log", "null"]).collect();
     for at in 0..tokens.len() {
         let line = tokens[at].0;
         let mut problem = |message: String| problems.push(format!("{script}:{line}: {message}"));
@@ -139,7 +156,7 @@ fn names(script: &str, text: &str, params: &[&str], problems: &mut Vec<String>) 
             (Some("homeroom"), Some(key)) if !is_field && is(at + 1, '.') => {
                 match VERBS.iter().find(|verb| verb.name == key) {
                     Some(verb) => keys(script, &tokens, at + 3, verb, problems),
-                    None if key == "log" => {}
+                    None if verbs.contains(&key) => {}
                     None => problem(unknown("homeroom", key, &verbs)),
                 }
             }

@@ -21,24 +21,24 @@ pub const PIPELINE_KEYS: [(&str, &str); 3] = [
     ("script", "the Lua script; a path relative to this file"),
     (
         "lua_seconds",
-        "time that the script's own Lua and its work on datasets may take, in seconds; training, loading and answering are not counted; 60 if it is not there",
+        "seconds that the script's own Lua and its work on datasets may take; loading, training and answering do not count; default 60",
     ),
     ("params", "the parameters, see below"),
 ];
 
 /// Keys of `[plugins]`, each with what it does.
 pub const PLUGINS_KEYS: [(&str, &str); 1] =
-    [("policy", "`locked`: only strategies beside the program or in `plugins.lock`, whatever the user's policy is")];
+    [("policy", "`locked`: only strategies that lie beside the program or are in `plugins.lock`, even if the user's policy allows others")];
 
 /// Keys of a parameter's declaration, each with what it does.
 pub const PARAM_KEYS: [(&str, &str); 7] = [
-    ("type", "`string`, `int`, `float`, `bool`, `path`, or `model`: a path if it is there, else a name"),
-    ("default", "the value when none is set"),
-    ("required", "`true`: there is no default, and `--set` has to name it"),
-    ("min", "smallest number, or shortest string"),
-    ("max", "largest number, or longest string"),
-    ("one_of", "the values that are admitted"),
-    ("doc", "one line for whoever sets it"),
+    ("type", "`string`, `int`, `float`, `bool`, `path` or `model` (a path, or the name of a model)"),
+    ("default", "the value if `--set` gives none"),
+    ("required", "`true`: `--set` has to give the value, and there is no default"),
+    ("min", "the smallest number, or the fewest characters of a string"),
+    ("max", "the largest number, or the most characters of a string"),
+    ("one_of", "a list of the values that are allowed"),
+    ("doc", "one line that says what setting it does"),
 ];
 
 /// Time that a script's own Lua may take.
@@ -57,8 +57,8 @@ pub struct PipelineConfig {
     pub plugin_policy: Option<Policy>,
     /// All parameters by name, in the order of the file. One that is neither set nor has a default is null.
     pub params: Map<String, Value>,
-    /// What parameters of type `path` and `model` name: what the script may read, wherever it is.
-    pub named: Vec<PathBuf>,
+    /// Parameters of type `path` and `model`, and what they name: what the script may read, wherever it is.
+    pub named: Vec<(String, PathBuf)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -120,6 +120,10 @@ fn read_document(
     set: &[(String, String)],
     problems: &mut Problems,
 ) -> Option<PipelineConfig> {
+    if let Some(what) = other_kind(document.as_table()) {
+        problems.at(None, format!("it declares no pipeline: {what}"));
+        return None;
+    }
     unknown_keys(document.as_table(), &["pipeline", "plugins"], problems);
     let plugin_policy = document.get("plugins").and_then(|item| read_policy(item, problems));
     let Some(item) = document.get("pipeline") else {
@@ -160,9 +164,24 @@ fn read_document(
     let params = values(&declared, &broken, base, set, problems);
     let lua_time = Duration::from_secs_f64(lua_seconds);
     let is_path = |param: &&Param| matches!(param.kind, Type::Path | Type::Model);
-    let named = declared.iter().filter(is_path).filter_map(|param| params[&param.name].as_str().map(PathBuf::from));
-    let named = named.collect();
+    let place = |param: &Param| Some((param.name.clone(), PathBuf::from(params[&param.name].as_str()?)));
+    let named = declared.iter().filter(is_path).filter_map(place).collect();
     Some(PipelineConfig { path: path.to_owned(), script: script?, lua_time, plugin_policy, params, named })
+}
+
+/// What a TOML file without a pipeline is for, if that can be told.
+fn other_kind(table: &dyn TableLike) -> Option<&'static str> {
+    let has = |key: &str| table.contains_key(key);
+    match () {
+        () if has("pipeline") => None,
+        () if has("handlers") || has("routes") => Some(
+            "it says who answers\nhint: `homeroom serve --config FILE` serves its routes, `homeroom chat --config FILE --handler NAME` talks to one",
+        ),
+        () if has("package") || has("workspace") => {
+            Some("it is a crate's\nhint: `homeroom plugins watch CRATE` builds a strategy when its source is saved")
+        }
+        () => None,
+    }
 }
 
 /// A project's file can tighten the user's policy and never loosen it: it may come from somebody else.

@@ -1,10 +1,11 @@
 //! Failures of what a script calls, and how they are told: at the script's line, and in a bounded number of words.
 
 use std::cell::Cell;
+use std::fmt::Display;
 
 use anyhow::anyhow;
 use homeroom_abi::describe;
-use mlua::Lua;
+use mlua::{Function, Lua};
 
 use super::clock::Ended;
 use super::limits::bytes;
@@ -84,12 +85,24 @@ pub fn said(text: impl Into<String>) -> Failure {
     Failure::Said(anyhow!(text.into()))
 }
 
-/// `scripts/x.lua:12: `, the line of Lua that is being run; nothing if there is none.
+/// A failure with the place of the script's function that is at fault.
+pub fn raised(function: &Function, text: impl Display) -> Failure {
+    let info = function.info();
+    let place = match (info.short_src, info.line_defined) {
+        (Some(source), Some(line)) => format!("{source}:{line}: "),
+        _ => String::new(),
+    };
+    Failure::Lua(mlua::Error::runtime(format!("{place}{text}")))
+}
+
+/// `scripts/x.lua:12: `, the script's line that is being run; nothing if there is none.
 pub fn here(lua: &Lua) -> String {
     let line = |level| {
         lua.inspect_stack(level, |frame| {
-            let (line, source) = (frame.current_line()?, frame.source().short_src?);
-            (source != PRELUDE).then(|| format!("{source}:{line}: "))
+            let (line, source) = (frame.current_line()?, frame.source());
+            // The binding and the prelude have chunks of their own, which are no files.
+            let is_script = source.source.is_some_and(|name| name.starts_with('@'));
+            is_script.then(|| Some(format!("{}:{line}: ", source.short_src?)))?
         })
     };
     (0..32).map_while(line).flatten().next().unwrap_or_default()
@@ -116,8 +129,13 @@ pub fn parts(error: &mlua::Error) -> (String, String) {
     // What the script raised may hold these words too; the machine's stand behind it.
     let (text, trace) = text.rsplit_once("\nstack traceback:\n").unwrap_or((text, ""));
     // An error of a library function that the prelude called has its place.
-    let text = text.strip_prefix(PRELUDE).and_then(|rest| rest.split_once(": ")).map_or(text, |(_, text)| text);
+    let text = if is_internal(text) { text.split_once(": ").map_or(text, |(_, text)| text) } else { text };
     (cut(text.to_owned()), cut(trace.to_owned()))
+}
+
+/// Whether a message or a line of a stack begins with the name of a chunk that is no script: the prelude or the binding's own.
+pub fn is_internal(text: &str) -> bool {
+    text.starts_with(PRELUDE) || text.starts_with("__mlua_")
 }
 
 /// Says that the script's values are too large.

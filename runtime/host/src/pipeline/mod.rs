@@ -16,6 +16,7 @@ pub mod places;
 pub mod reference;
 pub mod sandbox;
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ use self::sandbox::Sandbox;
 use crate::interrupt;
 use crate::plugin::{Search, Trust};
 use crate::progress::line;
+use crate::watch::Files;
 
 /// How long a script may go on after Ctrl-C, before the program ends with it.
 const CANCELLED_FOR: Duration = Duration::from_secs(1);
@@ -44,18 +46,30 @@ const EXPIRED_FOR: Duration = Duration::from_secs(30);
 pub struct Outcome {
     /// What the script returned.
     pub result: Value,
+    /// The file of the run that holds the result, if it trained something.
+    pub file: Option<PathBuf>,
     /// What a dry run would have done: in words, and as JSON.
     pub actions: Vec<(String, Value)>,
 }
 
 /// Runs a pipeline; `dry`: walks its script, and neither trains nor writes. It ends when `cancelled` says so: after the step,
-/// if it is training.
+/// if it is training. `files` gets the script and the modules that it required, each as it was when it was read.
 ///
 /// # Errors
 /// What the script or a verb raises, with the script's file and line.
-pub fn run(config: &PipelineConfig, search: Search, dry: bool, cancelled: &dyn Fn() -> bool) -> Result<Outcome> {
+pub fn run(
+    config: &PipelineConfig,
+    search: Search,
+    dry: bool,
+    cancelled: &dyn Fn() -> bool,
+    files: &mut Files,
+) -> Result<Outcome> {
     let limits = Limits { lua_time: config.lua_time, ..Limits::default() };
-    run_within(config, search, dry, cancelled, limits)
+    in_sandbox(config, search, dry, cancelled, limits, |sandbox, session| {
+        let outcome = play(config, sandbox, session);
+        files.extend(sandbox.files());
+        outcome
+    })
 }
 
 /// As [`run`], within other bounds.
@@ -69,16 +83,19 @@ pub fn run_within(
     cancelled: &dyn Fn() -> bool,
     limits: Limits,
 ) -> Result<Outcome> {
-    in_sandbox(config, search, dry, cancelled, limits, |sandbox, session| {
-        let script = sandbox.compile(&config.script)?;
-        let returned = sandbox.call(&script, &config.script)?;
-        let result = {
-            let _running = session.clock().resume();
-            api::to_json(session.clock(), &returned).map_err(Failure::into_error)
-        };
-        let result = result.with_context(|| format!("{}: what it returns", sandbox::shown(&config.script)))?;
-        Ok(Outcome { result, actions: session.actions() })
-    })
+    in_sandbox(config, search, dry, cancelled, limits, |sandbox, session| play(config, sandbox, session))
+}
+
+fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<Outcome> {
+    let script = sandbox.compile(&config.script)?;
+    let returned = sandbox.call(&script, &config.script)?;
+    let result = {
+        let _running = session.clock().resume();
+        api::to_json(session.clock(), &returned).map_err(Failure::into_error)
+    };
+    let result = result.with_context(|| format!("{}: what it returns", sandbox::shown(&config.script)))?;
+    let file = session.keep(&result)?;
+    Ok(Outcome { result, file, actions: session.actions() })
 }
 
 /// Says what is wrong with a pipeline without running it.
@@ -87,7 +104,9 @@ pub fn run_within(
 /// All problems in one message.
 pub fn check(config: &PipelineConfig) -> Result<()> {
     let search = Search::new(&[], Trust::default());
-    in_sandbox(config, search, true, &|| false, Limits::default(), |sandbox, _| check::check(config, sandbox))
+    in_sandbox(config, search, true, &|| false, Limits::default(), |sandbox, session| {
+        check::check(config, sandbox, session)
+    })
 }
 
 fn in_sandbox<T: Send>(

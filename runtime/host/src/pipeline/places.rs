@@ -37,9 +37,9 @@ impl Places {
     ///
     /// # Errors
     /// When one of the directories is not there.
-    pub fn new(scripts: &Path, folder: &Path, named: &[PathBuf]) -> Result<Self> {
+    pub fn new(scripts: &Path, folder: &Path, named: Vec<PathBuf>) -> Result<Self> {
         let real = |path: &Path| path.canonicalize().with_context(|| path.display().to_string());
-        Ok(Self { scripts: real(scripts)?, folder: real(folder)?, named: named.to_vec() })
+        Ok(Self { scripts: real(scripts)?, folder: real(folder)?, named })
     }
 
     /// The place that a script means by a text, if something is there.
@@ -165,7 +165,7 @@ mod tests {
             std::os::unix::fs::symlink(&root, root.join("project/up")).unwrap();
         }
         let project = root.join("project");
-        let places = Places::new(&project, &project, std::slice::from_ref(&other)).unwrap();
+        let places = Places::new(&project, &project, vec![other.clone()]).unwrap();
         for text in ["sub/rows", "./sub/../sub/rows", mine.to_str().unwrap()] {
             let expected = Place { path: mine.clone(), named: false };
             assert_eq!(places.find(text).unwrap(), Some(expected), "{text}");

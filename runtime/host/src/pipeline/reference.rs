@@ -16,25 +16,25 @@ const MODEL_FIELDS: [(&str, &str, &str); 4] = [
     ("model", "string", "the base: a name or path"),
     ("strategy", "string?", "the strategy that trains it"),
     ("options", "{[string]: any}", "the strategy's options"),
-    ("adapter", "string?", "id of what was trained, if something was"),
+    ("adapter", "string?", "what was trained: an id or a name; nil for a base"),
 ];
 
 const SHAPES: [Shape; 9] = [
-    Shape { name: "Model", doc: "A model: what `model` takes, in every verb.", fields: &MODEL_FIELDS },
+    Shape { name: "Model", doc: "A model: what every verb takes as `model`.", fields: &MODEL_FIELDS },
     Shape {
         name: "Tuned",
         doc: "A model that `fine_tune` trained; a Model too.",
         fields: &[
-            ("metrics", "Metrics", "what came of the training"),
+            ("metrics", "Metrics", "the numbers of the training"),
             ("stopped", "string", "\"finished\", or the reason that a callback gave"),
         ],
     },
     Shape {
         name: "Metrics",
-        doc: "What came of a training. Losses are means over trained tokens, in nats.",
+        doc: "The numbers of a training. A loss is the mean over trained tokens, in nats.",
         fields: &[
-            ("eval_loss", "number?", "held-out loss after; nil without `eval`"),
-            ("eval_loss_before", "number?", "held-out loss before"),
+            ("eval_loss", "number?", "held-out loss after training; nil without `eval`"),
+            ("eval_loss_before", "number?", "held-out loss before training"),
             ("train_loss", "number", "mean loss of all steps"),
             ("steps", "number", "steps that were done"),
             ("planned_steps", "number", "steps that were planned"),
@@ -67,11 +67,11 @@ const SHAPES: [Shape; 9] = [
     },
     Shape {
         name: "StepReport",
-        doc: "What `on_step` is told.",
+        doc: "What `on_step` gets.",
         fields: &[
             ("step", "number", "number of the step, from 1"),
             ("steps", "number", "steps that are planned"),
-            ("epoch", "number", "epochs done, with the part of the present one"),
+            ("epoch", "number", "epochs that are done, with the done part of the present one"),
             ("loss", "number", "loss of the step's rows before the update"),
             ("grad_norm", "number", "norm of the gradients before clipping"),
             ("learning_rate", "number", "learning rate of the update"),
@@ -80,11 +80,11 @@ const SHAPES: [Shape; 9] = [
     },
     Shape {
         name: "EvalReport",
-        doc: "What `on_eval` is told.",
+        doc: "What `on_eval` gets.",
         fields: &[
             ("step", "number", "number of the step, from 1"),
             ("steps", "number", "steps that are planned"),
-            ("epoch", "number", "epochs done, with the part of the present one"),
+            ("epoch", "number", "epochs that are done, with the done part of the present one"),
             ("eval_loss", "number", "held-out loss"),
             ("perplexity", "number", "e to the loss"),
             ("token_accuracy", "number", "share of held-out tokens that the model found likeliest"),
@@ -95,8 +95,8 @@ const SHAPES: [Shape; 9] = [
         name: "Directive",
         doc: "What a callback may return; nil changes nothing.",
         fields: &[
-            ("stop", "string?", "no further step; the reason goes to `stopped`"),
-            ("learning_rate_scale", "number?", "from now on the schedule's learning rates times this"),
+            ("stop", "string?", "ends the training after this step; the reason goes to `stopped`"),
+            ("learning_rate_scale", "number?", "multiplies the schedule's learning rates from now on"),
         ],
     },
 ];
@@ -156,7 +156,7 @@ fn section(out: &mut String, title: &str, verb: &Verb) {
     if !verb.options.is_empty() {
         out.push_str("\n| option | type | default | |\n| --- | --- | --- | --- |\n");
         for option in verb.all() {
-            let alias = option.alias.map(|alias| format!(" (or `{alias}`)")).unwrap_or_default();
+            let alias: String = option.aliases.iter().map(|alias| format!(" or `{alias}`")).collect();
             let default = if option.required { "required" } else { option.default };
             let (words, doc) = (cell(&option.kind.words()), cell(option.doc));
             let _ = writeln!(out, "| `{}`{alias} | {words} | {} | {doc} |", option.name, cell(default));
@@ -191,7 +191,7 @@ pub fn lua_ls() -> String {
     for verb in METHODS {
         ls_function(&mut out, &format!("Dataset:{}", verb.name), verb);
     }
-    out.push_str("\nhomeroom = {}\n");
+    let _ = write!(out, "\nhomeroom = {{}}\n\n---{NULL}\n---@type any\nhomeroom.null = nil\n");
     for verb in VERBS {
         ls_function(&mut out, &format!("homeroom.{}", verb.name), verb);
     }
@@ -208,10 +208,11 @@ fn ls_function(out: &mut String, name: &str, verb: &Verb) {
     if !verb.options.is_empty() {
         let _ = write!(out, "\n---@class {class}\n");
         for option in verb.all() {
-            for name in [Some(option.name), option.alias].into_iter().flatten() {
+            for name in option.names() {
                 let mark = if option.required { "" } else { "?" };
-                let _ =
-                    writeln!(out, "---@field {name}{mark} {} # {}", ls_type(&option.kind.annotation()), told(option));
+                let kind = ls_type(&option.kind.annotation());
+                let doc = if name == option.name { told(option) } else { format!("another name for `{}`", option.name) };
+                let _ = writeln!(out, "---@field {name}{mark} {kind} # {doc}");
             }
         }
     }
@@ -277,7 +278,7 @@ pub fn luau() -> String {
         let line = first_line(verb.doc);
         let _ = write!(out, "  -- {line}\n  {}: ({}) -> {},\n", verb.name, luau_arguments(verb), verb.returns);
     }
-    out.push_str("  log: {\n");
+    let _ = write!(out, "  -- {NULL}\n  null: any,\n  log: {{\n");
     for verb in LOGS {
         let _ = writeln!(out, "    {}: ({}) -> {},", verb.name, luau_arguments(verb), verb.returns);
     }
@@ -291,8 +292,7 @@ fn luau_arguments(verb: &Verb) -> String {
         return arguments.collect::<Vec<_>>().join(", ");
     }
     let field = |option: &'static Opt| {
-        let names = [Some(option.name), option.alias].into_iter().flatten();
-        names.map(|name| {
+        option.names().map(|name| {
             let kind = option.kind.annotation();
             match option.required {
                 true => format!("{name}: {kind}"),
@@ -322,59 +322,69 @@ fn pascal(name: &str) -> String {
     name.split('_').map(capital).collect()
 }
 
+const NULL: &str = "The null of JSON, as an item of a list.";
+
 const GENERATED: &str =
     "Written by the program's tests from runtime/host/src/pipeline/api/spec.rs; see scripts/README.md.";
 
-const DATASETS: &str = "A dataset is rows in an order. Its methods change nothing: each gives a new dataset, and rows are shared. A row is the
-table that its line in the file is, all fields included; functions get a copy of one row at a time. A field that is null in
-the file is nil, so it is gone from a row that `map` returns. An error in a function names its own line and the row's.
+const DATASETS: &str = "A dataset is a list of rows. Its methods change nothing: each returns a new dataset. A row is a table with all fields of its line
+in the file; a function gets a copy of one row at a time. An error in a function names its own line and the row's.
+
+What a script does not touch stays as it was. `filter`, `sample` and the others pass rows on, and `map` writes only what differs from
+what the function was given: the order of keys stays, and so do nulls and the spelling of numbers (`1.0`, 9007199254740993). A field
+that is null is nil in Lua; an item of a list that is null is `homeroom.null`, which a script can also write. A table that the function
+makes itself keeps the nulls of the one in its place if it has all the other fields of that one.
 ";
 
 const INTRODUCTION: &str = r#"# Pipelines in Lua
 
-A pipeline is a Lua script that loads, trains, measures and saves; a TOML file declares its parameters
-([configs/](../configs/README.md)). To write one, copy the nearest script here and change it:
+A pipeline is a Lua script that loads a model, trains it, measures it and saves it. A TOML file names the script and declares its
+parameters ([configs/](../configs/README.md)). To write your own, copy the nearest of these scripts and change it:
 
 | script | what it does |
 | --- | --- |
 | `quickstart.lua` | teaches the pocket model a rule, and asks it before and after |
-| `fine_tune.lua` | trains on a file, holds some rows out, saves the adapter, answers with it |
-| `curriculum.lua` | trains from easy rows to hard ones in stages, each gated on the same held-out rows |
+| `fine_tune.lua` | trains on a file, measures on held-out rows, saves the adapter, lets it answer |
+| `curriculum.lua` | trains on easy rows first and on hard ones last; a stage counts if the held-out loss falls |
 
 ```
 homeroom run configs/fine_tune.toml --set model=MODEL --set dataset=rows.jsonl
-homeroom run configs/fine_tune.toml --check        # says what is wrong, without running anything
-homeroom run configs/fine_tune.toml --dry-run      # says what it would do and train, without doing it
+homeroom run CONFIG --check        # says what is wrong, and runs nothing
+homeroom run CONFIG --dry-run      # says what it would do and train, and does none of it
+homeroom run CONFIG --watch        # runs again when the TOML file, the script or a module is saved
 ```
 
-What the script returns is printed on stdout (`--json`: as JSON); what it prints, and the story of the run, goes to stderr.
-Ctrl-C ends a training after its step, and a script that computes at once; the exit code is 130.
+What the script returns is the result: it goes to stdout, and with `--json` as JSON. What it prints goes to stderr, beside the
+progress. Without `--json` a list of more than five items is not printed if the run trained something: it is in `result.json` in the
+run's directory. Ctrl-C ends a training after its step and a script at once, with exit code 130.
 
 ## The language
 
-Scripts are [Luau](https://luau.org), which is Lua 5.1 with `+=`, `continue`, `//` and types. Numbers are doubles. Editors know the
-verbs: `types/homeroom.meta.lua` is for LuaLS (add `scripts/types` to `workspace.library`), `types/homeroom.d.luau` for luau-lsp.
+Scripts are [Luau](https://luau.org): Lua 5.1 with `+=`, `continue`, `//` and types. Numbers are doubles. For completion in an editor,
+`types/homeroom.meta.lua` is for LuaLS (add `scripts/types` to `workspace.library`), `types/homeroom.d.luau` for luau-lsp.
 
-- `params` holds the declared parameters, checked and read-only. Paths among them are absolute.
-- A path in a script is relative to the script, and has to lie below the directory of the TOML file, symbolic links resolved; what
-  is elsewhere is named by a parameter of type `path` or `model`. Only regular files are read.
-- A verb takes one table of options. An unknown option, or one of another type, is an error at the script's line.
-- Verbs return plain tables and strings, which can be stored; only datasets are objects. A model's table is looked up as its
-  names are: a script can write one, and gets no further with it.
-- An error of a verb is a string that begins with the script's line; `pcall` catches it.
-- A name that nobody defined is an error, and so is a global: write `local`.
-- `require("lib/x")` runs `lib/x.lua` beside the script, once; names are small letters, digits and underscores.
-- `print` and `homeroom.log` write to stderr, 16 MiB a run, controls of a terminal as `\u{1b}`.
-- In a dry run losses are not numbers (`nan`), and comparisons with them are false.
+- `params` holds the declared parameters, checked and read-only. Paths in it are absolute.
+- A path that a script writes is relative to the script and has to lie below the TOML file's directory; symbolic links are followed
+  first. A file elsewhere has to be named by a parameter of type `path` or `model`. Only regular files are read.
+- A verb takes one table of options. An unknown option or a value of the wrong type is an error at the script's line.
+- Options have the names of transformers and PEFT. Where the table of a verb says "or", both names mean the same option.
+- Verbs return plain tables and strings; only datasets are objects. A model is a table of names, and verbs check these names again: a
+  table that a script writes itself opens nothing that the script may not read.
+- The error of a verb is a string that begins with the script's line. `pcall` catches it.
+- An undefined name is an error, and so is a global variable: write `local`.
+- `require("lib/x")` runs `lib/x.lua` beside the script, once. A module's name has small letters, digits and underscores.
+- `print` and `homeroom.log` write to stderr, at most 16 MiB a run. Control characters appear as `\u{1b}`.
+- In a dry run every loss is `nan`, and a comparison with it is false.
 
-A script can compute and call verbs, and nothing else: there are no files, no processes and no bytecode, and libraries are
-read-only. Its values may take 256 MiB, and the rows of its datasets half of the machine's memory, at most 8 GiB; what it returns,
-logs or makes of one row 64 MiB. Its own time, work on datasets included, is bounded by `lua_seconds`; library functions are bounded
-too: `string.rep` to 64 MiB, `table.move` to 10 million elements, patterns by their longest set times the text. That stops accidents
-and hostile scripts; it does not bound what verbs do: a script can train for days, and overwrite the models that it names.
+A script can compute and call verbs, and nothing else: it has no files, no processes and no bytecode, and libraries are read-only.
+Its values may take 256 MiB. The rows of its datasets may take half of the machine's memory, at most 8 GiB. What it returns, logs or
+makes of one row may take 64 MiB. `lua_seconds` limits its own time, its work on datasets included. Library functions have limits
+too: `string.rep` makes 64 MiB, `table.move` moves 10 million elements, and a long set in a pattern is refused for a long text. These
+limits stop accidents and hostile scripts. They do not limit what verbs do: a script can train for days, and replace the models that
+it names.
 
-What is trained is kept in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until it is deleted; `save_model` copies
-the model's own files to the registry, for the user alone.
+What `fine_tune` makes stays in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until you delete it. `save_model` copies
+the model's own files to the registry, where only you can read them.
 "#;
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use super::clock::{Clock, Ended};
 use super::errors::{self, Failure, PRELUDE, nearest, parts, said, short};
 use super::libraries;
 use super::limits::Limits;
+use crate::watch::{Files, identity};
 
 /// How often time and Ctrl-C are looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(20);
@@ -49,6 +50,8 @@ pub struct Sandbox {
     /// What the script may take.
     pub limits: Limits,
     scripts: PathBuf,
+    /// The script and modules that were read or looked for, each as it was then.
+    files: Rc<RefCell<Files>>,
     prelude: Prelude,
 }
 
@@ -152,7 +155,7 @@ impl Sandbox {
         let failed = |error: mlua::Error| anyhow!("cannot set up Lua: {error}");
         let lua = Lua::new();
         let (globals, prelude) = (lua.globals(), Prelude::load(&lua).map_err(failed)?);
-        let sandbox = Self { lua, globals, clock, limits, scripts: scripts.to_owned(), prelude };
+        let sandbox = Self { lua, globals, clock, limits, scripts: scripts.to_owned(), files: Rc::default(), prelude };
         sandbox.guard().map_err(failed)?;
         Ok(sandbox)
     }
@@ -160,6 +163,11 @@ impl Sandbox {
     /// The machine, to make values in.
     pub fn lua(&self) -> &Lua {
         &self.lua
+    }
+
+    /// The script and modules that were read or looked for, each as it was then.
+    pub fn files(&self) -> Files {
+        self.files.borrow().clone()
     }
 
     /// What makes functions for scripts.
@@ -210,21 +218,24 @@ impl Sandbox {
 
     /// `require("lib/x")`: the module `lib/x.lua` below the scripts' directory, run once.
     fn provide_require(&self) -> mlua::Result<()> {
-        let (scripts, globals) = (self.scripts.clone(), self.globals.clone());
+        let (scripts, globals, files) = (self.scripts.clone(), self.globals.clone(), self.files.clone());
         let loaded: Rc<RefCell<HashMap<PathBuf, Option<Value>>>> = Rc::default();
         let require = self.prelude.function(&self.lua, move |lua, name, _| {
             let Value::String(name) = name else {
-                return Err(said(format!("require: it takes the name of a module, not a {}", name.type_name())));
+                return Err(said(format!("require: it takes the name of a module, not {}", short(&name_of(&name)))));
             };
             let name = name.to_string_lossy();
-            let path = module_path(&scripts, &name)?;
+            let file = module_file(&scripts, &name)?;
+            let path = module_path(&scripts, &name).inspect_err(|_| {
+                files.borrow_mut().insert(file, None);
+            })?;
             match loaded.borrow().get(&path) {
                 Some(Some(module)) => return Ok(module.clone()),
                 Some(None) => return Err(said(format!("`{name}` is required by itself"))),
                 None => {}
             }
             loaded.borrow_mut().insert(path.clone(), None);
-            let module = chunk(lua, &path, &globals).and_then(|chunk| Ok(chunk.call::<Value>(())?));
+            let module = chunk(lua, &path, &globals, &files).and_then(|chunk| Ok(chunk.call::<Value>(())?));
             match module {
                 Ok(module @ (Value::Table(_) | Value::Function(_))) => {
                     loaded.borrow_mut().insert(path, Some(module.clone()));
@@ -259,7 +270,7 @@ impl Sandbox {
     /// # Errors
     /// When it cannot be read or is not Lua; the message names the line.
     pub fn compile(&self, script: &Path) -> Result<Function> {
-        chunk(&self.lua, script, &self.globals).map_err(|failure| match failure {
+        chunk(&self.lua, script, &self.globals, &self.files).map_err(|failure| match failure {
             Failure::Lua(error) => self.tell(&error, script),
             Failure::Said(error) => error,
         })
@@ -303,12 +314,15 @@ pub fn name_of(key: &Value) -> String {
     match key {
         Value::String(name) => name.to_string_lossy(),
         Value::Boolean(_) | Value::Integer(_) | Value::Number(_) => key.to_string().unwrap_or_default(),
+        Value::LightUserData(null) if null.0.is_null() => "null".to_owned(),
+        // The only objects that scripts get.
+        Value::UserData(_) => "a dataset".to_owned(),
         other => format!("a {}", other.type_name()),
     }
 }
 
 fn is_frame(line: &str) -> bool {
-    !line.is_empty() && !line.starts_with('[') && !line.starts_with("stack traceback")
+    !line.is_empty() && !line.starts_with('[') && !line.starts_with("stack traceback") && !errors::is_internal(line)
 }
 
 /// `x.lua:12` of a line such as `x.lua:12 function f` or `x.lua:12: in function 'f'`.
@@ -319,7 +333,8 @@ fn place(frame: &str) -> &str {
 }
 
 /// A compiled chunk, from text and never from bytecode, which is trusted by the machine.
-fn chunk(lua: &Lua, path: &Path, globals: &Table) -> Result<Function, Failure> {
+fn chunk(lua: &Lua, path: &Path, globals: &Table, files: &RefCell<Files>) -> Result<Function, Failure> {
+    files.borrow_mut().insert(path.to_owned(), identity(path));
     let chunk = lua.load(script_text(path)?).set_name(format!("@{}", shown(path))).set_mode(ChunkMode::Text);
     Ok(chunk.set_environment(globals.clone()).into_function()?)
 }
@@ -341,11 +356,11 @@ pub fn shown(path: &Path) -> String {
     short.unwrap_or(&path).display().to_string()
 }
 
-/// Where a required module is.
+/// Where a module of that name would be.
 ///
 /// # Errors
-/// When the name is not one, there is no such module, or it lies outside of the scripts' directory.
-pub fn module_path(scripts: &Path, name: &str) -> Result<PathBuf> {
+/// When it is no name of a module.
+fn module_file(scripts: &Path, name: &str) -> Result<PathBuf> {
     if name.len() > MODULE_BYTES_MAX {
         bail!("a module's name has at most {MODULE_BYTES_MAX} characters, not {}", name.len());
     }
@@ -354,7 +369,15 @@ pub fn module_path(scripts: &Path, name: &str) -> Result<PathBuf> {
     if !name.split('/').all(part) {
         bail!("`{name}` is not a module's name: small letters, digits, underscores, and / between directories");
     }
-    let path = scripts.join(format!("{name}.lua"));
+    Ok(scripts.join(format!("{name}.lua")))
+}
+
+/// Where a required module is.
+///
+/// # Errors
+/// When the name is not one, there is no such module, or it lies outside of the scripts' directory.
+pub fn module_path(scripts: &Path, name: &str) -> Result<PathBuf> {
+    let path = module_file(scripts, name)?;
     let (Ok(real), Ok(root)) = (path.canonicalize(), scripts.canonicalize()) else {
         bail!("there is no module `{name}`: {} is not there", path.display());
     };

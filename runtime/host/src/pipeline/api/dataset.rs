@@ -9,23 +9,24 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::{Example, OnLongRow, Problems, check_row, read_texts};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::order;
-use mlua::{IntoLuaMulti, Lua, MetaMethod, MultiValue, UserData, UserDataFields, UserDataMethods, Value};
-use serde_json::Value as Json;
+use mlua::{Function, IntoLuaMulti, Lua, MetaMethod, MultiValue, UserData, UserDataFields, UserDataMethods, Value};
 use sha2::{Digest, Sha256};
 
 use super::options::{Options, words};
+use super::row::{Given, Node, to_lua};
 use super::spec::{METHODS, verb};
-use super::value::{to_json, to_lua};
+use super::value::to_json;
 use super::{Session, counted};
 use crate::models;
 use crate::pipeline::clock::Clock;
-use crate::pipeline::errors::{Failure, message, nearest, said, short};
+use crate::pipeline::errors::{Failure, here, message, nearest, raised, said, short};
 use crate::pipeline::limits::Held;
 use crate::pipeline::sandbox::{Prelude, name_of, shown};
+use crate::progress::thousands;
 
 /// Most rows that a dataset holds.
 const ROWS_MAX: usize = 1 << 26;
@@ -35,6 +36,8 @@ const QUANTILES_MAX: usize = 1000;
 const OVERHEAD_BYTES: usize = 96;
 /// Name in the registry of the table of a dataset's methods.
 const METHODS_TABLE: &str = "homeroom.dataset";
+/// Name in the registry of the function that refuses to set a field of a dataset.
+const NO_FIELDS: &str = "homeroom.dataset.no_fields";
 
 /// One row.
 #[derive(Clone)]
@@ -60,8 +63,8 @@ struct Rows {
 }
 
 impl Row {
-    fn json(&self) -> Json {
-        serde_json::from_str(&self.text.json).expect("rows were checked when they were read or made")
+    fn node(&self) -> Node<'_> {
+        Node::parse(&self.text.json).expect("rows were checked when they were read or made")
     }
 
     fn place(&self) -> String {
@@ -183,27 +186,60 @@ impl Dataset {
         Ok(self.of(indices.iter().map(|index| self.rows()[*index].clone()).collect(), held))
     }
 
-    /// What a script says of each row, one after the other: a function's answer, or a field's value.
+    /// What a script says of each row, one after the other, as JSON: a function's answer, or a field's value.
     fn keys(
         &self,
         lua: &Lua,
         session: &Session,
         name: &str,
         by: &Value,
-        mut each: impl FnMut(&Row, Json) -> Result<(), Failure>,
+        mut each: impl FnMut(&Row, Key) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let field = by.as_string().map(|field| field.to_string_lossy());
+        if let Some(function) = by.as_function() {
+            for row in self.rows() {
+                session.clock().check()?;
+                let answer = call(session, function, row, to_lua(lua, &row.node())?)?;
+                let answer = answer.ok_or_else(|| silent(function, row, &format!("{name}: `by`"), "return the key"))?;
+                let key = to_json(session.clock(), &answer)
+                    .map_err(|failure| failure.within(&format!("{name}: `by`: {}", row.place())))?;
+                each(row, Key { number: key.as_f64(), text: key.to_string() })?;
+            }
+            return Ok(());
+        }
+        let field = by.as_string().map(|field| field.to_string_lossy()).unwrap_or_default();
+        let mut found = false;
         for row in self.rows() {
             session.clock().check()?;
-            let key = match &field {
-                Some(field) => row.json().get(field).cloned().unwrap_or_default(),
-                None => to_json(session.clock(), &call(lua, session, by, row)?)
-                    .map_err(|failure| failure.within(&format!("{name}: by")))?,
-            };
-            each(row, key)?;
+            let node = row.node();
+            let value = node.get(&field);
+            found |= value.is_some();
+            let mut text = String::new();
+            match value {
+                Some(value) => value.canonical(&mut text),
+                None => text.push_str("null"),
+            }
+            each(row, Key { number: value.and_then(Node::number), text })?;
         }
-        Ok(())
+        match self.rows().first().filter(|_| !found) {
+            Some(first) => Err(said(no_field(name, &field, &first.node()))),
+            None => Ok(()),
+        }
     }
+}
+
+/// What rows are compared by.
+struct Key {
+    number: Option<f64>,
+    text: String,
+}
+
+/// Says that no row has a field: each would be null, and all of them alike.
+fn no_field(name: &str, field: &str, first: &Node) -> String {
+    let hint = match nearest(field, first.names()) {
+        Some(near) => format!(", did you mean `{near}`?"),
+        None => format!("; the first row has {}", first.names().take(8).map(short).collect::<Vec<_>>().join(", ")),
+    };
+    format!("{name}: `by`: no row has a field `{}`{hint}", short(field))
 }
 
 impl Text {
@@ -239,24 +275,28 @@ fn in_lua_words(error: anyhow::Error) -> anyhow::Error {
     anyhow::anyhow!(text)
 }
 
-/// Calls a script's function with a row. An error in it names the row.
-fn call(lua: &Lua, session: &Session, function: &Value, row: &Row) -> Result<Value, Failure> {
-    let function = function.as_function().context("the caller saw that it is a function")?;
-    let table = to_lua(lua, &row.json())?;
-    function.call::<Value>(table).map_err(|error| {
+/// Calls a script's function with a row; `None`: it returned nothing, not even nil. An error in it names the row.
+fn call(session: &Session, function: &Function, row: &Row, given: Value) -> Result<Option<Value>, Failure> {
+    let answer = function.call::<MultiValue>(given).map_err(|error| {
         let message = message(&error);
         // A script that is ended has no row at fault, and within a method that is called for a row the inner row is.
         if session.clock().check().is_err() || message.contains(" (row: ") {
             return Failure::Lua(error);
         }
         Failure::Lua(mlua::Error::runtime(format!("{message} (row: {})", row.place())))
-    })
+    });
+    Ok(answer?.into_iter().next())
 }
 
-fn function<'v>(name: &str, value: &'v Value) -> Result<&'v Value, Failure> {
+/// Says that a function returned nothing: a `return` was forgotten.
+fn silent(function: &Function, row: &Row, name: &str, next: &str) -> Failure {
+    raised(function, format!("{name}: the function returned nothing; {next} (row: {})", row.place()))
+}
+
+fn function(name: &str, value: Value) -> Result<Function, Failure> {
     match value {
-        Value::Function(_) => Ok(value),
-        other => Err(said(format!("{name}: it takes a function from a row, not {}", words(other)))),
+        Value::Function(function) => Ok(function),
+        other => Err(said(format!("{name}: it takes a function from a row, not {}", words(&other)))),
     }
 }
 
@@ -267,59 +307,63 @@ fn one(lua: &Lua, value: impl mlua::IntoLua) -> Result<MultiValue, Failure> {
 }
 
 fn filter(lua: &Lua, session: &Session, data: &Dataset, keeps: Value) -> Result<MultiValue, Failure> {
-    let keeps = function("filter", &keeps)?;
+    let keeps = function("filter", keeps)?;
     let mut kept = Vec::new();
     for (index, row) in data.rows().iter().enumerate() {
-        match call(lua, session, keeps, row)? {
-            Value::Boolean(true) => kept.push(index),
-            Value::Boolean(false) | Value::Nil => {}
-            other => {
-                return Err(said(format!("filter: the function returned {}, not true or false", words(&other))));
+        match call(session, &keeps, row, to_lua(lua, &row.node())?)? {
+            Some(Value::Boolean(true)) => kept.push(index),
+            Some(Value::Boolean(false) | Value::Nil) => {}
+            Some(other) => {
+                let (other, place) = (words(&other), row.place());
+                let message = format!("filter: the function returned {other}, not true or false (row: {place})");
+                return Err(raised(&keeps, message));
             }
+            None => return Err(silent(&keeps, row, "filter", "return true or false")),
         }
+    }
+    if kept.is_empty() && data.len() > 0 {
+        let note = format!("warning: {}filter keeps none of {} rows", here(lua), thousands(data.len()));
+        session.output.print(session.clock(), &note)?;
     }
     one(lua, data.pick(lua, session, &kept)?)
 }
 
 fn map(lua: &Lua, session: &Session, data: &Dataset, change: Value) -> Result<MultiValue, Failure> {
-    let change = function("map", &change)?;
+    let change = function("map", change)?;
     let held = session.hold(lua, size_of_rows(data.len()))?;
+    let kept = lua.create_table()?;
     let mut rows = Vec::new();
+    let mut is_silent = true;
     for row in data.rows() {
-        let changed = match call(lua, session, change, row)? {
-            Value::Nil => continue,
-            value @ Value::Table(_) => {
-                to_json(session.clock(), &value).map_err(|failure| failure.within(&format!("map: {}", row.place())))?
+        let node = row.node();
+        let (given, table) = Given::new(lua, &kept, &node)?;
+        let answer = call(session, &change, row, table)?;
+        is_silent &= answer.is_none();
+        let returned = match answer {
+            None | Some(Value::Nil) => continue,
+            Some(value @ Value::Table(_)) => value,
+            Some(other) => {
+                let (other, place) = (words(&other), row.place());
+                let message = format!("map: the function returned {other}, not a row or nil (row: {place})");
+                return Err(raised(&change, message));
             }
-            other => return Err(said(format!("map: the function returned {}, not a row or nil", words(&other)))),
         };
-        let text = in_order_of(row.json(), changed).to_string();
+        let changed = given.changed(session.clock(), &returned);
+        let Some(text) = changed.map_err(|failure| failure.within(&format!("map: {}", row.place())))? else {
+            rows.push(row.clone());
+            continue;
+        };
         if let Err(problem) = check_row(&text) {
-            return Err(said(format!("map: the new row is refused: {problem} (row: {})", row.place())));
+            let message = format!("map: the new row is refused: {problem} (row: {})", row.place());
+            return Err(raised(&change, message));
         }
         rows.push(Row { text: Text::hold(lua, session, text)?, ..row.clone() });
     }
-    one(lua, data.of(rows, held))
-}
-
-/// A row with its fields, and what is in them, in the order that they had: Lua keeps none, and templates print what they get.
-fn in_order_of(old: Json, new: Json) -> Json {
-    match (old, new) {
-        (Json::Object(before), Json::Object(mut after)) => {
-            let mut fields = serde_json::Map::new();
-            for (name, value) in before {
-                // What is taken leaves a null behind, which is no value of Lua's.
-                if let Some(changed) = after.get_mut(&name) {
-                    fields.insert(name, in_order_of(value, changed.take()));
-                }
-            }
-            after.retain(|name, _| !fields.contains_key(name));
-            fields.extend(after);
-            Json::Object(fields)
-        }
-        // A whole number that was written as 1.0 comes back as 1.
-        (_, new) => new,
+    // One that returns rows and sometimes nothing leaves rows out.
+    if let Some(first) = data.rows().first().filter(|_| is_silent) {
+        return Err(silent(&change, first, "map", "return the row, or nil to leave it out"));
     }
+    one(lua, data.of(rows, held))
 }
 
 fn split(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
@@ -338,13 +382,13 @@ fn bucket(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
         return Err(said(format!("bucket: {} `quantiles` are more than {QUANTILES_MAX}", quantiles.len())));
     }
     let mut numbers = Vec::new();
-    data.keys(lua, session, "bucket", options.get("by").unwrap_or(&Value::Nil), |row, key| match key.as_f64() {
+    data.keys(lua, session, "bucket", options.get("by").unwrap_or(&Value::Nil), |row, key| match key.number {
         Some(number) => {
             numbers.push(number);
             Ok(())
         }
         None => {
-            let key = short(&key.to_string());
+            let key = short(&key.text);
             Err(said(format!("bucket: `by` gives {key}, not a number (row: {})", row.place())))
         }
     })?;
@@ -387,38 +431,28 @@ fn dedupe(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
     let options = Options::read(verb("dedupe"), options)?;
     // Digests instead of texts: what is compared may be as large as all rows.
     let mut seen = HashSet::new();
-    let mut is_new = |value: &Json| seen.insert(<[u8; 32]>::from(Sha256::digest(sorted(value).to_string())));
+    let mut is_new = |text: &str| seen.insert(<[u8; 32]>::from(Sha256::digest(text)));
     let mut kept = Vec::new();
     match options.get("by") {
         Some(by) => {
             let mut index = 0;
             data.keys(lua, session, "dedupe", by, |_, key| {
-                kept.extend(is_new(&key).then_some(index));
+                kept.extend(is_new(&key.text).then_some(index));
                 index += 1;
                 Ok(())
             })?;
         }
         None => {
+            let mut text = String::new();
             for (index, row) in data.rows().iter().enumerate() {
                 session.clock().check()?;
-                kept.extend(is_new(&row.json()).then_some(index));
+                text.clear();
+                row.node().canonical(&mut text);
+                kept.extend(is_new(&text).then_some(index));
             }
         }
     }
     one(lua, data.pick(lua, session, &kept)?)
-}
-
-/// JSON with its keys in one order, so that equal values have equal texts.
-fn sorted(value: &Json) -> Json {
-    match value {
-        Json::Array(items) => items.iter().map(sorted).collect(),
-        Json::Object(fields) => {
-            let mut fields: Vec<_> = fields.iter().map(|(name, field)| (name.clone(), sorted(field))).collect();
-            fields.sort_by(|a, b| a.0.cmp(&b.0));
-            Json::Object(fields.into_iter().collect())
-        }
-        plain => plain.clone(),
-    }
 }
 
 fn len(lua: &Lua, _: &Session, data: &Dataset, _: Value) -> Result<MultiValue, Failure> {
@@ -429,7 +463,7 @@ fn rows(lua: &Lua, session: &Session, data: &Dataset, _: Value) -> Result<MultiV
     let table = lua.create_table_with_capacity(data.len(), 0)?;
     for row in data.rows() {
         session.clock().check()?;
-        table.raw_push(to_lua(lua, &row.json())?)?;
+        table.raw_push(to_lua(lua, &row.node())?)?;
     }
     one(lua, table)
 }
@@ -452,6 +486,9 @@ impl UserData for Dataset {
         fields.add_meta_field_with(MetaMethod::Index.name(), |lua| {
             lua.named_registry_value::<mlua::Table>(METHODS_TABLE)
         });
+        fields.add_meta_field_with(MetaMethod::NewIndex.name(), |lua| lua.named_registry_value::<Function>(NO_FIELDS));
+        // What Lua's own messages call it.
+        fields.add_meta_field(MetaMethod::Type.name(), "dataset");
     }
 
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
@@ -483,6 +520,11 @@ pub fn provide(lua: &Lua, prelude: &Prelude, session: &Rc<Session>) -> mlua::Res
         let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
         Err(said(format!("a dataset has no `{}`{near}", short(&name))))
     })?;
+    let no_fields = prelude.function(lua, |_, _, name| -> Result<(), Failure> {
+        let name = short(&name_of(&name));
+        Err(said(format!("a dataset has no field `{name}` to set; its methods give new datasets")))
+    })?;
+    lua.set_named_registry_value(NO_FIELDS, no_fields)?;
     let strict = lua.create_table()?;
     strict.set("__index", unknown)?;
     strict.set("__metatable", "locked")?;
@@ -490,17 +532,4 @@ pub fn provide(lua: &Lua, prelude: &Prelude, session: &Rc<Session>) -> mlua::Res
     methods.set_metatable(Some(strict))?;
     methods.set_readonly(true);
     lua.set_named_registry_value(METHODS_TABLE, methods)
-}
-
-/// `refuse`, `truncate` or `skip`.
-///
-/// # Errors
-/// When it is another word.
-pub fn on_long_row(word: &str) -> Result<OnLongRow> {
-    Ok(match word {
-        "refuse" => OnLongRow::Refuse,
-        "truncate" => OnLongRow::Truncate,
-        "skip" => OnLongRow::Skip,
-        other => bail!("`{other}` is no way to treat a long row"),
-    })
 }

@@ -7,6 +7,7 @@ mod dataset;
 mod handler;
 mod model;
 mod options;
+mod row;
 mod saved;
 pub mod spec;
 mod train;
@@ -21,12 +22,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use homeroom_engine::block::Compute;
+use homeroom_engine::data::OnLongRow;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::generate::{Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::evaluate_examples;
-use mlua::{Lua, Table, Value};
+use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use self::dataset::Dataset;
@@ -91,10 +93,11 @@ impl Session {
         let name = stem.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).chars().map(plain).take(40).collect();
         let scripts = config.script.parent().context("a file has a directory")?;
         let file = std::path::absolute(&config.path)?;
+        let named = config.named.iter().map(|(_, path)| path.clone()).collect();
         Ok(Self {
             clock: sandbox.clock.clone(),
             dry,
-            places: Places::new(scripts, file.parent().context("a file has a directory")?, &config.named)?,
+            places: Places::new(scripts, file.parent().context("a file has a directory")?, named)?,
             output: Output::new(sandbox.limits.output_bytes),
             account: Account::new(sandbox.limits.held_bytes),
             name,
@@ -119,6 +122,17 @@ impl Session {
     /// What a dry run would do.
     pub fn actions(&self) -> Vec<(String, Json)> {
         self.actions.take().into_iter().map(|(words, json, _)| (words, json)).collect()
+    }
+
+    /// Keeps what the script returned in the run's directory, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn keep(&self, result: &Json) -> Result<Option<PathBuf>> {
+        let Some((directory, _)) = &*self.run.borrow() else { return Ok(None) };
+        let file = directory.join("result.json");
+        std::fs::write(&file, format!("{result:#}\n")).with_context(|| format!("{}: cannot write", file.display()))?;
+        Ok(Some(file))
     }
 
     fn would(&self, lua: &Lua, words: String, json: Json) -> Result<(), Failure> {
@@ -154,7 +168,10 @@ impl Session {
 
     /// The place that a script means by a model: what a parameter names or lies below the TOML file's directory, an adapter of a
     /// run, or a model of that name. `None`: there is none.
-    fn locate(&self, name: &str) -> Result<Option<Place>> {
+    ///
+    /// # Errors
+    /// When the script may not read there, or it is no regular files.
+    pub fn locate(&self, name: &str) -> Result<Option<Place>> {
         let known = |path: PathBuf| path.exists().then_some(Place { path, named: true });
         if self.known_bases.borrow().contains(Path::new(name)) {
             return Ok(known(name.into()));
@@ -288,7 +305,15 @@ pub fn provide(sandbox: &Sandbox, session: &Rc<Session>, params: &Map<String, Js
     }
     strict(lua, prelude, &log, "homeroom.log", ["info", "warn"].map(str::to_owned).to_vec())?;
     homeroom.set("log", log)?;
-    let names = VERBS.iter().map(|verb| verb.name.to_owned()).chain(["log".to_owned()]).collect();
+    // What an item of a list that is null is in Lua: a nil would end the list.
+    homeroom.set("null", Value::NULL)?;
+    let null = lua.create_table()?;
+    null.set("__type", "null")?;
+    null.set("__tostring", prelude.function(lua, |_, _, _| Ok("null"))?)?;
+    null.set("__metatable", "locked")?;
+    null.set_readonly(true);
+    lua.set_type_metatable::<LightUserData>(Some(null));
+    let names = VERBS.iter().map(|verb| verb.name).chain(["log", "null"]).map(str::to_owned).collect();
     strict(lua, prelude, &homeroom, "homeroom", names)?;
     sandbox.provide("homeroom", homeroom)?;
 
@@ -361,17 +386,42 @@ fn load_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     if named.adapter.is_some() {
         return Err(said(format!("load_model: `{name}` is an adapter; `load_fine_tuned_model` describes it")));
     }
-    spec.strategy = Some(options.text("strategy").unwrap_or_else(|| "lora".to_owned()));
+    spec.strategy = Some(strategy_of(&options)?);
     if session.dry && session.locate(&spec.base)?.is_none() {
         spec.load_base(session)?; // Says what is missing.
     }
     Ok(Value::Table(spec.to_table(lua)?))
 }
 
+/// Transformers' options that store the base in fewer bits, and the strategies that do.
+const LOAD_IN: [(&str, &str); 2] = [("load_in_4bit", "qlora"), ("load_in_8bit", "int8")];
+
+/// The strategy that a call of `load_model` asks for.
+fn strategy_of(options: &Options) -> Result<String, Failure> {
+    let strategy = options.text("strategy");
+    let contradicts = |option: &str, value: bool, strategy: &str| {
+        let strategy = short(strategy);
+        said(format!("load_model: `{option} = {value}` contradicts `strategy = \"{strategy}\"`; leave one of them out"))
+    };
+    let mut asked = None;
+    for (option, means) in LOAD_IN {
+        match (options.flag(option), strategy.as_deref()) {
+            (Some(true), Some(other)) if other != means => return Err(contradicts(option, true, other)),
+            (Some(false), Some(same)) if same == means => return Err(contradicts(option, false, same)),
+            (Some(true), _) if asked.is_some() => {
+                return Err(said("load_model: `load_in_4bit` and `load_in_8bit` are both true; a base is stored one way"));
+            }
+            (Some(true), _) => asked = Some(means),
+            _ => {}
+        }
+    }
+    Ok(strategy.unwrap_or_else(|| asked.unwrap_or("lora").to_owned()))
+}
+
 fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("prepare_dataset"), argument)?;
     let (path, file) = session.places.open(&options.needed_text("path")).context("prepare_dataset")?;
-    let on_long_row = dataset::on_long_row(options.text("on_long_row").as_deref().unwrap_or("refuse"))?;
+    let on_long_row = options.word("on_long_row").unwrap_or(OnLongRow::Refuse);
     let max_seq_len = options.whole("max_seq_len").map(|tokens| tokens as usize);
     let data = Dataset::read(lua, session, &path, file, max_seq_len, on_long_row)?;
     let share = options.number("eval").filter(|share| *share > 0.0);
@@ -520,7 +570,7 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     }
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("evaluating", examples.len());
-    let compute = train::compute(&options, Compute::F32);
+    let compute = options.word("compute").unwrap_or(Compute::F32);
     let result =
         evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64));
     bar.finish_and_clear();

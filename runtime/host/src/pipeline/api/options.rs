@@ -1,12 +1,13 @@
 //! A call's table of options, checked against what the verb takes.
 
 use std::collections::BTreeMap;
+use std::str::FromStr;
 
 use mlua::{AnyUserData, Function, Table, Value};
 use serde_json::{Map, Value as Json};
 
 use super::dataset::Dataset;
-use super::spec::{STRATEGY_NAMES, Verb};
+use super::spec::{STRATEGY, STRATEGY_NAMES, Verb};
 use super::value::to_json;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::errors::{Failure, said, short};
@@ -56,19 +57,22 @@ impl Options {
                 problems.extend(verb.unknown(&name));
                 continue;
             };
+            let name = name.as_str();
             if texts(&value) > TEXT_BYTES_MAX {
-                let (name, most) = (verb.name, bytes(TEXT_BYTES_MAX));
-                problems.push(format!("{name}: `{}` is longer than {most}", option.name));
+                let most = bytes(TEXT_BYTES_MAX);
+                problems.push(format!("{}: `{name}` is longer than {most}", verb.name));
             } else if !option.kind.admits(&value) {
-                let (name, wanted) = (verb.name, option.kind.words());
-                problems.push(format!("{name}: `{}` should be {wanted}, not {}", option.name, words(&value)));
+                let wanted = option.kind.words();
+                problems.push(format!("{}: `{name}` should be {wanted}, not {}", verb.name, words(&value)));
             }
             if values.insert(option.name, value).is_some() {
-                problems.push(format!("{}: `{}` is given twice, under both its names", verb.name, option.name));
+                let names: Vec<String> = option.names().map(|name| format!("`{name}`")).collect();
+                problems.push(format!("{}: {} are one option; give one of them", verb.name, names.join(" and ")));
             }
         }
         // A table has no order; messages have.
         problems.sort();
+        problems.dedup();
         for option in verb.all().filter(|option| option.required && !values.contains_key(option.name)) {
             problems.push(format!("{}: `{}` is missing; it should be {}", verb.name, option.name, option.kind.words()));
         }
@@ -83,6 +87,11 @@ impl Options {
     /// A text.
     pub fn text(&self, name: &str) -> Option<String> {
         self.get(name)?.as_string().map(mlua::LuaString::to_string_lossy)
+    }
+
+    /// One of some words, as the engine reads it. `read` saw that it is one of those that the option has.
+    pub fn word<T: FromStr>(&self, name: &str) -> Option<T> {
+        self.text(name)?.parse().ok()
     }
 
     /// A required text.
@@ -152,9 +161,10 @@ impl Options {
         }
         let Some(Value::Table(others)) = self.get("options") else { return Ok(options) };
         for (name, value) in strategy_options(clock, others)? {
-            let name = if name == "lora_r" { "r".to_owned() } else { name };
-            if options.insert(name.clone(), value).is_some() {
-                return Err(said(format!("`{}` is given twice, once in `options`", short(&name))));
+            // The strategy knows one name, as it does on the command line.
+            let name = STRATEGY.iter().find(|known| known.names().any(|other| other == name)).map_or(&*name, |known| known.name);
+            if options.insert(name.to_owned(), value).is_some() {
+                return Err(said(format!("`{}` is given twice, once in `options`", short(name))));
             }
         }
         Ok(options)
@@ -225,6 +235,7 @@ pub fn words(value: &Value) -> String {
         Value::Table(_) => "a table".to_owned(),
         Value::Function(_) => "a function".to_owned(),
         Value::UserData(data) if data.is::<Dataset>() => "a dataset".to_owned(),
+        Value::LightUserData(null) if null.0.is_null() => "null".to_owned(),
         other => format!("a {}", other.type_name()),
     }
 }

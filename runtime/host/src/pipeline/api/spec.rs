@@ -27,8 +27,8 @@ pub struct Verb {
 pub struct Opt {
     /// Its name.
     pub name: &'static str,
-    /// Another name for it.
-    pub alias: Option<&'static str>,
+    /// Other names for it, which mean the same.
+    pub aliases: &'static [&'static str],
     /// Its type.
     pub kind: Kind,
     /// Whether a call without it is an error.
@@ -171,37 +171,47 @@ impl Kind {
     }
 }
 
+impl Opt {
+    /// The option with other names too.
+    const fn or(self, aliases: &'static [&'static str]) -> Self {
+        Self { aliases, ..self }
+    }
+
+    /// All its names, its own first.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        std::iter::once(self.name).chain(self.aliases.iter().copied())
+    }
+}
+
 const fn opt(name: &'static str, kind: Kind, default: &'static str, doc: &'static str) -> Opt {
-    Opt { name, alias: None, kind, required: false, default, doc }
+    Opt { name, aliases: &[], kind, required: false, default, doc }
 }
 
 const fn required(name: &'static str, kind: Kind, doc: &'static str) -> Opt {
-    Opt { name, alias: None, kind, required: true, default: "", doc }
+    Opt { name, aliases: &[], kind, required: true, default: "", doc }
 }
 
 const SEED: &[Opt] = &[opt("seed", Kind::Whole, "42", "the same seed gives the same result")];
 
 /// What products are computed in.
 const fn compute(default: &'static str) -> Opt {
-    let doc = "what products are computed in; auto: what the strategy proposes, else bf16 where the processor multiplies it, else f32; int8: frozen weights are multiplied in integers, their inputs rounded to 8 bits in groups of 64";
+    let doc = "what matrices are multiplied in; auto: what the strategy proposes, else bf16 where the processor is faster with it, else f32; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64";
     opt("compute", Kind::OneOf(&["auto", "bf16", "f32", "int8"]), default, doc)
 }
 
 /// Options that a strategy takes, by PEFT's names.
-const STRATEGY: &[Opt] = &[
-    Opt {
-        alias: Some("lora_r"),
-        ..opt("r", Kind::Count, "the strategy's", "rank of the adapter: more learns more, and costs memory and time")
-    },
+pub const STRATEGY: &[Opt] = &[
+    opt("r", Kind::Count, "the strategy's", "rank of the adapter: a higher rank learns more and costs more memory and time")
+        .or(&["lora_r"]),
     opt("lora_alpha", Kind::Rate, "the strategy's", "strength of the adapter: its update is scaled by lora_alpha / r"),
     opt("lora_dropout", Kind::Share, "the strategy's", "dropout on the adapter's input, in training only"),
     opt(
         "target_modules",
         Kind::Names,
         "the strategy's",
-        "adapted modules: \"all-linear\", name endings, or one regular expression",
+        "the modules to adapt: \"all-linear\", endings of names, or one regular expression",
     ),
-    opt("options", Kind::Table, "{}", "any other option of the strategy; `homeroom plugins list` shows them"),
+    opt("options", Kind::Table, "{}", "any other options of the strategy; `homeroom plugins list` shows them"),
 ];
 
 /// The names of [`STRATEGY`], `options` left out.
@@ -211,116 +221,129 @@ pub const STRATEGY_NAMES: [&str; 4] = ["r", "lora_alpha", "lora_dropout", "targe
 pub const VERBS: &[Verb] = &[
     Verb {
         name: "load_model",
-        doc: "Describes a base model and the strategy to train it with.\nNothing is read yet: the weights are loaded when `fine_tune` knows its options.",
+        doc: "Describes a base model and the strategy to train it with.\nIt reads no weights: `fine_tune` loads them, when all options are known.",
         options: &[
             &[
                 required(
                     "name",
                     Kind::Text,
-                    "a Hugging Face directory or a .gguf file, by a parameter or below the TOML file; or a name from `homeroom list-models`",
+                    "a Hugging Face directory or a .gguf file, which a parameter names or which lies below the TOML file; or a name from `homeroom list-models`",
                 ),
-                opt("strategy", Kind::Text, "\"lora\"", "training strategy; `homeroom plugins list` shows them"),
+                opt(
+                    "strategy",
+                    Kind::Text,
+                    "\"lora\"",
+                    "how the model is trained; `homeroom plugins list` shows what there is",
+                ),
+                opt("load_in_4bit", Kind::Flag, "false", "true: the base is stored in 4 bits, NF4; strategy `qlora`"),
+                opt("load_in_8bit", Kind::Flag, "false", "true: the base is stored in 8 bits; strategy `int8`"),
             ],
             STRATEGY,
         ],
         returns: "Model",
-        returns_doc: "what `fine_tune`, `evaluate` and `generate` take as `model`",
+        returns_doc: "the `model` of `fine_tune`, `evaluate` and `generate`",
         example: "local model = homeroom.load_model { name = params.model, strategy = \"lora\", r = 4 }",
     },
     Verb {
         name: "prepare_dataset",
-        doc: "Reads a JSONL file of rows and checks all of them.\nRows are `messages`, `prompt` and `completion`, or `text`. They become tokens when a model uses them.",
+        doc: "Reads a JSONL file and checks all its rows.\nA row has `messages`, or `prompt` and `completion`, or `text`. Rows become tokens when a model uses them.",
         options: &[
             &[
                 required(
                     "path",
                     Kind::Text,
-                    "the file: a parameter of type `path`, or below the TOML file, relative to the script",
+                    "the file: a parameter of type `path`, or a file below the TOML file, its path relative to the script",
                 ),
-                opt("eval", Kind::Share, "0", "share of the rows to hold out and evaluate on"),
-                opt("max_seq_len", Kind::Count, "the model's context, at most 2048", "tokens that a row may have"),
+                opt("eval", Kind::Share, "0", "share of the rows that is held out, to evaluate on"),
+                opt("max_seq_len", Kind::Count, "the model's context, at most 2048", "most tokens that a row may have")
+                    .or(&["max_length", "max_seq_length"]),
                 opt(
                     "on_long_row",
                     Kind::OneOf(&["refuse", "truncate", "skip"]),
                     "\"refuse\"",
-                    "what to do with a longer row",
+                    "what to do with a longer row: refuse the file, cut the row, or leave it out",
                 ),
             ],
             SEED,
         ],
         returns: "Split",
-        returns_doc: "`{train =, eval =}`, two datasets; without `eval` rows, `eval` is nil",
+        returns_doc: "`{train =, eval =}`, two datasets; `eval` is nil if no rows are held out",
         example: "local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }",
     },
     Verb {
         name: "fine_tune",
-        doc: "Trains, and keeps the result until `save_model` gives it a name.\nA `model` that was trained goes on from where it is: its adapter is carried over, with its strategy and options. Callbacks run between steps, never inside one, and begin no training; an error in one ends the training after that step and is raised.",
+        doc: "Trains a model. The result is kept with the run; `save_model` gives it a name.\nIf `model` was trained before, training goes on from its adapter, with its strategy and options. Callbacks run between steps and cannot start another training. An error in a callback ends the training after that step, and is raised then.",
         options: &[
             &[
                 required("model", Kind::Model, "what to train"),
                 required("dataset", Kind::Dataset, "rows to train on"),
                 opt("eval", Kind::Dataset, "none", "held-out rows to evaluate on, before and after"),
-                opt("epochs", Kind::Count, "1", "passes over the rows"),
-                opt("steps", Kind::Count, "all of the epochs", "ends after so many steps, wherever the epoch is"),
-                opt("batch_size", Kind::Count, "8", "rows in one forward and backward pass"),
+                opt("num_train_epochs", Kind::Count, "1", "passes over the rows").or(&["epochs"]),
+                opt("max_steps", Kind::Count, "all of the epochs", "ends after so many steps, in the middle of an epoch too")
+                    .or(&["steps"]),
+                opt("per_device_train_batch_size", Kind::Count, "8", "rows in one forward and backward pass").or(&["batch_size"]),
                 opt("gradient_accumulation_steps", Kind::Count, "1", "batches in one step"),
-                opt("learning_rate", Kind::LearningRate, "the strategy's, else 2e-4", "peak of the learning rate"),
+                opt("learning_rate", Kind::LearningRate, "the strategy's, else 2e-4", "the highest learning rate, after warm-up")
+                    .or(&["lr"]),
                 opt(
-                    "schedule",
+                    "lr_scheduler_type",
                     Kind::OneOf(&["cosine", "linear", "constant"]),
                     "\"cosine\"",
-                    "shape of the learning rate after warm-up",
-                ),
-                opt("warmup", Kind::Share, "0.03", "share of the steps that warm up"),
+                    "how the learning rate falls after warm-up",
+                )
+                .or(&["schedule"]),
+                opt("warmup_ratio", Kind::Share, "0.03", "share of the steps in which the learning rate rises")
+                    .or(&["warmup"]),
                 opt("weight_decay", Kind::Share, "0", "decoupled weight decay"),
-                opt("max_grad_norm", Kind::Number, "1", "bound on the norm of the gradients; 0: none"),
+                opt("max_grad_norm", Kind::Number, "1", "gradients are scaled down to this norm; 0: never"),
             ],
             STRATEGY,
             &[
-                opt("init_from", Kind::Model, "what `model` carries", "start from the weights of this adapter"),
-                opt("shuffle", Kind::Flag, "true", "whether each epoch has an order of its own"),
+                opt("init_from", Kind::Model, "what `model` carries", "the adapter whose weights training starts from"),
+                opt("shuffle", Kind::Flag, "true", "true: each epoch takes the rows in another order; false: in the order of the dataset"),
                 opt(
                     "gradient_checkpointing",
                     Kind::Flag,
                     "false",
-                    "save memory: run each layer again in the backward pass",
+                    "true: saves memory, and runs each layer again in the backward pass",
                 ),
                 opt(
                     "packing",
                     Kind::Flag,
                     "true",
-                    "fill passes with the rows of a step as they fit; false: a pass is one batch",
+                    "true: the rows of a step fill passes as they fit; false: a pass is one batch",
                 ),
                 opt(
                     "requantize",
                     Kind::Flag,
                     "false",
-                    "encode a base that is quantised already (GGUF) anew as the strategy asks; it keeps its storage else",
+                    "true: a base that is quantised already (GGUF) is quantised again as the strategy asks; false: it stays as it is",
                 ),
                 compute("\"auto\""),
             ],
             SEED,
             &[
-                opt("eval_every", Kind::Count, "only before and after", "evaluate on `eval` each so many steps"),
+                opt("eval_steps", Kind::Count, "only before and after", "evaluate on `eval` every so many steps")
+                    .or(&["eval_every"]),
                 opt("on_step", Kind::OnStep, "none", "called after each step; may return a directive"),
                 opt(
                     "on_eval",
                     Kind::OnEval,
                     "none",
-                    "called after each evaluation of `eval_every`; may return a directive",
+                    "called after each evaluation of `eval_steps`; may return a directive",
                 ),
             ],
         ],
         returns: "Tuned",
         returns_doc: "a model, with `adapter` (its id), `metrics` and `stopped`: \"finished\", or the reason that a callback gave",
-        example: "local tuned = homeroom.fine_tune {\n  model = model, dataset = data.train, eval = data.eval, steps = 3, batch_size = 4, eval_every = 2,\n  on_eval = function(report)\n    if report.eval_loss > 1.5 * report.best then return { stop = \"it gets worse\" } end\n  end,\n}\nprint((\"loss %.3f before, %.3f after\"):format(tuned.metrics.eval_loss_before, tuned.metrics.eval_loss))",
+        example: "local tuned = homeroom.fine_tune {\n  model = model, dataset = data.train, eval = data.eval, max_steps = 3, batch_size = 4, eval_steps = 2,\n  on_eval = function(report)\n    if report.eval_loss > 1.5 * report.best then return { stop = \"it gets worse\" } end\n  end,\n}\nprint((\"loss %.3f before, %.3f after\"):format(tuned.metrics.eval_loss_before, tuned.metrics.eval_loss))",
     },
     Verb {
         name: "save_model",
-        doc: "Gives a trained model a name in the registry; one of that name is replaced.",
+        doc: "Saves a trained model under a name. A model that has the name already is replaced.",
         options: &[&[
             required("model", Kind::Model, "what `fine_tune` returned"),
-            required("name", Kind::Text, "small letters, digits, dots, dashes and underscores"),
+            required("name", Kind::Text, "its name: small letters, digits, dots, dashes and underscores"),
         ]],
         returns: "Saved",
         returns_doc: "a model, with `name` and `path`",
@@ -328,21 +351,21 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "load_fine_tuned_model",
-        doc: "Describes a trained model: an adapter with its base and its strategy.",
+        doc: "Describes a trained model: its adapter, its base and its strategy.",
         options: &[&[required(
             "name",
             Kind::Text,
-            "a name from `homeroom list-models`, the id of a training, or a parameter's directory",
+            "a name from `homeroom list-models`, the `adapter` that `fine_tune` returned, or a directory that a parameter names",
         )]],
         returns: "Model",
-        returns_doc: "what `fine_tune`, `evaluate` and `generate` take as `model`",
+        returns_doc: "the `model` of `fine_tune`, `evaluate` and `generate`",
         example: "local tutor = homeroom.load_fine_tuned_model { name = \"algebra-tutor\" }",
     },
     Verb {
         name: "create_handler",
-        doc: "Has a name answered by a model: writes `[handlers.NAME]` to `handlers.toml` in the user's data directory.\nThe rest of that file stays as it is.",
+        doc: "Lets a model answer under a name: writes `[handlers.NAME]` to `handlers.toml` in the user's data directory.\nThe rest of that file stays as it is.",
         options: &[&[
-            required("name", Kind::Text, "small letters, digits, dots, dashes and underscores"),
+            required("name", Kind::Text, "its name: small letters, digits, dots, dashes and underscores"),
             required("model", Kind::Model, "a saved model"),
         ]],
         returns: "Handler",
@@ -351,10 +374,10 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "evaluate",
-        doc: "Measures a model on a dataset, without training it.",
+        doc: "Measures the loss of a model on a dataset.",
         options: &[&[
-            required("model", Kind::Model, "what to measure"),
-            required("dataset", Kind::Dataset, "rows to measure on"),
+            required("model", Kind::Model, "the model to measure"),
+            required("dataset", Kind::Dataset, "the rows to measure it on"),
             compute("\"f32\""),
         ]],
         returns: "Evaluation",
@@ -363,14 +386,14 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "generate",
-        doc: "Answers prompts with a model, each as a conversation of its own.",
+        doc: "Lets a model answer prompts, each in a conversation of its own.",
         options: &[
             &[
-                required("model", Kind::Model, "what answers"),
-                required("prompts", Kind::Texts, "what the user says"),
-                opt("system", Kind::Text, "none", "what the system message says"),
-                opt("max_tokens", Kind::Count, "256", "longest answer, in tokens"),
-                opt("temperature", Kind::Number, "0", "0: always the likeliest word; higher is freer"),
+                required("model", Kind::Model, "the model that answers"),
+                required("prompts", Kind::Texts, "the user's messages, one a conversation"),
+                opt("system", Kind::Text, "none", "the system message of each conversation"),
+                opt("max_tokens", Kind::Count, "256", "longest answer, in tokens").or(&["max_new_tokens"]),
+                opt("temperature", Kind::Number, "0", "0: always the likeliest token; higher: more random"),
             ],
             SEED,
         ],
@@ -384,7 +407,7 @@ pub const VERBS: &[Verb] = &[
 pub const METHODS: &[Verb] = &[
     Verb {
         name: "filter",
-        doc: "Keeps the rows for which a function returns true.",
+        doc: "Keeps the rows for which a function returns true.\nThe function has to return something: one without `return` is an error.",
         options: &[],
         returns: "Dataset",
         returns_doc: "a new dataset",
@@ -392,7 +415,7 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "map",
-        doc: "Replaces each row by what a function returns for it; nil leaves the row out.\nA new row is checked as the rows of a file are.",
+        doc: "Replaces each row by what a function returns for it; nil leaves the row out.\nWhat the function does not touch stays as it was, and a changed row is checked as the rows of a file are. A function that never returns anything is an error.",
         options: &[],
         returns: "Dataset",
         returns_doc: "a new dataset",
@@ -400,7 +423,7 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "split",
-        doc: "Parts the rows by chance into those to train on and those to evaluate on.",
+        doc: "Splits the rows at random into rows to train on and rows to evaluate on.",
         options: &[&[required("eval", Kind::Share, "share of the rows to evaluate on; at least one row")], SEED],
         returns: "Dataset, Dataset",
         returns_doc: "two datasets: the rows to train on, the rows to evaluate on",
@@ -408,10 +431,10 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "bucket",
-        doc: "Sorts the rows by a number and parts them at quantiles.",
+        doc: "Sorts the rows by a number and splits them at quantiles.",
         options: &[&[
-            required("by", Kind::Key, "the number: a field, or a function from a row"),
-            required("quantiles", Kind::Shares, "where to part, ascending: { 0.5 } makes two halves"),
+            required("by", Kind::Key, "the number: a field, or what a function returns for a row"),
+            required("quantiles", Kind::Shares, "where to split, ascending: { 0.5 } makes two halves"),
         ]],
         returns: "{Dataset}",
         returns_doc: "one dataset more than there are quantiles, the smallest numbers first",
@@ -419,7 +442,7 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "sample",
-        doc: "Draws rows by chance, each at most once; all rows if there are no more than `n`.",
+        doc: "Draws rows at random, each at most once; all rows if there are at most `n`.",
         options: &[&[required("n", Kind::Count, "number of rows")], SEED],
         returns: "Dataset",
         returns_doc: "a new dataset, in the order of this one",
@@ -427,7 +450,7 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "concat",
-        doc: "Adds the rows of another dataset at the end.",
+        doc: "Appends the rows of another dataset.",
         options: &[],
         returns: "Dataset",
         returns_doc: "a new dataset",
@@ -435,7 +458,7 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "shuffle",
-        doc: "Puts the rows in another order. (Training has its own order for each epoch without it.)",
+        doc: "Shuffles the rows. (Training takes them in another order in each epoch anyway.)",
         options: &[SEED],
         returns: "Dataset",
         returns_doc: "a new dataset",
@@ -443,8 +466,8 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "dedupe",
-        doc: "Keeps the first of rows that are alike.",
-        options: &[&[opt("by", Kind::Key, "the whole row", "what is compared: a field, or a function from a row")]],
+        doc: "Keeps the first of equal rows.\nTwo rows are equal if their values are, in whatever order their keys are.",
+        options: &[&[opt("by", Kind::Key, "the whole row", "what is compared: a field, or what a function returns for a row")]],
         returns: "Dataset",
         returns_doc: "a new dataset",
         example: "local unique = mixed:dedupe { by = \"messages\" }",
@@ -459,7 +482,7 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "rows",
-        doc: "Gives the rows as plain tables, all of them: for small datasets.",
+        doc: "Returns all rows as tables: for small datasets.",
         options: &[],
         returns: "{Row}",
         returns_doc: "a list of tables",
@@ -471,7 +494,7 @@ pub const METHODS: &[Verb] = &[
 pub const LOGS: &[Verb] = &[
     Verb {
         name: "info",
-        doc: "Tells a line on stderr, with fields if there are any.",
+        doc: "Writes a line to stderr, with the fields behind it.",
         options: &[],
         returns: "()",
         returns_doc: "nothing",
@@ -479,7 +502,7 @@ pub const LOGS: &[Verb] = &[
     },
     Verb {
         name: "warn",
-        doc: "Tells a warning on stderr: say what to do about it.",
+        doc: "Writes a warning to stderr: say what to do about it.",
         options: &[],
         returns: "()",
         returns_doc: "nothing",
@@ -493,9 +516,9 @@ impl Verb {
         self.options.iter().copied().flatten()
     }
 
-    /// The option of that name, or of that other name.
+    /// The option that has that name.
     pub fn option(&self, name: &str) -> Option<&'static Opt> {
-        self.all().find(|option| option.name == name || option.alias == Some(name))
+        self.all().find(|option| option.names().any(|known| known == name))
     }
 
     /// What is wrong with an option's name, if it is.
@@ -503,8 +526,7 @@ impl Verb {
         if self.option(name).is_some() {
             return None;
         }
-        let names = self.all().flat_map(|option| [Some(option.name), option.alias]).flatten();
-        let near = nearest(name, names);
+        let near = nearest(name, self.all().flat_map(Opt::names));
         let hint = match near {
             Some(near) => format!("did you mean `{near}`?"),
             None => format!("known are {}", self.all().map(|option| option.name).collect::<Vec<_>>().join(", ")),

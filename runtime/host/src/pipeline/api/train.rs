@@ -1,10 +1,11 @@
 //! `fine_tune`: options to a training job, callbacks between its steps, and the result as a plain table.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
-use homeroom_engine::schedule::Schedule;
 use homeroom_engine::train::{Broken, Control, Evaluation, Observer, StepReport, TrainConfig, planned_steps};
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
@@ -15,7 +16,8 @@ use super::model::{DRY, ModelSpec};
 use super::options::{Options, words};
 use super::spec::{STRATEGY_NAMES, verb};
 use crate::job::{Job, Outcome};
-use crate::pipeline::errors::{Failure, nearest, said, short};
+use crate::pipeline::errors::{Failure, nearest, raised, said, short};
+use crate::pipeline::sandbox::shown;
 use crate::plugin::Plugin;
 use crate::progress::{self, thousands};
 
@@ -218,35 +220,20 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
     let default = TrainConfig::default();
     let count = |name: &str, default: usize| options.whole(name).map_or(default, |count| count as usize);
     TrainConfig {
-        epochs: options.whole("epochs").unwrap_or(default.epochs),
-        max_steps: options.whole("steps"),
-        batch_size: count("batch_size", default.batch_size),
+        epochs: options.whole("num_train_epochs").unwrap_or(default.epochs),
+        max_steps: options.whole("max_steps"),
+        batch_size: count("per_device_train_batch_size", default.batch_size),
         gradient_accumulation_steps: count("gradient_accumulation_steps", default.gradient_accumulation_steps),
         learning_rate: options.number("learning_rate").or(proposed).unwrap_or(DEFAULT_LEARNING_RATE),
-        lr_scheduler_type: match options.text("schedule").as_deref() {
-            Some("linear") => Schedule::Linear,
-            Some("constant") => Schedule::Constant,
-            _ => Schedule::Cosine,
-        },
-        warmup_ratio: options.number("warmup").unwrap_or(default.warmup_ratio),
+        lr_scheduler_type: options.word("lr_scheduler_type").unwrap_or(default.lr_scheduler_type),
+        warmup_ratio: options.number("warmup_ratio").unwrap_or(default.warmup_ratio),
         weight_decay: options.number("weight_decay").unwrap_or(default.weight_decay),
         max_grad_norm: options.number("max_grad_norm").unwrap_or(default.max_grad_norm),
         seed: options.seed(),
         shuffle: options.flag("shuffle").unwrap_or(default.shuffle),
         gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
         packing: options.flag("packing").unwrap_or(default.packing),
-        compute: compute(options, Compute::Auto),
-    }
-}
-
-/// What `compute` says.
-pub fn compute(options: &Options, default: Compute) -> Compute {
-    match options.text("compute").as_deref() {
-        Some("bf16") => Compute::Bf16,
-        Some("f32") => Compute::F32,
-        Some("int8") => Compute::Int8,
-        Some(_) => Compute::Auto,
-        None => default,
+        compute: options.word("compute").unwrap_or(Compute::Auto),
     }
 }
 
@@ -264,7 +251,9 @@ fn restate(
     let (all, trained) = (model.parameter_count() as f64, adaptation.trainable_count() as f64);
     let given: Vec<String> =
         STRATEGY_NAMES.iter().filter_map(|name| Some(format!(" {name}={}", spec.options.get(*name)?))).collect();
-    session.tell(format_args!("model     {}   {:.1} M parameters, {}", spec.base, all / 1e6, model.storage_words()));
+    let base = Path::new(&spec.base);
+    let base = if base.is_absolute() { shown(base) } else { spec.base.clone() };
+    session.tell(format_args!("model     {base}   {:.1} M parameters, {}", all / 1e6, model.storage_words()));
     session.tell(format_args!(
         "strategy  {} {}{}   {:.2} M trained ({:.2} %)   {}",
         strategy.name,
@@ -336,7 +325,7 @@ impl Watcher<'_> {
             table.set("tokens", report.tokens)?;
             scale = self.call("on_step", table)?.or(scale);
         }
-        let due = self.options.whole("eval_every").is_some_and(|every| report.step.is_multiple_of(every));
+        let due = self.options.whole("eval_steps").is_some_and(|every| report.step.is_multiple_of(every));
         if due && report.step < planned_steps && self.stopped.is_none() && !self.held_out.is_empty() {
             let Some(eval) = evaluate(self.session, self.job, self.held_out)? else { return Ok(Control::Stop) };
             self.best = self.best.min(eval.loss);
@@ -367,12 +356,12 @@ impl Watcher<'_> {
 
     /// Calls a callback and reads its directive: a scale of the learning rate, or that the training is to stop.
     fn call(&mut self, name: &str, report: Table) -> Result<Option<f64>, Failure> {
-        let function = self.options.function(name).context("the caller saw that it is there")?;
+        let function = &self.options.function(name).cloned().context("the caller saw that it is there")?;
         let answer = {
             let _running = self.session.clock().resume();
             function.call::<Value>(report)?
         };
-        let raise = |message: String| Failure::Lua(mlua::Error::runtime(format!("fine_tune: {name}: {message}")));
+        let raise = |message: String| raised(function, format_args!("fine_tune: {name}: {message}"));
         let table = match answer {
             Value::Nil => return Ok(None),
             Value::Table(table) => table,

@@ -3,6 +3,7 @@
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 
+use super::options::words;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::errors::{Failure, said, short};
 use crate::pipeline::limits::bytes;
@@ -22,17 +23,26 @@ const EMPTY_OBJECT: &str = "homeroom.empty_object";
 /// # Errors
 /// When it holds a function or another value that is not plain, is too large, or the script is to end.
 pub fn to_json(clock: &Clock, value: &Value) -> Result<Json, Failure> {
-    Plain { clock, left: PLAIN_BYTES_MAX }.value(value, 0)
+    Plain { budget: Budget::new(clock) }.value(value, 0)
 }
 
-/// A conversion, and what it may still take.
-struct Plain<'a> {
+/// What the conversion of one value may still take.
+pub struct Budget<'a> {
     clock: &'a Clock,
     left: usize,
 }
 
-impl Plain<'_> {
-    fn take(&mut self, text: usize) -> Result<(), Failure> {
+impl<'a> Budget<'a> {
+    /// For a value that has not been begun.
+    pub fn new(clock: &'a Clock) -> Self {
+        Self { clock, left: PLAIN_BYTES_MAX }
+    }
+
+    /// Takes what a node with so much text costs.
+    ///
+    /// # Errors
+    /// When there is too little left, or the script is to end.
+    pub fn take(&mut self, text: usize) -> Result<(), Failure> {
         self.clock.check()?;
         let too_large = || {
             said(format!("a value takes more than {}; tables that are in it twice count twice", bytes(PLAIN_BYTES_MAX)))
@@ -41,11 +51,26 @@ impl Plain<'_> {
         Ok(())
     }
 
-    fn value(&mut self, value: &Value, depth: usize) -> Result<Json, Failure> {
+    /// Begins a value that lies so deep.
+    ///
+    /// # Errors
+    /// As [`Budget::take`], or when it lies too deep.
+    pub fn enter(&mut self, value: &Value, depth: usize) -> Result<(), Failure> {
         if depth > DEPTH_MAX {
             return Err(said(format!("a table is nested deeper than {DEPTH_MAX}, or holds itself")));
         }
-        self.take(value.as_string().map_or(0, |text| text.as_bytes().len()))?;
+        self.take(value.as_string().map_or(0, |text| text.as_bytes().len()))
+    }
+}
+
+/// A conversion, and what it may still take.
+struct Plain<'a> {
+    budget: Budget<'a>,
+}
+
+impl Plain<'_> {
+    fn value(&mut self, value: &Value, depth: usize) -> Result<Json, Failure> {
+        self.budget.enter(value, depth)?;
         Ok(match value {
             Value::Nil => Json::Null,
             Value::Boolean(flag) => (*flag).into(),
@@ -57,8 +82,9 @@ impl Plain<'_> {
                 Ok(text) => Json::String(text.to_string()),
                 Err(_) => return Err(said("a string is not UTF-8")),
             },
+            Value::LightUserData(null) if null.0.is_null() => Json::Null,
             Value::Table(table) => self.table(table, depth)?,
-            other => return Err(said(format!("a {} is no plain value", other.type_name()))),
+            other => return Err(no_plain(other)),
         })
     }
 
@@ -72,17 +98,14 @@ impl Plain<'_> {
                     items.push((index, self.value(&value, depth + 1)?));
                 }
                 (Value::String(name), value) => {
-                    self.take(name.as_bytes().len())?;
+                    self.budget.take(name.as_bytes().len())?;
                     fields.push((name.to_string_lossy(), self.value(&value, depth + 1)?));
                 }
-                (key, _) => {
-                    let key = short(&name_of(&key));
-                    return Err(said(format!("a table with key {key} is neither a list nor a table of names")));
-                }
+                (key, _) => return Err(no_key(&key)),
             }
         }
         if !items.is_empty() && !fields.is_empty() {
-            return Err(said("a table has both a list's items and names"));
+            return Err(mixed());
         }
         if fields.is_empty() && (!items.is_empty() || !table.has_metatable()) {
             items.sort_by_key(|(index, _)| *index);
@@ -91,6 +114,21 @@ impl Plain<'_> {
         fields.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(Json::Object(fields.into_iter().collect::<Map<_, _>>()))
     }
+}
+
+/// Refuses a value that JSON cannot say.
+pub fn no_plain(value: &Value) -> Failure {
+    said(format!("{} is no plain value", words(value)))
+}
+
+/// Refuses a table for a key that is neither a place in a list nor a name.
+pub fn no_key(key: &Value) -> Failure {
+    said(format!("a table with key {} is neither a list nor a table of names", short(&name_of(key))))
+}
+
+/// Refuses a table for having both kinds of keys.
+pub fn mixed() -> Failure {
+    said("a table has both a list's items and names")
 }
 
 /// JSON as a Lua value; null is nil, so a field that is null is not there.
@@ -120,7 +158,11 @@ pub fn to_lua(lua: &Lua, value: &Json) -> mlua::Result<Value> {
     })
 }
 
-fn empty_object(lua: &Lua) -> mlua::Result<Table> {
+/// The metatable that tells an empty object from an empty list.
+///
+/// # Errors
+/// When memory is out.
+pub fn empty_object(lua: &Lua) -> mlua::Result<Table> {
     if let Ok(Some(known)) = lua.named_registry_value::<Option<Table>>(EMPTY_OBJECT) {
         return Ok(known);
     }

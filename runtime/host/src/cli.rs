@@ -143,7 +143,7 @@ impl From<Scheduler> for Schedule {
 #[derive(Clone, Copy, ValueEnum)]
 #[allow(missing_docs)]
 pub enum ComputeArg {
-    /// What the strategy proposes, else bf16 where the processor multiplies it, else f32
+    /// What the strategy proposes, else the faster one on this processor: bf16 or f32
     Auto,
     /// Activations in bf16
     Bf16,
@@ -168,7 +168,7 @@ impl From<ComputeArg> for Compute {
 /// What answers are computed in.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum ReadIn {
-    /// Prompts in bf16 where the processor multiplies it, else f32; drawn tokens in 8 bits where weights are quantised
+    /// Prompts in the faster of bf16 and f32 on this processor; drawn tokens in 8 bits where weights are quantised
     Auto,
     /// Prompts in bf16, drawn tokens as with auto
     Bf16,

@@ -52,7 +52,11 @@ pub fn load_base(name: &Path) -> Result<BaseModel> {
             "{text}: no such model\nhint: name a Hugging Face directory or a .gguf file; `homeroom list-models` shows yours"
         );
     }
-    BaseModel::load(&path)
+    let model = BaseModel::load(&path)?;
+    for note in &model.tokenizer.notes {
+        line(format_args!("note: {}: {note}", name.display()));
+    }
+    Ok(model)
 }
 
 impl Loaded {

@@ -138,14 +138,14 @@ fn small_files_of_a_directory_are_read_in_order() -> Result<()> {
         from_files(read_tokenizer_json(&std::fs::read(dir.join("tokenizer.json"))?)?, files)
     };
     let bare = read(&Files::default())?;
-    assert_eq!((bare.bos_token, bare.eos_ids.len(), bare.chat_template), (None, 0, None));
+    assert_eq!((bare.bos_token, bare.eos_id, bare.chat_template), (None, None, None));
 
     let config = json!({"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "add_bos_token": false,
         "add_eos_token": true, "additional_special_tokens": ["<think>"],
         "chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]});
     let files = Files { config, model_config: json!({"eos_token_id": [2, 7]}), ..Files::default() };
     let t = read(&files)?;
-    assert_eq!((t.eos_ids.as_slice(), t.chat_template.as_deref()), (&[2, 7][..], Some("d")));
+    assert_eq!((t.eos_ids.as_slice(), t.chat_template.as_deref()), (&[2, 7, 0][..], Some("d")));
     assert!(t.control_tokens().iter().any(|c| c.text == "<think>" && c.special));
     assert!(!t.add_bos);
     assert_eq!(t.encode("", true)?.ids, [2]);

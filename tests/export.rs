@@ -10,7 +10,7 @@ use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use serde_json::Value;
 
-use crate::support::{distance, fixture, homeroom, plugin_path};
+use crate::support::{Place, distance, fixture, homeroom, plugin_path};
 
 /// The program with its own data directory and the strategies that cargo built.
 fn program(home: &Path) -> Result<Command> {
@@ -147,5 +147,42 @@ fn a_base_has_nothing_to_merge() -> Result<()> {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(error.contains("not an adapter") && error.contains("nothing to merge"), "{error}");
     assert!(!home.path().join("out").exists());
+    Ok(())
+}
+
+/// A base names the end of a text; what it is tuned on ends turns as its template does. It stops there, and so does what loads the export.
+#[test]
+fn a_base_that_names_another_end_learns_that_of_its_template() -> Result<()> {
+    let place = Place::new()?;
+    let base = place.copy(&fixture("models/llama"), "base")?;
+    for (file, key, end) in [
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>".into()),
+        ("generation_config.json", "eos_token_id", 0.into()),
+        ("config.json", "eos_token_id", 0.into()),
+    ] {
+        let mut config: Value = serde_json::from_slice(&fs::read(base.join(file))?)?;
+        config[key] = end;
+        place.write(&format!("base/{file}"), config.to_string())?;
+    }
+    let row = serde_json::json!({"messages": [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pöng"}]});
+    let rows = place.write("rows.jsonl", format!("{row}\n").repeat(8))?;
+    let mut training = place.fine_tune(&base, &rows);
+    done(training.args(["--max-steps", "40", "--learning-rate", "1e-2", "--warmup-ratio", "0"]))?;
+    let (tuned, out) = (place.path("outputs/out"), place.path("merged"));
+    let said = |model: &Path| -> Result<String> {
+        let mut chat = homeroom();
+        chat.args(["chat", "--prompt", "ping", "--temperature", "0", "--max-tokens", "40", "--model-dir"]).arg(model);
+        Ok(String::from_utf8(done(&mut chat)?.stdout)?)
+    };
+    assert_eq!(said(&tuned)?, "pöng\n");
+
+    let mut export = homeroom();
+    export.args(["export-model", "--format", "merged", "--model-dir"]).arg(&tuned).arg("--output-dir").arg(&out);
+    done(&mut export)?;
+    let generation: Value = serde_json::from_slice(&fs::read(out.join("generation_config.json"))?)?;
+    assert_eq!(generation["eos_token_id"], serde_json::json!([0, 2]), "{generation}");
+    assert_eq!(generation["pad_token_id"], 0, "the base's own stays");
+    assert_eq!(BaseModel::load(&out)?.tokenizer.eos_ids, [0, 2]);
+    assert_eq!(said(&out)?, "pöng\n");
     Ok(())
 }

@@ -97,6 +97,25 @@ fn prompts_and_tokens_have_the_logits_of_plain_blocks() -> Result<()> {
     Ok(())
 }
 
+/// What answers has the adapter as it was made ready with, whole: a prompt is not read by other values than tokens are decoded by.
+#[test]
+fn values_that_change_later_change_no_answer() -> Result<()> {
+    let model = Arc::new(model("llama")?);
+    let (prompt, tokens) = (ids(&model, 41, 1), ids(&model, 3, 5));
+    for compute in [Compute::F32, Compute::Bf16] {
+        let adaptation = adaptations(&model)?.remove(2).context("an adapter")?;
+        let inference = Inference::new(model.clone(), Some(adaptation.clone()), compute);
+        let before = logits(&inference, &prompt, 17, &tokens)?;
+        for param in &adaptation.params {
+            param.var.set(&param.var.zeros_like()?)?;
+        }
+        assert_eq!(logits(&inference, &prompt, 17, &tokens)?, before, "{compute:?}");
+        let anew = Inference::new(model.clone(), Some(adaptation), compute);
+        assert_ne!(logits(&anew, &prompt, 17, &tokens)?, before, "{compute:?}");
+    }
+    Ok(())
+}
+
 /// Mean over positions of Kullback and Leibler's divergence of softmax(b) from softmax(a), in nats.
 fn divergence(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
     let log_softmax = |logits: &[f32]| -> Vec<f64> {

@@ -1,6 +1,6 @@
 //! Model files against transformers: every architecture, every way of storing weights.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use homeroom_engine::batch::Batch;
 use homeroom_engine::block::Compute;
 use homeroom_engine::config::ModelConfig;
@@ -9,7 +9,7 @@ use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 
-use crate::support::{distance, expected, fixture, model, stored_ids};
+use crate::support::{Place, distance, expected, fixture, homeroom, model, stored_ids, succeeds};
 
 fn check(model: &BaseModel, answers: &str, bound: f32) -> Result<()> {
     let pass = Pass::evaluation(model, None);
@@ -86,5 +86,26 @@ fn a_sequence_answers_the_same_whatever_shares_its_batch() -> Result<()> {
     let alone = last(&[&mine], 4)?;
     assert!(distance(&alone, &last(&[&mine, &other], 4)?) < 1e-5);
     assert!(distance(&alone, &last(&[&other, &mine], 10)?) < 1e-5);
+    Ok(())
+}
+
+/// What a tokenizer's files leave open is taken in some way, and whoever uses the model is told, once.
+#[test]
+fn what_a_tokenizer_leaves_open_is_said_where_the_model_is_loaded() -> Result<()> {
+    let place = Place::new()?;
+    let (mut bytes, key) = (std::fs::read(fixture("models/llama-gguf/model-mixed.gguf"))?, b"tokenizer.ggml.pre");
+    let at = bytes.windows(key.len()).position(|window| window == key).context("the file names its pre-tokenizer")?;
+    bytes[at + key.len() - 1] = b'x';
+    let file = place.write("nameless.gguf", bytes)?;
+    let directory = place.copy(&fixture("models/llama"), "endless")?;
+    let template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}";
+    place.write("endless/chat_template.jinja", template)?;
+    for (model, words) in [(&file, "tokenizer.ggml.pre is missing"), (&directory, "writes nothing behind an answer")] {
+        let mut chat = homeroom();
+        chat.args(["chat", "--prompt", "hi", "--max-tokens", "2", "--model-dir"]).arg(model);
+        let said = succeeds(&mut chat)?.stderr;
+        let notes: Vec<&str> = said.lines().filter(|line| line.starts_with("note: ")).collect();
+        assert!(notes.len() == 1 && notes[0].contains(words) && notes[0].contains(&*model.to_string_lossy()), "{said}");
+    }
     Ok(())
 }

@@ -199,7 +199,7 @@ function homeroom.prepare_dataset(options) end
 ---@field gradient_checkpointing? boolean # save memory: run each layer again in the backward pass (default: false)
 ---@field packing? boolean # fill passes with the rows of a step as they fit; false: a pass is one batch (default: true)
 ---@field requantize? boolean # encode a base that is quantised already (GGUF) anew as the strategy asks; it keeps its storage else (default: false)
----@field compute? "auto" | "bf16" | "f32" | "int8" # what products are computed in; auto: what the strategy proposes, else bf16 where the processor multiplies it, else f32; int8: frozen weights are multiplied in integers, their inputs rounded to 8 bits in groups of 64 (default: "auto")
+---@field compute? "auto" | "bf16" | "f32" | "int8" # what products are computed in; auto: what the strategy proposes, else the faster of bf16 and f32 on this processor; int8: frozen weights are multiplied in integers, their inputs rounded to 8 bits in groups of 64 (default: "auto")
 ---@field seed? number # the same seed gives the same result (default: 42)
 ---@field eval_every? number # evaluate on `eval` each so many steps (default: only before and after)
 ---@field on_step? fun(report: StepReport): Directive? # called after each step; may return a directive (default: none)
@@ -241,7 +241,7 @@ function homeroom.create_handler(options) end
 ---@class EvaluateOptions
 ---@field model string | Model # what to measure
 ---@field dataset Dataset # rows to measure on
----@field compute? "auto" | "bf16" | "f32" | "int8" # what products are computed in; auto: what the strategy proposes, else bf16 where the processor multiplies it, else f32; int8: frozen weights are multiplied in integers, their inputs rounded to 8 bits in groups of 64 (default: "f32")
+---@field compute? "auto" | "bf16" | "f32" | "int8" # what products are computed in; auto: what the strategy proposes, else the faster of bf16 and f32 on this processor; int8: frozen weights are multiplied in integers, their inputs rounded to 8 bits in groups of 64 (default: "f32")
 
 ---Measures a model on a dataset, without training it.
 ---@param options EvaluateOptions

@@ -206,7 +206,7 @@ pub struct Outcome {
 pub enum Compute {
     /// Plain blocks, in the type of the parameters: the reference.
     Plain,
-    /// What the strategy proposes, else the faster one on this processor: bf16 where it multiplies bf16, else f32.
+    /// What the strategy proposes, else [`Compute::auto`].
     Auto,
     /// Fused blocks, in f32.
     F32,
@@ -217,9 +217,9 @@ pub enum Compute {
 }
 
 impl Compute {
-    /// The faster type of floats on this processor: bf16 where it multiplies bf16, else f32.
+    /// The faster type of floats on this processor: bf16 or f32.
     pub fn auto() -> Self {
-        if cpu().has_bf16() { Self::Bf16 } else { Self::F32 }
+        if cpu().prefers_bf16() { Self::Bf16 } else { Self::F32 }
     }
 
     /// What [`Compute::Auto`] comes to with an adaptation; any other is itself.
@@ -272,7 +272,8 @@ impl Blocks {
             adaptation.iter().flat_map(|adaptation| &adaptation.params).all(|p| p.var.dtype() == DType::F32);
         let compute = compute.resolved(adaptation);
         let how = How { fuse: f32_params && compute != Compute::Plain, integers: compute == Compute::Int8 };
-        let in_bf16 = compute == Compute::Bf16 || compute == Compute::Int8 && Compute::auto() == Compute::Bf16;
+        // Beside integers few products are left, and bf16 halves what is kept.
+        let in_bf16 = compute == Compute::Bf16 || compute == Compute::Int8 && cpu().has_bf16();
         match in_bf16 && how.fuse {
             true => Self::Bf16(Box::new(Fused::new(model, adaptation, how))),
             false => Self::F32(Box::new(Fused::new(model, adaptation, how))),

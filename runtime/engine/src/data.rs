@@ -699,7 +699,7 @@ impl Encoder<'_> {
         let fail = |detail: String| Problem::new(BAD_ROW, detail);
         let encoded = self.tokenizer.encode(text, true).map_err(|e| fail(format!("{e:#}")))?;
         let eos_ids = &self.tokenizer.eos_ids;
-        let Some(&eos) = eos_ids.first() else {
+        let Some(eos) = self.tokenizer.eos_id else {
             return Err(fail("the tokenizer has no EOS token to end the text with".into()));
         };
         let starts = token_starts(&encoded);

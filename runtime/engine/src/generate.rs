@@ -96,7 +96,9 @@ const HELD_MAX: usize = 16;
 /// Text out of tokens that come one by one: what it has given out never changes by what comes after.
 ///
 /// The pieces put together are what [`Tokenizer::decode`] makes of all tokens at once, without special ones. A token costs the same
-/// however many came before: it is decoded behind those of the piece before, whose text tells what is new.
+/// however many came before: it is decoded behind those of the piece before, whose text tells what is new. The library's
+/// `DecodeStream` does the same, but fails for good where a byte makes those before it no character, decodes all anew while a model
+/// writes bytes that are none, and loses what is held back at the end.
 #[derive(Default)]
 pub struct Detokenizer {
     /// Tokens of the piece that was given out last, and those since.
@@ -194,6 +196,36 @@ mod tests {
             let refused = generate(&answers, &vec![5; context + 1], sampling(0.0, 1.0, 0));
             assert!(format!("{:#}", refused.expect_err("it is too long")).contains("the model's context"));
         }
+        Ok(())
+    }
+
+    /// A byte that follows a character makes SentencePiece's decoder take that back.
+    #[test]
+    fn bytes_that_are_no_character_neither_end_an_answer_nor_hold_it_up() -> Result<()> {
+        let file = crate::gguf::Gguf::open(&fixture("../tokenizers/sentencepiece.gguf"))?;
+        let tokenizer = Tokenizer::from_gguf(&file)?;
+        let bytes = |bytes: &[u8]| -> Vec<u32> {
+            bytes.iter().filter_map(|byte| tokenizer.id(&format!("<0x{byte:02X}>"))).collect()
+        };
+        let word = tokenizer.encode("of", false)?.ids;
+        let given = |ids: &[u32]| -> Result<(Vec<String>, String)> {
+            let mut detokenizer = Detokenizer::default();
+            let pieces = ids.iter().map(|id| detokenizer.push(*id, &tokenizer)).collect::<Result<Vec<String>>>()?;
+            Ok((pieces, detokenizer.finish(&tokenizer)?))
+        };
+        // é, a byte that begins nothing, a word.
+        let ids = [&bytes(&[0xC3, 0xA9, 0xFF])[..], &word].concat();
+        let (pieces, rest) = given(&ids)?;
+        assert_eq!(ids.len(), 3 + word.len());
+        assert!(pieces.concat().starts_with('é') && (pieces.concat() + &rest).ends_with("of"), "{pieces:?} {rest:?}");
+        // Ten times as many as are held back come piece by piece, and the last at the end.
+        let (pieces, rest) = given(&bytes(&[0xFF; 10 * HELD_MAX]))?;
+        assert!(pieces.iter().filter(|piece| !piece.is_empty()).count() > 5, "{pieces:?}");
+        assert_eq!((pieces.concat() + &rest).chars().count(), 10 * HELD_MAX);
+        // A character that says so itself.
+        let typed = tokenizer.encode("a\u{fffd}", false)?.ids;
+        let (pieces, rest) = given(&typed)?;
+        assert_eq!(pieces.concat() + &rest, tokenizer.decode(&typed, true)?);
         Ok(())
     }
 

@@ -15,6 +15,7 @@ use crate::batch::Batch;
 use crate::files::NewDirectory;
 use crate::model::{BaseModel, EMBEDDING, HEAD, Module};
 use crate::recipe::Pass;
+use crate::tokenizer::Tokenizer;
 use crate::weight::Weight;
 use crate::words::value_of;
 
@@ -83,16 +84,18 @@ pub fn divergence(model: &Pass<'_>, other: &Pass<'_>, sequences: &[Vec<u32>]) ->
 }
 
 /// Files of a Hugging Face directory that go into a directory made from it, byte for byte.
-const UNTOUCHED: [&str; 8] = [
+const UNTOUCHED: [&str; 7] = [
     "tokenizer.json",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "generation_config.json",
     "chat_template.jinja",
 ];
+
+/// The file that says what ends an answer.
+const GENERATION: &str = "generation_config.json";
 
 /// Floats that a model is written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,6 +213,8 @@ fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseMo
             let bytes = std::fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
             directory.write(name, &bytes)?;
         }
+        let own = base.path.join(GENERATION).exists().then(|| read(GENERATION)).transpose()?;
+        directory.write(GENERATION, pretty(&generation_config(own, tokenizer))?.as_bytes())?;
         if base.path.join("tokenizer_config.json").exists() {
             let own = read("tokenizer_config.json")?;
             let template = tokenizer_config.get("chat_template").cloned();
@@ -220,8 +225,7 @@ fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseMo
         }
     } else {
         directory.write("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-        let generation = json!({"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids});
-        directory.write("generation_config.json", pretty(&generation)?.as_bytes())?;
+        directory.write(GENERATION, pretty(&generation_config(None, tokenizer))?.as_bytes())?;
     }
     directory.write("config.json", pretty(&config?)?.as_bytes())?;
     directory.write("tokenizer_config.json", pretty(&tokenizer_config)?.as_bytes())?;
@@ -231,6 +235,21 @@ fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseMo
         }
         _ => Ok(()),
     }
+}
+
+/// What a model generates by: the base's own, with every token that ends an answer. Other programs do not look for those in the chat
+/// template.
+fn generation_config(own: Option<Value>, tokenizer: &Tokenizer) -> Value {
+    let mut config = own.unwrap_or_else(|| json!({"bos_token_id": tokenizer.bos_id}));
+    let listed = match &config["eos_token_id"] {
+        Value::Array(ids) => ids.clone(),
+        id => vec![id.clone()],
+    };
+    let missing = |id: &u32| !listed.contains(&json!(id));
+    if let Some(config) = config.as_object_mut().filter(|_| tokenizer.eos_ids.iter().any(missing)) {
+        config.insert("eos_token_id".to_owned(), json!(tokenizer.eos_ids));
+    }
+    config
 }
 
 /// Values as bytes; refuses those that only infinity would stand for.

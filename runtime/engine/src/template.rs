@@ -598,6 +598,18 @@ pub(crate) fn written_by(source: &str, bos: Option<&str>, eos: Option<&str>) -> 
     written
 }
 
+/// What a chat template writes behind an assistant's text that is the last; `None` where it refuses a plain conversation or leaves
+/// that text out.
+pub(crate) fn behind_answer(source: &str, bos: Option<&str>, eos: Option<&str>) -> Option<String> {
+    // No template writes this word by itself.
+    const ANSWER: &str = "xqzwkv";
+    let template = ChatTemplate::new(source, bos, eos).ok()?;
+    let messages = [("user", "a"), ("assistant", ANSWER)]
+        .map(|(role, content)| serde_json::json!({"role": role, "content": content}));
+    let text = template.run(&messages, None, false, "").ok()?;
+    text.rsplit_once(ANSWER).map(|(_, behind)| behind.to_owned())
+}
+
 /// Where each token's text starts, in bytes: tokenizers may leave white space before a token out of its offsets, but
 /// it belongs to the token that follows.
 pub(crate) fn token_starts(encoded: &Encoded) -> Vec<usize> {

@@ -42,7 +42,11 @@ pub struct ModelRef {
 pub fn load_base(name: &Path) -> Result<BaseModel> {
     let path = registry::resolve(name);
     ensure!(path.exists(), "{}", not_there(name));
-    BaseModel::load(&path)
+    let model = BaseModel::load(&path)?;
+    for note in &model.tokenizer.notes {
+        line(format_args!("note: {}: {note}", name.display()));
+    }
+    Ok(model)
 }
 
 /// Refuses an adapter where a base model is needed.

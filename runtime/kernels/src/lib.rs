@@ -7,6 +7,7 @@
 //! - `norm`, `rope`, `attention`, `swiglu`, `cross_entropy`: the rest of a decoder layer and its loss, forward and backward
 //! - `gemv`, `attend`, `team`: products (exact, or with rows of x in eight bits, and low-rank updates) and attention for a few rows,
 //!   as in decoding, and the threads that share many short jobs
+//! - `softmax`: the weights that a token is drawn by
 //! - `peak`: the limits of the machine
 //! - `matmul`, `dot`: products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter
@@ -29,6 +30,7 @@ mod philox;
 mod pool;
 mod product;
 mod rope;
+mod softmax;
 mod storage;
 mod swiglu;
 mod team;
@@ -51,6 +53,7 @@ pub use philox::{Stream, dropout_mask, philox4x32};
 pub use pool::{on_pool, threads};
 pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product};
 pub use rope::{RotaryTable, rotate};
+pub use softmax::softmax_weights;
 pub use storage::Storage;
 pub use swiglu::{gate, swiglu, swiglu_backward};
 pub use team::{Team, lead};

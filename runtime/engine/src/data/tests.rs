@@ -110,7 +110,7 @@ fn text_is_learned_but_for_its_first_token_and_ends() {
     assert_eq!(data.format, RowFormat::Text);
     let example = &data.examples[0];
     let mut expected = tokenizer().encode("Hi <|im_start|>", true).unwrap().ids;
-    expected.push(tokenizer().eos_ids[0]);
+    expected.extend(tokenizer().eos_id);
     assert_eq!(example.ids, expected);
     assert!(example.ids.contains(&tokenizer().bos_id.unwrap()));
     assert!(!example.trained[0] && example.trained[1..].iter().all(|&t| t));

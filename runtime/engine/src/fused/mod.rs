@@ -182,7 +182,9 @@ impl<E: ProductElement> Fused<E> {
 
     /// All blocks in order: the residual stream, and what each kept.
     fn up(&mut self, pass: &Pass<'_>, batch: &Batch, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
-        self.begin(pass, batch)?;
+        self.begin(pass, batch);
+        // An optimizer may have changed them since the pass before.
+        self.load(pass)?;
         let (m, few) = (batch.ids.len(), self.few(pass, batch));
         let mut kept = Vec::with_capacity(self.layers.len() + 1);
         let mut h = if self.looks_up {
@@ -234,13 +236,13 @@ impl<E: ProductElement> Fused<E> {
     }
 
     /// The residual stream (C) after the last of some rows that continue a sequence, whose cache takes them in; all layers are
-    /// fused.
+    /// fused, and [`Fused::load`] took the parameters over.
     ///
     /// # Errors
-    /// When there is no row, a token has no embedding or a parameter is not f32.
+    /// When there is no row or a token has no embedding.
     pub fn continue_sequence(&mut self, pass: &Pass<'_>, batch: &Batch, cache: &mut KvCache<E>) -> Result<Vec<f32>> {
         let last = batch.ids.len().checked_sub(1).context("there is no row")? as u32;
-        self.begin(pass, batch)?;
+        self.begin(pass, batch);
         let mut x = self.look_up(pass, batch)?;
         // Above the last layer's keys and values nothing is asked for but the last row.
         let batch = &Batch { target_rows: vec![last], ..batch.clone() };
@@ -269,16 +271,22 @@ impl<E: ProductElement> Fused<E> {
         &self.table
     }
 
-    /// Readies buffers, tables and the adapters' values for a pass.
-    fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<()> {
+    /// Takes the present values of the parameters over, in E.
+    ///
+    /// # Errors
+    /// When a parameter is not f32.
+    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
+        timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
+    }
+
+    /// Readies buffers and tables for a pass.
+    fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) {
         // The embedding alone may be looked up, under blocks that are all plain: it takes a buffer, too.
         self.workspace.begin(batch.ids.len());
-        if self.layers.iter().all(Option::is_none) {
-            return Ok(());
+        if self.layers.iter().any(Option::is_some) {
+            let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
+            self.table(&pass.model.config, positions);
         }
-        let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
-        self.table(&pass.model.config, positions);
-        timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
     }
 
     /// Rows of the frozen embedding: (N, C).

@@ -19,6 +19,7 @@ use homeroom_kernels::{ProductElement, bf16, on_pool};
 
 pub use self::cache::KvCache;
 use self::decode::Decoder;
+pub use self::sampler::Sampler;
 pub use self::schedule::{Answers, TOGETHER, Tokens};
 use crate::adaptation::Adaptation;
 use crate::batch::Batch;
@@ -51,9 +52,10 @@ struct Fast<E> {
 impl<E: ProductElement> Fast<E> {
     /// `round`: see [`Decoder::new`].
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>, round: bool) -> Option<Box<Self>> {
-        let blocks = Fused::new(model, adaptation, How { fuse: true, integers: false });
+        let mut blocks = Fused::new(model, adaptation, How { fuse: true, integers: false });
         let (fused, layers, _) = blocks.counts();
         let decoder = Decoder::new(model, adaptation, round).filter(|_| fused == layers)?;
+        on_pool(|| blocks.load(&Pass::evaluation(model, adaptation))).ok()?;
         Some(Box::new(Self { reading: Mutex::new(blocks), decoder }))
     }
 

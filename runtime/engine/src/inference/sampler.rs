@@ -1,12 +1,13 @@
 //! The sampler: one token out of the logits after a sequence.
 //!
-//! In the order of transformers' `generate`: penalties, temperature, top-k, top-p, min-p, then a draw. Nothing is sorted but what
-//! the draw is left with.
+//! In the order of transformers' `generate`: penalties, temperature, top-k, top-p, min-p, then a draw. Nothing is sorted: each step
+//! passes over the vocabulary a few times, whatever the logits are.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use anyhow::{Result, ensure};
-use homeroom_kernels::Stream;
+use homeroom_kernels::{Stream, softmax_weights};
 
 use crate::generate::Sampling;
 
@@ -14,11 +15,8 @@ use crate::generate::Sampling;
 const TEMPERATURE_MIN: f64 = 1e-6;
 /// The domain of the draws' random numbers.
 const DRAWS: u64 = 0x6472_6177;
-/// Candidates that top-p looks at first; four times as many each time these do not reach it.
-const FIRST_CANDIDATES: usize = 64;
-
 /// Draws the tokens of one sequence.
-pub(super) struct Sampler {
+pub struct Sampler {
     sampling: Sampling,
     random: Stream,
     /// How often each token was drawn; a token of the prompt alone has 0. Empty unless there is a penalty.
@@ -54,7 +52,7 @@ impl Sampler {
     pub fn draw(&mut self, mut logits: Vec<f32>) -> u32 {
         self.penalise(&mut logits);
         let greedy = self.sampling.temperature < TEMPERATURE_MIN || self.sampling.top_k == 1;
-        let token = if greedy { first_of_largest(&logits) } else { self.draw_from(&logits) };
+        let token = if greedy { first_of_largest(&logits) } else { self.draw_from(logits) };
         if self.penalises() {
             *self.seen.entry(token).or_default() += 1;
         }
@@ -84,62 +82,86 @@ impl Sampler {
         }
     }
 
-    fn draw_from(&mut self, logits: &[f32]) -> u32 {
+    fn draw_from(&mut self, mut weights: Vec<f32>) -> u32 {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
-        let largest = logits[first_of_largest(logits) as usize];
-        // e^((l - max) / T): the likeliest token weighs 1, so nothing overflows.
-        let inverse = 1.0 / temperature as f32;
-        let weigh = |logit: f32| f64::from(((logit - largest) * inverse).exp());
-        if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
-            let weights: Vec<f64> = logits.iter().map(|logit| weigh(*logit)).collect();
-            let sum = weights.iter().sum::<f64>();
-            return pick(self.random.uniform() * sum, weights.into_iter().enumerate());
-        }
-        let mut candidates: Vec<(usize, f64)> = logits.iter().map(|logit| weigh(*logit)).enumerate().collect();
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, likelier_first);
-            candidates.truncate(top_k);
+        softmax_weights(&mut weights, temperature as f32);
+        if top_k > 0 && top_k < weights.len() {
+            keep_likeliest(&mut weights, top_k as f64, |_| 1.0);
         }
         if top_p < 1.0 {
-            keep_nucleus(&mut candidates, top_p);
+            let wanted = top_p * sum(&weights);
+            keep_likeliest(&mut weights, wanted, f64::from);
         }
-        candidates.retain(|(_, weight)| *weight >= min_p);
-        candidates.sort_unstable_by(likelier_first);
-        let sum = candidates.iter().map(|(_, weight)| weight).sum::<f64>();
-        pick(self.random.uniform() * sum, candidates.into_iter())
+        if min_p > 0.0 {
+            // The likeliest weighs 1.
+            weights.iter_mut().filter(|weight| f64::from(**weight) < min_p).for_each(|weight| *weight = 0.0);
+        }
+        pick(self.random.uniform() * sum(&weights), &weights)
     }
 }
 
-/// The order of candidates: by weight, and of equal ones the lower id first, so that it does not depend on how they were selected.
-fn likelier_first(a: &(usize, f64), b: &(usize, f64)) -> std::cmp::Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-}
-
-/// Keeps the likeliest candidates that together reach a share of the whole: at least one.
+/// Keeps the likeliest weights, at least one, as far as `measure` of them needs to sum up to `wanted`; the others become 0. Of equal
+/// ones the first are kept.
 ///
-/// Source: Holtzman et al. 2019, <https://arxiv.org/abs/1904.09751>, section 3.1.
-fn keep_nucleus(candidates: &mut Vec<(usize, f64)>, top_p: f64) {
-    let wanted = top_p * candidates.iter().map(|(_, weight)| weight).sum::<f64>();
-    let mut looked_at = FIRST_CANDIDATES;
-    loop {
-        let all = looked_at >= candidates.len();
-        if !all {
-            candidates.select_nth_unstable_by(looked_at - 1, likelier_first);
-        }
-        let len = looked_at.min(candidates.len());
-        let head = &mut candidates[..len];
-        head.sort_unstable_by(likelier_first);
-        let mut sum = 0.0;
-        let reached = head.iter().position(|(_, weight)| {
-            sum += weight;
-            sum >= wanted
+/// With the weights themselves as measures these are the nucleus of Holtzman et al. 2019, <https://arxiv.org/abs/1904.09751>,
+/// section 3.1. The smallest weight that is kept is found by its bits, ten at a time from the highest, which order numbers from 0 to 1
+/// as their values do.
+fn keep_likeliest(weights: &mut [f32], wanted: f64, measure: impl Fn(f32) -> f64) {
+    const BITS: u32 = 10;
+    /// Sums beside each other, so that an addition need not wait for the one before.
+    const LANES: usize = 4;
+    let (mut missing, mut smallest) = (wanted, 0);
+    for shift in [2 * BITS, BITS, 0] {
+        let mut sums = [[0f64; LANES]; 1 << BITS];
+        let mut add = |lane: usize, weight: f32| {
+            let bits = weight.to_bits() >> shift;
+            if bits >> BITS == smallest {
+                sums[bits as usize % (1 << BITS)][lane] += measure(weight);
+            }
+        };
+        let (chunks, rest) = weights.as_chunks::<LANES>();
+        chunks.iter().for_each(|chunk| (0..LANES).for_each(|lane| add(lane, chunk[lane])));
+        rest.iter().for_each(|weight| add(0, *weight));
+        let reached = sums.iter().rposition(|lanes| {
+            let sum = lanes.iter().sum::<f64>();
+            let reached = sum > 0.0 && sum >= missing;
+            missing -= if reached { 0.0 } else { sum };
+            reached
         });
-        match reached {
-            Some(last) => return candidates.truncate(last + 1),
-            None if all => return,
-            None => looked_at *= 4,
-        }
+        let Some(digit) = reached else {
+            // All of these are needed: the sum was rounded.
+            let smallest = smallest << (shift + BITS);
+            return weights.iter_mut().filter(|w| w.to_bits() < smallest).for_each(|w| *w = 0.0);
+        };
+        smallest = smallest << BITS | digit as u32;
     }
+    let mut equal = (missing / measure(f32::from_bits(smallest))).ceil().max(1.0) as usize;
+    for weight in weights {
+        let kept = match weight.to_bits().cmp(&smallest) {
+            Ordering::Greater => true,
+            Ordering::Equal => equal.checked_sub(1).map(|left| equal = left).is_some(),
+            Ordering::Less => false,
+        };
+        *weight = if kept { *weight } else { 0.0 };
+    }
+}
+
+/// Weights that are summed at once.
+const PART: usize = 256;
+
+fn sum(weights: &[f32]) -> f64 {
+    weights.chunks(PART).map(sum_of_part).sum()
+}
+
+fn sum_of_part(part: &[f32]) -> f64 {
+    const LANES: usize = 8;
+    let mut lanes = [0f64; LANES];
+    let (chunks, rest) = part.as_chunks::<LANES>();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, weight)| *lane += f64::from(*weight));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, weight)| *lane += f64::from(*weight));
+    lanes.iter().sum()
 }
 
 /// The first id whose logit none exceeds.
@@ -158,16 +180,23 @@ fn first_of_largest(logits: &[f32]) -> u32 {
 }
 
 /// The id at which the sum of weights passes `at`; the last with a weight if rounding keeps the sum below.
-fn pick(at: f64, weighted: impl Iterator<Item = (usize, f64)>) -> u32 {
-    let (mut sum, mut last) = (0.0, 0);
-    for (id, weight) in weighted.filter(|(_, weight)| *weight > 0.0) {
-        sum += weight;
-        last = id;
-        if sum > at {
-            break;
+fn pick(at: f64, weights: &[f32]) -> u32 {
+    let (mut before, mut last) = (0.0, 0);
+    for (number, part) in weights.chunks(PART).enumerate() {
+        let after = before + sum_of_part(part);
+        if after > at {
+            for (id, weight) in part.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
+                before += f64::from(*weight);
+                last = number * PART + id;
+                if before > at {
+                    break;
+                }
+            }
+            return last as u32;
         }
+        before = after;
     }
-    last as u32
+    weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0) as u32
 }
 
 #[cfg(test)]
@@ -193,7 +222,7 @@ mod tests {
         let top = logits.iter().copied().fold(f32::MIN, f32::max);
         let mut all: Vec<(usize, f64)> =
             logits.iter().map(|l| f64::from(((l - top) / sampling.temperature as f32).exp())).enumerate().collect();
-        all.sort_by(likelier_first);
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if sampling.top_k > 0 {
             all.truncate(sampling.top_k);
         }
@@ -250,6 +279,48 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    /// Every shape that sorting is slow or wrong on: all alike, two values, one far above, spread over the exponents, and weights that are
+    /// nothing.
+    #[test]
+    fn what_is_kept_is_what_sorting_would_keep() {
+        let mut random = Stream::new(11, 1);
+        let mut spread: Vec<f32> = (0..2053).map(|_| (-30.0 * random.uniform_f32()).exp()).collect();
+        let peaked: Vec<f32> = (0..2053).map(|id| if id == 1999 { 1.0 } else { 1e-7 }).collect();
+        let two = (0..2053).map(|id| if id % 3 == 1 { 1.0 } else { 0.25 }).collect();
+        let none = (0..2053).map(|id| if id % 5 == 2 { 0.5 } else { 0.0 }).collect();
+        spread[77] = 1.0;
+        for weights in [spread, peaked, two, none, vec![1.0; 2053], vec![0.7], vec![0.3, 1.0]] {
+            let mut order: Vec<usize> = (0..weights.len()).collect();
+            order.sort_by(|a, b| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b)));
+            let all = sum(&weights);
+            for top_p in [0.0, 1e-300, 0.1, 0.5, 0.9, 0.999, 1.0] {
+                // Sums a hair's breadth around the one that is wanted may fall either way.
+                let reach = |wanted: f64| {
+                    let mut before = 0.0;
+                    let reached = order.iter().position(|id| {
+                        before += f64::from(weights[*id]);
+                        before >= wanted
+                    });
+                    reached.map_or(order.len(), |at| at + 1)
+                };
+                let mut kept = weights.clone();
+                keep_likeliest(&mut kept, top_p * all, f64::from);
+                let n = kept.iter().filter(|weight| **weight > 0.0).count();
+                let positive = weights.iter().filter(|weight| **weight > 0.0).count();
+                let (least, most) =
+                    (reach(top_p * all * (1.0 - 1e-12)), reach(top_p * all * (1.0 + 1e-12)).min(positive));
+                assert!((least.min(positive)..=most).contains(&n), "{top_p}: {n}, not {least} to {most}");
+                assert!(order[..n].iter().all(|id| kept[*id] == weights[*id]), "{top_p}");
+            }
+            for top_k in [1, 2, 7, 2000].into_iter().filter(|k| *k < weights.len()) {
+                let mut kept = weights.clone();
+                keep_likeliest(&mut kept, top_k as f64, |_| 1.0);
+                assert!(order[..top_k].iter().all(|id| kept[*id] == weights[*id]), "{top_k}");
+                assert!(order[top_k..].iter().all(|id| kept[*id] == 0.0), "{top_k}");
+            }
+        }
     }
 
     #[test]

@@ -142,8 +142,9 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
     }
     let token = |id: u32| pieces.tokens[id as usize].as_str();
 
+    let mut notes = Vec::new();
     let pipeline = match meta.model {
-        Some("gpt2") => byte_level(meta, &pieces)?,
+        Some("gpt2") => byte_level(meta, &pieces, &mut notes)?,
         Some("llama") => sentencepiece(meta, &pieces, unk)?,
         Some(other) => bail!(
             "tokenizer.ggml.model: {other:?} is not supported, \"gpt2\" and \"llama\" are; \
@@ -195,14 +196,29 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
             more_eos_ids: [eot, eom].into_iter().flatten().collect(),
             chat_template: meta.chat_template.map(str::to_owned),
             model_max_length: meta.context_length,
+            notes,
         },
     )
 }
 
 /// Byte-level BPE: bytes spelled as visible characters, merged in the order of the file.
-fn byte_level(meta: &Meta, pieces: &Pieces) -> Result<Pipeline> {
+///
+/// A file that does not name its pre-tokenizer, as converters did before 2024-05, is taken by its vocabulary if that is a published
+/// one; `notes` says what was taken.
+fn byte_level(meta: &Meta, pieces: &Pieces, notes: &mut Vec<String>) -> Result<Pipeline> {
     ensure!(!meta.merges.is_empty(), "tokenizer.ggml.merges: is missing or empty");
-    let pre = PreTokenizer::named(meta.pre.unwrap_or("default"))?;
+    let pre = meta.pre.unwrap_or_else(|| {
+        let known = by_vocabulary(pieces);
+        notes.push(match known {
+            Some(name) => format!("tokenizer.ggml.pre is missing; the vocabulary is that of {name:?}, which is taken"),
+            None => "tokenizer.ggml.pre is missing, so text is cut into words as for GPT-2, and if the model knows others it \
+                     reads and answers worse; convert it again with a llama.cpp of today, or use its directory with \
+                     tokenizer.json"
+                .to_owned(),
+        });
+        known.unwrap_or("default")
+    });
+    let pre = PreTokenizer::named(pre)?;
     let model = BPE::builder()
         .vocab_and_merges(pieces.vocab(), read_merges(meta.merges, pieces)?)
         .ignore_merges(pre.ignore_merges)
@@ -280,6 +296,24 @@ impl PreTokenizer {
             ),
         })
     }
+}
+
+/// What tells a published vocabulary, tokens with their ids, and what it is cut by. In this order: GPT-2, SmolLM and SmolLM2,
+/// StarCoder and StarCoder 2, Qwen2 and what was distilled into it, Llama 3, Mistral Nemo.
+const VOCABULARIES: [(&[(&str, u32)], &str); 7] = [
+    (&[("Ġthe", 262), ("<|endoftext|>", 50_256)], "gpt-2"),
+    (&[("<|endoftext|>", 0), ("<|im_start|>", 1), ("<repo_name>", 3)], "smollm"),
+    (&[("<|endoftext|>", 0), ("<fim_prefix>", 1)], "starcoder"),
+    (&[("Ġthe", 279), ("<|endoftext|>", 151_643)], "qwen2"),
+    (&[("Ġthe", 279), ("<｜end▁of▁sentence｜>", 151_643)], "qwen2"),
+    (&[("Ġthe", 279), ("<|begin_of_text|>", 128_000)], "llama-bpe"),
+    (&[("[INST]", 3), ("[AVAILABLE_TOOLS]", 5)], "tekken"),
+];
+
+/// The pre-tokenizer of a published vocabulary.
+fn by_vocabulary(pieces: &Pieces) -> Option<&'static str> {
+    let has = |(token, id): &(&str, u32)| pieces.ids.get(token) == Some(id);
+    VOCABULARIES.iter().find(|(tokens, _)| tokens.iter().all(has)).map(|(_, name)| *name)
 }
 
 /// Merges as written: two pieces with a space between.

@@ -21,6 +21,7 @@ use crate::template;
 
 mod check;
 mod control;
+mod ends;
 mod gguf;
 #[cfg(test)]
 mod hostile;
@@ -45,7 +46,7 @@ pub struct Tokenizer {
     model_max_length: Option<u64>,
     /// The token that opens a sequence.
     pub bos_token: Option<String>,
-    /// The token that ends a text, the first of `eos_ids`.
+    /// The token that ends a text, by the model's files.
     pub eos_token: Option<String>,
     /// The token that fills a batch.
     pub pad_token: Option<String>,
@@ -53,8 +54,13 @@ pub struct Tokenizer {
     pub bos_id: Option<u32>,
     /// Id of `pad_token`.
     pub pad_id: Option<u32>,
-    /// Every id that ends a generation, without repeats: the end of text, of a turn, of a message.
+    /// Id of `eos_token`.
+    pub eos_id: Option<u32>,
+    /// Every id that ends an answer, without repeats: those that the model's files name, the one that its chat template writes behind
+    /// an answer, and those known to end a turn in any model.
     pub eos_ids: Vec<u32>,
+    /// What its user should know of it, each a clause.
+    pub notes: Vec<String>,
     /// Whether [`Tokenizer::encode`] with special tokens begins with `bos_token`.
     pub add_bos: bool,
     /// The Jinja source that turns messages into text.
@@ -252,9 +258,10 @@ struct Named {
     more_eos_ids: Vec<u32>,
     chat_template: Option<String>,
     model_max_length: Option<u64>,
+    notes: Vec<String>,
 }
 
-fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
+fn finish(inner: tokenizers::Tokenizer, mut named: Named) -> Result<Tokenizer> {
     let id = |name: &str, token: &Option<String>| -> Result<Option<u32>> {
         let Some(token) = token else { return Ok(None) };
         let id = inner.token_to_id(token);
@@ -268,7 +275,8 @@ fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
             eos_ids.push(id);
         }
     }
-    let eos_token = named.eos.or_else(|| inner.id_to_token(*eos_ids.first()?));
+    let eos_id = eos_ids.first().copied();
+    let eos_token = named.eos.or_else(|| inner.id_to_token(eos_id?));
 
     let added = inner.get_added_tokens_decoder();
     let named_ids: Vec<u32> = eos_ids.iter().copied().chain(bos_id).collect();
@@ -280,6 +288,17 @@ fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
         .map(|(id, token)| Control { text: token.content.clone(), id: *id, special: token.special })
         .collect();
     control.sort_by_key(|c| c.id);
+    let behind = |source: &str| template::behind_answer(source, named.bos.as_deref(), eos_token.as_deref());
+    let behind = named.chat_template.as_deref().and_then(behind);
+    let end_of_turn = behind.as_deref().and_then(|behind| ends::end_of_turn(behind, &control));
+    if let (Some(behind), None) = (&behind, end_of_turn) {
+        named.notes.push(ends::without_end(behind));
+    }
+    for id in end_of_turn.into_iter().chain(ends::known(&control, &written)) {
+        if !eos_ids.contains(&id) {
+            eos_ids.push(id);
+        }
+    }
     let normalizes = inner.get_normalizer().is_some();
     // A private character, for which vocabularies have no piece.
     let unknown = guarded(|| inner.get_model().tokenize("\u{10fffd}")).unwrap_or_default();
@@ -304,7 +323,9 @@ fn finish(inner: tokenizers::Tokenizer, named: Named) -> Result<Tokenizer> {
         pad_token: named.pad,
         bos_id,
         pad_id,
+        eos_id,
         eos_ids,
+        notes: named.notes,
         add_bos: begins,
         chat_template: named.chat_template,
         inner,
@@ -529,6 +550,7 @@ fn from_files(mut inner: tokenizers::Tokenizer, files: &Files) -> Result<Tokeniz
         },
         // transformers writes 10^30 for "not known".
         model_max_length: files.config["model_max_length"].as_u64().filter(|&n| n < 1 << 40),
+        notes: Vec::new(),
     };
     finish(inner, named)
 }

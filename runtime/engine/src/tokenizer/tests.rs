@@ -138,14 +138,14 @@ fn small_files_of_a_directory_are_read_in_order() -> Result<()> {
         from_files(read_tokenizer_json(&std::fs::read(dir.join("tokenizer.json"))?)?, files)
     };
     let bare = read(&Files::default())?;
-    assert_eq!((bare.bos_token, bare.eos_ids.len(), bare.chat_template), (None, 0, None));
+    assert_eq!((bare.bos_token, bare.eos_id, bare.chat_template), (None, None, None));
 
     let config = json!({"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "add_bos_token": false,
         "add_eos_token": true, "additional_special_tokens": ["<think>"],
         "chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]});
     let files = Files { config, model_config: json!({"eos_token_id": [2, 7]}), ..Files::default() };
     let t = read(&files)?;
-    assert_eq!((t.eos_ids.as_slice(), t.chat_template.as_deref()), (&[2, 7][..], Some("d")));
+    assert_eq!((t.eos_ids.as_slice(), t.chat_template.as_deref()), (&[2, 7, 0][..], Some("d")));
     assert!(t.control_tokens().iter().any(|c| c.text == "<think>" && c.special));
     assert!(!t.add_bos);
     assert_eq!(t.encode("", true)?.ids, [2]);
@@ -319,9 +319,13 @@ fn a_damaged_tokenizer_json_is_an_error() -> Result<()> {
 
 /// A byte-level tokenizer whose added tokens are changed by `change`, with a chat template.
 fn changed(template: &str, change: impl Fn(&mut Value)) -> Result<Tokenizer> {
+    changed_with(Files { chat_template: Some(template.to_owned()), ..Files::default() }, change)
+}
+
+/// The same with these files around it.
+fn changed_with(files: Files, change: impl Fn(&mut Value)) -> Result<Tokenizer> {
     let mut file: Value = serde_json::from_slice(&std::fs::read(fixtures().join("byte_level/tokenizer.json"))?)?;
     change(&mut file);
-    let files = Files { chat_template: Some(template.to_owned()), ..Files::default() };
     from_files(read_tokenizer_json(file.to_string().as_bytes())?, &files)
 }
 
@@ -347,6 +351,110 @@ fn obeyed(tokenizer: &Tokenizer, messages: &[(&str, &str)], token: &str) -> Resu
 const CHATML: &str =
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}";
 const ROLES: &str = "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>' }}{% endfor %}";
+
+/// A tokenizer whose files name `<|endoftext|>` alone, with a template and further added tokens.
+fn base(template: Option<&str>, more: &[(&str, bool)]) -> Result<Tokenizer> {
+    let config = json!({"eos_token": "<|endoftext|>"});
+    let files = Files { config, chat_template: template.map(str::to_owned), ..Files::default() };
+    changed_with(files, |file| {
+        for (content, special) in more {
+            add(file, content, false);
+            if let Some(token) = file["added_tokens"].as_array_mut().and_then(|tokens| tokens.last_mut()) {
+                token["special"] = json!(special);
+            }
+        }
+    })
+}
+
+/// Texts of the tokens that end an answer.
+fn ends(tokenizer: &Tokenizer) -> Vec<String> {
+    tokenizer.eos_ids.iter().filter_map(|id| tokenizer.token(*id)).collect()
+}
+
+#[test]
+fn what_the_template_ends_a_turn_with_ends_an_answer() -> Result<()> {
+    // As a base that is tuned on ChatML, from a directory and from a GGUF file.
+    let gguf = gguf("byte_level")?;
+    let meta = Meta { eos: Some(0), eot: None, eom: None, chat_template: Some(CHATML), ..Meta::read(&gguf)? };
+    for tokenizer in [base(Some(CHATML), &[])?, from_meta(&meta)?] {
+        assert_eq!(ends(&tokenizer), ["<|endoftext|>", "<|im_end|>"]);
+        assert_eq!((tokenizer.eos_token.as_deref(), tokenizer.eos_id), (Some("<|endoftext|>"), Some(0)));
+        assert_eq!(tokenizer.notes, [""; 0]);
+    }
+    // Whatever its name, special or not, behind white space, and before what the template writes at the end of a text.
+    let odd = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}\n<§fertig§>{% endif %}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}";
+    for special in [false, true] {
+        let tokenizer = base(Some(odd), &[("<§fertig§>", special), ("<|user|>", special)])?;
+        assert_eq!(ends(&tokenizer), ["<|endoftext|>", "<§fertig§>", "<|im_end|>"]);
+    }
+    // A tokenizer that names no end has the template's, and a text is not ended with that.
+    let nameless = changed(CHATML, |_| ())?;
+    assert_eq!((nameless.eos_id, nameless.eos_ids.first()), (None, nameless.id("<|im_end|>").as_ref()));
+    Ok(())
+}
+
+#[test]
+fn a_token_that_ends_turns_elsewhere_ends_answers_unless_it_has_another_use() -> Result<()> {
+    let known = [("<|end|>", true), ("<|eot_id|>", true), ("<end_of_turn>", false), ("</s>", true)];
+    let all = ["<|endoftext|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "</s>"];
+    assert_eq!(ends(&base(None, &known)?), all, "one that is not control is a text like others");
+    assert_eq!(ends(&base(Some(CHATML), &known)?), all);
+    let thinks = format!("{CHATML}{{% if thinks %}}<|think|>{{{{ thinks }}}}<|end|>{{% endif %}}");
+    assert_eq!(ends(&base(Some(&thinks), &known)?), ["<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>"]);
+    // ROLES ends turns with it.
+    assert_eq!(ends(&base(Some(ROLES), &known)?)[..2], ["<|endoftext|>", "<|end|>"]);
+    Ok(())
+}
+
+#[test]
+fn a_template_that_ends_no_turn_is_noted() -> Result<()> {
+    let alpaca = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}";
+    let spelled = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[FIN]{% endfor %}";
+    for (template, written) in [(alpaca, "nothing"), (spelled, "\"[FIN]\"")] {
+        let tokenizer = base(Some(template), &[])?;
+        let [note] = &tokenizer.notes[..] else { bail!("{:?}", tokenizer.notes) };
+        assert!(note.contains(&format!("writes {written} behind an answer")) && note.contains("eos_token"), "{note}");
+        assert_eq!(ends(&tokenizer), ["<|endoftext|>", "<|im_end|>"]);
+    }
+    // One that refuses a plain conversation says nothing of its end.
+    let refuses = "{{ raise_exception('a system message comes first') }}";
+    assert_eq!(base(Some(refuses), &[])?.notes, [""; 0]);
+    Ok(())
+}
+
+#[test]
+fn a_gguf_file_that_names_no_pre_tokenizer_is_known_by_its_vocabulary_or_noted() -> Result<()> {
+    let gguf = gguf("byte_level")?;
+    let text = "in 12345 words, l'été";
+    let meta = Meta { pre: None, ..Meta::read(&gguf)? };
+    let unknown = from_meta(&meta)?;
+    let [note] = &unknown.notes[..] else { bail!("{:?}", unknown.notes) };
+    assert!(
+        note.contains("tokenizer.ggml.pre is missing") && note.contains("GPT-2") && note.contains("tokenizer.json")
+    );
+    assert_eq!(from_meta(&Meta { pre: Some("gpt-2"), ..meta.clone() })?.notes, [""; 0]);
+
+    // Tokens of other models' where these have them.
+    let with = |token: &str, at: usize| {
+        let (mut tokens, mut types) = (meta.tokens.to_vec(), meta.types.clone());
+        tokens.insert(at, token.to_owned());
+        types.insert(at, CONTROL);
+        (tokens, types)
+    };
+    for (token, at, name) in [("<repo_name>", 3, "smollm"), ("<fim_prefix>", 1, "starcoder")] {
+        let (tokens, types) = with(token, at);
+        let none = Meta { tokens: &tokens, types, bos: None, eos: Some(0), eot: None, pad: None, ..meta.clone() };
+        let named = from_meta(&Meta { pre: Some(name), ..none.clone() })?;
+        let taken = from_meta(&none)?;
+        assert_eq!(taken.encode(text, false)?.ids, named.encode(text, false)?.ids);
+        assert_ne!(taken.encode(text, false)?.ids.len(), unknown.encode(text, false)?.ids.len());
+        assert!(taken.notes[0].contains(&format!("that of {name:?}")), "{:?}", taken.notes);
+        assert_eq!(named.notes, [""; 0]);
+    }
+    // SentencePiece needs none.
+    assert_eq!(Tokenizer::from_gguf(&Gguf::open(&fixtures().join("sentencepiece.gguf"))?)?.notes, [""; 0]);
+    Ok(())
+}
 
 /// Some tokenizers list the tokens of their turns as not special.
 #[test]

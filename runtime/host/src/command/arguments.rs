@@ -74,7 +74,7 @@ const LONG_ROW: [Word; 3] = [
 
 /// What `--compute` may be in training and evaluation.
 pub const COMPUTE: [Word; 4] = [
-    ("auto", "What the strategy proposes, else bf16 where the processor multiplies it, else f32"),
+    ("auto", "What the strategy proposes, else the faster of bf16 and f32 on this processor"),
     ("bf16", "Activations in bf16"),
     ("f32", "Activations in f32"),
     (
@@ -87,7 +87,7 @@ pub const COMPUTE: [Word; 4] = [
 pub const ANSWER_COMPUTE: [Word; 3] = [
     (
         "auto",
-        "Prompts in bf16 where the processor multiplies it, else f32; new tokens in 8 bits where weights are quantised",
+        "Prompts in the faster of bf16 and f32 on this processor; new tokens in 8 bits where weights are quantised",
     ),
     ("bf16", "Prompts in bf16, new tokens as with auto"),
     ("f32", "Everything in f32"),

@@ -195,7 +195,7 @@ const SEED: &[Opt] = &[opt("seed", Kind::Whole, "42", "the same seed gives the s
 
 /// What products are computed in.
 const fn compute(default: &'static str) -> Opt {
-    let doc = "what matrices are multiplied in; auto: what the strategy proposes, else bf16 where the processor is faster with it, else f32; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64";
+    let doc = "what matrices are multiplied in; auto: what the strategy proposes, else the faster of bf16 and f32 on this processor; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64";
     opt("compute", Kind::OneOf(&["auto", "bf16", "f32", "int8"]), default, doc)
 }
 

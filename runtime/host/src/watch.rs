@@ -179,14 +179,16 @@ fn below(roots: &[PathBuf]) -> BTreeMap<PathBuf, Option<Identity>> {
 }
 
 #[cfg(unix)]
-fn identity(path: &Path) -> Option<Identity> {
+/// What tells the file at a path from others; `None`: there is none.
+pub fn identity(path: &Path) -> Option<Identity> {
     use std::os::unix::fs::MetadataExt;
     let meta = std::fs::metadata(path).ok()?;
     Some(((meta.dev(), meta.ino()), meta.len(), (meta.ctime(), meta.ctime_nsec())))
 }
 
 #[cfg(not(unix))]
-fn identity(path: &Path) -> Option<Identity> {
+/// What tells the file at a path from others; `None`: there is none.
+pub fn identity(path: &Path) -> Option<Identity> {
     let meta = std::fs::metadata(path).ok()?;
     Some(((0, 0), meta.len(), meta.modified().ok()))
 }

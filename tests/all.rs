@@ -5,6 +5,8 @@ mod admission;
 mod command_line;
 mod curves;
 mod export;
+#[cfg(unix)]
+mod foreign;
 mod fused;
 mod gradients;
 mod handlers;

@@ -30,7 +30,7 @@ fn check(name: &str) -> Result<()> {
     let number = |key: &str| config[key].as_f64().with_context(|| format!("`{key}` is missing"));
     let (model, mut adaptation) = adapt_stored(text("strategy")?, &config["options"], model(text("base")?)?, 1)?;
     if dir.join("init").exists() {
-        adaptation.load(AdapterFiles::read(&dir.join("init"))?.into_tensors())?;
+        adaptation.load(AdapterFiles::read(&dir.join("init"))?.into_tensors(&model)?)?;
     }
     let steps = curve["steps"].as_array().context("a curve has steps")?;
     let train = TrainConfig {

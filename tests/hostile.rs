@@ -420,7 +420,7 @@ fn twenty_that_are_locked_at_once_are_all_locked() -> Result<()> {
 fn a_lock_that_a_killed_process_had_is_free() -> Result<()> {
     let place = Place::new()?;
     place.write("mine/libvera.so", fs::read(plugin_path("vera"))?)?;
-    place.write("home/plugins.lock.changing", "")?;
+    place.write("home/.lock", "1\n")?;
     let mut lock = homeroom();
     lock.args(["plugins", "lock", "vera", "--plugin-dir"]).arg(place.path("mine"));
     succeeds(lock.env("HOMEROOM_HOME", place.path("home")))?;

@@ -188,6 +188,7 @@ fn a_saved_adapter_answers_as_the_trained_one() -> Result<()> {
         let record = Record {
             strategy: &StrategyRecord::default(),
             data_digest: None,
+            base_files: Default::default(),
             requantize: false,
             training: Value::Null,
         };

@@ -10,12 +10,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::adaptation::{Adaptation, parse_plan};
+use crate::digest;
 use crate::files::NewDirectory;
 use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
 use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
-use crate::tensors::map_safetensors;
+use crate::tensors::{Tensors, map_safetensors};
+use crate::tokenizer::Tokenizer;
 use crate::weight::NativeCodec;
 
 /// File of PEFT's configuration.
@@ -55,6 +57,9 @@ pub struct Base {
     pub path: PathBuf,
     /// Digest of its values, see [`BaseModel::digest`].
     pub digest: String,
+    /// Digests of the files of its weights by name: those tell of every byte, and of two ways to store one base as two.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub files: BTreeMap<String, String>,
     /// How its linear layers were stored.
     #[serde(default)]
     pub storage: String,
@@ -80,6 +85,8 @@ pub struct Record<'a> {
     pub strategy: &'a StrategyRecord,
     /// Digest of the training file.
     pub data_digest: Option<&'a str>,
+    /// Digests of the files of the base's weights, as [`digest::of_files`] gives them.
+    pub base_files: BTreeMap<String, String>,
     /// Whether weights of the base that were quantised already were encoded anew.
     pub requantize: bool,
     /// How it was trained, and what came of it.
@@ -107,7 +114,23 @@ pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation
         tensors.push((param.spec.tensor.clone(), shape, bytes));
     }
     directory.write(WEIGHTS_FILE, &serialize_f32(&tensors)?)?;
+    if model.text_from.is_some() {
+        write_text(directory, &model.tokenizer)?;
+    }
     directory.write(HOMEROOM_FILE, pretty(&serde_json::to_value(manifest)?)?.as_bytes())
+}
+
+/// Writes a tokenizer and its chat template, as transformers reads them.
+///
+/// # Errors
+/// When a file cannot be written.
+pub(crate) fn write_text(directory: &NewDirectory, tokenizer: &Tokenizer) -> Result<()> {
+    directory.write("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
+    directory.write("tokenizer_config.json", pretty(&tokenizer.config_json())?.as_bytes())?;
+    match &tokenizer.chat_template {
+        Some(template) => directory.write("chat_template.jinja", template.as_bytes()),
+        None => Ok(()),
+    }
 }
 
 /// What `homeroom.json` says of a run's result.
@@ -121,6 +144,7 @@ pub fn manifest(model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) 
         base: Base {
             path: model.path.clone(),
             digest: model.digest(),
+            files: record.base_files,
             storage: model.storage_words(),
             requantize: record.requantize,
         },
@@ -166,11 +190,37 @@ pub struct AdapterFiles {
     pub manifest: Option<Manifest>,
     config: Option<Map<String, Value>>,
     tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    /// Weights of the base that PEFT saved beside the adapter's own, as it does where the embedding or the head is adapted.
+    copies: Tensors,
 }
 
 /// Whether a directory holds an adapter.
 pub fn is_adapter(path: &Path) -> bool {
     path.join(WEIGHTS_FILE).exists() || path.join(CONFIG_FILE).exists()
+}
+
+/// The base with the tokenizer and chat template of an adapter's directory, if it has its own: with them it was trained. Also says
+/// which of both differ from the base's; `None`: neither does.
+///
+/// # Errors
+/// When a file is malformed, or a token was added that the base has no embedding for.
+pub fn with_text_of(path: &Path, model: &BaseModel) -> Result<Option<(BaseModel, &'static str)>> {
+    let base = &model.tokenizer;
+    let Some(tokenizer) = Tokenizer::of_adapter(path, base)? else { return Ok(None) };
+    let added = tokenizer.added_beyond(model.config.vocab_size, base);
+    ensure!(
+        added.is_empty(),
+        "{}: its tokenizer has tokens that the base has no embedding for: {}; an adapter on an embedding that was resized is merged into its base with PEFT first (`merge_and_unload`), and the result is the model to name",
+        path.display(),
+        added.iter().take(8).map(|token| format!("{token:?}")).collect::<Vec<_>>().join(", ")
+    );
+    let other_template = tokenizer.chat_template != base.chat_template;
+    let differs = match (tokenizer.digest() != base.digest(), other_template) {
+        (true, true) => "tokenizer and chat template",
+        (false, true) => "chat template",
+        (_, false) => "tokenizer",
+    };
+    Ok(Some((model.with_tokenizer(tokenizer, path)?, differs)))
 }
 
 impl AdapterFiles {
@@ -212,9 +262,11 @@ impl AdapterFiles {
             path.display()
         );
         let mapped = map_safetensors(&path.join(WEIGHTS_FILE))?;
+        let (copies, mapped): (Tensors, Tensors) =
+            mapped.into_iter().partition(|(name, _)| manifest.is_none() && peft::is_base_copy(name));
         let tensors = mapped.into_iter().map(|(name, tensor)| Ok((name, (tensor.shape.clone(), tensor.values()?))));
         let tensors = tensors.collect::<Result<_>>().with_context(|| path.join(WEIGHTS_FILE).display().to_string())?;
-        Ok(Self { path: path.to_owned(), manifest, config, tensors })
+        Ok(Self { path: path.to_owned(), manifest, config, tensors, copies })
     }
 
     /// Where the adapter says its base is.
@@ -255,7 +307,7 @@ impl AdapterFiles {
     /// # Errors
     /// When it belongs to another base (unless `any_base`), or holds what this engine does not run.
     pub fn adapt(self, model: &BaseModel, any_base: bool) -> Result<Adaptation> {
-        let Self { path, manifest, config, tensors } = self;
+        let Self { path, manifest, config, tensors, copies } = self;
         let place = || path.display().to_string();
         let plan = match (&manifest, &config) {
             (Some(manifest), _) => {
@@ -275,8 +327,11 @@ impl AdapterFiles {
             (None, Some(config)) => {
                 let names: Vec<&str> = tensors.keys().map(String::as_str).collect();
                 let shapes = |name: &str| tensors.get(name).map(|(shape, _)| shape.clone());
-                peft::lora_plan(config, &names, &shapes, model)
-                    .with_context(|| path.join(CONFIG_FILE).display().to_string())?
+                let plan = peft::lora_plan(config, &names, &shapes, model)
+                    .with_context(|| path.join(CONFIG_FILE).display().to_string())?;
+                peft::check_base_copies(&copies, model)
+                    .with_context(|| path.join(WEIGHTS_FILE).display().to_string())?;
+                plan
             }
             (None, None) => bail!("{}: not an adapter", path.display()),
         };
@@ -285,9 +340,34 @@ impl AdapterFiles {
         Ok(adaptation)
     }
 
-    /// The tensors, to start a new run from.
-    pub fn into_tensors(self) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
-        self.tensors
+    /// The tensors, to start a new run on a base from.
+    ///
+    /// # Errors
+    /// When they lie beside a weight of another base.
+    pub fn into_tensors(self, model: &BaseModel) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+        let place = || self.path.join(WEIGHTS_FILE).display().to_string();
+        peft::check_base_copies(&self.copies, model).with_context(place)?;
+        Ok(self.tensors)
+    }
+}
+
+impl Base {
+    /// What differs of a base whose sampled values are those that were trained on: a file of the same name with other bytes. A base that
+    /// lies in files of other names is stored otherwise. `kept` as in [`digest::of_files`].
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn changed_file(&self, model: &BaseModel, kept: Option<&Path>) -> Result<Option<String>> {
+        let names = model.files.iter().filter_map(|path| path.file_name()?.to_str());
+        if self.files.is_empty() || !names.eq(self.files.keys()) {
+            return Ok(None);
+        }
+        let now = digest::of_files(&model.files, kept)?;
+        let changed = self.files.iter().find(|(name, digest)| now[*name] != **digest);
+        Ok(changed.map(|(name, digest)| {
+            let (was, is) = (short(digest), short(&now[name]));
+            format!("{name} is not the file that the adapter was trained on ({was} then, {is} now)")
+        }))
     }
 }
 

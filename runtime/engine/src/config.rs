@@ -41,6 +41,10 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// A query sees so many positions, its own included; `None`: all before it.
     pub sliding_window: Option<usize>,
+    /// Whether a `llama` has biases on the query, key, value and output projections.
+    pub attention_bias: bool,
+    /// Whether a `llama` has biases in the feed-forward block.
+    pub mlp_bias: bool,
 }
 
 /// How rotary frequencies are stretched for contexts longer than the first training's.
@@ -125,6 +129,10 @@ impl ModelConfig {
             size(value.as_u64()).with_context(|| format!("`{key}` = {value} is not a size"))
         };
         let number_or = |key: &str, default: usize| if given(key).is_some() { number(key) } else { Ok(default) };
+        let flag = |key: &str| {
+            let flag = given(key).map_or(Some(false), Value::as_bool);
+            flag.with_context(|| format!("`{key}` is neither true nor false"))
+        };
         let hidden_size = number("hidden_size")?;
         let num_attention_heads = number("num_attention_heads")?;
         let rope = given("rope_parameters").or_else(|| given("rope_scaling"));
@@ -137,7 +145,12 @@ impl ModelConfig {
             intermediate_size: number("intermediate_size")?,
             num_hidden_layers: number("num_hidden_layers")?,
             num_attention_heads,
-            num_key_value_heads: number_or("num_key_value_heads", num_attention_heads)?,
+            // Null is as many as there are query heads; left out, the default of the family's class in transformers.
+            num_key_value_heads: match (config.get("num_key_value_heads"), model_type) {
+                (None, "mistral") => 8,
+                (None, "qwen2") => 32,
+                _ => number_or("num_key_value_heads", num_attention_heads)?,
+            },
             head_dim: number_or("head_dim", hidden_size / num_attention_heads)?,
             rms_norm_eps: given("rms_norm_eps")
                 .map_or(Some(1e-6), Value::as_f64)
@@ -145,14 +158,15 @@ impl ModelConfig {
             rope_theta: rope_theta.map_or(Some(10_000.0), Value::as_f64).context("`rope_theta` is no number")?,
             rope_scaling: rope.map_or(Ok(RopeScaling::None), rope_scaling)?,
             max_position_embeddings: number_or("max_position_embeddings", 2048)?,
-            tie_word_embeddings: given("tie_word_embeddings")
-                .map_or(Some(false), Value::as_bool)
-                .context("`tie_word_embeddings` is neither true nor false")?,
-            sliding_window: if slides && given("sliding_window").is_some() {
-                Some(number("sliding_window")?)
-            } else {
-                None
+            tie_word_embeddings: flag("tie_word_embeddings")?,
+            sliding_window: match config.get("sliding_window") {
+                // `MistralConfig`'s own default, which a window that is null turns off.
+                None if model_type == "mistral" => Some(4096),
+                Some(window) if slides && !window.is_null() => Some(number("sliding_window")?),
+                _ => None,
             },
+            attention_bias: model_type == "llama" && flag("attention_bias")?,
+            mlp_bias: model_type == "llama" && flag("mlp_bias")?,
         };
         config.check()?;
         Ok(config)
@@ -163,6 +177,8 @@ impl ModelConfig {
     /// # Errors
     /// When a key is missing or says something that this decoder does not compute.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let kind = gguf.str("general.type")?.unwrap_or("model");
+        ensure!(kind == "model", "`general.type` is `{kind}`: the file belongs to a model and is none; name the model's");
         let architecture = gguf.str("general.architecture")?.context("`general.architecture` is missing")?;
         ensure!(
             matches!(architecture, "llama" | "qwen2"),
@@ -220,6 +236,9 @@ impl ModelConfig {
                 Some(_) => Some(number("attention.sliding_window")?),
                 None => None,
             },
+            // As there are such tensors.
+            attention_bias: false,
+            mlp_bias: false,
         };
         config.check()?;
         Ok(config)
@@ -281,17 +300,52 @@ impl ModelConfig {
         }
     }
 
+    /// Whether transformers' model of this configuration has a bias at a module of this path.
+    pub fn has_bias(&self, path: &str) -> bool {
+        let role = path.rsplit('.').next().unwrap_or_default();
+        let attention = matches!(role, "q_proj" | "k_proj" | "v_proj" | "o_proj");
+        let mlp = matches!(role, "gate_proj" | "up_proj" | "down_proj");
+        match self.model_type.as_str() {
+            "llama" => (attention && self.attention_bias) || (mlp && self.mlp_bias),
+            "qwen2" => attention && role != "o_proj",
+            _ => false,
+        }
+    }
+
+    /// The scaling that a GGUF file's divisors were computed from: the converter writes those of `llama3` only, and keeps none of its
+    /// numbers. What is found makes the same frequencies to f32 rounding.
+    fn scaling_of_divisors(&self, divisors: &[f32]) -> Option<RopeScaling> {
+        let factor = f64::from(divisors.iter().copied().fold(1.0, f32::max));
+        // Llama 3.1 to 3.3 have 1, 4 and 8192.
+        let originals = [8192.0].into_iter().chain((5..21).map(|power| f64::from(1 << power)));
+        let llama3 = |original| RopeScaling::Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original };
+        let wanted = self.rope_frequencies();
+        let equals = |scaling: &RopeScaling| {
+            let found = Self { rope_scaling: scaling.clone(), ..self.clone() }.rope_frequencies();
+            found.iter().zip(&wanted).all(|(found, wanted)| (found - wanted).abs() <= 1e-5 * wanted)
+        };
+        [RopeScaling::None].into_iter().chain(originals.map(llama3)).find(equals)
+    }
+
     /// A `config.json` for transformers.
     ///
     /// # Errors
-    /// When the rope scaling has no form there.
+    /// When the rope scaling or a window has no form there.
     pub fn to_json(&self, dtype: &str, bos: Option<u32>, eos: &[u32]) -> Result<Value> {
         let architecture = match self.model_type.as_str() {
             "llama" => "LlamaForCausalLM",
             "mistral" => "MistralForCausalLM",
             _ => "Qwen2ForCausalLM",
         };
-        let scaling = match &self.rope_scaling {
+        ensure!(
+            self.model_type != "qwen2" || self.sliding_window.is_none(),
+            "a sliding window of a qwen2 GGUF file has no form in config.json that is run here; train from the Hugging Face directory"
+        );
+        let found = match &self.rope_scaling {
+            RopeScaling::Divisors(divisors) => self.scaling_of_divisors(divisors),
+            _ => None,
+        };
+        let scaling = match found.as_ref().unwrap_or(&self.rope_scaling) {
             RopeScaling::None => Value::Null,
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => json!({
                 "rope_type": "llama3",
@@ -301,7 +355,9 @@ impl ModelConfig {
                 "original_max_position_embeddings": *original as u64,
             }),
             RopeScaling::Divisors(_) => {
-                bail!("rope divisors of a GGUF file have no form in config.json; train from the Hugging Face directory")
+                bail!(
+                    "the rope divisors of the GGUF file are not those of `llama3`, and have no form in config.json; train from the Hugging Face directory"
+                )
             }
         };
         let mut config = json!({
@@ -327,6 +383,10 @@ impl ModelConfig {
         });
         if self.model_type == "qwen2" {
             config["use_sliding_window"] = Value::Bool(false);
+        }
+        if self.model_type == "llama" {
+            config["attention_bias"] = self.attention_bias.into();
+            config["mlp_bias"] = self.mlp_bias.into();
         }
         Ok(config)
     }

@@ -1,6 +1,7 @@
 //! What a strategy's plan is held to, on tiny random models: that it runs, that its gradients are those of its loss, that
 //! merging changes nothing, and that its files come back as they were saved.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -303,7 +304,8 @@ pub fn files(model: &BaseModel, plan: &Plan, strategy: &StrategyRecord) -> Resul
     }
     let dir = Scratch::new("check")?;
     let directory = NewDirectory::start(&dir.path().join("adapter"))?;
-    let record = Record { strategy, data_digest: None, requantize: false, training: json!({}) };
+    let base_files = BTreeMap::new();
+    let record = Record { strategy, data_digest: None, base_files, requantize: false, training: json!({}) };
     adapter::save(&directory, model, &adaptation, record)?;
     let saved = directory.publish()?;
     for param in &adaptation.params {

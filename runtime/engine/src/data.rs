@@ -113,6 +113,8 @@ pub struct Encoder<'a> {
     pub tokenizer: &'a Tokenizer,
     /// The model's chat template; without one there are no conversations.
     pub template: Option<&'a ChatTemplate>,
+    /// Tokens that the model has an embedding for: those with an id below.
+    pub embeddings: usize,
     /// Tokens an example may have.
     pub max_seq_len: usize,
     /// What to do with a longer one.
@@ -137,6 +139,7 @@ const TOO_LONG: &str = "too long";
 const NOTHING: &str = "nothing to train on";
 const NO_TEMPLATE: &str = "no chat template";
 const NOT_RENDERED: &str = "refused by the chat template";
+const NO_EMBEDDING: &str = "a token without an embedding";
 
 impl Problem {
     fn new(kind: &'static str, detail: impl Into<String>) -> Self {
@@ -152,6 +155,9 @@ impl Problem {
             }
             UNKNOWN_ROW => {
                 "rows are `{\"messages\": [{\"role\": …, \"content\": …}, …]}`, `{\"prompt\": …, \"completion\": …}` or `{\"text\": …}`"
+            }
+            NO_EMBEDDING => {
+                "take the token out of the rows, or the tokenizer that the model was made with; a model whose embedding was resized for it has it, too"
             }
             NO_TEMPLATE => {
                 "choose an instruction-tuned model, or write the rows as `prompt` and `completion`, or as `text`"
@@ -638,6 +644,10 @@ impl Encoder<'_> {
     /// Why it is refused.
     pub fn examples(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {
         let Fitted::Kept { sequences, cut } = self.fit(self.encode(row)?)? else { return Ok(None) };
+        for (ids, _) in &sequences {
+            let known = self.tokenizer.check_embedded(ids, self.embeddings);
+            known.map_err(|error| Problem::new(NO_EMBEDDING, error.to_string()))?;
+        }
         let examples = sequences.into_iter().map(|(mut ids, mut trained)| {
             ids.shrink_to_fit();
             trained.shrink_to_fit();

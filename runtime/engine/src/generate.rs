@@ -76,7 +76,9 @@ pub fn prompt_ids(model: &BaseModel, messages: &[serde_json::Value]) -> Result<V
     let template = template.with_context(|| format!("{}: the model has no chat template", model.path.display()))?;
     let control = model.tokenizer.control_in(messages, None)?;
     let rendered = template.render_prompt(messages, None, &control)?;
-    Ok(tokenize(&rendered, &model.tokenizer)?.0)
+    let ids = tokenize(&rendered, &model.tokenizer)?.0;
+    model.tokenizer.check_embedded(&ids, model.config.vocab_size)?;
+    Ok(ids)
 }
 
 /// Continues some tokens, to the end.

@@ -5,7 +5,7 @@
 //! numbers: [`adaptation`] makes a plan real, [`recipe`] runs it, [`decoder`] and [`attention`] compose the model,
 //! [`block`] loops over it forward and backward, [`frozen_linear`] multiplies by frozen weights. From rows to an adapter:
 //! [`data`], [`order`] and [`batch`] lay out tokens, [`train`] with [`optimizer`] and [`schedule`] learns, [`adapter`],
-//! [`peft`], [`merge`] and [`files`] write. [`generate`] answers, with weights where `resident` put them.
+//! [`peft`], [`merge`] and [`files`] write; [`digest`] tells files apart. [`generate`] answers, with weights where `resident` put them; [`memory`] says how much there is.
 //!
 //! Nothing here sees TOML, Lua, HTTP or a terminal.
 
@@ -19,6 +19,7 @@ pub mod config;
 pub mod conformance;
 pub mod data;
 pub mod decoder;
+pub mod digest;
 pub mod files;
 pub mod frozen_linear;
 pub mod fused;
@@ -27,6 +28,7 @@ pub mod gguf;
 mod guard;
 pub mod inference;
 pub mod mapped;
+pub mod memory;
 pub mod merge;
 pub mod model;
 pub mod optimizer;

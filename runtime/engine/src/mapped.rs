@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use memmap2::Mmap;
 
 use crate::files::open_regular;
@@ -15,7 +15,7 @@ use crate::files::open_regular;
 /// Maps a file for reading.
 ///
 /// # Errors
-/// When it cannot be opened or mapped.
+/// When it cannot be opened or mapped, or Git LFS has not fetched it.
 pub fn map_file(path: &Path) -> Result<Arc<Mmap>> {
     let file = open_regular(path)?;
     // SAFETY: the map is read only, and any bytes are valid to its readers, who check what they mean. What stays open: another
@@ -25,6 +25,11 @@ pub fn map_file(path: &Path) -> Result<Arc<Mmap>> {
     let map = Arc::new(map);
     #[cfg(unix)]
     handler::watch(&map, &file.metadata().with_context(|| format!("{}: cannot ask its size", path.display()))?, path);
+    ensure!(
+        !map.starts_with(b"version https://git-lfs"),
+        "{}: a note of Git LFS, not the file that it stands for; `git lfs pull` in its directory fetches that",
+        path.display()
+    );
     Ok(map)
 }
 

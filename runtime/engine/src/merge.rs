@@ -10,9 +10,10 @@ use homeroom_kernels::Storage;
 use serde_json::{Value, json};
 
 use crate::adaptation::Adaptation;
-use crate::adapter::pretty;
+use crate::adapter::{pretty, write_text};
 use crate::batch::Batch;
-use crate::files::NewDirectory;
+use crate::config::ModelConfig;
+use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, read_bytes, read_text};
 use crate::model::{BaseModel, EMBEDDING, HEAD, Module};
 use crate::recipe::Pass;
 use crate::tokenizer::Tokenizer;
@@ -148,6 +149,36 @@ impl Floats {
     }
 }
 
+/// Refuses a model that [`save_model`] cannot write, before hours go into its training.
+///
+/// # Errors
+/// Why it has no form as a Hugging Face directory.
+pub fn exportable(model: &BaseModel) -> Result<()> {
+    exported_config(model)?.to_json("float32", None, &[]).map(|_| ())
+}
+
+/// The configuration of transformers' model that computes what this one does.
+fn exported_config(model: &BaseModel) -> Result<ModelConfig> {
+    let mut config = model.config.clone();
+    if config.model_type == "llama" {
+        let biased = |roles: &[&str]| {
+            let of_roles = |module: &&Module| roles.iter().any(|role| module.info.path.ends_with(role));
+            model.modules.iter().filter(of_roles).any(|module| module.bias.is_some())
+        };
+        config.attention_bias = biased(&["q_proj", "k_proj", "v_proj", "o_proj"]);
+        config.mlp_bias = biased(&["gate_proj", "up_proj", "down_proj"]);
+        // GGUF files call both `llama`; a window makes the difference.
+        if config.sliding_window.is_some() {
+            config.model_type = "mistral".to_owned();
+        }
+    }
+    let lost = model.modules.iter().find(|module| module.bias.is_some() && !config.has_bias(&module.info.path));
+    if let Some(module) = lost {
+        bail!("{}: its bias has no form in a {} model of transformers", module.info.path, config.model_type);
+    }
+    Ok(config)
+}
+
 /// Writes a model, made from `base`, as a Hugging Face directory that transformers loads. The chat template stands in both places in
 /// which readers look for it.
 ///
@@ -159,10 +190,11 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
         Floats::F16 => safetensors::Dtype::F16,
         Floats::Bf16 => safetensors::Dtype::BF16,
     };
-    save_configuration(directory, model, base, floats.name())?;
+    let config = exported_config(model)?;
+    save_configuration(directory, model, base, &config, floats.name())?;
     let mut tensors = Vec::new();
     for module in &model.modules {
-        if module.info.path == HEAD && model.config.tie_word_embeddings {
+        if module.info.path == HEAD && config.tie_word_embeddings {
             continue;
         }
         let shape = module.info.weight_shape();
@@ -173,8 +205,10 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
             Ok(())
         };
         push(format!("{}.weight", module.info.path), shape, &module.weight.decode(order))?;
-        if let Some(bias) = &module.bias {
-            push(format!("{}.bias", module.info.path), vec![bias.len()], bias)?;
+        // A family has biases at all modules of a kind or at none.
+        let zeros = || Arc::new(vec![0.0; module.info.d_out]);
+        if config.has_bias(&module.info.path) {
+            push(format!("{}.bias", module.info.path), vec![module.info.d_out], &module.bias.clone().unwrap_or_else(zeros))?;
         }
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {
@@ -188,51 +222,60 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
 }
 
 /// `config.json`, the tokenizer's files and the chat template: the base's own where it is a directory, else made from what a
-/// GGUF file holds.
-fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseModel, dtype: &str) -> Result<()> {
+/// GGUF file holds. A tokenizer and template that an adapter brought are in place of the base's.
+fn save_configuration(
+    directory: &NewDirectory,
+    model: &BaseModel,
+    base: &BaseModel,
+    config: &ModelConfig,
+    dtype: &str,
+) -> Result<()> {
     let tokenizer = &model.tokenizer;
+    let text = |name: &str| read_text(&base.path.join(name), SMALL_FILE_BYTES_MAX);
     let read = |name: &str| -> Result<Value> {
-        let path = base.path.join(name);
-        let text = std::fs::read_to_string(&path).with_context(|| format!("{}: cannot read", path.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("{}: not JSON", path.display()))
+        serde_json::from_str(&text(name)?).with_context(|| format!("{}: not JSON", base.path.join(name).display()))
     };
-    let mut config = model.config.to_json(dtype, tokenizer.bos_id, &tokenizer.eos_ids);
-    let mut tokenizer_config = tokenizer.config_json();
-    if base.path.is_dir() {
-        let mut own = read("config.json")?;
-        // What is written are floats, whatever the base was stored as.
-        if let Some(own) = own.as_object_mut() {
-            own.shift_remove("quantization_config");
-        }
-        own["tie_word_embeddings"] = model.config.tie_word_embeddings.into();
-        let dtype_key = if own.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
-        own[dtype_key] = dtype.into();
-        config = Ok(own);
-        for name in UNTOUCHED.iter().filter(|name| base.path.join(name).exists()) {
-            let path = base.path.join(name);
-            let bytes = std::fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
-            directory.write(name, &bytes)?;
-        }
-        let own = base.path.join(GENERATION).exists().then(|| read(GENERATION)).transpose()?;
-        directory.write(GENERATION, pretty(&generation_config(own, tokenizer))?.as_bytes())?;
-        if base.path.join("tokenizer_config.json").exists() {
-            let own = read("tokenizer_config.json")?;
-            let template = tokenizer_config.get("chat_template").cloned();
-            tokenizer_config = own;
-            if let (None, Some(template)) = (tokenizer_config.get("chat_template"), template) {
-                tokenizer_config["chat_template"] = template;
+    let there = |name: &str| base.path.is_dir() && base.path.join(name).exists();
+    let json = match base.path.is_dir() {
+        true => {
+            let mut own = read("config.json")?;
+            // What is written are floats, whatever the base was stored as.
+            if let Some(own) = own.as_object_mut() {
+                own.shift_remove("quantization_config");
             }
+            own["tie_word_embeddings"] = config.tie_word_embeddings.into();
+            for (key, value) in [("attention_bias", config.attention_bias), ("mlp_bias", config.mlp_bias)] {
+                if config.model_type == "llama" && (value || own.get(key).is_some()) {
+                    own[key] = value.into();
+                }
+            }
+            let dtype_key = if own.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+            own[dtype_key] = dtype.into();
+            own
         }
-    } else {
-        directory.write("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
-        directory.write(GENERATION, pretty(&generation_config(None, tokenizer))?.as_bytes())?;
+        false => config.to_json(dtype, tokenizer.bos_id, &tokenizer.eos_ids)?,
+    };
+    directory.write("config.json", pretty(&json)?.as_bytes())?;
+    let generation = there(GENERATION).then(|| read(GENERATION)).transpose()?;
+    directory.write(GENERATION, pretty(&generation_config(generation, tokenizer))?.as_bytes())?;
+    if !base.path.is_dir() || model.text_from.is_some() {
+        return write_text(directory, tokenizer);
     }
-    directory.write("config.json", pretty(&config?)?.as_bytes())?;
+    for name in UNTOUCHED.iter().filter(|name| there(name)) {
+        directory.write(name, &read_bytes(&base.path.join(name), SMALL_FILE_BYTES_MAX)?)?;
+    }
+    let mut tokenizer_config = tokenizer.config_json();
+    if there("tokenizer_config.json") {
+        let own = read("tokenizer_config.json")?;
+        let template = tokenizer_config.get("chat_template").cloned();
+        tokenizer_config = own;
+        if let (None, Some(template)) = (tokenizer_config.get("chat_template"), template) {
+            tokenizer_config["chat_template"] = template;
+        }
+    }
     directory.write("tokenizer_config.json", pretty(&tokenizer_config)?.as_bytes())?;
     match &tokenizer.chat_template {
-        Some(template) if !base.path.join("chat_template.jinja").exists() => {
-            directory.write("chat_template.jinja", template.as_bytes())
-        }
+        Some(template) if !there("chat_template.jinja") => directory.write("chat_template.jinja", template.as_bytes()),
         _ => Ok(()),
     }
 }

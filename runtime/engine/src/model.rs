@@ -13,8 +13,9 @@ use crate::batch::{PASS_ROWS, PASS_ROWS_CODED};
 use crate::bitsandbytes;
 use crate::config::{ModelConfig, RopeScaling};
 use crate::gguf::Gguf;
+use crate::mapped::map_file;
 use crate::template::ChatTemplate;
-use crate::tensors::{MappedTensor, Tensors, map_directory};
+use crate::tensors::{MappedTensor, Tensors, has_safetensors, map_directory, weight_files};
 use crate::tokenizer::Tokenizer;
 use crate::weight::Weight;
 
@@ -29,6 +30,8 @@ pub const HEAD: &str = "lm_head";
 pub struct BaseModel {
     /// The directory or GGUF file it was loaded from, absolute.
     pub path: PathBuf,
+    /// The files of its weights.
+    pub files: Vec<PathBuf>,
     /// Its numbers.
     pub config: ModelConfig,
     /// Its modules in the order of the forward pass.
@@ -39,6 +42,8 @@ pub struct BaseModel {
     pub tokenizer: Arc<Tokenizer>,
     /// Its chat template, if it has one.
     pub template: Option<ChatTemplate>,
+    /// The adapter whose tokenizer and template these are, if they are not the base's own.
+    pub text_from: Option<PathBuf>,
     by_path: HashMap<String, usize>,
     digest: OnceLock<String>,
 }
@@ -70,33 +75,49 @@ pub struct LayerModules {
 }
 
 impl BaseModel {
-    /// Loads a Hugging Face directory or a GGUF file. Weights are mapped, not read.
+    /// Loads a Hugging Face directory or a GGUF file, by whatever name. Weights are mapped, not read. A directory without
+    /// safetensors that holds one .gguf file is that file, whether or not a `config.json` lies beside it.
     ///
     /// # Errors
     /// When a file is missing, damaged, or holds what this decoder does not compute; nothing is guessed.
     pub fn load(path: &Path) -> Result<Self> {
-        let absolute = path.canonicalize().with_context(|| format!("{}: no such model", path.display()))?;
+        let absolute = path.canonicalize().with_context(|| {
+            let leads = std::fs::read_link(path).map(|to| format!("a link to {}, which is not there", to.display()));
+            format!("{}: {}", path.display(), leads.as_deref().unwrap_or("no such model"))
+        })?;
         if absolute.is_file() {
+            // Names tell less: a download may be called by its digest.
             ensure!(
-                absolute.extension().is_some_and(|extension| extension == "gguf"),
-                "{}: a model is a Hugging Face directory or a .gguf file",
+                map_file(&absolute)?.starts_with(b"GGUF"),
+                "{}: a model is a Hugging Face directory or a .gguf file, and this is neither; of a directory name the directory",
                 path.display()
             );
-            return Self::from_gguf(&absolute);
+            // And yet the name is what says which model it is.
+            let name = std::path::absolute(path)?;
+            let parent = name.parent().and_then(|parent| parent.canonicalize().ok());
+            return Self::from_gguf(&parent.zip(name.file_name()).map_or(absolute, |(parent, name)| parent.join(name)));
         }
-        if absolute.join("config.json").exists() {
-            return Self::from_directory(&absolute);
-        }
-        if absolute.join("adapter_config.json").exists() {
+        if absolute.join("adapter_config.json").exists() && !absolute.join("config.json").exists() {
             bail!("{}: this is an adapter; name the base model that it was trained on", path.display());
         }
-        let files = std::fs::read_dir(&absolute).with_context(|| format!("{}: cannot list", path.display()))?;
-        let files = files.filter_map(|entry| Some(entry.ok()?.path()));
-        let mut gguf: Vec<PathBuf> = files.filter(|file| file.extension().is_some_and(|e| e == "gguf")).collect();
-        match (gguf.pop(), gguf.is_empty()) {
-            (Some(file), true) => Self::from_gguf(&file),
-            (Some(_), false) => bail!("{}: several .gguf files are there; name one", path.display()),
-            (None, _) => bail!("{}: neither config.json nor a .gguf file is there", path.display()),
+        let mut gguf = gguf_files(&absolute)?;
+        if absolute.join("config.json").exists() && (gguf.is_empty() || has_safetensors(&absolute)) {
+            return Self::from_directory(&absolute);
+        }
+        match (gguf.pop(), gguf.as_slice()) {
+            (Some(file), []) => Self::from_gguf(&absolute.join(file)),
+            // Its header says of how many files it is one.
+            (Some(last), [first, ..]) if shard_of(&last).is_some() && shard_of(&last) == shard_of(first) => {
+                Self::from_gguf(&absolute.join(first))
+            }
+            (Some(last), others) => {
+                bail!("{}: several .gguf files are there; name one of {}, {last}", path.display(), others.join(", "))
+            }
+            (None, _) => {
+                let cache = absolute.join("snapshots").is_dir();
+                let hint = if cache { "; it is a model in a cache: name one of the directories in its snapshots/" } else { "" };
+                bail!("{}: neither config.json nor a .gguf file is there{hint}", path.display())
+            }
         }
     }
 
@@ -105,8 +126,10 @@ impl BaseModel {
         let tensors = map_directory(dir)?;
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
         let natural = |_: &str| RowOrder::Natural;
-        let modules = build_modules(&config, &tensors, &natural).with_context(|| dir.display().to_string())?;
-        Self::assemble(dir.to_owned(), config, modules, tokenizer)
+        let biased = |path: &str| config.has_bias(path);
+        let modules = build_modules(&config, &tensors, &natural, &biased).with_context(|| dir.display().to_string())?;
+        let model = Self::assemble(dir.to_owned(), config, modules, tokenizer)?;
+        Ok(Self { files: weight_files(dir)?, ..model })
     }
 
     fn from_gguf(path: &Path) -> Result<Self> {
@@ -142,8 +165,10 @@ impl BaseModel {
             false => RowOrder::Natural,
         };
         let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
-        let modules = build_modules(&config, &tensors, &order).with_context(place)?;
-        Self::assemble(path.to_owned(), config, modules, tokenizer)
+        let biased = |path: &str| tensors.contains_key(&format!("{path}.bias"));
+        let modules = build_modules(&config, &tensors, &order, &biased).with_context(place)?;
+        let model = Self::assemble(path.to_owned(), config, modules, tokenizer)?;
+        Ok(Self { files: vec![path.to_owned()], ..model })
     }
 
     fn assemble(path: PathBuf, config: ModelConfig, modules: Vec<Module>, tokenizer: Arc<Tokenizer>) -> Result<Self> {
@@ -172,12 +197,22 @@ impl BaseModel {
             }
         });
         let layers = layers.collect();
-        Ok(Self { path, config, modules, layers, tokenizer, template, by_path, digest: OnceLock::new() })
+        let (files, text_from, digest) = (Vec::new(), None, OnceLock::new());
+        Ok(Self { path, files, config, modules, layers, tokenizer, template, text_from, by_path, digest })
     }
 
     /// The same model with other modules, as after a merge.
     pub(crate) fn with_modules(&self, config: ModelConfig, modules: Vec<Module>) -> Result<Self> {
-        Self::assemble(self.path.clone(), config, modules, self.tokenizer.clone())
+        let model = Self::assemble(self.path.clone(), config, modules, self.tokenizer.clone())?;
+        Ok(Self { files: self.files.clone(), text_from: self.text_from.clone(), ..model })
+    }
+
+    /// The same model with the tokenizer and template that an adapter was trained with.
+    pub(crate) fn with_tokenizer(&self, tokenizer: Tokenizer, adapter: &Path) -> Result<Self> {
+        let model =
+            Self::assemble(self.path.clone(), self.config.clone(), self.modules.clone(), Arc::new(tokenizer))?;
+        let (files, digest) = (self.files.clone(), self.digest.clone());
+        Ok(Self { files, text_from: Some(adapter.to_owned()), digest, ..model })
     }
 
     /// The same model with its values stored otherwise. It keeps the digest of what was loaded: that is what tells bases apart.
@@ -257,14 +292,19 @@ impl BaseModel {
     }
 }
 
-/// Builds all modules from tensors by their Hugging Face names; what is missing, left over or of another shape is an error,
-/// all problems together.
-fn build_modules(config: &ModelConfig, tensors: &Tensors, order: &dyn Fn(&str) -> RowOrder) -> Result<Vec<Module>> {
+/// Builds all modules from tensors by their Hugging Face names, with a bias where `biased` says so; what is missing, left over or of
+/// another shape is an error, all problems together.
+fn build_modules(
+    config: &ModelConfig,
+    tensors: &Tensors,
+    order: &dyn Fn(&str) -> RowOrder,
+    biased: &dyn Fn(&str) -> bool,
+) -> Result<Vec<Module>> {
     use ModuleKind::{Embedding, Linear, Norm};
     let hidden = config.hidden_size;
     let q_width = config.num_attention_heads * config.head_dim;
     let kv_width = config.num_key_value_heads * config.head_dim;
-    let mut builder = Builder { tensors, order, used: BTreeSet::new(), problems: Vec::new(), modules: Vec::new() };
+    let mut builder = Builder { tensors, order, biased, used: BTreeSet::new(), problems: Vec::new(), modules: Vec::new() };
     builder.add(EMBEDDING, Embedding, config.vocab_size, hidden);
     for layer in 0..config.num_hidden_layers {
         let mut add =
@@ -298,7 +338,11 @@ fn build_modules(config: &ModelConfig, tensors: &Tensors, order: &dyn Fn(&str) -
     }
     let Builder { used, mut problems, modules, .. } = builder;
     let left = tensors.keys().filter(|name| !used.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
-    problems.extend(left.map(|name| format!("tensor `{name}` has no place in a {} model", config.model_type)));
+    problems.extend(left.map(|name| {
+        let flags = config.model_type == "llama" && name.ends_with("_proj.bias");
+        let unless = if flags { " whose config.json has neither `attention_bias` nor `mlp_bias` for it" } else { "" };
+        format!("tensor `{name}` has no place in a {} model{unless}", config.model_type)
+    }));
     if !problems.is_empty() {
         let more = problems.len().saturating_sub(8);
         problems.truncate(8);
@@ -311,6 +355,7 @@ fn build_modules(config: &ModelConfig, tensors: &Tensors, order: &dyn Fn(&str) -
 struct Builder<'a> {
     tensors: &'a Tensors,
     order: &'a dyn Fn(&str) -> RowOrder,
+    biased: &'a dyn Fn(&str) -> bool,
     used: BTreeSet<String>,
     problems: Vec<String>,
     modules: Vec<Module>,
@@ -331,9 +376,8 @@ impl Builder<'_> {
             return;
         };
         let mut bias = None;
-        let bias_name = format!("{path}.bias");
-        if kind == ModuleKind::Linear && self.tensors.contains_key(&bias_name) {
-            let Some(values) = self.weight(&bias_name, &[d_out], RowOrder::Natural) else { return };
+        if kind == ModuleKind::Linear && (self.biased)(path) {
+            let Some(values) = self.weight(&format!("{path}.bias"), &[d_out], RowOrder::Natural) else { return };
             // A bias is stored in the order of its weight's rows.
             let values = values.decode(0..1);
             let order = (self.order)(path);
@@ -375,6 +419,24 @@ impl Builder<'_> {
         let weight = Weight::mapped(tensor.map.clone(), tensor.range.clone(), tensor.storage, (rows, cols), order);
         weight.map_err(|error| self.problems.push(format!("tensor `{name}`: {error}"))).ok()
     }
+}
+
+/// Names of the .gguf files in a directory, sorted.
+fn gguf_files(dir: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(dir).with_context(|| format!("{}: cannot list", dir.display()))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let is_gguf = |name: &String| Path::new(name).extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf"));
+    let mut names: Vec<String> = names.filter(is_gguf).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// What the files of one split model have in common: the name before `-00001-of-00003.gguf`.
+fn shard_of(name: &str) -> Option<&str> {
+    let (front, of) = name.get(..name.len().checked_sub(".gguf".len())?)?.rsplit_once("-of-")?;
+    let (front, number) = front.rsplit_once('-')?;
+    let digits = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    (digits(of) && digits(number)).then_some(front)
 }
 
 /// The Hugging Face name of a llama.cpp tensor.

@@ -9,9 +9,11 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{AdaptedModule, Init, ModuleInfo, ModuleKind, ParamSpec, Peft, Plan, Recipes};
 use homeroom_abi::recipe::{Node, Op, Recipe};
 use homeroom_abi::shape::Dim;
+use homeroom_kernels::{Storage, bf16, f16};
 use serde_json::{Map, Value, json};
 
-use crate::model::BaseModel;
+use crate::model::{BaseModel, EMBEDDING, HEAD};
+use crate::tensors::{MappedTensor, Tensors};
 
 /// The configuration that PEFT reads: the common fields and the strategy's own, sorted as PEFT sorts them.
 pub fn config(peft: &Peft, base: &Path) -> Value {
@@ -88,7 +90,7 @@ pub fn lora_plan(
     let mut found = 0;
     for module in &model.modules {
         let info = &module.info;
-        let name = |ending: &str| format!("base_model.model.{}.{ending}", info.path);
+        let name = |ending: &str| format!("{PREFIX}{}.{ending}", info.path);
         let embedding = info.kind == ModuleKind::Embedding;
         let [a, b] = match embedding {
             true => [("lora_embedding_A", name("lora_embedding_A")), ("lora_embedding_B", name("lora_embedding_B"))],
@@ -135,6 +137,55 @@ pub fn lora_plan(
         bail!("tensors that are not supported here: {}", left.join(", "));
     }
     Ok(plan)
+}
+
+/// What PEFT puts before a module's path.
+const PREFIX: &str = "base_model.model.";
+
+/// Whether a tensor of PEFT's is a weight of the base beside the adapter's own: the embedding or the head where it was adapted
+/// (`save_embedding_layers` is "auto") or resized.
+pub fn is_base_copy(name: &str) -> bool {
+    let Some((path, _)) = name.strip_prefix(PREFIX).and_then(|name| name.rsplit_once('.')) else { return false };
+    path.ends_with(".base_layer") || ((path == EMBEDDING || path == HEAD) && name.ends_with(".weight"))
+}
+
+/// Refuses copies of base weights that are not those of the base, once that is rounded to the type of the copy.
+///
+/// # Errors
+/// Names the tensor.
+pub fn check_base_copies(copies: &Tensors, model: &BaseModel) -> Result<()> {
+    for (name, copy) in copies {
+        check_base_copy(name, copy, model).with_context(|| format!("tensor `{name}`"))?;
+    }
+    Ok(())
+}
+
+fn check_base_copy(name: &str, copy: &MappedTensor, model: &BaseModel) -> Result<()> {
+    let (path, ending) = name.strip_prefix(PREFIX).and_then(|name| name.rsplit_once('.')).context("it has no path")?;
+    let path = path.strip_suffix(".base_layer").unwrap_or(path);
+    let module = &model.modules[model.module_index(path).context("it belongs to no module of the base")?];
+    let shape = if ending == "bias" { vec![module.info.d_out] } else { module.info.weight_shape() };
+    let instead = "an adapter on base weights that were changed is merged into them with PEFT first (`merge_and_unload`), and the result is the model to name";
+    ensure!(copy.shape == shape, "it is {:?}, that of the base is {shape:?}; {instead}", copy.shape);
+    let round: fn(f32) -> f32 = match copy.storage {
+        Storage::F16 => |value| f16::from_f32(value).to_f32(),
+        Storage::BF16 => |value| bf16::from_f32(value).to_f32(),
+        _ => |value| value,
+    };
+    let copy = copy.weight()?;
+    let differs = (0..copy.rows()).any(|row| {
+        let base = match (&module.bias, ending) {
+            (Some(bias), "bias") => bias.to_vec(),
+            _ => module.weight.decode(row..row + 1),
+        };
+        copy.decode(row..row + 1).iter().zip(&base).any(|(copy, base)| copy.to_bits() != round(*base).to_bits())
+    });
+    ensure!(
+        !differs,
+        "it differs from the base's, which is stored as {}; name the base that the adapter was trained on, by --base-model; {instead}",
+        module.weight.storage_name()
+    );
+    Ok(())
 }
 
 /// `base(x) + scaling · (x Aᵀ) Bᵀ`, and the weight that it amounts to.

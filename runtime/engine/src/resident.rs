@@ -7,6 +7,7 @@ use std::sync::Arc;
 use homeroom_kernels::on_pool;
 use memmap2::MmapMut;
 
+use crate::memory::available;
 use crate::model::BaseModel;
 use crate::weight::{Codes, Weight};
 
@@ -18,13 +19,6 @@ const LARGE: usize = 2 << 20;
 const PART: usize = 4 << 20;
 /// The share of the memory that is available which weights may take.
 const SHARE: u64 = 4;
-
-/// Bytes that can be used without pushing others out, if the system tells.
-pub(crate) fn available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
-}
 
 /// Memory of so many bytes, in large pages where the system has them.
 fn large_pages(len: usize) -> Option<MmapMut> {

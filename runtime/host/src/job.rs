@@ -1,16 +1,19 @@
 //! A training job: what the command line and a pipeline both run.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{Peft, PlanRequest};
 use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
 use homeroom_engine::block::{Blocks, Compute};
 use homeroom_engine::data::Example;
+use homeroom_engine::digest;
 use homeroom_engine::files::NewDirectory;
-use homeroom_engine::merge::{Floats, merge, save_model};
+use homeroom_engine::merge::{Floats, exportable, merge, save_model};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::requantize::{kept_storage, store_as_planned};
 use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, evaluate_examples, train};
@@ -21,6 +24,7 @@ use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
 use crate::progress::{self, line};
+use crate::registry;
 
 /// A strategy made real on a model, not yet trained.
 pub struct Job {
@@ -43,6 +47,9 @@ pub struct Job {
     plugin: Plugin,
     /// What a training went on with after its plugin changed or set a scalar.
     changed: Mutex<Option<(Arc<Adaptation>, StrategyRecord)>>,
+    /// Who computes the digests of the base's files while it trains.
+    digesting: Mutex<Option<JoinHandle<Result<BTreeMap<String, String>>>>>,
+    base_files: OnceLock<BTreeMap<String, String>>,
 }
 
 impl Job {
@@ -69,10 +76,14 @@ impl Job {
             line(format_args!("note: the base keeps its storage, {kept}; with `requantize` it is stored as {wanted}"));
         }
         let mut adaptation = Adaptation::new(&model, plan, seed).with_context(place)?;
+        if let Err(why) = exportable(&model) {
+            ensure!(!adaptation.is_whole_model(), "what it trains is a model, which could not be saved: {why:#}");
+            line(format_args!("note: a merged model cannot be exported of what is trained: {why:#}"));
+        }
         if let Some(path) = init_from {
             let files = AdapterFiles::read(path)?;
             let differences = differences(files.peft_config(), adaptation.plan.peft.as_ref());
-            let loaded = adaptation.load(files.into_tensors());
+            let loaded = adaptation.load(files.into_tensors(&model)?);
             if loaded.is_err() && !differences.is_empty() {
                 bail!("{}: cannot start from it: it has {}", path.display(), differences.join("; "));
             }
@@ -81,6 +92,7 @@ impl Job {
         let strategy = plugin.record();
         let init_from = init_from.map(Path::to_owned);
         let (watch, plugin, changed) = (None, plugin.clone(), Mutex::new(None));
+        let (digesting, base_files) = (Mutex::new(None), OnceLock::new());
         Ok(Self {
             model,
             adaptation,
@@ -92,6 +104,8 @@ impl Job {
             watch,
             plugin,
             changed,
+            digesting,
+            base_files,
         })
     }
 
@@ -99,6 +113,22 @@ impl Job {
     pub fn now(&self) -> (Arc<Adaptation>, StrategyRecord) {
         let changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner).clone();
         changed.unwrap_or_else(|| (Arc::new(self.adaptation.clone()), self.strategy.clone()))
+    }
+
+    /// Digests of the base's files, of a job that has trained.
+    fn base_files(&self) -> BTreeMap<String, String> {
+        let digests = self.base_files.get_or_init(|| {
+            let digesting = self.digesting.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match digesting.map(JoinHandle::join) {
+                Some(Ok(Ok(digests))) => digests,
+                Some(Ok(Err(error))) => {
+                    line(format_args!("note: the result does not record the base's files: {error:#}"));
+                    BTreeMap::new()
+                }
+                _ => BTreeMap::new(),
+            }
+        });
+        digests.clone()
     }
 
     /// Loss on held-out examples, if there are any, in f32 whatever the training computes in. Before training, a job that starts from nothing is the base.
@@ -137,6 +167,9 @@ impl Job {
         };
         // What is saved names its base by this. It is read now, as the base's files may be gone at the end.
         self.model.digest();
+        let (files, kept) = (self.model.files.clone(), registry::kept_digests());
+        let digesting = thread::spawn(move || digest::of_files(&files, kept.as_deref()));
+        *self.digesting.lock().unwrap_or_else(PoisonError::into_inner) = Some(digesting);
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
         let mut live = Live::new(
             observer,
@@ -245,8 +278,9 @@ impl Outcome {
         if !self.report.events.is_empty() {
             training["events"] = json!(self.report.events);
         }
+        let (data_digest, requantize) = (Some(self.data_digest.as_str()), job.requantize);
         let record =
-            Record { strategy: &strategy, data_digest: Some(&self.data_digest), requantize: job.requantize, training };
+            Record { strategy: &strategy, data_digest, base_files: job.base_files(), requantize, training };
         if adaptation.is_whole_model() {
             save_model(directory, &merge(&job.model, &adaptation)?, &job.model, Floats::of(&job.model)?)?;
             let manifest = serde_json::to_value(adapter::manifest(&job.model, &adaptation, record)?)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::adapter::{AdapterFiles, is_adapter};
+use homeroom_engine::adapter::{AdapterFiles, is_adapter, with_text_of};
 use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::model::BaseModel;
 
@@ -41,7 +41,8 @@ pub struct ModelRef {
 /// When there is no such model here, or it cannot be run.
 pub fn load_base(name: &Path) -> Result<BaseModel> {
     let path = registry::resolve(name);
-    ensure!(path.exists(), "{}", not_there(name));
+    // Of a link that leads nowhere the engine says where it leads.
+    ensure!(path.symlink_metadata().is_ok(), "{}", not_there(name));
     let model = BaseModel::load(&path)?;
     for note in &model.tokenizer.notes {
         line(format_args!("note: {}: {note}", name.display()));
@@ -107,6 +108,34 @@ fn in_hub_cache(hub_name: &str) -> Option<PathBuf> {
     whole.max_by_key(|copy| copy.metadata().and_then(|meta| meta.modified()).ok())
 }
 
+/// The base with the tokenizer and chat template that an adapter's directory brings, which is said; else the base as it is.
+///
+/// # Errors
+/// When they are malformed or do not fit the base.
+pub fn with_text(adapter: &Path, model: Arc<BaseModel>) -> Result<Arc<BaseModel>> {
+    let Some((with_text, what)) = with_text_of(adapter, &model)? else { return Ok(model) };
+    line(format_args!("note: the adapter's own {what} is used, not the base's: it was trained with it"));
+    Ok(Arc::new(with_text))
+}
+
+/// Makes an adapter run on a base, and says when a file of the base was changed since where that does not show in what is sampled.
+///
+/// # Errors
+/// When it belongs to another base (unless `any_base`), or holds what the engine does not run.
+pub fn adapt(files: AdapterFiles, model: &BaseModel, any_base: bool) -> Result<Adaptation> {
+    let base = files.manifest.as_ref().map(|manifest| manifest.base.clone());
+    let adaptation = files.adapt(model, any_base)?;
+    let kept = registry::kept_digests();
+    let changed = base.filter(|_| !any_base).map(|base| base.changed_file(model, kept.as_deref())).transpose()?;
+    if let Some(what) = changed.flatten() {
+        line(format_args!(
+            "warning: {}: {what}, though the values that are sampled are the same; unless you edited it, fetch it again",
+            model.path.display()
+        ));
+    }
+    Ok(adaptation)
+}
+
 impl Loaded {
     /// Loads an adapter with its base, or a base alone.
     ///
@@ -132,7 +161,7 @@ impl Loaded {
                 base.display()
             );
         }
-        let model = Arc::new(load_base(&base)?);
+        let model = with_text(&path, Arc::new(load_base(&base)?))?;
         if let Some(manifest) = &files.manifest {
             if manifest.template_digest != model.tokenizer.template_digest() {
                 line("warning: the base model's chat template is not the one that the adapter was trained with");
@@ -142,7 +171,7 @@ impl Loaded {
             }
         }
         let model = encode(|progress| files.store(model, &native::find, progress))?;
-        let adaptation = files.adapt(&model, reference.any_base)?;
+        let adaptation = adapt(files, &model, reference.any_base)?;
         Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
     }
 
@@ -170,7 +199,8 @@ pub fn encoder(model: &BaseModel, max_seq_len: Option<usize>, on_long_row: OnLon
     let context = model.config.max_position_embeddings;
     let max_seq_len = max_seq_len.unwrap_or(context.min(DEFAULT_MAX_SEQ_LEN));
     ensure!(max_seq_len <= context, "--max-seq-len {max_seq_len}: the model's context is {context} tokens");
-    Ok(Encoder { tokenizer: &model.tokenizer, template: model.template.as_ref(), max_seq_len, on_long_row })
+    let template = model.template.as_ref();
+    Ok(Encoder { tokenizer: &model.tokenizer, template, embeddings: model.config.vocab_size, max_seq_len, on_long_row })
 }
 
 /// Reads and encodes a file of rows for a model.

@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::adapter::{HOMEROOM_FILE, Manifest};
+use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, Manifest, WEIGHTS_FILE, is_adapter};
 use homeroom_engine::files::{self, Lock, SMALL_FILE_BYTES_MAX, read_text};
+use homeroom_engine::tensors::{map_directory, map_safetensors};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::progress::line;
 
@@ -15,6 +17,11 @@ pub fn data_directory() -> Option<PathBuf> {
         Some(home) if !home.is_empty() => Some(PathBuf::from(home)),
         _ => directories::ProjectDirs::from("", "", "homeroom").map(|dirs| dirs.data_dir().to_owned()),
     }
+}
+
+/// Where digests of files are kept, see [`homeroom_engine::digest`].
+pub fn kept_digests() -> Option<PathBuf> {
+    data_directory().map(|data| data.join("digests.json"))
 }
 
 /// The lock of the data directory, for who reads a file in it, changes that and writes it back: two processes that do so at once would
@@ -123,7 +130,7 @@ pub struct Entry {
     pub eval_loss: Option<f64>,
     /// The model it was trained on from, if it went on from another of the registry.
     pub parent: Option<String>,
-    /// Why it cannot be read, where it cannot.
+    /// What is wrong with it: its files are missing or damaged, or its base is gone. Of weights only the headers are looked at.
     pub problem: Option<String>,
 }
 
@@ -152,29 +159,57 @@ pub fn list() -> Result<Vec<Entry>> {
 }
 
 fn read(name: String, path: PathBuf) -> Entry {
-    let kind = if homeroom_engine::adapter::is_adapter(&path) { "adapter" } else { "model" };
-    let text = read_text(&path.join(HOMEROOM_FILE), SMALL_FILE_BYTES_MAX);
-    let manifest = text.and_then(|text| Ok(serde_json::from_str::<Manifest>(&text)?));
-    let entry = Entry {
+    let adapter = is_adapter(&path);
+    let weights = if adapter { map_safetensors(&path.join(WEIGHTS_FILE)) } else { map_directory(&path) };
+    let mut problem = weights.err().map(|error| format!("{error:#}"));
+    let mut entry = Entry {
         name,
-        path,
-        kind,
+        kind: if adapter { "adapter" } else { "model" },
         strategy: String::new(),
         base: PathBuf::new(),
         eval_loss: None,
         parent: None,
         problem: None,
+        path,
     };
-    match manifest {
-        Ok(manifest) => Entry {
-            strategy: manifest.strategy.name,
-            base: manifest.base.path,
-            eval_loss: manifest.training["result"]["eval_loss"].as_f64(),
-            parent: manifest.training["parent"].as_str().map(str::to_owned),
-            ..entry
+    match read_manifest(&entry.path) {
+        Ok(Some(manifest)) => {
+            entry.strategy = manifest.strategy.name;
+            entry.base = manifest.base.path;
+            entry.eval_loss = manifest.training["result"]["eval_loss"].as_f64();
+            entry.parent = manifest.training["parent"].as_str().map(str::to_owned);
+        }
+        Ok(None) => match read_peft(&entry.path) {
+            Ok((strategy, base)) => (entry.strategy, entry.base) = (strategy, base),
+            Err(error) => problem = problem.or(Some(format!("{error:#}"))),
         },
-        Err(error) => Entry { problem: Some(format!("{HOMEROOM_FILE}: {error:#}")), ..entry },
+        Err(error) => problem = problem.or(Some(format!("{error:#}"))),
     }
+    let gone = adapter && problem.is_none() && !entry.base.as_os_str().is_empty() && !entry.base.exists();
+    let gone = gone.then(|| "its base is not there; `--base-model` names where it is".to_owned());
+    Entry { problem: problem.or(gone), ..entry }
+}
+
+/// What `homeroom.json` says, if there is one.
+fn read_manifest(path: &Path) -> Result<Option<Manifest>> {
+    let file = path.join(HOMEROOM_FILE);
+    if !file.exists() {
+        return Ok(None);
+    }
+    let text = read_text(&file, SMALL_FILE_BYTES_MAX)?;
+    serde_json::from_str(&text).map(Some).with_context(|| format!("{HOMEROOM_FILE}: damaged"))
+}
+
+/// Kind and base of an adapter that another program trained; of a model without `homeroom.json` nothing is known.
+fn read_peft(path: &Path) -> Result<(String, PathBuf)> {
+    let file = path.join(CONFIG_FILE);
+    if !file.exists() {
+        return Ok(Default::default());
+    }
+    let text = read_text(&file, SMALL_FILE_BYTES_MAX)?;
+    let config: Value = serde_json::from_str(&text).with_context(|| format!("{CONFIG_FILE}: damaged"))?;
+    let text = |key: &str| config[key].as_str().unwrap_or_default().to_owned();
+    Ok((text("peft_type").to_lowercase(), text("base_model_name_or_path").into()))
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ fn load_within(
     on_long_row: OnLongRow,
 ) -> Result<Dataset> {
     let tokenizer = &tokenizer();
-    let encoder = Encoder { tokenizer, template, max_seq_len, on_long_row };
+    let encoder = Encoder { tokenizer, template, embeddings: tokenizer.vocab_size(), max_seq_len, on_long_row };
     load_jsonl(file(bytes).path(), encoder)
 }
 
@@ -133,7 +133,8 @@ fn the_problems_of_a_file_are_told_together() {
     let template = chatml();
     let file = file(bytes);
     let tokenizer = &tokenizer();
-    let encoder = Encoder { tokenizer, template: Some(&template), max_seq_len: 1024, on_long_row: OnLongRow::Refuse };
+    let (template, embeddings) = (Some(&template), tokenizer.vocab_size());
+    let encoder = Encoder { tokenizer, template, embeddings, max_seq_len: 1024, on_long_row: OnLongRow::Refuse };
     let message = load_jsonl(file.path(), encoder).unwrap_err().to_string();
     let expected = format!(
         "{}: 3 problems\n  line 2: not JSON: expected `:` at column 13\n  line 4: {count} tokens, the limit is 1,024\n  line 5: nothing to train on: no assistant message\nhint: a JSONL file holds one JSON object a line, each on a single line\nhint: cut long rows with `--on-long-row truncate`, leave them out with `--on-long-row skip`, or allow more with a larger `--max-seq-len`",

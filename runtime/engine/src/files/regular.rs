@@ -25,14 +25,22 @@ pub fn open_regular(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// The text of a small regular file.
+/// The bytes of a small regular file.
 ///
 /// # Errors
 /// When it is none, cannot be read, or has more than `most` bytes.
-pub fn read_text(path: &Path, most: u64) -> Result<String> {
-    let mut text = String::new();
-    let read = open_regular(path)?.take(most + 1).read_to_string(&mut text);
+pub fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = open_regular(path)?.take(most + 1).read_to_end(&mut bytes);
     read.with_context(|| format!("{}: cannot read", path.display()))?;
-    ensure!(text.len() as u64 <= most, "{}: longer than {most} bytes", path.display());
-    Ok(text)
+    ensure!(bytes.len() as u64 <= most, "{}: longer than {most} bytes", path.display());
+    Ok(bytes)
+}
+
+/// The text of a small regular file.
+///
+/// # Errors
+/// As [`read_bytes`], and when it is not UTF-8.
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    String::from_utf8(read_bytes(path, most)?).with_context(|| format!("{}: not UTF-8", path.display()))
 }

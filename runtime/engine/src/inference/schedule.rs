@@ -14,7 +14,7 @@ use super::finite::check_finite;
 use super::sampler::Sampler;
 use super::{Inference, Kept};
 use crate::generate::{Finish, Sampling};
-use crate::resident::available;
+use crate::memory::available;
 
 /// Tokens of a prompt that are read at once: enough to fill the cores, few enough that others need not wait long.
 const PIECE: usize = 256;

@@ -15,10 +15,12 @@ use sha2::{Digest, Sha256};
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, Model};
 
+use crate::files::{read_bytes, read_text};
 use crate::gguf::Gguf;
 use crate::guard::quietly;
 use crate::template;
 
+mod adapter;
 mod check;
 mod control;
 mod ends;
@@ -100,7 +102,7 @@ impl Tokenizer {
                 dir.display()
             );
         }
-        let bytes = read_file(&path, TOKENIZER_BYTES_MAX).with_context(|| path.display().to_string())?;
+        let bytes = read_bytes(&path, TOKENIZER_BYTES_MAX)?;
         let inner = read_tokenizer_json(&bytes).with_context(|| path.display().to_string())?;
         let files = Files {
             config: read_json(&dir.join("tokenizer_config.json"))?,
@@ -166,6 +168,16 @@ impl Tokenizer {
             }
         }
         Ok(ids)
+    }
+
+    /// Refuses ids that a model with embeddings for those below `embeddings` does not know: some tokenizers have more tokens.
+    ///
+    /// # Errors
+    /// Names the first such token.
+    pub fn check_embedded(&self, ids: &[u32], embeddings: usize) -> Result<()> {
+        let Some(id) = ids.iter().find(|id| **id as usize >= embeddings) else { return Ok(()) };
+        let token = self.token(*id).unwrap_or_default();
+        bail!("token {id}, {token:?}, has no embedding: the model knows {embeddings} tokens, its tokenizer more")
     }
 
     /// Turns ids back into text. An id that is no token, as in a padded vocabulary, gives nothing.
@@ -399,20 +411,9 @@ struct Files {
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 const SMALL_BYTES_MAX: u64 = 16 << 20;
 
-/// Reads a regular file of at most `most` bytes: a pipe or a device would never end.
-fn read_file(path: &Path, most: u64) -> Result<Vec<u8>> {
-    let about = std::fs::metadata(path)?;
-    ensure!(about.is_file(), "this is no regular file");
-    ensure!(about.len() <= most, "has {} bytes, at most {most} are read", about.len());
-    Ok(std::fs::read(path)?)
-}
-
 fn read_if_there(path: &Path) -> Result<Option<String>> {
-    if !path.try_exists().with_context(|| path.display().to_string())? {
-        return Ok(None);
-    }
-    let bytes = read_file(path, SMALL_BYTES_MAX).with_context(|| path.display().to_string())?;
-    Ok(Some(String::from_utf8(bytes).with_context(|| path.display().to_string())?))
+    let there = path.try_exists().with_context(|| path.display().to_string())?;
+    there.then(|| read_text(path, SMALL_BYTES_MAX)).transpose()
 }
 
 fn read_json(path: &Path) -> Result<Value> {

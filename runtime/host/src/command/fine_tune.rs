@@ -20,7 +20,7 @@ use super::arguments::{
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
-use crate::models::{load_base, load_rows, refuse_adapter};
+use crate::models::{load_base, load_rows, refuse_adapter, with_text};
 use crate::near::{self, did_you_mean, exists};
 use crate::progress::{self, line, thousands};
 use crate::registry;
@@ -173,7 +173,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let plugin = search.load(&arguments.strategy)?;
     let options = options(arguments)?;
     plugin.check_options(&options)?;
-    let model = Arc::new(load_base(&arguments.model_name)?);
+    let mut model = Arc::new(load_base(&arguments.model_name)?);
+    if let Some(adapter) = &init_from {
+        model = with_text(adapter, model)?;
+    }
     let rows = Rows::load(arguments, &model)?;
     let start = init_from.as_deref();
     let mut job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;

@@ -16,7 +16,6 @@ use crate::handler::config::{Config, Handlers, LOCAL_LIMITS};
 use crate::handler::limit::Limited;
 use crate::handler::local::Local;
 use crate::interrupt;
-use crate::models::Loaded;
 use crate::near::exists;
 use crate::progress::line;
 use crate::serve::{Models, bind, start};
@@ -70,7 +69,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         (Some(model), _) => {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
-            let local = Local::new(&name, Loaded::to_answer(&model.reference())?, arguments.compute);
+            let local = Local::load(&name, model.reference(), arguments.compute)?;
             let handler: Arc<dyn Handler> = Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS));
             Models::from([(name, handler)])
         }

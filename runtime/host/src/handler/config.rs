@@ -20,7 +20,7 @@ use super::limit::{Limited, Limits};
 use super::local::Local;
 use super::openai::{BaseUrl, Endpoint, OpenAi};
 use super::route::Route;
-use crate::models::{Loaded, ModelRef};
+use crate::models::ModelRef;
 use crate::toml_problems::{Problems, near};
 
 /// A file of handlers, as it was read.
@@ -462,7 +462,7 @@ impl Handlers {
 fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
     match spec {
         HandlerSpec::Local(model, compute) => {
-            let local = Local::new(name, Loaded::to_answer(model)?, *compute);
+            let local = Local::load(name, model.clone(), *compute)?;
             Ok(Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS)))
         }
         HandlerSpec::OpenAi(spec) => {

@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
+use anyhow::Result;
+use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
 use homeroom_engine::block::Compute;
 use homeroom_engine::generate::{Detokenizer, Finish, Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference, Tokens};
@@ -12,7 +14,10 @@ use serde_json::{Value, json};
 use super::context::PATIENCE;
 use super::stop::StopFilter;
 use super::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Usage, new_id, random};
-use crate::models::Loaded;
+use crate::models::{Loaded, ModelRef};
+use crate::progress::line;
+use crate::registry;
+use crate::watch::{Identity, identity};
 
 /// Freedom of the draw where a request does not say: small models lose the thread at OpenAI's 1.
 pub const DEFAULT_TEMPERATURE: f64 = 0.7;
@@ -29,10 +34,10 @@ const LONG_BYTES: usize = 64 << 10;
 
 static LONG: Mutex<()> = Mutex::new(());
 
-/// Waits until no other long conversation is made tokens of.
-fn turn(context: &Context) -> Result<MutexGuard<'static, ()>, HandlerError> {
+/// Waits for a lock as long as somebody wants the answer.
+fn turn<'a, T>(lock: &'a Mutex<T>, context: &Context) -> Result<MutexGuard<'a, T>, HandlerError> {
     loop {
-        match LONG.try_lock() {
+        match lock.try_lock() {
             Ok(turn) => return Ok(turn),
             Err(TryLockError::Poisoned(turn)) => return Ok(turn.into_inner()),
             Err(TryLockError::WouldBlock) => context.check()?,
@@ -44,20 +49,78 @@ fn turn(context: &Context) -> Result<MutexGuard<'static, ()>, HandlerError> {
 /// A model of this machine: a base, perhaps with an adapter.
 pub struct Local {
     name: String,
-    answers: Answers,
+    compute: Compute,
+    /// What is loaded anew once its files are others.
+    reference: Option<ModelRef>,
+    now: Mutex<Generation>,
+}
+
+/// The model that answers, and the files that it was read from.
+struct Generation {
+    answers: Arc<Answers>,
+    files: Vec<Option<Identity>>,
 }
 
 impl Local {
     /// Answers with a model under a name; `compute` is what it computes in.
     pub fn new(name: impl Into<String>, loaded: Loaded, compute: Compute) -> Self {
-        let Loaded { model, adaptation } = loaded;
-        Self { name: name.into(), answers: Answers::new(Inference::new(model, adaptation, compute)) }
+        let now = Generation { answers: answers(loaded, compute), files: Vec::new() };
+        Self { name: name.into(), compute, reference: None, now: Mutex::new(now) }
+    }
+
+    /// Loads a model to answer with under a name. When another is put in its place, as by training it again, the next request is
+    /// answered by that.
+    ///
+    /// # Errors
+    /// As [`Loaded::load`].
+    pub fn load(name: impl Into<String>, reference: ModelRef, compute: Compute) -> Result<Self> {
+        // Before they are read: what changes in between is a change.
+        let files = identities(&reference);
+        let now = Generation { answers: answers(Loaded::to_answer(&reference)?, compute), files };
+        Ok(Self { name: name.into(), compute, reference: Some(reference), now: Mutex::new(now) })
+    }
+
+    /// The model as its files are now; if they cannot be loaded, which is said once, the older one.
+    fn answers(&self, context: &Context) -> Result<Arc<Answers>, HandlerError> {
+        let mut now = turn(&self.now, context)?;
+        if let Some(reference) = &self.reference {
+            let files = identities(reference);
+            if files != now.files {
+                now.files = files;
+                match Loaded::to_answer(reference) {
+                    Ok(loaded) => {
+                        now.answers = answers(loaded, self.compute);
+                        line(format_args!("note: {}: its files have changed; the new ones answer from now on", self.name));
+                    }
+                    Err(error) => line(format_args!(
+                        "warning: {}: its files have changed and cannot be loaded, so the older ones go on answering: {error:#}",
+                        self.name
+                    )),
+                }
+            }
+        }
+        Ok(now.answers.clone())
+    }
+}
+
+fn answers(Loaded { model, adaptation }: Loaded, compute: Compute) -> Arc<Answers> {
+    Arc::new(Answers::new(Inference::new(model, adaptation, compute)))
+}
+
+/// What tells the files of a model from others of the same names.
+fn identities(reference: &ModelRef) -> Vec<Option<Identity>> {
+    let path = registry::resolve(&reference.name);
+    let files = [WEIGHTS_FILE, CONFIG_FILE, HOMEROOM_FILE, "model.safetensors", "config.json", "chat_template.jinja"];
+    match path.is_dir() {
+        true => files.iter().map(|name| identity(&path.join(name))).collect(),
+        false => vec![identity(&path)],
     }
 }
 
 impl Handler for Local {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
-        let model = &self.answers.inference().model;
+        let answers = self.answers(context)?;
+        let model = &answers.inference().model;
         let limit = model.config.max_position_embeddings;
         let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();
         if bytes / BYTES_PER_TOKEN_MAX > limit {
@@ -68,7 +131,7 @@ impl Handler for Local {
         let messages: Vec<Value> = (request.messages.iter())
             .map(|message| json!({"role": message.role, "content": message.content}))
             .collect();
-        let turn = (bytes > LONG_BYTES).then(|| turn(context)).transpose()?;
+        let turn = (bytes > LONG_BYTES).then(|| turn(&LONG, context)).transpose()?;
         let prompt = prompt_ids(model, &messages);
         drop(turn);
         let prompt = prompt.map_err(|error| HandlerError::invalid("messages", format!("{error:#}")))?;
@@ -91,7 +154,7 @@ impl Handler for Local {
             presence_penalty: request.presence_penalty.unwrap_or(neutral.presence_penalty),
             seed: request.seed.map_or_else(random, i64::cast_unsigned),
         };
-        let tokens = self.answers.ask(&prompt, sampling);
+        let tokens = answers.ask(&prompt, sampling);
         Ok(Box::new(Answer {
             tokens: tokens.map_err(|error| HandlerError::internal(&error))?,
             model: model.clone(),

@@ -4,6 +4,8 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use homeroom_engine::memory;
+
 /// Bounds of one run of a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -19,17 +21,10 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        let held_bytes = half_of_memory().unwrap_or(4 << 30).clamp(1 << 30, 8 << 30);
+        let half = memory::total().map_or(4 << 30, |bytes| usize::try_from(bytes / 2).unwrap_or(usize::MAX));
+        let held_bytes = half.clamp(1 << 30, 8 << 30);
         Self { lua_time: Duration::from_secs(60), memory_bytes: 256 << 20, output_bytes: 16 << 20, held_bytes }
     }
-}
-
-/// Half of the machine's memory, in bytes; `None` where the system does not say.
-fn half_of_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: usize = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kib * 512)
 }
 
 /// A number of bytes for messages: `256 MiB`, or `64 KiB`.

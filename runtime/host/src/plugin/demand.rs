@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use anyhow::{Result, bail};
 use homeroom_abi::plan::{Init, ModelInfo, ParamSpec, Plan};
+use homeroom_engine::memory;
 use indicatif::HumanBytes;
 
 /// Bytes of a trained value: itself and two moments, each an f32. Its gradient is not always there.
@@ -16,7 +17,7 @@ const FROZEN_BYTES: u128 = 4;
 /// # Errors
 /// How much they take, and how much there is.
 pub fn check(plan: &Plan, model: &ModelInfo) -> Result<()> {
-    let Some(there) = memory_bytes() else { return Ok(()) };
+    let Some(there) = memory::obtainable() else { return Ok(()) };
     let (values, wanted) = demand(plan, model);
     if wanted > u128::from(there) {
         let gib = wanted as f64 / f64::from(1 << 30);
@@ -52,20 +53,6 @@ fn demand(plan: &Plan, model: &ModelInfo) -> (u128, u128) {
     (values, bytes)
 }
 
-/// Memory that this process can still get, in bytes; `None` where the system does not say.
-fn memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?.saturating_mul(1024))
-    };
-    let free = field("MemAvailable:")?.saturating_add(field("SwapFree:").unwrap_or(0));
-    // A container may have less than the machine; what it uses already can be given back in part, so that its limit is taken whole.
-    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    let limit = limits.iter().find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok());
-    Some(free.min(limit.unwrap_or(u64::MAX)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,7 +73,7 @@ mod tests {
         assert_eq!(demand(&plan("zeros", [5, 3], false), &model), (30, 120));
         assert_eq!(demand(&plan("zeros", [u64::MAX, 1 << 40], true), &model).0, ((u128::from(u64::MAX)) << 40) * 2);
         assert!(check(&plan("base", [5, 3], true), &model).is_ok());
-        if memory_bytes().is_some() {
+        if memory::obtainable().is_some() {
             let error = check(&plan("zeros", [1 << 40, 2], true), &model).expect_err("nobody has it").to_string();
             assert!(error.contains("4398046511104 values") && error.contains("of memory are free"), "{error}");
         }

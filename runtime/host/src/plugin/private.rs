@@ -1,7 +1,7 @@
 //! Files and directories with modes of their own, whatever the user's umask: one that leaves a group or everybody their rights would
 //! let others write what is trusted, and one that takes the owner's would leave nothing to use.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -19,27 +19,6 @@ pub fn temporary_directory(prefix: &str) -> io::Result<TempDir> {
     let dir = builder.tempdir()?;
     set_mode(dir.path(), 0o700)?;
     Ok(dir)
-}
-
-/// Makes a directory and those above it that are not there, the user's alone. Those that are there stay as they are.
-///
-/// # Errors
-/// When one cannot be made.
-pub fn create_directories(path: &Path) -> io::Result<()> {
-    if path.is_dir() || path.as_os_str().is_empty() {
-        return Ok(());
-    }
-    if let Some(parent) = path.parent() {
-        create_directories(parent)?;
-    }
-    let mut builder = DirBuilder::new();
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    match builder.create(path) {
-        // Another process of the user was quicker.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        made => made.and_then(|()| set_mode(path, 0o700)),
-    }
 }
 
 /// Writes a new file.

@@ -5,28 +5,23 @@
 //! nothing else, since it may come from somebody else.
 
 use std::collections::BTreeMap;
-use std::fs::{File, TryLockError};
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::io::Read;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
+use homeroom_engine::files::replace_file;
 use serde::{Deserialize, Serialize};
 
 use super::PluginFile;
-use super::{owner, private};
-use crate::registry::data_directory;
+use super::owner;
+use crate::registry::{self, data_directory};
 
 /// Environment variable of the policy.
 pub const VARIABLE: &str = "HOMEROOM_PLUGIN_POLICY";
 
 /// Size of the largest `plugins.lock` that is read.
 const LOCK_BYTES_MAX: u64 = 1 << 20;
-
-/// How long another process may take to change `plugins.lock`.
-const WAIT: Duration = Duration::from_secs(20);
 
 /// Which strategies may be loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -160,30 +155,6 @@ fn read_lock() -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Waits until no other process changes `plugins.lock`; none does until the result is dropped. A process that is killed holds
-/// nothing.
-fn alone(dir: &Path) -> Result<File> {
-    let path = dir.join("plugins.lock.changing");
-    let place = || format!("{}: cannot write", path.display());
-    private::create_directories(dir).with_context(place)?;
-    let mut options = File::options();
-    options.write(true).create(true).truncate(false);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let file = options.open(&path).with_context(place)?;
-    let started = Instant::now();
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) if started.elapsed() < WAIT => thread::sleep(Duration::from_millis(5)),
-            Err(TryLockError::WouldBlock) => {
-                bail!("{}: another process has held it for {} s; end that one first", path.display(), WAIT.as_secs())
-            }
-            Err(TryLockError::Error(error)) => return Err(error).with_context(place),
-        }
-    }
-}
-
 /// The version of a strategy of which that file was locked, in words; "another version" if it was not.
 pub fn locked_version(name: &str, sha256: &str) -> String {
     let entries = read_lock().unwrap_or_default();
@@ -198,8 +169,7 @@ pub fn locked_version(name: &str, sha256: &str) -> String {
 /// When there is no data directory, or it cannot be written.
 pub fn lock(new: Vec<Entry>) -> Result<PathBuf> {
     let path = lock_path().context("there is no data directory; set HOMEROOM_HOME")?;
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let _alone = alone(dir)?;
+    let _alone = registry::lock()?;
     let by_name = |entry: Entry| (entry.name.clone(), entry);
     let mut entries: BTreeMap<String, Entry> = read_lock()?.into_iter().map(by_name).collect();
     entries.extend(new.into_iter().map(by_name));
@@ -210,9 +180,6 @@ pub fn lock(new: Vec<Entry>) -> Result<PathBuf> {
             [name, version, sha256, path].map(|text| toml_edit::Value::from(text.to_owned()));
         text += &format!("\n[[plugin]]\nname = {name}\nversion = {version}\nsha256 = {sha256}\npath = {path}\n");
     }
-    let place = || format!("{}: cannot write", path.display());
-    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(place)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).with_context(place)?;
-    file.persist(&path).with_context(place)?;
+    replace_file(&path, text.as_bytes())?;
     Ok(path)
 }

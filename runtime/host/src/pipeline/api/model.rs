@@ -20,7 +20,7 @@ use super::Session;
 use super::options::strategy_options;
 use super::value::to_lua;
 use crate::job::encode;
-use crate::models::{Loaded, load_base};
+use crate::models::{Loaded, adapt, load_base, with_text};
 use crate::pipeline::errors::{Failure, said, short};
 use crate::pipeline::places::Place;
 use crate::plugin::native;
@@ -167,10 +167,11 @@ impl ModelSpec {
             return Ok((model.clone(), adaptation.clone()));
         }
         let files = AdapterFiles::read(&path)?;
+        let model = with_text(&path, model)?;
         // By the pipeline's search, whose policy its file may have tightened.
         let native = |strategy: &_, name: &_| native::find_in(&session.search, strategy, name);
         let model = encode(|progress| files.store(model, &native, progress))?;
-        let adaptation = Some(Arc::new(files.adapt(&model, false)?));
+        let adaptation = Some(Arc::new(adapt(files, &model, false)?));
         session.adaptations.borrow_mut().insert(path, Loaded { model: model.clone(), adaptation: adaptation.clone() });
         Ok((model, adaptation))
     }

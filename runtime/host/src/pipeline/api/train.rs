@@ -16,6 +16,7 @@ use super::model::{DRY, ModelSpec};
 use super::options::{Options, words};
 use super::spec::{STRATEGY_NAMES, verb};
 use crate::job::{Job, Outcome};
+use crate::models::with_text;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
 use crate::pipeline::sandbox::shown;
 use crate::plugin::Plugin;
@@ -44,8 +45,11 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     check_options(&plugin, &spec.options)?;
     config(&options, None).check().context("fine_tune")?;
 
-    let model = spec.load_base(session)?;
+    let mut model = spec.load_base(session)?;
     let init_from = spec.adapter_path(session)?;
+    if let Some(adapter) = &init_from {
+        model = with_text(adapter, model)?;
+    }
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
     let data = rows.encode(session.clock(), &model).context("dataset")?;
     let eval = options.dataset("eval").map(|eval| eval.encode(session.clock(), &model)).transpose().context("eval")?;

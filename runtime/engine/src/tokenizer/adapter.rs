@@ -54,6 +54,7 @@ impl Tokenizer {
             more_eos_ids: self.eos_ids.clone(),
             chat_template: Some(template),
             model_max_length: self.model_max_length,
+            notes: Vec::new(),
         };
         finish(self.inner.clone(), named)
     }

@@ -341,7 +341,7 @@ fn route<'a>(
         if !names.contains(&name.as_str()) {
             problems.at(item.span(), format!("`{name}`: there is no such handler, {}", near(&name, names)));
         } else if chain.contains(&name) {
-            problems.at(item.span(), format!("`{name}`: stands in the list twice"));
+            problems.at(item.span(), format!("`{name}`: is in the list twice"));
         } else if let Some(host) = handlers.get(&name).and_then(HandlerSpec::far_host).filter(|_| deny) {
             let hint = "take it out, or say egress = \"allow\"";
             problems
@@ -608,7 +608,7 @@ egress = "dney"
             "`base_ulr`: unknown key, did you mean `base_url`?",
             "[handlers.b]: `base_url` is missing",
             "`model`: is a whole number, should be a text in quotes",
-            "a key is not kept in the file",
+            "a key does not belong in the file",
             "`any_base`: is a text, should be true or false",
             "`compute`: `f23` is unknown",
             "[handlers.d]: `kind` is missing",
@@ -617,7 +617,7 @@ egress = "dney"
             "`route`: unknown key, did you mean `routes`?",
             "`cc`: there is no such handler, did you mean `c`?",
             "`c`: is in the list twice",
-            "\"redact\" is not built yet",
+            "\"redact\" is not supported yet",
             "`handlers`: the list is empty",
             "`dney` is unknown, did you mean `deny`?",
             "the route has no `handlers`",

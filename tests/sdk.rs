@@ -48,7 +48,7 @@ fn a_new_strategy_builds_without_a_network_and_becomes_dora_as_the_readme_says()
         let report = printed_json(&succeeds(homeroom().args(["plugins", "check", "--json"]).arg(&library))?)?;
         let checks = report["checks"].as_array().context("a report has checks")?;
         let notes: Vec<_> = checks.iter().filter(|line| line["verdict"] != "ok").collect();
-        ensure!(report["ok"] == true && checks.len() == 13 && notes.is_empty(), "{report:#}");
+        ensure!(report["ok"] == true && checks.len() == 14 && notes.is_empty(), "{report:#}");
         Ok(report)
     };
     let lora = check()?;

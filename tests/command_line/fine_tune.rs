@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::{leaves_nothing, read_json, wide_model, WIDE_R};
+use super::{WIDE_R, leaves_nothing, read_json, wide_model};
 use crate::support::{Place, eval, fixture, homeroom, loss, printed_json, refused, run, succeeds};
 
 /// `fine-tune` on a file of these lines that must be refused.

@@ -21,7 +21,10 @@ fn copy_of_program(place: &Place, directory: &str) -> Result<PathBuf> {
 /// A program with a home of the test's own, and without what tests set for others.
 fn with_home(program: &Path, place: &Place) -> Command {
     let mut command = Command::new(program);
-    command.env("HOMEROOM_HOME", place.path("home")).env_remove("HOMEROOM_PLUGINS").env_remove("HOMEROOM_PLUGIN_POLICY");
+    command
+        .env("HOMEROOM_HOME", place.path("home"))
+        .env_remove("HOMEROOM_PLUGINS")
+        .env_remove("HOMEROOM_PLUGIN_POLICY");
     command
 }
 
@@ -64,7 +67,8 @@ fn installed_strategies_are_found_by_every_copy_of_the_program() -> Result<()> {
     plugin_path("lora");
     let built = Path::new(env!("CARGO_BIN_EXE_homeroom"));
     let copy = copy_of_program(&place, "bin")?;
-    let nothing = ["no strategies beside this program, in:", "lib/homeroom/plugins", "target/release/homeroom plugins install"];
+    let nothing =
+        ["no strategies beside this program, in:", "lib/homeroom/plugins", "target/release/homeroom plugins install"];
     refused(with_home(&copy, &place).args(["plugins", "install"]), &nothing)?;
     let ran = succeeds(with_home(built, &place).args(["plugins", "install"]))?;
     assert_eq!(ran.stdout.lines().count(), 4, "{}", ran.stdout);
@@ -73,7 +77,9 @@ fn installed_strategies_are_found_by_every_copy_of_the_program() -> Result<()> {
     assert_eq!(list.len(), 4);
     for name in ["full", "int8", "lora", "qlora"] {
         let found = item(&list, name)?;
-        assert!(found["trust"] == "locked" && found["path"].as_str().is_some_and(|path| path.contains("/home/plugins/")));
+        assert!(
+            found["trust"] == "locked" && found["path"].as_str().is_some_and(|path| path.contains("/home/plugins/"))
+        );
     }
     let mut train = with_home(&copy, &place);
     train.args(["fine-tune", "--name", "tutor", "--max-steps", "1", "--strategy", "qlora", "--model-name"]);

@@ -8,7 +8,7 @@ use homeroom_engine::adapter::AdapterFiles;
 use homeroom_engine::model::BaseModel;
 use serde_json::{Value, json};
 
-use super::{endless, endless_on, leaves_nothing, wide_model, Running, WIDE_R};
+use super::{Running, WIDE_R, endless, endless_on, leaves_nothing, wide_model};
 use crate::support::{Place, fixture, homeroom, loss, printed_json, succeeds};
 
 #[test]

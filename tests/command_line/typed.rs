@@ -14,7 +14,11 @@ use crate::support::{Place, eval, fixture, homeroom, printed_json, refused, run,
 fn unnamed(place: &Place, rows: &Path) -> Command {
     let mut command = homeroom();
     command.args(["fine-tune", "--max-steps", "1", "--model-name"]).arg(fixture("models/llama"));
-    command.arg("--training-file").arg(rows).env("HOMEROOM_HOME", place.path("home")).current_dir(place.path("outputs"));
+    command
+        .arg("--training-file")
+        .arg(rows)
+        .env("HOMEROOM_HOME", place.path("home"))
+        .current_dir(place.path("outputs"));
     command
 }
 

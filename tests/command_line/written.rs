@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use homeroom_engine::adapter::AdapterFiles;
 
-use super::{endless, in_shell, leaves_nothing, wide_model, Running, WIDE_R};
+use super::{Running, WIDE_R, endless, in_shell, leaves_nothing, wide_model};
 use crate::support::{Place, fixture, homeroom, model, plugin_path, refused, succeeds};
 
 #[test]

@@ -9,9 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
-use crate::command::{
-    Done, bench, chat, eval, export_model, fine_tune, list_models, plugins, run, serve,
-};
+use crate::command::{Done, bench, chat, eval, export_model, fine_tune, list_models, plugins, run, serve};
 use crate::plugin::probe;
 use crate::{interrupt, progress, registry, stdout, terminal, tips};
 
@@ -59,7 +57,14 @@ pub fn command() -> clap::Command {
 
 /// Lets `-1` behind an option be its value, so that the message is about the number.
 fn with_negative_numbers(command: clap::Command) -> clap::Command {
-    let numbers = [TypeId::of::<f64>(), TypeId::of::<i64>(), TypeId::of::<u64>(), TypeId::of::<u32>(), TypeId::of::<u16>(), TypeId::of::<usize>()];
+    let numbers = [
+        TypeId::of::<f64>(),
+        TypeId::of::<i64>(),
+        TypeId::of::<u64>(),
+        TypeId::of::<u32>(),
+        TypeId::of::<u16>(),
+        TypeId::of::<usize>(),
+    ];
     let command = command.mut_args(|argument| {
         let kind = argument.get_value_parser().type_id();
         let number = argument.get_long().is_some() && numbers.iter().any(|number| kind == *number);

@@ -60,7 +60,9 @@ pub fn refuse_adapter(name: &Path) -> Result<()> {
         let base = AdapterFiles::read(&path).ok().and_then(|files| files.base_path());
         let base = base.map_or_else(|| "MODEL".to_owned(), |base| base.display().to_string());
         let name = name.display();
-        bail!("{name}: an adapter on {base}, not a base model\nhint: `--model-name {base} --init-from {name}` trains it further");
+        bail!(
+            "{name}: an adapter on {base}, not a base model\nhint: `--model-name {base} --init-from {name}` trains it further"
+        );
     }
     Ok(())
 }
@@ -76,7 +78,9 @@ fn not_there(name: &Path) -> String {
             "{text}: no such model\nhint: name a Hugging Face directory or a .gguf file; `homeroom list-models` shows the models that were trained here"
         );
     };
-    let what = format!("{text}: no such directory; it looks like a name on the Hugging Face hub, and downloading from there is not built yet");
+    let what = format!(
+        "{text}: no such directory; it looks like a name on the Hugging Face hub, and downloading from there is not built yet"
+    );
     if let Some(copy) = in_hub_cache(hub_name) {
         return format!("{what}\nhint: Hugging Face's cache has a copy, name that: {}", copy.display());
     }

@@ -90,8 +90,8 @@ const COMMANDS: [(&str, &str); 17] = [
     ("fuse", "export-model"),
     ("generate", "chat --prompt TEXT"),
     ("list", "list-models"),
-    ("ls", "list-models"),
     ("lora", "fine-tune"),
+    ("ls", "list-models"),
     ("merge", "export-model"),
     ("models", "list-models"),
     ("perplexity", "eval"),
@@ -140,15 +140,16 @@ fn text(error: &Error, kind: ContextKind) -> Option<String> {
 /// The command that the arguments name.
 fn asked<'c>(root: &'c Command, arguments: &[OsString]) -> &'c Command {
     let words = arguments.iter().skip(1).map_while(|word| word.to_str().filter(|word| !word.starts_with('-')));
-    words.map_while({
-        let mut at = root;
-        move |word| {
-            at = at.find_subcommand(word)?;
-            Some(at)
-        }
-    })
-    .last()
-    .unwrap_or(root)
+    words
+        .map_while({
+            let mut at = root;
+            move |word| {
+                at = at.find_subcommand(word)?;
+                Some(at)
+            }
+        })
+        .last()
+        .unwrap_or(root)
 }
 
 fn has(command: &Command, flag: &str) -> bool {
@@ -173,11 +174,15 @@ fn value(wrong: &str, command: &Command, arguments: &[OsString]) -> Option<Strin
     let at = arguments.iter().position(|argument| argument == wrong)?;
     let before = arguments.get(at.checked_sub(1)?)?.to_str()?;
     // transformers' switches take `true`.
-    if before.starts_with("--") && has(command, before) && ["true", "false", "True", "False", "0", "1", "yes", "no"].contains(&wrong) {
+    if before.starts_with("--")
+        && has(command, before)
+        && ["true", "false", "True", "False", "0", "1", "yes", "no"].contains(&wrong)
+    {
         return Some(format!("'{before}' takes no value: leave out '{wrong}', and the flag for false"));
     }
     // PEFT's scripts take names of modules one after the other.
-    let flag = arguments[..at].iter().rev().find_map(|argument| argument.to_str().filter(|word| word.starts_with("--")));
+    let flag =
+        arguments[..at].iter().rev().find_map(|argument| argument.to_str().filter(|word| word.starts_with("--")));
     if flag == Some("--target-modules") {
         return Some(format!("separate the names of modules by commas: --target-modules {before},{wrong}"));
     }

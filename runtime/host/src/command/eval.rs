@@ -37,8 +37,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let data = load_rows(&arguments.file, &model, arguments.rows.max_seq_len, arguments.rows.on_long_row)?;
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("rows", examples.len());
-    let result =
-        evaluate_examples(&model, adaptation.as_deref(), &examples, arguments.compute, |done| bar.set_position(done as u64))?;
+    let result = evaluate_examples(&model, adaptation.as_deref(), &examples, arguments.compute, |done| {
+        bar.set_position(done as u64)
+    })?;
     bar.finish_and_clear();
     let (loss, perplexity, accuracy) = (result.loss, result.perplexity, result.token_accuracy);
     if arguments.json {

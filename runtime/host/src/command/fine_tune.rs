@@ -142,8 +142,6 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
     config(arguments, None).check()?;
     refuse_adapter(&arguments.model_name)?;
-    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
-    files.into_iter().flatten().try_for_each(|file| exists(file))?;
     let output_dir = place(arguments)?;
     if !arguments.overwrite {
         vacant(&output_dir)?;
@@ -153,7 +151,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if let (Some(name), Some(path)) = (&arguments.init_from, &init_from) {
         let name = name.display();
         ensure!(path.exists(), "{name}: no such adapter{}", did_you_mean(near::model(path)));
-        ensure!(is_adapter(path), "{name}: not an adapter\nhint: a model is trained further with `--model-name {name}` alone");
+        ensure!(
+            is_adapter(path),
+            "{name}: not an adapter\nhint: a model is trained further with `--model-name {name}` alone"
+        );
     }
     let start = init_from.as_deref().filter(|path| !is_same(path, &output_dir));
     let inputs = [
@@ -173,6 +174,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let plugin = search.load(&arguments.strategy)?;
     let options = options(arguments)?;
     plugin.check_options(&options)?;
+    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
+    files.into_iter().flatten().try_for_each(|file| exists(file))?;
     let mut model = Arc::new(load_base(&arguments.model_name)?);
     if let Some(adapter) = &init_from {
         model = with_text(adapter, model)?;

@@ -35,7 +35,9 @@ pub fn sources(given: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let paths: Vec<PathBuf> = trusted.map(|file| file.path).collect();
     if paths.is_empty() {
         let dirs = search.dirs().iter().map(|dir| format!("\n  {}", dir.display())).collect::<String>();
-        bail!("no strategies beside this program, in:{dirs}\nhint: run the program where it was built, `target/release/homeroom plugins install`, or name crates or libraries");
+        bail!(
+            "no strategies beside this program, in:{dirs}\nhint: run the program where it was built, `target/release/homeroom plugins install`, or name crates or libraries"
+        );
     }
     Ok(paths)
 }

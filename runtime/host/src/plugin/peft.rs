@@ -32,12 +32,7 @@ const KINDS: [Kind; 5] = [
         ],
         of_model: &[],
     },
-    Kind {
-        peft_type: "IA3",
-        fields: &["target_modules", "feedforward_modules"],
-        of_module: &["ia3_l"],
-        of_model: &[],
-    },
+    Kind { peft_type: "IA3", fields: &["target_modules", "feedforward_modules"], of_module: &["ia3_l"], of_model: &[] },
     Kind {
         peft_type: "VERA",
         fields: &["r", "target_modules", "projection_prng_key", "save_projection"],
@@ -60,8 +55,22 @@ const KINDS: [Kind; 5] = [
 
 /// Other types that PEFT has and that adapt modules.
 const OTHERS: [&str; 16] = [
-    "ADALORA", "BOFT", "BONE", "C3A", "FOURIERFT", "HRA", "LN_TUNING", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA",
-    "TRAINABLE_TOKENS", "VBLORA", "WAVEFT", "XLORA",
+    "ADALORA",
+    "BOFT",
+    "BONE",
+    "C3A",
+    "FOURIERFT",
+    "HRA",
+    "LN_TUNING",
+    "MISS",
+    "OFT",
+    "RANDLORA",
+    "ROAD",
+    "SHIRA",
+    "TRAINABLE_TOKENS",
+    "VBLORA",
+    "WAVEFT",
+    "XLORA",
 ];
 
 /// Whether PEFT would read what a plan saves, in words; `None`: the plan names no type.
@@ -160,7 +169,7 @@ mod tests {
             ("LORA", fields.clone(), &["lora_A.weight"], &["base_model.vera_A"], "`base_model.vera_A` and 0 more"),
             ("LoRA", fields.clone(), &[], &[], "PEFT has no type `LoRA`, did you mean `LORA`?"),
             ("LORRA", fields.clone(), &[], &[], "did you mean `LORA`?"),
-            ("MINE", fields, &[], &[], "PEFT has no type `MINE`; without a type"),
+            ("QUANTUM", fields, &[], &[], "PEFT has no type `QUANTUM`; without a type"),
             ("IA3", json!({"target_modules": []}), &["ia3_l"], &[], "missing: feedforward_modules"),
         ] {
             let error = said(peft_type, fields, endings, of_model).unwrap_err().to_string();

@@ -294,7 +294,13 @@ impl Sandbox {
             text if text.starts_with(UNTOLD) => {
                 format!("{}: {UNTOLD}: no memory or no stack was left to tell it", shown(script))
             }
-            text => text,
+            text => match text.split_once(": 0x") {
+                Some((kind @ ("table" | "function" | "thread" | "buffer"), _)) => {
+                    format!("{}: the script raised a {kind}, not a message", shown(script))
+                }
+                _ if text == "nil" => format!("{}: the script raised nil, not a message", shown(script)),
+                _ => text,
+            },
         };
         if let Some(ended) = self.clock.ended() {
             // What the script raised when it was ended may be anything; where it was is worth telling.

@@ -189,8 +189,8 @@ fn convert<'n, 't>(
         Parsed::Text(text) => Value::String(lua.create_string(text.as_bytes())?),
         Parsed::List(items) => {
             let table = lua.create_table_with_capacity(items.len(), 0)?;
-            for item in items {
-                table.raw_push(convert(lua, item, made)?)?;
+            for (index, item) in items.iter().enumerate() {
+                table.raw_seti(index + 1, convert(lua, item, made)?)?;
             }
             made(&table, node)?;
             Value::Table(table)

@@ -276,12 +276,12 @@ fn restate(
     let count = thousands(data.examples.len());
     session.tell(format_args!("data      {count} examples, {} tokens{held_out}{left_out}", thousands(data.tokens())));
     session.tell(format_args!(
-        "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
+        "training  {} steps of {} x {} examples   learning rate {:.1e}, {}   seed {}",
         thousands(steps as usize),
         config.gradient_accumulation_steps,
         config.batch_size,
         config.learning_rate,
-        config.lr_scheduler_type,
+        format!("{:?}", config.lr_scheduler_type).to_lowercase(),
         config.seed,
     ));
 }
@@ -372,9 +372,12 @@ impl Watcher<'_> {
             other => return Err(raise(format!("it returned {}, not nil or a table", words(&other)))),
         };
         let mut scale = None;
-        for pair in table.pairs::<String, Value>() {
-            let (key, value) = pair.map_err(|_| raise("a directive is a table of names".to_owned()))?;
-            match (key.as_str(), &value) {
+        for pair in table.pairs::<Value, Value>() {
+            let (key, value) = pair?;
+            let Value::String(key) = key else {
+                return Err(raise("a directive is a table of names, such as { stop = \"the reason\" }".to_owned()));
+            };
+            match (&*key.to_string_lossy(), &value) {
                 ("stop", Value::String(reason)) => self.stopped = Some(reason.to_string_lossy()),
                 ("stop", other) => {
                     return Err(raise(format!("`stop` should be the reason, as a string, not {}", words(other))));

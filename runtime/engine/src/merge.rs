@@ -187,7 +187,11 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
         // A family has biases at all modules of a kind or at none.
         let zeros = || Arc::new(vec![0.0; module.info.d_out]);
         if config.has_bias(&module.info.path) {
-            push(format!("{}.bias", module.info.path), vec![module.info.d_out], &module.bias.clone().unwrap_or_else(zeros))?;
+            push(
+                format!("{}.bias", module.info.path),
+                vec![module.info.d_out],
+                &module.bias.clone().unwrap_or_else(zeros),
+            )?;
         }
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {
@@ -236,8 +240,7 @@ fn save_configuration(
     };
     directory.write("config.json", pretty(&json)?.as_bytes())?;
     if !base.path.is_dir() || model.text_from.is_some() {
-        let mut generation =
-            if there("generation_config.json") { read("generation_config.json")? } else { json!({}) };
+        let mut generation = if there("generation_config.json") { read("generation_config.json")? } else { json!({}) };
         generation["bos_token_id"] = tokenizer.bos_id.into();
         generation["eos_token_id"] = json!(tokenizer.eos_ids);
         directory.write("generation_config.json", pretty(&generation)?.as_bytes())?;

@@ -22,7 +22,8 @@ use serde_json::{Value, json};
 use crate::command_line::{read_json, set_fields};
 use crate::handlers::asked;
 use crate::support::{
-    Place, Values, distance, eval, expected, fixture, homeroom, loss, model, refused, run, stored_ids, succeeds, tensors,
+    Place, Values, distance, eval, expected, fixture, homeroom, loss, model, refused, run, stored_ids, succeeds,
+    tensors,
 };
 
 /// A GGUF file with one more metadata entry: its key, and its type and value as they are stored.
@@ -70,7 +71,10 @@ fn a_gguf_file_is_known_by_its_first_bytes_whatever_it_is_called() -> Result<()>
     for path in [blob, snapshot.join("Tiny.Q8_0.GGUF"), snapshot.clone()] {
         assert_eq!(BaseModel::load(&path).with_context(|| path.display().to_string())?.digest(), wanted);
     }
-    check_refusal(&place.path("hub"), &["neither config.json nor a .gguf file", "name one of the directories in its snapshots/"]);
+    check_refusal(
+        &place.path("hub"),
+        &["neither config.json nor a .gguf file", "name one of the directories in its snapshots/"],
+    );
     // What is remembered of it is the name that says which model it is.
     assert!(BaseModel::load(&snapshot)?.path.ends_with("snapshots/ä1/Tiny.Q8_0.GGUF"));
     let linked = BaseModel::load(&snapshot.join("../ä1/Tiny.Q8_0.GGUF"))?.path;
@@ -277,7 +281,11 @@ fn a_base_that_no_model_can_be_written_of_is_told_before_it_is_trained() -> Resu
     refused(place.fine_tune(&long, &rows).args(full), &["could not be saved", why])?;
     assert!(place.outputs()?.is_empty());
     let ran = succeeds(place.fine_tune(&long, &rows).args(["--max-steps", "1"]))?;
-    assert!(ran.stderr.contains("note: a merged model cannot be exported") && ran.stderr.contains(why), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("note: a merged model cannot be exported") && ran.stderr.contains(why),
+        "{}",
+        ran.stderr
+    );
     let note = ran.stderr.find("note: a merged").context("it is there")?;
     assert!(note < ran.stderr.find("training  ").context("a run is restated")?, "{}", ran.stderr);
 
@@ -334,7 +342,11 @@ fn a_base_weight_in_an_adapter_that_is_not_the_bases_is_refused_by_name() -> Res
     values.extend([0.25; 2 * 48]);
     resized.insert("base_model.model.lm_head.weight".to_owned(), (vec![shape[0] + 2, 48], values));
     write_tensors(&weights, resized)?;
-    refuses(&["`base_model.model.lm_head.weight`", "it is [322, 48], that of the base is [320, 48]", "merge_and_unload"])?;
+    refuses(&[
+        "`base_model.model.lm_head.weight`",
+        "it is [322, 48], that of the base is [320, 48]",
+        "merge_and_unload",
+    ])?;
 
     let mut stray = plain;
     stray.insert("base_model.model.model.layers.7.mlp.up_proj.base_layer.weight".to_owned(), (vec![1], vec![0.5]));
@@ -476,7 +488,10 @@ fn a_token_that_the_embedding_lacks_is_named_by_line_and_stops_no_other_row() ->
         chat
     };
     succeeds(&mut chat("12 <|größer|> 7?"))?;
-    fs::write(&template, fs::read_to_string(&template)?.replace("message['role'] +", "message['role'] + '<|größer|>' +"))?;
+    fs::write(
+        &template,
+        fs::read_to_string(&template)?.replace("message['role'] +", "message['role'] + '<|größer|>' +"),
+    )?;
     refused(&mut chat("12?"), &[said])
 }
 
@@ -578,14 +593,16 @@ fn a_byte_of_the_base_that_was_changed_is_noticed() -> Result<()> {
     let out = place.path("outputs/out");
     let warned = || -> Result<bool> {
         let said = succeeds(&mut eval(&out, &rows))?.stderr;
-        Ok(said.contains("warning: ") && said.contains("model.safetensors is not the file that the adapter was trained on"))
+        Ok(said.contains("warning: ")
+            && said.contains("model.safetensors is not the file that the adapter was trained on"))
     };
     let recorded = read_json(&out.join("homeroom.json"))?["base"]["files"].clone();
     assert!(recorded["model.safetensors"].as_str().is_some_and(|digest| digest.starts_with("sha256:")), "{recorded}");
     assert!(!warned()?);
     let weights = base.join("model.safetensors");
     let mut bytes = fs::read(&weights)?;
-    let (before, second_row) = (BaseModel::load(&base)?.digest(), map_safetensors(&weights)?["lm_head.weight"].range.start + 4 * 48);
+    let (before, second_row) =
+        (BaseModel::load(&base)?.digest(), map_safetensors(&weights)?["lm_head.weight"].range.start + 4 * 48);
     bytes[second_row] ^= 1;
     fs::write(&weights, &bytes)?;
     assert_eq!(BaseModel::load(&base)?.digest(), before, "no sampled row is changed");

@@ -1,6 +1,6 @@
 //! A plan made real on a model: its parameters with their values, and what each module computes.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor, Var};
@@ -11,6 +11,7 @@ use homeroom_kernels::Stream;
 
 use crate::model::BaseModel;
 use crate::requantize::is_float;
+use crate::tensors::TensorValues;
 
 /// A strategy's plan with its parameters, ready to train or to run. A clone has the same parameters, not copies of them.
 #[derive(Clone)]
@@ -120,7 +121,7 @@ impl Adaptation {
     ///
     /// # Errors
     /// When a tensor is missing, left over or of another size; all problems together.
-    pub fn load(&mut self, mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Result<()> {
+    pub fn load(&mut self, mut tensors: TensorValues) -> Result<()> {
         let mut problems = Vec::new();
         for param in &self.params {
             let Some((shape, values)) = tensors.remove(&param.spec.tensor) else {

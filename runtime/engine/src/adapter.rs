@@ -16,7 +16,7 @@ use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
 use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
-use crate::tensors::{Tensors, map_safetensors};
+use crate::tensors::{TensorValues, Tensors, map_safetensors};
 use crate::tokenizer::Tokenizer;
 use crate::weight::NativeCodec;
 
@@ -189,7 +189,7 @@ pub struct AdapterFiles {
     /// `homeroom.json`, if this program wrote the adapter.
     pub manifest: Option<Manifest>,
     config: Option<Map<String, Value>>,
-    tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    tensors: TensorValues,
     /// Weights of the base that PEFT saved beside the adapter's own, as it does where the embedding or the head is adapted.
     copies: Tensors,
 }
@@ -344,7 +344,7 @@ impl AdapterFiles {
     ///
     /// # Errors
     /// When they lie beside a weight of another base.
-    pub fn into_tensors(self, model: &BaseModel) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+    pub fn into_tensors(self, model: &BaseModel) -> Result<TensorValues> {
         let place = || self.path.join(WEIGHTS_FILE).display().to_string();
         peft::check_base_copies(&self.copies, model).with_context(place)?;
         Ok(self.tensors)

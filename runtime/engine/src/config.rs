@@ -178,7 +178,10 @@ impl ModelConfig {
     /// When a key is missing or says something that this decoder does not compute.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         let kind = gguf.str("general.type")?.unwrap_or("model");
-        ensure!(kind == "model", "`general.type` is `{kind}`: the file belongs to a model and is none; name the model's");
+        ensure!(
+            kind == "model",
+            "`general.type` is `{kind}`: the file belongs to a model and is none; name the model's"
+        );
         let architecture = gguf.str("general.architecture")?.context("`general.architecture` is missing")?;
         ensure!(
             matches!(architecture, "llama" | "qwen2"),

@@ -118,7 +118,8 @@ mod tests {
     #[test]
     fn a_digest_is_kept_until_its_file_is_written() -> Result<()> {
         let place = tempfile::tempdir()?;
-        let (kept, files) = (place.path().join("digests.json"), ["ä.gguf", "b.gguf"].map(|name| place.path().join(name)));
+        let (kept, files) =
+            (place.path().join("digests.json"), ["ä.gguf", "b.gguf"].map(|name| place.path().join(name)));
         let write = |path: &Path, text: &str, age: u64| -> Result<()> {
             fs::write(path, text)?;
             Ok(File::options().write(true).open(path)?.set_modified(SystemTime::now() - Duration::from_secs(age))?)
@@ -148,7 +149,9 @@ mod tests {
         fs::write(&kept, "{")?;
         assert_eq!(of_files(&files, Some(&kept))?["ä.gguf"], digest);
         assert_eq!(of_files(&files, Some(&place.path().join("no/where.json")))?["ä.gguf"], digest);
-        assert!(of_files(&[place.path().to_owned()], None).is_err_and(|error| error.to_string().contains("a directory")));
+        assert!(
+            of_files(&[place.path().to_owned()], None).is_err_and(|error| error.to_string().contains("a directory"))
+        );
         Ok(())
     }
 }

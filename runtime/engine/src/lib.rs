@@ -5,7 +5,8 @@
 //! numbers: [`adaptation`] makes a plan real, [`recipe`] runs it, [`decoder`] and [`attention`] compose the model,
 //! [`block`] loops over it forward and backward, [`frozen_linear`] multiplies by frozen weights. From rows to an adapter:
 //! [`data`], [`order`] and [`batch`] lay out tokens, [`train`] with [`optimizer`] and [`schedule`] learns, [`adapter`],
-//! [`peft`], [`merge`] and [`files`] write; [`digest`] tells files apart. [`generate`] answers, with weights where `resident` put them; [`memory`] says how much there is.
+//! [`peft`], [`merge`] and [`files`] write; [`digest`] tells files apart. [`generate`] answers, with weights
+//! where `resident` put them; [`memory`] says how much there is.
 //!
 //! Nothing here sees TOML, Lua, HTTP or a terminal.
 

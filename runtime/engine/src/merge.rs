@@ -208,7 +208,11 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
         // A family has biases at all modules of a kind or at none.
         let zeros = || Arc::new(vec![0.0; module.info.d_out]);
         if config.has_bias(&module.info.path) {
-            push(format!("{}.bias", module.info.path), vec![module.info.d_out], &module.bias.clone().unwrap_or_else(zeros))?;
+            push(
+                format!("{}.bias", module.info.path),
+                vec![module.info.d_out],
+                &module.bias.clone().unwrap_or_else(zeros),
+            )?;
         }
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {

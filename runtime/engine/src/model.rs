@@ -115,7 +115,11 @@ impl BaseModel {
             }
             (None, _) => {
                 let cache = absolute.join("snapshots").is_dir();
-                let hint = if cache { "; it is a model in a cache: name one of the directories in its snapshots/" } else { "" };
+                let hint = if cache {
+                    "; it is a model in a cache: name one of the directories in its snapshots/"
+                } else {
+                    ""
+                };
                 bail!("{}: neither config.json nor a .gguf file is there{hint}", path.display())
             }
         }
@@ -209,8 +213,7 @@ impl BaseModel {
 
     /// The same model with the tokenizer and template that an adapter was trained with.
     pub(crate) fn with_tokenizer(&self, tokenizer: Tokenizer, adapter: &Path) -> Result<Self> {
-        let model =
-            Self::assemble(self.path.clone(), self.config.clone(), self.modules.clone(), Arc::new(tokenizer))?;
+        let model = Self::assemble(self.path.clone(), self.config.clone(), self.modules.clone(), Arc::new(tokenizer))?;
         let (files, digest) = (self.files.clone(), self.digest.clone());
         Ok(Self { files, text_from: Some(adapter.to_owned()), digest, ..model })
     }
@@ -304,7 +307,8 @@ fn build_modules(
     let hidden = config.hidden_size;
     let q_width = config.num_attention_heads * config.head_dim;
     let kv_width = config.num_key_value_heads * config.head_dim;
-    let mut builder = Builder { tensors, order, biased, used: BTreeSet::new(), problems: Vec::new(), modules: Vec::new() };
+    let mut builder =
+        Builder { tensors, order, biased, used: BTreeSet::new(), problems: Vec::new(), modules: Vec::new() };
     builder.add(EMBEDDING, Embedding, config.vocab_size, hidden);
     for layer in 0..config.num_hidden_layers {
         let mut add =

@@ -31,6 +31,9 @@ pub struct MappedTensor {
 /// Tensors by name.
 pub type Tensors = BTreeMap<String, MappedTensor>;
 
+/// Shapes and values of tensors by name.
+pub type TensorValues = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
 /// Files of a directory's weights.
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

@@ -279,8 +279,7 @@ impl Outcome {
             training["events"] = json!(self.report.events);
         }
         let (data_digest, requantize) = (Some(self.data_digest.as_str()), job.requantize);
-        let record =
-            Record { strategy: &strategy, data_digest, base_files: job.base_files(), requantize, training };
+        let record = Record { strategy: &strategy, data_digest, base_files: job.base_files(), requantize, training };
         if adaptation.is_whole_model() {
             save_model(directory, &merge(&job.model, &adaptation)?, &job.model, Floats::of(&job.model)?)?;
             let manifest = serde_json::to_value(adapter::manifest(&job.model, &adaptation, record)?)?;

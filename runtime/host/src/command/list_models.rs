@@ -35,12 +35,16 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let names = entries.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
     let width = strategies.iter().map(|strategy| strategy.chars().count()).max().unwrap_or(0);
     let lines = entries.iter().zip(&strategies).map(|(entry, strategy)| {
-        let problem = entry.problem.as_ref().map(|problem| format!("   problem: {}", cell(problem))).unwrap_or_default();
+        let problem =
+            entry.problem.as_ref().map(|problem| format!("   problem: {}", cell(problem))).unwrap_or_default();
         let loss = entry.eval_loss.map_or_else(|| "-".to_owned(), |loss| format!("{loss:.3}"));
         let from = entry.parent.as_ref().map(|parent| format!(", from {}", cell(parent))).unwrap_or_default();
         let base = entry.base.display().to_string();
         let base = if base.is_empty() { "an unknown base".to_owned() } else { cell(&base) };
-        format!("{:names$}   {:7}   {strategy:width$}   held-out loss {loss:>6}   on {base}{from}{problem}", entry.name, entry.kind)
+        format!(
+            "{:names$}   {:7}   {strategy:width$}   held-out loss {loss:>6}   on {base}{from}{problem}",
+            entry.name, entry.kind
+        )
     });
     print(&lines.collect::<Vec<_>>().join("\n"))?;
     Ok(Done::Whole)

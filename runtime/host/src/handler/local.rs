@@ -90,7 +90,10 @@ impl Local {
                 match Loaded::to_answer(reference) {
                     Ok(loaded) => {
                         now.answers = answers(loaded, self.compute);
-                        line(format_args!("note: {}: its files have changed; the new ones answer from now on", self.name));
+                        line(format_args!(
+                            "note: {}: its files have changed; the new ones answer from now on",
+                            self.name
+                        ));
                     }
                     Err(error) => line(format_args!(
                         "warning: {}: its files have changed and cannot be loaded, so the older ones go on answering: {error:#}",

@@ -1,5 +1,6 @@
 //! Merging: the adapted modules' effective weights in place of the frozen ones, and a model directory written of them.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +15,7 @@ use crate::batch::Batch;
 use crate::files::NewDirectory;
 use crate::model::{BaseModel, EMBEDDING, HEAD, Module};
 use crate::recipe::Pass;
+use crate::tokenizer::TEMPLATES_DIR;
 use crate::weight::Weight;
 
 /// The model that an adapted one amounts to, as f32 where modules were adapted.
@@ -127,8 +129,8 @@ impl Floats {
     }
 }
 
-/// Writes a model, made from `base`, as a Hugging Face directory that transformers loads. The chat template stands in both places in
-/// which readers look for it.
+/// Writes a model, made from `base`, as a Hugging Face directory that transformers loads. Chat templates stand in both places in
+/// which readers look for them.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -207,6 +209,12 @@ fn save_configuration(directory: &NewDirectory, model: &BaseModel, base: &BaseMo
     }
     directory.write("config.json", pretty(&config?)?.as_bytes())?;
     directory.write("tokenizer_config.json", pretty(&tokenizer_config)?.as_bytes())?;
+    if !tokenizer.named_templates.is_empty() {
+        directory.subdirectory(Path::new(TEMPLATES_DIR))?;
+    }
+    for (name, template) in &tokenizer.named_templates {
+        directory.write(&format!("{TEMPLATES_DIR}/{name}.jinja"), template.as_bytes())?;
+    }
     match &tokenizer.chat_template {
         Some(template) if !base.path.join("chat_template.jinja").exists() => {
             directory.write("chat_template.jinja", template.as_bytes())

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use homeroom_engine::data::{Dataset, Example};
+use homeroom_engine::data::{Dataset, Example, note_endless};
 use homeroom_engine::files::{NewDirectory, replaceable, vacant};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::{Broken, Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
@@ -244,6 +244,9 @@ fn restate(arguments: &FineTune, job: &Job, rows: &Rows, config: &TrainConfig, s
         arguments.training_file.display(),
         thousands(rows.train.len()),
     ));
+    if let Some(note) = note_endless(rows.data.endless, rows.data.examples.len()) {
+        line(note);
+    }
     line(format_args!(
         "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
         thousands(steps as usize),

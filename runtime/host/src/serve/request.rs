@@ -3,6 +3,7 @@
 //! What is asked for and cannot be done is refused by name, and so is what is not known: an answer that silently lacks it is worse
 //! than none. What does not change the answer is passed over, and named to the client in `x-ignored-params`.
 
+use homeroom_engine::template::join_parts;
 use serde_json::{Map, Value};
 
 use crate::handler::{HandlerError, Kind, Message, Request, Role};
@@ -194,7 +195,8 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
         let at = |field: &str| format!("messages[{i}].{field}");
         let fields = message.as_object().ok_or_else(|| wrong(&format!("messages[{i}]"), "an object"))?;
         let role = match fields.get("role").and_then(Value::as_str) {
-            Some("system" | "developer") => Role::System,
+            Some("system") => Role::System,
+            Some("developer") => Role::Developer,
             Some("user") => Role::User,
             Some("assistant") => Role::Assistant,
             Some("tool" | "function") => {
@@ -245,7 +247,8 @@ fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
             Err(HandlerError::invalid(&format!("{at}[{i}].type"), "this model reads text and nothing else"))
         }
     };
-    Ok(parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
+    let texts = parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?;
+    Ok(join_parts(texts.iter().map(String::as_str)))
 }
 
 #[cfg(test)]
@@ -365,7 +368,7 @@ mod tests {
         assert!(asked.stream && asked.include_usage);
         assert_eq!(asked.request.max_tokens, Some(7));
         assert_eq!(asked.request.seed, Some(-1));
-        assert_eq!(asked.request.messages, [Message::new(Role::System, "a\nb"), Message::new(Role::Assistant, "")]);
+        assert_eq!(asked.request.messages, [Message::new(Role::Developer, "a\nb"), Message::new(Role::Assistant, "")]);
         Ok(())
     }
 }

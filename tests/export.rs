@@ -4,11 +4,13 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_engine::batch::Batch;
+use homeroom_engine::data::{OnLongRow, check_row};
+use homeroom_engine::files::replaceable;
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Place, distance, fixture, homeroom, plugin_path};
 
@@ -105,6 +107,102 @@ fn a_merged_export_is_the_trained_model() -> Result<()> {
             let original = fixture("models/llama/tokenizer.json");
             assert_eq!(fs::read(out.join("tokenizer.json"))?, fs::read(original)?);
         }
+    }
+    Ok(())
+}
+
+/// A copy of a fixture whose chat templates are these.
+fn with_templates(place: &Path, default: &str, named: &[(&str, &str)], listed: bool) -> Result<()> {
+    fs::create_dir(place)?;
+    for entry in fs::read_dir(fixture("models/llama"))? {
+        let path = entry?.path();
+        fs::copy(&path, place.join(path.file_name().context("an entry has a name")?))?;
+    }
+    if !listed {
+        fs::create_dir(place.join("additional_chat_templates"))?;
+        for (name, template) in named {
+            fs::write(place.join(format!("additional_chat_templates/{name}.jinja")), template)?;
+        }
+        return Ok(fs::write(place.join("chat_template.jinja"), default)?);
+    }
+    fs::remove_file(place.join("chat_template.jinja"))?;
+    let config = place.join("tokenizer_config.json");
+    let mut fields: Value = serde_json::from_slice(&fs::read(&config)?)?;
+    let all = [&[("default", default)], named].concat();
+    fields["chat_template"] = all.iter().map(|(name, template)| json!({"name": name, "template": template})).collect();
+    Ok(fs::write(config, fields.to_string())?)
+}
+
+const PLAIN: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// A row with tools is trained by the template for tools, and what comes of the training answers by it.
+#[test]
+fn every_chat_template_of_a_base_is_trained_with_and_exported() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let tool_use =
+        format!("{{% if tools %}}<|im_start|>tools\n{{{{ tools[0].function.name }}}}<|im_end|>\n{{% endif %}}{PLAIN}");
+    let named = [("tool_use", tool_use.as_str()), ("rag", "é")];
+    let rows = home.path().join("rows.jsonl");
+    let tools = json!([{"type": "function", "function": {"name": "wetter"}}]);
+    let messages = json!([{"role": "user", "content": "wie?"}, {"role": "assistant", "content": "gut"}]);
+    fs::write(&rows, format!("{}\n", json!({"messages": messages, "tools": tools})))?;
+    for (name, strategy, listed) in [("listed", "lora", true), ("files", "full", false)] {
+        let base = home.path().join(format!("{name}-base"));
+        with_templates(&base, PLAIN, &named, listed)?;
+        let model = BaseModel::load(&base)?;
+        let encoder = homeroom::models::encoder(&model, None, OnLongRow::Refuse)?;
+        let example = |row: &Value| -> Result<String> {
+            let row = check_row(&row.to_string()).map_err(|problem| anyhow!("{problem}"))?;
+            let examples = encoder.examples(1, &row).map_err(|problem| anyhow!("{problem}"))?;
+            model.tokenizer.decode(&examples.context("it is short")?.0[0].ids, false)
+        };
+        assert!(
+            example(&json!({"messages": messages, "tools": tools}))?.starts_with("<|im_start|>tools\nwetter<|im_end|>")
+        );
+        assert!(example(&json!({"messages": messages}))?.starts_with("<|im_start|>user\nwie?"));
+
+        let mut command = program(home.path())?;
+        command.arg("fine-tune").arg("--model-name").arg(&base).arg("--training-file").arg(&rows);
+        done(command.args(["--strategy", strategy, "--name", name, "--max-steps", "1"]))?;
+        let mut out = home.path().join("models").join(name);
+        if strategy == "lora" {
+            out = home.path().join("merged");
+            for overwrite in [&[][..], &["--overwrite"]] {
+                let mut command = program(home.path())?;
+                command.args(["export-model", "--model-dir", name, "--format", "merged"]).args(overwrite);
+                done(command.arg("--output-dir").arg(&out))?;
+            }
+        }
+        for (name, template) in named {
+            assert_eq!(fs::read_to_string(out.join(format!("additional_chat_templates/{name}.jinja")))?, template);
+        }
+        let written = BaseModel::load(&out)?;
+        assert_eq!(written.tokenizer.template_digest(), model.tokenizer.template_digest());
+        let config: Value = serde_json::from_slice(&fs::read(out.join("tokenizer_config.json"))?)?;
+        assert_eq!(config["chat_template"].as_array().map(Vec::len), Some(3), "{config}");
+        // A directory that holds anything else is not replaced.
+        fs::write(out.join("additional_chat_templates/notes.txt"), "mine")?;
+        let message = replaceable(&out).expect_err("notes would be lost").to_string();
+        assert!(message.contains("holds `additional_chat_templates`"), "{message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_template_that_ends_no_turn_is_told_before_the_training() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let rows = home.path().join("rows.jsonl");
+    let row = json!({"prompt": "wie?", "completion": "gut"});
+    fs::write(&rows, format!("{row}\n{row}\n"))?;
+    let endless = PLAIN.replace("<|im_end|>\\n", "\\n\\n");
+    for (name, template) in [("ends", PLAIN), ("goes-on", endless.as_str())] {
+        let base = home.path().join(format!("{name}-base"));
+        with_templates(&base, template, &[], false)?;
+        let mut command = program(home.path())?;
+        command.arg("fine-tune").arg("--model-name").arg(&base).arg("--training-file").arg(&rows);
+        let output = done(command.args(["--name", name, "--max-steps", "1"]))?;
+        let said = String::from_utf8_lossy(&output.stderr).contains("note: 2 of 2 examples end without an end token");
+        assert_eq!(said, name == "goes-on", "{}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
 }

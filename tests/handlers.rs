@@ -425,7 +425,10 @@ fn a_request_is_what_the_user_said_and_no_more() -> Result<()> {
     let (url, thread) = scripted(vec![stream_of("data: {\"choices\":[{\"finish_reason\":\"stop\"}]}\n\n"); 2])?;
     let handler = endpoint(&url, "m")?;
     handler.complete(
-        &Request { messages: vec![Message::new(Role::User, "hi")], ..Request::default() },
+        &Request {
+            messages: vec![Message::new(Role::Developer, "Kurz."), Message::new(Role::User, "hi")],
+            ..Request::default()
+        },
         &Context::default(),
     )?;
     handler.complete(&Request { stop: vec!["x".into()], ..asked("hi", 5) }, &Context::default())?;
@@ -433,10 +436,11 @@ fn a_request_is_what_the_user_said_and_no_more() -> Result<()> {
     let body = |request: &str| -> Result<Value> {
         Ok(serde_json::from_str(request.split("\r\n\r\n").last().context("a body")?)?)
     };
-    let messages = json!([{"role": "user", "content": "hi"}]);
+    let messages = json!([{"role": "system", "content": "Kurz."}, {"role": "user", "content": "hi"}]);
     let mut want =
         json!({"model": "m", "messages": messages, "stream": true, "stream_options": {"include_usage": true}});
     assert_eq!(body(&requests[0])?, want);
+    want["messages"] = json!([{"role": "user", "content": "hi"}]);
     for (field, value) in
         [("max_tokens", json!(5)), ("temperature", json!(0.0)), ("seed", json!(1)), ("stop", json!(["x"]))]
     {

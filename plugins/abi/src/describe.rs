@@ -117,12 +117,13 @@ impl std::fmt::Display for Source {
     }
 }
 
-/// The candidate nearest to `word` by edit distance, when it is near enough to be what was meant.
+/// The candidate nearest to `word` by edit distance, letter case aside, when it is near enough to be what was meant.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_lowercase();
     let bound = 1 + word.chars().count() / 4;
     candidates
         .into_iter()
-        .map(|candidate| (edit_distance(word, candidate), candidate))
+        .map(|candidate| (edit_distance(&word, &candidate.to_lowercase()), candidate))
         .filter(|(distance, _)| *distance <= bound)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
@@ -156,6 +157,7 @@ mod tests {
         let known = ["lora_alpha", "lora_dropout", "r"];
         assert_eq!(nearest("lora_alhpa", known), Some("lora_alpha"));
         assert_eq!(nearest("lora_droput", known), Some("lora_dropout"));
+        assert_eq!(nearest("LORA_Alpha", known), Some("lora_alpha"));
         assert_eq!(nearest("temperature", known), None);
     }
 

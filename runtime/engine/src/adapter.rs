@@ -17,7 +17,7 @@ use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
 use crate::tensors::{TensorValues, Tensors, map_safetensors};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{TEMPLATES_DIR, Tokenizer};
 use crate::weight::NativeCodec;
 
 /// File of PEFT's configuration.
@@ -127,10 +127,21 @@ pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation
 pub(crate) fn write_text(directory: &NewDirectory, tokenizer: &Tokenizer) -> Result<()> {
     directory.write("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
     directory.write("tokenizer_config.json", pretty(&tokenizer.config_json())?.as_bytes())?;
-    match &tokenizer.chat_template {
-        Some(template) => directory.write("chat_template.jinja", template.as_bytes()),
-        None => Ok(()),
+    write_templates(directory, tokenizer)
+}
+
+/// Writes the chat templates as files of their own, where transformers looks for them first.
+pub(crate) fn write_templates(directory: &NewDirectory, tokenizer: &Tokenizer) -> Result<()> {
+    if let Some(template) = &tokenizer.chat_template {
+        directory.write("chat_template.jinja", template.as_bytes())?;
     }
+    if !tokenizer.named_templates.is_empty() {
+        directory.subdirectory(Path::new(TEMPLATES_DIR))?;
+    }
+    for (name, template) in &tokenizer.named_templates {
+        directory.write(&format!("{TEMPLATES_DIR}/{name}.jinja"), template.as_bytes())?;
+    }
+    Ok(())
 }
 
 /// What `homeroom.json` says of a run's result.

@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 use self::exchange::Older;
-pub use self::known::{RESULT_FILES, replaceable};
+pub use self::known::{RESULT_FILES, named_templates, replaceable};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
 pub use self::modes::{keep_private, prepare};

@@ -10,7 +10,7 @@ use homeroom_kernels::Storage;
 use serde_json::{Value, json};
 
 use crate::adaptation::Adaptation;
-use crate::adapter::{pretty, write_text};
+use crate::adapter::{pretty, write_templates, write_text};
 use crate::batch::Batch;
 use crate::config::ModelConfig;
 use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, read_bytes, read_text};
@@ -85,15 +85,8 @@ pub fn divergence(model: &Pass<'_>, other: &Pass<'_>, sequences: &[Vec<u32>]) ->
 }
 
 /// Files of a Hugging Face directory that go into a directory made from it, byte for byte.
-const UNTOUCHED: [&str; 7] = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-];
+const UNTOUCHED: [&str; 6] =
+    ["tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"];
 
 /// The file that says what ends an answer.
 const GENERATION: &str = "generation_config.json";
@@ -179,8 +172,8 @@ fn exported_config(model: &BaseModel) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Writes a model, made from `base`, as a Hugging Face directory that transformers loads. The chat template stands in both places in
-/// which readers look for it.
+/// Writes a model, made from `base`, as a Hugging Face directory that transformers loads. Chat templates stand in both places in
+/// which readers look for them.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -278,10 +271,7 @@ fn save_configuration(
         }
     }
     directory.write("tokenizer_config.json", pretty(&tokenizer_config)?.as_bytes())?;
-    match &tokenizer.chat_template {
-        Some(template) if !there("chat_template.jinja") => directory.write("chat_template.jinja", template.as_bytes()),
-        _ => Ok(()),
-    }
+    write_templates(directory, tokenizer)
 }
 
 /// What a model generates by: the base's own, with every token that ends an answer. Other programs do not look for those in the chat

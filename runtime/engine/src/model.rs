@@ -176,14 +176,7 @@ impl BaseModel {
     }
 
     fn assemble(path: PathBuf, config: ModelConfig, modules: Vec<Module>, tokenizer: Arc<Tokenizer>) -> Result<Self> {
-        let template = match &tokenizer.chat_template {
-            Some(source) => {
-                let (bos, eos) = (tokenizer.bos_token.as_deref(), tokenizer.eos_token.as_deref());
-                let template = ChatTemplate::new(source, bos, eos);
-                Some(template.with_context(|| format!("{}: its chat template", path.display()))?)
-            }
-            None => None,
-        };
+        let template = ChatTemplate::of_tokenizer(&tokenizer).with_context(|| path.display().to_string())?;
         let by_path: HashMap<String, usize> =
             modules.iter().enumerate().map(|(index, module)| (module.info.path.clone(), index)).collect();
         let layers = (0..config.num_hidden_layers).map(|layer| {

@@ -12,13 +12,13 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
-use serde_json::{Map, Value as Json};
+use serde_json::Value as Json;
 
-use crate::tokenizer::{Control, Encoded, Tokenizer};
+use crate::tokenizer::{Control, Tokenizer};
 
 mod bounds;
 mod generation;
@@ -26,13 +26,20 @@ mod generation;
 mod hostile;
 mod lexer;
 mod marks;
+mod message;
 mod python;
 mod source;
 #[cfg(test)]
 mod tests;
+mod tokens;
+mod turns;
 
 use generation::rewrite_generation_tags;
 use marks::{Marked, Marks, Survey, count_obeyed, find_around, find_typed, keys_of};
+use message::Reads;
+pub use message::join_parts;
+pub(crate) use tokens::token_starts;
+pub use tokens::tokenize;
 
 /// The name under which the one template is stored in its environment.
 const NAME: &str = "chat template";
@@ -41,18 +48,20 @@ const NAME: &str = "chat template";
 ///
 /// `messages` are OpenAI's (`role`, `content`, `tool_calls`, …). Before rendering, keys that are null are dropped,
 /// `arguments` of tool calls that are JSON strings are parsed (a template that wants text gets text), and a reasoning
-/// field is offered under each of its usual names, as transformers does.
+/// field is offered under each of its usual names, as transformers does. A template that reads content in parts gets parts, and
+/// others a text. `developer` is `system` to a template that does not know it.
 #[derive(Debug)]
 pub struct ChatTemplate {
     env: Environment<'static>,
     source: String,
     variables: Vec<(String, Value)>,
-    /// The template adds `arguments` to strings, so it must be given text (DeepSeek-V3 does).
-    arguments_as_text: bool,
+    reads: Reads,
     /// Rendering may nest so deep that it needs a stack of its own.
     deep: bool,
     /// Texts that it may write.
     written: String,
+    /// What renders conversations with tools.
+    tool_use: Option<Box<ChatTemplate>>,
 }
 
 /// A text ready for tokenising: which byte spans are trained, and where a user's text spells special tokens that must
@@ -93,7 +102,8 @@ impl ChatTemplate {
             env.add_template_owned(NAME, text).map_err(|e| template_error(&e))?;
             Ok(env)
         })?;
-        let mut template = Self { env, source, variables: Vec::new(), arguments_as_text: false, deep, written };
+        let (variables, reads) = (Vec::new(), Reads::default());
+        let mut template = Self { env, source, variables, reads, deep, written, tool_use: None };
         template.set_clock(None);
         for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
             if let Some(token) = token {
@@ -101,8 +111,35 @@ impl ChatTemplate {
             }
         }
         template.try_out()?;
-        template.arguments_as_text = template.wants_arguments_as_text();
+        template.reads = Reads::of(&template);
         Ok(template)
+    }
+
+    /// The chat template of a tokenizer, with the one for tools if that has a source of its own.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Option<Self>> {
+        let (bos, eos) = (tokenizer.bos_token.as_deref(), tokenizer.eos_token.as_deref());
+        let Some(source) = &tokenizer.chat_template else { return Ok(None) };
+        let template = Self::new(source, bos, eos).context("its chat template")?;
+        Ok(Some(match tokenizer.named_templates.get("tool_use") {
+            Some(source) => {
+                template.with_tool_use(Self::new(source, bos, eos).context("its chat template `tool_use`")?)
+            }
+            None => template,
+        }))
+    }
+
+    /// Renders conversations with tools by another template, as transformers does with the one named `tool_use`.
+    pub fn with_tool_use(mut self, template: Self) -> Self {
+        self.tool_use = Some(Box::new(template));
+        self
+    }
+
+    /// The template for conversations with these tools.
+    fn of(&self, tools: Option<&Json>) -> &Self {
+        tools.and(self.tool_use.as_deref()).unwrap_or(self)
     }
 
     /// Renders a plain conversation, as a template would be asked to first.
@@ -122,6 +159,7 @@ impl ChatTemplate {
     pub fn with_variable(mut self, name: &str, value: &Json) -> Self {
         self.variables.retain(|(n, _)| n != name);
         self.variables.push((name.into(), to_value(value)));
+        self.tool_use = self.tool_use.map(|template| Box::new(template.with_variable(name, value)));
         self
     }
 
@@ -129,6 +167,7 @@ impl ChatTemplate {
     /// same text. Without it the template sees the present time in UTC (transformers: local time).
     pub fn with_clock(mut self, unix_seconds: i64) -> Self {
         self.set_clock(Some(unix_seconds));
+        self.tool_use = self.tool_use.map(|template| Box::new(template.with_clock(unix_seconds)));
         self
     }
 
@@ -142,68 +181,8 @@ impl ChatTemplate {
     /// # Errors
     /// When the template refuses the messages or fails; the message names the template's line.
     pub fn render(&self, messages: &[Json], tools: Option<&Json>, add_generation_prompt: bool) -> Result<String> {
-        self.run(&self.normalise(messages)?, tools, add_generation_prompt, "")
-    }
-
-    /// Renders a conversation to learn from. `control`: see [`Tokenizer::control_in`].
-    ///
-    /// Usually one text. A template with `{% generation %}` says itself what is trained. Without it, the span of an
-    /// assistant turn is what rendering up to and including it adds to rendering before it with
-    /// `add_generation_prompt`. Where those renderings do not begin one another (templates that drop earlier
-    /// thinking), each assistant turn is a text of its own, rendered as it would be served. Turns with `weight: 0`
-    /// are not trained.
-    ///
-    /// # Errors
-    /// When there is nothing to train on, the template refuses the messages, or the prompt of a turn does not begin
-    /// the turn.
-    pub fn render_for_training(
-        &self,
-        messages: &[Json],
-        tools: Option<&Json>,
-        control: &[Control],
-    ) -> Result<Vec<Rendered>> {
-        let turns: Vec<usize> = (0..messages.len()).filter(|&i| messages[i]["role"] == "assistant").collect();
-        ensure!(!turns.is_empty(), "nothing to train on: no assistant message");
-        let learned: Vec<usize> =
-            turns.iter().copied().filter(|&i| messages[i].get("weight").and_then(Json::as_f64) != Some(0.0)).collect();
-        ensure!(!learned.is_empty(), "nothing to train on: every assistant message has weight 0");
-
-        let messages = self.normalise(messages)?;
-        let full = self.render_marked(&messages, tools, false, control)?;
-        if self.marks_generation() {
-            return Ok(vec![full.trained_by_marks(&turns, &learned)?]);
-        }
-
-        let mut whole = Vec::with_capacity(learned.len());
-        for &i in &learned {
-            let prompt = self.run(&messages[..i], tools, true, "").with_context(|| before_turn(i))?;
-            let upto = self.run(&messages[..=i], tools, false, "")?;
-            if !(upto.starts_with(&prompt) && full.text.starts_with(&upto)) {
-                whole.clear();
-                break;
-            }
-            whole.push(prompt.len()..upto.len());
-        }
-        if !whole.is_empty() {
-            let (text, literal) = (full.text, full.literal);
-            return Ok(vec![Rendered { text, trained: whole, literal }]);
-        }
-
-        let mut texts = Vec::with_capacity(learned.len());
-        for &i in &learned {
-            let prompt = self.run(&messages[..i], tools, true, "").with_context(|| before_turn(i))?;
-            let Marked { text, literal, .. } = self.render_marked(&messages[..=i], tools, false, control)?;
-            if !text.starts_with(&prompt) {
-                let (ours, theirs) = parting(&text, &prompt);
-                bail!(
-                    "message {}: the chat template writes this turn otherwise than the prompt it would answer: {ours:?} where the prompt has {theirs:?}",
-                    i + 1
-                );
-            }
-            let trained = std::iter::once(prompt.len()..text.len()).collect();
-            texts.push(Rendered { text, trained, literal });
-        }
-        Ok(texts)
+        let template = self.of(tools);
+        template.run(&template.reads.prepare(messages)?, tools, add_generation_prompt, "")
     }
 
     /// Renders what serving sends to the model: with `add_generation_prompt`, nothing trained.
@@ -212,12 +191,13 @@ impl ChatTemplate {
     /// As [`ChatTemplate::render`]; also when the template changes a control token typed in a message, so that it
     /// cannot be kept as text.
     pub fn render_prompt(&self, messages: &[Json], tools: Option<&Json>, control: &[Control]) -> Result<Rendered> {
-        let marked = self.render_marked(&self.normalise(messages)?, tools, true, control)?;
+        let template = self.of(tools);
+        let marked = template.render_marked(&template.reads.prepare(messages)?, tools, true, control)?;
         Ok(Rendered { text: marked.text, trained: Vec::new(), literal: marked.literal })
     }
 
     /// Whether the template says what is trained, with `{% generation %}`.
-    pub fn marks_generation(&self) -> bool {
+    fn marks_generation(&self) -> bool {
         self.source.contains("endgeneration")
     }
 
@@ -395,69 +375,6 @@ impl ChatTemplate {
         }
         bail!("the chat template changes the control token {typed:?} typed in a message, so it cannot be kept as text")
     }
-
-    /// What the template sees: no null keys, no `weight`, parsed `arguments`, reasoning under its usual names.
-    fn normalise(&self, messages: &[Json]) -> Result<Vec<Json>> {
-        let mut out = Vec::with_capacity(messages.len());
-        for (i, message) in messages.iter().enumerate() {
-            let fields = message.as_object().with_context(|| format!("message {}: not an object", i + 1))?;
-            let reasoning = ["reasoning_content", "thinking", "reasoning"]
-                .iter()
-                .find_map(|&key| fields.get(key).filter(|v| !v.is_null()));
-            let mut clean = Map::new();
-            if let Some(reasoning) = reasoning {
-                clean.insert("thinking".into(), reasoning.clone());
-            }
-            for (key, value) in fields.iter().filter(|(k, v)| !v.is_null() && *k != "weight") {
-                clean.insert(key.clone(), value.clone());
-            }
-            if let Some(reasoning) = reasoning {
-                clean.insert("reasoning_content".into(), reasoning.clone());
-            }
-            if let Some(Json::Array(calls)) = clean.get_mut("tool_calls") {
-                for call in calls {
-                    self.normalise_arguments(call).with_context(|| format!("message {}: tool_calls", i + 1))?;
-                }
-            }
-            out.push(Json::Object(clean));
-        }
-        Ok(out)
-    }
-
-    fn normalise_arguments(&self, call: &mut Json) -> Result<()> {
-        let call = match call.get("function") {
-            Some(Json::Object(_)) => &mut call["function"],
-            _ => call,
-        };
-        let Some(arguments) = call.get_mut("arguments") else {
-            return Ok(());
-        };
-        match (&*arguments, self.arguments_as_text) {
-            (Json::String(text), false) => {
-                let parsed = if text.trim().is_empty() { "{}" } else { text };
-                *arguments = serde_json::from_str(parsed).map_err(|e| anyhow!("arguments are not JSON: {e}"))?;
-            }
-            (Json::String(_), true) => {}
-            (other, true) => *arguments = Json::String(python::to_json(&to_value(other))?),
-            (_, false) => {}
-        }
-        Ok(())
-    }
-
-    /// Tries a tool call both ways; a template that renders neither is taken to want an object.
-    fn wants_arguments_as_text(&self) -> bool {
-        let tries = |arguments: Json| {
-            let call = serde_json::json!({"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}});
-            let messages = [
-                serde_json::json!({"role": "user", "content": "a"}),
-                serde_json::json!({"role": "assistant", "content": "", "tool_calls": [call]}),
-            ];
-            self.run(&messages, None, false, "").is_ok()
-        };
-        self.source.contains("arguments")
-            && !tries(serde_json::json!({"a": "b"}))
-            && tries(Json::String("{\"a\": \"b\"}".into()))
-    }
 }
 
 /// Whether a text in `value` has `part` in it.
@@ -468,113 +385,6 @@ fn holds(value: &Json, part: &str) -> bool {
         Json::Object(fields) => fields.iter().any(|(key, item)| key.contains(part) || holds(item, part)),
         _ => false,
     }
-}
-
-fn before_turn(i: usize) -> String {
-    format!("message {}: the chat template cannot render the prompt that this assistant message answers", i + 1)
-}
-
-/// What stands in `a` and in `b` from where they first differ, a few characters of each.
-fn parting<'a>(a: &'a str, b: &'a str) -> (&'a str, &'a str) {
-    let same = a.char_indices().zip(b.chars()).find(|((_, x), y)| x != y);
-    let at = same.map_or(a.len().min(b.len()), |((at, _), _)| at);
-    let cut = |s: &'a str| {
-        let rest = &s[at..];
-        &rest[..rest.char_indices().nth(24).map_or(rest.len(), |(i, _)| i)]
-    };
-    (cut(a), cut(b))
-}
-
-/// Tokenises a rendered text: ids, and for each whether it is trained.
-///
-/// The text is encoded once, without added special tokens (templates write their own BOS). A special token inside a
-/// literal span is replaced by the tokens of its spelling. A token is trained when it starts inside a trained span:
-/// by position, never by id. The first token is never trained, since nothing predicts it.
-///
-/// # Errors
-/// When the tokenizer fails, begins the text with two BOS tokens, or can only spell a special token as itself.
-pub fn tokenize(rendered: &Rendered, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<bool>)> {
-    let encoded = tokenizer.encode(&rendered.text, false)?;
-    // Sentencepiece puts a space before a text that it begins; behind a line break it does not.
-    let line_break = tokenizer.encode_as_text("\n")?;
-    let spell = |piece: &str| {
-        let ids = tokenizer.encode_as_text(&format!("\n{piece}"))?;
-        match ids.strip_prefix(&line_break[..]) {
-            Some(ids) => Ok(ids.to_vec()),
-            None => tokenizer.encode_as_text(piece),
-        }
-    };
-    let (ids, trained) = lay_out(rendered, &encoded, tokenizer.control_tokens(), tokenizer.unknown_ids(), spell)?;
-    if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id, &ids[..]) {
-        ensure!(
-            !(*first == bos && *second == bos),
-            "the rendered text begins with two BOS tokens; remove one from the chat template"
-        );
-    }
-    Ok((ids, trained))
-}
-
-/// The tokenizer-free part of [`tokenize`].
-fn lay_out(
-    rendered: &Rendered,
-    encoded: &Encoded,
-    control: &[Control],
-    unknown: &[u32],
-    spell: impl Fn(&str) -> Result<Vec<u32>>,
-) -> Result<(Vec<u32>, Vec<bool>)> {
-    let starts = token_starts(encoded);
-    let mut ids = Vec::with_capacity(encoded.ids.len());
-    let mut trained = Vec::with_capacity(encoded.ids.len());
-    let (mut span, mut literal) = (rendered.trained.iter().peekable(), rendered.literal.iter().peekable());
-    for (t, &id) in encoded.ids.iter().enumerate() {
-        while span.next_if(|s| s.end <= starts[t]).is_some() {}
-        let learn = span.peek().is_some_and(|s| s.start <= starts[t]);
-        let (from, to) = encoded.offsets[t];
-        while literal.next_if(|l| l.end <= from).is_some() {}
-        let token = control.binary_search_by_key(&id, |c| c.id).ok().map(|at| &control[at]);
-        // A normalizer or the vocabulary may make one of a text that does not spell it, which no template writes.
-        let typed = token.is_some_and(|token| {
-            literal.peek().is_some_and(|l| l.start < to)
-                || !(unknown.contains(&id) || spells(&rendered.text, (from, to), &token.text))
-        });
-        if typed {
-            ensure!(
-                from < to,
-                "the tokenizer's normalizer makes the control token {:?} of a text that is something else; remove that \
-                 text from the messages",
-                token.map_or("", |token| &token.text)
-            );
-            let piece = rendered
-                .text
-                .get(from..to)
-                .with_context(|| format!("token {id} has offsets {from}..{to} off the text"))?;
-            let spelled = spell(piece)?;
-            ensure!(
-                !spelled.contains(&id),
-                "the tokenizer cannot spell {piece:?}, typed in a message, other than as the special token"
-            );
-            trained.extend(spelled.iter().map(|_| learn));
-            ids.extend(spelled);
-        } else {
-            ids.push(id);
-            trained.push(learn);
-        }
-    }
-    if let Some(first) = trained.first_mut() {
-        *first = false;
-    }
-    Ok((ids, trained))
-}
-
-/// Whether `token` stands in `text` where these bytes are, or partly there: offsets can be off by a prefix.
-fn spells(text: &str, (from, to): (usize, usize), token: &str) -> bool {
-    if text.get(from..to) == Some(token) {
-        return true;
-    }
-    let boundary = |at: &usize| text.is_char_boundary(*at);
-    let start = (0..=from.saturating_sub(token.len())).rev().find(boundary).unwrap_or(0);
-    let end = ((to + token.len()).min(text.len())..text.len()).find(boundary).unwrap_or(text.len());
-    text[start..end].match_indices(token).any(|(at, _)| start + at < to && start + at + token.len() > from)
 }
 
 /// Texts that a chat template may write by itself: its strings, and plain conversations. `source` is taken whole where it
@@ -593,7 +403,7 @@ pub(crate) fn written_by(source: &str, bos: Option<&str>, eos: Option<&str>) -> 
     ];
     for messages in conversations {
         written.push('\0');
-        written.push_str(&template.run(&messages, None, true, "").unwrap_or_default());
+        written.push_str(&template.render(&messages, None, true).unwrap_or_default());
     }
     written
 }
@@ -608,18 +418,6 @@ pub(crate) fn behind_answer(source: &str, bos: Option<&str>, eos: Option<&str>) 
         .map(|(role, content)| serde_json::json!({"role": role, "content": content}));
     let text = template.run(&messages, None, false, "").ok()?;
     text.rsplit_once(ANSWER).map(|(_, behind)| behind.to_owned())
-}
-
-/// Where each token's text starts, in bytes: tokenizers may leave white space before a token out of its offsets, but
-/// it belongs to the token that follows.
-pub(crate) fn token_starts(encoded: &Encoded) -> Vec<usize> {
-    let mut covered = 0;
-    let start = |&(from, to): &(usize, usize)| {
-        let start = from.min(covered);
-        covered = covered.max(to);
-        start
-    };
-    encoded.offsets.iter().map(start).collect()
 }
 
 /// Puts the marks around what the block wrote. `marks` is "" when nobody asked.

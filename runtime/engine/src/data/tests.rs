@@ -1,10 +1,12 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 
-use serde_json::json;
+use serde_json::{Value as Json, json};
 use tempfile::NamedTempFile;
 
+use super::problem::spans;
 use super::*;
+use crate::template::ChatTemplate;
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
@@ -116,6 +118,120 @@ fn text_is_learned_but_for_its_first_token_and_ends() {
     assert!(!example.trained[0] && example.trained[1..].iter().all(|&t| t));
 }
 
+/// Byte-level BPE that adds `<|endoftext|>` as BOS, and one of its own kind that also adds EOS.
+fn tokenizers_that_add() -> [Tokenizer; 2] {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models/llama");
+    [false, true].map(|add_eos| {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(from.join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+        let config = json!({
+            "bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "add_bos_token": true, "add_eos_token": add_eos,
+        });
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+        assert!(tokenizer.add_bos);
+        tokenizer
+    })
+}
+
+/// Public sets hold texts that were rendered before: each with a BOS, an EOS or both.
+#[test]
+fn a_bos_or_eos_that_a_text_has_is_not_doubled() {
+    for tokenizer in tokenizers_that_add() {
+        let encoder = Encoder {
+            tokenizer: &tokenizer,
+            template: None,
+            embeddings: tokenizer.vocab_size(),
+            max_seq_len: 64,
+            on_long_row: OnLongRow::Refuse,
+        };
+        let example = |row: Json| {
+            let row = check_row(&row.to_string()).unwrap();
+            let (examples, _) = encoder.examples(1, &row).unwrap().unwrap();
+            let example = examples.into_iter().next().unwrap();
+            let learned: Vec<u32> = example.ids.iter().zip(&example.trained).filter(|t| *t.1).map(|t| *t.0).collect();
+            [&example.ids, &learned].map(|ids| tokenizer.decode(ids, false).unwrap())
+        };
+        let (bos, eos) = ("<|endoftext|>", "<|im_end|>");
+        for (text, expected) in [
+            ("on né".to_owned(), format!("{bos}on né{eos}")),
+            (format!("{bos}on né"), format!("{bos}on né{eos}")),
+            (format!("on né{eos}"), format!("{bos}on né{eos}")),
+            (format!("{bos}on né{eos}"), format!("{bos}on né{eos}")),
+            (format!("{bos}a{eos}\n{bos}b{eos}\n"), format!("{bos}a{eos}\n{bos}b{eos}\n")),
+            (format!("{bos}{bos}x"), format!("{bos}{bos}x{eos}")),
+            (format!("{eos}x"), format!("{bos}{eos}x{eos}")),
+        ] {
+            assert_eq!(
+                example(json!({"text": text})),
+                [expected.clone(), expected[bos.len()..].to_owned()],
+                "{text:?}"
+            );
+        }
+        let raw = |prompt: &str, completion: &str| example(json!({"prompt": prompt, "completion": completion}));
+        assert_eq!(raw(&format!("{bos}on"), &format!(" né{eos}")), [format!("{bos}on né{eos}"), format!(" né{eos}")]);
+        assert_eq!(raw(&format!("on{eos}"), "\n\n"), [format!("{bos}on{eos}\n\n{eos}"), format!("\n\n{eos}")]);
+    }
+}
+
+/// The template's own BOS is the only one, whatever the tokenizer adds, and so is its end of a turn.
+#[test]
+fn a_bos_or_eos_typed_around_prompt_and_completion_is_the_templates() {
+    let source = format!("{{{{ bos_token }}}}{CHATML}");
+    let template = ChatTemplate::new(&source, Some("<|endoftext|>"), Some("<|im_end|>")).unwrap();
+    for tokenizer in tokenizers_that_add() {
+        let encoder = Encoder {
+            tokenizer: &tokenizer,
+            template: Some(&template),
+            embeddings: tokenizer.vocab_size(),
+            max_seq_len: 64,
+            on_long_row: OnLongRow::Refuse,
+        };
+        let ids = |prompt: &str, completion: &str| {
+            let row = check_row(&json!({"prompt": prompt, "completion": completion}).to_string()).unwrap();
+            encoder.examples(1, &row).map(|examples| examples.unwrap().0[0].ids.clone())
+        };
+        let plain = ids("Hi", "yo").unwrap();
+        let expected = format!("<|endoftext|>{HI}");
+        assert_eq!(plain, tokenizer.encode(&expected, false).unwrap().ids);
+        assert_eq!(ids("<|endoftext|>Hi", "yo<|im_end|>").unwrap(), plain);
+        assert_eq!(ids("Hi", "yo<|im_end|>\n").unwrap(), plain);
+        assert_ne!(ids("Hi", "<|im_end|>yo").unwrap(), plain);
+        let message = ids("Hi", "<|im_end|>").unwrap_err().to_string();
+        assert!(message.starts_with("nothing to train on: `completion`"), "{message}");
+    }
+}
+
+#[test]
+fn examples_whose_turn_has_no_end_token_are_counted() {
+    let row = json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yo"}]});
+    let twice = format!("{row}\n{row}\n");
+    let endless = |source: &str| {
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        let data = load(&twice, Some(&template)).unwrap();
+        (data.endless, end_of_turn(&data.examples[1], &tokenizer()))
+    };
+    let end = tokenizer().id("<|im_end|>");
+    assert_eq!(endless(CHATML), (0, end));
+    assert_eq!(endless("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"), (2, None));
+    // What ends the turn is there, and not trained.
+    let outside = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}";
+    assert_eq!(endless(outside), (2, None));
+    assert_eq!(
+        endless(&outside.replace("{{ m.content }}{% endgeneration %}", "{{ m.content }}<|im_end|>{% endgeneration %}")),
+        (0, end)
+    );
+    let text = load("{\"text\": \"a\"}", None).unwrap();
+    assert_eq!((text.endless, end_of_turn(&text.examples[0], &tokenizer())), (0, end));
+    // Rows that were cut are told as such.
+    let long =
+        json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yo ".repeat(40)}]});
+    let cut = load_within(long.to_string(), Some(&chatml()), 40, OnLongRow::Truncate).unwrap();
+    assert_eq!((cut.truncated, cut.endless), (1, 0));
+    assert_eq!(note_endless(0, 5), None);
+    assert!(note_endless(2, 1234).unwrap().starts_with("note: 2 of 1,234 examples end without an end token"));
+}
+
 #[test]
 fn the_problems_of_a_file_are_told_together() {
     let long = "ab ".repeat(700);
@@ -157,6 +273,20 @@ fn of_many_problems_the_later_ones_are_listed_by_line() {
         lines[21..24],
         ["  not JSON: lines 21-30", "  not of the file's shape: line 36", "  nothing to train on: lines 31-35, 37"]
     );
+}
+
+#[test]
+fn lines_are_listed_only_so_far() {
+    let bytes = "{\n{\"text\": \"a\"}\n".repeat(5000);
+    let message = refusal(bytes);
+    assert!(message.len() < 4000, "{}", message.len());
+    let expected = "  not JSON: lines 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63, 65, 67, 69, 71, 73, 75, 77, 79 and 4,960 more\n";
+    assert!(message.starts_with("5,000 problems\n") && message.contains(expected), "{message}");
+    // Nor is a file that is no text read as rows.
+    let utf16: Vec<u8> = "\u{feff}{\"text\": \"a\"}\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for bytes in [b"GGUF\x03\0\0\0\n{\n{\n".to_vec(), b"PAR1\x15\x04\0\n".to_vec(), utf16] {
+        assert!(refusal(bytes).starts_with("not text in UTF-8\nhint: "));
+    }
 }
 
 #[test]
@@ -310,7 +440,7 @@ fn content_parts_and_tools_in_a_string_are_read() {
     });
     let rows = parse_rows(file(row.to_string()).path()).unwrap();
     let (1, Row::Messages { messages, tools }) = &rows[0] else { panic!("{rows:?}") };
-    assert_eq!(messages[0]["content"], "Hi");
+    assert_eq!(messages[0]["content"], "H\ni", "as a model is served");
     assert_eq!(tools, &Some(json!([{"type": "function"}])));
 }
 

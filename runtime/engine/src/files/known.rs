@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
+use crate::tokenizer::TEMPLATES_DIR;
 
 /// The files of an adapter, and those of a whole model that was trained.
 pub const RESULT_FILES: [&str; 15] = [
@@ -26,6 +27,37 @@ pub const RESULT_FILES: [&str; 15] = [
     "merges.txt",
     "chat_template.jinja",
 ];
+
+/// The chat templates with names that a result has, as paths within it.
+///
+/// # Errors
+/// When the directory of theirs cannot be listed.
+pub fn named_templates(result: &Path) -> Result<Vec<PathBuf>> {
+    let directory = result.join(TEMPLATES_DIR);
+    // A link is not followed: what it leads to is no part of the result.
+    if !fs::symlink_metadata(&directory).is_ok_and(|about| about.is_dir()) {
+        return Ok(Vec::new());
+    }
+    let list = || -> std::io::Result<Vec<PathBuf>> {
+        let names = fs::read_dir(&directory)?.map(|entry| Ok(Path::new(TEMPLATES_DIR).join(entry?.file_name())));
+        names.filter(|name| name.as_ref().map_or(true, |name| is_template(name))).collect()
+    };
+    let mut names = list().with_context(|| format!("{}: cannot list", directory.display()))?;
+    names.sort();
+    Ok(names)
+}
+
+fn is_template(name: &Path) -> bool {
+    name.extension().is_some_and(|extension| extension == "jinja")
+}
+
+/// Whether a directory holds nothing but chat templates.
+fn holds_templates(directory: &Path) -> bool {
+    let template = |entry: std::io::Result<fs::DirEntry>| {
+        entry.is_ok_and(|entry| is_template(&entry.path()) && entry.file_type().is_ok_and(|kind| !kind.is_dir()))
+    };
+    fs::read_dir(directory).is_ok_and(|mut entries| entries.all(template))
+}
 
 /// Whether a file of this name is part of a result, a shard of its weights among them.
 fn is_known(name: &str) -> bool {
@@ -48,7 +80,8 @@ pub fn replaceable(path: &Path) -> Result<()> {
             let name = entry.file_name().to_string_lossy().into_owned();
             // A link is one entry: what it leads to is not lost.
             let is_file = entry.file_type().is_ok_and(|kind| !kind.is_dir());
-            (!is_file || !is_known(&name)).then_some(name)
+            let known = if is_file { is_known(&name) } else { name == TEMPLATES_DIR && holds_templates(&entry.path()) };
+            (!known).then_some(name)
         })
         .collect();
     others.sort();

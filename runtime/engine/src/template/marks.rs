@@ -120,6 +120,11 @@ impl Marks {
         })
     }
 
+    /// One of them, as a text.
+    pub(super) fn one(&self) -> String {
+        self.literal_start.into()
+    }
+
     pub(super) fn generation(&self) -> String {
         String::from_iter([self.generation_start, self.generation_end])
     }

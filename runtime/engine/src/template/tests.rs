@@ -2,7 +2,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::tokens::lay_out;
 use super::*;
+use crate::tokenizer::{Encoded, Tokenizer};
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
@@ -148,6 +150,126 @@ fn a_turn_that_its_prompt_does_not_begin_is_refused() {
     assert!(message.ends_with("\"b\" where the prompt has \"<think>\""), "{message}");
 }
 
+/// Texts of a training that begin with the prompts which are served, and what is trained behind each.
+fn answers(template: &ChatTemplate, messages: &[Json], control: &[Control]) -> Vec<(String, Rendered)> {
+    let rendered = template.render_for_training(messages, None, control).unwrap();
+    let turns: Vec<usize> = (0..messages.len()).filter(|i| messages[*i]["role"] == "assistant").collect();
+    assert_eq!(rendered.len(), turns.len());
+    let behind = |(rendered, turn): (Rendered, usize)| {
+        let served = template.render_prompt(&messages[..turn], None, control).unwrap();
+        let answer = rendered.text.strip_prefix(&served.text).expect("it begins with its prompt").to_owned();
+        assert_eq!(rendered.trained, [served.text.len()..rendered.text.len()]);
+        assert_eq!(rendered.literal[..served.literal.len()], served.literal);
+        (answer, rendered)
+    };
+    rendered.into_iter().zip(turns).map(behind).collect()
+}
+
+/// As in DeepSeek's R1 distills: the prompt ends in `<think>`, and the history has no thinking.
+#[test]
+fn thinking_that_a_prompt_opens_is_closed_by_the_answer() {
+    let template = golden_template(&goldens(), "r1");
+    let mut messages = chat(&[
+        ("system", "Kurz."),
+        ("user", "a"),
+        ("assistant", "b</think>"),
+        ("user", "ä"),
+        ("assistant", "c"),
+        ("user", "d"),
+        ("assistant", "<think>\nwell, ö\n</think>\n\ne"),
+        ("user", "f"),
+        ("assistant", "as the model says it\n</think>\n\ng"),
+        ("user", "h"),
+        ("assistant", "i"),
+    ]);
+    messages[2]["content"] = json!("b");
+    messages[2]["reasoning_content"] = json!("so\nit is\n");
+    messages[10]["thinking"] = json!("");
+    let answers = answers(&template, &messages, &[]);
+    let texts: Vec<&str> = answers.iter().map(|(answer, _)| answer.as_str()).collect();
+    assert_eq!(
+        texts,
+        [
+            "so\nit is\n</think>\n\nb</s>",
+            "</think>\n\nc</s>",
+            "well, ö\n</think>\n\ne</s>",
+            "as the model says it\n</think>\n\ng</s>",
+            "</think>\n\ni</s>",
+        ]
+    );
+    assert_eq!(
+        answers[1].1.text,
+        "<s>Kurz.<|User|>a<|Assistant|>b</s><|User|>ä<|Assistant|><think>\n</think>\n\nc</s>"
+    );
+}
+
+#[test]
+fn what_is_typed_in_an_answer_that_is_put_behind_its_prompt_stays_text() {
+    let control = specials(&["</s>", "<|User|>", "<|Assistant|>"]);
+    let template = golden_template(&goldens(), "r1");
+    let thought = "<think>\n<|User|> é\n</think>\n\nno </s><|Assistant|>.";
+    let messages = chat(&[("user", "<|Assistant|>x"), ("assistant", thought)]);
+    let (answer, rendered) = &answers(&template, &messages, &control)[0];
+    assert_eq!(answer, "<|User|> é\n</think>\n\nno </s><|Assistant|>.</s>");
+    assert_eq!(pieces(rendered, &rendered.literal), ["<|Assistant|>", "<|User|>", "</s>", "<|Assistant|>"]);
+    assert_eq!(rendered.literal.last().unwrap().end, rendered.text.len() - ".</s>".len());
+
+    let template = golden_template(&goldens(), "mistral");
+    let messages = chat(&[("system", "</s>"), ("user", "x"), ("assistant", "y</s>z")]);
+    let (answer, rendered) = &answers(&template, &messages, &control)[0];
+    assert_eq!(answer, " y</s>z</s>");
+    assert_eq!(pieces(rendered, &rendered.literal), ["</s>", "</s>"]);
+    assert_eq!(rendered.literal[1].end, rendered.text.len() - "z</s>".len());
+}
+
+/// As in Mistral Nemo: the system message stands in the last user turn, and in no earlier one.
+#[test]
+fn a_system_message_that_moves_with_the_last_question_is_trained_as_it_is_served() {
+    let template = golden_template(&goldens(), "mistral");
+    let turns = [
+        ("user", "a"),
+        ("assistant", " b "),
+        ("user", "a"),
+        ("assistant", "a[/INST] ä"),
+        ("user", "c"),
+        ("assistant", "c"),
+    ];
+    let messages = chat(&[&[("system", "S")], &turns[..]].concat());
+    let answers = answers(&template, &messages, &[]);
+    let texts: Vec<&str> = answers.iter().map(|(answer, _)| answer.as_str()).collect();
+    assert_eq!(texts, [" b</s>", " a[/INST] ä</s>", " c</s>"]);
+    assert_eq!(answers[1].1.text, "<s>[INST] a[/INST] b</s>[INST] S\n\na[/INST] a[/INST] ä</s>");
+    // Without a system message all turns are one text.
+    assert_eq!(template.render_for_training(&messages[1..], None, &[]).unwrap().len(), 1);
+}
+
+/// As some templates do where thinking is switched off.
+#[test]
+fn a_block_that_a_prompt_opens_and_closes_is_not_learned() {
+    let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant><think>\n\n</think>\n\n{% endif %}";
+    let template = ChatTemplate::new(source, None, None).unwrap();
+    let thought = "<think>\nso é\n</think>\n\nc";
+    let messages = chat(&[("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", thought), ("user", "e")]);
+    let texts = answers(&template, &messages, &[]).into_iter().map(|(answer, _)| answer);
+    assert_eq!(texts.collect::<Vec<_>>(), ["b<end>", "c<end>"]);
+}
+
+/// The tools move with the last question too, and a call has no content.
+#[test]
+fn a_call_behind_a_prompt_that_is_written_otherwise_is_trained() {
+    let source = "{% set s = messages[0].content %}{% for m in messages[1:] %}{% if m.role == 'user' %}[{{ s if loop.last }}|{{ m.content }}]{% elif m.tool_calls %}({{ m.tool_calls[0].function.name }}){{ eos_token }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}";
+    let template = ChatTemplate::new(source, None, Some("</s>")).unwrap();
+    let mut messages = chat(&[("system", "S"), ("user", "wie?"), ("assistant", ""), ("user", "a"), ("assistant", "b")]);
+    messages[2] = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "wetter", "arguments": {}}}]});
+    let answers = answers(&template, &messages, &[]);
+    assert_eq!(answers[0].1.text, "[S|wie?](wetter)</s>");
+    assert_eq!(answers[1].1.text, "[|wie?](wetter)</s>[S|a]b</s>");
+    messages[2]["content"] = json!("");
+    // A template that writes no calls would teach the model to say nothing.
+    let message = refusal(chatml().render_for_training(&messages[1..3], None, &[]));
+    assert_eq!(message, "message 2: the chat template does not write the call of `wetter`, so it cannot be learned");
+}
+
 #[test]
 fn a_conversation_without_an_answer_is_refused() {
     let message = refusal(chatml().render_for_training(&chat(&[("user", "a")]), None, &[]));
@@ -156,6 +278,77 @@ fn a_conversation_without_an_answer_is_refused() {
     let first = chat(&[("assistant", "a")]);
     let message = refusal(template.render_for_training(&first, None, &[]));
     assert!(message.starts_with("message 1: the chat template cannot render the prompt"), "{message}");
+}
+
+#[test]
+fn a_developer_is_the_system_to_a_template_that_does_not_know_one() {
+    let messages = chat(&[("developer", "D"), ("user", "a"), ("assistant", "b")]);
+    let trained = &chatml().render_for_training(&messages, None, &[]).unwrap()[0].text;
+    assert!(trained.starts_with("<|im_start|>system\nD<|im_end|>"), "{trained}");
+    assert!(chatml().render_prompt(&messages[..2], None, &[]).unwrap().text.starts_with("<|im_start|>system\nD"));
+    let refuses = golden_template(&goldens(), "gemma").render_prompt(&messages[..2], None, &[]);
+    assert!(refusal(refuses).contains("no system role here"));
+    // gpt-oss takes either; others name the role and leave it out.
+    let knows = "{% if messages[0].role in ['system', 'developer'] %}<developer>{{ messages[0].content }} as {{ messages[0].role }}{% endif %}";
+    let ignores = "{% for m in messages if m.role != 'developer' %}<{{ m.role }}>{{ m.content }}{% endfor %}";
+    for (source, expected) in [(knows, "<developer>D as developer"), (ignores, "<system>D<user>a<assistant>b")] {
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        assert_eq!(template.render(&messages, None, false).unwrap(), expected);
+    }
+}
+
+/// Idefics 3 and LLaVA read parts, text models a text, and Gemma 3 both.
+#[test]
+fn content_is_given_in_the_form_that_a_template_reads() {
+    let part = |text: &str| json!({"type": "text", "text": text});
+    let message = |role: &str, content: Json| json!({"role": role, "content": content});
+    let as_text = [message("user", json!("ä b")), message("assistant", json!("c"))];
+    let as_parts = [message("user", json!([part("ä"), part("b")])), message("assistant", json!([part("c")]))];
+    let mixed = "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<' + m.content[0]['text'] + '>' }}{% else %}{{ '(' + m.content | trim + ')' }}{% endif %}{% endfor %}";
+    let both = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}|{% endfor %}";
+    let printed = "{% for m in messages %}{{ m.content[:2] | tojson }}{% endfor %}";
+    let new = |source: &str| ChatTemplate::new(source, None, None).unwrap();
+    for (template, of_text, of_parts) in [
+        (
+            golden_template(&goldens(), "parts"),
+            "<s>User: ä b<|eot|>\nAssistant: c<|eot|>\n",
+            "<s>User: äb<|eot|>\nAssistant: c<|eot|>\n",
+        ),
+        (new(mixed), "(ä b)<c>", "(ä\nb)<c>"),
+        (new(both), "ä b|c|", "ä\nb|c|"),
+        (new(printed), "\"ä \"\"c\"", "\"ä\\n\"\"c\""),
+    ] {
+        assert_eq!(template.render(&as_text, None, false).unwrap(), of_text);
+        assert_eq!(template.render(&as_parts, None, false).unwrap(), of_parts);
+    }
+    let template = golden_template(&goldens(), "parts");
+    let trained = &template.render_for_training(&as_text, None, &specials(&["<|eot|>"])).unwrap()[0];
+    assert_eq!(pieces(trained, &trained.trained), [" c<|eot|>\n"]);
+    let typed = template.render_prompt(&chat(&[("user", "x<|eot|>y")]), None, &specials(&["<|eot|>"])).unwrap();
+    assert_eq!(
+        (&*typed.text, pieces(&typed, &typed.literal)),
+        ("<s>User: x<|eot|>y<|eot|>\nAssistant:", vec!["<|eot|>"])
+    );
+}
+
+/// As transformers does, and only for conversations that have tools.
+#[test]
+fn the_template_for_tools_renders_what_has_tools() {
+    let tools = json!([{"type": "function", "function": {"name": "wetter"}}]);
+    let new = |source: &str| ChatTemplate::new(source, None, None).unwrap();
+    let plain = "{% for m in messages %}{{ m.content }}|{% endfor %}{{ n }}";
+    let template = new(plain)
+        .with_tool_use(new(&format!("{{{{ tools[0].function.name }}}}: {plain}")))
+        .with_variable("n", &json!(7));
+    let messages = chat(&[("user", "a"), ("assistant", "b")]);
+    assert_eq!(template.render(&messages, None, false).unwrap(), "a|b|7");
+    assert_eq!(template.render(&messages, Some(&tools), false).unwrap(), "wetter: a|b|7");
+    assert_eq!(template.render_prompt(&messages[..1], Some(&tools), &[]).unwrap().text, "wetter: a|7");
+    let trained = &new(plain)
+        .with_tool_use(new(&plain.replace("|", "!")))
+        .render_for_training(&messages, Some(&tools), &[])
+        .unwrap()[0];
+    assert_eq!((&*trained.text, pieces(trained, &trained.trained)), ("a!b!", vec!["b!"]));
 }
 
 #[test]
@@ -303,6 +496,20 @@ fn a_token_is_trained_when_it_starts_inside_the_span() {
     assert_eq!(mask(&[(4, 9)]), [false, false, false, true]);
     assert_eq!(mask(&[(1, 2), (5, 6)]), [false, true, false, true]);
     assert_eq!(mask(&[(0, 9)]), [false, true, true, true]);
+}
+
+/// "then" is read as "the", "n": served, the model is asked behind "t".
+#[test]
+fn the_tokens_of_a_prompt_are_those_that_are_served() {
+    let tokenizer = tokenizer();
+    let template = ChatTemplate::new("{% for m in messages %}{{ m.content }}{% endfor %}", None, None).unwrap();
+    let messages = chat(&[("user", "say t"), ("assistant", "hen é"), ("user", " t"), ("assistant", "he end")]);
+    let (ids, trained) = tokenize(&template.render_for_training(&messages, None, &[]).unwrap()[0], &tokenizer).unwrap();
+    let encode = |text: &str| tokenizer.encode(text, false).unwrap().ids;
+    assert_ne!(ids, encode("say then é the end"));
+    assert_eq!(ids, ["say t", "hen é t", "he end"].map(encode).concat());
+    let learned: Vec<u32> = ids.iter().zip(&trained).filter(|t| *t.1).map(|t| *t.0).collect();
+    assert_eq!(tokenizer.decode(&learned, false).unwrap(), "hen éhe end");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! model's own `tokenizer.json` describes. What is not known is refused by name: a pipeline that is nearly right trains
 //! on other tokens than the model knows, silently.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
@@ -12,7 +12,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use super::check::ADDED_BYTES_MAX;
-use super::{Named, Tokenizer, add_bos_and_eos, finish, part, try_out};
+use super::{Named, Tokenizer, add_bos_and_eos, check_names, finish, part, try_out};
 use crate::gguf::Gguf;
 
 /// What a GGUF file says about its tokenizer; ids and lengths are not checked yet.
@@ -36,6 +36,7 @@ pub(super) struct Meta<'a> {
     pub(super) add_eos: Option<bool>,
     pub(super) add_space_prefix: Option<bool>,
     pub(super) chat_template: Option<&'a str>,
+    pub(super) named_templates: BTreeMap<String, String>,
     pub(super) context_length: Option<u64>,
 }
 
@@ -43,6 +44,13 @@ impl<'a> Meta<'a> {
     pub(super) fn read(gguf: &'a Gguf) -> Result<Self> {
         let architecture = gguf.str("general.architecture")?;
         let context_length = format!("{}.context_length", architecture.unwrap_or_default());
+        let named_template = |name: &String| -> Result<Option<(String, String)>> {
+            let template = gguf.str(&format!("tokenizer.chat_template.{name}"))?;
+            Ok(template.map(|template| (name.clone(), template.to_owned())))
+        };
+        let names = gguf.strings("tokenizer.chat_templates")?.unwrap_or_default();
+        let named_templates =
+            names.iter().filter_map(|name| named_template(name).transpose()).collect::<Result<_>>()?;
         Ok(Self {
             architecture,
             model: gguf.str("tokenizer.ggml.model")?,
@@ -61,6 +69,7 @@ impl<'a> Meta<'a> {
             add_eos: gguf.bool("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: gguf.bool("tokenizer.ggml.add_space_prefix")?,
             chat_template: gguf.str("tokenizer.chat_template")?,
+            named_templates,
             context_length: gguf.u64(&context_length)?,
         })
     }
@@ -186,6 +195,7 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
         inner.with_post_processor(Some(add_bos_and_eos(before, after)?));
     }
     try_out(&inner)?;
+    check_names(&meta.named_templates).context("tokenizer.chat_templates")?;
     finish(
         inner,
         Named {
@@ -195,6 +205,7 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
             unk: unk.map(token).map(str::to_owned),
             more_eos_ids: [eot, eom].into_iter().flatten().collect(),
             chat_template: meta.chat_template.map(str::to_owned),
+            named_templates: meta.named_templates.clone(),
             model_max_length: meta.context_length,
             notes,
         },

@@ -5,6 +5,7 @@
 //! Llama 2's for SentencePiece; keys and defaults of `tokenizer.ggml.*` as in llama.cpp's
 //! `llama-vocab.cpp`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -67,6 +68,8 @@ pub struct Tokenizer {
     pub add_bos: bool,
     /// The Jinja source that turns messages into text.
     pub chat_template: Option<String>,
+    /// Further sources by name. `tool_use` is for conversations with tools.
+    pub named_templates: BTreeMap<String, String>,
 }
 
 /// A text as tokens.
@@ -84,8 +87,9 @@ impl Tokenizer {
     ///
     /// `tokenizer.json` is required. Names of special tokens come from `tokenizer_config.json`,
     /// then `special_tokens_map.json`; ids that end a generation also from
-    /// `generation_config.json`, or `config.json` where that has none; the template from
-    /// `chat_template.jinja`, then from `tokenizer_config.json`. As in transformers, named special
+    /// `generation_config.json`, or `config.json` where that has none; templates from
+    /// `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, then from
+    /// `tokenizer_config.json`. As in transformers, named special
     /// tokens become special in the text, and `add_bos_token` and `add_eos_token` win over the
     /// post-processor.
     ///
@@ -110,6 +114,7 @@ impl Tokenizer {
             generation_config: read_json(&dir.join("generation_config.json"))?,
             model_config: read_json(&dir.join("config.json"))?,
             chat_template: read_if_there(&dir.join("chat_template.jinja"))?,
+            named_templates: read_named_templates(&dir.join(TEMPLATES_DIR))?,
         };
         from_files(inner, &files).with_context(|| dir.display().to_string())
     }
@@ -222,12 +227,19 @@ impl Tokenizer {
             ("eos_token", &self.eos_token),
             ("pad_token", &self.pad_token),
             ("unk_token", &self.unk_token),
-            ("chat_template", &self.chat_template),
         ];
         // Absent and null differ: transformers gives an absent bos_token a default.
         for (key, value) in strings {
             config[key] = json!(value);
         }
+        let named = |(name, template): (&String, &String)| json!({"name": name, "template": template});
+        config["chat_template"] = match (&self.chat_template, self.named_templates.is_empty()) {
+            (Some(template), false) => {
+                let default = json!({"name": "default", "template": template});
+                [default].into_iter().chain(self.named_templates.iter().map(named)).collect()
+            }
+            (template, _) => json!(template),
+        };
         if let Some(length) = self.model_max_length {
             config["model_max_length"] = json!(length);
         }
@@ -239,9 +251,13 @@ impl Tokenizer {
         sha256(&self.to_json().expect("every part was read from JSON, or is of a kind that can be"))
     }
 
-    /// `sha256:…` of the chat template.
+    /// `sha256:…` of the chat template, and of those with names if there are any.
     pub fn template_digest(&self) -> Option<String> {
-        self.chat_template.as_deref().map(sha256)
+        let mut text = self.chat_template.clone()?;
+        for (name, template) in &self.named_templates {
+            text.extend(["\0", name, "\0", template]);
+        }
+        Some(sha256(&text))
     }
 }
 
@@ -269,6 +285,7 @@ struct Named {
     /// Ids that end a generation besides that of `eos`.
     more_eos_ids: Vec<u32>,
     chat_template: Option<String>,
+    named_templates: BTreeMap<String, String>,
     model_max_length: Option<u64>,
     notes: Vec<String>,
 }
@@ -292,9 +309,9 @@ fn finish(inner: tokenizers::Tokenizer, mut named: Named) -> Result<Tokenizer> {
 
     let added = inner.get_added_tokens_decoder();
     let named_ids: Vec<u32> = eos_ids.iter().copied().chain(bos_id).collect();
-    let source = named.chat_template.as_deref();
-    let written = source.map(|source| template::written_by(source, named.bos.as_deref(), eos_token.as_deref()));
-    let written = written.unwrap_or_default();
+    let sources = named.chat_template.iter().chain(named.named_templates.values());
+    let written = sources.map(|source| template::written_by(source, named.bos.as_deref(), eos_token.as_deref()));
+    let written = written.collect::<Vec<_>>().join("\0");
     let is_control = |id: &u32, token: &AddedToken| control::is_control(token, *id, &named_ids, &written);
     let mut control: Vec<Control> = (added.iter().filter(|(id, token)| is_control(id, token)))
         .map(|(id, token)| Control { text: token.content.clone(), id: *id, special: token.special })
@@ -340,6 +357,7 @@ fn finish(inner: tokenizers::Tokenizer, mut named: Named) -> Result<Tokenizer> {
         notes: named.notes,
         add_bos: begins,
         chat_template: named.chat_template,
+        named_templates: named.named_templates,
         inner,
         as_text: OnceLock::new(),
         control_as_typed,
@@ -405,7 +423,23 @@ struct Files {
     generation_config: Value,
     model_config: Value,
     chat_template: Option<String>,
+    named_templates: BTreeMap<String, String>,
 }
+
+impl Files {
+    /// The chat template, and those with names.
+    fn templates(&self) -> Result<(Option<String>, BTreeMap<String, String>)> {
+        Ok(match (&self.chat_template, self.named_templates.is_empty()) {
+            // As in transformers, files come in the place of all that `tokenizer_config.json` has.
+            (Some(template), _) => (Some(template.clone()), self.named_templates.clone()),
+            (None, false) => (listed_templates(&self.config["chat_template"])?.0, self.named_templates.clone()),
+            (None, true) => listed_templates(&self.config["chat_template"])?,
+        })
+    }
+}
+
+/// Directory of the templates that have names, in a Hugging Face directory.
+pub const TEMPLATES_DIR: &str = "additional_chat_templates";
 
 /// Largest `tokenizer.json`, and largest of the files around it, in bytes. Published ones have 35 MB at most.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
@@ -414,6 +448,23 @@ const SMALL_BYTES_MAX: u64 = 16 << 20;
 fn read_if_there(path: &Path) -> Result<Option<String>> {
     let there = path.try_exists().with_context(|| path.display().to_string())?;
     there.then(|| read_text(path, SMALL_BYTES_MAX)).transpose()
+}
+
+/// The files `NAME.jinja` of a directory, which may be missing.
+fn read_named_templates(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let mut templates = BTreeMap::new();
+    if !dir.is_dir() {
+        return Ok(templates);
+    }
+    for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+        let path = entry.with_context(|| dir.display().to_string())?.path();
+        let name =
+            path.file_stem().and_then(|name| name.to_str()).filter(|_| path.extension().is_some_and(|e| e == "jinja"));
+        if let (Some(name), Some(template)) = (name, read_if_there(&path)?) {
+            templates.insert(name.to_owned(), template);
+        }
+    }
+    Ok(templates)
 }
 
 fn read_json(path: &Path) -> Result<Value> {
@@ -539,16 +590,15 @@ fn from_files(mut inner: tokenizers::Tokenizer, files: &Files) -> Result<Tokeniz
     if more_eos_ids.is_empty() {
         more_eos_ids = ids(&files.model_config["eos_token_id"]).context("config.json: eos_token_id")?;
     }
+    let (chat_template, named_templates) = files.templates()?;
     let named = Named {
         bos,
         eos,
         pad,
         unk,
         more_eos_ids,
-        chat_template: match &files.chat_template {
-            Some(template) => Some(template.clone()),
-            None => default_template(&files.config["chat_template"])?,
-        },
+        chat_template,
+        named_templates,
         // transformers writes 10^30 for "not known".
         model_max_length: files.config["model_max_length"].as_u64().filter(|&n| n < 1 << 40),
         notes: Vec::new(),
@@ -569,23 +619,37 @@ fn ids(value: &Value) -> Result<Vec<u32>> {
     }
 }
 
-/// A template, or the one named "default" of a list.
-fn default_template(value: &Value) -> Result<Option<String>> {
+/// A template, or the one named "default" of a list and the others by name.
+fn listed_templates(value: &Value) -> Result<(Option<String>, BTreeMap<String, String>)> {
     match value {
-        Value::Null => Ok(None),
-        Value::String(template) => Ok(Some(template.clone())),
+        Value::Null => Ok((None, BTreeMap::new())),
+        Value::String(template) => Ok((Some(template.clone()), BTreeMap::new())),
         Value::Array(templates) => {
-            let default = templates.iter().find(|entry| entry["name"] == "default");
-            let template = default.and_then(|entry| entry["template"].as_str());
-            let names: Vec<&str> = templates.iter().filter_map(|entry| entry["name"].as_str()).collect();
-            let template = template.with_context(|| {
+            let entry =
+                |entry: &Value| Some((entry["name"].as_str()?.to_owned(), entry["template"].as_str()?.to_owned()));
+            let mut named: BTreeMap<String, String> = templates.iter().filter_map(entry).collect();
+            let default = named.remove("default").with_context(|| {
+                let names: Vec<&String> = named.keys().collect();
                 format!(
                     "tokenizer_config.json: chat_template has {names:?} but no \"default\"; \
                      write the one to use to chat_template.jinja"
                 )
             })?;
-            Ok(Some(template.to_owned()))
+            check_names(&named).context("tokenizer_config.json: chat_template")?;
+            Ok((Some(default), named))
         }
         _ => bail!("tokenizer_config.json: chat_template is neither a string nor a list"),
+    }
+}
+
+/// Checks that templates can be files of their names: that is how they are written.
+fn check_names(named: &BTreeMap<String, String>) -> Result<()> {
+    let plain = |name: &&String| {
+        let known = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+        !name.is_empty() && name.len() <= 64 && !name.starts_with('.') && name.chars().all(known)
+    };
+    match named.keys().find(|name| !plain(name)) {
+        Some(name) => bail!("the name {name:?} cannot be that of a file"),
+        None => Ok(()),
     }
 }

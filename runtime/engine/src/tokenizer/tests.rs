@@ -228,6 +228,7 @@ fn scores_give_no_merges_into_control_tokens() -> Result<()> {
         add_eos: None,
         add_space_prefix: None,
         chat_template: None,
+        named_templates: Default::default(),
         context_length: None,
     };
     // By score, then the longer left part: never ("<", "s>") or ("<s", ">") into "<s>".
@@ -314,6 +315,92 @@ fn a_damaged_tokenizer_json_is_an_error() -> Result<()> {
         "pair": [], "special_tokens": {}}}"#;
     assert!(read_tokenizer_json(post.as_bytes()).is_err());
     assert!(read_tokenizer_json(b"{}").is_err());
+    Ok(())
+}
+
+/// Files come in the place of a list, and a model that has only a list keeps all of it.
+#[test]
+fn templates_with_names_are_kept() -> Result<()> {
+    let from = fixtures().join("byte_level");
+    let dir = tempfile::tempdir()?;
+    std::fs::copy(from.join("tokenizer.json"), dir.path().join("tokenizer.json"))?;
+    let list = json!([{"name": "tool_use", "template": "t{{ '<tool_call>' }}"}, {"name": "default", "template": "d"},
+        {"name": "rag", "template": "r"}]);
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text);
+    write("tokenizer_config.json", &json!({"chat_template": list}).to_string())?;
+    let read = || Tokenizer::from_dir(dir.path());
+    let named =
+        |tokenizer: &Tokenizer| -> Vec<(String, String)> { tokenizer.named_templates.clone().into_iter().collect() };
+    let pairs = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
+        pairs.iter().map(|(name, template)| (name.to_string(), template.to_string())).collect()
+    };
+    let listed = read()?;
+    assert_eq!(listed.chat_template.as_deref(), Some("d"));
+    assert_eq!(named(&listed), pairs(&[("rag", "r"), ("tool_use", "t{{ '<tool_call>' }}")]));
+    let again = listed.config_json();
+    let all: BTreeMap<&str, &Value> = again["chat_template"]
+        .as_array()
+        .context("a list")?
+        .iter()
+        .filter_map(|e| Some((e["name"].as_str()?, e)))
+        .collect();
+    assert_eq!(all.keys().copied().collect::<Vec<_>>(), ["default", "rag", "tool_use"]);
+    assert_eq!(all["rag"]["template"], "r");
+
+    std::fs::create_dir(dir.path().join(TEMPLATES_DIR))?;
+    write(&format!("{TEMPLATES_DIR}/tool_use.jinja"), "ü")?;
+    write(&format!("{TEMPLATES_DIR}/notes.txt"), "no template")?;
+    let both = read()?;
+    assert_eq!((both.chat_template.as_deref(), named(&both)), (Some("d"), pairs(&[("tool_use", "ü")])));
+    write("chat_template.jinja", "f")?;
+    let files = read()?;
+    assert_eq!((files.chat_template.as_deref(), named(&files)), (Some("f"), pairs(&[("tool_use", "ü")])));
+    let digests = [&listed, &both, &files].map(|tokenizer| tokenizer.template_digest());
+    assert!(digests[0] != digests[1] && digests[1] != digests[2]);
+    std::fs::remove_dir_all(dir.path().join(TEMPLATES_DIR))?;
+    assert_eq!(read()?.template_digest(), Some(sha256("f")));
+
+    std::fs::remove_file(dir.path().join("chat_template.jinja"))?;
+    for name in ["../x", "", ".x", "a/b", "ü"] {
+        let list = json!([{"name": "default", "template": "d"}, {"name": name, "template": "x"}]);
+        write("tokenizer_config.json", &json!({"chat_template": list}).to_string())?;
+        let message = format!("{:#}", read().err().context("it is no name")?);
+        assert!(message.contains(&format!("the name {name:?} cannot be that of a file")), "{message}");
+    }
+    Ok(())
+}
+
+/// What only the template for tools writes is control as well.
+#[test]
+fn tokens_of_a_template_with_a_name_are_control() -> Result<()> {
+    let mut file: Value = serde_json::from_slice(&std::fs::read(fixtures().join("byte_level/tokenizer.json"))?)?;
+    add(&mut file, "<tool_call>", false);
+    add(&mut file, "<other>", false);
+    let named_templates = BTreeMap::from([("tool_use".to_owned(), "{{ '<tool_call>' }}".to_owned())]);
+    let files = Files { chat_template: Some("{{ 'd' }}".to_owned()), named_templates, ..Files::default() };
+    let tokenizer = from_files(read_tokenizer_json(file.to_string().as_bytes())?, &files)?;
+    let is_control = |text: &str| tokenizer.control_tokens().iter().any(|control| control.text == text);
+    assert!(is_control("<tool_call>") && !is_control("<other>"));
+    Ok(())
+}
+
+/// As llama.cpp's converter writes them: a key each, and a list of the names.
+#[test]
+fn templates_with_names_are_read_of_a_gguf_file() -> Result<()> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let pair = |key: &str, kind: u32, value: Vec<u8>| [text(key), kind.to_le_bytes().to_vec(), value].concat();
+    let names = [&8u32.to_le_bytes()[..], &1u64.to_le_bytes(), &text("tool_use")].concat();
+    let more = [pair("tokenizer.chat_template.tool_use", 8, text("ü")), pair("tokenizer.chat_templates", 9, names)];
+    let file = std::fs::read(fixtures().join("byte_level.gguf"))?;
+    // Behind magic, version and the number of tensors stands that of the pairs.
+    let count = u64::from_le_bytes(file[16..24].try_into()?) + more.len() as u64;
+    let file = [&file[..16], &count.to_le_bytes(), &more.concat(), &file[24..]].concat();
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("two.gguf");
+    std::fs::write(&path, file)?;
+    let tokenizer = Tokenizer::from_gguf(&Gguf::open(&path)?)?;
+    assert_eq!(tokenizer.named_templates, BTreeMap::from([("tool_use".to_owned(), "ü".to_owned())]));
+    assert_eq!(tokenizer.chat_template, Tokenizer::from_gguf(&gguf("byte_level")?)?.chat_template);
     Ok(())
 }
 

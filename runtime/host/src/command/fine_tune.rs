@@ -7,7 +7,7 @@ use anyhow::{Result, bail, ensure};
 use clap::{ArgGroup, Args};
 use homeroom_engine::adapter::is_adapter;
 use homeroom_engine::block::Compute;
-use homeroom_engine::data::{Dataset, Example};
+use homeroom_engine::data::{Dataset, Example, note_endless};
 use homeroom_engine::files::{NewDirectory, replaceable, vacant};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::schedule::Schedule;
@@ -383,6 +383,9 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
         arguments.training_file.display(),
         thousands(rows.train.len()),
     ));
+    if let Some(note) = note_endless(rows.data.endless, rows.data.examples.len()) {
+        line(note);
+    }
     line(format_args!(
         "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
         thousands(steps as usize),

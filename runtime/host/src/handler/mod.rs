@@ -32,6 +32,8 @@ pub use secret::Secret;
 pub enum Role {
     /// Whoever set up the conversation.
     System,
+    /// The same, in the word of newer models. A model here that does not know it hears the system, and so does every endpoint.
+    Developer,
     /// The person who asks.
     User,
     /// The model.

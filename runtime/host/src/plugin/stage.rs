@@ -1,17 +1,19 @@
 //! A plugin's file before any of its code runs: read once, checked, and copied to where nobody else changes it.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_abi::describe::Description;
 use homeroom_abi::table::ENTRY;
+use homeroom_engine::files::replace_file;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::load::{Plugin, names_entry};
 use super::{Probe, beside_program, owner, private};
+use crate::registry;
 
 /// Size of the largest library that is read: with all its debug information, a strategy has some ten megabytes.
 pub const BYTES_MAX: u64 = 1 << 29;
@@ -85,18 +87,13 @@ impl PluginFile {
         Ok(Staged { source: self.path.clone(), sha256: self.sha256.clone(), copy, _dir: dir })
     }
 
-    /// Writes the bytes as a file of that name into a directory of the user's alone, in place of what is there.
+    /// Writes the bytes as a file below the data directory, in place of what has its name.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn install(&self, path: &Path) -> Result<()> {
-        let dir = path.parent().context("a file lies in a directory")?;
-        let place = || format!("{}: cannot write", path.display());
-        private::create_directories(dir).with_context(place)?;
-        let mut file = tempfile::NamedTempFile::new_in(dir).with_context(place)?;
-        file.write_all(&self.bytes).and_then(|()| file.as_file().sync_all()).with_context(place)?;
-        file.persist(path).with_context(place)?;
-        Ok(())
+        let _alone = registry::lock()?;
+        replace_file(path, &self.bytes)
     }
 
     /// Loads a private copy of the bytes in this process.

@@ -3,6 +3,7 @@
 //! A field that is not supported or not known is refused by name: an answer that silently ignores it is worse than none. A field that
 //! does not change the answer is ignored, and named in the header `x-ignored-params`.
 
+use homeroom_engine::template::join_parts;
 use serde_json::{Map, Value};
 
 use crate::handler::{HandlerError, Kind, Message, Request, Role};
@@ -194,7 +195,8 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
         let at = |field: &str| format!("messages[{i}].{field}");
         let fields = message.as_object().ok_or_else(|| wrong(&format!("messages[{i}]"), "an object"))?;
         let role = match fields.get("role").and_then(Value::as_str) {
-            Some("system" | "developer") => Role::System,
+            Some("system") => Role::System,
+            Some("developer") => Role::Developer,
             Some("user") => Role::User,
             Some("assistant") => Role::Assistant,
             Some("tool" | "function") => {
@@ -246,7 +248,8 @@ fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
         (Some("text") | None, _) => Err(wrong(&format!("{at}[{i}]"), "an object with `type` and `text`")),
         (Some(_), _) => Err(HandlerError::invalid(&format!("{at}[{i}].type"), "only text is supported")),
     };
-    Ok(parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
+    let texts = parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?;
+    Ok(join_parts(texts.iter().map(String::as_str)))
 }
 
 #[cfg(test)]
@@ -366,7 +369,7 @@ mod tests {
         assert!(asked.stream && asked.include_usage);
         assert_eq!(asked.request.max_tokens, Some(7));
         assert_eq!(asked.request.seed, Some(-1));
-        assert_eq!(asked.request.messages, [Message::new(Role::System, "a\nb"), Message::new(Role::Assistant, "")]);
+        assert_eq!(asked.request.messages, [Message::new(Role::Developer, "a\nb"), Message::new(Role::Assistant, "")]);
         Ok(())
     }
 }

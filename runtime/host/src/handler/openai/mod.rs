@@ -17,7 +17,7 @@ use ureq::Agent;
 
 pub use self::endpoint::{BaseUrl, Endpoint};
 use self::stream::{Reading, STREAM_OPTIONS};
-use super::{Context, EventStream, Handler, HandlerError, Request};
+use super::{Context, EventStream, Handler, HandlerError, Message, Request, Role};
 
 /// A handler that asks an endpoint.
 pub struct OpenAi {
@@ -54,7 +54,10 @@ impl OpenAi {
     fn body(&self, request: &Request) -> Map<String, Value> {
         let mut body = Map::new();
         body.insert("model".into(), json!(self.endpoint.model));
-        body.insert("messages".into(), json!(request.messages));
+        // Every endpoint knows `system`; OpenAI's make `developer` of it where a model wants that.
+        let role = |role| if role == Role::Developer { Role::System } else { role };
+        let message = |message: &Message| json!({"role": role(message.role), "content": message.content});
+        body.insert("messages".into(), request.messages.iter().map(message).collect());
         body.insert("stream".into(), json!(true));
         if !self.usage_refused.load(Ordering::SeqCst) {
             body.insert(STREAM_OPTIONS.into(), json!({"include_usage": true}));

@@ -90,6 +90,8 @@ pub struct Encoded {
     pub skipped: usize,
     /// Examples cut as too long.
     pub truncated: usize,
+    /// Examples that end without an end token, those of rows that were cut aside.
+    pub endless: usize,
 }
 
 impl Encoded {
@@ -144,7 +146,7 @@ impl Dataset {
         ensure!(!self.rows().is_empty(), "the dataset has no rows");
         let encoder = models::encoder(model, self.max_seq_len, self.on_long_row).map_err(in_lua_words)?;
         let mut problems: BTreeMap<&Path, Problems> = BTreeMap::new();
-        let (mut examples, mut skipped, mut truncated) = (Vec::new(), 0, 0);
+        let (mut examples, mut skipped, mut truncated, mut endless) = (Vec::new(), 0, 0, 0);
         let mut hasher = Sha256::new();
         for row in self.rows() {
             clock.check()?;
@@ -154,6 +156,7 @@ impl Dataset {
                 Ok(None) => skipped += 1,
                 Ok(Some((mut kept, cut))) => {
                     truncated += cut;
+                    endless += if cut == 0 { encoder.count_endless(&kept) } else { 0 };
                     examples.append(&mut kept);
                 }
                 Err(problem) => problems.entry(&row.file).or_default().add(row.line, problem),
@@ -164,7 +167,7 @@ impl Dataset {
         }
         ensure!(!examples.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
         let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(Encoded { examples, digest: format!("sha256:{hex}"), skipped, truncated })
+        Ok(Encoded { examples, digest: format!("sha256:{hex}"), skipped, truncated, endless })
     }
 
     /// Parts the rows by chance.

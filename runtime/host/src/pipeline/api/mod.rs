@@ -409,7 +409,9 @@ fn strategy_of(options: &Options) -> Result<String, Failure> {
             (Some(true), Some(other)) if other != means => return Err(contradicts(option, true, other)),
             (Some(false), Some(same)) if same == means => return Err(contradicts(option, false, same)),
             (Some(true), _) if asked.is_some() => {
-                return Err(said("load_model: `load_in_4bit` and `load_in_8bit` are both true; a base is stored one way"));
+                return Err(said(
+                    "load_model: `load_in_4bit` and `load_in_8bit` are both true; a base is stored one way",
+                ));
             }
             (Some(true), _) => asked = Some(means),
             _ => {}

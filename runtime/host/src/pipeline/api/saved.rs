@@ -1,11 +1,11 @@
 //! What of a trained model goes into the registry: its files by their names, and nothing else that lies beside them.
 
 use std::fs::{File, OpenOptions};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, is_adapter};
-use homeroom_engine::files::RESULT_FILES;
+use homeroom_engine::files::{RESULT_FILES, named_templates};
 
 /// Refuses a directory that is no trained model.
 ///
@@ -27,8 +27,12 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         std::fs::set_permissions(to, mode).with_context(|| to.display().to_string())?;
     }
-    for name in RESULT_FILES {
-        let path = from.join(name);
+    let templates = named_templates(from)?;
+    if let Some(directory) = templates.first().and_then(|name| name.parent()) {
+        create_private(&to.join(directory)).with_context(|| to.display().to_string())?;
+    }
+    for name in RESULT_FILES.iter().map(PathBuf::from).chain(templates) {
+        let path = from.join(&name);
         let Ok(kind) = path.symlink_metadata() else { continue };
         ensure!(
             kind.is_file(),
@@ -38,7 +42,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
         let mut source = open(&path).with_context(|| format!("{}: cannot read", path.display()))?;
         let kind = source.metadata().with_context(|| path.display().to_string())?;
         ensure!(kind.is_file(), "{}: it has changed while it was copied", path.display());
-        let mut write = || std::io::copy(&mut source, &mut create(&to.join(name))?);
+        let mut write = || std::io::copy(&mut source, &mut create(&to.join(&name))?);
         write().with_context(|| format!("{}: cannot copy", path.display()))?;
     }
     Ok(())
@@ -53,10 +57,51 @@ fn open(path: &Path) -> std::io::Result<File> {
     options.open(path)
 }
 
+fn create_private(directory: &Path) -> std::io::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(directory)
+}
+
 fn create(path: &Path) -> std::io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chat_templates_of_a_result_are_copied_and_nothing_beside_them() -> Result<()> {
+        let [from, to] = [tempfile::tempdir()?, tempfile::tempdir()?];
+        let templates = from.path().join("additional_chat_templates");
+        std::fs::create_dir(&templates)?;
+        for (path, text) in
+            [("config.json", "{}"), ("notes.txt", "mine"), ("additional_chat_templates/tool_use.jinja", "ü")]
+        {
+            std::fs::write(from.path().join(path), text)?;
+        }
+        std::fs::write(templates.join("notes.txt"), "mine")?;
+        copy(from.path(), to.path())?;
+        let copied = to.path().join("additional_chat_templates");
+        assert_eq!(std::fs::read_to_string(copied.join("tool_use.jinja"))?, "ü");
+        assert!(!copied.join("notes.txt").exists() && !to.path().join("notes.txt").exists());
+        #[cfg(unix)]
+        {
+            let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&copied)?.permissions());
+            assert_eq!(mode & 0o777, 0o700);
+            // A link in the place of a template, or of all of them, is not followed.
+            std::fs::remove_dir_all(&copied)?;
+            std::fs::remove_file(to.path().join("config.json"))?;
+            std::os::unix::fs::symlink(templates.join("notes.txt"), templates.join("rag.jinja"))?;
+            let message = format!("{:#}", copy(from.path(), to.path()).expect_err("it is a link"));
+            assert!(message.contains("rag.jinja: not a regular file"), "{message}");
+        }
+        Ok(())
+    }
 }

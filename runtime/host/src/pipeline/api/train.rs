@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use homeroom_engine::block::Compute;
-use homeroom_engine::data::Example;
+use homeroom_engine::data::{Example, note_endless};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::train::{Broken, Control, Evaluation, Observer, StepReport, TrainConfig, planned_steps};
 use mlua::{Lua, Table, Value};
@@ -275,6 +275,9 @@ fn restate(
     };
     let count = thousands(data.examples.len());
     session.tell(format_args!("data      {count} examples, {} tokens{held_out}{left_out}", thousands(data.tokens())));
+    if let Some(note) = note_endless(data.endless, data.examples.len()) {
+        session.tell(note);
+    }
     session.tell(format_args!(
         "training  {} steps of {} x {} examples   learning rate {:.1e}, {}   seed {}",
         thousands(steps as usize),

@@ -1,0 +1,275 @@
+//! The rows of a file: their shapes, and what is refused before anything is rendered.
+
+use std::fmt::Write as _;
+
+use homeroom_abi::describe::nearest;
+use serde_json::{Map, Value as Json};
+
+use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, Problem, UNKNOWN_ROW};
+use crate::template::join_parts;
+
+/// The roles of a message, as OpenAI names them.
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+/// The shape of a file's rows, told by their keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowFormat {
+    /// `messages`: a conversation; the assistant's messages are learned.
+    Messages,
+    /// `prompt` and `completion`, as strings or lists of messages; the completion is learned.
+    PromptCompletion,
+    /// `text`: all of it is learned.
+    Text,
+}
+
+/// A row as it was read and checked.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Row {
+    /// A conversation; `tools` is a list.
+    Messages {
+        /// OpenAI's messages, `content` being a string where there is any: parts are joined, as they are where a model is served.
+        messages: Vec<Json>,
+        /// The tools that the assistant may call.
+        tools: Option<Json>,
+    },
+    /// A prompt and its completion, as strings.
+    PromptCompletion {
+        /// What the system message says, for a model with a chat template.
+        system: Option<String>,
+        /// Not learned.
+        prompt: String,
+        /// Learned.
+        completion: String,
+    },
+    /// Text, all of it learned.
+    Text(String),
+}
+
+/// Checks one row that is not of a file, as a file's first row is checked.
+///
+/// # Errors
+/// Why it is refused.
+pub fn check_row(text: &str) -> Result<Row, Problem> {
+    parse_line(text.as_bytes(), &mut None)
+}
+
+pub(super) fn parse_line(bytes: &[u8], format: &mut Option<RowFormat>) -> Result<Row, Problem> {
+    let text = std::str::from_utf8(bytes)
+        .map_err(|e| Problem::new(NOT_UTF8, format!("{NOT_UTF8}: byte {} of the line", e.valid_up_to() + 1)))?;
+    let json: Json = serde_json::from_str(text).map_err(|e| {
+        // serde_json counts lines too, and ours is its only one.
+        let message = e.to_string().replace(" at line 1 column", " at column");
+        Problem::new(NOT_JSON, format!("{NOT_JSON}: {message}"))
+    })?;
+    let Json::Object(fields) = json else {
+        let detail = format!("not an object but {}", kind_of(&json));
+        return Err(Problem::new(UNKNOWN_ROW, detail));
+    };
+    let found = recognise(&fields)?;
+    match *format {
+        Some(expected) if expected != found => {
+            Err(Problem::new(MIXED, format!("has {}, while the rows before have {}", found.keys(), expected.keys())))
+        }
+        _ => {
+            *format = Some(found);
+            parse_row(fields, found).map_err(|detail| {
+                let nothing = detail.starts_with(NOTHING);
+                Problem::new(if nothing { NOTHING } else { BAD_ROW }, detail)
+            })
+        }
+    }
+}
+
+impl RowFormat {
+    fn keys(self) -> &'static str {
+        match self {
+            Self::Messages => "`messages`",
+            Self::PromptCompletion => "`prompt` and `completion`",
+            Self::Text => "`text`",
+        }
+    }
+}
+
+fn recognise(fields: &Map<String, Json>) -> Result<RowFormat, Problem> {
+    let has = |key: &str| fields.contains_key(key);
+    if has("messages") {
+        return Ok(RowFormat::Messages);
+    }
+    if has("prompt") && has("completion") {
+        return Ok(RowFormat::PromptCompletion);
+    }
+    if has("text") {
+        return Ok(RowFormat::Text);
+    }
+    let keys: Vec<String> = fields.keys().take(8).map(|k| format!("`{k}`")).collect();
+    let mut detail = match keys.len() {
+        0 => "an object without keys".to_owned(),
+        _ => format!("unknown row with {}", keys.join(", ")),
+    };
+    let known = ["messages", "prompt", "completion", "text"];
+    let near = fields.keys().filter(|k| !known.contains(&k.as_str())).find_map(|key| {
+        let near = nearest(key, known).filter(|near| !has(near))?;
+        Some(format!("`{key}`: did you mean `{near}`?"))
+    });
+    if let Some(near) = near {
+        let _ = write!(detail, "; {near}");
+    } else if has("prompt") || has("completion") {
+        detail.push_str("; `prompt` and `completion` go together");
+    } else if has("instruction") && has("output") {
+        detail.push_str("; rename `instruction` to `prompt` and `output` to `completion`");
+    } else if has("conversations") {
+        detail.push_str("; write `conversations` as `messages` with `role` and `content`");
+    }
+    Err(Problem::new(UNKNOWN_ROW, detail))
+}
+
+fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, String> {
+    let mut take = |key: &str| fields.remove(key).unwrap_or(Json::Null);
+    match format {
+        RowFormat::Messages => {
+            let messages = parse_messages("messages", take("messages"))?;
+            let tools = parse_tools(take("tools"))?;
+            Ok(Row::Messages { messages, tools })
+        }
+        RowFormat::PromptCompletion => match (take("prompt"), take("completion")) {
+            (Json::String(prompt), Json::String(completion)) => {
+                let system = match take("system") {
+                    Json::Null => None,
+                    Json::String(text) => Some(text),
+                    other => return Err(format!("system: {} is not a string", kind_of(&other))),
+                };
+                if completion.is_empty() {
+                    return Err(format!("{NOTHING}: `completion` is empty"));
+                }
+                Ok(Row::PromptCompletion { system, prompt, completion })
+            }
+            (prompt @ Json::Array(_), completion @ Json::Array(_)) => {
+                let mut messages = parse_messages("prompt", prompt)?;
+                for message in messages.iter_mut().filter(|m| m["role"] == "assistant") {
+                    message["weight"] = 0.into();
+                }
+                messages.extend(parse_messages("completion", completion)?);
+                let tools = parse_tools(take("tools"))?;
+                Ok(Row::Messages { messages, tools })
+            }
+            (prompt, completion) => Err(format!(
+                "`prompt` is {} and `completion` is {}; both must be strings or both lists of messages",
+                kind_of(&prompt),
+                kind_of(&completion)
+            )),
+        },
+        RowFormat::Text => match take("text") {
+            Json::String(text) if text.is_empty() => Err(format!("{NOTHING}: `text` is empty")),
+            Json::String(text) => Ok(Row::Text(text)),
+            other => Err(format!("text: {} is not a string", kind_of(&other))),
+        },
+    }
+}
+
+fn parse_tools(tools: Json) -> Result<Option<Json>, String> {
+    match tools {
+        Json::Null => Ok(None),
+        Json::Array(tools) if tools.is_empty() => Ok(None),
+        Json::Array(tools) => Ok(Some(Json::Array(tools))),
+        Json::String(text) => match serde_json::from_str(&text) {
+            Ok(tools @ (Json::Array(_) | Json::Null)) => parse_tools(tools),
+            Ok(other) => Err(format!("tools: a string of {}, not of a list", kind_of(&other))),
+            Err(e) => Err(format!("tools: not JSON: {e}")),
+        },
+        other => Err(format!("tools: {} is not a list", kind_of(&other))),
+    }
+}
+
+fn parse_messages(key: &str, messages: Json) -> Result<Vec<Json>, String> {
+    let Json::Array(mut messages) = messages else {
+        return Err(format!("{key}: {} is not a list of messages", kind_of(&messages)));
+    };
+    if messages.is_empty() {
+        return Err(format!("{NOTHING}: `{key}` is empty"));
+    }
+    for (i, message) in messages.iter_mut().enumerate() {
+        check_message(message).map_err(|detail| match detail.strip_prefix(NOTHING) {
+            Some(rest) => format!("{NOTHING}: message {}{rest}", i + 1),
+            None => format!("message {}: {detail}", i + 1),
+        })?;
+    }
+    Ok(messages)
+}
+
+fn check_message(message: &mut Json) -> Result<(), String> {
+    let Json::Object(fields) = message else {
+        return Err(format!("{} is not an object", kind_of(message)));
+    };
+    let missing = |fields: &Map<String, Json>, key: &str| {
+        let keys: Vec<&str> = fields.keys().map(String::as_str).collect();
+        match nearest(key, keys) {
+            Some(near) => format!("no `{key}`, but `{near}`: did you mean `{key}`?"),
+            None => format!("no `{key}`"),
+        }
+    };
+    let role = match fields.get("role") {
+        Some(Json::String(role)) => role.clone(),
+        Some(other) => return Err(format!("role: {} is not a string", kind_of(other))),
+        None => return Err(missing(fields, "role")),
+    };
+    if !ROLES.contains(&role.as_str()) {
+        return Err(match nearest(&role, ROLES) {
+            Some(near) => format!("unknown role `{role}`, did you mean `{near}`?"),
+            None => format!("unknown role `{role}`, the roles are {}", ROLES.join(", ")),
+        });
+    }
+    let is_given = |v: Option<&Json>| match v {
+        None | Some(Json::Null) => false,
+        Some(Json::String(text)) => !text.trim().is_empty(),
+        Some(Json::Array(items)) => !items.is_empty(),
+        Some(_) => true,
+    };
+    let calls = is_given(fields.get("tool_calls"));
+    match fields.get("tool_calls") {
+        None | Some(Json::Null | Json::Array(_)) => {}
+        Some(other) => return Err(format!("tool_calls: {} is not a list", kind_of(other))),
+    }
+    match fields.get("weight") {
+        None | Some(Json::Null) => {}
+        Some(w) if w.as_f64().is_some_and(|w| w == 0.0 || w == 1.0) => {}
+        Some(w) => return Err(format!("weight: {w} is neither 0 nor 1")),
+    }
+    match fields.get_mut("content") {
+        Some(Json::String(_)) => {}
+        Some(content @ Json::Array(_)) => *content = Json::String(text_of(content)?),
+        Some(Json::Null) if calls => {}
+        None if calls => {}
+        Some(other) => return Err(format!("content: {} is not a string", kind_of(other))),
+        None => return Err(missing(fields, "content")),
+    }
+    let learned = role == "assistant" && fields.get("weight").and_then(Json::as_f64) != Some(0.0);
+    let reasoning = ["reasoning_content", "reasoning", "thinking"];
+    let says = |key: &str| is_given(fields.get(key));
+    if learned && !calls && !says("content") && !reasoning.into_iter().any(says) {
+        return Err(format!("{NOTHING} (assistant) has empty content and no tool_calls"));
+    }
+    Ok(())
+}
+
+/// The text of content given in parts.
+fn text_of(parts: &Json) -> Result<String, String> {
+    let text = |(i, part): (usize, &Json)| match (part["type"].as_str(), part["text"].as_str()) {
+        (Some("text"), Some(_)) => Ok(()),
+        (Some("text"), None) => Err(format!("content: part {} has no `text`", i + 1)),
+        (Some(kind), _) => Err(format!("content: part {} is `{kind}`, only text is learned", i + 1)),
+        (None, _) => Err(format!("content: part {} has no `type`", i + 1)),
+    };
+    let parts = parts.as_array().map_or(&[][..], Vec::as_slice);
+    parts.iter().enumerate().try_for_each(text)?;
+    Ok(join_parts(parts.iter().filter_map(|part| part["text"].as_str())))
+}
+
+fn kind_of(json: &Json) -> &'static str {
+    match json {
+        Json::Null => "null",
+        Json::Bool(_) => "a boolean",
+        Json::Number(_) => "a number",
+        Json::String(_) => "a string",
+        Json::Array(_) => "a list",
+        Json::Object(_) => "an object",
+    }
+}

@@ -1,0 +1,189 @@
+//! A message, made ready for the template: the one place where the rows of a training and the requests that are served become what a
+//! template reads.
+
+use anyhow::{Context, Result, anyhow};
+use serde_json::{Map, Value as Json, json};
+
+use super::{ChatTemplate, python, to_value};
+
+/// What stands between the parts of a content that is read as one text, as in vLLM and llama.cpp.
+const BETWEEN_PARTS: &str = "\n";
+
+/// The text of a content given in parts.
+pub fn join_parts<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
+    parts.into_iter().collect::<Vec<_>>().join(BETWEEN_PARTS)
+}
+
+/// How a template reads messages. It is found by trying it out.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Reads {
+    /// It adds `arguments` to strings, so it must be given text (DeepSeek-V3 does).
+    arguments_as_text: bool,
+    /// Whose content it reads in parts and not as a text, in the order of [`SPEAKERS`] (Idefics 3 and LLaVA do).
+    in_parts: [bool; 3],
+    /// It knows the role `developer` (gpt-oss does).
+    developer: bool,
+}
+
+/// Roles whose content is tried in both forms, and what they say there: letters that survive trimming and cutting, and that no
+/// template writes.
+const SPEAKERS: [(&str, &str); 3] = [("system", "ŝ"), ("user", "ŭ"), ("assistant", "ĉ")];
+
+impl Reads {
+    /// Tries `template`, which must not refuse plain conversations for using up too much.
+    pub(super) fn of(template: &ChatTemplate) -> Self {
+        Self {
+            arguments_as_text: wants_arguments_as_text(template),
+            in_parts: reads_in_parts(template),
+            developer: knows_developer(template),
+        }
+    }
+
+    /// Messages as the template reads them: no null keys, no `weight`, `arguments` parsed, the reasoning under each of its usual
+    /// names, content as a text or in parts, and `developer` as `system` where the template does not know it.
+    ///
+    /// # Errors
+    /// When one is not an object, or the arguments of a call are not JSON.
+    pub(super) fn prepare(&self, messages: &[Json]) -> Result<Vec<Json>> {
+        let prepare = |(i, message): (usize, &Json)| {
+            let fields = message.as_object().with_context(|| format!("message {}: not an object", i + 1))?;
+            let mut clean = named(fields);
+            if let Some(Json::Array(calls)) = clean.get_mut("tool_calls") {
+                for call in calls {
+                    self.prepare_arguments(call).with_context(|| format!("message {}: tool_calls", i + 1))?;
+                }
+            }
+            if !self.developer && clean.get("role").is_some_and(|role| role == "developer") {
+                clean.insert("role".into(), "system".into());
+            }
+            self.shape_content(&mut clean);
+            Ok(Json::Object(clean))
+        };
+        messages.iter().enumerate().map(prepare).collect()
+    }
+
+    fn shape_content(&self, message: &mut Map<String, Json>) {
+        let speaker = match message.get("role").and_then(Json::as_str) {
+            Some("system" | "developer") => 0,
+            Some("assistant") => 2,
+            _ => 1,
+        };
+        let Some(content) = message.get_mut("content") else { return };
+        match (&*content, self.in_parts[speaker]) {
+            (Json::String(text), true) => *content = json!([{"type": "text", "text": text}]),
+            (Json::Array(parts), false) if parts.iter().all(|part| part["text"].is_string()) => {
+                *content = join_parts(parts.iter().filter_map(|part| part["text"].as_str())).into();
+            }
+            _ => {}
+        }
+    }
+
+    fn prepare_arguments(&self, call: &mut Json) -> Result<()> {
+        let call = match call.get("function") {
+            Some(Json::Object(_)) => &mut call["function"],
+            _ => call,
+        };
+        let Some(arguments) = call.get_mut("arguments") else {
+            return Ok(());
+        };
+        match (&*arguments, self.arguments_as_text) {
+            (Json::String(text), false) => {
+                let parsed = if text.trim().is_empty() { "{}" } else { text };
+                *arguments = serde_json::from_str(parsed).map_err(|e| anyhow!("arguments are not JSON: {e}"))?;
+            }
+            (Json::String(_), true) => {}
+            (other, true) => *arguments = Json::String(python::to_json(&to_value(other))?),
+            (_, false) => {}
+        }
+        Ok(())
+    }
+}
+
+/// The fields that a template sees, in their order. Templates call the reasoning by different names.
+fn named(fields: &Map<String, Json>) -> Map<String, Json> {
+    let names = ["reasoning_content", "thinking", "reasoning"];
+    let reasoning = names.iter().find_map(|&key| fields.get(key).filter(|v| !v.is_null()));
+    let mut clean = Map::new();
+    if let Some(reasoning) = reasoning {
+        clean.insert("thinking".into(), reasoning.clone());
+    }
+    for (key, value) in fields.iter().filter(|(k, v)| !v.is_null() && *k != "weight") {
+        clean.insert(key.clone(), value.clone());
+    }
+    if let Some(reasoning) = reasoning {
+        clean.insert("reasoning_content".into(), reasoning.clone());
+    }
+    clean
+}
+
+/// The content of a message that is prepared.
+pub(super) fn content(message: &Json) -> Option<&str> {
+    let content = message.get("content")?;
+    content.as_str().or_else(|| content[0]["text"].as_str())
+}
+
+/// The same message with another content.
+pub(super) fn with_content(message: &Json, text: &str) -> Json {
+    let mut message = message.clone();
+    match &mut message["content"] {
+        Json::Array(parts) => *parts = vec![json!({"type": "text", "text": text})],
+        other => *other = text.into(),
+    }
+    message
+}
+
+/// Tries a tool call both ways; a template that renders neither is taken to want an object.
+fn wants_arguments_as_text(template: &ChatTemplate) -> bool {
+    let tries = |arguments: Json| {
+        let call = json!({"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}});
+        let messages = [
+            json!({"role": "user", "content": "a"}),
+            json!({"role": "assistant", "content": "", "tool_calls": [call]}),
+        ];
+        template.run(&messages, None, false, "").is_ok()
+    };
+    template.source.contains("arguments") && !tries(json!({"a": "b"})) && tries(Json::String("{\"a\": \"b\"}".into()))
+}
+
+/// Tries texts first, then parts, then some in parts. What most is found of is what the template reads; where texts do as well, texts.
+fn reads_in_parts(template: &ChatTemplate) -> [bool; 3] {
+    let forms = [0, 7, 1, 2, 3, 4, 5, 6].map(|bits| [0, 1, 2].map(|speaker| bits >> speaker & 1 == 1));
+    let (mut best, mut most) = (forms[0], 0);
+    for form in forms {
+        let found = found_of(template, form);
+        if found > most {
+            (best, most) = (form, found);
+        }
+        if most == SPEAKERS.len() {
+            break;
+        }
+    }
+    best
+}
+
+/// How many of the speakers are heard in a conversation in this form, which may lack a system message if that is refused.
+fn found_of(template: &ChatTemplate, in_parts: [bool; 3]) -> usize {
+    let messages: Vec<Json> = (SPEAKERS.iter().zip(in_parts))
+        .map(|((role, text), in_parts)| match in_parts {
+            true => json!({"role": role, "content": [{"type": "text", "text": text}]}),
+            false => json!({"role": role, "content": text}),
+        })
+        .collect();
+    let rendered = [&messages[..], &messages[1..]].into_iter().find_map(|m| template.run(m, None, false, "").ok());
+    let rendered = rendered.unwrap_or_default().to_lowercase();
+    // A list that is printed, or written as JSON, was not read.
+    let printed = |text: &str| ["'", "\""].iter().any(|quote| rendered.contains(&format!("{quote}: {quote}{text}")));
+    SPEAKERS.iter().filter(|(_, text)| rendered.contains(text) && !printed(text)).count()
+}
+
+/// Whether the template names the role, and says what it says.
+fn knows_developer(template: &ChatTemplate) -> bool {
+    let (_, said) = SPEAKERS[0];
+    let heard = |content: Json| {
+        let messages = [json!({"role": "developer", "content": content}), json!({"role": "user", "content": "a"})];
+        template.run(&messages, None, true, "").is_ok_and(|text| text.contains(said))
+    };
+    // A template that writes whatever role it gets would write one that its model has never seen.
+    let names = template.written.split('\0').any(|text| text == "developer");
+    names && (heard(said.into()) || heard(json!([{"type": "text", "text": said}])))
+}

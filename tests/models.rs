@@ -104,8 +104,9 @@ fn what_a_tokenizer_leaves_open_is_said_where_the_model_is_loaded() -> Result<()
         let mut chat = homeroom();
         chat.args(["chat", "--prompt", "hi", "--max-tokens", "2", "--model-dir"]).arg(model);
         let said = succeeds(&mut chat)?.stderr;
-        let notes: Vec<&str> = said.lines().filter(|line| line.starts_with("note: ")).collect();
-        assert!(notes.len() == 1 && notes[0].contains(words) && notes[0].contains(&*model.to_string_lossy()), "{said}");
+        let note = format!("note: {}: ", model.display());
+        let notes: Vec<&str> = said.lines().filter(|line| line.starts_with(&note)).collect();
+        assert!(notes.len() == 1 && notes[0].contains(words), "{said}");
     }
     Ok(())
 }

@@ -230,6 +230,26 @@ fn examples_whose_turn_has_no_end_token_are_counted() {
     assert_eq!((cut.truncated, cut.endless), (1, 0));
     assert_eq!(note_endless(0, 5), None);
     assert!(note_endless(2, 1234).unwrap().starts_with("note: 2 of 1,234 examples end without an end token"));
+
+/// What ends a turn in the template ends answers; a text goes on to end with what the tokenizer names.
+#[test]
+fn a_text_ends_with_the_tokenizers_own_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models/llama");
+    std::fs::copy(fixture.join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), CHATML).unwrap();
+    let rows = file("{\"text\": \"Hi\"}\n");
+    let load = |config: serde_json::Value| {
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let tokenizer = &Tokenizer::from_dir(dir.path()).unwrap();
+        assert!(tokenizer.eos_ids.contains(&tokenizer.id("<|im_end|>").unwrap()));
+        let encoder = Encoder { tokenizer, template: None, max_seq_len: 64, on_long_row: OnLongRow::Refuse };
+        load_jsonl(rows.path(), encoder)
+    };
+    let data = load(json!({"eos_token": "<|endoftext|>"})).unwrap();
+    assert_eq!(data.examples[0].ids.last(), tokenizer().id("<|endoftext|>").as_ref());
+    let message = load(json!({})).unwrap_err().to_string();
+    assert!(message.contains("no EOS token"), "{message}");
 }
 
 #[test]

@@ -40,9 +40,12 @@ pub(super) fn known<'a>(control: &'a [Control], written: &'a str) -> impl Iterat
 
 /// What to say of a template without an [`end_of_turn`].
 pub(super) fn without_end(behind: &str) -> String {
-    let written = if behind.trim().is_empty() { "nothing".to_owned() } else { format!("{:?}", behind.trim()) };
+    let written = match behind.trim() {
+        "" => "nothing behind an answer".to_owned(),
+        text => format!("{text:?} behind an answer, which holds no control token"),
+    };
     format!(
-        "its chat template writes {written} behind an answer, which is no control token: a model that is tuned on chats \
-         does not learn where to end; write `{{{{ eos_token }}}}` there"
+        "its chat template writes {written}: a model that is tuned on chats does not learn where to end; \
+         write `{{{{ eos_token }}}}` there"
     )
 }

@@ -42,7 +42,8 @@ impl PluginFile {
         };
         let before = written(&file)?;
         ensure!(before.0 <= BYTES_MAX, "not a library: {} bytes, {BYTES_MAX} are the most", before.0);
-        let mut bytes = Vec::new();
+        // A buffer that grows is memory that is cleared and copied several times over.
+        let mut bytes = Vec::with_capacity(before.0 as usize);
         (&mut file).take(BYTES_MAX).read_to_end(&mut bytes).context("cannot read")?;
         let whole = bytes.len() as u64 == before.0 && written(&file)? == before;
         ensure!(whole, "it was written while it was read; try again");

@@ -140,7 +140,7 @@ impl Config {
         }
         for (name, span, table) in &routes {
             if names.contains(name) {
-                problems.at(span.clone(), format!("`{name}`: a handler has this name already; clients name the route"));
+                problems.at(span.clone(), format!("`{name}`: a handler has this name already; give the route another"));
             }
             let chain = route(&mut problems, span, table, &names, &config.handlers);
             config.routes.insert((*name).to_owned(), chain);

@@ -37,7 +37,10 @@ fn what_a_script_does_not_touch_is_trained_on_as_it_was() -> Result<()> {
         ("d:filter(function(row) return #row.messages == 2 end)", ROWS.to_vec()),
         ("d:sample { n = 9 }:concat(d:sample { n = 4 })", [ROWS, ROWS].concat()),
         ("d:dedupe():dedupe { by = \"id\" }", ROWS.to_vec()),
-        ("d:bucket { by = function(row) return row.messages[1].content == \"a\" and 0 or 1 end, quantiles = { 0.5 } }[2]", ROWS[..2].to_vec()),
+        (
+            "d:bucket { by = function(row) return row.messages[1].content == \"a\" and 0 or 1 end, quantiles = { 0.5 } }[2]",
+            ROWS[..2].to_vec(),
+        ),
         ("select(2, d:split { eval = 0.01, seed = 3 }):concat(d):dedupe():shuffle { seed = 1 }", vec![]),
         (
             "d:map(function(row) if row.note == nil and row.id and row.messages[1].name then row.messages[2].content = \"5\" end return row end)",
@@ -100,14 +103,20 @@ fn a_function_that_returns_nothing_is_an_error_at_its_line() -> Result<()> {
             "s.lua:5: bucket: `by`: the function returned nothing; return the key",
         ),
         ("data.train:dedupe { by = function(row) end }", "s.lua:3: dedupe: `by`: the function returned nothing"),
-        ("data.train:filter(function(row) return 1 end)", "s.lua:3: filter: the function returned 1, not true or false"),
-        ("data.train:map(\nfunction(row) return true end)", "s.lua:4: map: the function returned true, not a row or nil"),
-        // A name that no row has is alike in all of them.
-        ("data.train:dedupe { by = \"levle\" }", "s.lua:3: dedupe: `by`: no row has a field `levle`, did you mean `level`?"),
         (
-            "data.train:bucket { by = \"length\", quantiles = { 0.5 } }",
-            "bucket: `by` gives null, not a number",
+            "data.train:filter(function(row) return 1 end)",
+            "s.lua:3: filter: the function returned 1, not true or false",
         ),
+        (
+            "data.train:map(\nfunction(row) return true end)",
+            "s.lua:4: map: the function returned true, not a row or nil",
+        ),
+        // A name that no row has is alike in all of them.
+        (
+            "data.train:dedupe { by = \"levle\" }",
+            "s.lua:3: dedupe: `by`: no row has a field `levle`, did you mean `level`?",
+        ),
+        ("data.train:bucket { by = \"length\", quantiles = { 0.5 } }", "bucket: `by` gives null, not a number"),
         (
             "homeroom.fine_tune { model = model, dataset = data.train, max_steps = 1,\n  on_step = function(report) return true end }",
             "s.lua:4: fine_tune: on_step: it returned true, not nil or a table",
@@ -140,7 +149,9 @@ fn a_filter_that_keeps_nothing_says_so() -> Result<()> {
     let none = story("local long = data.eval:filter(function(row) return #row.messages > 9 end)")?;
     assert!(none.contains("warning: "), "{none}");
     assert!(none.contains("s.lua:3: filter keeps none of 6 rows"), "{none}");
-    let one = story("data.eval:sample { n = 1 }:filter(function(row) return true end):filter(function(row) return true end)")?;
+    let one = story(
+        "data.eval:sample { n = 1 }:filter(function(row) return true end):filter(function(row) return true end)",
+    )?;
     assert!(!one.contains("warning: "), "{one}");
     Ok(())
 }
@@ -160,9 +171,15 @@ fn messages_name_nothing_that_is_internal() -> Result<()> {
         ("print(data.train .. \"x\")", "s.lua:3: attempt to concatenate dataset with string"),
         ("data.train()", "s.lua:3: attempt to call a dataset value"),
         ("print(data.train < data.eval)", "s.lua:3: attempt to compare dataset < dataset"),
-        ("data.train:map(function(row) return data.train end)", "map: the function returned a dataset, not a row or nil"),
+        (
+            "data.train:map(function(row) return data.train end)",
+            "map: the function returned a dataset, not a row or nil",
+        ),
         ("data.train:map(function(row) row.x = data return row end)", "a dataset is no plain value"),
-        ("data.train:map(function(row) row.x = homeroom.null.y return row end)", "s.lua:3: attempt to index null with 'y'"),
+        (
+            "data.train:map(function(row) row.x = homeroom.null.y return row end)",
+            "s.lua:3: attempt to index null with 'y'",
+        ),
         ("string.rep()", "s.lua:3: missing argument #1 to 'rep' (string expected)"),
         ("print(typeof(data.train)) error(data.train)", "dataset of 18 rows"),
         ("error({})", "s.lua: the script raised a table, not a message"),
@@ -194,7 +211,10 @@ fn load_in_4bit_and_8bit_are_strategies() -> Result<()> {
     )?;
     assert_eq!(result, json!(["qlora", "int8", "lora", "lora", "int8", "full", "qlora"]));
     for (options, expected) in [
-        ("load_in_4bit = true, strategy = \"lora\"", "`load_in_4bit = true` contradicts `strategy = \"lora\"`; leave one of them out"),
+        (
+            "load_in_4bit = true, strategy = \"lora\"",
+            "`load_in_4bit = true` contradicts `strategy = \"lora\"`; leave one of them out",
+        ),
         ("load_in_8bit = true, strategy = \"qlora\"", "`load_in_8bit = true` contradicts `strategy = \"qlora\"`"),
         ("load_in_4bit = false, strategy = \"qlora\"", "`load_in_4bit = false` contradicts `strategy = \"qlora\"`"),
         ("load_in_4bit = true, load_in_8bit = true", "`load_in_4bit` and `load_in_8bit` are both true"),
@@ -219,26 +239,32 @@ fn each_option_has_one_name_and_others_mean_the_same() -> Result<()> {
     };
     let canonical = "num_train_epochs = 2, max_steps = 5, per_device_train_batch_size = 5, learning_rate = 1e-2, \
         lr_scheduler_type = \"linear\", warmup_ratio = 0.4, eval_steps = 2, r = 3";
-    let others =
-        "epochs = 2, steps = 5, batch_size = 5, lr = 1e-2, schedule = \"linear\", warmup = 0.4, eval_every = 2, lora_r = 3";
+    let others = "epochs = 2, steps = 5, batch_size = 5, lr = 1e-2, schedule = \"linear\", warmup = 0.4, eval_every = 2, lora_r = 3";
     let trained = train(canonical)?;
     assert_eq!(trained, train(others)?);
-    for other in ["lr_scheduler_type = \"constant\"", "warmup_ratio = 0", "max_steps = 4", "per_device_train_batch_size = 6"] {
+    for other in
+        ["lr_scheduler_type = \"constant\"", "warmup_ratio = 0", "max_steps = 4", "per_device_train_batch_size = 6"]
+    {
         let name = |option: &str| option.split(' ').next().map(str::to_owned);
         let options = canonical.split(", ").map(|option| if name(option) == name(other) { other } else { option });
         assert_ne!(trained, train(&options.collect::<Vec<_>>().join(", "))?, "{other}");
     }
     for (options, expected) in [
-        ("epochs = 2, num_train_epochs = 2", "fine_tune: `num_train_epochs` and `epochs` are one option; give one of them"),
+        (
+            "epochs = 2, num_train_epochs = 2",
+            "fine_tune: `num_train_epochs` and `epochs` are one option; give one of them",
+        ),
         ("lr_scheduler_type = \"linear\", schedule = \"linear\"", "`lr_scheduler_type` and `schedule` are one option"),
         ("r = 2, lora_r = 3", "`r` and `lora_r` are one option"),
         ("batch_size = 0", "`batch_size` should be a whole number from 1, not 0"),
         ("per_device_train_batch = 2", "did you mean `per_device_train_batch_size`?"),
-        ("lr_scheduler_type = \"polynomial\"", "should be \"cosine\" or \"linear\" or \"constant\", not \"polynomial\""),
+        (
+            "lr_scheduler_type = \"polynomial\"",
+            "should be \"cosine\" or \"linear\" or \"constant\", not \"polynomial\"",
+        ),
     ] {
-        let message = place.error(&format!(
-            "{TRAIN}homeroom.fine_tune {{ model = model, dataset = data.train, {options} }}"
-        ))?;
+        let message =
+            place.error(&format!("{TRAIN}homeroom.fine_tune {{ model = model, dataset = data.train, {options} }}"))?;
         assert!(message.contains(expected) && message.contains("s.lua:3: "), "{options}\n{message}");
     }
     Ok(())
@@ -265,7 +291,10 @@ fn check_looks_for_what_parameters_name() -> Result<()> {
     let text = std::fs::read_to_string(&config)?.replace("model = { type = \"path\"", "model = { type = \"model\"");
     place.write("c.toml", &text)?;
     let missing = check(&["model=nobodys-tutor"])?;
-    assert!(missing.contains("parameter `model`: there is no model `nobodys-tutor`: no file, no directory, and no name"), "{missing}");
+    assert!(
+        missing.contains("parameter `model`: there is no model `nobodys-tutor`: no file, no directory, and no name"),
+        "{missing}"
+    );
     Ok(())
 }
 
@@ -276,7 +305,10 @@ fn a_file_without_a_pipeline_says_what_it_is_for() -> Result<()> {
     let crate_file = place.write("Cargo.toml", "[package]\nname = \"x\"\n")?;
     let other = place.write("other.toml", "[pipelin]\nscript = \"s.lua\"\n")?;
     for (path, expected) in [
-        (&handlers, vec!["it declares no pipeline: it says who answers", "homeroom serve --config FILE", "--handler NAME"]),
+        (
+            &handlers,
+            vec!["it declares no pipeline: it says who answers", "homeroom serve --config FILE", "--handler NAME"],
+        ),
         (&crate_file, vec!["it declares no pipeline: it is a crate's", "homeroom plugins watch CRATE"]),
         (&other, vec!["`pipelin`: unknown key, did you mean `pipeline`?", "there is no [pipeline]"]),
     ] {
@@ -299,7 +331,10 @@ fn a_long_result_is_kept_in_the_runs_directory() -> Result<()> {
     );
     let output = place.run(&script, &[])?;
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(shown.starts_with("loss       0.333333\nquestions  30 items, in ") && shown.lines().count() == 2, "{shown}");
+    assert!(
+        shown.starts_with("loss       0.333333\nquestions  30 items, in ") && shown.lines().count() == 2,
+        "{shown}"
+    );
     let (_, path) = shown.trim().rsplit_once(" in ").context("it says where")?;
     let kept: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
     assert_eq!(kept["questions"][29]["question"], "größe 30");
@@ -322,7 +357,8 @@ fn the_quickstart_ends_with_a_table_that_fits_a_screen() -> Result<()> {
     let lines: Vec<&str> = story.lines().filter(|line| !line.starts_with("step ")).collect();
     assert!(lines.len() + result.lines().count() <= 32, "{story}{result}");
     let head = lines.iter().position(|line| line.starts_with("question ")).context("there is a table")?;
-    let columns: Vec<usize> = ["question", "before", "after", "right?"].iter().filter_map(|name| lines[head].find(name)).collect();
+    let columns: Vec<usize> =
+        ["question", "before", "after", "right?"].iter().filter_map(|name| lines[head].find(name)).collect();
     assert_eq!(columns.len(), 4, "{story}");
     for row in &lines[head + 1..head + 6] {
         let row: Vec<char> = row.chars().collect();
@@ -331,7 +367,13 @@ fn the_quickstart_ends_with_a_table_that_fits_a_screen() -> Result<()> {
             assert!(row[*column] != ' ' && (*column == 0 || row[column - 1] == ' '), "{story}");
         }
     }
-    assert!(lines[head + 6].is_empty() && lines[head + 7].starts_with("next  homeroom chat --model-dir pig-latin "), "{story}");
-    assert!(result.contains(&format!("{:18}7 items, in ", "questions")) && result.contains("eval_loss_before  "), "{result}");
+    assert!(
+        lines[head + 6].is_empty() && lines[head + 7].starts_with("next  homeroom chat --model-dir pig-latin "),
+        "{story}"
+    );
+    assert!(
+        result.contains(&format!("{:18}7 items, in ", "questions")) && result.contains("eval_loss_before  "),
+        "{result}"
+    );
     Ok(())
 }

@@ -27,8 +27,10 @@ pub const PIPELINE_KEYS: [(&str, &str); 3] = [
 ];
 
 /// Keys of `[plugins]`, each with what it does.
-pub const PLUGINS_KEYS: [(&str, &str); 1] =
-    [("policy", "`locked`: only strategies that lie beside the program or are in `plugins.lock`, even if the user's policy allows others")];
+pub const PLUGINS_KEYS: [(&str, &str); 1] = [(
+    "policy",
+    "`locked`: only strategies that lie beside the program or are in `plugins.lock`, even if the user's policy allows others",
+)];
 
 /// Keys of a parameter's declaration, each with what it does.
 pub const PARAM_KEYS: [(&str, &str); 7] = [

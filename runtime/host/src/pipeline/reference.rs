@@ -211,7 +211,8 @@ fn ls_function(out: &mut String, name: &str, verb: &Verb) {
             for name in option.names() {
                 let mark = if option.required { "" } else { "?" };
                 let kind = ls_type(&option.kind.annotation());
-                let doc = if name == option.name { told(option) } else { format!("another name for `{}`", option.name) };
+                let doc =
+                    if name == option.name { told(option) } else { format!("another name for `{}`", option.name) };
                 let _ = writeln!(out, "---@field {name}{mark} {kind} # {doc}");
             }
         }

@@ -409,7 +409,9 @@ fn strategy_of(options: &Options) -> Result<String, Failure> {
             (Some(true), Some(other)) if other != means => return Err(contradicts(option, true, other)),
             (Some(false), Some(same)) if same == means => return Err(contradicts(option, false, same)),
             (Some(true), _) if asked.is_some() => {
-                return Err(said("load_model: `load_in_4bit` and `load_in_8bit` are both true; a base is stored one way"));
+                return Err(said(
+                    "load_model: `load_in_4bit` and `load_in_8bit` are both true; a base is stored one way",
+                ));
             }
             (Some(true), _) => asked = Some(means),
             _ => {}
@@ -466,7 +468,7 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     let place = registry::place(&name)?;
     let mut spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
     let Some(adapter) = spec.adapter.clone() else {
-        return Err(said("save_model: this model was not trained; `fine_tune` gives one that was"));
+        return Err(said("save_model: this model was not trained; `fine_tune` returns one that was"));
     };
     let is_imagined = session.dry && (adapter == DRY || session.dry_saved.borrow().contains_key(&adapter));
     let from = if is_imagined { None } else { Some(trained(session, &adapter)?) };

@@ -162,7 +162,10 @@ impl Options {
         let Some(Value::Table(others)) = self.get("options") else { return Ok(options) };
         for (name, value) in strategy_options(clock, others)? {
             // The strategy knows one name, as it does on the command line.
-            let name = STRATEGY.iter().find(|known| known.names().any(|other| other == name)).map_or(&*name, |known| known.name);
+            let name = STRATEGY
+                .iter()
+                .find(|known| known.names().any(|other| other == name))
+                .map_or(&*name, |known| known.name);
             if options.insert(name.to_owned(), value).is_some() {
                 return Err(said(format!("`{}` is given twice, once in `options`", short(name))));
             }

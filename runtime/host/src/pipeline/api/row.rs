@@ -493,7 +493,10 @@ mod tests {
                 "table.insert(row.a, 1, 'ä') return row",
                 r#"{"z":1.0,"a":["ä",9007199254740993,null,{"q": 1.50, "b": [null, {}]}],"n":null,"big":18446744073709551617}"#,
             ),
-            ("return { moved = row.a[3], a = row.big, n = 1 }", r#"{"a":18446744073709551617,"n":1,"moved":{"q": 1.50, "b": [null, {}]}}"#),
+            (
+                "return { moved = row.a[3], a = row.big, n = 1 }",
+                r#"{"a":18446744073709551617,"n":1,"moved":{"q": 1.50, "b": [null, {}]}}"#,
+            ),
             (
                 "row.a[3].b[1] = 2.5 return row",
                 r#"{"z":1.0,"a":[9007199254740993,null,{"q":1.50,"b":[2.5,{}]}],"n":null,"big":18446744073709551617}"#,
@@ -509,10 +512,16 @@ mod tests {
         ] {
             assert_eq!(after(row, body).as_deref(), Ok(expected), "{body}");
         }
-        let swapped = after(r#"{"l": [{"id": 1.0}, {"id": 2.0, "x": null}]}"#, "local l = row.l l[1], l[2] = l[2], l[1] return row");
+        let swapped = after(
+            r#"{"l": [{"id": 1.0}, {"id": 2.0, "x": null}]}"#,
+            "local l = row.l l[1], l[2] = l[2], l[1] return row",
+        );
         assert_eq!(swapped.as_deref(), Ok(r#"{"l":[{"id": 2.0, "x": null},{"id": 1.0}]}"#));
         // Of two fields of one name the last is what there is.
-        assert_eq!(after(r#"{"a":1,"b":2.0,"a":null}"#, "row.c = row.b return row").as_deref(), Ok(r#"{"a":null,"b":2.0,"c":2}"#));
+        assert_eq!(
+            after(r#"{"a":1,"b":2.0,"a":null}"#, "row.c = row.b return row").as_deref(),
+            Ok(r#"{"a":null,"b":2.0,"c":2}"#)
+        );
     }
 
     #[test]

@@ -201,8 +201,13 @@ const fn compute(default: &'static str) -> Opt {
 
 /// Options that a strategy takes, by PEFT's names.
 pub const STRATEGY: &[Opt] = &[
-    opt("r", Kind::Count, "the strategy's", "rank of the adapter: a higher rank learns more and costs more memory and time")
-        .or(&["lora_r"]),
+    opt(
+        "r",
+        Kind::Count,
+        "the strategy's",
+        "rank of the adapter: a higher rank learns more and costs more memory and time",
+    )
+    .or(&["lora_r"]),
     opt("lora_alpha", Kind::Rate, "the strategy's", "strength of the adapter: its update is scaled by lora_alpha / r"),
     opt("lora_dropout", Kind::Share, "the strategy's", "dropout on the adapter's input, in training only"),
     opt(
@@ -279,12 +284,23 @@ pub const VERBS: &[Verb] = &[
                 required("dataset", Kind::Dataset, "rows to train on"),
                 opt("eval", Kind::Dataset, "none", "held-out rows to evaluate on, before and after"),
                 opt("num_train_epochs", Kind::Count, "1", "passes over the rows").or(&["epochs"]),
-                opt("max_steps", Kind::Count, "all of the epochs", "ends after so many steps, in the middle of an epoch too")
-                    .or(&["steps"]),
-                opt("per_device_train_batch_size", Kind::Count, "8", "rows in one forward and backward pass").or(&["batch_size"]),
+                opt(
+                    "max_steps",
+                    Kind::Count,
+                    "all of the epochs",
+                    "ends after so many steps, in the middle of an epoch too",
+                )
+                .or(&["steps"]),
+                opt("per_device_train_batch_size", Kind::Count, "8", "rows in one forward and backward pass")
+                    .or(&["batch_size"]),
                 opt("gradient_accumulation_steps", Kind::Count, "1", "batches in one step"),
-                opt("learning_rate", Kind::LearningRate, "the strategy's, else 2e-4", "the highest learning rate, after warm-up")
-                    .or(&["lr"]),
+                opt(
+                    "learning_rate",
+                    Kind::LearningRate,
+                    "the strategy's, else 2e-4",
+                    "the highest learning rate, after warm-up",
+                )
+                .or(&["lr"]),
                 opt(
                     "lr_scheduler_type",
                     Kind::OneOf(&["cosine", "linear", "constant"]),
@@ -300,7 +316,12 @@ pub const VERBS: &[Verb] = &[
             STRATEGY,
             &[
                 opt("init_from", Kind::Model, "what `model` carries", "the adapter whose weights training starts from"),
-                opt("shuffle", Kind::Flag, "true", "true: each epoch takes the rows in another order; false: in the order of the dataset"),
+                opt(
+                    "shuffle",
+                    Kind::Flag,
+                    "true",
+                    "true: each epoch takes the rows in another order; false: in the order of the dataset",
+                ),
                 opt(
                     "gradient_checkpointing",
                     Kind::Flag,
@@ -467,7 +488,12 @@ pub const METHODS: &[Verb] = &[
     Verb {
         name: "dedupe",
         doc: "Keeps the first of equal rows.\nTwo rows are equal if their values are, in whatever order their keys are.",
-        options: &[&[opt("by", Kind::Key, "the whole row", "what is compared: a field, or what a function returns for a row")]],
+        options: &[&[opt(
+            "by",
+            Kind::Key,
+            "the whole row",
+            "what is compared: a field, or what a function returns for a row",
+        )]],
         returns: "Dataset",
         returns_doc: "a new dataset",
         example: "local unique = mixed:dedupe { by = \"messages\" }",

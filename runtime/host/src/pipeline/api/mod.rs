@@ -23,7 +23,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
-use homeroom_engine::files::NewDirectory;
+use homeroom_engine::files::{NewDirectory, replace_file};
 use homeroom_engine::generate::{Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
@@ -131,7 +131,7 @@ impl Session {
     pub fn keep(&self, result: &Json) -> Result<Option<PathBuf>> {
         let Some((directory, _)) = &*self.run.borrow() else { return Ok(None) };
         let file = directory.join("result.json");
-        std::fs::write(&file, format!("{result:#}\n")).with_context(|| format!("{}: cannot write", file.display()))?;
+        replace_file(&file, format!("{result:#}\n").as_bytes())?;
         Ok(Some(file))
     }
 

@@ -37,7 +37,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
         );
         let mut source = open(&path).with_context(|| format!("{}: cannot read", path.display()))?;
         let kind = source.metadata().with_context(|| path.display().to_string())?;
-        ensure!(kind.is_file(), "{}: it changed while it was copied", path.display());
+        ensure!(kind.is_file(), "{}: it has changed while it was copied", path.display());
         let mut write = || std::io::copy(&mut source, &mut create(&to.join(name))?);
         write().with_context(|| format!("{}: cannot copy", path.display()))?;
     }

@@ -139,7 +139,10 @@ impl Tree {
                     true => (root.as_path(), RecursiveMode::Recursive),
                     false => (root.parent().unwrap_or(root), RecursiveMode::NonRecursive),
                 };
-                watcher.watch(path, mode)?;
+                // A directory that is not there yet is looked for from time to time.
+                if path.exists() {
+                    watcher.watch(path, mode)?;
+                }
             }
             Ok(watcher)
         });

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
-use homeroom_engine::files::NewDirectory;
+use homeroom_engine::files::{NewDirectory, replace_file};
 use homeroom_engine::generate::{Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
@@ -131,7 +131,7 @@ impl Session {
     pub fn keep(&self, result: &Json) -> Result<Option<PathBuf>> {
         let Some((directory, _)) = &*self.run.borrow() else { return Ok(None) };
         let file = directory.join("result.json");
-        std::fs::write(&file, format!("{result:#}\n")).with_context(|| format!("{}: cannot write", file.display()))?;
+        replace_file(&file, format!("{result:#}\n").as_bytes())?;
         Ok(Some(file))
     }
 
@@ -468,7 +468,7 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     let place = registry::place(&name)?;
     let mut spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
     let Some(adapter) = spec.adapter.clone() else {
-        return Err(said("save_model: this model was not trained; `fine_tune` gives one that was"));
+        return Err(said("save_model: this model was not trained; `fine_tune` returns one that was"));
     };
     let is_imagined = session.dry && (adapter == DRY || session.dry_saved.borrow().contains_key(&adapter));
     let from = if is_imagined { None } else { Some(trained(session, &adapter)?) };

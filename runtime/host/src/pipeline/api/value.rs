@@ -118,7 +118,7 @@ impl Plain<'_> {
 
 /// Refuses a value that JSON cannot say.
 pub fn no_plain(value: &Value) -> Failure {
-    said(format!("{} is no plain value", words(value)))
+    said(format!("{} is no plain value, which is text, a number, true, false or a table of these", words(value)))
 }
 
 /// Refuses a table for a key that is neither a place in a list nor a name.

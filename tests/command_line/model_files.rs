@@ -38,9 +38,9 @@ fn truncated_safetensors_are_refused_wherever_they_end() -> Result<()> {
             .with_context(|| format!("cut at {cut}"))?;
     }
     fs::remove_file(copy.join("model.safetensors"))?;
-    check_model(&place, &copy, &["model.safetensors: cannot open"])?;
+    check_model(&place, &copy, &["neither model.safetensors nor model.safetensors.index.json is there"])?;
     fs::write(copy.join("pytorch_model.bin"), "")?;
-    check_model(&place, &copy, &["only pytorch_model.bin is there"])
+    check_model(&place, &copy, &["its weights are in pytorch_model.bin only"])
 }
 
 #[test]

@@ -243,7 +243,9 @@ fn a_text_ends_with_the_tokenizers_own_end() {
         std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
         let tokenizer = &Tokenizer::from_dir(dir.path()).unwrap();
         assert!(tokenizer.eos_ids.contains(&tokenizer.id("<|im_end|>").unwrap()));
-        let encoder = Encoder { tokenizer, template: None, max_seq_len: 64, on_long_row: OnLongRow::Refuse };
+        let embeddings = tokenizer.vocab_size();
+        let encoder =
+            Encoder { tokenizer, template: None, embeddings, max_seq_len: 64, on_long_row: OnLongRow::Refuse };
         load_jsonl(rows.path(), encoder)
     };
     let data = load(json!({"eos_token": "<|endoftext|>"})).unwrap();

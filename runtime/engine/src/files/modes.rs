@@ -87,25 +87,25 @@ pub(super) fn make_directory(path: &Path) -> Result<()> {
     if let Some(home) = home_of(path) {
         prepare(&home.path, home.tell)?;
     }
-    make(path).with_context(|| format!("{}: cannot create", path.display()))
+    make(path, directory_mode).with_context(|| format!("{}: cannot create", path.display()))
 }
 
-fn make(path: &Path) -> io::Result<()> {
+fn make(path: &Path, mode: fn(&Path) -> u32) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
     match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => make(parent)?,
+        Some(parent) if !parent.as_os_str().is_empty() => make(parent, mode)?,
         _ => {}
     }
     match fs::create_dir(path) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
         Err(error) => Err(error),
-        Ok(()) => set_mode(path, directory_mode(path)),
+        Ok(()) => set_mode(path, mode(path)),
     }
 }
 
-/// Makes the home if it is not there, as a directory that nobody else can enter, refuses one that others could tamper with, and sweeps
+/// Makes the home if it is not there, and what is not there above it, as directories that nobody else can enter, refuses one that others could tamper with, and sweeps
 /// what killed runs left in it; once a process.
 ///
 /// # Errors
@@ -119,9 +119,7 @@ pub fn prepare(home: &Path, tell: fn(&str)) -> Result<()> {
     let place = || format!("{}: the home of this program's data", home.display());
     match fs::symlink_metadata(home) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            make(home)
-                .and_then(|()| set_mode(home, 0o700))
-                .with_context(|| format!("{}: cannot create", home.display()))?;
+            make(home, |_| 0o700).with_context(|| format!("{}: cannot create", home.display()))?;
         }
         Err(error) => return Err(error).with_context(place),
         Ok(_) => {

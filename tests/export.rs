@@ -194,7 +194,7 @@ fn a_template_that_ends_no_turn_is_told_before_the_training() -> Result<()> {
     let rows = home.path().join("rows.jsonl");
     let row = json!({"prompt": "wie?", "completion": "gut"});
     fs::write(&rows, format!("{row}\n{row}\n"))?;
-    let endless = PLAIN.replace("<|im_end|>\\n", "\\n\\n");
+    let endless = PLAIN.replace("<|im_end|>\n", "\n\n");
     for (name, template) in [("ends", PLAIN), ("goes-on", endless.as_str())] {
         let base = home.path().join(format!("{name}-base"));
         with_templates(&base, template, &[], false)?;

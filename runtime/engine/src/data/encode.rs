@@ -128,7 +128,8 @@ impl Encoder<'_> {
 
     /// Prompt and completion without the BOS and EOS that they are typed with: the chat template writes its own.
     fn without_ends<'t>(&self, prompt: &'t str, completion: &'t str) -> (&'t str, &'t str) {
-        let bos = self.tokenizer.bos_token.as_deref();
+        // Where no tokenizer adds it, it opens a turn (SmolLM2), and is text like any other that is typed.
+        let bos = self.tokenizer.bos_token.as_deref().filter(|_| self.tokenizer.add_bos);
         let ends: Vec<String> = self.tokenizer.eos_ids.iter().filter_map(|id| self.tokenizer.token(*id)).collect();
         let ended = ends.iter().find_map(|end| completion.trim_end().strip_suffix(end.as_str()));
         (bos.and_then(|bos| prompt.strip_prefix(bos)).unwrap_or(prompt), ended.unwrap_or(completion))

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Map, Value as Json, json};
 
+use super::bounds::Exceeded;
 use super::{ChatTemplate, python, to_value};
 
 /// What stands between the parts of a content that is read as one text, as in vLLM and llama.cpp.
@@ -150,7 +151,8 @@ fn reads_in_parts(template: &ChatTemplate) -> [bool; 3] {
     let forms = [0, 7, 1, 2, 3, 4, 5, 6].map(|bits| [0, 1, 2].map(|speaker| bits >> speaker & 1 == 1));
     let (mut best, mut most) = (forms[0], 0);
     for form in forms {
-        let found = found_of(template, form);
+        // What takes too much in one form is not tried in all others.
+        let Some(found) = found_of(template, form) else { break };
         if found > most {
             (best, most) = (form, found);
         }
@@ -161,19 +163,29 @@ fn reads_in_parts(template: &ChatTemplate) -> [bool; 3] {
     best
 }
 
-/// How many of the speakers are heard in a conversation in this form, which may lack a system message if that is refused.
-fn found_of(template: &ChatTemplate, in_parts: [bool; 3]) -> usize {
+/// How many of the speakers are heard in a conversation in this form, which may lack a system message if that is refused. `None`: the
+/// template uses up too much.
+fn found_of(template: &ChatTemplate, in_parts: [bool; 3]) -> Option<usize> {
     let messages: Vec<Json> = (SPEAKERS.iter().zip(in_parts))
         .map(|((role, text), in_parts)| match in_parts {
             true => json!({"role": role, "content": [{"type": "text", "text": text}]}),
             false => json!({"role": role, "content": text}),
         })
         .collect();
-    let rendered = [&messages[..], &messages[1..]].into_iter().find_map(|m| template.run(m, None, false, "").ok());
-    let rendered = rendered.unwrap_or_default().to_lowercase();
+    let mut rendered = String::new();
+    for messages in [&messages[..], &messages[1..]] {
+        match template.run(messages, None, false, "") {
+            Ok(text) => {
+                rendered = text.to_lowercase();
+                break;
+            }
+            Err(error) if error.is::<Exceeded>() => return None,
+            Err(_) => {}
+        }
+    }
     // A list that is printed, or written as JSON, was not read.
     let printed = |text: &str| ["'", "\""].iter().any(|quote| rendered.contains(&format!("{quote}: {quote}{text}")));
-    SPEAKERS.iter().filter(|(_, text)| rendered.contains(text) && !printed(text)).count()
+    Some(SPEAKERS.iter().filter(|(_, text)| rendered.contains(text) && !printed(text)).count())
 }
 
 /// Whether the template names the role, and says what it says.

@@ -309,7 +309,7 @@ fn finish(inner: tokenizers::Tokenizer, mut named: Named) -> Result<Tokenizer> {
 
     let added = inner.get_added_tokens_decoder();
     let named_ids: Vec<u32> = eos_ids.iter().copied().chain(bos_id).collect();
-    let sources = named.chat_template.iter().chain(named.named_templates.values());
+    let sources = named.chat_template.iter().chain(named.named_templates.get("tool_use"));
     let written = sources.map(|source| template::written_by(source, named.bos.as_deref(), eos_token.as_deref()));
     let written = written.collect::<Vec<_>>().join("\0");
     let is_control = |id: &u32, token: &AddedToken| control::is_control(token, *id, &named_ids, &written);
@@ -441,6 +441,9 @@ impl Files {
 /// Directory of the templates that have names, in a Hugging Face directory.
 pub const TEMPLATES_DIR: &str = "additional_chat_templates";
 
+/// Most templates with names; published models have three.
+const TEMPLATES_MAX: usize = 64;
+
 /// Largest `tokenizer.json`, and largest of the files around it, in bytes. Published ones have 35 MB at most.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 const SMALL_BYTES_MAX: u64 = 16 << 20;
@@ -462,6 +465,7 @@ fn read_named_templates(dir: &Path) -> Result<BTreeMap<String, String>> {
             path.file_stem().and_then(|name| name.to_str()).filter(|_| path.extension().is_some_and(|e| e == "jinja"));
         if let (Some(name), Some(template)) = (name, read_if_there(&path)?) {
             templates.insert(name.to_owned(), template);
+            ensure!(templates.len() <= TEMPLATES_MAX, "{}: has more than {TEMPLATES_MAX} chat templates", dir.display());
         }
     }
     Ok(templates)
@@ -648,6 +652,7 @@ fn check_names(named: &BTreeMap<String, String>) -> Result<()> {
         let known = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
         !name.is_empty() && name.len() <= 64 && !name.starts_with('.') && name.chars().all(known)
     };
+    ensure!(named.len() <= TEMPLATES_MAX, "has more than {TEMPLATES_MAX} chat templates");
     match named.keys().find(|name| !plain(name)) {
         Some(name) => bail!("the name {name:?} cannot be that of a file"),
         None => Ok(()),

@@ -390,16 +390,22 @@ fn templates_with_names_are_read_of_a_gguf_file() -> Result<()> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
     let pair = |key: &str, kind: u32, value: Vec<u8>| [text(key), kind.to_le_bytes().to_vec(), value].concat();
     let names = [&8u32.to_le_bytes()[..], &1u64.to_le_bytes(), &text("tool_use")].concat();
-    let more = [pair("tokenizer.chat_template.tool_use", 8, text("ü")), pair("tokenizer.chat_templates", 9, names)];
+    let pairs = |template: &str| {
+        let template = pair("tokenizer.chat_template.tool_use", 8, text(template));
+        [template, pair("tokenizer.chat_templates", 9, names.clone())].concat()
+    };
+    // Tensors stay where they are to be: at a multiple of 32 bytes.
+    let template = format!("ü{}", " ".repeat(31 - (pairs("ü").len() + 31) % 32));
+    let more = pairs(&template);
     let file = std::fs::read(fixtures().join("byte_level.gguf"))?;
     // Behind magic, version and the number of tensors stands that of the pairs.
-    let count = u64::from_le_bytes(file[16..24].try_into()?) + more.len() as u64;
-    let file = [&file[..16], &count.to_le_bytes(), &more.concat(), &file[24..]].concat();
+    let count = u64::from_le_bytes(file[16..24].try_into()?) + 2;
+    let file = [&file[..16], &count.to_le_bytes(), &more, &file[24..]].concat();
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("two.gguf");
     std::fs::write(&path, file)?;
     let tokenizer = Tokenizer::from_gguf(&Gguf::open(&path)?)?;
-    assert_eq!(tokenizer.named_templates, BTreeMap::from([("tool_use".to_owned(), "ü".to_owned())]));
+    assert_eq!(tokenizer.named_templates, BTreeMap::from([("tool_use".to_owned(), template)]));
     assert_eq!(tokenizer.chat_template, Tokenizer::from_gguf(&gguf("byte_level")?)?.chat_template);
     Ok(())
 }

@@ -230,6 +230,7 @@ fn examples_whose_turn_has_no_end_token_are_counted() {
     assert_eq!((cut.truncated, cut.endless), (1, 0));
     assert_eq!(note_endless(0, 5), None);
     assert!(note_endless(2, 1234).unwrap().starts_with("note: 2 of 1,234 examples end without an end token"));
+}
 
 /// What ends a turn in the template ends answers; a text goes on to end with what the tokenizer names.
 #[test]

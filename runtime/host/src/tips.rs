@@ -227,7 +227,7 @@ mod tests {
             for flag in here {
                 let name = flag.trim_start_matches('-').split(' ').next();
                 let known = |command: &&Command| command.get_arguments().any(|argument| argument.get_long() == name);
-                assert!(commands.iter().any(|command| known(command)), "{elsewhere}: {flag}");
+                assert!(commands.iter().any(known), "{elsewhere}: {flag}");
             }
             let tip = commands.iter().find_map(|command| flag(&format!("--{elsewhere}"), elsewhere, command));
             assert!(tip.is_some_and(|tip| tip.contains(here[0]) || here.len() > 1), "{elsewhere}");

@@ -1,6 +1,5 @@
 //! Adapters on disk: PEFT's two files, and `homeroom.json` with what is needed to run one without its plugin.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::adaptation::{Adaptation, parse_plan};
-use crate::digest;
+use crate::digest::{self, FileDigests};
 use crate::files::NewDirectory;
 use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
 use crate::model::BaseModel;
@@ -58,8 +57,8 @@ pub struct Base {
     /// Digest of its values, see [`BaseModel::digest`].
     pub digest: String,
     /// Digests of the files of its weights by name: those tell of every byte, and of two ways to store one base as two.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub files: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "FileDigests::is_empty")]
+    pub files: FileDigests,
     /// How its linear layers were stored.
     #[serde(default)]
     pub storage: String,
@@ -86,7 +85,7 @@ pub struct Record<'a> {
     /// Digest of the training file.
     pub data_digest: Option<&'a str>,
     /// Digests of the files of the base's weights, as [`digest::of_files`] gives them.
-    pub base_files: BTreeMap<String, String>,
+    pub base_files: FileDigests,
     /// Whether weights of the base that were quantised already were encoded anew.
     pub requantize: bool,
     /// How it was trained, and what came of it.

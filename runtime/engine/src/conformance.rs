@@ -1,7 +1,6 @@
 //! What a strategy's plan is held to, on tiny random models: that it runs, that its gradients are those of its loss, that
 //! merging changes nothing, and that its files come back as they were saved.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -16,6 +15,7 @@ use crate::adaptation::Adaptation;
 use crate::adapter::{self, AdapterFiles, CONFIG_FILE, Record, StrategyRecord, serialize_f32};
 use crate::batch::Batch;
 use crate::data::Example;
+use crate::digest::FileDigests;
 use crate::files::{NewDirectory, Scratch};
 use crate::merge::merge;
 use crate::model::BaseModel;
@@ -304,7 +304,7 @@ pub fn files(model: &BaseModel, plan: &Plan, strategy: &StrategyRecord) -> Resul
     }
     let dir = Scratch::new("check")?;
     let directory = NewDirectory::start(&dir.path().join("adapter"))?;
-    let base_files = BTreeMap::new();
+    let base_files = FileDigests::new();
     let record = Record { strategy, data_digest: None, base_files, requantize: false, training: json!({}) };
     adapter::save(&directory, model, &adaptation, record)?;
     let saved = directory.publish()?;

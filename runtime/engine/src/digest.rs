@@ -16,15 +16,18 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// Digests that are kept. Beyond that all are forgotten: each costs its file's reading again, and nothing else.
 const KEPT_MAX: usize = 4096;
 
-/// Digests of files by name, `sha256:…`. `kept` is a private file of digests in a directory of the user's alone; it is read, and those
+/// Digests of files by name, `sha256:…`.
+pub type FileDigests = BTreeMap<String, String>;
+
+/// Digests of files. `kept` is a private file of digests in a directory of the user's alone; it is read, and those
 /// that it lacks are added to it. Whoever cannot read or write it computes what it would have held.
 ///
 /// # Errors
 /// When a file cannot be read, or is written meanwhile.
-pub fn of_files(files: &[PathBuf], kept: Option<&Path>) -> Result<BTreeMap<String, String>> {
+pub fn of_files(files: &[PathBuf], kept: Option<&Path>) -> Result<FileDigests> {
     let known = kept.map(read_kept).unwrap_or_default();
     let mut new = BTreeMap::new();
-    let mut digests = BTreeMap::new();
+    let mut digests = FileDigests::new();
     for path in files {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let file = open_regular(path)?;

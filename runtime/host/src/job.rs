@@ -1,6 +1,5 @@
 //! A training job: what the command line and a pipeline both run.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -11,7 +10,7 @@ use homeroom_engine::adaptation::Adaptation;
 use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
 use homeroom_engine::block::{Blocks, Compute};
 use homeroom_engine::data::Example;
-use homeroom_engine::digest;
+use homeroom_engine::digest::{self, FileDigests};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::merge::{Floats, exportable, merge, save_model};
 use homeroom_engine::model::BaseModel;
@@ -25,6 +24,9 @@ use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
 use crate::progress::{self, line};
 use crate::registry;
+
+/// A thread that computes the digests of a base's files.
+type Digesting = JoinHandle<Result<FileDigests>>;
 
 /// A strategy made real on a model, not yet trained.
 pub struct Job {
@@ -48,8 +50,8 @@ pub struct Job {
     /// What a training went on with after its plugin changed or set a scalar.
     changed: Mutex<Option<(Arc<Adaptation>, StrategyRecord)>>,
     /// Who computes the digests of the base's files while it trains.
-    digesting: Mutex<Option<JoinHandle<Result<BTreeMap<String, String>>>>>,
-    base_files: OnceLock<BTreeMap<String, String>>,
+    digesting: Mutex<Option<Digesting>>,
+    base_files: OnceLock<FileDigests>,
 }
 
 impl Job {
@@ -116,16 +118,16 @@ impl Job {
     }
 
     /// Digests of the base's files, of a job that has trained.
-    fn base_files(&self) -> BTreeMap<String, String> {
+    fn base_files(&self) -> FileDigests {
         let digests = self.base_files.get_or_init(|| {
             let digesting = self.digesting.lock().unwrap_or_else(PoisonError::into_inner).take();
             match digesting.map(JoinHandle::join) {
                 Some(Ok(Ok(digests))) => digests,
                 Some(Ok(Err(error))) => {
                     line(format_args!("note: the result does not record the base's files: {error:#}"));
-                    BTreeMap::new()
+                    FileDigests::new()
                 }
-                _ => BTreeMap::new(),
+                _ => FileDigests::new(),
             }
         });
         digests.clone()

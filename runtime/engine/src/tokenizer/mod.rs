@@ -431,7 +431,11 @@ fn read_named_templates(dir: &Path) -> Result<BTreeMap<String, String>> {
             path.file_stem().and_then(|name| name.to_str()).filter(|_| path.extension().is_some_and(|e| e == "jinja"));
         if let (Some(name), Some(template)) = (name, read_if_there(&path)?) {
             templates.insert(name.to_owned(), template);
-            ensure!(templates.len() <= TEMPLATES_MAX, "{}: has more than {TEMPLATES_MAX} chat templates", dir.display());
+            ensure!(
+                templates.len() <= TEMPLATES_MAX,
+                "{}: has more than {TEMPLATES_MAX} chat templates",
+                dir.display()
+            );
         }
     }
     Ok(templates)

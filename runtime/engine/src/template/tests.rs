@@ -158,7 +158,8 @@ fn answers(template: &ChatTemplate, messages: &[Json], control: &[Control]) -> V
     let behind = |(rendered, turn): (Rendered, usize)| {
         let served = template.render_prompt(&messages[..turn], None, control).unwrap();
         let answer = rendered.text.strip_prefix(&served.text).expect("it begins with its prompt").to_owned();
-        assert_eq!(rendered.trained, [served.text.len()..rendered.text.len()]);
+        assert_eq!(pieces(&rendered, &rendered.trained), [answer.as_str()]);
+        assert!(rendered.text.ends_with(&answer) && rendered.trained[0].start == served.text.len());
         assert_eq!(rendered.literal[..served.literal.len()], served.literal);
         (answer, rendered)
     };

@@ -215,7 +215,7 @@ function homeroom.prepare_dataset(options) end
 ---@field gradient_checkpointing? boolean # true: saves memory, and runs each layer again in the backward pass (default: false)
 ---@field packing? boolean # true: the rows of a step fill passes as they fit; false: a pass is one batch (default: true)
 ---@field requantize? boolean # true: a base that is quantised already (GGUF) is quantised again as the strategy asks; false: it stays as it is (default: false)
----@field compute? "auto" | "bf16" | "f32" | "int8" # what matrices are multiplied in; auto: what the strategy proposes, else bf16 where the processor is faster with it, else f32; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64 (default: "auto")
+---@field compute? "auto" | "bf16" | "f32" | "int8" # what matrices are multiplied in; auto: what the strategy proposes, else the faster of bf16 and f32 on this processor; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64 (default: "auto")
 ---@field seed? number # the same seed gives the same result (default: 42)
 ---@field eval_steps? number # evaluate on `eval` every so many steps (default: only before and after)
 ---@field eval_every? number # another name for `eval_steps`
@@ -258,7 +258,7 @@ function homeroom.create_handler(options) end
 ---@class EvaluateOptions
 ---@field model string | Model # the model to measure
 ---@field dataset Dataset # the rows to measure it on
----@field compute? "auto" | "bf16" | "f32" | "int8" # what matrices are multiplied in; auto: what the strategy proposes, else bf16 where the processor is faster with it, else f32; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64 (default: "f32")
+---@field compute? "auto" | "bf16" | "f32" | "int8" # what matrices are multiplied in; auto: what the strategy proposes, else the faster of bf16 and f32 on this processor; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64 (default: "f32")
 
 ---Measures the loss of a model on a dataset.
 ---@param options EvaluateOptions

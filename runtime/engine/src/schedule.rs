@@ -30,6 +30,17 @@ impl FromStr for Schedule {
     }
 }
 
+impl Schedule {
+    /// The word that names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cosine => "cosine",
+            Self::Linear => "linear",
+            Self::Constant => "constant",
+        }
+    }
+}
+
 /// A schedule over a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LearningRate {

@@ -40,6 +40,7 @@ use message::Reads;
 pub use message::join_parts;
 pub(crate) use tokens::token_starts;
 pub use tokens::tokenize;
+use turns::Block;
 
 /// The name under which the one template is stored in its environment.
 const NAME: &str = "chat template";
@@ -194,6 +195,16 @@ impl ChatTemplate {
         let template = self.of(tools);
         let marked = template.render_marked(&template.reads.prepare(messages)?, tools, true, control)?;
         Ok(Rendered { text: marked.text, trained: Vec::new(), literal: marked.literal })
+    }
+
+    /// What ends the block of thinking that a prompt opens at its end, such as `</think>`; `None` where it opens none.
+    pub fn open_block_end(&self, prompt: &str) -> Option<String> {
+        let prompt = prompt.trim_end();
+        let tag = &prompt[prompt.rfind(['<', '['])?..];
+        match self.block(tag)?? {
+            Block { closing, open: true, .. } => Some(closing),
+            Block { .. } => None,
+        }
     }
 
     /// Whether the template says what is trained, with `{% generation %}`.

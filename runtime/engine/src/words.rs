@@ -28,9 +28,9 @@ mod tests {
 
     #[test]
     fn every_choice_has_one_set_of_words() {
-        assert_eq!("cosine".parse::<Schedule>().unwrap(), Schedule::Cosine);
-        assert_eq!("linear".parse::<Schedule>().unwrap(), Schedule::Linear);
-        assert_eq!("constant".parse::<Schedule>().unwrap(), Schedule::Constant);
+        for schedule in [Schedule::Cosine, Schedule::Linear, Schedule::Constant] {
+            assert_eq!(schedule.name().parse::<Schedule>().unwrap(), schedule);
+        }
         assert_eq!("refuse".parse::<OnLongRow>().unwrap(), OnLongRow::Refuse);
         assert_eq!("truncate".parse::<OnLongRow>().unwrap(), OnLongRow::Truncate);
         assert_eq!("skip".parse::<OnLongRow>().unwrap(), OnLongRow::Skip);

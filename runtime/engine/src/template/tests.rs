@@ -205,6 +205,20 @@ fn thinking_that_a_prompt_opens_is_closed_by_the_answer() {
 }
 
 #[test]
+fn a_prompt_opens_a_block_where_only_the_answer_can_end_it() {
+    let goldens = goldens();
+    let r1 = golden_template(&goldens, "r1");
+    let prompt = r1.render(&chat(&[("user", "Was ist 7 · 6?")]), None, true).unwrap();
+    assert_eq!(r1.open_block_end(&prompt).as_deref(), Some("</think>"));
+    assert_eq!(r1.open_block_end("<|User|>a<|Assistant|>"), None, "nobody closes such a token");
+    assert_eq!(r1.open_block_end("<think>\n\n</think>\n\n"), None, "it is closed");
+    assert_eq!(r1.open_block_end("a < b"), None);
+    assert_eq!(r1.open_block_end(""), None);
+    let chatml = ChatTemplate::new("<|im_start|>assistant\n", None, None).unwrap();
+    assert_eq!(chatml.open_block_end("<|im_start|>assistant\n<think>"), None, "it knows no block");
+}
+
+#[test]
 fn what_is_typed_in_an_answer_that_is_put_behind_its_prompt_stays_text() {
     let control = specials(&["</s>", "<|User|>", "<|Assistant|>"]);
     let template = golden_template(&goldens(), "r1");

@@ -163,7 +163,7 @@ impl ChatTemplate {
 
     /// What a prompt writes beyond what a turn begins with: a block of thinking, `Some(None)` where it is white space, and `None` where
     /// it is anything else.
-    fn block(&self, text: &str) -> Option<Option<Block>> {
+    pub(super) fn block(&self, text: &str) -> Option<Option<Block>> {
         let text = text.trim();
         let Some(bracket) = text.chars().next() else { return Some(None) };
         let closing_of = |tag: &str| format!("{bracket}/{}", &tag[bracket.len_utf8()..]);
@@ -191,11 +191,11 @@ struct Answer {
 }
 
 /// A block of thinking at the end of a prompt.
-struct Block {
-    tag: String,
-    closing: String,
+pub(super) struct Block {
+    pub(super) tag: String,
+    pub(super) closing: String,
     /// The answer has to close it.
-    open: bool,
+    pub(super) open: bool,
 }
 
 /// The reasoning of a message: its own field, or what stands before the end of the block in its content.

@@ -387,12 +387,12 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
         line(note);
     }
     line(format_args!(
-        "training  {} steps of {} x {} examples   learning rate {:.1e}, {:?}   seed {}",
+        "training  {} steps of {} x {} examples   learning rate {:.1e}, {}   seed {}",
         thousands(steps as usize),
         config.gradient_accumulation_steps,
         config.batch_size,
         config.learning_rate,
-        config.lr_scheduler_type,
+        config.lr_scheduler_type.name(),
         config.seed,
     ));
 }

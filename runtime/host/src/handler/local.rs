@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use anyhow::Result;
 use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
 use homeroom_engine::block::Compute;
-use homeroom_engine::generate::{Detokenizer, Finish, Sampling, prompt_ids};
+use homeroom_engine::generate::{BlockEnd, Detokenizer, Finish, Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference, Tokens};
 use homeroom_engine::model::BaseModel;
 use serde_json::{Value, json};
@@ -157,11 +157,13 @@ impl Handler for Local {
             presence_penalty: request.presence_penalty.unwrap_or(neutral.presence_penalty),
             seed: request.seed.map_or_else(random, i64::cast_unsigned),
         };
+        let block_end = BlockEnd::behind(&prompt, model).map_err(|error| HandlerError::internal(&error))?;
         let tokens = answers.ask(&prompt, sampling);
         Ok(Box::new(Answer {
             tokens: tokens.map_err(|error| HandlerError::internal(&error))?,
             model: model.clone(),
             detokenizer: Detokenizer::default(),
+            block_end,
             stops: StopFilter::new(&request.stop),
             context: context.clone(),
             prompt_tokens: prompt.len() as u64,
@@ -181,6 +183,7 @@ struct Answer {
     tokens: Tokens,
     model: Arc<BaseModel>,
     detokenizer: Detokenizer,
+    block_end: BlockEnd,
     stops: StopFilter,
     context: Context,
     prompt_tokens: u64,
@@ -197,6 +200,7 @@ impl Answer {
         let Ok(token) = self.tokens.next_within(PATIENCE) else { return Ok(()) };
         let Some(token) = token.transpose()? else {
             let tail = self.detokenizer.finish(&self.model.tokenizer)?;
+            let tail = self.block_end.push(tail) + &self.block_end.finish();
             let (text, stopped) = self.stops.push(&tail);
             self.delta(text);
             if !stopped {
@@ -208,7 +212,7 @@ impl Answer {
             return Ok(());
         };
         self.drawn += 1;
-        let piece = self.detokenizer.push(token, &self.model.tokenizer)?;
+        let piece = self.block_end.push(self.detokenizer.push(token, &self.model.tokenizer)?);
         let (text, stopped) = self.stops.push(&piece);
         self.delta(text);
         if stopped {

@@ -24,7 +24,7 @@ use anyhow::{Context, Result};
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::files::{NewDirectory, replace_file};
-use homeroom_engine::generate::{Sampling, prompt_ids};
+use homeroom_engine::generate::{BlockEnd, Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::train::evaluate_examples;
@@ -606,16 +606,19 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         session.clock.check()?;
         let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
         let ids = prompt_ids(&model, &messages).context("generate")?;
-        asked.push(answers.as_ref().map(|answers| answers.ask(&ids, sampling)).transpose().context("generate")?);
+        let block_end = BlockEnd::behind(&ids, &model).context("generate")?;
+        let tokens = answers.as_ref().map(|answers| answers.ask(&ids, sampling)).transpose().context("generate")?;
+        asked.push((tokens, block_end));
     }
-    for tokens in asked {
+    for (tokens, mut block_end) in asked {
         session.clock.check()?;
         let mut ids = Vec::new();
         for id in tokens.into_iter().flatten() {
             session.clock.check()?;
             ids.push(id.context("generate")?);
         }
-        texts.raw_push(model.tokenizer.decode(&ids, true).context("generate")?)?;
+        let text = model.tokenizer.decode(&ids, true).context("generate")?;
+        texts.raw_push(block_end.push(text) + &block_end.finish())?;
     }
     if session.dry {
         session.would(

@@ -284,7 +284,7 @@ fn restate(
         config.gradient_accumulation_steps,
         config.batch_size,
         config.learning_rate,
-        format!("{:?}", config.lr_scheduler_type).to_lowercase(),
+        config.lr_scheduler_type.name(),
         config.seed,
     ));
 }

@@ -105,6 +105,20 @@ fn keeps_the_contract(handler: &dyn Handler) -> Result<Completion> {
     Ok(whole)
 }
 
+/// Who says a temperature knows what they want; who says nothing gets a draw that suits small models.
+#[test]
+fn a_draw_that_nobody_describes_keeps_to_what_is_likely() -> Result<()> {
+    let (local, context) = (local()?, Context::default());
+    let drawn = |temperature, top_p| {
+        let request = Request { temperature, top_p, ..asked("hello", 40) };
+        local.complete(&request, &context).map(|whole| whole.text)
+    };
+    assert_eq!(drawn(None, None)?, drawn(Some(0.7), Some(0.9))?);
+    assert_eq!(drawn(Some(0.7), None)?, drawn(Some(0.7), Some(1.0))?);
+    assert_ne!(drawn(None, None)?, drawn(None, Some(1.0))?);
+    Ok(())
+}
+
 #[test]
 fn all_handlers_keep_one_contract_and_say_the_same() -> Result<()> {
     let local = local()?;

@@ -23,7 +23,7 @@ pub struct Problem {
 pub(super) const NOT_JSON: &str = "not JSON";
 pub(super) const NOT_UTF8: &str = "not UTF-8";
 pub(super) const UNKNOWN_ROW: &str = "unknown row";
-pub(super) const MIXED: &str = "not of the file's shape";
+pub(super) const MIXED: &str = "not of the form of the rows before";
 pub(super) const BAD_ROW: &str = "malformed row";
 pub(super) const TOO_LONG: &str = "too long";
 pub(super) const NOTHING: &str = "nothing to train on";
@@ -49,6 +49,7 @@ impl Problem {
             NO_EMBEDDING => {
                 "take the token out of the rows, or the tokenizer that the model was made with; a model whose embedding was resized for it has it, too"
             }
+            MIXED => "all rows of a file have one form: write them alike, or as files of their own",
             NO_TEMPLATE => {
                 "choose an instruction-tuned model, or write the rows as `prompt` and `completion`, or as `text`"
             }
@@ -79,7 +80,9 @@ impl Problems {
         if let Some(hint) = problem.hint().filter(|h| !self.hints.contains(h)) {
             self.hints.push(hint);
         }
-        if self.first.len() < TOLD_IN_FULL {
+        // All rows of another form say the same; what is wrong with other rows must not drown in that.
+        let again = problem.kind == MIXED && self.first.iter().any(|(_, earlier)| earlier.kind == MIXED);
+        if self.first.len() < TOLD_IN_FULL && !again {
             self.first.push((line, problem));
         } else {
             self.others.entry(problem.kind).or_default().push(line);

@@ -396,7 +396,13 @@ fn a_malformed_row_is_told_by_what_is_wrong_with_it() {
 #[test]
 fn rows_of_another_shape_than_the_first_are_refused() {
     let message = refusal("{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n");
-    assert_eq!(message, "1 problem\n  line 2: has `prompt` and `completion`, while the rows before have `text`");
+    let hint = "hint: all rows of a file have one form: write them alike, or as files of their own";
+    let first = "line 2: has `prompt` and `completion`, while the rows before have `text`";
+    assert_eq!(message, format!("1 problem\n  {first}\n{hint}"));
+    let other = "{\"prompt\": \"a\", \"completion\": \"b\"}\n".repeat(30);
+    let message = refusal(format!("{{\"text\": \"a\"}}\n{other}{{\"text\": 3}}\n"));
+    let rest = "line 32: text: a number is not a string\n  not of the form of the rows before: lines 3-31";
+    assert_eq!(message, format!("31 problems\n  {first}\n  {rest}\n{hint}"), "the wrong row is seen");
 }
 
 #[test]

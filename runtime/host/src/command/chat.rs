@@ -45,7 +45,7 @@ pub struct Arguments {
     /// Most tokens of a reply
     #[arg(long, default_value = "256", value_name = "TOKENS", value_parser = whole::<usize>(1..=COUNT_MAX))]
     max_tokens: usize,
-    /// Temperature: 0 takes the likeliest token each time, higher varies more [default: the handler's, 0.7 with --model-dir]
+    /// Temperature: 0 takes the likeliest token each time, higher varies more [default: the handler's; 0.7 and top-p 0.9 with --model-dir]
     #[arg(long, value_name = "T", value_parser = not_negative)]
     temperature: Option<f64>,
     /// Seed of the sampling [default: the handler's, 42 with --model-dir]

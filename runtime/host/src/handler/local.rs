@@ -21,6 +21,9 @@ use crate::watch::{Identity, identity};
 
 /// Freedom of the draw where a request does not say: small models lose the thread at OpenAI's 1.
 pub const DEFAULT_TEMPERATURE: f64 = 0.7;
+/// Share of the probability that is drawn from where neither it nor the temperature is said, as in llama.cpp's family: small models
+/// stray in what is left.
+const DEFAULT_TOP_P: f64 = 0.9;
 
 /// Longest answer where a request does not say, in tokens: a model that does not find an end would go on to that of its context.
 pub const DEFAULT_MAX_TOKENS: usize = 1024;
@@ -150,7 +153,7 @@ impl Handler for Local {
             max_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).min(limit),
             temperature: request.temperature.unwrap_or(DEFAULT_TEMPERATURE),
             top_k: request.top_k.unwrap_or(neutral.top_k),
-            top_p: request.top_p.unwrap_or(neutral.top_p),
+            top_p: request.top_p.unwrap_or(if request.temperature.is_none() { DEFAULT_TOP_P } else { neutral.top_p }),
             min_p: request.min_p.unwrap_or(neutral.min_p),
             repetition_penalty: request.repetition_penalty.unwrap_or(neutral.repetition_penalty),
             frequency_penalty: request.frequency_penalty.unwrap_or(neutral.frequency_penalty),

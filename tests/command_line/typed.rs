@@ -42,6 +42,27 @@ fn a_training_without_a_name_gets_one_that_no_model_has() -> Result<()> {
 }
 
 #[test]
+fn a_training_of_few_steps_is_told_to_teach_little() -> Result<()> {
+    let place = Place::new()?;
+    let train = |rows: usize, more: &[&str]| -> Result<String> {
+        let mut command = homeroom();
+        command.args(["fine-tune", "--model-name"]).arg(fixture("models/llama")).args(more);
+        command.arg("--training-file").arg(place.rows("rows.jsonl", rows)?);
+        Ok(succeeds(command.env("HOMEROOM_HOME", place.path("home")))?.stderr)
+    };
+    let few = train(17, &[])?;
+    assert!(few.contains("note: 3 steps teach a model little; more rows do more, or `--epochs 10`"), "{few}");
+    let one = train(3, &["--epochs", "2"])?;
+    assert!(one.contains("note: 2 steps teach"), "{one}");
+    // Who says how many steps, or says so many epochs, knows.
+    for more in [["--max-steps", "1"], ["--epochs", "10"]] {
+        let said = train(17, &more)?;
+        assert!(!said.contains("teach a model little"), "{said}");
+    }
+    Ok(())
+}
+
+#[test]
 fn an_export_needs_a_model_only() -> Result<()> {
     let place = Place::new()?;
     succeeds(unnamed(&place, &place.rows("rows.jsonl", 3)?).args(["--name", "tutor"]))?;

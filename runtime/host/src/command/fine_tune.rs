@@ -136,6 +136,10 @@ const SCHEDULES: [Word; 3] = [
 
 /// The learning rate when neither the strategy nor the user gives one.
 const DEFAULT_LEARNING_RATE: f64 = 2e-4;
+/// Fewer steps than these leave little trace at the default learning rate, which is said; about as many show, in at most so many epochs.
+const STEPS_FEW: u64 = 30;
+const STEPS_ENOUGH: u64 = 100;
+const EPOCHS_MANY: u64 = 10;
 
 /// Trains, and saves an adapter or a model.
 pub fn run(arguments: &Arguments) -> Result<Done> {
@@ -395,6 +399,11 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
         config.lr_scheduler_type.name(),
         config.seed,
     ));
+    let epochs = STEPS_ENOUGH.saturating_mul(arguments.epochs).div_ceil(steps.max(1)).min(EPOCHS_MANY);
+    if steps < STEPS_FEW && epochs > arguments.epochs && arguments.max_steps.is_none() {
+        let steps = if steps == 1 { "one step teaches".to_owned() } else { format!("{steps} steps teach") };
+        line(format_args!("note: {steps} a model little; more rows do more, or `--epochs {epochs}`"));
+    }
 }
 
 /// What was written, and what to do next.

@@ -210,26 +210,26 @@ const QWQ: &str = "{% for m in messages %}{% set content = m.content %}{% if m.r
 #[test]
 fn thinking_at_the_beginning_of_an_answer_is_learned_once() {
     let template = ChatTemplate::new(QWQ, None, None).unwrap();
-    let own = [("reasoning_content", "hm")];
-    let cases: [(&str, &[(&str, &str)], &str); 12] = [
-        ("hm\n</think>\n\nyo", &[], "hm\n</think>\n\nyo"),
-        ("hm</think>\nyo", &[], "hm\n</think>\n\nyo"),
-        ("hm\n</think>yo", &[], "hm\n</think>\n\nyo"),
-        ("<think>\nhm\n</think>\n\nyo", &[], "hm\n</think>\n\nyo"),
-        ("\n<think>\nhm\n</think>\n\nyo", &[], "hm\n</think>\n\nyo"),
-        (" <think>hm</think> yo", &[], "hm\n</think>\n\nyo"),
-        ("hm\n</think>", &[], "hm\n</think>\n\n"),
-        ("yo", &own, "hm\n</think>\n\nyo"),
-        ("\n<think>\nhm\n</think>\n\nyo", &own, "hm\n</think>\n\nyo"),
-        ("yo", &[], "</think>\n\nyo"),
+    let own = Some("hm");
+    let cases = [
+        ("hm\n</think>\n\nyo", None, "hm\n</think>\n\nyo"),
+        ("hm</think>\nyo", None, "hm\n</think>\n\nyo"),
+        ("hm\n</think>yo", None, "hm\n</think>\n\nyo"),
+        ("<think>\nhm\n</think>\n\nyo", None, "hm\n</think>\n\nyo"),
+        ("\n<think>\nhm\n</think>\n\nyo", None, "hm\n</think>\n\nyo"),
+        (" <think>hm</think> yo", None, "hm\n</think>\n\nyo"),
+        ("hm\n</think>", None, "hm\n</think>\n\n"),
+        ("yo", own, "hm\n</think>\n\nyo"),
+        ("\n<think>\nhm\n</think>\n\nyo", own, "hm\n</think>\n\nyo"),
+        ("yo", None, "</think>\n\nyo"),
         // An answer may name the block.
-        ("use <think>é</think> tags", &[], "</think>\n\nuse <think>é</think> tags"),
-        ("write\n</think> to close", &own, "hm\n</think>\n\nwrite\n</think> to close"),
+        ("use <think>é</think> tags", None, "</think>\n\nuse <think>é</think> tags"),
+        ("write\n</think> to close", own, "hm\n</think>\n\nwrite\n</think> to close"),
     ];
-    for (said, fields, expected) in cases {
+    for (said, reasoning, expected) in cases {
         let mut messages = chat(&[("user", "hï"), ("assistant", said), ("user", "so?"), ("assistant", said)]);
-        for (key, text) in fields {
-            messages.iter_mut().filter(|m| m["role"] == "assistant").for_each(|m| m[*key] = json!(text));
+        for message in messages.iter_mut().filter(|m| m["role"] == "assistant") {
+            message["reasoning_content"] = json!(reasoning);
         }
         for (answer, _) in answers(&template, &messages, &[]) {
             assert_eq!(answer, format!("{expected}<|im_end|>\n"), "{said:?}");

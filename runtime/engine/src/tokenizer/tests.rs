@@ -443,6 +443,15 @@ fn templates_with_names_are_read_of_a_gguf_file() -> Result<()> {
     let tokenizer = Tokenizer::from_gguf(&Gguf::open(&path)?)?;
     assert_eq!(tokenizer.named_templates, BTreeMap::from([("tool_use".to_owned(), template)]));
     assert_eq!(tokenizer.chat_template, Tokenizer::from_gguf(&gguf("byte_level")?)?.chat_template);
+    // The one that needs no name is not among those with names.
+    let named_templates = ["default", "rag"].map(|name| (name.to_owned(), "ö".to_owned())).into();
+    let gguf = gguf("byte_level")?;
+    for (chat_template, expected) in [(Some("é"), "é"), (None, "ö")] {
+        let named_templates = BTreeMap::clone(&named_templates);
+        let tokenizer = from_meta(&Meta { chat_template, named_templates, ..Meta::read(&gguf)? })?;
+        assert_eq!(tokenizer.chat_template.as_deref(), Some(expected));
+        assert_eq!(tokenizer.named_templates.into_keys().collect::<Vec<_>>(), ["rag"]);
+    }
     Ok(())
 }
 

@@ -392,6 +392,27 @@ fn an_adapters_own_template_and_tokenizer_are_used() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_broken_template_is_told_by_the_file_that_has_it() -> Result<()> {
+    let place = Place::new()?;
+    let path = place.copy(&fixture("adapters/embedding"), "broken")?;
+    let tells = |file: &Path, text: &str| -> Result<()> {
+        fs::create_dir_all(file.parent().context("it has one")?)?;
+        let before = fs::read(file).ok();
+        fs::write(file, text)?;
+        let error = format!("{:#}", adapter(&path, "llama").err().context("it is broken")?);
+        assert!(error.contains(&file.display().to_string()), "{error}");
+        match before {
+            Some(before) => Ok(fs::write(file, before)?),
+            None => Ok(fs::remove_file(file)?),
+        }
+    };
+    tells(&path.join("chat_template.jinja"), "{% for é %}")?;
+    tells(&path.join("additional_chat_templates/tool_use.jinja"), "{{ 'ü }}")?;
+    tells(&path.join("additional_chat_templates/default.jinja"), "{% endif %}")?;
+    adapter(&path, "llama").map(|_| ())
+}
+
 /// Adds a token to a directory's `tokenizer.json`.
 fn add_token(dir: &Path, token: &str, id: u32) -> Result<()> {
     let path = dir.join("tokenizer.json");

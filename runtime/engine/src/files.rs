@@ -19,6 +19,7 @@ pub use self::known::{RESULT_FILES, named_templates, replaceable};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
 pub use self::modes::{keep_private, prepare};
+pub(crate) use self::regular::parse_object;
 pub use self::regular::{SMALL_FILE_BYTES_MAX, open_regular, read_bytes, read_text};
 
 /// The temporary names of all directories in the making. They get theirs, and lose it, with this held: whoever holds it sees none

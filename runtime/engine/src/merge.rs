@@ -13,7 +13,7 @@ use crate::adaptation::Adaptation;
 use crate::adapter::{pretty, write_templates, write_text};
 use crate::batch::Batch;
 use crate::config::ModelConfig;
-use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, read_bytes, read_text};
+use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, parse_object, read_bytes, read_text};
 use crate::model::{BaseModel, EMBEDDING, HEAD, Module};
 use crate::recipe::Pass;
 use crate::tokenizer::Tokenizer;
@@ -229,9 +229,7 @@ fn save_configuration(
 ) -> Result<()> {
     let tokenizer = &model.tokenizer;
     let text = |name: &str| read_text(&base.path.join(name), SMALL_FILE_BYTES_MAX);
-    let read = |name: &str| -> Result<Value> {
-        serde_json::from_str(&text(name)?).with_context(|| format!("{}: not JSON", base.path.join(name).display()))
-    };
+    let read = |name: &str| -> Result<Value> { parse_object(&base.path.join(name), &text(name)?) };
     let there = |name: &str| base.path.is_dir() && base.path.join(name).exists();
     let json = match base.path.is_dir() {
         true => {

@@ -132,7 +132,7 @@ impl BaseModel {
         let natural = |_: &str| RowOrder::Natural;
         let biased = |path: &str| config.has_bias(path);
         let modules = build_modules(&config, &tensors, &natural, &biased).with_context(|| dir.display().to_string())?;
-        let model = Self::assemble(dir.to_owned(), config, modules, tokenizer)?;
+        let model = Self::assemble(dir.to_owned(), config, modules, tokenizer, None)?;
         Ok(Self { files: weight_files(dir)?, ..model })
     }
 
@@ -171,12 +171,18 @@ impl BaseModel {
         let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
         let biased = |path: &str| tensors.contains_key(&format!("{path}.bias"));
         let modules = build_modules(&config, &tensors, &order, &biased).with_context(place)?;
-        let model = Self::assemble(path.to_owned(), config, modules, tokenizer)?;
+        let model = Self::assemble(path.to_owned(), config, modules, tokenizer, None)?;
         Ok(Self { files: vec![path.to_owned()], ..model })
     }
 
-    fn assemble(path: PathBuf, config: ModelConfig, modules: Vec<Module>, tokenizer: Arc<Tokenizer>) -> Result<Self> {
-        let template = ChatTemplate::of_tokenizer(&tokenizer).with_context(|| path.display().to_string())?;
+    fn assemble(
+        path: PathBuf,
+        config: ModelConfig,
+        modules: Vec<Module>,
+        tokenizer: Arc<Tokenizer>,
+        text_from: Option<PathBuf>,
+    ) -> Result<Self> {
+        let template = ChatTemplate::of_tokenizer(&tokenizer, text_from.as_deref().unwrap_or(&path))?;
         let by_path: HashMap<String, usize> =
             modules.iter().enumerate().map(|(index, module)| (module.info.path.clone(), index)).collect();
         let layers = (0..config.num_hidden_layers).map(|layer| {
@@ -194,21 +200,23 @@ impl BaseModel {
             }
         });
         let layers = layers.collect();
-        let (files, text_from, digest) = (Vec::new(), None, OnceLock::new());
+        let (files, digest) = (Vec::new(), OnceLock::new());
         Ok(Self { path, files, config, modules, layers, tokenizer, template, text_from, by_path, digest })
     }
 
     /// The same model with other modules, as after a merge.
     pub(crate) fn with_modules(&self, config: ModelConfig, modules: Vec<Module>) -> Result<Self> {
-        let model = Self::assemble(self.path.clone(), config, modules, self.tokenizer.clone())?;
-        Ok(Self { files: self.files.clone(), text_from: self.text_from.clone(), ..model })
+        let (tokenizer, text_from) = (self.tokenizer.clone(), self.text_from.clone());
+        let model = Self::assemble(self.path.clone(), config, modules, tokenizer, text_from)?;
+        Ok(Self { files: self.files.clone(), ..model })
     }
 
     /// The same model with the tokenizer and template that an adapter was trained with.
     pub(crate) fn with_tokenizer(&self, tokenizer: Tokenizer, adapter: &Path) -> Result<Self> {
-        let model = Self::assemble(self.path.clone(), self.config.clone(), self.modules.clone(), Arc::new(tokenizer))?;
+        let (config, modules, text_from) = (self.config.clone(), self.modules.clone(), Some(adapter.to_owned()));
+        let model = Self::assemble(self.path.clone(), config, modules, Arc::new(tokenizer), text_from)?;
         let (files, digest) = (self.files.clone(), self.digest.clone());
-        Ok(Self { files, text_from: Some(adapter.to_owned()), digest, ..model })
+        Ok(Self { files, digest, ..model })
     }
 
     /// The same model with its values stored otherwise. It keeps the digest of what was loaded: that is what tells bases apart.

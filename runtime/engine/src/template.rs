@@ -10,6 +10,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -18,7 +19,7 @@ use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 use serde_json::Value as Json;
 
-use crate::tokenizer::{Control, Tokenizer};
+use crate::tokenizer::{Control, Tokenizer, template_file};
 
 mod bounds;
 mod generation;
@@ -116,17 +117,19 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// The chat template of a tokenizer, with the one for tools if that has a source of its own.
+    /// The chat template of a tokenizer, with the one for tools if that has a source of its own. `place`: what it was read from.
     ///
     /// # Errors
-    /// As [`ChatTemplate::new`].
-    pub fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Option<Self>> {
+    /// As [`ChatTemplate::new`]. Names the file.
+    pub fn of_tokenizer(tokenizer: &Tokenizer, place: &Path) -> Result<Option<Self>> {
+        let file = |name: Option<&str>| template_file(place, name).display().to_string();
         let (bos, eos) = (tokenizer.bos_token.as_deref(), tokenizer.eos_token.as_deref());
         let Some(source) = &tokenizer.chat_template else { return Ok(None) };
-        let template = Self::new(source, bos, eos).context("its chat template")?;
+        let template = Self::new(source, bos, eos).context("its chat template").with_context(|| file(None))?;
         Ok(Some(match tokenizer.named_templates.get("tool_use") {
             Some(source) => {
-                template.with_tool_use(Self::new(source, bos, eos).context("its chat template `tool_use`")?)
+                let tool_use = Self::new(source, bos, eos).context("its chat template `tool_use`");
+                template.with_tool_use(tool_use.with_context(|| file(Some("tool_use")))?)
             }
             None => template,
         }))

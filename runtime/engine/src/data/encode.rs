@@ -79,7 +79,7 @@ impl Encoder<'_> {
     fn encode(&self, row: &Row) -> Result<Vec<Sequence>, Problem> {
         let sequences = match row {
             Row::Messages { messages, tools } => self.encode_messages(messages, tools.as_ref())?,
-            Row::PromptCompletion { system, prompt, completion } => match self.template {
+            Row::PromptCompletion { system, prompt, completion, tools } => match self.template {
                 Some(_) => {
                     let said = |role: &str, text: &str| serde_json::json!({"role": role, "content": text});
                     let (prompt, completion) = self.without_ends(prompt, completion);
@@ -92,10 +92,14 @@ impl Encoder<'_> {
                     let mut messages = Vec::with_capacity(3);
                     messages.extend(system.as_ref().map(|text| said("system", text)));
                     messages.extend([said("user", prompt), said("assistant", completion)]);
-                    self.encode_messages(&messages, None)?
+                    self.encode_messages(&messages, tools.as_ref())?
                 }
                 None if system.is_some() => {
                     let detail = "`system` needs a chat template, and the model has none";
+                    return Err(Problem::new(NO_TEMPLATE, detail));
+                }
+                None if tools.is_some() => {
+                    let detail = "`tools` need a chat template, and the model has none";
                     return Err(Problem::new(NO_TEMPLATE, detail));
                 }
                 None => vec![self.encode_text(&format!("{prompt}{completion}"), prompt.len())?],
@@ -126,12 +130,14 @@ impl Encoder<'_> {
         texts.iter().map(|text| tokenize(text, self.tokenizer).map_err(problem)).collect()
     }
 
-    /// Prompt and completion without the BOS and EOS that they are typed with: the chat template writes its own.
+    /// Prompt and completion without the BOS and EOS that they are typed with: the chat template writes its own. Of the ends that is
+    /// the tokenizer's own and the template's; what ends an answer in other models is text here, as in `messages`.
     fn without_ends<'t>(&self, prompt: &'t str, completion: &'t str) -> (&'t str, &'t str) {
         // Where no tokenizer adds it, it opens a turn (SmolLM2), and is text like any other that is typed.
         let bos = self.tokenizer.bos_token.as_deref().filter(|_| self.tokenizer.add_bos);
-        let ends: Vec<String> = self.tokenizer.eos_ids.iter().filter_map(|id| self.tokenizer.token(*id)).collect();
-        let ended = ends.iter().find_map(|end| completion.trim_end().strip_suffix(end.as_str()));
+        let end_of_turn = self.tokenizer.end_of_turn.and_then(|id| self.tokenizer.token(id));
+        let mut ends = self.tokenizer.eos_token.iter().chain(&end_of_turn);
+        let ended = ends.find_map(|end| completion.trim_end().strip_suffix(end.as_str()));
         (bos.and_then(|bos| prompt.strip_prefix(bos)).unwrap_or(prompt), ended.unwrap_or(completion))
     }
 

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use homeroom_abi::describe::nearest;
-use serde_json::{Map, Value as Json};
+use serde_json::{Map, Value as Json, json};
 
 use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, Problem, UNKNOWN_ROW};
 use crate::template::join_parts;
@@ -39,6 +39,8 @@ pub enum Row {
         prompt: String,
         /// Learned.
         completion: String,
+        /// The tools that the assistant may call, for a model with a chat template.
+        tools: Option<Json>,
     },
     /// Text, all of it learned.
     Text(String),
@@ -126,21 +128,20 @@ fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, St
     let mut take = |key: &str| fields.remove(key).unwrap_or(Json::Null);
     match format {
         RowFormat::Messages => {
-            let messages = parse_messages("messages", take("messages"))?;
+            let (messages, system) = (take("messages"), take("system"));
+            let messages = with_system(parse_messages("messages", messages)?, parse_system(system)?)?;
             let tools = parse_tools(take("tools"))?;
+            check_unread(&fields, format, messages.iter().any(is_system))?;
             Ok(Row::Messages { messages, tools })
         }
         RowFormat::PromptCompletion => match (take("prompt"), take("completion")) {
             (Json::String(prompt), Json::String(completion)) => {
-                let system = match take("system") {
-                    Json::Null => None,
-                    Json::String(text) => Some(text),
-                    other => return Err(format!("system: {} is not a string", kind_of(&other))),
-                };
+                let (system, tools) = (parse_system(take("system"))?, parse_tools(take("tools"))?);
+                check_unread(&fields, format, system.is_some())?;
                 if completion.is_empty() {
                     return Err(format!("{NOTHING}: `completion` is empty"));
                 }
-                Ok(Row::PromptCompletion { system, prompt, completion })
+                Ok(Row::PromptCompletion { system, prompt, completion, tools })
             }
             (prompt @ Json::Array(_), completion @ Json::Array(_)) => {
                 let mut messages = parse_messages("prompt", prompt)?;
@@ -148,7 +149,9 @@ fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, St
                     message["weight"] = 0.into();
                 }
                 messages.extend(parse_messages("completion", completion)?);
-                let tools = parse_tools(take("tools"))?;
+                let (system, tools) = (parse_system(take("system"))?, parse_tools(take("tools"))?);
+                let messages = with_system(messages, system)?;
+                check_unread(&fields, format, messages.iter().any(is_system))?;
                 Ok(Row::Messages { messages, tools })
             }
             (prompt, completion) => Err(format!(
@@ -163,6 +166,66 @@ fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, St
             other => Err(format!("text: {} is not a string", kind_of(&other))),
         },
     }
+}
+
+/// Keys that change what a row means where others write them, and what to do about them here. Rows of `text` have all in the text.
+const UNREAD: [(&str, &str); 4] = [
+    ("functions", "rename it to `tools`, each being `{\"type\": \"function\", \"function\": …}`"),
+    ("system_prompt", "rename it to `system`"),
+    ("chat_template_kwargs", "take it out"),
+    ("documents", "put it into what is asked"),
+];
+/// The same beside `prompt` and `completion`.
+const UNREAD_BESIDE_PROMPT: [(&str, &str); 5] = [
+    ("input", "put it into `prompt`"),
+    ("history", "write the row as `messages`"),
+    ("reasoning_content", "write the row as `messages`, in which that of the assistant has it"),
+    ("reasoning", "write the row as `messages`, in which that of the assistant has it"),
+    ("thinking", "write the row as `messages`, in which that of the assistant has it"),
+];
+
+/// Refuses keys that would be lost. A second name of what the row has already is not.
+fn check_unread(fields: &Map<String, Json>, format: RowFormat, has_system: bool) -> Result<(), String> {
+    let beside_prompt = UNREAD_BESIDE_PROMPT.iter().filter(|_| format == RowFormat::PromptCompletion);
+    let lost = |(key, _): &&(&str, &str)| is_given(fields.get(*key)) && !(*key == "system_prompt" && has_system);
+    match UNREAD.iter().chain(beside_prompt).find(lost) {
+        Some((key, what)) => Err(format!("`{key}` is not read: {what}")),
+        None => Ok(()),
+    }
+}
+
+/// Whether a field says something.
+fn is_given(value: Option<&Json>) -> bool {
+    match value {
+        None | Some(Json::Null) => false,
+        Some(Json::String(text)) => !text.trim().is_empty(),
+        Some(Json::Array(items)) => !items.is_empty(),
+        Some(Json::Object(fields)) => !fields.is_empty(),
+        Some(_) => true,
+    }
+}
+
+/// An empty one is none, as in public sets.
+fn parse_system(system: Json) -> Result<Option<String>, String> {
+    match system {
+        Json::Null => Ok(None),
+        Json::String(text) => Ok(Some(text).filter(|text| !text.is_empty())),
+        other => Err(format!("system: {} is not a string", kind_of(&other))),
+    }
+}
+
+fn is_system(message: &Json) -> bool {
+    message["role"] == "system" || message["role"] == "developer"
+}
+
+fn with_system(mut messages: Vec<Json>, system: Option<String>) -> Result<Vec<Json>, String> {
+    let Some(system) = system else { return Ok(messages) };
+    match messages.iter().find(|message| is_system(message)) {
+        None => messages.insert(0, json!({"role": "system", "content": system})),
+        Some(message) if message["content"] == system.as_str() => {}
+        Some(_) => return Err("`system` stands beside a system message that says something else; keep one".into()),
+    }
+    Ok(messages)
 }
 
 fn parse_tools(tools: Json) -> Result<Option<Json>, String> {
@@ -217,12 +280,9 @@ fn check_message(message: &mut Json) -> Result<(), String> {
             None => format!("unknown role `{role}`, the roles are {}", ROLES.join(", ")),
         });
     }
-    let is_given = |v: Option<&Json>| match v {
-        None | Some(Json::Null) => false,
-        Some(Json::String(text)) => !text.trim().is_empty(),
-        Some(Json::Array(items)) => !items.is_empty(),
-        Some(_) => true,
-    };
+    if is_given(fields.get("function_call")) {
+        return Err("`function_call` is not read: write it as `tool_calls`".into());
+    }
     let calls = is_given(fields.get("tool_calls"));
     match fields.get("tool_calls") {
         None | Some(Json::Null | Json::Array(_)) => {}

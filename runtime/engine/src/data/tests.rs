@@ -86,6 +86,72 @@ fn prompt_and_completion_are_a_conversation_where_there_is_a_template() {
     assert_eq!(texts[3].1, "d<|im_end|>\n");
 }
 
+/// What a row's keys say is used, whichever form the row has.
+#[test]
+fn tools_and_system_are_used_in_every_form_of_a_conversation() {
+    let source = format!("{{% if tools %}}<{{{{ tools[0].function.name }}}}>{{% endif %}}{CHATML}");
+    let template = ChatTemplate::new(&source, None, None).unwrap();
+    let message = |role: &str, text: &str| json!({"role": role, "content": text});
+    let tools = json!([{"type": "function", "function": {"name": "wétter"}}]);
+    let rows = [
+        json!({"prompt": "Hi", "completion": "yo", "tools": tools, "system": "S"}),
+        json!({"prompt": "Hi", "completion": "yo", "tools": tools.to_string(), "system": "S", "id": 7, "source": "x"}),
+        json!({"prompt": [message("user", "Hi")], "completion": [message("assistant", "yo")], "tools": tools, "system": "S"}),
+    ];
+    let all: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let mut data = load(all, Some(&template)).unwrap().examples;
+    let talk = [message("user", "Hi"), message("assistant", "yo")];
+    let with_system = [&[message("system", "S")], &talk[..]].concat();
+    let rows = [
+        json!({"messages": talk, "tools": tools, "system": "S"}),
+        json!({"messages": with_system, "tools": tools, "functions": [], "system_prompt": "S"}),
+        json!({"messages": with_system, "tools": tools, "system": "S"}),
+    ];
+    let all: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    data.extend(load(all, Some(&template)).unwrap().examples);
+    let expected = format!("<wétter><|im_start|>system\nS<|im_end|>\n{HI}");
+    for example in &data {
+        assert_eq!(texts(example), (expected.clone(), "yo<|im_end|>\n".into()));
+    }
+    assert_eq!(data.len(), 6);
+    let empty = load(json!({"messages": talk, "system": ""}).to_string(), Some(&template)).unwrap();
+    assert_eq!(texts(&empty.examples[0]).0, HI, "an empty one is none");
+}
+
+#[test]
+fn what_would_be_lost_of_a_conversation_is_refused() {
+    let check = |row: Json, expected: &str| {
+        let told = check_row(&row.to_string()).unwrap_err().to_string();
+        assert!(told.starts_with(expected), "{row}: {told}");
+    };
+    let talk = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let other = json!([{"role": "developer", "content": "T"}, {"role": "assistant", "content": "b"}]);
+    let twice = "`system` stands beside a system message that says something else; keep one";
+    check(json!({"messages": other, "system": "S"}), twice);
+    check(json!({"prompt": other, "completion": [talk[1]], "system": "S"}), twice);
+    check(json!({"messages": talk, "system": 3}), "system: a number is not a string");
+    let functions = "`functions` is not read: rename it to `tools`";
+    check(json!({"messages": talk, "functions": [{"name": "f"}]}), functions);
+    check(json!({"prompt": "a", "completion": "b", "functions": [{"name": "f"}]}), functions);
+    check(json!({"prompt": [talk[0]], "completion": [talk[1]], "functions": [{"name": "f"}]}), functions);
+    check(json!({"messages": talk, "system_prompt": "S"}), "`system_prompt` is not read: rename it to `system`");
+    check(
+        json!({"messages": talk, "chat_template_kwargs": {"enable_thinking": false}}),
+        "`chat_template_kwargs` is not read",
+    );
+    check(json!({"prompt": "a", "completion": "b", "input": "é"}), "`input` is not read: put it into `prompt`");
+    check(json!({"prompt": "a", "completion": "b", "reasoning": "é"}), "`reasoning` is not read: write the row as");
+    let call = json!([talk[0], {"role": "assistant", "content": "b", "function_call": {"name": "f"}}]);
+    check(json!({"messages": call}), "message 2: `function_call` is not read: write it as `tool_calls`");
+    for row in [
+        json!({"prompt": "a", "completion": "b", "input": "", "history": [], "metadata": {"a": 1}}),
+        json!({"messages": talk, "input": "a", "functions": null}),
+        json!({"text": "a", "system": "S", "input": "b"}),
+    ] {
+        check_row(&row.to_string()).unwrap();
+    }
+}
+
 /// The piece that spells " the" begins in the prompt, so it is not learned: nobody is asked to write half of it.
 #[test]
 fn a_raw_completion_is_learned_from_its_first_whole_token() {
@@ -200,6 +266,34 @@ fn a_bos_or_eos_typed_around_prompt_and_completion_is_the_templates() {
         let message = ids("Hi", "<|im_end|>").unwrap_err().to_string();
         assert!(message.starts_with("nothing to train on: `completion`"), "{message}");
     }
+}
+
+/// What ends answers in other models is no end here, and a text in the middle never is.
+#[test]
+fn a_completion_loses_only_the_end_of_its_tokenizer_or_template() {
+    let tokenizer = &tokenizer();
+    let end_of = |text: &str| tokenizer.eos_ids.contains(&tokenizer.id(text).unwrap());
+    assert!(end_of("<|endoftext|>") && tokenizer.eos_token.as_deref() == Some("<|im_end|>"), "both end answers");
+    let template = chatml();
+    let embeddings = tokenizer.vocab_size();
+    let encoder =
+        Encoder { tokenizer, template: Some(&template), embeddings, max_seq_len: 256, on_long_row: OnLongRow::Refuse };
+    let ids = |row: Json| {
+        let row = check_row(&row.to_string()).unwrap();
+        encoder.examples(1, &row).unwrap().unwrap().0[0].ids.clone()
+    };
+    let strings = |prompt: &str, completion: &str| ids(json!({"prompt": prompt, "completion": completion}));
+    let messages = |prompt: &str, completion: &str| {
+        ids(json!({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}))
+    };
+    for (prompt, completion) in [
+        ("<|endoftext|>é", "It is <|endoftext|>"),
+        ("a<|im_end|>", "<|im_end|>x"),
+        ("<|im_start|>a", "<|im_start|>x<|im_end|> y"),
+    ] {
+        assert_eq!(strings(prompt, completion), messages(prompt, completion), "{completion:?}");
+    }
+    assert_eq!(strings("a", "<|endoftext|>x<|im_end|>"), messages("a", "<|endoftext|>x"));
 }
 
 #[test]
@@ -427,6 +521,9 @@ fn conversations_need_a_chat_template() {
     let row = json!({"prompt": "a", "completion": "b", "system": "c"});
     let message = load(row.to_string(), None).unwrap_err().to_string();
     assert!(message.contains("line 1: `system` needs a chat template"), "{message}");
+    let row = json!({"prompt": "a", "completion": "b", "tools": [{"type": "function"}]});
+    let message = load(row.to_string(), None).unwrap_err().to_string();
+    assert!(message.contains("line 1: `tools` need a chat template"), "{message}");
 }
 
 #[test]

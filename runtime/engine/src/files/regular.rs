@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 /// Largest text of a model's or an adapter's small files, in bytes.
 pub const SMALL_FILE_BYTES_MAX: u64 = 256 << 20;
@@ -43,4 +44,11 @@ pub fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
 /// As [`read_bytes`], and when it is not UTF-8.
 pub fn read_text(path: &Path, most: u64) -> Result<String> {
     String::from_utf8(read_bytes(path, most)?).with_context(|| format!("{}: not UTF-8", path.display()))
+}
+
+/// The JSON object that `text`, read from `path`, is.
+pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Value> {
+    let value: Value = serde_json::from_str(text).with_context(|| format!("{}: not JSON", path.display()))?;
+    ensure!(value.is_object(), "{}: should be a JSON object", path.display());
+    Ok(value)
 }

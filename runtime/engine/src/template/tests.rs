@@ -204,6 +204,74 @@ fn thinking_that_a_prompt_opens_is_closed_by_the_answer() {
     );
 }
 
+/// As in QwQ: the prompt ends in `<think>`, and only earlier turns of the history have no thinking.
+const QWQ: &str = "{% for m in messages %}{% set content = m.content %}{% if m.role == 'assistant' and not loop.last %}{% set content = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}";
+
+#[test]
+fn thinking_at_the_beginning_of_an_answer_is_learned_once() {
+    let template = ChatTemplate::new(QWQ, None, None).unwrap();
+    let own = Some("hm");
+    let cases = [
+        ("hm\n</think>\n\nyo", None, "hm\n</think>\n\nyo"),
+        ("hm</think>\nyo", None, "hm\n</think>\n\nyo"),
+        ("hm\n</think>yo", None, "hm\n</think>\n\nyo"),
+        ("<think>\nhm\n</think>\n\nyo", None, "hm\n</think>\n\nyo"),
+        ("\n<think>\nhm\n</think>\n\nyo", None, "hm\n</think>\n\nyo"),
+        (" <think>hm</think> yo", None, "hm\n</think>\n\nyo"),
+        ("hm\n</think>", None, "hm\n</think>\n\n"),
+        ("yo", own, "hm\n</think>\n\nyo"),
+        ("\n<think>\nhm\n</think>\n\nyo", own, "hm\n</think>\n\nyo"),
+        ("yo", None, "</think>\n\nyo"),
+        // An answer may name the block.
+        ("use <think>é</think> tags", None, "</think>\n\nuse <think>é</think> tags"),
+        ("write\n</think> to close", own, "hm\n</think>\n\nwrite\n</think> to close"),
+    ];
+    for (said, reasoning, expected) in cases {
+        let mut messages = chat(&[("user", "hï"), ("assistant", said), ("user", "so?"), ("assistant", said)]);
+        for message in messages.iter_mut().filter(|m| m["role"] == "assistant") {
+            message["reasoning_content"] = json!(reasoning);
+        }
+        for (answer, _) in answers(&template, &messages, &[]) {
+            assert_eq!(answer, format!("{expected}<|im_end|>\n"), "{said:?}");
+        }
+    }
+}
+
+#[test]
+fn thinking_behind_a_prompt_that_has_it_already_is_left_out_however_it_is_set() {
+    let source = QWQ.replace("<think>\n' }}", "<think>\n\n</think>\n\n' }}");
+    let template = ChatTemplate::new(&source, None, None).unwrap();
+    for said in [" <think>hm</think> yo", "\n<think>\nhm\n</think>\n\nyo", "hm\n</think>\n\nyo"] {
+        let messages = chat(&[("user", "hï"), ("assistant", said)]);
+        assert_eq!(answers(&template, &messages, &[])[0].0, "yo<|im_end|>\n", "{said:?}");
+    }
+}
+
+#[test]
+fn an_answer_that_the_template_cuts_is_refused() {
+    let goldens = goldens();
+    let mut messages = chat(&[("user", "hï"), ("assistant", "write </think> to close")]);
+    for name in ["r1", "qwen3"] {
+        let template = golden_template(&goldens, name);
+        let message = refusal(template.render_for_training(&messages, None, &[]));
+        assert!(message.starts_with("message 2: the chat template takes what stands before \"</think>\""), "{message}");
+    }
+    messages[1]["reasoning_content"] = json!("hm");
+    let r1 = golden_template(&goldens, "r1");
+    let message = refusal(r1.render_for_training(&messages, None, &[]));
+    assert!(message.contains("cannot be learned whole; take \"</think>\" out of it"), "{message}");
+    let qwen3 = golden_template(&goldens, "qwen3").render_for_training(&messages, None, &[]).unwrap();
+    assert_eq!(
+        pieces(&qwen3[0], &qwen3[0].trained),
+        ["<think>\nhm\n</think>\n\nwrite </think> to close<|im_end|>\n"],
+        "a template that keeps it whole"
+    );
+    // A turn that is not learned may be cut.
+    messages.extend(chat(&[("user", "ä"), ("assistant", "c")]));
+    messages[1]["weight"] = json!(0);
+    assert_eq!(r1.render_for_training(&messages, None, &[]).unwrap().len(), 1);
+}
+
 #[test]
 fn a_prompt_opens_a_block_where_only_the_answer_can_end_it() {
     let goldens = goldens();

@@ -49,6 +49,7 @@ impl ChatTemplate {
         let full = template.render_marked(&messages, tools, false, control)?;
         for &i in &learned {
             template.check_calls(&messages[..=i], tools)?;
+            template.check_whole(&messages[..=i], tools)?;
         }
         if template.marks_generation() {
             return Ok(vec![full.trained_by_marks(&turns, &learned)?]);
@@ -84,6 +85,25 @@ impl ChatTemplate {
             ),
             None => Ok(()),
         }
+    }
+
+    /// Checks that the last message is written from its beginning: some templates take whatever stands before the last end of a
+    /// block for thinking.
+    fn check_whole(&self, messages: &[Json], tools: Option<&Json>) -> Result<()> {
+        let Some((last, said)) = messages.last().and_then(|last| Some((last, content(last)?))) else { return Ok(()) };
+        let is_end = |text: &&str| text.len() > 3 && (text.starts_with("</") || text.starts_with("[/"));
+        let ends: BTreeSet<&str> = self.written.split('\0').map(str::trim).filter(is_end).collect();
+        for end in ends.into_iter().filter(|end| said.contains(*end)) {
+            let thinking = Thinking::of(last, &end.replacen('/', "", 1), end);
+            let spoken = thinking.in_content.map_or(said, |split| split.spoken);
+            ensure!(
+                self.run(messages, tools, false, "")?.contains(spoken.trim()),
+                "message {}: the chat template takes what stands before {end:?} for thinking, so this answer cannot be learned whole; \
+                 take {end:?} out of it, or put what is thinking in `reasoning_content`",
+                messages.len()
+            );
+        }
+        Ok(())
     }
 
     /// One turn behind its prompt.
@@ -146,14 +166,20 @@ impl ChatTemplate {
             let Some(Block { tag, closing, open }) = block else {
                 return Some(Answer { from: place + at, ..Answer::default() });
             };
-            let spoken = written[at..].trim_start_matches('\n');
+            let thinking = Thinking::of(last, &tag, &closing);
+            let rest = &written[at..];
+            // The template may have left the thinking out.
+            let spoken = match Split::of(rest, &tag, &closing) {
+                Some(split) if thinking.is(split.thought) => split.spoken,
+                _ if thinking.in_content.is_some() => rest.trim_start(),
+                _ if open => rest.trim_start_matches('\n'),
+                _ => rest,
+            };
             if !open {
                 // There is no thinking behind a prompt that has it already.
-                let thought = spoken.strip_prefix(&tag).and_then(|thought| thought.split_once(&closing));
-                let spoken = thought.map_or(&written[at..], |(_, spoken)| spoken.trim_start_matches('\n'));
                 return Some(Answer { from: turn.len() - spoken.len(), ..Answer::default() });
             }
-            let thought = thought_of(last, &tag, &closing);
+            let thought = thinking.thought();
             let line_break = if thought.is_empty() { "" } else { "\n" };
             let closing = format!("{line_break}{closing}\n\n");
             Some(Answer { thought: thought.to_owned(), closing, from: turn.len() - spoken.len() })
@@ -198,13 +224,53 @@ pub(super) struct Block {
     pub(super) open: bool,
 }
 
-/// The reasoning of a message: its own field, or what stands before the end of the block in its content.
-fn thought_of<'a>(message: &'a Json, tag: &str, closing: &str) -> &'a str {
-    let written = || {
-        let (before, _) = content(message)?.rsplit_once(closing)?;
-        Some(before.split_once(tag).map_or(before, |(_, thought)| thought))
-    };
-    message["reasoning_content"].as_str().or_else(written).unwrap_or_default().trim_matches('\n')
+/// A text that begins with thinking.
+struct Split<'a> {
+    thought: &'a str,
+    spoken: &'a str,
+    /// It has the beginning of the block, too.
+    opened: bool,
+    /// The end of the block begins or ends a line.
+    alone: bool,
+}
+
+impl<'a> Split<'a> {
+    fn of(text: &'a str, tag: &str, closing: &str) -> Option<Self> {
+        let text = text.trim_start();
+        let inner = text.strip_prefix(tag);
+        let (thought, behind) = inner.unwrap_or(text).split_once(closing)?;
+        if inner.is_none() && thought.contains(tag) {
+            return None;
+        }
+        let alone = thought.ends_with('\n') || behind.is_empty() || behind.starts_with(['\n', '\r']);
+        let (thought, spoken) = (thought.trim_matches('\n'), behind.trim_start());
+        Some(Self { thought, spoken, opened: inner.is_some(), alone })
+    }
+}
+
+/// What a message has as thinking. Only the beginning of its content counts: an answer may name the block that it is in.
+struct Thinking<'a> {
+    /// In a field of its own.
+    field: Option<&'a str>,
+    in_content: Option<Split<'a>>,
+}
+
+impl<'a> Thinking<'a> {
+    fn of(message: &'a Json, tag: &str, closing: &str) -> Self {
+        let field = message["reasoning_content"].as_str().filter(|text| !text.trim().is_empty());
+        // Without its beginning it is what a model says to a prompt that opens the block.
+        let counts = |split: &Split<'_>| split.opened || field.is_none() && split.alone;
+        let in_content = content(message).and_then(|text| Split::of(text, tag, closing)).filter(counts);
+        Self { field: field.map(|text| text.trim_matches('\n')), in_content }
+    }
+
+    fn thought(&self) -> &'a str {
+        self.field.or(self.in_content.as_ref().map(|split| split.thought)).unwrap_or_default()
+    }
+
+    fn is(&self, thought: &str) -> bool {
+        self.field == Some(thought) || self.in_content.as_ref().is_some_and(|split| split.thought == thought)
+    }
 }
 
 fn before_turn(i: usize) -> String {

@@ -12,7 +12,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use super::check::ADDED_BYTES_MAX;
-use super::{Named, Tokenizer, add_bos_and_eos, check_names, finish, part, try_out};
+use super::{DEFAULT, Named, Tokenizer, add_bos_and_eos, check_names, finish, part, try_out};
 use crate::gguf::Gguf;
 
 /// What a GGUF file says about its tokenizer; ids and lengths are not checked yet.
@@ -195,7 +195,9 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
         inner.with_post_processor(Some(add_bos_and_eos(before, after)?));
     }
     try_out(&inner)?;
-    check_names(&meta.named_templates).context("tokenizer.chat_templates")?;
+    let mut named_templates = meta.named_templates.clone();
+    let default = named_templates.remove(DEFAULT);
+    check_names(&named_templates).context("tokenizer.chat_templates")?;
     finish(
         inner,
         Named {
@@ -204,8 +206,8 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
             pad: pad.map(token).map(str::to_owned),
             unk: unk.map(token).map(str::to_owned),
             more_eos_ids: [eot, eom].into_iter().flatten().collect(),
-            chat_template: meta.chat_template.map(str::to_owned),
-            named_templates: meta.named_templates.clone(),
+            chat_template: meta.chat_template.map(str::to_owned).or(default),
+            named_templates,
             model_max_length: meta.context_length,
             notes,
         },
@@ -291,13 +293,15 @@ const QWEN2: &str =
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 impl PreTokenizer {
+    /// Those in one arm are one kind in llama.cpp's `llama-vocab.cpp`. Other kinds there have the same regular expression, but models with
+    /// a normalizer that a GGUF file does not tell of.
     fn named(name: &str) -> Result<Self> {
         let plain = |split| Self { split, ignore_merges: false, nfc: false, add_bos: false };
         Ok(match name {
-            "default" | "gpt-2" => plain(Split::Gpt2),
+            "default" | "gpt-2" | "phi-2" | "mellum" | "a.x-4.0" => plain(Split::Gpt2),
             "smollm" | "starcoder" => plain(Split::Digits),
-            "qwen2" => Self { nfc: true, ..plain(Split::Regex(QWEN2)) },
-            "llama-bpe" | "llama3" | "llama-v3" => {
+            "qwen2" | "deepseek-r1-qwen" | "kormo" | "megrez" => Self { nfc: true, ..plain(Split::Regex(QWEN2)) },
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
                 Self { ignore_merges: true, add_bos: true, ..plain(Split::Regex(LLAMA3)) }
             }
             "tekken" => Self { ignore_merges: true, add_bos: true, ..plain(Split::Regex(TEKKEN)) },

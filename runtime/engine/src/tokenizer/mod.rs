@@ -6,7 +6,7 @@
 //! `llama-vocab.cpp`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, Model};
 
-use crate::files::{read_bytes, read_text};
+use crate::files::{parse_object, read_bytes, read_text};
 use crate::gguf::Gguf;
 use crate::guard::quietly;
 use crate::template;
@@ -62,6 +62,8 @@ pub struct Tokenizer {
     /// Every id that ends an answer, without repeats: those that the model's files name, the one that its chat template writes behind
     /// an answer, and those known to end a turn in any model.
     pub eos_ids: Vec<u32>,
+    /// What the chat template ends an assistant's turn with.
+    pub end_of_turn: Option<u32>,
     /// What its user should know of it, each a clause.
     pub notes: Vec<String>,
     /// Whether [`Tokenizer::encode`] with special tokens begins with `bos_token`.
@@ -122,7 +124,7 @@ impl Tokenizer {
     /// Builds the tokenizer that a GGUF file's metadata describes.
     ///
     /// Known are `gpt2` (byte-level BPE) with the pre-tokenizers gpt-2 (also when none is named),
-    /// smollm, starcoder, llama-bpe, qwen2 and tekken, and `llama` (SentencePiece BPE) of the
+    /// smollm, starcoder, llama-bpe, qwen2 and tekken and what llama.cpp takes for the same, and `llama` (SentencePiece BPE) of the
     /// Llama and Mistral kind.
     ///
     /// # Errors
@@ -354,6 +356,7 @@ fn finish(inner: tokenizers::Tokenizer, mut named: Named) -> Result<Tokenizer> {
         pad_id,
         eos_id,
         eos_ids,
+        end_of_turn,
         notes: named.notes,
         add_bos: begins,
         chat_template: named.chat_template,
@@ -429,10 +432,13 @@ struct Files {
 impl Files {
     /// The chat template, and those with names.
     fn templates(&self) -> Result<(Option<String>, BTreeMap<String, String>)> {
-        Ok(match (&self.chat_template, self.named_templates.is_empty()) {
+        let mut named = self.named_templates.clone();
+        // As in transformers, a file of this name comes before `chat_template.jinja`.
+        let default = named.remove(DEFAULT).or_else(|| self.chat_template.clone());
+        Ok(match (default, named.is_empty()) {
             // As in transformers, files come in the place of all that `tokenizer_config.json` has.
-            (Some(template), _) => (Some(template.clone()), self.named_templates.clone()),
-            (None, false) => (listed_templates(&self.config["chat_template"])?.0, self.named_templates.clone()),
+            (Some(template), _) => (Some(template), named),
+            (None, false) => (listed_templates(&self.config["chat_template"])?.0, named),
             (None, true) => listed_templates(&self.config["chat_template"])?,
         })
     }
@@ -440,6 +446,16 @@ impl Files {
 
 /// Directory of the templates that have names, in a Hugging Face directory.
 pub const TEMPLATES_DIR: &str = "additional_chat_templates";
+
+/// The name of the template that needs none.
+const DEFAULT: &str = "default";
+
+/// The file of a directory that holds its chat template, or the one of that name; the directory itself where no file is for that alone.
+pub(crate) fn template_file(dir: &Path, name: Option<&str>) -> PathBuf {
+    let named = dir.join(TEMPLATES_DIR).join(format!("{}.jinja", name.unwrap_or(DEFAULT)));
+    let plain = name.is_none().then(|| dir.join("chat_template.jinja"));
+    std::iter::once(named).chain(plain).find(|file| file.exists()).unwrap_or_else(|| dir.to_owned())
+}
 
 /// Most templates with names; published models have three.
 const TEMPLATES_MAX: usize = 64;
@@ -479,7 +495,7 @@ fn read_json(path: &Path) -> Result<Value> {
     let Some(text) = read_if_there(path)? else {
         return Ok(Value::Null);
     };
-    serde_json::from_str(&text).with_context(|| path.display().to_string())
+    parse_object(path, &text)
 }
 
 /// Texts that a tokenizer is tried with: what its parts do not agree on shows when they run.
@@ -636,7 +652,7 @@ fn listed_templates(value: &Value) -> Result<(Option<String>, BTreeMap<String, S
             let entry =
                 |entry: &Value| Some((entry["name"].as_str()?.to_owned(), entry["template"].as_str()?.to_owned()));
             let mut named: BTreeMap<String, String> = templates.iter().filter_map(entry).collect();
-            let default = named.remove("default").with_context(|| {
+            let default = named.remove(DEFAULT).with_context(|| {
                 let names: Vec<&String> = named.keys().collect();
                 format!(
                     "tokenizer_config.json: chat_template has {names:?} but no \"default\"; \

@@ -35,11 +35,20 @@ fn check(tokenizer: &Tokenizer, expected: &Value, reference: &Value) -> Result<(
 fn byte_level_ids_equal_those_of_the_tokenizers_package() -> Result<()> {
     let expected = expected()?;
     let gguf = gguf("byte_level")?;
-    for pre in [None, Some("gpt-2"), Some("smollm"), Some("llama-bpe"), Some("qwen2"), Some("tekken")] {
-        let meta = Meta { pre, ..Meta::read(&gguf)? };
-        let tokenizer = from_meta(&meta)?;
-        let reference = &expected["byte_level"][pre.unwrap_or("gpt-2")];
-        check(&tokenizer, &expected, reference).with_context(|| format!("{pre:?}"))?;
+    // Each with its further names in llama.cpp.
+    for (pre, others) in [
+        ("gpt-2", &["default", "phi-2", "mellum", "a.x-4.0"][..]),
+        ("smollm", &["starcoder"]),
+        ("llama-bpe", &["llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"]),
+        ("qwen2", &["deepseek-r1-qwen", "kormo", "megrez"]),
+        ("tekken", &[]),
+    ] {
+        let reference = &expected["byte_level"][pre];
+        let named = others.iter().map(|name| Some(*name)).chain([Some(pre)]);
+        for pre in named.chain((pre == "gpt-2").then_some(None)) {
+            let tokenizer = from_meta(&Meta { pre, ..Meta::read(&gguf)? })?;
+            check(&tokenizer, &expected, reference).with_context(|| format!("{pre:?}"))?;
+        }
     }
     Ok(())
 }
@@ -353,6 +362,12 @@ fn templates_with_names_are_kept() -> Result<()> {
     let both = read()?;
     assert_eq!((both.chat_template.as_deref(), named(&both)), (Some("d"), pairs(&[("tool_use", "ü")])));
     write("chat_template.jinja", "f")?;
+    // As in transformers, one of this name comes first, and is none of those with names.
+    write(&format!("{TEMPLATES_DIR}/default.jinja"), "ö")?;
+    let doubled = read()?;
+    assert_eq!((doubled.chat_template.as_deref(), named(&doubled)), (Some("ö"), pairs(&[("tool_use", "ü")])));
+    assert_eq!(doubled.config_json()["chat_template"].as_array().map(Vec::len), Some(2));
+    std::fs::remove_file(dir.path().join(TEMPLATES_DIR).join("default.jinja"))?;
     let files = read()?;
     assert_eq!((files.chat_template.as_deref(), named(&files)), (Some("f"), pairs(&[("tool_use", "ü")])));
     let digests = [&listed, &both, &files].map(|tokenizer| tokenizer.template_digest());
@@ -366,6 +381,27 @@ fn templates_with_names_are_kept() -> Result<()> {
         write("tokenizer_config.json", &json!({"chat_template": list}).to_string())?;
         let message = format!("{:#}", read().err().context("it is no name")?);
         assert!(message.contains(&format!("the name {name:?} cannot be that of a file")), "{message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn small_files_that_are_no_objects_are_refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    std::fs::copy(fixtures().join("byte_level/tokenizer.json"), dir.path().join("tokenizer.json"))?;
+    let base = Tokenizer::from_dir(dir.path())?;
+    for name in ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"] {
+        for text in ["[]", "5", "\"é\"", "true", "null"] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text)?;
+            let expected = format!("{}: should be a JSON object", path.display());
+            assert_eq!(format!("{:#}", Tokenizer::from_dir(dir.path()).err().context("refused")?), expected);
+            if name.starts_with("tokenizer") || name.starts_with("special") {
+                let adapter = Tokenizer::of_adapter(dir.path(), &base).err().context("refused")?;
+                assert_eq!(format!("{adapter:#}"), expected);
+            }
+            std::fs::remove_file(path)?;
+        }
     }
     Ok(())
 }
@@ -407,6 +443,15 @@ fn templates_with_names_are_read_of_a_gguf_file() -> Result<()> {
     let tokenizer = Tokenizer::from_gguf(&Gguf::open(&path)?)?;
     assert_eq!(tokenizer.named_templates, BTreeMap::from([("tool_use".to_owned(), template)]));
     assert_eq!(tokenizer.chat_template, Tokenizer::from_gguf(&gguf("byte_level")?)?.chat_template);
+    // The one that needs no name is not among those with names.
+    let named_templates = ["default", "rag"].map(|name| (name.to_owned(), "ö".to_owned())).into();
+    let gguf = gguf("byte_level")?;
+    for (chat_template, expected) in [(Some("é"), "é"), (None, "ö")] {
+        let named_templates = BTreeMap::clone(&named_templates);
+        let tokenizer = from_meta(&Meta { chat_template, named_templates, ..Meta::read(&gguf)? })?;
+        assert_eq!(tokenizer.chat_template.as_deref(), Some(expected));
+        assert_eq!(tokenizer.named_templates.into_keys().collect::<Vec<_>>(), ["rag"]);
+    }
     Ok(())
 }
 

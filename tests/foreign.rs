@@ -17,6 +17,7 @@ use homeroom_engine::merge::{Floats, save_model};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::recipe::Pass;
 use homeroom_engine::tensors::map_safetensors;
+use homeroom_engine::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
 use crate::command_line::{read_json, set_fields};
@@ -99,6 +100,12 @@ fn a_directory_with_one_gguf_file_and_no_safetensors_is_that_file() -> Result<()
     // The configuration is of another model; the file has its own.
     fs::remove_file(both.join("model.safetensors"))?;
     assert_eq!(BaseModel::load(&both)?.digest(), BaseModel::load(&file)?.digest());
+    // Weights that are missed are not made up for by others.
+    for name in ["model.safetensors", "model.safetensors.index.json"] {
+        std::os::unix::fs::symlink("../blobs/größe", both.join(name))?;
+        check_refusal(&both, &[name, "a link to ../blobs/größe, which is not there"]);
+        fs::remove_file(both.join(name))?;
+    }
     fs::copy(&file, both.join("model-Q8_0.GGUF"))?;
     check_refusal(&both, &["several .gguf files", "model-Q8_0.GGUF, model.gguf"]);
     Ok(())
@@ -413,6 +420,38 @@ fn a_broken_template_is_told_by_the_file_that_has_it() -> Result<()> {
     adapter(&path, "llama").map(|_| ())
 }
 
+/// What an adapter's directory does not say of its tokenizer is as the base has it: its template writes `bos_token`.
+#[test]
+fn a_tokenizer_beside_an_adapter_has_the_bases_special_tokens() -> Result<()> {
+    let place = Place::new()?;
+    let base = place.copy(&fixture("models/llama"), "base")?;
+    fs::write(
+        base.join("chat_template.jinja"),
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}",
+    )?;
+    set_fields(&base.join("tokenizer_config.json"), json!({"add_bos_token": true}))?;
+    let whole = Tokenizer::from_dir(&base)?;
+    let told = |tokenizer: &Tokenizer| {
+        let tokens = [&tokenizer.bos_token, &tokenizer.eos_token, &tokenizer.pad_token].map(Clone::clone);
+        (tokens, tokenizer.add_bos, tokenizer.config_json()["model_max_length"].clone())
+    };
+    let beside = place.path("adapter");
+    fs::create_dir(&beside)?;
+    fs::copy(base.join("tokenizer.json"), beside.join("tokenizer.json"))?;
+    assert!(Tokenizer::of_adapter(&beside, &whole)?.is_none(), "nothing there differs from the base's");
+    // With one that differs, the base's words stand all the same.
+    add_token(&beside, "<|größer|>", 320)?;
+    let own = Tokenizer::of_adapter(&beside, &whole)?.context("it has a token more")?;
+    assert_eq!(told(&own), told(&whole));
+    assert_eq!((own.bos_id, own.id("<|größer|>")), (Some(1), Some(320)));
+    // What it says is its own; a `null` says that there is none.
+    fs::write(beside.join("tokenizer_config.json"), r#"{"bos_token": null, "pad_token": "<|größer|>"}"#)?;
+    let own = Tokenizer::of_adapter(&beside, &whole)?.context("it has other ones")?;
+    let token = |text: &str| Some(text.to_owned());
+    assert_eq!([&own.bos_token, &own.eos_token, &own.pad_token], [&None, &token("<|im_end|>"), &token("<|größer|>")]);
+    Ok(())
+}
+
 /// Adds a token to a directory's `tokenizer.json`.
 fn add_token(dir: &Path, token: &str, id: u32) -> Result<()> {
     let path = dir.join("tokenizer.json");
@@ -562,13 +601,71 @@ fn a_listed_model_says_what_it_lacks() -> Result<()> {
     };
     let cut = Some("adapter_model.safetensors: not a whole safetensors file");
     let empty = Some("adapter_model.safetensors: cannot open");
-    let unreadable = Some("homeroom.json: damaged");
+    let unreadable = Some("homeroom.json: not JSON");
     check([None, cut, empty, unreadable, None, None])?;
     assert!(list(&[])?.lines().nth(4).is_some_and(|line| line.contains("lora") && line.contains("llama-tied")));
     fs::rename(&base, place.path("moved"))?;
     fs::remove_file(model.join("model.safetensors"))?;
     let gone = Some("its base is not there; `--base-model` names where it is");
     check([gone, cut, empty, unreadable, None, Some("neither model.safetensors nor")])
+}
+
+#[test]
+fn a_listed_model_that_cannot_be_loaded_says_so_and_one_that_can_does_not() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 3)?;
+    succeeds(place.fine_tune(&fixture("models/llama"), &rows).args(["--max-steps", "1"]))?;
+    place.copy(&place.path("outputs/out"), "home/models/a-newer")?;
+    set_fields(&place.path("home/models/a-newer/homeroom.json"), json!({"format": 2}))?;
+    let [gguf, config, tokenizer] = ["b-gguf", "c-no-config", "d-no-tokenizer"];
+    for name in [gguf, config, tokenizer] {
+        place.copy(&fixture("models/llama"), &format!("home/models/{name}"))?;
+    }
+    let at = |name: &str, file: &str| place.path(&format!("home/models/{name}/{file}"));
+    fs::copy(fixture("models/llama-gguf/model-f32.gguf"), at(gguf, "modell.gguf"))?;
+    fs::remove_file(at(gguf, "model.safetensors"))?;
+    fs::remove_file(at(config, "config.json"))?;
+    fs::remove_file(at(tokenizer, "tokenizer.json"))?;
+    let mut list = homeroom();
+    let ran = succeeds(list.env("HOMEROOM_HOME", place.path("home")).args(["list-models", "--json"]))?;
+    let entries: Vec<Value> = serde_json::from_str(&ran.stdout)?;
+    let expected = [
+        ("a-newer", Some("format 2 is not known; this program reads 1")),
+        (gguf, None),
+        (config, Some("neither config.json nor a .gguf file")),
+        (tokenizer, Some("tokenizer.json: not there")),
+    ];
+    assert_eq!(entries.len(), expected.len());
+    for (entry, (name, word)) in entries.iter().zip(expected) {
+        let found = entry["problem"].as_str();
+        let fits =
+            found.is_some() == word.is_some() && found.zip(word).is_none_or(|(found, word)| found.contains(word));
+        assert!(entry["name"] == name && fits, "{word:?}: {entry}");
+        assert_eq!(Loaded::load(&ModelRef { name: at(name, ""), ..ModelRef::default() }).is_ok(), word.is_none());
+    }
+    Ok(())
+}
+
+/// An adapter says what it likes of its base; piped, too, it has one line.
+#[test]
+fn what_an_adapter_says_of_itself_stays_in_its_line() -> Result<()> {
+    let place = Place::new()?;
+    let copy = place.copy(&fixture("adapters/tied-head"), "home/models/eins")?;
+    let base = "no\nzwei   lora   held-out loss  0.001   on größe";
+    set_fields(
+        &copy.join("adapter_config.json"),
+        json!({"base_model_name_or_path": base, "peft_type": "LORA\n\u{1b}"}),
+    )?;
+    let mut list = homeroom();
+    let ran = succeeds(list.env("HOMEROOM_HOME", place.path("home")).arg("list-models"))?;
+    assert_eq!(ran.stdout.lines().count(), 1, "{}", ran.stdout);
+    for word in ["lora\\u{a}\\u{1b}", "on no\\u{a}zwei", "größe"] {
+        assert!(ran.stdout.contains(word), "no `{word}` in {}", ran.stdout);
+    }
+    // None at all is not a name.
+    set_fields(&copy.join("adapter_config.json"), json!({"base_model_name_or_path": ""}))?;
+    let rows = place.rows("rows.jsonl", 2)?;
+    refused(&mut eval(&copy, &rows), &["it does not say which base model it belongs to", "--base-model"])
 }
 
 /// A model that is trained again under its name answers from the next request on; one that comes to be damaged does not.

@@ -5,15 +5,20 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{leaves_nothing, read_json};
+use super::{Running, leaves_nothing, read_json};
 use crate::support::{Place, eval, fixture, homeroom, printed_json, refused, run, succeeds};
 
 /// `fine-tune` of the tiny model, with neither a directory nor a name, in a home and a working directory of the test's own.
 fn unnamed(place: &Place, rows: &Path) -> Command {
+    unnamed_of(place, rows, "1")
+}
+
+/// The same of so many steps.
+fn unnamed_of(place: &Place, rows: &Path, steps: &str) -> Command {
     let mut command = homeroom();
-    command.args(["fine-tune", "--max-steps", "1", "--model-name"]).arg(fixture("models/llama"));
+    command.args(["fine-tune", "--max-steps", steps, "--model-name"]).arg(fixture("models/llama"));
     command
         .arg("--training-file")
         .arg(rows)
@@ -39,6 +44,53 @@ fn a_training_without_a_name_gets_one_that_no_model_has() -> Result<()> {
     let ran = run(unnamed(&place, &rows).arg("--overwrite"))?;
     assert!(ran.code == Some(2) && ran.stderr.contains("--name"), "{}", ran.stderr);
     leaves_nothing(&place)
+}
+
+/// What lies in the working directory wins over a model of its name, so a name that is chosen is none of those.
+#[test]
+fn a_name_that_the_working_directory_has_is_not_chosen_and_is_told_where_given() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("lehrer.jsonl", 3)?;
+    place.copy(&fixture("models/llama"), "outputs/lehrer")?;
+    std::os::unix::fs::symlink("nirgends", place.path("outputs/lehrer-2"))?;
+    let ran = succeeds(&mut unnamed(&place, &rows))?;
+    assert!(ran.stderr.contains("name      lehrer-3   --name") && !ran.stderr.contains("note: "), "{}", ran.stderr);
+    let named = place.path("home/models/lehrer");
+    let note = format!("note: `lehrer` means ./lehrer here; the model of that name is {}", named.display());
+    let ran = succeeds(unnamed(&place, &rows).args(["--name", "lehrer"]))?;
+    assert!(ran.stderr.contains(&note), "{}", ran.stderr);
+    assert!(ran.stderr.contains(&format!("chat --model-dir {} ", named.display())), "{}", ran.stderr);
+    let mut bare = eval(Path::new("lehrer"), &rows);
+    let ran = succeeds(bare.env("HOMEROOM_HOME", place.path("home")).current_dir(place.path("outputs")))?;
+    assert_eq!(ran.stderr.matches(&note).count(), 1, "{}", ran.stderr);
+    Ok(())
+}
+
+/// Several at once choose the same name, and none is for nothing.
+#[test]
+fn trainings_without_a_name_that_run_at_once_are_saved_under_names_of_their_own() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("reihen.jsonl", 8)?;
+    let start = || Running::start(unnamed_of(&place, &rows, "1000000").args(["--learning-rate", "1e-4", "--json"]));
+    let mut running = [start()?, start()?, start()?];
+    for run in &mut running {
+        run.wait_for("name      reihen   ")?;
+        run.wait_for("step ")?;
+    }
+    running.iter().try_for_each(|run| run.signal(libc::SIGINT))?;
+    let (mut saved, mut moved) = (Vec::new(), 0);
+    for run in running {
+        let (code, stdout, stderr) = run.end()?;
+        ensure!(code == Some(130), "{code:?} {stderr}");
+        let printed: Value = serde_json::from_str(&stdout)?;
+        saved.push(printed["output_dir"].as_str().context("a path")?.to_owned());
+        moved += stderr.matches("as reihen was taken meanwhile").count()
+            + stderr.matches(&format!("as {} was taken meanwhile", place.path("home/models/reihen").display())).count();
+    }
+    saved.sort();
+    let at = |name: &str| place.path("home/models").join(name).display().to_string();
+    assert_eq!((saved, moved), (["reihen", "reihen-2", "reihen-3"].map(at).to_vec(), 2));
+    Ok(())
 }
 
 #[test]
@@ -77,6 +129,9 @@ fn an_export_needs_a_model_only() -> Result<()> {
     assert!(place.path("outputs/tutor-merged/config.json").exists());
     fs::write(place.path("outputs/tutor-merged/config.json"), "mine")?;
     refused(&mut export(Path::new("tutor")), &["tutor-merged: the directory is not empty", "--overwrite"])?;
+    // Of one that is not there, nothing is promised.
+    let ran = run(&mut export(Path::new("niemand")))?;
+    assert!(ran.code == Some(1) && ran.stderr.starts_with("error: niemand: no such model"), "{}", ran.stderr);
     assert_eq!(fs::read_to_string(place.path("outputs/tutor-merged/config.json"))?, "mine");
     // A path gives the name of what it leads to, into the working directory.
     fs::rename(place.path("home/models/tutor"), place.path("Tutor 2"))?;
@@ -235,6 +290,17 @@ fn names_and_files_that_are_wrong_by_a_letter_get_the_nearest() -> Result<()> {
     let near_config = format!("did you mean `{}`?", config.display());
     refused(homeroom().arg("run").arg(place.path("lauf.tml")), &["no such file", &near_config])?;
     refused(homeroom().args(["serve", "--port", "0", "--config"]).arg(place.path("laut.toml")), &[&near_config])?;
+    // Neither is a thing near itself, nor all of a letter near all of another.
+    std::os::unix::fs::symlink("kreis.jsonl", place.path("kreis.jsonl"))?;
+    place.write("b", "")?;
+    for (file, words) in [("kreis.jsonl", "kreis.jsonl: a link that leads back to itself"), ("-", "-: no such file")] {
+        let mut train = place.fine_tune(&base, Path::new(file));
+        let ran = run(train.current_dir(place.path("")))?;
+        let told = ran.stderr.contains(words) && !ran.stderr.contains("did you mean");
+        assert!(ran.code == Some(1) && told, "{}", ran.stderr);
+    }
+    std::os::unix::fs::symlink("kreis", place.path("kreis"))?;
+    refused(&mut eval(&place.path("kreis"), &rows), &["kreis: a link that leads back to itself"])?;
     // What is near nothing gets no such words.
     let ran = run(&mut eval(&base, &place.path("quite-another.txt")))?;
     assert!(ran.code == Some(1) && !ran.stderr.contains("did you mean"), "{}", ran.stderr);

@@ -7,7 +7,7 @@ use anyhow::Result;
 use homeroom_engine::adapter::AdapterFiles;
 
 use super::{Running, WIDE_R, endless, in_shell, leaves_nothing, wide_model};
-use crate::support::{Place, fixture, homeroom, model, plugin_path, refused, succeeds};
+use crate::support::{Place, fixture, homeroom, model, plugin_path, refused, run, succeeds};
 
 #[test]
 fn an_output_directory_is_replaced_when_asked_and_then_whole() -> Result<()> {
@@ -103,7 +103,7 @@ fn a_full_disk_while_saving_is_told_and_leaves_nothing() -> Result<()> {
     let limit_kib = fs::metadata(plugin_path("lora"))?.len() / 1024 + 64;
     let mut train = place.fine_tune(&wide_model(&place)?, &rows);
     train.args(["--max-steps", "1", "--lora-r", WIDE_R]);
-    let mut shell = in_shell(&format!("trap '' XFSZ; ulimit -f {limit_kib}"), &train);
+    let mut shell = in_shell(&format!("ulimit -f {limit_kib}"), &train);
     refused(&mut shell, &["outputs/out: cannot write adapter_model.safetensors", "too large"])?;
     leaves_nothing(&place)?;
     // What was there before is still there.
@@ -113,6 +113,83 @@ fn a_full_disk_while_saving_is_told_and_leaves_nothing() -> Result<()> {
     // Without the limit the same command saves.
     succeeds(train.arg("--overwrite"))?;
     Ok(())
+}
+
+/// The smallest limits: whatever is written first is told, and what was begun is removed.
+#[test]
+fn no_limit_of_a_files_size_ends_a_command_without_a_word() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 2)?;
+    let mut train = place.fine_tune(&fixture("models/llama"), &rows);
+    refused(&mut in_shell("ulimit -f 40", train.args(["--max-steps", "1"])), &["too large"])?;
+    leaves_nothing(&place)?;
+    succeeds(&mut train)?;
+    let (adapter, merged) = (place.path("outputs/out"), place.path("outputs/größe"));
+    let mut export = homeroom();
+    export.args(["export-model", "--model-dir"]).arg(&adapter).arg("--output-dir").arg(&merged);
+    refused(&mut in_shell("ulimit -f 40", &export), &["outputs/größe: cannot write ", "too large"])?;
+    assert_eq!(place.outputs()?, ["out"]);
+    Ok(())
+}
+
+/// A place that takes no directory is named, and not by a name that nobody gave.
+#[test]
+fn a_place_that_cannot_be_written_is_named_alone() -> Result<()> {
+    // A directory of the system that takes none from root either.
+    let closed = Path::new("/proc/sys/größe");
+    let place = Place::new()?;
+    let mut train = homeroom();
+    train.args(["fine-tune", "--max-steps", "1", "--model-name"]).arg(fixture("models/llama"));
+    train.arg("--training-file").arg(place.rows("rows.jsonl", 2)?).arg("--output-dir").arg(closed);
+    let ran = run(&mut train)?;
+    let told = ran.stderr.contains("/proc/sys: cannot write here: ") && !ran.stderr.contains("homeroom-tmp");
+    assert!(ran.code == Some(1) && told, "{}", ran.stderr);
+    Ok(())
+}
+
+/// What is written of a path is JSON; one that cannot stand there is refused before anything is trained.
+#[test]
+fn a_path_that_is_not_utf8_is_refused_at_the_start_by_name() -> Result<()> {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 2)?;
+    let odd = place.path("").join(OsStr::from_bytes(b"n\xff"));
+    let from = fixture("models/llama");
+    fs::create_dir(&odd)?;
+    for entry in fs::read_dir(&from)? {
+        let path = entry?.path();
+        fs::copy(&path, odd.join(path.file_name().unwrap_or_default()))?;
+    }
+    let words = ["n\u{fffd}", "this path is not UTF-8"];
+    let check = |command: &mut std::process::Command| -> Result<()> {
+        let ran = run(command)?;
+        let told = words.iter().all(|word| ran.stderr.contains(word));
+        assert!(ran.code == Some(1) && ran.stdout.is_empty() && told, "{}", ran.stderr);
+        assert!(ran.stderr.starts_with("error: "), "something was done before:\n{}", ran.stderr);
+        Ok(())
+    };
+    check(&mut place.fine_tune(&odd, &rows))?;
+    // Links do not hide it.
+    std::os::unix::fs::symlink(&odd, place.path("link"))?;
+    check(&mut place.fine_tune(&place.path("link"), &rows))?;
+    check(place.fine_tune(&from, &rows).arg("--init-from").arg(odd.join("adapter")))?;
+    let unnamed = |home: &Path| {
+        let mut train = homeroom();
+        train.args(["fine-tune", "--max-steps", "1", "--model-name"]).arg(&from).arg("--training-file").arg(&rows);
+        train.env("HOMEROOM_HOME", home);
+        train
+    };
+    check(&mut unnamed(&odd.join("home")))?;
+    check(unnamed(&place.path("home")).arg("--output-dir").arg(odd.join("out")))?;
+    leaves_nothing(&place)?;
+    succeeds(&mut place.fine_tune(&from, &rows))?;
+    let mut export = homeroom();
+    export.args(["export-model", "--json", "--model-dir"]).arg(place.path("outputs/out"));
+    check(export.arg("--output-dir").arg(odd.join("merged")))?;
+    fs::create_dir_all(odd.join("home/models"))?;
+    fs::rename(place.path("outputs/out"), odd.join("home/models/rows"))?;
+    check(homeroom().args(["list-models", "--json"]).env("HOMEROOM_HOME", odd.join("home")))
 }
 
 /// What is written is as open as the user's umask says, since it may repeat what it was trained on; and nobody else may change it.

@@ -10,8 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::adaptation::{Adaptation, parse_plan};
 use crate::digest::{self, FileDigests};
-use crate::files::NewDirectory;
-use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
+use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, is_named, read_text};
 use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
@@ -204,6 +203,34 @@ pub struct AdapterFiles {
     copies: Tensors,
 }
 
+/// A JSON file, if it is there.
+fn read_json(file: &Path) -> Result<Option<Value>> {
+    if !is_named(file)? {
+        return Ok(None);
+    }
+    let text = read_text(file, SMALL_FILE_BYTES_MAX)?;
+    serde_json::from_str(&text).map(Some).with_context(|| format!("{}: not JSON", file.display()))
+}
+
+/// What the `homeroom.json` of a directory says, if there is one.
+///
+/// # Errors
+/// When it is damaged, or a newer program wrote it.
+pub fn read_manifest(directory: &Path) -> Result<Option<Manifest>> {
+    let file = directory.join(HOMEROOM_FILE);
+    let Some(value) = read_json(&file)? else { return Ok(None) };
+    let place = file.display();
+    match value.get("format") {
+        Some(format) if format.as_u64() == Some(1) => {}
+        Some(Value::Number(format)) => {
+            bail!("{place}: format {format} is not known; this program reads 1, so a newer one wrote it")
+        }
+        Some(_) => bail!("{place}: damaged: `format` is not a number"),
+        None => bail!("{place}: damaged: `format` is missing"),
+    }
+    serde_json::from_value(value).map(Some).with_context(|| format!("{place}: damaged"))
+}
+
 /// Whether a directory holds an adapter.
 pub fn is_adapter(path: &Path) -> bool {
     path.join(WEIGHTS_FILE).exists() || path.join(CONFIG_FILE).exists()
@@ -239,29 +266,8 @@ impl AdapterFiles {
     /// # Errors
     /// When a file is missing or damaged.
     pub fn read(path: &Path) -> Result<Self> {
-        let json = |name: &str| -> Result<Option<Value>> {
-            let file = path.join(name);
-            if !file.exists() {
-                return Ok(None);
-            }
-            let text = read_text(&file, SMALL_FILE_BYTES_MAX)?;
-            let value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", file.display()))?;
-            Ok(Some(value))
-        };
-        let manifest: Option<Manifest> = match json(HOMEROOM_FILE)? {
-            Some(value) => {
-                let file = path.join(HOMEROOM_FILE);
-                let format = value.get("format").and_then(Value::as_u64);
-                ensure!(
-                    format == Some(1),
-                    "{}: format {format:?} is not known; this program reads 1, so a newer one wrote it",
-                    file.display()
-                );
-                Some(serde_json::from_value(value).with_context(|| format!("{}: damaged", file.display()))?)
-            }
-            None => None,
-        };
-        let config = match json(CONFIG_FILE)? {
+        let manifest = read_manifest(path)?;
+        let config = match read_json(&path.join(CONFIG_FILE))? {
             Some(Value::Object(config)) => Some(config),
             Some(_) => bail!("{}: not a JSON object", path.join(CONFIG_FILE).display()),
             None => None,
@@ -282,10 +288,10 @@ impl AdapterFiles {
     /// Where the adapter says its base is.
     pub fn base_path(&self) -> Option<PathBuf> {
         if let Some(manifest) = &self.manifest {
-            return Some(manifest.base.path.clone());
+            return Some(manifest.base.path.clone()).filter(|path| !path.as_os_str().is_empty());
         }
         let name = self.config.as_ref()?.get("base_model_name_or_path")?.as_str()?;
-        Some(PathBuf::from(name))
+        Some(PathBuf::from(name)).filter(|path| !path.as_os_str().is_empty())
     }
 
     /// PEFT's configuration, if the adapter has one.

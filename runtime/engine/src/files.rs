@@ -20,7 +20,7 @@ pub use self::litter::Scratch;
 pub use self::lock::Lock;
 pub use self::modes::{keep_private, prepare};
 pub(crate) use self::regular::parse_object;
-pub use self::regular::{SMALL_FILE_BYTES_MAX, open_regular, read_bytes, read_text};
+pub use self::regular::{SMALL_FILE_BYTES_MAX, broken_link, is_named, open_regular, read_bytes, read_text, utf8};
 
 /// The temporary names of all directories in the making. They get theirs, and lose it, with this held: whoever holds it sees none
 /// that is neither here nor finished.
@@ -134,12 +134,21 @@ impl NewDirectory {
     /// When it cannot get its name, or that is taken and it must not replace what has it. What had the name is then still there,
     /// and so is the finished directory, under a name beside it: the message says which.
     pub fn publish(self) -> Result<PathBuf> {
-        let Self { temporary, destination, replaces } = self;
+        self.publish_or(&|| None)
+    }
+
+    /// As [`NewDirectory::publish`]; a name that is taken meanwhile is given up for `another`, of a place beside it, as long as there is
+    /// one.
+    ///
+    /// # Errors
+    /// As [`NewDirectory::publish`].
+    pub fn publish_or(self, another: &dyn Fn() -> Option<PathBuf>) -> Result<PathBuf> {
+        let Self { temporary, mut destination, replaces } = self;
         let incomplete = || format!("{}: cannot finish the directory", destination.display());
         finish(temporary.path(), modes::directory_mode(&destination)).with_context(incomplete)?;
-        let parent = destination.parent().context("a directory needs a parent")?;
-        let older = temporary.take_place(&destination, replaces)?;
-        sync_directory(parent);
+        let parent = destination.parent().context("a directory needs a parent")?.to_owned();
+        let older = temporary.take_place(&mut destination, replaces, another)?;
+        sync_directory(&parent);
         drop(older);
         Ok(destination)
     }
@@ -194,11 +203,22 @@ impl Temporary {
     }
 
     /// Gives the directory its name, and what had that name a temporary one, which is returned.
-    fn take_place(self, destination: &Path, replaces: bool) -> Result<Option<Self>> {
+    fn take_place(
+        self,
+        destination: &mut PathBuf,
+        replaces: bool,
+        another: &dyn Fn() -> Option<PathBuf>,
+    ) -> Result<Option<Self>> {
         let mut directories = unfinished();
         // It is whole now.
         let (from, _alive) = self.keep(&mut directories);
-        match give_name(&from, destination, replaces) {
+        let mut given = give_name(&from, destination, replaces);
+        // Where the name is free still, it is not for want of one.
+        while let (Err(_), Some(other)) = (&given, another().filter(|other| other != destination)) {
+            *destination = other;
+            given = give_name(&from, destination, replaces);
+        }
+        match given {
             Ok(older) => Ok(older.map(|(path, alive)| Self::known(&mut directories, path, alive))),
             Err(error) => {
                 let kept = keep_beside(&from, destination);

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::batch::{PASS_ROWS, PASS_ROWS_CODED};
 use crate::bitsandbytes;
 use crate::config::{ModelConfig, RopeScaling};
+use crate::files::{broken_link, is_named};
 use crate::gguf::Gguf;
 use crate::mapped::map_file;
 use crate::template::ChatTemplate;
@@ -74,17 +75,18 @@ pub struct LayerModules {
     pub down: usize,
 }
 
-impl BaseModel {
-    /// Loads a Hugging Face directory or a GGUF file, by whatever name. Weights are mapped, not read. A directory without
-    /// safetensors that holds one .gguf file is that file, whether or not a `config.json` lies beside it.
-    ///
-    /// # Errors
-    /// When a file is missing, damaged, or holds what this decoder does not compute; nothing is guessed.
-    pub fn load(path: &Path) -> Result<Self> {
-        let absolute = path.canonicalize().with_context(|| {
-            let leads = std::fs::read_link(path).map(|to| format!("a link to {}, which is not there", to.display()));
-            format!("{}: {}", path.display(), leads.as_deref().unwrap_or("no such model"))
-        })?;
+/// The files that a model is loaded from.
+enum Form {
+    /// A Hugging Face directory.
+    Directory(PathBuf),
+    /// A GGUF file.
+    Gguf(PathBuf),
+}
+
+impl Form {
+    /// What is to be loaded of a path, which leads to `absolute`.
+    fn of(path: &Path, absolute: PathBuf) -> Result<Self> {
+        let place = || path.display().to_string();
         if absolute.is_file() {
             // Names tell less: a download may be called by its digest.
             ensure!(
@@ -95,20 +97,21 @@ impl BaseModel {
             // And yet the name is what says which model it is.
             let name = std::path::absolute(path)?;
             let parent = name.parent().and_then(|parent| parent.canonicalize().ok());
-            return Self::from_gguf(&parent.zip(name.file_name()).map_or(absolute, |(parent, name)| parent.join(name)));
+            return Ok(Self::Gguf(parent.zip(name.file_name()).map_or(absolute, |(parent, name)| parent.join(name))));
         }
-        if absolute.join("adapter_config.json").exists() && !absolute.join("config.json").exists() {
+        let config = is_named(&absolute.join("config.json")).with_context(place)?;
+        if absolute.join("adapter_config.json").exists() && !config {
             bail!("{}: this is an adapter; name the base model that it was trained on", path.display());
         }
         let mut gguf = gguf_files(&absolute)?;
-        if absolute.join("config.json").exists() && (gguf.is_empty() || has_safetensors(&absolute)) {
-            return Self::from_directory(&absolute);
+        if config && (gguf.is_empty() || has_safetensors(&absolute)) {
+            return Ok(Self::Directory(absolute));
         }
         match (gguf.pop(), gguf.as_slice()) {
-            (Some(file), []) => Self::from_gguf(&absolute.join(file)),
+            (Some(file), []) => Ok(Self::Gguf(absolute.join(file))),
             // Its header says of how many files it is one.
             (Some(last), [first, ..]) if shard_of(&last).is_some() && shard_of(&last) == shard_of(first) => {
-                Self::from_gguf(&absolute.join(first))
+                Ok(Self::Gguf(absolute.join(first)))
             }
             (Some(last), others) => {
                 bail!("{}: several .gguf files are there; name one of {}, {last}", path.display(), others.join(", "))
@@ -123,6 +126,41 @@ impl BaseModel {
                 bail!("{}: neither config.json nor a .gguf file is there{hint}", path.display())
             }
         }
+    }
+}
+
+impl BaseModel {
+    /// Loads a Hugging Face directory or a GGUF file, by whatever name. Weights are mapped, not read. A directory without
+    /// safetensors that holds one .gguf file is that file, whether or not a `config.json` lies beside it.
+    ///
+    /// # Errors
+    /// When a file is missing, damaged, or holds what this decoder does not compute; nothing is guessed.
+    pub fn load(path: &Path) -> Result<Self> {
+        let absolute = path.canonicalize().with_context(|| {
+            format!("{}: {}", path.display(), broken_link(path).as_deref().unwrap_or("no such model"))
+        })?;
+        match Form::of(path, absolute)? {
+            Form::Directory(directory) => Self::from_directory(&directory),
+            Form::Gguf(file) => Self::from_gguf(&file),
+        }
+    }
+
+    /// Whether a model can be loaded, as far as that is seen without reading its weights: its files are there, and their headers
+    /// whole.
+    ///
+    /// # Errors
+    /// As [`BaseModel::load`].
+    pub fn inspect(path: &Path) -> Result<()> {
+        match Form::of(path, path.canonicalize().with_context(|| path.display().to_string())?)? {
+            Form::Directory(directory) => {
+                ModelConfig::from_json(&directory.join("config.json"))?;
+                map_directory(&directory)?;
+                let tokenizer = directory.join("tokenizer.json");
+                ensure!(tokenizer.exists(), "{}: not there", tokenizer.display());
+            }
+            Form::Gguf(file) => drop(Gguf::open(&file)?),
+        }
+        Ok(())
     }
 
     fn from_directory(dir: &Path) -> Result<Self> {

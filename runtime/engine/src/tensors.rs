@@ -11,7 +11,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
+use crate::files::{SMALL_FILE_BYTES_MAX, is_named, read_text};
 use crate::mapped::map_file;
 use crate::weight::Weight;
 
@@ -40,18 +40,19 @@ const INDEX: &str = "model.safetensors.index.json";
 
 /// Whether a Hugging Face directory has weights that are read here, or says that it has.
 pub fn has_safetensors(dir: &Path) -> bool {
-    dir.join(SINGLE).exists() || dir.join(INDEX).exists()
+    let named = |name: &str| is_named(&dir.join(name)).unwrap_or(true);
+    named(SINGLE) || named(INDEX)
 }
 
 /// Files of the weights of a Hugging Face directory with the names of the tensors that are read of each, `None`: all. They are
 /// `model.safetensors`, or the shards that its index names. Where both are there, it is the one file, as with transformers
 /// (`modeling_utils._get_resolved_checkpoint_files`): the index is of an older save.
 fn weight_map(dir: &Path) -> Result<Vec<(PathBuf, Option<Vec<String>>)>> {
-    if dir.join(SINGLE).exists() {
+    if is_named(&dir.join(SINGLE))? {
         return Ok(vec![(dir.join(SINGLE), None)]);
     }
     let index = dir.join(INDEX);
-    ensure!(index.exists(), "{}: {}", dir.display(), instead_of_weights(dir));
+    ensure!(is_named(&index)?, "{}: {}", dir.display(), instead_of_weights(dir));
     let text = read_text(&index, SMALL_FILE_BYTES_MAX)?;
     let json: Value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", index.display()))?;
     let weight_map = json.get("weight_map").and_then(Value::as_object);

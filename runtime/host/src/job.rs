@@ -11,7 +11,7 @@ use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
 use homeroom_engine::block::{Blocks, Compute};
 use homeroom_engine::data::Example;
 use homeroom_engine::digest::{self, FileDigests};
-use homeroom_engine::files::NewDirectory;
+use homeroom_engine::files::{NewDirectory, utf8};
 use homeroom_engine::merge::{Floats, exportable, merge, save_model};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::requantize::{kept_storage, store_as_planned};
@@ -68,6 +68,10 @@ impl Job {
         init_from: Option<&Path>,
         requantize: bool,
     ) -> Result<Self> {
+        // Both are written into the result.
+        for path in [Some(model.path.as_path()), init_from].into_iter().flatten() {
+            utf8(path)?;
+        }
         let plan = plugin.plan(&PlanRequest { options: options.clone(), model: model.info() })?;
         let proposed_learning_rate = plan.defaults.learning_rate;
         let place = || format!("strategy `{}`", plugin.description.name);

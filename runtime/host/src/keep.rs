@@ -3,10 +3,21 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use homeroom_engine::files::{Kept, NewDirectory};
 
 use crate::job::{Job, Outcome};
+
+/// What is done when something has the name of a result by then.
+#[derive(Clone, Copy)]
+pub enum Taken<'a> {
+    /// It is replaced.
+    Replaced,
+    /// It stays, and the result is kept beside it.
+    Stays,
+    /// It stays, and the result takes another name beside it.
+    GivenUp(&'a dyn Fn() -> Option<PathBuf>),
+}
 
 impl Outcome {
     /// Saves at a place; nothing is there until all of it is. A result that its place cannot take, as when the disk is full, goes to
@@ -14,17 +25,19 @@ impl Outcome {
     ///
     /// # Errors
     /// When it is not where it should be; the message says where it is instead.
-    pub fn save(&self, job: &Job, place: &Path, replaces: bool, parent: Option<&str>) -> Result<PathBuf> {
+    pub fn save(&self, job: &Job, place: &Path, taken: Taken<'_>, parent: Option<&str>) -> Result<PathBuf> {
         let place = &std::path::absolute(place)?;
-        let error = match self.attempt(job, place, replaces, parent) {
+        let error = match self.attempt(job, place, taken, parent) {
             Ok(path) => return Ok(path),
             Err(Unsaved { error, whole: true }) => return Err(error),
             Err(Unsaved { error, whole: false }) => error,
         };
         let aside = || -> Result<PathBuf> {
-            let directory = tempfile::Builder::new().prefix("homeroom-kept-").tempdir()?;
+            let directory = tempfile::Builder::new().prefix("homeroom-kept-").tempdir();
+            let directory = directory
+                .map_err(|error| anyhow!("{}: cannot write here: {}", std::env::temp_dir().display(), error.kind()))?;
             let name = place.file_name().context("the result has no name")?;
-            let saved = self.attempt(job, &directory.path().join(name), false, parent);
+            let saved = self.attempt(job, &directory.path().join(name), Taken::Stays, parent);
             let saved = saved.map_err(|unsaved| unsaved.error)?;
             let _ = directory.keep();
             Ok(saved)
@@ -38,12 +51,16 @@ impl Outcome {
         }
     }
 
-    fn attempt(&self, job: &Job, place: &Path, replaces: bool, parent: Option<&str>) -> Result<PathBuf, Unsaved> {
+    fn attempt(&self, job: &Job, place: &Path, taken: Taken<'_>, parent: Option<&str>) -> Result<PathBuf, Unsaved> {
         let lost = |error| Unsaved { error, whole: false };
         let mut directory = NewDirectory::start(place).map_err(lost)?;
-        directory.replaces = replaces;
+        directory.replaces = matches!(taken, Taken::Replaced);
         self.write(job, &directory, parent).map_err(lost)?;
-        directory.publish().map_err(|error| Unsaved { whole: error.downcast_ref::<Kept>().is_some(), error })
+        let published = match taken {
+            Taken::GivenUp(another) => directory.publish_or(another),
+            Taken::Replaced | Taken::Stays => directory.publish(),
+        };
+        published.map_err(|error| Unsaved { whole: error.downcast_ref::<Kept>().is_some(), error })
     }
 
     /// Saves what a run that failed had learned before, beside the place where its result would have gone: that keeps what it has.
@@ -51,7 +68,7 @@ impl Outcome {
     pub fn save_beside(&self, job: &Job, place: &Path) -> String {
         let (step, loss) = self.report.steps.last().map_or((0, f64::NAN), |step| (step.step, step.loss));
         let older = if place.exists() { format!("; {} is as it was", place.display()) } else { String::new() };
-        match self.save(job, &beside(place, step), false, None) {
+        match self.save(job, &beside(place, step), Taken::Stays, None) {
             Ok(path) => {
                 let flag = if job.now().0.is_whole_model() { "--model-name" } else { "--init-from" };
                 let path = path.display();

@@ -6,6 +6,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> std::process::ExitCode {
     share_one_thread_pool();
+    fail_where_files_may_not_grow();
     homeroom::cli::main()
 }
 
@@ -20,5 +21,14 @@ fn share_one_thread_pool() {
             // SAFETY: no other thread has been started yet, so none reads the environment.
             unsafe { std::env::set_var(name, value) };
         }
+    }
+}
+
+/// Has a write beyond the limit of a file's size (`ulimit -f`) fail as on a full disk; left alone, its signal ends the program.
+fn fail_where_files_may_not_grow() {
+    #[cfg(unix)]
+    // SAFETY: to ignore a signal has no preconditions, and no handler is set.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use homeroom_abi::describe::nearest;
+use homeroom_engine::files::broken_link;
 
 use crate::registry;
 
@@ -15,16 +16,20 @@ pub fn exists(path: &Path) -> Result<()> {
     if path.exists() {
         return Ok(());
     }
+    if let Some(link) = broken_link(path) {
+        bail!("{}: {link}", path.display());
+    }
     bail!("{}: no such file or directory{}", path.display(), did_you_mean(file_beside(path)));
 }
 
 /// The file or directory beside a path's place whose name is nearest to the path's.
 pub fn file_beside(path: &Path) -> Option<String> {
-    let name = path.file_name()?.to_str()?;
+    // Of a single letter all others are near.
+    let name = path.file_name()?.to_str().filter(|name| name.chars().count() > 1)?;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let entries = std::fs::read_dir(parent.unwrap_or(Path::new("."))).ok()?;
     let names: Vec<String> = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
-    let near = nearest(name, names.iter().map(String::as_str))?;
+    let near = nearest(name, names.iter().map(String::as_str).filter(|other| *other != name))?;
     Some(parent.map_or_else(|| near.to_owned(), |parent| parent.join(near).display().to_string()))
 }
 

@@ -1,11 +1,14 @@
 //! The user's models: `models/<name>/` below `$HOMEROOM_HOME` or the user's data directory.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, Manifest, WEIGHTS_FILE, is_adapter};
-use homeroom_engine::files::{self, Lock, SMALL_FILE_BYTES_MAX, read_text};
-use homeroom_engine::tensors::{map_directory, map_safetensors};
+use homeroom_engine::adapter::{CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_manifest};
+use homeroom_engine::files::{self, Lock, SMALL_FILE_BYTES_MAX, is_named, read_text};
+use homeroom_engine::model::BaseModel;
+use homeroom_engine::tensors::map_safetensors;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -55,7 +58,7 @@ pub fn place(name: &str) -> Result<PathBuf> {
     Ok(data.join("models").join(name))
 }
 
-/// A name that no model has: the first file's, without its extension and in a name's letters, or the next one's if nothing is left of
+/// A name that neither a model has nor anything in the working directory, which would win over it: the first file's, without its extension and in a name's letters, or the next one's if nothing is left of
 /// that; with a number behind it if it is taken.
 ///
 /// # Errors
@@ -64,7 +67,7 @@ pub fn free_name(files: &[&Path]) -> Result<String> {
     let base = files.iter().find_map(|file| named_after(file)).unwrap_or_else(|| "model".to_owned());
     let mut name = base.clone();
     for number in 2.. {
-        if !is_there(&place(&name)?) {
+        if !is_there(&place(&name)?) && !is_named(Path::new(&name)).unwrap_or(true) {
             break;
         }
         name = format!("{base}-{number}");
@@ -94,11 +97,31 @@ fn named_after(file: &Path) -> Option<String> {
 /// The path that a user means: what is there wins, then a model of that name.
 pub fn resolve(name: &Path) -> PathBuf {
     files::recover(name);
-    if name.exists() {
-        return name.to_owned();
-    }
     let named = name.to_str().filter(|text| is_name(text)).and_then(|text| place(text).ok());
-    named.filter(|path| is_there(path)).unwrap_or_else(|| name.to_owned())
+    let named = named.filter(|path| is_there(path));
+    if !name.exists() {
+        return named.unwrap_or_else(|| name.to_owned());
+    }
+    if let Some(named) = named {
+        note_ambiguous(name, &named);
+    }
+    name.to_owned()
+}
+
+fn same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Says once what the name of a model means when something in the working directory has it, too.
+pub fn note_ambiguous(name: &Path, named: &Path) {
+    static SAID: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    if name.exists()
+        && !same(name, named)
+        && SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned())
+    {
+        let (text, named) = (name.display(), named.display());
+        line(format_args!("note: `{text}` means ./{text} here; the model of that name is {named}"));
+    }
 }
 
 /// What to type for a model: its name if it has one, else its path.
@@ -160,8 +183,8 @@ pub fn list() -> Result<Vec<Entry>> {
 
 fn read(name: String, path: PathBuf) -> Entry {
     let adapter = is_adapter(&path);
-    let weights = if adapter { map_safetensors(&path.join(WEIGHTS_FILE)) } else { map_directory(&path) };
-    let mut problem = weights.err().map(|error| format!("{error:#}"));
+    let files = if adapter { map_safetensors(&path.join(WEIGHTS_FILE)).map(drop) } else { BaseModel::inspect(&path) };
+    let mut problem = files.err().map(|error| format!("{error:#}"));
     let mut entry = Entry {
         name,
         kind: if adapter { "adapter" } else { "model" },
@@ -190,20 +213,10 @@ fn read(name: String, path: PathBuf) -> Entry {
     Entry { problem: problem.or(gone), ..entry }
 }
 
-/// What `homeroom.json` says, if there is one.
-fn read_manifest(path: &Path) -> Result<Option<Manifest>> {
-    let file = path.join(HOMEROOM_FILE);
-    if !file.exists() {
-        return Ok(None);
-    }
-    let text = read_text(&file, SMALL_FILE_BYTES_MAX)?;
-    serde_json::from_str(&text).map(Some).with_context(|| format!("{HOMEROOM_FILE}: damaged"))
-}
-
 /// Kind and base of an adapter that another program trained; of a model without `homeroom.json` nothing is known.
 fn read_peft(path: &Path) -> Result<(String, PathBuf)> {
     let file = path.join(CONFIG_FILE);
-    if !file.exists() {
+    if !is_named(&file)? {
         return Ok(Default::default());
     }
     let text = read_text(&file, SMALL_FILE_BYTES_MAX)?;

@@ -23,9 +23,11 @@ pub(super) fn claim(prefix: &str, parent: &Path) -> io::Result<(PathBuf, Option<
     loop {
         let mut builder = tempfile::Builder::new();
         builder.prefix(prefix).rand_bytes(RANDOM);
+        let mut maker = fs::DirBuilder::new();
         #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700));
-        let path = builder.tempdir_in(parent)?.keep();
+        std::os::unix::fs::DirBuilderExt::mode(&mut maker, 0o700);
+        // By itself the library puts the temporary name into its errors, which tells nobody anything.
+        let path = builder.make_in(parent, |path| maker.create(path))?.into_temp_path().keep()?;
         let Some(directory) = open_directory(&path).ok().filter(|directory| directory.lock().is_ok()) else {
             return if path.is_dir() { Ok((path, None)) } else { continue };
         };
@@ -53,9 +55,11 @@ const FILE_PREFIX: &str = ".homeroom-file-";
 pub(super) fn file(directory: &Path) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(FILE_PREFIX).rand_bytes(RANDOM);
+    let mut options = File::options();
+    options.read(true).write(true).create_new(true);
     #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600));
-    builder.tempfile_in(directory)
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    builder.make_in(directory, |path| options.open(path))
 }
 
 /// Removes the files that killed writers left under temporary names. The caller holds the lock of the directory, so nobody who has it

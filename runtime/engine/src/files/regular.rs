@@ -1,7 +1,7 @@
 //! Files that others wrote: only regular ones are read, so that a pipe is not waited for and a device does not go on for ever.
 
-use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +9,39 @@ use serde_json::Value;
 
 /// Largest text of a model's or an adapter's small files, in bytes.
 pub const SMALL_FILE_BYTES_MAX: u64 = 256 << 20;
+
+/// Whether something has a name, if only a link that leads nowhere: that stands for a file which is missed.
+///
+/// # Errors
+/// When its directory cannot be looked at.
+pub fn is_named(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
+        about => about.map(|_| true),
+    }
+}
+
+/// Refuses a path that is not UTF-8: what is written of it is JSON, which is.
+///
+/// # Errors
+/// Names the path.
+pub fn utf8(path: &Path) -> Result<&str> {
+    let text = path.to_str();
+    text.with_context(|| {
+        format!("{}: this path is not UTF-8, as what is written of it has to be; rename it", path.display())
+    })
+}
+
+/// What a link is that leads to nothing, in words; `None`: it leads somewhere, or there is no link.
+pub fn broken_link(path: &Path) -> Option<String> {
+    let to = fs::read_link(path).ok()?;
+    let error = fs::metadata(path).err()?;
+    #[cfg(unix)]
+    if error.raw_os_error() == Some(libc::ELOOP) {
+        return Some("a link that leads back to itself".to_owned());
+    }
+    (error.kind() == ErrorKind::NotFound).then(|| format!("a link to {}, which is not there", to.display()))
+}
 
 /// Opens a file for reading, if it is a regular one. Opening a pipe does not wait for who writes to it.
 ///
@@ -19,7 +52,10 @@ pub fn open_regular(path: &Path) -> Result<File> {
     options.read(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK | libc::O_NOCTTY);
-    let file = options.open(path).with_context(|| format!("{}: cannot open", path.display()))?;
+    let file = options.open(path).with_context(|| {
+        let link = broken_link(path).map(|link| format!(", it is {link}")).unwrap_or_default();
+        format!("{}: cannot open{link}", path.display())
+    })?;
     let kind = file.metadata().with_context(|| path.display().to_string())?.file_type();
     let what = if kind.is_dir() { "a directory" } else { "a device, a pipe or a socket" };
     ensure!(kind.is_file(), "{}: {what}, not a regular file", path.display());

@@ -36,7 +36,9 @@ impl Tokenizer {
                     files.named_templates = base.named_templates.clone();
                 }
                 let inner = read_tokenizer_json(&read_bytes(&path, TOKENIZER_BYTES_MAX)?);
-                from_files(inner.with_context(|| path.display().to_string())?, &files).with_context(place)?
+                let inner = inner.with_context(|| path.display().to_string())?;
+                files.inherit(base, &inner);
+                from_files(inner, &files).with_context(place)?
             }
         };
         Ok((!tokenizer.equals(base)).then_some(tokenizer))
@@ -53,6 +55,7 @@ impl Tokenizer {
             chat_template: Some(template),
             named_templates,
             model_max_length: self.model_max_length,
+            adds_asked: self.adds_asked,
             notes: Vec::new(),
         };
         finish(self.inner.clone(), named)
@@ -72,5 +75,40 @@ impl Tokenizer {
         let ids = embeddings as u32..self.n_ids as u32;
         let added = ids.filter(|id| Some(*id) != self.pad_id && self.token(*id) != base.token(*id));
         added.filter_map(|id| self.token(id)).collect()
+    }
+}
+
+impl Files {
+    /// Has what they do not say of the tokenizer as the base has it: its special tokens, as far as `inner` knows them, and the longest
+    /// text. A `tokenizer_config.json` that is not there does not say what is put around a text either; of one that is there, the
+    /// post-processor of the `tokenizer.json` beside it does.
+    fn inherit(&mut self, base: &Tokenizer, inner: &tokenizers::Tokenizer) {
+        let mut asked = [None; 2];
+        if self.config.is_null() {
+            self.config = json!({});
+            asked = base.adds_asked;
+        }
+        let Some(config) = self.config.as_object_mut() else { return };
+        let known = |token: &&String| inner.token_to_id(token).is_some();
+        let token = |token: &Option<String>| token.as_ref().filter(known).map(|token| json!(token));
+        let special = base.control.iter().filter(|c| c.special && inner.token_to_id(&c.text) == Some(c.id));
+        let special: Vec<&str> = special.map(|c| c.text.as_str()).collect();
+        let of_base = [
+            ("bos_token", token(&base.bos_token)),
+            ("eos_token", token(&base.eos_token)),
+            ("pad_token", token(&base.pad_token)),
+            ("unk_token", token(&base.unk_token)),
+            ("additional_special_tokens", Some(json!(special))),
+            ("model_max_length", base.model_max_length.map(Value::from)),
+            ("add_bos_token", asked[0].map(Value::from)),
+            ("add_eos_token", asked[1].map(Value::from)),
+        ];
+        for (key, value) in of_base {
+            // What says `null` says that there is none.
+            let said = config.contains_key(key) || self.special_tokens_map.get(key).is_some();
+            if let Some(value) = value.filter(|_| !said) {
+                config.insert(key.to_owned(), value);
+            }
+        }
     }
 }

@@ -207,6 +207,7 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
             unk: unk.map(token).map(str::to_owned),
             more_eos_ids: [eot, eom].into_iter().flatten().collect(),
             chat_template: meta.chat_template.map(str::to_owned).or(default),
+            adds_asked: [None; 2],
             named_templates,
             model_max_length: meta.context_length,
             notes,

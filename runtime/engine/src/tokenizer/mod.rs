@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, Model};
 
-use crate::files::{parse_object, read_bytes, read_text};
+use crate::files::{is_named, parse_object, read_bytes, read_text};
 use crate::gguf::Gguf;
 use crate::guard::quietly;
 use crate::template;
@@ -47,6 +47,8 @@ pub struct Tokenizer {
     n_ids: usize,
     unk_token: Option<String>,
     model_max_length: Option<u64>,
+    /// Whether a text is to begin with `bos_token` and to end with `eos_token`, where the files say so besides the post-processor.
+    adds_asked: [Option<bool>; 2],
     /// The token that opens a sequence.
     pub bos_token: Option<String>,
     /// The token that ends a text, by the model's files.
@@ -289,6 +291,7 @@ struct Named {
     chat_template: Option<String>,
     named_templates: BTreeMap<String, String>,
     model_max_length: Option<u64>,
+    adds_asked: [Option<bool>; 2],
     notes: Vec<String>,
 }
 
@@ -349,6 +352,7 @@ fn finish(inner: tokenizers::Tokenizer, mut named: Named) -> Result<Tokenizer> {
         n_ids,
         unk_token: named.unk,
         model_max_length: named.model_max_length,
+        adds_asked: named.adds_asked,
         bos_token: named.bos,
         eos_token,
         pad_token: named.pad,
@@ -465,7 +469,7 @@ const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 const SMALL_BYTES_MAX: u64 = 16 << 20;
 
 fn read_if_there(path: &Path) -> Result<Option<String>> {
-    let there = path.try_exists().with_context(|| path.display().to_string())?;
+    let there = is_named(path).with_context(|| path.display().to_string())?;
     there.then(|| read_text(path, SMALL_BYTES_MAX)).transpose()
 }
 
@@ -625,6 +629,7 @@ fn from_files(mut inner: tokenizers::Tokenizer, files: &Files) -> Result<Tokeniz
         named_templates,
         // transformers writes 10^30 for "not known".
         model_max_length: files.config["model_max_length"].as_u64().filter(|&n| n < 1 << 40),
+        adds_asked: [add_bos, add_eos],
         notes: Vec::new(),
     };
     finish(inner, named)

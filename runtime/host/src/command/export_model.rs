@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use homeroom_engine::files::{NewDirectory, replaceable, vacant};
+use homeroom_engine::files::{NewDirectory, replaceable, utf8, vacant};
 use homeroom_engine::generate::prompt_ids;
 use homeroom_engine::merge::{Floats, divergence, merge, save_model};
 use homeroom_engine::model::BaseModel;
@@ -79,11 +79,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         Some(directory) => Cow::Borrowed(directory.as_path()),
         None => Cow::Owned(beside(&arguments.model.model_dir)),
     };
+    utf8(&std::path::absolute(&output_dir)?)?;
     if !arguments.overwrite {
         vacant(&output_dir)?;
-    }
-    if arguments.output_dir.is_none() {
-        line(format_args!("export    merged, to {}   --output-dir chooses another directory", output_dir.display()));
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference())?;
     let adaptation = adaptation.with_context(|| {
@@ -93,6 +91,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     spares(&output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
     if arguments.overwrite {
         replaceable(&output_dir)?;
+    }
+    if arguments.output_dir.is_none() {
+        line(format_args!("export    merged, to {}   --output-dir chooses another directory", output_dir.display()));
     }
     interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&output_dir)?;

@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args};
 use homeroom_engine::adapter::is_adapter;
 use homeroom_engine::block::Compute;
 use homeroom_engine::data::{Dataset, Example, note_endless};
-use homeroom_engine::files::{NewDirectory, replaceable, vacant};
+use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::schedule::Schedule;
 use homeroom_engine::train::{Broken, Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
@@ -20,6 +20,7 @@ use super::arguments::{
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
+use crate::keep::Taken;
 use crate::models::{load_base, load_rows, refuse_adapter, with_text};
 use crate::near::{self, did_you_mean, exists};
 use crate::progress::{self, line, thousands};
@@ -147,6 +148,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     config(arguments, None).check()?;
     refuse_adapter(&arguments.model_name)?;
     let output_dir = place(arguments)?;
+    utf8(&std::path::absolute(&output_dir)?)?;
+    let base = registry::resolve(&arguments.model_name);
+    utf8(&base.canonicalize().unwrap_or(base))?;
+    arguments.init_from.as_deref().map(utf8).transpose()?;
     if !arguments.overwrite {
         vacant(&output_dir)?;
     }
@@ -154,6 +159,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let init_from = arguments.init_from.as_deref().map(registry::resolve);
     if let (Some(name), Some(path)) = (&arguments.init_from, &init_from) {
         let name = name.display();
+        if let Some(link) = broken_link(path) {
+            bail!("{name}: {link}");
+        }
         ensure!(path.exists(), "{name}: no such adapter{}", did_you_mean(near::model(path)));
         ensure!(
             is_adapter(path),
@@ -194,7 +202,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     interrupt::listen()?;
     drop(NewDirectory::start(&output_dir)?);
     let steps = planned_steps(rows.train.len(), &config)?;
-    if arguments.output_dir.is_none() && arguments.name.is_none() {
+    let unnamed = arguments.output_dir.is_none() && arguments.name.is_none();
+    if unnamed {
         let name = registry::short(&output_dir);
         line(format_args!("name      {name}   --name or --output-dir chooses another"));
     }
@@ -219,7 +228,18 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if let Some(failure) = &outcome.failure {
         bail!("{failure}\n{}", outcome.save_beside(&job, &output_dir));
     }
-    let output_dir = outcome.save(&job, &output_dir, arguments.overwrite, None)?;
+    let another = || free_place(arguments).ok();
+    let taken = match (unnamed, arguments.overwrite) {
+        (true, _) => Taken::GivenUp(&another),
+        (false, true) => Taken::Replaced,
+        (false, false) => Taken::Stays,
+    };
+    let chosen = output_dir;
+    let output_dir = outcome.save(&job, &chosen, taken, None)?;
+    if unnamed && output_dir != chosen {
+        let (name, taken) = (registry::short(&output_dir), registry::short(&chosen));
+        line(format_args!("name      {name}   as {taken} was taken meanwhile"));
+    }
     tell(&output_dir, &outcome.report, before, after);
     if arguments.json {
         let mut summary = Map::from_iter([("output_dir".to_owned(), output_dir.display().to_string().into())]);
@@ -233,9 +253,18 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
 fn place(arguments: &Arguments) -> Result<PathBuf> {
     match (&arguments.output_dir, &arguments.name) {
         (Some(directory), _) => Ok(directory.clone()),
-        (None, Some(name)) => registry::place(name),
-        (None, None) => registry::place(&registry::free_name(&[&arguments.training_file, &arguments.model_name])?),
+        (None, Some(name)) => {
+            let place = registry::place(name)?;
+            registry::note_ambiguous(Path::new(name), &place);
+            Ok(place)
+        }
+        (None, None) => free_place(arguments),
     }
+}
+
+/// The place of a name that is free now.
+fn free_place(arguments: &Arguments) -> Result<PathBuf> {
+    registry::place(&registry::free_name(&[&arguments.training_file, &arguments.model_name])?)
 }
 
 /// Trains with a progress bar, until the end or an interruption.

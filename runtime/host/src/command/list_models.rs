@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 use clap::Args;
+use homeroom_engine::files::utf8;
 use serde_json::to_string;
 
 use super::{Done, print};
 use crate::progress::line;
 use crate::registry;
-use crate::stdout::Stdout;
 use crate::terminal::cell;
 
 /// Arguments of `list-models`.
@@ -22,6 +22,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<Done> {
     let entries = registry::list()?;
     if arguments.json {
+        entries.iter().try_for_each(|entry| utf8(&entry.path).map(drop))?;
         print(&to_string(&entries)?)?;
         return Ok(Done::Whole);
     }
@@ -29,8 +30,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         line("no models yet\nhint: `homeroom fine-tune` saves one, and so does `homeroom run`");
         return Ok(Done::Whole);
     }
-    // Other people's adapters say what they like of themselves; on a terminal each keeps to its line.
-    let cell = |text: &str| if Stdout.is_terminal() { cell(text) } else { text.to_owned() };
+    // Other people's adapters say what they like of themselves; each keeps to its line.
     let strategies: Vec<String> = entries.iter().map(|entry| cell(&entry.strategy)).collect();
     let names = entries.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
     let width = strategies.iter().map(|strategy| strategy.chars().count()).max().unwrap_or(0);

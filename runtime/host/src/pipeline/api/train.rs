@@ -16,6 +16,7 @@ use super::model::{DRY, ModelSpec};
 use super::options::{Options, words};
 use super::spec::{STRATEGY_NAMES, verb};
 use crate::job::{Job, Outcome};
+use crate::keep::Taken;
 use crate::models::with_text;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
 use crate::pipeline::sandbox::shown;
@@ -100,7 +101,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     }
     let ended = raised.is_some() || session.clock().cancelled();
     let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone(), failure };
-    let path = outcome.save(&job, &path, true, parent.as_deref())?;
+    let path = outcome.save(&job, &path, Taken::Replaced, parent.as_deref())?;
     if let (Some(before), Some(after)) = (before, after) {
         session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }

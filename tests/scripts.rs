@@ -116,7 +116,7 @@ fn a_function_that_returns_nothing_is_an_error_at_its_line() -> Result<()> {
             "data.train:dedupe { by = \"levle\" }",
             "s.lua:3: dedupe: `by`: no row has a field `levle`, did you mean `level`?",
         ),
-        ("data.train:bucket { by = \"length\", quantiles = { 0.5 } }", "bucket: `by` gives null, not a number"),
+        ("data.train:bucket { by = \"length\", quantiles = { 0.5 } }", "bucket: `by`: no row has a field `length`"),
         (
             "homeroom.fine_tune { model = model, dataset = data.train, max_steps = 1,\n  on_step = function(report) return true end }",
             "s.lua:4: fine_tune: on_step: it returned true, not nil or a table",
@@ -182,10 +182,32 @@ fn messages_name_nothing_that_is_internal() -> Result<()> {
         ),
         ("string.rep()", "s.lua:3: missing argument #1 to 'rep' (string expected)"),
         ("print(typeof(data.train)) error(data.train)", "dataset of 18 rows"),
-        ("error({})", "s.lua: the script raised a table, not a message"),
-        ("error()", "s.lua: the script raised nil, not a message"),
+        ("error({ code = 1 })", "s.lua:3: the script raised a table, not a message"),
+        ("error()", "s.lua:3: the script raised nil, not a message"),
         ("homeroom.log.info(\"x\", { data.train })", "a dataset is no plain value"),
         ("homeroom.fine_tune(data.train)", "s.lua:3: fine_tune: it takes one table of options, not a dataset"),
+        ("return string.frmat(1)", "s.lua:3: `string` has no `frmat`, did you mean `format`?"),
+        ("return (\"é\"):uper()", "s.lua:3: `string` has no `uper`, did you mean `upper`?"),
+        ("os.execute(\"x\")", "s.lua:3: `os` has no `execute`; it has clock, date"),
+        ("return math.flor(1.5)", "s.lua:3: `math` has no `flor`, did you mean `floor`?"),
+        (
+            "homeroom.generate { model = model, prompts = {} }",
+            "s.lua:3: generate: `prompts` is empty; it should be a list of strings",
+        ),
+        ("return { 1, nil, 3 }", "a list has a nil before its end; write homeroom.null for an item that is null"),
+        ("return { x = { nil, nil, \"é\" } }", "write homeroom.null for an item that is null"),
+        (
+            "data.train:map(function(row) row.m = { 1, nil, nil, 4 } return row end)",
+            "a list has a nil before its end; write homeroom.null",
+        ),
+        (
+            "data.train:dedupe { by = function(row) return nil end }",
+            "s.lua:3: dedupe: `by` gives no key; filter such rows out first",
+        ),
+        (
+            "data.train:map(function(row) if row.id == 0 then row.opt = \"é\" end return row end):dedupe { by = \"opt\" }",
+            "s.lua:3: dedupe: `by` gives no key; filter such rows out first, or give a function that returns a key for each (row: ",
+        ),
         ("params()", "s.lua:3: attempt to call a table value"),
         ("require(data.train)", "s.lua:3: require: it takes the name of a module, not a dataset"),
     ] {

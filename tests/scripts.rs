@@ -36,7 +36,7 @@ fn what_a_script_does_not_touch_is_trained_on_as_it_was() -> Result<()> {
         ("d:map(function(row) return row end)", ROWS.to_vec()),
         ("d:filter(function(row) return #row.messages == 2 end)", ROWS.to_vec()),
         ("d:sample { n = 9 }:concat(d:sample { n = 4 })", [ROWS, ROWS].concat()),
-        ("d:dedupe():dedupe { by = \"id\" }", ROWS.to_vec()),
+        ("d:dedupe():dedupe { by = function(row) return row.id or \"none\" end }", ROWS.to_vec()),
         (
             "d:bucket { by = function(row) return row.messages[1].content == \"a\" and 0 or 1 end, quantiles = { 0.5 } }[2]",
             ROWS[..2].to_vec(),
@@ -205,7 +205,7 @@ fn messages_name_nothing_that_is_internal() -> Result<()> {
             "s.lua:3: dedupe: `by` gives no key; filter such rows out first",
         ),
         (
-            "data.train:map(function(row) if row.id == 0 then row.opt = \"é\" end return row end):dedupe { by = \"opt\" }",
+            "local n = 0 data.train:map(function(row) n += 1 if n == 2 then row.opt = \"é\" end return row end):dedupe { by = \"opt\" }",
             "s.lua:3: dedupe: `by` gives no key; filter such rows out first, or give a function that returns a key for each (row: ",
         ),
         ("params()", "s.lua:3: attempt to call a table value"),

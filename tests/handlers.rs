@@ -406,6 +406,35 @@ fn an_answer_is_read_whatever_its_headers_call_it() -> Result<()> {
 }
 
 #[test]
+fn a_whole_answer_needs_no_reason_and_loses_no_text() -> Result<()> {
+    for choice in [
+        r#"{"index":0,"message":{"content":"é🦊"},"finish_reason":null}"#,
+        r#"{"index":0,"message":{"content":"é🦊"},"finish_reason":""}"#,
+        r#"{"message":{"content":{"type":"text","text":"é🦊"}}}"#,
+        r#"{"index":0,"text":"é🦊","finish_reason":"stop"}"#,
+        r#"{"index":1,"message":{"content":"x"},"finish_reason":"length"},{"index":0,"message":{"content":["é","🦊"]}}"#,
+    ] {
+        for mark in ["", "\u{feff}", "\r\n\u{feff}"] {
+            let reply = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n{mark}{{\"choices\":[{choice}]}}"
+            );
+            let answer = told(reply)??;
+            assert_eq!((answer.text.as_str(), answer.finish), ("é🦊", FinishReason::Stop), "{choice}");
+        }
+    }
+    for choice in [
+        r#"{"index":0}"#,
+        r#"{"index":0,"message":{"content":5},"finish_reason":"stop"}"#,
+        r#"{"index":1,"message":{"content":"a"},"finish_reason":"stop"}"#,
+        r#"{"index":0,"message":"a","finish_reason":"stop"}"#,
+    ] {
+        let reply = format!("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{{\"choices\":[{choice}]}}");
+        assert_eq!(told(reply)?.expect_err(choice).kind, Kind::Protocol, "{choice}");
+    }
+    Ok(())
+}
+
+#[test]
 fn an_answer_that_breaks_off_is_never_whole() -> Result<()> {
     let word = "data: {\"choices\":[{\"delta\":{\"content\":\"half\"}}]}\n\n";
     for (frames, kind) in [
@@ -927,6 +956,91 @@ fn a_conversation_goes_on_with_another_handler() -> Result<()> {
     assert_ne!(with_system, near);
     server.stop();
     server.wait()
+}
+
+#[test]
+fn a_conversation_leaves_this_machine_only_on_the_users_word() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("é.toml");
+    let far = "[handlers.far]\nkind = \"openai\"\nbase_url = \"https://nobody.invalid/v1\"\nmodel = \"m\"\n";
+    let near = format!(
+        "[handlers.near]\nkind = \"local\"\nmodel = {:?}\n[routes.safe]\nhandlers = [\"near\"]\n",
+        fixture("models/llama")
+    );
+    let chat = |text: &str, arguments: &[&str], lines: &str| -> Result<(bool, String)> {
+        std::fs::write(&config, text)?;
+        let mut child = homeroom()
+            .args(["chat", "--config"])
+            .arg(&config)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        child.stdin.take().context("a pipe")?.write_all(lines.as_bytes())?;
+        let output = child.wait_with_output()?;
+        Ok((output.status.success(), String::from_utf8(output.stderr)?))
+    };
+    let (done, story) = chat(far, &["--prompt", "hi"], "")?;
+    assert!(
+        !done && story.contains("`far` sends conversations to nobody.invalid, and no route allows that"),
+        "{story}"
+    );
+    assert!(story.contains("--handler far"), "{story}");
+    let (done, story) = chat(far, &["--prompt", "hi", "--handler", "far"], "")?;
+    let first = story.lines().next().unwrap_or_default();
+    assert!(
+        !done && first == "note: `far` is not on this machine: what is said here goes to nobody.invalid",
+        "{story}"
+    );
+    assert!(story.contains("the host was not found"), "{story}");
+    let (done, story) = chat(&format!("{far}{near}"), &[], "/handler far\n/handler near\n/exit\n")?;
+    let words = "far answers from now on; it is not on this machine: what is said, with the conversation so far, goes to nobody.invalid\nnear answers from now on\n";
+    assert!(done && story == words, "{story}");
+    Ok(())
+}
+
+/// A server that ends with the test.
+struct Served(std::process::Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_file_that_is_deleted_while_it_is_served_is_told_once() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("h.toml");
+    let text = format!("[handlers.near]\nkind = \"local\"\nmodel = {:?}\n", fixture("models/llama"));
+    std::fs::write(&config, &text)?;
+    let command = homeroom().args(["serve", "--port", "0", "--config"]).arg(&config).stderr(Stdio::piped()).spawn()?;
+    let mut served = Served(command);
+    let mut story = BufReader::new(served.0.stderr.take().context("a pipe")?).lines();
+    let mut until = |words: &str| -> Result<Vec<String>> {
+        let mut lines = Vec::new();
+        while !lines.last().is_some_and(|line: &String| line.contains(words)) {
+            lines.push(story.next().with_context(|| format!("it ended: {lines:?}"))??);
+        }
+        Ok(lines)
+    };
+    let serving = until("serving")?.pop().context("a line")?;
+    std::fs::remove_file(&config)?;
+    until("h.toml is gone; what was served is served on")?;
+    let url = serving.split_whitespace().nth(1).context("an address")?;
+    assert_eq!(
+        endpoint(url, "near")?.complete(&asked("hello", 2), &Context::default())?.usage.completion_tokens,
+        Some(2)
+    );
+    // Another look or two, and then it is there again.
+    std::thread::sleep(Duration::from_secs(5));
+    std::fs::write(&config, text.replace("near", "é2").replace("é", "e"))?;
+    let lines = until("reload")?;
+    assert!(lines.last().is_some_and(|line| line.ends_with(": e2")), "{lines:?}");
+    assert!(!lines.iter().any(|line| line.contains("gone")), "{lines:?}");
+    Ok(())
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn what_a_script_does_not_touch_is_trained_on_as_it_was() -> Result<()> {
         ("d:map(function(row) return row end)", ROWS.to_vec()),
         ("d:filter(function(row) return #row.messages == 2 end)", ROWS.to_vec()),
         ("d:sample { n = 9 }:concat(d:sample { n = 4 })", [ROWS, ROWS].concat()),
-        ("d:dedupe():dedupe { by = \"id\" }", ROWS.to_vec()),
+        ("d:dedupe():dedupe { by = function(row) return row.id or \"none\" end }", ROWS.to_vec()),
         (
             "d:bucket { by = function(row) return row.messages[1].content == \"a\" and 0 or 1 end, quantiles = { 0.5 } }[2]",
             ROWS[..2].to_vec(),
@@ -116,7 +116,7 @@ fn a_function_that_returns_nothing_is_an_error_at_its_line() -> Result<()> {
             "data.train:dedupe { by = \"levle\" }",
             "s.lua:3: dedupe: `by`: no row has a field `levle`, did you mean `level`?",
         ),
-        ("data.train:bucket { by = \"length\", quantiles = { 0.5 } }", "bucket: `by` gives null, not a number"),
+        ("data.train:bucket { by = \"length\", quantiles = { 0.5 } }", "bucket: `by`: no row has a field `length`"),
         (
             "homeroom.fine_tune { model = model, dataset = data.train, max_steps = 1,\n  on_step = function(report) return true end }",
             "s.lua:4: fine_tune: on_step: it returned true, not nil or a table",
@@ -182,10 +182,32 @@ fn messages_name_nothing_that_is_internal() -> Result<()> {
         ),
         ("string.rep()", "s.lua:3: missing argument #1 to 'rep' (string expected)"),
         ("print(typeof(data.train)) error(data.train)", "dataset of 18 rows"),
-        ("error({})", "s.lua: the script raised a table, not a message"),
-        ("error()", "s.lua: the script raised nil, not a message"),
+        ("error({ code = 1 })", "s.lua:3: the script raised a table, not a message"),
+        ("error()", "s.lua:3: the script raised nil, not a message"),
         ("homeroom.log.info(\"x\", { data.train })", "a dataset is no plain value"),
         ("homeroom.fine_tune(data.train)", "s.lua:3: fine_tune: it takes one table of options, not a dataset"),
+        ("return string.frmat(1)", "s.lua:3: `string` has no `frmat`, did you mean `format`?"),
+        ("return (\"é\"):uper()", "s.lua:3: `string` has no `uper`, did you mean `upper`?"),
+        ("os.execute(\"x\")", "s.lua:3: `os` has no `execute`; it has clock, date"),
+        ("return math.flor(1.5)", "s.lua:3: `math` has no `flor`, did you mean `floor`?"),
+        (
+            "homeroom.generate { model = model, prompts = {} }",
+            "s.lua:3: generate: `prompts` is empty; it should be a list of strings",
+        ),
+        ("return { 1, nil, 3 }", "a list has a nil before its end; write homeroom.null for an item that is null"),
+        ("return { x = { nil, nil, \"é\" } }", "write homeroom.null for an item that is null"),
+        (
+            "data.train:map(function(row) row.m = { 1, nil, nil, 4 } return row end)",
+            "a list has a nil before its end; write homeroom.null",
+        ),
+        (
+            "data.train:dedupe { by = function(row) return nil end }",
+            "s.lua:3: dedupe: `by` gives no key; filter such rows out first",
+        ),
+        (
+            "local n = 0 data.train:map(function(row) n += 1 if n == 2 then row.opt = \"é\" end return row end):dedupe { by = \"opt\" }",
+            "s.lua:3: dedupe: `by` gives no key; filter such rows out first, or give a function that returns a key for each (row: ",
+        ),
         ("params()", "s.lua:3: attempt to call a table value"),
         ("require(data.train)", "s.lua:3: require: it takes the name of a module, not a dataset"),
     ] {

@@ -133,7 +133,7 @@ function Dataset:shuffle(options) end
 ---@field by? string | fun(row: Row): any # what is compared: a field, or what a function returns for a row (default: the whole row)
 
 ---Keeps the first of equal rows.
----Two rows are equal if their values are, in whatever order their keys are.
+---Two rows are equal if their values are, in whatever order their keys are. A row for which `by` gives nothing or null is an error.
 ---@param options? DedupeOptions
 ---@return Dataset # a new dataset
 function Dataset:dedupe(options) end

@@ -14,24 +14,24 @@ pub struct Problems<'a> {
     path: PathBuf,
     text: &'a str,
     found: Vec<(Option<Range<usize>>, String)>,
-    hidden: Vec<Range<usize>>,
+    /// In a file that may hold secrets: the keys whose values are shown.
+    shown: Option<&'a [&'a str]>,
 }
 
 impl<'a> Problems<'a> {
     /// No problem yet with a file's text.
     pub fn new(path: &Path, text: &'a str) -> Self {
-        Self { path: path.to_owned(), text, found: Vec::new(), hidden: Vec::new() }
+        Self { path: path.to_owned(), text, found: Vec::new(), shown: None }
+    }
+
+    /// The same for a file that may hold secrets: of its lines, only the values of `shown` are shown.
+    pub fn of_secrets(path: &Path, text: &'a str, shown: &'a [&'a str]) -> Self {
+        Self { shown: Some(shown), ..Self::new(path, text) }
     }
 
     /// Notes a problem at some bytes of the text; `None` where no place in the file is meant.
     pub fn at(&mut self, span: impl Into<Option<Range<usize>>>, message: impl Into<String>) {
         self.found.push((span.into(), message.into()));
-    }
-
-    /// Notes a problem with a value that must not be printed.
-    pub fn at_hidden(&mut self, span: Range<usize>, message: impl Into<String>) {
-        self.hidden.push(span.clone());
-        self.at(span, message);
     }
 
     /// Reads the text; what is not TOML becomes problems, and the rest is there.
@@ -124,6 +124,7 @@ impl<'a> Problems<'a> {
         let count = self.found.len();
         let mut report = format!("{}: {count} problem{}", self.path.display(), if count == 1 { "" } else { "s" });
         for (span, message) in &self.found {
+            let message = &if self.shown.is_some() { without_keys(message) } else { message.clone() };
             match span {
                 Some(span) => self.show(&mut report, span, message),
                 None => write!(report, "\n  {message}").expect("a string takes what is written"),
@@ -136,10 +137,10 @@ impl<'a> Problems<'a> {
         let start = floor(self.text, span.start);
         let line_start = self.text[..start].rfind('\n').map_or(0, |at| at + 1);
         let line_end = self.text[start..].find('\n').map_or(self.text.len(), |at| start + at);
-        let hidden = |at: usize| self.hidden.iter().any(|span| span.contains(&at));
         let line = self.text[line_start..line_end].trim_end_matches('\r');
-        let shown = line.char_indices().map(|(at, c)| if hidden(line_start + at) { '*' } else { c });
-        let shown: String = shown.collect();
+        let hidden_from = self.shown.map_or(line.len(), |shown| harmless(line, shown));
+        let hide = |(at, c): (usize, char)| if at >= hidden_from && !c.is_whitespace() { '*' } else { c };
+        let shown: String = line.char_indices().map(hide).collect();
         let number = self.text[..start].matches('\n').count() + 1;
         // A span over several lines is marked to the end of its first.
         let marked = floor(self.text, span.end).clamp(start, line_start + line.len().max(start - line_start));
@@ -152,6 +153,39 @@ impl<'a> Problems<'a> {
         write!(report, "\n  line {number}: {message}\n    {number} | {shown}\n    {:gutter$} | {indent}{caret}", "")
             .expect("a string takes what is written");
     }
+}
+
+/// The number of bytes at the beginning of a line that hold no secret: a table's head, or a key and, if that is one of `shown`, its
+/// value. A line that has neither belongs to a text or a list that began before it, and nothing of it is harmless.
+fn harmless(line: &str, shown: &[&str]) -> usize {
+    let before_comment = line.find('#').unwrap_or(line.len());
+    let Some(equals) = line.find('=') else {
+        return if line.trim_start().starts_with('[') && !line.contains(['"', '\'']) { before_comment } else { 0 };
+    };
+    let key = line[..equals].trim();
+    let value = &line[equals + 1..];
+    // A second key stands in a table in the line.
+    let is_plain = !value.contains('=') && without_keys(value) == value;
+    match key.rsplit('.').next() {
+        Some(name) if shown.contains(&name.trim()) && is_plain => before_comment,
+        _ if without_keys(key) != key || key.contains('"') => 0,
+        _ => equals + 1,
+    }
+}
+
+/// A text without the words that begin as providers' keys do.
+fn without_keys(text: &str) -> String {
+    let is_of_word = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
+    let (mut out, mut rest) = (String::new(), text);
+    while let Some(at) = rest.find("sk-") {
+        let is_begin = !rest[..at].ends_with(is_of_word);
+        let end =
+            if is_begin { rest[at..].find(|c| !is_of_word(c)).map_or(rest.len(), |end| at + end) } else { at + 3 };
+        out.push_str(&rest[..at]);
+        out.push_str(if is_begin { "[key]" } else { "sk-" });
+        rest = &rest[end..];
+    }
+    out + rest
 }
 
 /// The nearest of the names, or all of them.
@@ -205,9 +239,27 @@ mod tests {
     }
 
     #[test]
-    fn a_hidden_value_is_not_shown() {
-        let all = report("key = \"sk-1\" # x\n", |problems| problems.at_hidden(6..12, "no"));
-        assert_eq!(all, "a.toml: 1 problem\n  line 1: no\n    1 | key = ****** # x\n      |       ^^^^^^");
+    fn a_line_of_a_file_of_secrets_shows_only_what_is_harmless() {
+        for (line, wanted) in [
+            ("key = \"sk-1\" # x", "key = ****** * *"),
+            ("kind = \"é\" # x", "kind = \"é\" * *"),
+            ("a.kind = 'x'", "a.kind = 'x'"),
+            ("kind = \"sk-1\"", "kind = ******"),
+            ("kind = { k = 1 }", "kind = * * * * *"),
+            ("[a.kind] # x", "[a.kind] * *"),
+            ("sk-1 = 2", "**** * *"),
+            ("task-1 = 2", "task-1 = *"),
+            (" é", " *"),
+        ] {
+            let mut problems = Problems::of_secrets(Path::new("a.toml"), line, &["kind"]);
+            problems.at(0..1, "no, sk-1é-2! but task-1");
+            let all = problems.into_result().expect_err("there is a problem").to_string();
+            assert_eq!(
+                all,
+                format!("a.toml: 1 problem\n  line 1: no, [key]! but task-1\n    1 | {wanted}\n      | ^"),
+                "{line}"
+            );
+        }
     }
 
     #[test]

@@ -80,8 +80,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         (None, Some(handlers)) => {
             let name = match &arguments.handler {
                 Some(name) => name,
-                None => only(handlers.config())?,
+                None => only(handlers)?,
             };
+            if let Some(host) = handlers.far_host(name) {
+                eprintln!("note: `{name}` is not on this machine: what is said here goes to {host}");
+            }
             (name.to_owned(), handlers.get(name)?)
         }
         (None, None) => bail!(
@@ -119,15 +122,23 @@ fn handlers(arguments: &Arguments) -> Result<Option<Handlers>> {
     Config::read(&path).map(|config| Some(Handlers::new(config)))
 }
 
-/// The only route of a file, or its only handler if it has no route.
-fn only(config: &Config) -> Result<&str> {
-    let (routes, handlers): (Vec<&String>, Vec<&String>) =
+/// The only route of a file, or its only handler if it has no route. One that sends conversations away has to be named.
+fn only(handlers: &Handlers) -> Result<&String> {
+    let config = handlers.config();
+    let (routes, others): (Vec<&String>, Vec<&String>) =
         (config.routes.keys().collect(), config.handlers.keys().collect());
-    match (routes.as_slice(), handlers.as_slice()) {
-        ([name], _) | ([], [name]) => Ok(name),
+    match (routes.as_slice(), others.as_slice()) {
+        ([name], _) => Ok(name),
+        ([], [name]) => match handlers.far_host(name) {
+            None => Ok(name),
+            Some(host) => bail!(
+                "{}: `{name}` sends conversations to {host}, and no route allows that\nhint: name it with --handler {name}, or add [routes.NAME] with handlers = [\"{name}\"] and egress = \"allow\"",
+                config.path.display()
+            ),
+        },
         ([], []) => bail!("{}: it has no handler", config.path.display()),
         _ => {
-            let names: Vec<&str> = routes.into_iter().chain(handlers).map(String::as_str).collect();
+            let names: Vec<&str> = routes.into_iter().chain(others).map(String::as_str).collect();
             bail!("{}: name one of its handlers with --handler: {}", config.path.display(), names.join(", "))
         }
     }
@@ -221,7 +232,12 @@ impl Session {
                 }
                 self.handler = handlers.get(rest)?;
                 rest.clone_into(&mut self.name);
-                eprintln!("{rest} answers from now on");
+                match handlers.far_host(rest) {
+                    None => eprintln!("{rest} answers from now on"),
+                    Some(host) => eprintln!(
+                        "{rest} answers from now on; it is not on this machine: what is said, with the conversation so far, goes to {host}"
+                    ),
+                }
             }
             other => bail!("/{other}: unknown; /help lists the commands"),
         }

@@ -113,9 +113,19 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
     }
     // What was read last, good or bad: much is reported that changes nothing, such as a log that grows beside the file.
     let mut read = None;
+    let mut missed = 0_u8;
     loop {
-        // Editors remove a file before they write it.
-        if !file.wait() || !path.exists() {
+        let may_have_changed = file.wait();
+        if !path.exists() {
+            missed = missed.saturating_add(1);
+            // Editors remove a file before they write it: it is gone if it is not back at the next look.
+            if missed == 2 {
+                line(format_args!("note: {} is gone; what was served is served on", path.display()));
+            }
+            continue;
+        }
+        missed = 0;
+        if !may_have_changed {
             continue;
         }
         let text = read_text(path, SMALL_FILE_BYTES_MAX);

@@ -3,6 +3,7 @@
 //! The whole file is checked before a model is loaded, and all problems are reported at once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::env::VarError;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -83,15 +84,22 @@ impl EndpointSpec {
     /// The key, from the environment.
     fn api_key(&self) -> Result<Option<Secret>, String> {
         let Some(variable) = &self.api_key_env else { return Ok(None) };
-        let value = std::env::var(variable).map(|key| key.trim().to_owned());
-        match value {
-            Ok(key) if !key.is_empty() && key.chars().all(|c| c.is_ascii_graphic()) => Ok(Some(Secret::new(key))),
-            Ok(key) if !key.is_empty() => Err(format!(
-                "api_key: what the environment variable {variable} holds is not a key: keys have no spaces"
-            )),
-            _ => Err(format!("api_key: the environment variable {variable} is not set; export {variable}=…")),
-        }
+        key_of(variable, std::env::var(variable)).map(Some)
     }
+}
+
+/// The key that a variable holds.
+fn key_of(variable: &str, value: Result<String, VarError>) -> Result<Secret, String> {
+    let why = match value.as_ref().map(|key| key.trim()) {
+        Err(VarError::NotPresent) | Ok("") => {
+            return Err(format!("api_key: the environment variable {variable} is not set; export {variable}=…"));
+        }
+        Err(VarError::NotUnicode(_)) => "it is not UTF-8",
+        Ok(key) if !key.is_ascii() => "it has a character that is not ASCII",
+        Ok(key) if !key.chars().all(|c| c.is_ascii_graphic()) => "keys have no spaces",
+        Ok(key) => return Ok(Secret::new(key.to_owned())),
+    };
+    Err(format!("api_key: what the environment variable {variable} holds is not a key: {why}"))
 }
 
 const LOCAL_KEYS: [&str; 5] = ["kind", "model", "base_model", "any_base", "compute"];
@@ -109,6 +117,22 @@ const OPENAI_KEYS: [&str; 8] = [
 pub const LOCAL_LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
+/// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
+const HARMLESS_KEYS: [&str; 11] = [
+    "kind",
+    "model",
+    "base_model",
+    "any_base",
+    "compute",
+    "connect_timeout_s",
+    "read_timeout_s",
+    "answer_timeout_s",
+    "max_tokens_param",
+    "handlers",
+    "egress",
+];
+/// Longest part of a variable's name that may hold small letters and digits: longer ones are keys.
+const NAME_PART_MAX: usize = 16;
 const ROUTE_KEYS: [&str; 2] = ["handlers", "egress"];
 
 impl Config {
@@ -126,7 +150,7 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let mut problems = Problems::new(path, text);
+        let mut problems = Problems::of_secrets(path, text, &HARMLESS_KEYS);
         let root = problems.parse();
         problems.unknown_keys(&root, &["handlers", "routes"]);
         let mut config = Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new() };
@@ -262,11 +286,7 @@ fn openai<'a>(
     }
     let api_key_env = table.get("api_key").and_then(|value| api_key(problems, value));
     let base_url = table.get("base_url").zip(base_url).and_then(|(value, url)| {
-        // The line would show a name and a password, which stand before an `@`.
-        let tell = |why: String| match url.contains('@') {
-            true => problems.at_hidden(value.span(), format!("`base_url`: {why}")),
-            false => problems.at(value.span(), format!("`base_url`: {why}")),
-        };
+        let tell = |why: String| problems.at(value.span(), format!("`base_url`: {why}"));
         BaseUrl::parse(&url).map_err(tell).ok()
     });
     let (base_url, model) = (base_url?, model?);
@@ -283,7 +303,7 @@ fn openai<'a>(
 
 fn api_key<'a>(problems: &mut Problems<'a>, value: &Spanned<DeValue<'a>>) -> Option<String> {
     let Some(table) = value.get_ref().as_table() else {
-        problems.at_hidden(
+        problems.at(
             value.span(),
             "`api_key`: a key does not belong in the file; put it into an environment variable and name that: { env = \"NAME\" }",
         );
@@ -295,10 +315,26 @@ fn api_key<'a>(problems: &mut Problems<'a>, value: &Spanned<DeValue<'a>>) -> Opt
         return None;
     };
     let name = problems.text("env", env)?;
-    if name.is_empty() || name.contains(['=', '\0']) {
-        problems.at(env.span(), "`env`: should be the name of an environment variable");
+    if !is_variable(&name) {
+        problems.at(
+            env.span(),
+            "`env`: should be the name of an environment variable, such as OPENAI_API_KEY, and not the key itself",
+        );
+        return None;
     }
     Some(name)
+}
+
+/// Returns true if a text is a variable's name and does not look like a key.
+fn is_variable(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let holds = |part: &str, kind: fn(&char) -> bool| part.chars().any(|c| kind(&c));
+    let is_key = |part: &str| {
+        part.len() > NAME_PART_MAX && holds(part, char::is_ascii_lowercase) && holds(part, char::is_ascii_digit)
+    };
+    name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && name.chars().all(plain)
+        && !name.split('_').any(is_key)
 }
 
 fn route<'a>(
@@ -426,6 +462,12 @@ impl Handlers {
     /// The file.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Returns the host that a handler sends conversations to, if it is not this machine. Of a route there is none: the file allows
+    /// where it leads.
+    pub fn far_host(&self, name: &str) -> Option<&str> {
+        self.config.handlers.get(name).filter(|_| !self.config.routes.contains_key(name))?.far_host()
     }
 
     /// Names of routes and handlers.
@@ -638,5 +680,57 @@ egress = "dney"
         // Nor does a host that only looks like this machine pass.
         let alike = GOOD.replace("http://localhost:11434", "http://localhost.example.com");
         assert!(problems(&alike).contains("localhost.example.com, and egress"));
+    }
+
+    #[test]
+    fn a_key_in_the_wrong_place_is_never_printed() {
+        let file = |line: &str| {
+            format!("[handlers.c]\nkind = \"openai\"\nbase_url = \"https://api.example.com\"\nmodel = \"m\"\n{line}\n")
+        };
+        for (line, wanted) in [
+            (r#"apikey="sk-REAL-é""#, "`apikey`: unknown key, did you mean `api_key`?"),
+            (r#"key="AIzaREAL""#, "`key`: unknown key"),
+            (r#"headers={Authorization="Bearer sk-REAL"}"#, "`headers`: unknown key"),
+            (r#"api_key={value="sk-REAL"}"#, "`value`: unknown key"),
+            (r#"api_key={sk-REAL="x"}"#, "`[key]`: unknown key"),
+            (r#"api_key={env="sk-proj-REAL"}"#, "`env`: should be the name of an environment variable"),
+            (r#"api_key={env="AIzaSyREAL0123456789abc"}"#, "`env`: should be the name of an environment variable"),
+            (r#"api_key={env="gsk_REAL0123456789abcdef"}"#, "`env`: should be the name of an environment variable"),
+            ("api_key={env=\"A_KEY\"}\napi_key=\"REAL\"", "this key is there already"),
+            ("api_key=sk-REAL", "quotes"),
+            ("api_key=\"REAL", "line 5"),
+            (r#"model="sk-REAL" # REAL"#, "this key is there already"),
+            (r#"kind="sk-REAL""#, "this key is there already"),
+            (r#"read_timeout_s="x" # REAL"#, "`read_timeout_s`: is a text"),
+            ("notes=[\n\"REAL\",\n7 7]", "line 7"),
+            ("[routes.r]\nhandlers={c={apikey=\"REAL\"}}", "`handlers`: is a table"),
+            ("[handlers.d]\nkind=\"sk-REAL\"", "`[key]`: unknown kind"),
+            ("[handlers.d]\nkind=\"openai\"\nmodel=\"m\"\nbase_url=\"https://a.b/v1?key=REAL\"", "`?` or `#`"),
+            ("[handlers.d]\nkind=\"openai\"\nmodel=\"m\"\nbase_url=\"https://REAL@a.b/v1\"", "use api_key"),
+        ] {
+            let all = problems(&file(line));
+            assert!(all.contains(wanted) && !all.contains("REAL"), "{line}: {wanted}\n{all}");
+        }
+        // What cannot be a key is shown.
+        let all = problems("[handlers.x]\nkind = \"local\"\nmodel = \"m\"\ncompute = \"f23\"\n");
+        assert!(all.contains("4 | compute = \"f23\""), "{all}");
+        assert!(["OPENAI_API_KEY", "_a", "my_openai_key_2", "Schluessel"].into_iter().all(is_variable));
+        assert!(!["", "1A", "A-B", "Ä", "a=b"].into_iter().any(is_variable));
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_key_is_said_in_its_own_words() {
+        for (value, wanted) in [
+            (Ok("sk-a b".to_owned()), "holds is not a key: keys have no spaces"),
+            (Ok("sk-\u{1b}".to_owned()), "holds is not a key: keys have no spaces"),
+            (Ok("sk-é".to_owned()), "holds is not a key: it has a character that is not ASCII"),
+            (Err(VarError::NotUnicode("sk-".into())), "holds is not a key: it is not UTF-8"),
+            (Ok(" \n".to_owned()), "is not set; export A_KEY=…"),
+            (Err(VarError::NotPresent), "is not set; export A_KEY=…"),
+        ] {
+            let why = key_of("A_KEY", value).expect_err("it is no key");
+            assert!(why.contains(wanted) && !why.contains("sk-"), "{why}");
+        }
+        assert_eq!(key_of("A_KEY", Ok(" sk-1\n".to_owned())), Ok(Secret::new("sk-1".to_owned())));
     }
 }

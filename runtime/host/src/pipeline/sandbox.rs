@@ -289,6 +289,8 @@ impl Sandbox {
     fn tell(&self, error: &mlua::Error, script: &Path) -> anyhow::Error {
         let (text, trace) = parts(error);
         // What a machine cannot tell has no place either.
+        let frames: Vec<&str> = trace.lines().map(str::trim).filter(|line| is_frame(line)).collect();
+        let raised_at = || frames.first().map_or_else(|| shown(script), |frame| place(frame).to_string());
         let text = match text {
             text if text == errors::out_of_memory() => format!("{}: {text}", shown(script)),
             text if text.starts_with(UNTOLD) => {
@@ -296,9 +298,9 @@ impl Sandbox {
             }
             text => match text.split_once(": 0x") {
                 Some((kind @ ("table" | "function" | "thread" | "buffer"), _)) => {
-                    format!("{}: the script raised a {kind}, not a message", shown(script))
+                    format!("{}: the script raised a {kind}, not a message", raised_at())
                 }
-                _ if text == "nil" => format!("{}: the script raised nil, not a message", shown(script)),
+                _ if text == "nil" => format!("{}: the script raised nil, not a message", raised_at()),
                 _ => text,
             },
         };
@@ -307,7 +309,6 @@ impl Sandbox {
             let words = ended.to_string();
             return if text.ends_with(&words) { anyhow!(text) } else { anyhow!("{}: {words}", shown(script)) };
         }
-        let frames: Vec<&str> = trace.lines().map(str::trim).filter(|line| is_frame(line)).collect();
         // The first frame is where the message says that it is.
         let callers: String =
             frames.iter().skip(1).take(8).map(|frame| format!("\n  called from {}", place(frame))).collect();

@@ -27,6 +27,18 @@ pub(super) struct Answer<'a, I> {
     /// The end of the text while it may be the beginning of the key.
     held: String,
     over: bool,
+    /// The only piece is the whole answer, which needs no reason to be complete.
+    is_whole: bool,
+}
+
+/// Returns the choice of a piece that is answered with: that of index 0, which is also the index of one without; null if there is none.
+pub(super) fn choice(piece: &Value) -> &Value {
+    let is_first = |choice: &&Value| match &choice["index"] {
+        Value::Number(index) => index.as_f64() == Some(0.0),
+        Value::String(index) => index == "0",
+        _ => true,
+    };
+    piece["choices"].as_array().and_then(|choices| choices.iter().find(is_first)).unwrap_or(&Value::Null)
 }
 
 /// Makes the error of a read that failed.
@@ -54,7 +66,13 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
             usage: Usage::default(),
             held: String::new(),
             over: false,
+            is_whole: false,
         }
+    }
+
+    /// An answer that comes as one piece instead of a stream.
+    pub(super) fn whole(endpoint: &'a Endpoint, pieces: I) -> Self {
+        Self { is_whole: true, ..Self::new(endpoint, pieces) }
     }
 
     /// Reads one piece and makes events of it.
@@ -63,6 +81,7 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
             Some(Ok(data)) => data,
             // After the finish_reason only the usage may be missing.
             None | Some(Err(_)) if self.finish.is_some() => return self.end(),
+            None if self.is_whole => return self.end(),
             None => return Err(self.error(Kind::Cut, "the answer broke off: the connection ended before it did")),
             Some(Err(error)) => return Err(unreadable(self.endpoint, &error)),
         };
@@ -94,7 +113,7 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         if let Some(refused) = Refused::of_piece(piece) {
             return Err(self.error(refused.kind(None, None), refused.words()));
         }
-        let choice = &piece["choices"][0];
+        let choice = choice(piece);
         // Azure's first piece has no choice, no id and no model.
         if !self.started && choice.is_object() {
             self.start(piece);
@@ -103,6 +122,9 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         // Some servers send one message instead of deltas, and some repeat the whole text as a message at the end.
         let is_delta = choice["delta"].is_object();
         let says = if is_delta { &choice["delta"] } else { &choice["message"] };
+        if let Some(strange) = ["delta", "message"].into_iter().find(|field| !is_object_or_none(&choice[*field])) {
+            return Err(self.not_understood(strange));
+        }
         let is_call = |field: &str| match &says[field] {
             Value::Array(calls) => !calls.is_empty(),
             call => call.is_object(),
@@ -110,8 +132,18 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         if is_call("tool_calls") || is_call("function_call") {
             return Err(self.error(Kind::Protocol, "it answered with a tool call, and no tools were offered"));
         }
+        let said = said(says).map_err(|field| self.not_understood(field))?;
+        self.thought |= said.thought;
         if is_delta || !self.spoke {
-            self.say(&said(says));
+            self.say(&said.text);
+        }
+        // The completions of before chat have a text and no delta. Beside one, it may say the same once more.
+        let is_legacy = !is_delta && !choice["message"].is_object();
+        match &choice["text"] {
+            Value::Null => {}
+            Value::String(text) if is_legacy || !self.spoke => self.say(text),
+            Value::String(_) => {}
+            _ => return Err(self.not_understood("text")),
         }
         let thoughts = ["reasoning_content", "reasoning", "thinking"].map(|field| &says[field]);
         self.thought |= thoughts.iter().any(|thought| thought.as_str().is_some_and(|text| !text.is_empty()));
@@ -136,7 +168,7 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
     /// Reads the usage, which comes once or grows with every piece.
     fn count(&mut self, piece: &Value) {
         // The places of OpenAI, Moonshot and Groq.
-        let places = [&piece["usage"], &piece["choices"][0]["usage"], &piece["x_groq"]["usage"]];
+        let places = [&piece["usage"], &choice(piece)["usage"], &piece["x_groq"]["usage"]];
         let Some(usage) = places.into_iter().find(|usage| usage.is_object()) else { return };
         let whole = |number: f64| (number >= 0.0 && number.fract() == 0.0).then_some(number as u64);
         let count = |key: &str| usage[key].as_u64().or_else(|| usage[key].as_f64().and_then(whole));
@@ -183,6 +215,13 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         Ok(())
     }
 
+    fn not_understood(&self, field: &str) -> HandlerError {
+        self.error(
+            Kind::Protocol,
+            &format!("the answer's `{field}` is in a form that is not known, and its text would be lost"),
+        )
+    }
+
     fn error(&self, kind: Kind, message: &str) -> HandlerError {
         self.endpoint.error(kind, message)
     }
@@ -208,19 +247,54 @@ impl<I: Iterator<Item = io::Result<String>>> Iterator for Answer<'_, I> {
     }
 }
 
-/// Returns the text of a delta or a message. A refusal is the text that the model gives instead.
-fn said(delta: &Value) -> String {
-    let part = |part: &Value| match part["type"].as_str() {
-        Some("thinking" | "reasoning") => None,
-        _ => part["text"].as_str().or_else(|| part["refusal"].as_str()).map(str::to_owned),
+fn is_object_or_none(value: &Value) -> bool {
+    value.is_object() || value.is_null()
+}
+
+/// What a delta or a message says.
+#[derive(Default)]
+struct Said {
+    text: String,
+    /// Some of its content is reasoning.
+    thought: bool,
+}
+
+impl Said {
+    /// Adds one part of the content, or says that it is not understood.
+    fn part(&mut self, part: &Value) -> Option<()> {
+        // Only an object has a type, and only a null or a string has none of these fields.
+        let text = match (part["type"].as_str(), &part["text"], &part["refusal"]) {
+            (Some("thinking" | "reasoning"), ..) => {
+                self.thought = true;
+                return Some(());
+            }
+            // Mistral's numbers of sources.
+            (Some("reference"), Value::Null, _) => return Some(()),
+            (_, Value::String(text), _) | (_, Value::Null, Value::String(text)) => text,
+            (_, Value::Object(text), _) => text.get("value")?.as_str()?,
+            (Some("text" | "output_text" | "refusal"), Value::Null, Value::Null) => "",
+            _ if part.is_null() => "",
+            _ => part.as_str()?,
+        };
+        self.text.push_str(text);
+        Some(())
+    }
+}
+
+/// Reads a delta or a message. A refusal is the text that the model gives instead.
+///
+/// # Errors
+/// When a field is not understood; names it.
+fn said(delta: &Value) -> Result<Said, &'static str> {
+    let mut said = Said::default();
+    let (field, content) = match &delta["content"] {
+        Value::Null => ("text", &delta["text"]),
+        content => ("content", content),
     };
-    let mut text = match &delta["content"] {
-        Value::String(text) => text.clone(),
-        Value::Array(parts) => parts.iter().filter_map(part).collect(),
-        _ => String::new(),
-    };
-    text.extend(delta["refusal"].as_str());
-    text
+    let parts = content.as_array().map_or(std::slice::from_ref(content), Vec::as_slice);
+    parts.iter().try_for_each(|part| said.part(part)).ok_or(field)?;
+    said.part(&delta["refusal"]).ok_or("refusal")?;
+    Ok(said)
 }
 
 #[cfg(test)]
@@ -498,6 +572,55 @@ mod tests {
                 "stop",
                 None,
             ),
+            (
+                "completions of before chat",
+                &stream(&[r#"C{"index":0,"text":"é"}"#, r#"C{"text":"ß","finish_reason":"stop"}"#, DONE]),
+                "éß",
+                "stop",
+                None,
+            ),
+            (
+                "a text beside the delta that says the same",
+                &stream(&[
+                    r#"C{"delta":{"content":"a"},"text":"a"}"#,
+                    r#"C{"delta":{},"text":"a","finish_reason":"stop"}"#,
+                ]),
+                "a",
+                "stop",
+                None,
+            ),
+            ("content of one part", &stream(&[r#"D{"content":{"type":"text","text":"é"}}"#, STOP]), "é", "stop", None),
+            (
+                "content of strings",
+                &stream(&[r#"D{"content":["a","b",null]}"#, r#"D{"content":[]}"#, STOP]),
+                "ab",
+                "stop",
+                None,
+            ),
+            (
+                "parts whose text has a value",
+                &stream(&[
+                    r#"D{"content":[{"type":"text","text":{"value":"é","annotations":[]}},{"type":"text"}]}"#,
+                    STOP,
+                ]),
+                "é",
+                "stop",
+                None,
+            ),
+            ("a delta's text", &stream(&[r#"D{"type":"text_delta","text":"a"}"#, STOP]), "a", "stop", None),
+            (
+                "other choices",
+                &stream(&[
+                    r#"C{"index":1,"delta":{"content":"x"},"finish_reason":"length"}"#,
+                    r#"{"choices":[{"index":2,"delta":{"content":"y"}},{"index":0,"delta":{"content":"a"}}]}"#,
+                    r#"C{"index":"0","delta":{"content":"b"}}"#,
+                    STOP,
+                    r#"C{"index":1,"error":"it fell"}"#,
+                ]),
+                "ab",
+                "stop",
+                None,
+            ),
             ("an unknown reason", &stream(&[A, r#"C{"delta":{},"finish_reason":"weird"}"#]), "a", "weird", None),
         ];
         for (what, bytes, text, reason, tokens) in cases {
@@ -634,6 +757,39 @@ mod tests {
                 ]),
                 Kind::Protocol,
                 "tool",
+            ),
+            ("content that is a number", &stream(&[r#"D{"content":5}"#, STOP]), Kind::Protocol, "`content`"),
+            ("a part that is a number", &stream(&[r#"D{"content":["a",5]}"#, STOP]), Kind::Protocol, "`content`"),
+            (
+                "a part of no known form",
+                &stream(&[r#"D{"content":{"type":"image","url":"x"}}"#, STOP]),
+                Kind::Protocol,
+                "`content`",
+            ),
+            (
+                "a text of no known form",
+                &stream(&[r#"C{"text":["a"],"finish_reason":"stop"}"#]),
+                Kind::Protocol,
+                "`text`",
+            ),
+            ("a delta that is a list", &stream(&[r#"D["a"]"#, STOP]), Kind::Protocol, "`delta`"),
+            (
+                "a message that is a text",
+                &stream(&[r#"C{"message":"a","finish_reason":"stop"}"#]),
+                Kind::Protocol,
+                "`message`",
+            ),
+            (
+                "thoughts in parts and no more",
+                &stream(&[r#"D{"content":[{"type":"thinking","thinking":"42"}]}"#, STOP]),
+                Kind::Protocol,
+                "reasoning",
+            ),
+            (
+                "another choice alone",
+                &stream(&[r#"C{"index":1,"delta":{"content":"a"},"finish_reason":"stop"}"#]),
+                Kind::Cut,
+                "connection ended",
             ),
             ("the call of a function", &stream(&[r#"D{"function_call":{"name":"f"}}"#]), Kind::Protocol, "tool"),
             (

@@ -99,6 +99,11 @@ impl BaseUrl {
         if host.is_empty() {
             return Err(format!("the address has no host; {example}"));
         }
+        // The library takes any digits.
+        let port = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
+        if !port.is_empty() && authority.port_u16().is_none_or(|port| port == 0) {
+            return Err("the address's port should be from 1 to 65535".to_owned());
+        }
         if uri.query().is_some() || text.contains('#') {
             return Err("an address with `?` or `#` is not supported; leave out what begins there".to_owned());
         }
@@ -154,6 +159,10 @@ mod tests {
             "https://a/v1#x",
             "https://a/v1/chat/completions",
             "https://a b/",
+            "https://a:99999/v1",
+            "https://a:0/v1",
+            "https://a:/v1",
+            "http://[::1]:65536",
         ] {
             assert!(BaseUrl::parse(bad).is_err(), "{bad}");
         }

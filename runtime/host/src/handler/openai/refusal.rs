@@ -7,6 +7,7 @@ use serde_json::Value;
 use ureq::Body;
 use ureq::http::Response;
 
+use super::answer::choice;
 use super::endpoint::Endpoint;
 use crate::handler::{HandlerError, Kind};
 
@@ -105,7 +106,7 @@ impl Refused {
 
     /// Returns the error that a piece of a stream is or contains.
     pub(super) fn of_piece(piece: &Value) -> Option<Self> {
-        let choice = &piece["choices"][0];
+        let choice = choice(piece);
         if let Some(at) = [piece, piece.get(0).unwrap_or(piece), choice].into_iter().find(|at| says(&at["error"])) {
             return Some(Self::read(at));
         }
@@ -166,6 +167,8 @@ fn says(error: &Value) -> bool {
     }
 }
 
+const NOT_FOUND: &str = "the host was not found: its name is wrong, or there is no network";
+
 /// Returns the kind of an error of the connection.
 pub(super) fn kind_of(error: &ureq::Error) -> Kind {
     match error {
@@ -184,7 +187,9 @@ pub(super) fn words_of(error: &ureq::Error) -> String {
             "no connection within connect_timeout_s".to_owned()
         }
         ureq::Error::Timeout(_) => "no answer in time".to_owned(),
-        ureq::Error::HostNotFound => "the host was not found: its name is wrong, or there is no network".to_owned(),
+        ureq::Error::HostNotFound => NOT_FOUND.to_owned(),
+        // What the system's resolver says has no kind of its own.
+        ureq::Error::Io(error) if error.to_string().contains("failed to lookup address") => NOT_FOUND.to_owned(),
         ureq::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             "the connection was refused: no server listens there".to_owned()
         }

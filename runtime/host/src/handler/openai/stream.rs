@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
-use super::answer::{Answer, unreadable};
+use super::answer::{Answer, choice, unreadable};
 use super::endpoint::Endpoint;
 use super::refusal::{Refused, kind_of, refusal, words_of};
 use crate::handler::context::PATIENCE;
@@ -27,6 +27,9 @@ const AHEAD: usize = 16;
 const WHOLE_BYTES_MAX: u64 = 16 << 20;
 /// Most threads at once. Some of them may still wait for a connection that nobody wants any longer.
 const READERS_MAX: usize = 256;
+
+/// The bytes of U+FEFF. Neither JSON nor an event begins with one of them otherwise.
+const BYTE_ORDER_MARK: [u8; 3] = [0xef, 0xbb, 0xbf];
 
 static READERS: AtomicUsize = AtomicUsize::new(0);
 
@@ -189,21 +192,23 @@ fn ask(
             let read = reader.take(WHOLE_BYTES_MAX).read_to_string(&mut text);
             read.map_err(|error| unreadable(endpoint, &error))?;
             let whole: Option<Value> = serde_json::from_str(&text).ok();
-            let is_answer = |whole: &Value| whole["choices"][0].is_object() || Refused::of_piece(whole).is_some();
+            let has_text = |choice: &Value| ["message", "delta", "text"].iter().any(|field| !choice[*field].is_null());
+            let is_answer = |whole: &Value| has_text(choice(whole)) || Refused::of_piece(whole).is_some();
             if !whole.as_ref().is_some_and(is_answer) {
                 return Err(endpoint.error(Kind::Protocol, "it answered with JSON that is not an answer"));
             }
-            tell(Answer::new(endpoint, std::iter::once(Ok(text))), sender)
+            tell(Answer::whole(endpoint, std::iter::once(Ok(text))), sender)
         }
         _ => tell(Answer::new(endpoint, Events::new(reader)), sender),
     }
 }
 
-/// Returns the first byte that is not white space, and leaves it in the reader.
+/// Returns the first byte that is neither white space nor of a byte order mark, and leaves it in the reader.
 fn first(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
     loop {
         let bytes = reader.fill_buf()?;
-        let white = bytes.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        let white =
+            bytes.iter().take_while(|byte| byte.is_ascii_whitespace() || BYTE_ORDER_MARK.contains(byte)).count();
         let first = bytes.get(white).copied();
         let is_over = bytes.is_empty();
         reader.consume(white);

@@ -213,9 +213,18 @@ impl Dataset {
         let mut found = false;
         for row in self.rows() {
             session.clock().check()?;
+            found = row.node().get(&field).is_some();
+            if found {
+                break;
+            }
+        }
+        if let Some(first) = self.rows().first().filter(|_| !found) {
+            return Err(said(no_field(name, &field, &first.node())));
+        }
+        for row in self.rows() {
+            session.clock().check()?;
             let node = row.node();
             let value = node.get(&field);
-            found |= value.is_some();
             let mut text = String::new();
             match value {
                 Some(value) => value.canonical(&mut text),
@@ -223,10 +232,7 @@ impl Dataset {
             }
             each(row, Key { number: value.and_then(Node::number), text })?;
         }
-        match self.rows().first().filter(|_| !found) {
-            Some(first) => Err(said(no_field(name, &field, &first.node()))),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -439,7 +445,12 @@ fn dedupe(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
     match options.get("by") {
         Some(by) => {
             let mut index = 0;
-            data.keys(lua, session, "dedupe", by, |_, key| {
+            data.keys(lua, session, "dedupe", by, |row, key| {
+                // Rows without a key are not equal to each other, and which of them are to stay is not for us to say.
+                if key.text == "null" {
+                    let next = "filter such rows out first, or give a function that returns a key for each";
+                    return Err(said(format!("dedupe: `by` gives no key; {next} (row: {})", row.place())));
+                }
                 kept.extend(is_new(&key.text).then_some(index));
                 index += 1;
                 Ok(())

@@ -278,6 +278,10 @@ const CALLS: [(&str, Call); 8] = [
     ("generate", generate),
 ];
 
+/// Luau's own tables that scripts see.
+const LIBRARIES: [&str; 10] =
+    ["bit32", "buffer", "coroutine", "debug", "math", "os", "string", "table", "utf8", "vector"];
+
 /// Gives a sandbox `homeroom`, `params` and `print`.
 ///
 /// # Errors
@@ -316,6 +320,13 @@ pub fn provide(sandbox: &Sandbox, session: &Rc<Session>, params: &Map<String, Js
     let names = VERBS.iter().map(|verb| verb.name).chain(["log", "null"]).map(str::to_owned).collect();
     strict(lua, prelude, &homeroom, "homeroom", names)?;
     sandbox.provide("homeroom", homeroom)?;
+
+    for (library, value) in LIBRARIES.iter().filter_map(|name| Some((*name, lua.globals().raw_get(*name).ok()?))) {
+        let Value::Table(table) = value else { continue };
+        let mut names = table.pairs::<String, Value>().map(|pair| Ok(pair?.0)).collect::<mlua::Result<Vec<_>>>()?;
+        names.sort();
+        strict(lua, prelude, &table, library, names)?;
+    }
 
     let table = lua.create_table()?;
     for (name, value) in params {
@@ -533,7 +544,7 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
         None => return Err(said(format!("create_handler: there is no model `{}`", short(&model)))),
     };
     if session.dry {
-        let file = handler::file()?;
+        let file = handler::check(&name, &model)?;
         session.would(
             lua,
             format!("write   [handlers.{name}] in {}: {model}", file.display()),

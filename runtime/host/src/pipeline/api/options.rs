@@ -63,6 +63,10 @@ impl Options {
                 problems.push(format!("{}: `{name}` is longer than {most}", verb.name));
             } else if !option.kind.admits(&value) {
                 let wanted = option.kind.words();
+                if option.kind.is_list() && value.as_table().is_some_and(Table::is_empty) {
+                    problems.push(format!("{}: `{name}` is empty; it should be {wanted}", verb.name));
+                    continue;
+                }
                 problems.push(format!("{}: `{name}` should be {wanted}, not {}", verb.name, words(&value)));
             }
             if values.insert(option.name, value).is_some() {

@@ -9,7 +9,7 @@ use std::ffi::c_void;
 use indexmap::IndexMap;
 use mlua::{Lua, Table, Value};
 
-use super::value::{Budget, empty_object, mixed, no_key, no_plain};
+use super::value::{Budget, empty_object, hole, mixed, no_key, no_plain};
 use crate::pipeline::clock::Clock;
 use crate::pipeline::errors::{Failure, said};
 
@@ -376,6 +376,9 @@ impl<'n, 't> Writer<'_, 'n, 't> {
         if !items.is_empty() && !fields.is_empty() {
             return Err(mixed());
         }
+        if !items.is_empty() && items.len() != length {
+            return Err(hole());
+        }
         let was_object = matches!(was.map(|node| &node.value), Some(Parsed::Object(_)));
         let is_object = !fields.is_empty() || items.is_empty() && (was_object || table.has_metatable());
         if is_object {
@@ -535,6 +538,8 @@ mod tests {
             ("row[1] = 2 return row", "a table has both a list's items and names"),
             ("row.x = '\\255' return row", "a string is not UTF-8"),
             ("row.x = row return row", "holds itself"),
+            ("row.x = {1, nil, nil, 4} return row", "write homeroom.null for an item that is null"),
+            ("return { x = {nil, 'é'} }", "write homeroom.null for an item that is null"),
         ] {
             let message = after(row, body).expect_err(body);
             assert!(message.contains(expected), "{body}: {message}");

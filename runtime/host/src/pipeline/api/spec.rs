@@ -120,6 +120,11 @@ impl Kind {
         }
     }
 
+    /// Whether a list can be of this type.
+    pub fn is_list(self) -> bool {
+        matches!(self, Self::Names | Self::Texts | Self::Shares)
+    }
+
     /// The type in words.
     pub fn words(self) -> String {
         match self {
@@ -487,7 +492,7 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "dedupe",
-        doc: "Keeps the first of equal rows.\nTwo rows are equal if their values are, in whatever order their keys are.",
+        doc: "Keeps the first of equal rows.\nTwo rows are equal if their values are, in whatever order their keys are. A row for which `by` gives nothing or null is an error.",
         options: &[&[opt(
             "by",
             Kind::Key,

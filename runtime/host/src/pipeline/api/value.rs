@@ -107,6 +107,9 @@ impl Plain<'_> {
         if !items.is_empty() && !fields.is_empty() {
             return Err(mixed());
         }
+        if !items.is_empty() && items.len() != length {
+            return Err(hole());
+        }
         if fields.is_empty() && (!items.is_empty() || !table.has_metatable()) {
             items.sort_by_key(|(index, _)| *index);
             return Ok(items.into_iter().map(|(_, item)| item).collect());
@@ -124,6 +127,11 @@ pub fn no_plain(value: &Value) -> Failure {
 /// Refuses a table for a key that is neither a place in a list nor a name.
 pub fn no_key(key: &Value) -> Failure {
     said(format!("a table with key {} is neither a list nor a table of names", short(&name_of(key))))
+}
+
+/// Refuses a list that has no value in the place of an item.
+pub fn hole() -> Failure {
+    said("a list has a nil before its end; write homeroom.null for an item that is null")
 }
 
 /// Refuses a table for having both kinds of keys.

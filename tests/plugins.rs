@@ -229,6 +229,12 @@ fn values_that_lora_cannot_use_are_refused() -> Result<()> {
     let none = ["matches no module", "this model has", "q_proj"];
     check_plan_refused("lora", json!({"target_modules": ["query"]}), &none)?;
     check_plan_refused("lora", json!({"target_modules": []}), &none)?;
+    for strategy in ["lora", "qlora", "int8", "ia3", "vera"] {
+        let slip = ["`q_prj` (did you mean `q_proj`?) matches no module; this model has "];
+        check_plan_refused(strategy, json!({"target_modules": ["q_prj", "v_proj"]}), &slip)?;
+    }
+    let slip = ["alpha_pattern: `v_porj` matches no module, did you mean `v_proj`?"];
+    check_plan_refused("lora", json!({"alpha_pattern": {"v_porj": 2, "q_proj": 3}}), &slip)?;
     check_plan_refused("lora", json!({"target_modules": "q_proj"}), &none)?;
     check_plan_refused("lora", json!({"target_modules": "(q_proj"}), &["`(q_proj` is not a regular expression"])?;
     check_plan_refused("lora", json!({"alpha_pattern": {"(": 2}}), &["not a regular expression"])?;

@@ -183,12 +183,15 @@ fn where_no_bar_can_be_drawn_progress_is_told_in_lines() -> Result<()> {
     for variables in [&[][..], &[("CI", "false")]] {
         let seen = train(variables)?;
         ensure!(!seen.contains("step     1/3") && seen.contains("step 3/3 ") && seen.contains('\x1b'), "{seen:?}");
+        let last = seen.rfind("step 3/3   loss ").and_then(|at| seen[at..].lines().next());
+        // This terminal has no width, and what follows begins in a line of its own all the same.
+        ensure!(last.is_some_and(|last| last.ends_with(" tok/s")), "{seen:?}");
     }
     Ok(())
 }
 
 #[test]
-fn the_bar_of_a_run_that_is_stopped_stays_where_it_is() -> Result<()> {
+fn a_run_that_is_stopped_tells_its_last_step_and_no_time_left() -> Result<()> {
     let place = Place::new()?;
     let mut train = place.fine_tune(&fixture("models/llama"), &place.rows("rows.jsonl", 12)?);
     train.args(["--max-steps", "77777", "--warmup-ratio", "0"]).env("TERM", "xterm").env_remove("CI");
@@ -202,5 +205,7 @@ fn the_bar_of_a_run_that_is_stopped_stays_where_it_is() -> Result<()> {
     })?;
     ensure!(stopped && seen.contains("stopped after step ") && seen.contains(" of 77777"), "{seen:?}");
     ensure!(!seen.contains("77777/77777"), "{seen:?}");
+    let last = seen.rfind("/77777   loss ").and_then(|at| seen[at..].lines().next());
+    ensure!(last.is_some_and(|last| last.ends_with(" tok/s")), "{seen:?}");
     Ok(())
 }

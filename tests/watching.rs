@@ -98,6 +98,12 @@ fn a_pipeline_runs_again_when_its_script_is_saved() -> Result<()> {
     run.says("watching")?;
     place.write("scripts/one.lua", "print(\"second\")\nreturn nil\n")?;
     run.says("second")?;
+    run.says("watching")?;
+    // It waits, and there is no step that it could end.
+    // SAFETY: kill has no memory preconditions; the child was not waited for, so the number is still its own.
+    unsafe { libc::kill(run.child.id() as i32, libc::SIGINT) };
+    let said = run.says("interrupted: ")?;
+    assert!(said.contains("interrupted: ending"), "{said}");
     Ok(())
 }
 

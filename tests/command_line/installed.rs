@@ -95,6 +95,66 @@ fn installed_strategies_are_found_by_every_copy_of_the_program() -> Result<()> {
     Ok(())
 }
 
+/// What a killed or failed installation leaves: an entry before its file, or two entries and either file.
+#[test]
+fn an_installation_that_ends_anywhere_leaves_strategies_that_load() -> Result<()> {
+    let place = Place::new()?;
+    let program = copy_of_program(&place, "usr/bin")?;
+    let lib = place.path("usr/lib/homeroom/plugins/liblora.so");
+    fs::create_dir_all(lib.parent().context("a file lies in a directory")?)?;
+    fs::copy(plugin_path("lora"), &lib)?;
+    let lora = || -> Result<Value> { Ok(item(&listed(&mut with_home(&program, &place))?, "lora")?.clone()) };
+    let locked = || fs::read_to_string(place.path("home/plugins.lock")).unwrap_or_default();
+    let install = |path: &Path| {
+        let mut command = with_home(&program, &place);
+        command.args(["plugins", "install"]).arg(path);
+        command
+    };
+    // The copy cannot be written: a file is where its directory would be.
+    place.write("home/plugins", "in the way")?;
+    refused(&mut install(&lib), &["home/plugins"])?;
+    assert!(locked().contains("name = \"lora\""), "the entry comes before the file: {}", locked());
+    assert_eq!(lora()?["trust"], "beside the program");
+    fs::remove_file(place.path("home/plugins"))?;
+    let old = install(&lib);
+    succeeds(&mut { old })?;
+    let (old_lock, old_file) = (locked(), fs::read(&lib)?);
+    let new_file = [old_file.clone(), "neu gebaut".into()].concat();
+    let new = place.write("new/liblora.so", &new_file)?;
+    succeeds(&mut install(&new))?;
+    let new_lock = locked();
+    assert!(new_lock != old_lock && new_lock.matches("[[plugin]]").count() == 1, "{new_lock}");
+    let entry = new_lock.find("\n[[plugin]]").context("an entry")?;
+    let between = old_lock + &new_lock[entry..];
+    for bytes in [&old_file, &new_file] {
+        place.write("home/plugins.lock", &between)?;
+        place.write("home/plugins/liblora.so", bytes)?;
+        assert_eq!(lora()?["trust"], "locked");
+        // The next installation ends what that one began.
+        succeeds(&mut install(&new))?;
+        assert_eq!(locked(), new_lock);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_strategy_that_is_found_is_checked_and_installed_by_its_name() -> Result<()> {
+    let place = Place::new()?;
+    plugin_path("int8");
+    let program = Path::new(env!("CARGO_BIN_EXE_homeroom"));
+    let plugins = |words: &[&str]| {
+        let mut command = with_home(program, &place);
+        command.current_dir(place.path("")).arg("plugins").args(words);
+        command
+    };
+    let report = printed_json(&succeeds(&mut plugins(&["check", "int8", "--json"]))?)?;
+    assert!(report["file"].as_str().is_some_and(|file| file.ends_with("libint8.so")), "{report}");
+    let ran = succeeds(&mut plugins(&["install", "int8", "lora"]))?;
+    assert!(ran.stdout.starts_with("int8   0.1.0   installed") && ran.stdout.lines().count() == 2, "{}", ran.stdout);
+    refused(&mut plugins(&["install", "qlroa"]), &["no such file, directory or strategy, did you mean `qlora`?"])?;
+    refused(&mut plugins(&["new", "qlora"]), &["`qlora` is a strategy that comes with this program"])
+}
+
 #[test]
 fn what_is_no_strategy_of_this_program_is_not_installed() -> Result<()> {
     let place = Place::new()?;

@@ -194,13 +194,66 @@ fn flags_of_other_programs_are_answered_with_the_flag_here() -> Result<()> {
         ("train --lr 1", "tip: 'train' is 'fine-tune' here"),
         ("fine_tune", "tip: 'fine_tune' is 'fine-tune' here"),
         ("ls", "tip: 'ls' is 'list-models' here"),
+        ("fine-tune --packing", "tip: '--packing': packing is the default, --no-packing turns it off"),
+        ("fine-tune --no-gradient-checkpointing", "it is off unless --gradient-checkpointing is given"),
+        ("fine-tune --eval_steps 10", "the loss on --eval-file is measured before and after"),
+        ("fine-tune --logging-steps 10", "there is no such flag: the loss of each step is in trainer_state.json"),
+        ("fine-tune --warmup-steps 10", "--warmup-ratio is a share of the steps"),
+        ("fine-tune --resume-from-checkpoint x", "cannot be resumed yet; --init-from begins another"),
+        ("fine-tune --save-steps 50", "saved at the end, and where Ctrl-C stops it"),
+        ("chat --stream", "a reply is printed as it comes already"),
+        ("fine-tune --load-in-4-bit", "is '--strategy qlora' here"),
+        ("fine-tune --fp16", "is '--compute bf16' here"),
+        ("fine-tune --bf16 true", "is '--compute bf16' here"),
+        ("eval --training-file F", "'--training-file' is '--file' here"),
+        ("run c.toml --model größe", "set a parameter of the pipeline by --set model=größe"),
+        ("run c.toml --lora_r=4 --check", "by --set lora_r=4"),
+        ("run c.toml --fast --check", "by --set fast=VALUE"),
+        ("run c.toml epochs=2", "by --set epochs=2"),
         // Where nothing is known, clap's own.
+        ("run c.toml --dry-rn", "a similar argument exists: '--dry-run'"),
         ("fine-tune --learning-rat 1", "a similar argument exists: '--learning-rate'"),
     ] {
         wrong(line, &[tip])?;
     }
     // The usage is the command's, and not that of a flag which is spelled alike.
     wrong("fine-tune --lr 1e-4", &["Usage: homeroom fine-tune [OPTIONS] --model-name <MODEL> --training-file <FILE>\n"])
+}
+
+#[test]
+fn methods_that_are_options_of_a_strategy_are_answered_with_the_option() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 2)?;
+    for (name, option) in [("dora", "use_dora"), ("DoRA", "use_dora"), ("rslora", "use_rslora")] {
+        let words = [&format!("--strategy lora --set-option {option}=true") as &str];
+        refused(place.fine_tune(&fixture("models/llama"), &rows).args(["--strategy", name]), &words)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_script_is_answered_with_the_file_that_declares_it() -> Result<()> {
+    let place = Place::new()?;
+    place.write("scripts/größe.lua", "return nil")?;
+    place.write("configs/a.toml", "[pipeline]\nscript = \"../scripts/other.lua\"\n")?;
+    place.write("configs/b.toml", "[pipeline]\nscript = \"../scripts/größe.lua\"\n")?;
+    let mut run = homeroom();
+    run.current_dir(place.path("")).args(["run", "scripts/größe.lua"]);
+    refused(&mut run, &["a script, which is run by the TOML file", "homeroom run scripts/../configs/b.toml"])?;
+    std::fs::remove_file(place.path("configs/b.toml"))?;
+    refused(&mut run, &["`homeroom run CONFIG.toml`"])
+}
+
+#[test]
+fn an_adapter_cannot_be_measured_in_training_and_the_hint_is_one_that_the_command_takes() -> Result<()> {
+    let place = Place::new()?;
+    succeeds(place.fine_tune(&fixture("models/llama"), &place.rows("rows.jsonl", 2)?).args(["--max-steps", "1"]))?;
+    let mut bench = homeroom();
+    bench.args(["bench", "train", "--model-name"]).arg(place.path("outputs/out"));
+    let ran = run(&mut bench)?;
+    ensure!(ran.code == Some(1) && ran.stderr.contains("measures the training of one like it"), "{ran:?}");
+    ensure!(!ran.stderr.contains("--init-from"), "{ran:?}");
+    Ok(())
 }
 
 #[test]

@@ -94,6 +94,8 @@ impl Lora {
     /// When none is, or one cannot be adapted so, or a rank is above both widths of its module.
     pub fn plan(&self, model: &Model, plan: &mut Planner) -> Result<()> {
         plan.peft("LORA", self.peft.clone());
+        model.check_patterns("rank_pattern", self.ranks.keys())?;
+        model.check_patterns("alpha_pattern", self.alphas.keys())?;
         for module in model.matching(&self.targets)? {
             let (r, [a, b]) = (self.rank(module)?, names(module));
             pattern_value(&self.alphas, &module.path)?;

@@ -1,5 +1,6 @@
 //! A model as a strategy sees it, and PEFT's rules for naming the modules that are adapted.
 
+use homeroom_abi::describe::nearest;
 use homeroom_abi::plan::{ModelInfo, ModuleInfo, ModuleKind};
 use regex_lite::Regex;
 use serde_json::Value;
@@ -57,7 +58,7 @@ impl Model {
     /// The modules that `targets` means.
     ///
     /// # Errors
-    /// When it means none, or a regular expression cannot be read.
+    /// When it means none, one of several names means none, or a regular expression cannot be read.
     #[track_caller]
     pub fn matching(&self, targets: &Targets) -> Result<Vec<&ModuleInfo>> {
         let regex = match targets {
@@ -70,18 +71,60 @@ impl Model {
             Targets::Regex(_) => regex.as_ref().is_some_and(|regex| regex.is_match(&module.path)),
         };
         let found: Vec<&ModuleInfo> = self.info.modules.iter().filter(meant).collect();
-        if found.is_empty() {
+        // PEFT trains what the other names mean. A name that means nothing is a slip, and the training would be another.
+        let lost: Vec<&String> = match targets {
+            Targets::Endings(names) => names.iter().filter(|name| !self.has(name)).collect(),
+            _ => Vec::new(),
+        };
+        if found.is_empty() || !lost.is_empty() {
             let mut roles: Vec<&str> = self.info.modules.iter().map(|module| role(&module.path)).collect();
             roles.sort_unstable();
             roles.dedup();
             let wanted = match targets {
                 Targets::AllLinear => "all-linear".to_owned(),
-                Targets::Endings(names) => format!("{names:?}"),
+                Targets::Endings(_) if lost.is_empty() => "an empty list".to_owned(),
+                Targets::Endings(_) => {
+                    let lost = lost.iter().map(|name| match self.nearest(name) {
+                        Some(near) => format!("`{name}` (did you mean `{near}`?)"),
+                        None => format!("`{name}`"),
+                    });
+                    lost.collect::<Vec<_>>().join(", ")
+                }
                 Targets::Regex(pattern) => format!("the regular expression `{pattern}`"),
             };
             return Err(Error::new(format!("{wanted} matches no module; this model has {}", roles.join(", "))));
         }
         Ok(found)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.info.modules.iter().any(|module| ends_in(&module.path, name))
+    }
+
+    /// The end of a module's path, of as many parts as `name` has, that is nearest to it.
+    fn nearest(&self, name: &str) -> Option<&str> {
+        let parts = name.split('.').count();
+        let ends = self.info.modules.iter().map(|module| {
+            let cut = module.path.rmatch_indices('.').nth(parts - 1);
+            cut.map_or(module.path.as_str(), |(dot, _)| &module.path[dot + 1..])
+        });
+        nearest(name, ends)
+    }
+
+    /// Refuses a key of a table of patterns, see [`pattern_value`], that no module's path matches.
+    ///
+    /// # Errors
+    /// When there is one, or it is not a regular expression.
+    #[track_caller]
+    pub fn check_patterns<'a>(&self, option: &str, keys: impl IntoIterator<Item = &'a String>) -> Result<()> {
+        for key in keys {
+            let regex = full_match(&format!(r"(?:.*\.)?(?:{key})"))?;
+            if !self.info.modules.iter().any(|module| regex.is_match(&module.path)) {
+                let near = self.nearest(key).map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
+                return Err(Error::new(format!("{option}: `{key}` matches no module{near}")));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -140,6 +183,28 @@ mod tests {
         let model = Model::new(testing::request("{}").model);
         let error = model.matching(&Targets::Endings(vec!["_proj".into()])).unwrap_err();
         assert!(error.to_string().contains("this model has"), "{error}");
+    }
+
+    /// A slip beside a name that is right would leave out modules in silence.
+    #[test]
+    fn each_name_that_means_no_module_is_refused_with_the_nearest() {
+        let model = Model::new(testing::request("{}").model);
+        for (names, words) in [
+            (&["q_prj", "v_proj"][..], "`q_prj` (did you mean `q_proj`?) matches no module; this model has "),
+            (
+                &["v_proj", "layers.1.mlp.donw_proj", "größe"],
+                "`layers.1.mlp.donw_proj` (did you mean `layers.1.mlp.down_proj`?), `größe` matches no module",
+            ),
+            (&["all-linear", "lm_head"], "`all-linear` matches no module"),
+            (&["layers.2.mlp.up_proj", "", "up_proj"], "`layers.2.mlp.up_proj` (did you mean `layers."),
+        ] {
+            let names = names.iter().map(|name| (*name).to_owned()).collect();
+            let error = model.matching(&Targets::Endings(names)).unwrap_err().to_string();
+            assert!(error.contains(words), "{words}: {error}");
+        }
+        assert!(model.check_patterns("rank_pattern", [&"layers.1.*_proj".to_owned(), &"up_proj".to_owned()]).is_ok());
+        let error = model.check_patterns("rank_pattern", [&"dwn_proj".to_owned()]).unwrap_err().to_string();
+        assert!(error.contains("rank_pattern: `dwn_proj` matches no module, did you mean `down_proj`?"), "{error}");
     }
 
     #[test]

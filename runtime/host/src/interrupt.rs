@@ -9,6 +9,8 @@ use homeroom_engine::files;
 use crate::progress::line;
 
 static ASKED: AtomicBool = AtomicBool::new(false);
+/// Nothing is being done that would have to be ended.
+static IDLE: AtomicBool = AtomicBool::new(false);
 /// The program is being ended at once.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
@@ -25,7 +27,12 @@ pub fn listen() -> Result<()> {
         if ASKED.swap(true, Ordering::SeqCst) {
             end();
         }
-        line("\ninterrupted: the run ends after this step and saves what it has; press Ctrl-C again to end at once");
+        line(match IDLE.load(Ordering::SeqCst) {
+            true => "\ninterrupted: ending",
+            false => {
+                "\ninterrupted: the run ends after this step and saves what it has; press Ctrl-C again to end at once"
+            }
+        });
     };
     on_press(handler)
 }
@@ -54,6 +61,14 @@ fn end() -> ! {
 /// When the signal handler cannot be set.
 pub fn on_press(press: impl FnMut() + Send + 'static) -> Result<()> {
     ctrlc::set_handler(press).context("cannot listen for Ctrl-C")
+}
+
+/// Waits for something to do; an interruption has nothing to end meanwhile.
+pub fn idly<T>(wait: impl FnOnce() -> T) -> T {
+    IDLE.store(true, Ordering::SeqCst);
+    let waited = wait();
+    IDLE.store(false, Ordering::SeqCst);
+    waited
 }
 
 /// Whether an interruption was asked for.

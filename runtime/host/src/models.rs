@@ -50,19 +50,30 @@ pub fn load_base(name: &Path) -> Result<BaseModel> {
     Ok(model)
 }
 
+/// What a base model is needed for.
+#[derive(Clone, Copy)]
+pub enum Use {
+    /// To be trained.
+    Training,
+    /// To measure how fast it is trained.
+    Measuring,
+}
+
 /// Refuses an adapter where a base model is needed.
 ///
 /// # Errors
 /// When the name is an adapter's.
-pub fn refuse_adapter(name: &Path) -> Result<()> {
+pub fn refuse_adapter(name: &Path, use_of: Use) -> Result<()> {
     let path = registry::resolve(name);
     if is_adapter(&path) {
         let base = AdapterFiles::read(&path).ok().and_then(|files| files.base_path());
         let base = base.map_or_else(|| "MODEL".to_owned(), |base| base.display().to_string());
         let name = name.display();
-        bail!(
-            "{name}: an adapter on {base}, not a base model\nhint: `--model-name {base} --init-from {name}` trains it further"
-        );
+        let hint = match use_of {
+            Use::Training => format!("`--model-name {base} --init-from {name}` trains it further"),
+            Use::Measuring => format!("`--model-name {base}` measures the training of one like it"),
+        };
+        bail!("{name}: an adapter on {base}, not a base model\nhint: {hint}");
     }
     Ok(())
 }

@@ -36,6 +36,7 @@ pub struct Training {
     started: Instant,
     tokens: usize,
     seconds: f64,
+    last: String,
 }
 
 impl Training {
@@ -48,7 +49,7 @@ impl Training {
             bar.enable_steady_tick(Duration::from_secs(1));
             bar
         });
-        Self { bar, started: Instant::now(), tokens: 0, seconds: 0.0 }
+        Self { bar, started: Instant::now(), tokens: 0, seconds: 0.0, last: String::new() }
     }
 
     /// A step is done.
@@ -60,6 +61,7 @@ impl Training {
             Some(bar) => {
                 bar.set_position(report.step);
                 bar.set_message(format!("loss {:.3}  {speed} tok/s", report.loss));
+                self.last = format!("step {}/{steps}   loss {:.3}   {speed} tok/s", report.step, report.loss);
             }
             None => {
                 // About ten lines a run, the first and the last among them.
@@ -82,7 +84,11 @@ impl Training {
     /// The run has ended: after its last step, or where it was stopped.
     pub fn end(self) {
         if let Some(bar) = self.bar {
-            bar.abandon();
+            // Not left where it is: it would tell of time left, and take the line that follows for its own where a terminal has no width.
+            bar.finish_and_clear();
+            if !self.last.is_empty() {
+                line(self.last);
+            }
         }
     }
 }
@@ -136,7 +142,26 @@ impl Counting {
     }
 }
 
+/// 1.23 M, or 4,567 where millions would be 0.00.
+pub fn millions(number: usize) -> String {
+    match number {
+        ..10_000 => thousands(number).to_string(),
+        _ => format!("{:.2} M", number as f64 / 1e6),
+    }
+}
+
 /// 1,234,567.
 pub fn thousands(number: usize) -> HumanCount {
     HumanCount(number as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_parameters_are_counted_and_many_are_told_in_millions() {
+        assert_eq!([0, 4_567, 9_999].map(millions), ["0", "4,567", "9,999"]);
+        assert_eq!([10_000, 4_884_480].map(millions), ["0.01 M", "4.88 M"]);
+    }
 }

@@ -8,7 +8,7 @@ use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// Flags elsewhere, and what they are here: the first that the command has. Hyphens stand for underscores, too.
-const FLAGS: [(&str, &[&str]); 71] = [
+const FLAGS: [(&str, &[&str]); 73] = [
     ("adapter", &["--model-dir", "--init-from"]),
     ("adapter-name-or-path", &["--model-dir", "--init-from"]),
     ("adapter-path", &["--model-dir", "--init-from"]),
@@ -29,6 +29,7 @@ const FLAGS: [(&str, &[&str]); 71] = [
     ("eval-dataset", &["--eval-file"]),
     ("fine-tune-type", &["--strategy"]),
     ("finetuning-type", &["--strategy"]),
+    ("fp16", &["--compute bf16"]),
     ("fp32", &["--compute f32"]),
     ("grad-accum", &["--gradient-accumulation-steps"]),
     ("grad-accumulation-steps", &["--gradient-accumulation-steps"]),
@@ -37,7 +38,9 @@ const FLAGS: [(&str, &[&str]); 71] = [
     ("input", &["--training-file", "--file", "--prompt"]),
     ("iters", &["--max-steps"]),
     ("learningrate", &["--learning-rate"]),
+    ("load-in-4-bit", &["--strategy qlora"]),
     ("load-in-4bit", &["--strategy qlora"]),
+    ("load-in-8-bit", &["--strategy int8"]),
     ("load-in-8bit", &["--strategy int8"]),
     ("lora-rank", &["--lora-r"]),
     ("lora-target", &["--target-modules"]),
@@ -67,20 +70,42 @@ const FLAGS: [(&str, &[&str]); 71] = [
     ("quantization-bit", &["--strategy qlora"]),
     ("rank", &["--lora-r"]),
     ("resume-adapter-file", &["--init-from"]),
-    ("resume-from-checkpoint", &["--init-from"]),
     ("save-path", &["--output-dir"]),
     ("steps", &["--max-steps"]),
     ("system-prompt", &["--system"]),
     ("temp", &["--temperature"]),
     ("test-size", &["--eval-fraction"]),
     ("train-batch-size", &["--batch-size"]),
-    ("train-file", &["--training-file"]),
+    ("train-file", &["--training-file", "--file"]),
+    ("training-file", &["--file"]),
     ("use-dora", &["--set-option use_dora=true"]),
     ("use-rslora", &["--set-option use_rslora=true"]),
     ("val-set-size", &["--eval-fraction"]),
     ("validation-file", &["--eval-file"]),
-    ("warmup-steps", &["--warmup-ratio"]),
 ];
+
+/// Flags elsewhere that no flag here stands for: a flag of the commands that are meant, and what to know.
+const NOTES: [(&str, &str, &str); 16] = [
+    ("do-sample", "temperature", "--temperature 0 takes the likeliest token, a higher one samples"),
+    ("eval-steps", "eval-file", EVALUATED),
+    ("eval-strategy", "eval-file", EVALUATED),
+    ("evaluation-strategy", "eval-file", EVALUATED),
+    ("logging-steps", "training-file", "there is no such flag: the loss of each step is in trainer_state.json"),
+    ("no-gradient-checkpointing", "gradient-checkpointing", "it is off unless --gradient-checkpointing is given"),
+    ("no-stream", "prompt", "there is no such flag: a reply is always printed as it comes"),
+    ("packing", "no-packing", "packing is the default, --no-packing turns it off"),
+    ("resume", "init-from", RESUMED),
+    ("resume-from", "init-from", RESUMED),
+    ("resume-from-checkpoint", "init-from", RESUMED),
+    ("save-steps", "output-dir", SAVED),
+    ("save-strategy", "output-dir", SAVED),
+    ("save-total-limit", "output-dir", SAVED),
+    ("stream", "prompt", "a reply is printed as it comes already"),
+    ("warmup-steps", "warmup-ratio", "--warmup-ratio is a share of the steps: 10 of 200 are --warmup-ratio 0.05"),
+];
+const EVALUATED: &str = "there is no such flag: the loss on --eval-file is measured before and after the training; a pipeline's fine_tune has eval_steps";
+const RESUMED: &str = "a training cannot be resumed yet; --init-from begins another with an adapter's weights";
+const SAVED: &str = "there is no such flag: what is trained is saved at the end, and where Ctrl-C stops it";
 
 /// Commands elsewhere, and what they are here.
 const COMMANDS: [(&str, &str); 17] = [
@@ -110,7 +135,10 @@ pub fn add(error: &mut Error, root: &Command, arguments: &[OsString]) {
             let wrong = text(error, ContextKind::InvalidArg);
             let command = asked(root, arguments);
             wrong.and_then(|wrong| match wrong.strip_prefix("--") {
-                Some(flag) => self::flag(&wrong, flag, command),
+                Some(flag) => self::flag(&wrong, flag, command).or_else(|| {
+                    let is_near = error.get(ContextKind::SuggestedArg).is_some();
+                    (!is_near).then(|| parameter(flag, command, arguments))?
+                }),
                 None => value(&wrong, command, arguments),
             })
         }
@@ -164,9 +192,28 @@ fn flag(wrong: &str, flag: &str, command: &Command) -> Option<String> {
     if has(command, &same) {
         return Some(format!("'{wrong}' is '{same}' here"));
     }
+    if let Some((.., note)) = NOTES.iter().find(|(elsewhere, of, _)| *elsewhere == flag && has(command, of)) {
+        return Some(format!("'{wrong}': {note}"));
+    }
     let (_, here) = FLAGS.iter().find(|(elsewhere, _)| *elsewhere == flag)?;
     let here = here.iter().find(|flag| has(command, flag))?;
     Some(format!("'{wrong}' is '{here}' here"))
+}
+
+/// The tip for a pipeline's parameter that is written as a flag.
+fn parameter(flag: &str, command: &Command, arguments: &[OsString]) -> Option<String> {
+    if command.get_name() != "run" {
+        return None;
+    }
+    let name = flag.split('=').next()?;
+    let mut rest = arguments.iter().filter_map(|word| word.to_str());
+    let word = rest.find(|word| word.strip_prefix("--").is_some_and(|word| word.split('=').next() == Some(name)))?;
+    let value = match word.split_once('=') {
+        Some((_, value)) => Some(value),
+        None => rest.next().filter(|word| !word.starts_with("--")),
+    };
+    let name = name.replace('-', "_");
+    Some(format!("set a parameter of the pipeline by --set {name}={}", value.unwrap_or("VALUE")))
 }
 
 /// The tip for a word that belongs to no flag.
@@ -185,6 +232,9 @@ fn value(wrong: &str, command: &Command, arguments: &[OsString]) -> Option<Strin
         arguments[..at].iter().rev().find_map(|argument| argument.to_str().filter(|word| word.starts_with("--")));
     if flag == Some("--target-modules") {
         return Some(format!("separate the names of modules by commas: --target-modules {before},{wrong}"));
+    }
+    if command.get_name() == "run" && wrong.contains('=') && !wrong.starts_with('-') {
+        return Some(format!("set a parameter of the pipeline by --set {wrong}"));
     }
     // Ollama's and mlx-lm's positional models and files.
     if before != command.get_name() || wrong.starts_with('-') {
@@ -229,13 +279,23 @@ mod tests {
                 let known = |command: &&Command| command.get_arguments().any(|argument| argument.get_long() == name);
                 assert!(commands.iter().any(known), "{elsewhere}: {flag}");
             }
-            let tip = commands.iter().find_map(|command| flag(&format!("--{elsewhere}"), elsewhere, command));
+            let mut without = commands.iter().filter(|command| !has(command, elsewhere));
+            let tip = without.find_map(|command| flag(&format!("--{elsewhere}"), elsewhere, command));
             assert!(tip.is_some_and(|tip| tip.contains(here[0]) || here.len() > 1), "{elsewhere}");
+        }
+        for (elsewhere, of, note) in NOTES {
+            assert!(FLAGS.iter().all(|(flag, _)| *flag != elsewhere), "{elsewhere}");
+            let tip = |command: &&Command| has(command, of) && flag("", elsewhere, command).is_some();
+            assert!(commands.iter().any(tip), "{elsewhere}: {of}");
+            let named = note.split_whitespace().filter(|word| word.starts_with("--"));
+            for flag in named.map(|word| word.trim_end_matches([',', ';'])) {
+                assert!(commands.iter().any(|command| has(command, flag)), "{elsewhere}: {flag}");
+            }
         }
         for (elsewhere, here) in COMMANDS {
             assert!(root.find_subcommand(elsewhere).is_none(), "{elsewhere}");
             assert!(here.split(' ').next().is_some_and(|here| root.find_subcommand(here).is_some()), "{here}");
         }
-        assert!(FLAGS.is_sorted() && COMMANDS.is_sorted());
+        assert!(FLAGS.is_sorted() && NOTES.is_sorted() && COMMANDS.is_sorted());
     }
 }

@@ -48,7 +48,7 @@ pub struct Arguments {
     /// Temperature: 0 takes the likeliest token each time, higher varies more [default: the handler's; 0.7 and top-p 0.9 with --model-dir]
     #[arg(long, value_name = "T", value_parser = not_negative)]
     temperature: Option<f64>,
-    /// Seed of the sampling [default: the handler's, 42 with --model-dir]
+    /// Seed of the sampling, a whole number of either sign [default: the handler's, 42 with --model-dir]
     #[arg(long, value_name = "N", value_parser = signed)]
     seed: Option<i64>,
     /// Number format of the products

@@ -21,9 +21,9 @@ use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::keep::Taken;
-use crate::models::{load_base, load_rows, refuse_adapter, with_text};
+use crate::models::{Use, load_base, load_rows, refuse_adapter, with_text};
 use crate::near::{self, did_you_mean, exists};
-use crate::progress::{self, line, thousands};
+use crate::progress::{self, line, millions, thousands};
 use crate::registry;
 
 /// Arguments of `fine-tune`.
@@ -146,7 +146,7 @@ const EPOCHS_MANY: u64 = 10;
 pub fn run(arguments: &Arguments) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
     config(arguments, None).check()?;
-    refuse_adapter(&arguments.model_name)?;
+    refuse_adapter(&arguments.model_name, Use::Training)?;
     let output_dir = place(arguments)?;
     utf8(&std::path::absolute(&output_dir)?)?;
     let base = registry::resolve(&arguments.model_name);
@@ -384,16 +384,15 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
     let Job { model, adaptation, strategy, .. } = job;
     let parameters = model.parameter_count();
     let trained = adaptation.trainable_count();
-    let millions = |count: usize| count as f64 / 1e6;
     let share = 100.0 * trained as f64 / parameters as f64;
     line(format_args!(
         "model     {}   {:.1} M parameters, {}",
         arguments.model_name.display(),
-        millions(parameters),
+        parameters as f64 / 1e6,
         model.storage_words()
     ));
     line(format_args!(
-        "strategy  {} {}   {:.2} M trained ({share:.2} %) in {} modules   {}",
+        "strategy  {} {}   {} trained ({share:.2} %) in {} modules   {}",
         strategy.name,
         strategy.version,
         millions(trained),

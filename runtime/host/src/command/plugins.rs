@@ -39,7 +39,7 @@ pub enum Plugins {
     },
     /// Checks that a strategy loads, plans, learns, merges and saves as it should; exit code 1 if a check fails
     Check {
-        /// Crate of the strategy, which is built, or its library, such as target/release/libNAME.so; its code is run
+        /// Crate of the strategy, which is built, its library, such as target/release/libNAME.so, or its name; its code is run
         #[arg(value_name = "CRATE-OR-FILE")]
         path: PathBuf,
         /// Print one JSON object
@@ -150,7 +150,7 @@ fn new(name: &str, dir: Option<&Path>) -> Result<Done> {
 
 /// Checks a strategy and prints the report; an error when anything failed.
 fn check(path: &Path, as_json: bool) -> Result<Done> {
-    let file = &library(path)?;
+    let file = &library(path, &Search::new(&[], Trust::default()))?;
     let report = check::check(file, &Probe::this_program()?)?;
     let (failed, all) = (report.failed(), report.checks.len());
     if as_json {
@@ -240,7 +240,7 @@ fn watch(dir: &Path) -> Result<Done> {
             }
             Err(error) => line(format_args!("not built: {error:#}; the last build stays")),
         }
-        let Some(changed) = tree.wait(&interrupt::asked) else { return Ok(Done::Interrupted) };
+        let Some(changed) = interrupt::idly(|| tree.wait(&interrupt::asked)) else { return Ok(Done::Interrupted) };
         line(format_args!("changed   {}", changed.display()));
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -52,6 +52,14 @@ static LISTEN: Once = Once::new();
 /// Runs a pipeline, or says what it would do, or what is wrong with it; with `--watch` again after each change.
 pub fn run(arguments: &Arguments) -> Result<Done> {
     exists(&arguments.config)?;
+    if arguments.config.extension().is_some_and(|extension| extension == "lua") {
+        let config = declaring(&arguments.config);
+        let config = config.map_or_else(|| "CONFIG.toml".to_owned(), |config| config.display().to_string());
+        bail!(
+            "{}: a script, which is run by the TOML file that declares it\nhint: `homeroom run {config}`",
+            arguments.config.display()
+        );
+    }
     let mut files = Files::new();
     if !arguments.watch {
         return once(arguments, &mut files);
@@ -75,10 +83,33 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             line(format_args!("note: changes are looked for every 2 s only: {problem}"));
         }
         let names: Vec<String> = files.keys().map(|file| shown(file)).collect();
-        line(format_args!("watching  {}   Ctrl-C ends", names.join(", ")));
-        let Some(changed) = tree.wait(&interrupt::asked) else { return Ok(Done::Interrupted) };
+        let waited = interrupt::idly(|| {
+            line(format_args!("watching  {}   Ctrl-C ends", names.join(", ")));
+            tree.wait(&interrupt::asked)
+        });
+        let Some(changed) = waited else { return Ok(Done::Interrupted) };
         line(format_args!("changed   {}", shown(&changed)));
     }
+}
+
+/// The TOML file beside a script, or in `configs` beside its directory, that declares it.
+fn declaring(script: &Path) -> Option<PathBuf> {
+    let beside = script.parent()?;
+    let script = script.canonicalize().ok()?;
+    let declares = |config: &PathBuf| -> Option<bool> {
+        let table: toml::Table = toml::from_str(&std::fs::read_to_string(config).ok()?).ok()?;
+        let named = table.get("pipeline")?.get("script")?.as_str()?;
+        Some(config.parent()?.join(named).canonicalize().ok()? == script)
+    };
+    let dirs = [beside.to_owned(), beside.join("../configs")];
+    let files = dirs.iter().flat_map(|dir| {
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        std::fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()))
+    });
+    let mut found: Vec<PathBuf> =
+        files.filter(|file| file.extension().is_some_and(|extension| extension == "toml")).collect();
+    found.sort();
+    found.into_iter().find(|config| declares(config) == Some(true))
 }
 
 /// Runs it once; `files` gets what was read: the file, its script, and the modules that the script required.
@@ -88,7 +119,11 @@ fn once(arguments: &Arguments, files: &mut Files) -> Result<Done> {
     let config = PipelineConfig::read(&arguments.config, &arguments.set)?;
     if arguments.check {
         pipeline::check(&config)?;
-        eprintln!("{}: no problems found in it and in {}", arguments.config.display(), shown(&config.script));
+        line(format_args!(
+            "{}: no problems found in it and in {}; files and names that only a run comes to are looked at by --dry-run",
+            arguments.config.display(),
+            shown(&config.script)
+        ));
         return Ok(Done::Whole);
     }
     eprintln!("pipeline  {}   {}", arguments.config.display(), shown(&config.script));

@@ -22,6 +22,7 @@ const PROBLEMS_TOLD: usize = 50;
 pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<()> {
     let scripts = config.script.parent().context("a file has a directory")?;
     let params: Vec<&str> = config.params.keys().map(String::as_str).collect();
+    let known = sandbox.names();
     let mut problems: Vec<String> =
         config.named.iter().filter_map(|(name, path)| missing(config, session, name, path)).collect();
     let (mut seen, mut todo) = (HashSet::new(), vec![config.script.clone()]);
@@ -32,6 +33,7 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> R
         }
         let text = script_text(&path)?;
         names(&shown(&path), &text, &params, &mut problems);
+        globals(&shown(&path), &text, &known, &mut problems);
         todo.extend(required(&shown(&path), &text, scripts, &mut problems));
     }
     match problems.len() {
@@ -173,6 +175,71 @@ fn names(script: &str, text: &str, params: &[&str], problems: &mut Vec<String>) 
     }
 }
 
+/// Words of Luau that are no names.
+const KEYWORDS: [&str; 22] = [
+    "and", "break", "continue", "do", "else", "elseif", "end", "false", "for", "function", "if", "in", "local", "nil",
+    "not", "or", "repeat", "return", "then", "true", "until", "while",
+];
+
+/// Calls of functions and assignments to variables that are not there. What is declared is written first where it is declared, so a
+/// name that is first called or assigned to is not; other uses are left to a run.
+fn globals(script: &str, text: &str, known: &[String], problems: &mut Vec<String>) {
+    let tokens = tokens(text);
+    let symbol = |at: Option<usize>| match tokens.get(at?) {
+        Some((_, Token::Symbol(symbol))) => Some(*symbol),
+        _ => None,
+    };
+    let word = |at: Option<usize>| match tokens.get(at?) {
+        Some((_, Token::Name(name))) => Some(name.as_str()),
+        _ => None,
+    };
+    let (mut seen, mut open) = (HashSet::new(), Vec::new());
+    for (at, (line, token)) in tokens.iter().enumerate() {
+        let (before, next) = (at.checked_sub(1), Some(at + 1));
+        let name = match token {
+            Token::Symbol(bracket @ ('{' | '(' | '[')) => {
+                open.push(*bracket);
+                continue;
+            }
+            Token::Symbol('}' | ')' | ']') => {
+                open.pop();
+                continue;
+            }
+            Token::Name(name) if !KEYWORDS.contains(&name.as_str()) => name.as_str(),
+            _ => continue,
+        };
+        // `..` joins texts.
+        let is_field =
+            symbol(before) == Some(':') || symbol(before) == Some('.') && symbol(at.checked_sub(2)) != Some('.');
+        let assigns = symbol(next) == Some('=') && symbol(Some(at + 2)) != Some('=');
+        let in_table = open.last() == Some(&'{');
+        let is_key = assigns && in_table && matches!(symbol(before), Some('{' | ',' | ';'));
+        if is_field || is_key || !seen.insert(name) || known.iter().any(|known| known == name) {
+            continue;
+        }
+        let is_function = word(before) == Some("function");
+        let begins = match before.map(|before| &tokens[before].1) {
+            Some(Token::Symbol(symbol)) => ")]};".contains(*symbol),
+            Some(Token::Name(word)) => !["local", "for", "type", "function"].contains(&word.as_str()),
+            _ => true,
+        };
+        let made = is_function && symbol(next) == Some('(') && word(at.checked_sub(2)) != Some("local")
+            || assigns && begins && !in_table;
+        if made {
+            let name = short(name);
+            let how = if is_function { format!("local function {name}") } else { format!("local {name} = …") };
+            problems.push(format!("{script}:{line}: `{name}` is not declared; write `{how}`"));
+        } else if symbol(next) == Some('(') && !is_function {
+            let near = nearest(
+                name,
+                known.iter().map(String::as_str).chain(seen.iter().copied().filter(|near| *near != name)),
+            );
+            let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
+            problems.push(format!("{script}:{line}: unknown name `{}`{near}", short(name)));
+        }
+    }
+}
+
 /// The keys of the table of options that a call begins with, if it does.
 fn keys(script: &str, tokens: &[(usize, Token)], from: usize, verb: &Verb, problems: &mut Vec<String>) {
     let is = |at: usize, symbol: char| tokens.get(at).is_some_and(|(_, token)| *token == Token::Symbol(symbol));
@@ -252,6 +319,45 @@ mod tests {
         for (text, expected) in cases {
             let found = problems(text);
             assert!(found.len() == 1 && found[0].contains(expected), "{text}: {found:?}");
+        }
+    }
+
+    fn undeclared(text: &str) -> Vec<String> {
+        let mut problems = Vec::new();
+        let known = ["print", "pairs", "type", "homeroom", "params", "require"].map(str::to_owned);
+        globals("s.lua", text, &known, &mut problems);
+        problems
+    }
+
+    #[test]
+    fn calls_and_assignments_of_what_is_not_declared_are_told_by_line() {
+        for (text, expected) in [
+            ("print(1)\nfoo()", "s.lua:2: unknown name `foo`"),
+            ("prnt(1)", "unknown name `prnt`, did you mean `print`?"),
+            ("local helper = 1\nprint(\"a\" .. helpr(2))", "s.lua:2: unknown name `helpr`, did you mean `helper`?"),
+            ("x = 1", "s.lua:1: `x` is not declared; write `local x = …`"),
+            ("if params.a then\n  count = 2 end", "s.lua:2: `count` is not declared"),
+            ("print(function() best = 3 end)", "`best` is not declared"),
+            ("function go() end go()", "`go` is not declared; write `local function go`"),
+        ] {
+            let found = undeclared(text);
+            assert!(found.len() == 1 && found[0].contains(expected), "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_declared_anywhere_before_is_left_alone() {
+        for text in [
+            "local x x = 1 local function f(g) g() return f(g) end f(print)",
+            "local t = { x = 1, f = function(y) y = 2 end; z = { w = 3 } } t.q = 1 t.f(2) t:g()",
+            "for i = 1, 3 do i = 2 end for k, v in pairs({}) do v(k) k = 1 end",
+            "local a, b = 1, 2 a, b = b, a local s: string | number = 1 local h: (number) -> string = print",
+            "type Row = { text: string } export type F<T> = (T) -> () local r: Row? = nil",
+            "homeroom.fine_tune { on_step = function(report) return not (report.loss > 1) end }",
+            "local n = 1 n += 2 print(n == 2) if (n) then return (n) end",
+            "local m = require(\"lib/m\") m.go() -- foo()\nprint([[ x = 1 ]], `{n()}`)",
+        ] {
+            assert_eq!(undeclared(text), [""; 0], "{text}");
         }
     }
 

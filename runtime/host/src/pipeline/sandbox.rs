@@ -175,6 +175,11 @@ impl Sandbox {
         &self.prelude
     }
 
+    /// The globals that scripts see.
+    pub fn names(&self) -> Vec<String> {
+        self.globals.pairs::<String, Value>().filter_map(|pair| Some(pair.ok()?.0)).collect()
+    }
+
     /// Gives scripts a global. Tables are frozen.
     ///
     /// # Errors

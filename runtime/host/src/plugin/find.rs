@@ -18,6 +18,9 @@ use crate::registry::data_directory;
 /// What to do where no strategy is found.
 pub const NONE_HINT: &str = "`cargo build --release` puts them beside the program in target/release; `target/release/homeroom plugins install` copies them to where every copy of the program finds them";
 
+/// Methods that are options of `lora`.
+const VARIANTS: [(&str, &str); 2] = [("dora", "use_dora"), ("rslora", "use_rslora")];
+
 /// The directories in which strategies are looked for, in order.
 pub struct Search {
     dirs: Vec<PathBuf>,
@@ -115,6 +118,11 @@ impl Search {
             let file = StrategyFile { name: name.to_owned(), path };
             let loaded = self.load_file(&file).with_context(|| format!("plugin {}", file.path.display()));
             return Ok(loaded?.0);
+        }
+        if let Some((_, option)) = VARIANTS.iter().find(|(variant, _)| name.eq_ignore_ascii_case(variant)) {
+            bail!(
+                "unknown strategy `{name}`: it is `lora` with an option: --strategy lora --set-option {option}=true, in a script {{ strategy = \"lora\", {option} = true }}"
+            );
         }
         let known = self.list();
         // Papers write LoRA and QLoRA; strategies' names are small.

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_abi::describe::nearest;
 
 use super::trust::{self, Entry};
-use super::{PluginFile, Probe, Search, Standing, Trust, beside_program, build, file_name};
+use super::{PluginFile, Probe, Search, Standing, StrategyFile, Trust, beside_program, build, file_name};
+use crate::near::{did_you_mean, exists};
 use crate::registry::data_directory;
 
 /// The strategies that come with the program. Beside a build lie those of its tests, too.
-const BUILT_IN: [&str; 4] = ["lora", "qlora", "int8", "full"];
+pub const BUILT_IN: [&str; 4] = ["lora", "qlora", "int8", "full"];
 
 /// A strategy that was installed.
 pub struct Installed {
@@ -26,10 +28,10 @@ pub struct Installed {
 /// # Errors
 /// When a crate does not build, or there is nothing to install.
 pub fn sources(given: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    if !given.is_empty() {
-        return given.iter().map(|path| library(path)).collect();
-    }
     let search = Search::of(beside_program(), Trust::default());
+    if !given.is_empty() {
+        return given.iter().map(|path| library(path, &search)).collect();
+    }
     let built_in = search.list().into_iter().filter(|file| BUILT_IN.contains(&file.name.as_str()));
     let trusted = built_in.filter(|file| matches!(search.read(file), Ok((_, Standing::Beside))));
     let paths: Vec<PathBuf> = trusted.map(|file| file.path).collect();
@@ -42,12 +44,24 @@ pub fn sources(given: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The library that a path means: itself, or what the crate in a directory builds.
+/// The library that a path means: itself, or what the crate in a directory builds. Where nothing has that path it may be the name of
+/// a strategy that is found.
 ///
 /// # Errors
 /// When nothing is there, or the crate does not build.
-pub fn library(path: &Path) -> Result<PathBuf> {
-    crate::near::exists(path)?;
+pub fn library(path: &Path, search: &Search) -> Result<PathBuf> {
+    if !path.exists() {
+        let found = search.list();
+        let is_named = |file: &&StrategyFile| path.as_os_str() == file.name.as_str();
+        if let Some(file) = found.iter().find(is_named) {
+            return Ok(file.path.clone());
+        }
+        let names = found.iter().map(|file| file.name.as_str());
+        if let Some(near) = path.to_str().and_then(|name| nearest(name, names)) {
+            bail!("{}: no such file, directory or strategy{}", path.display(), did_you_mean(Some(near.to_owned())));
+        }
+    }
+    exists(path)?;
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
@@ -73,11 +87,8 @@ pub fn install(library: &Path, probe: &Probe) -> Result<Installed> {
     let before = PluginFile::open(&path).ok().map(|before| before.sha256);
     let unchanged = before.as_ref() == Some(&read.sha256);
     let replaced = before.filter(|_| !unchanged).map(|sha256| trust::locked_version(&about.name, &sha256));
-    if !unchanged {
-        read.install(&path)?;
-    }
-    let path = path.canonicalize().with_context(place)?;
-    let entry = Entry { name: about.name, version: about.version, sha256: read.sha256, path };
-    trust::lock(vec![entry.clone()])?;
+    let told = std::path::absolute(&path).with_context(place)?;
+    let entry = Entry { name: about.name, version: about.version, sha256: read.sha256.clone(), path: told };
+    trust::lock_while(entry.clone(), || if unchanged { Ok(()) } else { read.write(&path) })?;
     Ok(Installed { entry, replaced, unchanged })
 }

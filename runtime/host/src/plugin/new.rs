@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::files::NewDirectory;
 
+use super::install::BUILT_IN;
 use super::private;
 
 /// Paths and contents, packed by this crate's `build.rs`.
@@ -120,6 +121,10 @@ pub fn check_name(name: &str) -> Result<()> {
         "`{name}` is not a strategy's name: up to 40 small letters, digits and underscores, beginning with a letter"
     );
     ensure!(!TAKEN.contains(&name), "`{name}` is a name that Rust has taken; choose another");
+    ensure!(
+        !BUILT_IN.contains(&name),
+        "`{name}` is a strategy that comes with this program, and one of that name would take its place; choose another name"
+    );
     Ok(())
 }
 
@@ -185,7 +190,9 @@ mod tests {
         for good in ["dora", "my_lora2", "a"] {
             check_name(good).unwrap();
         }
-        for bad in ["", "Dora", "2fast", "_x", "a-b", "../x", "fn", "std", "serde", "ä", &"a".repeat(41)] {
+        for bad in
+            ["", "Dora", "2fast", "_x", "a-b", "../x", "fn", "std", "serde", "lora", "full", "ä", &"a".repeat(41)]
+        {
             assert!(check_name(bad).is_err(), "{bad}");
         }
     }

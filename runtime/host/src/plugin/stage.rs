@@ -13,7 +13,6 @@ use tempfile::TempDir;
 
 use super::load::{Plugin, names_entry};
 use super::{Probe, beside_program, owner, private};
-use crate::registry;
 
 /// Size of the largest library that is read: with all its debug information, a strategy has some ten megabytes.
 pub const BYTES_MAX: u64 = 1 << 29;
@@ -88,12 +87,11 @@ impl PluginFile {
         Ok(Staged { source: self.path.clone(), sha256: self.sha256.clone(), copy, _dir: dir })
     }
 
-    /// Writes the bytes as a file below the data directory, in place of what has its name.
+    /// Writes the bytes as a file, in place of what has its name.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn install(&self, path: &Path) -> Result<()> {
-        let _alone = registry::lock()?;
+    pub fn write(&self, path: &Path) -> Result<()> {
         replace_file(path, &self.bytes)
     }
 

@@ -4,7 +4,6 @@
 //! The policy is the user's: `--plugin-policy`, else `HOMEROOM_PLUGIN_POLICY`, else `locked`. A pipeline's file may say `locked`, and
 //! nothing else, since it may come from somebody else.
 
-use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::PathBuf;
 
@@ -113,15 +112,15 @@ impl Trust {
         if file.beside_program {
             return Standing::Beside;
         }
-        let named = self.entries.iter().find(|entry| entry.name == name);
-        if named.is_some_and(|entry| entry.sha256 == file.sha256) {
+        let mut named = self.entries.iter().filter(|entry| entry.name == name);
+        if named.clone().any(|entry| entry.sha256 == file.sha256) {
             return Standing::Locked;
         }
         if self.policy == Policy::Dev {
             return Standing::Dev;
         }
         let digest = &file.sha256[..16];
-        let why = match named {
+        let why = match named.next_back() {
             Some(entry) => {
                 format!("it has changed since it was locked: sha256 {digest}, locked is {}", &entry.sha256[..16])
             }
@@ -149,7 +148,8 @@ fn read_lock() -> Result<Vec<Entry>> {
     for (index, Entry { name, sha256, .. }) in entries.iter().enumerate() {
         let digest = sha256.len() == 64 && sha256.chars().all(|c| c.is_ascii_digit() || ('a'..='f').contains(&c));
         ensure!(digest, "{}: `{name}`: its sha256 is not 64 hexadecimal digits in small letters", path.display());
-        let twice = entries[..index].iter().any(|other| other.name == *name);
+        // With two digests a name stands there while its file is being replaced.
+        let twice = entries[..index].iter().any(|other| other.name == *name && other.sha256 == *sha256);
         ensure!(!twice, "{}: `{name}` is there twice; take one out", path.display());
     }
     Ok(entries)
@@ -168,13 +168,37 @@ pub fn locked_version(name: &str, sha256: &str) -> String {
 /// # Errors
 /// When there is no data directory, or it cannot be written.
 pub fn lock(new: Vec<Entry>) -> Result<PathBuf> {
-    let path = lock_path().context("there is no data directory; set HOMEROOM_HOME")?;
     let _alone = registry::lock()?;
-    let by_name = |entry: Entry| (entry.name.clone(), entry);
-    let mut entries: BTreeMap<String, Entry> = read_lock()?.into_iter().map(by_name).collect();
-    entries.extend(new.into_iter().map(by_name));
+    let mut entries = read_lock()?;
+    entries.retain(|entry| new.iter().all(|new| new.name != entry.name));
+    entries.extend(new);
+    write_lock(entries)
+}
+
+/// Puts a strategy's file in its place by `place`, and its entry into `plugins.lock`. Until the file is there its older entry stands
+/// beside the new one, so that whatever ends this in between leaves a file that may be loaded.
+///
+/// # Errors
+/// Those of `place`; when there is no data directory, or `plugins.lock` cannot be written.
+pub fn lock_while(entry: Entry, place: impl FnOnce() -> Result<()>) -> Result<()> {
+    let _alone = registry::lock()?;
+    let mut entries = read_lock()?;
+    entries.retain(|other| other.name != entry.name || other.sha256 != entry.sha256);
+    entries.push(entry.clone());
+    write_lock(entries.clone())?;
+    place()?;
+    if entries.iter().filter(|other| other.name == entry.name).count() > 1 {
+        entries.retain(|other| other.name != entry.name || *other == entry);
+        write_lock(entries)?;
+    }
+    Ok(())
+}
+
+fn write_lock(mut entries: Vec<Entry>) -> Result<PathBuf> {
+    let path = lock_path().context("there is no data directory; set HOMEROOM_HOME")?;
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
     let mut text = String::from("# Strategies that may be loaded, written by `homeroom plugins lock`.\n");
-    for Entry { name, version, sha256, path } in entries.values() {
+    for Entry { name, version, sha256, path } in &entries {
         let Some(path) = path.to_str() else { bail!("{}: its path is not UTF-8", path.display()) };
         let [name, version, sha256, path] =
             [name, version, sha256, path].map(|text| toml_edit::Value::from(text.to_owned()));

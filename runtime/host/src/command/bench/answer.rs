@@ -201,17 +201,39 @@ pub fn decode(arguments: &Decode) -> Result<Done> {
     }
     print(&format!(
         "speed     {speed:.1} tokens/s   {:.2} ms a token of {} at once\n\
-         weights   {read:.1} GB/s   {:.0} % of {limit:.1} by reading alone ({}, {} threads)",
+         weights   {} ({}, {} threads)",
         1e3 * each,
         chats.len(),
-        100.0 * read / limit,
+        reading(read, limit),
         cpu().name(),
         threads(),
     ))?;
     Ok(Done::Whole)
 }
 
+/// How fast weights are read, beside how fast memory is, both in GB/s.
+fn reading(read: f64, limit: f64) -> String {
+    if read > limit {
+        return format!(
+            "{read:.1} GB/s   memory yields {limit:.1}: weights as few as these stay in the processor's cache"
+        );
+    }
+    format!("{read:.1} GB/s   {:.0} % of {limit:.1} by reading alone", 100.0 * read / limit)
+}
+
 fn likeliest(logits: &[f32]) -> u32 {
     let most = logits.iter().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b));
     most.map_or(0, |(id, _)| id as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_that_stay_in_the_cache_are_no_share_of_memorys_speed() {
+        assert_eq!(reading(8.0, 20.0), "8.0 GB/s   40 % of 20.0 by reading alone");
+        let cached = reading(33.2, 20.0);
+        assert!(cached.contains("memory yields 20.0") && !cached.contains('%'), "{cached}");
+    }
 }

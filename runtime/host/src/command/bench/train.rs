@@ -23,7 +23,7 @@ use super::super::{Done, print};
 use super::median;
 use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
-use crate::models::{load_base, refuse_adapter};
+use crate::models::{Use, load_base, refuse_adapter};
 use crate::progress::line;
 
 /// Arguments of `bench train`.
@@ -83,7 +83,7 @@ const STORAGES: [Word; 4] = [
 
 /// Trains on random tokens.
 pub fn train(arguments: &Arguments) -> Result<Done> {
-    refuse_adapter(&arguments.model_name)?;
+    refuse_adapter(&arguments.model_name, Use::Measuring)?;
     let plugin = arguments.plugins.search()?.load(&arguments.strategy)?;
     let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
     if let Some(r) = arguments.lora_r {

@@ -21,7 +21,7 @@ use crate::models::with_text;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
 use crate::pipeline::sandbox::shown;
 use crate::plugin::Plugin;
-use crate::progress::{self, thousands};
+use crate::progress::{self, millions, thousands};
 
 /// The strategy's learning rate when neither it nor the script says one.
 const DEFAULT_LEARNING_RATE: f64 = 2e-4;
@@ -260,11 +260,11 @@ fn restate(
     let base = if base.is_absolute() { shown(base) } else { spec.base.clone() };
     session.tell(format_args!("model     {base}   {:.1} M parameters, {}", all / 1e6, model.storage_words()));
     session.tell(format_args!(
-        "strategy  {} {}{}   {:.2} M trained ({:.2} %)   {}",
+        "strategy  {} {}{}   {} trained ({:.2} %)   {}",
         strategy.name,
         strategy.version,
         given.concat(),
-        trained / 1e6,
+        millions(adaptation.trainable_count()),
         100.0 * trained / all,
         job.blocks(config.compute),
     ));

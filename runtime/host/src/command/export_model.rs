@@ -116,7 +116,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     );
     let output_dir = directory.publish()?;
     line(format_args!("saved     {}", output_dir.display()));
-    line(format_args!("KL        {kl:.2e} nats a token from the unmerged model, in {}", floats.name()));
+    let same = if kl > FELT { "nearly as" } else { "as" };
+    line(format_args!(
+        "check     it answers {same} the unmerged model does: KL {kl:.1e} nats a token, in {}",
+        floats.name()
+    ));
     if kl > FELT && floats != Floats::F32 {
         let keeps = if floats == Floats::Bf16 {
             "`--dtype f16` (as small) and `--dtype f32` keep"

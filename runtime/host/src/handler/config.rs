@@ -22,6 +22,7 @@ use super::local::Local;
 use super::openai::{BaseUrl, Endpoint, OpenAi};
 use super::route::Route;
 use crate::models::ModelRef;
+use crate::registry;
 use crate::toml_problems::{Problems, near};
 
 /// A file of handlers, as it was read.
@@ -493,7 +494,10 @@ impl Handlers {
         }
         let path = self.config.path.display();
         let Some(spec) = self.config.handlers.get(name) else {
-            bail!("{path}: there is no handler or route `{name}`, {}", near(name, &self.names()));
+            let model = registry::is_name(name) && registry::place(name).is_ok_and(|place| place.exists());
+            let hint =
+                if model { format!("\nhint: `--model-dir {name}` is the model of that name") } else { String::new() };
+            bail!("{path}: there is no handler or route `{name}`, {}{hint}", near(name, &self.names()));
         };
         let handler = load(name, spec).with_context(|| format!("{path}: [handlers.{name}]"))?;
         loaded.insert(name.to_owned(), handler.clone());

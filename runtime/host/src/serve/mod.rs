@@ -10,13 +10,14 @@ mod reply;
 mod request;
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, header};
@@ -55,7 +56,12 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
         },
     };
     let address = SocketAddr::new(address, port);
-    TcpListener::bind(address).with_context(|| format!("{address}: cannot listen there; --port 0 takes a free port"))
+    TcpListener::bind(address).map_err(|error| match error.kind() {
+        ErrorKind::AddrInUse => {
+            anyhow!("{address}: another program listens there, perhaps another `homeroom serve`; end it, or take another --port (0: a free one)")
+        }
+        _ => anyhow!("{address}: cannot listen there: {error}; --port 0 takes a free port"),
+    })
 }
 
 /// A server that runs in a thread of its own.

@@ -473,7 +473,7 @@ fn check_tells_all_problems_of_a_script_without_running_it() -> Result<()> {
 fn handlers_that_are_there_stay_as_they_are() -> Result<()> {
     let place = Place::new()?;
     std::fs::create_dir_all(place.home())?;
-    let before = "# mine\n[handlers.cloud]   # paid\nkind = \"openai\"\n\n[routes.tutor]\nhandlers = [\"cloud\"]\n";
+    let before = "# mine\n[handlers.cloud]   # paid\nkind = \"openai\"\nbase_url = \"http://localhost:1/v1\"\nmodel = \"m\"\n\n[routes.tutor]\nhandlers = [\"cloud\"]\n";
     std::fs::write(place.home().join("handlers.toml"), before)?;
     place.result("return homeroom.create_handler { name = \"base\", model = params.model }")?;
     let after = std::fs::read_to_string(place.home().join("handlers.toml"))?;

@@ -36,7 +36,10 @@ fn what_a_script_does_not_touch_is_trained_on_as_it_was() -> Result<()> {
         ("d:map(function(row) return row end)", ROWS.to_vec()),
         ("d:filter(function(row) return #row.messages == 2 end)", ROWS.to_vec()),
         ("d:sample { n = 9 }:concat(d:sample { n = 4 })", [ROWS, ROWS].concat()),
-        ("d:dedupe():dedupe { by = function(row) return row.id or \"none\" end }", ROWS.to_vec()),
+        (
+            "d:dedupe():filter(function(row) return row.id ~= nil end):dedupe { by = \"id\" }",
+            vec![ROWS[0], ROWS[2], ROWS[3]],
+        ),
         (
             "d:bucket { by = function(row) return row.messages[1].content == \"a\" and 0 or 1 end, quantiles = { 0.5 } }[2]",
             ROWS[..2].to_vec(),

@@ -388,7 +388,11 @@ fn of_many_problems_the_later_ones_are_listed_by_line() {
     assert!(lines[20].starts_with("  line 20: not JSON"));
     assert_eq!(
         lines[21..24],
-        ["  not JSON: lines 21-30", "  not of the file's shape: line 36", "  nothing to train on: lines 31-35, 37"]
+        [
+            "  not JSON: lines 21-30",
+            "  not of the form of the rows before: line 36",
+            "  nothing to train on: lines 31-35, 37"
+        ]
     );
 }
 

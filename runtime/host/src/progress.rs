@@ -69,13 +69,16 @@ impl Training {
                 if report.step > 1 && report.step < steps && part(report.step) == part(report.step - 1) {
                     return;
                 }
+                let rest = match report.step < steps {
+                    true => format!("   {} left", left(self.started, report.step, steps)),
+                    false => String::new(),
+                };
                 line(format_args!(
-                    "step {:>5}/{steps}   loss {:.3}   lr {:.1e}   {speed} tok/s   {}   {} left",
+                    "step {:>5}/{steps}   loss {:.3}   lr {:.1e}   {speed} tok/s   {}{rest}",
                     report.step,
                     report.loss,
                     report.learning_rate,
                     peak_memory_bytes().map_or_else(|| "?".to_owned(), |bytes| HumanBytes(bytes).to_string()),
-                    left(self.started, report.step, steps),
                 ));
             }
         }

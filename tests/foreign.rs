@@ -589,6 +589,7 @@ fn a_listed_model_says_what_it_lacks() -> Result<()> {
     };
     let check = |words: [Option<&str>; 6]| -> Result<()> {
         let (found, printed) = (problems()?, list(&[])?);
+        assert_eq!((found.len(), printed.lines().count()), (6, 6), "{printed}");
         for ((found, line), word) in found.iter().zip(printed.lines()).zip(words) {
             let fine = match (found, word) {
                 (Some(found), Some(word)) => found.contains(word) && line.contains(&format!("problem: {found}")),

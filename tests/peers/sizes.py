@@ -1,4 +1,4 @@
-"""Measures what models of common sizes take: memory and speed of `homeroom bench train` and `bench decode`.
+"""Measures what models of common sizes take: memory and speed of `homeroom bench train`.
 
 The models have the shapes of Qwen2.5 and random weights in bf16, since neither memory nor speed depends on what the weights say.
 The largest wants 16 GB of disk for a while.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::adaptation::{Adaptation, parse_plan};
 use crate::digest::{self, FileDigests};
-use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, is_named, read_text};
+use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, is_named, parse_object, read_text};
 use crate::model::BaseModel;
 use crate::peft;
 use crate::requantize::store_as_planned;
@@ -209,7 +209,7 @@ fn read_json(file: &Path) -> Result<Option<Value>> {
         return Ok(None);
     }
     let text = read_text(file, SMALL_FILE_BYTES_MAX)?;
-    serde_json::from_str(&text).map(Some).with_context(|| format!("{}: not JSON", file.display()))
+    parse_object(file, &text).map(Some)
 }
 
 /// What the `homeroom.json` of a directory says, if there is one.
@@ -251,7 +251,7 @@ pub fn with_text_of(path: &Path, model: &BaseModel) -> Result<Option<(BaseModel,
         path.display(),
         added.iter().take(8).map(|token| format!("{token:?}")).collect::<Vec<_>>().join(", ")
     );
-    let other_template = tokenizer.chat_template != base.chat_template;
+    let other_template = tokenizer.template_digest() != base.template_digest();
     let differs = match (tokenizer.digest() != base.digest(), other_template) {
         (true, true) => "tokenizer and chat template",
         (false, true) => "chat template",

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::Metadata;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
@@ -37,7 +37,7 @@ pub fn of_files(files: &[PathBuf], kept: Option<&Path>) -> Result<FileDigests> {
             Some(digest) => digest.clone(),
             None => {
                 let digest = of_file(path, file, &about)?;
-                let settled = about.modified().is_ok_and(|time| time + SETTLED < SystemTime::now());
+                let settled = about.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > SETTLED));
                 new.extend(identity.filter(|_| settled).map(|identity| (identity, digest.clone())));
                 digest
             }
@@ -125,7 +125,10 @@ mod tests {
             (place.path().join("digests.json"), ["ä.gguf", "b.gguf"].map(|name| place.path().join(name)));
         let write = |path: &Path, text: &str, age: u64| -> Result<()> {
             fs::write(path, text)?;
-            Ok(File::options().write(true).open(path)?.set_modified(SystemTime::now() - Duration::from_secs(age))?)
+            Ok(File::options()
+                .write(true)
+                .open(path)?
+                .set_modified(std::time::SystemTime::now() - Duration::from_secs(age))?)
         };
         write(&files[0], "abc", 60)?;
         write(&files[1], "", 0)?;

@@ -86,7 +86,6 @@ enum Form {
 impl Form {
     /// What is to be loaded of a path, which leads to `absolute`.
     fn of(path: &Path, absolute: PathBuf) -> Result<Self> {
-        let place = || path.display().to_string();
         if absolute.is_file() {
             // Names tell less: a download may be called by its digest.
             ensure!(
@@ -99,7 +98,7 @@ impl Form {
             let parent = name.parent().and_then(|parent| parent.canonicalize().ok());
             return Ok(Self::Gguf(parent.zip(name.file_name()).map_or(absolute, |(parent, name)| parent.join(name))));
         }
-        let config = is_named(&absolute.join("config.json")).with_context(place)?;
+        let config = is_named(&absolute.join("config.json"))?;
         if absolute.join("adapter_config.json").exists() && !config {
             bail!("{}: this is an adapter; name the base model that it was trained on", path.display());
         }

@@ -164,7 +164,11 @@ fn check_base_copy(name: &str, copy: &MappedTensor, model: &BaseModel) -> Result
     let (path, ending) = name.strip_prefix(PREFIX).and_then(|name| name.rsplit_once('.')).context("it has no path")?;
     let path = path.strip_suffix(".base_layer").unwrap_or(path);
     let module = &model.modules[model.module_index(path).context("it belongs to no module of the base")?];
-    let shape = if ending == "bias" { vec![module.info.d_out] } else { module.info.weight_shape() };
+    let (shape, bias) = match ending {
+        "weight" => (module.info.weight_shape(), None),
+        "bias" => (vec![module.info.d_out], Some(module.bias.as_deref().context("the base has no bias there")?)),
+        _ => bail!("it is neither a weight nor a bias"),
+    };
     let instead = "an adapter on base weights that were changed is merged into them with PEFT first (`merge_and_unload`), and the result is the model to name";
     ensure!(copy.shape == shape, "it is {:?}, that of the base is {shape:?}; {instead}", copy.shape);
     let round: fn(f32) -> f32 = match copy.storage {
@@ -174,10 +178,7 @@ fn check_base_copy(name: &str, copy: &MappedTensor, model: &BaseModel) -> Result
     };
     let copy = copy.weight()?;
     let differs = (0..copy.rows()).any(|row| {
-        let base = match (&module.bias, ending) {
-            (Some(bias), "bias") => bias.to_vec(),
-            _ => module.weight.decode(row..row + 1),
-        };
+        let base = bias.map_or_else(|| module.weight.decode(row..row + 1), |bias| bias.to_vec());
         copy.decode(row..row + 1).iter().zip(&base).any(|(copy, base)| copy.to_bits() != round(*base).to_bits())
     });
     ensure!(

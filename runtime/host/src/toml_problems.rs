@@ -168,12 +168,12 @@ fn harmless(line: &str, shown: &[&str]) -> usize {
     let is_plain = !value.contains('=') && without_keys(value) == value;
     match key.rsplit('.').next() {
         Some(name) if shown.contains(&name.trim()) && is_plain => before_comment,
-        _ if without_keys(key) != key || key.contains('"') => 0,
+        _ if without_keys(key) != key || key.contains(['"', '\'']) => 0,
         _ => equals + 1,
     }
 }
 
-/// A text without the words that begin as providers' keys do.
+/// A text without the words that begin with `sk-`, as OpenAI's and Anthropic's keys do; others are not known by their form.
 fn without_keys(text: &str) -> String {
     let is_of_word = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
     let (mut out, mut rest) = (String::new(), text);
@@ -248,6 +248,7 @@ mod tests {
             ("kind = { k = 1 }", "kind = * * * * *"),
             ("[a.kind] # x", "[a.kind] * *"),
             ("sk-1 = 2", "**** * *"),
+            ("'REAL=', # x", "******** * *"),
             ("task-1 = 2", "task-1 = *"),
             (" é", " *"),
         ] {

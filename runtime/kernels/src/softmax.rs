@@ -4,6 +4,8 @@ use crate::cpu::{cpu, per_cpu};
 use crate::element::{exp, largest};
 
 /// Logits lₜ become `e^((lₜ − max l) / T)`: 1 for the likeliest, so that nothing overflows, and 0 below e⁻⁸⁷.
+///
+/// `logits`: (V), finite. `temperature`: above 0.
 pub fn softmax_weights(logits: &mut [f32], temperature: f32) {
     weigh(cpu(), logits, 1.0 / temperature);
 }

@@ -1,10 +1,10 @@
 //! The files of a result: what may be copied as a part of it, and what `--overwrite` may replace.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
 use crate::tokenizer::TEMPLATES_DIR;
@@ -74,9 +74,12 @@ pub fn replaceable(path: &Path) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         entries => entries.with_context(|| format!("{}: cannot write a directory here", path.display()))?,
     };
+    // An entry that cannot be told is not taken for one that may go.
+    let entries =
+        entries.collect::<io::Result<Vec<_>>>().with_context(|| format!("{}: cannot list", path.display()))?;
     let mut others: Vec<String> = entries
+        .iter()
         .filter_map(|entry| {
-            let entry = entry.ok()?;
             let name = entry.file_name().to_string_lossy().into_owned();
             // A link is one entry: what it leads to is not lost.
             let is_file = entry.file_type().is_ok_and(|kind| !kind.is_dir());
@@ -87,10 +90,8 @@ pub fn replaceable(path: &Path) -> Result<()> {
     others.sort();
     let Some(first) = others.first() else { return Ok(()) };
     let more = if others.len() > 1 { format!(" and {} more", others.len() - 1) } else { String::new() };
-    ensure!(
-        others.is_empty(),
+    bail!(
         "{}: holds `{first}`{more}, which is no part of a model and would be lost; name another directory, or move it",
         path.display()
-    );
-    Ok(())
+    )
 }

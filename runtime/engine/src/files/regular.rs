@@ -1,7 +1,7 @@
 //! Files that others wrote: only regular ones are read, so that a pipe is not waited for and a device does not go on for ever.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -13,11 +13,11 @@ pub const SMALL_FILE_BYTES_MAX: u64 = 256 << 20;
 /// Whether something has a name, if only a link that leads nowhere: that stands for a file which is missed.
 ///
 /// # Errors
-/// When its directory cannot be looked at.
-pub fn is_named(path: &Path) -> io::Result<bool> {
+/// When its directory cannot be looked at. Names the path.
+pub fn is_named(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
-        about => about.map(|_| true),
+        about => about.map(|_| true).with_context(|| path.display().to_string()),
     }
 }
 

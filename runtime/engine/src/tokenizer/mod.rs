@@ -469,7 +469,7 @@ const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 const SMALL_BYTES_MAX: u64 = 16 << 20;
 
 fn read_if_there(path: &Path) -> Result<Option<String>> {
-    let there = is_named(path).with_context(|| path.display().to_string())?;
+    let there = is_named(path)?;
     there.then(|| read_text(path, SMALL_BYTES_MAX)).transpose()
 }
 

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use anyhow::{Error, Result};
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
 
 use crate::models::ModelRef;
@@ -82,6 +83,21 @@ pub const COMPUTE: [Word; 4] = [
         "Frozen weights are multiplied in integers where possible: they and their inputs are rounded to 8 bits in groups of 64. The rest is as with bf16, or f32 where the processor lacks it",
     ),
 ];
+
+/// What answers are computed in, for commands whose handlers may say so instead: those of a file do.
+#[derive(Args)]
+pub struct AnswerArgs {
+    /// Number format of the products
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "FORMAT",
+        conflicts_with = "config",
+        requires = "model_dir",
+        value_parser = one_of::<Compute>(&ANSWER_COMPUTE)
+    )]
+    pub compute: Compute,
+}
 
 /// What `--compute` may be in answers.
 pub const ANSWER_COMPUTE: [Word; 3] = [

@@ -9,9 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use homeroom_engine::block::Compute;
 
-use super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, not_negative, one_of, signed, whole};
+use super::arguments::{AnswerArgs, COUNT_MAX, ModelArgs, not_negative, signed, whole};
 use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, Handlers};
 use crate::handler::local::Local;
@@ -51,15 +50,8 @@ pub struct Arguments {
     /// Seed of the sampling, a whole number of either sign [default: the handler's, 42 with --model-dir]
     #[arg(long, value_name = "N", value_parser = signed)]
     seed: Option<i64>,
-    /// Number format of the products
-    #[arg(
-        long,
-        default_value = "auto",
-        value_name = "FORMAT",
-        conflicts_with = "config",
-        value_parser = one_of::<Compute>(&ANSWER_COMPUTE)
-    )]
-    compute: Compute,
+    #[command(flatten)]
+    answers: AnswerArgs,
 }
 
 const HELP: &str = "\
@@ -75,7 +67,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let (name, handler): (String, Arc<dyn Handler>) = match (&arguments.model, &handlers) {
         (Some(model), _) => {
             let name = model.model_dir.display().to_string();
-            (name.clone(), Arc::new(Local::new(name, Loaded::to_answer(&model.reference())?, arguments.compute)))
+            (
+                name.clone(),
+                Arc::new(Local::new(name, Loaded::to_answer(&model.reference())?, arguments.answers.compute)),
+            )
         }
         (None, Some(handlers)) => {
             let name = match &arguments.handler {

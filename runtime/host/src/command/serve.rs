@@ -6,10 +6,9 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use homeroom_engine::block::Compute;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
-use super::arguments::{ANSWER_COMPUTE, ModelArgs, one_of, whole};
+use super::arguments::{AnswerArgs, ModelArgs, whole};
 use super::{Done, handlers_of_home};
 use crate::handler::Handler;
 use crate::handler::config::{Config, Handlers, LOCAL_LIMITS};
@@ -32,15 +31,8 @@ pub struct Arguments {
     /// TOML file of handlers and routes; clients name a route as `model` [default: handlers.toml in $HOMEROOM_HOME]
     #[arg(long, value_name = "FILE", conflicts_with = "model_dir")]
     config: Option<PathBuf>,
-    /// Number format of the products
-    #[arg(
-        long,
-        default_value = "auto",
-        value_name = "FORMAT",
-        conflicts_with = "config",
-        value_parser = one_of::<Compute>(&ANSWER_COMPUTE)
-    )]
-    compute: Compute,
+    #[command(flatten)]
+    answers: AnswerArgs,
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value = "8080", value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
     port: u16,
@@ -69,7 +61,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         (Some(model), _) => {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
-            let local = Local::load(&name, model.reference(), arguments.compute)?;
+            let local = Local::load(&name, model.reference(), arguments.answers.compute)?;
             let handler: Arc<dyn Handler> = Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS));
             Models::from([(name, handler)])
         }

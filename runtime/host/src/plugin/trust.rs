@@ -197,7 +197,7 @@ pub fn lock_while(entry: Entry, place: impl FnOnce() -> Result<()>) -> Result<()
 fn write_lock(mut entries: Vec<Entry>) -> Result<PathBuf> {
     let path = lock_path().context("there is no data directory; set HOMEROOM_HOME")?;
     entries.sort_by(|a, b| a.name.cmp(&b.name));
-    let mut text = String::from("# Strategies that may be loaded, written by `homeroom plugins lock`.\n");
+    let mut text = String::from("# Strategies that may be loaded, written by `homeroom plugins lock` and `install`.\n");
     for Entry { name, version, sha256, path } in &entries {
         let Some(path) = path.to_str() else { bail!("{}: its path is not UTF-8", path.display()) };
         let [name, version, sha256, path] =

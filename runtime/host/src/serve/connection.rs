@@ -81,6 +81,8 @@ pub async fn serve(
                 break place;
             }
             match mute.pop_front() {
+                // Its request came while others were waited for.
+                Some(oldest) if oldest.spoke.load(Ordering::SeqCst) => continue,
                 Some(oldest) => oldest.leaves.notify_one(),
                 None => break places.clone().acquire_owned().await?,
             }
@@ -149,7 +151,7 @@ async fn answer(
             // There is nobody left to tell about an error.
             _ = connection.as_mut() => break,
             () = gone(&stream) => return,
-            () = state.leaves.notified() => return,
+            () = state.leaves.notified() => if !state.spoke.load(Ordering::SeqCst) { return },
             _ = stopped.wait_for(|stopped| *stopped), if !ending => {
                 ending = true;
                 connection.as_mut().graceful_shutdown();

@@ -2,7 +2,7 @@
 //!
 //! [`cli`] reads the command line and hands over to a file of `command/`. [`plugin`] finds, checks and loads strategies;
 //! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains; [`pipeline`] runs Lua scripts.
-//! [`handler`] answers conversations, [`serve`] does so over HTTP.
+//! [`hub`] knows the models of the Hugging Face hub; [`handler`] answers conversations, [`serve`] does so over HTTP.
 
 /// In this crate `eprintln` does not panic when nobody reads stderr any more, as after `2>&1 | head`: that would end a run. Nor does it
 /// send a terminal what that would obey.
@@ -19,6 +19,7 @@ macro_rules! eprint {
 pub mod cli;
 mod command;
 pub mod handler;
+pub mod hub;
 mod interrupt;
 pub mod job;
 mod keep;

@@ -1,0 +1,10 @@
+//! Models of the Hugging Face hub, by their names there.
+//!
+//! What was downloaded lies in Hugging Face's own cache, which Python's programs read and fill as well: [`cache`] reads it, without a
+//! network. A lab may share a second, read-only store of the same layout, `$HOMEROOM_BASES`.
+
+pub mod cache;
+mod name;
+
+pub use cache::{Found, find};
+pub use name::HubName;

@@ -1,6 +1,7 @@
 //! Models of the hub, against a server of its protocol in which everything goes wrong that can.
 
 mod cuts;
+mod networks;
 mod processes;
 mod refused;
 mod server;
@@ -15,7 +16,7 @@ use homeroom_engine::model::BaseModel;
 use serde_json::json;
 
 use self::server::{Act, Repo, Server, blob_name};
-use crate::support::{Place, fixture, homeroom, printed_json, refused, succeeds};
+use crate::support::{Place, fixture, homeroom, printed_json, refused, run, succeeds};
 
 /// The patience of these tests: they show what is tried again, and not for how long.
 const PATIENCE: Patience = Patience {

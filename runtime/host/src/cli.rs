@@ -9,7 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
-use crate::command::{Done, bench, chat, eval, export_model, fine_tune, list_models, plugins, run, serve};
+use crate::command::{Done, bench, chat, eval, export_model, fine_tune, list_models, plugins, pull, run, serve};
 use crate::plugin::probe;
 use crate::{interrupt, progress, registry, stdout, terminal, tips};
 
@@ -33,6 +33,8 @@ enum Command {
     Eval(eval::Arguments),
     /// Talks to a model, or answers one prompt; stdout gets the reply alone
     Chat(chat::Arguments),
+    /// Downloads a model of the Hugging Face hub; stdout gets its directory
+    Pull(pull::Arguments),
     /// Lists the models that were trained here
     ListModels(list_models::Arguments),
     /// Writes a trained model in a format that other programs load
@@ -122,6 +124,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
+        Command::Pull(arguments) => pull::run(arguments),
         Command::ListModels(arguments) => list_models::run(arguments),
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
@@ -134,7 +137,7 @@ pub fn main() -> ExitCode {
         Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) => {
             progress::line(format_args!("error: {error:#}"));
-            ExitCode::FAILURE
+            if error.is::<interrupt::Interrupted>() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod export_model;
 pub mod fine_tune;
 pub mod list_models;
 pub mod plugins;
+pub mod pull;
 pub mod run;
 pub mod serve;
 

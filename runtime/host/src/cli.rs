@@ -9,7 +9,9 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
-use crate::command::{Done, bench, chat, eval, export_model, fine_tune, list_models, plugins, run, serve};
+use crate::command::{
+    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, rm, run, serve, show,
+};
 use crate::plugin::probe;
 use crate::{interrupt, progress, registry, stdout, terminal, tips};
 
@@ -33,8 +35,16 @@ enum Command {
     Eval(eval::Arguments),
     /// Talks to a model, or answers one prompt; stdout gets the reply alone
     Chat(chat::Arguments),
-    /// Lists the models that were trained here
+    /// Lists the models that were trained here, and the bases that are on this machine
     ListModels(list_models::Arguments),
+    /// Shows all that is known of a model
+    Show(show::Arguments),
+    /// Removes models, and says what needs them
+    Rm(rm::Arguments),
+    /// Copies a model to another name
+    Cp(cp::Arguments),
+    /// Takes in a model from elsewhere: a directory, a .gguf file, an adapter, or a model of a cache
+    Import(import::Arguments),
     /// Writes a trained model in a format that other programs load
     ExportModel(export_model::Arguments),
     /// Serves models on this machine to programs that speak OpenAI's API
@@ -123,6 +133,10 @@ pub fn main() -> ExitCode {
         Command::Eval(arguments) => eval::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::ListModels(arguments) => list_models::run(arguments),
+        Command::Show(arguments) => show::run(arguments),
+        Command::Rm(arguments) => rm::run(arguments),
+        Command::Cp(arguments) => cp::run(arguments),
+        Command::Import(arguments) => import::run(arguments),
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
         Command::Plugins(what) => plugins::run(what),

@@ -36,8 +36,9 @@ pub fn file_beside(path: &Path) -> Option<String> {
 /// The model of the registry, or else the file beside a path's place, that is nearest to what was typed.
 pub fn model(name: &Path) -> Option<String> {
     let registered = || {
-        let entries = registry::list().ok()?;
-        let near = nearest(name.to_str()?, entries.iter().map(|entry| entry.name.as_str()))?;
+        let names = registry::names().ok()?;
+        let near =
+            nearest(name.to_str()?, names.iter().map(String::as_str).filter(|other| Some(*other) != name.to_str()))?;
         Some(near.to_owned())
     };
     registered().or_else(|| file_beside(name))

@@ -19,7 +19,7 @@ use self::exchange::Older;
 pub use self::known::{RESULT_FILES, named_templates, replaceable, replaceable_but_for};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
-pub use self::modes::{keep_private, prepare};
+pub use self::modes::{keep_private, make_directory, open_to_readers, prepare};
 pub(crate) use self::regular::parse_object;
 pub use self::regular::{SMALL_FILE_BYTES_MAX, broken_link, is_named, open_regular, read_bytes, read_text, utf8};
 pub use self::space::{bytes_below, ensure_room, free_bytes};

@@ -43,7 +43,12 @@ const BASES: [Column; 5] = [
 
 /// Lists the models of the registry, and the bases in the cache.
 pub fn run(arguments: &Arguments) -> Result<Done> {
-    let (entries, bases) = (registry::list()?, registry::bases()?);
+    let entries = registry::list()?;
+    // What is wrong with a cache hides no model of the registry.
+    let bases = registry::bases().unwrap_or_else(|error| {
+        line(format_args!("note: the bases are not listed: {error:#}"));
+        Vec::new()
+    });
     if arguments.json {
         let paths = entries.iter().map(|entry| &entry.path).chain(bases.iter().map(|base| &base.path));
         paths.map(|path| utf8(path).map(drop)).collect::<Result<()>>()?;

@@ -91,7 +91,7 @@ fn tell(removal: &Removal, verb: &str) {
         false => format!("frees {}", size(*bytes)),
     };
     line(format_args!("{verb:8}  {name}   {freed}   {}", path.display()));
-    if let Target::Base(..) = target {
+    if let Target::Base { .. } = target {
         line("          it lies in the cache that Python's programs use, too: they would have to download it again");
     }
     let Users { adapters, runs, handlers, models } = users;

@@ -154,8 +154,8 @@ fn about(details: &Details, base: Option<&Base>, add: &mut dyn FnMut(&str, Strin
         true => parent.name.clone(),
         false => format!("{} (not there any more)", parent.name),
     });
-    add("went on", parents.collect::<Vec<_>>().join(", from "));
-    add("led to", details.lineage.children.join(", "));
+    add("parents", parents.collect::<Vec<_>>().join(", "));
+    add("children", details.lineage.children.join(", "));
 }
 
 /// How it was trained, and what came of it.
@@ -193,8 +193,8 @@ fn training(config: &Map<String, Value>, steps: Option<u64>, interrupted: bool) 
     let number = |key: &str| config.get(key).filter(|value| value.is_number()).map(Value::to_string);
     let parts = [
         steps.map(|steps| format!("{} steps", thousands(steps as usize))),
-        number("epochs").map(|epochs| format!("of {epochs} epochs")),
-        number("batch_size").map(|rows| format!("batches of {rows}")),
+        number("epochs").map(|epochs| format!("epochs {epochs}")),
+        number("batch_size").map(|rows| format!("batch size {rows}")),
         number("learning_rate").map(|rate| format!("learning rate {rate}")),
         number("seed").map(|seed| format!("seed {seed}")),
         interrupted.then(|| "stopped before its end".to_owned()),

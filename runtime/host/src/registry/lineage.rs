@@ -63,8 +63,15 @@ fn comes_of(entry: &Entry, name: &str) -> bool {
 pub enum Target {
     /// A model of the registry, by its name.
     Model(String),
-    /// A base by its name on the hub, and its directory in the cache.
-    Base(String, PathBuf),
+    /// A base in the cache.
+    Base {
+        /// Its name on the hub.
+        repo: String,
+        /// Its folder.
+        folder: PathBuf,
+        /// Whether a store that is shared has it, too.
+        is_shared: bool,
+    },
 }
 
 impl Target {
@@ -72,9 +79,9 @@ impl Target {
     fn is_meant_by(&self, text: &Path) -> bool {
         match self {
             Self::Model(name) => text.to_str() == Some(name) || owner(text).as_deref() == Some(name),
-            Self::Base(repo, path) => {
-                let named = text.to_str().and_then(HubName::parse).is_some_and(|name| name.repo == *repo);
-                named || lies_in(text, path)
+            Self::Base { repo, folder, is_shared } => {
+                let named = text.to_str().is_some_and(|text| is_of(text, repo));
+                named && !is_shared || lies_in(text, folder)
             }
         }
     }
@@ -83,10 +90,18 @@ impl Target {
     fn is_base_of(&self, base: &Path, name: Option<&str>) -> bool {
         match self {
             Self::Model(_) => self.is_meant_by(base),
-            // A base that is elsewhere, too, is not missed.
-            Self::Base(repo, path) => lies_in(base, path) || name == Some(repo.as_str()) && !base.exists(),
+            // Where its path leads to nothing, a base is found by its name, in whatever store has it.
+            Self::Base { repo, folder, is_shared } => {
+                let named = name.is_some_and(|name| is_of(name, repo));
+                if named { !is_shared && (lies_in(base, folder) || !base.exists()) } else { lies_in(base, folder) }
+            }
         }
     }
+}
+
+/// Whether a name on the hub is of a repository, whichever revision or quantization of it.
+fn is_of(name: &str, repo: &str) -> bool {
+    HubName::parse(name).is_some_and(|name| name.repo == repo)
 }
 
 fn lies_in(path: &Path, directory: &Path) -> bool {

@@ -8,7 +8,7 @@ use homeroom_engine::files::{bytes_below, is_named, recover, take_away};
 use super::entries::is_there;
 use super::lineage::{Target, Users, users_of};
 use super::{Entry, bases, is_name, place};
-use crate::hub::HubName;
+use crate::hub::{HubName, cache};
 use crate::near::{did_you_mean, model};
 use crate::progress::line;
 
@@ -64,17 +64,21 @@ fn of_base(name: &str, all: &[Entry]) -> Result<Removal> {
         }
         bail!("{name}: no such base in the cache{}", did_you_mean(model(name.as_ref())));
     };
-    let target = Target::Base(base.name, base.path.clone());
+    let is_shared = shared.iter().any(|base| !base.forms.is_empty());
+    let target = Target::Base { repo: base.name, folder: base.path.clone(), is_shared };
     let users = users_of(&target, all, &mut |text| line(format_args!("note: {text}")));
     Ok(Removal { name: name.to_owned(), bytes: base.bytes, path: base.path, target, is_link: false, users })
 }
 
 impl Removal {
-    /// Removes it: whoever is killed meanwhile leaves it whole or gone.
+    /// Removes it: whoever is killed meanwhile leaves a model whole or gone, and of a base nothing that is taken for a whole one.
     ///
     /// # Errors
     /// When it cannot be removed.
     pub fn carry_out(&self) -> Result<()> {
+        if let Target::Base { repo, .. } = &self.target {
+            return cache::remove(repo).map(drop);
+        }
         recover(&self.path);
         // Another process may have been faster.
         ensure!(is_named(&self.path)?, "{}: another process has removed it", self.name);

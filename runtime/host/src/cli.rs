@@ -10,7 +10,7 @@ use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
 use crate::command::{
-    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, rm, run, serve, show,
+    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, rm, run, serve, show,
 };
 use crate::plugin::probe;
 use crate::{interrupt, progress, registry, stdout, terminal, tips};
@@ -35,6 +35,8 @@ enum Command {
     Eval(eval::Arguments),
     /// Talks to a model, or answers one prompt; stdout gets the reply alone
     Chat(chat::Arguments),
+    /// Downloads a model of the Hugging Face hub; stdout gets its directory
+    Pull(pull::Arguments),
     /// Lists the models that were trained here, and the bases that are on this machine
     ListModels(list_models::Arguments),
     /// Shows all that is known of a model
@@ -132,6 +134,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
+        Command::Pull(arguments) => pull::run(arguments),
         Command::ListModels(arguments) => list_models::run(arguments),
         Command::Show(arguments) => show::run(arguments),
         Command::Rm(arguments) => rm::run(arguments),
@@ -148,7 +151,7 @@ pub fn main() -> ExitCode {
         Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) => {
             progress::line(format_args!("error: {error:#}"));
-            ExitCode::FAILURE
+            if error.is::<interrupt::Interrupted>() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -10,6 +10,7 @@ pub mod fine_tune;
 pub mod import;
 pub mod list_models;
 pub mod plugins;
+pub mod pull;
 pub mod rm;
 pub mod run;
 pub mod serve;

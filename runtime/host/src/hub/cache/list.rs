@@ -81,7 +81,7 @@ pub fn list() -> Result<Vec<Cached>> {
 }
 
 /// `owner/name` of a folder's name.
-fn repo_of(folder: &str) -> Option<String> {
+pub(in crate::hub) fn repo_of(folder: &str) -> Option<String> {
     let (owner, name) = folder.strip_prefix("models--")?.split_once("--")?;
     Some(HubName::parse(&format!("{owner}/{name}"))?.repo)
 }

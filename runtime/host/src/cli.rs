@@ -11,7 +11,7 @@ use homeroom_kernels::Cpu;
 
 use crate::command::{Done, bench, chat, eval, export_model, fine_tune, list_models, plugins, run, serve};
 use crate::plugin::probe;
-use crate::{interrupt, progress, registry, stdout, terminal, tips};
+use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -19,6 +19,9 @@ use crate::{interrupt, progress, registry, stdout, terminal, tips};
 #[derive(Parser)]
 #[command(name = "homeroom", version, max_term_width = 100)]
 struct Cli {
+    /// Download nothing: models of the Hugging Face hub are taken from its cache; HF_HUB_OFFLINE=1 does the same
+    #[arg(long, global = true)]
+    offline: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -104,6 +107,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
+    hub::set_offline(cli.offline);
     // What `plugins watch` starts, the compiler, writes as the user's shell would have it.
     if !matches!(cli.command, Command::Plugins(plugins::Plugins::Watch { .. })) {
         keep_private(registry::data_directory(), |note| progress::line(note));

@@ -13,7 +13,7 @@ use crate::command::{
     Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, rm, run, serve, show,
 };
 use crate::plugin::probe;
-use crate::{interrupt, progress, registry, stdout, terminal, tips};
+use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -21,6 +21,9 @@ use crate::{interrupt, progress, registry, stdout, terminal, tips};
 #[derive(Parser)]
 #[command(name = "homeroom", version, max_term_width = 100)]
 struct Cli {
+    /// Download nothing: models of the Hugging Face hub are taken from its cache; HF_HUB_OFFLINE=1 does the same
+    #[arg(long, global = true)]
+    offline: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -116,6 +119,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
+    hub::set_offline(cli.offline);
     // What `plugins watch` starts, the compiler, writes as the user's shell would have it.
     if !matches!(cli.command, Command::Plugins(plugins::Plugins::Watch { .. })) {
         keep_private(registry::data_directory(), |note| progress::line(note));

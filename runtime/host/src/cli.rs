@@ -119,7 +119,9 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
-    hub::set_offline(cli.offline);
+    if cli.offline {
+        hub::set_offline("--offline");
+    }
     // What `plugins watch` starts, the compiler, writes as the user's shell would have it.
     if !matches!(cli.command, Command::Plugins(plugins::Plugins::Watch { .. })) {
         keep_private(registry::data_directory(), |note| progress::line(note));

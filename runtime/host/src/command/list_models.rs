@@ -23,21 +23,21 @@ pub struct Arguments {
 /// Name, kind, strategy, rows, loss, size, date, and what it is on.
 const TUNED: [Column; 8] = [
     Column { right: false, spare: 0 },
-    Column { right: false, spare: 4 },
-    Column { right: false, spare: 1 },
-    Column { right: true, spare: 5 },
-    Column { right: false, spare: 0 },
-    Column { right: true, spare: 3 },
+    Column { right: false, spare: 5 },
     Column { right: false, spare: 2 },
+    Column { right: true, spare: 6 },
+    Column { right: false, spare: 1 },
+    Column { right: true, spare: 4 },
+    Column { right: false, spare: 3 },
     Column { right: false, spare: 0 },
 ];
 
 /// Name, kind, size, date, and what there is of it.
 const BASES: [Column; 5] = [
     Column { right: false, spare: 0 },
+    Column { right: false, spare: 3 },
+    Column { right: true, spare: 1 },
     Column { right: false, spare: 2 },
-    Column { right: true, spare: 0 },
-    Column { right: false, spare: 1 },
     Column { right: false, spare: 0 },
 ];
 

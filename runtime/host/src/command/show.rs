@@ -62,8 +62,13 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
 
 /// What a name or a path leads to; a base of the cache with what that knows of it.
 fn look(name: &Path) -> Result<(Details, Option<Base>)> {
-    let path = registry::resolve(name);
-    if path.exists() || is_named(&path)? && registry::is_name(&name.to_string_lossy()) {
+    let mut path = registry::resolve(name);
+    // One that is missed, as a link that leads nowhere is, is shown as well.
+    let registered = name.to_str().filter(|text| registry::is_name(text) && !path.exists());
+    if let Some(place) = registered.and_then(|text| registry::place(text).ok()) {
+        path = place;
+    }
+    if path.exists() || registered.is_some() && is_named(&path)? {
         // One that lies in the registry is shown by its name there, however it was named.
         let short = registry::short(&path);
         return Ok((Details::of(registry::entry(short, path)), None));

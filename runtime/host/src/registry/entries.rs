@@ -5,7 +5,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, Manifest, WEIGHTS_FILE, is_adapter, read_manifest};
+use homeroom_engine::adapter::{
+    Base, CONFIG_FILE, HOMEROOM_FILE, Manifest, NamedBase, WEIGHTS_FILE, is_adapter, read_manifest,
+};
 use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, broken_link, bytes_below, is_named, read_text};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::tensors::map_safetensors;
@@ -15,6 +17,7 @@ use serde_json::Value;
 use super::names::{is_name, owner};
 use super::{data_directory, when};
 use crate::hub::{self, HubName};
+use crate::models::hub_name_of;
 
 /// A model in the registry.
 #[derive(Clone, Debug, Serialize)]
@@ -35,7 +38,7 @@ pub struct Entry {
     pub parent: Option<String>,
     /// What is wrong with it: its files are missing or damaged, or its base is gone. Of weights only the headers are looked at.
     pub problem: Option<String>,
-    /// The base's name on the hub, `owner/name`, if it is known.
+    /// The base's name on the hub, `owner/name` with `:quantization` where it is one of several GGUF files, if it is known.
     pub base_name: Option<String>,
     /// The commit of the base, if it is known.
     pub base_revision: Option<String>,
@@ -131,9 +134,14 @@ pub fn entry(name: String, path: PathBuf) -> Entry {
     match read_manifest(&entry.path) {
         Ok(Some(manifest)) => entry.take(manifest),
         Ok(None) => match read_peft(&entry.path) {
-            Ok((strategy, base)) => {
+            Ok((strategy, base, revision)) => {
                 (entry.strategy, entry.base) = (strategy, base);
-                entry.base_name = HubName::typed(&entry.base).map(|name| name.repo);
+                let base = NamedBase {
+                    path: Some(entry.base.clone()),
+                    name: entry.base.to_str().map(str::to_owned),
+                    revision,
+                };
+                entry.name_base(&base);
             }
             Err(error) => problem = problem.or(Some(format!("{error:#}"))),
         },
@@ -156,8 +164,15 @@ impl Entry {
         // Of a text that another program wrote there, only what is a time is shown as one.
         let finished = training["finished"].as_str().filter(|text| when::is_text(text));
         self.date = finished.map(str::to_owned).or_else(|| self.date.take());
-        self.strategy = manifest.strategy.name;
-        self.base = manifest.base.path;
+        let Base { path, name, revision, .. } = manifest.base;
+        self.name_base(&NamedBase { path: Some(path.clone()), name, revision });
+        (self.strategy, self.base) = (manifest.strategy.name, path);
+    }
+
+    fn name_base(&mut self, base: &NamedBase) {
+        let name = hub_name_of(base);
+        self.base_revision = name.as_ref().and_then(|name| name.revision.clone());
+        self.base_name = name.map(|name| HubName { revision: None, ..name }.to_string());
     }
 
     /// What to say where the base of an adapter is not on this machine.
@@ -179,10 +194,7 @@ impl Entry {
     /// The name of the base on the hub, at the commit that it was.
     pub fn base_on_hub(&self) -> Option<HubName> {
         let name = HubName::parse(self.base_name.as_deref()?)?;
-        Some(match self.base_revision.as_deref().filter(|revision| HubName::is_commit(revision)) {
-            Some(commit) => name.at(commit),
-            None => name,
-        })
+        Some(HubName { revision: self.base_revision.clone(), ..name })
     }
 }
 
@@ -193,8 +205,8 @@ fn written(path: &Path) -> Option<String> {
     about.modified().ok().map(when::text)
 }
 
-/// Kind and base of an adapter that another program trained; of a model without `homeroom.json` nothing is known.
-fn read_peft(path: &Path) -> Result<(String, PathBuf)> {
+/// Kind, base and revision of the base of an adapter that another program trained; of a model without `homeroom.json` nothing is known.
+fn read_peft(path: &Path) -> Result<(String, PathBuf, Option<String>)> {
     let file = path.join(CONFIG_FILE);
     if !is_named(&file)? {
         return Ok(Default::default());
@@ -202,5 +214,6 @@ fn read_peft(path: &Path) -> Result<(String, PathBuf)> {
     let text = read_text(&file, SMALL_FILE_BYTES_MAX)?;
     let config: Value = serde_json::from_str(&text).with_context(|| format!("{CONFIG_FILE}: damaged"))?;
     let text = |key: &str| config[key].as_str().unwrap_or_default().to_owned();
-    Ok((text("peft_type").to_lowercase(), text("base_model_name_or_path").into()))
+    let revision = config["revision"].as_str().map(str::to_owned);
+    Ok((text("peft_type").to_lowercase(), text("base_model_name_or_path").into(), revision))
 }

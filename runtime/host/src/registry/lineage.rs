@@ -157,7 +157,7 @@ fn runs_on(target: &Target) -> Vec<String> {
     for run in entries(&runs) {
         for adapter in entries(&run.path().join("adapters")) {
             let Ok(Some(manifest)) = read_manifest(&adapter.path()) else { continue };
-            if target.is_base_of(&manifest.base.path, None) {
+            if target.is_base_of(&manifest.base.path, manifest.base.name.as_deref()) {
                 let (run, adapter) = (run.file_name(), adapter.file_name());
                 found.push(format!("{}/{}", run.to_string_lossy(), adapter.to_string_lossy()));
             }

@@ -25,6 +25,8 @@ mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
+#[cfg(unix)]
+mod registry;
 #[cfg(target_os = "linux")]
 mod reload;
 #[cfg(target_os = "linux")]

@@ -308,7 +308,7 @@ fn a_base_that_no_model_can_be_written_of_is_told_before_it_is_trained() -> Resu
 /// An adapter of the fixtures with its base.
 fn adapter(path: &Path, base: &str) -> Result<Loaded> {
     let base_model = Some(fixture("models").join(base));
-    Loaded::load(&ModelRef { name: path.to_owned(), base_model, any_base: false })
+    Loaded::load(&ModelRef { name: path.to_owned(), base_model, any_base: false }, Network::Never("a test"))
 }
 
 /// PEFT saves the base's weight beside an adapter of the embedding or the head, in the type that it was trained in.

@@ -14,6 +14,8 @@ mod handlers;
 mod hostile;
 #[cfg(unix)]
 mod hostile_scripts;
+#[cfg(unix)]
+mod hub;
 mod inference;
 mod invariants;
 #[cfg(unix)]

@@ -60,7 +60,8 @@ impl Blob<'_> {
             let (file, got) = match begun.complete(self) {
                 Ok(complete) => complete,
                 Err(error) => {
-                    if lock.is_void {
+                    // Of nothing that came there is nothing to go on from, nor where the next process has a file of its own.
+                    if lock.is_void || fs::metadata(&partial).is_ok_and(|meta| meta.len() == 0) {
                         let _ = fs::remove_file(&partial);
                     }
                     return Err(error);
@@ -188,21 +189,25 @@ impl Partial {
         }
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; CHUNK];
-        let cut = |error: &io::Error| broken("the server", error);
+        let at = |what: &str, len| {
+            let what = format!("{what} at {} of {}", DecimalBytes(len), DecimalBytes(size));
+            Failure::Passing { what, after: None }
+        };
         while self.len < size {
             if interrupt::asked() || blob.progress.is_ended() {
                 return Err(Failure::Final(Interrupted::default().into()));
             }
             let most = usize::try_from(size - self.len).unwrap_or(CHUNK).min(CHUNK);
             let read = match body.read(&mut buffer[..most]) {
-                Ok(0) => {
-                    let what =
-                        format!("the connection was cut at {} of {}", DecimalBytes(self.len), DecimalBytes(size));
-                    return Err(Failure::Passing { what, after: None });
-                }
+                Ok(0) => return Err(at("the connection was cut", self.len)),
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(cut(&error)),
+                Err(error) => {
+                    return Err(match broken(&error) {
+                        Failure::Passing { what, .. } => at(&what, self.len),
+                        other => other,
+                    });
+                }
             };
             self.file.write_all(&buffer[..read]).map_err(|error| unwritten(error, &self.path))?;
             self.hasher.update(&buffer[..read]);

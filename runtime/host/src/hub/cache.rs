@@ -75,19 +75,26 @@ pub fn stores() -> Vec<PathBuf> {
 /// When it is not allowed here, or several files have the quantization that is asked for.
 pub fn find(name: &HubName) -> Result<Option<Found>> {
     policy::check(&name.repo)?;
-    let found = stores().iter().find_map(|store| find_in(store, name).transpose());
-    if found.is_some() || name.revision.is_some() {
-        return found.transpose();
+    find_among(&stores(), name)
+}
+
+fn find_among(stores: &[PathBuf], name: &HubName) -> Result<Option<Found>> {
+    for store in stores {
+        if let Some(found) = find_in(store, name)? {
+            return Ok(Some(found));
+        }
     }
-    // A cache that was carried here or interrupted may lack the ref, and have the files.
-    let newest = stores().iter().find_map(|store| newest_in(store, name).transpose()).transpose()?;
-    if let Some(found) = &newest {
-        note(format!(
-            "note: {name}: which commit is its newest is not known here, or not all of it is; taken is {}",
-            found.commit
-        ));
+    // A cache that was carried here, or a download that was ended, may lack the ref and have a commit's files.
+    for store in stores.iter().filter(|_| name.revision.is_none()) {
+        if let Some(found) = newest_in(store, name)? {
+            note(format!(
+                "note: {name}: which commit is its newest is not known here, or not all of that is here; commit {} is used",
+                found.commit
+            ));
+            return Ok(Some(found));
+        }
     }
-    Ok(newest)
+    Ok(None)
 }
 
 /// The model in one store, at the revision that is asked for.
@@ -163,3 +170,6 @@ fn note(text: String) {
         line(text);
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests;

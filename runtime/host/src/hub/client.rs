@@ -163,7 +163,7 @@ fn unreachable(uri: &Uri, error: ureq::Error) -> Failure {
     }
     let host = host(uri);
     let words = match &error {
-        ureq::Error::Io(error) => return broken(&host, error),
+        ureq::Error::Io(error) => return failed(&host, error),
         ureq::Error::HostNotFound => "this name has no address here; is there a network?".to_owned(),
         ureq::Error::Timeout(_) => "no answer in time".to_owned(),
         ureq::Error::ConnectProxyFailed(_) => {
@@ -178,16 +178,25 @@ fn unreachable(uri: &Uri, error: ureq::Error) -> Failure {
     Failure::Passing { what: format!("{host}: {words}"), after: None }
 }
 
-/// What a connection that broke off is called.
-pub(super) fn broken(host: &str, error: &io::Error) -> Failure {
-    if interrupt::asked() {
-        return Failure::Final(Interrupted::default().into());
-    }
+/// As [`broken`], or a connection that is not trusted.
+fn failed(host: &str, error: &io::Error) -> Failure {
     let text = error.to_string();
     if is_about_trust(&text) {
         return distrusted(host, &text);
     }
-    let words = match error.kind() {
+    match broken(error) {
+        Failure::Passing { what, after } => Failure::Passing { what: format!("{host}: {what}"), after },
+        other => other,
+    }
+}
+
+/// What a connection that broke off is called.
+pub(super) fn broken(error: &io::Error) -> Failure {
+    if interrupt::asked() {
+        return Failure::Final(Interrupted::default().into());
+    }
+    let text = error.to_string();
+    let what = match error.kind() {
         io::ErrorKind::ConnectionRefused => "no server answers there".to_owned(),
         io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => "no answer in time".to_owned(),
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted => {
@@ -196,7 +205,7 @@ pub(super) fn broken(host: &str, error: &io::Error) -> Failure {
         _ if text.contains("timeout") => "no answer in time".to_owned(),
         _ => text,
     };
-    Failure::Passing { what: format!("{host}: {words}"), after: None }
+    Failure::Passing { what, after: None }
 }
 
 fn is_about_trust(text: &str) -> bool {

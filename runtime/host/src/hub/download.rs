@@ -229,7 +229,7 @@ impl Hub {
                         }
                         Ok(read) if told.is_none_or(|told: u64| told == read as u64) => return Ok(bytes),
                         Ok(_) => Failure::Passing { what: "the hub's answer was cut".to_owned(), after: None },
-                        Err(error) => broken("the hub", &error),
+                        Err(error) => broken(&error),
                     }
                 }
                 Err(failure) => failure,

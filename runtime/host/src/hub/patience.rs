@@ -91,7 +91,7 @@ impl Tries {
         }
         if self.fruitless >= tries || self.requests >= requests_max {
             let times = if self.requests == 1 { "once".to_owned() } else { format!("{} times", self.requests) };
-            return Err(anyhow!("{subject}: {what} (tried {times})\nhint: the same command goes on from there later"));
+            return Err(anyhow!("{subject}: {what} (tried {times})\nhint: try again later; what has come is kept"));
         }
         if let Some(asked) = after.filter(|asked| *asked > asked_max) {
             let minutes = asked.as_secs().div_ceil(60);

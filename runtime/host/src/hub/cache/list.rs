@@ -1,13 +1,15 @@
 //! Everything that the cache and the shared stores have, and how a model is removed.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, Metadata, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
+use homeroom_engine::files::open_regular;
 
-use super::{HubName, Kind, commits, directory, folder, kind, read_ref, stores};
+use super::{HubName, Kind, commits, directory, folder, kind, read_ref, shared, stores};
 
 /// How deep below `refs/` names are looked for: `refs/pr/7`.
 const REF_DEPTH_MAX: usize = 8;
@@ -62,21 +64,27 @@ impl Cached {
 pub fn list() -> Result<Vec<Cached>> {
     let mut cached = Vec::new();
     for store in stores() {
-        let entries = match fs::read_dir(&store) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error).with_context(|| format!("{}: cannot read this store", store.display())),
-        };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let Some(repo) = name.to_str().and_then(repo_of) else { continue };
-            if entry.path().is_dir() {
-                cached.push(read(&store, repo, entry.path()));
-            }
-        }
+        cached.extend(list_in(&store)?);
     }
     // The order of stores stays among those of one name.
     cached.sort_by(|a, b| a.repo.cmp(&b.repo));
+    Ok(cached)
+}
+
+/// The repositories of one store, which need not be there.
+pub(super) fn list_in(store: &Path) -> Result<Vec<Cached>> {
+    let entries = match fs::read_dir(store) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("{}: cannot read this store", store.display())),
+    };
+    let mut cached = Vec::new();
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if let Some(repo) = name.to_str().and_then(repo_of).filter(|_| entry.path().is_dir()) {
+            cached.push(read(store, repo, entry.path()));
+        }
+    }
     Ok(cached)
 }
 
@@ -162,42 +170,53 @@ impl Sum {
 /// When it is not in the user's cache, another process is downloading it, or it cannot be removed.
 pub fn remove(repo: &str) -> Result<u64> {
     let store = directory().context("there is no cache; set HF_HOME")?;
-    let folder = folder(&store, repo);
+    if let Some(bytes) = remove_in(&store, repo)? {
+        return Ok(bytes);
+    }
+    match shared().into_iter().find(|store| folder(store, repo).exists()) {
+        Some(shared) => bail!("{repo}: it is in {}, which is shared, and is not removed", shared.display()),
+        None => bail!("{repo}: not in {}", store.display()),
+    }
+}
+
+/// Removes a repository from one store, if it is there.
+pub(super) fn remove_in(store: &Path, repo: &str) -> Result<Option<u64>> {
+    // What is no name could lead out of the store.
+    let folder = match HubName::parse(repo).filter(|name| name.repo == repo) {
+        Some(name) => folder(store, &name.repo),
+        None => bail!("{repo}: not a name on the hub"),
+    };
     if folder.symlink_metadata().is_err() {
-        let shared = stores().into_iter().skip(1).find(|store| super::folder(store, repo).exists());
-        match shared {
-            Some(shared) => bail!("{repo}: it is in {}, which is shared, and is not removed", shared.display()),
-            None => bail!("{repo}: not in {}", store.display()),
-        }
+        return Ok(None);
     }
     let name = folder.file_name().context("a folder has a name")?;
     let locks = store.join(".locks").join(name);
     let _held = held(&locks, repo)?;
-    let bytes = read(&store, repo.to_owned(), folder.clone()).bytes;
+    let bytes = read(store, repo.to_owned(), folder.clone()).bytes;
     let cannot = || format!("{}: cannot remove", folder.display());
     if folder.is_symlink() {
         fs::remove_file(&folder).with_context(cannot)?;
-        return Ok(bytes);
+        return Ok(Some(bytes));
     }
     // In this order, so that what a kill leaves is never taken for a model that is whole.
     for part in ["refs", "snapshots", "blobs"] {
         match fs::remove_dir_all(folder.join(part)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).with_context(cannot),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).with_context(cannot),
             _ => {}
         }
     }
     fs::remove_dir_all(&folder).with_context(cannot)?;
     // Locks are of no use without files to lock.
     let _ = fs::remove_dir_all(&locks);
-    Ok(bytes)
+    Ok(Some(bytes))
 }
 
 /// All locks of a repository's files, which who downloads one holds.
 fn held(locks: &Path, repo: &str) -> Result<Vec<File>> {
     let mut held = Vec::new();
     for entry in fs::read_dir(locks).into_iter().flatten().flatten() {
-        let Ok(file) = homeroom_engine::files::open_regular(&entry.path()) else { continue };
-        if matches!(file.try_lock(), Err(fs::TryLockError::WouldBlock)) {
+        let Ok(file) = open_regular(&entry.path()) else { continue };
+        if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
             bail!("{repo}: another process is downloading it\nhint: try again when that has ended");
         }
         held.push(file);

@@ -22,6 +22,8 @@ mod invariants;
 mod machine;
 mod mixed;
 mod models;
+#[cfg(unix)]
+mod names;
 mod pipeline_results;
 mod pipelines;
 #[cfg(target_os = "linux")]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use homeroom::handler::local::Local;
 use homeroom::handler::{self, Handler};
-use homeroom::models::{Loaded, ModelRef};
+use homeroom::models::{Loaded, ModelRef, Network};
 use homeroom_engine::adapter::{AdapterFiles, serialize_f32};
 use homeroom_engine::batch::Batch;
 use homeroom_engine::block::Compute;
@@ -642,7 +642,10 @@ fn a_listed_model_that_cannot_be_loaded_says_so_and_one_that_can_does_not() -> R
         let fits =
             found.is_some() == word.is_some() && found.zip(word).is_none_or(|(found, word)| found.contains(word));
         assert!(entry["name"] == name && fits, "{word:?}: {entry}");
-        assert_eq!(Loaded::load(&ModelRef { name: at(name, ""), ..ModelRef::default() }).is_ok(), word.is_none());
+        assert_eq!(
+            Loaded::load(&ModelRef { name: at(name, ""), ..ModelRef::default() }, Network::Never("a test")).is_ok(),
+            word.is_none()
+        );
     }
     Ok(())
 }

@@ -22,11 +22,15 @@ mod invariants;
 mod machine;
 mod mixed;
 mod models;
+#[cfg(unix)]
+mod names;
 mod pipeline_results;
 mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
+#[cfg(unix)]
+mod registry;
 #[cfg(target_os = "linux")]
 mod reload;
 #[cfg(target_os = "linux")]

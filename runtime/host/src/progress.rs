@@ -109,6 +109,7 @@ fn left(started: Instant, done: u64, all: u64) -> HumanDuration {
 pub struct Counting {
     bar: ProgressBar,
     what: &'static str,
+    shown: fn(u64) -> String,
     started: Instant,
     told: Cell<Instant>,
 }
@@ -118,10 +119,19 @@ const BETWEEN_LINES: Duration = Duration::from_secs(20);
 
 /// A bar over `count` things; off a terminal a line now and then, none for what is done soon.
 pub fn counting(what: &'static str, count: usize) -> Counting {
-    let style = ProgressStyle::with_template("{msg} {pos}/{len} {wide_bar} {eta} left").expect("the template is right");
+    drawn(what, count as u64, "{msg} {pos}/{len} {wide_bar} {eta} left", |count| HumanCount(count).to_string())
+}
+
+/// As [`counting`], of bytes.
+pub fn bytes(what: &'static str, bytes: u64) -> Counting {
+    drawn(what, bytes, "{msg} {bytes}/{total_bytes} {wide_bar} {eta} left", size)
+}
+
+fn drawn(what: &'static str, length: u64, template: &str, shown: fn(u64) -> String) -> Counting {
+    let style = ProgressStyle::with_template(template).expect("the template is right");
     let target = terminal().unwrap_or_else(ProgressDrawTarget::hidden);
-    let bar = ProgressBar::with_draw_target(Some(count as u64), target).with_style(style).with_message(what);
-    Counting { bar, what, started: Instant::now(), told: Cell::new(Instant::now()) }
+    let bar = ProgressBar::with_draw_target(Some(length), target).with_style(style).with_message(what);
+    Counting { bar, what, shown, started: Instant::now(), told: Cell::new(Instant::now()) }
 }
 
 impl Counting {
@@ -137,7 +147,7 @@ impl Counting {
             self.told.set(Instant::now());
             let all = self.bar.length().unwrap_or(done);
             let (what, left) = (self.what, left(self.started, done, all));
-            line(format_args!("{what} {}/{}   {left} left", HumanCount(done), HumanCount(all)));
+            line(format_args!("{what} {}/{}   {left} left", (self.shown)(done), (self.shown)(all)));
         }
     }
 
@@ -253,6 +263,11 @@ pub fn millions(number: usize) -> String {
         ..10_000 => thousands(number).to_string(),
         _ => format!("{:.2} M", number as f64 / 1e6),
     }
+}
+
+/// A size in words: `1.80 MiB`.
+pub fn size(bytes: u64) -> String {
+    HumanBytes(bytes).to_string()
 }
 
 /// 1,234,567.

@@ -15,6 +15,7 @@ use crate::handler::config::{Config, Handlers, LOCAL_LIMITS};
 use crate::handler::limit::Limited;
 use crate::handler::local::Local;
 use crate::interrupt;
+use crate::models::last_part;
 use crate::near::exists;
 use crate::progress::line;
 use crate::serve::{Models, bind, start};
@@ -59,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let mut watched = None;
     let models = match (&arguments.model, &config) {
         (Some(model), _) => {
-            let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
+            let name = last_part(&model.model_dir).unwrap_or_else(|| "model".to_owned());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
             let local = Local::load(&name, model.reference(), arguments.answers.compute)?;
             let handler: Arc<dyn Handler> = Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS));

@@ -91,10 +91,15 @@ fn a_certificate_that_is_not_trusted_is_told_with_what_to_do_and_one_that_is_nam
         for name in ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"] {
             command.env_remove(name);
         }
-        certificates.into_iter().for_each(|file| drop(command.env("REQUESTS_CA_BUNDLE", file)));
+        if let Some(file) = certificates {
+            command.env("REQUESTS_CA_BUNDLE", file);
+        }
         command
     };
-    refused(&mut pull(None), &["127.0.0.1: its certificate is not trusted", "hint: in a network whose proxy", "SSL_CERT_FILE"])?;
+    refused(
+        &mut pull(None),
+        &["127.0.0.1: its certificate is not trusted", "hint: in a network whose proxy", "SSL_CERT_FILE"],
+    )?;
     assert!(server.asked().is_empty() && !place.path("hf").exists());
     refused(&mut pull(Some(fixture("tls/make.sh"))), &["REQUESTS_CA_BUNDLE", "there is no certificate in it"])?;
     refused(&mut pull(Some(place.path("missing.pem"))), &["REQUESTS_CA_BUNDLE", "missing.pem"])?;
@@ -117,7 +122,10 @@ fn a_proxy_is_used_for_other_machines_and_not_for_this_one() -> Result<()> {
     let (address, through) = proxy(server.address)?;
     let pull = |url: &str, home: &str| {
         let mut command = program(&server, &place, &["pull", "a/b"]);
-        command.env("HF_ENDPOINT", url).env("HTTPS_PROXY", format!("http://{address}")).env("HF_HOME", place.path(home));
+        command
+            .env("HF_ENDPOINT", url)
+            .env("HTTPS_PROXY", format!("http://{address}"))
+            .env("HF_HOME", place.path(home));
         for name in ["ALL_PROXY", "all_proxy", "https_proxy", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"] {
             command.env_remove(name);
         }
@@ -129,9 +137,16 @@ fn a_proxy_is_used_for_other_machines_and_not_for_this_one() -> Result<()> {
     assert!(server.asked().iter().all(|asked| asked.token.is_some()));
     server.is_well();
     let ran = succeeds(&mut pull("http://hub.example", "there"))?;
-    assert!(ran.stderr.contains("note: HF_ENDPOINT is plain http") && ran.stderr.contains("the token is not sent"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("note: HF_ENDPOINT is plain http") && ran.stderr.contains("the token is not sent"),
+        "{}",
+        ran.stderr
+    );
     let through = through.lock().expect("no panic").clone();
-    assert!(!through.is_empty() && through.iter().all(|asked| asked.starts_with("CONNECT hub.example:80 ")), "{through:?}");
+    assert!(
+        !through.is_empty() && through.iter().all(|asked| asked.starts_with("CONNECT hub.example:80 ")),
+        "{through:?}"
+    );
     assert!(server.asked().iter().all(|asked| asked.token.is_none()) && !through.concat().contains(TOKEN));
     Ok(())
 }

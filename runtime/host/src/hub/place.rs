@@ -12,7 +12,7 @@ use homeroom_engine::files::{make_directory, open_to_readers};
 use super::cache;
 use super::digest::Digest;
 use super::listing::RemoteFile;
-use super::patience::sleep;
+use super::patience::Stop;
 
 /// Then a wait for another process is told.
 const TOLD_AFTER: Duration = Duration::from_secs(1);
@@ -73,7 +73,7 @@ impl Place {
     ///
     /// # Errors
     /// When it cannot be made, or Ctrl-C is pressed.
-    pub(super) fn lock(&self, digest: &Digest, say: impl FnOnce()) -> Result<BlobLock> {
+    pub(super) fn lock(&self, digest: &Digest, stop: &Stop, say: impl FnOnce()) -> Result<BlobLock> {
         make_directory(&self.locks)?;
         let path = self.locks.join(format!("{}.lock", digest.name()));
         let (started, mut say) = (Instant::now(), Some(say));
@@ -82,6 +82,8 @@ impl Place {
             match file.try_lock() {
                 Ok(()) if !is_still(&file, &path) => continue,
                 Ok(()) => {
+                    // Other users of a cache that is shared have to open it.
+                    let _ = open_to_readers(&path);
                     // Some network file systems grant every lock.
                     let is_void = open_lock(&path).is_ok_and(|second| second.try_lock().is_ok());
                     return Ok(BlobLock { _file: file, is_void });
@@ -92,7 +94,7 @@ impl Place {
                     {
                         say();
                     }
-                    sleep(STEP)?;
+                    stop.sleep(STEP)?;
                 }
                 Err(TryLockError::Error(_)) => return Ok(BlobLock { _file: file, is_void: true }),
             }

@@ -14,6 +14,8 @@ mod handlers;
 mod hostile;
 #[cfg(unix)]
 mod hostile_scripts;
+#[cfg(unix)]
+mod hub;
 mod inference;
 mod invariants;
 #[cfg(unix)]
@@ -27,6 +29,8 @@ mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
+#[cfg(unix)]
+mod registry;
 #[cfg(target_os = "linux")]
 mod reload;
 #[cfg(target_os = "linux")]

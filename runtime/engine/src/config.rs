@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_kernels::Attention;
 use serde_json::{Map, Value, json};
 
+use crate::embedding::is_encoder;
 use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
 use crate::gguf::Gguf;
 
@@ -107,6 +108,10 @@ impl ModelConfig {
     fn from_map(config: &Map<String, Value>) -> Result<Self> {
         let model_type = config.get("model_type").and_then(Value::as_str).context("`model_type` is missing")?;
         ensure!(
+            !is_encoder(model_type),
+            "`{model_type}` is an embedding model, which writes no text: it is not trained, asked or exported here; `homeroom serve` serves it at /v1/embeddings"
+        );
+        ensure!(
             matches!(model_type, "llama" | "mistral" | "qwen2"),
             "unknown architecture `{model_type}`; known are llama, mistral, qwen2"
         );
@@ -183,6 +188,10 @@ impl ModelConfig {
             "`general.type` is `{kind}`: the file belongs to a model and is none; name the model's"
         );
         let architecture = gguf.str("general.architecture")?.context("`general.architecture` is missing")?;
+        ensure!(
+            !is_encoder(architecture) && !architecture.ends_with("-bert"),
+            "`{architecture}` is an embedding model, which is read as a directory of Hugging Face and not as a GGUF file"
+        );
         ensure!(
             matches!(architecture, "llama" | "qwen2"),
             "unknown architecture `{architecture}`; known are llama, qwen2"

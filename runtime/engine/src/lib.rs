@@ -6,7 +6,7 @@
 //! [`block`] loops over it forward and backward, [`frozen_linear`] multiplies by frozen weights. From rows to an adapter:
 //! [`data`], [`order`] and [`batch`] lay out tokens, [`train`] with [`optimizer`] and [`schedule`] learns, [`adapter`],
 //! [`peft`], [`merge`] and [`files`] write; [`digest`] tells files apart. [`generate`] answers, with weights
-//! where `resident` put them; [`memory`] says how much there is.
+//! where `resident` put them; [`embedding`] makes vectors of texts; [`memory`] says how much there is.
 //!
 //! Nothing here sees TOML, Lua, HTTP or a terminal.
 
@@ -21,6 +21,7 @@ pub mod conformance;
 pub mod data;
 pub mod decoder;
 pub mod digest;
+pub mod embedding;
 pub mod files;
 pub mod frozen_linear;
 pub mod fused;

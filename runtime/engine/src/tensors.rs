@@ -38,6 +38,9 @@ pub type TensorValues = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+/// A buffer that is no weight.
+const POSITION_IDS: &str = "embeddings.position_ids";
+
 /// Whether a Hugging Face directory has weights that are read here, or says that it has.
 pub fn has_safetensors(dir: &Path) -> bool {
     let named = |name: &str| is_named(&dir.join(name)).unwrap_or(true);
@@ -132,7 +135,9 @@ pub fn map_safetensors(path: &Path) -> Result<Tensors> {
         anyhow::anyhow!("{}: not a whole safetensors file ({error}); download or copy it again", path.display())
     })?;
     let start = map.as_ptr() as usize;
-    let tensors = parsed.tensors().into_iter().map(|(name, view)| {
+    // Older saves of BERT's family hold a list of all positions, which transformers does not read either.
+    let read = parsed.tensors().into_iter().filter(|(name, view)| !(view.dtype() == Dtype::I64 && name.ends_with(POSITION_IDS)));
+    let tensors = read.map(|(name, view)| {
         let storage = match view.dtype() {
             Dtype::F32 => Storage::F32,
             Dtype::F16 => Storage::F16,

@@ -40,8 +40,9 @@ pub fn file_beside(path: &Path) -> Option<String> {
 pub fn model(name: &Path) -> Option<String> {
     let cached = || HubName::typed(name).and_then(|name| cached(&name));
     let registered = || {
-        let entries = registry::list().ok()?;
-        let near = nearest(name.to_str()?, entries.iter().map(|entry| entry.name.as_str()))?;
+        let names = registry::names().ok()?;
+        let near =
+            nearest(name.to_str()?, names.iter().map(String::as_str).filter(|other| Some(*other) != name.to_str()))?;
         Some(near.to_owned())
     };
     registered().or_else(cached).or_else(|| file_beside(name))

@@ -202,6 +202,11 @@ impl Tokenizer {
         self.n_ids
     }
 
+    /// Most tokens of a text, where the files say it.
+    pub fn model_max_length(&self) -> Option<usize> {
+        usize::try_from(self.model_max_length?).ok()
+    }
+
     /// The id of a token, spelled as in the vocabulary (`Ġthe`, `▁the`).
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

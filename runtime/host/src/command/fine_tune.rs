@@ -213,7 +213,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         }),
         Some(_) => None,
     };
-    let outcome = Outcome { config, report, before, after, data_digest: rows.data.digest.clone(), failure };
+    let (trained, data_digest) = (rows.train.len(), rows.data.digest.clone());
+    let outcome = Outcome { config, report, before, after, rows: trained, data_digest, failure };
     if let Some(failure) = &outcome.failure {
         bail!("{failure}\n{}", outcome.save_beside(&job, &output_dir));
     }

@@ -66,7 +66,7 @@ pub fn of_hub(name: &HubName, network: Network) -> Result<Located> {
         return Ok(Located::at(found.path));
     }
     match network {
-        Network::Allowed if !hub::offline() => fetch(name),
+        Network::Allowed if hub::offline().is_none() => fetch(name),
         Network::Allowed => bail!(not_cached(name, OFFLINE)),
         Network::Never(why) => bail!(not_cached(name, why)),
     }
@@ -172,7 +172,7 @@ pub fn base_of(files: &AdapterFiles, network: Network) -> Result<Located> {
         return Ok(Located::at(found.path.clone()));
     }
     let why = match network {
-        Network::Allowed if !hub::offline() => {
+        Network::Allowed if hub::offline().is_none() => {
             return fetch(&hub_name).with_context(|| format!("{adapter}: its base model"));
         }
         Network::Allowed => OFFLINE,

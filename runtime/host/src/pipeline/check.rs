@@ -58,7 +58,11 @@ fn missing(config: &PipelineConfig, session: &Session, name: &str, path: &Path) 
     let problem = match session.locate(&text) {
         Ok(Some(_)) => return None,
         // A run downloads it.
-        Ok(None) if config.hub_models.iter().any(|(param, _)| param == name) && !config.offline && !hub::offline() => {
+        Ok(None)
+            if config.hub_models.iter().any(|(param, _)| param == name)
+                && !config.offline
+                && hub::offline().is_none() =>
+        {
             return None;
         }
         Ok(None) if config.hub_models.iter().any(|(param, _)| param == name) => {

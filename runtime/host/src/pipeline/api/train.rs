@@ -101,7 +101,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         }
     }
     let ended = raised.is_some() || session.clock().cancelled();
-    let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone(), failure };
+    let (rows, data_digest) = (trained.len(), data.digest.clone());
+    let outcome = Outcome { config, report, before, after, rows, data_digest, failure };
     let path = outcome.save(&job, &path, Taken::Replaced, parent.as_deref())?;
     if let (Some(before), Some(after)) = (before, after) {
         session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));

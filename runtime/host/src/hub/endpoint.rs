@@ -1,5 +1,7 @@
 //! Where the hub is, what may be sent there, and where it may lead.
 
+use std::net::IpAddr;
+
 use anyhow::{Result, anyhow, ensure};
 use ureq::http::Uri;
 
@@ -38,8 +40,8 @@ impl Origin {
 
     /// Returns true if it is this machine.
     pub(super) fn is_loopback(&self) -> bool {
-        let address = self.host.parse::<std::net::IpAddr>();
-        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+        let address = self.host.parse::<IpAddr>().map(|address| address.to_canonical());
+        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback() || address.is_unspecified())
     }
 
     /// Returns true if what is sent there can be read on the way.
@@ -160,6 +162,8 @@ mod tests {
             (&hub, "http://localhost:7000/a"),
             (&hub, "https://127.0.0.1/a"),
             (&hub, "https://[::1]/a"),
+            (&hub, "https://[::ffff:127.0.0.1]/a"),
+            (&hub, "https://0.0.0.0/a"),
             (&hub, "file:///etc/passwd"),
             (&hub, "ftp://hub.example/a"),
             (&hub, "https://me:secret@hub.example/a"),

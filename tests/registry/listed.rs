@@ -199,7 +199,7 @@ fn a_shown_model_says_what_it_went_on_from_and_what_went_on_from_it() -> Result<
     let base = printed_json(&succeeds(program(&place).args(["show", "--json"]).arg(&base))?)?;
     assert_eq!(
         (&base["kind"], &base["model"]["layers"], &base["model"]["hidden_size"]),
-        (&json!("model"), &json!(2), &json!(64))
+        (&json!("model"), &json!(2), &json!(48))
     );
     Ok(())
 }

@@ -83,8 +83,8 @@ fn tuned(entry: &Entry) -> Vec<String> {
     let on = match (base.is_empty(), entry.kind) {
         (false, _) => format!("on {}", cell(&base)),
         // Of a model that was imported there is none.
-        (true, "model") => String::new(),
-        (true, _) => "on an unknown base".to_owned(),
+        (true, "adapter") => "on an unknown base".to_owned(),
+        (true, _) => String::new(),
     };
     let from = entry.parent.as_ref().map(|parent| format!(", from {}", cell(parent))).unwrap_or_default();
     vec![

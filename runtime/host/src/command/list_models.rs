@@ -50,8 +50,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         Vec::new()
     });
     if arguments.json {
-        let paths = entries.iter().map(|entry| &entry.path).chain(bases.iter().map(|base| &base.path));
-        paths.map(|path| utf8(path).map(drop)).collect::<Result<()>>()?;
+        let mut paths = entries.iter().map(|entry| &entry.path).chain(bases.iter().map(|base| &base.path));
+        paths.try_for_each(|path| utf8(path).map(drop))?;
         let entries = entries.iter().map(to_value).chain(bases.iter().map(to_value));
         print(&entries.collect::<Result<Value, _>>()?.to_string())?;
         return Ok(Done::Whole);

@@ -112,8 +112,8 @@ fn check(snapshot: &Snapshot) -> Result<()> {
         Some(Kind::Model) => BaseModel::load(path).map(drop),
         Some(Kind::Gguf(_)) | None => {
             let names = paths(path);
-            let gguf = names.iter().filter(|name| name.to_ascii_lowercase().ends_with(".gguf"));
-            gguf.map(|name| Gguf::open(&path.join(name)).map(drop)).collect()
+            let mut gguf = names.iter().filter(|name| name.to_ascii_lowercase().ends_with(".gguf"));
+            gguf.try_for_each(|name| Gguf::open(&path.join(name)).map(drop))
         }
     }
 }

@@ -1,7 +1,6 @@
 //! `homeroom serve`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -10,10 +9,7 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
 use super::arguments::{AnswerArgs, ModelArgs, whole};
 use super::{Done, handlers_of_home};
-use crate::handler::Handler;
-use crate::handler::config::{Config, Handlers, LOCAL_LIMITS};
-use crate::handler::limit::Limited;
-use crate::handler::local::Local;
+use crate::handler::config::{Config, Handlers, load_local};
 use crate::interrupt;
 use crate::near::exists;
 use crate::progress::line;
@@ -61,8 +57,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         (Some(model), _) => {
             let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
-            let local = Local::load(&name, model.reference(), arguments.answers.compute)?;
-            let handler: Arc<dyn Handler> = Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS));
+            let handler = load_local(&name, model.reference(), arguments.answers.compute)?;
             Models::from([(name, handler)])
         }
         (None, config) => {

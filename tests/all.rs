@@ -15,17 +15,23 @@ mod handlers;
 mod hostile;
 #[cfg(unix)]
 mod hostile_scripts;
+#[cfg(unix)]
+mod hub;
 mod inference;
 mod invariants;
 #[cfg(unix)]
 mod machine;
 mod mixed;
 mod models;
+#[cfg(unix)]
+mod names;
 mod pipeline_results;
 mod pipelines;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;
+#[cfg(unix)]
+mod registry;
 #[cfg(target_os = "linux")]
 mod reload;
 #[cfg(target_os = "linux")]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use homeroom::handler::local::Local;
 use homeroom::handler::{self, Handler};
-use homeroom::models::{Loaded, ModelRef};
+use homeroom::models::{Loaded, ModelRef, Network};
 use homeroom_engine::adapter::{AdapterFiles, serialize_f32};
 use homeroom_engine::batch::Batch;
 use homeroom_engine::block::Compute;
@@ -308,7 +308,7 @@ fn a_base_that_no_model_can_be_written_of_is_told_before_it_is_trained() -> Resu
 /// An adapter of the fixtures with its base.
 fn adapter(path: &Path, base: &str) -> Result<Loaded> {
     let base_model = Some(fixture("models").join(base));
-    Loaded::load(&ModelRef { name: path.to_owned(), base_model, any_base: false })
+    Loaded::load(&ModelRef { name: path.to_owned(), base_model, any_base: false }, Network::Never("a test"))
 }
 
 /// PEFT saves the base's weight beside an adapter of the embedding or the head, in the type that it was trained in.
@@ -642,7 +642,10 @@ fn a_listed_model_that_cannot_be_loaded_says_so_and_one_that_can_does_not() -> R
         let fits =
             found.is_some() == word.is_some() && found.zip(word).is_none_or(|(found, word)| found.contains(word));
         assert!(entry["name"] == name && fits, "{word:?}: {entry}");
-        assert_eq!(Loaded::load(&ModelRef { name: at(name, ""), ..ModelRef::default() }).is_ok(), word.is_none());
+        assert_eq!(
+            Loaded::load(&ModelRef { name: at(name, ""), ..ModelRef::default() }, Network::Never("a test")).is_ok(),
+            word.is_none()
+        );
     }
     Ok(())
 }

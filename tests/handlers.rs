@@ -18,7 +18,7 @@ use homeroom::handler::{
     Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, Secret,
     Usage, checked, collect,
 };
-use homeroom::models::{Loaded, ModelRef};
+use homeroom::models::{Loaded, ModelRef, Network};
 use homeroom::serve::{Models, Running, bind, start};
 use homeroom_engine::block::Compute;
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ mod server;
 pub use server::{chat_body, http, post};
 
 fn loaded() -> Result<Loaded> {
-    Loaded::load(&ModelRef { name: fixture("models/llama"), ..ModelRef::default() })
+    Loaded::load(&ModelRef { name: fixture("models/llama"), ..ModelRef::default() }, Network::Never("a test"))
 }
 
 pub fn local() -> Result<Arc<dyn Handler>> {

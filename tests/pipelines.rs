@@ -292,7 +292,7 @@ fn mistakes_are_told_at_the_scripts_line() -> Result<()> {
         ("homeroom.load_modle { }", "s.lua:1: `homeroom` has no `load_modle`, did you mean `load_model`?"),
         (
             "homeroom.evaluate { model = \"Org/Model\", dataset = homeroom.prepare_dataset { path = params.dataset }.train }",
-            "looks like a name on the Hugging Face hub",
+            "what a script says is not downloaded",
         ),
         ("print(params.modle)", "s.lua:1: `params` has no `modle`, did you mean `model`?"),
         ("params.n = 2", "readonly table"),

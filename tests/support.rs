@@ -40,6 +40,8 @@ pub fn homeroom() -> Command {
     command.env("HOMEROOM_PLUGINS", plugins.parent().expect("a library lies in a directory"));
     // Tests load strategies from directories of their own; those about trust take this away.
     command.env("HOMEROOM_HOME", "/nowhere").env("HOMEROOM_PLUGIN_POLICY", "dev");
+    // Whoever runs the tests may have models of their own, and a network.
+    command.env("HF_HUB_CACHE", "/nowhere/hub").env("HF_HUB_OFFLINE", "1").env_remove("HOMEROOM_BASES");
     command
 }
 

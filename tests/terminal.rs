@@ -15,12 +15,23 @@ fn on_terminal(command: &mut Command) -> Result<String> {
     watched(command, |_, _| {})
 }
 
+/// The same, on a terminal of so many columns.
+pub fn on_terminal_of(columns: u16, command: &mut Command) -> Result<String> {
+    seen_by(Some(columns), command, |_, _| {})
+}
+
 /// The same; `see` is shown the child and what it has sent so far, each time it has sent more.
-fn watched(command: &mut Command, mut see: impl FnMut(&Child, &str)) -> Result<String> {
+fn watched(command: &mut Command, see: impl FnMut(&Child, &str)) -> Result<String> {
+    seen_by(None, command, see)
+}
+
+fn seen_by(columns: Option<u16>, command: &mut Command, mut see: impl FnMut(&Child, &str)) -> Result<String> {
     let (mut ours, mut theirs) = (0, 0);
     let null = std::ptr::null_mut();
-    // SAFETY: both numbers outlive the call; null asks for no name and default settings.
-    let failed = unsafe { libc::openpty(&raw mut ours, &raw mut theirs, null, null.cast(), null.cast()) };
+    let mut size = columns.map(|ws_col| libc::winsize { ws_row: 24, ws_col, ws_xpixel: 0, ws_ypixel: 0 });
+    let size = size.as_mut().map_or(std::ptr::null_mut(), std::ptr::from_mut);
+    // SAFETY: numbers and size outlive the call; null asks for no name and default settings.
+    let failed = unsafe { libc::openpty(&raw mut ours, &raw mut theirs, null, null.cast(), size) };
     ensure!(failed == 0, "no terminal: {}", std::io::Error::last_os_error());
     // SAFETY: openpty succeeded, so both are open, and nothing else owns them.
     let (mut ours, theirs) = unsafe { (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)) };

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Running, leaves_nothing, read_json};
+use super::{Running, leaves_nothing};
 use crate::support::{Place, eval, fixture, homeroom, printed_json, refused, run, succeeds};
 
 /// `fine-tune` of the tiny model, with neither a directory nor a name, in a home and a working directory of the test's own.
@@ -358,36 +358,6 @@ fn names_and_files_that_are_wrong_by_a_letter_get_the_nearest() -> Result<()> {
     let ran = run(&mut eval(&base, &place.path("quite-another.txt")))?;
     assert!(ran.code == Some(1) && !ran.stderr.contains("did you mean"), "{}", ran.stderr);
     leaves_nothing(&place)
-}
-
-#[test]
-fn a_name_of_the_hub_is_answered_with_what_works_today() -> Result<()> {
-    let place = Place::new()?;
-    let rows = place.rows("rows.jsonl", 3)?;
-    let train = || {
-        let mut command = place.fine_tune(Path::new("Qwen/Qwen2.5-0.5B-Instruct"), &rows);
-        command.env("HF_HUB_CACHE", place.path("hub")).current_dir(place.path("outputs"));
-        command
-    };
-    let words = [
-        "Qwen/Qwen2.5-0.5B-Instruct: no such directory",
-        "downloading from there is not built yet",
-        "`hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir Qwen2.5-0.5B-Instruct`",
-        ".gguf",
-    ];
-    refused(&mut train(), &words)?;
-    // What other programs have downloaded is named, and works.
-    let snapshot = "hub/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/0f3c";
-    let copy = place.copy(&fixture("models/qwen2"), snapshot)?;
-    refused(&mut train(), &["hint: Hugging Face's cache has a copy", &copy.display().to_string()])?;
-    succeeds(place.fine_tune(&copy, &rows).args(["--max-steps", "1"]))?;
-    // A path is not one.
-    for path in ["./models/none", "models/none.gguf", "a/b/c"] {
-        let ran = run(&mut eval(Path::new(path), &rows))?;
-        assert!(ran.code == Some(1) && !ran.stderr.contains("hf download"), "{path}: {}", ran.stderr);
-    }
-    assert_eq!(read_json(&place.path("outputs/out/adapter_config.json"))?["peft_type"], "LORA");
-    Ok(())
 }
 
 #[test]

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::adaptation::{Adaptation, parse_plan};
 use crate::digest::{self, FileDigests};
 use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, is_named, parse_object, read_text};
-use crate::model::BaseModel;
+use crate::model::{BaseModel, Source};
 use crate::peft;
 use crate::requantize::store_as_planned;
 use crate::tensors::{TensorValues, Tensors, map_safetensors};
@@ -53,6 +53,12 @@ pub struct Manifest {
 pub struct Base {
     /// Where it was.
     pub path: PathBuf,
+    /// Its name on a hub, if it came from one; `path` means nothing on another machine. See [`Source`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The commit that it was of there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// Digest of its values, see [`BaseModel::digest`].
     pub digest: String,
     /// Digests of the files of its weights by name: those tell of every byte, and of two ways to store one base as two.
@@ -64,6 +70,17 @@ pub struct Base {
     /// Whether weights that were quantised already were encoded anew.
     #[serde(default)]
     pub requantize: bool,
+}
+
+/// What an adapter says of its base. PEFT has one field for a path and a name, which is in both here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NamedBase {
+    /// Where it was.
+    pub path: Option<PathBuf>,
+    /// Its name on a hub.
+    pub name: Option<String>,
+    /// The branch, tag or commit that it was of there.
+    pub revision: Option<String>,
 }
 
 /// The strategy that planned an adapter.
@@ -98,7 +115,7 @@ pub struct Record<'a> {
 pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) -> Result<()> {
     let manifest = manifest(model, adaptation, record)?;
     if let Some(peft) = &adaptation.plan.peft {
-        let config = peft::config(peft, &model.path);
+        let config = peft::config(peft, &model.path, model.source.as_ref());
         directory.write(CONFIG_FILE, pretty(&config)?.as_bytes())?;
     }
     let mut tensors = Vec::new();
@@ -152,6 +169,8 @@ pub fn manifest(model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) 
         homeroom_version: env!("CARGO_PKG_VERSION").to_owned(),
         base: Base {
             path: model.path.clone(),
+            name: model.source.as_ref().map(|source| source.name.clone()),
+            revision: model.source.as_ref().map(|source| source.revision.clone()),
             digest: model.digest(),
             files: record.base_files,
             storage: model.storage_words(),
@@ -285,13 +304,20 @@ impl AdapterFiles {
         Ok(Self { path: path.to_owned(), manifest, config, tensors, copies })
     }
 
+    /// What the adapter says of its base.
+    pub fn base(&self) -> NamedBase {
+        let given = |path: &Path| Some(path.to_owned()).filter(|path| !path.as_os_str().is_empty());
+        if let Some(Manifest { base, .. }) = &self.manifest {
+            return NamedBase { path: given(&base.path), name: base.name.clone(), revision: base.revision.clone() };
+        }
+        let text = |key: &str| Some(self.config.as_ref()?.get(key)?.as_str()?.to_owned());
+        let name = text("base_model_name_or_path");
+        NamedBase { path: name.as_deref().and_then(|name| given(Path::new(name))), name, revision: text("revision") }
+    }
+
     /// Where the adapter says its base is.
     pub fn base_path(&self) -> Option<PathBuf> {
-        if let Some(manifest) = &self.manifest {
-            return Some(manifest.base.path.clone()).filter(|path| !path.as_os_str().is_empty());
-        }
-        let name = self.config.as_ref()?.get("base_model_name_or_path")?.as_str()?;
-        Some(PathBuf::from(name)).filter(|path| !path.as_os_str().is_empty())
+        self.base().path
     }
 
     /// PEFT's configuration, if the adapter has one.
@@ -332,9 +358,9 @@ impl AdapterFiles {
                     bail!(
                         "{}: the adapter belongs to another base\n  it was trained on {} ({})\n  this is          {} ({})\nhint: name its base with --base-model; --any-base takes this one all the same, if its shapes fit",
                         path.display(),
-                        manifest.base.path.display(),
+                        manifest.base.shown(),
                         short(&manifest.base.digest),
-                        model.path.display(),
+                        shown(&model.path, model.source.as_ref()),
                         short(&digest),
                     );
                 }
@@ -368,6 +394,11 @@ impl AdapterFiles {
 }
 
 impl Base {
+    fn shown(&self) -> String {
+        let (name, revision) = (self.name.clone(), self.revision.clone());
+        shown(&self.path, name.zip(revision).map(|(name, revision)| Source { name, revision }).as_ref())
+    }
+
     /// What differs of a base whose sampled values are those that were trained on: a file of the same name with other bytes. A base that
     /// lies in files of other names is stored otherwise. `kept` as in [`digest::of_files`].
     ///
@@ -384,6 +415,14 @@ impl Base {
             let (was, is) = (short(digest), short(&now[name]));
             format!("{name} is not the file that the adapter was trained on ({was} then, {is} now)")
         }))
+    }
+}
+
+/// A base as messages name it.
+fn shown(path: &Path, source: Option<&Source>) -> String {
+    match source {
+        Some(Source { name, revision }) => format!("{name} at {revision}, {}", path.display()),
+        None => path.display().to_string(),
     }
 }
 

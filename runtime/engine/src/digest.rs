@@ -19,7 +19,8 @@ const KEPT_MAX: usize = 4096;
 /// Digests of files by name, `sha256:…`.
 pub type FileDigests = BTreeMap<String, String>;
 
-/// Digests of files. `kept` is a private file of digests in a directory of the user's alone; it is read, and those
+/// Digests of files. A file of Hugging Face's cache is read, too, though its blob is named by its digest: Python's programs compare a
+/// download's length alone, and what this is asked for is whether a byte has changed since. `kept` is a private file of digests in a directory of the user's alone; it is read, and those
 /// that it lacks are added to it. Whoever cannot read or write it computes what it would have held.
 ///
 /// # Errors

@@ -6,6 +6,7 @@ mod litter;
 mod lock;
 mod modes;
 mod regular;
+mod space;
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
@@ -15,12 +16,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 use self::exchange::Older;
-pub use self::known::{RESULT_FILES, named_templates, replaceable};
+pub use self::known::{RESULT_FILES, named_templates, replaceable, replaceable_but_for};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
-pub use self::modes::{keep_private, prepare};
+pub use self::modes::{keep_private, make_directory, open_to_readers, prepare};
 pub(crate) use self::regular::parse_object;
 pub use self::regular::{SMALL_FILE_BYTES_MAX, broken_link, is_named, open_regular, read_bytes, read_text, utf8};
+pub use self::space::{bytes_below, ensure_room, free_bytes};
 
 /// The temporary names of all directories in the making. They get theirs, and lose it, with this held: whoever holds it sees none
 /// that is neither here nor finished.
@@ -43,6 +45,32 @@ fn remove(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path)?.is_dir() {
         true => fs::remove_dir_all(path),
         false => fs::remove_file(path),
+    }
+}
+
+/// Takes a directory or a link away from its name in one operation, so that whoever is killed meanwhile leaves it whole or gone, and then
+/// removes it. A link is removed itself, and what it leads to stays. What a killed process had not removed yet is litter, which is swept
+/// where a directory is made beside it.
+///
+/// # Errors
+/// When it cannot be taken away, and is whole as it was; or when not all of it can be removed: the name is free then, and the message
+/// says what is left.
+pub fn take_away(path: &Path) -> Result<()> {
+    let failed = || format!("{}: cannot remove; it is as it was", path.display());
+    let parent = path.parent().with_context(failed)?;
+    let is_directory = fs::symlink_metadata(path).with_context(failed)?.is_dir();
+    if !is_directory {
+        return fs::remove_file(path).with_context(failed);
+    }
+    // Under this name nobody takes it for a model any more, and nobody has to hold a lock on what may go.
+    let aside = litter::free_name(parent).with_context(failed)?;
+    fs::rename(path, &aside).with_context(failed)?;
+    sync_directory(parent);
+    match fs::remove_dir_all(&aside) {
+        // Another process may have swept it.
+        Err(error) if error.kind() != ErrorKind::NotFound && fs::symlink_metadata(&aside).is_ok() => Err(error)
+            .with_context(|| format!("{}: it is removed, but for what is left in {}", path.display(), aside.display())),
+        _ => Ok(()),
     }
 }
 

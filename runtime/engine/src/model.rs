@@ -27,10 +27,28 @@ pub const FINAL_NORM: &str = "model.norm";
 /// The module that yields the logits.
 pub const HEAD: &str = "lm_head";
 
+/// What others know a model by: its name on a hub, and which state of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// `owner/name`, with `:quantization` behind it where it is one of several GGUF files.
+    pub name: String,
+    /// The commit.
+    pub revision: String,
+}
+
+impl Source {
+    /// `owner/name`, the repository.
+    pub fn repo(&self) -> &str {
+        self.name.split_once(':').map_or(&self.name, |(repo, _)| repo)
+    }
+}
+
 /// A loaded base model. Nothing in it changes.
 pub struct BaseModel {
     /// The directory or GGUF file it was loaded from, absolute.
     pub path: PathBuf,
+    /// What others know it by, if whoever loaded it said so.
+    pub source: Option<Source>,
     /// The files of its weights.
     pub files: Vec<PathBuf>,
     /// Its numbers.
@@ -237,23 +255,23 @@ impl BaseModel {
             }
         });
         let layers = layers.collect();
-        let (files, digest) = (Vec::new(), OnceLock::new());
-        Ok(Self { path, files, config, modules, layers, tokenizer, template, text_from, by_path, digest })
+        let (source, files, digest) = (None, Vec::new(), OnceLock::new());
+        Ok(Self { path, source, files, config, modules, layers, tokenizer, template, text_from, by_path, digest })
     }
 
     /// The same model with other modules, as after a merge.
     pub(crate) fn with_modules(&self, config: ModelConfig, modules: Vec<Module>) -> Result<Self> {
         let (tokenizer, text_from) = (self.tokenizer.clone(), self.text_from.clone());
         let model = Self::assemble(self.path.clone(), config, modules, tokenizer, text_from)?;
-        Ok(Self { files: self.files.clone(), ..model })
+        Ok(Self { files: self.files.clone(), source: self.source.clone(), ..model })
     }
 
     /// The same model with the tokenizer and template that an adapter was trained with.
     pub(crate) fn with_tokenizer(&self, tokenizer: Tokenizer, adapter: &Path) -> Result<Self> {
         let (config, modules, text_from) = (self.config.clone(), self.modules.clone(), Some(adapter.to_owned()));
         let model = Self::assemble(self.path.clone(), config, modules, Arc::new(tokenizer), text_from)?;
-        let (files, digest) = (self.files.clone(), self.digest.clone());
-        Ok(Self { files, digest, ..model })
+        let (files, source, digest) = (self.files.clone(), self.source.clone(), self.digest.clone());
+        Ok(Self { files, source, digest, ..model })
     }
 
     /// The same model with its values stored otherwise. It keeps the digest of what was loaded: that is what tells bases apart.

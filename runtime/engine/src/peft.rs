@@ -12,15 +12,18 @@ use homeroom_abi::shape::Dim;
 use homeroom_kernels::{Storage, bf16, f16};
 use serde_json::{Map, Value, json};
 
-use crate::model::{BaseModel, EMBEDDING, HEAD};
+use crate::model::{BaseModel, EMBEDDING, HEAD, Source};
 use crate::tensors::{MappedTensor, Tensors};
 
-/// The configuration that PEFT reads: the common fields and the strategy's own, sorted as PEFT sorts them.
-pub fn config(peft: &Peft, base: &Path) -> Value {
+/// The configuration that PEFT reads: the common fields and the strategy's own, sorted as PEFT sorts them. A base that came from a hub
+/// is named as it is there, so that PEFT finds it on another machine, too.
+pub fn config(peft: &Peft, base: &Path, source: Option<&Source>) -> Value {
     let mut fields: Vec<(String, Value)> = peft.fields.clone().into_iter().collect();
     fields.push(("peft_type".into(), peft.peft_type.clone().into()));
     fields.push(("task_type".into(), "CAUSAL_LM".into()));
-    fields.push(("base_model_name_or_path".into(), base.display().to_string().into()));
+    let name = source.map_or_else(|| base.display().to_string(), |source| source.repo().to_owned());
+    fields.push(("base_model_name_or_path".into(), name.into()));
+    fields.extend(source.map(|source| ("revision".into(), source.revision.clone().into())));
     fields.push(("inference_mode".into(), true.into()));
     if peft.peft_type == "LORA" {
         fields.push(("bias".into(), "none".into()));

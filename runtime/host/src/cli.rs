@@ -9,9 +9,11 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
-use crate::command::{Done, bench, chat, eval, export_model, fine_tune, list_models, plugins, run, serve};
+use crate::command::{
+    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, rm, run, serve, show,
+};
 use crate::plugin::probe;
-use crate::{interrupt, progress, registry, stdout, terminal, tips};
+use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -19,6 +21,9 @@ use crate::{interrupt, progress, registry, stdout, terminal, tips};
 #[derive(Parser)]
 #[command(name = "homeroom", version, max_term_width = 100)]
 struct Cli {
+    /// Download nothing: models of the Hugging Face hub are taken from its cache; HF_HUB_OFFLINE=1 does the same
+    #[arg(long, global = true)]
+    offline: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -33,8 +38,18 @@ enum Command {
     Eval(eval::Arguments),
     /// Talks to a model, or answers one prompt; stdout gets the reply alone
     Chat(chat::Arguments),
-    /// Lists the models that were trained here
+    /// Downloads a model of the Hugging Face hub; stdout gets its directory
+    Pull(pull::Arguments),
+    /// Lists the models that were trained here, and the bases that are on this machine
     ListModels(list_models::Arguments),
+    /// Shows all that is known of a model
+    Show(show::Arguments),
+    /// Removes models, and says what needs them
+    Rm(rm::Arguments),
+    /// Copies a model to another name
+    Cp(cp::Arguments),
+    /// Takes in a model from elsewhere: a directory, a .gguf file, an adapter, or a model of a cache
+    Import(import::Arguments),
     /// Writes a trained model in a format that other programs load
     ExportModel(export_model::Arguments),
     /// Serves models on this machine to programs that speak OpenAI's API
@@ -104,6 +119,9 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
+    if cli.offline {
+        hub::set_offline("--offline");
+    }
     // What `plugins watch` starts, the compiler, writes as the user's shell would have it.
     if !matches!(cli.command, Command::Plugins(plugins::Plugins::Watch { .. })) {
         keep_private(registry::data_directory(), |note| progress::line(note));
@@ -122,7 +140,12 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
+        Command::Pull(arguments) => pull::run(arguments),
         Command::ListModels(arguments) => list_models::run(arguments),
+        Command::Show(arguments) => show::run(arguments),
+        Command::Rm(arguments) => rm::run(arguments),
+        Command::Cp(arguments) => cp::run(arguments),
+        Command::Import(arguments) => import::run(arguments),
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
         Command::Plugins(what) => plugins::run(what),
@@ -134,7 +157,7 @@ pub fn main() -> ExitCode {
         Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) => {
             progress::line(format_args!("error: {error:#}"));
-            ExitCode::FAILURE
+            if error.is::<interrupt::Interrupted>() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::FAILURE }
         }
     }
 }

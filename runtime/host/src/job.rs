@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{Peft, PlanRequest};
@@ -23,7 +24,7 @@ use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
 use crate::progress::{self, line};
-use crate::registry;
+use crate::registry::{self, when};
 
 /// A thread that computes the digests of a base's files.
 type Digesting = JoinHandle<Result<FileDigests>>;
@@ -241,6 +242,8 @@ pub struct Outcome {
     pub before: Option<Evaluation>,
     /// Held-out loss after.
     pub after: Option<Evaluation>,
+    /// Rows that it was trained on.
+    pub rows: usize,
     /// Digest of the training data.
     pub data_digest: String,
     /// Why the run ended before its end, if that was a failure.
@@ -279,6 +282,9 @@ impl Outcome {
             "options": job.options,
             "init_from": job.init_from,
             "parent": parent,
+            "rows": self.rows,
+            "eval_rows": self.before.map(|eval| eval.examples),
+            "finished": when::text(SystemTime::now()),
             "result": self.summary(),
         });
         if !self.report.events.is_empty() {

@@ -32,6 +32,7 @@ mod progress;
 pub mod registry;
 pub mod serve;
 mod stdout;
+mod table;
 mod terminal;
 mod tips;
 pub mod toml_problems;

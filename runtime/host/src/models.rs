@@ -1,5 +1,7 @@
 //! Models by name or path: bases, and adapters with their bases.
 
+mod locate;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,6 +11,8 @@ use homeroom_engine::adapter::{AdapterFiles, is_adapter, with_text_of};
 use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::model::BaseModel;
 
+pub use self::locate::{Located, Network, base_of, here, hub_name_of, last_part, locate, not_there, of_hub, shown};
+use crate::hub::HubName;
 use crate::job::encode;
 use crate::near;
 use crate::plugin::native;
@@ -27,7 +31,7 @@ pub struct Loaded {
 /// What a user says of a model.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ModelRef {
-    /// A path, or a name from `homeroom list-models`.
+    /// A path, a name from `homeroom list-models`, or a name on the Hugging Face hub.
     pub name: PathBuf,
     /// The base of an adapter, if it is not where the adapter says.
     pub base_model: Option<PathBuf>,
@@ -35,17 +39,16 @@ pub struct ModelRef {
     pub any_base: bool,
 }
 
-/// Loads a base model by the name that the user gave.
+/// Loads a base model from where [`locate`] found it.
 ///
 /// # Errors
-/// When there is no such model here, or it cannot be run.
-pub fn load_base(name: &Path) -> Result<BaseModel> {
-    let path = registry::resolve(name);
-    // Of a link that leads nowhere the engine says where it leads.
-    ensure!(path.symlink_metadata().is_ok(), "{}", not_there(name));
-    let model = BaseModel::load(&path)?;
+/// When it cannot be run.
+pub fn load_base(base: &Located) -> Result<BaseModel> {
+    let mut model = BaseModel::load(&base.path)?;
+    // What is loaded may be the only GGUF file of a directory.
+    model.source = base.source.clone();
     for note in &model.tokenizer.notes {
-        line(format_args!("note: {}: {note}", name.display()));
+        line(format_args!("note: {}: {note}", shown(&model, &base.path)));
     }
     Ok(model)
 }
@@ -59,15 +62,15 @@ pub enum Use {
     Measuring,
 }
 
-/// Refuses an adapter where a base model is needed.
+/// Refuses an adapter, typed as `name`, where a base model is needed.
 ///
 /// # Errors
 /// When the name is an adapter's.
-pub fn refuse_adapter(name: &Path, use_of: Use) -> Result<()> {
-    let path = registry::resolve(name);
-    if is_adapter(&path) {
-        let base = AdapterFiles::read(&path).ok().and_then(|files| files.base_path());
-        let base = base.map_or_else(|| "MODEL".to_owned(), |base| base.display().to_string());
+pub fn refuse_adapter(name: &Path, path: &Path, use_of: Use) -> Result<()> {
+    if is_adapter(path) {
+        let base = AdapterFiles::read(path).ok().map(|files| files.base());
+        let hub_name = base.as_ref().and_then(hub_name_of).map(|name| HubName { revision: None, ..name }.to_string());
+        let base = hub_name.or_else(|| Some(base?.path?.display().to_string())).unwrap_or_else(|| "MODEL".to_owned());
         let name = name.display();
         let hint = match use_of {
             Use::Training => format!("`--model-name {base} --init-from {name}` trains it further"),
@@ -76,51 +79,6 @@ pub fn refuse_adapter(name: &Path, use_of: Use) -> Result<()> {
         bail!("{name}: an adapter on {base}, not a base model\nhint: {hint}");
     }
     Ok(())
-}
-
-/// Why there is no such model, and what to do.
-fn not_there(name: &Path) -> String {
-    let text = name.display();
-    if let Some(near) = near::model(name) {
-        return format!("{text}: no such model, did you mean `{near}`?");
-    }
-    let Some(hub_name) = hub_name(name) else {
-        return format!(
-            "{text}: no such model\nhint: name a Hugging Face directory or a .gguf file; `homeroom list-models` shows the models that were trained here"
-        );
-    };
-    let what = format!(
-        "{text}: no such directory; it looks like a name on the Hugging Face hub, and downloading from there is not built yet"
-    );
-    if let Some(copy) = in_hub_cache(hub_name) {
-        return format!("{what}\nhint: Hugging Face's cache has a copy, name that: {}", copy.display());
-    }
-    let directory = hub_name.split('/').next_back().unwrap_or(hub_name);
-    format!(
-        "{what}\nhint: download it with `hf download {hub_name} --local-dir {directory}` (of `pip install huggingface_hub`), or a .gguf file of it with a browser, and name that directory or file"
-    )
-}
-
-/// `owner/name`, if a name has that form and no other meaning.
-fn hub_name(name: &Path) -> Option<&str> {
-    let text = name.to_str()?;
-    let (owner, rest) = text.split_once('/')?;
-    let plain = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-    let hub_like = plain(owner) && plain(rest) && !text.starts_with('.') && !text.ends_with(".gguf");
-    (hub_like && !Path::new(owner).exists()).then_some(text)
-}
-
-/// The newest copy of a model in the cache of Hugging Face's own programs.
-fn in_hub_cache(hub_name: &str) -> Option<PathBuf> {
-    let hub = match (std::env::var_os("HF_HUB_CACHE"), std::env::var_os("HF_HOME")) {
-        (Some(hub), _) => PathBuf::from(hub),
-        (None, Some(home)) => Path::new(&home).join("hub"),
-        (None, None) => directories::BaseDirs::new()?.home_dir().join(".cache/huggingface/hub"),
-    };
-    let snapshots = hub.join(format!("models--{}", hub_name.replace('/', "--"))).join("snapshots");
-    let copies = std::fs::read_dir(snapshots).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
-    let whole = copies.filter(|copy| copy.join("config.json").exists());
-    whole.max_by_key(|copy| copy.metadata().and_then(|meta| meta.modified()).ok())
 }
 
 /// The base with the tokenizer and chat template that an adapter's directory brings, which is said; else the base as it is.
@@ -145,37 +103,29 @@ pub fn adapt(files: AdapterFiles, model: &BaseModel, any_base: bool) -> Result<A
     if let Some(what) = changed.flatten() {
         line(format_args!(
             "warning: {}: {what}, though the values that are sampled are the same; unless you edited it, fetch it again",
-            model.path.display()
+            shown(model, &model.path)
         ));
     }
     Ok(adaptation)
 }
 
 impl Loaded {
-    /// Loads an adapter with its base, or a base alone.
+    /// Loads an adapter with its base, or a base alone; what is not here is downloaded, if `network` allows it.
     ///
     /// # Errors
     /// When a file is missing or damaged, or the adapter and its base do not belong together.
-    pub fn load(reference: &ModelRef) -> Result<Self> {
-        let path = registry::resolve(&reference.name);
+    pub fn load(reference: &ModelRef, network: Network) -> Result<Self> {
+        let located = locate(&reference.name, network)?;
+        let path = located.path.clone();
         if !is_adapter(&path) {
             ensure!(reference.base_model.is_none(), "{}: not an adapter, so it has no base model", path.display());
-            return Ok(Self { model: Arc::new(load_base(&reference.name)?), adaptation: None });
+            return Ok(Self { model: Arc::new(load_base(&located)?), adaptation: None });
         }
         let files = AdapterFiles::read(&path)?;
-        let base = match reference.base_model.clone().or_else(|| files.base_path()) {
-            Some(base) => base,
-            None => {
-                bail!("{}: it does not say which base model it belongs to; name it with --base-model", path.display())
-            }
+        let base = match &reference.base_model {
+            Some(base) => locate(base, network)?,
+            None => base_of(&files, network)?,
         };
-        if reference.base_model.is_none() && !base.exists() {
-            bail!(
-                "{}: its base model {} is not there\nhint: name where it is with --base-model",
-                path.display(),
-                base.display()
-            );
-        }
         let model = with_text(&path, Arc::new(load_base(&base)?))?;
         if let Some(manifest) = &files.manifest {
             if manifest.template_digest != model.tokenizer.template_digest() {
@@ -194,8 +144,8 @@ impl Loaded {
     ///
     /// # Errors
     /// As [`Loaded::load`].
-    pub fn to_answer(reference: &ModelRef) -> Result<Self> {
-        let mut loaded = Self::load(reference)?;
+    pub fn to_answer(reference: &ModelRef, network: Network) -> Result<Self> {
+        let mut loaded = Self::load(reference, network)?;
         if let Some(model) = Arc::get_mut(&mut loaded.model) {
             model.make_resident();
         }

@@ -1,11 +1,13 @@
 //! The nearest of what there is, for names and files that are wrong by a letter.
 
+use std::fmt::Display;
 use std::path::Path;
 
 use anyhow::{Result, bail};
 use homeroom_abi::describe::nearest;
 use homeroom_engine::files::broken_link;
 
+use crate::hub::{HubName, cache};
 use crate::registry;
 
 /// Refuses a file or directory that is not there, and names the nearest that is beside its place.
@@ -33,17 +35,30 @@ pub fn file_beside(path: &Path) -> Option<String> {
     Some(parent.map_or_else(|| near.to_owned(), |parent| parent.join(near).display().to_string()))
 }
 
-/// The model of the registry, or else the file beside a path's place, that is nearest to what was typed.
+/// The model of the registry, or else the one in Hugging Face's cache, or else the file beside a path's place, that is nearest to what
+/// was typed.
 pub fn model(name: &Path) -> Option<String> {
+    let cached = || HubName::typed(name).and_then(|name| cached(&name));
     let registered = || {
-        let entries = registry::list().ok()?;
-        let near = nearest(name.to_str()?, entries.iter().map(|entry| entry.name.as_str()))?;
+        let names = registry::names().ok()?;
+        let near =
+            nearest(name.to_str()?, names.iter().map(String::as_str).filter(|other| Some(*other) != name.to_str()))?;
         Some(near.to_owned())
     };
-    registered().or_else(|| file_beside(name))
+    registered().or_else(cached).or_else(|| file_beside(name))
+}
+
+/// The model in Hugging Face's cache, or a shared store, whose name is nearest to one that is not there.
+pub fn cached(name: &HubName) -> Option<String> {
+    let entries = cache::stores().into_iter().filter_map(|store| std::fs::read_dir(store).ok()).flatten();
+    let repo = |folder: String| Some(folder.strip_prefix("models--")?.replacen("--", "/", 1));
+    let repos: Vec<String> = entries.filter_map(|entry| repo(entry.ok()?.file_name().into_string().ok()?)).collect();
+    let others = || repos.iter().map(String::as_str).filter(|repo| *repo != name.repo);
+    let same_but_for_case = others().find(|repo| repo.eq_ignore_ascii_case(&name.repo));
+    same_but_for_case.or_else(|| nearest(&name.repo, others())).map(str::to_owned)
 }
 
 /// `, did you mean X?`, or nothing.
-pub fn did_you_mean(near: Option<String>) -> String {
+pub fn did_you_mean(near: Option<impl Display>) -> String {
     near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default()
 }

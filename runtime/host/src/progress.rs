@@ -3,10 +3,12 @@
 use std::cell::Cell;
 use std::fmt::Display;
 use std::io::{Write, stderr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use homeroom_engine::train::StepReport;
-use indicatif::{HumanBytes, HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{DecimalBytes, HumanBytes, HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::machine::peak_memory_bytes;
 use crate::terminal;
@@ -107,6 +109,7 @@ fn left(started: Instant, done: u64, all: u64) -> HumanDuration {
 pub struct Counting {
     bar: ProgressBar,
     what: &'static str,
+    shown: fn(u64) -> String,
     started: Instant,
     told: Cell<Instant>,
 }
@@ -116,10 +119,19 @@ const BETWEEN_LINES: Duration = Duration::from_secs(20);
 
 /// A bar over `count` things; off a terminal a line now and then, none for what is done soon.
 pub fn counting(what: &'static str, count: usize) -> Counting {
-    let style = ProgressStyle::with_template("{msg} {pos}/{len} {wide_bar} {eta} left").expect("the template is right");
+    drawn(what, count as u64, "{msg} {pos}/{len} {wide_bar} {eta} left", |count| HumanCount(count).to_string())
+}
+
+/// As [`counting`], of bytes.
+pub fn bytes(what: &'static str, bytes: u64) -> Counting {
+    drawn(what, bytes, "{msg} {bytes}/{total_bytes} {wide_bar} {eta} left", size)
+}
+
+fn drawn(what: &'static str, length: u64, template: &str, shown: fn(u64) -> String) -> Counting {
+    let style = ProgressStyle::with_template(template).expect("the template is right");
     let target = terminal().unwrap_or_else(ProgressDrawTarget::hidden);
-    let bar = ProgressBar::with_draw_target(Some(count as u64), target).with_style(style).with_message(what);
-    Counting { bar, what, started: Instant::now(), told: Cell::new(Instant::now()) }
+    let bar = ProgressBar::with_draw_target(Some(length), target).with_style(style).with_message(what);
+    Counting { bar, what, shown, started: Instant::now(), told: Cell::new(Instant::now()) }
 }
 
 impl Counting {
@@ -135,7 +147,7 @@ impl Counting {
             self.told.set(Instant::now());
             let all = self.bar.length().unwrap_or(done);
             let (what, left) = (self.what, left(self.started, done, all));
-            line(format_args!("{what} {}/{}   {left} left", HumanCount(done), HumanCount(all)));
+            line(format_args!("{what} {}/{}   {left} left", (self.shown)(done), (self.shown)(all)));
         }
     }
 
@@ -145,12 +157,117 @@ impl Counting {
     }
 }
 
+/// Progress of a download, in bytes; several threads report to it.
+pub struct Downloading {
+    bar: Option<ProgressBar>,
+    total: u64,
+    /// Bytes that are here.
+    here: AtomicU64,
+    /// Bytes that have come since the start.
+    came: AtomicU64,
+    started: Instant,
+    told: Mutex<Instant>,
+    ended: AtomicBool,
+}
+
+impl Downloading {
+    /// Before the first of `total` bytes.
+    pub fn start(total: u64) -> Self {
+        let bar = terminal().filter(|_| total > 0).map(|target| {
+            let style = "{decimal_bytes} of {decimal_total_bytes} {wide_bar} {msg}";
+            let style = ProgressStyle::with_template(style).expect("the template is right");
+            ProgressBar::with_draw_target(Some(total), target).with_style(style)
+        });
+        let (zero, started) = (AtomicU64::new(0), Instant::now());
+        Self {
+            bar,
+            total,
+            here: zero,
+            came: AtomicU64::new(0),
+            started,
+            told: Mutex::new(started),
+            ended: false.into(),
+        }
+    }
+
+    /// Bytes have come.
+    pub fn add(&self, bytes: u64) {
+        self.came.fetch_add(bytes, Ordering::Relaxed);
+        self.here.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes were here before.
+    pub fn add_old(&self, bytes: u64) {
+        self.here.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that were here are given up.
+    pub fn take_back(&self, bytes: u64) {
+        self.here.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that are here.
+    pub fn here(&self) -> u64 {
+        self.here.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that have come since the start, and the time since then.
+    pub fn came(&self) -> (u64, Duration) {
+        (self.came.load(Ordering::Relaxed), self.started.elapsed())
+    }
+
+    /// Draws the bar; off a terminal writes a line now and then. To be called often.
+    pub fn tick(&self) {
+        let (came, elapsed) = self.came();
+        let rate = came as f64 / elapsed.as_secs_f64().max(1e-3);
+        let left = Duration::try_from_secs_f64(self.total.saturating_sub(self.here()) as f64 / rate);
+        let left = left.map_or_else(|_| String::new(), |left| format!("   {} left", HumanDuration(left)));
+        let rate = DecimalBytes(rate as u64);
+        if let Some(bar) = &self.bar {
+            bar.set_position(self.here().min(self.total));
+            bar.set_message(format!("{rate}/s{left}"));
+            return;
+        }
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.elapsed() >= BETWEEN_LINES {
+            *told = Instant::now();
+            line(format_args!("got {} of {}   {rate}/s{left}", DecimalBytes(self.here()), DecimalBytes(self.total)));
+        }
+    }
+
+    /// Writes a line beside the bar.
+    pub fn say(&self, text: impl Display) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| line(text)),
+            None => line(text),
+        }
+    }
+
+    /// No more will come.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Whether no more is wanted.
+    pub fn is_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+}
+
 /// 1.23 M, or 4,567 where millions would be 0.00.
 pub fn millions(number: usize) -> String {
     match number {
         ..10_000 => thousands(number).to_string(),
         _ => format!("{:.2} M", number as f64 / 1e6),
     }
+}
+
+/// A size in words: `1.80 MiB`.
+pub fn size(bytes: u64) -> String {
+    HumanBytes(bytes).to_string()
 }
 
 /// 1,234,567.

@@ -45,6 +45,26 @@ impl Stdout {
         OWN.get().map_or_else(|| io::stdout().is_terminal(), File::is_terminal)
     }
 
+    /// Columns of the terminal that reads it; `None` where none does, or one that does not say.
+    #[cfg(unix)]
+    pub fn width(&self) -> Option<usize> {
+        use std::os::fd::AsRawFd;
+        if !self.is_terminal() {
+            return None;
+        }
+        let number = OWN.get().map_or_else(|| io::stdout().as_raw_fd(), AsRawFd::as_raw_fd);
+        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the descriptor is open, and `size` is what this request fills and outlives the call.
+        let failed = unsafe { libc::ioctl(number, libc::TIOCGWINSZ, &raw mut size) };
+        (failed == 0 && size.ws_col > 0).then(|| size.ws_col.into())
+    }
+
+    /// Columns of the terminal that reads it; here it is not asked.
+    #[cfg(not(unix))]
+    pub fn width(&self) -> Option<usize> {
+        None
+    }
+
     /// Writes a text that is whole: byte for byte, but on a terminal nothing that it would obey.
     ///
     /// # Errors

@@ -108,12 +108,18 @@ const RESUMED: &str = "a training cannot be resumed yet; --init-from begins anot
 const SAVED: &str = "there is no such flag: what is trained is saved at the end, and where Ctrl-C stops it";
 
 /// Commands elsewhere, and what they are here.
-const COMMANDS: [(&str, &str); 17] = [
+const COMMANDS: [(&str, &str); 24] = [
+    ("add", "import"),
+    ("cache", "list-models"),
+    ("copy", "cp"),
+    ("delete", "rm"),
     ("evaluate", "eval"),
     ("export", "export-model"),
     ("finetune", "fine-tune"),
     ("fuse", "export-model"),
     ("generate", "chat --prompt TEXT"),
+    ("info", "show"),
+    ("inspect", "show"),
     ("list", "list-models"),
     ("lora", "fine-tune"),
     ("ls", "list-models"),
@@ -121,6 +127,7 @@ const COMMANDS: [(&str, &str); 17] = [
     ("models", "list-models"),
     ("perplexity", "eval"),
     ("predict", "chat --prompt TEXT"),
+    ("remove", "rm"),
     ("server", "serve"),
     ("sft", "fine-tune"),
     ("start", "serve"),

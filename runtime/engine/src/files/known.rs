@@ -70,6 +70,14 @@ fn is_known(name: &str) -> bool {
 /// # Errors
 /// Names what is no part of a result.
 pub fn replaceable(path: &Path) -> Result<()> {
+    replaceable_but_for(path, |_| false)
+}
+
+/// As [`replaceable`], where files of further names may be lost, too.
+///
+/// # Errors
+/// As [`replaceable`].
+pub fn replaceable_but_for(path: &Path, may_go: impl Fn(&str) -> bool) -> Result<()> {
     let entries = match fs::read_dir(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         entries => entries.with_context(|| format!("{}: cannot write a directory here", path.display()))?,
@@ -83,7 +91,11 @@ pub fn replaceable(path: &Path) -> Result<()> {
             let name = entry.file_name().to_string_lossy().into_owned();
             // A link is one entry: what it leads to is not lost.
             let is_file = entry.file_type().is_ok_and(|kind| !kind.is_dir());
-            let known = if is_file { is_known(&name) } else { name == TEMPLATES_DIR && holds_templates(&entry.path()) };
+            let known = if is_file {
+                is_known(&name) || may_go(&name)
+            } else {
+                name == TEMPLATES_DIR && holds_templates(&entry.path())
+            };
             (!known).then_some(name)
         })
         .collect();

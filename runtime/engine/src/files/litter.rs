@@ -38,6 +38,18 @@ pub(super) fn claim(prefix: &str, parent: &Path) -> io::Result<(PathBuf, Option<
     }
 }
 
+/// A temporary name that nothing has, for a directory that is to be litter.
+pub(super) fn free_name(parent: &Path) -> io::Result<PathBuf> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PREFIX).rand_bytes(RANDOM);
+    let is_free = |path: &Path| match fs::symlink_metadata(path) {
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    };
+    builder.make_in(parent, is_free)?.into_temp_path().keep().map_err(|error| error.error)
+}
+
 /// Removes what killed processes of this user left in a directory, and puts in place what they were just putting there.
 pub(super) fn sweep(parent: &Path) {
     sweep_those(parent, PREFIX, |_| true);

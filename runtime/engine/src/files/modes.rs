@@ -82,8 +82,19 @@ pub(super) fn set_mode(_: &Path, _: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives a file that this program made the bits that those of its directories have, without the right to search.
+///
+/// # Errors
+/// When the system refuses.
+pub fn open_to_readers(file: &Path) -> io::Result<()> {
+    set_mode(file, directory_mode(file) & 0o666)
+}
+
 /// Creates a directory and those above it that are not there. If it lies in the home, that is looked at first, see [`prepare`].
-pub(super) fn make_directory(path: &Path) -> Result<()> {
+///
+/// # Errors
+/// When it cannot be created.
+pub fn make_directory(path: &Path) -> Result<()> {
     if let Some(home) = home_of(path) {
         prepare(&home.path, home.tell)?;
     }

@@ -16,7 +16,7 @@ use crate::plugin::{Policy, Search, Trust};
 /// The model that a command uses.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Adapter, model directory, .gguf file, or a name from `homeroom list-models`
+    /// Adapter, model directory, .gguf file, a name from `homeroom list-models`, or one on the Hugging Face hub as `owner/name`
     #[arg(long, visible_alias = "model-name", value_name = "MODEL")]
     pub model_dir: PathBuf,
     /// Base model of the adapter, if it has moved since the training

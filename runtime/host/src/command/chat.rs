@@ -16,7 +16,7 @@ use crate::handler::config::{Config, Handlers};
 use crate::handler::local::Local;
 use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, checked};
 use crate::interrupt;
-use crate::models::Loaded;
+use crate::models::{Loaded, Network};
 use crate::near::exists;
 use crate::stdout::Stdout;
 use crate::terminal::Stream;
@@ -69,7 +69,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             let name = model.model_dir.display().to_string();
             (
                 name.clone(),
-                Arc::new(Local::new(name, Loaded::to_answer(&model.reference())?, arguments.answers.compute)),
+                Arc::new(Local::new(
+                    name,
+                    Loaded::to_answer(&model.reference(), Network::Allowed)?,
+                    arguments.answers.compute,
+                )),
             )
         }
         (None, Some(handlers)) => {

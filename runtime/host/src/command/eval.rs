@@ -10,7 +10,8 @@ use serde_json::json;
 
 use super::arguments::{COMPUTE, ModelArgs, RowArgs, one_of};
 use super::{Done, print};
-use crate::models::{Loaded, load_rows};
+use crate::models::{Loaded, Network, load_rows};
+use crate::near::exists;
 use crate::progress;
 
 /// Arguments of `eval`.
@@ -33,7 +34,9 @@ pub struct Arguments {
 
 /// Measures a model on rows.
 pub fn run(arguments: &Arguments) -> Result<Done> {
-    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference())?;
+    // Before a model is loaded, or downloaded.
+    exists(&arguments.file)?;
+    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let data = load_rows(&arguments.file, &model, arguments.rows.max_seq_len, arguments.rows.on_long_row)?;
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("rows", examples.len());

@@ -15,9 +15,8 @@ use serde_json::json;
 use super::arguments::{ModelArgs, Word, one_of};
 use super::{Done, print, spares};
 use crate::interrupt;
-use crate::models::Loaded;
+use crate::models::{Loaded, Network, here, last_part};
 use crate::progress::line;
-use crate::registry;
 
 /// Arguments of `export-model`.
 #[derive(Args)]
@@ -83,12 +82,12 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if !arguments.overwrite {
         vacant(&output_dir)?;
     }
-    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference())?;
+    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let adaptation = adaptation.with_context(|| {
         format!("{}: not an adapter, so there is nothing to merge", arguments.model.model_dir.display())
     })?;
-    let adapter = registry::resolve(&arguments.model.model_dir);
-    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the adapter", Some(adapter))])?;
+    let adapter = here(&arguments.model.model_dir)?.map(|located| located.path);
+    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the adapter", adapter)])?;
     if arguments.overwrite {
         replaceable(&output_dir)?;
     }
@@ -140,10 +139,5 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
 
 /// `NAME-merged` in the working directory, for the model's name or the last part of its path.
 fn beside(model: &Path) -> PathBuf {
-    // Of `.` and `outputs/..` the name is that of the directory that they lead to.
-    let path = if model.file_name().is_some() { None } else { model.canonicalize().ok() };
-    let name = path.as_deref().unwrap_or(model).file_name();
-    let mut name = name.map_or_else(|| "model".into(), std::ffi::OsString::from);
-    name.push("-merged");
-    name.into()
+    format!("{}-merged", last_part(model).unwrap_or_else(|| "model".to_owned())).into()
 }

@@ -21,8 +21,8 @@ use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::keep::Taken;
-use crate::models::{Use, load_base, load_rows, refuse_adapter, with_text};
-use crate::near::{self, did_you_mean, exists};
+use crate::models::{Network, Use, last_part, load_base, load_rows, locate, refuse_adapter, shown, with_text};
+use crate::near::exists;
 use crate::progress::{self, line, millions, thousands};
 use crate::registry;
 
@@ -30,7 +30,7 @@ use crate::registry;
 #[derive(Args)]
 #[command(group(ArgGroup::new("place").args(["output_dir", "name"])))]
 pub struct Arguments {
-    /// Base model: a Hugging Face directory, a .gguf file, or a name from `homeroom list-models`
+    /// Base model: a name on the Hugging Face hub as `owner/name`, a directory, a .gguf file, or a name from `homeroom list-models`
     #[arg(long, value_name = "MODEL")]
     model_name: PathBuf,
     /// JSONL file of rows: `messages`, `prompt` and `completion`, or `text`
@@ -84,7 +84,7 @@ pub struct Arguments {
     /// Any other option of the strategy, its value as JSON or text; `homeroom plugins list` shows them; may be repeated
     #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
     options: Vec<(String, Value)>,
-    /// Start from the weights of this adapter: a directory, or a name from `homeroom list-models`
+    /// Start from the weights of this adapter: a directory, a name from `homeroom list-models` or one on the Hugging Face hub
     #[arg(long, value_name = "MODEL")]
     init_from: Option<PathBuf>,
     /// Rows of one batch
@@ -146,31 +146,29 @@ const EPOCHS_MANY: u64 = 10;
 pub fn run(arguments: &Arguments) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
     config(arguments, None).check()?;
-    refuse_adapter(&arguments.model_name, Use::Training)?;
     let output_dir = place(arguments)?;
     utf8(&std::path::absolute(&output_dir)?)?;
-    let base = registry::resolve(&arguments.model_name);
-    utf8(&base.canonicalize().unwrap_or(base))?;
-    arguments.init_from.as_deref().map(utf8).transpose()?;
     if !arguments.overwrite {
         vacant(&output_dir)?;
     }
-    // To go on from an adapter and put the result in its place is fine; from one inside it is not.
-    let init_from = arguments.init_from.as_deref().map(registry::resolve);
-    if let (Some(name), Some(path)) = (&arguments.init_from, &init_from) {
-        let name = name.display();
-        if let Some(link) = broken_link(path) {
-            bail!("{name}: {link}");
-        }
-        ensure!(path.exists(), "{name}: no such adapter{}", did_you_mean(near::model(path)));
-        ensure!(
-            is_adapter(path),
-            "{name}: not an adapter\nhint: a model is trained further with `--model-name {name}` alone"
-        );
+    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
+    files.into_iter().flatten().try_for_each(|file| exists(file))?;
+    let mut search = arguments.plugins.search()?;
+    if arguments.watch_plugins {
+        search = search.watched(this_program()?);
     }
+    let plugin = search.load(&arguments.strategy)?;
+    let options = options(arguments)?;
+    plugin.check_options(&options)?;
+    // Only now, as they may be downloaded.
+    let base = locate(&arguments.model_name, Network::Allowed)?;
+    refuse_adapter(&arguments.model_name, &base.path, Use::Training)?;
+    utf8(&base.path.canonicalize().unwrap_or_else(|_| base.path.clone()))?;
+    let init_from = arguments.init_from.as_deref().map(start).transpose()?;
+    // To go on from an adapter and put the result in its place is fine; from one inside it is not.
     let start = init_from.as_deref().filter(|path| !is_same(path, &output_dir));
     let inputs = [
-        ("the base model", Some(registry::resolve(&arguments.model_name))),
+        ("the base model", Some(base.path.clone())),
         ("the training file", Some(arguments.training_file.clone())),
         ("the file of held-out rows", arguments.eval_file.clone()),
         ("the adapter to start from", start.map(Path::to_owned)),
@@ -179,16 +177,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if arguments.overwrite {
         replaceable(&output_dir)?;
     }
-    let mut search = arguments.plugins.search()?;
-    if arguments.watch_plugins {
-        search = search.watched(this_program()?);
-    }
-    let plugin = search.load(&arguments.strategy)?;
-    let options = options(arguments)?;
-    plugin.check_options(&options)?;
-    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
-    files.into_iter().flatten().try_for_each(|file| exists(file))?;
-    let mut model = Arc::new(load_base(&arguments.model_name)?);
+    let mut model = Arc::new(load_base(&base)?);
     if let Some(adapter) = &init_from {
         model = with_text(adapter, model)?;
     }
@@ -224,7 +213,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         }),
         Some(_) => None,
     };
-    let outcome = Outcome { config, report, before, after, data_digest: rows.data.digest.clone(), failure };
+    let (trained, data_digest) = (rows.train.len(), rows.data.digest.clone());
+    let outcome = Outcome { config, report, before, after, rows: trained, data_digest, failure };
     if let Some(failure) = &outcome.failure {
         bail!("{failure}\n{}", outcome.save_beside(&job, &output_dir));
     }
@@ -249,6 +239,21 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     Ok(if outcome.report.interrupted { Done::Interrupted } else { Done::Whole })
 }
 
+/// The directory of the adapter to start from.
+fn start(name: &Path) -> Result<PathBuf> {
+    utf8(name)?;
+    let path = locate(name, Network::Allowed)?.path;
+    let name = name.display();
+    if let Some(link) = broken_link(&path) {
+        bail!("{name}: {link}");
+    }
+    ensure!(
+        is_adapter(&path),
+        "{name}: not an adapter\nhint: a model is trained further with `--model-name {name}` alone"
+    );
+    Ok(path)
+}
+
 /// Where the result goes: what was named, or a name after the training file.
 fn place(arguments: &Arguments) -> Result<PathBuf> {
     match (&arguments.output_dir, &arguments.name) {
@@ -264,7 +269,8 @@ fn place(arguments: &Arguments) -> Result<PathBuf> {
 
 /// The place of a name that is free now.
 fn free_place(arguments: &Arguments) -> Result<PathBuf> {
-    registry::place(&registry::free_name(&[&arguments.training_file, &arguments.model_name])?)
+    let model = last_part(&arguments.model_name).unwrap_or_default();
+    registry::place(&registry::free_name(&[&arguments.training_file, Path::new(&model)])?)
 }
 
 /// Trains with a progress bar, until the end or an interruption.
@@ -387,7 +393,7 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
     let share = 100.0 * trained as f64 / parameters as f64;
     line(format_args!(
         "model     {}   {:.1} M parameters, {}",
-        arguments.model_name.display(),
+        shown(model, &arguments.model_name),
         parameters as f64 / 1e6,
         model.storage_words()
     ));

@@ -3,11 +3,13 @@
 use anyhow::Result;
 use clap::Args;
 use homeroom_engine::files::utf8;
-use serde_json::to_string;
+use serde_json::{Value, to_value};
 
 use super::{Done, print};
-use crate::progress::line;
-use crate::registry;
+use crate::progress::{line, size, thousands};
+use crate::registry::{self, Base, Entry};
+use crate::stdout::Stdout;
+use crate::table::{Column, lines};
 use crate::terminal::cell;
 
 /// Arguments of `list-models`.
@@ -18,34 +20,108 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Lists the models of the registry.
+/// Name, kind, strategy, rows, loss, size, date, and what it is on.
+const TUNED: [Column; 8] = [
+    Column { right: false, spare: 0 },
+    Column { right: false, spare: 5 },
+    Column { right: false, spare: 2 },
+    Column { right: true, spare: 6 },
+    Column { right: false, spare: 1 },
+    Column { right: true, spare: 4 },
+    Column { right: false, spare: 3 },
+    Column { right: false, spare: 0 },
+];
+
+/// Name, kind, size, date, and what there is of it.
+const BASES: [Column; 5] = [
+    Column { right: false, spare: 0 },
+    Column { right: false, spare: 3 },
+    Column { right: true, spare: 1 },
+    Column { right: false, spare: 2 },
+    Column { right: false, spare: 0 },
+];
+
+/// Lists the models of the registry, and the bases in the cache.
 pub fn run(arguments: &Arguments) -> Result<Done> {
     let entries = registry::list()?;
+    // What is wrong with a cache hides no model of the registry.
+    let bases = registry::bases().unwrap_or_else(|error| {
+        line(format_args!("note: the bases are not listed: {error:#}"));
+        Vec::new()
+    });
     if arguments.json {
-        entries.iter().try_for_each(|entry| utf8(&entry.path).map(drop))?;
-        print(&to_string(&entries)?)?;
+        let paths = entries.iter().map(|entry| &entry.path).chain(bases.iter().map(|base| &base.path));
+        paths.map(|path| utf8(path).map(drop)).collect::<Result<()>>()?;
+        let entries = entries.iter().map(to_value).chain(bases.iter().map(to_value));
+        print(&entries.collect::<Result<Value, _>>()?.to_string())?;
         return Ok(Done::Whole);
     }
-    if entries.is_empty() {
+    if entries.is_empty() && bases.is_empty() {
         line("no models yet\nhint: `homeroom fine-tune` saves one, and so does `homeroom run`");
         return Ok(Done::Whole);
     }
-    // Other people's adapters say what they like of themselves; each keeps to its line.
-    let strategies: Vec<String> = entries.iter().map(|entry| cell(&entry.strategy)).collect();
-    let names = entries.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
-    let width = strategies.iter().map(|strategy| strategy.chars().count()).max().unwrap_or(0);
-    let lines = entries.iter().zip(&strategies).map(|(entry, strategy)| {
-        let problem =
-            entry.problem.as_ref().map(|problem| format!("   problem: {}", cell(problem))).unwrap_or_default();
-        let loss = entry.eval_loss.map_or_else(|| "-".to_owned(), |loss| format!("{loss:.3}"));
-        let from = entry.parent.as_ref().map(|parent| format!(", from {}", cell(parent))).unwrap_or_default();
-        let base = entry.base.display().to_string();
-        let base = if base.is_empty() { "an unknown base".to_owned() } else { cell(&base) };
-        format!(
-            "{:names$}   {:7}   {strategy:width$}   held-out loss {loss:>6}   on {base}{from}{problem}",
-            entry.name, entry.kind
-        )
-    });
-    print(&lines.collect::<Vec<_>>().join("\n"))?;
+    let width = Stdout.width();
+    let tuned = lines(&TUNED, &entries.iter().map(tuned).collect::<Vec<_>>(), width);
+    let bases = lines(&BASES, &bases.iter().map(base).collect::<Vec<_>>(), width);
+    // What reads a pipe tells them by their second column.
+    let groups = match Stdout.is_terminal() && !tuned.is_empty() && !bases.is_empty() {
+        true => [vec!["tuned models".to_owned()], tuned, vec![String::new(), "bases".to_owned()], bases].concat(),
+        false => [tuned, bases].concat(),
+    };
+    print(&groups.join("\n"))?;
+    if width.is_some() && entries.iter().any(|entry| entry.problem.is_some()) {
+        line("hint: `homeroom show NAME` tells all of a problem");
+    }
     Ok(Done::Whole)
+}
+
+/// Other people's adapters say what they like of themselves; each keeps to its line.
+fn tuned(entry: &Entry) -> Vec<String> {
+    let rows = entry.rows.map(|rows| format!("{} rows", thousands(rows as usize))).unwrap_or_default();
+    let problem = entry.problem.as_ref().map(|problem| format!("problem: {}   ", cell(problem))).unwrap_or_default();
+    let base = entry.base_name.clone().unwrap_or_else(|| entry.base.display().to_string());
+    let on = match (base.is_empty(), entry.kind) {
+        (false, _) => format!("on {}", cell(&base)),
+        // Of a model that was imported there is none.
+        (true, "model") => String::new(),
+        (true, _) => "on an unknown base".to_owned(),
+    };
+    let from = entry.parent.as_ref().map(|parent| format!(", from {}", cell(parent))).unwrap_or_default();
+    vec![
+        entry.name.clone(),
+        entry.kind.to_owned(),
+        cell(&entry.strategy),
+        rows,
+        loss(entry),
+        size(entry.bytes),
+        day(entry.date.as_deref()),
+        format!("{problem}{on}{from}").trim_end().to_owned(),
+    ]
+}
+
+fn base(base: &Base) -> Vec<String> {
+    let problem = base.problem.as_ref().map(|problem| format!("problem: {}   ", cell(problem))).unwrap_or_default();
+    let shared =
+        if base.shared { format!("   shared, in {}", cell(&base.path.display().to_string())) } else { String::new() };
+    vec![
+        base.name.clone(),
+        base.kind.to_owned(),
+        size(base.bytes),
+        day(base.date.as_deref()),
+        format!("{problem}{}{shared}", cell(&base.forms.join(" "))),
+    ]
+}
+
+/// The loss on rows that were held out, or else on those that were trained on.
+fn loss(entry: &Entry) -> String {
+    match (entry.eval_loss_before, entry.eval_loss, entry.train_loss) {
+        (Some(before), Some(after), _) => format!("loss {before:.3} → {after:.3}"),
+        (None, Some(after), _) => format!("loss {after:.3}"),
+        (_, None, Some(training)) => format!("training loss {training:.3}"),
+        (_, None, None) => String::new(),
+    }
+}
+
+fn day(date: Option<&str>) -> String {
+    date.and_then(|date| date.split('T').next()).unwrap_or_default().to_owned()
 }

@@ -3,13 +3,18 @@
 pub mod arguments;
 pub mod bench;
 pub mod chat;
+pub mod cp;
 pub mod eval;
 pub mod export_model;
 pub mod fine_tune;
+pub mod import;
 pub mod list_models;
 pub mod plugins;
+pub mod pull;
+pub mod rm;
 pub mod run;
 pub mod serve;
+pub mod show;
 
 use std::path::{Path, PathBuf};
 

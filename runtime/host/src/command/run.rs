@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::arguments::{PluginArgs, name_value};
 use super::{Done, print, this_program};
+use crate::hub;
 use crate::interrupt;
+use crate::models::Network;
 use crate::near::exists;
 use crate::pipeline::config::PipelineConfig;
 use crate::pipeline::{self, sandbox::shown};
@@ -61,14 +63,21 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         );
     }
     let mut files = Files::new();
+    let mut network = match arguments.dry_run {
+        true => Network::Never("a dry run downloads nothing"),
+        false => Network::Allowed,
+    };
     if !arguments.watch {
-        return once(arguments, &mut files);
+        return once(arguments, &mut files, network);
     }
     PipelineConfig::read(&arguments.config, &arguments.set)?;
     let mut is_told = false;
     loop {
         let before = std::mem::take(&mut files);
-        match once(arguments, &mut files) {
+        let done = once(arguments, &mut files, network);
+        // A file is saved with a name that is half typed.
+        network = Network::Never("a name that comes by an edit is not downloaded");
+        match done {
             Ok(Done::Interrupted) => return Ok(Done::Interrupted),
             Ok(_) => {}
             Err(error) => line(format_args!("error: {error:#}")),
@@ -112,8 +121,8 @@ fn declaring(script: &Path) -> Option<PathBuf> {
     found.into_iter().find(|config| declares(config) == Some(true))
 }
 
-/// Runs it once; `files` gets what was read: the file, its script, and the modules that the script required.
-fn once(arguments: &Arguments, files: &mut Files) -> Result<Done> {
+/// Runs it once, with what it names downloaded if `network` allows it; `files` gets what was read: the file, its script, and the modules that the script required.
+fn once(arguments: &Arguments, files: &mut Files, network: Network) -> Result<Done> {
     let path = std::path::absolute(&arguments.config)?;
     files.insert(path.clone(), identity(&path));
     let config = PipelineConfig::read(&arguments.config, &arguments.set)?;
@@ -124,12 +133,20 @@ fn once(arguments: &Arguments, files: &mut Files) -> Result<Done> {
             arguments.config.display(),
             shown(&config.script)
         ));
+        for (param, name) in &config.hub_models {
+            let state = match hub::find(name)? {
+                Some(found) => format!("is in the cache, at {}", found.commit),
+                None => "is not in the cache; a run downloads it".to_owned(),
+            };
+            line(format_args!("note: `{param}`: {name} {state}"));
+        }
         return Ok(Done::Whole);
     }
     eprintln!("pipeline  {}   {}", arguments.config.display(), shown(&config.script));
     for line in told(&config) {
         eprintln!("{line}");
     }
+    pipeline::fetch(&config, network)?;
     LISTEN.call_once(|| {
         // Without it Ctrl-C ends the run at once.
         let _ = interrupt::listen();

@@ -11,6 +11,7 @@ use super::arguments::{AnswerArgs, ModelArgs, whole};
 use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, Handlers, load_local};
 use crate::interrupt;
+use crate::models::last_part;
 use crate::near::exists;
 use crate::progress::line;
 use crate::serve::{Models, bind, start};
@@ -55,7 +56,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let mut watched = None;
     let models = match (&arguments.model, &config) {
         (Some(model), _) => {
-            let name = model.model_dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
+            let name = last_part(&model.model_dir).unwrap_or_else(|| "model".to_owned());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
             let handler = load_local(&name, model.reference(), arguments.answers.compute)?;
             Models::from([(name, handler)])

@@ -14,9 +14,8 @@ use serde_json::{Value, json};
 use super::context::PATIENCE;
 use super::stop::StopFilter;
 use super::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Usage, new_id, random};
-use crate::models::{Loaded, ModelRef};
+use crate::models::{Loaded, ModelRef, Network, here};
 use crate::progress::line;
-use crate::registry;
 use crate::watch::{Identity, identity};
 
 /// Freedom of the draw where a request does not say: small models lose the thread at OpenAI's 1.
@@ -37,6 +36,9 @@ pub(super) const LONG_BYTES: usize = 64 << 10;
 
 /// The turn of those.
 pub(super) static LONG: Mutex<()> = Mutex::new(());
+
+/// Neither a request nor a file that changes has a server download anything.
+const OFFLINE: Network = Network::Never("a handler downloads nothing");
 
 /// Waits for a lock as long as somebody wants the answer.
 pub(super) fn turn<'a, T>(lock: &'a Mutex<T>, context: &Context) -> Result<MutexGuard<'a, T>, HandlerError> {
@@ -80,7 +82,7 @@ impl Local {
     pub fn load(name: impl Into<String>, reference: ModelRef, compute: Compute) -> Result<Self> {
         // Before they are read: what changes in between is a change.
         let files = identities(&reference);
-        let now = Generation { answers: answers(Loaded::to_answer(&reference)?, compute), files };
+        let now = Generation { answers: answers(Loaded::to_answer(&reference, OFFLINE)?, compute), files };
         Ok(Self { name: name.into(), compute, reference: Some(reference), now: Mutex::new(now) })
     }
 
@@ -91,7 +93,7 @@ impl Local {
             let files = identities(reference);
             if files != now.files {
                 now.files = files;
-                match Loaded::to_answer(reference) {
+                match Loaded::to_answer(reference, OFFLINE) {
                     Ok(loaded) => {
                         now.answers = answers(loaded, self.compute);
                         line(format_args!(
@@ -116,8 +118,17 @@ fn answers(Loaded { model, adaptation }: Loaded, compute: Compute) -> Arc<Answer
 
 /// What tells the files of a model from others of the same names.
 fn identities(reference: &ModelRef) -> Vec<Option<Identity>> {
-    let path = registry::resolve(&reference.name);
-    let files = [WEIGHTS_FILE, CONFIG_FILE, HOMEROOM_FILE, "model.safetensors", "config.json", "chat_template.jinja"];
+    // A name on the hub leads to another directory once its branch is at another commit; a file of that is another if its blob is.
+    let path = here(&reference.name).ok().flatten().map_or_else(|| reference.name.clone(), |located| located.path);
+    let files = [
+        WEIGHTS_FILE,
+        CONFIG_FILE,
+        HOMEROOM_FILE,
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "chat_template.jinja",
+    ];
     match path.is_dir() {
         true => files.iter().map(|name| identity(&path.join(name))).collect(),
         false => vec![identity(&path)],

@@ -3,14 +3,27 @@
 //!
 //! Source: "Understand caching" of huggingface_hub's documentation.
 
+mod list;
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use directories::BaseDirs;
-use hf_hub::{Cache, CacheRepo, Repo, RepoType};
-use serde_json::Value;
+use hf_hub::{Cache, Repo, RepoType};
+use homeroom_engine::files::read_text;
 
-use super::HubName;
+pub(in crate::hub) use self::list::repo_of;
+pub use self::list::{Cached, Snapshot, list, remove};
+pub use super::whole::Kind;
+use super::whole::{kind, paths};
+use super::{HubName, gguf, policy};
+use crate::progress::line;
+
+/// Longest content of a ref, in bytes: a commit is one of 40.
+const REF_BYTES_MAX: u64 = 1024;
 
 /// Where a model of the hub is on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,65 +36,140 @@ pub struct Found {
 
 /// `$HF_HUB_CACHE`, `$HF_HOME/hub`, or their default.
 pub fn directory() -> Option<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let home = || set("HF_HOME").or_else(|| Some(set("XDG_CACHE_HOME")?.join("huggingface")));
-    let default = || Some(BaseDirs::new()?.home_dir().join(".cache/huggingface"));
-    set("HF_HUB_CACHE").or_else(|| Some(home().or_else(default)?.join("hub")))
+    variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE")).or_else(|| Some(home()?.join("hub")))
 }
 
-/// Where models are looked for, in this order: the user's cache, then a store that is shared, `$HOMEROOM_BASES`.
-pub fn stores() -> Vec<PathBuf> {
+/// `$HF_HOME`, or its default.
+pub(super) fn home() -> Option<PathBuf> {
+    let default = || Some(user_home()?.join(".cache/huggingface"));
+    variable("HF_HOME").or_else(|| Some(variable("XDG_CACHE_HOME")?.join("huggingface"))).or_else(default)
+}
+
+/// A path that a variable of the environment holds, in which `~` is the user's home, as in Python.
+pub(super) fn variable(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)?;
+    match path.strip_prefix("~") {
+        Ok(rest) => Some(user_home()?.join(rest)),
+        Err(_) => Some(path),
+    }
+}
+
+fn user_home() -> Option<PathBuf> {
+    Some(BaseDirs::new()?.home_dir().to_owned())
+}
+
+/// The stores that are shared, `$HOMEROOM_BASES`.
+pub fn shared() -> Vec<PathBuf> {
     let shared = std::env::var_os("HOMEROOM_BASES").filter(|value| !value.is_empty());
-    let shared = shared.iter().flat_map(std::env::split_paths);
-    directory().into_iter().chain(shared).collect()
+    shared.iter().flat_map(std::env::split_paths).filter(|path| !path.as_os_str().is_empty()).collect()
+}
+
+/// Where models are looked for, in this order: the user's cache, then the stores that are shared.
+pub fn stores() -> Vec<PathBuf> {
+    directory().into_iter().chain(shared()).collect()
 }
 
 /// The model in the cache or a shared store, if all files are there that are needed to run it. Opens no connection.
 ///
 /// # Errors
-/// When its files are there and cannot be read.
+/// When it is not allowed here, or several files have the quantization that is asked for.
 pub fn find(name: &HubName) -> Result<Option<Found>> {
-    Ok(stores().iter().find_map(|store| find_in(store, name)))
+    policy::check(&name.repo)?;
+    find_among(&stores(), name)
 }
 
-fn find_in(store: &Path, name: &HubName) -> Option<Found> {
+fn find_among(stores: &[PathBuf], name: &HubName) -> Result<Option<Found>> {
+    for store in stores {
+        if let Some(found) = find_in(store, name)? {
+            return Ok(Some(found));
+        }
+    }
+    // A cache that was carried here, or a download that was ended, may lack the ref and have a commit's files.
+    for store in stores.iter().filter(|_| name.revision.is_none()) {
+        if let Some(found) = newest_in(store, name)? {
+            note(format!(
+                "note: {name}: which commit is its newest is not known here, or not all of that is here; commit {} is used",
+                found.commit
+            ));
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// The model in one store, at the revision that is asked for.
+pub(super) fn find_in(store: &Path, name: &HubName) -> Result<Option<Found>> {
+    let folder = folder(store, &name.repo);
     let revision = name.revision();
-    let repo = Repo::with_revision(name.repo.clone(), RepoType::Model, revision.to_owned());
-    let folder = store.join(repo.folder_name());
-    let cached: CacheRepo = Cache::new(store.to_owned()).repo(repo);
-    let commit = match HubName::is_commit(revision) {
-        true => revision.to_owned(),
-        false => std::fs::read_to_string(folder.join("refs").join(revision)).ok()?.trim().to_owned(),
-    };
-    let snapshot = HubName::is_commit(&commit).then(|| cached.pointer_path(&commit))?;
+    let commit = if HubName::is_commit(revision) { Some(revision.to_owned()) } else { read_ref(&folder, revision) };
+    commit.map_or(Ok(None), |commit| at_commit(store, name, commit))
+}
+
+/// The newest of a store's snapshots that are whole.
+fn newest_in(store: &Path, name: &HubName) -> Result<Option<Found>> {
+    let mut found = Vec::new();
+    for (commit, modified) in commits(&folder(store, &name.repo)) {
+        found.extend(at_commit(store, name, commit)?.map(|found| (modified, found)));
+    }
+    Ok(found.into_iter().max_by(|(a, x), (b, y)| (a, &x.commit).cmp(&(b, &y.commit))).map(|(_, found)| found))
+}
+
+fn at_commit(store: &Path, name: &HubName, commit: String) -> Result<Option<Found>> {
+    let snapshot = snapshot(store, &name.repo, &commit);
     let path = match &name.quantization {
-        Some(quantization) => gguf_of(&snapshot, quantization)?,
-        None => is_whole(&snapshot).then_some(snapshot)?,
+        Some(quantization) => gguf_of(&snapshot, name, quantization)?,
+        None => matches!(kind(&snapshot), Some(Kind::Model | Kind::Adapter | Kind::Embedding)).then_some(snapshot),
     };
-    Some(Found { path, commit })
+    Ok(path.map(|path| Found { path, commit }))
 }
 
 /// The GGUF file of a quantization.
-fn gguf_of(snapshot: &Path, quantization: &str) -> Option<PathBuf> {
-    let ending = format!("{}.gguf", quantization.to_ascii_lowercase());
-    let files = std::fs::read_dir(snapshot).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut matching = files.filter(|file| {
-        let name = file.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
-        let before = name.strip_suffix(&ending);
-        file.exists() && before.is_some_and(|before| before.is_empty() || before.ends_with(['-', '.', '_']))
-    });
-    matching.next()
+fn gguf_of(snapshot: &Path, name: &HubName, quantization: &str) -> Result<Option<PathBuf>> {
+    let paths = paths(snapshot);
+    let models = gguf::models(paths.iter().map(String::as_str));
+    let matching: Vec<&str> =
+        gguf::matching(&models, quantization).into_iter().filter(|path| !gguf::is_piece(path)).collect();
+    match matching[..] {
+        [] => Ok(None),
+        [one] => Ok(Some(snapshot.join(one))),
+        _ => bail!("{name}: {quantization} could be {}\nhint: write more of the name", matching.join(" or ")),
+    }
 }
 
-/// Whether a snapshot has a model's or an adapter's files.
-fn is_whole(snapshot: &Path) -> bool {
-    let is_there = |name: &str| snapshot.join(name).exists();
-    let is_adapter = is_there("adapter_config.json") && is_there("adapter_model.safetensors");
-    let sharded = || {
-        let index = std::fs::read_to_string(snapshot.join("model.safetensors.index.json")).ok()?;
-        let index: Value = serde_json::from_str(&index).ok()?;
-        let shards = index["weight_map"].as_object()?;
-        Some(shards.values().all(|shard| shard.as_str().is_some_and(is_there)))
-    };
-    is_adapter || is_there("config.json") && (is_there("model.safetensors") || sharded().unwrap_or(false))
+/// `models--owner--name` of a store.
+pub(super) fn folder(store: &Path, repo: &str) -> PathBuf {
+    store.join(Repo::model(repo.to_owned()).folder_name())
 }
+
+/// The snapshot of a commit.
+pub(super) fn snapshot(store: &Path, repo: &str, commit: &str) -> PathBuf {
+    Cache::new(store.to_owned()).repo(Repo::new(repo.to_owned(), RepoType::Model)).pointer_path(commit)
+}
+
+/// The commit that a branch or tag is, if that is known.
+pub(super) fn read_ref(folder: &Path, revision: &str) -> Option<String> {
+    let text = read_text(&folder.join("refs").join(revision), REF_BYTES_MAX).ok()?;
+    Some(text.trim().to_owned()).filter(|commit| HubName::is_commit(commit))
+}
+
+/// The commits of which a folder has snapshots, and since when.
+pub(super) fn commits(folder: &Path) -> Vec<(String, Option<SystemTime>)> {
+    let entries = std::fs::read_dir(folder.join("snapshots")).into_iter().flatten().flatten();
+    let commits = entries.filter_map(|entry| {
+        let commit = entry.file_name().into_string().ok().filter(|name| HubName::is_commit(name))?;
+        let modified = entry.metadata().ok().filter(std::fs::Metadata::is_dir)?.modified().ok();
+        Some((commit, modified))
+    });
+    commits.collect()
+}
+
+/// Says something once.
+fn note(text: String) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(text.clone()) {
+        line(text);
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests;

@@ -1,10 +1,31 @@
 //! Models of the Hugging Face hub, by their names there.
 //!
 //! What was downloaded lies in Hugging Face's own cache, which Python's programs read and fill as well: [`cache`] reads it, without a
-//! network. A lab may share a second, read-only store of the same layout, `$HOMEROOM_BASES`.
+//! network. A lab may share a second, read-only store of the same layout, `$HOMEROOM_BASES`, and say in [`policy`] which models are used.
 
+mod blob;
 pub mod cache;
+mod choose;
+mod client;
+mod digest;
+mod download;
+mod endpoint;
+mod explain;
+mod gguf;
+mod listing;
 mod name;
+mod offline;
+mod patience;
+mod place;
+pub mod policy;
+mod space;
+mod token;
+mod whole;
 
 pub use cache::{Found, find};
+pub use download::{Hub, Pulled, fetch, pull};
+pub use endpoint::Endpoint;
 pub use name::HubName;
+pub use offline::{offline, set_offline};
+pub use patience::Patience;
+pub use token::Token;

@@ -11,6 +11,8 @@ use super::api::spec::{METHODS, VERBS, Verb};
 use super::config::PipelineConfig;
 use super::errors::{nearest, short};
 use super::sandbox::{Sandbox, module_path, script_text, shown};
+use crate::hub;
+use crate::near::did_you_mean;
 
 /// Problems that are told; of the others there is only a count.
 const PROBLEMS_TOLD: usize = 50;
@@ -55,6 +57,19 @@ fn missing(config: &PipelineConfig, session: &Session, name: &str, path: &Path) 
     let text = path.display().to_string();
     let problem = match session.locate(&text) {
         Ok(Some(_)) => return None,
+        // A run downloads it.
+        Ok(None)
+            if config.hub_models.iter().any(|(param, _)| param == name)
+                && !config.offline
+                && hub::offline().is_none() =>
+        {
+            return None;
+        }
+        Ok(None) if config.hub_models.iter().any(|(param, _)| param == name) => {
+            format!(
+                "{text} is not in Hugging Face's cache, and nothing is downloaded\nhint: `homeroom pull {text}` downloads it"
+            )
+        }
         Ok(None) if path.is_absolute() => format!("there is no file or directory {}", text),
         Ok(None) => format!(
             "there is no model `{}`: no file, no directory, and no name in `homeroom list-models`",
@@ -234,8 +249,7 @@ fn globals(script: &str, text: &str, known: &[String], problems: &mut Vec<String
                 name,
                 known.iter().map(String::as_str).chain(seen.iter().copied().filter(|near| *near != name)),
             );
-            let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
-            problems.push(format!("{script}:{line}: unknown name `{}`{near}", short(name)));
+            problems.push(format!("{script}:{line}: unknown name `{}`{}", short(name), did_you_mean(near)));
         }
     }
 }

@@ -12,13 +12,18 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use serde_json::{Map, Value};
 use toml_edit::{Document, Item, TableLike};
 
+use crate::hub::HubName;
 use crate::plugin::Policy;
 use crate::registry;
 use crate::toml_problems::{Problems, near};
 
 /// Keys of `[pipeline]`, each with what it does.
-pub const PIPELINE_KEYS: [(&str, &str); 3] = [
+pub const PIPELINE_KEYS: [(&str, &str); 4] = [
     ("script", "the Lua script; a path relative to this file"),
+    (
+        "offline",
+        "`true`: nothing is downloaded, and a model of the hub has to be in Hugging Face's cache; default `false`",
+    ),
     (
         "lua_seconds",
         "seconds that the script's own Lua and its work on datasets may take; loading, training and answering do not count; default 60",
@@ -34,7 +39,10 @@ pub const PLUGINS_KEYS: [(&str, &str); 1] = [(
 
 /// Keys of a parameter's declaration, each with what it does.
 pub const PARAM_KEYS: [(&str, &str); 7] = [
-    ("type", "`string`, `int`, `float`, `bool`, `path` or `model` (a path, or the name of a model)"),
+    (
+        "type",
+        "`string`, `int`, `float`, `bool`, `path` or `model` (a path, the name of a model, or `owner/name` on the Hugging Face hub)",
+    ),
     ("default", "the value if `--set` gives none"),
     ("required", "`true`: `--set` has to give the value, and there is no default"),
     ("min", "the smallest number, or the fewest characters of a string"),
@@ -55,12 +63,16 @@ pub struct PipelineConfig {
     pub script: PathBuf,
     /// Time that the script's own Lua may take.
     pub lua_time: Duration,
+    /// Whether nothing is downloaded for it.
+    pub offline: bool,
     /// The policy that the file asks for: `locked`, or nothing.
     pub plugin_policy: Option<Policy>,
     /// All parameters by name, in the order of the file. One that is neither set nor has a default is null.
     pub params: Map<String, Value>,
     /// Parameters of type `path` and `model`, and what they name: what the script may read, wherever it is.
     pub named: Vec<(String, PathBuf)>,
+    /// Parameters of type `model` that name one of the hub, which the user sees in the file or typed: only these are downloaded.
+    pub hub_models: Vec<(String, HubName)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -148,6 +160,14 @@ fn read_document(
             }
         },
     };
+    let offline = match pipeline.get("offline").map(|item| (item, item.as_bool())) {
+        None => false,
+        Some((_, Some(offline))) => offline,
+        Some((item, None)) => {
+            problems.at(item.span(), "`offline`: it should be true or false");
+            true
+        }
+    };
     let mut declared = Vec::new();
     let mut broken = Vec::new();
     match pipeline.get("params").map(|item| (item, item.as_table_like())) {
@@ -168,7 +188,17 @@ fn read_document(
     let is_path = |param: &&Param| matches!(param.kind, Type::Path | Type::Model);
     let place = |param: &Param| Some((param.name.clone(), PathBuf::from(params[&param.name].as_str()?)));
     let named = declared.iter().filter(is_path).filter_map(place).collect();
-    Some(PipelineConfig { path: path.to_owned(), script: script?, lua_time, plugin_policy, params, named })
+    let here = std::env::current_dir().unwrap_or_default();
+    let hub_name = |param: &Param| {
+        let base = if set.iter().any(|(name, _)| *name == param.name) { &here } else { base };
+        let name = HubName::parse(params[&param.name].as_str()?)?;
+        // Where its first part is a directory, it is a path that is wrong.
+        let is_path = name.repo.split('/').next().is_some_and(|owner| base.join(owner).is_dir());
+        (!is_path).then(|| (param.name.clone(), name))
+    };
+    let hub_models = declared.iter().filter(|param| param.kind == Type::Model).filter_map(hub_name).collect();
+    let (path, script) = (path.to_owned(), script?);
+    Some(PipelineConfig { path, script, lua_time, offline, plugin_policy, params, named, hub_models })
 }
 
 /// What a TOML file without a pipeline is for, if that can be told.
@@ -477,6 +507,16 @@ mod tests {
             Ok(read(&declared, &[])?.params["base"].clone())
         };
         assert_eq!(model("Org/Model")?, "Org/Model");
+        let hub_models = |text: &str, set: &[(&str, &str)]| -> Result<Vec<String>> {
+            let declared = format!(
+                "{GOOD}base = {{ type = \"model\", default = \"{text}\" }}\nof = {{ type = \"string\", default = \"a/b\" }}"
+            );
+            let names = read(&declared, set)?.hub_models;
+            Ok(names.into_iter().map(|(param, name)| format!("{param} {name}")).collect())
+        };
+        assert_eq!(hub_models("Org/Model@v1:Q4_0", &[])?, ["base Org/Model@v1:Q4_0"]);
+        assert_eq!(hub_models("s.lua", &[("base", "Org/Other"), ("of", "c/d")])?, ["base Org/Other"]);
+        assert_eq!(hub_models("./Org/Model", &[])?, [""; 0]);
         assert!(model("s.lua")?.as_str().is_some_and(|path| Path::new(path).is_absolute()));
         Ok(())
     }
@@ -514,6 +554,7 @@ mod tests {
             ("[pipeline]".to_owned(), "there is no `script`"),
             ("[pipeline]\nscript = 3".to_owned(), "the path of a Lua file"),
             ("[pipeline]\nscript = \"s.lua\"\nlua_seconds = 0".to_owned(), "seconds above 0"),
+            ("[pipeline]\nscript = \"s.lua\"\noffline = 1".to_owned(), "`offline`: it should be true or false"),
             ("[pipeline]\nscript = \"s.lua\"\nparams = 1".to_owned(), "`params` is a table"),
             (param("a = 1"), "declared as a table"),
             (param("a = { default = 1 }"), "it has no `type`"),

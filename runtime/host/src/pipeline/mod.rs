@@ -31,6 +31,7 @@ use self::errors::Failure;
 use self::limits::Limits;
 use self::sandbox::Sandbox;
 use crate::interrupt;
+use crate::models::{Network, of_hub};
 use crate::plugin::{Search, Trust};
 use crate::progress::line;
 use crate::watch::Files;
@@ -96,6 +97,20 @@ fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result
     let result = result.with_context(|| format!("{}: what it returns", sandbox::shown(&config.script)))?;
     let file = session.keep(&result)?;
     Ok(Outcome { result, file, actions: session.actions() })
+}
+
+/// Finds the models of the hub that the parameters name, and downloads what is not here where that is allowed. All of them, before the
+/// script starts: which of them a script asks for, and when, would tell the hub of what it has read.
+///
+/// # Errors
+/// When one is not here, and is not or cannot be downloaded.
+pub fn fetch(config: &PipelineConfig, network: Network) -> Result<()> {
+    let network = if config.offline { Network::Never("its TOML file says `offline = true`") } else { network };
+    for (param, name) in &config.hub_models {
+        let place = || format!("{}: parameter `{param}`", config.path.display());
+        of_hub(name, network).with_context(place)?;
+    }
+    Ok(())
 }
 
 /// Says what is wrong with a pipeline without running it.

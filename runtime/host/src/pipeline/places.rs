@@ -1,5 +1,6 @@
 //! What a script may read. Its author need not be its user: a text in a script names what a parameter names, which the user sees
-//! and sets, or what lies below the directory of the pipeline's TOML file. Only regular files are read, so that nothing hangs on a
+//! and sets, or what lies below the directory of the pipeline's TOML file; or a model of the Hugging Face hub by its name, which anybody
+//! can read there (see [`super::api::Session::locate`]). Only regular files are read, so that nothing hangs on a
 //! pipe or never ends, as `/dev/zero` does.
 
 use std::fs::File;
@@ -9,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::files::open_regular;
 
 use super::errors::short;
+use crate::hub::HubName;
 
 /// Longest path that a script may say, in bytes; systems admit as much.
 const PATH_BYTES_MAX: usize = 4096;
@@ -30,6 +32,20 @@ pub struct Place {
     pub path: PathBuf,
     /// Whether a parameter names it; else it is below the TOML file's directory, and what it leads to has to be there too.
     pub named: bool,
+    /// Its name on the Hugging Face hub, if that is what it was found by.
+    pub hub_name: Option<HubName>,
+}
+
+impl Place {
+    /// A model in Hugging Face's cache. Whoever wrote it is a stranger as the script's author is.
+    pub fn of_hub(path: PathBuf, name: HubName) -> Self {
+        Self { path, named: true, hub_name: Some(name) }
+    }
+
+    /// Whether what it says of other models is the user's word.
+    pub fn is_trusted(&self) -> bool {
+        self.named && self.hub_name.is_none()
+    }
 }
 
 impl Places {
@@ -51,7 +67,7 @@ impl Places {
         if let Some(path) = self.named.iter().find(|path| path.as_os_str() == text) {
             // A model's name is no path, wherever the program was started.
             let there = path.is_absolute() && path.exists();
-            return Ok(there.then(|| Place { path: path.clone(), named: true }));
+            return Ok(there.then(|| Place { path: path.clone(), named: true, hub_name: None }));
         }
         let path = plain(&self.scripts.join(text));
         if !path.starts_with(&self.folder) {
@@ -61,7 +77,7 @@ impl Places {
         if !real.starts_with(&self.folder) {
             return Err(self.outside(text));
         }
-        Ok(Some(Place { path: real, named: false }))
+        Ok(Some(Place { path: real, named: false, hub_name: None }))
     }
 
     /// Whether nothing of that name lies beside the script.
@@ -167,10 +183,13 @@ mod tests {
         let project = root.join("project");
         let places = Places::new(&project, &project, vec![other.clone()]).unwrap();
         for text in ["sub/rows", "./sub/../sub/rows", mine.to_str().unwrap()] {
-            let expected = Place { path: mine.clone(), named: false };
+            let expected = Place { path: mine.clone(), named: false, hub_name: None };
             assert_eq!(places.find(text).unwrap(), Some(expected), "{text}");
         }
-        assert_eq!(places.find(other.to_str().unwrap()).unwrap(), Some(Place { path: other, named: true }));
+        assert_eq!(
+            places.find(other.to_str().unwrap()).unwrap(),
+            Some(Place { path: other, named: true, hub_name: None })
+        );
         assert_eq!(places.find("sub/gone").unwrap(), None);
         let long = "x".repeat(5000);
         for text in [

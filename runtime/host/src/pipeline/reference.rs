@@ -367,6 +367,9 @@ Scripts are [Luau](https://luau.org): Lua 5.1 with `+=`, `continue`, `//` and ty
 - `params` holds the declared parameters, checked and read-only. Paths in it are absolute.
 - A path that a script writes is relative to the script and has to lie below the TOML file's directory; symbolic links are followed
   first. A file elsewhere has to be named by a parameter of type `path` or `model`. Only regular files are read.
+- A model of the Hugging Face hub is `owner/name`, with `@revision` or `:Q4_K_M` (one of its GGUF files) behind it. It is read from Hugging
+  Face's cache. What is not there is downloaded before the script starts, if a parameter of type `model` names it; a name that the
+  script writes is never downloaded, since it could carry what the script has read.
 - A verb takes one table of options. An unknown option or a value of the wrong type is an error at the script's line.
 - Options have the names of transformers and PEFT. Where the table of a verb says "or", both names mean the same option.
 - Verbs return plain tables and strings; only datasets are objects. A model is a table of names, and verbs check these names again: a

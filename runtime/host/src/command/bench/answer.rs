@@ -15,7 +15,7 @@ use super::super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, one_of, whol
 use super::super::{Done, print};
 use super::median;
 use crate::machine::peak_memory_bytes;
-use crate::models::Loaded;
+use crate::models::{Loaded, Network, shown};
 use crate::progress::line;
 
 /// What `bench prefill` and `bench decode` have in common.
@@ -71,10 +71,13 @@ struct Bench {
 
 impl Bench {
     fn new(arguments: &Measured) -> Result<Self> {
-        let Loaded { model, adaptation } = Loaded::to_answer(&arguments.model.reference())?;
+        let Loaded { model, adaptation } = Loaded::to_answer(&arguments.model.reference(), Network::Allowed)?;
         line(format_args!(
             "model     {}   {:.1} M parameters, {}{}",
-            arguments.model.model_dir.display(),
+            match &adaptation {
+                Some(_) => arguments.model.model_dir.display().to_string(),
+                None => shown(&model, &arguments.model.model_dir),
+            },
             model.parameter_count() as f64 / 1e6,
             model.storage_words(),
             if adaptation.is_some() { ", with an adapter" } else { "" },

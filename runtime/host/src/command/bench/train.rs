@@ -23,13 +23,13 @@ use super::super::{Done, print};
 use super::median;
 use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
-use crate::models::{Use, load_base, refuse_adapter};
+use crate::models::{Network, Use, load_base, locate, refuse_adapter, shown};
 use crate::progress::line;
 
 /// Arguments of `bench train`.
 #[derive(Args)]
 pub struct Arguments {
-    /// Base model: a Hugging Face directory, a .gguf file, or a name from `homeroom list-models`
+    /// Base model: a name on the Hugging Face hub as `owner/name`, a directory, a .gguf file, or a name from `homeroom list-models`
     #[arg(long, value_name = "MODEL")]
     model_name: PathBuf,
     /// Training strategy; `homeroom plugins list` shows what there is
@@ -83,7 +83,6 @@ const STORAGES: [Word; 4] = [
 
 /// Trains on random tokens.
 pub fn train(arguments: &Arguments) -> Result<Done> {
-    refuse_adapter(&arguments.model_name, Use::Measuring)?;
     let plugin = arguments.plugins.search()?.load(&arguments.strategy)?;
     let mut options: Map<String, Value> = arguments.options.iter().cloned().collect();
     if let Some(r) = arguments.lora_r {
@@ -99,7 +98,9 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
         arguments.seq_len,
         u32::MAX
     );
-    let mut model = Arc::new(load_base(&arguments.model_name)?);
+    let base = locate(&arguments.model_name, Network::Allowed)?;
+    refuse_adapter(&arguments.model_name, &base.path, Use::Measuring)?;
+    let mut model = Arc::new(load_base(&base)?);
     if let Some(storage) = &arguments.storage {
         model = encode(|progress| store_as(&model, storage, progress).map(Arc::new))?;
     }
@@ -113,7 +114,7 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
     };
     line(format_args!(
         "model     {}   {:.1} M parameters, {}",
-        arguments.model_name.display(),
+        shown(&job.model, &arguments.model_name),
         job.model.parameter_count() as f64 / 1e6,
         job.model.storage_words()
     ));

@@ -44,6 +44,7 @@ use super::limits::{Account, Held, bytes};
 use super::output::Output;
 use super::places::{Place, Places};
 use super::sandbox::{Prelude, Sandbox, name_of};
+use crate::hub::{self, HubName};
 use crate::models::Loaded;
 use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
@@ -167,12 +168,13 @@ impl Session {
     }
 
     /// The place that a script means by a model: what a parameter names or lies below the TOML file's directory, an adapter of a
-    /// run, or a model of that name. `None`: there is none.
+    /// run, a model of that name, or one of the Hugging Face hub that is in the cache. `None`: there is none. A path into the cache is as
+    /// any path.
     ///
     /// # Errors
     /// When the script may not read there, or it is no regular files.
     pub fn locate(&self, name: &str) -> Result<Option<Place>> {
-        let known = |path: PathBuf| path.exists().then_some(Place { path, named: true });
+        let known = |path: PathBuf| path.exists().then_some(Place { path, named: true, hub_name: None });
         if self.known_bases.borrow().contains(Path::new(name)) {
             return Ok(known(name.into()));
         }
@@ -187,10 +189,17 @@ impl Session {
             (Some(_), None) => known(registry::place(name)?),
             (None, _) => None,
         };
+        let hub_name = HubName::parse(name).filter(|_| self.places.is_vacant(name));
         match found {
             // The script's directory need not be below the TOML file's: a name that nothing has there is only a name.
-            Err(outside) if saved.is_none() && !(is_id(name) && self.places.is_vacant(name)) => Err(outside),
-            _ => Ok(saved),
+            Err(outside) if saved.is_none() && hub_name.is_none() && !(is_id(name) && self.places.is_vacant(name)) => {
+                Err(outside)
+            }
+            _ if saved.is_some() => Ok(saved),
+            _ => {
+                let Some(hub_name) = hub_name else { return Ok(None) };
+                Ok(hub::find(&hub_name)?.map(|found| Place::of_hub(found.path, hub_name)))
+            }
         }
     }
 
@@ -530,7 +539,7 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
     let options = Options::read(verb("create_handler"), argument)?;
     let name = options.needed_text("name");
     let spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
-    // A name of the registry goes into the file as it is; anything else as the path that it means here.
+    // A name of the registry or the hub goes into the file as it is; anything else as the path that it means here.
     let model = spec.adapter.clone().unwrap_or_else(|| spec.base.clone());
     let given = match options.get("model") {
         Some(Value::Table(table)) => table.raw_get::<Value>("name")?.as_string().map(|name| name.to_string_lossy()),
@@ -540,6 +549,7 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
     let model = match session.locate(&model)? {
         _ if session.dry_saved.borrow().contains_key(&model) => model,
         Some(place) if registry::place(&model).is_ok_and(|saved| saved == place.path) => model,
+        Some(Place { hub_name: Some(name), .. }) => name.to_string(),
         Some(place) => place.path.display().to_string(),
         None => return Err(said(format!("create_handler: there is no model `{}`", short(&model)))),
     };

@@ -20,7 +20,7 @@ use super::Session;
 use super::options::strategy_options;
 use super::value::to_lua;
 use crate::job::encode;
-use crate::models::{Loaded, adapt, load_base, with_text};
+use crate::models::{Loaded, Located, Network, adapt, base_of, hub_name_of, load_base, not_there, with_text};
 use crate::pipeline::errors::{Failure, said, short};
 use crate::pipeline::places::Place;
 use crate::plugin::native;
@@ -30,6 +30,10 @@ use crate::registry;
 const NAME_BYTES_MAX: usize = 4096;
 /// Longest `homeroom.json`.
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+
+/// It is the user who says what is downloaded: a script that has read rows could write them into a name, and the hub would be asked for
+/// that.
+const NOT_NAMED: &str = "what a script says is not downloaded, as a name could carry rows that it has read; what a parameter of type `model` names is";
 
 /// What stands for the id of an adapter that a dry run did not train.
 pub const DRY: &str = "dry-run";
@@ -96,15 +100,10 @@ impl ModelSpec {
             return Ok(base(strategy, options));
         }
         let files = AdapterFiles::read(path)?;
-        let base =
-            files.base_path().with_context(|| format!("{}: it does not say which base it has", path.display()))?;
-        let text = base.display().to_string();
-        if place.named {
-            session.known_bases.borrow_mut().insert(base);
-        } else {
-            // It comes with the script, and so does what it says.
-            session.locate(&text).with_context(|| format!("{}: its base", path.display()))?;
-        }
+        let text = match place.is_trusted() {
+            true => trusted_base(session, &files)?,
+            false => foreign_base(session, &files).with_context(|| format!("{}: its base", path.display()))?,
+        };
         Ok(Self { base: text, strategy, options, adapter: Some(name.to_owned()) })
     }
 
@@ -146,12 +145,12 @@ impl ModelSpec {
             // What is not there may be a name that means something elsewhere, so it is told as it was given; where the user is
             // means nothing to a script.
             ensure!(!Path::new(name).exists(), "{}: no such model: a path is relative to the script", short(name));
-            return Ok(Arc::new(load_base(Path::new(name))?));
+            bail!(not_there(Path::new(name), NOT_NAMED));
         };
         if let Some(known) = session.bases.borrow().get(&path) {
             return Ok(known.clone());
         }
-        let model = Arc::new(load_base(&path)?);
+        let model = Arc::new(load_base(&Located::at(path.clone()))?);
         session.bases.borrow_mut().insert(path, model.clone());
         Ok(model)
     }
@@ -201,6 +200,46 @@ impl ModelSpec {
         }
         manifest(&session.locate(adapter).ok()??.path).ok()??.training["parent"].as_str().map(str::to_owned)
     }
+}
+
+/// What to name the base of one of the user's adapters by, which the script may read wherever it is.
+fn trusted_base(session: &Session, files: &AdapterFiles) -> Result<String> {
+    if let Ok(base) = base_of(files, Network::Never(NOT_NAMED)) {
+        if base.source.is_none() {
+            session.known_bases.borrow_mut().insert(base.path.clone());
+        }
+        return Ok(base.name());
+    }
+    // Who needs the base says that it is not there; to copy an adapter, say, nobody does.
+    let [by_name, by_path] = base_names(files);
+    let name = by_name.or(by_path);
+    name.with_context(|| format!("{}: it does not say which base it has", files.path.display()))
+}
+
+/// What to name the base of an adapter by that comes with the script or from the hub, as does what it says of its base.
+fn foreign_base(session: &Session, files: &AdapterFiles) -> Result<String> {
+    let [by_name, by_path] = base_names(files);
+    // As `base_of` does it.
+    let names = if files.manifest.is_some() { [by_name, by_path] } else { [by_path, by_name] };
+    let mut refused = None;
+    for name in names.iter().flatten() {
+        match session.locate(name) {
+            Ok(Some(_)) => return Ok(name.clone()),
+            Ok(None) => {}
+            Err(outside) => refused = Some(outside),
+        }
+    }
+    match (names, refused) {
+        (_, Some(outside)) => Err(outside),
+        ([Some(name), _] | [None, Some(name)], None) => Ok(name),
+        ([None, None], None) => bail!("it does not say which it is"),
+    }
+}
+
+/// The name on the hub of an adapter's base, and its path.
+fn base_names(files: &AdapterFiles) -> [Option<String>; 2] {
+    let base = files.base();
+    [hub_name_of(&base).map(|name| name.to_string()), base.path.map(|path| path.display().to_string())]
 }
 
 /// What `homeroom.json` says, if it is there.

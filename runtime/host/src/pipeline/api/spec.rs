@@ -237,7 +237,7 @@ pub const VERBS: &[Verb] = &[
                 required(
                     "name",
                     Kind::Text,
-                    "a Hugging Face directory or a .gguf file, which a parameter names or which lies below the TOML file; or a name from `homeroom list-models`",
+                    "a directory or a .gguf file, which a parameter names or which lies below the TOML file; a name from `homeroom list-models`; or `owner/name`, a model of the Hugging Face hub",
                 ),
                 opt(
                     "strategy",

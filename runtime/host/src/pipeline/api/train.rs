@@ -17,7 +17,8 @@ use super::options::{Options, words};
 use super::spec::{STRATEGY_NAMES, verb};
 use crate::job::{Job, Outcome};
 use crate::keep::Taken;
-use crate::models::with_text;
+use crate::models::{self, with_text};
+use crate::near::did_you_mean;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
 use crate::pipeline::sandbox::shown;
 use crate::plugin::Plugin;
@@ -100,7 +101,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         }
     }
     let ended = raised.is_some() || session.clock().cancelled();
-    let outcome = Outcome { config, report, before, after, data_digest: data.digest.clone(), failure };
+    let (rows, data_digest) = (trained.len(), data.digest.clone());
+    let outcome = Outcome { config, report, before, after, rows, data_digest, failure };
     let path = outcome.save(&job, &path, Taken::Replaced, parent.as_deref())?;
     if let (Some(before), Some(after)) = (before, after) {
         session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
@@ -257,7 +259,7 @@ fn restate(
     let given: Vec<String> =
         STRATEGY_NAMES.iter().filter_map(|name| Some(format!(" {name}={}", spec.options.get(*name)?))).collect();
     let base = Path::new(&spec.base);
-    let base = if base.is_absolute() { shown(base) } else { spec.base.clone() };
+    let base = if base.is_absolute() && model.source.is_none() { shown(base) } else { models::shown(model, base) };
     session.tell(format_args!("model     {base}   {:.1} M parameters, {}", all / 1e6, model.storage_words()));
     session.tell(format_args!(
         "strategy  {} {}{}   {} trained ({:.2} %)   {}",
@@ -395,8 +397,7 @@ impl Watcher<'_> {
                 }
                 (other, _) => {
                     let near = nearest(other, ["stop", "learning_rate_scale"]);
-                    let near = near.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default();
-                    return Err(raise(format!("unknown directive `{}`{near}", short(other))));
+                    return Err(raise(format!("unknown directive `{}`{}", short(other), did_you_mean(near))));
                 }
             }
         }

@@ -1,0 +1,106 @@
+//! A repository's GGUF files, and which of them a quantization means.
+
+use std::collections::BTreeSet;
+
+/// What ends the name of a file that is one piece of several: `-00001-of-00003`.
+const PIECE: &str = "-00001-of-00001";
+
+/// The GGUF files among a repository's paths that are models. A projector for images (`mmproj`) and an importance matrix are none.
+pub fn models<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let is_model = |path: &&str| {
+        let name = file_name(path).to_ascii_lowercase();
+        name.ends_with(".gguf") && !name.starts_with("mmproj") && !name.contains("imatrix")
+    };
+    paths.into_iter().filter(is_model).collect()
+}
+
+/// The files that a quantization means: those whose names end in it. One that has no other name is meant alone.
+pub fn matching<'a>(paths: &[&'a str], quantization: &str) -> Vec<&'a str> {
+    let wanted = quantization.to_ascii_lowercase();
+    let whole = |path: &&&str| whole_stem(path).to_ascii_lowercase() == wanted;
+    let exact: Vec<&str> = paths.iter().filter(whole).copied().collect();
+    if !exact.is_empty() {
+        return exact;
+    }
+    let ends = |path: &&&str| {
+        let stem = whole_stem(path).to_ascii_lowercase();
+        stem.strip_suffix(&wanted).is_some_and(|before| before.ends_with(['-', '.', '_']))
+    };
+    paths.iter().filter(ends).copied().collect()
+}
+
+/// The quantizations that files are of, as their names end: `Q4_K_M`.
+pub fn quantizations<'a>(paths: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+    paths.into_iter().map(|path| quantization(path).to_owned()).collect()
+}
+
+/// What a file's name ends in, behind its last dash or dot.
+pub fn quantization(path: &str) -> &str {
+    let stem = whole_stem(path);
+    stem.rsplit(['-', '.']).next().unwrap_or(stem)
+}
+
+/// Whether a file is one piece of a model.
+pub fn is_piece(path: &str) -> bool {
+    whole_stem(path).len() < stem(path).len()
+}
+
+/// A file's name without its ending and without the number of a piece.
+fn whole_stem(path: &str) -> &str {
+    let stem = stem(path);
+    let Some(at) = stem.len().checked_sub(PIECE.len()).filter(|at| stem.is_char_boundary(*at)) else { return stem };
+    let same = |(a, b): (char, char)| if b.is_ascii_digit() { a.is_ascii_digit() } else { a == b };
+    match stem[at..].chars().zip(PIECE.chars()).all(same) && stem[at..].len() == PIECE.len() {
+        true => &stem[..at],
+        false => stem,
+    }
+}
+
+fn stem(path: &str) -> &str {
+    let name = file_name(path);
+    let at = name.len().saturating_sub(".gguf".len());
+    name.get(at..).filter(|ending| ending.eq_ignore_ascii_case(".gguf")).map_or(name, |_| &name[..at])
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quantization_means_the_files_whose_names_end_in_it() {
+        let paths = [
+            "m-Q4_K_M.gguf",
+            "m-UD-Q4_K_M.gguf",
+            "m.q8_0.gguf",
+            "F16.gguf",
+            "m-f16.gguf",
+            "m-IQ4_XS.GGUF",
+            "Q2_K/m-Q2_K-00001-of-00002.gguf",
+            "Q2_K/m-Q2_K-00002-of-00002.gguf",
+            "mmproj-m-Q8_0.gguf",
+            "m-Q4_K_M.gguf.txt",
+        ];
+        let models = models(paths);
+        for (quantization, files) in [
+            ("UD-Q4_K_M", vec!["m-UD-Q4_K_M.gguf"]),
+            ("Q4_K_M", vec!["m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf"]),
+            ("m-q4_k_m", vec!["m-Q4_K_M.gguf"]),
+            ("Q8_0", vec!["m.q8_0.gguf"]),
+            ("f16", vec!["F16.gguf"]),
+            ("iq4_xs", vec!["m-IQ4_XS.GGUF"]),
+            ("q2_k", vec!["Q2_K/m-Q2_K-00001-of-00002.gguf", "Q2_K/m-Q2_K-00002-of-00002.gguf"]),
+            ("4_XS", vec![]),
+            ("Q3_K", vec![]),
+        ] {
+            assert_eq!(matching(&models, quantization), files, "{quantization}");
+        }
+        let all: Vec<String> = quantizations(models.iter().copied()).into_iter().collect();
+        assert_eq!(all, ["F16", "IQ4_XS", "Q2_K", "Q4_K_M", "f16", "q8_0"]);
+        assert_eq!(models.iter().filter(|path| is_piece(path)).count(), 2);
+        assert!(!is_piece("é-00001-of-0002.gguf") && !is_piece("00001-of-00002.gguf"));
+    }
+}

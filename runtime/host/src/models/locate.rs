@@ -1,0 +1,319 @@
+//! Where the model is that a name means: a path, a model of the registry, or one of the Hugging Face hub.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use homeroom_engine::adapter::{AdapterFiles, NamedBase};
+use homeroom_engine::files::broken_link;
+use homeroom_engine::model::{BaseModel, Source};
+
+use crate::hub::{self, Found, HubName};
+use crate::near::{self, did_you_mean};
+use crate::registry;
+
+/// Whether what is not on this machine may be downloaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// A person typed the name, so that they want it.
+    Allowed,
+    /// Nothing is downloaded: why, in words for the message.
+    Never(&'static str),
+}
+
+/// Where a model is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// Its directory, or its GGUF file.
+    pub path: PathBuf,
+    /// What it is on the hub, if it lies in the cache or in a shared store.
+    pub source: Option<Source>,
+}
+
+impl Located {
+    /// The model at a path.
+    pub fn at(path: PathBuf) -> Self {
+        Self { source: source_of(&path), path }
+    }
+
+    /// What to name it by, here and in a file: its name on the hub with the commit, or its path.
+    pub fn name(&self) -> String {
+        let name = self.source.as_ref().and_then(|source| Some(HubName::parse(&source.name)?.at(&source.revision)));
+        name.map_or_else(|| self.path.display().to_string(), |name| name.to_string())
+    }
+}
+
+/// Finds the model that a name means. What is there as a path wins, then a model of the registry, then one in Hugging Face's cache or a
+/// shared store; then, if `network` allows it, it is downloaded from the hub.
+///
+/// # Errors
+/// When there is no such model here, and it may not or cannot be downloaded.
+pub fn locate(name: &Path, network: Network) -> Result<Located> {
+    if let Some(located) = here(name)? {
+        return Ok(located);
+    }
+    match HubName::typed(name) {
+        Some(hub_name) => of_hub(&hub_name, network),
+        None => bail!(not_there(name, "")),
+    }
+}
+
+/// As [`locate`], of a name that can be nothing but one on the hub.
+///
+/// # Errors
+/// When it is not here, and may not or cannot be downloaded.
+pub fn of_hub(name: &HubName, network: Network) -> Result<Located> {
+    if let Some(found) = hub::find(name)? {
+        return Ok(Located::at(found.path));
+    }
+    match network {
+        Network::Allowed if hub::offline().is_none() => fetch(name),
+        Network::Allowed => bail!(not_cached(name, OFFLINE)),
+        Network::Never(why) => bail!(not_cached(name, why)),
+    }
+}
+
+/// As [`locate`], of what is on this machine.
+///
+/// # Errors
+/// When a model in the cache cannot be read.
+pub fn here(name: &Path) -> Result<Option<Located>> {
+    let path = registry::resolve(name);
+    // Of a link that leads nowhere the engine says where it leads.
+    if path.symlink_metadata().is_ok() {
+        return Ok(Some(Located::at(path)));
+    }
+    let hub_name = name.to_str().and_then(HubName::parse);
+    Ok(hub_name.map(|name| hub::find(&name)).transpose()?.flatten().map(|found| Located::at(found.path)))
+}
+
+/// Why nothing is downloaded if the user said so.
+const OFFLINE: &str = "`--offline` or HF_HUB_OFFLINE says that nothing is downloaded";
+
+/// Downloads a model. What is not on the hub either may be one in the cache whose name is wrong by a letter.
+fn fetch(name: &HubName) -> Result<Located> {
+    let found = hub::fetch(name).map_err(|error| match near::cached(name) {
+        Some(near) => anyhow!("{error:#}\nhint: or did you mean `{near}`, which is in the cache?"),
+        None => error,
+    })?;
+    Ok(Located::at(found.path))
+}
+
+/// Why there is no such model on this machine, and what to do; `why` one of the hub is not downloaded.
+pub fn not_there(name: &Path, why: &str) -> String {
+    let text = name.display();
+    let near = near::model(name);
+    let Some(hub_name) = name.to_str().and_then(HubName::parse) else {
+        return match near {
+            Some(near) => format!("{text}: no such model, did you mean `{near}`?"),
+            None => format!(
+                "{text}: no such model\nhint: name a Hugging Face directory, a .gguf file, or a model of the Hugging Face hub as `owner/name`; `homeroom list-models` shows the models that are here"
+            ),
+        };
+    };
+    if HubName::typed(name).is_none() {
+        let (owner, _) = hub_name.repo.split_once('/').unwrap_or_default();
+        let near = did_you_mean(near);
+        return format!(
+            "{text}: no such model{near}\nhint: `{owner}` is a directory here, so that this is taken for a path; `homeroom pull {hub_name}` downloads the model of that name on the Hugging Face hub"
+        );
+    }
+    not_cached(&hub_name, why)
+}
+
+fn not_cached(name: &HubName, why: &str) -> String {
+    match near::model(Path::new(&name.to_string())) {
+        Some(near) => format!(
+            "{name}: no such model, did you mean `{near}`?\nhint: if not, `homeroom pull {name}` downloads the model of that name on the Hugging Face hub"
+        ),
+        None => format!(
+            "{name}: no such file or directory, and Hugging Face's cache has no model of that name; {why}\nhint: `homeroom pull {name}` downloads it"
+        ),
+    }
+}
+
+/// Finds the base of an adapter by what the adapter says of it: one that this program trained names its base by commit, and that is
+/// looked for in the cache before the path, which may be another machine's.
+///
+/// # Errors
+/// When the base is not here, and may not or cannot be downloaded.
+pub fn base_of(files: &AdapterFiles, network: Network) -> Result<Located> {
+    let adapter = files.path.display();
+    let base = files.base();
+    let hub_name = hub_name_of(&base);
+    let by_name = || hub_name.as_ref().map(hub::find).transpose().map(Option::flatten);
+    let by_path = || base.path.as_deref().map(registry::resolve).filter(|path| path.exists());
+    let found = match &files.manifest {
+        Some(_) => by_name()?.map(|found| found.path).or_else(by_path),
+        // PEFT writes what `from_pretrained` was given, and that takes a directory first.
+        None => by_path().or(by_name()?.map(|found| found.path)),
+    };
+    if let Some(path) = found {
+        return Ok(Located::at(path));
+    }
+    let Some(hub_name) = hub_name else {
+        match &base.path {
+            Some(path) => {
+                let link = broken_link(path).map(|link| format!(", it is {link}")).unwrap_or_default();
+                bail!(
+                    "{adapter}: its base model {} is not there{link}\nhint: name where it is with --base-model",
+                    path.display()
+                )
+            }
+            None => bail!("{adapter}: it does not say which base model it belongs to; name it with --base-model"),
+        }
+    };
+    let others = other_commits(&hub_name)?;
+    let digest = files.manifest.as_ref().map(|manifest| manifest.base.digest.as_str());
+    // A commit can change what is no weight, a readme most often.
+    let same = |found: &&Found| {
+        digest.is_some() && BaseModel::load(&found.path).is_ok_and(|model| Some(model.digest().as_str()) == digest)
+    };
+    if let Some(found) = others.iter().find(same) {
+        return Ok(Located::at(found.path.clone()));
+    }
+    let why = match network {
+        Network::Allowed if hub::offline().is_none() => {
+            return fetch(&hub_name).with_context(|| format!("{adapter}: its base model"));
+        }
+        Network::Allowed => OFFLINE,
+        Network::Never(why) => why,
+    };
+    let others = match others.as_slice() {
+        [] => String::new(),
+        [other, ..] => format!(" (the cache has it at {} only, which is another base)", other.commit),
+    };
+    bail!(
+        "{adapter}: its base model {hub_name} is not there{others}; {why}\nhint: `homeroom pull {hub_name}` downloads it, and --base-model names one that is elsewhere"
+    )
+}
+
+/// The name on the hub of an adapter's base. Where only a path is known, that of a cache has the name in it.
+pub fn hub_name_of(base: &NamedBase) -> Option<HubName> {
+    let named = base.name.as_deref().and_then(HubName::parse).map(|name| match &base.revision {
+        // It comes from a file: only what can be a revision is taken for one.
+        Some(revision) if name.revision.is_none() => HubName::parse(&name.at(revision).to_string()).unwrap_or(name),
+        _ => name,
+    });
+    named.or_else(|| base.path.as_deref().and_then(in_path))
+}
+
+/// The same model at all commits at which it is in the cache or a shared store.
+fn other_commits(name: &HubName) -> Result<Vec<Found>> {
+    let folder = format!("models--{}", name.repo.replace('/', "--"));
+    let snapshots = hub::cache::stores().into_iter().map(|store| store.join(&folder).join("snapshots"));
+    let names = snapshots.filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
+    let mut commits: Vec<String> = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    commits.sort();
+    commits.dedup();
+    let found = commits.iter().filter(|commit| HubName::is_commit(commit)).map(|commit| hub::find(&name.at(commit)));
+    found.filter_map(Result::transpose).collect()
+}
+
+/// What a path is on the hub, if it leads into the cache or a shared store: a model is found there by its name on any machine.
+fn source_of(path: &Path) -> Option<Source> {
+    let path = std::path::absolute(path).ok()?;
+    // A file is a link to its blob, whose path says nothing.
+    let real = match path.is_dir() {
+        true => path.canonicalize().ok()?,
+        false => path.parent()?.canonicalize().ok()?.join(path.file_name()?),
+    };
+    hub::cache::stores().iter().find_map(|store| real.strip_prefix(store.canonicalize().ok()?).ok())?;
+    let name = in_path(&real)?;
+    // A name that would mean something else here is none.
+    let found = hub::find(&name).ok()??;
+    let is_same = found.path.canonicalize().is_ok_and(|found| real.canonicalize().is_ok_and(|real| real == found));
+    is_same.then(|| Source { name: HubName { revision: None, ..name }.to_string(), revision: found.commit })
+}
+
+/// The name in a path of the cache, `…/models--owner--name/snapshots/COMMIT` or a GGUF file in that.
+fn in_path(path: &Path) -> Option<HubName> {
+    let parts: Vec<&str> = path.iter().map(|part| part.to_str()).collect::<Option<_>>()?;
+    let at = parts.iter().rposition(|part| *part == "snapshots")?;
+    let (owner, name) = parts.get(at.checked_sub(1)?)?.strip_prefix("models--")?.split_once("--")?;
+    let commit = parts.get(at + 1).filter(|commit| HubName::is_commit(commit))?;
+    let quantization = match parts.get(at + 2..)? {
+        [] => String::new(),
+        [.., file] => format!(":{}", quantization_of(file)?),
+    };
+    HubName::parse(&format!("{owner}/{name}@{commit}{quantization}"))
+}
+
+/// `Q4_K_M` of `model-Q4_K_M.gguf`.
+fn quantization_of(file: &str) -> Option<&str> {
+    let stem = file.get(..file.len().checked_sub(".gguf".len())?)?;
+    file.to_ascii_lowercase().ends_with(".gguf").then(|| stem.rsplit(['-', '.']).next().unwrap_or(stem))
+}
+
+/// A base as the line that restates a run names it: by its name on the hub and the commit's beginning, or as it was typed.
+pub fn shown(model: &BaseModel, typed: &Path) -> String {
+    const COMMIT_DIGITS: usize = 7;
+    let name = model.source.as_ref().and_then(|source| {
+        let name = HubName::parse(&source.name)?;
+        Some(name.at(source.revision.get(..COMMIT_DIGITS)?).to_string())
+    });
+    name.unwrap_or_else(|| typed.display().to_string())
+}
+
+/// The part of a typed name that says which model it is, for what is called after it: `name-Q4_K_M` of `owner/name@revision:Q4_K_M`, the
+/// last part of a path.
+pub fn last_part(name: &Path) -> Option<String> {
+    if let Some(HubName { repo, quantization, .. }) = HubName::typed(name).filter(|_| !name.exists()) {
+        let (_, name) = repo.split_once('/')?;
+        return Some(quantization.map_or_else(|| name.to_owned(), |quantization| format!("{name}-{quantization}")));
+    }
+    // Of `.` and `outputs/..` the name is that of the directory that they lead to.
+    let path = if name.file_name().is_some() { name.to_owned() } else { name.canonicalize().ok()? };
+    Some(path.file_name()?.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_of_a_cache_has_a_name_in_it() {
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        for (path, name) in [
+            ("/h/models--a-b--c.d_e/snapshots/C", Some("a-b/c.d_e@C")),
+            ("models--a--b/snapshots/C/x-y.Q4_K_M.gguf", Some("a/b@C:Q4_K_M")),
+            ("models--a--b/snapshots/C/x-q8_0.GGUF", Some("a/b@C:q8_0")),
+            ("models--a--b/snapshots/C/config.json", None),
+            ("models--a--b/snapshots/main", None),
+            ("models--a--b/blobs/C", None),
+            ("datasets--a--b/snapshots/C", None),
+            ("models--a--../snapshots/C", None),
+        ] {
+            let found = in_path(Path::new(&path.replace('C', commit))).map(|name| name.to_string());
+            assert_eq!(found, name.map(|name| name.replace('C', commit)), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_is_called_after_a_model_has_neither_its_owner_nor_its_revision() {
+        for (typed, name) in [
+            ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2.5-0.5B-Instruct"),
+            ("a/b@refs/pr/7:Q4_K_M", "b-Q4_K_M"),
+            ("outputs/x/tutor", "tutor"),
+            ("/", ""),
+        ] {
+            assert_eq!(last_part(Path::new(typed)).unwrap_or_default(), name, "{typed}");
+        }
+    }
+
+    #[test]
+    fn the_base_of_an_adapter_has_the_revision_that_is_said_beside_its_name() {
+        let named = |name: &str, revision: Option<&str>| {
+            let base = NamedBase {
+                path: Some(name.into()),
+                name: Some(name.to_owned()),
+                revision: revision.map(str::to_owned),
+            };
+            hub_name_of(&base).map(|name| name.to_string())
+        };
+        assert_eq!(named("a/b", Some("v1")).as_deref(), Some("a/b@v1"));
+        assert_eq!(named("a/b:Q8_0", Some("v1")).as_deref(), Some("a/b@v1:Q8_0"));
+        assert_eq!(named("a/b@v2", Some("v1")).as_deref(), Some("a/b@v2"));
+        assert_eq!(named("a/b", Some("../../etc")).as_deref(), Some("a/b"));
+        assert_eq!(named("/models/b", Some("v1")), None);
+    }
+}

@@ -1,0 +1,55 @@
+//! The user's models: `models/<name>/` below `$HOMEROOM_HOME` or the user's data directory.
+
+//!
+//! [`names`] says what a name means, [`entries`] what a model is and whether it is whole, [`lineage`] what goes on from it; [`removal`],
+//! [`copies`] and [`import`] change what is there. None of them waits for another process: a model has its name when it is whole, and
+//! loses it before it is removed.
+
+mod bases;
+mod copies;
+mod details;
+mod entries;
+pub mod import;
+mod lineage;
+mod names;
+mod removal;
+pub mod when;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use homeroom_engine::files::{self, Lock};
+
+pub use bases::{Base, bases};
+pub use copies::copy;
+pub use details::{About, Details};
+pub use entries::{Entry, entry, list, names};
+pub use lineage::{Lineage, Target, Users, users_of};
+pub use names::{free_name, is_name, note_ambiguous, place, resolve, short};
+pub use removal::{Removal, removal};
+
+use crate::progress::line;
+
+/// `$HOMEROOM_HOME`, or the user's data directory.
+pub fn data_directory() -> Option<PathBuf> {
+    match std::env::var_os("HOMEROOM_HOME") {
+        Some(home) if !home.is_empty() => Some(PathBuf::from(home)),
+        _ => directories::ProjectDirs::from("", "", "homeroom").map(|dirs| dirs.data_dir().to_owned()),
+    }
+}
+
+/// Where digests of files are kept, see [`homeroom_engine::digest`].
+pub fn kept_digests() -> Option<PathBuf> {
+    data_directory().map(|data| data.join("digests.json"))
+}
+
+/// The lock of the data directory, for who reads a file in it, changes that and writes it back: two processes that do so at once would
+/// undo each other's changes. What has its directory or name to itself, as a model has, needs none.
+///
+/// # Errors
+/// When there is no data directory, it cannot be written, others could tamper with it, or another process has the lock for a minute.
+pub fn lock() -> Result<Lock> {
+    let data = data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
+    files::prepare(&data, |note| line(note))?;
+    Lock::take(&data, &mut |note| line(note))
+}

@@ -1,0 +1,230 @@
+//! What is refused: hubs that lie, redirects that would give a token away, and models that may not be had. Nothing is left behind.
+
+use super::*;
+
+const TOKEN: &str = "hf_0123456789abcdefghijklmnop";
+
+/// Nothing but locks and empty directories.
+fn is_empty(store: &Path) -> bool {
+    tree(store).is_empty()
+}
+
+#[test]
+fn a_file_that_is_not_what_the_list_names_is_deleted_and_refused() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    let repo = llama()?;
+    let server = Server::of("a/b", repo.clone())?;
+    let mut wrong = repo.files["model.safetensors"].clone();
+    wrong[77] ^= 1;
+    let sent = wrong.clone();
+    server.on(move |asked| (asked.is_storage).then(|| Act::Content(sent.clone())));
+    let told = refusal(&server, &store, "a/b");
+    assert!(told.contains("model.safetensors: its digest is") && told.contains("deleted"), "{told}");
+    assert_eq!(server.count(&blob_name(&repo.files["model.safetensors"])), 2, "once anew");
+    let left = tree(&store).join(" ");
+    assert!(!left.contains("incomplete") && !left.contains("snapshots") && !left.contains("refs"), "{left}");
+    // Damage on the way is mended.
+    let sent = wrong;
+    server.is_well();
+    server.on(move |asked| (asked.is_storage && asked.before == 0).then(|| Act::Content(sent.clone())));
+    BaseModel::load(&pull(&server, &store, "a/b")?.found.path)?;
+    // So is that of a small file, whose digest is git's.
+    std::fs::remove_dir_all(&store)?;
+    server.on(|asked| asked.path.starts_with("/cache/").then(|| Act::Content(vec![b'x'; 3])));
+    assert!(pull(&server, &store, "a/b").is_err());
+    assert!(!tree(&store).iter().any(|path| path.contains("refs") || path.contains("snapshots")));
+    Ok(())
+}
+
+#[test]
+fn a_size_that_is_not_that_of_the_list_is_refused() -> Result<()> {
+    let repo = llama()?;
+    let right = repo.files["model.safetensors"].clone();
+    let (short, long) = (right[..20_000].to_vec(), [right.clone(), vec![0; 5]].concat());
+    for (bytes, is_told, words) in [
+        (short.clone(), true, "the server sends 20.00 kB"),
+        (long.clone(), true, "the server sends"),
+        (long, false, "the server sends more"),
+        (short, false, "the server has no more"),
+    ] {
+        let place = Place::new()?;
+        let store = place.path("hub");
+        let server = Server::of("a/b", repo.clone())?;
+        server.on(move |asked| {
+            let content = || {
+                if is_told || asked.range.is_some() { Act::Content(bytes.clone()) } else { Act::Unsized(bytes.clone()) }
+            };
+            asked.is_storage.then(content)
+        });
+        let told = refusal(&server, &store, "a/b");
+        assert!(told.contains(words) && told.contains("model.safetensors: the hub's list says"), "{told}");
+        assert!(!tree(&store).iter().any(|path| path.contains("incomplete") || path.contains("refs")));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_path_that_leads_elsewhere_refuses_the_download_before_anything_is_written() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    for path in ["../../evil", "/etc/evil", "a\\..\\evil", "a/../../evil", "evil\u{1b}[2J", ""] {
+        let mut repo = llama()?;
+        repo.odd = vec![json!({"rfilename": path, "size": 3, "blobId": "a".repeat(40)})];
+        let server = Server::of("a/b", repo)?;
+        let told = refusal(&server, &store, "a/b");
+        assert!(told.contains("a/b: the hub's answer is refused") && !told.contains('\u{1b}'), "{told}");
+        assert_eq!(server.asked().len(), 1);
+        assert!(!store.exists());
+    }
+    Ok(())
+}
+
+#[test]
+fn what_the_disk_has_no_room_for_is_not_begun() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    let mut repo = llama()?.without("model.safetensors");
+    let lfs = json!({"sha256": "ab".repeat(32), "size": 8_u64 << 40});
+    repo.odd =
+        vec![json!({"rfilename": "model.safetensors", "size": 8_u64 << 40, "blobId": "a".repeat(40), "lfs": lfs})];
+    let server = Server::of("a/b", repo)?;
+    let told = refusal(&server, &store, "a/b");
+    assert!(told.contains("a/b: 8.80 TB are needed in ") && told.contains(" are free\nhint: "), "{told}");
+    assert!(!store.exists() && server.asked().len() == 1);
+    Ok(())
+}
+
+/// The limit of a file's size fails as a full disk does.
+#[test]
+#[cfg(unix)]
+fn a_disk_that_becomes_full_on_the_way_is_told_and_nothing_is_kept() -> Result<()> {
+    let place = Place::new()?;
+    let repo = llama()?.with("model.safetensors", vec![5; 3_000_000]);
+    let server = Server::of("a/b", repo)?;
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -f 1000; exec \"$0\" pull a/b", env!("CARGO_BIN_EXE_homeroom")]);
+    limited.env("HF_ENDPOINT", server.url()).env("HF_HOME", place.path("hf")).env("HOMEROOM_HOME", "/nowhere");
+    refused(&mut limited, &["model.safetensors: the disk became full", "are needed in", "hint: make room"])?;
+    let left = tree(&place.path("hf"));
+    assert!(
+        !left.iter().any(|path| path.contains("incomplete") || path.contains("snapshots") || path.contains("refs")),
+        "{left:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn the_token_goes_to_the_hub_and_to_nobody_else() -> Result<()> {
+    let place = Place::new()?;
+    let server = Server::of("a/b", llama()?)?;
+    pull_as(&server, &place.path("hub"), "a/b", Some(TOKEN))?;
+    let asked = server.asked();
+    let with =
+        |is_storage: bool| asked.iter().filter(|asked| asked.is_storage == is_storage && asked.token.is_some()).count();
+    assert!(asked.iter().any(|asked| asked.is_storage));
+    assert_eq!(with(true), 0, "the storage is another server");
+    assert_eq!(with(false), asked.iter().filter(|asked| !asked.is_storage).count());
+    assert!(asked.iter().filter_map(|asked| asked.token.as_ref()).all(|token| *token == format!("Bearer {TOKEN}")));
+    Ok(())
+}
+
+#[test]
+fn a_redirect_to_plain_http_elsewhere_is_refused_and_no_token_sent_on() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    for location in
+        ["http://192.0.2.1/file", "http://localhost.evil.example/file", "//192.0.2.1/file", "ftp://127.0.0.1/file"]
+    {
+        for is_list in [true, false] {
+            let server = Server::of("a/b", llama()?)?;
+            server.on(move |asked| {
+                (is_list || asked.path.contains("/resolve/")).then(|| Act::Redirect(302, location.to_owned()))
+            });
+            let error = pull_as(&server, &store, "a/b", Some(TOKEN)).expect_err("it is refused");
+            let told = format!("{error:#}");
+            assert!(told.contains("which is not followed") || told.contains("an address begins with"), "{told}");
+            assert!(!told.contains(TOKEN) && is_empty(&store), "{told}");
+        }
+    }
+    let server = Server::of("a/b", llama()?)?;
+    server.on(|asked| Some(Act::Redirect(307, format!("{}?again", asked.path))));
+    assert!(refusal(&server, &store, "a/b").contains("more than 5 redirects"));
+    assert_eq!(server.asked().len(), 6);
+    Ok(())
+}
+
+/// A refusal of the hub, and what is told of it with and without a token.
+#[test]
+fn a_refusal_says_what_to_do() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    let cases: [(u16, &str, &[&str], &[&str]); 8] = [
+        (401, "GatedRepo", &["accept terms", "/a/b, then set HF_TOKEN"], &["account of the token from HF_TOKEN"]),
+        (
+            403,
+            "GatedRepo",
+            &["accept terms", "/a/b"],
+            &["has not given the account of the token from HF_TOKEN access", "/a/b"],
+        ),
+        (401, "RepoNotFound", &["no such model, or it is private", "/a/b"], &["no such model", "HF_TOKEN"]),
+        (401, "", &["no such model, or it is private"], &["does not accept the token from HF_TOKEN"]),
+        (
+            404,
+            "RepoNotFound",
+            &["no such model"],
+            &["no such model, or the account of the token from HF_TOKEN may not see it"],
+        ),
+        (404, "RevisionNotFound", &["no revision `main`"], &["no revision `main`"]),
+        (403, "", &["refuses to give it", "/a/b"], &["refuses to give it to the account"]),
+        (451, "", &["refuses", "451"], &["refuses", "451"]),
+    ];
+    for (status, code, without, with) in cases {
+        let server = Server::of("a/b", llama()?)?;
+        server.on(move |_| {
+            let reason = format!("because \u{9b}31m of {TOKEN}");
+            let code = code.to_owned();
+            Some(Act::Answer(status, vec![("x-error-code", code), ("x-error-message", reason)], "{}".into()))
+        });
+        for (token, words) in [(None, without), (Some(TOKEN), with)] {
+            let error = pull_as(&server, &store, "a/b", token).expect_err("it is refused");
+            let told = format!("{error:#}");
+            assert!(words.iter().all(|word| told.contains(word)), "{status} {code}: {told}");
+            assert!(!told.contains('\u{9b}') && (token.is_none() || !told.contains(TOKEN)), "{told}");
+        }
+        assert_eq!(server.asked().len(), 2, "it is not asked again");
+    }
+    assert!(!store.exists());
+    Ok(())
+}
+
+#[test]
+fn a_file_of_the_list_that_is_not_there_is_named() -> Result<()> {
+    let place = Place::new()?;
+    let mut repo = llama()?.without("tokenizer_config.json");
+    repo.odd = vec![json!({"rfilename": "tokenizer_config.json", "size": 3, "blobId": "a".repeat(40)})];
+    let server = Server::of("a/b", repo)?;
+    let told = refusal(&server, &place.path("hub"), "a/b");
+    assert!(told.contains("tokenizer_config.json is in the hub's list and not on the hub"), "{told}");
+    Ok(())
+}
+
+#[test]
+fn a_model_that_is_not_there_is_told_with_one_that_is_near() -> Result<()> {
+    let place = Place::new()?;
+    let server = Server::of("school/llama", llama()?)?;
+    succeeds(&mut program(&server, &place, &["pull", "school/llama"]))?;
+    refused(&mut program(&server, &place, &["pull", "school/lama"]), &["did you mean `school/llama`"])?;
+    refused(&mut program(&server, &place, &["pull", "school/llama@dev"]), &["no revision `dev`"])?;
+    Ok(())
+}
+
+#[test]
+fn no_server_is_told_as_such() -> Result<()> {
+    let place = Place::new()?;
+    let closed = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let hub = Hub::new(Endpoint::parse(&format!("http://{closed}"))?, None, place.path("hub"), PATIENCE)?;
+    let told = format!("{:#}", hub.pull(&name("a/b")).expect_err("nobody is there"));
+    assert!(told.contains("a/b: 127.0.0.1: no server answers there (tried 4 times)"), "{told}");
+    Ok(())
+}

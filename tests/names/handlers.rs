@@ -1,0 +1,161 @@
+//! Handlers and servers.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Stdio};
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::support::{homeroom, refused, succeeds};
+
+/// A server that ends with the test.
+struct Served {
+    child: Child,
+    address: String,
+    story: BufReader<std::process::ChildStderr>,
+    models: Vec<String>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Served {
+    fn new(command: &mut Command) -> Result<Self> {
+        let mut child = command.args(["--port", "0"]).stderr(Stdio::piped()).spawn()?;
+        let mut story = BufReader::new(child.stderr.take().context("a pipe")?);
+        let (mut models, mut text) = (Vec::new(), String::new());
+        let address = loop {
+            let mut line = String::new();
+            if story.read_line(&mut line)? == 0 {
+                bail!("it ended:\n{text}");
+            }
+            models.extend(line.strip_prefix("model ").map(|name| name.trim().to_owned()));
+            if let Some(url) = line.strip_prefix("serving ") {
+                let url = url.split_whitespace().next().context("a URL")?;
+                break url.trim_start_matches("http://").trim_end_matches("/v1").to_owned();
+            }
+            text.push_str(&line);
+        };
+        Ok(Self { child, address, story, models })
+    }
+
+    /// What a model answers.
+    fn answer(&self, model: &str) -> Result<String> {
+        let body = json!({
+            "model": model, "max_tokens": 6, "temperature": 0,
+            "messages": [{"role": "user", "content": "hi"}],
+        });
+        let body = body.to_string();
+        let mut stream = TcpStream::connect(&self.address)?;
+        write!(
+            stream,
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let (_, body) = text.split_once("\r\n\r\n").context("an answer")?;
+        let answer: Value = serde_json::from_str(body)?;
+        let text = answer["choices"][0]["message"]["content"].as_str();
+        Ok(text.with_context(|| answer.to_string())?.to_owned())
+    }
+
+    /// Reads its story until a line has some words.
+    fn until(&mut self, words: &str) -> Result<String> {
+        let mut text = String::new();
+        while !text.contains(words) {
+            if self.story.read_line(&mut text)? == 0 {
+                bail!("no `{words}` in\n{text}");
+            }
+        }
+        Ok(text)
+    }
+}
+
+fn handlers(place: &Place, model: &str) -> Result<PathBuf> {
+    place.write("etc/handlers.toml", format!("[handlers.tutor]\nkind = \"local\"\nmodel = \"{model}\"\n"))
+}
+
+fn chat(hub: &Hub, arguments: &[&str]) -> Result<String> {
+    let mut chat = homeroom();
+    chat.args(["chat", "--prompt", "hi", "--max-tokens", "6", "--temperature", "0"]).args(arguments);
+    Ok(succeeds(hub.seen_by(&mut chat))?.stdout.trim_end().to_owned())
+}
+
+#[test]
+fn a_handler_answers_with_a_model_of_the_hub() -> Result<()> {
+    let place = Place::new()?;
+    let hub = Hub::with_model(&place, "llama")?;
+    let config = handlers(&place, NAME)?;
+    let file = config.to_str().context("a path")?;
+    let expected = chat(&hub, &["--model-dir", NAME])?;
+    assert_eq!(chat(&hub, &["--config", file])?, expected);
+    let mut serve = homeroom();
+    let served = Served::new(hub.seen_by(serve.args(["serve", "--config", file])))?;
+    assert_eq!(served.answer("tutor")?, expected);
+    let mut serve = homeroom();
+    let served = Served::new(hub.seen_by(serve.args(["serve", "--model-dir", &format!("{NAME}@main")])))?;
+    assert_eq!(served.models, ["tiny_Llama.v2"]);
+    assert_eq!(served.answer("tiny_Llama.v2")?, expected);
+    // A directory of that name beside the file is what the file means.
+    place.copy(&fixture("models/qwen2"), &format!("etc/{NAME}"))?;
+    let beside = chat(&hub, &["--config", file])?;
+    assert_eq!(beside, chat(&hub, &["--model-dir", &fixture("models/qwen2").display().to_string()])?);
+    assert_ne!(beside, expected);
+    Ok(())
+}
+
+#[test]
+fn a_server_answers_with_what_a_branch_is_at_now() -> Result<()> {
+    let place = Place::new()?;
+    let hub = Hub::with_model(&place, "llama")?;
+    let mut serve = homeroom();
+    let mut served = Served::new(hub.seen_by(serve.args(["serve", "--model-dir", NAME])))?;
+    let first = served.answer("tiny_Llama.v2")?;
+    hub.add(NAME, SECOND, &files_of(&fixture("models/qwen2"))?)?;
+    assert_eq!(served.answer("tiny_Llama.v2")?, first, "nothing moved");
+    hub.set(NAME, "main", SECOND)?;
+    let second = served.answer("tiny_Llama.v2")?;
+    assert_eq!(second, chat(&hub, &["--model-dir", &format!("{NAME}@{SECOND}")])?);
+    assert_ne!(second, first);
+    served.until("its files have changed; the new ones answer")?;
+    // Of a commit that is not whole, as while Python fetches it, nothing is taken.
+    hub.set(NAME, "main", &"0".repeat(40))?;
+    assert_eq!(served.answer("tiny_Llama.v2")?, second);
+    served.until("the older ones go on answering")?;
+    Ok(())
+}
+
+#[test]
+fn a_server_and_a_file_of_handlers_download_nothing() -> Result<()> {
+    let place = Place::new()?;
+    let (hub, nobody) = (Hub::with_model(&place, "llama")?, Nobody::new()?);
+    let words = ["Org-8/not-here", "a handler downloads nothing", "hint: `homeroom pull Org-8/not-here` downloads it"];
+    let missing = handlers(&place, "Org-8/not-here")?;
+    let file = missing.to_str().context("a path")?;
+    for arguments in [
+        ["serve", "--port", "0", "--model-dir", "Org-8/not-here"].as_slice(),
+        &["serve", "--port", "0", "--config", file],
+        &["chat", "--prompt", "hi", "--config", file],
+    ] {
+        let mut command = homeroom();
+        refused(nobody.seen_by(hub.seen_by(command.args(arguments)))?, &words)?;
+    }
+    // Nor does a server once the file names one, or when somebody asks for one.
+    let config = handlers(&place, NAME)?;
+    let mut serve = homeroom();
+    serve.args(["serve", "--config"]).arg(&config);
+    let mut served = Served::new(nobody.seen_by(hub.seen_by(&mut serve))?)?;
+    let before = served.answer("tutor")?;
+    assert!(served.answer("Org-8/not-here").is_err());
+    handlers(&place, "Org-8/not-here")?;
+    let story = served.until("what was served is served on")?;
+    assert!(story.contains("reload   refused") && story.contains("a handler downloads nothing"), "{story}");
+    assert_eq!(served.answer("tutor")?, before);
+    nobody.was_left_alone()
+}

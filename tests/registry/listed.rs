@@ -1,0 +1,222 @@
+//! `list-models` and `show`.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{COMMIT, adapter, cached, listed, model, names, program, train, typed};
+use crate::support::{Place, fixture, printed_json, refused, succeeds};
+use crate::terminal::on_terminal_of;
+
+#[test]
+fn each_model_says_what_it_came_of_and_each_base_what_there_is_of_it() -> Result<()> {
+    let place = Place::new()?;
+    let llama = fixture("models/llama");
+    train(&place, &llama, "first", &["--eval-fraction", "0.3"])?;
+    train(&place, &llama, "second", &["--init-from", "first"])?;
+    cached(&place, "hub", "Org/Llama-Tiny", &llama)?;
+    cached(&place, "lab", "org/small-gguf", &fixture("models/llama-gguf/model-f32.gguf"))?;
+    fs::create_dir_all(place.path("hub/models--org--half/snapshots").join(COMMIT))?;
+    let command = |json: bool| {
+        let mut command = typed(&place, if json { &["list-models", "--json"] } else { &["list-models"] });
+        command.env("HOMEROOM_BASES", place.path("lab"));
+        command
+    };
+    let list = printed_json(&succeeds(&mut command(true))?)?;
+    let kinds: Vec<_> = (0..5).map(|at| (list[at]["name"].as_str(), list[at]["kind"].as_str())).collect();
+    let expected = [
+        ("first", "adapter"),
+        ("second", "adapter"),
+        ("Org/Llama-Tiny", "base"),
+        ("org/half", "base"),
+        ("org/small-gguf", "base"),
+    ];
+    assert_eq!(kinds, expected.map(|(name, kind)| (Some(name), Some(kind))));
+    let (first, second) = (&list[0], &list[1]);
+    assert_eq!((&first["rows"], &first["eval_rows"], &second["rows"]), (&json!(5), &json!(2), &json!(7)));
+    for key in ["eval_loss_before", "eval_loss", "train_loss"] {
+        assert!(first[key].as_f64().is_some_and(|loss| loss > 0.0), "{key}: {first}");
+    }
+    assert_eq!(
+        (&first["parent"], &second["parent"], &second["eval_loss"]),
+        (&json!(null), &json!("first"), &json!(null))
+    );
+    let size: u64 =
+        fs::read_dir(model(&place, "first"))?.map(|file| Ok(file?.metadata()?.len())).sum::<Result<u64>>()?;
+    assert_eq!(first["bytes"], json!(size));
+    assert!(first["date"].as_str().is_some_and(|date| date.starts_with("20") && date.ends_with('Z')), "{first}");
+    let (own, half, shared) = (&list[2], &list[3], &list[4]);
+    assert_eq!(
+        (&own["forms"], &own["shared"], &own["commits"]),
+        (&json!(["safetensors"]), &json!(false), &json!([COMMIT]))
+    );
+    let weights = fs::metadata(llama.join("model.safetensors"))?.len();
+    assert!(own["bytes"].as_u64().is_some_and(|bytes| bytes > weights), "{own}");
+    assert!(half["problem"].as_str().is_some_and(|problem| problem.contains("`homeroom pull org/half`")), "{half}");
+    assert_eq!((&shared["shared"], &shared["problem"]), (&json!(true), &json!(null)));
+
+    let lines = succeeds(&mut command(false))?.stdout;
+    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(lines.len(), 5, "{lines:?}");
+    let said = [
+        &["first ", "adapter", "lora", "5 rows", " → ", "KiB", "on /"][..],
+        &["second ", "7 rows", "training loss ", ", from first"],
+        &["Org/Llama-Tiny ", "base", "safetensors"],
+        &["org/half ", "problem: not all files"],
+        &["org/small-gguf ", "shared, in /"],
+    ];
+    for (line, words) in lines.iter().zip(said) {
+        assert!(words.iter().all(|word| line.contains(word)), "{words:?} in {line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_list_has_a_line_a_model_on_a_terminal_of_any_width() -> Result<()> {
+    let place = Place::new()?;
+    let training = json!({"rows": 1204, "result": {"eval_loss_before": 2.8129, "eval_loss": 1.9301}});
+    let long = "a-name-that-is-as-long-as-one-may-be-with-letters-and-digits-0123";
+    assert_eq!(long.len(), 64 + 1);
+    adapter(&place, "algebra", &fixture("models/llama"), &training)?;
+    adapter(&place, &long[..64], Path::new("/nowhere/größe/日本"), &training)?;
+    cached(&place, "hub", "org/tiny", &fixture("models/llama"))?;
+    for width in [20, 40, 80, 132, 400] {
+        let seen = on_terminal_of(width, &mut typed(&place, &["list-models"]))?;
+        let lines: Vec<&str> = seen.lines().collect();
+        let hint = lines.last().is_some_and(|line| line.contains("`homeroom show NAME`"));
+        assert!(lines.len() == 7 && lines[0] == "tuned models" && lines[4] == "bases" && hint, "{width}: {seen}");
+        for line in &lines[..6] {
+            assert!(line.chars().count() <= width.into(), "{width}: {line}");
+        }
+        assert!(width < 132 || seen.contains("2.813 → 1.930"), "{width}: {seen}");
+        assert!(width < 400 || seen.contains("1,204 rows") && seen.contains("--base-model"), "{width}: {seen}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_entry_hides_no_other_and_is_shown() -> Result<()> {
+    let place = Place::new()?;
+    let base = fixture("models/llama");
+    adapter(&place, "whole", &base, &json!({"rows": 3}))?;
+    let evil = "\u{1b}]0;owned\u{7}\u{202e}\n";
+    adapter(&place, "evil", Path::new(evil), &json!({"parent": evil, "finished": evil, "options": {evil: evil}}))?;
+    adapter(
+        &place,
+        "huge",
+        &base,
+        &json!({"rows": 1e300, "eval_rows": -7, "result": {"eval_loss": 1e308, "steps": u64::MAX}}),
+    )?;
+    adapter(&place, "most", &base, &json!({"rows": u64::MAX, "result": {"train_loss": -1e-308}}))?;
+    adapter(&place, "other-types", &base, &json!(["a", {"b": [null]}]))?;
+    adapter(&place, "circle-a", &base, &json!({"parent": "circle-b"}))?;
+    adapter(&place, "circle-b", &base, &json!({"parent": "circle-a"}))?;
+    adapter(&place, "own-parent", &base, &json!({"parent": "own-parent"}))?;
+    fs::create_dir_all(model(&place, "empty"))?;
+    place.write("home/models/cut/homeroom.json", "{\"format\": 1")?;
+    place.write("home/models/garbage/adapter_model.safetensors", [0xff; 31])?;
+    place.write("home/models/short.gguf", b"GGUF\x03")?;
+    place.write("home/models/a-file", "no model")?;
+    place.write("home/models/Not-A-Name/config.json", "{}")?;
+    let unreadable = adapter(&place, "unreadable", &base, &json!({}))?;
+    fs::set_permissions(&unreadable, fs::Permissions::from_mode(0o000))?;
+    symlink("/nowhere/at/all", model(&place, "nowhere"))?;
+    symlink(model(&place, "loop"), model(&place, "loop"))?;
+    symlink(model(&place, "whole"), model(&place, "linked"))?;
+    let expected = [
+        "circle-a",
+        "circle-b",
+        "cut",
+        "empty",
+        "evil",
+        "garbage",
+        "huge",
+        "linked",
+        "loop",
+        "most",
+        "nowhere",
+        "other-types",
+        "own-parent",
+        "short.gguf",
+        "unreadable",
+        "whole",
+    ];
+    let found = names(&place);
+    let lines = succeeds(&mut typed(&place, &["list-models"]));
+    for name in expected {
+        let shown = succeeds(&mut typed(&place, &["show", name]))?.stdout;
+        assert!(!shown.contains('\u{1b}') && shown.starts_with("name        "), "{name}: {shown}");
+        let json = printed_json(&succeeds(&mut typed(&place, &["show", name, "--json"]))?)?;
+        assert_eq!(json["name"], json!(name));
+    }
+    fs::set_permissions(&unreadable, fs::Permissions::from_mode(0o700))?;
+    assert_eq!(found?, expected);
+    let lines = lines?.stdout;
+    assert!(lines.lines().count() == expected.len() && !lines.contains('\u{1b}'), "{lines}");
+    for (name, fine) in
+        [("whole", true), ("linked", true), ("most", true), ("empty", false), ("nowhere", false), ("loop", false)]
+    {
+        let line = lines.lines().find(|line| line.starts_with(&format!("{name} "))).unwrap_or_default();
+        assert!(line.contains("problem: ") != fine && !line.is_empty(), "{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_shown_model_says_what_it_went_on_from_and_what_went_on_from_it() -> Result<()> {
+    let place = Place::new()?;
+    let base = fixture("models/llama");
+    train(&place, &base, "a", &["--lora-r", "3", "--target-modules", "v_proj,q_proj", "--eval-fraction", "0.3"])?;
+    for (name, parent) in [("b", "a"), ("c", "b"), ("c2", "b"), ("d", "gone")] {
+        adapter(&place, name, &base, &json!({"parent": parent, "rows": 5}))?;
+    }
+    let show = |name: &str| printed_json(&succeeds(&mut typed(&place, &["show", "--json", name]))?);
+    let parent = |name: &str, is_there: bool| json!({"name": name, "is_there": is_there});
+    for (name, parents, children) in [
+        ("a", json!([]), json!(["b"])),
+        ("b", json!([parent("a", true)]), json!(["c", "c2"])),
+        ("c", json!([parent("b", true), parent("a", true)]), json!([])),
+        ("d", json!([parent("gone", false)]), json!([])),
+    ] {
+        assert_eq!(show(name)?["lineage"], json!({"parents": parents, "children": children}), "{name}");
+    }
+    let about = show("a")?;
+    assert_eq!((&about["r"], &about["target_modules"]), (&json!(3), &json!(["q_proj", "v_proj"])));
+    assert_eq!((&about["steps"], &about["strategy"], &about["rows"]), (&json!(2), &json!("lora"), &json!(5)));
+    assert!(about["next"].as_str().is_some_and(|next| next.contains("chat --model-dir a ")), "{about}");
+    let text = succeeds(&mut typed(&place, &["show", "a"]))?.stdout;
+    for words in
+        ["children    b", "rank 3, q_proj, v_proj", "held-out before ", "batch size 8", "adapter_model.safetensors "]
+    {
+        assert!(text.contains(words), "no `{words}` in {text}");
+    }
+    // A path is shown as well, in the registry or not, and a base with what it is.
+    let shown = printed_json(&succeeds(program(&place).args(["show", "--json"]).arg(model(&place, "a")))?)?;
+    assert_eq!(shown["name"], json!("a"));
+    let base = printed_json(&succeeds(program(&place).args(["show", "--json"]).arg(&base))?)?;
+    assert_eq!(
+        (&base["kind"], &base["model"]["layers"], &base["model"]["hidden_size"]),
+        (&json!("model"), &json!(2), &json!(64))
+    );
+    Ok(())
+}
+
+#[test]
+fn a_base_of_the_cache_is_shown_by_its_name_and_one_that_is_not_there_is_suggested() -> Result<()> {
+    let place = Place::new()?;
+    let folder = cached(&place, "hub", "org/tiny-model", &fixture("models/llama"))?;
+    adapter(&place, "tutor", &fixture("models/llama"), &json!({}))?;
+    let about = printed_json(&succeeds(&mut typed(&place, &["show", "--json", "org/tiny-model"]))?)?;
+    assert_eq!((&about["kind"], &about["base_revision"]), (&json!("base"), &json!(COMMIT)));
+    assert_eq!(about["path"], json!(folder.join("snapshots").join(COMMIT)));
+    refused(&mut typed(&place, &["show", "tutr"]), &["no such model", "did you mean `tutor`?"])?;
+    refused(&mut typed(&place, &["show", "org/tiny"]), &["org/tiny: not on this machine", "homeroom pull org/tiny"])?;
+    for name in ["./x", "/nowhere/x", "a b"] {
+        refused(&mut typed(&place, &["show", name]), &[])?;
+    }
+    assert_eq!(listed(&place)?.len(), 2);
+    Ok(())
+}

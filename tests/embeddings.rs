@@ -329,7 +329,7 @@ fn what_a_provider_sends_instead_is_told_without_its_key() -> Result<()> {
         ("200 OK", "{\"data\":[{\"index\":0,\"embedding\":[1]},{\"index\":0,\"embedding\":[1]}]}", protocol.clone(), "index 0"),
         ("200 OK", "{\"data\":[{\"index\":0,\"embedding\":[1]},{\"index\":9,\"embedding\":[1]}]}", protocol.clone(), "index 9"),
         ("200 OK", "{\"data\":[{\"embedding\":[]},{\"embedding\":[]}]}", protocol.clone(), "0 and 0 numbers"),
-        ("200 OK", "{\"data\":[{\"embedding\":[1e300]},{\"embedding\":[1]}]}", protocol.clone(), "not finite"),
+        ("200 OK", "{\"data\":[{\"embedding\":[1e300]},{\"embedding\":[1]}]}", protocol.clone(), "number out of range"),
         ("200 OK", "{\"data\":[{\"embedding\":\"AACA\"},{\"embedding\":[1]}]}", protocol.clone(), "it sent no vectors"),
         ("200 OK", "<html>sk-test-1234</html>", protocol.clone(), "a web page"),
         ("200 OK", "", protocol.clone(), "it sent no vectors"),

@@ -33,7 +33,8 @@ fn embedder(name: &str) -> Result<Embedder> {
 /// A server of two embedding models and a chat model.
 fn served() -> Result<Running> {
     let limits = Limits { running: 32, waiting: 64 };
-    let behind = |name: &str| -> Result<Arc<dyn Handler>> { Ok(Arc::new(Limited::new(Arc::new(embedder(name)?), limits))) };
+    let behind =
+        |name: &str| -> Result<Arc<dyn Handler>> { Ok(Arc::new(Limited::new(Arc::new(embedder(name)?), limits))) };
     serve(Models::from([
         ("bert".into(), behind("bert")?),
         ("xlm".into(), behind("xlm-roberta")?),
@@ -115,7 +116,8 @@ fn the_server_embeds_as_openai_does() -> Result<()> {
         }
         // One text, its tokens, and a list of those.
         let one = |input: &Value| -> Result<Vec<f32>> {
-            let (headers, whole) = ask(at, &json!({"model": model, "input": input, "dimensions": numbers(&rows[0]["vector"])?.len()}))?;
+            let (headers, whole) =
+                ask(at, &json!({"model": model, "input": input, "dimensions": numbers(&rows[0]["vector"])?.len()}))?;
             assert!(!headers.contains("x-homeroom-truncated"), "{headers}");
             numbers(&whole["data"][0]["embedding"])
         };
@@ -140,7 +142,13 @@ fn what_cannot_be_embedded_is_refused_in_openais_shape() -> Result<()> {
         (json!({"model": "bert", "input": vec!["x"; 2049]}), 400, "input", Value::Null, "2049 texts"),
         (json!({"model": "bert", "input": "x", "dimensions": 35}), 400, "dimensions", Value::Null, "vectors have 36"),
         (json!({"model": "bert", "input": "x", "inputs": 1}), 400, "inputs", Value::Null, "did you mean `input`?"),
-        (json!({"model": "bert", "input": [1, 500_000]}), 400, "input", Value::Null, "check_embedding_ctx_length=False"),
+        (
+            json!({"model": "bert", "input": [1, 500_000]}),
+            400,
+            "input",
+            Value::Null,
+            "check_embedding_ctx_length=False",
+        ),
         // Ids of another tokenizer, all below 131.
         (json!({"model": "bert", "input": [[2, 7, 3], [9, 11]]}), 400, "input", Value::Null, "input 1: "),
         (
@@ -170,8 +178,7 @@ fn what_cannot_be_embedded_is_refused_in_openais_shape() -> Result<()> {
     assert!(elsewhere.0 == 404 && elsewhere.2.contains("did you mean /v1/embeddings?"), "{}", elsewhere.2);
 
     // The other way round, and both are listed.
-    let (status, _, body) =
-        crate::handlers::post(at, &chat_body(&json!({"model": "xlm", "stream": true})))?;
+    let (status, _, body) = crate::handlers::post(at, &chat_body(&json!({"model": "xlm", "stream": true})))?;
     assert!(status == 400 && body.contains("`xlm` is an embedding model") && body.contains("`tutor` does"), "{body}");
     let list = http(at, "GET /v1/models HTTP/1.1\r\nhost: localhost", "")?.2;
     assert!(["bert", "xlm", "tutor"].iter().all(|id| list.contains(&format!("\"id\":\"{id}\""))), "{list}");
@@ -280,7 +287,8 @@ fn a_file_of_handlers_serves_embeddings_and_mixes_no_vectors() -> Result<()> {
         );
         Ok::<_, anyhow::Error>(Handlers::new(Config::parse(Path::new("handlers.toml"), &text)?))
     };
-    let good = file("[routes.vectors]\nhandlers = [\"minilm\"]\n[routes.tutor]\nhandlers = [\"chat\", \"far\"]")?.served()?;
+    let good =
+        file("[routes.vectors]\nhandlers = [\"minilm\"]\n[routes.tutor]\nhandlers = [\"chat\", \"far\"]")?.served()?;
     let kinds: BTreeMap<&str, Gives> = good.iter().map(|(name, handler)| (name.as_str(), handler.gives())).collect();
     assert_eq!(kinds, BTreeMap::from([("vectors", Gives::Vectors), ("tutor", Gives::Either)]));
     let made = good["vectors"].embed(&texts(&["a", "b"]), &Context::default())?;
@@ -326,16 +334,36 @@ fn what_a_provider_sends_instead_is_told_without_its_key() -> Result<()> {
     for (status, body, kind, words) in [
         ("200 OK", "{\"data\":[{\"embedding\":[1]}]}", protocol.clone(), "1 vectors for 2 texts"),
         ("200 OK", "{\"data\":[{\"embedding\":[1]},{\"embedding\":[1,2]}]}", protocol.clone(), "1 and 2 numbers"),
-        ("200 OK", "{\"data\":[{\"index\":0,\"embedding\":[1]},{\"index\":0,\"embedding\":[1]}]}", protocol.clone(), "index 0"),
-        ("200 OK", "{\"data\":[{\"index\":0,\"embedding\":[1]},{\"index\":9,\"embedding\":[1]}]}", protocol.clone(), "index 9"),
+        (
+            "200 OK",
+            "{\"data\":[{\"index\":0,\"embedding\":[1]},{\"index\":0,\"embedding\":[1]}]}",
+            protocol.clone(),
+            "index 0",
+        ),
+        (
+            "200 OK",
+            "{\"data\":[{\"index\":0,\"embedding\":[1]},{\"index\":9,\"embedding\":[1]}]}",
+            protocol.clone(),
+            "index 9",
+        ),
         ("200 OK", "{\"data\":[{\"embedding\":[]},{\"embedding\":[]}]}", protocol.clone(), "0 and 0 numbers"),
         ("200 OK", "{\"data\":[{\"embedding\":[1e300]},{\"embedding\":[1]}]}", protocol.clone(), "number out of range"),
         ("200 OK", "{\"data\":[{\"embedding\":\"AACA\"},{\"embedding\":[1]}]}", protocol.clone(), "it sent no vectors"),
         ("200 OK", "<html>sk-test-1234</html>", protocol.clone(), "a web page"),
         ("200 OK", "", protocol.clone(), "it sent no vectors"),
-        ("200 OK", "{\"error\":{\"message\":\"busy sk-test-1234\",\"code\":429}}", Kind::RateLimited { retry_after: None }, "busy"),
+        (
+            "200 OK",
+            "{\"error\":{\"message\":\"busy sk-test-1234\",\"code\":429}}",
+            Kind::RateLimited { retry_after: None },
+            "busy",
+        ),
         ("401 No", "{\"error\":{\"message\":\"bad key sk-test-1234\"}}", Kind::Authentication, "bad key"),
-        ("404 No", "{\"error\":{\"message\":\"no such model\",\"code\":\"model_not_found\"}}", Kind::NotFound, "no such model"),
+        (
+            "404 No",
+            "{\"error\":{\"message\":\"no such model\",\"code\":\"model_not_found\"}}",
+            Kind::NotFound,
+            "no such model",
+        ),
         ("302 Go", "", Kind::Protocol, "302"),
         ("503 No", "", Kind::Unavailable, "503"),
     ] {
@@ -394,7 +422,8 @@ fn our_own_server_is_a_provider() -> Result<()> {
     }
     let tokens: usize = rows.iter().map(|row| row["ids"].as_array().map_or(0, Vec::len)).sum();
     assert_eq!(made.prompt_tokens, Some(30 * tokens as u64));
-    let refused = endpoint(&server.url(), "tutor")?.embed(&texts(&["a"]), &Context::default()).expect_err("a chat model");
+    let refused =
+        endpoint(&server.url(), "tutor")?.embed(&texts(&["a"]), &Context::default()).expect_err("a chat model");
     assert!(refused.message.contains("`bert` does"), "{refused}");
     server.stop();
     server.wait()
@@ -408,12 +437,12 @@ fn commands_that_want_a_chat_model_say_what_it_is() -> Result<()> {
     let words = ["is an embedding model", "/v1/embeddings"];
     refused(homeroom().args(["chat", "--prompt", "hi", "--model-dir"]).arg(&model), &words)?;
     refused(homeroom().args(["eval", "--file"]).arg(&rows).arg("--model-dir").arg(&model), &words)?;
-    refused(homeroom().args(["export-model", "--output-dir"]).arg(place.path("out")).arg("--model-dir").arg(&model), &words)?;
-    refused(homeroom().args(["bench", "train", "--model-name"]).arg(&model), &words)?;
     refused(
-        homeroom().args(["fine-tune", "--training-file"]).arg(&rows).arg("--model-name").arg(&model),
+        homeroom().args(["export-model", "--output-dir"]).arg(place.path("out")).arg("--model-dir").arg(&model),
         &words,
     )?;
+    refused(homeroom().args(["bench", "train", "--model-name"]).arg(&model), &words)?;
+    refused(homeroom().args(["fine-tune", "--training-file"]).arg(&rows).arg("--model-name").arg(&model), &words)?;
     assert!(!place.path("out").exists());
     Ok(())
 }

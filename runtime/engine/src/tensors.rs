@@ -136,7 +136,10 @@ pub fn map_safetensors(path: &Path) -> Result<Tensors> {
     })?;
     let start = map.as_ptr() as usize;
     // Older saves of BERT's family hold a list of all positions, which transformers does not read either.
-    let read = parsed.tensors().into_iter().filter(|(name, view)| !(view.dtype() == Dtype::I64 && name.ends_with(POSITION_IDS)));
+    let read = parsed
+        .tensors()
+        .into_iter()
+        .filter(|(name, view)| !(view.dtype() == Dtype::I64 && name.ends_with(POSITION_IDS)));
     let tensors = read.map(|(name, view)| {
         let storage = match view.dtype() {
             Dtype::F32 => Storage::F32,

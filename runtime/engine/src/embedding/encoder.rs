@@ -172,7 +172,8 @@ fn needed(config: &EncoderConfig) -> Vec<Needed> {
             };
             for part in ["weight", "bias"] {
                 let name = format!("encoder.layer.{layer}.{bert}.{part}");
-                let stored = if distilled { format!("transformer.layer.{layer}.{distil}.{part}") } else { name.clone() };
+                let stored =
+                    if distilled { format!("transformer.layer.{layer}.{distil}.{part}") } else { name.clone() };
                 match (shape, part) {
                     (Shape::Square | Shape::Up | Shape::Down, "weight") => add(&name, &stored, &[rows, cols]),
                     _ => add(&name, &stored, &[rows]),
@@ -186,15 +187,23 @@ fn needed(config: &EncoderConfig) -> Vec<Needed> {
 /// What stands before the encoder's names, as in the file of a model with a head.
 fn prefix(tensors: &Tensors) -> Result<String> {
     let words = "embeddings.word_embeddings.weight";
-    let prefix = ["", "bert.", "roberta.", "distilbert."].into_iter().find(|prefix| {
-        tensors.contains_key(&format!("{prefix}{words}"))
-    });
+    let prefix = ["", "bert.", "roberta.", "distilbert."]
+        .into_iter()
+        .find(|prefix| tensors.contains_key(&format!("{prefix}{words}")));
     Ok(prefix.with_context(|| format!("tensor `{words}` is missing"))?.to_owned())
 }
 
 /// Modules that are no part of what embeds a text.
-const UNREAD: [&str; 8] =
-    ["pooler.", "cls.", "lm_head.", "classifier.", "pre_classifier.", "qa_outputs.", "vocab_", "embeddings.position_ids"];
+const UNREAD: [&str; 8] = [
+    "pooler.",
+    "cls.",
+    "lm_head.",
+    "classifier.",
+    "pre_classifier.",
+    "qa_outputs.",
+    "vocab_",
+    "embeddings.position_ids",
+];
 
 /// Checks that all tensors are there, and that none changes what is computed without being read.
 fn check(tensors: &Tensors, needed: &[Needed], prefix: &str) -> Result<()> {

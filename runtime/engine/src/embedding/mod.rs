@@ -113,7 +113,11 @@ impl EmbeddingModel {
     pub fn embed(&self, texts: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
         for text in texts {
             let n = text.len();
-            ensure!((1..=self.max_tokens()).contains(&n), "a text has {n} tokens, from 1 to {} are read", self.max_tokens());
+            ensure!(
+                (1..=self.max_tokens()).contains(&n),
+                "a text has {n} tokens, from 1 to {} are read",
+                self.max_tokens()
+            );
             if let Some(id) = text.iter().find(|id| **id as usize >= self.config.vocab_size) {
                 bail!("token {id} has no embedding: the model knows {}", self.config.vocab_size);
             }
@@ -148,7 +152,11 @@ impl EmbeddingModel {
         }
         let vectors = vectors.to_vec2::<f32>()?;
         let finite = vectors.iter().flatten().all(|value| value.is_finite());
-        ensure!(finite, "{}: its weights make values that are not finite; download or copy it again", self.path.display());
+        ensure!(
+            finite,
+            "{}: its weights make values that are not finite; download or copy it again",
+            self.path.display()
+        );
         Ok(vectors)
     }
 }

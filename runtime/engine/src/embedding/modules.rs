@@ -274,7 +274,12 @@ impl Modules {
         let Some((path, config)) = read_if_there(dir, "config_sentence_transformers.json")? else { return Ok(()) };
         let kind = config.get("model_type").filter(|kind| !kind.is_null());
         let usual = kind.is_none_or(|kind| kind == "SentenceTransformer");
-        ensure!(usual, "{}: `model_type` = {}: it does not embed texts as one vector", path.display(), config["model_type"]);
+        ensure!(
+            usual,
+            "{}: `model_type` = {}: it does not embed texts as one vector",
+            path.display(),
+            config["model_type"]
+        );
         let truncated = config.get("truncate_dim").is_some_and(|dim| !dim.is_null());
         ensure!(!truncated, "{}: `truncate_dim` is not supported", path.display());
         if let Some(name) = config["default_prompt_name"].as_str() {

@@ -50,7 +50,8 @@ impl TextSide {
         let (plain, whole) = (tokenizer.encode(TRIED, false)?.ids, tokenizer.encode(TRIED, true)?.ids);
         let places = 0..=whole.len().saturating_sub(plain.len());
         let at = places.clone().find(|at| whole[*at..].starts_with(&plain));
-        let at = at.filter(|_| !plain.is_empty()).context("its tokenizer makes other tokens of a text that stands alone")?;
+        let at =
+            at.filter(|_| !plain.is_empty()).context("its tokenizer makes other tokens of a text that stands alone")?;
         let (before, after) = (whole[..at].to_vec(), whole[at + plain.len()..].to_vec());
         let special = before.len() + after.len();
         ensure!(most > special, "it reads {most} tokens, of which {special} are special ones");

@@ -143,7 +143,8 @@ impl Handler for Embedder {
         for (at, input) in request.input.iter().enumerate() {
             let tokens = self.tokens(at, input, context)?;
             if tokens.truncated && request.refuse_long {
-                let message = format!("input {at} is longer than the {} tokens that the model reads", self.model.max_tokens());
+                let message =
+                    format!("input {at} is longer than the {} tokens that the model reads", self.model.max_tokens());
                 return Err(HandlerError::new(Kind::ContextLength, message));
             }
             texts.push(tokens);

@@ -96,7 +96,10 @@ fn read(body: &[u8]) -> Result<Asked, HandlerError> {
             ignored.push(field.clone());
         } else if !HONOURED.contains(&field.as_str()) {
             let name: String = field.chars().take(80).collect();
-            return Err(HandlerError::invalid(&name, format!("`{name}` is not known here, {}", near(&name, &HONOURED))));
+            return Err(HandlerError::invalid(
+                &name,
+                format!("`{name}` is not known here, {}", near(&name, &HONOURED)),
+            ));
         }
     }
     let input = take(&mut fields, "input").ok_or_else(|| HandlerError::invalid("input", "`input` is missing"))?;
@@ -161,7 +164,8 @@ fn inputs(input: Value) -> Result<Vec<Input>, HandlerError> {
 fn reply(model: &str, made: &Embeddings, format: Format) -> Vec<u8> {
     let vectors = made.values.chunks_exact(made.dimensions.max(1)).enumerate();
     let data = vectors.map(|(index, values)| Row { object: "embedding", index, embedding: Vector(values, format) });
-    let tokens = made.prompt_tokens.map_or(Value::Null, |tokens| json!({"prompt_tokens": tokens, "total_tokens": tokens}));
+    let tokens =
+        made.prompt_tokens.map_or(Value::Null, |tokens| json!({"prompt_tokens": tokens, "total_tokens": tokens}));
     let whole = Reply { object: "list", data: data.collect(), model, usage: tokens };
     serde_json::to_vec(&whole).expect("its parts have names and finite numbers")
 }
@@ -283,7 +287,8 @@ mod tests {
 
     #[test]
     fn base64_is_as_everybody_reads_it() {
-        for (bytes, text) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("\u{ff}", "w78=")]
+        for (bytes, text) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("\u{ff}", "w78=")]
         {
             assert_eq!(base64(bytes.as_bytes()), text);
         }

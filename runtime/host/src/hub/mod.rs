@@ -5,6 +5,7 @@
 
 mod blob;
 pub mod cache;
+pub mod carried;
 mod choose;
 mod client;
 mod digest;

@@ -41,6 +41,11 @@ impl Place {
         Self { folder, locks, link }
     }
 
+    /// A folder in the making, which nobody else writes.
+    pub(super) fn at(folder: &Path) -> Self {
+        Self { folder: folder.to_owned(), locks: folder.join(".locks"), link }
+    }
+
     /// The folder.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
@@ -154,6 +159,16 @@ impl Place {
             let _ = fs::remove_file(&aside);
         }
         placed.with_context(cannot)
+    }
+
+    /// Puts a file whose digest nobody knows into a snapshot.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn put_itself(&self, file: &Path, commit: &str, path: &str) -> Result<()> {
+        let pointer = self.pointer(commit, path);
+        make_directory(pointer.parent().context("a file lies in a directory")?)?;
+        fs::rename(file, &pointer).with_context(|| format!("{}: cannot write", pointer.display()))
     }
 
     /// Writes which commit a branch or tag is. To be called when its snapshot is whole.

@@ -4,7 +4,7 @@ mod cuts;
 mod networks;
 mod processes;
 mod refused;
-mod server;
+pub mod server;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,7 +31,7 @@ const PATIENCE: Patience = Patience {
 };
 
 /// The tiny Llama of the fixtures, without the logits that transformers gave.
-fn llama() -> Result<Repo> {
+pub fn llama() -> Result<Repo> {
     Ok(Repo::of(&fixture("models/llama"), "a1")?.without("expected.safetensors"))
 }
 
@@ -55,7 +55,7 @@ fn refusal(server: &Server, store: &Path, text: &str) -> String {
 }
 
 /// The program with that server as its hub, and a cache in the place.
-fn program(server: &Server, place: &Place, arguments: &[&str]) -> Command {
+pub fn program(server: &Server, place: &Place, arguments: &[&str]) -> Command {
     let mut command = homeroom();
     command.args(arguments).env("HF_ENDPOINT", server.url()).env("HF_HOME", place.path("hf")).env("CI", "1");
     for variable in

@@ -3,6 +3,7 @@
 
 mod adapters;
 mod commands;
+mod downloads;
 mod handlers;
 mod pipelines;
 

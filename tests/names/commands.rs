@@ -157,15 +157,15 @@ fn nobody_is_asked_for_a_model_where_the_user_said_so_or_it_is_here() -> Result<
         nobody.seen_by(hub.seen_by(&mut command))?.envs(more.iter().copied());
         run(&mut command)
     };
-    let offline = "`--offline` or HF_HUB_OFFLINE says that nothing is downloaded";
-    for (arguments, more) in [
-        (["--offline", "eval", "--model-dir", "o/n"].as_slice(), [].as_slice()),
-        (&["eval", "--model-dir", "o/n", "--offline"], &[]),
-        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "1")]),
-        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "true")]),
+    for (arguments, more, reason) in [
+        (["--offline", "eval", "--model-dir", "o/n"].as_slice(), [].as_slice(), "--offline"),
+        (&["eval", "--model-dir", "o/n", "--offline"], &[], "--offline"),
+        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "1")], "HF_HUB_OFFLINE"),
+        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "true")], "HF_HUB_OFFLINE"),
     ] {
         let ran = asks(arguments, more)?;
-        assert!(ran.code == Some(1) && ran.stderr.contains(offline), "{arguments:?}: {}", ran.stderr);
+        let told = ran.stderr.contains(&format!("nothing is downloaded ({reason})"));
+        assert!(ran.code == Some(1) && told, "{arguments:?}: {}", ran.stderr);
     }
     assert_eq!(asks(&["eval", "--model-dir", NAME], &[])?.code, Some(0));
     nobody.was_left_alone()

@@ -115,7 +115,8 @@ fn a_server_answers_with_what_a_branch_is_at_now() -> Result<()> {
     let place = Place::new()?;
     let hub = Hub::with_model(&place, "llama")?;
     let mut serve = homeroom();
-    let mut served = Served::new(hub.seen_by(serve.args(["serve", "--model-dir", NAME])))?;
+    let branch = format!("{NAME}@main");
+    let mut served = Served::new(hub.seen_by(serve.args(["serve", "--model-dir", &branch])))?;
     let first = served.answer("tiny_Llama.v2")?;
     hub.add(NAME, SECOND, &files_of(&fixture("models/qwen2"))?)?;
     assert_eq!(served.answer("tiny_Llama.v2")?, first, "nothing moved");

@@ -155,7 +155,7 @@ fn a_pipeline_that_is_offline_or_only_looked_at_downloads_nothing() -> Result<()
     let missing = "model=Org-8/not-here";
     let [plain, offline] = [Pipeline::new(TRAIN, "")?, Pipeline::new(TRAIN, "offline = true")?];
     let in_toml = "its TOML file says `offline = true`";
-    let by_flag = "`--offline` or HF_HUB_OFFLINE says that nothing is downloaded";
+    let by_flag = "nothing is downloaded (--offline)";
     for (pipeline, arguments, words) in [
         (&plain, ["--check", "--offline"].as_slice(), "is not in Hugging Face's cache, and nothing is downloaded"),
         (&offline, &["--check"], "is not in Hugging Face's cache, and nothing is downloaded"),

@@ -12,7 +12,7 @@ mod digest;
 mod download;
 mod endpoint;
 mod explain;
-mod gguf;
+pub mod gguf;
 mod listing;
 mod name;
 mod offline;

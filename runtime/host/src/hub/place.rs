@@ -43,7 +43,7 @@ impl Place {
 
     /// A folder in the making, which nobody else writes.
     pub(super) fn at(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), locks: folder.join(".locks") }
+        Self { folder: folder.to_owned(), locks: folder.join(".locks"), link }
     }
 
     /// The folder.

@@ -4,6 +4,7 @@ mod admission;
 #[cfg(unix)]
 mod command_line;
 mod curves;
+mod embeddings;
 mod export;
 #[cfg(unix)]
 mod foreign;

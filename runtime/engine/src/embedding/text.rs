@@ -1,6 +1,6 @@
 //! From a text to the tokens that an encoder reads: a special token in front, the text, cut to what fits, and one behind it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
@@ -18,11 +18,6 @@ pub struct Tokens {
 /// Bytes of a text for each token that is read of it. Of a longer text that much is made tokens of first, to a white space, and the rest
 /// only if it matters: a word makes no other tokens for what follows it.
 const BYTES_PER_TOKEN: usize = 64;
-
-/// Texts of more bytes are made tokens of one at a time, as each byte takes some 200 of memory meanwhile.
-const LONG_BYTES: usize = 64 << 10;
-
-static LONG: Mutex<()> = Mutex::new(());
 
 /// Makes tokens of texts.
 pub struct TextSide {
@@ -91,7 +86,6 @@ impl TextSide {
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let _turn = (text.len() > LONG_BYTES).then(|| LONG.lock().unwrap_or_else(PoisonError::into_inner));
         if self.lower_case {
             let lower: String = text.chars().flat_map(char::to_lowercase).collect();
             return Ok(self.tokenizer.encode(&lower, false)?.ids);

@@ -1,7 +1,6 @@
 //! `homeroom serve`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -10,10 +9,7 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
 use super::arguments::{AnswerArgs, ModelArgs, whole};
 use super::{Done, handlers_of_home};
-use crate::handler::Handler;
-use crate::handler::config::{Config, Handlers, LOCAL_LIMITS};
-use crate::handler::limit::Limited;
-use crate::handler::local::Local;
+use crate::handler::config::{Config, Handlers, load_local};
 use crate::interrupt;
 use crate::models::last_part;
 use crate::near::exists;
@@ -44,6 +40,7 @@ pub struct Arguments {
 
 /// Serves until it is interrupted.
 pub fn run(arguments: &Arguments) -> Result<Done> {
+    keep_candle_to_its_thread();
     let config = match (&arguments.model, &arguments.config) {
         (Some(_), _) => None,
         (None, Some(path)) => Some(path.clone()),
@@ -62,8 +59,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         (Some(model), _) => {
             let name = last_part(&model.model_dir).unwrap_or_else(|| "model".to_owned());
             let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
-            let local = Local::load(&name, model.reference(), arguments.answers.compute)?;
-            let handler: Arc<dyn Handler> = Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS));
+            let handler = load_local(&name, model.reference(), arguments.answers.compute)?;
             Models::from([(name, handler)])
         }
         (None, config) => {
@@ -97,6 +93,17 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     eprintln!("serving  {}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
+}
+
+/// Has candle do each operation in the thread that asks for it. Its own threads take turns with one operation of one thread at a time, and
+/// spin meanwhile; the passes of an embedding model, which share the threads already, take twice as long beside them.
+fn keep_candle_to_its_thread() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        // SAFETY: the command has just begun, and nothing that reads or writes the environment has been started in another thread: at most
+        // that of the interrupt handler is there, which waits for a signal.
+        unsafe { std::env::set_var(THREADS, "1") };
+    }
 }
 
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.

@@ -15,12 +15,12 @@ use homeroom_engine::inference::TOGETHER;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::Handler;
-use super::Secret;
+use super::embedding::Embedder;
 use super::limit::{Limited, Limits};
 use super::local::Local;
 use super::openai::{BaseUrl, Endpoint, OpenAi};
 use super::route::Route;
+use super::{Gives, Handler, Secret};
 use crate::models::ModelRef;
 use crate::registry;
 use crate::toml_problems::{Problems, near};
@@ -115,7 +115,7 @@ const OPENAI_KEYS: [&str; 8] = [
     "max_tokens_param",
 ];
 /// Limits of a model of this machine: it samples for so many at once, and twice as many may wait.
-pub const LOCAL_LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
+const LOCAL_LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 /// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
@@ -484,7 +484,15 @@ impl Handlers {
     pub fn get(&self, name: &str) -> Result<Arc<dyn Handler>> {
         let Some(chain) = self.config.routes.get(name) else { return self.handler(name) };
         let handlers = chain.iter().map(|name| Ok((name.clone(), self.handler(name)?)));
-        Ok(Arc::new(Route::new(handlers.collect::<Result<_>>()?)))
+        let handlers: Vec<(String, Arc<dyn Handler>)> = handlers.collect::<Result<_>>()?;
+        let embeds = handlers.iter().find(|(_, handler)| handler.gives() == Gives::Vectors);
+        if let Some((embeds, _)) = embeds.filter(|_| handlers.len() > 1) {
+            let path = self.config.path.display();
+            bail!(
+                "{path}: [routes.{name}]: `{embeds}` is an embedding model, and vectors of two models cannot be compared; give it a route of its own"
+            );
+        }
+        Ok(Arc::new(Route::new(handlers)))
     }
 
     fn handler(&self, name: &str) -> Result<Arc<dyn Handler>> {
@@ -505,12 +513,21 @@ impl Handlers {
     }
 }
 
+/// Loads a model of this machine, which answers or embeds as its files say, and puts a queue in front of it.
+///
+/// # Errors
+/// As [`Local::load`] and [`Embedder::load`].
+pub fn load_local(name: &str, model: ModelRef, compute: Compute) -> Result<Arc<dyn Handler>> {
+    let handler: Arc<dyn Handler> = match Embedder::is_meant(&model.name) {
+        true => Arc::new(Embedder::load(name, &model, compute)?),
+        false => Arc::new(Local::load(name, model, compute)?),
+    };
+    Ok(Arc::new(Limited::new(handler, LOCAL_LIMITS)))
+}
+
 fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
     match spec {
-        HandlerSpec::Local(model, compute) => {
-            let local = Local::load(name, model.clone(), *compute)?;
-            Ok(Arc::new(Limited::new(Arc::new(local), LOCAL_LIMITS)))
-        }
+        HandlerSpec::Local(model, compute) => load_local(name, model.clone(), *compute),
         HandlerSpec::OpenAi(spec) => {
             let api_key = spec.api_key().map_err(anyhow::Error::msg)?;
             if spec.base_url.can_be_overheard() && api_key.is_some() {

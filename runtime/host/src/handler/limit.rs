@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::context::PATIENCE;
-use super::{Context, Event, EventStream, Handler, HandlerError, Kind, Request};
+use super::{Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Kind, Request};
 
 /// Least and most time after which a refused request is told to try again.
 const COME_BACK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
@@ -33,8 +33,7 @@ pub struct Limited {
 impl Limited {
     /// Puts a queue in front of a handler.
     pub fn new(inner: Arc<dyn Handler>, limits: Limits) -> Self {
-        let state = State { running: 0, waiting: VecDeque::new(), next: 0, answer_s: FIRST_GUESS_S };
-        Self { inner, gate: Arc::new(Gate { limits, state: Mutex::new(state), changed: Condvar::new() }) }
+        Self { inner, gate: Gate::new(limits) }
     }
 }
 
@@ -44,9 +43,19 @@ impl Handler for Limited {
         let stream = self.inner.stream(request, context)?;
         Ok(Box::new(Admitted { held: Some((stream, place)) }))
     }
+
+    fn gives(&self) -> Gives {
+        self.inner.gives()
+    }
+
+    fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
+        let _place = Gate::enter(&self.gate, context)?;
+        self.inner.embed(request, context)
+    }
 }
 
-struct Gate {
+/// The queue.
+pub(super) struct Gate {
     limits: Limits,
     state: Mutex<State>,
     changed: Condvar,
@@ -62,11 +71,21 @@ struct State {
 }
 
 impl Gate {
+    /// Makes a queue with nobody in it.
+    pub(super) fn new(limits: Limits) -> Arc<Self> {
+        let state = State { running: 0, waiting: VecDeque::new(), next: 0, answer_s: FIRST_GUESS_S };
+        Arc::new(Self { limits, state: Mutex::new(state), changed: Condvar::new() })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(gate: &Arc<Self>, context: &Context) -> Result<Place, HandlerError> {
+    /// Waits for a place.
+    ///
+    /// # Errors
+    /// When the queue is full, or nobody wants the answer any longer.
+    pub(super) fn enter(gate: &Arc<Self>, context: &Context) -> Result<Place, HandlerError> {
         let Limits { running, waiting } = gate.limits;
         let mut state = gate.state();
         if state.running >= running && state.waiting.len() >= waiting {
@@ -97,7 +116,7 @@ impl Gate {
 }
 
 /// A place among the requests that are answered, given back when it is dropped.
-struct Place {
+pub(super) struct Place {
     gate: Arc<Gate>,
     since: Instant,
 }

@@ -31,16 +31,17 @@ pub const DEFAULT_MAX_TOKENS: usize = 1024;
 /// tokens of it only to find that out would take minutes and gigabytes.
 const BYTES_PER_TOKEN_MAX: usize = 48;
 
-/// Conversations of more bytes are made tokens of one at a time, as each byte takes some 200 of memory meanwhile.
-const LONG_BYTES: usize = 64 << 10;
+/// Conversations and other texts of more bytes are made tokens of one at a time, as each byte takes some 200 of memory meanwhile.
+pub(super) const LONG_BYTES: usize = 64 << 10;
 
-static LONG: Mutex<()> = Mutex::new(());
+/// The turn of those.
+pub(super) static LONG: Mutex<()> = Mutex::new(());
 
 /// Neither a request nor a file that changes has a server download anything.
 const OFFLINE: Network = Network::Never("a handler downloads nothing");
 
 /// Waits for a lock as long as somebody wants the answer.
-fn turn<'a, T>(lock: &'a Mutex<T>, context: &Context) -> Result<MutexGuard<'a, T>, HandlerError> {
+pub(super) fn turn<'a, T>(lock: &'a Mutex<T>, context: &Context) -> Result<MutexGuard<'a, T>, HandlerError> {
     loop {
         match lock.try_lock() {
             Ok(turn) => return Ok(turn),

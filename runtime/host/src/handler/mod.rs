@@ -1,12 +1,13 @@
-//! Handlers: what answers a conversation, on this machine or elsewhere.
+//! Handlers: what answers a conversation or embeds texts, on this machine or elsewhere.
 //!
 //! A handler returns a stream of [`Event`]s. The stream is pulled: no token is computed before it is asked for, and dropping the
-//! stream ends the work within a token. [`local`] runs a model of this machine, [`openai`] asks an endpoint that speaks
+//! stream ends the work within a token. [`local`] runs a model of this machine, [`embedding`] one that embeds texts, [`openai`] asks an endpoint that speaks
 //! OpenAI's API, a [`route`] tries several handlers in order. A file lists them, see [`config`].
 
 mod checker;
 pub mod config;
 mod context;
+pub mod embedding;
 mod error;
 pub mod limit;
 pub mod local;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use checker::checked;
 pub use context::{Context, PATIENCE};
+pub use embedding::{EmbedRequest, Embeddings, Gives, Input};
 pub use error::{HandlerError, Kind};
 pub use secret::Secret;
 
@@ -177,6 +179,19 @@ pub trait Handler: Send + Sync {
     /// As [`Handler::stream`], and when the stream fails, ends early or is cancelled.
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
         collect(context.watch(self.stream(request, context)?))
+    }
+
+    /// Returns what it gives, as far as that is known before it is asked.
+    fn gives(&self) -> Gives {
+        Gives::Answers
+    }
+
+    /// Makes the vectors of texts.
+    ///
+    /// # Errors
+    /// When it makes none, the request is refused, or the work fails or is cancelled.
+    fn embed(&self, _request: &EmbedRequest, _context: &Context) -> Result<Embeddings, HandlerError> {
+        Err(HandlerError::invalid("model", "this handler answers conversations and does not embed texts"))
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Completion, Context, Event, EventStream, Handler, HandlerError, Kind, Request};
+use super::{
+    Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Kind, Request,
+};
 
 /// Handlers in the order in which they are asked.
 ///
@@ -45,6 +47,30 @@ impl Handler for Route {
             }
         }
         Err(no_handler())
+    }
+
+    fn gives(&self) -> Gives {
+        match &*self.handlers {
+            [(_, only)] => only.gives(),
+            // It may be asked, and refuses: a provider's models are not known here.
+            several if several.iter().any(|(_, handler)| handler.gives() == Gives::Either) => Gives::Either,
+            _ => Gives::Answers,
+        }
+    }
+
+    /// Asks the one handler of the route. There is no fallback: vectors of two models cannot be compared, so that an index of the first
+    /// would be searched with those of the second, and nobody would see why it finds nothing.
+    fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
+        match &*self.handlers {
+            [(_, only)] => only.embed(request, context),
+            handlers => {
+                let message = format!(
+                    "the route has {} handlers, and vectors of two models cannot be compared; a route for embeddings has one handler",
+                    handlers.len()
+                );
+                Err(HandlerError::invalid("model", message))
+            }
+        }
     }
 }
 

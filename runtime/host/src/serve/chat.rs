@@ -7,21 +7,20 @@ use std::task::Poll;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, Bytes, to_bytes};
+use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures_core::Stream;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
+use super::body::{self, Waiting, name_ignored};
 use super::reply::{Envelope, HANDLER, PING, Refusal, frame};
-use super::{App, no_model, now, request};
-use crate::handler::{self, Context, Event, Handler, HandlerError, Kind, PATIENCE, checked};
+use super::{App, no_model, now, request, wrong_model};
+use crate::handler::{self, Context, Event, Gives, Handler, HandlerError, Kind, PATIENCE, checked};
 
-/// Largest body of a request, in bytes.
-const BODY_LIMIT: usize = 4 << 20;
 /// Longest time for an answer, including the wait in the queue.
 const ANSWER: Duration = Duration::from_secs(30 * 60);
 /// Most text that is made ahead of a client who does not read, in bytes. Shorter answers are completed for such a client and give
@@ -36,24 +35,12 @@ pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Respo
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
-    let is_json = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).is_some_and(|kind| {
-        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
-    });
-    if !is_json {
-        let message = "the body should be JSON, with the header content-type: application/json";
-        return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
-    }
-    let body = timeout(app.bounds.body, to_bytes(request.into_body(), BODY_LIMIT)).await.map_err(|_| {
-        let message = format!("the body of the request was not complete after {} s", app.bounds.body.as_secs());
-        Refusal::new(StatusCode::REQUEST_TIMEOUT, message)
-    })?;
-    let body = body.map_err(|_| {
-        let message = format!("the body of the request is larger than {} MiB, or incomplete", BODY_LIMIT >> 20);
-        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
-    })?;
-    let asked = request::read(&body)?;
+    let asked = request::read(&body::read(app, request).await?)?;
     let handler = app.models().get(&asked.model).cloned();
     let handler = handler.ok_or_else(|| no_model(app, &asked.model))?;
+    if handler.gives() == Gives::Vectors {
+        return Err(wrong_model(app, &asked.model, Gives::Answers));
+    }
 
     let context = Context::default().or_with(app.ending.clone()).within(ANSWER);
     let waiting = Waiting(context.clone());
@@ -89,24 +76,6 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     }
     name_ignored(response.headers_mut(), &ignored);
     Ok(response)
-}
-
-/// Names the fields that were ignored, if a header can hold their names.
-fn name_ignored(headers: &mut HeaderMap, ignored: &[String]) {
-    if let Ok(value) = HeaderValue::from_str(&ignored.join(","))
-        && !value.is_empty()
-    {
-        headers.insert("x-ignored-params", value);
-    }
-}
-
-/// Cancels the work when it is dropped, which happens when the client leaves.
-struct Waiting(Context);
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.cancel();
-    }
 }
 
 type Item = Result<Event, HandlerError>;

@@ -4,8 +4,10 @@
 //! page elsewhere can name this machine by a host name of its own (DNS rebinding). Bodies must say that they are JSON,
 //! which a page elsewhere cannot without a CORS preflight; that is refused. Nothing is logged.
 
+mod body;
 mod chat;
 mod connection;
+mod embeddings;
 mod reply;
 mod request;
 
@@ -29,7 +31,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::handler::Handler;
+use crate::handler::{Gives, Handler};
 use crate::terminal::shown;
 use crate::toml_problems::near;
 pub use connection::Bounds;
@@ -159,6 +161,7 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
 }
 
 const CHAT: &str = "/v1/chat/completions";
+const EMBEDDINGS: &str = "/v1/embeddings";
 
 struct App {
     models: Arc<RwLock<Models>>,
@@ -181,6 +184,7 @@ fn now() -> u64 {
 fn router(app: Arc<App>) -> Router {
     Router::new()
         .route(CHAT, post(chat::chat))
+        .route(EMBEDDINGS, post(embeddings::embeddings))
         .route("/v1/models", get(list))
         .route("/v1/models/{*id}", get(retrieve))
         .route("/", get(welcome))
@@ -190,7 +194,7 @@ fn router(app: Arc<App>) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(async |request: Request| {
             let path = request.uri().path();
-            let method = if path == CHAT { "POST" } else { "GET" };
+            let method = if [CHAT, EMBEDDINGS].contains(&path) { "POST" } else { "GET" };
             let message = format!("{path} takes {method} and not {}", request.method());
             Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message)
         })
@@ -235,8 +239,8 @@ async fn nothing_here(request: Request) -> Refusal {
     let path = request.uri().path();
     let asked = path.trim_end_matches('/');
     // Under a base URL that is too short or too long, the end of the path is right.
-    let meant = [CHAT, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
-    let known = [CHAT, "/v1/models", "/v1/models/{id}", "/health"];
+    let meant = [CHAT, EMBEDDINGS, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
+    let known = [CHAT, EMBEDDINGS, "/v1/models", "/v1/models/{id}", "/health"];
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let path: String = path.chars().take(80).collect();
     Refusal::new(StatusCode::NOT_FOUND, format!("{path} is not served here, {hint}"))
@@ -269,6 +273,23 @@ fn no_model(app: &App, id: &str) -> Refusal {
     let message = format!("there is no model `{id}` here, {}", near(&id, &known));
     let refusal = Refusal::new(StatusCode::NOT_FOUND, message);
     Refusal { param: Some("model".to_owned()), code: Some("model_not_found"), ..refusal }
+}
+
+/// Refuses a model that does not give what is asked, and names one that does.
+fn wrong_model(app: &App, id: &str, wanted: Gives) -> Refusal {
+    let models = app.models();
+    let other = models.iter().find(|(_, handler)| handler.gives() == wanted).map(|(name, _)| name);
+    let what = match wanted {
+        Gives::Answers => format!("`{id}` is an embedding model, which answers no conversation"),
+        _ => format!("`{id}` answers conversations and makes no embeddings"),
+    };
+    let hint = match (other, wanted) {
+        (Some(other), _) => format!("; `{other}` does"),
+        (None, Gives::Answers) => "; no model here does".to_owned(),
+        (None, _) => "; no model here does, serve one such as all-MiniLM-L6-v2".to_owned(),
+    };
+    let refusal = Refusal::new(StatusCode::BAD_REQUEST, what + &hint);
+    Refusal { param: Some("model".to_owned()), code: Some("model_not_supported"), ..refusal }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 use homeroom_engine::template::join_parts;
 use serde_json::{Map, Value};
 
-use crate::handler::{HandlerError, Kind, Message, Request, Role};
+use crate::handler::{HandlerError, Message, Request, Role};
 use crate::toml_problems::near;
 
 /// A request, read.
@@ -47,12 +47,7 @@ fn asks_for_nothing(field: &str, value: &Value) -> Option<bool> {
 /// # Errors
 /// When it is not JSON, or a field is wrong, not supported or not known; names the field.
 pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
-    let body: Value = serde_json::from_slice(body).map_err(|error| {
-        HandlerError::new(Kind::InvalidRequest { param: None }, format!("the body is not JSON: {error}"))
-    })?;
-    let Value::Object(fields) = body else {
-        return Err(HandlerError::new(Kind::InvalidRequest { param: None }, "the body should be a JSON object"));
-    };
+    let fields = super::body::fields(body)?;
     let mut ignored = Vec::new();
     for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
         match asks_for_nothing(field, value) {
@@ -257,6 +252,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::handler::Kind;
 
     fn with(more: &Value) -> Result<Asked, HandlerError> {
         let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});

@@ -15,7 +15,7 @@ const MESSAGE_LIMIT: usize = 400;
 pub struct Endpoint {
     /// The handler's name.
     pub name: String,
-    /// Its address, without `/chat/completions`.
+    /// Its address, without `/chat/completions` or `/embeddings`.
     pub base_url: BaseUrl,
     /// The model, by the provider's name for it.
     pub model: String,
@@ -108,8 +108,8 @@ impl BaseUrl {
             return Err("an address with `?` or `#` is not supported; leave out what begins there".to_owned());
         }
         let text = text.trim_end_matches('/').to_owned();
-        if text.ends_with("/chat/completions") {
-            return Err("leave out /chat/completions: it is added".to_owned());
+        if let Some(path) = ["/chat/completions", "/embeddings"].into_iter().find(|path| text.ends_with(path)) {
+            return Err(format!("leave out {path}: it is added"));
         }
         Ok(Self { text, host, encrypted })
     }
@@ -158,6 +158,7 @@ mod tests {
             "https://a/v1?key=1",
             "https://a/v1#x",
             "https://a/v1/chat/completions",
+            "https://a/v1/embeddings/",
             "https://a b/",
             "https://a:99999/v1",
             "https://a:0/v1",

@@ -1,10 +1,11 @@
 //! A handler that asks an endpoint which speaks OpenAI's API: a provider, a server in the network, or another `homeroom serve`.
 //!
-//! It always asks for a stream. A stream that ends without a `finish_reason` is an error, since it would look like a short answer.
+//! It always asks for a stream of a conversation's answer. A stream that ends without a `finish_reason` is an error, since it would look like a short answer.
 //! Nothing is asked twice, except that an endpoint which refuses `stream_options` is asked again without it. Redirects are not
 //! followed: a key and a conversation go to the address that the user wrote, and to no other.
 
 mod answer;
+mod embedding;
 mod endpoint;
 mod refusal;
 mod stream;
@@ -17,7 +18,7 @@ use ureq::Agent;
 
 pub use self::endpoint::{BaseUrl, Endpoint};
 use self::stream::{Reading, STREAM_OPTIONS};
-use super::{Context, EventStream, Handler, HandlerError, Message, Request, Role};
+use super::{Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Message, Request, Role};
 
 /// A handler that asks an endpoint.
 pub struct OpenAi {
@@ -88,5 +89,14 @@ impl Handler for OpenAi {
         let context = context.within(self.endpoint.answer_timeout);
         let (body, usage_refused) = (self.body(request), self.usage_refused.clone());
         Ok(Box::new(Reading::begin(self.endpoint.clone(), self.agent(), body, usage_refused, context)?))
+    }
+
+    fn gives(&self) -> Gives {
+        Gives::Either
+    }
+
+    fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
+        let context = context.within(self.endpoint.answer_timeout);
+        embedding::embed(&self.endpoint, || self.agent(), request, &context)
     }
 }

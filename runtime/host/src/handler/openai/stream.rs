@@ -21,6 +21,9 @@ use crate::handler::{Context, Event, HandlerError, Kind};
 
 /// The field that asks for the usage at the end of a stream.
 pub(super) const STREAM_OPTIONS: &str = "stream_options";
+/// Where conversations are sent, and what is asked for.
+const CHAT: &str = "chat/completions";
+const EVENTS: &str = "text/event-stream";
 /// Events that are read ahead of the caller.
 const AHEAD: usize = 16;
 /// Longest answer that does not come as a stream, in bytes.
@@ -42,12 +45,20 @@ enum Told {
 }
 
 /// A place among the threads.
-struct Reader;
+pub(super) struct Reader(());
 
 impl Reader {
-    fn new() -> Option<Self> {
+    /// Takes a place.
+    ///
+    /// # Errors
+    /// When all are taken.
+    pub(super) fn new(endpoint: &Endpoint) -> Result<Self, HandlerError> {
         let one_more = |readers| (readers < READERS_MAX).then_some(readers + 1);
-        READERS.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).is_ok().then_some(Self)
+        let taken = READERS.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
+        taken.map(|_| Self(())).map_err(|_| {
+            let message = format!("{READERS_MAX} requests to providers are under way already");
+            endpoint.error(Kind::Unavailable, &message)
+        })
     }
 }
 
@@ -78,10 +89,7 @@ impl Reading {
         context: Context,
     ) -> Result<Self, HandlerError> {
         context.check()?;
-        let Some(reader) = Reader::new() else {
-            let message = format!("{READERS_MAX} requests to providers are under way already");
-            return Err(endpoint.error(Kind::Unavailable, &message));
-        };
+        let reader = Reader::new(&endpoint)?;
         let (sender, told) = sync_channel(AHEAD);
         let reading = Self { told, agent: Some(agent.clone()), context };
         let words = endpoint.clone();
@@ -156,7 +164,7 @@ fn ask(
     usage_refused: &AtomicBool,
     sender: &SyncSender<Told>,
 ) -> Result<(), HandlerError> {
-    let mut response = post(endpoint, agent, body)?;
+    let mut response = post(endpoint, agent, CHAT, EVENTS, body)?;
     if !response.status().is_success() {
         let refused = refusal(endpoint, response);
         if !refused.of_stream_options || body.get(STREAM_OPTIONS).is_none() {
@@ -164,7 +172,7 @@ fn ask(
         }
         usage_refused.store(true, Ordering::SeqCst);
         body.remove(STREAM_OPTIONS);
-        response = post(endpoint, agent, body)?;
+        response = post(endpoint, agent, CHAT, EVENTS, body)?;
         if !response.status().is_success() {
             return Err(refusal(endpoint, response).error);
         }
@@ -230,9 +238,16 @@ fn tell(
     Ok(())
 }
 
-fn post(endpoint: &Endpoint, agent: &Agent, body: &Map<String, Value>) -> Result<Response<Body>, HandlerError> {
-    let mut post = agent.post(format!("{}/chat/completions", endpoint.base_url.text));
-    post = post.header("content-type", "application/json").header("accept", "text/event-stream");
+/// Sends a body to a path below the endpoint's address.
+pub(super) fn post(
+    endpoint: &Endpoint,
+    agent: &Agent,
+    path: &str,
+    accept: &str,
+    body: &Map<String, Value>,
+) -> Result<Response<Body>, HandlerError> {
+    let mut post = agent.post(format!("{}/{path}", endpoint.base_url.text));
+    post = post.header("content-type", "application/json").header("accept", accept);
     if let Some(key) = &endpoint.api_key {
         post = post.header("authorization", format!("Bearer {}", key.expose()));
     }

@@ -228,6 +228,29 @@ fn without_a_network_the_cache_is_read_and_nothing_is_asked() -> Result<()> {
     Ok(())
 }
 
+/// The first command that a person types, and the same one when the network is gone.
+#[test]
+fn a_model_is_trained_by_its_name_from_an_empty_cache_and_then_without_a_network() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 6)?;
+    let server = Server::of("school/llama", llama()?)?;
+    server.on(|asked| (asked.is_storage && asked.before < 20).then_some(Act::Cut(9_001)));
+    let train = |server: &Server, output: &str| {
+        let mut command = program(server, &place, &["fine-tune", "--model-name", "school/llama", "--max-steps", "2"]);
+        command.arg("--training-file").arg(&rows).arg("--output-dir").arg(place.path(output));
+        command
+    };
+    succeeds(&mut train(&server, "outputs/first"))?;
+    assert_eq!(server.asked().iter().filter(|asked| asked.is_storage && asked.range.is_some()).count(), 20);
+    let weights = |output: &str| std::fs::read(place.path(output).join("adapter_model.safetensors"));
+    drop(server);
+    let closed = Server::start()?;
+    succeeds(&mut train(&closed, "outputs/second"))?;
+    assert!(closed.asked().is_empty(), "{:?}", closed.asked());
+    assert!(weights("outputs/first")? == weights("outputs/second")?);
+    Ok(())
+}
+
 /// A stick, or a directory of a lab, that has the files and not the user's cache.
 #[test]
 fn what_a_shared_store_has_is_not_downloaded() -> Result<()> {

@@ -311,7 +311,7 @@ fn duty(state: &State, stream: &TcpStream, asked: &Asked, storage: SocketAddr, a
             };
             match bytes.len() > LARGE {
                 true => send(stream, asked, 302, &about(format!("http://{storage}/{blob}?signature=a%2Fb")), b""),
-                false => send(stream, asked, 307, &about(format!("/cache/{blob}")), b""),
+                false => send(stream, asked, 307, &about(format!("/cache/{}/{blob}", repo.commit)), b""),
             }
         }
         _ => missing("RepoNotFound"),
@@ -340,7 +340,10 @@ fn file(mut stream: &TcpStream, asked: &Asked, bytes: &[u8], act: Option<Act>) -
     if !matches!(act, Some(Act::Unsized(_))) {
         write!(head, "content-length: {}\r\n", body.len())?;
     }
-    // The commit is what Python asks small files for.
+    // Python takes a server without it for no hub.
+    if let Some((commit, _)) = asked.path.strip_prefix("/cache/").and_then(|path| path.split_once('/')) {
+        write!(head, "x-repo-commit: {commit}\r\n")?;
+    }
     write!(head, "etag: \"{}\"\r\naccept-ranges: bytes\r\nconnection: close\r\n\r\n", blob_name(bytes))?;
     stream.write_all(head.as_bytes())?;
     if asked.method == "HEAD" {

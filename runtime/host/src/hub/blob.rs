@@ -61,7 +61,9 @@ impl Blob<'_> {
                 Ok(complete) => complete,
                 Err(error) => {
                     // Of nothing that came there is nothing to go on from, nor where the next process has a file of its own.
-                    if lock.is_void || fs::metadata(&partial).is_ok_and(|meta| meta.len() == 0) {
+                    if lock.is_void
+                        || self.client.stop.is_full()
+                        || fs::metadata(&partial).is_ok_and(|meta| meta.len() == 0) {
                         let _ = fs::remove_file(&partial);
                     }
                     return Err(error);
@@ -88,6 +90,7 @@ impl Blob<'_> {
     fn unwritten(&self, partial: &Path, error: io::Error) -> anyhow::Error {
         if is_full(&error) {
             let missing = self.file.size;
+            self.client.stop.set_full();
             let _ = fs::remove_file(partial);
             return anyhow!("{}: {}", self.file.path, became_full(self.place.folder(), missing, &error));
         }

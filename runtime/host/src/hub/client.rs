@@ -100,8 +100,7 @@ impl Client {
                 301 | 302 | 303 | 307 | 308 => {
                     let location = response.headers().get("location").and_then(|location| location.to_str().ok());
                     let location = location.ok_or_else(|| anyhow!("{}: it redirects to nowhere", host(&uri)))?;
-                    let plain_is_right = self.token.is_none();
-                    uri = redirected(&uri, location, plain_is_right).with_context(|| host(&uri))?;
+                    uri = redirected(&uri, location).with_context(|| host(&uri))?;
                 }
                 _ => return Err(self.refused(&uri, &response, explain)),
             }

@@ -115,16 +115,28 @@ impl Tries {
 
 /// Whether work goes on: not after Ctrl-C, nor when another part of it has failed.
 #[derive(Default)]
-pub(super) struct Stop(AtomicBool);
+pub(super) struct Stop {
+    set: AtomicBool,
+    full: AtomicBool,
+}
 
 impl Stop {
     /// Has all parts end.
     pub(super) fn set(&self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.set.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn is_set(&self) -> bool {
-        self.0.load(Ordering::SeqCst) || interrupt::asked()
+        self.set.load(Ordering::SeqCst) || interrupt::asked()
+    }
+
+    /// The disk is full: what is not finished is not kept.
+    pub(super) fn set_full(&self) {
+        self.full.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.full.load(Ordering::SeqCst)
     }
 
     /// # Errors

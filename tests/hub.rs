@@ -1,6 +1,7 @@
 //! Models of the hub, against a server of its protocol in which everything goes wrong that can.
 
 mod cuts;
+mod networks;
 mod processes;
 mod refused;
 pub mod server;
@@ -15,12 +16,13 @@ use homeroom_engine::model::BaseModel;
 use serde_json::json;
 
 use self::server::{Act, Repo, Server, blob_name};
-use crate::support::{Place, fixture, homeroom, printed_json, refused, succeeds};
+use crate::support::{Place, fixture, homeroom, printed_json, refused, run, succeeds};
 
 /// The patience of these tests: they show what is tried again, and not for how long.
 const PATIENCE: Patience = Patience {
     connect: Duration::from_secs(5),
     silence: Duration::from_millis(500),
+    bytes_min: 1000,
     pause: Duration::from_millis(1),
     pause_max: Duration::from_millis(10),
     tries: 4,
@@ -219,6 +221,9 @@ fn without_a_network_the_cache_is_read_and_nothing_is_asked() -> Result<()> {
     let asked = server.asked().len();
     let commit = format!("a/b@{}", "a1".repeat(20));
     succeeds(&mut offline(&["pull", &commit]))?;
+    let ran = succeeds(&mut offline(&["pull", "a/b"]))?;
+    assert!(ran.stderr.contains("the hub is not asked (HF_HUB_OFFLINE)"), "{}", ran.stderr);
+    succeeds(&mut program(&server, &place, &["--offline", "pull", "a/b"]))?;
     assert_eq!(server.asked().len(), asked);
     Ok(())
 }

@@ -53,6 +53,8 @@ pub enum Act {
     Stall(usize),
     /// A little comes at a time.
     Slow,
+    /// A byte comes now and then.
+    Drip,
     /// All of it, whatever part is asked for.
     IgnoreRange,
     /// The part from the beginning, and a header that says so.
@@ -352,6 +354,12 @@ fn file(mut stream: &TcpStream, asked: &Asked, bytes: &[u8], act: Option<Act>) -
             let mut rest = stream.try_clone()?;
             rest.set_read_timeout(Some(Duration::from_secs(120)))?;
             let _ = std::io::Read::read(&mut rest, &mut [0; 1]);
+        }
+        Some(Act::Drip) => {
+            for byte in body {
+                stream.write_all(&[*byte])?;
+                thread::sleep(Duration::from_millis(50));
+            }
         }
         Some(Act::Slow) => {
             for piece in body.chunks(body.len() / 20 + 1) {

@@ -8,10 +8,9 @@ use homeroom_engine::block::Compute;
 use homeroom_engine::embedding::{EmbeddingModel, Tokens, encoder_type};
 
 use super::limit::{Gate, Limits};
-use super::local::{LONG, LONG_BYTES, turn};
+use super::local::{LONG, LONG_BYTES, OFFLINE, turn};
 use super::{Context, EventStream, Handler, HandlerError, Kind, Request};
-use crate::models::ModelRef;
-use crate::registry;
+use crate::models::{ModelRef, here, locate};
 
 /// A request for the vectors of texts.
 #[derive(Clone, Debug, Default, PartialEq)]

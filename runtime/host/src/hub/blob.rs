@@ -63,7 +63,8 @@ impl Blob<'_> {
                     // Of nothing that came there is nothing to go on from, nor where the next process has a file of its own.
                     if lock.is_void
                         || self.client.stop.is_full()
-                        || fs::metadata(&partial).is_ok_and(|meta| meta.len() == 0) {
+                        || fs::metadata(&partial).is_ok_and(|meta| meta.len() == 0)
+                    {
                         let _ = fs::remove_file(&partial);
                     }
                     return Err(error);

@@ -1,9 +1,10 @@
 //! Models of the hub, against a server of its protocol in which everything goes wrong that can.
 
 mod cuts;
+mod networks;
 mod processes;
 mod refused;
-mod server;
+pub mod server;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,12 +16,13 @@ use homeroom_engine::model::BaseModel;
 use serde_json::json;
 
 use self::server::{Act, Repo, Server, blob_name};
-use crate::support::{Place, fixture, homeroom, printed_json, refused, succeeds};
+use crate::support::{Place, fixture, homeroom, printed_json, refused, run, succeeds};
 
 /// The patience of these tests: they show what is tried again, and not for how long.
 const PATIENCE: Patience = Patience {
     connect: Duration::from_secs(5),
     silence: Duration::from_millis(500),
+    bytes_min: 1000,
     pause: Duration::from_millis(1),
     pause_max: Duration::from_millis(10),
     tries: 4,
@@ -29,7 +31,7 @@ const PATIENCE: Patience = Patience {
 };
 
 /// The tiny Llama of the fixtures, without the logits that transformers gave.
-fn llama() -> Result<Repo> {
+pub fn llama() -> Result<Repo> {
     Ok(Repo::of(&fixture("models/llama"), "a1")?.without("expected.safetensors"))
 }
 
@@ -53,7 +55,7 @@ fn refusal(server: &Server, store: &Path, text: &str) -> String {
 }
 
 /// The program with that server as its hub, and a cache in the place.
-fn program(server: &Server, place: &Place, arguments: &[&str]) -> Command {
+pub fn program(server: &Server, place: &Place, arguments: &[&str]) -> Command {
     let mut command = homeroom();
     command.args(arguments).env("HF_ENDPOINT", server.url()).env("HF_HOME", place.path("hf")).env("CI", "1");
     for variable in
@@ -219,7 +221,33 @@ fn without_a_network_the_cache_is_read_and_nothing_is_asked() -> Result<()> {
     let asked = server.asked().len();
     let commit = format!("a/b@{}", "a1".repeat(20));
     succeeds(&mut offline(&["pull", &commit]))?;
+    let ran = succeeds(&mut offline(&["pull", "a/b"]))?;
+    assert!(ran.stderr.contains("the hub is not asked (HF_HUB_OFFLINE)"), "{}", ran.stderr);
+    succeeds(&mut program(&server, &place, &["--offline", "pull", "a/b"]))?;
     assert_eq!(server.asked().len(), asked);
+    Ok(())
+}
+
+/// The first command that a person types, and the same one when the network is gone.
+#[test]
+fn a_model_is_trained_by_its_name_from_an_empty_cache_and_then_without_a_network() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 6)?;
+    let server = Server::of("school/llama", llama()?)?;
+    server.on(|asked| (asked.is_storage && asked.before < 20).then_some(Act::Cut(9_001)));
+    let train = |server: &Server, output: &str| {
+        let mut command = program(server, &place, &["fine-tune", "--model-name", "school/llama", "--max-steps", "2"]);
+        command.arg("--training-file").arg(&rows).arg("--output-dir").arg(place.path(output));
+        command
+    };
+    succeeds(&mut train(&server, "outputs/first"))?;
+    assert_eq!(server.asked().iter().filter(|asked| asked.is_storage && asked.range.is_some()).count(), 20);
+    let weights = |output: &str| std::fs::read(place.path(output).join("adapter_model.safetensors"));
+    drop(server);
+    let closed = Server::start()?;
+    succeeds(&mut train(&closed, "outputs/second"))?;
+    assert!(closed.asked().is_empty(), "{:?}", closed.asked());
+    assert!(weights("outputs/first")? == weights("outputs/second")?);
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! The user's models: listed, shown, removed, copied and taken in.
 
+mod carried;
 mod imported;
 mod listed;
 mod removed;

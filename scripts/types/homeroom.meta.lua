@@ -153,7 +153,7 @@ homeroom = {}
 homeroom.null = nil
 
 ---@class LoadModelOptions
----@field name string # a Hugging Face directory or a .gguf file, which a parameter names or which lies below the TOML file; or a name from `homeroom list-models`
+---@field name string # a directory or a .gguf file, which a parameter names or which lies below the TOML file; a name from `homeroom list-models`; or `owner/name`, a model of the Hugging Face hub
 ---@field strategy? string # how the model is trained; `homeroom plugins list` shows what there is (default: "lora")
 ---@field load_in_4bit? boolean # true: the base is stored in 4 bits, NF4; strategy `qlora` (default: false)
 ---@field load_in_8bit? boolean # true: the base is stored in 8 bits; strategy `int8` (default: false)

@@ -47,7 +47,7 @@ fn files_that_are_not_there_are_refused() -> Result<()> {
     let nowhere = place.path("nowhere.jsonl");
     refused(&mut place.fine_tune(&base, &nowhere), &["nowhere.jsonl", "no such file"])?;
     refused(place.fine_tune(&base, &rows).arg("--eval-file").arg(&nowhere), &["nowhere.jsonl", "no such file"])?;
-    refused(place.fine_tune(&base, &rows).arg("--init-from").arg(&nowhere), &["nowhere.jsonl: no such adapter"])?;
+    refused(place.fine_tune(&base, &rows).arg("--init-from").arg(&nowhere), &["nowhere.jsonl: no such model"])?;
     refused(&mut eval(&base, &nowhere), &["nowhere.jsonl", "no such file"])?;
     leaves_nothing(&place)
 }

@@ -334,7 +334,7 @@ fn names_and_files_that_are_wrong_by_a_letter_get_the_nearest() -> Result<()> {
     refused(&mut place.fine_tune(&base, &place.path("zeile.jsonl")), &["no such file", &near_rows])?;
     refused(place.fine_tune(&base, &rows).arg("--eval-file").arg(place.path("zeilen.json")), &[&near_rows])?;
     let mut further = unnamed(&place, &rows);
-    refused(further.args(["--init-from", "tutr"]), &["tutr: no such adapter, did you mean `tutor`?"])?;
+    refused(further.args(["--init-from", "tutr"]), &["tutr: no such model, did you mean `tutor`?"])?;
     for strategy in ["LoRA", "lroa"] {
         refused(place.fine_tune(&base, &rows).args(["--strategy", strategy]), &["did you mean `lora`?"])?;
     }

@@ -53,6 +53,8 @@ pub enum Act {
     Stall(usize),
     /// A little comes at a time.
     Slow,
+    /// A byte comes now and then.
+    Drip,
     /// All of it, whatever part is asked for.
     IgnoreRange,
     /// The part from the beginning, and a header that says so.
@@ -309,7 +311,7 @@ fn duty(state: &State, stream: &TcpStream, asked: &Asked, storage: SocketAddr, a
             };
             match bytes.len() > LARGE {
                 true => send(stream, asked, 302, &about(format!("http://{storage}/{blob}?signature=a%2Fb")), b""),
-                false => send(stream, asked, 307, &about(format!("/cache/{blob}")), b""),
+                false => send(stream, asked, 307, &about(format!("/cache/{}/{blob}", repo.commit)), b""),
             }
         }
         _ => missing("RepoNotFound"),
@@ -338,7 +340,10 @@ fn file(mut stream: &TcpStream, asked: &Asked, bytes: &[u8], act: Option<Act>) -
     if !matches!(act, Some(Act::Unsized(_))) {
         write!(head, "content-length: {}\r\n", body.len())?;
     }
-    // The commit is what Python asks small files for.
+    // Python takes a server without it for no hub.
+    if let Some((commit, _)) = asked.path.strip_prefix("/cache/").and_then(|path| path.split_once('/')) {
+        write!(head, "x-repo-commit: {commit}\r\n")?;
+    }
     write!(head, "etag: \"{}\"\r\naccept-ranges: bytes\r\nconnection: close\r\n\r\n", blob_name(bytes))?;
     stream.write_all(head.as_bytes())?;
     if asked.method == "HEAD" {
@@ -352,6 +357,12 @@ fn file(mut stream: &TcpStream, asked: &Asked, bytes: &[u8], act: Option<Act>) -
             let mut rest = stream.try_clone()?;
             rest.set_read_timeout(Some(Duration::from_secs(120)))?;
             let _ = std::io::Read::read(&mut rest, &mut [0; 1]);
+        }
+        Some(Act::Drip) => {
+            for byte in body {
+                stream.write_all(&[*byte])?;
+                thread::sleep(Duration::from_millis(50));
+            }
         }
         Some(Act::Slow) => {
             for piece in body.chunks(body.len() / 20 + 1) {

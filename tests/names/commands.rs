@@ -117,7 +117,10 @@ fn a_name_that_is_not_here_is_answered_with_the_nearest_or_with_what_fetches_it(
     fs::create_dir(place.path("outputs/Qwen"))?;
     let pull = "hint: `homeroom pull Qwen7/Qwen2.5-0.5B` downloads it";
     for (name, words) in [
-        ("Qwen7/Qwen2.5-0.5B", vec!["no such file or directory, and Hugging Face's cache has no model", pull]),
+        (
+            "Qwen7/Qwen2.5-0.5B",
+            vec!["no such file or directory, and no model of that name on the Hugging Face hub", pull],
+        ),
         ("org-7/tiny_llama.v2", vec!["did you mean `Org-7/tiny_Llama.v2`?", "hint: if not, `homeroom pull org-7/"]),
         ("Org-7/tiny_Lama.v2", vec!["did you mean `Org-7/tiny_Llama.v2`?"]),
         ("Org-7/tiny_Llama.v2@v9", vec!["`homeroom pull Org-7/tiny_Llama.v2@v9`"]),
@@ -157,15 +160,15 @@ fn nobody_is_asked_for_a_model_where_the_user_said_so_or_it_is_here() -> Result<
         nobody.seen_by(hub.seen_by(&mut command))?.envs(more.iter().copied());
         run(&mut command)
     };
-    let offline = "`--offline` or HF_HUB_OFFLINE says that nothing is downloaded";
-    for (arguments, more) in [
-        (["--offline", "eval", "--model-dir", "o/n"].as_slice(), [].as_slice()),
-        (&["eval", "--model-dir", "o/n", "--offline"], &[]),
-        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "1")]),
-        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "true")]),
+    for (arguments, more, reason) in [
+        (["--offline", "eval", "--model-dir", "o/n"].as_slice(), [].as_slice(), "--offline"),
+        (&["eval", "--model-dir", "o/n", "--offline"], &[], "--offline"),
+        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "1")], "HF_HUB_OFFLINE"),
+        (&["eval", "--model-dir", "o/n"], &[("HF_HUB_OFFLINE", "true")], "HF_HUB_OFFLINE"),
     ] {
         let ran = asks(arguments, more)?;
-        assert!(ran.code == Some(1) && ran.stderr.contains(offline), "{arguments:?}: {}", ran.stderr);
+        let told = ran.stderr.contains(&format!("nothing is downloaded ({reason})"));
+        assert!(ran.code == Some(1) && told, "{arguments:?}: {}", ran.stderr);
     }
     assert_eq!(asks(&["eval", "--model-dir", NAME], &[])?.code, Some(0));
     nobody.was_left_alone()

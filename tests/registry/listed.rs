@@ -199,7 +199,7 @@ fn a_shown_model_says_what_it_went_on_from_and_what_went_on_from_it() -> Result<
     let base = printed_json(&succeeds(program(&place).args(["show", "--json"]).arg(&base))?)?;
     assert_eq!(
         (&base["kind"], &base["model"]["layers"], &base["model"]["hidden_size"]),
-        (&json!("model"), &json!(2), &json!(64))
+        (&json!("model"), &json!(2), &json!(48))
     );
     Ok(())
 }
@@ -219,4 +219,41 @@ fn a_base_of_the_cache_is_shown_by_its_name_and_one_that_is_not_there_is_suggest
     }
     assert_eq!(listed(&place)?.len(), 2);
     Ok(())
+}
+
+/// Its path is another machine's; by its name on the hub it is found, or what to do is said.
+#[test]
+fn an_adapter_on_a_base_of_the_hub_says_how_to_fetch_it_and_is_fine_where_it_is_cached() -> Result<()> {
+    let place = Place::new()?;
+    let directory = adapter(&place, "tutor", Path::new("/another/machine"), &json!({}))?;
+    let path = directory.join("homeroom.json");
+    let mut manifest: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+    manifest["base"]["name"] = json!("Org/Tiny");
+    manifest["base"]["revision"] = json!(COMMIT);
+    fs::write(&path, manifest.to_string())?;
+    let problem = || Ok::<_, anyhow::Error>(listed(&place)?.first().map(|entry| entry["problem"].clone()));
+    let missing = problem()?.unwrap_or_default();
+    let pull = format!("`homeroom pull Org/Tiny@{COMMIT}`");
+    assert!(missing.as_str().is_some_and(|text| text.contains(&pull) && text.contains("--base-model")), "{missing}");
+    // PEFT's own names its base in one field.
+    fs::remove_file(&path)?;
+    let config = directory.join("adapter_config.json");
+    let mut peft: serde_json::Value = serde_json::from_str(&fs::read_to_string(&config)?)?;
+    peft["base_model_name_or_path"] = json!("Org/Tiny");
+    fs::write(&config, peft.to_string())?;
+    let missing = problem()?.unwrap_or_default();
+    assert!(missing.as_str().is_some_and(|text| text.contains("`homeroom pull Org/Tiny`")), "{missing}");
+    assert!(succeeds(&mut typed(&place, &["list-models"]))?.stdout.contains("on Org/Tiny"));
+
+    cached(&place, "hub", "Org/Tiny", &fixture("models/llama"))?;
+    assert_eq!(problem()?, Some(json!(null)));
+    fs::write(&path, manifest.to_string())?;
+    assert_eq!(
+        listed(&place)?.iter().find(|entry| entry["name"] == "tutor").map(|entry| entry["problem"].clone()),
+        Some(json!(null))
+    );
+    // Whoever removes the base is told, and nobody is where a shared store has it, too.
+    refused(&mut typed(&place, &["rm", "Org/Tiny"]), &["still needed by 1 adapter"])?;
+    cached(&place, "lab", "Org/Tiny", &fixture("models/llama"))?;
+    succeeds(typed(&place, &["rm", "Org/Tiny"]).env("HOMEROOM_BASES", place.path("lab"))).map(drop)
 }

@@ -50,12 +50,11 @@ pub fn model(name: &Path) -> Option<String> {
 
 /// The model in Hugging Face's cache, or a shared store, whose name is nearest to one that is not there.
 pub fn cached(name: &HubName) -> Option<String> {
-    let entries = cache::stores().into_iter().filter_map(|store| std::fs::read_dir(store).ok()).flatten();
-    let repo = |folder: String| Some(folder.strip_prefix("models--")?.replacen("--", "/", 1));
-    let repos: Vec<String> = entries.filter_map(|entry| repo(entry.ok()?.file_name().into_string().ok()?)).collect();
-    let others = || repos.iter().map(String::as_str).filter(|repo| *repo != name.repo);
-    let same_but_for_case = others().find(|repo| repo.eq_ignore_ascii_case(&name.repo));
-    same_but_for_case.or_else(|| nearest(&name.repo, others())).map(str::to_owned)
+    let cached = cache::list().ok()?;
+    let whole = cached.iter().filter(|cached| cached.current().is_some()).map(|cached| cached.repo.as_str());
+    let others: Vec<&str> = whole.filter(|repo| *repo != name.repo).collect();
+    let same_but_for_case = others.iter().find(|repo| repo.eq_ignore_ascii_case(&name.repo)).copied();
+    same_but_for_case.or_else(|| nearest(&name.repo, others)).map(str::to_owned)
 }
 
 /// `, did you mean X?`, or nothing.

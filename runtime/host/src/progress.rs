@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::fmt::Display;
 use std::io::{Write, stderr};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -167,7 +167,6 @@ pub struct Downloading {
     came: AtomicU64,
     started: Instant,
     told: Mutex<Instant>,
-    ended: AtomicBool,
 }
 
 impl Downloading {
@@ -179,15 +178,7 @@ impl Downloading {
             ProgressBar::with_draw_target(Some(total), target).with_style(style)
         });
         let (zero, started) = (AtomicU64::new(0), Instant::now());
-        Self {
-            bar,
-            total,
-            here: zero,
-            came: AtomicU64::new(0),
-            started,
-            told: Mutex::new(started),
-            ended: false.into(),
-        }
+        Self { bar, total, here: zero, came: AtomicU64::new(0), started, told: Mutex::new(started) }
     }
 
     /// Bytes have come.
@@ -245,15 +236,9 @@ impl Downloading {
 
     /// No more will come.
     pub fn end(&self) {
-        self.ended.store(true, Ordering::SeqCst);
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-    }
-
-    /// Whether no more is wanted.
-    pub fn is_ended(&self) -> bool {
-        self.ended.load(Ordering::SeqCst)
     }
 }
 

@@ -55,7 +55,7 @@ fn free_on(_: &Path) -> io::Result<u64> {
 pub fn ensure_room(directory: &Path, bytes: u64) -> Result<()> {
     match free_bytes(directory) {
         Some(free) if free < bytes.saturating_add(SPARE) => bail!(
-            "{}: {} MiB are needed here, and {} MiB are free",
+            "{}: {} MiB are needed here, and {} MiB are free\nhint: make room there",
             directory.display(),
             bytes.saturating_add(SPARE) >> 20,
             free >> 20

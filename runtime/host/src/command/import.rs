@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
 
 use super::{Done, print};
+use crate::hub::carried::{self, Carried};
 use crate::progress::{line, size};
 use crate::registry::import::{Imported, import};
 use crate::terminal::cell;
@@ -33,6 +34,9 @@ const TOLD_MAX: usize = 6;
 
 /// Takes in a model.
 pub fn run(arguments: &Arguments) -> Result<Done> {
+    if carried::is_folder(&arguments.path) {
+        return carry(arguments);
+    }
     let Imported { entry, left_out } = import(&arguments.path, arguments.name.as_deref(), arguments.overwrite)?;
     line(format_args!("imported  {}   {}, {}, in {}", entry.name, entry.kind, size(entry.bytes), entry.path.display()));
     if arguments.name.is_none() {
@@ -50,6 +54,41 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     line(format_args!("next      homeroom show {}", entry.name));
     if arguments.json {
         print(&json!({"name": entry.name, "path": entry.path, "kind": entry.kind, "bytes": entry.bytes, "left_out": left_out, "problem": entry.problem}).to_string())?;
+    }
+    Ok(Done::Whole)
+}
+
+/// Takes a model of a cache into the user's own, where it has its name on the hub.
+fn carry(arguments: &Arguments) -> Result<Done> {
+    let path = arguments.path.display();
+    ensure!(
+        arguments.name.is_none(),
+        "{path}: a model of a cache keeps its name on the hub\nhint: leave --name out, or name a directory in its snapshots/"
+    );
+    let carried = carried::take_in(&arguments.path)?;
+    let Carried { repo, folder, commits, left_out, unverified, bytes, kept_refs } = &carried;
+    line(format_args!("imported  {repo}   {}, in {}", size(*bytes), folder.display()));
+    for commit in commits {
+        line(format_args!("commit    {commit}"));
+    }
+    match unverified {
+        0 => line("checked   every file is what its name says"),
+        count => line(format_args!(
+            "note: {count} files are no links to files that are called by their digests, as on a memory stick, so that damage to them does not show; they are taken as they are"
+        )),
+    }
+    for commit in left_out {
+        line(format_args!("left out  {commit}, of which files are missing"));
+    }
+    for name in kept_refs {
+        line(format_args!(
+            "note: `{name}` is another commit of {repo} here, and stays it; `{repo}@COMMIT` names the one that was imported"
+        ));
+    }
+    line(format_args!("next      homeroom show {repo}"));
+    if arguments.json {
+        let report = json!({"name": repo, "path": folder, "kind": "base", "bytes": bytes, "commits": commits, "left_out": left_out, "unverified_files": unverified});
+        print(&report.to_string())?;
     }
     Ok(Done::Whole)
 }

@@ -50,8 +50,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         Vec::new()
     });
     if arguments.json {
-        let paths = entries.iter().map(|entry| &entry.path).chain(bases.iter().map(|base| &base.path));
-        paths.map(|path| utf8(path).map(drop)).collect::<Result<()>>()?;
+        let mut paths = entries.iter().map(|entry| &entry.path).chain(bases.iter().map(|base| &base.path));
+        paths.try_for_each(|path| utf8(path).map(drop))?;
         let entries = entries.iter().map(to_value).chain(bases.iter().map(to_value));
         print(&entries.collect::<Result<Value, _>>()?.to_string())?;
         return Ok(Done::Whole);
@@ -83,8 +83,8 @@ fn tuned(entry: &Entry) -> Vec<String> {
     let on = match (base.is_empty(), entry.kind) {
         (false, _) => format!("on {}", cell(&base)),
         // Of a model that was imported there is none.
-        (true, "model") => String::new(),
-        (true, _) => "on an unknown base".to_owned(),
+        (true, "adapter") => "on an unknown base".to_owned(),
+        (true, _) => String::new(),
     };
     let from = entry.parent.as_ref().map(|parent| format!(", from {}", cell(parent))).unwrap_or_default();
     vec![

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::arguments::{PluginArgs, name_value};
 use super::{Done, print, this_program};
 use crate::hub;
-use crate::interrupt;
+use crate::interrupt::{self, Interrupted};
 use crate::models::Network;
 use crate::near::exists;
 use crate::pipeline::config::PipelineConfig;
@@ -80,6 +80,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         match done {
             Ok(Done::Interrupted) => return Ok(Done::Interrupted),
             Ok(_) => {}
+            Err(error) if error.is::<Interrupted>() => return Err(error),
             Err(error) => line(format_args!("error: {error:#}")),
         }
         if files.len() == 1 {

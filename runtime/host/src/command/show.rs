@@ -140,6 +140,10 @@ fn about(details: &Details, base: Option<&Base>, add: &mut dyn FnMut(&str, Strin
             ),
         );
     }
+    if let Some(vectors) = &details.vectors {
+        let (kind, width, tokens) = (&vectors.model_type, vectors.dimensions, thousands(vectors.max_tokens));
+        add("model", format!("{kind}, vectors of {width} numbers, of {tokens} tokens at most"));
+    }
     let entry = &details.entry;
     if base.is_none() {
         let place = entry.base.display().to_string();
@@ -210,12 +214,13 @@ fn training(config: &Map<String, Value>, steps: Option<u64>, interrupted: bool) 
 /// The command that goes on with it.
 fn next(details: &Details, base: Option<&Base>) -> String {
     let Entry { name, kind, problem, .. } = &details.entry;
-    let embedding = base.is_some_and(|base| base.forms.iter().any(|form| form == "embedding"));
     match (problem, *kind) {
         (Some(_), "adapter") => format!("homeroom chat --model-dir {name} --base-model MODEL --prompt \"...\""),
         (Some(_), _) => String::new(),
-        (None, _) if embedding => "homeroom serve".to_owned(),
-        (None, _) if base.is_some() => format!("homeroom fine-tune --model-name {name} --training-file rows.jsonl"),
+        (None, "embedding") => format!("homeroom serve --model-dir {name}"),
+        (None, "model") if base.is_some() => {
+            format!("homeroom fine-tune --model-name {name} --training-file rows.jsonl")
+        }
         (None, _) => format!("homeroom chat --model-dir {name} --prompt \"...\""),
     }
 }

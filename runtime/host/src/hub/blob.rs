@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::DecimalBytes;
@@ -12,10 +13,9 @@ use ureq::http::Response;
 use super::client::{Client, Refusal, broken};
 use super::digest::Hasher;
 use super::listing::RemoteFile;
-use super::patience::{Failure, Tries};
+use super::patience::{Failure, Patience, Tries};
 use super::place::{Place, open_partial};
 use super::space::{became_full, is_full};
-use crate::interrupt::{self, Interrupted};
 use crate::progress::Downloading;
 
 /// Bytes that are read at once.
@@ -38,11 +38,10 @@ impl Blob<'_> {
     /// When it cannot be had. What came of it stays, to go on from, unless it is wrong or the disk is full.
     pub(super) fn download(&self) -> Result<()> {
         let path = &self.file.path;
-        self.place.prepare()?;
         let wait = || self.progress.say(format_args!("note: {path}: waiting for another process that downloads it"));
-        let lock = self.place.lock(&self.file.digest, wait)?;
+        let lock = self.place.lock(&self.file.digest, &self.client.stop, wait)?;
         if self.place.has_blob(self.file) {
-            self.progress.add(self.file.size);
+            self.progress.add_old(self.file.size);
             return Ok(());
         }
         // Where locks are void another process may write to the same file: then each has its own, and none goes on with another's.
@@ -56,12 +55,15 @@ impl Blob<'_> {
                 let note = format!("note: {path}: what came is not what the hub's list names ({got}); downloaded anew");
                 self.progress.say(note);
             }
+            self.place.prepare()?;
             let begun = Partial::open(&partial, self)?;
             let (file, got) = match begun.complete(self) {
                 Ok(complete) => complete,
                 Err(error) => {
                     // Of nothing that came there is nothing to go on from, nor where the next process has a file of its own.
-                    if lock.is_void || fs::metadata(&partial).is_ok_and(|meta| meta.len() == 0) {
+                    if lock.is_void
+                        || self.client.stop.is_full()
+                        || fs::metadata(&partial).is_ok_and(|meta| meta.len() == 0) {
                         let _ = fs::remove_file(&partial);
                     }
                     return Err(error);
@@ -88,6 +90,7 @@ impl Blob<'_> {
     fn unwritten(&self, partial: &Path, error: io::Error) -> anyhow::Error {
         if is_full(&error) {
             let missing = self.file.size;
+            self.client.stop.set_full();
             let _ = fs::remove_file(partial);
             return anyhow!("{}: {}", self.file.path, became_full(self.place.folder(), missing, &error));
         }
@@ -120,9 +123,7 @@ impl Partial {
         }
         let mut buffer = vec![0; CHUNK];
         loop {
-            if interrupt::asked() {
-                return Err(Interrupted::default().into());
-            }
+            blob.client.stop.check()?;
             let read = file.read(&mut buffer).with_context(|| format!("{}: cannot read", path.display()))?;
             if read == 0 {
                 return Ok(partial);
@@ -155,7 +156,9 @@ impl Partial {
                     // What came again is no gain: else a server that always begins anew would be asked without end.
                     let got_on = self.len > most;
                     most = most.max(self.len);
-                    tries.wait(&blob.file.path, &what, after, got_on, |note| blob.progress.say(note))?;
+                    tries.wait(&blob.file.path, &what, after, got_on, &blob.client.stop, |note| {
+                        blob.progress.say(note)
+                    })?;
                 }
             }
         }
@@ -193,9 +196,16 @@ impl Partial {
             let what = format!("{what} at {} of {}", DecimalBytes(len), DecimalBytes(size));
             Failure::Passing { what, after: None }
         };
+        let Patience { silence, bytes_min, .. } = blob.client.patience;
+        let (mut since, mut before) = (Instant::now(), self.len);
         while self.len < size {
-            if interrupt::asked() || blob.progress.is_ended() {
-                return Err(Failure::Final(Interrupted::default().into()));
+            blob.client.stop.check()?;
+            // One that sends a byte now and then is never silent.
+            if since.elapsed() > silence {
+                if self.len - before < bytes_min {
+                    return Err(at("the server sends next to nothing", self.len));
+                }
+                (since, before) = (Instant::now(), self.len);
             }
             let most = usize::try_from(size - self.len).unwrap_or(CHUNK).min(CHUNK);
             let read = match body.read(&mut buffer[..most]) {

@@ -16,7 +16,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use homeroom_engine::files::read_text;
 
 pub(in crate::hub) use self::list::repo_of;
-pub use self::list::{Cached, Snapshot, list, remove};
+pub use self::list::{Cached, Snapshot, at, list, remove};
 pub use super::whole::Kind;
 use super::whole::{kind, paths};
 use super::{HubName, gguf, policy};

@@ -171,11 +171,10 @@ mod tests {
     use super::*;
 
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-    const GIT: &str = "ce013625030ba8dba906f756967f9e9ca394464a";
 
     /// What is chosen of a repository of such files, each with its place in the list as its size in MB.
     fn chosen(name: &str, paths: &[&str], index: &str) -> Result<Vec<String>> {
-        let file = |(at, path): (usize, &&str)| json!({"rfilename": path, "size": (at + 1) * 1_000_000, "blobId": GIT});
+        let file = |(at, path): (usize, &&str)| json!({"rfilename": path, "size": (at + 1) * 1_000_000, "blobId": format!("{at:040x}")});
         let siblings: Vec<_> = paths.iter().enumerate().map(file).collect();
         let listing = Listing::parse(json!({"sha": COMMIT, "siblings": siblings}).to_string().as_bytes())?;
         let name = HubName::parse(name).context("a name")?;

@@ -10,7 +10,7 @@ use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::endpoint::{Endpoint, Origin, redirected};
-use super::patience::{Failure, Patience};
+use super::patience::{Failure, Patience, Stop};
 use super::token::Token;
 use crate::interrupt::{self, Interrupted};
 
@@ -28,6 +28,7 @@ pub(super) struct Client {
     pub(super) endpoint: Endpoint,
     pub(super) token: Option<Token>,
     pub(super) patience: Patience,
+    pub(super) stop: Stop,
     /// For other machines; through the proxy of the environment if it names one.
     agent: Agent,
     /// For this machine; never through a proxy.
@@ -53,6 +54,7 @@ impl Client {
             Agent::config_builder()
                 .timeout_resolve(Some(patience.connect))
                 .timeout_connect(Some(patience.connect))
+                .timeout_recv_response(Some(patience.silence))
                 .timeout_per_read(Some(patience.silence))
                 .timeout_per_write(Some(patience.silence))
                 .http_status_as_error(false)
@@ -67,11 +69,12 @@ impl Client {
         };
         let agent = Agent::new_with_config(config().tls_config(tls.clone()).build());
         let local = Agent::new_with_config(config().tls_config(tls).proxy(None).build());
-        Ok(Self { endpoint, token, patience, agent, local })
+        Ok(Self { endpoint, token, patience, stop: Stop::default(), agent, local })
     }
 
     /// Ends every wait of this client's requests, and has later ones fail.
     pub(super) fn shut_down(&self) {
+        self.stop.set();
         self.agent.clone().shutdown();
         self.local.clone().shutdown();
     }
@@ -97,8 +100,7 @@ impl Client {
                 301 | 302 | 303 | 307 | 308 => {
                     let location = response.headers().get("location").and_then(|location| location.to_str().ok());
                     let location = location.ok_or_else(|| anyhow!("{}: it redirects to nowhere", host(&uri)))?;
-                    let plain_is_right = self.token.is_none();
-                    uri = redirected(&uri, location, plain_is_right).with_context(|| host(&uri))?;
+                    uri = redirected(&uri, location).with_context(|| host(&uri))?;
                 }
                 _ => return Err(self.refused(&uri, &response, explain)),
             }
@@ -107,9 +109,7 @@ impl Client {
     }
 
     fn ask(&self, uri: &Uri, from: Option<u64>) -> Result<Response<Body>, Failure> {
-        if interrupt::asked() {
-            return Err(Failure::Final(Interrupted::default().into()));
-        }
+        self.stop.check()?;
         let origin = Origin::of(uri)?;
         let agent = if origin.is_loopback() { &self.local } else { &self.agent };
         let mut request = agent.get(uri);

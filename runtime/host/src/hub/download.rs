@@ -8,12 +8,14 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_engine::files::read_text;
 use indicatif::DecimalBytes;
 use serde_json::Value;
+use ureq::Body;
+use ureq::http::Response;
 
 use super::blob::Blob;
 use super::cache::{self, Found, find, find_in};
@@ -112,7 +114,7 @@ impl Hub {
     ///
     /// # Errors
     /// As [`pull`].
-    pub fn pull(&self, name: &HubName) -> Result<Pulled> {
+    pub fn pull(self, name: &HubName) -> Result<Pulled> {
         policy::check(&name.repo)?;
         if name.revision.as_deref().is_some_and(HubName::is_commit)
             && let Some(found) = self.here(name)?
@@ -120,14 +122,20 @@ impl Hub {
             return Ok(Pulled::here(name, found, None));
         }
         if let Some(reason) = offline() {
-            bail!("{name}: the hub is not asked ({reason})\nhint: `homeroom pull` needs a network");
+            let found = find(name)?.with_context(|| {
+                format!("{name}: not on this machine, and the hub is not asked ({reason})\nhint: `homeroom pull` needs a network")
+            })?;
+            line(format_args!(
+                "note: the hub is not asked ({reason}); there may be a newer commit than the one that is here"
+            ));
+            return Ok(Pulled::here(name, found, None));
         }
         // Whoever waits for a server does not look for Ctrl-C.
         let (done, client) = (AtomicBool::new(false), &self.client);
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
-                    if interrupt::asked() {
+                    if client.stop.is_set() {
                         client.shut_down();
                     }
                     thread::sleep(TICK / 4);
@@ -199,7 +207,12 @@ impl Hub {
         let revision = name.revision().replace('/', "%2F").replace('+', "%2B");
         let url = self.client.endpoint.at(&format!("api/models/{}/revision/{revision}?blobs=true", name.repo));
         let answer = self.small(&url, listing::BYTES_MAX, &name.to_string(), name, None)?;
-        let listing = Listing::parse(&answer).with_context(|| format!("{name}: the hub's answer is refused"))?;
+        let listing = Listing::parse(&answer).with_context(|| {
+            let is_page = answer.trim_ascii_start().starts_with(b"<");
+            let page =
+                if is_page { " (it is a page for people, as a network has that asks to sign in first)" } else { "" };
+            format!("{name}: the hub's answer is refused{page}")
+        })?;
         let is_other = HubName::is_commit(name.revision()) && listing.commit != name.revision();
         ensure!(!is_other, "{name}: the hub's answer is about another commit, {}", listing.commit);
         Ok(listing)
@@ -219,24 +232,44 @@ impl Hub {
         let mut tries = Tries::new(self.client.patience);
         loop {
             let failure = match self.client.get(url, None, &|refusal| explain(&self.client, name, file, refusal)) {
-                Ok(response) => {
-                    let mut bytes = Vec::new();
-                    let told =
-                        response.headers().get("content-length").and_then(|length| length.to_str().ok()?.parse().ok());
-                    match response.into_body().into_reader().take(most + 1).read_to_end(&mut bytes) {
-                        Ok(read) if read as u64 > most => {
-                            bail!("{subject}: the hub's answer has more than {most} bytes")
-                        }
-                        Ok(read) if told.is_none_or(|told: u64| told == read as u64) => return Ok(bytes),
-                        Ok(_) => Failure::Passing { what: "the hub's answer was cut".to_owned(), after: None },
-                        Err(error) => broken(&error),
+                Ok(response) => match self.body(response, most) {
+                    Ok(bytes) if bytes.len() as u64 > most => {
+                        bail!("{subject}: the hub's answer has more than {most} bytes")
                     }
-                }
+                    Ok(bytes) => return Ok(bytes),
+                    Err(failure) => failure,
+                },
                 Err(failure) => failure,
             };
             match failure {
                 Failure::Final(error) => return Err(error),
-                Failure::Passing { what, after } => tries.wait(subject, &what, after, false, |note| line(note))?,
+                Failure::Passing { what, after } => {
+                    tries.wait(subject, &what, after, false, &self.client.stop, |note| line(note))?;
+                }
+            }
+        }
+    }
+
+    /// At most one byte more than `most` of an answer.
+    fn body(&self, response: Response<Body>, most: u64) -> Result<Vec<u8>, Failure> {
+        let passing = |what: &str| Failure::Passing { what: what.to_owned(), after: None };
+        let told =
+            response.headers().get("content-length").and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        let mut body = response.into_body().into_reader().take(most + 1);
+        let deadline = Instant::now() + self.client.patience.silence * 10;
+        let (mut bytes, mut buffer) = (Vec::new(), [0; 16 << 10]);
+        loop {
+            self.client.stop.check()?;
+            if Instant::now() > deadline {
+                return Err(passing("the hub's answer takes too long"));
+            }
+            match body.read(&mut buffer) {
+                Ok(0) if told.is_some_and(|told| told.min(most + 1) != bytes.len() as u64) => {
+                    return Err(passing("the hub's answer was cut"));
+                }
+                Ok(0) => return Ok(bytes),
+                Ok(read) => bytes.extend_from_slice(&buffer[..read]),
+                Err(error) => return Err(broken(&error)),
             }
         }
     }
@@ -274,14 +307,16 @@ impl Hub {
         let (queue, failed) = (Mutex::new(queue), Mutex::new(None));
         let progress = Downloading::start(total);
         let work = || {
-            while !progress.is_ended() {
+            while !self.client.stop.is_set() {
                 let Some(file) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop() else { return };
                 let refused = |refusal: &_| explain(&self.client, name, Some(&file.path), refusal);
                 let url = self.url(exact, file);
                 let blob = Blob { client: &self.client, url, file, place, progress: &progress, explain: &refused };
                 if let Err(error) = blob.download() {
-                    progress.end();
-                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    // The first is what is told; the others end by it.
+                    let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                    failed.get_or_insert(error);
+                    self.client.shut_down();
                 }
             }
         };
@@ -295,15 +330,15 @@ impl Hub {
         progress.end();
         let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
         match failed {
-            None => Ok(progress.came()),
-            Some(error) if error.is::<Interrupted>() => {
+            None if !self.client.stop.is_set() => Ok(progress.came()),
+            Some(error) if !error.is::<Interrupted>() => Err(error.context(name.to_string())),
+            _ => {
                 let (here, total) = (DecimalBytes(progress.here()), DecimalBytes(total));
                 Err(Interrupted(format!(
                     "{name}: interrupted; {here} of {total} are here\nhint: the same command goes on from there"
                 ))
                 .into())
             }
-            Some(error) => Err(error.context(name.to_string())),
         }
     }
 }

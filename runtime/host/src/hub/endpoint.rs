@@ -1,5 +1,7 @@
 //! Where the hub is, what may be sent there, and where it may lead.
 
+use std::net::IpAddr;
+
 use anyhow::{Result, anyhow, ensure};
 use ureq::http::Uri;
 
@@ -38,8 +40,8 @@ impl Origin {
 
     /// Returns true if it is this machine.
     pub(super) fn is_loopback(&self) -> bool {
-        let address = self.host.parse::<std::net::IpAddr>();
-        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+        let address = self.host.parse::<IpAddr>().map(|address| address.to_canonical());
+        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback() || address.is_unspecified())
     }
 
     /// Returns true if what is sent there can be read on the way.
@@ -89,11 +91,11 @@ impl Endpoint {
     }
 }
 
-/// Where a redirect leads. A path without a beginning is meant from the directory of the address that it comes from.
+/// Where a redirect leads. From a mirror with plain http it may lead to plain http: no token is sent there. A path without a beginning is meant from the directory of the address that it comes from.
 ///
 /// # Errors
 /// When it leads to no address, from https to plain http, to plain http elsewhere than on this machine, or from elsewhere to this machine.
-pub(super) fn redirected(from: &Uri, location: &str, plain_is_right: bool) -> Result<Uri> {
+pub(super) fn redirected(from: &Uri, location: &str) -> Result<Uri> {
     let location = location.trim();
     let scheme = from.scheme_str().unwrap_or_default();
     let authority = from.authority().map(ToString::to_string).unwrap_or_default();
@@ -116,7 +118,7 @@ pub(super) fn redirected(from: &Uri, location: &str, plain_is_right: bool) -> Re
         "it redirects from https to plain http ({host}), which is not followed"
     );
     ensure!(
-        !after.can_be_overheard() || plain_is_right && before.can_be_overheard(),
+        !after.can_be_overheard() || before.can_be_overheard(),
         "it redirects to plain http ({host}), which is not followed"
     );
     ensure!(before.is_loopback() || !after.is_loopback(), "it redirects to this machine, which is not followed");
@@ -142,11 +144,11 @@ mod tests {
             ("https://cdn.example/f?sig=a%2Fb#part", "https://cdn.example/f?sig=a%2Fb"),
             ("/f?next=http://evil.example", "https://hub.example/f?next=http://evil.example"),
         ] {
-            assert_eq!(redirected(&from, location, false)?.to_string(), to);
+            assert_eq!(redirected(&from, location)?.to_string(), to);
         }
         let local = uri("http://127.0.0.1:7000/x");
-        assert_eq!(redirected(&local, "http://localhost:7001/y", false)?.to_string(), "http://localhost:7001/y");
-        assert!(redirected(&local, "https://cdn.example/y", false).is_ok());
+        assert_eq!(redirected(&local, "http://localhost:7001/y")?.to_string(), "http://localhost:7001/y");
+        assert!(redirected(&local, "https://cdn.example/y").is_ok());
         Ok(())
     }
 
@@ -160,6 +162,8 @@ mod tests {
             (&hub, "http://localhost:7000/a"),
             (&hub, "https://127.0.0.1/a"),
             (&hub, "https://[::1]/a"),
+            (&hub, "https://[::ffff:127.0.0.1]/a"),
+            (&hub, "https://0.0.0.0/a"),
             (&hub, "file:///etc/passwd"),
             (&hub, "ftp://hub.example/a"),
             (&hub, "https://me:secret@hub.example/a"),
@@ -168,13 +172,11 @@ mod tests {
             (&local, "http://192.0.2.1/a"),
             (&local, "http://localhost.evil.example/a"),
             (&local, "http://127.0.0.1.evil.example/a"),
-            (&plain, "http://mirror.school/b"),
             (&plain, "http://127.0.0.1/b"),
         ] {
-            assert!(redirected(from, location, false).is_err(), "{from} to {location}");
+            assert!(redirected(from, location).is_err(), "{from} to {location}");
         }
-        assert!(redirected(&plain, "http://mirror.school/b", true).is_ok(), "nobody sends a token there");
-        assert!(redirected(&local, "http://192.0.2.1/a", true).is_err());
+        assert!(redirected(&plain, "http://mirror.school/b").is_ok(), "no token is sent there");
     }
 
     #[test]

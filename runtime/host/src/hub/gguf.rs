@@ -46,7 +46,7 @@ pub fn is_piece(path: &str) -> bool {
 }
 
 /// A file's name without its ending and without the number of a piece.
-fn whole_stem(path: &str) -> &str {
+pub fn whole_stem(path: &str) -> &str {
     let stem = stem(path);
     let Some(at) = stem.len().checked_sub(PIECE.len()).filter(|at| stem.is_char_boundary(*at)) else { return stem };
     let same = |(a, b): (char, char)| if b.is_ascii_digit() { a.is_ascii_digit() } else { a == b };

@@ -1,6 +1,6 @@
 //! What the hub says of a repository at a revision: its commit and its files. Nothing in it is trusted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
@@ -86,6 +86,11 @@ impl Listing {
             check_path(&path).with_context(|| format!("the list has a file {}", quoted()))?;
             ensure!(seen.insert(path.clone()), "the list has {} twice", quoted());
             files.push(sibling.read().with_context(quoted)?);
+        }
+        let mut sizes = HashMap::new();
+        for file in &files {
+            let size = *sizes.entry(&file.digest).or_insert(file.size);
+            ensure!(size == file.size, "{:?} has the digest of a file of another size", file.path);
         }
         let total = files.iter().try_fold(0_u64, |sum, file| sum.checked_add(file.size));
         ensure!(total.is_some(), "the list has more bytes than can be counted");
@@ -207,6 +212,7 @@ mod tests {
             ("a short sha256", json!([{"rfilename": "a", "size": 1, "lfs": {"sha256": GIT, "size": 1}}])),
             ("a negative size", json!([{"rfilename": "a", "size": -1, "blobId": GIT}])),
             ("a size beyond all disks", json!([{"rfilename": "a", "size": 1_u64 << 50, "blobId": GIT}])),
+            ("one digest, two sizes", json!([good, {"rfilename": "b", "size": 2, "blobId": GIT}])),
             ("no list", json!("siblings")),
         ] {
             assert!(listing(siblings).is_err(), "{what}");

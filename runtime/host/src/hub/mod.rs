@@ -5,13 +5,14 @@
 
 mod blob;
 pub mod cache;
+pub mod carried;
 mod choose;
 mod client;
 mod digest;
 mod download;
 mod endpoint;
 mod explain;
-mod gguf;
+pub mod gguf;
 mod listing;
 mod name;
 mod offline;

@@ -1,5 +1,6 @@
 //! How long is waited for the hub, and how often something is tried again.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
@@ -11,8 +12,10 @@ use crate::interrupt::{self, Interrupted};
 pub struct Patience {
     /// Longest wait for a connection.
     pub connect: Duration,
-    /// Longest silence on a connection.
+    /// Longest silence on a connection. In ten times that, an answer that is not a file has to be there.
     pub silence: Duration,
+    /// Bytes that a connection brings in that time at least.
+    pub bytes_min: u64,
     /// Pause before something is tried again; it doubles with each time that brought nothing.
     pub pause: Duration,
     /// Longest pause of those.
@@ -30,6 +33,7 @@ impl Default for Patience {
         Self {
             connect: Duration::from_secs(20),
             silence: Duration::from_secs(30),
+            bytes_min: 1024,
             pause: Duration::from_secs(1),
             pause_max: Duration::from_secs(30),
             tries: 6,
@@ -81,14 +85,13 @@ impl Tries {
         what: &str,
         after: Option<Duration>,
         got_on: bool,
+        stop: &Stop,
         say: impl FnOnce(String),
     ) -> Result<()> {
         let Patience { pause, pause_max, tries, asked_max, requests_max, .. } = self.patience;
         self.requests += 1;
         self.fruitless = if got_on { 0 } else { self.fruitless + 1 };
-        if interrupt::asked() {
-            return Err(Interrupted::default().into());
-        }
+        stop.check()?;
         if self.fruitless >= tries || self.requests >= requests_max {
             let times = if self.requests == 1 { "once".to_owned() } else { format!("{} times", self.requests) };
             return Err(anyhow!("{subject}: {what} (tried {times})\nhint: try again later; what has come is kept"));
@@ -106,25 +109,56 @@ impl Tries {
         if !wait.is_zero() {
             say(format!("note: {subject}: {what}; tried again in {:.0} s", wait.as_secs_f64().max(1.0)));
         }
-        sleep(wait)
+        stop.sleep(wait)
     }
 }
 
-/// Sleeps, unless Ctrl-C is pressed.
-///
-/// # Errors
-/// When it is.
-pub(super) fn sleep(time: Duration) -> Result<()> {
-    const STEP: Duration = Duration::from_millis(50);
-    let until = Instant::now() + time;
-    loop {
-        if interrupt::asked() {
-            return Err(Interrupted::default().into());
+/// Whether work goes on: not after Ctrl-C, nor when another part of it has failed.
+#[derive(Default)]
+pub(super) struct Stop {
+    set: AtomicBool,
+    full: AtomicBool,
+}
+
+impl Stop {
+    /// Has all parts end.
+    pub(super) fn set(&self) {
+        self.set.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.set.load(Ordering::SeqCst) || interrupt::asked()
+    }
+
+    /// The disk is full: what is not finished is not kept.
+    pub(super) fn set_full(&self) {
+        self.full.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.full.load(Ordering::SeqCst)
+    }
+
+    /// # Errors
+    /// When work does not go on.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.is_set() { Err(Interrupted::default().into()) } else { Ok(()) }
+    }
+
+    /// Sleeps while work goes on.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub(super) fn sleep(&self, time: Duration) -> Result<()> {
+        const STEP: Duration = Duration::from_millis(50);
+        let until = Instant::now() + time;
+        loop {
+            self.check()?;
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(STEP));
         }
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(());
-        }
-        std::thread::sleep(left.min(STEP));
     }
 }

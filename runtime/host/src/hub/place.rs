@@ -12,7 +12,7 @@ use homeroom_engine::files::{make_directory, open_to_readers};
 use super::cache;
 use super::digest::Digest;
 use super::listing::RemoteFile;
-use super::patience::sleep;
+use super::patience::Stop;
 
 /// Then a wait for another process is told.
 const TOLD_AFTER: Duration = Duration::from_secs(1);
@@ -23,6 +23,8 @@ const STEP: Duration = Duration::from_millis(100);
 pub(super) struct Place {
     folder: PathBuf,
     locks: PathBuf,
+    /// Makes a link, `target` at `at`; tests have file systems without.
+    link: fn(&Path, &Path) -> io::Result<()>,
 }
 
 /// The lock of a blob; given back when dropped.
@@ -36,7 +38,12 @@ impl Place {
     pub(super) fn new(store: &Path, repo: &str) -> Self {
         let folder = cache::folder(store, repo);
         let locks = store.join(".locks").join(folder.file_name().unwrap_or_default());
-        Self { folder, locks }
+        Self { folder, locks, link }
+    }
+
+    /// A folder in the making, which nobody else writes.
+    pub(super) fn at(folder: &Path) -> Self {
+        Self { folder: folder.to_owned(), locks: folder.join(".locks"), link }
     }
 
     /// The folder.
@@ -71,7 +78,7 @@ impl Place {
     ///
     /// # Errors
     /// When it cannot be made, or Ctrl-C is pressed.
-    pub(super) fn lock(&self, digest: &Digest, say: impl FnOnce()) -> Result<BlobLock> {
+    pub(super) fn lock(&self, digest: &Digest, stop: &Stop, say: impl FnOnce()) -> Result<BlobLock> {
         make_directory(&self.locks)?;
         let path = self.locks.join(format!("{}.lock", digest.name()));
         let (started, mut say) = (Instant::now(), Some(say));
@@ -80,6 +87,8 @@ impl Place {
             match file.try_lock() {
                 Ok(()) if !is_still(&file, &path) => continue,
                 Ok(()) => {
+                    // Other users of a cache that is shared have to open it.
+                    let _ = open_to_readers(&path);
                     // Some network file systems grant every lock.
                     let is_void = open_lock(&path).is_ok_and(|second| second.try_lock().is_ok());
                     return Ok(BlobLock { _file: file, is_void });
@@ -90,7 +99,7 @@ impl Place {
                     {
                         say();
                     }
-                    sleep(STEP)?;
+                    stop.sleep(STEP)?;
                 }
                 Err(TryLockError::Error(_)) => return Ok(BlobLock { _file: file, is_void: true }),
             }
@@ -134,7 +143,7 @@ impl Place {
         let target = PathBuf::from(format!("{up}blobs/{}", file.digest.name()));
         let aside = directory.join(format!(".{}.{}.tmp", file.digest.name(), std::process::id()));
         let _ = fs::remove_file(&aside);
-        match link(&target, &aside) {
+        match (self.link)(&target, &aside) {
             Ok(()) => {}
             Err(error) if is_without_links(&error) && is_last => {
                 fs::rename(&blob, &pointer).with_context(cannot)?;
@@ -150,6 +159,16 @@ impl Place {
             let _ = fs::remove_file(&aside);
         }
         placed.with_context(cannot)
+    }
+
+    /// Puts a file whose digest nobody knows into a snapshot.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn put_itself(&self, file: &Path, commit: &str, path: &str) -> Result<()> {
+        let pointer = self.pointer(commit, path);
+        make_directory(pointer.parent().context("a file lies in a directory")?)?;
+        fs::rename(file, &pointer).with_context(|| format!("{}: cannot write", pointer.display()))
     }
 
     /// Writes which commit a branch or tag is. To be called when its snapshot is whole.
@@ -255,4 +274,79 @@ pub(super) fn open_partial(path: &Path) -> Result<File> {
         bail!("{}: not a regular file", path.display());
     }
     Ok(file)
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+    fn file(path: &str) -> Result<RemoteFile> {
+        let digest = Digest::git("ce013625030ba8dba906f756967f9e9ca394464a")?;
+        Ok(RemoteFile { path: path.to_owned(), size: 6, digest })
+    }
+
+    #[test]
+    fn where_there_are_no_links_the_file_itself_stands_in_the_snapshot() -> Result<()> {
+        let store = tempfile::tempdir()?;
+        let without = |_: &Path, _: &Path| Err(io::Error::from_raw_os_error(libc::EPERM));
+        let place = Place { link: without, ..Place::new(store.path(), "a/b") };
+        place.prepare()?;
+        let (first, second) = (file("config.json")?, file("1_Pooling/config.json")?);
+        fs::write(place.blob(&first.digest), "hello\n")?;
+        place.put(COMMIT, &first, false)?;
+        place.put(COMMIT, &second, true)?;
+        for file in [&first, &second] {
+            let pointer = place.pointer(COMMIT, &file.path);
+            assert_eq!(fs::read_to_string(&pointer)?, "hello\n");
+            assert!(!pointer.is_symlink() && place.has(COMMIT, file));
+        }
+        assert!(!place.has_blob(&first), "nothing is there twice for no reason");
+        // Again: it is there.
+        place.put(COMMIT, &first, true)
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_replaced_and_a_directory_is_not() -> Result<()> {
+        let store = tempfile::tempdir()?;
+        let place = Place::new(store.path(), "a/b");
+        place.prepare()?;
+        let file = file("config.json")?;
+        fs::write(place.blob(&file.digest), "hello\n")?;
+        let pointer = place.pointer(COMMIT, &file.path);
+        fs::create_dir_all(pointer.parent().expect("a snapshot"))?;
+        std::os::unix::fs::symlink("../../blobs/gone", &pointer)?;
+        place.put(COMMIT, &file, true)?;
+        assert_eq!(fs::read_link(&pointer)?, Path::new("../../blobs").join(file.digest.name()));
+        fs::remove_file(&pointer)?;
+        fs::create_dir(&pointer)?;
+        assert!(place.put(COMMIT, &file, true).is_err());
+        assert_eq!(fs::read_dir(pointer.parent().expect("a snapshot"))?.count(), 1, "no temporary file stays");
+        Ok(())
+    }
+
+    #[test]
+    fn a_link_is_not_followed_where_a_file_is_written() -> Result<()> {
+        let store = tempfile::tempdir()?;
+        let victim = store.path().join("victim");
+        fs::write(&victim, "mine")?;
+        let partial = store.path().join("x.incomplete");
+        std::os::unix::fs::symlink(&victim, &partial)?;
+        assert!(open_partial(&partial).is_err());
+        assert_eq!(fs::read_to_string(&victim)?, "mine");
+        Ok(())
+    }
+
+    #[test]
+    fn a_ref_is_written_whole() -> Result<()> {
+        let store = tempfile::tempdir()?;
+        let place = Place::new(store.path(), "a/b");
+        fs::create_dir_all(place.snapshot(COMMIT))?;
+        place.refer("feature/x", COMMIT)?;
+        let refs = place.folder().join("refs/feature");
+        assert_eq!(fs::read_to_string(refs.join("x"))?, COMMIT);
+        assert_eq!(fs::read_dir(refs)?.count(), 1);
+        Ok(())
+    }
 }

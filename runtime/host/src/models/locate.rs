@@ -7,7 +7,8 @@ use homeroom_engine::adapter::{AdapterFiles, NamedBase};
 use homeroom_engine::files::broken_link;
 use homeroom_engine::model::{BaseModel, Source};
 
-use crate::hub::{self, Found, HubName};
+use crate::hub::{self, Found, HubName, cache, gguf};
+use crate::interrupt::Interrupted;
 use crate::near::{self, did_you_mean};
 use crate::registry;
 
@@ -65,10 +66,17 @@ pub fn of_hub(name: &HubName, network: Network) -> Result<Located> {
     if let Some(found) = hub::find(name)? {
         return Ok(Located::at(found.path));
     }
+    match refused(network) {
+        None => fetch(name),
+        Some(why) => bail!(not_cached(name, &why)),
+    }
+}
+
+/// Why nothing is downloaded, if nothing is.
+fn refused(network: Network) -> Option<String> {
     match network {
-        Network::Allowed if hub::offline().is_none() => fetch(name),
-        Network::Allowed => bail!(not_cached(name, OFFLINE)),
-        Network::Never(why) => bail!(not_cached(name, why)),
+        Network::Allowed => hub::offline().map(|reason| format!("nothing is downloaded ({reason})")),
+        Network::Never(why) => Some(why.to_owned()),
     }
 }
 
@@ -86,14 +94,13 @@ pub fn here(name: &Path) -> Result<Option<Located>> {
     Ok(hub_name.map(|name| hub::find(&name)).transpose()?.flatten().map(|found| Located::at(found.path)))
 }
 
-/// Why nothing is downloaded if the user said so.
-const OFFLINE: &str = "`--offline` or HF_HUB_OFFLINE says that nothing is downloaded";
-
-/// Downloads a model. What is not on the hub either may be one in the cache whose name is wrong by a letter.
+/// Downloads a model. What the hub does not have may be one in the cache whose name is wrong by a letter.
 fn fetch(name: &HubName) -> Result<Located> {
     let found = hub::fetch(name).map_err(|error| match near::cached(name) {
-        Some(near) => anyhow!("{error:#}\nhint: or did you mean `{near}`, which is in the cache?"),
-        None => error,
+        Some(near) if !error.is::<Interrupted>() => {
+            anyhow!("{error:#}\nhint: `{near}`, which has nearly that name, is in the cache")
+        }
+        _ => error,
     })?;
     Ok(Located::at(found.path))
 }
@@ -126,7 +133,7 @@ fn not_cached(name: &HubName, why: &str) -> String {
             "{name}: no such model, did you mean `{near}`?\nhint: if not, `homeroom pull {name}` downloads the model of that name on the Hugging Face hub"
         ),
         None => format!(
-            "{name}: no such file or directory, and Hugging Face's cache has no model of that name; {why}\nhint: `homeroom pull {name}` downloads it"
+            "{name}: no such file or directory, and no model of that name on the Hugging Face hub is on this machine; {why}\nhint: `homeroom pull {name}` downloads it"
         ),
     }
 }
@@ -171,12 +178,8 @@ pub fn base_of(files: &AdapterFiles, network: Network) -> Result<Located> {
     if let Some(found) = others.iter().find(same) {
         return Ok(Located::at(found.path.clone()));
     }
-    let why = match network {
-        Network::Allowed if hub::offline().is_none() => {
-            return fetch(&hub_name).with_context(|| format!("{adapter}: its base model"));
-        }
-        Network::Allowed => OFFLINE,
-        Network::Never(why) => why,
+    let Some(why) = refused(network) else {
+        return fetch(&hub_name).with_context(|| format!("{adapter}: its base model"));
     };
     let others = match others.as_slice() {
         [] => String::new(),
@@ -194,19 +197,14 @@ pub fn hub_name_of(base: &NamedBase) -> Option<HubName> {
         Some(revision) if name.revision.is_none() => HubName::parse(&name.at(revision).to_string()).unwrap_or(name),
         _ => name,
     });
-    named.or_else(|| base.path.as_deref().and_then(in_path))
+    named.or_else(|| in_path(base.path.as_deref()?)?.into_iter().next())
 }
 
-/// The same model at all commits at which it is in the cache or a shared store.
+/// The same model at all commits at which it is in the cache or a shared store, the newest first.
 fn other_commits(name: &HubName) -> Result<Vec<Found>> {
-    let folder = format!("models--{}", name.repo.replace('/', "--"));
-    let snapshots = hub::cache::stores().into_iter().map(|store| store.join(&folder).join("snapshots"));
-    let names = snapshots.filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
-    let mut commits: Vec<String> = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
-    commits.sort();
-    commits.dedup();
-    let found = commits.iter().filter(|commit| HubName::is_commit(commit)).map(|commit| hub::find(&name.at(commit)));
-    found.filter_map(Result::transpose).collect()
+    let repos = cache::list()?.into_iter().filter(|cached| cached.repo.eq_ignore_ascii_case(&name.repo));
+    let commits = repos.flat_map(|cached| cached.snapshots).map(|snapshot| snapshot.commit);
+    commits.filter_map(|commit| hub::find(&name.at(&commit)).transpose()).collect()
 }
 
 /// What a path is on the hub, if it leads into the cache or a shared store: a model is found there by its name on any machine.
@@ -217,31 +215,33 @@ fn source_of(path: &Path) -> Option<Source> {
         true => path.canonicalize().ok()?,
         false => path.parent()?.canonicalize().ok()?.join(path.file_name()?),
     };
-    hub::cache::stores().iter().find_map(|store| real.strip_prefix(store.canonicalize().ok()?).ok())?;
-    let name = in_path(&real)?;
+    cache::stores().iter().find_map(|store| real.strip_prefix(store.canonicalize().ok()?).ok())?;
     // A name that would mean something else here is none.
-    let found = hub::find(&name).ok()??;
-    let is_same = found.path.canonicalize().is_ok_and(|found| real.canonicalize().is_ok_and(|real| real == found));
-    is_same.then(|| Source { name: HubName { revision: None, ..name }.to_string(), revision: found.commit })
+    let is_same = |name: &HubName| {
+        let found = hub::find(name).ok().flatten().and_then(|found| found.path.canonicalize().ok());
+        found.is_some() && found == real.canonicalize().ok()
+    };
+    let name = in_path(&real)?.into_iter().find(is_same)?;
+    let revision = name.revision.clone()?;
+    Some(Source { name: HubName { revision: None, ..name }.to_string(), revision })
 }
 
-/// The name in a path of the cache, `…/models--owner--name/snapshots/COMMIT` or a GGUF file in that.
-fn in_path(path: &Path) -> Option<HubName> {
+/// The names that a path of the cache can have, the shortest first: `…/models--owner--name/snapshots/COMMIT`, or a GGUF file in that.
+fn in_path(path: &Path) -> Option<Vec<HubName>> {
     let parts: Vec<&str> = path.iter().map(|part| part.to_str()).collect::<Option<_>>()?;
     let at = parts.iter().rposition(|part| *part == "snapshots")?;
     let (owner, name) = parts.get(at.checked_sub(1)?)?.strip_prefix("models--")?.split_once("--")?;
     let commit = parts.get(at + 1).filter(|commit| HubName::is_commit(commit))?;
-    let quantization = match parts.get(at + 2..)? {
-        [] => String::new(),
-        [.., file] => format!(":{}", quantization_of(file)?),
-    };
-    HubName::parse(&format!("{owner}/{name}@{commit}{quantization}"))
-}
-
-/// `Q4_K_M` of `model-Q4_K_M.gguf`.
-fn quantization_of(file: &str) -> Option<&str> {
-    let stem = file.get(..file.len().checked_sub(".gguf".len())?)?;
-    file.to_ascii_lowercase().ends_with(".gguf").then(|| stem.rsplit(['-', '.']).next().unwrap_or(stem))
+    let name = HubName::parse(&format!("{owner}/{name}@{commit}"))?;
+    let quantized = |quantization: &str| HubName::parse(&format!("{name}:{quantization}"));
+    Some(match parts.get(at + 2..)? {
+        [] => vec![name],
+        [.., file] if file.to_ascii_lowercase().ends_with(".gguf") => {
+            // Of `m-Q4_K_M.gguf` and `m-UD-Q4_K_M.gguf` the short name could mean both.
+            [gguf::quantization(file), gguf::whole_stem(file)].into_iter().filter_map(quantized).collect()
+        }
+        _ => return None,
+    })
 }
 
 /// A base as the line that restates a run names it: by its name on the hub and the commit's beginning, or as it was typed.
@@ -273,18 +273,19 @@ mod tests {
     #[test]
     fn a_path_of_a_cache_has_a_name_in_it() {
         let commit = "0123456789abcdef0123456789abcdef01234567";
-        for (path, name) in [
-            ("/h/models--a-b--c.d_e/snapshots/C", Some("a-b/c.d_e@C")),
-            ("models--a--b/snapshots/C/x-y.Q4_K_M.gguf", Some("a/b@C:Q4_K_M")),
-            ("models--a--b/snapshots/C/x-q8_0.GGUF", Some("a/b@C:q8_0")),
-            ("models--a--b/snapshots/C/config.json", None),
-            ("models--a--b/snapshots/main", None),
-            ("models--a--b/blobs/C", None),
-            ("datasets--a--b/snapshots/C", None),
-            ("models--a--../snapshots/C", None),
+        for (path, names) in [
+            ("/h/models--a-b--c.d_e/snapshots/C", vec!["a-b/c.d_e@C"]),
+            ("models--a--b/snapshots/C/x-y.Q4_K_M.gguf", vec!["a/b@C:Q4_K_M", "a/b@C:x-y.Q4_K_M"]),
+            ("models--a--b/snapshots/C/q8/x-q8_0-00001-of-00002.GGUF", vec!["a/b@C:q8_0", "a/b@C:x-q8_0"]),
+            ("models--a--b/snapshots/C/config.json", vec![]),
+            ("models--a--b/snapshots/main", vec![]),
+            ("models--a--b/blobs/C", vec![]),
+            ("datasets--a--b/snapshots/C", vec![]),
+            ("models--a--../snapshots/C", vec![]),
         ] {
-            let found = in_path(Path::new(&path.replace('C', commit))).map(|name| name.to_string());
-            assert_eq!(found, name.map(|name| name.replace('C', commit)), "{path}");
+            let found = in_path(Path::new(&path.replace('C', commit))).unwrap_or_default();
+            let found: Vec<String> = found.iter().map(HubName::to_string).collect();
+            assert_eq!(found, names.iter().map(|name| name.replace('C', commit)).collect::<Vec<_>>(), "{path}");
         }
     }
 

@@ -125,7 +125,7 @@ fn identity(path: &Path) -> Option<std::time::SystemTime> {
 /// The files of a model of the registry: all that lie there, and its chat templates.
 fn files_of(model: &Path) -> Result<Vec<PathBuf>> {
     let place = || format!("{}: cannot list", model.display());
-    let mut names = named_templates(model)?;
+    let mut names = [named_templates(model)?, files_of_modules(model)?].concat();
     for entry in fs::read_dir(model).with_context(place)? {
         let entry = entry.with_context(place)?;
         // A link stands for the file that it leads to.
@@ -134,6 +134,25 @@ fn files_of(model: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     names.sort();
+    Ok(names)
+}
+
+/// The files of the further modules of an embedding model, in directories as `1_Pooling`.
+///
+/// # Errors
+/// When the model cannot be listed.
+pub fn files_of_modules(model: &Path) -> Result<Vec<PathBuf>> {
+    let place = || format!("{}: cannot list", model.display());
+    let mut names = Vec::new();
+    for entry in fs::read_dir(model).with_context(place)? {
+        let directory = PathBuf::from(entry.with_context(place)?.file_name());
+        let is_module = directory
+            .to_string_lossy()
+            .split_once('_')
+            .is_some_and(|(number, _)| !number.is_empty() && number.bytes().all(|c| c.is_ascii_digit()));
+        let files = ["config.json", "model.safetensors"].map(|file| directory.join(file));
+        names.extend(files.into_iter().filter(|file| is_module && model.join(file).is_file()));
+    }
     Ok(names)
 }
 

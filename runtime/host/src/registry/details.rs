@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use anyhow::Result;
 use homeroom_engine::adapter::{CONFIG_FILE, read_manifest};
+use homeroom_engine::embedding::EmbeddingModel;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use homeroom_engine::model::BaseModel;
 use serde::Serialize;
@@ -45,6 +47,8 @@ pub struct Details {
     pub tokenizer_digest: Option<String>,
     /// What a whole model is; `None` for an adapter, and for what cannot be loaded.
     pub model: Option<About>,
+    /// What an embedding model makes.
+    pub vectors: Option<Vectors>,
     /// Its files by name, and their bytes.
     pub files: Vec<(String, u64)>,
 }
@@ -70,6 +74,17 @@ pub struct About {
     pub template_digest: Option<String>,
 }
 
+/// What an embedding model makes of a text.
+#[derive(Debug, Serialize)]
+pub struct Vectors {
+    /// `model_type` of its configuration.
+    pub model_type: String,
+    /// Width of a vector.
+    pub dimensions: usize,
+    /// Most tokens that are read of a text.
+    pub max_tokens: usize,
+}
+
 impl Details {
     /// Reads them; of weights the headers alone.
     pub fn of(entry: Entry) -> Self {
@@ -89,18 +104,33 @@ impl Details {
             template_digest: None,
             tokenizer_digest: None,
             model: None,
+            vectors: None,
             files: files(&entry.path),
             entry,
         };
         details.read_manifest();
         details.read_peft();
-        if details.entry.kind != "adapter" && details.entry.problem.is_none() {
-            match BaseModel::load(&details.entry.path) {
-                Ok(model) => details.model = Some(About::of(&model)),
-                Err(error) => details.entry.problem = Some(format!("{error:#}")),
-            }
+        if details.entry.problem.is_none()
+            && let Err(error) = details.load()
+        {
+            details.entry.problem = Some(format!("{error:#}"));
         }
         details
+    }
+
+    /// Loads a whole model: what it is, and whether it can be run.
+    fn load(&mut self) -> Result<()> {
+        match self.entry.kind {
+            "model" => self.model = Some(About::of(&BaseModel::load(&self.entry.path)?)),
+            "embedding" => {
+                let model = EmbeddingModel::load(&self.entry.path)?;
+                let model_type = model.model_type().to_owned();
+                self.vectors =
+                    Some(Vectors { model_type, dimensions: model.dimensions(), max_tokens: model.max_tokens() });
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     fn read_manifest(&mut self) {

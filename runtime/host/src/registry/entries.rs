@@ -8,9 +8,10 @@ use anyhow::{Context, Result};
 use homeroom_engine::adapter::{
     Base, CONFIG_FILE, HOMEROOM_FILE, Manifest, NamedBase, WEIGHTS_FILE, is_adapter, read_manifest,
 };
+use homeroom_engine::embedding::encoder_type;
 use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, broken_link, bytes_below, is_named, read_text};
 use homeroom_engine::model::BaseModel;
-use homeroom_engine::tensors::map_safetensors;
+use homeroom_engine::tensors::{map_directory, map_safetensors};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -26,7 +27,7 @@ pub struct Entry {
     pub name: String,
     /// Its directory.
     pub path: PathBuf,
-    /// `adapter` or `model`.
+    /// `adapter`, `model` or `embedding`.
     pub kind: &'static str,
     /// The strategy that trained it.
     pub strategy: String,
@@ -107,15 +108,21 @@ pub fn list() -> Result<Vec<Entry>> {
 /// What lies at a path, whether in the registry or elsewhere.
 pub fn entry(name: String, path: PathBuf) -> Entry {
     let adapter = is_adapter(&path) && !path.join("config.json").exists();
+    let embedding = !adapter && encoder_type(&path).is_some();
     let files = match broken_link(&path) {
         Some(link) => Err(anyhow::anyhow!("{link}")),
         None if adapter => map_safetensors(&path.join(WEIGHTS_FILE)).map(drop),
+        None if embedding => map_directory(&path).map(drop),
         None => BaseModel::inspect(&path),
     };
     let mut problem = files.err().map(|error| format!("{error:#}"));
     let mut entry = Entry {
         name,
-        kind: if adapter { "adapter" } else { "model" },
+        kind: match (adapter, embedding) {
+            (true, _) => "adapter",
+            (false, true) => "embedding",
+            (false, false) => "model",
+        },
         strategy: String::new(),
         base: PathBuf::new(),
         eval_loss: None,

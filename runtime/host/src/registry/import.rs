@@ -5,28 +5,39 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::adapter::{AdapterFiles, CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE, is_adapter};
+use homeroom_engine::embedding::{EmbeddingModel, encoder_type};
 use homeroom_engine::files::{is_named, named_templates};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::tensors::{has_safetensors, weight_files};
 
-use super::copies::{Sources, ensure_free, save_or};
+use super::copies::{Sources, ensure_free, files_of_modules, save_or};
 use super::names::{free_name, owner, place};
 use super::{Entry, entry};
 use crate::near;
 
 /// What of a tokenizer lies beside a model or an adapter.
-const TEXT_FILES: [&str; 7] = [
+const TEXT_FILES: [&str; 8] = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
 ];
 const TEMPLATE_FILE: &str = "chat_template.jinja";
 const ADAPTER_FILES: [&str; 4] = [CONFIG_FILE, WEIGHTS_FILE, HOMEROOM_FILE, "trainer_state.json"];
-const MODEL_FILES: [&str; 4] = ["config.json", "generation_config.json", HOMEROOM_FILE, "trainer_state.json"];
+const MODEL_FILES: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    HOMEROOM_FILE,
+    "trainer_state.json",
+    // Of sentence-transformers.
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+];
 
 /// A model that was taken in.
 pub struct Imported {
@@ -42,6 +53,7 @@ pub struct Imported {
 /// When it is none of these or cannot be loaded, the name is taken, or there is no room.
 pub fn import(source: &Path, name: Option<&str>, overwrite: bool) -> Result<Imported> {
     near::exists(source)?;
+    refuse_cache(source)?;
     if let Some(name) = source.canonicalize().ok().as_deref().and_then(owner) {
         bail!("{}: it is the model {name} already\nhint: `homeroom cp {name} NEW` copies it", source.display());
     }
@@ -70,6 +82,20 @@ fn free_place(source: &Path) -> Result<PathBuf> {
     place(&free_name(&[named.as_deref().unwrap_or(&source)])?)
 }
 
+/// Refuses a whole cache, of which one model has to be named.
+fn refuse_cache(source: &Path) -> Result<()> {
+    let names = fs::read_dir(source).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let mut models: Vec<_> = names.filter(|name| name.to_string_lossy().starts_with("models--")).collect();
+    models.sort();
+    let Some(first) = models.first() else { return Ok(()) };
+    bail!(
+        "{}: a cache of {} models\nhint: name one of them: `homeroom import {}`",
+        source.display(),
+        models.len(),
+        source.join(first).display()
+    )
+}
+
 /// How a model lies in its source.
 enum Form {
     /// One GGUF file.
@@ -96,6 +122,10 @@ fn check(source: &Path) -> Result<Form> {
         AdapterFiles::read(source)?;
         return Ok(Form::Files);
     }
+    if encoder_type(source).is_some() {
+        EmbeddingModel::load(source)?;
+        return Ok(Form::Files);
+    }
     let model = BaseModel::load(source)?;
     Ok(if model.path.is_file() { Form::File(model.path.clone()) } else { Form::Files })
 }
@@ -103,11 +133,12 @@ fn check(source: &Path) -> Result<Form> {
 /// The files of an adapter or a model in a directory.
 fn files_of(source: &Path) -> Result<Vec<PathBuf>> {
     let adapter = is_adapter(source) && !is_named(&source.join("config.json"))?;
-    let own = if adapter { &ADAPTER_FILES } else { &MODEL_FILES };
+    let own: &[&str] = if adapter { &ADAPTER_FILES } else { &MODEL_FILES };
     let mut names: Vec<PathBuf> = own.iter().chain(&TEXT_FILES).chain([&TEMPLATE_FILE]).map(PathBuf::from).collect();
     if !adapter && has_safetensors(source) {
         names.extend(weight_files(source)?.iter().filter_map(|file| file.file_name()).map(PathBuf::from));
         names.push("model.safetensors.index.json".into());
+        names.extend(files_of_modules(source)?);
     }
     // Of a link that leads nowhere the error says so.
     let mut there = Vec::new();

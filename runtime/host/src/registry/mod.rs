@@ -22,7 +22,7 @@ use homeroom_engine::files::{self, Lock};
 
 pub use bases::{Base, bases};
 pub use copies::copy;
-pub use details::{About, Details};
+pub use details::{About, Details, Vectors};
 pub use entries::{Entry, entry, list, names};
 pub use lineage::{Lineage, Target, Users, users_of};
 pub use names::{free_name, is_name, note_ambiguous, place, resolve, short};

@@ -88,6 +88,12 @@ pub(super) fn list_in(store: &Path) -> Result<Vec<Cached>> {
     Ok(cached)
 }
 
+/// The repository in a folder of any store, if the folder is called as one.
+pub fn at(folder: &Path) -> Option<Cached> {
+    let repo = repo_of(folder.file_name()?.to_str()?)?;
+    Some(read(folder.parent()?, repo, folder.to_owned()))
+}
+
 /// `owner/name` of a folder's name.
 pub(in crate::hub) fn repo_of(folder: &str) -> Option<String> {
     let (owner, name) = folder.strip_prefix("models--")?.split_once("--")?;

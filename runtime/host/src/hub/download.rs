@@ -244,7 +244,7 @@ impl Hub {
             match failure {
                 Failure::Final(error) => return Err(error),
                 Failure::Passing { what, after } => {
-                    tries.wait(subject, &what, after, false, &self.client.stop, |note| line(note))?;
+                    tries.wait(subject, &what, after, false, &self.client.stop, line)?;
                 }
             }
         }

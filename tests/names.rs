@@ -63,7 +63,7 @@ impl Hub {
         fs::create_dir_all(&blobs)?;
         fs::create_dir_all(&snapshot)?;
         for (file, from) in files {
-            let digests = digest::of_files(&[from.clone()], None)?;
+            let digests = digest::of_files(std::slice::from_ref(from), None)?;
             let digest = digests.values().next().and_then(|digest| digest.strip_prefix("sha256:"));
             let digest = digest.context("a file has a digest")?;
             fs::copy(from, blobs.join(digest))?;

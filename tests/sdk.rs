@@ -288,9 +288,10 @@ fn what_only_looks_like_a_strategy_hangs_no_list() -> Result<()> {
     let listed = succeeds(&mut here.program(&["plugins", "list"]))?.stdout;
     ensure!(listed.contains("libvera.so") && !listed.contains('\x1b'), "{listed}");
     ensure!(["pipe", "dir", "huge"].iter().all(|name| !listed.contains(&format!("lib{name}.so"))), "{listed}");
+    let rows = here.place.write("rows.jsonl", "{}\n")?;
     for (name, words) in [("pipe", "not a file"), ("dir", "not a file"), ("huge", "are the most")] {
         let program = &mut here.program(&["fine-tune", "--strategy", name, "--plugin-policy", "dev"]);
-        program.args(["--output-dir", "out", "--training-file", "rows.jsonl", "--model-name"]);
+        program.args(["--output-dir", "out", "--training-file"]).arg(&rows).arg("--model-name");
         refused(program.arg(fixture("models/llama")), &[words])?;
     }
     Ok(())

@@ -13,7 +13,7 @@ use crate::support::{Place, eval, fixture, homeroom, refused, tensors};
 fn a_path_that_is_no_model_is_refused() -> Result<()> {
     let place = Place::new()?;
     check_model(&place, Path::new("./nowhere"), &["./nowhere: no such model", "hint: "])?;
-    let hub = ["org/model: no such file or directory", "Hugging Face hub", "not built yet", "hint: "];
+    let hub = ["org/model: no such file or directory", "Hugging Face hub", "hint: `homeroom pull org/model`"];
     check_model(&place, Path::new("org/model"), &hub)?;
     let empty = place.path("outputs");
     check_model(&place, &empty, &["neither config.json nor a .gguf file"])?;

@@ -381,7 +381,10 @@ fn send(mut stream: &TcpStream, asked: &Asked, status: u16, headers: &[(&str, St
         write!(head, "{name}: {value}\r\n")?;
     }
     stream.write_all(format!("{head}\r\n").as_bytes())?;
-    Ok(if asked.method == "HEAD" { () } else { stream.write_all(body)? })
+    if asked.method != "HEAD" {
+        stream.write_all(body)?;
+    }
+    Ok(())
 }
 
 fn decoded(text: &str) -> String {

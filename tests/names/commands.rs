@@ -117,7 +117,10 @@ fn a_name_that_is_not_here_is_answered_with_the_nearest_or_with_what_fetches_it(
     fs::create_dir(place.path("outputs/Qwen"))?;
     let pull = "hint: `homeroom pull Qwen7/Qwen2.5-0.5B` downloads it";
     for (name, words) in [
-        ("Qwen7/Qwen2.5-0.5B", vec!["no such file or directory, and Hugging Face's cache has no model", pull]),
+        (
+            "Qwen7/Qwen2.5-0.5B",
+            vec!["no such file or directory, and no model of that name on the Hugging Face hub", pull],
+        ),
         ("org-7/tiny_llama.v2", vec!["did you mean `Org-7/tiny_Llama.v2`?", "hint: if not, `homeroom pull org-7/"]),
         ("Org-7/tiny_Lama.v2", vec!["did you mean `Org-7/tiny_Llama.v2`?"]),
         ("Org-7/tiny_Llama.v2@v9", vec!["`homeroom pull Org-7/tiny_Llama.v2@v9`"]),

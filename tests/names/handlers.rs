@@ -136,7 +136,8 @@ fn a_server_answers_with_what_a_branch_is_at_now() -> Result<()> {
 fn a_server_and_a_file_of_handlers_download_nothing() -> Result<()> {
     let place = Place::new()?;
     let (hub, nobody) = (Hub::with_model(&place, "llama")?, Nobody::new()?);
-    let words = ["Org-8/not-here", "a handler downloads nothing", "hint: `homeroom pull Org-8/not-here` downloads it"];
+    let why = "neither `serve` nor a file of handlers downloads anything";
+    let words = ["Org-8/not-here", why, "hint: `homeroom pull Org-8/not-here` downloads it"];
     let missing = handlers(&place, "Org-8/not-here")?;
     let file = missing.to_str().context("a path")?;
     for arguments in [
@@ -156,7 +157,7 @@ fn a_server_and_a_file_of_handlers_download_nothing() -> Result<()> {
     assert!(served.answer("Org-8/not-here").is_err());
     handlers(&place, "Org-8/not-here")?;
     let story = served.until("what was served is served on")?;
-    assert!(story.contains("reload   refused") && story.contains("a handler downloads nothing"), "{story}");
+    assert!(story.contains("reload   refused") && story.contains(why), "{story}");
     assert_eq!(served.answer("tutor")?, before);
     nobody.was_left_alone()
 }

@@ -1,5 +1,8 @@
 //! Pipelines: names in a TOML file, in `--set`, and in a script.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Stdio};
+
 use serde_json::Value;
 
 use super::*;
@@ -175,5 +178,43 @@ fn a_pipeline_that_is_offline_or_only_looked_at_downloads_nothing() -> Result<()
     // What is there is used, offline or not.
     succeeds(nobody.seen_by(&mut offline.command(&[]))?)?;
     assert!(!plain.place.path("home/runs").exists());
+    nobody.was_left_alone()
+}
+
+/// A program that ends with the test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A file is saved in the middle of typing: a name that comes so is looked for here, and nowhere else.
+#[test]
+fn a_name_that_an_edit_brings_is_not_downloaded_while_a_pipeline_is_watched() -> Result<()> {
+    let pipeline = Pipeline::new("return { model = params.model }\n", "")?;
+    let nobody = Nobody::new()?;
+    let mut command = pipeline.command(&["--watch"]);
+    let mut running = Running(nobody.seen_by(&mut command)?.stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?);
+    let mut story = BufReader::new(running.0.stderr.take().context("a pipe")?).lines();
+    let mut until = |words: &str| -> Result<String> {
+        let mut text = String::new();
+        while !text.contains(words) {
+            text += &story.next().with_context(|| format!("no `{words}` in\n{text}"))??;
+            text.push('\n');
+        }
+        Ok(text)
+    };
+    let edit = |to: &str| -> Result<()> {
+        let text = fs::read_to_string(&pipeline.config)?.replace(NAME, to);
+        Ok(fs::write(&pipeline.config, text)?)
+    };
+    until("watching  ")?;
+    edit("Org-8/not-he")?;
+    let story = until("watching  ")?;
+    let told = story.contains("a name that comes by an edit is not downloaded") && story.contains("pull Org-8/not-he`");
+    assert!(told, "{story}");
     nobody.was_left_alone()
 }

@@ -46,7 +46,7 @@ def ours(model, texts, repeats, threads):
     with tempfile.TemporaryDirectory() as directory:
         given, got = Path(directory) / "texts.json", Path(directory) / "vectors.json"
         given.write_text(json.dumps(texts))
-        # As `homeroom serve` sets it: candle's own threads only disturb those that share the passes.
+        # As the program sets it: candle's own threads only disturb those that share the passes.
         environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "CANDLE_NUM_THREADS": "1"}
         command = [program, model, given, str(repeats), got]
         ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

@@ -79,10 +79,10 @@ config = PeftConfig.from_pretrained(root / "ours")
 check("PEFT reads the base's name and commit", (config.base_model_name_or_path, config.revision) == (NAME, COMMIT), config)
 with warnings.catch_warnings(record=True) as caught, torch.no_grad():
     warnings.simplefilter("always")
-    theirs = AutoPeftModelForCausalLM.from_pretrained(root / "ours", torch_dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(root / "merged", torch_dtype=torch.float32)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(root / "ours", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(root / "merged", dtype=torch.float32)
     apart = (theirs(ids).logits - merged(ids).logits).abs().max().item()
-    base = AutoModelForCausalLM.from_pretrained(NAME, torch_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32)
     trained = (theirs(ids).logits - base(ids).logits).abs().max().item()
 ours = [warning for warning in caught if "peft" in str(warning.filename)]
 check("PEFT loads the adapter and finds its base, without a warning", not ours, [str(warning.message) for warning in ours])
@@ -103,7 +103,7 @@ with torch.no_grad():
     tokenizer = AutoTokenizer.from_pretrained(NAME)
     untrained = json.loads(homeroom("eval", "--model-dir", NAME, "--file", root / "texts.jsonl", "--json"))["loss"]
     measured = json.loads(homeroom("eval", "--model-dir", root / "theirs", "--file", root / "texts.jsonl", "--json"))
-    # Homeroom counts the token that ends a text, too: both sides are compared by how the adapter changes the loss of one pass each.
+    # Homeroom trains the token that ends a text, too.
     ends = [{"text": row["text"] + tokenizer.eos_token} for row in texts]
     expected = loss_of(tuned, tokenizer, ends)
 check(f"Homeroom finds the base and measures PEFT's loss, to {args.bound}", abs(measured["loss"] - expected) < args.bound, (measured["loss"], expected, untrained))

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use homeroom_engine::train::StepReport;
-use indicatif::{DecimalBytes, HumanBytes, HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::machine::peak_memory_bytes;
 use crate::terminal;
@@ -80,7 +80,7 @@ impl Training {
                     report.step,
                     report.loss,
                     report.learning_rate,
-                    peak_memory_bytes().map_or_else(|| "?".to_owned(), |bytes| HumanBytes(bytes).to_string()),
+                    peak_memory_bytes().map_or_else(|| "?".to_owned(), size),
                 ));
             }
         }
@@ -124,7 +124,7 @@ pub fn counting(what: &'static str, count: usize) -> Counting {
 
 /// As [`counting`], of bytes.
 pub fn bytes(what: &'static str, bytes: u64) -> Counting {
-    drawn(what, bytes, "{msg} {bytes}/{total_bytes} {wide_bar} {eta} left", size)
+    drawn(what, bytes, "{msg} {decimal_bytes} of {decimal_total_bytes} {wide_bar} {eta} left", size)
 }
 
 fn drawn(what: &'static str, length: u64, template: &str, shown: fn(u64) -> String) -> Counting {
@@ -213,7 +213,7 @@ impl Downloading {
         let rate = came as f64 / elapsed.as_secs_f64().max(1e-3);
         let left = Duration::try_from_secs_f64(self.total.saturating_sub(self.here()) as f64 / rate);
         let left = left.map_or_else(|_| String::new(), |left| format!("   {} left", HumanDuration(left)));
-        let rate = DecimalBytes(rate as u64);
+        let rate = size(rate as u64);
         if let Some(bar) = &self.bar {
             bar.set_position(self.here().min(self.total));
             bar.set_message(format!("{rate}/s{left}"));
@@ -222,7 +222,7 @@ impl Downloading {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.elapsed() >= BETWEEN_LINES {
             *told = Instant::now();
-            line(format_args!("got {} of {}   {rate}/s{left}", DecimalBytes(self.here()), DecimalBytes(self.total)));
+            line(format_args!("got {} of {}   {rate}/s{left}", size(self.here()), size(self.total)));
         }
     }
 
@@ -250,9 +250,19 @@ pub fn millions(number: usize) -> String {
     }
 }
 
-/// A size in words: `1.80 MiB`.
+/// A size in three digits and the hub's units, which count in thousands: `542 MB`, `1.80 GB`.
 pub fn size(bytes: u64) -> String {
-    HumanBytes(bytes).to_string()
+    const UNITS: [&str; 4] = ["kB", "MB", "GB", "TB"];
+    let (mut number, mut unit) = (bytes as f64 / 1e3, 0);
+    if bytes < 1000 {
+        return format!("{bytes} B");
+    }
+    // From 999.5 on it would be rounded to four digits.
+    while number >= 999.5 && unit + 1 < UNITS.len() {
+        (number, unit) = (number / 1e3, unit + 1);
+    }
+    let digits = if number >= 99.95 { 0 } else { usize::from(number < 9.995) + 1 };
+    format!("{number:.digits$} {}", UNITS[unit])
 }
 
 /// 1,234,567.
@@ -263,6 +273,25 @@ pub fn thousands(number: usize) -> HumanCount {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_size_has_three_digits() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.00 kB"),
+            (9_994, "9.99 kB"),
+            (9_995, "10.0 kB"),
+            (99_950, "100 kB"),
+            (999_499, "999 kB"),
+            (999_500, "1.00 MB"),
+            (541_614_861, "542 MB"),
+            (15_200_000_000, "15.2 GB"),
+            (u64::MAX, "18446744 TB"),
+        ] {
+            assert_eq!(size(bytes), text, "{bytes}");
+        }
+    }
 
     #[test]
     fn a_few_parameters_are_counted_and_many_are_told_in_millions() {

@@ -107,7 +107,7 @@ mod tests {
     fn a_narrow_terminal_has_fewer_columns_and_cut_lines_and_still_a_line_a_row() {
         assert_eq!(
             table(Some(50)),
-            ["a       1,204   on one base", "tutor       7   on 日本 and a long name of it, and…"]
+            ["a       1,204   on one base", "tutor       7   on 日本 and a long name of it, an…"]
         );
         assert_eq!(table(Some(40)), ["a       on one base", "tutor   on 日本 and a long name of it, …"]);
         for width in 1..60 {

@@ -128,6 +128,6 @@ fn beginning(text: &str, bytes: usize) -> &str {
     if text.len() <= bytes {
         return text;
     }
-    let from = text.ceil_char_boundary(bytes);
+    let from = (bytes..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
     text[from..].find(char::is_whitespace).map_or(text, |end| &text[..from + end])
 }

@@ -3,12 +3,12 @@
 use anyhow::{Result, anyhow};
 use clap::Args;
 use homeroom_engine::files::utf8;
-use indicatif::{DecimalBytes, HumanDuration};
+use indicatif::HumanDuration;
 use serde_json::json;
 
 use super::{Done, print};
 use crate::hub::{self, HubName, Pulled};
-use crate::progress::line;
+use crate::progress::{line, size};
 
 /// Arguments of `pull`.
 #[derive(Args)]
@@ -51,12 +51,8 @@ fn told(name: &HubName) -> Result<Pulled> {
     match pulled.bytes {
         0 => line(format_args!("here      {path}   all of it was here")),
         bytes => {
-            let rate = DecimalBytes((bytes as f64 / pulled.time.as_secs_f64().max(1e-3)) as u64);
-            line(format_args!(
-                "saved     {path}   {} in {}, {rate}/s",
-                DecimalBytes(bytes),
-                HumanDuration(pulled.time)
-            ));
+            let rate = size((bytes as f64 / pulled.time.as_secs_f64().max(1e-3)) as u64);
+            line(format_args!("saved     {path}   {} in {}, {rate}/s", size(bytes), HumanDuration(pulled.time)));
         }
     }
     Ok(pulled)

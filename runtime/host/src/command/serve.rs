@@ -40,7 +40,6 @@ pub struct Arguments {
 
 /// Serves until it is interrupted.
 pub fn run(arguments: &Arguments) -> Result<Done> {
-    keep_candle_to_its_thread();
     let config = match (&arguments.model, &arguments.config) {
         (Some(_), _) => None,
         (None, Some(path)) => Some(path.clone()),
@@ -93,17 +92,6 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     eprintln!("serving  {}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
-}
-
-/// Has candle do each operation in the thread that asks for it. Its own threads take turns with one operation of one thread at a time, and
-/// spin meanwhile; the passes of an embedding model, which share the threads already, take twice as long beside them.
-fn keep_candle_to_its_thread() {
-    const THREADS: &str = "CANDLE_NUM_THREADS";
-    if std::env::var_os(THREADS).is_none() {
-        // SAFETY: the command has just begun, and nothing that reads or writes the environment has been started in another thread: at most
-        // that of the interrupt handler is there, which waits for a signal.
-        unsafe { std::env::set_var(THREADS, "1") };
-    }
 }
 
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.

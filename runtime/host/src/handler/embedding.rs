@@ -8,10 +8,9 @@ use homeroom_engine::block::Compute;
 use homeroom_engine::embedding::{EmbeddingModel, Tokens, encoder_type};
 
 use super::limit::{Gate, Limits};
-use super::local::{LONG, LONG_BYTES, turn};
+use super::local::{LONG, LONG_BYTES, OFFLINE, turn};
 use super::{Context, EventStream, Handler, HandlerError, Kind, Request};
-use crate::models::ModelRef;
-use crate::registry;
+use crate::models::{ModelRef, here, locate};
 
 /// A request for the vectors of texts.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -84,7 +83,7 @@ impl Embedder {
     /// # Errors
     /// As [`EmbeddingModel::load`], and when something is asked of it that only chat models have.
     pub fn load(name: impl Into<String>, reference: &ModelRef, compute: Compute) -> Result<Self> {
-        let path = registry::resolve(&reference.name);
+        let path = locate(&reference.name, OFFLINE)?.path;
         let place = || reference.name.display().to_string();
         ensure!(reference.base_model.is_none(), "{}: an embedding model has no base model", place());
         let f32 = matches!(compute, Compute::Auto | Compute::F32 | Compute::Plain);
@@ -95,7 +94,7 @@ impl Embedder {
 
     /// Returns true if a model of this machine, by name or path, is an embedding model.
     pub fn is_meant(name: &Path) -> bool {
-        encoder_type(&registry::resolve(name)).is_some()
+        here(name).ok().flatten().is_some_and(|located| encoder_type(&located.path).is_some())
     }
 
     fn tokens(&self, at: usize, input: &Input, context: &Context) -> Result<Tokens, HandlerError> {

@@ -38,7 +38,7 @@ pub(super) const LONG_BYTES: usize = 64 << 10;
 pub(super) static LONG: Mutex<()> = Mutex::new(());
 
 /// Neither a request nor a file that changes has a server download anything.
-const OFFLINE: Network = Network::Never("a handler downloads nothing");
+pub(super) const OFFLINE: Network = Network::Never("neither `serve` nor a file of handlers downloads anything");
 
 /// Waits for a lock as long as somebody wants the answer.
 pub(super) fn turn<'a, T>(lock: &'a Mutex<T>, context: &Context) -> Result<MutexGuard<'a, T>, HandlerError> {

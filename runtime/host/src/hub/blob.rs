@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use indicatif::DecimalBytes;
 use ureq::Body;
 use ureq::http::Response;
 
@@ -16,7 +15,7 @@ use super::listing::RemoteFile;
 use super::patience::{Failure, Patience, Tries};
 use super::place::{Place, open_partial};
 use super::space::{became_full, is_full};
-use crate::progress::Downloading;
+use crate::progress::{self, Downloading};
 
 /// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
@@ -100,7 +99,7 @@ impl Blob<'_> {
 
     fn lies(&self, partial: &Path, what: &str) -> Failure {
         let _ = fs::remove_file(partial);
-        let (path, size) = (&self.file.path, DecimalBytes(self.file.size));
+        let (path, size) = (&self.file.path, progress::size(self.file.size));
         Failure::Final(anyhow!("{path}: the hub's list says that it has {size}, and {what}; what came is deleted"))
     }
 }
@@ -181,20 +180,20 @@ impl Partial {
                 return Err(Failure::Passing { what, after: None });
             }
             416 => {
-                return Err(blob.lies(&self.path, &format!("the server has no more than {}", DecimalBytes(self.len))));
+                return Err(blob.lies(&self.path, &format!("the server has no more than {}", progress::size(self.len))));
             }
             _ => {
                 // All of it, though a part was asked for: the server knows no ranges.
                 self.restart(blob).map_err(|error| unwritten(error, &self.path))?;
                 if let Some(length) = length(&response).filter(|length| *length != size) {
-                    return Err(blob.lies(&self.path, &format!("the server sends {}", DecimalBytes(length))));
+                    return Err(blob.lies(&self.path, &format!("the server sends {}", progress::size(length))));
                 }
             }
         }
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; CHUNK];
         let at = |what: &str, len| {
-            let what = format!("{what} at {} of {}", DecimalBytes(len), DecimalBytes(size));
+            let what = format!("{what} at {} of {}", progress::size(len), progress::size(size));
             Failure::Passing { what, after: None }
         };
         let Patience { silence, bytes_min, .. } = blob.client.patience;

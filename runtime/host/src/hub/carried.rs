@@ -24,7 +24,7 @@ use super::space::lacks;
 use super::whole::paths;
 use super::{HubName, policy};
 use crate::interrupt;
-use crate::progress::{self, Counting};
+use crate::progress::{self, Counting, line};
 
 /// Bytes that are read at once.
 const CHUNK: usize = 1 << 20;
@@ -255,7 +255,8 @@ fn publish(staged: NewDirectory, place: &Place, files: &[Copied], refs: &[(Strin
     for Copied { commit, path, remote } in files {
         match remote {
             Some(file) => {
-                let _lock = place.lock(&file.digest, &Stop::default(), || {})?;
+                let waits = || line(format_args!("note: {path}: waiting for another process that downloads it"));
+                let _lock = place.lock(&file.digest, &Stop::default(), waits)?;
                 if !place.has_blob(file) && !place.has(commit, file) {
                     fs::rename(own.blob(&file.digest), place.blob(&file.digest))
                         .with_context(|| format!("{}: cannot write", place.folder().display()))?;

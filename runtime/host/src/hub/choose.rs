@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::DecimalBytes;
 
 use super::listing::{Listing, RemoteFile};
 use super::whole::{INDEX, INDEX_BYTES_MAX, shards_of};
 use super::{HubName, gguf};
+use crate::progress::size;
 
 /// Small files that are read if they are there.
 const SMALL: [&str; 9] = [
@@ -128,7 +128,7 @@ fn gguf_of(listing: &Listing, name: &HubName, quantization: &str) -> Result<Remo
 fn sizes(listing: &Listing, models: &[&str]) -> String {
     let whole = models.iter().filter(|path| !gguf::is_piece(path));
     let told = whole.filter_map(|path| {
-        let size = DecimalBytes(listing.file(path)?.size);
+        let size = size(listing.file(path)?.size);
         Some(format!("{} ({size})", gguf::quantization(path)))
     });
     let told: Vec<String> = told.collect();

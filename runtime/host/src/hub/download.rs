@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_engine::files::read_text;
-use indicatif::DecimalBytes;
 use serde_json::Value;
 use ureq::Body;
 use ureq::http::Response;
@@ -28,7 +27,7 @@ use super::patience::{Failure, Tries};
 use super::place::Place;
 use super::{Endpoint, HubName, Patience, Token, offline, policy, space};
 use crate::interrupt::{self, Interrupted};
-use crate::progress::{Downloading, line};
+use crate::progress::{Downloading, line, size};
 
 /// Files that are downloaded at the same time.
 const CONNECTIONS: usize = 4;
@@ -169,7 +168,7 @@ impl Hub {
         let files = choose(&listing, name, |file| self.text(&exact, file))?;
         let total: u64 = files.iter().map(|file| file.size).sum();
         let (count, commit) = (files.len(), &listing.commit[..COMMIT_TOLD]);
-        let mut facts = format!("{} in {count} {}", DecimalBytes(total), if count == 1 { "file" } else { "files" });
+        let mut facts = format!("{} in {count} {}", size(total), if count == 1 { "file" } else { "files" });
         if let Some(license) = &listing.license {
             facts += &format!("   license {license}");
         }
@@ -299,7 +298,7 @@ impl Hub {
             bail!("{name}: {lacks}");
         }
         if here > 0 {
-            line(format_args!("resumed   {} are here already", DecimalBytes(here)));
+            line(format_args!("resumed   {} are here already", size(here)));
         }
         // The last is taken first: the largest, so that no long one is left at the end.
         queue.sort_by_key(|file| file.size);
@@ -333,7 +332,7 @@ impl Hub {
             None if !self.client.stop.is_set() => Ok(progress.came()),
             Some(error) if !error.is::<Interrupted>() => Err(error.context(name.to_string())),
             _ => {
-                let (here, total) = (DecimalBytes(progress.here()), DecimalBytes(total));
+                let (here, total) = (size(progress.here()), size(total));
                 Err(Interrupted(format!(
                     "{name}: interrupted; {here} of {total} are here\nhint: the same command goes on from there"
                 ))

@@ -4,7 +4,8 @@ use std::io;
 use std::path::Path;
 
 use homeroom_engine::files::free_bytes;
-use indicatif::DecimalBytes;
+
+use crate::progress::size;
 
 /// Bytes that are left free: other programs write, too.
 const SPARE: u64 = 32 << 20;
@@ -16,10 +17,10 @@ pub(super) fn lacks(path: &Path, needed: u64) -> Option<String> {
 }
 
 fn told(path: &Path, needed: u64, free: Option<u64>) -> String {
-    let free = free.map(|free| format!(" and {} are free", DecimalBytes(free))).unwrap_or_default();
+    let free = free.map(|free| format!(" and {} are free", size(free))).unwrap_or_default();
     format!(
         "{} are needed in {}{free}\nhint: make room there, or set HF_HOME to a directory on another disk",
-        DecimalBytes(needed),
+        size(needed),
         path.display()
     )
 }

@@ -133,7 +133,7 @@ fn not_cached(name: &HubName, why: &str) -> String {
             "{name}: no such model, did you mean `{near}`?\nhint: if not, `homeroom pull {name}` downloads the model of that name on the Hugging Face hub"
         ),
         None => format!(
-            "{name}: no such file or directory, and Hugging Face's cache has no model of that name; {why}\nhint: `homeroom pull {name}` downloads it"
+            "{name}: no such file or directory, and no model of that name on the Hugging Face hub is on this machine; {why}\nhint: `homeroom pull {name}` downloads it"
         ),
     }
 }

@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use anyhow::{Result, bail};
 use homeroom_abi::plan::{Init, ModelInfo, ParamSpec, Plan};
 use homeroom_engine::memory;
-use indicatif::HumanBytes;
+
+use crate::progress::size;
 
 /// Bytes of a trained value: itself and two moments, each an f32. Its gradient is not always there.
 const TRAINED_BYTES: u128 = 12;
@@ -23,7 +24,7 @@ pub fn check(plan: &Plan, model: &ModelInfo) -> Result<()> {
         let gib = wanted as f64 / f64::from(1 << 30);
         bail!(
             "its parameters have {values} values, which take {gib:.1} GiB with their moments; {} of memory are free",
-            HumanBytes(there)
+            size(there)
         );
     }
     Ok(())

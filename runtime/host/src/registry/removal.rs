@@ -67,7 +67,14 @@ fn of_base(name: &str, all: &[Entry]) -> Result<Removal> {
     let is_shared = shared.iter().any(|base| !base.forms.is_empty());
     let target = Target::Base { repo: base.name, folder: base.path.clone(), is_shared };
     let users = users_of(&target, all, &mut |text| line(format_args!("note: {text}")));
-    Ok(Removal { name: name.to_owned(), bytes: base.bytes, path: base.path, target, is_link: false, users })
+    Ok(Removal {
+        name: name.to_owned(),
+        bytes: base.bytes,
+        is_link: base.path.is_symlink(),
+        path: base.path,
+        target,
+        users,
+    })
 }
 
 impl Removal {

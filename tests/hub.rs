@@ -1,9 +1,11 @@
 //! Models of the hub, against a server of its protocol in which everything goes wrong that can.
 
 mod cuts;
+mod gguf;
 mod networks;
 mod processes;
 mod refused;
+mod repairs;
 pub mod server;
 
 use std::path::{Path, PathBuf};
@@ -28,6 +30,8 @@ const PATIENCE: Patience = Patience {
     tries: 4,
     asked_max: Duration::from_secs(30),
     requests_max: 60,
+    answer_max: Duration::from_secs(3),
+    told_after: Duration::from_millis(300),
 };
 
 /// The tiny Llama of the fixtures, without the logits that transformers gave.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::listing::{Listing, RemoteFile};
 use super::whole::{INDEX, INDEX_BYTES_MAX, shards_of};
 use super::{HubName, gguf};
-use crate::progress::size;
+use crate::progress::{line, size};
 
 /// Small files that are read if they are there.
 const SMALL: [&str; 9] = [
@@ -66,6 +66,11 @@ pub(super) fn choose(
             bail!("{name}: {INDEX} names {missing:?}, which is not in the repository");
         }
         std::iter::once(INDEX.to_owned()).chain(shards).collect()
+    } else if let [one] = gguf::models(paths.iter().copied())[..]
+        && !gguf::is_piece(one)
+    {
+        line(format_args!("note: {name}: {one} is taken, the only GGUF file of it"));
+        return Ok(vec![listing.file(one).context("a path is of the list")?.clone()]);
     } else {
         bail!(without_weights(listing, name, &paths));
     };

@@ -55,6 +55,8 @@ impl Origin {
 pub struct Endpoint {
     base: String,
     origin: Origin,
+    /// `HF_ENDPOINT` names it.
+    is_set: bool,
 }
 
 impl Endpoint {
@@ -67,7 +69,7 @@ impl Endpoint {
         let uri: Uri = base.parse().map_err(|_| anyhow!("not an address"))?;
         ensure!(uri.query().is_none() && !text.contains('#'), "an address with `?` or `#` is not supported");
         let origin = Origin::of(&uri)?;
-        Ok(Self { base: base.to_owned(), origin })
+        Ok(Self { base: base.to_owned(), origin, is_set: false })
     }
 
     /// `$HF_ENDPOINT`, or the hub itself.
@@ -78,7 +80,14 @@ impl Endpoint {
         let set = std::env::var("HF_ENDPOINT").ok().filter(|text| !text.trim().is_empty());
         let text = set.as_deref().map_or(DEFAULT, str::trim);
         // The value is not repeated: there may be a password in it.
-        Self::parse(text).map_err(|error| anyhow!("HF_ENDPOINT: {error}\nhint: it should be like {DEFAULT}"))
+        let endpoint = Self::parse(text);
+        let endpoint = endpoint.map_err(|error| anyhow!("HF_ENDPOINT: {error}\nhint: it should be like {DEFAULT}"))?;
+        Ok(Self { is_set: set.is_some(), ..endpoint })
+    }
+
+    /// The address if `HF_ENDPOINT` names it.
+    pub(super) fn set(&self) -> Option<&str> {
+        self.is_set.then_some(self.base.as_str())
     }
 
     /// The address of a path.

@@ -164,9 +164,9 @@ fn of_gguf_files_one_is_downloaded() -> Result<()> {
     assert!(pulled.found.path.ends_with("m-Q4_K_M.gguf"));
     assert_eq!((std::fs::read(&pulled.found.path)?.len(), pulled.bytes), (20_001, 20_001));
     let told = refusal(&server, &store, "a/b-GGUF");
-    assert!(told.contains("Q4_K_M (20.00 kB), Q8_0 (30.00 kB); `homeroom pull a/b-GGUF:Q4_K_M`"), "{told}");
+    assert!(told.contains("Q4_K_M (20.0 kB), Q8_0 (30.0 kB); `homeroom pull a/b-GGUF:Q4_K_M`"), "{told}");
     let told = refusal(&server, &store, "a/b-GGUF:Q2_K");
-    assert!(told.contains("there are Q4_K_M (20.00 kB), Q8_0 (30.00 kB)"), "{told}");
+    assert!(told.contains("there are Q4_K_M (20.0 kB), Q8_0 (30.0 kB)"), "{told}");
     Ok(())
 }
 

@@ -19,7 +19,8 @@ fn the_only_gguf_file_is_taken_without_its_quantization() -> Result<()> {
     assert_eq!(offline.stdout, ran.stdout);
     let named = succeeds(&mut program(&server, &place, &["--offline", "pull", "a/b:m-q4_k_m.gguf"]))?;
     assert_eq!(named.stdout, ran.stdout);
-    refused(&mut program(&server, &place, &["--offline", "show", "a/b:Q8_0"]), &["a/b:Q8_0"])?;
+    let other = HubName { quantization: Some("Q8_0".to_owned()), ..name("a/b") };
+    refused(&mut program(&server, &place, &["--offline", "pull", &other.to_string()]), &["here is a/b:Q4_K_M"])?;
     Ok(())
 }
 

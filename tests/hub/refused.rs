@@ -101,17 +101,17 @@ fn what_the_disk_has_no_room_for_is_not_begun() -> Result<()> {
     Ok(())
 }
 
-/// The limit of a file's size fails as a full disk does.
+/// The limit of a file's size, which fails as a full disk does.
 #[test]
 #[cfg(unix)]
-fn a_disk_that_becomes_full_on_the_way_is_told_and_nothing_is_kept() -> Result<()> {
+fn a_limit_that_is_met_on_the_way_is_told_and_nothing_is_kept() -> Result<()> {
     let place = Place::new()?;
     let repo = llama()?.with("model.safetensors", vec![5; 3_000_000]);
     let server = Server::of("a/b", repo)?;
     let mut limited = Command::new("sh");
     limited.args(["-c", "ulimit -f 1000; exec \"$0\" pull a/b", env!("CARGO_BIN_EXE_homeroom")]);
     limited.env("HF_ENDPOINT", server.url()).env("HF_HOME", place.path("hf")).env("HOMEROOM_HOME", "/nowhere");
-    refused(&mut limited, &["model.safetensors: the disk became full", "are needed in", "hint: make room"])?;
+    refused(&mut limited, &["model.safetensors: no file may become so large here", "`ulimit -f`"])?;
     let left = tree(&place.path("hf"));
     assert!(
         !left.iter().any(|path| path.contains("incomplete") || path.contains("snapshots") || path.contains("refs")),
@@ -291,12 +291,48 @@ fn an_answer_that_is_not_http_is_refused_and_not_asked_for_again() -> Result<()>
     Ok(())
 }
 
+/// It is never silent, and never whole.
 #[test]
 fn a_list_that_drips_is_not_waited_for_without_end() -> Result<()> {
     let place = Place::new()?;
-    let server = Server::of("a/b", llama()?)?;
-    server.on(|_| Some(Act::Drip));
-    let told = refusal(&server, &place.path("hub"), "a/b");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("http://{}", listener.local_addr()?);
+    std::thread::spawn(move || -> std::io::Result<()> {
+        let mut stream = listener.accept()?.0;
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")?;
+        loop {
+            stream.write_all(b" ")?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let hub = Hub::new(Endpoint::parse(&url)?, None, place.path("hub"), PATIENCE)?;
+    let told = format!("{:#}", hub.pull(&name("a/b")).expect_err("it does not end"));
     assert!(told.contains("takes too long (tried once)"), "{told}");
+    Ok(())
+}
+
+#[test]
+#[cfg(unix)]
+fn a_folder_that_was_prepared_to_lead_elsewhere_is_not_written_into() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    let (victim, folder) = (place.path("victim"), store.join("models--a--b"));
+    std::fs::create_dir_all(&victim)?;
+    std::fs::create_dir_all(&folder)?;
+    std::os::unix::fs::symlink(&victim, folder.join("snapshots"))?;
+    let server = Server::of("a/b", llama()?)?;
+    let told = refusal(&server, &store, "a/b");
+    assert!(told.contains("snapshots: a link"), "{told}");
+    assert!(std::fs::read_dir(&victim)?.next().is_none() && server.asked().iter().all(|asked| !asked.is_storage));
+    Ok(())
+}
+
+#[test]
+fn a_refusal_of_a_file_names_the_model_once() -> Result<()> {
+    let place = Place::new()?;
+    let server = Server::of("a/b", llama()?)?;
+    server.on(|asked| asked.path.contains("/resolve/").then(|| Act::Answer(451, vec![], String::new())));
+    let told = refusal(&server, &place.path("hub"), "a/b");
+    assert!(told.starts_with("a/b: the hub refuses (status 451)"), "{told}");
     Ok(())
 }

@@ -98,7 +98,7 @@ impl Blob<'_> {
             let _ = fs::remove_file(partial);
             return anyhow!("{}: {}", self.file.path, became_full(self.place.folder(), missing, &error));
         }
-        anyhow!("{}: cannot write: {error}", partial.display())
+        anyhow::Error::new(error).context(format!("{}: cannot write", partial.display()))
     }
 
     fn lies(&self, partial: &Path, what: &str) -> Failure {

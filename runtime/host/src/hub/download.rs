@@ -154,7 +154,10 @@ impl Hub {
                     thread::sleep(TICK / 4);
                 }
             });
-            let pulled = self.pull_watched(name);
+            let pulled = self.pull_watched(name).map_err(|error| match space::is_closed(&error) {
+                true => anyhow!("{error:#}\nhint: set HF_HOME to a directory that you can write"),
+                false => error,
+            });
             done.store(true, Ordering::SeqCst);
             pulled
         })
@@ -212,6 +215,7 @@ impl Hub {
         }
         line(format_args!("model     {short} at {commit}   {facts}"));
         let place = Place::new(&self.store, &name.repo);
+        place.check()?;
         let elsewhere = if place.folder().exists() { None } else { self.here(&exact)? };
         if let Some(found) = elsewhere {
             let snapshot = found.path.ancestors().find(|path| path.ends_with(&listing.commit)).unwrap_or(&found.path);
@@ -240,7 +244,15 @@ impl Hub {
             place.put(&listing.commit, file, is_last)?;
         }
         if name.revision() != listing.commit {
-            place.refer(name.revision(), &listing.commit)?;
+            match place.refer(name.revision(), &listing.commit) {
+                Err(error) if bytes == 0 && space::is_closed(&error) => {
+                    line(format_args!(
+                        "note: {name}: that this commit is {} now cannot be kept: {error:#}",
+                        name.revision()
+                    ));
+                }
+                referred => referred?,
+            }
         }
         let found = find_in(&self.store, &exact)?.ok_or_else(|| anyhow!("{name}: what was downloaded is not whole"))?;
         Ok(Pulled { bytes, time, ..Pulled::here(name, found, listing.license) })
@@ -369,7 +381,9 @@ impl Hub {
         let missing: Vec<&RemoteFile> =
             files.iter().filter(is_missing).filter(|file| seen.insert(&file.digest)).collect();
         let begun = |file: &RemoteFile| {
-            std::fs::metadata(place.partial(&file.digest)).map_or(0, |meta| meta.len().min(file.size))
+            // A link is not followed: none is made there.
+            let meta = std::fs::symlink_metadata(place.partial(&file.digest)).ok().filter(std::fs::Metadata::is_file);
+            meta.map_or(0, |meta| meta.len().min(file.size))
         };
         let mut queue: Vec<(&RemoteFile, u64)> = missing.into_iter().map(|file| (file, begun(file))).collect();
         let total: u64 = files.iter().map(|file| file.size).sum();
@@ -416,7 +430,10 @@ impl Hub {
         let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
         match failed {
             None if !self.client.stop.is_set() => Ok(progress.came()),
-            Some(error) if !error.is::<Interrupted>() => Err(error.context(name.to_string())),
+            Some(error) if !error.is::<Interrupted>() => {
+                let is_named = error.to_string().starts_with(&format!("{name}: "));
+                Err(if is_named { error } else { error.context(name.to_string()) })
+            }
             _ => {
                 let (here, total) = (size(progress.here()), size(total));
                 Err(Interrupted(format!(

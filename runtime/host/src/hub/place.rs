@@ -69,6 +69,15 @@ impl Place {
         self.folder.join("snapshots").join(commit)
     }
 
+    /// Refuses a folder whose snapshots lie elsewhere: the links in them are relative, and would lead nowhere.
+    pub(super) fn check(&self) -> Result<()> {
+        let snapshots = self.folder.join("snapshots");
+        if snapshots.is_symlink() {
+            bail!("{}: a link, and should be a directory", snapshots.display());
+        }
+        Ok(())
+    }
+
     /// Makes what a blob is written into.
     pub(super) fn prepare(&self) -> Result<()> {
         make_directory(&self.folder.join("blobs"))

@@ -70,8 +70,7 @@ pub fn fetch(name: &HubName) -> Result<Found> {
         return Ok(found);
     }
     if let Some(reason) = offline() {
-        let others = cache::other_quantizations(name).join(", ");
-        let others = if others.is_empty() { others } else { format!("; here is {others}") };
+        let others = others_here(name);
         let cache = cache::directory().map(|cache| cache.display().to_string()).unwrap_or_default();
         bail!(
             "{name}: not on this machine, and nothing is downloaded ({reason}){others}\nhint: where there is a network, `homeroom pull {name}` \
@@ -128,7 +127,7 @@ impl Hub {
         }
         if let Some(reason) = offline() {
             let found = find(name)?.with_context(|| {
-                format!("{name}: not on this machine, and the hub is not asked ({reason})\nhint: `homeroom pull` needs a network")
+                format!("{name}: not on this machine, and the hub is not asked ({reason}){}\nhint: `homeroom pull` needs a network", others_here(name))
             })?;
             ensure!(
                 self.is_whole(name, verify::named(&found))?,
@@ -449,6 +448,12 @@ impl Pulled {
     fn here(name: &HubName, found: Found, license: Option<String>) -> Self {
         Self { base: base_of(&found, name), found, bytes: 0, time: Duration::ZERO, license }
     }
+}
+
+/// `; here is owner/name:QUANT` of the files that are here instead of the one that is asked for, or nothing.
+fn others_here(name: &HubName) -> String {
+    let others = cache::other_quantizations(name).join(", ");
+    if others.is_empty() { others } else { format!("; here is {others}") }
 }
 
 /// The base of an adapter, if that is a name on the hub.

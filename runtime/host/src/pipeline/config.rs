@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use toml_edit::{Document, Item, TableLike};
 
 use crate::hub::HubName;
+use crate::models::Network;
 use crate::plugin::Policy;
 use crate::registry;
 use crate::toml_problems::{Problems, near};
@@ -124,6 +125,13 @@ impl PipelineConfig {
         };
         problems.into_result()?;
         Ok(config.expect("a file without problems is a configuration"))
+    }
+}
+
+impl PipelineConfig {
+    /// What may be downloaded for it, where `network` says what its user allows.
+    pub fn network(&self, network: Network) -> Network {
+        if self.offline { Network::Never("its TOML file says `offline = true`") } else { network }
     }
 }
 

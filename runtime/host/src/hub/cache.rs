@@ -47,10 +47,14 @@ pub(super) fn home() -> Option<PathBuf> {
 
 /// A path that a variable of the environment holds, in which `~` is the user's home, as in Python.
 pub(super) fn variable(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)?;
-    match path.strip_prefix("~") {
-        Ok(rest) => Some(user_home()?.join(rest)),
-        Err(_) => Some(path),
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(|value| expanded(PathBuf::from(value)))
+}
+
+/// A path in which `~` at the beginning is the user's home.
+fn expanded(path: PathBuf) -> PathBuf {
+    match (path.strip_prefix("~"), user_home()) {
+        (Ok(rest), Some(home)) => home.join(rest),
+        _ => path,
     }
 }
 
@@ -58,10 +62,15 @@ fn user_home() -> Option<PathBuf> {
     Some(BaseDirs::new()?.home_dir().to_owned())
 }
 
-/// The stores that are shared, `$HOMEROOM_BASES`.
+/// The stores that are shared, `$HOMEROOM_BASES`, as absolute paths. One that is not there is told once.
 pub fn shared() -> Vec<PathBuf> {
     let shared = std::env::var_os("HOMEROOM_BASES").filter(|value| !value.is_empty());
-    shared.iter().flat_map(std::env::split_paths).filter(|path| !path.as_os_str().is_empty()).collect()
+    let paths = shared.iter().flat_map(std::env::split_paths).filter(|path| !path.as_os_str().is_empty()).map(expanded);
+    let stores: Vec<PathBuf> = paths.map(|path| std::path::absolute(&path).unwrap_or(path)).collect();
+    for store in stores.iter().filter(|store| !store.is_dir()) {
+        note(format!("note: HOMEROOM_BASES: {} is not there", store.display()));
+    }
+    stores
 }
 
 /// Where models are looked for, in this order: the user's cache, then the stores that are shared.

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::files::{is_named, read_text};
 
 use super::cache;
@@ -22,6 +22,38 @@ const BYTES_MAX: u64 = 1 << 20;
 pub fn check(repo: &str) -> Result<()> {
     let places = cache::shared().into_iter().chain(data_directory());
     places.map(|place| place.join(FILE)).try_for_each(|list| check_in(&list, repo))
+}
+
+/// Refuses a path that leads into a cache or a shared store, to a model that [`check`] refuses. Any other path is allowed.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_path(path: &Path) -> Result<()> {
+    let absolute = std::path::absolute(path).ok();
+    // A file of a snapshot is a link to its blob: where the link is and where it leads both count.
+    let beside = absolute.as_deref().and_then(|path| Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?)));
+    let stores: Vec<_> = cache::stores().iter().filter_map(|store| store.canonicalize().ok()).collect();
+    for real in [path.canonicalize().ok(), beside].into_iter().flatten() {
+        let inside = stores.iter().filter_map(|store| real.strip_prefix(store).ok()?.iter().next()?.to_str());
+        inside.filter_map(cache::repo_of).try_for_each(|repo| check(&repo))?;
+    }
+    Ok(())
+}
+
+/// As [`check`], of a model that is to be downloaded. A shared store that is not there may have a list.
+///
+/// # Errors
+/// As [`check`], and when a shared store is not there.
+pub(super) fn check_download(repo: &str) -> Result<()> {
+    check(repo)?;
+    for store in cache::shared() {
+        ensure!(
+            store.is_dir(),
+            "HOMEROOM_BASES: {} is not there, so it is not known which models may be downloaded\nhint: mount it, or correct the variable",
+            store.display()
+        );
+    }
+    Ok(())
 }
 
 fn check_in(list: &Path, repo: &str) -> Result<()> {

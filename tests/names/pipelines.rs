@@ -61,6 +61,7 @@ fn a_pipeline_trains_and_serves_a_model_by_its_name() -> Result<()> {
     let dry = succeeds(&mut pipeline.command(&["--dry-run"]))?;
     assert!(dry.stdout.contains(&format!("train   {NAME} with lora")), "{}", dry.stdout);
     let ran = succeeds(&mut pipeline.command(&["--json"]))?;
+    assert!(ran.stderr.ends_with("next      homeroom chat --handler tutor\n"), "{}", ran.stderr);
     assert!(ran.stderr.contains("model     Org-7/tiny_Llama.v2@1a2b3c4   "), "{}", ran.stderr);
     let result = printed_json(&ran)?;
     // Names go into the file of handlers, not paths of the cache.
@@ -160,17 +161,18 @@ fn a_pipeline_that_is_offline_or_only_looked_at_downloads_nothing() -> Result<()
     let in_toml = "its TOML file says `offline = true`";
     let by_flag = "nothing is downloaded (--offline)";
     for (pipeline, arguments, words) in [
-        (&plain, ["--check", "--offline"].as_slice(), "is not in Hugging Face's cache, and nothing is downloaded"),
-        (&offline, &["--check"], "is not in Hugging Face's cache, and nothing is downloaded"),
+        (&plain, ["--check", "--offline"].as_slice(), by_flag),
+        (&offline, &["--check"], in_toml),
         (&plain, &["--dry-run"], "a dry run downloads nothing"),
         (&plain, &["--offline"], by_flag),
         (&offline, &[], in_toml),
     ] {
         let mut command = pipeline.command(arguments);
         let ran = run(nobody.seen_by(command.args(["--set", missing]))?)?;
-        let told = ran.stderr.contains(words) && ran.stderr.contains("`homeroom pull Org-8/not-here`");
+        let told = ran.stderr.contains(words) && ran.stderr.contains("homeroom pull Org-8/not-here`");
         assert!(ran.code == Some(1) && told && ran.stdout.is_empty(), "{arguments:?}: {}", ran.stderr);
-        assert!(ran.stderr.contains("c.toml: parameter `model`: "), "{}", ran.stderr);
+        let told = ran.stderr.contains("c.toml: parameter `model`: Org-8/not-here: not on this machine; ");
+        assert!(told, "{}", ran.stderr);
     }
     let ran = run(nobody.seen_by(plain.command(&["--check"]).args(["--set", missing]))?)?;
     let told = ran.stderr.contains("`model`: Org-8/not-here is not in the cache; a run downloads it");
@@ -179,6 +181,19 @@ fn a_pipeline_that_is_offline_or_only_looked_at_downloads_nothing() -> Result<()
     succeeds(nobody.seen_by(&mut offline.command(&[]))?)?;
     assert!(!plain.place.path("home/runs").exists());
     nobody.was_left_alone()
+}
+
+#[test]
+fn a_check_says_which_file_is_wrong_and_puts_what_to_do_last() -> Result<()> {
+    let pipeline = Pipeline::new("homeroom.fine_tun {}\n", "")?;
+    let ran = pipeline.run(&["--check", "--offline", "--set", "model=Org-8/x", "--set", "rows=gone.jsonl"])?;
+    let (problems, hint) = ran.stderr.split_once("\nhint: ").context("a hint")?;
+    assert!(problems.contains("c.toml: 3 problems\n") && problems.lines().count() == 4, "{}", ran.stderr);
+    assert!(problems.contains("s.lua:1: ") && hint.contains("homeroom pull Org-8/x`"), "{}", ran.stderr);
+    // No text is no model, and not the directory that names are relative to.
+    let ran = pipeline.run(&["--check", "--set", "model="])?;
+    assert!(ran.code == Some(1) && ran.stderr.contains("--set model=: it is empty; name a model"), "{}", ran.stderr);
+    Ok(())
 }
 
 /// A program that ends with the test.

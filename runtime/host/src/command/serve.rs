@@ -101,7 +101,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
 
 /// What a file serves. Handlers that no route has are named, as whoever wrote them expects to find them.
 fn served(handlers: &Handlers) -> Result<Models> {
-    let served = Models::from(handlers.served()?);
+    let served: Models = handlers.served()?.into_iter().collect();
     let unrouted = handlers.unrouted();
     if !unrouted.is_empty() {
         line(format_args!("note: handlers in no route, and not served: {}", unrouted.join(", ")));

@@ -124,13 +124,13 @@ pub fn is_here(reference: &ModelRef) -> Result<bool> {
 
 /// Downloads a model. What the hub does not have may be one in the cache whose name is wrong by a letter.
 fn fetch(name: &HubName) -> Result<Located> {
-    let found = hub::fetch(name).map_err(|error| match near::cached(name) {
+    let pulled = hub::pull(name).map_err(|error| match near::cached(name) {
         Some(near) if !error.is::<Interrupted>() => {
             anyhow!("{error:#}\nhint: `{near}`, which has nearly that name, is in the cache")
         }
         _ => error,
     })?;
-    Located::at(found.path)
+    Located::at(pulled.found.path)
 }
 
 /// Finds the base of an adapter by what the adapter says of it: one that this program trained names its base by commit, and that is

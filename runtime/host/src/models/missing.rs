@@ -34,8 +34,7 @@ pub fn not_there(name: &Path, why: &str) -> String {
 /// As [`not_there`], of a name on the hub.
 pub(super) fn not_here(name: &HubName, why: &str) -> String {
     let bring = how_to_bring(name);
-    let is_other = |near: &String| !near.eq_ignore_ascii_case(&name.repo) || *near != name.repo;
-    let hint = match near::model(Path::new(&name.to_string())).filter(is_other) {
+    let hint = match near::model(Path::new(&name.to_string())).filter(|near| *near != name.repo) {
         Some(near) => format!("did you mean `{near}`? if not, {bring}"),
         None => bring,
     };

@@ -391,6 +391,10 @@ const WHOLE_MAX: u64 = 1 << 53;
 
 /// Whether a value lies within what was declared.
 fn check(param: &Param, value: Value) -> Result<Value, String> {
+    // As a path it would be the directory that names are relative to.
+    if param.kind == Type::Model && value.as_str().is_some_and(|text| text.trim().is_empty()) {
+        return Err("it is empty; name a model".to_owned());
+    }
     if value.as_i64().is_some_and(|number| number.unsigned_abs() > WHOLE_MAX) {
         return Err(format!("{value} is beyond what a script's numbers hold exactly, {WHOLE_MAX}"));
     }

@@ -64,14 +64,14 @@ impl Models {
     }
 }
 
-impl From<BTreeMap<String, Arc<dyn Handler>>> for Models {
-    fn from(listed: BTreeMap<String, Arc<dyn Handler>>) -> Self {
-        Self { listed, ..Self::default() }
+impl FromIterator<(String, Arc<dyn Handler>)> for Models {
+    fn from_iter<I: IntoIterator<Item = (String, Arc<dyn Handler>)>>(listed: I) -> Self {
+        Self { listed: listed.into_iter().collect(), ..Self::default() }
     }
 }
 
 impl<const N: usize> From<[(String, Arc<dyn Handler>); N]> for Models {
     fn from(listed: [(String, Arc<dyn Handler>); N]) -> Self {
-        BTreeMap::from(listed).into()
+        listed.into_iter().collect()
     }
 }

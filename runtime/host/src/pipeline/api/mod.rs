@@ -32,7 +32,7 @@ use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use self::dataset::Dataset;
-use self::model::{DRY, ModelSpec, fine_tuned};
+use self::model::{DRY, ModelSpec, NOT_NAMED, fine_tuned};
 use self::options::{Options, words};
 use self::spec::{VERBS, verb};
 use self::value::to_lua;

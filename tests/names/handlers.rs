@@ -1,26 +1,19 @@
 //! Handlers and servers.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Stdio};
-use std::sync::mpsc::{Receiver, channel};
-use std::thread;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::*;
 use crate::support::{homeroom, refused, succeeds};
 
-/// Longest time that a server may take to say or answer something. Loading a model takes a part of a second.
-const PATIENCE: Duration = Duration::from_secs(120);
-
 /// A server that ends with the test.
 struct Served {
     child: Child,
     address: String,
-    /// Lines of its stderr, each with its end.
-    story: Receiver<String>,
+    story: Story,
     models: Vec<String>,
     /// What it said before it served.
     said: String,
@@ -36,20 +29,14 @@ impl Drop for Served {
 impl Served {
     fn new(command: &mut Command) -> Result<Self> {
         let mut child = command.args(["--port", "0"]).stderr(Stdio::piped()).spawn()?;
-        let stderr = BufReader::new(child.stderr.take().context("a pipe")?);
-        let (sender, story) = channel();
-        thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line + "\n")));
-        let (mut models, mut text) = (Vec::new(), String::new());
-        let address = loop {
-            let Ok(line) = story.recv_timeout(PATIENCE) else { bail!("it ended, or serves nothing:\n{text}") };
-            models.extend(line.strip_prefix("model ").map(|name| name.trim().to_owned()));
-            if let Some(url) = line.strip_prefix("serving ") {
-                let url = url.split_whitespace().next().context("a URL")?;
-                break url.trim_start_matches("http://").trim_end_matches("/v1").to_owned();
-            }
-            text.push_str(&line);
-        };
-        Ok(Self { child, address, story, models, said: text })
+        let story = Story::of(child.stderr.take().context("a pipe")?);
+        let mut served = Self { child, story, address: String::new(), models: Vec::new(), said: String::new() };
+        served.said = served.story.until("serving ")?;
+        let (lines, named) = (served.said.lines(), |line: &str| Some(line.strip_prefix("model ")?.trim().to_owned()));
+        served.models = lines.clone().filter_map(named).collect();
+        let url = lines.clone().find_map(|line| line.strip_prefix("serving ")?.split_whitespace().next());
+        served.address = url.context("a URL")?.trim_start_matches("http://").trim_end_matches("/v1").to_owned();
+        Ok(served)
     }
 
     /// The body of its answer to a request.
@@ -76,16 +63,6 @@ impl Served {
         let answer = self.ask("POST /v1/chat/completions", &body.to_string())?;
         let text = answer["choices"][0]["message"]["content"].as_str();
         Ok(text.with_context(|| answer.to_string())?.to_owned())
-    }
-
-    /// Reads its story until a line has some words.
-    fn until(&self, words: &str) -> Result<String> {
-        let mut text = String::new();
-        while !text.contains(words) {
-            let line = self.story.recv_timeout(PATIENCE);
-            text += &line.with_context(|| format!("no `{words}` in\n{text}"))?;
-        }
-        Ok(text)
     }
 }
 
@@ -143,18 +120,18 @@ fn a_server_answers_with_what_a_branch_is_at_now() -> Result<()> {
     let second = served.answer("tiny_Llama.v2")?;
     assert_eq!(second, chat(&hub, &["--model-dir", &format!("{NAME}@{SECOND}")])?);
     assert_ne!(second, first);
-    served.until("its files have changed; the new ones answer")?;
+    served.story.until("its files have changed; the new ones answer")?;
     // Of a commit that is not whole, as while Python fetches it, nothing is taken.
     hub.set(NAME, "main", &"0".repeat(40))?;
     assert_eq!(served.answer("tiny_Llama.v2")?, second);
-    served.until("the older ones go on answering")?;
+    served.story.until("the older ones go on answering")?;
     // Where no branch is named, that is as if its newest were not known: the newest that is whole answers.
     hub.set(NAME, "main", SECOND)?;
     let mut serve = homeroom();
     let unnamed = Served::new(hub.seen_by(serve.args(["serve", "--model-dir", NAME])))?;
     hub.set(NAME, "main", &"0".repeat(40))?;
     assert_eq!(unnamed.answer(NAME)?, second);
-    unnamed.until(&format!("commit {SECOND} is used"))?;
+    unnamed.story.until(&format!("commit {SECOND} is used"))?;
     Ok(())
 }
 
@@ -174,7 +151,7 @@ fn a_handler_that_no_route_has_is_named_when_it_is_not_served() -> Result<()> {
     let refusal = served.answer("embed").expect_err("it is not served").to_string();
     assert!(refusal.contains("`embed` is a handler, but in no route"), "{refusal}");
     file("[routes.tutor]\nhandlers = [\"tutor-local\", \"gguf\"]\n")?;
-    let story = served.until("reload   ")?;
+    let story = served.story.until("reload   ")?;
     assert!(story.contains("not served: embed\n"), "{story}");
     Ok(())
 }
@@ -203,7 +180,7 @@ fn a_server_and_a_file_of_handlers_download_nothing() -> Result<()> {
     let before = served.answer("tutor")?;
     assert!(served.answer("Org-8/not-here").is_err());
     handlers(&place, "Org-8/not-here")?;
-    let story = served.until("what was served is served on")?;
+    let story = served.story.until("what was served is served on")?;
     assert!(story.contains("reload   refused") && story.contains(why), "{story}");
     assert_eq!(served.answer("tutor")?, before);
     nobody.was_left_alone()

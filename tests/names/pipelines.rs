@@ -1,6 +1,5 @@
 //! Pipelines: names in a TOML file, in `--set`, and in a script.
 
-use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
 
 use serde_json::Value;
@@ -213,22 +212,14 @@ fn a_name_that_an_edit_brings_is_not_downloaded_while_a_pipeline_is_watched() ->
     let nobody = Nobody::new()?;
     let mut command = pipeline.command(&["--watch"]);
     let mut running = Running(nobody.seen_by(&mut command)?.stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?);
-    let mut story = BufReader::new(running.0.stderr.take().context("a pipe")?).lines();
-    let mut until = |words: &str| -> Result<String> {
-        let mut text = String::new();
-        while !text.contains(words) {
-            text += &story.next().with_context(|| format!("no `{words}` in\n{text}"))??;
-            text.push('\n');
-        }
-        Ok(text)
-    };
+    let story = Story::of(running.0.stderr.take().context("a pipe")?);
     let edit = |to: &str| -> Result<()> {
         let text = fs::read_to_string(&pipeline.config)?.replace(NAME, to);
         Ok(fs::write(&pipeline.config, text)?)
     };
-    until("watching  ")?;
+    story.until("watching  ")?;
     edit("Org-8/not-he")?;
-    let story = until("watching  ")?;
+    let story = story.until("watching  ")?;
     let told = story.contains("a name that comes by an edit is not downloaded") && story.contains("pull Org-8/not-he`");
     assert!(told, "{story}");
     nobody.was_left_alone()

@@ -1,9 +1,11 @@
 //! Models of the hub, against a server of its protocol in which everything goes wrong that can.
 
 mod cuts;
+mod gguf;
 mod networks;
 mod processes;
 mod refused;
+mod repairs;
 pub mod server;
 
 use std::path::{Path, PathBuf};
@@ -28,6 +30,8 @@ const PATIENCE: Patience = Patience {
     tries: 4,
     asked_max: Duration::from_secs(30),
     requests_max: 60,
+    answer_max: Duration::from_secs(3),
+    told_after: Duration::from_millis(300),
 };
 
 /// The tiny Llama of the fixtures, without the logits that transformers gave.
@@ -160,9 +164,9 @@ fn of_gguf_files_one_is_downloaded() -> Result<()> {
     assert!(pulled.found.path.ends_with("m-Q4_K_M.gguf"));
     assert_eq!((std::fs::read(&pulled.found.path)?.len(), pulled.bytes), (20_001, 20_001));
     let told = refusal(&server, &store, "a/b-GGUF");
-    assert!(told.contains("Q4_K_M (20.00 kB), Q8_0 (30.00 kB); `homeroom pull a/b-GGUF:Q4_K_M`"), "{told}");
+    assert!(told.contains("Q4_K_M (20.0 kB), Q8_0 (30.0 kB); `homeroom pull a/b-GGUF:Q4_K_M`"), "{told}");
     let told = refusal(&server, &store, "a/b-GGUF:Q2_K");
-    assert!(told.contains("there are Q4_K_M (20.00 kB), Q8_0 (30.00 kB)"), "{told}");
+    assert!(told.contains("there are Q4_K_M (20.0 kB), Q8_0 (30.0 kB)"), "{told}");
     Ok(())
 }
 

@@ -174,3 +174,47 @@ fn a_variable_that_is_wrong_is_named_and_its_value_is_not_shown() -> Result<()> 
     assert!(server.asked().iter().any(|asked| asked.token.as_deref() == Some(&format!("Bearer {TOKEN}"))));
     Ok(())
 }
+
+#[test]
+fn a_proxy_that_cannot_be_used_is_not_gone_past() -> Result<()> {
+    let place = Place::new()?;
+    let server = Server::of("a/b", small()?)?;
+    let pull = |variable: &str, value: &str| {
+        let mut command = program(&server, &place, &["pull", "a/b"]);
+        command.env("HF_ENDPOINT", "http://hub.invalid");
+        for name in
+            ["ALL_PROXY", "all_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "NO_PROXY", "no_proxy"]
+        {
+            command.env_remove(name);
+        }
+        command.env(variable, value);
+        command
+    };
+    refused(&mut pull("ALL_PROXY", "socks5://me:secret@proxy:1080"), &["ALL_PROXY: SOCKS proxies are not supported"])?;
+    refused(&mut pull("https_proxy", "http://proxy:port"), &["https_proxy: it holds no address of a proxy"])?;
+    let mut direct = pull("ALL_PROXY", "socks5://proxy");
+    refused(direct.env("NO_PROXY", "hub.invalid"), &["no connection to hub.invalid"])?;
+    let closed = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let told = run(&mut pull("HTTPS_PROXY", &format!("http://me:secret@{closed}")))?.stderr;
+    assert!(told.contains(&format!("no connection to the proxy {closed} (HTTPS_PROXY)")), "{told}");
+    assert!(!told.contains("secret") && !told.contains("connection to hub.invalid"), "{told}");
+    refused(
+        &mut pull("HTTPS_PROXY", "http://proxy.invalid:3128"),
+        &["no connection to the proxy proxy.invalid:3128 (HTTPS_PROXY)"],
+    )?;
+    for (status, words) in
+        [(407, "asks for a user and a password"), (403, "makes no connection to hub.invalid (status 403)")]
+    {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        thread::spawn(move || -> Result<()> {
+            let mut stream = listener.accept()?.0;
+            head(&mut BufReader::new(stream.try_clone()?))?;
+            Ok(write!(stream, "HTTP/1.1 {status} no\r\nContent-Length: 0\r\n\r\n")?)
+        });
+        let mut command = pull("HTTPS_PROXY", &format!("http://{address}"));
+        refused(&mut command, &[&format!("the proxy {address} (HTTPS_PROXY)"), words])?;
+    }
+    assert!(server.asked().is_empty());
+    Ok(())
+}

@@ -1,5 +1,9 @@
 //! What is refused: hubs that lie, redirects that would give a token away, and models that may not be had. Nothing is left behind.
 
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
 
 const TOKEN: &str = "hf_0123456789abcdefghijklmnop";
@@ -43,7 +47,7 @@ fn a_size_that_is_not_that_of_the_list_is_refused() -> Result<()> {
     let right = repo.files["model.safetensors"].clone();
     let (short, long) = (right[..20_000].to_vec(), [right.clone(), vec![0; 5]].concat());
     for (bytes, is_told, words) in [
-        (short.clone(), true, "the server sends 20.00 kB"),
+        (short.clone(), true, "the server sends 20000"),
         (long.clone(), true, "the server sends"),
         (long, false, "the server sends more"),
         (short, false, "the server has no more"),
@@ -97,17 +101,17 @@ fn what_the_disk_has_no_room_for_is_not_begun() -> Result<()> {
     Ok(())
 }
 
-/// The limit of a file's size fails as a full disk does.
+/// The limit of a file's size, which fails as a full disk does.
 #[test]
 #[cfg(unix)]
-fn a_disk_that_becomes_full_on_the_way_is_told_and_nothing_is_kept() -> Result<()> {
+fn a_limit_that_is_met_on_the_way_is_told_and_nothing_is_kept() -> Result<()> {
     let place = Place::new()?;
     let repo = llama()?.with("model.safetensors", vec![5; 3_000_000]);
     let server = Server::of("a/b", repo)?;
     let mut limited = Command::new("sh");
     limited.args(["-c", "ulimit -f 1000; exec \"$0\" pull a/b", env!("CARGO_BIN_EXE_homeroom")]);
     limited.env("HF_ENDPOINT", server.url()).env("HF_HOME", place.path("hf")).env("HOMEROOM_HOME", "/nowhere");
-    refused(&mut limited, &["model.safetensors: the disk became full", "are needed in", "hint: make room"])?;
+    refused(&mut limited, &["model.safetensors: no file may become so large here", "`ulimit -f`"])?;
     let left = tree(&place.path("hf"));
     assert!(
         !left.iter().any(|path| path.contains("incomplete") || path.contains("snapshots") || path.contains("refs")),
@@ -221,12 +225,114 @@ fn a_model_that_is_not_there_is_told_with_one_that_is_near() -> Result<()> {
     Ok(())
 }
 
+/// Nothing came before, so that it is not a network that comes and goes.
 #[test]
-fn no_server_is_told_as_such() -> Result<()> {
+fn where_there_is_no_connection_it_is_told_soon_and_what_to_do() -> Result<()> {
     let place = Place::new()?;
     let closed = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let hub = Hub::new(Endpoint::parse(&format!("http://{closed}"))?, None, place.path("hub"), PATIENCE)?;
-    let told = format!("{:#}", hub.pull(&name("a/b")).expect_err("nobody is there"));
-    assert!(told.contains("a/b: 127.0.0.1: no server answers there (tried 4 times)"), "{told}");
+    let url = format!("http://{closed}");
+    let hub = || Hub::new(Endpoint::parse(&url)?, None, place.path("hub"), PATIENCE);
+    let told = format!("{:#}", hub()?.pull(&name("a/b")).expect_err("nobody is there"));
+    assert!(told.contains("a/b: no connection to 127.0.0.1 (there is no network): no server answers there"), "{told}");
+    assert!(told.contains("hint: ") && told.contains("models--a--b") && told.contains("HOMEROOM_BASES"), "{told}");
+    assert!(!told.contains("what has come is kept"), "{told}");
+    let server = Server::of("a/b", llama()?)?;
+    let mut command = program(&server, &place, &["pull", "a/b"]);
+    refused(command.env("HF_ENDPOINT", &url), &[&format!("there is no network, or HF_ENDPOINT={url} is wrong")])?;
+    refused(command.env("HF_ENDPOINT", "http://localhost.invalid:1"), &["no connection to localhost.invalid"])?;
+    // What is here can be used.
+    let pulled = pull(&server, &place.path("hub"), "a/b")?;
+    let told = format!("{:#}", hub()?.pull(&name("a/b")).expect_err("nobody is there"));
+    assert!(told.contains(&format!("commit {} is here and can be used", &pulled.found.commit[..12])), "{told}");
+    Ok(())
+}
+
+#[test]
+fn another_hub_that_is_set_is_told_where_the_hub_refuses() -> Result<()> {
+    let place = Place::new()?;
+    let server = Server::start()?;
+    refused(&mut program(&server, &place, &["pull", "a/b"]), &["no such model", "HF_ENDPOINT is set", &server.url()])?;
+    Ok(())
+}
+
+/// A server that answers each connection with the same bytes, and how often it was asked.
+fn answers(bytes: Vec<u8>) -> Result<(String, Arc<AtomicUsize>)> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let (url, asked) = (format!("http://{}", listener.local_addr()?), Arc::<AtomicUsize>::default());
+    let counted = asked.clone();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(&bytes);
+        }
+    });
+    Ok((url, asked))
+}
+
+#[test]
+fn an_answer_that_is_not_http_is_refused_and_not_asked_for_again() -> Result<()> {
+    let place = Place::new()?;
+    let long = format!("HTTP/1.1 200 OK\r\nX-Long: {}\r\n\r\n", "x".repeat(1 << 20));
+    for bytes in [
+        "HTTP/9.7 200 OK\r\n\r\n",
+        "SSH-2.0-OpenSSH_9.6\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nX-Bad: a\0b\r\n\r\n",
+        long.as_str(),
+    ] {
+        let (url, asked) = answers(bytes.as_bytes().to_vec())?;
+        let hub = Hub::new(Endpoint::parse(&url)?, None, place.path("hub"), PATIENCE)?;
+        let told = format!("{:#}", hub.pull(&name("a/b")).expect_err("it is refused"));
+        let start: String = bytes.chars().take(60).collect();
+        assert_eq!(asked.load(Ordering::SeqCst), 1, "{start:?}: {told}");
+        assert!(told.contains("not HTTP as it should be"), "{start:?}: {told}");
+    }
+    Ok(())
+}
+
+/// It is never silent, and never whole.
+#[test]
+fn a_list_that_drips_is_not_waited_for_without_end() -> Result<()> {
+    let place = Place::new()?;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("http://{}", listener.local_addr()?);
+    std::thread::spawn(move || -> std::io::Result<()> {
+        let mut stream = listener.accept()?.0;
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")?;
+        loop {
+            stream.write_all(b" ")?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let hub = Hub::new(Endpoint::parse(&url)?, None, place.path("hub"), PATIENCE)?;
+    let told = format!("{:#}", hub.pull(&name("a/b")).expect_err("it does not end"));
+    assert!(told.contains("takes too long (tried once)"), "{told}");
+    Ok(())
+}
+
+#[test]
+#[cfg(unix)]
+fn a_folder_that_was_prepared_to_lead_elsewhere_is_not_written_into() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    let (victim, folder) = (place.path("victim"), store.join("models--a--b"));
+    std::fs::create_dir_all(&victim)?;
+    std::fs::create_dir_all(&folder)?;
+    std::os::unix::fs::symlink(&victim, folder.join("snapshots"))?;
+    let server = Server::of("a/b", llama()?)?;
+    let told = refusal(&server, &store, "a/b");
+    assert!(told.contains("snapshots: a link"), "{told}");
+    assert!(std::fs::read_dir(&victim)?.next().is_none() && server.asked().iter().all(|asked| !asked.is_storage));
+    Ok(())
+}
+
+#[test]
+fn a_refusal_of_a_file_names_the_model_once() -> Result<()> {
+    let place = Place::new()?;
+    let server = Server::of("a/b", llama()?)?;
+    server.on(|asked| asked.path.contains("/resolve/").then(|| Act::Answer(451, vec![], String::new())));
+    let told = refusal(&server, &place.path("hub"), "a/b");
+    assert!(told.starts_with("a/b: the hub refuses (status 451)"), "{told}");
     Ok(())
 }

@@ -206,11 +206,11 @@ fn a_quantization_that_is_not_here_is_told_with_those_that_are() -> Result<()> {
     let files = ["m-Q4_K_M.gguf", "m-Q6_K.gguf"].map(|name| (name.to_owned(), from.clone()));
     hub.add("o/m-GGUF", FIRST, &files.into_iter().collect())?;
     hub.set("o/m-GGUF", "main", FIRST)?;
-    for name in ["o/m-GGUF:Q8_0", "o/m-GGUF"] {
-        let told = format!("error: {name}: not on this machine, which has Q4_K_M, Q6_K of it; ");
-        refused(hub.seen_by(&mut eval(Path::new(name), &rows)), &[&told, &format!("homeroom pull {name}`")])?;
-    }
-    Ok(())
+    let told = "error: o/m-GGUF:Q8_0: not on this machine, which has Q4_K_M, Q6_K of it; ";
+    let words = [told, "homeroom pull o/m-GGUF:Q8_0`"];
+    refused(hub.seen_by(&mut eval(Path::new("o/m-GGUF:Q8_0"), &rows)), &words)?;
+    let words = ["error: o/m-GGUF: several GGUF files of it are here", "Q4_K_M", "Q6_K"];
+    refused(hub.seen_by(&mut eval(Path::new("o/m-GGUF"), &rows)), &words)
 }
 
 #[test]

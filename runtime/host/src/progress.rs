@@ -165,20 +165,36 @@ pub struct Downloading {
     here: AtomicU64,
     /// Bytes that have come since the start.
     came: AtomicU64,
+    /// Bytes that are here and are checked now.
+    checking: AtomicU64,
     started: Instant,
     told: Mutex<Instant>,
 }
 
+/// A check of bytes that are here, which has ended when this is dropped.
+pub struct Checking<'a> {
+    progress: &'a Downloading,
+    bytes: u64,
+}
+
+impl Drop for Checking<'_> {
+    fn drop(&mut self) {
+        self.progress.checking.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 impl Downloading {
-    /// Before the first of `total` bytes.
-    pub fn start(total: u64) -> Self {
+    /// Before more comes of `total` bytes, of which some are here.
+    pub fn start(total: u64, here: u64) -> Self {
         let bar = terminal().filter(|_| total > 0).map(|target| {
             let style = "{decimal_bytes} of {decimal_total_bytes} {wide_bar} {msg}";
             let style = ProgressStyle::with_template(style).expect("the template is right");
             ProgressBar::with_draw_target(Some(total), target).with_style(style)
         });
-        let (zero, started) = (AtomicU64::new(0), Instant::now());
-        Self { bar, total, here: zero, came: AtomicU64::new(0), started, told: Mutex::new(started) }
+        let zero = || AtomicU64::new(0);
+        let started = Instant::now();
+        let here = AtomicU64::new(here);
+        Self { bar, total, here, came: zero(), checking: zero(), started, told: Mutex::new(started) }
     }
 
     /// Bytes have come.
@@ -190,6 +206,12 @@ impl Downloading {
     /// Bytes were here before.
     pub fn add_old(&self, bytes: u64) {
         self.here.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that are here are checked until what is returned is dropped.
+    pub fn checking(&self, bytes: u64) -> Checking<'_> {
+        self.checking.fetch_add(bytes, Ordering::Relaxed);
+        Checking { progress: self, bytes }
     }
 
     /// Bytes that were here are given up.
@@ -213,16 +235,19 @@ impl Downloading {
         let rate = came as f64 / elapsed.as_secs_f64().max(1e-3);
         let left = Duration::try_from_secs_f64(self.total.saturating_sub(self.here()) as f64 / rate);
         let left = left.map_or_else(|_| String::new(), |left| format!("   {} left", HumanDuration(left)));
-        let rate = size(rate as u64);
+        let what = match self.checking.load(Ordering::Relaxed) {
+            checking if checking > 0 && came == 0 => format!("checking {} that are here", size(checking)),
+            _ => format!("{}/s{left}", size(rate as u64)),
+        };
         if let Some(bar) = &self.bar {
             bar.set_position(self.here().min(self.total));
-            bar.set_message(format!("{rate}/s{left}"));
+            bar.set_message(what);
             return;
         }
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.elapsed() >= BETWEEN_LINES {
             *told = Instant::now();
-            line(format_args!("got {} of {}   {rate}/s{left}", size(self.here()), size(self.total)));
+            line(format_args!("got {} of {}   {what}", size(self.here()), size(self.total)));
         }
     }
 

@@ -13,25 +13,33 @@ use crate::progress::{line, size};
 /// Arguments of `pull`.
 #[derive(Args)]
 pub struct Arguments {
-    /// Name on the hub: owner/name, with @revision for a branch, tag or commit, and :QUANT for a GGUF file
-    #[arg(value_name = "NAME")]
-    name: String,
-    /// Print one JSON object at the end
+    /// Names on the hub: owner/name, with @revision for a branch, tag or commit, and :QUANT for a GGUF file
+    #[arg(value_name = "NAME", required = true)]
+    names: Vec<String>,
+    /// Print one JSON object at the end, or one a line of several names
     #[arg(long)]
     json: bool,
 }
 
-/// Downloads a model, and the base of an adapter.
+/// Downloads models, and the bases of adapters.
 pub fn run(arguments: &Arguments) -> Result<Done> {
-    let typed = &arguments.name;
-    let name = HubName::parse(typed).ok_or_else(|| {
-        anyhow!("{typed}: not a name on the hub\nhint: names are like Qwen/Qwen2.5-0.5B-Instruct, with @revision or :QUANT behind")
-    })?;
-    let pulled = told(&name)?;
+    let parse = |typed: &String| {
+        HubName::parse(typed.trim_end_matches('/')).ok_or_else(|| {
+            anyhow!("{typed}: not a name on the hub\nhint: names are like Qwen/Qwen2.5-0.5B-Instruct, with @revision or :QUANT behind")
+        })
+    };
+    // A name that is wrong is told before the first is downloaded.
+    let names: Vec<HubName> = arguments.names.iter().map(parse).collect::<Result<_>>()?;
+    names.iter().try_for_each(|name| pull(name, arguments.json))?;
+    Ok(Done::Whole)
+}
+
+fn pull(name: &HubName, json: bool) -> Result<()> {
+    let pulled = told(name)?;
     // The base as it is named by the adapter: a revision of the adapter says nothing of the base's.
     let base = pulled.base.as_ref().map(told).transpose()?;
     let path = utf8(&pulled.found.path)?;
-    if arguments.json {
+    if json {
         let base = base.as_ref().map(|base| json!({"path": base.found.path, "commit": base.found.commit}));
         let Pulled { found, bytes, license, .. } = &pulled;
         let report = json!({
@@ -41,7 +49,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     } else {
         print(path)?;
     }
-    Ok(Done::Whole)
+    Ok(())
 }
 
 /// Downloads a model and says how that ended.
@@ -52,7 +60,11 @@ fn told(name: &HubName) -> Result<Pulled> {
         0 => line(format_args!("here      {path}   all of it was here")),
         bytes => {
             let rate = size((bytes as f64 / pulled.time.as_secs_f64().max(1e-3)) as u64);
-            line(format_args!("saved     {path}   {} in {}, {rate}/s", size(bytes), HumanDuration(pulled.time)));
+            let time = match pulled.time.as_secs() {
+                0 => String::new(),
+                _ => format!(" in {}, {rate}/s", HumanDuration(pulled.time)),
+            };
+            line(format_args!("saved     {path}   {}{time}", size(bytes)));
         }
     }
     Ok(pulled)

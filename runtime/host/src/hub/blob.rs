@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use ureq::Body;
 use ureq::http::Response;
+use ureq::{Body, ResponseExt};
 
-use super::client::{Client, Refusal, broken};
+use super::client::{Client, Refusal, broken, host};
 use super::digest::Hasher;
 use super::listing::RemoteFile;
 use super::patience::{Failure, Patience, Tries};
@@ -26,6 +26,10 @@ pub(super) struct Blob<'a> {
     pub(super) url: String,
     pub(super) file: &'a RemoteFile,
     pub(super) place: &'a Place,
+    /// Bytes of it that the progress counts as here.
+    pub(super) counted: u64,
+    /// What has its name is damaged.
+    pub(super) is_damaged: bool,
     pub(super) progress: &'a Downloading,
     pub(super) explain: &'a (dyn Fn(&Refusal) -> anyhow::Error + Sync),
 }
@@ -39,8 +43,8 @@ impl Blob<'_> {
         let path = &self.file.path;
         let wait = || self.progress.say(format_args!("note: {path}: waiting for another process that downloads it"));
         let lock = self.place.lock(&self.file.digest, &self.client.stop, wait)?;
-        if self.place.has_blob(self.file) {
-            self.progress.add_old(self.file.size);
+        if !self.is_damaged && self.place.has_blob(self.file) {
+            self.progress.add_old(self.file.size - self.counted);
             return Ok(());
         }
         // Where locks are void another process may write to the same file: then each has its own, and none goes on with another's.
@@ -48,14 +52,14 @@ impl Blob<'_> {
             false => self.place.partial(&self.file.digest),
             true => self.place.partial(&self.file.digest).with_extension(format!("{}.incomplete", std::process::id())),
         };
-        let mut wrong = None;
+        let (mut wrong, mut counted) = (None, self.counted);
         for _ in 0..2 {
             if let Some(got) = &wrong {
                 let note = format!("note: {path}: what came is not what the hub's list names ({got}); downloaded anew");
                 self.progress.say(note);
             }
             self.place.prepare()?;
-            let begun = Partial::open(&partial, self)?;
+            let begun = Partial::open(&partial, self, counted)?;
             let (file, got) = match begun.complete(self) {
                 Ok(complete) => complete,
                 Err(error) => {
@@ -76,7 +80,7 @@ impl Blob<'_> {
             drop(file);
             fs::remove_file(&partial).with_context(|| format!("{}: cannot remove", partial.display()))?;
             self.progress.take_back(self.file.size);
-            wrong = Some(got);
+            (wrong, counted) = (Some(got), 0);
         }
         bail!(
             "{path}: its digest is {}, and the hub's list says {}; what came is deleted\nhint: a proxy or a mirror may change files; \
@@ -94,13 +98,15 @@ impl Blob<'_> {
             let _ = fs::remove_file(partial);
             return anyhow!("{}: {}", self.file.path, became_full(self.place.folder(), missing, &error));
         }
-        anyhow!("{}: cannot write: {error}", partial.display())
+        anyhow::Error::new(error).context(format!("{}: cannot write", partial.display()))
     }
 
     fn lies(&self, partial: &Path, what: &str) -> Failure {
         let _ = fs::remove_file(partial);
-        let (path, size) = (&self.file.path, progress::size(self.file.size));
-        Failure::Final(anyhow!("{path}: the hub's list says that it has {size}, and {what}; what came is deleted"))
+        let RemoteFile { path, size, .. } = self.file;
+        Failure::Final(anyhow!(
+            "{path}: the hub's list says that it has {size} bytes, and {what}; what came is deleted"
+        ))
     }
 }
 
@@ -113,25 +119,33 @@ struct Partial {
 }
 
 impl Partial {
-    /// Takes up what there is, and computes its digest.
-    fn open(path: &Path, blob: &Blob) -> Result<Self> {
+    /// Takes up what there is, and computes its digest. `counted`: bytes of it that the progress counts as here.
+    fn open(path: &Path, blob: &Blob, counted: u64) -> Result<Self> {
         let mut file = open_partial(path)?;
+        let len = file.metadata()?.len();
         let hasher = Hasher::like(&blob.file.digest, blob.file.size);
         let mut partial = Self { path: path.to_owned(), file: file.try_clone()?, len: 0, hasher };
-        if file.metadata()?.len() > blob.file.size {
+        blob.progress.add_old(len);
+        blob.progress.take_back(counted);
+        if len > blob.file.size {
+            partial.len = len;
             partial.restart(blob).map_err(|error| blob.unwritten(path, error))?;
+            return Ok(partial);
         }
+        let checking = blob.progress.checking(len);
         let mut buffer = vec![0; CHUNK];
-        loop {
+        while partial.len < len {
             blob.client.stop.check()?;
-            let read = file.read(&mut buffer).with_context(|| format!("{}: cannot read", path.display()))?;
+            let most = usize::try_from(len - partial.len).unwrap_or(CHUNK).min(CHUNK);
+            let read = file.read(&mut buffer[..most]).with_context(|| format!("{}: cannot read", path.display()))?;
             if read == 0 {
-                return Ok(partial);
+                bail!("{}: another process cut it", path.display());
             }
             partial.hasher.update(&buffer[..read]);
             partial.len += read as u64;
-            blob.progress.add_old(read as u64);
         }
+        drop(checking);
+        Ok(partial)
     }
 
     /// Forgets what came.
@@ -146,20 +160,15 @@ impl Partial {
 
     /// Downloads the rest; returns the file and the digest of all of it.
     fn complete(mut self, blob: &Blob) -> Result<(File, String)> {
-        let mut tries = Tries::new(blob.client.patience);
+        let mut tries = Tries::of_file(blob.client.patience, self.len > 0);
         let mut most = self.len;
         while self.len < blob.file.size {
-            match self.go_on(blob) {
-                Ok(()) => {}
-                Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Passing { what, after }) => {
-                    // What came again is no gain: else a server that always begins anew would be asked without end.
-                    let got_on = self.len > most;
-                    most = most.max(self.len);
-                    tries.wait(&blob.file.path, &what, after, got_on, &blob.client.stop, |note| {
-                        blob.progress.say(note)
-                    })?;
-                }
+            if let Err(failure) = self.go_on(blob) {
+                // What came again is no gain: else a server that always begins anew would be asked without end.
+                let got_on = self.len > most;
+                most = most.max(self.len);
+                let (is_first, stop) = (!blob.client.has_answered(), &blob.client.stop);
+                tries.wait(&blob.file.path, failure, got_on, is_first, stop, |note| blob.progress.say(note))?;
             }
         }
         Ok((self.file, self.hasher.finish()))
@@ -180,16 +189,19 @@ impl Partial {
                 return Err(Failure::Passing { what, after: None });
             }
             416 => {
-                return Err(blob.lies(&self.path, &format!("the server has no more than {}", progress::size(self.len))));
+                return Err(blob.lies(&self.path, &format!("the server has no more than {}", self.len)));
             }
             _ => {
                 // All of it, though a part was asked for: the server knows no ranges.
                 self.restart(blob).map_err(|error| unwritten(error, &self.path))?;
                 if let Some(length) = length(&response).filter(|length| *length != size) {
-                    return Err(blob.lies(&self.path, &format!("the server sends {}", progress::size(length))));
+                    let encoding = response.headers().get("content-encoding");
+                    let encoding = encoding.map(|encoding| format!(" (encoded: {encoding:?})")).unwrap_or_default();
+                    return Err(blob.lies(&self.path, &format!("the server sends {length}{encoding}")));
                 }
             }
         }
+        let awaited = blob.client.silence.begin(&host(response.get_uri()));
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; CHUNK];
         let at = |what: &str, len| {
@@ -219,6 +231,7 @@ impl Partial {
                     });
                 }
             };
+            awaited.came();
             self.file.write_all(&buffer[..read]).map_err(|error| unwritten(error, &self.path))?;
             self.hasher.update(&buffer[..read]);
             self.len += read as u64;

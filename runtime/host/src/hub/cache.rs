@@ -127,7 +127,11 @@ fn at_commit(store: &Path, name: &HubName, commit: String) -> Result<Option<Foun
     let snapshot = snapshot(store, &name.repo, &commit);
     let path = match &name.quantization {
         Some(quantization) => gguf_of(&snapshot, name, quantization)?,
-        None => matches!(kind(&snapshot), Some(Kind::Model | Kind::Adapter | Kind::Embedding)).then_some(snapshot),
+        None => match kind(&snapshot) {
+            Some(Kind::Model | Kind::Adapter | Kind::Embedding) => Some(snapshot),
+            Some(Kind::Gguf(_)) => Some(only_gguf(&snapshot, name)?),
+            None => None,
+        },
     };
     Ok(path.map(|path| Found { path, commit }))
 }
@@ -142,6 +146,30 @@ fn gguf_of(snapshot: &Path, name: &HubName, quantization: &str) -> Result<Option
         [] => Ok(None),
         [one] => Ok(Some(snapshot.join(one))),
         _ => bail!("{name}: {quantization} could be {}\nhint: write more of the name", matching.join(" or ")),
+    }
+}
+
+/// The GGUF file of a snapshot in which there is nothing else to run, and one of them.
+fn only_gguf(snapshot: &Path, name: &HubName) -> Result<PathBuf> {
+    let paths = paths(snapshot);
+    let whole = gguf::models(paths.iter().map(String::as_str)).into_iter().filter(|path| !gguf::is_piece(path));
+    match whole.collect::<Vec<_>>()[..] {
+        [one] => {
+            note(format!("note: {name}: {one} is used, which is the only one of its GGUF files that is here"));
+            Ok(snapshot.join(one))
+        }
+        ref several => {
+            // Of `m-Q4_K_M.gguf` and `m-UD-Q4_K_M.gguf` the short name could mean both.
+            let short = |path: &&str| match gguf::matching(several, gguf::quantization(path)).len() {
+                1 => format!("`{name}:{}`", gguf::quantization(path)),
+                _ => format!("`{name}:{}`", gguf::whole_stem(path)),
+            };
+            let names: Vec<String> = several.iter().map(short).collect();
+            bail!(
+                "{name}: several GGUF files of it are here; which one is not said\nhint: name one of {}",
+                names.join(", ")
+            )
+        }
     }
 }
 

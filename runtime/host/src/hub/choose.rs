@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::listing::{Listing, RemoteFile};
 use super::whole::{INDEX, INDEX_BYTES_MAX, shards_of};
 use super::{HubName, gguf};
-use crate::progress::size;
+use crate::progress::{line, size};
 
 /// Small files that are read if they are there.
 const SMALL: [&str; 9] = [
@@ -66,6 +66,11 @@ pub(super) fn choose(
             bail!("{name}: {INDEX} names {missing:?}, which is not in the repository");
         }
         std::iter::once(INDEX.to_owned()).chain(shards).collect()
+    } else if let [one] = gguf::models(paths.iter().copied())[..]
+        && !gguf::is_piece(one)
+    {
+        line(format_args!("note: {name}: {one} is taken, the only GGUF file of it"));
+        return Ok(vec![listing.file(one).context("a path is of the list")?.clone()]);
     } else {
         bail!(without_weights(listing, name, &paths));
     };
@@ -289,7 +294,8 @@ mod tests {
             ("a/b", vec!["model.safetensors", "config.json", "tokenizer.model"], "AutoTokenizer"),
             ("a/b", vec!["adapter_config.json", "adapter_model.bin"], "without adapter_model.safetensors"),
             ("a/b", vec!["m-Q4_0.gguf", "m-Q8_0.gguf"], "Q4_0 (1.00 MB), Q8_0 (2.00 MB); `homeroom pull a/b:Q4_0`"),
-            ("a/b@v1", vec!["m-Q4_0.gguf"], "`homeroom pull a/b@v1:Q4_0`"),
+            ("a/b@v1", vec!["m-Q4_0.gguf", "n.gguf"], "`homeroom pull a/b@v1:Q4_0`"),
+            ("a/b", vec!["m-Q8_0-00001-of-00001.gguf"], "which one is not said"),
             ("a/b:Q2_K", vec!["m-Q4_0.gguf", "m-Q8_0.gguf"], "there are Q4_0 (1.00 MB), Q8_0 (2.00 MB)"),
             ("a/b:Q4_0", vec!["m-Q4_0.gguf", "n-Q4_0.gguf"], "could be m-Q4_0.gguf or n-Q4_0.gguf"),
             ("a/b:Q4_0", vec!["model.safetensors"], "no GGUF files"),

@@ -1,16 +1,18 @@
 //! Requests to the hub. Redirects are followed by hand, so that the token goes to the hub's own address and to no other.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use homeroom_engine::files::read_bytes;
 use ureq::http::{Response, Uri};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, Timeout};
 
 use super::endpoint::{Endpoint, Origin, redirected};
-use super::patience::{Failure, Patience, Stop};
+use super::patience::{Failure, Patience, Silence, Stop};
+use super::proxy;
 use super::token::Token;
 use crate::interrupt::{self, Interrupted};
 
@@ -29,10 +31,15 @@ pub(super) struct Client {
     pub(super) token: Option<Token>,
     pub(super) patience: Patience,
     pub(super) stop: Stop,
-    /// For other machines; through the proxy of the environment if it names one.
+    pub(super) silence: Silence,
+    /// A server has answered.
+    has_answered: AtomicBool,
+    /// The proxy of the environment.
+    proxy: Option<proxy::Named>,
+    /// For other machines; through the proxy if there is one.
     agent: Agent,
-    /// For this machine; never through a proxy.
-    local: Agent,
+    /// For this machine and those of `NO_PROXY`; never through a proxy.
+    direct: Agent,
 }
 
 /// A refusal of the hub.
@@ -67,16 +74,31 @@ impl Client {
             Some(certificates) => TlsConfig::builder().root_certs(RootCerts::new_with_certs(&certificates)).build(),
             None => TlsConfig::default(),
         };
-        let agent = Agent::new_with_config(config().tls_config(tls.clone()).build());
-        let local = Agent::new_with_config(config().tls_config(tls).proxy(None).build());
-        Ok(Self { endpoint, token, patience, stop: Stop::default(), agent, local })
+        let proxy = proxy::Named::from_environment();
+        let through = proxy.as_ref().and_then(|named| named.proxy.as_ref().ok()).cloned();
+        let agent = Agent::new_with_config(config().tls_config(tls.clone()).proxy(through).build());
+        let direct = Agent::new_with_config(config().tls_config(tls).proxy(None).build());
+        let (stop, silence, has_answered) = (Stop::default(), Silence::default(), AtomicBool::new(false));
+        Ok(Self { endpoint, token, patience, stop, silence, has_answered, proxy, agent, direct })
     }
 
     /// Ends every wait of this client's requests, and has later ones fail.
     pub(super) fn shut_down(&self) {
         self.stop.set();
         self.agent.clone().shutdown();
-        self.local.clone().shutdown();
+        self.direct.clone().shutdown();
+    }
+
+    /// Whether a server has answered.
+    pub(super) fn has_answered(&self) -> bool {
+        self.has_answered.load(Ordering::SeqCst)
+    }
+
+    /// Whether the hub is asked through a proxy.
+    pub(super) fn is_through_proxy(&self) -> bool {
+        let uri = self.endpoint.at("").parse::<Uri>().ok();
+        let is_exception = |named: &proxy::Named| uri.as_ref().is_some_and(|uri| named.is_exception(uri));
+        !self.endpoint.origin().is_loopback() && self.proxy.as_ref().is_some_and(|named| !is_exception(named))
     }
 
     /// Asks for an address, from a byte on if that is said, and follows where it is redirected. The answer is one that has a body:
@@ -111,7 +133,15 @@ impl Client {
     fn ask(&self, uri: &Uri, from: Option<u64>) -> Result<Response<Body>, Failure> {
         self.stop.check()?;
         let origin = Origin::of(uri)?;
-        let agent = if origin.is_loopback() { &self.local } else { &self.agent };
+        let proxy = self.proxy.as_ref().filter(|named| !origin.is_loopback() && !named.is_exception(uri));
+        if let Some(proxy::Named { variable, proxy: Err(why), .. }) = proxy {
+            return Err(anyhow!(
+                "{variable}: {why}\nhint: set it to the address of an HTTP proxy, like http://proxy.school:3128, or unset it; hosts in \
+                 NO_PROXY are asked without one"
+            )
+            .into());
+        }
+        let agent = if proxy.is_some() { &self.agent } else { &self.direct };
         let mut request = agent.get(uri);
         if let Some(token) = &self.token
             && origin == *self.endpoint.origin()
@@ -124,7 +154,10 @@ impl Client {
         if let Some(from) = from {
             request = request.header("range", format!("bytes={from}-"));
         }
-        request.call().map_err(|error| unreachable(uri, error))
+        let _awaited = self.silence.begin(&host(uri));
+        let response = request.call().map_err(|error| unreachable(uri, proxy, error))?;
+        self.has_answered.store(true, Ordering::SeqCst);
+        Ok(response)
     }
 
     fn refused(&self, uri: &Uri, response: &Response<Body>, explain: &dyn Fn(&Refusal) -> anyhow::Error) -> Failure {
@@ -156,26 +189,64 @@ impl Client {
     }
 }
 
-/// Why there is no answer. A connection that cannot be made at all may be made later; one that is not trusted will not.
-fn unreachable(uri: &Uri, error: ureq::Error) -> Failure {
+/// Why there is no answer. A connection that cannot be made at all may be made later; one that is not trusted will not, nor will a server
+/// that does not speak HTTP learn it.
+fn unreachable(uri: &Uri, proxy: Option<&proxy::Named>, error: ureq::Error) -> Failure {
+    use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkDown, NetworkUnreachable};
     if interrupt::asked() {
         return Failure::Final(Interrupted::default().into());
+    }
+    // The host of an address is looked up and connected to by the proxy, so that what fails here is the proxy.
+    let reached = proxy.map_or_else(|| host(uri), proxy::Named::shown);
+    let gone = |what: &str| Failure::Unreachable { host: reached.clone(), what: what.to_owned() };
+    match &error {
+        ureq::Error::HostNotFound => return gone("this name has no address here"),
+        ureq::Error::Timeout(Timeout::Resolve | Timeout::Connect) => return gone("no answer in time"),
+        ureq::Error::Io(error) if is_lookup(error) => return gone("this name has no address here"),
+        ureq::Error::Io(error) => match error.kind() {
+            ConnectionRefused => return gone("no server answers there"),
+            AddrNotAvailable | HostUnreachable | NetworkDown | NetworkUnreachable => return gone(&error.to_string()),
+            _ => {}
+        },
+        _ => {}
     }
     let host = host(uri);
     let words = match &error {
         ureq::Error::Io(error) => return failed(&host, error),
-        ureq::Error::HostNotFound => "this name has no address here; is there a network?".to_owned(),
         ureq::Error::Timeout(_) => "no answer in time".to_owned(),
-        ureq::Error::ConnectProxyFailed(_) => {
-            "the proxy of HTTPS_PROXY or ALL_PROXY does not let it through".to_owned()
-        }
-        ureq::Error::InvalidProxyUrl => {
-            return Failure::Final(anyhow!("HTTPS_PROXY or ALL_PROXY holds no address of a proxy"));
-        }
+        ureq::Error::ConnectProxyFailed(reason) => return refused_by_proxy(&host, &reached, reason),
         error if is_about_trust(&error.to_string()) => return distrusted(&host, &error.to_string()),
+        ureq::Error::Protocol(_) | ureq::Error::Http(_) | ureq::Error::LargeResponseHeader(..) => {
+            return Failure::Final(anyhow!(
+                "{host}: its answer is not HTTP as it should be ({error})\nhint: look whether HF_ENDPOINT is right; a proxy may change answers, too"
+            ));
+        }
         error => error.to_string(),
     };
     Failure::Passing { what: format!("{host}: {words}"), after: None }
+}
+
+/// Whether a name was looked up in vain: there is no kind for it.
+fn is_lookup(error: &io::Error) -> bool {
+    error.to_string().contains("failed to lookup address")
+}
+
+/// A proxy that answers, and makes no connection to a host. `reason` ends in the status twice, `407/407`, if there is one.
+fn refused_by_proxy(host: &str, proxy: &str, reason: &str) -> Failure {
+    let status = reason.rsplit('/').next().and_then(|status| status.parse::<u16>().ok());
+    match status {
+        Some(407) => Failure::Final(anyhow!(
+            "{proxy} asks for a user and a password (status 407)\nhint: they belong into the address: http://USER:PASSWORD@HOST:PORT, with \
+             %40 for @ and %3A for :"
+        )),
+        Some(status @ 400..500) => Failure::Final(anyhow!(
+            "{proxy} makes no connection to {host} (status {status})\nhint: whoever keeps the proxy can allow {host}"
+        )),
+        Some(status) => {
+            Failure::Passing { what: format!("{proxy} makes no connection to {host} (status {status})"), after: None }
+        }
+        None => Failure::Passing { what: format!("{proxy} does not answer"), after: None },
+    }
 }
 
 /// As [`broken`], or a connection that is not trusted.

@@ -13,19 +13,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_engine::files::read_text;
 use serde_json::Value;
-use ureq::Body;
 use ureq::http::Response;
+use ureq::{Body, ResponseExt};
 
 use super::blob::Blob;
 use super::cache::{self, Found, find, find_in};
 use super::choose::choose;
-use super::client::{Client, broken};
-use super::digest::Hasher;
+use super::client::{Client, broken, host};
+use super::digest::{Digest, Hasher};
 use super::explain::explain;
 use super::listing::{self, Listing, RemoteFile};
-use super::patience::{Failure, Tries};
-use super::place::Place;
-use super::{Endpoint, HubName, Patience, Token, offline, policy, space};
+use super::patience::{Failure, NoConnection, Tries};
+use super::place::{self, Place};
+use super::{Endpoint, HubName, Patience, Token, offline, policy, space, verify};
 use crate::interrupt::{self, Interrupted};
 use crate::progress::{Downloading, line, size};
 
@@ -42,6 +42,8 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 pub struct Hub {
     client: Client,
     store: PathBuf,
+    /// Files come, and who draws their progress tells of silence.
+    is_bringing: AtomicBool,
 }
 
 /// A model that was asked for.
@@ -74,7 +76,8 @@ impl Hub {
     /// # Errors
     /// When a file of certificates that the environment names cannot be used.
     pub fn new(endpoint: Endpoint, token: Option<Token>, store: PathBuf, patience: Patience) -> Result<Self> {
-        Ok(Self { client: Client::new(endpoint, token, patience)?, store })
+        let client = Client::new(endpoint, token, patience)?;
+        Ok(Self { client, store, is_bringing: AtomicBool::new(false) })
     }
 
     /// The hub and the cache that the environment names.
@@ -99,6 +102,7 @@ impl Hub {
         policy::check(&name.repo)?;
         if name.revision.as_deref().is_some_and(HubName::is_commit)
             && let Some(found) = self.here(name)?
+            && self.is_whole(name, verify::named(&found))?
         {
             return Ok(Pulled::here(name, found, None));
         }
@@ -106,11 +110,16 @@ impl Hub {
             let found = find(name)?.with_context(|| {
                 format!("{name}: not on this machine, and the hub is not asked ({reason})\nhint: `homeroom pull` needs a network")
             })?;
+            ensure!(
+                self.is_whole(name, verify::named(&found))?,
+                "{name}: damaged, and the hub is not asked ({reason})\nhint: `homeroom pull` needs a network to bring it anew"
+            );
             line(format_args!(
                 "note: the hub is not asked ({reason}); there may be a newer commit than the one that is here"
             ));
             return Ok(Pulled::here(name, found, None));
         }
+        policy::check_download(&name.repo)?;
         // Whoever waits for a server does not look for Ctrl-C.
         let (done, client) = (AtomicBool::new(false), &self.client);
         thread::scope(|scope| {
@@ -119,13 +128,40 @@ impl Hub {
                     if client.stop.is_set() {
                         client.shut_down();
                     }
+                    if !self.is_bringing.load(Ordering::SeqCst) {
+                        self.tell_silence(&line);
+                    }
                     thread::sleep(TICK / 4);
                 }
             });
-            let pulled = self.pull_watched(name);
+            let pulled = self.pull_watched(name).map_err(|error| match space::is_closed(&error) {
+                true => anyhow!("{error:#}\nhint: set HF_HOME to a directory that you can write"),
+                false => error,
+            });
             done.store(true, Ordering::SeqCst);
             pulled
         })
+    }
+
+    /// Says that nothing comes, if that lasts.
+    fn tell_silence(&self, say: &dyn Fn(String)) {
+        if let Some(host) = self.client.silence.lasts(self.client.patience.told_after) {
+            say(format!("note: waiting for {host}"));
+        }
+    }
+
+    /// Whether files that are here are not damaged; says which are.
+    fn is_whole(&self, name: &HubName, files: Vec<(PathBuf, RemoteFile)>) -> Result<bool> {
+        Ok(self.damaged(name, files)?.is_empty())
+    }
+
+    /// Those of files that are here whose bytes are others than they should be, which is said.
+    fn damaged(&self, name: &HubName, files: Vec<(PathBuf, RemoteFile)>) -> Result<Vec<RemoteFile>> {
+        let damaged = verify::damaged(files, &self.client.stop)?;
+        for file in &damaged {
+            line(format_args!("note: {name}: {} is damaged here: its digest is another", file.path));
+        }
+        Ok(damaged)
     }
 
     /// The model at a commit, in the store or a shared one.
@@ -159,12 +195,23 @@ impl Hub {
         }
         line(format_args!("model     {short} at {commit}   {facts}"));
         let place = Place::new(&self.store, &name.repo);
+        place.check()?;
         let elsewhere = if place.folder().exists() { None } else { self.here(&exact)? };
         if let Some(found) = elsewhere {
-            return Ok(Pulled::here(name, found, listing.license));
+            let snapshot = found.path.ancestors().find(|path| path.ends_with(&listing.commit)).unwrap_or(&found.path);
+            let at = |file: &RemoteFile| Some((snapshot.join(&file.path), file.clone()));
+            let files = files.iter().filter_map(at).filter(|(path, file)| place::is_file_of(path, file.size)).collect();
+            if self.is_whole(name, files)? {
+                return Ok(Pulled::here(name, found, listing.license));
+            }
         }
-        let missing: Vec<&RemoteFile> = files.iter().filter(|file| !place.has(&listing.commit, file)).collect();
-        let brought = self.bring(name, &exact, &place, &missing);
+        let here = |file: &RemoteFile| {
+            let blob = || place.has_blob(file).then(|| place.blob(&file.digest));
+            let path = place.has(&listing.commit, file).then(|| place.pointer(&listing.commit, &file.path));
+            Some((path.or_else(blob)?, file.clone()))
+        };
+        let damaged = self.damaged(name, files.iter().filter_map(here).collect())?;
+        let brought = self.bring(name, &exact, &place, &files, &damaged);
         let (bytes, time) = match brought {
             Ok(brought) => brought,
             Err(error) => {
@@ -177,7 +224,15 @@ impl Hub {
             place.put(&listing.commit, file, is_last)?;
         }
         if name.revision() != listing.commit {
-            place.refer(name.revision(), &listing.commit)?;
+            match place.refer(name.revision(), &listing.commit) {
+                Err(error) if bytes == 0 && space::is_closed(&error) => {
+                    line(format_args!(
+                        "note: {name}: that this commit is {} now cannot be kept: {error:#}",
+                        name.revision()
+                    ));
+                }
+                referred => referred?,
+            }
         }
         let found = find_in(&self.store, &exact)?.ok_or_else(|| anyhow!("{name}: what was downloaded is not whole"))?;
         Ok(Pulled { bytes, time, ..Pulled::here(name, found, listing.license) })
@@ -187,16 +242,48 @@ impl Hub {
     fn listing(&self, name: &HubName) -> Result<Listing> {
         let revision = name.revision().replace('/', "%2F").replace('+', "%2B");
         let url = self.client.endpoint.at(&format!("api/models/{}/revision/{revision}?blobs=true", name.repo));
-        let answer = self.small(&url, listing::BYTES_MAX, &name.to_string(), name, None)?;
+        let answer = self.small(&url, listing::BYTES_MAX, &name.to_string(), name, None);
+        let answer = answer.map_err(|error| self.with_endpoint(name, error))?;
         let listing = Listing::parse(&answer).with_context(|| {
             let is_page = answer.trim_ascii_start().starts_with(b"<");
             let page =
                 if is_page { " (it is a page for people, as a network has that asks to sign in first)" } else { "" };
             format!("{name}: the hub's answer is refused{page}")
-        })?;
+        });
+        let listing = listing.map_err(|error| self.with_endpoint(name, error))?;
         let is_other = HubName::is_commit(name.revision()) && listing.commit != name.revision();
         ensure!(!is_other, "{name}: the hub's answer is about another commit, {}", listing.commit);
         Ok(listing)
+    }
+
+    /// An error with what may be the reason of it and what to do: there is no network, or another hub was asked.
+    fn with_endpoint(&self, name: &HubName, error: anyhow::Error) -> anyhow::Error {
+        let set = self.client.endpoint.set();
+        if let Some(NoConnection { host, what }) = error.downcast_ref() {
+            let why = match set {
+                _ if self.client.is_through_proxy() => "there is no network, or that is not the proxy".to_owned(),
+                Some(address) => format!("there is no network, or HF_ENDPOINT={address} is wrong"),
+                None => "there is no network".to_owned(),
+            };
+            let hint = match self.here(name) {
+                Ok(Some(Found { commit, .. })) => format!(
+                    "commit {} is here and can be used; it was not asked whether there is a newer one",
+                    &commit[..COMMIT_TOLD]
+                ),
+                _ => format!(
+                    "it can be brought from elsewhere: `homeroom import /media/stick/models--{}` takes a copy of it into the cache, and \
+                     HOMEROOM_BASES names a directory of such copies",
+                    name.repo.replace('/', "--")
+                ),
+            };
+            return anyhow!("{name}: no connection to {host} ({why}): {what}\nhint: {hint}");
+        }
+        match set {
+            Some(address) if !error.is::<Interrupted>() => {
+                anyhow!("{error:#}\nhint: HF_ENDPOINT is set, so that {address} was asked and not the hub itself")
+            }
+            _ => error,
+        }
     }
 
     /// The text of a small file, which is not kept.
@@ -210,10 +297,10 @@ impl Hub {
 
     /// An answer of at most so many bytes, in one piece.
     fn small(&self, url: &str, most: u64, subject: &str, name: &HubName, file: Option<&str>) -> Result<Vec<u8>> {
-        let mut tries = Tries::new(self.client.patience);
+        let mut tries = Tries::of_answer(self.client.patience);
         loop {
             let failure = match self.client.get(url, None, &|refusal| explain(&self.client, name, file, refusal)) {
-                Ok(response) => match self.body(response, most) {
+                Ok(response) => match self.body(response, most, tries.until()) {
                     Ok(bytes) if bytes.len() as u64 > most => {
                         bail!("{subject}: the hub's answer has more than {most} bytes")
                     }
@@ -222,26 +309,21 @@ impl Hub {
                 },
                 Err(failure) => failure,
             };
-            match failure {
-                Failure::Final(error) => return Err(error),
-                Failure::Passing { what, after } => {
-                    tries.wait(subject, &what, after, false, &self.client.stop, line)?;
-                }
-            }
+            tries.wait(subject, failure, false, !self.client.has_answered(), &self.client.stop, line)?;
         }
     }
 
     /// At most one byte more than `most` of an answer.
-    fn body(&self, response: Response<Body>, most: u64) -> Result<Vec<u8>, Failure> {
+    fn body(&self, response: Response<Body>, most: u64, until: Option<Instant>) -> Result<Vec<u8>, Failure> {
         let passing = |what: &str| Failure::Passing { what: what.to_owned(), after: None };
         let told =
             response.headers().get("content-length").and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        let _awaited = self.client.silence.begin(&host(response.get_uri()));
         let mut body = response.into_body().into_reader().take(most + 1);
-        let deadline = Instant::now() + self.client.patience.silence * 10;
         let (mut bytes, mut buffer) = (Vec::new(), [0; 16 << 10]);
         loop {
             self.client.stop.check()?;
-            if Instant::now() > deadline {
+            if until.is_some_and(|until| Instant::now() > until) {
                 return Err(passing("the hub's answer takes too long"));
             }
             match body.read(&mut buffer) {
@@ -249,6 +331,7 @@ impl Hub {
                     return Err(passing("the hub's answer was cut"));
                 }
                 Ok(0) => return Ok(bytes),
+                // A few bytes now and then are told as silence: an answer is short.
                 Ok(read) => bytes.extend_from_slice(&buffer[..read]),
                 Err(error) => return Err(broken(&error)),
             }
@@ -260,39 +343,52 @@ impl Hub {
         self.client.endpoint.at(&format!("{}/resolve/{}/{}", exact.repo, exact.revision(), path.join("/")))
     }
 
-    /// Downloads the blobs of files, several at the same time. Returns how many bytes came, and in what time.
+    /// Downloads those blobs of files that are missing or damaged, several at the same time. Returns how many bytes came, and in what time.
     fn bring(
         &self,
         name: &HubName,
         exact: &HubName,
         place: &Place,
-        missing: &[&RemoteFile],
+        files: &[RemoteFile],
+        damaged: &[RemoteFile],
     ) -> Result<(u64, Duration)> {
         let mut seen = HashSet::new();
-        let mut queue: Vec<&RemoteFile> =
-            missing.iter().filter(|file| !place.has_blob(file) && seen.insert(&file.digest)).copied().collect();
-        let total = queue.iter().map(|file| file.size).sum();
-        let begun = |file: &&RemoteFile| {
-            std::fs::metadata(place.partial(&file.digest)).map_or(0, |meta| meta.len().min(file.size))
+        let damaged: HashSet<&Digest> = damaged.iter().map(|file| &file.digest).collect();
+        let is_missing = |file: &&RemoteFile| {
+            let is_there = place.has(exact.revision(), file) || place.has_blob(file);
+            !is_there || damaged.contains(&file.digest)
         };
-        let here: u64 = queue.iter().map(begun).sum();
-        if let Some(lacks) = space::lacks(&self.store, total - here) {
+        let missing: Vec<&RemoteFile> =
+            files.iter().filter(is_missing).filter(|file| seen.insert(&file.digest)).collect();
+        let begun = |file: &RemoteFile| {
+            // A link is not followed: none is made there.
+            let meta = std::fs::symlink_metadata(place.partial(&file.digest)).ok().filter(std::fs::Metadata::is_file);
+            meta.map_or(0, |meta| meta.len().min(file.size))
+        };
+        let mut queue: Vec<(&RemoteFile, u64)> = missing.into_iter().map(|file| (file, begun(file))).collect();
+        let total: u64 = files.iter().map(|file| file.size).sum();
+        let here: u64 = queue.iter().map(|(_, begun)| begun).sum();
+        let needed: u64 = queue.iter().map(|(file, begun)| file.size - begun).sum();
+        if let Some(lacks) = space::lacks(&self.store, needed) {
             bail!("{name}: {lacks}");
         }
         if here > 0 {
-            line(format_args!("resumed   {} are here already", size(here)));
+            line(format_args!("resumed   {} are here already; their bytes are checked first", size(here)));
         }
         // The last is taken first: the largest, so that no long one is left at the end.
-        queue.sort_by_key(|file| file.size);
+        queue.sort_by_key(|(file, _)| file.size);
         let workers = queue.len().min(CONNECTIONS);
         let (queue, failed) = (Mutex::new(queue), Mutex::new(None));
-        let progress = Downloading::start(total);
+        let progress = Downloading::start(total, total - needed);
+        self.is_bringing.store(true, Ordering::SeqCst);
         let work = || {
             while !self.client.stop.is_set() {
-                let Some(file) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop() else { return };
+                let Some((file, counted)) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop() else { return };
                 let refused = |refusal: &_| explain(&self.client, name, Some(&file.path), refusal);
                 let url = self.url(exact, file);
-                let blob = Blob { client: &self.client, url, file, place, progress: &progress, explain: &refused };
+                let is_damaged = damaged.contains(&file.digest);
+                let (client, progress, explain) = (&self.client, &progress, &refused);
+                let blob = Blob { client, url, file, place, counted, is_damaged, progress, explain };
                 if let Err(error) = blob.download() {
                     // The first is what is told; the others end by it.
                     let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -305,14 +401,19 @@ impl Hub {
             let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
             while workers.iter().any(|worker| !worker.is_finished()) {
                 progress.tick();
+                self.tell_silence(&|note| progress.say(note));
                 thread::sleep(TICK);
             }
         });
+        self.is_bringing.store(false, Ordering::SeqCst);
         progress.end();
         let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
         match failed {
             None if !self.client.stop.is_set() => Ok(progress.came()),
-            Some(error) if !error.is::<Interrupted>() => Err(error.context(name.to_string())),
+            Some(error) if !error.is::<Interrupted>() => {
+                let is_named = error.to_string().starts_with(&format!("{name}: "));
+                Err(if is_named { error } else { error.context(name.to_string()) })
+            }
             _ => {
                 let (here, total) = (size(progress.here()), size(total));
                 Err(Interrupted(format!(

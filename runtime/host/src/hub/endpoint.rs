@@ -1,6 +1,6 @@
 //! Where the hub is, what may be sent there, and where it may lead.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Result, anyhow, ensure};
 use ureq::http::Uri;
@@ -31,6 +31,7 @@ impl Origin {
         ensure!(!authority.as_str().contains('@'), "a name or password in the address is not supported");
         let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
         ensure!(!host.is_empty(), "the address has no host");
+        ensure!(is_plain(&host), "a host of numbers is written like 192.0.2.1");
         let port = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
         let is_right = port.is_empty() || authority.port_u16().is_some_and(|port| port > 0);
         ensure!(is_right, "the port should be from 1 to 65535");
@@ -41,7 +42,8 @@ impl Origin {
     /// Returns true if it is this machine.
     pub(super) fn is_loopback(&self) -> bool {
         let address = self.host.parse::<IpAddr>().map(|address| address.to_canonical());
-        self.host == "localhost" || address.is_ok_and(|address| address.is_loopback() || address.is_unspecified())
+        self.host.trim_end_matches('.') == "localhost"
+            || address.is_ok_and(|address| address.is_loopback() || address.is_unspecified())
     }
 
     /// Returns true if what is sent there can be read on the way.
@@ -50,11 +52,21 @@ impl Origin {
     }
 }
 
+/// Whether a host is a name, or an address in its usual form: `127.1`, `0x7f.1` and `2130706433` are this machine to some programs.
+fn is_plain(host: &str) -> bool {
+    let last = host.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
+    let is_number = last.bytes().all(|c| c.is_ascii_digit())
+        || last.strip_prefix("0x").is_some_and(|digits| digits.bytes().all(|c| c.is_ascii_hexdigit()));
+    !is_number || host.parse::<Ipv4Addr>().is_ok()
+}
+
 /// The hub's address: `$HF_ENDPOINT`, a mirror, or the hub itself.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     base: String,
     origin: Origin,
+    /// `HF_ENDPOINT` names it.
+    is_set: bool,
 }
 
 impl Endpoint {
@@ -67,7 +79,7 @@ impl Endpoint {
         let uri: Uri = base.parse().map_err(|_| anyhow!("not an address"))?;
         ensure!(uri.query().is_none() && !text.contains('#'), "an address with `?` or `#` is not supported");
         let origin = Origin::of(&uri)?;
-        Ok(Self { base: base.to_owned(), origin })
+        Ok(Self { base: base.to_owned(), origin, is_set: false })
     }
 
     /// `$HF_ENDPOINT`, or the hub itself.
@@ -78,7 +90,14 @@ impl Endpoint {
         let set = std::env::var("HF_ENDPOINT").ok().filter(|text| !text.trim().is_empty());
         let text = set.as_deref().map_or(DEFAULT, str::trim);
         // The value is not repeated: there may be a password in it.
-        Self::parse(text).map_err(|error| anyhow!("HF_ENDPOINT: {error}\nhint: it should be like {DEFAULT}"))
+        let endpoint = Self::parse(text);
+        let endpoint = endpoint.map_err(|error| anyhow!("HF_ENDPOINT: {error}\nhint: it should be like {DEFAULT}"))?;
+        Ok(Self { is_set: set.is_some(), ..endpoint })
+    }
+
+    /// The address if `HF_ENDPOINT` names it.
+    pub(super) fn set(&self) -> Option<&str> {
+        self.is_set.then_some(self.base.as_str())
     }
 
     /// The address of a path.
@@ -164,6 +183,13 @@ mod tests {
             (&hub, "https://[::1]/a"),
             (&hub, "https://[::ffff:127.0.0.1]/a"),
             (&hub, "https://0.0.0.0/a"),
+            (&hub, "https://127.1/a"),
+            (&hub, "https://2130706433/a"),
+            (&hub, "https://0x7f.1/a"),
+            (&hub, "https://0x7F000001/a"),
+            (&hub, "https://0/a"),
+            (&hub, "https://127.0.0.1./a"),
+            (&hub, "https://localhost./a"),
             (&hub, "file:///etc/passwd"),
             (&hub, "ftp://hub.example/a"),
             (&hub, "https://me:secret@hub.example/a"),

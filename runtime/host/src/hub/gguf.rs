@@ -14,9 +14,10 @@ pub fn models<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     paths.into_iter().filter(is_model).collect()
 }
 
-/// The files that a quantization means: those whose names end in it. One that has no other name is meant alone.
+/// The files that a quantization means: those whose names end in it. One that has no other name is meant alone, and so is one whose whole
+/// name is said, `.gguf` and all.
 pub fn matching<'a>(paths: &[&'a str], quantization: &str) -> Vec<&'a str> {
-    let wanted = quantization.to_ascii_lowercase();
+    let wanted = whole_stem(quantization).to_ascii_lowercase();
     let whole = |path: &&&str| whole_stem(path).to_ascii_lowercase() == wanted;
     let exact: Vec<&str> = paths.iter().filter(whole).copied().collect();
     if !exact.is_empty() {
@@ -89,6 +90,8 @@ mod tests {
             ("UD-Q4_K_M", vec!["m-UD-Q4_K_M.gguf"]),
             ("Q4_K_M", vec!["m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf"]),
             ("m-q4_k_m", vec!["m-Q4_K_M.gguf"]),
+            ("m-Q4_K_M.gguf", vec!["m-Q4_K_M.gguf"]),
+            ("m.q8_0.GGUF", vec!["m.q8_0.gguf"]),
             ("Q8_0", vec!["m.q8_0.gguf"]),
             ("f16", vec!["F16.gguf"]),
             ("iq4_xs", vec!["m-IQ4_XS.GGUF"]),

@@ -1,16 +1,17 @@
 //! What the hub says of a repository at a revision: its commit and its files. Nothing in it is trusted.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
-use serde_json::Value;
+use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::HubName;
 use super::digest::Digest;
 
 /// Longest listing, in bytes.
-pub(super) const BYTES_MAX: u64 = 64 << 20;
+pub(super) const BYTES_MAX: u64 = 16 << 20;
 /// Most files of a repository.
 const FILES_MAX: usize = 100_000;
 /// Longest path, in bytes.
@@ -19,6 +20,10 @@ const PATH_BYTES_MAX: usize = 1024;
 const FILE_BYTES_MAX: u64 = 1 << 44;
 /// Longest name of a license, in characters.
 const LICENSE_MAX: usize = 60;
+/// Most licenses that are told.
+const LICENSES_MAX: usize = 8;
+/// Longest part of a path, in bytes: no file name can be longer, and a link is made beside it under another.
+const PART_BYTES_MAX: usize = 255;
 
 /// A repository at a commit.
 #[derive(Clone, Debug)]
@@ -47,12 +52,31 @@ struct Info {
     id: Option<String>,
     sha: Option<String>,
     #[serde(default)]
-    gated: Value,
+    gated: Loose,
     #[serde(default, rename = "cardData")]
-    card: Value,
+    card: Option<Card>,
     #[serde(default)]
-    siblings: Vec<Sibling>,
+    siblings: Siblings,
 }
+
+#[derive(Deserialize)]
+struct Card {
+    #[serde(default)]
+    license: Loose,
+    #[serde(default)]
+    license_name: Loose,
+}
+
+/// A value of which only `true`, a text, or the texts of a list matter. Whatever else it is, is read over and takes no memory.
+#[derive(Default)]
+struct Loose {
+    is_true: bool,
+    texts: Vec<String>,
+}
+
+/// Files, which are counted as they are read: a list without end is not held.
+#[derive(Default)]
+struct Siblings(Vec<Sibling>);
 
 #[derive(Deserialize)]
 struct Sibling {
@@ -77,10 +101,9 @@ impl Listing {
     pub(super) fn parse(answer: &[u8]) -> Result<Self> {
         let info: Info = serde_json::from_slice(answer).context("the answer is no list of files")?;
         let commit = info.sha.filter(|sha| HubName::is_commit(sha)).context("the answer names no commit")?;
-        ensure!(info.siblings.len() <= FILES_MAX, "the list has more than {FILES_MAX} files");
         let mut seen = BTreeSet::new();
-        let mut files = Vec::with_capacity(info.siblings.len());
-        for sibling in info.siblings {
+        let mut files = Vec::with_capacity(info.siblings.0.len());
+        for sibling in info.siblings.0 {
             let path = sibling.rfilename.clone();
             let quoted = || format!("{:?}", path.chars().take(80).collect::<String>());
             check_path(&path).with_context(|| format!("the list has a file {}", quoted()))?;
@@ -95,8 +118,8 @@ impl Listing {
         let total = files.iter().try_fold(0_u64, |sum, file| sum.checked_add(file.size));
         ensure!(total.is_some(), "the list has more bytes than can be counted");
         let id = info.id.filter(|id| HubName::parse(id).is_some_and(|name| name.repo == *id));
-        let is_gated = info.gated == true || info.gated.is_string();
-        Ok(Self { id, commit, license: license(&info.card), is_gated, files })
+        let is_gated = info.gated.is_true || !info.gated.texts.is_empty();
+        Ok(Self { id, commit, license: info.card.as_ref().and_then(license), is_gated, files })
     }
 
     /// The file of that path.
@@ -123,6 +146,7 @@ fn check_path(path: &str) -> Result<()> {
     ensure!(!path.chars().any(|c| c.is_control() || c == '\\'), "whose path has a control character or a backslash");
     for part in path.split('/') {
         ensure!(!part.is_empty() && part != "." && part != "..", "whose path could lead out of its directory");
+        ensure!(part.len() <= PART_BYTES_MAX, "whose name is too long");
         // A colon is a drive or a stream on Windows.
         ensure!(!cfg!(windows) || !part.contains(':'), "whose path has a colon");
     }
@@ -130,20 +154,113 @@ fn check_path(path: &str) -> Result<()> {
 }
 
 /// The license of a model's card.
-fn license(card: &Value) -> Option<String> {
-    let text = |value: &Value| match value {
-        Value::Array(all) => Some(all.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")),
-        value => value.as_str().map(str::to_owned),
-    };
-    let name = text(&card["license"]).filter(|name| name != "other").or_else(|| text(&card["license_name"]));
-    let name = name.or_else(|| text(&card["license"]))?;
+fn license(card: &Card) -> Option<String> {
+    let text = |value: &Loose| Some(value.texts.join(", ")).filter(|text| !text.is_empty());
+    let name = text(&card.license).filter(|name| name != "other").or_else(|| text(&card.license_name));
+    let name = name.or_else(|| text(&card.license))?;
     let name: String = name.chars().filter(|c| !c.is_control()).take(LICENSE_MAX).collect();
     Some(name.trim().to_owned()).filter(|name| !name.is_empty())
 }
 
+impl<'de> Deserialize<'de> for Loose {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reader;
+
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Loose;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a value")
+            }
+
+            fn visit_bool<E>(self, is_true: bool) -> Result<Loose, E> {
+                Ok(Loose { is_true, texts: Vec::new() })
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Loose, E> {
+                Ok(Loose { is_true: false, texts: vec![text.chars().take(LICENSE_MAX).collect()] })
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Loose, E> {
+                Ok(Loose::default())
+            }
+
+            fn visit_u64<E>(self, _: u64) -> Result<Loose, E> {
+                Ok(Loose::default())
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Loose, E> {
+                Ok(Loose::default())
+            }
+
+            fn visit_unit<E>(self) -> Result<Loose, E> {
+                Ok(Loose::default())
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Loose, A::Error> {
+                let mut loose = Loose::default();
+                // A list of lists would be as deep as it likes; of a license only texts count.
+                while loose.texts.len() < LICENSES_MAX {
+                    match list.next_element::<Text>()? {
+                        Some(Text(text)) => loose.texts.extend(text),
+                        None => return Ok(loose),
+                    }
+                }
+                while list.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(loose)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Loose, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Loose::default())
+            }
+        }
+
+        from.deserialize_any(Reader)
+    }
+}
+
+/// A text, or something else that is read over.
+#[derive(Deserialize)]
+#[serde(from = "Loose")]
+struct Text(Option<String>);
+
+impl From<Loose> for Text {
+    fn from(mut loose: Loose) -> Self {
+        Self(loose.texts.pop())
+    }
+}
+
+impl<'de> Deserialize<'de> for Siblings {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reader;
+
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Siblings;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a list of files")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Siblings, A::Error> {
+                let mut siblings = Vec::new();
+                while let Some(sibling) = list.next_element()? {
+                    if siblings.len() == FILES_MAX {
+                        return Err(A::Error::custom(format!("the list has more than {FILES_MAX} files")));
+                    }
+                    siblings.push(sibling);
+                }
+                Ok(Siblings(siblings))
+            }
+        }
+
+        from.deserialize_seq(Reader)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -170,6 +287,46 @@ mod tests {
     }
 
     #[test]
+    fn what_is_odd_in_a_card_is_read_over() -> Result<()> {
+        let parse = |gated: Value, card: Value| {
+            let info = json!({"sha": COMMIT, "gated": gated, "cardData": card, "siblings": []});
+            Listing::parse(info.to_string().as_bytes())
+        };
+        for (license, told) in [
+            (json!(["mit", 7, ["x"], {"a": [1]}, "apache-2.0"]), Some("mit, x, apache-2.0")),
+            (json!({"deep": [[[{}]]]}), None),
+            (json!(-1.5), None),
+            (json!(null), None),
+        ] {
+            assert_eq!(
+                parse(json!(false), json!({"license": license, "x": [[]]}))?.license.as_deref(),
+                told,
+                "{license}"
+            );
+        }
+        assert_eq!(parse(json!(null), json!(null))?.license, None);
+        for (gated, is_gated) in [
+            (json!(true), true),
+            (json!("manual"), true),
+            (json!(false), false),
+            (json!([]), false),
+            (json!({}), false),
+        ] {
+            assert_eq!(parse(gated.clone(), json!({}))?.is_gated, is_gated, "{gated}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_list_of_too_many_files_is_refused_as_it_is_read() {
+        // What follows the last file that is allowed is not looked at.
+        let file = json!({"rfilename": "a", "size": 1, "blobId": GIT}).to_string();
+        let text = format!("{{\"siblings\": [{}, no JSON", vec![file; FILES_MAX + 1].join(","));
+        let told = format!("{:#}", Listing::parse(text.as_bytes()).expect_err("too many"));
+        assert!(told.contains("more than 100000 files"), "{told}");
+    }
+
+    #[test]
     fn a_path_that_could_lead_elsewhere_refuses_the_whole_list() {
         let long = "a/".repeat(600) + "b";
         for bad in [
@@ -191,6 +348,7 @@ mod tests {
             "a\u{1b}[31m",
             "a\0b",
             long.as_str(),
+            "b".repeat(256).as_str(),
         ] {
             let file = |path: &str| json!({"rfilename": path, "size": 1, "blobId": GIT});
             assert!(listing(json!([file("config.json"), file(bad)])).is_err(), "{bad:?}");

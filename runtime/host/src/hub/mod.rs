@@ -19,8 +19,10 @@ mod offline;
 mod patience;
 mod place;
 pub mod policy;
+mod proxy;
 mod space;
 mod token;
+mod verify;
 mod whole;
 
 pub use cache::{Found, find};

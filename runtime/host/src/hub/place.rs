@@ -69,6 +69,15 @@ impl Place {
         self.folder.join("snapshots").join(commit)
     }
 
+    /// Refuses a folder whose snapshots lie elsewhere: the links in them are relative, and would lead nowhere.
+    pub(super) fn check(&self) -> Result<()> {
+        let snapshots = self.folder.join("snapshots");
+        if snapshots.is_symlink() {
+            bail!("{}: a link, and should be a directory", snapshots.display());
+        }
+        Ok(())
+    }
+
     /// Makes what a blob is written into.
     pub(super) fn prepare(&self) -> Result<()> {
         make_directory(&self.folder.join("blobs"))
@@ -130,10 +139,11 @@ impl Place {
     /// # Errors
     /// When it cannot be written.
     pub(super) fn put(&self, commit: &str, file: &RemoteFile, is_last: bool) -> Result<()> {
-        if self.has(commit, file) {
+        let pointer = self.pointer(commit, &file.path);
+        // Where the file itself stands there, its blob came to replace it.
+        if self.has(commit, file) && (pointer.is_symlink() || !self.has_blob(file)) {
             return Ok(());
         }
-        let pointer = self.pointer(commit, &file.path);
         let directory = pointer.parent().context("a file lies in a directory")?;
         make_directory(directory)?;
         let blob = self.blob(&file.digest);
@@ -225,7 +235,7 @@ fn is_still(_: &File, _: &Path) -> bool {
 }
 
 /// Whether a path leads to a regular file of that size.
-fn is_file_of(path: &Path, size: u64) -> bool {
+pub(super) fn is_file_of(path: &Path, size: u64) -> bool {
     fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == size)
 }
 

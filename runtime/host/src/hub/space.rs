@@ -33,5 +33,18 @@ pub(super) fn is_full(error: &io::Error) -> bool {
 
 /// What is said when the disk became full on the way.
 pub(super) fn became_full(path: &Path, missing: u64, error: &io::Error) -> String {
+    if error.kind() == io::ErrorKind::FileTooLarge {
+        return format!(
+            "no file may become so large here ({error}), and it has {}\nhint: `ulimit -f` says how large; FAT takes less than 4 GB",
+            size(missing)
+        );
+    }
     format!("the disk became full ({error}): {}", told(path, missing, free_bytes(path)))
+}
+
+/// Whether a directory cannot be written: the user may not, or nobody can.
+pub(super) fn is_closed(error: &anyhow::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+    kinds.into_iter().any(|kind| matches!(kind, PermissionDenied | ReadOnlyFilesystem))
 }

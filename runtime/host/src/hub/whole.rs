@@ -1,15 +1,20 @@
 //! What a snapshot of the cache is, and whether all files are there that it takes to use it.
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::path::Path;
 
 use anyhow::Result;
 use homeroom_engine::files::read_text;
-use serde_json::Value;
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::gguf;
 
 /// Longest index of shards, in bytes.
 pub const INDEX_BYTES_MAX: u64 = 64 << 20;
+/// Most shards of a model.
+const SHARDS_MAX: usize = 10_000;
 /// How deep in a snapshot files are looked for.
 const DEPTH_MAX: usize = 4;
 
@@ -63,15 +68,50 @@ pub const INDEX: &str = "model.safetensors.index.json";
 /// # Errors
 /// When it is not an index, or a name in it is none of a file beside it.
 pub fn shards_of(index: &str) -> Result<Vec<String>> {
-    let index: Value = serde_json::from_str(index)?;
-    let map = index["weight_map"].as_object().filter(|map| !map.is_empty());
-    let map = map.ok_or_else(|| anyhow::anyhow!("it has no weight_map"))?;
-    let mut shards = std::collections::BTreeSet::new();
-    for shard in map.values() {
-        let name = shard.as_str().filter(|name| name.ends_with(".safetensors") && !name.contains(['/', '\\']));
-        shards.insert(name.ok_or_else(|| anyhow::anyhow!("a tensor is in {shard}, which is no file beside it"))?);
+    let Index { weight_map: Shards(shards) } = serde_json::from_str(index)?;
+    anyhow::ensure!(!shards.is_empty(), "it has no weight_map");
+    let is_right = |name: &&String| name.ends_with(".safetensors") && !name.contains(['/', '\\']);
+    if let Some(name) = shards.iter().find(|name| !is_right(name)) {
+        anyhow::bail!("a tensor is in {:?}, which is no file beside it", name.chars().take(80).collect::<String>());
     }
-    Ok(shards.into_iter().map(str::to_owned).collect())
+    Ok(shards.into_iter().collect())
+}
+
+#[derive(Deserialize)]
+struct Index {
+    #[serde(default)]
+    weight_map: Shards,
+}
+
+/// The files of a map from tensors to files. The tensors, of which there may be any number, are read over.
+#[derive(Default)]
+struct Shards(BTreeSet<String>);
+
+impl<'de> Deserialize<'de> for Shards {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reader;
+
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Shards;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a map from tensors to files")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Shards, A::Error> {
+                let mut shards = BTreeSet::new();
+                while let Some((_, shard)) = map.next_entry::<IgnoredAny, String>()? {
+                    shards.insert(shard);
+                    if shards.len() > SHARDS_MAX {
+                        return Err(A::Error::custom(format!("more than {SHARDS_MAX} files")));
+                    }
+                }
+                Ok(Shards(shards))
+            }
+        }
+
+        from.deserialize_map(Reader)
+    }
 }
 
 /// The files of a snapshot that are there, with `/` between the parts of their paths.

@@ -137,7 +137,10 @@ fn of_gguf_files_the_one_that_is_named_is_found() -> Result<()> {
     let snapshot = store.path().join("models--a--b/snapshots").join(OLD);
     assert_eq!(path("a/b:q4_k_m")?, Some(snapshot.join("m-Q4_K_M.gguf")));
     assert_eq!(path("a/b:Q8_0")?, Some(snapshot.join("sub/m-Q8_0.gguf")));
-    assert_eq!((path("a/b:Q2_K")?, path("a/b")?), (None, None));
+    assert_eq!(path("a/b:m-Q5_K_M.gguf")?, Some(snapshot.join("m-Q5_K_M.gguf")));
+    assert_eq!(path("a/b:Q2_K")?, None);
+    let told = path("a/b").expect_err("three").to_string();
+    assert!(told.contains("`a/b:Q4_K_M`, `a/b:Q5_K_M`, `a/b:Q8_0`"), "{told}");
     let told = path("a/b:K_M").expect_err("two").to_string();
     assert!(told.contains("m-Q4_K_M.gguf or m-Q5_K_M.gguf"), "{told}");
     Ok(())

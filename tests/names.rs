@@ -10,11 +10,14 @@ mod pipelines;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{ChildStderr, Command};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use homeroom_engine::digest;
@@ -25,6 +28,30 @@ use crate::support::{Place, fixture};
 const NAME: &str = "Org-7/tiny_Llama.v2";
 const FIRST: &str = "1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d";
 const SECOND: &str = "ffffffff5e6f708192a3b4c5d6e7f8091a2b3c4d";
+
+/// Longest time that a program may take to say or answer something. Loading a model takes a part of a second.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a program says on stderr, as it says it.
+struct Story(Receiver<String>);
+
+impl Story {
+    fn of(stderr: ChildStderr) -> Self {
+        let (sender, lines) = channel();
+        let stderr = BufReader::new(stderr);
+        thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line + "\n")));
+        Self(lines)
+    }
+
+    /// Reads until a line has some words.
+    fn until(&self, words: &str) -> Result<String> {
+        let mut text = String::new();
+        while !text.contains(words) {
+            text += &self.0.recv_timeout(PATIENCE).with_context(|| format!("no `{words}` in\n{text}"))?;
+        }
+        Ok(text)
+    }
+}
 
 /// Files by their names in a repository, each with where it is copied from.
 type Files = BTreeMap<String, PathBuf>;

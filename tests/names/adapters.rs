@@ -61,7 +61,7 @@ fn a_base_at_another_commit_is_taken_if_it_is_the_same_base() -> Result<()> {
     fs::remove_dir_all(hub.folder(NAME))?;
     hub.add(NAME, SECOND, &files_of(&fixture("models/mistral"))?)?;
     hub.set(NAME, "main", SECOND)?;
-    let [pinned, other] = [format!("`homeroom pull {NAME}@{FIRST}`"), format!("the cache has it at {SECOND} only")];
+    let [pinned, other] = [format!("homeroom pull {NAME}@{FIRST}`"), format!("the cache has it at {SECOND} only")];
     refused(hub.seen_by(&mut eval(&adapter, &rows)), &[&pinned, &other, "--base-model"])?;
     fs::remove_dir_all(hub.folder(NAME))?;
     refused(hub.seen_by(&mut eval(&adapter, &rows)), &[&format!("its base model {NAME}@{FIRST} is not there"), &pinned])
@@ -84,7 +84,14 @@ fn an_adapter_of_peft_finds_its_base_in_the_cache() -> Result<()> {
         assert_eq!(loss_in(&hub, &adapter, &rows)?, expected, "{revision:?}");
     }
     set_fields(&config, serde_json::json!({"revision": "v2"}))?;
-    refused(hub.seen_by(&mut eval(&adapter, &rows)), &["Org-7/tiny_Llama.v2@v2 is not there", "`homeroom pull"])?;
+    refused(hub.seen_by(&mut eval(&adapter, &rows)), &["Org-7/tiny_Llama.v2@v2 is not there", "homeroom pull"])?;
+    // What a file says stays in its line.
+    set_fields(
+        &config,
+        serde_json::json!({"base_model_name_or_path": "../x\u{1b}[31m\n\nerror: y", "revision": null}),
+    )?;
+    let ran = crate::support::run(hub.seen_by(&mut eval(&adapter, &rows)))?;
+    assert!(ran.code == Some(1) && !ran.stderr.contains("\nerror: y"), "{}", ran.stderr);
     // A path of a cache that is elsewhere has the name in it.
     let gone = format!("/nowhere/hub/models--Org-7--tiny_Llama.v2/snapshots/{FIRST}");
     set_fields(&config, serde_json::json!({"base_model_name_or_path": gone, "revision": null}))?;
@@ -101,6 +108,14 @@ fn an_adapter_of_peft_finds_its_base_in_the_cache() -> Result<()> {
     refused(
         hub.seen_by(train.env("HOMEROOM_HOME", place.path("home"))),
         &["`--model-name Org-7/tiny_Llama.v2 --init-from school/Algebra-LoRA` trains it further"],
+    )?;
+    // Its base is known where its weights cannot be read.
+    let damaged = place.copy(&adapter, "damaged")?;
+    fs::write(damaged.join("adapter_model.safetensors"), "none")?;
+    let mut train = place.fine_tune(&damaged, &rows);
+    refused(
+        hub.seen_by(&mut train),
+        &["an adapter on Org-7/tiny_Llama.v2", "`--model-name Org-7/tiny_Llama.v2 --init"],
     )?;
     let mut export = homeroom();
     export.args(["export-model", "--model-dir", "school/Algebra-LoRA@main"]).current_dir(place.path("outputs"));

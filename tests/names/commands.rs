@@ -115,16 +115,43 @@ fn a_name_that_is_not_here_is_answered_with_the_nearest_or_with_what_fetches_it(
     let place = Place::new()?;
     let (hub, rows) = (Hub::with_model(&place, "llama")?, place.rows("rows.jsonl", 2)?);
     fs::create_dir(place.path("outputs/Qwen"))?;
-    let pull = "hint: `homeroom pull Qwen7/Qwen2.5-0.5B` downloads it";
+    fs::create_dir(place.path("lab"))?;
+    let bring = [
+        "on a machine with a network `HF_HUB_CACHE=/media/stick homeroom pull Qwen7/Qwen2.5-0.5B`",
+        "here `homeroom import /media/stick/models--Qwen7--Qwen2.5-0.5B`; looked in: ",
+    ];
+    let cache = hub.0.display().to_string();
+    let stores = format!("looked in: {cache}, {}", place.path("lab").display());
     for (name, words) in [
         (
             "Qwen7/Qwen2.5-0.5B",
-            vec!["no such file or directory, and no model of that name on the Hugging Face hub", pull],
+            vec![
+                "error: Qwen7/Qwen2.5-0.5B: not on this machine; nothing is downloaded (HF_HUB_OFFLINE)\n",
+                bring[0],
+                bring[1],
+                &stores,
+            ],
         ),
-        ("org-7/tiny_llama.v2", vec!["did you mean `Org-7/tiny_Llama.v2`?", "hint: if not, `homeroom pull org-7/"]),
+        (
+            "org-7/tiny_llama.v2",
+            vec!["did you mean `Org-7/tiny_Llama.v2`?", "if not, bring it: ", "homeroom pull org-7/"],
+        ),
         ("Org-7/tiny_Lama.v2", vec!["did you mean `Org-7/tiny_Llama.v2`?"]),
-        ("Org-7/tiny_Llama.v2@v9", vec!["`homeroom pull Org-7/tiny_Llama.v2@v9`"]),
-        ("Qwen/Qwen2.5", vec!["`Qwen` is a directory here", "`homeroom pull Qwen/Qwen2.5`"]),
+        (
+            "Org-7/tiny_Llama.v2@v9",
+            vec![
+                "@v9: not on this machine, which has safetensors of it at 1a2b3c4d5e6f; ",
+                "pull Org-7/tiny_Llama.v2@v9`",
+            ],
+        ),
+        (
+            "Qwen/Qwen2.5",
+            vec![
+                "`Qwen` is a directory here",
+                "if a model of the Hugging Face hub is meant, ",
+                "homeroom pull Qwen/Qwen2.5`",
+            ],
+        ),
         ("tiny_Llama", vec!["no such model", "`owner/name`"]),
     ] {
         for with in ["eval --model-dir", "eval --base-model"] {
@@ -136,18 +163,85 @@ fn a_name_that_is_not_here_is_answered_with_the_nearest_or_with_what_fetches_it(
                     command
                 }
             };
+            command.env("HOMEROOM_BASES", place.path("lab"));
             refused(hub.seen_by(command.current_dir(place.path("outputs"))), &words)?;
         }
         let mut train = place.fine_tune(Path::new(name), &rows);
+        train.env("HOMEROOM_BASES", place.path("lab"));
         refused(hub.seen_by(train.current_dir(place.path("outputs"))), &words)?;
     }
     // A path is none, and what is no model is none of the hub's.
-    for path in ["./models/none", "models/none.gguf", "a/b/c"] {
+    for path in ["./models/none", "models/none.gguf", "models/none.safetensors", "~/models/none", "a/b/c"] {
         let ran = run(hub.seen_by(&mut eval(Path::new(path), &rows)))?;
         assert!(ran.code == Some(1) && !ran.stderr.contains("homeroom pull"), "{path}: {}", ran.stderr);
     }
     assert_eq!(place.outputs()?, ["Qwen"]);
     Ok(())
+}
+
+#[test]
+fn a_directory_called_as_an_owner_hides_no_model_of_the_cache() -> Result<()> {
+    let place = Place::new()?;
+    let (hub, rows) = (Hub::with_model(&place, "llama")?, place.rows("rows.jsonl", 2)?);
+    fs::create_dir(place.path("outputs/Org-7"))?;
+    let eval = |name: &str| -> Result<crate::support::Ran> {
+        succeeds(hub.seen_by(eval(Path::new(name), &rows).current_dir(place.path("outputs"))))
+    };
+    let expected = eval(NAME)?.stdout;
+    // Nor does one that has the whole name: it wins, which is said.
+    place.copy(&fixture("models/mistral"), &format!("outputs/{NAME}"))?;
+    let shadowed = eval(NAME)?;
+    assert_ne!(shadowed.stdout, expected);
+    let note = format!("note: `{NAME}` means ./{NAME} here; the model of that name is {}", hub.0.display());
+    assert!(shadowed.stderr.contains(&note), "{}", shadowed.stderr);
+    assert_eq!(eval(&format!("{NAME}@main"))?.stdout, expected);
+    Ok(())
+}
+
+#[test]
+fn a_quantization_that_is_not_here_is_told_with_those_that_are() -> Result<()> {
+    let place = Place::new()?;
+    let (rows, from) = (place.rows("rows.jsonl", 2)?, fixture("models/llama-gguf/model-mixed.gguf"));
+    let hub = Hub(place.path("hub"));
+    let files = ["m-Q4_K_M.gguf", "m-Q6_K.gguf"].map(|name| (name.to_owned(), from.clone()));
+    hub.add("o/m-GGUF", FIRST, &files.into_iter().collect())?;
+    hub.set("o/m-GGUF", "main", FIRST)?;
+    let told = "error: o/m-GGUF:Q8_0: not on this machine, which has Q4_K_M, Q6_K of it; ";
+    let words = [told, "homeroom pull o/m-GGUF:Q8_0`"];
+    refused(hub.seen_by(&mut eval(Path::new("o/m-GGUF:Q8_0"), &rows)), &words)?;
+    let words = ["error: o/m-GGUF: several GGUF files of it are here", "Q4_K_M", "Q6_K"];
+    refused(hub.seen_by(&mut eval(Path::new("o/m-GGUF"), &rows)), &words)
+}
+
+#[test]
+fn a_model_that_is_not_allowed_is_not_taken_by_its_path_either() -> Result<()> {
+    let place = Place::new()?;
+    let (hub, rows) = (Hub::with_model(&place, "llama")?, place.rows("rows.jsonl", 2)?);
+    place.write("home/allowed-bases.txt", "Other/*\n")?;
+    let adapter = fixture("curves/lora/trained");
+    for model in [PathBuf::from(NAME), hub.snapshot(NAME, FIRST)] {
+        let mut alone = eval(&model, &rows);
+        let mut beside = eval(&adapter, &rows);
+        beside.arg("--base-model").arg(&model);
+        for command in [&mut alone, &mut beside, &mut place.fine_tune(&model, &rows)] {
+            command.env("HOMEROOM_HOME", place.path("home"));
+            refused(hub.seen_by(command), &["Org-7/tiny_Llama.v2: not allowed here", "allowed-bases.txt"])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_embedding_model_is_refused_by_the_name_that_was_typed() -> Result<()> {
+    let place = Place::new()?;
+    let hub = Hub(place.path("hub"));
+    let files = files_of(&fixture("embeddings/bert"))?.into_iter().filter(|(_, path)| path.is_file());
+    hub.add("o/vectors", FIRST, &files.collect())?;
+    hub.set("o/vectors", "main", FIRST)?;
+    let mut chat = homeroom();
+    chat.args(["chat", "--prompt", "hi", "--model-dir", "o/vectors"]);
+    let words = ["error: o/vectors: it is an embedding model (`bert`)", "`homeroom serve --model-dir o/vectors`"];
+    refused(hub.seen_by(&mut chat), &words)
 }
 
 #[test]

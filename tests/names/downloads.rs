@@ -25,6 +25,22 @@ fn a_training_from_an_empty_cache_names_a_base_that_any_machine_can_fetch() -> R
     ] {
         refused(program(&server, &place, &train).args(more), &[words])?;
     }
+    for (text, words) in [
+        ("PK\u{3}\u{4}\0", "not text in UTF-8"),
+        ("{\"text\": \"a\"}\n{\"text\": 7}\n", "line 2: "),
+        ("{\"text\": \"a\"}\n{\"frage\": \"a\"}\n", "line 2: unknown row with `frage`"),
+        ("\n", "no rows"),
+    ] {
+        let bad = place.write("bad.jsonl", text)?.display().to_string();
+        let mut as_rows = train;
+        as_rows[6] = &bad;
+        refused(&mut program(&server, &place, &as_rows), &["bad.jsonl: ", words])?;
+        refused(program(&server, &place, &train).args(["--eval-file", &bad]), &["bad.jsonl: ", words])?;
+        refused(
+            &mut program(&server, &place, &["eval", "--model-dir", NAME, "--file", &bad]),
+            &["bad.jsonl: ", words],
+        )?;
+    }
     assert_eq!(server.asked().len(), 0);
     let ran = succeeds(&mut program(&server, &place, &train))?;
     let commit = "a1".repeat(20);

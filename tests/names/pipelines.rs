@@ -1,6 +1,5 @@
 //! Pipelines: names in a TOML file, in `--set`, and in a script.
 
-use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
 
 use serde_json::Value;
@@ -61,6 +60,7 @@ fn a_pipeline_trains_and_serves_a_model_by_its_name() -> Result<()> {
     let dry = succeeds(&mut pipeline.command(&["--dry-run"]))?;
     assert!(dry.stdout.contains(&format!("train   {NAME} with lora")), "{}", dry.stdout);
     let ran = succeeds(&mut pipeline.command(&["--json"]))?;
+    assert!(ran.stderr.ends_with("next      homeroom chat --handler tutor\n"), "{}", ran.stderr);
     assert!(ran.stderr.contains("model     Org-7/tiny_Llama.v2@1a2b3c4   "), "{}", ran.stderr);
     let result = printed_json(&ran)?;
     // Names go into the file of handlers, not paths of the cache.
@@ -160,17 +160,18 @@ fn a_pipeline_that_is_offline_or_only_looked_at_downloads_nothing() -> Result<()
     let in_toml = "its TOML file says `offline = true`";
     let by_flag = "nothing is downloaded (--offline)";
     for (pipeline, arguments, words) in [
-        (&plain, ["--check", "--offline"].as_slice(), "is not in Hugging Face's cache, and nothing is downloaded"),
-        (&offline, &["--check"], "is not in Hugging Face's cache, and nothing is downloaded"),
+        (&plain, ["--check", "--offline"].as_slice(), by_flag),
+        (&offline, &["--check"], in_toml),
         (&plain, &["--dry-run"], "a dry run downloads nothing"),
         (&plain, &["--offline"], by_flag),
         (&offline, &[], in_toml),
     ] {
         let mut command = pipeline.command(arguments);
         let ran = run(nobody.seen_by(command.args(["--set", missing]))?)?;
-        let told = ran.stderr.contains(words) && ran.stderr.contains("`homeroom pull Org-8/not-here`");
+        let told = ran.stderr.contains(words) && ran.stderr.contains("homeroom pull Org-8/not-here`");
         assert!(ran.code == Some(1) && told && ran.stdout.is_empty(), "{arguments:?}: {}", ran.stderr);
-        assert!(ran.stderr.contains("c.toml: parameter `model`: "), "{}", ran.stderr);
+        let told = ran.stderr.contains("c.toml: parameter `model`: Org-8/not-here: not on this machine; ");
+        assert!(told, "{}", ran.stderr);
     }
     let ran = run(nobody.seen_by(plain.command(&["--check"]).args(["--set", missing]))?)?;
     let told = ran.stderr.contains("`model`: Org-8/not-here is not in the cache; a run downloads it");
@@ -179,6 +180,19 @@ fn a_pipeline_that_is_offline_or_only_looked_at_downloads_nothing() -> Result<()
     succeeds(nobody.seen_by(&mut offline.command(&[]))?)?;
     assert!(!plain.place.path("home/runs").exists());
     nobody.was_left_alone()
+}
+
+#[test]
+fn a_check_says_which_file_is_wrong_and_puts_what_to_do_last() -> Result<()> {
+    let pipeline = Pipeline::new("homeroom.fine_tun {}\n", "")?;
+    let ran = pipeline.run(&["--check", "--offline", "--set", "model=Org-8/x", "--set", "rows=gone.jsonl"])?;
+    let (problems, hint) = ran.stderr.split_once("\nhint: ").context("a hint")?;
+    assert!(problems.contains("c.toml: 3 problems\n") && problems.lines().count() == 4, "{}", ran.stderr);
+    assert!(problems.contains("s.lua:1: ") && hint.contains("homeroom pull Org-8/x`"), "{}", ran.stderr);
+    // No text is no model, and not the directory that names are relative to.
+    let ran = pipeline.run(&["--check", "--set", "model="])?;
+    assert!(ran.code == Some(1) && ran.stderr.contains("--set model=: it is empty; name a model"), "{}", ran.stderr);
+    Ok(())
 }
 
 /// A program that ends with the test.
@@ -198,22 +212,14 @@ fn a_name_that_an_edit_brings_is_not_downloaded_while_a_pipeline_is_watched() ->
     let nobody = Nobody::new()?;
     let mut command = pipeline.command(&["--watch"]);
     let mut running = Running(nobody.seen_by(&mut command)?.stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?);
-    let mut story = BufReader::new(running.0.stderr.take().context("a pipe")?).lines();
-    let mut until = |words: &str| -> Result<String> {
-        let mut text = String::new();
-        while !text.contains(words) {
-            text += &story.next().with_context(|| format!("no `{words}` in\n{text}"))??;
-            text.push('\n');
-        }
-        Ok(text)
-    };
+    let story = Story::of(running.0.stderr.take().context("a pipe")?);
     let edit = |to: &str| -> Result<()> {
         let text = fs::read_to_string(&pipeline.config)?.replace(NAME, to);
         Ok(fs::write(&pipeline.config, text)?)
     };
-    until("watching  ")?;
+    story.until("watching  ")?;
     edit("Org-8/not-he")?;
-    let story = until("watching  ")?;
+    let story = story.until("watching  ")?;
     let told = story.contains("a name that comes by an edit is not downloaded") && story.contains("pull Org-8/not-he`");
     assert!(told, "{story}");
     nobody.was_left_alone()

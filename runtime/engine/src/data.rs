@@ -103,6 +103,23 @@ pub fn parse_rows(path: &Path) -> Result<Vec<(usize, Row)>> {
     Ok(rows)
 }
 
+/// Checks the rows of a JSONL file and keeps none, as before a model is fetched for them.
+///
+/// # Errors
+/// When the file cannot be read, holds no rows, or any row is refused whatever the model: one message tells all problems by line.
+pub fn check_jsonl(path: &Path) -> Result<()> {
+    let (mut rows, mut problems) = (0, Problems::default());
+    read_rows(path, |line, _, row| {
+        rows += 1;
+        if let Err(problem) = row {
+            problems.add(line, problem);
+        }
+    })?;
+    problems.into_result(path)?;
+    ensure!(rows > 0, "{}: no rows", path.display());
+    Ok(())
+}
+
 /// Reads and checks the rows of an open JSONL file and returns each with its line, as the text that it was. `path` is what messages
 /// call the file.
 ///

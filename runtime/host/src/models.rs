@@ -1,23 +1,30 @@
 //! Models by name or path: bases, and adapters with their bases.
 
 mod locate;
+mod missing;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::adapter::{AdapterFiles, is_adapter, with_text_of};
+use homeroom_engine::adapter::{AdapterFiles, CONFIG_FILE, is_adapter, with_text_of};
 use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
+use homeroom_engine::embedding::encoder_type;
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use homeroom_engine::model::BaseModel;
 
-pub use self::locate::{Located, Network, base_of, here, hub_name_of, last_part, locate, not_there, of_hub, shown};
+use serde_json::Value;
+
+pub use self::locate::{Located, Network, base_of, here, hub_name_of, is_here, last_part, locate, of_hub, shown};
+pub use self::missing::not_there;
 use crate::hub::HubName;
 use crate::job::encode;
 use crate::near;
 use crate::plugin::native;
 use crate::progress::line;
 use crate::registry;
+use crate::terminal::cell;
 
 /// A model that can be run: a base, perhaps with an adapter.
 #[derive(Clone)]
@@ -62,21 +69,47 @@ pub enum Use {
     Measuring,
 }
 
-/// Refuses an adapter, typed as `name`, where a base model is needed.
+/// Refuses what is typed as `name` where a base model is needed, if it is none.
 ///
 /// # Errors
-/// When the name is an adapter's.
-pub fn refuse_adapter(name: &Path, path: &Path, use_of: Use) -> Result<()> {
+/// When the name is that of an adapter or an embedding model.
+pub fn refuse_other(name: &Path, path: &Path, use_of: Use) -> Result<()> {
+    refuse_embedding(name, path)?;
     if is_adapter(path) {
-        let base = AdapterFiles::read(path).ok().map(|files| files.base());
-        let hub_name = base.as_ref().and_then(hub_name_of).map(|name| HubName { revision: None, ..name }.to_string());
-        let base = hub_name.or_else(|| Some(base?.path?.display().to_string())).unwrap_or_else(|| "MODEL".to_owned());
+        let base = base_said(path).unwrap_or_else(|| "MODEL".to_owned());
         let name = name.display();
         let hint = match use_of {
             Use::Training => format!("`--model-name {base} --init-from {name}` trains it further"),
             Use::Measuring => format!("`--model-name {base}` measures the training of one like it"),
         };
         bail!("{name}: an adapter on {base}, not a base model\nhint: {hint}");
+    }
+    Ok(())
+}
+
+/// What to type for the base of an adapter, by the adapter's word.
+fn base_said(adapter: &Path) -> Option<String> {
+    let Ok(files) = AdapterFiles::read(adapter) else {
+        // Of weights that cannot be read the base is known.
+        let text = read_text(&adapter.join(CONFIG_FILE), SMALL_FILE_BYTES_MAX).ok()?;
+        let config: Value = serde_json::from_str(&text).ok()?;
+        return Some(cell(config["base_model_name_or_path"].as_str()?));
+    };
+    let base = files.base();
+    let hub_name = hub_name_of(&base).map(|name| HubName { revision: None, ..name }.to_string());
+    hub_name.or_else(|| Some(cell(&base.path?.display().to_string())))
+}
+
+/// Refuses an embedding model, typed as `name`, where one that writes is needed.
+///
+/// # Errors
+/// When the name is that of an embedding model.
+fn refuse_embedding(name: &Path, path: &Path) -> Result<()> {
+    if let Some(kind) = encoder_type(path) {
+        let name = name.display();
+        bail!(
+            "{name}: it is an embedding model (`{kind}`), which writes no text: it is not trained, asked or exported\nhint: `homeroom serve --model-dir {name}` serves it at /v1/embeddings"
+        );
     }
     Ok(())
 }
@@ -117,6 +150,7 @@ impl Loaded {
     pub fn load(reference: &ModelRef, network: Network) -> Result<Self> {
         let located = locate(&reference.name, network)?;
         let path = located.path.clone();
+        refuse_embedding(&reference.name, &path)?;
         if !is_adapter(&path) {
             ensure!(reference.base_model.is_none(), "{}: not an adapter, so it has no base model", path.display());
             return Ok(Self { model: Arc::new(load_base(&located)?), adaptation: None });

@@ -38,7 +38,7 @@ pub fn file_beside(path: &Path) -> Option<String> {
 /// The model of the registry, or else the one in Hugging Face's cache, or else the file beside a path's place, that is nearest to what
 /// was typed.
 pub fn model(name: &Path) -> Option<String> {
-    let cached = || HubName::typed(name).and_then(|name| cached(&name));
+    let cached = || name.to_str().and_then(HubName::parse).and_then(|name| cached(&name));
     let registered = || {
         let names = registry::names().ok()?;
         let near =

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use homeroom_engine::block::Compute;
+use homeroom_engine::data::check_jsonl;
 use homeroom_engine::train::evaluate_examples;
 use serde_json::json;
 
 use super::arguments::{COMPUTE, ModelArgs, RowArgs, one_of};
 use super::{Done, print};
-use crate::models::{Loaded, Network, load_rows};
+use crate::models::{Loaded, Network, is_here, load_rows};
 use crate::near::exists;
 use crate::progress;
 
@@ -36,7 +37,11 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<Done> {
     // Before a model is loaded, or downloaded.
     exists(&arguments.file)?;
-    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
+    let reference = arguments.model.reference();
+    if !is_here(&reference)? {
+        check_jsonl(&arguments.file)?;
+    }
+    let Loaded { model, adaptation } = Loaded::load(&reference, Network::Allowed)?;
     let data = load_rows(&arguments.file, &model, arguments.rows.max_seq_len, arguments.rows.on_long_row)?;
     let examples: Vec<_> = data.examples.iter().collect();
     let bar = progress::counting("rows", examples.len());

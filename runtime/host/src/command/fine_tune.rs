@@ -7,7 +7,7 @@ use anyhow::{Result, bail, ensure};
 use clap::{ArgGroup, Args};
 use homeroom_engine::adapter::is_adapter;
 use homeroom_engine::block::Compute;
-use homeroom_engine::data::{Dataset, Example, note_endless};
+use homeroom_engine::data::{Dataset, Example, check_jsonl, note_endless};
 use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::schedule::Schedule;
@@ -21,7 +21,7 @@ use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::{Job, Outcome};
 use crate::keep::Taken;
-use crate::models::{Network, Use, last_part, load_base, load_rows, locate, refuse_adapter, shown, with_text};
+use crate::models::{Network, Use, here, last_part, load_base, load_rows, locate, refuse_other, shown, with_text};
 use crate::near::exists;
 use crate::progress::{self, line, millions, thousands};
 use crate::registry;
@@ -160,9 +160,13 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let plugin = search.load(&arguments.strategy)?;
     let options = options(arguments)?;
     plugin.check_options(&options)?;
-    // Only now, as they may be downloaded.
+    // Only now, as they may be downloaded. Rows that no model could be trained on are refused before that.
+    let is_missing = |name: &Path| here(name).map(|located| located.is_none());
+    if is_missing(&arguments.model_name)? || arguments.init_from.as_deref().map_or(Ok(false), is_missing)? {
+        files.into_iter().flatten().try_for_each(|file| check_jsonl(file))?;
+    }
     let base = locate(&arguments.model_name, Network::Allowed)?;
-    refuse_adapter(&arguments.model_name, &base.path, Use::Training)?;
+    refuse_other(&arguments.model_name, &base.path, Use::Training)?;
     utf8(&base.path.canonicalize().unwrap_or_else(|_| base.path.clone()))?;
     let init_from = arguments.init_from.as_deref().map(start).transpose()?;
     // To go on from an adapter and put the result in its place is fine; from one inside it is not.

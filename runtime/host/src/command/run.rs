@@ -179,6 +179,9 @@ fn once(arguments: &Arguments, files: &mut Files, network: Network) -> Result<Do
         let lines: Vec<String> = lines.iter().map(|(name, value)| format!("{name:width$}  {value}")).collect();
         print(lines.join("\n").trim())?;
     }
+    if let Some(handler) = outcome.handler {
+        line(format_args!("next      homeroom chat --handler {handler}"));
+    }
     Ok(Done::Whole)
 }
 

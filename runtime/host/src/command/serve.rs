@@ -10,6 +10,7 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use super::arguments::{AnswerArgs, ModelArgs, whole};
 use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, Handlers, load_local};
+use crate::hub::HubName;
 use crate::interrupt;
 use crate::models::last_part;
 use crate::near::exists;
@@ -56,10 +57,14 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let mut watched = None;
     let models = match (&arguments.model, &config) {
         (Some(model), _) => {
-            let name = last_part(&model.model_dir).unwrap_or_else(|| "model".to_owned());
-            let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
+            let short = last_part(&model.model_dir).unwrap_or_else(|| "model".to_owned());
+            let short = short.strip_suffix(".gguf").unwrap_or(&short);
+            // Clients of a model of the hub are given its whole name, as a rule.
+            let hub_name = model.model_dir.to_str().and_then(HubName::parse).filter(|_| !model.model_dir.exists());
+            let whole = hub_name.map(|name| (HubName { revision: None, ..name.clone() }.to_string(), name.to_string()));
+            let (name, typed) = whole.unwrap_or_else(|| (short.to_owned(), short.to_owned()));
             let handler = load_local(&name, model.reference(), arguments.answers.compute)?;
-            Models::from([(name, handler)])
+            Models::from([(name.clone(), handler)]).with_alias(short, &name).with_alias(&typed, &name)
         }
         (None, config) => {
             let path = config.as_deref().context("a file was named or found")?;
@@ -67,12 +72,12 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             // Before it is read: an edit in between is a change.
             let file = Watch::new(path);
             let handlers = Handlers::new(Config::read(path)?);
-            let served = handlers.served()?;
+            let served = served(&handlers)?;
             watched = Some((path.to_owned(), file, handlers));
             served
         }
     };
-    for name in models.keys() {
+    for name in models.names() {
         eprintln!("model    {name}");
     }
     let server = start(models, listener)?;
@@ -92,6 +97,16 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     eprintln!("serving  {}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
+}
+
+/// What a file serves. Handlers that no route has are named, as whoever wrote them expects to find them.
+fn served(handlers: &Handlers) -> Result<Models> {
+    let served: Models = handlers.served()?.into_iter().collect();
+    let unrouted = handlers.unrouted();
+    if !unrouted.is_empty() {
+        line(format_args!("note: handlers in no route, and not served: {}", unrouted.join(", ")));
+    }
+    Ok(served.with_unrouted(unrouted))
 }
 
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.
@@ -127,13 +142,13 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
                 return Ok(None);
             }
             let next = handlers.succeed(config);
-            let served = next.served()?;
+            let served = served(&next)?;
             Ok(Some((next, served)))
         });
         match edited {
             Ok(None) => {}
             Ok(Some((next, served))) => {
-                let names: Vec<String> = served.keys().cloned().collect();
+                let names: Vec<String> = served.names().map(str::to_owned).collect();
                 replace(served);
                 handlers = next;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));

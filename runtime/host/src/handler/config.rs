@@ -441,6 +441,13 @@ impl Handlers {
         names.into_iter().map(|name| Ok((name.clone(), self.get(name)?))).collect()
     }
 
+    /// Handlers in no route of a file that has routes: clients cannot name them.
+    pub fn unrouted(&self) -> Vec<String> {
+        let Config { handlers, routes, .. } = &self.config;
+        let is_routed = |name: &String| routes.is_empty() || routes.values().any(|chain| chain.contains(name));
+        handlers.keys().filter(|name| !is_routed(name)).cloned().collect()
+    }
+
     /// Checks that all handlers behind some names have their keys.
     fn check_keys(&self, names: &[&String]) -> Result<()> {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);

@@ -61,25 +61,6 @@ pub struct Pulled {
     pub base: Option<HubName>,
 }
 
-/// The model if it is on this machine, or else from the hub.
-///
-/// # Errors
-/// When it is not here and nothing may be downloaded, and as [`pull`].
-pub fn fetch(name: &HubName) -> Result<Found> {
-    if let Some(found) = find(name)? {
-        return Ok(found);
-    }
-    if let Some(reason) = offline() {
-        let others = others_here(name);
-        let cache = cache::directory().map(|cache| cache.display().to_string()).unwrap_or_default();
-        bail!(
-            "{name}: not on this machine, and nothing is downloaded ({reason}){others}\nhint: where there is a network, `homeroom pull {name}` \
-             puts it into {cache}; from a copy of that directory HF_HUB_CACHE reads it"
-        );
-    }
-    Ok(pull(name)?.found)
-}
-
 /// Asks the hub for the newest commit of the model's revision, and downloads what is missing of it. Ctrl-C ends it soon, and what has
 /// come stays, to go on from.
 ///

@@ -26,7 +26,7 @@ mod verify;
 mod whole;
 
 pub use cache::{Found, find};
-pub use download::{Hub, Pulled, fetch, pull};
+pub use download::{Hub, Pulled, pull};
 pub use endpoint::Endpoint;
 pub use name::HubName;
 pub use offline::{offline, set_offline};

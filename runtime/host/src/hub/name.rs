@@ -24,7 +24,7 @@ const PART_BYTES_MAX: usize = 96;
 const REVISION_BYTES_MAX: usize = 255;
 
 impl HubName {
-    /// Reads a name, if a text has that form. `.gguf` and `.` at the beginning are those of paths.
+    /// Reads a name, if a text has that form. `.gguf` and `.safetensors` at the end and `.` at the beginning are those of paths.
     pub fn parse(text: &str) -> Option<Self> {
         let (text, explicit) = match PREFIXES.iter().find_map(|prefix| text.strip_prefix(prefix)) {
             Some(rest) => (rest.trim_end_matches('/'), true),
@@ -45,7 +45,7 @@ impl HubName {
         let (owner, name) = repo.split_once('/')?;
         let is_right = is_part(owner)
             && is_part(name)
-            && !name.to_ascii_lowercase().ends_with(".gguf")
+            && ![".gguf", ".safetensors"].iter().any(|ending| name.to_ascii_lowercase().ends_with(ending))
             && revision.is_none_or(is_revision)
             && quantization.is_none_or(is_part);
         is_right.then(|| Self {
@@ -148,6 +148,7 @@ mod tests {
             "a//b",
             "a/b c",
             "a/b.gguf",
+            "a/b.Safetensors",
             "a--b/c",
             "~/a",
             "a/b@x\ny",

@@ -3,14 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use homeroom_engine::adapter::{AdapterFiles, NamedBase};
+use homeroom_engine::adapter::{AdapterFiles, NamedBase, is_adapter};
 use homeroom_engine::files::broken_link;
 use homeroom_engine::model::{BaseModel, Source};
 
-use crate::hub::{self, Found, HubName, cache, gguf};
+use super::ModelRef;
+use super::missing::{how_to_bring, not_here, not_there};
+use crate::hub::{self, Found, HubName, cache, gguf, policy};
 use crate::interrupt::Interrupted;
-use crate::near::{self, did_you_mean};
+use crate::near;
 use crate::registry;
+use crate::terminal::cell;
 
 /// Whether what is not on this machine may be downloaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +22,16 @@ pub enum Network {
     Allowed,
     /// Nothing is downloaded: why, in words for the message.
     Never(&'static str),
+}
+
+impl Network {
+    /// Why nothing is downloaded, if nothing is.
+    pub fn refusal(self) -> Option<String> {
+        match self {
+            Self::Allowed => hub::offline().map(|reason| format!("nothing is downloaded ({reason})")),
+            Self::Never(why) => Some(why.to_owned()),
+        }
+    }
 }
 
 /// Where a model is.
@@ -32,8 +45,12 @@ pub struct Located {
 
 impl Located {
     /// The model at a path.
-    pub fn at(path: PathBuf) -> Self {
-        Self { source: source_of(&path), path }
+    ///
+    /// # Errors
+    /// When it is one of the hub, and not allowed here.
+    pub fn at(path: PathBuf) -> Result<Self> {
+        policy::check_path(&path)?;
+        Ok(Self { source: source_of(&path), path })
     }
 
     /// What to name it by, here and in a file: its name on the hub with the commit, or its path.
@@ -64,78 +81,56 @@ pub fn locate(name: &Path, network: Network) -> Result<Located> {
 /// When it is not here, and may not or cannot be downloaded.
 pub fn of_hub(name: &HubName, network: Network) -> Result<Located> {
     if let Some(found) = hub::find(name)? {
-        return Ok(Located::at(found.path));
+        return Located::at(found.path);
     }
-    match refused(network) {
+    match network.refusal() {
         None => fetch(name),
-        Some(why) => bail!(not_cached(name, &why)),
-    }
-}
-
-/// Why nothing is downloaded, if nothing is.
-fn refused(network: Network) -> Option<String> {
-    match network {
-        Network::Allowed => hub::offline().map(|reason| format!("nothing is downloaded ({reason})")),
-        Network::Never(why) => Some(why.to_owned()),
+        Some(why) => bail!(not_here(name, &why)),
     }
 }
 
 /// As [`locate`], of what is on this machine.
 ///
 /// # Errors
-/// When a model in the cache cannot be read.
+/// When a model in the cache is not allowed here, or the name could mean several files.
 pub fn here(name: &Path) -> Result<Option<Located>> {
     let path = registry::resolve(name);
+    let hub_name = name.to_str().and_then(HubName::parse);
     // Of a link that leads nowhere the engine says where it leads.
     if path.symlink_metadata().is_ok() {
-        return Ok(Some(Located::at(path)));
+        if let Some(Ok(Some(found))) = hub_name.as_ref().map(hub::find) {
+            registry::note_ambiguous(name, &found.path);
+        }
+        return Located::at(path).map(Some);
     }
-    let hub_name = name.to_str().and_then(HubName::parse);
-    Ok(hub_name.map(|name| hub::find(&name)).transpose()?.flatten().map(|found| Located::at(found.path)))
+    let found = hub_name.as_ref().map(hub::find).transpose()?.flatten();
+    found.map(|found| Located::at(found.path)).transpose()
+}
+
+/// Whether a model, and its base if it is an adapter, are on this machine: to load it downloads nothing.
+///
+/// # Errors
+/// As [`here`].
+pub fn is_here(reference: &ModelRef) -> Result<bool> {
+    let Some(located) = here(&reference.name)? else { return Ok(false) };
+    Ok(match &reference.base_model {
+        Some(base) => here(base)?.is_some(),
+        // What is damaged is told by whoever loads it.
+        None if is_adapter(&located.path) => AdapterFiles::read(&located.path)
+            .map_or(true, |files| base_of(&files, Network::Never("it is only looked for")).is_ok()),
+        None => true,
+    })
 }
 
 /// Downloads a model. What the hub does not have may be one in the cache whose name is wrong by a letter.
 fn fetch(name: &HubName) -> Result<Located> {
-    let found = hub::fetch(name).map_err(|error| match near::cached(name) {
+    let pulled = hub::pull(name).map_err(|error| match near::cached(name) {
         Some(near) if !error.is::<Interrupted>() => {
             anyhow!("{error:#}\nhint: `{near}`, which has nearly that name, is in the cache")
         }
         _ => error,
     })?;
-    Ok(Located::at(found.path))
-}
-
-/// Why there is no such model on this machine, and what to do; `why` one of the hub is not downloaded.
-pub fn not_there(name: &Path, why: &str) -> String {
-    let text = name.display();
-    let near = near::model(name);
-    let Some(hub_name) = name.to_str().and_then(HubName::parse) else {
-        return match near {
-            Some(near) => format!("{text}: no such model, did you mean `{near}`?"),
-            None => format!(
-                "{text}: no such model\nhint: name a Hugging Face directory, a .gguf file, or a model of the Hugging Face hub as `owner/name`; `homeroom list-models` shows the models that are here"
-            ),
-        };
-    };
-    if HubName::typed(name).is_none() {
-        let (owner, _) = hub_name.repo.split_once('/').unwrap_or_default();
-        let near = did_you_mean(near);
-        return format!(
-            "{text}: no such model{near}\nhint: `{owner}` is a directory here, so that this is taken for a path; `homeroom pull {hub_name}` downloads the model of that name on the Hugging Face hub"
-        );
-    }
-    not_cached(&hub_name, why)
-}
-
-fn not_cached(name: &HubName, why: &str) -> String {
-    match near::model(Path::new(&name.to_string())) {
-        Some(near) => format!(
-            "{name}: no such model, did you mean `{near}`?\nhint: if not, `homeroom pull {name}` downloads the model of that name on the Hugging Face hub"
-        ),
-        None => format!(
-            "{name}: no such file or directory, and no model of that name on the Hugging Face hub is on this machine; {why}\nhint: `homeroom pull {name}` downloads it"
-        ),
-    }
+    Located::at(pulled.found.path)
 }
 
 /// Finds the base of an adapter by what the adapter says of it: one that this program trained names its base by commit, and that is
@@ -155,7 +150,7 @@ pub fn base_of(files: &AdapterFiles, network: Network) -> Result<Located> {
         None => by_path().or(by_name()?.map(|found| found.path)),
     };
     if let Some(path) = found {
-        return Ok(Located::at(path));
+        return Located::at(path);
     }
     let Some(hub_name) = hub_name else {
         match &base.path {
@@ -163,7 +158,7 @@ pub fn base_of(files: &AdapterFiles, network: Network) -> Result<Located> {
                 let link = broken_link(path).map(|link| format!(", it is {link}")).unwrap_or_default();
                 bail!(
                     "{adapter}: its base model {} is not there{link}\nhint: name where it is with --base-model",
-                    path.display()
+                    cell(&path.display().to_string())
                 )
             }
             None => bail!("{adapter}: it does not say which base model it belongs to; name it with --base-model"),
@@ -176,17 +171,18 @@ pub fn base_of(files: &AdapterFiles, network: Network) -> Result<Located> {
         digest.is_some() && BaseModel::load(&found.path).is_ok_and(|model| Some(model.digest().as_str()) == digest)
     };
     if let Some(found) = others.iter().find(same) {
-        return Ok(Located::at(found.path.clone()));
+        return Located::at(found.path.clone());
     }
-    let Some(why) = refused(network) else {
+    let Some(why) = network.refusal() else {
         return fetch(&hub_name).with_context(|| format!("{adapter}: its base model"));
     };
     let others = match others.as_slice() {
         [] => String::new(),
         [other, ..] => format!(" (the cache has it at {} only, which is another base)", other.commit),
     };
+    let bring = how_to_bring(&hub_name);
     bail!(
-        "{adapter}: its base model {hub_name} is not there{others}; {why}\nhint: `homeroom pull {hub_name}` downloads it, and --base-model names one that is elsewhere"
+        "{adapter}: its base model {hub_name} is not there{others}; {why}\nhint: {bring}\nhint: --base-model names one that is elsewhere"
     )
 }
 
@@ -257,7 +253,8 @@ pub fn shown(model: &BaseModel, typed: &Path) -> String {
 /// The part of a typed name that says which model it is, for what is called after it: `name-Q4_K_M` of `owner/name@revision:Q4_K_M`, the
 /// last part of a path.
 pub fn last_part(name: &Path) -> Option<String> {
-    if let Some(HubName { repo, quantization, .. }) = HubName::typed(name).filter(|_| !name.exists()) {
+    let hub_name = name.to_str().and_then(HubName::parse).filter(|_| !name.exists());
+    if let Some(HubName { repo, quantization, .. }) = hub_name {
         let (_, name) = repo.split_once('/')?;
         return Some(quantization.map_or_else(|| name.to_owned(), |quantization| format!("{name}-{quantization}")));
     }

@@ -11,8 +11,11 @@ use super::api::spec::{METHODS, VERBS, Verb};
 use super::config::PipelineConfig;
 use super::errors::{nearest, short};
 use super::sandbox::{Sandbox, module_path, script_text, shown};
-use crate::hub;
+use crate::models::{Network, not_there};
 use crate::near::did_you_mean;
+
+/// What the second part of a problem begins with.
+const HINT: &str = "\nhint: ";
 
 /// Problems that are told; of the others there is only a count.
 const PROBLEMS_TOLD: usize = 50;
@@ -27,6 +30,7 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> R
     let known = sandbox.names();
     let mut problems: Vec<String> =
         config.named.iter().filter_map(|(name, path)| missing(config, session, name, path)).collect();
+    let file = if problems.is_empty() { &config.script } else { &config.path };
     let (mut seen, mut todo) = (HashSet::new(), vec![config.script.clone()]);
     while let Some(path) = todo.pop().filter(|path| seen.insert(path.clone())) {
         if let Err(error) = sandbox.compile(&path) {
@@ -44,10 +48,20 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> R
         count => {
             let more = count.saturating_sub(PROBLEMS_TOLD);
             problems.truncate(PROBLEMS_TOLD);
+            // What to do is told behind all of them.
+            let mut hints = Vec::new();
+            for problem in &mut problems {
+                let Some((what, hint)) = problem.split_once(HINT) else { continue };
+                let hint = format!("{HINT}{hint}");
+                if !hints.contains(&hint) {
+                    hints.push(hint);
+                }
+                *problem = what.to_owned();
+            }
             if more > 0 {
                 problems.push(format!("and {more} more"));
             }
-            Err(anyhow!("{}: {count} problems\n  {}", shown(&config.script), problems.join("\n  ")))
+            Err(anyhow!("{}: {count} problems\n  {}{}", shown(file), problems.join("\n  "), hints.concat()))
         }
     }
 }
@@ -55,26 +69,14 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> R
 /// What is wrong with what a parameter of type `path` or `model` names, if something is.
 fn missing(config: &PipelineConfig, session: &Session, name: &str, path: &Path) -> Option<String> {
     let text = path.display().to_string();
+    let is_of_hub = config.hub_models.iter().any(|(param, _)| param == name);
+    let refusal = config.network(Network::Allowed).refusal();
     let problem = match session.locate(&text) {
         Ok(Some(_)) => return None,
         // A run downloads it.
-        Ok(None)
-            if config.hub_models.iter().any(|(param, _)| param == name)
-                && !config.offline
-                && hub::offline().is_none() =>
-        {
-            return None;
-        }
-        Ok(None) if config.hub_models.iter().any(|(param, _)| param == name) => {
-            format!(
-                "{text} is not in Hugging Face's cache, and nothing is downloaded\nhint: `homeroom pull {text}` downloads it"
-            )
-        }
+        Ok(None) if is_of_hub && refusal.is_none() => return None,
         Ok(None) if path.is_absolute() => format!("there is no file or directory {}", text),
-        Ok(None) => format!(
-            "there is no model `{}`: no file, no directory, and no name in `homeroom list-models`",
-            short(&text)
-        ),
+        Ok(None) => not_there(path, &refusal.unwrap_or_default()),
         Err(error) => format!("{error:#}"),
     };
     Some(format!("{}: parameter `{name}`: {problem}", config.path.display()))

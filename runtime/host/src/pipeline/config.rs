@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use toml_edit::{Document, Item, TableLike};
 
 use crate::hub::HubName;
+use crate::models::Network;
 use crate::plugin::Policy;
 use crate::registry;
 use crate::toml_problems::{Problems, near};
@@ -124,6 +125,13 @@ impl PipelineConfig {
         };
         problems.into_result()?;
         Ok(config.expect("a file without problems is a configuration"))
+    }
+}
+
+impl PipelineConfig {
+    /// What may be downloaded for it, where `network` says what its user allows.
+    pub fn network(&self, network: Network) -> Network {
+        if self.offline { Network::Never("its TOML file says `offline = true`") } else { network }
     }
 }
 
@@ -383,6 +391,10 @@ const WHOLE_MAX: u64 = 1 << 53;
 
 /// Whether a value lies within what was declared.
 fn check(param: &Param, value: Value) -> Result<Value, String> {
+    // As a path it would be the directory that names are relative to.
+    if param.kind == Type::Model && value.as_str().is_some_and(|text| text.trim().is_empty()) {
+        return Err("it is empty; name a model".to_owned());
+    }
     if value.as_i64().is_some_and(|number| number.unsigned_abs() > WHOLE_MAX) {
         return Err(format!("{value} is beyond what a script's numbers hold exactly, {WHOLE_MAX}"));
     }

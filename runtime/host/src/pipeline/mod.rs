@@ -51,6 +51,8 @@ pub struct Outcome {
     pub file: Option<PathBuf>,
     /// What a dry run would have done: in words, and as JSON.
     pub actions: Vec<(String, Value)>,
+    /// The last handler that the script made.
+    pub handler: Option<String>,
 }
 
 /// Runs a pipeline; `dry`: walks its script, and neither trains nor writes. It ends when `cancelled` says so: after the step,
@@ -96,7 +98,7 @@ fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result
     };
     let result = result.with_context(|| format!("{}: what it returns", sandbox::shown(&config.script)))?;
     let file = session.keep(&result)?;
-    Ok(Outcome { result, file, actions: session.actions() })
+    Ok(Outcome { result, file, actions: session.actions(), handler: session.handler() })
 }
 
 /// Finds the models of the hub that the parameters name, and downloads what is not here where that is allowed. All of them, before the
@@ -105,7 +107,7 @@ fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result
 /// # Errors
 /// When one is not here, and is not or cannot be downloaded.
 pub fn fetch(config: &PipelineConfig, network: Network) -> Result<()> {
-    let network = if config.offline { Network::Never("its TOML file says `offline = true`") } else { network };
+    let network = config.network(network);
     for (param, name) in &config.hub_models {
         let place = || format!("{}: parameter `{param}`", config.path.display());
         of_hub(name, network).with_context(place)?;

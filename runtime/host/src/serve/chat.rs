@@ -36,7 +36,7 @@ pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Respo
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     let asked = request::read(&body::read(app, request).await?)?;
-    let handler = app.models().get(&asked.model).cloned();
+    let handler = app.models().get(&asked.model);
     let handler = handler.ok_or_else(|| no_model(app, &asked.model))?;
     if handler.gives() == Gives::Vectors {
         return Err(wrong_model(app, &asked.model, Gives::Answers));

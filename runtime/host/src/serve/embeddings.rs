@@ -53,7 +53,7 @@ pub(super) async fn embeddings(State(app): State<Arc<App>>, request: Request) ->
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     let Asked { model, request, format, ignored } = read(&body::read(app, request).await?)?;
-    let handler = app.models().get(&model).cloned();
+    let handler = app.models().get(&model);
     let handler = handler.ok_or_else(|| no_model(app, &model))?;
     if handler.gives() == Gives::Answers {
         return Err(wrong_model(app, &model, Gives::Vectors));

@@ -8,10 +8,10 @@ mod body;
 mod chat;
 mod connection;
 mod embeddings;
+mod models;
 mod reply;
 mod request;
 
-use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,17 +31,15 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::handler::{Gives, Handler};
+use crate::handler::Gives;
 use crate::terminal::shown;
 use crate::toml_problems::near;
 pub use connection::Bounds;
+pub use models::Models;
 use reply::Refusal;
 
 /// How long answers may go on once the server is asked to stop.
 const DRAIN: Duration = Duration::from_secs(30);
-
-/// The handlers by the names that clients give as `model`.
-pub type Models = BTreeMap<String, Arc<dyn Handler>>;
 
 /// Opens a port of this machine.
 ///
@@ -227,7 +225,7 @@ fn is_this_machine(host: &str) -> bool {
 async fn welcome(State(app): State<Arc<App>>, request: Request) -> String {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
     let models = app.models();
-    let names: Vec<&str> = models.keys().map(String::as_str).collect();
+    let names: Vec<&str> = models.names().collect();
     let text = format!(
         "homeroom answers OpenAI's API here\nbase URL  http://{host}/v1   any API key will do: none is checked\nmodels    {}\n",
         names.join(", ")
@@ -247,7 +245,7 @@ async fn nothing_here(request: Request) -> Refusal {
 }
 
 async fn list(State(app): State<Arc<App>>) -> Json<Value> {
-    let data: Vec<Value> = app.models().keys().map(|id| card(&app, id)).collect();
+    let data: Vec<Value> = app.models().names().map(|id| card(&app, id)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
@@ -255,11 +253,10 @@ async fn retrieve(State(app): State<Arc<App>>, id: Result<Path<String>, PathReje
     let Ok(Path(id)) = id else {
         return Refusal::new(StatusCode::BAD_REQUEST, "the model's name in the address is not UTF-8").into_response();
     };
-    if app.models().contains_key(&id) {
-        Json(card(&app, &id)).into_response()
-    } else {
-        no_model(&app, &id).into_response()
+    if let Some(listed) = app.models().listed(&id) {
+        return Json(card(&app, listed)).into_response();
     }
+    no_model(&app, &id).into_response()
 }
 
 fn card(app: &App, id: &str) -> Value {
@@ -268,9 +265,13 @@ fn card(app: &App, id: &str) -> Value {
 
 fn no_model(app: &App, id: &str) -> Refusal {
     let models = app.models();
-    let known: Vec<&str> = models.keys().map(String::as_str).collect();
-    let id: String = id.chars().take(80).collect();
-    let message = format!("there is no model `{id}` here, {}", near(&id, &known));
+    let known: Vec<&str> = models.names().collect();
+    let message = if models.is_unrouted(id) {
+        format!("`{id}` is a handler, but in no route, so it is not served; what is: {}", known.join(", "))
+    } else {
+        let id: String = id.chars().take(80).collect();
+        format!("there is no model `{id}` here, {}", near(&id, &known))
+    };
     let refusal = Refusal::new(StatusCode::NOT_FOUND, message);
     Refusal { param: Some("model".to_owned()), code: Some("model_not_found"), ..refusal }
 }

@@ -23,7 +23,7 @@ use super::super::{Done, print};
 use super::median;
 use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
-use crate::models::{Network, Use, load_base, locate, refuse_adapter, shown};
+use crate::models::{Network, Use, load_base, locate, refuse_other, shown};
 use crate::progress::line;
 
 /// Arguments of `bench train`.
@@ -99,7 +99,7 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
         u32::MAX
     );
     let base = locate(&arguments.model_name, Network::Allowed)?;
-    refuse_adapter(&arguments.model_name, &base.path, Use::Measuring)?;
+    refuse_other(&arguments.model_name, &base.path, Use::Measuring)?;
     let mut model = Arc::new(load_base(&base)?);
     if let Some(storage) = &arguments.storage {
         model = encode(|progress| store_as(&model, storage, progress).map(Arc::new))?;

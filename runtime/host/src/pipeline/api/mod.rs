@@ -32,7 +32,7 @@ use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use self::dataset::Dataset;
-use self::model::{DRY, ModelSpec, fine_tuned};
+use self::model::{DRY, ModelSpec, NOT_NAMED, fine_tuned};
 use self::options::{Options, words};
 use self::spec::{VERBS, verb};
 use self::value::to_lua;
@@ -45,7 +45,7 @@ use super::output::Output;
 use super::places::{Place, Places};
 use super::sandbox::{Prelude, Sandbox, name_of};
 use crate::hub::{self, HubName};
-use crate::models::Loaded;
+use crate::models::{Loaded, not_there};
 use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
 use crate::registry;
@@ -77,6 +77,8 @@ pub struct Session {
     dry_saved: RefCell<HashMap<String, ModelSpec>>,
     /// What a dry run would do: in words, and as JSON.
     actions: RefCell<Vec<(String, Json, Held)>>,
+    /// The last handler that was made.
+    handler: RefCell<Option<String>>,
     /// Whether a training is under way.
     trains: Cell<bool>,
     /// The run's directory and the number of adapters in it, once there is one.
@@ -110,6 +112,7 @@ impl Session {
             adaptations: RefCell::default(),
             dry_saved: RefCell::default(),
             actions: RefCell::default(),
+            handler: RefCell::default(),
             trains: Cell::default(),
             run: RefCell::default(),
         })
@@ -123,6 +126,11 @@ impl Session {
     /// What a dry run would do.
     pub fn actions(&self) -> Vec<(String, Json)> {
         self.actions.take().into_iter().map(|(words, json, _)| (words, json)).collect()
+    }
+
+    /// The last handler that the script made.
+    pub fn handler(&self) -> Option<String> {
+        self.handler.take()
     }
 
     /// Keeps what the script returned in the run's directory, if there is one.
@@ -551,7 +559,7 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
         Some(place) if registry::place(&model).is_ok_and(|saved| saved == place.path) => model,
         Some(Place { hub_name: Some(name), .. }) => name.to_string(),
         Some(place) => place.path.display().to_string(),
-        None => return Err(said(format!("create_handler: there is no model `{}`", short(&model)))),
+        None => return Err(said(format!("create_handler: {}", not_there(Path::new(&model), NOT_NAMED)))),
     };
     if session.dry {
         let file = handler::check(&name, &model)?;
@@ -563,6 +571,7 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
     } else {
         let file = handler::write(&name, &model)?;
         session.tell(format_args!("handler   {name}   {model}, in {}", file.display()));
+        session.handler.replace(Some(name.clone()));
     }
     let table = lua.create_table()?;
     table.set("name", name)?;

@@ -33,7 +33,7 @@ const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 
 /// It is the user who says what is downloaded: a script that has read rows could write them into a name, and the hub would be asked for
 /// that.
-const NOT_NAMED: &str = "what a script says is not downloaded, as a name could carry rows that it has read; what a parameter of type `model` names is";
+pub(super) const NOT_NAMED: &str = "what a script says is not downloaded, as a name could carry rows that it has read; what a parameter of type `model` names is";
 
 /// What stands for the id of an adapter that a dry run did not train.
 pub const DRY: &str = "dry-run";
@@ -150,7 +150,7 @@ impl ModelSpec {
         if let Some(known) = session.bases.borrow().get(&path) {
             return Ok(known.clone());
         }
-        let model = Arc::new(load_base(&Located::at(path.clone()))?);
+        let model = Arc::new(load_base(&Located::at(path.clone())?)?);
         session.bases.borrow_mut().insert(path, model.clone());
         Ok(model)
     }

@@ -1,0 +1,77 @@
+//! What a server serves: handlers by the names that clients give as `model`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::handler::Handler;
+
+/// The handlers of a server.
+#[derive(Default)]
+pub struct Models {
+    listed: BTreeMap<String, Arc<dyn Handler>>,
+    /// Other names of these. They are answered and not listed.
+    aliases: BTreeMap<String, String>,
+    /// Handlers of the file that no route has.
+    unrouted: Vec<String>,
+}
+
+impl Models {
+    /// Has a model that is served answer to another name as well, which no other model has.
+    #[must_use]
+    pub fn with_alias(mut self, alias: &str, name: &str) -> Self {
+        if alias != name {
+            self.aliases.insert(alias.to_owned(), name.to_owned());
+        }
+        self
+    }
+
+    /// Names handlers that are not served, for whoever asks for one.
+    #[must_use]
+    pub fn with_unrouted(mut self, names: Vec<String>) -> Self {
+        self.unrouted = names;
+        self
+    }
+
+    /// Returns true if there is none.
+    pub fn is_empty(&self) -> bool {
+        self.listed.is_empty()
+    }
+
+    /// The names that are listed.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.listed.keys().map(String::as_str)
+    }
+
+    /// The handlers, by the names that are listed.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Arc<dyn Handler>)> {
+        self.listed.iter()
+    }
+
+    /// The name under which a model is listed.
+    pub(super) fn listed<'a>(&'a self, name: &'a str) -> Option<&'a str> {
+        let name = self.aliases.get(name).map_or(name, String::as_str);
+        self.listed.contains_key(name).then_some(name)
+    }
+
+    /// The handler of a name.
+    pub(super) fn get(&self, name: &str) -> Option<Arc<dyn Handler>> {
+        self.listed.get(self.listed(name)?).cloned()
+    }
+
+    /// Returns true if a name is that of a handler that no route has.
+    pub(super) fn is_unrouted(&self, name: &str) -> bool {
+        self.unrouted.iter().any(|unrouted| unrouted == name)
+    }
+}
+
+impl FromIterator<(String, Arc<dyn Handler>)> for Models {
+    fn from_iter<I: IntoIterator<Item = (String, Arc<dyn Handler>)>>(listed: I) -> Self {
+        Self { listed: listed.into_iter().collect(), ..Self::default() }
+    }
+}
+
+impl<const N: usize> From<[(String, Arc<dyn Handler>); N]> for Models {
+    fn from(listed: [(String, Arc<dyn Handler>); N]) -> Self {
+        listed.into_iter().collect()
+    }
+}

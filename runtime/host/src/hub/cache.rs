@@ -18,7 +18,8 @@ use homeroom_engine::files::read_text;
 pub(in crate::hub) use self::list::repo_of;
 pub use self::list::{Cached, Snapshot, at, list, remove};
 pub use super::whole::Kind;
-use super::whole::{kind, paths};
+use super::whole::kind;
+pub use super::whole::paths;
 use super::{HubName, gguf, policy};
 use crate::progress::line;
 

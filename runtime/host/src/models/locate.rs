@@ -97,7 +97,7 @@ pub fn here(name: &Path) -> Result<Option<Located>> {
 /// Downloads a model. What the hub does not have may be one in the cache whose name is wrong by a letter.
 fn fetch(name: &HubName) -> Result<Located> {
     let found = hub::fetch(name).map_err(|error| match near::cached(name) {
-        Some(near) if !error.is::<Interrupted>() => {
+        Some(near) if !error.is::<Interrupted>() && !format!("{error:#}").contains(&format!("`{near}`")) => {
             anyhow!("{error:#}\nhint: `{near}`, which has nearly that name, is in the cache")
         }
         _ => error,
@@ -110,12 +110,10 @@ pub fn not_there(name: &Path, why: &str) -> String {
     let text = name.display();
     let near = near::model(name);
     let Some(hub_name) = name.to_str().and_then(HubName::parse) else {
-        return match near {
-            Some(near) => format!("{text}: no such model, did you mean `{near}`?"),
-            None => format!(
-                "{text}: no such model\nhint: name a Hugging Face directory, a .gguf file, or a model of the Hugging Face hub as `owner/name`; `homeroom list-models` shows the models that are here"
-            ),
-        };
+        let near = did_you_mean(near);
+        return format!(
+            "{text}: no such model{near}\nhint: name a Hugging Face directory, a .gguf file, or a model of the Hugging Face hub as `owner/name`; `homeroom list-models` shows the models that are here"
+        );
     };
     if HubName::typed(name).is_none() {
         let (owner, _) = hub_name.repo.split_once('/').unwrap_or_default();

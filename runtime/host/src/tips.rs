@@ -153,16 +153,31 @@ const COMMANDS: [(&str, &str); 34] = [
 const NO_COMMANDS: [(&str, &str); 13] = [
     ("create", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
     ("embed", "embeddings are served: `homeroom serve --model-dir NAME` answers /v1/embeddings"),
-    ("login", "there is no such command: HF_TOKEN=... before a command, or `hf auth login`, opens gated and private models"),
+    (
+        "login",
+        "there is no such command: HF_TOKEN=... before a command, or `hf auth login`, opens gated and private models",
+    ),
     ("mv", "`homeroom cp NAME NEW` and then `homeroom rm NAME` rename a model"),
     ("new", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
     ("ps", "nothing runs in the background: `homeroom list-models` shows the models, `homeroom chat` talks to one"),
-    ("push", "there is no such command: models stay on this machine; `homeroom export-model` writes one for other programs"),
-    ("quantize", "`homeroom export-model --dtype bf16` writes 16 bits; in 4 bits a base is trained by --strategy qlora"),
+    (
+        "push",
+        "there is no such command: models stay on this machine; `homeroom export-model` writes one for other programs",
+    ),
+    (
+        "quantize",
+        "`homeroom export-model --dtype bf16` writes 16 bits; in 4 bits a base is trained by --strategy qlora",
+    ),
     ("rename", "`homeroom cp NAME NEW` and then `homeroom rm NAME` rename a model"),
-    ("search", "there is no such command: https://huggingface.co/models finds models, `homeroom pull owner/name` downloads one"),
+    (
+        "search",
+        "there is no such command: https://huggingface.co/models finds models, `homeroom pull owner/name` downloads one",
+    ),
     ("stop", "nothing runs in the background: Ctrl-C ends a command"),
-    ("upload", "there is no such command: models stay on this machine; `homeroom export-model` writes one for other programs"),
+    (
+        "upload",
+        "there is no such command: models stay on this machine; `homeroom export-model` writes one for other programs",
+    ),
     ("version", "`homeroom --version` tells it"),
 ];
 
@@ -188,10 +203,12 @@ pub fn add(error: &mut Error, root: &Command, arguments: &[OsString]) {
             let wrong = text(error, ContextKind::InvalidArg);
             let command = asked(root, arguments);
             wrong.and_then(|wrong| match wrong.strip_prefix("--") {
-                Some(flag) => self::flag(&wrong, flag, command).or_else(|| of_hub(&wrong, command, arguments)).or_else(|| {
-                    let is_near = error.get(ContextKind::SuggestedArg).is_some();
-                    (!is_near).then(|| parameter(flag, command, arguments))?
-                }),
+                Some(flag) => {
+                    self::flag(&wrong, flag, command).or_else(|| of_hub(&wrong, command, arguments)).or_else(|| {
+                        let is_near = error.get(ContextKind::SuggestedArg).is_some();
+                        (!is_near).then(|| parameter(flag, command, arguments))?
+                    })
+                }
                 None => letter(&wrong, command).or_else(|| value(&wrong, command, arguments)),
             })
         }
@@ -260,14 +277,17 @@ fn of_hub(wrong: &str, command: &Command, arguments: &[OsString]) -> Option<Stri
     let (_, note) = OF_HUB.iter().find(|(elsewhere, _)| *elsewhere == flag && names_model)?;
     let words: Vec<&str> = arguments.iter().filter_map(|word| word.to_str()).collect();
     let at = words.iter().position(|word| word.split('=').next() == wrong.split('=').next())?;
-    let value = match words[at].split_once('=') {
-        Some((_, value)) => Some(value),
-        None => words.get(at + 1).copied().filter(|word| !word.starts_with('-')),
+    let (value, behind) = match words[at].split_once('=') {
+        Some((_, value)) => (Some(value), at),
+        None => (words.get(at + 1).copied().filter(|word| !word.starts_with('-')), at + 1),
     };
-    let others = words.iter().enumerate().filter(|(other, _)| *other != at + 1).map(|(_, word)| *word);
+    let others = words.iter().enumerate().filter(|(other, _)| *other != behind).map(|(_, word)| *word);
     let model = others.filter(|word| !word.starts_with('-')).find(|word| HubName::parse(word).is_some());
     let note = note.replace("MODEL", model.unwrap_or("owner/name"));
-    Some(format!("'{wrong}': {}", note.replace("VALUE", value.unwrap_or(if flag == "revision" { "main" } else { "..." }))))
+    Some(format!(
+        "'{wrong}': {}",
+        note.replace("VALUE", value.unwrap_or(if flag == "revision" { "main" } else { "..." }))
+    ))
 }
 
 /// The tip for a flag of one letter.

@@ -307,7 +307,8 @@ pub fn module_directories(dir: &Path) -> Result<Vec<PathBuf>> {
     let list: Value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", path.display()))?;
     let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
     ensure!(list.len() <= MODULES_MAX, "{}: {} modules, at most {MODULES_MAX} are read", path.display(), list.len());
-    let paths = list.iter().map(path_of).collect::<Result<Vec<PathBuf>>>().with_context(|| path.display().to_string())?;
+    let paths =
+        list.iter().map(path_of).collect::<Result<Vec<PathBuf>>>().with_context(|| path.display().to_string())?;
     Ok(paths.into_iter().filter(|path| !path.as_os_str().is_empty()).collect())
 }
 

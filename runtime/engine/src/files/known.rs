@@ -75,7 +75,8 @@ fn holds_only(path: &Path, directory: &Path, may_go: &impl Fn(&Path) -> bool) ->
             false => may_go(&name),
         })
     };
-    let entries = fs::read_dir(path.join(directory)).and_then(|entries| entries.map(Ok).collect::<io::Result<Vec<_>>>());
+    let entries =
+        fs::read_dir(path.join(directory)).and_then(|entries| entries.map(Ok).collect::<io::Result<Vec<_>>>());
     entries.is_ok_and(|entries| !entries.is_empty() && entries.into_iter().all(|entry| may_go(entry) == Some(true)))
 }
 

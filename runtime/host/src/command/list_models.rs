@@ -58,11 +58,14 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         return Ok(Done::Whole);
     }
     if entries.is_empty() && bases.is_empty() {
-        line("no models yet\nhint: `homeroom pull owner/name` downloads a base of the Hugging Face hub, and `homeroom fine-tune --model-name owner/name --training-file rows.jsonl` trains a model of yours on it");
+        line(
+            "no models yet\nhint: `homeroom pull owner/name` downloads a base of the Hugging Face hub, and `homeroom fine-tune --model-name owner/name --training-file rows.jsonl` trains a model of yours on it",
+        );
         return Ok(Done::Whole);
     }
     let width = Stdout.width();
-    let has_problem = entries.iter().any(|entry| entry.problem.is_some()) || bases.iter().any(|base| base.problem.is_some());
+    let has_problem =
+        entries.iter().any(|entry| entry.problem.is_some()) || bases.iter().any(|base| base.problem.is_some());
     let tuned = lines(&TUNED, &entries.iter().map(tuned).collect::<Vec<_>>(), width);
     let bases = lines(&BASES, &bases.iter().flat_map(base).collect::<Vec<_>>(), width);
     // What reads a pipe tells them by their second column.

@@ -114,7 +114,9 @@ fn refuse_model(config: &Path) -> Result<()> {
         false => here(config).is_ok_and(|located| located.is_some()),
     };
     if is_there {
-        bail!("{name}: a model; what is run is a pipeline's TOML file\nhint: `homeroom chat --model-dir {name}` talks to it");
+        bail!(
+            "{name}: a model; what is run is a pipeline's TOML file\nhint: `homeroom chat --model-dir {name}` talks to it"
+        );
     }
     if !config.exists() && HubName::typed(config).is_some() {
         bail!(

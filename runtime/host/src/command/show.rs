@@ -104,8 +104,12 @@ fn look(name: &Path) -> Result<(Details, Option<Base>)> {
     let is_choice = is_choice && !base.usable.is_empty();
     entry.problem = Some(match refused {
         // Its first line is about this model.
-        Some(error) => error.to_string().lines().next().unwrap_or_default().replacen(&format!("{}: ", base.name), "", 1),
-        None if base.forms.is_empty() => format!("not all of its files are here; `homeroom pull {hub_name}` fetches them"),
+        Some(error) => {
+            error.to_string().lines().next().unwrap_or_default().replacen(&format!("{}: ", base.name), "", 1)
+        }
+        None if base.forms.is_empty() => {
+            format!("not all of its files are here; `homeroom pull {hub_name}` fetches them")
+        }
         None => format!("there is {}, and not what is named", base.forms.join(", ")),
     });
     let mut details = Details::of(entry);
@@ -197,11 +201,13 @@ fn trained(details: &Details, add: &mut dyn FnMut(&str, String)) {
     let digest = details.data_digest.as_deref().map(|digest| format!("digest {}", beginning(digest)));
     add("rows", rows.into_iter().chain(held_out).chain(digest).collect::<Vec<_>>().join(", "));
     add("training", training(&details.config, details.steps, details.interrupted));
-    let loss = |words: &str, loss: Option<f64>| loss.map(|loss| match loss.abs() < 1e6 {
-        true => format!("{words} {loss:.4}"),
-        // Another program wrote it.
-        false => format!("{words} {loss:.4e}"),
-    });
+    let loss = |words: &str, loss: Option<f64>| {
+        loss.map(|loss| match loss.abs() < 1e6 {
+            true => format!("{words} {loss:.4}"),
+            // Another program wrote it.
+            false => format!("{words} {loss:.4e}"),
+        })
+    };
     let losses = [
         loss("held-out before", entry.eval_loss_before),
         loss("after", entry.eval_loss),

@@ -281,7 +281,8 @@ fn is_here(place: &Place, commit: &str, file: &Source) -> bool {
     match &file.digest {
         Some(digest) => {
             let remote = RemoteFile { path: file.path.clone(), size: file.size, digest: digest.clone() };
-            let same = |a: &Path, b: &Path| a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+            let same =
+                |a: &Path, b: &Path| a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
             place.has_blob(&remote) && same(&pointer, &place.blob(digest))
         }
         None => fs::metadata(&pointer).is_ok_and(|about| about.is_file() && about.len() == file.size),

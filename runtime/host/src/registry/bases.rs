@@ -67,7 +67,9 @@ fn base(cached: Cached, own: Option<&PathBuf>) -> Base {
     let problem = match (policy::check(&repo), &current) {
         (Err(error), _) => Some(refusal(&repo, &error)),
         (Ok(()), Some(current)) => damage(current),
-        (Ok(()), None) => Some(format!("not all files of a model are there; `homeroom pull {repo}` fetches the others")),
+        (Ok(()), None) => {
+            Some(format!("not all files of a model are there; `homeroom pull {repo}` fetches the others"))
+        }
     };
     Base {
         path: folder,
@@ -94,7 +96,9 @@ fn refusal(repo: &str, error: &anyhow::Error) -> String {
 /// What is wrong with a snapshot whose files are all there, as one that was cut short.
 fn damage(snapshot: &Snapshot) -> Option<String> {
     let looked = match &snapshot.kind {
-        Some(Kind::Gguf(_)) => gguf_files(&snapshot.path).iter().try_for_each(|file| inspect(&snapshot.path.join(file))),
+        Some(Kind::Gguf(_)) => {
+            gguf_files(&snapshot.path).iter().try_for_each(|file| inspect(&snapshot.path.join(file)))
+        }
         _ => inspect(&snapshot.path),
     };
     // The snapshot's place is known, and long.

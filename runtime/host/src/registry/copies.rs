@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_engine::embedding::{MODULES_FILE, SENTENCE_FILES, module_directories};
 use homeroom_engine::files::{
-    Kept, NewDirectory, broken_link, ensure_room, is_named, named_templates, open_regular, replaceable_but_for, take_away, vacant,
+    Kept, NewDirectory, broken_link, ensure_room, is_named, named_templates, open_regular, replaceable_but_for,
+    take_away, vacant,
 };
 
 use super::place;
@@ -195,7 +196,11 @@ pub fn ensure_free(name: &str, overwrite: bool) -> Result<PathBuf> {
 /// When there is no such model, the name is taken, the disk is full, or a file cannot be read.
 pub fn copy(name: &str, new: &str, overwrite: bool) -> Result<(PathBuf, u64)> {
     let from = place(name)?;
-    ensure!(super::entries::is_there(&from)?, "{name}: no such model{}{LIST_HINT}", did_you_mean(named_model(name.as_ref())));
+    ensure!(
+        super::entries::is_there(&from)?,
+        "{name}: no such model{}{LIST_HINT}",
+        did_you_mean(named_model(name.as_ref()))
+    );
     ensure!(name != new, "{name}: it has that name already");
     let to = ensure_free(new, overwrite)?;
     let sources = match from.is_file() {

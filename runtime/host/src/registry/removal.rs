@@ -6,8 +6,8 @@ use anyhow::{Result, bail, ensure};
 use homeroom_engine::files::{bytes_below, is_named, recover, take_away};
 
 use super::entries::is_there;
-use super::names::brief;
 use super::lineage::{Target, Users, users_of};
+use super::names::brief;
 use super::{Entry, bases, is_name, place};
 use crate::hub::{HubName, cache};
 use crate::near::{LIST_HINT, did_you_mean, named_model};
@@ -63,7 +63,10 @@ fn of_base(name: &str, all: &[Entry]) -> Result<Removal> {
         bases()?.into_iter().filter(|base| base.name == hub_name.repo).partition(|base| !base.shared);
     let Some(base) = own.into_iter().next() else {
         if let Some(base) = shared.first() {
-            bail!("{name}: it lies in a store that is shared, which is only read: {}\nhint: whoever keeps that store removes it there", base.path.display());
+            bail!(
+                "{name}: it lies in a store that is shared, which is only read: {}\nhint: whoever keeps that store removes it there",
+                base.path.display()
+            );
         }
         bail!("{name}: no such base in the cache{}{LIST_HINT}", did_you_mean(named_model(name.as_ref())));
     };

@@ -256,10 +256,8 @@ fn next(details: &Details, base: Option<&Base>) -> String {
 
 /// The command that goes on with a base: of several quantizations, with the first.
 pub fn of_base(base: &Base) -> String {
-    let kind = match base.forms.first().map(String::as_str) {
-        Some(form @ ("embedding" | "adapter")) => form,
-        _ => "model",
-    };
+    let form = base.forms.first().map(String::as_str);
+    let kind = form.filter(|form| ["embedding", "adapter"].contains(form)).unwrap_or("model");
     command_of(base.usable.first().map_or(&base.name, |usable| &usable.name), kind, true)
 }
 

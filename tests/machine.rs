@@ -262,7 +262,7 @@ fn a_model_that_a_killed_run_left_without_its_name_is_found() -> Result<()> {
     }
     // Nor is it taken for a free place.
     broken_off(&place)?;
-    refused(&mut train_named(&place, "tutor")?, &["models/tutor: the directory is not empty", "--overwrite"])
+    refused(&mut train_named(&place, "tutor")?, &["tutor: there is a model of this name already", "--overwrite"])
 }
 
 // --- who may read ----------------------------------------------------------------------------------------------------

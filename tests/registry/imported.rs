@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
+use super::carried::without_links;
 use super::{cached, entries, listed, model, names, program, train, typed};
 use crate::support::{Place, Sizes, fixture, printed_json, refused, run, succeeds};
 
@@ -104,6 +105,15 @@ fn a_directory_whose_files_are_links_is_taken_in_as_files_of_its_own() -> Result
     let snapshot = fs::read_dir(folder.join("snapshots"))?.next().expect("there is one")?.path();
     let imported = printed_json(&succeeds(&mut import(&place, &snapshot, &["--json"]))?)?;
     assert_eq!(imported["name"], json!("tiny-llama"));
+    let ran = succeeds(&mut import(&place, &snapshot, &["--name", "again"]))?;
+    let folder = format!("`homeroom import {}`", folder.canonicalize()?.display());
+    assert!(ran.stderr.contains(&folder), "{}", ran.stderr);
+    succeeds(&mut typed(&place, &["rm", "again"]))?;
+    // A file of a snapshot is a link, and what that leads to is called by its digest.
+    let gguf = cached(&place, "stick", "org/Small-GGUF", &fixture("models/llama-gguf/model-f32.gguf"))?;
+    let file = fs::read_dir(gguf.join("snapshots"))?.next().expect("there is one")?.path().join("model-f32.gguf");
+    let imported = printed_json(&succeeds(&mut import(&place, &file, &["--json"]))?)?;
+    assert_eq!(imported["name"], json!("model-f32"));
     fs::remove_dir_all(place.path("stick"))?;
     for file in fs::read_dir(model(&place, "tiny-llama"))? {
         assert!(file?.file_type()?.is_file());
@@ -187,6 +197,38 @@ fn an_import_that_is_killed_leaves_a_whole_model_or_nothing() -> Result<()> {
     Ok(())
 }
 
+/// sentence-transformers chooses the names of their directories, and people others.
+#[test]
+fn the_modules_of_an_embedding_model_come_along_whatever_they_are_called() -> Result<()> {
+    let place = Place::new()?;
+    let source = place.path("sentences");
+    without_links(&fixture("embeddings/bert"), &source)?;
+    for (file, to) in [("bert-dense/1_Pooling", "pool"), ("bert-dense/2_Dense", "sub/dense")] {
+        without_links(&fixture(&format!("embeddings/{file}")), &source.join(to))?;
+    }
+    fs::remove_dir_all(source.join("1_Pooling"))?;
+    let modules = fs::read_to_string(fixture("embeddings/bert-dense/modules.json"))?;
+    let modules = modules.replace("1_Pooling", "pool").replace("2_Dense", "sub/dense");
+    fs::write(source.join("modules.json"), modules)?;
+    let ran = succeeds(&mut import(&place, &source, &["--name", "vectors"]))?;
+    assert!(ran.stderr.contains("next      homeroom serve --model-dir vectors"), "{}", ran.stderr);
+    let is_whole = |name: &str| -> Result<()> {
+        let shown = printed_json(&succeeds(&mut typed(&place, &["show", "--json", name]))?)?;
+        ensure!(shown["problem"].is_null() && shown["vectors"]["dimensions"] == 17, "{shown}");
+        Ok(())
+    };
+    is_whole("vectors")?;
+    succeeds(&mut typed(&place, &["cp", "vectors", "copy"]))?;
+    is_whole("copy")?;
+    // One may take the other's place, but nothing else in its directories may be lost.
+    succeeds(&mut import(&place, &source, &["--name", "copy", "--overwrite"]))?;
+    is_whole("copy")?;
+    succeeds(&mut typed(&place, &["cp", "vectors", "copy", "--overwrite"]))?;
+    fs::write(model(&place, "copy").join("sub/dense/notes.txt"), "mine")?;
+    refused(&mut import(&place, &source, &["--name", "copy", "--overwrite"]), &["holds `sub`"])?;
+    Ok(())
+}
+
 #[test]
 fn peers_words_for_these_commands_are_known() -> Result<()> {
     let place = Place::new()?;
@@ -198,6 +240,10 @@ fn peers_words_for_these_commands_are_known() -> Result<()> {
         ("copy", "cp"),
         ("info", "show"),
         ("add", "import"),
+        ("download", "pull"),
+        ("test", "eval"),
+        ("scan-cache", "list-models"),
+        ("ask", "chat --prompt TEXT"),
     ] {
         let ran = run(&mut typed(&place, &[word]))?;
         assert!(
@@ -206,5 +252,25 @@ fn peers_words_for_these_commands_are_known() -> Result<()> {
             ran.stderr
         );
     }
-    Ok(())
+    for (words, tip) in [
+        ("mv a b", "`homeroom cp NAME NEW` and then `homeroom rm NAME`"),
+        ("push a", "models stay on this machine"),
+        ("login", "`hf auth login`"),
+        ("version", "`homeroom --version`"),
+        ("embed x", "`homeroom serve --model-dir NAME`"),
+        ("pull org/x --revision main", "the revision stands behind the name: `org/x@main`"),
+        ("pull --revision=v2 org/x", "`org/x@v2`"),
+        ("pull org/x --local-dir here", "HF_HUB_CACHE=here"),
+        ("pull org/x --token hf_1", "HF_TOKEN=..."),
+        ("chat --model-dir org/x --quant Q8_0", "`org/x:Q8_0`"),
+        ("rm -y x", "'-y' is '--force' here"),
+        ("rm x --yes", "'--yes' is '--force' here"),
+        ("eval --model-dir x --eval-file f", "'--eval-file' is '--file' here"),
+    ] {
+        let ran = run(&mut typed(&place, &words.split(' ').collect::<Vec<_>>()))?;
+        assert!(ran.code == Some(2) && ran.stderr.contains(tip), "{words}: {}", ran.stderr);
+    }
+    place.copy(&fixture("models/llama"), "home/models/tutor")?;
+    refused(&mut typed(&place, &["run", "tutor"]), &["tutor: a model", "`homeroom chat --model-dir tutor`"])?;
+    refused(&mut typed(&place, &["run", "org/x"]), &["`homeroom chat --model-dir org/x`"])
 }

@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::{COMMIT, adapter, cached, listed, model, names, program, train, typed};
-use crate::support::{Place, fixture, printed_json, refused, succeeds};
+use crate::support::{Place, fixture, printed_json, refused, run, succeeds};
 use crate::terminal::on_terminal_of;
 
 #[test]
@@ -62,11 +62,11 @@ fn each_model_says_what_it_came_of_and_each_base_what_there_is_of_it() -> Result
     let lines: Vec<&str> = lines.lines().collect();
     assert_eq!(lines.len(), 5, "{lines:?}");
     let said = [
-        &["first ", "adapter", "lora", "5 rows", " → ", "KiB", "on /"][..],
+        &["first ", "adapter", "lora", "5 rows", " → ", " kB ", "on /"][..],
         &["second ", "7 rows", "training loss ", ", from first"],
         &["Org/Llama-Tiny ", "base", "safetensors"],
         &["org/half ", "problem: not all files"],
-        &["org/small-gguf ", "shared, in /"],
+        &["org/small-gguf:f32 ", "base", " f32 ", "shared, in /"],
     ];
     for (line, words) in lines.iter().zip(said) {
         assert!(words.iter().all(|word| line.contains(word)), "{words:?} in {line}");
@@ -87,7 +87,7 @@ fn a_list_has_a_line_a_model_on_a_terminal_of_any_width() -> Result<()> {
         let seen = on_terminal_of(width, &mut typed(&place, &["list-models"]))?;
         let lines: Vec<&str> = seen.lines().collect();
         let hint = lines.last().is_some_and(|line| line.contains("`homeroom show NAME`"));
-        assert!(lines.len() == 7 && lines[0] == "tuned models" && lines[4] == "bases" && hint, "{width}: {seen}");
+        assert!(lines.len() == 7 && lines[0] == "your models" && lines[4] == "bases" && hint, "{width}: {seen}");
         for line in &lines[..6] {
             assert!(line.chars().count() <= width.into(), "{width}: {line}");
         }
@@ -148,7 +148,7 @@ fn a_damaged_entry_hides_no_other_and_is_shown() -> Result<()> {
     let lines = succeeds(&mut typed(&place, &["list-models"]));
     for name in expected {
         let shown = succeeds(&mut typed(&place, &["show", name]))?.stdout;
-        assert!(!shown.contains('\u{1b}') && shown.starts_with("name        "), "{name}: {shown}");
+        assert!(!shown.contains('\u{1b}') && shown.starts_with("name      "), "{name}: {shown}");
         let json = printed_json(&succeeds(&mut typed(&place, &["show", name, "--json"]))?)?;
         assert_eq!(json["name"], json!(name));
     }
@@ -189,7 +189,7 @@ fn a_shown_model_says_what_it_went_on_from_and_what_went_on_from_it() -> Result<
     assert!(about["next"].as_str().is_some_and(|next| next.contains("chat --model-dir a ")), "{about}");
     let text = succeeds(&mut typed(&place, &["show", "a"]))?.stdout;
     for words in
-        ["children    b", "rank 3, q_proj, v_proj", "held-out before ", "batch size 8", "adapter_model.safetensors "]
+        ["children  b", "rank 3, q_proj, v_proj", "held-out before ", "batch size 8", "adapter_model.safetensors "]
     {
         assert!(text.contains(words), "no `{words}` in {text}");
     }
@@ -252,8 +252,147 @@ fn an_adapter_on_a_base_of_the_hub_says_how_to_fetch_it_and_is_fine_where_it_is_
         listed(&place)?.iter().find(|entry| entry["name"] == "tutor").map(|entry| entry["problem"].clone()),
         Some(json!(null))
     );
+    // At another commit, whose weights may be the same, it is not missed before it is loaded.
+    let revision = manifest["base"]["revision"].clone();
+    manifest["base"]["revision"] = json!("f".repeat(40));
+    fs::write(&path, manifest.to_string())?;
+    assert_eq!(listed(&place)?[1]["problem"], json!(null));
+    manifest["base"]["revision"] = revision;
+    fs::write(&path, manifest.to_string())?;
     // Whoever removes the base is told, and nobody is where a shared store has it, too.
     refused(&mut typed(&place, &["rm", "Org/Tiny"]), &["still needed by 1 adapter"])?;
     cached(&place, "lab", "Org/Tiny", &fixture("models/llama"))?;
     succeeds(typed(&place, &["rm", "Org/Tiny"]).env("HOMEROOM_BASES", place.path("lab"))).map(drop)
+}
+
+#[test]
+fn each_quantization_is_listed_by_what_can_be_typed_for_it_and_shown_by_the_bare_name() -> Result<()> {
+    let place = Place::new()?;
+    let files = place.path("gguf");
+    fs::create_dir(&files)?;
+    for name in ["m-UD-Q4_K.gguf", "m-Q4_K.gguf", "m-f32.gguf"] {
+        fs::copy(fixture("models/llama-gguf/model-f32.gguf"), files.join(name))?;
+    }
+    // A second file of the same bytes would be the same blob.
+    let folder = cached(&place, "hub", "org/m-GGUF", &fixture("models/llama-gguf/model-f32.gguf"))?;
+    let snapshot = folder.join("snapshots").join(COMMIT);
+    fs::remove_file(snapshot.join("model-f32.gguf"))?;
+    for name in ["m-UD-Q4_K.gguf", "m-Q4_K.gguf", "m-f32.gguf"] {
+        fs::copy(files.join(name), snapshot.join(name))?;
+    }
+    let lines = succeeds(&mut typed(&place, &["list-models"]))?.stdout;
+    let listed: Vec<&str> = lines.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert_eq!(listed, ["org/m-GGUF:m-Q4_K", "org/m-GGUF:m-UD-Q4_K", "org/m-GGUF:f32"]);
+    for name in &listed {
+        let shown = printed_json(&succeeds(&mut typed(&place, &["show", "--json", name]))?)?;
+        assert_eq!((&shown["problem"], &shown["model"]["layers"]), (&json!(null), &json!(2)), "{name}");
+        succeeds(&mut typed(&place, &["chat", "--model-dir", name, "--prompt", "hi", "--max-tokens", "1"]))?;
+    }
+    let text = succeeds(&mut typed(&place, &["show", "org/m-GGUF"]))?.stdout;
+    assert!(!text.contains("problem") && listed.iter().all(|name| text.contains(name)), "{text}");
+    assert!(text.contains("next      homeroom fine-tune --model-name org/m-GGUF:"), "{text}");
+    assert!(text.contains("date      downloaded 20"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_base_that_is_cut_short_or_not_allowed_says_so() -> Result<()> {
+    let place = Place::new()?;
+    for (repo, from) in [("org/cut", "models/llama"), ("org/cut-gguf", "models/llama-gguf/model-f32.gguf")] {
+        let folder = cached(&place, "lab", repo, &fixture(from))?;
+        let file = Path::new(from).file_name().filter(|_| from.ends_with("gguf"));
+        let file = file.unwrap_or("model.safetensors".as_ref());
+        let blob = folder.join("snapshots").join(COMMIT).join(file).canonicalize()?;
+        let bytes = fs::read(&blob)?;
+        fs::write(&blob, &bytes[..bytes.len() - 7])?;
+    }
+    cached(&place, "lab", "org/fine", &fixture("models/llama"))?;
+    let list = |place: &Place| {
+        let mut command = typed(place, &["list-models", "--json"]);
+        printed_json(&succeeds(command.env("HOMEROOM_BASES", place.path("lab")))?)
+    };
+    let all = list(&place)?;
+    let problems: Vec<&str> = (0..3).map(|at| all[at]["problem"].as_str().unwrap_or_default()).collect();
+    assert!(problems[0].starts_with("model.safetensors: not a whole"), "{problems:?}");
+    assert!(problems[1].starts_with("model-f32.gguf: ") && problems[2].is_empty(), "{problems:?}");
+    place.write("home/allowed-bases.txt", "school/*\n")?;
+    let all = list(&place)?;
+    assert_eq!((&all[2]["problem"], &all[2]["forms"]), (&json!("not allowed here"), &json!(["safetensors"])));
+    let mut show = typed(&place, &["show", "org/fine"]);
+    let text = succeeds(show.env("HOMEROOM_BASES", place.path("lab")))?.stdout;
+    assert!(text.contains("problem   not allowed here, as no line of /") && text.contains(COMMIT), "{text}");
+    refused(
+        typed(&place, &["rm", "org/fine"]).env("HOMEROOM_BASES", place.path("lab")),
+        &["which is only read", "hint: whoever keeps that store removes it there"],
+    )
+}
+
+#[test]
+fn only_what_is_a_model_is_suggested() -> Result<()> {
+    let place = Place::new()?;
+    let work = place.path("work");
+    for directory in ["nopa", "tutar"] {
+        fs::create_dir_all(work.join(directory))?;
+    }
+    place.copy(&fixture("curves/lora/trained"), "work/outputs/tutor")?;
+    adapter(&place, "tiny-llama-instruct", &fixture("models/llama"), &json!({}))?;
+    cached(&place, "hub", "Org/Small-Instruct", &fixture("models/llama"))?;
+    let hint = "hint: `homeroom list-models` shows those that are here";
+    for (words, near) in [
+        (&["rm", "nope"][..], None),
+        (&["cp", "nope", "new"], None),
+        (&["show", "nope"], None),
+        (&["show", "tutr"], None),
+        (&["show", "outputs/tutr"], Some("outputs/tutor")),
+        (&["rm", "Tiny-Llama-Instruct"], Some("tiny-llama-instruct")),
+        (&["cp", "tiny-lama-instruct", "new"], Some("tiny-llama-instruct")),
+        (&["show", "Small-Instruct"], Some("Org/Small-Instruct")),
+        (&["rm", "small-instruct"], Some("Org/Small-Instruct")),
+        (&["export-model", "--model-dir", "Small-Instrukt"], Some("Org/Small-Instruct")),
+        (&["chat", "--model-dir", "nope", "--prompt", "x"], None),
+    ] {
+        let ran = run(typed(&place, words).current_dir(&work))?;
+        let said = &ran.stderr;
+        let suggested = near.map(|near| format!("did you mean `{near}`?"));
+        assert!(ran.code == Some(1) && said.contains("hint: "), "{words:?}: {said}");
+        assert_eq!(said.matches("did you mean").count(), usize::from(near.is_some()), "{words:?}: {said}");
+        assert!(suggested.is_none_or(|suggested| said.contains(&suggested)), "{words:?}: {said}");
+    }
+    let ran = run(typed(&place, &["rm", "nope", "none"]).current_dir(&work))?;
+    assert_eq!(ran.stderr.matches(hint).count(), 1, "{}", ran.stderr);
+    let long = "A".repeat(100_000);
+    for words in [&["rm", long.as_str()][..], &["cp", "tiny-llama-instruct", &long]] {
+        let ran = run(&mut typed(&place, words))?;
+        assert!(ran.code == Some(1) && ran.stderr.len() < 1000, "{}", ran.stderr.len());
+    }
+    Ok(())
+}
+
+/// What a link leads to may be a whole disk.
+#[test]
+fn a_link_to_everything_is_listed_at_once_and_not_copied() -> Result<()> {
+    let place = Place::new()?;
+    fs::create_dir_all(place.path("home/models"))?;
+    symlink("/", model(&place, "all"))?;
+    fs::create_dir(model(&place, "empty"))?;
+    symlink("/nowhere/at/all", model(&place, "nowhere"))?;
+    let list = listed(&place)?;
+    assert_eq!((&list[0]["name"], &list[0]["bytes"]), (&json!("all"), &json!(0)));
+    for (name, why) in [
+        ("all", "no weights of a model are in it"),
+        ("empty", "no weights of a model are in it"),
+        ("nowhere", "a link to /nowhere/at/all, which is not there"),
+    ] {
+        refused(&mut typed(&place, &["cp", name, "new"]), &[why])?;
+    }
+    // Losses that another program wrote take no more room than others.
+    adapter(&place, "huge", &fixture("models/llama"), &json!({"result": {"train_loss": 1e308}}))?;
+    let lines = succeeds(&mut typed(&place, &["list-models"]))?.stdout;
+    assert!(lines.contains("training loss 1.000e308") && lines.lines().all(|line| line.len() < 400), "{lines}");
+    let many = model(&place, "many");
+    fs::create_dir(&many)?;
+    for at in 0..1100 {
+        fs::write(many.join(format!("{at}.safetensors")), "")?;
+    }
+    refused(&mut typed(&place, &["cp", "many", "new"]), &["1100 files, and a model has at most 800"])
 }

@@ -126,6 +126,15 @@ fn a_base_is_removed_from_the_users_cache_and_never_from_a_shared_store() -> Res
     assert!(!own.exists() && shared.join("refs/main").exists());
     refused(&mut command(&["rm", "--force", "org/tiny"]), &["a store that is shared, which is only read"])?;
     assert!(shared.join("refs/main").exists());
+    // What a link leads to stays, and is not said to be freed.
+    let linked = cached(&place, "hub", "org/linked", &fixture("models/llama"))?;
+    let kept = place.path("kept");
+    fs::rename(linked.join("blobs"), &kept)?;
+    symlink(&kept, linked.join("blobs"))?;
+    let count = fs::read_dir(&kept)?.count();
+    let gone = printed_json(&succeeds(&mut command(&["rm", "--json", "org/linked"]))?)?;
+    assert!(!linked.exists() && fs::read_dir(&kept)?.count() == count);
+    assert_eq!(gone[0]["bytes"], json!(40));
     Ok(())
 }
 

@@ -22,7 +22,7 @@ pub use self::lock::Lock;
 pub use self::modes::{keep_private, make_directory, open_to_readers, prepare};
 pub(crate) use self::regular::parse_object;
 pub use self::regular::{SMALL_FILE_BYTES_MAX, broken_link, is_named, open_regular, read_bytes, read_text, utf8};
-pub use self::space::{bytes_below, ensure_room, free_bytes};
+pub use self::space::{bytes_below, bytes_below_few, ensure_room, free_bytes};
 
 /// The temporary names of all directories in the making. They get theirs, and lose it, with this held: whoever holds it sees none
 /// that is neither here nor finished.

@@ -7,8 +7,10 @@ use clap::Error;
 use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
+use crate::hub::HubName;
+
 /// Flags elsewhere, and what they are here: the first that the command has. Hyphens stand for underscores, too.
-const FLAGS: [(&str, &[&str]); 73] = [
+const FLAGS: [(&str, &[&str]); 75] = [
     ("adapter", &["--model-dir", "--init-from"]),
     ("adapter-name-or-path", &["--model-dir", "--init-from"]),
     ("adapter-path", &["--model-dir", "--init-from"]),
@@ -27,6 +29,7 @@ const FLAGS: [(&str, &[&str]); 73] = [
     ("dropout", &["--lora-dropout"]),
     ("epoch", &["--epochs"]),
     ("eval-dataset", &["--eval-file"]),
+    ("eval-file", &["--file"]),
     ("fine-tune-type", &["--strategy"]),
     ("finetuning-type", &["--strategy"]),
     ("fp16", &["--compute bf16"]),
@@ -82,6 +85,7 @@ const FLAGS: [(&str, &[&str]); 73] = [
     ("use-rslora", &["--set-option use_rslora=true"]),
     ("val-set-size", &["--eval-fraction"]),
     ("validation-file", &["--eval-file"]),
+    ("yes", &["--force"]),
 ];
 
 /// Flags elsewhere that no flag here stands for: a flag of the commands that are meant, and what to know.
@@ -108,16 +112,22 @@ const RESUMED: &str = "a training cannot be resumed yet; --init-from begins anot
 const SAVED: &str = "there is no such flag: what is trained is saved at the end, and where Ctrl-C stops it";
 
 /// Commands elsewhere, and what they are here.
-const COMMANDS: [(&str, &str); 24] = [
+const COMMANDS: [(&str, &str); 34] = [
     ("add", "import"),
+    ("ask", "chat --prompt TEXT"),
     ("cache", "list-models"),
+    ("complete", "chat --prompt TEXT"),
+    ("convert", "export-model"),
     ("copy", "cp"),
     ("delete", "rm"),
+    ("download", "pull"),
     ("evaluate", "eval"),
     ("export", "export-model"),
+    ("fetch", "pull"),
     ("finetune", "fine-tune"),
     ("fuse", "export-model"),
     ("generate", "chat --prompt TEXT"),
+    ("get", "pull"),
     ("info", "show"),
     ("inspect", "show"),
     ("list", "list-models"),
@@ -128,12 +138,63 @@ const COMMANDS: [(&str, &str); 24] = [
     ("perplexity", "eval"),
     ("predict", "chat --prompt TEXT"),
     ("remove", "rm"),
+    ("scan-cache", "list-models"),
     ("server", "serve"),
     ("sft", "fine-tune"),
     ("start", "serve"),
+    ("talk", "chat"),
+    ("test", "eval"),
     ("train", "fine-tune"),
     ("tune", "fine-tune"),
+    ("uninstall", "rm"),
 ];
+
+/// Commands elsewhere that no command here stands for, and what to know.
+const NO_COMMANDS: [(&str, &str); 13] = [
+    ("create", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
+    ("embed", "embeddings are served: `homeroom serve --model-dir NAME` answers /v1/embeddings"),
+    (
+        "login",
+        "there is no such command: HF_TOKEN=... before a command, or `hf auth login`, opens gated and private models",
+    ),
+    ("mv", "`homeroom cp NAME NEW` and then `homeroom rm NAME` rename a model"),
+    ("new", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
+    ("ps", "nothing runs in the background: `homeroom list-models` shows the models, `homeroom chat` talks to one"),
+    (
+        "push",
+        "there is no such command: models stay on this machine; `homeroom export-model` writes one for other programs",
+    ),
+    (
+        "quantize",
+        "`homeroom export-model --dtype bf16` writes 16 bits; in 4 bits a base is trained by --strategy qlora",
+    ),
+    ("rename", "`homeroom cp NAME NEW` and then `homeroom rm NAME` rename a model"),
+    (
+        "search",
+        "there is no such command: https://huggingface.co/models finds models, `homeroom pull owner/name` downloads one",
+    ),
+    ("stop", "nothing runs in the background: Ctrl-C ends a command"),
+    (
+        "upload",
+        "there is no such command: models stay on this machine; `homeroom export-model` writes one for other programs",
+    ),
+    ("version", "`homeroom --version` tells it"),
+];
+
+/// Flags elsewhere of models of the hub, and what to know. `MODEL` and `VALUE` stand for what was typed.
+const OF_HUB: [(&str, &str); 9] = [
+    ("cache-dir", IN_CACHE),
+    ("hf-token", TOKEN),
+    ("include", "the files that are read are downloaded; of GGUF files one is named behind the model: `MODEL:Q4_K_M`"),
+    ("local-dir", IN_CACHE),
+    ("quant", "the quantization stands behind the name: `MODEL:VALUE`"),
+    ("quantization", "the quantization stands behind the name: `MODEL:VALUE`"),
+    ("repo-id", "the name stands by itself: `homeroom pull VALUE`"),
+    ("revision", "the revision stands behind the name: `MODEL@VALUE`"),
+    ("token", TOKEN),
+];
+const IN_CACHE: &str = "models lie in Hugging Face's cache: HF_HUB_CACHE=VALUE before the command names another";
+const TOKEN: &str = "HF_TOKEN=... before the command, or `hf auth login`, opens gated and private models";
 
 /// Adds a tip to the error about a command line, if there is one.
 pub fn add(error: &mut Error, root: &Command, arguments: &[OsString]) {
@@ -142,11 +203,13 @@ pub fn add(error: &mut Error, root: &Command, arguments: &[OsString]) {
             let wrong = text(error, ContextKind::InvalidArg);
             let command = asked(root, arguments);
             wrong.and_then(|wrong| match wrong.strip_prefix("--") {
-                Some(flag) => self::flag(&wrong, flag, command).or_else(|| {
-                    let is_near = error.get(ContextKind::SuggestedArg).is_some();
-                    (!is_near).then(|| parameter(flag, command, arguments))?
-                }),
-                None => value(&wrong, command, arguments),
+                Some(flag) => {
+                    self::flag(&wrong, flag, command).or_else(|| of_hub(&wrong, command, arguments)).or_else(|| {
+                        let is_near = error.get(ContextKind::SuggestedArg).is_some();
+                        (!is_near).then(|| parameter(flag, command, arguments))?
+                    })
+                }
+                None => letter(&wrong, command).or_else(|| value(&wrong, command, arguments)),
             })
         }
         ErrorKind::InvalidSubcommand => {
@@ -207,6 +270,32 @@ fn flag(wrong: &str, flag: &str, command: &Command) -> Option<String> {
     Some(format!("'{wrong}' is '{here}' here"))
 }
 
+/// The tip for a flag about a model of the hub, which is a part of its name here or a variable of the environment.
+fn of_hub(wrong: &str, command: &Command, arguments: &[OsString]) -> Option<String> {
+    let names_model = command.get_name() == "pull" || ["model-dir", "model-name"].iter().any(|flag| has(command, flag));
+    let flag = wrong.trim_start_matches('-').split('=').next()?.to_lowercase().replace('_', "-");
+    let (_, note) = OF_HUB.iter().find(|(elsewhere, _)| *elsewhere == flag && names_model)?;
+    let words: Vec<&str> = arguments.iter().filter_map(|word| word.to_str()).collect();
+    let at = words.iter().position(|word| word.split('=').next() == wrong.split('=').next())?;
+    let (value, behind) = match words[at].split_once('=') {
+        Some((_, value)) => (Some(value), at),
+        None => (words.get(at + 1).copied().filter(|word| !word.starts_with('-')), at + 1),
+    };
+    let others = words.iter().enumerate().filter(|(other, _)| *other != behind).map(|(_, word)| *word);
+    let model = others.filter(|word| !word.starts_with('-')).find(|word| HubName::parse(word).is_some());
+    let note = note.replace("MODEL", model.unwrap_or("owner/name"));
+    Some(format!(
+        "'{wrong}': {}",
+        note.replace("VALUE", value.unwrap_or(if flag == "revision" { "main" } else { "..." }))
+    ))
+}
+
+/// The tip for a flag of one letter.
+fn letter(wrong: &str, command: &Command) -> Option<String> {
+    let is_force = ["-f", "-y", "-rf"].contains(&wrong) && has(command, "--force");
+    is_force.then(|| format!("'{wrong}' is '--force' here"))
+}
+
 /// The tip for a pipeline's parameter that is written as a flag.
 fn parameter(flag: &str, command: &Command, arguments: &[OsString]) -> Option<String> {
     if command.get_name() != "run" {
@@ -260,7 +349,11 @@ fn subcommand(wrong: &str, command: &Command) -> Option<String> {
     let word = wrong.to_lowercase().replace('_', "-");
     let same = command.find_subcommand(&word).map(Command::get_name);
     // They are commands of the program, not of its commands.
-    let here = || COMMANDS.iter().find(|(elsewhere, _)| command.get_name() == "homeroom" && *elsewhere == word);
+    let is_program = command.get_name() == "homeroom";
+    if let Some((_, note)) = NO_COMMANDS.iter().find(|(elsewhere, _)| is_program && *elsewhere == word) {
+        return Some(format!("'{wrong}': {note}"));
+    }
+    let here = || COMMANDS.iter().find(|(elsewhere, _)| is_program && *elsewhere == word);
     let here = same.or_else(|| here().map(|(_, here)| *here))?;
     Some(format!("'{wrong}' is '{here}' here"))
 }
@@ -303,6 +396,16 @@ mod tests {
             assert!(root.find_subcommand(elsewhere).is_none(), "{elsewhere}");
             assert!(here.split(' ').next().is_some_and(|here| root.find_subcommand(here).is_some()), "{here}");
         }
+        for (elsewhere, _) in NO_COMMANDS {
+            assert!(root.find_subcommand(elsewhere).is_none(), "{elsewhere}");
+            assert!(COMMANDS.iter().all(|(other, _)| *other != elsewhere), "{elsewhere}");
+        }
+        for (elsewhere, _) in OF_HUB {
+            let is_known = FLAGS.iter().any(|(flag, _)| *flag == elsewhere)
+                || commands.iter().any(|command| has(command, elsewhere));
+            assert!(!is_known, "{elsewhere}");
+        }
+        assert!(NO_COMMANDS.is_sorted() && OF_HUB.is_sorted());
         assert!(FLAGS.is_sorted() && NOTES.is_sorted() && COMMANDS.is_sorted());
     }
 }

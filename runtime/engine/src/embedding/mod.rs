@@ -24,6 +24,7 @@ use self::config::EncoderConfig;
 pub use self::config::{encoder_type, is_encoder};
 use self::encoder::Encoder;
 use self::modules::Modules;
+pub use self::modules::{MODULES_FILE, SENTENCE_FILES, module_directories};
 use self::text::TextSide;
 pub use self::text::Tokens;
 use crate::guard::quietly;

@@ -16,7 +16,7 @@ use crate::tensors::map_safetensors;
 pub const MODULES_FILE: &str = "modules.json";
 
 /// What it says of its encoder, under the names that there were.
-const SENTENCE_FILES: [&str; 4] = [
+pub const SENTENCE_FILES: [&str; 4] = [
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
     "sentence_distilbert_config.json",
@@ -136,12 +136,7 @@ impl Modules {
             "its modules are {}; a Transformer and a Pooling are read, with Dense and Normalize behind them",
             kinds.join(", ")
         );
-        let place = |module: &Value| -> Result<PathBuf> {
-            let path = module["path"].as_str().context("a module has no `path`")?;
-            let plain = Path::new(path).components().all(|part| matches!(part, std::path::Component::Normal(_)));
-            ensure!(plain, "the module path `{path}` leads out of the directory");
-            Ok(dir.join(path))
-        };
+        let place = |module: &Value| -> Result<PathBuf> { Ok(dir.join(path_of(module)?)) };
         let encoder = place(&list[0])?;
         ensure!(
             encoder == dir.join(""),
@@ -297,6 +292,32 @@ impl Modules {
         }
         Ok(())
     }
+}
+
+/// The directories of a model's further modules, as `1_Pooling`, by what `modules.json` calls them. Empty without that file.
+///
+/// # Errors
+/// When the file is damaged, or a path in it leads out of the directory.
+pub fn module_directories(dir: &Path) -> Result<Vec<PathBuf>> {
+    let path = dir.join(MODULES_FILE);
+    if !is_named(&path)? {
+        return Ok(Vec::new());
+    }
+    let text = read_text(&path, SMALL_FILE_BYTES_MAX)?;
+    let list: Value = serde_json::from_str(&text).with_context(|| format!("{}: not JSON", path.display()))?;
+    let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
+    ensure!(list.len() <= MODULES_MAX, "{}: {} modules, at most {MODULES_MAX} are read", path.display(), list.len());
+    let paths =
+        list.iter().map(path_of).collect::<Result<Vec<PathBuf>>>().with_context(|| path.display().to_string())?;
+    Ok(paths.into_iter().filter(|path| !path.as_os_str().is_empty()).collect())
+}
+
+/// The path that a module of the list has in the directory.
+fn path_of(module: &Value) -> Result<PathBuf> {
+    let path = module["path"].as_str().context("a module has no `path`")?;
+    let plain = Path::new(path).components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    ensure!(plain, "the module path `{path}` leads out of the directory");
+    Ok(path.into())
 }
 
 fn read_config(dir: &Path) -> Result<(PathBuf, Value)> {

@@ -65,6 +65,24 @@ fn is_known(name: &str) -> bool {
     shard || name == "model.safetensors.index.json" || RESULT_FILES.contains(&name)
 }
 
+/// Whether a directory within another holds files that may go, at least one and nothing else.
+fn holds_only(path: &Path, directory: &Path, may_go: &impl Fn(&Path) -> bool) -> bool {
+    let may_go = |entry: io::Result<fs::DirEntry>| -> Option<bool> {
+        let entry = entry.ok()?;
+        let name = directory.join(entry.file_name());
+        Some(match entry.file_type().ok()?.is_dir() {
+            true => name.components().count() < DEPTH_MAX && holds_only(path, &name, may_go),
+            false => may_go(&name),
+        })
+    };
+    let entries =
+        fs::read_dir(path.join(directory)).and_then(|entries| entries.map(Ok).collect::<io::Result<Vec<_>>>());
+    entries.is_ok_and(|entries| !entries.is_empty() && entries.into_iter().all(|entry| may_go(entry) == Some(true)))
+}
+
+/// How deep in a model's directory a file of it may lie.
+const DEPTH_MAX: usize = 8;
+
 /// Refuses to replace a directory that holds anything but a result: whatever else lies there would be lost.
 ///
 /// # Errors
@@ -73,11 +91,12 @@ pub fn replaceable(path: &Path) -> Result<()> {
     replaceable_but_for(path, |_| false)
 }
 
-/// As [`replaceable`], where files of further names may be lost, too.
+/// As [`replaceable`], where files of further names may be lost, too, and directories of them: both are asked for by their paths in the
+/// directory.
 ///
 /// # Errors
 /// As [`replaceable`].
-pub fn replaceable_but_for(path: &Path, may_go: impl Fn(&str) -> bool) -> Result<()> {
+pub fn replaceable_but_for(path: &Path, may_go: impl Fn(&Path) -> bool) -> Result<()> {
     let entries = match fs::read_dir(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         entries => entries.with_context(|| format!("{}: cannot write a directory here", path.display()))?,
@@ -92,9 +111,9 @@ pub fn replaceable_but_for(path: &Path, may_go: impl Fn(&str) -> bool) -> Result
             // A link is one entry: what it leads to is not lost.
             let is_file = entry.file_type().is_ok_and(|kind| !kind.is_dir());
             let known = if is_file {
-                is_known(&name) || may_go(&name)
+                is_known(&name) || may_go(Path::new(&name))
             } else {
-                name == TEMPLATES_DIR && holds_templates(&entry.path())
+                name == TEMPLATES_DIR && holds_templates(&entry.path()) || holds_only(path, Path::new(&name), &may_go)
             };
             (!known).then_some(name)
         })

@@ -19,6 +19,23 @@ pub fn bytes_below(path: &Path) -> u64 {
     }
 }
 
+/// As [`bytes_below`], of at most so many entries; `None` where there are more, which no model has.
+pub fn bytes_below_few(path: &Path, mut entries_max: usize) -> Option<u64> {
+    let (mut bytes, mut left) = (0, vec![path.to_owned()]);
+    while let Some(path) = left.pop() {
+        let Ok(about) = fs::symlink_metadata(&path) else { continue };
+        if about.is_file() {
+            bytes += about.len();
+        } else if about.is_dir() {
+            for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
+                entries_max = entries_max.checked_sub(1)?;
+                left.push(entry.path());
+            }
+        }
+    }
+    Some(bytes)
+}
+
 /// The bytes that this user may still write on the file system of a directory, or of the nearest above it that is there; `None` where
 /// the system does not tell.
 pub fn free_bytes(directory: &Path) -> Option<u64> {
@@ -82,6 +99,8 @@ mod tests {
             std::os::unix::fs::symlink(to, at(name))?;
         }
         assert_eq!([at("model"), at("outside"), at("nothing")].map(|path| bytes_below(&path)), [12, 300, 0]);
+        assert_eq!(bytes_below_few(&at("model"), 100), Some(12));
+        assert_eq!(bytes_below_few(&at(""), 1), None);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use clap::{ArgGroup, Args};
 use homeroom_engine::adapter::is_adapter;
 use homeroom_engine::block::Compute;
@@ -149,7 +149,12 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let output_dir = place(arguments)?;
     utf8(&std::path::absolute(&output_dir)?)?;
     if !arguments.overwrite {
-        vacant(&output_dir)?;
+        vacant(&output_dir).map_err(|error| match arguments.name.as_ref().filter(|_| output_dir.is_dir()) {
+            Some(name) if arguments.output_dir.is_none() => anyhow!(
+                "{name}: there is a model of this name already\nhint: --overwrite replaces it, another --name keeps both"
+            ),
+            _ => error,
+        })?;
     }
     let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
     files.into_iter().flatten().try_for_each(|file| exists(file))?;

@@ -6,9 +6,11 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
 
+use super::show::{command_of, of_base};
 use super::{Done, print};
 use crate::hub::carried::{self, Carried};
 use crate::progress::{line, size};
+use crate::registry;
 use crate::registry::import::{Imported, import};
 use crate::terminal::cell;
 
@@ -37,7 +39,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if carried::is_folder(&arguments.path) {
         return carry(arguments);
     }
-    let Imported { entry, left_out } = import(&arguments.path, arguments.name.as_deref(), arguments.overwrite)?;
+    let Imported { entry, left_out, cached } = import(&arguments.path, arguments.name.as_deref(), arguments.overwrite)?;
     line(format_args!("imported  {}   {}, {}, in {}", entry.name, entry.kind, size(entry.bytes), entry.path.display()));
     if arguments.name.is_none() {
         line(format_args!("name      {}   --name chooses another", entry.name));
@@ -51,7 +53,17 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if let Some(problem) = &entry.problem {
         line(format_args!("note: {}: {problem}", entry.name));
     }
-    line(format_args!("next      homeroom show {}", entry.name));
+    if let Some(folder) = cached {
+        line(format_args!(
+            "note: it is a model of a cache; `homeroom import {}` takes it in under its name on the Hugging Face hub",
+            folder.display()
+        ));
+    }
+    let next = match &entry.problem {
+        Some(_) => format!("homeroom show {}", entry.name),
+        None => command_of(&entry.name, entry.kind, true),
+    };
+    line(format_args!("next      {next}"));
     if arguments.json {
         print(&json!({"name": entry.name, "path": entry.path, "kind": entry.kind, "bytes": entry.bytes, "left_out": left_out, "problem": entry.problem}).to_string())?;
     }
@@ -67,14 +79,18 @@ fn carry(arguments: &Arguments) -> Result<Done> {
     );
     let carried = carried::take_in(&arguments.path)?;
     let Carried { repo, folder, commits, left_out, unverified, bytes, kept_refs } = &carried;
-    line(format_args!("imported  {repo}   {}, in {}", size(*bytes), folder.display()));
+    match bytes {
+        0 => line(format_args!("here      {repo}   all of it was here already, in {}", folder.display())),
+        bytes => line(format_args!("imported  {repo}   {}, in {}", size(*bytes), folder.display())),
+    }
     for commit in commits {
         line(format_args!("commit    {commit}"));
     }
     match unverified {
-        0 => line("checked   every file is what its name says"),
+        _ if *bytes == 0 => {}
+        0 => line("checked   no file was damaged on the way"),
         count => line(format_args!(
-            "note: {count} files are no links to files that are called by their digests, as on a memory stick, so that damage to them does not show; they are taken as they are"
+            "note: {count} files could not be checked for damage: a memory stick without links (FAT) loses the digests; if an answer is strange, carry the model again"
         )),
     }
     for commit in left_out {
@@ -85,7 +101,9 @@ fn carry(arguments: &Arguments) -> Result<Done> {
             "note: `{name}` is another commit of {repo} here, and stays it; `{repo}@COMMIT` names the one that was imported"
         ));
     }
-    line(format_args!("next      homeroom show {repo}"));
+    let base = registry::bases()?.into_iter().find(|base| base.name == *repo && !base.shared);
+    let next = base.as_ref().filter(|base| base.problem.is_none()).map(of_base);
+    line(format_args!("next      {}", next.unwrap_or_else(|| format!("homeroom show {repo}"))));
     if arguments.json {
         let report = json!({"name": repo, "path": folder, "kind": "base", "bytes": bytes, "commits": commits, "left_out": left_out, "unverified_files": unverified});
         print(&report.to_string())?;

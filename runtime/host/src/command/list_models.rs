@@ -32,12 +32,13 @@ const TUNED: [Column; 8] = [
     Column { right: false, spare: 0 },
 ];
 
-/// Name, kind, size, date, and what there is of it.
-const BASES: [Column; 5] = [
+/// Name, kind, form, size, date of the download, and what is to be known of it.
+const BASES: [Column; 6] = [
     Column { right: false, spare: 0 },
-    Column { right: false, spare: 3 },
-    Column { right: true, spare: 1 },
+    Column { right: false, spare: 4 },
     Column { right: false, spare: 2 },
+    Column { right: true, spare: 1 },
+    Column { right: false, spare: 3 },
     Column { right: false, spare: 0 },
 ];
 
@@ -57,19 +58,23 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         return Ok(Done::Whole);
     }
     if entries.is_empty() && bases.is_empty() {
-        line("no models yet\nhint: `homeroom fine-tune` saves one, and so does `homeroom run`");
+        line(
+            "no models yet\nhint: `homeroom pull owner/name` downloads a base of the Hugging Face hub, and `homeroom fine-tune --model-name owner/name --training-file rows.jsonl` trains a model of yours on it",
+        );
         return Ok(Done::Whole);
     }
     let width = Stdout.width();
+    let has_problem =
+        entries.iter().any(|entry| entry.problem.is_some()) || bases.iter().any(|base| base.problem.is_some());
     let tuned = lines(&TUNED, &entries.iter().map(tuned).collect::<Vec<_>>(), width);
-    let bases = lines(&BASES, &bases.iter().map(base).collect::<Vec<_>>(), width);
+    let bases = lines(&BASES, &bases.iter().flat_map(base).collect::<Vec<_>>(), width);
     // What reads a pipe tells them by their second column.
     let groups = match Stdout.is_terminal() && !tuned.is_empty() && !bases.is_empty() {
-        true => [vec!["tuned models".to_owned()], tuned, vec![String::new(), "bases".to_owned()], bases].concat(),
+        true => [vec!["your models".to_owned()], tuned, vec![String::new(), "bases".to_owned()], bases].concat(),
         false => [tuned, bases].concat(),
     };
     print(&groups.join("\n"))?;
-    if width.is_some() && entries.iter().any(|entry| entry.problem.is_some()) {
+    if width.is_some() && has_problem {
         line("hint: `homeroom show NAME` tells all of a problem");
     }
     Ok(Done::Whole)
@@ -99,27 +104,34 @@ fn tuned(entry: &Entry) -> Vec<String> {
     ]
 }
 
-fn base(base: &Base) -> Vec<String> {
-    let problem = base.problem.as_ref().map(|problem| format!("problem: {}   ", cell(problem))).unwrap_or_default();
-    let shared =
-        if base.shared { format!("   shared, in {}", cell(&base.path.display().to_string())) } else { String::new() };
-    vec![
-        base.name.clone(),
-        base.kind.to_owned(),
-        size(base.bytes),
-        day(base.date.as_deref()),
-        format!("{problem}{}{shared}", cell(&base.forms.join(" "))),
-    ]
+/// A line for each name that can be typed for a base.
+fn base(base: &Base) -> Vec<Vec<String>> {
+    let problem = base.problem.as_ref().map(|problem| format!("problem: {}", cell(problem)));
+    let shared = base.shared.then(|| format!("shared, in {}", cell(&base.path.display().to_string())));
+    let known = problem.into_iter().chain(shared).collect::<Vec<_>>().join("   ");
+    let line = |name: &str, form: &str, bytes: u64| {
+        let (date, kind) = (day(base.date.as_deref()), base.kind.to_owned());
+        vec![name.to_owned(), kind, cell(form), size(bytes), date, known.clone()]
+    };
+    if base.usable.is_empty() {
+        return vec![line(&base.name, "", base.bytes)];
+    }
+    base.usable.iter().map(|usable| line(&usable.name, &usable.form, usable.bytes)).collect()
 }
 
 /// The loss on rows that were held out, or else on those that were trained on.
 fn loss(entry: &Entry) -> String {
     match (entry.eval_loss_before, entry.eval_loss, entry.train_loss) {
-        (Some(before), Some(after), _) => format!("loss {before:.3} → {after:.3}"),
-        (None, Some(after), _) => format!("loss {after:.3}"),
-        (_, None, Some(training)) => format!("training loss {training:.3}"),
+        (Some(before), Some(after), _) => format!("loss {} → {}", number(before), number(after)),
+        (None, Some(after), _) => format!("loss {}", number(after)),
+        (_, None, Some(training)) => format!("training loss {}", number(training)),
         (_, None, None) => String::new(),
     }
+}
+
+/// A loss with three digits behind the point; one that another program wrote may be of any size.
+fn number(loss: f64) -> String {
+    if loss.abs() < 1e6 { format!("{loss:.3}") } else { format!("{loss:.3e}") }
 }
 
 fn day(date: Option<&str>) -> String {

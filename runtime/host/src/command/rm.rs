@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{Done, print};
+use crate::near::LIST_HINT;
 use crate::progress::{line, size};
 use crate::registry::{self, Removal, Target, Users};
 use crate::terminal::cell;
@@ -41,7 +42,14 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     }
     let kept = if removals.is_empty() { "" } else { "\nnothing is removed" };
     if !problems.is_empty() {
-        return Err(anyhow!("{}{kept}", problems.join("\nerror: ")));
+        // The same hint is said once.
+        let last = problems.len() - 1;
+        let said = |(at, problem): (usize, &String)| match problem.strip_suffix(LIST_HINT).filter(|_| at < last) {
+            Some(problem) => problem.to_owned(),
+            None => problem.clone(),
+        };
+        let said: Vec<String> = problems.iter().enumerate().map(said).collect();
+        return Err(anyhow!("{}{kept}", said.join("\nerror: ")));
     }
     // What goes as well is not orphaned, and goes first, so that none of it is without its base meanwhile.
     let going: BTreeSet<String> = removals.iter().map(|removal| removal.name.clone()).collect();
@@ -53,7 +61,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let orphaning: Vec<&Removal> = removals.iter().filter(|removal| removal.users.are_orphaned()).collect();
     let refused = !orphaning.is_empty() && !arguments.force;
     for removal in removals.iter().filter(|_| arguments.dry_run || refused) {
-        tell(removal, "would go");
+        tell(removal, "would go", "frees");
     }
     if arguments.dry_run {
         let bytes = removals.iter().map(|removal| removal.bytes).sum();
@@ -70,7 +78,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     } else {
         for removal in &removals {
             removal.carry_out()?;
-            tell(removal, "removed");
+            tell(removal, "removed", "freed");
         }
     }
     if arguments.json {
@@ -84,11 +92,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
 }
 
 /// Says what is removed, what it frees, and what that does to others.
-fn tell(removal: &Removal, verb: &str) {
+fn tell(removal: &Removal, verb: &str, freed: &str) {
     let Removal { name, path, target, bytes, is_link, users } = removal;
     let freed = match is_link {
         true => "the link alone; what it leads to stays".to_owned(),
-        false => format!("frees {}", size(*bytes)),
+        false => format!("{freed} {}", size(*bytes)),
     };
     line(format_args!("{verb:8}  {name}   {freed}   {}", path.display()));
     if let Target::Base { .. } = target {

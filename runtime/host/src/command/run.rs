@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use super::arguments::{PluginArgs, name_value};
 use super::{Done, print, this_program};
-use crate::hub;
+use crate::hub::{self, HubName};
 use crate::interrupt::{self, Interrupted};
-use crate::models::Network;
-use crate::near::exists;
+use crate::models::{Network, here};
+use crate::near::{did_you_mean, exists, file_beside, is_model};
 use crate::pipeline::config::PipelineConfig;
 use crate::pipeline::{self, sandbox::shown};
 use crate::progress::line;
@@ -53,6 +53,7 @@ static LISTEN: Once = Once::new();
 
 /// Runs a pipeline, or says what it would do, or what is wrong with it; with `--watch` again after each change.
 pub fn run(arguments: &Arguments) -> Result<Done> {
+    refuse_model(&arguments.config)?;
     exists(&arguments.config)?;
     if arguments.config.extension().is_some_and(|extension| extension == "lua") {
         let config = declaring(&arguments.config);
@@ -100,6 +101,30 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         let Some(changed) = waited else { return Ok(Done::Interrupted) };
         line(format_args!("changed   {}", shown(&changed)));
     }
+}
+
+/// Refuses a model, which `ollama run` would take.
+fn refuse_model(config: &Path) -> Result<()> {
+    if config.is_file() || config.extension().is_some_and(|extension| extension == "toml" || extension == "lua") {
+        return Ok(());
+    }
+    let name = config.display();
+    let is_there = match config.exists() {
+        true => is_model(config),
+        false => here(config).is_ok_and(|located| located.is_some()),
+    };
+    if is_there {
+        bail!(
+            "{name}: a model; what is run is a pipeline's TOML file\nhint: `homeroom chat --model-dir {name}` talks to it"
+        );
+    }
+    if !config.exists() && HubName::typed(config).is_some() {
+        bail!(
+            "{name}: no such file or directory{}; what is run is a pipeline's TOML file\nhint: `homeroom chat --model-dir {name}` talks to the model of that name on the Hugging Face hub",
+            did_you_mean(file_beside(config))
+        );
+    }
+    Ok(())
 }
 
 /// The TOML file beside a script, or in `configs` beside its directory, that declares it.

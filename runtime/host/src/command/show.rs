@@ -8,8 +8,8 @@ use homeroom_engine::files::{broken_link, is_named, utf8};
 use serde_json::{Map, Value, json};
 
 use super::{Done, print};
-use crate::hub::{self, HubName};
-use crate::near::{did_you_mean, model};
+use crate::hub::{self, HubName, policy};
+use crate::near::{LIST_HINT, did_you_mean, model};
 use crate::progress::{millions, size, thousands};
 use crate::registry::{self, Base, Details, Entry};
 use crate::terminal::cell;
@@ -33,7 +33,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if arguments.json {
         let mut all = serde_json::to_value(&details)?;
         if let Some(base) = &base {
-            let about = json!({"kind": base.kind, "forms": base.forms, "commits": base.commits, "shared": base.shared});
+            let about = json!({
+                "kind": base.kind, "forms": base.forms, "usable": base.usable, "commits": base.commits, "shared": base.shared,
+            });
             all.as_object_mut().into_iter().zip(about.as_object()).for_each(|(all, about)| all.extend(about.clone()));
         }
         all["next"] = json!(next);
@@ -44,7 +46,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let mut add = |key: &str, text: String| {
         if !text.is_empty() {
             // Each keeps to its line, whatever another program wrote there.
-            lines.push(format!("{key:10}  {}", cell(&text)));
+            lines.push(format!("{key:9} {}", cell(&text)));
         }
     };
     about(&details, base.as_ref(), &mut add);
@@ -53,7 +55,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let files: Vec<String> = files.iter().map(|(name, bytes)| format!("{name} {}", size(*bytes))).collect();
     add("files", files.join(", "));
     add("size", size(entry.bytes));
-    add("date", entry.date.clone().unwrap_or_default());
+    let date = entry.date.clone().unwrap_or_default();
+    add("date", if base.is_some() && !date.is_empty() { format!("downloaded {date}") } else { date });
     add("problem", entry.problem.clone().unwrap_or_default());
     add("next", next);
     print(&lines.join("\n"))?;
@@ -78,34 +81,44 @@ fn look(name: &Path) -> Result<(Details, Option<Base>)> {
     }
     let text = name.display();
     let Some(hub_name) = HubName::typed(name) else {
-        bail!(
-            "{text}: no such model{}\nhint: `homeroom list-models` shows those that are here",
-            did_you_mean(model(name))
-        );
+        bail!("{text}: no such model{}{LIST_HINT}", did_you_mean(model(name)));
     };
     let base = registry::bases()?.into_iter().find(|base| base.name == hub_name.repo);
-    match (hub::find(&hub_name)?, base) {
-        (Some(found), base) => {
-            let mut entry = registry::entry(hub_name.to_string(), found.path);
-            entry.base_revision = Some(found.commit);
-            if let Some(base) = &base {
-                (entry.bytes, entry.date) = (base.bytes, base.date.clone().or(entry.date));
-            }
-            Ok((Details::of(entry), base))
-        }
-        (None, Some(base)) => {
-            let mut entry = registry::entry(hub_name.to_string(), base.path.clone());
-            (entry.bytes, entry.date) = (base.bytes, base.date.clone());
-            entry.problem = Some(match base.forms.is_empty() {
-                true => format!("not all of its files are here; `homeroom pull {hub_name}` fetches them"),
-                false => format!("there is {}, and not what is named", base.forms.join(", ")),
-            });
-            Ok((Details::of(entry), Some(base)))
-        }
-        (None, None) => {
-            bail!("{text}: not on this machine{}\nhint: `homeroom pull {text}` fetches it", did_you_mean(model(name)))
-        }
+    let Some(base) = base else {
+        bail!("{text}: not on this machine{}\nhint: `homeroom pull {text}` fetches it", did_you_mean(model(name)));
+    };
+    let dated = |mut entry: Entry| {
+        (entry.bytes, entry.date) = (base.bytes, base.date.clone().or(entry.date));
+        entry
+    };
+    // What may not be used here may be looked at.
+    let refused = policy::check(&hub_name.repo).err();
+    let found = if refused.is_none() { hub::find(&hub_name)? } else { None };
+    if let Some(found) = found {
+        let mut entry = dated(registry::entry(hub_name.to_string(), found.path));
+        entry.base_revision = Some(found.commit);
+        return Ok((Details::of(entry), Some(base)));
     }
+    let mut entry = dated(registry::entry(hub_name.to_string(), base.path.clone()));
+    let is_choice = refused.is_none() && hub_name.quantization.is_none() && hub_name.revision.is_none();
+    let is_choice = is_choice && !base.usable.is_empty();
+    entry.problem = Some(match refused {
+        // Its first line is about this model.
+        Some(error) => {
+            error.to_string().lines().next().unwrap_or_default().replacen(&format!("{}: ", base.name), "", 1)
+        }
+        None if base.forms.is_empty() => {
+            format!("not all of its files are here; `homeroom pull {hub_name}` fetches them")
+        }
+        None => format!("there is {}, and not what is named", base.forms.join(", ")),
+    });
+    let mut details = Details::of(entry);
+    // It is several models, each by its name; nothing is wrong with that.
+    if is_choice {
+        details.entry.problem = base.problem.clone();
+        details.files = base.usable.iter().map(|usable| (usable.name.clone(), usable.bytes)).collect();
+    }
+    Ok((details, Some(base)))
 }
 
 /// What it is, where it lies, and where it comes from.
@@ -126,6 +139,9 @@ fn about(details: &Details, base: Option<&Base>, add: &mut dyn FnMut(&str, Strin
         let store = if base.shared { "a store that is shared" } else { "the cache, which Python's programs use, too" };
         add("", format!("in {store}"));
         add("commits", base.commits.join(", "));
+        if base.usable.len() > 1 {
+            add("names", base.usable.iter().map(|usable| usable.name.as_str()).collect::<Vec<_>>().join(", "));
+        }
     }
     if let Some(model) = &details.model {
         add("model", format!("{}, {} parameters, {}", model.model_type, millions(model.parameters), model.storage));
@@ -147,16 +163,16 @@ fn about(details: &Details, base: Option<&Base>, add: &mut dyn FnMut(&str, Strin
     let entry = &details.entry;
     if base.is_none() {
         let place = entry.base.display().to_string();
-        let commit = entry.base_revision.as_ref().map(|commit| format!(" at {commit}")).unwrap_or_default();
-        add(
-            "base",
-            match entry.base_name.as_ref().filter(|name| **name != place) {
-                Some(name) => format!("{name}{commit}, {place}"),
-                None => place,
-            },
-        );
+        let commit = entry.base_revision.as_ref().map(|commit| format!("@{}", beginning(commit))).unwrap_or_default();
+        match entry.base_name.as_ref().filter(|name| **name != place) {
+            Some(name) => {
+                add("base", format!("{name}{commit}"));
+                add("", format!("in {place}"));
+            }
+            None => add("base", place),
+        }
         let stored = details.base_storage.clone().map(|storage| format!("stored as {storage}"));
-        let digest = details.base_digest.clone().map(|digest| format!("values {digest}"));
+        let digest = details.base_digest.as_deref().map(|digest| format!("values {}", beginning(digest)));
         add("", stored.into_iter().chain(digest).collect::<Vec<_>>().join(", "));
     }
     let parents = details.lineage.parents.iter().map(|parent| match parent.is_there {
@@ -182,10 +198,16 @@ fn trained(details: &Details, add: &mut dyn FnMut(&str, String)) {
     add("modules", if modules.is_empty() { modules } else { format!("{rank}{modules}") });
     let rows = entry.rows.map(|rows| format!("{} trained on", thousands(rows as usize)));
     let held_out = entry.eval_rows.map(|rows| format!("{} held out", thousands(rows as usize)));
-    let digest = details.data_digest.clone();
+    let digest = details.data_digest.as_deref().map(|digest| format!("digest {}", beginning(digest)));
     add("rows", rows.into_iter().chain(held_out).chain(digest).collect::<Vec<_>>().join(", "));
     add("training", training(&details.config, details.steps, details.interrupted));
-    let loss = |words: &str, loss: Option<f64>| loss.map(|loss| format!("{words} {loss:.4}"));
+    let loss = |words: &str, loss: Option<f64>| {
+        loss.map(|loss| match loss.abs() < 1e6 {
+            true => format!("{words} {loss:.4}"),
+            // Another program wrote it.
+            false => format!("{words} {loss:.4e}"),
+        })
+    };
     let losses = [
         loss("held-out before", entry.eval_loss_before),
         loss("after", entry.eval_loss),
@@ -193,8 +215,16 @@ fn trained(details: &Details, add: &mut dyn FnMut(&str, String)) {
     ];
     add("loss", losses.into_iter().flatten().collect::<Vec<_>>().join(", "));
     let of_model = details.model.as_ref().and_then(|model| model.template_digest.clone());
-    add("template", details.template_digest.clone().or(of_model).unwrap_or_default());
-    add("tokenizer", details.tokenizer_digest.clone().unwrap_or_default());
+    let short = |digest: &Option<String>| digest.as_deref().map(beginning).unwrap_or_default().to_owned();
+    add("template", short(&details.template_digest.clone().or(of_model)));
+    add("tokenizer", short(&details.tokenizer_digest));
+}
+
+/// The first digits of a digest or a commit, which tell it from others; `--json` has all.
+fn beginning(digest: &str) -> &str {
+    const DIGITS: usize = 12;
+    let digits = digest.split_once(':').map_or(digest, |(_, digits)| digits);
+    digits.get(..DIGITS).unwrap_or(digits)
 }
 
 /// Epochs, steps and the numbers of the loop, in words.
@@ -217,10 +247,25 @@ fn next(details: &Details, base: Option<&Base>) -> String {
     match (problem, *kind) {
         (Some(_), "adapter") => format!("homeroom chat --model-dir {name} --base-model MODEL --prompt \"...\""),
         (Some(_), _) => String::new(),
-        (None, "embedding") => format!("homeroom serve --model-dir {name}"),
-        (None, "model") if base.is_some() => {
-            format!("homeroom fine-tune --model-name {name} --training-file rows.jsonl")
-        }
-        (None, _) => format!("homeroom chat --model-dir {name} --prompt \"...\""),
+        (None, kind) => match base.filter(|base| base.name == *name) {
+            Some(base) => of_base(base),
+            None => command_of(name, kind, base.is_some()),
+        },
+    }
+}
+
+/// The command that goes on with a base: of several quantizations, with the first.
+pub fn of_base(base: &Base) -> String {
+    let form = base.forms.first().map(String::as_str);
+    let kind = form.filter(|form| ["embedding", "adapter"].contains(form)).unwrap_or("model");
+    command_of(base.usable.first().map_or(&base.name, |usable| &usable.name), kind, true)
+}
+
+/// The command that goes on with a model that is whole.
+pub fn command_of(name: &str, kind: &str, is_base: bool) -> String {
+    match kind {
+        "embedding" => format!("homeroom serve --model-dir {name}"),
+        "model" if is_base => format!("homeroom fine-tune --model-name {name} --training-file rows.jsonl"),
+        _ => format!("homeroom chat --model-dir {name} --prompt \"...\""),
     }
 }

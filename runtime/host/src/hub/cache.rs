@@ -18,7 +18,8 @@ use homeroom_engine::files::read_text;
 pub(in crate::hub) use self::list::repo_of;
 pub use self::list::{Cached, Snapshot, at, list, remove};
 pub use super::whole::Kind;
-use super::whole::{kind, paths};
+use super::whole::kind;
+pub use super::whole::paths;
 use super::{HubName, gguf, policy};
 use crate::progress::line;
 
@@ -171,6 +172,20 @@ fn only_gguf(snapshot: &Path, name: &HubName) -> Result<PathBuf> {
             )
         }
     }
+}
+
+/// The names of a model's GGUF files that are here, of which the name that is asked for means none: `owner/name:Q4_K_M`.
+pub(super) fn other_quantizations(name: &HubName) -> Vec<String> {
+    let mut names = BTreeSet::new();
+    for folder in stores().iter().filter(|_| name.quantization.is_some()).map(|store| folder(store, &name.repo)) {
+        for (commit, _) in commits(&folder) {
+            if let Some(Kind::Gguf(quantizations)) = kind(&folder.join("snapshots").join(commit)) {
+                let named = |quantization| HubName { quantization: Some(quantization), ..name.clone() }.to_string();
+                names.extend(quantizations.into_iter().map(named));
+            }
+        }
+    }
+    names.into_iter().collect()
 }
 
 /// `models--owner--name` of a store.

@@ -41,7 +41,7 @@ pub struct Carried {
     pub left_out: Vec<String>,
     /// Files whose digests nothing tells.
     pub unverified: usize,
-    /// Bytes that were copied.
+    /// Bytes that were copied; 0: all of it was there already.
     pub bytes: u64,
     /// Branches and tags that mean another commit here, and stay as they are.
     pub kept_refs: Vec<String>,
@@ -78,6 +78,16 @@ pub fn take_in(source: &Path) -> Result<Carried> {
 
     let files = whole.iter().map(|snapshot| Ok((snapshot.commit.clone(), files(source, snapshot)?)));
     let files: Vec<(String, Vec<Source>)> = files.collect::<Result<_>>()?;
+    let place = Place::new(&store, &repo);
+    let commits: Vec<String> = files.iter().map(|(commit, _)| commit.clone()).collect();
+    let wanted = refs.into_iter().filter(|(_, commit)| commits.contains(commit));
+    // Names of branches come from file names of the stick.
+    let wanted: Vec<_> = wanted.filter(|(name, _)| HubName::parse(&format!("{repo}@{name}")).is_some()).collect();
+    let left_out = partial.into_iter().map(|snapshot| snapshot.commit).collect();
+    if files.iter().all(|(commit, files)| files.iter().all(|file| is_here(&place, commit, file))) {
+        let kept_refs = refer(&place, &wanted)?;
+        return Ok(Carried { repo, folder, commits, left_out, unverified: 0, bytes: 0, kept_refs });
+    }
     // A blob is copied once, however many snapshots link to it.
     let sizes: BTreeMap<&Path, u64> =
         files.iter().flat_map(|(_, files)| files).map(|file| (file.real.as_path(), file.size)).collect();
@@ -93,13 +103,8 @@ pub fn take_in(source: &Path) -> Result<Carried> {
         Staging { source, place: Place::at(staged.path()), bar: &bar, done: 0, blobs: BTreeMap::new() }.copy(&files);
     bar.finish_and_clear();
     let copied = copied?;
-    let commits: Vec<String> = files.into_iter().map(|(commit, _)| commit).collect();
-    let wanted = refs.into_iter().filter(|(_, commit)| commits.contains(commit));
-    // Names of branches come from file names of the stick.
-    let wanted: Vec<_> = wanted.filter(|(name, _)| HubName::parse(&format!("{repo}@{name}")).is_some()).collect();
     let unverified = copied.iter().filter(|file| file.remote.is_none()).count();
-    let kept_refs = publish(staged, &Place::new(&store, &repo), &copied, &wanted)?;
-    let left_out = partial.into_iter().map(|snapshot| snapshot.commit).collect();
+    let kept_refs = publish(staged, &place, &copied, &wanted)?;
     Ok(Carried { repo, folder, commits, left_out, unverified, bytes, kept_refs })
 }
 
@@ -267,6 +272,25 @@ fn publish(staged: NewDirectory, place: &Place, files: &[Copied], refs: &[(Strin
             None => place.put_itself(&own.pointer(commit, path), commit, path)?,
         }
     }
+    refer(place, refs)
+}
+
+/// Whether the cache has a file of a snapshot already: where its digest is known a link to that blob, else a file of that size.
+fn is_here(place: &Place, commit: &str, file: &Source) -> bool {
+    let pointer = place.pointer(commit, &file.path);
+    match &file.digest {
+        Some(digest) => {
+            let remote = RemoteFile { path: file.path.clone(), size: file.size, digest: digest.clone() };
+            let same =
+                |a: &Path, b: &Path| a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+            place.has_blob(&remote) && same(&pointer, &place.blob(digest))
+        }
+        None => fs::metadata(&pointer).is_ok_and(|about| about.is_file() && about.len() == file.size),
+    }
+}
+
+/// Writes branches and tags. Returns those that mean another commit, which stay.
+fn refer(place: &Place, refs: &[(String, String)]) -> Result<Vec<String>> {
     let mut kept = Vec::new();
     for (name, commit) in refs {
         match cache::read_ref(place.folder(), name) {

@@ -125,7 +125,7 @@ pub fn is_here(reference: &ModelRef) -> Result<bool> {
 /// Downloads a model. What the hub does not have may be one in the cache whose name is wrong by a letter.
 fn fetch(name: &HubName) -> Result<Located> {
     let pulled = hub::pull(name).map_err(|error| match near::cached(name) {
-        Some(near) if !error.is::<Interrupted>() => {
+        Some(near) if !error.is::<Interrupted>() && !format!("{error:#}").contains(&format!("`{near}`")) => {
             anyhow!("{error:#}\nhint: `{near}`, which has nearly that name, is in the cache")
         }
         _ => error,

@@ -14,12 +14,10 @@ pub fn not_there(name: &Path, why: &str) -> String {
     let text = name.display();
     let near = near::model(name);
     let Some(hub_name) = name.to_str().and_then(HubName::parse) else {
-        return match near {
-            Some(near) => format!("{text}: no such model, did you mean `{near}`?"),
-            None => format!(
-                "{text}: no such model\nhint: name a Hugging Face directory, a .gguf file, or a model of the Hugging Face hub as `owner/name`; `homeroom list-models` shows the models that are here"
-            ),
-        };
+        let near = did_you_mean(near);
+        return format!(
+            "{text}: no such model{near}\nhint: name a Hugging Face directory, a .gguf file, or a model of the Hugging Face hub as `owner/name`; `homeroom list-models` shows the models that are here"
+        );
     };
     if HubName::typed(name).is_none() {
         let (owner, _) = hub_name.repo.split_once('/').unwrap_or_default();

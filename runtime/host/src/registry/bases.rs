@@ -1,13 +1,14 @@
 //! Bases from the Hugging Face hub: those in the user's cache, and those in a store that is shared.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::Serialize;
 
+use super::entries::inspect;
 use super::when;
-use crate::hub::cache::{self, Cached, Kind};
-use crate::hub::policy;
+use crate::hub::cache::{self, Cached, Kind, Snapshot};
+use crate::hub::{gguf, policy};
 
 /// A base in the cache or in a shared store.
 #[derive(Clone, Debug, Serialize)]
@@ -20,16 +21,29 @@ pub struct Base {
     pub kind: &'static str,
     /// What there is of it: `safetensors`, `adapter`, `embedding`, or quantizations of GGUF.
     pub forms: Vec<String>,
+    /// What can be typed for it and is whole: its name, or that with each quantization behind it.
+    pub usable: Vec<Usable>,
     /// The commits of it that are there, the newest first.
     pub commits: Vec<String>,
     /// Whether it lies in a store that is shared, which is not written.
     pub shared: bool,
     /// Bytes of its files.
     pub bytes: u64,
-    /// When its files were last written.
+    /// When its files were last written: when it was downloaded.
     pub date: Option<String>,
     /// What is wrong with it.
     pub problem: Option<String>,
+}
+
+/// One of the models that a base is: a repository may have several quantizations.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Usable {
+    /// What to type for it.
+    pub name: String,
+    /// One of the base's forms.
+    pub form: String,
+    /// Bytes of its files.
+    pub bytes: u64,
 }
 
 /// All bases, by name; one that is in several stores is told for each.
@@ -42,6 +56,7 @@ pub fn bases() -> Result<Vec<Base>> {
 }
 
 fn base(cached: Cached, own: Option<&PathBuf>) -> Base {
+    let current = cached.current().cloned();
     let Cached { repo, store, folder, snapshots, bytes, modified, .. } = cached;
     let mut forms: Vec<String> = Vec::new();
     for form in snapshots.iter().filter_map(|snapshot| snapshot.kind.as_ref()).flat_map(words) {
@@ -49,16 +64,18 @@ fn base(cached: Cached, own: Option<&PathBuf>) -> Base {
             forms.push(form);
         }
     }
-    let missing = || format!("not all files of a model are there; `homeroom pull {repo}` fetches the others");
-    let problem = match policy::check(&repo) {
-        // Only the first line is about it.
-        Err(error) => error.to_string().lines().next().map(str::to_owned),
-        Ok(()) => forms.is_empty().then(missing),
+    let problem = match (policy::check(&repo), &current) {
+        (Err(error), _) => Some(refusal(&repo, &error)),
+        (Ok(()), Some(current)) => damage(current),
+        (Ok(()), None) => {
+            Some(format!("not all files of a model are there; `homeroom pull {repo}` fetches the others"))
+        }
     };
     Base {
         path: folder,
         kind: "base",
         forms,
+        usable: current.map(|current| usable(&repo, &current, bytes)).unwrap_or_default(),
         commits: snapshots.into_iter().map(|snapshot| snapshot.commit).collect(),
         shared: Some(&store) != own,
         bytes,
@@ -66,6 +83,52 @@ fn base(cached: Cached, own: Option<&PathBuf>) -> Base {
         problem,
         name: repo,
     }
+}
+
+/// Why a model is not allowed, in few words: `homeroom show` tells the list.
+fn refusal(repo: &str, error: &anyhow::Error) -> String {
+    match error.to_string().strip_prefix(repo) {
+        Some(_) => "not allowed here".to_owned(),
+        None => error.to_string(),
+    }
+}
+
+/// What is wrong with a snapshot whose files are all there, as one that was cut short.
+fn damage(snapshot: &Snapshot) -> Option<String> {
+    let looked = match &snapshot.kind {
+        Some(Kind::Gguf(_)) => {
+            gguf_files(&snapshot.path).iter().try_for_each(|file| inspect(&snapshot.path.join(file)))
+        }
+        _ => inspect(&snapshot.path),
+    };
+    // The snapshot's place is known, and long.
+    let within = format!("{}/", snapshot.path.display());
+    looked.err().map(|error| format!("{error:#}").replace(&within, ""))
+}
+
+/// The GGUF files of a snapshot; of one in several pieces none.
+fn gguf_files(snapshot: &Path) -> Vec<String> {
+    let paths = cache::paths(snapshot);
+    let models = gguf::models(paths.iter().map(String::as_str));
+    models.into_iter().filter(|path| !gguf::is_piece(path)).map(str::to_owned).collect()
+}
+
+/// What can be typed for a repository of which a snapshot is there; it has so many bytes in all.
+fn usable(repo: &str, snapshot: &Snapshot, bytes: u64) -> Vec<Usable> {
+    let Some(Kind::Gguf(_)) = &snapshot.kind else {
+        let form = snapshot.kind.iter().flat_map(words).collect();
+        return vec![Usable { name: repo.to_owned(), form, bytes }];
+    };
+    let files = gguf_files(&snapshot.path);
+    let models: Vec<&str> = files.iter().map(String::as_str).collect();
+    let one = |file: &&str| {
+        // Of `m-Q4_K_M.gguf` and `m-UD-Q4_K_M.gguf` the short name could mean both.
+        let short = gguf::quantization(file);
+        let form = if gguf::matching(&models, short).len() == 1 { short } else { gguf::whole_stem(file) };
+        let bytes = std::fs::metadata(snapshot.path.join(file)).map_or(0, |about| about.len());
+        Usable { name: format!("{repo}:{form}"), form: form.to_owned(), bytes }
+    };
+    models.iter().map(one).collect()
 }
 
 fn words(kind: &Kind) -> Vec<String> {

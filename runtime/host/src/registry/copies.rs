@@ -5,17 +5,21 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use homeroom_engine::embedding::{MODULES_FILE, SENTENCE_FILES, module_directories};
 use homeroom_engine::files::{
-    Kept, NewDirectory, ensure_room, is_named, named_templates, open_regular, replaceable_but_for, take_away, vacant,
+    Kept, NewDirectory, broken_link, ensure_room, is_named, named_templates, open_regular, replaceable_but_for,
+    take_away, vacant,
 };
 
 use super::place;
 use crate::interrupt;
-use crate::near::{did_you_mean, model};
+use crate::near::{LIST_HINT, did_you_mean, named_model};
 use crate::progress::{self, Counting};
 
 /// How often a model is opened anew that is replaced while it is opened.
 const TRIES: usize = 20;
+/// Most files of a model: the largest are saved in some hundred shards, and a process may often open no more than 1024 files.
+const FILES_MAX: usize = 800;
 /// Bytes that are copied between two looks at how far it is.
 const PIECE_BYTES: u64 = 32 << 20;
 
@@ -30,6 +34,9 @@ impl Sources {
     /// # Errors
     /// When one is not there or no regular file, or the directory is replaced again and again.
     pub fn open(directory: &Path, choose: &dyn Fn(&Path) -> Result<Vec<PathBuf>>) -> Result<Self> {
+        if let Some(link) = broken_link(directory) {
+            bail!("{}: {link}", directory.display());
+        }
         for _ in 0..TRIES {
             let before = identity(directory);
             let opened = choose(directory).and_then(|names| Self::open_all(directory, names));
@@ -44,6 +51,9 @@ impl Sources {
     }
 
     fn open_all(directory: &Path, names: Vec<PathBuf>) -> Result<Self> {
+        // All are open at once, so that they are of one save.
+        let (count, place) = (names.len(), directory.display());
+        ensure!(count <= FILES_MAX, "{place}: {count} files, and a model has at most {FILES_MAX}");
         let open = |name: PathBuf| {
             let path = directory.join(&name);
             let file = open_regular(&path)?;
@@ -133,6 +143,8 @@ fn files_of(model: &Path) -> Result<Vec<PathBuf>> {
             names.push(entry.file_name().into());
         }
     }
+    let is_weights = |name: &PathBuf| name.extension().is_some_and(|kind| kind == "safetensors" || kind == "gguf");
+    ensure!(names.iter().any(is_weights), "{}: no weights of a model are in it", model.display());
     names.sort();
     Ok(names)
 }
@@ -140,21 +152,29 @@ fn files_of(model: &Path) -> Result<Vec<PathBuf>> {
 /// The files of the further modules of an embedding model, in directories as `1_Pooling`.
 ///
 /// # Errors
-/// When the model cannot be listed.
+/// When the list of modules is damaged.
 pub fn files_of_modules(model: &Path) -> Result<Vec<PathBuf>> {
-    let place = || format!("{}: cannot list", model.display());
-    let mut names = Vec::new();
-    for entry in fs::read_dir(model).with_context(place)? {
-        let directory = PathBuf::from(entry.with_context(place)?.file_name());
-        let is_module = directory
-            .to_string_lossy()
-            .split_once('_')
-            .is_some_and(|(number, _)| !number.is_empty() && number.bytes().all(|c| c.is_ascii_digit()));
-        let files = ["config.json", "model.safetensors"].map(|file| directory.join(file));
-        names.extend(files.into_iter().filter(|file| is_module && model.join(file).is_file()));
-    }
-    Ok(names)
+    let directories = module_directories(model)?;
+    let files = directories.iter().flat_map(|directory| MODULE_FILES.map(|file| directory.join(file)));
+    let mut files: Vec<PathBuf> = files.filter(|file| model.join(file).is_file()).collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
 }
+
+/// What is read of a module in a directory of its own.
+const MODULE_FILES: [&str; 2] = ["config.json", "model.safetensors"];
+
+/// Whether a file of a model that was imported may be replaced with it, beyond those that a training writes.
+fn may_go(model: &Path, file: &Path) -> bool {
+    let is_listed = || files_of_modules(model).is_ok_and(|files| files.iter().any(|other| other == file));
+    let name = file.to_str().unwrap_or_default();
+    let further = [MODULES_FILE, PROMPTS_FILE, "vocab.txt"];
+    name.ends_with(".gguf") || further.contains(&name) || SENTENCE_FILES.contains(&name) || is_listed()
+}
+
+/// What sentence-transformers says of prompts.
+pub const PROMPTS_FILE: &str = "config_sentence_transformers.json";
 
 /// Refuses a name that is taken, unless what has it may be replaced.
 ///
@@ -163,8 +183,7 @@ pub fn files_of_modules(model: &Path) -> Result<Vec<PathBuf>> {
 pub fn ensure_free(name: &str, overwrite: bool) -> Result<PathBuf> {
     let to = place(name)?;
     if overwrite {
-        // A model that was imported is one file, by whatever name.
-        replaceable_but_for(&to, |file| file.ends_with(".gguf"))?;
+        replaceable_but_for(&to, |file| may_go(&to, file))?;
     } else if vacant(&to).is_err() {
         bail!("{name}: a model of this name is there already; choose another name, or pass --overwrite");
     }
@@ -177,7 +196,11 @@ pub fn ensure_free(name: &str, overwrite: bool) -> Result<PathBuf> {
 /// When there is no such model, the name is taken, the disk is full, or a file cannot be read.
 pub fn copy(name: &str, new: &str, overwrite: bool) -> Result<(PathBuf, u64)> {
     let from = place(name)?;
-    ensure!(super::entries::is_there(&from)?, "{name}: no such model{}", did_you_mean(model(name.as_ref())));
+    ensure!(
+        super::entries::is_there(&from)?,
+        "{name}: no such model{}{LIST_HINT}",
+        did_you_mean(named_model(name.as_ref()))
+    );
     ensure!(name != new, "{name}: it has that name already");
     let to = ensure_free(new, overwrite)?;
     let sources = match from.is_file() {

@@ -4,12 +4,12 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use homeroom_engine::adapter::{
     Base, CONFIG_FILE, HOMEROOM_FILE, Manifest, NamedBase, WEIGHTS_FILE, is_adapter, read_manifest,
 };
 use homeroom_engine::embedding::encoder_type;
-use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, broken_link, bytes_below, is_named, read_text};
+use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, broken_link, bytes_below_few, is_named, read_text};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::tensors::{map_directory, map_safetensors};
 use serde::Serialize;
@@ -17,8 +17,11 @@ use serde_json::Value;
 
 use super::names::{is_name, owner};
 use super::{data_directory, when};
-use crate::hub::{self, HubName};
+use crate::hub::{self, HubName, cache};
 use crate::models::hub_name_of;
+
+/// Most files that are looked at for their bytes: a link may lead to a whole disk.
+const ENTRIES_MAX: usize = 10_000;
 
 /// A model in the registry.
 #[derive(Clone, Debug, Serialize)]
@@ -105,17 +108,28 @@ pub fn list() -> Result<Vec<Entry>> {
     Ok(names()?.into_iter().map(|name| entry(name.clone(), models.join(name))).collect())
 }
 
+/// Looks whether the files of a model are whole; of weights at the headers alone.
+///
+/// # Errors
+/// When one is missing, cut short or damaged.
+pub fn inspect(path: &Path) -> Result<()> {
+    if let Some(link) = broken_link(path) {
+        bail!("{link}");
+    }
+    if is_adapter(path) && !path.join("config.json").exists() {
+        return map_safetensors(&path.join(WEIGHTS_FILE)).map(drop);
+    }
+    match encoder_type(path) {
+        Some(_) => map_directory(path).map(drop),
+        None => BaseModel::inspect(path),
+    }
+}
+
 /// What lies at a path, whether in the registry or elsewhere.
 pub fn entry(name: String, path: PathBuf) -> Entry {
     let adapter = is_adapter(&path) && !path.join("config.json").exists();
     let embedding = !adapter && encoder_type(&path).is_some();
-    let files = match broken_link(&path) {
-        Some(link) => Err(anyhow::anyhow!("{link}")),
-        None if adapter => map_safetensors(&path.join(WEIGHTS_FILE)).map(drop),
-        None if embedding => map_directory(&path).map(drop),
-        None => BaseModel::inspect(&path),
-    };
-    let mut problem = files.err().map(|error| format!("{error:#}"));
+    let mut problem = inspect(&path).err().map(|error| format!("{error:#}"));
     let mut entry = Entry {
         name,
         kind: match (adapter, embedding) {
@@ -134,7 +148,7 @@ pub fn entry(name: String, path: PathBuf) -> Entry {
         train_loss: None,
         rows: None,
         eval_rows: None,
-        bytes: bytes_below(&path.canonicalize().unwrap_or_else(|_| path.clone())),
+        bytes: bytes_below_few(&path.canonicalize().unwrap_or_else(|_| path.clone()), ENTRIES_MAX).unwrap_or_default(),
         date: written(&path),
         path,
     };
@@ -190,12 +204,15 @@ impl Entry {
         let Some(name) = self.base_on_hub() else {
             return Some("its base is not there; `--base-model` names where it is".to_owned());
         };
-        let is_there = matches!(hub::find(&name), Ok(Some(_)));
-        (!is_there).then(|| {
-            format!(
+        match hub::find(&name) {
+            Ok(Some(_)) => None,
+            Err(error) => Some(format!("its base {}", error.to_string().lines().next().unwrap_or_default())),
+            // Another commit often has the same weights; whether it has shows when it is loaded.
+            Ok(None) if is_cached(&name.repo) => None,
+            Ok(None) => Some(format!(
                 "its base {name} is not there; `homeroom pull {name}` fetches it, `--base-model` names another place"
-            )
-        })
+            )),
+        }
     }
 
     /// The name of the base on the hub, at the commit that it was.
@@ -203,6 +220,12 @@ impl Entry {
         let name = HubName::parse(self.base_name.as_deref()?)?;
         Some(HubName { revision: self.base_revision.clone(), ..name })
     }
+}
+
+/// Whether a commit of a repository is here that is whole.
+fn is_cached(repo: &str) -> bool {
+    let cached = cache::list().unwrap_or_default();
+    cached.iter().any(|cached| cached.repo.eq_ignore_ascii_case(repo) && cached.current().is_some())
 }
 
 /// When the files of a model were last written.

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::adapter::{AdapterFiles, CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE, is_adapter};
-use homeroom_engine::embedding::{EmbeddingModel, encoder_type};
+use homeroom_engine::embedding::{EmbeddingModel, MODULES_FILE, SENTENCE_FILES, encoder_type};
 use homeroom_engine::files::{is_named, named_templates};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::tensors::{has_safetensors, weight_files};
 
-use super::copies::{Sources, ensure_free, files_of_modules, save_or};
+use super::copies::{PROMPTS_FILE, Sources, ensure_free, files_of_modules, save_or};
 use super::names::{free_name, owner, place};
 use super::{Entry, entry};
 use crate::near;
@@ -28,15 +28,14 @@ const TEXT_FILES: [&str; 8] = [
 ];
 const TEMPLATE_FILE: &str = "chat_template.jinja";
 const ADAPTER_FILES: [&str; 4] = [CONFIG_FILE, WEIGHTS_FILE, HOMEROOM_FILE, "trainer_state.json"];
-const MODEL_FILES: [&str; 7] = [
+const MODEL_FILES: [&str; 6] = [
     "config.json",
     "generation_config.json",
     HOMEROOM_FILE,
     "trainer_state.json",
     // Of sentence-transformers.
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
+    MODULES_FILE,
+    PROMPTS_FILE,
 ];
 
 /// A model that was taken in.
@@ -45,6 +44,8 @@ pub struct Imported {
     pub entry: Entry,
     /// Files of the source that are no part of it, and stayed where they are.
     pub left_out: Vec<String>,
+    /// The folder of a cache, `models--owner--name`, of which the source is a snapshot.
+    pub cached: Option<PathBuf>,
 }
 
 /// Takes in a Hugging Face directory, a .gguf file or an adapter, under a name that is given or else free.
@@ -70,12 +71,24 @@ pub fn import(source: &Path, name: Option<&str>, overwrite: bool) -> Result<Impo
     let left_out = if model.is_named(source) { Vec::new() } else { left_out(source, &sources)? };
     let to = save_or(sources, &to, overwrite, &another)?;
     let name = to.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Imported { entry: entry(name, to), left_out })
+    Ok(Imported { entry: entry(name, to), left_out, cached: folder_of(source) })
+}
+
+/// The folder of a cache of which a directory is a snapshot.
+fn folder_of(source: &Path) -> Option<PathBuf> {
+    let source = source.canonicalize().ok()?;
+    let folder = source.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent)?;
+    let is_cached = folder.file_name()?.to_str()?.starts_with("models--");
+    is_cached.then(|| folder.to_owned())
 }
 
 /// A name that is free: the source's, or for a snapshot of a cache, which is called by its commit, that of the model.
 fn free_place(source: &Path) -> Result<PathBuf> {
-    let source = source.canonicalize().with_context(|| source.display().to_string())?;
+    // A file of a snapshot is a link, and what that leads to is called by its digest.
+    let source = match source.is_file() {
+        true => source.to_owned(),
+        false => source.canonicalize().with_context(|| source.display().to_string())?,
+    };
     let cached = source.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
     let repo = cached.and_then(|folder| folder.file_name()?.to_str()?.strip_prefix("models--"));
     let named = repo.map(|repo| PathBuf::from(repo.rsplit("--").next().unwrap_or(repo)));
@@ -133,7 +146,7 @@ fn check(source: &Path) -> Result<Form> {
 /// The files of an adapter or a model in a directory.
 fn files_of(source: &Path) -> Result<Vec<PathBuf>> {
     let adapter = is_adapter(source) && !is_named(&source.join("config.json"))?;
-    let own: &[&str] = if adapter { &ADAPTER_FILES } else { &MODEL_FILES };
+    let own = if adapter { ADAPTER_FILES.to_vec() } else { [&MODEL_FILES[..], &SENTENCE_FILES[..]].concat() };
     let mut names: Vec<PathBuf> = own.iter().chain(&TEXT_FILES).chain([&TEMPLATE_FILE]).map(PathBuf::from).collect();
     if !adapter && has_safetensors(source) {
         names.extend(weight_files(source)?.iter().filter_map(|file| file.file_name()).map(PathBuf::from));

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use homeroom_engine::files::{self, Lock};
 
-pub use bases::{Base, bases};
+pub use bases::{Base, Usable, bases};
 pub use copies::copy;
 pub use details::{About, Details, Vectors};
 pub use entries::{Entry, entry, list, names};

@@ -9,12 +9,20 @@ use homeroom_engine::files::{self, is_named};
 
 use super::data_directory;
 use crate::progress::line;
+use crate::terminal::cell;
 
 /// Whether a text can name a model: `[a-z0-9][a-z0-9._-]{0,63}`.
 pub fn is_name(text: &str) -> bool {
     let body = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
     let first = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
     first && text.len() <= 64 && text.chars().all(body)
+}
+
+/// As much of what was typed for a name as a message has room for, in one line.
+pub fn brief(text: &str) -> String {
+    const CHARS_MAX: usize = 100;
+    let cut = text.char_indices().nth(CHARS_MAX).map(|(at, _)| &text[..at]);
+    cell(&cut.map_or_else(|| text.to_owned(), |cut| format!("{cut}…")))
 }
 
 /// Where the model of that name is, or will be.
@@ -24,7 +32,8 @@ pub fn is_name(text: &str) -> bool {
 pub fn place(name: &str) -> Result<PathBuf> {
     ensure!(
         is_name(name),
-        "`{name}` is not a model's name: up to 64 small letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+        "`{}` is not a model's name: up to 64 small letters, digits, dots, dashes and underscores, beginning with a letter or digit",
+        brief(name)
     );
     let data = data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
     Ok(data.join("models").join(name))

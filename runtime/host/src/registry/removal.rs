@@ -7,9 +7,10 @@ use homeroom_engine::files::{bytes_below, is_named, recover, take_away};
 
 use super::entries::is_there;
 use super::lineage::{Target, Users, users_of};
+use super::names::brief;
 use super::{Entry, bases, is_name, place};
 use crate::hub::{HubName, cache};
-use crate::near::{did_you_mean, model};
+use crate::near::{LIST_HINT, did_you_mean, named_model};
 use crate::progress::line;
 
 /// What is to be removed, and what that does.
@@ -38,7 +39,7 @@ pub fn removal(name: &str, all: &[Entry]) -> Result<Removal> {
     }
     let path = place(name)?;
     recover(&path);
-    ensure!(is_there(&path)?, "{name}: no such model{}", did_you_mean(model(name.as_ref())));
+    ensure!(is_there(&path)?, "{name}: no such model{}{LIST_HINT}", did_you_mean(named_model(name.as_ref())));
     let is_link = path.is_symlink();
     let target = Target::Model(name.to_owned());
     let users = users_of(&target, all, &mut |text| line(format_args!("note: {text}")));
@@ -47,8 +48,10 @@ pub fn removal(name: &str, all: &[Entry]) -> Result<Removal> {
 
 fn of_base(name: &str, all: &[Entry]) -> Result<Removal> {
     let Some(hub_name) = HubName::parse(name) else {
+        let near = did_you_mean(named_model(name.as_ref()));
         bail!(
-            "`{name}` is no name of a model: a model of yours has up to 64 small letters, digits, dots, dashes and underscores, and a base is `owner/name`\nhint: only what `homeroom list-models` shows is removed here; remove other files yourself"
+            "`{}` is no name of a model{near}: a model of yours has up to 64 small letters, digits, dots, dashes and underscores, and a base is `owner/name`\nhint: only what `homeroom list-models` shows is removed here; remove other files yourself",
+            brief(name)
         );
     };
     ensure!(
@@ -60,16 +63,20 @@ fn of_base(name: &str, all: &[Entry]) -> Result<Removal> {
         bases()?.into_iter().filter(|base| base.name == hub_name.repo).partition(|base| !base.shared);
     let Some(base) = own.into_iter().next() else {
         if let Some(base) = shared.first() {
-            bail!("{name}: it lies in a store that is shared, which is only read: {}", base.path.display());
+            bail!(
+                "{name}: it lies in a store that is shared, which is only read: {}\nhint: whoever keeps that store removes it there",
+                base.path.display()
+            );
         }
-        bail!("{name}: no such base in the cache{}", did_you_mean(model(name.as_ref())));
+        bail!("{name}: no such base in the cache{}{LIST_HINT}", did_you_mean(named_model(name.as_ref())));
     };
     let is_shared = shared.iter().any(|base| !base.forms.is_empty());
     let target = Target::Base { repo: base.name, folder: base.path.clone(), is_shared };
     let users = users_of(&target, all, &mut |text| line(format_args!("note: {text}")));
     Ok(Removal {
         name: name.to_owned(),
-        bytes: base.bytes,
+        // What a link leads to stays, as where `blobs` is one.
+        bytes: bytes_below(&base.path),
         is_link: base.path.is_symlink(),
         path: base.path,
         target,

@@ -103,7 +103,15 @@ fn a_long_text_is_cut_as_all_of_it_would_be() -> Result<()> {
 fn a_text_is_read_no_further_than_it_matters() -> Result<()> {
     for name in MODELS {
         let model = EmbeddingModel::load(&fixture(name))?;
-        for word in ["cells ", "the  cell\t\n ", "a", "[MASK] <mask> ", "e\u{301} 細胞 \u{2028}\u{a0}", " x ", "unheard-ofwords-"] {
+        for word in [
+            "cells ",
+            "the  cell\t\n ",
+            "a",
+            "[MASK] <mask> ",
+            "e\u{301} 細胞 \u{2028}\u{a0}",
+            " x ",
+            "unheard-ofwords-",
+        ] {
             for (lead, times) in [("", 40), ("é ", 333), ("a  b", 1000), (&" ".repeat(3000), 1000)] {
                 let text = format!("{lead}{}end", word.repeat(times));
                 let whole = model.text.whole(&text)?;

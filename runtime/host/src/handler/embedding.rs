@@ -128,15 +128,28 @@ impl Embedder {
     }
 }
 
+/// Bytes of the texts of a short request: about those of one pass.
+const SHORT_BYTES: usize = 2 << 10;
+
+/// Returns true for a request that a single pass or two answer, such as a question to search for.
+fn is_short(texts: &[Input]) -> bool {
+    // A text of no bytes has its special tokens.
+    texts.iter().map(|text| bytes(text) + 8).sum::<usize>() <= SHORT_BYTES
+}
+
+fn bytes(input: &Input) -> usize {
+    match input {
+        Input::Text(text) => text.len(),
+        Input::Tokens(ids) => size_of_val(ids.as_slice()),
+    }
+}
+
 /// How many of the texts that are left are made tokens of at once; at least one.
 fn share(left: &[Input]) -> usize {
-    let mut bytes = 0;
+    let mut sum = 0;
     let fits = left.iter().take_while(|input| {
-        bytes += match input {
-            Input::Text(text) => text.len(),
-            Input::Tokens(ids) => 4 * ids.len(),
-        };
-        bytes <= LONG_BYTES
+        sum += bytes(input);
+        sum <= LONG_BYTES
     });
     fits.count().max(1)
 }
@@ -167,7 +180,7 @@ impl Handler for Embedder {
             let message = format!("`dimensions` is {wanted}, and this model's vectors have {own}; leave it out");
             return Err(HandlerError::invalid("dimensions", message));
         }
-        let (texts, mut turn) = self.tokens(request, self.turns.enter(context)?, context)?;
+        let (texts, mut turn) = self.tokens(request, self.turns.enter(is_short(&request.input), context)?, context)?;
         let mut values = vec![0.0; texts.len() * own];
         let mut left: Vec<usize> = (0..texts.len()).collect();
         while !left.is_empty() {

@@ -1,7 +1,7 @@
 //! Turns of requests that share one model: each computes for a moment, and then lets the next one.
 //!
-//! Who has had no turn yet goes before who has, and every other turn is one of the latter: a question waits for a moment however many
-//! books are being indexed, and many questions do not stop the books.
+//! Short requests go before long ones, and every other turn is one of the latter: a question waits for a moment however many books are
+//! being indexed, and many questions do not stop the books.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,20 +23,24 @@ pub(super) struct Turns {
 #[derive(Default)]
 struct State {
     taken: bool,
-    /// Numbers of the requests that have had no turn yet, the oldest in front.
-    new: VecDeque<u64>,
-    /// Of the others.
-    again: VecDeque<u64>,
+    /// Numbers of the short requests, in the order of their turns.
+    short: VecDeque<u64>,
+    /// Of the long ones.
+    long: VecDeque<u64>,
     next: u64,
-    /// The latest turn was the first one of its request.
-    new_was_last: bool,
+    /// The latest turn was that of a short request.
+    short_was_last: bool,
 }
 
 impl State {
-    /// Whose turn is next, and whether it is its first.
-    fn front(&self) -> Option<(u64, bool)> {
-        let (new, again) = (self.new.front().map(|new| (*new, true)), self.again.front().map(|again| (*again, false)));
-        if self.new_was_last { again.or(new) } else { new.or(again) }
+    /// Whose turn is next.
+    fn front(&self) -> Option<u64> {
+        let (short, long) = (self.short.front(), self.long.front());
+        if self.short_was_last { long.or(short) } else { short.or(long) }.copied()
+    }
+
+    fn queue(&mut self, short: bool) -> &mut VecDeque<u64> {
+        if short { &mut self.short } else { &mut self.long }
     }
 }
 
@@ -45,36 +49,33 @@ impl Turns {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the first turn of a request.
+    /// Waits for a turn of a request, which is a short or a long one.
     ///
     /// # Errors
     /// When nobody wants the answer any longer.
-    pub(super) fn enter(&self, context: &Context) -> Result<Turn<'_>, HandlerError> {
-        self.wait(true, context)
-    }
-
-    fn wait(&self, new: bool, context: &Context) -> Result<Turn<'_>, HandlerError> {
+    pub(super) fn enter(&self, short: bool, context: &Context) -> Result<Turn<'_>, HandlerError> {
         let mut state = self.state();
         let number = state.next;
         state.next += 1;
-        if new { &mut state.new } else { &mut state.again }.push_back(number);
-        while state.taken || state.front() != Some((number, new)) {
+        state.queue(short).push_back(number);
+        while state.taken || state.front() != Some(number) {
             state = self.changed.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner).0;
             if let Err(gone) = context.check() {
-                if new { &mut state.new } else { &mut state.again }.retain(|waiting| *waiting != number);
+                state.queue(short).retain(|waiting| *waiting != number);
                 self.changed.notify_all();
                 return Err(gone);
             }
         }
-        if new { &mut state.new } else { &mut state.again }.pop_front();
-        (state.taken, state.new_was_last) = (true, new);
-        Ok(Turn { turns: self, since: Instant::now() })
+        state.queue(short).pop_front();
+        (state.taken, state.short_was_last) = (true, short);
+        Ok(Turn { turns: self, short, since: Instant::now() })
     }
 }
 
 /// A turn, which ends when it is dropped.
 pub(super) struct Turn<'a> {
     turns: &'a Turns,
+    short: bool,
     since: Instant,
 }
 
@@ -93,9 +94,9 @@ impl<'a> Turn<'a> {
         if !self.over() {
             return Ok(self);
         }
-        let turns = self.turns;
+        let (turns, short) = (self.turns, self.short);
         drop(self);
-        turns.wait(false, context)
+        turns.enter(short, context)
     }
 }
 
@@ -115,21 +116,24 @@ mod tests {
     use super::*;
 
     fn waiting(turns: &Turns) -> usize {
-        turns.state().new.len() + turns.state().again.len()
+        let state = turns.state();
+        state.short.len() + state.long.len()
     }
 
     #[test]
-    fn a_new_request_goes_before_old_ones_and_stops_none() {
+    fn a_short_request_goes_before_long_ones_and_stops_none() {
         let (turns, context) = (Turns::default(), Context::default());
-        let first = turns.enter(&context).expect("nobody is there");
+        let first = turns.enter(false, &context).expect("nobody is there");
         let (sender, order) = channel();
         thread::scope(|scope| {
-            for (n, (name, new)) in
-                [("old 1", false), ("old 2", false), ("new 1", true), ("new 2", true), ("new 3", true)].iter().enumerate()
+            for (n, (name, short)) in
+                [("long 1", false), ("long 2", false), ("short 1", true), ("short 2", true), ("short 3", true)]
+                    .iter()
+                    .enumerate()
             {
                 let (turns, context, sender) = (&turns, &context, sender.clone());
                 scope.spawn(move || {
-                    let turn = turns.wait(*new, context).expect("its turn comes");
+                    let turn = turns.enter(*short, context).expect("its turn comes");
                     sender.send(*name).expect("the test waits");
                     drop(turn);
                 });
@@ -140,17 +144,17 @@ mod tests {
             drop(first);
         });
         drop(sender);
-        assert_eq!(order.iter().collect::<Vec<_>>(), ["old 1", "new 1", "old 2", "new 2", "new 3"]);
+        assert_eq!(order.iter().collect::<Vec<_>>(), ["short 1", "long 1", "short 2", "long 2", "short 3"]);
     }
 
     #[test]
     fn a_turn_goes_on_while_nobody_waits_and_then_ends() {
         let (turns, context) = (Turns::default(), Context::default());
-        let mut turn = turns.enter(&context).expect("nobody is there");
+        let mut turn = turns.enter(false, &context).expect("nobody is there");
         turn.since = Instant::now().checked_sub(TURN).expect("the clock has run longer");
         assert!(!turn.over());
         let turn = thread::scope(|scope| {
-            let other = scope.spawn(|| turns.enter(&context).map(drop));
+            let other = scope.spawn(|| turns.enter(false, &context).map(drop));
             while waiting(&turns) == 0 {
                 thread::yield_now();
             }
@@ -161,25 +165,25 @@ mod tests {
         });
         context.cancel();
         assert_eq!(turn.go_on(&context).err().map(|gone| gone.kind), Some(Kind::Cancelled));
-        assert!(turns.enter(&Context::default()).is_ok(), "a turn that is given up is free");
+        assert!(turns.enter(false, &Context::default()).is_ok(), "a turn that is given up is free");
     }
 
     #[test]
     fn who_leaves_the_wait_leaves_no_gap() {
         let (turns, gone) = (Turns::default(), Context::default());
-        let first = turns.enter(&Context::default()).expect("nobody is there");
+        let first = turns.enter(false, &Context::default()).expect("nobody is there");
         thread::scope(|scope| {
-            let leaves = scope.spawn(|| turns.enter(&gone).err().map(|error| error.kind));
+            let leaves = scope.spawn(|| turns.enter(false, &gone).err().map(|error| error.kind));
             while waiting(&turns) == 0 {
                 thread::yield_now();
             }
             gone.cancel();
             assert_eq!(leaves.join().expect("it does not panic"), Some(Kind::Cancelled));
         });
-        let late = turns.enter(&Context::default().within(Duration::ZERO)).err();
+        let late = turns.enter(false, &Context::default().within(Duration::ZERO)).err();
         assert_eq!(late.map(|error| error.kind), Some(Kind::Timeout));
         assert_eq!(waiting(&turns), 0);
         drop(first);
-        assert!(turns.enter(&Context::default()).is_ok());
+        assert!(turns.enter(false, &Context::default()).is_ok());
     }
 }

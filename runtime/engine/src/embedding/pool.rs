@@ -32,7 +32,7 @@ pub(super) fn aside<R: Send>(f: impl FnOnce() -> R + Send) -> R {
 
 /// Returns what `f` makes of each item, on the threads that embed.
 pub fn each_aside<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    aside(|| items.par_iter().map(|item| f(item)).collect())
+    aside(|| items.par_iter().map(&f).collect())
 }
 
 /// Lowers the priority of this thread. Elsewhere than on Linux it stays as it is.

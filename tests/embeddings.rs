@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -226,16 +227,21 @@ fn nobody_computes_for_who_has_left() -> Result<()> {
     assert_eq!(model.embed(&texts(&["a"]), &gone).expect_err("it is cancelled").kind, Kind::Cancelled);
     let late = Context::default().within(Duration::ZERO);
     assert_eq!(model.embed(&texts(&["a"]), &late).expect_err("it is late").kind, Kind::Timeout);
-    // In the middle of the work, which the thread ends before all of it is done.
-    let context = Context::default();
-    let leaves = context.clone();
-    let client = thread::spawn(move || {
-        thread::sleep(Duration::from_millis(30));
-        leaves.cancel();
-    });
+    // In the middle of the work, which the thread ends before all of it is done: the client leaves, or the server stops.
     let many = EmbedRequest { input: vec![Input::Text("cells and letters ".repeat(6)); 200_000], ..texts(&[]) };
-    assert_eq!(model.embed(&many, &context).expect_err("it is cancelled").kind, Kind::Cancelled);
-    client.join().expect("it does not panic");
+    for server_stops in [false, true] {
+        let stops = Arc::new(AtomicBool::new(false));
+        let context = Context::default().or_with(stops.clone());
+        let leaves = context.clone();
+        let client = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(30));
+            if server_stops { stops.store(true, Ordering::SeqCst) } else { leaves.cancel() }
+        });
+        assert_eq!(model.embed(&many, &context).expect_err("it is cancelled").kind, Kind::Cancelled);
+        client.join().expect("it does not panic");
+    }
+    let late = Context::default().within(Duration::from_millis(30));
+    assert_eq!(model.embed(&many, &late).expect_err("it is late").kind, Kind::Timeout);
     // A client that closes the connection gives up its work, too: the server still stops at once.
     let server = served()?;
     let body = json!({"model": "bert", "input": vec!["cells and letters of a book ".repeat(20); 2000]}).to_string();

@@ -9,12 +9,14 @@
 mod config;
 mod encoder;
 mod modules;
+mod pool;
 #[cfg(test)]
 mod tests;
 mod text;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
@@ -25,14 +27,16 @@ pub use self::config::{encoder_type, is_encoder};
 use self::encoder::Encoder;
 use self::modules::Modules;
 pub use self::modules::{MODULES_FILE, SENTENCE_FILES, module_directories};
+use self::pool::aside;
+pub use self::pool::each_aside;
 use self::text::TextSide;
 pub use self::text::Tokens;
 use crate::guard::quietly;
 use crate::mapped;
 use crate::tokenizer::Tokenizer;
 
-/// Tokens of one pass: the activations of one take some megabytes.
-const PASS_TOKENS: usize = 1024;
+/// Tokens of one pass: the activations of one take some megabytes, and [`EmbeddingModel::embed_while`] is heard between two.
+const PASS_TOKENS: usize = 512;
 /// Most bytes of the attention's scores of one text. They are whole in memory, several times.
 const SCORES_BYTES_MAX: u128 = 256 << 20;
 
@@ -106,12 +110,22 @@ impl EmbeddingModel {
     }
 
     /// Returns the vectors of texts, given as tokens. Texts of one length share a pass, so that nothing is padded; passes share the
-    /// threads.
+    /// threads that embed, see [`each_aside`].
     ///
     /// # Errors
     /// When a text has no token or more than [`EmbeddingModel::max_tokens`], a token is not known, or the weights make a value that is
     /// not finite.
     pub fn embed(&self, texts: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
+        let vectors = self.embed_while(texts, || true)?;
+        Ok(vectors.into_iter().map(|vector| vector.expect("nothing stopped it")).collect())
+    }
+
+    /// As [`EmbeddingModel::embed`], for as long as `go_on` says so, which is asked before each pass but one. Texts that were not
+    /// reached have no vector.
+    ///
+    /// # Errors
+    /// As [`EmbeddingModel::embed`].
+    pub fn embed_while(&self, texts: &[&[u32]], go_on: impl Fn() -> bool + Sync) -> Result<Vec<Option<Vec<f32>>>> {
         for text in texts {
             let n = text.len();
             ensure!(
@@ -125,14 +139,21 @@ impl EmbeddingModel {
         }
         let lengths: Vec<usize> = texts.iter().map(|text| text.len()).collect();
         let passes = passes(&lengths);
-        let done = passes.par_iter().map(|pass| {
-            let of_pass: Vec<&[u32]> = pass.iter().map(|text| texts[*text]).collect();
-            self.pass(&of_pass)
-        });
-        let done = done.collect::<Result<Vec<_>>>()?;
-        let mut vectors = vec![Vec::new(); texts.len()];
-        for (text, vector) in passes.into_iter().flatten().zip(done.into_iter().flatten()) {
-            vectors[text] = vector;
+        // One is done in any case, so that whoever asks again and again comes to an end.
+        let first = AtomicBool::new(true);
+        let done = aside(|| {
+            let done = passes.par_iter().map(|pass| {
+                if !first.swap(false, Ordering::Relaxed) && !go_on() {
+                    return Ok(Vec::new());
+                }
+                let of_pass: Vec<&[u32]> = pass.iter().map(|text| texts[*text]).collect();
+                self.pass(&of_pass)
+            });
+            done.collect::<Result<Vec<_>>>()
+        })?;
+        let mut vectors = vec![None; texts.len()];
+        for (pass, done) in passes.iter().zip(done) {
+            pass.iter().zip(done).for_each(|(text, vector)| vectors[*text] = Some(vector));
         }
         Ok(vectors)
     }

@@ -1,5 +1,6 @@
 //! From a text to the tokens that an encoder reads: a special token in front, the text, cut to what fits, and one behind it.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -15,9 +16,12 @@ pub struct Tokens {
     pub truncated: bool,
 }
 
-/// Bytes of a text for each token that is read of it. Of a longer text that much is made tokens of first, to a white space, and the rest
-/// only if it matters: a word makes no other tokens for what follows it.
-const BYTES_PER_TOKEN: usize = 64;
+/// Bytes of a text for each token that is read of it. Of a longer text that much is made tokens of first, then ten times as much, and all
+/// of it only if that is still too little. A token of English has some 4 bytes.
+const BYTES_PER_TOKEN: usize = 8;
+/// Tokens beyond those that are read, without which a text's beginning is not taken for the whole. A word makes no other tokens for what
+/// follows it; a special token of several words does, and a run of white space, and no cut parts more tokens than these.
+const MARGIN: usize = 32;
 
 /// Makes tokens of texts.
 pub struct TextSide {
@@ -70,19 +74,41 @@ impl TextSide {
     /// # Errors
     /// When the tokenizer cannot encode it.
     pub fn tokens(&self, text: &str) -> Result<Tokens> {
-        let room = self.most - self.before.len() - self.after.len();
-        let joined = (!self.prompt.is_empty()).then(|| format!("{}{text}", self.prompt));
-        let text = joined.as_deref().unwrap_or(text);
-        let beginning = beginning(text, room.saturating_mul(BYTES_PER_TOKEN));
-        let mut ids = self.encode(beginning)?;
-        let mut truncated = ids.len() > room;
-        if beginning.len() < text.len() && !truncated {
-            ids = self.encode(text)?;
-            truncated = ids.len() > room;
+        let text = self.prompted(text);
+        let enough = self.room().saturating_add(MARGIN);
+        for bytes in [BYTES_PER_TOKEN, 10 * BYTES_PER_TOKEN].map(|bytes| enough.saturating_mul(bytes)) {
+            let beginning = beginning(&text, bytes);
+            if beginning.len() == text.len() {
+                break;
+            }
+            let ids = self.encode(beginning)?;
+            if ids.len() >= enough {
+                return Ok(self.framed(ids));
+            }
         }
-        ids.truncate(room);
-        let ids = [&self.before[..], &ids, &self.after].concat();
-        Ok(Tokens { ids, truncated })
+        Ok(self.framed(self.encode(&text)?))
+    }
+
+    /// As [`TextSide::tokens`], from tokens of all of the text.
+    #[cfg(test)]
+    pub fn whole(&self, text: &str) -> Result<Tokens> {
+        Ok(self.framed(self.encode(&self.prompted(text))?))
+    }
+
+    fn prompted<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        if self.prompt.is_empty() { Cow::Borrowed(text) } else { Cow::Owned(format!("{}{text}", self.prompt)) }
+    }
+
+    /// Most tokens that are read between the special ones.
+    fn room(&self) -> usize {
+        self.most - self.before.len() - self.after.len()
+    }
+
+    /// Cuts a text's tokens to what is read, and puts the special tokens around them.
+    fn framed(&self, mut ids: Vec<u32>) -> Tokens {
+        let truncated = ids.len() > self.room();
+        ids.truncate(self.room());
+        Tokens { ids: [&self.before[..], &ids, &self.after].concat(), truncated }
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
@@ -123,11 +149,13 @@ impl TextSide {
 /// A text that any tokenizer makes tokens of.
 const TRIED: &str = "a 1";
 
-/// The beginning of a text of at least `bytes` bytes, up to white space; all of a shorter one.
+/// The beginning of a text of at least `bytes` bytes, up to the end of a word; all of a text in which none ends behind that.
 fn beginning(text: &str, bytes: usize) -> &str {
     if text.len() <= bytes {
         return text;
     }
     let from = (bytes..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
-    text[from..].find(char::is_whitespace).map_or(text, |end| &text[..from + end])
+    let Some(word) = text[from..].find(|letter: char| !letter.is_whitespace()) else { return text };
+    let end = text[from + word..].find(char::is_whitespace);
+    end.map_or(text, |end| &text[..from + word + end])
 }

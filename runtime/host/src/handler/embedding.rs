@@ -1,14 +1,13 @@
 //! Vectors of texts: what is asked, what comes back, and an embedding model of this machine.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use homeroom_engine::block::Compute;
-use homeroom_engine::embedding::{EmbeddingModel, Tokens, encoder_type};
+use homeroom_engine::embedding::{EmbeddingModel, Tokens, each_aside, encoder_type};
 
-use super::limit::{Gate, Limits};
 use super::local::{LONG, LONG_BYTES, OFFLINE, turn};
+use super::turns::{Turn, Turns};
 use super::{Context, EventStream, Handler, HandlerError, Kind, Request};
 use crate::models::{ModelRef, here, locate};
 
@@ -60,13 +59,6 @@ pub enum Gives {
     Either,
 }
 
-/// Tokens that one request computes before the next has its turn. A search of one question waits for that much, and not for all of a book
-/// that is being indexed.
-const TURN_TOKENS: usize = 4096;
-
-/// Requests take turns without an end to their number: how many there are is bounded by whoever lets them in.
-const TURNS: Limits = Limits { running: 1, waiting: usize::MAX };
-
 /// An embedding model of this machine.
 ///
 /// It is not loaded anew when its files change, as a chat model is: vectors of two models cannot be compared, and an index of the first
@@ -74,7 +66,7 @@ const TURNS: Limits = Limits { running: 1, waiting: usize::MAX };
 pub struct Embedder {
     name: String,
     model: EmbeddingModel,
-    turns: Arc<Gate>,
+    turns: Turns,
 }
 
 impl Embedder {
@@ -89,7 +81,7 @@ impl Embedder {
         let f32 = matches!(compute, Compute::Auto | Compute::F32 | Compute::Plain);
         ensure!(f32, "{}: an embedding model computes in f32; leave `compute` out", place());
         let model = EmbeddingModel::load(&path).with_context(place)?;
-        Ok(Self { name: name.into(), model, turns: Gate::new(TURNS) })
+        Ok(Self { name: name.into(), model, turns: Turns::default() })
     }
 
     /// Returns true if a model of this machine, by name or path, is an embedding model.
@@ -97,19 +89,69 @@ impl Embedder {
         here(name).ok().flatten().is_some_and(|located| encoder_type(&located.path).is_some())
     }
 
-    fn tokens(&self, at: usize, input: &Input, context: &Context) -> Result<Tokens, HandlerError> {
-        context.check()?;
-        let tokens = match input {
+    /// Makes tokens of all texts, in turns.
+    fn tokens<'a>(
+        &self,
+        request: &EmbedRequest,
+        mut turn: Turn<'a>,
+        context: &Context,
+    ) -> Result<(Vec<Tokens>, Turn<'a>), HandlerError> {
+        let (mut texts, mut rest) = (Vec::new(), request.input.as_slice());
+        while !rest.is_empty() {
+            turn = turn.go_on(context)?;
+            let (now, later) = rest.split_at(share(rest));
+            let at = request.input.len() - rest.len();
+            rest = later;
+            let made = each_aside(now, |input| self.tokens_of(input, context));
+            for (at, (input, tokens)) in (at..).zip(now.iter().zip(made)) {
+                let refused = |error| HandlerError::invalid("input", format!("input {at}: {error:#}{}", hint(input)));
+                let tokens = tokens?.map_err(refused)?;
+                if tokens.truncated && request.refuse_long {
+                    let most = self.model.max_tokens();
+                    let message = format!("input {at} is longer than the {most} tokens that the model reads");
+                    return Err(HandlerError::new(Kind::ContextLength, message));
+                }
+                texts.push(tokens);
+            }
+        }
+        Ok((texts, turn))
+    }
+
+    fn tokens_of(&self, input: &Input, context: &Context) -> Result<Result<Tokens>, HandlerError> {
+        Ok(match input {
             Input::Text(text) => {
-                let turn = (text.len() > LONG_BYTES).then(|| turn(&LONG, context)).transpose()?;
-                let tokens = self.model.tokens(text);
-                drop(turn);
-                tokens
+                let _alone = (text.len() > LONG_BYTES).then(|| self::turn(&LONG, context)).transpose()?;
+                self.model.tokens(text)
             }
             Input::Tokens(ids) => self.model.given_tokens(ids),
-        };
-        tokens.map_err(|error| HandlerError::invalid("input", format!("input {at}: {error:#}{}", hint(input))))
+        })
     }
+}
+
+/// Bytes of the texts of a short request: about those of one pass.
+const SHORT_BYTES: usize = 2 << 10;
+
+/// Returns true for a request that a single pass or two answer, such as a question to search for.
+fn is_short(texts: &[Input]) -> bool {
+    // A text of no bytes has its special tokens.
+    texts.iter().map(|text| bytes(text) + 8).sum::<usize>() <= SHORT_BYTES
+}
+
+fn bytes(input: &Input) -> usize {
+    match input {
+        Input::Text(text) => text.len(),
+        Input::Tokens(ids) => size_of_val(ids.as_slice()),
+    }
+}
+
+/// How many of the texts that are left are made tokens of at once; at least one.
+fn share(left: &[Input]) -> usize {
+    let mut sum = 0;
+    let fits = left.iter().take_while(|input| {
+        sum += bytes(input);
+        sum <= LONG_BYTES
+    });
+    fits.count().max(1)
 }
 
 /// What to do about tokens that are refused.
@@ -138,31 +180,23 @@ impl Handler for Embedder {
             let message = format!("`dimensions` is {wanted}, and this model's vectors have {own}; leave it out");
             return Err(HandlerError::invalid("dimensions", message));
         }
-        let mut texts = Vec::new();
-        for (at, input) in request.input.iter().enumerate() {
-            let tokens = self.tokens(at, input, context)?;
-            if tokens.truncated && request.refuse_long {
-                let message =
-                    format!("input {at} is longer than the {} tokens that the model reads", self.model.max_tokens());
-                return Err(HandlerError::new(Kind::ContextLength, message));
-            }
-            texts.push(tokens);
-        }
-        let mut order: Vec<usize> = (0..texts.len()).collect();
-        order.sort_by_key(|text| texts[*text].ids.len());
+        let (texts, mut turn) = self.tokens(request, self.turns.enter(is_short(&request.input), context)?, context)?;
         let mut values = vec![0.0; texts.len() * own];
-        let mut rest = order.as_slice();
-        while !rest.is_empty() {
-            let (now, later) = rest.split_at(turn_of(rest, &texts));
-            rest = later;
-            let place = Gate::enter(&self.turns, context)?;
-            let ids: Vec<&[u32]> = now.iter().map(|text| texts[*text].ids.as_slice()).collect();
-            let vectors = self.model.embed(&ids).map_err(|error| HandlerError::internal(&error))?;
-            drop(place);
-            for (text, vector) in now.iter().zip(vectors) {
-                values[text * own..(text + 1) * own].copy_from_slice(&vector);
-            }
+        let mut left: Vec<usize> = (0..texts.len()).collect();
+        while !left.is_empty() {
+            turn = turn.go_on(context)?;
+            let ids: Vec<&[u32]> = left.iter().map(|text| texts[*text].ids.as_slice()).collect();
+            let vectors = self.model.embed_while(&ids, || !turn.over() && context.check().is_ok());
+            let mut vectors = vectors.map_err(|error| HandlerError::internal(&error))?.into_iter();
+            left.retain(|text| match vectors.next().flatten() {
+                Some(vector) => {
+                    values[text * own..(text + 1) * own].copy_from_slice(&vector);
+                    false
+                }
+                None => true,
+            });
         }
+        drop(turn);
         Ok(Embeddings {
             model: self.name.clone(),
             handler: self.name.clone(),
@@ -172,14 +206,4 @@ impl Handler for Embedder {
             truncated: texts.iter().filter(|text| text.truncated).count(),
         })
     }
-}
-
-/// How many of the texts that are left are embedded in one turn; at least one.
-fn turn_of(left: &[usize], texts: &[Tokens]) -> usize {
-    let mut tokens = 0;
-    let fits = left.iter().take_while(|text| {
-        tokens += texts[**text].ids.len();
-        tokens <= TURN_TOKENS
-    });
-    fits.count().max(1)
 }

@@ -55,7 +55,7 @@ impl Handler for Limited {
 }
 
 /// The queue.
-pub(super) struct Gate {
+struct Gate {
     limits: Limits,
     state: Mutex<State>,
     changed: Condvar,
@@ -72,7 +72,7 @@ struct State {
 
 impl Gate {
     /// Makes a queue with nobody in it.
-    pub(super) fn new(limits: Limits) -> Arc<Self> {
+    fn new(limits: Limits) -> Arc<Self> {
         let state = State { running: 0, waiting: VecDeque::new(), next: 0, answer_s: FIRST_GUESS_S };
         Arc::new(Self { limits, state: Mutex::new(state), changed: Condvar::new() })
     }
@@ -85,7 +85,7 @@ impl Gate {
     ///
     /// # Errors
     /// When the queue is full, or nobody wants the answer any longer.
-    pub(super) fn enter(gate: &Arc<Self>, context: &Context) -> Result<Place, HandlerError> {
+    fn enter(gate: &Arc<Self>, context: &Context) -> Result<Place, HandlerError> {
         let Limits { running, waiting } = gate.limits;
         let mut state = gate.state();
         if state.running >= running && state.waiting.len() >= waiting {
@@ -116,7 +116,7 @@ impl Gate {
 }
 
 /// A place among the requests that are answered, given back when it is dropped.
-pub(super) struct Place {
+struct Place {
     gate: Arc<Gate>,
     since: Instant,
 }

@@ -16,6 +16,7 @@ pub mod route;
 mod secret;
 mod sse;
 mod stop;
+mod turns;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};

@@ -7,21 +7,18 @@ mod list;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Result, bail};
-use directories::BaseDirs;
 use hf_hub::{Cache, Repo, RepoType};
 use homeroom_engine::files::read_text;
 
-pub(in crate::hub) use self::list::repo_of;
 pub use self::list::{Cached, Snapshot, at, list, remove};
+use super::stores::{folder, note, stores};
 pub use super::whole::Kind;
 use super::whole::kind;
 pub use super::whole::paths;
 use super::{HubName, gguf, policy};
-use crate::progress::line;
 
 /// Longest content of a ref, in bytes: a commit is one of 40.
 const REF_BYTES_MAX: u64 = 1024;
@@ -33,50 +30,6 @@ pub struct Found {
     pub path: PathBuf,
     /// The commit that it is of.
     pub commit: String,
-}
-
-/// `$HF_HUB_CACHE`, `$HF_HOME/hub`, or their default.
-pub fn directory() -> Option<PathBuf> {
-    variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE")).or_else(|| Some(home()?.join("hub")))
-}
-
-/// `$HF_HOME`, or its default.
-pub(super) fn home() -> Option<PathBuf> {
-    let default = || Some(user_home()?.join(".cache/huggingface"));
-    variable("HF_HOME").or_else(|| Some(variable("XDG_CACHE_HOME")?.join("huggingface"))).or_else(default)
-}
-
-/// A path that a variable of the environment holds, in which `~` is the user's home, as in Python.
-pub(super) fn variable(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).filter(|value| !value.is_empty()).map(|value| expanded(PathBuf::from(value)))
-}
-
-/// A path in which `~` at the beginning is the user's home.
-fn expanded(path: PathBuf) -> PathBuf {
-    match (path.strip_prefix("~"), user_home()) {
-        (Ok(rest), Some(home)) => home.join(rest),
-        _ => path,
-    }
-}
-
-fn user_home() -> Option<PathBuf> {
-    Some(BaseDirs::new()?.home_dir().to_owned())
-}
-
-/// The stores that are shared, `$HOMEROOM_BASES`, as absolute paths. One that is not there is told once.
-pub fn shared() -> Vec<PathBuf> {
-    let shared = std::env::var_os("HOMEROOM_BASES").filter(|value| !value.is_empty());
-    let paths = shared.iter().flat_map(std::env::split_paths).filter(|path| !path.as_os_str().is_empty()).map(expanded);
-    let stores: Vec<PathBuf> = paths.map(|path| std::path::absolute(&path).unwrap_or(path)).collect();
-    for store in stores.iter().filter(|store| !store.is_dir()) {
-        note(format!("note: HOMEROOM_BASES: {} is not there", store.display()));
-    }
-    stores
-}
-
-/// Where models are looked for, in this order: the user's cache, then the stores that are shared.
-pub fn stores() -> Vec<PathBuf> {
-    directory().into_iter().chain(shared()).collect()
 }
 
 /// The model in the cache or a shared store, if all files are there that are needed to run it. Opens no connection.
@@ -188,11 +141,6 @@ pub(super) fn other_quantizations(name: &HubName) -> Vec<String> {
     names.into_iter().collect()
 }
 
-/// `models--owner--name` of a store.
-pub(super) fn folder(store: &Path, repo: &str) -> PathBuf {
-    store.join(Repo::model(repo.to_owned()).folder_name())
-}
-
 /// The snapshot of a commit.
 pub(super) fn snapshot(store: &Path, repo: &str, commit: &str) -> PathBuf {
     Cache::new(store.to_owned()).repo(Repo::new(repo.to_owned(), RepoType::Model)).pointer_path(commit)
@@ -213,14 +161,6 @@ pub(super) fn commits(folder: &Path) -> Vec<(String, Option<SystemTime>)> {
         Some((commit, modified))
     });
     commits.collect()
-}
-
-/// Says something once.
-fn note(text: String) {
-    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(text.clone()) {
-        line(text);
-    }
 }
 
 #[cfg(all(test, unix))]

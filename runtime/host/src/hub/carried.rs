@@ -22,7 +22,7 @@ use super::patience::Stop;
 use super::place::Place;
 use super::space::lacks;
 use super::whole::paths;
-use super::{HubName, policy};
+use super::{HubName, policy, stores};
 use crate::interrupt;
 use crate::progress::{self, Counting, line};
 
@@ -61,8 +61,8 @@ pub fn take_in(source: &Path) -> Result<Carried> {
     let Cached { repo, refs, snapshots, .. } =
         cache::at(source).with_context(|| format!("{}: not models--owner--name of a cache", source.display()))?;
     policy::check(&repo)?;
-    let store = cache::directory().context("there is no cache; set HF_HOME")?;
-    let folder = cache::folder(&store, &repo);
+    let store = stores::directory().context("there is no cache; set HF_HOME")?;
+    let folder = stores::folder(&store, &repo);
     ensure!(
         folder.canonicalize().ok().as_ref() != Some(source),
         "{repo}: it lies in the cache already, {}",

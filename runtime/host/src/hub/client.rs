@@ -297,7 +297,7 @@ fn distrusted(host: &str, text: &str) -> Failure {
 /// The certificates that the environment names, if it does.
 fn certificates() -> Result<Option<Vec<Certificate<'static>>>> {
     for name in CERTIFICATES {
-        let Some(file) = super::cache::variable(name) else { continue };
+        let Some(file) = super::stores::variable(name) else { continue };
         let read = || -> Result<Vec<Certificate<'static>>> {
             let bytes = read_bytes(&file, CERTIFICATES_BYTES_MAX)?;
             let mut certificates = Vec::new();

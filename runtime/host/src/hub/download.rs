@@ -25,7 +25,7 @@ use super::explain::explain;
 use super::listing::{self, Listing, RemoteFile};
 use super::patience::{Failure, NoConnection, Tries};
 use super::place::{self, Place};
-use super::{Endpoint, HubName, Patience, Token, offline, policy, space, verify};
+use super::{Endpoint, HubName, Patience, Token, offline, policy, space, stores, verify};
 use crate::interrupt::{self, Interrupted};
 use crate::progress::{Downloading, line, size};
 
@@ -85,7 +85,7 @@ impl Hub {
     /// # Errors
     /// When a variable is wrong, or there is no place for a cache.
     pub fn from_environment() -> Result<Self> {
-        let store = cache::directory().context("there is no place for models of the hub; set HF_HOME")?;
+        let store = stores::directory().context("there is no place for models of the hub; set HF_HOME")?;
         let (endpoint, token) = (Endpoint::from_environment()?, Token::from_environment()?);
         if endpoint.origin().can_be_overheard() {
             let token = if token.is_some() { ", and the token is not sent there" } else { "" };
@@ -166,7 +166,7 @@ impl Hub {
 
     /// The model at a commit, in the store or a shared one.
     fn here(&self, name: &HubName) -> Result<Option<Found>> {
-        let stores = std::iter::once(self.store.clone()).chain(cache::shared());
+        let stores = std::iter::once(self.store.clone()).chain(stores::shared());
         for store in stores {
             if let Some(found) = find_in(&store, name)? {
                 return Ok(Some(found));

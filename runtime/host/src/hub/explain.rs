@@ -4,7 +4,7 @@ use anyhow::{Error, anyhow};
 use homeroom_abi::describe::nearest;
 
 use super::client::{Client, Refusal};
-use super::{HubName, cache};
+use super::{HubName, stores};
 
 /// The message of a refusal to a question about a model, or about one of its files.
 pub(super) fn explain(client: &Client, name: &HubName, file: Option<&str>, refusal: &Refusal) -> Error {
@@ -62,9 +62,11 @@ pub(super) fn explain(client: &Client, name: &HubName, file: Option<&str>, refus
 
 /// `, did you mean X?` of what is in the cache, or nothing.
 fn near(repo: &str) -> String {
-    let folders = cache::stores().into_iter().filter_map(|store| std::fs::read_dir(store).ok()).flatten().flatten();
-    let repos: Vec<String> =
-        folders.filter_map(|entry| cache::repo_of(entry.file_name().to_str()?)).filter(|other| other != repo).collect();
+    let folders = stores::stores().into_iter().filter_map(|store| std::fs::read_dir(store).ok()).flatten().flatten();
+    let repos: Vec<String> = folders
+        .filter_map(|entry| stores::repo_of(entry.file_name().to_str()?))
+        .filter(|other| other != repo)
+        .collect();
     let near = nearest(repo, repos.iter().map(String::as_str));
     near.map(|near| format!(", did you mean `{near}`, which is here?")).unwrap_or_default()
 }

@@ -21,6 +21,7 @@ mod place;
 pub mod policy;
 mod proxy;
 mod space;
+pub mod stores;
 mod token;
 mod verify;
 mod whole;

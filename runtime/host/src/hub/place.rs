@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use homeroom_engine::files::{make_directory, open_to_readers};
 
-use super::cache;
 use super::digest::Digest;
 use super::listing::RemoteFile;
 use super::patience::Stop;
+use super::{cache, stores};
 
 /// Then a wait for another process is told.
 const TOLD_AFTER: Duration = Duration::from_secs(1);
@@ -36,7 +36,7 @@ pub(super) struct BlobLock {
 
 impl Place {
     pub(super) fn new(store: &Path, repo: &str) -> Self {
-        let folder = cache::folder(store, repo);
+        let folder = stores::folder(store, repo);
         let locks = store.join(".locks").join(folder.file_name().unwrap_or_default());
         Self { folder, locks, link }
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::files::{is_named, read_text};
 
-use super::cache;
+use super::stores;
 use crate::registry::data_directory;
 
 /// Name of the file.
@@ -20,7 +20,7 @@ const BYTES_MAX: u64 = 1 << 20;
 /// # Errors
 /// When it is not, and when a list is there and cannot be read.
 pub fn check(repo: &str) -> Result<()> {
-    let places = cache::shared().into_iter().chain(data_directory());
+    let places = stores::shared().into_iter().chain(data_directory());
     places.map(|place| place.join(FILE)).try_for_each(|list| check_in(&list, repo))
 }
 
@@ -32,10 +32,10 @@ pub fn check_path(path: &Path) -> Result<()> {
     let absolute = std::path::absolute(path).ok();
     // A file of a snapshot is a link to its blob: where the link is and where it leads both count.
     let beside = absolute.as_deref().and_then(|path| Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?)));
-    let stores: Vec<_> = cache::stores().iter().filter_map(|store| store.canonicalize().ok()).collect();
+    let stores: Vec<_> = stores::stores().iter().filter_map(|store| store.canonicalize().ok()).collect();
     for real in [path.canonicalize().ok(), beside].into_iter().flatten() {
         let inside = stores.iter().filter_map(|store| real.strip_prefix(store).ok()?.iter().next()?.to_str());
-        inside.filter_map(cache::repo_of).try_for_each(|repo| check(&repo))?;
+        inside.filter_map(stores::repo_of).try_for_each(|repo| check(&repo))?;
     }
     Ok(())
 }
@@ -46,7 +46,7 @@ pub fn check_path(path: &Path) -> Result<()> {
 /// As [`check`], and when a shared store is not there.
 pub(super) fn check_download(repo: &str) -> Result<()> {
     check(repo)?;
-    for store in cache::shared() {
+    for store in stores::shared() {
         ensure!(
             store.is_dir(),
             "HOMEROOM_BASES: {} is not there, so it is not known which models may be downloaded\nhint: mount it, or correct the variable",

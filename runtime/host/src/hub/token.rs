@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use homeroom_engine::files::{is_named, read_text};
 
-use super::cache::{home, variable};
 use super::offline::is_yes;
+use super::stores::{home, variable};
 use crate::handler::Secret;
 use crate::progress::line;
 

@@ -9,7 +9,7 @@ use homeroom_engine::model::{BaseModel, Source};
 
 use super::ModelRef;
 use super::missing::{how_to_bring, not_here, not_there};
-use crate::hub::{self, Found, HubName, cache, gguf, policy};
+use crate::hub::{self, Found, HubName, cache, gguf, policy, stores};
 use crate::interrupt::Interrupted;
 use crate::near;
 use crate::registry;
@@ -211,7 +211,7 @@ fn source_of(path: &Path) -> Option<Source> {
         true => path.canonicalize().ok()?,
         false => path.parent()?.canonicalize().ok()?.join(path.file_name()?),
     };
-    cache::stores().iter().find_map(|store| real.strip_prefix(store.canonicalize().ok()?).ok())?;
+    stores::stores().iter().find_map(|store| real.strip_prefix(store.canonicalize().ok()?).ok())?;
     // A name that would mean something else here is none.
     let is_same = |name: &HubName| {
         let found = hub::find(name).ok().flatten().and_then(|found| found.path.canonicalize().ok());

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::hub::{self, HubName, cache};
+use crate::hub::{self, HubName, stores};
 use crate::near::{self, did_you_mean};
 use crate::registry;
 
@@ -45,7 +45,7 @@ pub(super) fn how_to_bring(name: &HubName) -> String {
         return format!("`homeroom pull {name}` downloads it");
     }
     let folder = format!("models--{}", name.repo.replace('/', "--"));
-    let looked: Vec<String> = cache::stores().iter().map(|store| store.display().to_string()).collect();
+    let looked: Vec<String> = stores::stores().iter().map(|store| store.display().to_string()).collect();
     format!(
         "bring it: on a machine with a network `HF_HUB_CACHE=/media/stick homeroom pull {name}`, here `homeroom import /media/stick/{folder}`; looked in: {}",
         looked.join(", ")

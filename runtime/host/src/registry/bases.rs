@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::entries::inspect;
 use super::when;
 use crate::hub::cache::{self, Cached, Kind, Snapshot};
-use crate::hub::{gguf, policy};
+use crate::hub::{gguf, policy, stores};
 
 /// A base in the cache or in a shared store.
 #[derive(Clone, Debug, Serialize)]
@@ -51,7 +51,7 @@ pub struct Usable {
 /// # Errors
 /// When a store cannot be listed.
 pub fn bases() -> Result<Vec<Base>> {
-    let own = cache::directory();
+    let own = stores::directory();
     Ok(cache::list()?.into_iter().map(|cached| base(cached, own.as_ref())).collect())
 }
 

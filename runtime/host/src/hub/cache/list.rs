@@ -9,7 +9,8 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, bail};
 use homeroom_engine::files::open_regular;
 
-use super::{HubName, Kind, commits, directory, folder, kind, read_ref, shared, stores};
+use super::{HubName, Kind, commits, kind, read_ref};
+use crate::hub::stores::{directory, folder, repo_of, shared, stores};
 
 /// How deep below `refs/` names are looked for: `refs/pr/7`.
 const REF_DEPTH_MAX: usize = 8;
@@ -92,12 +93,6 @@ pub(super) fn list_in(store: &Path) -> Result<Vec<Cached>> {
 pub fn at(folder: &Path) -> Option<Cached> {
     let repo = repo_of(folder.file_name()?.to_str()?)?;
     Some(read(folder.parent()?, repo, folder.to_owned()))
-}
-
-/// `owner/name` of a folder's name.
-pub(in crate::hub) fn repo_of(folder: &str) -> Option<String> {
-    let (owner, name) = folder.strip_prefix("models--")?.split_once("--")?;
-    Some(HubName::parse(&format!("{owner}/{name}"))?.repo)
 }
 
 fn read(store: &Path, repo: String, folder: PathBuf) -> Cached {

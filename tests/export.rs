@@ -67,7 +67,7 @@ fn a_name_is_not_written_over_unless_asked() -> Result<()> {
     let home = tempfile::tempdir()?;
     train(home.path(), "llama", "colours")?;
     let error = train(home.path(), "llama", "colours").unwrap_err().to_string();
-    assert!(error.contains("not empty") && error.contains("--overwrite"), "{error}");
+    assert!(error.contains("there is a model of this name already") && error.contains("--overwrite"), "{error}");
     let error = train(home.path(), "llama", "../colours").unwrap_err().to_string();
     assert!(error.contains("is not a model's name"), "{error}");
     Ok(())

@@ -13,7 +13,12 @@ use crate::support::{Place, eval, fixture, homeroom, refused, tensors};
 fn a_path_that_is_no_model_is_refused() -> Result<()> {
     let place = Place::new()?;
     check_model(&place, Path::new("./nowhere"), &["./nowhere: no such model", "hint: "])?;
-    let hub = ["org/model: no such file or directory", "Hugging Face hub", "hint: `homeroom pull org/model`"];
+    let hub = [
+        "org/model: not on this machine",
+        "nothing is downloaded (HF_HUB_OFFLINE)",
+        "homeroom pull org/model",
+        "homeroom import",
+    ];
     check_model(&place, Path::new("org/model"), &hub)?;
     let empty = place.path("outputs");
     check_model(&place, &empty, &["neither config.json nor a .gguf file"])?;

@@ -80,7 +80,7 @@ fn look(name: &Path) -> Result<(Details, Option<Base>)> {
         bail!("{}: {link}", name.display());
     }
     let text = name.display();
-    let Some(hub_name) = HubName::typed(name) else {
+    let Some(hub_name) = name.to_str().and_then(HubName::parse) else {
         bail!("{text}: no such model{}{LIST_HINT}", did_you_mean(model(name)));
     };
     let base = registry::bases()?.into_iter().find(|base| base.name == hub_name.repo);
@@ -93,15 +93,20 @@ fn look(name: &Path) -> Result<(Details, Option<Base>)> {
     };
     // What may not be used here may be looked at.
     let refused = policy::check(&hub_name.repo).err();
-    let found = if refused.is_none() { hub::find(&hub_name)? } else { None };
+    let is_bare = hub_name.quantization.is_none() && hub_name.revision.is_none();
+    let is_choice = refused.is_none() && is_bare && !base.usable.is_empty();
+    let found = match hub::find(&hub_name) {
+        _ if refused.is_some() => None,
+        // Of several files each can be named.
+        Err(_) if is_choice => None,
+        found => found?,
+    };
     if let Some(found) = found {
         let mut entry = dated(registry::entry(hub_name.to_string(), found.path));
         entry.base_revision = Some(found.commit);
         return Ok((Details::of(entry), Some(base)));
     }
     let mut entry = dated(registry::entry(hub_name.to_string(), base.path.clone()));
-    let is_choice = refused.is_none() && hub_name.quantization.is_none() && hub_name.revision.is_none();
-    let is_choice = is_choice && !base.usable.is_empty();
     entry.problem = Some(match refused {
         // Its first line is about this model.
         Some(error) => {

@@ -6,10 +6,8 @@ the model that Homeroom merged; (b) Homeroom finds the base of an adapter that P
 """
 
 import argparse
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,20 +31,7 @@ import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from serving import check, verdict  # noqa: E402
-
-
-def fill(name: str, directory: Path) -> None:
-    """Puts a model into the cache as huggingface_hub does."""
-    folder = Path(os.environ["HF_HUB_CACHE"]) / f"models--{name.replace('/', '--')}"
-    snapshot = folder / "snapshots" / COMMIT
-    for part in [folder / "blobs", folder / "refs", snapshot]:
-        part.mkdir(parents=True)
-    for file in directory.iterdir():
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        shutil.copy(file, folder / "blobs" / digest)
-        (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
-    (folder / "refs/main").write_text(COMMIT)
+from serving import check, fill, verdict  # noqa: E402
 
 
 def homeroom(*arguments) -> str:
@@ -67,7 +52,7 @@ def loss_of(model, tokenizer, rows) -> float:
     return total / count
 
 
-fill(NAME, args.model)
+fill(Path(os.environ["HF_HUB_CACHE"]), NAME, COMMIT, args.model)
 rows = [{"messages": [{"role": "user", "content": f"times seven: {n}"}, {"role": "assistant", "content": f"it is {7 * n}"}]} for n in range(6)]
 (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 ids = torch.tensor([[5, 17, 9, 40, 3, 61]])

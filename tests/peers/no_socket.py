@@ -5,11 +5,9 @@ this machine. `pull` of a name that is not there opens one to the hub, which sho
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -17,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from serving import check, verdict
+from serving import check, fill, verdict
 
 NAME, COMMIT = "Org-7/tiny_Llama.v2", "1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d"
 #: An address of a network for documentation: nothing answers there.
@@ -32,18 +30,6 @@ root = Path(work.name)
 # Not offline: whatever opens no connection opens none by itself.
 environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HOMEROOM_", "TRANSFORMERS_"))}
 environment |= {"HF_HOME": str(root / "hf"), "HF_ENDPOINT": HUB, "HOMEROOM_HOME": str(root / "home")}
-
-
-def fill(name: str, directory: Path) -> None:
-    folder = root / "hf/hub" / f"models--{name.replace('/', '--')}"
-    snapshot = folder / "snapshots" / COMMIT
-    for part in [folder / "blobs", folder / "refs", snapshot]:
-        part.mkdir(parents=True)
-    for file in directory.iterdir():
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        shutil.copy(file, folder / "blobs" / digest)
-        (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
-    (folder / "refs/main").write_text(COMMIT)
 
 
 def traced(arguments) -> tuple[list[str], Path]:
@@ -80,7 +66,7 @@ def end(strace: subprocess.Popen, how: signal.Signals) -> None:
         os.kill(int(child), how)
 
 
-fill(NAME, args.model)
+fill(root / "hf/hub", NAME, COMMIT, args.model)
 rows = [{"messages": [{"role": "user", "content": f"times seven: {n}"}, {"role": "assistant", "content": f"it is {7 * n}"}]} for n in range(4)]
 (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 (root / "s.lua").write_text(

@@ -1,10 +1,13 @@
-"""What openai_sdk.py and swap.py share: a `homeroom serve` of their own, and checks that are counted."""
+"""What programs here share: a `homeroom serve` of their own, a cache that is filled, and checks that are counted."""
 
+import hashlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 failed = []
 
@@ -17,6 +20,19 @@ def check(what: str, good: bool, seen="") -> None:
 
 def verdict() -> None:
     sys.exit(f"{len(failed)} checks failed" if failed else 0)
+
+
+def fill(hub: Path, name: str, commit: str, directory: Path) -> None:
+    """Puts a model into a cache as huggingface_hub does: blobs by their digests, links, and `main`."""
+    folder = hub / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / commit
+    for part in [folder / "blobs", folder / "refs", snapshot]:
+        part.mkdir(parents=True)
+    for file in directory.iterdir():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, folder / "blobs" / digest)
+        (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
+    (folder / "refs/main").write_text(commit)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 
 use self::exchange::Older;
-pub use self::known::{RESULT_FILES, named_templates, replaceable, replaceable_but_for};
+pub use self::known::{TEXT_FILES, named_templates, replaceable, replaceable_but_for, result_files};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
 pub use self::modes::{keep_private, make_directory, open_to_readers, prepare};

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use crate::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
 use crate::tokenizer::TEMPLATES_DIR;
 
-/// The files of an adapter, and those of a whole model that was trained.
-pub const RESULT_FILES: [&str; 15] = [
+/// The files of an adapter, and those of a whole model that was trained, but for [`TEXT_FILES`].
+const RESULT_FILES: [&str; 7] = [
     CONFIG_FILE,
     WEIGHTS_FILE,
     HOMEROOM_FILE,
@@ -18,6 +18,10 @@ pub const RESULT_FILES: [&str; 15] = [
     "config.json",
     "generation_config.json",
     "model.safetensors",
+];
+
+/// What of a tokenizer and its chat template lies beside a model or an adapter.
+pub const TEXT_FILES: [&str; 8] = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -27,6 +31,11 @@ pub const RESULT_FILES: [&str; 15] = [
     "merges.txt",
     "chat_template.jinja",
 ];
+
+/// The files of a result that have fixed names.
+pub fn result_files() -> impl Iterator<Item = &'static str> {
+    RESULT_FILES.into_iter().chain(TEXT_FILES)
+}
 
 /// The chat templates with names that a result has, as paths within it.
 ///
@@ -62,7 +71,7 @@ fn holds_templates(directory: &Path) -> bool {
 /// Whether a file of this name is part of a result, a shard of its weights among them.
 fn is_known(name: &str) -> bool {
     let shard = name.starts_with("model-") && name.ends_with(".safetensors");
-    shard || name == "model.safetensors.index.json" || RESULT_FILES.contains(&name)
+    shard || name == "model.safetensors.index.json" || result_files().any(|file| file == name)
 }
 
 /// Whether a directory within another holds files that may go, at least one and nothing else.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::adapter::{AdapterFiles, CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE, is_adapter};
 use homeroom_engine::embedding::{EmbeddingModel, MODULES_FILE, SENTENCE_FILES, encoder_type};
-use homeroom_engine::files::{is_named, named_templates};
+use homeroom_engine::files::{TEXT_FILES, is_named, named_templates};
 use homeroom_engine::model::BaseModel;
 use homeroom_engine::tensors::{has_safetensors, weight_files};
 
@@ -15,18 +15,8 @@ use super::names::{free_name, owner, place};
 use super::{Entry, entry};
 use crate::near;
 
-/// What of a tokenizer lies beside a model or an adapter.
-const TEXT_FILES: [&str; 8] = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-];
-const TEMPLATE_FILE: &str = "chat_template.jinja";
+/// What models of the BERT family have beside [`TEXT_FILES`].
+const VOCABULARY_FILE: &str = "vocab.txt";
 const ADAPTER_FILES: [&str; 4] = [CONFIG_FILE, WEIGHTS_FILE, HOMEROOM_FILE, "trainer_state.json"];
 const MODEL_FILES: [&str; 6] = [
     "config.json",
@@ -147,7 +137,7 @@ fn check(source: &Path) -> Result<Form> {
 fn files_of(source: &Path) -> Result<Vec<PathBuf>> {
     let adapter = is_adapter(source) && !is_named(&source.join("config.json"))?;
     let own = if adapter { ADAPTER_FILES.to_vec() } else { [&MODEL_FILES[..], &SENTENCE_FILES[..]].concat() };
-    let mut names: Vec<PathBuf> = own.iter().chain(&TEXT_FILES).chain([&TEMPLATE_FILE]).map(PathBuf::from).collect();
+    let mut names: Vec<PathBuf> = own.iter().chain(&TEXT_FILES).chain([&VOCABULARY_FILE]).map(PathBuf::from).collect();
     if !adapter && has_safetensors(source) {
         names.extend(weight_files(source)?.iter().filter_map(|file| file.file_name()).map(PathBuf::from));
         names.push("model.safetensors.index.json".into());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, is_adapter};
-use homeroom_engine::files::{RESULT_FILES, named_templates};
+use homeroom_engine::files::{named_templates, result_files};
 
 /// Refuses a directory that is no trained model.
 ///
@@ -31,7 +31,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
     if let Some(directory) = templates.first().and_then(|name| name.parent()) {
         create_private(&to.join(directory)).with_context(|| to.display().to_string())?;
     }
-    for name in RESULT_FILES.iter().map(PathBuf::from).chain(templates) {
+    for name in result_files().map(PathBuf::from).chain(templates) {
         let path = from.join(&name);
         let Ok(kind) = path.symlink_metadata() else { continue };
         ensure!(

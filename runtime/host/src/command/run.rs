@@ -162,7 +162,10 @@ fn once(arguments: &Arguments, files: &mut Files, network: Network) -> Result<Do
         for (param, name) in &config.hub_models {
             let state = match hub::find(name)? {
                 Some(found) => format!("is in the cache, at {}", found.commit),
-                None => "is not in the cache; a run downloads it".to_owned(),
+                None => match config.network(Network::Allowed).refusal() {
+                    Some(why) => format!("is not in the cache, and a run does not download it: {why}"),
+                    None => "is not in the cache; a run downloads it".to_owned(),
+                },
             };
             line(format_args!("note: `{param}`: {name} {state}"));
         }

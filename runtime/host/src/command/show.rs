@@ -250,7 +250,9 @@ fn training(config: &Map<String, Value>, steps: Option<u64>, interrupted: bool) 
 fn next(details: &Details, base: Option<&Base>) -> String {
     let Entry { name, kind, problem, .. } = &details.entry;
     match (problem, *kind) {
-        (Some(_), "adapter") => format!("homeroom chat --model-dir {name} --base-model MODEL --prompt \"...\""),
+        (Some(problem), "adapter") if problem.starts_with("its base") => {
+            format!("homeroom chat --model-dir {name} --base-model MODEL --prompt \"...\"")
+        }
         (Some(_), _) => String::new(),
         (None, kind) => match base.filter(|base| base.name == *name) {
             Some(base) => of_base(base),

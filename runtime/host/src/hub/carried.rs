@@ -22,7 +22,7 @@ use super::patience::Stop;
 use super::place::Place;
 use super::space::lacks;
 use super::whole::paths;
-use super::{HubName, policy, stores};
+use super::{HubName, policy, stores, verify};
 use crate::interrupt;
 use crate::progress::{self, Counting, line};
 
@@ -256,13 +256,15 @@ fn publish(staged: NewDirectory, place: &Place, files: &[Copied], refs: &[(Strin
             }
         });
     }
+    place.check()?;
     place.prepare()?;
     for Copied { commit, path, remote } in files {
         match remote {
             Some(file) => {
                 let waits = || line(format_args!("note: {path}: waiting for another process that downloads it"));
                 let _lock = place.lock(&file.digest, &Stop::default(), waits)?;
-                if !place.has_blob(file) && !place.has(commit, file) {
+                // What was copied has been checked; what is here may be damaged.
+                if own.has_blob(file) {
                     fs::rename(own.blob(&file.digest), place.blob(&file.digest))
                         .with_context(|| format!("{}: cannot write", place.folder().display()))?;
                 }
@@ -283,7 +285,9 @@ fn is_here(place: &Place, commit: &str, file: &Source) -> bool {
             let remote = RemoteFile { path: file.path.clone(), size: file.size, digest: digest.clone() };
             let same =
                 |a: &Path, b: &Path| a.canonicalize().ok().zip(b.canonicalize().ok()).is_some_and(|(a, b)| a == b);
-            place.has_blob(&remote) && same(&pointer, &place.blob(digest))
+            place.has_blob(&remote)
+                && same(&pointer, &place.blob(digest))
+                && verify::damaged(vec![(pointer.clone(), remote)], &Stop::default()).is_ok_and(|all| all.is_empty())
         }
         None => fs::metadata(&pointer).is_ok_and(|about| about.is_file() && about.len() == file.size),
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_engine::embedding::SENTENCE_FILES;
 
 use super::listing::{Listing, RemoteFile};
 use super::whole::{INDEX, INDEX_BYTES_MAX, shards_of};
@@ -10,7 +11,7 @@ use super::{HubName, gguf};
 use crate::progress::{line, size};
 
 /// Small files that are read if they are there.
-const SMALL: [&str; 9] = [
+const SMALL: [&str; 8] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -18,7 +19,6 @@ const SMALL: [&str; 9] = [
     "special_tokens_map.json",
     "chat_template.jinja",
     "modules.json",
-    "sentence_bert_config.json",
     "config_sentence_transformers.json",
 ];
 /// Files of an adapter, besides the small ones.
@@ -88,7 +88,7 @@ pub(super) fn choose(
             }
         );
     }
-    let mut wanted: BTreeSet<&str> = SMALL.into_iter().collect();
+    let mut wanted: BTreeSet<&str> = SMALL.into_iter().chain(SENTENCE_FILES).collect();
     wanted.extend(weights.iter().map(String::as_str));
     if is_embedding && !has("tokenizer.json") {
         wanted.insert("vocab.txt");

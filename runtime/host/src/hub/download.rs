@@ -121,25 +121,22 @@ impl Hub {
         }
         policy::check_download(&name.repo)?;
         // Whoever waits for a server does not look for Ctrl-C.
-        let (done, client) = (AtomicBool::new(false), &self.client);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                while !done.load(Ordering::SeqCst) {
-                    if client.stop.is_set() {
-                        client.shut_down();
-                    }
-                    if !self.is_bringing.load(Ordering::SeqCst) {
-                        self.tell_silence(&line);
-                    }
-                    thread::sleep(TICK / 4);
+            let pulling = scope.spawn(|| self.pull_watched(name));
+            while !pulling.is_finished() {
+                if self.client.stop.is_set() {
+                    self.client.shut_down();
                 }
-            });
-            let pulled = self.pull_watched(name).map_err(|error| match space::is_closed(&error) {
+                if !self.is_bringing.load(Ordering::SeqCst) {
+                    self.tell_silence(&line);
+                }
+                thread::sleep(TICK / 4);
+            }
+            let pulled = pulling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            pulled.map_err(|error| match space::is_closed(&error) {
                 true => anyhow!("{error:#}\nhint: set HF_HOME to a directory that you can write"),
                 false => error,
-            });
-            done.store(true, Ordering::SeqCst);
-            pulled
+            })
         })
     }
 
@@ -183,7 +180,9 @@ impl Hub {
         }
         let exact = name.at(&listing.commit);
         let short = HubName { revision: None, ..name.clone() };
-        let files = choose(&listing, name, |file| self.text(&exact, file))?;
+        let mut files = choose(&listing, name, |file| self.text(&exact, file))?;
+        // Put last: without these no snapshot of several files counts as whole.
+        files.sort_by_key(|file| ["config.json", "adapter_config.json"].contains(&file.path.as_str()));
         let total: u64 = files.iter().map(|file| file.size).sum();
         let (count, commit) = (files.len(), &listing.commit[..COMMIT_TOLD]);
         let mut facts = format!("{} in {count} {}", size(total), if count == 1 { "file" } else { "files" });

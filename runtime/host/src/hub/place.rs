@@ -140,13 +140,17 @@ impl Place {
     /// When it cannot be written.
     pub(super) fn put(&self, commit: &str, file: &RemoteFile, is_last: bool) -> Result<()> {
         let pointer = self.pointer(commit, &file.path);
-        // Where the file itself stands there, its blob came to replace it.
-        if self.has(commit, file) && (pointer.is_symlink() || !self.has_blob(file)) {
+        let blob = self.blob(&file.digest);
+        // What stands there and is not the blob, as another program's link or the file itself, is replaced by a blob that is here.
+        let is_blob = || {
+            let same = pointer.canonicalize().ok().zip(blob.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+            pointer.is_symlink() && same
+        };
+        if self.has(commit, file) && (!self.has_blob(file) || is_blob()) {
             return Ok(());
         }
         let directory = pointer.parent().context("a file lies in a directory")?;
         make_directory(directory)?;
-        let blob = self.blob(&file.digest);
         let cannot = || format!("{}: cannot write", pointer.display());
         // `snapshots/<commit>/a/b` is as many steps below the folder as its path has parts, and two more.
         let up = "../".repeat(file.path.split('/').count() + 1);

@@ -61,7 +61,10 @@ fn others(name: &HubName) -> String {
         forms.extend(base.forms);
         commits.extend(base.commits.iter().map(|commit| commit[..COMMIT_TOLD.min(commit.len())].to_owned()));
     }
-    forms.dedup();
+    for names in [&mut forms, &mut commits] {
+        names.sort();
+        names.dedup();
+    }
     match (forms.as_slice(), &name.revision) {
         ([], _) => String::new(),
         (_, None) => format!(", which has {} of it", forms.join(", ")),

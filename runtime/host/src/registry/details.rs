@@ -86,7 +86,7 @@ pub struct Vectors {
 }
 
 impl Details {
-    /// Reads them; of weights the headers alone.
+    /// Reads them. A whole model is loaded, an embedding model with all its weights; what then fails is its `problem`.
     pub fn of(entry: Entry) -> Self {
         let lineage = list().map(|all| Lineage::of(&entry, &all)).unwrap_or_default();
         let mut details = Self {

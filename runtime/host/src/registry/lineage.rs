@@ -181,7 +181,10 @@ fn handlers_of(target: &Target) -> Result<Vec<String>> {
     let is_meant = |handler: &toml::Value| {
         let is_local = handler.get("kind").and_then(toml::Value::as_str) == Some("local");
         let mut named = ["model", "base_model"].iter().filter_map(|key| handler.get(key)?.as_str());
-        is_local && named.any(|text| target.is_meant_by(Path::new(text)))
+        // A relative path is beside the file, as `handler::config` reads it.
+        let is_target =
+            |text: &str| target.is_meant_by(Path::new(text)) || target.is_meant_by(&file.with_file_name(text));
+        is_local && named.any(is_target)
     };
     let meant = handlers.into_iter().flatten().filter(|(_, handler)| is_meant(handler));
     Ok(meant.map(|(name, _)| name.clone()).collect())

@@ -1,9 +1,8 @@
-//! The user's models: `models/<name>/` below `$HOMEROOM_HOME` or the user's data directory.
-
+//! The user's models: `models/<name>/` below `$HOMEROOM_HOME` or the user's data directory; and the bases of the hub beside them.
 //!
-//! [`names`] says what a name means, [`entries`] what a model is and whether it is whole, [`lineage`] what goes on from it; [`removal`],
-//! [`copies`] and [`import`] change what is there. None of them waits for another process: a model has its name when it is whole, and
-//! loses it before it is removed.
+//! [`names`] says what a name means, [`entries`] what a model is and whether it is whole, [`mod@bases`] which models of the hub are here,
+//! [`details`] all that is known of one, [`lineage`] what goes on from it; [`removal`], [`copies`] and [`import`] change what is there,
+//! [`when`] writes dates. None of them waits for another process: a model has its name when it is whole, and loses it before it is removed.
 
 mod bases;
 mod copies;

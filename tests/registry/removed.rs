@@ -35,6 +35,7 @@ fn what_others_need_is_removed_only_by_force_and_what_is_whole_in_itself_stays()
     let path = model(&place, "base");
     let handlers = format!(
         "[handlers.maths]\nkind = \"local\"\nmodel = \"base\"\n[handlers.same]\nkind = \"local\"\nmodel = \"apart\"\nbase_model = \"{}\"\n\
+         [handlers.near]\nkind = \"local\"\nmodel = \"models/base\"\n\
          [handlers.far]\nkind = \"openai\"\nmodel = \"base\"\nbase_url = 7\n",
         path.display()
     );
@@ -42,7 +43,7 @@ fn what_others_need_is_removed_only_by_force_and_what_is_whole_in_itself_stays()
 
     let dry = succeeds(&mut typed(&place, &["rm", "--dry-run", "--json", "base", "base"]))?;
     let needed = json!({
-        "adapters": ["quiz", "quiz-2"], "runs": ["quickstart-7/3"], "handlers": ["maths", "same"], "models": [],
+        "adapters": ["quiz", "quiz-2"], "runs": ["quickstart-7/3"], "handlers": ["maths", "near", "same"], "models": [],
     });
     let about = &printed_json(&dry)?[0];
     assert_eq!(
@@ -52,16 +53,19 @@ fn what_others_need_is_removed_only_by_force_and_what_is_whole_in_itself_stays()
     assert!(dry.stderr.contains("refused without --force"), "{}", dry.stderr);
     refused(
         &mut typed(&place, &["rm", "base"]),
-        &["still needed by 3 adapters and 2 handlers", "`homeroom rm --force base`"],
+        &["still needed by 3 adapters and 3 handlers", "`homeroom rm --force base`"],
     )?;
     // What goes together orphans nobody; the run and the handlers still do.
-    refused(&mut typed(&place, &["rm", "base", "quiz", "quiz-2"]), &["still needed by 1 adapter and 2 handlers"])?;
+    refused(&mut typed(&place, &["rm", "base", "quiz", "quiz-2"]), &["still needed by 1 adapter and 3 handlers"])?;
     assert_eq!(names(&place)?, ["apart", "base", "quiz", "quiz-2"]);
 
     let gone = succeeds(&mut typed(&place, &["rm", "quiz"]))?.stderr;
     assert!(gone.contains("which are whole without it: quiz-2"), "{gone}");
     let gone = succeeds(&mut typed(&place, &["rm", "--force", "base"]))?.stderr;
-    assert!(gone.contains("do not run without it: quiz-2") && gone.contains("handlers.toml: maths, same"), "{gone}");
+    assert!(
+        gone.contains("do not run without it: quiz-2") && gone.contains("handlers.toml: maths, near, same"),
+        "{gone}"
+    );
     assert_eq!(entries(&place)?, ["apart", "quiz-2"]);
     assert!(listed(&place)?[1]["problem"].as_str().is_some_and(|problem| problem.contains("its base is not there")));
     // A file of handlers that cannot be read stops nobody, and is told.

@@ -26,7 +26,7 @@ pub fn shaken(strategy: &str, options: &Value, model: &BaseModel) -> Result<Adap
 /// Sequences of unequal lengths, one of them longer than a block of attention.
 pub fn rows(model: &BaseModel) -> Vec<Example> {
     let mut rows = examples(model, 7, 2);
-    let long = 97.min(model.config.max_position_embeddings);
+    let long = 97.min(model.architecture.max_position_embeddings);
     rows.push(Example { ids: (0..long as u32).collect(), trained: (0..long).map(|t| t % 3 > 0).collect(), line: 0 });
     rows.push(Example { ids: vec![5, 9], trained: vec![false, true], line: 0 });
     rows
@@ -167,7 +167,7 @@ fn rows_of_a_pass_do_not_see_each_other() -> Result<()> {
         let adaptation = shaken("lora", &json!({"r": 3}), &model)?;
         let all = rows(&model);
         let silent = |example: &Example, shift: u32| Example {
-            ids: example.ids.iter().map(|id| (id + shift) % model.config.vocab_size as u32).collect(),
+            ids: example.ids.iter().map(|id| (id + shift) % model.architecture.vocab_size as u32).collect(),
             trained: vec![false; example.ids.len()],
             line: 0,
         };
@@ -269,7 +269,7 @@ fn how_blocks_run_is_chosen_by_their_recipes_and_said() -> Result<()> {
     };
     assert_eq!(words("lora", json!({}))?, "bf16, fused blocks");
     assert_eq!(words("full", json!({}))?, "f32, plain blocks");
-    let layers = model.config.num_hidden_layers;
+    let layers = model.layers.len();
     let ia3 = json!({"target_modules": r".*layers\.0\.self_attn\.k_proj", "feedforward_modules": []});
     assert_eq!(words("ia3", ia3)?, format!("bf16, fused blocks; 1 of {layers} layers plain in f32"));
     assert_eq!(

@@ -70,7 +70,7 @@ fn check(model: &BaseModel, adaptation: &Adaptation, spoil: impl Fn(Tensor) -> R
 fn rows(model: &BaseModel) -> Vec<Batch> {
     let mut stream = Stream::new(3, 0);
     let mut example = |length: usize| Example {
-        ids: (0..length).map(|_| stream.below(model.config.vocab_size) as u32).collect(),
+        ids: (0..length).map(|_| stream.below(model.architecture.vocab_size) as u32).collect(),
         trained: (0..length).map(|t| t > 0 && t % 3 != 1).collect(),
         line: 0,
     };

@@ -40,7 +40,7 @@ fn adaptations(model: &BaseModel) -> Result<Vec<Option<Arc<Adaptation>>>> {
 }
 
 fn ids(model: &BaseModel, count: usize, seed: u32) -> Vec<u32> {
-    let vocab = model.config.vocab_size as u32;
+    let vocab = model.architecture.vocab_size as u32;
     (0..count as u32).map(|i| (3 + (i + seed) * (7 + seed)) % vocab).collect()
 }
 
@@ -68,14 +68,14 @@ fn logits(inference: &Inference, prompt: &[u32], pieces: usize, tokens: &[u32]) 
 #[test]
 fn prompts_and_tokens_have_the_logits_of_plain_blocks() -> Result<()> {
     for (name, model) in cases()? {
-        let length = 97.min(model.config.max_position_embeddings - 8);
+        let length = 97.min(model.architecture.max_position_embeddings - 8);
         let (prompt, tokens) = (ids(&model, length, 1), ids(&model, 8, 5));
         for (number, adaptation) in adaptations(&model)?.into_iter().enumerate() {
             let pass = Pass::evaluation(&model, adaptation.as_deref());
             let mut cache = Cache::default();
-            let mut plain = vec![pass.continue_sequence(&prompt, &mut cache)?.to_vec1::<f32>()?];
+            let mut plain = vec![pass.continue_sequence(&prompt, &mut cache, prompt.len())?.to_vec1::<f32>()?];
             for token in &tokens {
-                plain.push(pass.continue_sequence(&[*token], &mut cache)?.to_vec1()?);
+                plain.push(pass.continue_sequence(&[*token], &mut cache, 0)?.to_vec1()?);
             }
             // bf16 keeps 8 bits of a number; these models are random, so that nothing hides what that adds up to.
             for (compute, bound) in [(Compute::F32, 2e-5), (Compute::Bf16, 0.1)] {
@@ -156,7 +156,8 @@ fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> R
 fn the_pieces_of_a_prompt_change_no_bit() -> Result<()> {
     for name in ["llama", "mistral", "llama-gguf/model-mixed.gguf"] {
         let model = Arc::new(model(name)?);
-        let (prompt, tokens) = (ids(&model, 100.min(model.config.max_position_embeddings - 4), 2), ids(&model, 4, 3));
+        let (prompt, tokens) =
+            (ids(&model, 100.min(model.architecture.max_position_embeddings - 4), 2), ids(&model, 4, 3));
         for compute in [Compute::F32, Compute::Bf16] {
             let inference = Inference::new(model.clone(), None, compute);
             let whole = logits(&inference, &prompt, prompt.len(), &tokens)?;
@@ -290,7 +291,7 @@ fn a_token_without_an_embedding_fails_its_answer_and_no_other() -> Result<()> {
     let answers = answers(&model, Compute::F32);
     let good = [1, 40, 41];
     let fine = answers.ask(&good, sampling(1))?;
-    let mut wrong = answers.ask(&[1, model.config.vocab_size as u32], sampling(1))?;
+    let mut wrong = answers.ask(&[1, model.architecture.vocab_size as u32], sampling(1))?;
     let error = wrong.next().context("it fails")?.expect_err("the token is unknown");
     assert!(error.to_string().contains("has no embedding"), "{error}");
     assert!(wrong.next().is_none(), "after its error an answer is over");

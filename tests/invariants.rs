@@ -17,7 +17,7 @@ use crate::support::{adapt, distance, fixture, model};
 
 pub fn examples(model: &BaseModel, count: usize, seed: u64) -> Vec<Example> {
     let mut stream = Stream::new(seed, 4);
-    let vocab = model.config.vocab_size;
+    let vocab = model.architecture.vocab_size;
     let example = |_| {
         let length = 2 + stream.below(30);
         let mut trained: Vec<bool> = (0..length).map(|t| t > 0 && stream.below(4) == 0).collect();

@@ -128,7 +128,7 @@ fn what_the_decoder_does_not_compute_is_refused_by_name() -> Result<()> {
     };
     for (fields, words) in [
         (json!({"model_type": "mamba"}), &["unknown architecture `mamba`", "known are llama"][..]),
-        (rope("yarn"), &["unknown rope type `yarn`", "known are default, llama3"]),
+        (rope("proportional"), &["unknown rope type `proportional`", "known are default, linear, dynamic, llama3"]),
         (rope("llama3"), &["rope type `llama3`", "`low_freq_factor`"]),
         (json!({"hidden_act": "gelu"}), &["`hidden_act` = \"gelu\""]),
         (json!({"quantization_config": {"quant_method": "gptq"}}), &["quantised by `gptq`"]),

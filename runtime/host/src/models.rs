@@ -195,11 +195,17 @@ const DEFAULT_MAX_SEQ_LEN: usize = 2048;
 /// # Errors
 /// When the rows may be longer than the model's context.
 pub fn encoder(model: &BaseModel, max_seq_len: Option<usize>, on_long_row: OnLongRow) -> Result<Encoder<'_>> {
-    let context = model.config.max_position_embeddings;
+    let context = model.architecture.max_position_embeddings;
     let max_seq_len = max_seq_len.unwrap_or(context.min(DEFAULT_MAX_SEQ_LEN));
     ensure!(max_seq_len <= context, "--max-seq-len {max_seq_len}: the model's context is {context} tokens");
     let template = model.template.as_ref();
-    Ok(Encoder { tokenizer: &model.tokenizer, template, embeddings: model.config.vocab_size, max_seq_len, on_long_row })
+    Ok(Encoder {
+        tokenizer: &model.tokenizer,
+        template,
+        embeddings: model.architecture.vocab_size,
+        max_seq_len,
+        on_long_row,
+    })
 }
 
 /// Reads and encodes a file of rows for a model.

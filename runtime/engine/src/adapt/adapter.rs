@@ -263,7 +263,7 @@ pub fn is_adapter(path: &Path) -> bool {
 pub fn with_text_of(path: &Path, model: &BaseModel) -> Result<Option<(BaseModel, &'static str)>> {
     let base = &model.tokenizer;
     let Some(tokenizer) = Tokenizer::of_adapter(path, base)? else { return Ok(None) };
-    let added = tokenizer.added_beyond(model.config.vocab_size, base);
+    let added = tokenizer.added_beyond(model.architecture.vocab_size, base);
     ensure!(
         added.is_empty(),
         "{}: its tokenizer has tokens that the base has no embedding for: {}; an adapter on an embedding that was resized is merged into its base with PEFT first (`merge_and_unload`), and the result is the model to name",

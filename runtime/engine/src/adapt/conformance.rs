@@ -375,7 +375,7 @@ mod tests {
     #[test]
     fn the_tiny_models_are_those_that_their_words_say() -> Result<()> {
         let models = tiny_models()?;
-        let tied = |tiny: &TinyModel| tiny.model.config.tie_word_embeddings;
+        let tied = |tiny: &TinyModel| tiny.model.architecture.tie_word_embeddings;
         assert_eq!(models.iter().map(tied).collect::<Vec<_>>(), [false, false, true]);
         let has_bias = |tiny: &TinyModel| tiny.model.modules.iter().any(|module| module.bias.is_some());
         assert_eq!(models.iter().map(has_bias).collect::<Vec<_>>(), [false, false, true]);

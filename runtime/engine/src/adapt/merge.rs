@@ -1,5 +1,6 @@
 //! Merging: the adapted modules' effective weights in place of the frozen ones, and a model directory written of them.
 
+use std::collections::BTreeSet;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -12,9 +13,8 @@ use serde_json::{Value, json};
 use crate::adapt::adaptation::Adaptation;
 use crate::adapt::adapter::{pretty, write_templates, write_text};
 use crate::files::{NewDirectory, SMALL_FILE_BYTES_MAX, parse_object, read_bytes, read_text};
-use crate::models::config::ModelConfig;
 use crate::models::weight::Weight;
-use crate::models::{BaseModel, EMBEDDING, HEAD, Module};
+use crate::models::{Architecture, BaseModel, EMBEDDING, HEAD, Module};
 use crate::run::batch::Batch;
 use crate::run::plain::recipe::Pass;
 use crate::text::tokenizer::Tokenizer;
@@ -45,8 +45,8 @@ pub fn merge(model: &BaseModel, adaptation: &Adaptation) -> Result<BaseModel> {
         info.bias = bias.is_some();
         modules.push(Module { info, weight: Arc::new(weight), bias });
     }
-    let mut config = model.config.clone();
-    if config.tie_word_embeddings {
+    let mut architecture = model.architecture.clone();
+    if architecture.tie_word_embeddings {
         let at = |path| model.module_index(path).context("a model has an embedding and a head");
         let (embedding, head) = (at(EMBEDDING)?, at(HEAD)?);
         let values = |index: usize| {
@@ -55,13 +55,13 @@ pub fn merge(model: &BaseModel, adaptation: &Adaptation) -> Result<BaseModel> {
         };
         let adapted = adaptation.of(embedding).is_some() || adaptation.of(head).is_some();
         if adapted && values(embedding) != values(head) {
-            config.tie_word_embeddings = false;
+            architecture.tie_word_embeddings = false;
             modules[head].info.storage = HEAD.to_owned();
         } else {
             modules[head].weight = modules[embedding].weight.clone();
         }
     }
-    model.with_modules(config, modules)
+    model.with_modules(architecture, modules)
 }
 
 /// Mean Kullback-Leibler divergence of `other`'s predictions from `model`'s over all positions of some token sequences, in
@@ -147,29 +147,20 @@ impl Floats {
 /// # Errors
 /// Why it has no form as a Hugging Face directory.
 pub fn exportable(model: &BaseModel) -> Result<()> {
-    exported_config(model)?.to_json("float32", None, &[]).map(|_| ())
+    exported(model)?.to_json("float32", None, &[]).map(|_| ())
 }
 
-/// The configuration of transformers' model that computes what this one does.
-fn exported_config(model: &BaseModel) -> Result<ModelConfig> {
-    let mut config = model.config.clone();
-    if config.model_type == "llama" {
-        let biased = |roles: &[&str]| {
-            let of_roles = |module: &&Module| roles.iter().any(|role| module.info.path.ends_with(role));
-            model.modules.iter().filter(of_roles).any(|module| module.bias.is_some())
-        };
-        config.attention_bias = biased(&["q_proj", "k_proj", "v_proj", "o_proj"]);
-        config.mlp_bias = biased(&["gate_proj", "up_proj", "down_proj"]);
-        // GGUF files call both `llama`; a window makes the difference.
-        if config.sliding_window.is_some() {
-            config.model_type = "mistral".to_owned();
-        }
-    }
-    let lost = model.modules.iter().find(|module| module.bias.is_some() && !config.has_bias(&module.info.path));
+/// The architecture of transformers' model that computes what this one does.
+fn exported(model: &BaseModel) -> Result<Architecture> {
+    let architecture = model.architecture.exported()?;
+    let biased: BTreeSet<String> =
+        architecture.modules().into_iter().filter(|module| module.bias).map(|module| module.path).collect();
+    let lost = model.modules.iter().find(|module| module.bias.is_some() && !biased.contains(&module.info.path));
     if let Some(module) = lost {
-        bail!("{}: its bias has no form in a {} model of transformers", module.info.path, config.model_type);
+        let family = &architecture.model_type;
+        bail!("{}: its bias has no form in a {family} model of transformers", module.info.path);
     }
-    Ok(config)
+    Ok(architecture)
 }
 
 /// Writes a model, made from `base`, as a Hugging Face directory that transformers loads. Chat templates stand in both places in
@@ -183,11 +174,14 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
         Floats::F16 => safetensors::Dtype::F16,
         Floats::Bf16 => safetensors::Dtype::BF16,
     };
-    let config = exported_config(model)?;
-    save_configuration(directory, model, base, &config, floats.name())?;
+    let architecture = exported(model)?;
+    save_configuration(directory, model, base, &architecture, floats.name())?;
     let mut tensors = Vec::new();
+    // A family has biases at all modules of a kind or at none.
+    let biased: BTreeSet<String> =
+        architecture.modules().into_iter().filter(|module| module.bias).map(|module| module.path).collect();
     for module in &model.modules {
-        if module.info.path == HEAD && config.tie_word_embeddings {
+        if module.info.path == HEAD && architecture.tie_word_embeddings {
             continue;
         }
         let shape = module.info.weight_shape();
@@ -197,10 +191,13 @@ pub fn save_model(directory: &NewDirectory, model: &BaseModel, base: &BaseModel,
             tensors.push((name, shape, bytes));
             Ok(())
         };
-        push(format!("{}.weight", module.info.path), shape, &module.weight.decode(order))?;
-        // A family has biases at all modules of a kind or at none.
+        let mut values = module.weight.decode(order);
+        if module.info.kind == ModuleKind::Norm && architecture.norm_offset != 0.0 {
+            values.iter_mut().for_each(|value| *value -= architecture.norm_offset);
+        }
+        push(format!("{}.weight", module.info.path), shape, &values)?;
         let zeros = || Arc::new(vec![0.0; module.info.d_out]);
-        if config.has_bias(&module.info.path) {
+        if biased.contains(&module.info.path) {
             push(
                 format!("{}.bias", module.info.path),
                 vec![module.info.d_out],
@@ -224,7 +221,7 @@ fn save_configuration(
     directory: &NewDirectory,
     model: &BaseModel,
     base: &BaseModel,
-    config: &ModelConfig,
+    architecture: &Architecture,
     dtype: &str,
 ) -> Result<()> {
     let tokenizer = &model.tokenizer;
@@ -233,22 +230,17 @@ fn save_configuration(
     let there = |name: &str| base.path.is_dir() && base.path.join(name).exists();
     let json = match base.path.is_dir() {
         true => {
-            let mut own = read("config.json")?;
+            let mut own = Value::Object(architecture.config.clone());
             // What is written are floats, whatever the base was stored as.
             if let Some(own) = own.as_object_mut() {
                 own.shift_remove("quantization_config");
             }
-            own["tie_word_embeddings"] = config.tie_word_embeddings.into();
-            for (key, value) in [("attention_bias", config.attention_bias), ("mlp_bias", config.mlp_bias)] {
-                if config.model_type == "llama" && (value || own.get(key).is_some()) {
-                    own[key] = value.into();
-                }
-            }
+            own["tie_word_embeddings"] = architecture.tie_word_embeddings.into();
             let dtype_key = if own.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
             own[dtype_key] = dtype.into();
             own
         }
-        false => config.to_json(dtype, tokenizer.bos_id, &tokenizer.eos_ids)?,
+        false => architecture.to_json(dtype, tokenizer.bos_id, &tokenizer.eos_ids)?,
     };
     directory.write("config.json", pretty(&json)?.as_bytes())?;
     let generation = there(GENERATION).then(|| read(GENERATION)).transpose()?;

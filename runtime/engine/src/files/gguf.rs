@@ -18,6 +18,7 @@ use homeroom_kernels::Storage;
 use memmap2::Mmap;
 
 use crate::files::mapped::map_file;
+use crate::files::tensors::MappedTensor;
 
 /// An open GGUF file: its metadata, its table of tensors, and the mapping that holds their data.
 pub struct Gguf {
@@ -174,6 +175,16 @@ impl Gguf {
     /// All tensors, in the file's order.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.contents.tensors.iter()
+    }
+
+    /// A tensor's bytes in the mapped file.
+    pub fn mapped(&self, tensor: &TensorInfo) -> MappedTensor {
+        MappedTensor {
+            map: self.map.clone(),
+            range: tensor.range.clone(),
+            shape: tensor.shape.clone(),
+            storage: tensor.storage,
+        }
     }
 
     /// The tensor of this name.

@@ -77,7 +77,7 @@ pub fn prompt_ids(model: &BaseModel, messages: &[serde_json::Value]) -> Result<V
     let control = model.tokenizer.control_in(messages, None)?;
     let rendered = template.render_prompt(messages, None, &control)?;
     let ids = tokenize(&rendered, &model.tokenizer)?.0;
-    model.tokenizer.check_embedded(&ids, model.config.vocab_size)?;
+    model.tokenizer.check_embedded(&ids, model.architecture.vocab_size)?;
     Ok(ids)
 }
 
@@ -244,7 +244,7 @@ mod tests {
             let mut endless = Tokenizer::from_dir(&fixture("llama"))?;
             endless.eos_ids.clear();
             model.tokenizer = endless.into();
-            let context = model.config.max_position_embeddings;
+            let context = model.architecture.max_position_embeddings;
             let answers = answers(model, compute);
             let answer = generate(&answers, &vec![5; context - 3], sampling(0.0, 1.0, 0))?;
             assert_eq!((answer.ids.len(), answer.finish), (4, Finish::Length));

@@ -76,7 +76,7 @@ impl<E: ProductElement> Fast<E> {
     fn step(&self, model: &BaseModel, sequences: &mut [(u32, &mut KvCache<E>)]) -> Vec<Vec<f32>> {
         let positions = sequences.iter().map(|(_, cache)| cache.positions() + 1).max().unwrap_or(0);
         let mut blocks = self.blocks();
-        self.decoder.step(model, blocks.table(&model.config, positions), sequences)
+        self.decoder.step(model, blocks.table(&model.architecture, positions), sequences)
     }
 }
 
@@ -150,17 +150,16 @@ impl Inference {
     /// Nothing of a sequence yet.
     pub fn begin(&self) -> Kept {
         match self.blocks {
-            Blocks::F32(_) => Kept::F32(KvCache::new(&self.model.config)),
-            Blocks::Bf16(_) => Kept::Bf16(KvCache::new(&self.model.config)),
+            Blocks::F32(_) => Kept::F32(KvCache::new(&self.model.architecture)),
+            Blocks::Bf16(_) => Kept::Bf16(KvCache::new(&self.model.architecture)),
             Blocks::Plain => Kept::Plain(Cache::default()),
         }
     }
 
     /// Bytes of the keys and values of one position.
     pub fn bytes_per_position(&self) -> usize {
-        let config = &self.model.config;
         let element = if matches!(self.blocks, Blocks::Bf16(_)) { size_of::<bf16>() } else { size_of::<f32>() };
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
+        self.model.architecture.kv_bytes(element)
     }
 
     /// Reads tokens of a prompt; the logits after the last, (V), if they are wanted.
@@ -175,7 +174,7 @@ impl Inference {
             (Blocks::F32(fast), Kept::F32(cache)) => fast.read(&pass, ids, cache, logits),
             (Blocks::Bf16(fast), Kept::Bf16(cache)) => fast.read(&pass, ids, cache, logits),
             (Blocks::Plain, Kept::Plain(cache)) => {
-                let last = pass.continue_sequence(ids, cache)?;
+                let last = pass.continue_sequence(ids, cache, cache.len + ids.len())?;
                 logits.then(|| Ok(last.to_vec1()?)).transpose()
             }
             _ => anyhow::bail!("what is kept is of another model"),
@@ -214,7 +213,7 @@ impl Inference {
     }
 
     fn check(&self, ids: &[u32], positions: usize) -> Result<()> {
-        let (vocab, context) = (self.model.config.vocab_size, self.model.config.max_position_embeddings);
+        let (vocab, context) = (self.model.architecture.vocab_size, self.model.architecture.max_position_embeddings);
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
             anyhow::bail!("token {id} has no embedding: the model knows {vocab} tokens, its tokenizer more");
         }

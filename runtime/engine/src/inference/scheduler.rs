@@ -99,7 +99,7 @@ impl Answers {
     pub fn ask(&self, prompt: &[u32], sampling: Sampling) -> Result<Tokens> {
         let max_tokens = sampling.max_tokens;
         let sampler = Sampler::new(sampling, prompt)?;
-        let context = self.inference.model.config.max_position_embeddings;
+        let context = self.inference.model.architecture.max_position_embeddings;
         ensure!(!prompt.is_empty(), "the prompt is empty");
         ensure!(prompt.len() <= context, "the prompt is {} tokens, the model's context {context}", prompt.len());
         let (news, heard) = channel();
@@ -241,7 +241,7 @@ impl Sequence {
         if self.asked.news.send(News::Token(token)).is_err() {
             return Ok(Some(Finish::Length));
         }
-        let full = self.kept.positions() >= inference.model.config.max_position_embeddings;
+        let full = self.kept.positions() >= inference.model.architecture.max_position_embeddings;
         Ok((self.left == 0 || full).then_some(Finish::Length))
     }
 }
@@ -280,7 +280,7 @@ impl Drawing {
     /// Whether an answer can be drawn beside those that are: there is a place, and memory for its keys and values however long it gets.
     /// One always fits.
     fn fits(&self, asked: &Asked) -> bool {
-        let context = self.inference.model.config.max_position_embeddings;
+        let context = self.inference.model.architecture.max_position_embeddings;
         let positions = |asked: &Asked| asked.prompt.len().saturating_add(asked.max_tokens).min(context);
         let all = self.drawn.iter().map(|sequence| positions(&sequence.asked)).sum::<usize>() + positions(asked);
         self.drawn.is_empty() || self.drawn.len() < TOGETHER && all <= self.positions_max

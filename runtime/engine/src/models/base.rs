@@ -6,26 +6,21 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{ModelInfo, ModuleInfo, ModuleKind};
-use homeroom_kernels::{RowOrder, Storage};
+use homeroom_kernels::{RowOrder, Storage, bf16, f16};
 use sha2::{Digest, Sha256};
 
 use crate::files::bitsandbytes;
-use crate::files::gguf::Gguf;
+use crate::files::gguf::{Gguf, TensorInfo};
 use crate::files::mapped::map_file;
 use crate::files::tensors::{MappedTensor, Tensors, has_safetensors, map_directory, weight_files};
 use crate::files::{broken_link, is_named};
-use crate::models::config::{ModelConfig, RopeScaling};
+use crate::models::architecture::{
+    Architecture, EMBEDDING, HEAD, K_NORM, LayerSpec, ModuleSpec, Projection, Q_NORM, layer_path,
+};
 use crate::models::weight::Weight;
 use crate::run::batch::{PASS_ROWS, PASS_ROWS_CODED};
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
-
-/// Paths of modules outside the layers.
-pub const EMBEDDING: &str = "model.embed_tokens";
-/// The norm before the head.
-pub const FINAL_NORM: &str = "model.norm";
-/// The module that yields the logits.
-pub const HEAD: &str = "lm_head";
 
 /// What others know a model by: its name on a hub, and which state of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,8 +46,8 @@ pub struct BaseModel {
     pub source: Option<Source>,
     /// The files of its weights.
     pub files: Vec<PathBuf>,
-    /// Its numbers.
-    pub config: ModelConfig,
+    /// What it computes.
+    pub architecture: Architecture,
     /// Its modules in the order of the forward pass.
     pub modules: Vec<Module>,
     /// Module indices of each decoder layer.
@@ -78,19 +73,46 @@ pub struct Module {
     pub bias: Option<Arc<Vec<f32>>>,
 }
 
-/// Indices into [`BaseModel::modules`].
-#[derive(Clone, Copy, Debug)]
+/// A layer's modules, as indices into [`BaseModel::modules`]; what they are is said by its [`super::LayerSpec`].
+#[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct LayerModules {
-    pub input_norm: usize,
-    pub q: usize,
-    pub k: usize,
-    pub v: usize,
+    pub mixer_norm: Option<usize>,
+    pub qkv: Vec<usize>,
+    /// The norms of q and of k.
+    pub qk_norms: Option<[usize; 2]>,
     pub o: usize,
-    pub post_norm: usize,
-    pub gate: usize,
-    pub up: usize,
+    pub mixer_post_norm: Option<usize>,
+    pub feed_forward_norm: Option<usize>,
+    pub gate_up: Vec<usize>,
     pub down: usize,
+    pub feed_forward_post_norm: Option<usize>,
+}
+
+impl LayerModules {
+    fn new(number: usize, layer: &LayerSpec, by_path: &HashMap<String, usize>) -> Self {
+        let at = |path: &str| by_path[&layer_path(number, path)];
+        let attention = layer.attention();
+        let each = |projections: &[Projection]| projections.iter().map(|projection| at(projection.path)).collect();
+        Self {
+            mixer_norm: layer.mixer_norms.before.map(at),
+            qkv: each(&attention.qkv),
+            qk_norms: attention.qk_norm.map(|_| [at(Q_NORM), at(K_NORM)]),
+            o: at(attention.o.path),
+            mixer_post_norm: layer.mixer_norms.after.map(at),
+            feed_forward_norm: layer.feed_forward_norms.before.map(at),
+            gate_up: each(&layer.feed_forward.gate_up),
+            down: at(layer.feed_forward.down.path),
+            feed_forward_post_norm: layer.feed_forward_norms.after.map(at),
+        }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = usize> {
+        let norms = [self.mixer_norm, self.mixer_post_norm, self.feed_forward_norm, self.feed_forward_post_norm];
+        let linear = self.qkv.iter().chain(&self.gate_up).copied().chain([self.o, self.down]);
+        norms.into_iter().flatten().chain(self.qk_norms.into_iter().flatten()).chain(linear)
+    }
 }
 
 /// The files that a model is loaded from.
@@ -170,7 +192,7 @@ impl BaseModel {
     pub fn inspect(path: &Path) -> Result<()> {
         match Form::of(path, path.canonicalize().with_context(|| path.display().to_string())?)? {
             Form::Directory(directory) => {
-                ModelConfig::from_json(&directory.join("config.json"))?;
+                Architecture::from_json(&directory.join("config.json"))?;
                 map_directory(&directory)?;
                 let tokenizer = directory.join("tokenizer.json");
                 ensure!(tokenizer.exists(), "{}: not there", tokenizer.display());
@@ -181,58 +203,44 @@ impl BaseModel {
     }
 
     fn from_directory(dir: &Path) -> Result<Self> {
-        let config = ModelConfig::from_json(&dir.join("config.json"))?;
-        let tensors = map_directory(dir)?;
+        let mut architecture = Architecture::from_json(&dir.join("config.json"))?;
+        let mut tensors = map_directory(dir)?;
+        if architecture.family()?.part_of.is_some() {
+            tensors = text_part(tensors);
+        }
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
-        let natural = |_: &str| RowOrder::Natural;
-        let biased = |path: &str| config.has_bias(path);
-        let modules = build_modules(&config, &tensors, &natural, &biased).with_context(|| dir.display().to_string())?;
-        let model = Self::assemble(dir.to_owned(), config, modules, tokenizer, None)?;
+        let source =
+            Tensorfile { tensors: &tensors, gguf: false, interleaved: false, offset: architecture.norm_offset };
+        let modules = build_modules(&architecture, &source).with_context(|| dir.display().to_string())?;
+        // transformers has the scale in the type of the weights. Such a model was trained with what that rounds it to.
+        let embedding = modules.first().map(|module| module.weight.storage());
+        let scale = architecture.embedding_scale as f32;
+        architecture.embedding_scale = match embedding {
+            Some(Storage::BF16) => f64::from(bf16::from_f32(scale).to_f32()),
+            Some(Storage::F16) => f64::from(f16::from_f32(scale).to_f32()),
+            _ => architecture.embedding_scale,
+        };
+        let model = Self::assemble(dir.to_owned(), architecture, modules, tokenizer, None)?;
         Ok(Self { files: weight_files(dir)?, ..model })
     }
 
     fn from_gguf(path: &Path) -> Result<Self> {
         let gguf = Gguf::open(path)?;
         let place = || path.display().to_string();
-        let mut config = ModelConfig::from_gguf(&gguf).with_context(place)?;
-        let mut tensors = Tensors::new();
-        for tensor in gguf.tensors() {
-            let mapped = MappedTensor {
-                map: gguf.map().clone(),
-                range: tensor.range.clone(),
-                shape: tensor.shape.clone(),
-                storage: tensor.storage,
-            };
-            if tensor.name == "rope_freqs.weight" {
-                config.rope_scaling = RopeScaling::Divisors(mapped.values()?);
-                continue;
-            }
-            let name = hugging_face_name(&tensor.name)
-                .with_context(|| format!("{}: unknown tensor `{}`", path.display(), tensor.name))?;
-            tensors.insert(name, mapped);
-        }
-        if let RopeScaling::Divisors(divisors) = &config.rope_scaling {
-            let (got, want) = (divisors.len(), config.head_dim / 2);
-            ensure!(got == want, "{}: {got} rope divisors for {want} frequencies", path.display());
-            ensure!(divisors.iter().all(|d| d.is_finite() && *d > 0.0), "{}: a rope divisor is not positive", place());
-        }
-        // llama.cpp's converter interleaves the halves of each head in q and k of this architecture.
-        let interleaved = RowOrder::Interleaved { head_dim: config.head_dim };
-        let permuted = config.model_type == "llama";
-        let order = |name: &str| match permuted && (name.ends_with("q_proj") || name.ends_with("k_proj")) {
-            true => interleaved,
-            false => RowOrder::Natural,
-        };
+        let architecture = Architecture::from_gguf(&gguf).with_context(place)?;
+        let mapped = |tensor: &TensorInfo| (tensor.name.clone(), gguf.mapped(tensor));
+        let tensors: Tensors = gguf.tensors().filter(|tensor| !is_rope(&tensor.name)).map(mapped).collect();
         let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
-        let biased = |path: &str| tensors.contains_key(&format!("{path}.bias"));
-        let modules = build_modules(&config, &tensors, &order, &biased).with_context(place)?;
-        let model = Self::assemble(path.to_owned(), config, modules, tokenizer, None)?;
+        let interleaved = architecture.family()?.interleaved;
+        let source = Tensorfile { tensors: &tensors, gguf: true, interleaved, offset: 0.0 };
+        let modules = build_modules(&architecture, &source).with_context(place)?;
+        let model = Self::assemble(path.to_owned(), architecture, modules, tokenizer, None)?;
         Ok(Self { files: vec![path.to_owned()], ..model })
     }
 
     fn assemble(
         path: PathBuf,
-        config: ModelConfig,
+        architecture: Architecture,
         modules: Vec<Module>,
         tokenizer: Arc<Tokenizer>,
         text_from: Option<PathBuf>,
@@ -240,43 +248,31 @@ impl BaseModel {
         let template = ChatTemplate::of_tokenizer(&tokenizer, text_from.as_deref().unwrap_or(&path))?;
         let by_path: HashMap<String, usize> =
             modules.iter().enumerate().map(|(index, module)| (module.info.path.clone(), index)).collect();
-        let layers = (0..config.num_hidden_layers).map(|layer| {
-            let at = |role: &str| by_path[&format!("model.layers.{layer}.{role}")];
-            LayerModules {
-                input_norm: at("input_layernorm"),
-                q: at("self_attn.q_proj"),
-                k: at("self_attn.k_proj"),
-                v: at("self_attn.v_proj"),
-                o: at("self_attn.o_proj"),
-                post_norm: at("post_attention_layernorm"),
-                gate: at("mlp.gate_proj"),
-                up: at("mlp.up_proj"),
-                down: at("mlp.down_proj"),
-            }
-        });
-        let layers = layers.collect();
+        let layers = architecture.layers.iter().enumerate();
+        let layers = layers.map(|(number, layer)| LayerModules::new(number, layer, &by_path)).collect();
         let (source, files, digest) = (None, Vec::new(), OnceLock::new());
-        Ok(Self { path, source, files, config, modules, layers, tokenizer, template, text_from, by_path, digest })
+        Ok(Self { path, source, files, architecture, modules, layers, tokenizer, template, text_from, by_path, digest })
     }
 
     /// The same model with other modules, as after a merge.
-    pub(crate) fn with_modules(&self, config: ModelConfig, modules: Vec<Module>) -> Result<Self> {
+    pub(crate) fn with_modules(&self, architecture: Architecture, modules: Vec<Module>) -> Result<Self> {
         let (tokenizer, text_from) = (self.tokenizer.clone(), self.text_from.clone());
-        let model = Self::assemble(self.path.clone(), config, modules, tokenizer, text_from)?;
+        let model = Self::assemble(self.path.clone(), architecture, modules, tokenizer, text_from)?;
         Ok(Self { files: self.files.clone(), source: self.source.clone(), ..model })
     }
 
     /// The same model with the tokenizer and template that an adapter was trained with.
     pub(crate) fn with_tokenizer(&self, tokenizer: Tokenizer, adapter: &Path) -> Result<Self> {
-        let (config, modules, text_from) = (self.config.clone(), self.modules.clone(), Some(adapter.to_owned()));
-        let model = Self::assemble(self.path.clone(), config, modules, Arc::new(tokenizer), text_from)?;
+        let (architecture, modules) = (self.architecture.clone(), self.modules.clone());
+        let text_from = Some(adapter.to_owned());
+        let model = Self::assemble(self.path.clone(), architecture, modules, Arc::new(tokenizer), text_from)?;
         let (files, source, digest) = (self.files.clone(), self.source.clone(), self.digest.clone());
         Ok(Self { files, source, digest, ..model })
     }
 
     /// The same model with its values stored otherwise. It keeps the digest of what was loaded: that is what tells bases apart.
     pub(crate) fn with_storage(&self, modules: Vec<Module>, digest: String) -> Result<Self> {
-        let model = self.with_modules(self.config.clone(), modules)?;
+        let model = self.with_modules(self.architecture.clone(), modules)?;
         Ok(Self { digest: OnceLock::from(digest), ..model })
     }
 
@@ -288,7 +284,7 @@ impl BaseModel {
     /// What a strategy may know of this model.
     pub fn info(&self) -> ModelInfo {
         ModelInfo {
-            model_type: self.config.model_type.clone(),
+            model_type: self.architecture.model_type.clone(),
             modules: self.modules.iter().map(|module| module.info.clone()).collect(),
         }
     }
@@ -351,57 +347,48 @@ impl BaseModel {
     }
 }
 
-/// Builds all modules from tensors by their Hugging Face names, with a bias where `biased` says so; what is missing, left over or of
-/// another shape is an error, all problems together.
-fn build_modules(
-    config: &ModelConfig,
-    tensors: &Tensors,
-    order: &dyn Fn(&str) -> RowOrder,
-    biased: &dyn Fn(&str) -> bool,
-) -> Result<Vec<Module>> {
-    use ModuleKind::{Embedding, Linear, Norm};
-    let hidden = config.hidden_size;
-    let q_width = config.num_attention_heads * config.head_dim;
-    let kv_width = config.num_key_value_heads * config.head_dim;
-    let mut builder =
-        Builder { tensors, order, biased, used: BTreeSet::new(), problems: Vec::new(), modules: Vec::new() };
-    builder.add(EMBEDDING, Embedding, config.vocab_size, hidden);
-    for layer in 0..config.num_hidden_layers {
-        let mut add =
-            |role: &str, kind, d_in, d_out| builder.add(&format!("model.layers.{layer}.{role}"), kind, d_in, d_out);
-        add("input_layernorm", Norm, hidden, hidden);
-        add("self_attn.q_proj", Linear, hidden, q_width);
-        add("self_attn.k_proj", Linear, hidden, kv_width);
-        add("self_attn.v_proj", Linear, hidden, kv_width);
-        add("self_attn.o_proj", Linear, q_width, hidden);
-        add("post_attention_layernorm", Norm, hidden, hidden);
-        add("mlp.gate_proj", Linear, hidden, config.intermediate_size);
-        add("mlp.up_proj", Linear, hidden, config.intermediate_size);
-        add("mlp.down_proj", Linear, config.intermediate_size, hidden);
+/// Tensors, and what their names and values are.
+struct Tensorfile<'a> {
+    tensors: &'a Tensors,
+    /// Whether names are llama.cpp's, and biases are where there is a tensor for them.
+    gguf: bool,
+    /// Whether the rows of q and k are interleaved head by head.
+    interleaved: bool,
+    /// What is added to norms.
+    offset: f32,
+}
+
+/// Builds all modules from tensors; what is missing, left over or of another shape is an error, all problems together.
+fn build_modules(architecture: &Architecture, source: &Tensorfile<'_>) -> Result<Vec<Module>> {
+    let mut builder = Builder { source, used: BTreeSet::new(), problems: Vec::new(), modules: Vec::new() };
+    let head_dim = architecture.layers.first().map_or(2, |layer| layer.attention().head_dim);
+    for spec in architecture.modules() {
+        let turned = source.interleaved && spec.turns;
+        builder.add(&spec, if turned { RowOrder::Interleaved { head_dim } } else { RowOrder::Natural });
     }
-    builder.add(FINAL_NORM, Norm, hidden, hidden);
-    if config.tie_word_embeddings {
-        builder.used.insert(format!("{HEAD}.weight"));
+    if architecture.tie_word_embeddings {
+        builder.used.insert(format!("{}.weight", if source.gguf { "output" } else { HEAD }));
         if let Some(embedding) = builder.modules.first().filter(|module| module.info.path == EMBEDDING).cloned() {
             let info = ModuleInfo {
                 path: HEAD.to_owned(),
-                kind: Linear,
-                d_in: hidden,
-                d_out: config.vocab_size,
+                kind: ModuleKind::Linear,
+                d_in: architecture.hidden_size,
+                d_out: architecture.vocab_size,
                 output_embedding: true,
                 ..embedding.info.clone()
             };
             builder.modules.push(Module { info, ..embedding });
         }
-    } else {
-        builder.add(HEAD, Linear, hidden, config.vocab_size);
     }
     let Builder { used, mut problems, modules, .. } = builder;
-    let left = tensors.keys().filter(|name| !used.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
+    let left = source.tensors.keys().filter(|name| !used.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
     problems.extend(left.map(|name| {
-        let flags = config.model_type == "llama" && name.ends_with("_proj.bias");
+        if source.gguf {
+            return format!("unknown tensor `{name}`");
+        }
+        let flags = architecture.model_type == "llama" && name.ends_with("_proj.bias");
         let unless = if flags { " whose config.json has neither `attention_bias` nor `mlp_bias` for it" } else { "" };
-        format!("tensor `{name}` has no place in a {} model{unless}", config.model_type)
+        format!("tensor `{name}` has no place in a {} model{unless}", architecture.model_type)
     }));
     if !problems.is_empty() {
         let more = problems.len().saturating_sub(8);
@@ -413,48 +400,51 @@ fn build_modules(
 }
 
 struct Builder<'a> {
-    tensors: &'a Tensors,
-    order: &'a dyn Fn(&str) -> RowOrder,
-    biased: &'a dyn Fn(&str) -> bool,
+    source: &'a Tensorfile<'a>,
     used: BTreeSet<String>,
     problems: Vec<String>,
     modules: Vec<Module>,
 }
 
 impl Builder<'_> {
-    fn add(&mut self, path: &str, kind: ModuleKind, d_in: usize, d_out: usize) {
+    fn add(&mut self, spec: &ModuleSpec, order: RowOrder) {
         let mut info = ModuleInfo {
-            path: path.to_owned(),
-            kind,
-            d_in,
-            d_out,
+            path: spec.path.clone(),
+            kind: spec.kind,
+            d_in: spec.d_in,
+            d_out: spec.d_out,
             bias: false,
-            storage: path.to_owned(),
-            output_embedding: path == HEAD,
+            storage: spec.path.clone(),
+            output_embedding: spec.path == HEAD,
         };
-        let Some(weight) = self.weight(&format!("{path}.weight"), &info.weight_shape(), (self.order)(path)) else {
-            return;
-        };
+        let stem = if self.source.gguf { &spec.gguf } else { &spec.path };
+        let Some(mut weight) = self.weight(&format!("{stem}.weight"), &info.weight_shape(), order) else { return };
+        if spec.kind == ModuleKind::Norm && self.source.offset != 0.0 {
+            let values: Vec<f32> = weight.decode(0..1).iter().map(|w| w + self.source.offset).collect();
+            weight = Weight::from_values(&values, (1, values.len())).expect("there are as many values as before");
+        }
         let mut bias = None;
-        if kind == ModuleKind::Linear && (self.biased)(path) {
-            let Some(values) = self.weight(&format!("{path}.bias"), &[d_out], RowOrder::Natural) else { return };
+        let name = format!("{stem}.bias");
+        let biased = if self.source.gguf { self.source.tensors.contains_key(&name) } else { spec.bias };
+        if spec.kind == ModuleKind::Linear && biased {
+            let Some(values) = self.weight(&name, &[spec.d_out], RowOrder::Natural) else { return };
             // A bias is stored in the order of its weight's rows.
             let values = values.decode(0..1);
-            let order = (self.order)(path);
-            bias = Some(Arc::new((0..d_out).map(|row| values[order.stored(row)]).collect()));
+            bias = Some(Arc::new((0..spec.d_out).map(|row| values[order.stored(row)]).collect()));
             info.bias = true;
         }
         self.modules.push(Module { info, weight: Arc::new(weight), bias });
     }
 
     fn weight(&mut self, name: &str, shape: &[usize], order: RowOrder) -> Option<Weight> {
+        let tensors = self.source.tensors;
         self.used.insert(name.to_owned());
-        let Some(tensor) = self.tensors.get(name) else {
+        let Some(tensor) = tensors.get(name) else {
             self.problems.push(format!("tensor `{name}` is missing"));
             return None;
         };
         let coded = match tensor.storage {
-            Storage::Coded => bitsandbytes::weight(self.tensors, name, shape),
+            Storage::Coded => bitsandbytes::weight(tensors, name, shape),
             _ => Ok(None),
         };
         match coded {
@@ -499,29 +489,22 @@ fn shard_of(name: &str) -> Option<&str> {
     (digits(of) && digits(number)).then_some(front)
 }
 
-/// The Hugging Face name of a llama.cpp tensor.
-fn hugging_face_name(name: &str) -> Option<String> {
-    let (stem, ending) = name.rsplit_once('.')?;
-    let path = match stem {
-        "token_embd" => EMBEDDING.to_owned(),
-        "output_norm" => FINAL_NORM.to_owned(),
-        "output" => HEAD.to_owned(),
-        _ => {
-            let (layer, role) = stem.strip_prefix("blk.")?.split_once('.')?;
-            let role = match role {
-                "attn_norm" => "input_layernorm",
-                "attn_q" => "self_attn.q_proj",
-                "attn_k" => "self_attn.k_proj",
-                "attn_v" => "self_attn.v_proj",
-                "attn_output" => "self_attn.o_proj",
-                "ffn_norm" => "post_attention_layernorm",
-                "ffn_gate" => "mlp.gate_proj",
-                "ffn_up" => "mlp.up_proj",
-                "ffn_down" => "mlp.down_proj",
-                _ => return None,
-            };
-            format!("model.layers.{}.{role}", layer.parse::<u32>().ok()?)
+/// Whether a tensor of a GGUF file holds divisors of rope, which are no module's.
+fn is_rope(name: &str) -> bool {
+    matches!(name, "rope_freqs.weight" | "rope_factors_short.weight" | "rope_factors_long.weight")
+}
+
+/// The tensors of the part that writes text, by the names that they have alone.
+fn text_part(tensors: Tensors) -> Tensors {
+    let whole = tensors.keys().any(|name| name.contains("language_model."));
+    let own = |(name, tensor): (String, MappedTensor)| {
+        let inner = name.strip_prefix("model.language_model.").or_else(|| name.strip_prefix("language_model.model."));
+        let outer = name.strip_prefix("language_model.").unwrap_or(&name);
+        match inner {
+            Some(inner) => Some((format!("model.{inner}"), tensor)),
+            None if outer.starts_with("lm_head.") => Some((outer.to_owned(), tensor)),
+            None => None,
         }
     };
-    Some(format!("{path}.{ending}"))
+    if whole { tensors.into_iter().filter_map(own).collect() } else { tensors }
 }

@@ -24,6 +24,8 @@ pub struct Batch {
     pub examples: Vec<u32>,
     /// Rows of each sequence.
     pub sequences: Vec<Range<usize>>,
+    /// Tokens of each sequence as far as they are known, those before its rows and after them included: some ropes go by it.
+    pub lengths: Vec<usize>,
     /// Rows that predict a trained token.
     pub target_rows: Vec<u32>,
     /// The tokens that they should predict.
@@ -69,8 +71,14 @@ impl Batch {
 
     /// Lays out one sequence, or the continuation of one from position `from`, to predict after every row.
     pub fn of_tokens(ids: &[u32], from: u32) -> Self {
+        Self::of_piece(ids, from, from as usize + ids.len())
+    }
+
+    /// The same of a sequence of which `length` tokens are known.
+    pub fn of_piece(ids: &[u32], from: u32, length: usize) -> Self {
         let mut batch = Self { ids: Arc::new(ids.to_vec()), tokens: ids.len(), ..Self::default() };
         batch.push_sequence(0..ids.len(), 0, from);
+        batch.lengths = vec![length];
         batch
     }
 
@@ -88,6 +96,7 @@ impl Batch {
     fn push_sequence(&mut self, rows: Range<usize>, number: u32, from: u32) {
         self.positions.extend((0..rows.len() as u32).map(|position| from + position));
         self.examples.resize(rows.end, number);
+        self.lengths.push(from as usize + rows.len());
         self.sequences.push(rows);
     }
 }

@@ -139,7 +139,7 @@ impl Handler for Local {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let answers = self.answers(context)?;
         let model = &answers.inference().model;
-        let limit = model.config.max_position_embeddings;
+        let limit = model.architecture.max_position_embeddings;
         let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();
         if bytes / BYTES_PER_TOKEN_MAX > limit {
             let message =

@@ -176,12 +176,12 @@ impl Details {
 
 impl About {
     fn of(model: &BaseModel) -> Self {
-        let config = &model.config;
+        let config = &model.architecture;
         Self {
             model_type: config.model_type.clone(),
             parameters: model.parameter_count(),
             storage: model.storage_words(),
-            layers: config.num_hidden_layers,
+            layers: config.layers.len(),
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
             context: config.max_position_embeddings,

@@ -288,11 +288,11 @@ impl Decoder {
         let mut site = |modules: &[usize]| Site::new(model, adaptation, modules, round, &mut updates);
         let layers = model.layers.iter().map(|at| {
             Some(Layer {
-                input_norm: norm(at.input_norm)?,
-                post_norm: norm(at.post_norm)?,
-                qkv: site(&[at.q, at.k, at.v])?,
+                input_norm: norm(at.mixer_norm?)?,
+                post_norm: norm(at.feed_forward_norm?)?,
+                qkv: site(&at.qkv)?,
                 o: site(&[at.o])?,
-                gate_up: site(&[at.gate, at.up])?,
+                gate_up: site(&at.gate_up)?,
                 down: site(&[at.down])?,
             })
         });
@@ -309,7 +309,7 @@ impl Decoder {
         table: &RotaryTable,
         sequences: &mut [(u32, &mut KvCache<E>)],
     ) -> Vec<Vec<f32>> {
-        let mut x = Vec::with_capacity(sequences.len() * model.config.hidden_size);
+        let mut x = Vec::with_capacity(sequences.len() * model.architecture.hidden_size);
         for (id, _) in sequences.iter() {
             x.extend(model.modules[self.embedding].weight.decode(*id as usize..*id as usize + 1));
         }
@@ -337,7 +337,7 @@ impl Decoder {
     fn logits(&self, work: Work<'_>, x: &[f32]) -> Vec<Vec<f32>> {
         let (c, v) = (self.final_norm.len(), self.head.d_out());
         let m = x.len() / c;
-        let normal = normalised(x, &self.final_norm, work.model.config.rms_norm_eps as f32);
+        let normal = normalised(x, &self.final_norm, work.model.architecture.rms_norm_eps as f32);
         let mut all = vec![0f32; v * m];
         self.head.run(work, few(&normal, c), &mut all);
         if m == 1 {
@@ -376,9 +376,9 @@ impl Layer {
         sequences: &mut [(u32, &mut KvCache<E>)],
         x: &mut [f32],
     ) {
-        let config = &work.model.config;
-        let (m, c, inner) = (sequences.len(), config.hidden_size, config.intermediate_size);
-        let (shape, epsilon) = (config.attention(&[]), config.rms_norm_eps as f32);
+        let (architecture, spec) = (&work.model.architecture, &work.model.architecture.layers[number]);
+        let (m, c, inner) = (sequences.len(), architecture.hidden_size, spec.feed_forward.inner);
+        let (shape, epsilon) = (spec.attention().over(&[]), architecture.rms_norm_eps as f32);
         let (d, q_width) = (shape.head_dim, shape.heads * shape.head_dim);
 
         let normal = normalised(x, &self.input_norm, epsilon);

@@ -30,6 +30,10 @@ pub struct FusedHead {
 impl FusedHead {
     /// The head, in integers where that is asked for and possible; `None` when it or the norm before it is adapted.
     pub fn new<E: ProductElement>(model: &BaseModel, adaptation: Option<&Adaptation>, integers: bool) -> Option<Self> {
+        let architecture = &model.architecture;
+        if architecture.logit_scale != 1.0 || architecture.logit_cap.is_some() {
+            return None;
+        }
         let (norm, head) = (model.module_index(FINAL_NORM)?, model.module_index(HEAD)?);
         let frozen = |module| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
         let info = &model.modules[head].info;
@@ -57,7 +61,7 @@ impl FusedHead {
     ) -> Outcome {
         let model = rows.pass.model;
         let (targets, target_rows) = (&rows.batch.targets, &rows.batch.target_rows);
-        let (c, n, v) = (model.config.hidden_size, targets.len(), model.modules[self.head].info.d_out);
+        let (c, n, v) = (model.architecture.hidden_size, targets.len(), model.modules[self.head].info.d_out);
         let mut outcome = Outcome { trained: n, ..Outcome::default() };
         let (scale, mut dx) = train.map_or((None, None), |(scale, dx)| (Some(scale), Some(dx)));
         if let Some(dx) = &mut dx {
@@ -78,7 +82,7 @@ impl FusedHead {
         residual.chunks_exact_mut(c).enumerate().for_each(|(i, row)| row.copy_from_slice(&x[place(i) * c..][..c]));
         let (mut normal, mut scaled) = (vec![E::default(); n * c], vec![E::default(); n * c]);
         let mut inverse = vec![0f32; n];
-        let epsilon = model.config.rms_norm_eps as f32;
+        let epsilon = model.architecture.rms_norm_eps as f32;
         timed("forward norm", || rms_norm(&residual, &self.norm, epsilon, &mut normal, &mut inverse, &mut scaled));
 
         let mut distance = vec![0f32; n];

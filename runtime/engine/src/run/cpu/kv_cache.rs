@@ -2,7 +2,7 @@
 
 use homeroom_kernels::Element;
 
-use crate::models::config::ModelConfig;
+use crate::models::Architecture;
 
 /// Keys and values of all layers.
 pub struct KvCache<E> {
@@ -18,9 +18,9 @@ pub struct KvCache<E> {
 
 impl<E: Element> KvCache<E> {
     /// Nothing yet.
-    pub fn new(config: &ModelConfig) -> Self {
-        let row = 2 * config.num_key_value_heads * config.head_dim;
-        Self { layers: vec![Vec::new(); config.num_hidden_layers], row, len: 0, prefilled: 0 }
+    pub fn new(architecture: &Architecture) -> Self {
+        let row = architecture.layers.first().map_or(0, |layer| 2 * layer.attention().kv_width());
+        Self { layers: vec![Vec::new(); architecture.layers.len()], row, len: 0, prefilled: 0 }
     }
 
     /// Positions.

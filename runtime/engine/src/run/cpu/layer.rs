@@ -19,6 +19,7 @@ use super::kv_cache::KvCache;
 use super::site::{Site, SiteSaved};
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
+use crate::models::architecture::{Gate, LayerSpec, Norms};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
 use crate::run::plain::recipe::Pass;
@@ -26,6 +27,7 @@ use crate::run::profile::timed;
 
 /// A layer whose modules are frozen or have low-rank updates.
 pub struct FusedLayer<E> {
+    spec: LayerSpec,
     input_norm: Vec<f32>,
     post_norm: Vec<f32>,
     qkv: Site<E>,
@@ -59,7 +61,10 @@ struct UpperSaved<E> {
 impl<E: ProductElement> FusedLayer<E> {
     /// The layer; `None` when a recipe in it is something else than a low-rank update of a linear module.
     pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, layer: usize, integers: bool) -> Option<Self> {
-        let at = model.layers[layer];
+        let (at, spec) = (&model.layers[layer], model.architecture.layers[layer].clone());
+        if !is_llama(&spec) {
+            return None;
+        }
         let norm = |module: usize| {
             let frozen = adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
             let module = &model.modules[module];
@@ -67,11 +72,12 @@ impl<E: ProductElement> FusedLayer<E> {
         };
         let site = |names, modules: &[usize]| Site::new(names, model, adaptation, modules, integers);
         Some(Self {
-            input_norm: norm(at.input_norm)?,
-            post_norm: norm(at.post_norm)?,
-            qkv: site(["forward qkv", "backward qkv"], &[at.q, at.k, at.v])?,
+            spec,
+            input_norm: norm(at.mixer_norm?)?,
+            post_norm: norm(at.feed_forward_norm?)?,
+            qkv: site(["forward qkv", "backward qkv"], &at.qkv)?,
             o: site(["forward o", "backward o"], &[at.o])?,
-            gate_up: site(["forward gate up", "backward gate up"], &[at.gate, at.up])?,
+            gate_up: site(["forward gate up", "backward gate up"], &at.gate_up)?,
             down: site(["forward down", "backward down"], &[at.down])?,
         })
     }
@@ -100,9 +106,9 @@ impl<E: ProductElement> FusedLayer<E> {
         mut x: Vec<f32>,
         kept: Option<(&mut KvCache<E>, usize)>,
     ) -> (Vec<f32>, LayerSaved<E>) {
-        let config = &rows.pass.model.config;
+        let config = &rows.pass.model.architecture;
         let (c, epsilon) = (config.hidden_size, config.rms_norm_eps as f32);
-        let shape = config.attention(&rows.batch.sequences);
+        let shape = self.spec.attention().over(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
 
         let [mut normal_1, mut scaled] = [0; 2].map(|_| rows.workspace.narrow.take(c));
@@ -144,8 +150,8 @@ impl<E: ProductElement> FusedLayer<E> {
 
     /// The layer from the attention's output on, row by row: x (m, C) becomes the layer's output.
     fn forward_upper(&self, rows: &mut Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
-        let config = &rows.pass.model.config;
-        let (c, inner, epsilon) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps as f32);
+        let config = &rows.pass.model.architecture;
+        let (c, inner, epsilon) = (config.hidden_size, self.spec.feed_forward.inner, config.rms_norm_eps as f32);
         let o_saved = self.o.forward(rows, attended, Output::Add(x));
         let [mut normal_2, mut scaled] = [0; 2].map(|_| rows.workspace.narrow.take(c));
         let mut inverse_2 = rows.workspace.wide.take(1);
@@ -179,9 +185,9 @@ impl<E: ProductElement> FusedLayer<E> {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Vec<E>)> {
-        let config = &rows.pass.model.config;
+        let config = &rows.pass.model.architecture;
         let c = config.hidden_size;
-        let shape = config.attention(&rows.batch.sequences);
+        let shape = self.spec.attention().over(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
         let LayerSaved { normal_1, inverse_1, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
 
@@ -240,8 +246,8 @@ impl<E: ProductElement> FusedLayer<E> {
         (dx, narrow): (&mut [f32], &mut [E]),
         gradients: &mut Gradients,
     ) -> Result<Vec<E>> {
-        let config = &rows.pass.model.config;
-        let (c, inner) = (config.hidden_size, config.intermediate_size);
+        let config = &rows.pass.model.architecture;
+        let (c, inner) = (config.hidden_size, self.spec.feed_forward.inner);
         let UpperSaved { normal_2, inverse_2, gate_up, sites: [o_saved, gate_up_saved, down_saved] } = saved;
         let (mut dh, mut d_gate_up) = (rows.workspace.narrow.take(inner), rows.workspace.narrow.take(2 * inner));
         let to_h = |dh: &mut [E]| {
@@ -261,7 +267,7 @@ impl<E: ProductElement> FusedLayer<E> {
         }
         rows.workspace.wide.give(c, dy);
         rows.workspace.wide.give(1, inverse_2);
-        let mut d_attended = rows.workspace.narrow.take(config.num_attention_heads * config.head_dim);
+        let mut d_attended = rows.workspace.narrow.take(self.spec.attention().q_width());
         let out = Some(Output::Narrow(&mut d_attended));
         self.o.backward(rows, o_saved, narrow, attended, out, gradients)?;
         Ok(d_attended)
@@ -269,9 +275,10 @@ impl<E: ProductElement> FusedLayer<E> {
 
     /// Takes back what forward kept, when there will be no backward.
     pub fn discard(&self, rows: &mut Rows<'_, E>, saved: LayerSaved<E>) {
-        let config = &rows.pass.model.config;
-        let (c, inner, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
-        let width = (heads + 2 * config.num_key_value_heads) * config.head_dim;
+        let config = &rows.pass.model.architecture;
+        let attention = self.spec.attention();
+        let (c, inner, heads) = (config.hidden_size, self.spec.feed_forward.inner, attention.heads);
+        let width = attention.q_width() + 2 * attention.kv_width();
         let LayerSaved { normal_1, inverse_1, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
         for buffer in [normal_1, upper.normal_2] {
             rows.workspace.narrow.give(c, buffer);
@@ -281,7 +288,7 @@ impl<E: ProductElement> FusedLayer<E> {
         }
         rows.workspace.narrow.give(width, qkv);
         for buffer in [attended].into_iter().chain(picked) {
-            rows.workspace.narrow.give(heads * config.head_dim, buffer);
+            rows.workspace.narrow.give(attention.q_width(), buffer);
         }
         rows.workspace.wide.give(heads, log_sums);
         rows.workspace.narrow.give(2 * inner, upper.gate_up);
@@ -290,6 +297,21 @@ impl<E: ProductElement> FusedLayer<E> {
             site.discard(rows, saved);
         }
     }
+}
+
+/// Whether a layer is one that is fused.
+pub fn is_llama(spec: &LayerSpec) -> bool {
+    let (attention, usual) = (spec.attention(), |norms: &Norms| norms.before.is_some() && norms.after.is_none());
+    attention.qk_norm.is_none()
+        && attention.soft_cap.is_none()
+        && attention.rope == Some(0)
+        && attention.scale == (attention.head_dim as f64).powf(-0.5)
+        && usual(&spec.mixer_norms)
+        && usual(&spec.feed_forward_norms)
+        && attention.qkv.len() == 3
+        && spec.feed_forward.gate_up.len() == 2
+        && spec.feed_forward.gate == Gate::Silu
+        && spec.residual_scale == 1.0
 }
 
 /// Some rows of `from`, (m, width), into a buffer.

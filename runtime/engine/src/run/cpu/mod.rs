@@ -20,8 +20,7 @@ pub use self::kv_cache::KvCache;
 use self::layer::{FusedLayer, LayerSaved};
 use self::workspace::Workspace;
 use crate::adapt::adaptation::Adaptation;
-use crate::models::config::ModelConfig;
-use crate::models::{BaseModel, EMBEDDING};
+use crate::models::{Architecture, BaseModel, EMBEDDING};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
 use crate::run::outcome::Outcome;
@@ -125,7 +124,7 @@ impl<E: ProductElement> Fused<E> {
     /// Decides for each block how it is run.
     pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, how: How) -> Self {
         let How { fuse, integers } = how;
-        let layers = 0..model.config.num_hidden_layers;
+        let layers = 0..model.layers.len();
         let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer, integers).filter(|_| fuse)).collect();
         let head = fuse.then(|| FusedHead::new::<E>(model, adaptation, integers)).flatten();
         let embedding = model.module_index(EMBEDDING);
@@ -208,7 +207,7 @@ impl<E: ProductElement> Fused<E> {
                     let few = few.as_ref().filter(|_| number + 1 == self.layers.len());
                     let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
                     let input = matches!(keep, Keep::Input { .. }).then(|| {
-                        let mut input = rows.workspace.wide.take(pass.model.config.hidden_size);
+                        let mut input = rows.workspace.wide.take(pass.model.architecture.hidden_size);
                         input.copy_from_slice(&x);
                         input
                     });
@@ -261,17 +260,17 @@ impl<E: ProductElement> Fused<E> {
             x = above;
         }
         cache.advance(batch.ids.len(), true);
-        let c = pass.model.config.hidden_size;
+        let c = pass.model.architecture.hidden_size;
         let row = x[x.len() - c..].to_vec();
         self.workspace.wide.give(c, x);
         Ok(row)
     }
 
     /// Cosines and sines of positions below `positions` at least.
-    pub fn table(&mut self, config: &ModelConfig, positions: usize) -> &RotaryTable {
+    pub fn table(&mut self, architecture: &Architecture, positions: usize) -> &RotaryTable {
         if positions > self.table.positions() {
-            let positions = positions.next_power_of_two().min(config.max_position_embeddings).max(positions);
-            self.table = RotaryTable::new(positions, &config.rope_frequencies());
+            let positions = positions.next_power_of_two().min(architecture.max_position_embeddings).max(positions);
+            self.table = RotaryTable::new(positions, &architecture.ropes[0].frequencies(0));
         }
         &self.table
     }
@@ -290,14 +289,14 @@ impl<E: ProductElement> Fused<E> {
         self.workspace.begin(batch.ids.len());
         if self.layers.iter().any(Option::is_some) {
             let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
-            self.table(&pass.model.config, positions);
+            self.table(&pass.model.architecture, positions);
         }
     }
 
     /// Rows of the frozen embedding: (N, C).
     fn look_up(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Vec<f32>> {
         let module = pass.embedding(batch)?;
-        let c = pass.model.config.hidden_size;
+        let c = pass.model.architecture.hidden_size;
         let mut x = self.workspace.wide.take(c);
         let weight = pass.model.modules[module].weight.matrix();
         x.par_chunks_mut(c).zip(&batch.ids[..]).for_each(|(x, id)| {
@@ -320,7 +319,7 @@ impl<E: ProductElement> Fused<E> {
             return Ok((outcome, dh.map(Stream::Tensor)));
         };
         let x = h.into_buffer()?;
-        let c = pass.model.config.hidden_size;
+        let c = pass.model.architecture.hidden_size;
         let mut dx = train.is_some().then(|| {
             let mut dx = self.workspace.wide.take(c);
             dx.truncate(x.len());
@@ -342,7 +341,7 @@ impl<E: ProductElement> Fused<E> {
         lowest: usize,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (m, c, few) = (batch.ids.len(), pass.model.config.hidden_size, self.few(pass, batch));
+        let (m, c, few) = (batch.ids.len(), pass.model.architecture.hidden_size, self.few(pass, batch));
         // The gradient, and for fused blocks the same as E.
         let (mut dh, mut narrow) = (Some(dh), None::<Vec<E>>);
         for index in (lowest..kept.len()).rev() {

@@ -152,18 +152,14 @@ fn collect(pass: &Pass<'_>, store: &mut GradStore, gradients: &mut Gradients) ->
 /// The lowest block with a trained parameter; one above the highest if there is none.
 pub(crate) fn lowest_trained(pass: &Pass<'_>) -> Result<usize> {
     let adaptation = pass.adaptation.context("nothing is adapted, so nothing is trained")?;
-    let blocks = pass.model.config.num_hidden_layers + 1;
+    let blocks = pass.model.layers.len() + 1;
     Ok((0..blocks).find(|block| trains(pass.model, adaptation, *block)).unwrap_or(blocks))
 }
 
 fn trains(model: &BaseModel, adaptation: &Adaptation, block: usize) -> bool {
     match block.checked_sub(1) {
         None => model.module_index(EMBEDDING).is_some_and(|module| adaptation.trains(module)),
-        Some(layer) => {
-            let at = model.layers[layer];
-            let modules = [at.input_norm, at.q, at.k, at.v, at.o, at.post_norm, at.gate, at.up, at.down];
-            modules.iter().any(|module| adaptation.trains(*module))
-        }
+        Some(layer) => model.layers[layer].all().any(|module| adaptation.trains(module)),
     }
 }
 
@@ -176,7 +172,7 @@ pub(crate) fn plain_head(
     mut train: Option<(f64, &mut Gradients)>,
 ) -> Result<(Outcome, Option<Tensor>)> {
     let mut outcome = Outcome { trained: batch.targets.len(), ..Outcome::default() };
-    let chunk = (LOGITS_CHUNK / pass.model.config.vocab_size).max(16);
+    let chunk = (LOGITS_CHUNK / pass.model.architecture.vocab_size).max(16);
     let mut row_gradients = Vec::new();
     for (rows, targets) in batch.target_rows.chunks(chunk).zip(batch.targets.chunks(chunk)) {
         let index = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;

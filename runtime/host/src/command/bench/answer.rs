@@ -91,11 +91,11 @@ impl Bench {
     }
 
     fn prompt(&self, tokens: usize, random: &mut Stream) -> Vec<u32> {
-        (0..tokens).map(|_| random.below(self.model().config.vocab_size) as u32).collect()
+        (0..tokens).map(|_| random.below(self.model().architecture.vocab_size) as u32).collect()
     }
 
     fn fits(&self, positions: usize) -> Result<()> {
-        let context = self.model().config.max_position_embeddings;
+        let context = self.model().architecture.max_position_embeddings;
         ensure!(positions <= context, "{positions} tokens: the model's context is {context}");
         Ok(())
     }

@@ -193,8 +193,9 @@ impl Measured {
         for step in 0..steps {
             let examples: Vec<Example> = (0..arguments.batch_size)
                 .map(|_| {
-                    let ids =
-                        (0..arguments.seq_len).map(|_| random.below(job.model.config.vocab_size) as u32).collect();
+                    let ids = (0..arguments.seq_len)
+                        .map(|_| random.below(job.model.architecture.vocab_size) as u32)
+                        .collect();
                     Example { ids, trained: vec![true; arguments.seq_len], line: 0 }
                 })
                 .collect();

@@ -1,0 +1,45 @@
+//! Granite 3, and Granite 4's dense models as GGUF files: Llama's decoder with four multipliers.
+//!
+//! Source: <https://github.com/ibm-granite/granite-3.0-language-models>.
+
+use anyhow::Result;
+
+use super::{Family, complete, llama};
+use crate::models::architecture::{Architecture, LayerSpec};
+use crate::models::fields::Fields;
+
+pub const FAMILY: Family = Family {
+    model_type: "granite",
+    part_of: None,
+    class: "GraniteForCausalLM",
+    known_as: "Granite 3.0 to 3.3 2B, 8B",
+    gguf: Some("granite"),
+    interleaved: true,
+    architecture,
+    complete,
+};
+
+fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
+    let shape = fields.shape(None, None)?;
+    let rope = fields.rope(shape.head_dim, 10_000.0)?;
+    let mut layer = LayerSpec::llama(shape);
+    llama::biases(&mut layer, fields.flag_or("attention_bias", false)?, fields.flag_or("mlp_bias", false)?);
+    multiply(fields, &mut layer)?;
+    scaled(fields, fields.architecture(false, vec![rope], vec![layer; fields.layers()?])?)
+}
+
+/// The multipliers of a layer.
+pub fn multiply(fields: &Fields<'_>, layer: &mut LayerSpec) -> Result<()> {
+    layer.attention_mut().scale = fields.number_or("attention_multiplier", 1.0)?;
+    layer.residual_scale = fields.number_or("residual_multiplier", 1.0)?;
+    Ok(())
+}
+
+/// Those of the model.
+pub fn scaled(fields: &Fields<'_>, model: Architecture) -> Result<Architecture> {
+    Ok(Architecture {
+        embedding_scale: fields.number_or("embedding_multiplier", 1.0)?,
+        logit_scale: 1.0 / fields.number_or("logits_scaling", 1.0)?,
+        ..model
+    })
+}

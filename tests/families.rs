@@ -19,7 +19,7 @@ use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 use crate::fused::{apart, config, gradients, shaken};
-use crate::support::{adapt, distance, expected, fixture, model, stored_ids};
+use crate::support::{Values, adapt, distance, expected, fixture, model, stored_ids};
 
 /// A directory that `make_families.py` writes, or writes beside.
 struct Family {
@@ -50,6 +50,7 @@ const FAMILIES: &[Family] = &[
     Family { name: "llama", ..OLD },
     Family { name: "mistral", ..OLD },
     Family { name: "qwen2", ..OLD },
+    Family { name: "mistral-window", ..NEW },
     Family { name: "qwen3", gguf: SAME, ..NEW },
     Family { name: "qwen3-yarn", gguf: SAME, ..NEW },
     Family { name: "gemma3", gguf: OWN, ..NEW },
@@ -66,7 +67,7 @@ const FAMILIES: &[Family] = &[
 ];
 
 /// The families that the engine runs; the others it refuses.
-const RUNS: &[&str] = &["llama", "mistral", "qwen2"];
+const RUNS: &[&str] = &["llama", "mistral", "qwen2", "mistral-window"];
 
 fn running() -> impl Iterator<Item = &'static Family> {
     FAMILIES.iter().filter(|family| RUNS.contains(&family.name))
@@ -103,7 +104,7 @@ fn doubles(file: &SafeTensors, name: &str) -> Result<Vec<f64>> {
 }
 
 /// The adapter before its first step, by PEFT's names.
-fn adapter(file: &SafeTensors) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+fn adapter(file: &SafeTensors) -> Result<BTreeMap<String, Values>> {
     let tensors = file.tensors().into_iter().filter(|(name, _)| name.contains("lora_"));
     let tensors = tensors.map(|(name, tensor)| {
         let words = tensor.data().chunks_exact(4).map(|word| word.try_into().map(f32::from_le_bytes));

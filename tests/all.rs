@@ -6,6 +6,7 @@ mod command_line;
 mod curves;
 mod embeddings;
 mod export;
+mod families;
 #[cfg(unix)]
 mod foreign;
 mod fused;

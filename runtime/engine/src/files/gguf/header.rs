@@ -17,7 +17,9 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// Element type or block format of its rows.
     pub storage: Storage,
-    /// Its bytes within [`Gguf::map`]: inside the file, aligned to its elements, and exactly as
+    /// Which of the model's files it lies in, from 0.
+    pub file: usize,
+    /// Its bytes within [`super::Gguf::map`]: inside the file, aligned to its elements, and exactly as
     /// many as shape and storage ask for.
     pub range: Range<usize>,
 }
@@ -60,11 +62,6 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Contents> {
         }
     }
     let alignment = alignment(&metadata).context("general.alignment")?;
-    let n_files =
-        metadata.get("split.count").map(|value| value.as_u64().context("split.count: is no integer")).transpose()?;
-    if let Some(n_files @ 2..) = n_files {
-        bail!("split.count: the model is in {n_files} files; join them with llama-gguf-split --merge");
-    }
 
     let mut entries = Vec::new();
     for idx in 0..n_tensors {
@@ -82,7 +79,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Contents> {
         if let Some(first) = tensor_idx.insert(name.clone(), tensors.len()) {
             bail!("tensor {name}: appears twice, as entries {first} and {}", tensors.len());
         }
-        tensors.push(TensorInfo { name, shape: entry.shape, storage: entry.storage, range });
+        tensors.push(TensorInfo { name, shape: entry.shape, storage: entry.storage, file: 0, range });
     }
     apart(&tensors)?;
     Ok(Contents { metadata, tensors, tensor_idx })

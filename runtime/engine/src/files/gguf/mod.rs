@@ -1,4 +1,4 @@
-//! A GGUF file: metadata and quantised tensors in one memory-mapped file, as llama.cpp writes it.
+//! A GGUF file: metadata and quantised tensors in one memory-mapped file, or in several, as llama.cpp writes them.
 //!
 //! The header (magic, version, counts), then key-value metadata, then a table of tensors, then
 //! their data, aligned. Versions 2 and 3 in little-endian order are read. The file is untrusted:
@@ -9,6 +9,7 @@
 //! and the numbers of ggml's types in `ggml.h`.
 
 mod header;
+mod shards;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -21,36 +22,61 @@ use memmap2::Mmap;
 
 pub use self::header::TensorInfo;
 use self::header::{Contents, parse};
+pub use self::shards::{ShardName, shard_paths};
 pub use self::value::{Array, Value};
 use crate::files::mapped::map_file;
 
-/// An open GGUF file: its metadata, its table of tensors, and the mapping that holds their data.
+/// An open GGUF file, or all files of a model in several: metadata, the table of tensors, and the mappings that hold their data.
 pub struct Gguf {
-    path: PathBuf,
-    map: Arc<Mmap>,
+    files: Vec<File>,
     contents: Contents,
 }
 
+/// One of the files.
+struct File {
+    path: PathBuf,
+    map: Arc<Mmap>,
+}
+
+impl File {
+    /// Opens and maps a file, and checks all of its header.
+    fn open(path: &Path) -> Result<(Self, Contents)> {
+        let map = map_file(path)?;
+        let contents = parse(&map).with_context(|| path.display().to_string())?;
+        Ok((Self { path: path.to_owned(), map }, contents))
+    }
+}
+
 impl Gguf {
-    /// Opens and maps a file, and checks all of its header; tensor data is not read.
+    /// Opens and maps a file, and checks all of its header; tensor data is not read. Of a model in several files any one opens all
+    /// of them.
     ///
     /// # Errors
     /// When the file is not a little-endian GGUF of version 2 or 3, ends early, or holds a count,
-    /// length, offset, shape or type that does not fit. Names the file and the key or tensor.
+    /// length, offset, shape or type that does not fit; when others of its model are missing or
+    /// do not fit it. Names the file and the key or tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = map_file(path)?;
-        let contents = parse(&map).with_context(|| path.display().to_string())?;
-        Ok(Self { path: path.to_owned(), map, contents })
+        let (file, contents) = File::open(path)?;
+        let (files, contents) = match shards::count(&contents).with_context(|| path.display().to_string())? {
+            0 | 1 => (vec![file], contents),
+            _ => shards::open(file, contents)?,
+        };
+        Ok(Self { files, contents })
     }
 
-    /// The file's path, as it was given.
+    /// The file's path, as it was given; the first one's of several.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.files[0].path
     }
 
-    /// The whole file; [`TensorInfo::range`] is within it.
-    pub fn map(&self) -> &Arc<Mmap> {
-        &self.map
+    /// The paths of all files of the model.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
+    /// The whole file that a tensor lies in; [`TensorInfo::range`] is within it.
+    pub fn map(&self, tensor: &TensorInfo) -> &Arc<Mmap> {
+        &self.files[tensor.file].map
     }
 
     /// A metadata value as it is stored.
@@ -125,7 +151,7 @@ impl Gguf {
         })
     }
 
-    /// All tensors, in the file's order.
+    /// All tensors, in the files' order.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.contents.tensors.iter()
     }
@@ -136,7 +162,7 @@ impl Gguf {
     /// When the file has none. Names the file and the tensor.
     pub fn tensor(&self, name: &str) -> Result<&TensorInfo> {
         let idx = self.contents.tensor_idx.get(name);
-        let idx = idx.with_context(|| format!("{}: has no tensor {name}", self.path.display()))?;
+        let idx = idx.with_context(|| format!("{}: has no tensor {name}", self.path().display()))?;
         Ok(&self.contents.tensors[*idx])
     }
 
@@ -151,7 +177,7 @@ impl Gguf {
             return Ok(None);
         };
         let found = value.describe();
-        let wrong = || anyhow!("{}: {key}: is {found}, expected {wanted}", self.path.display());
+        let wrong = || anyhow!("{}: {key}: is {found}, expected {wanted}", self.path().display());
         as_type(value).map(Some).ok_or_else(wrong)
     }
 }

@@ -3,8 +3,8 @@ use std::path::Path;
 use anyhow::Result;
 use homeroom_kernels::Storage;
 
-use super::Gguf;
 use super::header::parse;
+use super::{Gguf, ShardName};
 
 /// Writes a GGUF file piece by piece, right or wrong.
 struct Writer(Vec<u8>);
@@ -100,11 +100,11 @@ fn a_valid_file_is_read_in_both_versions() -> Result<()> {
 
         let q = gguf.tensor("q")?;
         assert_eq!((&q.shape[..], q.storage, q.range.len()), (&[3, 32][..], Storage::Q8_0, 102));
-        assert_eq!(gguf.map()[q.range.start], 0);
+        assert_eq!(gguf.map(q)[q.range.start], 0);
         let cube = gguf.tensor("cube")?;
         assert_eq!((&cube.shape[..], cube.storage), (&[5, 3, 2][..], Storage::BF16));
         assert_eq!(cube.range.end, bytes.len());
-        assert_eq!(gguf.map()[cube.range.clone()][0], 144);
+        assert_eq!(gguf.map(cube)[cube.range.clone()][0], 144);
         assert!(gguf.tensor("absent").is_err());
         std::fs::remove_file(&path)?;
     }
@@ -127,7 +127,7 @@ fn what_gguf_py_wrote_is_read() -> Result<()> {
         let tensor = gguf.tensor("tiny.weight")?;
         assert_eq!((&tensor.shape[..], tensor.storage), (&[3, 32][..], Storage::F16));
         // 0, 1, 2, … 95, whose halves are exact.
-        let last = &gguf.map()[tensor.range.clone()][2 * 95..];
+        let last = &gguf.map(tensor)[tensor.range.clone()][2 * 95..];
         assert_eq!(last, 0x55f0_u16.to_le_bytes(), "95.0 as f16");
     }
     Ok(())
@@ -185,8 +185,7 @@ fn what_does_not_fit_is_named() {
         let writer = Writer::new(3, 1, 1).string("general.alignment").u32(4).u32(alignment);
         writer.tensor("w", &[4], 0, offset).data(32, 256)
     };
-    let entry_of = |key: &str, value_type: u32| Writer::new(3, 0, 1).string(key).u32(value_type);
-    let entry = |value_type: u32| entry_of("k", value_type);
+    let entry = |value_type: u32| Writer::new(3, 0, 1).string("k").u32(value_type);
     // 30 floats of 4 bytes each: with 128 bytes in between they lie apart.
     let two = |a: u64, b: u64| Writer::new(3, 2, 0).tensor("a", &[30], 0, a).tensor("b", &[30], 0, b).data(32, 512);
     assert!(parse(&two(0, 128)).is_ok() && parse(&two(256, 128)).is_ok());
@@ -219,9 +218,6 @@ fn what_does_not_fit_is_named() {
         (entry(9).u32(8).u64(1).u64(99).0, "k: element 0: string length: claims 99"),
         (Writer::new(3, 0, 2).string("k").u32(0).raw(&[7]).string("k").u32(0).raw(&[8]).0, "k: appears twice"),
         (Writer::new(3, 2, 0).tensor("w", &[4], 0, 0).tensor("w", &[4], 0, 32).data(32, 64), "tensor w: appears twice"),
-        (Writer::new(3, 0, 1).string("split.count").u32(2).raw(&[3, 0]).0, "in 3 files; join them"),
-        (entry_of("split.count", 4).u32(3).0, "in 3 files; join them"),
-        (entry_of("split.count", 8).string("3").0, "split.count: is no integer"),
         (two(0, 0), "tensors a and b lie at one place"),
         (two(32, 0), "tensors b and a lie at one place"),
         (two(0, 64), "tensors a and b lie at one place"),
@@ -231,4 +227,115 @@ fn what_does_not_fit_is_named() {
         let message = error(&bytes);
         assert!(message.contains(expected), "{message:?} does not say {expected:?}");
     }
+}
+
+fn models() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models")
+}
+
+#[test]
+fn any_file_of_several_opens_the_whole_model() -> Result<()> {
+    let whole = Gguf::open(&models().join("llama-gguf/model-mixed.gguf"))?;
+    for number in 1..=3 {
+        let name = |number| models().join(format!("llama-gguf-split/model-mixed-0000{number}-of-00003.gguf"));
+        let split = Gguf::open(&name(number))?;
+        assert_eq!(split.path(), name(1));
+        assert_eq!(split.files().collect::<Vec<_>>(), [1, 2, 3].map(name));
+        assert_eq!(split.u64("llama.embedding_length")?, whole.u64("llama.embedding_length")?);
+        assert_eq!(split.strings("tokenizer.ggml.tokens")?, whole.strings("tokenizer.ggml.tokens")?);
+        let names = |gguf: &Gguf| gguf.tensors().map(|tensor| tensor.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&split), names(&whole));
+        for a in whole.tensors() {
+            let b = split.tensor(&a.name)?;
+            assert_eq!((&a.shape, a.storage), (&b.shape, b.storage), "{}", a.name);
+            assert!(whole.map(a)[a.range.clone()] == split.map(b)[b.range.clone()], "{}", a.name);
+        }
+    }
+    Ok(())
+}
+
+/// A file of a model in several, with one tensor of that name.
+fn shard(number: u16, count: u16, tensors: u32, tensor: &str) -> Vec<u8> {
+    let writer = Writer::new(3, 1, 3).string("split.no").u32(2).raw(&number.to_le_bytes());
+    let writer = writer.string("split.count").u32(2).raw(&count.to_le_bytes());
+    writer.string("split.tensors.count").u32(5).u32(tensors).tensor(tensor, &[4], 0, 0).data(32, 16)
+}
+
+#[test]
+fn files_that_are_no_whole_model_are_refused() -> Result<()> {
+    let good = [shard(0, 3, 3, "a"), shard(1, 3, 3, "b"), shard(2, 3, 3, "c")];
+    // What is said when these have the names of three files, and the second one is opened.
+    let said = |files: [Option<Vec<u8>>; 3]| -> Result<Option<String>> {
+        let place = tempfile::tempdir()?;
+        let path = |number: usize| place.path().join(format!("m-0000{number}-of-00003.gguf"));
+        for (index, bytes) in files.iter().enumerate() {
+            bytes.as_ref().map_or(Ok(()), |bytes| std::fs::write(path(index + 1), bytes))?;
+        }
+        let place = format!("{}/", place.path().display());
+        Ok(Gguf::open(&path(2)).err().map(|error| format!("{error:#}").replace(&place, "")))
+    };
+    let with = |index: usize, bytes: Option<Vec<u8>>| {
+        let mut files = good.clone().map(Some);
+        files[index] = bytes;
+        files
+    };
+    assert_eq!(said(good.clone().map(Some))?, None);
+    let number = |key: &str, kind: u32| Writer::new(3, 0, 1).string(key).u32(kind);
+    for (files, expected) in [
+        (
+            with(2, None),
+            "2-of-00003.gguf: 1 of the 3 files of this model are not there: m-00003-of-00003.gguf; download",
+        ),
+        (with(0, None), "are not there: m-00001-of-00003.gguf"),
+        (
+            with(1, Some(shard(0, 3, 3, "b"))),
+            "is file 1 of 3 of a model, and its name does not end in -00001-of-00003.gguf",
+        ),
+        (
+            with(1, Some(shard(1, 2, 3, "b"))),
+            "is file 2 of 2 of a model, and its name does not end in -00002-of-00002.gguf",
+        ),
+        (with(2, Some(shard(1, 3, 3, "c"))), "m-00003-of-00003.gguf: split.no: is 1, expected 2 by its name"),
+        (with(2, Some(shard(2, 4, 3, "c"))), "m-00003-of-00003.gguf: split.count: is 4, and the model has 3 files"),
+        (with(2, Some(shard(2, 3, 4, "c"))), "split.tensors.count: is 4, and 3 in m-00001-of-00003.gguf"),
+        (with(2, Some(shard(2, 3, 3, "a"))), "m-00003-of-00003.gguf: tensor a: is in m-00001-of-00003.gguf already"),
+        (with(2, Some(Writer::new(3, 0, 0).0)), "m-00003-of-00003.gguf: split.no: is missing"),
+        (with(2, Some(b"GGUF".to_vec())), "m-00003-of-00003.gguf: needs 4 bytes"),
+        (with(1, Some(number("split.count", 8).string("3").0)), "split.count: is a string, expected an integer"),
+        (with(1, Some(number("split.count", 4).u32(3).0)), "split.no: is missing, and this is one file of several"),
+        (
+            [shard(0, 3, 4, "a"), shard(1, 3, 4, "b"), shard(2, 3, 4, "c")].map(Some),
+            "split.tensors.count: is 4, and the 3 files have 3 tensors",
+        ),
+    ] {
+        let message = said(files)?.unwrap_or_default();
+        assert!(message.contains(expected), "{message:?} does not say {expected:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn names_say_which_file_of_how_many_it_is() {
+    let parts = |name| ShardName::of(name).map(|shard| (shard.before, shard.number, shard.count));
+    assert_eq!(parts("Q2/m-Q2_K-00002-of-00010.GGUF"), Some(("Q2/m-Q2_K", 2, 10)));
+    for name in [
+        "m.gguf",
+        "m-00001-of-00002.safetensors",
+        "m-00000-of-00002.gguf",
+        "m-00003-of-00002.gguf",
+        "m-0001-of-00002.gguf",
+        "m-+0001-of-00002.gguf",
+        "00001-of-00002.gguf",
+        "é",
+    ] {
+        assert_eq!(parts(name), None, "{name}");
+    }
+    let all: Vec<String> = ShardName::of("m-00002-of-00003.gguf").into_iter().flat_map(ShardName::all).collect();
+    assert_eq!(all, ["m-00001-of-00003.gguf", "m-00002-of-00003.gguf", "m-00003-of-00003.gguf"]);
+    let beside = |a, b| ShardName::of(a).zip(ShardName::of(b)).is_some_and(|(a, b)| a.is_beside(&b));
+    assert!(beside("m-00001-of-00003.gguf", "m-00003-of-00003.gguf"));
+    assert!(
+        !beside("m-00001-of-00002.gguf", "m-00001-of-00003.gguf")
+            && !beside("m-00001-of-00002.gguf", "n-00002-of-00002.gguf")
+    );
 }

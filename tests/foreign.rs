@@ -116,15 +116,17 @@ fn a_directory_with_one_gguf_file_and_no_safetensors_is_that_file() -> Result<()
 fn a_gguf_file_that_is_no_whole_model_is_refused_in_words() -> Result<()> {
     let place = Place::new()?;
     let file = fs::read(fixture("models/llama-gguf/model-f32.gguf"))?;
-    let shard = with_entry(&file, "split.count", &[2, 0, 0, 0, 3, 0]);
-    for number in 1..=3 {
-        place.write(&format!("split/tiny-0000{number}-of-00003.gguf"), &shard)?;
-    }
-    let words = ["tiny-00001-of-00003.gguf", "the model is in 3 files; join them with llama-gguf-split --merge"];
-    check_refusal(&place.path("split"), &words);
-    check_refusal(&place.path("split/tiny-00002-of-00003.gguf"), &["the model is in 3 files"]);
+    let split = place.copy(&fixture("models/llama-gguf-split"), "split")?;
+    fs::remove_file(split.join("model-mixed-00003-of-00003.gguf"))?;
+    let words =
+        ["1 of the 3 files of this model are not there: model-mixed-00003-of-00003.gguf; download or copy them"];
+    check_refusal(&split, &words);
+    check_refusal(&split.join("model-mixed-00001-of-00003.gguf"), &words);
     place.write("split/other.gguf", &file)?;
-    check_refusal(&place.path("split"), &["several .gguf files", "other.gguf, tiny-00001-of-00003.gguf"]);
+    check_refusal(
+        &place.path("split"),
+        &["several .gguf files", "model-mixed-00001-of-00003.gguf, model-mixed-00002-of-00003.gguf, other.gguf"],
+    );
 
     let adapter = with_entry(&file, "general.type", &[&[8, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0][..], b"adapter"].concat());
     check_refusal(&place.write("lora.gguf", adapter)?, &["lora.gguf", "`general.type` is `adapter`"]);

@@ -35,6 +35,26 @@ fn logits_of_gguf_files_equal_those_of_transformers() -> Result<()> {
     check(&model("llama-gguf/model-mixed.gguf")?, "llama-gguf/expected.safetensors", 1e-4)
 }
 
+/// The directory and any of the files name the whole.
+#[test]
+fn a_gguf_model_in_several_files_answers_as_it_does_in_one() -> Result<()> {
+    let whole = model("llama-gguf/model-mixed.gguf")?;
+    let logits = |model: &BaseModel, ids: &[u32]| -> Result<Vec<f32>> {
+        let logits = Pass::evaluation(model, None).logits(&Batch::of_tokens(ids, 0))?;
+        Ok(logits.flatten_all()?.to_vec1::<f32>()?)
+    };
+    let shard = |number: usize| format!("llama-gguf-split/model-mixed-0000{number}-of-00003.gguf");
+    for name in ["llama-gguf-split".to_owned(), shard(1), shard(3)] {
+        let split = model(&name)?;
+        assert_eq!((split.digest(), split.files.len()), (whole.digest(), 3), "{name}");
+        assert_eq!(split.path, model(&shard(1))?.path, "{name}");
+        for (ids, _) in expected(&fixture("models/llama-gguf/expected.safetensors"))? {
+            assert!(logits(&split, &ids)? == logits(&whole, &ids)?, "{name}");
+        }
+    }
+    Ok(())
+}
+
 /// The digest is of values, so a quantised file and its decoded copy are one base, and two models are two.
 #[test]
 fn a_gguf_file_and_its_dequantised_directory_are_the_same_base() -> Result<()> {

@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::describe::Source;
-use crate::shape::Dim;
+use crate::shape::dim::Dim;
 
 /// Index of an earlier node of the same recipe.
 pub type NodeId = usize;

@@ -15,7 +15,8 @@ use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling as Candle};
 use homeroom_engine::files::gguf::Gguf;
 use homeroom_engine::inference::Sampler;
-use homeroom_engine::inference::generate::{Detokenizer, Sampling};
+use homeroom_engine::inference::generate::Sampling;
+use homeroom_engine::text::detokenizer::Detokenizer;
 use homeroom_engine::text::tokenizer::Tokenizer;
 use homeroom_kernels::Stream;
 

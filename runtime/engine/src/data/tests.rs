@@ -1,12 +1,14 @@
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use serde_json::{Value as Json, json};
 use tempfile::NamedTempFile;
 
-use super::problem::spans;
+use super::problem::{spans, thousands};
 use super::*;
 use crate::text::template::ChatTemplate;
+use crate::text::tokenizer::Tokenizer;
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 

@@ -7,7 +7,8 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use super::litter;
+use super::sync::sync_directory;
+use super::temporary;
 
 /// Where, in the third directory, the new one and the older one lie, each under the name that is to be taken.
 const NEW: &str = "new";
@@ -90,7 +91,7 @@ fn exchange(_: &Path, _: &Path) -> io::Result<()> {
 fn move_both(from: &Path, to: &Path) -> io::Result<Older> {
     let named = || io::Error::other("a place needs a parent and a name");
     let (parent, name) = (to.parent().ok_or_else(named)?, to.file_name().ok_or_else(named)?);
-    let (aside, alive) = litter::claim(litter::PREFIX, parent)?;
+    let (aside, alive) = temporary::claim(temporary::PREFIX, parent)?;
     let (new, old) = (aside.join(NEW), aside.join(OLD));
     let moved = || -> io::Result<()> {
         fs::create_dir(&new)?;
@@ -98,7 +99,7 @@ fn move_both(from: &Path, to: &Path) -> io::Result<Older> {
         fs::rename(from, new.join(name))?;
         // The record is on the disk before the name is taken away.
         for directory in [&new, &aside, &parent.to_owned()] {
-            super::sync_directory(directory);
+            sync_directory(directory);
         }
         fs::rename(to, old.join(name))?;
         fs::rename(new.join(name), to)

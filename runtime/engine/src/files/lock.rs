@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::litter::leads_to;
+use super::temporary::leads_to;
 
 /// Name of the file.
 const NAME: &str = ".lock";

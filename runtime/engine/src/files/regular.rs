@@ -82,6 +82,15 @@ pub fn read_text(path: &Path, most: u64) -> Result<String> {
     String::from_utf8(read_bytes(path, most)?).with_context(|| format!("{}: not UTF-8", path.display()))
 }
 
+/// The text of a small file, if there is one of that name.
+///
+/// # Errors
+/// As [`read_text`].
+pub(crate) fn read_if_there(path: &Path, most: u64) -> Result<Option<String>> {
+    let there = is_named(path)?;
+    there.then(|| read_text(path, most)).transpose()
+}
+
 /// The JSON object that `text`, read from `path`, is.
 pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Value> {
     let value: Value = serde_json::from_str(text).with_context(|| format!("{}: not JSON", path.display()))?;

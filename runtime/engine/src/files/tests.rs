@@ -1,6 +1,13 @@
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use anyhow::{Context, Result, ensure};
+
+use super::exchange::Older;
+use super::new_directory::{abandon, remove, unfinished};
 use super::*;
 
 fn names(directory: &Path) -> Result<Vec<String>> {
@@ -102,7 +109,7 @@ fn whatever_has_the_name_is_replaced_and_only_when_asked() -> Result<()> {
 fn what_a_killed_process_left_is_swept_and_nothing_else() -> Result<()> {
     let place = tempfile::tempdir()?;
     let at = |name: &str| place.path().join(name);
-    let dead = format!("{}0123456789ab", litter::PREFIX);
+    let dead = format!("{}0123456789ab", temporary::PREFIX);
     for name in [&dead, &format!("{dead}.ended")] {
         fs::create_dir_all(at(name).join("a/b"))?;
         fs::write(at(name).join("a/b/weights"), "1")?;
@@ -158,7 +165,7 @@ fn a_living_directory_is_never_swept() -> Result<()> {
         }
         let make = || -> Result<()> {
             for number in 0..2000 {
-                let (path, _alive) = litter::claim(litter::PREFIX, place.path())?;
+                let (path, _alive) = temporary::claim(temporary::PREFIX, place.path())?;
                 fs::write(path.join("file"), "1").with_context(|| format!("{number}"))?;
                 ensure!(path.join("file").exists(), "{number}");
             }
@@ -206,7 +213,7 @@ fn in_memory() -> Result<tempfile::TempDir> {
 fn replace_for_ever(replace: impl Fn(&Path, &Path) -> io::Result<Older>) {
     let place = place_of_child();
     loop {
-        let (path, alive) = litter::claim(litter::PREFIX, &place).expect("the place can be written");
+        let (path, alive) = temporary::claim(temporary::PREFIX, &place).expect("the place can be written");
         fs::write(path.join("whole"), "1").expect("the place can be written");
         let older = replace(&path, &place.join("out")).expect("it is replaced");
         drop(alive);
@@ -309,7 +316,7 @@ fn several_can_replace_one_directory_at_once() -> Result<()> {
     let place = in_memory()?;
     let replace = |how: fn(&Path, &Path) -> io::Result<Older>| -> io::Result<()> {
         for _ in 0..50 {
-            let (path, _alive) = litter::claim(litter::PREFIX, place.path())?;
+            let (path, _alive) = temporary::claim(temporary::PREFIX, place.path())?;
             fs::write(path.join("whole"), "1")?;
             if let Some((older, _alive)) = how(&path, &place.path().join("out"))? {
                 let _ = remove(&older);

@@ -339,22 +339,21 @@ impl Architecture {
         let mut fits = product(self.vocab_size, self.hidden_size).is_some();
         for layer in &self.layers {
             let attention = layer.attention();
-            let (heads, kv_heads, head_dim) = (attention.heads, attention.kv_heads, attention.head_dim);
+            let (heads, kv_heads) = (attention.heads, attention.kv_heads);
             ensure!(heads.is_multiple_of(kv_heads), "{heads} query heads cannot share {kv_heads} key heads");
+            let inner = product(layer.feed_forward.inner, 2).and_then(|inner| product(inner, self.hidden_size));
+            let heads = product(heads, 3 * attention.head_dim).and_then(|wide| product(wide, self.hidden_size));
+            fits &= inner.is_some() && heads.is_some();
+        }
+        ensure!(fits, "its sizes overflow");
+        for attention in self.layers.iter().map(LayerSpec::attention) {
+            let (head_dim, scale) = (attention.head_dim, attention.scale as f32);
             ensure!(
                 head_dim.is_multiple_of(2) && (2..=HEAD_DIM_MAX).contains(&head_dim),
                 "a head of {head_dim} channels cannot be rotated"
             );
-            ensure!(
-                attention.scale.is_finite() && attention.scale > 0.0,
-                "scores are multiplied by {}, which is no number above zero",
-                attention.scale
-            );
-            fits &= product(layer.feed_forward.inner, 2)
-                .is_some_and(|inner| product(inner, self.hidden_size).is_some())
-                && product(heads, 3 * head_dim).is_some_and(|wide| product(wide, self.hidden_size).is_some());
+            ensure!(scale.is_finite() && scale > 0.0, "scores are multiplied by {scale}, which is no number above zero");
         }
-        ensure!(fits, "its sizes overflow");
         // In f32, as it is computed with.
         let epsilon = self.rms_norm_eps as f32;
         ensure!(

@@ -10,7 +10,7 @@ use homeroom_kernels::{RowOrder, Storage, bf16, f16};
 use sha2::{Digest, Sha256};
 
 use crate::files::bitsandbytes;
-use crate::files::gguf::{Gguf, TensorInfo};
+use crate::files::gguf::{Gguf, ShardName, TensorInfo};
 use crate::files::mapped::map_file;
 use crate::files::tensors::{MappedTensor, Tensors, has_safetensors, map_directory, weight_files};
 use crate::files::{broken_link, is_named};
@@ -148,9 +148,9 @@ impl Form {
         }
         match (gguf.pop(), gguf.as_slice()) {
             (Some(file), []) => Ok(Self::Gguf(absolute.join(file))),
-            // Its header says of how many files it is one.
-            (Some(last), [first, ..]) if shard_of(&last).is_some() && shard_of(&last) == shard_of(first) => {
-                Ok(Self::Gguf(absolute.join(first)))
+            // Of a model in several files any one opens all.
+            (Some(last), others) if others.iter().all(|other| are_shards(&last, other)) => {
+                Ok(Self::Gguf(absolute.join(last)))
             }
             (Some(last), others) => {
                 bail!("{}: several .gguf files are there; name one of {}, {last}", path.display(), others.join(", "))
@@ -234,8 +234,9 @@ impl BaseModel {
         let interleaved = architecture.family()?.interleaved;
         let source = Tensorfile { tensors: &tensors, gguf: true, interleaved, offset: 0.0 };
         let modules = build_modules(&architecture, &source).with_context(place)?;
-        let model = Self::assemble(path.to_owned(), architecture, modules, tokenizer, None)?;
-        Ok(Self { files: vec![path.to_owned()], ..model })
+        // Of several files the first one stands for the model.
+        let model = Self::assemble(gguf.path().to_owned(), architecture, modules, tokenizer, None)?;
+        Ok(Self { files: gguf.files().map(Path::to_owned).collect(), ..model })
     }
 
     fn assemble(
@@ -481,12 +482,9 @@ fn gguf_files(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// What the files of one split model have in common: the name before `-00001-of-00003.gguf`.
-fn shard_of(name: &str) -> Option<&str> {
-    let (front, of) = name.get(..name.len().checked_sub(".gguf".len())?)?.rsplit_once("-of-")?;
-    let (front, number) = front.rsplit_once('-')?;
-    let digits = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
-    (digits(of) && digits(number)).then_some(front)
+/// Whether two files are of one model, by their names.
+fn are_shards(a: &str, b: &str) -> bool {
+    matches!((ShardName::of(a), ShardName::of(b)), (Some(a), Some(b)) if a.is_beside(&b))
 }
 
 /// Whether a tensor of a GGUF file holds divisors of rope, which are no module's.

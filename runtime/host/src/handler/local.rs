@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use anyhow::Result;
 use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
-use homeroom_engine::inference::generate::{BlockEnd, Detokenizer, Finish, Sampling, prompt_ids};
+use homeroom_engine::inference::generate::{Finish, Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference, Tokens};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::text::block_end::BlockEnd;
+use homeroom_engine::text::detokenizer::Detokenizer;
 use serde_json::{Value, json};
 
 use super::context::PATIENCE;
@@ -172,7 +174,8 @@ impl Handler for Local {
             presence_penalty: request.presence_penalty.unwrap_or(neutral.presence_penalty),
             seed: request.seed.map_or_else(random, i64::cast_unsigned),
         };
-        let block_end = BlockEnd::behind(&prompt, model).map_err(|error| HandlerError::internal(&error))?;
+        let block_end = BlockEnd::behind(&prompt, &model.tokenizer, model.template.as_ref());
+        let block_end = block_end.map_err(|error| HandlerError::internal(&error))?;
         let tokens = answers.ask(&prompt, sampling);
         Ok(Box::new(Answer {
             tokens: tokens.map_err(|error| HandlerError::internal(&error))?,

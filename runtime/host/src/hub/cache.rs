@@ -90,12 +90,11 @@ fn at_commit(store: &Path, name: &HubName, commit: String) -> Result<Option<Foun
     Ok(path.map(|path| Found { path, commit }))
 }
 
-/// The GGUF file of a quantization.
+/// The GGUF file of a quantization, the first where it is in several.
 fn gguf_of(snapshot: &Path, name: &HubName, quantization: &str) -> Result<Option<PathBuf>> {
     let paths = paths(snapshot);
     let models = gguf::models(paths.iter().map(String::as_str));
-    let matching: Vec<&str> =
-        gguf::matching(&models, quantization).into_iter().filter(|path| !gguf::is_piece(path)).collect();
+    let matching = gguf::whole(&gguf::matching(&models, quantization));
     match matching[..] {
         [] => Ok(None),
         [one] => Ok(Some(snapshot.join(one))),
@@ -106,8 +105,7 @@ fn gguf_of(snapshot: &Path, name: &HubName, quantization: &str) -> Result<Option
 /// The GGUF file of a snapshot in which there is nothing else to run, and one of them.
 fn only_gguf(snapshot: &Path, name: &HubName) -> Result<PathBuf> {
     let paths = paths(snapshot);
-    let whole = gguf::models(paths.iter().map(String::as_str)).into_iter().filter(|path| !gguf::is_piece(path));
-    match whole.collect::<Vec<_>>()[..] {
+    match gguf::whole(&gguf::models(paths.iter().map(String::as_str)))[..] {
         [one] => {
             note(format!("note: {name}: {one} is used, which is the only one of its GGUF files that is here"));
             Ok(snapshot.join(one))

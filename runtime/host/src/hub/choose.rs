@@ -46,7 +46,7 @@ pub(super) fn choose(
 ) -> Result<Vec<RemoteFile>> {
     let paths: Vec<&str> = listing.files.iter().map(|file| file.path.as_str()).collect();
     if let Some(quantization) = &name.quantization {
-        return Ok(vec![gguf_of(listing, name, quantization)?]);
+        return gguf_of(listing, name, quantization);
     }
     let has = |path: &str| listing.file(path).is_some();
     let is_adapter = has("adapter_config.json");
@@ -66,11 +66,13 @@ pub(super) fn choose(
             bail!("{name}: {INDEX} names {missing:?}, which is not in the repository");
         }
         std::iter::once(INDEX.to_owned()).chain(shards).collect()
-    } else if let [one] = gguf::models(paths.iter().copied())[..]
-        && !gguf::is_piece(one)
+    } else if let models = gguf::models(paths.iter().copied())
+        && let [one] = gguf::whole(&models)[..]
+        && let files = gguf::files_of(one, &models)
+        && files.len() == models.len()
     {
         line(format_args!("note: {name}: {one} is taken, the only GGUF file of it"));
-        return Ok(vec![listing.file(one).context("a path is of the list")?.clone()]);
+        return of_list(listing, &files);
     } else {
         bail!(without_weights(listing, name, &paths));
     };
@@ -114,37 +116,41 @@ fn is_of_module(path: &str) -> bool {
     numbered && ["config.json", "model.safetensors"].contains(&file)
 }
 
-fn gguf_of(listing: &Listing, name: &HubName, quantization: &str) -> Result<RemoteFile> {
+/// The file of a quantization, or all of them where it is in several.
+fn gguf_of(listing: &Listing, name: &HubName, quantization: &str) -> Result<Vec<RemoteFile>> {
     let models = gguf::models(listing.files.iter().map(|file| file.path.as_str()));
     ensure!(!models.is_empty(), "{name}: there are no GGUF files in {}", name.repo);
-    match gguf::matching(&models, quantization)[..] {
-        [] => bail!("{name}: no GGUF file of that quantization\nhint: there are {}", sizes(listing, &models)),
-        [one, ..] if gguf::is_piece(one) => bail!(
-            "{name}: {one} is one piece of several, which are not read\nhint: llama.cpp's `llama-gguf-split --merge` makes one file \
-             of them; of one file are {}",
+    let matching = gguf::matching(&models, quantization);
+    match (&gguf::whole(&matching)[..], matching.first()) {
+        ([], None) => bail!("{name}: no GGUF file of that quantization\nhint: there are {}", sizes(listing, &models)),
+        ([], Some(one)) => bail!(
+            "{name}: {one} is one file of several, and the repository does not have all of them\nhint: whole are {}",
             sizes(listing, &models)
         ),
-        [one] => Ok(listing.file(one).context("a path is of the list")?.clone()),
-        ref several => bail!("{name}: {quantization} could be {}\nhint: write more of the name", several.join(" or ")),
+        ([one], _) => of_list(listing, &gguf::files_of(one, &matching)),
+        (several, _) => bail!("{name}: {quantization} could be {}\nhint: write more of the name", several.join(" or ")),
     }
+}
+
+fn of_list(listing: &Listing, paths: &[&str]) -> Result<Vec<RemoteFile>> {
+    paths.iter().map(|path| Ok(listing.file(path).context("a path is of the list")?.clone())).collect()
 }
 
 /// The quantizations that files are of, with their sizes.
 fn sizes(listing: &Listing, models: &[&str]) -> String {
-    let whole = models.iter().filter(|path| !gguf::is_piece(path));
-    let told = whole.filter_map(|path| {
-        let size = size(listing.file(path)?.size);
-        Some(format!("{} ({size})", gguf::quantization(path)))
-    });
-    let told: Vec<String> = told.collect();
+    let told = |path: &&str| {
+        let files = gguf::files_of(path, models);
+        let bytes = files.iter().filter_map(|path| Some(listing.file(path)?.size)).sum();
+        format!("{} ({})", gguf::quantization(path), size(bytes))
+    };
+    let told: Vec<String> = gguf::whole(models).iter().map(told).collect();
     if told.is_empty() { "none".to_owned() } else { told.join(", ") }
 }
 
 /// Why nothing of a repository can be used.
 fn without_weights(listing: &Listing, name: &HubName, paths: &[&str]) -> String {
     let models = gguf::models(paths.iter().copied());
-    let first = models.iter().find(|path| !gguf::is_piece(path)).or(models.first());
-    if let Some(first) = first {
+    if let Some(first) = gguf::whole(&models).first().or(models.first()) {
         let (repo, at) =
             (&name.repo, name.revision.as_ref().map(|revision| format!("@{revision}")).unwrap_or_default());
         return format!(
@@ -282,6 +288,17 @@ mod tests {
     }
 
     #[test]
+    fn of_a_quantization_in_several_files_all_are_downloaded() -> Result<()> {
+        let all = ["q/m-Q8_0-00001-of-00002.gguf", "q/m-Q8_0-00002-of-00002.gguf"];
+        let paths = [&all[..], &["m-Q4_0.gguf", "README.md"]].concat();
+        assert_eq!(chosen("a/b:Q8_0", &paths, "")?, all);
+        assert_eq!(chosen("a/b", &[all[1], all[0], "README.md"], "")?, all, "there is no other");
+        let error = format!("{:#}", chosen("a/b", &paths, "").expect_err("two"));
+        assert!(error.contains("there are Q8_0 (3.00 MB), Q4_0 (3.00 MB)"), "{error}");
+        Ok(())
+    }
+
+    #[test]
     fn what_cannot_be_used_is_refused_with_what_there_is() {
         let base = ["config.json", "tokenizer.json"];
         let with = |more: &[&'static str]| [&base[..], more].concat();
@@ -295,14 +312,14 @@ mod tests {
             ("a/b", vec!["adapter_config.json", "adapter_model.bin"], "without adapter_model.safetensors"),
             ("a/b", vec!["m-Q4_0.gguf", "m-Q8_0.gguf"], "Q4_0 (1.00 MB), Q8_0 (2.00 MB); `homeroom pull a/b:Q4_0`"),
             ("a/b@v1", vec!["m-Q4_0.gguf", "n.gguf"], "`homeroom pull a/b@v1:Q4_0`"),
-            ("a/b", vec!["m-Q8_0-00001-of-00001.gguf"], "which one is not said"),
+            ("a/b", vec!["m-Q8_0-00001-of-00002.gguf"], "which one is not said"),
             ("a/b:Q2_K", vec!["m-Q4_0.gguf", "m-Q8_0.gguf"], "there are Q4_0 (1.00 MB), Q8_0 (2.00 MB)"),
             ("a/b:Q4_0", vec!["m-Q4_0.gguf", "n-Q4_0.gguf"], "could be m-Q4_0.gguf or n-Q4_0.gguf"),
             ("a/b:Q4_0", vec!["model.safetensors"], "no GGUF files"),
             (
                 "a/b:Q8_0",
-                vec!["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf", "m-Q4_0.gguf"],
-                "one piece of several",
+                vec!["m-Q8_0-00001-of-00003.gguf", "m-Q8_0-00002-of-00003.gguf", "m-Q4_0.gguf"],
+                "one file of several, and the repository does not have all of them\nhint: whole are Q4_0 (3.00 MB)",
             ),
         ] {
             let error = format!("{:#}", chosen(name, &paths, "").expect_err(words));

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeSet;
 
-/// What ends the name of a file that is one piece of several: `-00001-of-00003`.
-const PIECE: &str = "-00001-of-00001";
+use homeroom_engine::files::gguf::ShardName;
 
 /// The GGUF files among a repository's paths that are models. A projector for images (`mmproj`) and an importance matrix are none.
 pub fn models<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
@@ -12,6 +11,25 @@ pub fn models<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
         name.ends_with(".gguf") && !name.starts_with("mmproj") && !name.contains("imatrix")
     };
     paths.into_iter().filter(is_model).collect()
+}
+
+/// The models of which all files are among these: each that is one file, and of one in several files the first.
+pub fn whole<'a>(paths: &[&'a str]) -> Vec<&'a str> {
+    let is_whole = |path: &&&str| match ShardName::of(path) {
+        Some(shard) => shard.number == 1 && files_of(path, paths).len() == shard.count,
+        None => true,
+    };
+    paths.iter().filter(is_whole).copied().collect()
+}
+
+/// Those among some files that are of one model with this one, in order: it alone, unless it is one of several.
+pub fn files_of<'a>(path: &'a str, paths: &[&'a str]) -> Vec<&'a str> {
+    let Some(shard) = ShardName::of(path) else { return vec![path] };
+    let is_beside = |other: &&str| ShardName::of(other).is_some_and(|other| other.is_beside(&shard));
+    let mut files: Vec<&str> = paths.iter().copied().filter(is_beside).collect();
+    files.sort_unstable();
+    files.dedup_by_key(|path| ShardName::of(path).map(|shard| shard.number));
+    files
 }
 
 /// The files that a quantization means: those whose names end in it. One that has no other name is meant alone, and so is one whose whole
@@ -41,20 +59,9 @@ pub fn quantization(path: &str) -> &str {
     stem.rsplit(['-', '.']).next().unwrap_or(stem)
 }
 
-/// Whether a file is one piece of a model.
-pub fn is_piece(path: &str) -> bool {
-    whole_stem(path).len() < stem(path).len()
-}
-
-/// A file's name without its ending and without the number of a piece.
+/// A file's name without its ending, and without its number where it is one of several.
 pub fn whole_stem(path: &str) -> &str {
-    let stem = stem(path);
-    let Some(at) = stem.len().checked_sub(PIECE.len()).filter(|at| stem.is_char_boundary(*at)) else { return stem };
-    let same = |(a, b): (char, char)| if b.is_ascii_digit() { a.is_ascii_digit() } else { a == b };
-    match stem[at..].chars().zip(PIECE.chars()).all(same) && stem[at..].len() == PIECE.len() {
-        true => &stem[..at],
-        false => stem,
-    }
+    ShardName::of(path).map_or_else(|| stem(path), |shard| file_name(shard.before))
 }
 
 fn stem(path: &str) -> &str {
@@ -103,7 +110,16 @@ mod tests {
         }
         let all: Vec<String> = quantizations(models.iter().copied()).into_iter().collect();
         assert_eq!(all, ["F16", "IQ4_XS", "Q2_K", "Q4_K_M", "f16", "q8_0"]);
-        assert_eq!(models.iter().filter(|path| is_piece(path)).count(), 2);
-        assert!(!is_piece("é-00001-of-0002.gguf") && !is_piece("00001-of-00002.gguf"));
+    }
+
+    #[test]
+    fn a_model_in_several_files_is_one_when_all_of_them_are_there() {
+        let all = ["a/m-00001-of-00002.gguf", "a/m-00002-of-00002.gguf"];
+        let others = ["b/m-00001-of-00002.gguf", "a/m-00001-of-00003.gguf", "n.gguf"];
+        let paths = [&others[..], &all[..]].concat();
+        assert_eq!(whole(&paths), ["n.gguf", all[0]]);
+        assert_eq!(files_of(all[1], &paths), all);
+        assert_eq!(files_of("n.gguf", &paths), ["n.gguf"]);
+        assert_eq!(whole(&["m-00001-of-00002.gguf", "m-00001-of-00002.GGUF"]), [""; 0]);
     }
 }

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use homeroom_engine::files::gguf::shard_paths;
 use homeroom_engine::files::open_regular;
 
 use super::cache::Found;
@@ -66,7 +67,7 @@ fn is_right(at: &Path, file: &RemoteFile, stop: &Stop, tell: impl Fn(u64)) -> Re
 pub(super) fn named(found: &Found) -> Vec<(PathBuf, RemoteFile)> {
     let files = match found.path.is_dir() {
         true => paths(&found.path).into_iter().map(|path| found.path.join(path)).collect(),
-        false => vec![found.path.clone()],
+        false => shard_paths(&found.path),
     };
     let named = files.into_iter().filter_map(|at| {
         let blob = std::fs::read_link(&at).ok()?;

@@ -50,8 +50,7 @@ pub fn kind(snapshot: &Path) -> Option<Kind> {
     }
     let paths = paths(snapshot);
     let models = gguf::models(paths.iter().map(String::as_str));
-    let whole = models.into_iter().filter(|path| !gguf::is_piece(path));
-    let quantizations: Vec<String> = gguf::quantizations(whole).into_iter().collect();
+    let quantizations: Vec<String> = gguf::quantizations(gguf::whole(&models)).into_iter().collect();
     (!quantizations.is_empty()).then_some(Kind::Gguf(quantizations))
 }
 

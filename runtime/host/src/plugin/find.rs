@@ -8,9 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::describe::nearest;
 use homeroom_abi::table::ENTRY;
 
+use super::beside::beside_program;
 use super::owner;
 use super::reload::Watching;
-use super::stage::BYTES_MAX;
+use super::stage::{self, BYTES_MAX};
 use super::trust::{Policy, Standing, Trust};
 use super::{Plugin, PluginFile, Probe};
 use crate::registry::data_directory;
@@ -153,15 +154,6 @@ impl Search {
     }
 }
 
-/// Where a build and an installation put strategies: the directory of this program, links resolved, and `../lib/homeroom/plugins`
-/// beside that.
-pub fn beside_program() -> Vec<PathBuf> {
-    let program = std::env::current_exe().and_then(|program| program.canonicalize());
-    let Some(dir) = program.ok().and_then(|program| Some(program.parent()?.to_owned())) else { return Vec::new() };
-    let installed = dir.parent().map(|above| above.join("lib/homeroom/plugins"));
-    std::iter::once(dir).chain(installed).collect()
-}
-
 /// The file of a strategy of that name.
 pub fn file_name(name: &str) -> String {
     format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX)
@@ -202,7 +194,7 @@ fn names_entry(path: &Path) -> Result<bool> {
         if (&mut file).take(PIECE as u64).read_to_end(&mut piece)? == 0 {
             return Ok(false);
         }
-        if super::load::names_entry(&piece) {
+        if stage::names_entry(&piece) {
             return Ok(true);
         }
     }

@@ -1,5 +1,6 @@
 //! Strategy plugins: where they are found, what is checked before their code runs, and how they are called.
 
+mod beside;
 pub mod build;
 mod call;
 pub mod check;
@@ -9,6 +10,7 @@ pub mod find;
 mod foreign;
 pub mod generation;
 pub mod install;
+mod library;
 mod load;
 pub mod native;
 pub mod new;
@@ -21,7 +23,8 @@ mod stage;
 mod text;
 pub mod trust;
 
-pub use find::{Search, StrategyFile, beside_program, file_name};
+pub use beside::beside_program;
+pub use find::{Search, StrategyFile, file_name};
 pub use load::Plugin;
 pub use probe::Probe;
 pub use stage::PluginFile;

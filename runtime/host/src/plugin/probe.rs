@@ -14,12 +14,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use homeroom_abi::check::{check_description, check_plan};
 use homeroom_abi::describe::Description;
-use homeroom_abi::limits::{PLAN_BYTES_MAX, check_description, check_plan};
+use homeroom_abi::limits::PLAN_BYTES_MAX;
 use homeroom_abi::plan::{Plan, PlanRequest};
 use serde::{Deserialize, Serialize};
 
-use super::load::Library;
+use super::library::Library;
 use super::stage::Staged;
 use super::text;
 use crate::stdout::Stdout;

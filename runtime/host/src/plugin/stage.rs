@@ -5,14 +5,13 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use homeroom_abi::describe::Description;
 use homeroom_abi::table::ENTRY;
 use homeroom_engine::files::replace_file;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::load::{Plugin, names_entry};
-use super::{Probe, beside_program, owner, private};
+use super::beside::is_beside_program;
+use super::{owner, private};
 
 /// Size of the largest library that is read: with all its debug information, a strategy has some ten megabytes.
 pub const BYTES_MAX: u64 = 1 << 29;
@@ -23,7 +22,7 @@ pub struct PluginFile {
     pub path: PathBuf,
     /// SHA-256 of the bytes, in hexadecimal digits.
     pub sha256: String,
-    /// Whether it lies in a directory of [`beside_program`] and has the program's owner.
+    /// Whether it lies in a directory of [`super::beside_program`] and has the program's owner.
     pub beside_program: bool,
     bytes: Vec<u8>,
 }
@@ -94,14 +93,6 @@ impl PluginFile {
     pub fn write(&self, path: &Path) -> Result<()> {
         replace_file(path, &self.bytes)
     }
-
-    /// Loads a private copy of the bytes in this process.
-    ///
-    /// # Errors
-    /// When it cannot be loaded, is of another ABI, or does not describe itself.
-    pub fn load(self) -> Result<Plugin> {
-        self.stage()?.load()
-    }
 }
 
 /// A private copy of a library that was checked.
@@ -116,27 +107,8 @@ pub struct Staged {
     _dir: TempDir,
 }
 
-impl Staged {
-    /// Loads the copy in this process.
-    ///
-    /// # Errors
-    /// As [`PluginFile::load`].
-    pub fn load(&self) -> Result<Plugin> {
-        Plugin::open(self, None)
-    }
-
-    /// The same after a child process has loaded it, which was given this description. Other children plan in its place.
-    ///
-    /// # Errors
-    /// When it cannot be loaded, or is of another ABI.
-    pub fn load_probed(&self, description: Description, probe: Probe) -> Result<Plugin> {
-        Plugin::open(self, Some((description, probe)))
-    }
-}
-
-fn is_beside_program(path: &Path, file: &File) -> Result<bool> {
-    let program = std::env::current_exe()?.canonicalize()?;
-    let path = path.canonicalize()?;
-    let here = |dir: &PathBuf| dir.canonicalize().is_ok_and(|dir| path.parent() == Some(&dir));
-    Ok(beside_program().iter().any(here) && owner::same_owner(&file.metadata()?, &program.metadata()?))
+/// Whether bytes hold the entry's name. Asked first, since loading a library runs its constructors.
+pub(super) fn names_entry(bytes: &[u8]) -> bool {
+    let name = ENTRY.as_bytes();
+    bytes.windows(name.len()).any(|window| window == name)
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use homeroom_engine::files::gguf::shard_paths;
 use serde::Serialize;
 
 use super::entries::inspect;
@@ -106,11 +107,11 @@ fn damage(snapshot: &Snapshot) -> Option<String> {
     looked.err().map(|error| format!("{error:#}").replace(&within, ""))
 }
 
-/// The GGUF files of a snapshot; of one in several pieces none.
+/// The GGUF files of a snapshot; of a model in several the first.
 fn gguf_files(snapshot: &Path) -> Vec<String> {
     let paths = cache::paths(snapshot);
     let models = gguf::models(paths.iter().map(String::as_str));
-    models.into_iter().filter(|path| !gguf::is_piece(path)).map(str::to_owned).collect()
+    gguf::whole(&models).into_iter().map(str::to_owned).collect()
 }
 
 /// What can be typed for a repository of which a snapshot is there; it has so many bytes in all.
@@ -125,7 +126,8 @@ fn usable(repo: &str, snapshot: &Snapshot, bytes: u64) -> Vec<Usable> {
         // Of `m-Q4_K_M.gguf` and `m-UD-Q4_K_M.gguf` the short name could mean both.
         let short = gguf::quantization(file);
         let form = if gguf::matching(&models, short).len() == 1 { short } else { gguf::whole_stem(file) };
-        let bytes = std::fs::metadata(snapshot.path.join(file)).map_or(0, |about| about.len());
+        let files = shard_paths(&snapshot.path.join(file));
+        let bytes = files.iter().filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum();
         Usable { name: format!("{repo}:{form}"), form: form.to_owned(), bytes }
     };
     models.iter().map(one).collect()

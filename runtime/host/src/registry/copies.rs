@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_engine::embedding::{MODULES_FILE, SENTENCE_FILES, module_directories};
+use homeroom_engine::files::gguf::shard_paths;
 use homeroom_engine::files::{
     Kept, NewDirectory, broken_link, ensure_room, is_named, named_templates, open_regular, replaceable_but_for,
     take_away, vacant,
@@ -63,13 +64,16 @@ impl Sources {
         Ok(Self { files: names.into_iter().map(open).collect::<Result<_>>()? })
     }
 
-    /// One file, under its own name.
+    /// Files of one directory, under their own names.
     ///
     /// # Errors
-    /// When it is no regular file.
-    pub fn of_file(path: &Path) -> Result<Self> {
-        let name = path.file_name().with_context(|| format!("{}: it has no name", path.display()))?;
-        Self::open_all(path.parent().unwrap_or(Path::new("")), vec![name.into()])
+    /// When one is no regular file.
+    pub fn of_files(paths: &[PathBuf]) -> Result<Self> {
+        let name = |path: &PathBuf| -> Result<PathBuf> {
+            Ok(path.file_name().with_context(|| format!("{}: it has no name", path.display()))?.into())
+        };
+        let names = paths.iter().map(name).collect::<Result<_>>()?;
+        Self::open_all(paths.first().and_then(|path| path.parent()).unwrap_or(Path::new("")), names)
     }
 
     /// Whether one of them has this name, or lies in a directory of this name.
@@ -204,7 +208,7 @@ pub fn copy(name: &str, new: &str, overwrite: bool) -> Result<(PathBuf, u64)> {
     ensure!(name != new, "{name}: it has that name already");
     let to = ensure_free(new, overwrite)?;
     let sources = match from.is_file() {
-        true => Sources::of_file(&from)?,
+        true => Sources::of_files(&shard_paths(&from))?,
         false => Sources::open(&from, &files_of)?,
     };
     let bytes = sources.bytes();

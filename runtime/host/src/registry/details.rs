@@ -1,11 +1,12 @@
 //! All that is known of one model: what its files say of its training, its base and itself.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use homeroom_engine::adapt::adapter::{CONFIG_FILE, read_manifest};
 use homeroom_engine::embedding::EmbeddingModel;
+use homeroom_engine::files::gguf::shard_paths;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use homeroom_engine::models::BaseModel;
 use serde::Serialize;
@@ -193,8 +194,11 @@ impl About {
 /// The files of a model with their bytes, those that links lead to among them.
 fn files(model: &Path) -> Vec<(String, u64)> {
     if model.is_file() {
-        let name = model.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        return vec![(name, fs::metadata(model).map_or(0, |about| about.len()))];
+        let file = |path: PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            (name, fs::metadata(path).map_or(0, |about| about.len()))
+        };
+        return shard_paths(model).into_iter().map(file).collect();
     }
     let entries = fs::read_dir(model).into_iter().flatten().flatten();
     let file = |entry: fs::DirEntry| {

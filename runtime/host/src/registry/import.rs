@@ -54,11 +54,11 @@ pub fn import(source: &Path, name: Option<&str>, overwrite: bool) -> Result<Impo
     };
     let model = check(source)?;
     let sources = match &model {
-        Form::File(file) => Sources::of_file(file)?,
+        Form::Gguf(files) => Sources::of_files(files)?,
         Form::Files => Sources::open(source, &files_of)?,
     };
     let another = || name.is_none().then(|| free_place(source).ok()).flatten();
-    let left_out = if model.is_named(source) { Vec::new() } else { left_out(source, &sources)? };
+    let left_out = if source.is_file() { Vec::new() } else { left_out(source, &sources)? };
     let to = save_or(sources, &to, overwrite, &another)?;
     let name = to.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(Imported { entry: entry(name, to), left_out, cached: folder_of(source) })
@@ -101,16 +101,10 @@ fn refuse_cache(source: &Path) -> Result<()> {
 
 /// How a model lies in its source.
 enum Form {
-    /// One GGUF file.
-    File(PathBuf),
+    /// A GGUF file, or the several files of one model.
+    Gguf(Vec<PathBuf>),
     /// The files of a directory, see [`files_of`].
     Files,
-}
-
-impl Form {
-    fn is_named(&self, source: &Path) -> bool {
-        matches!(self, Self::File(file) if file == source)
-    }
 }
 
 /// Loads a model or an adapter, to see that it can be.
@@ -118,8 +112,11 @@ fn check(source: &Path) -> Result<Form> {
     if source.is_file() {
         let weights = source.extension().is_some_and(|extension| extension == "safetensors");
         ensure!(!weights, "{}: a model is the directory that this file lies in; name that", source.display());
-        BaseModel::load(source)?;
-        return Ok(Form::File(source.to_owned()));
+        return Ok(match BaseModel::load(source)?.files {
+            files if files.len() > 1 => Form::Gguf(files),
+            // By the name that it has here.
+            _ => Form::Gguf(vec![source.to_owned()]),
+        });
     }
     if is_adapter(source) && !is_named(&source.join("config.json"))? {
         AdapterFiles::read(source)?;
@@ -130,7 +127,7 @@ fn check(source: &Path) -> Result<Form> {
         return Ok(Form::Files);
     }
     let model = BaseModel::load(source)?;
-    Ok(if model.path.is_file() { Form::File(model.path.clone()) } else { Form::Files })
+    Ok(if model.path.is_file() { Form::Gguf(model.files) } else { Form::Files })
 }
 
 /// The files of an adapter or a model in a directory.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
+use homeroom_engine::files::gguf::ShardName;
 use homeroom_engine::files::{self, is_named};
 
 use super::data_directory;
@@ -60,9 +61,10 @@ pub fn free_name(files: &[&Path]) -> Result<String> {
 fn named_after(file: &Path) -> Option<String> {
     const LETTERS_MAX: usize = 56;
     let file = file.file_name()?.to_string_lossy().to_lowercase();
-    let stem = [".jsonl", ".json", ".txt", ".gguf"].iter().find_map(|ending| file.strip_suffix(ending));
+    let shard = ShardName::of(&file).map(|shard| shard.before);
+    let stem = || [".jsonl", ".json", ".txt", ".gguf"].iter().find_map(|ending| file.strip_suffix(ending));
     let mut name = String::new();
-    for c in stem.unwrap_or(&file).chars() {
+    for c in shard.or_else(stem).unwrap_or(&file).chars() {
         let plain = c.is_ascii_lowercase() || c.is_ascii_digit();
         match c {
             c if plain || "._".contains(c) && !name.is_empty() => name.push(c),
@@ -141,6 +143,7 @@ mod tests {
             (".hidden.jsonl", "hidden"),
             ("__a__.json", "a"),
             ("SmolLM2.Q4_1.gguf", "smollm2.q4_1"),
+            ("SmolLM2-Q4_1-00002-of-00003.gguf", "smollm2-q4_1"),
         ] {
             assert_eq!(named_after(Path::new(file)).as_deref(), Some(expected));
         }

@@ -6,8 +6,8 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value as Json;
 
-use super::Rendered;
-use crate::text::tokenizer::Control;
+use super::rendered::Rendered;
+use crate::text::control::Control;
 
 /// A rendering whose marks were read off.
 pub(super) struct Marked {

@@ -8,39 +8,38 @@
 //! spans are control tokens that somebody typed inside a message: they stay text, or a user could end a turn and
 //! begin another in the assistant's name.
 
-use std::collections::BTreeSet;
-use std::ops::Range;
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::Result;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 use serde_json::Value as Json;
 
-use crate::text::tokenizer::{Control, Tokenizer, template_file};
+use crate::text::control::Control;
 
 mod bounds;
 mod generation;
 #[cfg(test)]
 mod hostile;
 mod lexer;
+mod marked;
 mod marks;
 mod message;
+mod problem;
 mod python;
+mod rendered;
 mod source;
 #[cfg(test)]
 mod tests;
-mod tokens;
 mod turns;
+pub(crate) mod written;
 
 use generation::rewrite_generation_tags;
-use marks::{Marked, Marks, Survey, count_obeyed, find_around, find_typed, keys_of};
 use message::Reads;
 pub use message::join_parts;
-pub(crate) use tokens::token_starts;
-pub use tokens::tokenize;
+use problem::template_error;
+pub use rendered::Rendered;
 use turns::Block;
 
 /// The name under which the one template is stored in its environment.
@@ -64,18 +63,6 @@ pub struct ChatTemplate {
     written: String,
     /// What renders conversations with tools.
     tool_use: Option<Box<ChatTemplate>>,
-}
-
-/// A text ready for tokenising: which byte spans are trained, and where a user's text spells special tokens that must
-/// stay text.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rendered {
-    /// The whole text, as transformers would render it.
-    pub text: String,
-    /// What the model learns to write: byte ranges of `text`, ascending, disjoint.
-    pub trained: Vec<Range<usize>>,
-    /// Special tokens typed inside a message: byte ranges of `text`, ascending, disjoint.
-    pub literal: Vec<Range<usize>>,
 }
 
 impl ChatTemplate {
@@ -115,24 +102,6 @@ impl ChatTemplate {
         template.try_out()?;
         template.reads = Reads::of(&template);
         Ok(template)
-    }
-
-    /// The chat template of a tokenizer, with the one for tools if that has a source of its own. `place`: what it was read from.
-    ///
-    /// # Errors
-    /// As [`ChatTemplate::new`]. Names the file.
-    pub fn of_tokenizer(tokenizer: &Tokenizer, place: &Path) -> Result<Option<Self>> {
-        let file = |name: Option<&str>| template_file(place, name).display().to_string();
-        let (bos, eos) = (tokenizer.bos_token.as_deref(), tokenizer.eos_token.as_deref());
-        let Some(source) = &tokenizer.chat_template else { return Ok(None) };
-        let template = Self::new(source, bos, eos).context("its chat template").with_context(|| file(None))?;
-        Ok(Some(match tokenizer.named_templates.get("tool_use") {
-            Some(source) => {
-                let tool_use = Self::new(source, bos, eos).context("its chat template `tool_use`");
-                template.with_tool_use(tool_use.with_context(|| file(Some("tool_use")))?)
-            }
-            None => template,
-        }))
     }
 
     /// Renders conversations with tools by another template, as transformers does with the one named `tool_use`.
@@ -251,187 +220,6 @@ impl ChatTemplate {
             bounds::written(rendered.map_err(|e| template_error(&e))?, messages, tools)
         })
     }
-
-    /// Renders with marks around what was generated and around special tokens in the messages, and reads them off.
-    fn render_marked(
-        &self,
-        messages: &[Json],
-        tools: Option<&Json>,
-        prompt: bool,
-        control: &[Control],
-    ) -> Result<Marked> {
-        let texts = |chosen: &dyn Fn(&Control) -> bool| {
-            let mut texts: Vec<&str> = control.iter().filter(|c| chosen(c)).map(|c| c.text.as_str()).collect();
-            texts.retain(|s| !s.is_empty());
-            texts.sort_by_key(|s| std::cmp::Reverse(s.len()));
-            texts
-        };
-        let (all, special) = (texts(&|_| true), texts(&|c| c.special));
-        let of = |message: &Json| if message["role"] == "assistant" { &special } else { &all };
-        for (i, message) in messages.iter().enumerate() {
-            // Templates write a role as it is, and branch on it, so it cannot be marked.
-            let role = message["role"].as_str().unwrap_or_default();
-            if let Some(token) = all.iter().find(|token| role.contains(**token)) {
-                bail!("message {}: its role has the control token {token:?} in it", i + 1);
-            }
-        }
-        let sought = all.iter().flat_map(|token| keys_of(token)).collect();
-        let mut survey = Survey { sought, ..Survey::default() };
-        messages.iter().for_each(|v| survey.visit(v, of(v)));
-        tools.into_iter().for_each(|v| survey.visit(v, &all));
-        survey.note_private(&self.source);
-        let marks = Marks::outside(&survey.private, &survey.keys)?;
-
-        let plain = marks.read(&self.run(messages, tools, prompt, &marks.generation())?)?;
-        // A token can also come of typed pieces, which the template puts together.
-        let in_pieces =
-            |token: &&&str| keys_of(token).next().is_some() && keys_of(token).all(|key| survey.keys.contains(&key));
-        let made = all.iter().find(in_pieces).copied();
-        if survey.typed.is_none() && made.is_none() {
-            return Ok(plain);
-        }
-        let written: Vec<&Control> = control.iter().filter(|c| !c.text.is_empty()).collect();
-        let mut harmless = None;
-        if survey.typed.is_none_or(|token| keys_of(token).next().is_some()) {
-            let (keep, keep_of_assistant) = (self.looked_for(&all), self.looked_for(&special));
-            let stand_in = |v: &Json| match v["role"] == "assistant" {
-                true => marks.stand_in(v, &keep_of_assistant, true, true),
-                false => marks.stand_in(v, &keep, false, true),
-            };
-            let messages: Vec<Json> = messages.iter().map(stand_in).collect();
-            let tools = tools.map(|v| marks.stand_in(v, &keep, false, false));
-            match self.run(&messages, tools.as_ref(), prompt, &marks.generation()) {
-                Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
-                Err(_) => {}
-                Ok(text) => {
-                    let mut marked = marks.read(&text)?;
-                    marked.literal = find_typed(&marked.text, &marked.typed, &written);
-                    if marked.text == plain.text && marked.generated == plain.generated {
-                        return Ok(marked);
-                    }
-                    harmless = Some(marked);
-                }
-            }
-        }
-        // The template looks at those characters, so only whole tokens are marked.
-        let marked = match survey.typed {
-            Some(typed) => self.mark_whole(&marks, &plain, messages, tools, prompt, (&all, &special), typed)?,
-            None => plain,
-        };
-        if let Some(harmless) = harmless {
-            let (obeyed, most) = (
-                count_obeyed(&marked.text, &marked.literal, &written),
-                count_obeyed(&harmless.text, &harmless.literal, &written),
-            );
-            let own = |token: &Control| {
-                !token.special && messages.iter().any(|m| m["role"] == "assistant" && holds(m, &token.text))
-            };
-            if let Some(i) = (0..written.len()).find(|&i| obeyed[i] > most[i] && !own(written[i])) {
-                bail!(
-                    "the chat template makes the control token {:?} of what is typed in a message, so it cannot be kept as text",
-                    written[i].text
-                );
-            }
-        } else if let (None, Some(token)) = (survey.typed, made) {
-            bail!(
-                "the chat template fails unless the characters of {token:?} are typed in a message, so it cannot be told who writes that"
-            );
-        }
-        Ok(marked)
-    }
-
-    /// Texts that the template may look for in messages, and that are no part of these tokens, longest first.
-    fn looked_for<'a>(&self, tokens: &[&'a str]) -> Vec<&str> {
-        let ends_of = |token: &&'a str| {
-            let second = token.char_indices().nth(2).map_or(token.len(), |(at, _)| at);
-            let last = token.char_indices().nth_back(1).map_or(0, |(at, _)| at);
-            [&token[..second], &token[last..]]
-        };
-        let ends: BTreeSet<&str> = tokens.iter().flat_map(ends_of).collect();
-        let texts = self.written.split('\0').map(str::trim);
-        let mut texts: Vec<&str> = texts.filter(|text| (3..=64).contains(&text.len())).collect();
-        texts.retain(|text| keys_of(text).next().is_some());
-        texts.retain(|text| !ends.iter().any(|end| text.contains(end)) && !tokens.iter().any(|t| t.contains(text)));
-        texts.sort_by_key(|text| std::cmp::Reverse(text.len()));
-        texts
-    }
-
-    /// Marks control tokens that are typed as they are. `typed` is one of them.
-    #[expect(clippy::too_many_arguments, reason = "one rendering, and what is known of it")]
-    fn mark_whole(
-        &self,
-        marks: &Marks,
-        plain: &Marked,
-        messages: &[Json],
-        tools: Option<&Json>,
-        prompt: bool,
-        (all, special): (&[&str], &[&str]),
-        typed: &str,
-    ) -> Result<Marked> {
-        let of = |message: &Json| if message["role"] == "assistant" { special } else { all };
-        // Around the token first; a template that trims or looks at the ends of a message may be disturbed by that,
-        // and is then given the mark behind the token's first character.
-        for inside in [false, true] {
-            let messages: Vec<Json> = messages.iter().map(|v| marks.mark(v, of(v), inside, true)).collect();
-            let tools = tools.map(|v| marks.mark(v, all, inside, true));
-            let text = match self.run(&messages, tools.as_ref(), prompt, &marks.generation()) {
-                Ok(text) => text,
-                Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
-                Err(_) => continue,
-            };
-            let mut marked = marks.read(&text)?;
-            if marked.text == plain.text && marked.generated == plain.generated {
-                if inside {
-                    marked.literal = find_around(&marked.text, &marked.inner, all);
-                }
-                return Ok(marked);
-            }
-        }
-        bail!("the chat template changes the control token {typed:?} typed in a message, so it cannot be kept as text")
-    }
-}
-
-/// Whether a text in `value` has `part` in it.
-fn holds(value: &Json, part: &str) -> bool {
-    match value {
-        Json::String(text) => text.contains(part),
-        Json::Array(items) => items.iter().any(|item| holds(item, part)),
-        Json::Object(fields) => fields.iter().any(|(key, item)| key.contains(part) || holds(item, part)),
-        _ => false,
-    }
-}
-
-/// Texts that a chat template may write by itself: its strings, and plain conversations. `source` is taken whole where it
-/// is no template.
-pub(crate) fn written_by(source: &str, bos: Option<&str>, eos: Option<&str>) -> String {
-    let Ok(template) = ChatTemplate::new(source, bos, eos) else {
-        return source.to_owned();
-    };
-    let mut written = template.written.clone();
-    let message = |role: &str| serde_json::json!({"role": role, "content": "a"});
-    let (user, assistant) = (message("user"), message("assistant"));
-    let conversations = [
-        vec![message("system"), user.clone(), assistant.clone(), user.clone()],
-        vec![user.clone(), assistant.clone(), message("tool"), assistant],
-        vec![user],
-    ];
-    for messages in conversations {
-        written.push('\0');
-        written.push_str(&template.render(&messages, None, true).unwrap_or_default());
-    }
-    written
-}
-
-/// What a chat template writes behind an assistant's text that is the last; `None` where it refuses a plain conversation or leaves
-/// that text out.
-pub(crate) fn behind_answer(source: &str, bos: Option<&str>, eos: Option<&str>) -> Option<String> {
-    // No template writes this word by itself.
-    const ANSWER: &str = "xqzwkv";
-    let template = ChatTemplate::new(source, bos, eos).ok()?;
-    let messages = [("user", "a"), ("assistant", ANSWER)]
-        .map(|(role, content)| serde_json::json!({"role": role, "content": content}));
-    let text = template.run(&messages, None, false, "").ok()?;
-    text.rsplit_once(ANSWER).map(|(_, behind)| behind.to_owned())
 }
 
 /// Puts the marks around what the block wrote. `marks` is "" when nobody asked.
@@ -445,33 +233,6 @@ fn mark_generation(written: String, marks: &str) -> String {
 
 fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, bounds::cut(message)))
-}
-
-/// "chat template, line 3: what failed", from the innermost place that is known.
-fn template_error(error: &Error) -> anyhow::Error {
-    let mut deepest = error;
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        if let Some(inner) = inner.downcast_ref::<Error>() {
-            deepest = inner;
-        }
-        source = inner.source();
-    }
-    let line = deepest.line().or(error.line());
-    let place = line.map_or(String::new(), |n| format!(", line {n}"));
-    if bounds::is_beyond(deepest.kind(), deepest.detail()) {
-        let detail = match deepest.kind() {
-            ErrorKind::OutOfFuel => "stopped: it takes more work or memory than a conversation of this size is given",
-            _ => deepest.detail().unwrap_or_default(),
-        };
-        return anyhow!(bounds::Exceeded(format!("{NAME}{place}: {detail}")));
-    }
-    match (deepest.kind(), deepest.detail().map(bounds::cut)) {
-        // `raise_exception` and plain failures say enough by themselves.
-        (ErrorKind::InvalidOperation, Some(detail)) => anyhow!("{NAME}{place}: {detail}"),
-        (kind, Some(detail)) => anyhow!("{NAME}{place}: {kind}: {detail}"),
-        (kind, None) => anyhow!("{NAME}{place}: {kind}"),
-    }
 }
 
 fn to_value(json: &Json) -> Value {

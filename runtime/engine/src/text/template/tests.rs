@@ -1,10 +1,11 @@
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::tokens::lay_out;
 use super::*;
 use crate::text::tokenizer::{Encoded, Tokenizer};
+use crate::text::tokens::{lay_out, tokenize};
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 

@@ -11,10 +11,11 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value as Json;
 
+use super::ChatTemplate;
 use super::marks::{Marked, Marks, Survey, occurrences};
 use super::message::{content, with_content};
-use super::{ChatTemplate, Rendered};
-use crate::text::tokenizer::Control;
+use super::rendered::Rendered;
+use crate::text::control::Control;
 
 impl ChatTemplate {
     /// Renders a conversation to learn from. `control`: see [`crate::text::tokenizer::Tokenizer::control_in`].

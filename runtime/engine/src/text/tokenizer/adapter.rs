@@ -6,9 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Files, Named, TEMPLATES_DIR, TOKENIZER_BYTES_MAX, Tokenizer};
-use super::{finish, from_files, read_if_there, read_json, read_named_templates, read_tokenizer_json};
-use crate::files::read_bytes;
+use super::assemble::{Named, assemble};
+use super::directory::{Files, TOKENIZER_BYTES_MAX, from_files, read_json, read_tokenizer_json};
+use super::templates::{TEMPLATES_DIR, read_named_templates};
+use super::{SMALL_BYTES_MAX, Tokenizer};
+use crate::files::{read_bytes, read_if_there};
 
 impl Tokenizer {
     /// The tokenizer of an adapter on a base: what its directory has in place of the base's, and `base` in what it does not have. Ids
@@ -23,7 +25,7 @@ impl Tokenizer {
             special_tokens_map: read_json(&dir.join("special_tokens_map.json"))?,
             generation_config: json!({"eos_token_id": base.eos_ids}),
             model_config: Value::Null,
-            chat_template: read_if_there(&dir.join("chat_template.jinja"))?,
+            chat_template: read_if_there(&dir.join("chat_template.jinja"), SMALL_BYTES_MAX)?,
             named_templates: read_named_templates(&dir.join(TEMPLATES_DIR))?,
         };
         let path = dir.join("tokenizer.json");
@@ -58,7 +60,7 @@ impl Tokenizer {
             adds_asked: self.adds_asked,
             notes: Vec::new(),
         };
-        finish(self.inner.clone(), named)
+        assemble(self.inner.clone(), named)
     }
 
     /// Whether two make the same ids of the same conversations, and end alike.

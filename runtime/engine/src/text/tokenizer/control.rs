@@ -1,5 +1,4 @@
-//! Control tokens: those that mean something to a model beyond their letters, such as the end of a turn. They are
-//! control where the chat template writes them; where somebody types one inside a message, it is text.
+//! Which tokens of a tokenizer are control, and what of a text becomes one.
 
 use std::borrow::Cow;
 
@@ -8,18 +7,7 @@ use serde_json::Value;
 use tokenizers::AddedToken;
 
 use super::Tokenizer;
-
-/// A token that a text must not smuggle in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Control {
-    /// What is typed to get it.
-    pub text: String,
-    /// Its id.
-    pub id: u32,
-    /// The tokenizer says that it is special. Others are control because the chat template writes them (`<tool_call>`);
-    /// an assistant's message, which is the model's own, may hold those.
-    pub special: bool,
-}
+use crate::text::control::Control;
 
 /// Whether an added token that is not special is control: the template writes it, or it ends a text, and it is no word
 /// or white space, which anybody types.

@@ -1,7 +1,7 @@
 //! Tokens that end an answer besides those that a model's files name: a base names the end of a text, but what is tuned on it ends
 //! its turns as the chat template does.
 
-use super::Control;
+use crate::text::control::Control;
 
 /// Ends of texts, turns and messages in whatever model has them.
 ///

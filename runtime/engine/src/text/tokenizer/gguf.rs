@@ -11,9 +11,28 @@ use serde_json::json;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
+use super::Tokenizer;
+use super::assemble::{Named, add_bos_and_eos, assemble, part};
 use super::check::ADDED_BYTES_MAX;
-use super::{DEFAULT, Named, Tokenizer, add_bos_and_eos, check_names, finish, part, try_out};
+use super::library::try_out;
+use super::templates::{DEFAULT, check_names};
 use crate::files::gguf::Gguf;
+
+impl Tokenizer {
+    /// Builds the tokenizer that a GGUF file's metadata describes.
+    ///
+    /// Known are `gpt2` (byte-level BPE) with the pre-tokenizers gpt-2 (also when none is named),
+    /// smollm, starcoder, llama-bpe, qwen2 and tekken and what llama.cpp takes for the same, and `llama` (SentencePiece BPE) of the
+    /// Llama and Mistral kind.
+    ///
+    /// # Errors
+    /// When the kind or pre-tokenizer is another one, or pieces, scores, types, merges and ids do
+    /// not fit each other. Names the file and the key.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let meta = Meta::read(gguf)?;
+        from_meta(&meta).with_context(|| gguf.path().display().to_string())
+    }
+}
 
 /// What a GGUF file says about its tokenizer; ids and lengths are not checked yet.
 #[derive(Clone)]
@@ -198,7 +217,7 @@ pub(super) fn from_meta(meta: &Meta) -> Result<Tokenizer> {
     let mut named_templates = meta.named_templates.clone();
     let default = named_templates.remove(DEFAULT);
     check_names(&named_templates).context("tokenizer.chat_templates")?;
-    finish(
+    assemble(
         inner,
         Named {
             bos: bos.map(token).map(str::to_owned),

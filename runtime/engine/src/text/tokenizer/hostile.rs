@@ -1,9 +1,12 @@
 //! Tokenizer files that would fill or hang the program, each refused in words by one process.
 
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 
-use super::*;
+use serde_json::{Value, json};
+
+use super::directory::read_tokenizer_json;
 
 /// A small byte-level tokenizer, as a file.
 fn file() -> Value {

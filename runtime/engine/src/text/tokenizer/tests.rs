@@ -1,7 +1,15 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::directory::{Files, from_files, read_tokenizer_json};
+use super::export::sha256;
 use super::gguf::{CONTROL, Meta, Pieces, from_meta, merges_from_scores};
 use super::*;
+use crate::files::gguf::Gguf;
+use crate::text::template::ChatTemplate;
+use crate::text::tokens::tokenize;
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tokenizers")
@@ -478,10 +486,10 @@ fn add(file: &mut Value, content: &str, normalized: bool) {
 /// How often the ids of a rendered prompt have this token.
 fn obeyed(tokenizer: &Tokenizer, messages: &[(&str, &str)], token: &str) -> Result<usize> {
     let template = tokenizer.chat_template.as_deref().context("it has one")?;
-    let template = template::ChatTemplate::new(template, None, None)?;
+    let template = ChatTemplate::new(template, None, None)?;
     let messages: Vec<Value> = messages.iter().map(|(role, text)| json!({"role": role, "content": text})).collect();
     let rendered = template.render_prompt(&messages, None, &tokenizer.control_in(&messages, None)?)?;
-    let (ids, _) = template::tokenize(&rendered, tokenizer)?;
+    let (ids, _) = tokenize(&rendered, tokenizer)?;
     let id = tokenizer.id(token).context("it is there")?;
     Ok(ids.iter().filter(|i| **i == id).count())
 }

@@ -9,6 +9,7 @@ use std::io;
 use serde_json::Value;
 
 use super::endpoint::Endpoint;
+use super::piece::choice;
 use super::refusal::{Refused, is_timeout};
 use crate::handler::{Event, FinishReason, HandlerError, Kind, Usage, new_id};
 
@@ -31,16 +32,6 @@ pub(super) struct Answer<'a, I> {
     over: bool,
     /// The only piece is the whole answer, which needs no reason to be complete.
     is_whole: bool,
-}
-
-/// Returns the choice of a piece that is answered with: that of index 0, which is also the index of one without; null if there is none.
-pub(super) fn choice(piece: &Value) -> &Value {
-    let is_first = |choice: &&Value| match &choice["index"] {
-        Value::Number(index) => index.as_f64() == Some(0.0),
-        Value::String(index) => index == "0",
-        _ => true,
-    };
-    piece["choices"].as_array().and_then(|choices| choices.iter().find(is_first)).unwrap_or(&Value::Null)
 }
 
 /// Makes the error of a read that failed.

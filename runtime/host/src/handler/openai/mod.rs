@@ -7,6 +7,7 @@
 mod answer;
 mod embedding;
 mod endpoint;
+mod piece;
 mod refusal;
 mod stream;
 

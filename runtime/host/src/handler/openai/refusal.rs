@@ -7,8 +7,8 @@ use serde_json::Value;
 use ureq::Body;
 use ureq::http::Response;
 
-use super::answer::choice;
 use super::endpoint::Endpoint;
+use super::piece::choice;
 use crate::handler::{HandlerError, Kind};
 
 /// Longest body of a refusal that is read, in bytes.

@@ -12,8 +12,9 @@ use serde_json::{Map, Value};
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
-use super::answer::{Answer, choice, unreadable};
+use super::answer::{Answer, unreadable};
 use super::endpoint::Endpoint;
+use super::piece::choice;
 use super::refusal::{Refused, kind_of, refusal, words_of};
 use crate::handler::context::PATIENCE;
 use crate::handler::sse::Events;

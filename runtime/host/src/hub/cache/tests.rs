@@ -138,9 +138,14 @@ fn of_gguf_files_the_one_that_is_named_is_found() -> Result<()> {
     assert_eq!(path("a/b:q4_k_m")?, Some(snapshot.join("m-Q4_K_M.gguf")));
     assert_eq!(path("a/b:Q8_0")?, Some(snapshot.join("sub/m-Q8_0.gguf")));
     assert_eq!(path("a/b:m-Q5_K_M.gguf")?, Some(snapshot.join("m-Q5_K_M.gguf")));
+    // Of a model in several files the first is named once all are there.
+    store.link("models--a--b", OLD, "m-F16-00001-of-00002.gguf", "first")?;
+    assert_eq!(path("a/b:F16")?, None);
+    store.link("models--a--b", OLD, "m-F16-00002-of-00002.gguf", "second")?;
+    assert_eq!(path("a/b:F16")?, Some(snapshot.join("m-F16-00001-of-00002.gguf")));
     assert_eq!(path("a/b:Q2_K")?, None);
     let told = path("a/b").expect_err("three").to_string();
-    assert!(told.contains("`a/b:Q4_K_M`, `a/b:Q5_K_M`, `a/b:Q8_0`"), "{told}");
+    assert!(told.contains("`a/b:F16`, `a/b:Q4_K_M`, `a/b:Q5_K_M`, `a/b:Q8_0`"), "{told}");
     let told = path("a/b:K_M").expect_err("two").to_string();
     assert!(told.contains("m-Q4_K_M.gguf or m-Q5_K_M.gguf"), "{told}");
     Ok(())

@@ -5,6 +5,7 @@
 
 mod dataset;
 mod handler;
+mod methods;
 mod model;
 mod options;
 mod row;
@@ -23,19 +24,20 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::files::{NewDirectory, replace_file};
-use homeroom_engine::inference::generate::{BlockEnd, Sampling, prompt_ids};
+use homeroom_engine::inference::generate::{Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::text::block_end::BlockEnd;
 use homeroom_engine::train::evaluate_examples;
 use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use self::dataset::Dataset;
 use self::model::{DRY, ModelSpec, NOT_NAMED, fine_tuned};
-use self::options::{Options, words};
+use self::options::Options;
 use self::spec::{VERBS, verb};
-use self::value::to_lua;
+use self::value::{to_lua, words};
 use super::about;
 use super::clock::Clock;
 use super::config::PipelineConfig;
@@ -305,7 +307,7 @@ const LIBRARIES: [&str; 10] =
 /// When memory is out.
 pub fn provide(sandbox: &Sandbox, session: &Rc<Session>, params: &Map<String, Json>) -> mlua::Result<()> {
     let (lua, prelude) = (sandbox.lua(), sandbox.prelude());
-    dataset::provide(lua, prelude, session)?;
+    methods::provide(lua, prelude, session)?;
     let homeroom = lua.create_table()?;
     for (name, call) in CALLS {
         let session = session.clone();
@@ -636,7 +638,7 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         session.clock.check()?;
         let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
         let ids = prompt_ids(&model, &messages).context("generate")?;
-        let block_end = BlockEnd::behind(&ids, &model).context("generate")?;
+        let block_end = BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
         let tokens = answers.as_ref().map(|answers| answers.ask(&ids, sampling)).transpose().context("generate")?;
         asked.push((tokens, block_end));
     }

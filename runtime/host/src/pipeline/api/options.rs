@@ -8,7 +8,7 @@ use serde_json::{Map, Value as Json};
 
 use super::dataset::Dataset;
 use super::spec::{STRATEGY, STRATEGY_NAMES, Verb};
-use super::value::to_json;
+use super::value::{to_json, words};
 use crate::pipeline::clock::Clock;
 use crate::pipeline::errors::{Failure, said, short};
 use crate::pipeline::limits::bytes;
@@ -226,23 +226,5 @@ fn texts(value: &Value) -> usize {
             all
         }
         _ => 0,
-    }
-}
-
-/// A value in words, for messages.
-pub fn words(value: &Value) -> String {
-    match value {
-        Value::Nil => "nil".to_owned(),
-        Value::Boolean(_) | Value::Integer(_) | Value::Number(_) => value.to_string().unwrap_or_default(),
-        Value::String(text) => {
-            let text = text.to_string_lossy();
-            let short: String = text.chars().take(40).collect();
-            format!("{short:?}")
-        }
-        Value::Table(_) => "a table".to_owned(),
-        Value::Function(_) => "a function".to_owned(),
-        Value::UserData(data) if data.is::<Dataset>() => "a dataset".to_owned(),
-        Value::LightUserData(null) if null.0.is_null() => "null".to_owned(),
-        other => format!("a {}", other.type_name()),
     }
 }

@@ -1,9 +1,9 @@
-//! Plain values between Lua and JSON.
+//! Plain values between Lua and JSON, and in words.
 
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 
-use super::options::words;
+use super::dataset::Dataset;
 use crate::pipeline::clock::Clock;
 use crate::pipeline::errors::{Failure, said, short};
 use crate::pipeline::limits::bytes;
@@ -116,6 +116,24 @@ impl Plain<'_> {
         }
         fields.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(Json::Object(fields.into_iter().collect::<Map<_, _>>()))
+    }
+}
+
+/// A value in words, for messages.
+pub fn words(value: &Value) -> String {
+    match value {
+        Value::Nil => "nil".to_owned(),
+        Value::Boolean(_) | Value::Integer(_) | Value::Number(_) => value.to_string().unwrap_or_default(),
+        Value::String(text) => {
+            let text = text.to_string_lossy();
+            let short: String = text.chars().take(40).collect();
+            format!("{short:?}")
+        }
+        Value::Table(_) => "a table".to_owned(),
+        Value::Function(_) => "a function".to_owned(),
+        Value::UserData(data) if data.is::<Dataset>() => "a dataset".to_owned(),
+        Value::LightUserData(null) if null.0.is_null() => "null".to_owned(),
+        other => format!("a {}", other.type_name()),
     }
 }
 

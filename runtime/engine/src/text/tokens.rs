@@ -2,8 +2,9 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::Rendered;
-use crate::text::tokenizer::{Control, Encoded, Tokenizer};
+use super::control::Control;
+use super::template::Rendered;
+use super::tokenizer::{Encoded, Tokenizer};
 
 /// Tokenises a rendered text: ids, and for each whether it is trained.
 ///

@@ -1,0 +1,90 @@
+//! The examples of a file.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+
+use super::encode::Encoder;
+use super::example::Example;
+use super::jsonl::read_rows;
+use super::problem::{Problems, thousands};
+use super::row::RowFormat;
+use crate::train::order;
+
+/// The examples of a file.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// In the order of the file.
+    pub examples: Vec<Example>,
+    /// `sha256:` and the digest of the file's bytes.
+    pub digest: String,
+    /// The shape of the file's rows.
+    pub format: RowFormat,
+    /// Rows left out because they were too long.
+    pub skipped: usize,
+    /// Examples cut because they were too long.
+    pub truncated: usize,
+    /// Examples that end without an end token, those of rows that were cut aside.
+    pub endless: usize,
+}
+
+/// Reads a JSONL file and encodes its rows.
+///
+/// # Errors
+/// When the file cannot be read, holds no rows, or any row is refused: one message tells all problems by line.
+pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
+    let mut examples = Vec::new();
+    let mut problems = Problems::default();
+    let (mut rows, mut skipped, mut truncated, mut endless) = (0, 0, 0, 0);
+    let (digest, format) = read_rows(path, |line, _, row| {
+        rows += 1;
+        match row.and_then(|row| encoder.examples(line, &row)) {
+            Ok(None) => skipped += 1,
+            Ok(Some((mut kept, cut))) => {
+                truncated += cut;
+                endless += if cut == 0 { encoder.count_endless(&kept) } else { 0 };
+                examples.append(&mut kept);
+            }
+            Err(problem) => problems.add(line, problem),
+        }
+    })?;
+    problems.into_result(path)?;
+    ensure!(rows > 0, "{}: no rows", path.display());
+    ensure!(
+        !examples.is_empty(),
+        "{}: no rows left, all {} are longer than {} tokens\nhint: allow more with a larger `--max-seq-len`",
+        path.display(),
+        thousands(rows),
+        thousands(encoder.max_seq_len)
+    );
+    let format = format.expect("a row without problems has a format");
+    Ok(Dataset { examples, digest, format, skipped, truncated, endless })
+}
+
+impl Dataset {
+    /// Splits the examples into those to train on and those to evaluate on, as indices. Examples of one line stay
+    /// together, so nothing that is evaluated was trained on as part of its conversation.
+    ///
+    /// # Errors
+    /// As [`order::split`], which counts lines here.
+    pub fn split(&self, eval_fraction: f64, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
+        let mut lines: Vec<usize> = self.examples.iter().map(|e| e.line).collect();
+        lines.dedup();
+        let (_, eval) = order::split(lines.len(), eval_fraction, seed)?;
+        let eval: Vec<usize> = eval.into_iter().map(|i| lines[i]).collect();
+        let is_train = |&i: &usize| eval.binary_search(&self.examples[i].line).is_err();
+        Ok((0..self.examples.len()).partition(is_train))
+    }
+}
+
+/// A note on examples without an end, [`Dataset::endless`] of `all`: what that comes to, and what to do.
+pub fn note_endless(endless: usize, all: usize) -> Option<String> {
+    (endless > 0).then(|| {
+        format!(
+            "note: {} of {} examples end without an end token, so the model does not learn there where to stop; have the chat \
+             template write one behind the assistant's last message, or limit answers when you use the model",
+            thousands(endless),
+            thousands(all)
+        )
+    })
+}

@@ -91,6 +91,8 @@ impl ModelConfig {
             kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
             window: self.sliding_window,
+            scale: (self.head_dim as f32).powf(-0.5),
+            soft_cap: None,
         }
     }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::attention::Attention;
 use crate::cpu::{Cpu, cpu, per_cpu};
-use crate::element::{Element, exp, largest, sum, sum2};
+use crate::element::{Element, exp, largest, sum, sum2, tanh};
 use crate::product::grown;
 
 /// Positions of the shortest span. The length of others is a multiple.
@@ -64,7 +64,7 @@ pub fn attend<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize,
     let seen = first.max(part * span)..positions.min((part + 1) * span);
     assert!(!seen.is_empty(), "there is no task {task}");
     let rows = Rows { values: &kept[seen.start * row..seen.end * row], d, kv_heads: shape.kv_heads };
-    let scale = (d as f32).powf(-0.5);
+    assert!(shape.soft_cap.is_none_or(|cap| cap > 0.0), "scores are capped at {:?}", shape.soft_cap);
     SCRATCH.with_borrow_mut(|scratch| {
         let scores = heads * rows.stride();
         let (scores, turned) = grown(scratch, scores + heads * d.next_multiple_of(STEP)).split_at_mut(scores);
@@ -72,10 +72,10 @@ pub fn attend<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize,
         #[cfg(target_arch = "x86_64")]
         if cpu >= Cpu::Avx512 {
             // SAFETY: the processor has AVX-512, and rows are whole, as asserted.
-            return unsafe { avx512::part_of(q, rows, scale, (scores, turned), out) };
+            return unsafe { avx512::part_of(q, rows, (shape.scale, shape.soft_cap), (scores, turned), out) };
         }
         let _ = turned;
-        part_of(cpu, q, rows, scale, scores, out);
+        part_of(cpu, q, rows, shape.scale, shape.soft_cap, scores, out);
     });
 }
 
@@ -106,7 +106,14 @@ impl<E> Rows<'_, E> {
 }
 
 per_cpu! {
-    fn part_of<E: Element>(q: &[f32], rows: Rows<'_, E>, scale: f32, scores: &mut [f32], out: &mut [f32]) {
+    fn part_of<E: Element>(
+        q: &[f32],
+        rows: Rows<'_, E>,
+        scale: f32,
+        cap: Option<f32>,
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
         let (d, stride) = (rows.d, rows.stride());
         // Query heads that share a key head.
         let group = q.len() / (rows.kv_heads * d);
@@ -115,7 +122,7 @@ per_cpu! {
                 scores[head * stride + j] = sum2(q, &row[head / group * d..][..d], |q, k| q * k) * scale;
             }
         }
-        weigh(rows.count(), d, scores, stride, out);
+        weigh(rows.count(), d, cap, scores, stride, out);
         for (j, row) in rows.values.chunks_exact(rows.width()).enumerate() {
             for (head, (out, scores)) in out.chunks_exact_mut(d + 2).zip(scores.chunks_exact(stride)).enumerate() {
                 let (weight, value) = (scores[j], &row[(rows.kv_heads + head / group) * d..][..d]);
@@ -127,11 +134,15 @@ per_cpu! {
     }
 }
 
-/// Scores to weights; their sum and what they are relative to stand behind the sums of values, which begin at 0.
+/// Scores, scaled, to weights; their sum and what they are relative to stand behind the sums of values, which begin at 0.
 #[inline(always)]
-fn weigh(n: usize, d: usize, scores: &mut [f32], stride: usize, out: &mut [f32]) {
+fn weigh(n: usize, d: usize, cap: Option<f32>, scores: &mut [f32], stride: usize, out: &mut [f32]) {
     for (out, scores) in out.chunks_exact_mut(d + 2).zip(scores.chunks_exact_mut(stride)) {
         let scores = &mut scores[..n];
+        if let Some(cap) = cap {
+            let inverse = 1.0 / cap;
+            scores.iter_mut().for_each(|score| *score = cap * tanh(*score * inverse));
+        }
         let top = largest(scores);
         for score in scores.iter_mut() {
             *score = exp(*score - top);
@@ -237,7 +248,7 @@ mod avx512 {
     pub unsafe fn part_of<E: Element>(
         q: &[f32],
         rows: Rows<'_, E>,
-        scale: f32,
+        (scale, cap): (f32, Option<f32>),
         (scores, turned): (&mut [f32], &mut [f32]),
         out: &mut [f32],
     ) {
@@ -267,7 +278,7 @@ mod avx512 {
                 }
             }
         }
-        weigh(n, d, scores, stride, out);
+        weigh(n, d, cap, scores, stride, out);
         for kv_head in 0..rows.kv_heads {
             for first in (0..group).step_by(4) {
                 let head = kv_head * group + first;

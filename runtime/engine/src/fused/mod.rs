@@ -264,9 +264,10 @@ impl<E: ProductElement> Fused<E> {
 
     /// Cosines and sines of positions below `positions` at least.
     pub fn table(&mut self, config: &ModelConfig, positions: usize) -> &RotaryTable {
-        if positions > self.table.positions() {
+        if positions > self.table.rows() {
             let positions = positions.next_power_of_two().min(config.max_position_embeddings).max(positions);
-            self.table = RotaryTable::new(positions, &config.rope_frequencies());
+            self.table = RotaryTable::new(config.head_dim);
+            self.table.append(positions, &config.rope_frequencies(), 1.0);
         }
         &self.table
     }

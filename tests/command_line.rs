@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::block::Compute;
-use homeroom_engine::generate::{Sampling, generate, prompt_ids};
+use homeroom_engine::inference::generate::{Sampling, generate, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
 use serde_json::{Map, Value, json};
 
 use crate::support::{Place, Sizes, eval, fixture, homeroom, loss, plugin_path, printed_json, refused, succeeds};

@@ -1,11 +1,11 @@
 //! Twenty optimizer steps against PEFT and torch: loss, gradient norm, learning rate and what was learned.
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::adapter::AdapterFiles;
-use homeroom_engine::batch::Batch;
+use homeroom_engine::adapt::adapter::AdapterFiles;
+use homeroom_engine::adapt::merge::merge;
 use homeroom_engine::data::Example;
-use homeroom_engine::merge::merge;
-use homeroom_engine::recipe::Pass;
+use homeroom_engine::run::batch::Batch;
+use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::train::{Run, TrainConfig};
 use serde_json::Value;
 
@@ -67,7 +67,7 @@ fn check(name: &str) -> Result<()> {
 }
 
 /// Largest difference between the trained parameters and those in the fixture's file.
-fn merge_or_adapter(dir: &std::path::Path, adaptation: &homeroom_engine::adaptation::Adaptation) -> Result<f32> {
+fn merge_or_adapter(dir: &std::path::Path, adaptation: &homeroom_engine::adapt::adaptation::Adaptation) -> Result<f32> {
     let whole = adaptation.is_whole_model();
     let file = dir.join("trained").join(if whole { "model.safetensors" } else { "adapter_model.safetensors" });
     let want = tensors(&file)?;

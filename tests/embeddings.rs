@@ -17,7 +17,7 @@ use homeroom::handler::limit::{Limited, Limits};
 use homeroom::handler::{Context, EmbedRequest, Gives, Handler, HandlerError, Input, Kind, Request};
 use homeroom::models::ModelRef;
 use homeroom::serve::{Models, Running};
-use homeroom_engine::block::Compute;
+use homeroom_engine::run::compute::Compute;
 use serde_json::{Value, json};
 
 use crate::handlers::{chat_body, endpoint, http, local, scripted, serve, settings};

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use homeroom_engine::batch::Batch;
 use homeroom_engine::data::{OnLongRow, check_row};
 use homeroom_engine::files::replaceable;
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::batch::Batch;
+use homeroom_engine::run::plain::recipe::Pass;
 use serde_json::{Value, json};
 
 use crate::support::{Place, distance, fixture, homeroom, plugin_path};
@@ -91,7 +91,7 @@ fn a_merged_export_is_the_trained_model() -> Result<()> {
         assert!((0.0..1e-8).contains(&kl.abs()), "{model}: {kl}");
 
         let base = BaseModel::load(&fixture("models").join(model))?;
-        let files = homeroom_engine::adapter::AdapterFiles::read(&home.path().join("models").join(name))?;
+        let files = homeroom_engine::adapt::adapter::AdapterFiles::read(&home.path().join("models").join(name))?;
         let adaptation = files.adapt(&base, false)?;
         let batch = Batch::of_tokens(&[1, 30, 31, 200, 77, 9], 0);
         let logits = |pass: &Pass<'_>| -> Result<Vec<f32>> { Ok(pass.logits(&batch)?.flatten_all()?.to_vec1()?) };

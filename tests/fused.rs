@@ -2,13 +2,15 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::batch::{Batch, PASS_ROWS};
-use homeroom_engine::block::{Blocks, Compute, Outcome};
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::requantize::{StoredAs, store_as};
 use homeroom_engine::data::Example;
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
-use homeroom_engine::requantize::{StoredAs, store_as};
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::batch::{Batch, PASS_ROWS};
+use homeroom_engine::run::block::Blocks;
+use homeroom_engine::run::compute::Compute;
+use homeroom_engine::run::outcome::Outcome;
+use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::train::{Control, Run, StepReport, TrainConfig, evaluate_examples, train};
 use homeroom_kernels::{Codec, Cpu, with_cpu};
 use serde_json::{Value, json};

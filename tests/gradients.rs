@@ -7,10 +7,10 @@ use candle_core::{DType, Device, Tensor, Var};
 use homeroom_abi::plan::{AdaptedModule, Init, ParamSpec, Plan, Recipes};
 use homeroom_abi::recipe::{Node, Op, Recipe};
 use homeroom_abi::shape::Dim;
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::batch::Batch;
+use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::data::Example;
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::batch::Batch;
 use homeroom_engine::train::{Run, TrainConfig};
 use homeroom_kernels::Stream;
 use serde_json::json;
@@ -282,7 +282,7 @@ fn no_gradient_flows_through_detach() -> Result<()> {
 /// The frozen product's own backward: dX = dY W, and nothing for W.
 #[test]
 fn the_product_with_a_frozen_weight_has_the_gradient_of_its_value() -> Result<()> {
-    use homeroom_engine::frozen_linear::frozen_linear;
+    use homeroom_engine::run::plain::frozen_linear::frozen_linear;
     for name in ["llama", "llama-gguf/model-mixed.gguf", "llama-gguf/model-f32.gguf"] {
         let model = model(name)?;
         for module in &model.modules {

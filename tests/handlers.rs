@@ -20,7 +20,7 @@ use homeroom::handler::{
 };
 use homeroom::models::{Loaded, ModelRef, Network};
 use homeroom::serve::{Models, Running, bind, start};
-use homeroom_engine::block::Compute;
+use homeroom_engine::run::compute::Compute;
 use serde_json::{Value, json};
 
 use crate::support::{fixture, homeroom, root};

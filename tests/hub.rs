@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use homeroom::hub::{Endpoint, Hub, HubName, Patience, Pulled, Token};
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
 use serde_json::json;
 
 use self::server::{Act, Repo, Server, blob_name};

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::block::Compute;
-use homeroom_engine::decoder::Cache;
-use homeroom_engine::generate::{Sampling, generate};
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::requantize::{StoredAs, store_as};
+use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::inference::{Answers, Inference, Kept};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
-use homeroom_engine::requantize::{StoredAs, store_as};
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
+use homeroom_engine::run::plain::decoder::Cache;
+use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_kernels::{Codec, Cpu, with_cpu};
 use serde_json::{Value, json};
 
@@ -241,7 +241,7 @@ fn answers_that_are_drawn_at_once_are_those_that_each_is_alone() -> Result<()> {
 #[test]
 fn an_answer_that_nobody_waits_for_makes_room_for_others() -> Result<()> {
     let mut endless = model("llama")?;
-    let mut tokenizer = homeroom_engine::tokenizer::Tokenizer::from_dir(&endless.path)?;
+    let mut tokenizer = homeroom_engine::text::tokenizer::Tokenizer::from_dir(&endless.path)?;
     tokenizer.eos_ids.clear();
     endless.tokenizer = tokenizer.into();
     let answers = answers(&Arc::new(endless), Compute::F32);
@@ -257,7 +257,7 @@ fn an_answer_that_nobody_waits_for_makes_room_for_others() -> Result<()> {
 #[test]
 fn models_take_turns() -> Result<()> {
     let mut endless = model("llama")?;
-    let mut tokenizer = homeroom_engine::tokenizer::Tokenizer::from_dir(&endless.path)?;
+    let mut tokenizer = homeroom_engine::text::tokenizer::Tokenizer::from_dir(&endless.path)?;
     tokenizer.eos_ids.clear();
     endless.tokenizer = tokenizer.into();
     let endless = Arc::new(endless);

@@ -1,14 +1,14 @@
 //! What must hold for every strategy and every run, whatever the numbers.
 
 use anyhow::{Context, Result};
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::adapter::{AdapterFiles, Record, StrategyRecord, save};
-use homeroom_engine::batch::Batch;
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::adapter::{AdapterFiles, Record, StrategyRecord, save};
+use homeroom_engine::adapt::merge::{Floats, merge, save_model};
 use homeroom_engine::data::Example;
 use homeroom_engine::files::NewDirectory;
-use homeroom_engine::merge::{Floats, merge, save_model};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::batch::Batch;
+use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::train::{Control, Run, StepReport, TrainConfig, train};
 use homeroom_kernels::Stream;
 use serde_json::{Value, json};

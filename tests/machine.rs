@@ -8,8 +8,8 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::adapter::AdapterFiles;
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::adapt::adapter::AdapterFiles;
+use homeroom_engine::models::BaseModel;
 
 use crate::command_line::{Running, WIDE_R, in_shell, wide_model};
 use crate::support::{Place, eval, fixture, homeroom, model, refused, run, succeeds};

@@ -1,11 +1,12 @@
 //! Every mix of plain and fused blocks, over odd and even sizes, comes to what plain blocks alone do.
 
 use anyhow::{Context, Result};
-use homeroom_engine::batch::Batch;
-use homeroom_engine::block::{Blocks, Compute};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
-use homeroom_engine::requantize::{StoredAs, store_as};
+use homeroom_engine::adapt::requantize::{StoredAs, store_as};
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::batch::Batch;
+use homeroom_engine::run::block::Blocks;
+use homeroom_engine::run::compute::Compute;
+use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::train::TrainConfig;
 use homeroom_kernels::Codec;
 use serde_json::{Value, json};

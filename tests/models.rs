@@ -1,13 +1,13 @@
 //! Model files against transformers: every architecture, every way of storing weights.
 
 use anyhow::{Context, Result};
-use homeroom_engine::batch::Batch;
-use homeroom_engine::block::Compute;
-use homeroom_engine::config::ModelConfig;
-use homeroom_engine::generate::{Sampling, generate};
+use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::inference::{Answers, Inference};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::models::config::ModelConfig;
+use homeroom_engine::run::batch::Batch;
+use homeroom_engine::run::compute::Compute;
+use homeroom_engine::run::plain::recipe::Pass;
 
 use crate::support::{Place, distance, expected, fixture, homeroom, model, stored_ids, succeeds};
 
@@ -59,7 +59,7 @@ fn greedy_tokens_equal_those_of_transformers() -> Result<()> {
     let path = fixture("models/llama/expected.safetensors");
     let (prompt, want) = (stored_ids(&path, "ids_0")?, stored_ids(&path, "greedy")?);
     // The fixture goes on past the end of a turn.
-    let mut endless = homeroom_engine::tokenizer::Tokenizer::from_dir(&model.path)?;
+    let mut endless = homeroom_engine::text::tokenizer::Tokenizer::from_dir(&model.path)?;
     endless.eos_ids.clear();
     model.tokenizer = endless.into();
     let sampling = Sampling { max_tokens: want.len(), ..Sampling::default() };

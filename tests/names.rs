@@ -20,7 +20,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use homeroom_engine::digest;
+use homeroom_engine::files::digest;
 
 use crate::support::{Place, fixture};
 

@@ -8,8 +8,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail, ensure};
-use homeroom_engine::gguf::Gguf;
-use homeroom_engine::tokenizer::Tokenizer;
+use homeroom_engine::files::gguf::Gguf;
+use homeroom_engine::text::tokenizer::Tokenizer;
 use serde_json::json;
 
 use crate::support::{Place, homeroom, loss, printed_json, succeeds};

@@ -100,7 +100,7 @@ fn cached(place: &Place, store: &str, repo: &str, from: &Path) -> Result<PathBuf
 }
 
 fn sha256(file: &Path) -> Result<String> {
-    let digests = homeroom_engine::digest::of_files(&[file.to_owned()], None)?;
+    let digests = homeroom_engine::files::digest::of_files(&[file.to_owned()], None)?;
     let digest = digests.into_values().next().context("a file has a digest")?;
     Ok(digest.trim_start_matches("sha256:").to_owned())
 }

@@ -14,10 +14,10 @@ use homeroom::plugin::reload::{Ready, Reload, Watching};
 use homeroom::plugin::{Plugin, Policy, Trust};
 use homeroom_abi::plan::PlanRequest;
 use homeroom_abi::step::Directive;
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::block::Compute;
+use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::data::Example;
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{
     Candidate, Change, Control, Observer, RunEvent, StepReport, TrainConfig, TrainReport, train,
 };

@@ -7,9 +7,9 @@ use anyhow::{Context as _, Result, ensure};
 use homeroom::handler::local::Local;
 use homeroom::handler::{Context, Handler, Message, Request, Role};
 use homeroom::models::{Loaded, ModelRef, Network};
-use homeroom_engine::adapter::{AdapterFiles, serialize_f32};
-use homeroom_engine::block::Compute;
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::adapt::adapter::{AdapterFiles, serialize_f32};
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{TrainConfig, planned_steps};
 use serde_json::{Value, json};
 

@@ -113,7 +113,7 @@ fn other_weights(place: &Place, base: &Path) -> Result<PathBuf> {
     let scaled = tensors(&path)?.into_iter().map(|(name, (shape, values))| {
         (name, shape, values.iter().flat_map(|value| (value * 1.01).to_le_bytes()).collect())
     });
-    fs::write(&path, homeroom_engine::adapter::serialize_f32(&scaled.collect::<Vec<_>>())?)?;
+    fs::write(&path, homeroom_engine::adapt::adapter::serialize_f32(&scaled.collect::<Vec<_>>())?)?;
     Ok(copy)
 }
 

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use homeroom_engine::adapter::AdapterFiles;
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::adapt::adapter::AdapterFiles;
+use homeroom_engine::models::BaseModel;
 use serde_json::{Value, json};
 
 use super::{Running, WIDE_R, endless, endless_on, leaves_nothing, wide_model};

@@ -176,7 +176,7 @@ fn a_token_without_an_embedding_is_refused() -> Result<()> {
         }
     }
     fs::remove_file(copy.join("model.safetensors.index.json"))?;
-    fs::write(copy.join("model.safetensors"), homeroom_engine::adapter::serialize_f32(&stored)?)?;
+    fs::write(copy.join("model.safetensors"), homeroom_engine::adapt::adapter::serialize_f32(&stored)?)?;
     check_model(&place, &copy, &["has no embedding: the model knows 70 tokens, its tokenizer more"])?;
     let mut chat = homeroom();
     refused(chat.args(["chat", "--prompt", "hello", "--model-dir"]).arg(&copy), &["has no embedding"])

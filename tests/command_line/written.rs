@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use homeroom_engine::adapter::AdapterFiles;
+use homeroom_engine::adapt::adapter::AdapterFiles;
 
 use super::{Running, WIDE_R, endless, in_shell, leaves_nothing, wide_model};
 use crate::support::{Place, fixture, homeroom, model, plugin_path, refused, run, succeeds};

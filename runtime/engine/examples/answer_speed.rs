@@ -13,10 +13,10 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling as Candle};
-use homeroom_engine::generate::{Detokenizer, Sampling};
-use homeroom_engine::gguf::Gguf;
+use homeroom_engine::files::gguf::Gguf;
 use homeroom_engine::inference::Sampler;
-use homeroom_engine::tokenizer::Tokenizer;
+use homeroom_engine::inference::generate::{Detokenizer, Sampling};
+use homeroom_engine::text::tokenizer::Tokenizer;
 use homeroom_kernels::Stream;
 
 const TOP_P: f64 = 0.9;

@@ -6,10 +6,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use homeroom_engine::adapter::{AdapterFiles, is_adapter, serialize_f32};
-use homeroom_engine::batch::Batch;
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
+use homeroom_engine::adapt::adapter::{AdapterFiles, is_adapter, serialize_f32};
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::batch::Batch;
+use homeroom_engine::run::plain::recipe::Pass;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1).map(PathBuf::from);
@@ -31,7 +31,10 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn load(path: &Path, base: Option<&Path>) -> Result<(BaseModel, Option<homeroom_engine::adaptation::Adaptation>)> {
+fn load(
+    path: &Path,
+    base: Option<&Path>,
+) -> Result<(BaseModel, Option<homeroom_engine::adapt::adaptation::Adaptation>)> {
     if !is_adapter(path) {
         return Ok((BaseModel::load(path)?, None));
     }

@@ -6,8 +6,8 @@ use std::io::{BufRead, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use homeroom_engine::gguf::Gguf;
-use homeroom_engine::tokenizer::Tokenizer;
+use homeroom_engine::files::gguf::Gguf;
+use homeroom_engine::text::tokenizer::Tokenizer;
 
 fn main() -> Result<()> {
     let model = std::env::args_os().nth(1).context("usage: token_ids MODEL < rows.jsonl")?;

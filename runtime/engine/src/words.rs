@@ -20,11 +20,11 @@ pub(crate) fn value_of<T: Clone>(word: &str, known: &[(&'static str, T)]) -> Res
 
 #[cfg(test)]
 mod tests {
-    use crate::block::Compute;
+    use crate::adapt::merge::Floats;
+    use crate::adapt::requantize::StoredAs;
     use crate::data::OnLongRow;
-    use crate::merge::Floats;
-    use crate::requantize::StoredAs;
-    use crate::schedule::Schedule;
+    use crate::run::compute::Compute;
+    use crate::train::schedule::Schedule;
 
     #[test]
     fn every_choice_has_one_set_of_words() {

@@ -7,15 +7,16 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{Peft, PlanRequest};
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::adapter::{self, AdapterFiles, Record, StrategyRecord};
-use homeroom_engine::block::{Blocks, Compute};
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::adapter::{self, AdapterFiles, Record, StrategyRecord};
+use homeroom_engine::adapt::merge::{Floats, exportable, merge, save_model};
+use homeroom_engine::adapt::requantize::{kept_storage, store_as_planned};
 use homeroom_engine::data::Example;
-use homeroom_engine::digest::{self, FileDigests};
+use homeroom_engine::files::digest::{self, FileDigests};
 use homeroom_engine::files::{NewDirectory, utf8};
-use homeroom_engine::merge::{Floats, exportable, merge, save_model};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::requantize::{kept_storage, store_as_planned};
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::block::Blocks;
+use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, evaluate_examples, train};
 use serde_json::{Map, Value, json};
 

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::adapter::{AdapterFiles, CONFIG_FILE, is_adapter, with_text_of};
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::adapter::{AdapterFiles, CONFIG_FILE, is_adapter, with_text_of};
 use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::embedding::encoder_type;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
 
 use serde_json::Value;
 

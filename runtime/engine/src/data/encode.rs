@@ -7,8 +7,8 @@ use serde_json::Value as Json;
 
 use super::problem::{BAD_ROW, NO_EMBEDDING, NO_TEMPLATE, NOT_RENDERED, NOTHING, Problem, TOO_LONG, thousands};
 use super::{Example, Row};
-use crate::template::{ChatTemplate, Rendered, token_starts, tokenize};
-use crate::tokenizer::Tokenizer;
+use crate::text::template::{ChatTemplate, Rendered, token_starts, tokenize};
+use crate::text::tokenizer::Tokenizer;
 use crate::words::value_of;
 
 /// What happens to a row with more tokens than `max_seq_len`.

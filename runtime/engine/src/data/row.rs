@@ -6,7 +6,7 @@ use homeroom_abi::describe::nearest;
 use serde_json::{Map, Value as Json, json};
 
 use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, Problem, UNKNOWN_ROW};
-use crate::template::join_parts;
+use crate::text::template::join_parts;
 
 /// The roles of a message, as OpenAI names them.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];

@@ -6,7 +6,7 @@ use tempfile::NamedTempFile;
 
 use super::problem::spans;
 use super::*;
-use crate::template::ChatTemplate;
+use crate::text::template::ChatTemplate;
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 

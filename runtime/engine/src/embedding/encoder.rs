@@ -13,8 +13,8 @@ use candle_transformers::models::bert::{self, BertModel};
 use candle_transformers::models::xlm_roberta::{self, XLMRobertaModel};
 
 use super::config::{Activation, EncoderConfig, Family};
+use crate::files::tensors::{Tensors, map_directory};
 use crate::memory;
-use crate::tensors::{Tensors, map_directory};
 
 /// An encoder, its weights in f32.
 pub enum Encoder {

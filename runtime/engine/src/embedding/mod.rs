@@ -31,9 +31,9 @@ use self::pool::aside;
 pub use self::pool::each_aside;
 use self::text::TextSide;
 pub use self::text::Tokens;
+use crate::files::mapped;
 use crate::guard::quietly;
-use crate::mapped;
-use crate::tokenizer::Tokenizer;
+use crate::text::tokenizer::Tokenizer;
 
 /// Tokens of one pass: the activations of one take some megabytes, and [`EmbeddingModel::embed_while`] is heard between two.
 const PASS_TOKENS: usize = 512;

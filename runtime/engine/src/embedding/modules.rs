@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
+use crate::files::tensors::map_safetensors;
 use crate::files::{SMALL_FILE_BYTES_MAX, is_named, parse_object, read_text};
-use crate::tensors::map_safetensors;
 
 /// The list of modules of a sentence-transformers directory.
 pub const MODULES_FILE: &str = "modules.json";

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
-use crate::model::BaseModel;
-use crate::tensors::map_safetensors;
+use crate::files::tensors::map_safetensors;
+use crate::models::BaseModel;
 
 const MODELS: [&str; 5] = ["bert", "bert-dense", "distilbert", "roberta", "xlm-roberta"];
 

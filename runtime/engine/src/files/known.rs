@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
-use crate::tokenizer::TEMPLATES_DIR;
+use crate::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
+use crate::text::tokenizer::TEMPLATES_DIR;
 
 /// The files of an adapter, and those of a whole model that was trained, but for [`TEXT_FILES`].
 const RESULT_FILES: [&str; 7] = [

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::mapped::intact;
+use crate::files::mapped::intact;
 
 /// Refuses logits that no token can be drawn from. The likeliest of numbers that are none is the first token, often the one that
 /// ends the turn: an empty answer, where there is none.

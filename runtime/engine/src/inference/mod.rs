@@ -6,28 +6,26 @@
 //! the blocks. What a sequence comes to depends on its tokens alone, not on what is answered
 //! beside it, in which pieces its prompt was read, or whether the beginning of its prompt was taken over from another.
 
-mod cache;
-mod decode;
 mod finite;
+pub mod generate;
 mod sampler;
-mod schedule;
+mod scheduler;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_kernels::{ProductElement, bf16, on_pool};
 
-pub use self::cache::KvCache;
-use self::decode::Decoder;
 pub use self::sampler::Sampler;
-pub use self::schedule::{Answers, TOGETHER, Tokens};
-use crate::adaptation::Adaptation;
-use crate::batch::Batch;
-use crate::block::Compute;
-use crate::decoder::Cache;
-use crate::fused::{Fused, How};
-use crate::model::BaseModel;
-use crate::recipe::Pass;
+pub use self::scheduler::{Answers, TOGETHER, Tokens};
+use crate::adapt::adaptation::Adaptation;
+use crate::models::BaseModel;
+use crate::run::batch::Batch;
+use crate::run::compute::Compute;
+use crate::run::cpu::{Decoder, KvCache};
+use crate::run::cpu::{Fused, How};
+use crate::run::plain::decoder::Cache;
+use crate::run::plain::recipe::Pass;
 
 /// A model, perhaps with an adapter, made ready to answer. It keeps the adapter's values as they are now.
 pub struct Inference {

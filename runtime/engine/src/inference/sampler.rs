@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use anyhow::{Result, ensure};
 use homeroom_kernels::{Stream, softmax_weights};
 
-use crate::generate::Sampling;
+use crate::inference::generate::Sampling;
 
 /// Below this a temperature is 0: dividing logits by less overflows.
 const TEMPERATURE_MIN: f64 = 1e-6;

@@ -4,10 +4,10 @@
 use anyhow::{Result, anyhow, ensure};
 
 use super::{Run, TrainReport};
-use crate::batch::Batch;
 use crate::data::Example;
-use crate::mapped::whole;
-use crate::recipe::Pass;
+use crate::files::mapped::whole;
+use crate::run::batch::Batch;
+use crate::run::plain::recipe::Pass;
 
 /// A run that ended badly after it had learned something. The parameters are those after the last step of the report, whose loss
 /// was finite.

@@ -16,9 +16,9 @@ use homeroom_abi::step::Directive;
 use serde::Serialize;
 
 use super::{Generation, Run, StepReport};
-use crate::adaptation::{Adaptation, first_values, var};
-use crate::batch::Batch;
-use crate::block::Blocks;
+use crate::adapt::adaptation::{Adaptation, first_values, var};
+use crate::run::batch::Batch;
+use crate::run::block::Blocks;
 
 /// Steps that a new plan is on trial for at least: it is also until each of its parameters has had a gradient.
 const TRIAL_STEPS: u64 = 3;

@@ -7,8 +7,8 @@ use std::str::FromStr;
 use anyhow::{Error, Result};
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
+use homeroom_engine::run::compute::Compute;
 
 use crate::models::ModelRef;
 use crate::plugin::{Policy, Search, Trust};

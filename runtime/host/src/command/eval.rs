@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use homeroom_engine::block::Compute;
 use homeroom_engine::data::check_jsonl;
+use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::evaluate_examples;
 use serde_json::json;
 

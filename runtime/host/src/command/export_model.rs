@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use homeroom_engine::adapt::merge::{Floats, divergence, merge, save_model};
 use homeroom_engine::files::{NewDirectory, replaceable, utf8, vacant};
-use homeroom_engine::generate::prompt_ids;
-use homeroom_engine::merge::{Floats, divergence, merge, save_model};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::recipe::Pass;
+use homeroom_engine::inference::generate::prompt_ids;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::plain::recipe::Pass;
 use serde_json::json;
 
 use super::arguments::{ModelArgs, Word, one_of};

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use clap::{ArgGroup, Args};
-use homeroom_engine::adapter::is_adapter;
-use homeroom_engine::block::Compute;
+use homeroom_engine::adapt::adapter::is_adapter;
 use homeroom_engine::data::{Dataset, Example, check_jsonl, note_endless};
 use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::schedule::Schedule;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
+use homeroom_engine::train::schedule::Schedule;
 use homeroom_engine::train::{Broken, Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
 use serde_json::{Map, Value};
 

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use homeroom_engine::block::Compute;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use homeroom_engine::inference::TOGETHER;
+use homeroom_engine::run::compute::Compute;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 

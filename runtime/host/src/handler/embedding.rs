@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use homeroom_engine::block::Compute;
 use homeroom_engine::embedding::{EmbeddingModel, Tokens, each_aside, encoder_type};
+use homeroom_engine::run::compute::Compute;
 
 use super::local::{LONG, LONG_BYTES, OFFLINE, turn};
 use super::turns::{Turn, Turns};

@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use anyhow::Result;
-use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
-use homeroom_engine::block::Compute;
-use homeroom_engine::generate::{BlockEnd, Detokenizer, Finish, Sampling, prompt_ids};
+use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
+use homeroom_engine::inference::generate::{BlockEnd, Detokenizer, Finish, Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference, Tokens};
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
 use serde_json::{Value, json};
 
 use super::context::PATIENCE;

@@ -9,11 +9,11 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use homeroom_engine::adapter::AdapterFiles;
+use homeroom_engine::adapt::adapter::AdapterFiles;
 use homeroom_engine::embedding::{EmbeddingModel, encoder_type};
+use homeroom_engine::files::gguf::Gguf;
 use homeroom_engine::files::{Kept, NewDirectory, open_regular, open_to_readers, take_away};
-use homeroom_engine::gguf::Gguf;
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
 
 use super::cache::{self, Cached, Kind, Snapshot};
 use super::digest::{Digest, Hasher};

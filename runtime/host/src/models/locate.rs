@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use homeroom_engine::adapter::{AdapterFiles, NamedBase, is_adapter};
+use homeroom_engine::adapt::adapter::{AdapterFiles, NamedBase, is_adapter};
 use homeroom_engine::files::broken_link;
-use homeroom_engine::model::{BaseModel, Source};
+use homeroom_engine::models::{BaseModel, Source};
 
 use super::ModelRef;
 use super::missing::{how_to_bring, not_here, not_there};

@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_abi::describe::{Description, OptionKind, OptionSpec};
 use homeroom_abi::plan::{Plan, PlanRequest};
-use homeroom_engine::adapter::StrategyRecord;
-use homeroom_engine::conformance::{self, TinyModel, tiny_models};
+use homeroom_engine::adapt::adapter::StrategyRecord;
+use homeroom_engine::adapt::conformance::{self, TinyModel, tiny_models};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 

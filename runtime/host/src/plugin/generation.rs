@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Result;
 use homeroom_abi::plan::PlanRequest;
 use homeroom_abi::step::{Directive, StepAnswer, StepMetrics, StepRequest};
-use homeroom_engine::adaptation::Adaptation;
+use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::train::{Candidate, Change, Control, Observer, RunEvent, StepReport};
 use serde_json::{Map, Value};
 

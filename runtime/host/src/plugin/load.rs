@@ -15,8 +15,8 @@ use homeroom_abi::limits::{
 use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_abi::step::{StepAnswer, StepRequest};
 use homeroom_abi::table::{self, ABI_MAJOR, ABI_MINOR, Call, Descriptor, ENTRY, Entry, MAGIC};
-use homeroom_engine::adapter::StrategyRecord;
-use homeroom_engine::weight::NativeCodec;
+use homeroom_engine::adapt::adapter::StrategyRecord;
+use homeroom_engine::models::weight::NativeCodec;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 

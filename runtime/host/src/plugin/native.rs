@@ -6,8 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_abi::native::{Decode, Encode, NATIVE_CODEC, NativeCodec as Table};
 use homeroom_abi::table::{Bytes, GetExtension};
-use homeroom_engine::adapter::StrategyRecord;
-use homeroom_engine::weight::NativeCodec;
+use homeroom_engine::adapt::adapter::StrategyRecord;
+use homeroom_engine::models::weight::NativeCodec;
 use homeroom_kernels::{BlockCodec, Stream};
 
 use super::{Plugin, Search, Trust, foreign};

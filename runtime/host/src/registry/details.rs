@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use homeroom_engine::adapter::{CONFIG_FILE, read_manifest};
+use homeroom_engine::adapt::adapter::{CONFIG_FILE, read_manifest};
 use homeroom_engine::embedding::EmbeddingModel;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
 use serde::Serialize;
 use serde_json::{Map, Value};
 

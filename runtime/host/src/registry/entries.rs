@@ -5,13 +5,13 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use homeroom_engine::adapter::{
+use homeroom_engine::adapt::adapter::{
     Base, CONFIG_FILE, HOMEROOM_FILE, Manifest, NamedBase, WEIGHTS_FILE, is_adapter, read_manifest,
 };
 use homeroom_engine::embedding::encoder_type;
+use homeroom_engine::files::tensors::{map_directory, map_safetensors};
 use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, broken_link, bytes_below_few, is_named, read_text};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::tensors::{map_directory, map_safetensors};
+use homeroom_engine::models::BaseModel;
 use serde::Serialize;
 use serde_json::Value;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use homeroom_engine::adapter::read_manifest;
+use homeroom_engine::adapt::adapter::read_manifest;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, is_named, read_text};
 use serde::Serialize;
 

@@ -37,7 +37,7 @@ pub fn data_directory() -> Option<PathBuf> {
     }
 }
 
-/// Where digests of files are kept, see [`homeroom_engine::digest`].
+/// Where digests of files are kept, see [`homeroom_engine::files::digest`].
 pub fn kept_digests() -> Option<PathBuf> {
     data_directory().map(|data| data.join("digests.json"))
 }

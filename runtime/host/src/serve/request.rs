@@ -3,7 +3,7 @@
 //! A field that is not supported or not known is refused by name: an answer that silently ignores it is worse than none. A field that
 //! does not change the answer is ignored, and named in the header `x-ignored-params`.
 
-use homeroom_engine::template::join_parts;
+use homeroom_engine::text::template::join_parts;
 use serde_json::{Map, Value};
 
 use crate::handler::{HandlerError, Message, Request, Role};

@@ -5,9 +5,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use homeroom_abi::plan::ModuleKind;
-use homeroom_engine::block::Compute;
 use homeroom_engine::inference::{Inference, Kept};
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
 use homeroom_kernels::{Stream, bf16, cpu, read_gigabytes, register_loop_gflops, threads};
 use serde_json::json;
 

@@ -11,8 +11,8 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::{Example, OnLongRow, Problems, check_row, read_texts};
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::order;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::train::order;
 use mlua::{Function, IntoLuaMulti, Lua, MetaMethod, MultiValue, UserData, UserDataFields, UserDataMethods, Value};
 use sha2::{Digest, Sha256};
 

@@ -21,12 +21,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use homeroom_engine::block::Compute;
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::files::{NewDirectory, replace_file};
-use homeroom_engine::generate::{BlockEnd, Sampling, prompt_ids};
+use homeroom_engine::inference::generate::{BlockEnd, Sampling, prompt_ids};
 use homeroom_engine::inference::{Answers, Inference};
-use homeroom_engine::model::BaseModel;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::evaluate_examples;
 use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::PlanRequest;
-use homeroom_engine::adaptation::Adaptation;
-use homeroom_engine::adapter::{AdapterFiles, HOMEROOM_FILE, Manifest, is_adapter};
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::adapter::{AdapterFiles, HOMEROOM_FILE, Manifest, is_adapter};
+use homeroom_engine::adapt::requantize::store_as_planned;
 use homeroom_engine::files::read_text;
-use homeroom_engine::model::BaseModel;
-use homeroom_engine::requantize::store_as_planned;
+use homeroom_engine::models::BaseModel;
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::adapter::{CONFIG_FILE, HOMEROOM_FILE, is_adapter};
+use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, is_adapter};
 use homeroom_engine::files::{named_templates, result_files};
 
 /// Refuses a directory that is no trained model.

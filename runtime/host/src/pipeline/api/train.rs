@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use homeroom_engine::block::Compute;
 use homeroom_engine::data::{Example, note_endless};
 use homeroom_engine::files::NewDirectory;
+use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{Broken, Control, Evaluation, Observer, StepReport, TrainConfig, planned_steps};
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};

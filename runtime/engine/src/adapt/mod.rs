@@ -1,0 +1,8 @@
+//! What a strategy changes in a model: a plan made real, the files that keep it, and the model that it amounts to.
+
+pub mod adaptation;
+pub mod adapter;
+pub mod conformance;
+pub mod merge;
+pub mod peft;
+pub mod requantize;

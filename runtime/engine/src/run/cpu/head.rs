@@ -1,0 +1,136 @@
+//! The final norm, the frozen head and the cross-entropy as one operation over the rows that have a target: logits exist for
+//! some rows at a time, and their gradient takes their place.
+
+use std::sync::OnceLock;
+
+use homeroom_kernels::{
+    Codec, Columns, Finish, Left, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm,
+    rms_norm_backward, target_logits,
+};
+
+use super::Rows;
+use crate::adapt::adaptation::Adaptation;
+use crate::models::weight::Weight;
+use crate::models::{BaseModel, FINAL_NORM, HEAD};
+use crate::run::outcome::Outcome;
+use crate::run::profile::timed;
+
+/// Bytes of logits that exist at once: enough rows that packing the head's weight is little beside its product.
+const LOGITS_BYTES: usize = 36 << 20;
+
+/// A head that is not adapted, nor is the norm before it.
+pub struct FusedHead {
+    norm: Vec<f32>,
+    head: usize,
+    /// If products with its weight are in integers, its weight in eight bits, once it has been needed: it is read for each chunk of rows
+    /// anew, and rounding it as often would cost more than integers gain. `None` where it cannot be rounded.
+    rounded: Option<OnceLock<Option<Weight>>>,
+}
+
+impl FusedHead {
+    /// The head, in integers where that is asked for and possible; `None` when it or the norm before it is adapted.
+    pub fn new<E: ProductElement>(model: &BaseModel, adaptation: Option<&Adaptation>, integers: bool) -> Option<Self> {
+        let (norm, head) = (model.module_index(FINAL_NORM)?, model.module_index(HEAD)?);
+        let frozen = |module| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
+        let info = &model.modules[head].info;
+        let fits = info.d_in.is_multiple_of(E::PER_WORD) && info.d_out.is_multiple_of(E::PER_WORD);
+        let plain = model.modules[norm].bias.is_none();
+        (frozen(norm) && frozen(head) && fits && plain).then(|| {
+            let whole_words = info.d_in.is_multiple_of(4) && info.d_out.is_multiple_of(4);
+            let rounded = (integers && whole_words).then(OnceLock::new);
+            Self { norm: model.modules[norm].weight.decode(0..1), head, rounded }
+        })
+    }
+
+    /// Whether its weight is multiplied in integers.
+    pub fn in_integers(&self) -> bool {
+        self.rounded.is_some()
+    }
+
+    /// Loss over the residual stream x, of all rows or of those with a target alone. With a scale, `dx`, of the same rows, becomes
+    /// the gradient of `scale` times the sum of losses.
+    pub fn loss<E: ProductElement>(
+        &self,
+        rows: &mut Rows<'_, E>,
+        x: &[f32],
+        train: Option<(f32, &mut [f32])>,
+    ) -> Outcome {
+        let model = rows.pass.model;
+        let (targets, target_rows) = (&rows.batch.targets, &rows.batch.target_rows);
+        let (c, n, v) = (model.config.hidden_size, targets.len(), model.modules[self.head].info.d_out);
+        let mut outcome = Outcome { trained: n, ..Outcome::default() };
+        let (scale, mut dx) = train.map_or((None, None), |(scale, dx)| (Some(scale), Some(dx)));
+        if let Some(dx) = &mut dx {
+            dx.fill(0.0);
+        }
+        if n == 0 {
+            return outcome;
+        }
+        let weight = model.modules[self.head].weight.matrix();
+        let rounded = self.rounded.as_ref().and_then(|rounded| {
+            let weight = &model.modules[self.head].weight;
+            rounded.get_or_init(|| weight.encoded(&Codec::int8()).ok()).as_ref()
+        });
+        let right = rounded.map_or(Right::Frozen(weight), |rounded| Right::Integers(rounded.matrix()));
+        let bias = model.modules[self.head].bias.as_ref().map(|bias| &bias[..]);
+        let mut residual = vec![0f32; n * c];
+        let place = |i: usize| if x.len() == n * c { i } else { target_rows[i] as usize };
+        residual.chunks_exact_mut(c).enumerate().for_each(|(i, row)| row.copy_from_slice(&x[place(i) * c..][..c]));
+        let (mut normal, mut scaled) = (vec![E::default(); n * c], vec![E::default(); n * c]);
+        let mut inverse = vec![0f32; n];
+        let epsilon = model.config.rms_norm_eps as f32;
+        timed("forward norm", || rms_norm(&residual, &self.norm, epsilon, &mut normal, &mut inverse, &mut scaled));
+
+        let mut distance = vec![0f32; n];
+        timed("forward head", || target_logits(&scaled, &weight, targets, &mut distance));
+        for (distance, target) in distance.iter_mut().zip(targets) {
+            *distance = -(*distance + bias.map_or(0.0, |bias| bias[*target as usize]));
+        }
+        // Chunks of one size: a small one at the end would cost a packing of the whole head.
+        let most = (LOGITS_BYTES / (v * size_of::<E>())).clamp(48, 1024);
+        let chunk = n.div_ceil(n.div_ceil(most));
+        let mut logits = rows.logits(chunk * v);
+        let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
+        let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
+        let scales = scale.map(|scale| vec![scale; n]);
+        for from in (0..n).step_by(chunk) {
+            let part = from..n.min(from + chunk);
+            let count = part.len();
+            let logits = &mut logits[..count * v];
+            timed("forward head", || {
+                let left = Left::rows(&scaled[part.start * c..part.end * c], c);
+                let terms = [Term::forward(left, right)];
+                let columns = [Columns { terms: &terms, at: 0, bias }];
+                let finish = Finish { row_add: Some(&distance[part.clone()]), ..Finish::default() };
+                product(count, &columns, Output::Narrow(logits), v, finish);
+            });
+            timed("cross-entropy", || {
+                let (losses, correct) = (&mut losses[part.clone()], &mut correct[part.clone()]);
+                let scales = scales.as_ref().map(|scales| &scales[part.clone()]);
+                cross_entropy(v, logits, &targets[part.clone()], None, scales, losses, correct);
+            });
+            if scale.is_some() {
+                timed("backward head", || {
+                    let terms = [Term::backward(Left::rows(logits, v), right)];
+                    let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                    let dy = Output::Wide(&mut dy[part.start * c..part.end * c]);
+                    product(count, &columns, dy, c, Finish::default());
+                });
+            }
+        }
+        rows.give_logits(logits);
+        outcome.loss_sum = losses.iter().map(|loss| f64::from(*loss)).sum();
+        outcome.correct = correct.iter().filter(|correct| **correct).count();
+        if let Some(dx) = dx {
+            // The residual's rows become their gradient.
+            residual.fill(0.0);
+            timed("backward norm", || {
+                rms_norm_backward(&normal, &self.norm, &inverse, &dy, &mut residual, &mut scaled);
+            });
+            for (i, d_row) in residual.chunks_exact(c).enumerate() {
+                dx[place(i) * c..][..c].copy_from_slice(d_row);
+            }
+        }
+        outcome
+    }
+}

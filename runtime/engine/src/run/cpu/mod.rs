@@ -1,0 +1,398 @@
+//! Blocks as single operations: a hand-written forward and backward over reused buffers, where every recipe in a block is none or
+//! a low-rank update. Any other block runs plain, as a composition of candle operations, beside them.
+
+mod decode;
+mod head;
+mod kv_cache;
+mod layer;
+pub(crate) mod low_rank;
+mod site;
+mod workspace;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+use homeroom_kernels::{KeyValueGradients, ProductElement, RotaryTable, to_elements};
+use rayon::prelude::*;
+
+pub use self::decode::Decoder;
+use self::head::FusedHead;
+pub use self::kv_cache::KvCache;
+use self::layer::{FusedLayer, LayerSaved};
+use self::workspace::Workspace;
+use crate::adapt::adaptation::Adaptation;
+use crate::models::config::ModelConfig;
+use crate::models::{BaseModel, EMBEDDING};
+use crate::run::batch::Batch;
+use crate::run::gradients::Gradients;
+use crate::run::outcome::Outcome;
+use crate::run::plain::block::{Keep, Plain, Saved, lowest_trained, plain_head};
+use crate::run::plain::recipe::Pass;
+use crate::run::profile::timed;
+
+/// A model's blocks, each with how it is run, and the buffers that fused ones share.
+pub struct Fused<E> {
+    layers: Vec<Option<FusedLayer<E>>>,
+    head: Option<FusedHead>,
+    /// Whether the embedding only looks rows up.
+    looks_up: bool,
+    workspace: Workspace<E>,
+    logits: Vec<E>,
+    table: RotaryTable,
+    partial: KeyValueGradients,
+}
+
+/// What may be done with the blocks of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Fuse those that can be; false: all are plain.
+    pub fuse: bool,
+    /// Multiply in integers where a weight's storage allows it.
+    pub integers: bool,
+}
+
+/// The rows of a pass, and the buffers that they go through.
+pub(crate) struct Rows<'a, E> {
+    pass: &'a Pass<'a>,
+    batch: &'a Batch,
+    workspace: &'a mut Workspace<E>,
+    logits: &'a mut Vec<E>,
+}
+
+impl<E: ProductElement> Rows<'_, E> {
+    fn count(&self) -> usize {
+        self.batch.ids.len()
+    }
+
+    /// Calls `f` with other rows, of which there are no more, and the same buffers.
+    fn with<R>(&mut self, batch: &Batch, f: impl FnOnce(&mut Rows<'_, E>) -> R) -> R {
+        let Rows { pass, batch: present, workspace, logits } = self;
+        workspace.begin(batch.ids.len());
+        let result = f(&mut Rows { pass, batch, workspace, logits });
+        self.workspace.begin(present.ids.len());
+        result
+    }
+
+    /// The buffer of logits, at least so long.
+    fn logits(&mut self, len: usize) -> Vec<E> {
+        let mut logits = std::mem::take(self.logits);
+        if logits.len() < len {
+            logits.resize(len, E::default());
+        }
+        logits
+    }
+
+    fn give_logits(&mut self, logits: Vec<E>) {
+        *self.logits = logits;
+    }
+}
+
+/// The residual stream, or its gradient, between two blocks.
+enum Stream {
+    /// For plain blocks.
+    Tensor(Tensor),
+    /// For fused ones: (N, C), f32.
+    Buffer(Vec<f32>),
+}
+
+impl Stream {
+    fn into_tensor(self, rows: usize) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor),
+            Self::Buffer(buffer) => {
+                let width = buffer.len() / rows.max(1);
+                Ok(Tensor::from_vec(buffer, (rows, width), &Device::Cpu)?)
+            }
+        }
+    }
+
+    fn into_buffer(self) -> Result<Vec<f32>> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor.flatten_all()?.to_vec1()?),
+            Self::Buffer(buffer) => Ok(buffer),
+        }
+    }
+}
+
+/// What a block kept.
+enum Kept<E> {
+    Plain(Saved),
+    Fused(Box<LayerSaved<E>>),
+    /// The input alone, to run forward from again.
+    Input(Vec<f32>),
+}
+
+impl<E: ProductElement> Fused<E> {
+    /// Decides for each block how it is run.
+    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, how: How) -> Self {
+        let How { fuse, integers } = how;
+        let layers = 0..model.config.num_hidden_layers;
+        let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer, integers).filter(|_| fuse)).collect();
+        let head = fuse.then(|| FusedHead::new::<E>(model, adaptation, integers)).flatten();
+        let embedding = model.module_index(EMBEDDING);
+        let adapted = embedding.is_some_and(|module| adaptation.is_some_and(|a| a.of(module).is_some()));
+        let (workspace, logits, table) = (Workspace::new(), Vec::new(), RotaryTable::default());
+        let partial = KeyValueGradients::default();
+        Self { layers, head, looks_up: fuse && !adapted, workspace, logits, table, partial }
+    }
+
+    /// Whether a layer or the head multiplies in integers.
+    pub fn in_integers(&self) -> bool {
+        self.layers.iter().flatten().any(FusedLayer::in_integers)
+            || self.head.as_ref().is_some_and(FusedHead::in_integers)
+    }
+
+    /// Layers that run fused, and all layers; whether the head does.
+    pub fn counts(&self) -> (usize, usize, bool) {
+        (self.layers.iter().flatten().count(), self.layers.len(), self.head.is_some())
+    }
+
+    /// Loss of a batch, without gradients.
+    ///
+    /// # Errors
+    /// When a tensor operation fails or a token has no embedding.
+    pub fn evaluate(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Outcome> {
+        let keep = |_| Keep::Nothing;
+        let (h, _) = self.up(pass, batch, &keep)?;
+        Ok(self.top(pass, batch, h, None)?.0)
+    }
+
+    /// Loss of a batch; the gradients of `scale` times its sum are added to `gradients`.
+    ///
+    /// # Errors
+    /// As [`Fused::evaluate`].
+    pub fn forward_backward(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        scale: f64,
+        recompute: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Outcome> {
+        let lowest = lowest_trained(pass)?;
+        let keep = |index: usize| {
+            let input_gradient = index > lowest;
+            match (index >= lowest, recompute) {
+                (false, _) => Keep::Nothing,
+                (true, false) => Keep::All { input_gradient },
+                (true, true) => Keep::Input { input_gradient },
+            }
+        };
+        let (h, kept) = self.up(pass, batch, &keep)?;
+        let (outcome, dh) = self.top(pass, batch, h, Some((scale, gradients)))?;
+        if let Some(dh) = dh {
+            self.back_down(pass, batch, kept, dh, lowest, gradients)?;
+        }
+        Ok(outcome)
+    }
+
+    /// All blocks in order: the residual stream, and what each kept.
+    fn up(&mut self, pass: &Pass<'_>, batch: &Batch, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
+        self.begin(pass, batch);
+        // An optimizer may have changed them since the pass before.
+        self.load(pass)?;
+        let (m, few) = (batch.ids.len(), self.few(pass, batch));
+        let mut kept = Vec::with_capacity(self.layers.len() + 1);
+        let mut h = if self.looks_up {
+            kept.push(Kept::Plain(Saved::Nothing));
+            Stream::Buffer(timed("embedding", || self.look_up(pass, batch))?)
+        } else {
+            let (h, saved) = Plain::embedding().forward(pass, batch, None, keep(0))?;
+            kept.push(Kept::Plain(saved));
+            Stream::Tensor(h)
+        };
+        for (number, layer) in self.layers.iter().enumerate() {
+            let keep = keep(number + 1);
+            h = match layer {
+                Some(layer) => {
+                    let x = h.into_buffer()?;
+                    let few = few.as_ref().filter(|_| number + 1 == self.layers.len());
+                    let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+                    let input = matches!(keep, Keep::Input { .. }).then(|| {
+                        let mut input = rows.workspace.wide.take(pass.model.config.hidden_size);
+                        input.copy_from_slice(&x);
+                        input
+                    });
+                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
+                    kept.push(match (keep, input) {
+                        (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
+                        (_, input) => {
+                            layer.discard(rows, saved);
+                            input.map_or(Kept::Plain(Saved::Nothing), Kept::Input)
+                        }
+                    });
+                    Stream::Buffer(x)
+                }
+                None => {
+                    let x = h.into_tensor(m)?;
+                    let plain = Plain::layer(number);
+                    let (h, saved) = timed("forward plain layer", || plain.forward(pass, batch, Some(&x), keep))?;
+                    kept.push(Kept::Plain(saved));
+                    Stream::Tensor(h)
+                }
+            };
+        }
+        Ok((h, kept))
+    }
+
+    /// The rows with a target as a batch of their own, if there are others: all that the fused head needs of the layer below.
+    fn few(&self, pass: &Pass<'_>, batch: &Batch) -> Option<Batch> {
+        let some = (1..batch.ids.len()).contains(&batch.targets.len());
+        (some && self.head.is_some() && pass.dtype == DType::F32).then(|| batch.rows(&batch.target_rows))
+    }
+
+    /// The residual stream (C) after the last of some rows that continue a sequence, whose cache takes them in; all layers are
+    /// fused, and [`Fused::load`] took the parameters over.
+    ///
+    /// # Errors
+    /// When there is no row or a token has no embedding.
+    pub fn continue_sequence(&mut self, pass: &Pass<'_>, batch: &Batch, cache: &mut KvCache<E>) -> Result<Vec<f32>> {
+        let last = batch.ids.len().checked_sub(1).context("there is no row")? as u32;
+        self.begin(pass, batch);
+        let mut x = self.look_up(pass, batch)?;
+        // Above the last layer's keys and values nothing is asked for but the last row.
+        let batch = &Batch { target_rows: vec![last], ..batch.clone() };
+        let of_last = (last > 0).then(|| batch.rows(&batch.target_rows));
+        for (number, layer) in self.layers.iter().enumerate() {
+            let layer = layer.as_ref().context("a layer is not fused")?;
+            let few = of_last.as_ref().filter(|_| number + 1 == self.layers.len());
+            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+            let (above, saved) = layer.forward(rows, few, &self.table, x, Some((&mut *cache, number)));
+            layer.discard(rows, saved);
+            x = above;
+        }
+        cache.advance(batch.ids.len(), true);
+        let c = pass.model.config.hidden_size;
+        let row = x[x.len() - c..].to_vec();
+        self.workspace.wide.give(c, x);
+        Ok(row)
+    }
+
+    /// Cosines and sines of positions below `positions` at least.
+    pub fn table(&mut self, config: &ModelConfig, positions: usize) -> &RotaryTable {
+        if positions > self.table.rows() {
+            let positions = positions.next_power_of_two().min(config.max_position_embeddings).max(positions);
+            self.table = RotaryTable::new(config.head_dim);
+            self.table.append(positions, &config.rope_frequencies(), 1.0);
+        }
+        &self.table
+    }
+
+    /// Takes the present values of the parameters over, in E.
+    ///
+    /// # Errors
+    /// When a parameter is not f32.
+    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
+        timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
+    }
+
+    /// Readies buffers and tables for a pass.
+    fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) {
+        // The embedding alone may be looked up, under blocks that are all plain: it takes a buffer, too.
+        self.workspace.begin(batch.ids.len());
+        if self.layers.iter().any(Option::is_some) {
+            let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
+            self.table(&pass.model.config, positions);
+        }
+    }
+
+    /// Rows of the frozen embedding: (N, C).
+    fn look_up(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Vec<f32>> {
+        let module = pass.embedding(batch)?;
+        let c = pass.model.config.hidden_size;
+        let mut x = self.workspace.wide.take(c);
+        let weight = pass.model.modules[module].weight.matrix();
+        x.par_chunks_mut(c).zip(&batch.ids[..]).for_each(|(x, id)| {
+            weight.decode_rows(*id as usize..*id as usize + 1, x);
+        });
+        Ok(x)
+    }
+
+    /// Norm, head and loss; with a scale, also the gradient of the residual stream.
+    fn top(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        h: Stream,
+        train: Option<(f64, &mut Gradients)>,
+    ) -> Result<(Outcome, Option<Stream>)> {
+        let Some(head) = self.head.as_ref().filter(|_| pass.dtype == DType::F32) else {
+            let h = h.into_tensor(batch.ids.len())?;
+            let (outcome, dh) = timed("plain head", || plain_head(pass, batch, &h, train))?;
+            return Ok((outcome, dh.map(Stream::Tensor)));
+        };
+        let x = h.into_buffer()?;
+        let c = pass.model.config.hidden_size;
+        let mut dx = train.is_some().then(|| {
+            let mut dx = self.workspace.wide.take(c);
+            dx.truncate(x.len());
+            dx
+        });
+        let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+        let outcome = head.loss(rows, &x, train.map(|(scale, _)| scale as f32).zip(dx.as_deref_mut()));
+        self.workspace.wide.give(c, x);
+        Ok((outcome, dx.map(Stream::Buffer)))
+    }
+
+    /// All blocks from the top down to the lowest that trains.
+    fn back_down(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        mut kept: Vec<Kept<E>>,
+        dh: Stream,
+        lowest: usize,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (m, c, few) = (batch.ids.len(), pass.model.config.hidden_size, self.few(pass, batch));
+        // The gradient, and for fused blocks the same as E.
+        let (mut dh, mut narrow) = (Some(dh), None::<Vec<E>>);
+        for index in (lowest..kept.len()).rev() {
+            let (Some(saved), Some(above)) = (kept.pop(), dh.take()) else { break };
+            let layer = index.checked_sub(1).and_then(|number| self.layers[number].as_ref());
+            let Some(layer) = layer else {
+                let Kept::Plain(saved) = saved else { unreachable!("a plain block keeps what plain blocks keep") };
+                let plain = Plain::at(index);
+                let above = above.into_tensor(m)?;
+                dh = timed("backward plain", || plain.backward(pass, batch, saved, &above, gradients))?
+                    .map(Stream::Tensor);
+                narrow = None;
+                continue;
+            };
+            let dx = above.into_buffer()?;
+            let few = few.as_ref().filter(|_| index == self.layers.len());
+            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+            let dx_narrow = narrow.take().unwrap_or_else(|| {
+                let mut narrow = rows.workspace.narrow.take(c);
+                narrow.truncate(dx.len());
+                to_elements(&dx, &mut narrow);
+                narrow
+            });
+            let saved = match saved {
+                Kept::Fused(saved) => *saved,
+                Kept::Input(x) => {
+                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
+                    rows.workspace.wide.give(c, x);
+                    saved
+                }
+                Kept::Plain(_) => break,
+            };
+            let input_gradient = index > lowest;
+            let (table, partial) = (&self.table, &mut self.partial);
+            let down = (dx, dx_narrow);
+            let (dx, dx_narrow) = layer.backward(rows, few, table, partial, saved, down, input_gradient, gradients)?;
+            narrow = Some(dx_narrow);
+            if input_gradient {
+                dh = Some(Stream::Buffer(dx));
+            } else {
+                self.workspace.wide.give(c, dx);
+            }
+        }
+        if let Some(narrow) = narrow {
+            self.workspace.narrow.give(c, narrow);
+        }
+        if let Some(Stream::Buffer(buffer)) = dh {
+            self.workspace.wide.give(c, buffer);
+        }
+        Ok(())
+    }
+}

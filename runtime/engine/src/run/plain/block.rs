@@ -1,0 +1,207 @@
+//! Blocks as compositions of candle operations, differentiated by candle's tape: forward keeps what backward needs, or the input
+//! alone, and backward drops what it used.
+
+use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{D, DType, Device, Tensor, Var};
+
+use super::recipe::Pass;
+use crate::adapt::adaptation::Adaptation;
+use crate::models::{BaseModel, EMBEDDING};
+use crate::run::batch::Batch;
+use crate::run::gradients::Gradients;
+use crate::run::outcome::Outcome;
+
+/// Values in one chunk of logits: the vocabulary-sized logits of a whole batch never exist.
+const LOGITS_CHUNK: usize = 8 << 20;
+
+/// What forward keeps for backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// Nothing: there will be no backward.
+    Nothing,
+    /// What backward needs.
+    All {
+        /// Whether the input's gradient is wanted.
+        input_gradient: bool,
+    },
+    /// The input alone; backward runs forward again.
+    Input {
+        /// Whether the input's gradient is wanted.
+        input_gradient: bool,
+    },
+}
+
+/// What forward kept.
+pub(crate) enum Saved {
+    /// Nothing.
+    Nothing,
+    /// candle's tape from the input, if its gradient is wanted, to the output.
+    Tape {
+        /// The input as a variable.
+        input: Option<Var>,
+        /// The output, with its graph.
+        output: Tensor,
+    },
+    /// The input, to run forward from again.
+    Input {
+        /// The input; `None` for the embedding, whose input is the batch.
+        input: Option<Tensor>,
+        /// Whether its gradient is wanted.
+        input_gradient: bool,
+    },
+}
+
+/// A block as a composition of candle operations, differentiated by candle's tape.
+pub(crate) struct Plain {
+    /// `None`: the embedding.
+    layer: Option<usize>,
+}
+
+impl Plain {
+    /// The embedding.
+    pub(crate) fn embedding() -> Self {
+        Self { layer: None }
+    }
+
+    /// A decoder layer.
+    pub(crate) fn layer(layer: usize) -> Self {
+        Self { layer: Some(layer) }
+    }
+
+    /// The block with this number: 0 is the embedding.
+    pub(crate) fn at(index: usize) -> Self {
+        Self { layer: index.checked_sub(1) }
+    }
+
+    fn compose(&self, pass: &Pass<'_>, batch: &Batch, x: Option<&Tensor>) -> Result<Tensor> {
+        match (self.layer, x) {
+            (Some(layer), Some(x)) => pass.layer(layer, x, batch, None),
+            _ => pass.embed(batch),
+        }
+    }
+
+    fn taped(&self, pass: &Pass<'_>, batch: &Batch, x: Option<&Tensor>, input_gradient: bool) -> Result<Saved> {
+        let input = x.filter(|_| input_gradient).map(Var::from_tensor).transpose()?;
+        let output = self.compose(pass, batch, input.as_ref().map(Var::as_tensor).or(x))?;
+        Ok(Saved::Tape { input, output })
+    }
+
+    /// Output (N, C), and what [`Plain::backward`] needs if it is going to be called.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub(crate) fn forward(
+        &self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        x: Option<&Tensor>,
+        keep: Keep,
+    ) -> Result<(Tensor, Saved)> {
+        match keep {
+            Keep::Nothing => Ok((self.compose(pass, batch, x)?.detach(), Saved::Nothing)),
+            Keep::Input { input_gradient } => {
+                let output = self.compose(pass, batch, x)?.detach();
+                Ok((output, Saved::Input { input: x.cloned(), input_gradient }))
+            }
+            Keep::All { input_gradient } => {
+                let saved = self.taped(pass, batch, x, input_gradient)?;
+                let Saved::Tape { output, .. } = &saved else { unreachable!("`taped` yields a tape") };
+                Ok((output.detach(), saved))
+            }
+        }
+    }
+
+    /// From the output's gradient (N, C), the input's, if it is wanted; parameters' gradients are added to `gradients`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub(crate) fn backward(
+        &self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        saved: Saved,
+        dy: &Tensor,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let (input, output) = match saved {
+            Saved::Nothing => return Ok(None),
+            Saved::Tape { input, output } => (input, output),
+            Saved::Input { input, input_gradient } => match self.taped(pass, batch, input.as_ref(), input_gradient)? {
+                Saved::Tape { input, output } => (input, output),
+                _ => unreachable!("`taped` yields a tape"),
+            },
+        };
+        // The gradient of Σ y∘dy is candle's way to start from dy.
+        let mut store = (&output * dy)?.sum_all()?.backward()?;
+        collect(pass, &mut store, gradients)?;
+        Ok(input.and_then(|input| store.remove(input.as_tensor())))
+    }
+}
+
+/// Moves the gradients of parameters from candle's store.
+fn collect(pass: &Pass<'_>, store: &mut GradStore, gradients: &mut Gradients) -> Result<()> {
+    for (index, param) in pass.params.iter().enumerate().filter(|(_, param)| param.is_variable()) {
+        if let Some(gradient) = store.remove(param) {
+            gradients.add(index, gradient)?;
+        }
+    }
+    Ok(())
+}
+
+/// The lowest block with a trained parameter; one above the highest if there is none.
+pub(crate) fn lowest_trained(pass: &Pass<'_>) -> Result<usize> {
+    let adaptation = pass.adaptation.context("nothing is adapted, so nothing is trained")?;
+    let blocks = pass.model.config.num_hidden_layers + 1;
+    Ok((0..blocks).find(|block| trains(pass.model, adaptation, *block)).unwrap_or(blocks))
+}
+
+fn trains(model: &BaseModel, adaptation: &Adaptation, block: usize) -> bool {
+    match block.checked_sub(1) {
+        None => model.module_index(EMBEDDING).is_some_and(|module| adaptation.trains(module)),
+        Some(layer) => {
+            let at = model.layers[layer];
+            let modules = [at.input_norm, at.q, at.k, at.v, at.o, at.post_norm, at.gate, at.up, at.down];
+            modules.iter().any(|module| adaptation.trains(*module))
+        }
+    }
+}
+
+/// Norm, head and cross-entropy over the rows that have a target, in chunks; with a scale, also the gradient of the
+/// residual stream (N, C) of `scale` times the sum.
+pub(crate) fn plain_head(
+    pass: &Pass<'_>,
+    batch: &Batch,
+    h: &Tensor,
+    mut train: Option<(f64, &mut Gradients)>,
+) -> Result<(Outcome, Option<Tensor>)> {
+    let mut outcome = Outcome { trained: batch.targets.len(), ..Outcome::default() };
+    let chunk = (LOGITS_CHUNK / pass.model.config.vocab_size).max(16);
+    let mut row_gradients = Vec::new();
+    for (rows, targets) in batch.target_rows.chunks(chunk).zip(batch.targets.chunks(chunk)) {
+        let index = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;
+        let x = h.index_select(&index, 0)?; // (n, C)
+        let input = train.is_some().then(|| Var::from_tensor(&x)).transpose()?;
+        let logits = pass.head(input.as_ref().map_or(&x, Var::as_tensor), &batch.rows(rows))?; // (n, V)
+        let likeliest = logits.detach().argmax(D::Minus1)?.to_vec1::<u32>()?;
+        outcome.correct += likeliest.iter().zip(targets).filter(|(token, target)| token == target).count();
+        let targets = Tensor::from_slice(targets, (targets.len(), 1), &Device::Cpu)?;
+        let log_probabilities = candle_nn::ops::log_softmax(&logits, D::Minus1)?.gather(&targets, 1)?; // (n, 1)
+        let values = log_probabilities.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        outcome.loss_sum -= values.iter().sum::<f64>();
+        if let (Some((scale, gradients)), Some(input)) = (&mut train, input) {
+            let mut store = (log_probabilities.sum_all()? * -*scale)?.backward()?;
+            collect(pass, &mut store, gradients)?;
+            row_gradients.push(store.remove(input.as_tensor()).context("the head cut its gradient")?);
+        }
+    }
+    if train.is_none() {
+        return Ok((outcome, None));
+    }
+    let zeros = h.zeros_like()?;
+    if row_gradients.is_empty() {
+        return Ok((outcome, Some(zeros)));
+    }
+    let index = Tensor::from_slice(&batch.target_rows, batch.target_rows.len(), &Device::Cpu)?;
+    Ok((outcome, Some(zeros.index_add(&index, &Tensor::cat(&row_gradients, 0)?, 0)?)))
+}

@@ -1,0 +1,7 @@
+//! The plain backend: blocks as compositions of candle operations, which run any recipe and are what others are held to.
+
+pub mod attention;
+pub(crate) mod block;
+pub mod decoder;
+pub mod frozen_linear;
+pub mod recipe;

@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use crate::attention::Attention;
 use crate::cpu::{Cpu, cpu, per_cpu};
-use crate::element::{Element, exp, largest, sum, sum2, tanh};
+use crate::element::{Element, exp, largest, sum, sum2};
 use crate::product::grown;
+use crate::soft_cap::cap_scores;
 
 /// Positions of the shortest span. The length of others is a multiple.
 const SPAN: usize = 64;
@@ -75,7 +76,7 @@ pub fn attend<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize,
             return unsafe { avx512::part_of(q, rows, (shape.scale, shape.soft_cap), (scores, turned), out) };
         }
         let _ = turned;
-        part_of(cpu, q, rows, shape.scale, shape.soft_cap, scores, out);
+        part_of(cpu, q, rows, cpu, shape.scale, shape.soft_cap, scores, out);
     });
 }
 
@@ -109,6 +110,7 @@ per_cpu! {
     fn part_of<E: Element>(
         q: &[f32],
         rows: Rows<'_, E>,
+        cpu: Cpu,
         scale: f32,
         cap: Option<f32>,
         scores: &mut [f32],
@@ -122,7 +124,10 @@ per_cpu! {
                 scores[head * stride + j] = sum2(q, &row[head / group * d..][..d], |q, k| q * k) * scale;
             }
         }
-        weigh(rows.count(), d, cap, scores, stride, out);
+        if let Some(cap) = cap {
+            cap_all(cpu, rows.count(), cap, scores, stride);
+        }
+        weigh(rows.count(), d, scores, stride, out);
         for (j, row) in rows.values.chunks_exact(rows.width()).enumerate() {
             for (head, (out, scores)) in out.chunks_exact_mut(d + 2).zip(scores.chunks_exact(stride)).enumerate() {
                 let (weight, value) = (scores[j], &row[(rows.kv_heads + head / group) * d..][..d]);
@@ -134,15 +139,19 @@ per_cpu! {
     }
 }
 
+/// Caps the scores of every head with n positions.
+#[cold]
+fn cap_all(cpu: Cpu, n: usize, cap: f32, scores: &mut [f32], stride: usize) {
+    for scores in scores.chunks_exact_mut(stride) {
+        cap_scores(cpu, &mut scores[..n], 1.0, cap);
+    }
+}
+
 /// Scores, scaled, to weights; their sum and what they are relative to stand behind the sums of values, which begin at 0.
 #[inline(always)]
-fn weigh(n: usize, d: usize, cap: Option<f32>, scores: &mut [f32], stride: usize, out: &mut [f32]) {
+fn weigh(n: usize, d: usize, scores: &mut [f32], stride: usize, out: &mut [f32]) {
     for (out, scores) in out.chunks_exact_mut(d + 2).zip(scores.chunks_exact_mut(stride)) {
         let scores = &mut scores[..n];
-        if let Some(cap) = cap {
-            let inverse = 1.0 / cap;
-            scores.iter_mut().for_each(|score| *score = cap * tanh(*score * inverse));
-        }
         let top = largest(scores);
         for score in scores.iter_mut() {
             *score = exp(*score - top);
@@ -159,7 +168,8 @@ fn weigh(n: usize, d: usize, cap: Option<f32>, scores: &mut [f32], stride: usize
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{Rows, STEP, weigh};
+    use super::{Rows, STEP, cap_all, weigh};
+    use crate::cpu::Cpu;
     use crate::element::Element;
 
     /// Scores that are added up together: of some query heads with some keys.
@@ -278,7 +288,10 @@ mod avx512 {
                 }
             }
         }
-        weigh(n, d, cap, scores, stride, out);
+        if let Some(cap) = cap {
+            cap_all(Cpu::Avx512, n, cap, scores, stride);
+        }
+        weigh(n, d, scores, stride, out);
         for kv_head in 0..rows.kv_heads {
             for first in (0..group).step_by(4) {
                 let head = kv_head * group + first;

@@ -11,6 +11,7 @@ use crate::attention::Attention;
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{Element, exp, largest, sum, sum2};
 use crate::product::grown;
+use crate::soft_cap::cap_scores;
 
 /// Positions of the shortest span. The length of others is a multiple.
 const SPAN: usize = 64;
@@ -64,7 +65,7 @@ pub fn attend<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize,
     let seen = first.max(part * span)..positions.min((part + 1) * span);
     assert!(!seen.is_empty(), "there is no task {task}");
     let rows = Rows { values: &kept[seen.start * row..seen.end * row], d, kv_heads: shape.kv_heads };
-    let scale = (d as f32).powf(-0.5);
+    assert!(shape.soft_cap.is_none_or(|cap| cap > 0.0), "scores are capped at {:?}", shape.soft_cap);
     SCRATCH.with_borrow_mut(|scratch| {
         let scores = heads * rows.stride();
         let (scores, turned) = grown(scratch, scores + heads * d.next_multiple_of(STEP)).split_at_mut(scores);
@@ -72,10 +73,10 @@ pub fn attend<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize,
         #[cfg(target_arch = "x86_64")]
         if cpu >= Cpu::Avx512 {
             // SAFETY: the processor has AVX-512, and rows are whole, as asserted.
-            return unsafe { avx512::part_of(q, rows, scale, (scores, turned), out) };
+            return unsafe { avx512::part_of(q, rows, (shape.scale, shape.soft_cap), (scores, turned), out) };
         }
         let _ = turned;
-        part_of(cpu, q, rows, scale, scores, out);
+        part_of(cpu, q, rows, cpu, shape.scale, shape.soft_cap, scores, out);
     });
 }
 
@@ -106,7 +107,15 @@ impl<E> Rows<'_, E> {
 }
 
 per_cpu! {
-    fn part_of<E: Element>(q: &[f32], rows: Rows<'_, E>, scale: f32, scores: &mut [f32], out: &mut [f32]) {
+    fn part_of<E: Element>(
+        q: &[f32],
+        rows: Rows<'_, E>,
+        cpu: Cpu,
+        scale: f32,
+        cap: Option<f32>,
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
         let (d, stride) = (rows.d, rows.stride());
         // Query heads that share a key head.
         let group = q.len() / (rows.kv_heads * d);
@@ -114,6 +123,9 @@ per_cpu! {
             for (head, q) in q.chunks_exact(d).enumerate() {
                 scores[head * stride + j] = sum2(q, &row[head / group * d..][..d], |q, k| q * k) * scale;
             }
+        }
+        if let Some(cap) = cap {
+            cap_all(cpu, rows.count(), cap, scores, stride);
         }
         weigh(rows.count(), d, scores, stride, out);
         for (j, row) in rows.values.chunks_exact(rows.width()).enumerate() {
@@ -127,7 +139,15 @@ per_cpu! {
     }
 }
 
-/// Scores to weights; their sum and what they are relative to stand behind the sums of values, which begin at 0.
+/// Caps the scores of every head with n positions.
+#[cold]
+fn cap_all(cpu: Cpu, n: usize, cap: f32, scores: &mut [f32], stride: usize) {
+    for scores in scores.chunks_exact_mut(stride) {
+        cap_scores(cpu, &mut scores[..n], 1.0, cap);
+    }
+}
+
+/// Scores, scaled, to weights; their sum and what they are relative to stand behind the sums of values, which begin at 0.
 #[inline(always)]
 fn weigh(n: usize, d: usize, scores: &mut [f32], stride: usize, out: &mut [f32]) {
     for (out, scores) in out.chunks_exact_mut(d + 2).zip(scores.chunks_exact_mut(stride)) {
@@ -148,7 +168,8 @@ fn weigh(n: usize, d: usize, scores: &mut [f32], stride: usize, out: &mut [f32])
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{Rows, STEP, weigh};
+    use super::{Rows, STEP, cap_all, weigh};
+    use crate::cpu::Cpu;
     use crate::element::Element;
 
     /// Scores that are added up together: of some query heads with some keys.
@@ -237,7 +258,7 @@ mod avx512 {
     pub unsafe fn part_of<E: Element>(
         q: &[f32],
         rows: Rows<'_, E>,
-        scale: f32,
+        (scale, cap): (f32, Option<f32>),
         (scores, turned): (&mut [f32], &mut [f32]),
         out: &mut [f32],
     ) {
@@ -266,6 +287,9 @@ mod avx512 {
                     }
                 }
             }
+        }
+        if let Some(cap) = cap {
+            cap_all(Cpu::Avx512, n, cap, scores, stride);
         }
         weigh(n, d, scores, stride, out);
         for kv_head in 0..rows.kv_heads {

@@ -10,11 +10,12 @@ use std::ops::Range;
 
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::cross_entropy::dot;
-use crate::element::{Element, exp, largest, replace_and_sum};
+use crate::element::{Element, exp, largest, replace_and_sum, tanh};
 use crate::panel::{narrow, pack_columns, pack_rows_padded, word};
 use crate::pool::{Shared, for_each, for_ranges};
 use crate::product::{ProductElement, grown};
 use crate::rope::{RotaryTable, rotate_back};
+use crate::soft_cap::cap_scores;
 use crate::tile::{PANEL, Segment, Store, rows};
 
 /// Shape of an attention and the rows that it is over.
@@ -30,6 +31,10 @@ pub struct Attention<'a> {
     pub head_dim: usize,
     /// A query sees so many positions, its own included; `None`: all before it.
     pub window: Option<usize>,
+    /// What products of queries and keys are multiplied by; 1 / √D in most models.
+    pub scale: f32,
+    /// Scores s, scaled, become `cap · tanh(s / cap)`; above 0. Source: Gemma Team 2024, <https://arxiv.org/abs/2408.00118>, section 2.
+    pub soft_cap: Option<f32>,
 }
 
 /// Query rows that forward takes at once: whole tiles, and their scores over 2,000 keys still fit the second-level cache.
@@ -49,10 +54,6 @@ impl Attention<'_> {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
-    fn scale(&self) -> f32 {
-        (self.head_dim as f32).powf(-0.5)
-    }
-
     fn window(&self) -> usize {
         self.window.unwrap_or(usize::MAX)
     }
@@ -70,6 +71,7 @@ impl Attention<'_> {
         let width = kv_heads.checked_mul(2).and_then(|both| both.checked_add(heads)?.checked_mul(self.head_dim));
         assert!(width.and_then(|width| width.checked_mul(rows)).is_some(), "{rows} rows of {heads} heads");
         assert!(self.window != Some(0), "a query sees its own position");
+        assert!(self.soft_cap.is_none_or(|cap| cap > 0.0), "scores are capped at {:?}", self.soft_cap);
     }
 
     fn check(&self, rows: usize) {
@@ -96,7 +98,7 @@ struct Scratch {
 
 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
 
-/// `softmax(q kᵀ / √D) v` for each head: rows of q, k, v (m, [`Attention::row`]) to out (m, H D); `log_sums` (H, m) is kept
+/// `softmax(scale q kᵀ) v` for each head, of scores that are capped if there is a cap: rows of q, k, v (m, [`Attention::row`]) to out (m, H D); `log_sums` (H, m) is kept
 /// for backward.
 ///
 /// # Panics
@@ -172,7 +174,7 @@ fn forward_chunk<E: ProductElement>(
     m: usize,
     scratch: &mut Scratch,
 ) {
-    let (d, window, scale) = (shape.head_dim, shape.window(), shape.scale());
+    let (d, window) = (shape.head_dim, shape.window());
     let &Source { queries: q, query_row, offset, keys: kv, key_row, .. } = source;
     let group = shape.heads / shape.kv_heads;
     let (key_at, value_at) = (source.key_at + kv_head * d, source.value_at + kv_head * d);
@@ -229,6 +231,14 @@ fn forward_chunk<E: ProductElement>(
             for (i, query) in block.clone().enumerate() {
                 let seen = query.saturating_sub(window - 1).max(first) - first..query + 1 - first;
                 let (scores, weights) = (&mut scores[i * step..][..step], &mut weights[i * step..][..step]);
+                // Capped scores are scaled already.
+                let scale = match shape.soft_cap {
+                    None => shape.scale,
+                    Some(cap) => {
+                        cap_scores(cpu, &mut scores[seen.clone()], shape.scale, cap);
+                        1.0
+                    }
+                };
                 let log_sum = softmax_row(cpu, scores, seen, low..high, scale, weights);
                 if let Some(log_sums) = log_sums {
                     // SAFETY: this task alone writes this head's and row's place.
@@ -287,6 +297,9 @@ pub struct KeyValueGradients {
 
 /// Gradients of q, k and v before their rotation: `d_qkv` laid out as `qkv`, from those of the output, `d_out` (m, H D).
 ///
+/// `positions` (m) are rows of the table by which [`rotate`](crate::rotate) turned q and k; without a table they were not turned,
+/// and only the number of rows counts.
+///
 /// # Panics
 /// When sizes disagree.
 #[allow(clippy::too_many_arguments)]
@@ -296,7 +309,7 @@ pub fn attention_backward<E: ProductElement>(
     out: &[E],
     log_sums: &[f32],
     d_out: &[E],
-    (positions, table): (&[u32], &RotaryTable),
+    (positions, table): (&[u32], Option<&RotaryTable>),
     partial: &mut KeyValueGradients,
     d_qkv: &mut [E],
 ) {
@@ -304,7 +317,8 @@ pub fn attention_backward<E: ProductElement>(
     shape.check(m);
     assert!(qkv.len() == m * row && d_qkv.len() == m * row && out.len() == m * heads * d);
     assert!(d_out.len() == out.len() && log_sums.len() == m * heads);
-    assert_eq!(table.head_dim(), d, "the table's heads are those that were rotated");
+    assert!(table.is_none_or(|table| table.head_dim() == d), "the table's heads are those that were rotated");
+    let turn = Turn { positions, table };
     let cpu = cpu();
     let d_keys = grown(&mut partial.keys, heads * m * d);
     let d_values = grown(&mut partial.values, heads * m * d);
@@ -317,13 +331,12 @@ pub fn attention_backward<E: ProductElement>(
         let (at, len) = ((head * m + sequence.start) * d, sequence.len() * d);
         // SAFETY: no two tasks have a head of a sequence in common.
         let gradients = unsafe { (shared_keys.slice(at, len), shared_values.slice(at, len)) };
-        let given = Given { qkv, out, log_sums: &log_sums[head * m..(head + 1) * m], d_out, positions, table };
+        let given = Given { qkv, out, log_sums: &log_sums[head * m..(head + 1) * m], d_out, turn };
         SCRATCH.with_borrow_mut(|scratch| {
             backward_head(cpu, shape, &given, (head, sequence), gradients, shared, scratch);
         });
     });
     let group = heads / shape.kv_heads;
-    let scale = shape.scale();
     for_ranges(m, 32, |range| {
         let mut total = vec![0f32; d];
         for r in range {
@@ -337,9 +350,8 @@ pub fn attention_backward<E: ProductElement>(
                         add(cpu, &from[(head * m + r) * d..][..d], total);
                     }
                 };
-                let (cos, sin) = table.at(positions[r]);
                 add_up(d_keys, &mut total);
-                rotate_back(cpu, &total, cos, sin, scale, &mut d_row[key_at..key_at + d]);
+                rotate_back(cpu, &total, turn.at(r), shape.scale, &mut d_row[key_at..key_at + d]);
                 add_up(d_values, &mut total);
                 narrow(cpu, &total, &mut d_row[value_at..value_at + d]);
             }
@@ -361,8 +373,21 @@ struct Given<'a, E> {
     out: &'a [E],
     log_sums: &'a [f32],
     d_out: &'a [E],
+    turn: Turn<'a>,
+}
+
+/// How rows were turned.
+#[derive(Clone, Copy)]
+struct Turn<'a> {
     positions: &'a [u32],
-    table: &'a RotaryTable,
+    table: Option<&'a RotaryTable>,
+}
+
+impl<'a> Turn<'a> {
+    /// Cosines and sines of a row, none if it was not turned.
+    fn at(&self, row: usize) -> (&'a [f32], &'a [f32]) {
+        self.table.map_or((&[], &[]), |table| table.at(self.positions[row]))
+    }
 }
 
 /// One query head of one sequence: its dq into `d_qkv`, its part of dk and dv (T, D) into `d_keys` and `d_values`.
@@ -375,8 +400,8 @@ fn backward_head<E: ProductElement>(
     d_qkv: Shared<E>,
     scratch: &mut Scratch,
 ) {
-    let (row, d, window, scale, t) = (shape.row(), shape.head_dim, shape.window(), shape.scale(), sequence.len());
-    let Given { qkv, out, log_sums, d_out, positions, table } = *given;
+    let (row, d, window, t) = (shape.row(), shape.head_dim, shape.window(), sequence.len());
+    let Given { qkv, out, log_sums, d_out, turn } = *given;
     let [query_at, key_at, value_at] = shape.places(head);
     let (out_row, out_at) = (shape.heads * d, head * d);
     let (words, strips, panel_words) = (d / E::PER_WORD, d.div_ceil(PANEL), PANEL / E::PER_WORD);
@@ -450,7 +475,16 @@ fn backward_head<E: ProductElement>(
                 unsafe { rows::<E, false>(cpu, count, PANEL - skip, &[segment], store) };
             }
             let place = (first, block.start, nq, window, skip);
-            weigh(cpu, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
+            match shape.soft_cap {
+                None => {
+                    let scale = shape.scale;
+                    weigh(cpu, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
+                }
+                Some(cap) => {
+                    let scale = (shape.scale, cap);
+                    weigh_capped(cpu, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
+                }
+            }
             for strip in 0..strips {
                 let (at, width) = (strip * PANEL, PANEL.min(d - strip * PANEL));
                 let b = (strip * panel_words + skip / E::PER_WORD) * PANEL;
@@ -483,10 +517,9 @@ fn backward_head<E: ProductElement>(
             }
         }
         for (i, r) in block.enumerate() {
-            let (cos, sin) = table.at(positions[r]);
             // SAFETY: this task alone writes this head's columns of this row.
             let to = unsafe { d_qkv.slice(r * row + query_at, d) };
-            rotate_back(cpu, &d_queries[i * d..(i + 1) * d], cos, sin, scale, to);
+            rotate_back(cpu, &d_queries[i * d..(i + 1) * d], turn.at(r), shape.scale, to);
         }
     }
 }
@@ -503,14 +536,14 @@ fn vectors_mut<T>(values: &mut [T; PANEL]) -> &mut [[T; VECTOR]; PANEL / VECTOR]
     values.as_chunks_mut().0.try_into().expect("a panel is whole vectors")
 }
 
+/// First key, first query, queries, window, queries to leave out.
+type Place = (usize, usize, usize, usize, usize);
+
 per_cpu! {
-    /// Weights `w = exp(scale s − log_sum)` and `ds = w (dw − mean)`, mean = Σ w dw = do · o, of a block of keys (rows) and queries (columns), zero where a
-    /// query does not see a key; ds also as words of neighbouring keys.
-    ///
-    /// `place`: first key, first query, queries, window, queries to leave out.
+    /// [`weigh_block`] of scores `scale s`.
     fn weigh<E: Element>(
         count: usize,
-        place: (usize, usize, usize, usize, usize),
+        place: Place,
         scale: f32,
         log_sum: &[f32; PANEL],
         mean: &[f32; PANEL],
@@ -520,43 +553,89 @@ per_cpu! {
         d_scores: &mut [E],
         pairs: &mut [u32],
     ) {
-        let (first_key, first_query, nq, window, skip) = place;
-        let skip = skip / VECTOR;
-        let scores = scores.as_chunks::<PANEL>().0;
-        let d_weights = d_weights.as_chunks::<PANEL>().0;
-        let weights = weights.as_chunks_mut::<PANEL>().0;
-        let d_scores = d_scores.as_chunks_mut::<PANEL>().0;
-        for k in 0..count {
-            let key = first_key + k;
-            // Queries from the key's own position on, as far as the window reaches.
-            let from = key.saturating_sub(first_query).min(nq);
-            let to = key.saturating_add(window).saturating_sub(first_query).min(nq).max(from);
-            let (scores, d_weights) = (&vectors(&scores[k])[skip..], &vectors(&d_weights[k])[skip..]);
-            let (log_sums, means) = (&vectors(log_sum)[skip..], &vectors(mean)[skip..]);
-            let outs = vectors_mut(&mut weights[k])[skip..].iter_mut().zip(&mut vectors_mut(&mut d_scores[k])[skip..]);
-            for (v, (weights, d_scores)) in outs.enumerate() {
-                let (scores, d_weights, log_sum, mean) = (&scores[v], &d_weights[v], &log_sums[v], &means[v]);
-                for j in 0..VECTOR {
-                    let w = exp(scores[j] * scale - log_sum[j]);
-                    weights[j] = E::of(w);
-                    d_scores[j] = E::of(w * (d_weights[j] - mean[j]));
-                }
-            }
-            for unseen in [skip * VECTOR..from, to..PANEL] {
-                weights[k][unseen.clone()].fill(E::default());
-                d_scores[k][unseen].fill(E::default());
+        weigh_block(count, place, |s| (s * scale, None), log_sum, mean, scores, d_weights, weights, d_scores, pairs);
+    }
+}
+
+per_cpu! {
+    /// [`weigh_block`] of scores `cap · tanh(scale s / cap)`, whose slope by `scale s` is 1 − tanh².
+    fn weigh_capped<E: Element>(
+        count: usize,
+        place: Place,
+        scale_and_cap: (f32, f32),
+        log_sum: &[f32; PANEL],
+        mean: &[f32; PANEL],
+        scores: &[f32],
+        d_weights: &[f32],
+        weights: &mut [E],
+        d_scores: &mut [E],
+        pairs: &mut [u32],
+    ) {
+        let (scale, cap) = (scale_and_cap.0 / scale_and_cap.1, scale_and_cap.1);
+        let score = |s: f32| {
+            let t = tanh(s * scale);
+            (cap * t, Some(1.0 - t * t))
+        };
+        weigh_block(count, place, score, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
+    }
+}
+
+/// Weights `w = exp(score − log_sum)` and `ds = w (dw − mean)` times the score's slope, mean = Σ w dw = do · o, of a block of keys
+/// (rows) and queries (columns), zero where a query does not see a key; ds also as words of neighbouring keys.
+///
+/// `score`: of a product of a query and a key, with the slope of a score that is capped.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+fn weigh_block<E: Element>(
+    count: usize,
+    place: Place,
+    score: impl Fn(f32) -> (f32, Option<f32>),
+    log_sum: &[f32; PANEL],
+    mean: &[f32; PANEL],
+    scores: &[f32],
+    d_weights: &[f32],
+    weights: &mut [E],
+    d_scores: &mut [E],
+    pairs: &mut [u32],
+) {
+    let (first_key, first_query, nq, window, skip) = place;
+    let skip = skip / VECTOR;
+    let scores = scores.as_chunks::<PANEL>().0;
+    let d_weights = d_weights.as_chunks::<PANEL>().0;
+    let weights = weights.as_chunks_mut::<PANEL>().0;
+    let d_scores = d_scores.as_chunks_mut::<PANEL>().0;
+    for k in 0..count {
+        let key = first_key + k;
+        // Queries from the key's own position on, as far as the window reaches.
+        let from = key.saturating_sub(first_query).min(nq);
+        let to = key.saturating_add(window).saturating_sub(first_query).min(nq).max(from);
+        let (scores, d_weights) = (&vectors(&scores[k])[skip..], &vectors(&d_weights[k])[skip..]);
+        let (log_sums, means) = (&vectors(log_sum)[skip..], &vectors(mean)[skip..]);
+        let outs = vectors_mut(&mut weights[k])[skip..].iter_mut().zip(&mut vectors_mut(&mut d_scores[k])[skip..]);
+        for (v, (weights, d_scores)) in outs.enumerate() {
+            let (scores, d_weights, log_sum, mean) = (&scores[v], &d_weights[v], &log_sums[v], &means[v]);
+            for j in 0..VECTOR {
+                let (score, slope) = score(scores[j]);
+                let w = exp(score - log_sum[j]);
+                weights[j] = E::of(w);
+                let d_score = w * (d_weights[j] - mean[j]);
+                d_scores[j] = E::of(slope.map_or(d_score, |slope| d_score * slope));
             }
         }
-        if !count.is_multiple_of(E::PER_WORD) {
-            d_scores[count].fill(E::default());
+        for unseen in [skip * VECTOR..from, to..PANEL] {
+            weights[k][unseen.clone()].fill(E::default());
+            d_scores[k][unseen].fill(E::default());
         }
-        for (p, pairs) in pairs.as_chunks_mut::<PANEL>().0.iter_mut().enumerate().take(count.div_ceil(E::PER_WORD)) {
-            let (first, last) = (&d_scores[p * E::PER_WORD], &d_scores[p * E::PER_WORD + E::PER_WORD - 1]);
-            let (first, last) = (&vectors(first)[skip..], &vectors(last)[skip..]);
-            for (v, pairs) in vectors_mut(pairs)[skip..].iter_mut().enumerate() {
-                for j in 0..VECTOR {
-                    pairs[j] = word(first[v][j], last[v][j]);
-                }
+    }
+    if !count.is_multiple_of(E::PER_WORD) {
+        d_scores[count].fill(E::default());
+    }
+    for (p, pairs) in pairs.as_chunks_mut::<PANEL>().0.iter_mut().enumerate().take(count.div_ceil(E::PER_WORD)) {
+        let (first, last) = (&d_scores[p * E::PER_WORD], &d_scores[p * E::PER_WORD + E::PER_WORD - 1]);
+        let (first, last) = (&vectors(first)[skip..], &vectors(last)[skip..]);
+        for (v, pairs) in vectors_mut(pairs)[skip..].iter_mut().enumerate() {
+            for j in 0..VECTOR {
+                pairs[j] = word(first[v][j], last[v][j]);
             }
         }
     }

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 
 use crate::Matrix;
 use crate::cpu::{cpu, per_cpu};
-use crate::element::{Element, exp, largest, sum, sum2};
+use crate::element::{Element, exp, largest, sum, sum2, tanh};
 use crate::pool::{Shared, for_ranges};
 use crate::product::{ProductElement, grown};
 
@@ -40,23 +40,36 @@ per_cpu! {
     }
 }
 
+/// Logits l that a model caps softly: the loss is of `cap · tanh(l / cap)`.
+#[derive(Clone, Copy, Debug)]
+pub struct LogitCap<'a> {
+    /// Above 0.
+    pub cap: f32,
+    /// The logit of each row's target (n) before the cap: what the row's distances are from.
+    pub targets: &'a [f32],
+}
+
 /// Loss of each row (n) in nats from logits (n, v), each less its target's; and whether no logit is above the target's.
 ///
 /// A NaN in a row, or an infinity above its target, makes its loss one, and a row of such a loss is not right.
 ///
-/// With a `scale`, the logits are replaced by the gradient of `scale` times the sum of the losses: `scale (softmax − onehot)`.
+/// With a `scale` for each row (n), the logits are replaced by the gradient of the sum of losses times their scales:
+/// `scale (softmax − onehot)`, and with a cap that times each logit's slope.
 ///
 /// # Panics
-/// When sizes disagree or a target is not below v.
+/// When sizes disagree, a target is not below v or a cap is not above 0.
 pub fn cross_entropy<E: Element>(
     v: usize,
     logits: &mut [E],
     targets: &[u32],
-    scale: Option<f32>,
+    cap: Option<LogitCap<'_>>,
+    scale: Option<&[f32]>,
     losses: &mut [f32],
     right: &mut [bool],
 ) {
     let n = targets.len();
+    assert!(scale.is_none_or(|scale| scale.len() == n), "a scale for each of {n} rows");
+    assert!(cap.is_none_or(|cap| cap.cap > 0.0 && cap.targets.len() == n), "a cap above 0 for {n} rows");
     assert_eq!(Some(logits.len()), n.checked_mul(v), "{n} rows of {v}");
     assert!(losses.len() == n && right.len() == n, "{n} rows");
     assert!(targets.iter().all(|target| (*target as usize) < v), "a target is one of {v} tokens");
@@ -67,7 +80,11 @@ pub fn cross_entropy<E: Element>(
             // SAFETY: no two tasks have a row in common.
             let (logits, loss, right) =
                 unsafe { (logits.slice(row * v, v), &mut losses.slice(row, 1)[0], &mut right.slice(row, 1)[0]) };
-            (*loss, *right) = one_row(cpu, logits, targets[row] as usize, scale);
+            let (target, scale) = (targets[row] as usize, scale.map(|scale| scale[row]));
+            (*loss, *right) = match cap {
+                None => one_row(cpu, logits, target, scale),
+                Some(cap) => one_row_capped(cpu, logits, target, cap.cap, cap.targets[row], scale),
+            };
         }
     });
 }
@@ -88,5 +105,39 @@ per_cpu! {
             logits[target] = E::of(share * exp(-top) - scale);
         }
         (loss, top <= 0.0 && !loss.is_nan())
+    }
+}
+
+per_cpu! {
+    /// [`one_row`] of the distances between capped logits, where `at` is the target's logit and not capped.
+    fn one_row_capped<E: Element>(
+        logits: &mut [E],
+        target: usize,
+        cap: f32,
+        at: f32,
+        scale: Option<f32>,
+    ) -> (f32, bool) {
+        logits[target] = E::of(0.0 * logits[target].wide());
+        let inverse = 1.0 / cap;
+        let (at, at_capped) = (at * inverse, tanh(at * inverse));
+        // tanh a − tanh b = tanh(a − b) (1 − tanh a tanh b), which keeps the precision of small distances; and tanh a.
+        let capped = |distance: f32| {
+            let tanh_a = tanh(distance.mul_add(inverse, at));
+            (cap * tanh(distance * inverse) * (1.0 - tanh_a * at_capped), tanh_a)
+        };
+        // A cap leaves logits in their order, but would hide an infinite one.
+        let most = largest(logits);
+        let top = capped(most).0 + 0.0 * most;
+        let total = sum(logits, |logit| exp(capped(logit).0 - top));
+        let loss = top + total.ln();
+        if let Some(scale) = scale {
+            let share = scale / total;
+            for logit in logits.iter_mut() {
+                let (distance, tanh_a) = capped(logit.wide());
+                *logit = E::of(share * exp(distance - top) * (1.0 - tanh_a * tanh_a));
+            }
+            logits[target] = E::of((share * exp(-top) - scale) * (1.0 - at_capped * at_capped));
+        }
+        (loss, most <= 0.0 && !loss.is_nan())
     }
 }

@@ -207,9 +207,45 @@ pub(crate) fn exp(x: f32) -> f32 {
     p * f32::from_bits(scale)
 }
 
+/// tanh x to about three units in the last place, also near 0, without branches and never beyond ±1; a NaN stays one.
+///
+/// x p(x²) / q(x²) of degrees 9 and 8, whose largest relative error for |x| ≤ 9 is least, 2e-8; beyond, it is 1 in f32.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let x = if x < -9.0 { -9.0 } else { x };
+    let x = if x > 9.0 { 9.0 } else { x };
+    let square = x * x;
+    let mut p = 1.335_468_2e-8;
+    for c in [2.060_91e-5, 3.495_589e-3, 0.133_810_27, 1.0] {
+        p = square.mul_add(p, c);
+    }
+    let mut q = 7.776_567e-7;
+    for c in [3.285_636_5e-4, 2.587_698_6e-2, 0.467_143_42, 1.0] {
+        q = square.mul_add(q, c);
+    }
+    let y = x * p / q;
+    let y = if y < -1.0 { -1.0 } else { y };
+    if y > 1.0 { 1.0 } else { y }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tanh_is_that_of_the_library_to_four_units_in_the_last_place() {
+        let mut worst = 0f64;
+        for i in (-200_000..200_000).filter(|i| *i != 0) {
+            for x in [i as f32 * 1e-4, i as f32 * 1e-9] {
+                let exact = f64::from(x).tanh();
+                worst = worst.max(((f64::from(tanh(x)) - exact) / exact).abs());
+                assert!(tanh(x).abs() <= 1.0 && tanh(-x) == -tanh(x), "{x}");
+            }
+        }
+        assert!(worst < 4.0 * f64::from(f32::EPSILON), "{worst:e}");
+        assert!(tanh(f32::NAN).is_nan() && tanh(0.0) == 0.0);
+        assert!(tanh(f32::INFINITY) > 1.0 - 2e-7 && tanh(f32::NEG_INFINITY) < -1.0 + 2e-7);
+    }
 
     #[test]
     fn exp_is_that_of_the_library_to_two_units_in_the_last_place() {

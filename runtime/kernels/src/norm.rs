@@ -2,6 +2,9 @@
 //!
 //! What is kept for backward is the normalised row x̂ = x / rms(x), as E, and 1 / rms(x): half of what x itself would take
 //! in bf16, and the gradient needs no more.
+//!
+//! Besides the norm before a branch there are two: [`norm_columns`], of heads of queries and keys, in place; and [`rms_norm_add`], of a
+//! branch's result on its way into the residual stream.
 
 use crate::cpu::{cpu, per_cpu};
 use crate::element::{Element, sum, sum3};
@@ -135,6 +138,245 @@ per_cpu! {
             for j in 0..c {
                 dx[j] += (w[j] * dy[j] - normal[j].wide() * mean) * inverse;
                 narrow[j] = E::of(dx[j]);
+            }
+        }
+    }
+}
+
+/// Neighbouring groups of columns, each normalised by itself: heads of queries or keys, or all of them as one group.
+#[derive(Clone, Copy, Debug)]
+pub struct ColumnNorm<'a> {
+    /// The first column.
+    pub at: usize,
+    /// How many groups there are.
+    pub groups: usize,
+    /// The weight of every group, as wide as one.
+    pub weight: &'a [f32],
+}
+
+impl ColumnNorm<'_> {
+    /// Columns of all groups.
+    fn width(&self) -> usize {
+        self.groups * self.weight.len()
+    }
+}
+
+/// What rows of `row` columns keep for backward: values of x̂ and of 1 / rms.
+fn kept_of(parts: &[ColumnNorm], row: usize) -> (usize, usize) {
+    for part in parts {
+        let (at, groups, len) = (part.at, part.groups, part.weight.len());
+        assert!(len > 0 && at + part.width() <= row, "{groups} groups of {len} from column {at} on in rows of {row}");
+    }
+    (parts.iter().map(ColumnNorm::width).sum(), parts.iter().map(|part| part.groups).sum())
+}
+
+/// [`rms_norm`] in place of the groups of columns that `parts` name, over rows x (m, row); other columns stay.
+///
+/// What is kept, for each row one part after another: x̂ (m, columns of all parts) and 1 / rms (m, groups of all parts). x gets
+/// `w ∘ x̂` of the x̂ that is kept.
+///
+/// # Panics
+/// When sizes disagree.
+pub fn norm_columns<E: Element>(
+    x: &mut [f32],
+    row: usize,
+    parts: &[ColumnNorm],
+    epsilon: f32,
+    normal: &mut [E],
+    inverse: &mut [f32],
+) {
+    let (m, (width, groups)) = (x.len() / row, kept_of(parts, row));
+    let sizes = x.len() == m * row && normal.len() == m * width && inverse.len() == m * groups;
+    assert!(sizes, "{m} rows of {row} with {groups} groups in {width} columns");
+    let cpu = cpu();
+    let (x, normal, inverse) = (Shared::new(x), Shared::new(normal), Shared::new(inverse));
+    for_ranges(m, ROWS, |rows| {
+        for i in rows {
+            // SAFETY: no two tasks have a row in common, and all rows lie in the slices, as asserted.
+            let (x, normal, inverse) =
+                unsafe { (x.slice(i * row, row), normal.slice(i * width, width), inverse.slice(i * groups, groups)) };
+            norm_groups(cpu, x, parts, epsilon, normal, inverse);
+        }
+    });
+}
+
+per_cpu! {
+    fn norm_groups<E: Element>(
+        x: &mut [f32],
+        parts: &[ColumnNorm<'_>],
+        epsilon: f32,
+        normal: &mut [E],
+        inverse: &mut [f32],
+    ) {
+        let (mut normal, mut inverse) = (normal, inverse.iter_mut());
+        for part in parts {
+            let (w, c) = (part.weight, part.weight.len());
+            let (own, rest) = normal.split_at_mut(part.groups * c);
+            normal = rest;
+            let groups = x[part.at..][..part.groups * c].chunks_exact_mut(c).zip(own.chunks_exact_mut(c));
+            for ((x, normal), inverse) in groups.zip(&mut inverse) {
+                *inverse = 1.0 / (sum(x, |x| x * x) / c as f32 + epsilon).sqrt();
+                for j in 0..c {
+                    normal[j] = E::of(x[j] * *inverse);
+                    x[j] = w[j] * normal[j].wide();
+                }
+            }
+        }
+    }
+}
+
+/// The gradient of [`norm_columns`], in place: in the columns of `parts`, d (m, row) goes from dy to
+/// `dx = (g − x̂ mean(g ∘ x̂)) / rms` with `g = w ∘ dy`.
+///
+/// # Panics
+/// When sizes disagree.
+pub fn norm_columns_backward<E: Element>(normal: &[E], row: usize, parts: &[ColumnNorm], inverse: &[f32], d: &mut [E]) {
+    let (m, (width, groups)) = (d.len() / row, kept_of(parts, row));
+    let sizes = d.len() == m * row && normal.len() == m * width && inverse.len() == m * groups;
+    assert!(sizes, "{m} rows of {row} with {groups} groups in {width} columns");
+    let cpu = cpu();
+    let d = Shared::new(d);
+    for_ranges(m, ROWS, |rows| {
+        for i in rows {
+            // SAFETY: no two tasks have a row in common.
+            let d = unsafe { d.slice(i * row, row) };
+            groups_backward(cpu, &normal[i * width..][..width], parts, &inverse[i * groups..][..groups], d);
+        }
+    });
+}
+
+per_cpu! {
+    fn groups_backward<E: Element>(normal: &[E], parts: &[ColumnNorm<'_>], inverse: &[f32], d: &mut [E]) {
+        let (mut normal, mut inverse) = (normal, inverse.iter());
+        for part in parts {
+            let (w, c) = (part.weight, part.weight.len());
+            let (own, rest) = normal.split_at(part.groups * c);
+            normal = rest;
+            let groups = d[part.at..][..part.groups * c].chunks_exact_mut(c).zip(own.chunks_exact(c));
+            for ((d, normal), inverse) in groups.zip(&mut inverse) {
+                let mean = sum3(w, d, normal, |w, dy, normal| w * dy * normal) / c as f32;
+                for j in 0..c {
+                    d[j] = E::of((w[j] * d[j].wide() - normal[j].wide() * mean) * inverse);
+                }
+            }
+        }
+    }
+}
+
+/// [`norm_columns`] of one row, in f32 throughout.
+///
+/// # Panics
+/// When a part reaches beyond the row.
+pub fn normalise_columns(x: &mut [f32], parts: &[ColumnNorm], epsilon: f32) {
+    kept_of(parts, x.len());
+    normalise_groups(cpu(), x, parts, epsilon);
+}
+
+per_cpu! {
+    fn normalise_groups(x: &mut [f32], parts: &[ColumnNorm<'_>], epsilon: f32) {
+        for part in parts {
+            let (w, c) = (part.weight, part.weight.len());
+            for x in x[part.at..][..part.groups * c].chunks_exact_mut(c) {
+                let inverse = 1.0 / (sum(x, |x| x * x) / c as f32 + epsilon).sqrt();
+                for j in 0..c {
+                    x[j] = w[j] * (x[j] * inverse);
+                }
+            }
+        }
+    }
+}
+
+/// `x += factor · w ∘ ŷ` with `ŷ = y / √(mean(y²) + ε)`, row by row: y and x (m, c), w (c). ŷ (m, c) as E and 1 / rms (m) are kept, and
+/// the sum is over the ŷ that is kept.
+///
+/// # Panics
+/// When sizes disagree.
+pub fn rms_norm_add<E: Element>(
+    y: &[f32],
+    w: &[f32],
+    epsilon: f32,
+    factor: f32,
+    normal: &mut [E],
+    inverse: &mut [f32],
+    x: &mut [f32],
+) {
+    let (m, c) = (inverse.len(), w.len());
+    assert!(y.len() == m * c && normal.len() == m * c && x.len() == m * c, "{m} rows of {c}");
+    let cpu = cpu();
+    let (normal, inverse, x) = (Shared::new(normal), Shared::new(inverse), Shared::new(x));
+    for_ranges(m, ROWS, |rows| {
+        let (at, n) = (rows.start, rows.len());
+        // SAFETY: no two tasks have a row in common, and all rows lie in the slices, as asserted.
+        let (normal, inverse, x) =
+            unsafe { (normal.slice(at * c, n * c), inverse.slice(at, n), x.slice(at * c, n * c)) };
+        norm_add_rows(cpu, &y[at * c..(at + n) * c], w, epsilon, factor, normal, inverse, x);
+    });
+}
+
+per_cpu! {
+    fn norm_add_rows<E: Element>(
+        y: &[f32],
+        w: &[f32],
+        epsilon: f32,
+        factor: f32,
+        normal: &mut [E],
+        inverse: &mut [f32],
+        x: &mut [f32],
+    ) {
+        let c = w.len();
+        for (i, inverse) in inverse.iter_mut().enumerate() {
+            let row = i * c..(i + 1) * c;
+            let (y, normal, x) = (&y[row.clone()], &mut normal[row.clone()], &mut x[row]);
+            *inverse = 1.0 / (sum(y, |y| y * y) / c as f32 + epsilon).sqrt();
+            for j in 0..c {
+                normal[j] = E::of(y[j] * *inverse);
+                x[j] += factor * (w[j] * normal[j].wide());
+            }
+        }
+    }
+}
+
+/// The gradient of [`rms_norm_add`] in y, rounded to E: `dy = (g − ŷ mean(g ∘ ŷ)) / rms` with `g = factor · w ∘ dx`; dx and dy (m, c).
+///
+/// # Panics
+/// When sizes disagree.
+pub fn rms_norm_add_backward<E: Element>(
+    normal: &[E],
+    w: &[f32],
+    inverse: &[f32],
+    factor: f32,
+    dx: &[f32],
+    dy: &mut [E],
+) {
+    let (m, c) = (inverse.len(), w.len());
+    assert!(normal.len() == m * c && dx.len() == m * c && dy.len() == m * c, "{m} rows of {c}");
+    let cpu = cpu();
+    let dy = Shared::new(dy);
+    for_ranges(m, ROWS, |rows| {
+        let (at, len) = (rows.start * c, rows.len() * c);
+        // SAFETY: no two tasks have a row in common.
+        let dy = unsafe { dy.slice(at, len) };
+        norm_add_backward_rows(cpu, &normal[at..at + len], w, &inverse[rows], factor, &dx[at..at + len], dy);
+    });
+}
+
+per_cpu! {
+    fn norm_add_backward_rows<E: Element>(
+        normal: &[E],
+        w: &[f32],
+        inverse: &[f32],
+        factor: f32,
+        dx: &[f32],
+        dy: &mut [E],
+    ) {
+        let c = w.len();
+        for (i, inverse) in inverse.iter().enumerate() {
+            let row = i * c..(i + 1) * c;
+            let (normal, dx, dy) = (&normal[row.clone()], &dx[row.clone()], &mut dy[row]);
+            let mean = sum3(w, dx, normal, |w, dx, normal| w * dx * normal) / c as f32;
+            let factor = factor * inverse;
+            for j in 0..c {
+                dy[j] = E::of((w[j] * dx[j] - normal[j].wide() * mean) * factor);
             }
         }
     }

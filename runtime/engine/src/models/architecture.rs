@@ -6,6 +6,7 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use homeroom_abi::plan::ModuleKind;
 use homeroom_kernels::Attention;
+pub use homeroom_kernels::Gate;
 use serde_json::{Map, Value};
 
 use super::rope::Rope;
@@ -135,15 +136,6 @@ pub struct FeedForward {
     pub down: Projection,
 }
 
-/// The function of a gated unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gate {
-    /// `g σ(g)`.
-    Silu,
-    /// GELU by its approximation with tanh.
-    GeluTanh,
-}
-
 /// A linear module of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Projection {
@@ -227,6 +219,12 @@ impl AttentionSpec {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             window: self.window,
+            scale: match self.scale == (self.head_dim as f64).powf(-0.5) {
+                // In f32 throughout, as transformers has it.
+                true => (self.head_dim as f32).powf(-0.5),
+                false => self.scale as f32,
+            },
+            soft_cap: self.soft_cap.map(|cap| cap as f32),
         }
     }
 

@@ -27,6 +27,58 @@ fn frequencies(half: usize) -> Vec<f32> {
     (0..half).map(|i| 100f32.powf(-(i as f32) / half as f32)).collect()
 }
 
+/// Scores over √D, as most models have them, and no cap.
+fn shape(sequences: &[Range<usize>], [heads, kv_heads, head_dim]: [usize; 3], window: Option<usize>) -> Attention<'_> {
+    let scale = (head_dim as f32).powf(-0.5);
+    Attention { sequences, heads, kv_heads, head_dim, window, scale, soft_cap: None }
+}
+
+/// Rows of a rotary table: positions, frequencies and factor of each set.
+#[derive(Clone)]
+struct Turning(Vec<(usize, Vec<f32>, f32)>);
+
+impl Turning {
+    fn whole(head_dim: usize) -> Self {
+        Self(vec![(400, frequencies(head_dim / 2), 1.0)])
+    }
+
+    /// Of a part of the head, longer sequences by other frequencies.
+    fn partial(half: usize) -> Self {
+        let long = frequencies(half).iter().map(|frequency| frequency / 3.0).collect();
+        Self(vec![(3, frequencies(half), 1.25), (400, long, 0.75)])
+    }
+
+    fn table(&self, head_dim: usize) -> RotaryTable {
+        let mut table = RotaryTable::new(head_dim);
+        let mut rows = 0;
+        for (positions, frequencies, factor) in &self.0 {
+            assert_eq!(table.append(*positions, frequencies, *factor), rows);
+            rows += *positions as u32;
+        }
+        assert_eq!(table.rows(), rows as usize);
+        table
+    }
+
+    /// Of a channel of a head that turns: y = a x + b x′, where x′ is the other channel given here.
+    fn of(&self, row: u32, channel: usize) -> Option<(f64, usize, f64)> {
+        let mut row = row as usize;
+        for (positions, frequencies, factor) in &self.0 {
+            let half = frequencies.len();
+            if channel >= 2 * half {
+                return None;
+            }
+            if row < *positions {
+                // The angle is rounded to f32, as transformers has it.
+                let angle = f64::from(row as f32 * frequencies[channel % half]);
+                let (factor, sign) = (f64::from(*factor), if channel < half { -1.0 } else { 1.0 });
+                return Some((factor * angle.cos(), (channel + half) % (2 * half), sign * factor * angle.sin()));
+            }
+            row -= positions;
+        }
+        panic!("no such row");
+    }
+}
+
 /// Values and how far a right kernel may be from each.
 #[derive(Default)]
 struct Bounded {
@@ -64,10 +116,11 @@ fn dot(a: &[f64], b: &[f64]) -> [f64; 2] {
     terms.fold([0.0; 2], |[sum, size], term| [sum + term, size + term.abs()])
 }
 
-/// With P = softmax(S), S = Q Kᵀ / √D and O = P V:
+/// With P = softmax(S), S = scale Q Kᵀ and O = P V:
 ///
 /// dV = Pᵀ dO; dP = dO Vᵀ; dS = P ∘ (dP − Σ_k P dP), as ∂P_k / ∂S_l = P_k ([k = l] − P_l), and Σ_k P_k dP_k = dO · O;
-/// dQ = dS K / √D; dK = dSᵀ Q / √D. A rotation's gradient is the rotation back.
+/// dQ = scale dS K; dK = scale dSᵀ Q. A rotation's gradient is the rotation back. With a cap, S = cap tanh(scale Q Kᵀ / cap), whose
+/// slope is 1 − tanh².
 ///
 /// `unit` is the error of rounding to the kernel's element, which out, P, dS and the results are.
 fn reference(
@@ -75,11 +128,12 @@ fn reference(
     qkv: &[f64],
     d_out: &[f64],
     positions: &[u32],
-    frequencies: &[f32],
+    turning: Option<&Turning>,
     unit: f64,
 ) -> Reference {
     let (d, heads, row, m) = (shape.head_dim, shape.heads, shape.row(), positions.len());
-    let (group, scale) = (heads / shape.kv_heads, (d as f64).powf(-0.5));
+    let (group, scale) = (heads / shape.kv_heads, f64::from(shape.scale));
+    let cap = shape.soft_cap.map(f64::from);
     let mut out = Bounded::zeros(m * heads * d);
     let mut log_sums = Bounded::zeros(heads * m);
     let mut turned = Bounded::zeros(m * row);
@@ -93,12 +147,19 @@ fn reference(
                 let q = &qkv[query * row + head * d..][..d];
                 let at = |r: usize, column: usize| &qkv[r * row + column..][..d];
                 let scores: Vec<[f64; 2]> = seen.clone().map(|r| dot(q, at(r, key_at)).map(|x| x * scale)).collect();
+                let slopes: Vec<f64> =
+                    (scores.iter()).map(|s| cap.map_or(1.0, |cap| 1.0 - (s[0] / cap).tanh().powi(2))).collect();
+                let largest = scores.iter().map(|s| s[1]).fold(0.0, f64::max);
+                let of_score = U * (d as f64 + 8.0) * largest;
+                // Of a slope: twice that of tanh.
+                let of_slope = cap.map_or(0.0, |cap| 2.0 * of_score / cap + 16.0 * U);
+                let of_score = of_score + cap.map_or(0.0, |cap| 10.0 * U * cap.min(largest));
+                let scores: Vec<[f64; 1]> =
+                    scores.iter().map(|s| [cap.map_or(s[0], |cap| cap * (s[0] / cap).tanh())]).collect();
                 let top = scores.iter().map(|s| s[0]).fold(f64::NEG_INFINITY, f64::max);
                 let log_sum = top + scores.iter().map(|s| (s[0] - top).exp()).sum::<f64>().ln();
                 let n = scores.len() as f64;
-                // Errors of a score, of a weight, of sums over the keys.
-                let largest = scores.iter().map(|s| s[1]).fold(0.0, f64::max);
-                let of_score = U * (d as f64 + 8.0) * largest;
+                // Errors of a weight, of sums over the keys.
                 let of_weight = 2.0 * of_score + U * (n / 32.0 + 40.0 + 4.0 * log_sum.abs());
                 let of_sum = U * (n + 16.0);
                 log_sums.values[head * m + query] = log_sum;
@@ -116,11 +177,13 @@ fn reference(
                 let d_o = &d_out[place..][..d];
                 let [mean, size] = dot(d_o, &out.values[place..][..d]);
                 let of_mean = dot(d_o, &out.bounds[place..][..d])[1] + U * (d as f64 + 8.0) * size;
-                for (r, weight) in seen.zip(weights) {
+                for ((r, weight), slope) in seen.zip(weights).zip(slopes) {
                     let [d_weight, size] = dot(d_o, at(r, value_at));
                     let of_d_weight = U * (d as f64 + 8.0) * size;
                     let d_score = weight * (d_weight - mean);
                     let error = d_score.abs() * (of_weight + 4.0 * U) + weight * (of_d_weight + of_mean);
+                    let error = error * slope + d_score.abs() * of_slope;
+                    let d_score = d_score * slope;
                     let error = scale * (error + unit * (d_score.abs() + error));
                     let (d_score, sums) = (scale * d_score, of_sum + 8.0 * U);
                     turned.add(query * row + head * d, d_score, error, sums, at(r, key_at));
@@ -133,17 +196,18 @@ fn reference(
     let mut d_qkv = Bounded::zeros(m * row);
     for i in 0..m * row {
         let (r, head, channel) = (i / row, i % row / d, i % d);
-        if head >= heads + shape.kv_heads {
-            d_qkv.values[i] = turned.values[i];
-            d_qkv.bounds[i] = turned.bounds[i];
-        } else {
-            let other = i - channel + (channel + d / 2) % d;
-            let angle = f64::from(positions[r] as f32 * frequencies[channel % (d / 2)]);
-            let sign = if channel < d / 2 { 1.0 } else { -1.0 };
-            d_qkv.values[i] = turned.values[i] * angle.cos() + sign * turned.values[other] * angle.sin();
-            d_qkv.bounds[i] = turned.bounds[i]
-                + turned.bounds[other]
-                + 4.0 * U * (turned.values[i].abs() + turned.values[other].abs());
+        let turning = turning.filter(|_| head < heads + shape.kv_heads);
+        match turning.and_then(|turning| turning.of(positions[r], channel)) {
+            None => {
+                d_qkv.values[i] = turned.values[i];
+                d_qkv.bounds[i] = turned.bounds[i];
+            }
+            Some((own, other, mixed)) => {
+                let other = i - channel + other;
+                d_qkv.values[i] = own * turned.values[i] - mixed * turned.values[other];
+                d_qkv.bounds[i] = 1.25 * (turned.bounds[i] + turned.bounds[other])
+                    + 6.0 * U * (turned.values[i].abs() + turned.values[other].abs());
+            }
         }
         d_qkv.bounds[i] += unit * (d_qkv.values[i].abs() + d_qkv.bounds[i]);
     }
@@ -151,16 +215,13 @@ fn reference(
 }
 
 /// Queries and keys turned by their positions.
-fn rotated(shape: &Attention, x: &[f64], positions: &[u32], frequencies: &[f32]) -> Vec<f64> {
+fn rotated(shape: &Attention, x: &[f64], positions: &[u32], turning: Option<&Turning>) -> Vec<f64> {
     let (d, row) = (shape.head_dim, shape.row());
     let turn = |i: usize| {
         let (r, head, channel) = (i / row, i % row / d, i % d);
-        if head >= shape.heads + shape.kv_heads {
-            return x[i];
-        }
-        let angle = f64::from(positions[r] as f32 * frequencies[channel % (d / 2)]);
-        let sign = if channel < d / 2 { -1.0 } else { 1.0 };
-        x[i] * angle.cos() + sign * x[i - channel + (channel + d / 2) % d] * angle.sin()
+        let turning = turning.filter(|_| head < shape.heads + shape.kv_heads);
+        let turns = turning.and_then(|turning| turning.of(positions[r], channel));
+        turns.map_or(x[i], |(own, other, mixed)| own * x[i] + mixed * x[i - channel + other])
     };
     (0..x.len()).map(turn).collect()
 }
@@ -169,25 +230,38 @@ fn rotated(shape: &Attention, x: &[f64], positions: &[u32], frequencies: &[f32])
 fn the_plain_backward_is_the_derivative_of_the_plain_forward() {
     let mut stream = Stream::new(51, 0);
     let sequences = sequences(&[2, 5]);
-    for window in [None, Some(2)] {
-        let shape = Attention { sequences: &sequences, heads: 4, kv_heads: 2, head_dim: 6, window };
+    let (whole, partial) = (Turning::whole(6), Turning::partial(2));
+    let variants = [
+        (None, None, Some(&whole)),
+        (Some(2), None, Some(&whole)),
+        (None, Some(0.7), Some(&partial)),
+        (Some(3), Some(2.0), None),
+    ];
+    for (window, soft_cap, turning) in variants {
+        let shape = Attention { soft_cap, ..shape(&sequences, [4, 2, 6], window) };
         let positions = [0, 1, 3, 4, 5, 6, 7];
-        let frequencies = frequencies(3);
         let mut some = |n: usize| -> Vec<f64> { (0..n).map(|_| stream.normal()).collect() };
         let (x, d_out) = (some(7 * shape.row()), some(7 * 4 * 6));
         let run = |x: &[f64]| {
-            let qkv = rotated(&shape, x, &positions, &frequencies);
-            reference(&shape, &qkv, &d_out, &positions, &frequencies, 0.0)
+            let qkv = rotated(&shape, x, &positions, turning);
+            reference(&shape, &qkv, &d_out, &positions, turning, 0.0)
         };
         is_gradient(|x| dot(&run(x).out.values, &d_out)[0], &x, &run(&x).d_qkv.values, 0..x.len());
     }
 }
 
 /// A sequence read in pieces over kept keys and values, and its last query by itself, against the whole at once.
-fn kept<E: ProductElement>(length: usize, heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) {
-    let label = format!("{length} rows, {heads} heads for {kv_heads} of {head_dim}, {window:?}");
+fn kept<E: ProductElement>(
+    length: usize,
+    [heads, kv_heads, head_dim]: [usize; 3],
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+) {
+    let label = format!("{length} rows, {heads} heads for {kv_heads} of {head_dim}, {window:?}, {soft_cap:?}");
     let whole = sequences(&[length]);
-    let shape = Attention { sequences: &whole, heads, kv_heads, head_dim, window };
+    let shape = shape(&whole, [heads, kv_heads, head_dim], window);
+    // Scores that the cap changes.
+    let shape = if soft_cap.is_some() { Attention { soft_cap, scale: 0.4, ..shape } } else { shape };
     let (row, kv) = (shape.row(), 2 * kv_heads * head_dim);
     let mut stream = Stream::new(77, length as u64);
     let qkv: Vec<E> = normal(length * row, 1.0, &mut stream).into_iter().map(E::of).collect();
@@ -234,17 +308,19 @@ fn kept<E: ProductElement>(length: usize, heads: usize, kv_heads: usize, head_di
 #[test]
 fn attention_over_kept_keys_is_attention_over_the_whole() {
     for window in [None, Some(1), Some(70), Some(300)] {
-        kept::<f32>(601, 6, 2, 16, window);
-        kept::<bf16>(601, 6, 2, 16, window);
+        kept::<f32>(601, [6, 2, 16], window, None);
+        kept::<bf16>(601, [6, 2, 16], window, None);
     }
-    kept::<bf16>(300, 9, 3, 64, None);
-    kept::<f32>(300, 2, 2, 80, None);
-    kept::<bf16>(300, 5, 1, 80, None);
+    kept::<bf16>(300, [9, 3, 64], None, None);
+    kept::<f32>(300, [2, 2, 80], None, None);
+    kept::<bf16>(300, [5, 1, 80], None, None);
     // More positions than sixteen of the shortest spans.
-    kept::<bf16>(1100, 2, 1, 16, Some(300));
-    kept::<bf16>(270, 4, 2, 128, Some(9));
-    kept::<f32>(270, 8, 2, 48, None);
-    kept::<bf16>(3, 4, 1, 6, Some(2));
+    kept::<bf16>(1100, [2, 1, 16], Some(300), None);
+    kept::<bf16>(270, [4, 2, 128], Some(9), None);
+    kept::<f32>(270, [8, 2, 48], None, None);
+    kept::<bf16>(3, [4, 1, 6], Some(2), None);
+    kept::<f32>(300, [6, 2, 16], None, Some(1.5));
+    kept::<bf16>(270, [5, 1, 80], Some(70), Some(3.0));
 }
 
 /// What the kernels give for a batch.
@@ -261,23 +337,18 @@ struct Given<E> {
     qkv: Vec<E>,
     d_out: Vec<E>,
     positions: Vec<u32>,
-    table: RotaryTable,
+    table: Option<RotaryTable>,
 }
 
 impl<E: ProductElement> Given<E> {
-    fn random(shape: &Attention, stream: &mut Stream) -> Self {
+    fn random(shape: &Attention, turning: Option<&Turning>, stream: &mut Stream) -> Self {
         let m = shape.sequences.last().map_or(0, |last| last.end);
         let d_out = narrow(&normal(m * shape.heads * shape.head_dim, 1.0, stream));
         let qkv = narrow(&normal(m * shape.row(), 1.5, stream));
         // A sequence need not start at its beginning.
         let positions =
             shape.sequences.iter().enumerate().flat_map(|(i, rows)| (0..rows.len()).map(move |j| (3 * i + j) as u32));
-        Self {
-            qkv,
-            d_out,
-            positions: positions.collect(),
-            table: RotaryTable::new(400, &frequencies(shape.head_dim / 2)),
-        }
+        Self { qkv, d_out, positions: positions.collect(), table: turning.map(|turning| turning.table(shape.head_dim)) }
     }
 
     fn run(&self, shape: &Attention, partial: &mut KeyValueGradients) -> Results {
@@ -286,7 +357,7 @@ impl<E: ProductElement> Given<E> {
         let (mut out, mut log_sums) = (vec![nan; self.d_out.len()], vec![f32::NAN; shape.heads * m]);
         attention(shape, &self.qkv, &mut out, &mut log_sums);
         let mut d_qkv = vec![nan; self.qkv.len()];
-        let turn = (&self.positions[..], &self.table);
+        let turn = (&self.positions[..], self.table.as_ref());
         attention_backward(shape, &self.qkv, &out, &log_sums, &self.d_out, turn, partial, &mut d_qkv);
         Results { out: bits(&out), log_sums: bits(&log_sums), d_qkv: bits(&d_qkv) }
     }
@@ -305,22 +376,18 @@ impl Results {
     }
 }
 
-fn check<E: ProductElement>(lengths: &[usize], [heads, kv_heads, head_dim]: [usize; 3], window: Option<usize>) {
+fn check<E: ProductElement>(lengths: &[usize], sizes: [usize; 3], window: Option<usize>) {
+    check_turned::<E>(&shape(&sequences(lengths), sizes, window), Some(&Turning::whole(sizes[2])));
+}
+
+fn check_turned<E: ProductElement>(shape: &Attention, turning: Option<&Turning>) {
+    let Attention { heads, kv_heads, head_dim, window, scale, soft_cap, .. } = *shape;
     let mut stream = Stream::new(52, (head_dim + window.unwrap_or(0)) as u64);
-    let sequences = sequences(lengths);
-    let shape = Attention { sequences: &sequences, heads, kv_heads, head_dim, window };
-    let given = Given::<E>::random(&shape, &mut stream);
-    let expected = reference(
-        &shape,
-        &wide(&given.qkv),
-        &wide(&given.d_out),
-        &given.positions,
-        &frequencies(head_dim / 2),
-        unit::<E>(),
-    );
+    let given = Given::<E>::random(shape, turning, &mut stream);
+    let expected = reference(shape, &wide(&given.qkv), &wide(&given.d_out), &given.positions, turning, unit::<E>());
     for cpu in cpus() {
-        let label = format!("attention of {heads} {kv_heads} {head_dim} window {window:?} {cpu:?}");
-        let result = on_any_threads(cpu, &label, || given.run(&shape, &mut KeyValueGradients::default()));
+        let label = format!("attention of {heads} {kv_heads} {head_dim} {window:?} {scale} {soft_cap:?} {cpu:?}");
+        let result = on_any_threads(cpu, &label, || given.run(shape, &mut KeyValueGradients::default()));
         let compare = |name: &str, got: &[u32], expected: &Bounded| {
             let got: Vec<f32> = got.iter().map(|bits| f32::from_bits(*bits)).collect();
             close(&format!("{name}, {label}"), &got, &expected.values, &expected.bounds);
@@ -328,7 +395,7 @@ fn check<E: ProductElement>(lengths: &[usize], [heads, kv_heads, head_dim]: [usi
         compare("out", &result.out, &expected.out);
         compare("sums", &result.log_sums, &expected.log_sums);
         compare("gradients", &result.d_qkv, &expected.d_qkv);
-        others_do_not_matter(&shape, &given, &result, cpu);
+        others_do_not_matter(shape, &given, &result, cpu);
     }
 }
 
@@ -388,6 +455,65 @@ fn check_all<E: ProductElement>() {
     check::<E>(&[], [2, 1, 16], None);
 }
 
+/// A scale of its own, a cap that changes scores, heads of which a part turns by one of two sets of frequencies, or none.
+fn check_variants<E: ProductElement>() {
+    let (short, lengths) = (sequences(&SHORT), sequences(&LENGTHS));
+    for (cap, scale) in [(0.8, 0.05), (4.0, 0.5), (50.0, 0.25)] {
+        let capped = |shape| Attention { soft_cap: Some(cap), scale, ..shape };
+        check_turned::<E>(&capped(shape(&lengths, [6, 2, 16], Some(70))), Some(&Turning::whole(16)));
+        check_turned::<E>(&capped(shape(&short, [3, 1, 6], None)), Some(&Turning::partial(2)));
+        check_turned::<E>(&capped(shape(&short, [2, 1, 80], None)), None);
+    }
+    check_turned::<E>(&Attention { scale: 0.3, ..shape(&short, [6, 2, 16], None) }, Some(&Turning::partial(6)));
+    check_turned::<E>(&Attention { scale: 0.01, ..shape(&lengths, [2, 2, 48], Some(5)) }, None);
+    check_turned::<E>(&shape(&short, [2, 1, 128], None), Some(&Turning::partial(48)));
+}
+
+#[test]
+fn scales_caps_and_partial_rotations_equal_all_scores_in_f64() {
+    check_variants::<f32>();
+    check_variants::<bf16>();
+}
+
+/// A cap so far above the scores that it changes none of them.
+#[test]
+fn a_cap_that_is_far_away_changes_little() {
+    let sequences = sequences(&SHORT);
+    let shape = shape(&sequences, [6, 2, 16], None);
+    let given = Given::<f32>::random(&shape, Some(&Turning::whole(16)), &mut Stream::new(55, 0));
+    let run = |shape: &Attention| given.run(shape, &mut KeyValueGradients::default());
+    for cpu in cpus() {
+        let (plain, capped) = with_cpu(cpu, || (run(&shape), run(&Attention { soft_cap: Some(1e5), ..shape })));
+        for (plain, capped) in [(plain.out, capped.out), (plain.d_qkv, capped.d_qkv)] {
+            for (plain, capped) in plain.iter().zip(&capped) {
+                let (plain, capped) = (f32::from_bits(*plain), f32::from_bits(*capped));
+                assert!((plain - capped).abs() < 1e-5 * (1.0 + plain.abs()), "{cpu:?}: {capped} for {plain}");
+            }
+        }
+    }
+}
+
+/// Scores beyond the cap are the cap, and pass no gradient on.
+#[test]
+fn saturated_scores_are_equal_and_have_no_gradient() {
+    let rows = 0..70;
+    let shape = Attention { scale: 1.0, soft_cap: Some(2.0), ..shape(std::slice::from_ref(&rows), [1, 1, 2], None) };
+    let qkv: Vec<f32> = (0..70).flat_map(|k| [300.0, 0.0, 1.0 + k as f32, 0.0, k as f32, 1.0]).collect();
+    for cpu in cpus() {
+        on_any_threads(cpu, "", || {
+            let (mut out, mut log_sums, mut d_qkv) = (vec![0f32; 140], vec![0f32; 70], vec![f32::NAN; 6 * 70]);
+            attention(&shape, &qkv, &mut out, &mut log_sums);
+            let partial = &mut KeyValueGradients::default();
+            attention_backward(&shape, &qkv, &out, &log_sums, &[1.0; 140], (&[0; 70], None), partial, &mut d_qkv);
+            for (query, out) in out.chunks_exact(2).enumerate() {
+                assert!((out[0] - query as f32 / 2.0).abs() < 1e-4 && (out[1] - 1.0).abs() < 1e-5, "{query}: {out:?}");
+                let d = &d_qkv[6 * query..][..4];
+                assert!(d.iter().all(|d| d.abs() < 1e-2), "{query}: {d:?}");
+            }
+        });
+    }
+}
+
 #[test]
 fn attention_equals_all_scores_in_f64_f32() {
     check_all::<f32>();
@@ -403,8 +529,7 @@ fn attention_equals_all_scores_in_f64_bf16() {
 fn extreme_scores_pick_one_key() {
     fn check<E: ProductElement>() {
         let rows = 0..70;
-        let shape =
-            Attention { sequences: std::slice::from_ref(&rows), heads: 1, kv_heads: 1, head_dim: 2, window: None };
+        let shape = shape(std::slice::from_ref(&rows), [1, 1, 2], None);
         for sign in [1.0, -1.0] {
             // The score of key k is ±300 k / √2 and its value k.
             let qkv = (0..70).flat_map(|k| [300.0, 0.0, sign * k as f32, 0.0, k as f32, 1.0]);
@@ -432,8 +557,8 @@ fn what_is_not_finite_stays_in_its_sequence() {
     fn check<E: ProductElement>() {
         let mut stream = Stream::new(53, 0);
         let sequences = sequences(&[5, 70, 3]);
-        let shape = Attention { sequences: &sequences, heads: 4, kv_heads: 2, head_dim: 16, window: None };
-        let given = Given::<E>::random(&shape, &mut stream);
+        let shape = shape(&sequences, [4, 2, 16], None);
+        let given = Given::<E>::random(&shape, Some(&Turning::whole(16)), &mut stream);
         for cpu in cpus() {
             let clean = on_threads(cpu, 2, || given.run(&shape, &mut KeyValueGradients::default()));
             // A query's, a key's and a value's channel in row 20 of the batch.
@@ -464,9 +589,9 @@ fn what_is_not_finite_stays_in_its_sequence() {
 fn buffers_carry_nothing_over() {
     let mut stream = Stream::new(54, 0);
     let (large, small) = (sequences(&[100, 30]), sequences(&[7, 50]));
-    let of = |sequences| Attention { sequences, heads: 4, kv_heads: 2, head_dim: 16, window: None };
-    let (large, small) = (of(&large), of(&small));
-    let (first, second) = (Given::<bf16>::random(&large, &mut stream), Given::<bf16>::random(&small, &mut stream));
+    let (large, small) = (shape(&large, [4, 2, 16], None), shape(&small, [4, 2, 16], None));
+    let turning = Turning::whole(16);
+    let [first, second] = [&large, &small].map(|shape| Given::<bf16>::random(shape, Some(&turning), &mut stream));
     let mut partial = KeyValueGradients::default();
     first.run(&large, &mut partial);
     assert!(second.run(&small, &mut partial) == second.run(&small, &mut KeyValueGradients::default()));
@@ -476,15 +601,15 @@ fn buffers_carry_nothing_over() {
 #[test]
 fn shapes_that_disagree_are_refused() {
     let sequences = sequences(&[2, 3]);
-    let shape = Attention { sequences: &sequences, heads: 2, kv_heads: 1, head_dim: 4, window: None };
+    let shape = shape(&sequences, [2, 1, 4], None);
     let refused = |label: &str, shape: Attention, [qkv, out, sums]: [usize; 3], table: usize| {
         let (qkv, mut out, mut sums) = (vec![0f32; qkv], vec![0f32; out], vec![0f32; sums]);
         let forward = catch_unwind(AssertUnwindSafe(|| attention(&shape, &qkv, &mut out, &mut sums)));
-        let table = RotaryTable::new(8, &vec![1.0; table]);
+        let table = Turning(vec![(8, vec![1.0; table], 1.0)]).table(2 * table);
         let mut d_qkv = qkv.clone();
         let backward = catch_unwind(AssertUnwindSafe(|| {
             let partial = &mut KeyValueGradients::default();
-            attention_backward(&shape, &qkv, &out, &sums, &out, (&[0; 5], &table), partial, &mut d_qkv);
+            attention_backward(&shape, &qkv, &out, &sums, &out, (&[0; 5], Some(&table)), partial, &mut d_qkv);
         }));
         (assert!(backward.is_err(), "{label} is not refused backward"), forward.is_err()).1
     };
@@ -493,6 +618,8 @@ fn shapes_that_disagree_are_refused() {
     assert!(refused("a head of odd width", Attention { head_dim: 3, ..shape }, [5 * 12, 5 * 6, 10], 1));
     assert!(refused("heads that share unevenly", Attention { kv_heads: 3, ..shape }, [5 * 32, 5 * 8, 10], 2));
     assert!(refused("no key heads", Attention { kv_heads: 0, ..shape }, [5 * 8, 5 * 8, 10], 2));
+    assert!(refused("a cap of nothing", Attention { soft_cap: Some(0.0), ..shape }, sizes, 2));
+    assert!(refused("a cap that is no number", Attention { soft_cap: Some(f32::NAN), ..shape }, sizes, 2));
     let gap = [0..2, 3..5];
     assert!(refused("rows of no sequence", Attention { sequences: &gap, ..shape }, sizes, 2));
     let twice = [0..3, 2..5];

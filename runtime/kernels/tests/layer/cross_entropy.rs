@@ -1,7 +1,7 @@
 //! Cross-entropy over distances from the target's logit, and the target's logits themselves.
 
 use homeroom_kernels::{
-    Element, Matrix, ProductElement, RowOrder, Storage, Stream, bf16, cross_entropy, target_logits,
+    Element, LogitCap, Matrix, ProductElement, RowOrder, Storage, Stream, bf16, cross_entropy, target_logits, with_cpu,
 };
 
 use super::{U, bits, close, cpus, is_gradient, narrow, normal, on_any_threads, uniform, unit, wide};
@@ -42,17 +42,17 @@ fn random(n: usize, v: usize, deviation: f64, stream: &mut Stream) -> Given {
 }
 
 fn check<E: Element>(given: &Given, v: usize) {
-    const SCALE: f32 = 0.37;
     let (logits, targets) = (narrow::<E>(&given.logits), &given.targets);
     let n = targets.len();
+    let scales: Vec<f32> = (0..n).map(|i| [0.37, -1.5, 0.0][i % 3]).collect();
     for cpu in cpus() {
         let label = format!("cross-entropy of {n} x {v} {cpu:?}");
         let run = |scale| {
             let (mut logits, mut losses, mut right) = (logits.clone(), vec![f32::NAN; n], vec![false; n]);
-            cross_entropy(v, &mut logits, targets, scale, &mut losses, &mut right);
+            cross_entropy(v, &mut logits, targets, None, scale, &mut losses, &mut right);
             (logits, losses, right)
         };
-        let (gradient, losses, right) = on_any_threads(cpu, &label, || run(Some(SCALE)));
+        let (gradient, losses, right) = on_any_threads(cpu, &label, || run(Some(&scales[..])));
         let alone = on_any_threads(cpu, &label, || run(None));
         assert!(alone.1 == losses && alone.2 == right, "{label}: the loss alone is the same");
         let roundings = v.div_ceil(32) as f64 + 12.0;
@@ -62,9 +62,10 @@ fn check<E: Element>(given: &Given, v: usize) {
             let loss = loss_f64(row, target);
             close(&label, &losses[i..=i], &[loss], &[U * (roundings + 2.0 * loss.abs())]);
             assert_eq!(right[i], row.iter().all(|logit| *logit <= 0.0), "{label}");
-            let expected: Vec<f64> = gradient_f64(row, target).iter().map(|d| d * f64::from(SCALE)).collect();
+            let scale = f64::from(scales[i]);
+            let expected: Vec<f64> = gradient_f64(row, target).iter().map(|d| d * scale).collect();
             // A loss has an error of its size, which is one of the exponent: of no weight unless the loss is small.
-            let absolute = U * f64::from(SCALE) * (roundings + 2.0 * loss.abs().min(100.0));
+            let absolute = U * scale.abs() * (roundings + 2.0 * loss.abs().min(100.0));
             let bound: Vec<f64> = expected.iter().map(|d| d.abs() * 2.0 * unit::<E>() + absolute).collect();
             close(&label, &gradient[i * v..(i + 1) * v], &expected, &bound);
         }
@@ -79,6 +80,78 @@ fn losses_and_gradients_equal_f64() {
             let given = random(n, v, deviation, &mut stream);
             check::<f32>(&given, v);
             check::<bf16>(&given, v);
+        }
+    }
+}
+
+/// c tanh(l / c) of each.
+fn capped_f64(logits: &[f64], cap: f64) -> Vec<f64> {
+    logits.iter().map(|logit| cap * (logit / cap).tanh()).collect()
+}
+
+/// ∂loss(c tanh(l / c)) / ∂l_j: that of the capped logit times its slope 1 − tanh².
+fn capped_gradient_f64(logits: &[f64], target: usize, cap: f64) -> Vec<f64> {
+    let gradient = gradient_f64(&capped_f64(logits, cap), target);
+    gradient.iter().zip(logits).map(|(d, logit)| d * (1.0 - (logit / cap).tanh().powi(2))).collect()
+}
+
+#[test]
+fn the_plain_capped_gradient_is_its_derivative() {
+    let mut stream = Stream::new(34, 0);
+    let logits: Vec<f64> = (0..9).map(|_| 2.0 * stream.normal()).collect();
+    let gradient = capped_gradient_f64(&logits, 4, 3.0);
+    is_gradient(|logits| loss_f64(&capped_f64(logits, 3.0), 4), &logits, &gradient, 0..9);
+}
+
+/// Logits are the target's, given, and distances from it.
+fn check_capped<E: Element>(given: &Given, v: usize, at: &[f32], cap: f32) {
+    let (logits, targets, n) = (narrow::<E>(&given.logits), &given.targets, given.targets.len());
+    let scales: Vec<f32> = (0..n).map(|i| [0.37, -1.5, 0.0][i % 3]).collect();
+    let c = f64::from(cap);
+    let mut all = Vec::new();
+    for cpu in cpus() {
+        let label = format!("cross-entropy of {n} x {v} capped at {cap} {cpu:?}");
+        let run = |scale| {
+            let (mut logits, mut losses, mut right) = (logits.clone(), vec![f32::NAN; n], vec![false; n]);
+            let cap = Some(LogitCap { cap, targets: at });
+            cross_entropy(v, &mut logits, targets, cap, scale, &mut losses, &mut right);
+            (logits, losses, right)
+        };
+        let (gradient, losses, right) = on_any_threads(cpu, &label, || run(Some(&scales[..])));
+        let alone = on_any_threads(cpu, &label, || run(None));
+        assert!(alone.1 == losses && alone.2 == right, "{label}: the loss alone is the same");
+        let roundings = v.div_ceil(32) as f64 + 12.0;
+        for (i, row) in wide(&logits).chunks_exact_mut(v).enumerate() {
+            let target = targets[i] as usize;
+            row[target] = 0.0;
+            let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            row.iter_mut().for_each(|distance| *distance += f64::from(at[i]));
+            let capped = capped_f64(row, c);
+            let loss = loss_f64(&capped, target);
+            // A capped distance is within some units of 2 c.
+            let of_distance = 16.0 * c.min(row.iter().map(|x| x.abs()).fold(0.0, f64::max));
+            close(&label, &losses[i..=i], &[loss], &[U * (roundings + of_distance + 2.0 * loss.abs())]);
+            assert_eq!(right[i], most <= 0.0, "{label}");
+            let scale = f64::from(scales[i]);
+            let expected: Vec<f64> = capped_gradient_f64(row, target, c).iter().map(|d| d * scale).collect();
+            let absolute = U * scale.abs() * (roundings + 2.0 * of_distance + 16.0);
+            let bound: Vec<f64> = expected.iter().map(|d| d.abs() * 2.0 * unit::<E>() + absolute).collect();
+            close(&label, &gradient[i * v..(i + 1) * v], &expected, &bound);
+        }
+        all.push((bits(&gradient), bits(&losses)));
+    }
+    assert!(all.iter().all(|one| *one == all[0]), "processors differ");
+}
+
+#[test]
+fn capped_losses_and_gradients_equal_f64() {
+    let mut stream = Stream::new(35, 0);
+    for (n, v) in [(0, 3), (1, 1), (3, 2), (5, 31), (9, 33), (6, 1000), (3, 5003)] {
+        for (deviation, cap) in [(1e-3, 30.0), (1.0, 0.5), (6.0, 30.0), (20.0, 30.0), (200.0, 10.0)] {
+            let given = random(n, v, deviation, &mut stream);
+            let at: Vec<f32> = normal(n, deviation, &mut stream);
+            check_capped::<f32>(&given, v, &at, cap);
+            check_capped::<bf16>(&given, v, &at, cap);
         }
     }
 }
@@ -103,13 +176,14 @@ fn extreme_logits_have_their_loss_and_gradient() {
 #[test]
 fn a_run_that_diverges_shows_it() {
     const V: usize = 70;
-    for cpu in cpus() {
+    for (cpu, cap) in cpus().flat_map(|cpu| [(cpu, None), (cpu, Some(30.0))]) {
         for (place, bad) in [(3, f32::NAN), (67, f32::NAN), (5, f32::NAN), (5, f32::INFINITY), (67, f32::INFINITY)] {
             let mut logits = vec![-1f32; 3 * V];
             logits[V + place] = bad;
             let (losses, right) = on_any_threads(cpu, "", || {
                 let (mut logits, mut losses, mut right) = (narrow::<bf16>(&logits), vec![0f32; 3], vec![true; 3]);
-                cross_entropy(V, &mut logits, &[5; 3], Some(1.0), &mut losses, &mut right);
+                let cap = cap.map(|cap| LogitCap { cap, targets: &[1.0; 3] });
+                cross_entropy(V, &mut logits, &[5; 3], cap, Some(&[1.0; 3]), &mut losses, &mut right);
                 let bad = &logits[V..2 * V];
                 assert!(bad.iter().all(|d| d.is_nan()), "{place}: the gradient of {bad:?}");
                 (bits(&losses), right)
@@ -121,7 +195,8 @@ fn a_run_that_diverges_shows_it() {
         let mut logits = vec![f32::NEG_INFINITY; V];
         logits[5] = f32::NAN;
         let mut losses = [0f32];
-        cross_entropy(V, &mut logits, &[5], None, &mut losses, &mut [false]);
+        let cap = cap.map(|cap| LogitCap { cap, targets: &[1.0] });
+        with_cpu(cpu, || cross_entropy(V, &mut logits, &[5], cap, None, &mut losses, &mut [false]));
         assert!(losses[0].is_nan(), "the logit of the target is infinite: {losses:?}");
     }
 }
@@ -173,5 +248,5 @@ fn the_logits_of_targets_are_their_products() {
 #[test]
 #[should_panic(expected = "a target is one of 3 tokens")]
 fn a_target_that_is_no_token_is_refused() {
-    cross_entropy(3, &mut [0f32; 3], &[3], None, &mut [0.0], &mut [false]);
+    cross_entropy(3, &mut [0f32; 3], &[3], None, None, &mut [0.0], &mut [false]);
 }

@@ -261,7 +261,7 @@ impl Site {
             };
             self.rows(work, 0, x, u, from, out);
             self.rows(work, 1, x, u, from, up);
-            homeroom_kernels::gate(out, up);
+            homeroom_kernels::gate(homeroom_kernels::Gate::Silu, out, up);
         });
     }
 }

@@ -96,6 +96,7 @@ impl FusedHead {
         let mut logits = rows.logits(chunk * v);
         let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
         let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
+        let scales = scale.map(|scale| vec![scale; n]);
         for from in (0..n).step_by(chunk) {
             let part = from..n.min(from + chunk);
             let count = part.len();
@@ -109,7 +110,8 @@ impl FusedHead {
             });
             timed("cross-entropy", || {
                 let (losses, correct) = (&mut losses[part.clone()], &mut correct[part.clone()]);
-                cross_entropy(v, logits, &targets[part.clone()], scale, losses, correct);
+                let scales = scales.as_ref().map(|scales| &scales[part.clone()]);
+                cross_entropy(v, logits, &targets[part.clone()], None, scales, losses, correct);
             });
             if scale.is_some() {
                 timed("backward head", || {

@@ -10,8 +10,8 @@
 
 use anyhow::Result;
 use homeroom_kernels::{
-    KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, attention_kept, rms_norm,
-    rms_norm_backward, rotate, scale_columns, swiglu, swiglu_backward,
+    Gate, KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, attention_kept, gated,
+    gated_backward, rms_norm, rms_norm_backward, rotate, scale_columns,
 };
 
 use super::Rows;
@@ -122,7 +122,7 @@ impl<E: ProductElement> FusedLayer<E> {
         let mut qkv = rows.workspace.narrow.take(width);
         timed("forward rope", || {
             let (heads, rotated) = (shape.heads + 2 * shape.kv_heads, shape.heads + shape.kv_heads);
-            rotate(&unrotated, &rows.batch.positions, heads, rotated, table, &mut qkv);
+            rotate(&unrotated, &rows.batch.positions, heads, rotated, Some(table), &mut qkv);
         });
         rows.workspace.wide.give(width, unrotated);
         let (mut attended, mut log_sums) = (rows.workspace.narrow.take(q_width), rows.workspace.wide.take(shape.heads));
@@ -162,7 +162,7 @@ impl<E: ProductElement> FusedLayer<E> {
         let gate_up_saved = self.gate_up.forward(rows, &scaled, Output::Narrow(&mut gate_up));
         rows.workspace.narrow.give(c, scaled);
         let mut h = rows.workspace.narrow.take(inner);
-        timed("forward swiglu", || swiglu(inner, &gate_up, &mut h));
+        timed("forward swiglu", || gated(Gate::Silu, inner, &gate_up, &mut h));
         let down_saved = self.down.forward(rows, &h, Output::Add(x));
         rows.workspace.narrow.give(inner, h);
         UpperSaved { normal_2, inverse_2, gate_up, sites: [o_saved, gate_up_saved, down_saved] }
@@ -211,7 +211,7 @@ impl<E: ProductElement> FusedLayer<E> {
         };
         let mut d_qkv = rows.workspace.narrow.take(width);
         timed("backward attention", || {
-            let turn = (&rows.batch.positions[..], table);
+            let turn = (&rows.batch.positions[..], Some(table));
             attention_backward(&shape, &qkv, &attended, &log_sums, &d_attended, turn, partial, &mut d_qkv);
         });
         rows.workspace.narrow.give(q_width, d_attended);
@@ -251,7 +251,7 @@ impl<E: ProductElement> FusedLayer<E> {
         let UpperSaved { normal_2, inverse_2, gate_up, sites: [o_saved, gate_up_saved, down_saved] } = saved;
         let (mut dh, mut d_gate_up) = (rows.workspace.narrow.take(inner), rows.workspace.narrow.take(2 * inner));
         let to_h = |dh: &mut [E]| {
-            timed("backward swiglu", || swiglu_backward(inner, &gate_up, dh, &mut d_gate_up));
+            timed("backward swiglu", || gated_backward(Gate::Silu, inner, &gate_up, dh, &mut d_gate_up));
         };
         self.down.backward_then(rows, down_saved, narrow, &mut dh, to_h, gradients)?;
         rows.workspace.narrow.give(inner, dh);

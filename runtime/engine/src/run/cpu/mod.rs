@@ -268,9 +268,11 @@ impl<E: ProductElement> Fused<E> {
 
     /// Cosines and sines of positions below `positions` at least.
     pub fn table(&mut self, architecture: &Architecture, positions: usize) -> &RotaryTable {
-        if positions > self.table.positions() {
+        if positions > self.table.rows() {
             let positions = positions.next_power_of_two().min(architecture.max_position_embeddings).max(positions);
-            self.table = RotaryTable::new(positions, &architecture.ropes[0].frequencies(0));
+            let head_dim = architecture.layers.first().map_or(2, |layer| layer.attention().head_dim);
+            self.table = RotaryTable::new(head_dim);
+            self.table.append(positions, &architecture.ropes[0].frequencies(0), 1.0);
         }
         &self.table
     }

@@ -49,12 +49,7 @@ impl FusedHead {
 
     /// Loss over the residual stream x, of all rows or of those with a target alone. With a scale, `dx`, of the same rows, becomes
     /// the gradient of `scale` times the sum of losses.
-    pub fn loss<E: ProductElement>(
-        &self,
-        rows: &mut Rows<'_, E>,
-        x: &[f32],
-        train: Option<(f32, &mut [f32])>,
-    ) -> Outcome {
+    pub fn loss<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[f32], train: Option<(f32, &mut [f32])>) -> Outcome {
         let model = rows.pass.model;
         let (targets, target_rows) = (&rows.batch.targets, &rows.batch.target_rows);
         let (c, n, v) = (model.config.hidden_size, targets.len(), model.modules[self.head].info.d_out);
@@ -89,7 +84,7 @@ impl FusedHead {
         // Chunks of one size: a small one at the end would cost a packing of the whole head.
         let most = (LOGITS_BYTES / (v * size_of::<E>())).clamp(48, 1024);
         let chunk = n.div_ceil(n.div_ceil(most));
-        let mut logits = rows.logits(chunk * v);
+        let mut logits = rows.workspace.logits.take(chunk, v);
         let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
         let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
         for from in (0..n).step_by(chunk) {
@@ -116,7 +111,7 @@ impl FusedHead {
                 });
             }
         }
-        rows.give_logits(logits);
+        drop(logits);
         outcome.loss_sum = losses.iter().map(|loss| f64::from(*loss)).sum();
         outcome.correct = correct.iter().filter(|correct| **correct).count();
         if let Some(dx) = dx {

@@ -17,6 +17,7 @@ use homeroom_kernels::{
 use super::Rows;
 use super::kv_cache::KvCache;
 use super::site::{Site, SiteSaved};
+use super::workspace::Buffer;
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
@@ -36,22 +37,22 @@ pub struct FusedLayer<E> {
 
 /// What a layer keeps for backward.
 pub struct LayerSaved<E> {
-    normal_1: Vec<E>,
-    inverse_1: Vec<f32>,
-    qkv: Vec<E>,
+    normal_1: Buffer<E>,
+    inverse_1: Buffer<f32>,
+    qkv: Buffer<E>,
     qkv_saved: SiteSaved<E>,
-    attended: Vec<E>,
-    log_sums: Vec<f32>,
+    attended: Buffer<E>,
+    log_sums: Buffer<f32>,
     /// The rows of `attended` that the layer went on with, if not with all.
-    picked: Option<Vec<E>>,
+    picked: Option<Buffer<E>>,
     upper: UpperSaved<E>,
 }
 
 /// What it keeps of the part above the attention.
 struct UpperSaved<E> {
-    normal_2: Vec<E>,
-    inverse_2: Vec<f32>,
-    gate_up: Vec<E>,
+    normal_2: Buffer<E>,
+    inverse_2: Buffer<f32>,
+    gate_up: Buffer<E>,
     /// Of o, gate and up, down.
     sites: [SiteSaved<E>; 3],
 }
@@ -94,32 +95,32 @@ impl<E: ProductElement> FusedLayer<E> {
     /// layer `kept.1` takes them in.
     pub fn forward(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         few: Option<&Batch>,
         table: &RotaryTable,
-        mut x: Vec<f32>,
+        mut x: Buffer<f32>,
         kept: Option<(&mut KvCache<E>, usize)>,
-    ) -> (Vec<f32>, LayerSaved<E>) {
+    ) -> (Buffer<f32>, LayerSaved<E>) {
         let config = &rows.pass.model.config;
         let (c, epsilon) = (config.hidden_size, config.rms_norm_eps as f32);
         let shape = config.attention(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
 
-        let [mut normal_1, mut scaled] = [0; 2].map(|_| rows.workspace.narrow.take(c));
-        let mut inverse_1 = rows.workspace.wide.take(1);
+        let [mut normal_1, mut scaled] = [0; 2].map(|_| rows.narrow(c));
+        let mut inverse_1 = rows.wide(1);
         timed("forward norm", || {
             rms_norm(&x, &self.input_norm, epsilon, &mut normal_1, &mut inverse_1, &mut scaled);
         });
-        let mut unrotated = rows.workspace.wide.take(width);
+        let mut unrotated = rows.wide(width);
         let qkv_saved = self.qkv.forward(rows, &scaled, Output::Wide(&mut unrotated));
-        rows.workspace.narrow.give(c, scaled);
-        let mut qkv = rows.workspace.narrow.take(width);
+        drop(scaled);
+        let mut qkv = rows.narrow(width);
         timed("forward rope", || {
             let (heads, rotated) = (shape.heads + 2 * shape.kv_heads, shape.heads + shape.kv_heads);
             rotate(&unrotated, &rows.batch.positions, heads, rotated, table, &mut qkv);
         });
-        rows.workspace.wide.give(width, unrotated);
-        let (mut attended, mut log_sums) = (rows.workspace.narrow.take(q_width), rows.workspace.wide.take(shape.heads));
+        drop(unrotated);
+        let (mut attended, mut log_sums) = (rows.narrow(q_width), rows.wide(shape.heads));
         timed("forward attention", || match kept {
             None => attention(&shape, &qkv, &mut attended, &mut log_sums),
             Some((cache, number)) => {
@@ -131,11 +132,13 @@ impl<E: ProductElement> FusedLayer<E> {
         let (picked, upper) = match few {
             None => (None, self.forward_upper(rows, &mut x, &attended)),
             Some(few) => {
-                let targets = &rows.batch.target_rows;
-                let picked = pick(targets, q_width, &attended, rows.workspace.narrow.take(q_width));
-                let picked_x = pick(targets, c, &x, rows.workspace.wide.take(c));
-                rows.workspace.wide.give(c, std::mem::replace(&mut x, picked_x));
-                let upper = rows.with(few, |rows| self.forward_upper(rows, &mut x, &picked));
+                let (targets, part) = (&rows.batch.target_rows, &rows.of(few));
+                let mut picked = part.narrow(q_width);
+                pick(targets, q_width, &attended, &mut picked);
+                let mut picked_x = part.wide(c);
+                pick(targets, c, &x, &mut picked_x);
+                x = picked_x;
+                let upper = self.forward_upper(part, &mut x, &picked);
                 (Some(picked), upper)
             }
         };
@@ -143,22 +146,21 @@ impl<E: ProductElement> FusedLayer<E> {
     }
 
     /// The layer from the attention's output on, row by row: x (m, C) becomes the layer's output.
-    fn forward_upper(&self, rows: &mut Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
+    fn forward_upper(&self, rows: &Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
         let config = &rows.pass.model.config;
         let (c, inner, epsilon) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps as f32);
         let o_saved = self.o.forward(rows, attended, Output::Add(x));
-        let [mut normal_2, mut scaled] = [0; 2].map(|_| rows.workspace.narrow.take(c));
-        let mut inverse_2 = rows.workspace.wide.take(1);
+        let [mut normal_2, mut scaled] = [0; 2].map(|_| rows.narrow(c));
+        let mut inverse_2 = rows.wide(1);
         timed("forward norm", || {
             rms_norm(x, &self.post_norm, epsilon, &mut normal_2, &mut inverse_2, &mut scaled);
         });
-        let mut gate_up = rows.workspace.narrow.take(2 * inner);
+        let mut gate_up = rows.narrow(2 * inner);
         let gate_up_saved = self.gate_up.forward(rows, &scaled, Output::Narrow(&mut gate_up));
-        rows.workspace.narrow.give(c, scaled);
-        let mut h = rows.workspace.narrow.take(inner);
+        drop(scaled);
+        let mut h = rows.narrow(inner);
         timed("forward swiglu", || swiglu(inner, &gate_up, &mut h));
         let down_saved = self.down.forward(rows, &h, Output::Add(x));
-        rows.workspace.narrow.give(inner, h);
         UpperSaved { normal_2, inverse_2, gate_up, sites: [o_saved, gate_up_saved, down_saved] }
     }
 
@@ -170,15 +172,15 @@ impl<E: ProductElement> FusedLayer<E> {
     #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         few: Option<&Batch>,
         table: &RotaryTable,
         partial: &mut KeyValueGradients,
         saved: LayerSaved<E>,
-        (mut dx, mut narrow): (Vec<f32>, Vec<E>),
+        (mut dx, mut narrow): (Buffer<f32>, Buffer<E>),
         input_gradient: bool,
         gradients: &mut Gradients,
-    ) -> Result<(Vec<f32>, Vec<E>)> {
+    ) -> Result<(Buffer<f32>, Buffer<E>)> {
         let config = &rows.pass.model.config;
         let c = config.hidden_size;
         let shape = config.attention(&rows.batch.sequences);
@@ -187,46 +189,34 @@ impl<E: ProductElement> FusedLayer<E> {
 
         let d_attended = match (few, picked) {
             (Some(few), Some(picked)) => {
-                let (from, from_narrow) = (&mut dx, &mut narrow);
-                let part =
-                    rows.with(few, |rows| self.backward_upper(rows, upper, &picked, (from, from_narrow), gradients))?;
+                let from = (&mut dx[..], &mut narrow[..]);
+                let part = self.backward_upper(&rows.of(few), upper, &picked, from, gradients)?;
                 let targets = &rows.batch.target_rows;
-                let d_attended = place(targets, q_width, &part, rows.workspace.narrow.take(q_width));
-                let placed = place(targets, c, &dx, rows.workspace.wide.take(c));
-                rows.workspace.wide.give(c, std::mem::replace(&mut dx, placed));
-                let buffer = rows.workspace.narrow.take(c);
-                rows.workspace.narrow.give(c, std::mem::replace(&mut narrow, buffer));
-                for buffer in [part, picked] {
-                    rows.workspace.narrow.give(q_width, buffer);
-                }
+                let mut d_attended = rows.narrow(q_width);
+                place(targets, q_width, &part, &mut d_attended);
+                let mut placed = rows.wide(c);
+                place(targets, c, &dx, &mut placed);
+                (dx, narrow) = (placed, rows.narrow(c));
                 d_attended
             }
             _ => self.backward_upper(rows, upper, &attended, (&mut dx, &mut narrow), gradients)?,
         };
-        let mut d_qkv = rows.workspace.narrow.take(width);
+        let mut d_qkv = rows.narrow(width);
         timed("backward attention", || {
             let turn = (&rows.batch.positions[..], table);
             attention_backward(&shape, &qkv, &attended, &log_sums, &d_attended, turn, partial, &mut d_qkv);
         });
-        rows.workspace.narrow.give(q_width, d_attended);
-        let (mut scaled, mut dy) = (rows.workspace.narrow.take(c), rows.workspace.wide.take(c));
+        drop(d_attended);
+        let (mut scaled, mut dy) = (rows.narrow(c), rows.wide(c));
         timed("backward norm", || scale_columns(&normal_1, &self.input_norm, &mut scaled));
         let out = input_gradient.then_some(Output::Wide(&mut dy));
         self.qkv.backward(rows, qkv_saved, &d_qkv, &scaled, out, gradients)?;
-        rows.workspace.narrow.give(width, d_qkv);
+        drop(d_qkv);
         if input_gradient {
             timed("backward norm", || {
                 rms_norm_backward(&normal_1, &self.input_norm, &inverse_1, &dy, &mut dx, &mut narrow);
             });
         }
-        for buffer in [scaled, normal_1] {
-            rows.workspace.narrow.give(c, buffer);
-        }
-        rows.workspace.wide.give(c, dy);
-        rows.workspace.narrow.give(width, qkv);
-        rows.workspace.narrow.give(q_width, attended);
-        rows.workspace.wide.give(1, inverse_1);
-        rows.workspace.wide.give(shape.heads, log_sums);
         Ok((dx, narrow))
     }
 
@@ -234,78 +224,46 @@ impl<E: ProductElement> FusedLayer<E> {
     /// stream before it; `narrow` is dx as E, before and after.
     fn backward_upper(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: UpperSaved<E>,
         attended: &[E],
         (dx, narrow): (&mut [f32], &mut [E]),
         gradients: &mut Gradients,
-    ) -> Result<Vec<E>> {
+    ) -> Result<Buffer<E>> {
         let config = &rows.pass.model.config;
         let (c, inner) = (config.hidden_size, config.intermediate_size);
         let UpperSaved { normal_2, inverse_2, gate_up, sites: [o_saved, gate_up_saved, down_saved] } = saved;
-        let (mut dh, mut d_gate_up) = (rows.workspace.narrow.take(inner), rows.workspace.narrow.take(2 * inner));
+        let (mut dh, mut d_gate_up) = (rows.narrow(inner), rows.narrow(2 * inner));
         let to_h = |dh: &mut [E]| {
             timed("backward swiglu", || swiglu_backward(inner, &gate_up, dh, &mut d_gate_up));
         };
         self.down.backward_then(rows, down_saved, narrow, &mut dh, to_h, gradients)?;
-        rows.workspace.narrow.give(inner, dh);
-        rows.workspace.narrow.give(2 * inner, gate_up);
-        let (mut scaled, mut dy) = (rows.workspace.narrow.take(c), rows.workspace.wide.take(c));
+        drop((dh, gate_up));
+        let (mut scaled, mut dy) = (rows.narrow(c), rows.wide(c));
         timed("backward norm", || scale_columns(&normal_2, &self.post_norm, &mut scaled));
         let out = Some(Output::Wide(&mut dy));
         self.gate_up.backward(rows, gate_up_saved, &d_gate_up, &scaled, out, gradients)?;
-        rows.workspace.narrow.give(2 * inner, d_gate_up);
+        drop(d_gate_up);
         timed("backward norm", || rms_norm_backward(&normal_2, &self.post_norm, &inverse_2, &dy, dx, narrow));
-        for buffer in [scaled, normal_2] {
-            rows.workspace.narrow.give(c, buffer);
-        }
-        rows.workspace.wide.give(c, dy);
-        rows.workspace.wide.give(1, inverse_2);
-        let mut d_attended = rows.workspace.narrow.take(config.num_attention_heads * config.head_dim);
+        drop((scaled, dy, normal_2));
+        let mut d_attended = rows.narrow(config.num_attention_heads * config.head_dim);
         let out = Some(Output::Narrow(&mut d_attended));
         self.o.backward(rows, o_saved, narrow, attended, out, gradients)?;
         Ok(d_attended)
     }
-
-    /// Takes back what forward kept, when there will be no backward.
-    pub fn discard(&self, rows: &mut Rows<'_, E>, saved: LayerSaved<E>) {
-        let config = &rows.pass.model.config;
-        let (c, inner, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
-        let width = (heads + 2 * config.num_key_value_heads) * config.head_dim;
-        let LayerSaved { normal_1, inverse_1, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
-        for buffer in [normal_1, upper.normal_2] {
-            rows.workspace.narrow.give(c, buffer);
-        }
-        for buffer in [inverse_1, upper.inverse_2] {
-            rows.workspace.wide.give(1, buffer);
-        }
-        rows.workspace.narrow.give(width, qkv);
-        for buffer in [attended].into_iter().chain(picked) {
-            rows.workspace.narrow.give(heads * config.head_dim, buffer);
-        }
-        rows.workspace.wide.give(heads, log_sums);
-        rows.workspace.narrow.give(2 * inner, upper.gate_up);
-        self.qkv.discard(rows, qkv_saved);
-        for (site, saved) in [&self.o, &self.gate_up, &self.down].into_iter().zip(upper.sites) {
-            site.discard(rows, saved);
-        }
-    }
 }
 
-/// Some rows of `from`, (m, width), into a buffer.
-fn pick<T: Copy>(rows: &[u32], width: usize, from: &[T], mut buffer: Vec<T>) -> Vec<T> {
-    buffer.truncate(rows.len() * width);
-    for (to, row) in buffer.chunks_exact_mut(width).zip(rows) {
+/// Some rows of `from`, (m, width).
+fn pick<T: Copy>(rows: &[u32], width: usize, from: &[T], to: &mut [T]) {
+    for (to, row) in to.chunks_exact_mut(width).zip(rows) {
         to.copy_from_slice(&from[*row as usize * width..][..width]);
     }
-    buffer
 }
 
-/// The reverse: a buffer (m, width) of zeros but for some rows.
-fn place<T: Copy + Default>(rows: &[u32], width: usize, from: &[T], mut buffer: Vec<T>) -> Vec<T> {
-    buffer.fill(T::default());
+/// The reverse: `to`, (m, width), is zero but for some rows.
+fn place<T: Copy + Default>(rows: &[u32], width: usize, from: &[T], to: &mut [T]) {
+    to.fill(T::default());
     for (from, row) in from.chunks_exact(width).zip(rows) {
-        buffer[*row as usize * width..][..width].copy_from_slice(from);
+        to[*row as usize * width..][..width].copy_from_slice(from);
     }
-    buffer
 }

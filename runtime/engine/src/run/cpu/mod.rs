@@ -18,7 +18,7 @@ pub use self::decode::Decoder;
 use self::head::FusedHead;
 pub use self::kv_cache::KvCache;
 use self::layer::{FusedLayer, LayerSaved};
-use self::workspace::Workspace;
+use self::workspace::{Buffer, Pool, Workspace};
 use crate::adapt::adaptation::Adaptation;
 use crate::models::config::ModelConfig;
 use crate::models::{BaseModel, EMBEDDING};
@@ -36,7 +36,6 @@ pub struct Fused<E> {
     /// Whether the embedding only looks rows up.
     looks_up: bool,
     workspace: Workspace<E>,
-    logits: Vec<E>,
     table: RotaryTable,
     partial: KeyValueGradients,
 }
@@ -54,35 +53,30 @@ pub struct How {
 pub(crate) struct Rows<'a, E> {
     pass: &'a Pass<'a>,
     batch: &'a Batch,
-    workspace: &'a mut Workspace<E>,
-    logits: &'a mut Vec<E>,
+    workspace: &'a Workspace<E>,
 }
 
-impl<E: ProductElement> Rows<'_, E> {
+impl<'a, E: ProductElement> Rows<'a, E> {
     fn count(&self) -> usize {
         self.batch.ids.len()
     }
 
-    /// Calls `f` with other rows, of which there are no more, and the same buffers.
-    fn with<R>(&mut self, batch: &Batch, f: impl FnOnce(&mut Rows<'_, E>) -> R) -> R {
-        let Rows { pass, batch: present, workspace, logits } = self;
-        workspace.begin(batch.ids.len());
-        let result = f(&mut Rows { pass, batch, workspace, logits });
-        self.workspace.begin(present.ids.len());
-        result
+    /// Other rows with the same buffers.
+    fn of<'b>(&self, batch: &'b Batch) -> Rows<'b, E>
+    where
+        'a: 'b,
+    {
+        Rows { pass: self.pass, batch, workspace: self.workspace }
     }
 
-    /// The buffer of logits, at least so long.
-    fn logits(&mut self, len: usize) -> Vec<E> {
-        let mut logits = std::mem::take(self.logits);
-        if logits.len() < len {
-            logits.resize(len, E::default());
-        }
-        logits
+    /// A buffer of activations (m, width).
+    fn narrow(&self, width: usize) -> Buffer<E> {
+        self.workspace.narrow.take(self.count(), width)
     }
 
-    fn give_logits(&mut self, logits: Vec<E>) {
-        *self.logits = logits;
+    /// A buffer in f32, (m, width).
+    fn wide(&self, width: usize) -> Buffer<f32> {
+        self.workspace.wide.take(self.count(), width)
     }
 }
 
@@ -91,7 +85,7 @@ enum Stream {
     /// For plain blocks.
     Tensor(Tensor),
     /// For fused ones: (N, C), f32.
-    Buffer(Vec<f32>),
+    Buffer(Buffer<f32>),
 }
 
 impl Stream {
@@ -100,14 +94,14 @@ impl Stream {
             Self::Tensor(tensor) => Ok(tensor),
             Self::Buffer(buffer) => {
                 let width = buffer.len() / rows.max(1);
-                Ok(Tensor::from_vec(buffer, (rows, width), &Device::Cpu)?)
+                Ok(Tensor::from_vec(buffer.into_vec(), (rows, width), &Device::Cpu)?)
             }
         }
     }
 
-    fn into_buffer(self) -> Result<Vec<f32>> {
+    fn into_buffer(self, buffers: &Pool<f32>) -> Result<Buffer<f32>> {
         match self {
-            Self::Tensor(tensor) => Ok(tensor.flatten_all()?.to_vec1()?),
+            Self::Tensor(tensor) => Ok(buffers.adopt(tensor.dim(1)?, tensor.flatten_all()?.to_vec1()?)),
             Self::Buffer(buffer) => Ok(buffer),
         }
     }
@@ -118,7 +112,7 @@ enum Kept<E> {
     Plain(Saved),
     Fused(Box<LayerSaved<E>>),
     /// The input alone, to run forward from again.
-    Input(Vec<f32>),
+    Input(Buffer<f32>),
 }
 
 impl<E: ProductElement> Fused<E> {
@@ -130,9 +124,8 @@ impl<E: ProductElement> Fused<E> {
         let head = fuse.then(|| FusedHead::new::<E>(model, adaptation, integers)).flatten();
         let embedding = model.module_index(EMBEDDING);
         let adapted = embedding.is_some_and(|module| adaptation.is_some_and(|a| a.of(module).is_some()));
-        let (workspace, logits, table) = (Workspace::new(), Vec::new(), RotaryTable::default());
-        let partial = KeyValueGradients::default();
-        Self { layers, head, looks_up: fuse && !adapted, workspace, logits, table, partial }
+        let (workspace, table, partial) = (Workspace::new(), RotaryTable::default(), KeyValueGradients::default());
+        Self { layers, head, looks_up: fuse && !adapted, workspace, table, partial }
     }
 
     /// Whether a layer or the head multiplies in integers.
@@ -204,21 +197,18 @@ impl<E: ProductElement> Fused<E> {
             let keep = keep(number + 1);
             h = match layer {
                 Some(layer) => {
-                    let x = h.into_buffer()?;
+                    let x = h.into_buffer(&self.workspace.wide)?;
                     let few = few.as_ref().filter(|_| number + 1 == self.layers.len());
-                    let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+                    let rows = &Rows { pass, batch, workspace: &self.workspace };
                     let input = matches!(keep, Keep::Input { .. }).then(|| {
-                        let mut input = rows.workspace.wide.take(pass.model.config.hidden_size);
+                        let mut input = rows.wide(pass.model.config.hidden_size);
                         input.copy_from_slice(&x);
                         input
                     });
                     let (x, saved) = layer.forward(rows, few, &self.table, x, None);
                     kept.push(match (keep, input) {
                         (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
-                        (_, input) => {
-                            layer.discard(rows, saved);
-                            input.map_or(Kept::Plain(Saved::Nothing), Kept::Input)
-                        }
+                        (_, input) => input.map_or(Kept::Plain(Saved::Nothing), Kept::Input),
                     });
                     Stream::Buffer(x)
                 }
@@ -255,16 +245,12 @@ impl<E: ProductElement> Fused<E> {
         for (number, layer) in self.layers.iter().enumerate() {
             let layer = layer.as_ref().context("a layer is not fused")?;
             let few = of_last.as_ref().filter(|_| number + 1 == self.layers.len());
-            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
-            let (above, saved) = layer.forward(rows, few, &self.table, x, Some((&mut *cache, number)));
-            layer.discard(rows, saved);
-            x = above;
+            let rows = &Rows { pass, batch, workspace: &self.workspace };
+            (x, _) = layer.forward(rows, few, &self.table, x, Some((&mut *cache, number)));
         }
         cache.advance(batch.ids.len(), true);
         let c = pass.model.config.hidden_size;
-        let row = x[x.len() - c..].to_vec();
-        self.workspace.wide.give(c, x);
-        Ok(row)
+        Ok(x[x.len() - c..].to_vec())
     }
 
     /// Cosines and sines of positions below `positions` at least.
@@ -284,10 +270,8 @@ impl<E: ProductElement> Fused<E> {
         timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
     }
 
-    /// Readies buffers and tables for a pass.
+    /// Readies tables for a pass.
     fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) {
-        // The embedding alone may be looked up, under blocks that are all plain: it takes a buffer, too.
-        self.workspace.begin(batch.ids.len());
         if self.layers.iter().any(Option::is_some) {
             let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
             self.table(&pass.model.config, positions);
@@ -295,10 +279,10 @@ impl<E: ProductElement> Fused<E> {
     }
 
     /// Rows of the frozen embedding: (N, C).
-    fn look_up(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Vec<f32>> {
+    fn look_up(&self, pass: &Pass<'_>, batch: &Batch) -> Result<Buffer<f32>> {
         let module = pass.embedding(batch)?;
         let c = pass.model.config.hidden_size;
-        let mut x = self.workspace.wide.take(c);
+        let mut x = self.workspace.wide.take(batch.ids.len(), c);
         let weight = pass.model.modules[module].weight.matrix();
         x.par_chunks_mut(c).zip(&batch.ids[..]).for_each(|(x, id)| {
             weight.decode_rows(*id as usize..*id as usize + 1, x);
@@ -319,16 +303,11 @@ impl<E: ProductElement> Fused<E> {
             let (outcome, dh) = timed("plain head", || plain_head(pass, batch, &h, train))?;
             return Ok((outcome, dh.map(Stream::Tensor)));
         };
-        let x = h.into_buffer()?;
+        let x = h.into_buffer(&self.workspace.wide)?;
         let c = pass.model.config.hidden_size;
-        let mut dx = train.is_some().then(|| {
-            let mut dx = self.workspace.wide.take(c);
-            dx.truncate(x.len());
-            dx
-        });
-        let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+        let mut dx = train.is_some().then(|| self.workspace.wide.take(x.len() / c, c));
+        let rows = &Rows { pass, batch, workspace: &self.workspace };
         let outcome = head.loss(rows, &x, train.map(|(scale, _)| scale as f32).zip(dx.as_deref_mut()));
-        self.workspace.wide.give(c, x);
         Ok((outcome, dx.map(Stream::Buffer)))
     }
 
@@ -344,7 +323,7 @@ impl<E: ProductElement> Fused<E> {
     ) -> Result<()> {
         let (m, c, few) = (batch.ids.len(), pass.model.config.hidden_size, self.few(pass, batch));
         // The gradient, and for fused blocks the same as E.
-        let (mut dh, mut narrow) = (Some(dh), None::<Vec<E>>);
+        let (mut dh, mut narrow) = (Some(dh), None::<Buffer<E>>);
         for index in (lowest..kept.len()).rev() {
             let (Some(saved), Some(above)) = (kept.pop(), dh.take()) else { break };
             let layer = index.checked_sub(1).and_then(|number| self.layers[number].as_ref());
@@ -357,22 +336,17 @@ impl<E: ProductElement> Fused<E> {
                 narrow = None;
                 continue;
             };
-            let dx = above.into_buffer()?;
+            let dx = above.into_buffer(&self.workspace.wide)?;
             let few = few.as_ref().filter(|_| index == self.layers.len());
-            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+            let rows = &Rows { pass, batch, workspace: &self.workspace };
             let dx_narrow = narrow.take().unwrap_or_else(|| {
-                let mut narrow = rows.workspace.narrow.take(c);
-                narrow.truncate(dx.len());
+                let mut narrow = rows.workspace.narrow.take(dx.len() / c, c);
                 to_elements(&dx, &mut narrow);
                 narrow
             });
             let saved = match saved {
                 Kept::Fused(saved) => *saved,
-                Kept::Input(x) => {
-                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
-                    rows.workspace.wide.give(c, x);
-                    saved
-                }
+                Kept::Input(x) => layer.forward(rows, few, &self.table, x, None).1,
                 Kept::Plain(_) => break,
             };
             let input_gradient = index > lowest;
@@ -380,17 +354,7 @@ impl<E: ProductElement> Fused<E> {
             let down = (dx, dx_narrow);
             let (dx, dx_narrow) = layer.backward(rows, few, table, partial, saved, down, input_gradient, gradients)?;
             narrow = Some(dx_narrow);
-            if input_gradient {
-                dh = Some(Stream::Buffer(dx));
-            } else {
-                self.workspace.wide.give(c, dx);
-            }
-        }
-        if let Some(narrow) = narrow {
-            self.workspace.narrow.give(c, narrow);
-        }
-        if let Some(Stream::Buffer(buffer)) = dh {
-            self.workspace.wide.give(c, buffer);
+            dh = input_gradient.then_some(Stream::Buffer(dx));
         }
         Ok(())
     }

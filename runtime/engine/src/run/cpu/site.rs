@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::Rows;
 use super::low_rank::{LowRank, low_rank};
+use super::workspace::Buffer;
 use crate::adapt::adaptation::{Adaptation, fnv1a};
 use crate::models::BaseModel;
 use crate::run::gradients::Gradients;
@@ -66,7 +67,7 @@ struct Update<E> {
 /// What a site keeps for backward.
 pub struct SiteSaved<E> {
     /// `u = x Aᵀ` (m, rank).
-    u: Vec<E>,
+    u: Buffer<E>,
 }
 
 impl<E: ProductElement> Site<E> {
@@ -144,9 +145,9 @@ impl<E: ProductElement> Site<E> {
     }
 
     /// All outputs beside each other, (m, d_out), from x (m, d_in).
-    pub fn forward(&self, rows: &mut Rows<'_, E>, x: &[E], out: Output<'_, E>) -> SiteSaved<E> {
+    pub fn forward(&self, rows: &Rows<'_, E>, x: &[E], out: Output<'_, E>) -> SiteSaved<E> {
         let m = rows.count();
-        let mut u = rows.workspace.narrow.take(self.rank);
+        let mut u = rows.narrow(self.rank);
         if self.rank > 0 {
             timed("forward u", || self.down(rows, x, &mut u));
         }
@@ -172,7 +173,7 @@ impl<E: ProductElement> Site<E> {
     }
 
     /// `u = d(x) Aᵀ`, each module with its own dropout d.
-    fn down(&self, rows: &mut Rows<'_, E>, x: &[E], u: &mut [E]) {
+    fn down(&self, rows: &Rows<'_, E>, x: &[E], u: &mut [E]) {
         let (m, d_in) = (rows.count(), self.d_in);
         if self.modules.iter().filter_map(|module| module.update.as_ref()).all(|update| !rows.drops(update)) {
             let term = [Term::forward(Left::rows(x, d_in), Right::Dense { values: &self.a, cols: d_in })];
@@ -185,20 +186,19 @@ impl<E: ProductElement> Site<E> {
             let term = [Term::forward(Left::rows(&dropped, d_in), Right::Dense { values: a, cols: d_in })];
             let columns = [Columns { terms: &term, at: update.at, bias: None }];
             product(m, &columns, Output::Narrow(u), self.rank, Finish::default());
-            rows.workspace.narrow.give(d_in, dropped);
         }
     }
 
     /// First part of backward: from dy (m, d_out), the gradients of B and `du = dy s B` (m, rank).
     fn parameters(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: &SiteSaved<E>,
         dy: &[E],
         gradients: &mut Gradients,
-    ) -> Result<Vec<E>> {
+    ) -> Result<Buffer<E>> {
         let (m, width) = (rows.count(), self.d_out());
-        let mut du = rows.workspace.narrow.take(self.rank);
+        let mut du = rows.narrow(self.rank);
         let mut at = 0;
         for module in &self.modules {
             let dy = Left::rows(dy, width).from(at);
@@ -231,7 +231,7 @@ impl<E: ProductElement> Site<E> {
     }
 
     /// Last part: the gradients of A, `duᵀ x`, from the input x (m, d_in).
-    fn down_parameters(&self, rows: &mut Rows<'_, E>, x: &[E], du: &[E], gradients: &mut Gradients) -> Result<()> {
+    fn down_parameters(&self, rows: &Rows<'_, E>, x: &[E], du: &[E], gradients: &mut Gradients) -> Result<()> {
         let (m, d_in) = (rows.count(), self.d_in);
         let updates = || self.modules.iter().filter_map(|module| module.update.as_ref());
         let stacked = updates().all(|update| !rows.drops(update));
@@ -249,7 +249,6 @@ impl<E: ProductElement> Site<E> {
                 let mut a = vec![0f32; update.padded * d_in];
                 let du = Left::rows(du, self.rank).from(update.at);
                 timed("backward dA", || outer(m, du, update.padded, Left::rows(&dropped, d_in), d_in, 1.0, &mut a));
-                rows.workspace.narrow.give(d_in, dropped);
                 a.truncate(update.r * d_in);
                 a
             };
@@ -259,7 +258,7 @@ impl<E: ProductElement> Site<E> {
     }
 
     /// Second part: `dx = Σ dy_j W_j + du A` (m, d_in).
-    fn input(&self, rows: &mut Rows<'_, E>, dy: &[E], du: &[E], mut out: Output<'_, E>) {
+    fn input(&self, rows: &Rows<'_, E>, dy: &[E], du: &[E], mut out: Output<'_, E>) {
         let (m, d_in, width) = (rows.count(), self.d_in, self.d_out());
         let updates = || self.modules.iter().filter_map(|module| module.update.as_ref());
         let stacked = updates().all(|update| !rows.drops(update));
@@ -284,7 +283,7 @@ impl<E: ProductElement> Site<E> {
         }
         // With dropout the update's part goes through its mask.
         for update in updates() {
-            let mut part = rows.workspace.wide.take(d_in);
+            let mut part = rows.wide(d_in);
             let a = &self.a[update.at * d_in..(update.at + update.padded) * d_in];
             let term =
                 [Term::backward(Left::rows(du, self.rank).from(update.at), Right::Dense { values: a, cols: d_in })];
@@ -304,7 +303,6 @@ impl<E: ProductElement> Site<E> {
                     out.zip(part).for_each(|(out, part)| *out = E::of(out.wide() + part));
                 }
             });
-            rows.workspace.wide.give(d_in, part);
         }
     }
 
@@ -314,7 +312,7 @@ impl<E: ProductElement> Site<E> {
     /// When a gradient cannot be added.
     pub fn backward(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: SiteSaved<E>,
         dy: &[E],
         x: &[E],
@@ -328,7 +326,6 @@ impl<E: ProductElement> Site<E> {
         if self.trains() {
             self.down_parameters(rows, x, &du, gradients)?;
         }
-        self.recycle(rows, saved, du);
         Ok(())
     }
 
@@ -338,7 +335,7 @@ impl<E: ProductElement> Site<E> {
     /// When a gradient cannot be added.
     pub fn backward_then(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: SiteSaved<E>,
         dy: &[E],
         dx: &mut [E],
@@ -351,18 +348,7 @@ impl<E: ProductElement> Site<E> {
         if self.trains() {
             self.down_parameters(rows, dx, &du, gradients)?;
         }
-        self.recycle(rows, saved, du);
         Ok(())
-    }
-
-    fn recycle(&self, rows: &mut Rows<'_, E>, saved: SiteSaved<E>, du: Vec<E>) {
-        rows.workspace.narrow.give(self.rank, saved.u);
-        rows.workspace.narrow.give(self.rank, du);
-    }
-
-    /// Takes back what forward kept.
-    pub fn discard(&self, rows: &mut Rows<'_, E>, saved: SiteSaved<E>) {
-        rows.workspace.narrow.give(self.rank, saved.u);
     }
 }
 
@@ -390,8 +376,8 @@ impl<E: ProductElement> Rows<'_, E> {
     }
 
     /// x (m, width) with a module's dropout.
-    fn dropped(&mut self, update: &Update<E>, x: &[E], width: usize) -> Vec<E> {
-        let mut out = self.workspace.narrow.take(width);
+    fn dropped(&self, update: &Update<E>, x: &[E], width: usize) -> Buffer<E> {
+        let mut out = self.narrow(width);
         if !self.drops(update) {
             out.copy_from_slice(x);
             return out;

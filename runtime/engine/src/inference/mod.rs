@@ -22,8 +22,7 @@ use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
 use crate::run::compute::Compute;
-use crate::run::cpu::{Decoder, KvCache};
-use crate::run::cpu::{Fused, How};
+use crate::run::cpu::{DecodeUpdates, Decoder, Fused, How, KvCache, Updates};
 use crate::run::plain::decoder::Cache;
 use crate::run::plain::recipe::Pass;
 
@@ -45,16 +44,20 @@ enum Blocks {
 struct Fast<E> {
     reading: Mutex<Fused<E>>,
     decoder: Decoder,
+    updates: Updates<E>,
+    decode_updates: DecodeUpdates,
 }
 
 impl<E: ProductElement> Fast<E> {
     /// `round`: see [`Decoder::new`].
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>, round: bool) -> Option<Box<Self>> {
-        let mut blocks = Fused::new(model, adaptation, How { fuse: true, integers: false });
-        let (fused, layers, _) = blocks.counts();
-        let decoder = Decoder::new(model, adaptation, round).filter(|_| fused == layers)?;
-        on_pool(|| blocks.load(&Pass::evaluation(model, adaptation))).ok()?;
-        Some(Box::new(Self { reading: Mutex::new(blocks), decoder }))
+        let blocks = Fused::new(model, How { fuse: true, integers: false });
+        let mut updates = blocks.updates(model, adaptation);
+        let (fused, layers, _) = blocks.counts(&updates);
+        let decoder = Decoder::new(model, round).filter(|_| fused == layers)?;
+        let decode_updates = decoder.updates(model, adaptation)?;
+        on_pool(|| updates.load(&Pass::evaluation(model, adaptation))).ok()?;
+        Some(Box::new(Self { reading: Mutex::new(blocks), decoder, updates, decode_updates }))
     }
 
     fn blocks(&self) -> MutexGuard<'_, Fused<E>> {
@@ -68,15 +71,18 @@ impl<E: ProductElement> Fast<E> {
         // this lock.
         let mut guard = self.blocks();
         let blocks = &mut *guard;
-        let last = on_pool(|| blocks.continue_sequence(pass, &batch, cache))?;
+        let last = on_pool(|| blocks.continue_sequence(pass, &self.updates, &batch, cache))?;
         drop(guard);
-        Ok(logits.then(|| self.decoder.head(pass.model, &last)).and_then(|mut logits| logits.pop()))
+        Ok(logits
+            .then(|| self.decoder.head(pass.model, &self.decode_updates, &last))
+            .and_then(|mut logits| logits.pop()))
     }
 
     fn step(&self, model: &BaseModel, sequences: &mut [(u32, &mut KvCache<E>)]) -> Vec<Vec<f32>> {
         let positions = sequences.iter().map(|(_, cache)| cache.positions() + 1).max().unwrap_or(0);
         let mut blocks = self.blocks();
-        self.decoder.step(model, blocks.table(&model.config, positions), sequences)
+        let table = blocks.table(&model.config, positions);
+        self.decoder.step(model, &self.decode_updates, table, sequences)
     }
 }
 

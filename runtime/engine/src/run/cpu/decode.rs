@@ -4,27 +4,26 @@
 //!
 //! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
 
-use std::ops::Range;
-
 use homeroom_kernels::{
-    Element, FewRows, Panels, RotaryTable, RoundedRows, Team, attend, attend_join, attend_tasks, attend_values, f16,
-    gemv, lead, threads,
+    Element, FewRows, RotaryTable, RoundedRows, Team, attend, attend_join, attend_tasks, attend_values, gemv, lead,
+    threads,
 };
 
 use super::kv_cache::KvCache;
+use super::updates::{DecodeUpdates, Up};
 use crate::adapt::adaptation::Adaptation;
-use crate::models::in_large_pages;
-use crate::models::weight::{Codes, Weight};
 use crate::models::{BaseModel, EMBEDDING, FINAL_NORM, HEAD};
-use crate::run::cpu::low_rank::low_rank;
 
-/// A model whose modules are frozen or have low-rank updates, laid out for decoding.
+/// A base, laid out for decoding. It holds nothing of an adapter: each step is given the updates that it goes with.
 pub struct Decoder {
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
     head: Site,
     embedding: usize,
-    updates: Codes,
+    /// Norms and the embedding, which an adapter must leave as they are.
+    frozen: Vec<usize>,
+    /// Whether x is rounded to eight bits where weights take it so.
+    round: bool,
 }
 
 /// What a token's work is done with.
@@ -32,24 +31,7 @@ pub struct Decoder {
 struct Work<'a> {
     team: &'a Team,
     model: &'a BaseModel,
-    /// Updates of all sites, in the order in which they are read.
-    updates: &'a [u8],
-}
-
-/// A matrix among the updates.
-#[derive(Clone)]
-struct Placed {
-    panels: Panels,
-    at: Range<usize>,
-}
-
-impl Placed {
-    fn put(values: &[f32], panels: Panels, updates: &mut Vec<u8>) -> Self {
-        let from = updates.len();
-        updates.resize(from + panels.bytes(), 0);
-        panels.write(values, &mut updates[from..]);
-        Self { panels, at: from..updates.len() }
-    }
+    updates: &'a DecodeUpdates,
 }
 
 struct Layer {
@@ -64,8 +46,6 @@ struct Layer {
 /// Modules that share an input, as in [`crate::run::cpu`].
 struct Site {
     modules: Vec<Linear>,
-    /// A of all modules (rank, d_in), if there is one.
-    a: Option<Down>,
     /// Whether x is rounded to eight bits for modules that take it so.
     rounds: bool,
 }
@@ -74,103 +54,18 @@ struct Linear {
     /// Index into [`BaseModel::modules`].
     index: usize,
     d_out: usize,
-    update: Option<Update>,
-}
-
-struct Update {
-    /// First of its rows of A.
-    at: usize,
-    /// `s B` (d_out, r).
-    b: Placed,
-}
-
-/// A of a site's modules.
-enum Down {
-    /// As it is, or in half precision, which is read in half the time: a weight, and a power of two that products with it are still to be
-    /// multiplied by.
-    Weight(Weight, f32),
-    /// In eight bits, beside weights that are multiplied with x in eight bits: in half of that again, and rounded about as finely as x is.
-    Rounded(Placed),
-}
-
-impl Down {
-    fn rows(&self) -> usize {
-        match self {
-            Self::Weight(weight, _) => weight.rows(),
-            Self::Rounded(placed) => placed.panels.rows(),
-        }
-    }
-
-    /// `u = x Aᵀ` for the rows of A from `from` on: `u` (rows, m).
-    fn product(&self, work: Work<'_>, x: FewRows<'_>, from: usize, u: &mut [f32]) {
-        let rows = from..from + u.len() / (x.values.len() / x.step);
-        match (self, x.rounded) {
-            (Self::Weight(weight, power), _) => {
-                gemv(x, &weight.matrix(), rows, u);
-                u.iter_mut().for_each(|u| *u *= power);
-            }
-            (Self::Rounded(a), Some(x)) => a.panels.product(&work.updates[a.at.clone()], x, rows, u),
-            (Self::Rounded(_), None) => unreachable!("A is in eight bits where x is, too"),
-        }
-    }
-}
-
-/// Values in half precision. They are divided by the power of two that makes the largest at least 1, so that none but the very
-/// smallest loses a bit to the narrow exponent.
-fn halves(mut values: Vec<f32>, shape: (usize, usize)) -> Option<Down> {
-    let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
-    let power = if largest.is_normal() { 2f32.powi(largest.log2().floor() as i32) } else { 1.0 };
-    values.iter_mut().for_each(|value| *value /= power);
-    let halves: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
-    Some(Down::Weight(Weight::from_f16(&halves, shape).ok()?, power))
 }
 
 impl Site {
-    fn new(
-        model: &BaseModel,
-        adaptation: Option<&Adaptation>,
-        indices: &[usize],
-        round: bool,
-        updates: &mut Vec<u8>,
-    ) -> Option<Self> {
-        let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
+    fn new(model: &BaseModel, indices: &[usize], round: bool) -> Self {
         let rounds = round && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
-        let mut ups = Vec::new();
-        for &index in indices {
-            let info = &model.modules[index].info;
-            d_in = info.d_in;
-            let adapted = adaptation.and_then(|adaptation| Some((adaptation, adaptation.of(index)?)));
-            let update = match adapted {
-                None => None,
-                Some((adaptation, adapted)) => {
-                    let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted)?;
-                    let values = |param: usize| {
-                        let tensor = adaptation.params[param].var.as_detached_tensor();
-                        tensor.flatten_all().and_then(|values| values.to_vec1::<f32>()).ok()
-                    };
-                    let (a, b) = (values(low_rank.a)?, values(low_rank.b)?);
-                    let r = a.len() / info.d_in;
-                    let at = stacked.len() / info.d_in;
-                    stacked.extend(a);
-                    let scaled: Vec<f32> = b.iter().map(|b| low_rank.scaling as f32 * b).collect();
-                    Some((at, scaled, Panels::new(info.d_out, r, round)))
-                }
-            };
-            modules.push(Linear { index, d_out: info.d_out, update: None });
-            ups.push(update);
-        }
-        let shape = (stacked.len() / d_in.max(1), d_in);
-        let a = match (shape.0, round, rounds) {
-            (0, ..) => None,
-            (_, false, _) => Some(Down::Weight(Weight::from_values(&stacked, shape).ok()?, 1.0)),
-            (_, true, false) => Some(halves(stacked, shape)?),
-            (rank, true, true) => Some(Down::Rounded(Placed::put(&stacked, Panels::new(rank, d_in, true), updates))),
-        };
-        for (module, update) in modules.iter_mut().zip(ups) {
-            let place = |(at, b, panels): (usize, Vec<f32>, Panels)| Update { at, b: Placed::put(&b, panels, updates) };
-            module.update = update.map(place);
-        }
-        Some(Self { modules, a, rounds })
+        let linear = |index: &usize| Linear { index: *index, d_out: model.modules[*index].info.d_out };
+        Self { modules: indices.iter().map(linear).collect(), rounds }
+    }
+
+    /// Its first module, which names it among the updates.
+    fn first(&self) -> usize {
+        self.modules[0].index
     }
 
     fn d_out(&self) -> usize {
@@ -191,12 +86,12 @@ impl Site {
         let (out, size) = out;
         let rounded = self.rounds.then(|| RoundedRows::new(x));
         let x = FewRows { rounded: rounded.as_ref(), ..x };
-        let Some(a) = &self.a else {
+        let Some(a) = &work.updates.site(self.first()).a else {
             return work.team.parts(out, size * m, |task, out| rows(task * size, out, x, &|| &[]));
         };
         let mut u = vec![0f32; a.rows() * m];
         let down = part(a.rows());
-        let first = |task: usize, u: &mut [f32]| a.product(work, x, task * down, u);
+        let first = |task: usize, u: &mut [f32]| a.product(work.updates, x, task * down, u);
         work.team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, x, u));
     }
 
@@ -212,14 +107,14 @@ impl Site {
         from: usize,
         out: &mut [f32],
     ) {
-        let Linear { index, update, .. } = &self.modules[module];
+        let update = &work.updates.site(self.first()).modules[module];
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
-        let module = &work.model.modules[*index];
+        let module = &work.model.modules[self.modules[module].index];
         gemv(x, &module.weight.matrix(), rows.clone(), out);
-        if let Some(Update { at, b }) = update {
+        if let Some(Up { at, b }) = update {
             let u = &u()[at * m..(at + b.panels.cols()) * m];
-            b.panels.add(&work.updates[b.at.clone()], u, m, rows.clone(), out);
+            b.panels.add(work.updates.bytes(b), u, m, rows.clone(), out);
         }
         if let Some(bias) = &module.bias {
             for (out, bias) in out.chunks_exact_mut(m).zip(&bias[rows]) {
@@ -275,37 +170,47 @@ fn part(rows: usize) -> usize {
 }
 
 impl Decoder {
-    /// The layout; `None` when a recipe is something else than a low-rank update of a linear module.
+    /// The layout; `None` when a norm has a bias or the model has no head.
     ///
-    /// `round`: updates are kept in half precision or in eight bits, and x is rounded to eight bits where weights take it so.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, round: bool) -> Option<Self> {
-        let frozen = |module: usize| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
-        let norm = |index: usize| {
+    /// `round`: x is rounded to eight bits where weights take it so, and updates are kept in half precision or in eight bits.
+    pub fn new(model: &BaseModel, round: bool) -> Option<Self> {
+        let mut frozen = Vec::new();
+        let mut norm = |index: usize| {
+            frozen.push(index);
             let module = &model.modules[index];
-            (frozen(index) && module.bias.is_none()).then(|| module.weight.decode(0..1))
+            module.bias.is_none().then(|| module.weight.decode(0..1))
         };
-        let mut updates = Vec::new();
-        let mut site = |modules: &[usize]| Site::new(model, adaptation, modules, round, &mut updates);
+        let site = |modules: &[usize]| Site::new(model, modules, round);
         let layers = model.layers.iter().map(|at| {
             Some(Layer {
                 input_norm: norm(at.input_norm)?,
                 post_norm: norm(at.post_norm)?,
-                qkv: site(&[at.q, at.k, at.v])?,
-                o: site(&[at.o])?,
-                gate_up: site(&[at.gate, at.up])?,
-                down: site(&[at.down])?,
+                qkv: site(&[at.q, at.k, at.v]),
+                o: site(&[at.o]),
+                gate_up: site(&[at.gate, at.up]),
+                down: site(&[at.down]),
             })
         });
         let layers = layers.collect::<Option<Vec<Layer>>>()?;
-        let embedding = model.module_index(EMBEDDING).filter(|module| frozen(*module))?;
-        let (final_norm, head) = (norm(model.module_index(FINAL_NORM)?)?, site(&[model.module_index(HEAD)?])?);
-        Some(Self { layers, final_norm, head, embedding, updates: in_large_pages(updates) })
+        let (final_norm, head) = (norm(model.module_index(FINAL_NORM)?)?, site(&[model.module_index(HEAD)?]));
+        let embedding = model.module_index(EMBEDDING)?;
+        frozen.push(embedding);
+        Some(Self { layers, final_norm, head, embedding, frozen, round })
+    }
+
+    /// The low-rank updates of an adaptation, or none, with their present values; `None` when it is something else.
+    pub fn updates(&self, model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<DecodeUpdates> {
+        let of_layers = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.o, &layer.gate_up, &layer.down]);
+        let sites = of_layers.chain([&self.head]);
+        let sites = sites.map(|site| (site.modules.iter().map(|linear| linear.index).collect(), site.rounds));
+        DecodeUpdates::new(model, adaptation, self.frozen.iter().copied(), sites, self.round)
     }
 
     /// Logits (m, V) after a further token of each sequence, which its cache takes in.
     pub fn step<E: Element>(
         &self,
         model: &BaseModel,
+        updates: &DecodeUpdates,
         table: &RotaryTable,
         sequences: &mut [(u32, &mut KvCache<E>)],
     ) -> Vec<Vec<f32>> {
@@ -314,7 +219,7 @@ impl Decoder {
             x.extend(model.modules[self.embedding].weight.decode(*id as usize..*id as usize + 1));
         }
         lead(|team| {
-            let work = self.work(team, model);
+            let work = Work { team, model, updates };
             for (number, layer) in self.layers.iter().enumerate() {
                 layer.run(work, table, number, sequences, &mut x);
             }
@@ -326,12 +231,8 @@ impl Decoder {
     }
 
     /// Logits after rows of the residual stream x (m, C).
-    pub fn head(&self, model: &BaseModel, x: &[f32]) -> Vec<Vec<f32>> {
-        lead(|team| self.logits(self.work(team, model), x))
-    }
-
-    fn work<'a>(&'a self, team: &'a Team, model: &'a BaseModel) -> Work<'a> {
-        Work { team, model, updates: &self.updates }
+    pub fn head(&self, model: &BaseModel, updates: &DecodeUpdates, x: &[f32]) -> Vec<Vec<f32>> {
+        lead(|team| self.logits(Work { team, model, updates }, x))
     }
 
     fn logits(&self, work: Work<'_>, x: &[f32]) -> Vec<Vec<f32>> {

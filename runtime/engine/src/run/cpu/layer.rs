@@ -4,35 +4,37 @@
 //! x̂₁ = norm(x)              qkv = W_qkv (w₁ ∘ x̂₁)        a = attention(rotate(qkv))      x ← x + W_o a
 //! x̂₂ = norm(x)              g, u = W_gu (w₂ ∘ x̂₂)        h = silu(g) ∘ u                 x ← x + W_d h
 //! ```
-//! W stands for a frozen weight with its low-rank update (see [`super::site`]). Kept for backward: x̂₁, qkv, a, x̂₂, g and u, the
+//! W stands for a frozen weight with the low-rank update that the pass brings (see [`super::site`]). Kept for backward: x̂₁, qkv, a, x̂₂, g and u, the
 //! narrow products with A, and one number a row here and there; `w ∘ x̂` and h are computed again, and x itself is not needed.
 //! Backward has frozen products with dX only. The residual stream and its gradient are f32, all else is E.
 
+use std::sync::PoisonError;
+
 use anyhow::Result;
 use homeroom_kernels::{
-    KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, attention_kept, rms_norm,
-    rms_norm_backward, rotate, scale_columns, swiglu, swiglu_backward,
+    Output, ProductElement, attention, attention_backward, attention_kept, rms_norm, rms_norm_backward, rotate,
+    scale_columns, swiglu, swiglu_backward,
 };
 
 use super::Rows;
 use super::kv_cache::KvCache;
 use super::site::{Site, SiteSaved};
 use super::workspace::Buffer;
-use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
-use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 
-/// A layer whose modules are frozen or have low-rank updates.
-pub struct FusedLayer<E> {
+/// A layer of the base.
+pub struct FusedLayer {
+    /// Of the norms, into [`BaseModel::modules`].
+    norms: [usize; 2],
     input_norm: Vec<f32>,
     post_norm: Vec<f32>,
-    qkv: Site<E>,
-    o: Site<E>,
-    gate_up: Site<E>,
-    down: Site<E>,
+    qkv: Site,
+    o: Site,
+    gate_up: Site,
+    down: Site,
 }
 
 /// What a layer keeps for backward.
@@ -57,17 +59,17 @@ struct UpperSaved<E> {
     sites: [SiteSaved<E>; 3],
 }
 
-impl<E: ProductElement> FusedLayer<E> {
-    /// The layer; `None` when a recipe in it is something else than a low-rank update of a linear module.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, layer: usize, integers: bool) -> Option<Self> {
+impl FusedLayer {
+    /// The layer; `None` when a norm has a bias or a width is no whole number of words.
+    pub fn new<E: ProductElement>(model: &BaseModel, layer: usize, integers: bool) -> Option<Self> {
         let at = model.layers[layer];
         let norm = |module: usize| {
-            let frozen = adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
             let module = &model.modules[module];
-            (frozen && module.bias.is_none()).then(|| module.weight.decode(0..1))
+            module.bias.is_none().then(|| module.weight.decode(0..1))
         };
-        let site = |names, modules: &[usize]| Site::new(names, model, adaptation, modules, integers);
+        let site = |names, modules: &[usize]| Site::new::<E>(names, model, modules, integers);
         Some(Self {
+            norms: [at.input_norm, at.post_norm],
             input_norm: norm(at.input_norm)?,
             post_norm: norm(at.post_norm)?,
             qkv: site(["forward qkv", "backward qkv"], &[at.q, at.k, at.v])?,
@@ -77,27 +79,28 @@ impl<E: ProductElement> FusedLayer<E> {
         })
     }
 
-    /// Whether a weight of it is multiplied in integers.
-    pub fn in_integers(&self) -> bool {
-        [&self.qkv, &self.o, &self.gate_up, &self.down].into_iter().any(Site::in_integers)
+    /// Indices of its norms. It is run where they are frozen.
+    pub fn norms(&self) -> [usize; 2] {
+        self.norms
     }
 
-    /// Takes the present values of the parameters over.
-    ///
-    /// # Errors
-    /// When a parameter is not f32.
-    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
-        [&mut self.qkv, &mut self.o, &mut self.gate_up, &mut self.down].into_iter().try_for_each(|site| site.load(pass))
+    /// Its sites. It is run where each module of them is frozen or has a low-rank update.
+    pub fn sites(&self) -> [&Site; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+
+    /// Whether a weight of it is multiplied in integers.
+    pub fn in_integers(&self) -> bool {
+        self.sites().into_iter().any(Site::in_integers)
     }
 
     /// From x (m, C), the layer's output: of all rows, or of those with a target if no other block needs more, with `few` as
     /// their batch. Attention's keys and values are of all rows in any case. With a cache, the rows continue its sequence; its
     /// layer `kept.1` takes them in.
-    pub fn forward(
+    pub fn forward<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
         few: Option<&Batch>,
-        table: &RotaryTable,
         mut x: Buffer<f32>,
         kept: Option<(&mut KvCache<E>, usize)>,
     ) -> (Buffer<f32>, LayerSaved<E>) {
@@ -117,7 +120,7 @@ impl<E: ProductElement> FusedLayer<E> {
         let mut qkv = rows.narrow(width);
         timed("forward rope", || {
             let (heads, rotated) = (shape.heads + 2 * shape.kv_heads, shape.heads + shape.kv_heads);
-            rotate(&unrotated, &rows.batch.positions, heads, rotated, table, &mut qkv);
+            rotate(&unrotated, &rows.batch.positions, heads, rotated, rows.table, &mut qkv);
         });
         drop(unrotated);
         let (mut attended, mut log_sums) = (rows.narrow(q_width), rows.wide(shape.heads));
@@ -146,7 +149,7 @@ impl<E: ProductElement> FusedLayer<E> {
     }
 
     /// The layer from the attention's output on, row by row: x (m, C) becomes the layer's output.
-    fn forward_upper(&self, rows: &Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
+    fn forward_upper<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
         let config = &rows.pass.model.config;
         let (c, inner, epsilon) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps as f32);
         let o_saved = self.o.forward(rows, attended, Output::Add(x));
@@ -169,13 +172,10 @@ impl<E: ProductElement> FusedLayer<E> {
     ///
     /// # Errors
     /// When a gradient cannot be added.
-    #[allow(clippy::too_many_arguments)]
-    pub fn backward(
+    pub fn backward<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
         few: Option<&Batch>,
-        table: &RotaryTable,
-        partial: &mut KeyValueGradients,
         saved: LayerSaved<E>,
         (mut dx, mut narrow): (Buffer<f32>, Buffer<E>),
         input_gradient: bool,
@@ -203,7 +203,8 @@ impl<E: ProductElement> FusedLayer<E> {
         };
         let mut d_qkv = rows.narrow(width);
         timed("backward attention", || {
-            let turn = (&rows.batch.positions[..], table);
+            let turn = (&rows.batch.positions[..], rows.table);
+            let partial = &mut rows.workspace.partial.lock().unwrap_or_else(PoisonError::into_inner);
             attention_backward(&shape, &qkv, &attended, &log_sums, &d_attended, turn, partial, &mut d_qkv);
         });
         drop(d_attended);
@@ -222,7 +223,7 @@ impl<E: ProductElement> FusedLayer<E> {
 
     /// The gradient of the attention's output, from dx (m, C), which from that of the layer's output becomes that of the residual
     /// stream before it; `narrow` is dx as E, before and after.
-    fn backward_upper(
+    fn backward_upper<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
         saved: UpperSaved<E>,

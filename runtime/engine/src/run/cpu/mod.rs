@@ -7,21 +7,23 @@ mod kv_cache;
 mod layer;
 pub(crate) mod low_rank;
 mod site;
+mod updates;
 mod workspace;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use homeroom_kernels::{KeyValueGradients, ProductElement, RotaryTable, to_elements};
+use homeroom_kernels::{ProductElement, RotaryTable, to_elements};
 use rayon::prelude::*;
 
 pub use self::decode::Decoder;
 use self::head::FusedHead;
 pub use self::kv_cache::KvCache;
 use self::layer::{FusedLayer, LayerSaved};
+pub use self::updates::{DecodeUpdates, Updates};
 use self::workspace::{Buffer, Pool, Workspace};
 use crate::adapt::adaptation::Adaptation;
+use crate::models::BaseModel;
 use crate::models::config::ModelConfig;
-use crate::models::{BaseModel, EMBEDDING};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
 use crate::run::outcome::Outcome;
@@ -29,15 +31,15 @@ use crate::run::plain::block::{Keep, Plain, Saved, lowest_trained, plain_head};
 use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 
-/// A model's blocks, each with how it is run, and the buffers that fused ones share.
+/// The blocks of a base that can be run fused, and the buffers that they share. They hold nothing of an adapter: each pass is given
+/// the updates that it goes with.
 pub struct Fused<E> {
-    layers: Vec<Option<FusedLayer<E>>>,
+    layers: Vec<Option<FusedLayer>>,
     head: Option<FusedHead>,
-    /// Whether the embedding only looks rows up.
+    /// Whether the embedding only looks rows up where it is frozen.
     looks_up: bool,
     workspace: Workspace<E>,
     table: RotaryTable,
-    partial: KeyValueGradients,
 }
 
 /// What may be done with the blocks of a model.
@@ -49,24 +51,23 @@ pub struct How {
     pub integers: bool,
 }
 
-/// The rows of a pass, and the buffers that they go through.
+/// The rows of a pass, and what they go through.
 pub(crate) struct Rows<'a, E> {
     pass: &'a Pass<'a>,
     batch: &'a Batch,
+    updates: &'a Updates<E>,
+    table: &'a RotaryTable,
     workspace: &'a Workspace<E>,
 }
 
-impl<'a, E: ProductElement> Rows<'a, E> {
+impl<E: ProductElement> Rows<'_, E> {
     fn count(&self) -> usize {
         self.batch.ids.len()
     }
 
-    /// Other rows with the same buffers.
-    fn of<'b>(&self, batch: &'b Batch) -> Rows<'b, E>
-    where
-        'a: 'b,
-    {
-        Rows { pass: self.pass, batch, workspace: self.workspace }
+    /// Other rows of the same pass.
+    fn of<'b>(&'b self, batch: &'b Batch) -> Rows<'b, E> {
+        Rows { batch, ..*self }
     }
 
     /// A buffer of activations (m, width).
@@ -116,37 +117,53 @@ enum Kept<E> {
 }
 
 impl<E: ProductElement> Fused<E> {
-    /// Decides for each block how it is run.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, how: How) -> Self {
+    /// The blocks of a base, as far as they can be fused.
+    pub fn new(model: &BaseModel, how: How) -> Self {
         let How { fuse, integers } = how;
         let layers = 0..model.config.num_hidden_layers;
-        let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer, integers).filter(|_| fuse)).collect();
-        let head = fuse.then(|| FusedHead::new::<E>(model, adaptation, integers)).flatten();
-        let embedding = model.module_index(EMBEDDING);
-        let adapted = embedding.is_some_and(|module| adaptation.is_some_and(|a| a.of(module).is_some()));
-        let (workspace, table, partial) = (Workspace::new(), RotaryTable::default(), KeyValueGradients::default());
-        Self { layers, head, looks_up: fuse && !adapted, workspace, table, partial }
+        let layers = layers.map(|layer| FusedLayer::new::<E>(model, layer, integers).filter(|_| fuse)).collect();
+        let head = fuse.then(|| FusedHead::new::<E>(model, integers)).flatten();
+        Self { layers, head, looks_up: fuse, workspace: Workspace::new(), table: RotaryTable::default() }
+    }
+
+    /// The low-rank updates of an adaptation, and which blocks can be run fused with it. [`Updates::load`] gives them their values.
+    pub fn updates(&self, model: &BaseModel, adaptation: Option<&Adaptation>) -> Updates<E> {
+        let layers = self.layers.iter().map(Option::as_ref);
+        let layers = layers.map(|layer| layer.map(|layer| (layer.norms(), layer.sites())));
+        Updates::new(model, adaptation, layers, self.head.as_ref().map(FusedHead::modules))
+    }
+
+    /// A layer, if it is run fused.
+    fn layer(&self, updates: &Updates<E>, number: usize) -> Option<&FusedLayer> {
+        self.layers[number].as_ref().filter(|_| updates.fuses_layer(number))
+    }
+
+    /// The head, if it can be run fused.
+    fn head(&self, updates: &Updates<E>) -> Option<&FusedHead> {
+        self.head.as_ref().filter(|_| updates.fuses_head())
     }
 
     /// Whether a layer or the head multiplies in integers.
-    pub fn in_integers(&self) -> bool {
-        self.layers.iter().flatten().any(FusedLayer::in_integers)
-            || self.head.as_ref().is_some_and(FusedHead::in_integers)
+    pub fn in_integers(&self, updates: &Updates<E>) -> bool {
+        let mut layers = (0..self.layers.len()).filter_map(|number| self.layer(updates, number));
+        layers.any(FusedLayer::in_integers) || self.head(updates).is_some_and(FusedHead::in_integers)
     }
 
     /// Layers that run fused, and all layers; whether the head does.
-    pub fn counts(&self) -> (usize, usize, bool) {
-        (self.layers.iter().flatten().count(), self.layers.len(), self.head.is_some())
+    pub fn counts(&self, updates: &Updates<E>) -> (usize, usize, bool) {
+        let fused = (0..self.layers.len()).filter(|number| self.layer(updates, *number).is_some()).count();
+        (fused, self.layers.len(), self.head(updates).is_some())
     }
 
-    /// Loss of a batch, without gradients.
+    /// Loss of a batch, without gradients. `updates` have the values of the pass's parameters.
     ///
     /// # Errors
     /// When a tensor operation fails or a token has no embedding.
-    pub fn evaluate(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Outcome> {
-        let keep = |_| Keep::Nothing;
-        let (h, _) = self.up(pass, batch, &keep)?;
-        Ok(self.top(pass, batch, h, None)?.0)
+    pub fn evaluate(&mut self, pass: &Pass<'_>, updates: &Updates<E>, batch: &Batch) -> Result<Outcome> {
+        self.begin(pass, batch);
+        let rows = &self.rows(pass, updates, batch);
+        let (h, _) = self.up(rows, &|_| Keep::Nothing)?;
+        Ok(self.top(rows, h, None)?.0)
     }
 
     /// Loss of a batch; the gradients of `scale` times its sum are added to `gradients`.
@@ -156,6 +173,7 @@ impl<E: ProductElement> Fused<E> {
     pub fn forward_backward(
         &mut self,
         pass: &Pass<'_>,
+        updates: &Updates<E>,
         batch: &Batch,
         scale: f64,
         recompute: bool,
@@ -170,42 +188,45 @@ impl<E: ProductElement> Fused<E> {
                 (true, true) => Keep::Input { input_gradient },
             }
         };
-        let (h, kept) = self.up(pass, batch, &keep)?;
-        let (outcome, dh) = self.top(pass, batch, h, Some((scale, gradients)))?;
+        self.begin(pass, batch);
+        let rows = &self.rows(pass, updates, batch);
+        let (h, kept) = self.up(rows, &keep)?;
+        let (outcome, dh) = self.top(rows, h, Some((scale, gradients)))?;
         if let Some(dh) = dh {
-            self.back_down(pass, batch, kept, dh, lowest, gradients)?;
+            self.back_down(rows, kept, dh, lowest, gradients)?;
         }
         Ok(outcome)
     }
 
+    fn rows<'a>(&'a self, pass: &'a Pass<'a>, updates: &'a Updates<E>, batch: &'a Batch) -> Rows<'a, E> {
+        Rows { pass, batch, updates, table: &self.table, workspace: &self.workspace }
+    }
+
     /// All blocks in order: the residual stream, and what each kept.
-    fn up(&mut self, pass: &Pass<'_>, batch: &Batch, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
-        self.begin(pass, batch);
-        // An optimizer may have changed them since the pass before.
-        self.load(pass)?;
-        let (m, few) = (batch.ids.len(), self.few(pass, batch));
+    fn up(&self, rows: &Rows<'_, E>, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
+        let Rows { pass, batch, .. } = *rows;
+        let few = self.few(rows);
         let mut kept = Vec::with_capacity(self.layers.len() + 1);
-        let mut h = if self.looks_up {
+        let mut h = if self.looks_up && rows.updates.freezes_embedding() {
             kept.push(Kept::Plain(Saved::Nothing));
-            Stream::Buffer(timed("embedding", || self.look_up(pass, batch))?)
+            Stream::Buffer(timed("embedding", || self.look_up(rows))?)
         } else {
             let (h, saved) = Plain::embedding().forward(pass, batch, None, keep(0))?;
             kept.push(Kept::Plain(saved));
             Stream::Tensor(h)
         };
-        for (number, layer) in self.layers.iter().enumerate() {
+        for number in 0..self.layers.len() {
             let keep = keep(number + 1);
-            h = match layer {
+            h = match self.layer(rows.updates, number) {
                 Some(layer) => {
                     let x = h.into_buffer(&self.workspace.wide)?;
                     let few = few.as_ref().filter(|_| number + 1 == self.layers.len());
-                    let rows = &Rows { pass, batch, workspace: &self.workspace };
                     let input = matches!(keep, Keep::Input { .. }).then(|| {
                         let mut input = rows.wide(pass.model.config.hidden_size);
                         input.copy_from_slice(&x);
                         input
                     });
-                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
+                    let (x, saved) = layer.forward(rows, few, x, None);
                     kept.push(match (keep, input) {
                         (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
                         (_, input) => input.map_or(Kept::Plain(Saved::Nothing), Kept::Input),
@@ -213,7 +234,7 @@ impl<E: ProductElement> Fused<E> {
                     Stream::Buffer(x)
                 }
                 None => {
-                    let x = h.into_tensor(m)?;
+                    let x = h.into_tensor(rows.count())?;
                     let plain = Plain::layer(number);
                     let (h, saved) = timed("forward plain layer", || plain.forward(pass, batch, Some(&x), keep))?;
                     kept.push(Kept::Plain(saved));
@@ -225,28 +246,35 @@ impl<E: ProductElement> Fused<E> {
     }
 
     /// The rows with a target as a batch of their own, if there are others: all that the fused head needs of the layer below.
-    fn few(&self, pass: &Pass<'_>, batch: &Batch) -> Option<Batch> {
+    fn few(&self, rows: &Rows<'_, E>) -> Option<Batch> {
+        let Rows { pass, batch, updates, .. } = rows;
         let some = (1..batch.ids.len()).contains(&batch.targets.len());
-        (some && self.head.is_some() && pass.dtype == DType::F32).then(|| batch.rows(&batch.target_rows))
+        (some && self.head(updates).is_some() && pass.dtype == DType::F32).then(|| batch.rows(&batch.target_rows))
     }
 
     /// The residual stream (C) after the last of some rows that continue a sequence, whose cache takes them in; all layers are
-    /// fused, and [`Fused::load`] took the parameters over.
+    /// fused.
     ///
     /// # Errors
     /// When there is no row or a token has no embedding.
-    pub fn continue_sequence(&mut self, pass: &Pass<'_>, batch: &Batch, cache: &mut KvCache<E>) -> Result<Vec<f32>> {
+    pub fn continue_sequence(
+        &mut self,
+        pass: &Pass<'_>,
+        updates: &Updates<E>,
+        batch: &Batch,
+        cache: &mut KvCache<E>,
+    ) -> Result<Vec<f32>> {
         let last = batch.ids.len().checked_sub(1).context("there is no row")? as u32;
         self.begin(pass, batch);
-        let mut x = self.look_up(pass, batch)?;
         // Above the last layer's keys and values nothing is asked for but the last row.
         let batch = &Batch { target_rows: vec![last], ..batch.clone() };
         let of_last = (last > 0).then(|| batch.rows(&batch.target_rows));
-        for (number, layer) in self.layers.iter().enumerate() {
-            let layer = layer.as_ref().context("a layer is not fused")?;
+        let rows = &self.rows(pass, updates, batch);
+        let mut x = self.look_up(rows)?;
+        for number in 0..self.layers.len() {
+            let layer = self.layer(updates, number).context("a layer is not fused")?;
             let few = of_last.as_ref().filter(|_| number + 1 == self.layers.len());
-            let rows = &Rows { pass, batch, workspace: &self.workspace };
-            (x, _) = layer.forward(rows, few, &self.table, x, Some((&mut *cache, number)));
+            (x, _) = layer.forward(rows, few, x, Some((&mut *cache, number)));
         }
         cache.advance(batch.ids.len(), true);
         let c = pass.model.config.hidden_size;
@@ -262,14 +290,6 @@ impl<E: ProductElement> Fused<E> {
         &self.table
     }
 
-    /// Takes the present values of the parameters over, in E.
-    ///
-    /// # Errors
-    /// When a parameter is not f32.
-    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
-        timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
-    }
-
     /// Readies tables for a pass.
     fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) {
         if self.layers.iter().any(Option::is_some) {
@@ -279,10 +299,11 @@ impl<E: ProductElement> Fused<E> {
     }
 
     /// Rows of the frozen embedding: (N, C).
-    fn look_up(&self, pass: &Pass<'_>, batch: &Batch) -> Result<Buffer<f32>> {
+    fn look_up(&self, rows: &Rows<'_, E>) -> Result<Buffer<f32>> {
+        let Rows { pass, batch, .. } = rows;
         let module = pass.embedding(batch)?;
         let c = pass.model.config.hidden_size;
-        let mut x = self.workspace.wide.take(batch.ids.len(), c);
+        let mut x = rows.wide(c);
         let weight = pass.model.modules[module].weight.matrix();
         x.par_chunks_mut(c).zip(&batch.ids[..]).for_each(|(x, id)| {
             weight.decode_rows(*id as usize..*id as usize + 1, x);
@@ -292,45 +313,44 @@ impl<E: ProductElement> Fused<E> {
 
     /// Norm, head and loss; with a scale, also the gradient of the residual stream.
     fn top(
-        &mut self,
-        pass: &Pass<'_>,
-        batch: &Batch,
+        &self,
+        rows: &Rows<'_, E>,
         h: Stream,
         train: Option<(f64, &mut Gradients)>,
     ) -> Result<(Outcome, Option<Stream>)> {
-        let Some(head) = self.head.as_ref().filter(|_| pass.dtype == DType::F32) else {
-            let h = h.into_tensor(batch.ids.len())?;
+        let Rows { pass, batch, updates, .. } = rows;
+        let Some(head) = self.head(updates).filter(|_| pass.dtype == DType::F32) else {
+            let h = h.into_tensor(rows.count())?;
             let (outcome, dh) = timed("plain head", || plain_head(pass, batch, &h, train))?;
             return Ok((outcome, dh.map(Stream::Tensor)));
         };
         let x = h.into_buffer(&self.workspace.wide)?;
         let c = pass.model.config.hidden_size;
         let mut dx = train.is_some().then(|| self.workspace.wide.take(x.len() / c, c));
-        let rows = &Rows { pass, batch, workspace: &self.workspace };
         let outcome = head.loss(rows, &x, train.map(|(scale, _)| scale as f32).zip(dx.as_deref_mut()));
         Ok((outcome, dx.map(Stream::Buffer)))
     }
 
     /// All blocks from the top down to the lowest that trains.
     fn back_down(
-        &mut self,
-        pass: &Pass<'_>,
-        batch: &Batch,
+        &self,
+        rows: &Rows<'_, E>,
         mut kept: Vec<Kept<E>>,
         dh: Stream,
         lowest: usize,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (m, c, few) = (batch.ids.len(), pass.model.config.hidden_size, self.few(pass, batch));
+        let Rows { pass, batch, updates, .. } = *rows;
+        let (c, few) = (pass.model.config.hidden_size, self.few(rows));
         // The gradient, and for fused blocks the same as E.
         let (mut dh, mut narrow) = (Some(dh), None::<Buffer<E>>);
         for index in (lowest..kept.len()).rev() {
             let (Some(saved), Some(above)) = (kept.pop(), dh.take()) else { break };
-            let layer = index.checked_sub(1).and_then(|number| self.layers[number].as_ref());
+            let layer = index.checked_sub(1).and_then(|number| self.layer(updates, number));
             let Some(layer) = layer else {
                 let Kept::Plain(saved) = saved else { unreachable!("a plain block keeps what plain blocks keep") };
                 let plain = Plain::at(index);
-                let above = above.into_tensor(m)?;
+                let above = above.into_tensor(rows.count())?;
                 dh = timed("backward plain", || plain.backward(pass, batch, saved, &above, gradients))?
                     .map(Stream::Tensor);
                 narrow = None;
@@ -338,21 +358,18 @@ impl<E: ProductElement> Fused<E> {
             };
             let dx = above.into_buffer(&self.workspace.wide)?;
             let few = few.as_ref().filter(|_| index == self.layers.len());
-            let rows = &Rows { pass, batch, workspace: &self.workspace };
             let dx_narrow = narrow.take().unwrap_or_else(|| {
-                let mut narrow = rows.workspace.narrow.take(dx.len() / c, c);
+                let mut narrow = self.workspace.narrow.take(dx.len() / c, c);
                 to_elements(&dx, &mut narrow);
                 narrow
             });
             let saved = match saved {
                 Kept::Fused(saved) => *saved,
-                Kept::Input(x) => layer.forward(rows, few, &self.table, x, None).1,
+                Kept::Input(x) => layer.forward(rows, few, x, None).1,
                 Kept::Plain(_) => break,
             };
             let input_gradient = index > lowest;
-            let (table, partial) = (&self.table, &mut self.partial);
-            let down = (dx, dx_narrow);
-            let (dx, dx_narrow) = layer.backward(rows, few, table, partial, saved, down, input_gradient, gradients)?;
+            let (dx, dx_narrow) = layer.backward(rows, few, saved, (dx, dx_narrow), input_gradient, gradients)?;
             narrow = Some(dx_narrow);
             dh = input_gradient.then_some(Stream::Buffer(dx));
         }

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use homeroom_kernels::KeyValueGradients;
+
 /// Buffers by the width of their rows. All have room for the most rows that any of them was asked for.
 pub struct Pool<T>(Arc<Mutex<Free<T>>>);
 
@@ -94,12 +96,14 @@ pub struct Workspace<E> {
     pub wide: Pool<f32>,
     /// Logits, of fewer rows at a time than the others.
     pub logits: Pool<E>,
+    /// Parts of the gradients of keys and values, see [`attention_backward`](homeroom_kernels::attention_backward).
+    pub partial: Mutex<KeyValueGradients>,
 }
 
 impl<E> Workspace<E> {
     /// No buffer yet.
     pub fn new() -> Self {
-        Self { narrow: Pool::new(), wide: Pool::new(), logits: Pool::new() }
+        Self { narrow: Pool::new(), wide: Pool::new(), logits: Pool::new(), partial: Mutex::default() }
     }
 }
 

@@ -57,7 +57,7 @@ fn logits(inference: &Inference, prompt: &[u32], pieces: usize, tokens: &[u32]) 
     let mut all = Vec::new();
     for piece in prompt.chunks(pieces) {
         let last = kept.positions() + piece.len() == prompt.len();
-        all.extend(inference.read(piece, &mut kept, last)?);
+        all.extend(inference.read(piece, &mut kept, prompt.len(), last)?);
     }
     for token in tokens {
         all.extend(inference.step(&mut [(*token, &mut kept)])?);
@@ -180,7 +180,7 @@ fn sequences_that_are_decoded_together_have_the_logits_that_each_has_alone() -> 
                 let mut kept = Vec::new();
                 for prompt in &prompts {
                     let mut one = inference.begin();
-                    inference.read(prompt, &mut one, false)?;
+                    inference.read(prompt, &mut one, prompt.len(), false)?;
                     kept.push(one);
                 }
                 let mut together = vec![Vec::new(); 6];

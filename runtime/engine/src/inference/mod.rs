@@ -22,8 +22,7 @@ use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
 use crate::run::compute::Compute;
-use crate::run::cpu::{Decoder, KvCache};
-use crate::run::cpu::{Fused, How};
+use crate::run::cpu::{DecodeUpdates, Decoder, Fused, How, KvCache, Updates};
 use crate::run::plain::decoder::Cache;
 use crate::run::plain::recipe::Pass;
 
@@ -45,16 +44,20 @@ enum Blocks {
 struct Fast<E> {
     reading: Mutex<Fused<E>>,
     decoder: Decoder,
+    updates: Updates<E>,
+    decode_updates: DecodeUpdates,
 }
 
 impl<E: ProductElement> Fast<E> {
     /// `round`: see [`Decoder::new`].
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>, round: bool) -> Option<Box<Self>> {
-        let mut blocks = Fused::new(model, adaptation, How { fuse: true, integers: false });
-        let (fused, layers, _) = blocks.counts();
-        let decoder = Decoder::new(model, adaptation, round).filter(|_| fused == layers)?;
-        on_pool(|| blocks.load(&Pass::evaluation(model, adaptation))).ok()?;
-        Some(Box::new(Self { reading: Mutex::new(blocks), decoder }))
+        let blocks = Fused::new(model, How { fuse: true, integers: false });
+        let mut updates = blocks.updates(model, adaptation);
+        let (fused, layers, _) = blocks.counts(&updates);
+        let decoder = Decoder::new(model, round).filter(|_| fused == layers)?;
+        let decode_updates = decoder.updates(model, adaptation)?;
+        on_pool(|| updates.load(&Pass::evaluation(model, adaptation))).ok()?;
+        Some(Box::new(Self { reading: Mutex::new(blocks), decoder, updates, decode_updates }))
     }
 
     fn blocks(&self) -> MutexGuard<'_, Fused<E>> {
@@ -62,21 +65,24 @@ impl<E: ProductElement> Fast<E> {
     }
 
     /// Reads tokens; with `logits`, those after the last.
-    fn read(&self, pass: &Pass<'_>, ids: &[u32], cache: &mut KvCache<E>, logits: bool) -> Result<Option<Vec<f32>>> {
-        let batch = Batch::of_tokens(ids, cache.positions() as u32);
+    fn read(&self, pass: &Pass<'_>, batch: &Batch, cache: &mut KvCache<E>, logits: bool) -> Result<Option<Vec<f32>>> {
         // The lock before the pool: a thread of the pool that waits for its own tasks may take another's, and that one might want
         // this lock.
         let mut guard = self.blocks();
         let blocks = &mut *guard;
-        let last = on_pool(|| blocks.continue_sequence(pass, &batch, cache))?;
+        let last = on_pool(|| blocks.continue_sequence(pass, &self.updates, batch, cache))?;
         drop(guard);
-        Ok(logits.then(|| self.decoder.head(pass.model, &last)).and_then(|mut logits| logits.pop()))
+        Ok(logits
+            .then(|| self.decoder.head(pass.model, &self.decode_updates, &last))
+            .and_then(|mut logits| logits.pop()))
     }
 
     fn step(&self, model: &BaseModel, sequences: &mut [(u32, &mut KvCache<E>)]) -> Vec<Vec<f32>> {
-        let positions = sequences.iter().map(|(_, cache)| cache.positions() + 1).max().unwrap_or(0);
         let mut blocks = self.blocks();
-        self.decoder.step(model, blocks.table(&model.architecture, positions), sequences)
+        let further =
+            sequences.iter().map(|(_, cache)| (cache.length.max(cache.positions() + 1), cache.positions() + 1));
+        let rotary = blocks.rotary(&model.architecture, further);
+        self.decoder.step(model, &self.decode_updates, rotary, sequences)
     }
 }
 
@@ -98,6 +104,16 @@ impl Kept {
             Self::Bf16(cache) => cache.positions(),
             Self::Plain(cache) => cache.len,
         }
+    }
+
+    /// Tokens of the sequence that are known, another one included: some ropes go by it.
+    fn length(&self) -> usize {
+        let read = match self {
+            Self::F32(cache) => cache.length,
+            Self::Bf16(cache) => cache.length,
+            Self::Plain(cache) => cache.length,
+        };
+        read.max(self.positions() + 1)
     }
 
     /// Positions from the first on that another sequence with the same tokens would come to.
@@ -162,19 +178,20 @@ impl Inference {
         self.model.architecture.kv_bytes(element)
     }
 
-    /// Reads tokens of a prompt; the logits after the last, (V), if they are wanted.
+    /// Reads tokens of a prompt of `length` tokens; the logits after the last, (V), if they are wanted.
     ///
     /// # Errors
     /// When there is no token, one has no embedding, or the sequence grows beyond the model's context.
-    pub fn read(&self, ids: &[u32], kept: &mut Kept, logits: bool) -> Result<Option<Vec<f32>>> {
+    pub fn read(&self, ids: &[u32], kept: &mut Kept, length: usize, logits: bool) -> Result<Option<Vec<f32>>> {
         ensure!(!ids.is_empty(), "there is no token to read");
         self.check(ids, kept.positions() + ids.len())?;
         let pass = Pass::evaluation(&self.model, self.adaptation.as_deref());
+        let batch = Batch::of_piece(ids, kept.positions() as u32, length.max(kept.positions() + ids.len()));
         match (&self.blocks, kept) {
-            (Blocks::F32(fast), Kept::F32(cache)) => fast.read(&pass, ids, cache, logits),
-            (Blocks::Bf16(fast), Kept::Bf16(cache)) => fast.read(&pass, ids, cache, logits),
+            (Blocks::F32(fast), Kept::F32(cache)) => fast.read(&pass, &batch, cache, logits),
+            (Blocks::Bf16(fast), Kept::Bf16(cache)) => fast.read(&pass, &batch, cache, logits),
             (Blocks::Plain, Kept::Plain(cache)) => {
-                let last = pass.continue_sequence(ids, cache, cache.len + ids.len())?;
+                let last = pass.continue_sequence(ids, cache, length)?;
                 logits.then(|| Ok(last.to_vec1()?)).transpose()
             }
             _ => anyhow::bail!("what is kept is of another model"),
@@ -206,7 +223,7 @@ impl Inference {
                 Ok(fast.step(&self.model, &mut own.collect::<Option<Vec<_>>>().context(OTHER)?))
             }
             Blocks::Plain => {
-                let one = |(id, kept): &mut (u32, &mut Kept)| self.read(&[*id], kept, true);
+                let one = |(id, kept): &mut (u32, &mut Kept)| self.read(&[*id], kept, kept.length(), true);
                 sequences.iter_mut().map(|sequence| one(sequence)?.context(OTHER)).collect()
             }
         }

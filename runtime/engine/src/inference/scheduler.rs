@@ -224,7 +224,7 @@ impl Sequence {
         let piece = &self.asked.prompt[self.read.len()..];
         let piece = &piece[..piece.len().min(PIECE)];
         let whole = self.read.len() + piece.len() == self.asked.prompt.len();
-        let logits = inference.read(piece, &mut self.kept, whole)?;
+        let logits = inference.read(piece, &mut self.kept, self.asked.prompt.len(), whole)?;
         self.read.extend_from_slice(piece);
         logits.map_or(Ok(None), |logits| self.draw(inference, logits))
     }

@@ -350,7 +350,10 @@ impl Architecture {
                 head_dim.is_multiple_of(2) && (2..=HEAD_DIM_MAX).contains(&head_dim),
                 "a head of {head_dim} channels cannot be rotated"
             );
-            ensure!(scale.is_finite() && scale > 0.0, "scores are multiplied by {scale}, which is no number above zero");
+            ensure!(
+                scale.is_finite() && scale > 0.0,
+                "scores are multiplied by {scale}, which is no number above zero"
+            );
         }
         // In f32, as it is computed with.
         let epsilon = self.rms_norm_eps as f32;

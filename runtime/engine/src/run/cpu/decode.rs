@@ -4,27 +4,27 @@
 //!
 //! Results lie by output channel first, (n, m), for m sequences, so that a task has its part of them in one piece.
 
-use std::ops::Range;
-
 use homeroom_kernels::{
-    Element, FewRows, Panels, RotaryTable, RoundedRows, Team, attend, attend_join, attend_tasks, attend_values, f16,
-    gemv, lead, threads,
+    ColumnNorm, Element, FewRows, Gate, RoundedRows, Team, attend, attend_join, attend_tasks, attend_values, gemv,
+    lead, normalise_columns, soft_cap, threads,
 };
 
 use super::kv_cache::KvCache;
+use super::rotary::Rotary;
+use super::updates::{DecodeUpdates, Up};
 use crate::adapt::adaptation::Adaptation;
-use crate::models::in_large_pages;
-use crate::models::weight::{Codes, Weight};
 use crate::models::{BaseModel, EMBEDDING, FINAL_NORM, HEAD};
-use crate::run::cpu::low_rank::low_rank;
 
-/// A model whose modules are frozen or have low-rank updates, laid out for decoding.
+/// A base, laid out for decoding. It holds nothing of an adapter: each step is given the updates that it goes with.
 pub struct Decoder {
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
     head: Site,
     embedding: usize,
-    updates: Codes,
+    /// Norms and the embedding, which an adapter must leave as they are.
+    frozen: Vec<usize>,
+    /// Whether x is rounded to eight bits where weights take it so.
+    round: bool,
 }
 
 /// What a token's work is done with.
@@ -32,40 +32,29 @@ pub struct Decoder {
 struct Work<'a> {
     team: &'a Team,
     model: &'a BaseModel,
-    /// Updates of all sites, in the order in which they are read.
-    updates: &'a [u8],
-}
-
-/// A matrix among the updates.
-#[derive(Clone)]
-struct Placed {
-    panels: Panels,
-    at: Range<usize>,
-}
-
-impl Placed {
-    fn put(values: &[f32], panels: Panels, updates: &mut Vec<u8>) -> Self {
-        let from = updates.len();
-        updates.resize(from + panels.bytes(), 0);
-        panels.write(values, &mut updates[from..]);
-        Self { panels, at: from..updates.len() }
-    }
+    updates: &'a DecodeUpdates,
 }
 
 struct Layer {
-    input_norm: Vec<f32>,
-    post_norm: Vec<f32>,
+    mixer_norms: Around,
+    /// Weights of the norms of q and of k.
+    qk_norms: Option<[Vec<f32>; 2]>,
+    feed_forward_norms: Around,
     qkv: Site,
     o: Site,
     gate_up: Site,
     down: Site,
 }
 
+/// Weights of the norms around a part of a layer.
+struct Around {
+    before: Option<Vec<f32>>,
+    after: Option<Vec<f32>>,
+}
+
 /// Modules that share an input, as in [`crate::run::cpu`].
 struct Site {
     modules: Vec<Linear>,
-    /// A of all modules (rank, d_in), if there is one.
-    a: Option<Down>,
     /// Whether x is rounded to eight bits for modules that take it so.
     rounds: bool,
 }
@@ -74,103 +63,18 @@ struct Linear {
     /// Index into [`BaseModel::modules`].
     index: usize,
     d_out: usize,
-    update: Option<Update>,
-}
-
-struct Update {
-    /// First of its rows of A.
-    at: usize,
-    /// `s B` (d_out, r).
-    b: Placed,
-}
-
-/// A of a site's modules.
-enum Down {
-    /// As it is, or in half precision, which is read in half the time: a weight, and a power of two that products with it are still to be
-    /// multiplied by.
-    Weight(Weight, f32),
-    /// In eight bits, beside weights that are multiplied with x in eight bits: in half of that again, and rounded about as finely as x is.
-    Rounded(Placed),
-}
-
-impl Down {
-    fn rows(&self) -> usize {
-        match self {
-            Self::Weight(weight, _) => weight.rows(),
-            Self::Rounded(placed) => placed.panels.rows(),
-        }
-    }
-
-    /// `u = x Aᵀ` for the rows of A from `from` on: `u` (rows, m).
-    fn product(&self, work: Work<'_>, x: FewRows<'_>, from: usize, u: &mut [f32]) {
-        let rows = from..from + u.len() / (x.values.len() / x.step);
-        match (self, x.rounded) {
-            (Self::Weight(weight, power), _) => {
-                gemv(x, &weight.matrix(), rows, u);
-                u.iter_mut().for_each(|u| *u *= power);
-            }
-            (Self::Rounded(a), Some(x)) => a.panels.product(&work.updates[a.at.clone()], x, rows, u),
-            (Self::Rounded(_), None) => unreachable!("A is in eight bits where x is, too"),
-        }
-    }
-}
-
-/// Values in half precision. They are divided by the power of two that makes the largest at least 1, so that none but the very
-/// smallest loses a bit to the narrow exponent.
-fn halves(mut values: Vec<f32>, shape: (usize, usize)) -> Option<Down> {
-    let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
-    let power = if largest.is_normal() { 2f32.powi(largest.log2().floor() as i32) } else { 1.0 };
-    values.iter_mut().for_each(|value| *value /= power);
-    let halves: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
-    Some(Down::Weight(Weight::from_f16(&halves, shape).ok()?, power))
 }
 
 impl Site {
-    fn new(
-        model: &BaseModel,
-        adaptation: Option<&Adaptation>,
-        indices: &[usize],
-        round: bool,
-        updates: &mut Vec<u8>,
-    ) -> Option<Self> {
-        let (mut modules, mut stacked, mut d_in) = (Vec::new(), Vec::new(), 0);
+    fn new(model: &BaseModel, indices: &[usize], round: bool) -> Self {
         let rounds = round && indices.iter().any(|index| model.modules[*index].weight.matrix().takes_rounded());
-        let mut ups = Vec::new();
-        for &index in indices {
-            let info = &model.modules[index].info;
-            d_in = info.d_in;
-            let adapted = adaptation.and_then(|adaptation| Some((adaptation, adaptation.of(index)?)));
-            let update = match adapted {
-                None => None,
-                Some((adaptation, adapted)) => {
-                    let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted)?;
-                    let values = |param: usize| {
-                        let tensor = adaptation.params[param].var.as_detached_tensor();
-                        tensor.flatten_all().and_then(|values| values.to_vec1::<f32>()).ok()
-                    };
-                    let (a, b) = (values(low_rank.a)?, values(low_rank.b)?);
-                    let r = a.len() / info.d_in;
-                    let at = stacked.len() / info.d_in;
-                    stacked.extend(a);
-                    let scaled: Vec<f32> = b.iter().map(|b| low_rank.scaling as f32 * b).collect();
-                    Some((at, scaled, Panels::new(info.d_out, r, round)))
-                }
-            };
-            modules.push(Linear { index, d_out: info.d_out, update: None });
-            ups.push(update);
-        }
-        let shape = (stacked.len() / d_in.max(1), d_in);
-        let a = match (shape.0, round, rounds) {
-            (0, ..) => None,
-            (_, false, _) => Some(Down::Weight(Weight::from_values(&stacked, shape).ok()?, 1.0)),
-            (_, true, false) => Some(halves(stacked, shape)?),
-            (rank, true, true) => Some(Down::Rounded(Placed::put(&stacked, Panels::new(rank, d_in, true), updates))),
-        };
-        for (module, update) in modules.iter_mut().zip(ups) {
-            let place = |(at, b, panels): (usize, Vec<f32>, Panels)| Update { at, b: Placed::put(&b, panels, updates) };
-            module.update = update.map(place);
-        }
-        Some(Self { modules, a, rounds })
+        let linear = |index: &usize| Linear { index: *index, d_out: model.modules[*index].info.d_out };
+        Self { modules: indices.iter().map(linear).collect(), rounds }
+    }
+
+    /// Its first module, which names it among the updates.
+    fn first(&self) -> usize {
+        self.modules[0].index
     }
 
     fn d_out(&self) -> usize {
@@ -191,12 +95,12 @@ impl Site {
         let (out, size) = out;
         let rounded = self.rounds.then(|| RoundedRows::new(x));
         let x = FewRows { rounded: rounded.as_ref(), ..x };
-        let Some(a) = &self.a else {
+        let Some(a) = &work.updates.site(self.first()).a else {
             return work.team.parts(out, size * m, |task, out| rows(task * size, out, x, &|| &[]));
         };
         let mut u = vec![0f32; a.rows() * m];
         let down = part(a.rows());
-        let first = |task: usize, u: &mut [f32]| a.product(work, x, task * down, u);
+        let first = |task: usize, u: &mut [f32]| a.product(work.updates, x, task * down, u);
         work.team.parts_then((&mut u, down * m), first, (out, size * m), |task, out, u| rows(task * size, out, x, u));
     }
 
@@ -212,14 +116,14 @@ impl Site {
         from: usize,
         out: &mut [f32],
     ) {
-        let Linear { index, update, .. } = &self.modules[module];
+        let update = &work.updates.site(self.first()).modules[module];
         let m = x.values.len() / x.step;
         let rows = from..from + out.len() / m;
-        let module = &work.model.modules[*index];
+        let module = &work.model.modules[self.modules[module].index];
         gemv(x, &module.weight.matrix(), rows.clone(), out);
-        if let Some(Update { at, b }) = update {
+        if let Some(Up { at, b }) = update {
             let u = &u()[at * m..(at + b.panels.cols()) * m];
-            b.panels.add(&work.updates[b.at.clone()], u, m, rows.clone(), out);
+            b.panels.add(work.updates.bytes(b), u, m, rows.clone(), out);
         }
         if let Some(bias) = &module.bias {
             for (out, bias) in out.chunks_exact_mut(m).zip(&bias[rows]) {
@@ -246,9 +150,11 @@ impl Site {
         });
     }
 
-    /// `silu(g) ∘ u` of the two modules of a gated layer: `out` (inner, m).
-    fn run_gated(&self, work: Work<'_>, x: FewRows<'_>, out: &mut [f32]) {
+    /// `f(g) ∘ u` of the modules of a gated layer, one or two: `out` (inner, m).
+    fn run_gated(&self, work: Work<'_>, gate: Gate, x: FewRows<'_>, out: &mut [f32]) {
         let m = x.values.len() / x.step;
+        // u is the other module, or the other half of the only one.
+        let (other, at) = if self.modules.len() > 1 { (1, 0) } else { (0, out.len() / m) };
         let size = part(out.len() / m).min(MOST / m.min(MOST) / 16 * 16).max(16);
         self.parts(work, x, (out, size), |from, out, x, u| {
             let mut up = [0f32; MOST];
@@ -260,8 +166,8 @@ impl Site {
                 &mut more[..]
             };
             self.rows(work, 0, x, u, from, out);
-            self.rows(work, 1, x, u, from, up);
-            homeroom_kernels::gate(homeroom_kernels::Gate::Silu, out, up);
+            self.rows(work, other, x, u, at + from, up);
+            homeroom_kernels::gate(gate, out, up);
         });
     }
 }
@@ -275,48 +181,70 @@ fn part(rows: usize) -> usize {
 }
 
 impl Decoder {
-    /// The layout; `None` when a recipe is something else than a low-rank update of a linear module.
+    /// The layout; `None` when a norm has a bias or the model has no head.
     ///
-    /// `round`: updates are kept in half precision or in eight bits, and x is rounded to eight bits where weights take it so.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, round: bool) -> Option<Self> {
-        let frozen = |module: usize| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
-        let norm = |index: usize| {
+    /// `round`: x is rounded to eight bits where weights take it so, and updates are kept in half precision or in eight bits.
+    pub fn new(model: &BaseModel, round: bool) -> Option<Self> {
+        let mut frozen = Vec::new();
+        let mut norm = |index: Option<usize>| {
+            let Some(index) = index else { return Some(None) };
+            frozen.push(index);
             let module = &model.modules[index];
-            (frozen(index) && module.bias.is_none()).then(|| module.weight.decode(0..1))
+            module.bias.is_none().then(|| Some(module.weight.decode(0..1)))
         };
-        let mut updates = Vec::new();
-        let mut site = |modules: &[usize]| Site::new(model, adaptation, modules, round, &mut updates);
+        let site = |modules: &[usize]| Site::new(model, modules, round);
         let layers = model.layers.iter().map(|at| {
             Some(Layer {
-                input_norm: norm(at.mixer_norm?)?,
-                post_norm: norm(at.feed_forward_norm?)?,
-                qkv: site(&at.qkv)?,
-                o: site(&[at.o])?,
-                gate_up: site(&at.gate_up)?,
-                down: site(&[at.down])?,
+                mixer_norms: Around { before: norm(at.mixer_norm)?, after: norm(at.mixer_post_norm)? },
+                qk_norms: match at.qk_norms {
+                    Some([q, k]) => Some([norm(Some(q))??, norm(Some(k))??]),
+                    None => None,
+                },
+                feed_forward_norms: Around {
+                    before: norm(at.feed_forward_norm)?,
+                    after: norm(at.feed_forward_post_norm)?,
+                },
+                qkv: site(&at.qkv),
+                o: site(&[at.o]),
+                gate_up: site(&at.gate_up),
+                down: site(&[at.down]),
             })
         });
         let layers = layers.collect::<Option<Vec<Layer>>>()?;
-        let embedding = model.module_index(EMBEDDING).filter(|module| frozen(*module))?;
-        let (final_norm, head) = (norm(model.module_index(FINAL_NORM)?)?, site(&[model.module_index(HEAD)?])?);
-        Some(Self { layers, final_norm, head, embedding, updates: in_large_pages(updates) })
+        let (final_norm, head) = (norm(model.module_index(FINAL_NORM))??, site(&[model.module_index(HEAD)?]));
+        let embedding = model.module_index(EMBEDDING)?;
+        frozen.push(embedding);
+        Some(Self { layers, final_norm, head, embedding, frozen, round })
+    }
+
+    /// The low-rank updates of an adaptation, or none, with their present values; `None` when it is something else.
+    pub fn updates(&self, model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<DecodeUpdates> {
+        let of_layers = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.o, &layer.gate_up, &layer.down]);
+        let sites = of_layers.chain([&self.head]);
+        let sites = sites.map(|site| (site.modules.iter().map(|linear| linear.index).collect(), site.rounds));
+        DecodeUpdates::new(model, adaptation, self.frozen.iter().copied(), sites, self.round)
     }
 
     /// Logits (m, V) after a further token of each sequence, which its cache takes in.
     pub fn step<E: Element>(
         &self,
         model: &BaseModel,
-        table: &RotaryTable,
+        updates: &DecodeUpdates,
+        rotary: &Rotary,
         sequences: &mut [(u32, &mut KvCache<E>)],
     ) -> Vec<Vec<f32>> {
         let mut x = Vec::with_capacity(sequences.len() * model.architecture.hidden_size);
         for (id, _) in sequences.iter() {
             x.extend(model.modules[self.embedding].weight.decode(*id as usize..*id as usize + 1));
         }
+        let scale = model.architecture.embedding_scale as f32;
+        if scale != 1.0 {
+            x.iter_mut().for_each(|x| *x *= scale);
+        }
         lead(|team| {
-            let work = self.work(team, model);
+            let work = Work { team, model, updates };
             for (number, layer) in self.layers.iter().enumerate() {
-                layer.run(work, table, number, sequences, &mut x);
+                layer.run(work, rotary, number, sequences, &mut x);
             }
             for (_, cache) in sequences.iter_mut() {
                 cache.advance(1, false);
@@ -326,12 +254,8 @@ impl Decoder {
     }
 
     /// Logits after rows of the residual stream x (m, C).
-    pub fn head(&self, model: &BaseModel, x: &[f32]) -> Vec<Vec<f32>> {
-        lead(|team| self.logits(self.work(team, model), x))
-    }
-
-    fn work<'a>(&'a self, team: &'a Team, model: &'a BaseModel) -> Work<'a> {
-        Work { team, model, updates: &self.updates }
+    pub fn head(&self, model: &BaseModel, updates: &DecodeUpdates, x: &[f32]) -> Vec<Vec<f32>> {
+        lead(|team| self.logits(Work { team, model, updates }, x))
     }
 
     fn logits(&self, work: Work<'_>, x: &[f32]) -> Vec<Vec<f32>> {
@@ -340,6 +264,14 @@ impl Decoder {
         let normal = normalised(x, &self.final_norm, work.model.architecture.rms_norm_eps as f32);
         let mut all = vec![0f32; v * m];
         self.head.run(work, few(&normal, c), &mut all);
+        let architecture = &work.model.architecture;
+        let scale = architecture.logit_scale as f32;
+        if scale != 1.0 {
+            all.iter_mut().for_each(|logit| *logit *= scale);
+        }
+        if let Some(cap) = architecture.logit_cap {
+            soft_cap(&mut all, cap as f32);
+        }
         if m == 1 {
             return vec![all];
         }
@@ -366,22 +298,50 @@ fn normalised(x: &[f32], w: &[f32], epsilon: f32) -> Vec<f32> {
     out
 }
 
+impl Around {
+    /// Rows of x (m, C), normalised if there is a norm, padded.
+    fn input(&self, x: &[f32], c: usize, epsilon: f32) -> Vec<f32> {
+        let Some(w) = &self.before else {
+            let step = FewRows::padded(c);
+            let mut out = vec![0f32; x.len() / c * step];
+            x.chunks_exact(c).zip(out.chunks_exact_mut(step)).for_each(|(x, out)| out[..c].copy_from_slice(x));
+            return out;
+        };
+        normalised(x, w, epsilon)
+    }
+
+    /// x (m, C) += scale · y (C, m), normalised row by row if there is a norm.
+    fn add(&self, x: &mut [f32], y: &[f32], m: usize, epsilon: f32, scale: f32) {
+        let c = y.len() / m;
+        let mut rows = by_rows(y, m, c);
+        if let Some(w) = &self.after {
+            rows.chunks_exact_mut(c)
+                .for_each(|row| normalise_columns(row, &[ColumnNorm { at: 0, groups: 1, weight: w }], epsilon));
+        }
+        if scale != 1.0 {
+            rows.iter_mut().for_each(|y| *y *= scale);
+        }
+        x.iter_mut().zip(rows).for_each(|(x, y)| *x += y);
+    }
+}
+
 impl Layer {
     /// x (m, C) becomes the layer's output.
     fn run<E: Element>(
         &self,
         work: Work<'_>,
-        table: &RotaryTable,
+        rotary: &Rotary,
         number: usize,
         sequences: &mut [(u32, &mut KvCache<E>)],
         x: &mut [f32],
     ) {
         let (architecture, spec) = (&work.model.architecture, &work.model.architecture.layers[number]);
         let (m, c, inner) = (sequences.len(), architecture.hidden_size, spec.feed_forward.inner);
-        let (shape, epsilon) = (spec.attention().over(&[]), architecture.rms_norm_eps as f32);
+        let (attention, epsilon) = (spec.attention(), architecture.rms_norm_eps as f32);
+        let (shape, scale) = (attention.over(&[]), spec.residual_scale as f32);
         let (d, q_width) = (shape.head_dim, shape.heads * shape.head_dim);
 
-        let normal = normalised(x, &self.input_norm, epsilon);
+        let normal = self.mixer_norms.input(x, c, epsilon);
         let mut qkv = vec![0f32; shape.row() * m];
         self.qkv.run(work, few(&normal, c), &mut qkv);
 
@@ -389,7 +349,16 @@ impl Layer {
         let mut qkv = by_rows(&qkv, m, shape.row());
         let mut kept = vec![E::default(); shape.row() - q_width];
         for ((_, cache), row) in sequences.iter_mut().zip(qkv.chunks_exact_mut(shape.row())) {
-            table.turn(cache.positions() as u32, &mut row[..q_width + shape.kv_heads * d]);
+            if let Some([q, k]) = &self.qk_norms {
+                let parts = [(0, q_width, q), (q_width, attention.kv_width(), k)];
+                let parts = parts.map(|(at, width, weight)| ColumnNorm { at, groups: width / weight.len(), weight });
+                normalise_columns(row, &parts, epsilon);
+            }
+            if let Some(rope) = attention.rope {
+                let (position, length) = (cache.positions(), cache.length.max(cache.positions() + 1));
+                let turn = rotary.row(architecture, rope, length, position);
+                rotary.table(rope).turn(turn, &mut row[..q_width + shape.kv_heads * d]);
+            }
             kept.iter_mut().zip(&row[q_width..]).for_each(|(to, from)| *to = E::of(*from));
             cache.extend(number, std::iter::once(&kept[..]));
         }
@@ -415,14 +384,14 @@ impl Layer {
         }
         let mut y = vec![0f32; c * m];
         self.o.run(work, few(&attended, q_width), &mut y);
-        add_turned(x, &y, m);
+        self.mixer_norms.add(x, &y, m, epsilon, scale);
 
-        let normal = normalised(x, &self.post_norm, epsilon);
+        let normal = self.feed_forward_norms.input(x, c, epsilon);
         let mut h = vec![0f32; inner * m];
-        self.gate_up.run_gated(work, few(&normal, c), &mut h);
+        self.gate_up.run_gated(work, spec.feed_forward.gate, few(&normal, c), &mut h);
         let rows = by_rows(&h, m, FewRows::padded(inner));
         self.down.run(work, few(&rows, inner), &mut y);
-        add_turned(x, &y, m);
+        self.feed_forward_norms.add(x, &y, m, epsilon, scale);
     }
 }
 
@@ -453,10 +422,4 @@ fn apart<const M: usize>(values: &[f32], step: usize, rows: &mut [f32]) {
             to[j][i] = values[j];
         }
     }
-}
-
-/// x (m, c) += y (c, m).
-fn add_turned(x: &mut [f32], y: &[f32], m: usize) {
-    let rows = by_rows(y, m, y.len() / m);
-    x.iter_mut().zip(rows).for_each(|(x, y)| *x += y);
 }

@@ -4,12 +4,11 @@
 use std::sync::OnceLock;
 
 use homeroom_kernels::{
-    Codec, Columns, Finish, Left, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm,
+    Codec, Columns, Finish, Left, LogitCap, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm,
     rms_norm_backward, target_logits,
 };
 
 use super::Rows;
-use crate::adapt::adaptation::Adaptation;
 use crate::models::weight::Weight;
 use crate::models::{BaseModel, FINAL_NORM, HEAD};
 use crate::run::outcome::Outcome;
@@ -18,32 +17,40 @@ use crate::run::profile::timed;
 /// Bytes of logits that exist at once: enough rows that packing the head's weight is little beside its product.
 const LOGITS_BYTES: usize = 36 << 20;
 
-/// A head that is not adapted, nor is the norm before it.
+/// A frozen head with the frozen norm before it.
 pub struct FusedHead {
+    /// Of the norm and the head, into [`BaseModel::modules`].
+    modules: [usize; 2],
     norm: Vec<f32>,
-    head: usize,
     /// If products with its weight are in integers, its weight in eight bits, once it has been needed: it is read for each chunk of rows
     /// anew, and rounding it as often would cost more than integers gain. `None` where it cannot be rounded.
     rounded: Option<OnceLock<Option<Weight>>>,
 }
 
 impl FusedHead {
-    /// The head, in integers where that is asked for and possible; `None` when it or the norm before it is adapted.
-    pub fn new<E: ProductElement>(model: &BaseModel, adaptation: Option<&Adaptation>, integers: bool) -> Option<Self> {
-        let architecture = &model.architecture;
-        if architecture.logit_scale != 1.0 || architecture.logit_cap.is_some() {
-            return None;
-        }
-        let (norm, head) = (model.module_index(FINAL_NORM)?, model.module_index(HEAD)?);
-        let frozen = |module| adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
+    /// The head, in integers where that is asked for and possible; `None` when the norm before it has a bias or a width is no whole
+    /// number of words.
+    pub fn new<E: ProductElement>(model: &BaseModel, integers: bool) -> Option<Self> {
+        let modules @ [norm, head] = [model.module_index(FINAL_NORM)?, model.module_index(HEAD)?];
         let info = &model.modules[head].info;
         let fits = info.d_in.is_multiple_of(E::PER_WORD) && info.d_out.is_multiple_of(E::PER_WORD);
         let plain = model.modules[norm].bias.is_none();
-        (frozen(norm) && frozen(head) && fits && plain).then(|| {
+        (fits && plain).then(|| {
             let whole_words = info.d_in.is_multiple_of(4) && info.d_out.is_multiple_of(4);
             let rounded = (integers && whole_words).then(OnceLock::new);
-            Self { norm: model.modules[norm].weight.decode(0..1), head, rounded }
+            // What logits are multiplied by, the norm's weight may be as well.
+            let mut norm = model.modules[norm].weight.decode(0..1);
+            let scale = model.architecture.logit_scale as f32;
+            if scale != 1.0 {
+                norm.iter_mut().for_each(|w| *w *= scale);
+            }
+            Self { modules, norm, rounded }
         })
+    }
+
+    /// Indices of the norm and the head into [`BaseModel::modules`]. It is run where both are frozen.
+    pub fn modules(&self) -> [usize; 2] {
+        self.modules
     }
 
     /// Whether its weight is multiplied in integers.
@@ -53,15 +60,10 @@ impl FusedHead {
 
     /// Loss over the residual stream x, of all rows or of those with a target alone. With a scale, `dx`, of the same rows, becomes
     /// the gradient of `scale` times the sum of losses.
-    pub fn loss<E: ProductElement>(
-        &self,
-        rows: &mut Rows<'_, E>,
-        x: &[f32],
-        train: Option<(f32, &mut [f32])>,
-    ) -> Outcome {
+    pub fn loss<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[f32], train: Option<(f32, &mut [f32])>) -> Outcome {
         let model = rows.pass.model;
         let (targets, target_rows) = (&rows.batch.targets, &rows.batch.target_rows);
-        let (c, n, v) = (model.architecture.hidden_size, targets.len(), model.modules[self.head].info.d_out);
+        let (c, n, v) = (model.architecture.hidden_size, targets.len(), model.modules[self.modules[1]].info.d_out);
         let mut outcome = Outcome { trained: n, ..Outcome::default() };
         let (scale, mut dx) = train.map_or((None, None), |(scale, dx)| (Some(scale), Some(dx)));
         if let Some(dx) = &mut dx {
@@ -70,13 +72,13 @@ impl FusedHead {
         if n == 0 {
             return outcome;
         }
-        let weight = model.modules[self.head].weight.matrix();
+        let weight = model.modules[self.modules[1]].weight.matrix();
         let rounded = self.rounded.as_ref().and_then(|rounded| {
-            let weight = &model.modules[self.head].weight;
+            let weight = &model.modules[self.modules[1]].weight;
             rounded.get_or_init(|| weight.encoded(&Codec::int8()).ok()).as_ref()
         });
         let right = rounded.map_or(Right::Frozen(weight), |rounded| Right::Integers(rounded.matrix()));
-        let bias = model.modules[self.head].bias.as_ref().map(|bias| &bias[..]);
+        let bias = model.modules[self.modules[1]].bias.as_ref().map(|bias| &bias[..]);
         let mut residual = vec![0f32; n * c];
         let place = |i: usize| if x.len() == n * c { i } else { target_rows[i] as usize };
         residual.chunks_exact_mut(c).enumerate().for_each(|(i, row)| row.copy_from_slice(&x[place(i) * c..][..c]));
@@ -90,10 +92,12 @@ impl FusedHead {
         for (distance, target) in distance.iter_mut().zip(targets) {
             *distance = -(*distance + bias.map_or(0.0, |bias| bias[*target as usize]));
         }
+        let cap = model.architecture.logit_cap.map(|cap| cap as f32);
+        let of_targets: Vec<f32> = distance.iter().filter(|_| cap.is_some()).map(|distance| -distance).collect();
         // Chunks of one size: a small one at the end would cost a packing of the whole head.
         let most = (LOGITS_BYTES / (v * size_of::<E>())).clamp(48, 1024);
         let chunk = n.div_ceil(n.div_ceil(most));
-        let mut logits = rows.logits(chunk * v);
+        let mut logits = rows.workspace.logits.take(chunk, v);
         let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
         let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
         let scales = scale.map(|scale| vec![scale; n]);
@@ -110,8 +114,9 @@ impl FusedHead {
             });
             timed("cross-entropy", || {
                 let (losses, correct) = (&mut losses[part.clone()], &mut correct[part.clone()]);
+                let cap = cap.map(|cap| LogitCap { cap, targets: &of_targets[part.clone()] });
                 let scales = scales.as_ref().map(|scales| &scales[part.clone()]);
-                cross_entropy(v, logits, &targets[part.clone()], None, scales, losses, correct);
+                cross_entropy(v, logits, &targets[part.clone()], cap, scales, losses, correct);
             });
             if scale.is_some() {
                 timed("backward head", || {
@@ -122,7 +127,7 @@ impl FusedHead {
                 });
             }
         }
-        rows.give_logits(logits);
+        drop(logits);
         outcome.loss_sum = losses.iter().map(|loss| f64::from(*loss)).sum();
         outcome.correct = correct.iter().filter(|correct| **correct).count();
         if let Some(dx) = dx {

@@ -11,6 +11,8 @@ pub struct KvCache<E> {
     /// Values of a position.
     row: usize,
     len: usize,
+    /// Tokens of the sequence that were known when its prompt was read: some ropes go by it.
+    pub(crate) length: usize,
     /// Positions from the first on that were read as a prompt. The others came token by token, whose products are summed in another
     /// order.
     prefilled: usize,
@@ -20,7 +22,7 @@ impl<E: Element> KvCache<E> {
     /// Nothing yet.
     pub fn new(architecture: &Architecture) -> Self {
         let row = architecture.layers.first().map_or(0, |layer| 2 * layer.attention().kv_width());
-        Self { layers: vec![Vec::new(); architecture.layers.len()], row, len: 0, prefilled: 0 }
+        Self { layers: vec![Vec::new(); architecture.layers.len()], row, len: 0, length: 0, prefilled: 0 }
     }
 
     /// Positions.
@@ -37,7 +39,7 @@ impl<E: Element> KvCache<E> {
     pub fn prefix(&self, len: usize) -> Self {
         assert!(len <= self.prefilled, "{len} of {} positions", self.prefilled);
         let layers = self.layers.iter().map(|layer| layer[..len * self.row].to_vec()).collect();
-        Self { layers, row: self.row, len, prefilled: len }
+        Self { layers, row: self.row, len, length: self.length, prefilled: len }
     }
 
     /// Bytes of all positions.

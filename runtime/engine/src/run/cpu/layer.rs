@@ -1,131 +1,271 @@
 //! A decoder layer as one operation: a hand-written forward and backward over reused buffers.
 //!
 //! ```text
-//! x̂₁ = norm(x)              qkv = W_qkv (w₁ ∘ x̂₁)        a = attention(rotate(qkv))      x ← x + W_o a
-//! x̂₂ = norm(x)              g, u = W_gu (w₂ ∘ x̂₂)        h = silu(g) ∘ u                 x ← x + W_d h
+//! qkv = W_qkv before(x)          a = attention(rotate(norm(q, k)), v)          x ← x + r after(W_o a)
+//! g, u = W_gu before(x)          h = gate(g) ∘ u                               x ← x + r after(W_d h)
 //! ```
-//! W stands for a frozen weight with its low-rank update (see [`super::site`]). Kept for backward: x̂₁, qkv, a, x̂₂, g and u, the
-//! narrow products with A, and one number a row here and there; `w ∘ x̂` and h are computed again, and x itself is not needed.
-//! Backward has frozen products with dX only. The residual stream and its gradient are f32, all else is E.
+//! What of this a layer has, its [`LayerSpec`] says; `before` and `after` are norms with weights of their own, or nothing. W stands
+//! for a frozen weight with the low-rank update that the pass brings (see [`super::site`]). Kept for backward: what the norms made
+//! x, q and k without their weights, qkv, a, g and u, the narrow products with A, and one number a row here and there; `w ∘ x̂` and h
+//! are computed again, and x itself is not needed. Backward has frozen products with dX only. The residual stream and its gradient
+//! are f32, all else is E.
+
+use std::sync::PoisonError;
 
 use anyhow::Result;
 use homeroom_kernels::{
-    Gate, KeyValueGradients, Output, ProductElement, RotaryTable, attention, attention_backward, attention_kept, gated,
-    gated_backward, rms_norm, rms_norm_backward, rotate, scale_columns,
+    ColumnNorm, Output, ProductElement, add_gradient, add_scaled, attention, attention_backward, attention_kept, gated,
+    gated_backward, norm_columns, norm_columns_backward, rms_norm, rms_norm_add, rms_norm_add_backward,
+    rms_norm_backward, rotate, scale_columns, to_elements, to_elements_scaled,
 };
 
 use super::Rows;
 use super::kv_cache::KvCache;
 use super::site::{Site, SiteSaved};
-use crate::adapt::adaptation::Adaptation;
+use super::workspace::Buffer;
 use crate::models::BaseModel;
-use crate::models::architecture::{Gate, LayerSpec, Norms};
+use crate::models::architecture::LayerSpec;
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
-use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 
-/// A layer whose modules are frozen or have low-rank updates.
-pub struct FusedLayer<E> {
+/// A layer of the base.
+pub struct FusedLayer {
     spec: LayerSpec,
-    input_norm: Vec<f32>,
-    post_norm: Vec<f32>,
-    qkv: Site<E>,
-    o: Site<E>,
-    gate_up: Site<E>,
-    down: Site<E>,
+    /// Of the norms, into [`BaseModel::modules`].
+    norms: Vec<usize>,
+    mixer: Around,
+    qk_norms: Option<[Vec<f32>; 2]>,
+    feed_forward: Around,
+    qkv: Site,
+    o: Site,
+    gate_up: Site,
+    down: Site,
+}
+
+/// What is around one part of a layer.
+struct Around {
+    /// Weight of the norm of its input, (C).
+    before: Option<Vec<f32>>,
+    /// Weight of the norm of its output, (C).
+    after: Option<Vec<f32>>,
+    epsilon: f32,
+    /// r.
+    scale: f32,
 }
 
 /// What a layer keeps for backward.
 pub struct LayerSaved<E> {
-    normal_1: Vec<E>,
-    inverse_1: Vec<f32>,
-    qkv: Vec<E>,
+    input: InputSaved<E>,
+    /// Of q and k: x̂, and 1 / rms.
+    qk: Option<(Buffer<E>, Buffer<f32>)>,
+    qkv: Buffer<E>,
     qkv_saved: SiteSaved<E>,
-    attended: Vec<E>,
-    log_sums: Vec<f32>,
+    attended: Buffer<E>,
+    log_sums: Buffer<f32>,
     /// The rows of `attended` that the layer went on with, if not with all.
-    picked: Option<Vec<E>>,
+    picked: Option<Buffer<E>>,
     upper: UpperSaved<E>,
 }
 
 /// What it keeps of the part above the attention.
 struct UpperSaved<E> {
-    normal_2: Vec<E>,
-    inverse_2: Vec<f32>,
-    gate_up: Vec<E>,
+    mixed: OutputSaved<E>,
+    input: InputSaved<E>,
+    gate_up: Buffer<E>,
+    fed: OutputSaved<E>,
     /// Of o, gate and up, down.
     sites: [SiteSaved<E>; 3],
 }
 
-impl<E: ProductElement> FusedLayer<E> {
-    /// The layer; `None` when a recipe in it is something else than a low-rank update of a linear module.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, layer: usize, integers: bool) -> Option<Self> {
-        let (at, spec) = (&model.layers[layer], model.architecture.layers[layer].clone());
-        if !is_llama(&spec) {
+/// What is kept of a part's input.
+enum InputSaved<E> {
+    /// x̂, and 1 / rms.
+    Normal(Buffer<E>, Buffer<f32>),
+    /// The input itself, which is x as E.
+    Same(Buffer<E>),
+}
+
+/// What is kept of a norm of a part's output: ŷ, and 1 / rms.
+type OutputSaved<E> = Option<(Buffer<E>, Buffer<f32>)>;
+
+impl Around {
+    /// The input of the part: x (m, C), normalised if there is a norm; and what is kept of it.
+    fn input<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[f32], c: usize) -> (Option<Buffer<E>>, InputSaved<E>) {
+        let Some(w) = &self.before else {
+            let mut same = rows.narrow(c);
+            timed("forward norm", || to_elements(x, &mut same));
+            return (None, InputSaved::Same(same));
+        };
+        let [mut normal, mut scaled] = [0; 2].map(|_| rows.narrow(c));
+        let mut inverse = rows.wide(1);
+        timed("forward norm", || rms_norm(x, w, self.epsilon, &mut normal, &mut inverse, &mut scaled));
+        (Some(scaled), InputSaved::Normal(normal, inverse))
+    }
+
+    /// That input again, of what was kept.
+    fn input_again<E: ProductElement>(&self, rows: &Rows<'_, E>, saved: &InputSaved<E>, c: usize) -> Option<Buffer<E>> {
+        let (Some(w), InputSaved::Normal(normal, _)) = (&self.before, saved) else { return None };
+        let mut scaled = rows.narrow(c);
+        timed("backward norm", || scale_columns(normal, w, &mut scaled));
+        Some(scaled)
+    }
+
+    /// Adds the gradient in x of the gradient dy (m, C) of that input to dx; `narrow` becomes dx as E.
+    fn input_backward<E: ProductElement>(&self, saved: &InputSaved<E>, dy: &[f32], dx: &mut [f32], narrow: &mut [E]) {
+        timed("backward norm", || match (&self.before, saved) {
+            (Some(w), InputSaved::Normal(normal, inverse)) => rms_norm_backward(normal, w, inverse, dy, dx, narrow),
+            _ => add_gradient(dy, dx, narrow),
+        });
+    }
+
+    /// x += r after(y), y being what the site makes of its input.
+    fn output<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        site: &Site,
+        input: &[E],
+        x: &mut [f32],
+        c: usize,
+    ) -> (SiteSaved<E>, OutputSaved<E>) {
+        if self.adds() {
+            return (site.forward(rows, input, Output::Add(x)), None);
+        }
+        let mut y = rows.wide(c);
+        let saved = site.forward(rows, input, Output::Wide(&mut y));
+        let Some(w) = &self.after else {
+            timed("forward norm", || add_scaled(x, &y, self.scale));
+            return (saved, None);
+        };
+        let (mut normal, mut inverse) = (rows.narrow(c), rows.wide(1));
+        timed("forward norm", || rms_norm_add(&y, w, self.epsilon, self.scale, &mut normal, &mut inverse, x));
+        (saved, Some((normal, inverse)))
+    }
+
+    /// Whether outputs are added as they are.
+    fn adds(&self) -> bool {
+        self.after.is_none() && self.scale == 1.0
+    }
+
+    /// The gradient of y as E, of dx (m, C); `None`: dx as E itself.
+    fn output_backward<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        saved: &OutputSaved<E>,
+        dx: &[f32],
+        c: usize,
+    ) -> Option<Buffer<E>> {
+        if self.adds() {
             return None;
         }
-        let norm = |module: usize| {
-            let frozen = adaptation.is_none_or(|adaptation| adaptation.of(module).is_none());
+        let mut dy = rows.narrow(c);
+        timed("backward norm", || match (&self.after, saved) {
+            (Some(w), Some((normal, inverse))) => {
+                rms_norm_add_backward(normal, w, inverse, self.scale, dx, &mut dy);
+            }
+            _ => to_elements_scaled(dx, self.scale, &mut dy),
+        });
+        Some(dy)
+    }
+}
+
+impl FusedLayer {
+    /// The layer; `None` when a norm has a bias or a width is no whole number of words.
+    pub fn new<E: ProductElement>(model: &BaseModel, layer: usize, integers: bool) -> Option<Self> {
+        let (architecture, at) = (&model.architecture, &model.layers[layer]);
+        let spec = architecture.layers[layer].clone();
+        let mut norms = Vec::new();
+        let mut norm = |module: Option<usize>| {
+            let Some(module) = module else { return Some(None) };
+            norms.push(module);
             let module = &model.modules[module];
-            (frozen && module.bias.is_none()).then(|| module.weight.decode(0..1))
+            module.bias.is_none().then(|| Some(module.weight.decode(0..1)))
         };
-        let site = |names, modules: &[usize]| Site::new(names, model, adaptation, modules, integers);
+        let (epsilon, scale) = (architecture.rms_norm_eps as f32, spec.residual_scale as f32);
+        let mixer = Around { before: norm(at.mixer_norm)?, after: norm(at.mixer_post_norm)?, epsilon, scale };
+        let qk_norms = match at.qk_norms {
+            Some([q, k]) => Some([norm(Some(q))??, norm(Some(k))??]),
+            None => None,
+        };
+        let feed_forward =
+            Around { before: norm(at.feed_forward_norm)?, after: norm(at.feed_forward_post_norm)?, epsilon, scale };
+        let site = |names, modules: &[usize]| Site::new::<E>(names, model, modules, integers);
+        // Halves of a row of g and u, and heads, begin at whole words.
+        let whole = |width: usize| width.is_multiple_of(E::PER_WORD);
+        (whole(spec.feed_forward.inner) && whole(spec.attention().head_dim)).then_some(())?;
         Some(Self {
-            spec,
-            input_norm: norm(at.mixer_norm?)?,
-            post_norm: norm(at.feed_forward_norm?)?,
+            norms,
+            mixer,
+            qk_norms,
+            feed_forward,
             qkv: site(["forward qkv", "backward qkv"], &at.qkv)?,
             o: site(["forward o", "backward o"], &[at.o])?,
             gate_up: site(["forward gate up", "backward gate up"], &at.gate_up)?,
             down: site(["forward down", "backward down"], &[at.down])?,
+            spec,
         })
+    }
+
+    /// Indices of its norms. It is run where they are frozen.
+    pub fn norms(&self) -> &[usize] {
+        &self.norms
+    }
+
+    /// Its sites. It is run where each module of them is frozen or has a low-rank update.
+    pub fn sites(&self) -> [&Site; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
     }
 
     /// Whether a weight of it is multiplied in integers.
     pub fn in_integers(&self) -> bool {
-        [&self.qkv, &self.o, &self.gate_up, &self.down].into_iter().any(Site::in_integers)
+        self.sites().into_iter().any(Site::in_integers)
     }
 
-    /// Takes the present values of the parameters over.
-    ///
-    /// # Errors
-    /// When a parameter is not f32.
-    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
-        [&mut self.qkv, &mut self.o, &mut self.gate_up, &mut self.down].into_iter().try_for_each(|site| site.load(pass))
+    /// The norms of q and k by the columns that they are over; none where there are none.
+    fn column_norms(&self) -> Vec<ColumnNorm<'_>> {
+        let attention = self.spec.attention();
+        let places = [(0, attention.q_width()), (attention.q_width(), attention.kv_width())];
+        let norms = self.qk_norms.iter().flatten().zip(places);
+        norms.map(|(weight, (at, width))| ColumnNorm { at, groups: width / weight.len(), weight }).collect()
     }
 
     /// From x (m, C), the layer's output: of all rows, or of those with a target if no other block needs more, with `few` as
     /// their batch. Attention's keys and values are of all rows in any case. With a cache, the rows continue its sequence; its
     /// layer `kept.1` takes them in.
-    pub fn forward(
+    pub fn forward<E: ProductElement>(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         few: Option<&Batch>,
-        table: &RotaryTable,
-        mut x: Vec<f32>,
+        mut x: Buffer<f32>,
         kept: Option<(&mut KvCache<E>, usize)>,
-    ) -> (Vec<f32>, LayerSaved<E>) {
-        let config = &rows.pass.model.architecture;
-        let (c, epsilon) = (config.hidden_size, config.rms_norm_eps as f32);
+    ) -> (Buffer<f32>, LayerSaved<E>) {
+        let c = rows.pass.model.architecture.hidden_size;
         let shape = self.spec.attention().over(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
 
-        let [mut normal_1, mut scaled] = [0; 2].map(|_| rows.workspace.narrow.take(c));
-        let mut inverse_1 = rows.workspace.wide.take(1);
-        timed("forward norm", || {
-            rms_norm(&x, &self.input_norm, epsilon, &mut normal_1, &mut inverse_1, &mut scaled);
+        let (scaled, input) = self.mixer.input(rows, &x, c);
+        let mut unrotated = rows.wide(width);
+        let of = of_input(&scaled, &input);
+        let qkv_saved = self.qkv.forward(rows, of, Output::Wide(&mut unrotated));
+        drop(scaled);
+        let norms = self.column_norms();
+        let qk = (!norms.is_empty()).then(|| {
+            let columns = norms.iter().map(|norm| norm.groups * norm.weight.len()).sum();
+            let (mut normal, mut inverse) = (rows.narrow(columns), rows.wide(norms.iter().map(|n| n.groups).sum()));
+            let epsilon = self.mixer.epsilon;
+            timed("forward norm", || {
+                norm_columns(&mut unrotated, width, &norms, epsilon, &mut normal, &mut inverse);
+            });
+            (normal, inverse)
         });
-        let mut unrotated = rows.workspace.wide.take(width);
-        let qkv_saved = self.qkv.forward(rows, &scaled, Output::Wide(&mut unrotated));
-        rows.workspace.narrow.give(c, scaled);
-        let mut qkv = rows.workspace.narrow.take(width);
+        let mut qkv = rows.narrow(width);
         timed("forward rope", || {
             let (heads, rotated) = (shape.heads + 2 * shape.kv_heads, shape.heads + shape.kv_heads);
-            rotate(&unrotated, &rows.batch.positions, heads, rotated, Some(table), &mut qkv);
+            let (positions, table) = rows.turning(self.spec.attention().rope);
+            rotate(&unrotated, positions, heads, rotated, table, &mut qkv);
         });
-        rows.workspace.wide.give(width, unrotated);
-        let (mut attended, mut log_sums) = (rows.workspace.narrow.take(q_width), rows.workspace.wide.take(shape.heads));
+        drop(unrotated);
+        let (mut attended, mut log_sums) = (rows.narrow(q_width), rows.wide(shape.heads));
         timed("forward attention", || match kept {
             None => attention(&shape, &qkv, &mut attended, &mut log_sums),
             Some((cache, number)) => {
@@ -137,35 +277,31 @@ impl<E: ProductElement> FusedLayer<E> {
         let (picked, upper) = match few {
             None => (None, self.forward_upper(rows, &mut x, &attended)),
             Some(few) => {
-                let targets = &rows.batch.target_rows;
-                let picked = pick(targets, q_width, &attended, rows.workspace.narrow.take(q_width));
-                let picked_x = pick(targets, c, &x, rows.workspace.wide.take(c));
-                rows.workspace.wide.give(c, std::mem::replace(&mut x, picked_x));
-                let upper = rows.with(few, |rows| self.forward_upper(rows, &mut x, &picked));
+                let (targets, part) = (&rows.batch.target_rows, &rows.of(few));
+                let mut picked = part.narrow(q_width);
+                pick(targets, q_width, &attended, &mut picked);
+                let mut picked_x = part.wide(c);
+                pick(targets, c, &x, &mut picked_x);
+                x = picked_x;
+                let upper = self.forward_upper(part, &mut x, &picked);
                 (Some(picked), upper)
             }
         };
-        (x, LayerSaved { normal_1, inverse_1, qkv, qkv_saved, attended, log_sums, picked, upper })
+        (x, LayerSaved { input, qk, qkv, qkv_saved, attended, log_sums, picked, upper })
     }
 
     /// The layer from the attention's output on, row by row: x (m, C) becomes the layer's output.
-    fn forward_upper(&self, rows: &mut Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
-        let config = &rows.pass.model.architecture;
-        let (c, inner, epsilon) = (config.hidden_size, self.spec.feed_forward.inner, config.rms_norm_eps as f32);
-        let o_saved = self.o.forward(rows, attended, Output::Add(x));
-        let [mut normal_2, mut scaled] = [0; 2].map(|_| rows.workspace.narrow.take(c));
-        let mut inverse_2 = rows.workspace.wide.take(1);
-        timed("forward norm", || {
-            rms_norm(x, &self.post_norm, epsilon, &mut normal_2, &mut inverse_2, &mut scaled);
-        });
-        let mut gate_up = rows.workspace.narrow.take(2 * inner);
-        let gate_up_saved = self.gate_up.forward(rows, &scaled, Output::Narrow(&mut gate_up));
-        rows.workspace.narrow.give(c, scaled);
-        let mut h = rows.workspace.narrow.take(inner);
-        timed("forward swiglu", || gated(Gate::Silu, inner, &gate_up, &mut h));
-        let down_saved = self.down.forward(rows, &h, Output::Add(x));
-        rows.workspace.narrow.give(inner, h);
-        UpperSaved { normal_2, inverse_2, gate_up, sites: [o_saved, gate_up_saved, down_saved] }
+    fn forward_upper<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
+        let (c, inner) = (rows.pass.model.architecture.hidden_size, self.spec.feed_forward.inner);
+        let (o_saved, mixed) = self.mixer.output(rows, &self.o, attended, x, c);
+        let (scaled, input) = self.feed_forward.input(rows, x, c);
+        let mut gate_up = rows.narrow(2 * inner);
+        let gate_up_saved = self.gate_up.forward(rows, of_input(&scaled, &input), Output::Narrow(&mut gate_up));
+        drop(scaled);
+        let mut h = rows.narrow(inner);
+        timed("forward gate", || gated(self.spec.feed_forward.gate, inner, &gate_up, &mut h));
+        let (down_saved, fed) = self.feed_forward.output(rows, &self.down, &h, x, c);
+        UpperSaved { mixed, input, gate_up, fed, sites: [o_saved, gate_up_saved, down_saved] }
     }
 
     /// From dx, the gradient of the output, and `narrow`, the same as E, both for the input. Without `input_gradient` they are
@@ -173,161 +309,109 @@ impl<E: ProductElement> FusedLayer<E> {
     ///
     /// # Errors
     /// When a gradient cannot be added.
-    #[allow(clippy::too_many_arguments)]
-    pub fn backward(
+    pub fn backward<E: ProductElement>(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         few: Option<&Batch>,
-        table: &RotaryTable,
-        partial: &mut KeyValueGradients,
         saved: LayerSaved<E>,
-        (mut dx, mut narrow): (Vec<f32>, Vec<E>),
+        (mut dx, mut narrow): (Buffer<f32>, Buffer<E>),
         input_gradient: bool,
         gradients: &mut Gradients,
-    ) -> Result<(Vec<f32>, Vec<E>)> {
-        let config = &rows.pass.model.architecture;
-        let c = config.hidden_size;
+    ) -> Result<(Buffer<f32>, Buffer<E>)> {
+        let c = rows.pass.model.architecture.hidden_size;
         let shape = self.spec.attention().over(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
-        let LayerSaved { normal_1, inverse_1, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
+        let LayerSaved { input, qk, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
 
         let d_attended = match (few, picked) {
             (Some(few), Some(picked)) => {
-                let (from, from_narrow) = (&mut dx, &mut narrow);
-                let part =
-                    rows.with(few, |rows| self.backward_upper(rows, upper, &picked, (from, from_narrow), gradients))?;
+                let from = (&mut dx[..], &mut narrow[..]);
+                let part = self.backward_upper(&rows.of(few), upper, &picked, from, gradients)?;
                 let targets = &rows.batch.target_rows;
-                let d_attended = place(targets, q_width, &part, rows.workspace.narrow.take(q_width));
-                let placed = place(targets, c, &dx, rows.workspace.wide.take(c));
-                rows.workspace.wide.give(c, std::mem::replace(&mut dx, placed));
-                let buffer = rows.workspace.narrow.take(c);
-                rows.workspace.narrow.give(c, std::mem::replace(&mut narrow, buffer));
-                for buffer in [part, picked] {
-                    rows.workspace.narrow.give(q_width, buffer);
-                }
+                let mut d_attended = rows.narrow(q_width);
+                place(targets, q_width, &part, &mut d_attended);
+                let mut placed = rows.wide(c);
+                place(targets, c, &dx, &mut placed);
+                (dx, narrow) = (placed, rows.narrow(c));
                 d_attended
             }
             _ => self.backward_upper(rows, upper, &attended, (&mut dx, &mut narrow), gradients)?,
         };
-        let mut d_qkv = rows.workspace.narrow.take(width);
+        let mut d_qkv = rows.narrow(width);
         timed("backward attention", || {
-            let turn = (&rows.batch.positions[..], Some(table));
+            let turn = rows.turning(self.spec.attention().rope);
+            let partial = &mut rows.workspace.partial.lock().unwrap_or_else(PoisonError::into_inner);
             attention_backward(&shape, &qkv, &attended, &log_sums, &d_attended, turn, partial, &mut d_qkv);
         });
-        rows.workspace.narrow.give(q_width, d_attended);
-        let (mut scaled, mut dy) = (rows.workspace.narrow.take(c), rows.workspace.wide.take(c));
-        timed("backward norm", || scale_columns(&normal_1, &self.input_norm, &mut scaled));
+        drop(d_attended);
+        if let Some((normal, inverse)) = &qk {
+            timed("backward norm", || norm_columns_backward(normal, width, &self.column_norms(), inverse, &mut d_qkv));
+        }
+        let scaled = self.mixer.input_again(rows, &input, c);
+        let mut dy = rows.wide(c);
         let out = input_gradient.then_some(Output::Wide(&mut dy));
-        self.qkv.backward(rows, qkv_saved, &d_qkv, &scaled, out, gradients)?;
-        rows.workspace.narrow.give(width, d_qkv);
+        self.qkv.backward(rows, qkv_saved, &d_qkv, of_input(&scaled, &input), out, gradients)?;
+        drop((d_qkv, scaled));
         if input_gradient {
-            timed("backward norm", || {
-                rms_norm_backward(&normal_1, &self.input_norm, &inverse_1, &dy, &mut dx, &mut narrow);
-            });
+            self.mixer.input_backward(&input, &dy, &mut dx, &mut narrow);
         }
-        for buffer in [scaled, normal_1] {
-            rows.workspace.narrow.give(c, buffer);
-        }
-        rows.workspace.wide.give(c, dy);
-        rows.workspace.narrow.give(width, qkv);
-        rows.workspace.narrow.give(q_width, attended);
-        rows.workspace.wide.give(1, inverse_1);
-        rows.workspace.wide.give(shape.heads, log_sums);
         Ok((dx, narrow))
     }
 
     /// The gradient of the attention's output, from dx (m, C), which from that of the layer's output becomes that of the residual
     /// stream before it; `narrow` is dx as E, before and after.
-    fn backward_upper(
+    fn backward_upper<E: ProductElement>(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: UpperSaved<E>,
         attended: &[E],
         (dx, narrow): (&mut [f32], &mut [E]),
         gradients: &mut Gradients,
-    ) -> Result<Vec<E>> {
-        let config = &rows.pass.model.architecture;
-        let (c, inner) = (config.hidden_size, self.spec.feed_forward.inner);
-        let UpperSaved { normal_2, inverse_2, gate_up, sites: [o_saved, gate_up_saved, down_saved] } = saved;
-        let (mut dh, mut d_gate_up) = (rows.workspace.narrow.take(inner), rows.workspace.narrow.take(2 * inner));
+    ) -> Result<Buffer<E>> {
+        let (c, inner) = (rows.pass.model.architecture.hidden_size, self.spec.feed_forward.inner);
+        let UpperSaved { mixed, input, gate_up, fed, sites: [o_saved, gate_up_saved, down_saved] } = saved;
+        let (mut dh, mut d_gate_up) = (rows.narrow(inner), rows.narrow(2 * inner));
+        let gate = self.spec.feed_forward.gate;
         let to_h = |dh: &mut [E]| {
-            timed("backward swiglu", || gated_backward(Gate::Silu, inner, &gate_up, dh, &mut d_gate_up));
+            timed("backward gate", || gated_backward(gate, inner, &gate_up, dh, &mut d_gate_up));
         };
-        self.down.backward_then(rows, down_saved, narrow, &mut dh, to_h, gradients)?;
-        rows.workspace.narrow.give(inner, dh);
-        rows.workspace.narrow.give(2 * inner, gate_up);
-        let (mut scaled, mut dy) = (rows.workspace.narrow.take(c), rows.workspace.wide.take(c));
-        timed("backward norm", || scale_columns(&normal_2, &self.post_norm, &mut scaled));
+        let own = self.feed_forward.output_backward(rows, &fed, dx, c);
+        self.down.backward_then(rows, down_saved, own.as_deref().unwrap_or(narrow), &mut dh, to_h, gradients)?;
+        drop((dh, gate_up, own, fed));
+        let scaled = self.feed_forward.input_again(rows, &input, c);
+        let mut dy = rows.wide(c);
         let out = Some(Output::Wide(&mut dy));
-        self.gate_up.backward(rows, gate_up_saved, &d_gate_up, &scaled, out, gradients)?;
-        rows.workspace.narrow.give(2 * inner, d_gate_up);
-        timed("backward norm", || rms_norm_backward(&normal_2, &self.post_norm, &inverse_2, &dy, dx, narrow));
-        for buffer in [scaled, normal_2] {
-            rows.workspace.narrow.give(c, buffer);
-        }
-        rows.workspace.wide.give(c, dy);
-        rows.workspace.wide.give(1, inverse_2);
-        let mut d_attended = rows.workspace.narrow.take(self.spec.attention().q_width());
+        self.gate_up.backward(rows, gate_up_saved, &d_gate_up, of_input(&scaled, &input), out, gradients)?;
+        drop(d_gate_up);
+        self.feed_forward.input_backward(&input, &dy, dx, narrow);
+        drop((scaled, dy, input));
+        let mut d_attended = rows.narrow(self.spec.attention().q_width());
+        let own = self.mixer.output_backward(rows, &mixed, dx, c);
         let out = Some(Output::Narrow(&mut d_attended));
-        self.o.backward(rows, o_saved, narrow, attended, out, gradients)?;
+        self.o.backward(rows, o_saved, own.as_deref().unwrap_or(narrow), attended, out, gradients)?;
         Ok(d_attended)
     }
+}
 
-    /// Takes back what forward kept, when there will be no backward.
-    pub fn discard(&self, rows: &mut Rows<'_, E>, saved: LayerSaved<E>) {
-        let config = &rows.pass.model.architecture;
-        let attention = self.spec.attention();
-        let (c, inner, heads) = (config.hidden_size, self.spec.feed_forward.inner, attention.heads);
-        let width = attention.q_width() + 2 * attention.kv_width();
-        let LayerSaved { normal_1, inverse_1, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
-        for buffer in [normal_1, upper.normal_2] {
-            rows.workspace.narrow.give(c, buffer);
-        }
-        for buffer in [inverse_1, upper.inverse_2] {
-            rows.workspace.wide.give(1, buffer);
-        }
-        rows.workspace.narrow.give(width, qkv);
-        for buffer in [attended].into_iter().chain(picked) {
-            rows.workspace.narrow.give(attention.q_width(), buffer);
-        }
-        rows.workspace.wide.give(heads, log_sums);
-        rows.workspace.narrow.give(2 * inner, upper.gate_up);
-        self.qkv.discard(rows, qkv_saved);
-        for (site, saved) in [&self.o, &self.gate_up, &self.down].into_iter().zip(upper.sites) {
-            site.discard(rows, saved);
-        }
+/// The input of a part: normalised, or kept as it is.
+fn of_input<'a, E>(scaled: &'a Option<Buffer<E>>, saved: &'a InputSaved<E>) -> &'a [E] {
+    match (scaled, saved) {
+        (Some(scaled), _) => scaled,
+        (None, InputSaved::Same(same) | InputSaved::Normal(same, _)) => same,
     }
 }
 
-/// Whether a layer is one that is fused.
-pub fn is_llama(spec: &LayerSpec) -> bool {
-    let (attention, usual) = (spec.attention(), |norms: &Norms| norms.before.is_some() && norms.after.is_none());
-    attention.qk_norm.is_none()
-        && attention.soft_cap.is_none()
-        && attention.rope == Some(0)
-        && attention.scale == (attention.head_dim as f64).powf(-0.5)
-        && usual(&spec.mixer_norms)
-        && usual(&spec.feed_forward_norms)
-        && attention.qkv.len() == 3
-        && spec.feed_forward.gate_up.len() == 2
-        && spec.feed_forward.gate == Gate::Silu
-        && spec.residual_scale == 1.0
-}
-
-/// Some rows of `from`, (m, width), into a buffer.
-fn pick<T: Copy>(rows: &[u32], width: usize, from: &[T], mut buffer: Vec<T>) -> Vec<T> {
-    buffer.truncate(rows.len() * width);
-    for (to, row) in buffer.chunks_exact_mut(width).zip(rows) {
+/// Some rows of `from`, (m, width).
+fn pick<T: Copy>(rows: &[u32], width: usize, from: &[T], to: &mut [T]) {
+    for (to, row) in to.chunks_exact_mut(width).zip(rows) {
         to.copy_from_slice(&from[*row as usize * width..][..width]);
     }
-    buffer
 }
 
-/// The reverse: a buffer (m, width) of zeros but for some rows.
-fn place<T: Copy + Default>(rows: &[u32], width: usize, from: &[T], mut buffer: Vec<T>) -> Vec<T> {
-    buffer.fill(T::default());
+/// The reverse: `to`, (m, width), is zero but for some rows.
+fn place<T: Copy + Default>(rows: &[u32], width: usize, from: &[T], to: &mut [T]) {
+    to.fill(T::default());
     for (from, row) in from.chunks_exact(width).zip(rows) {
-        buffer[*row as usize * width..][..width].copy_from_slice(from);
+        to[*row as usize * width..][..width].copy_from_slice(from);
     }
-    buffer
 }

@@ -6,21 +6,25 @@ mod head;
 mod kv_cache;
 mod layer;
 pub(crate) mod low_rank;
+mod rotary;
 mod site;
+mod updates;
 mod workspace;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use homeroom_kernels::{KeyValueGradients, ProductElement, RotaryTable, to_elements};
+use homeroom_kernels::{ProductElement, RotaryTable, to_elements};
 use rayon::prelude::*;
 
 pub use self::decode::Decoder;
 use self::head::FusedHead;
 pub use self::kv_cache::KvCache;
 use self::layer::{FusedLayer, LayerSaved};
-use self::workspace::Workspace;
+use self::rotary::Rotary;
+pub use self::updates::{DecodeUpdates, Updates};
+use self::workspace::{Buffer, Pool, Workspace};
 use crate::adapt::adaptation::Adaptation;
-use crate::models::{Architecture, BaseModel, EMBEDDING};
+use crate::models::{Architecture, BaseModel};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
 use crate::run::outcome::Outcome;
@@ -28,16 +32,15 @@ use crate::run::plain::block::{Keep, Plain, Saved, lowest_trained, plain_head};
 use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 
-/// A model's blocks, each with how it is run, and the buffers that fused ones share.
+/// The blocks of a base that can be run fused, and the buffers that they share. They hold nothing of an adapter: each pass is given
+/// the updates that it goes with.
 pub struct Fused<E> {
-    layers: Vec<Option<FusedLayer<E>>>,
+    layers: Vec<Option<FusedLayer>>,
     head: Option<FusedHead>,
-    /// Whether the embedding only looks rows up.
+    /// Whether the embedding only looks rows up where it is frozen.
     looks_up: bool,
     workspace: Workspace<E>,
-    logits: Vec<E>,
-    table: RotaryTable,
-    partial: KeyValueGradients,
+    rotary: Rotary,
 }
 
 /// What may be done with the blocks of a model.
@@ -49,12 +52,15 @@ pub struct How {
     pub integers: bool,
 }
 
-/// The rows of a pass, and the buffers that they go through.
+/// The rows of a pass, and what they go through.
 pub(crate) struct Rows<'a, E> {
     pass: &'a Pass<'a>,
     batch: &'a Batch,
-    workspace: &'a mut Workspace<E>,
-    logits: &'a mut Vec<E>,
+    updates: &'a Updates<E>,
+    rotary: &'a Rotary,
+    /// Rows of each rope's table (m).
+    turns: &'a [Vec<u32>],
+    workspace: &'a Workspace<E>,
 }
 
 impl<E: ProductElement> Rows<'_, E> {
@@ -62,26 +68,24 @@ impl<E: ProductElement> Rows<'_, E> {
         self.batch.ids.len()
     }
 
-    /// Calls `f` with other rows, of which there are no more, and the same buffers.
-    fn with<R>(&mut self, batch: &Batch, f: impl FnOnce(&mut Rows<'_, E>) -> R) -> R {
-        let Rows { pass, batch: present, workspace, logits } = self;
-        workspace.begin(batch.ids.len());
-        let result = f(&mut Rows { pass, batch, workspace, logits });
-        self.workspace.begin(present.ids.len());
-        result
+    /// Other rows of the same pass.
+    fn of<'b>(&'b self, batch: &'b Batch) -> Rows<'b, E> {
+        Rows { batch, ..*self }
     }
 
-    /// The buffer of logits, at least so long.
-    fn logits(&mut self, len: usize) -> Vec<E> {
-        let mut logits = std::mem::take(self.logits);
-        if logits.len() < len {
-            logits.resize(len, E::default());
-        }
-        logits
+    /// Rows of a rope's table (m), and the table; no table where nothing turns.
+    fn turning(&self, rope: Option<usize>) -> (&[u32], Option<&RotaryTable>) {
+        rope.map_or((&[], None), |rope| (&self.turns[rope], Some(self.rotary.table(rope))))
     }
 
-    fn give_logits(&mut self, logits: Vec<E>) {
-        *self.logits = logits;
+    /// A buffer of activations (m, width).
+    fn narrow(&self, width: usize) -> Buffer<E> {
+        self.workspace.narrow.take(self.count(), width)
+    }
+
+    /// A buffer in f32, (m, width).
+    fn wide(&self, width: usize) -> Buffer<f32> {
+        self.workspace.wide.take(self.count(), width)
     }
 }
 
@@ -90,7 +94,7 @@ enum Stream {
     /// For plain blocks.
     Tensor(Tensor),
     /// For fused ones: (N, C), f32.
-    Buffer(Vec<f32>),
+    Buffer(Buffer<f32>),
 }
 
 impl Stream {
@@ -99,14 +103,14 @@ impl Stream {
             Self::Tensor(tensor) => Ok(tensor),
             Self::Buffer(buffer) => {
                 let width = buffer.len() / rows.max(1);
-                Ok(Tensor::from_vec(buffer, (rows, width), &Device::Cpu)?)
+                Ok(Tensor::from_vec(buffer.into_vec(), (rows, width), &Device::Cpu)?)
             }
         }
     }
 
-    fn into_buffer(self) -> Result<Vec<f32>> {
+    fn into_buffer(self, buffers: &Pool<f32>) -> Result<Buffer<f32>> {
         match self {
-            Self::Tensor(tensor) => Ok(tensor.flatten_all()?.to_vec1()?),
+            Self::Tensor(tensor) => Ok(buffers.adopt(tensor.dim(1)?, tensor.flatten_all()?.to_vec1()?)),
             Self::Buffer(buffer) => Ok(buffer),
         }
     }
@@ -117,42 +121,57 @@ enum Kept<E> {
     Plain(Saved),
     Fused(Box<LayerSaved<E>>),
     /// The input alone, to run forward from again.
-    Input(Vec<f32>),
+    Input(Buffer<f32>),
 }
 
 impl<E: ProductElement> Fused<E> {
-    /// Decides for each block how it is run.
-    pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, how: How) -> Self {
+    /// The blocks of a base, as far as they can be fused.
+    pub fn new(model: &BaseModel, how: How) -> Self {
         let How { fuse, integers } = how;
         let layers = 0..model.layers.len();
-        let layers = layers.map(|layer| FusedLayer::new(model, adaptation, layer, integers).filter(|_| fuse)).collect();
-        let head = fuse.then(|| FusedHead::new::<E>(model, adaptation, integers)).flatten();
-        let embedding = model.module_index(EMBEDDING);
-        let adapted = embedding.is_some_and(|module| adaptation.is_some_and(|a| a.of(module).is_some()));
-        let (workspace, logits, table) = (Workspace::new(), Vec::new(), RotaryTable::default());
-        let partial = KeyValueGradients::default();
-        Self { layers, head, looks_up: fuse && !adapted, workspace, logits, table, partial }
+        let layers = layers.map(|layer| FusedLayer::new::<E>(model, layer, integers).filter(|_| fuse)).collect();
+        let head = fuse.then(|| FusedHead::new::<E>(model, integers)).flatten();
+        Self { layers, head, looks_up: fuse, workspace: Workspace::new(), rotary: Rotary::default() }
+    }
+
+    /// The low-rank updates of an adaptation, and which blocks can be run fused with it. [`Updates::load`] gives them their values.
+    pub fn updates(&self, model: &BaseModel, adaptation: Option<&Adaptation>) -> Updates<E> {
+        let layers = self.layers.iter().map(Option::as_ref);
+        let layers = layers.map(|layer| layer.map(|layer| (layer.norms(), layer.sites())));
+        Updates::new(model, adaptation, layers, self.head.as_ref().map(FusedHead::modules))
+    }
+
+    /// A layer, if it is run fused.
+    fn layer(&self, updates: &Updates<E>, number: usize) -> Option<&FusedLayer> {
+        self.layers[number].as_ref().filter(|_| updates.fuses_layer(number))
+    }
+
+    /// The head, if it can be run fused.
+    fn head(&self, updates: &Updates<E>) -> Option<&FusedHead> {
+        self.head.as_ref().filter(|_| updates.fuses_head())
     }
 
     /// Whether a layer or the head multiplies in integers.
-    pub fn in_integers(&self) -> bool {
-        self.layers.iter().flatten().any(FusedLayer::in_integers)
-            || self.head.as_ref().is_some_and(FusedHead::in_integers)
+    pub fn in_integers(&self, updates: &Updates<E>) -> bool {
+        let mut layers = (0..self.layers.len()).filter_map(|number| self.layer(updates, number));
+        layers.any(FusedLayer::in_integers) || self.head(updates).is_some_and(FusedHead::in_integers)
     }
 
     /// Layers that run fused, and all layers; whether the head does.
-    pub fn counts(&self) -> (usize, usize, bool) {
-        (self.layers.iter().flatten().count(), self.layers.len(), self.head.is_some())
+    pub fn counts(&self, updates: &Updates<E>) -> (usize, usize, bool) {
+        let fused = (0..self.layers.len()).filter(|number| self.layer(updates, *number).is_some()).count();
+        (fused, self.layers.len(), self.head(updates).is_some())
     }
 
-    /// Loss of a batch, without gradients.
+    /// Loss of a batch, without gradients. `updates` have the values of the pass's parameters.
     ///
     /// # Errors
     /// When a tensor operation fails or a token has no embedding.
-    pub fn evaluate(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Outcome> {
-        let keep = |_| Keep::Nothing;
-        let (h, _) = self.up(pass, batch, &keep)?;
-        Ok(self.top(pass, batch, h, None)?.0)
+    pub fn evaluate(&mut self, pass: &Pass<'_>, updates: &Updates<E>, batch: &Batch) -> Result<Outcome> {
+        let turns = self.rotary.rows(&pass.model.architecture, batch);
+        let rows = &self.rows(pass, updates, batch, &turns);
+        let (h, _) = self.up(rows, &|_| Keep::Nothing)?;
+        Ok(self.top(rows, h, None)?.0)
     }
 
     /// Loss of a batch; the gradients of `scale` times its sum are added to `gradients`.
@@ -162,6 +181,7 @@ impl<E: ProductElement> Fused<E> {
     pub fn forward_backward(
         &mut self,
         pass: &Pass<'_>,
+        updates: &Updates<E>,
         batch: &Batch,
         scale: f64,
         recompute: bool,
@@ -176,53 +196,59 @@ impl<E: ProductElement> Fused<E> {
                 (true, true) => Keep::Input { input_gradient },
             }
         };
-        let (h, kept) = self.up(pass, batch, &keep)?;
-        let (outcome, dh) = self.top(pass, batch, h, Some((scale, gradients)))?;
+        let turns = self.rotary.rows(&pass.model.architecture, batch);
+        let rows = &self.rows(pass, updates, batch, &turns);
+        let (h, kept) = self.up(rows, &keep)?;
+        let (outcome, dh) = self.top(rows, h, Some((scale, gradients)))?;
         if let Some(dh) = dh {
-            self.back_down(pass, batch, kept, dh, lowest, gradients)?;
+            self.back_down(rows, kept, dh, lowest, gradients)?;
         }
         Ok(outcome)
     }
 
+    fn rows<'a>(
+        &'a self,
+        pass: &'a Pass<'a>,
+        updates: &'a Updates<E>,
+        batch: &'a Batch,
+        turns: &'a [Vec<u32>],
+    ) -> Rows<'a, E> {
+        Rows { pass, batch, updates, rotary: &self.rotary, turns, workspace: &self.workspace }
+    }
+
     /// All blocks in order: the residual stream, and what each kept.
-    fn up(&mut self, pass: &Pass<'_>, batch: &Batch, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
-        self.begin(pass, batch);
-        // An optimizer may have changed them since the pass before.
-        self.load(pass)?;
-        let (m, few) = (batch.ids.len(), self.few(pass, batch));
+    fn up(&self, rows: &Rows<'_, E>, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
+        let Rows { pass, batch, .. } = *rows;
+        let few = self.few(rows);
         let mut kept = Vec::with_capacity(self.layers.len() + 1);
-        let mut h = if self.looks_up {
+        let mut h = if self.looks_up && rows.updates.freezes_embedding() {
             kept.push(Kept::Plain(Saved::Nothing));
-            Stream::Buffer(timed("embedding", || self.look_up(pass, batch))?)
+            Stream::Buffer(timed("embedding", || self.look_up(rows))?)
         } else {
             let (h, saved) = Plain::embedding().forward(pass, batch, None, keep(0))?;
             kept.push(Kept::Plain(saved));
             Stream::Tensor(h)
         };
-        for (number, layer) in self.layers.iter().enumerate() {
+        for number in 0..self.layers.len() {
             let keep = keep(number + 1);
-            h = match layer {
+            h = match self.layer(rows.updates, number) {
                 Some(layer) => {
-                    let x = h.into_buffer()?;
+                    let x = h.into_buffer(&self.workspace.wide)?;
                     let few = few.as_ref().filter(|_| number + 1 == self.layers.len());
-                    let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
                     let input = matches!(keep, Keep::Input { .. }).then(|| {
-                        let mut input = rows.workspace.wide.take(pass.model.architecture.hidden_size);
+                        let mut input = rows.wide(pass.model.architecture.hidden_size);
                         input.copy_from_slice(&x);
                         input
                     });
-                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
+                    let (x, saved) = layer.forward(rows, few, x, None);
                     kept.push(match (keep, input) {
                         (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
-                        (_, input) => {
-                            layer.discard(rows, saved);
-                            input.map_or(Kept::Plain(Saved::Nothing), Kept::Input)
-                        }
+                        (_, input) => input.map_or(Kept::Plain(Saved::Nothing), Kept::Input),
                     });
                     Stream::Buffer(x)
                 }
                 None => {
-                    let x = h.into_tensor(m)?;
+                    let x = h.into_tensor(rows.count())?;
                     let plain = Plain::layer(number);
                     let (h, saved) = timed("forward plain layer", || plain.forward(pass, batch, Some(&x), keep))?;
                     kept.push(Kept::Plain(saved));
@@ -234,164 +260,130 @@ impl<E: ProductElement> Fused<E> {
     }
 
     /// The rows with a target as a batch of their own, if there are others: all that the fused head needs of the layer below.
-    fn few(&self, pass: &Pass<'_>, batch: &Batch) -> Option<Batch> {
+    fn few(&self, rows: &Rows<'_, E>) -> Option<Batch> {
+        let Rows { pass, batch, updates, .. } = rows;
         let some = (1..batch.ids.len()).contains(&batch.targets.len());
-        (some && self.head.is_some() && pass.dtype == DType::F32).then(|| batch.rows(&batch.target_rows))
+        (some && self.head(updates).is_some() && pass.dtype == DType::F32).then(|| batch.rows(&batch.target_rows))
     }
 
     /// The residual stream (C) after the last of some rows that continue a sequence, whose cache takes them in; all layers are
-    /// fused, and [`Fused::load`] took the parameters over.
+    /// fused.
     ///
     /// # Errors
     /// When there is no row or a token has no embedding.
-    pub fn continue_sequence(&mut self, pass: &Pass<'_>, batch: &Batch, cache: &mut KvCache<E>) -> Result<Vec<f32>> {
+    pub fn continue_sequence(
+        &mut self,
+        pass: &Pass<'_>,
+        updates: &Updates<E>,
+        batch: &Batch,
+        cache: &mut KvCache<E>,
+    ) -> Result<Vec<f32>> {
         let last = batch.ids.len().checked_sub(1).context("there is no row")? as u32;
-        self.begin(pass, batch);
-        let mut x = self.look_up(pass, batch)?;
+        let turns = self.rotary.rows(&pass.model.architecture, batch);
         // Above the last layer's keys and values nothing is asked for but the last row.
         let batch = &Batch { target_rows: vec![last], ..batch.clone() };
         let of_last = (last > 0).then(|| batch.rows(&batch.target_rows));
-        for (number, layer) in self.layers.iter().enumerate() {
-            let layer = layer.as_ref().context("a layer is not fused")?;
+        let rows = &self.rows(pass, updates, batch, &turns);
+        let mut x = self.look_up(rows)?;
+        for number in 0..self.layers.len() {
+            let layer = self.layer(updates, number).context("a layer is not fused")?;
             let few = of_last.as_ref().filter(|_| number + 1 == self.layers.len());
-            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
-            let (above, saved) = layer.forward(rows, few, &self.table, x, Some((&mut *cache, number)));
-            layer.discard(rows, saved);
-            x = above;
+            (x, _) = layer.forward(rows, few, x, Some((&mut *cache, number)));
         }
         cache.advance(batch.ids.len(), true);
+        cache.length = batch.lengths.first().copied().unwrap_or(0);
         let c = pass.model.architecture.hidden_size;
-        let row = x[x.len() - c..].to_vec();
-        self.workspace.wide.give(c, x);
-        Ok(row)
+        Ok(x[x.len() - c..].to_vec())
     }
 
-    /// Cosines and sines of positions below `positions` at least.
-    pub fn table(&mut self, architecture: &Architecture, positions: usize) -> &RotaryTable {
-        if positions > self.table.rows() {
-            let positions = positions.next_power_of_two().min(architecture.max_position_embeddings).max(positions);
-            let head_dim = architecture.layers.first().map_or(2, |layer| layer.attention().head_dim);
-            self.table = RotaryTable::new(head_dim);
-            self.table.append(positions, &architecture.ropes[0].frequencies(0), 1.0);
-        }
-        &self.table
-    }
-
-    /// Takes the present values of the parameters over, in E.
-    ///
-    /// # Errors
-    /// When a parameter is not f32.
-    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
-        timed("adapters to E", || self.layers.par_iter_mut().flatten().try_for_each(|layer| layer.load(pass)))
-    }
-
-    /// Readies buffers and tables for a pass.
-    fn begin(&mut self, pass: &Pass<'_>, batch: &Batch) {
-        // The embedding alone may be looked up, under blocks that are all plain: it takes a buffer, too.
-        self.workspace.begin(batch.ids.len());
-        if self.layers.iter().any(Option::is_some) {
-            let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
-            self.table(&pass.model.architecture, positions);
-        }
+    /// Cosines and sines for a further token of sequences of these lengths and positions.
+    pub fn rotary(
+        &mut self,
+        architecture: &Architecture,
+        sequences: impl Iterator<Item = (usize, usize)> + Clone,
+    ) -> &Rotary {
+        self.rotary.ready(architecture, sequences);
+        &self.rotary
     }
 
     /// Rows of the frozen embedding: (N, C).
-    fn look_up(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Vec<f32>> {
+    fn look_up(&self, rows: &Rows<'_, E>) -> Result<Buffer<f32>> {
+        let Rows { pass, batch, .. } = rows;
         let module = pass.embedding(batch)?;
         let c = pass.model.architecture.hidden_size;
-        let mut x = self.workspace.wide.take(c);
+        let scale = pass.model.architecture.embedding_scale as f32;
+        let mut x = rows.wide(c);
         let weight = pass.model.modules[module].weight.matrix();
         x.par_chunks_mut(c).zip(&batch.ids[..]).for_each(|(x, id)| {
             weight.decode_rows(*id as usize..*id as usize + 1, x);
+            if scale != 1.0 {
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
         });
         Ok(x)
     }
 
     /// Norm, head and loss; with a scale, also the gradient of the residual stream.
     fn top(
-        &mut self,
-        pass: &Pass<'_>,
-        batch: &Batch,
+        &self,
+        rows: &Rows<'_, E>,
         h: Stream,
         train: Option<(f64, &mut Gradients)>,
     ) -> Result<(Outcome, Option<Stream>)> {
-        let Some(head) = self.head.as_ref().filter(|_| pass.dtype == DType::F32) else {
-            let h = h.into_tensor(batch.ids.len())?;
+        let Rows { pass, batch, updates, .. } = rows;
+        let Some(head) = self.head(updates).filter(|_| pass.dtype == DType::F32) else {
+            let h = h.into_tensor(rows.count())?;
             let (outcome, dh) = timed("plain head", || plain_head(pass, batch, &h, train))?;
             return Ok((outcome, dh.map(Stream::Tensor)));
         };
-        let x = h.into_buffer()?;
+        let x = h.into_buffer(&self.workspace.wide)?;
         let c = pass.model.architecture.hidden_size;
-        let mut dx = train.is_some().then(|| {
-            let mut dx = self.workspace.wide.take(c);
-            dx.truncate(x.len());
-            dx
-        });
-        let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
+        let mut dx = train.is_some().then(|| self.workspace.wide.take(x.len() / c, c));
         let outcome = head.loss(rows, &x, train.map(|(scale, _)| scale as f32).zip(dx.as_deref_mut()));
-        self.workspace.wide.give(c, x);
         Ok((outcome, dx.map(Stream::Buffer)))
     }
 
     /// All blocks from the top down to the lowest that trains.
     fn back_down(
-        &mut self,
-        pass: &Pass<'_>,
-        batch: &Batch,
+        &self,
+        rows: &Rows<'_, E>,
         mut kept: Vec<Kept<E>>,
         dh: Stream,
         lowest: usize,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (m, c, few) = (batch.ids.len(), pass.model.architecture.hidden_size, self.few(pass, batch));
+        let Rows { pass, batch, updates, .. } = *rows;
+        let (c, few) = (pass.model.architecture.hidden_size, self.few(rows));
         // The gradient, and for fused blocks the same as E.
-        let (mut dh, mut narrow) = (Some(dh), None::<Vec<E>>);
+        let (mut dh, mut narrow) = (Some(dh), None::<Buffer<E>>);
         for index in (lowest..kept.len()).rev() {
             let (Some(saved), Some(above)) = (kept.pop(), dh.take()) else { break };
-            let layer = index.checked_sub(1).and_then(|number| self.layers[number].as_ref());
+            let layer = index.checked_sub(1).and_then(|number| self.layer(updates, number));
             let Some(layer) = layer else {
                 let Kept::Plain(saved) = saved else { unreachable!("a plain block keeps what plain blocks keep") };
                 let plain = Plain::at(index);
-                let above = above.into_tensor(m)?;
+                let above = above.into_tensor(rows.count())?;
                 dh = timed("backward plain", || plain.backward(pass, batch, saved, &above, gradients))?
                     .map(Stream::Tensor);
                 narrow = None;
                 continue;
             };
-            let dx = above.into_buffer()?;
+            let dx = above.into_buffer(&self.workspace.wide)?;
             let few = few.as_ref().filter(|_| index == self.layers.len());
-            let rows = &mut Rows { pass, batch, workspace: &mut self.workspace, logits: &mut self.logits };
             let dx_narrow = narrow.take().unwrap_or_else(|| {
-                let mut narrow = rows.workspace.narrow.take(c);
-                narrow.truncate(dx.len());
+                let mut narrow = self.workspace.narrow.take(dx.len() / c, c);
                 to_elements(&dx, &mut narrow);
                 narrow
             });
             let saved = match saved {
                 Kept::Fused(saved) => *saved,
-                Kept::Input(x) => {
-                    let (x, saved) = layer.forward(rows, few, &self.table, x, None);
-                    rows.workspace.wide.give(c, x);
-                    saved
-                }
+                Kept::Input(x) => layer.forward(rows, few, x, None).1,
                 Kept::Plain(_) => break,
             };
             let input_gradient = index > lowest;
-            let (table, partial) = (&self.table, &mut self.partial);
-            let down = (dx, dx_narrow);
-            let (dx, dx_narrow) = layer.backward(rows, few, table, partial, saved, down, input_gradient, gradients)?;
+            let (dx, dx_narrow) = layer.backward(rows, few, saved, (dx, dx_narrow), input_gradient, gradients)?;
             narrow = Some(dx_narrow);
-            if input_gradient {
-                dh = Some(Stream::Buffer(dx));
-            } else {
-                self.workspace.wide.give(c, dx);
-            }
-        }
-        if let Some(narrow) = narrow {
-            self.workspace.narrow.give(c, narrow);
-        }
-        if let Some(Stream::Buffer(buffer)) = dh {
-            self.workspace.wide.give(c, buffer);
+            dh = input_gradient.then_some(Stream::Buffer(dx));
         }
         Ok(())
     }

@@ -1,136 +1,84 @@
-//! A site: linear modules that share an input (q, k and v; o; gate and up; down), each with its low-rank update or none.
+//! A site: linear modules that share an input (q, k and v; o; gate and up; down).
 //!
-//! `y_j = W_j x + b_j + s_j B_j A_j x`. The A of all modules are stacked, so that one narrow product yields `u = x Aᵀ` for all
-//! of them; `s_j B_j u_j` is a further term of the sum that `W_j x` is taken in, and `du A` one of the sum of `dy_j W_j`.
+//! `y_j = W_j x + b_j + s_j B_j A_j x`, where the pass brings the low-rank updates, see [`super::updates`]. The A of all modules are
+//! stacked, so that one narrow product yields `u = x Aᵀ` for all of them; `s_j B_j u_j` is a further term of the sum that `W_j x` is
+//! taken in, and `du A` one of the sum of `dy_j W_j`.
 
-use anyhow::{Context, Result, ensure};
-use candle_core::{CpuStorage, Storage, Tensor};
+use anyhow::Result;
 use homeroom_kernels::{Columns, Finish, Left, Output, ProductElement, Right, Term, dropout_mask, outer, product};
 use rayon::prelude::*;
 
 use super::Rows;
-use super::low_rank::{LowRank, low_rank};
-use crate::adapt::adaptation::{Adaptation, fnv1a};
+use super::updates::Update;
+use super::workspace::Buffer;
 use crate::models::BaseModel;
 use crate::run::gradients::Gradients;
-use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 
-/// Ranks are padded with zeros to a multiple of this, a tile's vector, so that products over them are whole.
-const RANK_STEP: usize = 16;
-
-/// Modules that share an input.
-pub struct Site<E> {
+/// Frozen modules that share an input.
+pub struct Site {
     /// Its products' names in a profile, forward and backward.
     names: [&'static str; 2],
     d_in: usize,
-    modules: Vec<SiteModule<E>>,
-    /// Rows of the stacked A, padded ranks together.
-    rank: usize,
-    /// A of all modules (rank, d_in).
-    a: Vec<E>,
+    modules: Vec<SiteModule>,
 }
 
-struct SiteModule<E> {
+struct SiteModule {
     /// Index into [`BaseModel::modules`].
     index: usize,
     d_out: usize,
     /// Whether its weight is multiplied in integers.
     integers: bool,
-    update: Option<Update<E>>,
 }
 
-impl<E> SiteModule<E> {
+impl SiteModule {
     /// Its weight, as products take it.
-    fn weight<'m>(&self, model: &'m BaseModel) -> Right<'m, E> {
+    fn weight<'m, E>(&self, model: &'m BaseModel) -> Right<'m, E> {
         let matrix = model.modules[self.index].weight.matrix();
         if self.integers { Right::Integers(matrix) } else { Right::Frozen(matrix) }
     }
 }
 
-/// A low-rank update and its place in the stack.
-struct Update<E> {
-    low_rank: LowRank,
-    r: usize,
-    padded: usize,
-    /// Its first row of the stacked A.
-    at: usize,
-    /// `s B` (d_out, padded).
-    b: Vec<E>,
-    /// Whether A and B are trained.
-    trains: [bool; 2],
-    /// FNV-1a of the dropout node's name.
-    dropout_key: u64,
-}
-
 /// What a site keeps for backward.
 pub struct SiteSaved<E> {
     /// `u = x Aᵀ` (m, rank).
-    u: Vec<E>,
+    u: Buffer<E>,
 }
 
-impl<E: ProductElement> Site<E> {
-    /// The site of some modules; `None` when a recipe of one is no low-rank update.
-    pub fn new(
+impl Site {
+    /// The site of some modules, at least one; `None` when a width is no whole number of words.
+    pub fn new<E: ProductElement>(
         names: [&'static str; 2],
         model: &BaseModel,
-        adaptation: Option<&Adaptation>,
         indices: &[usize],
         integers: bool,
     ) -> Option<Self> {
-        let mut site = Self { names, d_in: 0, modules: Vec::new(), rank: 0, a: Vec::new() };
+        let mut site = Self { names, d_in: 0, modules: Vec::new() };
         for &index in indices {
             let info = &model.modules[index].info;
             if !info.d_in.is_multiple_of(E::PER_WORD) || !info.d_out.is_multiple_of(E::PER_WORD) {
                 return None;
             }
             site.d_in = info.d_in;
-            let adapted = adaptation.and_then(|adaptation| Some((adaptation, adaptation.of(index)?)));
-            let update = match adapted {
-                None => None,
-                Some((adaptation, adapted)) => {
-                    let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted)?;
-                    let spec = |param: usize| &adaptation.params[param].spec;
-                    let r = *spec(low_rank.a).shape.first()?;
-                    let padded = r.next_multiple_of(RANK_STEP);
-                    let at = site.rank;
-                    site.rank += padded;
-                    let trains = [spec(low_rank.a).trainable, spec(low_rank.b).trainable];
-                    let node = low_rank.dropout.map_or(0, |(node, _)| node);
-                    let dropout_key = fnv1a(&format!("{}#{node}", info.path));
-                    Some(Update { low_rank, r, padded, at, b: Vec::new(), trains, dropout_key })
-                }
-            };
             let integers = integers && model.modules[index].weight.matrix().multiplies_in_integers();
-            site.modules.push(SiteModule { index, d_out: info.d_out, integers, update });
+            site.modules.push(SiteModule { index, d_out: info.d_out, integers });
         }
         Some(site)
     }
 
-    /// Width of all outputs together.
-    pub fn d_out(&self) -> usize {
-        self.modules.iter().map(|module| module.d_out).sum()
+    /// Indices of its modules into [`BaseModel::modules`].
+    pub fn modules(&self) -> impl Iterator<Item = usize> {
+        self.modules.iter().map(|module| module.index)
     }
 
-    /// Takes the present values of A and B over.
-    pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
-        let (d_in, rank) = (self.d_in, self.rank);
-        self.a.resize(rank * d_in, E::default());
-        for SiteModule { d_out, update, .. } in &mut self.modules {
-            let Some(Update { low_rank, r, padded, at, b, .. }) = update else { continue };
-            with_values(&pass.params[low_rank.a], |values| {
-                let rows = self.a[*at * d_in..(*at + *r) * d_in].iter_mut();
-                rows.zip(values).for_each(|(to, value)| *to = E::of(*value));
-            })?;
-            b.resize(*d_out * *padded, E::default());
-            let scaling = low_rank.scaling as f32;
-            with_values(&pass.params[low_rank.b], |values| {
-                for (to, from) in b.chunks_exact_mut(*padded).zip(values.chunks_exact(*r)) {
-                    to.iter_mut().zip(from).for_each(|(to, value)| *to = E::of(scaling * value));
-                }
-            })?;
-        }
-        Ok(())
+    /// Its first module, which names it among the updates of a pass.
+    fn first(&self) -> usize {
+        self.modules[0].index
+    }
+
+    /// Width of all outputs together.
+    fn d_out(&self) -> usize {
+        self.modules.iter().map(|module| module.d_out).sum()
     }
 
     /// Whether a weight of it is multiplied in integers.
@@ -138,23 +86,18 @@ impl<E: ProductElement> Site<E> {
         self.modules.iter().any(|module| module.integers)
     }
 
-    /// Whether a parameter of it is trained.
-    fn trains(&self) -> bool {
-        self.modules.iter().filter_map(|module| module.update.as_ref()).any(|update| update.trains != [false; 2])
-    }
-
     /// All outputs beside each other, (m, d_out), from x (m, d_in).
-    pub fn forward(&self, rows: &mut Rows<'_, E>, x: &[E], out: Output<'_, E>) -> SiteSaved<E> {
-        let m = rows.count();
-        let mut u = rows.workspace.narrow.take(self.rank);
-        if self.rank > 0 {
+    pub fn forward<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[E], out: Output<'_, E>) -> SiteSaved<E> {
+        let (m, updates) = (rows.count(), rows.updates.site(self.first()));
+        let mut u = rows.narrow(updates.rank);
+        if updates.rank > 0 {
             timed("forward u", || self.down(rows, x, &mut u));
         }
-        let u_rows = Left::rows(&u, self.rank);
+        let u_rows = Left::rows(&u, updates.rank);
         let mut terms = Vec::with_capacity(self.modules.len());
-        for module in &self.modules {
+        for (module, update) in self.modules.iter().zip(&updates.modules) {
             let frozen = Term::forward(Left::rows(x, self.d_in), module.weight(rows.pass.model));
-            let update = module.update.as_ref().map(|update| {
+            let update = update.as_ref().map(|update| {
                 Term::forward(u_rows.from(update.at), Right::Dense { values: &update.b, cols: update.padded })
             });
             terms.push(std::iter::once(frozen).chain(update).collect::<Vec<_>>());
@@ -172,47 +115,46 @@ impl<E: ProductElement> Site<E> {
     }
 
     /// `u = d(x) Aᵀ`, each module with its own dropout d.
-    fn down(&self, rows: &mut Rows<'_, E>, x: &[E], u: &mut [E]) {
-        let (m, d_in) = (rows.count(), self.d_in);
-        if self.modules.iter().filter_map(|module| module.update.as_ref()).all(|update| !rows.drops(update)) {
-            let term = [Term::forward(Left::rows(x, d_in), Right::Dense { values: &self.a, cols: d_in })];
+    fn down<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[E], u: &mut [E]) {
+        let (m, d_in, updates) = (rows.count(), self.d_in, rows.updates.site(self.first()));
+        if !updates.drops(rows.pass) {
+            let term = [Term::forward(Left::rows(x, d_in), Right::Dense { values: &updates.a, cols: d_in })];
             let columns = [Columns { terms: &term, at: 0, bias: None }];
-            return product(m, &columns, Output::Narrow(u), self.rank, Finish::default());
+            return product(m, &columns, Output::Narrow(u), updates.rank, Finish::default());
         }
-        for update in self.modules.iter().filter_map(|module| module.update.as_ref()) {
+        for update in updates.each() {
             let dropped = rows.dropped(update, x, d_in);
-            let a = &self.a[update.at * d_in..(update.at + update.padded) * d_in];
+            let a = &updates.a[update.at * d_in..(update.at + update.padded) * d_in];
             let term = [Term::forward(Left::rows(&dropped, d_in), Right::Dense { values: a, cols: d_in })];
             let columns = [Columns { terms: &term, at: update.at, bias: None }];
-            product(m, &columns, Output::Narrow(u), self.rank, Finish::default());
-            rows.workspace.narrow.give(d_in, dropped);
+            product(m, &columns, Output::Narrow(u), updates.rank, Finish::default());
         }
     }
 
     /// First part of backward: from dy (m, d_out), the gradients of B and `du = dy s B` (m, rank).
-    fn parameters(
+    fn parameters<E: ProductElement>(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: &SiteSaved<E>,
         dy: &[E],
         gradients: &mut Gradients,
-    ) -> Result<Vec<E>> {
-        let (m, width) = (rows.count(), self.d_out());
-        let mut du = rows.workspace.narrow.take(self.rank);
+    ) -> Result<Buffer<E>> {
+        let (m, width, updates) = (rows.count(), self.d_out(), rows.updates.site(self.first()));
+        let mut du = rows.narrow(updates.rank);
         let mut at = 0;
-        for module in &self.modules {
+        for (module, update) in self.modules.iter().zip(&updates.modules) {
             let dy = Left::rows(dy, width).from(at);
             at += module.d_out;
-            let Some(update) = &module.update else { continue };
+            let Some(update) = update else { continue };
             timed("backward du", || {
                 let term = [Term::backward(dy, Right::Dense { values: &update.b, cols: update.padded })];
                 let columns = [Columns { terms: &term, at: update.at, bias: None }];
-                product(m, &columns, Output::Narrow(&mut du), self.rank, Finish::default());
+                product(m, &columns, Output::Narrow(&mut du), updates.rank, Finish::default());
             });
             if update.trains[1] {
                 let b = timed("backward dB", || {
                     let mut transposed = vec![0f32; update.padded * module.d_out];
-                    let u = Left::rows(&saved.u, self.rank).from(update.at);
+                    let u = Left::rows(&saved.u, updates.rank).from(update.at);
                     let scale = update.low_rank.scaling as f32;
                     outer(m, u, update.padded, dy, module.d_out, scale, &mut transposed);
                     // (padded, d_out) to (d_out, r).
@@ -231,25 +173,29 @@ impl<E: ProductElement> Site<E> {
     }
 
     /// Last part: the gradients of A, `duᵀ x`, from the input x (m, d_in).
-    fn down_parameters(&self, rows: &mut Rows<'_, E>, x: &[E], du: &[E], gradients: &mut Gradients) -> Result<()> {
-        let (m, d_in) = (rows.count(), self.d_in);
-        let updates = || self.modules.iter().filter_map(|module| module.update.as_ref());
-        let stacked = updates().all(|update| !rows.drops(update));
+    fn down_parameters<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        x: &[E],
+        du: &[E],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (m, d_in, updates) = (rows.count(), self.d_in, rows.updates.site(self.first()));
+        let stacked = !updates.drops(rows.pass);
         let mut all = Vec::new();
-        if stacked && updates().any(|update| update.trains[0]) {
-            all.resize(self.rank * d_in, 0f32);
-            let du = Left::rows(du, self.rank);
-            timed("backward dA", || outer(m, du, self.rank, Left::rows(x, d_in), d_in, 1.0, &mut all));
+        if stacked && updates.each().any(|update| update.trains[0]) {
+            all.resize(updates.rank * d_in, 0f32);
+            let du = Left::rows(du, updates.rank);
+            timed("backward dA", || outer(m, du, updates.rank, Left::rows(x, d_in), d_in, 1.0, &mut all));
         }
-        for update in updates().filter(|update| update.trains[0]) {
+        for update in updates.each().filter(|update| update.trains[0]) {
             let a = if stacked {
                 all[update.at * d_in..(update.at + update.r) * d_in].to_vec()
             } else {
                 let dropped = rows.dropped(update, x, d_in);
                 let mut a = vec![0f32; update.padded * d_in];
-                let du = Left::rows(du, self.rank).from(update.at);
+                let du = Left::rows(du, updates.rank).from(update.at);
                 timed("backward dA", || outer(m, du, update.padded, Left::rows(&dropped, d_in), d_in, 1.0, &mut a));
-                rows.workspace.narrow.give(d_in, dropped);
                 a.truncate(update.r * d_in);
                 a
             };
@@ -259,18 +205,18 @@ impl<E: ProductElement> Site<E> {
     }
 
     /// Second part: `dx = Σ dy_j W_j + du A` (m, d_in).
-    fn input(&self, rows: &mut Rows<'_, E>, dy: &[E], du: &[E], mut out: Output<'_, E>) {
+    fn input<E: ProductElement>(&self, rows: &Rows<'_, E>, dy: &[E], du: &[E], mut out: Output<'_, E>) {
         let (m, d_in, width) = (rows.count(), self.d_in, self.d_out());
-        let updates = || self.modules.iter().filter_map(|module| module.update.as_ref());
-        let stacked = updates().all(|update| !rows.drops(update));
+        let updates = rows.updates.site(self.first());
+        let stacked = !updates.drops(rows.pass);
         let mut at = 0;
         let mut terms = Vec::with_capacity(self.modules.len() + 1);
         for module in &self.modules {
             terms.push(Term::backward(Left::rows(dy, width).from(at), module.weight(rows.pass.model)));
             at += module.d_out;
         }
-        if stacked && self.rank > 0 {
-            terms.push(Term::backward(Left::rows(du, self.rank), Right::Dense { values: &self.a, cols: d_in }));
+        if stacked && updates.rank > 0 {
+            terms.push(Term::backward(Left::rows(du, updates.rank), Right::Dense { values: &updates.a, cols: d_in }));
         }
         let columns = [Columns { terms: &terms, at: 0, bias: None }];
         let again = match &mut out {
@@ -283,11 +229,11 @@ impl<E: ProductElement> Site<E> {
             return;
         }
         // With dropout the update's part goes through its mask.
-        for update in updates() {
-            let mut part = rows.workspace.wide.take(d_in);
-            let a = &self.a[update.at * d_in..(update.at + update.padded) * d_in];
+        for update in updates.each() {
+            let mut part = rows.wide(d_in);
+            let a = &updates.a[update.at * d_in..(update.at + update.padded) * d_in];
             let term =
-                [Term::backward(Left::rows(du, self.rank).from(update.at), Right::Dense { values: a, cols: d_in })];
+                [Term::backward(Left::rows(du, updates.rank).from(update.at), Right::Dense { values: a, cols: d_in })];
             let columns = [Columns { terms: &term, at: 0, bias: None }];
             product(m, &columns, Output::Wide(&mut part), d_in, Finish::default());
             rows.mask(update, d_in, |row, mask| {
@@ -304,7 +250,6 @@ impl<E: ProductElement> Site<E> {
                     out.zip(part).for_each(|(out, part)| *out = E::of(out.wide() + part));
                 }
             });
-            rows.workspace.wide.give(d_in, part);
         }
     }
 
@@ -312,9 +257,9 @@ impl<E: ProductElement> Site<E> {
     ///
     /// # Errors
     /// When a gradient cannot be added.
-    pub fn backward(
+    pub fn backward<E: ProductElement>(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: SiteSaved<E>,
         dy: &[E],
         x: &[E],
@@ -325,10 +270,9 @@ impl<E: ProductElement> Site<E> {
         if let Some(out) = dx {
             self.input(rows, dy, &du, out);
         }
-        if self.trains() {
+        if rows.updates.site(self.first()).trains() {
             self.down_parameters(rows, x, &du, gradients)?;
         }
-        self.recycle(rows, saved, du);
         Ok(())
     }
 
@@ -336,9 +280,9 @@ impl<E: ProductElement> Site<E> {
     ///
     /// # Errors
     /// When a gradient cannot be added.
-    pub fn backward_then(
+    pub fn backward_then<E: ProductElement>(
         &self,
-        rows: &mut Rows<'_, E>,
+        rows: &Rows<'_, E>,
         saved: SiteSaved<E>,
         dy: &[E],
         dx: &mut [E],
@@ -348,30 +292,14 @@ impl<E: ProductElement> Site<E> {
         let du = self.parameters(rows, &saved, dy, gradients)?;
         self.input(rows, dy, &du, Output::Narrow(dx));
         x(dx);
-        if self.trains() {
+        if rows.updates.site(self.first()).trains() {
             self.down_parameters(rows, dx, &du, gradients)?;
         }
-        self.recycle(rows, saved, du);
         Ok(())
-    }
-
-    fn recycle(&self, rows: &mut Rows<'_, E>, saved: SiteSaved<E>, du: Vec<E>) {
-        rows.workspace.narrow.give(self.rank, saved.u);
-        rows.workspace.narrow.give(self.rank, du);
-    }
-
-    /// Takes back what forward kept.
-    pub fn discard(&self, rows: &mut Rows<'_, E>, saved: SiteSaved<E>) {
-        rows.workspace.narrow.give(self.rank, saved.u);
     }
 }
 
 impl<E: ProductElement> Rows<'_, E> {
-    /// Whether an update's input is dropped out in this pass.
-    fn drops(&self, update: &Update<E>) -> bool {
-        self.pass.dropout.is_some() && update.low_rank.dropout.is_some()
-    }
-
     /// What `f` makes of each row's number and mask.
     fn mask<R: Send>(&self, update: &Update<E>, width: usize, f: impl Fn(usize, &[f32]) -> R + Sync) -> Vec<R> {
         let (seed, step) = self.pass.dropout.unwrap_or_default();
@@ -390,9 +318,9 @@ impl<E: ProductElement> Rows<'_, E> {
     }
 
     /// x (m, width) with a module's dropout.
-    fn dropped(&mut self, update: &Update<E>, x: &[E], width: usize) -> Vec<E> {
-        let mut out = self.workspace.narrow.take(width);
-        if !self.drops(update) {
+    fn dropped(&self, update: &Update<E>, x: &[E], width: usize) -> Buffer<E> {
+        let mut out = self.narrow(width);
+        if !update.drops(self.pass) {
             out.copy_from_slice(x);
             return out;
         }
@@ -402,18 +330,5 @@ impl<E: ProductElement> Rows<'_, E> {
         });
         out.chunks_exact_mut(width).zip(rows).for_each(|(out, row)| out.copy_from_slice(&row));
         out
-    }
-}
-
-/// The f32 values of a parameter.
-fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let (start, end) = layout.contiguous_offsets().context("a parameter is not contiguous")?;
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => Ok(f(&values[start..end])),
-        _ => {
-            ensure!(false, "fused blocks take parameters in f32");
-            unreachable!("the line above returns")
-        }
     }
 }

@@ -1,74 +1,113 @@
-//! Buffers of rows that are handed out and taken back, so that a step touches no fresh memory.
+//! Buffers of rows that are lent and come back when they are dropped, so that a step touches no fresh memory.
 
 use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Buffers by the width of their rows. All have room for the most rows that any pass has had.
-pub struct Buffers<T> {
-    rows: usize,
+use homeroom_kernels::KeyValueGradients;
+
+/// Buffers by the width of their rows. All have room for the most rows that any of them was asked for.
+pub struct Pool<T>(Arc<Mutex<Free<T>>>);
+
+/// Buffers that nobody has.
+struct Free<T> {
+    /// Rows that each has room for.
     room: usize,
-    free: HashMap<usize, Vec<Vec<T>>>,
+    by_width: HashMap<usize, Vec<Vec<T>>>,
 }
 
-impl<T: Clone + Default> Buffers<T> {
+fn lock<T>(free: &Mutex<Free<T>>) -> MutexGuard<'_, Free<T>> {
+    free.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<T> Pool<T> {
     /// None yet.
-    pub fn new() -> Self {
-        Self { rows: 0, room: 0, free: HashMap::new() }
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(Free { room: 0, by_width: HashMap::new() })))
     }
 
-    /// From now on buffers have `rows` rows.
-    pub fn begin(&mut self, rows: usize) {
-        self.rows = rows;
-        if rows > self.room {
-            self.room = rows;
-            self.free.clear();
+    /// A buffer that takes values over which were allocated elsewhere.
+    pub fn adopt(&self, width: usize, values: Vec<T>) -> Buffer<T> {
+        Buffer { values, width, free: self.0.clone() }
+    }
+}
+
+impl<T: Clone + Default> Pool<T> {
+    /// A buffer of `rows` rows of `width`. It holds unspecified values.
+    pub fn take(&self, rows: usize, width: usize) -> Buffer<T> {
+        let mut free = lock(&self.0);
+        if rows > free.room {
+            free.room = rows;
+            free.by_width.clear();
         }
+        let room = free.room;
+        let buffer = free.by_width.get_mut(&width).and_then(Vec::pop);
+        drop(free);
+        let mut values = buffer.unwrap_or_else(|| Vec::with_capacity(room * width));
+        values.resize(rows * width, T::default());
+        Buffer { values, width, free: self.0.clone() }
     }
+}
 
-    /// A buffer of rows of `width`, with anything in it.
-    pub fn take(&mut self, width: usize) -> Vec<T> {
-        let free = self.free.get_mut(&width).and_then(Vec::pop);
-        let mut buffer = free.unwrap_or_else(|| Vec::with_capacity(self.room * width));
-        buffer.resize(self.rows * width, T::default());
-        buffer
+/// A buffer of rows. It goes back to its pool when it is dropped.
+pub struct Buffer<T> {
+    values: Vec<T>,
+    width: usize,
+    free: Arc<Mutex<Free<T>>>,
+}
+
+impl<T> Buffer<T> {
+    /// The values, which do not come back to the pool.
+    pub fn into_vec(mut self) -> Vec<T> {
+        std::mem::take(&mut self.values)
     }
+}
 
-    /// Takes a buffer of rows of `width` back.
-    pub fn give(&mut self, width: usize, buffer: Vec<T>) {
+impl<T> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.values
+    }
+}
+
+impl<T> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.values
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.values);
+        let mut free = lock(&self.free);
         // One from a time when there was less room would have to grow.
-        if buffer.capacity() >= self.room * width && width > 0 {
-            self.free.entry(width).or_default().push(buffer);
+        if values.capacity() > 0 && values.capacity() >= free.room * self.width {
+            free.by_width.entry(self.width).or_default().push(values);
         }
     }
 }
 
-impl<T: Clone + Default> Default for Buffers<T> {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// Buffers of activations, and of what is kept in f32.
+/// The buffers that the passes of a model go through.
 pub struct Workspace<E> {
     /// Activations.
-    pub narrow: Buffers<E>,
+    pub narrow: Pool<E>,
     /// Residual stream, gradients and sums.
-    pub wide: Buffers<f32>,
+    pub wide: Pool<f32>,
+    /// Logits, of fewer rows at a time than the others.
+    pub logits: Pool<E>,
+    /// Parts of the gradients of keys and values, see [`attention_backward`](homeroom_kernels::attention_backward).
+    pub partial: Mutex<KeyValueGradients>,
 }
 
-impl<E: Clone + Default> Workspace<E> {
+impl<E> Workspace<E> {
     /// No buffer yet.
     pub fn new() -> Self {
-        Self { narrow: Buffers::new(), wide: Buffers::new() }
-    }
-
-    /// See [`Buffers::begin`].
-    pub fn begin(&mut self, rows: usize) {
-        self.narrow.begin(rows);
-        self.wide.begin(rows);
+        Self { narrow: Pool::new(), wide: Pool::new(), logits: Pool::new(), partial: Mutex::default() }
     }
 }
 
-impl<E: Clone + Default> Default for Workspace<E> {
+impl<E> Default for Workspace<E> {
     fn default() -> Self {
         Self::new()
     }
@@ -79,19 +118,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_buffer_that_was_given_back_is_handed_out_again_while_it_has_room() {
-        let mut buffers = Buffers::<f32>::new();
-        buffers.begin(10);
-        let first = buffers.take(3);
+    fn a_dropped_buffer_is_handed_out_again_while_it_has_room() {
+        let pool = Pool::<f32>::new();
+        let first = pool.take(10, 3);
         let place = first.as_ptr();
         assert_eq!(first.len(), 30);
-        buffers.give(3, first);
-        buffers.begin(7);
-        let again = buffers.take(3);
+        assert_ne!(pool.take(10, 3).as_ptr(), place, "the first is still lent");
+        lock(&pool.0).by_width.clear();
+        drop(first);
+        let again = pool.take(7, 3);
         assert_eq!((again.len(), again.as_ptr()), (21, place));
-        buffers.begin(11);
-        buffers.give(3, again);
-        assert_eq!(buffers.take(3).len(), 33);
-        assert!(buffers.free.get(&3).is_none_or(Vec::is_empty), "one with too little room was dropped");
+        assert_eq!(pool.take(11, 3).len(), 33, "now each needs more room");
+        drop(again);
+        assert_eq!(lock(&pool.0).by_width[&3].len(), 1, "one with too little room is not kept");
+    }
+
+    #[test]
+    fn values_that_leave_as_a_vector_do_not_come_back() {
+        let pool = Pool::<f32>::new();
+        let values = pool.take(4, 3).into_vec();
+        assert!(lock(&pool.0).by_width.is_empty());
+        drop(pool.adopt(3, values));
+        assert_eq!(lock(&pool.0).by_width[&3].len(), 1, "once adopted, they do");
     }
 }

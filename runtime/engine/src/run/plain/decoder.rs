@@ -17,6 +17,8 @@ pub struct Cache {
     layers: Vec<LayerCache>,
     /// Positions in the cache.
     pub len: usize,
+    /// Tokens of the sequence that were known when its prompt was read.
+    pub length: usize,
 }
 
 impl Pass<'_> {
@@ -175,6 +177,7 @@ impl Pass<'_> {
             h = self.layer(layer, &h, &batch, Some(cache))?;
         }
         cache.len += ids.len();
+        cache.length = length;
         let last = ids.len() - 1;
         Ok(self.head(&h.narrow(0, last, 1)?, &batch.rows(&[last as u32]))?.squeeze(0)?)
     }

@@ -111,7 +111,7 @@ pub fn prefill(arguments: &Prefill) -> Result<Done> {
         let prompt = bench.prompt(arguments.tokens, &mut random);
         let mut kept = bench.inference.begin();
         let start = Instant::now();
-        let logits = bench.inference.read(&prompt, &mut kept, true)?.context("the prompt has logits")?;
+        let logits = bench.inference.read(&prompt, &mut kept, prompt.len(), true)?.context("the prompt has logits")?;
         let taken = start.elapsed().as_secs_f64();
         ensure!(logits.iter().all(|logit| logit.is_finite()), OVERFLOW);
         if run > 0 {
@@ -166,7 +166,7 @@ pub fn decode(arguments: &Decode) -> Result<Done> {
     for _ in 0..arguments.chats {
         let prompt = bench.prompt(arguments.prompt, &mut random);
         let mut kept = bench.inference.begin();
-        let logits = bench.inference.read(&prompt, &mut kept, true)?.context("the prompt has logits")?;
+        let logits = bench.inference.read(&prompt, &mut kept, prompt.len(), true)?.context("the prompt has logits")?;
         chats.push((likeliest(&logits), kept));
     }
     let (mut seconds, mut finite) = (Vec::new(), true);

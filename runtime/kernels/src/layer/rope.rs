@@ -3,8 +3,8 @@
 
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::Element;
-use crate::panel::to_elements;
 use crate::pool::{Shared, for_ranges};
+use crate::round::to_elements;
 
 /// Cosines and sines: (rows, R/2) each. A row is a position under some frequencies; several sets of frequencies may follow each
 /// other, as of a model that turns long sequences otherwise than short ones.
@@ -123,12 +123,17 @@ per_cpu! {
         let half = cos.len();
         let (turned, rest) = x.split_at(head_dim * rotated);
         let (y, y_rest) = y.split_at_mut(head_dim * rotated);
-        for (x, y) in turned.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
-            let ((x, passing), (y, y_passing)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
-            for (x, y) in passing.iter().zip(y_passing) {
-                *y = E::of(*x * scale);
+        // Channels that pass; in most models there are none.
+        if 2 * half < head_dim {
+            for (x, y) in turned.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
+                for (x, y) in x[2 * half..].iter().zip(&mut y[2 * half..]) {
+                    *y = E::of(*x * scale);
+                }
             }
-            let ((low, high), (y_low, y_high)) = (x.split_at(half), y.split_at_mut(half));
+        }
+        for (x, y) in turned.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
+            let ((low, x), (y_low, y)) = (x.split_at(half), y.split_at_mut(half));
+            let (high, y_high) = (&x[..half], &mut y[..half]);
             for i in 0..half {
                 let (c, s) = (cos[i], sin[i] * direction);
                 y_low[i] = E::of((low[i] * c - high[i] * s) * scale);

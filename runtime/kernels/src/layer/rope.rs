@@ -98,28 +98,28 @@ pub fn rotate<E: Element>(
         for row in rows {
             // SAFETY: no two tasks have a row in common.
             let y = unsafe { y.slice(row * width, width) };
-            let (turning, head_dim) = (table.at(positions[row]), table.head_dim);
-            rotate_row(cpu, &x[row * width..][..width], turning, head_dim, rotated, 1.0, 1.0, y);
+            let ((cos, sin), head_dim) = (table.at(positions[row]), table.head_dim);
+            rotate_row(cpu, &x[row * width..][..width], cos, sin, head_dim, rotated, 1.0, 1.0, y);
         }
     });
 }
 
 /// The gradient of the rotation of one head, times `scale`: it turns back. Of no cosines and sines, it is x.
-pub(crate) fn rotate_back<E: Element>(cpu: Cpu, x: &[f32], turning: (&[f32], &[f32]), scale: f32, y: &mut [E]) {
-    rotate_row(cpu, x, turning, x.len(), 1, -1.0, scale, y);
+pub(crate) fn rotate_back<E: Element>(cpu: Cpu, x: &[f32], (cos, sin): (&[f32], &[f32]), scale: f32, y: &mut [E]) {
+    rotate_row(cpu, x, cos, sin, x.len(), 1, -1.0, scale, y);
 }
 
 per_cpu! {
     fn rotate_row<E: Element>(
         x: &[f32],
-        turning: (&[f32], &[f32]),
+        cos: &[f32],
+        sin: &[f32],
         head_dim: usize,
         rotated: usize,
         direction: f32,
         scale: f32,
         y: &mut [E],
     ) {
-        let (cos, sin) = turning;
         let half = cos.len();
         let (turned, rest) = x.split_at(head_dim * rotated);
         let (y, y_rest) = y.split_at_mut(head_dim * rotated);

@@ -185,7 +185,7 @@ fn fused_blocks_of_every_family_have_the_loss_and_gradients_of_plain_ones() -> R
         let loss_apart = (fused_loss.loss_sum - plain_loss.loss_sum).abs() / plain_loss.loss_sum;
         assert!(loss_apart < 1e-6, "{}: loss {loss_apart:e} apart", family.name);
         let gradients_apart = apart(&plain, &fused);
-        assert!(gradients_apart < 1e-5, "{}: gradients {gradients_apart:e} apart", family.name);
+        assert!(gradients_apart < 2e-5, "{}: gradients {gradients_apart:e} apart", family.name);
     }
     Ok(())
 }
@@ -221,7 +221,7 @@ fn every_family_learns_as_in_peft() -> Result<()> {
             for (number, rows) in steps.iter().enumerate() {
                 let report = run.step(&[Batch::of_examples((0..).zip(rows))])?;
                 for (what, got, want, bound) in
-                    [("loss", report.loss, losses[number], 1e-5), ("norm", report.grad_norm, norms[number], 1e-4)]
+                    [("loss", report.loss, losses[number], 1e-5), ("norm", report.grad_norm, norms[number], 3e-4)]
                 {
                     let apart = (got - want).abs() / want;
                     ensure!(apart <= bound, "{name}, {compute:?}, step {number}: {what} {got}, PEFT has {want}");

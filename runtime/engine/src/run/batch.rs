@@ -47,6 +47,9 @@ impl Batch {
             }
             ids.extend_from_slice(&example.ids[..inputs]);
             batch.push_sequence(start..ids.len(), number, 0);
+            // The last token predicts nothing, and is part of the sequence all the same.
+            batch.lengths.pop();
+            batch.lengths.push(example.ids.len());
             batch.tokens += example.ids.len();
         }
         batch.ids = Arc::new(ids);

@@ -6,6 +6,7 @@ mod granite;
 mod granite_hybrid;
 mod llama;
 mod mistral;
+mod olmo2;
 mod phi3;
 mod qwen2;
 mod qwen3;
@@ -45,7 +46,7 @@ fn complete(_: &Gguf, _: &mut Map<String, Value>) -> Result<()> {
 }
 
 /// All of them.
-pub const FAMILIES: [&Family; 10] = [
+pub const FAMILIES: [&Family; 11] = [
     &llama::FAMILY,
     &mistral::FAMILY,
     &qwen2::FAMILY,
@@ -56,6 +57,7 @@ pub const FAMILIES: [&Family; 10] = [
     &phi3::FAMILY,
     &granite::FAMILY,
     &granite_hybrid::FAMILY,
+    &olmo2::FAMILY,
 ];
 
 impl Family {

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::inference::generate::{Sampling, generate, prompt_ids};
 use homeroom_engine::inference::Engine;
+use homeroom_engine::inference::generate::{Sampling, generate, prompt_ids};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use serde_json::{Map, Value, json};

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::Example;
-use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::inference::Engine;
+use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::Batch;
 use homeroom_engine::run::compute::Compute;

@@ -1,8 +1,8 @@
 //! Model files against transformers: every architecture, every way of storing weights.
 
 use anyhow::{Context, Result};
-use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::inference::Engine;
+use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::models::Architecture;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::Batch;

@@ -161,7 +161,6 @@ impl Loaded {
         let adaptation = adapt(files, &model, reference.any_base)?;
         Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
     }
-
 }
 
 /// A model that answers: an engine, which others on the same base share, and the adapter that its requests bring along.

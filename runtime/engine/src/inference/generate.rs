@@ -86,12 +86,7 @@ pub fn prompt_ids(model: &BaseModel, messages: &[serde_json::Value]) -> Result<V
 ///
 /// # Errors
 /// When the prompt is longer than the model's context, or a pass fails.
-pub fn generate(
-    engine: &Engine,
-    adapter: Option<&Arc<Adapter>>,
-    prompt: &[u32],
-    sampling: Sampling,
-) -> Result<Answer> {
+pub fn generate(engine: &Engine, adapter: Option<&Arc<Adapter>>, prompt: &[u32], sampling: Sampling) -> Result<Answer> {
     let mut tokens = engine.ask(adapter, prompt, sampling)?;
     let ids = tokens.by_ref().collect::<Result<Vec<u32>>>()?;
     let finish = tokens.finish().expect("the tokens came to their end");

@@ -49,12 +49,7 @@ pub(super) struct Ready<E> {
 
 impl<E: ProductElement> Ready<E> {
     /// `None` when a block cannot be fused with the adaptation.
-    fn new(
-        blocks: &Fused<E>,
-        decoder: &Decoder,
-        model: &BaseModel,
-        adaptation: Option<&Adaptation>,
-    ) -> Option<Self> {
+    fn new(blocks: &Fused<E>, decoder: &Decoder, model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Self> {
         let mut read = blocks.updates(model, adaptation);
         let (fused, layers, _) = blocks.counts(&read);
         let decode = decoder.updates(model, adaptation).filter(|_| fused == layers)?;

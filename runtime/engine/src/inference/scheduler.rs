@@ -95,8 +95,8 @@ impl Scheduler {
             *end = guarded(|| sequence.read(inference)).transpose();
         }
         let mut by_adapter: Vec<(u64, Vec<Drawing<'_>>)> = Vec::new();
-        let drawing = (self.running.iter_mut().zip(&mut ends))
-            .filter(|(sequence, end)| end.is_none() && sequence.last.is_some());
+        let drawing =
+            (self.running.iter_mut().zip(&mut ends)).filter(|(sequence, end)| end.is_none() && sequence.last.is_some());
         for (sequence, end) in drawing {
             let generation = sequence.generation();
             match by_adapter.iter_mut().find(|(other, _)| *other == generation) {

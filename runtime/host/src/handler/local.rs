@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use anyhow::Result;
 use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
-use homeroom_engine::inference::generate::{Finish, Sampling, prompt_ids};
 use homeroom_engine::inference::Tokens;
+use homeroom_engine::inference::generate::{Finish, Sampling, prompt_ids};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::text::block_end::BlockEnd;

@@ -43,9 +43,7 @@ impl Files {
     pub(super) fn of(path: &Path) -> Self {
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let mut files: Vec<_> = match std::fs::read_dir(&path) {
-            Ok(entries) => {
-                entries.flatten().map(|entry| (entry.file_name(), identity(&entry.path()))).collect()
-            }
+            Ok(entries) => entries.flatten().map(|entry| (entry.file_name(), identity(&entry.path()))).collect(),
             Err(_) => vec![(OsString::new(), identity(&path))],
         };
         files.sort_by(|a, b| a.0.cmp(&b.0));

@@ -91,7 +91,12 @@ type OutputActivations<E> = Option<(Buffer<E>, Buffer<f32>)>;
 
 impl Around {
     /// The input of the part: x (m, C), normalised if there is a norm; and what is kept of it.
-    fn input<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[f32], c: usize) -> (Option<Buffer<E>>, InputActivations<E>) {
+    fn input<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        x: &[f32],
+        c: usize,
+    ) -> (Option<Buffer<E>>, InputActivations<E>) {
         let Some(w) = &self.before else {
             let mut same = rows.narrow(c);
             timed("forward norm", || to_elements(x, &mut same));
@@ -104,7 +109,12 @@ impl Around {
     }
 
     /// That input again, of what was kept.
-    fn input_again<E: ProductElement>(&self, rows: &Rows<'_, E>, activations: &InputActivations<E>, c: usize) -> Option<Buffer<E>> {
+    fn input_again<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        activations: &InputActivations<E>,
+        c: usize,
+    ) -> Option<Buffer<E>> {
         let (Some(w), InputActivations::Normal(normal, _)) = (&self.before, activations) else { return None };
         let mut scaled = rows.narrow(c);
         timed("backward norm", || scale_columns(normal, w, &mut scaled));
@@ -112,9 +122,17 @@ impl Around {
     }
 
     /// Adds the gradient in x of the gradient dy (m, C) of that input to dx; `narrow` becomes dx as E.
-    fn input_backward<E: ProductElement>(&self, activations: &InputActivations<E>, dy: &[f32], dx: &mut [f32], narrow: &mut [E]) {
+    fn input_backward<E: ProductElement>(
+        &self,
+        activations: &InputActivations<E>,
+        dy: &[f32],
+        dx: &mut [f32],
+        narrow: &mut [E],
+    ) {
         timed("backward norm", || match (&self.before, activations) {
-            (Some(w), InputActivations::Normal(normal, inverse)) => rms_norm_backward(normal, w, inverse, dy, dx, narrow),
+            (Some(w), InputActivations::Normal(normal, inverse)) => {
+                rms_norm_backward(normal, w, inverse, dy, dx, narrow)
+            }
             _ => add_gradient(dy, dx, narrow),
         });
     }
@@ -291,7 +309,12 @@ impl FusedLayer {
     }
 
     /// The layer from the attention's output on, row by row: x (m, C) becomes the layer's output.
-    fn forward_upper<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperActivations<E> {
+    fn forward_upper<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        x: &mut [f32],
+        attended: &[E],
+    ) -> UpperActivations<E> {
         let (c, inner) = (rows.pass.model.architecture.hidden_size, self.spec.feed_forward.inner);
         let (o_activations, mixed) = self.mixer.output(rows, &self.o, attended, x, c);
         let (scaled, input) = self.feed_forward.input(rows, x, c);
@@ -369,7 +392,13 @@ impl FusedLayer {
         gradients: &mut Gradients,
     ) -> Result<Buffer<E>> {
         let (c, inner) = (rows.pass.model.architecture.hidden_size, self.spec.feed_forward.inner);
-        let UpperActivations { mixed, input, gate_up, fed, sites: [o_activations, gate_up_activations, down_activations] } = activations;
+        let UpperActivations {
+            mixed,
+            input,
+            gate_up,
+            fed,
+            sites: [o_activations, gate_up_activations, down_activations],
+        } = activations;
         let (mut dh, mut d_gate_up) = (rows.narrow(inner), rows.narrow(2 * inner));
         let gate = self.spec.feed_forward.gate;
         let to_h = |dh: &mut [E]| {

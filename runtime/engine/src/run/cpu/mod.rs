@@ -243,7 +243,9 @@ impl<E: ProductElement> Fused<E> {
                     let (x, activations) = layer.forward(rows, targets, x, None);
                     kept.push(match (keep, input) {
                         (Keep::All { .. }, _) => BlockActivations::Fused(Box::new(activations)),
-                        (_, input) => input.map_or(BlockActivations::Plain(PlainActivations::Nothing), BlockActivations::Input),
+                        (_, input) => {
+                            input.map_or(BlockActivations::Plain(PlainActivations::Nothing), BlockActivations::Input)
+                        }
                     });
                     Stream::Buffer(x)
                 }
@@ -360,7 +362,9 @@ impl<E: ProductElement> Fused<E> {
             let (Some(activations), Some(above)) = (kept.pop(), dh.take()) else { break };
             let layer = index.checked_sub(1).and_then(|number| self.layer(updates, number));
             let Some(layer) = layer else {
-                let BlockActivations::Plain(activations) = activations else { unreachable!("a plain block keeps what plain blocks keep") };
+                let BlockActivations::Plain(activations) = activations else {
+                    unreachable!("a plain block keeps what plain blocks keep")
+                };
                 let plain = Plain::at(index);
                 let above = above.into_tensor(rows.count())?;
                 dh = timed("backward plain", || plain.backward(pass, batch, activations, &above, gradients))?
@@ -381,7 +385,8 @@ impl<E: ProductElement> Fused<E> {
                 BlockActivations::Plain(_) => break,
             };
             let input_gradient = index > lowest;
-            let (dx, dx_narrow) = layer.backward(rows, targets, activations, (dx, dx_narrow), input_gradient, gradients)?;
+            let (dx, dx_narrow) =
+                layer.backward(rows, targets, activations, (dx, dx_narrow), input_gradient, gradients)?;
             narrow = Some(dx_narrow);
             dh = input_gradient.then_some(Stream::Buffer(dx));
         }

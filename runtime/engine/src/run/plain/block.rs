@@ -81,7 +81,13 @@ impl Plain {
         }
     }
 
-    fn taped(&self, pass: &Pass<'_>, batch: &Batch, x: Option<&Tensor>, input_gradient: bool) -> Result<PlainActivations> {
+    fn taped(
+        &self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        x: Option<&Tensor>,
+        input_gradient: bool,
+    ) -> Result<PlainActivations> {
         let input = x.filter(|_| input_gradient).map(Var::from_tensor).transpose()?;
         let output = self.compose(pass, batch, input.as_ref().map(Var::as_tensor).or(x))?;
         Ok(PlainActivations::Tape { input, output })
@@ -127,10 +133,12 @@ impl Plain {
         let (input, output) = match activations {
             PlainActivations::Nothing => return Ok(None),
             PlainActivations::Tape { input, output } => (input, output),
-            PlainActivations::Input { input, input_gradient } => match self.taped(pass, batch, input.as_ref(), input_gradient)? {
-                PlainActivations::Tape { input, output } => (input, output),
-                _ => unreachable!("`taped` yields a tape"),
-            },
+            PlainActivations::Input { input, input_gradient } => {
+                match self.taped(pass, batch, input.as_ref(), input_gradient)? {
+                    PlainActivations::Tape { input, output } => (input, output),
+                    _ => unreachable!("`taped` yields a tape"),
+                }
+            }
         };
         // The gradient of Σ y∘dy is candle's way to start from dy.
         let mut store = (&output * dy)?.sum_all()?.backward()?;

@@ -117,7 +117,10 @@ pub fn prefill(arguments: &Prefill) -> Result<Done> {
         let adapter = bench.answerer.adapter.as_deref();
         let mut cache = bench.inference().begin(adapter);
         let start = Instant::now();
-        let logits = bench.inference().read(adapter, &prompt, &mut cache, prompt.len(), true)?.context("the prompt has logits")?;
+        let logits = bench
+            .inference()
+            .read(adapter, &prompt, &mut cache, prompt.len(), true)?
+            .context("the prompt has logits")?;
         let taken = start.elapsed().as_secs_f64();
         ensure!(logits.iter().all(|logit| logit.is_finite()), OVERFLOW);
         if run > 0 {
@@ -173,7 +176,10 @@ pub fn decode(arguments: &Decode) -> Result<Done> {
         let prompt = bench.prompt(arguments.prompt, &mut random);
         let adapter = bench.answerer.adapter.as_deref();
         let mut cache = bench.inference().begin(adapter);
-        let logits = bench.inference().read(adapter, &prompt, &mut cache, prompt.len(), true)?.context("the prompt has logits")?;
+        let logits = bench
+            .inference()
+            .read(adapter, &prompt, &mut cache, prompt.len(), true)?
+            .context("the prompt has logits")?;
         chats.push((likeliest(&logits), cache));
     }
     let (mut seconds, mut finite) = (Vec::new(), true);

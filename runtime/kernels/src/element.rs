@@ -2,12 +2,15 @@
 
 use half::bf16;
 
+use crate::cpu::per_cpu;
+use crate::storage::Storage;
+
 /// f32 or bf16. Products read either as words of four bytes: one f32, or a pair of bf16.
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + Send + Sync + 'static {
     /// Values in a word.
     const PER_WORD: usize;
     /// The storage of a frozen weight that holds exactly these values.
-    const STORAGE: crate::Storage;
+    const STORAGE: Storage;
     /// The nearest value, ties to even.
     fn of(value: f32) -> Self;
     /// The value as f32, exactly.
@@ -22,7 +25,7 @@ mod sealed {
 
 impl Element for f32 {
     const PER_WORD: usize = 1;
-    const STORAGE: crate::Storage = crate::Storage::F32;
+    const STORAGE: Storage = Storage::F32;
 
     #[inline(always)]
     fn of(value: f32) -> f32 {
@@ -37,7 +40,7 @@ impl Element for f32 {
 
 impl Element for bf16 {
     const PER_WORD: usize = 2;
-    const STORAGE: crate::Storage = crate::Storage::BF16;
+    const STORAGE: Storage = Storage::BF16;
 
     /// Without branches, so that rows of it vectorise.
     #[inline(always)]
@@ -56,7 +59,7 @@ impl Element for bf16 {
 
 /// Lanes that sums over a row are taken in: what two AVX-512 vectors hold. The order of a sum is part of the result, so it
 /// is the same on every processor.
-const LANES: usize = 32;
+pub(crate) const LANES: usize = 32;
 
 /// The first of some arguments, of which only the first is of interest.
 macro_rules! first {
@@ -115,6 +118,13 @@ pub(crate) fn replace_and_sum(a: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
 pub(crate) fn sum2<A: Element, B: Element>(a: &[A], b: &[B], f: impl Fn(f32, f32) -> f32) -> f32 {
     assert_eq!(a.len(), b.len());
     reduce!(0f32, |sum, value| sum + value, f, a, b)
+}
+
+per_cpu! {
+    /// Σ aᵢ bᵢ, for rows of equal length.
+    pub(crate) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
+        sum2(a, b, |a, b| a * b)
+    }
 }
 
 /// Σ f(aᵢ, bᵢ, cᵢ), for rows of equal length.

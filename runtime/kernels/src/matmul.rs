@@ -5,12 +5,14 @@
 //! taken in one order; so results are equal bit by bit for any number of threads, and row i of a result depends on
 //! row i of the input (and W) alone, not on how many rows share the call.
 
-use crate::codec::{CheckedCodec, Codec, Coded, EncodedScales};
 use crate::cpu::cpu;
+use crate::dot;
 use crate::element::Element;
 use crate::pool::Shared;
+use crate::storage::Storage;
+use crate::storage::codec::{CheckedCodec, Codec, Coded, EncodedScales};
+use crate::storage::rows::decode_row;
 use crate::tile::PANEL;
-use crate::{Storage, decode_row, dot};
 use gemm::Parallelism;
 use rayon::prelude::*;
 use std::cell::RefCell;

@@ -17,14 +17,13 @@ mod weight;
 
 use std::ops::Range;
 
-use crate::codec::Coded;
+use crate::buffer::grown;
 use crate::cpu::{Cpu, per_cpu};
 use crate::element::{Element, eight_bit_scale, nearest_whole};
 use crate::matmul::Matrix;
-use crate::panel::pack_columns;
 use crate::pool::{Shared, for_ranges};
-use crate::product::{Left, grown};
-use crate::tile::PANEL;
+use crate::storage::codec::Coded;
+use crate::tile::{PANEL, pack_columns};
 
 /// Values of a row of A that share a scale.
 const GROUP: usize = 64;
@@ -51,8 +50,15 @@ impl Rounded {
     }
 }
 
-/// Rounds `m` rows of k values, a multiple of four, each first multiplied by its column's factor if there is one.
-pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>, factors: Option<&[f32]>) -> Rounded {
+/// Rounds `m` rows of k values, a multiple of four, `row_step` from one to the next, each first multiplied by its column's factor if there is one.
+pub(crate) fn round<E: Element>(
+    cpu: Cpu,
+    m: usize,
+    k: usize,
+    rows_of_a: &[E],
+    row_step: usize,
+    factors: Option<&[f32]>,
+) -> Rounded {
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
     let per_word = if cpu.has_vnni() { 4 } else { 2 };
     let (step, groups) = (k / per_word, k.div_ceil(GROUP));
@@ -67,7 +73,7 @@ pub(crate) fn round<E: Element>(cpu: Cpu, m: usize, k: usize, left: Left<'_, E>,
             // SAFETY: no two tasks have a row in common.
             let (words, scales, starts) =
                 unsafe { (words.slice(i * step, step), scales.slice(of_row, groups), starts.slice(of_row, groups)) };
-            let row = &left.values[left.at + i * left.step..][..k];
+            let row = &rows_of_a[i * row_step..][..k];
             widen(cpu, row, factors.unwrap_or(&[]), &mut scratch);
             // SAFETY: a word is four values of eight bits, or two of sixteen.
             unsafe {

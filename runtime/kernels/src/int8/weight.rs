@@ -7,13 +7,12 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{GROUP, ZERO, vnni};
-use crate::codec::Coded;
+use crate::buffer::grown;
 use crate::cpu::Cpu;
 use crate::element::scale_of_eight_bits;
 use crate::matmul::Matrix;
-use crate::panel::pack_columns;
-use crate::product::grown;
-use crate::tile::PANEL;
+use crate::storage::codec::Coded;
+use crate::tile::{PANEL, pack_columns};
 
 const LANES: usize = 16;
 const VECTORS: usize = PANEL / LANES;

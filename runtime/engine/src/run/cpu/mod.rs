@@ -75,7 +75,7 @@ impl<E: ProductElement> Rows<'_, E> {
 
     /// Rows of a rope's table (m), and the table; no table where nothing turns.
     fn turning(&self, rope: Option<usize>) -> (&[u32], Option<&RotaryTable>) {
-        rope.map_or((&[], None), |rope| (&self.turns[rope], Some(self.rotary.table(rope))))
+        rope.map_or((&self.batch.positions, None), |rope| (&self.turns[rope], Some(self.rotary.table(rope))))
     }
 
     /// A buffer of activations (m, width).

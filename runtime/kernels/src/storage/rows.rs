@@ -7,7 +7,7 @@
 //! One block is decoded by one fixed-size loop nest without branches. That portable code is compiled twice on x86-64:
 //! for the baseline and for AVX2, chosen at run time.
 
-use crate::Storage;
+use super::format::Storage;
 
 /// Decodes `out.len()` values, a whole number of blocks, from `bytes` (little-endian, of any alignment).
 ///
@@ -242,7 +242,7 @@ mod tests {
     fn decoding_equals_ggml_bit_by_bit() {
         macro_rules! file {
             ($name:literal) => {
-                include_bytes!(concat!("../../../tests/fixtures/ggml/", $name, ".bin"))
+                include_bytes!(concat!("../../../../tests/fixtures/ggml/", $name, ".bin"))
             };
         }
         check(Storage::F32, file!("f32"));

@@ -365,14 +365,14 @@ mod tests {
     macro_rules! files {
         ($ending:literal) => {
             [
-                &include_bytes!(concat!("../../../../tests/fixtures/codec/odd-", $ending))[..],
-                include_bytes!(concat!("../../../../tests/fixtures/codec/short-", $ending)),
-                include_bytes!(concat!("../../../../tests/fixtures/codec/zeros-", $ending)),
-                include_bytes!(concat!("../../../../tests/fixtures/codec/zero-tail-", $ending)),
-                include_bytes!(concat!("../../../../tests/fixtures/codec/ties-", $ending)),
-                include_bytes!(concat!("../../../../tests/fixtures/codec/halves-", $ending)),
-                include_bytes!(concat!("../../../../tests/fixtures/codec/many-blocks-", $ending)),
-                include_bytes!(concat!("../../../../tests/fixtures/codec/tiny-", $ending)),
+                &include_bytes!(concat!("../../../../../tests/fixtures/codec/odd-", $ending))[..],
+                include_bytes!(concat!("../../../../../tests/fixtures/codec/short-", $ending)),
+                include_bytes!(concat!("../../../../../tests/fixtures/codec/zeros-", $ending)),
+                include_bytes!(concat!("../../../../../tests/fixtures/codec/zero-tail-", $ending)),
+                include_bytes!(concat!("../../../../../tests/fixtures/codec/ties-", $ending)),
+                include_bytes!(concat!("../../../../../tests/fixtures/codec/halves-", $ending)),
+                include_bytes!(concat!("../../../../../tests/fixtures/codec/many-blocks-", $ending)),
+                include_bytes!(concat!("../../../../../tests/fixtures/codec/tiny-", $ending)),
             ]
         };
     }
@@ -401,7 +401,7 @@ mod tests {
     /// Close to an edge between two levels it shows by which operations bitsandbytes comes to a level.
     #[test]
     fn nested_scales_are_those_of_bitsandbytes_at_every_edge_between_levels() {
-        let file = include_bytes!("../../../../tests/fixtures/codec/edges.bin");
+        let file = include_bytes!("../../../../../tests/fixtures/codec/edges.bin");
         let [values, codes, absmax] = parts(file, 0)[..] else { panic!("three parts") };
         let wanted = EncodedScales::Nested { codes: codes.to_vec(), absmax: floats(absmax), offset: 0.0 };
         assert_eq!(nested(&floats(values), 256, &dynamic_code(), 0.0), wanted);
@@ -424,7 +424,7 @@ mod tests {
 
     #[test]
     fn the_nested_code_book_is_the_dynamic_map_of_bitsandbytes() {
-        let file = include_bytes!("../../../../tests/fixtures/codec/dynamic_map.bin");
+        let file = include_bytes!("../../../../../tests/fixtures/codec/dynamic_map.bin");
         assert_eq!(dynamic_code(), floats(parts(file, 0)[0]));
     }
 

@@ -9,8 +9,8 @@ use std::arch::x86_64::*;
 use super::super::{Job, sub_blocks};
 use super::avx2::{half_bytes, six_bits};
 use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN, prefetch};
-use crate::Storage;
 use crate::element::scale_of_eight_bits;
+use crate::storage::Storage;
 
 /// Computes a job of `count` rows of x from the `first` on.
 ///

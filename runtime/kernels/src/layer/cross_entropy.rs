@@ -5,11 +5,12 @@
 
 use std::cell::RefCell;
 
-use crate::Matrix;
+use crate::buffer::grown;
 use crate::cpu::{cpu, per_cpu};
-use crate::element::{Element, exp, largest, sum, sum2, tanh};
+use crate::element::{Element, dot, exp, largest, sum, tanh};
+use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
-use crate::product::{ProductElement, grown};
+use crate::product::ProductElement;
 
 /// `logits[i] = x[i] · w[targets[i]]` for rows x (n, w.cols).
 ///
@@ -32,12 +33,6 @@ pub fn target_logits<E: ProductElement>(x: &[E], w: &Matrix, targets: &[u32], lo
             }
         });
     });
-}
-
-per_cpu! {
-    pub(crate) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
-        sum2(a, b, |a, b| a * b)
-    }
 }
 
 /// Logits l that a model caps softly: the loss is of `cap · tanh(l / cap)`.

@@ -6,8 +6,7 @@ use half::bf16;
 
 use super::Coded;
 use crate::cpu::{Cpu, per_cpu};
-use crate::element::Element;
-use crate::gemv::LANES;
+use crate::element::{Element, LANES};
 
 impl Coded<'_> {
     /// Decodes values of row `row`; see [`Self::decode_rows`].

@@ -1,13 +1,10 @@
 //! Packing a panel of B for the tiles: for each word of the sum, the words of up to 64 columns beside each other.
 //!
-//! This is the one place where a product meets the storage of a weight. B is W transposed (forward: a column of B is a row of
-//! W) or W itself (backward: a row of B is a row of W). Values already stored as E are packed from where they lie; others are
-//! decoded into a scratch first, a panel's part at a time.
+//! B is W transposed (forward: a column of B is a row of W) or W itself (backward: a row of B is a row of W).
 
+use super::operands::PANEL;
 use crate::cpu::{Cpu, per_cpu};
 use crate::element::Element;
-use crate::pool::{Shared, for_ranges};
-use crate::tile::PANEL;
 
 /// Packs columns that are contiguous along the sum: `rows[j]` points at `words` words for column j.
 ///
@@ -136,34 +133,11 @@ per_cpu! {
     }
 }
 
-/// Rounds f32 values to E, on all threads.
-///
-/// # Panics
-/// When sizes disagree.
-pub fn to_elements<E: Element>(from: &[f32], to: &mut [E]) {
-    assert_eq!(from.len(), to.len());
-    let cpu = crate::cpu::cpu();
-    let shared = Shared::new(to);
-    for_ranges(from.len(), 1 << 14, |range| {
-        // SAFETY: no two tasks have a value in common.
-        narrow(cpu, &from[range.clone()], unsafe { shared.slice(range.start, range.len()) });
-    });
-}
-
-per_cpu! {
-    /// Rounds f32 to E.
-    pub(crate) fn narrow<E: Element>(from: &[f32], to: &mut [E]) {
-        for (from, to) in from.iter().zip(to) {
-            *to = E::of(*from);
-        }
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
-    use crate::tile::PANEL;
+    use super::super::operands::PANEL;
 
     /// Bytes that each row is fetched into the cache ahead of its turn.
     const AHEAD: usize = 256;

@@ -16,11 +16,11 @@ mod vnni;
 use std::ops::{Deref, DerefMut};
 
 use super::{FewRows, Job, ROWS};
-use crate::Storage;
-use crate::codec::Fused;
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{eight_bit_scale, nearest_whole};
 use crate::matmul::Matrix;
+use crate::storage::Storage;
+use crate::storage::codec::Fused;
 
 /// Values of a row that share a scale.
 const GROUP: usize = 32;
@@ -296,8 +296,8 @@ mod tests {
     use super::super::gemv;
     use super::super::tests::{BLOCKS, cpus, ggml, padded, random};
     use super::*;
-    use crate::codec::{Codec, encode};
     use crate::cpu::with_cpu;
+    use crate::storage::codec::{Codec, encode};
     use crate::{Encoded, RowOrder, Stream};
 
     /// Values (n, r) as a coded matrix.

@@ -16,18 +16,17 @@ use std::ops::Range;
 pub use self::rounded::RoundedRows;
 pub use self::update::Panels;
 
-use crate::Matrix;
+use crate::buffer::grown;
 use crate::cpu::{Cpu, cpu};
-use crate::product::grown;
+use crate::element::LANES;
+use crate::matmul::Matrix;
 
-/// Lanes of a sum. Rows of x are padded to a multiple with zeros.
-pub const LANES: usize = 32;
 /// Columns that are multiplied at once: into the first half of the lanes, into the second, and so on.
 const HALF: usize = LANES / 2;
 /// Rows of x that share one reading of W at most; more are taken in turns.
 const ROWS: usize = 4;
 
-/// Rows of x (m, k), each `step` values from the next, a multiple of [`LANES`]; zeros beyond column k.
+/// Rows of x (m, k), each `step` values from the next, a multiple of the 32 lanes of a sum; zeros beyond column k.
 #[derive(Clone, Copy, Debug)]
 pub struct FewRows<'a> {
     /// m times `step` values.
@@ -223,8 +222,8 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     use super::{Job, LANES, sub_blocks};
-    use crate::Storage;
-    use crate::codec::{Coded, Fused};
+    use crate::storage::Storage;
+    use crate::storage::codec::{Coded, Fused};
 
     /// A storage by blocks.
     trait Format {
@@ -324,7 +323,7 @@ mod avx512 {
                     // Only rows of floats end within a block.
                     let mut values = [0f32; LANES];
                     let bytes = std::slice::from_raw_parts(w.add(blocks * F::BYTES), rest * (F::BYTES / F::LEN));
-                    crate::decode_row(job.w.storage, bytes, &mut values[..rest]);
+                    crate::storage::rows::decode_row(job.w.storage, bytes, &mut values[..rest]);
                     for k in 0..2 {
                         sixteen(_mm512_loadu_ps(values.as_ptr().add(16 * k)), 2 * blocks + k, x, step, &mut sums);
                     }
@@ -610,8 +609,8 @@ mod avx512 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::{Codec, encode};
     use crate::cpu::with_cpu;
+    use crate::storage::codec::{Codec, encode};
     use crate::{Encoded, RowOrder, Storage, Stream};
 
     /// x padded.
@@ -692,7 +691,7 @@ mod tests {
         let row_bytes = storage.row_bytes(cols).unwrap();
         let finite = file[8..8 + size].chunks_exact(row_bytes).filter(|row| {
             let mut out = vec![0f32; cols];
-            crate::decode_row(storage, row, &mut out);
+            crate::storage::rows::decode_row(storage, row, &mut out);
             out.iter().all(|value| value.abs() < 1e30)
         });
         let bytes: Vec<u8> = finite.flatten().copied().collect();

@@ -8,10 +8,10 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::attention::Attention;
+use crate::buffer::grown;
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{Element, exp, largest, sum, sum2};
-use crate::product::grown;
-use crate::soft_cap::cap_scores;
+use crate::layer::soft_cap::cap_scores;
 
 /// Positions of the shortest span. The length of others is a multiple.
 const SPAN: usize = 64;

@@ -1,4 +1,4 @@
-//! The residual stream, and its gradient: sums with a factor, rounded to E where a product comes next.
+//! Sums in the residual stream and in its gradient.
 
 use crate::cpu::{cpu, per_cpu};
 use crate::element::Element;
@@ -25,28 +25,6 @@ per_cpu! {
     fn add_values(x: &mut [f32], y: &[f32], factor: f32) {
         for (x, y) in x.iter_mut().zip(y) {
             *x += factor * y;
-        }
-    }
-}
-
-/// `factor · x` rounded to E, on all threads.
-///
-/// # Panics
-/// When sizes disagree.
-pub fn to_elements_scaled<E: Element>(x: &[f32], factor: f32, y: &mut [E]) {
-    assert_eq!(x.len(), y.len());
-    let cpu = cpu();
-    let y = Shared::new(y);
-    for_ranges(x.len(), VALUES, |range| {
-        // SAFETY: no two tasks have a value in common.
-        narrow_scaled(cpu, &x[range.clone()], factor, unsafe { y.slice(range.start, range.len()) });
-    });
-}
-
-per_cpu! {
-    fn narrow_scaled<E: Element>(x: &[f32], factor: f32, y: &mut [E]) {
-        for (x, y) in x.iter().zip(y) {
-            *y = E::of(factor * x);
         }
     }
 }

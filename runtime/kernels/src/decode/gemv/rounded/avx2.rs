@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::super::{Job, sub_blocks};
 use super::{GROUP, RoundedRows, SPAN, prefetch};
-use crate::Storage;
+use crate::storage::Storage;
 
 /// Computes a job of M rows of x from the `first` on.
 ///

@@ -3,8 +3,8 @@
 
 use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::Element;
-use crate::panel::to_elements;
 use crate::pool::{Shared, for_ranges};
+use crate::round::to_elements;
 
 /// Cosines and sines: (rows, R/2) each. A row is a position under some frequencies; several sets of frequencies may follow each
 /// other, as of a model that turns long sequences otherwise than short ones.
@@ -98,37 +98,42 @@ pub fn rotate<E: Element>(
         for row in rows {
             // SAFETY: no two tasks have a row in common.
             let y = unsafe { y.slice(row * width, width) };
-            let (turning, head_dim) = (table.at(positions[row]), table.head_dim);
-            rotate_row(cpu, &x[row * width..][..width], turning, head_dim, rotated, 1.0, 1.0, y);
+            let ((cos, sin), head_dim) = (table.at(positions[row]), table.head_dim);
+            rotate_row(cpu, &x[row * width..][..width], cos, sin, head_dim, rotated, 1.0, 1.0, y);
         }
     });
 }
 
 /// The gradient of the rotation of one head, times `scale`: it turns back. Of no cosines and sines, it is x.
-pub(crate) fn rotate_back<E: Element>(cpu: Cpu, x: &[f32], turning: (&[f32], &[f32]), scale: f32, y: &mut [E]) {
-    rotate_row(cpu, x, turning, x.len(), 1, -1.0, scale, y);
+pub(crate) fn rotate_back<E: Element>(cpu: Cpu, x: &[f32], (cos, sin): (&[f32], &[f32]), scale: f32, y: &mut [E]) {
+    rotate_row(cpu, x, cos, sin, x.len(), 1, -1.0, scale, y);
 }
 
 per_cpu! {
     fn rotate_row<E: Element>(
         x: &[f32],
-        turning: (&[f32], &[f32]),
+        cos: &[f32],
+        sin: &[f32],
         head_dim: usize,
         rotated: usize,
         direction: f32,
         scale: f32,
         y: &mut [E],
     ) {
-        let (cos, sin) = turning;
         let half = cos.len();
         let (turned, rest) = x.split_at(head_dim * rotated);
         let (y, y_rest) = y.split_at_mut(head_dim * rotated);
-        for (x, y) in turned.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
-            let ((x, passing), (y, y_passing)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
-            for (x, y) in passing.iter().zip(y_passing) {
-                *y = E::of(*x * scale);
+        // Channels that pass; in most models there are none.
+        if 2 * half < head_dim {
+            for (x, y) in turned.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
+                for (x, y) in x[2 * half..].iter().zip(&mut y[2 * half..]) {
+                    *y = E::of(*x * scale);
+                }
             }
-            let ((low, high), (y_low, y_high)) = (x.split_at(half), y.split_at_mut(half));
+        }
+        for (x, y) in turned.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
+            let ((low, x), (y_low, y)) = (x.split_at(half), y.split_at_mut(half));
+            let (high, y_high) = (&x[..half], &mut y[..half]);
             for i in 0..half {
                 let (c, s) = (cos[i], sin[i] * direction);
                 y_low[i] = E::of((low[i] * c - high[i] * s) * scale);

@@ -11,9 +11,9 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use super::{Codec, CodecBlock, Encoded, EncodedScales, ScaleStorage};
+use crate::buffer::grown;
 use crate::cpu::{cpu, per_cpu};
 use crate::pool::{Shared, for_each};
-use crate::product::grown;
 
 /// Values of a chunk that one task encodes, roughly.
 const CHUNK: usize = 1 << 17;

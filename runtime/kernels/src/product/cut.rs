@@ -1,0 +1,106 @@
+//! How the output is cut into tasks, and the depth of a sum into pieces.
+
+use std::ops::Range;
+
+use super::element::ProductElement;
+use super::terms::{Columns, Right, Term};
+use crate::pool::threads;
+use crate::tile::PANEL;
+
+/// Words of the sum that are packed at once: 416 KiB of panel, which stays in the second-level cache, and enough for two
+/// widths of 1,536 in bf16 with their adapters in one sum.
+pub(super) const DEPTH: usize = 1664;
+/// The same in rounds, see [`product`](super::product): what some hundred rows of A have of so many words stays in the second-level cache too.
+const DEPTH_OF_ROUND: usize = 512;
+/// The same where a panel is decoded in pieces of [`WIDE`] columns, whose scratch is as large again.
+const DEPTH_WIDE: usize = 384;
+/// Columns that are decoded together where a weight's blocks are longer than a panel: those of ggml's K-quants.
+const WIDE: usize = 256;
+
+/// A part of the output.
+pub(super) struct Task {
+    /// Index of its columns.
+    pub(super) columns: usize,
+    /// First of its columns, counted within them.
+    pub(super) from: usize,
+    /// How many.
+    pub(super) width: usize,
+    /// Its rows.
+    pub(super) rows: Range<usize>,
+}
+
+/// Cuts the output into panels, and panels at the end, or all if there are few, into parts of their rows, so that no thread
+/// is left waiting for another's whole panel.
+pub(super) fn cut<E>(m: usize, columns: &[Columns<'_, E>]) -> Vec<Task> {
+    const PARTS: usize = 4;
+    let mut panels = Vec::new();
+    for (index, columns) in columns.iter().enumerate() {
+        let n = columns.terms[0].width();
+        let wide = columns.terms.iter().any(decodes_wide);
+        let width = if wide { WIDE } else { PANEL };
+        panels.extend((0..n).step_by(width).map(|from| (index, from, width.min(n - from))));
+    }
+    let threads = threads();
+    let split = match panels.len() % threads {
+        _ if threads == 1 || m < 24 => 0,
+        _ if panels.len() < 2 * threads => panels.len(),
+        rest => threads + rest,
+    };
+    let whole = panels.len() - split.min(panels.len());
+    let part = m.div_ceil(PARTS).next_multiple_of(6);
+    let mut tasks = Vec::with_capacity(panels.len() + PARTS * split);
+    for (number, (columns, from, width)) in panels.into_iter().enumerate() {
+        let size = if number < whole { m } else { part };
+        let parts = (0..m).step_by(size.max(1)).map(|row| row..m.min(row + size));
+        tasks.extend(parts.map(|rows| Task { columns, from, width, rows }));
+    }
+    tasks
+}
+
+/// Whether a term's weight is decoded more than a panel at a time: backward, by blocks that are longer.
+pub(super) fn decodes_wide<E>(term: &Term<'_, E>) -> bool {
+    match term.right {
+        Right::Frozen(matrix) => !term.transposed && matrix.block_len() > PANEL,
+        Right::Integers(_) | Right::Dense { .. } => false,
+    }
+}
+
+/// A part of a term's sum.
+#[derive(Clone, Copy)]
+pub(super) struct Piece {
+    pub(super) term: usize,
+    /// First value of the sum.
+    pub(super) from: usize,
+    /// Words of the sum.
+    pub(super) words: usize,
+}
+
+/// Cuts the terms' sums into groups of as many words as a panel takes, in order, those in integers before the others.
+pub(super) fn group<E: ProductElement>(terms: &[Term<'_, E>], in_rounds: bool) -> Vec<Vec<Piece>> {
+    let per_word = E::PER_WORD;
+    let (integers, others): (Vec<_>, Vec<_>) =
+        terms.iter().enumerate().partition(|(_, term)| matches!(term.right, Right::Integers(_)));
+    let total: usize = others.iter().map(|(_, term)| term.depth() / per_word).sum();
+    let depth = match terms.iter().any(decodes_wide) {
+        true => DEPTH_WIDE,
+        false if in_rounds && total > DEPTH => DEPTH_OF_ROUND,
+        false => DEPTH,
+    };
+    // Terms in integers are a group of their own, each whole.
+    let whole = |(term, of): (usize, &Term<'_, E>)| Piece { term, from: 0, words: of.depth() / per_word };
+    let mut groups = vec![integers.into_iter().map(whole).collect::<Vec<Piece>>()];
+    let mut room = if groups[0].is_empty() { depth } else { 0 };
+    for (index, term) in others {
+        let (mut from, mut words) = (0, term.depth() / per_word);
+        while words > 0 {
+            if room == 0 {
+                groups.push(Vec::new());
+                room = depth;
+            }
+            let count = words.min(room);
+            groups.last_mut().expect("there is a first group").push(Piece { term: index, from, words: count });
+            (from, words, room) = (from + count * per_word, words - count, room - count);
+        }
+    }
+    groups
+}

@@ -1,0 +1,344 @@
+//! Products with frozen weights and small dense ones, together in one pass over the output: `C = scale Σ A B + …`.
+//!
+//! A task packs a panel of 64 columns of B (see `pack`) and multiplies all rows of A by it (see `tile`). The terms of one
+//! sum, such as a frozen weight and the adapter beside it, follow each other in the same registers, so an adapter costs its
+//! multiplications and no pass of its own. What an element of C is does not depend on how the work is cut into tasks.
+
+mod cut;
+mod element;
+mod outer;
+mod pack;
+mod scratch;
+mod terms;
+
+use std::ops::Range;
+
+pub use self::element::ProductElement;
+pub use self::outer::outer;
+pub use self::terms::{Columns, Finish, Left, Output, Right, Term};
+
+use self::cut::{DEPTH, Piece, Task, cut, group};
+use self::pack::{decode_wide, pack};
+use self::scratch::{SCRATCH, Scratch};
+use self::terms::fits;
+use crate::buffer::grown;
+use crate::cpu::{Cpu, cpu};
+use crate::int8::{self, Packed, Rounded};
+use crate::pool::for_each;
+use crate::round::narrow;
+use crate::tile::{PANEL, SEGMENTS_MAX, Segment, Store, pack_rows, rows};
+
+/// Computes `m` rows of all `columns` into `out`, whose rows are `step` values apart.
+///
+/// # Panics
+/// When sizes disagree, columns overlap, a sum has more terms than a tile takes, or a depth is odd for bf16.
+pub fn product<E: ProductElement>(
+    m: usize,
+    columns: &[Columns<'_, E>],
+    out: Output<'_, E>,
+    step: usize,
+    finish: Finish,
+) {
+    let (mut end, columns_before) = (0, columns);
+    for (index, columns) in columns.iter().enumerate() {
+        let first = columns.terms.first().expect("a sum has a term");
+        let n = first.width();
+        assert!(columns.terms.len() <= SEGMENTS_MAX / 2, "a sum of {} terms", columns.terms.len());
+        for term in columns.terms {
+            let (depth, left) = (term.depth(), term.left);
+            assert!(term.width() == n && depth.is_multiple_of(E::PER_WORD), "a term of {} x {depth}", term.width());
+            assert!(depth <= left.step || m <= 1, "rows of {} values for a depth of {depth}", left.step);
+            assert!(fits(m, left.at, left.step, depth, left.values.len()), "A is short");
+            match term.right {
+                Right::Dense { values, cols } => {
+                    assert!(cols > 0 && values.len().is_multiple_of(cols), "W is not whole rows of {cols}");
+                }
+                Right::Integers(matrix) => assert!(matrix.multiplies_in_integers(), "W in integers"),
+                Right::Frozen(_) => (),
+            }
+        }
+        assert!(fits(1, columns.at, 0, n, step), "columns out of place");
+        assert!(columns.bias.is_none_or(|bias| bias.len() == n), "a bias for each of {n} columns");
+        for other in &columns_before[..index] {
+            let other = other.at..other.at + other.terms[0].width();
+            assert!(columns.at >= other.end || columns.at + n <= other.start, "columns {other:?} are written twice");
+        }
+        end = end.max(columns.at + n);
+    }
+    assert!(fits(m, 0, step, end, out.len()), "the output is short");
+    assert!(finish.row_add.is_none_or(|values| values.len() >= m), "an addend for every row");
+    if m == 0 {
+        return;
+    }
+    let cpu = cpu();
+    let (wide, narrow, add) = match out {
+        Output::Wide(values) => (values.as_mut_ptr(), std::ptr::null_mut(), false),
+        Output::Add(values) => (values.as_mut_ptr(), std::ptr::null_mut(), true),
+        Output::Narrow(values) => (std::ptr::null_mut(), values.as_mut_ptr(), false),
+    };
+    let store = Store {
+        scale: finish.scale,
+        bias: std::ptr::null(),
+        row_add: finish.row_add.map_or(std::ptr::null(), <[f32]>::as_ptr),
+        add: if add { wide } else { std::ptr::null() },
+        add_step: step,
+        wide,
+        narrow,
+        step,
+    };
+    let tasks = cut(m, columns);
+    let integers = Integers::of(cpu, m, columns);
+    let in_output = !store.wide.is_null() && !add;
+    let groups: Vec<Vec<Vec<Piece>>> = columns.iter().map(|columns| group(columns.terms, in_output)).collect();
+    // Sums that are too deep for one panel are taken a group of pieces at a time. Where they can wait in the output, that is in
+    // rounds, one group for all panels, so that a thread's panels find their part of A in its cache.
+    let rounds = if in_output { groups.iter().map(Vec::len).max().unwrap_or(1) } else { 1 };
+    let store = SharedStore(store);
+    for round in 0..rounds {
+        for_each(tasks.len(), |index| {
+            let task = &tasks[index];
+            let all = &groups[task.columns];
+            let now = if in_output { round..(round + 1).min(all.len()) } else { 0..all.len() };
+            SCRATCH.with_borrow_mut(|scratch| {
+                // SAFETY: the asserts above hold for all of A, W and the output; a task writes the rows and columns that it
+                // was cut for, and no two tasks have an element in common.
+                unsafe {
+                    let rounded = (&integers, integers.places[task.columns].as_slice());
+                    run(cpu, task, &columns[task.columns], rounded, (all, now), in_output, store.get(), scratch);
+                };
+            });
+        });
+    }
+}
+
+/// A of all terms in integers, rounded.
+struct Integers {
+    rounded: Vec<Rounded>,
+    /// For each sum and each of its terms, which of them it is.
+    places: Vec<Vec<usize>>,
+}
+
+impl Integers {
+    fn of<E: ProductElement>(cpu: Cpu, m: usize, columns: &[Columns<'_, E>]) -> Self {
+        let (mut rounded, mut made) = (Vec::new(), Vec::new());
+        let mut place = |term: &Term<'_, E>| {
+            let Right::Integers(matrix) = term.right else { return usize::MAX };
+            let left = term.left;
+            // Backward, the scales of W's rows are A's columns', so that A is another one for each weight.
+            let on_line = matrix.line().is_some();
+            let scales = (!term.transposed && on_line).then(|| matrix.integer_scales(0..matrix.rows));
+            let key = (left.values.as_ptr(), left.at, term.depth(), scales.is_none());
+            if let Some((_, known)) = made.iter().find(|(other, _)| *other == key && scales.is_none()) {
+                return *known;
+            }
+            rounded.push(int8::round(cpu, m, term.depth(), &left.values[left.at..], left.step, scales.as_deref()));
+            made.push((key, rounded.len() - 1));
+            rounded.len() - 1
+        };
+        let places = columns.iter().map(|columns| columns.terms.iter().map(&mut place).collect()).collect();
+        Self { rounded, places }
+    }
+}
+
+/// An output that tasks share.
+struct SharedStore<E>(Store<E>);
+// SAFETY: tasks write disjoint elements, see `product`.
+unsafe impl<E> Sync for SharedStore<E> {}
+impl<E> SharedStore<E> {
+    fn get(&self) -> Store<E> {
+        self.0
+    }
+}
+
+/// Computes the groups `now` of one task's sums.
+///
+/// # Safety
+/// See [`product`].
+#[allow(clippy::too_many_arguments)]
+unsafe fn run<E: ProductElement>(
+    cpu: Cpu,
+    task: &Task,
+    columns: &Columns<'_, E>,
+    integers: (&Integers, &[usize]),
+    (groups, now): (&[Vec<Piece>], Range<usize>),
+    in_output: bool,
+    store: Store<E>,
+    scratch: &mut Scratch,
+) {
+    let wide = task.width > PANEL;
+    let Scratch { panel, packed, decoded, all, floats, sums } = scratch;
+    let panel = grown(panel, DEPTH * PANEL);
+    let m = task.rows.len();
+    // Sums of all but the last group wait in the output or here.
+    let (sums, step) = if in_output {
+        (target(store, columns, task, 0).wide, store.step)
+    } else {
+        let step = task.width.next_multiple_of(PANEL);
+        let wait = groups.len() > 1 || in_integers(columns, &groups[0]);
+        (if wait { grown(sums, m * step).as_mut_ptr() } else { std::ptr::null_mut() }, step)
+    };
+    for (number, group) in groups.iter().enumerate().take(now.end).skip(now.start) {
+        let (first, last) = (number == 0, number + 1 == groups.len());
+        if in_integers(columns, group) {
+            for from in (0..task.width).step_by(PANEL) {
+                let width = PANEL.min(task.width - from);
+                let waiting = sums.wrapping_add(from);
+                // SAFETY: `sums` holds m rows of `step`.
+                unsafe {
+                    whole_numbers(cpu, task, columns, integers, group, (from, width), (waiting, step), packed);
+                    if last {
+                        finish(cpu, m, width, waiting, step, target(store, columns, task, from));
+                    }
+                }
+            }
+            continue;
+        }
+        // What a wide task decodes for all of its panels; narrow ones decode as they pack.
+        let shared = if wide { Some(decode_wide(cpu, task, columns, group, all, floats)) } else { None };
+        for from in (0..task.width).step_by(PANEL) {
+            let width = PANEL.min(task.width - from);
+            let mut segments = [Segment::EMPTY; SEGMENTS_MAX];
+            let (mut at, mut starts) = (0, 0);
+            for (piece, segment) in group.iter().zip(&mut segments) {
+                let term = &columns.terms[piece.term];
+                let out = &mut panel[at * PANEL..(at + piece.words) * PANEL];
+                let depth = piece.words * E::PER_WORD;
+                match (&shared, term.right) {
+                    (Some(all), Right::Frozen(_)) if !term.transposed => {
+                        let values = &E::of_words(all)[starts..starts + depth * task.width];
+                        pack_rows(cpu, &values[from..], task.width, depth, width, out);
+                        starts += depth * task.width;
+                    }
+                    _ => pack(cpu, term, piece.from, depth, task.from + from, width, out, decoded, floats),
+                }
+                let left = &term.left;
+                *segment = Segment {
+                    a: left.values[left.at + task.rows.start * left.step + piece.from..].as_ptr().cast(),
+                    row_step: left.step * size_of::<E>(),
+                    word_step: size_of::<u32>(),
+                    words: piece.words,
+                    b: out.as_ptr(),
+                };
+                at += piece.words;
+            }
+            let segments = &segments[..group.len()];
+            let waiting = sums.wrapping_add(from);
+            let target = match (first, last) {
+                (true, true) => target(store, columns, task, from),
+                (true, false) => Store::wide(waiting, step),
+                (false, false) => Store::adding(waiting, step),
+                // With nothing that goes in between, the sums so far are an addend.
+                (false, true) if store.scale == 1.0 && store.add.is_null() && store.wide.is_null() => {
+                    Store { add: waiting, add_step: step, ..target(store, columns, task, from) }
+                }
+                (false, true) => {
+                    // The sums so far go in before scale, bias and addends do.
+                    // SAFETY: `sums` holds m rows of `step`; A and B are as large as the segments say.
+                    unsafe {
+                        rows::<E, false>(cpu, m, width, segments, Store::adding(waiting, step));
+                        finish(cpu, m, width, waiting, step, target(store, columns, task, from));
+                    }
+                    continue;
+                }
+            };
+            // SAFETY: as above; the output is the task's own.
+            unsafe { rows::<E, false>(cpu, m, width, segments, target) };
+        }
+    }
+}
+
+/// Whether a group is of terms in integers.
+fn in_integers<E>(columns: &Columns<'_, E>, group: &[Piece]) -> bool {
+    group.first().is_some_and(|piece| matches!(columns.terms[piece.term].right, Right::Integers(_)))
+}
+
+/// The sums of the terms in integers, for a panel of a task's columns.
+///
+/// # Safety
+/// `sums` is writable over the task's rows by the panel's columns.
+#[allow(clippy::too_many_arguments)]
+unsafe fn whole_numbers<E: ProductElement>(
+    cpu: Cpu,
+    task: &Task,
+    columns: &Columns<'_, E>,
+    (integers, places): (&Integers, &[usize]),
+    group: &[Piece],
+    (from, width): (usize, usize),
+    (sums, step): (*mut f32, usize),
+    packed: &mut Packed,
+) {
+    let mut add = false;
+    for piece in group {
+        let term = &columns.terms[piece.term];
+        let (Right::Integers(matrix), rounded) = (term.right, &integers.rounded[places[piece.term]]) else { continue };
+        let columns = task.from + from..task.from + from + width;
+        let factors = (term.transposed && matrix.line().is_some()).then(|| matrix.integer_scales(columns.clone()));
+        for (chunk, start) in (0..term.depth()).step_by(int8::CHUNK).enumerate() {
+            let part = start..term.depth().min(start + int8::CHUNK);
+            int8::pack(cpu, &matrix, !term.transposed, part, columns.clone(), packed);
+            let factors = factors.as_ref().map_or(std::ptr::null(), |factors| factors.as_ptr());
+            let to = int8::Sums { out: sums, step, add, factors };
+            // SAFETY: the caller's sums, and as many factors as columns.
+            unsafe { int8::rows(cpu, rounded, task.rows.clone(), chunk, packed, width, to) };
+            add = true;
+        }
+    }
+}
+
+/// The output at a task's rows and its columns from `from` on.
+fn target<E>(store: Store<E>, columns: &Columns<'_, E>, task: &Task, from: usize) -> Store<E> {
+    let (row, within) = (task.rows.start, task.from + from);
+    let column = columns.at + within;
+    let place = row * store.step + column;
+    let shift = |p: *const f32, n: usize| if p.is_null() { p } else { p.wrapping_add(n) };
+    Store {
+        bias: columns.bias.map_or(std::ptr::null(), |bias| bias[within..].as_ptr()),
+        row_add: shift(store.row_add, row),
+        add: shift(store.add, place),
+        wide: if store.wide.is_null() { store.wide } else { store.wide.wrapping_add(place) },
+        narrow: if store.narrow.is_null() { store.narrow } else { store.narrow.wrapping_add(place) },
+        ..store
+    }
+}
+
+/// Sends sums that waited in a buffer on their way.
+///
+/// # Safety
+/// `sums` is readable and the output of `store` writable over m x width.
+unsafe fn finish<E: ProductElement>(cpu: Cpu, m: usize, width: usize, sums: *const f32, step: usize, store: Store<E>) {
+    for row in 0..m {
+        // SAFETY: as the caller promised.
+        unsafe {
+            let sums = std::slice::from_raw_parts(sums.add(row * step), width);
+            let part = |p: *const f32| if p.is_null() { None } else { Some(std::slice::from_raw_parts(p, width)) };
+            let row_add = if store.row_add.is_null() { 0.0 } else { *store.row_add.add(row) };
+            let add = if store.add.is_null() { None } else { part(store.add.add(row * store.add_step)) };
+            let mut values = [0f32; PANEL];
+            let values = &mut values[..width];
+            values.copy_from_slice(sums);
+            finish_row(cpu, values, store.scale, part(store.bias), row_add, add);
+            if store.wide.is_null() {
+                narrow(cpu, values, std::slice::from_raw_parts_mut(store.narrow.add(row * store.step), width));
+            } else {
+                std::slice::from_raw_parts_mut(store.wide.add(row * store.step), width).copy_from_slice(values);
+            }
+        }
+    }
+}
+
+crate::cpu::per_cpu! {
+    fn finish_row(values: &mut [f32], scale: f32, bias: Option<&[f32]>, row_add: f32, add: Option<&[f32]>) {
+        for value in values.iter_mut() {
+            *value *= scale;
+        }
+        for (value, bias) in values.iter_mut().zip(bias.unwrap_or(&[])) {
+            *value += bias;
+        }
+        for value in values.iter_mut() {
+            *value += row_add;
+        }
+        for (value, add) in values.iter_mut().zip(add.unwrap_or(&[])) {
+            *value += add;
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! A thread's buffers.
+
+use std::cell::RefCell;
+
+use crate::int8::Packed;
+
+/// A thread's buffers; they keep their size.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// The packed panel.
+    pub(super) panel: Vec<u32>,
+    /// The same in integers.
+    pub(super) packed: Packed,
+    /// Decoded values for one panel.
+    pub(super) decoded: Vec<u32>,
+    /// Decoded values for all panels of a wide task.
+    pub(super) all: Vec<u32>,
+    /// A decoded row on its way to bf16.
+    pub(super) floats: Vec<f32>,
+    /// Sums of earlier groups.
+    pub(super) sums: Vec<f32>,
+}
+
+thread_local!(pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default());

@@ -1,0 +1,262 @@
+//! The innermost loop of every product: a tile of C held in registers, over words of four bytes.
+//!
+//! A word of A is one f32 or a pair of neighbouring bf16 along the sum; it is broadcast. Words of B lie in a panel of
+//! [`PANEL`] columns, packed so that the words of one step lie beside each other. One `dot` multiplies a broadcast word by a
+//! vector of words and adds to a vector of f32 sums. So f32 and bf16 differ in one instruction, and processors in how many
+//! rows and vectors make a tile.
+//!
+//! A sum is taken step by step in the order of the segments, whatever tile it is part of: a row of C depends on its row of A
+//! and on B alone.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod lanes;
+mod operands;
+mod panel;
+mod portable;
+
+use half::bf16;
+
+pub(crate) use self::operands::{PANEL, SEGMENTS_MAX, Segment, Store};
+pub(crate) use self::panel::{pack_columns, pack_rows, pack_rows_padded, pair_rows, word};
+
+#[cfg(target_arch = "x86_64")]
+use self::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use self::avx512::Avx512;
+use self::lanes::{Lanes, spin_operations};
+use self::portable::Portable;
+use crate::cpu::Cpu;
+use crate::element::Element;
+
+/// Rows of the largest tile of any processor.
+const ROWS_MAX: usize = 6;
+
+/// C (rows, width) = Σ over segments of A B, stored as `store` says, for a panel of `width` ≤ [`PANEL`] columns.
+///
+/// # Safety
+/// Every segment has `rows` rows of A and `words * PANEL` words of B readable; outputs are writable (and `add`, `bias` and
+/// `row_add` readable) over rows x width, and nobody else accesses them meanwhile. The processor has what `cpu` says.
+pub(crate) unsafe fn rows<E: TileElement, const ALONG_ROWS: bool>(
+    cpu: Cpu,
+    rows: usize,
+    width: usize,
+    segments: &[Segment],
+    store: Store<E>,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { E::rows::<ALONG_ROWS>(cpu, rows, width, segments, store) }
+}
+
+/// Multiply-adds on registers alone: what they sum up to, and the operations of so many steps.
+pub(crate) fn spin<E: TileElement>(cpu: Cpu, steps: usize) -> (f32, f64) {
+    let (sum, operations) = E::spin(cpu, steps);
+    (sum, operations as f64 * steps as f64)
+}
+
+/// An element type that has tiles.
+pub trait TileElement: Element {
+    /// See [`rows`].
+    ///
+    /// # Safety
+    /// See [`rows`].
+    unsafe fn rows<const ALONG_ROWS: bool>(
+        cpu: Cpu,
+        rows: usize,
+        width: usize,
+        segments: &[Segment],
+        store: Store<Self>,
+    );
+    /// See [`spin`]; the operations are those of one step.
+    fn spin(cpu: Cpu, steps: usize) -> (f32, usize);
+}
+
+impl TileElement for f32 {
+    unsafe fn rows<const ALONG_ROWS: bool>(
+        cpu: Cpu,
+        rows: usize,
+        width: usize,
+        segments: &[Segment],
+        store: Store<f32>,
+    ) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match cpu {
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx512 | Cpu::Avx512Bf16 => {
+                    walk::<Avx512<f32>, ALONG_ROWS>(rows, width, segments, store);
+                }
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx2 => walk::<Avx2<f32>, ALONG_ROWS>(rows, width, segments, store),
+                _ => walk::<Portable<f32>, ALONG_ROWS>(rows, width, segments, store),
+            }
+        }
+    }
+
+    fn spin(cpu: Cpu, steps: usize) -> (f32, usize) {
+        // SAFETY: a `Cpu` is never more than the processor has.
+        unsafe {
+            match cpu {
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx512 | Cpu::Avx512Bf16 => turn::<Avx512<f32>>(steps),
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx2 => turn::<Avx2<f32>>(steps),
+                _ => turn::<Portable<f32>>(steps),
+            }
+        }
+    }
+}
+
+impl TileElement for bf16 {
+    unsafe fn rows<const ALONG_ROWS: bool>(
+        cpu: Cpu,
+        rows: usize,
+        width: usize,
+        segments: &[Segment],
+        store: Store<bf16>,
+    ) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match cpu {
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx512Bf16 => walk::<Avx512<bf16>, ALONG_ROWS>(rows, width, segments, store),
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx512 | Cpu::Avx2 => walk::<Avx2<bf16>, ALONG_ROWS>(rows, width, segments, store),
+                _ => walk::<Portable<bf16>, ALONG_ROWS>(rows, width, segments, store),
+            }
+        }
+    }
+
+    fn spin(cpu: Cpu, steps: usize) -> (f32, usize) {
+        // SAFETY: a `Cpu` is never more than the processor has.
+        unsafe {
+            match cpu {
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx512Bf16 => turn::<Avx512<bf16>>(steps),
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx512 | Cpu::Avx2 => turn::<Avx2<bf16>>(steps),
+                _ => turn::<Portable<bf16>>(steps),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The processor has the instructions of `L`.
+unsafe fn turn<L: Lanes>(steps: usize) -> (f32, usize) {
+    // SAFETY: passed on to the caller.
+    (unsafe { L::spin(steps) }, spin_operations::<L>())
+}
+
+/// Cuts a panel into tiles. # Safety: see [`rows`].
+unsafe fn walk<L: Lanes, const ALONG_ROWS: bool>(
+    rows: usize,
+    width: usize,
+    segments: &[Segment],
+    store: Store<L::Element>,
+) {
+    debug_assert!(width <= PANEL && segments.len() <= SEGMENTS_MAX);
+    let strip = L::WIDTH * L::VECTORS;
+    let mut here = [Segment::EMPTY; SEGMENTS_MAX];
+    let here = &mut here[..segments.len()];
+    for column in (0..width).step_by(strip) {
+        let columns = strip.min(width - column);
+        for row in (0..rows).step_by(L::ROWS) {
+            let count = L::ROWS.min(rows - row);
+            for (here, segment) in here.iter_mut().zip(segments) {
+                let a = segment.a.wrapping_add(row * segment.row_step);
+                *here = Segment { a, b: segment.b.wrapping_add(column), ..*segment };
+            }
+            let store = store.at(row, column);
+            // SAFETY: the tile lies inside what the caller promised, or its output is the buffer below.
+            unsafe {
+                if columns.is_multiple_of(L::WIDTH) {
+                    one::<L, ALONG_ROWS>(count, columns / L::WIDTH, here, store);
+                } else {
+                    // Whole vectors into a buffer, and from there the columns that exist.
+                    let mut sums = [0f32; ROWS_MAX * PANEL];
+                    let whole = Store::wide(sums.as_mut_ptr(), PANEL);
+                    one::<L, ALONG_ROWS>(count, columns.div_ceil(L::WIDTH), here, whole);
+                    finish(&sums, count, columns, store);
+                }
+            }
+        }
+    }
+}
+
+/// The scalar form of a tile's last step. # Safety: the outputs of `store` as in [`rows`], over rows x columns.
+unsafe fn finish<E: Element>(sums: &[f32; ROWS_MAX * PANEL], rows: usize, columns: usize, store: Store<E>) {
+    // SAFETY: as the caller promised.
+    unsafe {
+        for row in 0..rows {
+            for column in 0..columns {
+                let mut value = sums[row * PANEL + column];
+                if store.scale != 1.0 {
+                    value *= store.scale;
+                }
+                if !store.bias.is_null() {
+                    value += *store.bias.add(column);
+                }
+                if !store.row_add.is_null() {
+                    value += *store.row_add.add(row);
+                }
+                if !store.add.is_null() {
+                    value += *store.add.add(row * store.add_step + column);
+                }
+                if store.wide.is_null() {
+                    *store.narrow.add(row * store.step + column) = E::of(value);
+                } else {
+                    *store.wide.add(row * store.step + column) = value;
+                }
+            }
+        }
+    }
+}
+
+/// Calls the tile of this size. # Safety: see [`tile`](lanes::tile).
+unsafe fn one<L: Lanes, const ALONG_ROWS: bool>(
+    rows: usize,
+    vectors: usize,
+    segments: &[Segment],
+    store: Store<L::Element>,
+) {
+    macro_rules! sizes {
+        ($(($rows:literal, $vectors:literal)),*) => {
+            match (rows, vectors) {
+                $(($rows, $vectors) => {
+                    // SAFETY: passed on to the caller; `L`'s processor is the one in use.
+                    unsafe { L::run::<$rows, $vectors, ALONG_ROWS>(segments, store) }
+                })*
+                _ => unreachable!("a tile has at most 6 rows and 4 vectors"),
+            }
+        };
+    }
+    sizes!(
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 1),
+        (6, 1),
+        (1, 2),
+        (2, 2),
+        (3, 2),
+        (4, 2),
+        (5, 2),
+        (6, 2),
+        (1, 3),
+        (2, 3),
+        (3, 3),
+        (4, 3),
+        (5, 3),
+        (6, 3),
+        (1, 4),
+        (2, 4),
+        (3, 4),
+        (4, 4),
+        (5, 4),
+        (6, 4)
+    )
+}

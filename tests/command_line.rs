@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use homeroom_engine::inference::Engine;
 use homeroom_engine::inference::generate::{Sampling, generate, prompt_ids};
-use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use serde_json::{Map, Value, json};
@@ -154,7 +154,7 @@ fn eval_chat_and_plugins_print_their_result_alone() -> Result<()> {
         [json!({"role": "system", "content": "short"}), json!({"role": "user", "content": "times seven: 3"})];
     let sampling = Sampling { max_tokens: 12, seed: 42, ..Sampling::default() };
     let prompt = prompt_ids(&model, &messages)?;
-    let answer = generate(&Answers::new(Inference::new(model.into(), None, Compute::auto())), &prompt, sampling)?;
+    let answer = generate(&Engine::new(model.into(), Compute::auto()), None, &prompt, sampling)?;
     let mut chat = homeroom();
     chat.args(["chat", "--prompt", "times seven: 3", "--system", "short", "--temperature", "0", "--max-tokens", "12"]);
     let said = succeeds(chat.arg("--model-dir").arg(&base))?;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::Example;
+use homeroom_engine::inference::Engine;
 use homeroom_engine::inference::generate::{Sampling, generate};
-use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::Batch;
 use homeroom_engine::run::compute::Compute;
@@ -166,8 +166,8 @@ fn greedy_tokens_of_every_family_equal_those_of_transformers() -> Result<()> {
             model.tokenizer = endless.into();
             let (model, max_tokens) = (Arc::new(model), want.len());
             for compute in [Compute::Plain, Compute::F32] {
-                let answers = Answers::new(Inference::new(model.clone(), None, compute));
-                let answer = generate(&answers, &prompt, Sampling { max_tokens, ..Sampling::default() })?;
+                let engine = Engine::new(model.clone(), compute);
+                let answer = generate(&engine, None, &prompt, Sampling { max_tokens, ..Sampling::default() })?;
                 assert_eq!(answer.ids, want, "{name}, {compute:?}");
             }
         }

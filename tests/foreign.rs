@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use homeroom::handler::local::Local;
 use homeroom::handler::{self, Handler};
-use homeroom::models::{Loaded, ModelRef, Network};
+use homeroom::models::{Answerer, Loaded, ModelRef, Network};
 use homeroom_engine::adapt::adapter::{AdapterFiles, serialize_f32};
 use homeroom_engine::adapt::merge::{Floats, save_model};
 use homeroom_engine::files::NewDirectory;
@@ -705,6 +706,59 @@ fn a_handler_answers_with_what_is_under_the_name_now() -> Result<()> {
     assert!(load().is_err());
     train("1")?;
     assert_eq!(answer(&serving)?, first);
+    Ok(())
+}
+
+/// Two handlers with two adapters on one base use the memory of one; each answers as it does alone, also at once.
+#[test]
+fn handlers_of_one_base_share_it() -> Result<()> {
+    let place = Place::new()?;
+    // A base of its own: other tests in this process answer with the fixture.
+    let (base, rows) = (place.copy(&fixture("models/llama"), "base")?, place.rows("rows.jsonl", 5)?);
+    for (steps, name) in [("1", "one"), ("6", "two")] {
+        let mut command = place.fine_tune(&base, &rows);
+        succeeds(command.args(["--overwrite", "--learning-rate", "3e-2", "--max-steps", steps]))?;
+        place.copy(&place.path("outputs/out"), name)?;
+    }
+    let reference = |name: &str| ModelRef { name: place.path(name), ..ModelRef::default() };
+    let load = |name: &str, compute| Answerer::load(&reference(name), Network::Never("a test"), compute);
+    let (one, two) = (load("one", Compute::F32)?, load("two", Compute::F32)?);
+    assert!(Arc::ptr_eq(&one.engine, &two.engine));
+    let weights = one.model().modules.iter().zip(&two.model().modules);
+    assert!(weights.into_iter().all(|(a, b)| Arc::ptr_eq(&a.weight, &b.weight)));
+    let generation = |answerer: &Answerer| answerer.adapter.as_ref().map(|adapter| adapter.generation());
+    assert_eq!(generation(&one), generation(&load("one", Compute::F32)?), "what is unchanged is kept");
+    assert!(!Arc::ptr_eq(&one.engine, &load("one", Compute::Plain)?.engine), "it computes otherwise");
+
+    let answer = |name: &str| -> Result<String> {
+        let handler = Local::load(name, reference(name), Compute::F32)?;
+        Ok(handler.complete(&asked("times seven: 3", 16), &handler::Context::default())?.text)
+    };
+    let alone = [answer("one")?, answer("two")?];
+    assert_ne!(alone[0], alone[1], "the trainings cannot be told apart");
+    std::thread::scope(|scope| {
+        let both: Vec<_> = (0..6)
+            .map(|i| {
+                scope.spawn({
+                    let answer = &answer;
+                    move || answer(["one", "two"][i % 2])
+                })
+            })
+            .collect();
+        for (number, said) in both.into_iter().enumerate() {
+            let said = said.join().expect("it does not panic").expect("it answers");
+            assert_eq!(said, alone[number % 2], "request {number}");
+        }
+    });
+
+    fs::copy(place.path("two/adapter_model.safetensors"), place.path("one/adapter_model.safetensors"))?;
+    let anew = load("one", Compute::F32)?;
+    assert!(Arc::ptr_eq(&one.engine, &anew.engine));
+    assert_ne!(generation(&one), generation(&anew), "a file of it has changed");
+    assert_eq!(answer("one")?, alone[1]);
+    let engine = Arc::downgrade(&one.engine);
+    drop((one, two, anew));
+    assert!(engine.upgrade().is_none(), "a base goes when nobody answers with it");
     Ok(())
 }
 

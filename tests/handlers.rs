@@ -18,7 +18,7 @@ use homeroom::handler::{
     Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, Secret,
     Usage, checked, collect,
 };
-use homeroom::models::{Loaded, ModelRef, Network};
+use homeroom::models::{Answerer, Loaded, ModelRef, Network};
 use homeroom::serve::{Models, Running, bind, start};
 use homeroom_engine::run::compute::Compute;
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ fn loaded() -> Result<Loaded> {
 }
 
 pub fn local() -> Result<Arc<dyn Handler>> {
-    Ok(Arc::new(Local::new("llama", loaded()?, Compute::auto())))
+    Ok(Arc::new(Local::new("llama", Answerer::of(loaded()?, Compute::auto())?)))
 }
 
 pub fn endpoint(base_url: &str, model: &str) -> Result<OpenAi> {

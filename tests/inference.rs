@@ -6,10 +6,10 @@ use anyhow::{Context, Result};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::requantize::{StoredAs, store_as};
 use homeroom_engine::inference::generate::{Sampling, generate};
-use homeroom_engine::inference::{Answers, Inference, Kept};
+use homeroom_engine::inference::{Adapter, Engine, Inference, KvCache};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::run::plain::decoder::Cache;
+use homeroom_engine::run::plain::decoder::KvCache as PlainKvCache;
 use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_kernels::{Codec, Cpu, with_cpu};
 use serde_json::{Value, json};
@@ -51,16 +51,26 @@ fn apart(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).fold(0f32, |most, (x, y)| most.max((x - y).abs())) / largest
 }
 
+/// A base ready to answer, and an adapter on it.
+type Ready = (Inference, Option<Arc<Adapter>>);
+
+fn made_ready(model: &Arc<BaseModel>, adaptation: Option<Arc<Adaptation>>, compute: Compute) -> Result<Ready> {
+    let inference = Inference::new(model.clone(), compute);
+    let adapter = adaptation.map(|adaptation| Adapter::new(&inference, model.clone(), adaptation)).transpose()?;
+    Ok((inference, adapter))
+}
+
 /// Reads a prompt in pieces, then tokens one at a time: the logits after the prompt and after each token.
-fn logits(inference: &Inference, prompt: &[u32], pieces: usize, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
-    let mut kept = inference.begin();
+fn logits((inference, adapter): &Ready, prompt: &[u32], pieces: usize, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+    let adapter = adapter.as_deref();
+    let mut cache = inference.begin(adapter);
     let mut all = Vec::new();
     for piece in prompt.chunks(pieces) {
-        let last = kept.positions() + piece.len() == prompt.len();
-        all.extend(inference.read(piece, &mut kept, prompt.len(), last)?);
+        let last = cache.positions() + piece.len() == prompt.len();
+        all.extend(inference.read(adapter, piece, &mut cache, prompt.len(), last)?);
     }
     for token in tokens {
-        all.extend(inference.step(&mut [(*token, &mut kept)])?);
+        all.extend(inference.step(adapter, &mut [(*token, &mut cache)])?);
     }
     Ok(all)
 }
@@ -72,22 +82,23 @@ fn prompts_and_tokens_have_the_logits_of_plain_blocks() -> Result<()> {
         let (prompt, tokens) = (ids(&model, length, 1), ids(&model, 8, 5));
         for (number, adaptation) in adaptations(&model)?.into_iter().enumerate() {
             let pass = Pass::evaluation(&model, adaptation.as_deref());
-            let mut cache = Cache::default();
+            let mut cache = PlainKvCache::default();
             let mut plain = vec![pass.continue_sequence(&prompt, &mut cache, prompt.len())?.to_vec1::<f32>()?];
             for token in &tokens {
                 plain.push(pass.continue_sequence(&[*token], &mut cache, 0)?.to_vec1()?);
             }
             // bf16 keeps 8 bits of a number; these models are random, so that nothing hides what that adds up to.
             for (compute, bound) in [(Compute::F32, 2e-5), (Compute::Bf16, 0.1)] {
-                let inference = Inference::new(model.clone(), adaptation.clone(), compute);
-                assert!(!matches!(inference.begin(), Kept::Plain(_)), "adapter {number} on {name} is not run plain");
-                let fast = logits(&inference, &prompt, prompt.len(), &tokens)?;
+                let ready = made_ready(&model, adaptation.clone(), compute)?;
+                let plain_cache = matches!(ready.0.begin(ready.1.as_deref()), KvCache::Plain(_));
+                assert!(!plain_cache, "adapter {number} on {name} is not run plain");
+                let fast = logits(&ready, &prompt, prompt.len(), &tokens)?;
                 for (position, (fast, plain)) in fast.iter().zip(&plain).enumerate() {
                     let apart = apart(fast, plain);
                     assert!(apart < bound, "adapter {number} on {name}, {compute:?}: {apart:e} apart at {position}");
                 }
                 for cpu in [Cpu::Portable, Cpu::Avx2] {
-                    let other = with_cpu(cpu, || logits(&inference, &prompt, prompt.len(), &tokens))?;
+                    let other = with_cpu(cpu, || logits(&ready, &prompt, prompt.len(), &tokens))?;
                     let apart = other.iter().zip(&plain).map(|(a, b)| apart(a, b)).fold(0.0, f32::max);
                     assert!(apart < bound, "adapter {number} on {name}, {compute:?}, {cpu:?}: {apart:e} apart");
                 }
@@ -104,13 +115,13 @@ fn values_that_change_later_change_no_answer() -> Result<()> {
     let (prompt, tokens) = (ids(&model, 41, 1), ids(&model, 3, 5));
     for compute in [Compute::F32, Compute::Bf16] {
         let adaptation = adaptations(&model)?.remove(2).context("an adapter")?;
-        let inference = Inference::new(model.clone(), Some(adaptation.clone()), compute);
-        let before = logits(&inference, &prompt, 17, &tokens)?;
+        let ready = made_ready(&model, Some(adaptation.clone()), compute)?;
+        let before = logits(&ready, &prompt, 17, &tokens)?;
         for param in &adaptation.params {
             param.var.set(&param.var.zeros_like()?)?;
         }
-        assert_eq!(logits(&inference, &prompt, 17, &tokens)?, before, "{compute:?}");
-        let anew = Inference::new(model.clone(), Some(adaptation), compute);
+        assert_eq!(logits(&ready, &prompt, 17, &tokens)?, before, "{compute:?}");
+        let anew = made_ready(&model, Some(adaptation), compute)?;
         assert_ne!(logits(&anew, &prompt, 17, &tokens)?, before, "{compute:?}");
     }
     Ok(())
@@ -137,14 +148,14 @@ fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> R
         this lesson each group draws one step of the cycle and explains to the others what drives it.";
     let ids = model.tokenizer.encode(text, false)?.ids;
     let (first, rest) = ids.split_at(1);
-    let exact = logits(&Inference::new(model.clone(), None, Compute::F32), first, 1, rest)?;
-    let fast = logits(&Inference::new(model.clone(), None, Compute::Bf16), first, 1, rest)?;
+    let exact = logits(&made_ready(&model, None, Compute::F32)?, first, 1, rest)?;
+    let fast = logits(&made_ready(&model, None, Compute::Bf16)?, first, 1, rest)?;
     let away = divergence(&exact, &fast);
     println!("divergence from f32 over {} tokens: {away:.2e} nats", ids.len());
     // Beside it, what rounding to bf16 costs when a prompt is read.
     let read = |compute| -> Result<Vec<Vec<f32>>> {
-        let inference = Inference::new(model.clone(), None, compute);
-        (1..=ids.len()).map(|len| Ok(logits(&inference, &ids[..len], len, &[])?.remove(0))).collect()
+        let ready = made_ready(&model, None, compute)?;
+        (1..=ids.len()).map(|len| Ok(logits(&ready, &ids[..len], len, &[])?.remove(0))).collect()
     };
     let reading = divergence(&read(Compute::F32)?, &read(Compute::Bf16)?);
     println!("of a prompt that is read in bf16: {reading:.2e} nats");
@@ -159,10 +170,10 @@ fn the_pieces_of_a_prompt_change_no_bit() -> Result<()> {
         let (prompt, tokens) =
             (ids(&model, 100.min(model.architecture.max_position_embeddings - 4), 2), ids(&model, 4, 3));
         for compute in [Compute::F32, Compute::Bf16] {
-            let inference = Inference::new(model.clone(), None, compute);
-            let whole = logits(&inference, &prompt, prompt.len(), &tokens)?;
+            let ready = made_ready(&model, None, compute)?;
+            let whole = logits(&ready, &prompt, prompt.len(), &tokens)?;
             for pieces in [1, 7, 64] {
-                assert!(logits(&inference, &prompt, pieces, &tokens)? == whole, "{name}, {compute:?}, by {pieces}");
+                assert!(logits(&ready, &prompt, pieces, &tokens)? == whole, "{name}, {compute:?}, by {pieces}");
             }
         }
     }
@@ -174,25 +185,26 @@ fn sequences_that_are_decoded_together_have_the_logits_that_each_has_alone() -> 
     for (name, model) in cases()? {
         for adaptation in adaptations(&model)? {
             for compute in [Compute::F32, Compute::Bf16, Compute::Plain] {
-                let inference = Inference::new(model.clone(), adaptation.clone(), compute);
+                let ready = made_ready(&model, adaptation.clone(), compute)?;
+                let (inference, adapter) = (&ready.0, ready.1.as_deref());
                 let prompts: Vec<Vec<u32>> = (0..6).map(|i| ids(&model, 3 + 5 * i, i as u32)).collect();
                 let tokens: Vec<Vec<u32>> = (0..6).map(|i| ids(&model, 3, 20 + i)).collect();
                 let mut kept = Vec::new();
                 for prompt in &prompts {
-                    let mut one = inference.begin();
-                    inference.read(prompt, &mut one, prompt.len(), false)?;
+                    let mut one = inference.begin(adapter);
+                    inference.read(adapter, prompt, &mut one, prompt.len(), false)?;
                     kept.push(one);
                 }
                 let mut together = vec![Vec::new(); 6];
                 for step in 0..3 {
-                    let mut sequences: Vec<(u32, &mut Kept)> =
+                    let mut sequences: Vec<(u32, &mut KvCache)> =
                         tokens.iter().map(|tokens| tokens[step]).zip(&mut kept).collect();
-                    for (all, logits) in together.iter_mut().zip(inference.step(&mut sequences)?) {
+                    for (all, logits) in together.iter_mut().zip(inference.step(adapter, &mut sequences)?) {
                         all.push(logits);
                     }
                 }
                 for ((prompt, tokens), together) in prompts.iter().zip(&tokens).zip(together) {
-                    let alone = logits(&inference, prompt, prompt.len(), tokens)?;
+                    let alone = logits(&ready, prompt, prompt.len(), tokens)?;
                     assert!(alone[1..] == together, "{name}, {compute:?}: company changes what is answered");
                 }
             }
@@ -201,8 +213,8 @@ fn sequences_that_are_decoded_together_have_the_logits_that_each_has_alone() -> 
     Ok(())
 }
 
-fn answers(model: &Arc<BaseModel>, compute: Compute) -> Answers {
-    Answers::new(Inference::new(model.clone(), None, compute))
+fn engine(model: &Arc<BaseModel>, compute: Compute) -> Engine {
+    Engine::new(model.clone(), compute)
 }
 
 fn sampling(seed: u64) -> Sampling {
@@ -223,12 +235,12 @@ fn answers_that_are_drawn_at_once_are_those_that_each_is_alone() -> Result<()> {
             .collect();
         let mut alone = Vec::new();
         for (prompt, seed) in prompts.iter().zip(0..) {
-            alone.push(generate(&answers(&model, compute), prompt, sampling(seed))?.ids);
+            alone.push(generate(&engine(&model, compute), None, prompt, sampling(seed))?.ids);
         }
         assert!(alone.iter().any(|ids| ids != &alone[0]) && alone.iter().any(|ids| ids.len() > 5));
-        let answers = answers(&model, compute);
+        let engine = engine(&model, compute);
         for _ in 0..2 {
-            let asked = prompts.iter().zip(0..).map(|(prompt, seed)| answers.ask(prompt, sampling(seed)));
+            let asked = prompts.iter().zip(0..).map(|(prompt, seed)| engine.ask(None, prompt, sampling(seed)));
             let asked = asked.collect::<Result<Vec<_>>>()?;
             for (number, (tokens, alone)) in asked.into_iter().zip(&alone).enumerate() {
                 let ids = tokens.collect::<Result<Vec<u32>>>()?;
@@ -245,12 +257,12 @@ fn an_answer_that_nobody_waits_for_makes_room_for_others() -> Result<()> {
     let mut tokenizer = homeroom_engine::text::tokenizer::Tokenizer::from_dir(&endless.path)?;
     tokenizer.eos_ids.clear();
     endless.tokenizer = tokenizer.into();
-    let answers = answers(&Arc::new(endless), Compute::F32);
+    let engine = engine(&Arc::new(endless), Compute::F32);
     let prompt = [1, 40, 41];
     let long = Sampling { max_tokens: 1 << 20, ..sampling(1) };
-    let dropped: Vec<_> = (0..40).map(|_| answers.ask(&prompt, long)).collect::<Result<_>>()?;
+    let dropped: Vec<_> = (0..40).map(|_| engine.ask(None, &prompt, long)).collect::<Result<_>>()?;
     drop(dropped);
-    assert!(!generate(&answers, &prompt, sampling(2))?.ids.is_empty());
+    assert!(!generate(&engine, None, &prompt, sampling(2))?.ids.is_empty());
     Ok(())
 }
 
@@ -262,14 +274,14 @@ fn models_take_turns() -> Result<()> {
     tokenizer.eos_ids.clear();
     endless.tokenizer = tokenizer.into();
     let endless = Arc::new(endless);
-    let (one, other) = (answers(&endless, Compute::F32), answers(&endless, Compute::F32));
+    let (one, other) = (engine(&endless, Compute::F32), engine(&endless, Compute::F32));
     let long = Sampling { max_tokens: 150, ..sampling(1) };
     let (sender, order) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
-        for (name, answers) in [("one", &one), ("other", &other)] {
+        for (name, engine) in [("one", &one), ("other", &other)] {
             let sender = sender.clone();
             scope.spawn(move || {
-                for token in answers.ask(&[1, 40, 41], long).expect("it is asked") {
+                for token in engine.ask(None, &[1, 40, 41], long).expect("it is asked") {
                     let sent = token.is_ok() && sender.send(name).is_ok();
                     assert!(sent);
                 }
@@ -288,13 +300,64 @@ fn models_take_turns() -> Result<()> {
 #[test]
 fn a_token_without_an_embedding_fails_its_answer_and_no_other() -> Result<()> {
     let model = Arc::new(model("llama")?);
-    let answers = answers(&model, Compute::F32);
+    let engine = engine(&model, Compute::F32);
     let good = [1, 40, 41];
-    let fine = answers.ask(&good, sampling(1))?;
-    let mut wrong = answers.ask(&[1, model.architecture.vocab_size as u32], sampling(1))?;
+    let fine = engine.ask(None, &good, sampling(1))?;
+    let mut wrong = engine.ask(None, &[1, model.architecture.vocab_size as u32], sampling(1))?;
     let error = wrong.next().context("it fails")?.expect_err("the token is unknown");
     assert!(error.to_string().contains("has no embedding"), "{error}");
     assert!(wrong.next().is_none(), "after its error an answer is over");
-    assert_eq!(fine.collect::<Result<Vec<u32>>>()?, generate(&answers, &good, sampling(1))?.ids);
+    assert_eq!(fine.collect::<Result<Vec<u32>>>()?, generate(&engine, None, &good, sampling(1))?.ids);
+    Ok(())
+}
+
+/// Three adapters, one of which runs plain blocks, and the base alone, on one engine.
+#[test]
+fn adapters_on_one_base_answer_at_once_as_each_does_alone() -> Result<()> {
+    let model = Arc::new(model("llama")?);
+    let dora = Arc::new(shake(adapt("lora", &json!({"r": 3, "use_dora": true}), &model, 3)?)?);
+    let adaptations = [adaptations(&model)?, vec![Some(dora)]].concat();
+    let prompt = ids(&model, 60, 1);
+    for compute in [Compute::F32, Compute::Bf16] {
+        let made = |engine: &Engine, adaptation: &Option<Arc<Adaptation>>| {
+            let adaptation = adaptation.clone();
+            adaptation.map(|adaptation| Adapter::new(engine.inference(), model.clone(), adaptation)).transpose()
+        };
+        let mut alone = Vec::new();
+        for adaptation in &adaptations {
+            let engine = engine(&model, compute);
+            alone.push(generate(&engine, made(&engine, adaptation)?.as_ref(), &prompt, sampling(1))?.ids);
+        }
+        assert!(
+            (1..alone.len()).all(|i| !alone[..i].contains(&alone[i])),
+            "each adapter says something else: {alone:?}"
+        );
+        let engine = engine(&model, compute);
+        let adapters = adaptations.iter().map(|adaptation| made(&engine, adaptation)).collect::<Result<Vec<_>>>()?;
+        // Twice one after another, where a beginning that another adapter read must not be taken over; then all at once.
+        for _ in 0..2 {
+            for (adapter, alone) in adapters.iter().zip(&alone) {
+                assert_eq!(&generate(&engine, adapter.as_ref(), &prompt, sampling(1))?.ids, alone, "{compute:?}");
+            }
+        }
+        let asked = (0..3).flat_map(|_| &adapters).map(|adapter| engine.ask(adapter.as_ref(), &prompt, sampling(1)));
+        for (number, tokens) in asked.collect::<Result<Vec<_>>>()?.into_iter().enumerate() {
+            let ids = tokens.collect::<Result<Vec<u32>>>()?;
+            assert_eq!(ids, alone[number % alone.len()], "request {number}, {compute:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_another_base_is_refused() -> Result<()> {
+    let (one, other) = (Arc::new(model("llama")?), Arc::new(model("llama")?));
+    let adaptation = adaptations(&one)?.remove(1).context("an adapter")?;
+    let (engine_of_one, engine_of_other) = (engine(&one, Compute::F32), engine(&other, Compute::F32));
+    let refused = Adapter::new(engine_of_other.inference(), one.clone(), adaptation.clone());
+    assert!(format!("{:#}", refused.err().context("its weights are others")?).contains("other weights"));
+    let adapter = Adapter::new(engine_of_one.inference(), one, adaptation)?;
+    let refused = engine_of_other.ask(Some(&adapter), &[1, 2], sampling(1));
+    assert!(format!("{:#}", refused.err().context("it is on another base")?).contains("another base"));
     Ok(())
 }

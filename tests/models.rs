@@ -1,8 +1,8 @@
 //! Model files against transformers: every architecture, every way of storing weights.
 
 use anyhow::{Context, Result};
+use homeroom_engine::inference::Engine;
 use homeroom_engine::inference::generate::{Sampling, generate};
-use homeroom_engine::inference::{Answers, Inference};
 use homeroom_engine::models::Architecture;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::Batch;
@@ -86,8 +86,8 @@ fn greedy_tokens_equal_those_of_transformers() -> Result<()> {
     let sampling = Sampling { max_tokens: want.len(), ..Sampling::default() };
     let model = std::sync::Arc::new(model);
     for compute in [Compute::Plain, Compute::F32] {
-        let answers = Answers::new(Inference::new(model.clone(), None, compute));
-        assert_eq!(generate(&answers, &prompt, sampling)?.ids, want, "{compute:?}");
+        let engine = Engine::new(model.clone(), compute);
+        assert_eq!(generate(&engine, None, &prompt, sampling)?.ids, want, "{compute:?}");
     }
     Ok(())
 }

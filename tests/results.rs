@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use homeroom::handler::local::Local;
 use homeroom::handler::{Context, Handler, Message, Request, Role};
-use homeroom::models::{Loaded, ModelRef, Network};
+use homeroom::models::{Answerer, Loaded, ModelRef, Network};
 use homeroom_engine::adapt::adapter::{AdapterFiles, serialize_f32};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
@@ -303,7 +303,7 @@ fn an_answer_that_is_no_number_is_an_error_and_not_empty() -> Result<()> {
         for temperature in [0.0, 0.7] {
             let loaded =
                 Loaded::load(&ModelRef { name: base.clone(), ..ModelRef::default() }, Network::Never("a test"))?;
-            let local = Local::new("overflowing", loaded, compute);
+            let local = Local::new("overflowing", Answerer::of(loaded, compute)?);
             let request = Request { temperature: Some(temperature), ..request.clone() };
             let error = local.complete(&request, &Context::default()).expect_err("there is no answer");
             assert!(format!("{error:?}").contains("overflow"), "{compute:?}: {error:?}");

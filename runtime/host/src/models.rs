@@ -1,5 +1,6 @@
 //! Models by name or path: bases, and adapters with their bases.
 
+mod engines;
 mod locate;
 mod missing;
 
@@ -12,7 +13,10 @@ use homeroom_engine::adapt::adapter::{AdapterFiles, CONFIG_FILE, is_adapter, wit
 use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
 use homeroom_engine::embedding::encoder_type;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
+use homeroom_engine::inference::generate::Sampling;
+use homeroom_engine::inference::{Adapter, Engine, Tokens};
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
 
 use serde_json::Value;
 
@@ -148,42 +152,103 @@ impl Loaded {
     /// # Errors
     /// When a file is missing or damaged, or the adapter and its base do not belong together.
     pub fn load(reference: &ModelRef, network: Network) -> Result<Self> {
+        let Found { base, adapter } = Found::find(reference, network)?;
+        let model = Arc::new(load_base(&base)?);
+        let Some((path, files)) = adapter else { return Ok(Self { model, adaptation: None }) };
+        let model = with_text(&path, model)?;
+        say_other_text(&files, &model);
+        let model = encode(|progress| files.store(model, &native::find, progress))?;
+        let adaptation = adapt(files, &model, reference.any_base)?;
+        Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
+    }
+}
+
+/// A model that answers: an engine, which others on the same base share, and the adapter that its requests bring along.
+#[derive(Clone)]
+pub struct Answerer {
+    /// The base.
+    pub engine: Arc<Engine>,
+    /// The adapter.
+    pub adapter: Option<Arc<Adapter>>,
+}
+
+impl Answerer {
+    /// Loads an adapter or a base alone to answer. A base that is loaded to answer already, from the same files and to compute in the
+    /// same way, is not loaded again; nor is an adapter.
+    ///
+    /// # Errors
+    /// As [`Loaded::load`].
+    pub fn load(reference: &ModelRef, network: Network, compute: Compute) -> Result<Self> {
+        let Found { base, adapter } = Found::find(reference, network)?;
+        let Some((path, files)) = adapter else {
+            return Ok(Self { engine: engines::engine_of(&base, None, compute)?, adapter: None });
+        };
+        let engine = engines::engine_of(&base, Some(&files), compute)?;
+        let adapter = engines::adapter_of(&engine, &path, reference.any_base, || {
+            let model = with_text(&path, engine.model().clone())?;
+            say_other_text(&files, &model);
+            let adaptation = adapt(files, &model, reference.any_base)?;
+            Adapter::new(engine.inference(), model, Arc::new(adaptation))
+        })?;
+        Ok(Self { engine, adapter: Some(adapter) })
+    }
+
+    /// Makes what is loaded ready to answer, in an engine of its own.
+    ///
+    /// # Errors
+    /// When the adapter does not fit.
+    pub fn of(loaded: Loaded, compute: Compute) -> Result<Self> {
+        let engine = Arc::new(Engine::new(loaded.model.clone(), compute));
+        let adapter = loaded.adaptation.map(|adaptation| Adapter::new(engine.inference(), loaded.model, adaptation));
+        Ok(Self { engine, adapter: adapter.transpose()? })
+    }
+
+    /// The base, with the adapter's tokenizer and template.
+    pub fn model(&self) -> &Arc<BaseModel> {
+        self.adapter.as_ref().map_or(self.engine.model(), |adapter| &adapter.model)
+    }
+
+    /// Begins to answer a prompt.
+    ///
+    /// # Errors
+    /// As [`Engine::ask`].
+    pub fn ask(&self, prompt: &[u32], sampling: Sampling) -> Result<Tokens> {
+        self.engine.ask(self.adapter.as_ref(), prompt, sampling)
+    }
+}
+
+/// Where a base is, and the adapter on it, if it is an adapter that was named.
+struct Found {
+    base: Located,
+    adapter: Option<(PathBuf, AdapterFiles)>,
+}
+
+impl Found {
+    fn find(reference: &ModelRef, network: Network) -> Result<Self> {
         let located = locate(&reference.name, network)?;
         let path = located.path.clone();
         refuse_embedding(&reference.name, &path)?;
         if !is_adapter(&path) {
             ensure!(reference.base_model.is_none(), "{}: not an adapter, so it has no base model", path.display());
-            return Ok(Self { model: Arc::new(load_base(&located)?), adaptation: None });
+            return Ok(Self { base: located, adapter: None });
         }
         let files = AdapterFiles::read(&path)?;
         let base = match &reference.base_model {
             Some(base) => locate(base, network)?,
             None => base_of(&files, network)?,
         };
-        let model = with_text(&path, Arc::new(load_base(&base)?))?;
-        if let Some(manifest) = &files.manifest {
-            if manifest.template_digest != model.tokenizer.template_digest() {
-                line("warning: the base model's chat template is not the one that the adapter was trained with");
-            }
-            if manifest.tokenizer_digest != model.tokenizer.digest() {
-                line("note: the base model's tokenizer file is not the one that the adapter was trained with");
-            }
-        }
-        let model = encode(|progress| files.store(model, &native::find, progress))?;
-        let adaptation = adapt(files, &model, reference.any_base)?;
-        Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
+        Ok(Self { base, adapter: Some((path, files)) })
     }
+}
 
-    /// As [`Loaded::load`], to answer: weights are where they are read fastest, see [`BaseModel::make_resident`].
-    ///
-    /// # Errors
-    /// As [`Loaded::load`].
-    pub fn to_answer(reference: &ModelRef, network: Network) -> Result<Self> {
-        let mut loaded = Self::load(reference, network)?;
-        if let Some(model) = Arc::get_mut(&mut loaded.model) {
-            model.make_resident();
-        }
-        Ok(loaded)
+/// Says where an adapter was trained with another tokenizer or template than `model` has.
+fn say_other_text(files: &AdapterFiles, model: &BaseModel) {
+    let Some(manifest) = &files.manifest else { return };
+    if manifest.template_digest != model.tokenizer.template_digest() {
+        line("warning: the base model's chat template is not the one that the adapter was trained with");
+    }
+    if manifest.tokenizer_digest != model.tokenizer.digest() {
+        line("note: the base model's tokenizer file is not the one that the adapter was trained with");
     }
 }
 

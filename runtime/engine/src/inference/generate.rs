@@ -1,8 +1,10 @@
 //! Answers: tokens one after another, until the model ends its turn.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 
-use crate::inference::Answers;
+use crate::inference::{Adapter, Engine};
 use crate::models::BaseModel;
 use crate::text::tokens::tokenize;
 
@@ -84,19 +86,17 @@ pub fn prompt_ids(model: &BaseModel, messages: &[serde_json::Value]) -> Result<V
 ///
 /// # Errors
 /// When the prompt is longer than the model's context, or a pass fails.
-pub fn generate(answers: &Answers, prompt: &[u32], sampling: Sampling) -> Result<Answer> {
-    let mut tokens = answers.ask(prompt, sampling)?;
+pub fn generate(engine: &Engine, adapter: Option<&Arc<Adapter>>, prompt: &[u32], sampling: Sampling) -> Result<Answer> {
+    let mut tokens = engine.ask(adapter, prompt, sampling)?;
     let ids = tokens.by_ref().collect::<Result<Vec<u32>>>()?;
     let finish = tokens.finish().expect("the tokens came to their end");
-    Ok(Answer { text: answers.inference().model.tokenizer.decode(&ids, true)?, ids, finish })
+    let model = adapter.map_or(engine.model(), |adapter| &adapter.model);
+    Ok(Answer { text: model.tokenizer.decode(&ids, true)?, ids, finish })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::inference::Inference;
     use crate::run::compute::Compute;
     use crate::text::tokenizer::Tokenizer;
 
@@ -108,15 +108,15 @@ mod tests {
         Sampling { max_tokens: 24, temperature, top_p, seed, ..Sampling::default() }
     }
 
-    fn answers(model: BaseModel, compute: Compute) -> Answers {
-        Answers::new(Inference::new(Arc::new(model), None, compute))
+    fn engine(model: BaseModel, compute: Compute) -> Engine {
+        Engine::new(Arc::new(model), compute)
     }
 
     #[test]
     fn seed_and_sampling_decide_the_answer() -> Result<()> {
-        let answers = answers(BaseModel::load(&fixture("llama"))?, Compute::F32);
+        let engine = engine(BaseModel::load(&fixture("llama"))?, Compute::F32);
         let prompt = [1, 40, 41, 42];
-        let ids = |sampling| -> Result<Vec<u32>> { Ok(generate(&answers, &prompt, sampling)?.ids) };
+        let ids = |sampling| -> Result<Vec<u32>> { Ok(generate(&engine, None, &prompt, sampling)?.ids) };
         let greedy = ids(sampling(0.0, 1.0, 1))?;
         assert_eq!(greedy, ids(sampling(1.5, 0.0, 2))?, "top_p 0 leaves the likeliest token");
         assert_eq!(greedy, ids(sampling(1.5, 1e-6, 3))?, "and so does next to nothing");
@@ -135,10 +135,10 @@ mod tests {
             endless.eos_ids.clear();
             model.tokenizer = endless.into();
             let context = model.architecture.max_position_embeddings;
-            let answers = answers(model, compute);
-            let answer = generate(&answers, &vec![5; context - 3], sampling(0.0, 1.0, 0))?;
+            let engine = engine(model, compute);
+            let answer = generate(&engine, None, &vec![5; context - 3], sampling(0.0, 1.0, 0))?;
             assert_eq!((answer.ids.len(), answer.finish), (4, Finish::Length));
-            let refused = generate(&answers, &vec![5; context + 1], sampling(0.0, 1.0, 0));
+            let refused = generate(&engine, None, &vec![5; context + 1], sampling(0.0, 1.0, 0));
             assert!(format!("{:#}", refused.expect_err("it is too long")).contains("the model's context"));
         }
         Ok(())

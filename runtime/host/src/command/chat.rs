@@ -16,7 +16,7 @@ use crate::handler::config::{Config, Handlers};
 use crate::handler::local::Local;
 use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, checked};
 use crate::interrupt;
-use crate::models::{Loaded, Network};
+use crate::models::{Answerer, Network};
 use crate::near::exists;
 use crate::stdout::Stdout;
 use crate::terminal::Stream;
@@ -71,8 +71,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
                 name.clone(),
                 Arc::new(Local::new(
                     name,
-                    Loaded::to_answer(&model.reference(), Network::Allowed)?,
-                    arguments.answers.compute,
+                    Answerer::load(&model.reference(), Network::Allowed, arguments.answers.compute)?,
                 )),
             )
         }

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use anyhow::Result;
 use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
+use homeroom_engine::inference::Tokens;
 use homeroom_engine::inference::generate::{Finish, Sampling, prompt_ids};
-use homeroom_engine::inference::{Answers, Inference, Tokens};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::text::block_end::BlockEnd;
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::context::PATIENCE;
 use super::stop::StopFilter;
 use super::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Usage, new_id, random};
-use crate::models::{Loaded, ModelRef, Network, here};
+use crate::models::{Answerer, ModelRef, Network, here};
 use crate::progress::line;
 use crate::watch::{Identity, identity};
 
@@ -57,47 +57,46 @@ pub(super) fn turn<'a, T>(lock: &'a Mutex<T>, context: &Context) -> Result<Mutex
 /// A model of this machine: a base, perhaps with an adapter.
 pub struct Local {
     name: String,
-    compute: Compute,
-    /// What is loaded anew once its files are others.
-    reference: Option<ModelRef>,
+    /// What is loaded anew once its files are others, and what that computes in.
+    reference: Option<(ModelRef, Compute)>,
     now: Mutex<Generation>,
 }
 
 /// The model that answers, and the files that it was read from.
 struct Generation {
-    answers: Arc<Answers>,
+    answerer: Answerer,
     files: Vec<Option<Identity>>,
 }
 
 impl Local {
-    /// Answers with a model under a name; `compute` is what it computes in.
-    pub fn new(name: impl Into<String>, loaded: Loaded, compute: Compute) -> Self {
-        let now = Generation { answers: answers(loaded, compute), files: Vec::new() };
-        Self { name: name.into(), compute, reference: None, now: Mutex::new(now) }
+    /// Answers with a model under a name.
+    pub fn new(name: impl Into<String>, answerer: Answerer) -> Self {
+        let now = Generation { answerer, files: Vec::new() };
+        Self { name: name.into(), reference: None, now: Mutex::new(now) }
     }
 
     /// Loads a model to answer with under a name. When another is put in its place, as by training it again, the next request is
     /// answered by that.
     ///
     /// # Errors
-    /// As [`Loaded::load`].
+    /// As [`Answerer::load`].
     pub fn load(name: impl Into<String>, reference: ModelRef, compute: Compute) -> Result<Self> {
         // Before they are read: what changes in between is a change.
         let files = identities(&reference);
-        let now = Generation { answers: answers(Loaded::to_answer(&reference, OFFLINE)?, compute), files };
-        Ok(Self { name: name.into(), compute, reference: Some(reference), now: Mutex::new(now) })
+        let now = Generation { answerer: Answerer::load(&reference, OFFLINE, compute)?, files };
+        Ok(Self { name: name.into(), reference: Some((reference, compute)), now: Mutex::new(now) })
     }
 
     /// The model as its files are now; if they cannot be loaded, which is said once, the older one.
-    fn answers(&self, context: &Context) -> Result<Arc<Answers>, HandlerError> {
+    fn answerer(&self, context: &Context) -> Result<Answerer, HandlerError> {
         let mut now = turn(&self.now, context)?;
-        if let Some(reference) = &self.reference {
+        if let Some((reference, compute)) = &self.reference {
             let files = identities(reference);
             if files != now.files {
                 now.files = files;
-                match Loaded::to_answer(reference, OFFLINE) {
-                    Ok(loaded) => {
-                        now.answers = answers(loaded, self.compute);
+                match Answerer::load(reference, OFFLINE, *compute) {
+                    Ok(answerer) => {
+                        now.answerer = answerer;
                         line(format_args!(
                             "note: {}: its files have changed; the new ones answer from now on",
                             self.name
@@ -110,12 +109,8 @@ impl Local {
                 }
             }
         }
-        Ok(now.answers.clone())
+        Ok(now.answerer.clone())
     }
-}
-
-fn answers(Loaded { model, adaptation }: Loaded, compute: Compute) -> Arc<Answers> {
-    Arc::new(Answers::new(Inference::new(model, adaptation, compute)))
 }
 
 /// What tells the files of a model from others of the same names.
@@ -139,8 +134,8 @@ fn identities(reference: &ModelRef) -> Vec<Option<Identity>> {
 
 impl Handler for Local {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
-        let answers = self.answers(context)?;
-        let model = &answers.inference().model;
+        let answerer = self.answerer(context)?;
+        let model = answerer.model();
         let limit = model.architecture.max_position_embeddings;
         let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();
         if bytes / BYTES_PER_TOKEN_MAX > limit {
@@ -176,7 +171,7 @@ impl Handler for Local {
         };
         let block_end = BlockEnd::behind(&prompt, &model.tokenizer, model.template.as_ref());
         let block_end = block_end.map_err(|error| HandlerError::internal(&error))?;
-        let tokens = answers.ask(&prompt, sampling);
+        let tokens = answerer.ask(&prompt, sampling);
         Ok(Box::new(Answer {
             tokens: tokens.map_err(|error| HandlerError::internal(&error))?,
             model: model.clone(),

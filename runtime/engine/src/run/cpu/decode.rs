@@ -263,7 +263,7 @@ impl Decoder {
         let m = x.len() / c;
         let normal = normalised(x, &self.final_norm, work.model.architecture.rms_norm_eps as f32);
         let mut all = vec![0f32; v * m];
-        self.head.run(work, few(&normal, c), &mut all);
+        self.head.run(work, few_rows(&normal, c), &mut all);
         let architecture = &work.model.architecture;
         let scale = architecture.logit_scale as f32;
         if scale != 1.0 {
@@ -284,7 +284,7 @@ impl Decoder {
 }
 
 /// Rows of width c, padded.
-fn few(values: &[f32], c: usize) -> FewRows<'_> {
+fn few_rows(values: &[f32], c: usize) -> FewRows<'_> {
     FewRows { values, step: FewRows::padded(c), rounded: None }
 }
 
@@ -343,11 +343,11 @@ impl Layer {
 
         let normal = self.mixer_norms.input(x, c, epsilon);
         let mut qkv = vec![0f32; shape.row() * m];
-        self.qkv.run(work, few(&normal, c), &mut qkv);
+        self.qkv.run(work, few_rows(&normal, c), &mut qkv);
 
         // Rows of q, turned; k, turned, and v go to the caches.
         let mut qkv = by_rows(&qkv, m, shape.row());
-        let mut kept = vec![E::default(); shape.row() - q_width];
+        let mut keys_values = vec![E::default(); shape.row() - q_width];
         for ((_, cache), row) in sequences.iter_mut().zip(qkv.chunks_exact_mut(shape.row())) {
             if let Some([q, k]) = &self.qk_norms {
                 let parts = [(0, q_width, q), (q_width, attention.kv_width(), k)];
@@ -359,8 +359,8 @@ impl Layer {
                 let turn = rotary.row(architecture, rope, length, position);
                 rotary.table(rope).turn(turn, &mut row[..q_width + shape.kv_heads * d]);
             }
-            kept.iter_mut().zip(&row[q_width..]).for_each(|(to, from)| *to = E::of(*from));
-            cache.extend(number, std::iter::once(&kept[..]));
+            keys_values.iter_mut().zip(&row[q_width..]).for_each(|(to, from)| *to = E::of(*from));
+            cache.extend(number, std::iter::once(&keys_values[..]));
         }
 
         let size = attend_values(&shape);
@@ -383,14 +383,14 @@ impl Layer {
             attend_join(&shape, own, &mut out[..q_width]);
         }
         let mut y = vec![0f32; c * m];
-        self.o.run(work, few(&attended, q_width), &mut y);
+        self.o.run(work, few_rows(&attended, q_width), &mut y);
         self.mixer_norms.add(x, &y, m, epsilon, scale);
 
         let normal = self.feed_forward_norms.input(x, c, epsilon);
         let mut h = vec![0f32; inner * m];
-        self.gate_up.run_gated(work, spec.feed_forward.gate, few(&normal, c), &mut h);
+        self.gate_up.run_gated(work, spec.feed_forward.gate, few_rows(&normal, c), &mut h);
         let rows = by_rows(&h, m, FewRows::padded(inner));
-        self.down.run(work, few(&rows, inner), &mut y);
+        self.down.run(work, few_rows(&rows, inner), &mut y);
         self.feed_forward_norms.add(x, &y, m, epsilon, scale);
     }
 }

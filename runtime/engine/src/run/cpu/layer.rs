@@ -21,7 +21,7 @@ use homeroom_kernels::{
 
 use super::Rows;
 use super::kv_cache::KvCache;
-use super::site::{Site, SiteSaved};
+use super::site::{Site, SiteActivations};
 use super::workspace::Buffer;
 use crate::models::BaseModel;
 use crate::models::architecture::LayerSpec;
@@ -54,32 +54,32 @@ struct Around {
     scale: f32,
 }
 
-/// What a layer keeps for backward.
-pub struct LayerSaved<E> {
-    input: InputSaved<E>,
+/// What forward keeps of a layer for backward.
+pub struct LayerActivations<E> {
+    input: InputActivations<E>,
     /// Of q and k: x̂, and 1 / rms.
     qk: Option<(Buffer<E>, Buffer<f32>)>,
     qkv: Buffer<E>,
-    qkv_saved: SiteSaved<E>,
+    qkv_activations: SiteActivations<E>,
     attended: Buffer<E>,
     log_sums: Buffer<f32>,
     /// The rows of `attended` that the layer went on with, if not with all.
     picked: Option<Buffer<E>>,
-    upper: UpperSaved<E>,
+    upper: UpperActivations<E>,
 }
 
 /// What it keeps of the part above the attention.
-struct UpperSaved<E> {
-    mixed: OutputSaved<E>,
-    input: InputSaved<E>,
+struct UpperActivations<E> {
+    mixed: OutputActivations<E>,
+    input: InputActivations<E>,
     gate_up: Buffer<E>,
-    fed: OutputSaved<E>,
+    fed: OutputActivations<E>,
     /// Of o, gate and up, down.
-    sites: [SiteSaved<E>; 3],
+    sites: [SiteActivations<E>; 3],
 }
 
 /// What is kept of a part's input.
-enum InputSaved<E> {
+enum InputActivations<E> {
     /// x̂, and 1 / rms.
     Normal(Buffer<E>, Buffer<f32>),
     /// The input itself, which is x as E.
@@ -87,34 +87,52 @@ enum InputSaved<E> {
 }
 
 /// What is kept of a norm of a part's output: ŷ, and 1 / rms.
-type OutputSaved<E> = Option<(Buffer<E>, Buffer<f32>)>;
+type OutputActivations<E> = Option<(Buffer<E>, Buffer<f32>)>;
 
 impl Around {
     /// The input of the part: x (m, C), normalised if there is a norm; and what is kept of it.
-    fn input<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[f32], c: usize) -> (Option<Buffer<E>>, InputSaved<E>) {
+    fn input<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        x: &[f32],
+        c: usize,
+    ) -> (Option<Buffer<E>>, InputActivations<E>) {
         let Some(w) = &self.before else {
             let mut same = rows.narrow(c);
             timed("forward norm", || to_elements(x, &mut same));
-            return (None, InputSaved::Same(same));
+            return (None, InputActivations::Same(same));
         };
         let [mut normal, mut scaled] = [0; 2].map(|_| rows.narrow(c));
         let mut inverse = rows.wide(1);
         timed("forward norm", || rms_norm(x, w, self.epsilon, &mut normal, &mut inverse, &mut scaled));
-        (Some(scaled), InputSaved::Normal(normal, inverse))
+        (Some(scaled), InputActivations::Normal(normal, inverse))
     }
 
     /// That input again, of what was kept.
-    fn input_again<E: ProductElement>(&self, rows: &Rows<'_, E>, saved: &InputSaved<E>, c: usize) -> Option<Buffer<E>> {
-        let (Some(w), InputSaved::Normal(normal, _)) = (&self.before, saved) else { return None };
+    fn input_again<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        activations: &InputActivations<E>,
+        c: usize,
+    ) -> Option<Buffer<E>> {
+        let (Some(w), InputActivations::Normal(normal, _)) = (&self.before, activations) else { return None };
         let mut scaled = rows.narrow(c);
         timed("backward norm", || scale_columns(normal, w, &mut scaled));
         Some(scaled)
     }
 
     /// Adds the gradient in x of the gradient dy (m, C) of that input to dx; `narrow` becomes dx as E.
-    fn input_backward<E: ProductElement>(&self, saved: &InputSaved<E>, dy: &[f32], dx: &mut [f32], narrow: &mut [E]) {
-        timed("backward norm", || match (&self.before, saved) {
-            (Some(w), InputSaved::Normal(normal, inverse)) => rms_norm_backward(normal, w, inverse, dy, dx, narrow),
+    fn input_backward<E: ProductElement>(
+        &self,
+        activations: &InputActivations<E>,
+        dy: &[f32],
+        dx: &mut [f32],
+        narrow: &mut [E],
+    ) {
+        timed("backward norm", || match (&self.before, activations) {
+            (Some(w), InputActivations::Normal(normal, inverse)) => {
+                rms_norm_backward(normal, w, inverse, dy, dx, narrow)
+            }
             _ => add_gradient(dy, dx, narrow),
         });
     }
@@ -127,19 +145,19 @@ impl Around {
         input: &[E],
         x: &mut [f32],
         c: usize,
-    ) -> (SiteSaved<E>, OutputSaved<E>) {
+    ) -> (SiteActivations<E>, OutputActivations<E>) {
         if self.adds() {
             return (site.forward(rows, input, Output::Add(x)), None);
         }
         let mut y = rows.wide(c);
-        let saved = site.forward(rows, input, Output::Wide(&mut y));
+        let activations = site.forward(rows, input, Output::Wide(&mut y));
         let Some(w) = &self.after else {
             timed("forward norm", || add_scaled(x, &y, self.scale));
-            return (saved, None);
+            return (activations, None);
         };
         let (mut normal, mut inverse) = (rows.narrow(c), rows.wide(1));
         timed("forward norm", || rms_norm_add(&y, w, self.epsilon, self.scale, &mut normal, &mut inverse, x));
-        (saved, Some((normal, inverse)))
+        (activations, Some((normal, inverse)))
     }
 
     /// Whether outputs are added as they are.
@@ -151,7 +169,7 @@ impl Around {
     fn output_backward<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
-        saved: &OutputSaved<E>,
+        activations: &OutputActivations<E>,
         dx: &[f32],
         c: usize,
     ) -> Option<Buffer<E>> {
@@ -159,7 +177,7 @@ impl Around {
             return None;
         }
         let mut dy = rows.narrow(c);
-        timed("backward norm", || match (&self.after, saved) {
+        timed("backward norm", || match (&self.after, activations) {
             (Some(w), Some((normal, inverse))) => {
                 rms_norm_add_backward(normal, w, inverse, self.scale, dx, &mut dy);
             }
@@ -229,16 +247,16 @@ impl FusedLayer {
         norms.map(|(weight, (at, width))| ColumnNorm { at, groups: width / weight.len(), weight }).collect()
     }
 
-    /// From x (m, C), the layer's output: of all rows, or of those with a target if no other block needs more, with `few` as
+    /// From x (m, C), the layer's output: of all rows, or of those with a target if no other block needs more, with `targets` as
     /// their batch. Attention's keys and values are of all rows in any case. With a cache, the rows continue its sequence; its
-    /// layer `kept.1` takes them in.
+    /// layer `cache.1` takes them in.
     pub fn forward<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
-        few: Option<&Batch>,
+        targets: Option<&Batch>,
         mut x: Buffer<f32>,
-        kept: Option<(&mut KvCache<E>, usize)>,
-    ) -> (Buffer<f32>, LayerSaved<E>) {
+        cache: Option<(&mut KvCache<E>, usize)>,
+    ) -> (Buffer<f32>, LayerActivations<E>) {
         let c = rows.pass.model.architecture.hidden_size;
         let shape = self.spec.attention().over(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
@@ -246,7 +264,7 @@ impl FusedLayer {
         let (scaled, input) = self.mixer.input(rows, &x, c);
         let mut unrotated = rows.wide(width);
         let of = of_input(&scaled, &input);
-        let qkv_saved = self.qkv.forward(rows, of, Output::Wide(&mut unrotated));
+        let qkv_activations = self.qkv.forward(rows, of, Output::Wide(&mut unrotated));
         drop(scaled);
         let norms = self.column_norms();
         let qk = (!norms.is_empty()).then(|| {
@@ -266,42 +284,47 @@ impl FusedLayer {
         });
         drop(unrotated);
         let (mut attended, mut log_sums) = (rows.narrow(q_width), rows.wide(shape.heads));
-        timed("forward attention", || match kept {
+        timed("forward attention", || match cache {
             None => attention(&shape, &qkv, &mut attended, &mut log_sums),
             Some((cache, number)) => {
-                let kept = cache.extend(number, qkv.chunks_exact(width).map(|row| &row[q_width..]));
-                attention_kept(&shape, &qkv, kept, &mut attended);
+                let keys_values = cache.extend(number, qkv.chunks_exact(width).map(|row| &row[q_width..]));
+                attention_kept(&shape, &qkv, keys_values, &mut attended);
             }
         });
 
-        let (picked, upper) = match few {
+        let (picked, upper) = match targets {
             None => (None, self.forward_upper(rows, &mut x, &attended)),
-            Some(few) => {
-                let (targets, part) = (&rows.batch.target_rows, &rows.of(few));
+            Some(targets) => {
+                let (indices, part) = (&rows.batch.target_rows, &rows.of(targets));
                 let mut picked = part.narrow(q_width);
-                pick(targets, q_width, &attended, &mut picked);
+                pick(indices, q_width, &attended, &mut picked);
                 let mut picked_x = part.wide(c);
-                pick(targets, c, &x, &mut picked_x);
+                pick(indices, c, &x, &mut picked_x);
                 x = picked_x;
                 let upper = self.forward_upper(part, &mut x, &picked);
                 (Some(picked), upper)
             }
         };
-        (x, LayerSaved { input, qk, qkv, qkv_saved, attended, log_sums, picked, upper })
+        (x, LayerActivations { input, qk, qkv, qkv_activations, attended, log_sums, picked, upper })
     }
 
     /// The layer from the attention's output on, row by row: x (m, C) becomes the layer's output.
-    fn forward_upper<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &mut [f32], attended: &[E]) -> UpperSaved<E> {
+    fn forward_upper<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        x: &mut [f32],
+        attended: &[E],
+    ) -> UpperActivations<E> {
         let (c, inner) = (rows.pass.model.architecture.hidden_size, self.spec.feed_forward.inner);
-        let (o_saved, mixed) = self.mixer.output(rows, &self.o, attended, x, c);
+        let (o_activations, mixed) = self.mixer.output(rows, &self.o, attended, x, c);
         let (scaled, input) = self.feed_forward.input(rows, x, c);
         let mut gate_up = rows.narrow(2 * inner);
-        let gate_up_saved = self.gate_up.forward(rows, of_input(&scaled, &input), Output::Narrow(&mut gate_up));
+        let gate_up_activations = self.gate_up.forward(rows, of_input(&scaled, &input), Output::Narrow(&mut gate_up));
         drop(scaled);
         let mut h = rows.narrow(inner);
         timed("forward gate", || gated(self.spec.feed_forward.gate, inner, &gate_up, &mut h));
-        let (down_saved, fed) = self.feed_forward.output(rows, &self.down, &h, x, c);
-        UpperSaved { mixed, input, gate_up, fed, sites: [o_saved, gate_up_saved, down_saved] }
+        let (down_activations, fed) = self.feed_forward.output(rows, &self.down, &h, x, c);
+        UpperActivations { mixed, input, gate_up, fed, sites: [o_activations, gate_up_activations, down_activations] }
     }
 
     /// From dx, the gradient of the output, and `narrow`, the same as E, both for the input. Without `input_gradient` they are
@@ -312,8 +335,8 @@ impl FusedLayer {
     pub fn backward<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
-        few: Option<&Batch>,
-        saved: LayerSaved<E>,
+        targets: Option<&Batch>,
+        activations: LayerActivations<E>,
         (mut dx, mut narrow): (Buffer<f32>, Buffer<E>),
         input_gradient: bool,
         gradients: &mut Gradients,
@@ -321,17 +344,17 @@ impl FusedLayer {
         let c = rows.pass.model.architecture.hidden_size;
         let shape = self.spec.attention().over(&rows.batch.sequences);
         let (q_width, width) = (shape.heads * shape.head_dim, shape.row());
-        let LayerSaved { input, qk, qkv, qkv_saved, attended, log_sums, picked, upper } = saved;
+        let LayerActivations { input, qk, qkv, qkv_activations, attended, log_sums, picked, upper } = activations;
 
-        let d_attended = match (few, picked) {
-            (Some(few), Some(picked)) => {
+        let d_attended = match (targets, picked) {
+            (Some(targets), Some(picked)) => {
                 let from = (&mut dx[..], &mut narrow[..]);
-                let part = self.backward_upper(&rows.of(few), upper, &picked, from, gradients)?;
-                let targets = &rows.batch.target_rows;
+                let part = self.backward_upper(&rows.of(targets), upper, &picked, from, gradients)?;
+                let indices = &rows.batch.target_rows;
                 let mut d_attended = rows.narrow(q_width);
-                place(targets, q_width, &part, &mut d_attended);
+                place(indices, q_width, &part, &mut d_attended);
                 let mut placed = rows.wide(c);
-                place(targets, c, &dx, &mut placed);
+                place(indices, c, &dx, &mut placed);
                 (dx, narrow) = (placed, rows.narrow(c));
                 d_attended
             }
@@ -350,7 +373,7 @@ impl FusedLayer {
         let scaled = self.mixer.input_again(rows, &input, c);
         let mut dy = rows.wide(c);
         let out = input_gradient.then_some(Output::Wide(&mut dy));
-        self.qkv.backward(rows, qkv_saved, &d_qkv, of_input(&scaled, &input), out, gradients)?;
+        self.qkv.backward(rows, qkv_activations, &d_qkv, of_input(&scaled, &input), out, gradients)?;
         drop((d_qkv, scaled));
         if input_gradient {
             self.mixer.input_backward(&input, &dy, &mut dx, &mut narrow);
@@ -363,41 +386,47 @@ impl FusedLayer {
     fn backward_upper<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
-        saved: UpperSaved<E>,
+        activations: UpperActivations<E>,
         attended: &[E],
         (dx, narrow): (&mut [f32], &mut [E]),
         gradients: &mut Gradients,
     ) -> Result<Buffer<E>> {
         let (c, inner) = (rows.pass.model.architecture.hidden_size, self.spec.feed_forward.inner);
-        let UpperSaved { mixed, input, gate_up, fed, sites: [o_saved, gate_up_saved, down_saved] } = saved;
+        let UpperActivations {
+            mixed,
+            input,
+            gate_up,
+            fed,
+            sites: [o_activations, gate_up_activations, down_activations],
+        } = activations;
         let (mut dh, mut d_gate_up) = (rows.narrow(inner), rows.narrow(2 * inner));
         let gate = self.spec.feed_forward.gate;
         let to_h = |dh: &mut [E]| {
             timed("backward gate", || gated_backward(gate, inner, &gate_up, dh, &mut d_gate_up));
         };
         let own = self.feed_forward.output_backward(rows, &fed, dx, c);
-        self.down.backward_then(rows, down_saved, own.as_deref().unwrap_or(narrow), &mut dh, to_h, gradients)?;
+        self.down.backward_then(rows, down_activations, own.as_deref().unwrap_or(narrow), &mut dh, to_h, gradients)?;
         drop((dh, gate_up, own, fed));
         let scaled = self.feed_forward.input_again(rows, &input, c);
         let mut dy = rows.wide(c);
         let out = Some(Output::Wide(&mut dy));
-        self.gate_up.backward(rows, gate_up_saved, &d_gate_up, of_input(&scaled, &input), out, gradients)?;
+        self.gate_up.backward(rows, gate_up_activations, &d_gate_up, of_input(&scaled, &input), out, gradients)?;
         drop(d_gate_up);
         self.feed_forward.input_backward(&input, &dy, dx, narrow);
         drop((scaled, dy, input));
         let mut d_attended = rows.narrow(self.spec.attention().q_width());
         let own = self.mixer.output_backward(rows, &mixed, dx, c);
         let out = Some(Output::Narrow(&mut d_attended));
-        self.o.backward(rows, o_saved, own.as_deref().unwrap_or(narrow), attended, out, gradients)?;
+        self.o.backward(rows, o_activations, own.as_deref().unwrap_or(narrow), attended, out, gradients)?;
         Ok(d_attended)
     }
 }
 
 /// The input of a part: normalised, or kept as it is.
-fn of_input<'a, E>(scaled: &'a Option<Buffer<E>>, saved: &'a InputSaved<E>) -> &'a [E] {
-    match (scaled, saved) {
+fn of_input<'a, E>(scaled: &'a Option<Buffer<E>>, activations: &'a InputActivations<E>) -> &'a [E] {
+    match (scaled, activations) {
         (Some(scaled), _) => scaled,
-        (None, InputSaved::Same(same) | InputSaved::Normal(same, _)) => same,
+        (None, InputActivations::Same(same) | InputActivations::Normal(same, _)) => same,
     }
 }
 

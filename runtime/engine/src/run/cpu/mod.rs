@@ -19,7 +19,7 @@ use rayon::prelude::*;
 pub use self::decode::Decoder;
 use self::head::FusedHead;
 pub use self::kv_cache::KvCache;
-use self::layer::{FusedLayer, LayerSaved};
+use self::layer::{FusedLayer, LayerActivations};
 use self::rotary::Rotary;
 pub use self::updates::{DecodeUpdates, Updates};
 use self::workspace::{Buffer, Pool, Workspace};
@@ -28,7 +28,7 @@ use crate::models::{Architecture, BaseModel};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
 use crate::run::outcome::Outcome;
-use crate::run::plain::block::{Keep, Plain, Saved, lowest_trained, plain_head};
+use crate::run::plain::block::{Keep, Plain, PlainActivations, lowest_trained, plain_head};
 use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 
@@ -116,10 +116,10 @@ impl Stream {
     }
 }
 
-/// What a block kept.
-enum Kept<E> {
-    Plain(Saved),
-    Fused(Box<LayerSaved<E>>),
+/// What forward keeps of a block for backward.
+enum BlockActivations<E> {
+    Plain(PlainActivations),
+    Fused(Box<LayerActivations<E>>),
     /// The input alone, to run forward from again.
     Input(Buffer<f32>),
 }
@@ -216,17 +216,17 @@ impl<E: ProductElement> Fused<E> {
         Rows { pass, batch, updates, rotary: &self.rotary, turns, workspace: &self.workspace }
     }
 
-    /// All blocks in order: the residual stream, and what each kept.
-    fn up(&self, rows: &Rows<'_, E>, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<Kept<E>>)> {
+    /// All blocks in order: the residual stream, and what each keeps for backward.
+    fn up(&self, rows: &Rows<'_, E>, keep: &dyn Fn(usize) -> Keep) -> Result<(Stream, Vec<BlockActivations<E>>)> {
         let Rows { pass, batch, .. } = *rows;
-        let few = self.few(rows);
+        let targets = self.target_rows(rows);
         let mut kept = Vec::with_capacity(self.layers.len() + 1);
         let mut h = if self.looks_up && rows.updates.freezes_embedding() {
-            kept.push(Kept::Plain(Saved::Nothing));
+            kept.push(BlockActivations::Plain(PlainActivations::Nothing));
             Stream::Buffer(timed("embedding", || self.look_up(rows))?)
         } else {
-            let (h, saved) = Plain::embedding().forward(pass, batch, None, keep(0))?;
-            kept.push(Kept::Plain(saved));
+            let (h, activations) = Plain::embedding().forward(pass, batch, None, keep(0))?;
+            kept.push(BlockActivations::Plain(activations));
             Stream::Tensor(h)
         };
         for number in 0..self.layers.len() {
@@ -234,24 +234,26 @@ impl<E: ProductElement> Fused<E> {
             h = match self.layer(rows.updates, number) {
                 Some(layer) => {
                     let x = h.into_buffer(&self.workspace.wide)?;
-                    let few = few.as_ref().filter(|_| number + 1 == self.layers.len());
+                    let targets = targets.as_ref().filter(|_| number + 1 == self.layers.len());
                     let input = matches!(keep, Keep::Input { .. }).then(|| {
                         let mut input = rows.wide(pass.model.architecture.hidden_size);
                         input.copy_from_slice(&x);
                         input
                     });
-                    let (x, saved) = layer.forward(rows, few, x, None);
+                    let (x, activations) = layer.forward(rows, targets, x, None);
                     kept.push(match (keep, input) {
-                        (Keep::All { .. }, _) => Kept::Fused(Box::new(saved)),
-                        (_, input) => input.map_or(Kept::Plain(Saved::Nothing), Kept::Input),
+                        (Keep::All { .. }, _) => BlockActivations::Fused(Box::new(activations)),
+                        (_, input) => {
+                            input.map_or(BlockActivations::Plain(PlainActivations::Nothing), BlockActivations::Input)
+                        }
                     });
                     Stream::Buffer(x)
                 }
                 None => {
                     let x = h.into_tensor(rows.count())?;
                     let plain = Plain::layer(number);
-                    let (h, saved) = timed("forward plain layer", || plain.forward(pass, batch, Some(&x), keep))?;
-                    kept.push(Kept::Plain(saved));
+                    let (h, activations) = timed("forward plain layer", || plain.forward(pass, batch, Some(&x), keep))?;
+                    kept.push(BlockActivations::Plain(activations));
                     Stream::Tensor(h)
                 }
             };
@@ -260,7 +262,7 @@ impl<E: ProductElement> Fused<E> {
     }
 
     /// The rows with a target as a batch of their own, if there are others: all that the fused head needs of the layer below.
-    fn few(&self, rows: &Rows<'_, E>) -> Option<Batch> {
+    fn target_rows(&self, rows: &Rows<'_, E>) -> Option<Batch> {
         let Rows { pass, batch, updates, .. } = rows;
         let some = (1..batch.ids.len()).contains(&batch.targets.len());
         (some && self.head(updates).is_some() && pass.dtype == DType::F32).then(|| batch.rows(&batch.target_rows))
@@ -287,8 +289,8 @@ impl<E: ProductElement> Fused<E> {
         let mut x = self.look_up(rows)?;
         for number in 0..self.layers.len() {
             let layer = self.layer(updates, number).context("a layer is not fused")?;
-            let few = of_last.as_ref().filter(|_| number + 1 == self.layers.len());
-            (x, _) = layer.forward(rows, few, x, Some((&mut *cache, number)));
+            let targets = of_last.as_ref().filter(|_| number + 1 == self.layers.len());
+            (x, _) = layer.forward(rows, targets, x, Some((&mut *cache, number)));
         }
         cache.advance(batch.ids.len(), true);
         cache.length = batch.lengths.first().copied().unwrap_or(0);
@@ -347,41 +349,44 @@ impl<E: ProductElement> Fused<E> {
     fn back_down(
         &self,
         rows: &Rows<'_, E>,
-        mut kept: Vec<Kept<E>>,
+        mut kept: Vec<BlockActivations<E>>,
         dh: Stream,
         lowest: usize,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let Rows { pass, batch, updates, .. } = *rows;
-        let (c, few) = (pass.model.architecture.hidden_size, self.few(rows));
+        let (c, targets) = (pass.model.architecture.hidden_size, self.target_rows(rows));
         // The gradient, and for fused blocks the same as E.
         let (mut dh, mut narrow) = (Some(dh), None::<Buffer<E>>);
         for index in (lowest..kept.len()).rev() {
-            let (Some(saved), Some(above)) = (kept.pop(), dh.take()) else { break };
+            let (Some(activations), Some(above)) = (kept.pop(), dh.take()) else { break };
             let layer = index.checked_sub(1).and_then(|number| self.layer(updates, number));
             let Some(layer) = layer else {
-                let Kept::Plain(saved) = saved else { unreachable!("a plain block keeps what plain blocks keep") };
+                let BlockActivations::Plain(activations) = activations else {
+                    unreachable!("a plain block keeps what plain blocks keep")
+                };
                 let plain = Plain::at(index);
                 let above = above.into_tensor(rows.count())?;
-                dh = timed("backward plain", || plain.backward(pass, batch, saved, &above, gradients))?
+                dh = timed("backward plain", || plain.backward(pass, batch, activations, &above, gradients))?
                     .map(Stream::Tensor);
                 narrow = None;
                 continue;
             };
             let dx = above.into_buffer(&self.workspace.wide)?;
-            let few = few.as_ref().filter(|_| index == self.layers.len());
+            let targets = targets.as_ref().filter(|_| index == self.layers.len());
             let dx_narrow = narrow.take().unwrap_or_else(|| {
                 let mut narrow = self.workspace.narrow.take(dx.len() / c, c);
                 to_elements(&dx, &mut narrow);
                 narrow
             });
-            let saved = match saved {
-                Kept::Fused(saved) => *saved,
-                Kept::Input(x) => layer.forward(rows, few, x, None).1,
-                Kept::Plain(_) => break,
+            let activations = match activations {
+                BlockActivations::Fused(activations) => *activations,
+                BlockActivations::Input(x) => layer.forward(rows, targets, x, None).1,
+                BlockActivations::Plain(_) => break,
             };
             let input_gradient = index > lowest;
-            let (dx, dx_narrow) = layer.backward(rows, few, saved, (dx, dx_narrow), input_gradient, gradients)?;
+            let (dx, dx_narrow) =
+                layer.backward(rows, targets, activations, (dx, dx_narrow), input_gradient, gradients)?;
             narrow = Some(dx_narrow);
             dh = input_gradient.then_some(Stream::Buffer(dx));
         }

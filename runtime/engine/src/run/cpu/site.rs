@@ -39,8 +39,8 @@ impl SiteModule {
     }
 }
 
-/// What a site keeps for backward.
-pub struct SiteSaved<E> {
+/// What forward keeps of a site for backward.
+pub struct SiteActivations<E> {
     /// `u = x Aᵀ` (m, rank).
     u: Buffer<E>,
 }
@@ -87,7 +87,7 @@ impl Site {
     }
 
     /// All outputs beside each other, (m, d_out), from x (m, d_in).
-    pub fn forward<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[E], out: Output<'_, E>) -> SiteSaved<E> {
+    pub fn forward<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[E], out: Output<'_, E>) -> SiteActivations<E> {
         let (m, updates) = (rows.count(), rows.updates.site(self.first()));
         let mut u = rows.narrow(updates.rank);
         if updates.rank > 0 {
@@ -111,7 +111,7 @@ impl Site {
         });
         let columns: Vec<_> = columns.collect();
         timed(self.names[0], || product(m, &columns, out, self.d_out(), Finish::default()));
-        SiteSaved { u }
+        SiteActivations { u }
     }
 
     /// `u = d(x) Aᵀ`, each module with its own dropout d.
@@ -135,7 +135,7 @@ impl Site {
     fn parameters<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
-        saved: &SiteSaved<E>,
+        activations: &SiteActivations<E>,
         dy: &[E],
         gradients: &mut Gradients,
     ) -> Result<Buffer<E>> {
@@ -154,7 +154,7 @@ impl Site {
             if update.trains[1] {
                 let b = timed("backward dB", || {
                     let mut transposed = vec![0f32; update.padded * module.d_out];
-                    let u = Left::rows(&saved.u, updates.rank).from(update.at);
+                    let u = Left::rows(&activations.u, updates.rank).from(update.at);
                     let scale = update.low_rank.scaling as f32;
                     outer(m, u, update.padded, dy, module.d_out, scale, &mut transposed);
                     // (padded, d_out) to (d_out, r).
@@ -260,13 +260,13 @@ impl Site {
     pub fn backward<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
-        saved: SiteSaved<E>,
+        activations: SiteActivations<E>,
         dy: &[E],
         x: &[E],
         dx: Option<Output<'_, E>>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let du = self.parameters(rows, &saved, dy, gradients)?;
+        let du = self.parameters(rows, &activations, dy, gradients)?;
         if let Some(out) = dx {
             self.input(rows, dy, &du, out);
         }
@@ -283,13 +283,13 @@ impl Site {
     pub fn backward_then<E: ProductElement>(
         &self,
         rows: &Rows<'_, E>,
-        saved: SiteSaved<E>,
+        activations: SiteActivations<E>,
         dy: &[E],
         dx: &mut [E],
         x: impl FnOnce(&mut [E]),
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let du = self.parameters(rows, &saved, dy, gradients)?;
+        let du = self.parameters(rows, &activations, dy, gradients)?;
         self.input(rows, dy, &du, Output::Narrow(dx));
         x(dx);
         if rows.updates.site(self.first()).trains() {

@@ -9,7 +9,7 @@ use crate::run::batch::Batch;
 
 /// Keys and values of earlier positions of one sequence, for generation: (H_kv, T, D) each.
 #[derive(Clone, Default)]
-pub struct LayerCache {
+pub struct LayerKvCache {
     past: Option<(Tensor, Tensor)>,
 }
 
@@ -54,7 +54,7 @@ pub fn attend(
     [q, k, v]: [&Tensor; 3],
     batch: &Batch,
     spec: &AttentionSpec,
-    cache: Option<&mut LayerCache>,
+    cache: Option<&mut LayerKvCache>,
 ) -> Result<Tensor> {
     if let Some(cache) = cache {
         let (k, v) = match &cache.past {

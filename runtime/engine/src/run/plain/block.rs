@@ -32,8 +32,8 @@ pub(crate) enum Keep {
     },
 }
 
-/// What forward kept.
-pub(crate) enum Saved {
+/// What forward keeps of a block for backward.
+pub(crate) enum PlainActivations {
     /// Nothing.
     Nothing,
     /// candle's tape from the input, if its gradient is wanted, to the output.
@@ -81,10 +81,16 @@ impl Plain {
         }
     }
 
-    fn taped(&self, pass: &Pass<'_>, batch: &Batch, x: Option<&Tensor>, input_gradient: bool) -> Result<Saved> {
+    fn taped(
+        &self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        x: Option<&Tensor>,
+        input_gradient: bool,
+    ) -> Result<PlainActivations> {
         let input = x.filter(|_| input_gradient).map(Var::from_tensor).transpose()?;
         let output = self.compose(pass, batch, input.as_ref().map(Var::as_tensor).or(x))?;
-        Ok(Saved::Tape { input, output })
+        Ok(PlainActivations::Tape { input, output })
     }
 
     /// Output (N, C), and what [`Plain::backward`] needs if it is going to be called.
@@ -97,17 +103,17 @@ impl Plain {
         batch: &Batch,
         x: Option<&Tensor>,
         keep: Keep,
-    ) -> Result<(Tensor, Saved)> {
+    ) -> Result<(Tensor, PlainActivations)> {
         match keep {
-            Keep::Nothing => Ok((self.compose(pass, batch, x)?.detach(), Saved::Nothing)),
+            Keep::Nothing => Ok((self.compose(pass, batch, x)?.detach(), PlainActivations::Nothing)),
             Keep::Input { input_gradient } => {
                 let output = self.compose(pass, batch, x)?.detach();
-                Ok((output, Saved::Input { input: x.cloned(), input_gradient }))
+                Ok((output, PlainActivations::Input { input: x.cloned(), input_gradient }))
             }
             Keep::All { input_gradient } => {
-                let saved = self.taped(pass, batch, x, input_gradient)?;
-                let Saved::Tape { output, .. } = &saved else { unreachable!("`taped` yields a tape") };
-                Ok((output.detach(), saved))
+                let activations = self.taped(pass, batch, x, input_gradient)?;
+                let PlainActivations::Tape { output, .. } = &activations else { unreachable!("`taped` yields a tape") };
+                Ok((output.detach(), activations))
             }
         }
     }
@@ -120,17 +126,19 @@ impl Plain {
         &self,
         pass: &Pass<'_>,
         batch: &Batch,
-        saved: Saved,
+        activations: PlainActivations,
         dy: &Tensor,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let (input, output) = match saved {
-            Saved::Nothing => return Ok(None),
-            Saved::Tape { input, output } => (input, output),
-            Saved::Input { input, input_gradient } => match self.taped(pass, batch, input.as_ref(), input_gradient)? {
-                Saved::Tape { input, output } => (input, output),
-                _ => unreachable!("`taped` yields a tape"),
-            },
+        let (input, output) = match activations {
+            PlainActivations::Nothing => return Ok(None),
+            PlainActivations::Tape { input, output } => (input, output),
+            PlainActivations::Input { input, input_gradient } => {
+                match self.taped(pass, batch, input.as_ref(), input_gradient)? {
+                    PlainActivations::Tape { input, output } => (input, output),
+                    _ => unreachable!("`taped` yields a tape"),
+                }
+            }
         };
         // The gradient of Σ y∘dy is candle's way to start from dy.
         let mut store = (&output * dy)?.sum_all()?.backward()?;

@@ -8,13 +8,13 @@ use candle_core::{D, Tensor};
 use crate::models::architecture::{AttentionSpec, Gate, QkNorm};
 use crate::models::{EMBEDDING, FINAL_NORM, HEAD};
 use crate::run::batch::Batch;
-use crate::run::plain::attention::{LayerCache, attend, rotate};
+use crate::run::plain::attention::{LayerKvCache, attend, rotate};
 use crate::run::plain::recipe::{Input, Pass};
 
 /// Keys and values of all layers for one sequence.
 #[derive(Clone, Default)]
-pub struct Cache {
-    layers: Vec<LayerCache>,
+pub struct KvCache {
+    layers: Vec<LayerKvCache>,
     /// Positions in the cache.
     pub len: usize,
     /// Tokens of the sequence that were known when its prompt was read.
@@ -52,7 +52,7 @@ impl Pass<'_> {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn layer(&self, layer: usize, h: &Tensor, batch: &Batch, cache: Option<&mut LayerCache>) -> Result<Tensor> {
+    pub fn layer(&self, layer: usize, h: &Tensor, batch: &Batch, cache: Option<&mut LayerKvCache>) -> Result<Tensor> {
         let (architecture, at) = (&self.model.architecture, &self.model.layers[layer]);
         let spec = &architecture.layers[layer];
         let (attention, feed_forward) = (spec.attention(), &spec.feed_forward);
@@ -163,7 +163,7 @@ impl Pass<'_> {
     ///
     /// # Errors
     /// When there is no token, or the sequence grows beyond the model's context.
-    pub fn continue_sequence(&self, ids: &[u32], cache: &mut Cache, length: usize) -> Result<Tensor> {
+    pub fn continue_sequence(&self, ids: &[u32], cache: &mut KvCache, length: usize) -> Result<Tensor> {
         let limit = self.model.architecture.max_position_embeddings;
         ensure!(!ids.is_empty(), "there is no token to go on from");
         ensure!(
@@ -171,7 +171,7 @@ impl Pass<'_> {
             "the conversation is longer than the model's context of {limit} tokens"
         );
         let batch = Batch::of_piece(ids, cache.len as u32, length);
-        cache.layers.resize(self.model.layers.len(), LayerCache::default());
+        cache.layers.resize(self.model.layers.len(), LayerKvCache::default());
         let mut h = self.embed(&batch)?;
         for (layer, cache) in cache.layers.iter_mut().enumerate() {
             h = self.layer(layer, &h, &batch, Some(cache))?;

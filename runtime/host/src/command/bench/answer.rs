@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use homeroom_abi::plan::ModuleKind;
-use homeroom_engine::inference::{Inference, Kept};
+use homeroom_engine::inference::{Inference, KvCache};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_kernels::{Stream, bf16, cpu, read_gigabytes, register_loop_gflops, threads};
@@ -15,7 +15,7 @@ use super::super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, one_of, whol
 use super::super::{Done, print};
 use super::median;
 use crate::machine::peak_memory_bytes;
-use crate::models::{Loaded, Network, shown};
+use crate::models::{Answerer, Network, shown};
 use crate::progress::line;
 
 /// What `bench prefill` and `bench decode` have in common.
@@ -65,29 +65,34 @@ const OVERFLOW: &str = "the model's numbers overflow: what it says next is no nu
 
 /// What is measured.
 struct Bench {
-    inference: Inference,
+    answerer: Answerer,
     compute: Compute,
 }
 
 impl Bench {
     fn new(arguments: &Measured) -> Result<Self> {
-        let Loaded { model, adaptation } = Loaded::to_answer(&arguments.model.reference(), Network::Allowed)?;
+        let compute = arguments.compute;
+        let answerer = Answerer::load(&arguments.model.reference(), Network::Allowed, compute)?;
+        let model = answerer.model();
         line(format_args!(
             "model     {}   {:.1} M parameters, {}{}",
-            match &adaptation {
+            match &answerer.adapter {
                 Some(_) => arguments.model.model_dir.display().to_string(),
-                None => shown(&model, &arguments.model.model_dir),
+                None => shown(model, &arguments.model.model_dir),
             },
             model.parameter_count() as f64 / 1e6,
             model.storage_words(),
-            if adaptation.is_some() { ", with an adapter" } else { "" },
+            if answerer.adapter.is_some() { ", with an adapter" } else { "" },
         ));
-        let compute = arguments.compute;
-        Ok(Self { inference: Inference::new(model, adaptation, compute), compute })
+        Ok(Self { answerer, compute })
     }
 
     fn model(&self) -> &BaseModel {
-        &self.inference.model
+        self.answerer.model()
+    }
+
+    fn inference(&self) -> &Inference {
+        self.answerer.engine.inference()
     }
 
     fn prompt(&self, tokens: usize, random: &mut Stream) -> Vec<u32> {
@@ -109,9 +114,13 @@ pub fn prefill(arguments: &Prefill) -> Result<Done> {
     let mut seconds = Vec::new();
     for run in 0..=arguments.runs {
         let prompt = bench.prompt(arguments.tokens, &mut random);
-        let mut kept = bench.inference.begin();
+        let adapter = bench.answerer.adapter.as_deref();
+        let mut cache = bench.inference().begin(adapter);
         let start = Instant::now();
-        let logits = bench.inference.read(&prompt, &mut kept, prompt.len(), true)?.context("the prompt has logits")?;
+        let logits = bench
+            .inference()
+            .read(adapter, &prompt, &mut cache, prompt.len(), true)?
+            .context("the prompt has logits")?;
         let taken = start.elapsed().as_secs_f64();
         ensure!(logits.iter().all(|logit| logit.is_finite()), OVERFLOW);
         if run > 0 {
@@ -162,18 +171,22 @@ pub fn decode(arguments: &Decode) -> Result<Done> {
     let bench = Bench::new(&arguments.measured)?;
     bench.fits(arguments.prompt.saturating_add(arguments.tokens).saturating_add(1))?;
     let mut random = Stream::new(42, 7);
-    let mut chats: Vec<(u32, Kept)> = Vec::new();
+    let mut chats: Vec<(u32, KvCache)> = Vec::new();
     for _ in 0..arguments.chats {
         let prompt = bench.prompt(arguments.prompt, &mut random);
-        let mut kept = bench.inference.begin();
-        let logits = bench.inference.read(&prompt, &mut kept, prompt.len(), true)?.context("the prompt has logits")?;
-        chats.push((likeliest(&logits), kept));
+        let adapter = bench.answerer.adapter.as_deref();
+        let mut cache = bench.inference().begin(adapter);
+        let logits = bench
+            .inference()
+            .read(adapter, &prompt, &mut cache, prompt.len(), true)?
+            .context("the prompt has logits")?;
+        chats.push((likeliest(&logits), cache));
     }
     let (mut seconds, mut finite) = (Vec::new(), true);
     for step in 0..=arguments.tokens {
         let start = Instant::now();
-        let mut sequences: Vec<(u32, &mut Kept)> = chats.iter_mut().map(|(id, kept)| (*id, kept)).collect();
-        let logits = bench.inference.step(&mut sequences)?;
+        let mut sequences: Vec<(u32, &mut KvCache)> = chats.iter_mut().map(|(id, cache)| (*id, cache)).collect();
+        let logits = bench.inference().step(bench.answerer.adapter.as_deref(), &mut sequences)?;
         let taken = start.elapsed().as_secs_f64();
         finite &= logits.iter().flatten().all(|logit| logit.is_finite());
         chats.iter_mut().zip(&logits).for_each(|((id, _), logits)| *id = likeliest(logits));

@@ -25,7 +25,7 @@ use anyhow::{Context, Result};
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::files::{NewDirectory, replace_file};
 use homeroom_engine::inference::generate::{Sampling, prompt_ids};
-use homeroom_engine::inference::{Answers, Inference};
+use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::text::block_end::BlockEnd;
@@ -630,8 +630,12 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     let (model, adaptation) = spec.load(session)?;
     let system = options.text("system").map(|text| json!({"role": "system", "content": text}));
     let texts = lua.create_table()?;
-    let inference = (!session.dry).then(|| Inference::new(model.clone(), adaptation, Compute::Auto));
-    let answers = inference.map(Answers::new);
+    let engine = (!session.dry).then(|| Engine::new(model.clone(), Compute::Auto));
+    let adapter = engine
+        .as_ref()
+        .zip(adaptation)
+        .map(|(engine, adaptation)| Adapter::new(engine.inference(), model.clone(), adaptation));
+    let adapter = adapter.transpose().context("generate")?;
     // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
     let mut asked = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
@@ -639,7 +643,11 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
         let ids = prompt_ids(&model, &messages).context("generate")?;
         let block_end = BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
-        let tokens = answers.as_ref().map(|answers| answers.ask(&ids, sampling)).transpose().context("generate")?;
+        let tokens = engine
+            .as_ref()
+            .map(|engine| engine.ask(adapter.as_ref(), &ids, sampling))
+            .transpose()
+            .context("generate")?;
         asked.push((tokens, block_end));
     }
     for (tokens, mut block_end) in asked {

@@ -1,0 +1,109 @@
+//! A sequence: the prompt of a request and what was drawn after it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+
+use anyhow::Result;
+
+use super::adapters::Adapter;
+use super::finite::check_finite;
+use super::generate::Finish;
+use super::prefix_cache::PrefixCache;
+use super::sampler::Sampler;
+use super::{Inference, KvCache};
+
+/// Tokens of a prompt that are read at once: enough to fill the cores, few enough that others need not wait long.
+const PIECE: usize = 256;
+
+/// An answer that was asked for.
+pub(super) struct Request {
+    /// `None`: the base alone.
+    pub adapter: Option<Arc<Adapter>>,
+    pub prompt: Vec<u32>,
+    pub sampler: Sampler,
+    pub max_tokens: usize,
+    pub events: Sender<Event>,
+    /// Nobody waits for it any more.
+    pub dropped: Arc<AtomicBool>,
+}
+
+impl Request {
+    pub(super) fn is_dropped(&self) -> bool {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// The most positions that its sequence may come to.
+    pub(super) fn positions_max(&self, inference: &Inference) -> usize {
+        let context = inference.model.architecture.max_position_embeddings;
+        self.prompt.len().saturating_add(self.max_tokens).min(context)
+    }
+}
+
+/// What the scheduler tells of an answer.
+pub(super) enum Event {
+    Token(u32),
+    End(Finish),
+    Failed(anyhow::Error),
+}
+
+/// A request that is being answered.
+pub(super) struct Sequence {
+    pub request: Request,
+    pub cache: KvCache,
+    /// What the model has read: the prompt so far, and the tokens drawn.
+    pub read: Vec<u32>,
+    /// The last token, which it has not read yet.
+    pub last: Option<u32>,
+    left: usize,
+}
+
+impl Sequence {
+    pub(super) fn new(inference: &Inference, request: Request, prefixes: &PrefixCache) -> Self {
+        let adapter = request.adapter.as_ref();
+        let prefix = prefixes.find(&inference.model.architecture, adapter, &request.prompt);
+        let cache = prefix.unwrap_or_else(|| inference.begin(adapter.map(Arc::as_ref)));
+        let read = request.prompt[..cache.positions()].to_vec();
+        Self { cache, read, last: None, left: request.max_tokens, request }
+    }
+
+    /// The generation of its adapter; 0: the base alone.
+    pub(super) fn generation(&self) -> u64 {
+        self.request.adapter.as_ref().map_or(0, |adapter| adapter.generation())
+    }
+
+    /// Tokens of the prompt that are not read yet.
+    pub(super) fn unread(&self) -> usize {
+        self.request.prompt.len().saturating_sub(self.read.len())
+    }
+
+    /// Reads a piece of the prompt. After its last piece, draws.
+    pub(super) fn read(&mut self, inference: &Inference) -> Result<Option<Finish>> {
+        let prompt = &self.request.prompt;
+        let piece = &prompt[self.read.len()..];
+        let piece = &piece[..piece.len().min(PIECE)];
+        let whole = self.read.len() + piece.len() == prompt.len();
+        let adapter = self.request.adapter.as_deref();
+        let logits = inference.read(adapter, piece, &mut self.cache, prompt.len(), whole)?;
+        self.read.extend_from_slice(piece);
+        logits.map_or(Ok(None), |logits| self.draw(inference, logits))
+    }
+
+    /// Draws a token; why the answer ends, if it does.
+    pub(super) fn draw(&mut self, inference: &Inference, logits: Vec<f32>) -> Result<Option<Finish>> {
+        check_finite(&logits)?;
+        let token = self.request.sampler.draw(logits);
+        // An adapter may have been trained with a tokenizer of its own.
+        let model = self.request.adapter.as_ref().map_or(&inference.model, |adapter| &adapter.model);
+        if model.tokenizer.eos_ids.contains(&token) {
+            return Ok(Some(Finish::Stop));
+        }
+        self.left -= 1;
+        self.last = Some(token);
+        if self.request.events.send(Event::Token(token)).is_err() {
+            return Ok(Some(Finish::Length));
+        }
+        let full = self.cache.positions() >= inference.model.architecture.max_position_embeddings;
+        Ok((self.left == 0 || full).then_some(Finish::Length))
+    }
+}

@@ -68,8 +68,23 @@ const FAMILIES: &[Family] = &[
 
 /// The families that the engine runs; the others it refuses.
 const RUNS: &[&str] = &[
-    "llama", "mistral", "qwen2", "mistral-window", "qwen3", "qwen3-yarn", "gemma3", "smollm3", "phi3", "phi4-mini", "granite",
-    "gemma2", "olmo2", "gemma3-multimodal", "granite4", "llama-linear", "llama-dynamic",
+    "llama",
+    "mistral",
+    "qwen2",
+    "mistral-window",
+    "qwen3",
+    "qwen3-yarn",
+    "gemma3",
+    "smollm3",
+    "phi3",
+    "phi4-mini",
+    "granite",
+    "gemma2",
+    "olmo2",
+    "gemma3-multimodal",
+    "granite4",
+    "llama-linear",
+    "llama-dynamic",
 ];
 
 fn running() -> impl Iterator<Item = &'static Family> {

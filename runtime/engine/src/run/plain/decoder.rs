@@ -56,8 +56,11 @@ impl Pass<'_> {
         let (architecture, at) = (&self.model.architecture, &self.model.layers[layer]);
         let spec = &architecture.layers[layer];
         let (attention, feed_forward) = (spec.attention(), &spec.feed_forward);
-        let norm =
-            |module: Option<usize>, x: &Tensor| module.map_or(Ok(x.clone()), |module| self.norm(module, x, batch));
+        let norm = |module: Option<usize>, x: &Tensor| match module {
+            Some(module) => self.norm(module, x, batch),
+            // Not x itself, which may be a variable: candle counts the gradient of what a variable is multiplied with twice.
+            None => Ok((x * 1.0)?),
+        };
         let add = |h: &Tensor, y: Tensor| -> Result<Tensor> {
             let scale = spec.residual_scale;
             Ok((h + if scale == 1.0 { y } else { (y * scale)? })?)

@@ -287,7 +287,7 @@ fn panics() {
 #[test]
 fn a_panic_inside_prints_nothing_of_itself() {
     let test = std::env::current_exe().unwrap();
-    let args = ["--ignored", "--exact", "--nocapture", "tokenizer::hostile::panics"];
+    let args = ["--ignored", "--exact", "--nocapture", "text::tokenizer::hostile::panics"];
     let output = std::process::Command::new(test).args(args).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("words of another thread") && said.contains("words of ours"), "{said}");

@@ -17,7 +17,7 @@ use crate::data::Example;
 use crate::files::mapped::{Surviving, intact, whole};
 use crate::models::BaseModel;
 use crate::run::backends::trainer;
-use crate::run::batch::{Batch, PASS_ROWS};
+use crate::run::batch::{Batch, PASS_ROWS, pass_rows};
 use crate::run::compute::Compute;
 use crate::run::gradients::Gradients;
 use crate::run::outcome::Outcome;
@@ -292,7 +292,7 @@ pub fn train(
         let rows = &order[place * per_step..examples.len().min((place + 1) * per_step)];
         let rows: Vec<(u32, &Example)> = rows.iter().map(|row| (*row as u32, examples[*row])).collect();
         let batches: Vec<Batch> = match config.packing {
-            true => Batch::packed(&rows, model.pass_rows()),
+            true => Batch::packed(&rows, pass_rows(model)),
             false => rows.chunks(config.batch_size).map(|rows| Batch::of_examples(rows.iter().copied())).collect(),
         };
         let last = step + 1 == planned;

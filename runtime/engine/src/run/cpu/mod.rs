@@ -130,7 +130,8 @@ impl<E: ProductElement> Fused<E> {
     /// The low-rank updates of an adaptation, and which blocks can be run fused with it. [`Updates::load`] gives them their values.
     pub fn updates(&self, model: &BaseModel, adaptation: Option<&Adaptation>) -> Updates<E> {
         let layers = self.layers.iter().map(Option::as_ref);
-        let layers = layers.map(|layer| layer.map(|layer| (layer.norms(), layer.sites())));
+        let layers =
+            layers.map(|layer| layer.map(|layer| (layer.norms(), layer.sites().map(|site| site.modules().collect()))));
         Updates::new(model, adaptation, layers, self.head.as_ref().map(FusedHead::modules))
     }
 

@@ -13,7 +13,6 @@ use homeroom_kernels::{FewRows, Panels, ProductElement, f16, gemv};
 use rayon::prelude::*;
 
 use super::low_rank::{LowRank, low_rank};
-use super::site::Site;
 use crate::adapt::adaptation::{Adaptation, fnv1a};
 use crate::models::weight::{Codes, Weight};
 use crate::models::{BaseModel, EMBEDDING, in_large_pages};
@@ -81,14 +80,14 @@ impl<E: ProductElement> Updates<E> {
     pub(super) fn new<'a>(
         model: &BaseModel,
         adaptation: Option<&Adaptation>,
-        layers: impl Iterator<Item = Option<(&'a [usize], [&'a Site; 4])>>,
+        layers: impl Iterator<Item = Option<(&'a [usize], [Vec<usize>; 4])>>,
         head: Option<[usize; 2]>,
     ) -> Self {
         let frozen = |module: usize| is_frozen(adaptation, module);
         let mut sites = HashMap::new();
-        let mut fuses = |layer: Option<(&[usize], [&Site; 4])>| {
+        let mut fuses = |layer: Option<(&[usize], [Vec<usize>; 4])>| {
             let (norms, own) = layer?;
-            let own = own.map(|site| SiteUpdates::new(model, adaptation, &site.modules().collect::<Vec<_>>()));
+            let own = own.map(|site| SiteUpdates::new(model, adaptation, &site));
             let own = own.into_iter().collect::<Option<Vec<_>>>().filter(|_| norms.iter().all(|norm| frozen(*norm)))?;
             sites.extend(own);
             Some(())

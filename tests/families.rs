@@ -15,8 +15,8 @@ use homeroom_engine::files::NewDirectory;
 use homeroom_engine::inference::Engine;
 use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::batch::Batch;
-use homeroom_engine::run::block::Blocks;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::text::tokenizer::Tokenizer;
@@ -329,7 +329,7 @@ fn every_strategy_trains_every_family() -> Result<()> {
             let what = format!("{} by {strategy} with {options}", family.name);
             let layers = model.layers.len();
             let words = words.replace("all of its", &format!("{layers} of {layers}"));
-            assert_eq!(Blocks::new(&model, Some(&adaptation), Compute::F32).words(), words, "{what}");
+            assert_eq!(trainer(&model, Some(&adaptation), Compute::F32).words(), words, "{what}");
             for compute in [Compute::F32, Compute::Bf16] {
                 let train = TrainConfig {
                     learning_rate: if strategy == "full" { 1e-3 } else { 1e-2 },

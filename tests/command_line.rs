@@ -49,7 +49,12 @@ pub fn set_fields(path: &Path, fields: Value) -> Result<()> {
 
 /// A copy of a GGUF file with the bytes `offset` after the first place of `text` replaced.
 pub fn patched_gguf(place: &Place, text: &str, offset: usize, with: &[u8]) -> Result<PathBuf> {
-    let mut file = fs::read(fixture("models/llama-gguf/model-f32.gguf"))?;
+    patched(place, "llama-gguf/model-f32.gguf", text, offset, with)
+}
+
+/// The same of another model.
+pub fn patched(place: &Place, model: &str, text: &str, offset: usize, with: &[u8]) -> Result<PathBuf> {
+    let mut file = fs::read(fixture("models").join(model))?;
     let at = file.windows(text.len()).position(|window| window == text.as_bytes());
     let at = at.with_context(|| format!("the file has no `{text}`"))? + text.len() + offset;
     file[at..at + with.len()].copy_from_slice(with);

@@ -1,14 +1,21 @@
 //! Every decoder family against transformers, PEFT and llama.cpp's files, from one table.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use homeroom_engine::adapt::adapter::{
+    self, AdapterFiles, HOMEROOM_FILE, Record, StrategyRecord, WEIGHTS_FILE, serialize_f32,
+};
+use homeroom_engine::adapt::merge::{Floats, merge, save_model};
 use homeroom_engine::data::Example;
+use homeroom_engine::files::NewDirectory;
 use homeroom_engine::inference::Engine;
 use homeroom_engine::inference::generate::{Sampling, generate};
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::batch::Batch;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::plain::recipe::Pass;
@@ -18,8 +25,10 @@ use homeroom_engine::train::{Run, TrainConfig};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use crate::fused::{apart, config, gradients, shaken};
-use crate::support::{Values, adapt, distance, expected, fixture, model, stored_ids};
+use crate::fused::{apart, bf16_is_near, config, gradients, shaken};
+use crate::support::{
+    Place, Values, adapt, adapt_stored, distance, expected, fixture, model, plan, stored_ids, tensors,
+};
 
 /// A directory that `make_families.py` writes, or writes beside.
 struct Family {
@@ -28,8 +37,10 @@ struct Family {
     old: bool,
     /// Files of llama.cpp's form, and what transformers makes of the model that each describes.
     gguf: &'static [(&'static str, &'static str)],
-    /// The modules that PEFT calls by these names are trained.
+    /// The modules that PEFT trains, and all that it finds by `all-linear`.
     targets: &'static [&'static str],
+    /// Whether PEFT's losses and gradient norms are among the answers.
+    peft: bool,
     /// Whether there is a greedy continuation. With dynamic scaling it depends on what is cached.
     greedy: bool,
 }
@@ -43,7 +54,7 @@ const OWN: &[(&str, &str)] = &[("model.gguf", "expected-gguf.safetensors")];
 const MIXED: &[(&str, &str)] =
     &[("model.gguf", "expected.safetensors"), ("model-mixed.gguf", "expected-mixed.safetensors")];
 
-const NEW: Family = Family { name: "", old: false, gguf: &[], targets: LINEARS, greedy: true };
+const NEW: Family = Family { name: "", old: false, gguf: &[], targets: LINEARS, peft: true, greedy: true };
 const OLD: Family = Family { old: true, ..NEW };
 
 const FAMILIES: &[Family] = &[
@@ -60,7 +71,7 @@ const FAMILIES: &[Family] = &[
     Family { name: "granite", gguf: SAME, ..NEW },
     Family { name: "gemma2", gguf: OWN, ..NEW },
     Family { name: "olmo2", gguf: SAME, ..NEW },
-    Family { name: "gemma3-multimodal", targets: &[], ..NEW },
+    Family { name: "gemma3-multimodal", peft: false, ..NEW },
     Family { name: "granite4", gguf: SAME, targets: SHARED, ..NEW },
     Family { name: "llama-linear", gguf: SAME, ..NEW },
     Family { name: "llama-dynamic", greedy: false, ..NEW },
@@ -227,7 +238,7 @@ fn an_answer_that_outgrows_the_original_context_is_what_one_pass_would_draw() ->
 
 #[test]
 fn fused_blocks_of_every_family_have_the_loss_and_gradients_of_plain_ones() -> Result<()> {
-    for family in running().filter(|family| !family.targets.is_empty()) {
+    for family in running() {
         let model = family.model()?;
         let adaptation = shaken("lora", &family.options(5), &model)?;
         let (plain_loss, plain) = gradients(&model, &adaptation, &config(Compute::Plain))?;
@@ -236,6 +247,107 @@ fn fused_blocks_of_every_family_have_the_loss_and_gradients_of_plain_ones() -> R
         assert!(loss_apart < 1e-6, "{}: loss {loss_apart:e} apart", family.name);
         let gradients_apart = apart(&plain, &fused);
         assert!(gradients_apart < 2e-5, "{}: gradients {gradients_apart:e} apart", family.name);
+        bf16_is_near(family.name, &(fused_loss, fused), &gradients(&model, &adaptation, &config(Compute::Bf16))?);
+    }
+    Ok(())
+}
+
+/// Attention sees its own sequence only, and a rope takes each sequence's own length.
+#[test]
+fn no_family_sees_how_rows_are_packed_or_recomputed_or_shared_by_threads() -> Result<()> {
+    for family in running() {
+        let (model, name) = (family.model()?, family.name);
+        let adaptation = shaken("lora", &family.options(5), &model)?;
+        for compute in [Compute::Plain, Compute::F32, Compute::Bf16] {
+            let (loss, kept) = gradients(&model, &adaptation, &config(compute))?;
+            let again = TrainConfig { gradient_checkpointing: true, ..config(compute) };
+            let recomputed = gradients(&model, &adaptation, &again)?;
+            ensure!(recomputed.0.loss_sum == loss.loss_sum && recomputed.1 == kept, "{name}, {compute:?}: recomputed");
+            if compute != Compute::Plain {
+                for threads in [1, 2] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+                    let shared = pool.install(|| gradients(&model, &adaptation, &config(compute)))?.1;
+                    ensure!(shared == kept, "{name}, {compute:?}: by {threads} threads");
+                }
+            }
+            let single = TrainConfig { packing: false, ..config(compute) };
+            let (single_loss, single) = gradients(&model, &adaptation, &single)?;
+            let bound = if compute == Compute::Bf16 { 1e-2 } else { 2e-5 };
+            let loss_apart = (single_loss.loss_sum - loss.loss_sum).abs() / loss.loss_sum;
+            let gradients_apart = apart(&single, &kept);
+            ensure!(
+                loss_apart < bound && gradients_apart < bound,
+                "{name}, {compute:?}: row by row the loss is {loss_apart:e} apart, gradients {gradients_apart:e}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// As PEFT does: every linear module but the head.
+#[test]
+fn all_linear_modules_of_every_family_are_those_that_peft_finds() -> Result<()> {
+    for family in running() {
+        let model = family.model()?;
+        let layers = 0..model.layers.len();
+        let mut wanted: Vec<(usize, &str)> =
+            layers.flat_map(|layer| family.targets.iter().map(move |target| (layer, *target))).collect();
+        wanted.sort_unstable();
+        for options in [json!({"r": 2}), json!({"r": 2, "target_modules": "all-linear"})] {
+            let plan = plan("lora", &options, &model)?;
+            let mut found = Vec::new();
+            for module in &plan.modules {
+                let rest = module.path.strip_prefix("model.layers.").with_context(|| module.path.clone())?;
+                let (layer, rest) = rest.split_once('.').context("a module lies in a layer")?;
+                found.push((layer.parse()?, rest.rsplit('.').next().context("a module has a name")?));
+            }
+            found.sort_unstable();
+            assert_eq!(found, wanted, "{}: {options}", family.name);
+        }
+    }
+    Ok(())
+}
+
+/// A strategy, its options, and how layers run with it.
+const STRATEGIES: [(&str, &str, &str); 6] = [
+    ("lora", r#"{"r": 3}"#, "f32, fused blocks"),
+    ("lora", r#"{"r": 3, "use_rslora": true}"#, "f32, fused blocks"),
+    // The head is fused.
+    ("lora", r#"{"r": 3, "use_dora": true}"#, "f32, fused blocks; all of its layers plain in f32"),
+    ("qlora", r#"{"r": 3}"#, "f32, fused blocks"),
+    ("int8", r#"{"r": 3}"#, "f32, fused blocks"),
+    ("full", "{}", "f32, plain blocks"),
+];
+
+#[test]
+fn every_strategy_trains_every_family() -> Result<()> {
+    let trained = |ids: std::ops::Range<u32>| Example { trained: vec![true; ids.len()], ids: ids.collect(), line: 0 };
+    let rows = [trained(3..40), trained(50..57)];
+    for family in running() {
+        for (strategy, options, words) in STRATEGIES {
+            let (model, adaptation) = adapt_stored(strategy, &serde_json::from_str(options)?, family.model()?, 1)?;
+            let what = format!("{} by {strategy} with {options}", family.name);
+            let layers = model.layers.len();
+            let words = words.replace("all of its", &format!("{layers} of {layers}"));
+            assert_eq!(trainer(&model, Some(&adaptation), Compute::F32).words(), words, "{what}");
+            for compute in [Compute::F32, Compute::Bf16] {
+                let train = TrainConfig {
+                    learning_rate: if strategy == "full" { 1e-3 } else { 1e-2 },
+                    lr_scheduler_type: Schedule::Constant,
+                    warmup_ratio: 0.0,
+                    compute,
+                    ..TrainConfig::default()
+                };
+                let mut run = Run::new(&model, &adaptation, &train, 6);
+                let mut losses = Vec::new();
+                for _ in 0..6 {
+                    let report = run.step(&[Batch::of_examples((0..).zip(&rows))])?;
+                    ensure!(report.loss.is_finite() && report.grad_norm > 0.0, "{what}: {report:?}");
+                    losses.push(report.loss);
+                }
+                ensure!(losses[5] < 0.98 * losses[0], "{what}: losses {losses:?}");
+            }
+        }
     }
     Ok(())
 }
@@ -248,7 +360,7 @@ fn every_family_learns_as_in_peft() -> Result<()> {
         Ok(Example { ids, trained: serde_json::from_value(row["trained"].clone())?, line: 0 })
     };
     let steps = rows.iter().map(|rows| rows.iter().map(example).collect()).collect::<Result<Vec<Vec<Example>>>>()?;
-    for family in running().filter(|family| !family.targets.is_empty()) {
+    for family in running().filter(|family| family.peft) {
         let name = family.name;
         let bytes = std::fs::read(family.answers())?;
         let file = SafeTensors::deserialize(&bytes)?;
@@ -278,6 +390,76 @@ fn every_family_learns_as_in_peft() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// Logits of a text that goes beyond every window and original context.
+fn logits(pass: &Pass) -> Result<Vec<f32>> {
+    let ids: Vec<u32> = (3..40).collect();
+    Ok(pass.logits(&Batch::of_tokens(&ids, 0))?.flatten_all()?.to_vec1()?)
+}
+
+/// Norms are written as the family's files hold them, modules by its names, and what a GGUF file says in its configuration's words.
+#[test]
+fn exports_of_every_family_answer_as_what_was_trained() -> Result<()> {
+    let place = Place::new()?;
+    for family in running() {
+        for (name, model, _) in family.forms()? {
+            for (strategy, options) in [("lora", json!({"r": 3})), ("full", json!({}))] {
+                let adaptation = shaken(strategy, &options, &model)?;
+                let directory = NewDirectory::start(&place.path("outputs/export"))?;
+                save_model(&directory, &merge(&model, &adaptation)?, &model, Floats::F32)?;
+                let export = directory.publish()?;
+                let written = BaseModel::load(&export)?;
+                assert_eq!(written.architecture.layers, model.architecture.layers, "{name}");
+                assert_eq!(written.architecture.ropes, model.architecture.ropes, "{name}");
+                let trained = logits(&Pass::evaluation(&model, Some(&adaptation)))?;
+                let exported = logits(&Pass::evaluation(&written, None))?;
+                let largest = trained.iter().fold(0f32, |most, logit| most.max(logit.abs()));
+                let apart = distance(&trained, &exported) / largest;
+                ensure!(apart < 2e-5, "{name} by {strategy}: a logit is {apart:e} apart");
+                fs::remove_dir_all(&export)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// transformers loads the whole of a model of several parts, so PEFT has that whole's names for the modules of the part that writes
+/// text; on that part alone it has others, and older versions had others for the whole.
+#[test]
+fn an_adapter_of_a_part_is_read_by_whatever_names_its_modules_have() -> Result<()> {
+    let place = Place::new()?;
+    let model = model("gemma3-multimodal")?;
+    let options = json!({"r": 3, "lora_alpha": 5, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}});
+    let adaptation = shaken("lora", &options, &model)?;
+    let strategy = StrategyRecord::default();
+    let (data_digest, base_files, training) = (None, BTreeMap::default(), Value::Null);
+    let record = Record { strategy: &strategy, data_digest, base_files, requantize: false, training };
+    let directory = NewDirectory::start(&place.path("outputs/adapter"))?;
+    adapter::save(&directory, &model, &adaptation, record)?;
+    let saved = directory.publish()?;
+    let config: Value = serde_json::from_slice(&fs::read(saved.join("adapter_config.json"))?)?;
+    assert_eq!(config["exclude_modules"], "(?!.*(language_model|lm_head)).*");
+    let whole = "base_model.model.model.language_model.layers.";
+    let stored = tensors(&saved.join(WEIGHTS_FILE))?;
+    ensure!(stored.keys().all(|name| name.starts_with(whole)), "{:?}", stored.keys().next());
+
+    let trained = logits(&Pass::evaluation(&model, Some(&adaptation)))?;
+    let read = |path: &Path| -> Result<Vec<f32>> {
+        let adaptation = AdapterFiles::read(path)?.adapt(&model, false)?;
+        logits(&Pass::evaluation(&model, Some(&adaptation)))
+    };
+    assert_eq!(read(&saved)?, trained);
+    fs::remove_file(saved.join(HOMEROOM_FILE))?;
+    for prefix in [whole, "base_model.model.language_model.model.layers.", "base_model.model.model.layers."] {
+        let named = stored.iter().map(|(name, (shape, values))| {
+            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            (name.replace(whole, prefix), shape.clone(), bytes)
+        });
+        fs::write(saved.join(WEIGHTS_FILE), serialize_f32(&named.collect::<Vec<_>>())?)?;
+        assert_eq!(read(&saved)?, trained, "{prefix}");
     }
     Ok(())
 }

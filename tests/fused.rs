@@ -104,20 +104,24 @@ fn fused_blocks_have_the_loss_and_gradients_of_plain_ones() -> Result<()> {
 
 /// bf16 keeps 8 bits of a number, a relative error of 0.002 that a chain of some ten operations adds up to a few parts in a
 /// hundred: gradients point the same way (1 - 0.05² / 2), are as long, and the loss is the same to a part in a hundred.
+pub fn bf16_is_near(what: &str, (loss, exact): &(Outcome, Vec<f64>), (rounded_loss, rounded): &(Outcome, Vec<f64>)) {
+    let loss_apart = (rounded_loss.loss_sum - loss.loss_sum).abs() / loss.loss_sum;
+    assert!(loss_apart < 0.01, "{what}: loss {loss_apart} apart");
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+    let cosine = dot(exact, rounded) / (dot(exact, exact) * dot(rounded, rounded)).sqrt();
+    assert!(cosine > 0.998, "{what}: cosine {cosine}");
+    let length = (dot(rounded, rounded) / dot(exact, exact)).sqrt();
+    assert!((length - 1.0).abs() < 0.02, "{what}: length {length}");
+}
+
 #[test]
 fn fused_blocks_in_bf16_are_near_those_in_f32() -> Result<()> {
     for (name, model) in cases()? {
         for (strategy, options) in strategies() {
             let adaptation = shaken(strategy, &options, &model)?;
-            let (loss, exact) = gradients(&model, &adaptation, &config(Compute::F32))?;
-            let (rounded_loss, rounded) = gradients(&model, &adaptation, &config(Compute::Bf16))?;
-            let loss_apart = (rounded_loss.loss_sum - loss.loss_sum).abs() / loss.loss_sum;
-            assert!(loss_apart < 0.01, "{options} on {name}: loss {loss_apart} apart");
-            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
-            let cosine = dot(&exact, &rounded) / (dot(&exact, &exact) * dot(&rounded, &rounded)).sqrt();
-            assert!(cosine > 0.998, "{options} on {name}: cosine {cosine}");
-            let length = (dot(&rounded, &rounded) / dot(&exact, &exact)).sqrt();
-            assert!((length - 1.0).abs() < 0.02, "{options} on {name}: length {length}");
+            let exact = gradients(&model, &adaptation, &config(Compute::F32))?;
+            let rounded = gradients(&model, &adaptation, &config(Compute::Bf16))?;
+            bf16_is_near(&format!("{options} on {name}"), &exact, &rounded);
         }
     }
     Ok(())

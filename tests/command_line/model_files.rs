@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{check_model, patched_gguf, set_fields};
+use super::{check_model, patched, patched_gguf, set_fields};
 use crate::support::{Place, eval, fixture, homeroom, refused, tensors};
 
 #[test]
@@ -157,6 +157,161 @@ fn what_the_decoder_does_not_compute_is_refused_by_name() -> Result<()> {
     }
     let path = patched_gguf(&place, "general.architecture", 12, b"mamba")?;
     check_model(&place, &path, &["model.gguf", "unknown architecture `mamba`"])
+}
+
+#[test]
+fn what_a_family_does_not_compute_is_refused_by_name() -> Result<()> {
+    let place = Place::new()?;
+    let kinds = |count: usize, kind: &str| json!({"layer_types": vec![kind; count]});
+    let yarn = |fields: Value| {
+        let mut rope = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
+        rope.as_object_mut().expect("it is one").extend(fields.as_object().cloned().expect("they are one"));
+        json!({"rope_scaling": rope})
+    };
+    let longrope = |short: Value, long: Value| json!({"rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long}});
+    let (six, nil) = (json!([1, 1, 1, 1, 1, 1]), Value::Null);
+    for (model, fields, words) in [
+        // Families that are not known, by the name of the whole or of the part.
+        ("llama", json!({"model_type": "mixtral"}), &["unknown architecture `mixtral`", "granitemoehybrid"][..]),
+        ("qwen3", json!({"model_type": "qwen3_moe"}), &["unknown architecture `qwen3_moe`"]),
+        ("phi3", json!({"model_type": "phimoe"}), &["unknown architecture `phimoe`"]),
+        ("gemma3", json!({"model_type": "gemma3n_text"}), &["unknown architecture `gemma3n_text`"]),
+        ("gemma3-multimodal", json!({"model_type": "gemma4"}), &["unknown architecture `gemma4`"]),
+        ("gemma3-multimodal", json!({"text_config": nil}), &["`text_config` is missing"]),
+        ("gemma3-multimodal", json!({"text_config": {"hidden_size": 0}}), &["`hidden_size` = 0 is not a size"]),
+        // Parts of layers that are not known.
+        ("granite4", json!({"num_local_experts": 4}), &["`num_local_experts` = 4", "mixtures of experts"]),
+        ("granite4", json!({"num_local_experts": nil}), &["`num_local_experts` = 8"]),
+        ("granite4", json!({"num_local_experts": "none"}), &["`num_local_experts` = \"none\""]),
+        ("granite4", json!({"layer_types": ["attention", "mamba"]}), &["Mamba"]),
+        ("granite4", json!({"layer_types": nil}), &["Mamba"]),
+        ("granite4", kinds(3, "attention"), &["`layer_types` has 3 entries for 2 layers"]),
+        ("granite4", json!({"attention_bias": true}), &["`attention_bias` = true"]),
+        ("qwen3", json!({"num_experts": 8}), &["`num_experts` = 8 is not supported"]),
+        ("gemma3", json!({"use_bidirectional_attention": true}), &["`use_bidirectional_attention` = true"]),
+        ("gemma2", json!({"use_bidirectional_attention": true}), &["`use_bidirectional_attention` = true"]),
+        ("gemma3", json!({"hidden_activation": "relu"}), &["`hidden_activation` = \"relu\" is not supported"]),
+        ("gemma3", kinds(7, "linear_attention"), &["`layer_types` names \"linear_attention\""]),
+        ("gemma3", kinds(6, "full_attention"), &["`layer_types` has 6 entries for 7 layers"]),
+        ("gemma2", kinds(3, "chunked_attention"), &["`layer_types` names \"chunked_attention\""]),
+        ("qwen3", kinds(2, "chunked_attention"), &["`layer_types` names \"chunked_attention\""]),
+        ("qwen3", json!({"layer_types": "full_attention"}), &["`layer_types` is not a list"]),
+        ("llama", kinds(2, "sliding_attention"), &["`layer_types` = [\"sliding_attention\"", "is not supported"]),
+        ("smollm3", kinds(5, "sliding_attention"), &["`layer_types` = [\"sliding_attention\"", "is not supported"]),
+        ("smollm3", json!({"use_sliding_window": true}), &["`use_sliding_window` = true"]),
+        ("smollm3", json!({"no_rope_layers": [1, 1]}), &["`no_rope_layers` has 2 entries for 5 layers"]),
+        ("smollm3", json!({"no_rope_layers": [1, 1, 2, 1, 1]}), &["`no_rope_layers` holds 2"]),
+        ("smollm3", json!({"no_rope_layers": nil, "no_rope_layer_interval": 0}), &["`no_rope_layer_interval` = 0"]),
+        ("phi3", json!({"resid_pdrop": 0.1}), &["`resid_pdrop` above 0"]),
+        ("phi3", json!({"attention_dropout": 0.1}), &["`attention_dropout` above 0"]),
+        // Numbers that nothing is computed with.
+        ("granite", json!({"logits_scaling": 0}), &["`logits_scaling` = 0; it is a number above zero"]),
+        ("granite", json!({"residual_multiplier": 0.0}), &["`residual_multiplier` = 0"]),
+        ("granite", json!({"residual_multiplier": -0.5}), &["`residual_multiplier` = -0.5"]),
+        ("granite", json!({"attention_multiplier": -1}), &["`attention_multiplier` = -1"]),
+        ("granite", json!({"embedding_multiplier": 1e300}), &["`embedding_multiplier` = 1000"]),
+        ("granite", json!({"embedding_multiplier": "2"}), &["`embedding_multiplier` is no number"]),
+        ("granite4", json!({"logits_scaling": 1e-300}), &["`logits_scaling` = 0.000"]),
+        ("gemma3", json!({"query_pre_attn_scalar": 0}), &["`query_pre_attn_scalar` = 0"]),
+        ("gemma2", json!({"query_pre_attn_scalar": -256}), &["`query_pre_attn_scalar` = -256"]),
+        ("gemma2", json!({"attn_logit_softcapping": 0.0}), &["`attn_logit_softcapping` = 0"]),
+        ("gemma2", json!({"final_logit_softcapping": -30.0}), &["`final_logit_softcapping` = -30"]),
+        ("gemma3", json!({"final_logit_softcapping": 1e39}), &["`final_logit_softcapping` = 1000"]),
+        ("gemma3", json!({"sliding_window": 0}), &["`sliding_window` = 0 is not a size"]),
+        ("gemma3", json!({"sliding_window_pattern": 0}), &["`sliding_window_pattern` = 0 is not a size"]),
+        ("gemma3", json!({"sliding_window_pattern": "LLLG"}), &["`sliding_window_pattern` = \"LLLG\""]),
+        ("gemma3", json!({"head_dim": 11}), &["a head of 11 channels cannot be rotated"]),
+        ("gemma3", json!({"rope_local_base_freq": 0}), &["`rope_theta` = 0"]),
+        ("mistral-window", json!({"sliding_window": -1}), &["`sliding_window` = -1 is not a size"]),
+        ("qwen3", json!({"max_window_layers": -1}), &["`max_window_layers` = -1"]),
+        ("olmo2", json!({"rms_norm_eps": 0.0}), &["`rms_norm_eps` = 0"]),
+        // Ropes.
+        (
+            "phi4-mini",
+            json!({"partial_rotary_factor": 0}),
+            &["`partial_rotary_factor` = 0; it is above 0 and at most 1"],
+        ),
+        ("phi4-mini", json!({"partial_rotary_factor": 2}), &["`partial_rotary_factor` = 2"]),
+        ("phi4-mini", json!({"partial_rotary_factor": 1e-9}), &["rotating 0 channels"]),
+        ("phi4-mini", json!({"partial_rotary_factor": 0.32}), &["rotating 5 channels"]),
+        ("phi4-mini", json!({"partial_rotary_factor": 0.5}), &["6 rope divisors for 4 frequencies"]),
+        ("qwen3", json!({"partial_rotary_factor": 0.5}), &["`partial_rotary_factor` = 0.5 is not supported"]),
+        (
+            "qwen3-yarn",
+            yarn(json!({"partial_rotary_factor": 0.5})),
+            &["`partial_rotary_factor` = 0.5 is not supported"],
+        ),
+        ("phi4-mini", longrope(nil.clone(), six.clone()), &["rope type `longrope` needs the list `short_factor`"]),
+        ("phi4-mini", longrope(six.clone(), json!([1, 1])), &["2 rope divisors for 6 frequencies"]),
+        ("phi4-mini", longrope(six.clone(), json!([1, 1, 1, 1, 1, 0])), &["a rope divisor is not positive"]),
+        ("phi4-mini", longrope(six.clone(), json!([1, 1, 1, 1, 1, 1e300])), &["a rope divisor is not positive"]),
+        ("phi4-mini", longrope(six, json!([1, 1, 1, 1, 1, "a"])), &["`long_factor` holds what is no number"]),
+        ("phi4-mini", json!({"original_max_position_embeddings": 1}), &["`attention_factor`, above zero"]),
+        ("phi3", json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}), &["not supported in a phi3 model"]),
+        ("phi3", json!({"rope_scaling": "su"}), &["its rope scaling is \"su\", not an object"]),
+        ("qwen3-yarn", yarn(json!({"factor": 1e300})), &["rope type `yarn` needs the number `factor`, above zero"]),
+        ("qwen3-yarn", yarn(json!({"factor": -4})), &["rope type `yarn` needs the number `factor`, above zero"]),
+        ("qwen3-yarn", yarn(json!({"beta_fast": 0})), &["`beta_fast`, above zero"]),
+        ("qwen3-yarn", yarn(json!({"rope_theta": 1.0})), &["makes frequencies that are no numbers"]),
+        (
+            "llama-linear",
+            json!({"rope_scaling": {"type": "linear", "factor": 0}}),
+            &["`linear` needs the number `factor`"],
+        ),
+        (
+            "llama-dynamic",
+            json!({"rope_scaling": {"type": "dynamic", "factor": 0.5}}),
+            &["the factor 0.5, which is below 1"],
+        ),
+        (
+            "llama-dynamic",
+            json!({"rope_scaling": {"type": "dynamic", "factor": 1e30}}),
+            &["`dynamic`", "a context of 2.4e31 tokens"],
+        ),
+        ("gemma3", json!({"rope_parameters": {"full_attention": 3}}), &["its rope scaling is 3, not an object"]),
+        ("gemma3", json!({"rope_scaling": {"type": "proportional"}}), &["unknown rope type `proportional`"]),
+        (
+            "gemma3",
+            json!({"rope_parameters": {"full_attention": {"rope_type": "axial"}}}),
+            &["unknown rope type `axial`"],
+        ),
+    ] {
+        let copy = place.copy(&fixture("models").join(model), "model")?;
+        set_fields(&copy.join("config.json"), fields.clone())?;
+        let words = [&["model/config.json: this model cannot be run"], words].concat();
+        check_model(&place, &copy, &words).with_context(|| format!("{model} with {fields}"))?;
+        fs::remove_dir_all(&copy)?;
+    }
+    Ok(())
+}
+
+/// Behind a key stand its type, of 4 bytes, and its value; a text begins with its length, of 8 bytes.
+#[test]
+fn what_llama_cpp_calls_a_family_by_and_is_none_is_refused_by_name() -> Result<()> {
+    let place = Place::new()?;
+    let (nan, zero) = (f32::NAN.to_le_bytes(), 0_f32.to_le_bytes());
+    let size = u32::to_le_bytes;
+    for (model, text, offset, with, words) in [
+        ("granite", "general.architecture", 12, &b"gemma3n"[..], &["unknown architecture `gemma3n`", "phi3"][..]),
+        ("gemma3", "general.architecture", 12, b"phimoe", &["unknown architecture `phimoe`"]),
+        ("phi4-mini", "rope_factors_lon", 0, b"k", &["`rope_factors_long.weight` is missing beside"]),
+        ("phi4-mini", "rope_factors_shor", 0, b"k", &["`rope_factors_short.weight` is missing beside"]),
+        ("granite", "granite.logit_scale", 4, &zero, &["`logits_scaling` = 0"]),
+        ("granite", "granite.attention.scale", 4, &nan, &["`attention_multiplier` = NaN"]),
+        ("granite4", "granite.rope.scaling.finetuned", 4, &[0], &["`granite.rope.scaling.finetuned` is false"]),
+        ("gemma2", "gemma2.attn_logit_softcapping", 4, &nan, &["`attn_logit_softcapping` = NaN"]),
+        ("gemma3", "gemma3.attention.key_length", 4, &size(0), &["`gemma3.attention.key_length` = 0 is not a size"]),
+        ("gemma3", "gemma3.block_count", 4, &size(0), &["`gemma3.block_count` = 0 is not a size"]),
+        ("gemma3", "gemma3.block_count", 4, &size(u32::MAX), &["4294967295 layers"]),
+        ("phi3", "phi3.rope.dimension_count", 4, &size(3), &["rotating 3 channels"]),
+        ("phi3", "phi3.rope.dimension_count", 4, &size(10), &["rotating 10 of 8 channels"]),
+        ("smollm3", "smollm3.rope.dimension_count", 4, &size(4), &["`partial_rotary_factor` = 0.5"]),
+    ] {
+        let path = patched(&place, &format!("{model}/model.gguf"), text, offset, with)?;
+        let words = [&["model.gguf"], words].concat();
+        check_model(&place, &path, &words).with_context(|| format!("{model}: {text}"))?;
+    }
+    Ok(())
 }
 
 /// Some tokenizers have more tokens than their model has embeddings.

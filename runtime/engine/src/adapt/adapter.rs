@@ -114,8 +114,10 @@ pub struct Record<'a> {
 /// When a file cannot be written, or a value is not finite.
 pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) -> Result<()> {
     let manifest = manifest(model, adaptation, record)?;
+    // PEFT has an adapter on the model that transformers loads, and that is the whole.
+    let part = adaptation.plan.peft.is_some() && model.is_part()?;
     if let Some(peft) = &adaptation.plan.peft {
-        let config = peft::config(peft, &model.path, model.source.as_ref());
+        let config = peft::config(peft, &model.path, model.source.as_ref(), part);
         directory.write(CONFIG_FILE, pretty(&config)?.as_bytes())?;
     }
     let mut tensors = Vec::new();
@@ -126,7 +128,8 @@ pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation
         ensure!(finite, "tensor `{}` holds a value that is not finite, so nothing is saved", param.spec.tensor);
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let shape = param.spec.tensor_shape.as_ref().unwrap_or(&param.spec.shape).clone();
-        tensors.push((param.spec.tensor.clone(), shape, bytes));
+        let name = if part { peft::whole_name(&param.spec.tensor) } else { param.spec.tensor.clone() };
+        tensors.push((name, shape, bytes));
     }
     directory.write(WEIGHTS_FILE, &serialize_f32(&tensors)?)?;
     if model.text_from.is_some() {
@@ -297,8 +300,9 @@ impl AdapterFiles {
             path.display()
         );
         let mapped = map_safetensors(&path.join(WEIGHTS_FILE))?;
+        let mapped = mapped.into_iter().map(|(name, tensor)| (peft::text_name(&name), tensor));
         let (copies, mapped): (Tensors, Tensors) =
-            mapped.into_iter().partition(|(name, _)| manifest.is_none() && peft::is_base_copy(name));
+            mapped.partition(|(name, _)| manifest.is_none() && peft::is_base_copy(name));
         let tensors = mapped.into_iter().map(|(name, tensor)| Ok((name, (tensor.shape.clone(), tensor.values()?))));
         let tensors = tensors.collect::<Result<_>>().with_context(|| path.join(WEIGHTS_FILE).display().to_string())?;
         Ok(Self { path: path.to_owned(), manifest, config, tensors, copies })

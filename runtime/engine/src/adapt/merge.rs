@@ -147,7 +147,7 @@ impl Floats {
 /// # Errors
 /// Why it has no form as a Hugging Face directory.
 pub fn exportable(model: &BaseModel) -> Result<()> {
-    exported(model)?.to_json("float32", None, &[]).map(|_| ())
+    exported(model).map(|_| ())
 }
 
 /// The architecture of transformers' model that computes what this one does.
@@ -240,7 +240,7 @@ fn save_configuration(
             own[dtype_key] = dtype.into();
             own
         }
-        false => architecture.to_json(dtype, tokenizer.bos_id, &tokenizer.eos_ids)?,
+        false => architecture.to_json(dtype, tokenizer)?,
     };
     directory.write("config.json", pretty(&json)?.as_bytes())?;
     let generation = there(GENERATION).then(|| read(GENERATION)).transpose()?;

@@ -16,9 +16,14 @@ use crate::files::tensors::{MappedTensor, Tensors};
 use crate::models::{BaseModel, EMBEDDING, HEAD, Source};
 
 /// The configuration that PEFT reads: the common fields and the strategy's own, sorted as PEFT sorts them. A base that came from a hub
-/// is named as it is there, so that PEFT finds it on another machine, too.
-pub fn config(peft: &Peft, base: &Path, source: Option<&Source>) -> Value {
+/// is named as it is there, so that PEFT finds it on another machine, too. `part`: what transformers loads has other parts, in which
+/// nothing is adapted.
+pub fn config(peft: &Peft, base: &Path, source: Option<&Source>, part: bool) -> Value {
     let mut fields: Vec<(String, Value)> = peft.fields.clone().into_iter().collect();
+    if part {
+        fields.retain(|(name, _)| name != "exclude_modules");
+        fields.push(("exclude_modules".into(), OTHER_PARTS.into()));
+    }
     fields.push(("peft_type".into(), peft.peft_type.clone().into()));
     fields.push(("task_type".into(), "CAUSAL_LM".into()));
     let name = source.map_or_else(|| base.display().to_string(), |source| source.repo().to_owned());
@@ -145,6 +150,35 @@ pub fn lora_plan(
 /// What PEFT puts before a module's path.
 const PREFIX: &str = "base_model.model.";
 
+/// The modules of a model that are of another part than the one that writes text, as a regular expression of Python.
+const OTHER_PARTS: &str = "(?!.*(language_model|lm_head)).*";
+
+/// The name of a tensor on the part that writes text, of its name on the whole model.
+pub fn text_name(name: &str) -> String {
+    match name.strip_prefix(PREFIX) {
+        Some(path) => format!("{PREFIX}{}", text_path(path)),
+        None => name.to_owned(),
+    }
+}
+
+/// Its name on the whole model, as transformers calls it since 4.52.
+pub fn whole_name(name: &str) -> String {
+    match name.strip_prefix(PREFIX).and_then(|path| path.strip_prefix("model.")) {
+        Some(path) => format!("{PREFIX}model.language_model.{path}"),
+        None => name.to_owned(),
+    }
+}
+
+/// The path of a module on the part that writes text.
+fn text_path(path: &str) -> String {
+    // Before 4.52 that part was a model of its own within the whole.
+    let inner = path.strip_prefix("model.language_model.").or_else(|| path.strip_prefix("language_model.model."));
+    match inner {
+        Some(inner) => format!("model.{inner}"),
+        None => path.strip_prefix("language_model.").unwrap_or(path).to_owned(),
+    }
+}
+
 /// Whether a tensor of PEFT's is a weight of the base beside the adapter's own: the embedding or the head where it was adapted
 /// (`save_embedding_layers` is "auto") or resized.
 pub fn is_base_copy(name: &str) -> bool {
@@ -270,6 +304,7 @@ fn pattern_value(patterns: Option<&Value>, path: &str) -> Result<Option<f64>> {
             plain,
             "the pattern `{key}` is a regular expression, which is not supported here; name modules instead"
         );
+        let key = text_path(key);
         if path == key || path.strip_suffix(key.as_str()).is_some_and(|front| front.ends_with('.')) {
             return Ok(Some(value.as_f64().with_context(|| format!("`{key}` = {value} is no number"))?));
         }

@@ -13,7 +13,7 @@ use crate::files::bitsandbytes;
 use crate::files::gguf::{Gguf, ShardName, TensorInfo};
 use crate::files::mapped::map_file;
 use crate::files::tensors::{MappedTensor, Tensors, has_safetensors, map_directory, weight_files};
-use crate::files::{broken_link, is_named};
+use crate::files::{SMALL_FILE_BYTES_MAX, broken_link, is_named, parse_object, read_text};
 use crate::models::architecture::{
     Architecture, EMBEDDING, HEAD, K_NORM, LayerSpec, ModuleSpec, Projection, Q_NORM, layer_path,
 };
@@ -211,8 +211,10 @@ impl BaseModel {
         let source =
             Tensorfile { tensors: &tensors, gguf: false, interleaved: false, offset: architecture.norm_offset };
         let modules = build_modules(&architecture, &source).with_context(|| dir.display().to_string())?;
-        // transformers has the scale in the type of the weights. Such a model was trained with what that rounds it to.
-        let embedding = modules.first().map(|module| module.weight.storage());
+        // transformers has a scale by the width, as Gemma's, in the type of the weights. Such a model was trained with what that rounds
+        // it to. Other scales are factors of f32.
+        let by_width = architecture.embedding_scale == (architecture.hidden_size as f64).sqrt();
+        let embedding = modules.first().filter(|_| by_width).map(|module| module.weight.storage());
         let scale = architecture.embedding_scale as f32;
         architecture.embedding_scale = match embedding {
             Some(Storage::BF16) => f64::from(bf16::from_f32(scale).to_f32()),
@@ -228,7 +230,8 @@ impl BaseModel {
         let place = || path.display().to_string();
         let architecture = Architecture::from_gguf(&gguf).with_context(place)?;
         let mapped = |tensor: &TensorInfo| (tensor.name.clone(), gguf.mapped(tensor));
-        let tensors: Tensors = gguf.tensors().filter(|tensor| !is_rope(&tensor.name)).map(mapped).collect();
+        let tensors: Tensors =
+            gguf.tensors().filter(|tensor| !architecture.is_rope(&tensor.name)).map(mapped).collect();
         let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
         let interleaved = architecture.family()?.interleaved;
         let source = Tensorfile { tensors: &tensors, gguf: true, interleaved, offset: 0.0 };
@@ -274,6 +277,17 @@ impl BaseModel {
     pub(crate) fn with_storage(&self, modules: Vec<Module>, digest: String) -> Result<Self> {
         let model = self.with_modules(self.architecture.clone(), modules)?;
         Ok(Self { digest: OnceLock::from(digest), ..model })
+    }
+
+    /// Whether its directory holds other parts beside the one that writes text. transformers loads the whole.
+    ///
+    /// # Errors
+    /// When its `config.json` cannot be read again.
+    pub fn is_part(&self) -> Result<bool> {
+        let Some(whole) = self.architecture.family()?.part_of.filter(|_| self.path.is_dir()) else { return Ok(false) };
+        let file = self.path.join("config.json");
+        let config = parse_object(&file, &read_text(&file, SMALL_FILE_BYTES_MAX)?)?;
+        Ok(config["model_type"] == whole)
     }
 
     /// Index of a module by its path.
@@ -476,11 +490,6 @@ fn gguf_files(dir: &Path) -> Result<Vec<String>> {
 /// Whether two files are of one model, by their names.
 fn are_shards(a: &str, b: &str) -> bool {
     matches!((ShardName::of(a), ShardName::of(b)), (Some(a), Some(b)) if a.is_beside(&b))
-}
-
-/// Whether a tensor of a GGUF file holds divisors of rope, which are no module's.
-fn is_rope(name: &str) -> bool {
-    matches!(name, "rope_freqs.weight" | "rope_factors_short.weight" | "rope_factors_long.weight")
 }
 
 /// The tensors of the part that writes text, by the names that they have alone.

@@ -12,6 +12,7 @@ use super::metadata;
 use super::rope::RopeScaling;
 use crate::files::gguf::Gguf;
 use crate::files::{SMALL_FILE_BYTES_MAX, read_text};
+use crate::text::tokenizer::Tokenizer;
 
 impl Architecture {
     /// Reads `config.json` of a Hugging Face directory; of a model of several parts, that of the one that writes text.
@@ -78,6 +79,16 @@ impl Architecture {
         Ok(architecture)
     }
 
+    /// Whether a tensor of a GGUF file holds divisors of a rope, which are no module's, and which were read.
+    pub(super) fn is_rope(&self, name: &str) -> bool {
+        let lists = || self.ropes.iter().any(|rope| matches!(rope.scaling, RopeScaling::LongRope { .. }));
+        match name {
+            "rope_freqs.weight" => true,
+            "rope_factors_short.weight" | "rope_factors_long.weight" => lists(),
+            _ => false,
+        }
+    }
+
     /// Its family.
     ///
     /// # Errors
@@ -106,11 +117,13 @@ impl Architecture {
     ///
     /// # Errors
     /// As [`Architecture::exported`].
-    pub fn to_json(&self, dtype: &str, bos: Option<u32>, eos: &[u32]) -> Result<Value> {
+    pub fn to_json(&self, dtype: &str, tokenizer: &Tokenizer) -> Result<Value> {
         let mut config = self.exported()?.config;
         config.insert("tie_word_embeddings".to_owned(), json!(self.tie_word_embeddings));
-        config.insert("bos_token_id".to_owned(), json!(bos));
-        config.insert("eos_token_id".to_owned(), json!(eos.first()));
+        // All three, for a class has defaults of its own, which may be beyond the vocabulary.
+        config.insert("bos_token_id".to_owned(), json!(tokenizer.bos_id));
+        config.insert("eos_token_id".to_owned(), json!(tokenizer.eos_ids.first()));
+        config.insert("pad_token_id".to_owned(), json!(tokenizer.pad_id));
         config.insert("torch_dtype".to_owned(), json!(dtype));
         Ok(Value::Object(config))
     }

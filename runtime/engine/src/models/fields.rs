@@ -10,13 +10,12 @@ use super::architecture::{Architecture, Gate, LayerShape, LayerSpec};
 use super::rope::{Rope, RopeScaling};
 
 /// Fields that change what a decoder computes, with the values that change nothing. Lists of layers' kinds change nothing where all
-/// are of the usual kind.
-const COMPUTING: [(&str, &[&str]); 38] = [
+/// are of the usual kind. Fields that act in training only, as `attention_dropout`, are not among them.
+const COMPUTING: [(&str, &[&str]); 34] = [
     ("hidden_act", &["\"silu\""]),
     ("hidden_activation", &["\"silu\""]),
     ("partial_rotary_factor", &["1.0", "1"]),
     ("use_sliding_window", &["false"]),
-    ("is_decoder", &["true", "false"]),
     ("use_mrope", &["false"]),
     ("attention_multiplier", &[]),
     ("embedding_multiplier", &["1.0", "1"]),
@@ -35,7 +34,6 @@ const COMPUTING: [(&str, &[&str]); 38] = [
     ("num_experts", &["0"]),
     ("num_local_experts", &["0"]),
     ("n_routed_experts", &["0"]),
-    ("moe_intermediate_size", &["0"]),
     ("clip_qkv", &[]),
     ("use_qk_norm", &["false"]),
     ("use_cache_kv_sharing", &["false"]),
@@ -45,15 +43,10 @@ const COMPUTING: [(&str, &[&str]); 38] = [
     ("attention_chunk_size", &[]),
     ("attn_temperature_tuning", &["false"]),
     ("parallel_attn", &["false"]),
-    ("pretraining_tp", &[]),
     ("original_max_position_embeddings", &[]),
-    ("embedding_scale", &["1.0", "1"]),
     ("alibi", &["false"]),
     ("interleave_moe_layer_step", &["0"]),
 ];
-
-/// Fields of which any value changes nothing, though others of the list do.
-const HARMLESS: [&str; 3] = ["pretraining_tp", "moe_intermediate_size", "embedding_scale"];
 
 /// A configuration, and what was read of it.
 pub struct Fields<'a> {
@@ -129,6 +122,27 @@ impl<'a> Fields<'a> {
         Ok(Some(value.as_f64().or(unusual).with_context(|| format!("`{key}` is no number"))?))
     }
 
+    /// A number that something is multiplied or divided by, or the default.
+    ///
+    /// # Errors
+    /// When it is no number above zero that f32 holds.
+    pub fn factor_or(&self, key: &'static str, default: f64) -> Result<f64> {
+        Ok(self.factor_of(key)?.unwrap_or(default))
+    }
+
+    /// The same, if it is given.
+    ///
+    /// # Errors
+    /// When it is no number above zero that f32 holds.
+    pub fn factor_of(&self, key: &'static str) -> Result<Option<f64>> {
+        let factor = self.number_of(key)?;
+        let sound = |factor: f64| factor as f32 > 0.0 && (factor as f32).is_finite();
+        if let Some(factor) = factor.filter(|factor| !sound(*factor)) {
+            bail!("`{key}` = {factor}; it is a number above zero");
+        }
+        Ok(factor)
+    }
+
     /// True or false, or the default.
     ///
     /// # Errors
@@ -178,7 +192,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// The model's rope: `rope_parameters`, or the older `rope_theta` and `rope_scaling`, over `partial_rotary_factor` of a head.
+    /// The model's rope: `rope_parameters`, or the older `rope_theta` and `rope_scaling`, over whole heads.
     ///
     /// # Errors
     /// When it is of an unknown type or lacks a number.
@@ -199,10 +213,10 @@ impl<'a> Fields<'a> {
         };
         let theta = number("rope_theta", theta)?;
         let part = number("partial_rotary_factor", 1.0)?;
-        ensure!(part > 0.0 && part <= 1.0, "`partial_rotary_factor` = {part}; it is above 0 and at most 1");
+        ensure!(part == 1.0, "`partial_rotary_factor` = {part} is not supported");
         let context = self.size_or("max_position_embeddings", 2048)?;
         let scaling = parameters.map_or(Ok(RopeScaling::None), |rope| RopeScaling::of(rope, context))?;
-        Ok(Rope { theta, dims: (head_dim as f64 * part) as usize, scaling })
+        Ok(Rope { theta, dims: head_dim, scaling })
     }
 
     /// An architecture of these layers, and of what most families have: the rest as in Llama.
@@ -214,7 +228,12 @@ impl<'a> Fields<'a> {
         for rope in &ropes {
             // The length that it was trained for is the field's, the one that it reaches is this.
             if let RopeScaling::Dynamic { factor, original } = rope.scaling {
-                context = (factor * original) as usize;
+                let reached = factor * original;
+                ensure!(
+                    reached <= f64::from(u32::MAX),
+                    "rope type `dynamic`: a `factor` of {factor} makes a context of {reached:e} tokens"
+                );
+                context = reached as usize;
             }
         }
         Ok(Architecture {
@@ -250,7 +269,7 @@ impl<'a> Fields<'a> {
     /// Names the first.
     pub fn finish(&self) -> Result<()> {
         let read = self.read.borrow();
-        for (key, neutral) in COMPUTING.iter().filter(|(key, _)| !read.contains(key) && !HARMLESS.contains(key)) {
+        for (key, neutral) in COMPUTING.iter().filter(|(key, _)| !read.contains(key)) {
             let Some(value) = self.map.get(*key).filter(|value| !value.is_null()) else { continue };
             let usual = |kind: &Value| kind == "full_attention" || kind == "attention" || kind == 1;
             let all_usual = value.as_array().is_some_and(|kinds| kinds.iter().all(usual));

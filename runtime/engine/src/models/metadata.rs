@@ -157,8 +157,8 @@ fn rope(gguf: &Gguf, architecture: &str, config: &mut Map<String, Value>) -> Res
             }
             Some(rope)
         }
-        // Its divisors are tensors, which the family reads.
-        Some("longrope") => None,
+        // Its divisors are tensors, which this family reads.
+        Some("longrope") if architecture == "phi3" => None,
         Some(kind) => bail!("rope type `{kind}` is not supported"),
     };
     config.insert("rope_scaling".to_owned(), rope.unwrap_or(Value::Null));

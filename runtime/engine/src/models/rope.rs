@@ -304,3 +304,139 @@ impl RopeScaling {
 
 /// Types that are known.
 const KINDS: &str = "default, linear, dynamic, llama3, yarn, longrope";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Frequencies and factors as `tests/fixtures/rope_frequencies.py` prints them: θ = 1234.5, 10 channels.
+    #[test]
+    fn frequencies_equal_those_of_transformers() {
+        let short = json!([1.0, 1.1, 1.3, 1.7, 2.3]);
+        let long = json!([1.2, 1.9, 3.3, 4.7, 6.1]);
+        let (ones, twos) = (json!([1, 1, 1, 1, 1]), json!([2, 2, 2, 2, 2]));
+        let yarn = [1.0, 0.15481614, 0.016570495, 0.003990591, 0.00096103456];
+        let doubled = [0.5, 0.12041255, 0.028998367, 0.0069835344, 0.0016818106];
+        // Rope, context, length of the sequence, frequencies, attention factor.
+        let cases = [
+            (
+                json!({"rope_type": "linear", "factor": 3.7}),
+                [37, 43],
+                [0.27027026, 0.065087862, 0.015674792, 0.0037748835, 0.00090908678],
+                1.0,
+            ),
+            (
+                json!({"rope_type": "dynamic", "factor": 2.3}),
+                [37, 43],
+                [1.0, 0.22247759, 0.049496278, 0.011011812, 0.0024498818],
+                1.0,
+            ),
+            (
+                json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+                [128, 128],
+                [1.0, 0.15051569, 0.014499184, 0.0034917672, 0.0008409053],
+                1.138629436111989,
+            ),
+            (
+                json!({
+                    "rope_type": "yarn", "factor": 3.5, "original_max_position_embeddings": 37,
+                    "beta_fast": 7.0, "beta_slow": 1.5, "truncate": false,
+                }),
+                [131, 131],
+                [1.0, 0.068807177, 0.016570495, 0.003990591, 0.00096103456],
+                1.125276296849537,
+            ),
+            (
+                json!({"rope_type": "yarn", "factor": 0.7, "original_max_position_embeddings": 37}),
+                [131, 131],
+                [1.0, 0.29243049, 0.082852475, 0.019952955, 0.0048051728],
+                1.0,
+            ),
+            (
+                json!({
+                    "rope_type": "yarn", "factor": 3.5, "original_max_position_embeddings": 37,
+                    "mscale": 1.3, "mscale_all_dim": 0.6,
+                }),
+                [131, 131],
+                yarn,
+                1.0815626851041071,
+            ),
+            (
+                json!({
+                    "rope_type": "yarn", "factor": 3.5, "original_max_position_embeddings": 37,
+                    "attention_factor": 1.25,
+                }),
+                [131, 131],
+                yarn,
+                1.25,
+            ),
+            (
+                json!({
+                    "rope_type": "longrope", "original_max_position_embeddings": 31,
+                    "short_factor": short, "long_factor": long,
+                }),
+                [131, 31],
+                [1.0, 0.2189319, 0.044612873, 0.0082159229, 0.001462444],
+                1.1915074520983346,
+            ),
+            (
+                json!({
+                    "rope_type": "longrope", "original_max_position_embeddings": 31,
+                    "short_factor": short, "long_factor": long,
+                }),
+                [131, 32],
+                [0.83333331, 0.12675007, 0.017574769, 0.0029717167, 0.00055141328],
+                1.1915074520983346,
+            ),
+            (
+                json!({
+                    "rope_type": "longrope", "original_max_position_embeddings": 31, "factor": 9.0,
+                    "short_factor": ones, "long_factor": twos,
+                }),
+                [131, 32],
+                doubled,
+                1.2805649011568654,
+            ),
+            (
+                json!({
+                    "type": "longrope", "original_max_position_embeddings": 31,
+                    "short_factor": ones, "long_factor": twos,
+                }),
+                [31, 32],
+                doubled,
+                1.0,
+            ),
+            (
+                json!({
+                    "rope_type": "llama3", "factor": 7.0, "low_freq_factor": 1.2, "high_freq_factor": 3.9,
+                    "original_max_position_embeddings": 67,
+                }),
+                [131, 131],
+                [1.0, 0.13899124, 0.0082852477, 0.0019952955, 0.00048051731],
+                1.0,
+            ),
+        ];
+        for (json, [context, length], frequencies, factor) in cases {
+            let scaling = RopeScaling::of(&json, context).unwrap();
+            let rope = Rope { theta: 1234.5, dims: 10, scaling };
+            rope.check().unwrap();
+            for (got, want) in rope.frequencies(rope.set(length)).into_iter().map(f64::from).zip(frequencies) {
+                assert!((got - want).abs() <= 3e-7 * want, "{json}: {got}, transformers has {want}");
+            }
+            assert!((f64::from(rope.attention_factor()) - factor).abs() < 1e-7, "{json}: {}", rope.attention_factor());
+            // What is written of it is read as the same.
+            let written = rope.scaling.to_json().unwrap();
+            assert_eq!(RopeScaling::of(&written, context).unwrap(), rope.scaling, "{written}");
+        }
+    }
+
+    /// Up to the context that it was trained with, a dynamic rope is the plain one.
+    #[test]
+    fn sequences_within_the_context_take_one_set_of_frequencies() {
+        let rope = |json: Value| Rope { theta: 1e4, dims: 6, scaling: RopeScaling::of(&json, 37).unwrap() };
+        let dynamic = rope(json!({"rope_type": "dynamic", "factor": 2.0}));
+        assert_eq!([1, 36, 37, 38, 74].map(|length| dynamic.set(length)), [37, 37, 37, 38, 74]);
+        assert_eq!(dynamic.frequencies(37), rope(json!({})).frequencies(0));
+        assert_ne!(dynamic.frequencies(38), dynamic.frequencies(37));
+    }
+}

@@ -46,7 +46,7 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
 /// A cap; what is left out is the default, null is none.
 fn cap(fields: &Fields<'_>, key: &'static str, default: f64) -> Result<Option<f64>> {
     let usual = if fields.says(key) { None } else { Some(default) };
-    Ok(fields.number_of(key)?.or(usual))
+    Ok(fields.factor_of(key)?.or(usual))
 }
 
 /// Gemma's layer, without a window.
@@ -60,7 +60,7 @@ pub fn layer(fields: &Fields<'_>) -> Result<LayerSpec> {
     // Older files carry `hidden_act` besides, which their class does not read.
     fields.given("hidden_act");
     layer.feed_forward.gate = fields.gate("hidden_activation", Gate::GeluTanh)?;
-    layer.attention_mut().scale = fields.number_or("query_pre_attn_scalar", 256.0)?.powf(-0.5);
+    layer.attention_mut().scale = fields.factor_or("query_pre_attn_scalar", 256.0)?.powf(-0.5);
     layer.mixer_norms = Norms { before: Some("input_layernorm"), after: Some("post_attention_layernorm") };
     layer.feed_forward_norms =
         Norms { before: Some("pre_feedforward_layernorm"), after: Some("post_feedforward_layernorm") };

@@ -55,7 +55,7 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
         Ok(layer)
     });
     let layers = layers.collect::<Result<Vec<_>>>()?;
-    let logit_cap = fields.number_of("final_logit_softcapping")?;
+    let logit_cap = fields.factor_of("final_logit_softcapping")?;
     Ok(Architecture { logit_cap, ..gemma2::model(fields, vec![global, local], layers)? })
 }
 

@@ -2,9 +2,11 @@
 //!
 //! Source: <https://github.com/ibm-granite/granite-3.0-language-models>.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use serde_json::{Map, Value};
 
-use super::{Family, complete, llama};
+use super::{Family, llama};
+use crate::files::gguf::Gguf;
 use crate::models::architecture::{Architecture, LayerSpec};
 use crate::models::fields::Fields;
 
@@ -28,18 +30,25 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     scaled(fields, fields.architecture(false, vec![rope], vec![layer; fields.layers()?])?)
 }
 
+/// llama.cpp turns heads unless this is there and false.
+fn complete(gguf: &Gguf, _: &mut Map<String, Value>) -> Result<()> {
+    let key = "granite.rope.scaling.finetuned";
+    ensure!(gguf.bool(key)? != Some(false), "`{key}` is false: a model of this family without rope is not supported");
+    Ok(())
+}
+
 /// The multipliers of a layer.
 pub fn multiply(fields: &Fields<'_>, layer: &mut LayerSpec) -> Result<()> {
-    layer.attention_mut().scale = fields.number_or("attention_multiplier", 1.0)?;
-    layer.residual_scale = fields.number_or("residual_multiplier", 1.0)?;
+    layer.attention_mut().scale = fields.factor_or("attention_multiplier", 1.0)?;
+    layer.residual_scale = fields.factor_or("residual_multiplier", 1.0)?;
     Ok(())
 }
 
 /// Those of the model.
 pub fn scaled(fields: &Fields<'_>, model: Architecture) -> Result<Architecture> {
     Ok(Architecture {
-        embedding_scale: fields.number_or("embedding_multiplier", 1.0)?,
-        logit_scale: 1.0 / fields.number_or("logits_scaling", 1.0)?,
+        embedding_scale: fields.factor_or("embedding_multiplier", 1.0)?,
+        logit_scale: 1.0 / fields.factor_or("logits_scaling", 1.0)?,
         ..model
     })
 }

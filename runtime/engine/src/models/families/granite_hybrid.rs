@@ -3,6 +3,7 @@
 //! Source: <https://huggingface.co/ibm-granite/granite-4.0-1b>.
 
 use anyhow::{Result, ensure};
+use serde_json::json;
 
 use super::{Family, complete, granite};
 use crate::models::architecture::{Architecture, LayerShape, LayerSpec, Projection};
@@ -21,7 +22,7 @@ pub const FAMILY: Family = Family {
 };
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let experts = fields.given("num_local_experts").and_then(serde_json::Value::as_u64).unwrap_or(8);
+    let experts = fields.given("num_local_experts").cloned().unwrap_or(json!(8));
     ensure!(experts == 0, "`num_local_experts` = {experts}: mixtures of experts are not supported");
     let count = fields.layers()?;
     let kinds = fields.list_of("layer_types", count)?;

@@ -1,14 +1,14 @@
 //! Phi-3, 3.5 and 4-mini: Llama's decoder with q, k and v in one module, and gate and up in one; part of a head turns,
 //! and longer contexts have divisors of their own, Abdin et al. 2024, <https://arxiv.org/abs/2404.14219>.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use super::Family;
 use crate::files::gguf::Gguf;
 use crate::models::architecture::{Architecture, LayerSpec, Projection};
 use crate::models::fields::Fields;
-use crate::models::rope::RopeScaling;
+use crate::models::rope::{Rope, RopeScaling};
 
 pub const FAMILY: Family = Family {
     model_type: "phi3",
@@ -38,7 +38,7 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     // Older files name the type `su` or `yarn`, and keep some numbers outside.
     let mut parameters = fields.given("rope_parameters").or_else(|| fields.given("rope_scaling")).cloned();
     let original = fields.size_of("original_max_position_embeddings")?;
-    let part = fields.number_of("partial_rotary_factor")?;
+    let mut part = fields.number_or("partial_rotary_factor", 1.0)?;
     if let Some(rope) = parameters.as_mut().and_then(Value::as_object_mut) {
         for kind in ["type", "rope_type"] {
             if rope.get(kind).is_some_and(|kind| kind == "su" || kind == "yarn") {
@@ -48,14 +48,14 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
         if let Some(original) = original {
             rope.insert("original_max_position_embeddings".to_owned(), json!(original));
         }
+        if let Some(own) = rope.remove("partial_rotary_factor").filter(|own| !own.is_null()) {
+            part = own.as_f64().context("`partial_rotary_factor` is no number")?;
+        }
     }
-    if let Some(part) = part {
-        let rope = parameters.get_or_insert_with(|| json!({"rope_type": "default"}));
-        let rope = rope.as_object_mut().context("its rope scaling is not an object")?;
-        rope.entry("partial_rotary_factor").or_insert(json!(part));
-    }
+    ensure!(part > 0.0 && part <= 1.0, "`partial_rotary_factor` = {part}; it is above 0 and at most 1");
     let theta = fields.number_or("rope_theta", 10_000.0)?;
     let rope = fields.rope_of(parameters.as_ref(), shape.head_dim, theta)?;
+    let rope = Rope { dims: (shape.head_dim as f64 * part) as usize, ..rope };
     ensure!(
         matches!(rope.scaling, RopeScaling::None | RopeScaling::LongRope { .. }),
         "a rope of another type than `default` and `longrope` is not supported in a phi3 model"
@@ -68,7 +68,17 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
 fn complete(gguf: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
     let divisors = |name: &str| gguf.tensor(name).ok().map(|tensor| gguf.mapped(tensor).values()).transpose();
     let short = divisors("rope_factors_short.weight")?;
-    let Some((short, long)) = short.zip(divisors("rope_factors_long.weight")?) else { return Ok(()) };
+    let long = divisors("rope_factors_long.weight")?;
+    let (short, long) = match (short, long) {
+        (Some(short), Some(long)) => (short, long),
+        (None, None) => {
+            let named = gguf.str("phi3.rope.scaling.type")? == Some("longrope");
+            ensure!(!named, "`phi3.rope.scaling.type` is longrope, and tensor `rope_factors_short.weight` is missing");
+            return Ok(());
+        }
+        (None, _) => bail!("tensor `rope_factors_short.weight` is missing beside `rope_factors_long.weight`"),
+        (_, None) => bail!("tensor `rope_factors_long.weight` is missing beside `rope_factors_short.weight`"),
+    };
     let original = gguf.u64("phi3.rope.scaling.original_context_length")?;
     let original = original.context("`phi3.rope.scaling.original_context_length` is missing")?;
     let mut rope = json!({

@@ -32,8 +32,12 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
 pub fn sliding(fields: &Fields<'_>, layer: &LayerSpec) -> Result<Vec<LayerSpec>> {
     let count = fields.layers()?;
     let on = fields.flag_or("use_sliding_window", false)?;
-    let window = fields.size_of("sliding_window")?.filter(|_| on);
-    let from = fields.size_or("max_window_layers", 28)?;
+    let usual = if fields.says("sliding_window") { None } else { Some(4096) };
+    let window = fields.size_of("sliding_window")?.or(usual).filter(|_| on);
+    let from = match fields.given("max_window_layers") {
+        Some(zero) if zero == 0 => 0,
+        _ => fields.size_or("max_window_layers", 28)?,
+    };
     let kinds = fields.list_of("layer_types", count)?;
     let layers = (0..count).map(|number| {
         let slides = match kinds {
@@ -56,7 +60,7 @@ pub fn windows(_: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
     let slides = config.get("sliding_window").is_some_and(|window| !window.is_null());
     config.insert("use_sliding_window".to_owned(), json!(slides));
     if slides {
-        config.insert("max_window_layers".to_owned(), json!(1));
+        config.insert("max_window_layers".to_owned(), json!(0));
         config.insert(
             "layer_types".to_owned(),
             json!(vec!["sliding_attention"; config["num_hidden_layers"].as_u64().unwrap_or(0).min(4096) as usize]),

@@ -25,7 +25,7 @@ use super::explain::explain;
 use super::listing::{self, Listing, RemoteFile};
 use super::patience::{Failure, NoConnection, Tries};
 use super::place::{self, Place};
-use super::{Endpoint, HubName, Patience, Token, offline, policy, space, stores, verify};
+use super::{COMMIT_TOLD, Endpoint, HubName, Patience, Token, offline, policy, space, stores, verify};
 use crate::interrupt::{self, Interrupted};
 use crate::progress::{Downloading, line, size};
 
@@ -33,8 +33,6 @@ use crate::progress::{Downloading, line, size};
 const CONNECTIONS: usize = 4;
 /// How often Ctrl-C is looked for, and progress is drawn.
 const TICK: Duration = Duration::from_millis(100);
-/// Digits of a commit that are told.
-const COMMIT_TOLD: usize = 12;
 /// Longest configuration of an adapter, in bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 

@@ -18,7 +18,6 @@ use crate::models::architecture::{
     Architecture, EMBEDDING, HEAD, K_NORM, LayerSpec, ModuleSpec, Projection, Q_NORM, layer_path,
 };
 use crate::models::weight::Weight;
-use crate::run::batch::{PASS_ROWS, PASS_ROWS_CODED};
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::Tokenizer;
 
@@ -300,6 +299,13 @@ impl BaseModel {
         unique.map(count).sum()
     }
 
+    /// Bytes of all weights as they are stored; tied ones count once.
+    pub fn stored_bytes(&self) -> usize {
+        let mut seen = BTreeSet::new();
+        let unique = self.modules.iter().filter(|module| seen.insert(&module.info.storage));
+        unique.map(|module| module.weight.stored_bytes()).sum()
+    }
+
     /// Storages in use, for the line that restates a run, e.g. `Q4_1`.
     pub fn storage_words(&self) -> String {
         let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
@@ -310,14 +316,6 @@ impl BaseModel {
         let linear = self.layers.first().map(|layer| self.modules[layer.down].weight.storage_name());
         let largest = bytes.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(storage, _)| storage);
         linear.or(largest).unwrap_or_default()
-    }
-
-    /// Rows of a pass that training packs examples into. A base behind a codec is chosen for its memory, of which what a pass
-    /// keeps is the most; decoding for more passes costs less than a tenth of the speed.
-    pub fn pass_rows(&self) -> usize {
-        let coded = |module: &Module| matches!(module.weight.storage(), Storage::Coded | Storage::Native);
-        let coded = self.layers.first().is_some_and(|layer| coded(&self.modules[layer.down]));
-        if coded { PASS_ROWS_CODED } else { PASS_ROWS }
     }
 
     /// A digest of the values that were loaded, however they are stored since: SHA-256 over each module's path, shape, bias and up to

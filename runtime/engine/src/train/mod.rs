@@ -14,9 +14,10 @@ use serde::Serialize;
 
 use crate::adapt::adaptation::Adaptation;
 use crate::data::Example;
+use crate::data::order::epoch_order;
 use crate::files::mapped::{Surviving, intact, whole};
 use crate::models::BaseModel;
-use crate::run::batch::{Batch, PASS_ROWS};
+use crate::run::batch::{Batch, PASS_ROWS, pass_rows};
 use crate::run::block::Blocks;
 use crate::run::compute::Compute;
 use crate::run::gradients::Gradients;
@@ -24,12 +25,10 @@ use crate::run::outcome::Outcome;
 use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 use crate::train::optimizer::{AdamW, AdamWConfig};
-use crate::train::order::epoch_order;
 use crate::train::schedule::{LearningRate, Schedule};
 
 mod end;
 pub mod optimizer;
-pub mod order;
 pub mod schedule;
 pub mod swap;
 
@@ -291,7 +290,7 @@ pub fn train(
         let rows = &order[place * per_step..examples.len().min((place + 1) * per_step)];
         let rows: Vec<(u32, &Example)> = rows.iter().map(|row| (*row as u32, examples[*row])).collect();
         let batches: Vec<Batch> = match config.packing {
-            true => Batch::packed(&rows, model.pass_rows()),
+            true => Batch::packed(&rows, pass_rows(model)),
             false => rows.chunks(config.batch_size).map(|rows| Batch::of_examples(rows.iter().copied())).collect(),
         };
         let last = step + 1 == planned;

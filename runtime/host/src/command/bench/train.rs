@@ -11,7 +11,7 @@ use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::requantize::{StoredAs, store_as};
 use homeroom_engine::data::Example;
 use homeroom_engine::models::BaseModel;
-use homeroom_engine::run::batch::Batch;
+use homeroom_engine::run::batch::{Batch, pass_rows};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::profile;
 use homeroom_engine::train::{Run, TrainConfig};
@@ -200,7 +200,7 @@ impl Measured {
                 })
                 .collect();
             let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
-            let batches = Batch::packed(&numbered, job.model.pass_rows());
+            let batches = Batch::packed(&numbered, pass_rows(&job.model));
             if arguments.profile && step == u64::from(arguments.warmup) {
                 profile::start();
             }

@@ -190,6 +190,41 @@ fn greedy_tokens_of_every_family_equal_those_of_transformers() -> Result<()> {
     Ok(())
 }
 
+/// Beyond the original context all positions turn otherwise, also those that were read before: what is drawn is what a pass over the
+/// whole sequence would draw. (transformers drops its cache there.)
+#[test]
+fn an_answer_that_outgrows_the_original_context_is_what_one_pass_would_draw() -> Result<()> {
+    let mut model = model("phi4-mini")?;
+    let mut endless = Tokenizer::from_dir(&model.path)?;
+    endless.eos_ids.clear();
+    model.tokenizer = endless.into();
+    let model = Arc::new(model);
+    let original = 24;
+    let prompt = stored_ids(&fixture("models/phi4-mini/expected.safetensors"), "prompt")?[..original - 5].to_vec();
+    let pass = Pass::evaluation(&model, None);
+    let mut want = prompt.clone();
+    let mut short = None;
+    for _ in 0..14 {
+        let logits = pass.logits(&Batch::of_tokens(&want, 0))?.get(want.len() - 1)?.to_vec1::<f32>()?;
+        let likeliest = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).context("a token")?;
+        want.push(likeliest as u32);
+        if want.len() == original + 2 {
+            let other = pass.logits(&Batch::of_piece(&want, 0, 1))?.get(want.len() - 1)?.to_vec1::<f32>()?;
+            short = Some(distance(&other, &pass.logits(&Batch::of_tokens(&want, 0))?.get(want.len() - 1)?.to_vec1()?));
+        }
+    }
+    ensure!(short.is_some_and(|apart| apart > 0.1), "the two sets of frequencies differ");
+    for compute in [Compute::Plain, Compute::F32] {
+        let engine = Engine::new(model.clone(), compute);
+        for _ in 0..2 {
+            // The second time over what was kept of the first.
+            let answer = generate(&engine, None, &prompt, Sampling { max_tokens: 14, ..Sampling::default() })?;
+            assert_eq!(answer.ids, want[prompt.len()..], "{compute:?}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn fused_blocks_of_every_family_have_the_loss_and_gradients_of_plain_ones() -> Result<()> {
     for family in running().filter(|family| !family.targets.is_empty()) {

@@ -6,11 +6,13 @@ use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::requantize::{StoredAs, store_as};
 use homeroom_engine::data::Example;
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::batch::{Batch, PASS_ROWS};
-use homeroom_engine::run::block::Blocks;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::run::gradients::Gradients;
 use homeroom_engine::run::outcome::Outcome;
 use homeroom_engine::run::plain::recipe::Pass;
+use homeroom_engine::run::waist::{LogProbs, Weigh};
 use homeroom_engine::train::{Control, Run, StepReport, TrainConfig, evaluate_examples, train};
 use homeroom_kernels::{Codec, Cpu, with_cpu};
 use serde_json::{Value, json};
@@ -180,8 +182,8 @@ fn rows_of_a_pass_do_not_see_each_other() -> Result<()> {
                     pass.insert(place, all[watched].clone());
                     let batch = Batch::of_examples(pass.iter().map(|example| (0, example)));
                     let pass = Pass::evaluation(&model, Some(&adaptation));
-                    let outcome = Blocks::new(&model, Some(&adaptation), compute).evaluate(&pass, &batch)?;
-                    ensure!(outcome.trained > 0 && outcome.loss_sum > 0.0, "the watched row has a loss");
+                    let outcome = trainer(&model, Some(&adaptation), compute).log_probs(&pass, &batch)?;
+                    ensure!(!outcome.values.is_empty() && outcome.loss_sum > 0.0, "the watched row has a loss");
                     Ok(outcome.loss_sum.to_bits())
                 };
                 let alone = loss(&|_| None, false)?;
@@ -265,7 +267,7 @@ fn how_blocks_run_is_chosen_by_their_recipes_and_said() -> Result<()> {
     let model = model("llama")?;
     let words = |strategy: &str, options: Value| -> Result<String> {
         let adaptation = adapt(strategy, &options, &model, 3)?;
-        Ok(Blocks::new(&model, Some(&adaptation), Compute::Bf16).words())
+        Ok(trainer(&model, Some(&adaptation), Compute::Bf16).words())
     };
     assert_eq!(words("lora", json!({}))?, "bf16, fused blocks");
     assert_eq!(words("full", json!({}))?, "f32, plain blocks");
@@ -297,8 +299,52 @@ fn products_in_integers_are_near_those_in_floats() -> Result<()> {
             let cosine = dot(&exact, &rounded) / (dot(&exact, &exact) * dot(&rounded, &rounded)).sqrt();
             assert!(cosine > 0.995, "{name}, {options}: cosine {cosine}");
         }
-        let words = Blocks::new(&model, None, Compute::Int8).words();
+        let words = trainer(&model, None, Compute::Int8).words();
         assert!(words.contains("frozen weights in integers"), "{words}");
+    }
+    Ok(())
+}
+
+/// Weights that depend on the log-probabilities of all targets of a pass: the gradients of plain blocks, and with weights that are all
+/// alike the bits of a pass that was told so beforehand.
+#[test]
+fn targets_are_weighed_by_their_log_probabilities() -> Result<()> {
+    for name in ["llama", "qwen2", "gemma2"] {
+        let model = model(name)?;
+        let adaptation = shaken("lora", &json!({"r": 3, "lora_alpha": 5}), &model)?;
+        let rows = rows(&model);
+        let numbered: Vec<(u32, &Example)> = (0..).zip(&rows).collect();
+        let batch = Batch::of_examples(numbered.iter().copied());
+        let run = |compute: Compute, weigh: Weigh<'_>| -> Result<(LogProbs, Vec<f64>)> {
+            let pass = Pass::training(&model, &adaptation, 7, 0);
+            let mut gradients = Gradients::new(adaptation.params.len());
+            let mut backend = trainer(&model, Some(&adaptation), compute);
+            let log_probs = backend.forward_backward(&pass, &batch, weigh, false, &mut gradients)?;
+            let mut all = Vec::new();
+            for index in 0..adaptation.params.len() {
+                let gradient = gradients.get(index).context("every parameter has a gradient")?;
+                all.extend(gradient.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?);
+            }
+            Ok((log_probs, all))
+        };
+        let mut calls = 0;
+        let mut weigh = |log_probs: &[f64]| {
+            calls += 1;
+            let least = log_probs.iter().copied().fold(0.0, f64::min);
+            Ok(log_probs.iter().enumerate().map(|(i, p)| (p / least - 0.3) * (1 + i % 3) as f64).collect())
+        };
+        let (_, plain) = run(Compute::Plain, Weigh::By(&mut weigh))?;
+        let (log_probs, fused) = run(Compute::F32, Weigh::By(&mut weigh))?;
+        assert_eq!((calls, log_probs.values.len()), (2, batch.targets.len()));
+        assert!((log_probs.loss_sum + log_probs.values.iter().sum::<f64>()).abs() < 1e-9);
+        assert!(apart(&plain, &fused) < 2e-5, "{name}: {:e} apart", apart(&plain, &fused));
+        let (_, alike) = run(Compute::F32, Weigh::Alike(0.25))?;
+        assert!(apart(&alike, &fused) > 0.1, "{name}: weights change gradients");
+        let mut constant = |log_probs: &[f64]| Ok(vec![0.25; log_probs.len()]);
+        assert_eq!(run(Compute::F32, Weigh::By(&mut constant))?.1, alike, "{name}");
+        let mut few = |log_probs: &[f64]| Ok(vec![0.25; log_probs.len() - 1]);
+        let error = run(Compute::F32, Weigh::By(&mut few)).map(drop).expect_err("a weight is missing").to_string();
+        assert!(error.contains("weights for"), "{error}");
     }
     Ok(())
 }

@@ -6,11 +6,12 @@ use anyhow::{Context, Result};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::requantize::{StoredAs, store_as};
 use homeroom_engine::inference::generate::{Sampling, generate};
-use homeroom_engine::inference::{Adapter, Engine, Inference, KvCache};
+use homeroom_engine::inference::{Adapter, Engine, Inference};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::plain::decoder::KvCache as PlainKvCache;
 use homeroom_engine::run::plain::recipe::Pass;
+use homeroom_engine::run::waist::KvCache;
 use homeroom_kernels::{Codec, Cpu, with_cpu};
 use serde_json::{Value, json};
 
@@ -67,10 +68,10 @@ fn logits((inference, adapter): &Ready, prompt: &[u32], pieces: usize, tokens: &
     let mut all = Vec::new();
     for piece in prompt.chunks(pieces) {
         let last = cache.positions() + piece.len() == prompt.len();
-        all.extend(inference.read(adapter, piece, &mut cache, prompt.len(), last)?);
+        all.extend(inference.read(adapter, piece, &mut *cache, prompt.len(), last)?);
     }
     for token in tokens {
-        all.extend(inference.step(adapter, &mut [(*token, &mut cache)])?);
+        all.extend(inference.step(adapter, &mut [(*token, &mut *cache)])?);
     }
     Ok(all)
 }
@@ -90,7 +91,7 @@ fn prompts_and_tokens_have_the_logits_of_plain_blocks() -> Result<()> {
             // bf16 keeps 8 bits of a number; these models are random, so that nothing hides what that adds up to.
             for (compute, bound) in [(Compute::F32, 2e-5), (Compute::Bf16, 0.1)] {
                 let ready = made_ready(&model, adaptation.clone(), compute)?;
-                let plain_cache = matches!(ready.0.begin(ready.1.as_deref()), KvCache::Plain(_));
+                let plain_cache = ready.0.begin(ready.1.as_deref()).prefix(0).is_none();
                 assert!(!plain_cache, "adapter {number} on {name} is not run plain");
                 let fast = logits(&ready, &prompt, prompt.len(), &tokens)?;
                 for (position, (fast, plain)) in fast.iter().zip(&plain).enumerate() {
@@ -192,13 +193,14 @@ fn sequences_that_are_decoded_together_have_the_logits_that_each_has_alone() -> 
                 let mut kept = Vec::new();
                 for prompt in &prompts {
                     let mut one = inference.begin(adapter);
-                    inference.read(adapter, prompt, &mut one, prompt.len(), false)?;
+                    inference.read(adapter, prompt, &mut *one, prompt.len(), false)?;
                     kept.push(one);
                 }
                 let mut together = vec![Vec::new(); 6];
                 for step in 0..3 {
-                    let mut sequences: Vec<(u32, &mut KvCache)> =
-                        tokens.iter().map(|tokens| tokens[step]).zip(&mut kept).collect();
+                    let caches = kept.iter_mut().map(|cache| &mut **cache);
+                    let mut sequences: Vec<(u32, &mut dyn KvCache)> =
+                        tokens.iter().map(|tokens| tokens[step]).zip(caches).collect();
                     for (all, logits) in together.iter_mut().zip(inference.step(adapter, &mut sequences)?) {
                         all.push(logits);
                     }

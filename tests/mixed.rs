@@ -3,8 +3,8 @@
 use anyhow::{Context, Result};
 use homeroom_engine::adapt::requantize::{StoredAs, store_as};
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::batch::Batch;
-use homeroom_engine::run::block::Blocks;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::train::TrainConfig;
@@ -81,7 +81,7 @@ fn check(model: &BaseModel, strategy: &str, options: &Value, computes: &[(Comput
         let batch = Batch::of_examples((0..).zip(&examples));
         let pass = Pass::evaluation(model, Some(&adaptation));
         let loss = |compute| -> Result<f64> {
-            Ok(Blocks::new(model, Some(&adaptation), compute).evaluate(&pass, &batch)?.loss_sum)
+            Ok(trainer(model, Some(&adaptation), compute).log_probs(&pass, &batch)?.loss_sum)
         };
         let (plain, own) = (loss(Compute::Plain)?, loss(compute).with_context(|| format!("{compute:?}"))?);
         anyhow::ensure!(

@@ -15,7 +15,7 @@ use homeroom_engine::data::Example;
 use homeroom_engine::files::digest::{self, FileDigests};
 use homeroom_engine::files::{NewDirectory, utf8};
 use homeroom_engine::models::BaseModel;
-use homeroom_engine::run::block::Blocks;
+use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, evaluate_examples, train};
 use serde_json::{Map, Value, json};
@@ -152,7 +152,7 @@ impl Job {
 
     /// How its blocks will run, in words.
     pub fn blocks(&self, compute: Compute) -> String {
-        let blocks = Blocks::new(&self.model, Some(&self.adaptation), compute);
+        let blocks = trainer(&self.model, Some(&self.adaptation), compute);
         let missed = compute == Compute::Int8 && !blocks.in_integers();
         let missed = if missed { "; nothing in integers, which takes frozen weights in fused blocks" } else { "" };
         format!("{}{missed}", blocks.words())

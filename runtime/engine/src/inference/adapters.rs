@@ -3,30 +3,22 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Result, ensure};
-use homeroom_kernels::bf16;
+use anyhow::{Context, Result, ensure};
 
 use super::Inference;
-use super::passes::{Blocks, Ready};
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
+use crate::run::waist::AdapterValues;
 
 /// An adapter on the base of an [`Inference`].
 pub struct Adapter {
     /// The base with the tokenizer and chat template that the adapter was trained with.
     pub model: Arc<BaseModel>,
     pub(super) base: Arc<BaseModel>,
-    pub(super) adaptation: Arc<Adaptation>,
-    pub(super) updates: AdapterUpdates,
+    /// Index of the backend that runs it, and its values there.
+    pub(super) backend: usize,
+    pub(super) values: Box<dyn AdapterValues>,
     generation: u64,
-}
-
-/// What an adapter adds to the blocks of its base.
-pub(super) enum AdapterUpdates {
-    F32(Ready<f32>),
-    Bf16(Ready<bf16>),
-    /// Recipes that are no low-rank updates: candle operations, one sequence after another.
-    Plain,
 }
 
 impl Adapter {
@@ -43,16 +35,13 @@ impl Adapter {
             "{}: the adapter belongs to a base with other weights",
             model.path.display()
         );
-        let updates = match &inference.blocks {
-            Blocks::F32(fast) => fast.ready(&base, Some(&adaptation)).map(AdapterUpdates::F32),
-            Blocks::Bf16(fast) => fast.ready(&base, Some(&adaptation)).map(AdapterUpdates::Bf16),
-            Blocks::Plain => None,
-        };
-        let updates = updates.unwrap_or(AdapterUpdates::Plain);
+        let mut backends = inference.backends.iter().enumerate();
+        let ready = backends.find_map(|(number, backend)| Some((number, backend.adapter(&adaptation)?)));
+        let (backend, values) = ready.context("no backend runs its recipes")?;
         // 0 is the base alone.
         static GENERATIONS: AtomicU64 = AtomicU64::new(1);
         let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
-        Ok(Arc::new(Self { model, base, adaptation, updates, generation }))
+        Ok(Arc::new(Self { model, base, backend, values, generation }))
     }
 
     /// Whether it was made ready on this base.

@@ -1,7 +1,7 @@
 //! Answering: a prompt is read in pieces by the blocks that training runs, further tokens come one at a time, for all sequences that
 //! are being answered together.
 //!
-//! An [`Engine`] holds a base; an [`Adapter`] is a small value that a request brings along. Keys and values are in a [`KvCache`]. What a
+//! An [`Engine`] holds a base; an [`Adapter`] is a small value that a request brings along. Keys and values are in a [`KvCache`](crate::run::waist::KvCache). What a
 //! sequence comes to depends on its tokens and its adapter alone, not on what is answered beside it, in which pieces its prompt was
 //! read, or whether the beginning of its prompt was taken over from another.
 
@@ -9,7 +9,6 @@ mod adapters;
 mod engine;
 mod finite;
 pub mod generate;
-mod kv_cache;
 mod passes;
 mod prefix_cache;
 mod sampler;
@@ -19,7 +18,6 @@ mod turns;
 
 pub use self::adapters::Adapter;
 pub use self::engine::{Engine, Tokens};
-pub use self::kv_cache::KvCache;
 pub use self::passes::Inference;
 pub use self::sampler::Sampler;
 pub use self::scheduler::TOGETHER;

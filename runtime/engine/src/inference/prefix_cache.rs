@@ -4,9 +4,9 @@
 
 use std::sync::{Arc, Weak};
 
-use super::KvCache;
 use super::adapters::Adapter;
 use crate::models::Architecture;
+use crate::run::waist::KvCache;
 
 /// Prefixes that are kept of each adapter, and the bytes of all.
 const PREFIXES: usize = 8;
@@ -25,7 +25,7 @@ struct Prefix {
     adapter: Option<Weak<Adapter>>,
     generation: u64,
     ids: Vec<u32>,
-    cache: KvCache,
+    cache: Box<dyn KvCache>,
 }
 
 fn generation(adapter: Option<&Arc<Adapter>>) -> u64 {
@@ -40,7 +40,7 @@ impl PrefixCache {
         architecture: &Architecture,
         adapter: Option<&Arc<Adapter>>,
         prompt: &[u32],
-    ) -> Option<KvCache> {
+    ) -> Option<Box<dyn KvCache>> {
         let shared = |prefix: &Prefix| {
             let same = prefix.ids.iter().zip(prompt).take_while(|(a, b)| a == b).count();
             same.min(prefix.cache.prefilled()).min(prompt.len().saturating_sub(1))
@@ -55,7 +55,7 @@ impl PrefixCache {
     }
 
     /// Keeps what a sequence that ended was read by, and drops what takes its place.
-    pub(super) fn keep(&mut self, adapter: Option<&Arc<Adapter>>, mut ids: Vec<u32>, cache: KvCache) {
+    pub(super) fn keep(&mut self, adapter: Option<&Arc<Adapter>>, mut ids: Vec<u32>, cache: Box<dyn KvCache>) {
         ids.truncate(cache.prefilled());
         if ids.len() < SHORTEST {
             return;

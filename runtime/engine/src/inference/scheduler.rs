@@ -8,12 +8,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Result, anyhow};
 
+use super::Inference;
 use super::generate::Finish;
 use super::prefix_cache::PrefixCache;
 use super::sequence::{Event, Request, Sequence};
 use super::turns::Turn;
-use super::{Inference, KvCache};
 use crate::memory::available;
+use crate::run::waist::KvCache;
 
 /// Sequences that are answered together, a class; more wait for one to end.
 pub const TOGETHER: usize = 32;
@@ -88,6 +89,7 @@ impl Scheduler {
             }
         }
         let inference = &self.inference;
+        self.running.iter_mut().for_each(|sequence| sequence.outgrow(inference));
         // The prompt with the least left to read is first: it costs the others least, and a long one hinders nobody else's.
         let reading =
             self.running.iter_mut().zip(&mut ends).filter(|(sequence, end)| end.is_none() && sequence.last.is_none());
@@ -131,11 +133,11 @@ impl Scheduler {
 fn draw(inference: &Inference, mut group: Vec<Drawing<'_>>) {
     let adapter = group.first().and_then(|(sequence, _)| sequence.request.adapter.clone());
     let logits = guarded(|| {
-        let mut sequences: Vec<(u32, &mut KvCache)> = Vec::new();
+        let mut sequences: Vec<(u32, &mut dyn KvCache)> = Vec::new();
         for (sequence, _) in &mut group {
             if let Some(last) = sequence.last {
                 sequence.read.push(last);
-                sequences.push((last, &mut sequence.cache));
+                sequences.push((last, &mut *sequence.cache));
             }
         }
         inference.step(adapter.as_deref(), &mut sequences)

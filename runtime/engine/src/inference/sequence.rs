@@ -6,12 +6,13 @@ use std::sync::mpsc::Sender;
 
 use anyhow::Result;
 
+use super::Inference;
 use super::adapters::Adapter;
 use super::finite::check_finite;
 use super::generate::Finish;
 use super::prefix_cache::PrefixCache;
 use super::sampler::Sampler;
-use super::{Inference, KvCache};
+use crate::run::waist::KvCache;
 
 /// Tokens of a prompt that are read at once: enough to fill the cores, few enough that others need not wait long.
 const PIECE: usize = 256;
@@ -50,12 +51,14 @@ pub(super) enum Event {
 /// A request that is being answered.
 pub(super) struct Sequence {
     pub request: Request,
-    pub cache: KvCache,
+    pub cache: Box<dyn KvCache>,
     /// What the model has read: the prompt so far, and the tokens drawn.
     pub read: Vec<u32>,
     /// The last token, which it has not read yet.
     pub last: Option<u32>,
     left: usize,
+    /// What is read instead of the prompt.
+    again: Option<Vec<u32>>,
 }
 
 impl Sequence {
@@ -64,7 +67,7 @@ impl Sequence {
         let prefix = prefixes.find(&inference.model.architecture, adapter, &request.prompt);
         let cache = prefix.unwrap_or_else(|| inference.begin(adapter.map(Arc::as_ref)));
         let read = request.prompt[..cache.positions()].to_vec();
-        Self { cache, read, last: None, left: request.max_tokens, request }
+        Self { cache, read, last: None, left: request.max_tokens, request, again: None }
     }
 
     /// The generation of its adapter; 0: the base alone.
@@ -72,21 +75,38 @@ impl Sequence {
         self.request.adapter.as_ref().map_or(0, |adapter| adapter.generation())
     }
 
-    /// Tokens of the prompt that are not read yet.
+    /// Tokens to be read that are not read yet: of the prompt, or, after [`Sequence::outgrow`], of what followed it, too.
     pub(super) fn unread(&self) -> usize {
-        self.request.prompt.len().saturating_sub(self.read.len())
+        self.to_read().len().saturating_sub(self.read.len())
+    }
+
+    fn to_read(&self) -> &[u32] {
+        self.again.as_deref().unwrap_or(&self.request.prompt)
     }
 
     /// Reads a piece of the prompt. After its last piece, draws.
     pub(super) fn read(&mut self, inference: &Inference) -> Result<Option<Finish>> {
-        let prompt = &self.request.prompt;
-        let piece = &prompt[self.read.len()..];
+        let all = self.again.as_deref().unwrap_or(&self.request.prompt);
+        let piece = &all[self.read.len()..];
         let piece = &piece[..piece.len().min(PIECE)];
-        let whole = self.read.len() + piece.len() == prompt.len();
+        let (whole, length) = (self.read.len() + piece.len() == all.len(), all.len());
         let adapter = self.request.adapter.as_deref();
-        let logits = inference.read(adapter, piece, &mut self.cache, prompt.len(), whole)?;
+        let logits = inference.read(adapter, piece, &mut *self.cache, length, whole)?;
         self.read.extend_from_slice(piece);
+        if whole {
+            self.again = None;
+        }
         logits.map_or(Ok(None), |logits| self.draw(inference, logits))
+    }
+
+    /// Has all of a sequence read again whose next token the base turns otherwise than those before, as transformers has it.
+    pub(super) fn outgrow(&mut self, inference: &Inference) {
+        let Some(last) = self.last else { return };
+        if inference.is_outgrown(&*self.cache, self.read.len() + 1) {
+            let all = std::mem::take(&mut self.read).into_iter().chain([last]).collect();
+            self.cache = inference.begin(self.request.adapter.as_deref());
+            (self.again, self.last) = (Some(all), None);
+        }
     }
 
     /// Draws a token; why the answer ends, if it does.

@@ -64,6 +64,12 @@ impl Rope {
         }
     }
 
+    /// Whether a sequence that grew from `before` tokens to `now` is to be turned otherwise from its first token on. (What NTK's
+    /// frequencies were at a position they stay.)
+    pub fn is_outgrown(&self, before: usize, now: usize) -> bool {
+        matches!(self.scaling, RopeScaling::LongRope { .. }) && self.set(before) != self.set(now)
+    }
+
     /// What cosines and sines are multiplied by.
     pub fn attention_factor(&self) -> f32 {
         match &self.scaling {

@@ -1,6 +1,8 @@
-//! What a pass over a batch comes to.
+//! What passes over batches come to.
 
-/// The loss of a batch.
+use super::waist::LogProbs;
+
+/// The loss of some batches.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Outcome {
     /// Sum of the cross-entropies of trained tokens, in nats.
@@ -9,4 +11,13 @@ pub struct Outcome {
     pub correct: usize,
     /// Trained tokens.
     pub trained: usize,
+}
+
+impl Outcome {
+    /// Adds a batch.
+    pub fn add(&mut self, batch: &LogProbs) {
+        self.loss_sum += batch.loss_sum;
+        self.correct += batch.correct;
+        self.trained += batch.values.len();
+    }
 }

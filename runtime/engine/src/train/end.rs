@@ -74,7 +74,7 @@ impl Run<'_> {
         let shortest = rows.iter().filter(|(_, example)| trains(example)).min_by_key(|(_, example)| example.ids.len());
         let Some(row) = shortest else { return Ok(()) };
         let pass = Pass::evaluation(self.model, Some(&self.generation.adaptation));
-        let loss = self.blocks.evaluate(&pass, &Batch::of_examples([*row]))?.loss_sum;
+        let loss = self.backend.log_probs(&pass, &Batch::of_examples([*row]))?.loss_sum;
         let what = format!("the loss after its update is {loss}; try a lower learning rate");
         ensure!(loss.is_finite(), Unusable { reason: format!("step {}: {what}", self.step), undo: true });
         Ok(())

@@ -17,13 +17,14 @@ use crate::data::Example;
 use crate::data::order::epoch_order;
 use crate::files::mapped::{Surviving, intact, whole};
 use crate::models::BaseModel;
+use crate::run::backends::trainer;
 use crate::run::batch::{Batch, PASS_ROWS, pass_rows};
-use crate::run::block::Blocks;
 use crate::run::compute::Compute;
 use crate::run::gradients::Gradients;
 use crate::run::outcome::Outcome;
 use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
+use crate::run::waist::{Train, Weigh};
 use crate::train::optimizer::{AdamW, AdamWConfig};
 use crate::train::schedule::{LearningRate, Schedule};
 
@@ -364,7 +365,7 @@ pub struct Run<'a> {
     /// What the observer has the learning rates multiplied by.
     script_scale: f64,
     generation: Generation,
-    blocks: Blocks,
+    backend: Box<dyn Train>,
     step: u64,
     /// Losses of the last steps, for what is on trial to be held to.
     losses: VecDeque<f64>,
@@ -395,11 +396,11 @@ impl<'a> Run<'a> {
         let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
         let optimizer = AdamW::new(adaptation, adamw).keeping(model.parameter_count());
         let idle_updates = vec![Some(0); adaptation.params.len()];
-        let blocks = Blocks::new(model, Some(adaptation), config.compute);
+        let backend = trainer(model, Some(adaptation), config.compute);
         let adaptation = Arc::new(adaptation.clone());
         let generation = Generation { adaptation, optimizer, idle_updates, scale: 1.0, set_scalars: BTreeMap::new() };
         let (losses, trial) = (VecDeque::new(), None);
-        Self { model, config, learning_rate, script_scale: 1.0, generation, blocks, step: 0, losses, trial }
+        Self { model, config, learning_rate, script_scale: 1.0, generation, backend, step: 0, losses, trial }
     }
 
     /// One update from the gradients of some batches.
@@ -450,11 +451,8 @@ impl<'a> Run<'a> {
         let mut total = Outcome::default();
         for batch in batches {
             let recompute = self.config.gradient_checkpointing;
-            let scale = 1.0 / trained as f64;
-            let outcome = self.blocks.forward_backward(&pass, batch, scale, recompute, &mut gradients)?;
-            total.loss_sum += outcome.loss_sum;
-            total.correct += outcome.correct;
-            total.trained += outcome.trained;
+            let weigh = Weigh::Alike(1.0 / trained as f64);
+            total.add(&self.backend.forward_backward(&pass, batch, weigh, recompute, &mut gradients)?);
         }
         Ok((total, gradients))
     }
@@ -510,14 +508,11 @@ pub fn evaluate_examples(
     mut progress: impl FnMut(usize),
 ) -> Result<Evaluation> {
     let pass = Pass::evaluation(model, adaptation);
-    let mut blocks = Blocks::new(model, adaptation, compute);
+    let mut backend = trainer(model, adaptation, compute);
     let numbered: Vec<(u32, &Example)> = examples.iter().map(|example| (0, *example)).collect();
     let (mut total, mut done) = (Outcome::default(), 0);
     for batch in Batch::packed(&numbered, PASS_ROWS) {
-        let outcome = blocks.evaluate(&pass, &batch)?;
-        total.loss_sum += outcome.loss_sum;
-        total.correct += outcome.correct;
-        total.trained += outcome.trained;
+        total.add(&backend.log_probs(&pass, &batch)?);
         done += batch.sequences.len();
         progress(done);
     }

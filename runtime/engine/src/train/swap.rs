@@ -17,8 +17,8 @@ use serde::Serialize;
 
 use super::{Generation, Run, StepReport};
 use crate::adapt::adaptation::{Adaptation, first_values, var};
+use crate::run::backends::trainer;
 use crate::run::batch::Batch;
-use crate::run::block::Blocks;
 
 /// Steps that a new plan is on trial for at least: it is also until each of its parameters has had a gradient.
 const TRIAL_STEPS: u64 = 3;
@@ -133,7 +133,7 @@ impl Run<'_> {
             Ok(successor) => successor,
             Err(error) => return Change::Refused { id, reason: format!("{error:#}") },
         };
-        self.blocks = Blocks::new(self.model, Some(&generation.adaptation), self.config.compute);
+        self.backend = trainer(self.model, Some(&generation.adaptation), self.config.compute);
         let before = std::mem::replace(&mut self.generation, generation);
         let mean = self.losses.iter().sum::<f64>() / self.losses.len() as f64;
         let losses_mean = (!self.losses.is_empty()).then_some(mean);
@@ -146,7 +146,7 @@ impl Run<'_> {
     pub(super) fn roll_back(&mut self, reason: String) -> Change {
         let trial = self.trial.take().expect("the caller saw that a plan is on trial");
         self.generation = trial.before;
-        self.blocks = Blocks::new(self.model, Some(&self.generation.adaptation), self.config.compute);
+        self.backend = trainer(self.model, Some(&self.generation.adaptation), self.config.compute);
         self.losses.drain(self.losses.len().saturating_sub((self.step - trial.step) as usize)..);
         (self.step, self.script_scale) = (trial.step, trial.script_scale);
         Change::RolledBack { id: trial.id, reason }

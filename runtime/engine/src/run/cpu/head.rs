@@ -3,6 +3,7 @@
 
 use std::sync::OnceLock;
 
+use anyhow::Result;
 use homeroom_kernels::{
     Codec, Columns, Finish, Left, LogitCap, Output, ProductElement, Right, Term, cross_entropy, product, rms_norm,
     rms_norm_backward, target_logits,
@@ -11,8 +12,9 @@ use homeroom_kernels::{
 use super::Rows;
 use crate::models::weight::Weight;
 use crate::models::{BaseModel, FINAL_NORM, HEAD};
-use crate::run::outcome::Outcome;
+use crate::run::plain::block::weights_of;
 use crate::run::profile::timed;
+use crate::run::waist::{LogProbs, Weigh};
 
 /// Bytes of logits that exist at once: enough rows that packing the head's weight is little beside its product.
 const LOGITS_BYTES: usize = 36 << 20;
@@ -58,19 +60,26 @@ impl FusedHead {
         self.rounded.is_some()
     }
 
-    /// Loss over the residual stream x, of all rows or of those with a target alone. With a scale, `dx`, of the same rows, becomes
-    /// the gradient of `scale` times the sum of losses.
-    pub fn loss<E: ProductElement>(&self, rows: &Rows<'_, E>, x: &[f32], train: Option<(f32, &mut [f32])>) -> Outcome {
+    /// Log-probabilities by the residual stream x, of all rows or of those with a target alone. With weights, `dx`, of the same rows,
+    /// becomes the gradient of `Σ wᵢ (−log pᵢ)`.
+    ///
+    /// # Errors
+    /// When weights cannot be had.
+    pub fn log_probs<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        x: &[f32],
+        train: Option<(Weigh<'_>, &mut [f32])>,
+    ) -> Result<LogProbs> {
         let model = rows.pass.model;
         let (targets, target_rows) = (&rows.batch.targets, &rows.batch.target_rows);
         let (c, n, v) = (model.architecture.hidden_size, targets.len(), model.modules[self.modules[1]].info.d_out);
-        let mut outcome = Outcome { trained: n, ..Outcome::default() };
-        let (scale, mut dx) = train.map_or((None, None), |(scale, dx)| (Some(scale), Some(dx)));
+        let (weigh, mut dx) = train.map_or((None, None), |(weigh, dx)| (Some(weigh), Some(dx)));
         if let Some(dx) = &mut dx {
             dx.fill(0.0);
         }
         if n == 0 {
-            return outcome;
+            return Ok(LogProbs::default());
         }
         let weight = model.modules[self.modules[1]].weight.matrix();
         let rounded = self.rounded.as_ref().and_then(|rounded| {
@@ -98,38 +107,47 @@ impl FusedHead {
         let most = (LOGITS_BYTES / (v * size_of::<E>())).clamp(48, 1024);
         let chunk = n.div_ceil(n.div_ceil(most));
         let mut logits = rows.workspace.logits.take(chunk, v);
-        let mut dy = vec![0f32; if scale.is_some() { n * c } else { 0 }];
         let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
-        let scales = scale.map(|scale| vec![scale; n]);
-        for from in (0..n).step_by(chunk) {
-            let part = from..n.min(from + chunk);
-            let count = part.len();
-            let logits = &mut logits[..count * v];
-            timed("forward head", || {
-                let left = Left::rows(&scaled[part.start * c..part.end * c], c);
-                let terms = [Term::forward(left, right)];
-                let columns = [Columns { terms: &terms, at: 0, bias }];
-                let finish = Finish { row_add: Some(&distance[part.clone()]), ..Finish::default() };
-                product(count, &columns, Output::Narrow(logits), v, finish);
-            });
-            timed("cross-entropy", || {
-                let (losses, correct) = (&mut losses[part.clone()], &mut correct[part.clone()]);
-                let cap = cap.map(|cap| LogitCap { cap, targets: &of_targets[part.clone()] });
-                let scales = scales.as_ref().map(|scales| &scales[part.clone()]);
-                cross_entropy(v, logits, &targets[part.clone()], cap, scales, losses, correct);
-            });
-            if scale.is_some() {
-                timed("backward head", || {
-                    let terms = [Term::backward(Left::rows(logits, v), right)];
-                    let columns = [Columns { terms: &terms, at: 0, bias: None }];
-                    let dy = Output::Wide(&mut dy[part.start * c..part.end * c]);
-                    product(count, &columns, dy, c, Finish::default());
+        let mut dy = vec![0f32; if dx.is_some() { n * c } else { 0 }];
+        let mut pass = |scales: Option<&[f32]>, losses: &mut [f32], correct: &mut [bool]| {
+            for from in (0..n).step_by(chunk) {
+                let part = from..n.min(from + chunk);
+                let count = part.len();
+                let logits = &mut logits[..count * v];
+                timed("forward head", || {
+                    let left = Left::rows(&scaled[part.start * c..part.end * c], c);
+                    let terms = [Term::forward(left, right)];
+                    let columns = [Columns { terms: &terms, at: 0, bias }];
+                    let finish = Finish { row_add: Some(&distance[part.clone()]), ..Finish::default() };
+                    product(count, &columns, Output::Narrow(logits), v, finish);
                 });
+                timed("cross-entropy", || {
+                    let (losses, correct) = (&mut losses[part.clone()], &mut correct[part.clone()]);
+                    let cap = cap.map(|cap| LogitCap { cap, targets: &of_targets[part.clone()] });
+                    let scales = scales.map(|scales| &scales[part.clone()]);
+                    cross_entropy(v, logits, &targets[part.clone()], cap, scales, losses, correct);
+                });
+                if scales.is_some() {
+                    timed("backward head", || {
+                        let terms = [Term::backward(Left::rows(logits, v), right)];
+                        let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                        let dy = Output::Wide(&mut dy[part.start * c..part.end * c]);
+                        product(count, &columns, dy, c, Finish::default());
+                    });
+                }
+            }
+        };
+        match weigh {
+            None => pass(None, &mut losses, &mut correct),
+            Some(Weigh::Alike(weight)) => pass(Some(&vec![weight as f32; n]), &mut losses, &mut correct),
+            Some(Weigh::By(weigh)) => {
+                pass(None, &mut losses, &mut correct);
+                let weights = weights_of(weigh, &log_probs(&losses, &correct))?;
+                let weights: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
+                pass(Some(&weights), &mut losses, &mut correct);
             }
         }
         drop(logits);
-        outcome.loss_sum = losses.iter().map(|loss| f64::from(*loss)).sum();
-        outcome.correct = correct.iter().filter(|correct| **correct).count();
         if let Some(dx) = dx {
             // The residual's rows become their gradient.
             residual.fill(0.0);
@@ -140,6 +158,15 @@ impl FusedHead {
                 dx[place(i) * c..][..c].copy_from_slice(d_row);
             }
         }
-        outcome
+        Ok(log_probs(&losses, &correct))
+    }
+}
+
+/// Log-probabilities of losses.
+fn log_probs(losses: &[f32], correct: &[bool]) -> LogProbs {
+    LogProbs {
+        values: losses.iter().map(|loss| -f64::from(*loss)).collect(),
+        loss_sum: losses.iter().map(|loss| f64::from(*loss)).sum(),
+        correct: correct.iter().filter(|correct| **correct).count(),
     }
 }

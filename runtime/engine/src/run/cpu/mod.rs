@@ -1,6 +1,7 @@
 //! Blocks as single operations: a hand-written forward and backward over reused buffers, where every recipe in a block is none or
 //! a low-rank update. Any other block runs plain, as a composition of candle operations, beside them.
 
+mod answer;
 mod decode;
 mod head;
 mod kv_cache;
@@ -8,6 +9,7 @@ mod layer;
 pub(crate) mod low_rank;
 mod rotary;
 mod site;
+mod train;
 mod updates;
 mod workspace;
 
@@ -16,40 +18,31 @@ use candle_core::{DType, Device, Tensor};
 use homeroom_kernels::{ProductElement, RotaryTable, to_elements};
 use rayon::prelude::*;
 
+pub use self::answer::CpuAnswer;
 pub use self::decode::Decoder;
 use self::head::FusedHead;
 pub use self::kv_cache::KvCache;
 use self::layer::{FusedLayer, LayerActivations};
 use self::rotary::Rotary;
+pub use self::train::CpuTrain;
 pub use self::updates::{DecodeUpdates, Updates};
 use self::workspace::{Buffer, Pool, Workspace};
 use crate::adapt::adaptation::Adaptation;
 use crate::models::{Architecture, BaseModel};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
-use crate::run::outcome::Outcome;
 use crate::run::plain::block::{Keep, Plain, PlainActivations, lowest_trained, plain_head};
 use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
+use crate::run::waist::{LogProbs, Weigh};
 
 /// The blocks of a base that can be run fused, and the buffers that they share. They hold nothing of an adapter: each pass is given
 /// the updates that it goes with.
 pub struct Fused<E> {
     layers: Vec<Option<FusedLayer>>,
     head: Option<FusedHead>,
-    /// Whether the embedding only looks rows up where it is frozen.
-    looks_up: bool,
     workspace: Workspace<E>,
     rotary: Rotary,
-}
-
-/// What may be done with the blocks of a model.
-#[derive(Clone, Copy, Debug)]
-pub struct How {
-    /// Fuse those that can be; false: all are plain.
-    pub fuse: bool,
-    /// Multiply in integers where a weight's storage allows it.
-    pub integers: bool,
 }
 
 /// The rows of a pass, and what they go through.
@@ -126,12 +119,12 @@ enum BlockActivations<E> {
 
 impl<E: ProductElement> Fused<E> {
     /// The blocks of a base, as far as they can be fused.
-    pub fn new(model: &BaseModel, how: How) -> Self {
-        let How { fuse, integers } = how;
+    /// `integers`: multiply in integers where a weight's storage allows it.
+    pub fn new(model: &BaseModel, integers: bool) -> Self {
         let layers = 0..model.layers.len();
-        let layers = layers.map(|layer| FusedLayer::new::<E>(model, layer, integers).filter(|_| fuse)).collect();
-        let head = fuse.then(|| FusedHead::new::<E>(model, integers)).flatten();
-        Self { layers, head, looks_up: fuse, workspace: Workspace::new(), rotary: Rotary::default() }
+        let layers = layers.map(|layer| FusedLayer::new::<E>(model, layer, integers)).collect();
+        let head = FusedHead::new::<E>(model, integers);
+        Self { layers, head, workspace: Workspace::new(), rotary: Rotary::default() }
     }
 
     /// The low-rank updates of an adaptation, and which blocks can be run fused with it. [`Updates::load`] gives them their values.
@@ -163,47 +156,40 @@ impl<E: ProductElement> Fused<E> {
         (fused, self.layers.len(), self.head(updates).is_some())
     }
 
-    /// Loss of a batch, without gradients. `updates` have the values of the pass's parameters.
+    /// Log-probabilities of a batch, without gradients. `updates` have the values of the pass's parameters.
     ///
     /// # Errors
     /// When a tensor operation fails or a token has no embedding.
-    pub fn evaluate(&mut self, pass: &Pass<'_>, updates: &Updates<E>, batch: &Batch) -> Result<Outcome> {
+    pub fn log_probs(&mut self, pass: &Pass<'_>, updates: &Updates<E>, batch: &Batch) -> Result<LogProbs> {
         let turns = self.rotary.rows(&pass.model.architecture, batch);
         let rows = &self.rows(pass, updates, batch, &turns);
         let (h, _) = self.up(rows, &|_| Keep::Nothing)?;
         Ok(self.top(rows, h, None)?.0)
     }
 
-    /// Loss of a batch; the gradients of `scale` times its sum are added to `gradients`.
+    /// The same; the gradients of `Σ wᵢ (−log pᵢ)` are added to `gradients`.
     ///
     /// # Errors
-    /// As [`Fused::evaluate`].
+    /// As [`Fused::log_probs`].
     pub fn forward_backward(
         &mut self,
         pass: &Pass<'_>,
         updates: &Updates<E>,
         batch: &Batch,
-        scale: f64,
+        weigh: Weigh<'_>,
         recompute: bool,
         gradients: &mut Gradients,
-    ) -> Result<Outcome> {
+    ) -> Result<LogProbs> {
         let lowest = lowest_trained(pass)?;
-        let keep = |index: usize| {
-            let input_gradient = index > lowest;
-            match (index >= lowest, recompute) {
-                (false, _) => Keep::Nothing,
-                (true, false) => Keep::All { input_gradient },
-                (true, true) => Keep::Input { input_gradient },
-            }
-        };
+        let keep = |index: usize| Keep::from(index, lowest, recompute);
         let turns = self.rotary.rows(&pass.model.architecture, batch);
         let rows = &self.rows(pass, updates, batch, &turns);
         let (h, kept) = self.up(rows, &keep)?;
-        let (outcome, dh) = self.top(rows, h, Some((scale, gradients)))?;
+        let (log_probs, dh) = self.top(rows, h, Some((weigh, gradients)))?;
         if let Some(dh) = dh {
             self.back_down(rows, kept, dh, lowest, gradients)?;
         }
-        Ok(outcome)
+        Ok(log_probs)
     }
 
     fn rows<'a>(
@@ -221,7 +207,7 @@ impl<E: ProductElement> Fused<E> {
         let Rows { pass, batch, .. } = *rows;
         let targets = self.target_rows(rows);
         let mut kept = Vec::with_capacity(self.layers.len() + 1);
-        let mut h = if self.looks_up && rows.updates.freezes_embedding() {
+        let mut h = if rows.updates.freezes_embedding() && pass.dtype == DType::F32 {
             kept.push(BlockActivations::Plain(PlainActivations::Nothing));
             Stream::Buffer(timed("embedding", || self.look_up(rows))?)
         } else {
@@ -330,19 +316,19 @@ impl<E: ProductElement> Fused<E> {
         &self,
         rows: &Rows<'_, E>,
         h: Stream,
-        train: Option<(f64, &mut Gradients)>,
-    ) -> Result<(Outcome, Option<Stream>)> {
+        train: Option<(Weigh<'_>, &mut Gradients)>,
+    ) -> Result<(LogProbs, Option<Stream>)> {
         let Rows { pass, batch, updates, .. } = rows;
         let Some(head) = self.head(updates).filter(|_| pass.dtype == DType::F32) else {
             let h = h.into_tensor(rows.count())?;
-            let (outcome, dh) = timed("plain head", || plain_head(pass, batch, &h, train))?;
-            return Ok((outcome, dh.map(Stream::Tensor)));
+            let (log_probs, dh) = timed("plain head", || plain_head(pass, batch, &h, train))?;
+            return Ok((log_probs, dh.map(Stream::Tensor)));
         };
         let x = h.into_buffer(&self.workspace.wide)?;
         let c = pass.model.architecture.hidden_size;
         let mut dx = train.is_some().then(|| self.workspace.wide.take(x.len() / c, c));
-        let outcome = head.loss(rows, &x, train.map(|(scale, _)| scale as f32).zip(dx.as_deref_mut()));
-        Ok((outcome, dx.map(Stream::Buffer)))
+        let log_probs = head.log_probs(rows, &x, train.map(|(weigh, _)| weigh).zip(dx.as_deref_mut()))?;
+        Ok((log_probs, dx.map(Stream::Buffer)))
     }
 
     /// All blocks from the top down to the lowest that trains.

@@ -1,7 +1,7 @@
 //! Blocks as compositions of candle operations, differentiated by candle's tape: forward keeps what backward needs, or the input
 //! alone, and backward drops what it used.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 
@@ -10,7 +10,7 @@ use crate::adapt::adaptation::Adaptation;
 use crate::models::{BaseModel, EMBEDDING};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
-use crate::run::outcome::Outcome;
+use crate::run::waist::{LogProbs, Weigh};
 
 /// Values in one chunk of logits: the vocabulary-sized logits of a whole batch never exist.
 const LOGITS_CHUNK: usize = 8 << 20;
@@ -30,6 +30,18 @@ pub(crate) enum Keep {
         /// Whether the input's gradient is wanted.
         input_gradient: bool,
     },
+}
+
+impl Keep {
+    /// What a block keeps whose number is this, if the lowest that trains is that.
+    pub(crate) fn from(index: usize, lowest: usize, recompute: bool) -> Self {
+        let input_gradient = index > lowest;
+        match (index >= lowest, recompute) {
+            (false, _) => Self::Nothing,
+            (true, false) => Self::All { input_gradient },
+            (true, true) => Self::Input { input_gradient },
+        }
+    }
 }
 
 /// What forward keeps of a block for backward.
@@ -171,15 +183,53 @@ fn trains(model: &BaseModel, adaptation: &Adaptation, block: usize) -> bool {
     }
 }
 
-/// Norm, head and cross-entropy over the rows that have a target, in chunks; with a scale, also the gradient of the
-/// residual stream (N, C) of `scale` times the sum.
+/// Norm, head and log-probabilities of the rows that have a target, in chunks; with weights, also the gradient of the residual
+/// stream (N, C) of `Σ wᵢ (−log pᵢ)`.
 pub(crate) fn plain_head(
     pass: &Pass<'_>,
     batch: &Batch,
     h: &Tensor,
-    mut train: Option<(f64, &mut Gradients)>,
-) -> Result<(Outcome, Option<Tensor>)> {
-    let mut outcome = Outcome { trained: batch.targets.len(), ..Outcome::default() };
+    train: Option<(Weigh<'_>, &mut Gradients)>,
+) -> Result<(LogProbs, Option<Tensor>)> {
+    match train {
+        None => Ok((head_pass(pass, batch, h, None)?.0, None)),
+        Some((Weigh::Alike(weight), gradients)) => {
+            head_pass(pass, batch, h, Some((&Weights::Alike(weight), gradients)))
+        }
+        Some((Weigh::By(weigh), gradients)) => {
+            let log_probs = head_pass(pass, batch, h, None)?.0;
+            let weights = weights_of(weigh, &log_probs)?;
+            head_pass(pass, batch, h, Some((&Weights::Each(weights), gradients)))
+        }
+    }
+}
+
+/// A weight for each log-probability.
+///
+/// # Errors
+/// When `weigh` fails, or gives another number of weights.
+pub(crate) fn weights_of(
+    weigh: &mut (dyn FnMut(&[f64]) -> Result<Vec<f64>> + Send),
+    log_probs: &LogProbs,
+) -> Result<Vec<f64>> {
+    let (weights, targets) = (weigh(&log_probs.values)?, log_probs.values.len());
+    ensure!(weights.len() == targets, "{} weights for {targets} targets", weights.len());
+    Ok(weights)
+}
+
+/// What the losses of targets are multiplied by.
+enum Weights {
+    Alike(f64),
+    Each(Vec<f64>),
+}
+
+fn head_pass(
+    pass: &Pass<'_>,
+    batch: &Batch,
+    h: &Tensor,
+    mut train: Option<(&Weights, &mut Gradients)>,
+) -> Result<(LogProbs, Option<Tensor>)> {
+    let mut log_probs = LogProbs::default();
     let chunk = (LOGITS_CHUNK / pass.model.architecture.vocab_size).max(16);
     let mut row_gradients = Vec::new();
     for (rows, targets) in batch.target_rows.chunks(chunk).zip(batch.targets.chunks(chunk)) {
@@ -188,24 +238,33 @@ pub(crate) fn plain_head(
         let input = train.is_some().then(|| Var::from_tensor(&x)).transpose()?;
         let logits = pass.head(input.as_ref().map_or(&x, Var::as_tensor), &batch.rows(rows))?; // (n, V)
         let likeliest = logits.detach().argmax(D::Minus1)?.to_vec1::<u32>()?;
-        outcome.correct += likeliest.iter().zip(targets).filter(|(token, target)| token == target).count();
+        log_probs.correct += likeliest.iter().zip(targets).filter(|(token, target)| token == target).count();
         let targets = Tensor::from_slice(targets, (targets.len(), 1), &Device::Cpu)?;
         let log_probabilities = candle_nn::ops::log_softmax(&logits, D::Minus1)?.gather(&targets, 1)?; // (n, 1)
         let values = log_probabilities.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-        outcome.loss_sum -= values.iter().sum::<f64>();
-        if let (Some((scale, gradients)), Some(input)) = (&mut train, input) {
-            let mut store = (log_probabilities.sum_all()? * -*scale)?.backward()?;
+        if let (Some((weights, gradients)), Some(input)) = (&mut train, input) {
+            let loss = match weights {
+                Weights::Alike(weight) => (log_probabilities.sum_all()? * -*weight)?,
+                Weights::Each(weights) => {
+                    let own = &weights[log_probs.values.len()..][..values.len()];
+                    let own = Tensor::from_slice(own, (own.len(), 1), &Device::Cpu)?.to_dtype(pass.dtype)?;
+                    (log_probabilities * own)?.sum_all()?.neg()?
+                }
+            };
+            let mut store = loss.backward()?;
             collect(pass, &mut store, gradients)?;
             row_gradients.push(store.remove(input.as_tensor()).context("the head cut its gradient")?);
         }
+        log_probs.loss_sum -= values.iter().sum::<f64>();
+        log_probs.values.extend(values);
     }
     if train.is_none() {
-        return Ok((outcome, None));
+        return Ok((log_probs, None));
     }
     let zeros = h.zeros_like()?;
     if row_gradients.is_empty() {
-        return Ok((outcome, Some(zeros)));
+        return Ok((log_probs, Some(zeros)));
     }
     let index = Tensor::from_slice(&batch.target_rows, batch.target_rows.len(), &Device::Cpu)?;
-    Ok((outcome, Some(zeros.index_add(&index, &Tensor::cat(&row_gradients, 0)?, 0)?)))
+    Ok((log_probs, Some(zeros.index_add(&index, &Tensor::cat(&row_gradients, 0)?, 0)?)))
 }

@@ -1,7 +1,9 @@
 //! The plain backend: blocks as compositions of candle operations, which run any recipe and are what others are held to.
 
+pub mod answer;
 pub mod attention;
 pub(crate) mod block;
 pub mod decoder;
 pub mod frozen_linear;
 pub mod recipe;
+pub mod train;

@@ -5,9 +5,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use homeroom_abi::plan::ModuleKind;
-use homeroom_engine::inference::{Inference, KvCache};
+use homeroom_engine::inference::Inference;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::run::waist::KvCache;
 use homeroom_kernels::{Stream, bf16, cpu, read_gigabytes, register_loop_gflops, threads};
 use serde_json::json;
 
@@ -119,7 +120,7 @@ pub fn prefill(arguments: &Prefill) -> Result<Done> {
         let start = Instant::now();
         let logits = bench
             .inference()
-            .read(adapter, &prompt, &mut cache, prompt.len(), true)?
+            .read(adapter, &prompt, &mut *cache, prompt.len(), true)?
             .context("the prompt has logits")?;
         let taken = start.elapsed().as_secs_f64();
         ensure!(logits.iter().all(|logit| logit.is_finite()), OVERFLOW);
@@ -171,21 +172,22 @@ pub fn decode(arguments: &Decode) -> Result<Done> {
     let bench = Bench::new(&arguments.measured)?;
     bench.fits(arguments.prompt.saturating_add(arguments.tokens).saturating_add(1))?;
     let mut random = Stream::new(42, 7);
-    let mut chats: Vec<(u32, KvCache)> = Vec::new();
+    let mut chats: Vec<(u32, Box<dyn KvCache>)> = Vec::new();
     for _ in 0..arguments.chats {
         let prompt = bench.prompt(arguments.prompt, &mut random);
         let adapter = bench.answerer.adapter.as_deref();
         let mut cache = bench.inference().begin(adapter);
         let logits = bench
             .inference()
-            .read(adapter, &prompt, &mut cache, prompt.len(), true)?
+            .read(adapter, &prompt, &mut *cache, prompt.len(), true)?
             .context("the prompt has logits")?;
         chats.push((likeliest(&logits), cache));
     }
     let (mut seconds, mut finite) = (Vec::new(), true);
     for step in 0..=arguments.tokens {
         let start = Instant::now();
-        let mut sequences: Vec<(u32, &mut KvCache)> = chats.iter_mut().map(|(id, cache)| (*id, cache)).collect();
+        let mut sequences: Vec<(u32, &mut dyn KvCache)> =
+            chats.iter_mut().map(|(id, cache)| (*id, &mut **cache)).collect();
         let logits = bench.inference().step(bench.answerer.adapter.as_deref(), &mut sequences)?;
         let taken = start.elapsed().as_secs_f64();
         finite &= logits.iter().flatten().all(|logit| logit.is_finite());

@@ -1,0 +1,57 @@
+//! Training by plain blocks alone: the reference, in the type of the parameters.
+
+use anyhow::Result;
+use homeroom_kernels::on_pool;
+
+use super::block::{Keep, Plain, lowest_trained, plain_head};
+use super::recipe::Pass;
+use crate::run::batch::Batch;
+use crate::run::gradients::Gradients;
+use crate::run::waist::{LogProbs, Train, Weigh};
+
+/// Plain blocks. They hold nothing: all is in the pass.
+pub struct PlainTrain;
+
+impl Train for PlainTrain {
+    fn log_probs(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<LogProbs> {
+        on_pool(|| {
+            let mut h = pass.embed(batch)?.detach();
+            for layer in 0..pass.model.layers.len() {
+                h = pass.layer(layer, &h, batch, None)?.detach();
+            }
+            Ok(plain_head(pass, batch, &h, None)?.0)
+        })
+    }
+
+    fn forward_backward(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        weigh: Weigh<'_>,
+        recompute: bool,
+        gradients: &mut Gradients,
+    ) -> Result<LogProbs> {
+        on_pool(|| {
+            let lowest = lowest_trained(pass)?;
+            let mut kept = Vec::new();
+            let mut h = None;
+            for index in 0..=pass.model.layers.len() {
+                let (output, activations) =
+                    Plain::at(index).forward(pass, batch, h.as_ref(), Keep::from(index, lowest, recompute))?;
+                kept.push(activations);
+                h = Some(output);
+            }
+            let h = h.expect("the embedding is a block");
+            let (log_probs, mut dh) = plain_head(pass, batch, &h, Some((weigh, gradients)))?;
+            for index in (lowest..kept.len()).rev() {
+                let (Some(activations), Some(above)) = (kept.pop(), dh.take()) else { break };
+                dh = Plain::at(index).backward(pass, batch, activations, &above, gradients)?;
+            }
+            Ok(log_probs)
+        })
+    }
+
+    fn words(&self) -> String {
+        "f32, plain blocks".to_owned()
+    }
+}

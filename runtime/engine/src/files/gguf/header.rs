@@ -90,7 +90,10 @@ pub fn architecture_in(beginning: &[u8]) -> Option<String> {
     let mut reader = Reader { bytes: beginning, pos: 0 };
     let is_known = reader.take(4).ok()? == b"GGUF" && (2..=3).contains(&reader.u32().ok()?);
     let (_tensors, entries) = (reader.u64().ok()?, reader.u64().ok()?);
-    for _ in 0..if is_known { entries } else { 0 } {
+    if !is_known {
+        return None;
+    }
+    for _ in 0..entries {
         let (key, value) = (reader.string().ok()?, reader.value().ok()?);
         if let ("general.architecture", Value::String(architecture)) = (key.as_str(), value) {
             return Some(architecture);

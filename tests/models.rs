@@ -3,13 +3,13 @@
 use anyhow::{Context, Result};
 use homeroom_engine::inference::Engine;
 use homeroom_engine::inference::generate::{Sampling, generate};
-use homeroom_engine::models::Architecture;
-use homeroom_engine::models::BaseModel;
+use homeroom_engine::models::families::{FAMILIES, Family};
+use homeroom_engine::models::{Architecture, BaseModel};
 use homeroom_engine::run::batch::Batch;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::plain::recipe::Pass;
 
-use crate::support::{Place, distance, expected, fixture, homeroom, model, stored_ids, succeeds};
+use crate::support::{Place, distance, expected, fixture, homeroom, model, root, stored_ids, succeeds};
 
 fn check(model: &BaseModel, answers: &str, bound: f32) -> Result<()> {
     let pass = Pass::evaluation(model, None);
@@ -17,6 +17,32 @@ fn check(model: &BaseModel, answers: &str, bound: f32) -> Result<()> {
         let logits = pass.logits(&Batch::of_tokens(&ids, 0))?.flatten_all()?.to_vec1::<f32>()?;
         let apart = distance(&logits, &want);
         assert!(apart < bound, "{}: a logit is {apart} away from transformers'", model.path.display());
+    }
+    Ok(())
+}
+
+/// The table of what runs has a row for each family, with the names of its models, of its `model_type` and of its GGUF files.
+#[test]
+fn the_readme_names_every_family_and_no_other() -> Result<()> {
+    let readme = std::fs::read_to_string(root().join("README.md"))?;
+    let (_, section) = readme.split_once("\n## Models that run\n").context("the README has the section")?;
+    let section = section.split("\n## ").next().unwrap_or_default();
+    let rows: Vec<Vec<&str>> = (section.lines().filter(|line| line.starts_with("| ")).skip(1))
+        .map(|row| row.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    assert_eq!(rows.len(), FAMILIES.len());
+    for (family, row) in FAMILIES.iter().zip(&rows) {
+        let types: Vec<String> =
+            [Some(family.model_type), family.part_of].into_iter().flatten().map(|name| format!("`{name}`")).collect();
+        assert_eq!(row[1..3], [family.known_as, &types.join(", ")]);
+        let gguf = family.gguf.map_or("as `".to_owned(), |name| format!("`{name}`"));
+        assert!(row[3].starts_with(&gguf), "{}: {}", family.model_type, row[3]);
+    }
+    let refused =
+        ["mixtral", "qwen3_moe", "gpt_oss", "falcon_h1", "gemma3n", "gemma4", "qwen3_5", "ministral3", "mllama"];
+    for name in refused {
+        let told = Family::of(name).err().with_context(|| format!("{name} is refused"))?.to_string();
+        assert!(told.contains(&format!("`{name}`")), "{told}");
     }
     Ok(())
 }

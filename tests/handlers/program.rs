@@ -214,6 +214,36 @@ fn a_file_without_routes_serves_its_handlers_under_their_own_names() -> Result<(
 }
 
 #[test]
+fn handlers_that_share_a_base_are_told_with_it() -> Result<()> {
+    let handler = |name: &str, model: &str| {
+        format!("[handlers.{name}]\nkind = \"local\"\nmodel = {:?}\ncompute = \"f32\"\n", fixture("models").join(model))
+    };
+    let text = ["a", "b", "c"].map(|name| handler(name, if name == "c" { "qwen2" } else { "llama" })).concat();
+    let handlers = Handlers::new(Config::parse(Path::new("h.toml"), &text)?);
+    assert!(handlers.shared().is_empty(), "nothing is loaded yet");
+    handlers.served()?;
+    let shared = handlers.shared();
+    let [(base, names)] = &shared[..] else { anyhow::bail!("{} bases are shared", shared.len()) };
+    assert_eq!(names, &["a", "b"]);
+    let weights = std::fs::metadata(fixture("models/llama/model.safetensors"))?.len();
+    let bytes = base.stored_bytes() as u64;
+    assert!(bytes <= weights && bytes + 16_384 > weights, "{bytes} of a file of {weights}");
+
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("h.toml");
+    std::fs::write(&config, text)?;
+    let mut served =
+        Served(homeroom().args(["serve", "--port", "0", "--config"]).arg(&config).stderr(Stdio::piped()).spawn()?);
+    let story = BufReader::new(served.0.stderr.take().context("a pipe")?).lines();
+    let story: Vec<String> = story.map_while(|line| line.ok().filter(|line| !line.starts_with("serving"))).collect();
+    let path = fixture("models/llama").canonicalize()?;
+    let told = format!("shared   a, b   one base, {}, ", path.display());
+    assert_eq!(story.iter().filter(|line| line.starts_with("shared")).count(), 1, "{story:?}");
+    assert!(story.iter().any(|line| line.starts_with(&told)), "{story:?}");
+    Ok(())
+}
+
+#[test]
 fn a_route_without_leave_for_the_cloud_is_refused_by_the_program() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let config = handlers_file(directory.path(), "https://api.example.com/v1")?;

@@ -71,6 +71,63 @@ fn a_size_that_is_not_that_of_the_list_is_refused() -> Result<()> {
 }
 
 #[test]
+fn a_model_that_cannot_be_run_is_refused_before_its_weights_are_downloaded() -> Result<()> {
+    let place = Place::new()?;
+    let store = place.path("hub");
+    let config = |change: &dyn Fn(&mut serde_json::Value)| -> Result<String> {
+        let mut config = serde_json::from_slice(&llama()?.files["config.json"])?;
+        change(&mut config);
+        Ok(config.to_string())
+    };
+    for (config, words) in [
+        (config(&|config| config["model_type"] = json!("gemma3n"))?, "unknown architecture `gemma3n`; known are llama"),
+        (config(&|config| config["num_local_experts"] = json!(8))?, "num_local_experts"),
+        (config(&|config| config["quantization_config"] = json!({"quant_method": "awq"}))?, "quantised by `awq`"),
+        ("[]".to_owned(), "not a JSON object"),
+    ] {
+        let server = Server::of("a/b", llama()?.with("config.json", config))?;
+        let told = refusal(&server, &store, "a/b");
+        assert!(told.starts_with("a/b: nothing of it was downloaded: config.json") && told.contains(words), "{told}");
+        assert!(is_empty(&store) && !server.asked().iter().any(|asked| asked.is_storage), "{:?}", tree(&store));
+    }
+    // An encoder that lists no modules is served.
+    let encoder = config(&|config| config["model_type"] = json!("bert"))?;
+    pull(&Server::of("a/b", llama()?.with("config.json", encoder))?, &store, "a/b")?;
+    Ok(())
+}
+
+#[test]
+fn a_gguf_file_that_cannot_be_run_is_refused_by_its_beginning() -> Result<()> {
+    let gguf = |keys: &[(&str, &str)], architecture: &str| {
+        let string = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+        let entry = |(key, value): (&str, &str)| [string(key), 8_u32.to_le_bytes().to_vec(), string(value)].concat();
+        let entries = keys.iter().copied().chain([("general.architecture", architecture)]).map(entry);
+        let (tensors, count) = (7_u64.to_le_bytes(), 1000_u64.to_le_bytes());
+        let head = [&b"GGUF"[..], &3_u32.to_le_bytes(), &tensors, &count].concat();
+        [head, entries.collect::<Vec<_>>().concat(), vec![3; 40_000]].concat()
+    };
+    for (bytes, words) in [
+        (gguf(&[], "qwen3moe"), Some("unknown architecture `qwen3moe`; known are llama")),
+        (gguf(&[("general.name", "x"), ("general.type", "model")], "mamba"), Some("`mamba`")),
+        (gguf(&[], "qwen3"), None),
+        // It does not say so where it is looked at.
+        (gguf(&[("general.name", &"x".repeat(20_000))], "mamba"), None),
+    ] {
+        let place = Place::new()?;
+        let store = place.path("hub");
+        let server = Server::of("a/b", Repo { gated: json!(false), ..llama()? }.with("m-Q8_0.gguf", bytes))?;
+        let Some(words) = words else {
+            pull(&server, &store, "a/b:Q8_0")?;
+            continue;
+        };
+        let told = refusal(&server, &store, "a/b:Q8_0");
+        assert!(told.starts_with("a/b:Q8_0: nothing of it was downloaded: m-Q8_0.gguf: "), "{told}");
+        assert!(told.contains(words) && is_empty(&store), "{told}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_path_that_leads_elsewhere_refuses_the_download_before_anything_is_written() -> Result<()> {
     let place = Place::new()?;
     let store = place.path("hub");

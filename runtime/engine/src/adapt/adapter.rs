@@ -18,12 +18,7 @@ use crate::models::weight::NativeCodec;
 use crate::models::{BaseModel, Source};
 use crate::text::tokenizer::{TEMPLATES_DIR, Tokenizer};
 
-/// File of PEFT's configuration.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// File of an adapter's tensors.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// File of what Homeroom knows beyond PEFT.
-pub const HOMEROOM_FILE: &str = "homeroom.json";
+pub use crate::files::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
 
 /// What `homeroom.json` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -7,9 +7,9 @@ use anyhow::{Result, ensure};
 use super::encode::Encoder;
 use super::example::Example;
 use super::jsonl::read_rows;
+use super::order;
 use super::problem::{Problems, thousands};
 use super::row::RowFormat;
-use crate::train::order;
 
 /// The examples of a file.
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@ mod dataset;
 mod encode;
 mod example;
 mod jsonl;
+pub mod order;
 mod problem;
 mod row;
 #[cfg(test)]

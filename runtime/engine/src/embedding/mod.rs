@@ -26,7 +26,7 @@ use self::config::EncoderConfig;
 pub use self::config::{encoder_type, is_encoder};
 use self::encoder::Encoder;
 use self::modules::Modules;
-pub use self::modules::{MODULES_FILE, SENTENCE_FILES, module_directories};
+pub use self::modules::{MODULES_FILE, PROMPTS_FILE, SENTENCE_FILES, module_directories};
 use self::pool::aside;
 pub use self::pool::each_aside;
 use self::text::TextSide;

@@ -12,6 +12,8 @@ use serde_json::Value;
 use crate::files::tensors::map_safetensors;
 use crate::files::{SMALL_FILE_BYTES_MAX, is_named, parse_object, read_text};
 
+/// What sentence-transformers says of prompts, and of the kind of the model.
+pub const PROMPTS_FILE: &str = "config_sentence_transformers.json";
 /// The list of modules of a sentence-transformers directory.
 pub const MODULES_FILE: &str = "modules.json";
 
@@ -266,7 +268,7 @@ impl Modules {
             let usual = task.is_none_or(|task| task == "feature-extraction");
             ensure!(usual, "{}: `transformer_task` = {} is not supported", path.display(), config["transformer_task"]);
         }
-        let Some((path, config)) = read_if_there(dir, "config_sentence_transformers.json")? else { return Ok(()) };
+        let Some((path, config)) = read_if_there(dir, PROMPTS_FILE)? else { return Ok(()) };
         let kind = config.get("model_type").filter(|kind| !kind.is_null());
         let usual = kind.is_none_or(|kind| kind == "SentenceTransformer");
         ensure!(

@@ -6,8 +6,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
-use crate::text::tokenizer::TEMPLATES_DIR;
+/// File of PEFT's configuration.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// File of an adapter's tensors.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// File of what Homeroom knows beyond PEFT.
+pub const HOMEROOM_FILE: &str = "homeroom.json";
+/// Directory of the templates that have names, in a Hugging Face directory.
+pub const TEMPLATES_DIR: &str = "additional_chat_templates";
 
 /// The files of an adapter, and those of a whole model that was trained, but for [`TEXT_FILES`].
 const RESULT_FILES: [&str; 7] = [

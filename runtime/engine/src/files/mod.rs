@@ -21,7 +21,10 @@ pub mod tensors;
 mod tests;
 mod vacant;
 
-pub use self::known::{TEXT_FILES, named_templates, replaceable, replaceable_but_for, result_files};
+pub use self::known::{
+    CONFIG_FILE, HOMEROOM_FILE, TEMPLATES_DIR, TEXT_FILES, WEIGHTS_FILE, named_templates, replaceable,
+    replaceable_but_for, result_files,
+};
 pub use self::litter::Scratch;
 pub use self::lock::Lock;
 pub use self::modes::{keep_private, make_directory, open_to_readers, prepare};

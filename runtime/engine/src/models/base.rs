@@ -313,6 +313,13 @@ impl BaseModel {
         unique.map(count).sum()
     }
 
+    /// Bytes of all weights as they are stored; tied ones count once.
+    pub fn stored_bytes(&self) -> usize {
+        let mut seen = BTreeSet::new();
+        let unique = self.modules.iter().filter(|module| seen.insert(&module.info.storage));
+        unique.map(|module| module.weight.stored_bytes()).sum()
+    }
+
     /// Storages in use, for the line that restates a run, e.g. `Q4_1`.
     pub fn storage_words(&self) -> String {
         let mut bytes: BTreeMap<String, usize> = BTreeMap::new();

@@ -21,9 +21,16 @@ impl Architecture {
     /// When the file cannot be read, or says something that no decoder here computes.
     pub fn from_json(path: &Path) -> Result<Self> {
         let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
-        let config: Map<String, Value> =
-            serde_json::from_str(&text).with_context(|| format!("{}: not a JSON object", path.display()))?;
-        Self::from_map(config).with_context(|| format!("{}: this model cannot be run", path.display()))
+        Self::from_text(&text).with_context(|| path.display().to_string())
+    }
+
+    /// As [`Architecture::from_json`], of the file's text.
+    ///
+    /// # Errors
+    /// When it is no JSON object, or says something that no decoder here computes.
+    pub fn from_text(text: &str) -> Result<Self> {
+        let config: Map<String, Value> = serde_json::from_str(text).context("not a JSON object")?;
+        Self::from_map(config).context("this model cannot be run")
     }
 
     fn from_map(config: Map<String, Value>) -> Result<Self> {

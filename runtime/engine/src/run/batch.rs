@@ -10,11 +10,20 @@ use homeroom_kernels::Storage;
 
 use crate::data::Example;
 use crate::models::BaseModel;
+use crate::models::weight::Weight;
 
 /// Rows of a pass that examples are packed into. From here on more rows make products no faster, and cost memory.
 pub const PASS_ROWS: usize = 1024;
 /// The same where memory counts for more.
 pub const PASS_ROWS_CODED: usize = 512;
+
+/// Rows of a pass that training packs examples into. A base behind a codec is chosen for its memory, of which what a pass keeps is the
+/// most; decoding for more passes costs less than a tenth of the speed.
+pub fn pass_rows(model: &BaseModel) -> usize {
+    let coded = |weight: &Weight| matches!(weight.storage(), Storage::Coded | Storage::Native);
+    let coded = model.layers.first().is_some_and(|layer| coded(&model.modules[layer.down].weight));
+    if coded { PASS_ROWS_CODED } else { PASS_ROWS }
+}
 
 /// A batch of N rows, one a token.
 #[derive(Clone, Debug, Default)]
@@ -35,14 +44,6 @@ pub struct Batch {
     pub targets: Vec<u32>,
     /// Tokens of the examples, the last of each included, which no row stands for: it predicts nothing.
     pub tokens: usize,
-}
-
-/// Rows of a pass that training packs examples into. A base behind a codec is chosen for its memory, of which what a pass
-/// keeps is the most; decoding for more passes costs less than a tenth of the speed.
-pub fn pass_rows(model: &BaseModel) -> usize {
-    let coded = |module: usize| matches!(model.modules[module].weight.storage(), Storage::Coded | Storage::Native);
-    let coded = model.layers.first().is_some_and(|layer| coded(layer.down));
-    if coded { PASS_ROWS_CODED } else { PASS_ROWS }
 }
 
 impl Batch {

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::adapt::adaptation::Adaptation;
 use crate::data::Example;
+use crate::data::order::epoch_order;
 use crate::files::mapped::{Surviving, intact, whole};
 use crate::models::BaseModel;
 use crate::run::backends::trainer;
@@ -25,12 +26,10 @@ use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 use crate::run::waist::{Train, Weigh};
 use crate::train::optimizer::{AdamW, AdamWConfig};
-use crate::train::order::epoch_order;
 use crate::train::schedule::{LearningRate, Schedule};
 
 mod end;
 pub mod optimizer;
-pub mod order;
 pub mod schedule;
 pub mod swap;
 

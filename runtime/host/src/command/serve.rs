@@ -12,9 +12,9 @@ use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, Handlers, load_local};
 use crate::hub::HubName;
 use crate::interrupt;
-use crate::models::last_part;
+use crate::models::{last_part, shown};
 use crate::near::exists;
-use crate::progress::line;
+use crate::progress::{line, size};
 use crate::serve::{Models, bind, start};
 use crate::watch::Watch;
 
@@ -80,6 +80,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     for name in models.names() {
         eprintln!("model    {name}");
     }
+    if let Some((_, _, handlers)) = &watched {
+        tell_shared(handlers);
+    }
     let server = start(models, listener)?;
     if let Some((path, file, handlers)) = watched {
         let replace = server.replacer();
@@ -107,6 +110,14 @@ fn served(handlers: &Handlers) -> Result<Models> {
         line(format_args!("note: handlers in no route, and not served: {}", unrouted.join(", ")));
     }
     Ok(served.with_unrouted(unrouted))
+}
+
+/// Says which handlers share a base, which is in memory once.
+fn tell_shared(handlers: &Handlers) {
+    for (base, names) in handlers.shared() {
+        let (path, bytes) = (shown(&base, &base.path), size(base.stored_bytes() as u64));
+        line(format_args!("shared   {}   one base, {path}, {bytes}", names.join(", ")));
+    }
 }
 
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.
@@ -152,6 +163,7 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
                 replace(served);
                 handlers = next;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
+                tell_shared(&handlers);
             }
             Err(error) => {
                 line(format_args!("reload   refused: {error:#}\n         what was served is served on"));

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
-use homeroom_engine::inference::TOGETHER;
+use homeroom_engine::inference::{Engine, TOGETHER};
+use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -439,6 +440,21 @@ impl Handlers {
         }
         self.check_keys(&names)?;
         names.into_iter().map(|name| Ok((name.clone(), self.get(name)?))).collect()
+    }
+
+    /// Bases that several handlers share, of those that are loaded, and the names of these.
+    pub fn shared(&self) -> Vec<(Arc<BaseModel>, Vec<String>)> {
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bases: Vec<(Arc<Engine>, Vec<String>)> = Vec::new();
+        for (name, handler) in loaded.iter() {
+            let Some(engine) = handler.engine() else { continue };
+            match bases.iter_mut().find(|(other, _)| Arc::ptr_eq(other, &engine)) {
+                Some((_, names)) => names.push(name.clone()),
+                None => bases.push((engine, vec![name.clone()])),
+            }
+        }
+        let shared = bases.into_iter().filter(|(_, names)| names.len() > 1);
+        shared.map(|(engine, names)| (engine.model().clone(), names)).collect()
     }
 
     /// Handlers in no route of a file that has routes: clients cannot name them.

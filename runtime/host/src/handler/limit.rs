@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use homeroom_engine::inference::Engine;
+
 use super::context::PATIENCE;
 use super::{Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Kind, Request};
 
@@ -42,6 +44,10 @@ impl Handler for Limited {
         let place = Gate::enter(&self.gate, context)?;
         let stream = self.inner.stream(request, context)?;
         Ok(Box::new(Admitted { held: Some((stream, place)) }))
+    }
+
+    fn engine(&self) -> Option<Arc<Engine>> {
+        self.inner.engine()
     }
 
     fn gives(&self) -> Gives {

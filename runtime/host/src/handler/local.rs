@@ -1,12 +1,12 @@
 //! A model of this machine.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use anyhow::Result;
 use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
-use homeroom_engine::inference::Tokens;
 use homeroom_engine::inference::generate::{Finish, Sampling, prompt_ids};
+use homeroom_engine::inference::{Engine, Tokens};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::text::block_end::BlockEnd;
@@ -133,6 +133,10 @@ fn identities(reference: &ModelRef) -> Vec<Option<Identity>> {
 }
 
 impl Handler for Local {
+    fn engine(&self) -> Option<Arc<Engine>> {
+        Some(self.now.lock().unwrap_or_else(PoisonError::into_inner).answerer.engine.clone())
+    }
+
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let answerer = self.answerer(context)?;
         let model = answerer.model();

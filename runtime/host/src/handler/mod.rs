@@ -20,7 +20,9 @@ mod turns;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
 
+use homeroom_engine::inference::Engine;
 use serde::{Deserialize, Serialize};
 
 pub use checker::checked;
@@ -180,6 +182,11 @@ pub trait Handler: Send + Sync {
     /// As [`Handler::stream`], and when the stream fails, ends early or is cancelled.
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
         collect(context.watch(self.stream(request, context)?))
+    }
+
+    /// Returns the engine that answers, if that is one of this machine; others on the same base share it.
+    fn engine(&self) -> Option<Arc<Engine>> {
+        None
     }
 
     /// Returns what it gives, as far as that is known before it is asked.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
-use homeroom_engine::embedding::SENTENCE_FILES;
+use homeroom_engine::embedding::{PROMPTS_FILE, SENTENCE_FILES};
 
 use super::listing::{Listing, RemoteFile};
 use super::whole::{INDEX, INDEX_BYTES_MAX, shards_of};
@@ -19,7 +19,7 @@ const SMALL: [&str; 8] = [
     "special_tokens_map.json",
     "chat_template.jinja",
     "modules.json",
-    "config_sentence_transformers.json",
+    PROMPTS_FILE,
 ];
 /// Files of an adapter, besides the small ones.
 const ADAPTER: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "homeroom.json"];

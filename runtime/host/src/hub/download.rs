@@ -11,7 +11,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use homeroom_engine::embedding::is_encoder;
+use homeroom_engine::files::gguf::{ShardName, architecture_in};
 use homeroom_engine::files::read_text;
+use homeroom_engine::models::Architecture;
+use homeroom_engine::models::families::Family;
 use serde_json::Value;
 use ureq::http::Response;
 use ureq::{Body, ResponseExt};
@@ -25,7 +29,7 @@ use super::explain::explain;
 use super::listing::{self, Listing, RemoteFile};
 use super::patience::{Failure, NoConnection, Tries};
 use super::place::{self, Place};
-use super::{Endpoint, HubName, Patience, Token, offline, policy, space, stores, verify};
+use super::{COMMIT_TOLD, Endpoint, HubName, Patience, Token, offline, policy, space, stores, verify};
 use crate::interrupt::{self, Interrupted};
 use crate::progress::{Downloading, line, size};
 
@@ -33,9 +37,9 @@ use crate::progress::{Downloading, line, size};
 const CONNECTIONS: usize = 4;
 /// How often Ctrl-C is looked for, and progress is drawn.
 const TICK: Duration = Duration::from_millis(100);
-/// Digits of a commit that are told.
-const COMMIT_TOLD: usize = 12;
-/// Longest configuration of an adapter, in bytes.
+/// Bytes of a GGUF file that are read before it is downloaded, to see what it is of.
+const BEGINNING_BYTES: u64 = 16 << 10;
+/// Longest configuration that is looked at, in bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// The hub, and the store that is filled from it.
@@ -180,7 +184,7 @@ impl Hub {
         }
         let exact = name.at(&listing.commit);
         let short = HubName { revision: None, ..name.clone() };
-        let mut files = choose(&listing, name, |file| self.text(&exact, file))?;
+        let mut files = choose(&listing, name, |file| self.text(name, &exact, file))?;
         // Put last: without these no snapshot of several files counts as whole.
         files.sort_by_key(|file| ["config.json", "adapter_config.json"].contains(&file.path.as_str()));
         let total: u64 = files.iter().map(|file| file.size).sum();
@@ -286,8 +290,8 @@ impl Hub {
     }
 
     /// The text of a small file, which is not kept.
-    fn text(&self, exact: &HubName, file: &RemoteFile) -> Result<String> {
-        let bytes = self.small(&self.url(exact, file), file.size, &file.path, exact, Some(&file.path))?;
+    fn text(&self, name: &HubName, exact: &HubName, file: &RemoteFile) -> Result<String> {
+        let bytes = self.small(&self.url(exact, file), file.size, &file.path, name, Some(&file.path))?;
         let mut hasher = Hasher::like(&file.digest, file.size);
         hasher.update(&bytes);
         ensure!(hasher.finish() == file.digest.name(), "{}: its digest is not that of the hub's list", file.path);
@@ -296,13 +300,17 @@ impl Hub {
 
     /// An answer of at most so many bytes, in one piece.
     fn small(&self, url: &str, most: u64, subject: &str, name: &HubName, file: Option<&str>) -> Result<Vec<u8>> {
+        let bytes = self.beginning(url, most, subject, name, file)?;
+        ensure!(bytes.len() as u64 <= most, "{subject}: the hub's answer has more than {most} bytes");
+        Ok(bytes)
+    }
+
+    /// The beginning of an answer: if there are more than `most` bytes, one byte more than those.
+    fn beginning(&self, url: &str, most: u64, subject: &str, name: &HubName, file: Option<&str>) -> Result<Vec<u8>> {
         let mut tries = Tries::of_answer(self.client.patience);
         loop {
             let failure = match self.client.get(url, None, &|refusal| explain(&self.client, name, file, refusal)) {
                 Ok(response) => match self.body(response, most, tries.until()) {
-                    Ok(bytes) if bytes.len() as u64 > most => {
-                        bail!("{subject}: the hub's answer has more than {most} bytes")
-                    }
                     Ok(bytes) => return Ok(bytes),
                     Err(failure) => failure,
                 },
@@ -342,6 +350,39 @@ impl Hub {
         self.client.endpoint.at(&format!("{}/resolve/{}/{}", exact.repo, exact.revision(), path.join("/")))
     }
 
+    /// Refuses a model that cannot be run, as far as that is seen before it is downloaded: by its `config.json`, or by the beginning of
+    /// its GGUF file. Of `queue`, the files that are missing with the bytes of them that are here, only whose download begins is looked at.
+    fn check_runs(
+        &self,
+        name: &HubName,
+        exact: &HubName,
+        files: &[RemoteFile],
+        queue: &[(&RemoteFile, u64)],
+    ) -> Result<()> {
+        let has = |path: &str| files.iter().any(|file| file.path == path);
+        if has("adapter_config.json") || has("modules.json") {
+            return Ok(());
+        }
+        for (file, _) in queue.iter().filter(|(_, begun)| *begun == 0) {
+            let first = || ShardName::of(&file.path).is_none_or(|shard| shard.number == 1);
+            let runs = if file.path == "config.json" && file.size <= CONFIG_BYTES_MAX {
+                let text = self.text(name, exact, file)?;
+                let config: Option<Value> = serde_json::from_str(&text).ok();
+                // Encoders need no list of modules to be served.
+                let embeds = config.as_ref().and_then(|config| config["model_type"].as_str()).is_some_and(is_encoder);
+                if embeds { Ok(()) } else { Architecture::from_text(&text).map(drop) }
+            } else if file.path.to_ascii_lowercase().ends_with(".gguf") && first() {
+                let url = self.url(exact, file);
+                let beginning = self.beginning(&url, BEGINNING_BYTES, &file.path, name, Some(&file.path))?;
+                architecture_in(&beginning).map_or(Ok(()), |architecture| Family::of_gguf(&architecture).map(drop))
+            } else {
+                Ok(())
+            };
+            runs.with_context(|| format!("{name}: nothing of it was downloaded: {}", file.path))?;
+        }
+        Ok(())
+    }
+
     /// Downloads those blobs of files that are missing or damaged, several at the same time. Returns how many bytes came, and in what time.
     fn bring(
         &self,
@@ -371,6 +412,7 @@ impl Hub {
         if let Some(lacks) = space::lacks(&self.store, needed) {
             bail!("{name}: {lacks}");
         }
+        self.check_runs(name, exact, files, &queue)?;
         if here > 0 {
             line(format_args!("resumed   {} are here already; their bytes are checked first", size(here)));
         }

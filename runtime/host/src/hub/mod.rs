@@ -29,7 +29,7 @@ mod whole;
 pub use cache::{Found, find};
 pub use download::{Hub, Pulled, pull};
 pub use endpoint::Endpoint;
-pub use name::HubName;
+pub use name::{COMMIT_TOLD, HubName};
 pub use offline::{offline, set_offline};
 pub use patience::Patience;
 pub use token::Token;

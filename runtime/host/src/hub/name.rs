@@ -18,6 +18,9 @@ pub struct HubName {
 const PREFIXES: [&str; 6] =
     ["https://huggingface.co/", "http://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/", "hf://"];
 
+/// Digits of a commit that are told.
+pub const COMMIT_TOLD: usize = 12;
+
 /// Longest owner and longest name, as the hub has them.
 const PART_BYTES_MAX: usize = 96;
 /// Longest revision: no file name can be longer.

@@ -2,12 +2,9 @@
 
 use std::path::Path;
 
-use crate::hub::{self, HubName, stores};
+use crate::hub::{self, COMMIT_TOLD, HubName, stores};
 use crate::near::{self, did_you_mean};
 use crate::registry;
-
-/// Digits of a commit that are told.
-const COMMIT_TOLD: usize = 12;
 
 /// Why there is no such model on this machine, and what to do; `why` one of the hub is not downloaded.
 pub fn not_there(name: &Path, why: &str) -> String {

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use homeroom_engine::embedding::{MODULES_FILE, SENTENCE_FILES, module_directories};
+use homeroom_engine::embedding::{MODULES_FILE, PROMPTS_FILE, SENTENCE_FILES, module_directories};
 use homeroom_engine::files::gguf::shard_paths;
 use homeroom_engine::files::{
     Kept, NewDirectory, broken_link, ensure_room, is_named, named_templates, open_regular, replaceable_but_for,
@@ -176,9 +176,6 @@ fn may_go(model: &Path, file: &Path) -> bool {
     let further = [MODULES_FILE, PROMPTS_FILE, "vocab.txt"];
     name.ends_with(".gguf") || further.contains(&name) || SENTENCE_FILES.contains(&name) || is_listed()
 }
-
-/// What sentence-transformers says of prompts.
-pub const PROMPTS_FILE: &str = "config_sentence_transformers.json";
 
 /// Refuses a name that is taken, unless what has it may be replaced.
 ///

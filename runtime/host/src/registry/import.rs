@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::adapt::adapter::{AdapterFiles, CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE, is_adapter};
-use homeroom_engine::embedding::{EmbeddingModel, MODULES_FILE, SENTENCE_FILES, encoder_type};
+use homeroom_engine::embedding::{EmbeddingModel, MODULES_FILE, PROMPTS_FILE, SENTENCE_FILES, encoder_type};
 use homeroom_engine::files::tensors::{has_safetensors, weight_files};
 use homeroom_engine::files::{TEXT_FILES, is_named, named_templates};
 use homeroom_engine::models::BaseModel;
 
-use super::copies::{PROMPTS_FILE, Sources, ensure_free, files_of_modules, save_or};
+use super::copies::{Sources, ensure_free, files_of_modules, save_or};
 use super::names::{free_name, owner, place};
 use super::{Entry, entry};
 use crate::near;

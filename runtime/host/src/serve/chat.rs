@@ -18,11 +18,9 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::body::{self, Waiting, name_ignored};
 use super::reply::{Envelope, HANDLER, PING, Refusal, frame};
-use super::{App, no_model, now, request, wrong_model};
+use super::{ANSWER_TIME_MAX, App, no_model, now, request, wrong_model};
 use crate::handler::{self, Context, Event, Gives, Handler, HandlerError, Kind, PATIENCE, checked};
 
-/// Longest time for an answer, including the wait in the queue.
-const ANSWER: Duration = Duration::from_secs(30 * 60);
 /// Most text that is made ahead of a client who does not read, in bytes. Shorter answers are completed for such a client and give
 /// up their place among the answers.
 const AHEAD: usize = 1 << 20;
@@ -42,7 +40,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         return Err(wrong_model(app, &asked.model, Gives::Answers));
     }
 
-    let context = Context::default().or_with(app.ending.clone()).within(ANSWER);
+    let context = Context::default().or_with(app.ending.clone()).within(ANSWER_TIME_MAX);
     let waiting = Waiting(context.clone());
     let request::Asked { model, request, stream, include_usage, ignored } = asked;
     let mut envelope = Envelope { id: String::new(), created: now(), model, include_usage, name_handler: false };

@@ -4,7 +4,6 @@
 //! were, and `"truncate": false` refuses them, as OpenAI does. Nothing of a text or a vector is logged.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -15,14 +14,12 @@ use tokio::task::spawn_blocking;
 
 use super::body::{self, Waiting, name_ignored};
 use super::reply::{HANDLER, Refusal};
-use super::{App, no_model, wrong_model};
+use super::{ANSWER_TIME_MAX, App, no_model, wrong_model};
 use crate::handler::{Context, EmbedRequest, Embeddings, Gives, HandlerError, Input, Kind};
 use crate::toml_problems::near;
 
 /// Most texts of a request, as at OpenAI.
 const INPUTS_MAX: usize = 2048;
-/// Longest time for all of a request's texts, including the wait in the queue.
-const TIME: Duration = Duration::from_secs(30 * 60);
 /// The header that counts the texts that were cut.
 const TRUNCATED: &str = "x-homeroom-truncated";
 
@@ -58,7 +55,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     if handler.gives() == Gives::Answers {
         return Err(wrong_model(app, &model, Gives::Vectors));
     }
-    let context = Context::default().or_with(app.ending.clone()).within(TIME);
+    let context = Context::default().or_with(app.ending.clone()).within(ANSWER_TIME_MAX);
     let waiting = Waiting(context.clone());
     let made = spawn_blocking(move || -> Result<_, HandlerError> {
         let made = handler.embed(&request, &context)?;

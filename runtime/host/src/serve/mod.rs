@@ -38,6 +38,8 @@ pub use connection::Bounds;
 pub use models::Models;
 use reply::Refusal;
 
+/// Longest time for an answer, or for all texts of one request for vectors, including the wait in the queue.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(30 * 60);
 /// How long answers may go on once the server is asked to stop.
 const DRAIN: Duration = Duration::from_secs(30);
 

@@ -85,6 +85,23 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Contents> {
     Ok(Contents { metadata, tensors, tensor_idx })
 }
 
+/// `general.architecture`, by the beginning of a file alone; `None` where it does not reach as far. llama.cpp writes it first.
+pub fn architecture_in(beginning: &[u8]) -> Option<String> {
+    let mut reader = Reader { bytes: beginning, pos: 0 };
+    let is_known = reader.take(4).ok()? == b"GGUF" && (2..=3).contains(&reader.u32().ok()?);
+    let (_tensors, entries) = (reader.u64().ok()?, reader.u64().ok()?);
+    if !is_known {
+        return None;
+    }
+    for _ in 0..entries {
+        let (key, value) = (reader.string().ok()?, reader.value().ok()?);
+        if let ("general.architecture", Value::String(architecture)) = (key.as_str(), value) {
+            return Some(architecture);
+        }
+    }
+    None
+}
+
 /// Refuses tensors that share bytes: whoever wrote them meant other ones.
 fn apart(tensors: &[TensorInfo]) -> Result<()> {
     let mut in_order: Vec<&TensorInfo> = tensors.iter().collect();

@@ -20,8 +20,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow};
 use memmap2::Mmap;
 
-pub use self::header::TensorInfo;
 use self::header::{Contents, parse};
+pub use self::header::{TensorInfo, architecture_in};
 pub use self::shards::{ShardName, shard_paths};
 pub use self::value::{Array, Value};
 use crate::files::mapped::map_file;

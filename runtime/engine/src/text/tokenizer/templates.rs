@@ -30,8 +30,7 @@ impl ChatTemplate {
     }
 }
 
-/// Directory of the templates that have names, in a Hugging Face directory.
-pub const TEMPLATES_DIR: &str = "additional_chat_templates";
+pub use crate::files::TEMPLATES_DIR;
 
 /// The name of the template that needs none.
 pub(super) const DEFAULT: &str = "default";

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
+use homeroom_engine::data::order;
 use homeroom_engine::data::{Example, OnLongRow, Problems, check_row, read_texts};
 use homeroom_engine::models::BaseModel;
-use homeroom_engine::train::order;
 use mlua::Lua;
 use sha2::{Digest, Sha256};
 

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use anyhow::Result;
 use homeroom_engine::data::check_row;
-use homeroom_engine::train::order;
+use homeroom_engine::data::order;
 use mlua::{Function, IntoLuaMulti, Lua, MetaMethod, MultiValue, UserData, UserDataFields, UserDataMethods, Value};
 use sha2::{Digest, Sha256};
 

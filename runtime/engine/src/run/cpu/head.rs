@@ -9,10 +9,12 @@ use homeroom_kernels::{
     rms_norm_backward, target_logits,
 };
 
-use super::Rows;
+use super::workspace::Pool;
 use crate::models::weight::Weight;
 use crate::models::{BaseModel, FINAL_NORM, HEAD};
+use crate::run::batch::Batch;
 use crate::run::plain::block::weights_of;
+use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 use crate::run::waist::{LogProbs, Weigh};
 
@@ -29,20 +31,21 @@ pub struct FusedHead {
     /// Of the norm and the head, into [`BaseModel::modules`].
     modules: [usize; 2],
     norm: Vec<f32>,
+    /// Whether it is run in f32 beside layers in another type, of which its widths are no whole words: some vocabularies are odd.
+    pub wide: bool,
     /// If products with its weight are in integers, its weight in eight bits, once it has been needed: it is read for each chunk of rows
     /// anew, and rounding it as often would cost more than integers gain. `None` where it cannot be rounded.
     rounded: Option<OnceLock<Option<Weight>>>,
 }
 
 impl FusedHead {
-    /// The head, in integers where that is asked for and possible; `None` when the norm before it has a bias or a width is no whole
-    /// number of words.
+    /// The head, in integers where that is asked for and possible; `None` when the norm before it has a bias.
     pub fn new<E: ProductElement>(model: &BaseModel, integers: bool) -> Option<Self> {
         let modules @ [norm, head] = [model.module_index(FINAL_NORM)?, model.module_index(HEAD)?];
         let info = &model.modules[head].info;
         let fits = info.d_in.is_multiple_of(E::PER_WORD) && info.d_out.is_multiple_of(E::PER_WORD);
         let plain = model.modules[norm].bias.is_none();
-        (fits && plain).then(|| {
+        plain.then(|| {
             let whole_words = info.d_in.is_multiple_of(4) && info.d_out.is_multiple_of(4);
             let rounded = (integers && whole_words).then(OnceLock::new);
             // What logits are multiplied by, the norm's weight may be as well.
@@ -51,7 +54,7 @@ impl FusedHead {
             if scale != 1.0 {
                 norm.iter_mut().for_each(|w| *w *= scale);
             }
-            Self { modules, norm, rounded }
+            Self { modules, norm, rounded, wide: !fits }
         })
     }
 
@@ -72,12 +75,13 @@ impl FusedHead {
     /// When weights cannot be had.
     pub fn log_probs<E: ProductElement>(
         &self,
-        rows: &Rows<'_, E>,
+        (pass, batch): (&Pass<'_>, &Batch),
+        buffers: &Pool<E>,
         x: &[f32],
         train: Option<(Weigh<'_>, &mut [f32])>,
     ) -> Result<LogProbs> {
-        let model = rows.pass.model;
-        let (targets, target_rows) = (&rows.batch.targets, &rows.batch.target_rows);
+        let model = pass.model;
+        let (targets, target_rows) = (&batch.targets, &batch.target_rows);
         let (c, n, v) = (model.architecture.hidden_size, targets.len(), model.modules[self.modules[1]].info.d_out);
         let (weigh, mut dx) = train.map_or((None, None), |(weigh, dx)| (Some(weigh), Some(dx)));
         if let Some(dx) = &mut dx {
@@ -112,10 +116,10 @@ impl FusedHead {
         let row = v * size_of::<E>();
         let most = (LOGITS_BYTES / row).max(CHUNK_ROWS.min(LOGITS_BYTES_MAX / row)).clamp(48, 1024);
         let chunk = n.div_ceil(n.div_ceil(most));
-        let mut logits = rows.workspace.logits.take(chunk, v);
+        let mut logits = buffers.take(chunk, v);
         let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
         let mut dy = vec![0f32; if dx.is_some() { n * c } else { 0 }];
-        let mut pass = |scales: Option<&[f32]>, losses: &mut [f32], correct: &mut [bool]| {
+        let mut chunks = |scales: Option<&[f32]>, losses: &mut [f32], correct: &mut [bool]| {
             for from in (0..n).step_by(chunk) {
                 let part = from..n.min(from + chunk);
                 let count = part.len();
@@ -144,13 +148,13 @@ impl FusedHead {
             }
         };
         match weigh {
-            None => pass(None, &mut losses, &mut correct),
-            Some(Weigh::Alike(weight)) => pass(Some(&vec![weight as f32; n]), &mut losses, &mut correct),
+            None => chunks(None, &mut losses, &mut correct),
+            Some(Weigh::Alike(weight)) => chunks(Some(&vec![weight as f32; n]), &mut losses, &mut correct),
             Some(Weigh::By(weigh)) => {
-                pass(None, &mut losses, &mut correct);
+                chunks(None, &mut losses, &mut correct);
                 let weights = weights_of(weigh, &log_probs(&losses, &correct))?;
                 let weights: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-                pass(Some(&weights), &mut losses, &mut correct);
+                chunks(Some(&weights), &mut losses, &mut correct);
             }
         }
         drop(logits);

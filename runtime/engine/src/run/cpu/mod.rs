@@ -328,7 +328,11 @@ impl<E: ProductElement> Fused<E> {
         let x = h.into_buffer(&self.workspace.wide)?;
         let c = pass.model.architecture.hidden_size;
         let mut dx = train.is_some().then(|| self.workspace.wide.take(x.len() / c, c));
-        let log_probs = head.log_probs(rows, &x, train.map(|(weigh, _)| weigh).zip(dx.as_deref_mut()))?;
+        let train = train.map(|(weigh, _)| weigh).zip(dx.as_deref_mut());
+        let log_probs = match head.wide {
+            true => head.log_probs((pass, batch), &self.workspace.wide_logits, &x, train)?,
+            false => head.log_probs((pass, batch), &self.workspace.logits, &x, train)?,
+        };
         Ok((log_probs, dx.map(Stream::Buffer)))
     }
 

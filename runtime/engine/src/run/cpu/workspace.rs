@@ -96,6 +96,8 @@ pub struct Workspace<E> {
     pub wide: Pool<f32>,
     /// Logits, of fewer rows at a time than the others.
     pub logits: Pool<E>,
+    /// The same in f32, where the head is run so.
+    pub wide_logits: Pool<f32>,
     /// Parts of the gradients of keys and values, see [`attention_backward`](homeroom_kernels::attention_backward).
     pub partial: Mutex<KeyValueGradients>,
 }
@@ -103,7 +105,13 @@ pub struct Workspace<E> {
 impl<E> Workspace<E> {
     /// No buffer yet.
     pub fn new() -> Self {
-        Self { narrow: Pool::new(), wide: Pool::new(), logits: Pool::new(), partial: Mutex::default() }
+        Self {
+            narrow: Pool::new(),
+            wide: Pool::new(),
+            logits: Pool::new(),
+            wide_logits: Pool::new(),
+            partial: Mutex::default(),
+        }
     }
 }
 

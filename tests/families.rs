@@ -25,6 +25,7 @@ use homeroom_engine::train::{Run, TrainConfig};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
+use crate::foreign::write_tensors;
 use crate::fused::{apart, bf16_is_near, config, gradients, shaken};
 use crate::support::{
     Place, Values, adapt, adapt_stored, distance, expected, fixture, model, plan, stored_ids, tensors,
@@ -468,5 +469,32 @@ fn an_adapter_of_a_part_is_read_by_whatever_names_its_modules_have() -> Result<(
         fs::write(saved.join(WEIGHTS_FILE), serialize_f32(&named.collect::<Vec<_>>())?)?;
         assert_eq!(read(&saved)?, trained, "{prefix}");
     }
+    Ok(())
+}
+
+/// As transformers: a head that lies beside the embedding with other values is not the embedding, whatever the configuration says.
+#[test]
+fn a_head_of_other_values_is_not_tied() -> Result<()> {
+    let place = Place::new()?;
+    let copy = place.copy(&fixture("models/qwen3"), "model")?;
+    let tied = BaseModel::load(&copy)?;
+    assert!(tied.architecture.tie_word_embeddings);
+    let logits = |model: &BaseModel| -> Result<Vec<f32>> {
+        Ok(Pass::evaluation(model, None).logits(&Batch::of_tokens(&[1, 40, 41, 42], 0))?.flatten_all()?.to_vec1()?)
+    };
+    // Before the file changes under it.
+    let doubled: Vec<f32> = logits(&tied)?.iter().map(|logit| 2.0 * logit).collect();
+    let weights = copy.join("model.safetensors");
+    let mut stored = tensors(&weights)?;
+    let embedding = stored["model.embed_tokens.weight"].clone();
+    stored.insert("lm_head.weight".to_owned(), embedding.clone());
+    write_tensors(&weights, stored.clone())?;
+    assert!(BaseModel::load(&copy)?.architecture.tie_word_embeddings, "the same values are one parameter");
+    let (shape, values) = embedding;
+    stored.insert("lm_head.weight".to_owned(), (shape, values.iter().map(|value| 2.0 * value).collect()));
+    write_tensors(&weights, stored)?;
+    let apart = BaseModel::load(&copy)?;
+    assert!(!apart.architecture.tie_word_embeddings);
+    assert!(distance(&doubled, &logits(&apart)?) < 1e-4);
     Ok(())
 }

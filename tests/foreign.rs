@@ -52,7 +52,7 @@ fn logits(pass: &Pass<'_>, ids: &[u32]) -> Result<Vec<f32>> {
     Ok(pass.logits(&Batch::of_tokens(ids, 0))?.flatten_all()?.to_vec1()?)
 }
 
-fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Values)>) -> Result<()> {
+pub fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Values)>) -> Result<()> {
     let stored = tensors.into_iter().map(|(name, (shape, values))| {
         (name, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
     });

@@ -263,11 +263,15 @@ fn what_a_family_does_not_compute_is_refused_by_name() -> Result<()> {
             json!({"rope_scaling": {"type": "dynamic", "factor": 1e30}}),
             &["`dynamic`", "a context of 2.4"],
         ),
-        ("gemma3", json!({"rope_parameters": {"full_attention": 3}}), &["its rope scaling is 3, not an object"]),
+        (
+            "gemma3",
+            json!({"rope_scaling": null, "rope_parameters": {"full_attention": 3}}),
+            &["its rope scaling is 3, not an object"],
+        ),
         ("gemma3", json!({"rope_scaling": {"type": "proportional"}}), &["unknown rope type `proportional`"]),
         (
             "gemma3",
-            json!({"rope_parameters": {"full_attention": {"rope_type": "axial"}}}),
+            json!({"rope_scaling": null, "rope_parameters": {"full_attention": {"rope_type": "axial"}}}),
             &["unknown rope type `axial`"],
         ),
     ] {

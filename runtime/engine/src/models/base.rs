@@ -207,6 +207,9 @@ impl BaseModel {
         if architecture.family()?.part_of.is_some() {
             tensors = text_part(tensors);
         }
+        if architecture.tie_word_embeddings && has_other_head(&tensors) {
+            architecture.tie_word_embeddings = false;
+        }
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
         let source =
             Tensorfile { tensors: &tensors, gguf: false, interleaved: false, offset: architecture.norm_offset };
@@ -497,6 +500,13 @@ fn gguf_files(dir: &Path) -> Result<Vec<String>> {
 /// Whether two files are of one model, by their names.
 fn are_shards(a: &str, b: &str) -> bool {
     matches!((ShardName::of(a), ShardName::of(b)), (Some(a), Some(b)) if a.is_beside(&b))
+}
+
+/// Whether a head lies beside the embedding that it is said to be tied to, and holds other values: then transformers does not tie them.
+fn has_other_head(tensors: &Tensors) -> bool {
+    let weight = |path: &str| tensors.get(&format!("{path}.weight"));
+    let both = weight(HEAD).zip(weight(EMBEDDING));
+    both.is_some_and(|(head, embedding)| head.bytes() != embedding.bytes())
 }
 
 /// The tensors of the part that writes text, by the names that they have alone.

@@ -60,7 +60,7 @@ impl Architecture {
     }
 
     fn of(family: &Family, config: Map<String, Value>) -> Result<Self> {
-        let fields = Fields::new(&config);
+        let fields = Fields::new(&config, family.defaults);
         let architecture = (family.architecture)(&fields)?;
         fields.finish()?;
         architecture.check()?;
@@ -77,6 +77,12 @@ impl Architecture {
         if let Ok(divisors) = gguf.tensor("rope_freqs.weight") {
             let divisors = gguf.mapped(divisors).values()?;
             let rope = architecture.ropes.first_mut().context("`rope_freqs.weight` belongs to no rope")?;
+            // llama.cpp applies both.
+            let divisors = match rope.scaling {
+                RopeScaling::None => divisors,
+                RopeScaling::Linear { factor } => divisors.iter().map(|divisor| divisor * factor as f32).collect(),
+                _ => bail!("`rope_freqs.weight` beside another scaling of rope is not supported"),
+            };
             rope.scaling = RopeScaling::Divisors(divisors);
             if let Some(found) = rope.scaling_of_divisors() {
                 architecture.config.insert("rope_scaling".to_owned(), found.to_json().unwrap_or(Value::Null));
@@ -133,5 +139,66 @@ impl Architecture {
         config.insert("pad_token_id".to_owned(), json!(tokenizer.pad_id));
         config.insert("torch_dtype".to_owned(), json!(dtype));
         Ok(Value::Object(config))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(config: Value) -> Result<Architecture> {
+        Architecture::from_map(config.as_object().context("an object")?.clone())
+    }
+
+    fn llama(fields: Value) -> Result<Architecture> {
+        let mut config = json!({
+            "model_type": "llama", "vocab_size": 7, "hidden_size": 48, "intermediate_size": 6, "num_hidden_layers": 1,
+            "num_attention_heads": 3, "rope_theta": 500.0, "max_position_embeddings": 64,
+        });
+        let own = fields.as_object().context("an object")?.clone();
+        config.as_object_mut().context("an object")?.extend(own);
+        read(config)
+    }
+
+    /// As published: most fields are those of the class.
+    #[test]
+    fn the_part_of_a_whole_has_the_sizes_of_its_class() -> Result<()> {
+        let model = read(json!({
+            "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106],
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152},
+        }))?;
+        let attention = model.layers[0].attention();
+        assert_eq!(
+            (attention.heads, attention.kv_heads, attention.head_dim, attention.window),
+            (8, 4, 256, Some(1024))
+        );
+        assert_eq!((model.vocab_size, model.max_position_embeddings, model.layers.len()), (262_208, 131_072, 34));
+        assert_eq!(model.ropes[0].scaling, RopeScaling::Linear { factor: 8.0 });
+        assert!(model.tie_word_embeddings && model.config["eos_token_id"] == json!([1, 106]));
+        Ok(())
+    }
+
+    #[test]
+    fn the_older_field_of_rope_counts_where_both_say_something() -> Result<()> {
+        let linear = |factor: f64| json!({"rope_type": "linear", "factor": factor});
+        let scaling = |fields: Value| Ok::<_, anyhow::Error>(llama(fields)?.ropes[0].scaling.clone());
+        for (older, newer, factor) in
+            [(linear(3.0), linear(5.0), 3.0), (json!({}), linear(5.0), 5.0), (linear(3.0), json!({}), 3.0)]
+        {
+            let found = scaling(json!({"rope_scaling": older, "rope_parameters": newer}))?;
+            assert_eq!(found, RopeScaling::Linear { factor });
+        }
+        let yarn = |truncate: Value| {
+            scaling(json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": truncate}}))
+        };
+        for (truncate, truncates) in [(json!(true), true), (json!(null), false), (json!(0), false), (json!(1), true)] {
+            let RopeScaling::Yarn(yarn) = yarn(truncate.clone())? else { bail!("a ramp") };
+            assert_eq!(yarn.truncate, truncates, "{truncate}");
+        }
+        Ok(())
     }
 }

@@ -51,13 +51,14 @@ const COMPUTING: [(&str, &[&str]); 34] = [
 /// A configuration, and what was read of it.
 pub struct Fields<'a> {
     map: &'a Map<String, Value>,
+    defaults: &'static [(&'static str, usize)],
     read: RefCell<BTreeSet<&'static str>>,
 }
 
 impl<'a> Fields<'a> {
-    /// Nothing is read yet.
-    pub fn new(map: &'a Map<String, Value>) -> Self {
-        Self { map, read: RefCell::default() }
+    /// Nothing is read yet. Sizes that are left out are those of `defaults`.
+    pub fn new(map: &'a Map<String, Value>, defaults: &'static [(&'static str, usize)]) -> Self {
+        Self { map, defaults, read: RefCell::default() }
     }
 
     /// All of it.
@@ -98,7 +99,10 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// When it is no size.
     pub fn size_of(&self, key: &'static str) -> Result<Option<usize>> {
-        let Some(value) = self.given(key) else { return Ok(None) };
+        let Some(value) = self.given(key) else {
+            let default = self.defaults.iter().find(|(name, _)| *name == key && !self.map.contains_key(key));
+            return Ok(default.map(|(_, size)| *size));
+        };
         let size = value.as_u64().filter(|size| (1..=u64::from(u32::MAX)).contains(size));
         Ok(Some(size.with_context(|| format!("`{key}` = {value} is not a size"))? as usize))
     }
@@ -197,9 +201,16 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// When it is of an unknown type or lacks a number.
     pub fn rope(&self, head_dim: usize, theta: f64) -> Result<Rope> {
-        let parameters = self.given("rope_parameters").or_else(|| self.given("rope_scaling"));
+        let parameters = self.rope_parameters();
         let own = self.number_of("rope_theta")?.unwrap_or(theta);
         self.rope_of(parameters, head_dim, own)
+    }
+
+    /// `rope_scaling`, or else `rope_parameters`: transformers takes the older field where both say something.
+    pub fn rope_parameters(&self) -> Option<&'a Value> {
+        let says = |key| self.given(key).filter(|value| value.as_object().is_none_or(|object| !object.is_empty()));
+        let (older, newer) = (says("rope_scaling"), says("rope_parameters"));
+        older.or(newer)
     }
 
     /// The rope of these parameters.

@@ -50,6 +50,8 @@ pub fn config_of(gguf: &Gguf) -> Result<(&'static Family, Map<String, Value>)> {
     let family = Family::of_gguf(architecture)?;
     let key = |name: &str| format!("{architecture}.{name}");
     ensure!(gguf.u64(&key("expert_count"))?.unwrap_or(0) == 0, "mixtures of experts are not supported");
+    let causal = gguf.bool(&key("attention.causal"))?.unwrap_or(true);
+    ensure!(causal, "`{}` = false: attention to later tokens is not supported", key("attention.causal"));
     let mut config = Map::new();
     config.insert("architectures".to_owned(), json!([family.class]));
     config.insert("model_type".to_owned(), json!(family.model_type));
@@ -112,7 +114,7 @@ fn size(gguf: &Gguf, key: &str) -> Result<Option<usize>> {
 }
 
 /// A number that JSON may not have: not finite ones stand as their names, which no field takes.
-fn number(value: f32) -> Value {
+pub fn number(value: f32) -> Value {
     let decimal = decimal(value);
     if decimal.is_finite() { json!(decimal) } else { json!(decimal.to_string()) }
 }
@@ -133,6 +135,16 @@ fn rope(gguf: &Gguf, architecture: &str, config: &mut Map<String, Value>) -> Res
     };
     let factor = factor.filter(|factor| *factor != 0.0);
     let original = gguf.u64(&key("scaling.original_context_length"))?;
+    let attention = gguf.f32(&key("scaling.attn_factor"))?;
+    // Phi's belongs to its divisors.
+    ensure!(
+        attention.is_none_or(|factor| factor == 1.0) || scaling == Some("yarn") || architecture == "phi3",
+        "`{}` = {} without a scaling that has it is not supported",
+        key("scaling.attn_factor"),
+        attention.unwrap_or(1.0)
+    );
+    let other = gguf.f32(&key("scaling.yarn_attn_factor"))?.unwrap_or(1.0);
+    ensure!(other == 1.0, "`{}` = {other} is not supported", key("scaling.yarn_attn_factor"));
     let rope = match scaling {
         Some("none") => None,
         None | Some("linear") => factor
@@ -150,10 +162,9 @@ fn rope(gguf: &Gguf, architecture: &str, config: &mut Map<String, Value>) -> Res
                 }
             }
             // llama.cpp multiplies the usual factor of attention by this.
-            if let Some(share) = gguf.f32(&key("scaling.yarn_attn_factor"))?.or(gguf.f32(&key("scaling.attn_factor"))?)
-            {
+            if let Some(share) = attention {
                 let usual = if factor > 1.0 { 0.1 * f64::from(factor).ln() + 1.0 } else { 1.0 };
-                rope["attention_factor"] = json!(usual * decimal(share));
+                rope["attention_factor"] = number((usual * decimal(share)) as f32);
             }
             Some(rope)
         }

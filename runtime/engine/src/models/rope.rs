@@ -243,7 +243,10 @@ impl RopeScaling {
                     original,
                     beta_fast: number_or("beta_fast", Some(32.0))?,
                     beta_slow: number_or("beta_slow", Some(1.0))?,
-                    truncate: given("truncate").is_none_or(|truncate| truncate != &Value::Bool(false)),
+                    // What Python takes for false is, null as well.
+                    truncate: rope
+                        .get("truncate")
+                        .is_none_or(|t| t == &Value::Bool(true) || t.as_f64().is_some_and(|t| t != 0.0)),
                     attention_factor: number_or("attention_factor", Some(usual))?,
                 }))
             }

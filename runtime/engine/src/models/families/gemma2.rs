@@ -17,6 +17,15 @@ pub const FAMILY: Family = Family {
     known_as: "Gemma 2 2B, 9B, 27B",
     gguf: Some("gemma2"),
     interleaved: false,
+    defaults: &[
+        ("max_position_embeddings", 8192),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("vocab_size", 256_000),
+        ("hidden_size", 2304),
+        ("intermediate_size", 9216),
+        ("num_hidden_layers", 26),
+    ],
     architecture,
     complete,
 };
@@ -85,6 +94,9 @@ pub fn slides(kind: &Value) -> Result<bool> {
 
 /// llama.cpp has the pattern and the scale of scores in its code.
 fn complete(_: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
+    for (cap, usual) in [("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)] {
+        config.entry(cap).or_insert(json!(usual));
+    }
     scores(config, 46)
 }
 
@@ -99,8 +111,5 @@ pub fn scores(config: &mut Map<String, Value>, largest: u64) -> Result<()> {
     config.insert("query_pre_attn_scalar".to_owned(), json!(width));
     config.entry("hidden_activation").or_insert(json!("gelu_pytorch_tanh"));
     config.shift_remove("hidden_act");
-    for cap in ["attn_logit_softcapping", "final_logit_softcapping"] {
-        config.entry(cap).or_insert(Value::Null);
-    }
     Ok(())
 }

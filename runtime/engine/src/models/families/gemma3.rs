@@ -1,7 +1,7 @@
 //! Gemma 3, its text part: Gemma 2's layer with q and k normalised in place of soft caps, five layers with a window to one without,
 //! each kind with a rope of its own, Gemma Team 2025, <https://arxiv.org/abs/2503.19786>.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::{Map, Value, json};
 
 use super::{Family, gemma2};
@@ -16,6 +16,15 @@ pub const FAMILY: Family = Family {
     known_as: "Gemma 3 270M, 1B; the text part of 4B, 12B, 27B",
     gguf: Some("gemma3"),
     interleaved: false,
+    defaults: &[
+        ("max_position_embeddings", 131_072),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("vocab_size", 262_208),
+        ("hidden_size", 2304),
+        ("intermediate_size", 9216),
+        ("num_hidden_layers", 26),
+    ],
     architecture,
     complete,
 };
@@ -28,16 +37,29 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     attention.qk_norm = Some(QkNorm::Head);
     let head_dim = attention.head_dim;
     // The newer form has parameters for each kind of layer.
-    let parameters = |kind: &str| fields.given("rope_parameters").and_then(|rope| rope.get(kind));
-    let [global, local] = match parameters("full_attention").or(parameters("sliding_attention")) {
-        Some(_) => [
-            fields.rope_of(parameters("full_attention"), head_dim, 1_000_000.0)?,
-            fields.rope_of(parameters("sliding_attention"), head_dim, 10_000.0)?,
-        ],
-        None => {
-            let theta = fields.number_or("rope_local_base_freq", 10_000.0)?;
-            [fields.rope(head_dim, 1_000_000.0)?, fields.rope_of(None, head_dim, theta)?]
+    let newer = fields.given("rope_parameters").filter(|rope| rope.as_object().is_none_or(|rope| !rope.is_empty()));
+    let (global_theta, local_theta) =
+        (fields.number_or("rope_theta", 1_000_000.0)?, fields.number_or("rope_local_base_freq", 10_000.0)?);
+    let [global, local] = match newer {
+        Some(rope) => {
+            ensure!(
+                fields.given("rope_scaling").is_none(),
+                "`rope_parameters` and `rope_scaling` are both there, which is not supported"
+            );
+            let parameters = ["full_attention", "sliding_attention"].map(|kind| rope.get(kind));
+            ensure!(
+                parameters.iter().any(Option::is_some),
+                "`rope_parameters` without `full_attention` or `sliding_attention` is not supported"
+            );
+            [
+                fields.rope_of(parameters[0], head_dim, global_theta)?,
+                fields.rope_of(parameters[1], head_dim, local_theta)?,
+            ]
         }
+        None => [
+            fields.rope_of(fields.given("rope_scaling"), head_dim, global_theta)?,
+            fields.rope_of(None, head_dim, local_theta)?,
+        ],
     };
     let count = fields.layers()?;
     let kinds = fields.list_of("layer_types", count)?;
@@ -60,7 +82,11 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
 }
 
 /// llama.cpp has the pattern and the scale of scores in its code; a file without a window has none.
-fn complete(_: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
+fn complete(gguf: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
+    if let Some(pattern) = gguf.u64("gemma3.attention.sliding_window_pattern")? {
+        config.insert("sliding_window_pattern".to_owned(), json!(pattern));
+    }
+    config.entry("final_logit_softcapping").or_insert(Value::Null);
     if config.get("sliding_window").is_none_or(Value::is_null) {
         let count = config.get("num_hidden_layers").and_then(Value::as_u64).unwrap_or(0).min(4096);
         config.insert("layer_types".to_owned(), json!(vec!["full_attention"; count as usize]));

@@ -3,7 +3,7 @@
 //! Source: <https://github.com/ibm-granite/granite-3.0-language-models>.
 
 use anyhow::{Result, ensure};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{Family, llama};
 use crate::files::gguf::Gguf;
@@ -17,6 +17,7 @@ pub const FAMILY: Family = Family {
     known_as: "Granite 3.0 to 3.3 2B, 8B",
     gguf: Some("granite"),
     interleaved: true,
+    defaults: &[("max_position_embeddings", 2048)],
     architecture,
     complete,
 };
@@ -30,8 +31,16 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     scaled(fields, fields.architecture(false, vec![rope], vec![layer; fields.layers()?])?)
 }
 
-/// llama.cpp turns heads unless this is there and false.
-fn complete(gguf: &Gguf, _: &mut Map<String, Value>) -> Result<()> {
+/// llama.cpp turns heads unless this is there and false. A scale of scores that is left out, or 0, is that of the heads' width there;
+/// one of logits is not left out.
+fn complete(gguf: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
+    let number = |key: &str| config.get(key).and_then(Value::as_f64).filter(|number| *number != 0.0);
+    let width = number("hidden_size").unwrap_or(1.0) / number("num_attention_heads").unwrap_or(1.0);
+    let width = number("head_dim").unwrap_or(width);
+    if config.get("attention_multiplier").is_none_or(|scale| scale.as_f64() == Some(0.0)) {
+        config.insert("attention_multiplier".to_owned(), json!(width.powf(-0.5)));
+    }
+    ensure!(config.contains_key("logits_scaling"), "`granite.logit_scale` is missing");
     let key = "granite.rope.scaling.finetuned";
     ensure!(gguf.bool(key)? != Some(false), "`{key}` is false: a model of this family without rope is not supported");
     Ok(())

@@ -17,6 +17,7 @@ pub const FAMILY: Family = Family {
     // llama.cpp's converter writes such models as `granite`.
     gguf: None,
     interleaved: true,
+    defaults: &[("max_position_embeddings", 2048)],
     architecture,
     complete,
 };

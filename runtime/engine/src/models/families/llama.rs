@@ -17,6 +17,7 @@ pub const FAMILY: Family = Family {
     known_as: "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; TinyLlama; DeepSeek-R1-Distill-Llama",
     gguf: Some("llama"),
     interleaved: true,
+    defaults: &[("max_position_embeddings", 2048)],
     architecture,
     complete,
 };

@@ -14,6 +14,7 @@ pub const FAMILY: Family = Family {
     // llama.cpp calls it `llama`.
     gguf: None,
     interleaved: true,
+    defaults: &[("max_position_embeddings", 131_072)],
     architecture,
     complete,
 };

@@ -34,6 +34,8 @@ pub struct Family {
     pub gguf: Option<&'static str>,
     /// Whether llama.cpp's converter interleaves the halves of each head in q and k.
     pub interleaved: bool,
+    /// Sizes that its class in transformers has where a configuration leaves them out.
+    pub defaults: &'static [(&'static str, usize)],
     /// Reads a configuration.
     pub architecture: fn(&Fields<'_>) -> Result<Architecture>,
     /// Completes a configuration made of a GGUF file's metadata: what llama.cpp has in its code and not in the file.
@@ -71,7 +73,8 @@ impl Family {
             "`{model_type}` is an embedding model, which writes no text: it is not trained, asked or exported here; `homeroom serve` serves it at /v1/embeddings"
         );
         let own = |family: &&&Self| family.model_type == model_type || family.part_of == Some(model_type);
-        let known = FAMILIES.map(|family| family.model_type).join(", ");
+        let names = |family: &&Self| [Some(family.model_type), family.part_of].into_iter().flatten();
+        let known = FAMILIES.iter().flat_map(names).collect::<Vec<_>>().join(", ");
         let family = FAMILIES.iter().find(own).copied();
         ensure!(family.is_some(), "unknown architecture `{model_type}`; known are {known}");
         Ok(family.expect("it was just asked for"))

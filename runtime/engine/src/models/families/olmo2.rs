@@ -16,6 +16,7 @@ pub const FAMILY: Family = Family {
     known_as: "OLMo 2 1B, 7B, 13B, 32B",
     gguf: Some("olmo2"),
     interleaved: false,
+    defaults: &[("max_position_embeddings", 2048)],
     architecture,
     complete,
 };

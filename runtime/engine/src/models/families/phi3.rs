@@ -17,6 +17,7 @@ pub const FAMILY: Family = Family {
     known_as: "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4-mini",
     gguf: Some("phi3"),
     interleaved: false,
+    defaults: &[("max_position_embeddings", 4096)],
     architecture,
     complete,
 };
@@ -36,7 +37,7 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     }
 
     // Older files name the type `su` or `yarn`, and keep some numbers outside.
-    let mut parameters = fields.given("rope_parameters").or_else(|| fields.given("rope_scaling")).cloned();
+    let mut parameters = fields.rope_parameters().cloned();
     let original = fields.size_of("original_max_position_embeddings")?;
     let mut part = fields.number_or("partial_rotary_factor", 1.0)?;
     if let Some(rope) = parameters.as_mut().and_then(Value::as_object_mut) {
@@ -55,7 +56,11 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     ensure!(part > 0.0 && part <= 1.0, "`partial_rotary_factor` = {part}; it is above 0 and at most 1");
     let theta = fields.number_or("rope_theta", 10_000.0)?;
     let rope = fields.rope_of(parameters.as_ref(), shape.head_dim, theta)?;
-    let rope = Rope { dims: (shape.head_dim as f64 * part) as usize, ..rope };
+    let rope = Rope {
+        // Of a GGUF file the share is a quotient, whose product may fall short of the whole number.
+        dims: (shape.head_dim as f64 * part + 1e-9) as usize,
+        ..rope
+    };
     ensure!(
         matches!(rope.scaling, RopeScaling::None | RopeScaling::LongRope { .. }),
         "a rope of another type than `default` and `longrope` is not supported in a phi3 model"
@@ -88,7 +93,7 @@ fn complete(gguf: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
         "original_max_position_embeddings": original,
     });
     if let Some(factor) = gguf.f32("phi3.rope.scaling.attn_factor")? {
-        rope["attention_factor"] = json!(super::super::metadata::decimal(factor));
+        rope["attention_factor"] = super::super::metadata::number(factor);
     }
     config.insert("rope_scaling".to_owned(), rope);
     config.insert("original_max_position_embeddings".to_owned(), json!(original));

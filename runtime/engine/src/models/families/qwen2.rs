@@ -15,6 +15,7 @@ pub const FAMILY: Family = Family {
     known_as: "Qwen2, Qwen2.5; DeepSeek-R1-Distill-Qwen",
     gguf: Some("qwen2"),
     interleaved: false,
+    defaults: &[("max_position_embeddings", 32_768)],
     architecture,
     complete: windows,
 };

@@ -14,6 +14,7 @@ pub const FAMILY: Family = Family {
     known_as: "Qwen3 0.6B to 32B (dense)",
     gguf: Some("qwen3"),
     interleaved: false,
+    defaults: &[("max_position_embeddings", 32_768)],
     architecture,
     complete: qwen2::windows,
 };

@@ -15,6 +15,7 @@ pub const FAMILY: Family = Family {
     known_as: "SmolLM3 3B",
     gguf: Some("smollm3"),
     interleaved: true,
+    defaults: &[("max_position_embeddings", 32_768)],
     architecture,
     complete,
 };

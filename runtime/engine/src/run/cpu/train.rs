@@ -60,6 +60,7 @@ impl<E: ProductElement> Train for CpuTrain<E> {
         match (fused, head) {
             (0, false) => "f32, plain blocks".to_owned(),
             _ if fused == layers && head => format!("{name}, fused blocks"),
+            _ if fused == layers => format!("{name}, fused blocks; the head plain in f32"),
             _ => {
                 let head = if head { "" } else { " and the head" };
                 format!("{name}, fused blocks; {} of {layers} layers{head} plain in f32", layers - fused)

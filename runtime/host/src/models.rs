@@ -20,6 +20,7 @@ use homeroom_engine::run::compute::Compute;
 
 use serde_json::Value;
 
+pub use self::engines::Files;
 pub use self::locate::{Located, Network, base_of, here, hub_name_of, is_here, last_part, locate, of_hub, shown};
 pub use self::missing::not_there;
 use crate::hub::HubName;
@@ -154,7 +155,7 @@ impl Loaded {
     pub fn load(reference: &ModelRef, network: Network) -> Result<Self> {
         let Found { base, adapter } = Found::find(reference, network)?;
         let model = Arc::new(load_base(&base)?);
-        let Some((path, files)) = adapter else { return Ok(Self { model, adaptation: None }) };
+        let Some(FoundAdapter { path, files, .. }) = adapter else { return Ok(Self { model, adaptation: None }) };
         let model = with_text(&path, model)?;
         say_other_text(&files, &model);
         let model = encode(|progress| files.store(model, &native::find, progress))?;
@@ -179,18 +180,31 @@ impl Answerer {
     /// # Errors
     /// As [`Loaded::load`].
     pub fn load(reference: &ModelRef, network: Network, compute: Compute) -> Result<Self> {
-        let Found { base, adapter } = Found::find(reference, network)?;
-        let Some((path, files)) = adapter else {
-            return Ok(Self { engine: engines::engine_of(&base, None, compute)?, adapter: None });
+        // Files that are replaced while they are read are read again. Of those that never rest the last reading answers.
+        let (mut answerer, mut settled) = Self::of_found(Found::find(reference, network)?, reference, compute)?;
+        for _ in 1..READINGS_MAX {
+            if settled {
+                break;
+            }
+            // The base of the reading before is kept meanwhile.
+            (answerer, settled) = Self::of_found(Found::find(reference, network)?, reference, compute)?;
+        }
+        Ok(answerer)
+    }
+
+    /// What was found, ready to answer, and whether its files are still those that were read.
+    fn of_found(found: Found, reference: &ModelRef, compute: Compute) -> Result<(Self, bool)> {
+        let Some(FoundAdapter { path, before, files }) = found.adapter else {
+            return Ok((Self { engine: engines::engine_of(&found.base, None, compute)?, adapter: None }, true));
         };
-        let engine = engines::engine_of(&base, Some(&files), compute)?;
-        let adapter = engines::adapter_of(&engine, &path, reference.any_base, || {
+        let engine = engines::engine_of(&found.base, Some(&files), compute)?;
+        let (adapter, settled) = engines::adapter_of(&engine, (&path, before), reference.any_base, || {
             let model = with_text(&path, engine.model().clone())?;
             say_other_text(&files, &model);
             let adaptation = adapt(files, &model, reference.any_base)?;
             Adapter::new(engine.inference(), model, Arc::new(adaptation))
         })?;
-        Ok(Self { engine, adapter: Some(adapter) })
+        Ok((Self { engine, adapter: Some(adapter) }, settled))
     }
 
     /// Makes what is loaded ready to answer, in an engine of its own.
@@ -217,10 +231,20 @@ impl Answerer {
     }
 }
 
+/// How often the files of an adapter are read that are replaced meanwhile.
+const READINGS_MAX: usize = 3;
+
 /// Where a base is, and the adapter on it, if it is an adapter that was named.
 struct Found {
     base: Located,
-    adapter: Option<(PathBuf, AdapterFiles)>,
+    adapter: Option<FoundAdapter>,
+}
+
+struct FoundAdapter {
+    path: PathBuf,
+    /// Its files before any was read.
+    before: Files,
+    files: AdapterFiles,
 }
 
 impl Found {
@@ -232,12 +256,13 @@ impl Found {
             ensure!(reference.base_model.is_none(), "{}: not an adapter, so it has no base model", path.display());
             return Ok(Self { base: located, adapter: None });
         }
+        let before = Files::of(&path);
         let files = AdapterFiles::read(&path)?;
         let base = match &reference.base_model {
             Some(base) => locate(base, network)?,
             None => base_of(&files, network)?,
         };
-        Ok(Self { base, adapter: Some((path, files)) })
+        Ok(Self { base, adapter: Some(FoundAdapter { path, before, files }) })
     }
 }
 
@@ -285,4 +310,115 @@ pub fn load_rows(
 ) -> Result<Dataset> {
     near::exists(path)?;
     load_jsonl(path, encoder(model, max_seq_len, on_long_row)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const OFFLINE: Network = Network::Never("a test");
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
+    }
+
+    fn copied(from: &str, directory: &tempfile::TempDir, to: &str) -> Result<PathBuf> {
+        let to = directory.path().join(to);
+        fs::create_dir_all(&to)?;
+        for entry in fs::read_dir(fixture(from))? {
+            let entry = entry?;
+            fs::copy(entry.path(), to.join(entry.file_name()))?;
+        }
+        Ok(to)
+    }
+
+    /// Another file of the same name and content.
+    fn replace(file: &Path) -> Result<()> {
+        let other = file.with_extension("other");
+        fs::copy(file, &other)?;
+        Ok(fs::rename(other, file)?)
+    }
+
+    fn engine(name: &Path, compute: Compute) -> Result<Arc<Engine>> {
+        Ok(Answerer::load(&ModelRef { name: name.to_owned(), ..ModelRef::default() }, OFFLINE, compute)?.engine)
+    }
+
+    #[test]
+    fn an_adapter_that_is_replaced_while_its_base_is_loaded_answers_with_its_new_values() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let name = copied("adapters/tied-head", &directory, "adapter")?;
+        let base = copied("models/llama-tied", &directory, "base")?;
+        let reference = ModelRef { name, base_model: Some(base), any_base: true };
+        let found = Found::find(&reference, OFFLINE)?;
+        replace(&reference.name.join("adapter_model.safetensors"))?;
+        let (old, settled) = Answerer::of_found(found, &reference, Compute::F32)?;
+        assert!(!settled);
+        let new = Answerer::load(&reference, OFFLINE, Compute::F32)?;
+        assert!(Arc::ptr_eq(&old.engine, &new.engine));
+        let generation = |answerer: &Answerer| answerer.adapter.as_ref().map(|adapter| adapter.generation());
+        assert_ne!(generation(&old), generation(&new));
+        assert_eq!(generation(&new), generation(&Answerer::load(&reference, OFFLINE, Compute::F32)?));
+        Ok(())
+    }
+
+    #[test]
+    fn a_base_is_another_once_a_file_of_it_that_is_read_is() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let base = copied("models/llama", &directory, "base")?;
+        let weights = base.join("model.safetensors");
+        let first = engine(&base, Compute::F32)?;
+        fs::write(base.join("NOTES.md"), "mine")?;
+        fs::create_dir(base.join("tutor"))?;
+        fs::write(base.join("tutor/adapter_config.json"), "{}")?;
+        fs::hard_link(&weights, directory.path().join("link"))?;
+        let mut mode = fs::metadata(&weights)?.permissions();
+        mode.set_readonly(true);
+        fs::set_permissions(&weights, mode)?;
+        assert!(Arc::ptr_eq(&first, &engine(&base, Compute::F32)?));
+        for file in ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"] {
+            let before = engine(&base, Compute::F32)?;
+            replace(&base.join(file))?;
+            assert!(!Arc::ptr_eq(&before, &engine(&base, Compute::F32)?), "{file}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_file_of_a_split_base_is_one_that_is_read() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let split = copied("models/llama-gguf-split", &directory, "split")?;
+        let name = |number: usize| split.join(format!("model-mixed-0000{number}-of-00003.gguf"));
+        assert!(Files::of(&name(1)) == Files::of(&name(2)), "any one names the model");
+        let sharded = copied("models/llama", &directory, "sharded")?;
+        fs::rename(sharded.join("model.safetensors"), sharded.join("a.safetensors"))?;
+        fs::copy(sharded.join("a.safetensors"), sharded.join("b.safetensors"))?;
+        fs::write(
+            sharded.join("model.safetensors.index.json"),
+            r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}"#,
+        )?;
+        fs::write(sharded.join("generation_config.json"), "{}")?;
+        let of_shards = ["a.safetensors", "b.safetensors", "model.safetensors.index.json", "generation_config.json"];
+        let of_split = (1..=3).map(|number| (name(1), name(number)));
+        for (model, file) in of_split.chain(of_shards.map(|file| (sharded.clone(), sharded.join(file)))) {
+            let reference = ModelRef { name: model, ..ModelRef::default() };
+            let before = Files::named(&reference);
+            assert!(before == Files::named(&reference));
+            replace(&file)?;
+            assert!(before != Files::named(&reference), "{}", file.display());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn words_that_are_computed_alike_are_one_engine() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let base = copied("models/llama", &directory, "base")?;
+        let auto = engine(&base, Compute::Auto)?;
+        let in_bf16 = engine(&base, Compute::Bf16)?;
+        assert_eq!(Arc::ptr_eq(&auto, &in_bf16), Compute::auto() == Compute::Bf16);
+        assert!(!Arc::ptr_eq(&auto, &engine(&base, Compute::F32)?), "f32 by name does not round");
+        Ok(())
+    }
 }

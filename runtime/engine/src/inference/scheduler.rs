@@ -28,7 +28,7 @@ pub(super) fn start(inference: Arc<Inference>) -> Sender<Request> {
         // A cache that grows holds up to twice what is in it.
         let bytes_max = available().map_or(u64::MAX, |available| available / SHARE / 2);
         let (waiting, running, prefixes) = (VecDeque::new(), Vec::new(), PrefixCache::default());
-        Scheduler { inference, waiting, running, prefixes, bytes_max }.run(&requests);
+        Scheduler { inference, waiting, running, prefixes, bytes_max, first_come: false }.run(&requests);
     };
     let started = std::thread::Builder::new().name("answers".to_owned()).spawn(schedule);
     // Without a thread the sender fails at once, and whoever asks is told.
@@ -39,10 +39,13 @@ pub(super) fn start(inference: Arc<Inference>) -> Sender<Request> {
 struct Scheduler {
     inference: Arc<Inference>,
     waiting: VecDeque<Request>,
+    /// In the order in which they were admitted.
     running: Vec<Sequence>,
     prefixes: PrefixCache,
     /// Bytes of keys and values that there is memory for.
     bytes_max: u64,
+    /// Whether the next round reads of the prompt that was admitted first.
+    first_come: bool,
 }
 
 /// A sequence that draws, and why it ends, if it does.
@@ -90,10 +93,16 @@ impl Scheduler {
         }
         let inference = &self.inference;
         self.running.iter_mut().for_each(|sequence| sequence.outgrow(inference));
-        // The prompt with the least left to read is first: it costs the others least, and a long one hinders nobody else's.
-        let reading =
+        // In one round the prompt with the least left to read is first: it costs the others least, and a long one hinders nobody else's.
+        // In the next it is the one that has waited longest: short ones that keep coming would else hold up a long one for ever.
+        let mut reading =
             self.running.iter_mut().zip(&mut ends).filter(|(sequence, end)| end.is_none() && sequence.last.is_none());
-        if let Some((sequence, end)) = reading.min_by_key(|(sequence, _)| sequence.unread()) {
+        let next = match self.first_come {
+            true => reading.next(),
+            false => reading.min_by_key(|(sequence, _)| sequence.unread()),
+        };
+        self.first_come = !self.first_come;
+        if let Some((sequence, end)) = next {
             *end = guarded(|| sequence.read(inference)).transpose();
         }
         let mut by_adapter: Vec<(u64, Vec<Drawing<'_>>)> = Vec::new();
@@ -159,4 +168,57 @@ fn draw(inference: &Inference, mut group: Vec<Drawing<'_>>) {
 fn guarded<R>(pass: impl FnOnce() -> Result<R>) -> Result<R> {
     let _turn = Turn::wait();
     catch_unwind(AssertUnwindSafe(pass)).unwrap_or_else(|_| Err(anyhow!("the model's pass panicked")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::inference::generate::Sampling;
+    use crate::inference::sampler::Sampler;
+    use crate::inference::sequence::PIECE;
+    use crate::models::BaseModel;
+    use crate::run::compute::Compute;
+
+    /// Pieces of the long prompt.
+    const PIECES: usize = 5;
+
+    fn admitted(scheduler: &mut Scheduler, tokens: usize) -> Result<Receiver<Event>> {
+        let prompt: Vec<u32> = (0..tokens as u32).map(|i| 3 + i * 7 % 300).collect();
+        let sampler = Sampler::new(Sampling { max_tokens: 1, ..Sampling::default() }, &prompt)?;
+        let (events, heard) = channel();
+        let dropped = Arc::new(AtomicBool::new(false));
+        let request = Request { adapter: None, prompt, sampler, max_tokens: 1, events, dropped };
+        scheduler.running.push(Sequence::new(&scheduler.inference, request, &scheduler.prefixes));
+        Ok(heard)
+    }
+
+    #[test]
+    fn a_long_prompt_is_answered_however_many_short_ones_follow_it() -> Result<()> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models/llama");
+        let mut model = BaseModel::load(&path)?;
+        model.architecture.max_position_embeddings = PIECES * PIECE;
+        let inference = Arc::new(Inference::new(Arc::new(model), Compute::F32));
+        let (waiting, running, prefixes) = (VecDeque::new(), Vec::new(), PrefixCache::default());
+        let mut scheduler = Scheduler { inference, waiting, running, prefixes, bytes_max: u64::MAX, first_come: false };
+        let long = admitted(&mut scheduler, PIECES * PIECE - 1)?;
+        let mut shorts = Vec::new();
+        let mut rounds = 0;
+        let first = loop {
+            shorts.push(admitted(&mut scheduler, 5)?);
+            scheduler.round();
+            rounds += 1;
+            if let Ok(event) = long.try_recv() {
+                break event;
+            }
+            assert!(rounds < 2 * PIECES, "no token of the long prompt after {rounds} rounds");
+        };
+        assert!(!matches!(first, Event::Failed(_)));
+        // In each other round a short one was read, none of which waited for the long one.
+        let answered = shorts.iter().filter(|short| short.try_recv().is_ok()).count();
+        assert_eq!((rounds, answered), (2 * PIECES, PIECES));
+        Ok(())
+    }
 }

@@ -15,7 +15,7 @@ use super::sampler::Sampler;
 use crate::run::waist::KvCache;
 
 /// Tokens of a prompt that are read at once: enough to fill the cores, few enough that others need not wait long.
-const PIECE: usize = 256;
+pub(super) const PIECE: usize = 256;
 
 /// An answer that was asked for.
 pub(super) struct Request {

@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use anyhow::Result;
-use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, WEIGHTS_FILE};
 use homeroom_engine::inference::generate::{Finish, Sampling, prompt_ids};
 use homeroom_engine::inference::{Engine, Tokens};
 use homeroom_engine::models::BaseModel;
@@ -16,9 +15,8 @@ use serde_json::{Value, json};
 use super::context::PATIENCE;
 use super::stop::StopFilter;
 use super::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Usage, new_id, random};
-use crate::models::{Answerer, ModelRef, Network, here};
+use crate::models::{Answerer, Files, ModelRef, Network};
 use crate::progress::line;
-use crate::watch::{Identity, identity};
 
 /// Freedom of the draw where a request does not say: small models lose the thread at OpenAI's 1.
 pub const DEFAULT_TEMPERATURE: f64 = 0.7;
@@ -65,13 +63,14 @@ pub struct Local {
 /// The model that answers, and the files that it was read from.
 struct Generation {
     answerer: Answerer,
-    files: Vec<Option<Identity>>,
+    /// `None`: they are not looked at.
+    files: Option<Files>,
 }
 
 impl Local {
     /// Answers with a model under a name.
     pub fn new(name: impl Into<String>, answerer: Answerer) -> Self {
-        let now = Generation { answerer, files: Vec::new() };
+        let now = Generation { answerer, files: None };
         Self { name: name.into(), reference: None, now: Mutex::new(now) }
     }
 
@@ -82,7 +81,7 @@ impl Local {
     /// As [`Answerer::load`].
     pub fn load(name: impl Into<String>, reference: ModelRef, compute: Compute) -> Result<Self> {
         // Before they are read: what changes in between is a change.
-        let files = identities(&reference);
+        let files = Some(Files::named(&reference));
         let now = Generation { answerer: Answerer::load(&reference, OFFLINE, compute)?, files };
         Ok(Self { name: name.into(), reference: Some((reference, compute)), now: Mutex::new(now) })
     }
@@ -91,7 +90,7 @@ impl Local {
     fn answerer(&self, context: &Context) -> Result<Answerer, HandlerError> {
         let mut now = turn(&self.now, context)?;
         if let Some((reference, compute)) = &self.reference {
-            let files = identities(reference);
+            let files = Some(Files::named(reference));
             if files != now.files {
                 now.files = files;
                 match Answerer::load(reference, OFFLINE, *compute) {
@@ -110,25 +109,6 @@ impl Local {
             }
         }
         Ok(now.answerer.clone())
-    }
-}
-
-/// What tells the files of a model from others of the same names.
-fn identities(reference: &ModelRef) -> Vec<Option<Identity>> {
-    // A name on the hub leads to another directory once its branch is at another commit; a file of that is another if its blob is.
-    let path = here(&reference.name).ok().flatten().map_or_else(|| reference.name.clone(), |located| located.path);
-    let files = [
-        WEIGHTS_FILE,
-        CONFIG_FILE,
-        HOMEROOM_FILE,
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "config.json",
-        "chat_template.jinja",
-    ];
-    match path.is_dir() {
-        true => files.iter().map(|name| identity(&path.join(name))).collect(),
-        false => vec![identity(&path)],
     }
 }
 

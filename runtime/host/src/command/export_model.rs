@@ -84,7 +84,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let adaptation = adaptation.with_context(|| {
-        format!("{}: not an adapter, so there is nothing to merge", arguments.model.model_dir.display())
+        format!("{}: not an adapter, so there is nothing to merge; a model directory is what it would be exported as: use it as it is", arguments.model.model_dir.display())
     })?;
     let adapter = here(&arguments.model.model_dir)?.map(|located| located.path);
     spares(&output_dir, [("the base model", Some(model.path.clone())), ("the adapter", adapter)])?;

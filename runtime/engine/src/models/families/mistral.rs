@@ -10,7 +10,7 @@ pub const FAMILY: Family = Family {
     model_type: "mistral",
     part_of: None,
     class: "MistralForCausalLM",
-    known_as: "Mistral 7B, Mistral Nemo, Mistral Small 22B and 24B (text)",
+    known_as: "Mistral 7B, Mistral Nemo, Mistral Small 2409 and 2501",
     // llama.cpp calls it `llama`.
     gguf: None,
     interleaved: true,

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use super::families::Family;
-use crate::files::gguf::Gguf;
+use crate::files::gguf::{Gguf, decimal, number};
 
 /// How a value is written.
 enum Form {
@@ -111,17 +111,6 @@ fn size(gguf: &Gguf, key: &str) -> Result<Option<usize>> {
     let Some(value) = value else { return Ok(None) };
     ensure!((least..=u64::from(u32::MAX)).contains(&value), "`{key}` = {value} is not a size");
     Ok(Some(value as usize))
-}
-
-/// A number that JSON may not have: not finite ones stand as their names, which no field takes.
-pub fn number(value: f32) -> Value {
-    let decimal = decimal(value);
-    if decimal.is_finite() { json!(decimal) } else { json!(decimal.to_string()) }
-}
-
-/// The decimal that an f32 was written from: 1e-5_f32 is 1e-5, not 9.99999974e-6.
-pub fn decimal(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or(f64::from(value))
 }
 
 /// `rope_scaling` and the part of a head that turns.

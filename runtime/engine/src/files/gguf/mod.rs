@@ -9,6 +9,7 @@
 //! and the numbers of ggml's types in `ggml.h`.
 
 mod header;
+mod number;
 mod shards;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use memmap2::Mmap;
 
 use self::header::{Contents, parse};
 pub use self::header::{TensorInfo, architecture_in};
+pub use self::number::{decimal, number};
 pub use self::shards::{ShardName, shard_paths};
 pub use self::value::{Array, Value};
 use crate::files::mapped::map_file;

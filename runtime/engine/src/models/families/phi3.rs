@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use super::Family;
-use crate::files::gguf::Gguf;
+use crate::files::gguf::{Gguf, number};
 use crate::models::architecture::{Architecture, LayerSpec, Projection};
 use crate::models::fields::Fields;
 use crate::models::rope::{Rope, RopeScaling};
@@ -93,7 +93,7 @@ fn complete(gguf: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
         "original_max_position_embeddings": original,
     });
     if let Some(factor) = gguf.f32("phi3.rope.scaling.attn_factor")? {
-        rope["attention_factor"] = super::super::metadata::number(factor);
+        rope["attention_factor"] = number(factor);
     }
     config.insert("rope_scaling".to_owned(), rope);
     config.insert("original_max_position_embeddings".to_owned(), json!(original));

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::support::{adapt, model, shake};
 
-/// Models whose layers differ from Llama's in any way, and one of them with quantised weights.
+/// Models whose layers differ from Llama's in some way, and one of them with quantised weights.
 const FAMILIES: [&str; 12] = [
     "mistral-window",
     "qwen3",
@@ -33,7 +33,7 @@ const FAMILIES: [&str; 12] = [
     "olmo2",
 ];
 
-/// Every model that ships as a fixture, and bases through codecs and in other float types.
+/// Models of every kind of layer, and bases through codecs and in other float types.
 fn cases() -> Result<Vec<(String, Arc<BaseModel>)>> {
     let mut cases = Vec::new();
     for name in ["llama", "llama-tied", "llama3-rope", "mistral", "qwen2", "llama-gguf/model-mixed.gguf"] {

@@ -301,7 +301,7 @@ fn what_llama_cpp_calls_a_family_by_and_is_none_is_refused_by_name() -> Result<(
         ("gemma2", "gemma2.attn_logit_softcapping", 4, &nan, &["`attn_logit_softcapping` = NaN"]),
         ("gemma3", "gemma3.attention.key_length", 4, &size(0), &["`gemma3.attention.key_length` = 0 is not a size"]),
         ("gemma3", "gemma3.block_count", 4, &size(0), &["`gemma3.block_count` = 0 is not a size"]),
-        ("gemma3", "gemma3.block_count", 4, &size(u32::MAX), &["4294967295 layers"]),
+        ("gemma3", "gemma3.block_count", 4, &size(u32::MAX), &["`num_hidden_layers` = 4294967295", "at most 4096"]),
         ("phi3", "phi3.rope.dimension_count", 4, &size(3), &["rotating 3 channels"]),
         ("phi3", "phi3.rope.dimension_count", 4, &size(10), &["rotating 10 of 8 channels"]),
         ("smollm3", "smollm3.rope.dimension_count", 4, &size(4), &["`partial_rotary_factor` = 0.5"]),

@@ -4,7 +4,7 @@ Each model of tests/fixtures/models that has a config.json, and each of its GGUF
 exported, and is written by a run of strategy `full` that changes nothing. transformers must load both with no tensor missing or
 left over and no warning; what nothing changed must answer as the base; and PEFT must load the adapter alike and answer as the export.
 
-Run: python families.py --homeroom target/release/homeroom [NAME ...]
+Run: python families.py --homeroom target/release/homeroom [NAME ...]      (torch, transformers, peft, safetensors)
 """
 
 import argparse

@@ -9,6 +9,7 @@
 #
 # MODEL_DIR and GGUF default to the model and the fixture in this repository. STEPS (3) is the length of a run.
 set -u
+[ $# -ge 2 ] || { sed -n '2,/^set -u/s/^# \{0,1\}//p' "$0"; exit 2; }
 here=$(cd "$(dirname "$0")/../.." && pwd)
 old=$(realpath "$1") new=$(realpath "$2")
 model=$(realpath "${3:-$here/runtime/pocket/model}") gguf=$(realpath "${4:-$here/tests/fixtures/models/llama-gguf/model-mixed.gguf}")

@@ -9,7 +9,7 @@ since neither speed nor memory depends on what the weights say; they are written
   process with it. It times itself, and draws each token as the likeliest, which Homeroom's figures leave out. The directory is
   compared with llama.cpp's reading of the BF16 file.
 
-Each measurement is a process of its own; variants take turns, and figures are medians over the rounds. It ends with 1 where a bound
+Each measurement is a process of its own (llama.cpp's prefill and decode share one, and its peak is of both); variants take turns, and figures are medians over the rounds. It ends with 1 where a bound
 is broken.
 
 Run: python shapes.py --dir DIR --homeroom BIN --llama-cpp PYTHON [--only gemma3-270m,train] [--rounds 3] [--json FILE]

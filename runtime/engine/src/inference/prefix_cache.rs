@@ -32,6 +32,11 @@ fn generation(adapter: Option<&Arc<Adapter>>) -> u64 {
     adapter.map_or(0, |adapter| adapter.generation())
 }
 
+/// Whether prompts of these lengths are turned by the same frequencies.
+fn turn_alike(architecture: &Architecture, a: usize, b: usize) -> bool {
+    architecture.ropes.iter().all(|rope| rope.set(a) == rope.set(b))
+}
+
 impl PrefixCache {
     /// A copy of the longest prefix of a prompt that is here under the same adapter, if it is worth it. The last token of the prompt is
     /// not in it: what follows that is asked for.
@@ -46,16 +51,20 @@ impl PrefixCache {
             same.min(prefix.cache.prefilled()).min(prompt.len().saturating_sub(1))
         };
         // Some ropes turn by other frequencies in longer prompts.
-        let turns_alike = |prefix: &&Prefix| {
-            architecture.ropes.iter().all(|rope| rope.set(prefix.cache.prompt_length()) == rope.set(prompt.len()))
-        };
+        let turns_alike = |prefix: &&Prefix| turn_alike(architecture, prefix.cache.prompt_length(), prompt.len());
         let own = self.prefixes.iter().filter(|prefix| prefix.generation == generation(adapter)).filter(turns_alike);
         let (len, prefix) = own.map(|prefix| (shared(prefix), prefix)).max_by_key(|(len, _)| *len)?;
         (len >= SHORTEST).then(|| prefix.cache.prefix(len)).flatten()
     }
 
     /// Keeps what a sequence that ended was read by, and drops what takes its place.
-    pub(super) fn keep(&mut self, adapter: Option<&Arc<Adapter>>, mut ids: Vec<u32>, cache: Box<dyn KvCache>) {
+    pub(super) fn keep(
+        &mut self,
+        architecture: &Architecture,
+        adapter: Option<&Arc<Adapter>>,
+        mut ids: Vec<u32>,
+        cache: Box<dyn KvCache>,
+    ) {
         ids.truncate(cache.prefilled());
         if ids.len() < SHORTEST {
             return;
@@ -63,7 +72,8 @@ impl PrefixCache {
         let generation = generation(adapter);
         self.prefixes.retain(|other| {
             let gone = other.adapter.as_ref().is_some_and(|adapter| adapter.strong_count() == 0);
-            !gone && (other.generation != generation || !ids.starts_with(&other.ids))
+            let alike = turn_alike(architecture, other.cache.prompt_length(), cache.prompt_length());
+            !gone && (other.generation != generation || !alike || !ids.starts_with(&other.ids))
         });
         self.prefixes.push(Prefix { adapter: adapter.map(Arc::downgrade), generation, ids, cache });
         let own = |prefix: &Prefix| prefix.generation == generation;

@@ -123,7 +123,8 @@ impl Scheduler {
             let sequence = self.running.remove(number);
             let event = match end {
                 Ok(finish) => {
-                    self.prefixes.keep(sequence.request.adapter.as_ref(), sequence.read, sequence.cache);
+                    let architecture = &self.inference.model.architecture;
+                    self.prefixes.keep(architecture, sequence.request.adapter.as_ref(), sequence.read, sequence.cache);
                     Event::End(finish)
                 }
                 // What is told is a line; some errors bring a trace along.

@@ -61,11 +61,6 @@ impl<'a> Fields<'a> {
         Self { map, defaults, read: RefCell::default() }
     }
 
-    /// All of it.
-    pub fn map(&self) -> &'a Map<String, Value> {
-        self.map
-    }
-
     /// A value; null is none.
     pub fn given(&self, key: &'static str) -> Option<&'a Value> {
         self.read.borrow_mut().insert(key);
@@ -94,7 +89,7 @@ impl<'a> Fields<'a> {
         Ok(self.size_of(key)?.unwrap_or(default))
     }
 
-    /// The same, if it is given.
+    /// The same, if it is given, or the family's default if the field is absent; null is none.
     ///
     /// # Errors
     /// When it is no size.
@@ -180,18 +175,17 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The sizes of a layer. `num_key_value_heads` that is left out is as many as `kv_heads` says, null as many as there are query heads.
+    /// The sizes of a layer. Without a default of the family there are as many key heads as query heads, which share the width.
     ///
     /// # Errors
     /// When one is missing or no size.
-    pub fn shape(&self, kv_heads: Option<usize>, head_dim: Option<usize>) -> Result<LayerShape> {
+    pub fn shape(&self) -> Result<LayerShape> {
         let (hidden, heads) = (self.size("hidden_size")?, self.size("num_attention_heads")?);
-        let kv_heads = if self.says("num_key_value_heads") { heads } else { kv_heads.unwrap_or(heads) };
         Ok(LayerShape {
             hidden,
             heads,
-            kv_heads: self.size_or("num_key_value_heads", kv_heads)?,
-            head_dim: self.size_or("head_dim", head_dim.unwrap_or(hidden / heads))?,
+            kv_heads: self.size_or("num_key_value_heads", heads)?,
+            head_dim: self.size_or("head_dim", hidden / heads)?,
             inner: self.size("intermediate_size")?,
         })
     }
@@ -225,7 +219,7 @@ impl<'a> Fields<'a> {
         let theta = number("rope_theta", theta)?;
         let part = number("partial_rotary_factor", 1.0)?;
         ensure!(part == 1.0, "`partial_rotary_factor` = {part} is not supported");
-        let context = self.size_or("max_position_embeddings", 2048)?;
+        let context = self.size("max_position_embeddings")?;
         let scaling = parameters.map_or(Ok(RopeScaling::None), |rope| RopeScaling::of(rope, context))?;
         Ok(Rope { theta, dims: head_dim, scaling })
     }
@@ -235,7 +229,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// When a number is missing or none.
     pub fn architecture(&self, tied: bool, ropes: Vec<Rope>, layers: Vec<LayerSpec>) -> Result<Architecture> {
-        let mut context = self.size_or("max_position_embeddings", 2048)?;
+        let mut context = self.size("max_position_embeddings")?;
         for rope in &ropes {
             // The length that it was trained for is the field's, the one that it reaches is this.
             if let RopeScaling::Dynamic { factor, original } = rope.scaling {
@@ -270,7 +264,7 @@ impl<'a> Fields<'a> {
     /// When it is missing, no size, or more than any model has.
     pub fn layers(&self) -> Result<usize> {
         let layers = self.size("num_hidden_layers")?;
-        ensure!(layers <= 4096, "{layers} layers");
+        ensure!(layers <= 4096, "`num_hidden_layers` = {layers}; it is at most 4096");
         Ok(layers)
     }
 

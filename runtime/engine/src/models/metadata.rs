@@ -68,6 +68,13 @@ pub fn config_of(gguf: &Gguf) -> Result<(&'static Family, Map<String, Value>)> {
     if config.get("sliding_window") == Some(&json!(0)) {
         config.insert("sliding_window".to_owned(), Value::Null);
     }
+    // llama.cpp's, where a class of transformers has others.
+    let number = |field: &str| config.get(field).and_then(Value::as_u64).filter(|size| *size > 0);
+    let (heads, hidden) = (number("num_attention_heads").unwrap_or(1), number("hidden_size").unwrap_or(0));
+    config.entry("num_key_value_heads").or_insert(json!(heads));
+    if hidden >= heads {
+        config.entry("head_dim").or_insert(json!(hidden / heads));
+    }
     config.entry("rms_norm_eps").or_insert(json!(1e-6));
     config.entry("rope_theta").or_insert(json!(10_000.0));
     config.entry("max_position_embeddings").or_insert(json!(2048));
@@ -82,12 +89,14 @@ pub fn config_of(gguf: &Gguf) -> Result<(&'static Family, Map<String, Value>)> {
     config.insert("vocab_size".to_owned(), json!(vocab_size));
     config.insert("tie_word_embeddings".to_owned(), json!(gguf.tensor("output.weight").is_err()));
     rope(gguf, architecture, &mut config)?;
-    if family.model_type == "llama" {
-        // As there are such tensors.
-        let biased = |roles: &[&str]| gguf.tensors().any(|t| roles.iter().any(|role| t.name.ends_with(role)));
-        let attention = biased(&["attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"]);
-        config.insert("attention_bias".to_owned(), json!(attention));
-        config.insert("mlp_bias".to_owned(), json!(biased(&["ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"])));
+    // As there are such tensors. (Qwen2 does not read these fields: it has some of the biases in any case.)
+    let biased = |roles: &[&str]| gguf.tensors().any(|t| roles.iter().any(|role| t.name.ends_with(role)));
+    let attention = biased(&["attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"]);
+    let mlp = biased(&["ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"]);
+    for (field, there) in [("attention_bias", attention), ("mlp_bias", mlp)] {
+        if there || family.model_type == "llama" {
+            config.insert(field.to_owned(), json!(there));
+        }
     }
     (family.complete)(gguf, &mut config)?;
     let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or_default();

@@ -4,7 +4,7 @@
 
 use std::any::Any;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::batch::Batch;
 use super::gradients::Gradients;
@@ -104,7 +104,7 @@ pub trait KvCache: Any + Send {
     /// Positions.
     fn positions(&self) -> usize;
 
-    /// Tokens of the sequence that were known when its prompt was read: some ropes go by it.
+    /// Tokens of the sequence that were known when it was read last: some ropes go by it.
     fn prompt_length(&self) -> usize;
 
     /// Positions from the first on that another sequence with the same tokens would come to, bit by bit.
@@ -113,19 +113,16 @@ pub trait KvCache: Any + Send {
     /// A copy of the first positions, which were read as a prompt; `None` where there are no copies.
     fn prefix(&self, len: usize) -> Option<Box<dyn KvCache>>;
 
-    /// Bytes of all positions.
+    /// Bytes of all positions; 0 where there are no copies to be kept.
     fn bytes(&self) -> usize;
 }
 
-/// What another backend's adapter or cache is refused with.
-pub(super) const OTHER: &str = "these keys and values are of another model";
-
 /// A cache as that of a backend.
 pub(super) fn own_cache<T: KvCache>(cache: &mut dyn KvCache) -> Result<&mut T> {
-    (cache as &mut dyn Any).downcast_mut().ok_or_else(|| anyhow::anyhow!(OTHER))
+    (cache as &mut dyn Any).downcast_mut().context("these keys and values are of another model")
 }
 
 /// An adapter as that of a backend.
 pub(super) fn own_adapter<T: AdapterValues>(adapter: &dyn AdapterValues) -> Result<&T> {
-    (adapter as &dyn Any).downcast_ref().ok_or_else(|| anyhow::anyhow!(OTHER))
+    (adapter as &dyn Any).downcast_ref().context("the adapter was made ready for another backend")
 }

@@ -204,9 +204,12 @@ fn reference(
             }
             Some((own, other, mixed)) => {
                 let other = i - channel + other;
+                // Cosine and sine are of one angle, times the row's factor, which is one more product.
+                let factor = own.hypot(mixed).max(1.0);
+                let products = if (own.hypot(mixed) - 1.0).abs() < 1e-6 { 4.0 } else { 6.0 };
                 d_qkv.values[i] = own * turned.values[i] - mixed * turned.values[other];
-                d_qkv.bounds[i] = 1.25 * (turned.bounds[i] + turned.bounds[other])
-                    + 6.0 * U * (turned.values[i].abs() + turned.values[other].abs());
+                d_qkv.bounds[i] = factor * (turned.bounds[i] + turned.bounds[other])
+                    + products * U * (turned.values[i].abs() + turned.values[other].abs());
             }
         }
         d_qkv.bounds[i] += unit * (d_qkv.values[i].abs() + d_qkv.bounds[i]);

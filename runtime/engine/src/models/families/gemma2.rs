@@ -25,6 +25,7 @@ pub const FAMILY: Family = Family {
         ("hidden_size", 2304),
         ("intermediate_size", 9216),
         ("num_hidden_layers", 26),
+        ("head_dim", 256),
     ],
     architecture,
     complete,
@@ -60,7 +61,7 @@ fn cap(fields: &Fields<'_>, key: &'static str, default: f64) -> Result<Option<f6
 
 /// Gemma's layer, without a window.
 pub fn layer(fields: &Fields<'_>) -> Result<LayerSpec> {
-    let mut layer = LayerSpec::llama(fields.shape(None, Some(256))?);
+    let mut layer = LayerSpec::llama(fields.shape()?);
     ensure!(!fields.flag_or("attention_bias", false)?, "`attention_bias` = true is not supported");
     ensure!(
         !fields.flag_or("use_bidirectional_attention", false)?,

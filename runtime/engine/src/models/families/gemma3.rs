@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Map, Value, json};
 
 use super::{Family, gemma2};
-use crate::files::gguf::Gguf;
+use crate::files::gguf::{Array, Gguf, Value as Entry};
 use crate::models::architecture::{Architecture, QkNorm};
 use crate::models::fields::Fields;
 
@@ -24,6 +24,7 @@ pub const FAMILY: Family = Family {
         ("hidden_size", 2304),
         ("intermediate_size", 9216),
         ("num_hidden_layers", 26),
+        ("head_dim", 256),
     ],
     architecture,
     complete,
@@ -83,8 +84,14 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
 
 /// llama.cpp has the pattern and the scale of scores in its code; a file without a window has none.
 fn complete(gguf: &Gguf, config: &mut Map<String, Value>) -> Result<()> {
-    if let Some(pattern) = gguf.u64("gemma3.attention.sliding_window_pattern")? {
-        config.insert("sliding_window_pattern".to_owned(), json!(pattern));
+    // A number, or for each layer whether it slides.
+    let key = "gemma3.attention.sliding_window_pattern";
+    match gguf.get(key) {
+        Some(Entry::Array(Array::Bool(slides))) => {
+            let kinds = slides.iter().map(|slides| if *slides { "sliding_attention" } else { "full_attention" });
+            config.insert("layer_types".to_owned(), json!(kinds.collect::<Vec<_>>()));
+        }
+        _ => config.extend(gguf.u64(key)?.map(|pattern| ("sliding_window_pattern".to_owned(), json!(pattern)))),
     }
     config.entry("final_logit_softcapping").or_insert(Value::Null);
     if config.get("sliding_window").is_none_or(Value::is_null) {

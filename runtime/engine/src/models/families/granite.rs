@@ -23,7 +23,7 @@ pub const FAMILY: Family = Family {
 };
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let shape = fields.shape(None, None)?;
+    let shape = fields.shape()?;
     let rope = fields.rope(shape.head_dim, 10_000.0)?;
     let mut layer = LayerSpec::llama(shape);
     llama::biases(&mut layer, fields.flag_or("attention_bias", false)?, fields.flag_or("mlp_bias", false)?);

@@ -29,7 +29,7 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     let kinds = fields.list_of("layer_types", count)?;
     let mamba = kinds.is_none_or(|kinds| kinds.iter().any(|kind| kind != "attention" && kind != "full_attention"));
     ensure!(!mamba, "`layer_types` names Mamba layers, which are not supported; take a model without `h` in its name");
-    let shape = LayerShape { inner: fields.size_or("shared_intermediate_size", 1024)?, ..fields.shape(None, None)? };
+    let shape = LayerShape { inner: fields.size_or("shared_intermediate_size", 1024)?, ..fields.shape()? };
     let rope = fields.rope(shape.head_dim, 10_000.0)?;
     let mut layer = LayerSpec::llama(shape);
     ensure!(!fields.flag_or("attention_bias", false)?, "`attention_bias` = true is not supported");
@@ -38,8 +38,12 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
     layer.attention_mut().rope = turns.then_some(0);
     let feed_forward = &mut layer.feed_forward;
     let gate_up = feed_forward.gate_up[0];
-    feed_forward.gate_up = vec![Projection { path: "shared_mlp.input_linear", d_out: 2 * shape.inner, ..gate_up }];
+    feed_forward.gate_up =
+        vec![Projection { path: "shared_mlp.input_linear", d_out: shape.inner.saturating_mul(2), ..gate_up }];
     feed_forward.down.path = "shared_mlp.output_linear";
     granite::multiply(fields, &mut layer)?;
-    granite::scaled(fields, fields.architecture(false, vec![rope], vec![layer; count])?)
+    granite::scaled(
+        fields,
+        fields.architecture(false, if turns { vec![rope] } else { Vec::new() }, vec![layer; count])?,
+    )
 }

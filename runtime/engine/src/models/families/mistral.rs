@@ -14,13 +14,13 @@ pub const FAMILY: Family = Family {
     // llama.cpp calls it `llama`.
     gguf: None,
     interleaved: true,
-    defaults: &[("max_position_embeddings", 131_072)],
+    defaults: &[("max_position_embeddings", 131_072), ("num_key_value_heads", 8)],
     architecture,
     complete,
 };
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let shape = fields.shape(Some(8), None)?;
+    let shape = fields.shape()?;
     let rope = fields.rope(shape.head_dim, 10_000.0)?;
     let mut layer = LayerSpec::llama(shape);
     // `MistralConfig`'s own default, which a window that is null turns off.

@@ -12,7 +12,7 @@ mod qwen2;
 mod qwen3;
 mod smollm3;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
 
 use super::architecture::Architecture;
@@ -76,8 +76,7 @@ impl Family {
         let names = |family: &&Self| [Some(family.model_type), family.part_of].into_iter().flatten();
         let known = FAMILIES.iter().flat_map(names).collect::<Vec<_>>().join(", ");
         let family = FAMILIES.iter().find(own).copied();
-        ensure!(family.is_some(), "unknown architecture `{model_type}`; known are {known}");
-        Ok(family.expect("it was just asked for"))
+        family.with_context(|| format!("unknown architecture `{model_type}`; known are {known}"))
     }
 
     /// The family of a GGUF file's `general.architecture`.
@@ -91,7 +90,6 @@ impl Family {
         );
         let known = FAMILIES.iter().filter_map(|family| family.gguf).collect::<Vec<_>>().join(", ");
         let family = FAMILIES.iter().find(|family| family.gguf == Some(architecture)).copied();
-        ensure!(family.is_some(), "unknown architecture `{architecture}`; known are {known}");
-        Ok(family.expect("it was just asked for"))
+        family.with_context(|| format!("unknown architecture `{architecture}`; known are {known}"))
     }
 }

@@ -17,21 +17,25 @@ pub const FAMILY: Family = Family {
     known_as: "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4-mini",
     gguf: Some("phi3"),
     interleaved: false,
-    defaults: &[("max_position_embeddings", 4096)],
+    defaults: &[("max_position_embeddings", 4096), ("original_max_position_embeddings", 4096)],
     architecture,
     complete,
 };
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let shape = fields.shape(None, None)?;
+    let shape = fields.shape()?;
     let mut layer = LayerSpec::llama(shape);
     let attention = layer.attention_mut();
     let (width, kv_width) = (attention.q_width(), attention.kv_width());
-    let qkv = Projection { path: "self_attn.qkv_proj", d_out: width + 2 * kv_width, ..attention.qkv[0] };
+    let qkv = Projection {
+        path: "self_attn.qkv_proj",
+        d_out: kv_width.saturating_mul(2).saturating_add(width),
+        ..attention.qkv[0]
+    };
     attention.qkv = vec![qkv];
     attention.window = fields.size_of("sliding_window")?;
     let gate_up = &mut layer.feed_forward.gate_up;
-    *gate_up = vec![Projection { path: "mlp.gate_up_proj", d_out: 2 * shape.inner, ..gate_up[0] }];
+    *gate_up = vec![Projection { path: "mlp.gate_up_proj", d_out: shape.inner.saturating_mul(2), ..gate_up[0] }];
     for dropout in ["resid_pdrop", "embd_pdrop", "attention_dropout"] {
         ensure!(fields.number_or(dropout, 0.0)? == 0.0, "`{dropout}` above 0 is not supported");
     }

@@ -15,13 +15,13 @@ pub const FAMILY: Family = Family {
     known_as: "Qwen2, Qwen2.5; DeepSeek-R1-Distill-Qwen",
     gguf: Some("qwen2"),
     interleaved: false,
-    defaults: &[("max_position_embeddings", 32_768)],
+    defaults: &[("max_position_embeddings", 32_768), ("num_key_value_heads", 32)],
     architecture,
     complete: windows,
 };
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let shape = fields.shape(Some(32), None)?;
+    let shape = fields.shape()?;
     let rope = fields.rope(shape.head_dim, 10_000.0)?;
     let mut layer = LayerSpec::llama(shape);
     layer.attention_mut().qkv.iter_mut().for_each(|projection| projection.bias = true);

@@ -14,13 +14,13 @@ pub const FAMILY: Family = Family {
     known_as: "Qwen3 0.6B to 32B (dense)",
     gguf: Some("qwen3"),
     interleaved: false,
-    defaults: &[("max_position_embeddings", 32_768)],
+    defaults: &[("max_position_embeddings", 32_768), ("num_key_value_heads", 32), ("head_dim", 128)],
     architecture,
     complete: qwen2::windows,
 };
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let shape = fields.shape(Some(32), Some(128))?;
+    let shape = fields.shape()?;
     let rope = fields.rope(shape.head_dim, 10_000.0)?;
     let mut layer = LayerSpec::llama(shape);
     llama::biases(&mut layer, fields.flag_or("attention_bias", false)?, false);

@@ -15,13 +15,13 @@ pub const FAMILY: Family = Family {
     known_as: "SmolLM3 3B",
     gguf: Some("smollm3"),
     interleaved: true,
-    defaults: &[("max_position_embeddings", 32_768)],
+    defaults: &[("max_position_embeddings", 32_768), ("num_key_value_heads", 4)],
     architecture,
     complete,
 };
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture> {
-    let shape = fields.shape(Some(4), None)?;
+    let shape = fields.shape()?;
     let rope = fields.rope(shape.head_dim, 2_000_000.0)?;
     let mut layer = LayerSpec::llama(shape);
     llama::biases(&mut layer, fields.flag_or("attention_bias", false)?, fields.flag_or("mlp_bias", false)?);

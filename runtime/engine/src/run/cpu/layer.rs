@@ -327,8 +327,8 @@ impl FusedLayer {
         UpperActivations { mixed, input, gate_up, fed, sites: [o_activations, gate_up_activations, down_activations] }
     }
 
-    /// From dx, the gradient of the output, and `narrow`, the same as E, both for the input. Without `input_gradient` they are
-    /// something else.
+    /// From dx, the gradient of the output, and `narrow`, the same as E, both for the input. If `input_gradient` is
+    /// false, both buffers hold unspecified values.
     ///
     /// # Errors
     /// When a gradient cannot be added.

@@ -103,7 +103,12 @@ impl Stream {
 
     fn into_buffer(self, buffers: &Pool<f32>) -> Result<Buffer<f32>> {
         match self {
-            Self::Tensor(tensor) => Ok(buffers.adopt(tensor.dim(1)?, tensor.flatten_all()?.to_vec1()?)),
+            Self::Tensor(tensor) => {
+                let (rows, width) = tensor.dims2()?;
+                let mut buffer = buffers.take(rows, width);
+                buffer.copy_from_slice(&tensor.flatten_all()?.to_vec1::<f32>()?);
+                Ok(buffer)
+            }
             Self::Buffer(buffer) => Ok(buffer),
         }
     }
@@ -312,7 +317,7 @@ impl<E: ProductElement> Fused<E> {
         Ok(x)
     }
 
-    /// Norm, head and loss; with a scale, also the gradient of the residual stream.
+    /// Norm, head and log-probabilities; with weights, also the gradient (m, C) of `Σ wᵢ (−log pᵢ)` in the residual stream.
     fn top(
         &self,
         rows: &Rows<'_, E>,

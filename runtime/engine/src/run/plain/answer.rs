@@ -9,7 +9,7 @@ use super::recipe::Pass;
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
-use crate::run::waist::{AdapterValues, Answer, KvCache, OTHER, own_adapter, own_cache};
+use crate::run::waist::{AdapterValues, Answer, KvCache, own_adapter, own_cache};
 
 /// A base that answers by plain blocks.
 pub struct PlainAnswer {
@@ -63,7 +63,7 @@ impl Answer for PlainAnswer {
         let one = |(id, cache): &mut (u32, &mut dyn KvCache)| {
             let length = cache.prompt_length().max(cache.positions() + 1);
             let batch = Batch::of_piece(&[*id], cache.positions() as u32, length);
-            self.read(adapter, &batch, *cache, true)?.context(OTHER)
+            self.read(adapter, &batch, *cache, true)?.context("no logits were read")
         };
         sequences.iter_mut().map(one).collect()
     }

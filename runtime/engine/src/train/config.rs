@@ -112,7 +112,6 @@ impl TrainConfig {
     }
 }
 
-
 /// Returns the number of steps of a run over so many units: at least one.
 ///
 /// # Errors
@@ -130,4 +129,3 @@ pub fn planned_steps(units: usize, config: &TrainConfig) -> Result<u64> {
         }
     })
 }
-

@@ -92,6 +92,9 @@ pub fn train(
     if run.state.step == 0 && run.state.report.evaluations.is_empty() {
         run.evaluate(data, observer, 0.0)?;
     }
+    if run.state.step == 0 && observer.is_due(&run.state) {
+        observer.save(&run.state)?;
+    }
     let cut = Steps::new(data, config, run.state.cut.pass_rows);
     let mut order = Order::default();
     while run.state.step < planned && run.state.report.stopped.is_none() {
@@ -202,9 +205,11 @@ impl Run<'_> {
         // In f32 whatever the training computes in, so that runs can be compared.
         let adaptation = Some(&**self.state.adaptation());
         let evaluation = evaluate_examples(self.model, adaptation, &data.held_out, Compute::F32, progress)?;
-        let report = EvalReport { step: self.state.step, epoch, evaluation };
         let state = &mut self.state;
+        let lowest = state.report.evaluations.iter().map(|report| report.lowest).fold(evaluation.loss, f64::min);
+        let report = EvalReport { step: state.step, epoch, lowest, evaluation };
         state.report.evaluations.push(report);
+        observer.evaluated(&report);
         if state.step > 0 {
             let eval_loss = evaluation.loss;
             match &mut state.best {
@@ -217,7 +222,7 @@ impl Run<'_> {
 
     /// Ends a run after its last step: evaluates what the result is, which may be an earlier one with a lower held-out loss.
     fn finish(mut self, data: &Data<'_>, observer: &mut dyn Observer) -> Result<State> {
-        if self.state.report.interrupted {
+        if observer.is_cancelled() {
             return Ok(self.state);
         }
         let epoch = self.state.report.steps.last().map_or(0.0, |step| step.epoch);

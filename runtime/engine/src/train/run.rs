@@ -119,7 +119,8 @@ impl<'a> Run<'a> {
         let (objective, backend) = (self.objective, &mut self.backend);
         let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
         let n = objective.count(&targets);
-        let numbers: Vec<u32> = batches.iter().flat_map(|batch| batch.units.iter().map(|(number, _)| *number)).collect();
+        let numbers: Vec<u32> =
+            batches.iter().flat_map(|batch| batch.units.iter().map(|(number, _)| *number)).collect();
         // As a pass without gradients, and without dropout.
         let evaluation = Pass::evaluation(self.model, Some(adaptation));
         let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
@@ -186,4 +187,3 @@ fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
         _ => gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?,
     })
 }
-

@@ -45,5 +45,6 @@ mod support;
 #[cfg(unix)]
 mod terminal;
 mod toml_errors;
+mod training;
 #[cfg(unix)]
 mod watching;

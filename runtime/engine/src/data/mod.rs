@@ -12,10 +12,12 @@ mod problem;
 mod row;
 #[cfg(test)]
 mod tests;
+mod unit;
 
-pub use self::dataset::{Dataset, load_jsonl, note_endless};
+pub use self::dataset::{Dataset, OfLine, load_jsonl, load_units, note_endless};
 pub use self::encode::{Encoder, OnLongRow, end_of_turn};
 pub use self::example::{Example, preview};
-pub use self::jsonl::{check_jsonl, parse_rows, read_texts};
+pub use self::jsonl::{check_jsonl, check_rows, parse_rows, read_texts};
 pub use self::problem::{Problem, Problems};
-pub use self::row::{Row, RowFormat, check_row};
+pub use self::row::{Row, RowFormat, RowKind, check_row};
+pub use self::unit::Unit;

@@ -10,9 +10,9 @@ use super::jsonl::read_rows;
 use super::order;
 use super::problem::{Problem, Problems, thousands};
 use super::row::{Row, RowFormat, RowKind};
-use super::unit::Unit;
+use super::sample::Sample;
 
-/// The examples of a file, or its units.
+/// The examples of a file, or its samples.
 #[derive(Clone, Debug)]
 pub struct Dataset<T = Example> {
     /// In the order of the file.
@@ -42,10 +42,10 @@ pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
 ///
 /// # Errors
 /// As [`load_jsonl`], and when the rows are of another kind.
-pub fn load_units(path: &Path, encoder: Encoder, kind: RowKind, objective: &str) -> Result<Dataset<Unit>> {
-    let endless = |units: &Vec<Unit>| units.iter().map(|unit| encoder.count_endless(&unit.sequences)).sum();
-    let units = |line, row: &Row| kind.check(row.kind(), objective).and_then(|()| encoder.units(line, row));
-    load(path, &encoder, kind, units, endless)
+pub fn load_samples(path: &Path, encoder: Encoder, kind: RowKind, objective: &str) -> Result<Dataset<Sample>> {
+    let endless = |samples: &Vec<Sample>| samples.iter().map(|sample| encoder.count_endless(&sample.sequences)).sum();
+    let samples = |line, row: &Row| kind.check(row.kind(), objective).and_then(|()| encoder.samples(line, row));
+    load(path, &encoder, kind, samples, endless)
 }
 
 fn load<T>(
@@ -95,7 +95,7 @@ impl OfLine for Example {
     }
 }
 
-impl OfLine for Unit {
+impl OfLine for Sample {
     fn line(&self) -> usize {
         self.sequences.first().map_or(0, |example| example.line)
     }

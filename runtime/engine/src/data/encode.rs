@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 
 use super::problem::{BAD_ROW, NO_EMBEDDING, NO_TEMPLATE, NOT_RENDERED, NOTHING, Problem, TOO_LONG, thousands};
 use super::row::RowKind;
-use super::unit::Unit;
+use super::sample::Sample;
 use super::{Example, Row};
 use crate::text::template::{ChatTemplate, Rendered};
 use crate::text::tokenizer::Tokenizer;
@@ -60,24 +60,24 @@ impl Encoder<'_> {
     /// The examples that a row becomes, and how many of them were cut; `None`: it is left out as too long.
     ///
     /// # Errors
-    /// Why it is refused. Rows that judge answers are: see [`Encoder::units`].
+    /// Why it is refused. Rows that judge answers are: see [`Encoder::samples`].
     pub fn examples(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {
         RowKind::Demonstration.check(row.kind(), "sft")?;
         self.sequences(line, row)
     }
 
-    /// The same as units: what is weighed together. Two answers to a prompt are one, and so is each example of another row.
+    /// The same as samples: what is weighed together. Two answers to a prompt are one, and so is each example of another row.
     ///
     /// # Errors
     /// Why the row is refused.
-    pub fn units(&self, line: usize, row: &Row) -> Result<Option<(Vec<Unit>, usize)>, Problem> {
+    pub fn samples(&self, line: usize, row: &Row) -> Result<Option<(Vec<Sample>, usize)>, Problem> {
         let Some((examples, cut)) = self.sequences(line, row)? else { return Ok(None) };
-        let units = match row {
-            Row::Preference { .. } => vec![Unit::new(examples, None)],
-            Row::Rated { label, .. } => vec![Unit::new(examples, Some(*label))],
-            _ => examples.into_iter().map(|example| Unit::new(vec![example], None)).collect(),
+        let samples = match row {
+            Row::Preference { .. } => vec![Sample::new(examples, None)],
+            Row::Rated { label, .. } => vec![Sample::new(examples, Some(*label))],
+            _ => examples.into_iter().map(|example| Sample::new(vec![example], None)).collect(),
         };
-        Ok(Some((units, cut)))
+        Ok(Some((samples, cut)))
     }
 
     fn sequences(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {

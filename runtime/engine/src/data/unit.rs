@@ -1,23 +1,25 @@
-//! What an objective weighs together.
+//! What an objective learns from in one piece.
 
-use super::example::Example;
+use super::Example;
 
-/// The sequences of a row that an objective weighs together: one, or two answers to one prompt.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unit {
-    /// One; of a preference the chosen answer and the rejected one, each behind the prompt.
-    pub sequences: Vec<Example>,
-    /// For each sequence, how many of its tokens come before the first trained one: the prompt.
-    pub prompts: Vec<usize>,
-    /// Of a rated answer, whether it is a good one.
-    pub label: Option<bool>,
+/// The sequences of one row that belong together: one, or for a preference the chosen and the rejected. They are never cut over two
+/// passes.
+#[derive(Clone, Debug)]
+pub struct Unit<'a> {
+    /// The unit's number among all that are trained on; dropout is drawn by it.
+    pub number: u32,
+    /// Its sequences.
+    pub sequences: Vec<&'a Example>,
 }
 
-impl Unit {
-    /// Sequences in which the answers, and nothing else, are trained.
-    pub fn new(sequences: Vec<Example>, label: Option<bool>) -> Self {
-        let prompt = |example: &Example| example.trained.iter().position(|trained| *trained).unwrap_or(0);
-        let prompts = sequences.iter().map(prompt).collect();
-        Self { sequences, prompts, label }
+impl<'a> Unit<'a> {
+    /// A unit of one sequence.
+    pub fn of(number: u32, example: &'a Example) -> Self {
+        Self { number, sequences: vec![example] }
+    }
+
+    /// Rows that its sequences take in a pass.
+    pub fn rows(&self) -> usize {
+        self.sequences.iter().map(|example| example.ids.len().saturating_sub(1)).sum()
     }
 }

@@ -57,7 +57,11 @@ impl Unusable {
 
     /// What the update of a step made is not finite.
     pub(super) fn update(step: u64) -> Self {
-        Self { reason: format!("step {step}: its update is beyond all numbers; try a lower learning rate"), undo: true, diverged: false }
+        Self {
+            reason: format!("step {step}: its update is beyond all numbers; try a lower learning rate"),
+            undo: true,
+            diverged: false,
+        }
     }
 
     /// The loss of the last steps is worse than it was.
@@ -91,10 +95,7 @@ impl Run<'_> {
         let pass = Pass::evaluation(self.model, Some(self.state.adaptation()));
         let loss = self.backend.log_probs(&pass, &Batch::of_examples([row]))?.loss_sum;
         let what = format!("the loss after its update is {loss}; try a lower learning rate");
-        ensure!(
-            loss.is_finite(),
-            Unusable { reason: format!("step {step}: {what}"), undo: true, diverged: false }
-        );
+        ensure!(loss.is_finite(), Unusable { reason: format!("step {step}: {what}"), undo: true, diverged: false });
         Ok(())
     }
 

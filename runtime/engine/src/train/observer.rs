@@ -104,4 +104,3 @@ impl<F: FnMut(&StepReport, u64) -> Result<Control>> Observer for F {
         self(report, planned_steps)
     }
 }
-

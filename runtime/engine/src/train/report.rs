@@ -83,4 +83,3 @@ impl TrainReport {
         if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 }
     }
 }
-

@@ -67,7 +67,8 @@ mod tests {
 
     #[test]
     fn a_loss_that_ends_worse_than_it_began_is_noticed_and_a_noisy_one_is_not() {
-        let falls: Vec<f64> = (0..200).map(|step| 3.0 * 0.97f64.powi(step) + if step % 7 == 0 { 1.5 } else { 0.0 }).collect();
+        let falls: Vec<f64> =
+            (0..200).map(|step| 3.0 * 0.97f64.powi(step) + if step % 7 == 0 { 1.5 } else { 0.0 }).collect();
         assert_eq!(first_alarm(&falls), None);
         let mut diverges = falls[..100].to_vec();
         diverges.extend((0..60).map(|step| 0.2 + 0.4 * f64::from(step)));

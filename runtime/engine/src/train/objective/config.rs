@@ -1,0 +1,125 @@
+//! Which objective, and what it is told, by TRL's names.
+
+use std::str::FromStr;
+
+use anyhow::{Error, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::data::RowKind;
+use crate::words::value_of;
+
+/// An objective of this program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Supervised fine-tuning.
+    #[default]
+    Sft,
+    /// Direct preference optimisation.
+    Dpo,
+    /// Kahneman-Tversky optimisation.
+    Kto,
+    /// Odds ratio preference optimisation.
+    Orpo,
+}
+
+impl FromStr for Kind {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        value_of(word, &[("sft", Self::Sft), ("dpo", Self::Dpo), ("kto", Self::Kto), ("orpo", Self::Orpo)])
+    }
+}
+
+impl Kind {
+    /// Its name, as `--objective` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sft => "sft",
+            Self::Dpo => "dpo",
+            Self::Kto => "kto",
+            Self::Orpo => "orpo",
+        }
+    }
+
+    /// The rows that it learns from.
+    pub fn rows(self) -> RowKind {
+        match self {
+            Self::Sft => RowKind::Demonstration,
+            Self::Dpo | Self::Orpo => RowKind::Preference,
+            Self::Kto => RowKind::Rating,
+        }
+    }
+
+    /// Whether it holds the model to a reference.
+    pub fn has_reference(self) -> bool {
+        matches!(self, Self::Dpo | Self::Kto)
+    }
+
+    /// What the learning rate that a strategy proposes is multiplied by: it is one for sft. Dpo and kto go on from a model that answers
+    /// well and need a tenth, as TRL's defaults for LoRA do; orpo learns to answer as well, and needs a half.
+    pub fn learning_rate_scale(self) -> f64 {
+        match self {
+            Self::Sft => 1.0,
+            Self::Dpo | Self::Kto => 0.1,
+            Self::Orpo => 0.5,
+        }
+    }
+}
+
+/// An objective with its options.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ObjectiveConfig {
+    /// Which.
+    pub objective: Kind,
+    /// Of dpo and kto how closely the reference is kept to, of orpo what the odds ratio weighs. TRL's default is 0.1.
+    pub beta: f64,
+    /// Of kto, what the losses of good answers are multiplied by.
+    pub desirable_weight: f64,
+    /// Of kto, the same of bad ones.
+    pub undesirable_weight: f64,
+}
+
+impl Default for ObjectiveConfig {
+    fn default() -> Self {
+        Self { objective: Kind::Sft, beta: 0.1, desirable_weight: 1.0, undesirable_weight: 1.0 }
+    }
+}
+
+impl ObjectiveConfig {
+    /// This objective with its defaults.
+    pub fn of(objective: Kind) -> Self {
+        Self { objective, ..Self::default() }
+    }
+
+    /// Refuses numbers that no objective can go by.
+    ///
+    /// # Errors
+    /// With the first of them.
+    pub fn check(&self) -> Result<()> {
+        for (name, value) in [
+            ("beta", self.beta),
+            ("desirable_weight", self.desirable_weight),
+            ("undesirable_weight", self.undesirable_weight),
+        ] {
+            ensure!(value.is_finite() && value > 0.0, "{name} is {value}, it should be above 0");
+        }
+        Ok(())
+    }
+
+    /// What is written down of it: its name, and the options that it reads.
+    pub fn record(&self) -> Value {
+        let Self { objective, beta, desirable_weight, undesirable_weight } = self;
+        match objective {
+            Kind::Sft => json!({"objective": objective}),
+            Kind::Dpo | Kind::Orpo => json!({"objective": objective, "beta": beta}),
+            Kind::Kto => json!({
+                "objective": objective,
+                "beta": beta,
+                "desirable_weight": desirable_weight,
+                "undesirable_weight": undesirable_weight,
+            }),
+        }
+    }
+}

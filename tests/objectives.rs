@@ -3,11 +3,11 @@
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::AdapterFiles;
-use homeroom_engine::data::{Encoder, OnLongRow, Sample, load_samples};
+use homeroom_engine::data::{Encoder, Group, OnLongRow, load_groups};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{
-    Kind, Objective, ObjectiveConfig, Orpo, Prepare, RewardSums, UnitLogProbs, Weighed, prepare, reference_log_probs,
+    Kind, Objective, ObjectiveConfig, Prepare, RewardSums, UnitLogProbs, Weighed, prepare, reference_log_probs,
 };
 use homeroom_engine::train::{Control, Data, State, StepReport, TrainConfig, TrainReport, evaluate_units, train};
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ fn init(model: &BaseModel) -> Result<Adaptation> {
 }
 
 /// The rows of the fixture for an objective.
-fn samples(model: &BaseModel, kind: Kind) -> Result<Vec<Sample>> {
+fn groups(model: &BaseModel, kind: Kind) -> Result<Vec<Group>> {
     let file = match kind {
         Kind::Kto => "objectives/rated.jsonl",
         Kind::Dpo | Kind::Orpo => "objectives/preference.jsonl",
@@ -37,12 +37,10 @@ fn samples(model: &BaseModel, kind: Kind) -> Result<Vec<Sample>> {
         max_seq_len: model.architecture.max_position_embeddings,
         on_long_row: OnLongRow::Refuse,
     };
-    let mut samples = load_samples(&fixture(file), encoder, kind.rows(), kind.name())?.examples;
-    if kind == Kind::Orpo {
-        samples.iter_mut().for_each(Orpo::learn_prompts);
-    }
-    samples.truncate(11);
-    Ok(samples)
+    let mut groups = load_groups(&fixture(file), encoder, kind.rows(), kind.name())?.examples;
+    kind.mark(&mut groups);
+    groups.truncate(11);
+    Ok(groups)
 }
 
 /// Trains and returns the report.
@@ -78,19 +76,19 @@ fn case(name: &str) -> Result<Value> {
 /// Trains as the case says, by an objective made from the rows, and compares every step with TRL's.
 fn check(
     name: &str,
-    make: impl Fn(&BaseModel, &Adaptation, &TrainConfig, &[&Sample], &Value) -> Result<Box<dyn Objective>>,
+    make: impl Fn(&BaseModel, &Adaptation, &TrainConfig, &[&Group], &Value) -> Result<Box<dyn Objective>>,
 ) -> Result<()> {
     let case = case(name)?;
     let steps = case["steps"].as_array().context("a case has steps")?;
     let kind = case["config"]["objective"].as_str().filter(|kind| *kind != "ipo").unwrap_or("dpo").parse()?;
     for compute in [Compute::F32, Compute::Plain] {
         let model = model()?;
-        let samples = samples(&model, kind)?;
-        let samples: Vec<&Sample> = samples.iter().collect();
+        let groups = groups(&model, kind)?;
+        let groups: Vec<&Group> = groups.iter().collect();
         let adaptation = init(&model)?;
         let config = steps_of_4(steps.len() as u64, compute);
-        let objective = make(&model, &adaptation, &config, &samples, &case["config"])?;
-        let report = run(&model, &adaptation, &Data::of_samples(&samples, &[]), &*objective, &config)?;
+        let objective = make(&model, &adaptation, &config, &groups, &case["config"])?;
+        let report = run(&model, &adaptation, &Data::of_groups(&groups, &[]), &*objective, &config)?;
         ensure!(report.steps.len() == steps.len(), "{} steps", report.steps.len());
         let mut apart = 0_f64;
         for (number, (got, want)) in report.steps.iter().zip(steps).enumerate() {
@@ -126,7 +124,7 @@ fn ours(
     model: &BaseModel,
     adaptation: &Adaptation,
     config: &TrainConfig,
-    samples: &[&Sample],
+    groups: &[&Group],
     case: &Value,
 ) -> Result<Box<dyn Objective>> {
     let options = &case["options"];
@@ -138,10 +136,9 @@ fn ours(
         desirable_weight: option("desirable_weight", 1.0),
         undesirable_weight: option("undesirable_weight", 1.0),
     };
-    let adapted_reference = case["reference"] == "adapter";
-    let from =
-        Prepare { objective, train: samples, held_out: &[], model, adaptation, adapted_reference, config, kept: None };
-    prepare(&from, &mut |_, _| {})
+    let reference = (case["reference"] == "adapter").then_some(adaptation);
+    let from = Prepare { objective, train: groups, held_out: &[], model, adaptation, reference, config, kept: None };
+    prepare(&from, &mut |_, _| Ok(()))
 }
 
 #[test]
@@ -200,9 +197,9 @@ impl Objective for Ipo {
 /// All that another objective takes is its `impl`.
 #[test]
 fn a_fifth_objective_is_one_impl_and_learns_as_in_trl() -> Result<()> {
-    check("ipo", |model, adaptation, config, samples, case| {
-        let sequences: Vec<_> = samples.iter().flat_map(|sample| &sample.sequences).collect();
-        let reference = reference_log_probs(model, Some(adaptation), &sequences, config.compute, &mut |_| {})?;
+    check("ipo", |model, adaptation, config, groups, case| {
+        let sequences: Vec<_> = groups.iter().flat_map(|group| &group.sequences).collect();
+        let reference = reference_log_probs(model, Some(adaptation), &sequences, config.compute, &mut |_| Ok(()))?;
         Ok(Box::new(Ipo { beta: case["options"]["beta"].as_f64().context("ipo has a beta")?, reference }))
     })
 }
@@ -215,9 +212,9 @@ fn how_a_step_is_cut_changes_no_loss() -> Result<()> {
     for kind in PREFERRING {
         let losses = |batch_size, accumulation, packing, checkpointing, shuffle| -> Result<Vec<f64>> {
             let model = model()?;
-            let samples = samples(&model, kind)?;
-            let samples: Vec<&Sample> = samples.iter().collect();
-            let (samples, held_out) = samples.split_at(8);
+            let groups = groups(&model, kind)?;
+            let groups: Vec<&Group> = groups.iter().collect();
+            let (groups, held_out) = groups.split_at(8);
             let adaptation = init(&model)?;
             let config = TrainConfig {
                 batch_size,
@@ -231,16 +228,16 @@ fn how_a_step_is_cut_changes_no_loss() -> Result<()> {
             };
             let from = Prepare {
                 objective: ObjectiveConfig::of(kind),
-                train: samples,
+                train: groups,
                 held_out,
                 model: &model,
                 adaptation: &adaptation,
-                adapted_reference: false,
+                reference: None,
                 config: &config,
                 kept: None,
             };
-            let objective = prepare(&from, &mut |_, _| {})?;
-            let report = run(&model, &adaptation, &Data::of_samples(samples, held_out), &*objective, &config)?;
+            let objective = prepare(&from, &mut |_, _| Ok(()))?;
+            let report = run(&model, &adaptation, &Data::of_groups(groups, held_out), &*objective, &config)?;
             let evaluations = report.evaluations.iter().map(|report| report.evaluation.loss);
             Ok(report.steps.iter().map(|step| step.loss).chain(evaluations).collect())
         };
@@ -264,22 +261,22 @@ fn every_strategy_learns_by_every_objective() -> Result<()> {
         for kind in [Kind::Sft, Kind::Dpo, Kind::Kto, Kind::Orpo] {
             let options = if strategy == "full" { json!({}) } else { json!({"r": 3, "target_modules": "all-linear"}) };
             let (model, adaptation) = adapt_stored(strategy, &options, model()?, 1)?;
-            let samples = samples(&model, kind)?;
-            let samples: Vec<&Sample> = samples.iter().collect();
-            let (samples, held_out) = samples.split_at(8);
+            let groups = groups(&model, kind)?;
+            let groups: Vec<&Group> = groups.iter().collect();
+            let (groups, held_out) = groups.split_at(8);
             let config = TrainConfig { learning_rate: 3e-3, ..steps_of_4(12, Compute::F32) };
             let from = Prepare {
                 objective: ObjectiveConfig::of(kind),
-                train: samples,
+                train: groups,
                 held_out,
                 model: &model,
                 adaptation: &adaptation,
-                adapted_reference: false,
+                reference: None,
                 config: &config,
                 kept: None,
             };
-            let objective = prepare(&from, &mut |_, _| {})?;
-            let data = Data::of_samples(samples, held_out);
+            let objective = prepare(&from, &mut |_, _| Ok(()))?;
+            let data = Data::of_groups(groups, held_out);
             let report = run(&model, &adaptation, &data, &*objective, &config)?;
             let losses: Vec<f64> = report.steps.iter().map(|step| step.loss).collect();
             let what = format!("{strategy}, {}: {losses:?}", kind.name());
@@ -311,18 +308,18 @@ fn a_reference_is_computed_once_and_kept_under_what_it_is_of() -> Result<()> {
     let path = place.path().join("reference.safetensors");
     let model = model()?;
     let adaptation = init(&model)?;
-    let samples = samples(&model, Kind::Kto)?;
-    let samples: Vec<&Sample> = samples.iter().collect();
-    let (samples, held_out) = samples.split_at(8);
+    let groups = groups(&model, Kind::Kto)?;
+    let groups: Vec<&Group> = groups.iter().collect();
+    let (groups, held_out) = groups.split_at(8);
     let config = steps_of_4(3, Compute::F32);
     let made = |name: &str, adapted_reference: bool| -> Result<(usize, f64)> {
         let from = Prepare {
             objective: ObjectiveConfig::of(Kind::Kto),
-            train: samples,
+            train: groups,
             held_out,
             model: &model,
             adaptation: &adaptation,
-            adapted_reference,
+            reference: adapted_reference.then_some(&adaptation),
             config: &config,
             kept: Some((&path, name)),
         };
@@ -330,8 +327,9 @@ fn a_reference_is_computed_once_and_kept_under_what_it_is_of() -> Result<()> {
         let objective = prepare(&from, &mut |done, all| {
             assert!(done <= all && all == 22);
             passes += 1;
+            Ok(())
         })?;
-        let data = Data::of_samples(samples, held_out);
+        let data = Data::of_groups(groups, held_out);
         let evaluation = evaluate_units(&model, Some(&adaptation), &data.held_out, &*objective, Compute::F32, |_| {})?;
         Ok((passes, evaluation.loss))
     };
@@ -350,9 +348,9 @@ fn a_reference_is_computed_once_and_kept_under_what_it_is_of() -> Result<()> {
 fn noise_on_embeddings_is_drawn_alike_however_a_step_is_run() -> Result<()> {
     let run = |neftune_noise_alpha, packing, gradient_checkpointing, compute| -> Result<(Vec<f64>, f64)> {
         let model = model()?;
-        let samples = samples(&model, Kind::Dpo)?;
-        let samples: Vec<&Sample> = samples.iter().collect();
-        let (samples, held_out) = samples.split_at(8);
+        let groups = groups(&model, Kind::Dpo)?;
+        let groups: Vec<&Group> = groups.iter().collect();
+        let (groups, held_out) = groups.split_at(8);
         let adaptation = init(&model)?;
         let batch_size = if packing { 4 } else { 2 };
         let config = TrainConfig {
@@ -365,16 +363,16 @@ fn noise_on_embeddings_is_drawn_alike_however_a_step_is_run() -> Result<()> {
         };
         let from = Prepare {
             objective: ObjectiveConfig::of(Kind::Dpo),
-            train: samples,
+            train: groups,
             held_out,
             model: &model,
             adaptation: &adaptation,
-            adapted_reference: true,
+            reference: Some(&adaptation),
             config: &config,
             kept: None,
         };
-        let objective = prepare(&from, &mut |_, _| {})?;
-        let report = run(&model, &adaptation, &Data::of_samples(samples, held_out), &*objective, &config)?;
+        let objective = prepare(&from, &mut |_, _| Ok(()))?;
+        let report = run(&model, &adaptation, &Data::of_groups(groups, held_out), &*objective, &config)?;
         let before = report.before().context("held-out rows are measured")?.loss;
         Ok((report.steps.iter().map(|step| step.loss).collect(), before))
     };

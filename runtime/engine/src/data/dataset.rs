@@ -6,13 +6,13 @@ use anyhow::{Result, ensure};
 
 use super::encode::Encoder;
 use super::example::Example;
+use super::group::Group;
 use super::jsonl::read_rows;
 use super::order;
 use super::problem::{Problem, Problems, thousands};
 use super::row::{Row, RowFormat, RowKind};
-use super::sample::Sample;
 
-/// The examples of a file, or its samples.
+/// The examples of a file, or its groups.
 #[derive(Clone, Debug)]
 pub struct Dataset<T = Example> {
     /// In the order of the file.
@@ -42,10 +42,10 @@ pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
 ///
 /// # Errors
 /// As [`load_jsonl`], and when the rows are of another kind.
-pub fn load_samples(path: &Path, encoder: Encoder, kind: RowKind, objective: &str) -> Result<Dataset<Sample>> {
-    let endless = |samples: &Vec<Sample>| samples.iter().map(|sample| encoder.count_endless(&sample.sequences)).sum();
-    let samples = |line, row: &Row| kind.check(row.kind(), objective).and_then(|()| encoder.samples(line, row));
-    load(path, &encoder, kind, samples, endless)
+pub fn load_groups(path: &Path, encoder: Encoder, kind: RowKind, objective: &str) -> Result<Dataset<Group>> {
+    let endless = |groups: &Vec<Group>| groups.iter().map(|group| encoder.count_endless(&group.sequences)).sum();
+    let groups = |line, row: &Row| kind.check(row.kind(), objective).and_then(|()| encoder.groups(line, row));
+    load(path, &encoder, kind, groups, endless)
 }
 
 fn load<T>(
@@ -95,7 +95,7 @@ impl OfLine for Example {
     }
 }
 
-impl OfLine for Sample {
+impl OfLine for Group {
     fn line(&self) -> usize {
         self.sequences.first().map_or(0, |example| example.line)
     }

@@ -3,11 +3,12 @@
 use std::str::FromStr;
 
 use anyhow::Error;
+use serde::Serialize;
 use serde_json::Value as Json;
 
+use super::group::Group;
 use super::problem::{BAD_ROW, NO_EMBEDDING, NO_TEMPLATE, NOT_RENDERED, NOTHING, Problem, TOO_LONG, thousands};
 use super::row::RowKind;
-use super::sample::Sample;
 use super::{Example, Row};
 use crate::text::template::{ChatTemplate, Rendered};
 use crate::text::tokenizer::Tokenizer;
@@ -15,7 +16,8 @@ use crate::text::tokens::{token_starts, tokenize};
 use crate::words::value_of;
 
 /// What happens to a row with more tokens than `max_seq_len`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum OnLongRow {
     /// The file is refused and the row named.
     Refuse,
@@ -60,24 +62,24 @@ impl Encoder<'_> {
     /// The examples that a row becomes, and how many of them were cut; `None`: it is left out as too long.
     ///
     /// # Errors
-    /// Why it is refused. Rows that judge answers are: see [`Encoder::samples`].
+    /// Why it is refused. Rows that judge answers are: see [`Encoder::groups`].
     pub fn examples(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {
         RowKind::Demonstration.check(row.kind(), "sft")?;
         self.sequences(line, row)
     }
 
-    /// The same as samples: what is weighed together. Two answers to a prompt are one, and so is each example of another row.
+    /// The same as groups: what is weighed together. Two answers to a prompt are one, and so is each example of another row.
     ///
     /// # Errors
     /// Why the row is refused.
-    pub fn samples(&self, line: usize, row: &Row) -> Result<Option<(Vec<Sample>, usize)>, Problem> {
+    pub fn groups(&self, line: usize, row: &Row) -> Result<Option<(Vec<Group>, usize)>, Problem> {
         let Some((examples, cut)) = self.sequences(line, row)? else { return Ok(None) };
-        let samples = match row {
-            Row::Preference { .. } => vec![Sample::new(examples, None)],
-            Row::Rated { label, .. } => vec![Sample::new(examples, Some(*label))],
-            _ => examples.into_iter().map(|example| Sample::new(vec![example], None)).collect(),
+        let groups = match row {
+            Row::Preference { .. } => vec![Group::new(examples, None)],
+            Row::Rated { label, .. } => vec![Group::new(examples, Some(*label))],
+            _ => examples.into_iter().map(|example| Group::new(vec![example], None)).collect(),
         };
-        Ok(Some((samples, cut)))
+        Ok(Some((groups, cut)))
     }
 
     fn sequences(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {

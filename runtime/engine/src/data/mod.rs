@@ -6,20 +6,20 @@
 mod dataset;
 mod encode;
 mod example;
+mod group;
 mod jsonl;
 pub mod order;
 mod problem;
 mod row;
-mod sample;
 #[cfg(test)]
 mod tests;
 mod unit;
 
-pub use self::dataset::{Dataset, OfLine, load_jsonl, load_samples, note_endless};
+pub use self::dataset::{Dataset, OfLine, load_groups, load_jsonl, note_endless};
 pub use self::encode::{Encoder, OnLongRow, end_of_turn};
 pub use self::example::{Example, preview};
+pub use self::group::Group;
 pub use self::jsonl::{check_jsonl, check_rows, parse_rows, read_texts};
 pub use self::problem::{Problem, Problems};
 pub use self::row::{Row, RowFormat, RowKind, check_row};
-pub use self::sample::Sample;
 pub use self::unit::Unit;

@@ -634,16 +634,16 @@ fn judged_rows_become_the_sequences_that_trl_makes_of_them() {
             max_seq_len: 256,
             on_long_row: OnLongRow::Refuse,
         };
-        let data = load_samples(&dir.join(file), encoder, kind, case).unwrap();
+        let data = load_groups(&dir.join(file), encoder, kind, case).unwrap();
         let text = std::fs::read_to_string(dir.join(format!("{case}.json"))).unwrap();
         let trl: Json = serde_json::from_str(&text).unwrap();
         let rows = trl["rows"].as_array().unwrap();
         assert_eq!(data.examples.len(), rows.len());
-        for (i, (sample, row)) in data.examples.iter().zip(rows).enumerate() {
-            assert_eq!(sample.label, row["label"].as_bool());
+        for (i, (group, row)) in data.examples.iter().zip(rows).enumerate() {
+            assert_eq!(group.label, row["label"].as_bool());
             let sequences = row["sequences"].as_array().unwrap();
-            assert_eq!(sample.sequences.len(), sequences.len());
-            for ((example, prompt), sequence) in sample.sequences.iter().zip(&sample.prompts).zip(sequences) {
+            assert_eq!(group.sequences.len(), sequences.len());
+            for ((example, prompt), sequence) in group.sequences.iter().zip(&group.prompts).zip(sequences) {
                 assert_eq!((example.ids.clone(), *prompt), tokenised(sequence), "{case}, row {i}");
                 assert!(example.trained.iter().enumerate().all(|(t, trained)| *trained == (t >= *prompt)));
                 assert_eq!(example.line, i + 1);
@@ -773,7 +773,7 @@ fn two_answers_are_cut_or_left_out_together() {
     let load = |on_long_row| {
         let (tokenizer, template) = (&tokenizer, Some(&template));
         let encoder = Encoder { tokenizer, template, embeddings: 320, max_seq_len: 40, on_long_row };
-        load_samples(file(&rows).path(), encoder, RowKind::Preference, "dpo")
+        load_groups(file(&rows).path(), encoder, RowKind::Preference, "dpo")
     };
     let skipped = load(OnLongRow::Skip).unwrap();
     assert_eq!((skipped.examples.len(), skipped.skipped), (1, 1));

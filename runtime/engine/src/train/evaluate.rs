@@ -51,7 +51,7 @@ pub fn evaluate_units(
     let numbers: Vec<u32> = units.iter().map(|unit| unit.number).collect();
     let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
         let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
-        sequence_log_probs(&mut *backend, &pass, &units, &mut |_| {})
+        sequence_log_probs(&mut *backend, &pass, &units, &mut |_| Ok(()))
     })?;
     let (mut total, mut cross_entropy, mut done) = (Outcome { n, ..Outcome::default() }, 0.0, 0);
     for batch in &batches {

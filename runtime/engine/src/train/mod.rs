@@ -7,7 +7,7 @@
 use anyhow::{Result, ensure};
 
 use crate::data::order::epoch_order;
-use crate::data::{Example, Sample, Unit};
+use crate::data::{Example, Group, Unit};
 use crate::files::mapped::Surviving;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
@@ -60,9 +60,9 @@ impl<'a> Data<'a> {
     }
 
     /// Samples, each a unit, as [`objective::prepare`] numbers them.
-    pub fn of_samples(samples: &[&'a Sample], held_out: &[&'a Sample]) -> Self {
-        let mut units = (0..).zip(samples.iter().chain(held_out)).map(|(number, sample)| sample.unit(number));
-        let trained = units.by_ref().take(samples.len()).collect();
+    pub fn of_groups(groups: &[&'a Group], held_out: &[&'a Group]) -> Self {
+        let mut units = (0..).zip(groups.iter().chain(held_out)).map(|(number, group)| group.unit(number));
+        let trained = units.by_ref().take(groups.len()).collect();
         Self { units: trained, held_out: units.collect() }
     }
 }
@@ -98,6 +98,9 @@ pub fn train(
     run.state.report.interrupted = false;
     if run.state.step == 0 && run.state.report.evaluations.is_empty() {
         run.evaluate(data, observer, 0.0)?;
+    }
+    if run.state.step == 0 && observer.is_due(&run.state) {
+        observer.save(&run.state)?;
     }
     let cut = Steps::new(data, config, run.state.cut.pass_rows);
     let mut order = Order::default();
@@ -210,9 +213,11 @@ impl Run<'_> {
         let adaptation = Some(&**self.state.adaptation());
         let evaluation =
             evaluate_units(self.model, adaptation, &data.held_out, self.objective, Compute::F32, progress)?;
-        let report = EvalReport { step: self.state.step, epoch, evaluation };
         let state = &mut self.state;
+        let lowest = state.report.evaluations.iter().map(|report| report.lowest).fold(evaluation.loss, f64::min);
+        let report = EvalReport { step: state.step, epoch, lowest, evaluation };
         state.report.evaluations.push(report);
+        observer.evaluated(&report);
         if state.step > 0 {
             let eval_loss = evaluation.loss;
             match &mut state.best {
@@ -225,7 +230,7 @@ impl Run<'_> {
 
     /// Ends a run after its last step: evaluates what the result is, which may be an earlier one with a lower held-out loss.
     fn finish(mut self, data: &Data<'_>, observer: &mut dyn Observer) -> Result<State> {
-        if self.state.report.interrupted {
+        if observer.is_cancelled() {
             return Ok(self.state);
         }
         let epoch = self.state.report.steps.last().map_or(0.0, |step| step.epoch);

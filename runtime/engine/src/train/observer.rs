@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use homeroom_abi::step::Directive;
+use serde_json::Value;
 
 use super::report::{EvalReport, StepReport};
 use super::state::State;
@@ -58,6 +59,19 @@ pub trait Observer {
     /// Examples of an evaluation are done, of all.
     fn evaluating(&mut self, done: usize, all: usize) {
         let _ = (done, all);
+    }
+
+    /// An evaluation is done, also one before the first step or of the result.
+    fn evaluated(&mut self, report: &EvalReport) {
+        let _ = report;
+    }
+
+    /// What the observer needs beside the state to go on from here, kept with it.
+    ///
+    /// # Errors
+    /// When it cannot be told.
+    fn memory(&mut self) -> Result<Value> {
+        Ok(Value::Null)
     }
 
     /// Whether somebody waits for the end, so that nothing more is evaluated.

@@ -35,6 +35,8 @@ pub struct EvalReport {
     pub step: u64,
     /// Epochs that were done by then.
     pub epoch: f64,
+    /// Lowest loss so far, that before the first step included.
+    pub lowest: f64,
     /// Loss, perplexity and token accuracy.
     #[serde(flatten)]
     pub evaluation: Evaluation,

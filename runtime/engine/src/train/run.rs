@@ -126,7 +126,7 @@ impl<'a> Run<'a> {
         let evaluation = Pass::evaluation(self.model, Some(adaptation));
         let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
             let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
-            sequence_log_probs(&mut **backend, &evaluation, &units, &mut |_| {})
+            sequence_log_probs(&mut **backend, &evaluation, &units, &mut |_| Ok(()))
         })?;
         let mut reduce = Reduce::new(batches.len());
         let mut total = Outcome { n, ..Outcome::default() };

@@ -32,7 +32,7 @@ impl Default for Watchdog {
 
 impl Watchdog {
     /// Looks at the losses of a run after a step, the last of them last; returns what is wrong, in words.
-    pub fn look<'a>(&mut self, losses: impl ExactSizeIterator<Item = f64> + DoubleEndedIterator) -> Option<String> {
+    pub fn look(&mut self, losses: impl ExactSizeIterator<Item = f64> + DoubleEndedIterator) -> Option<String> {
         if losses.len() < WINDOW {
             return None;
         }

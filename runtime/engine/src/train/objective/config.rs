@@ -6,7 +6,8 @@ use anyhow::{Error, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::data::RowKind;
+use super::Orpo;
+use crate::data::{Group, RowKind};
 use crate::words::value_of;
 
 /// An objective of this program.
@@ -55,6 +56,13 @@ impl Kind {
     /// Whether it holds the model to a reference.
     pub fn has_reference(self) -> bool {
         matches!(self, Self::Dpo | Self::Kto)
+    }
+
+    /// Makes targets of all that it learns from in its groups: orpo learns prompts, too.
+    pub fn mark(self, groups: &mut [Group]) {
+        if self == Self::Orpo {
+            groups.iter_mut().for_each(Orpo::learn_prompts);
+        }
     }
 
     /// What the learning rate that a strategy proposes is multiplied by: it is one for sft. Dpo and kto go on from a model that answers

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use super::{LogProbsOf, Objective, RewardSums, UnitLogProbs, Weighed, sigmoid, sum};
-use crate::data::{Example, Sample};
+use crate::data::{Example, Group};
 
 /// `1/N Σ λ (1 − σ(±β (s − s₀ − z)))` over N rated answers, + and λ = `desirable_weight` for a good one, − and `undesirable_weight` for a
 /// bad one. s and s₀ are the answer's log-probabilities under the model and under the reference.
@@ -73,16 +73,16 @@ impl Objective for Kto {
     }
 }
 
-/// For each sample its prompt with the answer of the sample before it, the first of each `per_step` with that of the last, cut to
+/// For each group its prompt with the answer of the group before it, the first of each `per_step` with that of the last, cut to
 /// `longest` tokens.
 ///
-/// So the answers of a step that takes samples in their order are those of its reference point, as in TRL, whose batch a step is here.
-/// Where each epoch is shuffled, a sample keeps its answer: it is one of another prompt all the same, and its log-probability under the
-/// reference is known before the first step. A sample alone in the last step gets that of the sample before it, where there is one.
-pub fn mismatched(samples: &[&Sample], per_step: usize, longest: usize) -> Vec<Example> {
-    let mut out = Vec::with_capacity(samples.len());
+/// So the answers of a step that takes groups in their order are those of its reference point, as in TRL, whose batch a step is here.
+/// Where each epoch is shuffled, a group keeps its answer: it is one of another prompt all the same, and its log-probability under the
+/// reference is known before the first step. A group alone in the last step gets that of the group before it, where there is one.
+pub fn mismatched(groups: &[&Group], per_step: usize, longest: usize) -> Vec<Example> {
+    let mut out = Vec::with_capacity(groups.len());
     let mut first = 0;
-    for step in samples.chunks(per_step.max(1)) {
+    for step in groups.chunks(per_step.max(1)) {
         for place in 0..step.len() {
             let own = first + place;
             let other = match (place, step.len()) {
@@ -90,15 +90,15 @@ pub fn mismatched(samples: &[&Sample], per_step: usize, longest: usize) -> Vec<E
                 (0, len) => first + len - 1,
                 _ => own - 1,
             };
-            out.push(spliced(samples[own], samples[other], longest));
+            out.push(spliced(groups[own], groups[other], longest));
         }
         first += step.len();
     }
     out
 }
 
-/// The prompt of one sample and the answer of another.
-fn spliced(asked: &Sample, answered: &Sample, longest: usize) -> Example {
+/// The prompt of one group and the answer of another.
+fn spliced(asked: &Group, answered: &Group, longest: usize) -> Example {
     let (prompt, from) = (asked.prompts[0], answered.prompts[0]);
     let (asked, answered) = (&asked.sequences[0], &answered.sequences[0]);
     let mut ids = [&asked.ids[..prompt], &answered.ids[from..]].concat();
@@ -162,20 +162,19 @@ mod tests {
 
     #[test]
     fn answers_are_passed_on_within_a_step_and_a_last_one_alone_takes_the_one_before() {
-        let sample = |prompt: &[u32], answer: &[u32]| {
+        let group = |prompt: &[u32], answer: &[u32]| {
             let trained = (0..prompt.len() + answer.len()).map(|t| t >= prompt.len()).collect();
-            Sample::new(vec![Example { ids: [prompt, answer].concat(), trained, line: 1 }], Some(true))
+            Group::new(vec![Example { ids: [prompt, answer].concat(), trained, line: 1 }], Some(true))
         };
-        let samples =
-            [sample(&[1], &[11]), sample(&[2, 2], &[12, 12]), sample(&[3], &[13, 13, 13]), sample(&[4], &[14])];
-        let samples: Vec<&Sample> = samples.iter().collect();
+        let groups = [group(&[1], &[11]), group(&[2, 2], &[12, 12]), group(&[3], &[13, 13, 13]), group(&[4], &[14])];
+        let groups: Vec<&Group> = groups.iter().collect();
         let ids = |per_step, longest| -> Vec<Vec<u32>> {
-            mismatched(&samples, per_step, longest).into_iter().map(|example| example.ids).collect()
+            mismatched(&groups, per_step, longest).into_iter().map(|example| example.ids).collect()
         };
         assert_eq!(ids(4, 9), [vec![1, 14], vec![2, 2, 11], vec![3, 12, 12], vec![4, 13, 13, 13]]);
         assert_eq!(ids(3, 9), [vec![1, 13, 13, 13], vec![2, 2, 11], vec![3, 12, 12], vec![4, 13, 13, 13]]);
         assert_eq!(ids(4, 2), [vec![1, 14], vec![2, 2, 11], vec![3, 12], vec![4, 13]]);
-        let first = &mismatched(&samples, 4, 9)[1];
+        let first = &mismatched(&groups, 4, 9)[1];
         assert_eq!(first.trained, [false, false, true]);
     }
 }

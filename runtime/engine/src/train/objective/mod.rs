@@ -21,7 +21,7 @@ pub use self::config::{Kind, ObjectiveConfig};
 pub use self::dpo::Dpo;
 pub use self::kto::{Kto, mismatched};
 pub use self::orpo::Orpo;
-pub use self::prepare::{Prepare, prepare};
+pub use self::prepare::{Prepare, Progress, prepare};
 pub(super) use self::reference::sequence_log_probs;
 pub use self::reference::{Reference, reference_log_probs};
 pub use self::sft::Sft;

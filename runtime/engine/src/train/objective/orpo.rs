@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 
 use super::{LogProbsOf, Objective, RewardSums, UnitLogProbs, Weighed, log_sigmoid, sigmoid, sum};
-use crate::data::Sample;
+use crate::data::Group;
 
 /// Highest mean log-probability of a token: at 0 the odds are infinite.
 const MEAN_MAX: f64 = -1e-9;
@@ -27,18 +27,18 @@ pub struct Orpo {
 }
 
 impl Orpo {
-    /// For samples whose prompts [`Orpo::learn_prompts`] has made targets.
-    pub fn new<'s>(beta: f64, samples: impl IntoIterator<Item = &'s Sample>) -> Self {
-        let counts = |sample: &Sample| {
-            let targets = sample.sequences[0].trained.iter().filter(|trained| **trained).count();
-            (targets, sample.prompts[0].saturating_sub(1))
+    /// For groups whose prompts [`Orpo::learn_prompts`] has made targets.
+    pub fn new<'s>(beta: f64, groups: impl IntoIterator<Item = &'s Group>) -> Self {
+        let counts = |group: &Group| {
+            let targets = group.sequences[0].trained.iter().filter(|trained| **trained).count();
+            (targets, group.prompts[0].saturating_sub(1))
         };
-        Self { beta, chosen: samples.into_iter().map(counts).collect() }
+        Self { beta, chosen: groups.into_iter().map(counts).collect() }
     }
 
     /// Makes the prompt of the chosen conversation a target, but for its first token, which nothing predicts.
-    pub fn learn_prompts(sample: &mut Sample) {
-        sample.sequences[0].trained[..sample.prompts[0]].iter_mut().skip(1).for_each(|trained| *trained = true);
+    pub fn learn_prompts(group: &mut Group) {
+        group.sequences[0].trained[..group.prompts[0]].iter_mut().skip(1).for_each(|trained| *trained = true);
     }
 
     fn of(&self, unit: u32) -> Result<(usize, usize)> {
@@ -114,10 +114,10 @@ mod tests {
     #[test]
     fn the_prompt_of_the_chosen_answer_becomes_a_target() {
         let example = || Example { ids: vec![5, 6, 7, 8], trained: vec![false, false, false, true], line: 1 };
-        let mut sample = Sample::new(vec![example(), example()], None);
-        Orpo::learn_prompts(&mut sample);
-        assert_eq!(sample.sequences[0].trained, [false, true, true, true]);
-        assert_eq!(sample.sequences[1], example());
-        assert_eq!(Orpo::new(0.1, [&sample]).chosen, [(3, 2)]);
+        let mut group = Group::new(vec![example(), example()], None);
+        Orpo::learn_prompts(&mut group);
+        assert_eq!(group.sequences[0].trained, [false, true, true, true]);
+        assert_eq!(group.sequences[1], example());
+        assert_eq!(Orpo::new(0.1, [&group]).chosen, [(3, 2)]);
     }
 }

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use candle_core::DType;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use sha2::{Digest, Sha256};
@@ -33,13 +34,23 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// A digest of what `reference` names, the compute path, and the sequences with their targets.
-    pub fn key_of(reference: &str, compute: &str, examples: &[&Example]) -> String {
+    /// A digest of what `base` names, the values that it is adapted by, the compute path, and the sequences with their targets.
+    ///
+    /// # Errors
+    /// When the values cannot be read.
+    pub fn key_of(base: &str, adaptation: Option<&Adaptation>, compute: &str, examples: &[&Example]) -> Result<String> {
         let mut hasher = Sha256::new();
         // Lengths first, so that nothing of one field can pass for another's.
-        for text in [reference, compute] {
+        for text in [base, compute] {
             hasher.update((text.len() as u64).to_le_bytes());
             hasher.update(text);
+        }
+        let params = adaptation.map_or(&[][..], |adaptation| &adaptation.params);
+        hasher.update((params.len() as u64).to_le_bytes());
+        for param in params {
+            let values = param.var.as_detached_tensor().flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            hasher.update((values.len() as u64).to_le_bytes());
+            values.iter().for_each(|value| hasher.update(value.to_le_bytes()));
         }
         for example in examples {
             hasher.update((example.ids.len() as u64).to_le_bytes());
@@ -49,7 +60,7 @@ impl Reference {
             }
         }
         let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("sha256:{hex}")
+        Ok(format!("sha256:{hex}"))
     }
 
     /// Reads those that were kept under this key; `None`: there is no file, or it is of other rows or another reference.
@@ -89,7 +100,7 @@ impl Reference {
 }
 
 /// The log-probability of each sequence, the sum over its targets, under a base with an adapter or without: forward passes alone.
-/// `progress` hears how many are done.
+/// `progress` hears how many are done; an error of it ends them.
 ///
 /// # Errors
 /// When a tensor operation fails, a file of the base is gone, or a sum is not finite.
@@ -98,7 +109,7 @@ pub fn reference_log_probs(
     adaptation: Option<&Adaptation>,
     examples: &[&Example],
     compute: Compute,
-    progress: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<f64>> {
     let pass = Pass::evaluation(model, adaptation);
     let mut backend = trainer(model, adaptation, compute);
@@ -117,13 +128,13 @@ pub(in crate::train) fn sequence_log_probs(
     backend: &mut dyn Train,
     pass: &Pass<'_>,
     units: &[Unit<'_>],
-    progress: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<f64>> {
     let mut out = Vec::with_capacity(units.len());
     for batch in Batch::packed(units, pass_rows(pass.model)) {
         let log_probs = backend.log_probs(pass, &batch)?.values;
         out.extend(batch.sequence_targets.iter().map(|targets| super::sum(&log_probs[targets.clone()])));
-        progress(out.len());
+        progress(out.len())?;
     }
     Ok(out)
 }
@@ -139,13 +150,13 @@ mod tests {
         let example =
             |ids: &[u32], last: bool| Example { ids: ids.to_vec(), trained: vec![false, true, last], line: 1 };
         let (a, b) = (example(&[1, 2, 3], true), example(&[1, 2, 3], false));
-        let key = Reference::key_of("base", "f32", &[&a, &b]);
+        let key = Reference::key_of("base", None, "f32", &[&a, &b])?;
         for other in [
-            Reference::key_of("base2", "f32", &[&a, &b]),
-            Reference::key_of("base", "bf16", &[&a, &b]),
-            Reference::key_of("basef", "32", &[&a, &b]),
-            Reference::key_of("base", "f32", &[&b, &a]),
-            Reference::key_of("base", "f32", &[&a, &b, &b]),
+            Reference::key_of("base2", None, "f32", &[&a, &b])?,
+            Reference::key_of("base", None, "bf16", &[&a, &b])?,
+            Reference::key_of("basef", None, "32", &[&a, &b])?,
+            Reference::key_of("base", None, "f32", &[&b, &a])?,
+            Reference::key_of("base", None, "f32", &[&a, &b, &b])?,
         ] {
             assert_ne!(other, key);
         }

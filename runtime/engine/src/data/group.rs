@@ -4,7 +4,7 @@ use super::{Example, Unit};
 
 /// The sequences that a row becomes and an objective weighs together: one, or two answers to one prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sample {
+pub struct Group {
     /// One; of a preference the chosen answer and the rejected one, each behind the prompt.
     pub sequences: Vec<Example>,
     /// For each sequence, how many of its tokens come before the first trained one: the prompt.
@@ -13,7 +13,7 @@ pub struct Sample {
     pub label: Option<bool>,
 }
 
-impl Sample {
+impl Group {
     /// Sequences in which the answers, and nothing else, are trained.
     pub fn new(sequences: Vec<Example>, label: Option<bool>) -> Self {
         let prompt = |example: &Example| example.trained.iter().position(|trained| *trained).unwrap_or(0);

@@ -137,7 +137,8 @@ fn ours(
         undesirable_weight: option("undesirable_weight", 1.0),
     };
     let reference = (case["reference"] == "adapter").then_some(adaptation);
-    let from = Prepare { objective, train: groups, held_out: &[], model, adaptation, reference, config, kept: None };
+    let (adaptation, train) = (Some(adaptation), groups);
+    let from = Prepare { objective, train, held_out: &[], model, adaptation, reference, config, kept: None };
     prepare(&from, &mut |_, _| Ok(()))
 }
 
@@ -231,7 +232,7 @@ fn how_a_step_is_cut_changes_no_loss() -> Result<()> {
                 train: groups,
                 held_out,
                 model: &model,
-                adaptation: &adaptation,
+                adaptation: Some(&adaptation),
                 reference: None,
                 config: &config,
                 kept: None,
@@ -270,7 +271,7 @@ fn every_strategy_learns_by_every_objective() -> Result<()> {
                 train: groups,
                 held_out,
                 model: &model,
-                adaptation: &adaptation,
+                adaptation: Some(&adaptation),
                 reference: None,
                 config: &config,
                 kept: None,
@@ -318,7 +319,7 @@ fn a_reference_is_computed_once_and_kept_under_what_it_is_of() -> Result<()> {
             train: groups,
             held_out,
             model: &model,
-            adaptation: &adaptation,
+            adaptation: Some(&adaptation),
             reference: adapted_reference.then_some(&adaptation),
             config: &config,
             kept: Some((&path, name)),
@@ -366,7 +367,7 @@ fn noise_on_embeddings_is_drawn_alike_however_a_step_is_run() -> Result<()> {
             train: groups,
             held_out,
             model: &model,
-            adaptation: &adaptation,
+            adaptation: Some(&adaptation),
             reference: Some(&adaptation),
             config: &config,
             kept: None,

@@ -21,5 +21,5 @@ pub use self::example::{Example, preview};
 pub use self::group::Group;
 pub use self::jsonl::{check_jsonl, check_rows, parse_rows, read_texts};
 pub use self::problem::{Problem, Problems};
-pub use self::row::{Row, RowFormat, RowKind, check_row};
+pub use self::row::{Row, RowFormat, RowKind, check_row, check_row_for};
 pub use self::unit::Unit;

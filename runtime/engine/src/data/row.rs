@@ -135,6 +135,16 @@ pub fn check_row(text: &str) -> Result<Row, Problem> {
     parse_line(text.as_bytes(), &mut None, None)
 }
 
+/// The same of a row from which `objective` is to learn, which learns from rows of this kind.
+///
+/// # Errors
+/// Why it is refused.
+pub fn check_row_for(text: &str, kind: RowKind, objective: &str) -> Result<Row, Problem> {
+    let row = parse_line(text.as_bytes(), &mut None, Some(kind))?;
+    kind.check(row.kind(), objective)?;
+    Ok(row)
+}
+
 /// Parses a line. `wanted`: what is to be learned, if that is known; a row may have the keys of two forms.
 pub(super) fn parse_line(
     bytes: &[u8],

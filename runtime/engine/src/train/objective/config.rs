@@ -2,9 +2,8 @@
 
 use std::str::FromStr;
 
-use anyhow::{Error, Result, ensure};
+use anyhow::{Error, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use super::Orpo;
 use crate::data::{Group, RowKind};
@@ -101,6 +100,32 @@ impl ObjectiveConfig {
         Self { objective, ..Self::default() }
     }
 
+    /// This objective with what was given of its options, by their names here.
+    ///
+    /// # Errors
+    /// When an option is given that the objective does not read, or that it cannot go by.
+    pub fn given(
+        objective: Kind,
+        beta: Option<f64>,
+        desirable_weight: Option<f64>,
+        undesirable_weight: Option<f64>,
+    ) -> Result<Self> {
+        let weights = [("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)];
+        for (name, _) in weights.iter().filter(|(_, weight)| weight.is_some() && objective != Kind::Kto) {
+            bail!("objective {}: `{name}` is an option of kto", objective.name());
+        }
+        ensure!(beta.is_none() || objective != Kind::Sft, "objective sft: `beta` is an option of dpo, kto and orpo");
+        let default = Self::of(objective);
+        let config = Self {
+            objective,
+            beta: beta.unwrap_or(default.beta),
+            desirable_weight: desirable_weight.unwrap_or(default.desirable_weight),
+            undesirable_weight: undesirable_weight.unwrap_or(default.undesirable_weight),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
     /// Refuses numbers that no objective can go by.
     ///
     /// # Errors
@@ -116,18 +141,22 @@ impl ObjectiveConfig {
         Ok(())
     }
 
-    /// What is written down of it: its name, and the options that it reads.
-    pub fn record(&self) -> Value {
-        let Self { objective, beta, desirable_weight, undesirable_weight } = self;
+    /// The options that it reads, by name.
+    pub fn options(&self) -> Vec<(&'static str, f64)> {
+        let Self { objective, beta, desirable_weight, undesirable_weight } = *self;
+        let beta = ("beta", beta);
         match objective {
-            Kind::Sft => json!({"objective": objective}),
-            Kind::Dpo | Kind::Orpo => json!({"objective": objective, "beta": beta}),
-            Kind::Kto => json!({
-                "objective": objective,
-                "beta": beta,
-                "desirable_weight": desirable_weight,
-                "undesirable_weight": undesirable_weight,
-            }),
+            Kind::Sft => Vec::new(),
+            Kind::Dpo | Kind::Orpo => vec![beta],
+            Kind::Kto => {
+                vec![beta, ("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)]
+            }
         }
+    }
+
+    /// In words: its name, and the options that it reads.
+    pub fn words(&self) -> String {
+        let options = self.options().into_iter().map(|(name, value)| format!("   {name} {value}"));
+        format!("{}{}", self.objective.name(), options.collect::<String>())
     }
 }

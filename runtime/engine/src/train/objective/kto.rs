@@ -13,7 +13,7 @@ use crate::data::{Example, Group};
 ///
 /// With `u = ±β (s − s₀ − z)`, `∂(1 − σ(u))/∂s = ∓β σ(u) σ(−u)`, so that each token of an answer weighs `±λ β σ(u) σ(−u) / N`.
 ///
-/// Source: Ethayarajh et al. 2024, <https://arxiv.org/abs/2402.01306>, equation 8.
+/// Source: Ethayarajh et al. 2024, <https://arxiv.org/abs/2402.01306>, equation 7.
 #[derive(Clone, Debug)]
 pub struct Kto {
     /// How closely the reference is kept to; more: closer.

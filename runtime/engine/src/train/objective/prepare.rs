@@ -21,8 +21,8 @@ pub struct Prepare<'a> {
     pub held_out: &'a [&'a Group],
     /// The base.
     pub model: &'a BaseModel,
-    /// What is trained.
-    pub adaptation: &'a Adaptation,
+    /// What is trained; `None`: nothing, the objective is to measure the base.
+    pub adaptation: Option<&'a Adaptation>,
     /// The reference: the base with these values, as of an adapter that the training started from, or `None`, the base alone.
     pub reference: Option<&'a Adaptation>,
     /// What the run is told.
@@ -100,7 +100,7 @@ fn reference(
     progress: &mut Progress<'_>,
 ) -> Result<Vec<f64>> {
     let Prepare { model, adaptation, .. } = from;
-    let compute = from.config.compute.resolved(Some(adaptation));
+    let compute = from.config.compute.resolved(*adaptation);
     let all: Vec<&Example> = train.iter().chain(held_out).copied().collect();
     let how = format!("{}, {} in f32", compute.name(), held_out.len());
     let kept =

@@ -1,5 +1,8 @@
 //! Objectives against TRL, step by step, and in every strategy.
 
+use std::path::Path;
+use std::process::Command;
+
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::AdapterFiles;
@@ -13,7 +16,12 @@ use homeroom_engine::train::{Control, Data, State, StepReport, TrainConfig, Trai
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-use crate::support::{adapt_stored, fixture};
+use crate::pipelines;
+use crate::support::{Place, adapt_stored, eval, fixture, printed_json, refused, succeeds};
+
+fn read_json(path: &Path) -> Result<Value> {
+    Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
+}
 
 fn model() -> Result<BaseModel> {
     BaseModel::load(&fixture("objectives/model"))
@@ -70,7 +78,7 @@ fn steps_of_4(max_steps: u64, compute: Compute) -> TrainConfig {
 
 /// A case of the fixture.
 fn case(name: &str) -> Result<Value> {
-    Ok(serde_json::from_str(&std::fs::read_to_string(fixture(&format!("objectives/{name}.json")))?)?)
+    read_json(&fixture(&format!("objectives/{name}.json")))
 }
 
 /// Trains as the case says, by an objective made from the rows, and compares every step with TRL's.
@@ -387,5 +395,114 @@ fn noise_on_embeddings_is_drawn_alike_however_a_step_is_run() -> Result<()> {
         let other = run(5.0, packing, false, compute)?.0;
         assert!(apart(&other, &noisy) < 1e-4, "{packing}, {}: {other:?} {noisy:?}", compute.name());
     }
+    Ok(())
+}
+
+/// The program in a place of its own, with a home of its own.
+fn fine_tune(place: &Place, rows: &str) -> Command {
+    let mut command = place.fine_tune(&fixture("objectives/model"), &fixture(rows));
+    command.env("HOMEROOM_HOME", place.path("home"));
+    command
+}
+
+#[test]
+fn the_program_learns_by_each_objective_and_measures_by_it() -> Result<()> {
+    for (objective, rows, options, rate) in [
+        ("dpo", "objectives/preference.jsonl", json!({"beta": 0.3}), 2e-5),
+        (
+            "kto",
+            "objectives/rated.jsonl",
+            json!({"beta": 0.3, "desirable_weight": 1.25, "undesirable_weight": 1.0}),
+            2e-5,
+        ),
+        ("orpo", "objectives/preference.jsonl", json!({"beta": 0.3}), 1e-4),
+    ] {
+        let place = Place::new()?;
+        let mut command = fine_tune(&place, rows);
+        command.args(["--objective", objective, "--beta", "0.3", "--neftune-noise-alpha", "2", "--max-steps", "4"]);
+        command.args(["--eval-every", "2", "--keep-last", "--json", "--eval-file"]).arg(fixture(rows));
+        if objective == "kto" {
+            command.args(["--desirable-weight", "1.25"]);
+        }
+        let ran = succeeds(&mut command)?;
+        let said = format!("objective {objective}   beta 0.3");
+        ensure!(ran.stderr.contains(&said) && ran.stderr.contains("% judged right"), "{}", ran.stderr);
+        let summary = printed_json(&ran)?;
+        ensure!(summary["eval_reward_accuracy"].is_number() && summary["eval_loss"].is_number(), "{summary}");
+        let out = place.path("outputs/out");
+        let training = read_json(&out.join("homeroom.json"))?["training"].clone();
+        assert_eq!(training["objective"], objective);
+        assert_eq!(training["objective_options"], options);
+        assert_eq!(training["config"]["neftune_noise_alpha"], 2.0);
+        assert!(
+            (training["config"]["learning_rate"].as_f64().unwrap_or_default() / rate - 1.0).abs() < 1e-9,
+            "{training}"
+        );
+        let history = read_json(&out.join("trainer_state.json"))?["log_history"].clone();
+        assert!(
+            history[0]["rewards/margins"].is_number() && history[2]["eval_rewards/accuracies"].is_number(),
+            "{history}"
+        );
+        let reference = place.path("home/runs").join(summary["run"].as_str().context("a run has an id")?);
+        let reference = reference.join("trainings/1/reference.safetensors");
+        assert_eq!(reference.exists(), objective != "orpo");
+
+        let mut measure = eval(&out, &fixture(rows));
+        measure.args(["--objective", objective, "--beta", "0.3"]);
+        if objective == "kto" {
+            measure.args(["--desirable-weight", "1.25"]);
+        }
+        let measured = printed_json(&succeeds(&mut measure)?)?;
+        let (got, want) = (measured["loss"].as_f64(), summary["eval_loss"].as_f64());
+        let apart = got.zip(want).map_or(f64::NAN, |(got, want)| (got - want).abs());
+        assert!(apart < 1e-5, "{objective}: {measured} {summary}");
+        assert_eq!(measured["rewards"]["accuracy"], summary["eval_reward_accuracy"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_and_options_of_another_objective_are_refused_with_the_one_to_choose() -> Result<()> {
+    let place = Place::new()?;
+    let (preference, rated, plain) = ("objectives/preference.jsonl", "objectives/rated.jsonl", "rows/colours.jsonl");
+    let check =
+        |rows: &str, arguments: &[&str], words: &[&str]| refused(fine_tune(&place, rows).args(arguments), words);
+    check(preference, &[], &["line 1: has `chosen` and `rejected`: rows for dpo or orpo; sft learns", "--objective"])?;
+    check(rated, &[], &["line 1: has a `label` that rates its completion: rows for kto; sft learns"])?;
+    check(
+        plain,
+        &["--objective", "dpo"],
+        &["rows for sft; dpo learns from rows with `prompt`, `chosen` and `rejected`"],
+    )?;
+    check(preference, &["--objective", "kto"], &["rows for dpo or orpo; kto learns", "`label` (true or false)"])?;
+    check(plain, &["--beta", "0.2"], &["objective sft: `beta` is an option of dpo, kto and orpo"])?;
+    check(preference, &["--objective", "dpo", "--desirable-weight", "2"], &["`desirable_weight` is an option of kto"])?;
+    refused(
+        eval(&fixture("objectives/model"), &fixture(preference)).args(["--objective", "dpo"]),
+        &["dpo measures an adapter against its base"],
+    )
+}
+
+#[test]
+fn scripts_choose_an_objective_and_hear_its_accuracy() -> Result<()> {
+    let place = pipelines::Place::new()?;
+    std::fs::copy(fixture("objectives/rated.jsonl"), place.path("rated.jsonl"))?;
+    let script = |options: &str| {
+        format!(
+            "local model = homeroom.load_model {{ name = params.model, r = 2 }}\n\
+             local data = homeroom.prepare_dataset {{ path = \"rated.jsonl\", eval = 0.3 }}\n\
+             local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, eval = data.eval, max_steps = 2, {options} }}\n\
+             return tuned.metrics"
+        )
+    };
+    let metrics =
+        place.result(&script("objective = \"kto\", beta = 0.2, desirable_weight = 1.2, neftune_noise_alpha = 5"))?;
+    ensure!(metrics["eval_reward_accuracy"].is_number() && metrics["eval_loss"].is_number(), "{metrics}");
+    let error = place.error(&script("beta = 0.2"))?;
+    ensure!(error.contains("objective sft: `beta` is an option of dpo, kto and orpo"), "{error}");
+    let error = place.error(&script("objective = \"dpo\""))?;
+    ensure!(error.contains("rows for kto; dpo learns from rows with"), "{error}");
+    let error = place.error(&script("objective = \"ppo\""))?;
+    ensure!(error.contains("`objective` should be \"sft\" or \"dpo\" or \"kto\" or \"orpo\""), "{error}");
     Ok(())
 }

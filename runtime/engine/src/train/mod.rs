@@ -7,7 +7,7 @@
 use anyhow::{Result, ensure};
 
 use crate::data::order::epoch_order;
-use crate::data::{Example, Unit};
+use crate::data::{Example, Group, Unit};
 use crate::files::mapped::Surviving;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
@@ -32,7 +32,7 @@ mod watchdog;
 pub use config::{TrainConfig, planned_steps};
 pub use end::Broken;
 use end::Unusable;
-pub use evaluate::{Evaluation, evaluate_examples};
+pub use evaluate::{Evaluation, evaluate_examples, evaluate_units};
 use objective::Objective;
 pub use observer::{Control, Observer};
 pub use outcome::Outcome;
@@ -47,23 +47,30 @@ use watchdog::Watchdog;
 pub struct Data<'a> {
     /// What is trained on, by number: a unit's number is its place.
     pub units: Vec<Unit<'a>>,
-    /// What is held out.
-    pub held_out: Vec<&'a Example>,
+    /// What is held out; its numbers go on after those.
+    pub held_out: Vec<Unit<'a>>,
 }
 
 impl<'a> Data<'a> {
     /// Examples, each a unit of its own.
     pub fn of_examples(examples: &[&'a Example], held_out: &[&'a Example]) -> Self {
-        let units = (0..).zip(examples).map(|(number, example)| Unit::of(number, example)).collect();
-        Self { units, held_out: held_out.to_vec() }
+        let mut units = (0..).zip(examples.iter().chain(held_out)).map(|(number, example)| Unit::of(number, example));
+        let trained = units.by_ref().take(examples.len()).collect();
+        Self { units: trained, held_out: units.collect() }
+    }
+
+    /// Samples, each a unit, as [`objective::prepare`] numbers them.
+    pub fn of_groups(groups: &[&'a Group], held_out: &[&'a Group]) -> Self {
+        let mut units = (0..).zip(groups.iter().chain(held_out)).map(|(number, group)| group.unit(number));
+        let trained = units.by_ref().take(groups.len()).collect();
+        Self { units: trained, held_out: units.collect() }
     }
 }
 
 /// Trains from a state on, and returns the state that it ends in. The parameters of the state's adaptation are trained in place; those
 /// of the plans that an observer has it go on with are others, which the observer is given.
 ///
-/// The loss of a step is the sum over its trained tokens divided by their number, counted over the whole step first: how a
-/// step is cut into passes changes nothing but speed. A run goes round the units again when `max_steps` wants more.
+/// The loss of a step is the objective's mean over the whole step, of sft over its trained tokens, counted first: how a step is cut into passes changes nothing but speed. A run goes round the units again when `max_steps` wants more.
 ///
 /// A run from a state that was saved between two steps makes the steps that are left, with the same bits as the run that saved it. The
 /// observer is asked the same things at the same steps, but for what it was asked before.
@@ -209,7 +216,8 @@ impl Run<'_> {
         let progress = |done| observer.evaluating(done, all);
         // In f32 whatever the training computes in, so that runs can be compared.
         let adaptation = Some(&**self.state.adaptation());
-        let evaluation = evaluate_examples(self.model, adaptation, &data.held_out, Compute::F32, progress)?;
+        let evaluation =
+            evaluate_units(self.model, adaptation, &data.held_out, self.objective, Compute::F32, progress)?;
         let state = &mut self.state;
         let lowest = state.report.evaluations.iter().map(|report| report.lowest).fold(evaluation.loss, f64::min);
         let report = EvalReport { step: state.step, epoch, lowest, evaluation };

@@ -275,14 +275,18 @@ impl Observer for Recorder<'_, '_> {
 
     fn evaluated(&mut self, report: &EvalReport) {
         let evaluation = report.evaluation;
-        self.event(json!({
+        let mut event = json!({
             "event": "eval",
             "step": report.step,
             "epoch": report.epoch,
             "eval_loss": evaluation.loss,
             "perplexity": evaluation.perplexity,
             "token_accuracy": evaluation.token_accuracy,
-        }));
+        });
+        if let Some(rewards) = evaluation.rewards {
+            event["rewards"] = json!(rewards);
+        }
+        self.event(event);
         self.stall.next(format!("after the evaluation at step {}", report.step), false);
         self.inner.evaluated(report);
     }

@@ -26,7 +26,7 @@ const MEMORY_FILE: &str = "observers.json";
 /// Largest of those files.
 const MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// Steps between the last checkpoint and the one that is kept before it: what diverges is noticed after that many.
-const STEPS_BEFORE: u64 = 16;
+const STEPS_BEFORE: u64 = 32;
 
 /// When a training is saved.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -10,7 +10,8 @@ use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
 use crate::command::{
-    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, rm, run, serve, show,
+    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, rm, run, runs, serve,
+    show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
@@ -34,6 +35,9 @@ enum Command {
     FineTune(Box<fine_tune::Arguments>),
     /// Runs a pipeline: a Lua script that a TOML file declares
     Run(run::Arguments),
+    /// Lists, shows and removes runs: what each training and pipeline did
+    #[command(subcommand)]
+    Runs(runs::Runs),
     /// Measures loss, perplexity and token accuracy on a file of rows
     Eval(eval::Arguments),
     /// Talks to a model, or answers one prompt; stdout gets the reply alone
@@ -138,6 +142,7 @@ pub fn main() -> ExitCode {
     let done = match &cli.command {
         Command::FineTune(arguments) => fine_tune::run(arguments),
         Command::Run(arguments) => run::run(arguments),
+        Command::Runs(what) => runs::run(what),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Pull(arguments) => pull::run(arguments),

@@ -13,6 +13,7 @@ pub mod plugins;
 pub mod pull;
 pub mod rm;
 pub mod run;
+pub mod runs;
 pub mod serve;
 pub mod show;
 

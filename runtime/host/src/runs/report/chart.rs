@@ -36,7 +36,7 @@ pub struct Line<'a> {
 const SIZE: (f64, f64) = (720.0, 300.0);
 const SMALL: (f64, f64) = (440.0, 220.0);
 /// Room around the lines: above, to the right, below, to the left.
-const ROOM: [f64; 4] = [34.0, 16.0, 40.0, 62.0];
+const ROOM: [f64; 4] = [34.0, 24.0, 40.0, 62.0];
 /// More points than this are drawn as the lowest and the highest of each piece of the axis.
 const POINTS_MAX: usize = 600;
 /// So many points are marked one by one.
@@ -51,6 +51,8 @@ struct Axis {
     low: f64,
     high: f64,
     log: bool,
+    /// Whether its numbers are whole, as steps are.
+    whole: bool,
     from: f64,
     to: f64,
 }
@@ -78,9 +80,10 @@ impl Axis {
             let fits = |ticks: &&Vec<f64>| (3..=7).contains(&ticks.len());
             return ticks.iter().find(fits).cloned().unwrap_or_else(|| ticks[0].clone());
         }
-        let rough = (self.high - self.low) / 5.0;
+        let rough = ((self.high - self.low) / 5.0).max(if self.whole { 1.0 } else { 0.0 });
         let decade = 10f64.powf(rough.log10().floor());
-        let step = decade * [1.0, 2.0, 5.0, 10.0].into_iter().find(|factor| factor * decade >= rough).unwrap_or(10.0);
+        let fits = |factor: &f64| factor * decade >= rough && !(self.whole && (factor * decade).fract() > 0.0);
+        let step = decade * [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().find(fits).unwrap_or(10.0);
         let (first, last) = ((self.low / step).ceil() as i64, (self.high / step + 1e-9).floor() as i64);
         (first..=last).take(20).map(|number| number as f64 * step).collect()
     }
@@ -149,8 +152,8 @@ fn axes(chart: &Chart<'_>) -> (Axis, Axis) {
         }
     }
     let ([above, beside, below, before], (width, height)) = (ROOM, size(chart));
-    let x = Axis { low: left, high: right, log: false, from: before, to: width - beside };
-    (x, Axis { low, high, log, from: height - below, to: above })
+    let x = Axis { low: left, high: right, log: false, whole: true, from: before, to: width - beside };
+    (x, Axis { low, high, log, whole: false, from: height - below, to: above })
 }
 
 /// The picture, or nothing where there is no number to show.
@@ -177,7 +180,7 @@ pub fn svg(chart: &Chart<'_>, id: &str) -> String {
             number(tick)
         );
     }
-    for tick in x.ticks().into_iter().filter(|tick| tick.fract() == 0.0) {
+    for tick in x.ticks() {
         let at = x.at(tick);
         let _ = write!(
             out,
@@ -283,13 +286,12 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.chunks(piece).flat_map(of_piece).collect()
 }
 
-/// Each value's mean with those around it, a thirtieth of the line on either side and fewer at its ends.
+/// Each value's mean with those around it, a thirtieth of the line on either side where there are so many.
 fn means(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let finite: Vec<(f64, f64)> = points.iter().copied().filter(|(_, value)| value.is_finite()).collect();
     let reach = (finite.len() / 30).max(2);
     let mean = |at: usize| {
-        let reach = reach.min(at).min(finite.len() - 1 - at);
-        let around = &finite[at - reach..=at + reach];
+        let around = &finite[at.saturating_sub(reach)..(at + reach + 1).min(finite.len())];
         (finite[at].0, around.iter().map(|(_, value)| value).sum::<f64>() / around.len() as f64)
     };
     (0..finite.len()).map(mean).collect()
@@ -312,13 +314,15 @@ mod tests {
             (0.0, 2e-4, false, vec!["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]),
             (0.01, 100.0, true, vec!["0.01", "0.1", "1", "10", "100"]),
             (0.09, 2.5, true, vec!["0.1", "0.3", "1"]),
-            (1.0, 3000.0, false, vec!["1,000", "2,000", "3,000"]),
+            (0.4, 1.55, false, vec!["0.5", "0.75", "1", "1.25", "1.5"]),
         ] {
-            let ticks = Axis { low, high, log, from: 0.0, to: 1.0 }.ticks();
-            let mut shown: Vec<String> = ticks.iter().map(|tick| number(*tick)).collect();
-            // Those of the steps are whole.
-            shown.retain(|tick| high < 3000.0 || !tick.contains("500"));
-            assert_eq!(shown, expected, "{low} to {high}");
+            let ticks = Axis { low, high, log, whole: false, from: 0.0, to: 1.0 }.ticks();
+            assert_eq!(ticks.iter().map(|tick| number(*tick)).collect::<Vec<_>>(), expected, "{low} to {high}");
+        }
+        for (low, high) in [(1.0, 3.0), (1.0, 12.0), (0.0, 30.0), (1.0, 3000.0), (7.0, 8.0), (999.0, 1000.0)] {
+            let ticks = Axis { low, high, log: false, whole: true, from: 0.0, to: 1.0 }.ticks();
+            assert!(!ticks.is_empty() && ticks.len() < 8, "{ticks:?}");
+            assert!(ticks.iter().all(|tick| tick.fract() == 0.0), "{ticks:?}");
         }
     }
 

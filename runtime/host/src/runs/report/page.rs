@@ -185,14 +185,25 @@ fn of_held_out(training: &Training, points: &[(f64, f64)]) -> Vec<String> {
     )];
     let best = training.best().and_then(|best| Some((best.step, best.eval_loss?)));
     match best {
-        _ if last > first => words.push("That is worse than before the training: more steps of this kind would harm.".to_owned()),
+        _ if last > first => {
+            words.push(format!("That is worse than {}: more steps of this kind would harm.", first_time(&training.evals)))
+        }
         Some((step, best)) if last > best * 1.02 => words.push(format!(
-            "It was lowest, {}, at step {step}, and has risen since: from there on the model rather learned its rows by heart.",
-            number(best)
+            "It was lowest, {}, at step {}, and has risen since: from there on the model rather learned its rows by heart.",
+            number(best),
+            thousands(step as usize)
         )),
         _ => {}
     }
     words
+}
+
+/// When the first evaluation was.
+fn first_time(evals: &[Eval]) -> String {
+    match evals.first().map_or(0, |eval| eval.step) {
+        0 => "before the training".to_owned(),
+        step => format!("after step {}", thousands(step as usize)),
+    }
 }
 
 /// At most [`ROWS_MAX`] of some things, evenly, the first and the last among them.
@@ -216,8 +227,10 @@ fn table(caption: &str, head: &[&str], rows: &[Vec<String>]) -> String {
     )
 }
 
+/// A number of a table: three digits behind the point, so that those of a column stand below each other.
 fn cell(value: Option<f64>) -> String {
-    value.map(number).unwrap_or_default()
+    let fixed = |value: f64| if (1e-3..1e4).contains(&value.abs()) { format!("{value:.3}") } else { number(value) };
+    value.map(fixed).unwrap_or_default()
 }
 
 fn loss_table(training: &Training) -> String {
@@ -244,8 +257,9 @@ fn accuracy(training: &Training, id: &str, out: &mut String) {
     let points = eval_values(&training.evals, |eval| eval.token_accuracy);
     let Some((first, last)) = from_to(&points).filter(|_| points.len() > 1) else { return };
     let words = vec![format!(
-        "Of 100 pieces of words (tokens) in the right answers to held-out rows, the model would have chosen {:.0} itself before the training and {:.0} after it.",
+        "Of 100 pieces of words (tokens) in the right answers to held-out rows, the model would have chosen {:.0} itself {}, and {:.0} at the end.",
         100.0 * first,
+        first_time(&training.evals),
         100.0 * last
     )];
     let row = |eval: &&Eval| {
@@ -390,7 +404,7 @@ fn moments(moments: &[Moment]) -> Vec<(Option<u64>, String, String, bool)> {
         let same = moments[at..].iter().take_while(|moment| moment.event == "checkpoint").count();
         if same > 1 {
             let last = &moments[at + same - 1];
-            let steps = |moment: &Moment| moment.step.map(|step| step.to_string()).unwrap_or_default();
+            let steps = |moment: &Moment| moment.step.map(|step| thousands(step as usize).to_string()).unwrap_or_default();
             let words = format!("{same} checkpoints saved, of steps {} to {}", steps(first), steps(last));
             out.push((last.step, last.time.clone(), words, false));
             at += same;
@@ -408,15 +422,10 @@ fn events(moments: &[(Option<u64>, String, String, bool)], out: &mut String) {
     }
     out.push_str("<section><h2>What happened</h2><ol class=\"events\">");
     for (step, time, words, _) in moments {
-        let step = step.map(|step| format!("step {}", thousands(step as usize))).unwrap_or_default();
+        let step = step.map(|step| format!("step {}", thousands(step as usize)));
         let time = time.get(..16).unwrap_or(time).replace('T', " ");
-        let _ = write!(
-            out,
-            "<li>{} <span class=\"when\">{step}{}{}</span></li>",
-            brief(words),
-            if step.is_empty() { "" } else { ", " },
-            escaped(&time)
-        );
+        let when: Vec<String> = step.into_iter().chain(Some(time).filter(|time| !time.is_empty())).collect();
+        let _ = write!(out, "<li>{} <span class=\"when\">{}</span></li>", brief(words), escaped(&when.join(", ")));
     }
     out.push_str("</ol></section>\n");
 }

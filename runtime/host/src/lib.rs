@@ -22,7 +22,6 @@ pub mod handler;
 pub mod hub;
 mod interrupt;
 pub mod job;
-mod keep;
 mod machine;
 pub mod models;
 mod near;

@@ -89,6 +89,14 @@ impl Training {
         }
     }
 
+    /// Writes a line beside the bar.
+    pub fn say(&self, text: impl Display) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| line(text)),
+            None => line(text),
+        }
+    }
+
     /// The run has ended: after its last step, or where it was stopped.
     pub fn end(self) {
         if let Some(bar) = self.bar {

@@ -3,6 +3,7 @@
 pub mod arguments;
 pub mod bench;
 pub mod chat;
+pub mod compare;
 pub mod cp;
 pub mod eval;
 pub mod export_model;
@@ -11,6 +12,7 @@ pub mod import;
 pub mod list_models;
 pub mod plugins;
 pub mod pull;
+pub mod resume;
 pub mod rm;
 pub mod run;
 pub mod runs;

@@ -85,7 +85,7 @@ pub struct Session {
     /// Whether a training is under way.
     trains: Cell<bool>,
     /// The run and the number of adapters in it, once there is one.
-    run: RefCell<Option<(RunDirectory, usize)>>,
+    run: RefCell<Option<(Rc<RunDirectory>, usize)>>,
 }
 
 impl Session {
@@ -234,20 +234,32 @@ impl Session {
     }
 
     /// Id and directory of the next adapter of this run.
-    fn new_adapter(&self) -> Result<(String, PathBuf)> {
+    fn new_adapter(&self) -> Result<NewAdapter> {
         let mut run = self.run.borrow_mut();
         let (run, count) = match &mut *run {
             Some(run) => run,
-            none => none.insert((self.new_run()?, 0)),
+            none => none.insert((Rc::new(self.new_run()?), 0)),
         };
         *count += 1;
-        Ok((format!("{}/{count}", run.id()), run.path().join("adapters").join(count.to_string())))
+        let (id, path) = (format!("{}/{count}", run.id()), run.path().join("adapters").join(count.to_string()));
+        Ok(NewAdapter { run: run.clone(), number: *count, id, path })
     }
 
     /// A new run, of which the script's name is the name.
     fn new_run(&self) -> Result<RunDirectory> {
         RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())
     }
+}
+
+/// The adapter that a training of a run will make.
+struct NewAdapter {
+    run: Rc<RunDirectory>,
+    /// Number of the training in its run, from 1.
+    number: usize,
+    /// `RUN/NUMBER`.
+    id: String,
+    /// Its directory.
+    path: PathBuf,
 }
 
 /// Whether a text can be the name of a model, or the id of an adapter of a run: `NAME` or `RUN/NUMBER`.

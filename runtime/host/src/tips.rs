@@ -112,7 +112,7 @@ const RESUMED: &str = "a training cannot be resumed yet; --init-from begins anot
 const SAVED: &str = "there is no such flag: what is trained is saved at the end, and where Ctrl-C stops it";
 
 /// Commands elsewhere, and what they are here.
-const COMMANDS: [(&str, &str); 34] = [
+const COMMANDS: [(&str, &str); 38] = [
     ("add", "import"),
     ("ask", "chat --prompt TEXT"),
     ("cache", "list-models"),
@@ -120,6 +120,7 @@ const COMMANDS: [(&str, &str); 34] = [
     ("convert", "export-model"),
     ("copy", "cp"),
     ("delete", "rm"),
+    ("diff", "compare"),
     ("download", "pull"),
     ("evaluate", "eval"),
     ("export", "export-model"),
@@ -128,9 +129,12 @@ const COMMANDS: [(&str, &str); 34] = [
     ("fuse", "export-model"),
     ("generate", "chat --prompt TEXT"),
     ("get", "pull"),
+    ("history", "runs list"),
     ("info", "show"),
     ("inspect", "show"),
+    ("jobs", "runs list"),
     ("list", "list-models"),
+    ("logs", "runs show"),
     ("lora", "fine-tune"),
     ("ls", "list-models"),
     ("merge", "export-model"),

@@ -119,7 +119,10 @@ pub fn what(entry: &Entry) -> String {
         }
         Kind::FineTune => {
             let strategy = setting(&["strategy"]);
-            let model = setting(&["model", "model_name"]).map(|model| format!("on {model}"));
+            let model = setting(&["model_name"]).map(|model| match Path::new(&model).is_absolute() {
+                true => format!("on {}", file(model)),
+                false => format!("on {model}"),
+            });
             let rows = setting(&["training_file"]).map(|path| format!("with {}", file(path)));
             [strategy, model, rows].into_iter().flatten().collect::<Vec<_>>().join(" ")
         }

@@ -108,6 +108,7 @@ impl Moment {
             "refused" => because(format!("a new build was refused ({})", text("id"))),
             "directed" => format!("the strategy or script changed the course: {}", text("directive")),
             "undirected" => because(format!("a change of course was refused: {}", text("directive"))),
+            "interrupted" => "ended by the user".to_owned(),
             "stopped" => because("stopped before its planned end".to_owned()),
             other => {
                 let fields = self.fields.iter().map(|(key, value)| format!("{key} {}", plain(value)));

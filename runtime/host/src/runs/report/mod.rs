@@ -133,14 +133,14 @@ pub fn of(entry: &Entry) -> ReportData {
             _ => format!("Training run {}", entry.id),
         },
         status: entry.status,
-        title: title(entry, manifest.as_ref()),
+        title: title(entry, &trainings, manifest.as_ref()),
         summary: summary(entry, &trainings, manifest.as_ref()),
         error: record.and_then(|record| record.error.clone()).or_else(|| entry.problem.clone()),
         next: next(entry, directory.as_deref()),
         data: data(settings, &trainings, manifest.as_ref()),
-        licences: licences(settings, manifest.as_ref()),
-        settings: all_settings(settings, manifest.as_ref()),
-        digests: digests(record, manifest.as_ref()),
+        licences: licences(settings, &trainings, manifest.as_ref()),
+        settings: all_settings(settings, &trainings, manifest.as_ref()),
+        digests: digests(record, &trainings, manifest.as_ref()),
         machine: record.map(machine).unwrap_or_default(),
         script,
         trainings,
@@ -151,24 +151,30 @@ fn text<'a>(settings: &'a Map<String, Value>, keys: &[&str]) -> Option<&'a str> 
     keys.iter().find_map(|key| settings.get(*key)?.as_str())
 }
 
-fn base_name(entry: &Entry, manifest: Option<&Manifest>) -> Option<String> {
+/// The last part of a path; a name on the hub as it is.
+fn last_part(name: &str) -> String {
+    match Path::new(name).is_absolute() {
+        true => Path::new(name).file_name().map_or(name.into(), |name| name.to_string_lossy().into_owned()),
+        false => name.to_owned(),
+    }
+}
+
+fn base_name(entry: &Entry, trainings: &[Training], manifest: Option<&Manifest>) -> Option<String> {
+    let of_start = trainings.first().and_then(|training| training.started.get("base")?.as_str().map(last_part));
     let of_manifest = manifest.map(|manifest| {
         let path = manifest.base.path.file_name().map(|name| name.to_string_lossy().into_owned());
         manifest.base.name.clone().or(path).unwrap_or_default()
     });
     let settings = entry.record.as_ref().map(|record| &record.settings);
     let named = settings.and_then(|settings| text(settings, &["model", "model_name"]));
-    let named = named.map(|name| match Path::new(name).is_absolute() {
-        true => Path::new(name).file_name().map_or(name.into(), |name| name.to_string_lossy().into_owned()),
-        false => name.to_owned(),
-    });
-    of_manifest.filter(|name| !name.is_empty()).or(named)
+    let named = named.map(last_part);
+    of_manifest.filter(|name| !name.is_empty()).or(of_start).or(named)
 }
 
-fn title(entry: &Entry, manifest: Option<&Manifest>) -> String {
+fn title(entry: &Entry, trainings: &[Training], manifest: Option<&Manifest>) -> String {
     let made = model_directory(entry).map(|path| registry::short(&path));
     let made = made.and_then(|name| Path::new(&name).file_name().map(|name| name.to_string_lossy().into_owned()));
-    match (entry.kind(), base_name(entry, manifest)) {
+    match (entry.kind(), base_name(entry, trainings, manifest)) {
         (Some(Kind::Pipeline), _) => format!("What {} did", what(entry)),
         (_, Some(base)) => match made {
             Some(made) => format!("{made}: what {base} learned"),
@@ -197,7 +203,7 @@ fn summary(entry: &Entry, trainings: &[Training], manifest: Option<&Manifest>) -
         let took = if seconds >= 1.0 { format!(" in {}", duration(seconds)) } else { String::new() };
         let planned = training.planned().filter(|planned| *planned > last.step);
         let planned = planned.map(|planned| format!(" of {}", thousands(planned as usize))).unwrap_or_default();
-        let base = base_name(entry, manifest).filter(|_| !pipeline);
+        let base = base_name(entry, trainings, manifest).filter(|_| !pipeline);
         let who = match base {
             Some(base) => format!("{base} was trained"),
             None => format!("Training {}", training.number),
@@ -235,44 +241,49 @@ fn next(entry: &Entry, model: Option<&Path>) -> Vec<(String, String)> {
     next
 }
 
-/// Names of what `started` says, for readers.
+/// What `started` of the first training says, as a text.
+fn of_start(trainings: &[Training], key: &str) -> Option<String> {
+    trainings.first()?.started.get(key).filter(|value| !value.is_null()).map(plain)
+}
+
 fn data(settings: &Map<String, Value>, trainings: &[Training], manifest: Option<&Manifest>) -> Vec<(String, String)> {
     let mut data = Vec::new();
     let mut add = |name: &str, value: Option<String>| {
-        data.extend(value.filter(|value| !value.is_empty()).map(|value| (name.to_owned(), value)));
+        data.extend(value.filter(|value| !value.is_empty() && value != "0").map(|value| (name.to_owned(), value)));
     };
     add("file", text(settings, &["training_file", "dataset"]).map(str::to_owned));
     add("file of held-out rows", text(settings, &["eval_file"]).map(str::to_owned));
-    let of_training = |key: &str| {
-        manifest.and_then(|manifest| manifest.training.get(key).filter(|value| !value.is_null()).map(plain))
-    };
-    let started = trainings.first().filter(|_| trainings.len() == 1).map(|training| &training.started);
-    let of_start = |key: &str| started.and_then(|started| started.get(key)).filter(|value| !value.is_null()).map(plain);
+    let of_training = |key: &str| Some(plain(manifest?.training.get(key)?));
+    // Of several trainings each has its own, which stand in the script.
+    let of_start = |key: &str| of_start(trainings, key).filter(|_| trainings.len() == 1);
     add("rows learned from", of_start("rows").or_else(|| of_training("rows")));
     add("rows held out", of_start("eval_rows").or_else(|| of_training("eval_rows")));
-    // What else it says of itself when it starts, but for numbers that stand elsewhere.
-    let elsewhere = ["rows", "eval_rows", "training_file", "eval_file", "config", "options", "settings"];
-    for (key, value) in started.into_iter().flatten() {
-        if !elsewhere.contains(&key.as_str()) && !value.is_object() && !settings.contains_key(key) {
-            add(&key.replace('_', " "), Some(plain(value)));
-        }
-    }
+    let tokens: u64 = trainings.iter().flat_map(|training| &training.steps).filter_map(|step| step.tokens).sum();
+    add("tokens read while learning", Some(thousands(tokens as usize).to_string()));
+    add("objective", of_start("objective"));
     data
 }
 
-fn all_settings(settings: &Map<String, Value>, manifest: Option<&Manifest>) -> Vec<(String, String)> {
+/// The settings as they were typed, and what they were resolved to where the training or its result says so.
+fn all_settings(
+    settings: &Map<String, Value>,
+    trainings: &[Training],
+    manifest: Option<&Manifest>,
+) -> Vec<(String, String)> {
     let mut all = Vec::new();
     flat("", &Value::Object(settings.clone()), &mut all);
-    if let Some(manifest) = manifest {
-        let strategy = &manifest.strategy;
-        let known: Vec<String> = all.iter().map(|(name, _)| name.clone()).collect();
-        let mut more = vec![("strategy".to_owned(), format!("{} {}", strategy.name, strategy.version))];
-        for key in ["config", "options"] {
-            flat("", manifest.training.get(key).unwrap_or(&Value::Null), &mut more);
-        }
-        let is_new = |name: &str| !known.iter().any(|other| other == name || other.ends_with(&format!(".{name}")));
-        all.extend(more.into_iter().filter(|(name, _)| is_new(name)));
+    let mut more = Vec::new();
+    for key in ["strategy", "base", "base_parameters", "base_stored_as", "trained_parameters"] {
+        more.extend(of_start(trainings, key).map(|value| (key.to_owned(), value)));
     }
+    let started = trainings.first().map(|training| &training.started);
+    for key in ["config", "options"] {
+        let of_result = manifest.and_then(|manifest| manifest.training.get(key));
+        flat("", started.and_then(|started| started.get(key)).or(of_result).unwrap_or(&Value::Null), &mut more);
+    }
+    // What was resolved says more than what was typed: nothing, where a default was taken.
+    all.retain(|(name, _)| !more.iter().any(|(other, _)| other == name));
+    all.extend(more);
     all
 }
 
@@ -292,7 +303,7 @@ fn flat(name: &str, value: &Value, out: &mut Vec<(String, String)>) {
     }
 }
 
-fn digests(record: Option<&Record>, manifest: Option<&Manifest>) -> Vec<(String, String)> {
+fn digests(record: Option<&Record>, trainings: &[Training], manifest: Option<&Manifest>) -> Vec<(String, String)> {
     let mut digests = Vec::new();
     let mut add = |name: String, digest: &str| {
         let digits = digest.split_once(':').map_or(digest, |(_, digits)| digits);
@@ -312,9 +323,8 @@ fn digests(record: Option<&Record>, manifest: Option<&Manifest>) -> Vec<(String,
             add(format!("base file {file}"), digest.as_str().unwrap_or_default());
         }
     } else if let Some(record) = record {
-        for (key, name) in [("base_digest", "values of the base"), ("data_digest", "training rows")] {
-            add(name.to_owned(), record.settings.get(key).and_then(Value::as_str).unwrap_or_default());
-        }
+        add("values of the base".to_owned(), &of_start(trainings, "base_digest").unwrap_or_default());
+        add("training rows".to_owned(), text(&record.settings, &["training_rows"]).unwrap_or_default());
     }
     if let Some(script) = record.and_then(|record| record.script.as_ref()) {
         add("script".to_owned(), &script.sha256);
@@ -341,14 +351,12 @@ fn machine(record: &Record) -> Vec<(String, String)> {
 }
 
 /// The licence of the base, from the files beside it.
-fn licences(settings: &Map<String, Value>, manifest: Option<&Manifest>) -> Vec<Licence> {
+fn licences(settings: &Map<String, Value>, trainings: &[Training], manifest: Option<&Manifest>) -> Vec<Licence> {
     let path = manifest.map(|manifest| manifest.base.path.clone());
-    let path = path.or_else(|| text(settings, &["model_path", "base_path"]).map(PathBuf::from));
-    let name = manifest.and_then(|manifest| manifest.base.name.clone());
-    let name = name.or_else(|| text(settings, &["model", "model_name"]).map(str::to_owned));
-    let (Some(name), path) = (name.or_else(|| path.as_ref().map(|path| path.display().to_string())), path) else {
-        return Vec::new();
-    };
+    let path = path.or_else(|| of_start(trainings, "base_path").map(PathBuf::from));
+    let name = manifest.and_then(|manifest| manifest.base.name.clone()).or_else(|| of_start(trainings, "base"));
+    let name = name.or_else(|| text(settings, &["model_name"]).map(str::to_owned));
+    let Some(name) = name.or_else(|| path.as_ref().map(|path| path.display().to_string())) else { return Vec::new() };
     let found = path.as_deref().and_then(licence_of);
     let (licence, source) = match found {
         Some((licence, source)) => (Some(licence), source),

@@ -404,7 +404,8 @@ fn moments(moments: &[Moment]) -> Vec<(Option<u64>, String, String, bool)> {
         let same = moments[at..].iter().take_while(|moment| moment.event == "checkpoint").count();
         if same > 1 {
             let last = &moments[at + same - 1];
-            let steps = |moment: &Moment| moment.step.map(|step| thousands(step as usize).to_string()).unwrap_or_default();
+            let steps =
+                |moment: &Moment| moment.step.map(|step| thousands(step as usize).to_string()).unwrap_or_default();
             let words = format!("{same} checkpoints saved, of steps {} to {}", steps(first), steps(last));
             out.push((last.step, last.time.clone(), words, false));
             at += same;

@@ -296,7 +296,7 @@ impl Paired {
             let mut flip = || {
                 let mut bits = 0;
                 let sum = rows.iter().enumerate().map(|(at, (difference, _))| {
-                    if at % 64 == 0 {
+                    if at.is_multiple_of(64) {
                         bits = random.next_u64();
                     }
                     if bits >> (at % 64) & 1 == 1 { -difference } else { *difference }

@@ -137,7 +137,7 @@ fn outcome(entry: &Entry) -> String {
     }
     if entry.status != Status::Finished {
         let trainings = trainings(&runs::events(&entry.path));
-        return trainings.last().map(|training| so_far(training)).unwrap_or_default();
+        return trainings.last().map(so_far).unwrap_or_default();
     }
     let result = record.result.clone().unwrap_or_default();
     let number = |key: &str| result[key].as_f64();

@@ -373,9 +373,8 @@ fn licences(settings: &Map<String, Value>, trainings: &[Training], manifest: Opt
 fn licence_of(model: &Path) -> Option<(String, String)> {
     let is_gguf = model.extension().is_some_and(|extension| extension == "gguf");
     if is_gguf && let Ok(file) = Gguf::open(model) {
-        let said =
-            ["general.license.name", "general.license"].iter().find_map(|key| file.str(key).ok()??.to_owned().into());
-        if let Some(licence) = said {
+        let said = |key: &str| file.str(key).ok().flatten().map(str::to_owned);
+        if let Some(licence) = said("general.license.name").or_else(|| said("general.license")) {
             return Some((licence, "in the file's metadata".to_owned()));
         }
     }

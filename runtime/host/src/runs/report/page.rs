@@ -64,7 +64,7 @@ pub fn html(data: &ReportData) -> String {
     pairs("Fingerprints", FINGERPRINTS, &data.digests, false, &mut out);
     pairs("Program and machine", "", &data.machine, false, &mut out);
     if let Some(script) = &data.script {
-        let _ = write!(out, "<section><h2>Script</h2><pre>{}</pre></section>\n", escaped(script));
+        let _ = writeln!(out, "<section><h2>Script</h2><pre>{}</pre></section>", escaped(script));
     }
     out += "</main>\n</body>\n</html>\n";
     out
@@ -94,7 +94,7 @@ fn head(data: &ReportData, out: &mut String) {
 
 fn of_training(training: &Training, of_several: bool, out: &mut String) {
     if of_several {
-        let _ = write!(out, "<h2 class=\"part\">Training {}</h2>\n", training.number);
+        let _ = writeln!(out, "<h2 class=\"part\">Training {}</h2>", training.number);
     }
     let id = |what: &str| format!("t{}-{what}", training.number);
     let moments = moments(&training.moments);
@@ -120,9 +120,9 @@ fn figure(heading: &str, chart: &Chart<'_>, id: &str, words: &[String], table: &
         return;
     }
     let words: String = words.iter().map(|words| format!("<p>{}</p>", escaped(words))).collect();
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<section><h2>{}</h2><div class=\"beside\"><figure>{picture}<figcaption>{words}</figcaption></figure>{table}</div></section>\n",
+        "<section><h2>{}</h2><div class=\"beside\"><figure>{picture}<figcaption>{words}</figcaption></figure>{table}</div></section>",
         escaped(heading)
     );
 }
@@ -391,7 +391,7 @@ fn small(training: &Training, id: &dyn Fn(&str) -> String, out: &mut String) {
         }
     }
     if !pictures.is_empty() {
-        let _ = write!(out, "<section><h2>How the training went</h2><div class=\"pair\">{pictures}</div></section>\n");
+        let _ = writeln!(out, "<section><h2>How the training went</h2><div class=\"pair\">{pictures}</div></section>");
     }
 }
 

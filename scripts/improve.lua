@@ -12,14 +12,23 @@ local function is_liked(row)
 end
 
 local ratings = homeroom.prepare_dataset { path = params.ratings }.train:dedupe()
-local liked = ratings:filter(is_liked)
 
 -- What the new model has to be better on. Rows of people who know are best; else some of the liked answers are kept back.
-local lessons, exam = liked, nil
+local lessons, exam = ratings, nil
 if params.exam then
   exam = homeroom.prepare_dataset { path = params.exam }.train
 else
-  lessons, exam = liked:split { eval = params.eval, seed = params.seed }
+  lessons, exam = ratings:split { eval = params.eval, seed = params.seed }
+  exam = exam:filter(is_liked)
+end
+
+-- sft learns what was liked; kto also learns what not to say.
+if params.objective == "sft" then
+  lessons = lessons:filter(is_liked)
+else
+  lessons = lessons:map(function(row)
+    return { prompt = row.prompt, completion = row.completion, label = is_liked(row) }
+  end)
 end
 
 -- The model that answers now; in the first round there is none of that name, and the base is what is to be improved.
@@ -34,6 +43,7 @@ local before = homeroom.evaluate { model = present or base, dataset = exam }
 local tuned = homeroom.fine_tune {
   model = params.start == "present" and present or base,
   dataset = lessons,
+  objective = params.objective,
   learning_rate = params.learning_rate,
   num_train_epochs = params.epochs,
   max_steps = params.max_steps,
@@ -65,7 +75,7 @@ return {
   reasons = reasons,
   adapter = tuned.adapter,
   rated = #ratings,
-  liked = #liked,
+  trained = #lessons,
   eval_loss_before = before.loss,
   eval_loss = after.loss,
   kl = forgotten.kl,

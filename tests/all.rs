@@ -27,6 +27,7 @@ mod mixed;
 mod models;
 #[cfg(unix)]
 mod names;
+mod objectives;
 mod pipeline_results;
 mod pipelines;
 #[cfg(target_os = "linux")]
@@ -46,5 +47,6 @@ mod support;
 #[cfg(unix)]
 mod terminal;
 mod toml_errors;
+mod training;
 #[cfg(unix)]
 mod watching;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use homeroom_engine::adapt::adaptation::Adaptation;
-use homeroom_engine::data::Example;
+use homeroom_engine::data::{Example, Group};
 use homeroom_engine::files::{read_text, replace_file};
 use homeroom_engine::forgetting::{self, Forgetting, Measured, OwnRow};
 use homeroom_engine::models::BaseModel;
@@ -53,8 +53,8 @@ impl ForgettingRows {
     }
 
     /// Rows that the user gives; `what` tells which.
-    pub fn given(examples: Vec<Example>, what: String) -> Self {
-        Self { examples, what }
+    pub fn given(rows: Vec<Group>, what: String) -> Self {
+        Self { examples: rows.into_iter().flat_map(|row| row.sequences).collect(), what }
     }
 
     /// Compares a trained model with its base, with a bar on a terminal.

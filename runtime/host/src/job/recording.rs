@@ -17,6 +17,7 @@ use homeroom_engine::train::{
 use serde_json::{Value, json};
 
 use super::Job;
+use super::stall::Stall;
 use crate::progress::line;
 use crate::runs::RunDirectory;
 
@@ -25,7 +26,7 @@ const MEMORY_FILE: &str = "observers.json";
 /// Largest of those files.
 const MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// Steps between the last checkpoint and the one that is kept before it: what diverges is noticed after that many.
-const STEPS_BEFORE: u64 = 16;
+const STEPS_BEFORE: u64 = 32;
 
 /// When a training is saved.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -170,9 +171,9 @@ impl<'a> Recording<'a> {
         }
     }
 
-    fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<State>> {
+    fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<Resumed>> {
         let Some(step) = self.steps.iter().rev().find(|saved| **saved <= step) else { return Ok(None) };
-        read(&self.path(*step), job, config).map(|resumed| Some(resumed.state))
+        read(&self.path(*step), job, config).map(Some)
     }
 }
 
@@ -232,6 +233,9 @@ pub(super) struct Recorder<'b, 'a> {
     pub(super) recording: Option<&'b mut Recording<'a>>,
     /// Where no plugin is beside the training: what the strategy gave to hear again, before it was gone.
     pub(super) strategy: Option<Value>,
+    pub(super) stall: Stall,
+    /// What the observers had given when the state was saved that was read last.
+    pub(super) memory: Value,
 }
 
 impl Recorder<'_, '_> {
@@ -244,6 +248,8 @@ impl Recorder<'_, '_> {
 
 impl Observer for Recorder<'_, '_> {
     fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
+        let next = (report.step + 1).min(planned_steps);
+        self.stall.next(format!("in step {next} of {planned_steps}"), true);
         let mut event = json!({"event": "step"});
         extend(&mut event, serde_json::to_value(report)?);
         self.event(event);
@@ -263,19 +269,25 @@ impl Observer for Recorder<'_, '_> {
     }
 
     fn evaluating(&mut self, done: usize, all: usize) {
+        self.stall.next(format!("evaluating held-out row {done} of {all}"), false);
         self.inner.evaluating(done, all);
     }
 
     fn evaluated(&mut self, report: &EvalReport) {
         let evaluation = report.evaluation;
-        self.event(json!({
+        let mut event = json!({
             "event": "eval",
             "step": report.step,
             "epoch": report.epoch,
             "eval_loss": evaluation.loss,
             "perplexity": evaluation.perplexity,
             "token_accuracy": evaluation.token_accuracy,
-        }));
+        });
+        if let Some(rewards) = evaluation.rewards {
+            event["rewards"] = json!(rewards);
+        }
+        self.event(event);
+        self.stall.next(format!("after the evaluation at step {}", report.step), false);
         self.inner.evaluated(report);
     }
 
@@ -304,10 +316,10 @@ impl Observer for Recorder<'_, '_> {
     }
 
     fn saved(&mut self, step: u64) -> Result<Option<State>> {
-        match &self.recording {
-            Some(recording) => recording.saved(self.job, self.config, step),
-            None => Ok(None),
-        }
+        let Some(recording) = &self.recording else { return Ok(None) };
+        let Some(resumed) = recording.saved(self.job, self.config, step)? else { return Ok(None) };
+        self.memory = resumed.memory;
+        Ok(Some(resumed.state))
     }
 
     fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
@@ -317,6 +329,8 @@ impl Observer for Recorder<'_, '_> {
         }
         let mut value = serde_json::to_value(event)?;
         if let Change::Rewound { from, reason, rate_scale } = &event.change {
+            let memory = std::mem::take(&mut self.memory);
+            self.inner.recall(if self.strategy.is_some() { &memory["observer"] } else { &memory });
             let to = event.step;
             value["step"] = json!(from);
             value["to"] = json!(to);

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow, bail, ensure};
 use clap::{ArgGroup, Args};
 use homeroom_engine::adapt::adapter::is_adapter;
-use homeroom_engine::data::{Dataset, Example, check_jsonl, note_endless};
+use homeroom_engine::data::{Dataset, Group, check_rows, note_endless};
 use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::objective::{Objective, Sft};
+use homeroom_engine::train::objective::{Kind, Objective, ObjectiveConfig, Rewards};
 use homeroom_engine::train::schedule::Schedule;
 use homeroom_engine::train::{
     Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, TrainReport, planned_steps,
 };
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 mod unfinished;
@@ -23,7 +23,8 @@ mod unfinished;
 use self::unfinished::Unfinished;
 
 use super::arguments::{
-    COMPUTE, COUNT_MAX, PluginArgs, RowArgs, Word, above_zero, key_value, not_negative, one_of, rate, share, whole,
+    COMPUTE, COUNT_MAX, ObjectiveArgs, PluginArgs, RowArgs, Word, above_zero, key_value, not_negative, one_of, rate,
+    share, whole,
 };
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
@@ -37,7 +38,7 @@ use crate::near::exists;
 use crate::plugin::{Plugin, Search, native};
 use crate::progress::{self, line, millions, thousands};
 use crate::registry;
-use crate::runs::{About, End, Entry, Kind, RunDirectory};
+use crate::runs::{self, About, End, Entry, RunDirectory};
 
 /// Arguments of `fine-tune`. As JSON they are the settings of a run: what decides on its result has its flag's name.
 #[derive(Args, Serialize)]
@@ -45,10 +46,15 @@ use crate::runs::{About, End, Entry, Kind, RunDirectory};
 pub struct Arguments {
     /// Base model: a name on the Hugging Face hub as `owner/name`, a directory, a .gguf file, or a name from `homeroom list-models`
     #[arg(long, value_name = "MODEL")]
+    #[serde(serialize_with = "lossy")]
     model_name: PathBuf,
-    /// JSONL file of rows: `messages`, `prompt` and `completion`, or `text`
+    /// JSONL file of rows, in the form that the objective learns from
     #[arg(long, value_name = "FILE")]
+    #[serde(serialize_with = "lossy")]
     training_file: PathBuf,
+    #[command(flatten)]
+    #[serde(flatten)]
+    objective: ObjectiveArgs,
     /// Directory for the result: an adapter, or a model with strategy `full`
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
@@ -82,7 +88,7 @@ pub struct Arguments {
     /// Stop after this many steps, wherever the epoch is
     #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     max_steps: Option<u64>,
-    /// Peak learning rate [default: what the strategy proposes, else 2e-4]
+    /// Peak learning rate [default: what the strategy proposes, else 2e-4; of that a tenth for dpo and kto, half for orpo]
     #[arg(long, value_name = "RATE", value_parser = rate)]
     learning_rate: Option<f64>,
     /// Shape of the learning rate after warm-up
@@ -97,6 +103,9 @@ pub struct Arguments {
     /// Largest norm of the gradients, which are scaled down to it; 0 sets no limit
     #[arg(long, default_value = "1", value_name = "NORM", value_parser = not_negative)]
     max_grad_norm: f64,
+    /// NEFTune: noise on embeddings while training, in units of 1/√(tokens × width), which helps against learning rows by heart; 5 is usual [default: 0]
+    #[arg(long, default_value = "0", hide_default_value = true, value_name = "ALPHA", value_parser = not_negative)]
+    neftune_noise_alpha: f64,
     /// Rank of the adapter [default: 16]
     #[arg(long, alias = "r", value_name = "R", value_parser = whole::<u64>(0..=u64::MAX))]
     lora_r: Option<u64>,
@@ -114,6 +123,7 @@ pub struct Arguments {
     options: Vec<(String, Value)>,
     /// Start from the weights of this adapter: a directory, a name from `homeroom list-models` or one on the Hugging Face hub
     #[arg(long, value_name = "MODEL")]
+    #[serde(serialize_with = "lossy_option")]
     init_from: Option<PathBuf>,
     /// Rows of one batch [default: 8, fewer for a file of fewer than 64 rows]
     #[arg(long, value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
@@ -138,6 +148,7 @@ pub struct Arguments {
     rows: RowArgs,
     /// JSONL file of held-out rows; their loss is measured before and after the training
     #[arg(long, value_name = "FILE", conflicts_with = "eval_fraction")]
+    #[serde(serialize_with = "lossy_option")]
     eval_file: Option<PathBuf>,
     /// Share of the training rows to hold out instead
     #[arg(long, value_name = "SHARE", value_parser = share)]
@@ -175,6 +186,17 @@ pub struct Arguments {
     json: bool,
 }
 
+/// A path as text. One that is none is refused before a run has it.
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+/// As [`lossy`].
+#[allow(clippy::ref_option)] // serde's signature
+fn lossy_option<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(Path::to_string_lossy).serialize(serializer)
+}
+
 const SCHEDULES: [Word; 3] = [
     ("cosine", "Half a cosine from the peak to zero"),
     ("linear", "A straight line from the peak to zero"),
@@ -194,6 +216,7 @@ pub fn resume(arguments: &Arguments, run: &Entry) -> Result<Done> {
 /// What a training needs, once everything is there that costs nothing to refuse.
 struct Prepared<'a> {
     arguments: &'a Arguments,
+    objective: ObjectiveConfig,
     output_dir: PathBuf,
     /// Where the user named no place.
     unnamed: bool,
@@ -209,6 +232,7 @@ struct Prepared<'a> {
 
 fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
+    let objective = arguments.objective.config()?;
     config(arguments, None, None).check()?;
     let earlier = match earlier {
         Some(run) => Some(run),
@@ -243,8 +267,8 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         })?;
     }
     let own_kind = arguments.forgetting.as_ref().and_then(Option::as_ref);
-    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref(), own_kind];
-    files.into_iter().flatten().try_for_each(|file| exists(file))?;
+    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
+    files.into_iter().flatten().chain(own_kind).try_for_each(|file| exists(file))?;
     let mut search = arguments.plugins.search()?;
     if arguments.watch_plugins {
         search = search.watched(this_program()?);
@@ -260,7 +284,9 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     // Only now, as they may be downloaded. Rows that no model could be trained on are refused before that.
     let is_missing = |name: &Path| here(name).map(|located| located.is_none());
     if is_missing(&arguments.model_name)? || arguments.init_from.as_deref().map_or(Ok(false), is_missing)? {
-        files.into_iter().flatten().try_for_each(|file| check_jsonl(file))?;
+        let kind = objective.objective;
+        files.into_iter().flatten().try_for_each(|file| check_rows(file, kind.rows(), kind.name()))?;
+        own_kind.map_or(Ok(()), |file| check_rows(file, Kind::Sft.rows(), Kind::Sft.name()))?;
     }
     let base = locate(&arguments.model_name, Network::Allowed)?;
     refuse_other(&arguments.model_name, &base.path, Use::Training)?;
@@ -279,7 +305,7 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     if arguments.overwrite {
         replaceable(&output_dir)?;
     }
-    Prepared { arguments, output_dir, unnamed, search, plugin, options, base, init_from, earlier }.train()
+    Prepared { arguments, objective, output_dir, unnamed, search, plugin, options, base, init_from, earlier }.train()
 }
 
 impl Prepared<'_> {
@@ -302,29 +328,34 @@ impl Prepared<'_> {
         interrupt::listen()?;
         drop(NewDirectory::start(&self.output_dir)?);
         let run = match &self.earlier {
-            Some(run) => RunDirectory::reopen(&run.id)?,
+            Some(run) => Some(RunDirectory::reopen(&run.id)?),
             None => {
                 let about = About::here(Value::Object(settings.clone()), settings);
-                RunDirectory::start(Kind::FineTune, &registry::short(&self.output_dir), about)?
+                let name = self.output_dir.file_name().unwrap_or_default().to_string_lossy();
+                let run = RunDirectory::start(runs::Kind::FineTune, &name, about);
+                // The result may go to where there is room, all the same.
+                run.inspect_err(|error| line(format_args!("note: no checkpoints and no record of this run: {error:#}")))
+                    .ok()
             }
         };
-        let done = self.train_in(&run, model, &rows);
-        if let Err(error) = &done {
+        let done = self.train_in(run.as_ref(), model, &rows);
+        if let (Err(error), Some(run)) = (&done, &run) {
             // The error itself is what the user hears of.
             let _ = run.finish(End::Failed(format!("{error:#}")));
         }
         done
     }
 
-    fn train_in(&self, run: &RunDirectory, model: Arc<BaseModel>, rows: &Rows) -> Result<Done> {
+    fn train_in(&self, run: Option<&RunDirectory>, model: Arc<BaseModel>, rows: &Rows) -> Result<Done> {
         let Self { arguments, output_dir, unnamed, .. } = self;
         let saving = Saving::of(arguments.save_every, arguments.save_minutes);
-        let mut recording = Recording::new(run, 1, saving)?;
+        let mut recording = run.map(|run| Recording::new(run, 1, saving)).transpose()?;
+        let newest = recording.as_ref().and_then(Recording::newest);
         let (options, start) = (self.options.clone(), self.init_from.as_deref());
-        let mut job = match (recording.newest(), &self.plugin) {
+        let mut job = match (&newest, &self.plugin) {
             (Some(checkpoint), plugin) => {
                 let native = |strategy: &_, name: &_| native::find_in(&self.search, strategy, name);
-                Job::resume(model, &checkpoint, plugin.clone(), &native, options, start)?
+                Job::resume(model, checkpoint, plugin.clone(), &native, options, start)?
             }
             (None, Some(plugin)) => Job::new(model, plugin, options, arguments.seed, start, arguments.requantize)?,
             (None, None) => {
@@ -334,27 +365,46 @@ impl Prepared<'_> {
         };
         job.watch = self.search.watching();
         let mut config = config(arguments, job.proposed_learning_rate, Some(rows.train.len()));
-        let from = recording.newest().map(|_| recording.resume(&job, &mut config)).transpose()?;
+        let from = recording.as_ref().filter(|_| newest.is_some());
+        let from = from.map(|recording| recording.resume(&job, &mut config)).transpose()?;
         let steps = planned_steps(rows.train.len(), &config)?;
         if *unnamed {
             let name = registry::short(output_dir);
             line(format_args!("name      {name}   --name or --output-dir chooses another"));
         }
-        restate(arguments, &job, rows, &config, steps);
-        match &from {
-            Some(from) => {
-                line(format_args!("run       {}   goes on after step {} of {steps}", run.id(), from.state.step))
+        restate(arguments, self.objective, &job, rows, &config, steps);
+        match (run, &from) {
+            (Some(run), Some(from)) => {
+                line(format_args!("run       {}   goes on after step {} of {steps}", run.id(), from.state.step));
             }
-            None => line(format_args!("run       {}   `homeroom resume {0}` goes on if it is ended", run.id())),
+            (Some(run), None) => {
+                line(format_args!("run       {}   `homeroom resume {0}` goes on if it is ended", run.id()));
+            }
+            (None, _) => {}
         }
         let held_out = rows.eval();
         let mut samples = Samples::pick(&held_out);
         let start = from.as_ref().map_or_else(|| job.now().0, |from| from.state.adaptation().clone());
-        if from.is_none() || !samples.recall(recording.directory()) {
-            samples.ask_before(&job.model, &start, recording.directory())?;
+        let directory = recording.as_ref().map(Recording::directory);
+        if from.is_none() || !samples.recall(directory) {
+            samples.ask_before(&job.model, &start, directory);
         }
-        let own_kind = own_kind(arguments, &job.model, recording.directory())?;
-        let trained = train(&job, &Data::of_examples(&rows.train(), &held_out), &config, steps, &mut recording, from);
+        let groups = rows.train();
+        let made = objective(&job, self.objective, (&groups, &held_out), &config, directory);
+        let objective = match made {
+            Err(_) if interrupt::asked() => {
+                line("stopped before the first step; nothing was learned");
+                if let Some(run) = run {
+                    line(format_args!("next      homeroom resume {}", run.id()));
+                    run.finish(End::Interrupted(Value::Object(Map::new())))?;
+                }
+                return Ok(Done::Interrupted);
+            }
+            made => made?,
+        };
+        let own_kind = own_kind(arguments, &job.model, directory)?;
+        let data = Data::of_groups(&groups, &held_out);
+        let trained = train(&job, &data, &*objective, &config, steps, recording.as_mut(), from);
         let (report, failure) = match trained {
             Ok(state) => (state.report, None),
             Err(error) => {
@@ -363,19 +413,19 @@ impl Prepared<'_> {
             }
         };
         let (trained, data_digest) = (rows.train.len(), rows.data.digest.clone());
-        let (objective, of_run) = (Sft.name(), Some(run.id().to_owned()));
         let whole = failure.is_none() && !report.interrupted;
         let forgetting = own_kind.filter(|_| whole).and_then(|rows| rows.after(&job.model, &job.now().0));
-        if let Some(measured) = &forgetting {
+        if let (Some(measured), Some(recording)) = (&forgetting, &recording) {
             recording.event(forgetting::event(measured));
         }
+        let (objective, of_run) = (self.objective, run.map(|run| run.id().to_owned()));
         let outcome =
             Outcome { config, report, objective, run: of_run, rows: trained, data_digest, forgetting, failure };
         if let Some(failure) = &outcome.failure {
             bail!("{failure}\n{}", outcome.save_beside(&job, output_dir));
         }
         let another = || free_place(arguments).ok();
-        let is_own = unfinished::is_result_of(output_dir, run.id());
+        let is_own = run.is_some_and(|run| unfinished::is_result_of(output_dir, run.id()));
         let taken = match (*unnamed, arguments.overwrite || is_own) {
             (_, true) => Taken::Replaced,
             (true, false) => Taken::GivenUp(&another),
@@ -391,17 +441,19 @@ impl Prepared<'_> {
             false => samples.ask_after(&job.model, &job.now().0)?,
         };
         for sample in &samples {
-            recording.event(sample.event());
+            recording.iter().for_each(|recording| recording.event(sample.event()));
         }
-        tell(&saved, run.id(), &outcome.report, &samples);
+        tell(&saved, run.map(RunDirectory::id), &outcome.report, &samples);
         let mut summary = Map::from_iter([("output_dir".to_owned(), saved.display().to_string().into())]);
-        summary.insert("run".to_owned(), run.id().into());
+        summary.insert("run".to_owned(), run.map(RunDirectory::id).into());
         summary.extend(outcome.summary());
         let summary = Value::Object(summary);
-        run.finish(match outcome.report.interrupted {
-            true => End::Interrupted(summary.clone()),
-            false => End::Finished(summary.clone()),
-        })?;
+        if let Some(run) = run {
+            run.finish(match outcome.report.interrupted {
+                true => End::Interrupted(summary.clone()),
+                false => End::Finished(summary.clone()),
+            })?;
+        }
         if arguments.json {
             print(&summary.to_string())?;
         }
@@ -410,12 +462,13 @@ impl Prepared<'_> {
 }
 
 /// The rows of `--forgetting`, if it is given.
-fn own_kind(arguments: &Arguments, model: &Arc<BaseModel>, training: &Path) -> Result<Option<ForgettingRows>> {
+fn own_kind(arguments: &Arguments, model: &Arc<BaseModel>, training: Option<&Path>) -> Result<Option<ForgettingRows>> {
     Ok(match &arguments.forgetting {
         None => None,
-        Some(None) => Some(ForgettingRows::own(model, Some(training))?),
+        Some(None) => Some(ForgettingRows::own(model, training)?),
         Some(Some(file)) => {
-            let rows = load_rows(file, model, arguments.rows.max_seq_len, arguments.rows.on_long_row)?;
+            let RowArgs { max_seq_len, on_long_row } = arguments.rows;
+            let rows = load_rows(file, model, max_seq_len, on_long_row, Kind::Sft)?;
             Some(ForgettingRows::given(rows.examples, file.display().to_string()))
         }
     })
@@ -459,15 +512,36 @@ fn free_place(arguments: &Arguments) -> Result<PathBuf> {
 fn train(
     job: &Job,
     data: &Data<'_>,
+    objective: &dyn Objective,
     config: &TrainConfig,
     steps: u64,
-    recording: &mut Recording<'_>,
+    recording: Option<&mut Recording<'_>>,
     from: Option<Resumed>,
 ) -> Result<State> {
     let mut watcher = Watcher { bar: progress::Training::start(steps), evaluating: None };
-    let state = job.train(data, &Sft, config, &mut watcher, Some(recording), from)?;
+    let state = job.train(data, objective, config, &mut watcher, recording, from)?;
     watcher.bar.end();
     Ok(state)
+}
+
+/// Makes the objective, with a bar where that takes passes over the rows.
+fn objective(
+    job: &Job,
+    objective: ObjectiveConfig,
+    groups: (&[&Group], &[&Group]),
+    config: &TrainConfig,
+    directory: Option<&Path>,
+) -> Result<Box<dyn Objective>> {
+    let mut bar = None;
+    let mut progress = |done, all| {
+        let bar = bar.get_or_insert_with(|| progress::counting("reference", all));
+        bar.set_position(done as u64);
+        ensure!(!interrupt::asked(), "interrupted");
+        Ok(())
+    };
+    let made = job.objective(objective, groups, config, directory, &mut progress);
+    bar.into_iter().for_each(|bar| bar.finish_and_clear());
+    made
 }
 
 /// Draws progress, and ends the training where the user asks for it.
@@ -484,7 +558,8 @@ impl Observer for Watcher {
 
     fn on_eval(&mut self, report: &EvalReport, planned_steps: u64) -> Result<Control> {
         let loss = report.evaluation.loss;
-        self.bar.say(format_args!("step {:>5}/{planned_steps}   held-out loss {loss:.4}", report.step));
+        let right = rewards(report.evaluation.rewards);
+        self.bar.say(format_args!("step {:>5}/{planned_steps}   held-out loss {loss:.4}{right}", report.step));
         Ok(Control::Continue)
     }
 
@@ -546,7 +621,9 @@ fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> 
         max_steps: arguments.max_steps,
         batch_size: arguments.batch_size.map_or(default.batch_size, |rows| rows as usize),
         gradient_accumulation_steps: arguments.gradient_accumulation_steps.unwrap_or(1) as usize,
-        learning_rate: arguments.learning_rate.or(proposed).unwrap_or(defaults::LEARNING_RATE),
+        learning_rate: arguments.learning_rate.unwrap_or_else(|| {
+            proposed.unwrap_or(defaults::LEARNING_RATE) * arguments.objective.objective.learning_rate_scale()
+        }),
         lr_scheduler_type: arguments.lr_scheduler_type,
         warmup_ratio: arguments.warmup_ratio,
         weight_decay: arguments.weight_decay,
@@ -555,6 +632,7 @@ fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> 
         shuffle: !arguments.no_shuffle,
         gradient_checkpointing: arguments.gradient_checkpointing,
         packing: !arguments.no_packing,
+        neftune_noise_alpha: arguments.neftune_noise_alpha,
         compute: arguments.compute,
         eval_steps: arguments.eval_every,
         early_stopping_patience: arguments.early_stopping_patience,
@@ -562,7 +640,8 @@ fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> 
     };
     let open = Open {
         epochs: arguments.epochs.or(arguments.max_steps).is_none(),
-        batch_size: arguments.batch_size.or(arguments.gradient_accumulation_steps).is_none(),
+        batch_size: arguments.batch_size.or(arguments.gradient_accumulation_steps).is_none()
+            && arguments.epochs.or(arguments.max_steps).is_none(),
     };
     if let Some(chosen) = rows.and_then(|rows| defaults::choose(&mut config, open, rows)) {
         line(format_args!("note: {chosen}"));
@@ -572,18 +651,19 @@ fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> 
 
 /// The rows of a run.
 struct Rows {
-    data: Dataset,
+    data: Dataset<Group>,
     /// Indices of the examples to train on.
     train: Vec<usize>,
     /// Held-out examples of a file of their own.
-    eval_file: Option<Dataset>,
+    eval_file: Option<Dataset<Group>>,
     /// Indices of held-out examples among the training file's.
     eval: Vec<usize>,
 }
 
 impl Rows {
     fn load(arguments: &Arguments, model: &BaseModel) -> Result<Self> {
-        let load = |file: &Path| load_rows(file, model, arguments.rows.max_seq_len, arguments.rows.on_long_row);
+        let RowArgs { max_seq_len, on_long_row } = arguments.rows;
+        let load = |file: &Path| load_rows(file, model, max_seq_len, on_long_row, arguments.objective.objective);
         let data = load(&arguments.training_file)?;
         let eval_file = arguments.eval_file.as_deref().map(load).transpose()?;
         let (train, eval) = match arguments.eval_fraction {
@@ -593,11 +673,11 @@ impl Rows {
         Ok(Self { data, train, eval_file, eval })
     }
 
-    fn train(&self) -> Vec<&Example> {
+    fn train(&self) -> Vec<&Group> {
         self.train.iter().map(|index| &self.data.examples[*index]).collect()
     }
 
-    fn eval(&self) -> Vec<&Example> {
+    fn eval(&self) -> Vec<&Group> {
         match &self.eval_file {
             Some(file) => file.examples.iter().collect(),
             None => self.eval.iter().map(|index| &self.data.examples[*index]).collect(),
@@ -606,7 +686,14 @@ impl Rows {
 }
 
 /// Restates the run, so that a wrong one is seen before it has cost anything.
-fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, steps: u64) {
+fn restate(
+    arguments: &Arguments,
+    objective: ObjectiveConfig,
+    job: &Job,
+    rows: &Rows,
+    config: &TrainConfig,
+    steps: u64,
+) {
     let Job { model, adaptation, strategy, .. } = job;
     let parameters = model.parameter_count();
     let trained = adaptation.trainable_count();
@@ -625,6 +712,17 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
         adaptation.plan.modules.len(),
         job.blocks(config.compute),
     ));
+    if objective.objective != Kind::Sft {
+        let reference = match (objective.objective.has_reference(), &job.init_from) {
+            (false, _) => "",
+            (true, None) => "   held to the base",
+            (true, Some(_)) => "   held to the adapter that it starts from",
+        };
+        line(format_args!("objective {}{reference}", objective.words()));
+    }
+    if let Some(note) = defaults::balance(objective, &rows.train()) {
+        line(format_args!("note: {note}"));
+    }
     let held_out = rows.eval().len();
     let held_out = if held_out > 0 { format!(", {} held out", thousands(held_out)) } else { String::new() };
     let left_out = match (rows.data.skipped, rows.data.truncated) {
@@ -653,20 +751,28 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
         config.lr_scheduler_type.name(),
         config.seed,
     ));
-    let rate = 100.0 * config.learning_rate;
-    if steps < STEPS_FEW && arguments.max_steps.or(arguments.epochs).is_some() && rate < 0.1 {
+    if steps < STEPS_FEW && arguments.max_steps.is_none() && arguments.epochs.is_some_and(|epochs| epochs < EPOCHS_MANY)
+    {
         let steps = if steps == 1 { "one step teaches".to_owned() } else { format!("{steps} steps teach") };
         line(format_args!("note: {steps} a model little; more rows or epochs do more"));
     }
 }
 
+/// Who asks for so many epochs knows.
+const EPOCHS_MANY: u64 = 10;
 /// Fewer steps than these leave little trace at the default learning rate, which is said.
 const STEPS_FEW: u64 = 30;
 
+/// How often the better answer is preferred, in words; nothing of an objective without rewards.
+fn rewards(rewards: Option<Rewards>) -> String {
+    rewards.map_or_else(String::new, |rewards| format!("   {:.0} % judged right", 100.0 * rewards.accuracy))
+}
+
 /// What was written, and what to do next.
-fn tell(path: &Path, run: &str, report: &TrainReport, samples: &[Sample]) {
+fn tell(path: &Path, run: Option<&str>, report: &TrainReport, samples: &[Sample]) {
     if let (Some(before), Some(after)) = (report.before(), report.after()) {
-        line(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
+        let right = rewards(after.rewards);
+        line(format_args!("held-out  loss {:.4} before, {:.4} after{right}", before.loss, after.loss));
     }
     if let Some(why) = &report.stopped {
         line(format_args!("stopped   {why}"));
@@ -682,7 +788,10 @@ fn tell(path: &Path, run: &str, report: &TrainReport, samples: &[Sample]) {
             "stopped after step {done} of {}; what it had learned by then is saved",
             report.planned_steps
         ));
-        line(format_args!("next      homeroom resume {run}"));
+        line(match run {
+            Some(run) => format!("next      homeroom resume {run}"),
+            None => format!("next      train it further: the same command with --init-from {}", registry::short(path)),
+        });
     } else {
         line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", registry::short(path)));
     }

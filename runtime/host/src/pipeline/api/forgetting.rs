@@ -6,6 +6,7 @@ use anyhow::Context;
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::forgetting::Forgetting;
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::train::objective::Kind;
 use mlua::{Lua, Value};
 use serde_json::json;
 
@@ -48,8 +49,8 @@ pub fn forgetting(lua: &Lua, session: &Session, argument: Value) -> Result<Value
         let base = base_of(session, base, &spec, (&model, adaptation.as_deref()))?;
         let rows = match data {
             Some(data) => {
-                let data = data.encode(session.clock(), &base).context("forgetting: dataset")?;
-                ForgettingRows::given(data.examples, "the rows".to_owned())
+                let data = data.encode(session.clock(), &base, Kind::Sft).context("forgetting: dataset")?;
+                ForgettingRows::given(data.groups, "the rows".to_owned())
             }
             None => {
                 let run = session.run.borrow().as_ref().map(|(run, _)| run.path().to_owned());

@@ -9,6 +9,7 @@ mod export;
 mod families;
 #[cfg(unix)]
 mod foreign;
+mod forgetting;
 mod fused;
 mod gradients;
 mod handlers;

@@ -24,12 +24,14 @@ use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, pla
 use serde_json::{Map, Value, json};
 
 pub mod defaults;
+pub mod forgetting;
 mod keep;
 mod outcome;
 mod recording;
 mod samples;
 mod stall;
 
+pub use self::forgetting::ForgettingRows;
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;
 use self::recording::Recorder;

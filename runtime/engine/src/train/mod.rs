@@ -104,6 +104,13 @@ pub fn train(
     }
     let cut = Steps::new(data, config, run.state.cut.pass_rows);
     let mut order = Order::default();
+    if let Some(done) = run.state.report.steps.last().copied().filter(|_| run.state.owes) {
+        let units = cut.units(done.step - 1, &mut order);
+        if run.follow_up(&done, Control::Continue, &units, data, observer)? == Control::Stop {
+            run.state.report.interrupted = true;
+            return run.finish(data, observer);
+        }
+    }
     while run.state.step < planned && run.state.report.stopped.is_none() {
         if !run.is_on_trial()
             && let Some(candidate) = observer.candidate()?
@@ -151,16 +158,45 @@ impl Run<'_> {
         let planned = self.state.report.planned_steps;
         done.epoch = cut.epochs(done.step);
         self.state.report.steps.push(done);
-        let mut control = observer.on_step(&done, planned)?;
-        let due = self.config.eval_steps.is_some_and(|every| done.step.is_multiple_of(every));
-        if due && done.step < planned && control != Control::Stop && !data.held_out.is_empty() {
+        let control = observer.on_step(&done, planned)?;
+        let control = self.follow_up(&done, control, units, data, observer)?;
+        let stops = control == Control::Stop;
+        self.state.report.interrupted = stops && done.step < planned;
+        let saves = observer.is_due(&self.state);
+        if (saves || self.state.report.interrupted) && done.step < planned {
+            self.look(units)?;
+        }
+        if saves {
+            observer.save(&self.state)?;
+        }
+        Ok(stops)
+    }
+
+    /// The evaluation after a step, if it is due, and what else follows from the step. Of a run that is ended when an evaluation is due,
+    /// all of that is owed, and is made up for when the run goes on: somebody waits.
+    fn follow_up(
+        &mut self,
+        done: &StepReport,
+        mut control: Control,
+        units: &[Unit<'_>],
+        data: &Data<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<Control> {
+        let planned = self.state.report.planned_steps;
+        let is_due = self.config.eval_steps.is_some_and(|every| done.step.is_multiple_of(every));
+        self.state.owes = false;
+        if is_due && done.step < planned && !data.held_out.is_empty() {
+            if control == Control::Stop || observer.is_cancelled() {
+                self.state.owes = true;
+                return Ok(Control::Stop);
+            }
             match self.evaluate(data, observer, done.epoch) {
                 Err(error) => {
                     // What the update did is told first, if that is why.
                     self.look(units)?;
                     return Err(Unusable::held_out(done.step, &error).into());
                 }
-                Ok(None) => control = Control::Stop,
+                Ok(None) => {}
                 Ok(Some(report)) => match observer.on_eval(&report, planned)? {
                     Control::Continue => {}
                     other => control = other,
@@ -171,7 +207,7 @@ impl Run<'_> {
             ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
             self.state.script_scale = scale;
         }
-        for directive in observer.directives(&done, planned)? {
+        for directive in observer.directives(done, planned)? {
             if let Some(change) = self.direct(directive) {
                 self.tell(observer, change)?;
             }
@@ -179,7 +215,6 @@ impl Run<'_> {
         if let Some(change) = self.passed() {
             self.tell(observer, change)?;
         }
-        let stops = control == Control::Stop;
         if !self.is_on_trial() {
             let losses = self.state.report.steps.iter().map(|step| step.loss);
             if let Some(what) = self.state.watchdog.look(losses) {
@@ -196,15 +231,7 @@ impl Run<'_> {
                 best.step
             ));
         }
-        self.state.report.interrupted = stops && done.step < planned;
-        let saves = observer.is_due(&self.state);
-        if (saves || self.state.report.interrupted) && done.step < planned {
-            self.look(units)?;
-        }
-        if saves {
-            observer.save(&self.state)?;
-        }
-        Ok(stops)
+        Ok(control)
     }
 
     /// Measures the held-out rows and reports that; `None`: nobody waits for it.

@@ -111,7 +111,8 @@ impl ObjectiveConfig {
         undesirable_weight: Option<f64>,
     ) -> Result<Self> {
         let weights = [("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)];
-        for (name, _) in weights.iter().filter(|(_, weight)| weight.is_some() && objective != Kind::Kto) {
+        let given = weights.iter().find(|(_, weight)| weight.is_some() && objective != Kind::Kto);
+        if let Some((name, _)) = given {
             bail!("objective {}: `{name}` is an option of kto", objective.name());
         }
         ensure!(beta.is_none() || objective != Kind::Sft, "objective sft: `beta` is an option of dpo, kto and orpo");

@@ -378,7 +378,7 @@ impl Prepared<'_> {
         let start = from.as_ref().map_or_else(|| job.now().0, |from| from.state.adaptation().clone());
         let directory = recording.as_ref().map(Recording::directory);
         if from.is_none() || !samples.recall(directory) {
-            samples.ask_before(&job.model, &start, directory)?;
+            samples.ask_before(&job.model, &start, directory);
         }
         let groups = rows.train();
         let made = objective(&job, self.objective, (&groups, &held_out), &config, directory);

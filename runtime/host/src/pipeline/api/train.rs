@@ -85,23 +85,18 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
     let mut recording = Recording::new(&run, number, saving)?;
     let from = None::<Resumed>;
-    let state = lua.create_table()?;
-    if let Some(from) = &from
-        && let Value::Table(kept) = to_lua(lua, &from.of_observer()["state"])?
-    {
-        kept.for_each(|key: Value, value: Value| state.raw_set(key, value))?;
-    }
     let mut watcher = Watcher {
         lua,
         session,
         options: &options,
-        kept: from.as_ref().map_or(Json::Null, |from| from.of_observer()["state"].clone()),
-        state,
+        kept: Json::Null,
+        state: lua.create_table()?,
         bar: Some(progress::Training::start(steps)),
         evaluating: None,
         stopped: None,
         raised: None,
     };
+    from.iter().for_each(|from| watcher.recall(from.of_observer()));
     let mut counting = None;
     let made =
         job.objective(objective, (&trained, &held_out), &config, Some(recording.directory()), &mut |done, all| {
@@ -381,6 +376,20 @@ impl Observer for Watcher<'_> {
 
     fn memory(&mut self) -> Result<Json> {
         Ok(json!({"state": self.kept}))
+    }
+
+    fn recall(&mut self, memory: &Json) {
+        self.kept = memory["state"].clone();
+        let fill = || -> mlua::Result<()> {
+            self.state.clear()?;
+            if let Value::Table(kept) = to_lua(self.lua, &self.kept)? {
+                kept.for_each(|key: Value, value: Value| self.state.raw_set(key, value))?;
+            }
+            Ok(())
+        };
+        if let Err(error) = fill() {
+            self.raised = Some(error.into());
+        }
     }
 
     fn is_cancelled(&mut self) -> bool {

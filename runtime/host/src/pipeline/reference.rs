@@ -31,10 +31,15 @@ const SHAPES: [Shape; 10] = [
     },
     Shape {
         name: "Metrics",
-        doc: "The numbers of a training. A loss is the mean over trained tokens, in nats.",
+        doc: "The numbers of a training. A loss is the objective's, in nats: of `sft` the mean over trained tokens.",
         fields: &[
             ("eval_loss", "number?", "held-out loss after training; nil without `eval`"),
             ("eval_loss_before", "number?", "held-out loss before training"),
+            (
+                "eval_reward_accuracy",
+                "number?",
+                "of `dpo` and `orpo`, share of held-out pairs whose chosen answer is preferred after training; of `kto`, of answers on their side",
+            ),
             ("train_loss", "number", "mean loss of all steps"),
             ("steps", "number", "steps that were done"),
             ("planned_steps", "number", "steps that were planned"),
@@ -96,6 +101,8 @@ const SHAPES: [Shape; 10] = [
             ("grad_norm", "number", "norm of the gradients before clipping"),
             ("learning_rate", "number", "learning rate of the update"),
             ("tokens", "number", "tokens of the step's rows"),
+            ("reward_accuracy", "number?", "share of the step's answers that were judged right; nil with `sft`"),
+            ("reward_margin", "number?", "mean reward of good answers less that of bad ones; nil with `sft`"),
             (
                 "state",
                 "{[string]: any}",
@@ -113,6 +120,8 @@ const SHAPES: [Shape; 10] = [
             ("eval_loss", "number", "held-out loss"),
             ("perplexity", "number", "e to the loss"),
             ("token_accuracy", "number", "share of held-out tokens that the model found likeliest"),
+            ("reward_accuracy", "number?", "share of held-out answers that are judged right; nil with `sft`"),
+            ("reward_margin", "number?", "mean reward of good answers less that of bad ones; nil with `sft`"),
             ("best", "number", "lowest held-out loss so far, this one included"),
             (
                 "state",

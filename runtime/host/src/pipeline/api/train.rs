@@ -426,6 +426,8 @@ impl Watcher<'_> {
         table.set("grad_norm", report.grad_norm)?;
         table.set("learning_rate", report.learning_rate)?;
         table.set("tokens", report.tokens)?;
+        table.set("reward_accuracy", report.rewards.map(|rewards| rewards.accuracy))?;
+        table.set("reward_margin", report.rewards.map(|rewards| rewards.margin))?;
         self.call("on_step", table)
     }
 
@@ -437,6 +439,8 @@ impl Watcher<'_> {
         table.set("eval_loss", report.evaluation.loss)?;
         table.set("perplexity", report.evaluation.perplexity)?;
         table.set("token_accuracy", report.evaluation.token_accuracy)?;
+        table.set("reward_accuracy", report.evaluation.rewards.map(|rewards| rewards.accuracy))?;
+        table.set("reward_margin", report.evaluation.rewards.map(|rewards| rewards.margin))?;
         table.set("best", report.lowest)?;
         self.call("on_eval", table)
     }

@@ -397,8 +397,9 @@ too: `string.rep` makes 64 MiB, `table.move` moves 10 million elements, and a lo
 limits stop accidents and hostile scripts. They do not limit what verbs do: a script can train for days, and replace the models that
 it names.
 
-What `fine_tune` makes stays in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until you delete it. `save_model` copies
-the model's own files to the registry, where only you can read them.
+What `fine_tune` makes stays in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until `homeroom runs rm` removes it. Of more than
+50 runs, or 10 GB of them, a new run removes the oldest that have ended and that nobody names. `save_model` copies the model's own files to the
+registry, where only you can read them.
 "#;
 
 #[cfg(test)]

@@ -38,6 +38,8 @@ mod registry;
 mod reload;
 #[cfg(target_os = "linux")]
 mod results;
+#[cfg(unix)]
+mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;

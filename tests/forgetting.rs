@@ -19,9 +19,16 @@ use serde_json::{Value, json};
 
 use crate::invariants::examples;
 use crate::pipelines::{Place, TRAIN};
-use crate::support::{self, adapt, distance, fixture, homeroom, model, plugin_path, printed_json, root, shake, succeeds};
+use crate::support::{
+    self, adapt, distance, fixture, homeroom, model, plugin_path, printed_json, root, shake, succeeds,
+};
 
-fn measure(base: &BaseModel, tuned: &BaseModel, adaptation: Option<&Adaptation>, rows: &[Example]) -> Result<Forgetting> {
+fn measure(
+    base: &BaseModel,
+    tuned: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    rows: &[Example],
+) -> Result<Forgetting> {
     let rows: Vec<&Example> = rows.iter().collect();
     forgetting((base, None), (tuned, adaptation), &rows, |_| {})
 }
@@ -51,7 +58,8 @@ fn the_divergence_is_transformers() -> Result<()> {
     let model = model("llama")?;
     let dir = fixture("curves/lora");
     let curve: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("curve.json"))?)?;
-    let rows = curve["steps"][0]["micro_batches"].as_array().context("batches")?.iter().flat_map(|rows| rows.as_array());
+    let rows =
+        curve["steps"][0]["micro_batches"].as_array().context("batches")?.iter().flat_map(|rows| rows.as_array());
     let rows = rows.flatten().map(|row| {
         let ids = serde_json::from_value(row["ids"].clone())?;
         Ok(Example { ids, trained: serde_json::from_value(row["trained"].clone())?, line: 0 })
@@ -209,7 +217,8 @@ fn rows_that_were_drawn_are_found_again_and_damaged_ones_are_drawn_anew() -> Res
 }
 
 fn pocket_fine_tune(place: &support::Place) -> Command {
-    let mut command = place.fine_tune(&root().join("runtime/pocket/model"), &root().join("runtime/pocket/quickstart/train.jsonl"));
+    let mut command =
+        place.fine_tune(&root().join("runtime/pocket/model"), &root().join("runtime/pocket/quickstart/train.jsonl"));
     command.args(["--max-steps", "4", "--learning-rate", "5e-3", "--json"]).env("HOMEROOM_HOME", place.path("home"));
     command
 }
@@ -238,8 +247,7 @@ fn fine_tune_tells_and_records_what_is_forgotten() -> Result<()> {
     assert!(kl > 1e-4 && after > before, "{told}");
     let words = format!("loss on the base's own answers {before:.4} before, {after:.4} after; KL {kl:.4} nats a token");
     assert!(line.ends_with(&words), "{line}");
-    let manifest: Value =
-        serde_json::from_str(&std::fs::read_to_string(place.path("outputs/out/homeroom.json"))?)?;
+    let manifest: Value = serde_json::from_str(&std::fs::read_to_string(place.path("outputs/out/homeroom.json"))?)?;
     assert_eq!(&manifest["training"]["result"]["forgetting"], told);
     let events = events(&place.path("home"), "forgetting")?;
     assert_eq!(events.len(), 1);
@@ -269,7 +277,8 @@ fn a_script_is_told_what_a_model_has_forgotten() -> Result<()> {
          rows = homeroom.forgetting {{ model = tuned, rows = data.eval }}, loss = homeroom.evaluate {{ model = tuned, dataset = data.eval }}.loss,\n\
          whole = homeroom.forgetting {{ model = whole }}, named = homeroom.forgetting {{ model = \"whole\", base = params.model }} }}"
     ))?;
-    let number = |name: &str, field: &str| result[name][field].as_f64().with_context(|| format!("{name}.{field}: {result}"));
+    let number =
+        |name: &str, field: &str| result[name][field].as_f64().with_context(|| format!("{name}.{field}: {result}"));
     assert!(number("own", "kl")? > 1e-4 && number("whole", "kl")? > 1e-4, "{result}");
     assert_eq!(result["own"], result["again"]);
     assert_eq!(result["whole"], result["named"]);

@@ -188,7 +188,7 @@ fn ask(loaded: Loaded, examples: &[&Example], max_tokens: usize) -> Result<Vec<(
     let sampling = Sampling { max_tokens, temperature: 0.0, ..Sampling::default() };
     let asked = examples.iter().map(|example| {
         let (start, _) = answer(example).context("only such with an answer are asked")?;
-        Ok((example.line, answerer.ask(&example.ids[..start], sampling)?))
+        Ok((example.line, answerer.ask(&example.ids[..start], sampling.clone())?))
     });
     let told = |(line, tokens): (usize, Tokens)| {
         let ids = tokens.collect::<Result<Vec<u32>>>()?;
@@ -313,7 +313,7 @@ impl Paired {
 }
 
 fn in_words(arguments: &Arguments, a: &Measured, b: &Measured, comparison: &Comparison) -> Vec<String> {
-    let names = [&arguments.a, &arguments.b].map(|name| cell(&name.display().to_string()));
+    let names = names(arguments);
     let row = |name: &str, of: &dyn Fn(&Evaluation) -> String| {
         vec![name.to_owned(), of(&a.evaluation), of(&b.evaluation), String::new()]
     };
@@ -370,6 +370,16 @@ fn in_words(arguments: &Arguments, a: &Measured, b: &Measured, comparison: &Comp
         }
     }
     out
+}
+
+/// What the models are called: as they were typed, or the last parts of paths that differ in these.
+fn names(arguments: &Arguments) -> [String; 2] {
+    let typed = [&arguments.a, &arguments.b].map(|name| cell(&name.display().to_string()));
+    let short = [&arguments.a, &arguments.b].map(|name| match name.is_absolute() {
+        true => name.file_name().map_or_else(String::new, |name| cell(&name.to_string_lossy())),
+        false => cell(&name.display().to_string()),
+    });
+    if short[0] == short[1] || short.iter().any(String::is_empty) { typed } else { short }
 }
 
 /// The end of a question, in one line.

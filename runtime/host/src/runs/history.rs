@@ -144,6 +144,11 @@ impl Training {
         ["steps", "planned_steps", "max_steps"].iter().find_map(|key| self.started.get(*key)?.as_u64())
     }
 
+    /// Whether its loss is how much the right answers surprise it, as that of sft is; other objectives weigh answers against each other.
+    pub fn is_of_surprise(&self) -> bool {
+        self.started.get("objective").and_then(Value::as_str).is_none_or(|objective| objective == "sft")
+    }
+
     /// Loss of the first, of the last, and the lowest of all steps.
     pub fn losses(&self) -> Option<(f64, f64, f64)> {
         let losses: Vec<f64> = self.steps.iter().filter_map(|step| step.loss).collect();

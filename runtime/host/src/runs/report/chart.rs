@@ -14,7 +14,7 @@ pub struct Chart<'a> {
     pub lines: Vec<Line<'a>>,
     /// Steps at which something happened, with its number in the list of events.
     pub marks: Vec<(f64, usize)>,
-    /// The most that the scale shows, if it has an end of its own, as a share has.
+    /// The least and the most that the scale shows, where they are not the values' own, as of a share. It is not logarithmic then.
     pub range: Option<(f64, f64)>,
     /// Whether it stands in half the width.
     pub small: bool,

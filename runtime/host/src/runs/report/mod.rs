@@ -212,6 +212,29 @@ fn summary(entry: &Entry, trainings: &[Training], manifest: Option<&Manifest>) -
         let verb = if pipeline { "took" } else { "for" };
         sentences.push(format!("{who} {verb} {}{planned} {steps}{took}.", thousands(last.step as usize)));
     }
+    if let [training] = trainings {
+        let losses =
+            training.evals.first().zip(training.evals.last()).and_then(|(a, b)| Some((a.eval_loss?, b.eval_loss?)));
+        let kept = training.finished.get("kept_step").and_then(Value::as_u64);
+        let of_kept = kept.and_then(|kept| training.evals.iter().find(|eval| eval.step == kept)?.eval_loss);
+        if let Some((before, last)) = losses.filter(|_| training.evals.len() > 1) {
+            let after = of_kept.unwrap_or(last);
+            let meaning = match (training.is_of_surprise(), after < before) {
+                (true, true) => ": the right answers surprise it less than before",
+                (true, false) => ": the right answers surprise it no less than before",
+                (false, _) => "; lower is better",
+            };
+            sentences.push(format!(
+                "Its loss on rows that it never learned from went from {} to {}{meaning}.",
+                chart::number(before),
+                chart::number(after)
+            ));
+        }
+        if let Some(kept) = kept {
+            let kept = thousands(kept as usize);
+            sentences.push(format!("What was saved is the model after step {kept}, where that loss was lowest."));
+        }
+    }
     if sentences.is_empty() {
         sentences.push("It has not taken a step.".to_owned());
     }
@@ -366,7 +389,7 @@ fn licences(settings: &Map<String, Value>, trainings: &[Training], manifest: Opt
         ),
         None => (None, "neither a README.md nor a LICENSE file beside it names one".to_owned()),
     };
-    vec![Licence { model: name, licence, source }]
+    vec![Licence { model: last_part(&name), licence, source }]
 }
 
 /// What the files of a model say of its licence, and which says so.

@@ -146,10 +146,15 @@ fn from_to(points: &[(f64, f64)]) -> Option<(f64, f64)> {
 fn loss(training: &Training, marks: Vec<(f64, usize)>, id: &str, out: &mut String) {
     let (train, held_out) =
         (values(&training.steps, |step| step.loss), eval_values(&training.evals, |eval| eval.eval_loss));
-    let mut words = vec![
-        "The loss says how much the right answers surprise the model: 0 would be no surprise at all, so lower is better."
-            .to_owned(),
-    ];
+    let what = match training.is_of_surprise() {
+        true => {
+            "The loss says how much the right answers surprise the model: 0 would be no surprise at all, so lower is better."
+        }
+        false => {
+            "The loss says how far the model is from preferring the answers that the rows prefer: lower is better."
+        }
+    };
+    let mut words = vec![what.to_owned()];
     if let Some((first, last)) = from_to(&train).filter(|_| train.len() > 1) {
         words.push(format!("On the rows that it learns from, it went from {} to {}.", number(first), number(last)));
     }
@@ -378,9 +383,12 @@ fn small(training: &Training, id: &dyn Fn(&str) -> String, out: &mut String) {
             continue;
         }
         let ends = from_to(&points).map(|(first, last)| format!(" From {} to {}.", number(first), number(last)));
+        // A rate that falls to nothing is shown as it falls, not by decades.
+        let highest = points.iter().map(|(_, value)| *value).filter(|value| value.is_finite()).fold(0.0, f64::max);
+        let range = (key == "rate" && highest > 0.0).then_some((0.0, 1.06 * highest));
         let line = Line { name: title, colour, points, smooth: key == "norm" };
         let description = format!("{words}{}", ends.unwrap_or_default());
-        let chart = Chart { title, description, lines: vec![line], marks: vec![], range: None, small: true };
+        let chart = Chart { title, description, lines: vec![line], marks: vec![], range, small: true };
         let picture = svg(&chart, &id(key));
         if !picture.is_empty() {
             let _ = write!(

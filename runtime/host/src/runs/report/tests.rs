@@ -82,6 +82,8 @@ fn a_page_is_whole_at_thirty_steps_and_at_three_thousand_and_loads_nothing() -> 
         assert_eq!(has("svg"), steps > 0);
         assert!(steps < 30 || ["figcaption", "table", "caption", "title", "desc"].iter().all(|name| has(name)));
         assert!(!page.contains("NaN"));
+        // The rate falls to 0, which no logarithm has; the losses fall less than twentyfold.
+        assert!(!page.contains("logarithmic"));
         assert!(page.len() < 200_000, "{} bytes", page.len());
         // For who wants to look at it.
         if let Some(directory) = std::env::var_os("HOMEROOM_REPORTS") {
@@ -136,6 +138,9 @@ fn the_words_below_a_curve_say_what_it_shows() {
     assert!(of(&[3.0, 2.0]).contains("went from 3 to 2,"));
     assert!(of(&[3.0, 1.0, 2.0]).contains("lowest, 1, at step 1, and has risen since"));
     assert!(of(&[2.0, 2.5]).contains("worse than before the training"));
+    let preferring = json!({"event": "started", "training": 1, "objective": "dpo"});
+    let page = html(&data(&[vec![preferring], lines(4)].concat()));
+    assert!(page.contains("far the model is from preferring") && !page.contains("right answers surprise"));
 }
 
 #[test]

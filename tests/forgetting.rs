@@ -19,9 +19,16 @@ use serde_json::{Value, json};
 
 use crate::invariants::examples;
 use crate::pipelines::{Place, TRAIN};
-use crate::support::{self, adapt, distance, fixture, homeroom, model, plugin_path, printed_json, root, shake, succeeds};
+use crate::support::{
+    self, adapt, distance, fixture, homeroom, model, plugin_path, printed_json, root, shake, succeeds,
+};
 
-fn measure(base: &BaseModel, tuned: &BaseModel, adaptation: Option<&Adaptation>, rows: &[Example]) -> Result<Forgetting> {
+fn measure(
+    base: &BaseModel,
+    tuned: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    rows: &[Example],
+) -> Result<Forgetting> {
     let rows: Vec<&Example> = rows.iter().collect();
     forgetting((base, None), (tuned, adaptation), &rows, |_| {})
 }
@@ -51,7 +58,8 @@ fn the_divergence_is_transformers() -> Result<()> {
     let model = model("llama")?;
     let dir = fixture("curves/lora");
     let curve: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("curve.json"))?)?;
-    let rows = curve["steps"][0]["micro_batches"].as_array().context("batches")?.iter().flat_map(|rows| rows.as_array());
+    let rows =
+        curve["steps"][0]["micro_batches"].as_array().context("batches")?.iter().flat_map(|rows| rows.as_array());
     let rows = rows.flatten().map(|row| {
         let ids = serde_json::from_value(row["ids"].clone())?;
         Ok(Example { ids, trained: serde_json::from_value(row["trained"].clone())?, line: 0 })
@@ -209,7 +217,8 @@ fn rows_that_were_drawn_are_found_again_and_damaged_ones_are_drawn_anew() -> Res
 }
 
 fn pocket_fine_tune(place: &support::Place) -> Command {
-    let mut command = place.fine_tune(&root().join("runtime/pocket/model"), &root().join("runtime/pocket/quickstart/train.jsonl"));
+    let mut command =
+        place.fine_tune(&root().join("runtime/pocket/model"), &root().join("runtime/pocket/quickstart/train.jsonl"));
     command.args(["--max-steps", "4", "--learning-rate", "5e-3", "--json"]).env("HOMEROOM_HOME", place.path("home"));
     command
 }
@@ -238,8 +247,7 @@ fn fine_tune_tells_and_records_what_is_forgotten() -> Result<()> {
     assert!(kl > 1e-4 && after > before, "{told}");
     let words = format!("loss on the base's own answers {before:.4} before, {after:.4} after; KL {kl:.4} nats a token");
     assert!(line.ends_with(&words), "{line}");
-    let manifest: Value =
-        serde_json::from_str(&std::fs::read_to_string(place.path("outputs/out/homeroom.json"))?)?;
+    let manifest: Value = serde_json::from_str(&std::fs::read_to_string(place.path("outputs/out/homeroom.json"))?)?;
     assert_eq!(&manifest["training"]["result"]["forgetting"], told);
     let events = events(&place.path("home"), "forgetting")?;
     assert_eq!(events.len(), 1);
@@ -269,7 +277,8 @@ fn a_script_is_told_what_a_model_has_forgotten() -> Result<()> {
          rows = homeroom.forgetting {{ model = tuned, rows = data.eval }}, loss = homeroom.evaluate {{ model = tuned, dataset = data.eval }}.loss,\n\
          whole = homeroom.forgetting {{ model = whole }}, named = homeroom.forgetting {{ model = \"whole\", base = params.model }} }}"
     ))?;
-    let number = |name: &str, field: &str| result[name][field].as_f64().with_context(|| format!("{name}.{field}: {result}"));
+    let number =
+        |name: &str, field: &str| result[name][field].as_f64().with_context(|| format!("{name}.{field}: {result}"));
     assert!(number("own", "kl")? > 1e-4 && number("whole", "kl")? > 1e-4, "{result}");
     assert_eq!(result["own"], result["again"]);
     assert_eq!(result["whole"], result["named"]);
@@ -306,7 +315,7 @@ fn a_model_is_replaced_only_by_a_better_one_that_forgets_little() -> Result<()> 
     let adapter = || std::fs::read(place.path("home/models/pig-latin/adapter_model.safetensors"));
     let number = |result: &Value, name: &str| result[name].as_f64().with_context(|| format!("no {name}: {result}"));
 
-    let (first, _) = shipped(&place, "improve.toml", &["epochs=2"])?;
+    let (first, _) = shipped(&place, "improve.toml", &[])?;
     assert_eq!((&first["promoted"], &first["reasons"]), (&json!(true), &json!([])), "{first}");
     let saved = adapter()?;
 
@@ -317,12 +326,41 @@ fn a_model_is_replaced_only_by_a_better_one_that_forgets_little() -> Result<()> 
     assert!(second["reasons"].as_array().is_some_and(|reasons| reasons.len() == 1), "{second}");
     assert!(story.contains("not promoted, pig-latin stays as it is: the held-out loss is"), "{story}");
 
-    let (third, story) = shipped(&place, "improve.toml", &["epochs=8", "learning_rate=2e-2"])?;
+    let (third, story) = shipped(&place, "improve.toml", &["epochs=8", "learning_rate=1e-2"])?;
     assert_eq!(third["promoted"], false, "{third}");
     assert!(number(&third, "eval_loss")? < 0.8 * number(&first, "eval_loss")?, "{third}");
     assert!(story.contains("it forgets: the KL divergence from the base is"), "{story}");
     assert!(third["reasons"].as_array().is_some_and(|reasons| reasons.len() == 1), "{third}");
     assert_eq!(adapter()?, saved, "the present model is as it was");
+    Ok(())
+}
+
+/// KTO learns from both thumbs, whatever they are called, and with `start=present` the present model is what is trained.
+#[test]
+fn ratings_teach_by_kto_and_the_present_model_goes_on() -> Result<()> {
+    let place = support::Place::new()?;
+    let row = |(number, word): (usize, &str)| match number % 3 {
+        0 => json!({"prompt": format!("Say {word}."), "completion": "I do not know.", "label": "down"}),
+        1 => json!({"prompt": format!("Say {word}."), "completion": word, "label": "up"}),
+        _ => json!({"prompt": format!("Say {word}."), "completion": word, "label": true}),
+    };
+    let words = ["dog", "cat", "rain", "sun", "tree", "bird", "road", "door", "lamp"];
+    let rows: Vec<String> = words.into_iter().enumerate().map(|word| row(word).to_string()).collect();
+    let ratings = format!("ratings={}", place.write("thumbs.jsonl", rows.join("\n"))?.display());
+    let loose = ["max_steps=3", "learning_rate=1e-3", "max_kl=100", "name=thumbs", &ratings];
+    let mut settings = loose.to_vec();
+    let (first, _) = shipped(&place, "improve.toml", &settings)?;
+    assert_eq!((&first["rated"], &first["trained"]), (&json!(9), &json!(6)), "{first}");
+    settings.extend(["objective=kto", "start=present"]);
+    let (second, story) = shipped(&place, "improve.toml", &settings)?;
+    assert_eq!((&second["rated"], &second["trained"]), (&json!(9), &json!(9)), "{second}");
+    let (present, second) = (first["promoted"].as_bool(), second["promoted"].as_bool());
+    assert!(present.is_some() && second.is_some(), "{story}");
+    let bad = place.write("bad.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\", \"label\": \"yes\"}\n")?;
+    let mut command = homeroom();
+    command.arg("run").arg(root().join("configs/improve.toml")).env("HOMEROOM_HOME", place.path("home"));
+    command.arg("--set").arg(format!("ratings={}", bad.display()));
+    support::refused(&mut command, &["improve.lua:", "`label` is yes; it should be true or false"])?;
     Ok(())
 }
 

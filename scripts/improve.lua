@@ -2,13 +2,22 @@
 -- not forgotten what its base can do. Else the old one stays, and the result says why.
 -- Run: homeroom run configs/improve.toml
 --
--- A row of the ratings is an answer and what somebody thought of it: `prompt`, `completion` and `label`, true or false, as TRL's KTO
--- has them; or `thumb`, "up" or "down".
+-- A row of the ratings is an answer and what somebody thought of it: `prompt`, `completion` and `label`, which is true or false, as TRL's
+-- KTO has it, or "up" or "down", as thumbs are.
+
+local RATINGS = { ["true"] = true, up = true, ["👍"] = true, ["false"] = false, down = false, ["👎"] = false }
 
 local function is_liked(row)
-  if row.label == true or row.thumb == "up" then return true end
-  if row.label == false or row.thumb == "down" then return false end
-  error("a row has neither `label`, true or false, nor `thumb`, \"up\" or \"down\": " .. tostring(row.prompt))
+  local liked = RATINGS[tostring(row.label):lower()]
+  if liked == nil then
+    error(("`label` is %s; it should be true or false, \"up\" or \"down\" (prompt: %s)"):format(tostring(row.label), tostring(row.prompt)))
+  end
+  return liked
+end
+
+-- What a row teaches, without what was thought of it.
+local function answer(row)
+  return { prompt = row.prompt, completion = row.completion }
 end
 
 local ratings = homeroom.prepare_dataset { path = params.ratings }.train:dedupe()
@@ -19,17 +28,12 @@ if params.exam then
   exam = homeroom.prepare_dataset { path = params.exam }.train
 else
   lessons, exam = ratings:split { eval = params.eval, seed = params.seed }
-  exam = exam:filter(is_liked)
+  exam = exam:filter(is_liked):map(answer)
 end
 
 -- sft learns what was liked; kto also learns what not to say.
-if params.objective == "sft" then
-  lessons = lessons:filter(is_liked)
-else
-  lessons = lessons:map(function(row)
-    return { prompt = row.prompt, completion = row.completion, label = is_liked(row) }
-  end)
-end
+local liked = lessons:filter(is_liked)
+if params.objective == "sft" then lessons = liked:map(answer) end
 
 -- The model that answers now; in the first round there is none of that name, and the base is what is to be improved.
 local base = homeroom.load_model { name = params.model, strategy = params.strategy, r = params.r }
@@ -75,6 +79,7 @@ return {
   reasons = reasons,
   adapter = tuned.adapter,
   rated = #ratings,
+  liked = #liked,
   trained = #lessons,
   eval_loss_before = before.loss,
   eval_loss = after.loss,

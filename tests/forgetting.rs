@@ -315,7 +315,7 @@ fn a_model_is_replaced_only_by_a_better_one_that_forgets_little() -> Result<()> 
     let adapter = || std::fs::read(place.path("home/models/pig-latin/adapter_model.safetensors"));
     let number = |result: &Value, name: &str| result[name].as_f64().with_context(|| format!("no {name}: {result}"));
 
-    let (first, _) = shipped(&place, "improve.toml", &["epochs=2"])?;
+    let (first, _) = shipped(&place, "improve.toml", &[])?;
     assert_eq!((&first["promoted"], &first["reasons"]), (&json!(true), &json!([])), "{first}");
     let saved = adapter()?;
 
@@ -326,12 +326,41 @@ fn a_model_is_replaced_only_by_a_better_one_that_forgets_little() -> Result<()> 
     assert!(second["reasons"].as_array().is_some_and(|reasons| reasons.len() == 1), "{second}");
     assert!(story.contains("not promoted, pig-latin stays as it is: the held-out loss is"), "{story}");
 
-    let (third, story) = shipped(&place, "improve.toml", &["epochs=8", "learning_rate=2e-2"])?;
+    let (third, story) = shipped(&place, "improve.toml", &["epochs=8", "learning_rate=1e-2"])?;
     assert_eq!(third["promoted"], false, "{third}");
     assert!(number(&third, "eval_loss")? < 0.8 * number(&first, "eval_loss")?, "{third}");
     assert!(story.contains("it forgets: the KL divergence from the base is"), "{story}");
     assert!(third["reasons"].as_array().is_some_and(|reasons| reasons.len() == 1), "{third}");
     assert_eq!(adapter()?, saved, "the present model is as it was");
+    Ok(())
+}
+
+/// KTO learns from both thumbs, whatever they are called, and with `start=present` the present model is what is trained.
+#[test]
+fn ratings_teach_by_kto_and_the_present_model_goes_on() -> Result<()> {
+    let place = support::Place::new()?;
+    let row = |(number, word): (usize, &str)| match number % 3 {
+        0 => json!({"prompt": format!("Say {word}."), "completion": "I do not know.", "label": "down"}),
+        1 => json!({"prompt": format!("Say {word}."), "completion": word, "label": "up"}),
+        _ => json!({"prompt": format!("Say {word}."), "completion": word, "label": true}),
+    };
+    let words = ["dog", "cat", "rain", "sun", "tree", "bird", "road", "door", "lamp"];
+    let rows: Vec<String> = words.into_iter().enumerate().map(|word| row(word).to_string()).collect();
+    let ratings = format!("ratings={}", place.write("thumbs.jsonl", rows.join("\n"))?.display());
+    let loose = ["max_steps=3", "learning_rate=1e-3", "max_kl=100", "name=thumbs", &ratings];
+    let mut settings = loose.to_vec();
+    let (first, _) = shipped(&place, "improve.toml", &settings)?;
+    assert_eq!((&first["rated"], &first["trained"]), (&json!(9), &json!(6)), "{first}");
+    settings.extend(["objective=kto", "start=present"]);
+    let (second, story) = shipped(&place, "improve.toml", &settings)?;
+    assert_eq!((&second["rated"], &second["trained"]), (&json!(9), &json!(9)), "{second}");
+    let (present, second) = (first["promoted"].as_bool(), second["promoted"].as_bool());
+    assert!(present.is_some() && second.is_some(), "{story}");
+    let bad = place.write("bad.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\", \"label\": \"yes\"}\n")?;
+    let mut command = homeroom();
+    command.arg("run").arg(root().join("configs/improve.toml")).env("HOMEROOM_HOME", place.path("home"));
+    command.arg("--set").arg(format!("ratings={}", bad.display()));
+    support::refused(&mut command, &["improve.lua:", "`label` is yes; it should be true or false"])?;
     Ok(())
 }
 

@@ -386,6 +386,8 @@ parameters ([configs/](../configs/README.md)). To write your own, copy the neare
 | `quickstart.lua` | teaches the pocket model a rule, and asks it before and after |
 | `fine_tune.lua` | trains on a file, measures on held-out rows, saves the adapter, lets it answer |
 | `curriculum.lua` | trains on easy rows first and on hard ones last; a stage counts if the held-out loss falls |
+| `improve.lua` | trains on rated answers; the new model replaces the present one if it is better and has not forgotten |
+| `compare.lua` | trains with several strategies or settings on the same rows, and prints a table |
 
 ```
 homeroom run configs/fine_tune.toml --set model=MODEL --set dataset=rows.jsonl

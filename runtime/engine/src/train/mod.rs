@@ -88,12 +88,15 @@ pub fn train(
     let _surviving = Surviving::begin();
     let mut run = Run::restore(model, objective, config, planned, state);
     run.state.report.planned_steps = planned;
-    run.state.report.interrupted = false;
+    run.state.report.interrupted &= run.state.report.stopped.is_some();
     if run.state.step == 0 && run.state.report.evaluations.is_empty() {
         run.evaluate(data, observer, 0.0)?;
     }
     if run.state.step == 0 && observer.is_due(&run.state) {
         observer.save(&run.state)?;
+    }
+    if run.catch_up(data, observer)? {
+        return run.finish(data, observer);
     }
     let cut = Steps::new(data, config, run.state.cut.pass_rows);
     let mut order = Order::default();
@@ -145,20 +148,12 @@ impl Run<'_> {
         done.epoch = cut.epochs(done.step);
         self.state.report.steps.push(done);
         let mut control = observer.on_step(&done, planned)?;
-        let due = self.config.eval_steps.is_some_and(|every| done.step.is_multiple_of(every));
-        if due && done.step < planned && control != Control::Stop && !data.held_out.is_empty() {
-            match self.evaluate(data, observer, done.epoch)? {
-                None => control = Control::Stop,
-                Some(report) => match observer.on_eval(&report, planned)? {
-                    Control::Continue => {}
-                    other => control = other,
-                },
-            }
+        if control != Control::Stop
+            && let Some(other) = self.evaluate_between(data, observer)?
+        {
+            control = other;
         }
-        if let Control::ScaleLearningRate(scale) = control {
-            ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
-            self.state.script_scale = scale;
-        }
+        self.scale(control)?;
         for directive in observer.directives(&done, planned)? {
             if let Some(change) = self.direct(directive) {
                 self.tell(observer, change)?;
@@ -174,6 +169,60 @@ impl Run<'_> {
                 return Err(Unusable::diverged(done.step, &what).into());
             }
         }
+        self.stop_early();
+        self.interrupt(stops, observer);
+        let saves = observer.is_due(&self.state);
+        if (saves || self.state.report.interrupted) && done.step < planned {
+            self.look(units)?;
+        }
+        if saves {
+            observer.save(&self.state)?;
+        }
+        Ok(stops)
+    }
+
+    /// Makes up for an evaluation that was due when the run was interrupted, for which nobody waited. Returns whether the run ends here.
+    fn catch_up(&mut self, data: &Data<'_>, observer: &mut dyn Observer) -> Result<bool> {
+        let report = &self.state.report;
+        let is_done = report.evaluations.last().is_some_and(|last| last.step == self.state.step);
+        if is_done || self.state.step == 0 || report.stopped.is_some() {
+            return Ok(false);
+        }
+        let Some(control) = self.evaluate_between(data, observer)? else { return Ok(false) };
+        self.scale(control)?;
+        self.stop_early();
+        let stops = control == Control::Stop;
+        self.interrupt(stops, observer);
+        if observer.is_due(&self.state) {
+            observer.save(&self.state)?;
+        }
+        Ok(stops)
+    }
+
+    /// Evaluates after a step that asks for it, and returns what the run is to do then; `None`: what it was to do already.
+    fn evaluate_between(&mut self, data: &Data<'_>, observer: &mut dyn Observer) -> Result<Option<Control>> {
+        let (step, planned) = (self.state.step, self.state.report.planned_steps);
+        let is_due = self.config.eval_steps.is_some_and(|every| step.is_multiple_of(every));
+        if !is_due || step >= planned || data.held_out.is_empty() {
+            return Ok(None);
+        }
+        let epoch = self.state.report.steps.last().map_or(0.0, |step| step.epoch);
+        let Some(report) = self.evaluate(data, observer, epoch)? else { return Ok(Some(Control::Stop)) };
+        let control = observer.on_eval(&report, planned)?;
+        Ok((control != Control::Continue).then_some(control))
+    }
+
+    /// Follows what an observer says of the learning rate.
+    fn scale(&mut self, control: Control) -> Result<()> {
+        if let Control::ScaleLearningRate(scale) = control {
+            ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
+            self.state.script_scale = scale;
+        }
+        Ok(())
+    }
+
+    /// Notes that the run ends when the held-out loss has not fallen for too long.
+    fn stop_early(&mut self) {
         if let (Some(patience), Some(best)) = (self.config.early_stopping_patience, self.state.best)
             && best.since >= patience
             && self.state.report.stopped.is_none()
@@ -184,15 +233,15 @@ impl Run<'_> {
                 best.step
             ));
         }
-        self.state.report.interrupted = stops && done.step < planned;
-        let saves = observer.is_due(&self.state);
-        if (saves || self.state.report.interrupted) && done.step < planned {
-            self.look(units)?;
+    }
+
+    /// Notes that an observer ends the run. One that nobody interrupts has come to its end: a state that is saved now does not go on.
+    fn interrupt(&mut self, stops: bool, observer: &mut dyn Observer) {
+        let report = &mut self.state.report;
+        report.interrupted = stops && self.state.step < report.planned_steps;
+        if report.interrupted && !observer.is_cancelled() && report.stopped.is_none() {
+            report.stopped = Some("its observer has ended it".to_owned());
         }
-        if saves {
-            observer.save(&self.state)?;
-        }
-        Ok(stops)
     }
 
     /// Measures the held-out rows and reports that; `None`: nobody waits for it.

@@ -1,0 +1,246 @@
+"""Nothing that was computed is lost: runs are killed at random instants and taken up again, and the result has the same bytes as that of a
+run that nobody disturbed and nothing saved.
+
+    python kills.py --homeroom target/release/homeroom                         # a hundred kills over all cases, some ten minutes
+    python kills.py --homeroom target/release/homeroom --kills 20 --case qlora --case full
+    python kills.py --homeroom target/release/homeroom --tests target/release/deps/all-1234567890abcdef   # and a swapped plugin
+
+Strategies lie beside the binary. An instant is drawn evenly over what the run has still to do, by the length of the undisturbed one;
+each kill is printed with the step and the phase that it fell in. Needs nothing but Python; everything is below a temporary directory.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serving import check, verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, ROWS = ROOT / "runtime/pocket/model", ROOT / "runtime/pocket/quickstart"
+#: Files that two runs of the same work write alike; the others have dates and times.
+COMPARED = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "config.json", "tokenizer.json")
+
+
+@dataclass
+class Case:
+    """A run, by what is typed after the name of the program."""
+
+    name: str
+    arguments: list[str]
+    saving: list[str] = field(default_factory=lambda: ["--save-every", "7"])
+    #: Threads that a process gets, one of these.
+    threads: tuple = (1,)
+    #: Its strategies are gone after the first kill that leaves a checkpoint.
+    loses_plugin: bool = False
+    #: The result's directory, below the run's own place.
+    results: tuple = ("out",)
+    #: `fine-tune`, else a pipeline.
+    is_training: bool = True
+    #: The program is the test binary.
+    is_test: bool = False
+
+
+def tune(name: str, *arguments, **more) -> Case:
+    fixed = ["fine-tune", "--model-name", MODEL, "--training-file", ROWS / "train.jsonl", "--output-dir", "out"]
+    return Case(name, [str(argument) for argument in [*fixed, *arguments]], **more)
+
+
+HELD_OUT = ["--eval-file", ROWS / "eval.jsonl"]
+CASES = [
+    tune("lora f32", "--compute", "f32", "--max-steps", 150, "--batch-size", 4, "--lora-dropout", 0.1, *HELD_OUT, "--eval-every", 20),
+    # A rate so high that the held-out loss soon rises: it stops, and keeps what was best.
+    tune("lora bf16, stops early", "--compute", "bf16", "--max-steps", 400, "--batch-size", 4, "--lora-dropout", 0.05, "--learning-rate", "8e-3",
+         *HELD_OUT, "--eval-every", 10, "--early-stopping-patience", 6, saving=["--save-every", "13"]),
+    tune("qlora", "--strategy", "qlora", "--max-steps", 150, "--batch-size", 4, "--lora-dropout", 0.1, saving=["--save-every", "11"]),
+    tune("full", "--strategy", "full", "--max-steps", 90, "--batch-size", 4, *HELD_OUT, "--eval-every", 15),
+    tune("int8", "--strategy", "int8", "--compute", "int8", "--max-steps", 150, "--batch-size", 4),
+    # Rows of some length, so that a step is several passes.
+    tune("accumulated", "--no-packing", "--batch-size", 2, "--gradient-accumulation-steps", 5, "--max-steps", 90, "--lora-dropout", 0.1,
+         saving=["--save-every", "3"]),
+    tune("other threads", "--max-steps", 150, "--batch-size", 5, "--lora-dropout", 0.1, threads=(1, 2, 3)),
+    tune("without its plugin", "--max-steps", 150, "--batch-size", 4, "--lora-dropout", 0.1, loses_plugin=True),
+    tune("by time", "--max-steps", 150, "--batch-size", 4, "--lora-dropout", 0.1, saving=["--save-minutes", "0.004"]),
+]
+
+
+class Place:
+    """A directory for a run of a case, and how a process of it is started."""
+
+    def __init__(self, case: Case, path: Path, arguments: argparse.Namespace):
+        self.case, self.path, self.given = case, path, arguments
+        self.home = path / "home"
+        self.home.mkdir(parents=True, mode=0o700)
+        self.with_plugin = True
+
+    def start(self, *more: str, resume: str | None = None, full: tuple | None = None, told: Path | None = None) -> subprocess.Popen:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HOMEROOM")}
+        environment |= {"HOMEROOM_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "HOMEROOM_PLUGIN_POLICY": "dev"}
+        plugins = self.given.plugins if self.with_plugin else self.given.nothing
+        environment |= {"HOMEROOM_PLUGINS": str(plugins), "RAYON_NUM_THREADS": str(random.choice(self.case.threads))}
+        environment["TMPDIR"] = str(self.given.temporary)
+        if full or told:
+            environment |= {"LD_PRELOAD": str(self.given.shim), "FULL_BELOW": str(self.path)}
+            environment |= {"FULL_FROM": str(full[0]), "FULL_COUNT": str(full[1])} if full else {"FULL_TOLD": str(told)}
+        if self.case.is_test:
+            environment["HOMEROOM_KILLED"] = str(self.path)
+            command = [self.given.tests, *self.case.arguments]
+        else:
+            command = [self.given.binary, *(["resume", resume] if resume else [*self.case.arguments, *more])]
+        log = open(self.path / "log", "ab")
+        return subprocess.Popen(command, cwd=self.path, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def run(self) -> Path | None:
+        """The directory of its run, if it has one."""
+        runs = sorted((self.home / "runs").glob("*"), key=lambda run: int(run.name.rsplit("-", 1)[1]))
+        runs = [run for run in runs if (run / "run.json").exists()]
+        return runs[-1] if runs else None
+
+    def events(self) -> list[dict]:
+        file = (self.run() or self.path) / "events.jsonl"
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in (self.run() or self.path).glob("trainings/*/checkpoints/step-*"))
+
+    def results(self) -> dict[str, bytes]:
+        found = {}
+        for result in self.case.results:
+            for directory in sorted(self.path.glob(result)):
+                files = sorted(file for file in directory.iterdir() if file.name in COMPARED)
+                found |= {f"{directory.name}/{file.name}": file.read_bytes() for file in files}
+        return found
+
+    def phase(self, new: list[dict], pid: int) -> tuple[str, str]:
+        """Which step was being made, and what was being done, of a process with these events."""
+        run = self.run()
+        if run is None:
+            return "", "preparing"
+        steps = [event for event in new if event["event"] == "step"]
+        planned = steps and self.planned(steps[-1])
+        step = f"step {steps[-1]['step']}" if steps else ""
+        if (self.path / "out").exists() or list(self.path.glob(".homeroom-*")):
+            return step, "finishing"
+        written = [event for event in new if event["event"] in ("step", "checkpoint", "eval", "resumed")]
+        if list(run.glob("trainings/*/checkpoints/.homeroom-*")):
+            return step, "saving"
+        saved = [event["step"] for event in self.events() if event["event"] == "checkpoint"]
+        if set(self.checkpoints()) - set(saved):
+            return step, "saving"
+        if not written:
+            return step, "preparing"
+        if steps and steps[-1]["step"] == planned:
+            return step, "finishing"
+        return step, "training"
+
+    def planned(self, _event: dict) -> int:
+        return int(self.case.arguments[self.case.arguments.index("--max-steps") + 1]) if self.case.is_training else 0
+
+
+def prepare(given: argparse.Namespace, folder: Path) -> None:
+    """Takes the binary without what lies beside it, so that strategies can be taken away."""
+    given.binary, given.plugins, given.nothing = folder / "bin/homeroom", given.homeroom.resolve().parent, folder / "nothing"
+    given.temporary = folder / "temporary"
+    for directory in (given.binary.parent, given.nothing, given.temporary):
+        directory.mkdir()
+    shutil.copy(given.homeroom, given.binary)
+
+
+def wait(process: subprocess.Popen, place: Place) -> None:
+    if process.wait() != 0:
+        sys.exit(f"error: {place.case.name}: it ended with {process.returncode}:\n{(place.path / 'log').read_text()[-3000:]}")
+
+
+def undisturbed(case: Case, folder: Path, given: argparse.Namespace) -> tuple[float, dict[str, bytes]]:
+    """Seconds and result of a run that saves nothing."""
+    place = Place(case, folder, given)
+    start = time.monotonic()
+    wait(place.start("--save-minutes", "0"), place)
+    return time.monotonic() - start, place.results()
+
+
+def killed(case: Case, kills: int, folder: Path, given: argparse.Namespace, seconds: float, expected: dict) -> Counter:
+    """Kills runs of a case until so many kills have fallen; returns how many fell in which phase."""
+    fallen = Counter()
+    attempt = 0
+    while sum(fallen.values()) < kills:
+        attempt += 1
+        place = Place(case, folder / str(attempt), given)
+        share_left, first = 1.0, True
+        while True:
+            over = sum(fallen.values()) >= kills
+            seen = len(place.events())
+            run = place.run()
+            # The same command again, or by the run's name.
+            by_name = run is not None and case.is_training and not case.is_test and random.random() < 0.5
+            resume = [] if case.is_test or not case.is_training else ["--resume"]
+            started = time.monotonic()
+            process = place.start(*case.saving, *resume, resume=run.name if by_name else None)
+            instant = random.uniform(0, 0.15 * seconds + 0.9 * share_left * seconds)
+            try:
+                process.wait(None if over else instant)
+                wait(process, place)
+                break
+            except subprocess.TimeoutExpired:
+                pass
+            alive = process.poll() is None
+            process.kill()
+            alive = process.wait() == -9 and alive
+            if not alive:
+                wait(process, place)
+                break
+            after = time.monotonic() - started
+            step, phase = place.phase(place.events()[seen:], process.pid)
+            saved = max(place.checkpoints(), default=0)
+            fallen[phase] += 1
+            print(f"    kill {sum(fallen.values()):3}   {after:6.2f} s   {phase:12} {step:10} saved {saved}", flush=True)
+            planned = place.planned({}) or 1
+            share_left = max(0.1, 1 - saved / planned)
+            if case.loses_plugin and place.checkpoints():
+                place.with_plugin = False
+        results = place.results()
+        unequal = [name for name in expected if results.get(name) != expected[name]]
+        check(f"{case.name}: run {attempt} has the bytes of the undisturbed one", bool(expected) and not unequal and len(results) == len(expected), unequal)
+        left = [str(path) for path in [*place.path.glob(".homeroom-*"), *place.path.glob("home/runs/*/trainings/*/checkpoints")]]
+        check(f"{case.name}: run {attempt} leaves nothing behind", not left, left)
+        shutil.rmtree(place.path)
+    return fallen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--homeroom", type=Path, required=True, help="the binary")
+    parser.add_argument("--tests", type=Path, help="the test binary `all`, for the case of a swapped plugin")
+    parser.add_argument("--kills", type=int, default=100, help="over all cases")
+    parser.add_argument("--case", action="append", help="one of these alone: " + ", ".join(case.name for case in CASES))
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    random.seed(given.seed)
+    cases = [case for case in CASES if given.case is None or case.name in given.case]
+    cases = [case for case in cases if given.tests or not case.is_test]
+    fallen = Counter()
+    with tempfile.TemporaryDirectory(prefix="homeroom-kills-") as folder:
+        folder = Path(folder)
+        prepare(given, folder)
+        for number, case in enumerate(cases):
+            kills = given.kills * (number + 1) // len(cases) - given.kills * number // len(cases)
+            seconds, expected = undisturbed(case, folder / f"{number}-undisturbed", given)
+            print(f"{case.name}: {seconds:.1f} s undisturbed, {kills} kills", flush=True)
+            fallen += killed(case, kills, folder / f"{number}", given, seconds, expected)
+    every = sum(fallen.values())
+    print(f"{every} kills fell in a live run: " + ", ".join(f"{count} {phase}" for phase, count in fallen.most_common()))
+    check("enough of them fell into a training", every >= given.kills and fallen["preparing"] <= 0.2 * every, fallen)
+    verdict()
+
+
+if __name__ == "__main__":
+    main()

@@ -448,10 +448,12 @@ fn alone() -> Result<()> {
     }
     let full = is_full.then(|| (9..16, recording.directory().join("checkpoints")));
     let mut program = Program { done: from.as_ref().map_or(0, |from| from.state.step), offers, full };
-    let (rows, held_out) = (examples(&model, 24, 1), examples(&model, 4, 2));
+    let rows = examples(&model, if is_evaluated { 6 } else { 24 }, 1);
+    let held_out = examples(&model, 9, 77);
     let held_out: Vec<_> = held_out.iter().filter(|_| is_evaluated).collect();
     let data = Data::of_examples(&rows.iter().collect::<Vec<_>>(), &held_out);
     let state = job.train(&data, &Sft, &config, &mut program, Some(&mut recording), from)?;
+    println!("{:?}", state.report.evaluations);
     println!("kept step {:?}, {} steps", state.report.kept_step, state.report.steps.len());
     let (rows, data_digest) = (rows.len(), String::new());
     let outcome =

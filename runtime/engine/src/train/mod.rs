@@ -149,7 +149,7 @@ impl Run<'_> {
         self.state.report.steps.push(done);
         let mut control = observer.on_step(&done, planned)?;
         if control != Control::Stop
-            && let Some(other) = self.evaluate_between(data, observer)?
+            && let Some(other) = self.evaluate_between(units, data, observer)?
         {
             control = other;
         }
@@ -188,7 +188,7 @@ impl Run<'_> {
         if is_done || self.state.step == 0 || report.stopped.is_some() {
             return Ok(false);
         }
-        let Some(control) = self.evaluate_between(data, observer)? else { return Ok(false) };
+        let Some(control) = self.evaluate_between(&[], data, observer)? else { return Ok(false) };
         self.scale(control)?;
         self.stop_early();
         let stops = control == Control::Stop;
@@ -199,15 +199,28 @@ impl Run<'_> {
         Ok(stops)
     }
 
-    /// Evaluates after a step that asks for it, and returns what the run is to do then; `None`: what it was to do already.
-    fn evaluate_between(&mut self, data: &Data<'_>, observer: &mut dyn Observer) -> Result<Option<Control>> {
+    /// Evaluates after a step, of these units, that asks for it, and returns what the run is to do then; `None`: what it was to do already.
+    fn evaluate_between(
+        &mut self,
+        units: &[Unit<'_>],
+        data: &Data<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<Control>> {
         let (step, planned) = (self.state.step, self.state.report.planned_steps);
         let is_due = self.config.eval_steps.is_some_and(|every| step.is_multiple_of(every));
         if !is_due || step >= planned || data.held_out.is_empty() {
             return Ok(None);
         }
         let epoch = self.state.report.steps.last().map_or(0.0, |step| step.epoch);
-        let Some(report) = self.evaluate(data, observer, epoch)? else { return Ok(Some(Control::Stop)) };
+        let report = match self.evaluate(data, observer, epoch) {
+            Err(error) => {
+                // What the update did is told first, if that is why.
+                self.look(units)?;
+                return Err(Unusable::held_out(step, &error).into());
+            }
+            Ok(None) => return Ok(Some(Control::Stop)),
+            Ok(Some(report)) => report,
+        };
         let control = observer.on_eval(&report, planned)?;
         Ok((control != Control::Continue).then_some(control))
     }

@@ -349,7 +349,7 @@ fn an_evaluation_that_nobody_waited_for_is_made_up_for() -> Result<()> {
     let ends = |after, is_cancelled| Ends { after, is_cancelled, done: 0, evaluated: Vec::new() };
     let mut undisturbed = ends(99, false);
     let whole = train(&model, start()?, &data, &Sft, &config, &mut undisturbed)?;
-    for after in [4, 5, 8] {
+    for after in [0, 4, 5, 8] {
         let mut first = ends(after, true);
         let state = train(&model, start()?, &data, &Sft, &config, &mut first)?;
         if state.report.stopped.is_some() {

@@ -48,14 +48,21 @@ class Case:
     #: The program is the test binary.
     is_test: bool = False
 
+    #: Steps of a training, where no option says them.
+    steps: int = 40
+
     @property
     def planned(self) -> int:
-        return int(self.arguments[self.arguments.index("--max-steps") + 1]) if "--max-steps" in self.arguments else 40
+        return int(self.arguments[self.arguments.index("--max-steps") + 1]) if "--max-steps" in self.arguments else self.steps
 
 
-def tune(name: str, *arguments, **more) -> Case:
-    fixed = ["fine-tune", "--model-name", MODEL, "--training-file", ROWS / "train.jsonl", "--output-dir", "out"]
+def tune(name: str, *arguments, rows=ROWS / "train.jsonl", **more) -> Case:
+    fixed = ["fine-tune", "--model-name", MODEL, "--training-file", rows, "--output-dir", "out"]
     return Case(name, [str(argument) for argument in [*fixed, *arguments]], **more)
+
+
+def set_all(**values) -> list[str]:
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
 
 
 HELD_OUT = ["--eval-file", ROWS / "eval.jsonl"]
@@ -74,6 +81,10 @@ CASES = [
     tune("without its plugin", "--max-steps", 150, "--batch-size", 4, "--lora-dropout", 0.1, loses_plugin=True),
     # tests/killed.rs says what it does: the strategy is swapped after step 11, and after step 23 for one that is taken back.
     Case("a swapped plugin", ["--exact", "--ignored", "--nocapture", "killed::alone"], saving=[], is_test=True),
+    tune("dpo", "--objective", "dpo", "--max-steps", 100, "--batch-size", 4, "--lora-dropout", 0.1, rows="preferences.jsonl"),
+    # Three trainings, each from the result of the one before; a script of its own, as the shipped one saves by time alone.
+    Case("a pipeline", ["run", "curriculum.toml", *set_all(model=MODEL, dataset=ROWS / "train.jsonl", max_steps=60, eval_steps=9, name="taught")],
+         saving=[], results=("home/models/taught",), is_training=False, steps=60),
     tune("by time", "--max-steps", 150, "--batch-size", 4, "--lora-dropout", 0.1, saving=["--save-minutes", "0.005"]),
 ]
 
@@ -86,6 +97,14 @@ class Place:
         self.home = path / "home"
         self.home.mkdir(parents=True, mode=0o700)
         self.with_plugin = True
+        if "preferences.jsonl" in case.arguments:
+            rows = [json.loads(line)["messages"] for line in (ROWS / "train.jsonl").read_text().splitlines()]
+            pairs = [{"prompt": row[:-1], "chosen": row[-1:], "rejected": other[-1:]} for row, other in zip(rows, rows[1:])]
+            (path / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        if "curriculum.toml" in case.arguments:
+            (path / "curriculum.toml").write_text((ROOT / "configs/curriculum.toml").read_text().replace("../scripts/", ""))
+            script = (ROOT / "scripts/curriculum.lua").read_text()
+            (path / "curriculum.lua").write_text(script.replace("eval_steps = params.eval_steps,", "eval_steps = params.eval_steps, save_steps = 5,"))
 
     def start(self, *more: str, resume: str | None = None, full: tuple | None = None, told: Path | None = None) -> subprocess.Popen:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HOMEROOM")}
@@ -137,26 +156,28 @@ class Place:
                 found |= {f"{directory.name}/{file.name}": file.read_bytes() for file in files}
         return found
 
-    def phase(self, new: list[dict], pid: int) -> tuple[str, str]:
-        """Which step was being made, and what was being done, of a process with these events."""
-        run = self.run()
-        if run is None:
-            return "", "preparing"
+    def traces(self) -> set[str]:
+        """What is being written, or was when an earlier process was killed: directories in the making, and checkpoints of which nothing was said."""
+        run = self.run() or self.path
+        said = {event["step"] for event in self.events() if event["event"] == "checkpoint"}
+        making = [*run.glob("trainings/*/checkpoints/.homeroom-*"), *self.path.glob(".homeroom-*"), *run.glob(".homeroom-*")]
+        return {str(path) for path in making} | {str(step) for step in set(self.checkpoints()) - said}
+
+    def phase(self, new: list[dict], before: set[str]) -> tuple[str, str]:
+        """The last step, and what was being done, of a process with these events and with these traces before it."""
         steps = [event for event in new if event["event"] == "step"]
         step = f"step {steps[-1]['step']}" if steps else ""
-        if (self.path / "out").exists() or list(self.path.glob(".homeroom-*")):
+        if steps and steps[-1].get("training", 1) > 1:
+            step = f"{steps[-1]['training']}, {step}"
+        traces = self.traces() - before
+        is_done = steps and steps[-1]["step"] == self.case.planned
+        if is_done and not self.case.is_training and steps[-1]["training"] < 3:
+            return step, "between verbs"
+        if is_done or (self.path / "out").exists() or any(Path(trace).parent == self.path for trace in traces):
             return step, "finishing"
-        written = [event for event in new if event["event"] in ("step", "checkpoint", "eval", "resumed")]
-        if list(run.glob("trainings/*/checkpoints/.homeroom-*")):
+        if traces:
             return step, "saving"
-        saved = [event["step"] for event in self.events() if event["event"] == "checkpoint"]
-        if set(self.checkpoints()) - set(saved):
-            return step, "saving"
-        if not written:
-            return step, "preparing"
-        if steps and steps[-1]["step"] == self.case.planned:
-            return step, "finishing"
-        return step, "training"
+        return step, "training" if {"step", "checkpoint", "eval"} & {event["event"] for event in new} else "preparing"
 
 
 def prepare(given: argparse.Namespace, folder: Path) -> None:
@@ -191,7 +212,7 @@ def killed(case: Case, kills: int, folder: Path, given: argparse.Namespace, seco
         share_left, first = 1.0, True
         while True:
             over = sum(fallen.values()) >= kills
-            seen = len(place.events())
+            seen, traces = len(place.events()), place.traces()
             run = place.run()
             # The same command again, or by the run's name.
             by_name = run is not None and case.is_training and not case.is_test and random.random() < 0.5
@@ -212,11 +233,13 @@ def killed(case: Case, kills: int, folder: Path, given: argparse.Namespace, seco
                 wait(process, place)
                 break
             after = time.monotonic() - started
-            step, phase = place.phase(place.events()[seen:], process.pid)
+            step, phase = place.phase(place.events()[seen:], traces)
             saved = max(place.checkpoints(), default=0)
             fallen[phase] += 1
             print(f"    kill {sum(fallen.values()):3}   {after:6.2f} s   {phase:12} {step:10} saved {saved}", flush=True)
-            share_left = max(0.1, 1 - saved / case.planned)
+            trainings = len(list((place.run() or place.path).glob("trainings/*"))) if not case.is_training else 1
+            done = (max(0, trainings - 1) + saved / case.planned) / (1 if case.is_training else 3)
+            share_left = max(0.1, 1 - done)
             if case.loses_plugin and place.checkpoints():
                 place.with_plugin = False
         results = place.results()

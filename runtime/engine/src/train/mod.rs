@@ -89,8 +89,14 @@ pub fn train(
     let mut run = Run::restore(model, objective, config, planned, state);
     run.state.report.planned_steps = planned;
     run.state.report.interrupted &= run.state.report.stopped.is_some();
-    if run.state.step == 0 && run.state.report.evaluations.is_empty() {
-        run.evaluate(data, observer, 0.0)?;
+    let is_new = run.state.step == 0 && run.state.report.evaluations.is_empty() && !data.held_out.is_empty();
+    if is_new && run.evaluate(data, observer, 0.0)?.is_none() {
+        // Nobody waits for it, and after a step it could not be made up for.
+        run.state.report.interrupted = true;
+        if observer.is_due(&run.state) {
+            observer.save(&run.state)?;
+        }
+        return Ok(run.state);
     }
     if run.state.step == 0 && observer.is_due(&run.state) {
         observer.save(&run.state)?;

@@ -28,6 +28,7 @@ mod mixed;
 mod models;
 #[cfg(unix)]
 mod names;
+mod objectives;
 mod pipeline_results;
 mod pipelines;
 #[cfg(target_os = "linux")]

@@ -26,7 +26,7 @@ const MEMORY_FILE: &str = "observers.json";
 /// Largest of those files.
 const MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// Steps between the last checkpoint and the one that is kept before it: what diverges is noticed after that many.
-const STEPS_BEFORE: u64 = 16;
+const STEPS_BEFORE: u64 = 32;
 
 /// When a training is saved.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -207,13 +207,13 @@ impl<'a> Recording<'a> {
         }
     }
 
-    fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<State>> {
+    fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<Resumed>> {
         let on_disk = self.steps.iter().rev().find(|saved| **saved <= step);
         match &self.unsaved {
-            Some((state, _)) if state.step <= step && on_disk.is_none_or(|saved| *saved < state.step) => {
-                state.copy().map(Some)
+            Some((state, memory)) if state.step <= step && on_disk.is_none_or(|saved| *saved < state.step) => {
+                Ok(Some(Resumed { state: state.copy()?, memory: memory.clone() }))
             }
-            _ => on_disk.map(|saved| Ok(read(&self.path(*saved), job, config)?.state)).transpose(),
+            _ => on_disk.map(|saved| read(&self.path(*saved), job, config)).transpose(),
         }
     }
 }
@@ -289,6 +289,8 @@ pub(super) struct Recorder<'b, 'a> {
     /// Where no plugin is beside the training: what the strategy gave to hear again, before it was gone.
     pub(super) strategy: Option<Value>,
     pub(super) stall: Stall,
+    /// What the observers had given when the state was saved that was read last.
+    pub(super) memory: Value,
 }
 
 impl Recorder<'_, '_> {
@@ -328,14 +330,18 @@ impl Observer for Recorder<'_, '_> {
 
     fn evaluated(&mut self, report: &EvalReport) {
         let evaluation = report.evaluation;
-        self.event(json!({
+        let mut event = json!({
             "event": "eval",
             "step": report.step,
             "epoch": report.epoch,
             "eval_loss": evaluation.loss,
             "perplexity": evaluation.perplexity,
             "token_accuracy": evaluation.token_accuracy,
-        }));
+        });
+        if let Some(rewards) = evaluation.rewards {
+            event["rewards"] = json!(rewards);
+        }
+        self.event(event);
         self.stall.next(format!("after the evaluation at step {}", report.step), false);
         self.inner.evaluated(report);
     }
@@ -365,10 +371,10 @@ impl Observer for Recorder<'_, '_> {
     }
 
     fn saved(&mut self, step: u64) -> Result<Option<State>> {
-        match &self.recording {
-            Some(recording) => recording.saved(self.job, self.config, step),
-            None => Ok(None),
-        }
+        let Some(recording) = &self.recording else { return Ok(None) };
+        let Some(resumed) = recording.saved(self.job, self.config, step)? else { return Ok(None) };
+        self.memory = resumed.memory;
+        Ok(Some(resumed.state))
     }
 
     fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
@@ -383,6 +389,8 @@ impl Observer for Recorder<'_, '_> {
         }
         let mut value = serde_json::to_value(event)?;
         if let Change::Rewound { from, reason, rate_scale } = &event.change {
+            let memory = std::mem::take(&mut self.memory);
+            self.inner.recall(if self.strategy.is_some() { &memory["observer"] } else { &memory });
             let to = event.step;
             value["step"] = json!(from);
             value["to"] = json!(to);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use homeroom_engine::adapt::adaptation::Adaptation;
-use homeroom_engine::data::Example;
+use homeroom_engine::data::{Example, Group};
 use homeroom_engine::files::replace_file;
 use homeroom_engine::inference::generate::Sampling;
 use homeroom_engine::inference::{Adapter, Engine};
@@ -74,10 +74,11 @@ pub struct Samples<'a> {
 
 impl<'a> Samples<'a> {
     /// Picks questions of held-out rows, spread over them: those whose first answer is short. None where no row has a prompt.
-    pub fn pick(held_out: &[&'a Example]) -> Self {
-        let prompt = |example: &&'a Example| {
-            let start = example.trained.iter().position(|trained| *trained).filter(|start| *start > 1)?;
-            Some((*example, start))
+    pub fn pick(held_out: &[&'a Group]) -> Self {
+        // Answers that were rated bad are none to expect.
+        let prompt = |group: &&'a Group| {
+            let start = *group.prompts.first().filter(|start| **start > 1 && group.label != Some(false))?;
+            Some((group.sequences.first()?, start))
         };
         let with_prompt: Vec<(&Example, usize)> = held_out.iter().filter_map(prompt).collect();
         let count = QUESTIONS.min(with_prompt.len());
@@ -90,22 +91,20 @@ impl<'a> Samples<'a> {
         self.rows.is_empty()
     }
 
-    /// Answers as the model is now, before a training, and keeps that in the training's directory.
-    ///
-    /// # Errors
-    /// When the model cannot answer.
-    pub fn ask_before(
-        &mut self,
-        model: &Arc<BaseModel>,
-        adaptation: &Arc<Adaptation>,
-        training: Option<&Path>,
-    ) -> Result<()> {
+    /// Answers as the model is now, before a training, and keeps that in the training's directory. A model that cannot answer is asked
+    /// nothing: what is wrong with it the training says.
+    pub fn ask_before(&mut self, model: &Arc<BaseModel>, adaptation: &Arc<Adaptation>, training: Option<&Path>) {
         if self.rows.is_empty() {
-            return Ok(());
+            return;
         }
-        self.before = self.ask(model, adaptation)?;
-        let Some(training) = training else { return Ok(()) };
-        replace_file(&training.join(BEFORE_FILE), serde_json::to_string(&self.before)?.as_bytes())
+        match self.ask(model, adaptation) {
+            Ok(before) => self.before = before,
+            Err(_) => self.rows.clear(),
+        }
+        if let (Some(training), Ok(text)) = (training, serde_json::to_string(&self.before)) {
+            // Without it they are asked of the model as it is when the run goes on.
+            let _ = replace_file(&training.join(BEFORE_FILE), text.as_bytes());
+        }
     }
 
     /// Reads the answers that were kept; false: there are none.

@@ -314,6 +314,9 @@ impl<E: ProductElement> Fused<E> {
                 x.iter_mut().for_each(|x| *x *= scale);
             }
         });
+        if pass.is_noisy() {
+            pass.add_noise(batch, &mut x);
+        }
         Ok(x)
     }
 

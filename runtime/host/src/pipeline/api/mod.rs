@@ -29,7 +29,7 @@ use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::text::block_end::BlockEnd;
-use homeroom_engine::train::evaluate_examples;
+use homeroom_engine::train::{evaluate_examples, objective};
 use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
@@ -591,22 +591,22 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     let spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
     let data = options.dataset("dataset").context("`read` saw that a required option is there")?;
     let (model, adaptation) = spec.load(session)?;
-    let data = data.encode(&session.clock, &model).context("evaluate: dataset")?;
+    let data = data.encode(&session.clock, &model, objective::Kind::Sft).context("evaluate: dataset")?;
     let table = lua.create_table()?;
     if session.dry {
         session.would(
             lua,
-            format!("measure {} on {} examples", spec.base, thousands(data.examples.len())),
-            json!({"verb": "evaluate", "model": spec.base, "examples": data.examples.len(), "tokens": data.tokens()}),
+            format!("measure {} on {} examples", spec.base, thousands(data.groups.len())),
+            json!({"verb": "evaluate", "model": spec.base, "examples": data.groups.len(), "tokens": data.tokens()}),
         )?;
         for name in ["loss", "perplexity", "token_accuracy"] {
             table.set(name, f64::NAN)?;
         }
         table.set("trained_tokens", 0)?;
-        table.set("examples", data.examples.len())?;
+        table.set("examples", data.groups.len())?;
         return Ok(Value::Table(table));
     }
-    let examples: Vec<_> = data.examples.iter().collect();
+    let examples: Vec<_> = data.groups.iter().flat_map(|group| &group.sequences).collect();
     let bar = progress::counting("evaluating", examples.len());
     let compute = options.word("compute").unwrap_or(Compute::F32);
     let result =

@@ -256,7 +256,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "prepare_dataset",
-        doc: "Reads a JSONL file and checks all its rows.\nA row has `messages`, or `prompt` and `completion`, or `text`. Rows become tokens when a model uses them.",
+        doc: "Reads a JSONL file and checks all its rows.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows become tokens when a model uses them.",
         options: &[
             &[
                 required(
@@ -288,6 +288,20 @@ pub const VERBS: &[Verb] = &[
                 required("model", Kind::Model, "what to train"),
                 required("dataset", Kind::Dataset, "rows to train on"),
                 opt("eval", Kind::Dataset, "none", "held-out rows to evaluate on, before and after"),
+                opt(
+                    "objective",
+                    Kind::OneOf(&["sft", "dpo", "kto", "orpo"]),
+                    "\"sft\"",
+                    "what is learned: sft: the answers of the rows; dpo and orpo: to prefer `chosen` to `rejected`; kto: to answer as is rated good by `label`",
+                ),
+                opt(
+                    "beta",
+                    Kind::Rate,
+                    "0.1",
+                    "of dpo and kto, how closely the model is kept to its reference; of orpo, what the preference weighs",
+                ),
+                opt("desirable_weight", Kind::Rate, "1", "of kto, what an answer weighs that was rated good"),
+                opt("undesirable_weight", Kind::Rate, "1", "of kto, what an answer weighs that was rated bad"),
                 opt("num_train_epochs", Kind::Count, "1", "passes over the rows").or(&["epochs"]),
                 opt(
                     "max_steps",
@@ -302,7 +316,7 @@ pub const VERBS: &[Verb] = &[
                 opt(
                     "learning_rate",
                     Kind::LearningRate,
-                    "the strategy's, else 2e-4",
+                    "the strategy's, else 2e-4; a tenth for dpo and kto, half for orpo",
                     "the highest learning rate, after warm-up",
                 )
                 .or(&["lr"]),
@@ -317,6 +331,12 @@ pub const VERBS: &[Verb] = &[
                     .or(&["warmup"]),
                 opt("weight_decay", Kind::Share, "0", "decoupled weight decay"),
                 opt("max_grad_norm", Kind::Number, "1", "gradients are scaled down to this norm; 0: never"),
+                opt(
+                    "neftune_noise_alpha",
+                    Kind::Number,
+                    "0",
+                    "NEFTune: noise on embeddings while training, which helps against learning rows by heart; 5 is usual",
+                ),
             ],
             STRATEGY,
             &[

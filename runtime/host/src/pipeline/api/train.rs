@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use homeroom_engine::data::{Example, note_endless};
+use anyhow::{Context, Result, ensure};
+use homeroom_engine::data::{Group, note_endless};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::objective::{Objective, Sft};
+use homeroom_engine::train::objective::{Kind as ObjectiveKind, ObjectiveConfig};
 use homeroom_engine::train::{Broken, Control, Data, EvalReport, Observer, StepReport, TrainConfig, planned_steps};
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::dataset::Encoded;
+use super::dataset::{Dataset, Encoded};
 use super::model::{DRY, ModelSpec};
 use super::options::Options;
 use super::spec::{STRATEGY_NAMES, verb};
@@ -45,7 +45,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let strategy = spec.strategy.get_or_insert_with(|| "lora".to_owned()).clone();
     let plugin = session.plugin(&strategy)?;
     check_options(&plugin, &spec.options)?;
-    config(&options, None).check().context("fine_tune")?;
+    let objective = objective(&options).context("fine_tune")?;
+    config(&options, objective.objective, None).check().context("fine_tune")?;
 
     let mut model = spec.load_base(session)?;
     let init_from = spec.adapter_path(session)?;
@@ -53,19 +54,20 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         model = with_text(adapter, model)?;
     }
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
-    let data = rows.encode(session.clock(), &model).context("dataset")?;
-    let eval = options.dataset("eval").map(|eval| eval.encode(session.clock(), &model)).transpose().context("eval")?;
+    let encode = |rows: Dataset| rows.encode(session.clock(), &model, objective.objective);
+    let data = encode(rows).context("dataset")?;
+    let eval = options.dataset("eval").map(encode).transpose().context("eval")?;
     let requantize = options.flag("requantize").unwrap_or(false);
     let mut job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
     job.watch = session.search.watching();
-    let mut config = config(&options, job.proposed_learning_rate);
+    let mut config = config(&options, objective.objective, job.proposed_learning_rate);
     let is_open = |names: [&str; 2]| names.iter().all(|name| options.whole(name).is_none());
     let epochs = is_open(["num_train_epochs", "max_steps"]);
     let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
     let open = Open { epochs, batch_size };
-    let chosen = defaults::choose(&mut config, open, data.examples.len());
-    let steps = planned_steps(data.examples.len(), &config).context("fine_tune")?;
-    restate(session, &spec, &job, &data, eval.as_ref(), &config, steps);
+    let chosen = defaults::choose(&mut config, open, data.groups.len());
+    let steps = planned_steps(data.groups.len(), &config).context("fine_tune")?;
+    restate(session, &spec, objective, &job, &data, eval.as_ref(), &config, steps);
     if let Some(chosen) = chosen {
         session.tell(format_args!("note: {chosen}"));
     }
@@ -78,30 +80,36 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let NewAdapter { run, number, id, path } = session.new_adapter()?;
     drop(NewDirectory::start(&path)?);
     let parent = spec.parent(session);
-    let trained: Vec<&Example> = data.examples.iter().collect();
-    let held_out: Vec<&Example> = eval.iter().flat_map(|eval| &eval.examples).collect();
+    let trained: Vec<&Group> = data.groups.iter().collect();
+    let held_out: Vec<&Group> = eval.iter().flat_map(|eval| &eval.groups).collect();
     let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
     let mut recording = Recording::new(&run, number, saving)?;
     let from = None::<Resumed>;
-    let state = lua.create_table()?;
-    if let Some(from) = &from
-        && let Value::Table(kept) = to_lua(lua, &from.of_observer()["state"])?
-    {
-        kept.for_each(|key: Value, value: Value| state.raw_set(key, value))?;
-    }
     let mut watcher = Watcher {
         lua,
         session,
         options: &options,
-        kept: from.as_ref().map_or(Json::Null, |from| from.of_observer()["state"].clone()),
-        state,
+        kept: Json::Null,
+        state: lua.create_table()?,
         bar: Some(progress::Training::start(steps)),
         evaluating: None,
         stopped: None,
         raised: None,
     };
-    let units = Data::of_examples(&trained, &held_out);
-    let (report, failure) = match job.train(&units, &Sft, &config, &mut watcher, Some(&mut recording), from) {
+    from.iter().for_each(|from| watcher.recall(from.of_observer()));
+    let mut counting = None;
+    let made =
+        job.objective(objective, (&trained, &held_out), &config, Some(recording.directory()), &mut |done, all| {
+            let bar = counting.get_or_insert_with(|| progress::counting("reference", all));
+            bar.set_position(done as u64);
+            ensure!(!session.clock().cancelled(), "interrupted");
+            Ok(())
+        });
+    counting.into_iter().for_each(|bar| bar.finish_and_clear());
+    session.clock().check()?;
+    let made = made.context("fine_tune")?;
+    let units = Data::of_groups(&trained, &held_out);
+    let (report, failure) = match job.train(&units, &*made, &config, &mut watcher, Some(&mut recording), from) {
         Ok(state) => (state.report, None),
         Err(error) => {
             let Broken { reason, state } = error.downcast()?;
@@ -112,7 +120,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     bar.into_iter().for_each(progress::Training::end);
     let ended = raised.is_some() || session.clock().cancelled();
     let (rows, data_digest) = (trained.len(), data.digest.clone());
-    let (objective, of_run) = (Sft.name(), Some(run.id().to_owned()));
+    let of_run = Some(run.id().to_owned());
     let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, failure };
     let path = outcome.save(&job, &path, Taken::Replaced, parent.as_deref())?;
     let (before, after) = (outcome.report.before(), outcome.report.after());
@@ -145,6 +153,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let metrics = lua.create_table()?;
     metrics.set("eval_loss", after.map(|eval| eval.loss))?;
     metrics.set("eval_loss_before", before.map(|eval| eval.loss))?;
+    metrics.set("eval_reward_accuracy", after.and_then(|eval| Some(eval.rewards?.accuracy)))?;
     metrics.set("train_loss", outcome.report.train_loss())?;
     metrics.set("steps", done)?;
     metrics.set("planned_steps", steps)?;
@@ -165,14 +174,14 @@ fn dry(
     steps: u64,
 ) -> Result<Value, Failure> {
     let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
-    let held_out = eval.map_or(0, |eval| eval.examples.len());
+    let held_out = eval.map_or(0, |eval| eval.groups.len());
     session.would(
         lua,
         format!(
             "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps, {} of {} parameters",
             spec.base,
             job.strategy.name,
-            thousands(data.examples.len()),
+            thousands(data.groups.len()),
             thousands(data.tokens()),
             thousands(steps as usize),
             thousands(trainable),
@@ -183,7 +192,7 @@ fn dry(
             "model": spec.base,
             "strategy": job.strategy.name,
             "options": spec.options,
-            "examples": data.examples.len(),
+            "examples": data.groups.len(),
             "tokens": data.tokens(),
             "held_out": held_out,
             "steps": steps,
@@ -231,7 +240,14 @@ fn check_options(plugin: &Plugin, options: &Map<String, Json>) -> Result<(), Fai
     if problems.is_empty() { Ok(()) } else { Err(said(problems.join("\n  "))) }
 }
 
-fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
+/// What is learned.
+fn objective(options: &Options) -> Result<ObjectiveConfig> {
+    let [beta, desirable, undesirable] =
+        ["beta", "desirable_weight", "undesirable_weight"].map(|name| options.number(name));
+    ObjectiveConfig::given(options.word("objective").unwrap_or_default(), beta, desirable, undesirable)
+}
+
+fn config(options: &Options, objective: ObjectiveKind, proposed: Option<f64>) -> TrainConfig {
     let default = TrainConfig::default();
     let count = |name: &str, default: usize| options.whole(name).map_or(default, |count| count as usize);
     TrainConfig {
@@ -239,7 +255,9 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         max_steps: options.whole("max_steps"),
         batch_size: count("per_device_train_batch_size", default.batch_size),
         gradient_accumulation_steps: count("gradient_accumulation_steps", default.gradient_accumulation_steps),
-        learning_rate: options.number("learning_rate").or(proposed).unwrap_or(defaults::LEARNING_RATE),
+        learning_rate: options
+            .number("learning_rate")
+            .unwrap_or_else(|| proposed.unwrap_or(defaults::LEARNING_RATE) * objective.learning_rate_scale()),
         lr_scheduler_type: options.word("lr_scheduler_type").unwrap_or(default.lr_scheduler_type),
         warmup_ratio: options.number("warmup_ratio").unwrap_or(default.warmup_ratio),
         weight_decay: options.number("weight_decay").unwrap_or(default.weight_decay),
@@ -248,6 +266,7 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         shuffle: options.flag("shuffle").unwrap_or(default.shuffle),
         gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
         packing: options.flag("packing").unwrap_or(default.packing),
+        neftune_noise_alpha: options.number("neftune_noise_alpha").unwrap_or(default.neftune_noise_alpha),
         compute: options.word("compute").unwrap_or(Compute::Auto),
         eval_steps: options.whole("eval_steps"),
         early_stopping_patience: options.whole("early_stopping_patience"),
@@ -259,6 +278,7 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
 fn restate(
     session: &Session,
     spec: &ModelSpec,
+    objective: ObjectiveConfig,
     job: &Job,
     data: &Encoded,
     eval: Option<&Encoded>,
@@ -281,15 +301,21 @@ fn restate(
         100.0 * trained / all,
         job.blocks(config.compute),
     ));
-    let held_out = eval.map_or_else(String::new, |eval| format!(", {} held out", thousands(eval.examples.len())));
+    if objective.objective != ObjectiveKind::Sft {
+        session.tell(format_args!("objective {}", objective.words()));
+    }
+    if let Some(note) = defaults::balance(objective, &data.groups.iter().collect::<Vec<_>>()) {
+        session.tell(format_args!("note: {note}"));
+    }
+    let held_out = eval.map_or_else(String::new, |eval| format!(", {} held out", thousands(eval.groups.len())));
     let left_out = match (data.skipped, data.truncated) {
         (0, 0) => String::new(),
         (skipped, 0) => format!(", {skipped} left out as too long"),
         (_, truncated) => format!(", {truncated} cut to length"),
     };
-    let count = thousands(data.examples.len());
+    let count = thousands(data.groups.len());
     session.tell(format_args!("data      {count} examples, {} tokens{held_out}{left_out}", thousands(data.tokens())));
-    if let Some(note) = note_endless(data.endless, data.examples.len()) {
+    if let Some(note) = note_endless(data.endless, data.groups.len()) {
         session.tell(note);
     }
     session.tell(format_args!(
@@ -350,6 +376,20 @@ impl Observer for Watcher<'_> {
 
     fn memory(&mut self) -> Result<Json> {
         Ok(json!({"state": self.kept}))
+    }
+
+    fn recall(&mut self, memory: &Json) {
+        self.kept = memory["state"].clone();
+        let fill = || -> mlua::Result<()> {
+            self.state.clear()?;
+            if let Value::Table(kept) = to_lua(self.lua, &self.kept)? {
+                kept.for_each(|key: Value, value: Value| self.state.raw_set(key, value))?;
+            }
+            Ok(())
+        };
+        if let Err(error) = fill() {
+            self.raised = Some(error.into());
+        }
     }
 
     fn is_cancelled(&mut self) -> bool {

@@ -164,12 +164,15 @@ fn resume_refuses_other_settings_and_rows_and_starts_or_rests_where_there_is_not
     let runs = Runs::new(&SHORT)?;
     runs.kill_after(6)?;
     let others = ["--resume", "--learning-rate", "1e-3", "--lora-r", "4", "--no-shuffle"];
-    refused(&mut runs.command(&others), &[
-        "run out-1 cannot go on with other settings",
-        "--learning-rate is 0.001, the run has not given",
-        "--lora-r is 4, the run has not given",
-        "--no-shuffle is true, the run has false",
-    ])?;
+    refused(
+        &mut runs.command(&others),
+        &[
+            "run out-1 cannot go on with other settings",
+            "--learning-rate is 0.001, the run has not given",
+            "--lora-r is 4, the run has not given",
+            "--no-shuffle is true, the run has false",
+        ],
+    )?;
     let rows = fs::read(runs.place.path("rows.jsonl"))?;
     runs.place.rows("rows.jsonl", 23)?;
     refused(&mut runs.command(&["--resume"]), &["the training file's rows have changed"])?;
@@ -230,7 +233,11 @@ fn a_run_goes_on_without_its_plugin_and_with_other_threads() -> Result<()> {
             continue;
         }
         let ran = succeeds(&mut alone)?;
-        assert!(ran.stderr.contains("strategy `qlora`: its plugin is not here; the training goes on"), "{}", ran.stderr);
+        assert!(
+            ran.stderr.contains("strategy `qlora`: its plugin is not here; the training goes on"),
+            "{}",
+            ran.stderr
+        );
     }
     assert_eq!(runs.result()?, runs.undisturbed()?);
     Ok(())

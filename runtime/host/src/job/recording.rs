@@ -91,7 +91,9 @@ impl<'a> Recording<'a> {
                 steps.push(step);
                 break;
             };
-            let then = steps.last().map_or("there is none before it".to_owned(), |step| format!("that of step {step} is taken"));
+            let then = steps
+                .last()
+                .map_or("there is none before it".to_owned(), |step| format!("that of step {step} is taken"));
             line(format_args!("warning: the checkpoint of step {step} is left out: {error:#}; {then}"));
         }
         Ok(Self { run, number, directory, saving, saved: Instant::now(), steps, unsaved: None, is_told: false })
@@ -163,7 +165,10 @@ impl<'a> Recording<'a> {
                     self.unsaved = state.copy().ok().map(|state| (state, memory.clone()));
                 }
                 if !std::mem::replace(&mut self.is_told, true) {
-                    line(format_args!("warning: no checkpoint at step {}: {error:#}; the training goes on", state.step));
+                    line(format_args!(
+                        "warning: no checkpoint at step {}: {error:#}; the training goes on",
+                        state.step
+                    ));
                 }
             }
         }

@@ -16,7 +16,7 @@ use homeroom::runs::{About, Kind, RunDirectory, list};
 use homeroom_abi::plan::PlanRequest;
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::objective::Sft;
+use homeroom_engine::train::objective::{ObjectiveConfig, Sft};
 use homeroom_engine::train::{
     Candidate, Control, Data, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, train,
 };
@@ -462,9 +462,8 @@ fn alone() -> Result<()> {
     let state = job.train(&data, &Sft, &config, &mut program, Some(&mut recording), from)?;
     println!("{:?}", state.report.evaluations);
     println!("kept step {:?}, {} steps", state.report.kept_step, state.report.steps.len());
-    let (rows, data_digest) = (rows.len(), String::new());
-    let outcome =
-        Outcome { config, report: state.report, objective: "sft", run: None, rows, data_digest, failure: None };
+    let (rows, data_digest, objective) = (rows.len(), String::new(), ObjectiveConfig::default());
+    let outcome = Outcome { config, report: state.report, objective, run: None, rows, data_digest, failure: None };
     outcome.save(&job, &place.join("out"), Taken::Replaced, None).map(drop)
 }
 

@@ -81,7 +81,7 @@ CASES = [
     tune("without its plugin", "--max-steps", 150, "--batch-size", 4, "--lora-dropout", 0.1, loses_plugin=True),
     # tests/killed.rs says what it does: the strategy is swapped after step 11, and after step 23 for one that is taken back.
     Case("a swapped plugin", ["--exact", "--ignored", "--nocapture", "killed::alone"], saving=[], is_test=True),
-    tune("dpo", "--objective", "dpo", "--max-steps", 100, "--batch-size", 4, "--lora-dropout", 0.1, rows="preferences.jsonl"),
+    tune("dpo", "--objective", "dpo", "--max-steps", 60, "--batch-size", 2, "--lora-dropout", 0.1, rows="preferences.jsonl"),
     # Three trainings, each from the result of the one before; a script of its own, as the shipped one saves by time alone.
     Case("a pipeline", ["run", "curriculum.toml", *set_all(model=MODEL, dataset=ROWS / "train.jsonl", max_steps=60, eval_steps=9, name="taught")],
          saving=[], results=("home/models/taught",), is_training=False, steps=60),

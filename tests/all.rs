@@ -9,6 +9,7 @@ mod export;
 mod families;
 #[cfg(unix)]
 mod foreign;
+mod forgetting;
 mod fused;
 mod gradients;
 mod handlers;
@@ -40,6 +41,8 @@ mod registry;
 mod reload;
 #[cfg(target_os = "linux")]
 mod results;
+#[cfg(unix)]
+mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;

@@ -1,5 +1,7 @@
 //! Loss over rows that are not trained on.
 
+use std::ops::Range;
+
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
@@ -25,8 +27,22 @@ pub fn evaluate_examples(
     compute: Compute,
     progress: impl FnMut(usize),
 ) -> Result<Evaluation> {
+    evaluate_each(model, adaptation, examples, compute, progress).map(|(evaluation, _)| evaluation)
+}
+
+/// As [`evaluate_examples`], with the cross-entropy of each example in nats: a sum over its trained tokens.
+///
+/// # Errors
+/// As [`evaluate_examples`].
+pub fn evaluate_each(
+    model: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    examples: &[&Example],
+    compute: Compute,
+    progress: impl FnMut(usize),
+) -> Result<(Evaluation, Vec<f64>)> {
     let units: Vec<Unit> = examples.iter().map(|example| Unit::of(0, example)).collect();
-    evaluate_units(model, adaptation, &units, &Sft, compute, progress)
+    measure(model, adaptation, &units, &Sft, compute, progress)
 }
 
 /// Loss of an objective over units, without gradients: all of them are one step. `progress` hears how many are done.
@@ -39,8 +55,20 @@ pub fn evaluate_units(
     units: &[Unit<'_>],
     objective: &dyn Objective,
     compute: Compute,
-    mut progress: impl FnMut(usize),
+    progress: impl FnMut(usize),
 ) -> Result<Evaluation> {
+    measure(model, adaptation, units, objective, compute, progress).map(|(evaluation, _)| evaluation)
+}
+
+/// The loss of an objective over units, and the cross-entropy of each of their sequences.
+fn measure(
+    model: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    units: &[Unit<'_>],
+    objective: &dyn Objective,
+    compute: Compute,
+    mut progress: impl FnMut(usize),
+) -> Result<(Evaluation, Vec<f64>)> {
     let pass = Pass::evaluation(model, adaptation);
     let mut backend = trainer(model, adaptation, compute);
     let batches = Batch::packed(units, PASS_ROWS);
@@ -54,9 +82,12 @@ pub fn evaluate_units(
         sequence_log_probs(&mut *backend, &pass, &units, &mut |_| Ok(()))
     })?;
     let (mut total, mut cross_entropy, mut done) = (Outcome { n, ..Outcome::default() }, 0.0, 0);
+    let mut each = Vec::with_capacity(units.len());
     for batch in &batches {
         let log_probs = backend.log_probs(&pass, batch)?;
         cross_entropy += log_probs.loss_sum;
+        let loss = |targets: &Range<usize>| -log_probs.values[targets.clone()].iter().sum::<f64>();
+        each.extend(batch.sequence_targets.iter().map(loss));
         let weighed = match objective.alike(n) {
             Some(_) => None,
             None => Some(objective.weigh(&UnitLogProbs::of(batch, &log_probs.values), n, constant)?),
@@ -71,7 +102,7 @@ pub fn evaluate_units(
         loss.is_finite(),
         "the loss of these examples is {loss}: the model's numbers overflow, or its weights are damaged"
     );
-    Ok(Evaluation {
+    let evaluation = Evaluation {
         loss,
         // A number that JSON has, whatever the loss.
         perplexity: (cross_entropy / trained as f64).exp().min(f64::MAX),
@@ -79,7 +110,8 @@ pub fn evaluate_units(
         trained_tokens: trained,
         examples: units.len(),
         rewards: total.rewards.map(RewardSums::means),
-    })
+    };
+    Ok((evaluation, each))
 }
 
 /// Loss over a set of examples.

@@ -32,7 +32,7 @@ mod watchdog;
 pub use config::{TrainConfig, planned_steps};
 pub use end::Broken;
 use end::Unusable;
-pub use evaluate::{Evaluation, evaluate_examples, evaluate_units};
+pub use evaluate::{Evaluation, evaluate_each, evaluate_examples, evaluate_units};
 use objective::Objective;
 pub use observer::{Control, Observer};
 pub use outcome::Outcome;

@@ -20,22 +20,25 @@ use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{Objective, ObjectiveConfig, Prepare, Progress, prepare};
-use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, train};
-use serde_json::{Map, Value};
+use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, planned_steps, train};
+use serde_json::{Map, Value, json};
 
 pub mod defaults;
+pub mod forgetting;
 mod keep;
 mod outcome;
 mod recording;
 mod samples;
 mod stall;
 
+pub use self::forgetting::ForgettingRows;
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;
 use self::recording::Recorder;
 pub use self::recording::{Recording, Resumed, Saving, newest_checkpoint};
 pub use self::samples::{Sample, Samples};
 use self::stall::Stall;
+use crate::models::shown;
 use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
@@ -299,7 +302,12 @@ impl Job {
                 self.set_now(state.adaptation(), self.strategy.clone());
                 (state, memory)
             }
-            None => (State::new(&self.model, &self.adaptation, config), Value::Null),
+            None => {
+                if let Some(recording) = &recording {
+                    recording.event(self.started(data, objective, config)?);
+                }
+                (State::new(&self.model, &self.adaptation, config), Value::Null)
+            }
         };
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
         let mut live;
@@ -315,8 +323,30 @@ impl Job {
         let stall = Stall::watch("in the first step".to_owned());
         let mut recorder = Recorder { inner, job: self, config, recording, strategy, stall, memory: Value::Null };
         let trained = train(&self.model, state, data, objective, config, &mut recorder)?;
+        recorder.ended(&trained.report);
         self.set_now(trained.adaptation(), self.now().1);
         Ok(trained)
+    }
+
+    /// The first event of a training: what is trained on what, and how.
+    fn started(&self, data: &Data<'_>, objective: &dyn Objective, config: &TrainConfig) -> Result<Value> {
+        let Self { model, adaptation, strategy, options, .. } = self;
+        Ok(json!({
+            "event": "started",
+            "steps": planned_steps(data.units.len(), config)?,
+            "rows": data.units.len(),
+            "eval_rows": data.held_out.len(),
+            "objective": objective.name(),
+            "base": shown(model, &model.path),
+            "base_path": model.path.to_string_lossy(),
+            "base_digest": model.digest(),
+            "base_parameters": model.parameter_count(),
+            "base_stored_as": model.storage_words(),
+            "strategy": format!("{} {}", strategy.name, strategy.version),
+            "trained_parameters": adaptation.trainable_count(),
+            "config": config,
+            "options": options,
+        }))
     }
 
     /// Writes what is trained into a directory in the making: an adapter, or for a strategy that trains the base's own weights a model

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use anyhow::Result;
 use homeroom_engine::adapt::adapter;
 use homeroom_engine::files::NewDirectory;
+use homeroom_engine::forgetting::Forgetting;
 use homeroom_engine::train::objective::{ObjectiveConfig, Rewards};
 use homeroom_engine::train::{TrainConfig, TrainReport};
 use serde_json::{Map, Value, json};
@@ -28,6 +29,8 @@ pub struct Outcome {
     pub rows: usize,
     /// Digest of the training data.
     pub data_digest: String,
+    /// How far it has moved from its base, where that was measured.
+    pub forgetting: Option<Forgetting>,
     /// Why the run ended before its end, if that was a failure.
     pub failure: Option<String>,
 }
@@ -51,6 +54,7 @@ impl Outcome {
             Value::Object(summary) => summary,
             _ => Map::new(),
         };
+        summary.extend(self.forgetting.map(|forgetting| ("forgetting".to_owned(), json!(forgetting))));
         summary.extend(self.failure.clone().map(|failure| ("failure".to_owned(), failure.into())));
         summary
     }

@@ -12,7 +12,7 @@ use homeroom_engine::adapt::adapter::{pretty, read_manifest};
 use homeroom_engine::files::{NewDirectory, bytes_below, ensure_room, read_text, take_away};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{
-    Candidate, Change, Control, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, checkpoint,
+    Candidate, Change, Control, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, TrainReport, checkpoint,
 };
 use serde_json::{Value, json};
 
@@ -303,6 +303,19 @@ impl Recorder<'_, '_> {
         if let Some(recording) = &self.recording {
             recording.event(event);
         }
+    }
+
+    /// Says how the training ended.
+    pub(super) fn ended(&self, report: &TrainReport) {
+        let step = report.steps.last().map_or(0, |step| step.step);
+        if report.interrupted {
+            self.event(json!({"event": "interrupted", "step": step}));
+            return;
+        }
+        if let Some(reason) = &report.stopped {
+            self.event(json!({"event": "stopped", "step": step, "reason": reason}));
+        }
+        self.event(json!({"event": "finished", "step": step, "kept_step": report.kept_step}));
     }
 }
 

@@ -4,6 +4,7 @@
 //! stands still, and returns plain tables and texts; a failure begins with the script's file and line.
 
 mod dataset;
+mod forgetting;
 mod handler;
 mod methods;
 mod model;
@@ -290,7 +291,7 @@ fn verb_call<T>(session: &Session, call: impl FnOnce() -> Result<T, Failure>) ->
 
 type Call = fn(&Lua, &Session, Value) -> Result<Value, Failure>;
 
-const CALLS: [(&str, Call); 8] = [
+const CALLS: [(&str, Call); 9] = [
     ("load_model", load_model),
     ("prepare_dataset", prepare_dataset),
     ("fine_tune", fine_tune),
@@ -298,6 +299,7 @@ const CALLS: [(&str, Call); 8] = [
     ("load_fine_tuned_model", load_fine_tuned_model),
     ("create_handler", create_handler),
     ("evaluate", evaluate),
+    ("forgetting", forgetting::forgetting),
     ("generate", generate),
 ];
 

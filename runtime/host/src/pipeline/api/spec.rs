@@ -451,6 +451,19 @@ pub const VERBS: &[Verb] = &[
         example: "local score = homeroom.evaluate { model = tutor, dataset = data.eval }\nprint(score.loss, score.perplexity)",
     },
     Verb {
+        name: "forgetting",
+        doc: "Measures how far a trained model has moved from its base, on rows that it was not to change on.\nWithout `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters about a minute on two cores, at the second call much less.",
+        options: &[&[
+            required("model", Kind::Model, "the trained model"),
+            opt("dataset", Kind::Dataset, "answers of the base's own", "rows of the kind that must not be forgotten")
+                .or(&["rows"]),
+            opt("base", Kind::Model, "what `model` was trained from", "the base that it is compared with"),
+        ]],
+        returns: "Forgetting",
+        returns_doc: "`loss_before` and `loss` on these rows, `kl` in nats a token, and `tokens`",
+        example: "local forgotten = homeroom.forgetting { model = tuned }\nif forgotten.kl > 0.1 then homeroom.log.warn(\"it forgets\", { kl = forgotten.kl }) end",
+    },
+    Verb {
         name: "generate",
         doc: "Lets a model answer prompts, each in a conversation of its own.",
         options: &[

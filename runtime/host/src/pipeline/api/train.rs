@@ -19,6 +19,7 @@ use super::value::{to_json, to_lua, words};
 use super::{NewAdapter, Session};
 use crate::job::defaults::{self, Open};
 use crate::job::{Job, Outcome, Recording, Resumed, Saving, Taken};
+use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
@@ -48,6 +49,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let objective = objective(&options).context("fine_tune")?;
     config(&options, objective.objective, None).check().context("fine_tune")?;
 
+    reset_peak_memory();
     let mut model = spec.load_base(session)?;
     let init_from = spec.adapter_path(session)?;
     if let Some(adapter) = &init_from {
@@ -121,7 +123,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let ended = raised.is_some() || session.clock().cancelled();
     let (rows, data_digest) = (trained.len(), data.digest.clone());
     let of_run = Some(run.id().to_owned());
-    let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, failure };
+    let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, forgetting: None, failure };
     let path = outcome.save(&job, &path, Taken::Replaced, parent.as_deref())?;
     let (before, after) = (outcome.report.before(), outcome.report.after());
     if let (Some(before), Some(after)) = (before, after) {
@@ -159,6 +161,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     metrics.set("train_loss", outcome.report.train_loss())?;
     metrics.set("steps", done)?;
     metrics.set("planned_steps", steps)?;
+    metrics.set("seconds", outcome.report.seconds())?;
+    metrics.set("peak_memory_bytes", peak_memory_bytes())?;
     table.set("metrics", metrics)?;
     let stopped = stopped.or(outcome.report.stopped);
     table.set("stopped", stopped.as_deref().unwrap_or(FINISHED))?;
@@ -210,6 +214,8 @@ fn dry(
     metrics.set("train_loss", f64::NAN)?;
     metrics.set("steps", steps)?;
     metrics.set("planned_steps", steps)?;
+    metrics.set("seconds", 1.0)?;
+    metrics.set("peak_memory_bytes", peak_memory_bytes())?;
     table.set("metrics", metrics)?;
     table.set("stopped", FINISHED)?;
     Ok(Value::Table(table))

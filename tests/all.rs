@@ -21,6 +21,8 @@ mod hostile_scripts;
 mod hub;
 mod inference;
 mod invariants;
+#[cfg(target_os = "linux")]
+mod killed;
 #[cfg(unix)]
 mod machine;
 mod mixed;

@@ -237,6 +237,19 @@ pub fn summary(directory: &Path) -> Result<Summary> {
     Ok(Summary { step, planned_steps, cut, plan: generation.plan, is_on_trial, report })
 }
 
+/// Looks at all that can be looked at without the base.
+///
+/// # Errors
+/// When a file is missing, or is not whole.
+pub fn check(directory: &Path) -> Result<()> {
+    let file = read_file(directory)?;
+    map_safetensors(&directory.join(TENSORS_FILE))?;
+    if !file.generation.has_values {
+        AdapterFiles::read(directory)?;
+    }
+    Ok(())
+}
+
 /// Reads the state of a directory. `model`: the base, stored as the plan of the [`summary`] asks for.
 ///
 /// # Errors

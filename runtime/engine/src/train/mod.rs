@@ -95,9 +95,15 @@ pub fn train(
     let _surviving = Surviving::begin();
     let mut run = Run::restore(model, objective, config, planned, state);
     run.state.report.planned_steps = planned;
-    run.state.report.interrupted = false;
-    if run.state.step == 0 && run.state.report.evaluations.is_empty() {
-        run.evaluate(data, observer, 0.0)?;
+    run.state.report.interrupted &= run.state.report.stopped.is_some();
+    let is_new = run.state.step == 0 && run.state.report.evaluations.is_empty() && !data.held_out.is_empty();
+    if is_new && run.evaluate(data, observer, 0.0)?.is_none() {
+        // Nobody waits for it, and after a step it could not be made up for.
+        run.state.report.interrupted = true;
+        if observer.is_due(&run.state) {
+            observer.save(&run.state)?;
+        }
+        return Ok(run.state);
     }
     if run.state.step == 0 && observer.is_due(&run.state) {
         observer.save(&run.state)?;
@@ -107,7 +113,7 @@ pub fn train(
     if let Some(done) = run.state.report.steps.last().copied().filter(|_| run.state.owes) {
         let units = cut.units(done.step - 1, &mut order);
         if run.follow_up(&done, Control::Continue, &units, data, observer)? == Control::Stop {
-            run.state.report.interrupted = true;
+            run.end_by(observer);
             return run.finish(data, observer);
         }
     }
@@ -161,7 +167,10 @@ impl Run<'_> {
         let control = observer.on_step(&done, planned)?;
         let control = self.follow_up(&done, control, units, data, observer)?;
         let stops = control == Control::Stop;
-        self.state.report.interrupted = stops && done.step < planned;
+        self.state.report.interrupted = false;
+        if stops && done.step < planned {
+            self.end_by(observer);
+        }
         let saves = observer.is_due(&self.state);
         if (saves || self.state.report.interrupted) && done.step < planned {
             self.look(units)?;
@@ -170,6 +179,16 @@ impl Run<'_> {
             observer.save(&self.state)?;
         }
         Ok(stops)
+    }
+
+    /// Notes that an observer ends the run. One that nobody interrupts has come to its end: what is saved of it now does not go on.
+    fn end_by(&mut self, observer: &mut dyn Observer) {
+        let State { report, owes, .. } = &mut self.state;
+        report.interrupted = true;
+        if !observer.is_cancelled() {
+            report.stopped.get_or_insert_with(|| "its observer has ended it".to_owned());
+            *owes = false;
+        }
     }
 
     /// The evaluation after a step, if it is due, and what else follows from the step. Of a run that is ended when an evaluation is due,

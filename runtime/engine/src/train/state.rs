@@ -5,6 +5,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use anyhow::Result;
+use candle_core::Var;
 use serde::{Deserialize, Serialize};
 
 use super::config::TrainConfig;
@@ -91,6 +93,21 @@ impl State {
         }
     }
 
+    /// A copy that shares no parameter with it.
+    ///
+    /// # Errors
+    /// When a parameter cannot be copied.
+    pub fn copy(&self) -> Result<Self> {
+        Ok(Self {
+            generation: self.generation.copy()?,
+            trial: self.trial.as_ref().map(Trial::copy).transpose()?,
+            losses: self.losses.clone(),
+            cut: self.cut.clone(),
+            report: self.report.clone(),
+            ..*self
+        })
+    }
+
     /// What is trained.
     pub fn adaptation(&self) -> &Arc<Adaptation> {
         &self.generation.adaptation
@@ -109,6 +126,21 @@ impl Generation {
         let optimizer = AdamW::new(&adaptation, adamw).keeping(model.parameter_count());
         let idle_updates = vec![Some(0); adaptation.params.len()];
         Self { adaptation, optimizer, idle_updates, scale: 1.0, set_scalars: BTreeMap::new() }
+    }
+
+    /// A copy that shares no parameter with it.
+    pub(super) fn copy(&self) -> Result<Self> {
+        let mut adaptation = Adaptation::clone(&self.adaptation);
+        for param in &mut adaptation.params {
+            param.var = Var::from_tensor(&param.var.as_detached_tensor())?;
+        }
+        Ok(Self {
+            adaptation: Arc::new(adaptation),
+            optimizer: self.optimizer.clone(),
+            idle_updates: self.idle_updates.clone(),
+            scale: self.scale,
+            set_scalars: self.set_scalars.clone(),
+        })
     }
 }
 

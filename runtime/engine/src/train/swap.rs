@@ -128,6 +128,15 @@ pub(super) struct Trial {
     pub(super) losses_mean: Option<f64>,
 }
 
+impl Trial {
+    /// A copy that shares no parameter with it.
+    pub(super) fn copy(&self) -> Result<Self> {
+        let Self { id, before, step, script_scale, losses_mean } = self;
+        let (id, before) = (id.clone(), before.copy()?);
+        Ok(Self { id, before, step: *step, script_scale: *script_scale, losses_mean: *losses_mean })
+    }
+}
+
 impl Run<'_> {
     /// Whether a plan is on trial.
     pub fn is_on_trial(&self) -> bool {

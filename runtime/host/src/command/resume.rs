@@ -29,6 +29,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     };
     match run.status {
         Status::Finished => {
+            run.tidy();
             line(format_args!("run {id} has finished; there is nothing left to do"));
             return Ok(Done::Whole);
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use homeroom_abi::step::Directive;
 use homeroom_engine::adapt::adaptation::Adaptation;
-use homeroom_engine::adapt::adapter::pretty;
+use homeroom_engine::adapt::adapter::{pretty, read_manifest};
 use homeroom_engine::files::{NewDirectory, bytes_below, ensure_room, read_text, take_away};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{
@@ -55,8 +55,10 @@ pub struct Recording<'a> {
     directory: PathBuf,
     saving: Saving,
     saved: Instant,
-    /// Steps of the checkpoints that are there, ascending.
+    /// Steps of the checkpoints that are there and whole, ascending.
     steps: Vec<u64>,
+    /// The best state, where the disk could not take it: without it a later one is not what a run can go on from.
+    unsaved: Option<(State, Value)>,
     /// A disk that is full is told once.
     is_told: bool,
 }
@@ -77,14 +79,24 @@ impl Resumed {
 }
 
 impl<'a> Recording<'a> {
-    /// The training of this number, from 1, of a run.
+    /// The training of this number, from 1, of a run. A newest checkpoint that is not whole is left out, with a warning.
     ///
     /// # Errors
     /// When its directory cannot be made.
     pub fn new(run: &'a RunDirectory, number: usize, saving: Saving) -> Result<Self> {
         let directory = run.training(number)?;
-        let steps = checkpoints(&directory);
-        Ok(Self { run, number, directory, saving, saved: Instant::now(), steps, is_told: false })
+        let mut steps = checkpoints(&directory);
+        while let Some(step) = steps.pop() {
+            let Err(error) = check(&checkpoint_path(&directory, step)) else {
+                steps.push(step);
+                break;
+            };
+            let then = steps
+                .last()
+                .map_or("there is none before it".to_owned(), |step| format!("that of step {step} is taken"));
+            line(format_args!("warning: the checkpoint of step {step} is left out: {error:#}; {then}"));
+        }
+        Ok(Self { run, number, directory, saving, saved: Instant::now(), steps, unsaved: None, is_told: false })
     }
 
     /// Its directory in that of the run.
@@ -94,7 +106,7 @@ impl<'a> Recording<'a> {
 
     /// The newest checkpoint's directory.
     pub fn newest(&self) -> Option<PathBuf> {
-        newest_checkpoint(&self.directory)
+        self.steps.last().map(|step| self.path(*step))
     }
 
     /// Reads the newest checkpoint, for a job that was made of it. The configuration becomes the one that its bits depend on.
@@ -125,7 +137,7 @@ impl<'a> Recording<'a> {
 
     fn is_due(&self, state: &State) -> bool {
         let Saving { steps, minutes } = self.saving;
-        let is_best = state.best.is_some_and(|best| best.step == state.step && best.since == 0);
+        let is_best = is_best(state);
         let in_time = minutes > 0.0 && self.saved.elapsed() >= Duration::from_secs_f64(60.0 * minutes);
         let in_steps = steps.is_some_and(|steps| state.step > 0 && state.step.is_multiple_of(steps));
         // The first one is for a training that fails before any other; of a whole model it would be as large as the model thrice.
@@ -135,24 +147,54 @@ impl<'a> Recording<'a> {
 
     /// Saves, and removes what is no longer needed. A disk that is full ends no training.
     fn save(&mut self, job: &Job, config: &TrainConfig, state: &State, memory: &Value) {
-        let start = Instant::now();
-        let path = self.path(state.step);
-        match write(&path, job, config, state, memory, self.run.id()) {
+        if is_best(state) {
+            self.unsaved = None;
+        }
+        let mut written = Ok(());
+        if let Some((best, memory)) = self.unsaved.take() {
+            written = self.write(job, config, &best, &memory);
+            self.unsaved = written.is_err().then_some((best, memory));
+        }
+        match written.and_then(|()| self.write(job, config, state, memory)) {
             Ok(()) => {
-                self.steps.retain(|step| *step < state.step);
-                self.steps.push(state.step);
                 self.prune(state);
-                let (seconds, bytes) = (start.elapsed().as_secs_f64(), bytes_below(&path));
-                self.event(json!({"event": "checkpoint", "step": state.step, "seconds": seconds, "bytes": bytes}));
                 self.is_told = false;
             }
-            Err(error) if !std::mem::replace(&mut self.is_told, true) => {
-                line(format_args!("warning: no checkpoint at step {}: {error:#}; the training goes on", state.step))
+            Err(error) => {
+                if is_best(state) && config.load_best_model_at_end {
+                    self.unsaved = state.copy().ok().map(|state| (state, memory.clone()));
+                }
+                if !std::mem::replace(&mut self.is_told, true) {
+                    line(format_args!(
+                        "warning: no checkpoint at step {}: {error:#}; the training goes on",
+                        state.step
+                    ));
+                }
             }
-            Err(_) => {}
         }
         // Also after a failure: to try again after each step would cost more than it saves.
         self.saved = Instant::now();
+    }
+
+    fn write(&mut self, job: &Job, config: &TrainConfig, state: &State, memory: &Value) -> Result<()> {
+        let (start, path) = (Instant::now(), self.path(state.step));
+        write(&path, job, config, state, memory, self.run.id())?;
+        self.steps.retain(|step| *step < state.step);
+        self.steps.push(state.step);
+        let (seconds, bytes) = (start.elapsed().as_secs_f64(), bytes_below(&path));
+        self.event(json!({"event": "checkpoint", "step": state.step, "seconds": seconds, "bytes": bytes}));
+        Ok(())
+    }
+
+    /// Removes the checkpoints of steps that were taken back: a run that is taken up again does not go on from one of them.
+    fn forget_after(&mut self, step: u64) {
+        self.steps.retain(|saved| *saved <= step);
+        if self.unsaved.as_ref().is_some_and(|(state, _)| state.step > step) {
+            self.unsaved = None;
+        }
+        for saved in checkpoints(&self.directory).into_iter().filter(|saved| *saved > step) {
+            let _ = take_away(&self.path(saved));
+        }
     }
 
     fn path(&self, step: u64) -> PathBuf {
@@ -164,17 +206,26 @@ impl<'a> Recording<'a> {
         let best = state.best.map(|best| best.step);
         let before = self.steps.iter().rev().find(|step| **step + STEPS_BEFORE <= state.step).copied();
         let keeps = |step: &u64| *step == state.step || Some(*step) == best || Some(*step) == before;
-        let (kept, gone): (Vec<u64>, Vec<u64>) = self.steps.iter().partition(|step| keeps(step));
-        self.steps = kept;
-        for step in gone {
-            let _ = take_away(&self.path(step));
+        self.steps.retain(keeps);
+        for step in checkpoints(&self.directory).iter().filter(|step| !keeps(step)) {
+            let _ = take_away(&self.path(*step));
         }
     }
 
     fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<Resumed>> {
-        let Some(step) = self.steps.iter().rev().find(|saved| **saved <= step) else { return Ok(None) };
-        read(&self.path(*step), job, config).map(Some)
+        let on_disk = self.steps.iter().rev().find(|saved| **saved <= step);
+        match &self.unsaved {
+            Some((state, memory)) if state.step <= step && on_disk.is_none_or(|saved| *saved < state.step) => {
+                Ok(Some(Resumed { state: state.copy()?, memory: memory.clone() }))
+            }
+            _ => on_disk.map(|saved| read(&self.path(*saved), job, config)).transpose(),
+        }
     }
+}
+
+/// Whether no evaluation was better than that after the last step.
+fn is_best(state: &State) -> bool {
+    state.best.is_some_and(|best| best.step == state.step && best.since == 0)
 }
 
 /// The directory of the checkpoint after a step.
@@ -217,12 +268,21 @@ fn write(path: &Path, job: &Job, config: &TrainConfig, state: &State, memory: &V
     directory.publish().map(drop)
 }
 
+/// Whether a checkpoint is whole, as far as that is seen without its base.
+fn check(path: &Path) -> Result<()> {
+    checkpoint::check(path)?;
+    read_memory(path)?;
+    read_manifest(path)?.with_context(|| format!("{}: not a checkpoint", path.display())).map(drop)
+}
+
 fn read(path: &Path, job: &Job, config: &TrainConfig) -> Result<Resumed> {
-    let state = checkpoint::read(path, &job.model, config)?;
-    let memory = read_text(&path.join(MEMORY_FILE), MEMORY_BYTES_MAX)?;
-    let memory =
-        serde_json::from_str(&memory).with_context(|| format!("{}: damaged", path.join(MEMORY_FILE).display()))?;
-    Ok(Resumed { state, memory })
+    Ok(Resumed { state: checkpoint::read(path, &job.model, config)?, memory: read_memory(path)? })
+}
+
+fn read_memory(path: &Path) -> Result<Value> {
+    let path = path.join(MEMORY_FILE);
+    let memory = read_text(&path, MEMORY_BYTES_MAX)?;
+    serde_json::from_str(&memory).with_context(|| format!("{}: damaged", path.display()))
 }
 
 /// The observer around all others of a training: it records it, if it is to be recorded.
@@ -339,6 +399,11 @@ impl Observer for Recorder<'_, '_> {
         self.inner.changed(event, adaptation)?;
         if self.strategy.is_some() {
             self.job.set_now(adaptation, self.job.strategy.clone());
+        }
+        if let (Change::Rewound { .. } | Change::RolledBack { .. }, Some(recording)) =
+            (&event.change, &mut self.recording)
+        {
+            recording.forget_after(event.step);
         }
         let mut value = serde_json::to_value(event)?;
         if let Change::Rewound { from, reason, rate_scale } = &event.change {

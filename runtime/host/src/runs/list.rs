@@ -9,7 +9,7 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, bytes_below, read_text, repla
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::directory::runs_directory;
+use super::directory::{remove_checkpoints, runs_directory};
 use super::lock;
 use crate::near::did_you_mean;
 use crate::registry;
@@ -166,6 +166,11 @@ impl Entry {
     /// What it does, if it says so.
     pub fn kind(&self) -> Option<Kind> {
         self.record.as_ref().map(|record| record.kind)
+    }
+
+    /// Removes the checkpoints of a run that has finished: it may have been killed before it could.
+    pub fn tidy(&self) {
+        remove_checkpoints(&self.path);
     }
 
     /// When it was started.

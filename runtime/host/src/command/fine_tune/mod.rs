@@ -238,6 +238,7 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         Some(run) => Some(run),
         None => match unfinished::find(arguments)? {
             Unfinished::Finished(run) => {
+                run.tidy();
                 line(format_args!("run {} has finished; there is nothing left to do", run.id));
                 return Ok(Done::Whole);
             }
@@ -254,11 +255,13 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         },
     };
     let own = earlier.as_ref().and_then(unfinished::output_dir);
-    let unnamed = own.is_none() && arguments.output_dir.is_none() && arguments.name.is_none();
+    let unnamed = arguments.output_dir.is_none() && arguments.name.is_none();
+    // A name that was chosen for a run and is another's by now is no reason not to go on: the result takes another one.
+    let gives_up = unnamed && own.is_some();
     let output_dir = own.map_or_else(|| place(arguments), Ok)?;
     utf8(&std::path::absolute(&output_dir)?)?;
     let is_own = earlier.as_ref().is_some_and(|run| unfinished::is_result_of(&output_dir, &run.id));
-    if !arguments.overwrite && !is_own {
+    if !arguments.overwrite && !is_own && !gives_up {
         vacant(&output_dir).map_err(|error| match arguments.name.as_ref().filter(|_| output_dir.is_dir()) {
             Some(name) if arguments.output_dir.is_none() => anyhow!(
                 "{name}: there is a model of this name already\nhint: --overwrite replaces it, another --name keeps both"
@@ -435,6 +438,11 @@ impl Prepared<'_> {
         if *unnamed && saved != *output_dir {
             let (name, taken) = (registry::short(&saved), registry::short(output_dir));
             line(format_args!("name      {name}   as {taken} was taken meanwhile"));
+            if let Some(run) = run {
+                let mut settings = run.settings();
+                settings.insert("output_dir".to_owned(), saved.display().to_string().into());
+                run.set_settings(settings)?;
+            }
         }
         let samples = match outcome.report.interrupted {
             true => Vec::new(),

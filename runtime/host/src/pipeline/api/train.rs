@@ -129,7 +129,9 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     if let (Some(before), Some(after)) = (before, after) {
         session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }
-    if let Some(why) = &outcome.report.stopped {
+    if stopped.is_none()
+        && let Some(why) = &outcome.report.stopped
+    {
         session.tell(format_args!("stopped   {why}"));
     }
     if let Some(step) = outcome.report.kept_step {
@@ -381,11 +383,12 @@ impl Observer for Watcher<'_> {
     }
 
     fn memory(&mut self) -> Result<Json> {
-        Ok(json!({"state": self.kept}))
+        Ok(json!({"state": self.kept, "stopped": self.stopped}))
     }
 
     fn recall(&mut self, memory: &Json) {
         self.kept = memory["state"].clone();
+        self.stopped = memory["stopped"].as_str().map(str::to_owned);
         let fill = || -> mlua::Result<()> {
             self.state.clear()?;
             if let Value::Table(kept) = to_lua(self.lua, &self.kept)? {

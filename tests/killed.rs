@@ -463,7 +463,16 @@ fn alone() -> Result<()> {
     println!("{:?}", state.report.evaluations);
     println!("kept step {:?}, {} steps", state.report.kept_step, state.report.steps.len());
     let (rows, data_digest, objective) = (rows.len(), String::new(), ObjectiveConfig::default());
-    let outcome = Outcome { config, report: state.report, objective, run: None, rows, data_digest, failure: None };
+    let outcome = Outcome {
+        config,
+        report: state.report,
+        objective,
+        run: None,
+        rows,
+        data_digest,
+        failure: None,
+        forgetting: None,
+    };
     outcome.save(&job, &place.join("out"), Taken::Replaced, None).map(drop)
 }
 

@@ -304,7 +304,8 @@ fn scripts_that_are_hard_to_read_are_refused() -> Result<()> {
         let result = place.within(&script, Limits::default());
         let message = format!("{:#}", result.expect_err(&shown));
         assert!(message.contains(expected) && message.len() < 10_000, "{shown}\n{message}");
-        let checked = pipeline::check(&PipelineConfig::read(&place.config(&script)?, &[])?);
+        let checked =
+            pipeline::check(&PipelineConfig::read(&place.config(&script)?, &[])?, Search::new(&[], Trust::default()));
         assert!(checked.is_err_and(|error| format!("{error:#}").len() < 10_000), "{shown}");
         assert!(start.elapsed() < HANGS, "{shown}");
     }

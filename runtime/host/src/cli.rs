@@ -4,7 +4,7 @@ use std::any::TypeId;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::error::Error;
+use clap::error::{Error, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
@@ -109,6 +109,9 @@ fn parsed(arguments: &[OsString]) -> Result<Cli, ExitCode> {
     match parse(&plain.collect::<Vec<_>>()) {
         Err(shown) => drop(shown.print()),
         Ok(_) => progress::prompt(error.render()),
+    }
+    if error.kind() == ErrorKind::DisplayHelp {
+        run::help(arguments);
     }
     Err(ExitCode::from(error.exit_code() as u8))
 }

@@ -5,6 +5,7 @@
 //! the reference and the type files from the list in [`api::spec`].
 
 pub mod api;
+pub mod bytecode;
 pub mod check;
 pub mod clock;
 pub mod config;
@@ -15,8 +16,9 @@ pub mod output;
 pub mod places;
 pub mod reference;
 pub mod sandbox;
+pub mod tokens;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -29,12 +31,11 @@ use self::clock::Ended;
 use self::config::PipelineConfig;
 use self::errors::Failure;
 use self::limits::Limits;
-use self::sandbox::Sandbox;
+use self::sandbox::{Reads, Sandbox};
 use crate::interrupt;
 use crate::models::{Network, of_hub};
-use crate::plugin::{Search, Trust};
+use crate::plugin::Search;
 use crate::progress::line;
-use crate::watch::Files;
 
 /// How long a script may go on after Ctrl-C, before the program ends with it.
 const CANCELLED_FOR: Duration = Duration::from_secs(1);
@@ -56,7 +57,7 @@ pub struct Outcome {
 }
 
 /// Runs a pipeline; `dry`: walks its script, and neither trains nor writes. It ends when `cancelled` says so: after the step,
-/// if it is training. `files` gets the script and the modules that it required, each as it was when it was read.
+/// if it is training. `reads` gets the script and the modules that it required, each as it was when it was read.
 ///
 /// # Errors
 /// What the script or a verb raises, with the script's file and line.
@@ -65,14 +66,10 @@ pub fn run(
     search: Search,
     dry: bool,
     cancelled: &dyn Fn() -> bool,
-    files: &mut Files,
+    reads: &Reads,
 ) -> Result<Outcome> {
     let limits = Limits { lua_time: config.lua_time, ..Limits::default() };
-    in_sandbox(config, search, dry, cancelled, limits, |sandbox, session| {
-        let outcome = play(config, sandbox, session);
-        files.extend(sandbox.files());
-        outcome
-    })
+    in_sandbox(config, search, dry, reads, cancelled, limits, |sandbox, session| play(config, sandbox, session))
 }
 
 /// As [`run`], within other bounds.
@@ -86,7 +83,8 @@ pub fn run_within(
     cancelled: &dyn Fn() -> bool,
     limits: Limits,
 ) -> Result<Outcome> {
-    in_sandbox(config, search, dry, cancelled, limits, |sandbox, session| play(config, sandbox, session))
+    let reads = Reads::default();
+    in_sandbox(config, search, dry, &reads, cancelled, limits, |sandbox, session| play(config, sandbox, session))
 }
 
 fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<Outcome> {
@@ -96,7 +94,12 @@ fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result
         let _running = session.clock().resume();
         api::to_json(session.clock(), &returned).map_err(Failure::into_error)
     };
-    let result = result.with_context(|| format!("{}: what it returns", sandbox::shown(&config.script)))?;
+    let place = || {
+        let (script, line) = (sandbox::shown(&config.script), sandbox.sources().last_return(&config.script));
+        let line = line.map(|line| format!(":{line}")).unwrap_or_default();
+        format!("{script}{line}: what it returns")
+    };
+    let result = result.with_context(place)?;
     let file = session.keep(&result)?;
     Ok(Outcome { result, file, actions: session.actions(), handler: session.handler() })
 }
@@ -109,34 +112,47 @@ fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result
 pub fn fetch(config: &PipelineConfig, network: Network) -> Result<()> {
     let network = config.network(network);
     for (param, name) in &config.hub_models {
-        let place = || format!("{}: parameter `{param}`", config.path.display());
-        of_hub(name, network).with_context(place)?;
+        of_hub(name, network).with_context(|| config.place(param).to_owned())?;
     }
     Ok(())
 }
 
-/// Says what is wrong with a pipeline without running it.
+/// Says what is wrong with a pipeline without running it. Strategies are looked for by `search`, and none is loaded.
 ///
 /// # Errors
 /// All problems in one message.
-pub fn check(config: &PipelineConfig) -> Result<()> {
-    let search = Search::new(&[], Trust::default());
-    in_sandbox(config, search, true, &|| false, Limits::default(), |sandbox, session| {
+pub fn check(config: &PipelineConfig, search: Search) -> Result<()> {
+    in_sandbox(config, search, true, &Reads::default(), &|| false, Limits::default(), |sandbox, session| {
         check::check(config, sandbox, session)
     })
+}
+
+/// As [`check`], with the file that declares the pipeline, in which required parameters need not be set.
+///
+/// # Errors
+/// All problems of the file and of its script.
+pub fn check_file(path: &Path, set: &[(String, String)], search: Search) -> Result<PipelineConfig> {
+    let (config, problems) = PipelineConfig::look(path, set)?;
+    let checked = config.as_ref().map_or(Ok(()), |config| check(config, search));
+    match (problems, checked, config) {
+        (Err(file), Err(script), _) => Err(anyhow!("{file:#}\n{script:#}")),
+        (Err(problems), ..) | (_, Err(problems), _) => Err(problems),
+        (Ok(()), Ok(()), config) => config.context("a file without problems is a configuration"),
+    }
 }
 
 fn in_sandbox<T: Send>(
     config: &PipelineConfig,
     search: Search,
     dry: bool,
+    reads: &Reads,
     cancelled: &dyn Fn() -> bool,
     limits: Limits,
     work: impl FnOnce(&Sandbox, &Session) -> Result<T> + Send,
 ) -> Result<T> {
     let search = search.tightened(config.plugin_policy);
     let scripts = config.script.parent().context("a file has a directory")?;
-    sandbox::run(scripts, limits, cancelled, &give_up, |sandbox| {
+    sandbox::run(scripts, reads, limits, cancelled, &give_up, |sandbox| {
         let session = Rc::new(Session::new(sandbox, config, search, dry)?);
         let provided = api::provide(sandbox, &session, &config.params).and_then(|()| sandbox.close());
         provided.map_err(|error| anyhow!("cannot set up the script's machine: {error}"))?;

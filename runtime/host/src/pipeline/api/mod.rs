@@ -7,6 +7,7 @@ mod dataset;
 mod handler;
 mod methods;
 mod model;
+mod names;
 mod options;
 mod row;
 mod saved;
@@ -37,7 +38,6 @@ use self::dataset::Dataset;
 use self::model::{DRY, ModelSpec, NOT_NAMED, fine_tuned};
 use self::options::Options;
 use self::spec::{VERBS, verb};
-use self::value::{to_lua, words};
 use super::about;
 use super::clock::Clock;
 use super::config::PipelineConfig;
@@ -52,7 +52,8 @@ use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
 use crate::registry;
 
-pub use self::value::to_json;
+pub use self::names::named_problem;
+pub use self::value::{to_json, to_lua, words};
 
 /// What the verbs of one run share. It belongs to the script's thread.
 pub struct Session {

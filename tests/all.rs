@@ -40,6 +40,7 @@ mod results;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;
+mod steps;
 mod strategies;
 mod support;
 #[cfg(unix)]

@@ -456,7 +456,7 @@ fn check_tells_all_problems_of_a_script_without_running_it() -> Result<()> {
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(1));
     for expected in [
-        "4 problems",
+        "6 problems",
         "s.lua:2: fine_tune: unknown option `epoch`, did you mean `epochs`?",
         "s.lua:3: `params` has no `modl`, did you mean `model`?",
         "more.lua:1: `homeroom` has no `fine_tnue`, did you mean `fine_tune`?",
@@ -466,6 +466,106 @@ fn check_tells_all_problems_of_a_script_without_running_it() -> Result<()> {
     }
     let output = place.run("local = 1", &["--check"])?;
     assert!(stderr(&output).contains("s.lua:1:"), "{}", stderr(&output));
+    Ok(())
+}
+
+/// Values that are written down, files, models, strategies, and every global: all of it, each at its line, and nothing is run or loaded.
+#[test]
+fn check_looks_at_values_and_at_what_is_named() -> Result<()> {
+    let place = Place::new()?;
+    let script = "local data = homeroom.prepare_dataset { path = \"missing.jsonl\" }\n\
+        local model = homeroom.load_model { name = params.base, strategy = \"lorra\", r = 0 }\n\
+        local tuned = homeroom.fine_tune {\n  model = model, dataset = data.train,\n  learning_rate = 50,\n  lr_scheduler_type = \"cosin\",\n\
+        epochs = params.epochs, warmup_ratio = if params.n then 2 else 3, batch_size = 2 * 0,\n  max_steps = -3, packing = \"yes\",\n}\n\
+        local other = homeroom.load_fine_tuned_model { name = \"nobody\" }\n\
+        local saved = homeroom.save_model { model = tuned, name = \"My Tutor\" }\n\
+        homeroom.create_handler { name = \"../x\", model = saved }\n\
+        homeroom.evaluate { model = \"gone/away\", dataset = data.train }\n\
+        homeroom.generate { model = tuned, promts = { \"a\" } }\n\
+        print(tunde.metrics, limit)\nreturn { a = saved, b = tuned.metrics }\n";
+    place.config(script)?;
+    let config = place.write(
+        "c.toml",
+        "[pipeline]\nscript = \"s.lua\"\n[pipeline.params]\nbase = { type = \"model\", required = true }\n\
+         rows = { type = \"path\", default = \"gone.jsonl\" }\nepochs = { type = \"int\", default = 0 }\nn = { type = \"int\" }\n",
+    )?;
+    let output = place.command(&config).arg("--check").output()?;
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for expected in [
+        "c.toml:5: parameter `rows`: there is no file or directory ",
+        "s.lua:1: prepare_dataset: there is no file ",
+        "s.lua:2: load_model: unknown strategy `lorra`, did you mean `lora`?",
+        "s.lua:2: load_model: `r` should be a whole number from 1, not 0",
+        "s.lua:5: fine_tune: `learning_rate` should be a number above 0 and at most 10, not 50",
+        "s.lua:6: fine_tune: `lr_scheduler_type` should be \"cosine\" or \"linear\" or \"constant\", not \"cosin\"",
+        "s.lua:7: fine_tune: `epochs` should be a whole number from 1, not 0",
+        "s.lua:8: fine_tune: `max_steps` should be a whole number from 1, not -3",
+        "s.lua:8: fine_tune: `packing` should be true or false, not \"yes\"",
+        "s.lua:10: load_fine_tuned_model: there is no model `nobody`",
+        "s.lua:11: save_model: `My Tutor` is not a model's name",
+        "s.lua:12: create_handler: `../x` is not a handler's name",
+        "s.lua:13: evaluate: gone/away: ",
+        "s.lua:14: generate: unknown option `promts`, did you mean `prompts`?",
+        "s.lua:14: generate: `prompts` is missing; it should be a list of strings",
+        "s.lua:15: unknown name `tunde`, did you mean `tuned`?",
+        "s.lua:15: unknown name `limit`",
+        "17 problems",
+    ] {
+        assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
+    }
+    assert!(!message.contains("batch_size") && !message.contains("warmup") && !message.contains("required"), "{message}");
+
+    // A file whose own problems are told keeps nothing back of its script's.
+    let text = std::fs::read_to_string(&config)?.replace("type = \"int\", default = 0", "type = \"itn\"");
+    std::fs::write(&config, text)?;
+    let message = stderr(&place.command(&config).arg("--check").output()?);
+    for expected in ["line 6: `epochs`: its type is unknown, did you mean `int`?", "s.lua:5: fine_tune: `learning_rate` should"] {
+        assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
+    }
+    assert!(!message.contains("has no `epochs`"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn check_finds_nothing_wrong_with_what_a_run_would_make() -> Result<()> {
+    let place = Place::new()?;
+    let script = format!(
+        "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, steps = 1, lr = 2e-4 }}\n\
+         homeroom.save_model {{ model = tuned, name = \"mine\" }}\nlocal mine = homeroom.load_fine_tuned_model {{ name = \"mine\" }}\n\
+         homeroom.create_handler {{ name = \"mine\", model = \"mine\" }}\n\
+         return homeroom.generate {{ model = mine, prompts = {{ \"a\", \"b\" }}, temperature = 0 }}"
+    );
+    let output = place.run(&script, &["--check"])?;
+    assert!(output.status.success() && stderr(&output).contains("no problems found"), "{}", stderr(&output));
+    // What is shipped needs no parameters to be looked at.
+    for name in ["quickstart", "fine_tune", "curriculum"] {
+        let output = place.command(&root().join("configs").join(format!("{name}.toml"))).arg("--check").output()?;
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+    }
+    Ok(())
+}
+
+#[test]
+fn help_of_a_file_lists_its_parameters() -> Result<()> {
+    let place = Place::new()?;
+    let output = place.command(&root().join("configs/fine_tune.toml")).arg("--help").output()?;
+    assert!(output.status.success());
+    let told = String::from_utf8_lossy(&output.stdout);
+    for expected in ["--dry-run", "Parameters of ", "--set NAME=VALUE"] {
+        assert!(told.contains(expected), "{expected}\n{told}");
+    }
+    let line = |name: &str| told.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default().to_owned();
+    for (name, words) in [
+        ("model ", ["model", "required", "base: "]),
+        ("eval ", ["float", "0.1", "0.01 to 0.5", "share of the rows"]),
+        ("max_steps ", ["int", "not set", "from 1 "]),
+    ] {
+        let line = line(name);
+        assert!(words.iter().all(|word| line.contains(word)), "{name}: {line}");
+    }
+    let output = place.command(&root().join("configs/fine_tune.toml")).args(["--set", "epoch=1"]).output()?;
+    assert!(stderr(&output).contains("--set epoch=1: there is no such parameter, did you mean `epochs`?"));
     Ok(())
 }
 

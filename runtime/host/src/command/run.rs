@@ -16,7 +16,7 @@ use crate::hub::{self, HubName};
 use crate::interrupt::{self, Interrupted};
 use crate::models::{Network, here};
 use crate::near::{did_you_mean, exists, file_beside, is_model};
-use crate::pipeline;
+use crate::pipeline::{self, How};
 use crate::pipeline::config::{Declared, PipelineConfig};
 use crate::pipeline::sandbox::{Reads, shown};
 use crate::progress::line;
@@ -47,6 +47,9 @@ pub struct Arguments {
     /// Run again when the file, its script or a module of it is changed, in mid-training after the step; a training continues with new builds of its strategy
     #[arg(long, conflicts_with_all = ["check", "json"])]
     watch: bool,
+    /// Make everything anew: look up nothing that was made before, and replace it
+    #[arg(long, conflicts_with_all = ["check", "dry_run"])]
+    fresh: bool,
     #[command(flatten)]
     plugins: PluginArgs,
     /// Print what the script returns as JSON
@@ -287,7 +290,8 @@ fn once(arguments: &Arguments, reads: &Reads, network: Network, ended: &dyn Fn()
     if arguments.watch {
         search = search.watched(this_program()?);
     }
-    let outcome = pipeline::run(&config, search, arguments.dry_run, ended, reads);
+    let how = How { dry: arguments.dry_run, fresh: arguments.fresh };
+    let outcome = pipeline::run(&config, search, how, ended, reads);
     let outcome = match outcome {
         Err(error) if ended() => {
             eprintln!("{error:#}: the script has ended where it was");

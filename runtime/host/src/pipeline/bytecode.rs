@@ -47,6 +47,8 @@ struct Proto {
     constants: Vec<Constant>,
     inner: Vec<usize>,
     line: usize,
+    /// Registers of variables, and the words of code in which they are that.
+    variables: Vec<(u32, std::ops::Range<usize>)>,
 }
 
 enum Constant {
@@ -77,6 +79,8 @@ pub struct Source {
     pub globals: BTreeSet<String>,
     /// Fields of `params` that they read; `None`: they may read any.
     pub params: Option<BTreeSet<String>>,
+    /// Fields of `homeroom` that they read; `None`: they may read any.
+    pub homeroom: Option<BTreeSet<String>>,
 }
 
 impl Functions {
@@ -89,7 +93,7 @@ impl Functions {
             let bytes = compiler.compile(text).map_err(|error| anyhow!("{error}"))?;
             Reader { bytes: &bytes, at: 0 }.protos()
         };
-        Ok(Self { plain: read(compiler().set_optimization_level(0))?, run: read(compiler())? })
+        Ok(Self { plain: read(compiler().set_optimization_level(0).set_debug_level(2))?, run: read(compiler())? })
     }
 
     /// All globals that are named, in the order of lines; each once for reading and once for setting.
@@ -101,7 +105,7 @@ impl Functions {
         all
     }
 
-    /// The line of the script's own last `return`.
+    /// The line at which the script's own last `return` ends.
     pub fn last_return(&self) -> Option<usize> {
         let main = &self.plain.all[self.plain.main];
         main.operations().filter(|(at, _)| main.code[*at] as u8 == RETURN).last().map(|(at, _)| main.lines[at])
@@ -115,14 +119,17 @@ impl Functions {
             captures = captures.max(Some(self.run.all[index].captures));
             self.run.visit(index, &mut |proto| proto.digest(&mut hash));
         }
-        let (mut globals, mut params) = (BTreeSet::new(), Some(BTreeSet::new()));
+        let (mut globals, mut params, mut homeroom) = (BTreeSet::new(), Some(BTreeSet::new()), Some(BTreeSet::new()));
         for index in self.plain.beginning_at(line) {
             self.plain.visit(index, &mut |proto| {
                 globals.extend(proto.globals().map(|global| global.name));
-                params = params.take().zip(proto.params()).map(|(all, more)| all.union(&more).cloned().collect());
+                for (fields, name) in [(&mut params, "params"), (&mut homeroom, "homeroom")] {
+                    let all = fields.take().zip(proto.fields(name));
+                    *fields = all.map(|(all, more)| all.union(&more).cloned().collect());
+                }
             });
         }
-        Some(Source { digest: hex(&hash.finalize()), captures: captures?, globals, params })
+        Some(Source { digest: hex(&hash.finalize()), captures: captures?, globals, params, homeroom })
     }
 }
 
@@ -191,20 +198,22 @@ impl Proto {
         })
     }
 
-    /// Fields of `params` that it reads; `None`: they may be any.
-    fn params(&self) -> Option<BTreeSet<String>> {
+    /// Fields of a global that it reads; `None`: they may be any.
+    fn fields(&self, global: &str) -> Option<BTreeSet<String>> {
         let operations: Vec<(usize, Option<u32>)> = self.operations().collect();
         let mut fields = BTreeSet::new();
         for (index, (at, second)) in operations.iter().enumerate() {
-            let is_params = self.code[*at] as u8 == GETGLOBAL
-                && second.and_then(|constant| self.text(constant)).is_some_and(|name| name == "params");
-            if !is_params {
+            let is_meant = self.code[*at] as u8 == GETGLOBAL
+                && second.and_then(|constant| self.text(constant)).is_some_and(|name| name == global);
+            if !is_meant {
                 continue;
             }
             // GETGLOBAL A; GETTABLEKS _ B: the field of what is in the register.
             let (next, field) = operations.get(index + 1)?;
             let register = self.code[*at] >> 8 & 0xff;
-            if self.code[*next] as u8 != GETTABLEKS || self.code[*next] >> 16 & 0xff != register {
+            // A variable can be asked for more.
+            let is_variable = self.variables.iter().any(|(other, code)| *other == register && code.contains(next));
+            if self.code[*next] as u8 != GETTABLEKS || self.code[*next] >> 16 & 0xff != register || is_variable {
                 return None;
             }
             fields.insert(self.text((*field)?)?);
@@ -264,18 +273,18 @@ impl Reader<'_> {
         let line = self.number()?;
         self.number()?; // Its name.
         let lines = if self.byte()? != 0 { self.lines(code.len())? } else { vec![line; code.len()] };
+        let mut variables = Vec::new();
         if self.byte()? != 0 {
             for _ in 0..self.number()? {
-                self.number()?;
-                self.number()?;
-                self.number()?;
-                self.byte()?;
+                self.number()?; // Its name.
+                let code = self.number()?..self.number()?;
+                variables.push((u32::from(self.byte()?), code));
             }
             for _ in 0..self.number()? {
                 self.number()?;
             }
         }
-        Ok(Proto { captures, code, lines, constants, inner, line })
+        Ok(Proto { captures, code, lines, constants, inner, line, variables })
     }
 
     /// The line of each word of code: differences of bytes, that begin anew at every so many words.
@@ -428,7 +437,7 @@ mod tests {
     #[test]
     fn a_scripts_own_return_is_found() {
         let line = |text: &str| Functions::of(text).expect("it compiles").last_return();
-        assert_eq!(line("local function f()\n  return 1\nend\nreturn {\n  f = function() return 2 end }\n"), Some(4));
+        assert_eq!(line("local function f()\n  return 1\nend\nreturn {\n  f = function() return 2 end }\n"), Some(5));
         assert!(Functions::of("local = 1").is_err());
     }
 }

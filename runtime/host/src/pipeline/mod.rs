@@ -2,7 +2,8 @@
 //!
 //! [`config`] reads the declaration, [`sandbox`] bounds what a script can do ([`limits`], [`clock`], [`libraries`], [`output`]),
 //! [`places`] what it can read, [`api`] is what it can call, [`check`] says what is wrong without running it. [`reference`] writes
-//! the reference and the type files from the list in [`api::spec`].
+//! the reference and the type files from the list in [`api::spec`]. [`store`] keeps what verbs made, and [`bytecode`] and [`tokens`] read scripts
+//! without running them.
 
 pub mod api;
 pub mod bytecode;
@@ -16,6 +17,7 @@ pub mod output;
 pub mod places;
 pub mod reference;
 pub mod sandbox;
+pub mod store;
 pub mod tokens;
 
 use std::path::{Path, PathBuf};
@@ -43,6 +45,15 @@ const CANCELLED_FOR: Duration = Duration::from_secs(1);
 /// library function on all the memory that it has takes a part of that.
 const EXPIRED_FOR: Duration = Duration::from_secs(30);
 
+/// How a pipeline is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How {
+    /// Its script is walked, and nothing is trained or written.
+    pub dry: bool,
+    /// Nothing is looked up in the step store.
+    pub fresh: bool,
+}
+
 /// What came of a pipeline.
 #[derive(Debug)]
 pub struct Outcome {
@@ -56,20 +67,19 @@ pub struct Outcome {
     pub handler: Option<String>,
 }
 
-/// Runs a pipeline; `dry`: walks its script, and neither trains nor writes. It ends when `cancelled` says so: after the step,
-/// if it is training. `reads` gets the script and the modules that it required, each as it was when it was read.
+/// Runs a pipeline. It ends when `cancelled` says so: after the step, if it is training. `reads` gets the script and the modules that it required, each as it was when it was read.
 ///
 /// # Errors
 /// What the script or a verb raises, with the script's file and line.
 pub fn run(
     config: &PipelineConfig,
     search: Search,
-    dry: bool,
+    how: How,
     cancelled: &dyn Fn() -> bool,
     reads: &Reads,
 ) -> Result<Outcome> {
     let limits = Limits { lua_time: config.lua_time, ..Limits::default() };
-    in_sandbox(config, search, dry, reads, cancelled, limits, |sandbox, session| play(config, sandbox, session))
+    in_sandbox(config, search, how, reads, cancelled, limits, |sandbox, session| play(config, sandbox, session))
 }
 
 /// As [`run`], within other bounds.
@@ -79,12 +89,12 @@ pub fn run(
 pub fn run_within(
     config: &PipelineConfig,
     search: Search,
-    dry: bool,
+    how: How,
     cancelled: &dyn Fn() -> bool,
     limits: Limits,
 ) -> Result<Outcome> {
     let reads = Reads::default();
-    in_sandbox(config, search, dry, &reads, cancelled, limits, |sandbox, session| play(config, sandbox, session))
+    in_sandbox(config, search, how, &reads, cancelled, limits, |sandbox, session| play(config, sandbox, session))
 }
 
 fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<Outcome> {
@@ -122,7 +132,8 @@ pub fn fetch(config: &PipelineConfig, network: Network) -> Result<()> {
 /// # Errors
 /// All problems in one message.
 pub fn check(config: &PipelineConfig, search: Search) -> Result<()> {
-    in_sandbox(config, search, true, &Reads::default(), &|| false, Limits::default(), |sandbox, session| {
+    let how = How { dry: true, fresh: true };
+    in_sandbox(config, search, how, &Reads::default(), &|| false, Limits::default(), |sandbox, session| {
         check::check(config, sandbox, session)
     })
 }
@@ -144,7 +155,7 @@ pub fn check_file(path: &Path, set: &[(String, String)], search: Search) -> Resu
 fn in_sandbox<T: Send>(
     config: &PipelineConfig,
     search: Search,
-    dry: bool,
+    how: How,
     reads: &Reads,
     cancelled: &dyn Fn() -> bool,
     limits: Limits,
@@ -153,7 +164,7 @@ fn in_sandbox<T: Send>(
     let search = search.tightened(config.plugin_policy);
     let scripts = config.script.parent().context("a file has a directory")?;
     sandbox::run(scripts, reads, limits, cancelled, &give_up, |sandbox| {
-        let session = Rc::new(Session::new(sandbox, config, search, dry)?);
+        let session = Rc::new(Session::new(sandbox, config, search, how)?);
         let provided = api::provide(sandbox, &session, &config.params).and_then(|()| sandbox.close());
         provided.map_err(|error| anyhow!("cannot set up the script's machine: {error}"))?;
         work(sandbox, &session)

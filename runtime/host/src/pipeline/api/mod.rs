@@ -5,6 +5,7 @@
 
 mod dataset;
 mod handler;
+mod identity;
 mod methods;
 mod model;
 mod names;
@@ -12,6 +13,7 @@ mod options;
 mod row;
 mod saved;
 pub mod spec;
+mod stored;
 mod train;
 mod value;
 
@@ -38,6 +40,7 @@ use self::dataset::Dataset;
 use self::model::{DRY, ModelSpec, NOT_NAMED, fine_tuned};
 use self::options::Options;
 use self::spec::{VERBS, verb};
+use self::stored::Made;
 use super::about;
 use super::clock::Clock;
 use super::config::PipelineConfig;
@@ -45,7 +48,9 @@ use super::errors::{Failure, nearest, said, short};
 use super::limits::{Account, Held, bytes};
 use super::output::Output;
 use super::places::{Place, Places};
-use super::sandbox::{Prelude, Sandbox, name_of};
+use super::How;
+use super::sandbox::{Prelude, Sandbox, Sources, name_of};
+use super::store::Store;
 use crate::hub::{self, HubName};
 use crate::models::{Loaded, not_there};
 use crate::plugin::{Plugin, Search};
@@ -84,6 +89,16 @@ pub struct Session {
     handler: RefCell<Option<String>>,
     /// Whether a training is under way.
     trains: Cell<bool>,
+    /// The parameters.
+    params: Map<String, Json>,
+    /// The functions of its scripts.
+    sources: Sources,
+    /// What verbs made before.
+    store: Store,
+    /// Digest of the keys of all steps so far.
+    steps: RefCell<String>,
+    /// Calls of `fine_tune` so far.
+    stages: Cell<usize>,
     /// The run's directory and the number of adapters in it, once there is one.
     run: RefCell<Option<(PathBuf, usize)>>,
 }
@@ -93,7 +108,7 @@ impl Session {
     ///
     /// # Errors
     /// When a directory of the pipeline is not there.
-    pub fn new(sandbox: &Sandbox, config: &PipelineConfig, search: Search, dry: bool) -> Result<Self> {
+    pub fn new(sandbox: &Sandbox, config: &PipelineConfig, search: Search, how: How) -> Result<Self> {
         let stem = config.script.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
         let plain = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' { c } else { '-' };
         let name = stem.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).chars().map(plain).take(40).collect();
@@ -102,7 +117,7 @@ impl Session {
         let named = config.named.iter().map(|(_, path)| path.clone()).collect();
         Ok(Self {
             clock: sandbox.clock.clone(),
-            dry,
+            dry: how.dry,
             places: Places::new(scripts, file.parent().context("a file has a directory")?, named)?,
             output: Output::new(sandbox.limits.output_bytes),
             account: Account::new(sandbox.limits.held_bytes),
@@ -117,6 +132,11 @@ impl Session {
             actions: RefCell::default(),
             handler: RefCell::default(),
             trains: Cell::default(),
+            params: config.params.clone(),
+            sources: sandbox.sources(),
+            store: Store::new(registry::data_directory().map(|data| data.join("runs")), how.fresh),
+            steps: RefCell::default(),
+            stages: Cell::default(),
             run: RefCell::default(),
         })
     }
@@ -233,6 +253,16 @@ impl Session {
         *count += 1;
         let name = directory.file_name().unwrap_or_default().to_string_lossy();
         Ok((format!("{name}/{count}"), directory.join("adapters").join(count.to_string())))
+    }
+
+    /// The run's directory, which is made if there is none yet.
+    fn run_path(&self) -> Result<PathBuf> {
+        let mut run = self.run.borrow_mut();
+        let (directory, _) = match &mut *run {
+            Some(run) => run,
+            none => none.insert((self.new_run()?, 0)),
+        };
+        Ok(directory.clone())
     }
 
     /// A new directory `runs/<script>-<number>`, for the user alone.
@@ -512,13 +542,17 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
         )?;
         session.dry_saved.borrow_mut().insert(name.clone(), spec.clone());
     } else {
-        let replaces = if place.exists() { "   (in place of the model of that name)" } else { "" };
-        let directory = NewDirectory::start(&place)?;
-        saved::copy(&from.context("only a dry run imagines models")?, directory.path())?;
-        directory.publish()?;
+        let from = from.context("only a dry run imagines models")?;
+        stored::stored(lua, session, verb("save_model"), &options, || {
+            let replaces = if place.exists() { "   (in place of the model of that name)" } else { "" };
+            let directory = NewDirectory::start(&place)?;
+            saved::copy(&from, directory.path())?;
+            directory.publish()?;
+            session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
+            Ok(Made { result: json!({"name": name, "path": place}), files: identity::model_files(&place)? })
+        })?;
         session.adaptations.borrow_mut().remove(&place);
         session.bases.borrow_mut().remove(&place);
-        session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
         spec.adapter = Some(name.clone());
     }
     let table = spec.to_table(lua)?;
@@ -586,11 +620,11 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
 fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("evaluate"), argument)?;
     let spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
-    let data = options.dataset("dataset").context("`read` saw that a required option is there")?;
-    let (model, adaptation) = spec.load(session)?;
-    let data = data.encode(&session.clock, &model).context("evaluate: dataset")?;
-    let table = lua.create_table()?;
+    let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
     if session.dry {
+        let (model, _) = spec.load(session)?;
+        let data = rows.encode(&session.clock, &model).context("evaluate: dataset")?;
+        let table = lua.create_table()?;
         session.would(
             lua,
             format!("measure {} on {} examples", spec.base, thousands(data.examples.len())),
@@ -603,19 +637,24 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         table.set("examples", data.examples.len())?;
         return Ok(Value::Table(table));
     }
-    let examples: Vec<_> = data.examples.iter().collect();
-    let bar = progress::counting("evaluating", examples.len());
-    let compute = options.word("compute").unwrap_or(Compute::F32);
-    let result =
-        evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64));
-    bar.finish_and_clear();
-    let result = result?;
-    table.set("loss", result.loss)?;
-    table.set("perplexity", result.perplexity)?;
-    table.set("token_accuracy", result.token_accuracy)?;
-    table.set("trained_tokens", result.trained_tokens)?;
-    table.set("examples", result.examples)?;
-    Ok(Value::Table(table))
+    Ok(to_lua(lua, &stored::stored(lua, session, verb("evaluate"), &options, || {
+        let (model, adaptation) = spec.load(session)?;
+        let data = rows.encode(&session.clock, &model).context("evaluate: dataset")?;
+        let examples: Vec<_> = data.examples.iter().collect();
+        let bar = progress::counting("evaluating", examples.len());
+        let compute = options.word("compute").unwrap_or(Compute::F32);
+        let result =
+            evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64));
+        bar.finish_and_clear();
+        let result = result?;
+        Ok(Made::plain(json!({
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "token_accuracy": result.token_accuracy,
+            "trained_tokens": result.trained_tokens,
+            "examples": result.examples,
+        })))
+    })?)?)
 }
 
 fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
@@ -628,45 +667,49 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         seed: options.seed(),
         ..Sampling::default()
     };
-    let (model, adaptation) = spec.load(session)?;
     let system = options.text("system").map(|text| json!({"role": "system", "content": text}));
-    let texts = lua.create_table()?;
-    let engine = (!session.dry).then(|| Engine::new(model.clone(), Compute::Auto));
-    let adapter = engine
-        .as_ref()
-        .zip(adaptation)
-        .map(|(engine, adaptation)| Adapter::new(engine.inference(), model.clone(), adaptation));
-    let adapter = adapter.transpose().context("generate")?;
-    // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
-    let mut asked = Vec::with_capacity(prompts.len());
-    for prompt in &prompts {
-        session.clock.check()?;
-        let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
-        let ids = prompt_ids(&model, &messages).context("generate")?;
-        let block_end = BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
-        let tokens = engine
-            .as_ref()
-            .map(|engine| engine.ask(adapter.as_ref(), &ids, sampling))
-            .transpose()
-            .context("generate")?;
-        asked.push((tokens, block_end));
-    }
-    for (tokens, mut block_end) in asked {
-        session.clock.check()?;
-        let mut ids = Vec::new();
-        for id in tokens.into_iter().flatten() {
-            session.clock.check()?;
-            ids.push(id.context("generate")?);
-        }
-        let text = model.tokenizer.decode(&ids, true).context("generate")?;
-        texts.raw_push(block_end.push(text) + &block_end.finish())?;
-    }
+    let messages = |prompt: &str| -> Vec<Json> {
+        system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect()
+    };
     if session.dry {
+        let (model, _) = spec.load(session)?;
+        let texts = lua.create_table()?;
+        for prompt in &prompts {
+            session.clock.check()?;
+            prompt_ids(&model, &messages(prompt)).context("generate")?;
+            texts.raw_push("")?;
+        }
         session.would(
             lua,
             format!("answer  {} prompts with {}", prompts.len(), spec.base),
             json!({"verb": "generate", "model": spec.base, "prompts": prompts.len()}),
         )?;
+        return Ok(Value::Table(texts));
     }
-    Ok(Value::Table(texts))
+    Ok(to_lua(lua, &stored::stored(lua, session, verb("generate"), &options, || {
+        let (model, adaptation) = spec.load(session)?;
+        let engine = Engine::new(model.clone(), Compute::Auto);
+        let adapter = adaptation.map(|adaptation| Adapter::new(engine.inference(), model.clone(), adaptation));
+        let adapter = adapter.transpose().context("generate")?;
+        // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
+        let mut asked = Vec::with_capacity(prompts.len());
+        for prompt in &prompts {
+            session.clock.check()?;
+            let ids = prompt_ids(&model, &messages(prompt)).context("generate")?;
+            let block_end = BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
+            asked.push((engine.ask(adapter.as_ref(), &ids, sampling).context("generate")?, block_end));
+        }
+        let mut texts: Vec<String> = Vec::with_capacity(prompts.len());
+        for (tokens, mut block_end) in asked {
+            session.clock.check()?;
+            let mut ids = Vec::new();
+            for id in tokens {
+                session.clock.check()?;
+                ids.push(id.context("generate")?);
+            }
+            let text = model.tokenizer.decode(&ids, true).context("generate")?;
+            texts.push(block_end.push(text) + &block_end.finish());
+        }
+        Ok(Made::plain(json!(texts)))
+    })?)?)
 }

@@ -558,7 +558,7 @@ fn help_of_a_file_lists_its_parameters() -> Result<()> {
     let line = |name: &str| told.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default().to_owned();
     for (name, words) in [
         ("model ", ["model", "required", "base: "]),
-        ("eval ", ["float", "0.1", "0.01 to 0.5", "share of the rows"]),
+        ("eval ", ["float", "0.01 to 0.5", "share of the rows"]),
         ("max_steps ", ["int", "not set", "from 1 "]),
     ] {
         let line = line(name);

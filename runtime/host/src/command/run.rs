@@ -20,6 +20,7 @@ use crate::pipeline::{self, How};
 use crate::pipeline::config::{Declared, PipelineConfig};
 use crate::pipeline::sandbox::{Reads, shown};
 use crate::progress::line;
+use crate::runs::Entry;
 use crate::watch::{Contents, Files, Tree, content};
 
 /// How often it is looked whether what is running has been edited.
@@ -62,6 +63,15 @@ static LISTEN: Once = Once::new();
 
 /// Runs a pipeline, or says what it would do, or what is wrong with it; with `--watch` again after each change.
 pub fn run(arguments: &Arguments) -> Result<Done> {
+    started(arguments, None)
+}
+
+/// Goes on with a run of a pipeline that was killed, interrupted or failed: what it had done is looked up.
+pub fn resume(arguments: &Arguments, run: &Entry) -> Result<Done> {
+    started(arguments, Some(&run.id))
+}
+
+fn started(arguments: &Arguments, resumes: Option<&str>) -> Result<Done> {
     refuse_model(&arguments.config)?;
     exists(&arguments.config)?;
     if arguments.config.extension().is_some_and(|extension| extension == "lua") {
@@ -80,7 +90,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         false => Network::Allowed,
     };
     if !arguments.watch {
-        return once(arguments, &Reads::default(), network, &interrupt::asked);
+        return once(arguments, &Reads::default(), (network, resumes), &interrupt::asked);
     }
     PipelineConfig::read(&arguments.config, &arguments.set)?;
     let mut is_told = false;
@@ -161,7 +171,7 @@ fn follow(arguments: &Arguments, reads: &Reads, network: Network) -> Result<Ende
                 }
             }
         });
-        let done = once(arguments, reads, network, &|| interrupt::asked() || overtaken());
+        let done = once(arguments, reads, (network, None), &|| interrupt::asked() || overtaken());
         is_over.store(true, Ordering::SeqCst);
         done
     });
@@ -274,7 +284,12 @@ fn check(arguments: &Arguments) -> Result<Done> {
 }
 
 /// Runs it once, with what it names downloaded if `network` allows it; `reads` gets what was read: the file, its script, and the modules that the script required.
-fn once(arguments: &Arguments, reads: &Reads, network: Network, ended: &dyn Fn() -> bool) -> Result<Done> {
+fn once(
+    arguments: &Arguments,
+    reads: &Reads,
+    (network, resumes): (Network, Option<&str>),
+    ended: &dyn Fn() -> bool,
+) -> Result<Done> {
     reads.note(&std::path::absolute(&arguments.config)?);
     let config = PipelineConfig::read(&arguments.config, &arguments.set)?;
     eprintln!("pipeline  {}   {}", arguments.config.display(), shown(&config.script));
@@ -290,7 +305,17 @@ fn once(arguments: &Arguments, reads: &Reads, network: Network, ended: &dyn Fn()
     if arguments.watch {
         search = search.watched(this_program()?);
     }
-    let how = How { dry: arguments.dry_run, fresh: arguments.fresh };
+    let mut resumed = None;
+    if !arguments.dry_run && !arguments.fresh {
+        resumed = match resumes {
+            Some(run) => Some(run.to_owned()),
+            None => pipeline::unfinished(&config)?.map(|run| run.id),
+        };
+    }
+    if let Some(run) = &resumed {
+        line(format_args!("goes on   in run {run}; --fresh starts anew"));
+    }
+    let how = How { dry: arguments.dry_run, fresh: arguments.fresh, resumed };
     let outcome = pipeline::run(&config, search, how, ended, reads);
     let outcome = match outcome {
         Err(error) if ended() => {

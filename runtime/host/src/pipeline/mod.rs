@@ -25,8 +25,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use homeroom_engine::files;
+use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, read_text};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use self::api::Session;
 use self::clock::Ended;
@@ -38,6 +39,7 @@ use crate::interrupt;
 use crate::models::{Network, of_hub};
 use crate::plugin::Search;
 use crate::progress::line;
+use crate::runs::{self, About, Entry, Kind, Status};
 
 /// How long a script may go on after Ctrl-C, before the program ends with it.
 const CANCELLED_FOR: Duration = Duration::from_secs(1);
@@ -46,12 +48,14 @@ const CANCELLED_FOR: Duration = Duration::from_secs(1);
 const EXPIRED_FOR: Duration = Duration::from_secs(30);
 
 /// How a pipeline is run.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct How {
     /// Its script is walked, and nothing is trained or written.
     pub dry: bool,
     /// Nothing is looked up in the step store.
     pub fresh: bool,
+    /// The run that it goes on with.
+    pub resumed: Option<String>,
 }
 
 /// What came of a pipeline.
@@ -98,6 +102,11 @@ pub fn run_within(
 }
 
 fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<Outcome> {
+    played(config, sandbox, session).inspect_err(|error| session.failed(error))
+}
+
+fn played(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<Outcome> {
+    session.resume()?;
     let script = sandbox.compile(&config.script)?;
     let returned = sandbox.call(&script, &config.script)?;
     let result = {
@@ -132,7 +141,7 @@ pub fn fetch(config: &PipelineConfig, network: Network) -> Result<()> {
 /// # Errors
 /// All problems in one message.
 pub fn check(config: &PipelineConfig, search: Search) -> Result<()> {
-    let how = How { dry: true, fresh: true };
+    let how = How { dry: true, ..How::default() };
     in_sandbox(config, search, how, &Reads::default(), &|| false, Limits::default(), |sandbox, session| {
         check::check(config, sandbox, session)
     })
@@ -189,6 +198,32 @@ fn give_up(ended: Ended, since: Duration) {
     }
 }
 
-fn about(config: &PipelineConfig) -> Value {
-    json!({"config": config.path, "script": config.script, "params": config.params})
+/// The last run of the same file, parameters and script, if it was killed or interrupted.
+///
+/// # Errors
+/// When there is no data directory, or the script cannot be read.
+pub fn unfinished(config: &PipelineConfig) -> Result<Option<Entry>> {
+    let about = about(config);
+    let script = read_text(&config.script, SMALL_FILE_BYTES_MAX)?;
+    let digest = bytecode::hex(&Sha256::digest(script.as_bytes()));
+    let is_same = |run: &Entry| {
+        run.record.as_ref().is_some_and(|record| {
+            let script = record.script.as_ref().map(|script| script.sha256.as_str());
+            record.kind == Kind::Pipeline && record.settings == about.settings && script == Some(digest.as_str())
+        })
+    };
+    let last = runs::list()?.into_iter().rev().find(is_same);
+    Ok(last.filter(|run| matches!(run.status, Status::Killed | Status::Interrupted)))
+}
+
+/// What a run of a pipeline is told of itself.
+fn about(config: &PipelineConfig) -> About {
+    let settings = json!({
+        "config": config.path.to_string_lossy(),
+        "script": config.script.to_string_lossy(),
+        "params": config.params,
+    });
+    let text = read_text(&config.script, SMALL_FILE_BYTES_MAX).ok();
+    let script = text.map(|text| (config.script.clone(), text));
+    About { script, ..About::here(settings.clone(), settings.as_object().cloned().unwrap_or_default()) }
 }

@@ -25,6 +25,8 @@ use crate::pipeline::store::{digest_of, digest_of_file};
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Most values that are looked at of what callbacks take from around them.
 const VALUES_MAX: usize = 100_000;
+/// Options that change nothing of a result.
+const NO_INPUTS: [&str; 2] = ["save_steps", "save_minutes"];
 /// What of `homeroom` a callback may name and still be a function of its report.
 const HARMLESS: [&str; 2] = ["log", "null"];
 
@@ -35,7 +37,7 @@ const HARMLESS: [&str; 2] = ["log", "null"];
 pub fn inputs(lua: &Lua, session: &Session, verb: &'static Verb, options: &Options) -> Result<Json, Failure> {
     let mut inputs = Map::new();
     let declared = options.text("key");
-    for option in verb.all() {
+    for option in verb.all().filter(|option| !NO_INPUTS.contains(&option.name)) {
         let Some(value) = options.get(option.name) else { continue };
         let input = match (option.kind, value) {
             (Kind::Model, value) => model(session, &ModelSpec::read(session, value)?)?,

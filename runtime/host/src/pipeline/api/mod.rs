@@ -10,6 +10,7 @@ mod methods;
 mod model;
 mod names;
 mod options;
+mod resumed;
 mod row;
 mod saved;
 pub mod spec;
@@ -26,7 +27,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use homeroom_engine::data::OnLongRow;
-use homeroom_engine::files::{NewDirectory, replace_file};
+use homeroom_engine::files::NewDirectory;
 use homeroom_engine::inference::generate::{Sampling, prompt_ids};
 use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::models::BaseModel;
@@ -50,12 +51,13 @@ use super::output::Output;
 use super::places::{Place, Places};
 use super::How;
 use super::sandbox::{Prelude, Sandbox, Sources, name_of};
-use super::store::Store;
+use super::store::{Key, Store};
 use crate::hub::{self, HubName};
 use crate::models::{Loaded, not_there};
 use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
 use crate::registry;
+use crate::runs::{About, End, Kind, RunDirectory};
 
 pub use self::names::named_problem;
 pub use self::value::{to_json, to_lua, words};
@@ -74,7 +76,7 @@ pub struct Session {
     /// The script's name, for that of the run.
     name: String,
     /// What is written beside a run's adapters.
-    about: Json,
+    about: About,
     /// Bases of the user's trained models, which the tables of those models name.
     known_bases: RefCell<HashSet<PathBuf>>,
     search: Search,
@@ -99,8 +101,12 @@ pub struct Session {
     steps: RefCell<String>,
     /// Calls of `fine_tune` so far.
     stages: Cell<usize>,
-    /// The run's directory and the number of adapters in it, once there is one.
-    run: RefCell<Option<(PathBuf, usize)>>,
+    /// Whether nothing is looked up.
+    fresh: bool,
+    /// The run that it goes on with.
+    resumed: Option<String>,
+    /// The run and the number of adapters in it, once there is one.
+    run: RefCell<Option<(Rc<RunDirectory>, usize)>>,
 }
 
 impl Session {
@@ -137,6 +143,8 @@ impl Session {
             store: Store::new(registry::data_directory().map(|data| data.join("runs")), how.fresh),
             steps: RefCell::default(),
             stages: Cell::default(),
+            fresh: how.fresh,
+            resumed: how.resumed,
             run: RefCell::default(),
         })
     }
@@ -161,10 +169,20 @@ impl Session {
     /// # Errors
     /// When it cannot be written.
     pub fn keep(&self, result: &Json) -> Result<Option<PathBuf>> {
-        let Some((directory, _)) = &*self.run.borrow() else { return Ok(None) };
-        let file = directory.join("result.json");
-        replace_file(&file, format!("{result:#}\n").as_bytes())?;
-        Ok(Some(file))
+        let Some((run, _)) = &*self.run.borrow() else { return Ok(None) };
+        run.finish(End::Finished(result.clone()))?;
+        Ok(Some(run.path().join("result.json")))
+    }
+
+    /// Says in the run's directory, if there is one, why the script ended early.
+    pub fn failed(&self, error: &anyhow::Error) {
+        let Some((run, _)) = &*self.run.borrow() else { return };
+        let end = match self.clock.cancelled() {
+            true => End::Interrupted(Json::Null),
+            false => End::Failed(format!("{error:#}")),
+        };
+        // The error itself is what the user hears of.
+        let _ = run.finish(end);
     }
 
     fn would(&self, lua: &Lua, words: String, json: Json) -> Result<(), Failure> {
@@ -243,50 +261,76 @@ impl Session {
         Ok(plugin)
     }
 
-    /// Id and directory of the next adapter of this run.
-    fn new_adapter(&self) -> Result<(String, PathBuf)> {
+    /// Takes up the run that it is to go on with.
+    ///
+    /// # Errors
+    /// When another process works on it.
+    pub fn resume(&self) -> Result<()> {
+        if self.resumed.is_some() {
+            self.run()?;
+        }
+        Ok(())
+    }
+
+    /// The run, which is begun if it has not been yet.
+    fn run(&self) -> Result<Rc<RunDirectory>> {
         let mut run = self.run.borrow_mut();
-        let (directory, count) = match &mut *run {
-            Some(run) => run,
-            none => none.insert((self.new_run()?, 0)),
-        };
-        *count += 1;
-        let name = directory.file_name().unwrap_or_default().to_string_lossy();
-        Ok((format!("{name}/{count}"), directory.join("adapters").join(count.to_string())))
+        if let Some((run, _)) = &*run {
+            return Ok(run.clone());
+        }
+        let begun = Rc::new(match &self.resumed {
+            Some(id) => RunDirectory::reopen(id)?,
+            None => RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())?,
+        });
+        let numbers = ["adapters", "trainings"].map(|directory| last_number(&begun.path().join(directory)));
+        run.replace((begun.clone(), numbers[0].max(numbers[1])));
+        Ok(begun)
+    }
+
+    /// The adapter that the next training of this run makes. One that was begun under the same key, here or in a run that has ended, is
+    /// gone on with.
+    fn new_adapter(&self, key: &Key) -> Result<NewAdapter> {
+        let run = self.run()?;
+        let begun = resumed::checkpoint(key, run.id(), !self.fresh);
+        let own = begun.as_ref().filter(|begun| begun.run == run.id()).map(|begun| begun.number);
+        let number = own.unwrap_or_else(|| {
+            let mut run = self.run.borrow_mut();
+            let count = run.as_mut().map(|(_, count)| count);
+            count.map_or(1, |count| {
+                *count += 1;
+                *count
+            })
+        });
+        let training = run.training(number)?;
+        resumed::begin(&training, key, begun.filter(|_| own.is_none()).as_ref())?;
+        let (id, path) = (format!("{}/{number}", run.id()), run.path().join("adapters").join(number.to_string()));
+        Ok(NewAdapter { run, number, training, id, path })
     }
 
     /// The run's directory, which is made if there is none yet.
     fn run_path(&self) -> Result<PathBuf> {
-        let mut run = self.run.borrow_mut();
-        let (directory, _) = match &mut *run {
-            Some(run) => run,
-            none => none.insert((self.new_run()?, 0)),
-        };
-        Ok(directory.clone())
+        self.run().map(|run| run.path().to_owned())
     }
+}
 
-    /// A new directory `runs/<script>-<number>`, for the user alone.
-    fn new_run(&self) -> Result<PathBuf> {
-        let data = registry::data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
-        let runs = data.join("runs");
-        let place = || format!("{}: cannot write here", runs.display());
-        std::fs::create_dir_all(&runs).with_context(place)?;
-        let mut builder = std::fs::DirBuilder::new();
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        for number in 1.. {
-            let directory = runs.join(format!("{}-{number}", self.name));
-            match builder.create(&directory) {
-                Ok(()) => {
-                    std::fs::write(directory.join("run.json"), format!("{:#}\n", self.about)).with_context(place)?;
-                    return Ok(directory);
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error).with_context(place),
-            }
-        }
-        unreachable!("numbers do not end")
-    }
+/// The largest number that is a name in a directory; 0: there is none.
+fn last_number(directory: &Path) -> usize {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.max().unwrap_or(0)
+}
+
+/// The adapter that a training of a run will make.
+struct NewAdapter {
+    run: Rc<RunDirectory>,
+    /// Number of the training in its run, from 1.
+    number: usize,
+    /// The training's directory there.
+    training: PathBuf,
+    /// `RUN/NUMBER`.
+    id: String,
+    /// Its directory.
+    path: PathBuf,
 }
 
 /// Whether a text can be the name of a model, or the id of an adapter of a run: `NAME` or `RUN/NUMBER`.

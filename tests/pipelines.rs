@@ -424,7 +424,8 @@ fn a_dry_run_writes_nothing() -> Result<()> {
     let script = format!(
         "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, eval = data.eval, epochs = 2 }}\n\
          local again = homeroom.fine_tune {{ model = tuned, dataset = data.train, steps = 1 }}\n\
-         if tuned.metrics.eval_loss < 1 then error(\"nan is below nothing\") end\n\
+         assert(tuned.metrics.eval_loss < tuned.metrics.eval_loss_before and again.metrics.eval_loss == nil)\n\
+         assert(again.metrics.train_loss < tuned.metrics.train_loss)\n\
          local saved = homeroom.save_model {{ model = again, name = \"x\" }}\n\
          homeroom.load_fine_tuned_model {{ name = \"x\" }}\n\
          homeroom.create_handler {{ name = \"x\", model = saved }}\nreturn saved"
@@ -435,6 +436,9 @@ fn a_dry_run_writes_nothing() -> Result<()> {
     let actions = would["would"].as_array().context("a list of actions")?;
     let verbs: Vec<&str> = actions.iter().filter_map(|action| action["verb"].as_str()).collect();
     assert_eq!(verbs, ["prepare_dataset", "fine_tune", "fine_tune", "save_model", "create_handler"]);
+    let total = &actions.last().context("the last is the total")?["total"];
+    let sum: u64 = actions[1..3].iter().filter_map(|action| action["needs"]["tokens"].as_u64()).sum();
+    assert!(sum > 0 && total["tokens"] == sum && total["disk_bytes"].as_u64() > Some(1000), "{total}");
     let train = &actions[1];
     // 18 rows in batches of 8 are 3 steps an epoch.
     assert_eq!((&train["examples"], &train["held_out"], &train["steps"]), (&json!(18), &json!(6), &json!(6)));
@@ -442,7 +446,45 @@ fn a_dry_run_writes_nothing() -> Result<()> {
     assert!(train["tokens"].as_u64() > Some(100), "{train}");
     assert!(!place.home().exists(), "it wrote something");
     let output = place.run(&script, &["--dry-run"])?;
-    assert!(String::from_utf8_lossy(&output.stdout).starts_with("would\n  read "), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(told.starts_with("would\n  read ") && told.contains("\n  in all  2 trainings, "), "{told}");
+    Ok(())
+}
+
+/// Callbacks are called once with a sample, so that a mistake in them is found before a training has cost anything.
+#[test]
+fn a_dry_run_calls_callbacks_once_and_its_losses_are_numbers_that_fall() -> Result<()> {
+    let place = Place::new()?;
+    let script = |callback: &str| {
+        format!(
+            "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, eval = data.eval, steps = 40, eval_steps = 5,\n\
+             {callback}\n}}\nlocal again = homeroom.fine_tune {{ model = tuned, dataset = data.train, eval = data.eval, steps = 5 }}\n\
+             local losses = {{ homeroom.evaluate {{ model = model, dataset = data.eval }}.loss, homeroom.evaluate {{ model = tuned, dataset = data.eval }}.loss,\n\
+             again.metrics.eval_loss }}\nassert(losses[1] > losses[2] and losses[2] > losses[3] and losses[3] > 0)\n\
+             assert(math.abs(losses[1] - tuned.metrics.eval_loss_before) < 1e-9 and losses[2] == tuned.metrics.eval_loss)\n\
+             print(\"loss \" .. losses[2])"
+        )
+    };
+    let dry = |callback: &str| place.run(&script(callback), &["--dry-run"]);
+    let fine = dry(
+        "on_step = function(r) r.state.n = (r.state.n or 0) + 1 print(\"step\", r.step, r.steps, r.state.n, r.loss == r.loss) end,\n\
+         on_eval = function(r) print(\"eval\", r.step, r.best <= r.eval_loss) end",
+    )?;
+    let story = stderr(&fine);
+    assert!(fine.status.success(), "{story}");
+    for (line, times) in [("step\t40\t40\t1\ttrue", 1), ("eval\t40\ttrue", 1)] {
+        assert_eq!(story.matches(line).count(), times, "{line}: {story}");
+    }
+    let said = |output: &Output| stderr(output).lines().find(|line| line.starts_with("loss ")).map(str::to_owned);
+    assert_eq!(said(&fine), said(&dry("on_step = function(r) end")?));
+    for (callback, expected) in [
+        ("on_step = function(r) print(r.loss.x) end", "s.lua:4: attempt to index number with 'x'"),
+        ("on_eval = function(r) return { stpo = \"x\" } end", "s.lua:4: fine_tune: on_eval: unknown directive `stpo`"),
+    ] {
+        let failed = dry(callback)?;
+        assert!(failed.status.code() == Some(1) && stderr(&failed).contains(expected), "{}", stderr(&failed));
+    }
+    assert!(!place.home().exists(), "it wrote something");
     Ok(())
 }
 
@@ -542,6 +584,45 @@ fn check_finds_nothing_wrong_with_what_a_run_would_make() -> Result<()> {
     for name in ["quickstart", "fine_tune", "curriculum"] {
         let output = place.command(&root().join("configs").join(format!("{name}.toml"))).arg("--check").output()?;
         assert!(output.status.success(), "{name}: {}", stderr(&output));
+    }
+    Ok(())
+}
+
+/// What `new` writes runs as it is, outside of the repository, and is never written over something.
+#[test]
+fn a_new_pipeline_is_checked_and_runs_at_once() -> Result<()> {
+    let place = Place::new()?;
+    let new = |name: &str| {
+        let mut command = homeroom();
+        command.current_dir(place.path("")).env("HOMEROOM_HOME", place.home()).args(["new", name]);
+        command.output()
+    };
+    let made = new("symbols")?;
+    assert!(made.status.success(), "{}", stderr(&made));
+    assert!(stderr(&made).contains("next      homeroom run symbols/symbols.toml"), "{}", stderr(&made));
+    let text = |name: &str| std::fs::read_to_string(place.path("symbols").join(name));
+    assert_eq!(text("types/homeroom.meta.lua")?, reference::lua_ls());
+    assert_eq!(text("types/homeroom.d.luau")?, reference::luau());
+    for name in [".vscode/settings.json", ".luarc.json", ".luaurc"] {
+        let settings: Value = serde_json::from_str(&text(name)?)?;
+        assert!(settings.as_object().is_some_and(|settings| !settings.is_empty()), "{name}");
+    }
+    assert_eq!(text("rows.jsonl")?.lines().count(), 12);
+    let config = place.path("symbols/symbols.toml");
+    let checked = place.command(&config).arg("--check").output()?;
+    assert!(checked.status.success(), "{}", stderr(&checked));
+    let run = place.command(&config).current_dir(place.path("")).args(["--json", "--set", "epochs=2"]).output()?;
+    assert!(run.status.success(), "{}", stderr(&run));
+    let result: Value = serde_json::from_slice(&run.stdout)?;
+    assert_eq!(result["model"], "symbols");
+    assert!(place.home().join("models/symbols/adapter_model.safetensors").exists());
+
+    let again = new("symbols")?;
+    assert!(again.status.code() == Some(1) && stderr(&again).contains("symbols: something is there already"));
+    std::fs::create_dir(place.path("empty"))?;
+    for (name, words) in [("empty", "something is there already"), ("../x", "is not a name"), ("My Own", "is not a name")] {
+        let refused = new(name)?;
+        assert!(refused.status.code() == Some(1) && stderr(&refused).contains(words), "{name}: {}", stderr(&refused));
     }
     Ok(())
 }

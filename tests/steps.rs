@@ -178,3 +178,45 @@ fn other_rows_options_and_files_of_the_base_are_other_steps() -> Result<()> {
     assert!(looked_up("", "")?);
     Ok(())
 }
+
+/// Of a run that is killed in its second training, the first is looked up and the second goes on from its checkpoint, in the same run; the
+/// adapter has the bytes of one that was never ended.
+#[cfg(unix)]
+#[test]
+fn a_run_that_was_killed_goes_on_where_it_was() -> Result<()> {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+    let [whole, killed] = [Place::new()?, Place::new()?];
+    let script = format!(
+        "{TRAIN}local function tune(model, steps)\n  return homeroom.fine_tune {{ model = model, dataset = data.train, steps = steps, batch_size = 4, learning_rate = 1e-3, \
+         save_steps = 1,\n  on_step = function(report)\n    report.state.sum = (report.state.sum or 0) + report.step\n\
+             if report.step == steps then return {{ stop = tostring(report.state.sum) }} end\n  end }}\nend\n\
+         local first = tune(model, 2)\nlocal second = tune(first, 300)\nreturn {{ second.adapter, second.stopped }}"
+    );
+    let (expected, _) = ran(&whole.run(&script, &["--json"])?)?;
+    assert_eq!(expected, json!(["s-1/2", "45150"]));
+    let config = killed.config(&script)?;
+    let mut child = killed.command(&config).stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+    let lines = BufReader::new(child.stderr.take().context("it is piped")?).lines();
+    let mut trainings = 0;
+    for line in lines {
+        let line = line?;
+        trainings += usize::from(line.starts_with("training  "));
+        // About ten lines are said of a training: this one is not its first.
+        let step = line.strip_prefix("step").and_then(|rest| rest.split('/').next()?.trim().parse::<u64>().ok());
+        if trainings == 2 && step.is_some_and(|step| step > 20) {
+            break;
+        }
+    }
+    child.kill()?;
+    child.wait()?;
+    let (result, story) = ran(&killed.run(&script, &["--json"])?)?;
+    assert_eq!(result, expected);
+    for told in ["goes on   in run s-1", "stage 1   from run s-1, ", "goes on   after step "] {
+        assert!(story.contains(told), "{told}: {story}");
+    }
+    assert!(!killed.home().join("runs/s-2").exists());
+    let bytes = |place: &Place| std::fs::read(place.home().join("runs/s-1/adapters/2/adapter_model.safetensors"));
+    assert!(bytes(&killed)? == bytes(&whole)?, "the bytes differ");
+    Ok(())
+}

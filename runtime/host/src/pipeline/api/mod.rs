@@ -6,6 +6,7 @@
 mod dataset;
 mod handler;
 mod identity;
+mod imagined;
 mod methods;
 mod model;
 mod names;
@@ -38,7 +39,8 @@ use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use self::dataset::Dataset;
-use self::model::{DRY, ModelSpec, NOT_NAMED, fine_tuned};
+use self::imagined::{Imagined, Needs, is_imagined};
+use self::model::{ModelSpec, NOT_NAMED, fine_tuned};
 use self::options::Options;
 use self::spec::{VERBS, verb};
 use self::stored::Made;
@@ -83,6 +85,9 @@ pub struct Session {
     plugins: RefCell<HashMap<String, Rc<Plugin>>>,
     bases: RefCell<HashMap<PathBuf, Arc<BaseModel>>>,
     adaptations: RefCell<HashMap<PathBuf, Loaded>>,
+    /// Adapters that a dry run would have trained, with what all of its trainings need.
+    imagined: Imagined,
+    needs: Cell<Option<(usize, usize, Needs)>>,
     /// Models that a dry run would have saved.
     dry_saved: RefCell<HashMap<String, ModelSpec>>,
     /// What a dry run would do: in words, and as JSON.
@@ -134,6 +139,8 @@ impl Session {
             plugins: RefCell::default(),
             bases: RefCell::default(),
             adaptations: RefCell::default(),
+            imagined: Imagined::default(),
+            needs: Cell::default(),
             dry_saved: RefCell::default(),
             actions: RefCell::default(),
             handler: RefCell::default(),
@@ -156,7 +163,13 @@ impl Session {
 
     /// What a dry run would do.
     pub fn actions(&self) -> Vec<(String, Json)> {
-        self.actions.take().into_iter().map(|(words, json, _)| (words, json)).collect()
+        let mut actions: Vec<_> = self.actions.take().into_iter().map(|(words, json, _)| (words, json)).collect();
+        if let Some((trainings, tokens, needs)) = self.needs.take() {
+            let trained = if trainings == 1 { "1 training".to_owned() } else { format!("{trainings} trainings") };
+            let words = format!("in all  {trained}, {} tokens; {}", thousands(tokens), needs.words());
+            actions.push((words, json!({"total": train::needs_json(tokens, &needs), "trainings": trainings})));
+        }
+        actions
     }
 
     /// The last handler that the script made.
@@ -575,10 +588,11 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     let Some(adapter) = spec.adapter.clone() else {
         return Err(said("save_model: this model was not trained; `fine_tune` returns one that was"));
     };
-    let is_imagined = session.dry && (adapter == DRY || session.dry_saved.borrow().contains_key(&adapter));
+    let saved = session.dry_saved.borrow().get(&adapter).cloned();
+    let is_imagined = session.dry && (is_imagined(&adapter) || saved.is_some());
     let from = if is_imagined { None } else { Some(trained(session, &adapter)?) };
     if session.dry {
-        spec.adapter = Some(DRY.to_owned());
+        spec.adapter = saved.map_or(Some(adapter), |saved| saved.adapter);
         session.would(
             lua,
             format!("save    {name}: {}", place.display()),
@@ -674,10 +688,12 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
             format!("measure {} on {} examples", spec.base, thousands(data.examples.len())),
             json!({"verb": "evaluate", "model": spec.base, "examples": data.examples.len(), "tokens": data.tokens()}),
         )?;
-        for name in ["loss", "perplexity", "token_accuracy"] {
-            table.set(name, f64::NAN)?;
-        }
-        table.set("trained_tokens", 0)?;
+        let steps = session.imagined.steps(&spec);
+        let loss = imagined::loss(&model, steps);
+        table.set("loss", loss)?;
+        table.set("perplexity", loss.exp())?;
+        table.set("token_accuracy", imagined::accuracy(&model, steps))?;
+        table.set("trained_tokens", data.tokens())?;
         table.set("examples", data.examples.len())?;
         return Ok(Value::Table(table));
     }

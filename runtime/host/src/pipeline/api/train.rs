@@ -12,7 +12,8 @@ use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use super::dataset::Encoded;
-use super::model::{DRY, ModelSpec};
+use super::imagined::{self, Needs};
+use super::model::ModelSpec;
 use super::options::Options;
 use super::spec::{STRATEGY_NAMES, verb};
 use super::stored::{Made, Step};
@@ -110,7 +111,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         session.tell(format_args!("note: {chosen}"));
     }
     let (Some(step), Some(adapter)) = (step, &adapter) else {
-        return dry(lua, session, &spec, &job, &data, eval.as_ref(), steps);
+        let (spec, options, job, data, config) = (&spec, &options, &job, &data, &config);
+        return Dry { spec, options, job, data, eval: eval.as_ref(), config, steps }.run(lua, session);
     };
     if let Some(from) = &from {
         session.tell(format_args!("goes on   after step {} of {steps}", from.state.step));
@@ -218,54 +220,129 @@ fn summary(result: &Json) -> String {
     format!("{} steps{loss}   {}", metrics["steps"], result["adapter"].as_str().unwrap_or_default())
 }
 
-/// What a dry run says of a training. Its losses are not numbers, so that a script's comparisons with them are false.
-fn dry(
-    lua: &Lua,
-    session: &Session,
-    spec: &ModelSpec,
-    job: &Job,
-    data: &Encoded,
-    eval: Option<&Encoded>,
+/// A training that a dry run imagines.
+struct Dry<'a> {
+    spec: &'a ModelSpec,
+    options: &'a Options,
+    job: &'a Job,
+    data: &'a Encoded,
+    eval: Option<&'a Encoded>,
+    config: &'a TrainConfig,
     steps: u64,
-) -> Result<Value, Failure> {
-    let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
-    let held_out = eval.map_or(0, |eval| eval.examples.len());
-    session.would(
-        lua,
-        format!(
-            "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps, {} of {} parameters",
-            spec.base,
-            job.strategy.name,
-            thousands(data.examples.len()),
-            thousands(data.tokens()),
-            thousands(steps as usize),
-            thousands(trainable),
-            thousands(all),
-        ),
-        json!({
-            "verb": "fine_tune",
-            "model": spec.base,
-            "strategy": job.strategy.name,
-            "options": spec.options,
-            "examples": data.examples.len(),
-            "tokens": data.tokens(),
-            "held_out": held_out,
-            "steps": steps,
-            "trainable_parameters": trainable,
-            "parameters": all,
-        }),
-    )?;
-    let table = ModelSpec { adapter: Some(DRY.to_owned()), ..spec.clone() }.to_table(lua)?;
-    let metrics = lua.create_table()?;
-    let loss = eval.map(|_| f64::NAN);
-    metrics.set("eval_loss", loss)?;
-    metrics.set("eval_loss_before", loss)?;
-    metrics.set("train_loss", f64::NAN)?;
-    metrics.set("steps", steps)?;
-    metrics.set("planned_steps", steps)?;
-    table.set("metrics", metrics)?;
-    table.set("stopped", FINISHED)?;
-    Ok(Value::Table(table))
+}
+
+impl Dry<'_> {
+    /// Says what would be trained and what that needs, and calls the callbacks once.
+    fn run(&self, lua: &Lua, session: &Session) -> Result<Value, Failure> {
+        let Self { spec, job, data, steps, .. } = *self;
+        let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
+        let held_out = self.eval.map_or(0, |eval| eval.examples.len());
+        let tokens = (data.tokens() as f64 * self.epochs()).round() as usize;
+        let needs = self.needs();
+        session.would(
+            lua,
+            format!(
+                "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps ({} tokens), {} of {} parameters; {}",
+                spec.base,
+                job.strategy.name,
+                thousands(data.examples.len()),
+                thousands(data.tokens()),
+                thousands(steps as usize),
+                thousands(tokens),
+                thousands(trainable),
+                thousands(all),
+                needs.words(),
+            ),
+            json!({
+                "verb": "fine_tune",
+                "model": spec.base,
+                "strategy": job.strategy.name,
+                "options": spec.options,
+                "examples": data.examples.len(),
+                "tokens": data.tokens(),
+                "held_out": held_out,
+                "steps": steps,
+                "trainable_parameters": trainable,
+                "parameters": all,
+                "needs": needs_json(tokens, &needs),
+            }),
+        )?;
+        let (count, before, together) = session.needs.get().unwrap_or_default();
+        session.needs.set(Some((count + 1, before + tokens, if count == 0 { needs } else { together.and(needs) })));
+        self.call(lua, session)?;
+        let first = session.imagined.steps(spec);
+        let loss = |steps| imagined::loss(&job.model, first + steps);
+        let result = json!({
+            "adapter": session.imagined.adapter(first + steps),
+            "metrics": {
+                "eval_loss": self.eval.map(|_| loss(steps)),
+                "eval_loss_before": self.eval.map(|_| loss(0)),
+                "train_loss": (loss(0) + loss(steps)) / 2.0,
+                "steps": steps,
+                "planned_steps": steps,
+            },
+            "stopped": FINISHED,
+        });
+        tuned(lua, spec.clone(), &result)
+    }
+
+    /// Passes over the rows.
+    fn epochs(&self) -> f64 {
+        let per_step = self.config.batch_size as f64 * self.config.gradient_accumulation_steps as f64;
+        let epoch_steps = (self.data.examples.len() as f64 / per_step).ceil().max(1.0);
+        self.steps as f64 / epoch_steps
+    }
+
+    /// What the training needs.
+    fn needs(&self) -> Needs {
+        Needs::disk(self.job.adaptation.trainable_count())
+    }
+
+    /// Calls the callbacks as after the last step, so that a mistake in them is found.
+    fn call(&self, lua: &Lua, session: &Session) -> Result<(), Failure> {
+        let loss = imagined::loss(&self.job.model, session.imagined.steps(self.spec) + self.steps);
+        let mut watcher = Watcher {
+            lua,
+            session,
+            options: self.options,
+            state: lua.create_table()?,
+            kept: Json::Null,
+            bar: None,
+            evaluating: None,
+            stopped: None,
+            raised: None,
+        };
+        if self.options.function("on_step").is_some() {
+            let table = watcher.table(self.steps, self.epochs(), self.steps)?;
+            table.set("loss", loss)?;
+            table.set("grad_norm", 1.0)?;
+            table.set("learning_rate", self.config.learning_rate)?;
+            table.set("tokens", self.data.tokens() as f64 * self.epochs() / self.steps as f64)?;
+            watcher.call("on_step", table)?;
+        }
+        // It is called if there are rows to evaluate, and steps to do so.
+        let evaluates = self.eval.is_some() && self.config.eval_steps.is_some();
+        if evaluates && self.options.function("on_eval").is_some() {
+            let table = watcher.table(self.steps, self.epochs(), self.steps)?;
+            table.set("eval_loss", loss)?;
+            table.set("perplexity", loss.exp())?;
+            table.set("token_accuracy", 0.5)?;
+            table.set("best", loss)?;
+            watcher.call("on_eval", table)?;
+        }
+        Ok(())
+    }
+}
+
+/// What trainings need, for who reads it as JSON.
+pub fn needs_json(tokens: usize, needs: &Needs) -> Json {
+    json!({
+        "tokens": tokens,
+        "seconds": needs.seconds,
+        "peak_memory_bytes": needs.memory_bytes,
+        "disk_bytes": needs.disk_bytes,
+        "checkpoint_bytes": needs.checkpoint_bytes,
+    })
 }
 
 /// Refuses options that the strategy does not have, before anything is loaded.

@@ -46,5 +46,6 @@ mod support;
 #[cfg(unix)]
 mod terminal;
 mod toml_errors;
+mod training;
 #[cfg(unix)]
 mod watching;

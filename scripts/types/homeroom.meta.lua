@@ -51,6 +51,7 @@
 ---@field grad_norm number # norm of the gradients before clipping
 ---@field learning_rate number # learning rate of the update
 ---@field tokens number # tokens of the step's rows
+---@field state table<string, any> # what callbacks keep from one call to the next: plain values, saved with checkpoints
 
 ---What `on_eval` gets.
 ---@class EvalReport
@@ -61,6 +62,7 @@
 ---@field perplexity number # e to the loss
 ---@field token_accuracy number # share of held-out tokens that the model found likeliest
 ---@field best number # lowest held-out loss so far, this one included
+---@field state table<string, any> # what callbacks keep from one call to the next: plain values, saved with checkpoints
 
 ---What a callback may return; nil changes nothing.
 ---@class Directive
@@ -219,6 +221,11 @@ function homeroom.prepare_dataset(options) end
 ---@field seed? number # the same seed gives the same result (default: 42)
 ---@field eval_steps? number # evaluate on `eval` every so many steps (default: only before and after)
 ---@field eval_every? number # another name for `eval_steps`
+---@field early_stopping_patience? number # ends the training after so many evaluations in a row without a lower loss (default: none)
+---@field load_best_model_at_end? boolean # true: of what `eval_steps` evaluated the result is the best; false: what the last step left (default: true)
+---@field save_steps? number # steps between two checkpoints, from which a run that was killed goes on (default: by time)
+---@field save_every? number # another name for `save_steps`
+---@field save_minutes? number # minutes between two checkpoints; 0: time does not matter (default: 5)
 ---@field on_step? fun(report: StepReport): Directive? # called after each step; may return a directive (default: none)
 ---@field on_eval? fun(report: EvalReport): Directive? # called after each evaluation of `eval_steps`; may return a directive (default: none)
 

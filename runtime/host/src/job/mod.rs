@@ -27,12 +27,14 @@ mod keep;
 mod outcome;
 mod recording;
 mod samples;
+mod stall;
 
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;
 use self::recording::Recorder;
 pub use self::recording::{Recording, Resumed, Saving, newest_checkpoint};
 pub use self::samples::{Sample, Samples};
+use self::stall::Stall;
 use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
@@ -270,7 +272,8 @@ impl Job {
             }
             None => (observer, Some(memory["strategy"].clone())),
         };
-        let mut recorder = Recorder { inner, job: self, config, recording, strategy };
+        let stall = Stall::watch("in the first step".to_owned());
+        let mut recorder = Recorder { inner, job: self, config, recording, strategy, stall };
         let trained = train(&self.model, state, data, objective, config, &mut recorder)?;
         self.set_now(trained.adaptation(), self.now().1);
         Ok(trained)

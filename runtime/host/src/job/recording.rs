@@ -17,6 +17,7 @@ use homeroom_engine::train::{
 use serde_json::{Value, json};
 
 use super::Job;
+use super::stall::Stall;
 use crate::progress::line;
 use crate::runs::RunDirectory;
 
@@ -232,6 +233,7 @@ pub(super) struct Recorder<'b, 'a> {
     pub(super) recording: Option<&'b mut Recording<'a>>,
     /// Where no plugin is beside the training: what the strategy gave to hear again, before it was gone.
     pub(super) strategy: Option<Value>,
+    pub(super) stall: Stall,
 }
 
 impl Recorder<'_, '_> {
@@ -244,6 +246,8 @@ impl Recorder<'_, '_> {
 
 impl Observer for Recorder<'_, '_> {
     fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
+        let next = (report.step + 1).min(planned_steps);
+        self.stall.next(format!("in step {next} of {planned_steps}"), true);
         let mut event = json!({"event": "step"});
         extend(&mut event, serde_json::to_value(report)?);
         self.event(event);
@@ -263,6 +267,7 @@ impl Observer for Recorder<'_, '_> {
     }
 
     fn evaluating(&mut self, done: usize, all: usize) {
+        self.stall.next(format!("evaluating held-out row {done} of {all}"), false);
         self.inner.evaluating(done, all);
     }
 
@@ -276,6 +281,7 @@ impl Observer for Recorder<'_, '_> {
             "perplexity": evaluation.perplexity,
             "token_accuracy": evaluation.token_accuracy,
         }));
+        self.stall.next(format!("after the evaluation at step {}", report.step), false);
         self.inner.evaluated(report);
     }
 

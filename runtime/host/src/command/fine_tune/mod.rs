@@ -297,7 +297,8 @@ impl Prepared<'_> {
             Some(run) => RunDirectory::reopen(&run.id)?,
             None => {
                 let about = About::here(Value::Object(settings.clone()), settings);
-                RunDirectory::start(Kind::FineTune, &registry::short(&self.output_dir), about)?
+                let name = self.output_dir.file_name().unwrap_or_default().to_string_lossy();
+                RunDirectory::start(Kind::FineTune, &name, about)?
             }
         };
         let done = self.train_in(&run, model, &rows);

@@ -42,7 +42,8 @@ pub fn homeroom() -> Command {
     let plugins = plugin_path("lora");
     command.env("HOMEROOM_PLUGINS", plugins.parent().expect("a library lies in a directory"));
     // Tests load strategies from directories of their own; those about trust take this away.
-    command.env("HOMEROOM_HOME", "/nowhere").env("HOMEROOM_PLUGIN_POLICY", "dev");
+    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("home-{}", std::process::id()));
+    command.env("HOMEROOM_HOME", home).env("HOMEROOM_PLUGIN_POLICY", "dev");
     // Whoever runs the tests may have models of their own, and a network.
     command.env("HF_HUB_CACHE", "/nowhere/hub").env("HF_HUB_OFFLINE", "1").env_remove("HOMEROOM_BASES");
     command

@@ -25,7 +25,7 @@ fn an_interrupted_run_saves_what_it_has_and_can_be_gone_on_from() -> Result<()> 
         "interrupted: the run ends after this step",
         "stopped after step ",
         "of 1000000",
-        &format!("--init-from {out}"),
+        "next      homeroom resume out-1",
     ] {
         assert!(stderr.contains(words), "no `{words}` in\n{stderr}");
     }

@@ -102,10 +102,12 @@ fn a_training_of_few_steps_is_told_to_teach_little() -> Result<()> {
         command.arg("--training-file").arg(place.rows("rows.jsonl", rows)?);
         Ok(succeeds(command.env("HOMEROOM_HOME", place.path("home")))?.stderr)
     };
-    let few = train(17, &[])?;
-    assert!(few.contains("note: 3 steps teach a model little; more rows do more, or `--epochs 10`"), "{few}");
-    let one = train(3, &["--epochs", "2"])?;
-    assert!(one.contains("note: 2 steps teach"), "{one}");
+    // What is left open is chosen so that it teaches.
+    let open = train(17, &[])?;
+    assert!(open.contains("note: batches of 2 and 10 epochs chosen, as 17 rows teach little in fewer steps"), "{open}");
+    assert!(open.contains("training  90 steps of 1 x 2 examples") && !open.contains("teach a model little"), "{open}");
+    let few = train(3, &["--epochs", "2"])?;
+    assert!(few.contains("note: 2 steps teach a model little; more rows or epochs do more"), "{few}");
     // Who says how many steps, or says so many epochs, knows.
     for more in [["--max-steps", "1"], ["--epochs", "10"]] {
         let said = train(17, &more)?;
@@ -199,8 +201,8 @@ fn flags_of_other_programs_are_answered_with_the_flag_here() -> Result<()> {
         ("fine-tune --eval_steps 10", "the loss on --eval-file is measured before and after"),
         ("fine-tune --logging-steps 10", "there is no such flag: the loss of each step is in trainer_state.json"),
         ("fine-tune --warmup-steps 10", "--warmup-ratio is a share of the steps"),
-        ("fine-tune --resume-from-checkpoint x", "cannot be resumed yet; --init-from begins another"),
-        ("fine-tune --save-steps 50", "saved at the end, and where Ctrl-C stops it"),
+        ("fine-tune --resume-from-checkpoint x", "--resume goes on from the last checkpoint"),
+        ("fine-tune --save-total-limit 2", "only the last and the best are kept"),
         ("chat --stream", "a reply is printed as it comes already"),
         ("fine-tune --load-in-4-bit", "is '--strategy qlora' here"),
         ("fine-tune --fp16", "is '--compute bf16' here"),

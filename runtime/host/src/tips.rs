@@ -89,27 +89,24 @@ const FLAGS: [(&str, &[&str]); 75] = [
 ];
 
 /// Flags elsewhere that no flag here stands for: a flag of the commands that are meant, and what to know.
-const NOTES: [(&str, &str, &str); 16] = [
+const NOTES: [(&str, &str, &str); 13] = [
     ("do-sample", "temperature", "--temperature 0 takes the likeliest token, a higher one samples"),
-    ("eval-steps", "eval-file", EVALUATED),
-    ("eval-strategy", "eval-file", EVALUATED),
-    ("evaluation-strategy", "eval-file", EVALUATED),
+    ("eval-strategy", "eval-every", EVALUATED),
+    ("evaluation-strategy", "eval-every", EVALUATED),
     ("logging-steps", "training-file", "there is no such flag: the loss of each step is in trainer_state.json"),
     ("no-gradient-checkpointing", "gradient-checkpointing", "it is off unless --gradient-checkpointing is given"),
     ("no-stream", "prompt", "there is no such flag: a reply is always printed as it comes"),
     ("packing", "no-packing", "packing is the default, --no-packing turns it off"),
-    ("resume", "init-from", RESUMED),
-    ("resume-from", "init-from", RESUMED),
-    ("resume-from-checkpoint", "init-from", RESUMED),
-    ("save-steps", "output-dir", SAVED),
-    ("save-strategy", "output-dir", SAVED),
-    ("save-total-limit", "output-dir", SAVED),
+    ("resume-from", "resume", RESUMED),
+    ("resume-from-checkpoint", "resume", RESUMED),
+    ("save-strategy", "save-every", SAVED),
+    ("save-total-limit", "save-every", SAVED),
     ("stream", "prompt", "a reply is printed as it comes already"),
     ("warmup-steps", "warmup-ratio", "--warmup-ratio is a share of the steps: 10 of 200 are --warmup-ratio 0.05"),
 ];
-const EVALUATED: &str = "there is no such flag: the loss on --eval-file is measured before and after the training; a pipeline's fine_tune has eval_steps";
-const RESUMED: &str = "a training cannot be resumed yet; --init-from begins another with an adapter's weights";
-const SAVED: &str = "there is no such flag: what is trained is saved at the end, and where Ctrl-C stops it";
+const EVALUATED: &str = "there is no such flag: the loss on --eval-file is measured before and after the training, and every so many steps with --eval-every";
+const RESUMED: &str = "--resume goes on from the last checkpoint of the same command, and `homeroom resume RUN` of a run; --init-from begins another with an adapter's weights";
+const SAVED: &str = "there is no such flag: checkpoints are saved every 5 minutes, or as --save-every and --save-minutes say, and only the last and the best are kept";
 
 /// Commands elsewhere, and what they are here.
 const COMMANDS: [(&str, &str); 34] = [

@@ -64,6 +64,11 @@ impl Unusable {
         }
     }
 
+    /// Held-out rows cannot be measured between two steps.
+    pub(super) fn held_out(step: u64, error: &anyhow::Error) -> Self {
+        Self { reason: format!("step {step}: held-out rows: {error:#}"), undo: false, diverged: false }
+    }
+
     /// The loss of the last steps is worse than it was.
     pub(super) fn diverged(step: u64, what: &str) -> Self {
         Self { reason: format!("step {step}: {what}; try a lower learning rate"), undo: false, diverged: true }

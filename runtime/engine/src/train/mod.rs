@@ -147,9 +147,14 @@ impl Run<'_> {
         let mut control = observer.on_step(&done, planned)?;
         let due = self.config.eval_steps.is_some_and(|every| done.step.is_multiple_of(every));
         if due && done.step < planned && control != Control::Stop && !data.held_out.is_empty() {
-            match self.evaluate(data, observer, done.epoch)? {
-                None => control = Control::Stop,
-                Some(report) => match observer.on_eval(&report, planned)? {
+            match self.evaluate(data, observer, done.epoch) {
+                Err(error) => {
+                    // What the update did is told first, if that is why.
+                    self.look(units)?;
+                    return Err(Unusable::held_out(done.step, &error).into());
+                }
+                Ok(None) => control = Control::Stop,
+                Ok(Some(report)) => match observer.on_eval(&report, planned)? {
                     Control::Continue => {}
                     other => control = other,
                 },

@@ -94,17 +94,23 @@ impl<'a> Samples<'a> {
     ///
     /// # Errors
     /// When the model cannot answer.
-    pub fn ask_before(&mut self, model: &Arc<BaseModel>, adaptation: &Arc<Adaptation>, training: &Path) -> Result<()> {
+    pub fn ask_before(
+        &mut self,
+        model: &Arc<BaseModel>,
+        adaptation: &Arc<Adaptation>,
+        training: Option<&Path>,
+    ) -> Result<()> {
         if self.rows.is_empty() {
             return Ok(());
         }
         self.before = self.ask(model, adaptation)?;
+        let Some(training) = training else { return Ok(()) };
         replace_file(&training.join(BEFORE_FILE), serde_json::to_string(&self.before)?.as_bytes())
     }
 
     /// Reads the answers that were kept; false: there are none.
-    pub fn recall(&mut self, training: &Path) -> bool {
-        let text = std::fs::read_to_string(training.join(BEFORE_FILE)).ok();
+    pub fn recall(&mut self, training: Option<&Path>) -> bool {
+        let text = training.and_then(|training| std::fs::read_to_string(training.join(BEFORE_FILE)).ok());
         let before: Option<Vec<String>> = text.and_then(|text| serde_json::from_str(&text).ok());
         self.before = before.filter(|before| before.len() == self.rows.len()).unwrap_or_default();
         !self.before.is_empty() || self.rows.is_empty()

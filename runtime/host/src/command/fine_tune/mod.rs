@@ -15,7 +15,7 @@ use homeroom_engine::train::schedule::Schedule;
 use homeroom_engine::train::{
     Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, TrainReport, planned_steps,
 };
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 mod unfinished;
@@ -44,9 +44,11 @@ use crate::runs::{About, End, Entry, Kind, RunDirectory};
 pub struct Arguments {
     /// Base model: a name on the Hugging Face hub as `owner/name`, a directory, a .gguf file, or a name from `homeroom list-models`
     #[arg(long, value_name = "MODEL")]
+    #[serde(serialize_with = "lossy")]
     model_name: PathBuf,
     /// JSONL file of rows: `messages`, `prompt` and `completion`, or `text`
     #[arg(long, value_name = "FILE")]
+    #[serde(serialize_with = "lossy")]
     training_file: PathBuf,
     /// Directory for the result: an adapter, or a model with strategy `full`
     #[arg(long, value_name = "DIR")]
@@ -113,6 +115,7 @@ pub struct Arguments {
     options: Vec<(String, Value)>,
     /// Start from the weights of this adapter: a directory, a name from `homeroom list-models` or one on the Hugging Face hub
     #[arg(long, value_name = "MODEL")]
+    #[serde(serialize_with = "lossy_option")]
     init_from: Option<PathBuf>,
     /// Rows of one batch [default: 8, fewer for a file of fewer than 64 rows]
     #[arg(long, value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
@@ -137,6 +140,7 @@ pub struct Arguments {
     rows: RowArgs,
     /// JSONL file of held-out rows; their loss is measured before and after the training
     #[arg(long, value_name = "FILE", conflicts_with = "eval_fraction")]
+    #[serde(serialize_with = "lossy_option")]
     eval_file: Option<PathBuf>,
     /// Share of the training rows to hold out instead
     #[arg(long, value_name = "SHARE", value_parser = share)]
@@ -167,6 +171,17 @@ pub struct Arguments {
     #[arg(long)]
     #[serde(skip)]
     json: bool,
+}
+
+/// A path as text. One that is none is refused before a run has it.
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+/// As [`lossy`].
+#[allow(clippy::ref_option)] // serde's signature
+fn lossy_option<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(Path::to_string_lossy).serialize(serializer)
 }
 
 const SCHEDULES: [Word; 3] = [
@@ -294,30 +309,34 @@ impl Prepared<'_> {
         interrupt::listen()?;
         drop(NewDirectory::start(&self.output_dir)?);
         let run = match &self.earlier {
-            Some(run) => RunDirectory::reopen(&run.id)?,
+            Some(run) => Some(RunDirectory::reopen(&run.id)?),
             None => {
                 let about = About::here(Value::Object(settings.clone()), settings);
                 let name = self.output_dir.file_name().unwrap_or_default().to_string_lossy();
-                RunDirectory::start(Kind::FineTune, &name, about)?
+                let run = RunDirectory::start(Kind::FineTune, &name, about);
+                // The result may go to where there is room, all the same.
+                run.inspect_err(|error| line(format_args!("note: no checkpoints and no record of this run: {error:#}")))
+                    .ok()
             }
         };
-        let done = self.train_in(&run, model, &rows);
-        if let Err(error) = &done {
+        let done = self.train_in(run.as_ref(), model, &rows);
+        if let (Err(error), Some(run)) = (&done, &run) {
             // The error itself is what the user hears of.
             let _ = run.finish(End::Failed(format!("{error:#}")));
         }
         done
     }
 
-    fn train_in(&self, run: &RunDirectory, model: Arc<BaseModel>, rows: &Rows) -> Result<Done> {
+    fn train_in(&self, run: Option<&RunDirectory>, model: Arc<BaseModel>, rows: &Rows) -> Result<Done> {
         let Self { arguments, output_dir, unnamed, .. } = self;
         let saving = Saving::of(arguments.save_every, arguments.save_minutes);
-        let mut recording = Recording::new(run, 1, saving)?;
+        let mut recording = run.map(|run| Recording::new(run, 1, saving)).transpose()?;
+        let newest = recording.as_ref().and_then(Recording::newest);
         let (options, start) = (self.options.clone(), self.init_from.as_deref());
-        let mut job = match (recording.newest(), &self.plugin) {
+        let mut job = match (&newest, &self.plugin) {
             (Some(checkpoint), plugin) => {
                 let native = |strategy: &_, name: &_| native::find_in(&self.search, strategy, name);
-                Job::resume(model, &checkpoint, plugin.clone(), &native, options, start)?
+                Job::resume(model, checkpoint, plugin.clone(), &native, options, start)?
             }
             (None, Some(plugin)) => Job::new(model, plugin, options, arguments.seed, start, arguments.requantize)?,
             (None, None) => {
@@ -327,26 +346,32 @@ impl Prepared<'_> {
         };
         job.watch = self.search.watching();
         let mut config = config(arguments, job.proposed_learning_rate, Some(rows.train.len()));
-        let from = recording.newest().map(|_| recording.resume(&job, &mut config)).transpose()?;
+        let from = recording.as_ref().filter(|_| newest.is_some());
+        let from = from.map(|recording| recording.resume(&job, &mut config)).transpose()?;
         let steps = planned_steps(rows.train.len(), &config)?;
         if *unnamed {
             let name = registry::short(output_dir);
             line(format_args!("name      {name}   --name or --output-dir chooses another"));
         }
         restate(arguments, &job, rows, &config, steps);
-        match &from {
-            Some(from) => {
-                line(format_args!("run       {}   goes on after step {} of {steps}", run.id(), from.state.step))
+        match (run, &from) {
+            (Some(run), Some(from)) => {
+                line(format_args!("run       {}   goes on after step {} of {steps}", run.id(), from.state.step));
             }
-            None => line(format_args!("run       {}   `homeroom resume {0}` goes on if it is ended", run.id())),
+            (Some(run), None) => {
+                line(format_args!("run       {}   `homeroom resume {0}` goes on if it is ended", run.id()));
+            }
+            (None, _) => {}
         }
         let held_out = rows.eval();
         let mut samples = Samples::pick(&held_out);
         let start = from.as_ref().map_or_else(|| job.now().0, |from| from.state.adaptation().clone());
-        if from.is_none() || !samples.recall(recording.directory()) {
-            samples.ask_before(&job.model, &start, recording.directory())?;
+        let directory = recording.as_ref().map(Recording::directory);
+        if from.is_none() || !samples.recall(directory) {
+            samples.ask_before(&job.model, &start, directory)?;
         }
-        let trained = train(&job, &Data::of_examples(&rows.train(), &held_out), &config, steps, &mut recording, from);
+        let trained =
+            train(&job, &Data::of_examples(&rows.train(), &held_out), &config, steps, recording.as_mut(), from);
         let (report, failure) = match trained {
             Ok(state) => (state.report, None),
             Err(error) => {
@@ -355,13 +380,13 @@ impl Prepared<'_> {
             }
         };
         let (trained, data_digest) = (rows.train.len(), rows.data.digest.clone());
-        let (objective, of_run) = (Sft.name(), Some(run.id().to_owned()));
+        let (objective, of_run) = (Sft.name(), run.map(|run| run.id().to_owned()));
         let outcome = Outcome { config, report, objective, run: of_run, rows: trained, data_digest, failure };
         if let Some(failure) = &outcome.failure {
             bail!("{failure}\n{}", outcome.save_beside(&job, output_dir));
         }
         let another = || free_place(arguments).ok();
-        let is_own = unfinished::is_result_of(output_dir, run.id());
+        let is_own = run.is_some_and(|run| unfinished::is_result_of(output_dir, run.id()));
         let taken = match (*unnamed, arguments.overwrite || is_own) {
             (_, true) => Taken::Replaced,
             (true, false) => Taken::GivenUp(&another),
@@ -377,17 +402,19 @@ impl Prepared<'_> {
             false => samples.ask_after(&job.model, &job.now().0)?,
         };
         for sample in &samples {
-            recording.event(sample.event());
+            recording.iter().for_each(|recording| recording.event(sample.event()));
         }
-        tell(&saved, run.id(), &outcome.report, &samples);
+        tell(&saved, run.map(RunDirectory::id), &outcome.report, &samples);
         let mut summary = Map::from_iter([("output_dir".to_owned(), saved.display().to_string().into())]);
-        summary.insert("run".to_owned(), run.id().into());
+        summary.insert("run".to_owned(), run.map(RunDirectory::id).into());
         summary.extend(outcome.summary());
         let summary = Value::Object(summary);
-        run.finish(match outcome.report.interrupted {
-            true => End::Interrupted(summary.clone()),
-            false => End::Finished(summary.clone()),
-        })?;
+        if let Some(run) = run {
+            run.finish(match outcome.report.interrupted {
+                true => End::Interrupted(summary.clone()),
+                false => End::Finished(summary.clone()),
+            })?;
+        }
         if arguments.json {
             print(&summary.to_string())?;
         }
@@ -435,11 +462,11 @@ fn train(
     data: &Data<'_>,
     config: &TrainConfig,
     steps: u64,
-    recording: &mut Recording<'_>,
+    recording: Option<&mut Recording<'_>>,
     from: Option<Resumed>,
 ) -> Result<State> {
     let mut watcher = Watcher { bar: progress::Training::start(steps), evaluating: None };
-    let state = job.train(data, &Sft, config, &mut watcher, Some(recording), from)?;
+    let state = job.train(data, &Sft, config, &mut watcher, recording, from)?;
     watcher.bar.end();
     Ok(state)
 }
@@ -536,7 +563,8 @@ fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> 
     };
     let open = Open {
         epochs: arguments.epochs.or(arguments.max_steps).is_none(),
-        batch_size: arguments.batch_size.or(arguments.gradient_accumulation_steps).is_none(),
+        batch_size: arguments.batch_size.or(arguments.gradient_accumulation_steps).is_none()
+            && arguments.epochs.or(arguments.max_steps).is_none(),
     };
     if let Some(chosen) = rows.and_then(|rows| defaults::choose(&mut config, open, rows)) {
         line(format_args!("note: {chosen}"));
@@ -627,18 +655,20 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
         config.lr_scheduler_type.name(),
         config.seed,
     ));
-    let rate = 100.0 * config.learning_rate;
-    if steps < STEPS_FEW && arguments.max_steps.or(arguments.epochs).is_some() && rate < 0.1 {
+    if steps < STEPS_FEW && arguments.max_steps.is_none() && arguments.epochs.is_some_and(|epochs| epochs < EPOCHS_MANY)
+    {
         let steps = if steps == 1 { "one step teaches".to_owned() } else { format!("{steps} steps teach") };
         line(format_args!("note: {steps} a model little; more rows or epochs do more"));
     }
 }
 
+/// Who asks for so many epochs knows.
+const EPOCHS_MANY: u64 = 10;
 /// Fewer steps than these leave little trace at the default learning rate, which is said.
 const STEPS_FEW: u64 = 30;
 
 /// What was written, and what to do next.
-fn tell(path: &Path, run: &str, report: &TrainReport, samples: &[Sample]) {
+fn tell(path: &Path, run: Option<&str>, report: &TrainReport, samples: &[Sample]) {
     if let (Some(before), Some(after)) = (report.before(), report.after()) {
         line(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }
@@ -656,7 +686,10 @@ fn tell(path: &Path, run: &str, report: &TrainReport, samples: &[Sample]) {
             "stopped after step {done} of {}; what it had learned by then is saved",
             report.planned_steps
         ));
-        line(format_args!("next      homeroom resume {run}"));
+        line(match run {
+            Some(run) => format!("next      homeroom resume {run}"),
+            None => format!("next      train it further: the same command with --init-from {}", registry::short(path)),
+        });
     } else {
         line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", registry::short(path)));
     }

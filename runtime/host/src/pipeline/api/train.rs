@@ -88,13 +88,10 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     };
     job.watch = session.search.watching();
     let mut config = config(&options, job.proposed_learning_rate);
-    let open = Open {
-        epochs: options.whole("num_train_epochs").or(options.whole("max_steps")).is_none(),
-        batch_size: options
-            .whole("per_device_train_batch_size")
-            .or(options.whole("gradient_accumulation_steps"))
-            .is_none(),
-    };
+    let is_open = |names: [&str; 2]| names.iter().all(|name| options.whole(name).is_none());
+    let epochs = is_open(["num_train_epochs", "max_steps"]);
+    let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
+    let open = Open { epochs, batch_size };
     let chosen = defaults::choose(&mut config, open, data.examples.len());
     let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
     let mut recording = match &adapter {

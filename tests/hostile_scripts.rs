@@ -269,7 +269,8 @@ fn every_hostile_script_is_stopped_in_words_at_its_line() -> Result<()> {
             (Err(error), None) => {
                 let message = format!("{error:#}");
                 let said = expected.split('|').any(|words| message.contains(words));
-                let has_line = message.split("s.lua:").skip(1).any(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+                let has_line =
+                    message.split("s.lua:").skip(1).any(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
                 said && has_line && message.len() < 10_000
             }
             _ => false,

@@ -46,14 +46,19 @@ fn stages_before_a_change_are_looked_up_and_those_behind_it_run_again() -> Resul
     // Nothing has changed: nothing is made.
     let (again, story) = run(["1e-2", "1e-2", "1e-2"], &[])?;
     assert_eq!(again, first);
-    for looked_up in ["stage 1   from run s-1, ", "stage 2 ", "stage 3 ", "evaluate  from run s-1, ", "generate ", "save_model"] {
+    for looked_up in
+        ["stage 1   from run s-1, ", "stage 2 ", "stage 3 ", "evaluate  from run s-1, ", "generate ", "save_model"]
+    {
         assert!(story.contains(looked_up), "{looked_up}: {story}");
     }
     assert!(!story.contains("training  "), "{story}");
 
     // The second stage's rate: the first is looked up, the second and what is behind it are not.
     let (changed, story) = run(["1e-2", "5e-3", "1e-2"], &[])?;
-    assert!(story.contains("stage 1   from run s-1, ") && !story.contains("stage 2 ") && !story.contains("stage 3 "), "{story}");
+    assert!(
+        story.contains("stage 1   from run s-1, ") && !story.contains("stage 2 ") && !story.contains("stage 3 "),
+        "{story}"
+    );
     assert_eq!(story.matches("training  2 steps").count(), 2, "{story}");
     assert_eq!(changed["adapters"][0], "s-1/1");
     let second = changed["adapters"][1].as_str().context("an id")?;
@@ -94,7 +99,9 @@ fn an_adapter_that_was_altered_or_removed_is_made_anew() -> Result<()> {
     assert_ne!(altered["adapter"], "s-1/1");
     // It is the same model, so that what was measured of it holds.
     assert!(story.contains("evaluate  from run s-1, ") && altered["loss"] == first["loss"], "{story}");
-    std::fs::remove_dir_all(place.home().join("runs").join(altered["adapter"].as_str().unwrap_or_default()).with_file_name(""))?;
+    std::fs::remove_dir_all(
+        place.home().join("runs").join(altered["adapter"].as_str().unwrap_or_default()).with_file_name(""),
+    )?;
     let (removed, story) = run()?;
     assert!(story.contains("training  1 steps") && removed["loss"] == first["loss"], "{story}");
     Ok(())
@@ -113,7 +120,9 @@ fn a_callback_is_known_by_what_it_does_and_takes() -> Result<()> {
         let (result, story) = ran(&place.run(&script, &["--json"])?)?;
         Ok((result, story.contains("from run"), story))
     };
-    let stop = |at: &str| format!("on_step = function(report) if report.step >= {at} then return {{ stop = \"enough\" }} end end");
+    let stop = |at: &str| {
+        format!("on_step = function(report) if report.step >= {at} then return {{ stop = \"enough\" }} end end")
+    };
     assert!(!run("", &stop("1"))?.1);
     // The same in other lines, with other names; the limit from around it, which never changes.
     let moved = "on_step = function(r)\n  -- Enough is enough.\n  if r.step >= 1 then\n    return { stop = \"enough\" }\n  end\nend";

@@ -123,10 +123,13 @@ fn a_training_starts_again_for_an_edit_that_is_right_and_goes_on_for_one_that_is
     place.write("one.lua", script("1000000", "1e-3"))?;
     let config = place.write(
         "one.toml",
-        format!("[pipeline]\nscript = \"one.lua\"\n[pipeline.params]\nmodel = {{ type = \"model\", default = {model:?} }}\n"),
+        format!(
+            "[pipeline]\nscript = \"one.lua\"\n[pipeline.params]\nmodel = {{ type = \"model\", default = {model:?} }}\n"
+        ),
     )?;
     let mut command = homeroom();
-    let run = Following::start(command.arg("run").arg(&config).arg("--watch").env("HOMEROOM_HOME", place.path("home")))?;
+    let run =
+        Following::start(command.arg("run").arg(&config).arg("--watch").env("HOMEROOM_HOME", place.path("home")))?;
     run.says("step ")?;
     // Saved as it was; then with a mistake: neither stops it.
     place.write("one.lua", script("1000000", "1e-3"))?;

@@ -10,8 +10,8 @@ use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
 use crate::command::{
-    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, new, plugins, pull, resume, rm, run, serve,
-    show,
+    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, new, plugins, pull, resume, rm, run,
+    serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};

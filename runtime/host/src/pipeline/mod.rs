@@ -182,15 +182,16 @@ fn in_sandbox<T: Send>(
 
 /// Ends the program, if a script that is to end has not for too long. Every function that is known to be slow looks at the time;
 /// this is for one that is not.
-fn give_up(ended: Ended, since: Duration) {
+fn give_up(ended: Ended, since: Duration, place: &str) {
     let (patience, code) = match ended {
         Ended::Cancelled => (CANCELLED_FOR, i32::from(interrupt::EXIT_CODE)),
         Ended::Expired(_) => (EXPIRED_FOR, 1),
     };
     if since > patience {
+        let place = place.to_owned();
         // Beside, as it may be stderr that nobody reads, and that the script waits for.
         std::thread::spawn(move || {
-            line(format_args!("error: {ended}: the script was inside of a function that does not end"))
+            line(format_args!("error: {place}{ended}: the script was inside of a function that does not end"))
         });
         files::abandon_all();
         std::thread::sleep(Duration::from_millis(200));

@@ -74,8 +74,6 @@ pub struct Sandbox {
     pub limits: Limits,
     scripts: PathBuf,
     read: Read,
-    /// `FILE:LINE: ` of where the script was ended, or of where it had taken much of its memory.
-    last: Rc<RefCell<String>>,
     prelude: Prelude,
 }
 
@@ -105,7 +103,7 @@ pub fn run<T: Send>(
     reads: &Reads,
     limits: Limits,
     cancelled: &dyn Fn() -> bool,
-    give_up: &dyn Fn(Ended, Duration),
+    give_up: &dyn Fn(Ended, Duration, &str),
     work: impl FnOnce(&Sandbox) -> Result<T> + Send,
 ) -> Result<T> {
     let clock = Arc::new(Clock::new(limits.lua_time));
@@ -123,7 +121,7 @@ pub fn run<T: Send>(
             clock.watch(cancelled);
             since = match (clock.ended().filter(|_| !clock.in_verb()), since) {
                 (Some(ended), Some((before, since))) if before == ended => {
-                    give_up(ended, since.elapsed());
+                    give_up(ended, since.elapsed(), &clock.place());
                     Some((ended, since))
                 }
                 (ended, _) => ended.map(|ended| (ended, Instant::now())),
@@ -188,8 +186,8 @@ impl Sandbox {
         let failed = |error: mlua::Error| anyhow!("cannot set up Lua: {error}");
         let lua = Lua::new();
         let (globals, prelude) = (lua.globals(), Prelude::load(&lua).map_err(failed)?);
-        let (read, last) = (Read { files, texts: Rc::default() }, Rc::default());
-        let sandbox = Self { lua, globals, clock, limits, scripts: scripts.to_owned(), read, last, prelude };
+        let read = Read { files, texts: Rc::default() };
+        let sandbox = Self { lua, globals, clock, limits, scripts: scripts.to_owned(), read, prelude };
         sandbox.guard().map_err(failed)?;
         Ok(sandbox)
     }
@@ -294,20 +292,21 @@ impl Sandbox {
     /// When memory is out.
     pub fn close(&self) -> mlua::Result<()> {
         self.lua.sandbox(true)?;
-        let (clock, last, much) = (self.clock.clone(), self.last.clone(), self.limits.memory_bytes / 2);
+        let (clock, much) = (self.clock.clone(), self.limits.memory_bytes / 2);
         let noted = Cell::new(0_usize);
         self.lua.set_interrupt(move |lua| match clock.check() {
             Ok(()) => {
-                // A machine without memory cannot say where it is, so that is noted on the way there.
+                // On the way to the end of its memory it says more often where it is.
                 let used = lua.used_memory();
-                if used > much && used.abs_diff(noted.get()) > NOTED_BYTES {
+                let is_more = used > much && used.abs_diff(noted.get()) > NOTED_BYTES;
+                if clock.asks() || is_more {
                     noted.set(used);
-                    last.replace(errors::here(lua));
+                    clock.note(errors::here(lua));
                 }
                 Ok(VmState::Continue)
             }
             Err(ended) => {
-                last.replace(errors::here(lua));
+                clock.note(errors::here(lua));
                 Err(mlua::Error::runtime(Failure::from(ended).told(lua)))
             }
         });
@@ -340,10 +339,13 @@ impl Sandbox {
         // What a machine cannot tell has no place either.
         let frames: Vec<&str> = trace.lines().map(str::trim).filter(|line| is_frame(line)).collect();
         let raised_at = || frames.first().map_or_else(|| shown(script), |frame| place(frame).to_string());
-        let last = self.last.borrow().clone();
+        let last = self.clock.place();
         let last = if last.is_empty() { format!("{}: ", shown(script)) } else { last };
         let text = match text {
-            text if text == errors::out_of_memory() => format!("{last}{text}"),
+            text if text == errors::out_of_memory() => match frames.first() {
+                Some(frame) => format!("{}: {text}", place(frame)),
+                None => format!("{last}{text}"),
+            },
             text if text.starts_with(UNTOLD) => {
                 format!("{last}{UNTOLD}: no memory or no stack was left to tell it")
             }
@@ -511,7 +513,7 @@ mod tests {
     fn in_directory(dir: &Path, cancelled: &dyn Fn() -> bool) -> (Result<String>, Duration) {
         let mut spent = Duration::ZERO;
         let limits = Limits { lua_time: BUDGET, ..Limits::default() };
-        let result = run(dir, &Reads::default(), limits, cancelled, &|_, _| {}, |sandbox| {
+        let result = run(dir, &Reads::default(), limits, cancelled, &|_, _, _| {}, |sandbox| {
             let lua = sandbox.lua();
             let api = lua.create_table().unwrap();
             let work = lua.create_function(|_, ()| Ok(7)).unwrap();
@@ -676,7 +678,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("s.lua"), "wait() return 1").unwrap();
         let limits = Limits { lua_time: Duration::from_millis(100), ..Limits::default() };
-        let result = run(dir.path(), &Reads::default(), limits, &|| false, &|_, _| {}, |sandbox| {
+        let result = run(dir.path(), &Reads::default(), limits, &|| false, &|_, _, _| {}, |sandbox| {
             let clock = sandbox.clock.clone();
             let wait = sandbox.lua().create_function(move |_, ()| {
                 let _paused = clock.pause();

@@ -244,9 +244,10 @@ mod tests {
         store.put(&second, &key, json!("second"), &[made(&second, "two")?, elsewhere.clone()], 1.0)?;
         let found = || store.find(&key).map(|entry| entry.result);
         // The latest is taken, and an older one where it is damaged.
-        fs::File::options().append(true).open(second.join(DIRECTORY).join(format!("{}.json", key.hash())))?.set_modified(
-            SystemTime::now() + std::time::Duration::from_secs(5),
-        )?;
+        fs::File::options()
+            .append(true)
+            .open(second.join(DIRECTORY).join(format!("{}.json", key.hash())))?
+            .set_modified(SystemTime::now() + std::time::Duration::from_secs(5))?;
         assert_eq!(found(), Some(json!("second")));
         fs::write(&elsewhere, "y")?;
         assert_eq!(found(), Some(json!("first")));
@@ -267,7 +268,10 @@ mod tests {
         store(false).put(&first, &key, json!(1), &[], 1.0)?;
         assert_eq!(store(true).find(&key), None);
         store(true).put(&second, &key, json!(2), &[], 1.0)?;
-        assert_eq!(store(false).find(&key).map(|entry| (entry.run, entry.result)), Some(("geo-2".to_owned(), json!(2))));
+        assert_eq!(
+            store(false).find(&key).map(|entry| (entry.run, entry.result)),
+            Some(("geo-2".to_owned(), json!(2)))
+        );
         assert!(!first.join(DIRECTORY).join(format!("{}.json", key.hash())).exists());
         Ok(())
     }

@@ -166,7 +166,10 @@ impl Walk<'_> {
         }
         let Some(source) = self.session.sources.of(function) else { return Ok(self.opaque("function")) };
         let is_harmless = source.globals.iter().all(|name| name != "require" && name != "_G")
-            && source.homeroom.as_ref().is_some_and(|fields| fields.iter().all(|name| HARMLESS.contains(&name.as_str())));
+            && source
+                .homeroom
+                .as_ref()
+                .is_some_and(|fields| fields.iter().all(|name| HARMLESS.contains(&name.as_str())));
         self.tells &= is_harmless;
         let mut captured = Vec::new();
         for number in 1..=source.captures {

@@ -92,7 +92,6 @@ impl Needs {
 
     /// In words.
     pub fn words(&self) -> String {
-        
         let time = self.seconds.map(|seconds| match seconds {
             short if short < 90.0 => format!("{short:.0} s, "),
             long => format!("{:.0} min, ", long / 60.0),

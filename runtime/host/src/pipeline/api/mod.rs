@@ -44,6 +44,7 @@ use self::model::{ModelSpec, NOT_NAMED, fine_tuned};
 use self::options::Options;
 use self::spec::{VERBS, verb};
 use self::stored::Made;
+use super::How;
 use super::about;
 use super::clock::Clock;
 use super::config::PipelineConfig;
@@ -51,7 +52,6 @@ use super::errors::{Failure, nearest, said, short};
 use super::limits::{Account, Held, bytes};
 use super::output::Output;
 use super::places::{Place, Places};
-use super::How;
 use super::sandbox::{Prelude, Sandbox, Sources, name_of};
 use super::store::{Key, Store};
 use crate::hub::{self, HubName};
@@ -697,24 +697,28 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         table.set("examples", data.examples.len())?;
         return Ok(Value::Table(table));
     }
-    Ok(to_lua(lua, &stored::stored(lua, session, verb("evaluate"), &options, || {
-        let (model, adaptation) = spec.load(session)?;
-        let data = rows.encode(&session.clock, &model).context("evaluate: dataset")?;
-        let examples: Vec<_> = data.examples.iter().collect();
-        let bar = progress::counting("evaluating", examples.len());
-        let compute = options.word("compute").unwrap_or(Compute::F32);
-        let result =
-            evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64));
-        bar.finish_and_clear();
-        let result = result?;
-        Ok(Made::plain(json!({
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "token_accuracy": result.token_accuracy,
-            "trained_tokens": result.trained_tokens,
-            "examples": result.examples,
-        })))
-    })?)?)
+    Ok(to_lua(
+        lua,
+        &stored::stored(lua, session, verb("evaluate"), &options, || {
+            let (model, adaptation) = spec.load(session)?;
+            let data = rows.encode(&session.clock, &model).context("evaluate: dataset")?;
+            let examples: Vec<_> = data.examples.iter().collect();
+            let bar = progress::counting("evaluating", examples.len());
+            let compute = options.word("compute").unwrap_or(Compute::F32);
+            let result = evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| {
+                bar.set_position(done as u64)
+            });
+            bar.finish_and_clear();
+            let result = result?;
+            Ok(Made::plain(json!({
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "token_accuracy": result.token_accuracy,
+                "trained_tokens": result.trained_tokens,
+                "examples": result.examples,
+            })))
+        })?,
+    )?)
 }
 
 fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
@@ -746,30 +750,34 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         )?;
         return Ok(Value::Table(texts));
     }
-    Ok(to_lua(lua, &stored::stored(lua, session, verb("generate"), &options, || {
-        let (model, adaptation) = spec.load(session)?;
-        let engine = Engine::new(model.clone(), Compute::Auto);
-        let adapter = adaptation.map(|adaptation| Adapter::new(engine.inference(), model.clone(), adaptation));
-        let adapter = adapter.transpose().context("generate")?;
-        // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
-        let mut asked = Vec::with_capacity(prompts.len());
-        for prompt in &prompts {
-            session.clock.check()?;
-            let ids = prompt_ids(&model, &messages(prompt)).context("generate")?;
-            let block_end = BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
-            asked.push((engine.ask(adapter.as_ref(), &ids, sampling).context("generate")?, block_end));
-        }
-        let mut texts: Vec<String> = Vec::with_capacity(prompts.len());
-        for (tokens, mut block_end) in asked {
-            session.clock.check()?;
-            let mut ids = Vec::new();
-            for id in tokens {
+    Ok(to_lua(
+        lua,
+        &stored::stored(lua, session, verb("generate"), &options, || {
+            let (model, adaptation) = spec.load(session)?;
+            let engine = Engine::new(model.clone(), Compute::Auto);
+            let adapter = adaptation.map(|adaptation| Adapter::new(engine.inference(), model.clone(), adaptation));
+            let adapter = adapter.transpose().context("generate")?;
+            // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
+            let mut asked = Vec::with_capacity(prompts.len());
+            for prompt in &prompts {
                 session.clock.check()?;
-                ids.push(id.context("generate")?);
+                let ids = prompt_ids(&model, &messages(prompt)).context("generate")?;
+                let block_end =
+                    BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
+                asked.push((engine.ask(adapter.as_ref(), &ids, sampling).context("generate")?, block_end));
             }
-            let text = model.tokenizer.decode(&ids, true).context("generate")?;
-            texts.push(block_end.push(text) + &block_end.finish());
-        }
-        Ok(Made::plain(json!(texts)))
-    })?)?)
+            let mut texts: Vec<String> = Vec::with_capacity(prompts.len());
+            for (tokens, mut block_end) in asked {
+                session.clock.check()?;
+                let mut ids = Vec::new();
+                for id in tokens {
+                    session.clock.check()?;
+                    ids.push(id.context("generate")?);
+                }
+                let text = model.tokenizer.decode(&ids, true).context("generate")?;
+                texts.push(block_end.push(text) + &block_end.finish());
+            }
+            Ok(Made::plain(json!(texts)))
+        })?,
+    )?)
 }

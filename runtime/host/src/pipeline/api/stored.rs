@@ -124,13 +124,7 @@ impl<'a> Step<'a> {
     }
 }
 
-fn key(
-    lua: &Lua,
-    session: &Session,
-    verb: &'static Verb,
-    options: &Options,
-    more: &Json,
-) -> Result<Key, Failure> {
+fn key(lua: &Lua, session: &Session, verb: &'static Verb, options: &Options, more: &Json) -> Result<Key, Failure> {
     let inputs = identity::inputs(lua, session, verb, options)?;
     Ok(store::key(verb.name, json!({"options": inputs, "more": more})))
 }

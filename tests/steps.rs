@@ -229,3 +229,17 @@ fn a_run_that_was_killed_goes_on_where_it_was() -> Result<()> {
     assert!(bytes(&killed)? == bytes(&whole)?, "the bytes differ");
     Ok(())
 }
+
+/// A home that cannot be written costs the look-up and not the result.
+#[cfg(unix)]
+#[test]
+fn what_cannot_be_kept_is_made_all_the_same() -> Result<()> {
+    let place = Place::new()?;
+    place.write("home", "a file")?;
+    let script = "local data = homeroom.prepare_dataset { path = params.dataset }.train\n\
+        local function loss() return homeroom.evaluate { model = params.model, dataset = data }.loss end\nreturn { loss(), loss() }";
+    let (losses, story) = ran(&place.run(script, &["--json"])?)?;
+    assert!(losses[0].as_f64().is_some_and(f64::is_finite) && losses[0] == losses[1], "{losses}");
+    assert_eq!(story.matches("note: evaluate is not kept for later runs: ").count(), 1, "{story}");
+    Ok(())
+}

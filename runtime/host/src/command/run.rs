@@ -309,7 +309,8 @@ fn once(
     if !arguments.dry_run && !arguments.fresh {
         resumed = match resumes {
             Some(run) => Some(run.to_owned()),
-            None => pipeline::unfinished(&config)?.map(|run| run.id),
+            // Where there is no place for runs there is none to go on with.
+            None => pipeline::unfinished(&config).ok().flatten().map(|run| run.id),
         };
     }
     if let Some(run) = &resumed {
@@ -319,7 +320,9 @@ fn once(
     let outcome = pipeline::run(&config, search, how, ended, reads);
     let outcome = match outcome {
         Err(error) if ended() => {
-            eprintln!("{error:#}: the script has ended where it was");
+            if interrupt::asked() {
+                line(format_args!("{error:#}: the script has ended where it was; the same command goes on from there"));
+            }
             return Ok(Done::Interrupted);
         }
         outcome => outcome?,

@@ -245,7 +245,9 @@ fn given(tokens: &[(usize, Token)], from: usize) -> Option<Given<'_>> {
         }
         if item_ends {
             match &tokens[start..at] {
-                [(line, Token::Name(name)), (_, Token::Symbol('=')), value @ ..] => {
+                [(line, Token::Name(name)), (_, Token::Symbol('=')), value @ ..]
+                    if !matches!(value, [(_, Token::Symbol('=')), ..]) =>
+                {
                     given.options.push((*line, name, value));
                 }
                 [] => {}
@@ -254,6 +256,8 @@ fn given(tokens: &[(usize, Token)], from: usize) -> Option<Given<'_>> {
             start = at + 1;
         }
         if depth == 0 {
+            // An `if` of a value within another was taken for a statement: what stands behind it is not known.
+            given.is_whole &= blocks == 0;
             return Some(given);
         }
     }
@@ -334,6 +338,10 @@ impl Known<'_> {
                 let problem = named_problem(self.session, verb.name, option, text, self.saved.as_deref());
                 found.extend(*line, problem);
             }
+        }
+        let is_given = |name: &str| names.contains(&name);
+        if is_given("on_eval") && given.is_whole && !(is_given("eval") && is_given("eval_steps")) {
+            found.add(line, format!("{}: `on_eval` is never called without `eval` and `eval_steps`", verb.name));
         }
         for option in verb.all().filter(|option| option.required && given.is_whole && !names.contains(&option.name)) {
             let wanted = option.kind.words();
@@ -444,6 +452,25 @@ mod tests {
         ] {
             assert_eq!(undeclared(text), [""; 0], "{text}");
         }
+    }
+
+    #[test]
+    fn a_table_of_options_is_read_as_far_as_it_can_be_told() {
+        for (text, names, is_whole) in [
+            ("{ a = 1, b = if x then 2 else 3, c = function() if x then return 1 end end; d = {} }", "a b c d", true),
+            ("({ a = 1, })", "a", true),
+            ("{ a = 1, 2, b = 3 }", "a b", false),
+            ("{ a = 1, [b] = 3 }", "a", false),
+            ("{ a = if x then if y then 1 else 2 else 3, b = 4 }", "a", false),
+            ("{ a == 1 }", "", false),
+            ("{}", "", true),
+        ] {
+            let tokens = tokens(text);
+            let given = given(&tokens, 0).expect("a table");
+            let found: Vec<&str> = given.options.iter().map(|(_, name, _)| *name).collect();
+            assert_eq!((found.join(" ").as_str(), given.is_whole), (names, is_whole), "{text}");
+        }
+        assert!(given(&tokens("(options)"), 0).is_none() && given(&tokens("{ a = 1"), 0).is_none());
     }
 
     #[test]

@@ -106,6 +106,8 @@ pub struct Session {
     steps: RefCell<String>,
     /// Calls of `fine_tune` so far.
     stages: Cell<usize>,
+    /// Whether it was said that results cannot be kept.
+    unkept: Cell<bool>,
     /// Whether nothing is looked up.
     fresh: bool,
     /// The run that it goes on with.
@@ -150,6 +152,7 @@ impl Session {
             store: Store::new(registry::data_directory().map(|data| data.join("runs")), how.fresh),
             steps: RefCell::default(),
             stages: Cell::default(),
+            unkept: Cell::default(),
             fresh: how.fresh,
             resumed: how.resumed,
             run: RefCell::default(),

@@ -12,6 +12,9 @@ use super::{Session, identity};
 use crate::pipeline::errors::{Failure, here};
 use crate::pipeline::store::{self, Entry, Key};
 
+/// The inputs of a verb take longer than this to read where a base is large and its digests are not kept yet; that is said.
+const TOLD_SECONDS: f64 = 2.0;
+
 /// What a verb made.
 pub struct Made {
     /// What is kept of it.
@@ -54,7 +57,7 @@ pub fn stored(
 ) -> Result<Json, Failure> {
     let step = Step::begin(lua, session, verb, options, Json::Null)?;
     if let Some(entry) = step.look_up() {
-        session.tell(format_args!("{:9} from run {}, {:.1} s", verb.name, entry.run, step.seconds()));
+        session.tell(format_args!("{:10}from run {}, {:.1} s", verb.name, entry.run, step.seconds()));
         return Ok(entry.result);
     }
     let made = make()?;
@@ -77,6 +80,10 @@ impl<'a> Step<'a> {
     ) -> Result<Self, Failure> {
         let started = Instant::now();
         let key = key(lua, session, verb, options, &more)?;
+        let seconds = started.elapsed().as_secs_f64();
+        if seconds > TOLD_SECONDS {
+            session.tell(format_args!("digests   of what {} takes, computed once, {seconds:.1} s", verb.name));
+        }
         let before = session.steps.borrow().clone();
         // What comes behind it may depend on it.
         session.steps.replace(store::digest_of(&format!("{before} {}", key.hash()).into()));
@@ -101,7 +108,7 @@ impl<'a> Step<'a> {
     /// Keeps what it made, unless its callbacks changed something outside of them: who looks it up would not get that.
     ///
     /// # Errors
-    /// When the script is to end, or its run has no directory.
+    /// When the script is to end.
     pub fn keep(self, made: Made) -> Result<(), Failure> {
         let after = self.session.steps.replace(self.before.clone());
         let now = key(self.lua, self.session, self.verb, self.options, &self.more);
@@ -115,9 +122,12 @@ impl<'a> Step<'a> {
             ));
             return Ok(());
         }
-        let run = self.session.run_path()?;
-        let kept = self.session.store.put(&run, &self.key, made.result, &made.files, self.seconds());
-        if let Err(error) = kept {
+        let put = |run| self.session.store.put(run, &self.key, made.result, &made.files, self.seconds());
+        let kept = self.session.run_path().and_then(|run| put(&run));
+        // Where one cannot be kept, the others cannot either.
+        if let Err(error) = kept
+            && !self.session.unkept.replace(true)
+        {
             self.session.tell(format_args!("note: {} is not kept for later runs: {error:#}", self.verb.name));
         }
         Ok(())

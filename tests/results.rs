@@ -173,12 +173,12 @@ fn safetensors_that_share_bytes_are_refused() -> Result<()> {
 
 // --- what a run comes to ---------------------------------------------------------------------------------------------
 
-/// One step, or so few rows that there is but one, with all defaults: warm-up begins above zero.
+/// One step, or so few rows that there is but one in an epoch: warm-up begins above zero.
 #[test]
 fn the_first_step_learns() -> Result<()> {
     let place = Place::new()?;
     let base = fixture("models/llama");
-    for (rows, flags) in [(8, &[][..]), (20, &["--max-steps", "1"])] {
+    for (rows, flags) in [(8, &["--epochs", "1"]), (20, &["--max-steps", "1"])] {
         let rows = place.rows("rows.jsonl", rows)?;
         succeeds(place.fine_tune(&base, &rows).arg("--overwrite").args(flags))?;
         let out = place.path("outputs/out");
@@ -257,11 +257,13 @@ fn what_a_bad_run_keeps_is_what_the_steps_before_had_made() -> Result<()> {
     let command = |steps: &str| {
         let mut command = place.fine_tune(&base, &rows);
         command.arg("--plugin-dir").arg(&plugins).args(["--strategy", "reloading", "--max-steps", steps]);
-        command.args(["--learning-rate", "5e-3", "--lr-scheduler-type", "constant", "--warmup-ratio", "0"]);
+        command.args(["--lr-scheduler-type", "constant", "--warmup-ratio", "0"]);
         command
     };
-    refused(&mut command("6"), &["step 5", "learned by step 3"])?;
-    succeeds(&mut command("3"))?;
+    let words = ["rewound   to step 0", "step 5", "learned by step 3"];
+    refused(command("6").args(["--learning-rate", "5e-3"]), &words)?;
+    // Half the rate: at the first failure it was taken back to the beginning.
+    succeeds(command("3").args(["--learning-rate", "2.5e-3"]))?;
     let weights = |name: &str| fs::read(place.path("outputs").join(name).join("adapter_model.safetensors"));
     assert!(weights("out-step-3")? == weights("out")?);
     Ok(())

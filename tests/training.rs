@@ -28,17 +28,18 @@ struct Saves<'a> {
     every: u64,
     /// Ends the run after this step, as Ctrl-C does.
     ends: Option<u64>,
+    steps: u64,
     saved: Vec<u64>,
     changes: Vec<RunEvent>,
     /// What is done to the parameters after a step: as a bad update does.
-    harm: Option<(u64, f32)>,
+    harm: Vec<(u64, f32)>,
     now: Option<Arc<Adaptation>>,
 }
 
 impl<'a> Saves<'a> {
     fn new(model: &'a BaseModel, config: &'a TrainConfig, directory: &'a Path, every: u64) -> Self {
-        let (ends, saved, changes, harm, now) = (None, Vec::new(), Vec::new(), None, None);
-        Self { model, config, directory, every, ends, saved, changes, harm, now }
+        let (ends, saved, changes, harm, now) = (None, Vec::new(), Vec::new(), Vec::new(), None);
+        Self { model, config, directory, every, ends, steps: 0, saved, changes, harm, now }
     }
 
     fn path(&self, step: u64) -> PathBuf {
@@ -52,16 +53,19 @@ impl<'a> Saves<'a> {
 
 impl Observer for Saves<'_> {
     fn on_step(&mut self, report: &StepReport, _: u64) -> Result<Control> {
-        if let (Some((step, factor)), Some(now)) = (self.harm, &self.now)
-            && report.step == step
-        {
-            self.harm = None;
+        self.steps = report.step;
+        if let (Some(at), Some(now)) = (self.harm.iter().position(|(step, _)| *step == report.step), &self.now) {
+            let (_, factor) = self.harm.remove(at);
             for param in &now.params {
                 let values = (param.var.as_detached_tensor() * f64::from(factor))?;
                 param.var.set(&values)?;
             }
         }
         Ok(if self.ends == Some(report.step) { Control::Stop } else { Control::Continue })
+    }
+
+    fn is_cancelled(&mut self) -> bool {
+        self.ends.is_some_and(|ends| self.steps >= ends)
     }
 
     fn is_due(&mut self, state: &State) -> bool {
@@ -207,7 +211,7 @@ fn a_run_that_goes_wrong_is_taken_back_once_and_goes_on_with_half_the_rate() -> 
         let config = config(planned);
         let directory = place.path().join(name);
         let mut saves = Saves::new(&model, &config, &directory, 5);
-        saves.harm = Some((if planned == 12 { 8 } else { 40 }, factor));
+        saves.harm = vec![(if planned == 12 { 8 } else { 40 }, factor)];
         let state = State::new(&model, &lora(&model)?, &config);
         let done = train(&model, state, &data, &Sft, &config, &mut saves)?;
         let [RunEvent { step, change: Change::Rewound { from, reason, rate_scale } }] = &saves.changes[..] else {
@@ -222,19 +226,20 @@ fn a_run_that_goes_wrong_is_taken_back_once_and_goes_on_with_half_the_rate() -> 
         let before = saves.read(*step)?;
         assert_eq!(rate(*step, &done), rate(*step, &before));
         assert!(rate(*step + 1, &done) < 0.6 * rate(*step, &done), "{name}");
-        assert!(done.report.steps.last().is_some_and(|last| last.loss.is_finite() && last.loss < 6.0));
+        let losses: Vec<f64> = done.report.steps.iter().map(|step| step.loss).collect();
+        assert!(losses[losses.len() - 1] < losses[0], "{losses:?}");
     }
     Ok(())
 }
 
-/// A rate at which no training holds: the second failure ends it, and what was good is kept.
 #[test]
 fn a_run_that_goes_wrong_again_ends_and_says_what_to_change() -> Result<()> {
     let (model, place) = (model("llama")?, TempDir::new()?);
     let rows = examples(&model, 20, 1);
     let data = data(&rows, 0);
-    let config = TrainConfig { learning_rate: 10.0, max_grad_norm: 0.0, warmup_ratio: 0.0, ..config(400) };
-    let mut saves = Saves::new(&model, &config, place.path(), 1);
+    let config = config(40);
+    let mut saves = Saves::new(&model, &config, place.path(), 5);
+    saves.harm = vec![(8, f32::INFINITY), (8, f32::INFINITY)];
     let state = State::new(&model, &lora(&model)?, &config);
     let error = train(&model, state, &data, &Sft, &config, &mut saves).err().context("it cannot be trained")?;
     let rewinds = saves.changes.iter().filter(|event| matches!(event.change, Change::Rewound { .. })).count();

@@ -25,7 +25,7 @@ fn an_interrupted_run_saves_what_it_has_and_can_be_gone_on_from() -> Result<()> 
         "interrupted: the run ends after this step",
         "stopped after step ",
         "of 1000000",
-        "next      homeroom resume out-1",
+        "next      homeroom resume out-",
     ] {
         assert!(stderr.contains(words), "no `{words}` in\n{stderr}");
     }

@@ -198,7 +198,7 @@ fn flags_of_other_programs_are_answered_with_the_flag_here() -> Result<()> {
         ("ls", "tip: 'ls' is 'list-models' here"),
         ("fine-tune --packing", "tip: '--packing': packing is the default, --no-packing turns it off"),
         ("fine-tune --no-gradient-checkpointing", "it is off unless --gradient-checkpointing is given"),
-        ("fine-tune --eval_steps 10", "the loss on --eval-file is measured before and after"),
+        ("fine-tune --eval_strategy steps", "the loss on --eval-file is measured before and after"),
         ("fine-tune --logging-steps 10", "there is no such flag: the loss of each step is in trainer_state.json"),
         ("fine-tune --warmup-steps 10", "--warmup-ratio is a share of the steps"),
         ("fine-tune --resume-from-checkpoint x", "--resume goes on from the last checkpoint"),

@@ -74,6 +74,11 @@ pub trait Observer {
         Ok(Value::Null)
     }
 
+    /// The run is taken back to where [`Observer::memory`] gave this.
+    fn recall(&mut self, memory: &Value) {
+        let _ = memory;
+    }
+
     /// Whether somebody waits for the end, so that nothing more is evaluated.
     fn is_cancelled(&mut self) -> bool {
         false

@@ -273,7 +273,7 @@ impl Job {
             None => (observer, Some(memory["strategy"].clone())),
         };
         let stall = Stall::watch("in the first step".to_owned());
-        let mut recorder = Recorder { inner, job: self, config, recording, strategy, stall };
+        let mut recorder = Recorder { inner, job: self, config, recording, strategy, stall, memory: Value::Null };
         let trained = train(&self.model, state, data, objective, config, &mut recorder)?;
         self.set_now(trained.adaptation(), self.now().1);
         Ok(trained)

@@ -171,9 +171,9 @@ impl<'a> Recording<'a> {
         }
     }
 
-    fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<State>> {
+    fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<Resumed>> {
         let Some(step) = self.steps.iter().rev().find(|saved| **saved <= step) else { return Ok(None) };
-        read(&self.path(*step), job, config).map(|resumed| Some(resumed.state))
+        read(&self.path(*step), job, config).map(Some)
     }
 }
 
@@ -234,6 +234,8 @@ pub(super) struct Recorder<'b, 'a> {
     /// Where no plugin is beside the training: what the strategy gave to hear again, before it was gone.
     pub(super) strategy: Option<Value>,
     pub(super) stall: Stall,
+    /// What the observers had given when the state was saved that was read last.
+    pub(super) memory: Value,
 }
 
 impl Recorder<'_, '_> {
@@ -310,10 +312,10 @@ impl Observer for Recorder<'_, '_> {
     }
 
     fn saved(&mut self, step: u64) -> Result<Option<State>> {
-        match &self.recording {
-            Some(recording) => recording.saved(self.job, self.config, step),
-            None => Ok(None),
-        }
+        let Some(recording) = &self.recording else { return Ok(None) };
+        let Some(resumed) = recording.saved(self.job, self.config, step)? else { return Ok(None) };
+        self.memory = resumed.memory;
+        Ok(Some(resumed.state))
     }
 
     fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
@@ -323,6 +325,8 @@ impl Observer for Recorder<'_, '_> {
         }
         let mut value = serde_json::to_value(event)?;
         if let Change::Rewound { from, reason, rate_scale } = &event.change {
+            let memory = std::mem::take(&mut self.memory);
+            self.inner.recall(if self.strategy.is_some() { &memory["observer"] } else { &memory });
             let to = event.step;
             value["step"] = json!(from);
             value["to"] = json!(to);

@@ -90,22 +90,20 @@ impl<'a> Samples<'a> {
         self.rows.is_empty()
     }
 
-    /// Answers as the model is now, before a training, and keeps that in the training's directory.
-    ///
-    /// # Errors
-    /// When the model cannot answer.
-    pub fn ask_before(
-        &mut self,
-        model: &Arc<BaseModel>,
-        adaptation: &Arc<Adaptation>,
-        training: Option<&Path>,
-    ) -> Result<()> {
+    /// Answers as the model is now, before a training, and keeps that in the training's directory. A model that cannot answer is asked
+    /// nothing: what is wrong with it the training says.
+    pub fn ask_before(&mut self, model: &Arc<BaseModel>, adaptation: &Arc<Adaptation>, training: Option<&Path>) {
         if self.rows.is_empty() {
-            return Ok(());
+            return;
         }
-        self.before = self.ask(model, adaptation)?;
-        let Some(training) = training else { return Ok(()) };
-        replace_file(&training.join(BEFORE_FILE), serde_json::to_string(&self.before)?.as_bytes())
+        match self.ask(model, adaptation) {
+            Ok(before) => self.before = before,
+            Err(_) => self.rows.clear(),
+        }
+        if let (Some(training), Ok(text)) = (training, serde_json::to_string(&self.before)) {
+            // Without it they are asked of the model as it is when the run goes on.
+            let _ = replace_file(&training.join(BEFORE_FILE), text.as_bytes());
+        }
     }
 
     /// Reads the answers that were kept; false: there are none.

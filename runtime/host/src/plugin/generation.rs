@@ -91,8 +91,10 @@ impl<'a> Live<'a> {
         self.state = memory["state"].clone();
         self.last = serde_json::from_value(memory["last"].clone()).unwrap_or_default();
         // One that failed or wanted to hear of no step is not asked again.
-        if memory["hooked"] == Value::Bool(false) {
-            self.hook = None;
+        match memory["hooked"] == Value::Bool(false) {
+            true => self.hook = None,
+            false if self.hook.is_none() => self.hook = Some(Hook::new(&self.plugin)),
+            false => {}
         }
     }
 
@@ -171,6 +173,11 @@ impl Observer for Live<'_> {
     fn memory(&mut self) -> Result<Value> {
         let strategy = json!({"state": self.state, "last": self.last, "hooked": self.hook.is_some()});
         Ok(json!({"strategy": strategy, "observer": self.observer.memory()?}))
+    }
+
+    fn recall(&mut self, memory: &Value) {
+        self.remember(&memory["strategy"]);
+        self.observer.recall(&memory["observer"]);
     }
 
     fn is_cancelled(&mut self) -> bool {

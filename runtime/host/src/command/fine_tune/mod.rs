@@ -368,7 +368,7 @@ impl Prepared<'_> {
         let start = from.as_ref().map_or_else(|| job.now().0, |from| from.state.adaptation().clone());
         let directory = recording.as_ref().map(Recording::directory);
         if from.is_none() || !samples.recall(directory) {
-            samples.ask_before(&job.model, &start, directory)?;
+            samples.ask_before(&job.model, &start, directory);
         }
         let trained =
             train(&job, &Data::of_examples(&rows.train(), &held_out), &config, steps, recording.as_mut(), from);

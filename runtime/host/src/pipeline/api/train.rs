@@ -122,23 +122,18 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let parent = spec.parent(session);
     let trained: Vec<&Example> = data.examples.iter().collect();
     let held_out: Vec<&Example> = eval.iter().flat_map(|eval| &eval.examples).collect();
-    let state = lua.create_table()?;
-    if let Some(from) = &from
-        && let Value::Table(kept) = to_lua(lua, &from.of_observer()["state"])?
-    {
-        kept.for_each(|key: Value, value: Value| state.raw_set(key, value))?;
-    }
     let mut watcher = Watcher {
         lua,
         session,
         options: &options,
-        kept: from.as_ref().map_or(Json::Null, |from| from.of_observer()["state"].clone()),
-        state,
+        kept: Json::Null,
+        state: lua.create_table()?,
         bar: Some(progress::Training::start(steps)),
         evaluating: None,
         stopped: None,
         raised: None,
     };
+    from.iter().for_each(|from| watcher.recall(from.of_observer()));
     let units = Data::of_examples(&trained, &held_out);
     let (report, failure) = match job.train(&units, &Sft, &config, &mut watcher, recording.as_mut(), from) {
         Ok(state) => (state.report, None),
@@ -488,6 +483,20 @@ impl Observer for Watcher<'_> {
 
     fn memory(&mut self) -> Result<Json> {
         Ok(json!({"state": self.kept}))
+    }
+
+    fn recall(&mut self, memory: &Json) {
+        self.kept = memory["state"].clone();
+        let fill = || -> mlua::Result<()> {
+            self.state.clear()?;
+            if let Value::Table(kept) = to_lua(self.lua, &self.kept)? {
+                kept.for_each(|key: Value, value: Value| self.state.raw_set(key, value))?;
+            }
+            Ok(())
+        };
+        if let Err(error) = fill() {
+            self.raised = Some(error.into());
+        }
     }
 
     fn is_cancelled(&mut self) -> bool {

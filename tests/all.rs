@@ -9,6 +9,7 @@ mod export;
 mod families;
 #[cfg(unix)]
 mod foreign;
+mod forgetting;
 mod fused;
 mod gradients;
 mod handlers;
@@ -26,6 +27,7 @@ mod mixed;
 mod models;
 #[cfg(unix)]
 mod names;
+mod objectives;
 mod pipeline_results;
 mod pipelines;
 #[cfg(target_os = "linux")]
@@ -37,6 +39,8 @@ mod registry;
 mod reload;
 #[cfg(target_os = "linux")]
 mod results;
+#[cfg(unix)]
+mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;

@@ -260,7 +260,7 @@ fn what_a_bad_run_keeps_is_what_the_steps_before_had_made() -> Result<()> {
         command.args(["--lr-scheduler-type", "constant", "--warmup-ratio", "0"]);
         command
     };
-    let words = ["rewound   to step 0", "step 5", "learned by step 3"];
+    let words = ["step 5", "learned by step 3"];
     refused(command("6").args(["--learning-rate", "5e-3"]), &words)?;
     // Half the rate: at the first failure it was taken back to the beginning.
     succeeds(command("3").args(["--learning-rate", "2.5e-3"]))?;

@@ -10,8 +10,8 @@ use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
 use crate::command::{
-    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, new, plugins, pull, resume, rm, run,
-    serve, show,
+    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, list_models, new, plugins, pull, resume, rm,
+    run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
@@ -40,8 +40,13 @@ pub enum Command {
     New(new::Arguments),
     /// Goes on with a run that was killed, interrupted or failed
     Resume(resume::Arguments),
+    /// Lists, shows and removes runs: what each training and pipeline did
+    #[command(subcommand)]
+    Runs(runs::Runs),
     /// Measures loss, perplexity and token accuracy on a file of rows
     Eval(eval::Arguments),
+    /// Measures two models on the same rows, and says whether the difference is more than chance
+    Compare(compare::Arguments),
     /// Talks to a model, or answers one prompt; stdout gets the reply alone
     Chat(chat::Arguments),
     /// Downloads a model of the Hugging Face hub; stdout gets its directory
@@ -154,7 +159,9 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments),
         Command::New(arguments) => new::run(arguments),
         Command::Resume(arguments) => resume::run(arguments),
+        Command::Runs(what) => runs::run(what),
         Command::Eval(arguments) => eval::run(arguments),
+        Command::Compare(arguments) => compare::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Pull(arguments) => pull::run(arguments),
         Command::ListModels(arguments) => list_models::run(arguments),

@@ -9,6 +9,13 @@ pub fn peak_memory_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// Begins to count anew: the highest memory so far is the present one. Systems that cannot go on counting.
+pub fn reset_peak_memory() {
+    // As proc(5) has it; a kernel without page monitoring refuses, which changes what is counted and nothing else.
+    #[cfg(target_os = "linux")]
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
 /// Highest resident memory so far, in bytes; `None` where the system does not say. On macOS `getrusage` would.
 #[cfg(not(target_os = "linux"))]
 pub fn peak_memory_bytes() -> Option<u64> {

@@ -10,13 +10,14 @@ use std::sync::Arc;
 use anyhow::{Result, bail, ensure};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{AdapterFiles, CONFIG_FILE, is_adapter, with_text_of};
-use homeroom_engine::data::{Dataset, Encoder, OnLongRow, load_jsonl};
+use homeroom_engine::data::{Dataset, Encoder, Group, OnLongRow, load_groups};
 use homeroom_engine::embedding::encoder_type;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use homeroom_engine::inference::generate::Sampling;
 use homeroom_engine::inference::{Adapter, Engine, Tokens};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::train::objective::Kind;
 
 use serde_json::Value;
 
@@ -298,7 +299,7 @@ pub fn encoder(model: &BaseModel, max_seq_len: Option<usize>, on_long_row: OnLon
     })
 }
 
-/// Reads and encodes a file of rows for a model.
+/// Reads and encodes a file of rows for a model, from which it is to learn by an objective.
 ///
 /// # Errors
 /// When a row is refused; all of them in one message.
@@ -307,9 +308,13 @@ pub fn load_rows(
     model: &BaseModel,
     max_seq_len: Option<usize>,
     on_long_row: OnLongRow,
-) -> Result<Dataset> {
+    objective: Kind,
+) -> Result<Dataset<Group>> {
     near::exists(path)?;
-    load_jsonl(path, encoder(model, max_seq_len, on_long_row)?)
+    let encoder = encoder(model, max_seq_len, on_long_row)?;
+    let mut data = load_groups(path, encoder, objective.rows(), objective.name())?;
+    objective.mark(&mut data.examples);
+    Ok(data)
 }
 
 #[cfg(test)]

@@ -109,7 +109,7 @@ const RESUMED: &str = "--resume goes on from the last checkpoint of the same com
 const SAVED: &str = "there is no such flag: checkpoints are saved every 5 minutes, or as --save-every and --save-minutes say, and only the last and the best are kept";
 
 /// Commands elsewhere, and what they are here.
-const COMMANDS: [(&str, &str); 34] = [
+const COMMANDS: [(&str, &str); 38] = [
     ("add", "import"),
     ("ask", "chat --prompt TEXT"),
     ("cache", "list-models"),
@@ -117,6 +117,7 @@ const COMMANDS: [(&str, &str); 34] = [
     ("convert", "export-model"),
     ("copy", "cp"),
     ("delete", "rm"),
+    ("diff", "compare"),
     ("download", "pull"),
     ("evaluate", "eval"),
     ("export", "export-model"),
@@ -125,9 +126,12 @@ const COMMANDS: [(&str, &str); 34] = [
     ("fuse", "export-model"),
     ("generate", "chat --prompt TEXT"),
     ("get", "pull"),
+    ("history", "runs list"),
     ("info", "show"),
     ("inspect", "show"),
+    ("jobs", "runs list"),
     ("list", "list-models"),
+    ("logs", "runs show"),
     ("lora", "fine-tune"),
     ("ls", "list-models"),
     ("merge", "export-model"),

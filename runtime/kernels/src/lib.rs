@@ -50,7 +50,7 @@ pub use layer::soft_cap::soft_cap;
 pub use layer::softmax::softmax_weights;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use peak::{read_gigabytes, register_loop_gflops};
-pub use philox::{Stream, dropout_mask, philox4x32};
+pub use philox::{Stream, add_noise, dropout_mask, philox4x32};
 pub use pool::{on_pool, threads};
 pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product};
 pub use round::{to_elements, to_elements_scaled};

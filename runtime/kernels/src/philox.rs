@@ -162,6 +162,18 @@ fn mask(key: [u32; 2], [position, row, update]: [u32; 3], keep: f32, out: &mut [
     }
 }
 
+/// Adds noise to one position: to `out[c]` a uniform number from −`magnitude` to `magnitude`, for each channel c.
+///
+/// Channels take words as in [`dropout_mask`], so packing, accumulation and recomputation draw the same noise.
+pub fn add_noise(key: [u32; 2], update: u32, row: u32, position: u32, magnitude: f32, out: &mut [f32]) {
+    for (quad, out) in out.chunks_mut(4).enumerate() {
+        let words = philox4x32([quad as u32, position, row, update], key);
+        for (out, word) in out.iter_mut().zip(words) {
+            *out += magnitude * (2.0 * unit_f32(word) - 1.0);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,5 +281,30 @@ mod tests {
         assert!((rate - 0.9).abs() < 5.0 * (0.09f64 / 1e5).sqrt(), "{rate}");
         dropout_mask(key, 1, 2, 3, 1.0, &mut mask);
         assert!(mask.iter().all(|&factor| factor == 1.0));
+    }
+
+    /// Uniform numbers of both signs up to the magnitude, variance m²/3; of a place of their own, whatever the width.
+    #[test]
+    fn noise_is_uniform_and_a_function_of_its_place() {
+        let (n, m) = (1 << 16, 0.25);
+        let draw = |update, row, position, count: usize| {
+            let mut out = vec![1.0_f32; count];
+            add_noise([7, 9], update, row, position, m, &mut out);
+            out
+        };
+        let noise: Vec<f64> = draw(3, 1, 2, n).into_iter().map(|x| f64::from(x) - 1.0).collect();
+        assert!(noise.iter().all(|x| x.abs() <= f64::from(m) + 1e-7));
+        let mean = noise.iter().sum::<f64>() / n as f64;
+        let variance = noise.iter().map(|x| x * x).sum::<f64>() / n as f64;
+        let expected = f64::from(m).powi(2) / 3.0;
+        assert!(mean.abs() < 5.0 * (expected / n as f64).sqrt(), "{mean}");
+        // The fourth moment is m⁴/5, so that of squares the variance is m⁴ (1/5 − 1/9).
+        let deviation = f64::from(m).powi(2) * ((1.0 / 5.0 - 1.0 / 9.0) / n as f64).sqrt();
+        assert!((variance - expected).abs() < 5.0 * deviation, "{variance}");
+        let here = draw(3, 1, 2, 7);
+        assert_eq!(here, draw(3, 1, 2, 13)[..7]);
+        for other in [draw(4, 1, 2, 7), draw(3, 2, 2, 7), draw(3, 1, 3, 7)] {
+            assert_ne!(here, other);
+        }
     }
 }

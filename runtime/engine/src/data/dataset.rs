@@ -6,16 +6,17 @@ use anyhow::{Result, ensure};
 
 use super::encode::Encoder;
 use super::example::Example;
+use super::group::Group;
 use super::jsonl::read_rows;
 use super::order;
-use super::problem::{Problems, thousands};
-use super::row::RowFormat;
+use super::problem::{Problem, Problems, thousands};
+use super::row::{Row, RowFormat, RowKind};
 
-/// The examples of a file.
+/// The examples of a file, or its groups.
 #[derive(Clone, Debug)]
-pub struct Dataset {
+pub struct Dataset<T = Example> {
     /// In the order of the file.
-    pub examples: Vec<Example>,
+    pub examples: Vec<T>,
     /// `sha256:` and the digest of the file's bytes.
     pub digest: String,
     /// The shape of the file's rows.
@@ -33,16 +34,37 @@ pub struct Dataset {
 /// # Errors
 /// When the file cannot be read, holds no rows, or any row is refused: one message tells all problems by line.
 pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
+    let endless = |examples: &Vec<Example>| encoder.count_endless(examples);
+    load(path, &encoder, RowKind::Demonstration, |line, row| encoder.examples(line, row), endless)
+}
+
+/// Reads a JSONL file and encodes its rows as what `objective`, which learns from rows of one kind, weighs together.
+///
+/// # Errors
+/// As [`load_jsonl`], and when the rows are of another kind.
+pub fn load_groups(path: &Path, encoder: Encoder, kind: RowKind, objective: &str) -> Result<Dataset<Group>> {
+    let endless = |groups: &Vec<Group>| groups.iter().map(|group| encoder.count_endless(&group.sequences)).sum();
+    let groups = |line, row: &Row| kind.check(row.kind(), objective).and_then(|()| encoder.groups(line, row));
+    load(path, &encoder, kind, groups, endless)
+}
+
+fn load<T>(
+    path: &Path,
+    encoder: &Encoder,
+    kind: RowKind,
+    encode: impl Fn(usize, &Row) -> Result<Option<(Vec<T>, usize)>, Problem>,
+    count_endless: impl Fn(&Vec<T>) -> usize,
+) -> Result<Dataset<T>> {
     let mut examples = Vec::new();
     let mut problems = Problems::default();
     let (mut rows, mut skipped, mut truncated, mut endless) = (0, 0, 0, 0);
-    let (digest, format) = read_rows(path, |line, _, row| {
+    let (digest, format) = read_rows(path, Some(kind), |line, _, row| {
         rows += 1;
-        match row.and_then(|row| encoder.examples(line, &row)) {
+        match row.and_then(|row| encode(line, &row)) {
             Ok(None) => skipped += 1,
             Ok(Some((mut kept, cut))) => {
                 truncated += cut;
-                endless += if cut == 0 { encoder.count_endless(&kept) } else { 0 };
+                endless += if cut == 0 { count_endless(&kept) } else { 0 };
                 examples.append(&mut kept);
             }
             Err(problem) => problems.add(line, problem),
@@ -61,18 +83,36 @@ pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
     Ok(Dataset { examples, digest, format, skipped, truncated, endless })
 }
 
-impl Dataset {
+/// What comes from a line of a file.
+pub trait OfLine {
+    /// The line, counted from 1.
+    fn line(&self) -> usize;
+}
+
+impl OfLine for Example {
+    fn line(&self) -> usize {
+        self.line
+    }
+}
+
+impl OfLine for Group {
+    fn line(&self) -> usize {
+        self.sequences.first().map_or(0, |example| example.line)
+    }
+}
+
+impl<T: OfLine> Dataset<T> {
     /// Splits the examples into those to train on and those to evaluate on, as indices. Examples of one line stay
     /// together, so nothing that is evaluated was trained on as part of its conversation.
     ///
     /// # Errors
     /// As [`order::split`], which counts lines here.
     pub fn split(&self, eval_fraction: f64, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
-        let mut lines: Vec<usize> = self.examples.iter().map(|e| e.line).collect();
+        let mut lines: Vec<usize> = self.examples.iter().map(OfLine::line).collect();
         lines.dedup();
         let (_, eval) = order::split(lines.len(), eval_fraction, seed)?;
         let eval: Vec<usize> = eval.into_iter().map(|i| lines[i]).collect();
-        let is_train = |&i: &usize| eval.binary_search(&self.examples[i].line).is_err();
+        let is_train = |&i: &usize| eval.binary_search(&self.examples[i].line()).is_err();
         Ok((0..self.examples.len()).partition(is_train))
     }
 }

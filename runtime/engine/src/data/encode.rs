@@ -6,7 +6,9 @@ use anyhow::Error;
 use serde::Serialize;
 use serde_json::Value as Json;
 
+use super::group::Group;
 use super::problem::{BAD_ROW, NO_EMBEDDING, NO_TEMPLATE, NOT_RENDERED, NOTHING, Problem, TOO_LONG, thousands};
+use super::row::RowKind;
 use super::{Example, Row};
 use crate::text::template::{ChatTemplate, Rendered};
 use crate::text::tokenizer::Tokenizer;
@@ -60,8 +62,27 @@ impl Encoder<'_> {
     /// The examples that a row becomes, and how many of them were cut; `None`: it is left out as too long.
     ///
     /// # Errors
-    /// Why it is refused.
+    /// Why it is refused. Rows that judge answers are: see [`Encoder::groups`].
     pub fn examples(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {
+        RowKind::Demonstration.check(row.kind(), "sft")?;
+        self.sequences(line, row)
+    }
+
+    /// The same as groups: what is weighed together. Two answers to a prompt are one, and so is each example of another row.
+    ///
+    /// # Errors
+    /// Why the row is refused.
+    pub fn groups(&self, line: usize, row: &Row) -> Result<Option<(Vec<Group>, usize)>, Problem> {
+        let Some((examples, cut)) = self.sequences(line, row)? else { return Ok(None) };
+        let groups = match row {
+            Row::Preference { .. } => vec![Group::new(examples, None)],
+            Row::Rated { label, .. } => vec![Group::new(examples, Some(*label))],
+            _ => examples.into_iter().map(|example| Group::new(vec![example], None)).collect(),
+        };
+        Ok(Some((groups, cut)))
+    }
+
+    fn sequences(&self, line: usize, row: &Row) -> Result<Option<(Vec<Example>, usize)>, Problem> {
         let Fitted::Kept { sequences, cut } = self.fit(self.encode(row)?)? else { return Ok(None) };
         for (ids, _) in &sequences {
             let known = self.tokenizer.check_embedded(ids, self.embeddings);
@@ -108,6 +129,10 @@ impl Encoder<'_> {
                 None => vec![self.encode_text(&format!("{prompt}{completion}"), prompt.len())?],
             },
             Row::Text(text) => vec![self.encode_text(text, 0)?],
+            Row::Preference { chosen, rejected } => {
+                vec![self.answer("chosen", chosen)?, self.answer("rejected", rejected)?]
+            }
+            Row::Rated { answer, .. } => vec![self.answer("completion", answer)?],
         };
         match sequences.iter().all(|(_, trained)| trained.contains(&true)) {
             true => Ok(sequences),
@@ -116,6 +141,18 @@ impl Encoder<'_> {
                 Err(Problem::new(NOTHING, detail))
             }
         }
+    }
+
+    /// The one sequence of a row with one answer, which stands under `key`.
+    fn answer(&self, key: &str, row: &Row) -> Result<Sequence, Problem> {
+        let [sequence] = <[Sequence; 1]>::try_from(self.encode(row)?).map_err(|sequences| {
+            let detail = format!(
+                "the chat template writes the {} answers of `{key}` each behind a prompt of its own; keep one, and put what comes before it into `prompt`",
+                sequences.len()
+            );
+            Problem::new(NOT_RENDERED, detail)
+        })?;
+        Ok(sequence)
     }
 
     fn encode_messages(&self, messages: &[Json], tools: Option<&Json>) -> Result<Vec<Sequence>, Problem> {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use super::problem::{Problem, Problems};
-use super::row::{Row, RowFormat, parse_line};
+use super::row::{Row, RowFormat, RowKind, parse_line};
 use crate::files::open_regular;
 
 /// Reads and checks the rows of a JSONL file, each with its line, without encoding them.
@@ -17,7 +17,7 @@ use crate::files::open_regular;
 pub fn parse_rows(path: &Path) -> Result<Vec<(usize, Row)>> {
     let mut rows = Vec::new();
     let mut problems = Problems::default();
-    read_rows(path, |line, _, row| match row {
+    read_rows(path, None, |line, _, row| match row {
         Ok(row) => rows.push((line, row)),
         Err(problem) => problems.add(line, problem),
     })?;
@@ -31,10 +31,18 @@ pub fn parse_rows(path: &Path) -> Result<Vec<(usize, Row)>> {
 /// # Errors
 /// When the file cannot be read, holds no rows, or any row is refused whatever the model: one message tells all problems by line.
 pub fn check_jsonl(path: &Path) -> Result<()> {
+    check_rows(path, RowKind::Demonstration, "sft")
+}
+
+/// The same of rows for `objective`, which learns from those of one kind.
+///
+/// # Errors
+/// As [`check_jsonl`].
+pub fn check_rows(path: &Path, kind: RowKind, objective: &str) -> Result<()> {
     let (mut rows, mut problems) = (0, Problems::default());
-    read_rows(path, |line, _, row| {
+    read_rows(path, Some(kind), |line, _, row| {
         rows += 1;
-        if let Err(problem) = row {
+        if let Err(problem) = row.and_then(|row| kind.check(row.kind(), objective)) {
             problems.add(line, problem);
         }
     })?;
@@ -51,7 +59,7 @@ pub fn check_jsonl(path: &Path) -> Result<()> {
 pub fn read_texts(path: &Path, file: impl Read) -> Result<Vec<(usize, String)>> {
     let mut rows = Vec::new();
     let mut problems = Problems::default();
-    rows_of(path, file, |line, text, row| match (row, std::str::from_utf8(text)) {
+    rows_of(path, file, None, |line, text, row| match (row, std::str::from_utf8(text)) {
         (Ok(_), Ok(text)) => rows.push((line, text.to_owned())),
         (Err(problem), _) => problems.add(line, problem),
         (Ok(_), Err(_)) => unreachable!("a row that was parsed is UTF-8"),
@@ -62,18 +70,20 @@ pub fn read_texts(path: &Path, file: impl Read) -> Result<Vec<(usize, String)>> 
 }
 
 /// Calls `each` with the line, the text and the checked row of every line that is not blank. Returns the file's digest and the
-/// format of its first row.
+/// format of its first row. `wanted`: what is to be learned, if that is known.
 pub(super) fn read_rows(
     path: &Path,
+    wanted: Option<RowKind>,
     each: impl FnMut(usize, &[u8], Result<Row, Problem>),
 ) -> Result<(String, Option<RowFormat>)> {
-    rows_of(path, open_regular(path)?, each)
+    rows_of(path, open_regular(path)?, wanted, each)
 }
 
 /// As [`read_rows`], of a file that is open.
 fn rows_of(
     path: &Path,
     file: impl Read,
+    wanted: Option<RowKind>,
     mut each: impl FnMut(usize, &[u8], Result<Row, Problem>),
 ) -> Result<(String, Option<RowFormat>)> {
     let place = || path.display().to_string();
@@ -107,7 +117,7 @@ fn rows_of(
                 path.display()
             );
         }
-        each(line, text, parse_line(text, &mut format));
+        each(line, text, parse_line(text, &mut format, wanted));
     }
     let digest = hasher.finalize();
     let hex: String = digest.iter().map(|b| format!("{b:02x}")).collect();

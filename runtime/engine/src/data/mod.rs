@@ -6,6 +6,7 @@
 mod dataset;
 mod encode;
 mod example;
+mod group;
 mod jsonl;
 pub mod order;
 mod problem;
@@ -14,10 +15,11 @@ mod row;
 mod tests;
 mod unit;
 
-pub use self::dataset::{Dataset, load_jsonl, note_endless};
+pub use self::dataset::{Dataset, OfLine, load_groups, load_jsonl, note_endless};
 pub use self::encode::{Encoder, OnLongRow, end_of_turn};
 pub use self::example::{Example, preview};
-pub use self::jsonl::{check_jsonl, parse_rows, read_texts};
+pub use self::group::Group;
+pub use self::jsonl::{check_jsonl, check_rows, parse_rows, read_texts};
 pub use self::problem::{Problem, Problems};
-pub use self::row::{Row, RowFormat, check_row};
+pub use self::row::{Row, RowFormat, RowKind, check_row, check_row_for};
 pub use self::unit::Unit;

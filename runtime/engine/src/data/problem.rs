@@ -29,6 +29,7 @@ pub(super) const TOO_LONG: &str = "too long";
 pub(super) const NOTHING: &str = "nothing to train on";
 pub(super) const NO_TEMPLATE: &str = "no chat template";
 pub(super) const NOT_RENDERED: &str = "refused by the chat template";
+pub(super) const OTHER_OBJECTIVE: &str = "of another objective";
 pub(super) const NO_EMBEDDING: &str = "a token without an embedding";
 
 impl Problem {
@@ -44,11 +45,12 @@ impl Problem {
                 "cut long rows with `--on-long-row truncate`, leave them out with `--on-long-row skip`, or allow more with a larger `--max-seq-len`"
             }
             UNKNOWN_ROW => {
-                "rows are `{\"messages\": [{\"role\": …, \"content\": …}, …]}`, `{\"prompt\": …, \"completion\": …}` or `{\"text\": …}`"
+                "rows are `{\"messages\": [{\"role\": …, \"content\": …}, …]}`, `{\"prompt\": …, \"completion\": …}` or `{\"text\": …}`, and `{\"prompt\": …, \"chosen\": …, \"rejected\": …}` or `{\"prompt\": …, \"completion\": …, \"label\": true}` where answers are judged"
             }
             NO_EMBEDDING => {
                 "take the token out of the rows, or the tokenizer that the model was made with; a model whose embedding was resized for it has it, too"
             }
+            OTHER_OBJECTIVE => "choose what is learned with `--objective`, or write the rows in that form",
             MIXED => "all rows of a file have one form: write them alike, or as files of their own",
             NO_TEMPLATE => {
                 "choose an instruction-tuned model, or write the rows as `prompt` and `completion`, or as `text`"
@@ -80,8 +82,9 @@ impl Problems {
         if let Some(hint) = problem.hint().filter(|h| !self.hints.contains(h)) {
             self.hints.push(hint);
         }
-        // All rows of another form say the same; what is wrong with other rows must not drown in that.
-        let again = problem.kind == MIXED && self.first.iter().any(|(_, earlier)| earlier.kind == MIXED);
+        // All rows of another form, or for another objective, say the same; what is wrong with other rows must not drown in that.
+        let alike = [MIXED, OTHER_OBJECTIVE].contains(&problem.kind);
+        let again = alike && self.first.iter().any(|(_, earlier)| earlier.kind == problem.kind);
         if self.first.len() < TOLD_IN_FULL && !again {
             self.first.push((line, problem));
         } else {

@@ -5,11 +5,12 @@ use std::fmt::Write as _;
 use homeroom_abi::describe::nearest;
 use serde_json::{Map, Value as Json, json};
 
-use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, Problem, UNKNOWN_ROW};
+use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, OTHER_OBJECTIVE, Problem, UNKNOWN_ROW};
 use crate::text::template::join_parts;
 
 /// The roles of a message, as OpenAI names them.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+
 /// The shape of a file's rows, told by their keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowFormat {
@@ -19,6 +20,21 @@ pub enum RowFormat {
     PromptCompletion,
     /// `text`: all of it is learned.
     Text,
+    /// `chosen` and `rejected`: two answers to a `prompt`, or two conversations that begin alike.
+    Preference,
+    /// `prompt`, `completion` and `label`, which says whether the completion is a good one.
+    Rated,
+}
+
+/// What rows teach. Each objective learns from one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowKind {
+    /// What to answer.
+    Demonstration,
+    /// Which of two answers is the better.
+    Preference,
+    /// Whether an answer is a good one.
+    Rating,
 }
 
 /// A row as it was read and checked.
@@ -44,6 +60,71 @@ pub enum Row {
     },
     /// Text, all of it learned.
     Text(String),
+    /// Two answers to one prompt. Each is a row of [`Row::Messages`] or [`Row::PromptCompletion`].
+    Preference {
+        /// With the better answer.
+        chosen: Box<Row>,
+        /// With the worse one.
+        rejected: Box<Row>,
+    },
+    /// An answer, as [`Row::Messages`] or [`Row::PromptCompletion`], and whether it is a good one.
+    Rated {
+        /// With the answer.
+        answer: Box<Row>,
+        /// Whether the answer is a good one.
+        label: bool,
+    },
+}
+
+impl Row {
+    /// What the row teaches.
+    pub fn kind(&self) -> RowKind {
+        match self {
+            Self::Messages { .. } | Self::PromptCompletion { .. } | Self::Text(_) => RowKind::Demonstration,
+            Self::Preference { .. } => RowKind::Preference,
+            Self::Rated { .. } => RowKind::Rating,
+        }
+    }
+}
+
+impl RowKind {
+    /// Objectives that learn from such rows, by their names.
+    pub fn objectives(self) -> &'static [&'static str] {
+        match self {
+            Self::Demonstration => &["sft"],
+            Self::Preference => &["dpo", "orpo"],
+            Self::Rating => &["kto"],
+        }
+    }
+
+    /// The keys of such rows.
+    fn keys(self) -> &'static str {
+        match self {
+            Self::Demonstration => "`messages`, `prompt` and `completion`, or `text`",
+            Self::Preference => "`prompt`, `chosen` and `rejected`",
+            Self::Rating => "`prompt`, `completion` and `label` (true or false)",
+        }
+    }
+
+    /// Refuses rows of another kind than the one that `objective` learns from, which is this.
+    ///
+    /// # Errors
+    /// With the objective that would learn from them.
+    pub fn check(self, found: Self, objective: &str) -> Result<(), Problem> {
+        if self == found {
+            return Ok(());
+        }
+        let (learned, keys) = (found.objectives().join(" or "), self.keys());
+        let detail = match found {
+            Self::Demonstration => "says what to answer",
+            Self::Preference => "has `chosen` and `rejected`",
+            Self::Rating => "has a `label` that rates its completion",
+        };
+        Err(Problem::new(
+            OTHER_OBJECTIVE,
+            format!("{detail}: rows for {learned}; {objective} learns from rows with {keys}"),
+        ))
+    }
 }
 
 /// Checks one row that is not of a file, as a file's first row is checked.
@@ -51,10 +132,25 @@ pub enum Row {
 /// # Errors
 /// Why it is refused.
 pub fn check_row(text: &str) -> Result<Row, Problem> {
-    parse_line(text.as_bytes(), &mut None)
+    parse_line(text.as_bytes(), &mut None, None)
 }
 
-pub(super) fn parse_line(bytes: &[u8], format: &mut Option<RowFormat>) -> Result<Row, Problem> {
+/// The same of a row from which `objective` is to learn, which learns from rows of this kind.
+///
+/// # Errors
+/// Why it is refused.
+pub fn check_row_for(text: &str, kind: RowKind, objective: &str) -> Result<Row, Problem> {
+    let row = parse_line(text.as_bytes(), &mut None, Some(kind))?;
+    kind.check(row.kind(), objective)?;
+    Ok(row)
+}
+
+/// Parses a line. `wanted`: what is to be learned, if that is known; a row may have the keys of two forms.
+pub(super) fn parse_line(
+    bytes: &[u8],
+    format: &mut Option<RowFormat>,
+    wanted: Option<RowKind>,
+) -> Result<Row, Problem> {
     let text = std::str::from_utf8(bytes)
         .map_err(|e| Problem::new(NOT_UTF8, format!("{NOT_UTF8}: byte {} of the line", e.valid_up_to() + 1)))?;
     let json: Json = serde_json::from_str(text).map_err(|e| {
@@ -66,7 +162,7 @@ pub(super) fn parse_line(bytes: &[u8], format: &mut Option<RowFormat>) -> Result
         let detail = format!("not an object but {}", kind_of(&json));
         return Err(Problem::new(UNKNOWN_ROW, detail));
     };
-    let found = recognise(&fields)?;
+    let found = recognise(&fields, *format, wanted)?;
     match *format {
         Some(expected) if expected != found => {
             Err(Problem::new(MIXED, format!("has {}, while the rows before have {}", found.keys(), expected.keys())))
@@ -82,22 +178,47 @@ pub(super) fn parse_line(bytes: &[u8], format: &mut Option<RowFormat>) -> Result
 }
 
 impl RowFormat {
+    /// What rows of this shape teach.
+    pub fn kind(self) -> RowKind {
+        match self {
+            Self::Messages | Self::PromptCompletion | Self::Text => RowKind::Demonstration,
+            Self::Preference => RowKind::Preference,
+            Self::Rated => RowKind::Rating,
+        }
+    }
+
     fn keys(self) -> &'static str {
         match self {
             Self::Messages => "`messages`",
             Self::PromptCompletion => "`prompt` and `completion`",
             Self::Text => "`text`",
+            Self::Preference => "`chosen` and `rejected`",
+            Self::Rated => "`prompt`, `completion` and `label`",
         }
     }
 }
 
-fn recognise(fields: &Map<String, Json>) -> Result<RowFormat, Problem> {
+/// The shape of a row. `before`: that of the rows before it.
+fn recognise(
+    fields: &Map<String, Json>,
+    before: Option<RowFormat>,
+    wanted: Option<RowKind>,
+) -> Result<RowFormat, Problem> {
     let has = |key: &str| fields.contains_key(key);
+    // Public sets of preferences have `messages` beside them, the chosen conversation.
+    if has("chosen") && has("rejected") && !(has("messages") && wanted == Some(RowKind::Demonstration)) {
+        return Ok(RowFormat::Preference);
+    }
     if has("messages") {
         return Ok(RowFormat::Messages);
     }
     if has("prompt") && has("completion") {
-        return Ok(RowFormat::PromptCompletion);
+        // Rows that are learned as they stand may have a label that says something else, such as a subject.
+        let rated = fields.get("label").is_some_and(|label| rating(label).is_some());
+        return Ok(match rated || (has("label") && before == Some(RowFormat::Rated)) {
+            true => RowFormat::Rated,
+            false => RowFormat::PromptCompletion,
+        });
     }
     if has("text") {
         return Ok(RowFormat::Text);
@@ -107,13 +228,15 @@ fn recognise(fields: &Map<String, Json>) -> Result<RowFormat, Problem> {
         0 => "an object without keys".to_owned(),
         _ => format!("unknown row with {}", keys.join(", ")),
     };
-    let known = ["messages", "prompt", "completion", "text"];
+    let known = ["messages", "prompt", "completion", "text", "chosen", "rejected"];
     let near = fields.keys().filter(|k| !known.contains(&k.as_str())).find_map(|key| {
         let near = nearest(key, known).filter(|near| !has(near))?;
         Some(format!("`{key}`: did you mean `{near}`?"))
     });
     if let Some(near) = near {
         let _ = write!(detail, "; {near}");
+    } else if has("chosen") || has("rejected") {
+        detail.push_str("; `chosen` and `rejected` go together");
     } else if has("prompt") || has("completion") {
         detail.push_str("; `prompt` and `completion` go together");
     } else if has("instruction") && has("output") {
@@ -134,12 +257,59 @@ fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, St
             check_unread(&fields, format, messages.iter().any(is_system))?;
             Ok(Row::Messages { messages, tools })
         }
-        RowFormat::PromptCompletion => match (take("prompt"), take("completion")) {
+        RowFormat::PromptCompletion => {
+            let asked = Asked { prompt: take("prompt"), system: take("system"), tools: take("tools") };
+            let row = asked.answered("completion", take("completion"))?;
+            check_unread(&fields, format, has_system(&row))?;
+            Ok(row)
+        }
+        RowFormat::Rated => {
+            let asked = Asked { prompt: take("prompt"), system: take("system"), tools: take("tools") };
+            let (completion, label) = (take("completion"), take("label"));
+            let Some(label) = rating(&label) else {
+                return Err(format!("label: {label} is no rating; write true or false"));
+            };
+            let row = asked.answered("completion", completion)?;
+            check_unread(&fields, format, has_system(&row))?;
+            Ok(Row::Rated { answer: Box::new(row), label })
+        }
+        RowFormat::Preference => {
+            let (chosen, rejected) = (take("chosen"), take("rejected"));
+            if chosen == rejected {
+                return Err(format!("{NOTHING}: `chosen` and `rejected` are the same"));
+            }
+            let (prompt, system, tools) = (take("prompt"), take("system"), take("tools"));
+            let (prompt, chosen, rejected) = part_prompt(prompt, chosen, rejected)?;
+            let asked = Asked { prompt, system, tools };
+            let chosen = asked.clone().answered("chosen", chosen)?;
+            let rejected = asked.answered("rejected", rejected)?;
+            check_unread(&fields, format, has_system(&chosen))?;
+            Ok(Row::Preference { chosen: Box::new(chosen), rejected: Box::new(rejected) })
+        }
+        RowFormat::Text => match take("text") {
+            Json::String(text) if text.is_empty() => Err(format!("{NOTHING}: `text` is empty")),
+            Json::String(text) => Ok(Row::Text(text)),
+            other => Err(format!("text: {} is not a string", kind_of(&other))),
+        },
+    }
+}
+
+/// What an answer answers.
+#[derive(Clone)]
+struct Asked {
+    prompt: Json,
+    system: Json,
+    tools: Json,
+}
+
+impl Asked {
+    /// The row of this prompt and a completion, which stands under `key`.
+    fn answered(self, key: &str, completion: Json) -> Result<Row, String> {
+        let (system, tools) = (parse_system(self.system)?, parse_tools(self.tools)?);
+        match (self.prompt, completion) {
             (Json::String(prompt), Json::String(completion)) => {
-                let (system, tools) = (parse_system(take("system"))?, parse_tools(take("tools"))?);
-                check_unread(&fields, format, system.is_some())?;
                 if completion.is_empty() {
-                    return Err(format!("{NOTHING}: `completion` is empty"));
+                    return Err(format!("{NOTHING}: `{key}` is empty"));
                 }
                 Ok(Row::PromptCompletion { system, prompt, completion, tools })
             }
@@ -148,23 +318,71 @@ fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, St
                 for message in messages.iter_mut().filter(|m| m["role"] == "assistant") {
                     message["weight"] = 0.into();
                 }
-                messages.extend(parse_messages("completion", completion)?);
-                let (system, tools) = (parse_system(take("system"))?, parse_tools(take("tools"))?);
-                let messages = with_system(messages, system)?;
-                check_unread(&fields, format, messages.iter().any(is_system))?;
-                Ok(Row::Messages { messages, tools })
+                messages.extend(parse_messages(key, completion)?);
+                Ok(Row::Messages { messages: with_system(messages, system)?, tools })
             }
             (prompt, completion) => Err(format!(
-                "`prompt` is {} and `completion` is {}; both must be strings or both lists of messages",
+                "`prompt` is {} and `{key}` is {}; both must be strings or both lists of messages",
                 kind_of(&prompt),
                 kind_of(&completion)
             )),
+        }
+    }
+}
+
+/// Parts what two conversations begin with from what they go on with, where they hold the prompt, as in TRL's rows without `prompt`
+/// and in public sets beside one.
+fn part_prompt(prompt: Json, chosen: Json, rejected: Json) -> Result<(Json, Json, Json), String> {
+    let (Json::Array(a), Json::Array(b)) = (&chosen, &rejected) else {
+        return match prompt {
+            Json::Null => Err("no `prompt`; only `chosen` and `rejected` that are whole conversations, as lists of messages, have it in them".into()),
+            prompt => Ok((prompt, chosen, rejected)),
+        };
+    };
+    let common = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let within = match &prompt {
+        Json::Null if common == 0 => {
+            return Err("no `prompt`, and `chosen` and `rejected` do not begin alike".into());
+        }
+        Json::Null => common,
+        Json::String(asked) => {
+            let is_asked = |message: &Json| message["role"] == "user" && message["content"] == asked.as_str();
+            match a[..common].iter().rposition(is_asked) {
+                Some(at) if at + 1 == common => common,
+                _ => return Ok((prompt, chosen, rejected)),
+            }
+        }
+        Json::Array(asked) if !asked.is_empty() && common >= asked.len() && a[..asked.len()] == asked[..] => {
+            asked.len()
+        }
+        _ => return Ok((prompt, chosen, rejected)),
+    };
+    if a.len() == within || b.len() == within {
+        let key = if a.len() == within { "chosen" } else { "rejected" };
+        return Err(format!("{NOTHING}: `{key}` says nothing beyond what both begin with"));
+    }
+    let (prompt, rest) = a.split_at(within);
+    Ok((Json::Array(prompt.to_vec()), Json::Array(rest.to_vec()), Json::Array(b[within..].to_vec())))
+}
+
+/// What a label says, if it rates: true, "up" and "👍" are good, false, "down" and "👎" are not. Numbers are classes as often.
+fn rating(label: &Json) -> Option<bool> {
+    match label {
+        Json::Bool(label) => Some(*label),
+        Json::String(word) => match word.trim().to_ascii_lowercase().as_str() {
+            "true" | "up" | "👍" => Some(true),
+            "false" | "down" | "👎" => Some(false),
+            _ => None,
         },
-        RowFormat::Text => match take("text") {
-            Json::String(text) if text.is_empty() => Err(format!("{NOTHING}: `text` is empty")),
-            Json::String(text) => Ok(Row::Text(text)),
-            other => Err(format!("text: {} is not a string", kind_of(&other))),
-        },
+        _ => None,
+    }
+}
+
+fn has_system(row: &Row) -> bool {
+    match row {
+        Row::Messages { messages, .. } => messages.iter().any(is_system),
+        Row::PromptCompletion { system, .. } => system.is_some(),
+        _ => false,
     }
 }
 
@@ -186,7 +404,8 @@ const UNREAD_BESIDE_PROMPT: [(&str, &str); 5] = [
 
 /// Refuses keys that would be lost. A second name of what the row has already is not.
 fn check_unread(fields: &Map<String, Json>, format: RowFormat, has_system: bool) -> Result<(), String> {
-    let beside_prompt = UNREAD_BESIDE_PROMPT.iter().filter(|_| format == RowFormat::PromptCompletion);
+    let beside_prompt =
+        UNREAD_BESIDE_PROMPT.iter().filter(|_| !matches!(format, RowFormat::Messages | RowFormat::Text));
     let lost = |(key, _): &&(&str, &str)| is_given(fields.get(*key)) && !(*key == "system_prompt" && has_system);
     match UNREAD.iter().chain(beside_prompt).find(lost) {
         Some((key, what)) => Err(format!("`{key}` is not read: {what}")),

@@ -608,3 +608,180 @@ fn numbers_and_lines_are_written_short() {
     assert_eq!(spans(&[3]), "3");
     assert_eq!(spans(&[1, 2, 4, 6, 7, 8]), "1-2, 4, 6-8");
 }
+
+/// A row of the fixture as TRL tokenised it: ids, and how many of them are prompt.
+fn tokenised(sequence: &Json) -> (Vec<u32>, usize) {
+    let ids = sequence["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+    (ids, sequence["prompt"].as_u64().unwrap() as usize)
+}
+
+/// Of strings and of messages, with a system message and with earlier turns.
+#[test]
+fn judged_rows_become_the_sequences_that_trl_makes_of_them() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/objectives");
+    let tokenizer = &Tokenizer::from_dir(&dir.join("model")).unwrap();
+    let source = std::fs::read_to_string(dir.join("model/chat_template.jinja")).unwrap();
+    let template = &ChatTemplate::new(&source, None, None).unwrap();
+    for (file, case, kind) in [
+        ("preference.jsonl", "dpo", RowKind::Preference),
+        ("preference.jsonl", "orpo", RowKind::Preference),
+        ("rated.jsonl", "kto", RowKind::Rating),
+    ] {
+        let encoder = Encoder {
+            tokenizer,
+            template: Some(template),
+            embeddings: 323,
+            max_seq_len: 256,
+            on_long_row: OnLongRow::Refuse,
+        };
+        let data = load_groups(&dir.join(file), encoder, kind, case).unwrap();
+        let text = std::fs::read_to_string(dir.join(format!("{case}.json"))).unwrap();
+        let trl: Json = serde_json::from_str(&text).unwrap();
+        let rows = trl["rows"].as_array().unwrap();
+        assert_eq!(data.examples.len(), rows.len());
+        for (i, (group, row)) in data.examples.iter().zip(rows).enumerate() {
+            assert_eq!(group.label, row["label"].as_bool());
+            let sequences = row["sequences"].as_array().unwrap();
+            assert_eq!(group.sequences.len(), sequences.len());
+            for ((example, prompt), sequence) in group.sequences.iter().zip(&group.prompts).zip(sequences) {
+                assert_eq!((example.ids.clone(), *prompt), tokenised(sequence), "{case}, row {i}");
+                assert!(example.trained.iter().enumerate().all(|(t, trained)| *trained == (t >= *prompt)));
+                assert_eq!(example.line, i + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prompt_may_stand_in_the_answers() {
+    let said = |role: &str, text: &str| json!({"role": role, "content": text});
+    let asked = json!([said("system", "S"), said("user", "é?")]);
+    let whole = |answer: &str| json!([said("system", "S"), said("user", "é?"), said("assistant", answer)]);
+    let beside = json!({"prompt": asked, "chosen": [said("assistant", "ja")], "rejected": [said("assistant", "no")]});
+    let beside = check_row(&beside.to_string()).unwrap();
+    for prompt in [Json::Null, json!("é?"), asked] {
+        let mut row = json!({"chosen": whole("ja"), "rejected": whole("no"), "messages": whole("ja")});
+        if !prompt.is_null() {
+            row["prompt"] = prompt;
+        }
+        assert_eq!(check_row(&row.to_string()).unwrap(), beside, "{row}");
+        // The same row is a conversation where that is learned.
+        let file = file(row.to_string());
+        check_jsonl(file.path()).unwrap();
+        check_rows(file.path(), RowKind::Preference, "dpo").unwrap();
+    }
+}
+
+#[test]
+fn what_cannot_be_judged_is_refused() {
+    let check = |row: Json, expected: &str| {
+        let told = check_row(&row.to_string()).unwrap_err().to_string();
+        assert!(told.starts_with(expected), "{row}: {told}");
+    };
+    let said = |role: &str, text: &str| json!({"role": role, "content": text});
+    let (yes, no) = (said("assistant", "ja"), said("assistant", "no"));
+    check(
+        json!({"prompt": "a", "chosen": "b", "rejected": "b"}),
+        "nothing to train on: `chosen` and `rejected` are the same",
+    );
+    check(json!({"prompt": "a", "chosen": "b", "rejected": ""}), "nothing to train on: `rejected` is empty");
+    check(
+        json!({"prompt": "a", "chosen": "b"}),
+        "unknown row with `prompt`, `chosen`; `chosen` and `rejected` go together",
+    );
+    check(
+        json!({"prompt": "a", "chosen": "b", "rejectd": "c"}),
+        "unknown row with `prompt`, `chosen`, `rejectd`; `rejectd`: did you mean",
+    );
+    check(
+        json!({"chosen": "b", "rejected": "c"}),
+        "no `prompt`; only `chosen` and `rejected` that are whole conversations",
+    );
+    check(json!({"chosen": [yes], "rejected": [no]}), "no `prompt`, and `chosen` and `rejected` do not begin alike");
+    check(json!({"prompt": "a", "chosen": [yes], "rejected": [no]}), "`prompt` is a string and `chosen` is a list");
+    check(
+        json!({"prompt": [said("user", "a")], "chosen": [yes], "rejected": "no"}),
+        "`prompt` is a list and `rejected` is a string",
+    );
+    let cut = json!({"chosen": [said("user", "a"), yes], "rejected": [said("user", "a")]});
+    check(cut, "nothing to train on: `rejected` says nothing beyond");
+    check(
+        json!({"prompt": "a", "chosen": "b", "rejected": "c", "input": "é"}),
+        "`input` is not read: put it into `prompt`",
+    );
+    check(json!({"prompt": "a", "completion": "b", "label": true, "history": ["é"]}), "`history` is not read");
+}
+
+#[test]
+fn rows_for_another_objective_are_refused_with_its_name() {
+    let preference = format!("{}\n", json!({"prompt": "a", "chosen": "b", "rejected": "c"}));
+    let rated = format!("{}\n", json!({"prompt": "a", "completion": "b", "label": false}));
+    let plain = format!("{}\n", json!({"prompt": "a", "completion": "b", "label": 3}));
+    let hint = "choose what is learned with `--objective`";
+    let check = |rows: &str, kind: RowKind, objective: &str, words: &[&str]| {
+        let told = format!("{:#}", check_rows(file(rows).path(), kind, objective).unwrap_err());
+        assert!(words.iter().chain([&hint]).all(|word| told.contains(word)), "{told}");
+    };
+    check(
+        &preference.repeat(3),
+        RowKind::Demonstration,
+        "sft",
+        &[
+            "3 problems",
+            "line 1: has `chosen` and `rejected`: rows for dpo or orpo; sft learns from",
+            "\n  of another objective: lines 2-3",
+        ],
+    );
+    check(
+        &rated,
+        RowKind::Demonstration,
+        "sft",
+        &["line 1: has a `label` that rates its completion: rows for kto; sft"],
+    );
+    check(
+        &rated,
+        RowKind::Preference,
+        "dpo",
+        &["rows for kto; dpo learns from rows with `prompt`, `chosen` and `rejected`"],
+    );
+    check(
+        &plain,
+        RowKind::Rating,
+        "kto",
+        &["rows for sft; kto learns from rows with `prompt`, `completion` and `label` (true or false)"],
+    );
+    check_jsonl(file(&plain).path()).unwrap();
+    for (label, good) in [(json!("up"), true), (json!("👎"), false), (json!("True"), true), (json!(false), false)] {
+        let row = json!({"prompt": "a", "completion": "b", "label": label});
+        assert!(matches!(check_row(&row.to_string()).unwrap(), Row::Rated { label, .. } if label == good), "{row}");
+    }
+    let told = check_rows(file(rated + &plain).path(), RowKind::Rating, "kto").unwrap_err().to_string();
+    assert!(told.contains("line 2: label: 3 is no rating; write true or false"), "{told}");
+    // Nothing is learned from both answers as if both were right.
+    let told = load(preference, Some(&chatml())).unwrap_err().to_string();
+    assert!(told.contains("rows for dpo or orpo"), "{told}");
+}
+
+#[test]
+fn two_answers_are_cut_or_left_out_together() {
+    let rows = [
+        json!({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        json!({"prompt": "a", "chosen": "b", "rejected": "c ".repeat(30)}),
+    ];
+    let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let (tokenizer, template) = (tokenizer(), chatml());
+    let load = |on_long_row| {
+        let (tokenizer, template) = (&tokenizer, Some(&template));
+        let encoder = Encoder { tokenizer, template, embeddings: 320, max_seq_len: 40, on_long_row };
+        load_groups(file(&rows).path(), encoder, RowKind::Preference, "dpo")
+    };
+    let skipped = load(OnLongRow::Skip).unwrap();
+    assert_eq!((skipped.examples.len(), skipped.skipped), (1, 1));
+    let cut = load(OnLongRow::Truncate).unwrap();
+    let lengths: Vec<usize> = cut.examples[1].sequences.iter().map(|example| example.ids.len()).collect();
+    assert_eq!((lengths[1], cut.truncated, cut.skipped), (40, 1, 0));
+    assert!(lengths[0] < 40);
+    assert!(format!("{:#}", load(OnLongRow::Refuse).unwrap_err()).contains("line 2: "));
+    let (train, held) = cut.split(0.5, 3).unwrap();
+    assert_eq!((train.len(), held.len()), (1, 1));
+}

@@ -141,7 +141,7 @@ pub fn prepare(home: &Path, tell: fn(&str)) -> Result<()> {
             check_owner(home, &meta, tell).with_context(place)?;
         }
     }
-    litter::sweep(&home.join("models"));
+    ["models", "runs"].iter().for_each(|name| litter::sweep(&home.join(name)));
     runs(home).iter().for_each(|adapters| litter::sweep(adapters));
     prepared.push(home.clone());
     Ok(())

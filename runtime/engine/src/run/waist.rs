@@ -5,6 +5,7 @@
 use std::any::Any;
 
 use anyhow::{Context, Result};
+use candle_core::Tensor;
 
 use super::batch::Batch;
 use super::gradients::Gradients;
@@ -19,7 +20,14 @@ pub trait Train: Send {
     /// When a tensor operation fails or a token has no embedding.
     fn log_probs(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<LogProbs>;
 
-    /// The same, and the gradients of `Σ wᵢ (−log pᵢ)` over the targets are added to `gradients`. `recompute`: keep the input of
+    /// The residual stream above the last layer, of the rows with a target alone: (targets, C). [`Pass::head`] makes logits of it, of as
+    /// many rows at once as there is memory for.
+    ///
+    /// # Errors
+    /// As [`Train::log_probs`].
+    fn residual(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Tensor>;
+
+    /// Log-probabilities of a batch's targets, and the gradients of `Σ wᵢ (−log pᵢ)` over the targets are added to `gradients`. `recompute`: keep the input of
     /// each block alone and run it again in backward; that changes no bit of the result.
     ///
     /// # Errors

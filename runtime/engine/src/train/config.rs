@@ -35,6 +35,8 @@ pub struct TrainConfig {
     pub gradient_checkpointing: bool,
     /// Whether passes are filled with the rows of a step as they fit, whatever `batch_size` says; else a pass is one batch.
     pub packing: bool,
+    /// NEFTune: noise on embeddings while training, α of it; 0: none. 5 is usual.
+    pub neftune_noise_alpha: f64,
     /// What products are computed in.
     pub compute: Compute,
     /// Steps between two evaluations on the held-out rows; `None`: before the first step and after the last alone.
@@ -61,6 +63,7 @@ impl Default for TrainConfig {
             shuffle: true,
             gradient_checkpointing: false,
             packing: true,
+            neftune_noise_alpha: 0.0,
             compute: Compute::F32,
             eval_steps: None,
             early_stopping_patience: None,
@@ -89,6 +92,8 @@ impl TrainConfig {
         number("warmup_ratio", self.warmup_ratio, (0.0..1.0).contains(&self.warmup_ratio), "from 0 and below 1");
         number("weight_decay", self.weight_decay, (0.0..1.0).contains(&self.weight_decay), "from 0 and below 1");
         number("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0.0, "from 0");
+        let alpha = self.neftune_noise_alpha;
+        number("neftune_noise_alpha", alpha, (0.0..=1000.0).contains(&alpha), "from 0 and at most 1000");
         let counts = [
             ("epochs", self.epochs),
             ("max_steps", self.max_steps.unwrap_or(1)),

@@ -1,8 +1,11 @@
 //! Loss over rows that are not trained on.
 
+use std::ops::Range;
+
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::objective::{Objective, RewardSums, Rewards, Sft, UnitLogProbs, sequence_log_probs};
 use super::outcome::Outcome;
 use crate::adapt::adaptation::Adaptation;
 use crate::data::{Example, Unit};
@@ -22,45 +25,109 @@ pub fn evaluate_examples(
     adaptation: Option<&Adaptation>,
     examples: &[&Example],
     compute: Compute,
-    mut progress: impl FnMut(usize),
+    progress: impl FnMut(usize),
 ) -> Result<Evaluation> {
+    evaluate_each(model, adaptation, examples, compute, progress).map(|(evaluation, _)| evaluation)
+}
+
+/// As [`evaluate_examples`], with the cross-entropy of each example in nats: a sum over its trained tokens.
+///
+/// # Errors
+/// As [`evaluate_examples`].
+pub fn evaluate_each(
+    model: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    examples: &[&Example],
+    compute: Compute,
+    progress: impl FnMut(usize),
+) -> Result<(Evaluation, Vec<f64>)> {
+    let units: Vec<Unit> = examples.iter().map(|example| Unit::of(0, example)).collect();
+    measure(model, adaptation, &units, &Sft, compute, progress)
+}
+
+/// Loss of an objective over units, without gradients: all of them are one step. `progress` hears how many are done.
+///
+/// # Errors
+/// As [`evaluate_examples`], and when the units are none that the objective knows.
+pub fn evaluate_units(
+    model: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    units: &[Unit<'_>],
+    objective: &dyn Objective,
+    compute: Compute,
+    progress: impl FnMut(usize),
+) -> Result<Evaluation> {
+    measure(model, adaptation, units, objective, compute, progress).map(|(evaluation, _)| evaluation)
+}
+
+/// The loss of an objective over units, and the cross-entropy of each of their sequences.
+fn measure(
+    model: &BaseModel,
+    adaptation: Option<&Adaptation>,
+    units: &[Unit<'_>],
+    objective: &dyn Objective,
+    compute: Compute,
+    mut progress: impl FnMut(usize),
+) -> Result<(Evaluation, Vec<f64>)> {
     let pass = Pass::evaluation(model, adaptation);
     let mut backend = trainer(model, adaptation, compute);
-    let units: Vec<Unit> = examples.iter().map(|example| Unit::of(0, example)).collect();
-    let (mut total, mut done) = (Outcome::default(), 0);
-    for batch in Batch::packed(&units, PASS_ROWS) {
-        total.add(&backend.log_probs(&pass, &batch)?, None);
-        done += batch.sequences.len();
+    let batches = Batch::packed(units, PASS_ROWS);
+    let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
+    let trained: usize = targets.iter().flatten().sum();
+    ensure!(trained > 0, "no token of these examples is trained, so there is no loss");
+    let n = objective.count(&targets);
+    let numbers: Vec<u32> = units.iter().map(|unit| unit.number).collect();
+    let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
+        let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
+        sequence_log_probs(&mut *backend, &pass, &units, &mut |_| Ok(()))
+    })?;
+    let (mut total, mut cross_entropy, mut done) = (Outcome { n, ..Outcome::default() }, 0.0, 0);
+    let mut each = Vec::with_capacity(units.len());
+    for batch in &batches {
+        let log_probs = backend.log_probs(&pass, batch)?;
+        cross_entropy += log_probs.loss_sum;
+        let loss = |targets: &Range<usize>| -log_probs.values[targets.clone()].iter().sum::<f64>();
+        each.extend(batch.sequence_targets.iter().map(loss));
+        let weighed = match objective.alike(n) {
+            Some(_) => None,
+            None => Some(objective.weigh(&UnitLogProbs::of(batch, &log_probs.values), n, constant)?),
+        };
+        total.add(&log_probs, weighed.as_ref());
+        done += batch.units.len();
         progress(done);
     }
-    ensure!(total.trained > 0, "no token of these examples is trained, so there is no loss");
     whole()?;
-    let loss = total.loss_sum / total.trained as f64;
+    let loss = total.loss_sum / n as f64;
     ensure!(
         loss.is_finite(),
         "the loss of these examples is {loss}: the model's numbers overflow, or its weights are damaged"
     );
-    Ok(Evaluation {
+    let evaluation = Evaluation {
         loss,
         // A number that JSON has, whatever the loss.
-        perplexity: loss.exp().min(f64::MAX),
-        token_accuracy: total.correct as f64 / total.trained as f64,
-        trained_tokens: total.trained,
-        examples: examples.len(),
-    })
+        perplexity: (cross_entropy / trained as f64).exp().min(f64::MAX),
+        token_accuracy: total.correct as f64 / trained as f64,
+        trained_tokens: trained,
+        examples: units.len(),
+        rewards: total.rewards.map(RewardSums::means),
+    };
+    Ok((evaluation, each))
 }
 
 /// Loss over a set of examples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Mean cross-entropy of trained tokens, in nats.
+    /// Loss, in nats: of sft the mean cross-entropy of trained tokens.
     pub loss: f64,
-    /// e to the loss.
+    /// e to the mean cross-entropy of trained tokens, those of rejected answers included.
     pub perplexity: f64,
     /// Share of trained tokens whose most likely prediction was right.
     pub token_accuracy: f64,
     /// Trained tokens.
     pub trained_tokens: usize,
-    /// Examples.
+    /// Examples; pairs of answers are one.
     pub examples: usize,
+    /// Rewards, of an objective that has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rewards: Option<Rewards>,
 }

@@ -7,7 +7,7 @@
 use anyhow::{Result, ensure};
 
 use crate::data::order::epoch_order;
-use crate::data::{Example, Unit};
+use crate::data::{Example, Group, Unit};
 use crate::files::mapped::Surviving;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
@@ -32,7 +32,7 @@ mod watchdog;
 pub use config::{TrainConfig, planned_steps};
 pub use end::Broken;
 use end::Unusable;
-pub use evaluate::{Evaluation, evaluate_examples};
+pub use evaluate::{Evaluation, evaluate_each, evaluate_examples, evaluate_units};
 use objective::Objective;
 pub use observer::{Control, Observer};
 pub use outcome::Outcome;
@@ -47,23 +47,30 @@ use watchdog::Watchdog;
 pub struct Data<'a> {
     /// What is trained on, by number: a unit's number is its place.
     pub units: Vec<Unit<'a>>,
-    /// What is held out.
-    pub held_out: Vec<&'a Example>,
+    /// What is held out; its numbers go on after those.
+    pub held_out: Vec<Unit<'a>>,
 }
 
 impl<'a> Data<'a> {
     /// Examples, each a unit of its own.
     pub fn of_examples(examples: &[&'a Example], held_out: &[&'a Example]) -> Self {
-        let units = (0..).zip(examples).map(|(number, example)| Unit::of(number, example)).collect();
-        Self { units, held_out: held_out.to_vec() }
+        let mut units = (0..).zip(examples.iter().chain(held_out)).map(|(number, example)| Unit::of(number, example));
+        let trained = units.by_ref().take(examples.len()).collect();
+        Self { units: trained, held_out: units.collect() }
+    }
+
+    /// Samples, each a unit, as [`objective::prepare`] numbers them.
+    pub fn of_groups(groups: &[&'a Group], held_out: &[&'a Group]) -> Self {
+        let mut units = (0..).zip(groups.iter().chain(held_out)).map(|(number, group)| group.unit(number));
+        let trained = units.by_ref().take(groups.len()).collect();
+        Self { units: trained, held_out: units.collect() }
     }
 }
 
 /// Trains from a state on, and returns the state that it ends in. The parameters of the state's adaptation are trained in place; those
 /// of the plans that an observer has it go on with are others, which the observer is given.
 ///
-/// The loss of a step is the sum over its trained tokens divided by their number, counted over the whole step first: how a
-/// step is cut into passes changes nothing but speed. A run goes round the units again when `max_steps` wants more.
+/// The loss of a step is the objective's mean over the whole step, of sft over its trained tokens, counted first: how a step is cut into passes changes nothing but speed. A run goes round the units again when `max_steps` wants more.
 ///
 /// A run from a state that was saved between two steps makes the steps that are left, with the same bits as the run that saved it. The
 /// observer is asked the same things at the same steps, but for what it was asked before.
@@ -97,6 +104,13 @@ pub fn train(
     }
     let cut = Steps::new(data, config, run.state.cut.pass_rows);
     let mut order = Order::default();
+    if let Some(done) = run.state.report.steps.last().copied().filter(|_| run.state.owes) {
+        let units = cut.units(done.step - 1, &mut order);
+        if run.follow_up(&done, Control::Continue, &units, data, observer)? == Control::Stop {
+            run.state.report.interrupted = true;
+            return run.finish(data, observer);
+        }
+    }
     while run.state.step < planned && run.state.report.stopped.is_none() {
         if !run.is_on_trial()
             && let Some(candidate) = observer.candidate()?
@@ -144,16 +158,45 @@ impl Run<'_> {
         let planned = self.state.report.planned_steps;
         done.epoch = cut.epochs(done.step);
         self.state.report.steps.push(done);
-        let mut control = observer.on_step(&done, planned)?;
-        let due = self.config.eval_steps.is_some_and(|every| done.step.is_multiple_of(every));
-        if due && done.step < planned && control != Control::Stop && !data.held_out.is_empty() {
+        let control = observer.on_step(&done, planned)?;
+        let control = self.follow_up(&done, control, units, data, observer)?;
+        let stops = control == Control::Stop;
+        self.state.report.interrupted = stops && done.step < planned;
+        let saves = observer.is_due(&self.state);
+        if (saves || self.state.report.interrupted) && done.step < planned {
+            self.look(units)?;
+        }
+        if saves {
+            observer.save(&self.state)?;
+        }
+        Ok(stops)
+    }
+
+    /// The evaluation after a step, if it is due, and what else follows from the step. Of a run that is ended when an evaluation is due,
+    /// all of that is owed, and is made up for when the run goes on: somebody waits.
+    fn follow_up(
+        &mut self,
+        done: &StepReport,
+        mut control: Control,
+        units: &[Unit<'_>],
+        data: &Data<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<Control> {
+        let planned = self.state.report.planned_steps;
+        let is_due = self.config.eval_steps.is_some_and(|every| done.step.is_multiple_of(every));
+        self.state.owes = false;
+        if is_due && done.step < planned && !data.held_out.is_empty() {
+            if control == Control::Stop || observer.is_cancelled() {
+                self.state.owes = true;
+                return Ok(Control::Stop);
+            }
             match self.evaluate(data, observer, done.epoch) {
                 Err(error) => {
                     // What the update did is told first, if that is why.
                     self.look(units)?;
                     return Err(Unusable::held_out(done.step, &error).into());
                 }
-                Ok(None) => control = Control::Stop,
+                Ok(None) => {}
                 Ok(Some(report)) => match observer.on_eval(&report, planned)? {
                     Control::Continue => {}
                     other => control = other,
@@ -164,7 +207,7 @@ impl Run<'_> {
             ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
             self.state.script_scale = scale;
         }
-        for directive in observer.directives(&done, planned)? {
+        for directive in observer.directives(done, planned)? {
             if let Some(change) = self.direct(directive) {
                 self.tell(observer, change)?;
             }
@@ -172,7 +215,6 @@ impl Run<'_> {
         if let Some(change) = self.passed() {
             self.tell(observer, change)?;
         }
-        let stops = control == Control::Stop;
         if !self.is_on_trial() {
             let losses = self.state.report.steps.iter().map(|step| step.loss);
             if let Some(what) = self.state.watchdog.look(losses) {
@@ -189,15 +231,7 @@ impl Run<'_> {
                 best.step
             ));
         }
-        self.state.report.interrupted = stops && done.step < planned;
-        let saves = observer.is_due(&self.state);
-        if (saves || self.state.report.interrupted) && done.step < planned {
-            self.look(units)?;
-        }
-        if saves {
-            observer.save(&self.state)?;
-        }
-        Ok(stops)
+        Ok(control)
     }
 
     /// Measures the held-out rows and reports that; `None`: nobody waits for it.
@@ -209,7 +243,8 @@ impl Run<'_> {
         let progress = |done| observer.evaluating(done, all);
         // In f32 whatever the training computes in, so that runs can be compared.
         let adaptation = Some(&**self.state.adaptation());
-        let evaluation = evaluate_examples(self.model, adaptation, &data.held_out, Compute::F32, progress)?;
+        let evaluation =
+            evaluate_units(self.model, adaptation, &data.held_out, self.objective, Compute::F32, progress)?;
         let state = &mut self.state;
         let lowest = state.report.evaluations.iter().map(|report| report.lowest).fold(evaluation.loss, f64::min);
         let report = EvalReport { step: state.step, epoch, lowest, evaluation };

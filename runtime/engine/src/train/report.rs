@@ -78,10 +78,14 @@ impl TrainReport {
         self.steps.iter().map(|step| step.loss).sum::<f64>() / self.steps.len().max(1) as f64
     }
 
+    /// Time of all steps, in seconds.
+    pub fn seconds(&self) -> f64 {
+        self.steps.iter().map(|step| step.seconds).sum()
+    }
+
     /// Tokens over step time.
     pub fn tokens_per_second(&self) -> f64 {
-        let (tokens, seconds) =
-            self.steps.iter().fold((0, 0.0), |(tokens, seconds), step| (tokens + step.tokens, seconds + step.seconds));
+        let (tokens, seconds) = (self.steps.iter().map(|step| step.tokens).sum::<usize>(), self.seconds());
         if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 }
     }
 }

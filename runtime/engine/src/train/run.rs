@@ -8,14 +8,14 @@ use rayon::prelude::*;
 
 use super::config::TrainConfig;
 use super::end::Unusable;
-use super::objective::{Objective, RewardSums, Sft, UnitLogProbs};
+use super::objective::{Objective, RewardSums, Sft, UnitLogProbs, sequence_log_probs};
 use super::outcome::Outcome;
 use super::reduce::Reduce;
 use super::report::StepReport;
 use super::schedule::LearningRate;
 use super::state::{Generation, State};
 use crate::adapt::adaptation::Adaptation;
-use crate::data::Example;
+use crate::data::{Example, Unit};
 use crate::files::mapped::intact;
 use crate::models::BaseModel;
 use crate::run::backends::trainer;
@@ -115,7 +115,8 @@ impl<'a> Run<'a> {
         ensure!(trained > 0, "step {}: no token of its examples is trained", self.state.step + 1);
         let update = self.state.step as u32;
         let adaptation = &self.state.generation.adaptation;
-        let pass = Pass::training(self.model, adaptation, self.config.seed, update);
+        let mut pass = Pass::training(self.model, adaptation, self.config.seed, update);
+        pass.neftune_noise_alpha = self.config.neftune_noise_alpha;
         let (objective, backend) = (self.objective, &mut self.backend);
         let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
         let n = objective.count(&targets);
@@ -124,9 +125,8 @@ impl<'a> Run<'a> {
         // As a pass without gradients, and without dropout.
         let evaluation = Pass::evaluation(self.model, Some(adaptation));
         let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
-            let batch = Batch::of_examples(examples.iter().copied());
-            let log_probs = backend.log_probs(&evaluation, &batch)?.values;
-            Ok(batch.sequence_targets.iter().map(|targets| log_probs[targets.clone()].iter().sum()).collect())
+            let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
+            sequence_log_probs(&mut **backend, &evaluation, &units, &mut |_| Ok(()))
         })?;
         let mut reduce = Reduce::new(batches.len());
         let mut total = Outcome { n, ..Outcome::default() };

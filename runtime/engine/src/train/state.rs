@@ -29,6 +29,8 @@ pub struct State {
     /// What the observer has the learning rates multiplied by.
     pub(super) script_scale: f64,
     pub(super) watchdog: Watchdog,
+    /// Whether the evaluation after the last step, and what follows it, is still to be made: the run was ended before.
+    pub(super) owes: bool,
     /// The evaluation with the lowest held-out loss since the first step.
     pub best: Option<Best>,
     /// How steps are cut into passes, and which way products take.
@@ -82,6 +84,7 @@ impl State {
             losses: VecDeque::new(),
             script_scale: 1.0,
             watchdog: Watchdog::default(),
+            owes: false,
             best: None,
             cut: Cut::here(model, adaptation, config),
             report: TrainReport::default(),

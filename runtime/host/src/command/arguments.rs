@@ -9,6 +9,7 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::train::objective::{Kind, ObjectiveConfig};
 use serde::Serialize;
 
 use crate::models::ModelRef;
@@ -67,6 +68,44 @@ pub struct RowArgs {
     #[arg(long, default_value = "refuse", value_name = "WHAT", value_parser = one_of::<OnLongRow>(&LONG_ROW))]
     pub on_long_row: OnLongRow,
 }
+
+/// What is learned from rows, or measured on them.
+#[derive(Args, Serialize)]
+pub struct ObjectiveArgs {
+    /// What is learned, and from which rows
+    #[arg(long, default_value = "sft", value_name = "NAME", value_parser = one_of::<Kind>(&OBJECTIVES))]
+    pub objective: Kind,
+    /// Of dpo and kto, how closely the model is kept to its reference; of orpo, what the preference weighs [default: 0.1]
+    #[arg(long, value_name = "BETA", value_parser = above_zero)]
+    pub beta: Option<f64>,
+    /// Of kto, what an answer weighs that was rated good [default: 1]
+    #[arg(long, value_name = "WEIGHT", value_parser = above_zero)]
+    pub desirable_weight: Option<f64>,
+    /// Of kto, what an answer weighs that was rated bad [default: 1]
+    #[arg(long, value_name = "WEIGHT", value_parser = above_zero)]
+    pub undesirable_weight: Option<f64>,
+}
+
+impl ObjectiveArgs {
+    /// The objective that they ask for.
+    ///
+    /// # Errors
+    /// When an option is not one of the objective's.
+    pub fn config(&self) -> Result<ObjectiveConfig> {
+        let Self { objective, beta, desirable_weight, undesirable_weight } = *self;
+        ObjectiveConfig::given(objective, beta, desirable_weight, undesirable_weight)
+    }
+}
+
+const OBJECTIVES: [Word; 4] = [
+    ("sft", "The answers of the rows: `messages`, `prompt` and `completion`, or `text`"),
+    ("dpo", "To prefer one answer to another: `prompt`, `chosen` and `rejected`, as against the base"),
+    ("kto", "To give answers that were rated good, and none that were rated bad: `prompt`, `completion` and `label`"),
+    (
+        "orpo",
+        "The chosen answer, and to prefer it: `prompt`, `chosen` and `rejected`, from a base that is not tuned yet",
+    ),
+];
 
 const LONG_ROW: [Word; 3] = [
     ("refuse", "The file is refused; the message names the lines"),

@@ -3,6 +3,7 @@
 pub mod arguments;
 pub mod bench;
 pub mod chat;
+pub mod compare;
 pub mod cp;
 pub mod eval;
 pub mod export_model;
@@ -15,6 +16,7 @@ pub mod pull;
 pub mod resume;
 pub mod rm;
 pub mod run;
+pub mod runs;
 pub mod serve;
 pub mod show;
 

@@ -1,6 +1,8 @@
 //! Defaults that teach: a small file is gone through often enough, in steps that are small enough, for its rows to show in answers.
 
+use homeroom_engine::data::Group;
 use homeroom_engine::train::TrainConfig;
+use homeroom_engine::train::objective::{Kind, ObjectiveConfig};
 
 /// The learning rate when neither the strategy nor the user gives one.
 pub const LEARNING_RATE: f64 = 2e-4;
@@ -45,6 +47,39 @@ pub fn choose(config: &mut TrainConfig, open: Open, rows: usize) -> Option<Strin
     (!chosen.is_empty()).then(|| format!("{} chosen, as {rows} teach little in fewer steps", chosen.join(" and ")))
 }
 
+/// What to change where the labels of kto's rows are not balanced; `None`: they are.
+///
+/// The paper wants what all good answers weigh to be from 1 to 4/3 of what all bad ones do. Source: Ethayarajh et al. 2024,
+/// <https://arxiv.org/abs/2402.01306>, equation 8.
+pub fn balance(objective: ObjectiveConfig, groups: &[&Group]) -> Option<String> {
+    let good = groups.iter().filter(|group| group.label == Some(true)).count();
+    let bad = groups.len() - good;
+    if objective.objective != Kind::Kto {
+        return None;
+    }
+    let counts = format!("{good} answers are rated good and {bad} bad");
+    if good == 0 || bad == 0 {
+        return Some(format!("{counts}; kto learns most from rows of both"));
+    }
+    let ratio = objective.desirable_weight * good as f64 / (objective.undesirable_weight * bad as f64);
+    if (0.99..=1.34).contains(&ratio) {
+        return None;
+    }
+    // To one decimal or two digits, whichever is finer: a weight is no measurement.
+    let weight = |exact: f64| format!("{:.*}", if exact < 0.1 { 3 } else { 2 }, exact);
+    Some(match ratio < 1.0 {
+        true => {
+            format!("{counts}; `--desirable-weight {}` weighs them alike", weight(objective.desirable_weight / ratio))
+        }
+        false => {
+            format!(
+                "{counts}; `--undesirable-weight {}` weighs them alike",
+                weight(objective.undesirable_weight * ratio)
+            )
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,6 +100,23 @@ mod tests {
         assert_eq!(all(40), (10, 4, 100));
         assert_eq!(all(475), (2, 8, 120));
         assert_eq!(all(5_000), (1, 8, 625));
+    }
+
+    #[test]
+    fn labels_that_are_not_balanced_get_a_weight_that_balances_them() {
+        let groups: Vec<Group> = (0..5).map(|i| Group::new(Vec::new(), Some(i == 0))).collect();
+        let all: Vec<&Group> = groups.iter().collect();
+        let kto = ObjectiveConfig::of(Kind::Kto);
+        let told = balance(kto, &all).unwrap_or_default();
+        assert_eq!(told, "1 answers are rated good and 4 bad; `--desirable-weight 4.00` weighs them alike");
+        assert_eq!(balance(ObjectiveConfig { desirable_weight: 4.0, ..kto }, &all), None);
+        assert_eq!(balance(ObjectiveConfig { desirable_weight: 5.0, ..kto }, &all), None);
+        assert!(
+            balance(ObjectiveConfig { desirable_weight: 6.0, ..kto }, &all)
+                .is_some_and(|told| told.contains("`--undesirable-weight 1.50`"))
+        );
+        assert!(balance(kto, &all[1..]).is_some_and(|told| told.contains("0 answers are rated good and 4 bad")));
+        assert_eq!(balance(ObjectiveConfig::of(Kind::Dpo), &all), None);
     }
 
     #[test]

@@ -7,39 +7,46 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use homeroom_abi::plan::{Peft, PlanRequest};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{self, AdapterFiles, Record, StrategyRecord, read_manifest};
 use homeroom_engine::adapt::merge::{Floats, exportable, merge, save_model};
 use homeroom_engine::adapt::requantize::{kept_storage, store_as_planned};
+use homeroom_engine::data::Group;
 use homeroom_engine::files::digest::{self, FileDigests};
 use homeroom_engine::files::{NewDirectory, utf8};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::objective::Objective;
-use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, train};
-use serde_json::{Map, Value};
+use homeroom_engine::train::objective::{Objective, ObjectiveConfig, Prepare, Progress, prepare};
+use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, planned_steps, train};
+use serde_json::{Map, Value, json};
 
 pub mod defaults;
+pub mod forgetting;
 mod keep;
 mod outcome;
 mod recording;
 mod samples;
 mod stall;
 
+pub use self::forgetting::ForgettingRows;
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;
 use self::recording::Recorder;
 pub use self::recording::{Recording, Resumed, Saving, newest_checkpoint};
 pub use self::samples::{Sample, Samples};
 use self::stall::Stall;
+use crate::models::shown;
 use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
 use crate::progress::{self, line};
 use crate::registry;
+
+/// What a reference makes of the rows, in a training's directory.
+const REFERENCE_FILE: &str = "reference.safetensors";
 
 /// A thread that computes the digests of a base's files.
 type Digesting = JoinHandle<Result<FileDigests>>;
@@ -233,6 +240,42 @@ impl Job {
         format!("{}{missed}", blocks.words())
     }
 
+    /// Makes the objective of a training, whose reference is the base, or the adapter that the job started from. What the reference makes of
+    /// the rows is kept in the training's directory.
+    ///
+    /// # Errors
+    /// See [`prepare`].
+    pub fn objective(
+        &self,
+        objective: ObjectiveConfig,
+        (train, held_out): (&[&Group], &[&Group]),
+        config: &TrainConfig,
+        directory: Option<&Path>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Box<dyn Objective>> {
+        let start = self.init_from.as_deref().filter(|_| objective.objective.has_reference());
+        let reference = start.map(|path| {
+            // Its values now may be others: those of a checkpoint, or of a plan that it went on with.
+            let mut reference = Adaptation::new(&self.model, self.adaptation.plan.clone(), 0)?;
+            reference.load(AdapterFiles::read(path)?.into_tensors(&self.model)?)?;
+            Ok::<_, Error>(reference)
+        });
+        let reference = reference.transpose().context("the adapter that it started from is its reference")?;
+        let path = directory.map(|directory| directory.join(REFERENCE_FILE));
+        let base = format!("{}, {}", self.model.digest(), self.model.storage_words());
+        let from = Prepare {
+            objective,
+            train,
+            held_out,
+            model: &self.model,
+            adaptation: Some(&self.adaptation),
+            reference: reference.as_ref(),
+            config,
+            kept: path.as_deref().map(|path| (path, base.as_str())),
+        };
+        prepare(&from, progress)
+    }
+
     /// Trains, with the strategy beside it: its hook is asked after each step, and when its file is watched another generation
     /// is taken over between two steps. `recording` keeps steps and checkpoints in a run's directory; `from`: what was saved there, to
     /// go on from.
@@ -259,7 +302,12 @@ impl Job {
                 self.set_now(state.adaptation(), self.strategy.clone());
                 (state, memory)
             }
-            None => (State::new(&self.model, &self.adaptation, config), Value::Null),
+            None => {
+                if let Some(recording) = &recording {
+                    recording.event(self.started(data, objective, config)?);
+                }
+                (State::new(&self.model, &self.adaptation, config), Value::Null)
+            }
         };
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
         let mut live;
@@ -275,8 +323,30 @@ impl Job {
         let stall = Stall::watch("in the first step".to_owned());
         let mut recorder = Recorder { inner, job: self, config, recording, strategy, stall, memory: Value::Null };
         let trained = train(&self.model, state, data, objective, config, &mut recorder)?;
+        recorder.ended(&trained.report);
         self.set_now(trained.adaptation(), self.now().1);
         Ok(trained)
+    }
+
+    /// The first event of a training: what is trained on what, and how.
+    fn started(&self, data: &Data<'_>, objective: &dyn Objective, config: &TrainConfig) -> Result<Value> {
+        let Self { model, adaptation, strategy, options, .. } = self;
+        Ok(json!({
+            "event": "started",
+            "steps": planned_steps(data.units.len(), config)?,
+            "rows": data.units.len(),
+            "eval_rows": data.held_out.len(),
+            "objective": objective.name(),
+            "base": shown(model, &model.path),
+            "base_path": model.path.to_string_lossy(),
+            "base_digest": model.digest(),
+            "base_parameters": model.parameter_count(),
+            "base_stored_as": model.storage_words(),
+            "strategy": format!("{} {}", strategy.name, strategy.version),
+            "trained_parameters": adaptation.trainable_count(),
+            "config": config,
+            "options": options,
+        }))
     }
 
     /// Writes what is trained into a directory in the making: an adapter, or for a strategy that trains the base's own weights a model

@@ -1,10 +1,13 @@
 //! What came of a job, and how it is written.
 
+use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use anyhow::Result;
 use homeroom_engine::adapt::adapter;
 use homeroom_engine::files::NewDirectory;
+use homeroom_engine::forgetting::Forgetting;
+use homeroom_engine::train::objective::{ObjectiveConfig, Rewards};
 use homeroom_engine::train::{TrainConfig, TrainReport};
 use serde_json::{Map, Value, json};
 
@@ -19,13 +22,15 @@ pub struct Outcome {
     /// All steps and evaluations.
     pub report: TrainReport,
     /// What it made small.
-    pub objective: &'static str,
+    pub objective: ObjectiveConfig,
     /// The run that it was a part of.
     pub run: Option<String>,
     /// Rows that it was trained on.
     pub rows: usize,
     /// Digest of the training data.
     pub data_digest: String,
+    /// How far it has moved from its base, where that was measured.
+    pub forgetting: Option<Forgetting>,
     /// Why the run ended before its end, if that was a failure.
     pub failure: Option<String>,
 }
@@ -40,6 +45,7 @@ impl Outcome {
             "eval_loss": self.report.after().map(|eval| eval.loss),
             "tokens_per_second": self.report.tokens_per_second(),
             "peak_memory_bytes": peak_memory_bytes(),
+            "eval_reward_accuracy": self.report.after().and_then(|eval| Some(eval.rewards?.accuracy)),
             "interrupted": self.report.interrupted,
             "stopped": self.report.stopped,
             "kept_step": self.report.kept_step,
@@ -48,6 +54,7 @@ impl Outcome {
             Value::Object(summary) => summary,
             _ => Map::new(),
         };
+        summary.extend(self.forgetting.map(|forgetting| ("forgetting".to_owned(), json!(forgetting))));
         summary.extend(self.failure.clone().map(|failure| ("failure".to_owned(), failure.into())));
         summary
     }
@@ -61,7 +68,8 @@ impl Outcome {
         let (adaptation, strategy) = job.now();
         let mut training = json!({
             "config": self.config,
-            "objective": self.objective,
+            "objective": self.objective.objective.name(),
+            "objective_options": self.objective.options().into_iter().collect::<BTreeMap<_, _>>(),
             "options": job.options,
             "init_from": job.init_from,
             "parent": parent,
@@ -81,19 +89,21 @@ impl Outcome {
     /// The history of a run in the form of transformers' `trainer_state.json`, which plotting tools read.
     fn trainer_state(&self) -> Value {
         let steps = self.report.steps.iter().map(|step| {
-            json!({
+            let entry = json!({
                 "step": step.step,
                 "epoch": step.epoch,
                 "loss": step.loss,
                 "grad_norm": step.grad_norm,
                 "learning_rate": step.learning_rate,
-            })
+            });
+            with_rewards(entry, "", step.rewards)
         });
         let mut history: Vec<Value> = steps.collect();
         let evaluations = self.report.evaluations.iter().filter(|report| report.step > 0);
         history.extend(evaluations.map(|report| {
             let (step, epoch) = (report.step, report.epoch);
-            json!({"step": step, "epoch": epoch, "eval_loss": report.evaluation.loss})
+            let entry = json!({"step": step, "epoch": epoch, "eval_loss": report.evaluation.loss});
+            with_rewards(entry, "eval_", report.evaluation.rewards)
         }));
         // Stable: an evaluation stays behind its step.
         history.sort_by_key(|entry| entry["step"].as_u64());
@@ -117,4 +127,13 @@ impl Outcome {
             "trial_params": null,
         })
     }
+}
+
+/// An entry of the history with rewards under TRL's names.
+fn with_rewards(mut entry: Value, prefix: &str, rewards: Option<Rewards>) -> Value {
+    let Some(Rewards { chosen, rejected, accuracy, margin }) = rewards else { return entry };
+    for (name, value) in [("chosen", chosen), ("rejected", rejected), ("accuracies", accuracy), ("margins", margin)] {
+        entry[format!("{prefix}rewards/{name}")] = value.into();
+    }
+    entry
 }

@@ -12,7 +12,7 @@ use homeroom_engine::adapt::adapter::pretty;
 use homeroom_engine::files::{NewDirectory, bytes_below, ensure_room, read_text, take_away};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{
-    Candidate, Change, Control, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, checkpoint,
+    Candidate, Change, Control, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, TrainReport, checkpoint,
 };
 use serde_json::{Value, json};
 
@@ -26,7 +26,7 @@ const MEMORY_FILE: &str = "observers.json";
 /// Largest of those files.
 const MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// Steps between the last checkpoint and the one that is kept before it: what diverges is noticed after that many.
-const STEPS_BEFORE: u64 = 16;
+const STEPS_BEFORE: u64 = 32;
 
 /// When a training is saved.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -244,6 +244,19 @@ impl Recorder<'_, '_> {
             recording.event(event);
         }
     }
+
+    /// Says how the training ended.
+    pub(super) fn ended(&self, report: &TrainReport) {
+        let step = report.steps.last().map_or(0, |step| step.step);
+        if report.interrupted {
+            self.event(json!({"event": "interrupted", "step": step}));
+            return;
+        }
+        if let Some(reason) = &report.stopped {
+            self.event(json!({"event": "stopped", "step": step, "reason": reason}));
+        }
+        self.event(json!({"event": "finished", "step": step, "kept_step": report.kept_step}));
+    }
 }
 
 impl Observer for Recorder<'_, '_> {
@@ -275,14 +288,18 @@ impl Observer for Recorder<'_, '_> {
 
     fn evaluated(&mut self, report: &EvalReport) {
         let evaluation = report.evaluation;
-        self.event(json!({
+        let mut event = json!({
             "event": "eval",
             "step": report.step,
             "epoch": report.epoch,
             "eval_loss": evaluation.loss,
             "perplexity": evaluation.perplexity,
             "token_accuracy": evaluation.token_accuracy,
-        }));
+        });
+        if let Some(rewards) = evaluation.rewards {
+            event["rewards"] = json!(rewards);
+        }
+        self.event(event);
         self.stall.next(format!("after the evaluation at step {}", report.step), false);
         self.inner.evaluated(report);
     }

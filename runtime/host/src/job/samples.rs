@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use homeroom_engine::adapt::adaptation::Adaptation;
-use homeroom_engine::data::Example;
+use homeroom_engine::data::{Example, Group};
 use homeroom_engine::files::replace_file;
 use homeroom_engine::inference::generate::Sampling;
 use homeroom_engine::inference::{Adapter, Engine};
@@ -74,10 +74,11 @@ pub struct Samples<'a> {
 
 impl<'a> Samples<'a> {
     /// Picks questions of held-out rows, spread over them: those whose first answer is short. None where no row has a prompt.
-    pub fn pick(held_out: &[&'a Example]) -> Self {
-        let prompt = |example: &&'a Example| {
-            let start = example.trained.iter().position(|trained| *trained).filter(|start| *start > 1)?;
-            Some((*example, start))
+    pub fn pick(held_out: &[&'a Group]) -> Self {
+        // Answers that were rated bad are none to expect.
+        let prompt = |group: &&'a Group| {
+            let start = *group.prompts.first().filter(|start| **start > 1 && group.label != Some(false))?;
+            Some((group.sequences.first()?, start))
         };
         let with_prompt: Vec<(&Example, usize)> = held_out.iter().filter_map(prompt).collect();
         let count = QUESTIONS.min(with_prompt.len());

@@ -19,7 +19,7 @@ const MODEL_FIELDS: [(&str, &str, &str); 4] = [
     ("adapter", "string?", "what was trained: an id or a name; nil for a base"),
 ];
 
-const SHAPES: [Shape; 9] = [
+const SHAPES: [Shape; 10] = [
     Shape { name: "Model", doc: "A model: what every verb takes as `model`.", fields: &MODEL_FIELDS },
     Shape {
         name: "Tuned",
@@ -38,6 +38,12 @@ const SHAPES: [Shape; 9] = [
             ("train_loss", "number", "mean loss of all steps"),
             ("steps", "number", "steps that were done"),
             ("planned_steps", "number", "steps that were planned"),
+            ("seconds", "number", "time of all steps"),
+            (
+                "peak_memory_bytes",
+                "number?",
+                "most memory that the program has had since `fine_tune` began; nil where the system does not say",
+            ),
         ],
     },
     Shape {
@@ -63,6 +69,20 @@ const SHAPES: [Shape; 9] = [
             ("token_accuracy", "number", "share of trained tokens that the model found likeliest"),
             ("trained_tokens", "number", "how many there are"),
             ("examples", "number", "sequences that were measured"),
+        ],
+    },
+    Shape {
+        name: "Forgetting",
+        doc: "How far a trained model has moved from its base.",
+        fields: &[
+            ("loss_before", "number", "the base's mean cross-entropy of the rows' trained tokens, in nats"),
+            ("loss", "number", "that of the trained model"),
+            (
+                "kl",
+                "number",
+                "mean KL divergence of the trained model's distribution of a token from the base's, KL(base || trained), in nats a token",
+            ),
+            ("tokens", "number", "tokens that were compared"),
         ],
     },
     Shape {
@@ -407,8 +427,9 @@ too: `string.rep` makes 64 MiB, `table.move` moves 10 million elements, and a lo
 limits stop accidents and hostile scripts. They do not limit what verbs do: a script can train for days, and replace the models that
 it names.
 
-What `fine_tune` makes stays in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until you delete it. `save_model` copies
-the model's own files to the registry, where only you can read them.
+What `fine_tune` makes stays in `runs/SCRIPT-NUMBER/` in the data directory (`$HOMEROOM_HOME`) until `homeroom runs rm` removes it. Of more than
+50 runs, or 10 GB of them, a new run removes the oldest that have ended and that nobody names. `save_model` copies the model's own files to the
+registry, where only you can read them.
 "#;
 
 #[cfg(test)]

@@ -13,7 +13,10 @@ use toml_edit::{Array, DocumentMut, InlineTable, Item, Table};
 
 use super::events::Events;
 use super::list::{Kind, Record, Script, Status, find_in};
-use super::{lock, output};
+use super::retention::prune;
+use super::tensorboard::Boards;
+use super::{lock, output, report};
+use crate::progress::line;
 use crate::registry::{self, when};
 
 /// Largest result that `run.json` repeats, in bytes of JSON; a larger one is in `result.json` alone.
@@ -60,16 +63,19 @@ pub struct RunDirectory {
     path: PathBuf,
     record: Mutex<Record>,
     events: Events,
+    boards: Boards,
     /// `None` where the file system has no locks.
     _lock: Option<fs::File>,
 }
 
 impl RunDirectory {
-    /// Makes `runs/<name>-<number>`, for the user alone, with the first number that is free.
+    /// Makes `runs/<name>-<number>`, for the user alone, with the first number that is free; before that, old runs make room, see
+    /// [`prune`].
     ///
     /// # Errors
     /// When there is no data directory, or it cannot be written.
     pub fn start(kind: Kind, name: &str, about: About) -> Result<Self> {
+        prune();
         Self::start_in(&runs_directory()?, kind, name, about)
     }
 
@@ -99,6 +105,7 @@ impl RunDirectory {
             cwd: about.cwd.to_string_lossy().into_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             processor: homeroom_kernels::cpu().name().to_owned(),
+            machine: machine(),
             script,
             settings: about.settings,
             result: None,
@@ -107,7 +114,7 @@ impl RunDirectory {
         record.write(&path)?;
         let events = Events::open(&path)?;
         output::open(&id, &path);
-        Ok(Self { id, path, record: Mutex::new(record), events, _lock: lock })
+        Ok(Self { id, path, record: Mutex::new(record), events, boards: Boards::default(), _lock: lock })
     }
 
     /// Opens a run that was killed, interrupted or failed, to go on with it.
@@ -134,7 +141,7 @@ impl RunDirectory {
         record.write(&path)?;
         let events = Events::open(&path)?;
         output::open(id, &path);
-        Ok(Self { id: id.to_owned(), path, record: Mutex::new(record), events, _lock: lock })
+        Ok(Self { id: id.to_owned(), path, record: Mutex::new(record), events, boards: Boards::default(), _lock: lock })
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
@@ -161,9 +168,11 @@ impl RunDirectory {
         Ok(path)
     }
 
-    /// Writes an event, with the time, as a line of `events.jsonl`. What cannot be written is said once and ends nothing.
+    /// Writes an event, with the time, as a line of `events.jsonl`; the numbers of a step or an evaluation go to TensorBoard's file in
+    /// the directory of its `training`, too. What cannot be written is said once and ends nothing.
     pub fn event(&self, event: &Value) {
         self.events.write(event);
+        self.boards.write(&self.path, event);
     }
 
     /// What it was told when it started.
@@ -201,8 +210,12 @@ impl RunDirectory {
         record.result = result.filter(|result| !result.is_null() && result.to_string().len() <= RESULT_BYTES_MAX);
         record.error = error;
         record.write(&self.path)?;
+        drop(record);
         if status == Status::Finished {
             remove_checkpoints(&self.path);
+        }
+        if let Err(error) = report::write_as(&self.path, status) {
+            line(format_args!("note: the report is not written: {error:#}"));
         }
         Ok(())
     }
@@ -212,6 +225,15 @@ impl Drop for RunDirectory {
     fn drop(&mut self) {
         output::close(&self.id);
     }
+}
+
+/// The processor's name, how many threads it runs at once, and the system.
+fn machine() -> String {
+    let about = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name =
+        about.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{}, {threads} threads, {}", name.unwrap_or(std::env::consts::ARCH), std::env::consts::OS)
 }
 
 /// Where runs are.

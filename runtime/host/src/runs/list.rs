@@ -91,9 +91,12 @@ pub struct Record {
     /// Version of the program.
     #[serde(default)]
     pub version: String,
-    /// What the processor has.
+    /// The instruction set of the kernels, as `HOMEROOM_CPU` names it.
     #[serde(default)]
     pub processor: String,
+    /// Processor, threads and system.
+    #[serde(default)]
+    pub machine: String,
     /// The script of a pipeline.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub script: Option<Script>,
@@ -140,6 +143,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// The run in a directory.
+    pub fn at(path: &Path) -> Self {
+        Self::of(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), path.to_owned())
+    }
+
     fn of(id: String, path: PathBuf) -> Self {
         // Whether it lives first: one that ends in between has written how by then.
         let is_held = lock::is_held(&path);

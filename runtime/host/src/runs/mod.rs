@@ -15,14 +15,21 @@
 //!   lock            held while the run lives: a run that says `running` without it was killed
 //! ```
 //!
-//! [`directory`] writes a run, [`list`] reads them all, [`events`] are its lines, [`output`] keeps what is printed.
+//! [`directory`] writes a run, [`list`] reads them all, [`events`] are its lines and [`history`] what they come to, [`output`] keeps
+//! what is printed, [`tensorboard`] writes the scalars, [`report`] the page, [`retention`] says what of old runs stays.
 
 mod directory;
 mod events;
+pub mod history;
 mod list;
 mod lock;
 pub mod output;
+pub mod report;
+mod retention;
+mod tensorboard;
 
 pub use directory::{About, End, RunDirectory};
 pub use events::{Events, events};
-pub use list::{Entry, Kind, Status, find, list};
+pub use history::trainings;
+pub use list::{Entry, Kind, Record, Status, find, list};
+pub use retention::{BOUND, Lost, checkpoints, ensure_unused, prune, remove};

@@ -173,7 +173,30 @@ impl<E: ProductElement> Fused<E> {
         Ok(self.top(rows, h, None)?.0)
     }
 
-    /// The same; the gradients of `Σ wᵢ (−log pᵢ)` are added to `gradients`.
+    /// The residual stream above the last layer, of the rows with a target: (targets, C).
+    ///
+    /// # Errors
+    /// As [`Fused::log_probs`].
+    pub fn residual(&mut self, pass: &Pass<'_>, updates: &Updates<E>, batch: &Batch) -> Result<Tensor> {
+        let turns = self.rotary.rows(&pass.model.architecture, batch);
+        let rows = &self.rows(pass, updates, batch, &turns);
+        let (targets, c) = (batch.targets.len(), pass.model.architecture.hidden_size);
+        let (h, _) = self.up(rows, &|_| Keep::Nothing)?;
+        let h = match h {
+            Stream::Tensor(tensor) => tensor,
+            Stream::Buffer(buffer) => {
+                let rows = buffer.len() / c;
+                Tensor::from_vec(buffer.into_vec(), (rows, c), &Device::Cpu)?
+            }
+        };
+        // The last layer left the others out where it could.
+        if h.dim(0)? == targets {
+            return Ok(h);
+        }
+        Ok(h.index_select(&Tensor::from_slice(&batch.target_rows, targets, &Device::Cpu)?, 0)?)
+    }
+
+    /// Log-probabilities of a batch; the gradients of `Σ wᵢ (−log pᵢ)` are added to `gradients`.
     ///
     /// # Errors
     /// As [`Fused::log_probs`].
@@ -314,6 +337,9 @@ impl<E: ProductElement> Fused<E> {
                 x.iter_mut().for_each(|x| *x *= scale);
             }
         });
+        if pass.is_noisy() {
+            pass.add_noise(batch, &mut x);
+        }
         Ok(x)
     }
 

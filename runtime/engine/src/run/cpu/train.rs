@@ -1,6 +1,7 @@
 //! Training by fused blocks, and by plain ones where a recipe is no low-rank update.
 
 use anyhow::Result;
+use candle_core::Tensor;
 use homeroom_kernels::{ProductElement, bf16, on_pool};
 
 use super::{Fused, Updates};
@@ -31,6 +32,13 @@ impl<E: ProductElement> Train for CpuTrain<E> {
         on_pool(|| {
             self.updates.load(pass)?;
             self.blocks.log_probs(pass, &self.updates, batch)
+        })
+    }
+
+    fn residual(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Tensor> {
+        on_pool(|| {
+            self.updates.load(pass)?;
+            self.blocks.residual(pass, &self.updates, batch)
         })
     }
 

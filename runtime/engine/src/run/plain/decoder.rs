@@ -33,7 +33,13 @@ impl Pass<'_> {
     pub fn embed(&self, batch: &Batch) -> Result<Tensor> {
         let x = self.apply(self.embedding(batch)?, &Input::Tokens(batch.ids.clone()), batch)?;
         let scale = self.model.architecture.embedding_scale;
-        Ok(if scale == 1.0 { x } else { (x * scale)? })
+        let x = if scale == 1.0 { x } else { (x * scale)? };
+        if !self.is_noisy() {
+            return Ok(x);
+        }
+        let mut noise = vec![0.0; x.elem_count()];
+        self.add_noise(batch, &mut noise);
+        Ok((&x + Tensor::from_vec(noise, x.shape(), x.device())?.to_dtype(x.dtype())?)?)
     }
 
     /// The embedding, once every token of a batch is known to have a row in it.

@@ -5,5 +5,6 @@ pub mod attention;
 pub(crate) mod block;
 pub mod decoder;
 pub mod frozen_linear;
+mod noise;
 pub mod recipe;
 pub mod train;

@@ -36,8 +36,10 @@ pub struct Pass<'a> {
     pub params: Vec<Tensor>,
     /// Type of activations: f32, or f64 in gradient checks.
     pub dtype: DType,
-    /// Seed and number of the optimizer step, in training. `None`: dropout is off.
+    /// Seed and number of the optimizer step, in training. `None`: dropout is off, and so is noise.
     pub dropout: Option<(u64, u32)>,
+    /// NEFTune's α: how much noise there is on embeddings in training; 0: none.
+    pub neftune_noise_alpha: f64,
 }
 
 impl<'a> Pass<'a> {
@@ -46,7 +48,7 @@ impl<'a> Pass<'a> {
         let params = adaptation.iter().flat_map(|adaptation| &adaptation.params);
         let params: Vec<Tensor> = params.map(|param| param.var.as_detached_tensor()).collect();
         let dtype = params.first().map_or(DType::F32, Tensor::dtype);
-        Self { model, adaptation, params, dtype, dropout: None }
+        Self { model, adaptation, params, dtype, dropout: None, neftune_noise_alpha: 0.0 }
     }
 
     /// A pass of the training step `update` (from 0).
@@ -61,7 +63,8 @@ impl<'a> Pass<'a> {
             )
             .collect();
         let dtype = params.first().map_or(DType::F32, Tensor::dtype);
-        Self { model, adaptation: Some(adaptation), params, dtype, dropout: Some((seed, update)) }
+        let dropout = Some((seed, update));
+        Self { model, adaptation: Some(adaptation), params, dtype, dropout, neftune_noise_alpha: 0.0 }
     }
 
     /// Applies a module, adapted or not: (N, d_in) to (N, d_out).

@@ -1,6 +1,7 @@
 //! Training by plain blocks alone: the reference, in the type of the parameters.
 
 use anyhow::Result;
+use candle_core::{Device, Tensor};
 use homeroom_kernels::on_pool;
 
 use super::block::{Keep, Plain, lowest_trained, plain_head};
@@ -14,12 +15,13 @@ pub struct PlainTrain;
 
 impl Train for PlainTrain {
     fn log_probs(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<LogProbs> {
+        on_pool(|| Ok(plain_head(pass, batch, &up(pass, batch)?, None)?.0))
+    }
+
+    fn residual(&mut self, pass: &Pass<'_>, batch: &Batch) -> Result<Tensor> {
         on_pool(|| {
-            let mut h = pass.embed(batch)?.detach();
-            for layer in 0..pass.model.layers.len() {
-                h = pass.layer(layer, &h, batch, None)?.detach();
-            }
-            Ok(plain_head(pass, batch, &h, None)?.0)
+            let rows = Tensor::from_slice(&batch.target_rows, batch.target_rows.len(), &Device::Cpu)?;
+            Ok(up(pass, batch)?.index_select(&rows, 0)?)
         })
     }
 
@@ -54,4 +56,13 @@ impl Train for PlainTrain {
     fn words(&self) -> String {
         "f32, plain blocks".to_owned()
     }
+}
+
+/// Embedding and layers, without gradients: the residual stream (N, C).
+fn up(pass: &Pass<'_>, batch: &Batch) -> Result<Tensor> {
+    let mut h = pass.embed(batch)?.detach();
+    for layer in 0..pass.model.layers.len() {
+        h = pass.layer(layer, &h, batch, None)?.detach();
+    }
+    Ok(h)
 }

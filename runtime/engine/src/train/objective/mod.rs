@@ -4,13 +4,26 @@
 //! An objective is one file with one `impl Objective`. What it knows of a unit beside its sequences (a label, log-probabilities of the
 //! base) it holds itself, by the unit's number.
 
+mod config;
+mod dpo;
+mod kto;
+mod orpo;
+mod prepare;
+mod reference;
 mod sft;
 
 use std::ops::Range;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
+pub use self::config::{Kind, ObjectiveConfig};
+pub use self::dpo::Dpo;
+pub use self::kto::{Kto, mismatched};
+pub use self::orpo::Orpo;
+pub use self::prepare::{Prepare, Progress, prepare};
+pub(super) use self::reference::sequence_log_probs;
+pub use self::reference::{Reference, reference_log_probs};
 pub use self::sft::Sft;
 use crate::data::Example;
 use crate::run::batch::Batch;
@@ -22,7 +35,7 @@ pub struct Rewards {
     pub chosen: f64,
     /// Mean reward of those that are not.
     pub rejected: f64,
-    /// Share of the pairs in which the wanted one has the higher reward.
+    /// Share of the pairs in which the wanted one has the higher reward; of rated answers, of those on their side of the reference point.
     pub accuracy: f64,
     /// Mean of the difference.
     pub margin: f64,
@@ -46,6 +59,28 @@ impl<'a> UnitLogProbs<'a> {
         };
         batch.units.iter().map(unit).collect()
     }
+
+    /// Its one sequence.
+    ///
+    /// # Errors
+    /// When it has another number of them.
+    pub fn single(&self) -> Result<&'a [f64]> {
+        match self.sequences[..] {
+            [sequence] => Ok(sequence),
+            _ => bail!("unit {} has {} sequences, not one", self.number, self.sequences.len()),
+        }
+    }
+
+    /// Its chosen sequence and its rejected one.
+    ///
+    /// # Errors
+    /// When it has another number of them.
+    pub fn pair(&self) -> Result<[&'a [f64]; 2]> {
+        match self.sequences[..] {
+            [chosen, rejected] => Ok([chosen, rejected]),
+            _ => bail!("unit {} has {} sequences, not a chosen and a rejected one", self.number, self.sequences.len()),
+        }
+    }
 }
 
 /// What an objective makes of a pass.
@@ -59,6 +94,13 @@ pub struct Weighed {
     pub rewards: Option<RewardSums>,
 }
 
+impl Weighed {
+    /// Gives the next `targets` targets this weight.
+    pub fn add(&mut self, targets: usize, weight: f64) {
+        self.weights.resize(self.weights.len() + targets, weight);
+    }
+}
+
 /// Sums of rewards.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RewardSums {
@@ -66,11 +108,26 @@ pub struct RewardSums {
     pub chosen: (f64, usize),
     /// Sum over those not wanted, and their number.
     pub rejected: (f64, usize),
-    /// Pairs in which the wanted one has the higher reward, and the pairs.
+    /// Pairs in which the wanted one has the higher reward, and the pairs. Of answers that were rated one by one, those on their side of the
+    /// reference point, and all.
     pub right: (usize, usize),
 }
 
 impl RewardSums {
+    /// Adds a pair.
+    pub fn add_pair(&mut self, chosen: f64, rejected: f64) {
+        let right = (usize::from(chosen > rejected), 1);
+        *self = self.plus(Self { chosen: (chosen, 1), rejected: (rejected, 1), right });
+    }
+
+    /// Adds a rated answer, which is right when a good one has a reward above `point` and a bad one has not.
+    pub fn add_rated(&mut self, good: bool, reward: f64, point: f64) {
+        let right = (usize::from((reward > point) == good), 1);
+        let (one, none) = ((reward, 1), (0.0, 0));
+        let (chosen, rejected) = if good { (one, none) } else { (none, one) };
+        *self = self.plus(Self { chosen, rejected, right });
+    }
+
     /// Both together.
     pub fn plus(self, other: Self) -> Self {
         let sum = |a: (f64, usize), b: (f64, usize)| (a.0 + b.0, a.1 + b.1);
@@ -123,4 +180,86 @@ pub trait Objective: Send + Sync {
     /// # Errors
     /// When the units are none that it knows.
     fn weigh(&self, units: &[UnitLogProbs<'_>], n: usize, constant: f64) -> Result<Weighed>;
+}
+
+/// `1 / (1 + e⁻ˣ)`.
+pub fn sigmoid(x: f64) -> f64 {
+    // Of a number that is not positive, so that nothing overflows.
+    let e = (-x.abs()).exp();
+    if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
+}
+
+/// `log σ(x)`.
+pub fn log_sigmoid(x: f64) -> f64 {
+    x.min(0.0) - (-x.abs()).exp().ln_1p()
+}
+
+/// The log-probability of a sequence, by those of its targets.
+pub fn sum(log_probs: &[f64]) -> f64 {
+    log_probs.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three pairs, of targets of several counts.
+    pub(super) fn pairs() -> Vec<Vec<Vec<f64>>> {
+        vec![
+            vec![vec![-1.0, -0.5, -2.0], vec![-3.0, -0.25]],
+            vec![vec![-0.75], vec![-4.0, -0.1, -0.6]],
+            vec![vec![-0.2, -0.9, -1.1, -0.3], vec![-2.0]],
+        ]
+    }
+
+    /// Holds the weights to central differences of the mean loss: `wᵢ = −∂L/∂(log pᵢ)`. All units are cut over two passes and over one.
+    pub(super) fn check_weights(objective: &dyn Objective, units: &[Vec<Vec<f64>>], constant: f64) -> Result<()> {
+        let targets: Vec<Vec<usize>> = units.iter().map(|unit| unit.iter().map(Vec::len).collect()).collect();
+        let n = objective.count(&targets);
+        let weigh = |units: &[Vec<Vec<f64>>], first: u32| {
+            let unit = |(number, unit): (u32, &'_ Vec<Vec<f64>>)| (number, unit.clone());
+            let owned: Vec<(u32, Vec<Vec<f64>>)> = (first..).zip(units).map(unit).collect();
+            let views: Vec<UnitLogProbs> = owned
+                .iter()
+                .map(|(number, unit)| UnitLogProbs {
+                    number: *number,
+                    sequences: unit.iter().map(|s| &s[..]).collect(),
+                })
+                .collect();
+            objective.weigh(&views, n, constant)
+        };
+        let whole = weigh(units, 0)?;
+        let (first, second) = (weigh(&units[..1], 0)?, weigh(&units[1..], 1)?);
+        assert_eq!([first.weights, second.weights].concat(), whole.weights);
+        assert!((first.loss_sum + second.loss_sum - whole.loss_sum).abs() < 1e-12 * whole.loss_sum.abs().max(1.0));
+        let mut at = 0;
+        for u in 0..units.len() {
+            for s in 0..units[u].len() {
+                for t in 0..units[u][s].len() {
+                    let loss = |step: f64| {
+                        let mut units = units.to_vec();
+                        units[u][s][t] += step;
+                        weigh(&units, 0).map(|weighed| weighed.loss_sum / n as f64)
+                    };
+                    let slope = (loss(1e-5)? - loss(-1e-5)?) / 2e-5;
+                    let weight = whole.weights[at];
+                    assert!(
+                        (weight + slope).abs() < 1e-6 * weight.abs().max(1e-2),
+                        "target {at}: {weight}, slope {slope}"
+                    );
+                    at += 1;
+                }
+            }
+        }
+        assert_eq!(at, whole.weights.len());
+        Ok(())
+    }
+
+    #[test]
+    fn sigmoids_are_exact_where_they_are_flat() {
+        assert_eq!((sigmoid(0.0), sigmoid(800.0), sigmoid(-800.0)), (0.5, 1.0, 0.0));
+        assert!((sigmoid(-40.0) / (-40f64).exp() - 1.0).abs() < 1e-12);
+        assert_eq!((log_sigmoid(-800.0), log_sigmoid(800.0)), (-800.0, 0.0));
+        assert!((log_sigmoid(0.3) - sigmoid(0.3).ln()).abs() < 1e-15);
+    }
 }

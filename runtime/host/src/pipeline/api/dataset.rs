@@ -10,8 +10,9 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::order;
-use homeroom_engine::data::{Example, OnLongRow, Problems, check_row, read_texts};
+use homeroom_engine::data::{Group, OnLongRow, Problems, check_row_for, read_texts};
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::train::objective::Kind;
 use mlua::Lua;
 use sha2::{Digest, Sha256};
 
@@ -66,7 +67,7 @@ pub struct Dataset {
 /// The rows of a dataset as tokens.
 pub struct Encoded {
     /// What is trained or evaluated on.
-    pub examples: Vec<Example>,
+    pub groups: Vec<Group>,
     /// Digest of the rows.
     pub digest: String,
     /// Rows left out as too long.
@@ -80,7 +81,7 @@ pub struct Encoded {
 impl Encoded {
     /// Tokens of all examples.
     pub fn tokens(&self) -> usize {
-        self.examples.iter().map(|example| example.ids.len()).sum()
+        self.groups.iter().flat_map(|group| &group.sequences).map(|example| example.ids.len()).sum()
     }
 }
 
@@ -122,26 +123,28 @@ impl Dataset {
         &self.rows.rows
     }
 
-    /// The rows as examples of a model.
+    /// The rows as examples of a model, from which it is to learn by an objective.
     ///
     /// # Errors
     /// When there are none, rows are refused (all of them in one message), or the script is to end.
-    pub fn encode(&self, clock: &Clock, model: &BaseModel) -> Result<Encoded> {
+    pub fn encode(&self, clock: &Clock, model: &BaseModel, objective: Kind) -> Result<Encoded> {
         ensure!(!self.rows().is_empty(), "the dataset has no rows");
         let encoder = models::encoder(model, self.max_seq_len, self.on_long_row).map_err(in_lua_words)?;
         let mut problems: BTreeMap<&Path, Problems> = BTreeMap::new();
-        let (mut examples, mut skipped, mut truncated, mut endless) = (Vec::new(), 0, 0, 0);
+        let (mut groups, mut skipped, mut truncated, mut endless) = (Vec::new(), 0, 0, 0);
         let mut hasher = Sha256::new();
         for row in self.rows() {
             clock.check()?;
             hasher.update(row.text.json.as_bytes());
             hasher.update(b"\n");
-            match check_row(&row.text.json).and_then(|checked| encoder.examples(row.line, &checked)) {
+            let checked = check_row_for(&row.text.json, objective.rows(), objective.name());
+            match checked.and_then(|checked| encoder.groups(row.line, &checked)) {
                 Ok(None) => skipped += 1,
                 Ok(Some((mut kept, cut))) => {
                     truncated += cut;
-                    endless += if cut == 0 { encoder.count_endless(&kept) } else { 0 };
-                    examples.append(&mut kept);
+                    let count = |group: &Group| encoder.count_endless(&group.sequences);
+                    endless += if cut == 0 { kept.iter().map(count).sum() } else { 0 };
+                    groups.append(&mut kept);
                 }
                 Err(problem) => problems.entry(&row.file).or_default().add(row.line, problem),
             }
@@ -149,9 +152,10 @@ impl Dataset {
         for (file, problems) in problems {
             problems.into_result(file).map_err(in_lua_words)?;
         }
-        ensure!(!examples.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
+        objective.mark(&mut groups);
+        ensure!(!groups.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
         let digest = format!("sha256:{}", hex(&hasher.finalize()));
-        Ok(Encoded { examples, digest, skipped, truncated, endless })
+        Ok(Encoded { groups, digest, skipped, truncated, endless })
     }
 
     /// What tells it from any other: its rows, in order, and how they are to be encoded.

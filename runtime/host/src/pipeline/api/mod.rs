@@ -4,6 +4,7 @@
 //! stands still, and returns plain tables and texts; a failure begins with the script's file and line.
 
 mod dataset;
+mod forgetting;
 mod handler;
 mod identity;
 mod imagined;
@@ -34,7 +35,7 @@ use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::text::block_end::BlockEnd;
-use homeroom_engine::train::evaluate_examples;
+use homeroom_engine::train::{evaluate_examples, objective};
 use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
@@ -377,7 +378,7 @@ fn verb_call<T>(session: &Session, call: impl FnOnce() -> Result<T, Failure>) ->
 
 type Call = fn(&Lua, &Session, Value) -> Result<Value, Failure>;
 
-const CALLS: [(&str, Call); 8] = [
+const CALLS: [(&str, Call); 9] = [
     ("load_model", load_model),
     ("prepare_dataset", prepare_dataset),
     ("fine_tune", fine_tune),
@@ -385,6 +386,7 @@ const CALLS: [(&str, Call); 8] = [
     ("load_fine_tuned_model", load_fine_tuned_model),
     ("create_handler", create_handler),
     ("evaluate", evaluate),
+    ("forgetting", forgetting::forgetting),
     ("generate", generate),
 ];
 
@@ -684,12 +686,12 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
     if session.dry {
         let (model, _) = spec.load(session)?;
-        let data = rows.encode(&session.clock, &model).context("evaluate: dataset")?;
+        let data = rows.encode(&session.clock, &model, objective::Kind::Sft).context("evaluate: dataset")?;
         let table = lua.create_table()?;
         session.would(
             lua,
-            format!("measure {} on {} examples", spec.base, thousands(data.examples.len())),
-            json!({"verb": "evaluate", "model": spec.base, "examples": data.examples.len(), "tokens": data.tokens()}),
+            format!("measure {} on {} examples", spec.base, thousands(data.groups.len())),
+            json!({"verb": "evaluate", "model": spec.base, "examples": data.groups.len(), "tokens": data.tokens()}),
         )?;
         let steps = session.imagined.steps(&spec);
         let loss = imagined::loss(&model, steps);
@@ -697,15 +699,15 @@ fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         table.set("perplexity", loss.exp())?;
         table.set("token_accuracy", imagined::accuracy(&model, steps))?;
         table.set("trained_tokens", data.tokens())?;
-        table.set("examples", data.examples.len())?;
+        table.set("examples", data.groups.len())?;
         return Ok(Value::Table(table));
     }
     Ok(to_lua(
         lua,
         &stored::stored(lua, session, verb("evaluate"), &options, || {
             let (model, adaptation) = spec.load(session)?;
-            let data = rows.encode(&session.clock, &model).context("evaluate: dataset")?;
-            let examples: Vec<_> = data.examples.iter().collect();
+            let data = rows.encode(&session.clock, &model, objective::Kind::Sft).context("evaluate: dataset")?;
+            let examples: Vec<_> = data.groups.iter().flat_map(|group| &group.sequences).collect();
             let bar = progress::counting("evaluating", examples.len());
             let compute = options.word("compute").unwrap_or(Compute::F32);
             let result = evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| {

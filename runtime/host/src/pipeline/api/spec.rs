@@ -256,7 +256,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "prepare_dataset",
-        doc: "Reads a JSONL file and checks all its rows.\nA row has `messages`, or `prompt` and `completion`, or `text`. Rows become tokens when a model uses them.",
+        doc: "Reads a JSONL file and checks all its rows.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows become tokens when a model uses them.",
         options: &[
             &[
                 required(
@@ -288,6 +288,20 @@ pub const VERBS: &[Verb] = &[
                 required("model", Kind::Model, "what to train"),
                 required("dataset", Kind::Dataset, "rows to train on"),
                 opt("eval", Kind::Dataset, "none", "held-out rows to evaluate on, before and after"),
+                opt(
+                    "objective",
+                    Kind::OneOf(&["sft", "dpo", "kto", "orpo"]),
+                    "\"sft\"",
+                    "what is learned: sft: the answers of the rows; dpo and orpo: to prefer `chosen` to `rejected`; kto: to answer as is rated good by `label`",
+                ),
+                opt(
+                    "beta",
+                    Kind::Rate,
+                    "0.1",
+                    "of dpo and kto, how closely the model is kept to its reference; of orpo, what the preference weighs",
+                ),
+                opt("desirable_weight", Kind::Rate, "1", "of kto, what an answer weighs that was rated good"),
+                opt("undesirable_weight", Kind::Rate, "1", "of kto, what an answer weighs that was rated bad"),
                 opt("num_train_epochs", Kind::Count, "1", "passes over the rows").or(&["epochs"]),
                 opt(
                     "max_steps",
@@ -302,7 +316,7 @@ pub const VERBS: &[Verb] = &[
                 opt(
                     "learning_rate",
                     Kind::LearningRate,
-                    "the strategy's, else 2e-4",
+                    "the strategy's, else 2e-4; a tenth for dpo and kto, half for orpo",
                     "the highest learning rate, after warm-up",
                 )
                 .or(&["lr"]),
@@ -317,6 +331,12 @@ pub const VERBS: &[Verb] = &[
                     .or(&["warmup"]),
                 opt("weight_decay", Kind::Share, "0", "decoupled weight decay"),
                 opt("max_grad_norm", Kind::Number, "1", "gradients are scaled down to this norm; 0: never"),
+                opt(
+                    "neftune_noise_alpha",
+                    Kind::Number,
+                    "0",
+                    "NEFTune: noise on embeddings while training, which helps against learning rows by heart; 5 is usual",
+                ),
             ],
             STRATEGY,
             &[
@@ -435,6 +455,19 @@ pub const VERBS: &[Verb] = &[
         returns: "Evaluation",
         returns_doc: "`loss` in nats, `perplexity`, `token_accuracy`, `trained_tokens` and `examples`",
         example: "local score = homeroom.evaluate { model = tutor, dataset = data.eval }\nprint(score.loss, score.perplexity)",
+    },
+    Verb {
+        name: "forgetting",
+        doc: "Measures how far a trained model has moved from its base, on rows that it was not to change on.\nWithout `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters about a minute on two cores, at the second call much less.",
+        options: &[&[
+            required("model", Kind::Model, "the trained model"),
+            opt("dataset", Kind::Dataset, "answers of the base's own", "rows of the kind that must not be forgotten")
+                .or(&["rows"]),
+            opt("base", Kind::Model, "what `model` was trained from", "the base that it is compared with"),
+        ]],
+        returns: "Forgetting",
+        returns_doc: "`loss_before` and `loss` on these rows, `kl` in nats a token, and `tokens`",
+        example: "local forgotten = homeroom.forgetting { model = tuned }\nif forgotten.kl > 0.1 then homeroom.log.warn(\"it forgets\", { kl = forgotten.kl }) end",
     },
     Verb {
         name: "generate",

@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use homeroom_engine::data::{Example, note_endless};
+use anyhow::{Context, Result, ensure};
+use homeroom_engine::data::{Group, note_endless};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::objective::{Objective, Sft};
+use homeroom_engine::train::objective::{Kind as ObjectiveKind, ObjectiveConfig};
 use homeroom_engine::train::{Broken, Control, Data, EvalReport, Observer, StepReport, TrainConfig, planned_steps};
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::dataset::Encoded;
+use super::dataset::{Dataset, Encoded};
 use super::imagined::{self, Needs};
 use super::model::ModelSpec;
 use super::options::Options;
@@ -21,6 +21,7 @@ use super::value::{to_json, to_lua, words};
 use super::{NewAdapter, Session, identity};
 use crate::job::defaults::{self, Open};
 use crate::job::{Job, Outcome, Recording, Saving, Taken, newest_checkpoint};
+use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
@@ -64,16 +65,19 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     }
     let plugin = session.plugin(&strategy)?;
     check_options(&plugin, &spec.options)?;
-    config(&options, None).check().context("fine_tune")?;
+    let objective = objective(&options).context("fine_tune")?;
+    config(&options, objective.objective, None).check().context("fine_tune")?;
 
+    reset_peak_memory();
     let mut model = spec.load_base(session)?;
     let init_from = spec.adapter_path(session)?;
     if let Some(adapter) = &init_from {
         model = with_text(adapter, model)?;
     }
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
-    let data = rows.encode(session.clock(), &model).context("dataset")?;
-    let eval = options.dataset("eval").map(|eval| eval.encode(session.clock(), &model)).transpose().context("eval")?;
+    let encode = |rows: Dataset| rows.encode(session.clock(), &model, objective.objective);
+    let data = encode(rows).context("dataset")?;
+    let eval = options.dataset("eval").map(encode).transpose().context("eval")?;
     let requantize = options.flag("requantize").unwrap_or(false);
     let adapter = step.as_ref().map(|step| session.new_adapter(step.key())).transpose()?;
     let begun = adapter.as_ref().and_then(|adapter| newest_checkpoint(&adapter.training));
@@ -87,14 +91,14 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         }
     };
     job.watch = session.search.watching();
-    let mut config = config(&options, job.proposed_learning_rate);
+    let mut config = config(&options, objective.objective, job.proposed_learning_rate);
     let is_open = |names: [&str; 2]| names.iter().all(|name| options.whole(name).is_none());
     let epochs = is_open(["num_train_epochs", "max_steps"]);
     let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
     let open = Open { epochs, batch_size };
-    let chosen = defaults::choose(&mut config, open, data.examples.len());
+    let chosen = defaults::choose(&mut config, open, data.groups.len());
     let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
-    let mut recording = match &adapter {
+    let recording = match &adapter {
         Some(NewAdapter { run, number, .. }) => Some(Recording::new(run, *number, saving)?),
         None => None,
     };
@@ -102,12 +106,12 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         (Some(recording), Some(_)) => Some(recording.resume(&job, &mut config).context(FRESH)?),
         _ => None,
     };
-    let steps = planned_steps(data.examples.len(), &config).context("fine_tune")?;
-    restate(session, &spec, &job, &data, eval.as_ref(), &config, steps);
+    let steps = planned_steps(data.groups.len(), &config).context("fine_tune")?;
+    restate(session, &spec, objective, &job, &data, eval.as_ref(), &config, steps);
     if let Some(chosen) = chosen {
         session.tell(format_args!("note: {chosen}"));
     }
-    let (Some(step), Some(adapter)) = (step, &adapter) else {
+    let (Some(step), Some(adapter), Some(mut recording)) = (step, &adapter, recording) else {
         let (spec, options, job, data, config) = (&spec, &options, &job, &data, &config);
         return Dry { spec, options, job, data, eval: eval.as_ref(), config, steps }.run(lua, session);
     };
@@ -120,8 +124,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let NewAdapter { run, id, path, .. } = adapter;
     drop(NewDirectory::start(path)?);
     let parent = spec.parent(session);
-    let trained: Vec<&Example> = data.examples.iter().collect();
-    let held_out: Vec<&Example> = eval.iter().flat_map(|eval| &eval.examples).collect();
+    let trained: Vec<&Group> = data.groups.iter().collect();
+    let held_out: Vec<&Group> = eval.iter().flat_map(|eval| &eval.groups).collect();
     let mut watcher = Watcher {
         lua,
         session,
@@ -134,8 +138,19 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         raised: None,
     };
     from.iter().for_each(|from| watcher.recall(from.of_observer()));
-    let units = Data::of_examples(&trained, &held_out);
-    let (report, failure) = match job.train(&units, &Sft, &config, &mut watcher, recording.as_mut(), from) {
+    let mut counting = None;
+    let made =
+        job.objective(objective, (&trained, &held_out), &config, Some(recording.directory()), &mut |done, all| {
+            let bar = counting.get_or_insert_with(|| progress::counting("reference", all));
+            bar.set_position(done as u64);
+            ensure!(!session.clock().cancelled(), "interrupted");
+            Ok(())
+        });
+    counting.into_iter().for_each(|bar| bar.finish_and_clear());
+    session.clock().check()?;
+    let made = made.context("fine_tune")?;
+    let units = Data::of_groups(&trained, &held_out);
+    let (report, failure) = match job.train(&units, &*made, &config, &mut watcher, Some(&mut recording), from) {
         Ok(state) => (state.report, None),
         Err(error) => {
             let Broken { reason, state } = error.downcast()?;
@@ -146,8 +161,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     bar.into_iter().for_each(progress::Training::end);
     let ended = raised.is_some() || session.clock().cancelled();
     let (rows, data_digest) = (trained.len(), data.digest.clone());
-    let (objective, of_run) = (Sft.name(), Some(run.id().to_owned()));
-    let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, failure };
+    let of_run = Some(run.id().to_owned());
+    let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, forgetting: None, failure };
     let path = outcome.save(&job, path, Taken::Replaced, parent.as_deref())?;
     let (before, after) = (outcome.report.before(), outcome.report.after());
     if let (Some(before), Some(after)) = (before, after) {
@@ -159,7 +174,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     if let Some(step) = outcome.report.kept_step {
         session.tell(format_args!("result    of step {step}, the best on the held-out rows"));
     }
-    let (done, train_loss) = (outcome.report.steps.len(), outcome.report.train_loss());
+    let (done, train_loss, seconds) =
+        (outcome.report.steps.len(), outcome.report.train_loss(), outcome.report.seconds());
     if ended {
         session.tell(format_args!(
             "stopped after step {done} of {steps}; what it had learned by then is in {}",
@@ -180,9 +196,12 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         "metrics": {
             "eval_loss": after.map(|eval| eval.loss),
             "eval_loss_before": before.map(|eval| eval.loss),
+            "eval_reward_accuracy": after.and_then(|eval| Some(eval.rewards?.accuracy)),
             "train_loss": train_loss,
             "steps": done,
             "planned_steps": steps,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
         },
         "stopped": stopped.as_deref().unwrap_or(FINISHED),
     });
@@ -228,7 +247,7 @@ impl Dry<'_> {
     fn run(&self, lua: &Lua, session: &Session) -> Result<Value, Failure> {
         let Self { spec, job, data, steps, .. } = *self;
         let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
-        let held_out = self.eval.map_or(0, |eval| eval.examples.len());
+        let held_out = self.eval.map_or(0, |eval| eval.groups.len());
         let tokens = (data.tokens() as f64 * self.epochs()).round() as usize;
         let needs = self.needs();
         session.would(
@@ -237,7 +256,7 @@ impl Dry<'_> {
                 "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps ({} tokens), {} of {} parameters; {}",
                 spec.base,
                 job.strategy.name,
-                thousands(data.examples.len()),
+                thousands(data.groups.len()),
                 thousands(data.tokens()),
                 thousands(steps as usize),
                 thousands(tokens),
@@ -250,7 +269,7 @@ impl Dry<'_> {
                 "model": spec.base,
                 "strategy": job.strategy.name,
                 "options": spec.options,
-                "examples": data.examples.len(),
+                "examples": data.groups.len(),
                 "tokens": data.tokens(),
                 "held_out": held_out,
                 "steps": steps,
@@ -272,6 +291,8 @@ impl Dry<'_> {
                 "train_loss": (loss(0) + loss(steps)) / 2.0,
                 "steps": steps,
                 "planned_steps": steps,
+                "seconds": needs.seconds.unwrap_or(1.0),
+                "peak_memory_bytes": needs.memory_bytes.or(peak_memory_bytes()),
             },
             "stopped": FINISHED,
         });
@@ -281,7 +302,7 @@ impl Dry<'_> {
     /// Passes over the rows.
     fn epochs(&self) -> f64 {
         let per_step = self.config.batch_size as f64 * self.config.gradient_accumulation_steps as f64;
-        let epoch_steps = (self.data.examples.len() as f64 / per_step).ceil().max(1.0);
+        let epoch_steps = (self.data.groups.len() as f64 / per_step).ceil().max(1.0);
         self.steps as f64 / epoch_steps
     }
 
@@ -364,7 +385,14 @@ fn check_options(plugin: &Plugin, options: &Map<String, Json>) -> Result<(), Fai
     if problems.is_empty() { Ok(()) } else { Err(said(problems.join("\n  "))) }
 }
 
-fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
+/// What is learned.
+fn objective(options: &Options) -> Result<ObjectiveConfig> {
+    let [beta, desirable, undesirable] =
+        ["beta", "desirable_weight", "undesirable_weight"].map(|name| options.number(name));
+    ObjectiveConfig::given(options.word("objective").unwrap_or_default(), beta, desirable, undesirable)
+}
+
+fn config(options: &Options, objective: ObjectiveKind, proposed: Option<f64>) -> TrainConfig {
     let default = TrainConfig::default();
     let count = |name: &str, default: usize| options.whole(name).map_or(default, |count| count as usize);
     TrainConfig {
@@ -372,7 +400,9 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         max_steps: options.whole("max_steps"),
         batch_size: count("per_device_train_batch_size", default.batch_size),
         gradient_accumulation_steps: count("gradient_accumulation_steps", default.gradient_accumulation_steps),
-        learning_rate: options.number("learning_rate").or(proposed).unwrap_or(defaults::LEARNING_RATE),
+        learning_rate: options
+            .number("learning_rate")
+            .unwrap_or_else(|| proposed.unwrap_or(defaults::LEARNING_RATE) * objective.learning_rate_scale()),
         lr_scheduler_type: options.word("lr_scheduler_type").unwrap_or(default.lr_scheduler_type),
         warmup_ratio: options.number("warmup_ratio").unwrap_or(default.warmup_ratio),
         weight_decay: options.number("weight_decay").unwrap_or(default.weight_decay),
@@ -381,6 +411,7 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         shuffle: options.flag("shuffle").unwrap_or(default.shuffle),
         gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
         packing: options.flag("packing").unwrap_or(default.packing),
+        neftune_noise_alpha: options.number("neftune_noise_alpha").unwrap_or(default.neftune_noise_alpha),
         compute: options.word("compute").unwrap_or(Compute::Auto),
         eval_steps: options.whole("eval_steps"),
         early_stopping_patience: options.whole("early_stopping_patience"),
@@ -392,6 +423,7 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
 fn restate(
     session: &Session,
     spec: &ModelSpec,
+    objective: ObjectiveConfig,
     job: &Job,
     data: &Encoded,
     eval: Option<&Encoded>,
@@ -414,15 +446,21 @@ fn restate(
         100.0 * trained / all,
         job.blocks(config.compute),
     ));
-    let held_out = eval.map_or_else(String::new, |eval| format!(", {} held out", thousands(eval.examples.len())));
+    if objective.objective != ObjectiveKind::Sft {
+        session.tell(format_args!("objective {}", objective.words()));
+    }
+    if let Some(note) = defaults::balance(objective, &data.groups.iter().collect::<Vec<_>>()) {
+        session.tell(format_args!("note: {note}"));
+    }
+    let held_out = eval.map_or_else(String::new, |eval| format!(", {} held out", thousands(eval.groups.len())));
     let left_out = match (data.skipped, data.truncated) {
         (0, 0) => String::new(),
         (skipped, 0) => format!(", {skipped} left out as too long"),
         (_, truncated) => format!(", {truncated} cut to length"),
     };
-    let count = thousands(data.examples.len());
+    let count = thousands(data.groups.len());
     session.tell(format_args!("data      {count} examples, {} tokens{held_out}{left_out}", thousands(data.tokens())));
-    if let Some(note) = note_endless(data.endless, data.examples.len()) {
+    if let Some(note) = note_endless(data.endless, data.groups.len()) {
         session.tell(note);
     }
     session.tell(format_args!(

@@ -1,0 +1,82 @@
+-- Trains on answers that people rated, and puts the new model in the place of the old one only if it is better on held-out rows and has
+-- not forgotten what its base can do. Else the old one stays, and the result says why.
+-- Run: homeroom run configs/improve.toml
+--
+-- A row of the ratings is an answer and what somebody thought of it: `prompt`, `completion` and `label`, true or false, as TRL's KTO
+-- has them; or `thumb`, "up" or "down".
+
+local function is_liked(row)
+  if row.label == true or row.thumb == "up" then return true end
+  if row.label == false or row.thumb == "down" then return false end
+  error("a row has neither `label`, true or false, nor `thumb`, \"up\" or \"down\": " .. tostring(row.prompt))
+end
+
+local ratings = homeroom.prepare_dataset { path = params.ratings }.train:dedupe()
+
+-- What the new model has to be better on. Rows of people who know are best; else some of the liked answers are kept back.
+local lessons, exam = ratings, nil
+if params.exam then
+  exam = homeroom.prepare_dataset { path = params.exam }.train
+else
+  lessons, exam = ratings:split { eval = params.eval, seed = params.seed }
+  exam = exam:filter(is_liked)
+end
+
+-- sft learns what was liked; kto also learns what not to say.
+if params.objective == "sft" then
+  lessons = lessons:filter(is_liked)
+else
+  lessons = lessons:map(function(row)
+    return { prompt = row.prompt, completion = row.completion, label = is_liked(row) }
+  end)
+end
+
+-- The model that answers now; in the first round there is none of that name, and the base is what is to be improved.
+local base = homeroom.load_model { name = params.model, strategy = params.strategy, r = params.r }
+local there, present = pcall(homeroom.load_fine_tuned_model, { name = params.name })
+if not there then
+  if not present:find("there is no model", 1, true) then error(present) end
+  present = nil
+end
+
+local before = homeroom.evaluate { model = present or base, dataset = exam }
+local tuned = homeroom.fine_tune {
+  model = params.start == "present" and present or base,
+  dataset = lessons,
+  objective = params.objective,
+  learning_rate = params.learning_rate,
+  num_train_epochs = params.epochs,
+  max_steps = params.max_steps,
+  per_device_train_batch_size = params.batch_size,
+  seed = params.seed,
+}
+local after = homeroom.evaluate { model = tuned, dataset = exam }
+local forgotten = homeroom.forgetting { model = tuned }
+
+local reasons = {}
+if not (after.loss < before.loss - params.min_gain) then
+  table.insert(reasons, ("the held-out loss is %.4f, and that of the present model %.4f"):format(after.loss, before.loss))
+end
+if not (forgotten.kl <= params.max_kl) then
+  table.insert(reasons, ("it forgets: the KL divergence from the base is %.4f nats a token, and max_kl %.4f"):format(forgotten.kl, params.max_kl))
+end
+local promoted = #reasons == 0
+if promoted then
+  local saved = homeroom.save_model { model = tuned, name = params.name }
+  homeroom.create_handler { name = params.name, model = saved }
+  print(("promoted  %s   held-out loss %.4f before, %.4f now"):format(params.name, before.loss, after.loss))
+else
+  local stays = present and ("%s stays as it is"):format(params.name) or "nothing is saved"
+  homeroom.log.warn(("not promoted, %s: %s"):format(stays, table.concat(reasons, "; ")))
+end
+return {
+  model = params.name,
+  promoted = promoted,
+  reasons = reasons,
+  adapter = tuned.adapter,
+  rated = #ratings,
+  trained = #lessons,
+  eval_loss_before = before.loss,
+  eval_loss = after.loss,
+  kl = forgotten.kl,
+}

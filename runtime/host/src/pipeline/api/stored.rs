@@ -122,8 +122,9 @@ impl<'a> Step<'a> {
             ));
             return Ok(());
         }
-        let put = |run| self.session.store.put(run, &self.key, made.result, &made.files, self.seconds());
-        let kept = self.session.run_path().and_then(|run| put(&run));
+        let Made { result, files } = made;
+        let put = |run: PathBuf| self.session.store.put(&run, &self.key, result, &files, self.seconds());
+        let kept = self.session.run_path().and_then(put);
         // Where one cannot be kept, the others cannot either.
         if let Err(error) = kept
             && !self.session.unkept.replace(true)

@@ -46,6 +46,7 @@ mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;
+mod steps;
 mod strategies;
 mod support;
 #[cfg(unix)]

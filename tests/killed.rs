@@ -426,7 +426,7 @@ impl Observer for Program {
 fn alone() -> Result<()> {
     let Some(place) = std::env::var_os("HOMEROOM_KILLED").map(PathBuf::from) else { return Ok(()) };
     let how = std::env::var("HOMEROOM_KILLED_HOW").unwrap_or_default();
-    let (is_full, is_evaluated) = (how == "full", how != "");
+    let (is_full, is_evaluated) = (how == "full", !how.is_empty());
     let model = Arc::new(model("llama")?);
     let load = |name: &str| Plugin::load(&place.join(name).join("libreloading.so"));
     let plugin = load("plain")?;

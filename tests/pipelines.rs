@@ -424,7 +424,8 @@ fn a_dry_run_writes_nothing() -> Result<()> {
     let script = format!(
         "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, eval = data.eval, epochs = 2 }}\n\
          local again = homeroom.fine_tune {{ model = tuned, dataset = data.train, steps = 1 }}\n\
-         if tuned.metrics.eval_loss < 1 then error(\"nan is below nothing\") end\n\
+         assert(tuned.metrics.eval_loss < tuned.metrics.eval_loss_before and again.metrics.eval_loss == nil)\n\
+         assert(again.metrics.train_loss < tuned.metrics.train_loss)\n\
          local saved = homeroom.save_model {{ model = again, name = \"x\" }}\n\
          homeroom.load_fine_tuned_model {{ name = \"x\" }}\n\
          homeroom.create_handler {{ name = \"x\", model = saved }}\nreturn saved"
@@ -435,14 +436,55 @@ fn a_dry_run_writes_nothing() -> Result<()> {
     let actions = would["would"].as_array().context("a list of actions")?;
     let verbs: Vec<&str> = actions.iter().filter_map(|action| action["verb"].as_str()).collect();
     assert_eq!(verbs, ["prepare_dataset", "fine_tune", "fine_tune", "save_model", "create_handler"]);
+    let total = &actions.last().context("the last is the total")?["total"];
+    let sum: u64 = actions[1..3].iter().filter_map(|action| action["needs"]["tokens"].as_u64()).sum();
+    assert!(sum > 0 && total["tokens"] == sum && total["disk_bytes"].as_u64() > Some(1000), "{total}");
     let train = &actions[1];
-    // 18 rows in batches of 8 are 3 steps an epoch.
-    assert_eq!((&train["examples"], &train["held_out"], &train["steps"]), (&json!(18), &json!(6), &json!(6)));
+    // 18 rows in batches of 2, as so few get them, are 9 steps an epoch.
+    assert_eq!((&train["examples"], &train["held_out"], &train["steps"]), (&json!(18), &json!(6), &json!(18)));
     assert!(train["trainable_parameters"].as_u64() < train["parameters"].as_u64());
     assert!(train["tokens"].as_u64() > Some(100), "{train}");
     assert!(!place.home().exists(), "it wrote something");
     let output = place.run(&script, &["--dry-run"])?;
-    assert!(String::from_utf8_lossy(&output.stdout).starts_with("would\n  read "), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(told.starts_with("would\n  read ") && told.contains("\n  in all  2 trainings, "), "{told}");
+    Ok(())
+}
+
+/// Callbacks are called once with a sample, so that a mistake in them is found before a training has cost anything.
+#[test]
+fn a_dry_run_calls_callbacks_once_and_its_losses_are_numbers_that_fall() -> Result<()> {
+    let place = Place::new()?;
+    let script = |callback: &str| {
+        format!(
+            "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, eval = data.eval, steps = 40, eval_steps = 5,\n\
+             {callback}\n}}\nlocal again = homeroom.fine_tune {{ model = tuned, dataset = data.train, eval = data.eval, steps = 5 }}\n\
+             local losses = {{ homeroom.evaluate {{ model = model, dataset = data.eval }}.loss, homeroom.evaluate {{ model = tuned, dataset = data.eval }}.loss,\n\
+             again.metrics.eval_loss }}\nassert(losses[1] > losses[2] and losses[2] > losses[3] and losses[3] > 0)\n\
+             assert(math.abs(losses[1] - tuned.metrics.eval_loss_before) < 1e-9 and losses[2] == tuned.metrics.eval_loss)\n\
+             print(\"loss \" .. losses[2])"
+        )
+    };
+    let dry = |callback: &str| place.run(&script(callback), &["--dry-run"]);
+    let fine = dry(
+        "on_step = function(r) r.state.n = (r.state.n or 0) + 1 print(\"step\", r.step, r.steps, r.state.n, r.loss == r.loss) end,\n\
+         on_eval = function(r) print(\"eval\", r.step, r.best <= r.eval_loss) end",
+    )?;
+    let story = stderr(&fine);
+    assert!(fine.status.success(), "{story}");
+    for (line, times) in [("step\t40\t40\t1\ttrue", 1), ("eval\t40\ttrue", 1)] {
+        assert_eq!(story.matches(line).count(), times, "{line}: {story}");
+    }
+    let said = |output: &Output| stderr(output).lines().find(|line| line.starts_with("loss ")).map(str::to_owned);
+    assert_eq!(said(&fine), said(&dry("on_step = function(r) end")?));
+    for (callback, expected) in [
+        ("on_step = function(r) print(r.loss.x) end", "s.lua:4: attempt to index number with 'x'"),
+        ("on_eval = function(r) return { stpo = \"x\" } end", "s.lua:4: fine_tune: on_eval: unknown directive `stpo`"),
+    ] {
+        let failed = dry(callback)?;
+        assert!(failed.status.code() == Some(1) && stderr(&failed).contains(expected), "{}", stderr(&failed));
+    }
+    assert!(!place.home().exists(), "it wrote something");
     Ok(())
 }
 
@@ -456,7 +498,7 @@ fn check_tells_all_problems_of_a_script_without_running_it() -> Result<()> {
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(1));
     for expected in [
-        "4 problems",
+        "6 problems",
         "s.lua:2: fine_tune: unknown option `epoch`, did you mean `epochs`?",
         "s.lua:3: `params` has no `modl`, did you mean `model`?",
         "more.lua:1: `homeroom` has no `fine_tnue`, did you mean `fine_tune`?",
@@ -466,6 +508,153 @@ fn check_tells_all_problems_of_a_script_without_running_it() -> Result<()> {
     }
     let output = place.run("local = 1", &["--check"])?;
     assert!(stderr(&output).contains("s.lua:1:"), "{}", stderr(&output));
+    Ok(())
+}
+
+/// Values that are written down, files, models, strategies, and every global: all of it, each at its line, and nothing is run or loaded.
+#[test]
+fn check_looks_at_values_and_at_what_is_named() -> Result<()> {
+    let place = Place::new()?;
+    let script = "local data = homeroom.prepare_dataset { path = \"missing.jsonl\" }\n\
+        local model = homeroom.load_model { name = params.base, strategy = \"lorra\", r = 0 }\n\
+        local tuned = homeroom.fine_tune {\n  model = model, dataset = data.train,\n  learning_rate = 50,\n  lr_scheduler_type = \"cosin\",\n\
+        epochs = params.epochs, warmup_ratio = if params.n then 2 else 3, batch_size = 2 * 0,\n  max_steps = -3, packing = \"yes\",\n}\n\
+        local other = homeroom.load_fine_tuned_model { name = \"nobody\" }\n\
+        local saved = homeroom.save_model { model = tuned, name = \"My Tutor\" }\n\
+        homeroom.create_handler { name = \"../x\", model = saved }\n\
+        homeroom.evaluate { model = \"gone/away\", dataset = data.train }\n\
+        homeroom.generate { model = tuned, promts = { \"a\" } }\n\
+        print(tunde.metrics, limit)\nreturn { a = saved, b = tuned.metrics }\n";
+    place.config(script)?;
+    let config = place.write(
+        "c.toml",
+        "[pipeline]\nscript = \"s.lua\"\n[pipeline.params]\nbase = { type = \"model\", required = true }\n\
+         rows = { type = \"path\", default = \"gone.jsonl\" }\nepochs = { type = \"int\", default = 0 }\nn = { type = \"int\" }\n",
+    )?;
+    let output = place.command(&config).arg("--check").output()?;
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for expected in [
+        "c.toml:5: parameter `rows`: there is no file or directory ",
+        "s.lua:1: prepare_dataset: there is no file ",
+        "s.lua:2: load_model: unknown strategy `lorra`, did you mean `lora`?",
+        "s.lua:2: load_model: `r` should be a whole number from 1, not 0",
+        "s.lua:5: fine_tune: `learning_rate` should be a number above 0 and at most 10, not 50",
+        "s.lua:6: fine_tune: `lr_scheduler_type` should be \"cosine\" or \"linear\" or \"constant\", not \"cosin\"",
+        "s.lua:7: fine_tune: `epochs` should be a whole number from 1, not 0",
+        "s.lua:8: fine_tune: `max_steps` should be a whole number from 1, not -3",
+        "s.lua:8: fine_tune: `packing` should be true or false, not \"yes\"",
+        "s.lua:10: load_fine_tuned_model: there is no model `nobody`",
+        "s.lua:11: save_model: `My Tutor` is not a model's name",
+        "s.lua:12: create_handler: `../x` is not a handler's name",
+        "s.lua:13: evaluate: gone/away: ",
+        "s.lua:14: generate: unknown option `promts`, did you mean `prompts`?",
+        "s.lua:14: generate: `prompts` is missing; it should be a list of strings",
+        "s.lua:15: unknown name `tunde`, did you mean `tuned`?",
+        "s.lua:15: unknown name `limit`",
+        "17 problems",
+    ] {
+        assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
+    }
+    assert!(
+        !message.contains("batch_size") && !message.contains("warmup") && !message.contains("required"),
+        "{message}"
+    );
+
+    // A file whose own problems are told keeps nothing back of its script's.
+    let text = std::fs::read_to_string(&config)?.replace("type = \"int\", default = 0", "type = \"itn\"");
+    std::fs::write(&config, text)?;
+    let message = stderr(&place.command(&config).arg("--check").output()?);
+    for expected in
+        ["line 6: `epochs`: its type is unknown, did you mean `int`?", "s.lua:5: fine_tune: `learning_rate` should"]
+    {
+        assert!(message.contains(expected), "{expected}\n--- in ---\n{message}");
+    }
+    assert!(!message.contains("has no `epochs`"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn check_finds_nothing_wrong_with_what_a_run_would_make() -> Result<()> {
+    let place = Place::new()?;
+    let script = format!(
+        "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, steps = 1, lr = 2e-4 }}\n\
+         homeroom.save_model {{ model = tuned, name = \"mine\" }}\nlocal mine = homeroom.load_fine_tuned_model {{ name = \"mine\" }}\n\
+         homeroom.create_handler {{ name = \"mine\", model = \"mine\" }}\n\
+         return homeroom.generate {{ model = mine, prompts = {{ \"a\", \"b\" }}, temperature = 0 }}"
+    );
+    let output = place.run(&script, &["--check"])?;
+    assert!(output.status.success() && stderr(&output).contains("no problems found"), "{}", stderr(&output));
+    // What is shipped needs no parameters to be looked at.
+    for name in ["quickstart", "fine_tune", "curriculum"] {
+        let output = place.command(&root().join("configs").join(format!("{name}.toml"))).arg("--check").output()?;
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+    }
+    Ok(())
+}
+
+/// What `new` writes runs as it is, outside of the repository, and is never written over something.
+#[test]
+fn a_new_pipeline_is_checked_and_runs_at_once() -> Result<()> {
+    let place = Place::new()?;
+    let new = |name: &str| {
+        let mut command = homeroom();
+        command.current_dir(place.path("")).env("HOMEROOM_HOME", place.home()).args(["new", name]);
+        command.output()
+    };
+    let made = new("symbols")?;
+    assert!(made.status.success(), "{}", stderr(&made));
+    assert!(stderr(&made).contains("next      homeroom run symbols/symbols.toml"), "{}", stderr(&made));
+    let text = |name: &str| std::fs::read_to_string(place.path("symbols").join(name));
+    assert_eq!(text("types/homeroom.meta.lua")?, reference::lua_ls());
+    assert_eq!(text("types/homeroom.d.luau")?, reference::luau());
+    for name in [".vscode/settings.json", ".luarc.json", ".luaurc"] {
+        let settings: Value = serde_json::from_str(&text(name)?)?;
+        assert!(settings.as_object().is_some_and(|settings| !settings.is_empty()), "{name}");
+    }
+    assert_eq!(text("rows.jsonl")?.lines().count(), 12);
+    let config = place.path("symbols/symbols.toml");
+    let checked = place.command(&config).arg("--check").output()?;
+    assert!(checked.status.success(), "{}", stderr(&checked));
+    let run = place.command(&config).current_dir(place.path("")).args(["--json", "--set", "epochs=2"]).output()?;
+    assert!(run.status.success(), "{}", stderr(&run));
+    let result: Value = serde_json::from_slice(&run.stdout)?;
+    assert_eq!(result["model"], "symbols");
+    assert!(place.home().join("models/symbols/adapter_model.safetensors").exists());
+
+    let again = new("symbols")?;
+    assert!(again.status.code() == Some(1) && stderr(&again).contains("symbols: something is there already"));
+    std::fs::create_dir(place.path("empty"))?;
+    for (name, words) in
+        [("empty", "something is there already"), ("../x", "is not a name"), ("My Own", "is not a name")]
+    {
+        let refused = new(name)?;
+        assert!(refused.status.code() == Some(1) && stderr(&refused).contains(words), "{name}: {}", stderr(&refused));
+    }
+    Ok(())
+}
+
+#[test]
+fn help_of_a_file_lists_its_parameters() -> Result<()> {
+    let place = Place::new()?;
+    let output = place.command(&root().join("configs/fine_tune.toml")).arg("--help").output()?;
+    assert!(output.status.success());
+    let told = String::from_utf8_lossy(&output.stdout);
+    for expected in ["--dry-run", "Parameters of ", "--set NAME=VALUE"] {
+        assert!(told.contains(expected), "{expected}\n{told}");
+    }
+    let line =
+        |name: &str| told.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default().to_owned();
+    for (name, words) in [
+        ("model ", ["model", "required", "base: "]),
+        ("eval ", ["float", "0.01 to 0.5", "share of the rows"]),
+        ("max_steps ", ["int", "not set", "from 1 "]),
+    ] {
+        let line = line(name);
+        assert!(words.iter().all(|word| line.contains(word)), "{name}: {line}");
+    }
+    let output = place.command(&root().join("configs/fine_tune.toml")).args(["--set", "epoch=1"]).output()?;
+    assert!(stderr(&output).contains("--set epoch=1: there is no such parameter, did you mean `epochs`?"));
     Ok(())
 }
 

@@ -312,13 +312,13 @@ fn check_looks_for_what_parameters_name() -> Result<()> {
     let missing = check(&["dataset=nobody/größe.jsonl", "model=nobody"])?;
     assert!(missing.starts_with("Some(1)") && missing.contains("2 problems"), "{missing}");
     for (name, path) in [("dataset", "nobody/größe.jsonl"), ("model", "nobody")] {
-        let expected = format!("c.toml: parameter `{name}`: there is no file or directory ");
+        let expected = format!("--set {name}: there is no file or directory ");
         assert!(missing.lines().any(|line| line.contains(&expected) && line.ends_with(path)), "{path}\n{missing}");
     }
     let text = std::fs::read_to_string(&config)?.replace("model = { type = \"path\"", "model = { type = \"model\"");
     place.write("c.toml", &text)?;
     let missing = check(&["model=nobodys-tutor"])?;
-    assert!(missing.contains("c.toml: parameter `model`: nobodys-tutor: no such model\n"), "{missing}");
+    assert!(missing.contains("--set model: nobodys-tutor: no such model\n"), "{missing}");
     Ok(())
 }
 

@@ -107,6 +107,48 @@ fn a_pipeline_runs_again_when_its_script_is_saved() -> Result<()> {
     Ok(())
 }
 
+/// A save of equal bytes is no change; one in mid-training stops it after its step, unless what was saved is wrong.
+#[test]
+fn a_training_starts_again_for_an_edit_that_is_right_and_goes_on_for_one_that_is_not() -> Result<()> {
+    let place = Place::new()?;
+    place.rows("rows.jsonl", 8)?;
+    let model = fixture("models/llama").display().to_string();
+    let script = |steps: &str, rate: &str| {
+        format!(
+            "local data = homeroom.prepare_dataset {{ path = \"rows.jsonl\" }}\n\
+             local tuned = homeroom.fine_tune {{ model = params.model, dataset = data.train, steps = {steps}, learning_rate = {rate} }}\n\
+             print(\"trained \" .. tuned.metrics.steps)\n"
+        )
+    };
+    place.write("one.lua", script("1000000", "1e-3"))?;
+    let config = place.write(
+        "one.toml",
+        format!(
+            "[pipeline]\nscript = \"one.lua\"\n[pipeline.params]\nmodel = {{ type = \"model\", default = {model:?} }}\n"
+        ),
+    )?;
+    let mut command = homeroom();
+    let run =
+        Following::start(command.arg("run").arg(&config).arg("--watch").env("HOMEROOM_HOME", place.path("home")))?;
+    run.says("step ")?;
+    // Saved as it was; then with a mistake: neither stops it.
+    place.write("one.lua", script("1000000", "1e-3"))?;
+    std::thread::sleep(Duration::from_millis(700));
+    place.write("one.lua", script("3", "50"))?;
+    let changed = run.says("changed ")?;
+    assert!(changed.contains("one.lua"), "{changed}");
+    let problem = run.says("error: ")?;
+    assert!(problem.contains("one.lua:2: fine_tune: `learning_rate` should be"), "{problem}");
+    run.says("goes on as it was")?;
+    place.write("one.lua", script("3", "2e-3"))?;
+    run.says("changed ")?;
+    run.says("again ")?;
+    run.says("stopped after step ")?;
+    run.says("trained 3")?;
+    run.says("watching")?;
+    Ok(())
+}
+
 /// What a run writes where its scripts are is no reason to run again; a module that it required is, and one that it looked for.
 #[test]
 fn a_pipeline_never_follows_what_it_writes() -> Result<()> {

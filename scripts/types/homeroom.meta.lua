@@ -228,9 +228,11 @@ function homeroom.prepare_dataset(options) end
 ---@field save_minutes? number # minutes between two checkpoints; 0: time does not matter (default: 5)
 ---@field on_step? fun(report: StepReport): Directive? # called after each step; may return a directive (default: none)
 ---@field on_eval? fun(report: EvalReport): Directive? # called after each evaluation of `eval_steps`; may return a directive (default: none)
+---@field key? string # a text that stands for the callbacks: a training with the same key and options is looked up, whatever they do (default: what the callbacks do and take from around them)
 
 ---Trains a model. The result is kept with the run; `save_model` gives it a name.
 ---If `model` was trained before, training goes on from its adapter, with its strategy and options. Callbacks run between steps and cannot start another training. An error in a callback ends the training after that step, and is raised then.
+---A training that was made before, of the same model, rows, options and callbacks, is looked up: its callbacks are not called then, and print nothing. What they keep has to be in `report.state`: a training whose callbacks change variables outside of them is made again in each run.
 ---@param options FineTuneOptions
 ---@return Tuned # a model, with `adapter` (its id), `metrics` and `stopped`: "finished", or the reason that a callback gave
 function homeroom.fine_tune(options) end

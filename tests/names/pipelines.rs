@@ -170,7 +170,7 @@ fn a_pipeline_that_is_offline_or_only_looked_at_downloads_nothing() -> Result<()
         let ran = run(nobody.seen_by(command.args(["--set", missing]))?)?;
         let told = ran.stderr.contains(words) && ran.stderr.contains("homeroom pull Org-8/not-here`");
         assert!(ran.code == Some(1) && told && ran.stdout.is_empty(), "{arguments:?}: {}", ran.stderr);
-        let told = ran.stderr.contains("c.toml: parameter `model`: Org-8/not-here: not on this machine; ");
+        let told = ran.stderr.contains("--set model: Org-8/not-here: not on this machine; ");
         assert!(told, "{}", ran.stderr);
     }
     let ran = run(nobody.seen_by(plain.command(&["--check"]).args(["--set", missing]))?)?;

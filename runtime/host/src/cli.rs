@@ -4,14 +4,14 @@ use std::any::TypeId;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::error::Error;
+use clap::error::{Error, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, resume, rm, run,
-    runs, serve, show,
+    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, list_models, new, plugins, pull, resume, rm,
+    run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
@@ -36,6 +36,8 @@ pub enum Command {
     FineTune(Box<fine_tune::Arguments>),
     /// Runs a pipeline: a Lua script that a TOML file declares
     Run(run::Arguments),
+    /// Writes a pipeline to start from: script, TOML, sample rows and types for editors
+    New(new::Arguments),
     /// Goes on with a run that was killed, interrupted or failed
     Resume(resume::Arguments),
     /// Lists, shows and removes runs: what each training and pipeline did
@@ -124,6 +126,9 @@ fn parsed(arguments: &[OsString]) -> Result<Cli, ExitCode> {
         Err(shown) => drop(shown.print()),
         Ok(_) => progress::prompt(error.render()),
     }
+    if error.kind() == ErrorKind::DisplayHelp {
+        run::help(arguments);
+    }
     Err(ExitCode::from(error.exit_code() as u8))
 }
 
@@ -152,6 +157,7 @@ pub fn main() -> ExitCode {
     let done = match &cli.command {
         Command::FineTune(arguments) => fine_tune::run(arguments),
         Command::Run(arguments) => run::run(arguments),
+        Command::New(arguments) => new::run(arguments),
         Command::Resume(arguments) => resume::run(arguments),
         Command::Runs(what) => runs::run(what),
         Command::Eval(arguments) => eval::run(arguments),

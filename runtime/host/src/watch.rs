@@ -2,14 +2,19 @@
 //! file systems, for the target of a link, or when there are no more watches to be had), so the file is also looked at every
 //! two seconds.
 //!
+//! What a file held decides whether a pipeline or a crate has changed: a save of equal bytes is no change.
+//!
 //! Watched is the directory: a build replaces the file, and a watch on the file itself would die with the old one.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
+use homeroom_engine::files::open_regular;
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use sha2::{Digest, Sha256};
 
 /// Silence after which a file that was being written is taken to be whole.
 const QUIET: Duration = Duration::from_millis(150);
@@ -102,14 +107,77 @@ impl Watch {
     }
 }
 
-/// Files, each as it was when somebody looked; `None`: it was not there.
-pub type Files = BTreeMap<PathBuf, Option<Identity>>;
+/// What a file held: SHA-256 of its bytes, `None` if it was not there. A file that is touched, or saved as it was, holds the same.
+pub type Content = Option<[u8; 32]>;
+
+/// Files, each as it was when somebody looked.
+pub type Files = BTreeMap<PathBuf, Content>;
+
+/// Longest file that is read to see whether it has changed; of a longer one its identity has to tell.
+const CONTENT_BYTES_MAX: u64 = 64 << 20;
+
+/// Contents of files, which are read again only when their identity says that they may have changed.
+#[derive(Default)]
+pub struct Contents(BTreeMap<PathBuf, (Option<Identity>, Content)>);
+
+impl Contents {
+    /// What a file holds now.
+    pub fn of(&mut self, path: &Path) -> Content {
+        let now = identity(path);
+        match self.0.get(path) {
+            Some((before, content)) if *before == now => *content,
+            _ => {
+                let content = content(path);
+                self.0.insert(path.to_owned(), (now, content));
+                content
+            }
+        }
+    }
+
+    /// The first of some files that holds something else than it did, as soon as it is no longer being written.
+    pub fn changed(&mut self, files: &Files) -> Option<PathBuf> {
+        let (path, _) = files.iter().find(|(path, content)| self.of(path) != **content)?;
+        let mut before = None;
+        while before != Some(self.of(path)) {
+            before = Some(self.of(path));
+            std::thread::sleep(QUIET);
+        }
+        // It may hold by now what it held.
+        (self.of(path) != files[path]).then(|| path.clone())
+    }
+}
+
+/// What a file holds.
+pub fn content(path: &Path) -> Content {
+    let file = open_regular(path).ok()?;
+    let mut hash = Sha256::new();
+    if file.metadata().ok()?.len() > CONTENT_BYTES_MAX {
+        hash.update(format!("{:?}", identity(path)));
+    } else {
+        std::io::copy(&mut file.take(CONTENT_BYTES_MAX), &mut Hashing(&mut hash)).ok()?;
+    }
+    Some(hash.finalize().into())
+}
+
+struct Hashing<'a>(&'a mut Sha256);
+
+impl Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
 
 /// Watched files and directories, with what is below them.
 pub struct Tree {
     roots: Vec<PathBuf>,
     events: Receiver<()>,
     _watcher: Option<RecommendedWatcher>,
+    contents: Contents,
     seen: Files,
 }
 
@@ -117,16 +185,17 @@ impl Tree {
     /// Watches files, and directories but for what is hidden or built (`target`). The second value: why they are only looked at
     /// from time to time.
     pub fn new(roots: Vec<PathBuf>) -> (Self, Option<String>) {
-        let seen = below(&roots);
-        Self::watching(roots, seen)
+        let mut contents = Contents::default();
+        let seen = below(&roots, &mut contents);
+        Self::watching(roots, contents, seen)
     }
 
     /// Watches files and nothing else. What has changed since they were looked at has changed.
     pub fn of_files(files: Files) -> (Self, Option<String>) {
-        Self::watching(files.keys().cloned().collect(), files)
+        Self::watching(files.keys().cloned().collect(), Contents::default(), files)
     }
 
-    fn watching(roots: Vec<PathBuf>, seen: Files) -> (Self, Option<String>) {
+    fn watching(roots: Vec<PathBuf>, contents: Contents, seen: Files) -> (Self, Option<String>) {
         let (sender, events) = channel();
         let watching = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_))) {
@@ -150,10 +219,10 @@ impl Tree {
             Ok(watcher) => (Some(watcher), None),
             Err(error) => (None, Some(error.to_string())),
         };
-        (Self { roots, events, _watcher: watcher, seen }, problem)
+        (Self { roots, events, _watcher: watcher, contents, seen }, problem)
     }
 
-    /// Waits until a file has changed since the last wait began, and then for silence; the file. `None`: `ended` said so.
+    /// Waits until a file holds something else than when the last wait ended, and then for silence; the file. `None`: `ended` said so.
     pub fn wait(&mut self, ended: &dyn Fn() -> bool) -> Option<PathBuf> {
         let mut looked = Instant::now().checked_sub(POLL);
         while !ended() {
@@ -164,7 +233,7 @@ impl Tree {
                 continue;
             }
             looked = Some(Instant::now());
-            let now = below(&self.roots);
+            let now = below(&self.roots, &mut self.contents);
             if now != self.seen {
                 let differs = |path: &&PathBuf| now.get(*path) != self.seen.get(*path);
                 let changed = now.keys().chain(self.seen.keys()).find(differs).cloned();
@@ -177,14 +246,15 @@ impl Tree {
 }
 
 /// All files below some roots.
-fn below(roots: &[PathBuf]) -> Files {
+fn below(roots: &[PathBuf], contents: &mut Contents) -> Files {
     let (mut found, mut open) = (BTreeMap::new(), roots.to_vec());
     while let Some(path) = open.pop() {
         if !path.is_dir() {
-            found.insert(path.clone(), identity(&path));
+            let content = contents.of(&path);
+            found.insert(path, content);
             continue;
         }
-        let entries = std::fs::read_dir(&path).into_iter().flatten().flatten();
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
         open.extend(entries.map(|entry| entry.path()).filter(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             !name.starts_with('.') && name != "target"
@@ -245,6 +315,28 @@ mod tests {
         assert!(!watch.wait());
         std::fs::remove_file(&path)?;
         assert!(sees(&mut watch));
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_that_is_touched_or_saved_as_it_was_has_not_changed() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("file");
+        std::fs::write(&path, "one")?;
+        let files = Files::from([(path.clone(), content(&path)), (dir.path().join("gone"), None)]);
+        let mut contents = Contents::default();
+        assert_eq!(contents.changed(&files), None);
+        std::fs::File::options().append(true).open(&path)?.set_modified(std::time::SystemTime::now())?;
+        assert_eq!(contents.changed(&files), None);
+        let other = dir.path().join("other");
+        std::fs::write(&other, "one")?;
+        std::fs::rename(&other, &path)?;
+        assert_eq!(contents.changed(&files), None);
+        std::fs::write(&path, "two")?;
+        assert_eq!(contents.changed(&files), Some(path.clone()));
+        std::fs::write(&path, "one")?;
+        std::fs::write(dir.path().join("gone"), "")?;
+        assert_eq!(contents.changed(&files), Some(dir.path().join("gone")));
         Ok(())
     }
 

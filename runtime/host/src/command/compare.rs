@@ -188,7 +188,7 @@ fn ask(loaded: Loaded, examples: &[&Example], max_tokens: usize) -> Result<Vec<(
     let sampling = Sampling { max_tokens, temperature: 0.0, ..Sampling::default() };
     let asked = examples.iter().map(|example| {
         let (start, _) = answer(example).context("only such with an answer are asked")?;
-        Ok((example.line, answerer.ask(&example.ids[..start], sampling.clone())?))
+        Ok((example.line, answerer.ask(&example.ids[..start], sampling)?))
     });
     let told = |(line, tokens): (usize, Tokens)| {
         let ids = tokens.collect::<Result<Vec<u32>>>()?;

@@ -10,6 +10,7 @@ pub mod export_model;
 pub mod fine_tune;
 pub mod import;
 pub mod list_models;
+pub mod new;
 pub mod plugins;
 pub mod pull;
 pub mod resume;

@@ -1,16 +1,23 @@
 //! What can be said of a pipeline without running it: that what its parameters name is there, that its script compiles, that the
-//! verbs, options and parameters it names exist, and the same of the modules that it requires.
+//! verbs, options and parameters it names exist, that values which are written down are of the right kind and in range, that files, models
+//! and strategies named so are there, that no name is undeclared; and the same of the modules that it requires.
+//!
+//! No weights and no plugin are loaded. Of what only a run comes to, nothing is said.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
+use mlua::Lua;
+use serde_json::Value as Json;
 
-use super::api::Session;
 use super::api::spec::{METHODS, VERBS, Verb};
+use super::api::{Session, named_problem, to_lua, words};
+use super::bytecode::{Functions, Global};
 use super::config::PipelineConfig;
 use super::errors::{nearest, short};
 use super::sandbox::{Sandbox, module_path, script_text, shown};
+use super::tokens::{KEYWORDS, Token, tokens};
 use crate::models::{Network, not_there};
 use crate::near::did_you_mean;
 
@@ -20,27 +27,64 @@ const HINT: &str = "\nhint: ";
 /// Problems that are told; of the others there is only a count.
 const PROBLEMS_TOLD: usize = 50;
 
+/// A script or a module of it.
+struct Script {
+    name: String,
+    text: String,
+    tokens: Vec<(usize, Token)>,
+}
+
+/// Problems of one script, each with its line.
+#[derive(Default)]
+struct Found(Vec<(usize, String)>);
+
+impl Found {
+    fn add(&mut self, line: usize, problem: String) {
+        self.0.push((line, problem));
+    }
+
+    fn extend(&mut self, line: usize, problem: Option<String>) {
+        self.0.extend(problem.map(|problem| (line, problem)));
+    }
+
+    /// In the order of lines, each once.
+    fn told(mut self, script: &str) -> Vec<String> {
+        self.0.sort_by_key(|(line, _)| *line);
+        let mut told: Vec<String> = self.0.into_iter().map(|(line, text)| format!("{script}:{line}: {text}")).collect();
+        told.dedup();
+        told
+    }
+}
+
 /// Checks a pipeline's parameters, its script and the modules that it requires.
 ///
 /// # Errors
-/// All problems in one message, each with its line.
+/// All problems in one message, each with its file and line.
 pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<()> {
-    let scripts = config.script.parent().context("a file has a directory")?;
-    let params: Vec<&str> = config.params.keys().map(String::as_str).collect();
-    let known = sandbox.names();
+    let root = config.script.parent().context("a file has a directory")?;
     let mut problems: Vec<String> =
         config.named.iter().filter_map(|(name, path)| missing(config, session, name, path)).collect();
     let file = if problems.is_empty() { &config.script } else { &config.path };
-    let (mut seen, mut todo) = (HashSet::new(), vec![config.script.clone()]);
+    let (mut seen, mut todo, mut scripts) = (HashSet::new(), vec![config.script.clone()], Vec::new());
     while let Some(path) = todo.pop().filter(|path| seen.insert(path.clone())) {
         if let Err(error) = sandbox.compile(&path) {
             problems.push(format!("{error:#}"));
             continue;
         }
         let text = script_text(&path)?;
-        names(&shown(&path), &text, &params, &mut problems);
-        globals(&shown(&path), &text, &known, &mut problems);
-        todo.extend(required(&shown(&path), &text, scripts, &mut problems));
+        let script = Script { name: shown(&path), tokens: tokens(&text), text };
+        let mut found = Found::default();
+        todo.extend(required(&script.tokens, root, &mut found));
+        scripts.push((script, found));
+    }
+    let mut known = Known { config, lua: sandbox.lua(), session, saved: None };
+    known.saved = saved_names(&known, scripts.iter().map(|(script, _)| script));
+    let params: Vec<&str> = config.params.keys().map(String::as_str).collect();
+    let provided = sandbox.names();
+    for (script, mut found) in scripts {
+        names(&script.tokens, &params, Some(&known), &mut found);
+        globals(&script.text, &script.tokens, &provided, &mut found);
+        problems.extend(found.told(&script.name));
     }
     match problems.len() {
         0 => Ok(()),
@@ -79,80 +123,11 @@ fn missing(config: &PipelineConfig, session: &Session, name: &str, path: &Path) 
         Ok(None) => not_there(path, &refusal.unwrap_or_default()),
         Err(error) => format!("{error:#}"),
     };
-    Some(format!("{}: parameter `{name}`: {problem}", config.path.display()))
+    Some(format!("{}: {problem}", config.place(name)))
 }
 
-#[derive(Clone, Debug, PartialEq)]
-enum Token {
-    Name(String),
-    Text(String),
-    Number,
-    Symbol(char),
-}
-
-/// The tokens of a script, each with its line. `==`, `..` and the like are single symbols in a row.
-fn tokens(text: &str) -> Vec<(usize, Token)> {
-    let chars: Vec<char> = text.chars().collect();
-    let (mut at, mut line, mut out) = (0, 1, Vec::new());
-    let long = |at: usize| {
-        // [[, [=[ and so on: the number of equal signs, if it is one.
-        let signs = chars[at..].iter().skip(1).take_while(|c| **c == '=').count();
-        (chars.get(at) == Some(&'[') && chars.get(at + signs + 1) == Some(&'[')).then_some(signs)
-    };
-    let long_end = |from: usize, signs: usize| {
-        let close: Vec<char> = format!("]{}]", "=".repeat(signs)).chars().collect();
-        let found = chars[from..].windows(close.len()).position(|window| window == close);
-        found.map_or(chars.len(), |found| from + found + close.len())
-    };
-    while at < chars.len() {
-        let start = at;
-        match chars[at] {
-            '-' if chars.get(at + 1) == Some(&'-') => {
-                at = match chars.get(at + 2).and_then(|_| long(at + 2)) {
-                    Some(signs) => long_end(at + 2, signs),
-                    None => chars[at..].iter().position(|c| *c == '\n').map_or(chars.len(), |end| at + end),
-                };
-            }
-            '[' if long(at).is_some() => {
-                at = long_end(at, long(at).unwrap_or(0));
-                out.push((line, Token::Text(String::new())));
-            }
-            quote @ ('"' | '\'' | '`') => {
-                at += 1;
-                let mut said = String::new();
-                while at < chars.len() && chars[at] != quote {
-                    at += usize::from(chars[at] == '\\');
-                    said.extend(chars.get(at));
-                    at += 1;
-                }
-                at += 1;
-                out.push((line, Token::Text(said)));
-            }
-            c if c.is_alphabetic() || c == '_' => {
-                let rest = chars[at..].iter().take_while(|c| c.is_alphanumeric() || **c == '_');
-                let name: String = rest.collect();
-                at += name.chars().count();
-                out.push((line, Token::Name(name)));
-            }
-            c if c.is_ascii_digit() => {
-                at += chars[at..].iter().take_while(|c| c.is_alphanumeric() || **c == '_').count();
-                out.push((line, Token::Number));
-            }
-            c => {
-                at += 1;
-                if !c.is_whitespace() {
-                    out.push((line, Token::Symbol(c)));
-                }
-            }
-        }
-        line += chars[start..at.min(chars.len())].iter().filter(|c| **c == '\n').count();
-    }
-    out
-}
-
-/// Names of verbs, options and parameters that are not there.
-fn names(script: &str, text: &str, params: &[&str], problems: &mut Vec<String>) {
-    let tokens = tokens(text);
+/// Names of verbs, options and parameters that are not there, and values of options that cannot be.
+fn names(tokens: &[(usize, Token)], params: &[&str], known: Option<&Known>, found: &mut Found) {
     let name = |at: usize| match tokens.get(at) {
         Some((_, Token::Name(name))) => Some(name.as_str()),
         _ => None,
@@ -166,147 +141,246 @@ fn names(script: &str, text: &str, params: &[&str], problems: &mut Vec<String>) 
         };
         format!("`{what}` has no `{}`{hint}", short(key))
     };
+    let call = |verb: &'static Verb, line: usize, from: usize, found: &mut Found| {
+        let Some(given) = given(tokens, from) else { return };
+        match known {
+            Some(known) => known.options(verb, line, &given, found),
+            None => given.options.iter().for_each(|(line, name, _)| found.extend(*line, verb.unknown(name))),
+        }
+    };
     let verbs: Vec<&str> = VERBS.iter().map(|verb| verb.name).chain(["log", "null"]).collect();
     for at in 0..tokens.len() {
         let line = tokens[at].0;
-        let mut problem = |message: String| problems.push(format!("{script}:{line}: {message}"));
         let is_field = at > 0 && (is(at - 1, '.') || is(at - 1, ':'));
         match (name(at), name(at + 2)) {
             (Some("homeroom"), Some(key)) if !is_field && is(at + 1, '.') => {
                 match VERBS.iter().find(|verb| verb.name == key) {
-                    Some(verb) => keys(script, &tokens, at + 3, verb, problems),
+                    Some(verb) => call(verb, line, at + 3, found),
                     None if verbs.contains(&key) => {}
-                    None => problem(unknown("homeroom", key, &verbs)),
+                    None => found.add(line, unknown("homeroom", key, &verbs)),
                 }
             }
             (Some("params"), Some(key)) if !is_field && is(at + 1, '.') && !params.contains(&key) => {
-                problem(unknown("params", key, params));
+                found.add(line, unknown("params", key, params));
             }
             _ => {}
         }
         if is(at, ':')
             && let Some(method) = name(at + 1).and_then(|key| METHODS.iter().find(|method| method.name == key))
         {
-            keys(script, &tokens, at + 2, method, problems);
+            call(method, line, at + 2, found);
         }
     }
 }
 
-/// Words of Luau that are no names.
-const KEYWORDS: [&str; 22] = [
-    "and", "break", "continue", "do", "else", "elseif", "end", "false", "for", "function", "if", "in", "local", "nil",
-    "not", "or", "repeat", "return", "then", "true", "until", "while",
-];
-
-/// Calls of functions and assignments to variables that are not there. What is declared is written first where it is declared, so a
-/// name that is first called or assigned to is not; other uses are left to a run.
-fn globals(script: &str, text: &str, known: &[String], problems: &mut Vec<String>) {
-    let tokens = tokens(text);
-    let symbol = |at: Option<usize>| match tokens.get(at?) {
-        Some((_, Token::Symbol(symbol))) => Some(*symbol),
-        _ => None,
-    };
-    let word = |at: Option<usize>| match tokens.get(at?) {
-        Some((_, Token::Name(name))) => Some(name.as_str()),
-        _ => None,
-    };
-    let (mut seen, mut open) = (HashSet::new(), Vec::new());
-    for (at, (line, token)) in tokens.iter().enumerate() {
-        let (before, next) = (at.checked_sub(1), Some(at + 1));
-        let name = match token {
-            Token::Symbol(bracket @ ('{' | '(' | '[')) => {
-                open.push(*bracket);
-                continue;
-            }
-            Token::Symbol('}' | ')' | ']') => {
-                open.pop();
-                continue;
-            }
-            Token::Name(name) if !KEYWORDS.contains(&name.as_str()) => name.as_str(),
-            _ => continue,
-        };
-        // `..` joins texts.
-        let is_field =
-            symbol(before) == Some(':') || symbol(before) == Some('.') && symbol(at.checked_sub(2)) != Some('.');
-        let assigns = symbol(next) == Some('=') && symbol(Some(at + 2)) != Some('=');
-        let in_table = open.last() == Some(&'{');
-        let is_key = assigns && in_table && matches!(symbol(before), Some('{' | ',' | ';'));
-        if is_field || is_key || !seen.insert(name) || known.iter().any(|known| known == name) {
-            continue;
-        }
-        let is_function = word(before) == Some("function");
-        let begins = match before.map(|before| &tokens[before].1) {
-            Some(Token::Symbol(symbol)) => ")]};".contains(*symbol),
-            Some(Token::Name(word)) => !["local", "for", "type", "function"].contains(&word.as_str()),
-            _ => true,
-        };
-        let made = is_function && symbol(next) == Some('(') && word(at.checked_sub(2)) != Some("local")
-            || assigns && begins && !in_table;
-        if made {
-            let name = short(name);
+/// Globals that nobody provides or declared, as the compiler sees them. Of one that is set, only that is told.
+fn globals(text: &str, tokens: &[(usize, Token)], known: &[String], found: &mut Found) {
+    let Ok(functions) = Functions::of(text) else { return };
+    let all = functions.globals();
+    let unknown = all.iter().filter(|global| !known.contains(&global.name));
+    let is_set = |name: &str| all.iter().any(|global| global.is_set && global.name == name);
+    let names: BTreeSet<&str> = tokens
+        .iter()
+        .filter_map(|(_, token)| match token {
+            Token::Name(name) if !KEYWORDS.contains(&name.as_str()) => Some(name.as_str()),
+            _ => None,
+        })
+        .collect();
+    for global in unknown {
+        let name = short(&global.name);
+        if global.is_set {
+            let declares = |pair: &[(usize, Token)]| {
+                matches!(pair, [(line, Token::Name(word)), (_, Token::Name(named))]
+                    if *line == global.line && word == "function" && *named == global.name)
+            };
+            let is_function = tokens.windows(2).any(declares);
             let how = if is_function { format!("local function {name}") } else { format!("local {name} = …") };
-            problems.push(format!("{script}:{line}: `{name}` is not declared; write `{how}`"));
-        } else if symbol(next) == Some('(') && !is_function {
-            let near = nearest(
-                name,
-                known.iter().map(String::as_str).chain(seen.iter().copied().filter(|near| *near != name)),
-            );
-            problems.push(format!("{script}:{line}: unknown name `{}`{}", short(name), did_you_mean(near)));
+            found.add(global.line, format!("`{name}` is not declared; write `{how}`"));
+        } else if !is_set(&global.name) {
+            // Its own name may be near to that of a variable that is declared later, or elsewhere.
+            let near = names.iter().copied().filter(|near| *near != global.name && !is_unknown(&all, known, near));
+            let near = nearest(&global.name, known.iter().map(String::as_str).chain(near));
+            found.add(global.line, format!("unknown name `{name}`{}", did_you_mean(near)));
         }
     }
 }
 
-/// The keys of the table of options that a call begins with, if it does.
-fn keys(script: &str, tokens: &[(usize, Token)], from: usize, verb: &Verb, problems: &mut Vec<String>) {
+fn is_unknown(globals: &[Global], known: &[String], name: &str) -> bool {
+    globals.iter().any(|global| global.name == name) && !known.iter().any(|known| known == name)
+}
+
+/// The table of options that a call begins with, if it does: its keys, and the tokens of each value.
+struct Given<'a> {
+    /// Line, name and value of each option that is written as `name = value`.
+    options: Vec<(usize, &'a str, &'a [(usize, Token)])>,
+    /// Whether it has only such options, so that what is not among them is not given.
+    is_whole: bool,
+}
+
+fn given(tokens: &[(usize, Token)], from: usize) -> Option<Given<'_>> {
     let is = |at: usize, symbol: char| tokens.get(at).is_some_and(|(_, token)| *token == Token::Symbol(symbol));
     let open = if is(from, '(') { from + 1 } else { from };
     if !is(open, '{') {
-        return;
+        return None;
     }
-    let (mut depth, mut blocks) = (0_usize, 0_usize);
-    for (at, (line, token)) in tokens.iter().enumerate().skip(open) {
+    let mut given = Given { options: Vec::new(), is_whole: true };
+    let (mut depth, mut blocks, mut start) = (0_usize, 0_usize, open + 1);
+    for (at, (_, token)) in tokens.iter().enumerate().skip(open) {
+        let mut item_ends = false;
         match token {
             Token::Symbol('{' | '(' | '[') => depth += 1,
             Token::Symbol('}' | ')' | ']') => {
                 depth -= 1;
-                if depth == 0 {
-                    return;
-                }
+                item_ends = depth == 0;
             }
+            Token::Symbol(',' | ';') => item_ends = depth == 1 && blocks == 0,
             Token::Name(word) => match word.as_str() {
+                // An `if` of a value has no `end`: it stands behind what a value stands behind.
+                "if" if is_value(tokens, at) => {}
                 "function" | "if" | "do" | "repeat" => blocks += 1,
                 "end" | "until" => blocks = blocks.saturating_sub(1),
-                key => {
-                    let begins = is(at - 1, '{') || is(at - 1, ',') || is(at - 1, ';');
-                    let assigns = is(at + 1, '=') && !is(at + 2, '=');
-                    if depth == 1 && blocks == 0 && begins && assigns {
-                        let unknown = verb.unknown(key);
-                        problems.extend(unknown.map(|message| format!("{script}:{line}: {message}")));
-                    }
-                }
+                _ => {}
             },
             _ => {}
+        }
+        if item_ends {
+            match &tokens[start..at] {
+                [(line, Token::Name(name)), (_, Token::Symbol('=')), value @ ..]
+                    if !matches!(value, [(_, Token::Symbol('=')), ..]) =>
+                {
+                    given.options.push((*line, name, value));
+                }
+                [] => {}
+                _ => given.is_whole = false,
+            }
+            start = at + 1;
+        }
+        if depth == 0 {
+            // An `if` of a value within another was taken for a statement: what stands behind it is not known.
+            given.is_whole &= blocks == 0;
+            return Some(given);
+        }
+    }
+    None
+}
+
+/// Whether a value begins at a token, and not a statement.
+fn is_value(tokens: &[(usize, Token)], at: usize) -> bool {
+    let Some((_, before)) = at.checked_sub(1).and_then(|before| tokens.get(before)) else { return false };
+    match before {
+        Token::Symbol(symbol) => "=({[,+-*/%^.<>#".contains(*symbol),
+        Token::Name(word) => matches!(word.as_str(), "return" | "and" | "or" | "not"),
+        _ => false,
+    }
+}
+
+/// What is known of a pipeline without running it.
+struct Known<'a> {
+    config: &'a PipelineConfig,
+    lua: &'a Lua,
+    session: &'a Session,
+    /// Names that the script may save models under; `None`: they may be any.
+    saved: Option<Vec<String>>,
+}
+
+impl Known<'_> {
+    /// The value that some tokens are, if that can be told: a literal, a list of texts, or a parameter's value. A parameter that is not set
+    /// has none.
+    fn value(&self, tokens: &[(usize, Token)]) -> Option<Json> {
+        let plain = |token: &Token| match token {
+            Token::Text(text) => text.clone().map(Json::from),
+            Token::Number(number) if number.is_finite() => Some((*number).into()),
+            Token::Name(word) if word == "true" || word == "false" => Some((word == "true").into()),
+            _ => None,
+        };
+        match tokens {
+            [(_, token)] => plain(token),
+            [(_, Token::Symbol('-')), (_, Token::Number(number))] => Some((-number).into()),
+            [(_, Token::Name(params)), (_, Token::Symbol('.')), (_, Token::Name(name))] if params == "params" => {
+                self.config.params.get(name).filter(|value| !value.is_null()).cloned()
+            }
+            [(_, Token::Symbol('{')), items @ .., (_, Token::Symbol('}'))] => {
+                let items = items.split(|(_, token)| matches!(token, Token::Symbol(',' | ';')));
+                let items = items.filter(|item| !item.is_empty()).map(|item| match item {
+                    [(_, token)] => plain(token),
+                    _ => None,
+                });
+                items.collect::<Option<Vec<Json>>>().map(Json::Array)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a value is a parameter's that names a file or a model, of which it is told already that it is not there.
+    fn is_told(&self, value: &[(usize, Token)]) -> bool {
+        matches!(value, [_, _, (_, Token::Name(name))] if self.config.named.iter().any(|(named, _)| named == name))
+    }
+
+    /// What is wrong with the options of a call.
+    fn options(&self, verb: &'static Verb, line: usize, given: &Given, found: &mut Found) {
+        let mut names = Vec::new();
+        for (line, name, value) in &given.options {
+            let Some(option) = verb.option(name) else {
+                found.extend(*line, verb.unknown(name));
+                continue;
+            };
+            if names.contains(&option.name) {
+                let all: Vec<String> = option.names().map(|name| format!("`{name}`")).collect();
+                found.add(*line, format!("{}: {} are one option; give one of them", verb.name, all.join(" and ")));
+            }
+            names.push(option.name);
+            let Some(plain) = self.value(value) else { continue };
+            let Ok(shown) = to_lua(self.lua, &plain) else { continue };
+            if !option.kind.admits(&shown) {
+                let (wanted, shown) = (option.kind.words(), words(&shown));
+                found.add(*line, format!("{}: `{name}` should be {wanted}, not {shown}", verb.name));
+            } else if let Some(text) = plain.as_str().filter(|_| !self.is_told(value)) {
+                let problem = named_problem(self.session, verb.name, option, text, self.saved.as_deref());
+                found.extend(*line, problem);
+            }
+        }
+        let is_given = |name: &str| names.contains(&name);
+        if is_given("on_eval") && given.is_whole && !(is_given("eval") && is_given("eval_steps")) {
+            found.add(line, format!("{}: `on_eval` is never called without `eval` and `eval_steps`", verb.name));
+        }
+        for option in verb.all().filter(|option| option.required && given.is_whole && !names.contains(&option.name)) {
+            let wanted = option.kind.words();
+            found.add(line, format!("{}: `{}` is missing; it should be {wanted}", verb.name, option.name));
         }
     }
 }
 
+/// The names that calls of `save_model` in some scripts give; `None`: one of them is not known.
+fn saved_names<'a>(known: &Known, scripts: impl Iterator<Item = &'a Script>) -> Option<Vec<String>> {
+    let mut names = Vec::new();
+    for script in scripts {
+        for (at, (_, token)) in script.tokens.iter().enumerate() {
+            if *token == Token::Name("save_model".to_owned()) {
+                let given = given(&script.tokens, at + 1)?;
+                let (_, _, value) = given.options.iter().find(|(_, name, _)| *name == "name")?;
+                names.push(known.value(value)?.as_str()?.to_owned());
+            }
+        }
+    }
+    Some(names)
+}
+
 /// The modules that a script requires by name.
-fn required(script: &str, text: &str, scripts: &Path, problems: &mut Vec<String>) -> Vec<PathBuf> {
-    let tokens = tokens(text);
-    let mut found = Vec::new();
+fn required(tokens: &[(usize, Token)], scripts: &Path, found: &mut Found) -> Vec<PathBuf> {
+    let mut modules = Vec::new();
     for (at, (line, token)) in tokens.iter().enumerate() {
         if *token != Token::Name("require".to_owned()) {
             continue;
         }
         let open = usize::from(tokens.get(at + 1).is_some_and(|(_, token)| *token == Token::Symbol('(')));
-        if let Some((_, Token::Text(name))) = tokens.get(at + 1 + open) {
+        if let Some((_, Token::Text(Some(name)))) = tokens.get(at + 1 + open) {
             match module_path(scripts, name) {
-                Ok(path) => found.push(path),
-                Err(error) => problems.push(format!("{script}:{line}: {error:#}")),
+                Ok(path) => modules.push(path),
+                Err(error) => found.add(*line, format!("{error:#}")),
             }
         }
     }
-    found
+    modules
 }
 
 #[cfg(test)]
@@ -314,9 +388,9 @@ mod tests {
     use super::*;
 
     fn problems(text: &str) -> Vec<String> {
-        let mut problems = Vec::new();
-        names("s.lua", text, &["model", "dataset"], &mut problems);
-        problems
+        let mut found = Found::default();
+        names(&tokens(text), &["model", "dataset"], None, &mut found);
+        found.told("s.lua")
     }
 
     #[test]
@@ -339,14 +413,14 @@ mod tests {
     }
 
     fn undeclared(text: &str) -> Vec<String> {
-        let mut problems = Vec::new();
+        let mut found = Found::default();
         let known = ["print", "pairs", "type", "homeroom", "params", "require"].map(str::to_owned);
-        globals("s.lua", text, &known, &mut problems);
-        problems
+        globals(text, &tokens(text), &known, &mut found);
+        found.told("s.lua")
     }
 
     #[test]
-    fn calls_and_assignments_of_what_is_not_declared_are_told_by_line() {
+    fn uses_of_what_is_not_declared_are_told_by_line() {
         for (text, expected) in [
             ("print(1)\nfoo()", "s.lua:2: unknown name `foo`"),
             ("prnt(1)", "unknown name `prnt`, did you mean `print`?"),
@@ -355,6 +429,9 @@ mod tests {
             ("if params.a then\n  count = 2 end", "s.lua:2: `count` is not declared"),
             ("print(function() best = 3 end)", "`best` is not declared"),
             ("function go() end go()", "`go` is not declared; write `local function go`"),
+            ("local a = 1\nlocal t = { x = a,\n  y = modle }", "s.lua:3: unknown name `modle`"),
+            ("local m = 1 return function() return `{m} {n}` end", "unknown name `n`"),
+            ("do local x = 1 end return x", "unknown name `x`"),
         ] {
             let found = undeclared(text);
             assert!(found.len() == 1 && found[0].contains(expected), "{text}: {found:?}");
@@ -371,10 +448,29 @@ mod tests {
             "type Row = { text: string } export type F<T> = (T) -> () local r: Row? = nil",
             "homeroom.fine_tune { on_step = function(report) return not (report.loss > 1) end }",
             "local n = 1 n += 2 print(n == 2) if (n) then return (n) end",
-            "local m = require(\"lib/m\") m.go() -- foo()\nprint([[ x = 1 ]], `{n()}`)",
+            "local m = require(\"lib/m\") m.go() -- foo()\nprint([[ x = 1 ]], `{m()}`)",
         ] {
             assert_eq!(undeclared(text), [""; 0], "{text}");
         }
+    }
+
+    #[test]
+    fn a_table_of_options_is_read_as_far_as_it_can_be_told() {
+        for (text, names, is_whole) in [
+            ("{ a = 1, b = if x then 2 else 3, c = function() if x then return 1 end end; d = {} }", "a b c d", true),
+            ("({ a = 1, })", "a", true),
+            ("{ a = 1, 2, b = 3 }", "a b", false),
+            ("{ a = 1, [b] = 3 }", "a", false),
+            ("{ a = if x then if y then 1 else 2 else 3, b = 4 }", "a", false),
+            ("{ a == 1 }", "", false),
+            ("{}", "", true),
+        ] {
+            let tokens = tokens(text);
+            let given = given(&tokens, 0).expect("a table");
+            let found: Vec<&str> = given.options.iter().map(|(_, name, _)| *name).collect();
+            assert_eq!((found.join(" ").as_str(), given.is_whole), (names, is_whole), "{text}");
+        }
+        assert!(given(&tokens("(options)"), 0).is_none() && given(&tokens("{ a = 1"), 0).is_none());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! while the reader of what it prints is slow.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const RUNNING: u8 = 0;
@@ -19,6 +20,10 @@ pub struct Clock {
     verbs: AtomicU16,
     state: AtomicU8,
     budget: Duration,
+    /// Whether the script is to say where it is.
+    asked: AtomicBool,
+    /// `FILE:LINE: ` of where it was when it said so last.
+    place: Mutex<String>,
 }
 
 /// Why a script gets no further.
@@ -57,7 +62,8 @@ impl Clock {
     /// A clock that stands still, for a script that may take `budget`.
     pub fn new(budget: Duration) -> Self {
         let (spent_us, since_us, verbs, state) = Default::default();
-        Self { start: Instant::now(), spent_us, since_us, verbs, state, budget }
+        let (asked, place) = Default::default();
+        Self { start: Instant::now(), spent_us, since_us, verbs, state, budget, asked, place }
     }
 
     fn now_us(&self) -> u64 {
@@ -123,8 +129,24 @@ impl Clock {
         self.verbs.load(Ordering::SeqCst) > 0 && self.since_us.load(Ordering::SeqCst) == 0
     }
 
+    /// Whether the script is to say where it is: a machine that is out of memory, or in a function that does not end, cannot.
+    pub fn asks(&self) -> bool {
+        self.asked.swap(false, Ordering::Relaxed)
+    }
+
+    /// Notes where the script is: `FILE:LINE: `.
+    pub fn note(&self, place: String) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+    }
+
+    /// Where the script was when it was asked last; empty: nowhere yet.
+    pub fn place(&self) -> String {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Looks at the time and at the user.
     pub fn watch(&self, cancelled: &dyn Fn() -> bool) {
+        self.asked.store(true, Ordering::Relaxed);
         if self.state.load(Ordering::SeqCst) == CANCELLED {
             return;
         }

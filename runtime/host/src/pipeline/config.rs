@@ -2,6 +2,7 @@
 //!
 //! All problems of a file and of `--set` are told together.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -70,6 +71,8 @@ pub struct PipelineConfig {
     pub plugin_policy: Option<Policy>,
     /// All parameters by name, in the order of the file. One that is neither set nor has a default is null.
     pub params: Map<String, Value>,
+    /// Where each parameter's value is from, for messages: `FILE:LINE: parameter `NAME``, or `--set`.
+    places: BTreeMap<String, String>,
     /// Parameters of type `path` and `model`, and what they name: what the script may read, wherever it is.
     pub named: Vec<(String, PathBuf)>,
     /// Parameters of type `model` that name one of the hub, which the user sees in the file or typed: only these are downloaded.
@@ -95,6 +98,15 @@ const TYPES: [(&str, Type); 6] = [
     ("model", Type::Model),
 ];
 
+/// What becomes of a required parameter that is not set.
+#[derive(Clone, Copy, PartialEq)]
+enum Unset {
+    /// It is a problem.
+    Refused,
+    /// It is null.
+    Null,
+}
+
 /// One declared parameter.
 struct Param {
     name: String,
@@ -104,6 +116,24 @@ struct Param {
     min: Option<f64>,
     max: Option<f64>,
     one_of: Option<Vec<Value>>,
+    doc: Option<String>,
+    /// Bytes of its name in the file.
+    key: Option<Range<usize>>,
+}
+
+/// What a file declares of a parameter, for people.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Declared {
+    /// Its name.
+    pub name: String,
+    /// The word for its type.
+    pub kind: &'static str,
+    /// Its default, or `required`; empty if it has neither.
+    pub default: String,
+    /// The values that it may have, if they are bounded.
+    pub range: String,
+    /// What setting it does.
+    pub doc: String,
 }
 
 impl PipelineConfig {
@@ -113,22 +143,51 @@ impl PipelineConfig {
     /// # Errors
     /// All problems of both in one message.
     pub fn read(path: &Path, set: &[(String, String)]) -> Result<Self> {
+        let (config, problems) = Self::parse(path, set, Unset::Refused)?;
+        problems?;
+        Ok(config.expect("a file without problems is a configuration"))
+    }
+
+    /// Reads a file for a check: a required parameter that is not set is null, and beside the problems there is what could be read.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn look(path: &Path, set: &[(String, String)]) -> Result<(Option<Self>, Result<()>)> {
+        Self::parse(path, set, Unset::Null)
+    }
+
+    fn parse(path: &Path, set: &[(String, String)], unset: Unset) -> Result<(Option<Self>, Result<()>)> {
         let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
         let mut problems = Problems::new(path, &text);
         let base = std::path::absolute(path)?.parent().context("a file has a directory")?.to_owned();
         let config = match Document::parse(text.as_str()) {
-            Ok(document) => read_document(&document, path, &base, set, &mut problems),
+            Ok(document) => read_document(&document, &text, path, &base, (set, unset), &mut problems),
             Err(error) => {
                 problems.not_toml(error.span(), error.message());
                 None
             }
         };
-        problems.into_result()?;
-        Ok(config.expect("a file without problems is a configuration"))
+        Ok((config, problems.into_result()))
     }
-}
 
-impl PipelineConfig {
+    /// What a file declares of its parameters, in its order; problems of it are left to a run.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is not TOML.
+    pub fn declared(path: &Path) -> Result<Vec<Declared>> {
+        let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
+        let mut problems = Problems::new(path, &text);
+        let document = Document::parse(text.as_str()).with_context(|| path.display().to_string())?;
+        let params = document.get("pipeline").and_then(|pipeline| pipeline.get("params")).and_then(Item::as_table_like);
+        let params = params.into_iter().flat_map(|params| params.iter());
+        Ok(params.filter_map(|(name, item)| Some(read_param(name, None, item, &mut problems)?.declared())).collect())
+    }
+
+    /// Where a parameter's value is from, for messages.
+    pub fn place<'a>(&'a self, param: &'a str) -> &'a str {
+        self.places.get(param).map_or(param, String::as_str)
+    }
+
     /// What may be downloaded for it, where `network` says what its user allows.
     pub fn network(&self, network: Network) -> Network {
         if self.offline { Network::Never("its TOML file says `offline = true`") } else { network }
@@ -137,9 +196,10 @@ impl PipelineConfig {
 
 fn read_document(
     document: &Document<&str>,
+    text: &str,
     path: &Path,
     base: &Path,
-    set: &[(String, String)],
+    (set, unset): (&[(String, String)], Unset),
     problems: &mut Problems,
 ) -> Option<PipelineConfig> {
     if let Some(what) = other_kind(document.as_table()) {
@@ -191,7 +251,18 @@ fn read_document(
             }
         }
     }
-    let params = values(&declared, &broken, base, set, problems);
+    let mut params = values(&declared, &broken, base, (set, unset), problems);
+    // They are declared all the same.
+    params.extend(broken.into_iter().map(|name| (name, Value::Null)));
+    let place = |param: &Param| {
+        let name = &param.name;
+        if set.iter().any(|(set, _)| set == name) {
+            return (name.clone(), format!("--set {name}"));
+        }
+        let line = param.key.as_ref().map_or(1, |key| text[..key.start].matches('\n').count() + 1);
+        (name.clone(), format!("{}:{line}: parameter `{name}`", path.display()))
+    };
+    let places = declared.iter().map(place).collect();
     let lua_time = Duration::from_secs_f64(lua_seconds);
     let is_path = |param: &&Param| matches!(param.kind, Type::Path | Type::Model);
     let place = |param: &Param| Some((param.name.clone(), PathBuf::from(params[&param.name].as_str()?)));
@@ -206,7 +277,7 @@ fn read_document(
     };
     let hub_models = declared.iter().filter(|param| param.kind == Type::Model).filter_map(hub_name).collect();
     let (path, script) = (path.to_owned(), script?);
-    Some(PipelineConfig { path, script, lua_time, offline, plugin_policy, params, named, hub_models })
+    Some(PipelineConfig { path, script, lua_time, offline, plugin_policy, params, places, named, hub_models })
 }
 
 /// What a TOML file without a pipeline is for, if that can be told.
@@ -270,6 +341,7 @@ fn unknown_keys(table: &dyn TableLike, known: &[&str], problems: &mut Problems) 
 /// Reads a declaration; `None` if its type is not known, so that nothing can be said of its values.
 fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut Problems) -> Option<Param> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let named = key.clone();
     if name.starts_with(|c: char| c.is_ascii_digit()) || !name.chars().all(plain) {
         problems.at(key.clone(), format!("`{name}`: a parameter's name is letters, digits and underscores"));
     }
@@ -311,7 +383,9 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
     {
         problems.at(item.span(), format!("`{name}`: max is {most}, min is {least}"));
     }
-    let mut param = Param { name: name.to_owned(), kind, default: None, required: false, min, max, one_of: None };
+    let doc = table.get("doc").and_then(Item::as_str).map(str::to_owned);
+    let mut param =
+        Param { name: name.to_owned(), kind, default: None, required: false, min, max, one_of: None, doc, key: named };
     if let Some(item) = table.get("one_of") {
         let list = item.as_array();
         let mut admitted = Vec::new();
@@ -347,6 +421,26 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
         }
     }
     Some(param)
+}
+
+impl Param {
+    fn declared(self) -> Declared {
+        let list = |values: &[Value]| values.iter().map(Value::to_string).collect::<Vec<_>>().join(", ");
+        let unit = if self.kind == Type::String { " characters" } else { "" };
+        let range = match (&self.one_of, self.min, self.max) {
+            (Some(values), _, _) => list(values),
+            (None, Some(min), Some(max)) => format!("{min} to {max}{unit}"),
+            (None, Some(min), None) => format!("from {min}{unit}"),
+            (None, None, Some(max)) => format!("at most {max}{unit}"),
+            (None, None, None) => String::new(),
+        };
+        let default = match (self.required, &self.default) {
+            (true, _) => "required".to_owned(),
+            (false, value) => value.as_ref().map(Value::to_string).unwrap_or_default(),
+        };
+        let kind = TYPES.iter().find(|(_, kind)| *kind == self.kind).map_or("", |(word, _)| word);
+        Declared { name: self.name, kind, default, range, doc: self.doc.unwrap_or_default() }
+    }
 }
 
 fn number(item: &Item) -> Option<f64> {
@@ -426,7 +520,7 @@ fn values(
     declared: &[Param],
     broken: &[String],
     base: &Path,
-    set: &[(String, String)],
+    (set, unset): (&[(String, String)], Unset),
     problems: &mut Problems,
 ) -> Map<String, Value> {
     let mut given: Map<String, Value> = Map::new();
@@ -460,7 +554,7 @@ fn values(
     for param in declared {
         let default = param.default.clone().map(|value| located(base, value, param.kind));
         let value = given.remove(&param.name).or(default);
-        if value.is_none() && param.required && !refused.contains(&&param.name) {
+        if value.is_none() && param.required && unset == Unset::Refused && !refused.contains(&&param.name) {
             problems.at(None, format!("`{}`: it is required; --set {}=…", param.name, param.name));
         }
         values.insert(param.name.clone(), value.unwrap_or(Value::Null));

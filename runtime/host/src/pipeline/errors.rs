@@ -123,7 +123,11 @@ pub fn parts(error: &mlua::Error) -> (String, String) {
         }
         mlua::Error::RuntimeError(text) => text,
         mlua::Error::SyntaxError { message, .. } => message,
-        mlua::Error::MemoryError(_) => &out_of_memory(),
+        // The machine says where it was, if it has the memory for that.
+        mlua::Error::MemoryError(text) => {
+            let trace = text.split_once("\nstack traceback:\n").map_or("", |(_, trace)| trace);
+            return (out_of_memory(), cut(trace.to_owned()));
+        }
         other => &other.to_string(),
     };
     // What the script raised may hold these words too; the machine's stand behind it.

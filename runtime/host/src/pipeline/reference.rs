@@ -391,10 +391,20 @@ parameters ([configs/](../configs/README.md)). To write your own, copy the neare
 
 ```
 homeroom run configs/fine_tune.toml --set model=MODEL --set dataset=rows.jsonl
-homeroom run CONFIG --check        # says what is wrong, and runs nothing
-homeroom run CONFIG --dry-run      # says what it would do and train, and does none of it
-homeroom run CONFIG --watch        # runs again when the TOML file, the script or a module is saved
+homeroom run CONFIG --check        # says what is wrong, and runs nothing; required parameters need not be set
+homeroom run CONFIG --dry-run      # says what it would do, train and need, and does none of it
+homeroom run CONFIG --watch        # runs again when the TOML file, the script or a module has changed
+homeroom run CONFIG --fresh        # makes everything anew
+homeroom run CONFIG --help         # lists the parameters of the file
+homeroom new NAME                  # writes a pipeline to start from
 ```
+
+What `fine_tune`, `evaluate`, `generate` and `save_model` make is looked up when it was made before: of the same model, rows and options, by the
+same strategy, program and kind of processor, and with the same callbacks. So a changed stage runs anew with those behind it, and the
+others do not; a run that was killed or interrupted goes on where it was when it is started again. A callback is what it does, the
+variables that it takes from around it and the parameters that it reads; where that cannot be told, it is the whole script. Results whose
+files are gone or altered are made again. With `--watch` a change in mid-training stops it after its step, if the new script has no
+problems that `--check` finds.
 
 What the script returns is the result: it goes to stdout, and with `--json` as JSON. What it prints goes to stderr, beside the
 progress. Without `--json` a list of more than five items is not printed if the run trained something: it is in `result.json` in the
@@ -419,7 +429,7 @@ Scripts are [Luau](https://luau.org): Lua 5.1 with `+=`, `continue`, `//` and ty
 - An undefined name is an error, and so is a global variable: write `local`.
 - `require("lib/x")` runs `lib/x.lua` beside the script, once. A module's name has small letters, digits and underscores.
 - `print` and `homeroom.log` write to stderr, at most 16 MiB a run. Control characters appear as `\u{1b}`.
-- In a dry run every loss is `nan`, and a comparison with it is false.
+- In a dry run losses are imagined: they fall as trainings go on, and forecast nothing. Callbacks are called once each, with a sample.
 
 A script can compute and call verbs, and nothing else: it has no files, no processes and no bytecode, and libraries are read-only.
 Its values may take 256 MiB. The rows of its datasets may take half of the machine's memory, at most 8 GiB. What it returns, logs or

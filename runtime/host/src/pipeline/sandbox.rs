@@ -5,12 +5,12 @@
 //! in coroutines, in patterns, in callbacks and in library functions; values, errors and output without end. What is not: the
 //! verbs do what they say, so a script can train for days.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -18,11 +18,12 @@ use homeroom_engine::files::read_text;
 use mlua::chunk::ChunkMode;
 use mlua::{Function, IntoLuaMulti, Lua, MultiValue, Table, Value, VmState};
 
+use super::bytecode::{Functions, Source, compiler};
 use super::clock::{Clock, Ended};
 use super::errors::{self, Failure, PRELUDE, nearest, parts, said, short};
 use super::libraries;
 use super::limits::Limits;
-use crate::watch::{Files, identity};
+use crate::watch::{Files, content};
 
 /// How often time and Ctrl-C are looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(20);
@@ -30,6 +31,8 @@ const WATCH_EVERY: Duration = Duration::from_millis(20);
 const SCRIPT_BYTES_MAX: u64 = 4 << 20;
 /// What Luau says of an error for whose telling something is missing.
 const UNTOLD: &str = "error in error handling";
+/// How much more memory a script has taken when its line is noted again.
+const NOTED_BYTES: usize = 1 << 20;
 /// Longest name of a module.
 const MODULE_BYTES_MAX: usize = 128;
 
@@ -37,6 +40,26 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         // Nothing of the script is called any more, whatever it has left behind.
         self.lua.remove_interrupt();
+    }
+}
+
+/// The script and modules that were read or looked for, each as it was then; others see them while the script runs.
+#[derive(Clone, Default)]
+pub struct Reads(Arc<Mutex<Files>>);
+
+impl Reads {
+    /// Notes a file, as it is now.
+    pub fn note(&self, path: &Path) {
+        self.insert(path, content(path));
+    }
+
+    fn insert(&self, path: &Path, content: crate::watch::Content) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), content);
+    }
+
+    /// All of them so far.
+    pub fn files(&self) -> Files {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -50,9 +73,16 @@ pub struct Sandbox {
     /// What the script may take.
     pub limits: Limits,
     scripts: PathBuf,
-    /// The script and modules that were read or looked for, each as it was then.
-    files: Rc<RefCell<Files>>,
+    read: Read,
     prelude: Prelude,
+}
+
+/// What was read of a script and its modules.
+#[derive(Clone, Default)]
+struct Read {
+    files: Reads,
+    /// Texts by the names that messages give their files.
+    texts: Rc<RefCell<HashMap<String, String>>>,
 }
 
 /// The functions of `prelude.luau`.
@@ -63,26 +93,27 @@ pub struct Prelude {
 }
 
 /// Runs `work` with a sandbox on a thread of its own, and ends its script when `cancelled` says so or its time is spent.
-/// `require` finds modules below `scripts`. `give_up` hears when the script is to end and has not, and since when: what it is in
+/// `require` finds modules below `scripts`; `reads` gets what is read. `give_up` hears when the script is to end and has not, and since when: what it is in
 /// looks at no time, and no thread can be ended from outside.
 ///
 /// # Errors
 /// What `work` returns.
 pub fn run<T: Send>(
     scripts: &Path,
+    reads: &Reads,
     limits: Limits,
     cancelled: &dyn Fn() -> bool,
-    give_up: &dyn Fn(Ended, Duration),
+    give_up: &dyn Fn(Ended, Duration, &str),
     work: impl FnOnce(&Sandbox) -> Result<T> + Send,
 ) -> Result<T> {
     let clock = Arc::new(Clock::new(limits.lua_time));
     let (done, wait) = channel::<()>();
     std::thread::scope(|scope| {
-        let theirs = clock.clone();
+        let (theirs, reads) = (clock.clone(), reads.clone());
         let thread = std::thread::Builder::new().name("lua".into()).stack_size(32 << 20);
         let thread = thread.spawn_scoped(scope, move || {
             let _done = done; // Dropped when this thread ends, however it ends.
-            work(&Sandbox::new(scripts, limits, theirs)?)
+            work(&Sandbox::new(scripts, reads, limits, theirs)?)
         });
         let thread = thread.context("cannot start a thread for the script")?;
         let mut since: Option<(Ended, Instant)> = None;
@@ -90,7 +121,7 @@ pub fn run<T: Send>(
             clock.watch(cancelled);
             since = match (clock.ended().filter(|_| !clock.in_verb()), since) {
                 (Some(ended), Some((before, since))) if before == ended => {
-                    give_up(ended, since.elapsed());
+                    give_up(ended, since.elapsed(), &clock.place());
                     Some((ended, since))
                 }
                 (ended, _) => ended.map(|ended| (ended, Instant::now())),
@@ -150,12 +181,13 @@ fn answer(lua: &Lua, result: Result<impl IntoLuaMulti, Failure>) -> mlua::Result
 }
 
 impl Sandbox {
-    fn new(scripts: &Path, limits: Limits, clock: Arc<Clock>) -> Result<Self> {
+    fn new(scripts: &Path, files: Reads, limits: Limits, clock: Arc<Clock>) -> Result<Self> {
         errors::set_memory_bytes(limits.memory_bytes);
         let failed = |error: mlua::Error| anyhow!("cannot set up Lua: {error}");
         let lua = Lua::new();
         let (globals, prelude) = (lua.globals(), Prelude::load(&lua).map_err(failed)?);
-        let sandbox = Self { lua, globals, clock, limits, scripts: scripts.to_owned(), files: Rc::default(), prelude };
+        let read = Read { files, texts: Rc::default() };
+        let sandbox = Self { lua, globals, clock, limits, scripts: scripts.to_owned(), read, prelude };
         sandbox.guard().map_err(failed)?;
         Ok(sandbox)
     }
@@ -165,9 +197,9 @@ impl Sandbox {
         &self.lua
     }
 
-    /// The script and modules that were read or looked for, each as it was then.
-    pub fn files(&self) -> Files {
-        self.files.borrow().clone()
+    /// The functions of the scripts that were read, which can be asked for after the script has begun.
+    pub fn sources(&self) -> Sources {
+        Sources { texts: self.read.texts.clone(), known: Rc::default() }
     }
 
     /// What makes functions for scripts.
@@ -223,7 +255,7 @@ impl Sandbox {
 
     /// `require("lib/x")`: the module `lib/x.lua` below the scripts' directory, run once.
     fn provide_require(&self) -> mlua::Result<()> {
-        let (scripts, globals, files) = (self.scripts.clone(), self.globals.clone(), self.files.clone());
+        let (scripts, globals, read) = (self.scripts.clone(), self.globals.clone(), self.read.clone());
         let loaded: Rc<RefCell<HashMap<PathBuf, Option<Value>>>> = Rc::default();
         let require = self.prelude.function(&self.lua, move |lua, name, _| {
             let Value::String(name) = name else {
@@ -231,16 +263,14 @@ impl Sandbox {
             };
             let name = name.to_string_lossy();
             let file = module_file(&scripts, &name)?;
-            let path = module_path(&scripts, &name).inspect_err(|_| {
-                files.borrow_mut().insert(file, None);
-            })?;
+            let path = module_path(&scripts, &name).inspect_err(|_| read.files.insert(&file, None))?;
             match loaded.borrow().get(&path) {
                 Some(Some(module)) => return Ok(module.clone()),
                 Some(None) => return Err(said(format!("`{name}` is required by itself"))),
                 None => {}
             }
             loaded.borrow_mut().insert(path.clone(), None);
-            let module = chunk(lua, &path, &globals, &files).and_then(|chunk| Ok(chunk.call::<Value>(())?));
+            let module = chunk(lua, &path, &globals, &read).and_then(|chunk| Ok(chunk.call::<Value>(())?));
             match module {
                 Ok(module @ (Value::Table(_) | Value::Function(_))) => {
                     loaded.borrow_mut().insert(path, Some(module.clone()));
@@ -262,10 +292,23 @@ impl Sandbox {
     /// When memory is out.
     pub fn close(&self) -> mlua::Result<()> {
         self.lua.sandbox(true)?;
-        let clock = self.clock.clone();
+        let (clock, much) = (self.clock.clone(), self.limits.memory_bytes / 2);
+        let noted = Cell::new(0_usize);
         self.lua.set_interrupt(move |lua| match clock.check() {
-            Ok(()) => Ok(VmState::Continue),
-            Err(ended) => Err(mlua::Error::runtime(Failure::from(ended).told(lua))),
+            Ok(()) => {
+                // On the way to the end of its memory it says more often where it is.
+                let used = lua.used_memory();
+                let is_more = used > much && used.abs_diff(noted.get()) > NOTED_BYTES;
+                if clock.asks() || is_more {
+                    noted.set(used);
+                    clock.note(errors::here(lua));
+                }
+                Ok(VmState::Continue)
+            }
+            Err(ended) => {
+                clock.note(errors::here(lua));
+                Err(mlua::Error::runtime(Failure::from(ended).told(lua)))
+            }
         });
         Ok(())
     }
@@ -275,7 +318,7 @@ impl Sandbox {
     /// # Errors
     /// When it cannot be read or is not Lua; the message names the line.
     pub fn compile(&self, script: &Path) -> Result<Function> {
-        chunk(&self.lua, script, &self.globals, &self.files).map_err(|failure| match failure {
+        chunk(&self.lua, script, &self.globals, &self.read).map_err(|failure| match failure {
             Failure::Lua(error) => self.tell(&error, script),
             Failure::Said(error) => error,
         })
@@ -296,10 +339,15 @@ impl Sandbox {
         // What a machine cannot tell has no place either.
         let frames: Vec<&str> = trace.lines().map(str::trim).filter(|line| is_frame(line)).collect();
         let raised_at = || frames.first().map_or_else(|| shown(script), |frame| place(frame).to_string());
+        let last = self.clock.place();
+        let last = if last.is_empty() { format!("{}: ", shown(script)) } else { last };
         let text = match text {
-            text if text == errors::out_of_memory() => format!("{}: {text}", shown(script)),
+            text if text == errors::out_of_memory() => match frames.first() {
+                Some(frame) => format!("{}: {text}", place(frame)),
+                None => format!("{last}{text}"),
+            },
             text if text.starts_with(UNTOLD) => {
-                format!("{}: {UNTOLD}: no memory or no stack was left to tell it", shown(script))
+                format!("{last}{UNTOLD}: no memory or no stack was left to tell it")
             }
             text => match text.split_once(": 0x") {
                 Some((kind @ ("table" | "function" | "thread" | "buffer"), _)) => {
@@ -312,12 +360,49 @@ impl Sandbox {
         if let Some(ended) = self.clock.ended() {
             // What the script raised when it was ended may be anything; where it was is worth telling.
             let words = ended.to_string();
-            return if text.ends_with(&words) { anyhow!(text) } else { anyhow!("{}: {words}", shown(script)) };
+            return if text.ends_with(&words) { anyhow!(text) } else { anyhow!("{last}{words}") };
         }
         // The first frame is where the message says that it is.
         let callers: String =
             frames.iter().skip(1).take(8).map(|frame| format!("\n  called from {}", place(frame))).collect();
         anyhow!("{text}{callers}")
+    }
+}
+
+/// The functions of scripts, told by the file and line that they begin at.
+#[derive(Clone)]
+pub struct Sources {
+    texts: Rc<RefCell<HashMap<String, String>>>,
+    known: Rc<RefCell<HashMap<String, Rc<Functions>>>>,
+}
+
+impl Sources {
+    /// What a function is; `None`: it is of no script, or is the script itself.
+    pub fn of(&self, function: &Function) -> Option<Source> {
+        let info = function.info();
+        let (file, line) = (info.source?.strip_prefix('@')?.to_owned(), info.line_defined?);
+        self.functions(&file)?.at(line)
+    }
+
+    /// The line of the `return` that a script ends with.
+    pub fn last_return(&self, script: &Path) -> Option<usize> {
+        self.functions(&shown(script))?.last_return()
+    }
+
+    /// All texts, by the names of their files.
+    pub fn texts(&self) -> Vec<(String, String)> {
+        let mut all: Vec<_> = self.texts.borrow().iter().map(|(name, text)| (name.clone(), text.clone())).collect();
+        all.sort();
+        all
+    }
+
+    fn functions(&self, file: &str) -> Option<Rc<Functions>> {
+        if let Some(known) = self.known.borrow().get(file) {
+            return Some(known.clone());
+        }
+        let functions = Rc::new(Functions::of(self.texts.borrow().get(file)?).ok()?);
+        self.known.borrow_mut().insert(file.to_owned(), functions.clone());
+        Some(functions)
     }
 }
 
@@ -345,9 +430,11 @@ fn place(frame: &str) -> &str {
 }
 
 /// A compiled chunk, from text and never from bytecode, which is trusted by the machine.
-fn chunk(lua: &Lua, path: &Path, globals: &Table, files: &RefCell<Files>) -> Result<Function, Failure> {
-    files.borrow_mut().insert(path.to_owned(), identity(path));
-    let chunk = lua.load(script_text(path)?).set_name(format!("@{}", shown(path))).set_mode(ChunkMode::Text);
+fn chunk(lua: &Lua, path: &Path, globals: &Table, read: &Read) -> Result<Function, Failure> {
+    read.files.note(path);
+    let (text, name) = (script_text(path)?, shown(path));
+    read.texts.borrow_mut().insert(name.clone(), text.clone());
+    let chunk = lua.load(text).set_name(format!("@{name}")).set_mode(ChunkMode::Text).set_compiler(compiler());
     Ok(chunk.set_environment(globals.clone()).into_function()?)
 }
 
@@ -426,7 +513,7 @@ mod tests {
     fn in_directory(dir: &Path, cancelled: &dyn Fn() -> bool) -> (Result<String>, Duration) {
         let mut spent = Duration::ZERO;
         let limits = Limits { lua_time: BUDGET, ..Limits::default() };
-        let result = run(dir, limits, cancelled, &|_, _| {}, |sandbox| {
+        let result = run(dir, &Reads::default(), limits, cancelled, &|_, _, _| {}, |sandbox| {
             let lua = sandbox.lua();
             let api = lua.create_table().unwrap();
             let work = lua.create_function(|_, ()| Ok(7)).unwrap();
@@ -591,7 +678,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("s.lua"), "wait() return 1").unwrap();
         let limits = Limits { lua_time: Duration::from_millis(100), ..Limits::default() };
-        let result = run(dir.path(), limits, &|| false, &|_, _| {}, |sandbox| {
+        let result = run(dir.path(), &Reads::default(), limits, &|| false, &|_, _, _| {}, |sandbox| {
             let clock = sandbox.clock.clone();
             let wait = sandbox.lua().create_function(move |_, ()| {
                 let _paused = clock.pause();

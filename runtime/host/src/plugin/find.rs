@@ -111,14 +111,22 @@ impl Search {
     /// Loads the strategy of that name from the first directory that has it.
     ///
     /// # Errors
-    /// When no directory has it (the message says where it looked), or the one that was found cannot be loaded.
+    /// As [`Search::find`]; or when the one that was found cannot be loaded.
     pub fn load(&self, name: &str) -> Result<Plugin> {
+        let file = self.find(name)?;
+        let loaded = self.load_file(&file).with_context(|| format!("plugin {}", file.path.display()));
+        Ok(loaded?.0)
+    }
+
+    /// The file of the strategy of that name, of the first directory that has it.
+    ///
+    /// # Errors
+    /// When no directory has it; the message says where it looked.
+    pub fn find(&self, name: &str) -> Result<StrategyFile> {
         ensure!(is_plain(name), "`{name}` is not a strategy's name");
         let file = file_name(name);
         if let Some(path) = self.dirs.iter().map(|dir| dir.join(&file)).find(|path| path.exists()) {
-            let file = StrategyFile { name: name.to_owned(), path };
-            let loaded = self.load_file(&file).with_context(|| format!("plugin {}", file.path.display()));
-            return Ok(loaded?.0);
+            return Ok(StrategyFile { name: name.to_owned(), path });
         }
         if let Some((_, option)) = VARIANTS.iter().find(|(variant, _)| name.eq_ignore_ascii_case(variant)) {
             bail!(

@@ -18,7 +18,8 @@ use sha2::{Digest, Sha256};
 
 use super::Session;
 use crate::models;
-use crate::pipeline::clock::Clock;
+use crate::pipeline::bytecode::hex;
+use crate::pipeline::clock::{Clock, Ended};
 use crate::pipeline::errors::Failure;
 use crate::pipeline::limits::Held;
 use crate::pipeline::sandbox::shown;
@@ -153,8 +154,23 @@ impl Dataset {
         }
         objective.mark(&mut groups);
         ensure!(!groups.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
-        let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(Encoded { groups, digest: format!("sha256:{hex}"), skipped, truncated, endless })
+        let digest = format!("sha256:{}", hex(&hasher.finalize()));
+        Ok(Encoded { groups, digest, skipped, truncated, endless })
+    }
+
+    /// What tells it from any other: its rows, in order, and how they are to be encoded.
+    ///
+    /// # Errors
+    /// When the script is to end.
+    pub fn identity(&self, clock: &Clock) -> Result<String, Ended> {
+        let mut hash = Sha256::new();
+        hash.update(format!("{:?} {:?}\n", self.max_seq_len, self.on_long_row));
+        for row in self.rows() {
+            clock.check()?;
+            hash.update(row.text.json.as_bytes());
+            hash.update(b"\n");
+        }
+        Ok(format!("sha256:{}", hex(&hash.finalize())))
     }
 
     /// Parts the rows by chance.

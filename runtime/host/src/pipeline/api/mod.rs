@@ -6,12 +6,17 @@
 mod dataset;
 mod forgetting;
 mod handler;
+mod identity;
+mod imagined;
 mod methods;
 mod model;
+mod names;
 mod options;
+mod resumed;
 mod row;
 mod saved;
 pub mod spec;
+mod stored;
 mod train;
 mod value;
 
@@ -35,10 +40,12 @@ use mlua::{LightUserData, Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use self::dataset::Dataset;
-use self::model::{DRY, ModelSpec, NOT_NAMED, fine_tuned};
+use self::imagined::{Imagined, Needs, is_imagined};
+use self::model::{ModelSpec, NOT_NAMED, fine_tuned};
 use self::options::Options;
 use self::spec::{VERBS, verb};
-use self::value::{to_lua, words};
+use self::stored::Made;
+use super::How;
 use super::about;
 use super::clock::Clock;
 use super::config::PipelineConfig;
@@ -46,7 +53,8 @@ use super::errors::{Failure, nearest, said, short};
 use super::limits::{Account, Held, bytes};
 use super::output::Output;
 use super::places::{Place, Places};
-use super::sandbox::{Prelude, Sandbox, name_of};
+use super::sandbox::{Prelude, Sandbox, Sources, name_of};
+use super::store::{Key, Store};
 use crate::hub::{self, HubName};
 use crate::models::{Loaded, not_there};
 use crate::plugin::{Plugin, Search};
@@ -54,7 +62,8 @@ use crate::progress::{self, thousands};
 use crate::registry;
 use crate::runs::{About, End, Kind, RunDirectory};
 
-pub use self::value::to_json;
+pub use self::names::named_problem;
+pub use self::value::{to_json, to_lua, words};
 
 /// What the verbs of one run share. It belongs to the script's thread.
 pub struct Session {
@@ -77,6 +86,9 @@ pub struct Session {
     plugins: RefCell<HashMap<String, Rc<Plugin>>>,
     bases: RefCell<HashMap<PathBuf, Arc<BaseModel>>>,
     adaptations: RefCell<HashMap<PathBuf, Loaded>>,
+    /// Adapters that a dry run would have trained, with what all of its trainings need.
+    imagined: Imagined,
+    needs: Cell<Option<(usize, usize, Needs)>>,
     /// Models that a dry run would have saved.
     dry_saved: RefCell<HashMap<String, ModelSpec>>,
     /// What a dry run would do: in words, and as JSON.
@@ -85,6 +97,22 @@ pub struct Session {
     handler: RefCell<Option<String>>,
     /// Whether a training is under way.
     trains: Cell<bool>,
+    /// The parameters.
+    params: Map<String, Json>,
+    /// The functions of its scripts.
+    sources: Sources,
+    /// What verbs made before.
+    store: Store,
+    /// Digest of the keys of all steps so far.
+    steps: RefCell<String>,
+    /// Calls of `fine_tune` so far.
+    stages: Cell<usize>,
+    /// Whether it was said that results cannot be kept.
+    unkept: Cell<bool>,
+    /// Whether nothing is looked up.
+    fresh: bool,
+    /// The run that it goes on with.
+    resumed: Option<String>,
     /// The run and the number of adapters in it, once there is one.
     run: RefCell<Option<(Rc<RunDirectory>, usize)>>,
 }
@@ -94,7 +122,7 @@ impl Session {
     ///
     /// # Errors
     /// When a directory of the pipeline is not there.
-    pub fn new(sandbox: &Sandbox, config: &PipelineConfig, search: Search, dry: bool) -> Result<Self> {
+    pub fn new(sandbox: &Sandbox, config: &PipelineConfig, search: Search, how: How) -> Result<Self> {
         let stem = config.script.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
         let plain = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' { c } else { '-' };
         let name = stem.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).chars().map(plain).take(40).collect();
@@ -103,7 +131,7 @@ impl Session {
         let named = config.named.iter().map(|(_, path)| path.clone()).collect();
         Ok(Self {
             clock: sandbox.clock.clone(),
-            dry,
+            dry: how.dry,
             places: Places::new(scripts, file.parent().context("a file has a directory")?, named)?,
             output: Output::new(sandbox.limits.output_bytes),
             account: Account::new(sandbox.limits.held_bytes),
@@ -114,10 +142,20 @@ impl Session {
             plugins: RefCell::default(),
             bases: RefCell::default(),
             adaptations: RefCell::default(),
+            imagined: Imagined::default(),
+            needs: Cell::default(),
             dry_saved: RefCell::default(),
             actions: RefCell::default(),
             handler: RefCell::default(),
             trains: Cell::default(),
+            params: config.params.clone(),
+            sources: sandbox.sources(),
+            store: Store::new(registry::data_directory().map(|data| data.join("runs")), how.fresh),
+            steps: RefCell::default(),
+            stages: Cell::default(),
+            unkept: Cell::default(),
+            fresh: how.fresh,
+            resumed: how.resumed,
             run: RefCell::default(),
         })
     }
@@ -129,7 +167,13 @@ impl Session {
 
     /// What a dry run would do.
     pub fn actions(&self) -> Vec<(String, Json)> {
-        self.actions.take().into_iter().map(|(words, json, _)| (words, json)).collect()
+        let mut actions: Vec<_> = self.actions.take().into_iter().map(|(words, json, _)| (words, json)).collect();
+        if let Some((trainings, tokens, needs)) = self.needs.take() {
+            let trained = if trainings == 1 { "1 training".to_owned() } else { format!("{trainings} trainings") };
+            let words = format!("in all  {trained}, {} tokens; {}", thousands(tokens), needs.words());
+            actions.push((words, json!({"total": train::needs_json(tokens, &needs), "trainings": trainings})));
+        }
+        actions
     }
 
     /// The last handler that the script made.
@@ -234,22 +278,63 @@ impl Session {
         Ok(plugin)
     }
 
-    /// Id and directory of the next adapter of this run.
-    fn new_adapter(&self) -> Result<NewAdapter> {
-        let mut run = self.run.borrow_mut();
-        let (run, count) = match &mut *run {
-            Some(run) => run,
-            none => none.insert((Rc::new(self.new_run()?), 0)),
-        };
-        *count += 1;
-        let (id, path) = (format!("{}/{count}", run.id()), run.path().join("adapters").join(count.to_string()));
-        Ok(NewAdapter { run: run.clone(), number: *count, id, path })
+    /// Takes up the run that it is to go on with.
+    ///
+    /// # Errors
+    /// When another process works on it.
+    pub fn resume(&self) -> Result<()> {
+        if self.resumed.is_some() {
+            self.run()?;
+        }
+        Ok(())
     }
 
-    /// A new run, of which the script's name is the name.
-    fn new_run(&self) -> Result<RunDirectory> {
-        RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())
+    /// The run, which is begun if it has not been yet.
+    fn run(&self) -> Result<Rc<RunDirectory>> {
+        let mut run = self.run.borrow_mut();
+        if let Some((run, _)) = &*run {
+            return Ok(run.clone());
+        }
+        let begun = Rc::new(match &self.resumed {
+            Some(id) => RunDirectory::reopen(id)?,
+            None => RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())?,
+        });
+        let numbers = ["adapters", "trainings"].map(|directory| last_number(&begun.path().join(directory)));
+        run.replace((begun.clone(), numbers[0].max(numbers[1])));
+        Ok(begun)
     }
+
+    /// The adapter that the next training of this run makes. One that was begun under the same key, here or in a run that has ended, is
+    /// gone on with.
+    fn new_adapter(&self, key: &Key) -> Result<NewAdapter> {
+        let run = self.run()?;
+        let begun = resumed::checkpoint(key, run.id(), !self.fresh);
+        let own = begun.as_ref().filter(|begun| begun.run == run.id()).map(|begun| begun.number);
+        let number = own.unwrap_or_else(|| {
+            let mut run = self.run.borrow_mut();
+            let count = run.as_mut().map(|(_, count)| count);
+            count.map_or(1, |count| {
+                *count += 1;
+                *count
+            })
+        });
+        let training = run.training(number)?;
+        resumed::begin(&training, key, begun.filter(|_| own.is_none()).as_ref())?;
+        let (id, path) = (format!("{}/{number}", run.id()), run.path().join("adapters").join(number.to_string()));
+        Ok(NewAdapter { run, number, training, id, path })
+    }
+
+    /// The run's directory, which is made if there is none yet.
+    fn run_path(&self) -> Result<PathBuf> {
+        self.run().map(|run| run.path().to_owned())
+    }
+}
+
+/// The largest number that is a name in a directory; 0: there is none.
+fn last_number(directory: &Path) -> usize {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.max().unwrap_or(0)
 }
 
 /// The adapter that a training of a run will make.
@@ -257,6 +342,8 @@ struct NewAdapter {
     run: Rc<RunDirectory>,
     /// Number of the training in its run, from 1.
     number: usize,
+    /// The training's directory there.
+    training: PathBuf,
     /// `RUN/NUMBER`.
     id: String,
     /// Its directory.
@@ -506,10 +593,11 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
     let Some(adapter) = spec.adapter.clone() else {
         return Err(said("save_model: this model was not trained; `fine_tune` returns one that was"));
     };
-    let is_imagined = session.dry && (adapter == DRY || session.dry_saved.borrow().contains_key(&adapter));
+    let saved = session.dry_saved.borrow().get(&adapter).cloned();
+    let is_imagined = session.dry && (is_imagined(&adapter) || saved.is_some());
     let from = if is_imagined { None } else { Some(trained(session, &adapter)?) };
     if session.dry {
-        spec.adapter = Some(DRY.to_owned());
+        spec.adapter = saved.map_or(Some(adapter), |saved| saved.adapter);
         session.would(
             lua,
             format!("save    {name}: {}", place.display()),
@@ -517,13 +605,17 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
         )?;
         session.dry_saved.borrow_mut().insert(name.clone(), spec.clone());
     } else {
-        let replaces = if place.exists() { "   (in place of the model of that name)" } else { "" };
-        let directory = NewDirectory::start(&place)?;
-        saved::copy(&from.context("only a dry run imagines models")?, directory.path())?;
-        directory.publish()?;
+        let from = from.context("only a dry run imagines models")?;
+        stored::stored(lua, session, verb("save_model"), &options, || {
+            let replaces = if place.exists() { "   (in place of the model of that name)" } else { "" };
+            let directory = NewDirectory::start(&place)?;
+            saved::copy(&from, directory.path())?;
+            directory.publish()?;
+            session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
+            Ok(Made { result: json!({"name": name, "path": place}), files: identity::model_files(&place)? })
+        })?;
         session.adaptations.borrow_mut().remove(&place);
         session.bases.borrow_mut().remove(&place);
-        session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
         spec.adapter = Some(name.clone());
     }
     let table = spec.to_table(lua)?;
@@ -591,36 +683,47 @@ fn create_handler(lua: &Lua, session: &Session, argument: Value) -> Result<Value
 fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("evaluate"), argument)?;
     let spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
-    let data = options.dataset("dataset").context("`read` saw that a required option is there")?;
-    let (model, adaptation) = spec.load(session)?;
-    let data = data.encode(&session.clock, &model, objective::Kind::Sft).context("evaluate: dataset")?;
-    let table = lua.create_table()?;
+    let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
     if session.dry {
+        let (model, _) = spec.load(session)?;
+        let data = rows.encode(&session.clock, &model, objective::Kind::Sft).context("evaluate: dataset")?;
+        let table = lua.create_table()?;
         session.would(
             lua,
             format!("measure {} on {} examples", spec.base, thousands(data.groups.len())),
             json!({"verb": "evaluate", "model": spec.base, "examples": data.groups.len(), "tokens": data.tokens()}),
         )?;
-        for name in ["loss", "perplexity", "token_accuracy"] {
-            table.set(name, f64::NAN)?;
-        }
-        table.set("trained_tokens", 0)?;
+        let steps = session.imagined.steps(&spec);
+        let loss = imagined::loss(&model, steps);
+        table.set("loss", loss)?;
+        table.set("perplexity", loss.exp())?;
+        table.set("token_accuracy", imagined::accuracy(&model, steps))?;
+        table.set("trained_tokens", data.tokens())?;
         table.set("examples", data.groups.len())?;
         return Ok(Value::Table(table));
     }
-    let examples: Vec<_> = data.groups.iter().flat_map(|group| &group.sequences).collect();
-    let bar = progress::counting("evaluating", examples.len());
-    let compute = options.word("compute").unwrap_or(Compute::F32);
-    let result =
-        evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| bar.set_position(done as u64));
-    bar.finish_and_clear();
-    let result = result?;
-    table.set("loss", result.loss)?;
-    table.set("perplexity", result.perplexity)?;
-    table.set("token_accuracy", result.token_accuracy)?;
-    table.set("trained_tokens", result.trained_tokens)?;
-    table.set("examples", result.examples)?;
-    Ok(Value::Table(table))
+    Ok(to_lua(
+        lua,
+        &stored::stored(lua, session, verb("evaluate"), &options, || {
+            let (model, adaptation) = spec.load(session)?;
+            let data = rows.encode(&session.clock, &model, objective::Kind::Sft).context("evaluate: dataset")?;
+            let examples: Vec<_> = data.groups.iter().flat_map(|group| &group.sequences).collect();
+            let bar = progress::counting("evaluating", examples.len());
+            let compute = options.word("compute").unwrap_or(Compute::F32);
+            let result = evaluate_examples(&model, adaptation.as_deref(), &examples, compute, |done| {
+                bar.set_position(done as u64)
+            });
+            bar.finish_and_clear();
+            let result = result?;
+            Ok(Made::plain(json!({
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "token_accuracy": result.token_accuracy,
+                "trained_tokens": result.trained_tokens,
+                "examples": result.examples,
+            })))
+        })?,
+    )?)
 }
 
 fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
@@ -633,45 +736,53 @@ fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fail
         seed: options.seed(),
         ..Sampling::default()
     };
-    let (model, adaptation) = spec.load(session)?;
     let system = options.text("system").map(|text| json!({"role": "system", "content": text}));
-    let texts = lua.create_table()?;
-    let engine = (!session.dry).then(|| Engine::new(model.clone(), Compute::Auto));
-    let adapter = engine
-        .as_ref()
-        .zip(adaptation)
-        .map(|(engine, adaptation)| Adapter::new(engine.inference(), model.clone(), adaptation));
-    let adapter = adapter.transpose().context("generate")?;
-    // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
-    let mut asked = Vec::with_capacity(prompts.len());
-    for prompt in &prompts {
-        session.clock.check()?;
-        let messages: Vec<Json> = system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect();
-        let ids = prompt_ids(&model, &messages).context("generate")?;
-        let block_end = BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
-        let tokens = engine
-            .as_ref()
-            .map(|engine| engine.ask(adapter.as_ref(), &ids, sampling))
-            .transpose()
-            .context("generate")?;
-        asked.push((tokens, block_end));
-    }
-    for (tokens, mut block_end) in asked {
-        session.clock.check()?;
-        let mut ids = Vec::new();
-        for id in tokens.into_iter().flatten() {
-            session.clock.check()?;
-            ids.push(id.context("generate")?);
-        }
-        let text = model.tokenizer.decode(&ids, true).context("generate")?;
-        texts.raw_push(block_end.push(text) + &block_end.finish())?;
-    }
+    let messages = |prompt: &str| -> Vec<Json> {
+        system.iter().cloned().chain([json!({"role": "user", "content": prompt})]).collect()
+    };
     if session.dry {
+        let (model, _) = spec.load(session)?;
+        let texts = lua.create_table()?;
+        for prompt in &prompts {
+            session.clock.check()?;
+            prompt_ids(&model, &messages(prompt)).context("generate")?;
+            texts.raw_push("")?;
+        }
         session.would(
             lua,
             format!("answer  {} prompts with {}", prompts.len(), spec.base),
             json!({"verb": "generate", "model": spec.base, "prompts": prompts.len()}),
         )?;
+        return Ok(Value::Table(texts));
     }
-    Ok(Value::Table(texts))
+    Ok(to_lua(
+        lua,
+        &stored::stored(lua, session, verb("generate"), &options, || {
+            let (model, adaptation) = spec.load(session)?;
+            let engine = Engine::new(model.clone(), Compute::Auto);
+            let adapter = adaptation.map(|adaptation| Adapter::new(engine.inference(), model.clone(), adaptation));
+            let adapter = adapter.transpose().context("generate")?;
+            // All are asked at once, as they then share the reading of the weights; each answer is what it would be alone.
+            let mut asked = Vec::with_capacity(prompts.len());
+            for prompt in &prompts {
+                session.clock.check()?;
+                let ids = prompt_ids(&model, &messages(prompt)).context("generate")?;
+                let block_end =
+                    BlockEnd::behind(&ids, &model.tokenizer, model.template.as_ref()).context("generate")?;
+                asked.push((engine.ask(adapter.as_ref(), &ids, sampling).context("generate")?, block_end));
+            }
+            let mut texts: Vec<String> = Vec::with_capacity(prompts.len());
+            for (tokens, mut block_end) in asked {
+                session.clock.check()?;
+                let mut ids = Vec::new();
+                for id in tokens {
+                    session.clock.check()?;
+                    ids.push(id.context("generate")?);
+                }
+                let text = model.tokenizer.decode(&ids, true).context("generate")?;
+                texts.push(block_end.push(text) + &block_end.finish());
+            }
+            Ok(Made::plain(json!(texts)))
+        })?,
+    )?)
 }

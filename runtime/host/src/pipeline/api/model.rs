@@ -17,6 +17,7 @@ use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 
 use super::Session;
+use super::imagined::is_imagined;
 use super::options::strategy_options;
 use super::value::to_lua;
 use crate::job::encode;
@@ -34,9 +35,6 @@ const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// It is the user who says what is downloaded: a script that has read rows could write them into a name, and the hub would be asked for
 /// that.
 pub(super) const NOT_NAMED: &str = "what a script says is not downloaded, as a name could carry rows that it has read; what a parameter of type `model` names is";
-
-/// What stands for the id of an adapter that a dry run did not train.
-pub const DRY: &str = "dry-run";
 
 /// A model that has not been loaded.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -125,7 +123,7 @@ impl ModelSpec {
     /// # Errors
     /// When the script may not read there.
     pub fn adapter_path(&self, session: &Session) -> Result<Option<PathBuf>> {
-        let Some(adapter) = self.adapter.as_deref().filter(|adapter| *adapter != DRY) else { return Ok(None) };
+        let Some(adapter) = self.adapter.as_deref().filter(|adapter| !is_imagined(adapter)) else { return Ok(None) };
         Ok(session.locate(adapter)?.map(|place| place.path).filter(|path| is_adapter(path)))
     }
 
@@ -135,7 +133,7 @@ impl ModelSpec {
     /// When it is not there or cannot be run, or the script may not read there.
     pub fn load_base(&self, session: &Session) -> Result<Arc<BaseModel>> {
         let name = match &self.adapter {
-            Some(adapter) if adapter != DRY && self.adapter_path(session)?.is_none() => adapter,
+            Some(adapter) if !is_imagined(adapter) && self.adapter_path(session)?.is_none() => adapter,
             _ => &self.base,
         };
         let Some(path) = session.locate(name)?.map(|place| place.path) else {

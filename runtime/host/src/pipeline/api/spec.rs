@@ -282,7 +282,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "fine_tune",
-        doc: "Trains a model. The result is kept with the run; `save_model` gives it a name.\nIf `model` was trained before, training goes on from its adapter, with its strategy and options. Callbacks run between steps and cannot start another training. An error in a callback ends the training after that step, and is raised then.",
+        doc: "Trains a model. The result is kept with the run; `save_model` gives it a name.\nIf `model` was trained before, training goes on from its adapter, with its strategy and options. Callbacks run between steps and cannot start another training. An error in a callback ends the training after that step, and is raised then.\nA training that was made before, of the same model, rows, options and callbacks, is looked up: its callbacks are not called then, and print nothing. What they keep has to be in `report.state`: a training whose callbacks change variables outside of them is made again in each run.",
         options: &[
             &[
                 required("model", Kind::Model, "what to train"),
@@ -397,6 +397,12 @@ pub const VERBS: &[Verb] = &[
                     Kind::OnEval,
                     "none",
                     "called after each evaluation of `eval_steps`; may return a directive",
+                ),
+                opt(
+                    "key",
+                    Kind::Text,
+                    "what the callbacks do and take from around them",
+                    "a text that stands for the callbacks: a training with the same key and options is looked up, whatever they do",
                 ),
             ],
         ],

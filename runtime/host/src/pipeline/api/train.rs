@@ -12,21 +12,25 @@ use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
 use super::dataset::{Dataset, Encoded};
-use super::model::{DRY, ModelSpec};
+use super::imagined::{self, Needs};
+use super::model::ModelSpec;
 use super::options::Options;
 use super::spec::{STRATEGY_NAMES, verb};
+use super::stored::{Made, Step};
 use super::value::{to_json, to_lua, words};
-use super::{NewAdapter, Session};
+use super::{NewAdapter, Session, identity};
 use crate::job::defaults::{self, Open};
-use crate::job::{Job, Outcome, Recording, Resumed, Saving, Taken};
+use crate::job::{Job, Outcome, Recording, Saving, Taken, newest_checkpoint};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
 use crate::pipeline::sandbox::shown;
-use crate::plugin::Plugin;
+use crate::plugin::{Plugin, native};
 use crate::progress::{self, millions, thousands};
 
+/// What to do with a checkpoint that cannot be gone on from.
+const FRESH: &str = "fine_tune: cannot go on where it was ended; --fresh starts anew";
 /// What `stopped` says of a training that did all its steps.
 const FINISHED: &str = "finished";
 
@@ -44,6 +48,21 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     }
     spec.options.extend(options.strategy(session.clock())?);
     let strategy = spec.strategy.get_or_insert_with(|| "lora".to_owned()).clone();
+    let stage = session.stages.get() + 1;
+    session.stages.set(stage);
+    let step = match session.dry {
+        true => None,
+        false => {
+            // What it goes on from is told by its result, so that one of the same bytes and another name is another.
+            let more = json!({"plugin": identity::plugin(session, &strategy)?, "parent": spec.parent(session)});
+            Some(Step::begin(lua, session, verb("fine_tune"), &options, more)?)
+        }
+    };
+    if let Some((step, entry)) = step.as_ref().and_then(|step| Some((step, step.look_up()?))) {
+        let told = format!("from run {}, {:.1} s", entry.run, step.seconds());
+        session.tell(format_args!("stage {stage:<3} {told}   {}", summary(&entry.result)));
+        return tuned(lua, spec, &entry.result);
+    }
     let plugin = session.plugin(&strategy)?;
     check_options(&plugin, &spec.options)?;
     let objective = objective(&options).context("fine_tune")?;
@@ -60,7 +79,17 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let data = encode(rows).context("dataset")?;
     let eval = options.dataset("eval").map(encode).transpose().context("eval")?;
     let requantize = options.flag("requantize").unwrap_or(false);
-    let mut job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
+    let adapter = step.as_ref().map(|step| session.new_adapter(step.key())).transpose()?;
+    let begun = adapter.as_ref().and_then(|adapter| newest_checkpoint(&adapter.training));
+    let mut job = match &begun {
+        None => Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?,
+        Some(checkpoint) => {
+            let native = |strategy: &_, name: &_| native::find_in(&session.search, strategy, name);
+            let plugin = Some(Plugin::clone(&plugin));
+            Job::resume(model, checkpoint, plugin, &native, spec.options.clone(), init_from.as_deref())
+                .context(FRESH)?
+        }
+    };
     job.watch = session.search.watching();
     let mut config = config(&options, objective.objective, job.proposed_learning_rate);
     let is_open = |names: [&str; 2]| names.iter().all(|name| options.whole(name).is_none());
@@ -68,25 +97,35 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
     let open = Open { epochs, batch_size };
     let chosen = defaults::choose(&mut config, open, data.groups.len());
+    let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
+    let recording = match &adapter {
+        Some(NewAdapter { run, number, .. }) => Some(Recording::new(run, *number, saving)?),
+        None => None,
+    };
+    let from = match (&recording, &begun) {
+        (Some(recording), Some(_)) => Some(recording.resume(&job, &mut config).context(FRESH)?),
+        _ => None,
+    };
     let steps = planned_steps(data.groups.len(), &config).context("fine_tune")?;
     restate(session, &spec, objective, &job, &data, eval.as_ref(), &config, steps);
     if let Some(chosen) = chosen {
         session.tell(format_args!("note: {chosen}"));
     }
-    if session.dry {
-        return dry(lua, session, &spec, &job, &data, eval.as_ref(), steps);
+    let (Some(step), Some(adapter), Some(mut recording)) = (step, &adapter, recording) else {
+        let (spec, options, job, data, config) = (&spec, &options, &job, &data, &config);
+        return Dry { spec, options, job, data, eval: eval.as_ref(), config, steps }.run(lua, session);
+    };
+    if let Some(from) = &from {
+        session.tell(format_args!("goes on   after step {} of {steps}", from.state.step));
     }
 
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
     // something to fill it with, so that a run that is killed leaves nothing.
-    let NewAdapter { run, number, id, path } = session.new_adapter()?;
-    drop(NewDirectory::start(&path)?);
+    let NewAdapter { run, id, path, .. } = adapter;
+    drop(NewDirectory::start(path)?);
     let parent = spec.parent(session);
     let trained: Vec<&Group> = data.groups.iter().collect();
     let held_out: Vec<&Group> = eval.iter().flat_map(|eval| &eval.groups).collect();
-    let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
-    let mut recording = Recording::new(&run, number, saving)?;
-    let from = None::<Resumed>;
     let mut watcher = Watcher {
         lua,
         session,
@@ -124,7 +163,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let (rows, data_digest) = (trained.len(), data.digest.clone());
     let of_run = Some(run.id().to_owned());
     let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, forgetting: None, failure };
-    let path = outcome.save(&job, &path, Taken::Replaced, parent.as_deref())?;
+    let path = outcome.save(&job, path, Taken::Replaced, parent.as_deref())?;
     let (before, after) = (outcome.report.before(), outcome.report.after());
     if let (Some(before), Some(after)) = (before, after) {
         session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
@@ -137,7 +176,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     if let Some(step) = outcome.report.kept_step {
         session.tell(format_args!("result    of step {step}, the best on the held-out rows"));
     }
-    let done = outcome.report.steps.len();
+    let (done, train_loss, seconds) =
+        (outcome.report.steps.len(), outcome.report.train_loss(), outcome.report.seconds());
     if ended {
         session.tell(format_args!(
             "stopped after step {done} of {steps}; what it had learned by then is in {}",
@@ -152,73 +192,172 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         return Err(raised);
     }
     session.clock().check()?;
-    spec.adapter = Some(id);
-    let table = spec.to_table(lua)?;
-    let metrics = lua.create_table()?;
-    metrics.set("eval_loss", after.map(|eval| eval.loss))?;
-    metrics.set("eval_loss_before", before.map(|eval| eval.loss))?;
-    metrics.set("eval_reward_accuracy", after.and_then(|eval| Some(eval.rewards?.accuracy)))?;
-    metrics.set("train_loss", outcome.report.train_loss())?;
-    metrics.set("steps", done)?;
-    metrics.set("planned_steps", steps)?;
-    metrics.set("seconds", outcome.report.seconds())?;
-    metrics.set("peak_memory_bytes", peak_memory_bytes())?;
-    table.set("metrics", metrics)?;
     let stopped = stopped.or(outcome.report.stopped);
-    table.set("stopped", stopped.as_deref().unwrap_or(FINISHED))?;
+    let result = json!({
+        "adapter": id,
+        "metrics": {
+            "eval_loss": after.map(|eval| eval.loss),
+            "eval_loss_before": before.map(|eval| eval.loss),
+            "eval_reward_accuracy": after.and_then(|eval| Some(eval.rewards?.accuracy)),
+            "train_loss": train_loss,
+            "steps": done,
+            "planned_steps": steps,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        },
+        "stopped": stopped.as_deref().unwrap_or(FINISHED),
+    });
+    // What another generation of the strategy had a part in is not what this one makes.
+    if job.now().1.sha256 == job.strategy.sha256 {
+        step.keep(Made { result: result.clone(), files: identity::model_files(&path)? })?;
+    }
+    tuned(lua, spec, &result)
+}
+
+/// What a script gets of a training: the model, and what came of it.
+fn tuned(lua: &Lua, mut spec: ModelSpec, result: &Json) -> Result<Value, Failure> {
+    spec.adapter = result["adapter"].as_str().map(str::to_owned);
+    let table = spec.to_table(lua)?;
+    table.set("metrics", to_lua(lua, &result["metrics"])?)?;
+    table.set("stopped", to_lua(lua, &result["stopped"])?)?;
     Ok(Value::Table(table))
 }
 
-/// What a dry run says of a training. Its losses are not numbers, so that a script's comparisons with them are false.
-fn dry(
-    lua: &Lua,
-    session: &Session,
-    spec: &ModelSpec,
-    job: &Job,
-    data: &Encoded,
-    eval: Option<&Encoded>,
+/// A training in a few words.
+fn summary(result: &Json) -> String {
+    let metrics = &result["metrics"];
+    let loss = match metrics["eval_loss"].as_f64() {
+        Some(loss) => format!("   held-out loss {loss:.4}"),
+        None => String::new(),
+    };
+    format!("{} steps{loss}   {}", metrics["steps"], result["adapter"].as_str().unwrap_or_default())
+}
+
+/// A training that a dry run imagines.
+struct Dry<'a> {
+    spec: &'a ModelSpec,
+    options: &'a Options,
+    job: &'a Job,
+    data: &'a Encoded,
+    eval: Option<&'a Encoded>,
+    config: &'a TrainConfig,
     steps: u64,
-) -> Result<Value, Failure> {
-    let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
-    let held_out = eval.map_or(0, |eval| eval.groups.len());
-    session.would(
-        lua,
-        format!(
-            "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps, {} of {} parameters",
-            spec.base,
-            job.strategy.name,
-            thousands(data.groups.len()),
-            thousands(data.tokens()),
-            thousands(steps as usize),
-            thousands(trainable),
-            thousands(all),
-        ),
-        json!({
-            "verb": "fine_tune",
-            "model": spec.base,
-            "strategy": job.strategy.name,
-            "options": spec.options,
-            "examples": data.groups.len(),
-            "tokens": data.tokens(),
-            "held_out": held_out,
-            "steps": steps,
-            "trainable_parameters": trainable,
-            "parameters": all,
-        }),
-    )?;
-    let table = ModelSpec { adapter: Some(DRY.to_owned()), ..spec.clone() }.to_table(lua)?;
-    let metrics = lua.create_table()?;
-    let loss = eval.map(|_| f64::NAN);
-    metrics.set("eval_loss", loss)?;
-    metrics.set("eval_loss_before", loss)?;
-    metrics.set("train_loss", f64::NAN)?;
-    metrics.set("steps", steps)?;
-    metrics.set("planned_steps", steps)?;
-    metrics.set("seconds", 1.0)?;
-    metrics.set("peak_memory_bytes", peak_memory_bytes())?;
-    table.set("metrics", metrics)?;
-    table.set("stopped", FINISHED)?;
-    Ok(Value::Table(table))
+}
+
+impl Dry<'_> {
+    /// Says what would be trained and what that needs, and calls the callbacks once.
+    fn run(&self, lua: &Lua, session: &Session) -> Result<Value, Failure> {
+        let Self { spec, job, data, steps, .. } = *self;
+        let (trainable, all) = (job.adaptation.trainable_count(), job.model.parameter_count());
+        let held_out = self.eval.map_or(0, |eval| eval.groups.len());
+        let tokens = (data.tokens() as f64 * self.epochs()).round() as usize;
+        let needs = self.needs();
+        session.would(
+            lua,
+            format!(
+                "train   {} with {}: {} examples ({} tokens), {held_out} held out, {} steps ({} tokens), {} of {} parameters; {}",
+                spec.base,
+                job.strategy.name,
+                thousands(data.groups.len()),
+                thousands(data.tokens()),
+                thousands(steps as usize),
+                thousands(tokens),
+                thousands(trainable),
+                thousands(all),
+                needs.words(),
+            ),
+            json!({
+                "verb": "fine_tune",
+                "model": spec.base,
+                "strategy": job.strategy.name,
+                "options": spec.options,
+                "examples": data.groups.len(),
+                "tokens": data.tokens(),
+                "held_out": held_out,
+                "steps": steps,
+                "trainable_parameters": trainable,
+                "parameters": all,
+                "needs": needs_json(tokens, &needs),
+            }),
+        )?;
+        let (count, before, together) = session.needs.get().unwrap_or_default();
+        session.needs.set(Some((count + 1, before + tokens, if count == 0 { needs } else { together.and(needs) })));
+        self.call(lua, session)?;
+        let first = session.imagined.steps(spec);
+        let loss = |steps| imagined::loss(&job.model, first + steps);
+        let result = json!({
+            "adapter": session.imagined.adapter(first + steps),
+            "metrics": {
+                "eval_loss": self.eval.map(|_| loss(steps)),
+                "eval_loss_before": self.eval.map(|_| loss(0)),
+                "train_loss": (loss(0) + loss(steps)) / 2.0,
+                "steps": steps,
+                "planned_steps": steps,
+                "seconds": needs.seconds.unwrap_or(1.0),
+                "peak_memory_bytes": needs.memory_bytes.or(peak_memory_bytes()),
+            },
+            "stopped": FINISHED,
+        });
+        tuned(lua, spec.clone(), &result)
+    }
+
+    /// Passes over the rows.
+    fn epochs(&self) -> f64 {
+        let per_step = self.config.batch_size as f64 * self.config.gradient_accumulation_steps as f64;
+        let epoch_steps = (self.data.groups.len() as f64 / per_step).ceil().max(1.0);
+        self.steps as f64 / epoch_steps
+    }
+
+    /// What the training needs.
+    fn needs(&self) -> Needs {
+        Needs::disk(self.job.adaptation.trainable_count())
+    }
+
+    /// Calls the callbacks as after the last step, so that a mistake in them is found.
+    fn call(&self, lua: &Lua, session: &Session) -> Result<(), Failure> {
+        let loss = imagined::loss(&self.job.model, session.imagined.steps(self.spec) + self.steps);
+        let mut watcher = Watcher {
+            lua,
+            session,
+            options: self.options,
+            state: lua.create_table()?,
+            kept: Json::Null,
+            bar: None,
+            evaluating: None,
+            stopped: None,
+            raised: None,
+        };
+        if self.options.function("on_step").is_some() {
+            let table = watcher.table(self.steps, self.epochs(), self.steps)?;
+            table.set("loss", loss)?;
+            table.set("grad_norm", 1.0)?;
+            table.set("learning_rate", self.config.learning_rate)?;
+            table.set("tokens", self.data.tokens() as f64 * self.epochs() / self.steps as f64)?;
+            watcher.call("on_step", table)?;
+        }
+        // It is called if there are rows to evaluate, and steps to do so.
+        let evaluates = self.eval.is_some() && self.config.eval_steps.is_some();
+        if evaluates && self.options.function("on_eval").is_some() {
+            let table = watcher.table(self.steps, self.epochs(), self.steps)?;
+            table.set("eval_loss", loss)?;
+            table.set("perplexity", loss.exp())?;
+            table.set("token_accuracy", 0.5)?;
+            table.set("best", loss)?;
+            watcher.call("on_eval", table)?;
+        }
+        Ok(())
+    }
+}
+
+/// What trainings need, for who reads it as JSON.
+pub fn needs_json(tokens: usize, needs: &Needs) -> Json {
+    json!({
+        "tokens": tokens,
+        "seconds": needs.seconds,
+        "peak_memory_bytes": needs.memory_bytes,
+        "disk_bytes": needs.disk_bytes,
+        "checkpoint_bytes": needs.checkpoint_bytes,
+    })
 }
 
 /// Refuses options that the strategy does not have, before anything is loaded.

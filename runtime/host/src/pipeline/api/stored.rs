@@ -1,0 +1,141 @@
+//! Verbs whose results are kept, and looked up where the same was made before.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use mlua::Lua;
+use serde_json::{Value as Json, json};
+
+use super::options::Options;
+use super::spec::Verb;
+use super::{Session, identity};
+use crate::pipeline::errors::{Failure, here};
+use crate::pipeline::store::{self, Entry, Key};
+
+/// The inputs of a verb take longer than this to read where a base is large and its digests are not kept yet; that is said.
+const TOLD_SECONDS: f64 = 2.0;
+
+/// What a verb made.
+pub struct Made {
+    /// What is kept of it.
+    pub result: Json,
+    /// The files that belong to it.
+    pub files: Vec<PathBuf>,
+}
+
+impl Made {
+    /// A result without files.
+    pub fn plain(result: Json) -> Self {
+        Self { result, files: Vec::new() }
+    }
+}
+
+/// A call whose result may be kept.
+pub struct Step<'a> {
+    lua: &'a Lua,
+    session: &'a Session,
+    verb: &'static Verb,
+    options: &'a Options,
+    /// What is added to what the options say.
+    more: Json,
+    key: Key,
+    /// Digest of the keys before it.
+    before: String,
+    started: Instant,
+}
+
+/// Looks up what a call makes, or has it made and keeps it.
+///
+/// # Errors
+/// When its inputs cannot be read, or `make` fails.
+pub fn stored(
+    lua: &Lua,
+    session: &Session,
+    verb: &'static Verb,
+    options: &Options,
+    make: impl FnOnce() -> Result<Made, Failure>,
+) -> Result<Json, Failure> {
+    let step = Step::begin(lua, session, verb, options, Json::Null)?;
+    if let Some(entry) = step.look_up() {
+        session.tell(format_args!("{:10}from run {}, {:.1} s", verb.name, entry.run, step.seconds()));
+        return Ok(entry.result);
+    }
+    let made = make()?;
+    let result = made.result.clone();
+    step.keep(made)?;
+    Ok(result)
+}
+
+impl<'a> Step<'a> {
+    /// Says what goes into a call. `more`: what goes into it beside its options.
+    ///
+    /// # Errors
+    /// When its inputs cannot be read.
+    pub fn begin(
+        lua: &'a Lua,
+        session: &'a Session,
+        verb: &'static Verb,
+        options: &'a Options,
+        more: Json,
+    ) -> Result<Self, Failure> {
+        let started = Instant::now();
+        let key = key(lua, session, verb, options, &more)?;
+        let seconds = started.elapsed().as_secs_f64();
+        if seconds > TOLD_SECONDS {
+            session.tell(format_args!("digests   of what {} takes, computed once, {seconds:.1} s", verb.name));
+        }
+        let before = session.steps.borrow().clone();
+        // What comes behind it may depend on it.
+        session.steps.replace(store::digest_of(&format!("{before} {}", key.hash()).into()));
+        Ok(Self { lua, session, verb, options, more, key, before, started })
+    }
+
+    /// What it is kept under.
+    pub fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// Seconds since it began.
+    pub fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    /// What the same call made before.
+    pub fn look_up(&self) -> Option<Entry> {
+        self.session.store.find(&self.key)
+    }
+
+    /// Keeps what it made, unless its callbacks changed something outside of them: who looks it up would not get that.
+    ///
+    /// # Errors
+    /// When the script is to end.
+    pub fn keep(self, made: Made) -> Result<(), Failure> {
+        let after = self.session.steps.replace(self.before.clone());
+        let now = key(self.lua, self.session, self.verb, self.options, &self.more);
+        self.session.steps.replace(after);
+        if now? != self.key {
+            self.session.tell(format_args!(
+                "note: {}{}: its callbacks change values outside of them, so that a later run makes it again; keep such values in \
+                 `report.state`, or give `key`",
+                here(self.lua),
+                self.verb.name
+            ));
+            return Ok(());
+        }
+        let Made { result, files } = made;
+        let put = |run: PathBuf| self.session.store.put(&run, &self.key, result, &files, self.seconds());
+        let kept = self.session.run_path().and_then(put);
+        // Where one cannot be kept, the others cannot either.
+        if let Err(error) = kept
+            && !self.session.unkept.replace(true)
+        {
+            self.session.tell(format_args!("note: {} is not kept for later runs: {error:#}", self.verb.name));
+        }
+        Ok(())
+    }
+}
+
+fn key(lua: &Lua, session: &Session, verb: &'static Verb, options: &Options, more: &Json) -> Result<Key, Failure> {
+    let inputs = identity::inputs(lua, session, verb, options)?;
+    Ok(store::key(verb.name, json!({"options": inputs, "more": more})))
+}

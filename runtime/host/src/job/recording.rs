@@ -142,7 +142,7 @@ impl<'a> Recording<'a> {
         let in_steps = steps.is_some_and(|steps| state.step > 0 && state.step.is_multiple_of(steps));
         // The first one is for a training that fails before any other; of a whole model it would be as large as the model thrice.
         let is_first = state.step == 0 && !state.adaptation().is_whole_model();
-        state.report.interrupted || is_best || in_time || in_steps || is_first
+        is_best || in_time || in_steps || is_first
     }
 
     /// Saves, and removes what is no longer needed. A disk that is full ends no training.
@@ -377,7 +377,12 @@ impl Observer for Recorder<'_, '_> {
     }
 
     fn is_due(&mut self, state: &State) -> bool {
-        self.recording.as_ref().is_some_and(|recording| recording.is_due(state))
+        let Some(recording) = &self.recording else { return false };
+        match state.report.interrupted {
+            // Whom the user ends goes on from there; what a script ends is not to be gone on with behind its back.
+            true => self.inner.is_due(state),
+            false => recording.is_due(state),
+        }
     }
 
     fn save(&mut self, state: &State) -> Result<()> {

@@ -584,6 +584,10 @@ impl Observer for Watcher {
     fn is_cancelled(&mut self) -> bool {
         interrupt::asked()
     }
+
+    fn is_due(&mut self, state: &State) -> bool {
+        state.report.interrupted
+    }
 }
 
 /// The strategy's options, by PEFT's names.

@@ -7,7 +7,9 @@ use homeroom_engine::data::{Group, note_endless};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{Kind as ObjectiveKind, ObjectiveConfig};
-use homeroom_engine::train::{Broken, Control, Data, EvalReport, Observer, StepReport, TrainConfig, planned_steps};
+use homeroom_engine::train::{
+    Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, planned_steps,
+};
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
@@ -542,6 +544,10 @@ impl Observer for Watcher<'_> {
 
     fn is_cancelled(&mut self) -> bool {
         self.raised.is_some() || self.session.clock().cancelled()
+    }
+
+    fn is_due(&mut self, state: &State) -> bool {
+        state.report.interrupted && self.raised.is_none() && self.stopped.is_none()
     }
 }
 

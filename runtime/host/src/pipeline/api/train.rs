@@ -22,7 +22,7 @@ use super::stored::{Made, Step};
 use super::value::{to_json, to_lua, words};
 use super::{NewAdapter, Session, identity};
 use crate::job::defaults::{self, Open};
-use crate::job::{Job, Outcome, Recording, Saving, Taken, newest_checkpoint};
+use crate::job::{Job, Outcome, Recording, Saving, Taken};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
@@ -82,7 +82,12 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let eval = options.dataset("eval").map(encode).transpose().context("eval")?;
     let requantize = options.flag("requantize").unwrap_or(false);
     let adapter = step.as_ref().map(|step| session.new_adapter(step.key())).transpose()?;
-    let begun = adapter.as_ref().and_then(|adapter| newest_checkpoint(&adapter.training));
+    let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
+    let recording = match &adapter {
+        Some(NewAdapter { run, number, .. }) => Some(Recording::new(run, *number, saving)?),
+        None => None,
+    };
+    let begun = recording.as_ref().and_then(Recording::newest);
     let mut job = match &begun {
         None => Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?,
         Some(checkpoint) => {
@@ -99,11 +104,6 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
     let open = Open { epochs, batch_size };
     let chosen = defaults::choose(&mut config, open, data.groups.len());
-    let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
-    let recording = match &adapter {
-        Some(NewAdapter { run, number, .. }) => Some(Recording::new(run, *number, saving)?),
-        None => None,
-    };
     let from = match (&recording, &begun) {
         (Some(recording), Some(_)) => Some(recording.resume(&job, &mut config).context(FRESH)?),
         _ => None,

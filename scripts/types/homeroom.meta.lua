@@ -23,6 +23,8 @@
 ---@field train_loss number # mean loss of all steps
 ---@field steps number # steps that were done
 ---@field planned_steps number # steps that were planned
+---@field seconds number # time of all steps
+---@field peak_memory_bytes? number # most memory that the program has had since `fine_tune` began; nil where the system does not say
 
 ---A model in the registry; a Model too.
 ---@class Saved: Model
@@ -42,6 +44,13 @@
 ---@field token_accuracy number # share of trained tokens that the model found likeliest
 ---@field trained_tokens number # how many there are
 ---@field examples number # sequences that were measured
+
+---How far a trained model has moved from its base.
+---@class Forgetting
+---@field loss_before number # the base's mean cross-entropy of the rows' trained tokens, in nats
+---@field loss number # that of the trained model
+---@field kl number # mean KL divergence of the trained model's distribution of a token from the base's, KL(base || trained), in nats a token
+---@field tokens number # tokens that were compared
 
 ---What `on_step` gets.
 ---@class StepReport
@@ -283,6 +292,18 @@ function homeroom.create_handler(options) end
 ---@param options EvaluateOptions
 ---@return Evaluation # `loss` in nats, `perplexity`, `token_accuracy`, `trained_tokens` and `examples`
 function homeroom.evaluate(options) end
+
+---@class ForgettingOptions
+---@field model string | Model # the trained model
+---@field dataset? Dataset # rows of the kind that must not be forgotten (default: answers of the base's own)
+---@field rows? Dataset # another name for `dataset`
+---@field base? string | Model # the base that it is compared with (default: what `model` was trained from)
+
+---Measures how far a trained model has moved from its base, on rows that it was not to change on.
+---Without `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters about a minute on two cores, at the second call much less.
+---@param options ForgettingOptions
+---@return Forgetting # `loss_before` and `loss` on these rows, `kl` in nats a token, and `tokens`
+function homeroom.forgetting(options) end
 
 ---@class GenerateOptions
 ---@field model string | Model # the model that answers

@@ -40,7 +40,8 @@ impl OwnRow {
 /// Has a base answer a few dozen plain requests in several languages, at temperature 1, in f32, by a seed of its own: the same rows at
 /// each call. Where it has no chat template, texts are drawn from the token that begins one.
 ///
-/// `progress` is told how many tokens the longest has, and how many it may have. What ends an answer is a part of it, as to end is forgotten, too: of several tokens that end a turn it is the tokenizer's own.
+/// What ends an answer is a part of it, as to end is forgotten, too: of several tokens that end a turn it is the tokenizer's own.
+/// `progress` is told how many tokens the longest answer has, and how many it may have.
 ///
 /// # Errors
 /// When the template refuses a plain request, there is no token to begin with, or a pass fails.

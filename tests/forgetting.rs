@@ -288,7 +288,7 @@ fn a_script_is_told_what_a_model_has_forgotten() -> Result<()> {
         ("model = params.model", "does not say what it was trained from"),
         ("model = \"whole\"", "does not say what it was trained from"),
         ("model = \"saved\", base = \"saved\"", "`base` is a trained model"),
-        ("model = \"saved\", data = 1", "unknown option `data`, did you mean `dataset`?"),
+        ("model = \"saved\", dateset = 1", "unknown option `dateset`, did you mean `dataset`?"),
     ] {
         let error = place.error(&format!("\nreturn homeroom.forgetting {{ {call} }}"))?;
         assert!(error.contains(expected) && error.contains("s.lua:2"), "{call}: {error}");

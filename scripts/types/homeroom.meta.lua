@@ -300,7 +300,7 @@ function homeroom.evaluate(options) end
 ---@field base? string | Model # the base that it is compared with (default: what `model` was trained from)
 
 ---Measures how far a trained model has moved from its base, on rows that it was not to change on.
----Without `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters about a minute on two cores, at the second call much less.
+---Without `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters a minute or two on two cores, at the second call much less.
 ---@param options ForgettingOptions
 ---@return Forgetting # `loss_before` and `loss` on these rows, `kl` in nats a token, and `tokens`
 function homeroom.forgetting(options) end

@@ -160,7 +160,7 @@ pub struct Arguments {
     #[arg(long, alias = "patience", requires = "eval_every", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     early_stopping_patience: Option<u64>,
     /// Measure after the training how far the model has moved from its base: on rows of FILE, else on answers of the base's own, which it
-    /// draws before; that takes about a minute with a model of 135 M parameters on two cores
+    /// draws before; that takes a minute or two with a model of 135 M parameters on two cores
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     #[serde(skip)]
     forgetting: Option<Option<PathBuf>>,

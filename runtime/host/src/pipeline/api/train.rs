@@ -109,7 +109,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         _ => None,
     };
     let steps = planned_steps(data.groups.len(), &config).context("fine_tune")?;
-    restate(session, &spec, objective, &job, &data, eval.as_ref(), &config, steps);
+    restate(session, &spec, &job, (&data, eval.as_ref()), (&config, objective, steps));
     if let Some(chosen) = chosen {
         session.tell(format_args!("note: {chosen}"));
     }
@@ -427,12 +427,9 @@ fn config(options: &Options, objective: ObjectiveKind, proposed: Option<f64>) ->
 fn restate(
     session: &Session,
     spec: &ModelSpec,
-    objective: ObjectiveConfig,
     job: &Job,
-    data: &Encoded,
-    eval: Option<&Encoded>,
-    config: &TrainConfig,
-    steps: u64,
+    (data, eval): (&Encoded, Option<&Encoded>),
+    (config, objective, steps): (&TrainConfig, ObjectiveConfig, u64),
 ) {
     let Job { model, adaptation, strategy, .. } = job;
     let (all, trained) = (model.parameter_count() as f64, adaptation.trainable_count() as f64);

@@ -159,7 +159,6 @@ const NO_COMMANDS: [(&str, &str); 13] = [
         "there is no such command: HF_TOKEN=... before a command, or `hf auth login`, opens gated and private models",
     ),
     ("mv", "`homeroom cp NAME NEW` and then `homeroom rm NAME` rename a model"),
-    ("new", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
     ("ps", "nothing runs in the background: `homeroom list-models` shows the models, `homeroom chat` talks to one"),
     (
         "push",

@@ -151,7 +151,7 @@ const COMMANDS: [(&str, &str); 38] = [
 ];
 
 /// Commands elsewhere that no command here stands for, and what to know.
-const NO_COMMANDS: [(&str, &str); 13] = [
+const NO_COMMANDS: [(&str, &str); 12] = [
     ("create", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
     ("embed", "embeddings are served: `homeroom serve --model-dir NAME` answers /v1/embeddings"),
     (

@@ -163,7 +163,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     bar.into_iter().for_each(progress::Training::end);
     let ended = raised.is_some() || session.clock().cancelled();
     let (rows, data_digest) = (trained.len(), data.digest.clone());
-    let of_run = Some(run.id().to_owned());
+    let of_run = Some((run.id().to_owned(), run.token()));
     let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, forgetting: None, failure };
     let path = outcome.save(&job, path, Taken::Replaced, parent.as_deref())?;
     let (before, after) = (outcome.report.before(), outcome.report.after());

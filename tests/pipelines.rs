@@ -440,8 +440,8 @@ fn a_dry_run_writes_nothing() -> Result<()> {
     let sum: u64 = actions[1..3].iter().filter_map(|action| action["needs"]["tokens"].as_u64()).sum();
     assert!(sum > 0 && total["tokens"] == sum && total["disk_bytes"].as_u64() > Some(1000), "{total}");
     let train = &actions[1];
-    // 18 rows in batches of 2, as so few get them, are 9 steps an epoch.
-    assert_eq!((&train["examples"], &train["held_out"], &train["steps"]), (&json!(18), &json!(6), &json!(18)));
+    // 18 rows in batches of 8 are 3 steps an epoch.
+    assert_eq!((&train["examples"], &train["held_out"], &train["steps"]), (&json!(18), &json!(6), &json!(6)));
     assert!(train["trainable_parameters"].as_u64() < train["parameters"].as_u64());
     assert!(train["tokens"].as_u64() > Some(100), "{train}");
     assert!(!place.home().exists(), "it wrote something");

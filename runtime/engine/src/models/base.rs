@@ -89,7 +89,7 @@ pub struct LayerModules {
 }
 
 impl LayerModules {
-    fn new(number: usize, layer: &LayerSpec, by_path: &HashMap<String, usize>) -> Self {
+    pub(crate) fn new(number: usize, layer: &LayerSpec, by_path: &HashMap<String, usize>) -> Self {
         let at = |path: &str| by_path[&layer_path(number, path)];
         let attention = layer.attention();
         let each = |projections: &[Projection]| projections.iter().map(|projection| at(projection.path)).collect();

@@ -6,4 +6,5 @@ pub(crate) mod block;
 pub mod decoder;
 pub mod frozen_linear;
 pub mod recipe;
+pub(crate) mod tape;
 pub mod train;

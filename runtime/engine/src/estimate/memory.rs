@@ -6,14 +6,14 @@ use homeroom_abi::plan::{ModuleInfo, ParamSpec, Plan};
 use homeroom_kernels::{Codec, bf16, cpu, threads};
 
 use super::sketch::Outline;
-use super::time::Work;
+use super::time::{Operation, StoredAs, Work};
 use super::{Estimate, Parts, Request, Sketch};
 use crate::adapt::adaptation::{Adapted, laid_out};
 use crate::models::architecture::{EMBEDDING, FINAL_NORM, HEAD, layer_path};
 use crate::run::batch::{packed_parts, pass_rows_of};
 use crate::run::compute::Compute;
 use crate::run::cpu::low_rank::low_rank;
-use crate::run::cpu::size::{HeadSize, Held, LayerSize, Pools, SiteSize, scratch_bytes};
+use crate::run::cpu::size::{HeadSize, Held, LayerSize, Pools, SiteSize, padded, scratch_bytes};
 use crate::run::plain::tape::{Grads, Id, Ledger, Tape, TapedModule, TapedPlan, TapedRows, head as plain_head};
 use crate::train::optimizer::keeps;
 
@@ -62,6 +62,8 @@ struct Passes {
     /// Bytes of the largest logits.
     logits: usize,
     fused: usize,
+    /// How many passes were gone through.
+    count: usize,
     /// Multiply-adds of products that candle takes.
     plain_products: f64,
 }
@@ -189,6 +191,7 @@ impl<'a> Outlook<'a> {
             gradients: vec![false; self.params.len()],
             logits: 0,
             fused: 0,
+            count,
             plain_products: 0.0,
         };
         for _ in 0..count {
@@ -204,7 +207,7 @@ impl<'a> Outlook<'a> {
         let taped_rows = TapedRows { architecture, sequences, plan };
         let tensor = FLOAT * rows * c;
         let lowest = self.lowest();
-        let Passes { ledger, pools, gradients, logits, fused, plain_products } = passes;
+        let Passes { ledger, pools, gradients, logits, fused, plain_products, .. } = passes;
         let of_layer = |number: usize| {
             let at: HashMap<String, usize> =
                 self.sketch.layers[number].all().map(|index| (self.module(index).info.path.clone(), index)).collect();
@@ -437,7 +440,101 @@ impl<'a> Outlook<'a> {
             fused_layers: (passes.fused, sketch.layers.len()),
             storage: sketch.storage_words(),
             compute: compute.name(),
-            work: Work::default(),
+            work: self.work(&passes, (inputs, largest), largest * targets, per_step as f64 / largest as f64, request),
+        }
+    }
+
+    /// What a step computes: `times` passes over `count` sequences of `inputs` rows each, n of which have a target.
+    fn work(
+        &self,
+        passes: &Passes,
+        (inputs, count): (usize, usize),
+        n: usize,
+        times: f64,
+        request: &Request,
+    ) -> Work {
+        let (blocks, _) = self.blocks(request.compute);
+        let (rows, lowest) = (inputs * count, self.lowest());
+        let mut operations: Vec<(Operation, f64)> = Vec::new();
+        let mut add = |operation: Operation, times: f64| match operations.iter_mut().find(|(known, _)| *known == operation)
+        {
+            Some((_, sum)) => *sum += times,
+            None => operations.push((operation, times)),
+        };
+        for number in 0..self.sketch.layers.len() {
+            let (Some(layer), Some(element)) = (self.fused_layer(number, blocks), blocks.element) else { continue };
+            let is_trained = number + 1 >= lowest;
+            let forward = if is_trained && request.gradient_checkpointing { 2.0 * times } else { times };
+            let at = &self.sketch.layers[number];
+            let modules = [&at.qkv[..], &[at.o], &at.gate_up, &[at.down]];
+            for (site, modules) in layer.sites.iter().zip(modules) {
+                let rank: usize = site.r.iter().map(|r| padded(*r)).sum();
+                for (i, module) in modules.iter().enumerate() {
+                    let of_module = |backward| Operation::Product {
+                        m: rows,
+                        weight: (site.d_out[i], site.d_in),
+                        stored: StoredAs::of(&self.module(*module).stored),
+                        rank: padded(site.r[i]),
+                        element,
+                        integers: site.integers[i],
+                        backward,
+                    };
+                    add(of_module(false), forward);
+                    if is_trained {
+                        add(of_module(true), times);
+                    }
+                    if is_trained && site.r[i] > 0 {
+                        let (m, p) = (rows, padded(site.r[i]));
+                        add(Operation::Small { m, k: site.d_out[i], n: p, element }, times);
+                        add(Operation::Outer { m, p, n: site.d_out[i], element }, times);
+                    }
+                }
+                if rank > 0 {
+                    add(Operation::Small { m: rows, k: site.d_in, n: rank, element }, forward);
+                    if is_trained {
+                        add(Operation::Outer { m: rows, p: rank, n: site.d_in, element }, times);
+                    }
+                }
+            }
+            let attention = layer.spec.attention();
+            let of_attention = |backward| Operation::Attention {
+                t: inputs,
+                count,
+                heads: attention.heads / attention.kv_heads,
+                head_dim: attention.head_dim,
+                window: attention.window.filter(|window| *window < inputs),
+                cap: attention.soft_cap.is_some(),
+                element,
+                backward,
+            };
+            add(of_attention(false), forward * attention.kv_heads as f64);
+            if is_trained {
+                add(of_attention(true), times * attention.kv_heads as f64);
+            }
+        }
+        if let (Some((head, element)), Some(module)) = (self.fused_head(blocks), self.sketch.index(HEAD)) {
+            let row = head.logits(n, element) / (head.vocab * element).max(1);
+            let stored = match head.integers {
+                true => StoredAs::Codec(Codec::int8()),
+                false => StoredAs::of(&self.module(module).stored),
+            };
+            let chunks = times * n as f64 / row.max(1) as f64;
+            for backward in [false, true] {
+                let (weight, stored) = ((head.vocab, head.hidden), stored.clone());
+                let product =
+                    Operation::Product { m: row, weight, stored, rank: 0, element, integers: head.integers, backward };
+                add(product, chunks);
+            }
+            add(Operation::Loss { vocab: head.vocab, element }, times * n as f64);
+        }
+        // The optimizer reads and writes a parameter and its moments and reads its gradient, once more for the norm.
+        let optimizer = FLOAT * 5 * self.trainable();
+        let of_each = times / passes.count as f64;
+        Work {
+            operations,
+            bytes: of_each * passes.pools.traffic as f64 + optimizer as f64,
+            plain_bytes: of_each * passes.ledger.traffic as f64,
+            plain_products: of_each * passes.plain_products,
         }
     }
 

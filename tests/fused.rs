@@ -10,15 +10,14 @@ use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::batch::{Batch, PASS_ROWS};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::gradients::Gradients;
-use homeroom_engine::run::outcome::Outcome;
 use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::run::waist::{LogProbs, Weigh};
-use homeroom_engine::train::{Control, Run, StepReport, TrainConfig, evaluate_examples, train};
+use homeroom_engine::train::{Control, Outcome, Run, StepReport, TrainConfig, evaluate_examples};
 use homeroom_kernels::{Codec, Cpu, with_cpu};
 use serde_json::{Value, json};
 
 use crate::invariants::examples;
-use crate::support::{adapt, model, shake};
+use crate::support::{adapt, learn_on, model, shake, units};
 
 /// A strategy made real, with every parameter away from its first value: a fresh B of zeros would hide the gradient of A.
 pub fn shaken(strategy: &str, options: &Value, model: &BaseModel) -> Result<Adaptation> {
@@ -37,10 +36,10 @@ pub fn rows(model: &BaseModel) -> Vec<Example> {
 /// Loss, right predictions and the gradients of all trained parameters in one.
 pub fn gradients(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -> Result<(Outcome, Vec<f64>)> {
     let rows = rows(model);
-    let numbered: Vec<(u32, &Example)> = (0..).zip(&rows).collect();
+    let units = units((0..).zip(&rows));
     let batches = match config.packing {
-        true => Batch::packed(&numbered, PASS_ROWS),
-        false => numbered.iter().map(|row| Batch::of_examples([*row])).collect(),
+        true => Batch::packed(&units, PASS_ROWS),
+        false => units.chunks(1).map(Batch::of_units).collect(),
     };
     let (outcome, gradients) = Run::new(model, adaptation, config, 1).gradients(&batches)?;
     let mut all = Vec::new();
@@ -232,7 +231,7 @@ fn the_same_seed_gives_the_same_bytes_for_any_number_of_threads() -> Result<()> 
                     losses.push(step.loss.to_bits());
                     Ok(Control::Continue)
                 };
-                train(&model, &adaptation, &rows, &config, &mut observer).map(drop)
+                learn_on(&model, &adaptation, &rows, &config, &mut observer).map(drop)
             })?;
             let values = adaptation.params.iter().map(|param| Ok(param.var.flatten_all()?.to_vec1()?));
             Ok((losses, values.collect::<Result<_>>()?))
@@ -257,7 +256,7 @@ fn a_run_in_bf16_ends_within_a_part_in_a_hundred_of_one_in_f32() -> Result<()> {
         };
         let before = loss(&adaptation)?;
         let config = TrainConfig { learning_rate: 1e-2, epochs: 10, ..config(compute) };
-        train(&model, &adaptation, &rows, &config, &mut |_: &StepReport, _| Ok(Control::Continue))?;
+        learn_on(&model, &adaptation, &rows, &config, &mut |_: &StepReport, _| Ok(Control::Continue))?;
         Ok((before, loss(&adaptation)?))
     };
     let ((before, exact), (_, rounded)) = (after(Compute::F32)?, after(Compute::Bf16)?);

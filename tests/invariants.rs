@@ -9,11 +9,11 @@ use homeroom_engine::files::NewDirectory;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::Batch;
 use homeroom_engine::run::plain::recipe::Pass;
-use homeroom_engine::train::{Control, Run, StepReport, TrainConfig, train};
+use homeroom_engine::train::{Control, Run, StepReport, TrainConfig};
 use homeroom_kernels::Stream;
 use serde_json::{Value, json};
 
-use crate::support::{adapt, distance, fixture, model};
+use crate::support::{adapt, distance, fixture, learn_on, model};
 
 pub fn examples(model: &BaseModel, count: usize, seed: u64) -> Vec<Example> {
     let mut stream = Stream::new(seed, 4);
@@ -36,7 +36,7 @@ fn learn(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig, steps
     let rows = examples(model, 24, 1);
     let rows: Vec<&Example> = rows.iter().collect();
     let config = TrainConfig { max_steps: Some(steps), ..config.clone() };
-    let report = train(model, adaptation, &rows, &config, &mut |_: &StepReport, _| Ok(Control::Continue))?;
+    let report = learn_on(model, adaptation, &rows, &config, &mut |_: &StepReport, _| Ok(Control::Continue))?;
     Ok(report.steps)
 }
 

@@ -18,13 +18,14 @@ use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::data::Example;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::train::objective::Sft;
 use homeroom_engine::train::{
-    Candidate, Change, Control, Observer, RunEvent, StepReport, TrainConfig, TrainReport, train,
+    Candidate, Change, Control, Data, Observer, RunEvent, StepReport, TrainConfig, TrainReport,
 };
 use serde_json::Map;
 
 use crate::invariants::examples;
-use crate::support::{Place, model, plugin_path, succeeds};
+use crate::support::{Place, learn_on, model, plugin_path, succeeds};
 
 /// The bytes of the test strategy in a variant.
 pub fn variant(name: &str) -> Result<Vec<u8>> {
@@ -98,12 +99,17 @@ fn config(steps: u64) -> TrainConfig {
     TrainConfig { max_steps: Some(steps), learning_rate: 5e-3, compute: Compute::F32, ..TrainConfig::default() }
 }
 
+/// All rows, none held out.
+fn all(rows: &[Example]) -> Data<'_> {
+    Data::of_examples(&rows.iter().collect::<Vec<_>>(), &[])
+}
+
 /// A run of the plain variant with a script: its report, and what it ends with.
 fn learn(model: &BaseModel, place: &Place, steps: u64, script: &mut Script) -> Result<(TrainReport, Vec<Vec<f32>>)> {
     let plan = load(place, "plain")?.plan(&request(model))?;
     let adaptation = Adaptation::new(model, plan, 42)?;
     let rows = examples(model, 24, 1);
-    let report = train(model, &adaptation, &rows.iter().collect::<Vec<_>>(), &config(steps), script)?;
+    let report = learn_on(model, &adaptation, &rows.iter().collect::<Vec<_>>(), &config(steps), script)?;
     let end = values(script.now.as_deref().unwrap_or(&adaptation))?;
     Ok((report, end))
 }
@@ -209,7 +215,7 @@ fn a_loss_that_is_still_small_is_no_reason_to_go_back() -> Result<()> {
     let adaptation = Adaptation::new(&model, plan, 42)?;
     let mut script = Script::default().offer(150, "quieter", &load(&place, "quieter")?, &model)?;
     let config = TrainConfig { learning_rate: 2e-2, ..config(160) };
-    let report = train(&model, &adaptation, &row.iter().collect::<Vec<_>>(), &config, &mut script)?;
+    let report = learn_on(&model, &adaptation, &row.iter().collect::<Vec<_>>(), &config, &mut script)?;
     let loss = |steps: &[StepReport]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
     let (before, after) = (loss(&report.steps[134..150]), report.steps[150].loss);
     assert!(after > 3.0 * before && after < 0.5, "{before} before, {after} after");
@@ -264,7 +270,7 @@ fn directed(place: &Place, name: &str, steps: u64) -> Result<(TrainReport, Vec<V
         seen.push(values(&job.now().0)?);
         Ok(Control::Continue)
     };
-    let report = job.train(&rows.iter().collect::<Vec<_>>(), &config(steps), &mut observer)?;
+    let report = job.train(&all(&rows), &Sft, &config(steps), &mut observer, None, None)?.report;
     Ok((report, seen))
 }
 
@@ -572,7 +578,7 @@ fn of_a_hundred_quick_builds_the_last_is_taken_and_none_that_is_half_written() -
             let done = job.now().1.sha256 == digests[99] || start.elapsed() > Duration::from_secs(60);
             Ok(if done { Control::Stop } else { Control::Continue })
         };
-        let report = job.train(&rows.iter().collect::<Vec<_>>(), &config(100_000), &mut observer)?;
+        let report = job.train(&all(&rows), &Sft, &config(100_000), &mut observer, None, None)?.report;
         builder.join().expect("it does not panic")?;
         Ok(report)
     })?;
@@ -617,7 +623,7 @@ fn a_build_without_the_hook_ends_what_it_directed_and_one_line_says_so() -> Resu
     let adaptation = Adaptation::new(&model, plugin.plan(&request(&model))?, 42)?;
     let mut live = Live::new(&mut observer, &plugin, request(&model), None, Some(watching()?), &|_, _| {}, say);
     let rows = examples(&model, 24, 1);
-    train(&model, &adaptation, &rows.iter().collect::<Vec<_>>(), &config(3000), &mut live)?;
+    learn_on(&model, &adaptation, &rows.iter().collect::<Vec<_>>(), &config(3000), &mut live)?;
     let lines: Vec<String> = lines();
     for words in
         ["no longer directed: freeze of 4 parameters, scale of the learning rate", "the learning rate stays (0.25 is"]
@@ -654,7 +660,7 @@ fn a_training_takes_a_new_build_over_between_two_steps() -> Result<()> {
         let done = taken.is_some_and(|_| report.step.is_multiple_of(10));
         Ok(if done { Control::Stop } else { Control::Continue })
     };
-    let report = job.train(&rows, &config(3000), &mut observer)?;
+    let report = job.train(&Data::of_examples(&rows, &[]), &Sft, &config(3000), &mut observer, None, None)?.report;
     let taken = taken.context("it was taken over")?;
     assert!(taken < Duration::from_secs(4), "{taken:?}");
     assert!(report.events.iter().any(|event| matches!(event.change, Change::Swapped(_))));

@@ -11,9 +11,12 @@ use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::serialize_f32;
 use homeroom_engine::adapt::requantize::store_as_planned;
+use homeroom_engine::data::{Example, Unit};
 use homeroom_engine::files::tensors::map_safetensors;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::models::weight::NativeCodec;
+use homeroom_engine::train::objective::Sft;
+use homeroom_engine::train::{Data, Observer, State, TrainConfig, TrainReport, train};
 use homeroom_kernels::Stream;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -355,4 +358,22 @@ pub fn stored_ids(path: &Path, name: &str) -> Result<Vec<u32>> {
 pub fn distance(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Trains on examples from the beginning, and returns what was reported; the parameters are the adaptation's.
+pub fn learn_on(
+    model: &BaseModel,
+    adaptation: &Adaptation,
+    examples: &[&Example],
+    config: &TrainConfig,
+    observer: &mut dyn Observer,
+) -> Result<TrainReport> {
+    let data = Data::of_examples(examples, &[]);
+    let state = State::new(model, adaptation, config);
+    Ok(train(model, state, &data, &Sft, config, observer)?.report)
+}
+
+/// Examples as units, by number.
+pub fn units<'a>(examples: impl IntoIterator<Item = (u32, &'a Example)>) -> Vec<Unit<'a>> {
+    examples.into_iter().map(|(number, example)| Unit::of(number, example)).collect()
 }

@@ -10,7 +10,8 @@ use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
 use crate::command::{
-    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, rm, run, serve, show,
+    Done, bench, chat, cp, eval, export_model, fine_tune, import, list_models, plugins, pull, resume, rm, run, serve,
+    show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
@@ -28,12 +29,15 @@ struct Cli {
     command: Command,
 }
 
+/// The commands.
 #[derive(Subcommand)]
-enum Command {
+pub enum Command {
     /// Trains a model on rows of text or conversations, and saves an adapter
     FineTune(Box<fine_tune::Arguments>),
     /// Runs a pipeline: a Lua script that a TOML file declares
     Run(run::Arguments),
+    /// Goes on with a run that was killed, interrupted or failed
+    Resume(resume::Arguments),
     /// Measures loss, perplexity and token accuracy on a file of rows
     Eval(eval::Arguments),
     /// Talks to a model, or answers one prompt; stdout gets the reply alone
@@ -98,6 +102,11 @@ fn parse(arguments: &[OsString]) -> Result<Cli, Error> {
     })
 }
 
+/// The command of a command line that was typed before, if it is one.
+pub fn command_of(arguments: &[OsString]) -> Option<Command> {
+    parse(arguments).ok().map(|cli| cli.command)
+}
+
 /// The command line, or the exit code of one that is wrong or asks for help.
 fn parsed(arguments: &[OsString]) -> Result<Cli, ExitCode> {
     let error = match parse(arguments) {
@@ -138,6 +147,7 @@ pub fn main() -> ExitCode {
     let done = match &cli.command {
         Command::FineTune(arguments) => fine_tune::run(arguments),
         Command::Run(arguments) => run::run(arguments),
+        Command::Resume(arguments) => resume::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Chat(arguments) => chat::run(arguments),
         Command::Pull(arguments) => pull::run(arguments),

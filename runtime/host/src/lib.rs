@@ -2,7 +2,7 @@
 //!
 //! [`cli`] reads the command line and hands over to a file of `command/`. [`plugin`] finds, checks and loads strategies;
 //! [`models`] loads models by path or by their name in the [`registry`]; [`job`] trains; [`pipeline`] runs Lua scripts.
-//! [`hub`] knows the models of the Hugging Face hub; [`handler`] answers conversations, [`serve`] does so over HTTP.
+//! [`runs`] keeps what they did. [`hub`] knows the models of the Hugging Face hub; [`handler`] answers conversations, [`serve`] does so over HTTP.
 
 /// In this crate `eprintln` does not panic when nobody reads stderr any more, as after `2>&1 | head`: that would end a run. Nor does it
 /// send a terminal what that would obey.
@@ -22,7 +22,6 @@ pub mod handler;
 pub mod hub;
 mod interrupt;
 pub mod job;
-mod keep;
 mod machine;
 pub mod models;
 mod near;
@@ -30,6 +29,7 @@ pub mod pipeline;
 pub mod plugin;
 mod progress;
 pub mod registry;
+pub mod runs;
 pub mod serve;
 mod stdout;
 mod table;

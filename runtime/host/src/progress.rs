@@ -11,6 +11,7 @@ use homeroom_engine::train::StepReport;
 use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::machine::peak_memory_bytes;
+use crate::runs::output;
 use crate::terminal;
 
 /// Writes a line to stderr, what a terminal would obey in it escaped. A reader that has gone away, as `2>&1 | head` has, must not end a
@@ -22,7 +23,9 @@ pub fn line(text: impl Display) {
 /// As [`line`], and stays in the line. In one piece, so that lines of several processes do not mix.
 pub fn prompt(text: impl Display) {
     let text = text.to_string();
-    let _ = stderr().write_all(terminal::shown(&text).as_bytes());
+    let text = terminal::shown(&text);
+    output::feed(&text);
+    let _ = stderr().write_all(text.as_bytes());
 }
 
 /// Where a bar is drawn; `None` off a terminal, on a dumb one, and in continuous integration, whose logs keep each redrawing of a bar.
@@ -83,6 +86,14 @@ impl Training {
                     peak_memory_bytes().map_or_else(|| "?".to_owned(), size),
                 ));
             }
+        }
+    }
+
+    /// Writes a line beside the bar.
+    pub fn say(&self, text: impl Display) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| line(text)),
+            None => line(text),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use anyhow::Error;
+use serde::Serialize;
 use serde_json::Value as Json;
 
 use super::problem::{BAD_ROW, NO_EMBEDDING, NO_TEMPLATE, NOT_RENDERED, NOTHING, Problem, TOO_LONG, thousands};
@@ -13,7 +14,8 @@ use crate::text::tokens::{token_starts, tokenize};
 use crate::words::value_of;
 
 /// What happens to a row with more tokens than `max_seq_len`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum OnLongRow {
     /// The file is refused and the row named.
     Refuse,

@@ -12,6 +12,7 @@ mod problem;
 mod row;
 #[cfg(test)]
 mod tests;
+mod unit;
 
 pub use self::dataset::{Dataset, load_jsonl, note_endless};
 pub use self::encode::{Encoder, OnLongRow, end_of_turn};
@@ -19,3 +20,4 @@ pub use self::example::{Example, preview};
 pub use self::jsonl::{check_jsonl, parse_rows, read_texts};
 pub use self::problem::{Problem, Problems};
 pub use self::row::{Row, RowFormat, check_row};
+pub use self::unit::Unit;

@@ -54,16 +54,14 @@ enum Keeps {
     Input(bool),
 }
 
-/// The passes of a step.
-struct Passes {
+/// A pass that was gone through.
+struct Passed {
     ledger: Ledger,
     pools: Pools,
     gradients: Grads,
     /// Bytes of the largest logits.
     logits: usize,
     fused: usize,
-    /// How many passes were gone through.
-    count: usize,
     /// Multiply-adds of products that candle takes.
     plain_products: f64,
 }
@@ -178,36 +176,33 @@ impl<'a> Outlook<'a> {
     #[cfg(test)]
     pub(crate) fn fused_pass(&self, rows: usize, sequences: usize, integers: bool, recompute: bool) -> (Pools, usize) {
         let blocks = Blocks { element: Some(size_of::<bf16>()), integers };
-        let passes = self.passes(&vec![rows / sequences; sequences], rows, blocks, recompute, 1);
+        let passes = self.passes(&vec![rows / sequences; sequences], rows, blocks, recompute);
         (passes.pools, passes.fused)
     }
 
-    /// Goes through `count` passes, each over these sequences with n rows that have a target.
-    fn passes(&self, sequences: &[usize], n: usize, blocks: Blocks, recompute: bool, count: usize) -> Passes {
+    /// Goes through a pass over these sequences with n rows that have a target.
+    fn passes(&self, sequences: &[usize], n: usize, blocks: Blocks, recompute: bool) -> Passed {
         let rows: usize = sequences.iter().sum();
-        let mut passes = Passes {
+        let mut passes = Passed {
             ledger: Ledger::default(),
             pools: Pools::new(rows, blocks.element.unwrap_or(FLOAT)),
             gradients: vec![false; self.params.len()],
             logits: 0,
             fused: 0,
-            count,
             plain_products: 0.0,
         };
-        for _ in 0..count {
-            self.pass(&mut passes, sequences, n, blocks, recompute);
-        }
+        self.pass(&mut passes, sequences, n, blocks, recompute);
         passes
     }
 
-    fn pass(&self, passes: &mut Passes, sequences: &[usize], n: usize, blocks: Blocks, recompute: bool) {
+    fn pass(&self, passes: &mut Passed, sequences: &[usize], n: usize, blocks: Blocks, recompute: bool) {
         let architecture = &self.sketch.architecture;
         let (c, rows) = (architecture.hidden_size, sequences.iter().sum::<usize>());
         let plan = TapedPlan { plan: self.plan, params: &self.params };
         let taped_rows = TapedRows { architecture, sequences, plan };
         let tensor = FLOAT * rows * c;
         let lowest = self.lowest();
-        let Passes { ledger, pools, gradients, logits, fused, plain_products, .. } = passes;
+        let Passed { ledger, pools, gradients, logits, fused, plain_products, .. } = passes;
         let of_layer = |number: usize| {
             let at: HashMap<String, usize> =
                 self.sketch.layers[number].all().map(|index| (self.module(index).info.path.clone(), index)).collect();
@@ -398,7 +393,7 @@ impl<'a> Outlook<'a> {
         let sequences = vec![inputs; largest];
         let rows = largest * inputs;
         let recompute = request.gradient_checkpointing;
-        let passes = self.passes(&sequences, largest * targets, blocks, recompute, sizes.len().min(2));
+        let passes = self.passes(&sequences, largest * targets, blocks, recompute);
         let trainable = self.trainable();
         let gradients = FLOAT * trainable;
         // Each thread sums the squares of a copy.
@@ -407,6 +402,8 @@ impl<'a> Outlook<'a> {
         values.sort_unstable();
         let squares: usize = values.iter().rev().take(threads()).sum();
         let moving = passes.ledger.most().max(gradients + squares) - gradients;
+        // Gradients of passes wait for each other, two neighbours being added to one, see `Reduce`.
+        let waiting = (0..sizes.len()).map(|pass| pass.count_ones() as usize).max().unwrap_or(0);
         let kept = if keeps(trainable, sketch.parameter_count()) { FLOAT * trainable } else { 0 };
         let element = blocks.element.unwrap_or(FLOAT);
         let layers = (0..sketch.layers.len()).filter_map(|number| self.fused_layer(number, blocks));
@@ -424,7 +421,7 @@ impl<'a> Outlook<'a> {
             weights: (sketch.stored_bytes() + rounded) as u64,
             parameters: (FLOAT * all + updates) as u64,
             moments: (2 * FLOAT * trainable + kept) as u64,
-            gradients: gradients as u64,
+            gradients: (gradients * (1 + waiting)) as u64,
             activations: (passes.pools.bytes() + moving) as u64,
             logits: passes.logits as u64,
             scratch: (scratch + rotary) as u64,
@@ -447,7 +444,7 @@ impl<'a> Outlook<'a> {
     /// What a step computes: `times` passes over `count` sequences of `inputs` rows each, n of which have a target.
     fn work(
         &self,
-        passes: &Passes,
+        passes: &Passed,
         (inputs, count): (usize, usize),
         n: usize,
         times: f64,
@@ -529,12 +526,11 @@ impl<'a> Outlook<'a> {
         }
         // The optimizer reads and writes a parameter and its moments and reads its gradient, once more for the norm.
         let optimizer = FLOAT * 5 * self.trainable();
-        let of_each = times / passes.count as f64;
         Work {
             operations,
-            bytes: of_each * passes.pools.traffic as f64 + optimizer as f64,
-            plain_bytes: of_each * passes.ledger.traffic as f64,
-            plain_products: of_each * passes.plain_products,
+            bytes: times * passes.pools.traffic as f64 + optimizer as f64,
+            plain_bytes: times * passes.ledger.traffic as f64,
+            plain_products: times * passes.plain_products,
         }
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use homeroom_kernels::Storage;
 
-use crate::data::Example;
+use crate::data::{Example, Unit};
 use crate::models::BaseModel;
 use crate::models::weight::Weight;
 
@@ -46,39 +46,55 @@ pub struct Batch {
     pub target_rows: Vec<u32>,
     /// The tokens that they should predict.
     pub targets: Vec<u32>,
+    /// Sequences of each unit with its number; none where nothing is trained.
+    pub units: Vec<(u32, Range<usize>)>,
+    /// Targets of each sequence; none where nothing is trained.
+    pub sequence_targets: Vec<Range<usize>>,
     /// Tokens of the examples, the last of each included, which no row stands for: it predicts nothing.
     pub tokens: usize,
 }
 
 impl Batch {
-    /// Lays out examples for training or evaluation. `numbered` gives each example's number.
+    /// Lays out examples for training or evaluation, each a unit of its own. `numbered` gives each example's number.
     pub fn of_examples<'a>(numbered: impl IntoIterator<Item = (u32, &'a Example)>) -> Self {
+        let units: Vec<Unit> = numbered.into_iter().map(|(number, example)| Unit::of(number, example)).collect();
+        Self::of_units(&units)
+    }
+
+    /// Lays out units for training or evaluation. Dropout of the k-th of m sequences of a unit is drawn by the number m·unit + k.
+    pub fn of_units(units: &[Unit<'_>]) -> Self {
         let (mut batch, mut ids) = (Self::default(), Vec::new());
-        for (number, example) in numbered {
-            let Some(inputs) = example.ids.len().checked_sub(1) else { continue };
-            let start = ids.len();
-            for (t, _) in example.trained.iter().enumerate().skip(1).filter(|(_, trained)| **trained) {
-                batch.target_rows.push((start + t - 1) as u32);
-                batch.targets.push(example.ids[t]);
+        for unit in units {
+            let first = batch.sequences.len();
+            for (k, example) in unit.sequences.iter().enumerate() {
+                let Some(inputs) = example.ids.len().checked_sub(1) else { continue };
+                let (start, targets) = (ids.len(), batch.targets.len());
+                for (t, _) in example.trained.iter().enumerate().skip(1).filter(|(_, trained)| **trained) {
+                    batch.target_rows.push((start + t - 1) as u32);
+                    batch.targets.push(example.ids[t]);
+                }
+                ids.extend_from_slice(&example.ids[..inputs]);
+                let number = unit.number.wrapping_mul(unit.sequences.len() as u32).wrapping_add(k as u32);
+                batch.push_sequence(start..ids.len(), number, 0);
+                batch.sequence_targets.push(targets..batch.targets.len());
+                // The last token predicts nothing, and is part of the sequence all the same.
+                batch.lengths.pop();
+                batch.lengths.push(example.ids.len());
+                batch.tokens += example.ids.len();
             }
-            ids.extend_from_slice(&example.ids[..inputs]);
-            batch.push_sequence(start..ids.len(), number, 0);
-            // The last token predicts nothing, and is part of the sequence all the same.
-            batch.lengths.pop();
-            batch.lengths.push(example.ids.len());
-            batch.tokens += example.ids.len();
+            batch.units.push((unit.number, first..batch.sequences.len()));
         }
         batch.ids = Arc::new(ids);
         batch
     }
 
-    /// Packs examples in their order into as few batches as hold no more than `most` rows, and these as evenly as can be; a
-    /// longer example is one of its own.
+    /// Packs units in their order into as few batches as hold no more than `most` rows, and these as evenly as can be; a longer unit is
+    /// a batch of its own, and none is cut.
     ///
     /// Positions start anew with each example and attention stays within it, so packing changes nothing but speed and memory.
-    pub fn packed(numbered: &[(u32, &Example)], most: usize) -> Vec<Self> {
-        let lengths: Vec<usize> = numbered.iter().map(|(_, example)| example.ids.len().saturating_sub(1)).collect();
-        packed_parts(&lengths, most).into_iter().map(|part| Self::of_examples(numbered[part].iter().copied())).collect()
+    pub fn packed(units: &[Unit<'_>], most: usize) -> Vec<Self> {
+        let lengths: Vec<usize> = units.iter().map(Unit::rows).collect();
+        packed_parts(&lengths, most).into_iter().map(|part| Self::of_units(&units[part])).collect()
     }
 
     /// Lays out one sequence, or the continuation of one from position `from`, to predict after every row.
@@ -92,6 +108,12 @@ impl Batch {
         batch.push_sequence(0..ids.len(), 0, from);
         batch.lengths = vec![length];
         batch
+    }
+
+    /// The number of targets of each sequence of each unit.
+    pub fn targets_of_units(&self) -> Vec<Vec<usize>> {
+        let of = |sequences: &Range<usize>| self.sequence_targets[sequences.clone()].iter().map(Range::len).collect();
+        self.units.iter().map(|(_, sequences)| of(sequences)).collect()
     }
 
     /// Some rows as a batch of their own, for modules that work row by row.
@@ -113,7 +135,7 @@ impl Batch {
     }
 }
 
-/// Which examples, of these numbers of rows, [`Batch::packed`] lays into one batch.
+/// Which units, of these numbers of rows, [`Batch::packed`] lays into one batch.
 pub(crate) fn packed_parts(lengths: &[usize], most: usize) -> Vec<Range<usize>> {
     // The least bound that makes no more batches than `most` does. Fewer rows in the fullest are less memory.
     let (mut low, mut high) = (0, most);
@@ -150,8 +172,8 @@ mod tests {
         let packed = |lengths: &[usize]| {
             let example = |len: &usize| Example { ids: vec![7; *len], trained: vec![true; *len], line: 0 };
             let examples: Vec<Example> = lengths.iter().map(example).collect();
-            let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
-            let batches = Batch::packed(&numbered, 1024);
+            let units: Vec<Unit> = (0..).zip(&examples).map(|(number, example)| Unit::of(number, example)).collect();
+            let batches = Batch::packed(&units, 1024);
             assert!(batches.iter().all(|batch| batch.positions[..2] == [0, 1]));
             let members =
                 |batch: &Batch| batch.sequences.iter().map(|rows| batch.examples[rows.start]).collect::<Vec<_>>();

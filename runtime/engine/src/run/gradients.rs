@@ -1,6 +1,6 @@
 //! Gradients of a plan's parameters.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 
 /// Gradients by parameter, summed over all that was added.
@@ -17,6 +17,20 @@ impl Gradients {
     /// The gradient of a parameter; `None`: nothing that was run depends on it.
     pub fn get(&self, param: usize) -> Option<&Tensor> {
         self.by_param[param].as_ref()
+    }
+
+    /// The sum of both, as `self + other` for each parameter that both have.
+    ///
+    /// # Errors
+    /// When they are of different parameters.
+    pub(crate) fn plus(mut self, other: Self) -> Result<Self> {
+        ensure!(self.by_param.len() == other.by_param.len(), "gradients of different parameters");
+        for (param, gradient) in other.by_param.into_iter().enumerate() {
+            if let Some(gradient) = gradient {
+                self.add(param, gradient)?;
+            }
+        }
+        Ok(self)
     }
 
     /// Adds values of this shape.

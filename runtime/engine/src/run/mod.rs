@@ -5,7 +5,6 @@ pub mod batch;
 pub mod compute;
 pub mod cpu;
 pub mod gradients;
-pub mod outcome;
 pub mod plain;
 pub mod profile;
 pub mod waist;

@@ -3,20 +3,26 @@
 
 use anyhow::{Result, anyhow, ensure};
 
-use super::{Run, TrainReport};
-use crate::data::Example;
+use super::run::Run;
+use super::state::State;
+use crate::data::Unit;
 use crate::files::mapped::whole;
 use crate::run::batch::Batch;
 use crate::run::plain::recipe::Pass;
 
-/// A run that ended badly after it had learned something. The parameters are those after the last step of the report, whose loss
-/// was finite.
-#[derive(Debug)]
+/// A run that ended badly after it had learned something. The parameters are those after the last step of the state's report, whose
+/// loss was finite; no further step can follow.
 pub struct Broken {
     /// What happened, at which step.
     pub reason: String,
-    /// The steps that count.
-    pub report: TrainReport,
+    /// What it had learned.
+    pub state: Box<State>,
+}
+
+impl std::fmt::Debug for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.reason)
+    }
 }
 
 impl std::fmt::Display for Broken {
@@ -30,9 +36,11 @@ impl std::error::Error for Broken {}
 /// Why a run cannot go on.
 #[derive(Debug)]
 pub(super) struct Unusable {
-    reason: String,
+    pub(super) reason: String,
     /// Whether it is the last update's fault, which is to be taken back.
-    undo: bool,
+    pub(super) undo: bool,
+    /// Whether the numbers are finite, and get worse.
+    pub(super) diverged: bool,
 }
 
 impl Unusable {
@@ -43,17 +51,27 @@ impl Unusable {
             1 => "before anything was learned: the base's weights are damaged, or what it starts from is too large",
             _ => "try a lower learning rate",
         };
-        Self { reason: format!("step {step}: {what}{} {hint}", if step == 1 { "" } else { ";" }), undo: true }
+        let reason = format!("step {step}: {what}{} {hint}", if step == 1 { "" } else { ";" });
+        Self { reason, undo: true, diverged: false }
     }
 
     /// What the update of a step made is not finite.
     pub(super) fn update(step: u64) -> Self {
-        Self { reason: format!("step {step}: its update is beyond all numbers; try a lower learning rate"), undo: true }
+        Self {
+            reason: format!("step {step}: its update is beyond all numbers; try a lower learning rate"),
+            undo: true,
+            diverged: false,
+        }
+    }
+
+    /// The loss of the last steps is worse than it was.
+    pub(super) fn diverged(step: u64, what: &str) -> Self {
+        Self { reason: format!("step {step}: {what}; try a lower learning rate"), undo: false, diverged: true }
     }
 
     /// The base is not there any more, as it was.
     pub(super) fn base(step: u64, error: &anyhow::Error) -> Self {
-        Self { reason: format!("step {step}: {error:#}"), undo: false }
+        Self { reason: format!("step {step}: {error:#}"), undo: false, diverged: false }
     }
 }
 
@@ -66,31 +84,35 @@ impl std::fmt::Display for Unusable {
 impl std::error::Error for Unusable {}
 
 impl Run<'_> {
-    /// Looks at what the last update made of the parameters, which no step has used yet: by the loss of the shortest row of the
+    /// Looks at what the last update made of the parameters, which no step has used yet: by the loss of the shortest sequence of the
     /// step. That the parameters are finite is known from the update; products of them need not be.
-    pub(super) fn look(&mut self, rows: &[(u32, &Example)]) -> Result<()> {
-        whole().map_err(|error| Unusable::base(self.step, &error))?;
-        let trains = |example: &Example| example.trained.iter().skip(1).any(|trained| *trained);
-        let shortest = rows.iter().filter(|(_, example)| trains(example)).min_by_key(|(_, example)| example.ids.len());
-        let Some(row) = shortest else { return Ok(()) };
-        let pass = Pass::evaluation(self.model, Some(&self.generation.adaptation));
-        let loss = self.backend.log_probs(&pass, &Batch::of_examples([*row]))?.loss_sum;
+    pub(super) fn look(&mut self, units: &[Unit<'_>]) -> Result<()> {
+        let step = self.state.step;
+        whole().map_err(|error| Unusable::base(step, &error))?;
+        let sequences = units.iter().flat_map(|unit| unit.sequences.iter().map(|example| (unit.number, *example)));
+        let trains = sequences.filter(|(_, example)| example.trained.iter().skip(1).any(|trained| *trained));
+        let Some(row) = trains.min_by_key(|(_, example)| example.ids.len()) else { return Ok(()) };
+        let pass = Pass::evaluation(self.model, Some(self.state.adaptation()));
+        let loss = self.backend.log_probs(&pass, &Batch::of_examples([row]))?.loss_sum;
         let what = format!("the loss after its update is {loss}; try a lower learning rate");
-        ensure!(loss.is_finite(), Unusable { reason: format!("step {}: {what}", self.step), undo: true });
+        ensure!(loss.is_finite(), Unusable { reason: format!("step {step}: {what}"), undo: true, diverged: false });
         Ok(())
     }
 
-    /// What becomes of an error that ends the run: [`Broken`], if the numbers ended it and parameters from before are there.
-    pub(super) fn end(&mut self, error: anyhow::Error, mut report: TrainReport) -> anyhow::Error {
-        let Unusable { reason, undo } = match error.downcast::<Unusable>() {
+    /// Ends the run for an error: [`Broken`], if the numbers ended it and parameters from before are there.
+    pub(super) fn end(mut self, error: anyhow::Error) -> anyhow::Error {
+        let Unusable { reason, undo, .. } = match error.downcast::<Unusable>() {
             Ok(unusable) => unusable,
             Err(other) => return other,
         };
-        let good = if undo { self.step.saturating_sub(1) } else { self.step };
+        // What was read of a checkpoint was looked at before it was saved.
+        let undo = undo && !self.state.generation.optimizer.is_restored();
+        let good = if undo { self.state.step.saturating_sub(1) } else { self.state.step };
         if good == 0 {
             return anyhow!("{reason}; nothing that could be saved was learned before");
         }
-        match undo.then(|| self.generation.optimizer.undo(&self.generation.adaptation)).transpose() {
+        let State { generation, report, .. } = &mut self.state;
+        match undo.then(|| generation.optimizer.undo(&generation.adaptation)).transpose() {
             Err(error) => return error.context(reason),
             Ok(Some(false)) => {
                 return anyhow!(
@@ -101,6 +123,6 @@ impl Run<'_> {
         }
         report.steps.truncate(good as usize);
         report.interrupted = true;
-        Broken { reason, report }.into()
+        Broken { reason, state: Box::new(self.state) }.into()
     }
 }

@@ -103,6 +103,11 @@ impl AdamW {
         self
     }
 
+    /// Whether parameters are kept as they were before the last update, and none was made yet since the state was read.
+    pub(super) fn is_restored(&self) -> bool {
+        self.keeps && self.updates > 0 && self.states.iter().all(|state| state.before.is_empty() && !state.frozen)
+    }
+
     /// Gives all parameters the values that they had before the last update; false: those were not kept, and nothing changes. The
     /// moments are not those of before: no further update may follow.
     ///

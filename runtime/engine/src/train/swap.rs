@@ -13,9 +13,11 @@ use candle_core::Var;
 use homeroom_abi::codec::Codec;
 use homeroom_abi::plan::{Migrate, ParamSpec, Plan};
 use homeroom_abi::step::Directive;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Generation, Run, StepReport};
+use super::report::StepReport;
+use super::run::Run;
+use super::state::Generation;
 use crate::adapt::adaptation::{Adaptation, first_values, var};
 use crate::run::backends::trainer;
 use crate::run::batch::Batch;
@@ -41,7 +43,7 @@ pub struct Candidate {
 }
 
 /// What changed in a run, and after which step.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunEvent {
     /// Steps that were done by then; after a rollback, those that still are.
     pub step: u64,
@@ -51,7 +53,7 @@ pub struct RunEvent {
 }
 
 /// What changed in a run.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Change {
     /// It goes on with another plan, which is on trial.
@@ -80,6 +82,15 @@ pub enum Change {
         /// The directive.
         directive: Directive,
     },
+    /// The run was taken back to an earlier state, as its numbers were no longer good, and goes on with a lower rate.
+    Rewound {
+        /// The step that was not good.
+        from: u64,
+        /// Why.
+        reason: String,
+        /// What the learning rates are multiplied by from now on.
+        rate_scale: f64,
+    },
     /// A strategy's directive cannot be followed.
     Undirected {
         /// The directive.
@@ -90,7 +101,7 @@ pub enum Change {
 }
 
 /// A swap: how many parameters went which way, and the names of some.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Swap {
     /// The candidate's.
     pub id: String,
@@ -108,22 +119,24 @@ pub struct Swap {
 
 /// The generation before, while its successor is on trial.
 pub(super) struct Trial {
-    id: String,
-    before: Generation,
-    step: u64,
-    script_scale: f64,
-    losses_mean: Option<f64>,
+    pub(super) id: String,
+    pub(super) before: Generation,
+    /// Steps that were done by then.
+    pub(super) step: u64,
+    pub(super) script_scale: f64,
+    /// Mean loss of the steps before.
+    pub(super) losses_mean: Option<f64>,
 }
 
 impl Run<'_> {
     /// Whether a plan is on trial.
     pub fn is_on_trial(&self) -> bool {
-        self.trial.is_some()
+        self.state.is_on_trial()
     }
 
     /// What is trained.
     pub fn adaptation(&self) -> &Arc<Adaptation> {
-        &self.generation.adaptation
+        self.state.adaptation()
     }
 
     /// Goes on with another plan, on trial; or refuses it and goes on as before.
@@ -134,28 +147,31 @@ impl Run<'_> {
             Err(error) => return Change::Refused { id, reason: format!("{error:#}") },
         };
         self.backend = trainer(self.model, Some(&generation.adaptation), self.config.compute);
-        let before = std::mem::replace(&mut self.generation, generation);
-        let mean = self.losses.iter().sum::<f64>() / self.losses.len() as f64;
-        let losses_mean = (!self.losses.is_empty()).then_some(mean);
-        let (step, script_scale) = (self.step, self.script_scale);
-        self.trial = Some(Trial { id: id.clone(), before, step, script_scale, losses_mean });
+        let state = &mut self.state;
+        let before = std::mem::replace(&mut state.generation, generation);
+        let mean = state.losses.iter().sum::<f64>() / state.losses.len() as f64;
+        let losses_mean = (!state.losses.is_empty()).then_some(mean);
+        let (step, script_scale) = (state.step, state.script_scale);
+        state.trial = Some(Trial { id: id.clone(), before, step, script_scale, losses_mean });
         Change::Swapped(Swap { id, ..swap })
     }
 
     /// Takes the plan on trial back, and all steps since.
     pub(super) fn roll_back(&mut self, reason: String) -> Change {
-        let trial = self.trial.take().expect("the caller saw that a plan is on trial");
-        self.generation = trial.before;
-        self.backend = trainer(self.model, Some(&self.generation.adaptation), self.config.compute);
-        self.losses.drain(self.losses.len().saturating_sub((self.step - trial.step) as usize)..);
-        (self.step, self.script_scale) = (trial.step, trial.script_scale);
+        let state = &mut self.state;
+        let trial = state.trial.take().expect("the caller saw that a plan is on trial");
+        state.generation = trial.before;
+        state.losses.drain(state.losses.len().saturating_sub((state.step - trial.step) as usize)..);
+        (state.step, state.script_scale) = (trial.step, trial.script_scale);
+        self.backend = trainer(self.model, Some(self.state.adaptation()), self.config.compute);
         Change::RolledBack { id: trial.id, reason }
     }
 
     /// [`Run::step`], which on trial also fails when the loss is far above what it was.
     pub(super) fn try_step(&mut self, batches: &[Batch]) -> Result<StepReport> {
         let done = self.step(batches)?;
-        if let Some(mean) = self.trial.as_ref().and_then(|trial| trial.losses_mean) {
+        let state = &mut self.state;
+        if let Some(mean) = state.trial.as_ref().and_then(|trial| trial.losses_mean) {
             ensure!(
                 done.loss <= (BAD_LOSS * mean).max(BAD_LOSS_MIN),
                 "step {}: the loss is {:.3}, it was {mean:.3} on average",
@@ -163,23 +179,24 @@ impl Run<'_> {
                 done.loss
             );
         }
-        if self.losses.len() == MEAN_STEPS && self.trial.is_none() {
-            self.losses.pop_front();
+        if state.losses.len() == MEAN_STEPS && state.trial.is_none() {
+            state.losses.pop_front();
         }
-        self.losses.push_back(done.loss);
+        state.losses.push_back(done.loss);
         Ok(done)
     }
 
     /// Ends the trial when it has lasted long enough.
     pub(super) fn passed(&mut self) -> Option<Change> {
-        let trial = self.trial.as_ref()?;
-        let Generation { optimizer, idle_updates, .. } = &self.generation;
+        let state = &mut self.state;
+        let trial = state.trial.as_ref()?;
+        let Generation { optimizer, idle_updates, .. } = &state.generation;
         let mut trained = optimizer.states.iter().filter(|state| !state.frozen);
-        if self.step < trial.step + TRIAL_STEPS || trained.any(|state| idle_updates[state.param].is_some()) {
+        if state.step < trial.step + TRIAL_STEPS || trained.any(|state| idle_updates[state.param].is_some()) {
             return None;
         }
-        let id = self.trial.take()?.id;
-        self.losses.drain(..self.losses.len().saturating_sub(MEAN_STEPS));
+        let id = state.trial.take()?.id;
+        state.losses.drain(..state.losses.len().saturating_sub(MEAN_STEPS));
         Some(Change::Passed { id })
     }
 
@@ -193,7 +210,7 @@ impl Run<'_> {
     }
 
     fn follow(&mut self, directive: &Directive) -> Result<bool> {
-        let Generation { adaptation, optimizer, scale, set_scalars, .. } = &mut self.generation;
+        let Generation { adaptation, optimizer, scale, set_scalars, .. } = &mut self.state.generation;
         match directive {
             Directive::LearningRateScale(wanted) => {
                 ensure!(wanted.is_finite() && *wanted >= 0.0, "it is not a number from 0");
@@ -236,7 +253,7 @@ impl Run<'_> {
 
     /// The generation that goes on with a plan. `directs`: what was directed before still holds.
     fn successor(&self, mut plan: Plan, directs: bool) -> Result<(Generation, Swap)> {
-        let Generation { adaptation: old, optimizer, idle_updates, scale, set_scalars } = &self.generation;
+        let Generation { adaptation: old, optimizer, idle_updates, scale, set_scalars } = &self.state.generation;
         check_codecs(&old.plan, &plan)?;
         let mut swap = Swap::default();
         // A scalar that the strategy has set stays so, unless the plan gives it another value than before.

@@ -9,6 +9,7 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use homeroom_engine::data::OnLongRow;
 use homeroom_engine::run::compute::Compute;
+use serde::Serialize;
 
 use crate::models::ModelRef;
 use crate::plugin::{Policy, Search, Trust};
@@ -57,7 +58,7 @@ impl PluginArgs {
 }
 
 /// How rows become tokens.
-#[derive(Args)]
+#[derive(Args, Serialize)]
 pub struct RowArgs {
     /// Most tokens of one row [default: the model's context, at most 2048]
     #[arg(long, alias = "seq-len", value_name = "TOKENS", value_parser = whole::<usize>(2..=COUNT_MAX))]

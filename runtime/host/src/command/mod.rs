@@ -11,6 +11,7 @@ pub mod import;
 pub mod list_models;
 pub mod plugins;
 pub mod pull;
+pub mod resume;
 pub mod rm;
 pub mod run;
 pub mod serve;

@@ -16,6 +16,7 @@ use crate::near::{did_you_mean, exists, file_beside, is_model};
 use crate::pipeline::config::PipelineConfig;
 use crate::pipeline::{self, sandbox::shown};
 use crate::progress::line;
+use crate::runs::Entry;
 use crate::watch::{Files, Tree, identity};
 
 /// Characters of a line of parameters.
@@ -101,6 +102,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         let Some(changed) = waited else { return Ok(Done::Interrupted) };
         line(format_args!("changed   {}", shown(&changed)));
     }
+}
+
+/// Goes on with a run of a pipeline that was killed, interrupted or failed: what it had done is looked up.
+pub fn resume(arguments: &Arguments, _: &Entry) -> Result<Done> {
+    run(arguments)
 }
 
 /// Refuses a model, which `ollama run` would take.

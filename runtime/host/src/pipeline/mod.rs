@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use homeroom_engine::files;
+use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, read_text};
 use serde_json::{Value, json};
 
 use self::api::Session;
@@ -34,6 +34,7 @@ use crate::interrupt;
 use crate::models::{Network, of_hub};
 use crate::plugin::{Search, Trust};
 use crate::progress::line;
+use crate::runs::About;
 use crate::watch::Files;
 
 /// How long a script may go on after Ctrl-C, before the program ends with it.
@@ -90,6 +91,10 @@ pub fn run_within(
 }
 
 fn play(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<Outcome> {
+    played(config, sandbox, session).inspect_err(|error| session.failed(error))
+}
+
+fn played(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> Result<Outcome> {
     let script = sandbox.compile(&config.script)?;
     let returned = sandbox.call(&script, &config.script)?;
     let result = {
@@ -162,6 +167,14 @@ fn give_up(ended: Ended, since: Duration) {
     }
 }
 
-fn about(config: &PipelineConfig) -> Value {
-    json!({"config": config.path, "script": config.script, "params": config.params})
+/// What a run of a pipeline is told of itself.
+fn about(config: &PipelineConfig) -> About {
+    let settings = json!({
+        "config": config.path.to_string_lossy(),
+        "script": config.script.to_string_lossy(),
+        "params": config.params,
+    });
+    let text = read_text(&config.script, SMALL_FILE_BYTES_MAX).ok();
+    let script = text.map(|text| (config.script.clone(), text));
+    About { script, ..About::here(settings.clone(), settings.as_object().cloned().unwrap_or_default()) }
 }

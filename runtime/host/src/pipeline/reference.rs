@@ -76,6 +76,11 @@ const SHAPES: [Shape; 9] = [
             ("grad_norm", "number", "norm of the gradients before clipping"),
             ("learning_rate", "number", "learning rate of the update"),
             ("tokens", "number", "tokens of the step's rows"),
+            (
+                "state",
+                "{[string]: any}",
+                "what callbacks keep from one call to the next: plain values, saved with checkpoints",
+            ),
         ],
     },
     Shape {
@@ -89,6 +94,11 @@ const SHAPES: [Shape; 9] = [
             ("perplexity", "number", "e to the loss"),
             ("token_accuracy", "number", "share of held-out tokens that the model found likeliest"),
             ("best", "number", "lowest held-out loss so far, this one included"),
+            (
+                "state",
+                "{[string]: any}",
+                "what callbacks keep from one call to the next: plain values, saved with checkpoints",
+            ),
         ],
     },
     Shape {

@@ -10,8 +10,8 @@ use anyhow::Result;
 use homeroom_abi::plan::PlanRequest;
 use homeroom_abi::step::{Directive, StepAnswer, StepMetrics, StepRequest};
 use homeroom_engine::adapt::adaptation::Adaptation;
-use homeroom_engine::train::{Candidate, Change, Control, Observer, RunEvent, StepReport};
-use serde_json::{Map, Value};
+use homeroom_engine::train::{Candidate, Change, Control, EvalReport, Observer, RunEvent, State, StepReport};
+use serde_json::{Map, Value, json};
 
 use super::Plugin;
 use super::reload::{Ready, Reload, Watching};
@@ -83,6 +83,19 @@ impl<'a> Live<'a> {
         }
     }
 
+    /// Goes on with what the strategy had given to hear again, and what it had heard, when a checkpoint was saved.
+    pub fn remember(&mut self, memory: &Value) {
+        if memory.is_null() {
+            return;
+        }
+        self.state = memory["state"].clone();
+        self.last = serde_json::from_value(memory["last"].clone()).unwrap_or_default();
+        // One that failed or wanted to hear of no step is not asked again.
+        if memory["hooked"] == Value::Bool(false) {
+            self.hook = None;
+        }
+    }
+
     fn short(sha256: &str) -> &str {
         sha256.get(..8).unwrap_or(sha256)
     }
@@ -143,6 +156,39 @@ impl Observer for Live<'_> {
         Ok(Some(Candidate { id, plan, directs }))
     }
 
+    fn on_eval(&mut self, report: &EvalReport, planned_steps: u64) -> Result<Control> {
+        self.observer.on_eval(report, planned_steps)
+    }
+
+    fn evaluating(&mut self, done: usize, all: usize) {
+        self.observer.evaluating(done, all);
+    }
+
+    fn evaluated(&mut self, report: &EvalReport) {
+        self.observer.evaluated(report);
+    }
+
+    fn memory(&mut self) -> Result<Value> {
+        let strategy = json!({"state": self.state, "last": self.last, "hooked": self.hook.is_some()});
+        Ok(json!({"strategy": strategy, "observer": self.observer.memory()?}))
+    }
+
+    fn is_cancelled(&mut self) -> bool {
+        self.observer.is_cancelled()
+    }
+
+    fn is_due(&mut self, state: &State) -> bool {
+        self.observer.is_due(state)
+    }
+
+    fn save(&mut self, state: &State) -> Result<()> {
+        self.observer.save(state)
+    }
+
+    fn saved(&mut self, step: u64) -> Result<Option<State>> {
+        self.observer.saved(step)
+    }
+
     fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
         let (name, step) = (self.plugin.description.name.clone(), event.step);
         let line = match &event.change {
@@ -196,6 +242,11 @@ impl Observer for Live<'_> {
                     _ => format!("taken back to step {step}: {reason}; the training goes on without it"),
                 };
                 format!("reload    {name} {} {how}", Self::short(id))
+            }
+            // Whoever saves its states tells of it.
+            Change::Rewound { .. } => {
+                (self.tell)(&self.plugin, adaptation);
+                return self.observer.changed(event, adaptation);
             }
             Change::Directed { directive } => format!("strategy `{name}` after step {step}: {directive}"),
             Change::Undirected { directive, reason } => {

@@ -9,7 +9,7 @@ use clap::Args;
 use homeroom_abi::plan::ModuleKind;
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::requantize::{StoredAs, store_as};
-use homeroom_engine::data::Example;
+use homeroom_engine::data::{Example, Unit};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::{Batch, pass_rows};
 use homeroom_engine::run::compute::Compute;
@@ -199,8 +199,8 @@ impl Measured {
                     Example { ids, trained: vec![true; arguments.seq_len], line: 0 }
                 })
                 .collect();
-            let numbered: Vec<(u32, &Example)> = (0..).zip(&examples).collect();
-            let batches = Batch::packed(&numbered, pass_rows(&job.model));
+            let units: Vec<Unit> = (0..).zip(&examples).map(|(number, example)| Unit::of(number, example)).collect();
+            let batches = Batch::packed(&units, pass_rows(&job.model));
             if arguments.profile && step == u64::from(arguments.warmup) {
                 profile::start();
             }

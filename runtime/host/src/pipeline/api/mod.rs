@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use homeroom_engine::data::OnLongRow;
-use homeroom_engine::files::{NewDirectory, replace_file};
+use homeroom_engine::files::NewDirectory;
 use homeroom_engine::inference::generate::{Sampling, prompt_ids};
 use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::models::BaseModel;
@@ -51,6 +51,7 @@ use crate::models::{Loaded, not_there};
 use crate::plugin::{Plugin, Search};
 use crate::progress::{self, thousands};
 use crate::registry;
+use crate::runs::{About, End, Kind, RunDirectory};
 
 pub use self::value::to_json;
 
@@ -68,7 +69,7 @@ pub struct Session {
     /// The script's name, for that of the run.
     name: String,
     /// What is written beside a run's adapters.
-    about: Json,
+    about: About,
     /// Bases of the user's trained models, which the tables of those models name.
     known_bases: RefCell<HashSet<PathBuf>>,
     search: Search,
@@ -83,8 +84,8 @@ pub struct Session {
     handler: RefCell<Option<String>>,
     /// Whether a training is under way.
     trains: Cell<bool>,
-    /// The run's directory and the number of adapters in it, once there is one.
-    run: RefCell<Option<(PathBuf, usize)>>,
+    /// The run and the number of adapters in it, once there is one.
+    run: RefCell<Option<(Rc<RunDirectory>, usize)>>,
 }
 
 impl Session {
@@ -140,10 +141,20 @@ impl Session {
     /// # Errors
     /// When it cannot be written.
     pub fn keep(&self, result: &Json) -> Result<Option<PathBuf>> {
-        let Some((directory, _)) = &*self.run.borrow() else { return Ok(None) };
-        let file = directory.join("result.json");
-        replace_file(&file, format!("{result:#}\n").as_bytes())?;
-        Ok(Some(file))
+        let Some((run, _)) = &*self.run.borrow() else { return Ok(None) };
+        run.finish(End::Finished(result.clone()))?;
+        Ok(Some(run.path().join("result.json")))
+    }
+
+    /// Says in the run's directory, if there is one, why the script ended early.
+    pub fn failed(&self, error: &anyhow::Error) {
+        let Some((run, _)) = &*self.run.borrow() else { return };
+        let end = match self.clock.cancelled() {
+            true => End::Interrupted(Json::Null),
+            false => End::Failed(format!("{error:#}")),
+        };
+        // The error itself is what the user hears of.
+        let _ = run.finish(end);
     }
 
     fn would(&self, lua: &Lua, words: String, json: Json) -> Result<(), Failure> {
@@ -223,39 +234,32 @@ impl Session {
     }
 
     /// Id and directory of the next adapter of this run.
-    fn new_adapter(&self) -> Result<(String, PathBuf)> {
+    fn new_adapter(&self) -> Result<NewAdapter> {
         let mut run = self.run.borrow_mut();
-        let (directory, count) = match &mut *run {
+        let (run, count) = match &mut *run {
             Some(run) => run,
-            none => none.insert((self.new_run()?, 0)),
+            none => none.insert((Rc::new(self.new_run()?), 0)),
         };
         *count += 1;
-        let name = directory.file_name().unwrap_or_default().to_string_lossy();
-        Ok((format!("{name}/{count}"), directory.join("adapters").join(count.to_string())))
+        let (id, path) = (format!("{}/{count}", run.id()), run.path().join("adapters").join(count.to_string()));
+        Ok(NewAdapter { run: run.clone(), number: *count, id, path })
     }
 
-    /// A new directory `runs/<script>-<number>`, for the user alone.
-    fn new_run(&self) -> Result<PathBuf> {
-        let data = registry::data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
-        let runs = data.join("runs");
-        let place = || format!("{}: cannot write here", runs.display());
-        std::fs::create_dir_all(&runs).with_context(place)?;
-        let mut builder = std::fs::DirBuilder::new();
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        for number in 1.. {
-            let directory = runs.join(format!("{}-{number}", self.name));
-            match builder.create(&directory) {
-                Ok(()) => {
-                    std::fs::write(directory.join("run.json"), format!("{:#}\n", self.about)).with_context(place)?;
-                    return Ok(directory);
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error).with_context(place),
-            }
-        }
-        unreachable!("numbers do not end")
+    /// A new run, of which the script's name is the name.
+    fn new_run(&self) -> Result<RunDirectory> {
+        RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())
     }
+}
+
+/// The adapter that a training of a run will make.
+struct NewAdapter {
+    run: Rc<RunDirectory>,
+    /// Number of the training in its run, from 1.
+    number: usize,
+    /// `RUN/NUMBER`.
+    id: String,
+    /// Its directory.
+    path: PathBuf,
 }
 
 /// Whether a text can be the name of a model, or the id of an adapter of a run: `NAME` or `RUN/NUMBER`.

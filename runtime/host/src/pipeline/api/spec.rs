@@ -351,6 +351,26 @@ pub const VERBS: &[Verb] = &[
             &[
                 opt("eval_steps", Kind::Count, "only before and after", "evaluate on `eval` every so many steps")
                     .or(&["eval_every"]),
+                opt(
+                    "early_stopping_patience",
+                    Kind::Count,
+                    "none",
+                    "ends the training after so many evaluations in a row without a lower loss",
+                ),
+                opt(
+                    "load_best_model_at_end",
+                    Kind::Flag,
+                    "true",
+                    "true: of what `eval_steps` evaluated the result is the best; false: what the last step left",
+                ),
+                opt(
+                    "save_steps",
+                    Kind::Count,
+                    "by time",
+                    "steps between two checkpoints, from which a run that was killed goes on",
+                )
+                .or(&["save_every"]),
+                opt("save_minutes", Kind::Number, "5", "minutes between two checkpoints; 0: time does not matter"),
                 opt("on_step", Kind::OnStep, "none", "called after each step; may return a directive"),
                 opt(
                     "on_eval",

@@ -6,18 +6,19 @@ use anyhow::{Context, Result};
 use homeroom_engine::data::{Example, note_endless};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::{Broken, Control, Evaluation, Observer, StepReport, TrainConfig, planned_steps};
+use homeroom_engine::train::objective::{Objective, Sft};
+use homeroom_engine::train::{Broken, Control, Data, EvalReport, Observer, StepReport, TrainConfig, planned_steps};
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::Session;
 use super::dataset::Encoded;
 use super::model::{DRY, ModelSpec};
 use super::options::Options;
 use super::spec::{STRATEGY_NAMES, verb};
-use super::value::words;
-use crate::job::{Job, Outcome};
-use crate::keep::Taken;
+use super::value::{to_json, to_lua, words};
+use super::{NewAdapter, Session};
+use crate::job::defaults::{self, Open};
+use crate::job::{Job, Outcome, Recording, Resumed, Saving, Taken};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
@@ -25,8 +26,6 @@ use crate::pipeline::sandbox::shown;
 use crate::plugin::Plugin;
 use crate::progress::{self, millions, thousands};
 
-/// The strategy's learning rate when neither it nor the script says one.
-const DEFAULT_LEARNING_RATE: f64 = 2e-4;
 /// What `stopped` says of a training that did all its steps.
 const FINISHED: &str = "finished";
 
@@ -59,54 +58,75 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let requantize = options.flag("requantize").unwrap_or(false);
     let mut job = Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?;
     job.watch = session.search.watching();
-    let config = config(&options, job.proposed_learning_rate);
+    let mut config = config(&options, job.proposed_learning_rate);
+    let open = Open {
+        epochs: options.whole("num_train_epochs").or(options.whole("max_steps")).is_none(),
+        batch_size: options
+            .whole("per_device_train_batch_size")
+            .or(options.whole("gradient_accumulation_steps"))
+            .is_none(),
+    };
+    let chosen = defaults::choose(&mut config, open, data.examples.len());
     let steps = planned_steps(data.examples.len(), &config).context("fine_tune")?;
     restate(session, &spec, &job, &data, eval.as_ref(), &config, steps);
+    if let Some(chosen) = chosen {
+        session.tell(format_args!("note: {chosen}"));
+    }
     if session.dry {
         return dry(lua, session, &spec, &job, &data, eval.as_ref(), steps);
     }
 
     // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
     // something to fill it with, so that a run that is killed leaves nothing.
-    let (id, path) = session.new_adapter()?;
+    let NewAdapter { run, number, id, path } = session.new_adapter()?;
     drop(NewDirectory::start(&path)?);
     let parent = spec.parent(session);
     let trained: Vec<&Example> = data.examples.iter().collect();
     let held_out: Vec<&Example> = eval.iter().flat_map(|eval| &eval.examples).collect();
-    let before = evaluate(session, &job, &held_out)?;
+    let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
+    let mut recording = Recording::new(&run, number, saving)?;
+    let from = None::<Resumed>;
+    let state = lua.create_table()?;
+    if let Some(from) = &from
+        && let Value::Table(kept) = to_lua(lua, &from.of_observer()["state"])?
+    {
+        kept.for_each(|key: Value, value: Value| state.raw_set(key, value))?;
+    }
     let mut watcher = Watcher {
         lua,
         session,
         options: &options,
-        job: &job,
-        held_out: &held_out,
-        best: before.map_or(f64::INFINITY, |eval| eval.loss),
-        bar: progress::Training::start(steps),
+        kept: from.as_ref().map_or(Json::Null, |from| from.of_observer()["state"].clone()),
+        state,
+        bar: Some(progress::Training::start(steps)),
+        evaluating: None,
         stopped: None,
         raised: None,
     };
-    let (report, mut failure) = match job.train(&trained, &config, &mut watcher) {
-        Ok(report) => (report, None),
+    let units = Data::of_examples(&trained, &held_out);
+    let (report, failure) = match job.train(&units, &Sft, &config, &mut watcher, Some(&mut recording), from) {
+        Ok(state) => (state.report, None),
         Err(error) => {
-            let Broken { reason, report } = error.downcast()?;
-            (report, Some(reason))
+            let Broken { reason, state } = error.downcast()?;
+            (state.report, Some(reason))
         }
     };
     let Watcher { bar, stopped, raised, .. } = watcher;
-    bar.end();
-    let mut after = None;
-    if raised.is_none() && failure.is_none() && !session.clock().cancelled() {
-        match evaluate(session, &job, &held_out) {
-            Ok(evaluation) => after = evaluation,
-            Err(error) => failure = Some(format!("held-out rows, after the training: {error:#}")),
-        }
-    }
+    bar.into_iter().for_each(progress::Training::end);
     let ended = raised.is_some() || session.clock().cancelled();
     let (rows, data_digest) = (trained.len(), data.digest.clone());
-    let outcome = Outcome { config, report, before, after, rows, data_digest, failure };
+    let (objective, of_run) = (Sft.name(), Some(run.id().to_owned()));
+    let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, failure };
     let path = outcome.save(&job, &path, Taken::Replaced, parent.as_deref())?;
+    let (before, after) = (outcome.report.before(), outcome.report.after());
     if let (Some(before), Some(after)) = (before, after) {
         session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
+    }
+    if let Some(why) = &outcome.report.stopped {
+        session.tell(format_args!("stopped   {why}"));
+    }
+    if let Some(step) = outcome.report.kept_step {
+        session.tell(format_args!("result    of step {step}, the best on the held-out rows"));
     }
     let done = outcome.report.steps.len();
     if ended {
@@ -132,6 +152,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     metrics.set("steps", done)?;
     metrics.set("planned_steps", steps)?;
     table.set("metrics", metrics)?;
+    let stopped = stopped.or(outcome.report.stopped);
     table.set("stopped", stopped.as_deref().unwrap_or(FINISHED))?;
     Ok(Value::Table(table))
 }
@@ -186,17 +207,6 @@ fn dry(
     Ok(Value::Table(table))
 }
 
-/// Loss on the held-out examples; not after an interruption, whose user waits.
-fn evaluate(session: &Session, job: &Job, examples: &[&Example]) -> Result<Option<Evaluation>> {
-    if session.clock().cancelled() {
-        return Ok(None);
-    }
-    let bar = progress::counting("evaluating", examples.len());
-    let result = job.evaluate(examples, |done| bar.set_position(done as u64));
-    bar.finish_and_clear();
-    result
-}
-
 /// Refuses options that the strategy does not have, before anything is loaded.
 fn check_options(plugin: &Plugin, options: &Map<String, Json>) -> Result<(), Failure> {
     let about = &plugin.description;
@@ -232,7 +242,7 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         max_steps: options.whole("max_steps"),
         batch_size: count("per_device_train_batch_size", default.batch_size),
         gradient_accumulation_steps: count("gradient_accumulation_steps", default.gradient_accumulation_steps),
-        learning_rate: options.number("learning_rate").or(proposed).unwrap_or(DEFAULT_LEARNING_RATE),
+        learning_rate: options.number("learning_rate").or(proposed).unwrap_or(defaults::LEARNING_RATE),
         lr_scheduler_type: options.word("lr_scheduler_type").unwrap_or(default.lr_scheduler_type),
         warmup_ratio: options.number("warmup_ratio").unwrap_or(default.warmup_ratio),
         weight_decay: options.number("weight_decay").unwrap_or(default.weight_decay),
@@ -242,6 +252,9 @@ fn config(options: &Options, proposed: Option<f64>) -> TrainConfig {
         gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
         packing: options.flag("packing").unwrap_or(default.packing),
         compute: options.word("compute").unwrap_or(Compute::Auto),
+        eval_steps: options.whole("eval_steps"),
+        early_stopping_patience: options.whole("early_stopping_patience"),
+        load_best_model_at_end: options.flag("load_best_model_at_end").unwrap_or(default.load_best_model_at_end),
     }
 }
 
@@ -298,70 +311,99 @@ struct Watcher<'a> {
     lua: &'a Lua,
     session: &'a Session,
     options: &'a Options,
-    job: &'a Job,
-    held_out: &'a [&'a Example],
-    /// Lowest held-out loss so far.
-    best: f64,
-    bar: progress::Training,
+    /// What callbacks keep, `report.state`, and the same as JSON: it is saved with checkpoints.
+    state: Table,
+    kept: Json,
+    bar: Option<progress::Training>,
+    evaluating: Option<progress::Counting>,
     /// Why a callback ended the training.
     stopped: Option<String>,
-    /// What a callback raised, or why held-out rows could not be evaluated. It is kept until the training has ended and is saved.
+    /// What a callback raised. It is kept until the training has ended and is saved.
     raised: Option<Failure>,
 }
 
 impl Observer for Watcher<'_> {
     fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
-        self.bar.step(report, planned_steps);
+        if let Some(bar) = &mut self.bar {
+            bar.step(report, planned_steps);
+        }
         if self.session.clock().cancelled() {
             return Ok(Control::Stop);
         }
-        match self.callbacks(report, planned_steps) {
-            Ok(control) => Ok(control),
-            Err(raised) => {
-                self.raised = Some(raised);
-                Ok(Control::Stop)
-            }
+        let called = self.after_step(report, planned_steps);
+        Ok(self.heeded(called))
+    }
+
+    fn on_eval(&mut self, report: &EvalReport, planned_steps: u64) -> Result<Control> {
+        let loss = report.evaluation.loss;
+        self.session.tell(format_args!("step {:>5}/{planned_steps}   held-out loss {loss:.4}", report.step));
+        let called = self.after_eval(report, planned_steps);
+        Ok(self.heeded(called))
+    }
+
+    fn evaluating(&mut self, done: usize, all: usize) {
+        let bar = self.evaluating.get_or_insert_with(|| progress::counting("evaluating", all));
+        bar.set_position(done as u64);
+        if done == all
+            && let Some(bar) = self.evaluating.take()
+        {
+            bar.finish_and_clear();
         }
+    }
+
+    fn memory(&mut self) -> Result<Json> {
+        Ok(json!({"state": self.kept}))
+    }
+
+    fn is_cancelled(&mut self) -> bool {
+        self.raised.is_some() || self.session.clock().cancelled()
     }
 }
 
 impl Watcher<'_> {
-    fn callbacks(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control, Failure> {
-        let mut scale = None;
-        if self.options.function("on_step").is_some() {
-            let table = self.table(report, planned_steps)?;
-            table.set("loss", report.loss)?;
-            table.set("grad_norm", report.grad_norm)?;
-            table.set("learning_rate", report.learning_rate)?;
-            table.set("tokens", report.tokens)?;
-            scale = self.call("on_step", table)?.or(scale);
-        }
-        let due = self.options.whole("eval_steps").is_some_and(|every| report.step.is_multiple_of(every));
-        if due && report.step < planned_steps && self.stopped.is_none() && !self.held_out.is_empty() {
-            let Some(eval) = evaluate(self.session, self.job, self.held_out)? else { return Ok(Control::Stop) };
-            self.best = self.best.min(eval.loss);
-            self.session.tell(format_args!("step {:>5}/{planned_steps}   held-out loss {:.4}", report.step, eval.loss));
-            if self.options.function("on_eval").is_some() {
-                let table = self.table(report, planned_steps)?;
-                table.set("eval_loss", eval.loss)?;
-                table.set("perplexity", eval.perplexity)?;
-                table.set("token_accuracy", eval.token_accuracy)?;
-                table.set("best", self.best)?;
-                scale = self.call("on_eval", table)?.or(scale);
+    /// What a callback has the training do; what it raised ends it.
+    fn heeded(&mut self, called: Result<Option<f64>, Failure>) -> Control {
+        match called {
+            Err(raised) => {
+                self.raised = Some(raised);
+                Control::Stop
             }
+            Ok(_) if self.stopped.is_some() => Control::Stop,
+            Ok(Some(scale)) => Control::ScaleLearningRate(scale),
+            Ok(None) => Control::Continue,
         }
-        Ok(match (&self.stopped, scale) {
-            (Some(_), _) => Control::Stop,
-            (None, Some(scale)) => Control::ScaleLearningRate(scale),
-            (None, None) => Control::Continue,
-        })
     }
 
-    fn table(&self, report: &StepReport, planned_steps: u64) -> mlua::Result<Table> {
+    fn after_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Option<f64>, Failure> {
+        if self.options.function("on_step").is_none() {
+            return Ok(None);
+        }
+        let table = self.table(report.step, report.epoch, planned_steps)?;
+        table.set("loss", report.loss)?;
+        table.set("grad_norm", report.grad_norm)?;
+        table.set("learning_rate", report.learning_rate)?;
+        table.set("tokens", report.tokens)?;
+        self.call("on_step", table)
+    }
+
+    fn after_eval(&mut self, report: &EvalReport, planned_steps: u64) -> Result<Option<f64>, Failure> {
+        if self.options.function("on_eval").is_none() {
+            return Ok(None);
+        }
+        let table = self.table(report.step, report.epoch, planned_steps)?;
+        table.set("eval_loss", report.evaluation.loss)?;
+        table.set("perplexity", report.evaluation.perplexity)?;
+        table.set("token_accuracy", report.evaluation.token_accuracy)?;
+        table.set("best", report.lowest)?;
+        self.call("on_eval", table)
+    }
+
+    fn table(&self, step: u64, epoch: f64, planned_steps: u64) -> mlua::Result<Table> {
         let table = self.lua.create_table()?;
-        table.set("step", report.step)?;
+        table.set("step", step)?;
         table.set("steps", planned_steps)?;
-        table.set("epoch", report.epoch)?;
+        table.set("epoch", epoch)?;
+        table.set("state", &self.state)?;
         Ok(table)
     }
 
@@ -373,6 +415,9 @@ impl Watcher<'_> {
             function.call::<Value>(report)?
         };
         let raise = |message: String| raised(function, format_args!("fine_tune: {name}: {message}"));
+        // Here, where it is known who kept what cannot be saved.
+        let kept = to_json(self.session.clock(), &Value::Table(self.state.clone()));
+        self.kept = kept.map_err(|failure| raise(format!("report.state: {:#}", failure.into_error())))?;
         let table = match answer {
             Value::Nil => return Ok(None),
             Value::Table(table) => table,

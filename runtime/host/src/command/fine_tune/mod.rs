@@ -10,24 +10,36 @@ use homeroom_engine::data::{Dataset, Example, check_jsonl, note_endless};
 use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::train::objective::{Objective, Sft};
 use homeroom_engine::train::schedule::Schedule;
-use homeroom_engine::train::{Broken, Control, Evaluation, StepReport, TrainConfig, TrainReport, planned_steps};
+use homeroom_engine::train::{
+    Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, TrainReport, planned_steps,
+};
+use serde::Serialize;
 use serde_json::{Map, Value};
+
+mod unfinished;
+
+use self::unfinished::Unfinished;
 
 use super::arguments::{
     COMPUTE, COUNT_MAX, PluginArgs, RowArgs, Word, above_zero, key_value, not_negative, one_of, rate, share, whole,
 };
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
-use crate::job::{Job, Outcome};
-use crate::keep::Taken;
-use crate::models::{Network, Use, here, last_part, load_base, load_rows, locate, refuse_other, shown, with_text};
+use crate::job::defaults::{self, Open};
+use crate::job::{Job, Outcome, Recording, Resumed, Sample, Samples, Saving, Taken};
+use crate::models::{
+    Located, Network, Use, here, last_part, load_base, load_rows, locate, refuse_other, shown, with_text,
+};
 use crate::near::exists;
+use crate::plugin::{Plugin, Search, native};
 use crate::progress::{self, line, millions, thousands};
 use crate::registry;
+use crate::runs::{About, End, Entry, Kind, RunDirectory};
 
-/// Arguments of `fine-tune`.
-#[derive(Args)]
+/// Arguments of `fine-tune`. As JSON they are the settings of a run: what decides on its result has its flag's name.
+#[derive(Args, Serialize)]
 #[command(group(ArgGroup::new("place").args(["output_dir", "name"])))]
 pub struct Arguments {
     /// Base model: a name on the Hugging Face hub as `owner/name`, a directory, a .gguf file, or a name from `homeroom list-models`
@@ -38,19 +50,34 @@ pub struct Arguments {
     training_file: PathBuf,
     /// Directory for the result: an adapter, or a model with strategy `full`
     #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
     output_dir: Option<PathBuf>,
     /// Name of the result in `homeroom list-models` [default: the training file's, with a number if it is taken]
     #[arg(long, value_name = "NAME")]
+    #[serde(skip)]
     name: Option<String>,
     /// Replace an earlier result in that directory or of that name
     #[arg(long, requires = "place")]
+    #[serde(skip)]
     overwrite: bool,
+    /// Go on with the run of this command that was killed or interrupted; start it if there is none, and leave one that has finished alone
+    #[arg(long, conflicts_with = "overwrite")]
+    #[serde(skip)]
+    resume: bool,
+    /// Steps between two checkpoints
+    #[arg(long, alias = "save-steps", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
+    #[serde(skip)]
+    save_every: Option<u64>,
+    /// Minutes between two checkpoints; 0 saves none by time [default: 5, or 0 with --save-every]
+    #[arg(long, value_name = "M", value_parser = not_negative)]
+    #[serde(skip)]
+    save_minutes: Option<f64>,
     /// Training strategy; `homeroom plugins list` shows what there is
     #[arg(long, default_value = "lora", value_name = "NAME")]
     strategy: String,
-    /// Passes over the training rows
-    #[arg(long, default_value = "1", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
-    epochs: u64,
+    /// Passes over the training rows [default: as many, up to 10, as make about 100 steps]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
+    epochs: Option<u64>,
     /// Stop after this many steps, wherever the epoch is
     #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     max_steps: Option<u64>,
@@ -87,12 +114,12 @@ pub struct Arguments {
     /// Start from the weights of this adapter: a directory, a name from `homeroom list-models` or one on the Hugging Face hub
     #[arg(long, value_name = "MODEL")]
     init_from: Option<PathBuf>,
-    /// Rows of one batch
-    #[arg(long, default_value = "8", value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
-    batch_size: u32,
-    /// Batches of one step
-    #[arg(long, default_value = "1", value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
-    gradient_accumulation_steps: u32,
+    /// Rows of one batch [default: 8, fewer for a file of fewer than 64 rows]
+    #[arg(long, value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    batch_size: Option<u32>,
+    /// Batches of one step [default: 1]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    gradient_accumulation_steps: Option<u32>,
     /// Save memory: keep only the input of each layer, and compute the layer again in the backward pass
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -106,6 +133,7 @@ pub struct Arguments {
     #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = one_of::<Compute>(&COMPUTE))]
     compute: Compute,
     #[command(flatten)]
+    #[serde(flatten)]
     rows: RowArgs,
     /// JSONL file of held-out rows; their loss is measured before and after the training
     #[arg(long, value_name = "FILE", conflicts_with = "eval_fraction")]
@@ -113,6 +141,15 @@ pub struct Arguments {
     /// Share of the training rows to hold out instead
     #[arg(long, value_name = "SHARE", value_parser = share)]
     eval_fraction: Option<f64>,
+    /// Steps between two evaluations on the held-out rows
+    #[arg(long, alias = "eval-steps", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
+    eval_every: Option<u64>,
+    /// End the training after so many of these evaluations in a row without a lower loss
+    #[arg(long, alias = "patience", requires = "eval_every", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
+    early_stopping_patience: Option<u64>,
+    /// Save what the last step left, even where an earlier evaluation had a lower loss
+    #[arg(long)]
+    keep_last: bool,
     /// Seed of the order of rows, of first values and of dropout
     #[arg(long, default_value = "42", value_name = "N", value_parser = whole::<u64>(0..=u64::MAX))]
     seed: u64,
@@ -121,11 +158,14 @@ pub struct Arguments {
     no_shuffle: bool,
     /// Watch the strategy's file, and continue with a new build of it between two steps
     #[arg(long)]
+    #[serde(skip)]
     watch_plugins: bool,
     #[command(flatten)]
+    #[serde(skip)]
     plugins: PluginArgs,
     /// Print one JSON object at the end
     #[arg(long)]
+    #[serde(skip)]
     json: bool,
 }
 
@@ -135,20 +175,60 @@ const SCHEDULES: [Word; 3] = [
     ("constant", "The peak throughout"),
 ];
 
-/// The learning rate when neither the strategy nor the user gives one.
-const DEFAULT_LEARNING_RATE: f64 = 2e-4;
-/// Fewer steps than these leave little trace at the default learning rate, which is said; about as many show, in at most so many epochs.
-const STEPS_FEW: u64 = 30;
-const STEPS_ENOUGH: u64 = 100;
-const EPOCHS_MANY: u64 = 10;
-
 /// Trains, and saves an adapter or a model.
 pub fn run(arguments: &Arguments) -> Result<Done> {
+    prepare(arguments, None)
+}
+
+/// Goes on with a run that was killed or interrupted, whose arguments these are.
+pub fn resume(arguments: &Arguments, run: &Entry) -> Result<Done> {
+    prepare(arguments, Some(run.clone()))
+}
+
+/// What a training needs, once everything is there that costs nothing to refuse.
+struct Prepared<'a> {
+    arguments: &'a Arguments,
+    output_dir: PathBuf,
+    /// Where the user named no place.
+    unnamed: bool,
+    search: Search,
+    /// Not there where a run goes on without it.
+    plugin: Option<Plugin>,
+    options: Map<String, Value>,
+    base: Located,
+    init_from: Option<PathBuf>,
+    /// The run to go on with.
+    earlier: Option<Entry>,
+}
+
+fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
-    config(arguments, None).check()?;
-    let output_dir = place(arguments)?;
+    config(arguments, None, None).check()?;
+    let earlier = match earlier {
+        Some(run) => Some(run),
+        None => match unfinished::find(arguments)? {
+            Unfinished::Finished(run) => {
+                line(format_args!("run {} has finished; there is nothing left to do", run.id));
+                return Ok(Done::Whole);
+            }
+            Unfinished::None => None,
+            Unfinished::Run(run) if arguments.resume => Some(*run),
+            Unfinished::Run(run) => {
+                line(format_args!(
+                    "note: run {} with the same settings {}; this starts anew, and --resume goes on with it",
+                    run.id,
+                    unfinished::standing(&run)
+                ));
+                None
+            }
+        },
+    };
+    let own = earlier.as_ref().and_then(unfinished::output_dir);
+    let unnamed = own.is_none() && arguments.output_dir.is_none() && arguments.name.is_none();
+    let output_dir = own.map_or_else(|| place(arguments), Ok)?;
     utf8(&std::path::absolute(&output_dir)?)?;
-    if !arguments.overwrite {
+    let is_own = earlier.as_ref().is_some_and(|run| unfinished::is_result_of(&output_dir, &run.id));
+    if !arguments.overwrite && !is_own {
         vacant(&output_dir).map_err(|error| match arguments.name.as_ref().filter(|_| output_dir.is_dir()) {
             Some(name) if arguments.output_dir.is_none() => anyhow!(
                 "{name}: there is a model of this name already\nhint: --overwrite replaces it, another --name keeps both"
@@ -162,9 +242,14 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if arguments.watch_plugins {
         search = search.watched(this_program()?);
     }
-    let plugin = search.load(&arguments.strategy)?;
+    let plugin = match (search.load(&arguments.strategy), &earlier) {
+        (Ok(plugin), _) => Some(plugin),
+        // A checkpoint has the plan.
+        (Err(_), Some(_)) => None,
+        (Err(error), None) => return Err(error),
+    };
     let options = options(arguments)?;
-    plugin.check_options(&options)?;
+    plugin.as_ref().map(|plugin| plugin.check_options(&options)).transpose()?;
     // Only now, as they may be downloaded. Rows that no model could be trained on are refused before that.
     let is_missing = |name: &Path| here(name).map(|located| located.is_none());
     if is_missing(&arguments.model_name)? || arguments.init_from.as_deref().map_or(Ok(false), is_missing)? {
@@ -186,66 +271,127 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if arguments.overwrite {
         replaceable(&output_dir)?;
     }
-    let mut model = Arc::new(load_base(&base)?);
-    if let Some(adapter) = &init_from {
-        model = with_text(adapter, model)?;
-    }
-    let rows = Rows::load(arguments, &model)?;
-    let start = init_from.as_deref();
-    let mut job = Job::new(model, &plugin, options, arguments.seed, start, arguments.requantize)?;
-    job.watch = search.watching();
-    let config = config(arguments, job.proposed_learning_rate);
-    // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
-    // something to fill it with, so that a run that is killed leaves nothing.
-    interrupt::listen()?;
-    drop(NewDirectory::start(&output_dir)?);
-    let steps = planned_steps(rows.train.len(), &config)?;
-    let unnamed = arguments.output_dir.is_none() && arguments.name.is_none();
-    if unnamed {
-        let name = registry::short(&output_dir);
-        line(format_args!("name      {name}   --name or --output-dir chooses another"));
-    }
-    restate(arguments, &job, &rows, &config, steps);
-    let held_out = rows.eval();
-    let before = evaluate(&job, &held_out)?;
-    let (report, mut failure) = match train(&job, &rows.train(), &config, steps) {
-        Ok(report) => (report, None),
-        Err(error) => {
-            let Broken { reason, report } = error.downcast()?;
-            (report, Some(reason))
+    Prepared { arguments, output_dir, unnamed, search, plugin, options, base, init_from, earlier }.train()
+}
+
+impl Prepared<'_> {
+    fn train(self) -> Result<Done> {
+        let arguments = self.arguments;
+        let mut model = Arc::new(load_base(&self.base)?);
+        if let Some(adapter) = &self.init_from {
+            model = with_text(adapter, model)?;
         }
-    };
-    let after = match failure {
-        None => evaluate(&job, &held_out).unwrap_or_else(|error| {
-            failure = Some(format!("held-out rows, after the training: {error:#}"));
-            None
-        }),
-        Some(_) => None,
-    };
-    let (trained, data_digest) = (rows.train.len(), rows.data.digest.clone());
-    let outcome = Outcome { config, report, before, after, rows: trained, data_digest, failure };
-    if let Some(failure) = &outcome.failure {
-        bail!("{failure}\n{}", outcome.save_beside(&job, &output_dir));
+        let rows = Rows::load(arguments, &model)?;
+        let mut settings = unfinished::settings(arguments)?;
+        settings.insert("output_dir".to_owned(), std::path::absolute(&self.output_dir)?.display().to_string().into());
+        settings.insert("training_rows".to_owned(), rows.data.digest.clone().into());
+        settings.insert("eval_rows".to_owned(), rows.eval_file.as_ref().map(|file| file.digest.clone()).into());
+        if let Some(run) = &self.earlier {
+            unfinished::refuse_others(run, &settings)?;
+        }
+        // A directory that cannot be written is found out now, not after hours. The one that is filled is made when there is
+        // something to fill it with, so that a run that is killed leaves nothing.
+        interrupt::listen()?;
+        drop(NewDirectory::start(&self.output_dir)?);
+        let run = match &self.earlier {
+            Some(run) => RunDirectory::reopen(&run.id)?,
+            None => {
+                let about = About::here(Value::Object(settings.clone()), settings);
+                RunDirectory::start(Kind::FineTune, &registry::short(&self.output_dir), about)?
+            }
+        };
+        let done = self.train_in(&run, model, &rows);
+        if let Err(error) = &done {
+            // The error itself is what the user hears of.
+            let _ = run.finish(End::Failed(format!("{error:#}")));
+        }
+        done
     }
-    let another = || free_place(arguments).ok();
-    let taken = match (unnamed, arguments.overwrite) {
-        (true, _) => Taken::GivenUp(&another),
-        (false, true) => Taken::Replaced,
-        (false, false) => Taken::Stays,
-    };
-    let chosen = output_dir;
-    let output_dir = outcome.save(&job, &chosen, taken, None)?;
-    if unnamed && output_dir != chosen {
-        let (name, taken) = (registry::short(&output_dir), registry::short(&chosen));
-        line(format_args!("name      {name}   as {taken} was taken meanwhile"));
-    }
-    tell(&output_dir, &outcome.report, before, after);
-    if arguments.json {
-        let mut summary = Map::from_iter([("output_dir".to_owned(), output_dir.display().to_string().into())]);
+
+    fn train_in(&self, run: &RunDirectory, model: Arc<BaseModel>, rows: &Rows) -> Result<Done> {
+        let Self { arguments, output_dir, unnamed, .. } = self;
+        let saving = Saving::of(arguments.save_every, arguments.save_minutes);
+        let mut recording = Recording::new(run, 1, saving)?;
+        let (options, start) = (self.options.clone(), self.init_from.as_deref());
+        let mut job = match (recording.newest(), &self.plugin) {
+            (Some(checkpoint), plugin) => {
+                let native = |strategy: &_, name: &_| native::find_in(&self.search, strategy, name);
+                Job::resume(model, &checkpoint, plugin.clone(), &native, options, start)?
+            }
+            (None, Some(plugin)) => Job::new(model, plugin, options, arguments.seed, start, arguments.requantize)?,
+            (None, None) => {
+                self.search.load(&arguments.strategy)?;
+                bail!("strategy `{}` has come meanwhile; try again", arguments.strategy)
+            }
+        };
+        job.watch = self.search.watching();
+        let mut config = config(arguments, job.proposed_learning_rate, Some(rows.train.len()));
+        let from = recording.newest().map(|_| recording.resume(&job, &mut config)).transpose()?;
+        let steps = planned_steps(rows.train.len(), &config)?;
+        if *unnamed {
+            let name = registry::short(output_dir);
+            line(format_args!("name      {name}   --name or --output-dir chooses another"));
+        }
+        restate(arguments, &job, rows, &config, steps);
+        match &from {
+            Some(from) => {
+                line(format_args!("run       {}   goes on after step {} of {steps}", run.id(), from.state.step))
+            }
+            None => line(format_args!("run       {}   `homeroom resume {0}` goes on if it is ended", run.id())),
+        }
+        let held_out = rows.eval();
+        let mut samples = Samples::pick(&held_out);
+        let start = from.as_ref().map_or_else(|| job.now().0, |from| from.state.adaptation().clone());
+        if from.is_none() || !samples.recall(recording.directory()) {
+            samples.ask_before(&job.model, &start, recording.directory())?;
+        }
+        let trained = train(&job, &Data::of_examples(&rows.train(), &held_out), &config, steps, &mut recording, from);
+        let (report, failure) = match trained {
+            Ok(state) => (state.report, None),
+            Err(error) => {
+                let Broken { reason, state } = error.downcast()?;
+                (state.report, Some(reason))
+            }
+        };
+        let (trained, data_digest) = (rows.train.len(), rows.data.digest.clone());
+        let (objective, of_run) = (Sft.name(), Some(run.id().to_owned()));
+        let outcome = Outcome { config, report, objective, run: of_run, rows: trained, data_digest, failure };
+        if let Some(failure) = &outcome.failure {
+            bail!("{failure}\n{}", outcome.save_beside(&job, output_dir));
+        }
+        let another = || free_place(arguments).ok();
+        let is_own = unfinished::is_result_of(output_dir, run.id());
+        let taken = match (*unnamed, arguments.overwrite || is_own) {
+            (_, true) => Taken::Replaced,
+            (true, false) => Taken::GivenUp(&another),
+            (false, false) => Taken::Stays,
+        };
+        let saved = outcome.save(&job, output_dir, taken, None)?;
+        if *unnamed && saved != *output_dir {
+            let (name, taken) = (registry::short(&saved), registry::short(output_dir));
+            line(format_args!("name      {name}   as {taken} was taken meanwhile"));
+        }
+        let samples = match outcome.report.interrupted {
+            true => Vec::new(),
+            false => samples.ask_after(&job.model, &job.now().0)?,
+        };
+        for sample in &samples {
+            recording.event(sample.event());
+        }
+        tell(&saved, run.id(), &outcome.report, &samples);
+        let mut summary = Map::from_iter([("output_dir".to_owned(), saved.display().to_string().into())]);
+        summary.insert("run".to_owned(), run.id().into());
         summary.extend(outcome.summary());
-        print(&Value::Object(summary).to_string())?;
+        let summary = Value::Object(summary);
+        run.finish(match outcome.report.interrupted {
+            true => End::Interrupted(summary.clone()),
+            false => End::Finished(summary.clone()),
+        })?;
+        if arguments.json {
+            print(&summary.to_string())?;
+        }
+        Ok(if outcome.report.interrupted { Done::Interrupted } else { Done::Whole })
     }
-    Ok(if outcome.report.interrupted { Done::Interrupted } else { Done::Whole })
 }
 
 /// The directory of the adapter to start from.
@@ -283,26 +429,51 @@ fn free_place(arguments: &Arguments) -> Result<PathBuf> {
 }
 
 /// Trains with a progress bar, until the end or an interruption.
-fn train(job: &Job, examples: &[&Example], config: &TrainConfig, steps: u64) -> Result<TrainReport> {
-    let mut bar = progress::Training::start(steps);
-    let mut observer = |step: &StepReport, steps| {
-        bar.step(step, steps);
-        Ok(if interrupt::asked() { Control::Stop } else { Control::Continue })
-    };
-    let report = job.train(examples, config, &mut observer)?;
-    bar.end();
-    Ok(report)
+fn train(
+    job: &Job,
+    data: &Data<'_>,
+    config: &TrainConfig,
+    steps: u64,
+    recording: &mut Recording<'_>,
+    from: Option<Resumed>,
+) -> Result<State> {
+    let mut watcher = Watcher { bar: progress::Training::start(steps), evaluating: None };
+    let state = job.train(data, &Sft, config, &mut watcher, Some(recording), from)?;
+    watcher.bar.end();
+    Ok(state)
 }
 
-/// Loss on the held-out examples; not after an interruption, whose user waits.
-fn evaluate(job: &Job, examples: &[&Example]) -> Result<Option<Evaluation>> {
-    if interrupt::asked() {
-        return Ok(None);
+/// Draws progress, and ends the training where the user asks for it.
+struct Watcher {
+    bar: progress::Training,
+    evaluating: Option<progress::Counting>,
+}
+
+impl Observer for Watcher {
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
+        self.bar.step(report, planned_steps);
+        Ok(if interrupt::asked() { Control::Stop } else { Control::Continue })
     }
-    let bar = progress::counting("evaluating", examples.len());
-    let result = job.evaluate(examples, |done| bar.set_position(done as u64));
-    bar.finish_and_clear();
-    result
+
+    fn on_eval(&mut self, report: &EvalReport, planned_steps: u64) -> Result<Control> {
+        let loss = report.evaluation.loss;
+        self.bar.say(format_args!("step {:>5}/{planned_steps}   held-out loss {loss:.4}", report.step));
+        Ok(Control::Continue)
+    }
+
+    fn evaluating(&mut self, done: usize, all: usize) {
+        let bar = self.evaluating.get_or_insert_with(|| progress::counting("evaluating", all));
+        bar.set_position(done as u64);
+        if done == all
+            && let Some(bar) = self.evaluating.take()
+        {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn is_cancelled(&mut self) -> bool {
+        interrupt::asked()
+    }
 }
 
 /// The strategy's options, by PEFT's names.
@@ -340,13 +511,15 @@ fn targets(text: &str) -> Value {
     text.split(',').filter(|name| !name.is_empty()).collect()
 }
 
-fn config(arguments: &Arguments, proposed: Option<f64>) -> TrainConfig {
-    TrainConfig {
-        epochs: arguments.epochs,
+/// The configuration; what was left open is chosen by the number of rows, and said, once that is known.
+fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> TrainConfig {
+    let default = TrainConfig::default();
+    let mut config = TrainConfig {
+        epochs: arguments.epochs.unwrap_or(default.epochs),
         max_steps: arguments.max_steps,
-        batch_size: arguments.batch_size as usize,
-        gradient_accumulation_steps: arguments.gradient_accumulation_steps as usize,
-        learning_rate: arguments.learning_rate.or(proposed).unwrap_or(DEFAULT_LEARNING_RATE),
+        batch_size: arguments.batch_size.map_or(default.batch_size, |rows| rows as usize),
+        gradient_accumulation_steps: arguments.gradient_accumulation_steps.unwrap_or(1) as usize,
+        learning_rate: arguments.learning_rate.or(proposed).unwrap_or(defaults::LEARNING_RATE),
         lr_scheduler_type: arguments.lr_scheduler_type,
         warmup_ratio: arguments.warmup_ratio,
         weight_decay: arguments.weight_decay,
@@ -356,7 +529,18 @@ fn config(arguments: &Arguments, proposed: Option<f64>) -> TrainConfig {
         gradient_checkpointing: arguments.gradient_checkpointing,
         packing: !arguments.no_packing,
         compute: arguments.compute,
+        eval_steps: arguments.eval_every,
+        early_stopping_patience: arguments.early_stopping_patience,
+        load_best_model_at_end: !arguments.keep_last,
+    };
+    let open = Open {
+        epochs: arguments.epochs.or(arguments.max_steps).is_none(),
+        batch_size: arguments.batch_size.or(arguments.gradient_accumulation_steps).is_none(),
+    };
+    if let Some(chosen) = rows.and_then(|rows| defaults::choose(&mut config, open, rows)) {
+        line(format_args!("note: {chosen}"));
     }
+    config
 }
 
 /// The rows of a run.
@@ -442,18 +626,28 @@ fn restate(arguments: &Arguments, job: &Job, rows: &Rows, config: &TrainConfig, 
         config.lr_scheduler_type.name(),
         config.seed,
     ));
-    let epochs = STEPS_ENOUGH.saturating_mul(arguments.epochs).div_ceil(steps.max(1)).min(EPOCHS_MANY);
-    if steps < STEPS_FEW && epochs > arguments.epochs && arguments.max_steps.is_none() {
+    let rate = 100.0 * config.learning_rate;
+    if steps < STEPS_FEW && arguments.max_steps.or(arguments.epochs).is_some() && rate < 0.1 {
         let steps = if steps == 1 { "one step teaches".to_owned() } else { format!("{steps} steps teach") };
-        line(format_args!("note: {steps} a model little; more rows do more, or `--epochs {epochs}`"));
+        line(format_args!("note: {steps} a model little; more rows or epochs do more"));
     }
 }
 
+/// Fewer steps than these leave little trace at the default learning rate, which is said.
+const STEPS_FEW: u64 = 30;
+
 /// What was written, and what to do next.
-fn tell(path: &Path, report: &TrainReport, before: Option<Evaluation>, after: Option<Evaluation>) {
-    if let (Some(before), Some(after)) = (before, after) {
+fn tell(path: &Path, run: &str, report: &TrainReport, samples: &[Sample]) {
+    if let (Some(before), Some(after)) = (report.before(), report.after()) {
         line(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }
+    if let Some(why) = &report.stopped {
+        line(format_args!("stopped   {why}"));
+    }
+    if let Some(step) = report.kept_step {
+        line(format_args!("result    of step {step}, the best on the held-out rows; --keep-last keeps the last"));
+    }
+    samples.iter().for_each(Sample::tell);
     let done = report.steps.len();
     line(format_args!("saved     {}", path.display()));
     if report.interrupted {
@@ -461,10 +655,7 @@ fn tell(path: &Path, report: &TrainReport, before: Option<Evaluation>, after: Op
             "stopped after step {done} of {}; what it had learned by then is saved",
             report.planned_steps
         ));
-        line(format_args!(
-            "next      train it further: the same command with --init-from {} and another --output-dir or --name",
-            registry::short(path)
-        ));
+        line(format_args!("next      homeroom resume {run}"));
     } else {
         line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", registry::short(path)));
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use homeroom_engine::files::{Kept, NewDirectory};
 
-use crate::job::{Job, Outcome};
+use super::{Job, Outcome};
 
 /// What is done when something has the name of a result by then.
 #[derive(Clone, Copy)]

@@ -1,31 +1,43 @@
 //! A training job: what the command line and a pipeline both run.
+//!
+//! [`Job`] is a strategy made real on a base, [`recording`] keeps its steps and checkpoints in a run's directory while it trains,
+//! [`Outcome`] is what came of it, and [`keep`] saves that. [`samples`] answers held-out questions before and after.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::{Peft, PlanRequest};
 use homeroom_engine::adapt::adaptation::Adaptation;
-use homeroom_engine::adapt::adapter::{self, AdapterFiles, Record, StrategyRecord};
+use homeroom_engine::adapt::adapter::{self, AdapterFiles, Record, StrategyRecord, read_manifest};
 use homeroom_engine::adapt::merge::{Floats, exportable, merge, save_model};
 use homeroom_engine::adapt::requantize::{kept_storage, store_as_planned};
-use homeroom_engine::data::Example;
 use homeroom_engine::files::digest::{self, FileDigests};
 use homeroom_engine::files::{NewDirectory, utf8};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::backends::trainer;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::{Evaluation, Observer, TrainConfig, TrainReport, evaluate_examples, train};
-use serde_json::{Map, Value, json};
+use homeroom_engine::train::objective::Objective;
+use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, train};
+use serde_json::{Map, Value};
 
-use crate::machine::peak_memory_bytes;
+pub mod defaults;
+mod keep;
+mod outcome;
+mod recording;
+mod samples;
+
+pub use self::keep::Taken;
+pub use self::outcome::Outcome;
+use self::recording::Recorder;
+pub use self::recording::{Recording, Resumed, Saving, newest_checkpoint};
+pub use self::samples::{Sample, Samples};
 use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
 use crate::progress::{self, line};
-use crate::registry::{self, when};
+use crate::registry;
 
 /// A thread that computes the digests of a base's files.
 type Digesting = JoinHandle<Result<FileDigests>>;
@@ -48,7 +60,8 @@ pub struct Job {
     pub requantize: bool,
     /// When the plugin's file is to be watched while it trains.
     pub watch: Option<Watching>,
-    plugin: Plugin,
+    /// The strategy's plugin; a training that is taken up again does without.
+    plugin: Option<Plugin>,
     /// What a training went on with after its plugin changed or set a scalar.
     changed: Mutex<Option<(Arc<Adaptation>, StrategyRecord)>>,
     /// Who computes the digests of the base's files while it trains.
@@ -99,7 +112,7 @@ impl Job {
         }
         let strategy = plugin.record();
         let init_from = init_from.map(Path::to_owned);
-        let (watch, plugin, changed) = (None, plugin.clone(), Mutex::new(None));
+        let (watch, plugin, changed) = (None, Some(plugin.clone()), Mutex::new(None));
         let (digesting, base_files) = (Mutex::new(None), OnceLock::new());
         Ok(Self {
             model,
@@ -117,10 +130,69 @@ impl Job {
         })
     }
 
+    /// The job of a training that is taken up again, from a checkpoint's directory: by the plan that is in it. `plugin`: the strategy's
+    /// plugin, if it is here; only if it is the one that the training had is it asked after steps. `native` finds codecs that only a
+    /// plugin has.
+    ///
+    /// # Errors
+    /// When the checkpoint is damaged, or belongs to another base.
+    pub fn resume(
+        model: Arc<BaseModel>,
+        directory: &Path,
+        plugin: Option<Plugin>,
+        native: adapter::FindCodec<'_>,
+        options: Map<String, Value>,
+        init_from: Option<&Path>,
+    ) -> Result<Self> {
+        let manifest = read_manifest(directory)?;
+        let manifest = manifest.with_context(|| format!("{}: not a checkpoint", directory.display()))?;
+        let summary = checkpoint::summary(directory)?;
+        let digest = model.digest();
+        ensure!(
+            manifest.base.digest == digest,
+            "{}: it was trained on another base: {} has changed since\nhint: put the old one back, or start anew",
+            directory.display(),
+            model.path.display()
+        );
+        let strategy = manifest.strategy.clone();
+        let codec = |name: &str| native(&strategy, name);
+        let requantize = manifest.base.requantize;
+        let model = encode(|progress| store_as_planned(model, &summary.plan, requantize, &codec, progress))?;
+        // Its parameters are replaced by those of the state, which is read when the configuration is known.
+        let adaptation = Adaptation::new(&model, summary.plan.clone(), 0)?;
+        let proposed_learning_rate = summary.plan.defaults.learning_rate;
+        let is_the_same = plugin.as_ref().is_some_and(|plugin| plugin.sha256 == strategy.sha256);
+        if !is_the_same {
+            let why = if plugin.is_some() { "its file is another now" } else { "its plugin is not here" };
+            line(format_args!(
+                "note: strategy `{}`: {why}; the training goes on by the plan that it had, and nothing is asked after its steps",
+                strategy.name
+            ));
+        }
+        Ok(Self {
+            model,
+            adaptation,
+            strategy,
+            options,
+            proposed_learning_rate,
+            init_from: init_from.map(Path::to_owned),
+            requantize,
+            watch: None,
+            plugin: plugin.filter(|_| is_the_same),
+            changed: Mutex::new(None),
+            digesting: Mutex::new(None),
+            base_files: OnceLock::new(),
+        })
+    }
+
     /// What is trained now, and by which generation of the strategy.
     pub fn now(&self) -> (Arc<Adaptation>, StrategyRecord) {
         let changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner).clone();
         changed.unwrap_or_else(|| (Arc::new(self.adaptation.clone()), self.strategy.clone()))
+    }
+
+    fn set_now(&self, adaptation: &Arc<Adaptation>, strategy: StrategyRecord) {
+        *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some((adaptation.clone(), strategy));
     }
 
     /// Digests of the base's files, of a job that has trained.
@@ -139,15 +211,16 @@ impl Job {
         digests.clone()
     }
 
-    /// Loss on held-out examples, if there are any, in f32 whatever the training computes in. Before training, a job that starts from nothing is the base.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn evaluate(&self, examples: &[&Example], progress: impl FnMut(usize)) -> Result<Option<Evaluation>> {
-        if examples.is_empty() {
-            return Ok(None);
+    /// The same of a job that is still training, if they are known by now.
+    fn base_files_so_far(&self) -> FileDigests {
+        let digesting = self.digesting.lock().unwrap_or_else(PoisonError::into_inner);
+        match digesting.as_ref().is_some_and(|digesting| !digesting.is_finished()) {
+            true => FileDigests::new(),
+            false => {
+                drop(digesting);
+                self.base_files()
+            }
         }
-        evaluate_examples(&self.model, Some(&self.now().0), examples, Compute::F32, progress).map(Some)
     }
 
     /// How its blocks will run, in words.
@@ -159,36 +232,70 @@ impl Job {
     }
 
     /// Trains, with the strategy beside it: its hook is asked after each step, and when its file is watched another generation
-    /// is taken over between two steps.
+    /// is taken over between two steps. `recording` keeps steps and checkpoints in a run's directory; `from`: what was saved there, to
+    /// go on from.
     ///
     /// # Errors
     /// See [`train`].
     pub fn train(
         &self,
-        examples: &[&Example],
+        data: &Data<'_>,
+        objective: &dyn Objective,
         config: &TrainConfig,
         observer: &mut dyn Observer,
-    ) -> Result<TrainReport> {
-        let tell = |plugin: &Plugin, adaptation: &Arc<Adaptation>| {
-            let now = (adaptation.clone(), plugin.record());
-            *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
-        };
+        recording: Option<&mut Recording<'_>>,
+        from: Option<Resumed>,
+    ) -> Result<State> {
+        let tell = |plugin: &Plugin, adaptation: &Arc<Adaptation>| self.set_now(adaptation, plugin.record());
         // What is saved names its base by this. It is read now, as the base's files may be gone at the end.
         self.model.digest();
         let (files, kept) = (self.model.files.clone(), registry::kept_digests());
         let digesting = thread::spawn(move || digest::of_files(&files, kept.as_deref()));
         *self.digesting.lock().unwrap_or_else(PoisonError::into_inner) = Some(digesting);
+        let (state, memory) = match from {
+            Some(Resumed { state, memory }) => {
+                self.set_now(state.adaptation(), self.strategy.clone());
+                (state, memory)
+            }
+            None => (State::new(&self.model, &self.adaptation, config), Value::Null),
+        };
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
-        let mut live = Live::new(
-            observer,
-            &self.plugin,
-            request,
-            self.proposed_learning_rate,
-            self.watch.clone(),
-            &tell,
-            |text| line(text),
-        );
-        train(&self.model, &self.adaptation, examples, config, &mut live)
+        let mut live;
+        let (inner, strategy): (&mut dyn Observer, _) = match &self.plugin {
+            Some(plugin) => {
+                let (rate, watch) = (self.proposed_learning_rate, self.watch.clone());
+                live = Live::new(observer, plugin, request, rate, watch, &tell, |text| line(text));
+                live.remember(&memory["strategy"]);
+                (&mut live, None)
+            }
+            None => (observer, Some(memory["strategy"].clone())),
+        };
+        let mut recorder = Recorder { inner, job: self, config, recording, strategy };
+        let trained = train(&self.model, state, data, objective, config, &mut recorder)?;
+        self.set_now(trained.adaptation(), self.now().1);
+        Ok(trained)
+    }
+
+    /// Writes what is trained into a directory in the making: an adapter, or for a strategy that trains the base's own weights a model
+    /// (`whole`) or only what tells of it; with `homeroom.json` beside either.
+    fn write(
+        &self,
+        directory: &NewDirectory,
+        (adaptation, strategy): (&Adaptation, &StrategyRecord),
+        whole: bool,
+        data_digest: Option<&str>,
+        training: Value,
+    ) -> Result<()> {
+        let base_files = if whole { self.base_files() } else { self.base_files_so_far() };
+        let record = Record { strategy, data_digest, base_files, requantize: self.requantize, training };
+        if !adaptation.is_whole_model() {
+            return adapter::save(directory, &self.model, adaptation, record);
+        }
+        if whole {
+            save_model(directory, &merge(&self.model, adaptation)?, &self.model, Floats::of(&self.model)?)?;
+        }
+        let manifest = serde_json::to_value(adapter::manifest(&self.model, adaptation, record)?)?;
+        directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())
     }
 }
 
@@ -231,107 +338,4 @@ pub fn encode(store: impl FnOnce(&mut dyn FnMut(usize, usize)) -> Result<Arc<Bas
     });
     bar.finish_and_clear();
     result
-}
-
-/// What came of a job.
-pub struct Outcome {
-    /// How it was trained.
-    pub config: TrainConfig,
-    /// All steps.
-    pub report: TrainReport,
-    /// Held-out loss before.
-    pub before: Option<Evaluation>,
-    /// Held-out loss after.
-    pub after: Option<Evaluation>,
-    /// Rows that it was trained on.
-    pub rows: usize,
-    /// Digest of the training data.
-    pub data_digest: String,
-    /// Why the run ended before its end, if that was a failure.
-    pub failure: Option<String>,
-}
-
-impl Outcome {
-    /// What a script reads of a run.
-    pub fn summary(&self) -> Map<String, Value> {
-        let summary = json!({
-            "steps": self.report.steps.len(),
-            "train_loss": self.report.train_loss(),
-            "eval_loss_before": self.before.map(|eval| eval.loss),
-            "eval_loss": self.after.map(|eval| eval.loss),
-            "tokens_per_second": self.report.tokens_per_second(),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "interrupted": self.report.interrupted,
-        });
-        let mut summary = match summary {
-            Value::Object(summary) => summary,
-            _ => Map::new(),
-        };
-        summary.extend(self.failure.clone().map(|failure| ("failure".to_owned(), failure.into())));
-        summary
-    }
-
-    /// Writes an adapter, or for a strategy that trains the base's own weights a model, into a directory in the making; with
-    /// `homeroom.json` and `trainer_state.json` beside either.
-    ///
-    /// # Errors
-    /// When the disk is full, or anything else fails.
-    pub fn write(&self, job: &Job, directory: &NewDirectory, parent: Option<&str>) -> Result<()> {
-        let (adaptation, strategy) = job.now();
-        let mut training = json!({
-            "config": self.config,
-            "options": job.options,
-            "init_from": job.init_from,
-            "parent": parent,
-            "rows": self.rows,
-            "eval_rows": self.before.map(|eval| eval.examples),
-            "finished": when::text(SystemTime::now()),
-            "result": self.summary(),
-        });
-        if !self.report.events.is_empty() {
-            training["events"] = json!(self.report.events);
-        }
-        let (data_digest, requantize) = (Some(self.data_digest.as_str()), job.requantize);
-        let record = Record { strategy: &strategy, data_digest, base_files: job.base_files(), requantize, training };
-        if adaptation.is_whole_model() {
-            save_model(directory, &merge(&job.model, &adaptation)?, &job.model, Floats::of(&job.model)?)?;
-            let manifest = serde_json::to_value(adapter::manifest(&job.model, &adaptation, record)?)?;
-            directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())?;
-        } else {
-            adapter::save(directory, &job.model, &adaptation, record)?;
-        }
-        directory.write("trainer_state.json", adapter::pretty(&self.trainer_state())?.as_bytes())
-    }
-
-    /// The history of a run in the form of transformers' `trainer_state.json`, which plotting tools read.
-    fn trainer_state(&self) -> Value {
-        let steps = self.report.steps.iter().map(|step| {
-            json!({
-                "step": step.step,
-                "epoch": step.epoch,
-                "loss": step.loss,
-                "grad_norm": step.grad_norm,
-                "learning_rate": step.learning_rate,
-            })
-        });
-        let mut history: Vec<Value> = steps.collect();
-        let last = self.report.steps.last();
-        let (steps, epoch) = (last.map_or(0, |step| step.step), last.map_or(0.0, |step| step.epoch));
-        history.extend(self.after.map(|eval| json!({"step": steps, "epoch": epoch, "eval_loss": eval.loss})));
-        json!({
-            "best_metric": null,
-            "best_model_checkpoint": null,
-            "epoch": epoch,
-            "global_step": steps,
-            "is_hyper_param_search": false,
-            "is_local_process_zero": true,
-            "is_world_process_zero": true,
-            "log_history": history,
-            "max_steps": self.report.planned_steps,
-            "num_train_epochs": self.config.epochs,
-            "total_flos": 0,
-            "trial_name": null,
-            "trial_params": null,
-        })
-    }
 }

@@ -1,0 +1,121 @@
+//! What a training is between two steps: one value, which a run goes on from as if it had never been ended.
+//!
+//! Order, dropout and first values are functions of the seed and of a place, so nothing of them is kept.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::config::TrainConfig;
+use super::optimizer::{AdamW, AdamWConfig};
+use super::report::TrainReport;
+use super::swap::Trial;
+use super::watchdog::Watchdog;
+use crate::adapt::adaptation::Adaptation;
+use crate::models::BaseModel;
+use crate::run::batch::pass_rows;
+
+/// What a training is between two steps.
+pub struct State {
+    /// Steps that are done.
+    pub step: u64,
+    /// What is trained, with all that was learned.
+    pub(super) generation: Generation,
+    /// The generation before, while its successor is on trial.
+    pub(super) trial: Option<Trial>,
+    /// Losses of the last steps, for what is on trial to be held to.
+    pub(super) losses: VecDeque<f64>,
+    /// What the observer has the learning rates multiplied by.
+    pub(super) script_scale: f64,
+    pub(super) watchdog: Watchdog,
+    /// The evaluation with the lowest held-out loss since the first step.
+    pub best: Option<Best>,
+    /// How steps are cut into passes, and which way products take.
+    pub cut: Cut,
+    /// All that was reported.
+    pub report: TrainReport,
+}
+
+/// An evaluation that no later one was better than.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Steps that were done by then.
+    pub step: u64,
+    /// Its loss.
+    pub eval_loss: f64,
+    /// Evaluations since.
+    pub since: u64,
+}
+
+/// How steps are cut into passes and which way products take: of these a result's bits depend.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cut {
+    /// Rows of a pass.
+    pub pass_rows: usize,
+    /// What products are computed in: [`crate::run::compute::Compute::name`], resolved.
+    pub compute: String,
+    /// The instruction set of the kernels, as `HOMEROOM_CPU` names it.
+    pub cpu: String,
+}
+
+/// A plan with all that was learned under it.
+pub(super) struct Generation {
+    pub(super) adaptation: Arc<Adaptation>,
+    pub(super) optimizer: AdamW,
+    /// For each parameter, updates in a row with a rate above zero and a gradient of zeros; `None` once it had another.
+    pub(super) idle_updates: Vec<Option<u32>>,
+    /// What the strategy has the learning rates multiplied by.
+    pub(super) scale: f64,
+    /// The scalars that the strategy has set, with the values that the plan gives them.
+    pub(super) set_scalars: BTreeMap<String, f64>,
+}
+
+impl State {
+    /// Before the first step. The adaptation's parameters are trained in place.
+    pub fn new(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -> Self {
+        let generation = Generation::new(model, Arc::new(adaptation.clone()), config);
+        Self {
+            step: 0,
+            generation,
+            trial: None,
+            losses: VecDeque::new(),
+            script_scale: 1.0,
+            watchdog: Watchdog::default(),
+            best: None,
+            cut: Cut::here(model, adaptation, config),
+            report: TrainReport::default(),
+        }
+    }
+
+    /// What is trained.
+    pub fn adaptation(&self) -> &Arc<Adaptation> {
+        &self.generation.adaptation
+    }
+
+    /// Whether a plan is on trial.
+    pub fn is_on_trial(&self) -> bool {
+        self.trial.is_some()
+    }
+}
+
+impl Generation {
+    /// Before the first update.
+    pub(super) fn new(model: &BaseModel, adaptation: Arc<Adaptation>, config: &TrainConfig) -> Self {
+        let adamw = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
+        let optimizer = AdamW::new(&adaptation, adamw).keeping(model.parameter_count());
+        let idle_updates = vec![Some(0); adaptation.params.len()];
+        Self { adaptation, optimizer, idle_updates, scale: 1.0, set_scalars: BTreeMap::new() }
+    }
+}
+
+impl Cut {
+    /// As a run that begins here is cut.
+    pub fn here(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -> Self {
+        Self {
+            pass_rows: pass_rows(model),
+            compute: config.compute.resolved(Some(adaptation)).name().to_owned(),
+            cpu: homeroom_kernels::cpu().name().to_owned(),
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Notices a training that gets worse than it began, and takes it back to where it was good.
+
+use serde::{Deserialize, Serialize};
+
+/// Steps that a mean is taken over: a step's own loss says little.
+const WINDOW: usize = 16;
+/// A mean so many nats above that of the first steps, and
+const WORSE: f64 = 1.0;
+/// so many times the lowest so far, is a training that diverges.
+const TIMES: f64 = 2.0;
+/// A second failure within so many steps is the same one.
+const RECURS_WITHIN: u64 = 1000;
+
+/// What the watchdog remembers of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Watchdog {
+    /// What the learning rates are multiplied by: halved by each rewind.
+    pub rate_scale: f64,
+    /// The step that the last rewind was for.
+    pub rewound_at: Option<u64>,
+    /// Mean loss of the first steps.
+    first: Option<f64>,
+    /// Lowest mean loss.
+    lowest: Option<f64>,
+}
+
+impl Default for Watchdog {
+    fn default() -> Self {
+        Self { rate_scale: 1.0, rewound_at: None, first: None, lowest: None }
+    }
+}
+
+impl Watchdog {
+    /// Looks at the losses of a run after a step, the last of them last; returns what is wrong, in words.
+    pub fn look(&mut self, losses: impl ExactSizeIterator<Item = f64> + DoubleEndedIterator) -> Option<String> {
+        if losses.len() < WINDOW {
+            return None;
+        }
+        let mean = losses.rev().take(WINDOW).sum::<f64>() / WINDOW as f64;
+        let first = *self.first.get_or_insert(mean);
+        let lowest = self.lowest.map_or(mean, |lowest| lowest.min(mean));
+        self.lowest = Some(lowest);
+        (mean > first + WORSE && mean > TIMES * lowest).then(|| {
+            format!("the loss diverges: {mean:.3} on average over {WINDOW} steps, after {first:.3} at the beginning and {lowest:.3} at best")
+        })
+    }
+
+    /// Whether a failure at a step is the one that the run was taken back for already.
+    pub fn recurs(&self, step: u64) -> bool {
+        self.rewound_at.is_some_and(|at| step <= at.saturating_add(RECURS_WITHIN))
+    }
+
+    /// Steps before a failure by which a checkpoint cannot be told from what failed.
+    pub fn suspect(diverged: bool) -> u64 {
+        if diverged { WINDOW as u64 } else { 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn first_alarm(losses: &[f64]) -> Option<usize> {
+        let mut watchdog = Watchdog::default();
+        (1..=losses.len()).find(|done| watchdog.look(losses[..*done].iter().copied()).is_some())
+    }
+
+    #[test]
+    fn a_loss_that_ends_worse_than_it_began_is_noticed_and_a_noisy_one_is_not() {
+        let falls: Vec<f64> =
+            (0..200).map(|step| 3.0 * 0.97f64.powi(step) + if step % 7 == 0 { 1.5 } else { 0.0 }).collect();
+        assert_eq!(first_alarm(&falls), None);
+        let mut diverges = falls[..100].to_vec();
+        diverges.extend((0..60).map(|step| 0.2 + 0.4 * f64::from(step)));
+        let at = first_alarm(&diverges).expect("it is worse than at the beginning");
+        assert!((110..130).contains(&at), "{at}");
+        // Rows that get harder: above the best, and not above the beginning.
+        let harder: Vec<f64> = (0..200).map(|step| if step < 100 { 0.1 } else { 1.0 }).collect();
+        assert_eq!(first_alarm(&harder), None);
+        assert_eq!(first_alarm(&[9.0; 15]), None);
+    }
+
+    #[test]
+    fn a_failure_recurs_when_it_comes_again_soon() {
+        let mut watchdog = Watchdog::default();
+        assert!(!watchdog.recurs(5));
+        watchdog.rewound_at = Some(5);
+        assert!(watchdog.recurs(3) && watchdog.recurs(1005) && !watchdog.recurs(1006));
+    }
+}

@@ -1,0 +1,336 @@
+//! Keeps a training in the directory of its run: an event a step, and checkpoints that it can go on from.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use homeroom_abi::step::Directive;
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::adapter::pretty;
+use homeroom_engine::files::{NewDirectory, bytes_below, ensure_room, read_text, take_away};
+use homeroom_engine::run::compute::Compute;
+use homeroom_engine::train::{
+    Candidate, Change, Control, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, checkpoint,
+};
+use serde_json::{Value, json};
+
+use super::Job;
+use crate::progress::line;
+use crate::runs::RunDirectory;
+
+/// What the observers need to go on, in a checkpoint.
+const MEMORY_FILE: &str = "observers.json";
+/// Largest of those files.
+const MEMORY_BYTES_MAX: u64 = 64 << 20;
+/// Steps between the last checkpoint and the one that is kept before it: what diverges is noticed after that many.
+const STEPS_BEFORE: u64 = 16;
+
+/// When a training is saved.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Saving {
+    /// Steps between two checkpoints.
+    pub steps: Option<u64>,
+    /// Minutes between two checkpoints; 0: time does not matter.
+    pub minutes: f64,
+}
+
+impl Saving {
+    /// Minutes where nothing else is said.
+    pub const MINUTES: f64 = 5.0;
+
+    /// As options say it: minutes count where neither is given.
+    pub fn of(steps: Option<u64>, minutes: Option<f64>) -> Self {
+        Self { steps, minutes: minutes.unwrap_or(if steps.is_some() { 0.0 } else { Self::MINUTES }) }
+    }
+}
+
+/// A training in the directory of its run.
+pub struct Recording<'a> {
+    run: &'a RunDirectory,
+    number: usize,
+    /// `trainings/<number>`.
+    directory: PathBuf,
+    saving: Saving,
+    saved: Instant,
+    /// Steps of the checkpoints that are there, ascending.
+    steps: Vec<u64>,
+    /// A disk that is full is told once.
+    is_told: bool,
+}
+
+/// A state that was saved, with what its observers need.
+pub struct Resumed {
+    /// The state.
+    pub state: State,
+    /// What [`Observer::memory`] gave.
+    pub memory: Value,
+}
+
+impl Resumed {
+    /// What the user's observer gave, beside what is the strategy's.
+    pub fn of_observer(&self) -> &Value {
+        &self.memory["observer"]
+    }
+}
+
+impl<'a> Recording<'a> {
+    /// The training of this number, from 1, of a run.
+    ///
+    /// # Errors
+    /// When its directory cannot be made.
+    pub fn new(run: &'a RunDirectory, number: usize, saving: Saving) -> Result<Self> {
+        let directory = run.training(number)?;
+        let steps = checkpoints(&directory);
+        Ok(Self { run, number, directory, saving, saved: Instant::now(), steps, is_told: false })
+    }
+
+    /// Its directory in that of the run.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The newest checkpoint's directory.
+    pub fn newest(&self) -> Option<PathBuf> {
+        newest_checkpoint(&self.directory)
+    }
+
+    /// Reads the newest checkpoint, for a job that was made of it. The configuration becomes the one that its bits depend on.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn resume(&self, job: &Job, config: &mut TrainConfig) -> Result<Resumed> {
+        let directory = self.newest().context("there is no checkpoint")?;
+        let summary = checkpoint::summary(&directory)?;
+        config.compute = summary.cut.compute.parse::<Compute>()?;
+        let here = homeroom_kernels::cpu().name();
+        if summary.cut.cpu != here {
+            line(format_args!(
+                "note: the run began on a processor with {}, this one has {here}: results agree to rounding, and not in every bit",
+                summary.cut.cpu
+            ));
+        }
+        let resumed = read(&directory, job, config)?;
+        self.event(json!({"event": "resumed", "step": resumed.state.step}));
+        Ok(resumed)
+    }
+
+    /// Writes an event of this training.
+    pub fn event(&self, mut event: Value) {
+        event["training"] = self.number.into();
+        self.run.event(&event);
+    }
+
+    fn is_due(&self, state: &State) -> bool {
+        let Saving { steps, minutes } = self.saving;
+        let is_best = state.best.is_some_and(|best| best.step == state.step && best.since == 0);
+        let in_time = minutes > 0.0 && self.saved.elapsed() >= Duration::from_secs_f64(60.0 * minutes);
+        let in_steps = steps.is_some_and(|steps| state.step > 0 && state.step.is_multiple_of(steps));
+        // The first one is for a training that fails before any other; of a whole model it would be as large as the model thrice.
+        let is_first = state.step == 0 && !state.adaptation().is_whole_model();
+        state.report.interrupted || is_best || in_time || in_steps || is_first
+    }
+
+    /// Saves, and removes what is no longer needed. A disk that is full ends no training.
+    fn save(&mut self, job: &Job, config: &TrainConfig, state: &State, memory: &Value) {
+        let start = Instant::now();
+        let path = self.path(state.step);
+        match write(&path, job, config, state, memory, self.run.id()) {
+            Ok(()) => {
+                self.steps.retain(|step| *step < state.step);
+                self.steps.push(state.step);
+                self.prune(state);
+                let (seconds, bytes) = (start.elapsed().as_secs_f64(), bytes_below(&path));
+                self.event(json!({"event": "checkpoint", "step": state.step, "seconds": seconds, "bytes": bytes}));
+                self.is_told = false;
+            }
+            Err(error) if !std::mem::replace(&mut self.is_told, true) => {
+                line(format_args!("warning: no checkpoint at step {}: {error:#}; the training goes on", state.step))
+            }
+            Err(_) => {}
+        }
+        // Also after a failure: to try again after each step would cost more than it saves.
+        self.saved = Instant::now();
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        checkpoint_path(&self.directory, step)
+    }
+
+    /// Keeps the last checkpoint, the best, and the newest that what diverges can go back to.
+    fn prune(&mut self, state: &State) {
+        let best = state.best.map(|best| best.step);
+        let before = self.steps.iter().rev().find(|step| **step + STEPS_BEFORE <= state.step).copied();
+        let keeps = |step: &u64| *step == state.step || Some(*step) == best || Some(*step) == before;
+        let (kept, gone): (Vec<u64>, Vec<u64>) = self.steps.iter().partition(|step| keeps(step));
+        self.steps = kept;
+        for step in gone {
+            let _ = take_away(&self.path(step));
+        }
+    }
+
+    fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<State>> {
+        let Some(step) = self.steps.iter().rev().find(|saved| **saved <= step) else { return Ok(None) };
+        read(&self.path(*step), job, config).map(|resumed| Some(resumed.state))
+    }
+}
+
+/// The directory of the checkpoint after a step.
+fn checkpoint_path(training: &Path, step: u64) -> PathBuf {
+    training.join("checkpoints").join(format!("step-{step:06}"))
+}
+
+/// Steps of the checkpoints of a training's directory, ascending.
+fn checkpoints(training: &Path) -> Vec<u64> {
+    let entries = fs::read_dir(training.join("checkpoints")).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut steps: Vec<u64> = names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
+    steps.sort_unstable();
+    steps
+}
+
+/// The newest checkpoint of a training's directory.
+pub fn newest_checkpoint(training: &Path) -> Option<PathBuf> {
+    checkpoints(training).last().map(|step| checkpoint_path(training, *step))
+}
+
+/// Writes a checkpoint, whole or not at all.
+fn write(path: &Path, job: &Job, config: &TrainConfig, state: &State, memory: &Value, run: &str) -> Result<()> {
+    let parent = path.parent().context("a checkpoint is in a training's directory")?;
+    homeroom_engine::files::make_directory(parent)?;
+    ensure_room(parent, checkpoint::bytes(state))?;
+    let directory = NewDirectory::start(path)?;
+    let strategy = job.now().1;
+    let training = json!({
+        "config": config,
+        "options": job.options,
+        "init_from": job.init_from,
+        "run": run,
+        "step": state.step,
+        "planned_steps": state.report.planned_steps,
+    });
+    job.write(&directory, (state.adaptation(), &strategy), false, None, training)?;
+    directory.write(MEMORY_FILE, pretty(memory)?.as_bytes())?;
+    checkpoint::write(&directory, state)?;
+    directory.publish().map(drop)
+}
+
+fn read(path: &Path, job: &Job, config: &TrainConfig) -> Result<Resumed> {
+    let state = checkpoint::read(path, &job.model, config)?;
+    let memory = read_text(&path.join(MEMORY_FILE), MEMORY_BYTES_MAX)?;
+    let memory =
+        serde_json::from_str(&memory).with_context(|| format!("{}: damaged", path.join(MEMORY_FILE).display()))?;
+    Ok(Resumed { state, memory })
+}
+
+/// The observer around all others of a training: it records it, if it is to be recorded.
+pub(super) struct Recorder<'b, 'a> {
+    pub(super) inner: &'b mut dyn Observer,
+    pub(super) job: &'b Job,
+    pub(super) config: &'b TrainConfig,
+    pub(super) recording: Option<&'b mut Recording<'a>>,
+    /// Where no plugin is beside the training: what the strategy gave to hear again, before it was gone.
+    pub(super) strategy: Option<Value>,
+}
+
+impl Recorder<'_, '_> {
+    fn event(&self, event: Value) {
+        if let Some(recording) = &self.recording {
+            recording.event(event);
+        }
+    }
+}
+
+impl Observer for Recorder<'_, '_> {
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
+        let mut event = json!({"event": "step"});
+        extend(&mut event, serde_json::to_value(report)?);
+        self.event(event);
+        self.inner.on_step(report, planned_steps)
+    }
+
+    fn directives(&mut self, report: &StepReport, planned_steps: u64) -> Result<Vec<Directive>> {
+        self.inner.directives(report, planned_steps)
+    }
+
+    fn candidate(&mut self) -> Result<Option<Candidate>> {
+        self.inner.candidate()
+    }
+
+    fn on_eval(&mut self, report: &EvalReport, planned_steps: u64) -> Result<Control> {
+        self.inner.on_eval(report, planned_steps)
+    }
+
+    fn evaluating(&mut self, done: usize, all: usize) {
+        self.inner.evaluating(done, all);
+    }
+
+    fn evaluated(&mut self, report: &EvalReport) {
+        let evaluation = report.evaluation;
+        self.event(json!({
+            "event": "eval",
+            "step": report.step,
+            "epoch": report.epoch,
+            "eval_loss": evaluation.loss,
+            "perplexity": evaluation.perplexity,
+            "token_accuracy": evaluation.token_accuracy,
+        }));
+        self.inner.evaluated(report);
+    }
+
+    fn memory(&mut self) -> Result<Value> {
+        let inner = self.inner.memory()?;
+        Ok(match &self.strategy {
+            Some(strategy) => json!({"strategy": strategy, "observer": inner}),
+            None => inner,
+        })
+    }
+
+    fn is_cancelled(&mut self) -> bool {
+        self.inner.is_cancelled()
+    }
+
+    fn is_due(&mut self, state: &State) -> bool {
+        self.recording.as_ref().is_some_and(|recording| recording.is_due(state))
+    }
+
+    fn save(&mut self, state: &State) -> Result<()> {
+        let memory = self.memory()?;
+        if let Some(recording) = &mut self.recording {
+            recording.save(self.job, self.config, state, &memory);
+        }
+        Ok(())
+    }
+
+    fn saved(&mut self, step: u64) -> Result<Option<State>> {
+        match &self.recording {
+            Some(recording) => recording.saved(self.job, self.config, step),
+            None => Ok(None),
+        }
+    }
+
+    fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
+        self.inner.changed(event, adaptation)?;
+        if self.strategy.is_some() {
+            self.job.set_now(adaptation, self.job.strategy.clone());
+        }
+        let mut value = serde_json::to_value(event)?;
+        if let Change::Rewound { from, reason, rate_scale } = &event.change {
+            let to = event.step;
+            value["step"] = json!(from);
+            value["to"] = json!(to);
+            line(format_args!(
+                "warning: {reason}\nrewound   to step {to}, and on with {rate_scale} of the learning rate"
+            ));
+        }
+        self.event(value);
+        Ok(())
+    }
+}
+
+fn extend(event: &mut Value, other: Value) {
+    if let (Value::Object(event), Value::Object(other)) = (event, other) {
+        event.extend(other);
+    }
+}

@@ -1,0 +1,155 @@
+//! Held-out questions, answered before a training and after it: a loss tells little to a teacher.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Result;
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::data::Example;
+use homeroom_engine::files::replace_file;
+use homeroom_engine::inference::generate::Sampling;
+use homeroom_engine::inference::{Adapter, Engine};
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::progress::line;
+
+/// Questions that are answered.
+const QUESTIONS: usize = 3;
+/// Most tokens of an answer.
+const TOKENS_MAX: usize = 64;
+/// Tokens that an answer may have beyond those that were expected.
+const TOKENS_MORE: usize = 16;
+/// Characters of a text that is told.
+const WIDTH: usize = 100;
+/// The answers before, in a training's directory.
+const BEFORE_FILE: &str = "before.json";
+
+/// A held-out question with its answers.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Sample {
+    /// The prompt, as the model reads it, without its control tokens.
+    pub prompt: String,
+    /// What the row says.
+    pub expected: String,
+    /// What the model said before the training.
+    pub before: String,
+    /// What it says after it.
+    pub after: String,
+}
+
+impl Sample {
+    /// The event of a run.
+    pub fn event(&self) -> Value {
+        let Self { prompt, expected, before, after } = self;
+        json!({"event": "sample", "prompt": prompt, "expected": expected, "before": before, "after": after})
+    }
+
+    /// Tells it in four lines, each cut to what a line holds.
+    pub fn tell(&self) {
+        for (what, text) in
+            [("question", &self.prompt), ("expected", &self.expected), ("before", &self.before), ("after", &self.after)]
+        {
+            line(format_args!("{what:<8}  {}", cut(text)));
+        }
+    }
+}
+
+/// A text in one line, its end where it is too long: the question of a prompt is its end.
+fn cut(text: &str) -> String {
+    let text: Vec<char> = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().collect();
+    match text.len().checked_sub(WIDTH) {
+        None | Some(0) => text.into_iter().collect(),
+        Some(more) => std::iter::once('…').chain(text.into_iter().skip(more + 1)).collect(),
+    }
+}
+
+/// Questions with what was answered before.
+pub struct Samples<'a> {
+    rows: Vec<(&'a Example, usize)>,
+    before: Vec<String>,
+}
+
+impl<'a> Samples<'a> {
+    /// Picks questions of held-out rows, spread over them: those whose first answer is short. None where no row has a prompt.
+    pub fn pick(held_out: &[&'a Example]) -> Self {
+        let prompt = |example: &&'a Example| {
+            let start = example.trained.iter().position(|trained| *trained).filter(|start| *start > 1)?;
+            Some((*example, start))
+        };
+        let with_prompt: Vec<(&Example, usize)> = held_out.iter().filter_map(prompt).collect();
+        let count = QUESTIONS.min(with_prompt.len());
+        let rows = (0..count).map(|number| with_prompt[number * with_prompt.len() / count.max(1)]).collect();
+        Self { rows, before: Vec::new() }
+    }
+
+    /// Whether there is nothing to ask.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Answers as the model is now, before a training, and keeps that in the training's directory.
+    ///
+    /// # Errors
+    /// When the model cannot answer.
+    pub fn ask_before(&mut self, model: &Arc<BaseModel>, adaptation: &Arc<Adaptation>, training: &Path) -> Result<()> {
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        self.before = self.ask(model, adaptation)?;
+        replace_file(&training.join(BEFORE_FILE), serde_json::to_string(&self.before)?.as_bytes())
+    }
+
+    /// Reads the answers that were kept; false: there are none.
+    pub fn recall(&mut self, training: &Path) -> bool {
+        let text = std::fs::read_to_string(training.join(BEFORE_FILE)).ok();
+        let before: Option<Vec<String>> = text.and_then(|text| serde_json::from_str(&text).ok());
+        self.before = before.filter(|before| before.len() == self.rows.len()).unwrap_or_default();
+        !self.before.is_empty() || self.rows.is_empty()
+    }
+
+    /// Answers as the model is now, after a training, beside those of before.
+    ///
+    /// # Errors
+    /// When the model cannot answer.
+    pub fn ask_after(&self, model: &Arc<BaseModel>, adaptation: &Arc<Adaptation>) -> Result<Vec<Sample>> {
+        if self.rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let after = self.ask(model, adaptation)?;
+        let text = |ids: &[u32]| Ok::<_, anyhow::Error>(model.tokenizer.decode(ids, true)?.trim().to_owned());
+        let samples = self.rows.iter().zip(self.before.iter().zip(after)).map(|((example, start), (before, after))| {
+            let expected = text(&example.ids[*start..answer_end(example, *start)])?;
+            Ok(Sample { prompt: text(&example.ids[..*start])?, expected, before: before.clone(), after })
+        });
+        samples.collect()
+    }
+
+    /// All at once, so that they share the reading of the weights.
+    fn ask(&self, model: &Arc<BaseModel>, adaptation: &Arc<Adaptation>) -> Result<Vec<String>> {
+        let engine = Engine::new(model.clone(), Compute::Auto);
+        let adapter = Adapter::new(engine.inference(), model.clone(), adaptation.clone())?;
+        let mut asked = Vec::new();
+        for (example, start) in &self.rows {
+            let expected = answer_end(example, *start) - start;
+            let sampling = Sampling {
+                max_tokens: (expected + TOKENS_MORE).min(TOKENS_MAX),
+                temperature: 0.0,
+                ..Sampling::default()
+            };
+            asked.push(engine.ask(Some(&adapter), &example.ids[..*start], sampling)?);
+        }
+        let answer = |tokens: homeroom_engine::inference::Tokens| {
+            let ids = tokens.collect::<Result<Vec<u32>>>()?;
+            Ok(model.tokenizer.decode(&ids, true)?.trim().to_owned())
+        };
+        asked.into_iter().map(answer).collect()
+    }
+}
+
+/// Where the first trained span ends that begins at a token.
+fn answer_end(example: &Example, start: usize) -> usize {
+    example.trained[start..].iter().position(|trained| !trained).map_or(example.ids.len(), |length| start + length)
+}

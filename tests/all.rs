@@ -28,6 +28,8 @@ mod models;
 mod names;
 mod pipeline_results;
 mod pipelines;
+#[cfg(unix)]
+mod plan;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;

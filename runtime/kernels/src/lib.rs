@@ -56,9 +56,7 @@ pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use peak::{read_gigabytes, register_loop_gflops};
 pub use philox::{Stream, dropout_mask, philox4x32};
 pub use pool::{on_pool, threads};
-pub use product::{
-    Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product, product_scratch_bytes,
-};
+pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product, product_scratch_bytes};
 pub use round::{to_elements, to_elements_scaled};
 pub use storage::Storage;
 pub use storage::codec::{CheckedCodec, Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};

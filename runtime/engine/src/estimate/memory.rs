@@ -442,22 +442,15 @@ impl<'a> Outlook<'a> {
     }
 
     /// What a step computes: `times` passes over `count` sequences of `inputs` rows each, n of which have a target.
-    fn work(
-        &self,
-        passes: &Passed,
-        (inputs, count): (usize, usize),
-        n: usize,
-        times: f64,
-        request: &Request,
-    ) -> Work {
+    fn work(&self, passes: &Passed, (inputs, count): (usize, usize), n: usize, times: f64, request: &Request) -> Work {
         let (blocks, _) = self.blocks(request.compute);
         let (rows, lowest) = (inputs * count, self.lowest());
         let mut operations: Vec<(Operation, f64)> = Vec::new();
-        let mut add = |operation: Operation, times: f64| match operations.iter_mut().find(|(known, _)| *known == operation)
-        {
-            Some((_, sum)) => *sum += times,
-            None => operations.push((operation, times)),
-        };
+        let mut add =
+            |operation: Operation, times: f64| match operations.iter_mut().find(|(known, _)| *known == operation) {
+                Some((_, sum)) => *sum += times,
+                None => operations.push((operation, times)),
+            };
         for number in 0..self.sketch.layers.len() {
             let (Some(layer), Some(element)) = (self.fused_layer(number, blocks), blocks.element) else { continue };
             let is_trained = number + 1 >= lowest;

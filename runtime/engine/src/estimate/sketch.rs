@@ -187,10 +187,12 @@ impl Sketch {
 
     /// Number of values in all weights and biases; tied ones count once.
     pub fn parameter_count(&self) -> usize {
-        self.unique().map(|module| {
-            let (rows, cols) = module.shape();
-            rows * cols + if module.info.bias { module.info.d_out } else { 0 }
-        }).sum()
+        self.unique()
+            .map(|module| {
+                let (rows, cols) = module.shape();
+                rows * cols + if module.info.bias { module.info.d_out } else { 0 }
+            })
+            .sum()
     }
 
     /// Bytes of all weights as they are stored; tied ones count once. Biases are held in f32.

@@ -7,8 +7,9 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use homeroom_kernels::{
-    Attention, Codec, Columns, EncodedScales, Finish, KeyValueGradients, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage,
-    Stream, Term, attention, attention_backward, bf16, cross_entropy, encode, on_pool, outer, product, read_gigabytes, threads,
+    Attention, Codec, Columns, EncodedScales, Finish, KeyValueGradients, Left, Matrix, Output, ProductElement, Right,
+    RowOrder, Storage, Stream, Term, attention, attention_backward, bf16, cross_entropy, encode, on_pool, outer,
+    product, read_gigabytes, threads,
 };
 
 use super::sketch::Stored;
@@ -29,13 +30,30 @@ pub struct Work {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Operation {
     /// Rows times a weight, (m, d_in) to (m, d_out), or with `backward` from (m, d_out) to (m, d_in), with an update of this rank beside it.
-    Product { m: usize, weight: (usize, usize), stored: StoredAs, rank: usize, element: usize, integers: bool, backward: bool },
+    Product {
+        m: usize,
+        weight: (usize, usize),
+        stored: StoredAs,
+        rank: usize,
+        element: usize,
+        integers: bool,
+        backward: bool,
+    },
     /// A product with a small dense matrix: (m, k) to (m, n).
     Small { m: usize, k: usize, n: usize, element: usize },
     /// The gradient of such a matrix (p, n) over m rows.
     Outer { m: usize, p: usize, n: usize, element: usize },
     /// Attention of one key head's queries over sequences of t rows.
-    Attention { t: usize, count: usize, heads: usize, head_dim: usize, window: Option<usize>, cap: bool, element: usize, backward: bool },
+    Attention {
+        t: usize,
+        count: usize,
+        heads: usize,
+        head_dim: usize,
+        window: Option<usize>,
+        cap: bool,
+        element: usize,
+        backward: bool,
+    },
     /// The loss over a row of logits.
     Loss { vocab: usize, element: usize },
 }
@@ -172,8 +190,7 @@ impl Operation {
                 let sequences: Vec<_> = (0..count).map(|i| i * t..(i + 1) * t).collect();
                 let soft_cap = cap.then_some(50.0);
                 let scale = (head_dim as f32).powf(-0.5);
-                let shape =
-                    Attention { sequences: &sequences, heads, kv_heads: 1, head_dim, window, scale, soft_cap };
+                let shape = Attention { sequences: &sequences, heads, kv_heads: 1, head_dim, window, scale, soft_cap };
                 let m = t * count;
                 let qkv = some::<E>(m * shape.row());
                 let (mut out, mut sums) = (vec![E::default(); m * heads * head_dim], vec![0f32; m * heads]);
@@ -218,7 +235,11 @@ fn of_product<E: ProductElement>(
         let right = if integers { Right::Integers(matrix) } else { Right::Frozen(matrix) };
         let (cols, left) = (if backward { width } else { rank }, Left::rows(&u, rank));
         timed(|| {
-            let frozen = if backward { Term::backward(Left::rows(&x, depth), right) } else { Term::forward(Left::rows(&x, depth), right) };
+            let frozen = if backward {
+                Term::backward(Left::rows(&x, depth), right)
+            } else {
+                Term::forward(Left::rows(&x, depth), right)
+            };
             let dense = Right::Dense { values: &dense, cols };
             let update = if backward { Term::backward(left, dense) } else { Term::forward(left, dense) };
             let terms = [frozen, update];

@@ -293,6 +293,11 @@ impl BaseModel {
         Ok(config["model_type"] == whole)
     }
 
+    /// Tells the system that the mapped pages of its weights need not stay in memory; they are read again when they are asked for.
+    pub fn release(&self) {
+        self.modules.iter().for_each(|module| module.weight.release());
+    }
+
     /// Index of a module by its path.
     pub fn module_index(&self, path: &str) -> Option<usize> {
         self.by_path.get(path).copied()

@@ -9,6 +9,7 @@ pub mod export_model;
 pub mod fine_tune;
 pub mod import;
 pub mod list_models;
+pub mod plan;
 pub mod plugins;
 pub mod pull;
 pub mod resume;

@@ -23,11 +23,13 @@ use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, tra
 use serde_json::{Map, Value};
 
 pub mod defaults;
+mod estimate;
 mod keep;
 mod outcome;
 mod recording;
 mod samples;
 
+pub use self::estimate::estimate_plan;
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;
 use self::recording::Recorder;

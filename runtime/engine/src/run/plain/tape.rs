@@ -44,6 +44,15 @@ impl Ledger {
 
 const FLOAT: usize = size_of::<f32>();
 
+/// Copies of its input that the gradient of an operation takes, counted in candle's `backward`: `grad · y`, and of a logarithm `grad / x`;
+const EXP: usize = 2;
+/// `grad (1 - y²)`;
+const TANH: usize = 3;
+/// σ and `grad (σ (1 - y) + y)`;
+const SILU: usize = 8;
+/// x³, tanh, and what they are multiplied to.
+const GELU: usize = 12;
+
 /// A node of a tape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Id(usize);
@@ -56,7 +65,7 @@ enum Op {
     Product(Id, Id),
     Quotient(Id, Id),
     Matmul(Id, Id),
-    /// One input, whose gradient needs so many copies of it.
+    /// One input, whose gradient takes so many copies of it: one where it is a factor alone, else the input or output is part of it.
     Map(Id, usize),
     /// The input's values in another place or order.
     View(Id),
@@ -69,6 +78,14 @@ enum Op {
     Pick(Id),
     /// A product with a frozen weight.
     Frozen(Id),
+}
+
+/// A gradient in candle's store.
+struct Gradient {
+    /// Bytes of it and of what it holds.
+    held: usize,
+    /// Whether it holds what it was made of.
+    tracked: bool,
 }
 
 struct Node {
@@ -205,7 +222,14 @@ impl Tape {
     }
 
     /// A module applied to rows, or to tokens.
-    fn apply(&mut self, ledger: &mut Ledger, rows: &TapedRows<'_>, module: TapedModule<'_>, x: Option<Id>, n: usize) -> Id {
+    fn apply(
+        &mut self,
+        ledger: &mut Ledger,
+        rows: &TapedRows<'_>,
+        module: TapedModule<'_>,
+        x: Option<Id>,
+        n: usize,
+    ) -> Id {
         let Some(adapted) = module.adapted else { return self.base(ledger, module.info, x, n, true) };
         let TapedPlan { plan, params } = rows.plan;
         let recipe = &plan.recipes[adapted.recipe].forward;
@@ -265,7 +289,7 @@ impl Tape {
                     self.map(ledger, sums, 2)
                 }),
                 Step::Detach(a) => at(*a).map(|a| self.push(ledger, self.values(a), false, &[], Op::Leaf)),
-                Step::Silu(a) => at(*a).map(|a| self.map(ledger, a, 4)),
+                Step::Silu(a) => at(*a).map(|a| self.map(ledger, a, SILU)),
             };
             ids.push(id);
             shapes.push(shape);
@@ -294,7 +318,14 @@ impl Tape {
         self.add(ledger, y, bias)
     }
 
-    fn norm(&mut self, ledger: &mut Ledger, rows: &TapedRows<'_>, module: Option<TapedModule<'_>>, x: Id, n: usize) -> Id {
+    fn norm(
+        &mut self,
+        ledger: &mut Ledger,
+        rows: &TapedRows<'_>,
+        module: Option<TapedModule<'_>>,
+        x: Id,
+        n: usize,
+    ) -> Id {
         let Some(module) = module else { return self.map(ledger, x, 1) };
         let squares = self.map(ledger, x, 2);
         let sums = self.reduce(ledger, squares, self.values(x) / module.info.d_out);
@@ -332,7 +363,8 @@ impl Tape {
         let widths = [attention.q_width(), attention.kv_width(), attention.kv_width()];
         let qkv: Vec<&str> = attention.qkv.iter().map(|projection| projection.path).collect();
         let parts = self.beside(ledger, rows, &qkv, module, x, &widths);
-        let norms = attention.qk_norm.map(|_| [crate::models::architecture::Q_NORM, crate::models::architecture::K_NORM]);
+        let norms =
+            attention.qk_norm.map(|_| [crate::models::architecture::Q_NORM, crate::models::architecture::K_NORM]);
         let mut turned = Vec::new();
         for (i, part) in parts.into_iter().enumerate() {
             let mut part = part;
@@ -352,16 +384,20 @@ impl Tape {
         }
         let mut outputs = Vec::new();
         for t in rows.sequences.iter().copied() {
-            let own: Vec<Id> = turned.iter().zip(widths).map(|(part, width)| {
-                let part = self.narrow(ledger, *part, t * width);
-                self.copy(ledger, part)
-            }).collect();
+            let own: Vec<Id> = turned
+                .iter()
+                .zip(widths)
+                .map(|(part, width)| {
+                    let part = self.narrow(ledger, *part, t * width);
+                    self.copy(ledger, part)
+                })
+                .collect();
             let scores = attention.heads * t * t;
             let keys = self.view(ledger, own[1]);
             let mut s = self.matmul(ledger, own[0], keys, scores, attention.head_dim);
             s = self.map(ledger, s, 1);
             if attention.soft_cap.is_some() {
-                for copies in [1, 2, 1] {
+                for copies in [1, TANH, 1] {
                     s = self.map(ledger, s, copies);
                 }
             }
@@ -369,7 +405,7 @@ impl Tape {
             s = self.add(ledger, s, mask);
             let most = self.leaf(ledger, attention.heads * t);
             let shifted = self.both(ledger, s, most, scores, Op::Sum2);
-            let powers = self.map(ledger, shifted, 1);
+            let powers = self.map(ledger, shifted, EXP);
             let sums = self.reduce(ledger, powers, attention.heads * t);
             let weights = self.both(ledger, powers, sums, scores, Op::Quotient);
             let out = self.matmul(ledger, weights, own[2], attention.heads * t * attention.head_dim, t);
@@ -387,8 +423,8 @@ impl Tape {
         let both: Vec<&str> = feed_forward.gate_up.iter().map(|projection| projection.path).collect();
         let parts = self.beside(ledger, rows, &both, module, x, &[feed_forward.inner; 2]);
         let copies = match feed_forward.gate {
-            Gate::Silu => 4,
-            Gate::GeluTanh => 6,
+            Gate::Silu => SILU,
+            Gate::GeluTanh => GELU,
         };
         let gate = self.map(ledger, parts[0], copies);
         let gated = self.mul(ledger, gate, parts[1]);
@@ -464,15 +500,15 @@ impl Tape {
             logits = self.map(ledger, logits, 1);
         }
         if rows.architecture.logit_cap.is_some() {
-            for copies in [1, 2, 1] {
+            for copies in [1, TANH, 1] {
                 logits = self.map(ledger, logits, copies);
             }
         }
         let most = self.push(ledger, n, true, &[logits], Op::Largest(logits));
         let shifted = self.both(ledger, logits, most, values, Op::Sum2);
-        let powers = self.map(ledger, shifted, 1);
+        let powers = self.map(ledger, shifted, EXP);
         let sums = self.reduce(ledger, powers, n);
-        let logarithms = self.map(ledger, sums, 1);
+        let logarithms = self.map(ledger, sums, EXP);
         let all = self.both(ledger, shifted, logarithms, values, Op::Sum2);
         let picked = self.push(ledger, n, true, &[all], Op::Pick(all));
         self.reduce(ledger, picked, 1)
@@ -480,73 +516,77 @@ impl Tape {
 
     /// Goes back from a node, as `Tensor::backward` does; gradients of parameters are added to `grads`, and those of the input are there
     /// for a moment more. All that the tape holds is given back.
+    ///
+    /// candle writes a gradient that was multiplied with a tracked value on a tape of its own: until it is taken out of the store, it
+    /// holds what it was made of.
     fn backward(self, ledger: &mut Ledger, from: Id, grads: &mut Grads) {
         let size = |id: Id| FLOAT * self.values(id);
-        let mut store: HashMap<usize, usize> = HashMap::new();
-        store.insert(from.0, size(from));
+        let tracked = |id: Id| self.nodes[id.0].tracked;
+        let mut store: HashMap<usize, Gradient> = HashMap::new();
+        store.insert(from.0, Gradient { held: size(from), tracked: false });
         ledger.take(size(from));
-        // Gradients that are added to those of an input, which are zeros at first, make a third.
-        let add = |ledger: &mut Ledger, store: &mut HashMap<usize, usize>, to: Id| {
-            store.entry(to.0).or_insert_with(|| {
-                ledger.take(size(to));
-                size(to)
-            });
-            ledger.pass(size(to));
-        };
         for index in (0..self.nodes.len()).rev() {
             let node = &self.nodes[index];
             if matches!(node.op, Op::Leaf) {
                 continue;
             }
             let Some(own) = store.remove(&index) else { continue };
+            let incoming = FLOAT * node.values;
+            // What is given back when the node is done: its gradient, and what was made of it and is not held.
+            let mut done = own.held;
+            // Adds a gradient of `to`, for which so many bytes were made, to what there is of it.
+            let mut add = |ledger: &mut Ledger, to: Id, made: usize, is_tracked: bool| {
+                ledger.take(made);
+                let sum = store.entry(to.0).or_insert_with(|| {
+                    ledger.take(size(to));
+                    Gradient { held: size(to), tracked: false }
+                });
+                ledger.take(size(to));
+                if is_tracked || sum.tracked {
+                    // The new sum holds the old one, what was made, and the gradient that it was made of.
+                    let from_done = if is_tracked { incoming.min(done) } else { 0 };
+                    done -= from_done;
+                    sum.held += size(to) + made + from_done;
+                    sum.tracked = true;
+                } else {
+                    ledger.give(size(to));
+                    done += made;
+                }
+            };
             match &node.op {
                 Op::Leaf => {}
-                Op::Sum2(a, b) => [*a, *b].into_iter().for_each(|to| add(ledger, &mut store, to)),
+                Op::Sum2(a, b) => [*a, *b].into_iter().for_each(|to| add(ledger, to, 0, false)),
                 Op::Product(a, b) | Op::Matmul(a, b) => {
-                    for to in [*a, *b] {
-                        ledger.take(size(to));
-                        add(ledger, &mut store, to);
-                    }
-                    ledger.give(size(*a) + size(*b));
+                    add(ledger, *a, size(*a), tracked(*b));
+                    add(ledger, *b, size(*b), tracked(*a));
                 }
                 Op::Quotient(a, b) => {
-                    ledger.take(size(*a));
-                    add(ledger, &mut store, *a);
-                    ledger.pass(3 * size(*b));
-                    ledger.take(size(*b));
-                    add(ledger, &mut store, *b);
-                    ledger.give(size(*a) + size(*b));
+                    add(ledger, *a, size(*a), tracked(*b));
+                    add(ledger, *b, 3 * size(*b), tracked(*a) || tracked(*b));
                 }
-                Op::Map(a, copies) => {
-                    ledger.pass(copies * size(*a));
-                    ledger.take(size(*a));
-                    add(ledger, &mut store, *a);
-                    ledger.give(size(*a));
-                }
-                Op::View(a) | Op::Reduce(a) => add(ledger, &mut store, *a),
-                Op::Largest(a) => {
-                    ledger.take(2 * size(*a));
-                    add(ledger, &mut store, *a);
-                    ledger.give(2 * size(*a));
-                }
-                Op::Narrow(a) | Op::Broadcast(a) | Op::Frozen(a) => {
-                    ledger.take(size(*a));
-                    add(ledger, &mut store, *a);
-                    ledger.give(size(*a));
-                }
-                Op::Pick(a) => add(ledger, &mut store, *a),
-                Op::Cat(parts) => parts.iter().for_each(|to| add(ledger, &mut store, *to)),
+                // By a factor alone, nothing of the tape is needed.
+                Op::Map(a, 1) => add(ledger, *a, size(*a), false),
+                Op::Map(a, copies) => add(ledger, *a, copies * size(*a), true),
+                Op::View(a) | Op::Reduce(a) => add(ledger, *a, 0, false),
+                Op::Largest(a) => add(ledger, *a, 2 * size(*a), true),
+                Op::Narrow(a) | Op::Frozen(a) | Op::Broadcast(a) => add(ledger, *a, size(*a), false),
+                Op::Pick(a) => add(ledger, *a, 0, false),
+                Op::Cat(parts) => parts.iter().for_each(|to| add(ledger, *to, 0, false)),
             }
-            ledger.give(own);
+            ledger.give(done);
         }
-        // Moved or added to what there was of the same parameters.
-        for (index, bytes) in store {
+        // Moved or added to what there was of the same parameters; only the sum stays of each.
+        for (index, gradient) in store {
+            let own = FLOAT * self.nodes[index].values;
             match self.nodes[index].param {
-                None => ledger.give(bytes),
-                Some(param) if !grads[param] => grads[param] = true,
+                None => ledger.give(gradient.held),
+                Some(param) if !grads[param] => {
+                    grads[param] = true;
+                    ledger.give(gradient.held - own);
+                }
                 Some(_) => {
-                    ledger.pass(bytes);
-                    ledger.give(bytes);
+                    ledger.pass(own);
+                    ledger.give(gradient.held);
                 }
             }
         }

@@ -487,15 +487,26 @@ fn options(arguments: &Arguments) -> Result<Map<String, Value>> {
         ("--lora-dropout", "lora_dropout", arguments.lora_dropout.map(Value::from)),
         ("--target-modules", "target_modules", arguments.target_modules.as_deref().map(targets)),
     ];
+    options_of(&flags, &arguments.options)
+}
+
+/// The options that flags stand for, with those of `--set-option`.
+///
+/// # Errors
+/// When one is given twice, with two values.
+pub(super) fn options_of(
+    flags: &[(&str, &str, Option<Value>)],
+    others: &[(String, Value)],
+) -> Result<Map<String, Value>> {
     let mut options = Map::new();
-    for (name, value) in &arguments.options {
+    for (name, value) in others {
         if let Some(before) = options.insert(name.clone(), value.clone()).filter(|before| before != value) {
             bail!("--set-option {name} is given twice, as {before} and as {value}");
         }
     }
     for (flag, name, value) in flags {
         let Some(value) = value else { continue };
-        if let Some(other) = options.insert(name.to_owned(), value.clone()).filter(|other| *other != value) {
+        if let Some(other) = options.insert((*name).to_owned(), value.clone()).filter(|other| other != value) {
             bail!("{flag} is {value}, and --set-option {name} is {other}; give one of them");
         }
     }
@@ -503,7 +514,7 @@ fn options(arguments: &Arguments) -> Result<Map<String, Value>> {
 }
 
 /// `all-linear`, a list of names, or a regular expression.
-fn targets(text: &str) -> Value {
+pub(super) fn targets(text: &str) -> Value {
     let plain = |c: char| c.is_alphanumeric() || "_.,".contains(c);
     if text == "all-linear" || !text.chars().all(plain) {
         return text.into();

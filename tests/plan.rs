@@ -21,6 +21,7 @@ fn request() -> Request {
         gradient_checkpointing: false,
         packing: true,
         compute: Compute::F32,
+        tokens: None,
         program_bytes: 7,
     }
 }

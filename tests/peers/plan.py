@@ -65,7 +65,7 @@ def path_of(args, name: str) -> Path:
 def predict(args, number: int) -> dict:
     name, strategy, options, rows, tokens = COMBINATIONS[number]
     command = [args.homeroom, "plan", "--model-name", path_of(args, name), "--strategy", strategy, "--batch-size", rows]
-    return common.last_json(common.run([*command, "--max-seq-len", tokens, *options, "--json"]))
+    return common.last_json(common.run([*command, "--max-seq-len", tokens, "--rows", rows * (1 + args.steps), *options, "--json"]))
 
 
 def measure(args, number: int) -> dict:

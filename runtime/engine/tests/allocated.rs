@@ -112,6 +112,7 @@ fn both(
         gradient_checkpointing,
         packing: true,
         compute,
+        tokens: None,
         program_bytes: 0,
     };
     let found = estimate(&Sketch::of_model(&model), &plan, &request);

@@ -62,6 +62,8 @@ struct Passed {
     /// Bytes of the largest logits.
     logits: usize,
     fused: usize,
+    /// Bytes that are in use when the head is reached.
+    at_top: usize,
     /// Multiply-adds of products that candle takes.
     plain_products: f64,
 }
@@ -189,6 +191,7 @@ impl<'a> Outlook<'a> {
             gradients: vec![false; self.params.len()],
             logits: 0,
             fused: 0,
+            at_top: 0,
             plain_products: 0.0,
         };
         self.pass(&mut passes, sequences, n, blocks, recompute);
@@ -202,7 +205,7 @@ impl<'a> Outlook<'a> {
         let taped_rows = TapedRows { architecture, sequences, plan };
         let tensor = FLOAT * rows * c;
         let lowest = self.lowest();
-        let Passed { ledger, pools, gradients, logits, fused, plain_products, .. } = passes;
+        let Passed { ledger, pools, gradients, logits, fused, at_top, plain_products } = passes;
         let of_layer = |number: usize| {
             let at: HashMap<String, usize> =
                 self.sketch.layers[number].all().map(|index| (self.module(index).info.path.clone(), index)).collect();
@@ -285,6 +288,7 @@ impl<'a> Outlook<'a> {
         }
 
         // The top.
+        *at_top = pools.bytes() + ledger.now();
         let mut dh = match self.fused_head(blocks) {
             Some((head, element)) => {
                 let x = into_buffer(h, pools, ledger, tensor, c);
@@ -417,8 +421,14 @@ impl<'a> Outlook<'a> {
         let positions = inputs.next_power_of_two().min(sketch.architecture.max_position_embeddings).max(inputs);
         let rotary: usize = sketch.architecture.ropes.iter().map(|rope| positions * rope.dims * FLOAT).sum();
         let all: usize = (0..self.params.len()).map(|param| self.values(param)).sum();
-        let parts = Parts {
-            weights: (sketch.stored_bytes() + rounded) as u64,
+        let stored = sketch.stored_bytes() + rounded;
+        // Of an embedding that only tokens are looked up in, the pages around those are read.
+        let unread = self.looked_up_bytes(head.is_some()).map_or(0, |bytes| {
+            let read = request.tokens.map_or(1.0, |tokens| share_read(bytes, tokens));
+            (bytes as f64 * (1.0 - read)) as usize
+        });
+        let mut parts = Parts {
+            weights: (stored - unread) as u64,
             parameters: (FLOAT * all + updates) as u64,
             moments: (2 * FLOAT * trainable + kept) as u64,
             gradients: (gradients * (1 + waiting)) as u64,
@@ -427,6 +437,18 @@ impl<'a> Outlook<'a> {
             scratch: (scratch + rotary) as u64,
             program: request.program_bytes,
         };
+        // The head is rounded when it is first reached: all of it is read, and moments are not touched yet.
+        let rounding = Parts {
+            weights: stored as u64,
+            moments: 0,
+            gradients: 0,
+            activations: passes.at_top as u64,
+            logits: 0,
+            ..parts
+        };
+        if head.is_some() && rounding.total() > parts.total() {
+            parts = rounding;
+        }
         Estimate {
             peak_memory_bytes: parts.total(),
             parts,
@@ -527,10 +549,28 @@ impl<'a> Outlook<'a> {
         }
     }
 
+    /// Bytes of the embedding, if it lies in a file and nothing but tokens is looked up in it: it is frozen, and the head has another
+    /// weight or multiplies with a rounded copy.
+    fn looked_up_bytes(&self, head_is_rounded: bool) -> Option<usize> {
+        let embedding = self.sketch.index(EMBEDDING)?;
+        let is_tied = self.sketch.architecture.tie_word_embeddings;
+        let alone = self.is_frozen(embedding) && (!is_tied || head_is_rounded);
+        alone.then(|| self.module(embedding).bytes())
+    }
+
     /// What the plan says of a parameter.
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
     }
+}
+
+/// Bytes of a file that come to memory around one that is read: Linux maps so many of those that it has at hand.
+const READ_AROUND: f64 = 65_536.0;
+
+/// The share of a table of so many bytes that is in memory once so many tokens were looked up in it, if they lie anywhere in it.
+fn share_read(bytes: usize, tokens: usize) -> f64 {
+    let windows = (bytes as f64 / READ_AROUND).max(1.0);
+    1.0 - (-(tokens as f64) / windows).exp()
 }
 
 /// The stream as a buffer.

@@ -34,6 +34,8 @@ pub struct Request {
     pub packing: bool,
     /// What products are computed in.
     pub compute: Compute,
+    /// Tokens of the whole training, an epoch's; `None`: so many that all are among them.
+    pub tokens: Option<usize>,
     /// Memory of the program without the base, in bytes.
     pub program_bytes: u64,
 }
@@ -41,7 +43,8 @@ pub struct Request {
 /// Memory by what it is for, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Parts {
-    /// Frozen weights as they are stored. Those that lie in a mapped file count, too: every one of them is read in every step.
+    /// Frozen weights as they are stored. Those that lie in a mapped file count, too: they are read in every step, but for an embedding
+    /// in which only tokens are looked up.
     pub weights: u64,
     /// The strategy's parameters, and the copies of them that products take.
     pub parameters: u64,

@@ -44,7 +44,7 @@ impl Outline {
     }
 
     /// Bytes of its weight.
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         let (rows, cols) = self.shape();
         match &self.stored {
             Stored::As(storage) => rows * cols.div_ceil(storage.block_len()) * storage.block_bytes(),

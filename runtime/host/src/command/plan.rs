@@ -131,6 +131,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         gradient_checkpointing: arguments.gradient_checkpointing,
         packing: !arguments.no_packing,
         compute: arguments.compute,
+        tokens: rows.count.map(|count| (count as f64 * rows.mean) as usize),
         program_bytes,
     };
     let planner = Planner { arguments, base: &base, request, rows: &rows, machine };

@@ -37,6 +37,10 @@ impl Ledger {
         self.give(bytes);
     }
 
+    pub(crate) fn now(&self) -> usize {
+        self.now
+    }
+
     pub(crate) fn most(&self) -> usize {
         self.most
     }

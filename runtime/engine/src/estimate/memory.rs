@@ -417,7 +417,7 @@ impl<'a> Outlook<'a> {
             scratch = scratch_bytes(layer.spec, rows, inputs, element).max(scratch);
         }
         let head = self.fused_head(blocks).filter(|(head, _)| head.integers);
-        let rounded = head.map_or(0, |(head, _)| Codec::int8().encoded_bytes(head.vocab, head.hidden));
+        let rounded = head.as_ref().map_or(0, |(head, _)| Codec::int8().encoded_bytes(head.vocab, head.hidden));
         let positions = inputs.next_power_of_two().min(sketch.architecture.max_position_embeddings).max(inputs);
         let rotary: usize = sketch.architecture.ropes.iter().map(|rope| positions * rope.dims * FLOAT).sum();
         let all: usize = (0..self.params.len()).map(|param| self.values(param)).sum();

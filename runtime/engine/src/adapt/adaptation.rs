@@ -133,12 +133,12 @@ impl Adaptation {
     }
 }
 
+/// Of each parameter what the plan says, with the number of its module.
+type LaidOut = Vec<(ParamSpec, Option<usize>)>;
+
 /// The parameters of a plan, each once, with the module that it belongs to; and for each module of a model its entry in the plan. The
 /// plan names no module twice, and what it names that the model does not have is left out.
-pub(crate) fn laid_out(
-    plan: &Plan,
-    modules: &[&ModuleInfo],
-) -> (Vec<(ParamSpec, Option<usize>)>, Vec<Option<Adapted>>) {
+pub(crate) fn laid_out(plan: &Plan, modules: &[&ModuleInfo]) -> (LaidOut, Vec<Option<Adapted>>) {
     let by_path: HashMap<&str, usize> =
         modules.iter().enumerate().map(|(index, module)| (module.path.as_str(), index)).collect();
     let (mut params, mut by_module) = (Vec::new(), Vec::new());

@@ -252,7 +252,7 @@ fn of_product<E: ProductElement>(
             // As bf16, f16 and f32 a small number; of blocks any bytes are as good as others.
             let bytes = vec![0x3c_u8; rows * cols.div_ceil(storage.block_len()) * storage.block_bytes()];
             let matrix = Matrix::new(*storage, &bytes, rows, cols, RowOrder::Natural);
-            matrix.map_or(0.0, |matrix| run(matrix))
+            matrix.map_or(0.0, &mut run)
         }
         StoredAs::Codec(codec) => {
             let values = |range: std::ops::Range<usize>, out: &mut [f32]| {

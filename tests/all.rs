@@ -32,6 +32,8 @@ mod names;
 mod objectives;
 mod pipeline_results;
 mod pipelines;
+#[cfg(unix)]
+mod plan;
 #[cfg(target_os = "linux")]
 mod plugins;
 mod real_model;

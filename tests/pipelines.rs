@@ -440,6 +440,11 @@ fn a_dry_run_writes_nothing() -> Result<()> {
     let sum: u64 = actions[1..3].iter().filter_map(|action| action["needs"]["tokens"].as_u64()).sum();
     assert!(sum > 0 && total["tokens"] == sum && total["disk_bytes"].as_u64() > Some(1000), "{total}");
     let train = &actions[1];
+    let memory: Vec<u64> =
+        actions[1..3].iter().filter_map(|action| action["needs"]["peak_memory_bytes"].as_u64()).collect();
+    // One training follows the other, so that the larger is what both need.
+    assert!(memory.len() == 2 && memory[0].max(memory[1]) == total["peak_memory_bytes"], "{total}");
+    assert!(memory.iter().all(|bytes| *bytes > 1_000_000), "{memory:?}");
     // 18 rows in batches of 8 are 3 steps an epoch.
     assert_eq!((&train["examples"], &train["held_out"], &train["steps"]), (&json!(18), &json!(6), &json!(6)));
     assert!(train["trainable_parameters"].as_u64() < train["parameters"].as_u64());

@@ -10,8 +10,8 @@ use homeroom_engine::files::keep_private;
 use homeroom_kernels::Cpu;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, list_models, new, plugins, pull, resume, rm,
-    run, runs, serve, show,
+    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, list_models, new, plan, plugins, pull,
+    resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
@@ -34,6 +34,8 @@ struct Cli {
 pub enum Command {
     /// Trains a model on rows of text or conversations, and saves an adapter
     FineTune(Box<fine_tune::Arguments>),
+    /// Estimates memory and time of a training before it is begun; downloads and loads no weights
+    Plan(Box<plan::Arguments>),
     /// Runs a pipeline: a Lua script that a TOML file declares
     Run(run::Arguments),
     /// Writes a pipeline to start from: script, TOML, sample rows and types for editors
@@ -155,6 +157,7 @@ pub fn main() -> ExitCode {
     }
     probe::this_is_the_program();
     let done = match &cli.command {
+        Command::Plan(arguments) => plan::run(arguments),
         Command::FineTune(arguments) => fine_tune::run(arguments),
         Command::Run(arguments) => run::run(arguments),
         Command::New(arguments) => new::run(arguments),

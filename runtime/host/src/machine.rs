@@ -3,8 +3,25 @@
 /// Highest resident memory so far, in bytes; `None` where the system does not say.
 #[cfg(target_os = "linux")]
 pub fn peak_memory_bytes() -> Option<u64> {
+    of_status("VmHWM:")
+}
+
+/// Resident memory now, in bytes; `None` where the system does not say.
+#[cfg(target_os = "linux")]
+pub fn resident_memory_bytes() -> Option<u64> {
+    of_status("VmRSS:")
+}
+
+/// How much of it are pages of files, the program's own among them; `None` where the system does not say.
+#[cfg(target_os = "linux")]
+pub fn mapped_memory_bytes() -> Option<u64> {
+    of_status("RssFile:")
+}
+
+#[cfg(target_os = "linux")]
+fn of_status(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -19,5 +36,17 @@ pub fn reset_peak_memory() {
 /// Highest resident memory so far, in bytes; `None` where the system does not say. On macOS `getrusage` would.
 #[cfg(not(target_os = "linux"))]
 pub fn peak_memory_bytes() -> Option<u64> {
+    None
+}
+
+/// Resident memory now, in bytes; `None` where the system does not say.
+#[cfg(not(target_os = "linux"))]
+pub fn resident_memory_bytes() -> Option<u64> {
+    None
+}
+
+/// How much of it are pages of files, the program's own among them; `None` where the system does not say.
+#[cfg(not(target_os = "linux"))]
+pub fn mapped_memory_bytes() -> Option<u64> {
     None
 }

@@ -3,6 +3,7 @@
 mod engines;
 mod locate;
 mod missing;
+mod sketch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use serde_json::Value;
 pub use self::engines::Files;
 pub use self::locate::{Located, Network, base_of, here, hub_name_of, is_here, last_part, locate, of_hub, shown};
 pub use self::missing::not_there;
+pub use self::sketch::Sketched;
 use crate::hub::HubName;
 use crate::job::encode;
 use crate::near;
@@ -73,6 +75,8 @@ pub enum Use {
     Training,
     /// To measure how fast it is trained.
     Measuring,
+    /// To estimate what its training needs.
+    Planning,
 }
 
 /// Refuses what is typed as `name` where a base model is needed, if it is none.
@@ -87,6 +91,7 @@ pub fn refuse_other(name: &Path, path: &Path, use_of: Use) -> Result<()> {
         let hint = match use_of {
             Use::Training => format!("`--model-name {base} --init-from {name}` trains it further"),
             Use::Measuring => format!("`--model-name {base}` measures the training of one like it"),
+            Use::Planning => format!("`--model-name {base}` plans the training of one like it"),
         };
         bail!("{name}: an adapter on {base}, not a base model\nhint: {hint}");
     }
@@ -281,14 +286,22 @@ fn say_other_text(files: &AdapterFiles, model: &BaseModel) {
 /// Longest row when the user does not say: the model's context, and no more than fits an ordinary machine.
 const DEFAULT_MAX_SEQ_LEN: usize = 2048;
 
+/// The longest row that is taken of a model with this context.
+///
+/// # Errors
+/// When the rows may be longer than the context.
+pub fn longest_row(context: usize, max_seq_len: Option<usize>) -> Result<usize> {
+    let max_seq_len = max_seq_len.unwrap_or(context.min(DEFAULT_MAX_SEQ_LEN));
+    ensure!(max_seq_len <= context, "--max-seq-len {max_seq_len}: the model's context is {context} tokens");
+    Ok(max_seq_len)
+}
+
 /// How rows are encoded for a model.
 ///
 /// # Errors
 /// When the rows may be longer than the model's context.
 pub fn encoder(model: &BaseModel, max_seq_len: Option<usize>, on_long_row: OnLongRow) -> Result<Encoder<'_>> {
-    let context = model.architecture.max_position_embeddings;
-    let max_seq_len = max_seq_len.unwrap_or(context.min(DEFAULT_MAX_SEQ_LEN));
-    ensure!(max_seq_len <= context, "--max-seq-len {max_seq_len}: the model's context is {context} tokens");
+    let max_seq_len = longest_row(model.architecture.max_position_embeddings, max_seq_len)?;
     let template = model.template.as_ref();
     Ok(Encoder {
         tokenizer: &model.tokenizer,

@@ -31,13 +31,17 @@ mod round;
 mod storage;
 mod tile;
 
-pub use attention::{Attention, KeyValueGradients, attention, attention_backward, attention_kept};
+pub use attention::{
+    Attention, KeyValueGradients, attention, attention_backward, attention_kept, attention_scratch_bytes,
+    key_value_gradient_bytes,
+};
 pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
 pub use decode::attend::{attend, attend_join, attend_tasks, attend_values};
 pub use decode::gemv::{FewRows, Panels, RoundedRows, gemv};
 pub use decode::team::{Team, lead};
 pub use element::Element;
 pub use half::{bf16, f16};
+pub use int8::rounded_bytes;
 pub use layer::cross_entropy::{LogitCap, cross_entropy, target_logits};
 pub use layer::gated::{Gate, gate, gated, gated_backward};
 pub use layer::norm::{
@@ -52,7 +56,7 @@ pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use peak::{read_gigabytes, register_loop_gflops};
 pub use philox::{Stream, add_noise, dropout_mask, philox4x32};
 pub use pool::{on_pool, threads};
-pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product};
+pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product, product_scratch_bytes};
 pub use round::{to_elements, to_elements_scaled};
 pub use storage::Storage;
 pub use storage::codec::{CheckedCodec, Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};

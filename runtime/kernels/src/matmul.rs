@@ -226,7 +226,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// Values in one block along a row, which is decoded as a whole.
-    pub(crate) fn block_len(&self) -> usize {
+    pub fn block_len(&self) -> usize {
         self.native.map_or(self.storage.block_len(), BlockCodec::block_len)
     }
 

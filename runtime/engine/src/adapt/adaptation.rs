@@ -61,37 +61,14 @@ impl Adaptation {
     ) -> Result<Self> {
         let problems = check(model, &plan);
         ensure!(problems.is_empty(), "the plan does not fit the model:\n  {}", problems.join("\n  "));
-        let mut adaptation = Self { plan, params: Vec::new(), by_module: Vec::new() };
-        adaptation.by_module.resize_with(model.modules.len(), || None);
-        let mut shared = HashMap::new();
-        for spec in adaptation.plan.params.clone() {
-            shared.insert(spec.name.clone(), adaptation.params.len());
-            adaptation.params.push(Param { var: values(&spec, None)?, spec, module: None });
+        let modules: Vec<&ModuleInfo> = model.modules.iter().map(|module| &module.info).collect();
+        let (specs, by_module) = laid_out(&plan, &modules);
+        let mut params = Vec::with_capacity(specs.len());
+        for (spec, module) in specs {
+            let var = values(&spec, module)?;
+            params.push(Param { var, spec, module: module.map(|module| modules[module].path.clone()) });
         }
-        // Parameters that start as a copy of a tied weight are one parameter.
-        let mut copies: HashMap<(String, String), usize> = HashMap::new();
-        for AdaptedModule { path, recipe, params, .. } in adaptation.plan.modules.clone() {
-            let index = model.module_index(&path).expect("`check` found every module");
-            let module = &model.modules[index].info;
-            let mut by_name = shared.clone();
-            for spec in params {
-                let tie = (module.storage.clone(), spec.name.clone());
-                let known = copies.get(&tie).filter(|_| spec.init == Init::Base).copied();
-                let param = match known {
-                    Some(param) => param,
-                    None => {
-                        let var = values(&spec, Some(index))?;
-                        adaptation.params.push(Param { var, spec: spec.clone(), module: Some(path.clone()) });
-                        adaptation.params.len() - 1
-                    }
-                };
-                if spec.init == Init::Base {
-                    copies.insert(tie, param);
-                }
-                by_name.insert(spec.name, param);
-            }
-            adaptation.by_module[index] = Some(Adapted { recipe, params: by_name });
-        }
+        let adaptation = Self { plan, params, by_module };
         ensure!(adaptation.params.iter().any(|param| param.spec.trainable), "the plan trains no parameter");
         Ok(adaptation)
     }
@@ -154,6 +131,43 @@ impl Adaptation {
         }
         Ok(self)
     }
+}
+
+/// Of each parameter what the plan says, with the number of its module.
+type LaidOut = Vec<(ParamSpec, Option<usize>)>;
+
+/// The parameters of a plan, each once, with the module that it belongs to; and for each module of a model its entry in the plan. The
+/// plan names no module twice, and what it names that the model does not have is left out.
+pub(crate) fn laid_out(plan: &Plan, modules: &[&ModuleInfo]) -> (LaidOut, Vec<Option<Adapted>>) {
+    let by_path: HashMap<&str, usize> =
+        modules.iter().enumerate().map(|(index, module)| (module.path.as_str(), index)).collect();
+    let (mut params, mut by_module) = (Vec::new(), Vec::new());
+    by_module.resize_with(modules.len(), || None);
+    let mut shared = HashMap::new();
+    for spec in &plan.params {
+        shared.insert(spec.name.clone(), params.len());
+        params.push((spec.clone(), None));
+    }
+    // Parameters that start as a copy of a tied weight are one parameter.
+    let mut copies: HashMap<(&str, &str), usize> = HashMap::new();
+    for AdaptedModule { path, recipe, params: specs } in &plan.modules {
+        let Some(&index) = by_path.get(path.as_str()) else { continue };
+        let mut by_name = shared.clone();
+        for spec in specs {
+            let tie = (modules[index].storage.as_str(), spec.name.as_str());
+            let known = copies.get(&tie).filter(|_| spec.init == Init::Base).copied();
+            let param = known.unwrap_or_else(|| {
+                params.push((spec.clone(), Some(index)));
+                params.len() - 1
+            });
+            if spec.init == Init::Base {
+                copies.insert(tie, param);
+            }
+            by_name.insert(spec.name.clone(), param);
+        }
+        by_module[index] = Some(Adapted { recipe: *recipe, params: by_name });
+    }
+    (params, by_module)
 }
 
 pub(crate) fn var(values: Vec<f32>, spec: &ParamSpec) -> Result<Var> {

@@ -89,7 +89,7 @@ pub struct LayerModules {
 }
 
 impl LayerModules {
-    fn new(number: usize, layer: &LayerSpec, by_path: &HashMap<String, usize>) -> Self {
+    pub(crate) fn new(number: usize, layer: &LayerSpec, by_path: &HashMap<String, usize>) -> Self {
         let at = |path: &str| by_path[&layer_path(number, path)];
         let attention = layer.attention();
         let each = |projections: &[Projection]| projections.iter().map(|projection| at(projection.path)).collect();
@@ -291,6 +291,11 @@ impl BaseModel {
         let file = self.path.join("config.json");
         let config = parse_object(&file, &read_text(&file, SMALL_FILE_BYTES_MAX)?)?;
         Ok(config["model_type"] == whole)
+    }
+
+    /// Tells the system that the mapped pages of its weights need not stay in memory; they are read again when they are asked for.
+    pub fn release(&self) {
+        self.modules.iter().for_each(|module| module.weight.release());
     }
 
     /// Index of a module by its path.

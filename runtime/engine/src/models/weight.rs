@@ -221,6 +221,14 @@ impl Weight {
         }
     }
 
+    /// The codec through which it is stored, if it is.
+    pub(crate) fn codec(&self) -> Option<&Codec> {
+        match &self.bytes {
+            Bytes::Coded(coded) => Some(&coded.codec),
+            _ => None,
+        }
+    }
+
     /// Element type or block format.
     pub fn storage(&self) -> Storage {
         self.storage

@@ -21,7 +21,11 @@ pub const PASS_ROWS_CODED: usize = 512;
 /// most; decoding for more passes costs less than a tenth of the speed.
 pub fn pass_rows(model: &BaseModel) -> usize {
     let coded = |weight: &Weight| matches!(weight.storage(), Storage::Coded | Storage::Native);
-    let coded = model.layers.first().is_some_and(|layer| coded(&model.modules[layer.down].weight));
+    pass_rows_of(model.layers.first().is_some_and(|layer| coded(&model.modules[layer.down].weight)))
+}
+
+/// See [`pass_rows`]; `coded`: the base's linear layers are behind a codec.
+pub(crate) fn pass_rows_of(coded: bool) -> usize {
     if coded { PASS_ROWS_CODED } else { PASS_ROWS }
 }
 
@@ -90,14 +94,7 @@ impl Batch {
     /// Positions start anew with each example and attention stays within it, so packing changes nothing but speed and memory.
     pub fn packed(units: &[Unit<'_>], most: usize) -> Vec<Self> {
         let lengths: Vec<usize> = units.iter().map(Unit::rows).collect();
-        // The least bound that makes no more batches than `most` does. Fewer rows in the fullest are less memory.
-        let (mut low, mut high) = (0, most);
-        let count = cut(&lengths, most).len();
-        while low < high {
-            let middle = usize::midpoint(low, high);
-            if cut(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
-        }
-        cut(&lengths, high).into_iter().map(|part| Self::of_units(&units[part])).collect()
+        packed_parts(&lengths, most).into_iter().map(|part| Self::of_units(&units[part])).collect()
     }
 
     /// Lays out one sequence, or the continuation of one from position `from`, to predict after every row.
@@ -136,6 +133,18 @@ impl Batch {
         self.lengths.push(from as usize + rows.len());
         self.sequences.push(rows);
     }
+}
+
+/// Which units, of these numbers of rows, [`Batch::packed`] lays into one batch.
+pub(crate) fn packed_parts(lengths: &[usize], most: usize) -> Vec<Range<usize>> {
+    // The least bound that makes no more batches than `most` does. Fewer rows in the fullest are less memory.
+    let (mut low, mut high) = (0, most);
+    let count = cut(lengths, most).len();
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        if cut(lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
+    }
+    cut(lengths, high)
 }
 
 /// Cuts lengths into ranges that come to no more than `most` each, filled in order; a longer one is a range of its own.

@@ -33,13 +33,15 @@ impl Compute {
 
     /// What [`Compute::Auto`] comes to with an adaptation; any other is itself.
     pub fn resolved(self, adaptation: Option<&Adaptation>) -> Self {
-        let proposed = || adaptation?.plan.defaults.compute_dtype.as_deref();
+        self.resolved_for(adaptation.and_then(|adaptation| adaptation.plan.defaults.compute_dtype.as_deref()))
+    }
+
+    /// The same with what a plan proposes.
+    pub fn resolved_for(self, proposed: Option<&str>) -> Self {
         match (self, proposed) {
-            (Self::Auto, proposed) => match proposed() {
-                Some("f32") => Self::F32,
-                Some("int8") => Self::Int8,
-                _ => Self::auto(),
-            },
+            (Self::Auto, Some("f32")) => Self::F32,
+            (Self::Auto, Some("int8")) => Self::Int8,
+            (Self::Auto, _) => Self::auto(),
             (other, _) => other,
         }
     }

@@ -99,7 +99,7 @@ impl AdamW {
     /// a base of so many values.
     pub fn keeping(mut self, base_values: usize) -> Self {
         let values: usize = self.states.iter().map(|state| state.m.len()).sum();
-        self.keeps = values <= (KEPT_BYTES / 4).max(base_values / 4);
+        self.keeps = keeps(values, base_values);
         self
     }
 
@@ -193,6 +193,11 @@ impl AdamW {
         });
         finite.try_reduce(|| true, |a, b| Ok(a && b))
     }
+}
+
+/// Whether so many parameters are kept as they were before the last update, beside a base of so many values.
+pub(crate) fn keeps(values: usize, base_values: usize) -> bool {
+    values <= (KEPT_BYTES / 4).max(base_values / 4)
 }
 
 #[derive(Clone, Copy)]

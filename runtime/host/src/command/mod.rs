@@ -11,6 +11,7 @@ pub mod fine_tune;
 pub mod import;
 pub mod list_models;
 pub mod new;
+pub mod plan;
 pub mod plugins;
 pub mod pull;
 pub mod resume;

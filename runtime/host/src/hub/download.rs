@@ -74,6 +74,14 @@ pub fn pull(name: &HubName) -> Result<Pulled> {
     interrupt::heeded(|| Hub::from_environment()?.pull(name))
 }
 
+/// Reads the `config.json` of a model on the hub, and keeps nothing.
+///
+/// # Errors
+/// As [`pull`], and when the model has none.
+pub fn config(name: &HubName) -> Result<String> {
+    interrupt::heeded(|| Hub::from_environment()?.config(name))
+}
+
 impl Hub {
     /// A hub, and a store in the form of Hugging Face's cache.
     ///
@@ -141,6 +149,34 @@ impl Hub {
                 true => anyhow!("{error:#}\nhint: set HF_HOME to a directory that you can write"),
                 false => error,
             })
+        })
+    }
+
+    fn config(&self, name: &HubName) -> Result<String> {
+        policy::check(&name.repo)?;
+        if let Some(reason) = offline() {
+            bail!(
+                "{name}: not on this machine, and the hub is not asked ({reason})\nhint: `homeroom pull` needs a network"
+            );
+        }
+        policy::check_download(&name.repo)?;
+        thread::scope(|scope| {
+            let asking = scope.spawn(|| {
+                let listing = self.listing(name)?;
+                let file = listing.files.iter().find(|file| file.path == "config.json");
+                let file = file.filter(|file| file.size <= CONFIG_BYTES_MAX).with_context(|| {
+                    format!("{name}: the hub has no config.json of it, which says its sizes\nhint: `homeroom pull {name}` downloads the model, whose own file says them")
+                })?;
+                self.text(name, &name.at(&listing.commit), file)
+            });
+            while !asking.is_finished() {
+                if self.client.stop.is_set() {
+                    self.client.shut_down();
+                }
+                self.tell_silence(&line);
+                thread::sleep(TICK / 4);
+            }
+            asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 

@@ -27,7 +27,7 @@ mod verify;
 mod whole;
 
 pub use cache::{Found, find};
-pub use download::{Hub, Pulled, pull};
+pub use download::{Hub, Pulled, config, pull};
 pub use endpoint::Endpoint;
 pub use name::{COMMIT_TOLD, HubName};
 pub use offline::{offline, set_offline};

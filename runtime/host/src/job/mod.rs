@@ -24,6 +24,7 @@ use homeroom_engine::train::{Data, Observer, State, TrainConfig, checkpoint, pla
 use serde_json::{Map, Value, json};
 
 pub mod defaults;
+mod estimate;
 pub mod forgetting;
 mod keep;
 mod outcome;
@@ -31,6 +32,7 @@ mod recording;
 mod samples;
 mod stall;
 
+pub use self::estimate::{Before, estimate_plan};
 pub use self::forgetting::ForgettingRows;
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;

@@ -27,6 +27,11 @@ pub struct KeyValueGradients {
     values: Vec<f32>,
 }
 
+/// Bytes that backward writes between its passes over `m` rows, see [`KeyValueGradients`].
+pub fn key_value_gradient_bytes(m: usize, heads: usize, head_dim: usize) -> usize {
+    2 * size_of::<f32>() * heads * m * head_dim
+}
+
 /// Gradients of q, k and v before their rotation: `d_qkv` laid out as `qkv`, from those of the output, `d_out` (m, H D).
 ///
 /// `positions` (m) are rows of the table by which [`rotate`](crate::rotate) turned q and k; without a table they were not turned,

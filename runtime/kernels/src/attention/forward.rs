@@ -13,7 +13,7 @@ use crate::product::ProductElement;
 use crate::tile::{PANEL, Segment, Store, pack_columns, pack_rows_padded, rows};
 
 /// Query rows that forward takes at once: whole tiles, and their scores over 2,000 keys still fit the second-level cache.
-const QUERIES: usize = 48;
+pub(super) const QUERIES: usize = 48;
 /// Query rows of a task of forward, for which keys and values are packed.
 const CHUNK: usize = 5 * QUERIES;
 /// Columns of the widest vector: scores are left out by so many.

@@ -10,6 +10,7 @@ mod forward;
 mod scratch;
 mod shape;
 
-pub use self::backward::{KeyValueGradients, attention_backward};
+pub use self::backward::{KeyValueGradients, attention_backward, key_value_gradient_bytes};
 pub use self::forward::{attention, attention_kept};
+pub use self::scratch::attention_scratch_bytes;
 pub use self::shape::Attention;

@@ -18,7 +18,7 @@ mod weight;
 use std::ops::Range;
 
 use crate::buffer::grown;
-use crate::cpu::{Cpu, per_cpu};
+use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{Element, eight_bit_scale, nearest_whole};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
@@ -48,6 +48,12 @@ impl Rounded {
     fn groups(&self) -> usize {
         self.k.div_ceil(GROUP)
     }
+}
+
+/// Bytes that `m` rows of k values take in integers.
+pub fn rounded_bytes(m: usize, k: usize) -> usize {
+    let per_word = if cpu().has_vnni() { 4 } else { 2 };
+    size_of::<u32>() * m * (k / per_word + 2 * k.div_ceil(GROUP))
 }
 
 /// Rounds `m` rows of k values, a multiple of four, `row_step` from one to the next, each first multiplied by its column's factor if there is one.

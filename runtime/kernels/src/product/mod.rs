@@ -15,6 +15,7 @@ use std::ops::Range;
 
 pub use self::element::ProductElement;
 pub use self::outer::outer;
+pub use self::scratch::product_scratch_bytes;
 pub use self::terms::{Columns, Finish, Left, Output, Right, Term};
 
 use self::cut::{DEPTH, Piece, Task, cut, group};

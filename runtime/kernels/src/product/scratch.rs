@@ -2,7 +2,9 @@
 
 use std::cell::RefCell;
 
+use super::cut::DEPTH;
 use crate::int8::Packed;
+use crate::tile::PANEL;
 
 /// A thread's buffers; they keep their size.
 #[derive(Default)]
@@ -19,6 +21,11 @@ pub(super) struct Scratch {
     pub(super) floats: Vec<f32>,
     /// Sums of earlier groups.
     pub(super) sums: Vec<f32>,
+}
+
+/// Bytes that a thread keeps for products of `m` rows: a packed panel, what was decoded for it, and sums that wait.
+pub fn product_scratch_bytes(m: usize) -> usize {
+    size_of::<u32>() * PANEL * (2 * DEPTH + m)
 }
 
 thread_local!(pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default());

@@ -113,9 +113,7 @@ impl FusedHead {
         let cap = model.architecture.logit_cap.map(|cap| cap as f32);
         let of_targets: Vec<f32> = distance.iter().filter(|_| cap.is_some()).map(|distance| -distance).collect();
         // Chunks of one size: a small one at the end would cost a packing of the whole head.
-        let row = v * size_of::<E>();
-        let most = (LOGITS_BYTES / row).max(CHUNK_ROWS.min(LOGITS_BYTES_MAX / row)).clamp(48, 1024);
-        let chunk = n.div_ceil(n.div_ceil(most));
+        let chunk = chunk_rows(n, v * size_of::<E>());
         let mut logits = buffers.take(chunk, v);
         let (mut losses, mut correct) = (vec![0f32; n], vec![false; n]);
         let mut dy = vec![0f32; if dx.is_some() { n * c } else { 0 }];
@@ -170,6 +168,12 @@ impl FusedHead {
         }
         Ok(log_probs(&losses, &correct))
     }
+}
+
+/// Rows of logits, a row of so many bytes, that exist at once where n rows have a target.
+pub(super) fn chunk_rows(n: usize, row: usize) -> usize {
+    let most = (LOGITS_BYTES / row).max(CHUNK_ROWS.min(LOGITS_BYTES_MAX / row)).clamp(48, 1024);
+    n.div_ceil(n.div_ceil(most))
 }
 
 /// Log-probabilities of losses.

@@ -9,6 +9,7 @@ mod layer;
 pub(crate) mod low_rank;
 mod rotary;
 mod site;
+pub(crate) mod size;
 mod train;
 mod updates;
 mod workspace;

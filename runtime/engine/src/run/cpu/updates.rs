@@ -20,7 +20,7 @@ use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 
 /// Ranks are padded with zeros to a multiple of this, a tile's vector, so that products over them are whole.
-const RANK_STEP: usize = 16;
+pub(super) const RANK_STEP: usize = 16;
 
 /// The low-rank updates of a model's fused layers, and which of its blocks can be run fused beside them.
 pub struct Updates<E> {

@@ -27,6 +27,15 @@ impl<T> Pool<T> {
     }
 }
 
+impl<T> Pool<T> {
+    /// Bytes of the buffers that nobody has.
+    #[cfg(test)]
+    pub fn bytes(&self) -> usize {
+        let capacity = |buffers: &Vec<Vec<T>>| buffers.iter().map(Vec::capacity).sum::<usize>();
+        size_of::<T>() * lock(&self.0).by_width.values().map(capacity).sum::<usize>()
+    }
+}
+
 impl<T: Clone + Default> Pool<T> {
     /// A buffer of `rows` rows of `width`. It holds unspecified values.
     pub fn take(&self, rows: usize, width: usize) -> Buffer<T> {

@@ -13,7 +13,7 @@ use crate::run::gradients::Gradients;
 use crate::run::waist::{LogProbs, Weigh};
 
 /// Values in one chunk of logits: the vocabulary-sized logits of a whole batch never exist.
-const LOGITS_CHUNK: usize = 8 << 20;
+pub(super) const LOGITS_CHUNK: usize = 8 << 20;
 
 /// What forward keeps for backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

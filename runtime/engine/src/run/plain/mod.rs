@@ -7,4 +7,5 @@ pub mod decoder;
 pub mod frozen_linear;
 mod noise;
 pub mod recipe;
+pub(crate) mod tape;
 pub mod train;

@@ -30,13 +30,13 @@ use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::defaults::{self, Open};
 use crate::job::forgetting;
-use crate::job::{ForgettingRows, Job, Outcome, Recording, Resumed, Sample, Samples, Saving, Taken};
+use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Sample, Samples, Saving, Taken};
 use crate::models::{
     Located, Network, Use, here, last_part, load_base, load_rows, locate, refuse_other, shown, with_text,
 };
 use crate::near::exists;
 use crate::plugin::{Plugin, Search, native};
-use crate::progress::{self, line, millions, thousands};
+use crate::progress::{self, line, millions, size, thousands};
 use crate::registry;
 use crate::runs::{self, About, End, Entry, RunDirectory};
 
@@ -367,6 +367,7 @@ impl Prepared<'_> {
         let mut recording = run.map(|run| Recording::new(run, 1, saving)).transpose()?;
         let newest = recording.as_ref().and_then(Recording::newest);
         let (options, start) = (self.options.clone(), self.init_from.as_deref());
+        let before = Before::now(&model);
         let mut job = match (&newest, &self.plugin) {
             (Some(checkpoint), plugin) => {
                 let native = |strategy: &_, name: &_| native::find_in(&self.search, strategy, name);
@@ -388,6 +389,9 @@ impl Prepared<'_> {
             line(format_args!("name      {name}   --name or --output-dir chooses another"));
         }
         restate(arguments, self.objective, &job, rows, &config, steps);
+        if self.objective.objective == Kind::Sft {
+            tell_memory(&job, rows, &config, before);
+        }
         match (run, &from) {
             (Some(run), Some(from)) => {
                 line(format_args!("run       {}   goes on after step {} of {steps}", run.id(), from.state.step));
@@ -614,15 +618,26 @@ fn options(arguments: &Arguments) -> Result<Map<String, Value>> {
         ("--lora-dropout", "lora_dropout", arguments.lora_dropout.map(Value::from)),
         ("--target-modules", "target_modules", arguments.target_modules.as_deref().map(targets)),
     ];
+    options_of(&flags, &arguments.options)
+}
+
+/// The options that flags stand for, with those of `--set-option`.
+///
+/// # Errors
+/// When one is given twice, with two values.
+pub(super) fn options_of(
+    flags: &[(&str, &str, Option<Value>)],
+    others: &[(String, Value)],
+) -> Result<Map<String, Value>> {
     let mut options = Map::new();
-    for (name, value) in &arguments.options {
+    for (name, value) in others {
         if let Some(before) = options.insert(name.clone(), value.clone()).filter(|before| before != value) {
             bail!("--set-option {name} is given twice, as {before} and as {value}");
         }
     }
     for (flag, name, value) in flags {
         let Some(value) = value else { continue };
-        if let Some(other) = options.insert(name.to_owned(), value.clone()).filter(|other| *other != value) {
+        if let Some(other) = options.insert((*name).to_owned(), value.clone()).filter(|other| other != value) {
             bail!("{flag} is {value}, and --set-option {name} is {other}; give one of them");
         }
     }
@@ -630,7 +645,7 @@ fn options(arguments: &Arguments) -> Result<Map<String, Value>> {
 }
 
 /// `all-linear`, a list of names, or a regular expression.
-fn targets(text: &str) -> Value {
+pub(super) fn targets(text: &str) -> Value {
     let plain = |c: char| c.is_alphanumeric() || "_.,".contains(c);
     if text == "all-linear" || !text.chars().all(plain) {
         return text.into();
@@ -707,6 +722,18 @@ impl Rows {
             Some(file) => file.examples.iter().collect(),
             None => self.eval.iter().map(|index| &self.data.examples[*index]).collect(),
         }
+    }
+}
+
+/// Says how much memory the training will need, and warns where that is more than there is.
+fn tell_memory(job: &Job, rows: &Rows, config: &TrainConfig, before: Before) {
+    let peak = job.peak_memory_estimate(&rows.train(), config, before);
+    line(format_args!("plan      up to about {} of memory   `homeroom plan` has the parts and the time", size(peak)));
+    if let Some(available) = before.lacking(peak) {
+        line(format_args!(
+            "warning: {} can be had; --gradient-checkpointing, a smaller --batch-size or --max-seq-len, or --strategy qlora needs less",
+            size(available)
+        ));
     }
 }
 

@@ -22,7 +22,7 @@ use super::stored::{Made, Step};
 use super::value::{to_json, to_lua, words};
 use super::{NewAdapter, Session, identity};
 use crate::job::defaults::{self, Open};
-use crate::job::{Job, Outcome, Recording, Saving, Taken};
+use crate::job::{Before, Job, Outcome, Recording, Saving, Taken};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
@@ -88,6 +88,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         None => None,
     };
     let begun = recording.as_ref().and_then(Recording::newest);
+    let before = session.dry.then(|| Before::now(&model));
     let mut job = match &begun {
         None => Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?,
         Some(checkpoint) => {
@@ -115,7 +116,10 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     }
     let (Some(step), Some(adapter), Some(mut recording)) = (step, &adapter, recording) else {
         let (spec, options, job, data, config) = (&spec, &options, &job, &data, &config);
-        return Dry { spec, options, job, data, eval: eval.as_ref(), config, steps }.run(lua, session);
+        let before = before.filter(|_| objective.objective == ObjectiveKind::Sft);
+        let rows: Vec<&Group> = data.groups.iter().collect();
+        let memory_bytes = before.map(|before| job.peak_memory_estimate(&rows, config, before));
+        return Dry { spec, options, job, data, eval: eval.as_ref(), config, steps, memory_bytes }.run(lua, session);
     };
     if let Some(from) = &from {
         session.tell(format_args!("goes on   after step {} of {steps}", from.state.step));
@@ -244,6 +248,8 @@ struct Dry<'a> {
     eval: Option<&'a Encoded>,
     config: &'a TrainConfig,
     steps: u64,
+    /// Highest memory, where it can be estimated.
+    memory_bytes: Option<u64>,
 }
 
 impl Dry<'_> {
@@ -312,7 +318,7 @@ impl Dry<'_> {
 
     /// What the training needs.
     fn needs(&self) -> Needs {
-        Needs::disk(self.job.adaptation.trainable_count())
+        Needs { memory_bytes: self.memory_bytes, ..Needs::disk(self.job.adaptation.trainable_count()) }
     }
 
     /// Calls the callbacks as after the last step, so that a mistake in them is found.

@@ -11,6 +11,8 @@ mod encode;
 pub(crate) use decode::Fused;
 pub use encode::encode;
 
+use crate::cpu::cpu;
+
 /// NF4 levels: quantiles of N(0, 1), Dettmers et al. 2023, appendix E, in bitsandbytes' digits.
 #[allow(clippy::excessive_precision)]
 const NF4: [f32; 16] = [
@@ -181,6 +183,29 @@ fn dynamic_code() -> Vec<f32> {
     }
     code.sort_by(f32::total_cmp);
     code
+}
+
+impl Codec {
+    /// Bytes of a matrix (rows, cols) through this codec: what [`Encoded::bytes`] comes to.
+    pub fn encoded_bytes(&self, rows: usize, cols: usize) -> usize {
+        let values = rows * cols;
+        let blocks = values.div_ceil(self.block_len(cols));
+        let scales = match self.scales {
+            ScaleStorage::F32 => 4 * blocks,
+            ScaleStorage::Nested { block, .. } => blocks + 4 * blocks.div_ceil(block) + 4,
+        };
+        self.code_bytes(values) + scales
+    }
+
+    /// See [`Matrix::multiplies_in_integers`](crate::Matrix::multiplies_in_integers): whether that holds of a matrix (rows, cols) through
+    /// this codec.
+    pub fn multiplies_in_integers(&self, rows: usize, cols: usize) -> bool {
+        (self.has_linear_rows() || cpu().has_vnni()) && rows.is_multiple_of(4) && cols.is_multiple_of(4)
+    }
+
+    fn has_linear_rows(&self) -> bool {
+        self.block == CodecBlock::Row && self.is_linear()
+    }
 }
 
 /// An encoded matrix.

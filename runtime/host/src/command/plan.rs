@@ -1,0 +1,492 @@
+//! `homeroom plan`: what a training needs, before it is begun.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail, ensure};
+use clap::Args;
+use homeroom_engine::data::OnLongRow;
+use homeroom_engine::estimate::{Estimate, Measured, Parts, Request};
+use homeroom_engine::memory;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::compute::Compute;
+use homeroom_engine::train::objective::Kind;
+use homeroom_engine::train::{TrainConfig, planned_steps};
+use homeroom_kernels::{cpu, threads};
+use serde_json::{Map, Value, json};
+
+use super::arguments::{COMPUTE, COUNT_MAX, PluginArgs, above_zero, key_value, one_of, share, whole};
+use super::fine_tune::{options_of, targets};
+use super::{Done, print};
+use crate::job::defaults::{self, Open};
+use crate::job::estimate_plan;
+use crate::machine::{mapped_memory_bytes, resident_memory_bytes};
+use crate::models::{Network, Sketched, load_rows, longest_row};
+use crate::plugin::Plugin;
+use crate::progress::{line, millions, size, thousands};
+use crate::table::{Column, lines};
+
+/// Arguments of `plan`.
+#[derive(Args)]
+pub struct Arguments {
+    /// Base model: a name on the Hugging Face hub as `owner/name`, of which its config.json alone is read; a directory, a .gguf file, or a name from `homeroom list-models`
+    #[arg(long, value_name = "MODEL")]
+    model_name: PathBuf,
+    /// Training strategy [default: all that are installed, one a line]
+    #[arg(long, value_name = "NAME")]
+    strategy: Option<String>,
+    /// Rows of one batch
+    #[arg(long, default_value = "8", value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    batch_size: u32,
+    /// Batches of one step
+    #[arg(long, default_value = "1", value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    gradient_accumulation_steps: u32,
+    /// Tokens of each row [default: of the longest row of the training file; else the model's context, at most 2048]
+    #[arg(long, alias = "seq-len", value_name = "TOKENS", value_parser = whole::<usize>(2..=COUNT_MAX))]
+    max_seq_len: Option<usize>,
+    /// Rank of the adapter [default: the strategy's]
+    #[arg(long, alias = "r", value_name = "R", value_parser = whole::<u64>(0..=u64::MAX))]
+    lora_r: Option<u64>,
+    /// Alpha of the adapter
+    #[arg(long, value_name = "ALPHA", value_parser = above_zero)]
+    lora_alpha: Option<f64>,
+    /// Dropout on the adapter's input
+    #[arg(long, value_name = "P", value_parser = share)]
+    lora_dropout: Option<f64>,
+    /// Modules to adapt: all-linear, names separated by commas, or one regular expression
+    #[arg(long, value_name = "NAMES")]
+    target_modules: Option<String>,
+    /// Any other option of the strategy, its value as JSON or text; may be repeated
+    #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
+    options: Vec<(String, Value)>,
+    /// Keep only the input of each layer, and compute the layer again in the backward pass
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Compute each batch in a pass of its own
+    #[arg(long)]
+    no_packing: bool,
+    /// Encode a base that is already quantised (GGUF) again, as the strategy asks
+    #[arg(long)]
+    requantize: bool,
+    /// Number format of the products
+    #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = one_of::<Compute>(&COMPUTE))]
+    compute: Compute,
+    /// Rows to train on, for the time of the whole training
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=COUNT_MAX), conflicts_with = "training_file")]
+    rows: Option<usize>,
+    /// JSONL file of rows, whose number and lengths count; the model's tokenizer has to be here
+    #[arg(long, value_name = "FILE")]
+    training_file: Option<PathBuf>,
+    /// Passes over the rows [default: as `fine-tune` chooses by their number]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
+    epochs: Option<u64>,
+    #[command(flatten)]
+    plugins: PluginArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Estimates.
+pub fn run(arguments: &Arguments) -> Result<Done> {
+    let search = arguments.plugins.search()?;
+    let flags = [
+        ("--lora-r", "r", arguments.lora_r.map(Value::from)),
+        ("--lora-alpha", "lora_alpha", arguments.lora_alpha.map(Value::from)),
+        ("--lora-dropout", "lora_dropout", arguments.lora_dropout.map(Value::from)),
+        ("--target-modules", "target_modules", arguments.target_modules.as_deref().map(targets)),
+    ];
+    let options = options_of(&flags, &arguments.options)?;
+    let plugins: Vec<Plugin> = match &arguments.strategy {
+        Some(name) => {
+            let plugin = search.load(name)?;
+            plugin.check_options(&options)?;
+            vec![plugin]
+        }
+        None => {
+            let mut plugins = Vec::new();
+            for file in search.list() {
+                match search.load_file(&file) {
+                    Ok((plugin, _)) => plugins.push(plugin),
+                    Err(error) => line(format_args!("note: {} is left out: {error:#}", file.name)),
+                }
+            }
+            ensure!(
+                !plugins.is_empty(),
+                "no strategy can be loaded\nhint: `homeroom plugins list` shows where they are looked for"
+            );
+            plugins
+        }
+    };
+    let base = Sketched::find(&arguments.model_name, Network::Allowed)?;
+    let rows = Rows::of(arguments, &base)?;
+    let (program_bytes, mapped) = (resident_memory_bytes().unwrap_or(0), mapped_memory_bytes());
+    let machine = Machine { available: memory::obtainable(), total: memory::total() };
+    if base.model.is_none() {
+        line("note: the model's tokenizer is not here, so that its memory is left out");
+    }
+    let request = Request {
+        batch_size: arguments.batch_size as usize,
+        gradient_accumulation_steps: arguments.gradient_accumulation_steps as usize,
+        row_tokens: rows.longest,
+        trained_tokens: rows.longest,
+        gradient_checkpointing: arguments.gradient_checkpointing,
+        packing: !arguments.no_packing,
+        compute: arguments.compute,
+        tokens: rows.count.map(|count| (count as f64 * rows.mean) as usize),
+        program_bytes,
+    };
+    let planner = Planner { arguments, base: &base, request, rows: &rows, machine };
+    let mut measured = Measured::new();
+    let mut outlooks = Vec::new();
+    for plugin in &plugins {
+        // With several strategies each gets the options that it has.
+        let has = |name: &str| plugin.description.options.iter().any(|option| option.name == name);
+        let own: Map<String, Value> = match arguments.strategy {
+            Some(_) => options.clone(),
+            None => options
+                .iter()
+                .filter(|(name, _)| has(name))
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect(),
+        };
+        match planner.outlook(plugin, &own, &mut measured) {
+            Ok(outlook) => outlooks.push((plugin.description.name.clone(), outlook)),
+            Err(error) if arguments.strategy.is_none() => {
+                line(format_args!("note: {} is left out: {error:#}", plugin.description.name));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    // What was measured has touched the pages of the program that training touches.
+    let touched = mapped_memory_bytes().zip(mapped).map_or(0, |(now, before)| now.saturating_sub(before));
+    for (_, Outlook { estimate, .. }) in &mut outlooks {
+        estimate.parts.program += touched;
+        estimate.peak_memory_bytes = estimate.parts.total();
+    }
+    if arguments.json {
+        let mut all = outlooks.iter().map(|(name, outlook)| planner.json(name, outlook));
+        let json = match arguments.strategy {
+            Some(_) => all.next().unwrap_or_default(),
+            None => json!({"model": base.shown, "strategies": all.collect::<Vec<Value>>()}),
+        };
+        print(&json.to_string())?;
+        return Ok(Done::Whole);
+    }
+    planner.head()?;
+    match &outlooks[..] {
+        [(name, outlook)] if arguments.strategy.is_some() => planner.whole(name, outlook)?,
+        all => planner.table(all)?,
+    }
+    let fits = outlooks.iter().any(|(_, outlook)| machine.fits(outlook.estimate.peak_memory_bytes) != Some(false));
+    if !fits {
+        for hint in planner.changes(&plugins, &options) {
+            print(&hint)?;
+        }
+    }
+    Ok(Done::Whole)
+}
+
+/// The rows that a training goes through.
+struct Rows {
+    /// How many, if that is known.
+    count: Option<usize>,
+    /// Tokens of the longest.
+    longest: usize,
+    /// Tokens of all together over their number.
+    mean: f64,
+}
+
+impl Rows {
+    fn of(arguments: &Arguments, base: &Sketched) -> Result<Self> {
+        let context = base.sketch.architecture.max_position_embeddings;
+        let longest = longest_row(context, arguments.max_seq_len)?;
+        let Some(file) = &arguments.training_file else {
+            return Ok(Self { count: arguments.rows, longest, mean: longest as f64 });
+        };
+        let Some(model) = &base.model else {
+            bail!(
+                "{}: its rows cannot be counted in tokens, as the tokenizer of {} is not here\nhint: give --rows and --max-seq-len instead, or `homeroom pull` the model",
+                file.display(),
+                base.shown
+            )
+        };
+        Self::of_file(file, model, arguments.max_seq_len)
+    }
+
+    fn of_file(file: &Path, model: &BaseModel, max_seq_len: Option<usize>) -> Result<Self> {
+        let data = load_rows(file, model, max_seq_len, OnLongRow::Truncate, Kind::Sft)?;
+        let lengths = data.examples.iter().flat_map(|group| &group.sequences).map(|example| example.ids.len());
+        let (count, sum) = (data.examples.len(), lengths.clone().sum::<usize>());
+        Ok(Self { count: Some(count), longest: lengths.max().unwrap_or(2), mean: sum as f64 / count.max(1) as f64 })
+    }
+}
+
+/// The memory that there is.
+#[derive(Clone, Copy)]
+struct Machine {
+    available: Option<u64>,
+    total: Option<u64>,
+}
+
+impl Machine {
+    /// Whether so much can be had now; `None`: the system does not say.
+    fn fits(&self, bytes: u64) -> Option<bool> {
+        self.available.map(|available| bytes <= available)
+    }
+}
+
+/// What one strategy comes to.
+struct Outlook {
+    estimate: Estimate,
+    seconds_per_step: f64,
+    /// Of a row as long as rows are on the average.
+    tokens_per_second: f64,
+    /// Steps of the whole training with its epochs, if the rows are known.
+    steps: Option<(u64, u64)>,
+}
+
+struct Planner<'a> {
+    arguments: &'a Arguments,
+    base: &'a Sketched,
+    request: Request,
+    rows: &'a Rows,
+    machine: Machine,
+}
+
+impl Planner<'_> {
+    fn outlook(&self, plugin: &Plugin, options: &Map<String, Value>, measured: &mut Measured) -> Result<Outlook> {
+        let estimate_with =
+            |request: &Request| estimate_plan(plugin, options, &self.base.sketch, self.arguments.requantize, request);
+        let estimate = estimate_with(&self.request)?;
+        // Memory is that of the longest rows, time that of all.
+        let mean = (self.rows.mean.round() as usize).max(2);
+        let usual = if mean == self.request.row_tokens {
+            estimate.clone()
+        } else {
+            estimate_with(&Request { row_tokens: mean, trained_tokens: mean, ..self.request })?
+        };
+        let seconds_per_step = measured.seconds(&usual.work)?;
+        let tokens_per_second = usual.tokens_per_step as f64 / seconds_per_step;
+        let steps = self.rows.count.map(|rows| self.steps(rows)).transpose()?;
+        Ok(Outlook { estimate, seconds_per_step, tokens_per_second, steps })
+    }
+
+    /// Steps over so many rows, and the epochs.
+    fn steps(&self, rows: usize) -> Result<(u64, u64)> {
+        let mut config = TrainConfig {
+            batch_size: self.request.batch_size,
+            gradient_accumulation_steps: self.request.gradient_accumulation_steps,
+            epochs: self.arguments.epochs.unwrap_or(1),
+            ..TrainConfig::default()
+        };
+        defaults::choose(&mut config, Open { epochs: self.arguments.epochs.is_none(), batch_size: false }, rows);
+        Ok((planned_steps(rows, &config)?, config.epochs))
+    }
+
+    fn json(&self, strategy: &str, outlook: &Outlook) -> Value {
+        let Outlook { estimate, seconds_per_step, tokens_per_second, steps } = outlook;
+        let peak = estimate.peak_memory_bytes;
+        json!({
+            "model": self.base.shown,
+            "strategy": strategy,
+            "peak_memory_bytes": peak,
+            "parts": estimate.parts,
+            "seconds_per_step": seconds_per_step,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_step": estimate.tokens_per_step,
+            "passes_per_step": estimate.passes_per_step,
+            "steps": steps.map(|(steps, _)| steps),
+            "epochs": steps.map(|(_, epochs)| epochs),
+            "seconds": steps.map(|(steps, _)| steps as f64 * seconds_per_step),
+            "fits": self.machine.fits(peak),
+            "available_memory_bytes": self.machine.available,
+            "memory_bytes": self.machine.total,
+            "parameters": estimate.parameters,
+            "trainable": estimate.trainable,
+            "storage": estimate.storage,
+            "compute": estimate.compute,
+            "fused_layers": estimate.fused_layers.0,
+            "layers": estimate.fused_layers.1,
+            "batch_size": self.request.batch_size,
+            "gradient_accumulation_steps": self.request.gradient_accumulation_steps,
+            "max_seq_len": self.request.row_tokens,
+            "gradient_checkpointing": self.request.gradient_checkpointing,
+            "cpu": cpu().name(),
+            "threads": threads(),
+        })
+    }
+
+    fn head(&self) -> Result<()> {
+        let sketch = &self.base.sketch;
+        print(&format!(
+            "model     {}   {} parameters, {}",
+            self.base.shown,
+            millions(sketch.parameter_count()),
+            sketch.storage_words()
+        ))?;
+        let Request { batch_size, gradient_accumulation_steps, row_tokens, .. } = self.request;
+        let count = self.rows.count.map(|count| format!("{}, ", thousands(count))).unwrap_or_default();
+        print(&format!(
+            "rows      {count}{gradient_accumulation_steps} x {batch_size} a step, of {} tokens",
+            thousands(row_tokens)
+        ))
+    }
+
+    fn whole(&self, name: &str, outlook: &Outlook) -> Result<()> {
+        let Outlook { estimate, seconds_per_step, tokens_per_second, steps } = outlook;
+        let (fused, layers) = estimate.fused_layers;
+        let plain = if fused == layers {
+            String::new()
+        } else {
+            format!("; {} of {layers} layers plain in f32", layers - fused)
+        };
+        print(&format!(
+            "strategy  {name}   {} trained, base in {}, products in {}{plain}",
+            millions(estimate.trainable),
+            estimate.storage,
+            estimate.compute
+        ))?;
+        print(&format!("memory    {} at the highest", size(estimate.peak_memory_bytes)))?;
+        for (part, bytes) in parts(&estimate.parts) {
+            print(&format!("  {part:<22} {:>8}", size(bytes)))?;
+        }
+        print(&format!(
+            "time      {}   {} tokens/s   ({}, {} threads, measured now)",
+            a_step(*seconds_per_step),
+            thousands(tokens_per_second.round() as usize),
+            cpu().name(),
+            threads()
+        ))?;
+        if let Some((steps, epochs)) = steps {
+            let of = if *epochs == 1 { "1 epoch".to_owned() } else { format!("{epochs} epochs") };
+            print(&format!(
+                "training  {} steps in {of}   {}",
+                thousands(*steps as usize),
+                duration(*steps as f64 * seconds_per_step)
+            ))?;
+        }
+        self.verdict(estimate.peak_memory_bytes)
+    }
+
+    fn verdict(&self, peak: u64) -> Result<()> {
+        let Some(available) = self.machine.available else { return Ok(()) };
+        let of = self.machine.total.map(|total| format!(" of {}", size(total))).unwrap_or_default();
+        match peak <= available {
+            true => print(&format!("fits      {} can be had{of}", size(available))),
+            false => {
+                print(&format!("too much  {} can be had{of}: it lacks {}", size(available), size(peak - available)))
+            }
+        }
+    }
+
+    fn table(&self, outlooks: &[(String, Outlook)]) -> Result<()> {
+        let columns = [(false, 0), (true, 0), (true, 0), (true, 2), (true, 3), (false, 1)];
+        let columns = columns.map(|(right, spare)| Column { right, spare });
+        let header = ["strategy", "memory", "a step", "tokens/s", "trained", "on this machine"];
+        let mut rows = vec![header.map(str::to_owned).to_vec()];
+        for (name, outlook) in outlooks {
+            let peak = outlook.estimate.peak_memory_bytes;
+            let fits = match self.machine.fits(peak) {
+                Some(true) => "fits".to_owned(),
+                Some(false) => "too much".to_owned(),
+                None => "unknown".to_owned(),
+            };
+            let time = outlook.steps.map(|(steps, _)| duration(steps as f64 * outlook.seconds_per_step));
+            rows.push(vec![
+                name.clone(),
+                size(peak),
+                a_step(outlook.seconds_per_step).replace(" a step", ""),
+                thousands(outlook.tokens_per_second.round() as usize).to_string(),
+                millions(outlook.estimate.trainable),
+                time.map_or(fits.clone(), |time| format!("{fits}, {time}")),
+            ]);
+        }
+        lines(&columns, &rows, None).iter().try_for_each(|line| print(line))
+    }
+
+    /// What can be changed so that it fits: each change is estimated, and named with what it comes to.
+    fn changes(&self, plugins: &[Plugin], options: &Map<String, Value>) -> Vec<String> {
+        let Some(available) = self.machine.available else { return Vec::new() };
+        let Request { batch_size, row_tokens, .. } = self.request;
+        let mut tried: Vec<(String, Request)> = Vec::new();
+        let checkpointed = Request { gradient_checkpointing: true, ..self.request };
+        if !self.request.gradient_checkpointing {
+            tried.push(("--gradient-checkpointing".to_owned(), checkpointed));
+        }
+        for divisor in [2, 4, 8] {
+            let shorter = row_tokens / divisor;
+            if shorter >= 64 {
+                let request = Request { row_tokens: shorter, trained_tokens: shorter, ..checkpointed };
+                tried.push((format!("--gradient-checkpointing --max-seq-len {shorter}"), request));
+            }
+        }
+        if batch_size > 1 {
+            let one =
+                Request { batch_size: 1, gradient_accumulation_steps: batch_size, packing: false, ..checkpointed };
+            tried.push((
+                format!(
+                    "--gradient-checkpointing --no-packing --batch-size 1 --gradient-accumulation-steps {batch_size}"
+                ),
+                one,
+            ));
+        }
+        let search = self.arguments.plugins.search().ok();
+        let smaller = search.as_ref().and_then(|search| search.load("qlora").ok());
+        let known = |plugin: &Plugin| plugins.iter().any(|known| known.description.name == plugin.description.name);
+        let mut hints = Vec::new();
+        for plugin in plugins.iter().chain(smaller.as_ref().filter(|plugin| !known(plugin))) {
+            let name = &plugin.description.name;
+            let has = |option: &str| plugin.description.options.iter().any(|known| known.name == option);
+            let own: Map<String, Value> = options
+                .iter()
+                .filter(|(name, _)| has(name))
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect();
+            let as_it_is = (!known(plugin)).then(|| (String::new(), self.request));
+            for (change, request) in as_it_is.iter().chain(&tried) {
+                let estimate = estimate_plan(plugin, &own, &self.base.sketch, self.arguments.requantize, request);
+                let peak = estimate.map_or(u64::MAX, |estimate| estimate.peak_memory_bytes);
+                if peak <= available {
+                    let change = format!("--strategy {name} {change}");
+                    hints.push(format!("hint: `{}` needs {}", change.trim_end(), size(peak)));
+                    break;
+                }
+            }
+        }
+        if hints.is_empty() {
+            hints.push(
+                "hint: no setting that was tried fits; close other programs, or choose a smaller model".to_owned(),
+            );
+        }
+        hints
+    }
+}
+
+/// The parts of the memory, the largest first.
+fn parts(parts: &Parts) -> Vec<(&'static str, u64)> {
+    let Parts { weights, parameters, moments, gradients, activations, logits, scratch, program } = *parts;
+    let mut named = vec![
+        ("weights of the base", weights),
+        ("trained parameters", parameters),
+        ("moments", moments),
+        ("gradients", gradients),
+        ("activations", activations),
+        ("logits", logits),
+        ("scratch of kernels", scratch),
+        ("the program", program),
+    ];
+    named.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    named
+}
+
+fn a_step(seconds: f64) -> String {
+    if seconds < 1.0 { format!("{:.0} ms a step", 1e3 * seconds) } else { format!("{seconds:.1} s a step") }
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds {
+        ..60.0 => format!("about {:.0} s", seconds.max(1.0)),
+        60.0..7200.0 => format!("about {:.0} min", seconds / 60.0),
+        _ => format!("about {:.1} h", seconds / 3600.0),
+    }
+}

@@ -1,0 +1,78 @@
+//! What a training will need: by a strategy's own plan for a base of which only the shapes are known, or of a job that is made.
+
+use anyhow::Result;
+use homeroom_abi::plan::PlanRequest;
+use homeroom_engine::data::Group;
+use homeroom_engine::estimate::{Estimate, Request, Sketch, estimate};
+use homeroom_engine::memory;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::train::TrainConfig;
+use serde_json::{Map, Value};
+
+use super::Job;
+use crate::machine::resident_memory_bytes;
+use crate::plugin::{Plugin, native};
+
+/// Asks a strategy for its plan, and estimates a training by it. `sketch` is the base as its files have it; as in [`super::Job::new`] it
+/// is stored as the plan asks for, what is quantised already only if `requantize`.
+///
+/// # Errors
+/// When the strategy refuses the model or the options.
+pub fn estimate_plan(
+    plugin: &Plugin,
+    options: &Map<String, Value>,
+    sketch: &Sketch,
+    requantize: bool,
+    request: &Request,
+) -> Result<Estimate> {
+    let plan = plugin.plan(&PlanRequest { options: options.clone(), model: sketch.info() })?;
+    let block = |name: &str| {
+        let codec = native::of_plugin(plugin, name).ok()?;
+        Some((codec.block_len(), codec.block_bytes()))
+    };
+    Ok(estimate(&sketch.stored_as_planned(&plan, requantize, &block), &plan, request))
+}
+
+/// The memory of this process before a job is made, in bytes.
+#[derive(Clone, Copy)]
+pub struct Before {
+    /// Without the weights of the base.
+    program: u64,
+    /// What the process has and can still get; `None`: the system does not say.
+    available: Option<u64>,
+}
+
+impl Before {
+    /// As it is now. Mapped pages of the base are given back for it, and read again from the system's cache.
+    pub fn now(model: &BaseModel) -> Self {
+        model.release();
+        let program = resident_memory_bytes().unwrap_or(0);
+        Self { program, available: memory::obtainable().map(|free| free.saturating_add(program)) }
+    }
+
+    /// What there is for a training that needs so much, where that is too little.
+    pub fn lacking(&self, peak: u64) -> Option<u64> {
+        self.available.filter(|available| *available < peak)
+    }
+}
+
+impl Job {
+    /// Highest resident memory of a supervised training on these rows, in bytes: as if all were as long as the longest, so that where
+    /// lengths differ it is a bound. Reads no weight. Evaluations and what a result is saved through are left out.
+    pub fn peak_memory_estimate(&self, rows: &[&Group], config: &TrainConfig, before: Before) -> u64 {
+        let lengths = || rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
+        let longest = lengths().max().unwrap_or(0);
+        let request = Request {
+            batch_size: config.batch_size.min(rows.len()),
+            gradient_accumulation_steps: config.gradient_accumulation_steps,
+            row_tokens: longest,
+            trained_tokens: longest,
+            gradient_checkpointing: config.gradient_checkpointing,
+            packing: config.packing,
+            compute: config.compute,
+            tokens: Some(lengths().sum()),
+            program_bytes: before.program,
+        };
+        estimate(&Sketch::of_model(&self.model), &self.adaptation.plan, &request).peak_memory_bytes
+    }
+}

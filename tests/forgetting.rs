@@ -271,7 +271,7 @@ fn a_script_is_told_what_a_model_has_forgotten() -> Result<()> {
     let result = place.result(&format!(
         "{TRAIN}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, steps = 3, learning_rate = 2e-2 }}\n\
          local saved = homeroom.save_model {{ model = tuned, name = \"saved\" }}\n\
-         local whole = homeroom.fine_tune {{ model = homeroom.load_model {{ name = params.model, strategy = \"full\" }}, dataset = data.train, steps = 3 }}\n\
+         local whole = homeroom.fine_tune {{ model = homeroom.load_model {{ name = params.model, strategy = \"full\" }}, dataset = data.train, steps = 3, learning_rate = 1e-2 }}\n\
          homeroom.save_model {{ model = whole, name = \"whole\" }}\n\
          return {{ own = homeroom.forgetting {{ model = tuned }}, again = homeroom.forgetting {{ model = saved }},\n\
          rows = homeroom.forgetting {{ model = tuned, rows = data.eval }}, loss = homeroom.evaluate {{ model = tuned, dataset = data.eval }}.loss,\n\
@@ -288,7 +288,7 @@ fn a_script_is_told_what_a_model_has_forgotten() -> Result<()> {
         ("model = params.model", "does not say what it was trained from"),
         ("model = \"whole\"", "does not say what it was trained from"),
         ("model = \"saved\", base = \"saved\"", "`base` is a trained model"),
-        ("model = \"saved\", data = 1", "unknown option `data`, did you mean `dataset`?"),
+        ("model = \"saved\", dateset = 1", "unknown option `dateset`, did you mean `dataset`?"),
     ] {
         let error = place.error(&format!("\nreturn homeroom.forgetting {{ {call} }}"))?;
         assert!(error.contains(expected) && error.contains("s.lua:2"), "{call}: {error}");

@@ -39,7 +39,7 @@ fn an_unknown_strategy_is_told_with_its_nearest_name_and_where_it_was_looked_for
     command.args(["--strategy", "lroa", "--plugin-dir"]).arg(place.path("mine"));
     let [mine, plugins] = [place.path("mine"), plugin_path("lora").with_file_name("")].map(|p| p.display().to_string());
     let plugins = plugins.trim_end_matches('/');
-    let words = ["unknown strategy `lroa`", "did you mean `lora`?", "liblroa.so", &mine, plugins, "/nowhere/plugins"];
+    let words = ["unknown strategy `lroa`", "did you mean `lora`?", "liblroa.so", &mine, plugins, "/plugins"];
     refused(&mut command, &words)?;
     let mut command = place.fine_tune(&fixture("models/llama"), &place.rows("rows.jsonl", 2)?);
     refused(command.args(["--strategy", "../lora"]), &["`../lora` is not a strategy's name"])?;

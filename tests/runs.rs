@@ -105,7 +105,8 @@ fn a_pipeline_leaves_its_script_and_its_result_or_its_error() -> Result<()> {
         pipelines::TRAIN
     );
     place.result(&format!("{script}return {{ loss = tuned.metrics.eval_loss, name = 'x' }}"))?;
-    place.error(&format!("{script}error('no more')"))?;
+    // Another training: one that is looked up makes no run.
+    place.error(&format!("{}error('no more')", script.replace("steps = 2", "steps = 3")))?;
     let run = |id: &str| place.home().join("runs").join(id);
     let read =
         |id: &str| -> Result<Value> { Ok(serde_json::from_str(&fs::read_to_string(run(id).join("run.json"))?)?) };

@@ -1,18 +1,21 @@
 //! What a run is between two steps, and what ends it, stops it or takes it back: by the engine alone, its checkpoints in a directory.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{self, Record, StrategyRecord};
-use homeroom_engine::data::Example;
+use homeroom_engine::data::{Example, Unit};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::run::batch::Batch;
 use homeroom_engine::run::compute::Compute;
+use homeroom_engine::run::gradients::Gradients;
 use homeroom_engine::train::objective::Sft;
+use homeroom_engine::train::reduce::Reduce;
 use homeroom_engine::train::{
-    Broken, Change, Control, Data, Observer, RunEvent, State, StepReport, TrainConfig, checkpoint, train,
+    Broken, Change, Control, Data, Observer, Outcome, Run, RunEvent, State, StepReport, TrainConfig, checkpoint, train,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -276,5 +279,50 @@ fn a_checkpoint_that_is_damaged_is_refused_in_words() -> Result<()> {
     std::fs::write(path.join(checkpoint::STATE_FILE), text.replace("\"format\":1", "\"format\":9"))?;
     let error = saves.read(3).err().map(|error| format!("{error:#}")).context("a newer program wrote it")?;
     assert!(error.contains("format 9 is not known"), "{error}");
+    Ok(())
+}
+
+/// Every worker has the whole step and its parameters, runs the passes that it is dealt, and adds their gradients where all meet.
+#[test]
+fn gradients_have_the_same_bytes_for_any_number_of_workers_and_however_passes_are_dealt() -> Result<()> {
+    let model = model("llama")?;
+    let rows = examples(&model, 23, 5);
+    let numbered: Vec<Unit> = (0..).zip(&rows).map(|(number, row)| Unit::of(number, row)).collect();
+    let batches: Vec<Batch> = numbered.chunks(3).map(Batch::of_units).collect();
+    let config = config(1);
+    for adaptation in [lora(&model)?, adapt("full", &json!({}), &model, 42)?] {
+        let bits = |gradients: &Gradients| -> Result<Vec<u32>> {
+            let mut bits = Vec::new();
+            for gradient in (0..adaptation.params.len()).filter_map(|param| gradients.get(param)) {
+                bits.extend(gradient.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits));
+            }
+            Ok(bits)
+        };
+        let alone = bits(&Run::new(&model, &adaptation, &config, 1).gradients(&batches)?.1)?;
+        assert!(alone.len() >= adaptation.trainable_count());
+        for workers in [1, 2, 3, 5, 20] {
+            let reduce = Mutex::new(Reduce::new(batches.len()));
+            // The first is dealt half of the passes and the last ones none.
+            let dealt = |index: usize| if index < batches.len() / 2 { 0 } else { index % workers };
+            let work = |worker: usize| -> Result<()> {
+                let mut run = Run::new(&model, &adaptation, &config, 1);
+                let whole = run.whole(&batches)?;
+                // From the last on, so that leaves come in no order.
+                for (index, batch) in batches.iter().enumerate().rev().filter(|(index, _)| dealt(*index) == worker) {
+                    let (mut total, mut leaf) = (Outcome::default(), Gradients::new(adaptation.params.len()));
+                    run.pass(batch, &whole, &mut total, &mut leaf)?;
+                    reduce.lock().unwrap_or_else(PoisonError::into_inner).push(index, leaf)?;
+                }
+                Ok(())
+            };
+            let work = &work;
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..workers).map(|worker| scope.spawn(move || work(worker))).collect();
+                threads.into_iter().try_for_each(|thread| thread.join().expect("a worker panicked"))
+            })?;
+            let sum = reduce.into_inner().unwrap_or_else(PoisonError::into_inner).finish()?;
+            assert_eq!(bits(&sum)?, alone, "{workers} workers");
+        }
+    }
     Ok(())
 }

@@ -15,13 +15,16 @@
 ---@field metrics Metrics # the numbers of the training
 ---@field stopped string # "finished", or the reason that a callback gave
 
----The numbers of a training. A loss is the mean over trained tokens, in nats.
+---The numbers of a training. A loss is the objective's, in nats: of `sft` the mean over trained tokens.
 ---@class Metrics
 ---@field eval_loss? number # held-out loss after training; nil without `eval`
 ---@field eval_loss_before? number # held-out loss before training
+---@field eval_reward_accuracy? number # of `dpo` and `orpo`, share of held-out pairs whose chosen answer is preferred after training; of `kto`, of answers on their side
 ---@field train_loss number # mean loss of all steps
 ---@field steps number # steps that were done
 ---@field planned_steps number # steps that were planned
+---@field seconds number # time of all steps
+---@field peak_memory_bytes? number # most memory that the program has had since `fine_tune` began; nil where the system does not say
 
 ---A model in the registry; a Model too.
 ---@class Saved: Model
@@ -42,6 +45,13 @@
 ---@field trained_tokens number # how many there are
 ---@field examples number # sequences that were measured
 
+---How far a trained model has moved from its base.
+---@class Forgetting
+---@field loss_before number # the base's mean cross-entropy of the rows' trained tokens, in nats
+---@field loss number # that of the trained model
+---@field kl number # mean KL divergence of the trained model's distribution of a token from the base's, KL(base || trained), in nats a token
+---@field tokens number # tokens that were compared
+
 ---What `on_step` gets.
 ---@class StepReport
 ---@field step number # number of the step, from 1
@@ -51,6 +61,8 @@
 ---@field grad_norm number # norm of the gradients before clipping
 ---@field learning_rate number # learning rate of the update
 ---@field tokens number # tokens of the step's rows
+---@field reward_accuracy? number # share of the step's answers that were judged right; nil with `sft`
+---@field reward_margin? number # mean reward of good answers less that of bad ones; nil with `sft`
 ---@field state table<string, any> # what callbacks keep from one call to the next: plain values, saved with checkpoints
 
 ---What `on_eval` gets.
@@ -61,6 +73,8 @@
 ---@field eval_loss number # held-out loss
 ---@field perplexity number # e to the loss
 ---@field token_accuracy number # share of held-out tokens that the model found likeliest
+---@field reward_accuracy? number # share of held-out answers that are judged right; nil with `sft`
+---@field reward_margin? number # mean reward of good answers less that of bad ones; nil with `sft`
 ---@field best number # lowest held-out loss so far, this one included
 ---@field state table<string, any> # what callbacks keep from one call to the next: plain values, saved with checkpoints
 
@@ -182,7 +196,7 @@ function homeroom.load_model(options) end
 ---@field seed? number # the same seed gives the same result (default: 42)
 
 ---Reads a JSONL file and checks all its rows.
----A row has `messages`, or `prompt` and `completion`, or `text`. Rows become tokens when a model uses them.
+---A row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows become tokens when a model uses them.
 ---@param options PrepareDatasetOptions
 ---@return Split # `{train =, eval =}`, two datasets; `eval` is nil if no rows are held out
 function homeroom.prepare_dataset(options) end
@@ -191,6 +205,10 @@ function homeroom.prepare_dataset(options) end
 ---@field model string | Model # what to train
 ---@field dataset Dataset # rows to train on
 ---@field eval? Dataset # held-out rows to evaluate on, before and after (default: none)
+---@field objective? "sft" | "dpo" | "kto" | "orpo" # what is learned: sft: the answers of the rows; dpo and orpo: to prefer `chosen` to `rejected`; kto: to answer as is rated good by `label` (default: "sft")
+---@field beta? number # of dpo and kto, how closely the model is kept to its reference; of orpo, what the preference weighs (default: 0.1)
+---@field desirable_weight? number # of kto, what an answer weighs that was rated good (default: 1)
+---@field undesirable_weight? number # of kto, what an answer weighs that was rated bad (default: 1)
 ---@field num_train_epochs? number # passes over the rows (default: 1)
 ---@field epochs? number # another name for `num_train_epochs`
 ---@field max_steps? number # ends after so many steps, in the middle of an epoch too (default: all of the epochs)
@@ -198,7 +216,7 @@ function homeroom.prepare_dataset(options) end
 ---@field per_device_train_batch_size? number # rows in one forward and backward pass (default: 8)
 ---@field batch_size? number # another name for `per_device_train_batch_size`
 ---@field gradient_accumulation_steps? number # batches in one step (default: 1)
----@field learning_rate? number # the highest learning rate, after warm-up (default: the strategy's, else 2e-4)
+---@field learning_rate? number # the highest learning rate, after warm-up (default: the strategy's, else 2e-4; a tenth for dpo and kto, half for orpo)
 ---@field lr? number # another name for `learning_rate`
 ---@field lr_scheduler_type? "cosine" | "linear" | "constant" # how the learning rate falls after warm-up (default: "cosine")
 ---@field schedule? "cosine" | "linear" | "constant" # another name for `lr_scheduler_type`
@@ -206,6 +224,7 @@ function homeroom.prepare_dataset(options) end
 ---@field warmup? number # another name for `warmup_ratio`
 ---@field weight_decay? number # decoupled weight decay (default: 0)
 ---@field max_grad_norm? number # gradients are scaled down to this norm; 0: never (default: 1)
+---@field neftune_noise_alpha? number # NEFTune: noise on embeddings while training, which helps against learning rows by heart; 5 is usual (default: 0)
 ---@field r? number # rank of the adapter: a higher rank learns more and costs more memory and time (default: the strategy's)
 ---@field lora_r? number # another name for `r`
 ---@field lora_alpha? number # strength of the adapter: its update is scaled by lora_alpha / r (default: the strategy's)
@@ -273,6 +292,18 @@ function homeroom.create_handler(options) end
 ---@param options EvaluateOptions
 ---@return Evaluation # `loss` in nats, `perplexity`, `token_accuracy`, `trained_tokens` and `examples`
 function homeroom.evaluate(options) end
+
+---@class ForgettingOptions
+---@field model string | Model # the trained model
+---@field dataset? Dataset # rows of the kind that must not be forgotten (default: answers of the base's own)
+---@field rows? Dataset # another name for `dataset`
+---@field base? string | Model # the base that it is compared with (default: what `model` was trained from)
+
+---Measures how far a trained model has moved from its base, on rows that it was not to change on.
+---Without `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters a minute or two on two cores, at the second call much less.
+---@param options ForgettingOptions
+---@return Forgetting # `loss_before` and `loss` on these rows, `kl` in nats a token, and `tokens`
+function homeroom.forgetting(options) end
 
 ---@class GenerateOptions
 ---@field model string | Model # the model that answers

@@ -39,6 +39,8 @@ fn terminal() -> Option<ProgressDrawTarget> {
 pub struct Training {
     bar: Option<ProgressBar>,
     started: Instant,
+    /// Steps that were done before this process began.
+    before: Option<u64>,
     tokens: usize,
     seconds: f64,
     last: String,
@@ -54,11 +56,12 @@ impl Training {
             bar.enable_steady_tick(Duration::from_secs(1));
             bar
         });
-        Self { bar, started: Instant::now(), tokens: 0, seconds: 0.0, last: String::new() }
+        Self { bar, started: Instant::now(), before: None, tokens: 0, seconds: 0.0, last: String::new() }
     }
 
     /// A step is done.
     pub fn step(&mut self, report: &StepReport, steps: u64) {
+        let before = *self.before.get_or_insert(report.step.saturating_sub(1));
         self.tokens += report.tokens;
         self.seconds += report.seconds;
         let speed = thousands((self.tokens as f64 / self.seconds.max(1e-9)) as usize);
@@ -75,7 +78,10 @@ impl Training {
                     return;
                 }
                 let rest = match report.step < steps {
-                    true => format!("   {} left", left(self.started, report.step, steps)),
+                    true => format!(
+                        "   {} left",
+                        left(self.started, report.step.saturating_sub(before), steps.saturating_sub(before))
+                    ),
                     false => String::new(),
                 };
                 line(format_args!(

@@ -151,7 +151,7 @@ const COMMANDS: [(&str, &str); 38] = [
 ];
 
 /// Commands elsewhere that no command here stands for, and what to know.
-const NO_COMMANDS: [(&str, &str); 13] = [
+const NO_COMMANDS: [(&str, &str); 12] = [
     ("create", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
     ("embed", "embeddings are served: `homeroom serve --model-dir NAME` answers /v1/embeddings"),
     (
@@ -159,7 +159,6 @@ const NO_COMMANDS: [(&str, &str); 13] = [
         "there is no such command: HF_TOKEN=... before a command, or `hf auth login`, opens gated and private models",
     ),
     ("mv", "`homeroom cp NAME NEW` and then `homeroom rm NAME` rename a model"),
-    ("new", "there is no such command: `homeroom fine-tune` makes a model, and `homeroom import` takes one in"),
     ("ps", "nothing runs in the background: `homeroom list-models` shows the models, `homeroom chat` talks to one"),
     (
         "push",

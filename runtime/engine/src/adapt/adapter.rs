@@ -381,6 +381,18 @@ impl AdapterFiles {
         Ok(adaptation)
     }
 
+    /// Refuses values that are not finite.
+    ///
+    /// # Errors
+    /// Names the first tensor that holds one.
+    pub fn ensure_finite(&self) -> Result<()> {
+        let spoilt = self.tensors.iter().find(|(_, (_, values))| values.iter().any(|value| !value.is_finite()));
+        match spoilt {
+            Some((name, _)) => bail!("tensor `{name}` holds a value that is not finite"),
+            None => Ok(()),
+        }
+    }
+
     /// The tensors, to start a new run on a base from.
     ///
     /// # Errors

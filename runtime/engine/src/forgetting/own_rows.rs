@@ -41,6 +41,7 @@ impl OwnRow {
 /// each call. Where it has no chat template, texts are drawn from the token that begins one.
 ///
 /// What ends an answer is a part of it, as to end is forgotten, too: of several tokens that end a turn it is the tokenizer's own.
+/// `progress` is told how many tokens the longest answer has, and how many it may have.
 ///
 /// # Errors
 /// When the template refuses a plain request, there is no token to begin with, or a pass fails.
@@ -65,15 +66,17 @@ pub fn own_rows(model: &Arc<BaseModel>, mut progress: impl FnMut(usize, usize)) 
         engine.ask(None, ids, sampling)
     };
     let asked = (SEED..).zip(&begins).map(ask).collect::<Result<Vec<_>>>()?;
-    let (mut rows, all) = (Vec::new(), begins.len());
-    for (number, (mut tokens, begin)) in asked.into_iter().zip(&begins).enumerate() {
+    let (mut rows, mut longest) = (Vec::new(), 0);
+    for (mut tokens, begin) in asked.into_iter().zip(&begins) {
         let mut ids = begin.clone();
         for id in tokens.by_ref() {
             ids.push(id?);
+            // They grow beside each other, so that the longest tells how far all are.
+            longest = longest.max(ids.len() - begin.len());
+            progress(longest, TOKENS_MAX);
         }
         ids.extend(end.filter(|_| tokens.finish() == Some(Finish::Stop)));
         rows.push(OwnRow { ids, from: begin.len() });
-        progress(number + 1, all);
     }
     rows.retain(|row| row.example().is_some());
     ensure!(!rows.is_empty(), "{}: it answers nothing, so it has no rows of its own", model.path.display());

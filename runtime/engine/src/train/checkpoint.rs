@@ -28,7 +28,7 @@ use super::watchdog::Watchdog;
 use crate::adapt::adaptation::{Adaptation, Param};
 use crate::adapt::adapter::AdapterFiles;
 use crate::files::tensors::{TensorValues, map_safetensors};
-use crate::files::{NewDirectory, WEIGHTS_FILE};
+use crate::files::{NewDirectory, WEIGHTS_FILE, read_bytes};
 use crate::models::BaseModel;
 
 /// The file of numbers.
@@ -37,6 +37,8 @@ pub const STATE_FILE: &str = "training_state.json";
 pub const TENSORS_FILE: &str = "training_state.safetensors";
 /// Version of the form.
 const FORMAT: u64 = 1;
+/// Largest file of numbers: some 250 bytes a step.
+const STATE_BYTES_MAX: u64 = 4 << 30;
 
 #[derive(Serialize, Deserialize)]
 struct StateFile {
@@ -215,8 +217,7 @@ pub fn bytes(state: &State) -> u64 {
 
 fn read_file(directory: &Path) -> Result<StateFile> {
     let path = directory.join(STATE_FILE);
-    let place = || path.display().to_string();
-    let text = std::fs::read(&path).with_context(place)?;
+    let text = read_bytes(&path, STATE_BYTES_MAX)?;
     let value: Value = serde_json::from_slice(&text).with_context(|| format!("{}: damaged", path.display()))?;
     match value["format"].as_u64() {
         Some(FORMAT) => {}
@@ -241,13 +242,19 @@ pub fn summary(directory: &Path) -> Result<Summary> {
 ///
 /// # Errors
 /// When a file is missing, or is not whole.
-pub fn check(directory: &Path) -> Result<()> {
+pub fn check(directory: &Path) -> Result<u64> {
     let file = read_file(directory)?;
+    let place = || directory.display().to_string();
+    let known = file.step <= file.report.planned_steps && file.report.steps.len() as u64 == file.step;
+    ensure!(known, "{}: {STATE_FILE} is at step {}, and knows of {}", place(), file.step, file.report.steps.len());
+    let scales = [file.script_scale, file.generation.scale, file.watchdog.rate_scale];
+    ensure!(scales.iter().all(|scale| (0.0..1e30).contains(scale)), "{}: {STATE_FILE} is damaged", place());
     map_safetensors(&directory.join(TENSORS_FILE))?;
     if !file.generation.has_values {
-        AdapterFiles::read(directory)?;
+        let tensors = AdapterFiles::read(directory)?;
+        tensors.ensure_finite().with_context(place)?;
     }
-    Ok(())
+    Ok(file.step)
 }
 
 /// Reads the state of a directory. `model`: the base, stored as the plan of the [`summary`] asks for.

@@ -37,7 +37,7 @@ use objective::Objective;
 pub use observer::{Control, Observer};
 pub use outcome::Outcome;
 pub use report::{EvalReport, StepReport, TrainReport};
-pub use run::Run;
+pub use run::{Run, Whole};
 pub use state::{Best, Cut, State};
 pub use swap::{Candidate, Change, RunEvent, Swap};
 use watchdog::Watchdog;

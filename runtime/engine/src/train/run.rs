@@ -25,6 +25,15 @@ use crate::run::plain::recipe::Pass;
 use crate::run::profile::timed;
 use crate::run::waist::{Train, Weigh};
 
+/// What the passes of a step know of the whole of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Whole {
+    /// What the step's loss is a mean over.
+    n: usize,
+    /// The objective's constant of the step.
+    constant: f64,
+}
+
 /// A run between two steps.
 pub struct Run<'a> {
     pub(super) model: &'a BaseModel,
@@ -111,42 +120,60 @@ impl<'a> Run<'a> {
     /// # Errors
     /// When no token is trained, or a tensor operation fails.
     pub fn gradients(&mut self, batches: &[Batch]) -> Result<(Outcome, Gradients)> {
-        let trained: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-        ensure!(trained > 0, "step {}: no token of its examples is trained", self.state.step + 1);
-        let update = self.state.step as u32;
-        let adaptation = &self.state.generation.adaptation;
-        let mut pass = Pass::training(self.model, adaptation, self.config.seed, update);
-        pass.neftune_noise_alpha = self.config.neftune_noise_alpha;
-        let (objective, backend) = (self.objective, &mut self.backend);
-        let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
-        let n = objective.count(&targets);
-        let numbers: Vec<u32> =
-            batches.iter().flat_map(|batch| batch.units.iter().map(|(number, _)| *number)).collect();
-        // As a pass without gradients, and without dropout.
-        let evaluation = Pass::evaluation(self.model, Some(adaptation));
-        let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
-            let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
-            sequence_log_probs(&mut **backend, &evaluation, &units, &mut |_| Ok(()))
-        })?;
+        let whole = self.whole(batches)?;
         let mut reduce = Reduce::new(batches.len());
-        let mut total = Outcome { n, ..Outcome::default() };
+        let mut total = Outcome { n: whole.n, ..Outcome::default() };
         for (index, batch) in batches.iter().enumerate() {
-            let recompute = self.config.gradient_checkpointing;
-            let mut leaf = Gradients::new(adaptation.params.len());
-            let mut weighed = None;
-            let mut weigh = |log_probs: &[f64]| {
-                let weighed = weighed.insert(objective.weigh(&UnitLogProbs::of(batch, log_probs), n, constant)?);
-                Ok(std::mem::take(&mut weighed.weights))
-            };
-            let weigh = match objective.alike(n) {
-                Some(weight) => Weigh::Alike(weight),
-                None => Weigh::By(&mut weigh),
-            };
-            let log_probs = backend.forward_backward(&pass, batch, weigh, recompute, &mut leaf)?;
-            total.add(&log_probs, weighed.as_ref());
+            let mut leaf = Gradients::new(self.state.adaptation().params.len());
+            self.pass(batch, &whole, &mut total, &mut leaf)?;
             reduce.push(index, leaf)?;
         }
         Ok((total, reduce.finish()?))
+    }
+
+    /// What the passes of a step are to know of the whole of it: any of them can then be run anywhere.
+    ///
+    /// # Errors
+    /// When no token is trained, or a tensor operation fails.
+    pub fn whole(&mut self, batches: &[Batch]) -> Result<Whole> {
+        let trained: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        ensure!(trained > 0, "step {}: no token of its examples is trained", self.state.step + 1);
+        let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
+        let n = self.objective.count(&targets);
+        let numbers: Vec<u32> =
+            batches.iter().flat_map(|batch| batch.units.iter().map(|(number, _)| *number)).collect();
+        // As a pass without gradients, and without dropout.
+        let evaluation = Pass::evaluation(self.model, Some(self.state.adaptation()));
+        let backend = &mut self.backend;
+        let constant = self.objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
+            let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
+            sequence_log_probs(&mut **backend, &evaluation, &units, &mut |_| Ok(()))
+        })?;
+        Ok(Whole { n, constant })
+    }
+
+    /// One pass of a step: its loss is added to `total`, its gradients to `leaf`.
+    ///
+    /// # Errors
+    /// When the objective does not know the batch's units, or a tensor operation fails.
+    pub fn pass(&mut self, batch: &Batch, whole: &Whole, total: &mut Outcome, leaf: &mut Gradients) -> Result<()> {
+        let Whole { n, constant } = *whole;
+        let adaptation = &self.state.generation.adaptation;
+        let mut pass = Pass::training(self.model, adaptation, self.config.seed, self.state.step as u32);
+        pass.neftune_noise_alpha = self.config.neftune_noise_alpha;
+        let (objective, mut weighed) = (self.objective, None);
+        let mut weigh = |log_probs: &[f64]| {
+            let weighed = weighed.insert(objective.weigh(&UnitLogProbs::of(batch, log_probs), n, constant)?);
+            Ok(std::mem::take(&mut weighed.weights))
+        };
+        let weigh = match objective.alike(n) {
+            Some(weight) => Weigh::Alike(weight),
+            None => Weigh::By(&mut weigh),
+        };
+        let recompute = self.config.gradient_checkpointing;
+        let log_probs = self.backend.forward_backward(&pass, batch, weigh, recompute, leaf)?;
+        total.add(&log_probs, weighed.as_ref());
+        Ok(())
     }
 
     /// Norm of all gradients together; watches for parameters that get none.

@@ -8,6 +8,10 @@ const WINDOW: usize = 16;
 const WORSE: f64 = 1.0;
 /// so many times the lowest so far, is a training that diverges.
 const TIMES: f64 = 2.0;
+/// Steps that are enough to see a training that is wild: whose mean is
+const WILD_WINDOW: usize = 4;
+/// so many times the loss before the first update, and so many nats above that.
+const WILD: f64 = 4.0;
 /// A second failure within so many steps is the same one.
 const RECURS_WITHIN: u64 = 1000;
 
@@ -32,11 +36,21 @@ impl Default for Watchdog {
 
 impl Watchdog {
     /// Looks at the losses of a run after a step, the last of them last; returns what is wrong, in words.
-    pub fn look(&mut self, losses: impl ExactSizeIterator<Item = f64> + DoubleEndedIterator) -> Option<String> {
+    pub fn look(&mut self, losses: impl ExactSizeIterator<Item = f64> + DoubleEndedIterator + Clone) -> Option<String> {
+        let mean_of = |window: usize| losses.clone().rev().take(window).sum::<f64>() / window as f64;
+        let untrained = losses.clone().next()?;
+        if losses.len() > WILD_WINDOW {
+            let mean = mean_of(WILD_WINDOW);
+            if mean > WILD * untrained.abs() + WILD {
+                return Some(format!(
+                    "the loss diverges: {mean:.3} on average over {WILD_WINDOW} steps, after {untrained:.3} before the first"
+                ));
+            }
+        }
         if losses.len() < WINDOW {
             return None;
         }
-        let mean = losses.rev().take(WINDOW).sum::<f64>() / WINDOW as f64;
+        let mean = mean_of(WINDOW);
         let first = *self.first.get_or_insert(mean);
         let lowest = self.lowest.map_or(mean, |lowest| lowest.min(mean));
         self.lowest = Some(lowest);
@@ -79,6 +93,12 @@ mod tests {
         let harder: Vec<f64> = (0..200).map(|step| if step < 100 { 0.1 } else { 1.0 }).collect();
         assert_eq!(first_alarm(&harder), None);
         assert_eq!(first_alarm(&[9.0; 15]), None);
+        // Rows that are harder than the first one.
+        let first_is_easy: Vec<f64> = (0..60).map(|step| if step == 0 { 0.4 } else { 3.5 }).collect();
+        assert_eq!(first_alarm(&first_is_easy), None);
+        // Wild from the first update on.
+        let wild: Vec<f64> = (0..40).map(|step| if step == 0 { 3.5 } else { 900.0 }).collect();
+        assert_eq!(first_alarm(&wild), Some(5));
     }
 
     #[test]

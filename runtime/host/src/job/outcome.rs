@@ -23,8 +23,8 @@ pub struct Outcome {
     pub report: TrainReport,
     /// What it made small.
     pub objective: ObjectiveConfig,
-    /// The run that it was a part of.
-    pub run: Option<String>,
+    /// The run that it was a part of, and what tells that from every other.
+    pub run: Option<(String, String)>,
     /// Rows that it was trained on.
     pub rows: usize,
     /// Digest of the training data.
@@ -73,7 +73,8 @@ impl Outcome {
             "options": job.options,
             "init_from": job.init_from,
             "parent": parent,
-            "run": self.run,
+            "run": self.run.as_ref().map(|(id, _)| id),
+            "run_token": self.run.as_ref().map(|(_, token)| token),
             "rows": self.rows,
             "eval_rows": self.report.before().map(|eval| eval.examples),
             "finished": when::text(SystemTime::now()),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use homeroom_abi::step::Directive;
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{pretty, read_manifest};
@@ -138,7 +138,8 @@ impl<'a> Recording<'a> {
     fn is_due(&self, state: &State) -> bool {
         let Saving { steps, minutes } = self.saving;
         let is_best = is_best(state);
-        let in_time = minutes > 0.0 && self.saved.elapsed() >= Duration::from_secs_f64(60.0 * minutes);
+        let longest = Duration::try_from_secs_f64(60.0 * minutes).unwrap_or(Duration::MAX);
+        let in_time = minutes > 0.0 && self.saved.elapsed() >= longest;
         let in_steps = steps.is_some_and(|steps| state.step > 0 && state.step.is_multiple_of(steps));
         // The first one is for a training that fails before any other; of a whole model it would be as large as the model thrice.
         let is_first = state.step == 0 && !state.adaptation().is_whole_model();
@@ -233,6 +234,11 @@ fn checkpoint_path(training: &Path, step: u64) -> PathBuf {
     training.join("checkpoints").join(format!("step-{step:06}"))
 }
 
+/// The path that a checkpoint of this step has beside another.
+fn checkpoint_path_of(beside: &Path, step: u64) -> PathBuf {
+    beside.with_file_name(format!("step-{step:06}"))
+}
+
 /// Steps of the checkpoints of a training's directory, ascending.
 fn checkpoints(training: &Path) -> Vec<u64> {
     let entries = fs::read_dir(training.join("checkpoints")).into_iter().flatten().flatten();
@@ -270,7 +276,8 @@ fn write(path: &Path, job: &Job, config: &TrainConfig, state: &State, memory: &V
 
 /// Whether a checkpoint is whole, as far as that is seen without its base.
 fn check(path: &Path) -> Result<()> {
-    checkpoint::check(path)?;
+    let step = checkpoint::check(path)?;
+    ensure!(*path == checkpoint_path_of(path, step), "{}: it is of step {step}", path.display());
     read_memory(path)?;
     read_manifest(path)?.with_context(|| format!("{}: not a checkpoint", path.display())).map(drop)
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::data::{Example, Group};
-use homeroom_engine::files::replace_file;
+use homeroom_engine::files::{read_text, replace_file};
 use homeroom_engine::inference::generate::Sampling;
 use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::models::BaseModel;
@@ -26,6 +26,8 @@ const TOKENS_MORE: usize = 16;
 const WIDTH: usize = 100;
 /// The answers before, in a training's directory.
 const BEFORE_FILE: &str = "before.json";
+/// Largest of those files.
+const BEFORE_BYTES_MAX: u64 = 1 << 20;
 
 /// A held-out question with its answers.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -109,7 +111,7 @@ impl<'a> Samples<'a> {
 
     /// Reads the answers that were kept; false: there are none.
     pub fn recall(&mut self, training: Option<&Path>) -> bool {
-        let text = training.and_then(|training| std::fs::read_to_string(training.join(BEFORE_FILE)).ok());
+        let text = training.and_then(|training| read_text(&training.join(BEFORE_FILE), BEFORE_BYTES_MAX).ok());
         let before: Option<Vec<String>> = text.and_then(|text| serde_json::from_str(&text).ok());
         self.before = before.filter(|before| before.len() == self.rows.len()).unwrap_or_default();
         !self.before.is_empty() || self.rows.is_empty()

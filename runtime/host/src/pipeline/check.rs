@@ -149,8 +149,8 @@ fn names(tokens: &[(usize, Token)], params: &[&str], known: Option<&Known>, foun
         }
     };
     let verbs: Vec<&str> = VERBS.iter().map(|verb| verb.name).chain(["log", "null"]).collect();
-    for at in 0..tokens.len() {
-        let line = tokens[at].0;
+    for (at, (line, _)) in tokens.iter().enumerate() {
+        let line = *line;
         let is_field = at > 0 && (is(at - 1, '.') || is(at - 1, ':'));
         match (name(at), name(at + 2)) {
             (Some("homeroom"), Some(key)) if !is_field && is(at + 1, '.') => {
@@ -209,10 +209,12 @@ fn is_unknown(globals: &[Global], known: &[String], name: &str) -> bool {
     globals.iter().any(|global| global.name == name) && !known.iter().any(|known| known == name)
 }
 
+/// Line, name and value of an option that is written as `name = value`.
+type GivenOption<'a> = (usize, &'a str, &'a [(usize, Token)]);
+
 /// The table of options that a call begins with, if it does: its keys, and the tokens of each value.
 struct Given<'a> {
-    /// Line, name and value of each option that is written as `name = value`.
-    options: Vec<(usize, &'a str, &'a [(usize, Token)])>,
+    options: Vec<GivenOption<'a>>,
     /// Whether it has only such options, so that what is not among them is not given.
     is_whole: bool,
 }

@@ -238,7 +238,7 @@ mod tests {
             Ok(file)
         };
         let weights = made(&first, "one")?;
-        store.put(&first, &key, json!("first"), &[weights.clone()], 1.0)?;
+        store.put(&first, &key, json!("first"), std::slice::from_ref(&weights), 1.0)?;
         let elsewhere = place.path().join("elsewhere");
         fs::write(&elsewhere, "x")?;
         store.put(&second, &key, json!("second"), &[made(&second, "two")?, elsewhere.clone()], 1.0)?;

@@ -108,6 +108,7 @@ impl RunDirectory {
             machine: machine(),
             script,
             settings: about.settings,
+            token: new_token(),
             result: None,
             error: None,
         };
@@ -175,6 +176,11 @@ impl RunDirectory {
         self.boards.write(&self.path, event);
     }
 
+    /// What tells it from every other run, also one of its name on another machine.
+    pub fn token(&self) -> String {
+        self.record().token.clone()
+    }
+
     /// What it was told when it started.
     pub fn settings(&self) -> Map<String, Value> {
         self.record().settings.clone()
@@ -234,6 +240,16 @@ fn machine() -> String {
         about.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     format!("{}, {threads} threads, {}", name.unwrap_or(std::env::consts::ARCH), std::env::consts::OS)
+}
+
+/// A number that no other run has.
+fn new_token() -> String {
+    let mut hash = Sha256::new();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    // A hasher's keys are random.
+    let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), now);
+    hash.update(format!("{now} {} {random}", std::process::id()));
+    hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where runs are.

@@ -103,6 +103,9 @@ pub struct Record {
     /// What it was told.
     #[serde(default)]
     pub settings: Map<String, Value>,
+    /// What tells it from every other run, and what it writes into its result.
+    #[serde(default)]
+    pub token: String,
     /// What came of it, unless that is long: `result.json` has all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub result: Option<Value>,
@@ -171,6 +174,11 @@ impl Entry {
     /// Removes the checkpoints of a run that has finished: it may have been killed before it could.
     pub fn tidy(&self) {
         remove_checkpoints(&self.path);
+    }
+
+    /// What tells it from every other run.
+    pub fn token(&self) -> Option<&str> {
+        self.record.as_ref().map(|record| record.token.as_str()).filter(|token| !token.is_empty())
     }
 
     /// When it was started.

@@ -81,7 +81,8 @@ impl Reference {
             let fits = fits && tensor.dtype() == Dtype::F64 && tensor.shape() == [count];
             let values =
                 tensor.data().chunks_exact(8).map(|bytes| f64::from_le_bytes(bytes.try_into().expect("8 bytes")));
-            fits.then(|| values.collect())
+            let values: Vec<f64> = values.collect();
+            (fits && values.iter().all(|value| value.is_finite() && *value <= 0.0)).then_some(values)
         };
         Ok(read().map(|log_probs| Self { key: key.to_owned(), log_probs }))
     }

@@ -160,7 +160,7 @@ pub struct Arguments {
     #[arg(long, alias = "patience", requires = "eval_every", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     early_stopping_patience: Option<u64>,
     /// Measure after the training how far the model has moved from its base: on rows of FILE, else on answers of the base's own, which it
-    /// draws before; that takes about a minute with a model of 135 M parameters on two cores
+    /// draws before; that takes a minute or two with a model of 135 M parameters on two cores
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     #[serde(skip)]
     forgetting: Option<Option<PathBuf>>,
@@ -232,6 +232,11 @@ struct Prepared<'a> {
 
 fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     // What costs nothing to refuse is refused before a model is loaded.
+    let holds_out = arguments.eval_file.is_some() || arguments.eval_fraction.is_some_and(|share| share > 0.0);
+    ensure!(
+        arguments.eval_every.is_none() || holds_out,
+        "--eval-every measures held-out rows, and there are none\nhint: --eval-fraction 0.1 holds back a tenth of the rows, --eval-file names others"
+    );
     let objective = arguments.objective.config()?;
     config(arguments, None, None).check()?;
     let earlier = match earlier {
@@ -260,9 +265,16 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     let gives_up = unnamed && own.is_some();
     let output_dir = own.map_or_else(|| place(arguments), Ok)?;
     utf8(&std::path::absolute(&output_dir)?)?;
-    let is_own = earlier.as_ref().is_some_and(|run| unfinished::is_result_of(&output_dir, &run.id));
-    if !arguments.overwrite && !is_own && !gives_up {
+    let is_own = earlier.as_ref().is_some_and(|run| unfinished::is_result_of(&output_dir, run.token()));
+    if is_own {
+        // What it left when it was interrupted; what somebody has put beside that stays.
+        replaceable(&output_dir)?;
+    } else if !arguments.overwrite && !gives_up {
         vacant(&output_dir).map_err(|error| match arguments.name.as_ref().filter(|_| output_dir.is_dir()) {
+            _ if earlier.is_some() => anyhow!(
+                "{}: something is there by now, and the result of the run would go there\nhint: move it away and go on again; nothing of the run is lost meanwhile",
+                output_dir.display()
+            ),
             Some(name) if arguments.output_dir.is_none() => anyhow!(
                 "{name}: there is a model of this name already\nhint: --overwrite replaces it, another --name keeps both"
             ),
@@ -425,14 +437,15 @@ impl Prepared<'_> {
         if let (Some(measured), Some(recording)) = (&forgetting, &recording) {
             recording.event(forgetting::event(measured));
         }
-        let (objective, of_run) = (self.objective, run.map(|run| run.id().to_owned()));
+        let (objective, of_run) = (self.objective, run.map(|run| (run.id().to_owned(), run.token())));
         let outcome =
             Outcome { config, report, objective, run: of_run, rows: trained, data_digest, forgetting, failure };
         if let Some(failure) = &outcome.failure {
             bail!("{failure}\n{}", outcome.save_beside(&job, output_dir));
         }
         let another = || free_place(arguments).ok();
-        let is_own = run.is_some_and(|run| unfinished::is_result_of(output_dir, run.id()));
+        let is_own = run.is_some_and(|run| unfinished::is_result_of(output_dir, Some(&run.token())));
+        let is_own = is_own && replaceable(output_dir).is_ok();
         let taken = match (*unnamed, arguments.overwrite || is_own) {
             (_, true) => Taken::Replaced,
             (true, false) => Taken::GivenUp(&another),
@@ -812,6 +825,13 @@ fn tell(path: &Path, run: Option<&str>, report: &TrainReport, samples: &[Sample]
     if let (Some(before), Some(after)) = (report.before(), report.after()) {
         let right = rewards(after.rewards);
         line(format_args!("held-out  loss {:.4} before, {:.4} after{right}", before.loss, after.loss));
+    }
+    if let (Some(before), Some(after)) = (report.before(), report.after())
+        && after.loss > before.loss
+    {
+        line(format_args!(
+            "note: the held-out loss has risen: what was learned does not carry over to these rows; try fewer epochs, a lower --learning-rate or more rows"
+        ));
     }
     if let Some(why) = &report.stopped {
         line(format_args!("stopped   {why}"));

@@ -94,10 +94,11 @@ pub(super) fn output_dir(run: &Entry) -> Option<PathBuf> {
     run.record.as_ref()?.settings.get("output_dir")?.as_str().map(PathBuf::from)
 }
 
-/// Whether what is at a place is what a run had left there when it was interrupted.
-pub(super) fn is_result_of(place: &Path, run: &str) -> bool {
+/// Whether what is at a place is what a run had left there when it was interrupted, by the run's token: names are used again.
+pub(super) fn is_result_of(place: &Path, token: Option<&str>) -> bool {
     let manifest = read_manifest(place).ok().flatten();
-    manifest.is_some_and(|manifest| manifest.training["run"] == run)
+    let written = manifest.as_ref().and_then(|manifest| manifest.training["run_token"].as_str());
+    written.is_some() && written == token
 }
 
 /// Settings that are not those of a run, in words.

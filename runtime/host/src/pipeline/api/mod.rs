@@ -321,7 +321,7 @@ impl Session {
         let training = run.training(number)?;
         resumed::begin(&training, key, begun.filter(|_| own.is_none()).as_ref())?;
         let (id, path) = (format!("{}/{number}", run.id()), run.path().join("adapters").join(number.to_string()));
-        Ok(NewAdapter { run, number, training, id, path })
+        Ok(NewAdapter { run, number, id, path })
     }
 
     /// The run's directory, which is made if there is none yet.
@@ -342,8 +342,6 @@ struct NewAdapter {
     run: Rc<RunDirectory>,
     /// Number of the training in its run, from 1.
     number: usize,
-    /// The training's directory there.
-    training: PathBuf,
     /// `RUN/NUMBER`.
     id: String,
     /// Its directory.

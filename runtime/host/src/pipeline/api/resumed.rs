@@ -20,7 +20,7 @@ pub struct Begun {
     pub run: String,
     /// Number of the training there.
     pub number: usize,
-    checkpoint: PathBuf,
+    checkpoints: PathBuf,
 }
 
 /// The newest checkpoint of a training under a key: of the run itself, or else, if `others`, of another that no process works on.
@@ -34,27 +34,36 @@ pub fn checkpoint(key: &Key, own: &str, others: bool) -> Option<Begun> {
             let number = training.file_name().to_str()?.parse().ok()?;
             let said = read_text(&training.path().join(FILE), SMALL_FILE_BYTES_MAX).ok()?;
             let said: Json = serde_json::from_str(&said).ok()?;
-            let checkpoint = newest_checkpoint(&training.path()).filter(|_| said["key"] == key.hash())?;
-            Some(Begun { run: run.id.clone(), number, checkpoint })
+            newest_checkpoint(&training.path()).filter(|_| said["key"] == key.hash())?;
+            Some(Begun { run: run.id.clone(), number, checkpoints: training.path().join("checkpoints") })
         })
     })
 }
 
-/// Writes under which key a training begins, with a copy of the checkpoint of another run that it goes on from.
+/// Writes under which key a training begins, with copies of the checkpoints of another run that it goes on from: what it ends
+/// with may be an earlier one.
 ///
 /// # Errors
 /// When the disk is full, or anything else fails.
 pub fn begin(training: &Path, key: &Key, from: Option<&Begun>) -> Result<()> {
     if let Some(from) = from {
-        let name = from.checkpoint.file_name().context("a checkpoint has a name")?;
-        make_directory(&training.join("checkpoints"))?;
-        let copy = NewDirectory::start(&training.join("checkpoints").join(name))?;
-        for entry in fs::read_dir(&from.checkpoint).with_context(|| from.checkpoint.display().to_string())? {
-            let entry = entry?;
-            let place = || format!("{}: cannot copy", entry.path().display());
-            fs::copy(entry.path(), copy.path().join(entry.file_name())).with_context(place)?;
+        let to = training.join("checkpoints");
+        make_directory(&to)?;
+        let entries = |path: &Path| fs::read_dir(path).with_context(|| path.display().to_string());
+        for checkpoint in entries(&from.checkpoints)? {
+            let checkpoint = checkpoint?;
+            // Others are in the making, or were when their process was killed.
+            if !checkpoint.file_name().to_string_lossy().starts_with("step-") {
+                continue;
+            }
+            let copy = NewDirectory::start(&to.join(checkpoint.file_name()))?;
+            for entry in entries(&checkpoint.path())? {
+                let entry = entry?;
+                let place = || format!("{}: cannot copy", entry.path().display());
+                fs::copy(entry.path(), copy.path().join(entry.file_name())).with_context(place)?;
+            }
+            copy.publish()?;
         }
-        copy.publish()?;
     }
     replace_file(&training.join(FILE), format!("{:#}\n", json!({"key": key.hash()})).as_bytes())
 }

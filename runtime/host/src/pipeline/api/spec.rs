@@ -458,7 +458,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "forgetting",
-        doc: "Measures how far a trained model has moved from its base, on rows that it was not to change on.\nWithout `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters about a minute on two cores, at the second call much less.",
+        doc: "Measures how far a trained model has moved from its base, on rows that it was not to change on.\nWithout `dataset` the base answers a few dozen plain requests in several languages, at temperature 1 and always the same. Both models are compared in f32 over the whole vocabulary. That takes about as long as some answers of the base: with a model of 135 M parameters a minute or two on two cores, at the second call much less.",
         options: &[&[
             required("model", Kind::Model, "the trained model"),
             opt("dataset", Kind::Dataset, "answers of the base's own", "rows of the kind that must not be forgotten")

@@ -22,7 +22,7 @@ use super::stored::{Made, Step};
 use super::value::{to_json, to_lua, words};
 use super::{NewAdapter, Session, identity};
 use crate::job::defaults::{self, Open};
-use crate::job::{Before, Job, Outcome, Recording, Saving, Taken, newest_checkpoint};
+use crate::job::{Before, Job, Outcome, Recording, Saving, Taken};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
@@ -82,7 +82,12 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let eval = options.dataset("eval").map(encode).transpose().context("eval")?;
     let requantize = options.flag("requantize").unwrap_or(false);
     let adapter = step.as_ref().map(|step| session.new_adapter(step.key())).transpose()?;
-    let begun = adapter.as_ref().and_then(|adapter| newest_checkpoint(&adapter.training));
+    let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
+    let recording = match &adapter {
+        Some(NewAdapter { run, number, .. }) => Some(Recording::new(run, *number, saving)?),
+        None => None,
+    };
+    let begun = recording.as_ref().and_then(Recording::newest);
     let before = session.dry.then(|| Before::now(&model));
     let mut job = match &begun {
         None => Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?,
@@ -100,17 +105,12 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
     let open = Open { epochs, batch_size };
     let chosen = defaults::choose(&mut config, open, data.groups.len());
-    let saving = Saving::of(options.whole("save_steps"), options.number("save_minutes"));
-    let recording = match &adapter {
-        Some(NewAdapter { run, number, .. }) => Some(Recording::new(run, *number, saving)?),
-        None => None,
-    };
     let from = match (&recording, &begun) {
         (Some(recording), Some(_)) => Some(recording.resume(&job, &mut config).context(FRESH)?),
         _ => None,
     };
     let steps = planned_steps(data.groups.len(), &config).context("fine_tune")?;
-    restate(session, &spec, objective, &job, &data, eval.as_ref(), &config, steps);
+    restate(session, &spec, &job, (&data, eval.as_ref()), (&config, objective, steps));
     if let Some(chosen) = chosen {
         session.tell(format_args!("note: {chosen}"));
     }
@@ -167,7 +167,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     bar.into_iter().for_each(progress::Training::end);
     let ended = raised.is_some() || session.clock().cancelled();
     let (rows, data_digest) = (trained.len(), data.digest.clone());
-    let of_run = Some(run.id().to_owned());
+    let of_run = Some((run.id().to_owned(), run.token()));
     let outcome = Outcome { config, report, objective, run: of_run, rows, data_digest, forgetting: None, failure };
     let path = outcome.save(&job, path, Taken::Replaced, parent.as_deref())?;
     let (before, after) = (outcome.report.before(), outcome.report.after());
@@ -433,12 +433,9 @@ fn config(options: &Options, objective: ObjectiveKind, proposed: Option<f64>) ->
 fn restate(
     session: &Session,
     spec: &ModelSpec,
-    objective: ObjectiveConfig,
     job: &Job,
-    data: &Encoded,
-    eval: Option<&Encoded>,
-    config: &TrainConfig,
-    steps: u64,
+    (data, eval): (&Encoded, Option<&Encoded>),
+    (config, objective, steps): (&TrainConfig, ObjectiveConfig, u64),
 ) {
     let Job { model, adaptation, strategy, .. } = job;
     let (all, trained) = (model.parameter_count() as f64, adaptation.trainable_count() as f64);

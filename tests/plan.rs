@@ -68,7 +68,7 @@ fn what_saves_memory_is_estimated_to_save_it() -> Result<()> {
     let of = |strategy: &str, request: &Request| estimated(&model, strategy, &json!({}), request);
     let lora = of("lora", &request())?;
     let checkpointed = of("lora", &Request { gradient_checkpointing: true, ..request() })?;
-    assert!(checkpointed.parts.activations * 2 < lora.parts.activations, "{checkpointed:?}\n{lora:?}");
+    assert!(checkpointed.parts.activations * 3 < lora.parts.activations * 2, "{checkpointed:?}\n{lora:?}");
     let longer = of("lora", &Request { row_tokens: 65, ..request() })?;
     assert_eq!(longer.parts.weights, lora.parts.weights);
     assert!(longer.parts.activations > lora.parts.activations);
@@ -147,7 +147,7 @@ fn what_does_not_fit_is_told_with_what_to_change() -> Result<()> {
     let model = place.write("large/config.json", config.to_string())?;
     let mut command = homeroom();
     command.arg("plan").arg("--model-name").arg(model.parent().context("a directory")?);
-    command.args(["--strategy", "full", "--batch-size", "1", "--max-seq-len", "64"]);
+    command.args(["--strategy", "lora", "--batch-size", "1", "--max-seq-len", "64"]);
     let ran = succeeds(&mut command)?;
     assert!(ran.stdout.contains("too much") && ran.stdout.contains("hint: "), "{}", ran.stdout);
     Ok(())

@@ -728,7 +728,7 @@ impl Rows {
 /// Says how much memory the training will need, and warns where that is more than there is.
 fn tell_memory(job: &Job, rows: &Rows, config: &TrainConfig, before: Before) {
     let peak = job.peak_memory_estimate(&rows.train(), config, before);
-    line(format_args!("plan      up to about {} of memory   `homeroom plan` has the parts and the time", size(peak)));
+    line(format_args!("plan      about {} of memory   `homeroom plan` has the parts", size(peak)));
     if let Some(available) = before.lacking(peak) {
         line(format_args!(
             "warning: {} can be had; --gradient-checkpointing, a smaller --batch-size or --max-seq-len, or --strategy qlora needs less",

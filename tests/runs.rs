@@ -86,13 +86,44 @@ fn a_training_leaves_its_record_its_output_and_a_report() -> Result<()> {
     assert_eq!((&training["started"]["rows"], &training["started"]["eval_rows"]), (&json!(15), &json!(5)));
     let list = succeeds(&mut typed(&place, &["runs", "list"]))?.stdout;
     assert!(list.contains("tutor-1   finished") && list.contains("lora on llama with rows.jsonl"), "{list}");
-    assert!(list.contains("→") && list.trim_end().ends_with("tutor"), "{list}");
+    let [head, row] = list.lines().collect::<Vec<_>>()[..] else { panic!("{list}") };
+    assert!(head.starts_with("run ") && head.contains("   model   result"), "{list}");
+    // What came of it stands below its heading.
+    let from = head.find("model").context("a column of models")?;
+    assert!(row[from..].starts_with("tutor   loss ") && row.contains("→"), "{list}");
 
     // The page is made anew of the folder alone.
     fs::remove_file(at(&place, "tutor-1/report.html"))?;
     let printed = succeeds(&mut typed(&place, &["runs", "show", "tutor-1", "--report"]))?.stdout;
     assert_eq!(Path::new(printed.trim_end()), at(&place, "tutor-1/report.html"));
     assert_eq!(read("report.html")?, report);
+    Ok(())
+}
+
+/// A training that its script ends says why, and the model that the script saved is the one to go on with.
+#[test]
+fn a_training_that_its_script_ends_is_not_ended_by_the_user() -> Result<()> {
+    let place = pipelines::Place::new()?;
+    let script = |callback: &str| {
+        format!(
+            "{}local tuned = homeroom.fine_tune {{ model = model, dataset = data.train, steps = 4, on_step = {callback} }}\nhomeroom.save_model {{ model = tuned, name = 'kept' }}\nreturn 1",
+            pipelines::TRAIN
+        )
+    };
+    place.result(&script("function(r) if r.step == 2 then return { stop = 'good enough' } end end"))?;
+    place.error(&script("function(r) if r.step == 1 then error('no more') end end"))?;
+    let run = |id: &str| place.home().join("runs").join(id);
+    let events = |id: &str| fs::read_to_string(run(id).join("events.jsonl"));
+    let (stopped, failed) = ("s-1", "s-2");
+    for id in [stopped, failed] {
+        assert!(!events(id)?.contains("\"interrupted\""), "{}", events(id)?);
+    }
+    assert!(fs::read_to_string(run(stopped).join("output.txt"))?.contains("stopped   good enough"));
+    let report = fs::read_to_string(run(stopped).join("report.html"))?;
+    assert!(report.contains("stopped before its planned end: good enough") && !report.contains("ended by the user"));
+    assert!(report.contains("--model-dir kept"), "the name that it was saved under");
+    let report = fs::read_to_string(run(failed).join("report.html"))?;
+    assert!(report.contains("a callback failed: ") && !report.contains("--model-dir"));
     Ok(())
 }
 

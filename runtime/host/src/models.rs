@@ -330,6 +330,24 @@ pub fn load_rows(
     Ok(data)
 }
 
+/// Reads and encodes a file of answers to imitate, on which a model is measured by what messages call `measurer`.
+///
+/// # Errors
+/// As [`load_rows`].
+pub fn load_measured(
+    path: &Path,
+    model: &BaseModel,
+    max_seq_len: Option<usize>,
+    on_long_row: OnLongRow,
+    measurer: &str,
+) -> Result<Dataset<Group>> {
+    near::exists(path)?;
+    let encoder = encoder(model, max_seq_len, on_long_row)?;
+    let mut data = load_groups(path, encoder, Kind::Sft.rows(), measurer)?;
+    Kind::Sft.mark(&mut data.examples);
+    Ok(data)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;

@@ -38,7 +38,8 @@ pub fn load_jsonl(path: &Path, encoder: Encoder) -> Result<Dataset> {
     load(path, &encoder, RowKind::Demonstration, |line, row| encoder.examples(line, row), endless)
 }
 
-/// Reads a JSONL file and encodes its rows as what `objective`, which learns from rows of one kind, weighs together.
+/// Reads a JSONL file and encodes its rows as what `objective`, which learns from rows of one kind, weighs together. The name of another
+/// thing, which measures such rows, is for messages.
 ///
 /// # Errors
 /// As [`load_jsonl`], and when the rows are of another kind.

@@ -30,6 +30,7 @@ pub(super) const NOTHING: &str = "nothing to train on";
 pub(super) const NO_TEMPLATE: &str = "no chat template";
 pub(super) const NOT_RENDERED: &str = "refused by the chat template";
 pub(super) const OTHER_OBJECTIVE: &str = "of another objective";
+pub(super) const OTHER_ROWS: &str = "of another kind";
 pub(super) const NO_EMBEDDING: &str = "a token without an embedding";
 
 impl Problem {
@@ -51,6 +52,7 @@ impl Problem {
                 "take the token out of the rows, or the tokenizer that the model was made with; a model whose embedding was resized for it has it, too"
             }
             OTHER_OBJECTIVE => "choose what is learned with `--objective`, or write the rows in that form",
+            OTHER_ROWS => "give a file of answers to imitate, such as `{\"prompt\": …, \"completion\": …}`",
             MIXED => "all rows of a file have one form: write them alike, or as files of their own",
             NO_TEMPLATE => {
                 "choose an instruction-tuned model, or write the rows as `prompt` and `completion`, or as `text`"
@@ -83,7 +85,7 @@ impl Problems {
             self.hints.push(hint);
         }
         // All rows of another form, or for another objective, say the same; what is wrong with other rows must not drown in that.
-        let alike = [MIXED, OTHER_OBJECTIVE].contains(&problem.kind);
+        let alike = [MIXED, OTHER_OBJECTIVE, OTHER_ROWS].contains(&problem.kind);
         let again = alike && self.first.iter().any(|(_, earlier)| earlier.kind == problem.kind);
         if self.first.len() < TOLD_IN_FULL && !again {
             self.first.push((line, problem));

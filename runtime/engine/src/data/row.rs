@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use homeroom_abi::describe::nearest;
 use serde_json::{Map, Value as Json, json};
 
-use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, OTHER_OBJECTIVE, Problem, UNKNOWN_ROW};
+use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, OTHER_OBJECTIVE, OTHER_ROWS, Problem, UNKNOWN_ROW};
 use crate::text::template::join_parts;
 
 /// The roles of a message, as OpenAI names them.
@@ -106,7 +106,7 @@ impl RowKind {
         }
     }
 
-    /// Refuses rows of another kind than the one that `objective` learns from, which is this.
+    /// Refuses rows of another kind than the one that `objective` learns from, which is this. What is no objective measures rows.
     ///
     /// # Errors
     /// With the objective that would learn from them.
@@ -120,10 +120,11 @@ impl RowKind {
             Self::Preference => "has `chosen` and `rejected`",
             Self::Rating => "has a `label` that rates its completion",
         };
-        Err(Problem::new(
-            OTHER_OBJECTIVE,
-            format!("{detail}: rows for {learned}; {objective} learns from rows with {keys}"),
-        ))
+        let (kind, verb) = match self.objectives().contains(&objective) {
+            true => (OTHER_OBJECTIVE, "learns from"),
+            false => (OTHER_ROWS, "measures"),
+        };
+        Err(Problem::new(kind, format!("{detail}: rows for {learned}; {objective} {verb} rows with {keys}")))
     }
 }
 

@@ -186,7 +186,8 @@ impl Run<'_> {
         let State { report, owes, .. } = &mut self.state;
         report.interrupted = true;
         if !observer.is_cancelled() {
-            report.stopped.get_or_insert_with(|| "its observer has ended it".to_owned());
+            let reason = || observer.reason().unwrap_or_else(|| "its observer has ended it".to_owned());
+            report.stopped.get_or_insert_with(reason);
             *owes = false;
         }
     }

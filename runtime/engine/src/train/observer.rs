@@ -90,6 +90,11 @@ pub trait Observer {
         false
     }
 
+    /// Why it ends the run, where that is its own doing and nobody's who interrupts it. It is asked after [`Control::Stop`].
+    fn reason(&self) -> Option<String> {
+        None
+    }
+
     /// Saves the state, whose parameters give a finite loss. It must not change it.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! The models are measured one after the other, so that one at a time is in memory; float weights of a base that both are on are mapped,
 //! and so shared.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -12,14 +12,14 @@ use homeroom_engine::data::{Example, check_jsonl};
 use homeroom_engine::inference::Tokens;
 use homeroom_engine::inference::generate::Sampling;
 use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::objective::Kind;
 use homeroom_engine::train::{Evaluation, evaluate_each};
 use homeroom_kernels::Stream;
 use serde_json::{Value, json};
 
 use super::arguments::{COMPUTE, COUNT_MAX, RowArgs, one_of, whole};
 use super::{Done, print};
-use crate::models::{Answerer, Loaded, ModelRef, Network, is_here, load_rows, locate};
+use crate::job::question;
+use crate::models::{Answerer, Loaded, ModelRef, Network, is_here, load_measured, locate};
 use crate::near::exists;
 use crate::progress::{self, line, thousands};
 use crate::stdout::Stdout;
@@ -136,7 +136,7 @@ fn measure(reference: &ModelRef, arguments: &Arguments, lines: Option<&[usize]>)
     let loaded = Loaded::load(reference, Network::Allowed)?;
     let model = loaded.model.clone();
     let (max_seq_len, on_long_row) = (arguments.rows.max_seq_len, arguments.rows.on_long_row);
-    let data = load_rows(&arguments.file, &model, max_seq_len, on_long_row, Kind::Sft)?;
+    let data = load_measured(&arguments.file, &model, max_seq_len, on_long_row, "compare")?;
     let examples: Vec<&Example> = data.examples.iter().flat_map(|group| &group.sequences).collect();
     let bar = progress::counting("rows", examples.len());
     let adaptation = loaded.adaptation.as_deref();
@@ -151,7 +151,7 @@ fn measure(reference: &ModelRef, arguments: &Arguments, lines: Option<&[usize]>)
         row.nats += nats;
         row.tokens += example.trained.iter().filter(|trained| **trained).count();
         if let Some((start, end)) = answer(example).filter(|_| row.expected.is_empty()) {
-            (row.question, row.expected) = (text(&example.ids[..start])?, text(&example.ids[start..end])?);
+            (row.question, row.expected) = (question(&model, &example.ids[..start])?, text(&example.ids[start..end])?);
         }
     }
     let asked: Vec<&Example> = match lines {
@@ -164,7 +164,10 @@ fn measure(reference: &ModelRef, arguments: &Arguments, lines: Option<&[usize]>)
         None => {
             let mut with_question: Vec<&Example> =
                 examples.iter().filter(|example| answer(example).is_some()).copied().collect();
+            // One of each question: an answer to the same again shows nothing.
+            let mut seen = HashSet::new();
             with_question.dedup_by_key(|example| example.line);
+            with_question.retain(|example| rows.get(&example.line).is_none_or(|row| seen.insert(&row.question)));
             let count = arguments.samples.min(with_question.len());
             // Spread over the file.
             (0..count).map(|number| with_question[number * with_question.len() / count]).collect()

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{Done, print};
 use crate::progress::{line, size, thousands};
 use crate::registry;
-use crate::runs::history::{Training, plain};
+use crate::runs::history::{Training, forgets, looked_up, plain, saved_models};
 use crate::runs::{self, Entry, Kind, Lost, Status, checkpoints, ensure_unused, report, trainings};
 use crate::stdout::Stdout;
 use crate::table::{Column, lines};
@@ -68,15 +68,17 @@ pub fn run(what: &Runs) -> Result<Done> {
     }
 }
 
-/// Name, status, date, what it did, what came of it, size.
-const COLUMNS: [Column; 6] = [
+/// Name, status, date, what it did, size, the model that came of it, and what else.
+const COLUMNS: [Column; 7] = [
     Column { right: false, spare: 0 },
     Column { right: false, spare: 0 },
     Column { right: false, spare: 3 },
     Column { right: false, spare: 2 },
     Column { right: true, spare: 4 },
     Column { right: false, spare: 0 },
+    Column { right: false, spare: 0 },
 ];
+const HEADINGS: [&str; 7] = ["run", "status", "started", "what", "size", "model", "result"];
 
 fn list(as_json: bool) -> Result<Done> {
     let all = runs::list()?;
@@ -96,9 +98,15 @@ fn list(as_json: bool) -> Result<Done> {
     let row = |entry: &Entry| {
         let when = entry.started().unwrap_or_default().get(..16).unwrap_or_default().replace('T', " ");
         let (what, result) = (cell(&what(entry)), cell(&outcome(entry)));
-        vec![entry.id.clone(), entry.status.word().to_owned(), when, what, size(entry.bytes), result]
+        let model = cell(&model(entry).unwrap_or_default());
+        vec![entry.id.clone(), entry.status.word().to_owned(), when, what, size(entry.bytes), model, result]
     };
-    print(&lines(&COLUMNS, &all.iter().map(row).collect::<Vec<_>>(), Stdout.width()).join("\n"))?;
+    let mut rows: Vec<Vec<String>> = all.iter().map(row).collect();
+    let is_empty = |at: usize| rows.iter().all(|row| row[at].is_empty());
+    let headings = HEADINGS.iter().enumerate();
+    let headings = headings.map(|(at, heading)| if is_empty(at) { String::new() } else { (*heading).to_owned() });
+    rows.insert(0, headings.collect());
+    print(&lines(&COLUMNS, &rows, Stdout.width()).join("\n"))?;
     let going: Vec<&str> = all.iter().filter(|entry| entry.can_go_on()).map(|entry| entry.id.as_str()).collect();
     if let Some(last) = going.last() {
         let these = if going.len() == 1 { format!("{last} was") } else { format!("{} were", going.join(", ")) };
@@ -141,15 +149,23 @@ fn outcome(entry: &Entry) -> String {
     }
     let result = record.result.clone().unwrap_or_default();
     let number = |key: &str| result[key].as_f64();
-    let loss = match (number("eval_loss_before"), number("eval_loss"), number("train_loss").or(number("loss"))) {
+    match (number("eval_loss_before"), number("eval_loss"), number("train_loss").or(number("loss"))) {
         (Some(before), Some(after), _) => format!("loss {before:.3} → {after:.3}"),
         (None, Some(after), _) => format!("loss {after:.3}"),
         (_, None, Some(training)) => format!("training loss {training:.3}"),
-        (_, None, None) => String::new(),
-    };
-    let name = result["output_dir"].as_str().or(result["name"].as_str()).or(result.as_str());
-    let name = name.map(|name| registry::short(Path::new(name)));
-    [Some(loss).filter(|loss| !loss.is_empty()), name].into_iter().flatten().collect::<Vec<_>>().join("   ")
+        // A script's own word.
+        (_, None, None) => result.as_str().unwrap_or_default().to_owned(),
+    }
+}
+
+/// The name of the model that came of a run.
+fn model(entry: &Entry) -> Option<String> {
+    let result = entry.record.as_ref()?.result.clone().unwrap_or_default();
+    let named = result["output_dir"].as_str().or(result["name"].as_str());
+    match named {
+        Some(name) => Some(registry::short(Path::new(name))),
+        None => saved_models(&runs::events(&entry.path)).next().map(|path| registry::short(Path::new(path))),
+    }
 }
 
 /// How far a training came.
@@ -163,7 +179,8 @@ fn so_far(training: &Training) -> String {
 fn show(id: &str, as_json: bool) -> Result<Done> {
     let entry = runs::find(id)?;
     utf8(&entry.path)?;
-    let trainings = trainings(&runs::events(&entry.path));
+    let events = runs::events(&entry.path);
+    let trainings = trainings(&events);
     let next = next(&entry);
     if as_json {
         let mut all = serde_json::to_value(&entry)?;
@@ -184,6 +201,12 @@ fn show(id: &str, as_json: bool) -> Result<Done> {
     about(&entry, &mut add);
     for training in &trainings {
         trained(training, trainings.len() > 1, &mut add);
+    }
+    for (run, adapter) in looked_up(&events) {
+        add("looked up", format!("{adapter}   of run {run}"));
+    }
+    if let Some(saved) = saved_models(&events).next() {
+        add("saved", registry::short(Path::new(saved)));
     }
     for (training, steps) in checkpoints(&entry.path) {
         let steps = steps.iter().map(|step| format!("step {step}")).collect::<Vec<_>>().join(", ");
@@ -211,7 +234,8 @@ fn show(id: &str, as_json: bool) -> Result<Done> {
 fn pairs(key: &str, fields: Option<&Map<String, Value>>, add: &mut dyn FnMut(&str, String)) {
     let fields = fields.into_iter().flatten().filter(|(_, value)| !value.is_null());
     for (at, (name, value)) in fields.enumerate() {
-        add(if at == 0 { key } else { "" }, format!("{name} = {}", plain(value)));
+        let value = if name == "forgetting" { forgets(value) } else { None }.unwrap_or_else(|| plain(value));
+        add(if at == 0 { key } else { "" }, format!("{name} = {value}"));
     }
 }
 
@@ -259,7 +283,8 @@ fn trained(training: &Training, of_several: bool, add: &mut dyn FnMut(&str, Stri
     let number = if of_several { format!("training {}", training.number) } else { "training".to_owned() };
     let planned = training.planned().map(|planned| format!(" of {}", thousands(planned as usize))).unwrap_or_default();
     let done = training.steps.last().map_or(0, |step| step.step);
-    add(&number, format!("{} steps{planned} done", thousands(done as usize)));
+    let steps = if done == 1 && planned.is_empty() { "step" } else { "steps" };
+    add(&number, format!("{}{planned} {steps} done", thousands(done as usize)));
     if let Some((first, last, lowest)) = training.losses() {
         add("loss", format!("{first:.4} at first, {last:.4} at last, {lowest:.4} at best"));
     }

@@ -38,7 +38,7 @@ pub use self::keep::Taken;
 pub use self::outcome::Outcome;
 use self::recording::Recorder;
 pub use self::recording::{Recording, Resumed, Saving, newest_checkpoint};
-pub use self::samples::{Sample, Samples};
+pub use self::samples::{Sample, Samples, question};
 use self::stall::Stall;
 use crate::models::shown;
 use crate::plugin::generation::Live;

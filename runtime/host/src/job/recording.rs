@@ -312,11 +312,14 @@ impl Recorder<'_, '_> {
         }
     }
 
-    /// Says how the training ended.
+    /// Says how the training ended: one that its observer ended for a reason of its own was interrupted by nobody.
     pub(super) fn ended(&self, report: &TrainReport) {
         let step = report.steps.last().map_or(0, |step| step.step);
-        if report.interrupted {
-            self.event(json!({"event": "interrupted", "step": step}));
+        if report.interrupted && report.stopped.is_none() {
+            self.event(match self.inner.reason() {
+                Some(reason) => json!({"event": "stopped", "step": step, "reason": reason}),
+                None => json!({"event": "interrupted", "step": step}),
+            });
             return;
         }
         if let Some(reason) = &report.stopped {
@@ -381,6 +384,10 @@ impl Observer for Recorder<'_, '_> {
 
     fn is_cancelled(&mut self) -> bool {
         self.inner.is_cancelled()
+    }
+
+    fn reason(&self) -> Option<String> {
+        self.inner.reason()
     }
 
     fn is_due(&mut self, state: &State) -> bool {

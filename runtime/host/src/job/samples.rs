@@ -1,5 +1,6 @@
 //! Held-out questions, answered before a training and after it: a loss tells little to a teacher.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -32,7 +33,7 @@ const BEFORE_BYTES_MAX: u64 = 1 << 20;
 /// A held-out question with its answers.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Sample {
-    /// The prompt, as the model reads it, without its control tokens.
+    /// What is asked: the last turn of the prompt.
     pub prompt: String,
     /// What the row says.
     pub expected: String,
@@ -75,14 +76,18 @@ pub struct Samples<'a> {
 }
 
 impl<'a> Samples<'a> {
-    /// Picks questions of held-out rows, spread over them: those whose first answer is short. None where no row has a prompt.
+    /// Picks different questions of held-out rows, spread over them: those whose first answer is short. None where no row has a prompt.
     pub fn pick(held_out: &[&'a Group]) -> Self {
         // Answers that were rated bad are none to expect.
         let prompt = |group: &&'a Group| {
             let start = *group.prompts.first().filter(|start| **start > 1 && group.label != Some(false))?;
             Some((group.sequences.first()?, start))
         };
-        let with_prompt: Vec<(&Example, usize)> = held_out.iter().filter_map(prompt).collect();
+        // The same question again shows nothing.
+        let mut seen = HashSet::new();
+        let mut is_new = |(example, start): &(&'a Example, usize)| seen.insert(&example.ids[..*start]);
+        let with_prompt: Vec<(&Example, usize)> =
+            held_out.iter().filter_map(prompt).filter(|asked| is_new(asked)).collect();
         let count = QUESTIONS.min(with_prompt.len());
         let rows = (0..count).map(|number| with_prompt[number * with_prompt.len() / count.max(1)]).collect();
         Self { rows, before: Vec::new() }
@@ -129,7 +134,7 @@ impl<'a> Samples<'a> {
         let text = |ids: &[u32]| Ok::<_, anyhow::Error>(model.tokenizer.decode(ids, true)?.trim().to_owned());
         let samples = self.rows.iter().zip(self.before.iter().zip(after)).map(|((example, start), (before, after))| {
             let expected = text(&example.ids[*start..answer_end(example, *start)])?;
-            Ok(Sample { prompt: text(&example.ids[..*start])?, expected, before: before.clone(), after })
+            Ok(Sample { prompt: question(model, &example.ids[..*start])?, expected, before: before.clone(), after })
         });
         samples.collect()
     }
@@ -156,7 +161,56 @@ impl<'a> Samples<'a> {
     }
 }
 
+/// Words by which templates begin a turn.
+const ROLES: [&str; 6] = ["user", "assistant", "system", "human", "model", "tool"];
+
+/// What a prompt asks: the text of its last turn, without the role's word. The turns are cut at the control tokens that the template
+/// writes; of a prompt without them all of it is asked.
+///
+/// # Errors
+/// When the tokenizer cannot decode it.
+pub fn question(model: &BaseModel, prompt: &[u32]) -> Result<String> {
+    let tokenizer = &model.tokenizer;
+    let control: HashSet<u32> = tokenizer.control_tokens().iter().map(|control| control.id).collect();
+    let turns: Vec<&[u32]> = prompt.split(|id| control.contains(id)).collect();
+    // Behind the last control token is what opens the answer.
+    let before_opening = &turns[..turns.len().saturating_sub(1)];
+    for turn in before_opening.iter().rev() {
+        let text = without_role(&tokenizer.decode(turn, true)?);
+        if !text.is_empty() {
+            return Ok(text);
+        }
+    }
+    Ok(tokenizer.decode(prompt, true)?.trim().to_owned())
+}
+
+/// A turn without a first line that is a role's word, also as `<|user|>`.
+fn without_role(turn: &str) -> String {
+    let turn = turn.trim();
+    let (first, rest) = turn.split_once('\n').unwrap_or((turn, ""));
+    let word = first.trim_matches(|c: char| !c.is_alphanumeric());
+    let is_role = ROLES.iter().any(|role| word.eq_ignore_ascii_case(role));
+    if is_role { rest.trim().to_owned() } else { turn.to_owned() }
+}
+
 /// Where the first trained span ends that begins at a token.
 fn answer_end(example: &Example, start: usize) -> usize {
     example.trained[start..].iter().position(|trained| !trained).map_or(example.ids.len(), |length| start + length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_is_told_without_its_role() {
+        for (turn, told) in [
+            ("user\nWhat is 2 + 2?\n", "What is 2 + 2?"),
+            ("<|user|>\nWhat is it?\nAnd why?", "What is it?\nAnd why?"),
+            ("assistant\n", ""),
+            ("\n\nuser input, what is that?", "user input, what is that?"),
+        ] {
+            assert_eq!(without_role(turn), told, "{turn:?}");
+        }
+    }
 }

@@ -55,6 +55,15 @@ impl From<Ended> for Failure {
 }
 
 impl Failure {
+    /// What it says, in one line.
+    pub fn brief(&self) -> String {
+        let text = match self {
+            Self::Lua(error) => message(error),
+            Self::Said(error) => format!("{error:#}"),
+        };
+        text.lines().next().unwrap_or_default().to_owned()
+    }
+
     /// The same with words before it.
     pub fn within(self, words: &str) -> Self {
         match self {

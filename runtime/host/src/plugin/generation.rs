@@ -184,6 +184,10 @@ impl Observer for Live<'_> {
         self.observer.is_cancelled()
     }
 
+    fn reason(&self) -> Option<String> {
+        self.observer.reason()
+    }
+
     fn is_due(&mut self, state: &State) -> bool {
         self.observer.is_due(state)
     }

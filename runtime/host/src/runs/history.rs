@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value;
 
+/// Events of a run that are of none of its trainings.
+const RUNS_OWN: [&str; 2] = ["looked_up", "saved_model"];
+
 /// What one training of a run did.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Training {
@@ -108,6 +111,8 @@ impl Moment {
             "refused" => because(format!("a new build was refused ({})", text("id"))),
             "directed" => format!("the strategy or script changed the course: {}", text("directive")),
             "undirected" => because(format!("a change of course was refused: {}", text("directive"))),
+            "forgetting" => forgets(&Value::Object(self.fields.clone().into_iter().collect()))
+                .map_or_else(|| "forgetting".to_owned(), |words| format!("forgets: {words}")),
             "interrupted" => "ended by the user".to_owned(),
             "stopped" => because("stopped before its planned end".to_owned()),
             other => {
@@ -132,7 +137,45 @@ pub fn plain(value: &Value) -> String {
     }
 }
 
+/// How far a model has moved from its base, in words, of what [`crate::job::forgetting`] measured; `None`: it is something else.
+pub fn forgets(measured: &Value) -> Option<String> {
+    let number = |key: &str| measured[key].as_f64();
+    let (before, after, kl) = (number("loss_before")?, number("loss_after")?, number("kl")?);
+    Some(format!(
+        "loss {before:.4} before, {after:.4} after; KL {kl:.4} nats a token. Below about 0.1 the answers of the base hardly change, above about 1 they are mostly others"
+    ))
+}
+
+/// A model that a run saved under a name, the last one first.
+pub fn saved_models(events: &[Value]) -> impl Iterator<Item = &str> {
+    events.iter().rev().filter(|event| event["event"] == "saved_model").filter_map(|event| event["path"].as_str())
+}
+
+/// The trainings whose results a run looked up: the run that made each, and the result.
+pub fn looked_up(events: &[Value]) -> Vec<(&str, &str)> {
+    let mut all: Vec<(&str, &str)> = Vec::new();
+    for event in events.iter().filter(|event| event["event"] == "looked_up") {
+        let Some(found) = event["from"].as_str().zip(event["adapter"].as_str()) else { continue };
+        // A run that is taken up again looks them up again.
+        if !all.contains(&found) {
+            all.push(found);
+        }
+    }
+    all
+}
+
 impl Training {
+    /// Whether its last word is that it was ended before its planned end: by the user, or by an error.
+    pub fn is_cut_short(&self) -> bool {
+        let last = self.steps.last().map_or(0, |step| step.step);
+        self.finished.is_empty() && self.planned().is_some_and(|planned| last < planned)
+    }
+
+    /// Whether it learned from single answers that are rated, as that of kto does, and not from pairs.
+    pub fn is_of_ratings(&self) -> bool {
+        self.started.get("objective").and_then(Value::as_str) == Some("kto")
+    }
+
     /// Steps and evaluations behind a step were undone.
     fn go_back(&mut self, step: u64) {
         self.steps.retain(|other| other.step <= step);
@@ -169,6 +212,9 @@ pub fn trainings(events: &[Value]) -> Vec<Training> {
     for event in events {
         let Some(name) = event["event"].as_str() else { continue };
         let number = event["training"].as_u64();
+        if number.is_none() && RUNS_OWN.contains(&name) {
+            continue;
+        }
         // What belongs to no training is the run's own.
         if number.is_none() && !["step", "eval", "sample", "checkpoint"].contains(&name) && found.is_empty() {
             continue;
@@ -290,6 +336,28 @@ mod tests {
                 "went back to step 2, learning rate times 0.5: the loss diverges",
             ]
         );
+    }
+
+    #[test]
+    fn what_a_run_looked_up_and_saved_is_of_none_of_its_trainings() {
+        let events = [
+            json!({"event": "started", "training": 1, "steps": 60}),
+            step(1, 3.0),
+            json!({"event": "stopped", "training": 1, "step": 1, "reason": "a callback failed: no"}),
+            json!({"event": "looked_up", "from": "a-1", "adapter": "a-1/1"}),
+            json!({"event": "looked_up", "from": "a-1", "adapter": "a-1/1"}),
+            json!({"event": "saved_model", "name": "old", "path": "/models/old"}),
+            json!({"event": "saved_model", "name": "new", "path": "/models/new"}),
+            json!({"event": "forgetting", "training": 1, "loss_before": 2.0, "loss_after": 2.5, "kl": 0.25, "tokens": 9}),
+        ];
+        let found = trainings(&events);
+        assert!(found.len() == 1 && found[0].is_cut_short());
+        assert_eq!(looked_up(&events), [("a-1", "a-1/1")]);
+        assert_eq!(saved_models(&events).next(), Some("/models/new"));
+        let words: Vec<String> = found[0].moments.iter().map(Moment::words).collect();
+        assert_eq!(words[0], "stopped before its planned end: a callback failed: no");
+        assert!(words[1].starts_with("forgets: loss 2.0000 before, 2.5000 after; KL 0.2500 nats a token"), "{words:?}");
+        assert_eq!(words.len(), 2);
     }
 
     #[test]

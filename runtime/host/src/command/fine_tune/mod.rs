@@ -32,7 +32,7 @@ use crate::job::defaults::{self, Open};
 use crate::job::forgetting;
 use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Sample, Samples, Saving, Taken};
 use crate::models::{
-    Located, Network, Use, here, last_part, load_base, load_rows, locate, refuse_other, shown, with_text,
+    Located, Network, Use, here, last_part, load_base, load_measured, load_rows, locate, refuse_other, shown, with_text,
 };
 use crate::near::exists;
 use crate::plugin::{Plugin, Search, native};
@@ -493,7 +493,7 @@ fn own_kind(arguments: &Arguments, model: &Arc<BaseModel>, training: Option<&Pat
         Some(None) => Some(ForgettingRows::own(model, training)?),
         Some(Some(file)) => {
             let RowArgs { max_seq_len, on_long_row } = arguments.rows;
-            let rows = load_rows(file, model, max_seq_len, on_long_row, Kind::Sft)?;
+            let rows = load_measured(file, model, max_seq_len, on_long_row, "--forgetting")?;
             Some(ForgettingRows::given(rows.examples, file.display().to_string()))
         }
     })

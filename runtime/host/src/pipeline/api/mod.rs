@@ -304,6 +304,13 @@ impl Session {
         Ok(begun)
     }
 
+    /// Writes an event of the run itself, if it has begun.
+    fn note(&self, event: &Json) {
+        if let Some((run, _)) = &*self.run.borrow() {
+            run.event(event);
+        }
+    }
+
     /// The adapter that the next training of this run makes. One that was begun under the same key, here or in a run that has ended, is
     /// gone on with.
     fn new_adapter(&self, key: &Key) -> Result<NewAdapter> {
@@ -612,6 +619,7 @@ fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Fa
             session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
             Ok(Made { result: json!({"name": name, "path": place}), files: identity::model_files(&place)? })
         })?;
+        session.note(&json!({"event": "saved_model", "name": name, "path": place}));
         session.adaptations.borrow_mut().remove(&place);
         session.bases.borrow_mut().remove(&place);
         spec.adapter = Some(name.clone());

@@ -63,6 +63,8 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     if let Some((step, entry)) = step.as_ref().and_then(|step| Some((step, step.look_up()?))) {
         let told = format!("from run {}, {:.1} s", entry.run, step.seconds());
         session.tell(format_args!("stage {stage:<3} {told}   {}", summary(&entry.result)));
+        let looked_up = json!({"event": "looked_up", "from": entry.run, "adapter": entry.result["adapter"]});
+        session.note(&looked_up);
         return tuned(lua, spec, &entry.result);
     }
     let plugin = session.plugin(&strategy)?;
@@ -174,9 +176,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
     if let (Some(before), Some(after)) = (before, after) {
         session.tell(format_args!("held-out  loss {:.4} before, {:.4} after", before.loss, after.loss));
     }
-    if stopped.is_none()
-        && let Some(why) = &outcome.report.stopped
-    {
+    if let Some(why) = stopped.as_ref().or(outcome.report.stopped.as_ref()) {
         session.tell(format_args!("stopped   {why}"));
     }
     if let Some(step) = outcome.report.kept_step {
@@ -547,6 +547,15 @@ impl Observer for Watcher<'_> {
 
     fn is_cancelled(&mut self) -> bool {
         self.raised.is_some() || self.session.clock().cancelled()
+    }
+
+    fn reason(&self) -> Option<String> {
+        match &self.raised {
+            // What ends the script raises in its callbacks, too.
+            _ if self.session.clock().cancelled() => None,
+            Some(raised) => Some(format!("a callback failed: {}", raised.brief())),
+            None => self.stopped.clone(),
+        }
     }
 
     fn is_due(&mut self, state: &State) -> bool {

@@ -13,7 +13,7 @@ use homeroom_engine::files::gguf::Gguf;
 use homeroom_engine::files::{read_text, replace_file};
 use serde_json::{Map, Value};
 
-use super::history::{Training, plain};
+use super::history::{Training, looked_up, plain, saved_models};
 use super::list::{Entry, Kind, Record, Status};
 use super::{events, trainings};
 use crate::command::runs::what;
@@ -93,7 +93,8 @@ fn write_of(entry: &Entry) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The model that came of a run, as it can be named in a command: what its result names, or else the last that it trained.
+/// The model that came of a run, as it can be named in a command: what its result names, or else the last that it saved
+/// under a name, or else the last that it trained to the end.
 pub fn result_model(entry: &Entry) -> Option<String> {
     model_directory(entry).map(|path| registry::short(&path))
 }
@@ -105,15 +106,21 @@ fn model_directory(entry: &Entry) -> Option<PathBuf> {
         true => registry::place(text).ok(),
         false => Some(PathBuf::from(text)).filter(|path| path.is_absolute()),
     });
+    let events = events(&entry.path);
+    let saved = saved_models(&events).map(PathBuf::from);
+    let trainings = trainings(&events);
+    // What a training had learned when it failed is kept, and is no result.
+    let is_whole = |number: u64| !trainings.iter().any(|training| training.number == number && training.is_cut_short());
     let mut adapters: Vec<(u64, PathBuf)> = std::fs::read_dir(entry.path.join("adapters"))
         .into_iter()
         .flatten()
         .flatten()
         .filter_map(|adapter| Some((adapter.file_name().to_str()?.parse().ok()?, adapter.path())))
         .collect();
+    adapters.retain(|(number, _)| is_whole(*number));
     adapters.sort();
     let is_model = |path: &PathBuf| path.join("homeroom.json").is_file() || path.join("adapter_config.json").is_file();
-    named.chain(adapters.into_iter().rev().map(|(_, path)| path)).find(is_model)
+    named.chain(saved).chain(adapters.into_iter().rev().map(|(_, path)| path)).find(is_model)
 }
 
 /// What the folder of a run says.
@@ -211,6 +218,9 @@ fn summary(entry: &Entry, trainings: &[Training], manifest: Option<&Manifest>) -
         let steps = if last.step == 1 && planned.is_empty() { "step" } else { "steps" };
         let verb = if pipeline { "took" } else { "for" };
         sentences.push(format!("{who} {verb} {}{planned} {steps}{took}.", thousands(last.step as usize)));
+    }
+    for (run, adapter) in looked_up(&events(&entry.path)) {
+        sentences.push(format!("The result of a training was there already, from run {run}: {adapter}."));
     }
     if let [training] = trainings {
         let losses =

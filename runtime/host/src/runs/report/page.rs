@@ -150,6 +150,9 @@ fn loss(training: &Training, marks: Vec<(f64, usize)>, id: &str, out: &mut Strin
         true => {
             "The loss says how much the right answers surprise the model: 0 would be no surprise at all, so lower is better."
         }
+        false if training.is_of_ratings() => {
+            "The loss says how far the model is from telling the good answers of the rows from the bad ones: lower is better."
+        }
         false => {
             "The loss says how far the model is from preferring the answers that the rows prefer: lower is better."
         }
@@ -290,10 +293,19 @@ fn rewards(training: &Training, id: &str, out: &mut String) {
     if from_to(&margin).is_none() && from_to(&chosen).is_none() {
         return;
     }
-    let mut words = vec![
-        "Of each question the model saw an answer that people prefer and one that they do not. A reward says how much likelier it finds an answer than it did before the training: the two lines should move apart."
-            .to_owned(),
-    ];
+    let of_ratings = training.is_of_ratings();
+    let shown = if of_ratings {
+        "The model saw single answers that people rated as good or as bad."
+    } else {
+        "Of each question the model saw an answer that people prefer and one that they do not."
+    };
+    let mut words = vec![format!(
+        "{shown} A reward says how much likelier it finds an answer than it did before the training: the two lines should move apart."
+    )];
+    let names = match of_ratings {
+        true => ["good", "bad", "good answers", "bad answers"],
+        false => ["preferred", "rejected", "preferred answers", "rejected answers"],
+    };
     if let Some((first, last)) = from_to(&margin).filter(|_| margin.len() > 1) {
         words.push(format!("The distance between them went from {} to {}.", number(first), number(last)));
     }
@@ -302,13 +314,13 @@ fn rewards(training: &Training, id: &str, out: &mut String) {
         [vec![thousands(step.step as usize).to_string()], rewards.map(cell).to_vec()].concat()
     };
     let rows: Vec<_> = some(&training.steps).iter().map(row).collect();
-    let numbers = table("Rewards in numbers", &["step", "preferred", "rejected", "right", "distance"], &rows);
+    let numbers = table("Rewards in numbers", &["step", names[0], names[1], "right", "distance"], &rows);
     let chart = Chart {
         title: "Rewards by step",
         description: words.join(" "),
         lines: vec![
-            Line { name: "preferred answers", colour: 'a', points: chosen, smooth: true },
-            Line { name: "rejected answers", colour: 'b', points: rejected, smooth: true },
+            Line { name: names[2], colour: 'a', points: chosen, smooth: true },
+            Line { name: names[3], colour: 'b', points: rejected, smooth: true },
             Line { name: "distance (margin)", colour: 'c', points: margin, smooth: true },
         ],
         marks: vec![],
@@ -317,12 +329,20 @@ fn rewards(training: &Training, id: &str, out: &mut String) {
     };
     figure("Rewards", &chart, id, &words, &numbers, out);
     if let Some((first, last)) = from_to(&accuracy).filter(|_| accuracy.len() > 1) {
-        let words = vec![format!(
-            "The share of pairs in which the preferred answer has the higher reward, from {} to {}; tossing a coin gives 0.5.",
-            number(first),
-            number(last)
-        )];
-        let line = Line { name: "share of pairs that it ranks right", colour: 'a', points: accuracy, smooth: true };
+        let share = match of_ratings {
+            true => {
+                "The share of answers that are judged right, a good one by a reward above the usual and a bad one by none"
+            }
+            false => "The share of pairs in which the preferred answer has the higher reward",
+        };
+        // How many of the answers are good is the rows' own: a coin says nothing of them.
+        let coin = if of_ratings { "" } else { "; tossing a coin gives 0.5" };
+        let words = vec![format!("{share}, from {} to {}{coin}.", number(first), number(last))];
+        let (heading, name) = match of_ratings {
+            true => ("Answers judged right", "share of answers that it judges right"),
+            false => ("Pairs ranked right", "share of pairs that it ranks right"),
+        };
+        let line = Line { name, colour: 'a', points: accuracy, smooth: true };
         let chart = Chart {
             title: "Reward accuracy by step",
             description: words.join(" "),
@@ -331,7 +351,7 @@ fn rewards(training: &Training, id: &str, out: &mut String) {
             range: Some((0.0, 1.0)),
             small: false,
         };
-        figure("Pairs ranked right", &chart, &format!("{id}-accuracy"), &words, "", out);
+        figure(heading, &chart, &format!("{id}-accuracy"), &words, "", out);
     }
 }
 

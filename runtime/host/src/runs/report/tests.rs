@@ -141,6 +141,23 @@ fn the_words_below_a_curve_say_what_it_shows() {
     let preferring = json!({"event": "started", "training": 1, "objective": "dpo"});
     let page = html(&data(&[vec![preferring], lines(4)].concat()));
     assert!(page.contains("far the model is from preferring") && !page.contains("right answers surprise"));
+    // Rows of kto are single answers.
+    let of = |objective: &str| {
+        let mut events = vec![json!({"event": "started", "training": 1, "objective": objective})];
+        events.extend((1..4).map(|step| {
+            let rewards = json!({"chosen": step, "rejected": 0, "accuracy": 0.5, "margin": step});
+            json!({"event": "step", "training": 1, "step": step, "loss": 1.0, "rewards": rewards})
+        }));
+        html(&data(&events))
+    };
+    assert!(of("dpo").contains("Pairs ranked right") && of("dpo").contains("coin"));
+    let page = of("kto");
+    assert!(page.contains("Answers judged right") && page.contains("rated as good or as bad"));
+    assert!(
+        !["pair", "prefer", "coin"]
+            .iter()
+            .any(|word| page.contains(&format!("{word}s ")) || page.contains(&format!("{word} ")))
+    );
 }
 
 #[test]

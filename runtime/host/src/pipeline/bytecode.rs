@@ -4,7 +4,7 @@
 //! The format is that of `lvmload.cpp` and `Bytecode.h` of the Luau that mlua is built with. A version that is not known is an error;
 //! the tests below would say so.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use mlua::chunk::Compiler;
@@ -12,10 +12,27 @@ use sha2::{Digest, Sha256};
 
 /// Versions whose fields are known here.
 const VERSIONS: std::ops::RangeInclusive<u8> = 4..=10;
+const MOVE: u8 = 6;
 const GETGLOBAL: u8 = 7;
 const SETGLOBAL: u8 = 8;
+const SETUPVAL: u8 = 10;
+const GETTABLE: u8 = 13;
+const SETTABLE: u8 = 14;
 const GETTABLEKS: u8 = 15;
+const SETTABLEKS: u8 = 16;
+const GETTABLEN: u8 = 17;
+const SETTABLEN: u8 = 18;
+const CALL: u8 = 21;
 const RETURN: u8 = 22;
+const NEWTABLE: u8 = 53;
+const DUPTABLE: u8 = 54;
+/// Operations that leave the register of their first operand as it is, or have none.
+const NO_RESULT: [u8; 27] =
+    [0, 8, 10, 11, 14, 16, 18, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 55, 60, 68, 70, 73, 74, 75, 77, 78];
+/// As [`NO_RESULT`], of comparisons with a constant.
+const NO_RESULT_EITHER: [u8; 2] = [79, 80];
+/// Functions of `table` that change a table.
+const TABLE_WRITERS: [&str; 5] = ["clear", "insert", "move", "remove", "sort"];
 /// Operations with a second word, in the order of Luau's `getOpLength`.
 const TWO_WORDS: [u8; 30] = [
     7, 8, 12, 15, 16, 20, 27, 28, 29, 30, 31, 32, 53, 55, 58, 60, 66, 74, 75, 77, 78, 79, 80, 83, 84, 85, 86, 87, 88,
@@ -41,6 +58,8 @@ struct Protos {
 }
 
 struct Proto {
+    /// Numbers of parameters and captured values, and whether it takes more.
+    head: [u8; 3],
     captures: u8,
     code: Vec<u32>,
     lines: Vec<usize>,
@@ -49,6 +68,8 @@ struct Proto {
     line: usize,
     /// Registers of variables, and the words of code in which they are that.
     variables: Vec<(u32, std::ops::Range<usize>)>,
+    /// Names of its variables.
+    names: Vec<String>,
 }
 
 enum Constant {
@@ -69,18 +90,36 @@ pub struct Global {
     pub is_set: bool,
 }
 
+/// A global with the fields that are read of it, at its line: `homeroom.log.info` is `homeroom`, `log`, `info`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// The line of the last field.
+    pub line: usize,
+    /// The global and its fields.
+    pub path: Vec<String>,
+}
+
 /// The functions that begin at one line.
 pub struct Source {
+    /// Whether no other function begins there, within it or beside it: which of them a closure is cannot be told.
+    pub is_alone: bool,
+    /// Whether it or a function in it assigns to a captured variable.
+    pub assigns: bool,
+    /// Whether it may change a table that is neither its own nor kept in `report.state`.
+    pub writes: bool,
     /// SHA-256 of their code, of the functions in them, and of all constants: comments, blank lines and names of variables aside.
     pub digest: String,
     /// Most values that one of them takes from around it.
     pub captures: u8,
-    /// The globals that they name.
-    pub globals: BTreeSet<String>,
-    /// Fields of `params` that they read; `None`: they may read any.
-    pub params: Option<BTreeSet<String>>,
-    /// Fields of `homeroom` that they read; `None`: they may read any.
-    pub homeroom: Option<BTreeSet<String>>,
+    /// The globals that they name, each with its fields that they read; `None`: they may read any.
+    pub globals: BTreeMap<String, Option<BTreeSet<String>>>,
+}
+
+impl Source {
+    /// Fields of a global that they read; `None`: they may read any.
+    pub fn fields(&self, global: &str) -> Option<BTreeSet<String>> {
+        self.globals.get(global).cloned().unwrap_or_else(|| Some(BTreeSet::new()))
+    }
 }
 
 impl Functions {
@@ -115,21 +154,41 @@ impl Functions {
     pub fn at(&self, line: usize) -> Option<Source> {
         let mut hash = Sha256::new();
         let mut captures = None;
+        let (mut assigns, mut writes) = (false, false);
         for index in self.run.beginning_at(line) {
             captures = captures.max(Some(self.run.all[index].captures));
-            self.run.visit(index, &mut |proto| proto.digest(&mut hash));
+            self.run.visit(index, &mut |proto| {
+                proto.digest(&mut hash);
+                assigns |= proto.code_of(&[SETUPVAL]).next().is_some();
+                writes |= proto.writes();
+            });
         }
-        let (mut globals, mut params, mut homeroom) = (BTreeSet::new(), Some(BTreeSet::new()), Some(BTreeSet::new()));
+        let mut globals = BTreeMap::new();
         for index in self.plain.beginning_at(line) {
             self.plain.visit(index, &mut |proto| {
-                globals.extend(proto.globals().map(|global| global.name));
-                for (fields, name) in [(&mut params, "params"), (&mut homeroom, "homeroom")] {
-                    let all = fields.take().zip(proto.fields(name));
-                    *fields = all.map(|(all, more)| all.union(&more).cloned().collect());
+                for global in proto.globals() {
+                    let more = proto.fields(&global.name).filter(|_| !global.is_set);
+                    let all = globals.entry(global.name).or_insert_with(|| Some(BTreeSet::new()));
+                    *all = all.take().zip(more).map(|(all, more)| all.union(&more).cloned().collect());
                 }
             });
         }
-        Some(Source { digest: hex(&hash.finalize()), captures: captures?, globals, params, homeroom })
+        writes |= globals.contains_key("rawset");
+        if let Some(fields) = globals.get("table") {
+            writes |= fields.as_ref().is_none_or(|all| all.iter().any(|name| writes_tables("table", name)));
+        }
+        let is_alone = self.run.beginning_at(line).count() == 1;
+        Some(Source { is_alone, assigns, writes, digest: hex(&hash.finalize()), captures: captures?, globals })
+    }
+
+    /// All globals with the fields that are read of each, as the compiler sees them: a local of that name is none.
+    pub fn accesses(&self) -> Vec<Access> {
+        self.plain.all.iter().flat_map(Proto::accesses).collect()
+    }
+
+    /// How many variables of a name the script declares.
+    pub fn declared(&self, name: &str) -> usize {
+        self.plain.all.iter().flat_map(|proto| &proto.names).filter(|declared| *declared == name).count()
     }
 }
 
@@ -154,7 +213,7 @@ impl Protos {
 impl Proto {
     /// What it does, without its line and the functions in it.
     fn digest(&self, hash: &mut Sha256) {
-        hash.update([self.captures]);
+        hash.update(self.head);
         hash.update((self.code.len() as u64).to_le_bytes());
         self.code.iter().for_each(|word| hash.update(word.to_le_bytes()));
         for constant in &self.constants {
@@ -182,6 +241,41 @@ impl Proto {
         })
     }
 
+    /// Where operations of some kinds are.
+    fn code_of<'a>(&'a self, kinds: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
+        self.operations().map(|(at, _)| at).filter(|at| kinds.contains(&(self.code[*at] as u8)))
+    }
+
+    /// Whether it sets a field of a table that it did not make, and that is not `report.state` or within it. A table of which that cannot
+    /// be told counts.
+    fn writes(&self) -> bool {
+        self.code_of(&[SETTABLE, SETTABLEKS, SETTABLEN]).any(|at| !self.is_own(self.code[at] >> 16 & 0xff, at))
+    }
+
+    /// Whether the register holds a table of its own before a word of code.
+    fn is_own(&self, register: u32, before: usize) -> bool {
+        let sets = |at: usize| {
+            let (word, operation) = (self.code[at], self.code[at] as u8);
+            let first = word >> 8 & 0xff;
+            match operation {
+                // Names and calls leave their results from a register on.
+                20 | CALL | 63 | 85 | 87 => first <= register,
+                _ if NO_RESULT.contains(&operation) || NO_RESULT_EITHER.contains(&operation) => false,
+                56..=59 | 61 | 76 => first <= register,
+                _ => first == register,
+            }
+        };
+        let last = self.operations().take_while(|(at, _)| *at < before).filter(|(at, _)| sets(*at)).last();
+        let Some((at, second)) = last else { return false };
+        let from = self.code[at] >> 16 & 0xff;
+        match self.code[at] as u8 {
+            NEWTABLE | DUPTABLE => true,
+            GETTABLEKS if second.and_then(|text| self.text(text)).is_some_and(|name| name == "state") => true,
+            GETTABLE | GETTABLEKS | GETTABLEN | MOVE => self.is_own(from, at),
+            _ => false,
+        }
+    }
+
     fn text(&self, constant: u32) -> Option<String> {
         match self.constants.get(constant as usize)? {
             Constant::Text(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
@@ -196,6 +290,27 @@ impl Proto {
             let name = self.text(second.filter(|_| named)?)?;
             Some(Global { line: self.lines[at], name, is_set: operation == SETGLOBAL })
         })
+    }
+
+    fn accesses(&self) -> Vec<Access> {
+        let operations: Vec<(usize, Option<u32>)> = self.operations().collect();
+        let mut all = Vec::new();
+        for (index, (at, second)) in operations.iter().enumerate() {
+            if self.code[*at] as u8 != GETGLOBAL {
+                continue;
+            }
+            let Some(name) = second.and_then(|text| self.text(text)) else { continue };
+            let (mut path, mut line, mut register) = (vec![name], self.lines[*at], self.code[*at] >> 8 & 0xff);
+            for (at, second) in &operations[index + 1..] {
+                let is_field = self.code[*at] as u8 == GETTABLEKS && self.code[*at] >> 16 & 0xff == register;
+                let Some(field) = second.filter(|_| is_field).and_then(|text| self.text(text)) else { break };
+                // What is kept in a variable may be asked for other fields.
+                (line, register) = (self.lines[*at], self.code[*at] >> 8 & 0xff);
+                path.push(field);
+            }
+            all.push(Access { line, path });
+        }
+        all
     }
 
     /// Fields of a global that it reads; `None`: they may be any.
@@ -220,6 +335,11 @@ impl Proto {
         }
         Some(fields)
     }
+}
+
+/// Whether a function of a library changes a table that it is given.
+pub fn writes_tables(library: &str, name: &str) -> bool {
+    library == "table" && TABLE_WRITERS.contains(&name) || library.is_empty() && name == "rawset"
 }
 
 /// Bytes that are read from the beginning.
@@ -261,7 +381,7 @@ impl Reader<'_> {
 
     fn proto(&mut self, texts: &[Vec<u8>]) -> Result<Proto> {
         let head = self.take(5)?;
-        let captures = head[2];
+        let (captures, head) = (head[2], [head[1], head[2], head[3]]);
         let size = self.number()?;
         self.take(size)?;
         let count = self.number()?;
@@ -273,10 +393,11 @@ impl Reader<'_> {
         let line = self.number()?;
         self.number()?; // Its name.
         let lines = if self.byte()? != 0 { self.lines(code.len())? } else { vec![line; code.len()] };
-        let mut variables = Vec::new();
+        let (mut variables, mut names) = (Vec::new(), Vec::new());
         if self.byte()? != 0 {
             for _ in 0..self.number()? {
-                self.number()?; // Its name.
+                let name = self.number()?.checked_sub(1).and_then(|index| texts.get(index));
+                names.extend(name.map(|name| String::from_utf8_lossy(name).into_owned()));
                 let code = self.number()?..self.number()?;
                 variables.push((u32::from(self.byte()?), code));
             }
@@ -284,7 +405,7 @@ impl Reader<'_> {
                 self.number()?;
             }
         }
-        Ok(Proto { captures, code, lines, constants, inner, line, variables })
+        Ok(Proto { head, captures, code, lines, constants, inner, line, variables, names })
     }
 
     /// The line of each word of code: differences of bytes, that begin anew at every so many words.
@@ -425,7 +546,7 @@ mod tests {
     fn the_parameters_that_a_function_reads_are_known_unless_they_may_be_any() {
         let params = |body: &str| {
             let text = format!("return function(r)\n{body}\nend");
-            Functions::of(&text).expect("it compiles").at(1).expect("a function").params
+            Functions::of(&text).expect("it compiles").at(1).expect("a function").fields("params")
         };
         let named = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>());
         assert_eq!(params("return r.loss"), named(&[]));

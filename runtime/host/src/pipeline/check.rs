@@ -4,16 +4,16 @@
 //!
 //! No weights and no plugin are loaded. Of what only a run comes to, nothing is said.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use mlua::Lua;
 use serde_json::Value as Json;
 
-use super::api::spec::{METHODS, VERBS, Verb};
+use super::api::spec::{LOGS, METHODS, VERBS, Verb};
 use super::api::{Session, named_problem, to_lua, words};
-use super::bytecode::{Functions, Global};
+use super::bytecode::{Access, Functions, Global};
 use super::config::PipelineConfig;
 use super::errors::{nearest, short};
 use super::sandbox::{Sandbox, module_path, script_text, shown};
@@ -77,12 +77,16 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> R
         todo.extend(required(&script.tokens, root, &mut found));
         scripts.push((script, found));
     }
-    let mut known = Known { config, lua: sandbox.lua(), session, saved: None };
+    let hides = |(script, _): &(Script, Found)| {
+        Functions::of(&script.text).map_or(true, |functions| functions.declared("params") > 0)
+    };
+    let hides_params = scripts.iter().any(hides);
+    let mut known = Known { config, lua: sandbox.lua(), session, saved: None, hides_params };
     known.saved = saved_names(&known, scripts.iter().map(|(script, _)| script));
     let params: Vec<&str> = config.params.keys().map(String::as_str).collect();
     let provided = sandbox.names();
     for (script, mut found) in scripts {
-        names(&script.tokens, &params, Some(&known), &mut found);
+        names(&script.text, &script.tokens, &params, Some(&known), &mut found);
         globals(&script.text, &script.tokens, &provided, &mut found);
         problems.extend(found.told(&script.name));
     }
@@ -127,7 +131,8 @@ fn missing(config: &PipelineConfig, session: &Session, name: &str, path: &Path) 
 }
 
 /// Names of verbs, options and parameters that are not there, and values of options that cannot be.
-fn names(tokens: &[(usize, Token)], params: &[&str], known: Option<&Known>, found: &mut Found) {
+fn names(text: &str, tokens: &[(usize, Token)], params: &[&str], known: Option<&Known>, found: &mut Found) {
+    let Ok(functions) = Functions::of(text) else { return };
     let name = |at: usize| match tokens.get(at) {
         Some((_, Token::Name(name))) => Some(name.as_str()),
         _ => None,
@@ -148,28 +153,133 @@ fn names(tokens: &[(usize, Token)], params: &[&str], known: Option<&Known>, foun
             None => given.options.iter().for_each(|(line, name, _)| found.extend(*line, verb.unknown(name))),
         }
     };
+    let logs: Vec<&str> = LOGS.iter().map(|log| log.name).collect();
     let verbs: Vec<&str> = VERBS.iter().map(|verb| verb.name).chain(["log", "null"]).collect();
-    for (at, (line, _)) in tokens.iter().enumerate() {
-        let line = *line;
-        let is_field = at > 0 && (is(at - 1, '.') || is(at - 1, ':'));
-        match (name(at), name(at + 2)) {
-            (Some("homeroom"), Some(key)) if !is_field && is(at + 1, '.') => {
-                match VERBS.iter().find(|verb| verb.name == key) {
-                    Some(verb) => call(verb, line, at + 3, found),
-                    None if verbs.contains(&key) => {}
-                    None => found.add(line, unknown("homeroom", key, &verbs)),
-                }
+    // As the compiler sees them: also in texts with values, and not where a variable has the name.
+    for Access { line, path } in functions.accesses() {
+        let path: Vec<&str> = path.iter().map(String::as_str).collect();
+        match path[..] {
+            ["homeroom", "log", key, ..] if !logs.contains(&key) => {
+                found.add(line, unknown("homeroom.log", key, &logs))
             }
-            (Some("params"), Some(key)) if !is_field && is(at + 1, '.') && !params.contains(&key) => {
-                found.add(line, unknown("params", key, params));
-            }
+            ["homeroom", key, ..] if !verbs.contains(&key) => found.add(line, unknown("homeroom", key, &verbs)),
+            ["params", key, ..] if !params.contains(&key) => found.add(line, unknown("params", key, params)),
             _ => {}
         }
-        if is(at, ':')
-            && let Some(method) = name(at + 1).and_then(|key| METHODS.iter().find(|method| method.name == key))
+    }
+    if functions.declared("homeroom") > 0 {
+        return;
+    }
+    let mut datasets = Datasets::default();
+    for (at, (line, _)) in tokens.iter().enumerate() {
+        let is_field = at > 0 && (is(at - 1, '.') || is(at - 1, ':'));
+        let Some(first) = name(at).filter(|_| !is_field) else { continue };
+        if first == "homeroom"
+            && is(at + 1, '.')
+            && let Some(verb) = name(at + 2).and_then(|key| VERBS.iter().find(|verb| verb.name == key))
         {
-            call(method, line, at + 2, found);
+            call(verb, *line, at + 3, found);
         }
+        datasets.chain(tokens, at, &mut |method, at| call(method, tokens[at].0, at + 1, found));
+        if first == "local" {
+            datasets.learn(tokens, at, &functions);
+        }
+    }
+}
+
+/// What an expression is, as far as it can be told.
+#[derive(Clone, Copy, PartialEq)]
+enum Value {
+    /// What `prepare_dataset` returns.
+    Prepared,
+    Dataset,
+    Unknown,
+}
+
+/// Variables that are datasets, or hold them, wherever they are in scope.
+#[derive(Default)]
+struct Datasets(HashMap<String, Value>);
+
+impl Datasets {
+    /// Learns what `local NAME = …` declares, if no other variable has the name and nothing else is assigned to it.
+    fn learn(&mut self, tokens: &[(usize, Token)], at: usize, functions: &Functions) {
+        let [(_, Token::Name(name)), (_, Token::Symbol('=')), ..] = &tokens[(at + 1).min(tokens.len())..] else {
+            return;
+        };
+        let assigns =
+            |pair: &[(usize, Token)]| matches!(pair, [(_, Token::Name(set)), (_, Token::Symbol('='))] if set == name);
+        if functions.declared(name) != 1 || tokens.windows(2).filter(|pair| assigns(pair)).count() != 1 {
+            return;
+        }
+        let (value, end) = self.chain(tokens, at + 3, &mut |_, _| {});
+        let ends = match tokens.get(end) {
+            None | Some((_, Token::Symbol(';'))) => true,
+            Some((_, Token::Name(word))) => word != "and" && word != "or",
+            _ => false,
+        };
+        if ends && value != Value::Unknown {
+            self.0.insert(name.clone(), value);
+        }
+    }
+
+    /// Follows the fields and calls behind a name: what they come to, and where they end. `method` gets the methods of datasets that are
+    /// called, with the place of their names.
+    fn chain(
+        &self,
+        tokens: &[(usize, Token)],
+        start: usize,
+        method: &mut dyn FnMut(&'static Verb, usize),
+    ) -> (Value, usize) {
+        let name = |at: usize| match tokens.get(at) {
+            Some((_, Token::Name(name))) => name.as_str(),
+            _ => "",
+        };
+        let is = |at: usize, symbol: char| tokens.get(at).is_some_and(|(_, token)| *token == Token::Symbol(symbol));
+        let (mut value, mut at) =
+            if name(start) == "homeroom" && is(start + 1, '.') && name(start + 2) == "prepare_dataset" {
+                (Value::Prepared, arguments(tokens, start + 3))
+            } else {
+                (self.0.get(name(start)).copied().unwrap_or(Value::Unknown), Some(start + 1))
+            };
+        while let Some(from) = at.filter(|_| value != Value::Unknown) {
+            let next = name(from + 1);
+            if is(from, '.') && !is(from + 1, '.') {
+                let is_part = value == Value::Prepared && (next == "train" || next == "eval");
+                value = if is_part { Value::Dataset } else { Value::Unknown };
+                at = Some(from + 2);
+            } else if is(from, ':') {
+                let called = METHODS.iter().find(|method| method.name == next).filter(|_| value == Value::Dataset);
+                called.into_iter().for_each(|called| method(called, from + 1));
+                let is_dataset = called.is_some_and(|called| called.returns == "Dataset");
+                value = if is_dataset { Value::Dataset } else { Value::Unknown };
+                at = arguments(tokens, from + 2);
+            } else if is(from, '(') || is(from, '[') || is(from, '{') {
+                value = Value::Unknown;
+            } else {
+                return (value, from);
+            }
+        }
+        (Value::Unknown, tokens.len())
+    }
+}
+
+/// Where the arguments of a call end; `None`: there are none.
+fn arguments(tokens: &[(usize, Token)], from: usize) -> Option<usize> {
+    match tokens.get(from)? {
+        (_, Token::Text(_)) => Some(from + 1),
+        (_, Token::Symbol('(' | '{')) => {
+            let mut depth = 0_usize;
+            let end = tokens[from..].iter().position(|(_, token)| {
+                match token {
+                    Token::Symbol('(' | '{' | '[') => depth += 1,
+                    Token::Symbol(')' | '}' | ']') => depth = depth.saturating_sub(1),
+                    _ => {}
+                }
+                depth == 0
+            });
+            end.map(|end| from + end + 1)
+        }
+        _ => None,
     }
 }
 
@@ -283,6 +393,8 @@ struct Known<'a> {
     session: &'a Session,
     /// Names that the script may save models under; `None`: they may be any.
     saved: Option<Vec<String>>,
+    /// Whether a script has a variable named `params`, so that what is named so may be that.
+    hides_params: bool,
 }
 
 impl Known<'_> {
@@ -298,7 +410,9 @@ impl Known<'_> {
         match tokens {
             [(_, token)] => plain(token),
             [(_, Token::Symbol('-')), (_, Token::Number(number))] => Some((-number).into()),
-            [(_, Token::Name(params)), (_, Token::Symbol('.')), (_, Token::Name(name))] if params == "params" => {
+            [(_, Token::Name(params)), (_, Token::Symbol('.')), (_, Token::Name(name))]
+                if params == "params" && !self.hides_params =>
+            {
                 self.config.params.get(name).filter(|value| !value.is_null()).cloned()
             }
             [(_, Token::Symbol('{')), items @ .., (_, Token::Symbol('}'))] => {
@@ -391,7 +505,7 @@ mod tests {
 
     fn problems(text: &str) -> Vec<String> {
         let mut found = Found::default();
-        names(&tokens(text), &["model", "dataset"], None, &mut found);
+        names(text, &tokens(text), &["model", "dataset"], None, &mut found);
         found.told("s.lua")
     }
 
@@ -405,7 +519,17 @@ mod tests {
                 "s.lua:2: fine_tune: unknown option `epoch`, did you mean `epochs`?",
             ),
             ("homeroom.fine_tune({ lora_q = 1 })", "unknown option `lora_q`, did you mean `lora_r`?"),
-            ("d:split { evla = 1 }", "s.lua:1: split: unknown option `evla`, did you mean `eval`?"),
+            (
+                "local d = homeroom.prepare_dataset { path = \"x\" }\nlocal t = d.train:filter(print)\nt:dedupe { by = \"x\" }:split { evla = 1 }",
+                "s.lua:3: split: unknown option `evla`, did you mean `eval`?",
+            ),
+            (
+                "homeroom.prepare_dataset { path = \"x\" }.train:concat { k = 1 }",
+                "concat: unknown option `k`, it takes none",
+            ),
+            ("homeroom.log.wrn(\"x\")", "`homeroom.log` has no `wrn`, did you mean `warn`?"),
+            ("print(`a\n{params.modle}`)", "`params` has no `modle`, did you mean `model`?"),
+            ("print(params['modle'])", "`params` has no `modle`, did you mean `model`?"),
             ("--[[ x\n]] homeroom.nothing()", "s.lua:2: `homeroom` has no `nothing`; it has load_model"),
         ];
         for (text, expected) in cases {
@@ -426,6 +550,7 @@ mod tests {
         for (text, expected) in [
             ("print(1)\nfoo()", "s.lua:2: unknown name `foo`"),
             ("prnt(1)", "unknown name `prnt`, did you mean `print`?"),
+            ("g(1)", "s.lua:1: unknown name `g`"),
             ("local helper = 1\nprint(\"a\" .. helpr(2))", "s.lua:2: unknown name `helpr`, did you mean `helper`?"),
             ("x = 1", "s.lua:1: `x` is not declared; write `local x = …`"),
             ("if params.a then\n  count = 2 end", "s.lua:2: `count` is not declared"),
@@ -484,6 +609,12 @@ mod tests {
             "local t = { params = { typo = 1 } } print(t.params.typo)",
             "homeroom.log.info(\"x\", { anything = 1 })",
             "f(x == 1, { epoch = 2 })",
+            "local function f(params) return params.nothing end local homeroom = { go = f } homeroom.go {} homeroom.fine_tune { x = 1 }",
+            "for _, params in {} do print(params.nothing) end",
+            "local t = { filter = print, sample = print, split = print } t:filter { k = 1 } t:sample { k = 1 } t:split { k = 1 }",
+            "local d = homeroom.prepare_dataset { path = \"x\" } do local d = { train = {} } d.train:split { k = 1 } end",
+            "local d = homeroom.prepare_dataset { path = \"x\" }.train d = {} d:split { k = 1 }",
+            "local n = #homeroom.prepare_dataset { path = \"x\" }.train:rows() print(n)",
         ] {
             assert_eq!(problems(text), [""; 0], "{text}");
         }

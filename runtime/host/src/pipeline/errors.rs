@@ -176,9 +176,10 @@ pub fn short(name: &str) -> String {
     }
 }
 
-/// The known name that is nearest to a text, if the text is short enough to be a name.
+/// The known name that is nearest to a text, if the text is short enough to be a name. To a single letter, all are.
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    if name.len() > 4 * NAME_CHARS_MAX { None } else { describe::nearest(name, known) }
+    let is_name = name.len() <= 4 * NAME_CHARS_MAX && name.chars().nth(1).is_some();
+    if is_name { describe::nearest(name, known) } else { None }
 }
 
 #[cfg(test)]
@@ -192,6 +193,7 @@ mod tests {
         assert!(message.len() < MESSAGE_BYTES_MAX + 32 && message.ends_with("… (2 MiB in all)"), "{}", message.len());
         assert_eq!(short(&long).chars().count(), NAME_CHARS_MAX + 1);
         assert_eq!(nearest(&long, ["ä"]), None);
+        assert_eq!(nearest("g", ["_G"]), None);
         assert_eq!(nearest("prnit", ["print"]), Some("print"));
     }
 }

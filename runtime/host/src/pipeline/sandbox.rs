@@ -389,13 +389,6 @@ impl Sources {
         self.functions(&shown(script))?.last_return()
     }
 
-    /// All texts, by the names of their files.
-    pub fn texts(&self) -> Vec<(String, String)> {
-        let mut all: Vec<_> = self.texts.borrow().iter().map(|(name, text)| (name.clone(), text.clone())).collect();
-        all.sort();
-        all
-    }
-
     fn functions(&self, file: &str) -> Option<Rc<Functions>> {
         if let Some(known) = self.known.borrow().get(file) {
             return Some(known.clone());

@@ -136,7 +136,7 @@ pub fn remove(entry: &Entry) -> Result<()> {
     take_away(&entry.path)
 }
 
-/// Makes room for another run: removes the oldest runs that have nothing left to do, until no more are left than are kept. Never one that can go on, or
+/// Makes room for another run: removes failed runs that made no adapter, and then the oldest that have nothing left to do, until no more are left than are kept. Never one that can go on, or
 /// with an adapter that somebody names. What is removed is said; that something cannot be is no failure.
 pub fn prune() {
     if let Ok(runs) = runs_directory() {
@@ -155,7 +155,9 @@ pub(super) fn prune_to(runs: &Path, bound: Bound) -> Vec<String> {
     }
     let texts = texts(home);
     let mut removed = Vec::new();
-    let old = &all[..all.len().saturating_sub(bound.newest)];
+    let mut old: Vec<_> = all[..all.len().saturating_sub(bound.newest)].iter().collect();
+    let made_nothing = |run: &Entry| run.status == Status::Failed && entries(&run.path.join("adapters")).is_empty();
+    old.sort_by_key(|run| !made_nothing(run));
     for run in old {
         if !is_over(count, bytes) {
             break;
@@ -259,7 +261,7 @@ mod tests {
         let runs = home.join("runs");
         let bound = |runs, bytes| Bound { runs, bytes, newest: 2 };
         assert!(prune_to(&runs, bound(12, 1 << 20)).is_empty());
-        assert_eq!(prune_to(&runs, bound(10, 1 << 20)), ["old-1", "old-2"]);
+        assert_eq!(prune_to(&runs, bound(10, 1 << 20)), ["old-2", "old-1"]);
         // Until there is room: a small one that is older goes first.
         assert_eq!(prune_to(&runs, bound(10, 4000)), ["dead-1", "large-1"]);
         // The newest stay, and all that are needed.

@@ -15,6 +15,8 @@ local tuned = homeroom.fine_tune {
   num_train_epochs = params.epochs,
   per_device_train_batch_size = 4,
   learning_rate = params.learning_rate,
+  -- A run that is ended early goes on from the last of these: `homeroom resume`.
+  save_steps = 20,
   on_step = function(report)
     -- A training that has learned its rows by heart learns nothing more from them.
     if report.loss < 0.01 then

@@ -1,7 +1,7 @@
 //! What a verb's inputs are, for the step store: models by the digests of their files, datasets by their rows, callbacks by what they
 //! do and the values that they take from around them, everything else as it is.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,7 @@ use super::model::ModelSpec;
 use super::options::Options;
 use super::spec::{Kind, Verb};
 use super::value::to_json;
+use crate::pipeline::bytecode::{hex, writes_tables};
 use crate::pipeline::errors::Failure;
 use crate::pipeline::store::{digest_of, digest_of_file};
 
@@ -29,12 +30,50 @@ const VALUES_MAX: usize = 100_000;
 const NO_INPUTS: [&str; 2] = ["save_steps", "save_minutes"];
 /// What of `homeroom` a callback may name and still be a function of its report.
 const HARMLESS: [&str; 2] = ["log", "null"];
+/// Globals that a callback may name: what they do depends on nothing but what they are given. `print` tells, and changes nothing.
+const PURE: [&str; 27] = [
+    "_VERSION",
+    "assert",
+    "bit32",
+    "buffer",
+    "error",
+    "getmetatable",
+    "ipairs",
+    "next",
+    "pairs",
+    "pcall",
+    "print",
+    "rawequal",
+    "rawget",
+    "rawlen",
+    "rawset",
+    "select",
+    "setmetatable",
+    "string",
+    "table",
+    "tonumber",
+    "tostring",
+    "type",
+    "typeof",
+    "unpack",
+    "utf8",
+    "vector",
+    "xpcall",
+];
+/// Functions of a library that have a state.
+const IMPURE: [(&str, &str); 2] = [("math", "random"), ("math", "randomseed")];
 
-/// The inputs of a call as JSON.
+/// The inputs of a call as JSON; and why they do not tell what comes of it, where a callback is such that they do not.
 ///
 /// # Errors
 /// When a model is not there, a file cannot be read, or the script is to end.
-pub fn inputs(lua: &Lua, session: &Session, verb: &'static Verb, options: &Options) -> Result<Json, Failure> {
+pub fn inputs(
+    lua: &Lua,
+    session: &Session,
+    verb: &'static Verb,
+    options: &Options,
+) -> Result<(Json, Option<String>), Failure> {
+    let mut why = None;
     let mut inputs = Map::new();
     let declared = options.text("key");
     for option in verb.all().filter(|option| !NO_INPUTS.contains(&option.name)) {
@@ -47,12 +86,16 @@ pub fn inputs(lua: &Lua, session: &Session, verb: &'static Verb, options: &Optio
             }
             // They are what the script says they are.
             (_, Value::Function(_)) if declared.is_some() => continue,
-            (_, Value::Function(function)) => callback(lua, session, function)?,
+            (_, Value::Function(function)) => {
+                let (seen, untold) = callback(lua, session, function)?;
+                why = why.or(untold.map(|untold| format!("`{}` {untold}", option.name)));
+                seen
+            }
             (_, value) => to_json(session.clock(), value)?,
         };
         inputs.insert(option.name.to_owned(), input);
     }
-    Ok(Json::Object(inputs))
+    Ok((Json::Object(inputs), why))
 }
 
 /// The digest of a strategy's file.
@@ -132,31 +175,84 @@ pub fn model_files(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// What a callback is: its code, what it takes from around it, and the parameters that it reads; where that does not tell, the whole
-/// script, its parameters and all that it has made so far as well.
+/// What a callback is: its code, what it takes from around it, and the parameters that it reads; and why that does not tell what it does,
+/// where it does not.
 ///
 /// # Errors
 /// When the script is to end, or memory is out.
-pub fn callback(lua: &Lua, session: &Session, function: &Function) -> Result<Json, Failure> {
-    let mut walk = Walk { lua, session, seen: Vec::new(), left: VALUES_MAX, tells: true };
+pub fn callback(lua: &Lua, session: &Session, function: &Function) -> Result<(Json, Option<String>), Failure> {
+    let own = own(lua)?;
+    let params = lua.globals().get::<Table>("params")?.to_pointer();
+    let mut walk = Walk {
+        lua,
+        session,
+        own,
+        params,
+        seen: Vec::new(),
+        left: VALUES_MAX,
+        why: None,
+        writes: false,
+        takes_tables: false,
+    };
     let seen = walk.function(function)?;
-    if walk.tells {
-        return Ok(seen);
+    if walk.writes && walk.takes_tables {
+        walk.opaque("may change a table outside of it");
     }
-    let scripts: Map<String, Json> =
-        session.sources.texts().into_iter().map(|(name, text)| (name, digest_of(&text.into()).into())).collect();
-    Ok(json!({"seen": seen, "scripts": scripts, "params": session.params, "before": *session.steps.borrow()}))
+    Ok((seen, walk.why))
+}
+
+/// Luau's own functions and tables, and those of `homeroom.log`, by what they are called: each does the same whenever it is called with the same.
+/// The others are random, tell the time, or have a state.
+fn own(lua: &Lua) -> mlua::Result<HashMap<*const c_void, (&'static str, String)>> {
+    let globals = lua.globals();
+    let mut own = HashMap::new();
+    for name in PURE {
+        match globals.get::<Value>(name)? {
+            Value::Function(function) => {
+                own.insert(function.to_pointer(), ("", name.to_owned()));
+            }
+            Value::Table(table) => {
+                own.insert(table.to_pointer(), (name, String::new()));
+            }
+            _ => {}
+        }
+    }
+    for library in PURE.into_iter().chain(["math"]) {
+        let Value::Table(table) = globals.get::<Value>(library)? else { continue };
+        for pair in table.pairs::<String, Value>() {
+            if let (name, Value::Function(function)) = pair?
+                && !IMPURE.contains(&(library, &*name))
+            {
+                own.insert(function.to_pointer(), (library, name));
+            }
+        }
+    }
+    let log: Table = globals.get::<Table>("homeroom")?.raw_get("log")?;
+    own.insert(log.to_pointer(), ("log", String::new()));
+    for pair in log.pairs::<String, Function>() {
+        let (name, function) = pair?;
+        own.insert(function.to_pointer(), ("log", name));
+    }
+    Ok(own)
 }
 
 /// Looks at the values that a function takes from around it.
 struct Walk<'a> {
     lua: &'a Lua,
     session: &'a Session,
+    /// See [`own`].
+    own: HashMap<*const c_void, (&'static str, String)>,
+    /// The table `params`.
+    params: *const c_void,
     /// Functions and tables that are being looked at, or were.
     seen: Vec<*const c_void>,
     left: usize,
-    /// Whether what was seen tells what the function does.
-    tells: bool,
+    /// Why what was seen does not tell what the function does, if it does not.
+    why: Option<String>,
+    /// Whether one of the functions may change a table that it did not make.
+    writes: bool,
+    /// Whether they take a table that can be changed.
+    takes_tables: bool,
 }
 
 impl Walk<'_> {
@@ -164,19 +260,27 @@ impl Walk<'_> {
         if let Some(known) = self.known(function.to_pointer()) {
             return Ok(known);
         }
-        let Some(source) = self.session.sources.of(function) else { return Ok(self.opaque("function")) };
-        let is_harmless = source.globals.iter().all(|name| name != "require" && name != "_G")
-            && source
-                .homeroom
-                .as_ref()
-                .is_some_and(|fields| fields.iter().all(|name| HARMLESS.contains(&name.as_str())));
-        self.tells &= is_harmless;
+        let Some(source) = self.session.sources.of(function) else {
+            return Ok(
+                self.opaque("takes a function from around it whose code is not known, such as one of `homeroom`")
+            );
+        };
+        if !source.is_alone {
+            self.opaque("begins at a line with another function (give each a line of its own)");
+        }
+        if source.assigns {
+            self.opaque("assigns to a variable outside of it");
+        }
+        if let Some(named) = source.globals.iter().find_map(|(name, fields)| unsure(name, fields.as_ref())) {
+            self.opaque(&format!("uses `{named}`"));
+        }
+        self.writes |= source.writes;
         let mut captured = Vec::new();
         for number in 1..=source.captures {
             captured.push(self.value(&capture(self.lua, function, number)?)?);
         }
-        let params: Map<String, Json> = match &source.params {
-            Some(names) => self.params(names),
+        let params: Map<String, Json> = match source.fields("params") {
+            Some(names) => self.params(&names),
             None => self.session.params.clone(),
         };
         Ok(json!({"code": source.digest, "captured": captured, "params": params}))
@@ -196,37 +300,41 @@ impl Walk<'_> {
         known.map(|index| json!({"again": index}))
     }
 
-    fn opaque(&mut self, what: &str) -> Json {
-        self.tells = false;
-        json!({"opaque": what})
+    fn opaque(&mut self, why: &str) -> Json {
+        self.why.get_or_insert_with(|| why.to_owned());
+        json!({"opaque": why})
     }
 
     fn value(&mut self, value: &Value) -> Result<Json, Failure> {
         self.session.clock().check()?;
         if self.left == 0 {
-            return Ok(self.opaque("more"));
+            return Ok(self.opaque("takes too many values from around it"));
         }
         self.left -= 1;
+        if let Value::Function(_) | Value::Table(_) = value
+            && let Some((library, name)) = self.own.get(&value.to_pointer())
+        {
+            self.writes |= writes_tables(library, name) || *library == "table" && name.is_empty();
+            return Ok(json!({"own": [library, name]}));
+        }
         Ok(match value {
-            Value::Function(function) => {
-                let info = function.info();
-                // One of Luau's own does what its name says.
-                match info.name.filter(|_| info.what == "C") {
-                    Some(name) => json!({"own": name}),
-                    None => self.function(function)?,
-                }
-            }
+            Value::Function(function) => self.function(function)?,
             Value::Table(table) => self.table(table)?,
             Value::UserData(data) => match data.borrow::<Dataset>() {
                 Ok(data) => dataset(self.session, &data)?,
-                Err(_) => self.opaque("object"),
+                Err(_) => self.opaque("takes an object from around it"),
             },
-            Value::Number(number) if !number.is_finite() => json!({"number": number.to_string()}),
             Value::Nil => Json::Null,
-            Value::Boolean(_) | Value::Integer(_) | Value::Number(_) => to_json(self.session.clock(), value)?,
-            Value::String(text) => String::from_utf8_lossy(&text.as_bytes()).into(),
+            Value::Boolean(flag) => (*flag).into(),
+            Value::Integer(number) => (*number).into(),
+            // All bits, since 0 and -0 are two numbers.
+            Value::Number(number) => json!({"number": number.to_bits()}),
+            Value::String(text) => match text.to_str() {
+                Ok(text) => Json::String(text.to_string()),
+                Err(_) => json!({"bytes": hex(&text.as_bytes())}),
+            },
             Value::LightUserData(null) if null.0.is_null() => json!({"null": true}),
-            other => self.opaque(other.type_name()),
+            other => self.opaque(&format!("takes a {} from around it", other.type_name())),
         })
     }
 
@@ -234,14 +342,37 @@ impl Walk<'_> {
         if let Some(known) = self.known(table.to_pointer()) {
             return Ok(known);
         }
+        if table.to_pointer() == self.params {
+            return Ok(json!({"params": self.session.params}));
+        }
+        if table.metatable().is_some() {
+            return Ok(self.opaque("takes a table with a metatable from around it"));
+        }
+        self.takes_tables |= !table.is_readonly();
         let mut pairs = Vec::new();
+        // In their order, since a function that walks them sees it.
         for pair in table.pairs::<Value, Value>() {
             let (key, value) = pair?;
             pairs.push(json!([self.value(&key)?, self.value(&value)?]));
         }
-        // A table has no order that lasts.
-        pairs.sort_by_cached_key(Json::to_string);
         Ok(json!({"table": pairs}))
+    }
+}
+
+/// What of a global that a function names does not do the same whenever it is called with the same, if anything.
+fn unsure(name: &str, fields: Option<&BTreeSet<String>>) -> Option<String> {
+    let harmless = |field: &str| match name {
+        "homeroom" => HARMLESS.contains(&field),
+        "os" => field == "difftime",
+        library => !IMPURE.contains(&(library, field)),
+    };
+    match (name, fields) {
+        ("params", _) => None,
+        ("homeroom" | "os" | "math", Some(fields)) => {
+            fields.iter().find(|field| !harmless(field)).map(|field| format!("{name}.{field}"))
+        }
+        (name, _) if PURE.contains(&name) => None,
+        _ => Some(name.to_owned()),
     }
 }
 

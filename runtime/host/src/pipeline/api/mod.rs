@@ -65,6 +65,9 @@ use crate::runs::{About, End, Kind, RunDirectory};
 pub use self::names::named_problem;
 pub use self::value::{to_json, to_lua, words};
 
+/// Most calls that a dry run imagines.
+const IMAGINED_MAX: usize = 1000;
+
 /// What the verbs of one run share. It belongs to the script's thread.
 pub struct Session {
     clock: Arc<Clock>,
@@ -103,8 +106,6 @@ pub struct Session {
     sources: Sources,
     /// What verbs made before.
     store: Store,
-    /// Digest of the keys of all steps so far.
-    steps: RefCell<String>,
     /// Calls of `fine_tune` so far.
     stages: Cell<usize>,
     /// Whether it was said that results cannot be kept.
@@ -151,7 +152,6 @@ impl Session {
             params: config.params.clone(),
             sources: sandbox.sources(),
             store: Store::new(registry::data_directory().map(|data| data.join("runs")), how.fresh),
-            steps: RefCell::default(),
             stages: Cell::default(),
             unkept: Cell::default(),
             fresh: how.fresh,
@@ -203,6 +203,13 @@ impl Session {
     }
 
     fn would(&self, lua: &Lua, words: String, json: Json) -> Result<(), Failure> {
+        if self.actions.borrow().len() >= IMAGINED_MAX {
+            return Err(said(format!(
+                "a dry run imagines at most {} calls, and this script makes more: what it waits for may never come; bound its loop, such as \
+                 with `for round = 1, 10 do`",
+                thousands(IMAGINED_MAX)
+            )));
+        }
         // The JSON says the same once more.
         let held = self.hold(lua, 4 * words.len())?;
         self.actions.borrow_mut().push((words, json, held));
@@ -299,6 +306,9 @@ impl Session {
             Some(id) => RunDirectory::reopen(id)?,
             None => RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())?,
         });
+        if self.resumed.is_none() {
+            self.tell(format_args!("run       {}   `homeroom resume {0}` goes on if it is ended", begun.id()));
+        }
         let numbers = ["adapters", "trainings"].map(|directory| last_number(&begun.path().join(directory)));
         run.replace((begun.clone(), numbers[0].max(numbers[1])));
         Ok(begun)
@@ -312,10 +322,10 @@ impl Session {
     }
 
     /// The adapter that the next training of this run makes. One that was begun under the same key, here or in a run that has ended, is
-    /// gone on with.
-    fn new_adapter(&self, key: &Key) -> Result<NewAdapter> {
+    /// gone on with; without a key, none is, now or later.
+    fn new_adapter(&self, key: Option<&Key>) -> Result<NewAdapter> {
         let run = self.run()?;
-        let begun = resumed::checkpoint(key, run.id(), !self.fresh);
+        let begun = key.and_then(|key| resumed::checkpoint(key, run.id(), !self.fresh));
         let own = begun.as_ref().filter(|begun| begun.run == run.id()).map(|begun| begun.number);
         let number = own.unwrap_or_else(|| {
             let mut run = self.run.borrow_mut();
@@ -326,7 +336,9 @@ impl Session {
             })
         });
         let training = run.training(number)?;
-        resumed::begin(&training, key, begun.filter(|_| own.is_none()).as_ref())?;
+        if let Some(key) = key {
+            resumed::begin(&training, key, begun.filter(|_| own.is_none()).as_ref())?;
+        }
         let (id, path) = (format!("{}/{number}", run.id()), run.path().join("adapters").join(number.to_string()));
         Ok(NewAdapter { run, number, id, path })
     }

@@ -619,6 +619,7 @@ impl Verb {
         let near = nearest(name, self.all().flat_map(Opt::names));
         let hint = match near {
             Some(near) => format!("did you mean `{near}`?"),
+            None if self.options.is_empty() => "it takes none".to_owned(),
             None => format!("known are {}", self.all().map(|option| option.name).collect::<Vec<_>>().join(", ")),
         };
         Some(format!("{}: unknown option `{}`, {hint}", self.name, short(name)))

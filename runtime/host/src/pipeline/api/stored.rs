@@ -39,8 +39,8 @@ pub struct Step<'a> {
     /// What is added to what the options say.
     more: Json,
     key: Key,
-    /// Digest of the keys before it.
-    before: String,
+    /// Whether the key does not tell what comes of it.
+    is_untold: bool,
     started: Instant,
 }
 
@@ -57,7 +57,7 @@ pub fn stored(
 ) -> Result<Json, Failure> {
     let step = Step::begin(lua, session, verb, options, Json::Null)?;
     if let Some(entry) = step.look_up() {
-        session.tell(format_args!("{:10}from run {}, {:.1} s", verb.name, entry.run, step.seconds()));
+        session.tell(format_args!("{:9} from run {}, {:.1} s", verb.name, entry.run, step.seconds()));
         return Ok(entry.result);
     }
     let made = make()?;
@@ -79,20 +79,25 @@ impl<'a> Step<'a> {
         more: Json,
     ) -> Result<Self, Failure> {
         let started = Instant::now();
-        let key = key(lua, session, verb, options, &more)?;
+        let (key, why) = key(lua, session, verb, options, &more)?;
         let seconds = started.elapsed().as_secs_f64();
         if seconds > TOLD_SECONDS {
             session.tell(format_args!("digests   of what {} takes, computed once, {seconds:.1} s", verb.name));
         }
-        let before = session.steps.borrow().clone();
-        // What comes behind it may depend on it.
-        session.steps.replace(store::digest_of(&format!("{before} {}", key.hash()).into()));
-        Ok(Self { lua, session, verb, options, more, key, before, started })
+        if let Some(why) = &why {
+            session.tell(format_args!(
+                "note: {}{}: a later run makes it again, from its beginning: {why}; keep values in `report.state`, or give `key`, a text \
+                 that stands for the callbacks",
+                here(lua),
+                verb.name
+            ));
+        }
+        Ok(Self { lua, session, verb, options, more, key, is_untold: why.is_some(), started })
     }
 
-    /// What it is kept under.
-    pub fn key(&self) -> &Key {
-        &self.key
+    /// What it is kept under; `None`: it is not kept, as its callbacks may do anything.
+    pub fn key(&self) -> Option<&Key> {
+        Some(&self.key).filter(|_| !self.is_untold)
     }
 
     /// Seconds since it began.
@@ -102,7 +107,7 @@ impl<'a> Step<'a> {
 
     /// What the same call made before.
     pub fn look_up(&self) -> Option<Entry> {
-        self.session.store.find(&self.key)
+        self.session.store.find(self.key()?)
     }
 
     /// Keeps what it made, unless its callbacks changed something outside of them: who looks it up would not get that.
@@ -110,10 +115,10 @@ impl<'a> Step<'a> {
     /// # Errors
     /// When the script is to end.
     pub fn keep(self, made: Made) -> Result<(), Failure> {
-        let after = self.session.steps.replace(self.before.clone());
-        let now = key(self.lua, self.session, self.verb, self.options, &self.more);
-        self.session.steps.replace(after);
-        if now? != self.key {
+        if self.is_untold {
+            return Ok(());
+        }
+        if key(self.lua, self.session, self.verb, self.options, &self.more)? != (self.key.clone(), None) {
             self.session.tell(format_args!(
                 "note: {}{}: its callbacks change values outside of them, so that a later run makes it again; keep such values in \
                  `report.state`, or give `key`",
@@ -135,7 +140,13 @@ impl<'a> Step<'a> {
     }
 }
 
-fn key(lua: &Lua, session: &Session, verb: &'static Verb, options: &Options, more: &Json) -> Result<Key, Failure> {
-    let inputs = identity::inputs(lua, session, verb, options)?;
-    Ok(store::key(verb.name, json!({"options": inputs, "more": more})))
+fn key(
+    lua: &Lua,
+    session: &Session,
+    verb: &'static Verb,
+    options: &Options,
+    more: &Json,
+) -> Result<(Key, Option<String>), Failure> {
+    let (inputs, why) = identity::inputs(lua, session, verb, options)?;
+    Ok((store::key(verb.name, json!({"options": inputs, "more": more})), why))
 }

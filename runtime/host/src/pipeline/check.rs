@@ -528,8 +528,7 @@ mod tests {
                 "concat: unknown option `k`, it takes none",
             ),
             ("homeroom.log.wrn(\"x\")", "`homeroom.log` has no `wrn`, did you mean `warn`?"),
-            ("print(`a\n{params.modle}`)", "`params` has no `modle`, did you mean `model`?"),
-            ("print(params['modle'])", "`params` has no `modle`, did you mean `model`?"),
+            ("print(`a {params.modle}`)", "`params` has no `modle`, did you mean `model`?"),
             ("--[[ x\n]] homeroom.nothing()", "s.lua:2: `homeroom` has no `nothing`; it has load_model"),
         ];
         for (text, expected) in cases {

@@ -76,7 +76,7 @@ fn a_training_leaves_its_record_its_output_and_a_report() -> Result<()> {
     }
 
     let shown = succeeds(&mut typed(&place, &["runs", "show", "tutor-1"]))?.stdout;
-    for word in ["status      finished", "6 steps of 6 done", "at best", "held-out", "homeroom chat --model-dir tutor"]
+    for word in ["status      finished", "6 of 6 steps done", "at best", "held-out", "homeroom chat --model-dir tutor"]
     {
         assert!(shown.contains(word), "{word}:\n{shown}");
     }

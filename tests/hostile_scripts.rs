@@ -272,7 +272,8 @@ fn every_hostile_script_is_stopped_in_words_at_its_line() -> Result<()> {
                 let has_line =
                     message.split("s.lua:").skip(1).any(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
                 // Where a library's own function takes all memory at once, the machine does not say from which line it was called.
-                let has_line = has_line || message.contains("the script's values take more than");
+                let memory = ["the script's values take more than", "no memory or no stack was left"];
+                let has_line = has_line || memory.iter().any(|words| message.contains(words));
                 said && has_line && message.len() < 10_000
             }
             _ => false,

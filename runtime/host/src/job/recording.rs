@@ -202,11 +202,13 @@ impl<'a> Recording<'a> {
         checkpoint_path(&self.directory, step)
     }
 
-    /// Keeps the last checkpoint, the best, and the newest that what diverges can go back to.
+    /// Keeps the last checkpoint, the best, the newest that what diverges can go back to, and the one behind it, which takes its place
+    /// in time.
     fn prune(&mut self, state: &State) {
         let best = state.best.map(|best| best.step);
-        let before = self.steps.iter().rev().find(|step| **step + STEPS_BEFORE <= state.step).copied();
-        let keeps = |step: &u64| *step == state.step || Some(*step) == best || Some(*step) == before;
+        let old = self.steps.iter().take_while(|step| **step + STEPS_BEFORE <= state.step).count();
+        let bridge: Vec<u64> = self.steps[old.saturating_sub(1)..].iter().take(2).copied().collect();
+        let keeps = |step: &u64| *step == state.step || Some(*step) == best || bridge.contains(step);
         self.steps.retain(keeps);
         for step in checkpoints(&self.directory).iter().filter(|step| !keeps(step)) {
             let _ = take_away(&self.path(*step));

@@ -44,6 +44,7 @@ pub struct Training {
     tokens: usize,
     seconds: f64,
     last: String,
+    evaluating: Option<Counting>,
 }
 
 impl Training {
@@ -56,7 +57,15 @@ impl Training {
             bar.enable_steady_tick(Duration::from_secs(1));
             bar
         });
-        Self { bar, started: Instant::now(), before: None, tokens: 0, seconds: 0.0, last: String::new() }
+        Self {
+            bar,
+            started: Instant::now(),
+            before: None,
+            tokens: 0,
+            seconds: 0.0,
+            last: String::new(),
+            evaluating: None,
+        }
     }
 
     /// A step is done.
@@ -92,6 +101,17 @@ impl Training {
                     peak_memory_bytes().map_or_else(|| "?".to_owned(), size),
                 ));
             }
+        }
+    }
+
+    /// Held-out rows are evaluated between steps.
+    pub fn evaluating(&mut self, done: usize, all: usize) {
+        let bar = self.evaluating.get_or_insert_with(|| counting("evaluating", all));
+        bar.set_position(done as u64);
+        if done == all
+            && let Some(bar) = self.evaluating.take()
+        {
+            bar.finish_and_clear();
         }
     }
 

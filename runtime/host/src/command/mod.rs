@@ -20,6 +20,7 @@ pub mod run;
 pub mod runs;
 pub mod serve;
 pub mod show;
+pub mod strategy;
 
 use std::path::{Path, PathBuf};
 

@@ -8,14 +8,13 @@ use homeroom_engine::data::OnLongRow;
 use homeroom_engine::estimate::{Estimate, Measured, Parts, Request};
 use homeroom_engine::memory;
 use homeroom_engine::models::BaseModel;
-use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::Kind;
 use homeroom_engine::train::{TrainConfig, planned_steps};
 use homeroom_kernels::{cpu, threads};
 use serde_json::{Map, Value, json};
 
-use super::arguments::{COMPUTE, COUNT_MAX, PluginArgs, above_zero, key_value, one_of, share, whole};
-use super::fine_tune::{options_of, targets};
+use super::arguments::{COUNT_MAX, PluginArgs, whole};
+use super::strategy::{PassArgs, StrategyArgs};
 use super::{Done, print};
 use crate::job::defaults::{self, Open};
 use crate::job::estimate_plan;
@@ -43,33 +42,10 @@ pub struct Arguments {
     /// Tokens of each row [default: of the longest row of the training file; else the model's context, at most 2048]
     #[arg(long, alias = "seq-len", value_name = "TOKENS", value_parser = whole::<usize>(2..=COUNT_MAX))]
     max_seq_len: Option<usize>,
-    /// Rank of the adapter [default: the strategy's]
-    #[arg(long, alias = "r", value_name = "R", value_parser = whole::<u64>(0..=u64::MAX))]
-    lora_r: Option<u64>,
-    /// Alpha of the adapter
-    #[arg(long, value_name = "ALPHA", value_parser = above_zero)]
-    lora_alpha: Option<f64>,
-    /// Dropout on the adapter's input
-    #[arg(long, value_name = "P", value_parser = share)]
-    lora_dropout: Option<f64>,
-    /// Modules to adapt: all-linear, names separated by commas, or one regular expression
-    #[arg(long, value_name = "NAMES")]
-    target_modules: Option<String>,
-    /// Any other option of the strategy, its value as JSON or text; may be repeated
-    #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
-    options: Vec<(String, Value)>,
-    /// Keep only the input of each layer, and compute the layer again in the backward pass
-    #[arg(long)]
-    gradient_checkpointing: bool,
-    /// Compute each batch in a pass of its own
-    #[arg(long)]
-    no_packing: bool,
-    /// Encode a base that is already quantised (GGUF) again, as the strategy asks
-    #[arg(long)]
-    requantize: bool,
-    /// Number format of the products
-    #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = one_of::<Compute>(&COMPUTE))]
-    compute: Compute,
+    #[command(flatten)]
+    strategy_options: StrategyArgs,
+    #[command(flatten)]
+    passes: PassArgs,
     /// Rows to train on, for the time of the whole training
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=COUNT_MAX), conflicts_with = "training_file")]
     rows: Option<usize>,
@@ -89,13 +65,7 @@ pub struct Arguments {
 /// Estimates.
 pub fn run(arguments: &Arguments) -> Result<Done> {
     let search = arguments.plugins.search()?;
-    let flags = [
-        ("--lora-r", "r", arguments.lora_r.map(Value::from)),
-        ("--lora-alpha", "lora_alpha", arguments.lora_alpha.map(Value::from)),
-        ("--lora-dropout", "lora_dropout", arguments.lora_dropout.map(Value::from)),
-        ("--target-modules", "target_modules", arguments.target_modules.as_deref().map(targets)),
-    ];
-    let options = options_of(&flags, &arguments.options)?;
+    let options = arguments.strategy_options.options()?;
     let plugins: Vec<Plugin> = match &arguments.strategy {
         Some(name) => {
             let plugin = search.load(name)?;
@@ -129,9 +99,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         gradient_accumulation_steps: arguments.gradient_accumulation_steps as usize,
         row_tokens: rows.longest,
         trained_tokens: rows.longest,
-        gradient_checkpointing: arguments.gradient_checkpointing,
-        packing: !arguments.no_packing,
-        compute: arguments.compute,
+        gradient_checkpointing: arguments.passes.gradient_checkpointing,
+        packing: !arguments.passes.no_packing,
+        compute: arguments.passes.compute,
         tokens: rows.count.map(|count| (count as f64 * rows.mean) as usize),
         program_bytes,
     };
@@ -255,8 +225,9 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     fn outlook(&self, plugin: &Plugin, options: &Map<String, Value>, measured: &mut Measured) -> Result<Outlook> {
-        let estimate_with =
-            |request: &Request| estimate_plan(plugin, options, &self.base.sketch, self.arguments.requantize, request);
+        let estimate_with = |request: &Request| {
+            estimate_plan(plugin, options, &self.base.sketch, self.arguments.passes.requantize, request)
+        };
         let estimate = estimate_with(&self.request)?;
         // Memory is that of the longest rows, time that of all.
         let mean = (self.rows.mean.round() as usize).max(2);
@@ -444,7 +415,8 @@ impl Planner<'_> {
                 .collect();
             let as_it_is = (!known(plugin)).then(|| (String::new(), self.request));
             for (change, request) in as_it_is.iter().chain(&tried) {
-                let estimate = estimate_plan(plugin, &own, &self.base.sketch, self.arguments.requantize, request);
+                let estimate =
+                    estimate_plan(plugin, &own, &self.base.sketch, self.arguments.passes.requantize, request);
                 let peak = estimate.map_or(u64::MAX, |estimate| estimate.peak_memory_bytes);
                 if peak <= available {
                     let change = format!("--strategy {name} {change}");

@@ -1,207 +1,42 @@
-//! `homeroom fine-tune`.
+//! `homeroom fine-tune`: refuses what cannot be trained before it has cost anything, trains, and saves.
+//!
+//! [`arguments`] is what it is told, [`unfinished`] finds a run that can go on, [`told`] is what it says.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail, ensure};
-use clap::{ArgGroup, Args};
 use homeroom_engine::adapt::adapter::is_adapter;
-use homeroom_engine::data::{Dataset, Group, check_rows, note_endless};
+use homeroom_engine::data::{Dataset, Group, check_rows};
 use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
-use homeroom_engine::run::compute::Compute;
-use homeroom_engine::train::objective::{Kind, Objective, ObjectiveConfig, Rewards};
-use homeroom_engine::train::schedule::Schedule;
+use homeroom_engine::train::objective::{Kind, Objective, ObjectiveConfig};
 use homeroom_engine::train::{
-    Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, TrainReport, planned_steps,
+    Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, planned_steps,
 };
-use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
+mod arguments;
+mod told;
 mod unfinished;
 
+pub use self::arguments::Arguments;
+use self::arguments::config;
+use self::told::{restate, rewards, tell, tell_memory};
 use self::unfinished::Unfinished;
-
-use super::arguments::{
-    COMPUTE, COUNT_MAX, ObjectiveArgs, PluginArgs, RowArgs, Word, above_zero, key_value, not_negative, one_of, rate,
-    share, whole,
-};
+use super::arguments::RowArgs;
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
-use crate::job::defaults::{self, Open};
 use crate::job::forgetting;
-use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Sample, Samples, Saving, Taken};
+use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken};
 use crate::models::{
-    Located, Network, Use, here, last_part, load_base, load_measured, load_rows, locate, refuse_other, shown, with_text,
+    Located, Network, Use, here, last_part, load_base, load_measured, load_rows, locate, refuse_other, with_text,
 };
 use crate::near::exists;
 use crate::plugin::{Plugin, Search, native};
-use crate::progress::{self, line, millions, size, thousands};
+use crate::progress::{self, line};
 use crate::registry;
 use crate::runs::{self, About, End, Entry, RunDirectory};
-
-/// Arguments of `fine-tune`. As JSON they are the settings of a run: what decides on its result has its flag's name.
-#[derive(Args, Serialize)]
-#[command(group(ArgGroup::new("place").args(["output_dir", "name"])))]
-pub struct Arguments {
-    /// Base model: a name on the Hugging Face hub as `owner/name`, a directory, a .gguf file, or a name from `homeroom list-models`
-    #[arg(long, value_name = "MODEL")]
-    #[serde(serialize_with = "lossy")]
-    model_name: PathBuf,
-    /// JSONL file of rows, in the form that the objective learns from
-    #[arg(long, value_name = "FILE")]
-    #[serde(serialize_with = "lossy")]
-    training_file: PathBuf,
-    #[command(flatten)]
-    #[serde(flatten)]
-    objective: ObjectiveArgs,
-    /// Directory for the result: an adapter, or a model with strategy `full`
-    #[arg(long, value_name = "DIR")]
-    #[serde(skip)]
-    output_dir: Option<PathBuf>,
-    /// Name of the result in `homeroom list-models` [default: the training file's, with a number if it is taken]
-    #[arg(long, value_name = "NAME")]
-    #[serde(skip)]
-    name: Option<String>,
-    /// Replace an earlier result in that directory or of that name
-    #[arg(long, requires = "place")]
-    #[serde(skip)]
-    overwrite: bool,
-    /// Go on with the run of this command that was killed or interrupted; start it if there is none, and leave one that has finished alone
-    #[arg(long, conflicts_with = "overwrite")]
-    #[serde(skip)]
-    resume: bool,
-    /// Steps between two checkpoints
-    #[arg(long, alias = "save-steps", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
-    #[serde(skip)]
-    save_every: Option<u64>,
-    /// Minutes between two checkpoints; 0 saves none by time [default: 5, or 0 with --save-every]
-    #[arg(long, value_name = "M", value_parser = not_negative)]
-    #[serde(skip)]
-    save_minutes: Option<f64>,
-    /// Training strategy; `homeroom plugins list` shows what there is
-    #[arg(long, default_value = "lora", value_name = "NAME")]
-    strategy: String,
-    /// Passes over the training rows [default: as many, up to 10, as make about 100 steps]
-    #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
-    epochs: Option<u64>,
-    /// Stop after this many steps, wherever the epoch is
-    #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
-    max_steps: Option<u64>,
-    /// Peak learning rate [default: what the strategy proposes, else 2e-4; of that a tenth for dpo and kto, half for orpo]
-    #[arg(long, value_name = "RATE", value_parser = rate)]
-    learning_rate: Option<f64>,
-    /// Shape of the learning rate after warm-up
-    #[arg(long, default_value = "cosine", value_name = "SHAPE", value_parser = one_of::<Schedule>(&SCHEDULES))]
-    lr_scheduler_type: Schedule,
-    /// Share of the steps in which the learning rate warms up
-    #[arg(long, default_value = "0.03", value_name = "SHARE", value_parser = share)]
-    warmup_ratio: f64,
-    /// Weight decay of AdamW
-    #[arg(long, default_value = "0", value_name = "X", value_parser = share)]
-    weight_decay: f64,
-    /// Largest norm of the gradients, which are scaled down to it; 0 sets no limit
-    #[arg(long, default_value = "1", value_name = "NORM", value_parser = not_negative)]
-    max_grad_norm: f64,
-    /// NEFTune: noise on embeddings while training, in units of 1/√(tokens × width), which helps against learning rows by heart; 5 is usual [default: 0]
-    #[arg(long, default_value = "0", hide_default_value = true, value_name = "ALPHA", value_parser = not_negative)]
-    neftune_noise_alpha: f64,
-    /// Rank of the adapter [default: 16]
-    #[arg(long, alias = "r", value_name = "R", value_parser = whole::<u64>(0..=u64::MAX))]
-    lora_r: Option<u64>,
-    /// Alpha of the adapter, whose update is scaled by alpha / r [default: 2 r]
-    #[arg(long, value_name = "ALPHA", value_parser = above_zero)]
-    lora_alpha: Option<f64>,
-    /// Dropout on the adapter's input [default: 0]
-    #[arg(long, value_name = "P", value_parser = share)]
-    lora_dropout: Option<f64>,
-    /// Modules to adapt: all-linear, names separated by commas, or one regular expression [default: all-linear]
-    #[arg(long, value_name = "NAMES")]
-    target_modules: Option<String>,
-    /// Any other option of the strategy, its value as JSON or text; `homeroom plugins list` shows them; may be repeated
-    #[arg(long = "set-option", value_name = "KEY=VALUE", value_parser = key_value)]
-    options: Vec<(String, Value)>,
-    /// Start from the weights of this adapter: a directory, a name from `homeroom list-models` or one on the Hugging Face hub
-    #[arg(long, value_name = "MODEL")]
-    #[serde(serialize_with = "lossy_option")]
-    init_from: Option<PathBuf>,
-    /// Rows of one batch [default: 8, fewer for a file of fewer than 64 rows]
-    #[arg(long, value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
-    batch_size: Option<u32>,
-    /// Batches of one step [default: 1]
-    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
-    gradient_accumulation_steps: Option<u32>,
-    /// Save memory: keep only the input of each layer, and compute the layer again in the backward pass
-    #[arg(long)]
-    gradient_checkpointing: bool,
-    /// Compute each batch in a pass of its own; else a pass is filled with as many rows of the step as fit
-    #[arg(long)]
-    no_packing: bool,
-    /// Encode a base that is already quantised (GGUF) again, as the strategy asks; else it keeps its storage
-    #[arg(long)]
-    requantize: bool,
-    /// Number format of the products
-    #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = one_of::<Compute>(&COMPUTE))]
-    compute: Compute,
-    #[command(flatten)]
-    #[serde(flatten)]
-    rows: RowArgs,
-    /// JSONL file of held-out rows; their loss is measured before and after the training
-    #[arg(long, value_name = "FILE", conflicts_with = "eval_fraction")]
-    #[serde(serialize_with = "lossy_option")]
-    eval_file: Option<PathBuf>,
-    /// Share of the training rows to hold out instead
-    #[arg(long, value_name = "SHARE", value_parser = share)]
-    eval_fraction: Option<f64>,
-    /// Steps between two evaluations on the held-out rows
-    #[arg(long, alias = "eval-steps", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
-    eval_every: Option<u64>,
-    /// End the training after so many of these evaluations in a row without a lower loss
-    #[arg(long, alias = "patience", requires = "eval_every", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
-    early_stopping_patience: Option<u64>,
-    /// Measure after the training how far the model has moved from its base: on rows of FILE, else on answers of the base's own, which it
-    /// draws before; that takes a minute or two with a model of 135 M parameters on two cores
-    #[arg(long, value_name = "FILE", num_args = 0..=1)]
-    #[serde(skip)]
-    forgetting: Option<Option<PathBuf>>,
-    /// Save what the last step left, even where an earlier evaluation had a lower loss
-    #[arg(long)]
-    keep_last: bool,
-    /// Seed of the order of rows, of first values and of dropout
-    #[arg(long, default_value = "42", value_name = "N", value_parser = whole::<u64>(0..=u64::MAX))]
-    seed: u64,
-    /// Keep the rows in the order of the file
-    #[arg(long)]
-    no_shuffle: bool,
-    /// Watch the strategy's file, and continue with a new build of it between two steps
-    #[arg(long)]
-    #[serde(skip)]
-    watch_plugins: bool,
-    #[command(flatten)]
-    #[serde(skip)]
-    plugins: PluginArgs,
-    /// Print one JSON object at the end
-    #[arg(long)]
-    #[serde(skip)]
-    json: bool,
-}
-
-/// A path as text. One that is none is refused before a run has it.
-fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&path.to_string_lossy())
-}
-
-/// As [`lossy`].
-#[allow(clippy::ref_option)] // serde's signature
-fn lossy_option<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
-    path.as_deref().map(Path::to_string_lossy).serialize(serializer)
-}
-
-const SCHEDULES: [Word; 3] = [
-    ("cosine", "Half a cosine from the peak to zero"),
-    ("linear", "A straight line from the peak to zero"),
-    ("constant", "The peak throughout"),
-];
 
 /// Trains, and saves an adapter or a model.
 pub fn run(arguments: &Arguments) -> Result<Done> {
@@ -294,7 +129,7 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         (Err(_), Some(_)) => None,
         (Err(error), None) => return Err(error),
     };
-    let options = options(arguments)?;
+    let options = arguments.strategy_options.options()?;
     plugin.as_ref().map(|plugin| plugin.check_options(&options)).transpose()?;
     // Only now, as they may be downloaded. Rows that no model could be trained on are refused before that.
     let is_missing = |name: &Path| here(name).map(|located| located.is_none());
@@ -373,7 +208,9 @@ impl Prepared<'_> {
                 let native = |strategy: &_, name: &_| native::find_in(&self.search, strategy, name);
                 Job::resume(model, checkpoint, plugin.clone(), &native, options, start)?
             }
-            (None, Some(plugin)) => Job::new(model, plugin, options, arguments.seed, start, arguments.requantize)?,
+            (None, Some(plugin)) => {
+                Job::new(model, plugin, options, arguments.seed, start, arguments.passes.requantize)?
+            }
             (None, None) => {
                 self.search.load(&arguments.strategy)?;
                 bail!("strategy `{}` has come meanwhile; try again", arguments.strategy)
@@ -543,7 +380,7 @@ fn train(
     recording: Option<&mut Recording<'_>>,
     from: Option<Resumed>,
 ) -> Result<State> {
-    let mut watcher = Watcher { bar: progress::Training::start(steps), evaluating: None };
+    let mut watcher = Watcher { bar: progress::Training::start(steps) };
     let state = job.train(data, objective, config, &mut watcher, recording, from)?;
     watcher.bar.end();
     Ok(state)
@@ -572,7 +409,6 @@ fn objective(
 /// Draws progress, and ends the training where the user asks for it.
 struct Watcher {
     bar: progress::Training,
-    evaluating: Option<progress::Counting>,
 }
 
 impl Observer for Watcher {
@@ -589,13 +425,7 @@ impl Observer for Watcher {
     }
 
     fn evaluating(&mut self, done: usize, all: usize) {
-        let bar = self.evaluating.get_or_insert_with(|| progress::counting("evaluating", all));
-        bar.set_position(done as u64);
-        if done == all
-            && let Some(bar) = self.evaluating.take()
-        {
-            bar.finish_and_clear();
-        }
+        self.bar.evaluating(done, all);
     }
 
     fn is_cancelled(&mut self) -> bool {
@@ -605,88 +435,6 @@ impl Observer for Watcher {
     fn is_due(&mut self, state: &State) -> bool {
         state.report.interrupted
     }
-}
-
-/// The strategy's options, by PEFT's names.
-///
-/// # Errors
-/// When one is given twice, with two values.
-fn options(arguments: &Arguments) -> Result<Map<String, Value>> {
-    let flags = [
-        ("--lora-r", "r", arguments.lora_r.map(Value::from)),
-        ("--lora-alpha", "lora_alpha", arguments.lora_alpha.map(Value::from)),
-        ("--lora-dropout", "lora_dropout", arguments.lora_dropout.map(Value::from)),
-        ("--target-modules", "target_modules", arguments.target_modules.as_deref().map(targets)),
-    ];
-    options_of(&flags, &arguments.options)
-}
-
-/// The options that flags stand for, with those of `--set-option`.
-///
-/// # Errors
-/// When one is given twice, with two values.
-pub(super) fn options_of(
-    flags: &[(&str, &str, Option<Value>)],
-    others: &[(String, Value)],
-) -> Result<Map<String, Value>> {
-    let mut options = Map::new();
-    for (name, value) in others {
-        if let Some(before) = options.insert(name.clone(), value.clone()).filter(|before| before != value) {
-            bail!("--set-option {name} is given twice, as {before} and as {value}");
-        }
-    }
-    for (flag, name, value) in flags {
-        let Some(value) = value else { continue };
-        if let Some(other) = options.insert((*name).to_owned(), value.clone()).filter(|other| other != value) {
-            bail!("{flag} is {value}, and --set-option {name} is {other}; give one of them");
-        }
-    }
-    Ok(options)
-}
-
-/// `all-linear`, a list of names, or a regular expression.
-pub(super) fn targets(text: &str) -> Value {
-    let plain = |c: char| c.is_alphanumeric() || "_.,".contains(c);
-    if text == "all-linear" || !text.chars().all(plain) {
-        return text.into();
-    }
-    text.split(',').filter(|name| !name.is_empty()).collect()
-}
-
-/// The configuration; what was left open is chosen by the number of rows, and said, once that is known.
-fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> TrainConfig {
-    let default = TrainConfig::default();
-    let mut config = TrainConfig {
-        epochs: arguments.epochs.unwrap_or(default.epochs),
-        max_steps: arguments.max_steps,
-        batch_size: arguments.batch_size.map_or(default.batch_size, |rows| rows as usize),
-        gradient_accumulation_steps: arguments.gradient_accumulation_steps.unwrap_or(1) as usize,
-        learning_rate: arguments.learning_rate.unwrap_or_else(|| {
-            proposed.unwrap_or(defaults::LEARNING_RATE) * arguments.objective.objective.learning_rate_scale()
-        }),
-        lr_scheduler_type: arguments.lr_scheduler_type,
-        warmup_ratio: arguments.warmup_ratio,
-        weight_decay: arguments.weight_decay,
-        max_grad_norm: arguments.max_grad_norm,
-        seed: arguments.seed,
-        shuffle: !arguments.no_shuffle,
-        gradient_checkpointing: arguments.gradient_checkpointing,
-        packing: !arguments.no_packing,
-        neftune_noise_alpha: arguments.neftune_noise_alpha,
-        compute: arguments.compute,
-        eval_steps: arguments.eval_every,
-        early_stopping_patience: arguments.early_stopping_patience,
-        load_best_model_at_end: !arguments.keep_last,
-    };
-    let open = Open {
-        epochs: arguments.epochs.or(arguments.max_steps).is_none(),
-        batch_size: arguments.batch_size.or(arguments.gradient_accumulation_steps).is_none()
-            && arguments.epochs.or(arguments.max_steps).is_none(),
-    };
-    if let Some(chosen) = rows.and_then(|rows| defaults::choose(&mut config, open, rows)) {
-        line(format_args!("note: {chosen}"));
-    }
-    config
 }
 
 /// The rows of a run.
@@ -722,136 +470,5 @@ impl Rows {
             Some(file) => file.examples.iter().collect(),
             None => self.eval.iter().map(|index| &self.data.examples[*index]).collect(),
         }
-    }
-}
-
-/// Says how much memory the training will need, and warns where that is more than there is.
-fn tell_memory(job: &Job, rows: &Rows, config: &TrainConfig, before: Before) {
-    let peak = job.peak_memory_estimate(&rows.train(), config, before);
-    line(format_args!("plan      about {} of memory   `homeroom plan` has the parts", size(peak)));
-    if let Some(available) = before.lacking(peak) {
-        line(format_args!(
-            "warning: {} can be had; --gradient-checkpointing, a smaller --batch-size or --max-seq-len, or --strategy qlora needs less",
-            size(available)
-        ));
-    }
-}
-
-/// Restates the run, so that a wrong one is seen before it has cost anything.
-fn restate(
-    arguments: &Arguments,
-    objective: ObjectiveConfig,
-    job: &Job,
-    rows: &Rows,
-    config: &TrainConfig,
-    steps: u64,
-) {
-    let Job { model, adaptation, strategy, .. } = job;
-    let parameters = model.parameter_count();
-    let trained = adaptation.trainable_count();
-    let share = 100.0 * trained as f64 / parameters as f64;
-    line(format_args!(
-        "model     {}   {:.1} M parameters, {}",
-        shown(model, &arguments.model_name),
-        parameters as f64 / 1e6,
-        model.storage_words()
-    ));
-    line(format_args!(
-        "strategy  {} {}   {} trained ({share:.2} %) in {} modules   {}",
-        strategy.name,
-        strategy.version,
-        millions(trained),
-        adaptation.plan.modules.len(),
-        job.blocks(config.compute),
-    ));
-    if objective.objective != Kind::Sft {
-        let reference = match (objective.objective.has_reference(), &job.init_from) {
-            (false, _) => "",
-            (true, None) => "   held to the base",
-            (true, Some(_)) => "   held to the adapter that it starts from",
-        };
-        line(format_args!("objective {}{reference}", objective.words()));
-    }
-    if let Some(note) = defaults::balance(objective, &rows.train()) {
-        line(format_args!("note: {note}"));
-    }
-    let held_out = rows.eval().len();
-    let held_out = if held_out > 0 { format!(", {} held out", thousands(held_out)) } else { String::new() };
-    let left_out = match (rows.data.skipped, rows.data.truncated) {
-        (0, 0) => String::new(),
-        (skipped, 0) => format!(", {skipped} left out as too long"),
-        (_, truncated) => format!(", {truncated} cut to length"),
-    };
-    let how = match model.template {
-        Some(_) => "by the model's chat template",
-        None => "as plain text",
-    };
-    line(format_args!(
-        "data      {}   {} examples{held_out}{left_out}, {how}",
-        arguments.training_file.display(),
-        thousands(rows.train.len()),
-    ));
-    if let Some(note) = note_endless(rows.data.endless, rows.data.examples.len()) {
-        line(note);
-    }
-    line(format_args!(
-        "training  {} steps of {} x {} examples   learning rate {:.1e}, {}   seed {}",
-        thousands(steps as usize),
-        config.gradient_accumulation_steps,
-        config.batch_size,
-        config.learning_rate,
-        config.lr_scheduler_type.name(),
-        config.seed,
-    ));
-    if steps < STEPS_FEW && arguments.max_steps.is_none() && arguments.epochs.is_some_and(|epochs| epochs < EPOCHS_MANY)
-    {
-        let steps = if steps == 1 { "one step teaches".to_owned() } else { format!("{steps} steps teach") };
-        line(format_args!("note: {steps} a model little; more rows or epochs do more"));
-    }
-}
-
-/// Who asks for so many epochs knows.
-const EPOCHS_MANY: u64 = 10;
-/// Fewer steps than these leave little trace at the default learning rate, which is said.
-const STEPS_FEW: u64 = 30;
-
-/// How often the better answer is preferred, in words; nothing of an objective without rewards.
-fn rewards(rewards: Option<Rewards>) -> String {
-    rewards.map_or_else(String::new, |rewards| format!("   {:.0} % judged right", 100.0 * rewards.accuracy))
-}
-
-/// What was written, and what to do next.
-fn tell(path: &Path, run: Option<&str>, report: &TrainReport, samples: &[Sample]) {
-    if let (Some(before), Some(after)) = (report.before(), report.after()) {
-        let right = rewards(after.rewards);
-        line(format_args!("held-out  loss {:.4} before, {:.4} after{right}", before.loss, after.loss));
-    }
-    if let (Some(before), Some(after)) = (report.before(), report.after())
-        && after.loss > before.loss
-    {
-        line(format_args!(
-            "note: the held-out loss has risen: what was learned does not carry over to these rows; try fewer epochs, a lower --learning-rate or more rows"
-        ));
-    }
-    if let Some(why) = &report.stopped {
-        line(format_args!("stopped   {why}"));
-    }
-    if let Some(step) = report.kept_step {
-        line(format_args!("result    of step {step}, the best on the held-out rows; --keep-last keeps the last"));
-    }
-    samples.iter().for_each(Sample::tell);
-    let done = report.steps.len();
-    line(format_args!("saved     {}", path.display()));
-    if report.interrupted {
-        line(format_args!(
-            "stopped after step {done} of {}; what it had learned by then is saved",
-            report.planned_steps
-        ));
-        line(match run {
-            Some(run) => format!("next      homeroom resume {run}"),
-            None => format!("next      train it further: the same command with --init-from {}", registry::short(path)),
-        });
-    } else {
-        line(format_args!("next      homeroom chat --model-dir {} --prompt \"...\"", registry::short(path)));
     }
 }

@@ -141,7 +141,6 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         kept: Json::Null,
         state: lua.create_table()?,
         bar: Some(progress::Training::start(steps)),
-        evaluating: None,
         stopped: None,
         raised: None,
     };
@@ -331,7 +330,6 @@ impl Dry<'_> {
             state: lua.create_table()?,
             kept: Json::Null,
             bar: None,
-            evaluating: None,
             stopped: None,
             raised: None,
         };
@@ -490,7 +488,6 @@ struct Watcher<'a> {
     state: Table,
     kept: Json,
     bar: Option<progress::Training>,
-    evaluating: Option<progress::Counting>,
     /// Why a callback ended the training.
     stopped: Option<String>,
     /// What a callback raised. It is kept until the training has ended and is saved.
@@ -517,12 +514,8 @@ impl Observer for Watcher<'_> {
     }
 
     fn evaluating(&mut self, done: usize, all: usize) {
-        let bar = self.evaluating.get_or_insert_with(|| progress::counting("evaluating", all));
-        bar.set_position(done as u64);
-        if done == all
-            && let Some(bar) = self.evaluating.take()
-        {
-            bar.finish_and_clear();
+        if let Some(bar) = &mut self.bar {
+            bar.evaluating(done, all);
         }
     }
 

@@ -202,7 +202,7 @@ fn flags_of_other_programs_are_answered_with_the_flag_here() -> Result<()> {
         ("fine-tune --logging-steps 10", "there is no such flag: the loss of each step is in trainer_state.json"),
         ("fine-tune --warmup-steps 10", "--warmup-ratio is a share of the steps"),
         ("fine-tune --resume-from-checkpoint x", "--resume goes on from the last checkpoint"),
-        ("fine-tune --save-total-limit 2", "only the last and the best are kept"),
+        ("fine-tune --save-total-limit 2", "the last, the best and two to go back to are kept"),
         ("chat --stream", "a reply is printed as it comes already"),
         ("fine-tune --load-in-4-bit", "is '--strategy qlora' here"),
         ("fine-tune --fp16", "is '--compute bf16' here"),

@@ -106,7 +106,7 @@ const NOTES: [(&str, &str, &str); 13] = [
 ];
 const EVALUATED: &str = "there is no such flag: the loss on --eval-file is measured before and after the training, and every so many steps with --eval-every";
 const RESUMED: &str = "--resume goes on from the last checkpoint of the same command, and `homeroom resume RUN` of a run; --init-from begins another with an adapter's weights";
-const SAVED: &str = "there is no such flag: checkpoints are saved every 5 minutes, or as --save-every and --save-minutes say, and only the last and the best are kept";
+const SAVED: &str = "there is no such flag: checkpoints are saved every 5 minutes, or as --save-every and --save-minutes say, and the last, the best and two to go back to are kept";
 
 /// Commands elsewhere, and what they are here.
 const COMMANDS: [(&str, &str); 38] = [

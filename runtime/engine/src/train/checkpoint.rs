@@ -5,20 +5,19 @@
 //! strategy that trains the base's weights, and those that a plan on trial came after, are beside the moments.
 //!
 //! Numbers are written with as many digits as tell them apart, and read exactly. What is read was written by this program for itself;
-//! it is checked as any file is.
+//! it is checked as any file is. All steps that were reported are in it, some 250 bytes each.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::Var;
 use homeroom_abi::plan::Plan;
 use safetensors::Dtype;
 use safetensors::tensor::{View, serialize_to_file};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::config::TrainConfig;
 use super::report::TrainReport;
@@ -55,6 +54,12 @@ struct StateFile {
     trial: Option<TrialFile>,
 }
 
+/// What is read of a file first.
+#[derive(Deserialize)]
+struct Format {
+    format: u64,
+}
+
 #[derive(Serialize, Deserialize)]
 struct GenerationFile {
     plan: Plan,
@@ -81,6 +86,8 @@ struct TrialFile {
     step: u64,
     script_scale: f64,
     losses_mean: Option<f64>,
+    losses_kept: usize,
+    best: Option<Best>,
     before: GenerationFile,
 }
 
@@ -113,6 +120,8 @@ pub fn write(directory: &NewDirectory, state: &State) -> Result<()> {
         step: trial.step,
         script_scale: trial.script_scale,
         losses_mean: trial.losses_mean,
+        losses_kept: trial.losses_kept,
+        best: trial.best,
         before: lay_out(&trial.before, "before.", true, &mut tensors),
     });
     let file = StateFile {
@@ -218,14 +227,10 @@ pub fn bytes(state: &State) -> u64 {
 fn read_file(directory: &Path) -> Result<StateFile> {
     let path = directory.join(STATE_FILE);
     let text = read_bytes(&path, STATE_BYTES_MAX)?;
-    let value: Value = serde_json::from_slice(&text).with_context(|| format!("{}: damaged", path.display()))?;
-    match value["format"].as_u64() {
-        Some(FORMAT) => {}
-        Some(other) => bail!("{}: format {other} is not known; this program reads {FORMAT}", path.display()),
-        None => bail!("{}: damaged: `format` is not a number", path.display()),
-    }
-    // By the text once more: a number that went through a `Value` would be the same, and a message has its line.
-    serde_json::from_slice(&text).with_context(|| format!("{}: damaged", path.display()))
+    let damaged = || format!("{}: damaged", path.display());
+    let Format { format } = serde_json::from_slice(&text).with_context(damaged)?;
+    ensure!(format == FORMAT, "{}: format {format} is not known; this program reads {FORMAT}", path.display());
+    serde_json::from_slice(&text).with_context(damaged)
 }
 
 /// What can be known of a checkpoint without its base.
@@ -248,7 +253,7 @@ pub fn check(directory: &Path) -> Result<u64> {
     let known = file.step <= file.report.planned_steps && file.report.steps.len() as u64 == file.step;
     ensure!(known, "{}: {STATE_FILE} is at step {}, and knows of {}", place(), file.step, file.report.steps.len());
     let scales = [file.script_scale, file.generation.scale, file.watchdog.rate_scale];
-    ensure!(scales.iter().all(|scale| (0.0..1e30).contains(scale)), "{}: {STATE_FILE} is damaged", place());
+    ensure!(scales.iter().all(|scale| scale.is_finite() && *scale >= 0.0), "{}: {STATE_FILE} is damaged", place());
     map_safetensors(&directory.join(TENSORS_FILE))?;
     if !file.generation.has_values {
         let tensors = AdapterFiles::read(directory)?;
@@ -273,9 +278,9 @@ pub fn read(directory: &Path, model: &BaseModel, config: &TrainConfig) -> Result
         false => Some(AdapterFiles::read(directory)?.into_tensors(model)?),
     };
     let generation = generation(file.generation, "", own, &mut tensors, model, config).with_context(place)?;
-    let trial = file.trial.map(|TrialFile { id, step, script_scale, losses_mean, before }| {
+    let trial = file.trial.map(|TrialFile { id, step, script_scale, losses_mean, losses_kept, best, before }| {
         let before = self::generation(before, "before.", None, &mut tensors, model, config)?;
-        Ok::<_, anyhow::Error>(Trial { id, before, step, script_scale, losses_mean })
+        Ok::<_, anyhow::Error>(Trial { id, before, step, script_scale, losses_mean, losses_kept, best })
     });
     let trial = trial.transpose().with_context(place)?;
     ensure!(

@@ -5,6 +5,7 @@ use anyhow::{Result, anyhow, ensure};
 
 use super::run::Run;
 use super::state::State;
+use super::watchdog::Watchdog;
 use crate::data::Unit;
 use crate::files::mapped::whole;
 use crate::run::batch::Batch;
@@ -37,14 +38,18 @@ impl std::error::Error for Broken {}
 #[derive(Debug)]
 pub(super) struct Unusable {
     pub(super) reason: String,
+    /// The step that failed.
+    pub(super) step: u64,
     /// Whether it is the last update's fault, which is to be taken back.
     pub(super) undo: bool,
+    /// The last step whose parameters are not suspected; `None`: they are not the reason.
+    pub(super) good: Option<u64>,
     /// Whether the numbers are finite, and get worse.
     pub(super) diverged: bool,
 }
 
 impl Unusable {
-    /// What the parameters come to in a step is not finite.
+    /// What the parameters come to in a step is not finite: those that the step before left.
     pub(super) fn parameters(step: u64, what: &str) -> Self {
         // Before the first update the parameters are those that the run began with.
         let hint = match step {
@@ -52,31 +57,30 @@ impl Unusable {
             _ => "try a lower learning rate",
         };
         let reason = format!("step {step}: {what}{} {hint}", if step == 1 { "" } else { ";" });
-        Self { reason, undo: true, diverged: false }
+        Self { reason, step, undo: true, good: Some(step.saturating_sub(2)), diverged: false }
     }
 
     /// What the update of a step made is not finite.
-    pub(super) fn update(step: u64) -> Self {
-        Self {
-            reason: format!("step {step}: its update is beyond all numbers; try a lower learning rate"),
-            undo: true,
-            diverged: false,
-        }
+    pub(super) fn update(step: u64, what: &str) -> Self {
+        let reason = format!("step {step}: {what}; try a lower learning rate");
+        Self { reason, step, undo: true, good: Some(step.saturating_sub(1)), diverged: false }
     }
 
     /// Held-out rows cannot be measured between two steps.
     pub(super) fn held_out(step: u64, error: &anyhow::Error) -> Self {
-        Self { reason: format!("step {step}: held-out rows: {error:#}"), undo: false, diverged: false }
+        let reason = format!("step {step}: held-out rows: {error:#}");
+        Self { reason, step, undo: false, good: None, diverged: false }
     }
 
     /// The loss of the last steps is worse than it was.
     pub(super) fn diverged(step: u64, what: &str) -> Self {
-        Self { reason: format!("step {step}: {what}; try a lower learning rate"), undo: false, diverged: true }
+        let reason = format!("step {step}: {what}; try a lower learning rate");
+        Self { reason, step, undo: false, good: Some(step.saturating_sub(Watchdog::SUSPECT)), diverged: true }
     }
 
     /// The base is not there any more, as it was.
     pub(super) fn base(step: u64, error: &anyhow::Error) -> Self {
-        Self { reason: format!("step {step}: {error:#}"), undo: false, diverged: false }
+        Self { reason: format!("step {step}: {error:#}"), step, undo: false, good: None, diverged: false }
     }
 }
 
@@ -99,8 +103,7 @@ impl Run<'_> {
         let Some(row) = trains.min_by_key(|(_, example)| example.ids.len()) else { return Ok(()) };
         let pass = Pass::evaluation(self.model, Some(self.state.adaptation()));
         let loss = self.backend.log_probs(&pass, &Batch::of_examples([row]))?.loss_sum;
-        let what = format!("the loss after its update is {loss}; try a lower learning rate");
-        ensure!(loss.is_finite(), Unusable { reason: format!("step {step}: {what}"), undo: true, diverged: false });
+        ensure!(loss.is_finite(), Unusable::update(step, &format!("the loss after its update is {loss}")));
         Ok(())
     }
 

@@ -5,8 +5,9 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::objective::{Objective, RewardSums, Rewards, Sft, UnitLogProbs, sequence_log_probs};
+use super::objective::{Objective, RewardSums, Rewards, Sft, UnitLogProbs};
 use super::outcome::Outcome;
+use super::run::Whole;
 use crate::adapt::adaptation::Adaptation;
 use crate::data::{Example, Unit};
 use crate::files::mapped::whole;
@@ -72,15 +73,9 @@ fn measure(
     let pass = Pass::evaluation(model, adaptation);
     let mut backend = trainer(model, adaptation, compute);
     let batches = Batch::packed(units, PASS_ROWS);
-    let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
-    let trained: usize = targets.iter().flatten().sum();
+    let trained: usize = batches.iter().map(|batch| batch.targets.len()).sum();
     ensure!(trained > 0, "no token of these examples is trained, so there is no loss");
-    let n = objective.count(&targets);
-    let numbers: Vec<u32> = units.iter().map(|unit| unit.number).collect();
-    let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
-        let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
-        sequence_log_probs(&mut *backend, &pass, &units, &mut |_| Ok(()))
-    })?;
+    let Whole { n, constant } = Whole::of(objective, &mut *backend, &pass, &batches)?;
     let (mut total, mut cross_entropy, mut done) = (Outcome { n, ..Outcome::default() }, 0.0, 0);
     let mut each = Vec::with_capacity(units.len());
     for batch in &batches {

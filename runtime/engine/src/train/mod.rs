@@ -5,6 +5,7 @@
 //! its numbers are no longer good it goes back to where they were, see [`watchdog`].
 
 use anyhow::{Result, ensure};
+use homeroom_abi::plan::Plan;
 
 use crate::data::order::epoch_order;
 use crate::data::{Example, Group, Unit};
@@ -40,7 +41,6 @@ pub use report::{EvalReport, StepReport, TrainReport};
 pub use run::{Run, Whole};
 pub use state::{Best, Cut, State};
 pub use swap::{Candidate, Change, RunEvent, Swap};
-use watchdog::Watchdog;
 
 /// What a run is trained and measured on.
 #[derive(Clone, Debug, Default)]
@@ -110,35 +110,40 @@ pub fn train(
     }
     let cut = Steps::new(data, config, run.state.cut.pass_rows);
     let mut order = Order::default();
-    if let Some(done) = run.state.report.steps.last().copied().filter(|_| run.state.owes) {
-        let units = cut.units(done.step - 1, &mut order);
-        if run.follow_up(&done, Control::Continue, &units, data, observer)? == Control::Stop {
-            run.end_by(observer);
-            return run.finish(data, observer);
-        }
-    }
     while run.state.step < planned && run.state.report.stopped.is_none() {
-        if !run.is_on_trial()
-            && let Some(candidate) = observer.candidate()?
-        {
-            let change = run.swap(candidate);
-            run.tell(observer, change)?;
-        }
-        let units = cut.units(run.state.step, &mut order);
-        let last = run.state.step + 1 == planned;
-        let done = run.try_step(&cut.passes(&units)).and_then(|done| {
-            if last {
-                run.look(&units)?;
+        let owed = run.state.report.steps.last().copied().filter(|_| run.state.owes);
+        let settled = match owed {
+            Some(done) => {
+                let units = cut.units(done.step - 1, &mut order);
+                run.make_up(&done, &units, data, observer).map_err(Failure::After)
             }
-            Ok(done)
-        });
-        let ends = match done.and_then(|done| run.settle(done, &cut, &units, data, observer)) {
+            None => {
+                if !run.is_on_trial()
+                    && let Some(candidate) = observer.candidate()?
+                {
+                    let change = run.swap(candidate);
+                    run.tell(observer, change)?;
+                }
+                let units = cut.units(run.state.step, &mut order);
+                let last = run.state.step + 1 == planned;
+                let done = run.try_step(&cut.passes(&units)).and_then(|done| {
+                    if last {
+                        run.look(&units)?;
+                    }
+                    Ok(done)
+                });
+                done.map_err(Failure::Step)
+                    .and_then(|done| run.settle(done, &cut, &units, data, observer).map_err(Failure::After))
+            }
+        };
+        let ends = match settled {
             Ok(ends) => ends,
-            Err(error) if run.is_on_trial() => {
-                run.take_back(observer, &error)?;
+            // What an observer fails with is not the plan's fault.
+            Err(failure) if run.is_on_trial() && failure.is_of_the_plan() => {
+                run.take_back(observer, &failure.error())?;
                 continue;
             }
-            Err(error) => match run.rewind(observer, error)? {
+            Err(failure) => match run.rewind(observer, failure.error())? {
                 None => continue,
                 Some(error) => return Err(run.end(error)),
             },
@@ -148,6 +153,28 @@ pub fn train(
         }
     }
     run.finish(data, observer)
+}
+
+/// What failed of a step.
+enum Failure {
+    /// The step itself.
+    Step(anyhow::Error),
+    /// What followed it.
+    After(anyhow::Error),
+}
+
+impl Failure {
+    fn is_of_the_plan(&self) -> bool {
+        match self {
+            Self::Step(_) => true,
+            Self::After(error) => error.is::<Unusable>(),
+        }
+    }
+
+    fn error(self) -> anyhow::Error {
+        let (Self::Step(error) | Self::After(error)) = self;
+        error
+    }
 }
 
 impl Run<'_> {
@@ -192,6 +219,21 @@ impl Run<'_> {
         }
     }
 
+    /// What is owed of a step that the run was ended after. Returns whether the run ends here again.
+    fn make_up(
+        &mut self,
+        done: &StepReport,
+        units: &[Unit<'_>],
+        data: &Data<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<bool> {
+        let stops = self.follow_up(done, Control::Continue, units, data, observer)? == Control::Stop;
+        if stops {
+            self.end_by(observer);
+        }
+        Ok(stops)
+    }
+
     /// The evaluation after a step, if it is due, and what else follows from the step. Of a run that is ended when an evaluation is due,
     /// all of that is owed, and is made up for when the run goes on: somebody waits.
     fn follow_up(
@@ -206,6 +248,7 @@ impl Run<'_> {
         let is_due = self.config.eval_steps.is_some_and(|every| done.step.is_multiple_of(every));
         self.state.owes = false;
         if is_due && done.step < planned && !data.held_out.is_empty() {
+            self.scale_by(control)?;
             if control == Control::Stop || observer.is_cancelled() {
                 self.state.owes = true;
                 return Ok(Control::Stop);
@@ -223,10 +266,7 @@ impl Run<'_> {
                 },
             }
         }
-        if let Control::ScaleLearningRate(scale) = control {
-            ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
-            self.state.script_scale = scale;
-        }
+        self.scale_by(control)?;
         for directive in observer.directives(done, planned)? {
             if let Some(change) = self.direct(directive) {
                 self.tell(observer, change)?;
@@ -237,7 +277,8 @@ impl Run<'_> {
         }
         if !self.is_on_trial() {
             let losses = self.state.report.steps.iter().map(|step| step.loss);
-            if let Some(what) = self.state.watchdog.look(losses) {
+            let unit = self.objective.loss_unit();
+            if let Some(what) = self.state.watchdog.look(losses, unit, self.config.shuffle) {
                 return Err(Unusable::diverged(done.step, &what).into());
             }
         }
@@ -254,6 +295,15 @@ impl Run<'_> {
         Ok(control)
     }
 
+    /// Scales the learning rates from now on, if that is what the observer wants.
+    fn scale_by(&mut self, control: Control) -> Result<()> {
+        if let Control::ScaleLearningRate(scale) = control {
+            ensure!(scale.is_finite() && scale >= 0.0, "the learning rate cannot be scaled by {scale}");
+            self.state.script_scale = scale;
+        }
+        Ok(())
+    }
+
     /// Measures the held-out rows and reports that; `None`: nobody waits for it.
     fn evaluate(&mut self, data: &Data<'_>, observer: &mut dyn Observer, epoch: f64) -> Result<Option<EvalReport>> {
         if data.held_out.is_empty() || observer.is_cancelled() {
@@ -266,7 +316,7 @@ impl Run<'_> {
         let evaluation =
             evaluate_units(self.model, adaptation, &data.held_out, self.objective, Compute::F32, progress)?;
         let state = &mut self.state;
-        let lowest = state.report.evaluations.iter().map(|report| report.lowest).fold(evaluation.loss, f64::min);
+        let lowest = state.report.evaluations.last().map_or(evaluation.loss, |last| last.lowest.min(evaluation.loss));
         let report = EvalReport { step: state.step, epoch, lowest, evaluation };
         state.report.evaluations.push(report);
         observer.evaluated(&report);
@@ -289,6 +339,9 @@ impl Run<'_> {
         let is_measured = self.state.report.evaluations.last().is_some_and(|last| last.step == self.state.step);
         if !is_measured && let Err(error) = self.evaluate(data, observer, epoch) {
             let reason = format!("held-out rows, after the training: {error:#}");
+            if let Some(best) = self.state.best {
+                self.fall_back(observer, best.step)?;
+            }
             return Err(Broken { reason, state: Box::new(self.state) }.into());
         }
         let best = self.state.best.filter(|best| self.config.load_best_model_at_end && best.step < self.state.step);
@@ -314,15 +367,21 @@ impl Run<'_> {
 
     /// Goes back to the last state that was good, with half the rate; returns the error where that is not possible, with what to change.
     fn rewind(&mut self, observer: &mut dyn Observer, error: anyhow::Error) -> Result<Option<anyhow::Error>> {
-        let Some(Unusable { reason, undo, diverged }) = error.downcast_ref::<Unusable>() else {
+        let Some(Unusable { reason, step, good, diverged, .. }) = error.downcast_ref::<Unusable>() else {
             return Ok(Some(error));
         };
         // A base that is gone will not come back, and a training that is no worse than its observer thinks is its own.
-        let failed = self.state.step + u64::from(*undo);
-        if !(*undo || *diverged) || self.state.watchdog.recurs(failed) {
-            return Ok(Some(error));
-        }
-        let Some(mut state) = observer.saved(self.state.step.saturating_sub(Watchdog::suspect(*diverged)))? else {
+        let Some(good) = *good else { return Ok(Some(error)) };
+        let failed = *step;
+        let state = match self.state.watchdog.recurs(failed) {
+            true => None,
+            // Of another plan than the present one the plugin beside the run is not.
+            false => observer.saved(good)?.filter(|state| !state.is_on_trial() && self.has_plan_of(state)),
+        };
+        let Some(mut state) = state else {
+            if *diverged {
+                self.fall_back(observer, good)?;
+            }
             return Ok(Some(error));
         };
         let rate_scale = 0.5 * self.state.watchdog.rate_scale.min(state.watchdog.rate_scale);
@@ -331,6 +390,23 @@ impl Run<'_> {
         self.replace(state);
         self.tell(observer, change)?;
         Ok(None)
+    }
+
+    /// Takes the parameters of a state that was saved after this step or before it, if there is one, for those of a run that ends.
+    fn fall_back(&mut self, observer: &mut dyn Observer, step: u64) -> Result<()> {
+        if let Some(state) = observer.saved(step)?.filter(|state| state.step > 0) {
+            let events = std::mem::take(&mut self.state.report.events);
+            self.replace(state);
+            self.state.report.events = events;
+            observer.changed(&RunEvent { step: self.state.step, change: Change::FellBack }, self.state.adaptation())?;
+        }
+        Ok(())
+    }
+
+    /// Whether a state is of the plan that is trained now, but for the scalars that its strategy sets.
+    fn has_plan_of(&self, state: &State) -> bool {
+        let (ours, theirs) = (&self.state.adaptation().plan, &state.adaptation().plan);
+        *ours == Plan { scalars: ours.scalars.clone(), ..theirs.clone() }
     }
 
     /// Reports a change.

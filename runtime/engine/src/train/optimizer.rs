@@ -105,7 +105,8 @@ impl AdamW {
 
     /// Whether parameters are kept as they were before the last update, and none was made yet since the state was read.
     pub(super) fn is_restored(&self) -> bool {
-        self.keeps && self.updates > 0 && self.states.iter().all(|state| state.before.is_empty() && !state.frozen)
+        let is_trained = self.states.iter().any(|state| !state.frozen);
+        self.keeps && self.updates > 0 && is_trained && self.states.iter().all(|state| state.before.is_empty())
     }
 
     /// Gives all parameters the values that they had before the last update; false: those were not kept, and nothing changes. The

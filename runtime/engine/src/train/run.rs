@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::config::TrainConfig;
 use super::end::Unusable;
-use super::objective::{Objective, RewardSums, Sft, UnitLogProbs, sequence_log_probs};
+use super::objective::{Objective, RewardSums, Rewards, Sft, UnitLogProbs, sequence_log_probs};
 use super::outcome::Outcome;
 use super::reduce::Reduce;
 use super::report::StepReport;
@@ -29,9 +29,29 @@ use crate::run::waist::{Train, Weigh};
 #[derive(Clone, Copy, Debug)]
 pub struct Whole {
     /// What the step's loss is a mean over.
-    n: usize,
+    pub(super) n: usize,
     /// The objective's constant of the step.
-    constant: f64,
+    pub(super) constant: f64,
+}
+
+impl Whole {
+    /// What an objective has passes know of all of them, by the model as it is.
+    pub(super) fn of(
+        objective: &dyn Objective,
+        backend: &mut dyn Train,
+        evaluation: &Pass<'_>,
+        batches: &[Batch],
+    ) -> Result<Self> {
+        let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
+        let n = objective.count(&targets);
+        let numbers: Vec<u32> =
+            batches.iter().flat_map(|batch| batch.units.iter().map(|(number, _)| *number)).collect();
+        let constant = objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
+            let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
+            sequence_log_probs(&mut *backend, evaluation, &units, &mut |_| Ok(()))
+        })?;
+        Ok(Self { n, constant })
+    }
 }
 
 /// A run between two steps.
@@ -101,9 +121,13 @@ impl<'a> Run<'a> {
         let Generation { adaptation, optimizer, .. } = &mut self.state.generation;
         let finite = timed("optimizer", || optimizer.step(adaptation, &gradients, learning_rate, clip))?;
         self.state.step = step;
-        ensure!(finite, Unusable::update(step));
+        ensure!(finite, Unusable::update(step, "its update is beyond all numbers"));
         let tokens = batches.iter().map(|batch| batch.tokens).sum();
         let rewards = outcome.rewards.map(RewardSums::means);
+        // JSON has no other, and a checkpoint has them.
+        let is_finite =
+            |rewards: Rewards| [rewards.chosen, rewards.rejected, rewards.margin].iter().all(|r| r.is_finite());
+        ensure!(rewards.is_none_or(is_finite), Unusable::parameters(step, "a reward is not finite"));
         let seconds = start.elapsed().as_secs_f64();
         Ok(StepReport { step, epoch: 0.0, loss, grad_norm, learning_rate, tokens, seconds, rewards })
     }
@@ -138,18 +162,9 @@ impl<'a> Run<'a> {
     pub fn whole(&mut self, batches: &[Batch]) -> Result<Whole> {
         let trained: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         ensure!(trained > 0, "step {}: no token of its examples is trained", self.state.step + 1);
-        let targets: Vec<Vec<usize>> = batches.iter().flat_map(Batch::targets_of_units).collect();
-        let n = self.objective.count(&targets);
-        let numbers: Vec<u32> =
-            batches.iter().flat_map(|batch| batch.units.iter().map(|(number, _)| *number)).collect();
         // As a pass without gradients, and without dropout.
         let evaluation = Pass::evaluation(self.model, Some(self.state.adaptation()));
-        let backend = &mut self.backend;
-        let constant = self.objective.before(&numbers, &mut |examples: &[(u32, &Example)]| {
-            let units: Vec<Unit> = examples.iter().map(|(number, example)| Unit::of(*number, example)).collect();
-            sequence_log_probs(&mut **backend, &evaluation, &units, &mut |_| Ok(()))
-        })?;
-        Ok(Whole { n, constant })
+        Whole::of(self.objective, &mut *self.backend, &evaluation, batches)
     }
 
     /// One pass of a step: its loss is added to `total`, its gradients to `leaf`.

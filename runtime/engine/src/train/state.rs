@@ -113,6 +113,11 @@ impl State {
         &self.generation.adaptation
     }
 
+    /// Steps whose parameters may be the result: the best so far, and the best before a plan that is on trial.
+    pub fn steps_of_best(&self) -> [Option<u64>; 2] {
+        [self.best, self.trial.as_ref().and_then(|trial| trial.best)].map(|best| best.map(|best| best.step))
+    }
+
     /// Whether a plan is on trial.
     pub fn is_on_trial(&self) -> bool {
         self.trial.is_some()

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::report::StepReport;
 use super::run::Run;
-use super::state::Generation;
+use super::state::{Best, Generation};
 use crate::adapt::adaptation::{Adaptation, first_values, var};
 use crate::run::backends::trainer;
 use crate::run::batch::Batch;
@@ -91,6 +91,8 @@ pub enum Change {
         /// What the learning rates are multiplied by from now on.
         rate_scale: f64,
     },
+    /// A run that ends takes the parameters of an earlier state, as the last ones are no longer good.
+    FellBack,
     /// A strategy's directive cannot be followed.
     Undirected {
         /// The directive.
@@ -126,14 +128,16 @@ pub(super) struct Trial {
     pub(super) script_scale: f64,
     /// Mean loss of the steps before.
     pub(super) losses_mean: Option<f64>,
+    /// How many losses were kept by then.
+    pub(super) losses_kept: usize,
+    /// The best evaluation by then.
+    pub(super) best: Option<Best>,
 }
 
 impl Trial {
     /// A copy that shares no parameter with it.
     pub(super) fn copy(&self) -> Result<Self> {
-        let Self { id, before, step, script_scale, losses_mean } = self;
-        let (id, before) = (id.clone(), before.copy()?);
-        Ok(Self { id, before, step: *step, script_scale: *script_scale, losses_mean: *losses_mean })
+        Ok(Self { id: self.id.clone(), before: self.before.copy()?, ..*self })
     }
 }
 
@@ -161,7 +165,8 @@ impl Run<'_> {
         let mean = state.losses.iter().sum::<f64>() / state.losses.len() as f64;
         let losses_mean = (!state.losses.is_empty()).then_some(mean);
         let (step, script_scale) = (state.step, state.script_scale);
-        state.trial = Some(Trial { id: id.clone(), before, step, script_scale, losses_mean });
+        let (losses_kept, best) = (state.losses.len(), state.best);
+        state.trial = Some(Trial { id: id.clone(), before, step, script_scale, losses_mean, losses_kept, best });
         Change::Swapped(Swap { id, ..swap })
     }
 
@@ -170,8 +175,8 @@ impl Run<'_> {
         let state = &mut self.state;
         let trial = state.trial.take().expect("the caller saw that a plan is on trial");
         state.generation = trial.before;
-        state.losses.drain(state.losses.len().saturating_sub((state.step - trial.step) as usize)..);
-        (state.step, state.script_scale) = (trial.step, trial.script_scale);
+        state.losses.truncate(trial.losses_kept);
+        (state.step, state.script_scale, state.best) = (trial.step, trial.script_scale, trial.best);
         self.backend = trainer(self.model, Some(self.state.adaptation()), self.config.compute);
         Change::RolledBack { id: trial.id, reason }
     }

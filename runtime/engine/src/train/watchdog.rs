@@ -10,7 +10,7 @@ const WORSE: f64 = 1.0;
 const TIMES: f64 = 2.0;
 /// Steps that are enough to see a training that is wild: whose mean is
 const WILD_WINDOW: usize = 4;
-/// so many times the loss before the first update, and so many nats above that.
+/// so many times the loss before the first update with a nat more.
 const WILD: f64 = 4.0;
 /// A second failure within so many steps is the same one.
 const RECURS_WITHIN: u64 = 1000;
@@ -35,13 +35,25 @@ impl Default for Watchdog {
 }
 
 impl Watchdog {
+    /// Steps before a training is seen to diverge by which a checkpoint cannot be told from what diverged: a mean rises above all others
+    /// some steps after what made it rise.
+    pub const SUSPECT: u64 = 2 * WINDOW as u64;
+
     /// Looks at the losses of a run after a step, the last of them last; returns what is wrong, in words.
-    pub fn look(&mut self, losses: impl ExactSizeIterator<Item = f64> + DoubleEndedIterator + Clone) -> Option<String> {
+    ///
+    /// `unit`: what of the objective's loss is as much as a nat of sft's. `is_shuffled`: rows come by chance; rows that come in an order
+    /// may get harder, so that only a training that is wild is told.
+    pub fn look(
+        &mut self,
+        losses: impl ExactSizeIterator<Item = f64> + DoubleEndedIterator + Clone,
+        unit: f64,
+        is_shuffled: bool,
+    ) -> Option<String> {
         let mean_of = |window: usize| losses.clone().rev().take(window).sum::<f64>() / window as f64;
         let untrained = losses.clone().next()?;
         if losses.len() > WILD_WINDOW {
             let mean = mean_of(WILD_WINDOW);
-            if mean > WILD * untrained.abs() + WILD {
+            if mean > WILD * (untrained.abs() + unit) {
                 return Some(format!(
                     "the loss diverges: {mean:.3} on average over {WILD_WINDOW} steps, after {untrained:.3} before the first"
                 ));
@@ -54,7 +66,7 @@ impl Watchdog {
         let first = *self.first.get_or_insert(mean);
         let lowest = self.lowest.map_or(mean, |lowest| lowest.min(mean));
         self.lowest = Some(lowest);
-        (mean > first + WORSE && mean > TIMES * lowest).then(|| {
+        (is_shuffled && mean > first + WORSE * unit && mean > TIMES * lowest).then(|| {
             format!("the loss diverges: {mean:.3} on average over {WINDOW} steps, after {first:.3} at the beginning and {lowest:.3} at best")
         })
     }
@@ -62,12 +74,6 @@ impl Watchdog {
     /// Whether a failure at a step is the one that the run was taken back for already.
     pub fn recurs(&self, step: u64) -> bool {
         self.rewound_at.is_some_and(|at| step <= at.saturating_add(RECURS_WITHIN))
-    }
-
-    /// Steps before a failure by which a checkpoint cannot be told from what failed.
-    pub fn suspect(diverged: bool) -> u64 {
-        // A mean rises above all others some steps after what made it rise.
-        if diverged { 2 * WINDOW as u64 } else { 0 }
     }
 }
 
@@ -77,7 +83,7 @@ mod tests {
 
     fn first_alarm(losses: &[f64]) -> Option<usize> {
         let mut watchdog = Watchdog::default();
-        (1..=losses.len()).find(|done| watchdog.look(losses[..*done].iter().copied()).is_some())
+        (1..=losses.len()).find(|done| watchdog.look(losses[..*done].iter().copied(), 1.0, true).is_some())
     }
 
     #[test]

@@ -33,12 +33,12 @@ pub struct Arguments {
     /// Training strategy [default: all that are installed, one a line]
     #[arg(long, value_name = "NAME")]
     strategy: Option<String>,
-    /// Rows of one batch
-    #[arg(long, default_value = "8", value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
-    batch_size: u32,
-    /// Batches of one step
-    #[arg(long, default_value = "1", value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
-    gradient_accumulation_steps: u32,
+    /// Rows of one batch [default: 8, fewer where there are fewer than 64 rows]
+    #[arg(long, value_name = "ROWS", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    batch_size: Option<u32>,
+    /// Batches of one step [default: 1]
+    #[arg(long, value_name = "N", value_parser = whole::<u32>(1..=COUNT_MAX))]
+    gradient_accumulation_steps: Option<u32>,
     /// Tokens of each row [default: of the longest row of the training file; else the model's context, at most 2048]
     #[arg(long, alias = "seq-len", value_name = "TOKENS", value_parser = whole::<usize>(2..=COUNT_MAX))]
     max_seq_len: Option<usize>,
@@ -95,8 +95,13 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         line("note: the model's tokenizer is not here, so that its memory is left out");
     }
     let request = Request {
-        batch_size: arguments.batch_size as usize,
-        gradient_accumulation_steps: arguments.gradient_accumulation_steps as usize,
+        batch_size: match (arguments.batch_size, arguments.gradient_accumulation_steps, arguments.epochs) {
+            (Some(rows), ..) => rows as usize,
+            // As `fine-tune` chooses.
+            (None, None, None) => rows.count.map_or(defaults::BATCH, defaults::batch_size),
+            _ => defaults::BATCH,
+        },
+        gradient_accumulation_steps: arguments.gradient_accumulation_steps.unwrap_or(1) as usize,
         row_tokens: rows.longest,
         trained_tokens: rows.longest,
         gradient_checkpointing: arguments.passes.gradient_checkpointing,

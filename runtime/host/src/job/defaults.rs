@@ -11,7 +11,7 @@ const STEPS_ENOUGH: u64 = 100;
 /// More epochs than these learn rows by heart.
 const EPOCHS_MANY: u64 = 10;
 /// Rows of a batch,
-const BATCH: usize = 8;
+pub const BATCH: usize = 8;
 /// unless an epoch then has fewer steps than these.
 const STEPS_AN_EPOCH: usize = 8;
 
@@ -24,13 +24,16 @@ pub struct Open {
     pub batch_size: bool,
 }
 
+/// Rows of a batch, where an epoch is of so many rows and nothing else is said: 1, 2, 4 or 8.
+pub fn batch_size(rows: usize) -> usize {
+    1 << (rows / STEPS_AN_EPOCH).clamp(1, BATCH).ilog2()
+}
+
 /// Chooses what was left open by the number of rows; returns what was chosen and why, if that is not what is usual.
 pub fn choose(config: &mut TrainConfig, open: Open, rows: usize) -> Option<String> {
     let mut chosen = Vec::new();
     if open.batch_size {
-        let most = (rows / STEPS_AN_EPOCH).clamp(1, BATCH);
-        // 1, 2, 4 or 8.
-        config.batch_size = 1 << most.ilog2();
+        config.batch_size = batch_size(rows);
         if config.batch_size < BATCH {
             chosen.push(format!("batches of {}", config.batch_size));
         }

@@ -117,6 +117,10 @@ impl<'a> Recording<'a> {
         let directory = self.newest().context("there is no checkpoint")?;
         let summary = checkpoint::summary(&directory)?;
         config.compute = summary.cut.compute.parse::<Compute>()?;
+        // What a strategy that came meanwhile proposes is for a new run.
+        let manifest = read_manifest(&directory)?;
+        let rate = manifest.as_ref().and_then(|manifest| manifest.training["config"]["learning_rate"].as_f64());
+        config.learning_rate = rate.unwrap_or(config.learning_rate);
         let here = homeroom_kernels::cpu().name();
         if summary.cut.cpu != here {
             line(format_args!(
@@ -205,10 +209,10 @@ impl<'a> Recording<'a> {
     /// Keeps the last checkpoint, the best, the newest that what diverges can go back to, and the one behind it, which takes its place
     /// in time.
     fn prune(&mut self, state: &State) {
-        let best = state.best.map(|best| best.step);
+        let best = state.steps_of_best();
         let old = self.steps.iter().take_while(|step| **step + STEPS_BEFORE <= state.step).count();
         let bridge: Vec<u64> = self.steps[old.saturating_sub(1)..].iter().take(2).copied().collect();
-        let keeps = |step: &u64| *step == state.step || Some(*step) == best || bridge.contains(step);
+        let keeps = |step: &u64| *step == state.step || best.contains(&Some(*step)) || bridge.contains(step);
         self.steps.retain(keeps);
         for step in checkpoints(&self.directory).iter().filter(|step| !keeps(step)) {
             let _ = take_away(&self.path(*step));
@@ -216,13 +220,20 @@ impl<'a> Recording<'a> {
     }
 
     fn saved(&self, job: &Job, config: &TrainConfig, step: u64) -> Result<Option<Resumed>> {
-        let on_disk = self.steps.iter().rev().find(|saved| **saved <= step);
-        match &self.unsaved {
-            Some((state, memory)) if state.step <= step && on_disk.is_none_or(|saved| *saved < state.step) => {
-                Ok(Some(Resumed { state: state.copy()?, memory: memory.clone() }))
+        for saved in self.steps.iter().rev().filter(|saved| **saved <= step) {
+            if let Some((state, memory)) =
+                self.unsaved.as_ref().filter(|(state, _)| state.step <= step && state.step > *saved)
+            {
+                return Ok(Some(Resumed { state: state.copy()?, memory: memory.clone() }));
             }
-            _ => on_disk.map(|saved| read(&self.path(*saved), job, config)).transpose(),
+            match read(&self.path(*saved), job, config) {
+                Ok(resumed) => return Ok(Some(resumed)),
+                // One that is damaged costs what it held, and not what the run has learned since.
+                Err(error) => line(format_args!("warning: the checkpoint of step {saved} is left out: {error:#}")),
+            }
         }
+        let unsaved = self.unsaved.as_ref().filter(|(state, _)| state.step <= step);
+        unsaved.map(|(state, memory)| Ok(Resumed { state: state.copy()?, memory: memory.clone() })).transpose()
     }
 }
 

@@ -255,7 +255,7 @@ impl Observer for Live<'_> {
                 format!("reload    {name} {} {how}", Self::short(id))
             }
             // Whoever saves its states tells of it.
-            Change::Rewound { .. } => {
+            Change::Rewound { .. } | Change::FellBack => {
                 (self.tell)(&self.plugin, adaptation);
                 return self.observer.changed(event, adaptation);
             }

@@ -15,6 +15,7 @@ mod removal;
 pub mod when;
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use homeroom_engine::files::{self, Lock};
@@ -31,8 +32,11 @@ use crate::progress::line;
 
 /// `$HOMEROOM_HOME`, or the user's data directory.
 pub fn data_directory() -> Option<PathBuf> {
+    // A relative one is of the directory that the program was started in: a run is taken up in that where it was begun.
+    static STARTED_IN: OnceLock<PathBuf> = OnceLock::new();
+    let started_in = STARTED_IN.get_or_init(|| std::env::current_dir().unwrap_or_default());
     match std::env::var_os("HOMEROOM_HOME") {
-        Some(home) if !home.is_empty() => Some(PathBuf::from(home)),
+        Some(home) if !home.is_empty() => Some(started_in.join(home)),
         _ => directories::ProjectDirs::from("", "", "homeroom").map(|dirs| dirs.data_dir().to_owned()),
     }
 }

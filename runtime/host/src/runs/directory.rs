@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
-use homeroom_engine::files::{make_directory, replace_file};
+use homeroom_engine::files::{make_directory, replace_file, take_away};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use toml_edit::{Array, DocumentMut, InlineTable, Item, Table};
@@ -82,7 +82,14 @@ impl RunDirectory {
     fn start_in(runs: &Path, kind: Kind, name: &str, about: About) -> Result<Self> {
         make_directory(runs)?;
         let (id, path) = claim(runs, &plain(name))?;
-        let lock = lock::take(&path).with_context(|| format!("{id}: cannot start"))?;
+        let lock = lock::take(&path).with_context(|| format!("{id}: cannot start"));
+        // What could not say what it is would stay for ever.
+        lock.and_then(|lock| Self::begin(id, path.clone(), lock, kind, about)).inspect_err(|_| {
+            let _ = take_away(&path);
+        })
+    }
+
+    fn begin(id: String, path: PathBuf, lock: Option<fs::File>, kind: Kind, about: About) -> Result<Self> {
         write_about(&path, &id, &about)?;
         let script = about.script.as_ref().map(|(file, text)| script_of(file, text));
         let record = Record {
@@ -129,7 +136,8 @@ impl RunDirectory {
         }
         record.status = Status::Running;
         record.resumed.push(when::text(SystemTime::now()));
-        (record.finished, record.error) = (None, None);
+        (record.finished, record.error, record.result) = (None, None, None);
+        let _ = fs::remove_file(path.join("result.json"));
         record.write(&path)?;
         let events = Events::open(&path)?;
         output::open(id, &path);

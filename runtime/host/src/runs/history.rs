@@ -180,6 +180,7 @@ impl Training {
     fn go_back(&mut self, step: u64) {
         self.steps.retain(|other| other.step <= step);
         self.evals.retain(|other| other.step <= step);
+        self.finished.clear();
     }
 
     /// Steps that were planned, if it says so.
@@ -273,7 +274,11 @@ fn hear(training: &mut Training, name: &str, event: &Value) {
             training.samples.retain(|other| other.prompt != sample.prompt || other.expected != sample.expected);
             training.samples.push(sample);
         }
-        ("started", _) => training.started.extend(fields()),
+        // Also of one that begins anew, as nothing of it was saved.
+        ("started", _) => {
+            let number = training.number;
+            *training = Training { number, started: fields(), ..Training::default() };
+        }
         ("finished", _) => training.finished = fields(),
         _ => {
             if let Some(to) = goes_back(name, event) {
@@ -288,7 +293,7 @@ fn hear(training: &mut Training, name: &str, event: &Value) {
 /// The step that an event takes a training back to, if it does.
 pub fn goes_back(name: &str, event: &Value) -> Option<u64> {
     match name {
-        "resumed" | "rolled_back" => event["step"].as_u64(),
+        "resumed" | "rolled_back" | "fell_back" => event["step"].as_u64(),
         "rewound" => event["to"].as_u64(),
         _ => None,
     }

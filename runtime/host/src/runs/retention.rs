@@ -108,13 +108,20 @@ fn naming(home: &Path) -> Vec<(String, PathBuf)> {
 /// Who names an adapter of a run, by its id or by its path: handlers, models of the registry, other runs. A name that only looks like
 /// one counts, too: what is kept for nothing costs less than what is missed.
 pub fn users(id: &str, home: &Path) -> Vec<String> {
-    users_among(id, &texts(home))
+    users_among(id, &texts(home).0)
 }
 
-/// The texts in which such names stand.
-fn texts(home: &Path) -> Vec<(String, String)> {
-    let read = |(said, path): (String, PathBuf)| Some((said, read_text(&path, SMALL_FILE_BYTES_MAX).ok()?));
-    naming(home).into_iter().filter_map(read).collect()
+/// The texts in which such names stand, and a file that could not be read: who knows what it names.
+fn texts(home: &Path) -> (Vec<(String, String)>, Option<PathBuf>) {
+    let (mut texts, mut unread) = (Vec::new(), None);
+    for (said, path) in naming(home) {
+        match read_text(&path, SMALL_FILE_BYTES_MAX) {
+            Ok(text) => texts.push((said, text)),
+            Err(_) if fs::symlink_metadata(&path).is_err() => {}
+            Err(_) => unread = Some(path),
+        }
+    }
+    (texts, unread)
 }
 
 fn users_among(id: &str, texts: &[(String, String)]) -> Vec<String> {
@@ -136,8 +143,9 @@ pub fn remove(entry: &Entry) -> Result<()> {
     take_away(&entry.path)
 }
 
-/// Makes room for another run: removes failed runs that made no adapter, and then the oldest that have nothing left to do, until no more are left than are kept. Never one that can go on, or
-/// with an adapter that somebody names. What is removed is said; that something cannot be is no failure.
+/// Makes room for another run: removes failed runs that made nothing, and then the oldest that have nothing left to do, until no more are
+/// left than are kept. Never one that has something to go on from, or an adapter that somebody names. What is removed is said; that
+/// something cannot be is no failure.
 pub fn prune() {
     if let Ok(runs) = runs_directory() {
         prune_to(&runs, BOUND);
@@ -153,10 +161,19 @@ pub(super) fn prune_to(runs: &Path, bound: Bound) -> Vec<String> {
     if !is_over(count, bytes) {
         return Vec::new();
     }
-    let texts = texts(home);
+    let (texts, unread) = texts(home);
+    if let Some(unread) = unread {
+        line(format_args!("note: no old run is removed: {} cannot be read, and may name one", unread.display()));
+        return Vec::new();
+    }
     let mut removed = Vec::new();
     let mut old: Vec<_> = all[..all.len().saturating_sub(bound.newest)].iter().collect();
-    let made_nothing = |run: &Entry| run.status == Status::Failed && entries(&run.path.join("adapters")).is_empty();
+    // The checkpoint before the first step holds nothing that was learned.
+    let made_nothing = |run: &Entry| {
+        let is_begun = checkpoints(&run.path).iter().any(|(_, steps)| steps.iter().any(|step| *step > 0));
+        let kept = ["adapters", "steps"].iter().any(|kind| !entries(&run.path.join(kind)).is_empty());
+        run.status == Status::Failed && !is_begun && !kept
+    };
     old.sort_by_key(|run| !made_nothing(run));
     for run in old {
         if !is_over(count, bytes) {
@@ -165,7 +182,7 @@ pub(super) fn prune_to(runs: &Path, bound: Bound) -> Vec<String> {
         // A process that has not written what it is yet has no record.
         let has_ended = matches!(run.status, Status::Finished | Status::Failed)
             || run.status == Status::Killed && run.record.is_some();
-        if !has_ended || run.can_go_on() || !users_among(&run.id, &texts).is_empty() {
+        if !has_ended || run.can_go_on() && !made_nothing(run) || !users_among(&run.id, &texts).is_empty() {
             continue;
         }
         let unsaved = run.lost(home).unsaved.len();
@@ -182,7 +199,11 @@ pub(super) fn prune_to(runs: &Path, bound: Bound) -> Vec<String> {
         removed.push(run.id.clone());
     }
     if !removed.is_empty() {
-        line(format_args!("note: of runs, the last {} are kept, and at most {}", bound.runs, size(bound.bytes)));
+        line(format_args!(
+            "note: {} runs are kept, of {} at most: failed ones that made nothing go first, then the oldest that nobody names",
+            bound.runs,
+            size(bound.bytes)
+        ));
     }
     if is_over(count, bytes) {
         line(format_args!(

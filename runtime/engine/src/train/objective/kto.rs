@@ -37,6 +37,10 @@ impl Objective for Kto {
         "kto"
     }
 
+    fn loss_unit(&self) -> f64 {
+        self.desirable_weight.max(self.undesirable_weight)
+    }
+
     fn count(&self, targets: &[Vec<usize>]) -> usize {
         targets.len()
     }

@@ -155,6 +155,11 @@ pub trait Objective: Send + Sync {
     /// Its name, as `--objective` has it.
     fn name(&self) -> &'static str;
 
+    /// What of its loss is as much as a nat of sft's: by that a training is held to diverge.
+    fn loss_unit(&self) -> f64 {
+        1.0
+    }
+
     /// N: what the step's loss is a mean over. `targets`: the number of targets of each sequence of each unit of the step.
     fn count(&self, targets: &[Vec<usize>]) -> usize;
 

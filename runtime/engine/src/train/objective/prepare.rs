@@ -65,7 +65,12 @@ pub fn prepare(from: &Prepare<'_>, progress: &mut Progress<'_>) -> Result<Box<dy
                 train.len() >= 2,
                 "kto needs two rows or more: its reference point is taken from answers to other prompts"
             );
-            let others = [*train, *held_out].map(|groups| mismatched(groups, per_step, longest));
+            let mut others = [*train, *held_out].map(|groups| mismatched(groups, per_step, longest));
+            if let ([only], [first, ..]) = (&held_out[..], &train[..]) {
+                // One row alone has no other beside it.
+                others[1] = mismatched(&[only, first], 2, longest);
+                others[1].truncate(1);
+            }
             // Own answers first, then those that belong to others, of the rows that are trained on and of those held out alike.
             let [a, b] = [(*train, &others[0]), (*held_out, &others[1])]
                 .map(|(groups, others)| sequences_of(groups).into_iter().chain(others).collect::<Vec<_>>());

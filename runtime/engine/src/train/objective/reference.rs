@@ -47,6 +47,9 @@ impl Reference {
         }
         let params = adaptation.map_or(&[][..], |adaptation| &adaptation.params);
         hasher.update((params.len() as u64).to_le_bytes());
+        if let Some(adaptation) = adaptation {
+            hasher.update(serde_json::to_vec(&adaptation.plan)?);
+        }
         for param in params {
             let values = param.var.as_detached_tensor().flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
             hasher.update((values.len() as u64).to_le_bytes());
@@ -82,7 +85,7 @@ impl Reference {
             let values =
                 tensor.data().chunks_exact(8).map(|bytes| f64::from_le_bytes(bytes.try_into().expect("8 bytes")));
             let values: Vec<f64> = values.collect();
-            (fits && values.iter().all(|value| value.is_finite() && *value <= 0.0)).then_some(values)
+            (fits && values.iter().all(|value| value.is_finite())).then_some(values)
         };
         Ok(read().map(|log_probs| Self { key: key.to_owned(), log_probs }))
     }

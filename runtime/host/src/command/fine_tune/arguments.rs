@@ -37,7 +37,7 @@ pub struct Arguments {
     #[arg(long, value_name = "NAME")]
     #[serde(skip)]
     pub(super) name: Option<String>,
-    /// Replace an earlier result in that directory or of that name
+    /// Replace an earlier result in that directory or of that name, once the new one is whole
     #[arg(long, requires = "place")]
     #[serde(skip)]
     pub(super) overwrite: bool,
@@ -45,7 +45,7 @@ pub struct Arguments {
     #[arg(long, conflicts_with = "overwrite")]
     #[serde(skip)]
     pub(super) resume: bool,
-    /// Steps between two checkpoints
+    /// Steps between two checkpoints; one is saved after each best evaluation, too
     #[arg(long, alias = "save-steps", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     #[serde(skip)]
     pub(super) save_every: Option<u64>,
@@ -109,7 +109,7 @@ pub struct Arguments {
     /// Steps between two evaluations on the held-out rows
     #[arg(long, alias = "eval-steps", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     pub(super) eval_every: Option<u64>,
-    /// End the training after so many of these evaluations in a row without a lower loss
+    /// End the training after so many evaluations of --eval-every in a row without a lower loss
     #[arg(long, alias = "patience", requires = "eval_every", value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     pub(super) early_stopping_patience: Option<u64>,
     /// Measure after the training how far the model has moved from its base: on rows of FILE, else on answers of the base's own, which it

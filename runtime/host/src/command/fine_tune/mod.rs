@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail, ensure};
-use homeroom_engine::adapt::adapter::is_adapter;
+use homeroom_engine::adapt::adapter::{WEIGHTS_FILE, is_adapter};
 use homeroom_engine::data::{Dataset, Group, check_rows};
+use homeroom_engine::files::digest;
 use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::{Kind, Objective, ObjectiveConfig};
@@ -17,11 +18,13 @@ use homeroom_engine::train::{
 use serde_json::{Map, Value};
 
 mod arguments;
+mod place;
 mod told;
 mod unfinished;
 
 pub use self::arguments::Arguments;
 use self::arguments::config;
+use self::place::{Standing, free_place, place};
 use self::told::{restate, rewards, tell, tell_memory};
 use self::unfinished::Unfinished;
 use super::arguments::RowArgs;
@@ -30,7 +33,7 @@ use crate::interrupt;
 use crate::job::forgetting;
 use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken};
 use crate::models::{
-    Located, Network, Use, here, last_part, load_base, load_measured, load_rows, locate, refuse_other, with_text,
+    Located, Network, Use, here, load_base, load_measured, load_rows, locate, refuse_other, with_text,
 };
 use crate::near::exists;
 use crate::plugin::{Plugin, Search, native};
@@ -53,6 +56,8 @@ struct Prepared<'a> {
     arguments: &'a Arguments,
     objective: ObjectiveConfig,
     output_dir: PathBuf,
+    /// What it may replace there.
+    claim: Option<String>,
     /// Where the user named no place.
     unnamed: bool,
     search: Search,
@@ -100,16 +105,24 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     let gives_up = unnamed && own.is_some();
     let output_dir = own.map_or_else(|| place(arguments), Ok)?;
     utf8(&std::path::absolute(&output_dir)?)?;
-    let is_own = earlier.as_ref().is_some_and(|run| unfinished::is_result_of(&output_dir, run.token()));
-    if is_own {
-        // What it left when it was interrupted; what somebody has put beside that stays.
+    let claim = match &earlier {
+        Some(run) => unfinished::claim(run),
+        None if arguments.overwrite => place::contents(&output_dir),
+        None => None,
+    };
+    let token = earlier.as_ref().and_then(Entry::token);
+    let standing = place::standing(&output_dir, token, claim.as_deref());
+    if let Some(run) = earlier.as_ref().filter(|_| standing == Standing::Other && !gives_up) {
+        // What somebody has put beside its earlier result is named.
         replaceable(&output_dir)?;
-    } else if !arguments.overwrite && !gives_up {
+        bail!(
+            "{}: something else is there by now, and the result of run {} would go there\nhint: move it away and go on again; nothing of the run is lost meanwhile",
+            output_dir.display(),
+            run.id
+        );
+    }
+    if earlier.is_none() && !arguments.overwrite {
         vacant(&output_dir).map_err(|error| match arguments.name.as_ref().filter(|_| output_dir.is_dir()) {
-            _ if earlier.is_some() => anyhow!(
-                "{}: something is there by now, and the result of the run would go there\nhint: move it away and go on again; nothing of the run is lost meanwhile",
-                output_dir.display()
-            ),
             Some(name) if arguments.output_dir.is_none() => anyhow!(
                 "{name}: there is a model of this name already\nhint: --overwrite replaces it, another --name keeps both"
             ),
@@ -130,7 +143,9 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         (Err(error), None) => return Err(error),
     };
     let options = arguments.strategy_options.options()?;
-    plugin.as_ref().map(|plugin| plugin.check_options(&options)).transpose()?;
+    if earlier.is_none() {
+        plugin.as_ref().map(|plugin| plugin.check_options(&options)).transpose()?;
+    }
     // Only now, as they may be downloaded. Rows that no model could be trained on are refused before that.
     let is_missing = |name: &Path| here(name).map(|located| located.is_none());
     if is_missing(&arguments.model_name)? || arguments.init_from.as_deref().map_or(Ok(false), is_missing)? {
@@ -155,7 +170,8 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     if arguments.overwrite {
         replaceable(&output_dir)?;
     }
-    Prepared { arguments, objective, output_dir, unnamed, search, plugin, options, base, init_from, earlier }.train()
+    Prepared { arguments, objective, output_dir, claim, unnamed, search, plugin, options, base, init_from, earlier }
+        .train()
 }
 
 impl Prepared<'_> {
@@ -170,6 +186,9 @@ impl Prepared<'_> {
         settings.insert("output_dir".to_owned(), std::path::absolute(&self.output_dir)?.display().to_string().into());
         settings.insert("training_rows".to_owned(), rows.data.digest.clone().into());
         settings.insert("eval_rows".to_owned(), rows.eval_file.as_ref().map(|file| file.digest.clone()).into());
+        let weights = self.init_from.as_ref().map(|path| [path.join(WEIGHTS_FILE)]);
+        let weights = weights.map(|weights| digest::of_files(&weights, None)).transpose()?;
+        settings.insert("init_from_weights".to_owned(), serde_json::to_value(weights)?);
         if let Some(run) = &self.earlier {
             unfinished::refuse_others(run, &settings)?;
         }
@@ -180,6 +199,7 @@ impl Prepared<'_> {
         let run = match &self.earlier {
             Some(run) => Some(RunDirectory::reopen(&run.id)?),
             None => {
+                settings.insert(unfinished::CLAIM.to_owned(), self.claim.clone().into());
                 let about = About::here(Value::Object(settings.clone()), settings);
                 let name = self.output_dir.file_name().unwrap_or_default().to_string_lossy();
                 let run = RunDirectory::start(runs::Kind::FineTune, &name, about);
@@ -281,12 +301,33 @@ impl Prepared<'_> {
             bail!("{failure}\n{}", outcome.save_beside(&job, output_dir));
         }
         let another = || free_place(arguments).ok();
-        let is_own = run.is_some_and(|run| unfinished::is_result_of(output_dir, Some(&run.token())));
-        let is_own = is_own && replaceable(output_dir).is_ok();
-        let taken = match (*unnamed, arguments.overwrite || is_own) {
-            (_, true) => Taken::Replaced,
-            (true, false) => Taken::GivenUp(&another),
-            (false, false) => Taken::Stays,
+        let token = run.map(RunDirectory::token);
+        let standing = place::standing(output_dir, token.as_deref(), self.claim.as_deref());
+        let checkpoint = recording.as_ref().and_then(Recording::newest);
+        if let (true, Standing::Claimed | Standing::Other, Some(run), Some(checkpoint)) =
+            (outcome.report.interrupted, standing, run, checkpoint)
+        {
+            // An older model stays until the new one is whole.
+            line(format_args!(
+                "stopped after step {} of {}; what it had learned by then is in {}, and {} is as it was",
+                outcome.report.steps.len(),
+                outcome.report.planned_steps,
+                checkpoint.display(),
+                output_dir.display()
+            ));
+            line(format_args!("next      homeroom resume {}", run.id()));
+            let mut summary = Map::from_iter([("run".to_owned(), run.id().into())]);
+            summary.extend(outcome.summary());
+            run.finish(End::Interrupted(Value::Object(summary.clone())))?;
+            if arguments.json {
+                print(&Value::Object(summary).to_string())?;
+            }
+            return Ok(Done::Interrupted);
+        }
+        let taken = match (standing, *unnamed) {
+            (Standing::Own | Standing::Claimed, _) => Taken::Replaced,
+            (_, true) => Taken::GivenUp(&another),
+            (_, false) => Taken::Stays,
         };
         let saved = outcome.save(&job, output_dir, taken, None)?;
         if *unnamed && saved != *output_dir {
@@ -295,12 +336,18 @@ impl Prepared<'_> {
             if let Some(run) = run {
                 let mut settings = run.settings();
                 settings.insert("output_dir".to_owned(), saved.display().to_string().into());
-                run.set_settings(settings)?;
+                if let Err(error) = run.set_settings(settings) {
+                    line(format_args!("warning: run {}: {error:#}", run.id()));
+                }
             }
         }
         let samples = match outcome.report.interrupted {
             true => Vec::new(),
-            false => samples.ask_after(&job.model, &job.now().0)?,
+            // The result is saved: what fails here costs no more than the answers.
+            false => samples.ask_after(&job.model, &job.now().0).unwrap_or_else(|error| {
+                line(format_args!("warning: the held-out questions cannot be answered: {error:#}"));
+                Vec::new()
+            }),
         };
         for sample in &samples {
             recording.iter().for_each(|recording| recording.event(sample.event()));
@@ -349,25 +396,6 @@ fn start(name: &Path) -> Result<PathBuf> {
         "{name}: not an adapter\nhint: a model is trained further with `--model-name {name}` alone"
     );
     Ok(path)
-}
-
-/// Where the result goes: what was named, or a name after the training file.
-fn place(arguments: &Arguments) -> Result<PathBuf> {
-    match (&arguments.output_dir, &arguments.name) {
-        (Some(directory), _) => Ok(directory.clone()),
-        (None, Some(name)) => {
-            let place = registry::place(name)?;
-            registry::note_ambiguous(Path::new(name), &place);
-            Ok(place)
-        }
-        (None, None) => free_place(arguments),
-    }
-}
-
-/// The place of a name that is free now.
-fn free_place(arguments: &Arguments) -> Result<PathBuf> {
-    let model = last_part(&arguments.model_name).unwrap_or_default();
-    registry::place(&registry::free_name(&[&arguments.training_file, Path::new(&model)])?)
 }
 
 /// Trains with a progress bar, until the end or an interruption.

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use homeroom_engine::adapt::adapter::read_manifest;
 use homeroom_engine::train::checkpoint;
 use serde_json::{Map, Value};
 
@@ -21,8 +20,10 @@ pub(super) enum Unfinished {
     Finished(Box<Entry>),
 }
 
-/// Settings that are no flag: what rows hold, and where the result goes.
-const NO_FLAGS: [&str; 3] = ["output_dir", "training_rows", "eval_rows"];
+/// Settings that are no flag: what files hold, and where the result goes.
+const NO_FLAGS: [&str; 4] = ["output_dir", "training_rows", "eval_rows", "init_from_weights"];
+/// The setting that says what a run may replace, see [`super::place`].
+pub(super) const CLAIM: &str = "replaces";
 
 /// The settings that decide on a result, by their flags' names, paths as they lead from everywhere.
 pub(super) fn settings(arguments: &Arguments) -> Result<Map<String, Value>> {
@@ -94,11 +95,9 @@ pub(super) fn output_dir(run: &Entry) -> Option<PathBuf> {
     run.record.as_ref()?.settings.get("output_dir")?.as_str().map(PathBuf::from)
 }
 
-/// Whether what is at a place is what a run had left there when it was interrupted, by the run's token: names are used again.
-pub(super) fn is_result_of(place: &Path, token: Option<&str>) -> bool {
-    let manifest = read_manifest(place).ok().flatten();
-    let written = manifest.as_ref().and_then(|manifest| manifest.training["run_token"].as_str());
-    written.is_some() && written == token
+/// What a run may replace where its result goes, as it was when it began.
+pub(super) fn claim(run: &Entry) -> Option<String> {
+    run.record.as_ref()?.settings.get(CLAIM)?.as_str().map(str::to_owned)
 }
 
 /// Settings that are not those of a run, in words.
@@ -114,6 +113,7 @@ fn differences(run: &Entry, settings: &Map<String, Value>) -> Vec<String> {
             match name.as_str() {
                 "training_rows" => "the training file's rows have changed since".to_owned(),
                 "eval_rows" => "the held-out rows have changed since".to_owned(),
+                "init_from_weights" => "the adapter of --init-from has changed since".to_owned(),
                 name => format!("--{} is {}, the run has {}", name.replace('_', "-"), shown(ours), shown(theirs)),
             }
         })

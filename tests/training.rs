@@ -180,7 +180,8 @@ fn a_rate_that_is_scaled_where_a_run_is_interrupted_stays_so() -> Result<()> {
     assert!(values(resumed.adaptation())? == values(whole.adaptation())?);
     assert_eq!(resumed.report.evaluations, whole.report.evaluations);
     // It is another rate that is compared.
-    let mut unscaled = Saves::new(&model, &config, &place.path().join("unscaled"), 1000);
+    let directory = place.path().join("unscaled");
+    let mut unscaled = Saves::new(&model, &config, &directory, 1000);
     let unscaled = train(&model, State::new(&model, &lora(&model)?, &config), &data, &Sft, &config, &mut unscaled)?;
     assert!(unscaled.report.steps[5].learning_rate > 1.9 * whole.report.steps[5].learning_rate);
     Ok(())

@@ -8,6 +8,8 @@ Each measurement is a process of its own; variants take turns, and figures are m
 - mistral.rs is timed by itself (`Usage`), which counts its scheduling and its greedy sampling too. Its prompts are random words that
   are a token each. It reads once a round, since it takes long, and is left out of `decode-4`.
 
+With `--isa avx2` Homeroom is held to AVX2, and llama.cpp is to be built for it. No table is printed of a machine that was disturbed.
+
 Run: python bench_generate.py --model FILE.gguf ... [--homeroom BIN] [--only prefill,decode] [--peers llama.cpp] [--json FILE]
 """
 
@@ -23,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import common
+import machine
 
 TOKENS, PROMPT, DRAWN, RUNS, CHATS = 512, 32, 64, 5, 4
 READ = ["prefill", "--tokens", TOKENS, "--runs", RUNS]
@@ -194,26 +197,33 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS), help="peers, separated by commas: " + ", ".join(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="threads of every side")
+    machine.add_options(parser)
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("homeroom_args", nargs="*", help="after `--`: further options for Homeroom")
     args = parser.parse_args()
+    machine.hold(args.isa)
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # Homeroom's threads and mistral.rs's
     if args.peer:
         print(json.dumps(llama_cpp(args) if args.peer == "llama.cpp" else mistral_rs(args)))
         return
     args.peers = names(args.peers, PEERS, parser, "peers")
     measures = names(args.only, MEASURES, parser, "measures")
-    record, rows, broken = {}, [], []
+    record, rows, broken, noise = {}, [], [], []
     for model in args.model:
         for measure in measures:
             runs = rounds(args, model, measure, broken)
+            noise += [f"{model.name}, {measure}: {why}" for why in map(machine.disturbed, runs.values()) if why]
+            systems = {run["system"] for found in runs.values() for run in found if "system" in run}
+            broken += [why for why in (machine.foreign(system, args.isa) for system in systems) if why and why not in broken]
             record.setdefault(model.name, {})[measure] = runs
             rows += [row(args, model, measure, variant, runs) for variant in MEASURES[measure]]
             if args.json:
                 args.json.write_text(json.dumps(record), encoding="utf-8")
     heads = [f"{peer} ({PEERS[peer]} {version(PEERS[peer])}) | ratio" for peer in args.peers]
-    print(f"tokens/s, medians of {args.rounds} rounds, {args.threads} threads; ratio: Homeroom to the peer (least to most of a round)\n")
+    machine.refuse(noise)
+    print(machine.heading(args.threads, args.rounds, args.isa))
+    print("tokens/s; ratio: Homeroom to the peer (least to most of a round)\n")
     print("| " + " | ".join(["file", "measure", "Homeroom", *heads]) + " |")
     print("|---|---|" + "--:|" * (1 + 2 * len(args.peers)))
     print("\n".join(rows))

@@ -5,7 +5,10 @@ rounds. Training is LoRA of rank 16, alpha 32, on all linear layers, AdamW, clip
 all trained; the chat rows are those of rows.py, of which only the answers are trained, on both sides the same tokens, from the
 same adapter and in the same order.
 
-Run: python bench_train.py --model D (bf16) --rows DIR --homeroom BIN [--only lora-bf16,nf4] [--rounds 3] [--json FILE]
+With `--isa avx2` every side is held to AVX2: only f32 is compared then, since neither side multiplies bf16 with it. No table is printed
+of a machine that was disturbed.
+
+Run: python bench_train.py --model D (bf16) --rows DIR --homeroom BIN [--only lora-bf16,nf4] [--rounds 3] [--isa avx2] [--json FILE]
 """
 
 import argparse
@@ -20,6 +23,7 @@ import time
 from pathlib import Path
 
 import common
+import machine
 
 BATCH, LENGTH, WARM_UP, STEPS = 4, 256, 2, 5
 PEERS = {
@@ -175,7 +179,9 @@ def medians(runs: list[dict]) -> dict:
     return {key: statistics.median(run[key] for run in runs) for key in keys}
 
 
-def synthetic(args, names: list[str], record: dict, broken: list[str]) -> None:
+def synthetic(args, names: list[str], record: dict, broken: list[str]) -> list[str]:
+    """Lines of the table."""
+    lines, noise = [], []
     for name in names:
         options, kind, speed_bound, memory_bound = PAIRS[name]
         mine, theirs = [], []
@@ -190,13 +196,14 @@ def synthetic(args, names: list[str], record: dict, broken: list[str]) -> None:
         record[name] = {"homeroom": mine, kind: theirs}
         a, b = medians(mine), medians(theirs)
         speed, memory = a["tokens_per_second"] / b["tokens_per_second"], a["peak_memory_bytes"] / b["peak_memory_bytes"]
-        print(
+        noise += [f"{name}: {why}" for why in [machine.disturbed(mine)] if why]
+        lines.append(
             f"{name:10} Homeroom {a['tokens_per_second']:6.0f} tokens/s {a['peak_memory_bytes'] / 1e9:5.2f} GB"
             f"   {100 * a['share_of_register_loop']:3.0f} % of {a['register_loop_gflops']:.0f} GFLOP/s"
             f"   {kind} {b['tokens_per_second']:6.0f} tokens/s {b['peak_memory_bytes'] / 1e9:5.2f} GB"
-            f"   ratio {speed:5.2f}, memory 1/{1 / memory:.1f}",
-            flush=True,
+            f"   ratio {speed:5.2f}, memory 1/{1 / memory:.1f}"
         )
+        print(lines[-1], file=sys.stderr, flush=True)
         if speed_bound and speed < speed_bound:
             broken.append(f"{name}: {speed:.2f} times {kind}'s speed, wanted {speed_bound}")
         if memory_bound and memory > memory_bound:
@@ -206,6 +213,10 @@ def synthetic(args, names: list[str], record: dict, broken: list[str]) -> None:
             broken.append(f"{name}: {a['peak_memory_bytes'] / 1e9:.2f} GB, wanted 0.9")
         if share and a["share_of_register_loop"] < share:
             broken.append(f"{name}: {a['share_of_register_loop']:.2f} of the register loop, wanted {share}")
+    if args.json:
+        args.json.write_text(json.dumps(record), encoding="utf-8")
+    machine.refuse(noise)
+    return lines
 
 
 def adapter_loss(args, folder: Path, rows: list) -> float:
@@ -268,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="folder of rows.py, for chat rows")
     parser.add_argument("--only", help="comparisons, separated by commas: " + ", ".join([*PAIRS, "chat"]))
     parser.add_argument("--rounds", type=int, default=3)
+    machine.add_options(parser)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--chat-rows", type=int, default=240)
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -276,17 +288,19 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    machine.hold(args.isa)
     common.torch_ready(args.threads)
     if args.peer:
         print(json.dumps({"trl": trl, "trl-f32": trl, "adapter": adapter}.get(args.peer, peer)(args)))
         return
     if not args.homeroom:
         parser.error("--homeroom BIN is needed")
-    names = args.only.split(",") if args.only else [*PAIRS, "chat"]
+    names = args.only.split(",") if args.only else ["lora-f32"] if args.isa else [*PAIRS, "chat"]
     if unknown := set(names) - {*PAIRS, "chat"}:
         parser.error(f"unknown comparisons: {', '.join(sorted(unknown))}")
     record, broken = {}, []
-    synthetic(args, [name for name in names if name in PAIRS], record, broken)
+    lines = synthetic(args, [name for name in names if name in PAIRS], record, broken)
+    print("\n".join([machine.heading(args.threads, args.rounds, args.isa), *lines]), flush=True)
     if "chat" in names:
         if not args.rows:
             parser.error("--rows DIR is needed for chat rows")

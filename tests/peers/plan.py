@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import common
+import machine
 import shapes
 
 # Number: model, strategy, options of both commands, rows of a step, tokens of a row.
@@ -115,7 +116,7 @@ def main() -> None:
             print(f"{number} {measured[number]['peak_memory_bytes'] / 1e6:.0f} MB", file=sys.stderr, flush=True)
             if args.measured:
                 args.measured.write_text(json.dumps(measured), encoding="utf-8")
-    print(f"{shapes.processor()[0]}, {args.threads} threads, load {os.getloadavg()[0]:.1f}\n")
+    print(f"{machine.processor()[0]}, {args.threads} threads, load {os.getloadavg()[0]:.1f}\n")
     heads = ["", "model", "training", "memory: plan", "measured", "ratio", "a step: plan", "measured", "ratio"]
     print("| " + " | ".join(heads) + " |\n|--:|---|---|" + "--:|" * 6)
     broken = []

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import bench_train
 import common
+import machine
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 # Sizes as in `config.json` of google/gemma-3-270m and Qwen/Qwen3-0.6B.
@@ -270,14 +271,6 @@ def answers(args, name: str, record: dict, rows: list, broken: list[str]) -> Non
                 broken.append(f"{name}: decodes {kind} {ratio:.2f} times as fast as llama.cpp, wanted {DECODE_SPEED}")
 
 
-def processor() -> tuple[str, str]:
-    """Its name and its flags."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        pairs = dict(line.split(":", 1) for line in file if ":" in line)
-    found = {key.strip(): value.strip() for key, value in pairs.items()}
-    return found.get("model name", "?"), found.get("flags", "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, required=True, help="where the models are, or are made")
@@ -316,10 +309,9 @@ def main() -> None:
                 broken.append(f"{name}: {part}: {error}")
             if args.json:
                 args.json.write_text(json.dumps(record), encoding="utf-8")
-    cpu, flags = processor()
-    print(f"{cpu}, {os.cpu_count()} cores, {args.threads} threads; tokens/s and peak memory, medians of {args.rounds} rounds")
-    if "avx512f" in flags and args.system and "AVX512" not in args.system:
-        print(f"llama.cpp is not built for this processor, which has AVX-512: {args.system.strip()}")
+    print(f"{machine.heading(args.threads, args.rounds, None)}; tokens/s and peak memory")
+    if args.system and (why := machine.foreign(args.system, None)):
+        print(why)
     heads = ["shape", "measure", "peer", "Homeroom", "memory", "peer's", "memory", "ratio (least to most of a round)", "memory"]
     print("\n| " + " | ".join(heads) + " |\n|---|---|---|" + "--:|" * 6)
     for row in rows:

@@ -111,7 +111,7 @@ impl RunDirectory {
             command: about.command,
             cwd: about.cwd.to_string_lossy().into_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            processor: homeroom_kernels::cpu().name().to_owned(),
+            processor: homeroom_kernels::isa().name(),
             machine: machine(),
             script,
             settings: about.settings,
@@ -187,6 +187,11 @@ impl RunDirectory {
     /// What tells it from every other run, also one of its name on another machine.
     pub fn token(&self) -> String {
         self.record().token.clone()
+    }
+
+    /// The instructions that it began with, as `HOMEROOM_CPU` names them.
+    pub fn processor(&self) -> String {
+        self.record().processor.clone()
     }
 
     /// What it was told when it started.

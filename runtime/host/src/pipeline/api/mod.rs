@@ -58,6 +58,7 @@ use super::store::{Key, Store};
 use crate::hub::{self, HubName};
 use crate::models::{Loaded, not_there};
 use crate::plugin::{Plugin, Search};
+use crate::processor;
 use crate::progress::{self, thousands};
 use crate::registry;
 use crate::runs::{About, End, Kind, RunDirectory};
@@ -303,7 +304,12 @@ impl Session {
             return Ok(run.clone());
         }
         let begun = Rc::new(match &self.resumed {
-            Some(id) => RunDirectory::reopen(id)?,
+            Some(id) => {
+                let run = RunDirectory::reopen(id)?;
+                // Before any verb makes a key: the instructions are a part of it.
+                processor::keep_to(&run.processor());
+                run
+            }
             None => RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())?,
         });
         if self.resumed.is_none() {

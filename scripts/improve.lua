@@ -23,16 +23,18 @@ end
 local ratings = homeroom.prepare_dataset { path = params.ratings }.train:dedupe()
 
 -- What the new model has to be better on. Rows of people who know are best; else some of the liked answers are kept back.
+local liked = ratings:filter(is_liked)
 local lessons, exam = ratings, nil
 if params.exam then
   exam = homeroom.prepare_dataset { path = params.exam }.train
 else
-  lessons, exam = ratings:split { eval = params.eval, seed = params.seed }
-  exam = exam:filter(is_liked):map(answer)
+  -- Of the liked ones alone, so that there is one, however few of all they are.
+  liked, exam = liked:split { eval = params.eval, seed = params.seed }
+  exam = exam:map(answer)
+  lessons = liked:concat(ratings:filter(function(row) return not is_liked(row) end))
 end
 
 -- sft learns what was liked; kto also learns what not to say.
-local liked = lessons:filter(is_liked)
 if params.objective == "sft" then lessons = liked:map(answer) end
 
 -- The model that answers now; in the first round there is none of that name, and the base is what is to be improved.

@@ -30,7 +30,7 @@ fn measure(
     rows: &[Example],
 ) -> Result<Forgetting> {
     let rows: Vec<&Example> = rows.iter().collect();
-    forgetting((base, None), (tuned, adaptation), &rows, |_| {})
+    forgetting((base, None), (tuned, adaptation), &rows, |_| Ok(()))
 }
 
 fn close(measured: &Forgetting, expected: [f64; 3], tolerance: f64, what: &str) {
@@ -132,7 +132,7 @@ fn a_fresh_adapter_has_forgotten_nothing() -> Result<()> {
     let adaptation = adapt("lora", &json!({"r": 3}), &model, 3)?;
     let measured = measure(&model, &model, Some(&adaptation), &rows)?;
     assert!(measured.kl < 1e-9 && (measured.loss_before - measured.loss_after).abs() < 1e-6, "{measured:?}");
-    let refused = forgetting((&model, None), (&support::model("qwen2")?, None), &[], |_| {});
+    let refused = forgetting((&model, None), (&support::model("qwen2")?, None), &[], |_| Ok(()));
     assert!(refused.is_err(), "another vocabulary, or no rows");
     Ok(())
 }
@@ -170,8 +170,8 @@ fn own_rows_are_drawn_from_the_base_as_it_is() -> Result<()> {
     let mut bare = BaseModel::load(&fixture("models/llama"))?;
     bare.template = None;
     for model in [pocket, Arc::new(bare)] {
-        let rows = own_rows(&model, |_, _| {})?;
-        assert_eq!(rows, own_rows(&model, |_, _| {})?, "they are the same each time");
+        let rows = own_rows(&model, |_, _| Ok(()))?;
+        assert_eq!(rows, own_rows(&model, |_, _| Ok(()))?, "they are the same each time");
         assert!(rows.len() > 30, "{} rows", rows.len());
         let rows: Vec<Example> = rows.iter().filter_map(OwnRow::example).collect();
         let vocab = model.architecture.vocab_size;

@@ -241,6 +241,51 @@ fn resume_without_a_run_starts_one() -> Result<()> {
     Ok(())
 }
 
+/// `--overwrite` is said of what stands there when the run begins.
+#[test]
+fn a_run_with_overwrite_replaces_what_stood_there_by_its_whole_result_and_nothing_that_came_later() -> Result<()> {
+    let runs = Runs::new(&SHORT)?;
+    let standing = runs.place.write("outputs/out/trainer_state.json", "mine")?;
+    let resume = || {
+        let mut command = runs.program();
+        command.args(["resume", "out-1"]);
+        command
+    };
+    let mut running = Running::start(&mut runs.command(&["--overwrite", "--save-every", "2"]))?;
+    running.wait_for("step ")?;
+    running.signal(libc::SIGINT)?;
+    let (code, _, stderr) = running.end()?;
+    assert!(
+        code == Some(130) && stderr.contains("is as it was") && stderr.contains("homeroom resume out-1"),
+        "{stderr}"
+    );
+    assert_eq!((fs::read_to_string(&standing)?.as_str(), runs.place.outputs()?), ("mine", vec!["out".to_owned()]));
+    // Another result by then.
+    fs::write(&standing, "another's")?;
+    refused(&mut resume(), &["something else is there by now", "nothing of the run is lost meanwhile"])?;
+    assert_eq!(fs::read_to_string(&standing)?, "another's");
+    fs::remove_dir_all(runs.out())?;
+    succeeds(&mut resume())?;
+    assert_eq!(runs.result()?, runs.undisturbed()?);
+    Ok(())
+}
+
+#[test]
+fn what_a_user_puts_beside_a_partial_result_stays() -> Result<()> {
+    let runs = Runs::new(&SHORT)?;
+    let mut running = Running::start(&mut runs.command(&["--save-every", "2"]))?;
+    running.wait_for("step ")?;
+    running.signal(libc::SIGINT)?;
+    assert_eq!(running.end()?.0, Some(130));
+    let mine = runs.place.write("outputs/out/thesis.txt", "years")?;
+    refused(runs.program().args(["resume", "out-1"]), &["holds `thesis.txt`"])?;
+    assert_eq!(fs::read_to_string(&mine)?, "years");
+    fs::remove_file(mine)?;
+    succeeds(runs.program().args(["resume", "out-1"]))?;
+    assert_eq!(runs.result()?, runs.undisturbed()?);
+    Ok(())
+}
+
 #[test]
 fn a_run_goes_on_without_its_plugin_and_with_other_threads() -> Result<()> {
     let runs = Runs::new(&with(&["--strategy", "qlora"]))?;

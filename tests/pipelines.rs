@@ -93,6 +93,24 @@ fn stderr(output: &Output) -> String {
 pub const TRAIN: &str = "local model = homeroom.load_model { name = params.model, r = 4 }\n\
     local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }\n";
 
+/// A module that two others need is read once, and those behind it are read too.
+#[test]
+fn a_problem_in_any_of_several_modules_is_told_before_the_run() -> Result<()> {
+    let place = Place::new()?;
+    place.write("last.lua", "return { value = nobody }")?;
+    for name in ["one", "two"] {
+        place.write(&format!("{name}.lua"), "local shared = require(\"shared\")\nreturn shared")?;
+    }
+    place.write("shared.lua", "return { value = 3 }")?;
+    let config = place.config(
+        "local last, one, two = require(\"last\"), require(\"one\"), require(\"two\")\nreturn { last, one, two }",
+    )?;
+    let output = place.command(&config).arg("--check").output()?;
+    let said = stderr(&output);
+    assert!(output.status.code() == Some(1) && said.contains("last.lua:1: ") && said.contains("`nobody`"), "{said}");
+    Ok(())
+}
+
 /// The shipped configurations run as their first lines say, and print what their scripts promise.
 #[test]
 fn shipped_configurations_run() -> Result<()> {

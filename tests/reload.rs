@@ -136,6 +136,39 @@ fn a_reload_of_the_same_strategy_changes_no_bit() -> Result<()> {
     Ok(())
 }
 
+/// As a script with a mistake in a callback does.
+struct Fails(Script);
+
+impl Observer for Fails {
+    fn on_step(&mut self, report: &StepReport, planned_steps: u64) -> Result<Control> {
+        ensure!(report.step < 6, "the observer's own mistake");
+        self.0.on_step(report, planned_steps)
+    }
+
+    fn candidate(&mut self) -> Result<Option<Candidate>> {
+        self.0.candidate()
+    }
+
+    fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
+        ensure!(!matches!(event.change, Change::RolledBack { .. }), "the plan is blamed");
+        self.0.changed(event, adaptation)
+    }
+}
+
+#[test]
+fn what_an_observer_fails_with_ends_a_run_also_while_a_plan_is_on_trial() -> Result<()> {
+    let (model, place) = (model("llama")?, Place::new()?);
+    let again = load(&place, "again")?;
+    let plan = load(&place, "plain")?.plan(&request(&model))?;
+    let adaptation = Adaptation::new(&model, plan, 42)?;
+    let rows = examples(&model, 24, 1);
+    let mut fails = Fails(Script::default().offer(5, "a", &again, &model)?);
+    let ended = learn_on(&model, &adaptation, &rows.iter().collect::<Vec<_>>(), &config(14), &mut fails);
+    let error = ended.err().context("it ends")?;
+    assert_eq!(format!("{error:#}"), "the observer's own mistake");
+    Ok(())
+}
+
 /// Memory of this process of a kind, in bytes: `RssAnon`, its own, or `RssFile`, mapped from files, which the system takes back when
 /// others need it.
 fn memory(kind: &str) -> Result<usize> {

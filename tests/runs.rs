@@ -245,7 +245,7 @@ fn a_new_run_takes_the_place_of_the_oldest_of_many() -> Result<()> {
     command.arg("--model-name").arg(fixture("models/llama")).arg("--training-file").arg(place.rows("rows.jsonl", 5)?);
     let ran = succeeds(&mut command)?;
     assert!(ran.stderr.contains("removed   run old-1, ") && !ran.stderr.contains("run old-2,"), "{}", ran.stderr);
-    assert!(ran.stderr.contains("of runs, the last 50 are kept, and at most 10.0 GB"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("50 runs are kept, of 10.0 GB at most"), "{}", ran.stderr);
     let left = listed(&place)?;
     assert_eq!((left.len(), left[0].0.as_str(), left[50].0.as_str()), (51, "old-2", "tutor-1"));
     Ok(())

@@ -372,6 +372,46 @@ fn a_run_that_was_killed_goes_on_where_it_was() -> Result<()> {
     Ok(())
 }
 
+/// What has ended is not what is gone on with, where nothing is to be looked up.
+#[test]
+fn the_same_training_twice_in_a_fresh_run_is_made_twice() -> Result<()> {
+    let place = Place::new()?;
+    let script = format!(
+        "{TRAIN}local function tune() return homeroom.fine_tune {{ model = model, dataset = data.train, steps = 3, batch_size = 4, save_steps = 1 }} end\n\
+         local first, second = tune(), tune()\nreturn {{ first.adapter, second.adapter, first.metrics.train_loss, second.metrics.train_loss }}"
+    );
+    let (result, story) = ran(&place.run(&script, &["--fresh", "--json"])?)?;
+    assert_eq!((&result[0], &result[1]), (&json!("s-1/1"), &json!("s-1/2")));
+    assert_eq!(result[2], result[3]);
+    assert!(story.matches("training  3 steps").count() == 2 && !story.contains("goes on   "), "{story}");
+    Ok(())
+}
+
+/// The record of a run says what made it.
+#[test]
+fn a_run_that_goes_on_with_an_edited_script_says_so_and_records_the_new_one() -> Result<()> {
+    let place = Place::new()?;
+    let script = |second: &str| {
+        format!(
+            "{TRAIN}local first = homeroom.fine_tune {{ model = model, dataset = data.train, steps = 2, batch_size = 4 }}\n{second}"
+        )
+    };
+    let failed = place.error(&script("error(\"not yet\")"))?;
+    assert!(failed.contains("s.lua:4: not yet"), "{failed}");
+    place.write("s.lua", &script("return first.adapter"))?;
+    let mut resume = crate::support::homeroom();
+    let output = resume.args(["resume", "s-1"]).env("HOMEROOM_HOME", place.home()).output()?;
+    let story = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{story}");
+    for told in ["its script or its settings have changed since run s-1 was begun", "stage 1   from run s-1, "] {
+        assert!(story.contains(told), "{told}: {story}");
+    }
+    let kept = std::fs::read_to_string(place.home().join("runs/s-1/script.lua"))?;
+    assert!(kept.ends_with("return first.adapter"), "{kept}");
+    assert!(!place.home().join("runs/s-2").exists());
+    Ok(())
+}
+
 /// A home that cannot be written costs the look-up and not the result.
 #[cfg(unix)]
 #[test]

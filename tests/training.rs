@@ -31,6 +31,8 @@ struct Saves<'a> {
     every: u64,
     /// Ends the run after this step, as Ctrl-C does.
     ends: Option<u64>,
+    /// Halves the learning rate after this step.
+    halves: Option<u64>,
     steps: u64,
     saved: Vec<u64>,
     changes: Vec<RunEvent>,
@@ -42,7 +44,7 @@ struct Saves<'a> {
 impl<'a> Saves<'a> {
     fn new(model: &'a BaseModel, config: &'a TrainConfig, directory: &'a Path, every: u64) -> Self {
         let (ends, saved, changes, harm, now) = (None, Vec::new(), Vec::new(), Vec::new(), None);
-        Self { model, config, directory, every, ends, steps: 0, saved, changes, harm, now }
+        Self { model, config, directory, every, ends, halves: None, steps: 0, saved, changes, harm, now }
     }
 
     fn path(&self, step: u64) -> PathBuf {
@@ -63,6 +65,9 @@ impl Observer for Saves<'_> {
                 let values = (param.var.as_detached_tensor() * f64::from(factor))?;
                 param.var.set(&values)?;
             }
+        }
+        if self.halves == Some(report.step) {
+            return Ok(Control::ScaleLearningRate(0.5));
         }
         Ok(if self.ends == Some(report.step) { Control::Stop } else { Control::Continue })
     }
@@ -152,6 +157,33 @@ fn a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits() -> Result<()> 
             assert_eq!(resumed.report.evaluations, whole.report.evaluations);
         }
     }
+    Ok(())
+}
+
+/// Somebody waits when the evaluation is due: it is made up for, and the scale that was asked for before it holds.
+#[test]
+fn a_rate_that_is_scaled_where_a_run_is_interrupted_stays_so() -> Result<()> {
+    let (model, place) = (model("llama")?, TempDir::new()?);
+    let rows = examples(&model, 30, 1);
+    let (data, config) = (data(&rows, 5), TrainConfig { eval_steps: Some(4), ..config(11) });
+    let mut whole = Saves::new(&model, &config, place.path(), 1000);
+    whole.halves = Some(4);
+    let whole = train(&model, State::new(&model, &lora(&model)?, &config), &data, &Sft, &config, &mut whole)?;
+    let directory = place.path().join("interrupted");
+    let mut first = Saves::new(&model, &config, &directory, 1000);
+    (first.halves, first.ends) = (Some(4), Some(4));
+    let begun = train(&model, State::new(&model, &lora(&model)?, &config), &data, &Sft, &config, &mut first)?;
+    assert!(begun.report.interrupted && begun.step == 4);
+    let mut second = Saves::new(&model, &config, &directory, 1000);
+    second.saved = first.saved.clone();
+    let resumed = train(&model, first.read(4)?, &data, &Sft, &config, &mut second)?;
+    assert!(values(resumed.adaptation())? == values(whole.adaptation())?);
+    assert_eq!(resumed.report.evaluations, whole.report.evaluations);
+    // It is another rate that is compared.
+    let directory = place.path().join("unscaled");
+    let mut unscaled = Saves::new(&model, &config, &directory, 1000);
+    let unscaled = train(&model, State::new(&model, &lora(&model)?, &config), &data, &Sft, &config, &mut unscaled)?;
+    assert!(unscaled.report.steps[5].learning_rate > 1.9 * whole.report.steps[5].learning_rate);
     Ok(())
 }
 

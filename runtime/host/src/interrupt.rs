@@ -125,6 +125,14 @@ pub fn asked() -> bool {
     ASKED.load(Ordering::SeqCst)
 }
 
+/// Ends what is told how far it is, by a failure.
+///
+/// # Errors
+/// When an interruption was asked for.
+pub fn stop_if_asked() -> Result<()> {
+    if asked() { Err(Interrupted::default().into()) } else { Ok(()) }
+}
+
 /// Does not return while the program is being ended: what fails for it is no failure to report, and the exit code is decided.
 pub fn await_end() {
     while ENDING.load(Ordering::SeqCst) {

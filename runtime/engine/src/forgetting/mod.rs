@@ -53,7 +53,7 @@ pub type Measured<'a> = (&'a BaseModel, Option<&'a Adaptation>);
 /// divergences that matter (at 0.04 nats by about 0.3 a token), can come out negative, and is none at all on rows that the base did not
 /// draw, as a user's are.
 ///
-/// `progress` is told how many examples are done.
+/// `progress` is told how many examples are done; what it fails with ends the measurement.
 ///
 /// # Errors
 /// When the models have other vocabularies, no token is trained, a tensor operation fails, or a number is not finite.
@@ -61,7 +61,7 @@ pub fn forgetting(
     base: Measured<'_>,
     tuned: Measured<'_>,
     examples: &[&Example],
-    mut progress: impl FnMut(usize),
+    mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Forgetting> {
     let [vocab, other] = [base, tuned].map(|(model, _)| model.architecture.vocab_size);
     ensure!(vocab == other, "the base knows {vocab} tokens, the trained model {other}: they cannot be compared");
@@ -81,7 +81,7 @@ pub fn forgetting(
         }
         tokens += batch.targets.len();
         done += batch.sequences.len();
-        progress(done);
+        progress(done)?;
     }
     ensure!(tokens > 0, "no token of these examples is trained, so there is nothing to compare");
     whole()?;

@@ -41,11 +41,12 @@ impl OwnRow {
 /// each call. Where it has no chat template, texts are drawn from the token that begins one.
 ///
 /// What ends an answer is a part of it, as to end is forgotten, too: of several tokens that end a turn it is the tokenizer's own.
-/// `progress` is told how many tokens the longest answer has, and how many it may have.
+/// `progress` is told how many tokens the longest answer has, and how many it may have; what it fails
+/// with ends the drawing.
 ///
 /// # Errors
 /// When the template refuses a plain request, there is no token to begin with, or a pass fails.
-pub fn own_rows(model: &Arc<BaseModel>, mut progress: impl FnMut(usize, usize)) -> Result<Vec<OwnRow>> {
+pub fn own_rows(model: &Arc<BaseModel>, mut progress: impl FnMut(usize, usize) -> Result<()>) -> Result<Vec<OwnRow>> {
     let tokenizer = &model.tokenizer;
     let begins: Vec<Vec<u32>> = match &model.template {
         Some(_) => {
@@ -73,7 +74,7 @@ pub fn own_rows(model: &Arc<BaseModel>, mut progress: impl FnMut(usize, usize)) 
             ids.push(id?);
             // They grow beside each other, so that the longest tells how far all are.
             longest = longest.max(ids.len() - begin.len());
-            progress(longest, TOKENS_MAX);
+            progress(longest, TOKENS_MAX)?;
         }
         ids.extend(end.filter(|_| tokens.finish() == Some(Finish::Stop)));
         rows.push(OwnRow { ids, from: begin.len() });

@@ -11,6 +11,7 @@ use homeroom_engine::forgetting::{self, Forgetting, Measured, OwnRow};
 use homeroom_engine::models::BaseModel;
 use serde_json::{Value, json};
 
+use crate::interrupt;
 use crate::progress::{self, line};
 
 /// Largest file of rows that were drawn.
@@ -39,6 +40,7 @@ impl ForgettingRows {
                 let rows = forgetting::own_rows(base, |done, all| {
                     bar.set_length(all as u64);
                     bar.set_position(done as u64);
+                    interrupt::stop_if_asked()
                 });
                 bar.finish_and_clear();
                 let rows = rows?;
@@ -64,7 +66,10 @@ impl ForgettingRows {
     pub fn measure(&self, base: Measured<'_>, tuned: Measured<'_>) -> Result<Forgetting> {
         let examples: Vec<&Example> = self.examples.iter().collect();
         let bar = progress::counting("measuring what is forgotten", examples.len());
-        let measured = forgetting::forgetting(base, tuned, &examples, |done| bar.set_position(done as u64));
+        let measured = forgetting::forgetting(base, tuned, &examples, |done| {
+            bar.set_position(done as u64);
+            interrupt::stop_if_asked()
+        });
         bar.finish_and_clear();
         measured
     }

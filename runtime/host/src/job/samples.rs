@@ -15,6 +15,7 @@ use homeroom_engine::run::compute::Compute;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::interrupt;
 use crate::progress::line;
 
 /// Questions that are answered.
@@ -106,6 +107,8 @@ impl<'a> Samples<'a> {
         }
         match self.ask(model, adaptation) {
             Ok(before) => self.before = before,
+            // They are asked when the run goes on.
+            Err(_) if interrupt::asked() => return,
             Err(_) => self.rows.clear(),
         }
         if let (Some(training), Ok(text)) = (training, serde_json::to_string(&self.before)) {
@@ -154,7 +157,7 @@ impl<'a> Samples<'a> {
             asked.push(engine.ask(Some(&adapter), &example.ids[..*start], sampling)?);
         }
         let answer = |tokens: homeroom_engine::inference::Tokens| {
-            let ids = tokens.collect::<Result<Vec<u32>>>()?;
+            let ids = tokens.map(|id| interrupt::stop_if_asked().and(id)).collect::<Result<Vec<u32>>>()?;
             Ok(model.tokenizer.decode(&ids, true)?.trim().to_owned())
         };
         asked.into_iter().map(answer).collect()

@@ -1,8 +1,8 @@
 //! What Luau's compiler makes of a script, read back: which globals its functions name and at which line, and what tells one function
 //! from another. The compiler knows scopes, types and strings better than a second parser would; nothing that is read here is run.
 //!
-//! The format is that of `lvmload.cpp` and `Bytecode.h` of the Luau that mlua is built with. A version that is not known is an error;
-//! the tests below would say so.
+//! The format is that of `lvmload.cpp` and `Bytecode.h` of the Luau that mlua is built with. Another version, and an operation that
+//! is not known, is an error, which `--check` tells; the tests below read all scripts that are shipped.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,8 +10,13 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use mlua::chunk::Compiler;
 use sha2::{Digest, Sha256};
 
-/// Versions whose fields are known here.
-const VERSIONS: std::ops::RangeInclusive<u8> = 4..=10;
+/// The version whose fields and operations are known here, of those that the compiler can write.
+const VERSION: u8 = 9;
+/// The last operation of that version. Of what comes behind it, nothing is known.
+const OPERATION_MAX: u8 = 90;
+/// Functions whose code is longer than so many words are not looked at for what they write.
+const WORDS_MAX: usize = 1 << 14;
+const LOADB: u8 = 3;
 const MOVE: u8 = 6;
 const GETGLOBAL: u8 = 7;
 const SETGLOBAL: u8 = 8;
@@ -24,6 +29,11 @@ const GETTABLEN: u8 = 17;
 const SETTABLEN: u8 = 18;
 const CALL: u8 = 21;
 const RETURN: u8 = 22;
+/// Jumps that are always taken.
+const JUMPS: [u8; 5] = [23, 24, 59, 61, 76];
+/// Jumps that may be taken.
+const BRANCHES: [u8; 16] = [25, 26, 27, 28, 29, 30, 31, 32, 56, 57, 58, 77, 78, 79, 80, 88];
+const JUMPX: u8 = 67;
 const NEWTABLE: u8 = 53;
 const DUPTABLE: u8 = 54;
 /// Operations that leave the register of their first operand as it is, or have none.
@@ -32,7 +42,9 @@ const NO_RESULT: [u8; 27] =
 /// As [`NO_RESULT`], of comparisons with a constant.
 const NO_RESULT_EITHER: [u8; 2] = [79, 80];
 /// Functions of `table` that change a table.
-const TABLE_WRITERS: [&str; 5] = ["clear", "insert", "move", "remove", "sort"];
+const TABLE_WRITERS: [&str; 6] = ["clear", "freeze", "insert", "move", "remove", "sort"];
+/// Globals that do so.
+const WRITERS: [&str; 2] = ["rawset", "setmetatable"];
 /// Operations with a second word, in the order of Luau's `getOpLength`.
 const TWO_WORDS: [u8; 30] = [
     7, 8, 12, 15, 16, 20, 27, 28, 29, 30, 31, 32, 53, 55, 58, 60, 66, 74, 75, 77, 78, 79, 80, 83, 84, 85, 86, 87, 88,
@@ -105,8 +117,10 @@ pub struct Source {
     pub is_alone: bool,
     /// Whether it or a function in it assigns to a captured variable.
     pub assigns: bool,
-    /// Whether it may change a table that is neither its own nor kept in `report.state`.
+    /// Whether it may change a table that is not its own.
     pub writes: bool,
+    /// Whether it may, as a callback, whose first parameter is the report, also change one that is not kept in `report.state`.
+    pub writes_beside_state: bool,
     /// SHA-256 of their code, of the functions in them, and of all constants: comments, blank lines and names of variables aside.
     pub digest: String,
     /// Most values that one of them takes from around it.
@@ -154,13 +168,16 @@ impl Functions {
     pub fn at(&self, line: usize) -> Option<Source> {
         let mut hash = Sha256::new();
         let mut captures = None;
-        let (mut assigns, mut writes) = (false, false);
+        let (mut assigns, mut writes, mut beside_state) = (false, false, false);
         for index in self.run.beginning_at(line) {
             captures = captures.max(Some(self.run.all[index].captures));
+            let callback = &self.run.all[index];
             self.run.visit(index, &mut |proto| {
                 proto.digest(&mut hash);
                 assigns |= proto.code_of(&[SETUPVAL]).next().is_some();
-                writes |= proto.writes();
+                writes |= proto.writes(false);
+                // What functions in it get is no report, or not for sure.
+                beside_state |= proto.writes(std::ptr::eq(proto, callback));
             });
         }
         let mut globals = BTreeMap::new();
@@ -173,12 +190,14 @@ impl Functions {
                 }
             });
         }
-        writes |= globals.contains_key("rawset");
+        let mut calls = WRITERS.iter().any(|name| globals.contains_key(*name));
         if let Some(fields) = globals.get("table") {
-            writes |= fields.as_ref().is_none_or(|all| all.iter().any(|name| writes_tables("table", name)));
+            calls |= fields.as_ref().is_none_or(|all| all.iter().any(|name| writes_tables("table", name)));
         }
+        let (writes, writes_beside_state) = (writes || calls, beside_state || calls);
         let is_alone = self.run.beginning_at(line).count() == 1;
-        Some(Source { is_alone, assigns, writes, digest: hex(&hash.finalize()), captures: captures?, globals })
+        let (digest, captures) = (hex(&hash.finalize()), captures?);
+        Some(Source { is_alone, assigns, writes, writes_beside_state, digest, captures, globals })
     }
 
     /// All globals with the fields that are read of each, as the compiler sees them: a local of that name is none.
@@ -246,33 +265,58 @@ impl Proto {
         self.operations().map(|(at, _)| at).filter(|at| kinds.contains(&(self.code[*at] as u8)))
     }
 
-    /// Whether it sets a field of a table that it did not make, and that is not `report.state` or within it. A table of which that cannot
-    /// be told counts.
-    fn writes(&self) -> bool {
-        self.code_of(&[SETTABLE, SETTABLEKS, SETTABLEN]).any(|at| !self.is_own(self.code[at] >> 16 & 0xff, at))
+    /// Whether it sets a field of a table that it did not make, and that is not within `state` of its first parameter, if that is a
+    /// report. A table of which that cannot be told counts.
+    fn writes(&self, gets_report: bool) -> bool {
+        let mut sets = self.code_of(&[SETTABLE, SETTABLEKS, SETTABLEN]).peekable();
+        if sets.peek().is_none() {
+            return false;
+        }
+        if self.code.len() > WORDS_MAX {
+            return true;
+        }
+        let flow = Flow { proto: self, before: self.predecessors(), report: gets_report && self.head[0] > 0 };
+        sets.any(|at| {
+            let register = self.code[at] >> 16 & 0xff;
+            !flow.is_new(register, at, &mut BTreeSet::new()) && !flow.is_of_state(register, at, &mut BTreeSet::new())
+        })
     }
 
-    /// Whether the register holds a table of its own before a word of code.
-    fn is_own(&self, register: u32, before: usize) -> bool {
-        let sets = |at: usize| {
+    /// Of each word of code at which an operation begins, the operations that may have run just before it.
+    fn predecessors(&self) -> Vec<Vec<usize>> {
+        let mut before = vec![Vec::new(); self.code.len()];
+        for (at, second) in self.operations() {
             let (word, operation) = (self.code[at], self.code[at] as u8);
-            let first = word >> 8 & 0xff;
-            match operation {
-                // Names and calls leave their results from a register on.
-                20 | CALL | 63 | 85 | 87 => first <= register,
-                _ if NO_RESULT.contains(&operation) || NO_RESULT_EITHER.contains(&operation) => false,
-                56..=59 | 61 | 76 => first <= register,
-                _ => first == register,
+            let next = at + 1 + usize::from(second.is_some());
+            let by = |offset: i32| (at as i64 + 1 + i64::from(offset)) as usize;
+            // Offsets are signed, in the upper half or the upper three quarters of the word.
+            let target = match operation {
+                LOADB => Some(by((word >> 24) as i32)).filter(|_| word >> 24 != 0),
+                JUMPX => Some(by(word as i32 >> 8)),
+                jump if JUMPS.contains(&jump) || BRANCHES.contains(&jump) => Some(by(word as i32 >> 16)),
+                _ => None,
+            };
+            let always = operation == JUMPX || JUMPS.contains(&operation) || operation == LOADB && target.is_some();
+            let falls = Some(next).filter(|_| !always && operation != RETURN);
+            for to in target.into_iter().chain(falls) {
+                if let Some(before) = before.get_mut(to) {
+                    before.push(at);
+                }
             }
-        };
-        let last = self.operations().take_while(|(at, _)| *at < before).filter(|(at, _)| sets(*at)).last();
-        let Some((at, second)) = last else { return false };
-        let from = self.code[at] >> 16 & 0xff;
-        match self.code[at] as u8 {
-            NEWTABLE | DUPTABLE => true,
-            GETTABLEKS if second.and_then(|text| self.text(text)).is_some_and(|name| name == "state") => true,
-            GETTABLE | GETTABLEKS | GETTABLEN | MOVE => self.is_own(from, at),
-            _ => false,
+        }
+        before
+    }
+
+    /// Whether an operation may set a register.
+    fn sets(&self, at: usize, register: u32) -> bool {
+        let (word, operation) = (self.code[at], self.code[at] as u8);
+        let first = word >> 8 & 0xff;
+        match operation {
+            // Names and calls leave their results from a register on.
+            20 | CALL | 63 | 85 | 87 => first <= register,
+            _ if NO_RESULT.contains(&operation) || NO_RESULT_EITHER.contains(&operation) => false,
+            56..=59 | 61 | 76 => first <= register,
+            _ => first == register,
         }
     }
 
@@ -337,9 +381,78 @@ impl Proto {
     }
 }
 
+/// Where the values of registers come from, on every way through a function.
+struct Flow<'a> {
+    proto: &'a Proto,
+    /// See [`Proto::predecessors`].
+    before: Vec<Vec<usize>>,
+    /// Whether its first parameter is a report.
+    report: bool,
+}
+
+/// Values that are being looked at, by register and place: what comes to itself again, in a loop, comes from elsewhere, too.
+type Seen = BTreeSet<(u32, usize)>;
+
+impl Flow<'_> {
+    /// Whether the register holds a table that the function made, however it came to a word of code.
+    fn is_new(&self, register: u32, before: usize, seen: &mut Seen) -> bool {
+        !seen.insert((register, before))
+            || self.all_sets(register, before, &mut |at| match at.map(|at| (at, self.proto.code[at])) {
+                Some((_, word)) if [NEWTABLE, DUPTABLE].contains(&(word as u8)) => true,
+                Some((at, word)) if word as u8 == MOVE => self.is_new(word >> 16 & 0xff, at, seen),
+                // What lies in a table that it made may be anybody's.
+                _ => false,
+            })
+    }
+
+    /// Whether it holds `state` of the report, or what lies in that.
+    fn is_of_state(&self, register: u32, before: usize, seen: &mut Seen) -> bool {
+        !seen.insert((register, before))
+            || self.all_sets(register, before, &mut |at| {
+                let Some(at) = at else { return false };
+                let (word, from) = (self.proto.code[at], self.proto.code[at] >> 16 & 0xff);
+                let is_state = || {
+                    let name = self.proto.code.get(at + 1).and_then(|text| self.proto.text(*text));
+                    word as u8 == GETTABLEKS && name.is_some_and(|name| name == "state") && self.is_report(from, at)
+                };
+                match word as u8 {
+                    MOVE => self.is_of_state(from, at, seen),
+                    GETTABLE | GETTABLEKS | GETTABLEN => is_state() || self.is_of_state(from, at, seen),
+                    _ => false,
+                }
+            })
+    }
+
+    /// Whether it holds the report: the first parameter, which nothing has set.
+    fn is_report(&self, register: u32, before: usize) -> bool {
+        self.report && register == 0 && self.all_sets(register, before, &mut |at| at.is_none())
+    }
+
+    /// Whether something is so of every operation that may have set the register last; `None`: it is as it was when the function was
+    /// called.
+    fn all_sets(&self, register: u32, before: usize, is_so: &mut dyn FnMut(Option<usize>) -> bool) -> bool {
+        let (mut seen, mut todo) = (BTreeSet::new(), vec![before]);
+        while let Some(place) = todo.pop() {
+            if place == 0 && !is_so(None) {
+                return false;
+            }
+            for at in &self.before[place] {
+                if self.proto.sets(*at, register) {
+                    if !is_so(Some(*at)) {
+                        return false;
+                    }
+                } else if seen.insert(*at) {
+                    todo.push(*at);
+                }
+            }
+        }
+        true
+    }
+}
+
 /// Whether a function of a library changes a table that it is given.
 pub fn writes_tables(library: &str, name: &str) -> bool {
-    library == "table" && TABLE_WRITERS.contains(&name) || library.is_empty() && name == "rawset"
+    library == "table" && TABLE_WRITERS.contains(&name) || library.is_empty() && WRITERS.contains(&name)
 }
 
 /// Bytes that are read from the beginning.
@@ -354,7 +467,7 @@ impl Reader<'_> {
         if version == 0 {
             bail!("{}", String::from_utf8_lossy(&self.bytes[1..]));
         }
-        ensure!(VERSIONS.contains(&version), "bytecode of version {version} is not known");
+        ensure!(version == VERSION, "bytecode of version {version} is not known, only that of version {VERSION}");
         let types = self.byte()?;
         let texts = (0..self.number()?)
             .map(|_| {
@@ -405,7 +518,16 @@ impl Reader<'_> {
                 self.number()?;
             }
         }
-        Ok(Proto { head, captures, code, lines, constants, inner, line, variables, names })
+        let proto = Proto { head, captures, code, lines, constants, inner, line, variables, names };
+        let operation = |at: usize| proto.code[at] as u8;
+        let unknown = proto.operations().map(|(at, _)| operation(at)).find(|operation| *operation > OPERATION_MAX);
+        ensure!(unknown.is_none(), "an operation is not known: {}", unknown.unwrap_or_default());
+        // Where the length of one were not known, they would end within one, or with one that goes on behind it.
+        let last = proto.operations().last().context("a function has no code")?;
+        let end = last.0 + 1 + usize::from(TWO_WORDS.contains(&operation(last.0)));
+        let ends = operation(last.0) == RETURN || JUMPS.contains(&operation(last.0));
+        ensure!(end == proto.code.len() && ends, "the code of a function has no end");
+        Ok(proto)
     }
 
     /// The line of each word of code: differences of bytes, that begin anew at every so many words.
@@ -553,6 +675,92 @@ mod tests {
         assert_eq!(params("return r.loss > params.most or (function() return params.r end)()"), named(&["most", "r"]));
         assert_eq!(params("return params[r.loss]"), None);
         assert_eq!(params("local p = params return p.most"), None);
+    }
+
+    /// Whether a callback writes elsewhere than to its own tables and to `report.state`; and as another function.
+    #[test]
+    fn a_function_that_may_change_a_table_is_known_by_what_it_sets() {
+        for (body, as_callback, otherwise) in [
+            ("return r.loss", false, false),
+            ("r.state.n = 1", false, true),
+            ("r.state.n = (r.state.n or 0) + 1 if r.loss > 2 then r.state.list[r.step] = r.loss end", false, true),
+            ("local s = r.state for i = 1, 3 do s.n = i end", false, true),
+            ("local s = r.state if not s.seen then s.seen = {} end s.seen[r.step] = true", false, true),
+            ("r.n = 1", true, true),
+            ("t.state.n = 1", true, true),
+            ("local u = t u.state.n = 1", true, true),
+            ("r = t r.state.n = 1", true, true),
+            ("for i = 1, 2 do r.state.n = 1 r = t end", true, true),
+            ("local u = {} u.state.n = 1", true, true),
+            ("local u = {} u.n = 1 return u", false, false),
+            ("local u = { n = 1 } for i = 1, 3 do u[i] = i end local v = u v.n = 2", false, false),
+            ("local u = if r.loss > 1 then { n = 0 } else {} u.n = 1", false, false),
+            ("local u = t if r.loss > 1 then u = {} end u.n = 1", true, true),
+            ("local u = {} if r.loss > 1 then u = t end u.n = 1", true, true),
+            ("local u = {} for i = 1, 2 do u.n = 1 u = t end", true, true),
+            ("local u = r.loss > 1 and t or {} u.n = 1", true, true),
+            ("local u = { t } u[1].n = 1", true, true),
+            ("local u = r.state for i = 1, 2 do u.n = 1 u = t end", true, true),
+            ("local function f(r) r.state.n = 1 end f({ state = t })", true, true),
+            ("setmetatable(t, nil)", true, true),
+            ("table.freeze(t)", true, true),
+            ("rawset(t, 1, 2)", true, true),
+        ] {
+            let text = format!("local t = {{ {{}} }}\nreturn function(r)\n{body}\nend");
+            let source = Functions::of(&text).expect("it compiles").at(2).expect("a function");
+            assert_eq!((source.writes_beside_state, source.writes), (as_callback, otherwise), "{body}");
+        }
+        // Without a parameter there is no report, and one that is not the first is none.
+        for head in ["function(...) local r = ...", "function(a, r)", "function() local r"] {
+            let text = format!("local t = {{}}\nreturn {head}\nr.state.n = 1\nend");
+            assert!(
+                Functions::of(&text).expect("it compiles").at(2).expect("a function").writes_beside_state,
+                "{head}"
+            );
+        }
+    }
+
+    /// The reader says so where operations do not end with the code, or a function goes on behind its code; here that nothing is left out.
+    #[test]
+    fn all_operations_of_the_scripts_that_are_shipped_are_known() {
+        let scripts = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts");
+        let mut words = 0;
+        for entry in std::fs::read_dir(scripts).expect("they are there") {
+            let path = entry.expect("it is there").path();
+            if path.extension().is_none_or(|extension| extension != "lua") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).expect("it is a text");
+            let functions = Functions::of(&text).unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
+            for proto in functions.plain.all.iter().chain(&functions.run.all) {
+                let walked: usize = proto.operations().map(|(_, second)| 1 + usize::from(second.is_some())).sum();
+                assert_eq!(walked, proto.code.len(), "{}:{}", path.display(), proto.line);
+                words += walked;
+            }
+        }
+        assert!(words > 1000, "{words} words of code");
+    }
+
+    #[test]
+    fn bytecode_of_another_version_and_operations_that_are_not_known_are_refused() {
+        let bytes = compiler().compile("return 1").expect("it compiles");
+        let read = |bytes: &[u8]| Reader { bytes, at: 0 }.protos().map(|_| ()).map_err(|error| format!("{error:#}"));
+        assert_eq!((bytes[0], read(&bytes)), (VERSION, Ok(())));
+        for version in [VERSION - 1, VERSION + 1] {
+            let other = [&[version], &bytes[1..]].concat();
+            assert!(read(&other).is_err_and(|error| error.contains("is not known, only that of version 9")));
+        }
+        // LOADN R0 1; RETURN R0 1, and each of them another operation.
+        let code = bytes.windows(4).position(|word| word == [4, 0, 1, 0]).expect("it loads 1");
+        for (at, operation, expected) in [
+            (code, OPERATION_MAX + 1, "an operation is not known: 91"),
+            (code + 4, 4, "has no end"),
+            (code + 4, 7, "has no end"),
+        ] {
+            let mut other = bytes.clone();
+            other[at] = operation;
+            assert!(read(&other).is_err_and(|error| error.contains(expected)), "{operation}");
+        }
     }
 
     #[test]

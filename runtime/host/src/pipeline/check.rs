@@ -30,7 +30,7 @@ const PROBLEMS_TOLD: usize = 50;
 /// A script or a module of it.
 struct Script {
     name: String,
-    text: String,
+    functions: Functions,
     tokens: Vec<(usize, Token)>,
 }
 
@@ -66,28 +66,36 @@ pub fn check(config: &PipelineConfig, sandbox: &Sandbox, session: &Session) -> R
         config.named.iter().filter_map(|(name, path)| missing(config, session, name, path)).collect();
     let file = if problems.is_empty() { &config.script } else { &config.path };
     let (mut seen, mut todo, mut scripts) = (HashSet::new(), vec![config.script.clone()], Vec::new());
-    while let Some(path) = todo.pop().filter(|path| seen.insert(path.clone())) {
+    while let Some(path) = todo.pop() {
+        if !seen.insert(path.clone()) {
+            continue;
+        }
         if let Err(error) = sandbox.compile(&path) {
             problems.push(format!("{error:#}"));
             continue;
         }
         let text = script_text(&path)?;
-        let script = Script { name: shown(&path), tokens: tokens(&text), text };
+        let functions = match Functions::of(&text) {
+            Ok(functions) => functions,
+            // It runs, and nothing more can be said of it.
+            Err(error) => {
+                problems.push(format!("{}: cannot be checked: {error:#}", shown(&path)));
+                continue;
+            }
+        };
+        let script = Script { name: shown(&path), tokens: tokens(&text), functions };
         let mut found = Found::default();
         todo.extend(required(&script.tokens, root, &mut found));
         scripts.push((script, found));
     }
-    let hides = |(script, _): &(Script, Found)| {
-        Functions::of(&script.text).map_or(true, |functions| functions.declared("params") > 0)
-    };
-    let hides_params = scripts.iter().any(hides);
+    let hides_params = scripts.iter().any(|(script, _)| script.functions.declared("params") > 0);
     let mut known = Known { config, lua: sandbox.lua(), session, saved: None, hides_params };
     known.saved = saved_names(&known, scripts.iter().map(|(script, _)| script));
     let params: Vec<&str> = config.params.keys().map(String::as_str).collect();
     let provided = sandbox.names();
     for (script, mut found) in scripts {
-        names(&script.text, &script.tokens, &params, Some(&known), &mut found);
-        globals(&script.text, &script.tokens, &provided, &mut found);
+        names(&script.functions, &script.tokens, &params, Some(&known), &mut found);
+        globals(&script.functions, &script.tokens, &provided, &mut found);
         problems.extend(found.told(&script.name));
     }
     match problems.len() {
@@ -131,8 +139,7 @@ fn missing(config: &PipelineConfig, session: &Session, name: &str, path: &Path) 
 }
 
 /// Names of verbs, options and parameters that are not there, and values of options that cannot be.
-fn names(text: &str, tokens: &[(usize, Token)], params: &[&str], known: Option<&Known>, found: &mut Found) {
-    let Ok(functions) = Functions::of(text) else { return };
+fn names(functions: &Functions, tokens: &[(usize, Token)], params: &[&str], known: Option<&Known>, found: &mut Found) {
     let name = |at: usize| match tokens.get(at) {
         Some((_, Token::Name(name))) => Some(name.as_str()),
         _ => None,
@@ -182,7 +189,7 @@ fn names(text: &str, tokens: &[(usize, Token)], params: &[&str], known: Option<&
         }
         datasets.chain(tokens, at, &mut |method, at| call(method, tokens[at].0, at + 1, found));
         if first == "local" {
-            datasets.learn(tokens, at, &functions);
+            datasets.learn(tokens, at, functions);
         }
     }
 }
@@ -284,8 +291,7 @@ fn arguments(tokens: &[(usize, Token)], from: usize) -> Option<usize> {
 }
 
 /// Globals that nobody provides or declared, as the compiler sees them. Of one that is set, only that is told.
-fn globals(text: &str, tokens: &[(usize, Token)], known: &[String], found: &mut Found) {
-    let Ok(functions) = Functions::of(text) else { return };
+fn globals(functions: &Functions, tokens: &[(usize, Token)], known: &[String], found: &mut Found) {
     let all = functions.globals();
     let unknown = all.iter().filter(|global| !known.contains(&global.name));
     let is_set = |name: &str| all.iter().any(|global| global.is_set && global.name == name);
@@ -503,9 +509,13 @@ fn required(tokens: &[(usize, Token)], scripts: &Path, found: &mut Found) -> Vec
 mod tests {
     use super::*;
 
+    fn functions(text: &str) -> Functions {
+        Functions::of(text).unwrap_or_else(|error| panic!("{text}: {error:#}"))
+    }
+
     fn problems(text: &str) -> Vec<String> {
         let mut found = Found::default();
-        names(text, &tokens(text), &["model", "dataset"], None, &mut found);
+        names(&functions(text), &tokens(text), &["model", "dataset"], None, &mut found);
         found.told("s.lua")
     }
 
@@ -540,7 +550,7 @@ mod tests {
     fn undeclared(text: &str) -> Vec<String> {
         let mut found = Found::default();
         let known = ["print", "pairs", "type", "homeroom", "params", "require"].map(str::to_owned);
-        globals(text, &tokens(text), &known, &mut found);
+        globals(&functions(text), &tokens(text), &known, &mut found);
         found.told("s.lua")
     }
 

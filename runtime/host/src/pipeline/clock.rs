@@ -129,6 +129,11 @@ impl Clock {
         self.verbs.load(Ordering::SeqCst) > 0 && self.since_us.load(Ordering::SeqCst) == 0
     }
 
+    /// Whether the script is neither to end nor to say where it is.
+    pub fn is_quiet(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == RUNNING && !self.asked.load(Ordering::Relaxed)
+    }
+
     /// Whether the script is to say where it is: a machine that is out of memory, or in a function that does not end, cannot.
     pub fn asks(&self) -> bool {
         self.asked.swap(false, Ordering::Relaxed)

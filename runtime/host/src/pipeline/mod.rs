@@ -1,6 +1,6 @@
 //! Pipelines: Lua scripts that load, train, measure and save, declared in TOML.
 //!
-//! [`config`] reads the declaration, [`sandbox`] bounds what a script can do ([`limits`], [`clock`], [`libraries`], [`output`]),
+//! [`config`] reads the declaration, [`sandbox`] bounds what a script can do ([`limits`], [`clock`], [`noted`], [`libraries`], [`output`]),
 //! [`places`] what it can read, [`api`] is what it can call, [`check`] says what is wrong without running it. [`reference`] writes
 //! the reference and the type files from the list in [`api::spec`]. [`store`] keeps what verbs made, and [`bytecode`] and [`tokens`] read scripts
 //! without running them.
@@ -13,6 +13,7 @@ pub mod config;
 pub mod errors;
 pub mod libraries;
 pub mod limits;
+pub mod noted;
 pub mod output;
 pub mod places;
 pub mod reference;
@@ -25,7 +26,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use homeroom_engine::files::{self, SMALL_FILE_BYTES_MAX, read_text};
+use homeroom_engine::files;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -34,7 +35,7 @@ use self::clock::Ended;
 use self::config::PipelineConfig;
 use self::errors::Failure;
 use self::limits::Limits;
-use self::sandbox::{Reads, Sandbox};
+use self::sandbox::{Reads, Sandbox, script_text};
 use crate::interrupt;
 use crate::models::{Network, of_hub};
 use crate::plugin::Search;
@@ -205,7 +206,7 @@ fn give_up(ended: Ended, since: Duration, place: &str) {
 /// When there is no data directory, or the script cannot be read.
 pub fn unfinished(config: &PipelineConfig) -> Result<Option<Entry>> {
     let about = about(config);
-    let script = read_text(&config.script, SMALL_FILE_BYTES_MAX)?;
+    let script = script_text(&config.script)?;
     let digest = bytecode::hex(&Sha256::digest(script.as_bytes()));
     let is_same = |run: &Entry| {
         run.record.as_ref().is_some_and(|record| {
@@ -224,7 +225,7 @@ fn about(config: &PipelineConfig) -> About {
         "script": config.script.to_string_lossy(),
         "params": config.params,
     });
-    let text = read_text(&config.script, SMALL_FILE_BYTES_MAX).ok();
+    let text = script_text(&config.script).ok();
     let script = text.map(|text| (config.script.clone(), text));
     About { script, ..About::here(settings.clone(), settings.as_object().cloned().unwrap_or_default()) }
 }

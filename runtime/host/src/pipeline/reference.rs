@@ -9,30 +9,54 @@ use super::api::spec::{LOGS, METHODS, Opt, VERBS, Verb};
 struct Shape {
     name: &'static str,
     doc: &'static str,
-    fields: &'static [(&'static str, &'static str, &'static str)],
+    /// In groups that tables share.
+    fields: &'static [&'static [Field]],
 }
 
-const MODEL_FIELDS: [(&str, &str, &str); 4] = [
+/// Name, type and meaning.
+type Field = (&'static str, &'static str, &'static str);
+
+impl Shape {
+    fn all(&self) -> impl Iterator<Item = &'static Field> {
+        self.fields.iter().copied().flatten()
+    }
+}
+
+const MODEL_FIELDS: &[Field] = &[
     ("model", "string", "the base: a name or path"),
     ("strategy", "string?", "the strategy that trains it"),
     ("options", "{[string]: any}", "the strategy's options"),
     ("adapter", "string?", "what was trained: an id or a name; nil for a base"),
 ];
 
+/// What every report of a training says.
+const REPORT_FIELDS: &[Field] = &[
+    ("step", "number", "number of the step, from 1"),
+    ("steps", "number", "steps that are planned"),
+    ("epoch", "number", "epochs that are done, with the done part of the present one"),
+];
+
+/// What every report has last.
+const STATE_FIELD: &[Field] = &[(
+    "state",
+    "{[string]: any}",
+    "what callbacks keep from one call to the next: plain values, saved with checkpoints",
+)];
+
 const SHAPES: [Shape; 10] = [
-    Shape { name: "Model", doc: "A model: what every verb takes as `model`.", fields: &MODEL_FIELDS },
+    Shape { name: "Model", doc: "A model: what every verb takes as `model`.", fields: &[MODEL_FIELDS] },
     Shape {
         name: "Tuned",
         doc: "A model that `fine_tune` trained; a Model too.",
-        fields: &[
+        fields: &[&[
             ("metrics", "Metrics", "the numbers of the training"),
             ("stopped", "string", "\"finished\", or the reason that a callback gave"),
-        ],
+        ]],
     },
     Shape {
         name: "Metrics",
         doc: "The numbers of a training. A loss is the objective's, in nats: of `sft` the mean over trained tokens.",
-        fields: &[
+        fields: &[&[
             ("eval_loss", "number?", "held-out loss after training; nil without `eval`"),
             ("eval_loss_before", "number?", "held-out loss before training"),
             (
@@ -49,37 +73,37 @@ const SHAPES: [Shape; 10] = [
                 "number?",
                 "most memory that the program has had since `fine_tune` began; nil where the system does not say",
             ),
-        ],
+        ]],
     },
     Shape {
         name: "Saved",
         doc: "A model in the registry; a Model too.",
-        fields: &[("name", "string", "its name"), ("path", "string", "its directory")],
+        fields: &[&[("name", "string", "its name"), ("path", "string", "its directory")]],
     },
     Shape {
         name: "Handler",
         doc: "What answers under a name.",
-        fields: &[
+        fields: &[&[
             ("name", "string", "the name"),
             ("kind", "string", "\"local\""),
             ("model", "string", "the model, by name or path"),
-        ],
+        ]],
     },
     Shape {
         name: "Evaluation",
         doc: "Loss over a dataset.",
-        fields: &[
+        fields: &[&[
             ("loss", "number", "mean cross-entropy of trained tokens, in nats"),
             ("perplexity", "number", "e to the loss"),
             ("token_accuracy", "number", "share of trained tokens that the model found likeliest"),
             ("trained_tokens", "number", "how many there are"),
             ("examples", "number", "sequences that were measured"),
-        ],
+        ]],
     },
     Shape {
         name: "Forgetting",
         doc: "How far a trained model has moved from its base.",
-        fields: &[
+        fields: &[&[
             ("loss_before", "number", "the base's mean cross-entropy of the rows' trained tokens, in nats"),
             ("loss", "number", "that of the trained model"),
             (
@@ -88,55 +112,47 @@ const SHAPES: [Shape; 10] = [
                 "mean KL divergence of the trained model's distribution of a token from the base's, KL(base || trained), in nats a token",
             ),
             ("tokens", "number", "tokens that were compared"),
-        ],
+        ]],
     },
     Shape {
         name: "StepReport",
         doc: "What `on_step` gets.",
         fields: &[
-            ("step", "number", "number of the step, from 1"),
-            ("steps", "number", "steps that are planned"),
-            ("epoch", "number", "epochs that are done, with the done part of the present one"),
-            ("loss", "number", "loss of the step's rows before the update"),
-            ("grad_norm", "number", "norm of the gradients before clipping"),
-            ("learning_rate", "number", "learning rate of the update"),
-            ("tokens", "number", "tokens of the step's rows"),
-            ("reward_accuracy", "number?", "share of the step's answers that were judged right; nil with `sft`"),
-            ("reward_margin", "number?", "mean reward of good answers less that of bad ones; nil with `sft`"),
-            (
-                "state",
-                "{[string]: any}",
-                "what callbacks keep from one call to the next: plain values, saved with checkpoints",
-            ),
+            REPORT_FIELDS,
+            &[
+                ("loss", "number", "loss of the step's rows before the update"),
+                ("grad_norm", "number", "norm of the gradients before clipping"),
+                ("learning_rate", "number", "learning rate of the update"),
+                ("tokens", "number", "tokens of the step's rows"),
+                ("reward_accuracy", "number?", "share of the step's answers that were judged right; nil with `sft`"),
+                ("reward_margin", "number?", "mean reward of good answers less that of bad ones; nil with `sft`"),
+            ],
+            STATE_FIELD,
         ],
     },
     Shape {
         name: "EvalReport",
         doc: "What `on_eval` gets.",
         fields: &[
-            ("step", "number", "number of the step, from 1"),
-            ("steps", "number", "steps that are planned"),
-            ("epoch", "number", "epochs that are done, with the done part of the present one"),
-            ("eval_loss", "number", "held-out loss"),
-            ("perplexity", "number", "e to the loss"),
-            ("token_accuracy", "number", "share of held-out tokens that the model found likeliest"),
-            ("reward_accuracy", "number?", "share of held-out answers that are judged right; nil with `sft`"),
-            ("reward_margin", "number?", "mean reward of good answers less that of bad ones; nil with `sft`"),
-            ("best", "number", "lowest held-out loss so far, this one included"),
-            (
-                "state",
-                "{[string]: any}",
-                "what callbacks keep from one call to the next: plain values, saved with checkpoints",
-            ),
+            REPORT_FIELDS,
+            &[
+                ("eval_loss", "number", "held-out loss"),
+                ("perplexity", "number", "e to the loss"),
+                ("token_accuracy", "number", "share of held-out tokens that the model found likeliest"),
+                ("reward_accuracy", "number?", "share of held-out answers that are judged right; nil with `sft`"),
+                ("reward_margin", "number?", "mean reward of good answers less that of bad ones; nil with `sft`"),
+                ("best", "number", "lowest held-out loss so far, this one included"),
+            ],
+            STATE_FIELD,
         ],
     },
     Shape {
         name: "Directive",
         doc: "What a callback may return; nil changes nothing.",
-        fields: &[
+        fields: &[&[
             ("stop", "string?", "ends the training after this step; the reason goes to `stopped`"),
             ("learning_rate_scale", "number?", "multiplies the schedule's learning rates from now on"),
-        ],
+        ]],
     },
 ];
 
@@ -174,9 +190,9 @@ pub fn markdown() -> String {
         section(&mut out, &format!("homeroom.log.{}", verb.name), verb);
     }
     out.push_str("\n## Tables\n");
-    for Shape { name, doc, fields } in &SHAPES {
+    for shape @ Shape { name, doc, .. } in &SHAPES {
         let _ = write!(out, "\n### {name}\n\n{doc}\n\n| field | type | |\n| --- | --- | --- |\n");
-        for (field, kind, doc) in *fields {
+        for (field, kind, doc) in shape.all() {
             let _ = writeln!(out, "| `{field}` | {} | {} |", cell(kind), cell(doc));
         }
     }
@@ -211,10 +227,10 @@ fn cell(text: &str) -> String {
 /// `scripts/types/homeroom.meta.lua`, for the Lua language server (LuaLS).
 pub fn lua_ls() -> String {
     let mut out = format!("---@meta\n-- {GENERATED}\n\n---@alias Row table<string, any>\n");
-    for Shape { name, doc, fields } in &SHAPES {
+    for shape @ Shape { name, doc, .. } in &SHAPES {
         let parent = if matches!(*name, "Tuned" | "Saved") { ": Model" } else { "" };
         let _ = write!(out, "\n---{doc}\n---@class {name}{parent}\n");
-        for (field, kind, doc) in *fields {
+        for (field, kind, doc) in shape.all() {
             let (field, kind) = match kind.strip_suffix('?') {
                 Some(kind) => (format!("{field}?"), kind),
                 None => ((*field).to_owned(), *kind),
@@ -297,10 +313,10 @@ fn ls_type(kind: &str) -> String {
 /// `scripts/types/homeroom.d.luau`, for luau-lsp.
 pub fn luau() -> String {
     let mut out = format!("-- {GENERATED}\n\nexport type Row = {{[string]: any}}\n");
-    for Shape { name, doc, fields } in &SHAPES {
+    for shape @ Shape { name, doc, .. } in &SHAPES {
         let _ = write!(out, "\n-- {doc}\nexport type {name} = {{\n");
         let inherited = matches!(*name, "Tuned" | "Saved");
-        for (field, kind, doc) in MODEL_FIELDS.iter().filter(|_| inherited).chain(*fields) {
+        for (field, kind, doc) in MODEL_FIELDS.iter().filter(|_| inherited).chain(shape.all()) {
             let _ = writeln!(out, "  {field}: {kind}, -- {doc}");
         }
         out.push_str("}\n");
@@ -399,7 +415,7 @@ homeroom run CONFIG --help         # lists the parameters of the file
 homeroom new NAME                  # writes a pipeline to start from
 ```
 
-What `fine_tune`, `evaluate`, `generate` and `save_model` make is looked up when it was made before: of the same model, rows and options, by the
+What `fine_tune`, `evaluate`, `forgetting`, `generate` and `save_model` make is looked up when it was made before: of the same model, rows and options, by the
 same strategy, program and kind of processor, and with the same callbacks. So a changed stage runs anew with those behind it, and the
 others do not; a run that was killed or interrupted goes on where it was when it is started again. A callback is what it does, the
 variables that it takes from around it and the parameters that it reads; where that cannot be told, it is the whole script. Results whose

@@ -5,7 +5,7 @@
 //! in coroutines, in patterns, in callbacks and in library functions; values, errors and output without end. What is not: the
 //! verbs do what they say, so a script can train for days.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -23,6 +23,7 @@ use super::clock::{Clock, Ended};
 use super::errors::{self, Failure, PRELUDE, nearest, parts, said, short};
 use super::libraries;
 use super::limits::Limits;
+use super::noted;
 use crate::watch::{Files, content};
 
 /// How often time and Ctrl-C are looked at.
@@ -31,8 +32,6 @@ const WATCH_EVERY: Duration = Duration::from_millis(20);
 const SCRIPT_BYTES_MAX: u64 = 4 << 20;
 /// What Luau says of an error for whose telling something is missing.
 const UNTOLD: &str = "error in error handling";
-/// How much more memory a script has taken when its line is noted again.
-const NOTED_BYTES: usize = 1 << 20;
 /// Longest name of a module.
 const MODULE_BYTES_MAX: usize = 128;
 
@@ -292,15 +291,10 @@ impl Sandbox {
     /// When memory is out.
     pub fn close(&self) -> mlua::Result<()> {
         self.lua.sandbox(true)?;
-        let (clock, much) = (self.clock.clone(), self.limits.memory_bytes / 2);
-        let noted = Cell::new(0_usize);
+        let clock = self.clock.clone();
         self.lua.set_interrupt(move |lua| match clock.check() {
             Ok(()) => {
-                // On the way to the end of its memory it says more often where it is.
-                let used = lua.used_memory();
-                let is_more = used > much && used.abs_diff(noted.get()) > NOTED_BYTES;
-                if clock.asks() || is_more {
-                    noted.set(used);
+                if clock.asks() {
                     clock.note(errors::here(lua));
                 }
                 Ok(VmState::Continue)
@@ -310,7 +304,7 @@ impl Sandbox {
                 Err(mlua::Error::runtime(Failure::from(ended).told(lua)))
             }
         });
-        Ok(())
+        noted::begin(&self.lua, self.clock.clone())
     }
 
     /// Compiles a script.
@@ -339,7 +333,7 @@ impl Sandbox {
         // What a machine cannot tell has no place either.
         let frames: Vec<&str> = trace.lines().map(str::trim).filter(|line| is_frame(line)).collect();
         let raised_at = || frames.first().map_or_else(|| shown(script), |frame| place(frame).to_string());
-        let last = self.clock.place();
+        let last = noted::place();
         let last = if last.is_empty() { format!("{}: ", shown(script)) } else { last };
         let text = match text {
             text if text == errors::out_of_memory() => match frames.first() {
@@ -360,6 +354,7 @@ impl Sandbox {
         if let Some(ended) = self.clock.ended() {
             // What the script raised when it was ended may be anything; where it was is worth telling.
             let words = ended.to_string();
+            let last = Some(self.clock.place()).filter(|place| !place.is_empty()).unwrap_or(last);
             return if text.ends_with(&words) { anyhow!(text) } else { anyhow!("{last}{words}") };
         }
         // The first frame is where the message says that it is.

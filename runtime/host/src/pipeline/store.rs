@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use homeroom_engine::files::{digest, make_directory, read_text, replace_file};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -33,15 +33,20 @@ pub struct Key {
     verb: &'static str,
     inputs: Value,
     hash: String,
+    /// Whether it is known which program computes: if not, nothing is found or kept.
+    is_whole: bool,
 }
 
 /// A verb's inputs as a key; with them go the program, and the way it computes on this processor.
 pub fn key(verb: &'static str, inputs: Value) -> Key {
     let isa = homeroom_kernels::isa();
     let computes = json!({"processor": isa.name(), "prefers_bf16": isa.prefers_bf16()});
-    let inputs = json!({"verb": verb, "program": program(), "computes": computes, "inputs": inputs});
+    key_of(program(), verb, json!({"verb": verb, "program": program(), "computes": computes, "inputs": inputs}))
+}
+
+fn key_of(program: Option<&str>, verb: &'static str, inputs: Value) -> Key {
     let hash = hex(&Sha256::digest(canonical(&inputs)));
-    Key { verb, inputs, hash }
+    Key { verb, inputs, hash, is_whole: program.is_some() }
 }
 
 impl Key {
@@ -51,15 +56,20 @@ impl Key {
     }
 }
 
-/// The program that computes: its version, and the digest of its file, since one that was built anew may compute otherwise.
-fn program() -> &'static str {
-    static PROGRAM: OnceLock<String> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let file = std::env::current_exe().and_then(|file| file.canonicalize());
-        let digests = file.map(|file| digest::of_files(&[file], registry::kept_digests().as_deref()));
-        let digest = digests.ok().and_then(|digests| digests.ok()?.into_values().next()).unwrap_or_default();
-        format!("{} {digest}", env!("CARGO_PKG_VERSION"))
-    })
+/// The program that computes: its version, and the digest of its file, since one that was built anew may compute otherwise. `None`: its
+/// file cannot be read. It is read once, and a run asks for it when it begins, before the file is likely to be replaced.
+pub fn program() -> Option<&'static str> {
+    static PROGRAM: OnceLock<Option<String>> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
+        // The file that runs, whatever has its name by now. Elsewhere there is only the name.
+        let file = match cfg!(target_os = "linux") {
+            true => PathBuf::from("/proc/self/exe"),
+            false => std::env::current_exe().ok()?.canonicalize().ok()?,
+        };
+        let digests = digest::of_files(&[file], registry::kept_digests().as_deref()).ok()?;
+        Some(format!("{} {}", env!("CARGO_PKG_VERSION"), digests.into_values().next()?))
+    });
+    program.as_deref()
 }
 
 /// JSON in one form: keys in order, no spaces.
@@ -118,7 +128,7 @@ impl Store {
 
     /// What was made of the same inputs, the latest first, with all its files as they were then.
     pub fn find(&self, key: &Key) -> Option<Entry> {
-        if self.fresh {
+        if self.fresh || !key.is_whole {
             return None;
         }
         let mut found: Vec<(Option<SystemTime>, PathBuf, PathBuf)> = self
@@ -141,8 +151,9 @@ impl Store {
     /// Keeps a result in a run's directory, with the digests of its files.
     ///
     /// # Errors
-    /// When a file cannot be read, or the entry cannot be written.
+    /// When a file cannot be read, that of the program too, or the entry cannot be written.
     pub fn put(&self, run: &Path, key: &Key, result: Value, files: &[PathBuf], seconds: f64) -> Result<()> {
+        ensure!(key.is_whole, "the program's own file cannot be read, so that nobody knows which program made it");
         let mut digests = Map::new();
         for file in files {
             let name = file.strip_prefix(run).unwrap_or(file).to_str().context("a path is no text")?.to_owned();
@@ -257,6 +268,22 @@ mod tests {
         assert_eq!(found(), Some(json!("first")));
         fs::remove_file(&weights)?;
         assert_eq!(found(), None);
+        Ok(())
+    }
+
+    /// It cannot be told from another program, which may compute otherwise.
+    #[test]
+    fn a_program_that_cannot_be_told_finds_and_keeps_nothing() -> Result<()> {
+        let (place, first, second) = runs()?;
+        let store = Store::new(Some(place.path().to_owned()), false);
+        let inputs = json!({"verb": "evaluate", "program": null});
+        let [known, unknown] = [Some("1"), None].map(|program| key_of(program, "evaluate", inputs.clone()));
+        assert!(store.put(&first, &unknown, json!(1), &[], 1.0).is_err());
+        assert_eq!(store.find(&known), None);
+        store.put(&second, &known, json!(1), &[], 1.0)?;
+        assert!(store.find(&known).is_some() && store.find(&unknown).is_none());
+        // This one can be told, by what runs and not by the name that it was started under.
+        assert!(program().is_some_and(|program| program.contains(" sha256:")), "{:?}", program());
         Ok(())
     }
 

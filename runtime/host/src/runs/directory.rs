@@ -90,17 +90,8 @@ impl RunDirectory {
     }
 
     fn begin(id: String, path: PathBuf, lock: Option<fs::File>, kind: Kind, about: About) -> Result<Self> {
-        let script = match &about.script {
-            None => None,
-            Some((file, text)) => {
-                replace_file(&path.join("script.lua"), text.as_bytes())?;
-                let sha256 = Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
-                Some(Script { path: file.to_string_lossy().into_owned(), sha256 })
-            }
-        };
-        if let Some(config) = about.config.as_object() {
-            replace_file(&path.join("config.toml"), toml_of(&id, config).as_bytes())?;
-        }
+        write_about(&path, &id, &about)?;
+        let script = about.script.as_ref().map(|(file, text)| script_of(file, text));
         let record = Record {
             id: id.clone(),
             kind,
@@ -151,6 +142,34 @@ impl RunDirectory {
         let events = Events::open(&path)?;
         output::open(id, &path);
         Ok(Self { id: id.to_owned(), path, record: Mutex::new(record), events, boards: Boards::default(), _lock: lock })
+    }
+
+    /// Holds the run in a directory, so that nobody works on it or removes it until what is returned is dropped. `None`: its file system has
+    /// no locks.
+    ///
+    /// # Errors
+    /// When a process works on it.
+    pub fn hold(run: &Path) -> Result<Option<fs::File>> {
+        lock::take(run)
+    }
+
+    /// Writes the script, the configuration and the settings anew, as those of a run that goes on after they were edited; returns whether
+    /// they differ from those that it had. The command that began it stays.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn renew(&self, about: &About) -> Result<bool> {
+        let script = about.script.as_ref().map(|(file, text)| script_of(file, text));
+        let mut record = self.record();
+        let same = |script: &Option<Script>| script.as_ref().map(|script| (script.path.clone(), script.sha256.clone()));
+        let differs = same(&record.script) != same(&script) || record.settings != about.settings;
+        write_about(&self.path, &self.id, about)?;
+        (record.script, record.settings) = (script, about.settings.clone());
+        env!("CARGO_PKG_VERSION").clone_into(&mut record.version);
+        record.processor = homeroom_kernels::isa().name();
+        record.machine = machine();
+        record.write(&self.path)?;
+        Ok(differs)
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
@@ -244,6 +263,22 @@ impl Drop for RunDirectory {
     fn drop(&mut self) {
         output::close(&self.id);
     }
+}
+
+/// Writes a run's script and configuration, those that it has.
+fn write_about(path: &Path, id: &str, about: &About) -> Result<()> {
+    if let Some((_, text)) = &about.script {
+        replace_file(&path.join("script.lua"), text.as_bytes())?;
+    }
+    if let Some(config) = about.config.as_object() {
+        replace_file(&path.join("config.toml"), toml_of(id, config).as_bytes())?;
+    }
+    Ok(())
+}
+
+fn script_of(file: &Path, text: &str) -> Script {
+    let sha256 = Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    Script { path: file.to_string_lossy().into_owned(), sha256 }
 }
 
 /// The processor's name, how many threads it runs at once, and the system.

@@ -83,9 +83,11 @@ pub fn is_held(directory: &Path) -> bool {
 /// Whether there is a process of this number; another may have it by now.
 #[cfg(unix)]
 fn is_alive(process: u32) -> bool {
-    // SAFETY: signal 0 is sent to nobody, it only asks.
-    let answer = i32::try_from(process).map(|process| unsafe { libc::kill(process, 0) });
-    answer == Ok(0)
+    let Ok(process) = i32::try_from(process) else { return false };
+    // SAFETY: `kill` takes numbers alone, and signal 0 is sent to nobody: it only asks whether there is somebody.
+    let answer = unsafe { libc::kill(process, 0) };
+    // One that is another user's may not be sent to, and lives.
+    answer == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
 }
 
 /// Here it is not asked: a run that may live is left alone.

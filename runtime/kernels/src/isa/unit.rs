@@ -132,11 +132,11 @@ impl Isa {
             F32Unit::Portable => "portable code",
         };
         let of_bf16 = match (self.bf16_unit(), self.prefers_bf16()) {
-            (Bf16Unit::Amx, true) => "amx (faster)",
-            (Bf16Unit::Amx, false) => "amx (slower)",
-            (Bf16Unit::Avx512, true) => "avx512bf16 (faster)",
-            (Bf16Unit::Avx512, false) => "avx512bf16 (slower)",
-            (Bf16Unit::Widened, _) => "that of f32",
+            (Bf16Unit::Amx, true) => "by amx (faster)",
+            (Bf16Unit::Amx, false) => "by amx (slower)",
+            (Bf16Unit::Avx512, true) => "by avx512bf16 (faster)",
+            (Bf16Unit::Avx512, false) => "by avx512bf16 (slower)",
+            (Bf16Unit::Widened, _) => "as f32",
         };
         let of_int8 = match self.int8_unit() {
             Int8Unit::Amx => "amx",
@@ -145,7 +145,7 @@ impl Isa {
             Int8Unit::Avx2 => "avx2",
             Int8Unit::Portable => "portable code",
         };
-        format!("f32 by {of_f32}, bf16 by {of_bf16}, int8 by {of_int8}")
+        format!("f32 by {of_f32}, bf16 {of_bf16}, int8 by {of_int8}")
     }
 }
 

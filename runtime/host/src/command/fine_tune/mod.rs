@@ -266,10 +266,14 @@ impl Prepared<'_> {
             samples.ask_before(&job.model, &start, directory);
         }
         let groups = rows.train();
-        let made = objective(&job, self.objective, (&groups, &held_out), &config, directory);
-        let objective = match made {
+        let made = objective(&job, self.objective, (&groups, &held_out), &config, directory)
+            .and_then(|objective| Ok((objective, own_kind(arguments, &job.model, directory)?)));
+        let (objective, own_kind) = match made {
             Err(_) if interrupt::asked() => {
-                line("stopped before the first step; nothing was learned");
+                line(match from {
+                    Some(_) => "stopped before another step; the run is as it was",
+                    None => "stopped before the first step; nothing was learned",
+                });
                 if let Some(run) = run {
                     line(format_args!("next      homeroom resume {}", run.id()));
                     run.finish(End::Interrupted(Value::Object(Map::new())))?;
@@ -278,7 +282,6 @@ impl Prepared<'_> {
             }
             made => made?,
         };
-        let own_kind = own_kind(arguments, &job.model, directory)?;
         let data = Data::of_groups(&groups, &held_out);
         let trained = train(&job, &data, &*objective, &config, steps, recording.as_mut(), from);
         let (report, failure) = match trained {
@@ -304,7 +307,7 @@ impl Prepared<'_> {
         let token = run.map(RunDirectory::token);
         let standing = place::standing(output_dir, token.as_deref(), self.claim.as_deref());
         let checkpoint = recording.as_ref().and_then(Recording::newest);
-        if let (true, Standing::Claimed | Standing::Other, Some(run), Some(checkpoint)) =
+        if let (true, Standing::Claimed, Some(run), Some(checkpoint)) =
             (outcome.report.interrupted, standing, run, checkpoint)
         {
             // An older model stays until the new one is whole.
@@ -426,8 +429,7 @@ fn objective(
     let mut progress = |done, all| {
         let bar = bar.get_or_insert_with(|| progress::counting("reference", all));
         bar.set_position(done as u64);
-        ensure!(!interrupt::asked(), "interrupted");
-        Ok(())
+        interrupt::stop_if_asked()
     };
     let made = job.objective(objective, groups, config, directory, &mut progress);
     bar.into_iter().for_each(|bar| bar.finish_and_clear());

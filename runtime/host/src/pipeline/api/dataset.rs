@@ -13,19 +13,57 @@ use homeroom_engine::data::order;
 use homeroom_engine::data::{Group, OnLongRow, Problems, check_row_for, read_texts};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
-use mlua::Lua;
+use mlua::{Lua, Value};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::Session;
+use super::options::Options;
+use super::spec::verb;
 use crate::models;
 use crate::pipeline::bytecode::hex;
 use crate::pipeline::clock::{Clock, Ended};
 use crate::pipeline::errors::Failure;
 use crate::pipeline::limits::Held;
 use crate::pipeline::sandbox::shown;
+use crate::progress::thousands;
 
 /// What a text takes beside its bytes, and a dataset beside its rows.
 const OVERHEAD_BYTES: usize = 96;
+
+/// Reads a file of rows, and holds some of them out.
+pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
+    let options = Options::read(verb("prepare_dataset"), argument)?;
+    let (path, file) = session.places.open(&options.needed_text("path")).context("prepare_dataset")?;
+    let on_long_row = options.word("on_long_row").unwrap_or(OnLongRow::Refuse);
+    let max_seq_len = options.whole("max_seq_len").map(|tokens| tokens as usize);
+    let data = Dataset::read(lua, session, &path, file, max_seq_len, on_long_row)?;
+    let share = options.number("eval").filter(|share| *share > 0.0);
+    let (rows, table) = (data.len(), lua.create_table()?);
+    let held_out = match share {
+        Some(share) => {
+            let parted = data.split(lua, session, share, options.seed());
+            let (train, eval) = parted.map_err(|failure| failure.within(&path.display().to_string()))?;
+            let held_out = eval.len();
+            table.set("train", train)?;
+            table.set("eval", eval)?;
+            held_out
+        }
+        None => {
+            table.set("train", data)?;
+            0
+        }
+    };
+    if session.dry {
+        session.would(
+            lua,
+            format!("read    {}: {} rows, {held_out} held out", path.display(), thousands(rows)),
+            json!({"verb": "prepare_dataset", "path": path, "rows": rows, "held_out": held_out}),
+        )?;
+    }
+    Ok(Value::Table(table))
+}
+
 /// One row.
 #[derive(Clone)]
 pub(super) struct Row {

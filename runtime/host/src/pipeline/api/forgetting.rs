@@ -10,10 +10,12 @@ use homeroom_engine::train::objective::Kind;
 use mlua::{Lua, Value};
 use serde_json::json;
 
-use super::Session;
 use super::model::ModelSpec;
 use super::options::Options;
 use super::spec::verb;
+use super::stored::{Made, stored};
+use super::value::to_lua;
+use super::{Session, identity};
 use crate::job::ForgettingRows;
 use crate::pipeline::errors::{Failure, said};
 
@@ -36,15 +38,23 @@ pub fn forgetting(lua: &Lua, session: &Session, argument: Value) -> Result<Value
         ));
     }
     let data = options.dataset("dataset");
-    let measured = if session.dry {
+    if session.dry {
         let what = data.as_ref().map_or_else(|| "its own answers".to_owned(), |data| format!("{} rows", data.len()));
         session.would(
             lua,
             format!("compare what was trained with {} on {what}", spec.base),
-            json!({"verb": "forgetting", "model": spec.base, "rows": data.as_ref().map(super::Dataset::len)}),
+            json!({"verb": "forgetting", "model": spec.base, "rows": data.as_ref().map(super::dataset::Dataset::len)}),
         )?;
-        IMAGINED
-    } else {
+        let table = lua.create_table()?;
+        table.set("loss_before", IMAGINED.loss_before)?;
+        table.set("loss", IMAGINED.loss_after)?;
+        table.set("kl", IMAGINED.kl)?;
+        table.set("tokens", IMAGINED.tokens)?;
+        return Ok(Value::Table(table));
+    }
+    // Of a model whose weights were all trained, the options do not say what its base is.
+    let more = json!({"base": identity::base(session, base.as_ref().unwrap_or(&spec))?});
+    let measured = stored(lua, session, verb("forgetting"), &options, more, || {
         let (model, adaptation) = spec.load(session)?;
         let base = base_of(session, base, &spec, (&model, adaptation.as_deref()))?;
         let rows = match data {
@@ -59,14 +69,14 @@ pub fn forgetting(lua: &Lua, session: &Session, argument: Value) -> Result<Value
         };
         let measured = rows.measure((&*base, None), (&*model, adaptation.as_deref())).context("forgetting")?;
         session.tell(rows.words(&measured));
-        measured
-    };
-    let table = lua.create_table()?;
-    table.set("loss_before", measured.loss_before)?;
-    table.set("loss", measured.loss_after)?;
-    table.set("kl", measured.kl)?;
-    table.set("tokens", measured.tokens)?;
-    Ok(Value::Table(table))
+        let Forgetting { loss_before, loss_after, kl, tokens } = measured;
+        let numbers = [loss_before, loss_after, kl];
+        if !numbers.iter().all(|number| number.is_finite()) {
+            return Err(said("forgetting: the numbers of the trained model are not finite: its weights are of no use"));
+        }
+        Ok(Made::plain(json!({"loss_before": loss_before, "loss": loss_after, "kl": kl, "tokens": tokens})))
+    })?;
+    Ok(to_lua(lua, &measured)?)
 }
 
 /// What a model is compared with: what was named, else what it was trained from.

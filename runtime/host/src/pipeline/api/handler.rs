@@ -4,13 +4,62 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text, replace_file};
+use mlua::{Lua, Value as LuaValue};
+use serde_json::json;
 use toml_edit::{DocumentMut, Item, Table, TableLike, Value, value};
 
+use super::Session;
+use super::model::{ModelSpec, NOT_NAMED};
+use super::options::Options;
+use super::spec::verb;
 use crate::handler::config::Config;
+use crate::models::not_there;
+use crate::pipeline::errors::{Failure, said};
+use crate::pipeline::places::Place;
 use crate::registry;
 
 /// U+FEFF, which some editors put at the beginning of a file.
 const BYTE_ORDER_MARK: char = '\u{feff}';
+
+/// Has a model answer under a name, or in a dry run says that it would.
+pub fn create_handler(lua: &Lua, session: &Session, argument: LuaValue) -> Result<LuaValue, Failure> {
+    let options = Options::read(verb("create_handler"), argument)?;
+    let name = options.needed_text("name");
+    let spec = ModelSpec::read(session, options.get("model").unwrap_or(&LuaValue::Nil))?;
+    // A name of the registry or the hub goes into the file as it is; anything else as the path that it means here.
+    let model = spec.adapter.clone().unwrap_or_else(|| spec.base.clone());
+    let given = match options.get("model") {
+        Some(LuaValue::Table(table)) => {
+            table.raw_get::<LuaValue>("name")?.as_string().map(|name| name.to_string_lossy())
+        }
+        _ => None,
+    };
+    let model = given.unwrap_or(model);
+    let model = match session.locate(&model)? {
+        _ if session.dry_saved.borrow().contains_key(&model) => model,
+        Some(place) if registry::place(&model).is_ok_and(|saved| saved == place.path) => model,
+        Some(Place { hub_name: Some(name), .. }) => name.to_string(),
+        Some(place) => place.path.display().to_string(),
+        None => return Err(said(format!("create_handler: {}", not_there(Path::new(&model), NOT_NAMED)))),
+    };
+    if session.dry {
+        let file = check(&name, &model)?;
+        session.would(
+            lua,
+            format!("write   [handlers.{name}] in {}: {model}", file.display()),
+            json!({"verb": "create_handler", "name": name, "model": model, "output": file}),
+        )?;
+    } else {
+        let file = write(&name, &model)?;
+        session.tell(format_args!("handler   {name}   {model}, in {}", file.display()));
+        session.handler.replace(Some(name.clone()));
+    }
+    let table = lua.create_table()?;
+    table.set("name", name)?;
+    table.set("kind", "local")?;
+    table.set("model", model)?;
+    Ok(LuaValue::Table(table))
+}
 
 /// The file that says which handlers there are.
 ///

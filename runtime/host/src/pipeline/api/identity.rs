@@ -14,7 +14,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::Session;
 use super::dataset::Dataset;
-use super::model::ModelSpec;
+use super::model::{ModelSpec, manifest as manifest_of};
 use super::options::Options;
 use super::spec::{Kind, Verb};
 use super::value::to_json;
@@ -26,8 +26,8 @@ use crate::pipeline::store::{digest_of, digest_of_file};
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Most values that are looked at of what callbacks take from around them.
 const VALUES_MAX: usize = 100_000;
-/// Options that change nothing of a result.
-const NO_INPUTS: [&str; 2] = ["save_steps", "save_minutes"];
+/// Options that change nothing of a result, unless the training was taken back to a checkpoint: such a one is not kept.
+pub const NO_INPUTS: [&str; 2] = ["save_steps", "save_minutes"];
 /// What of `homeroom` a callback may name and still be a function of its report.
 const HARMLESS: [&str; 2] = ["log", "null"];
 /// Globals that a callback may name: what they do depends on nothing but what they are given. `print` tells, and changes nothing.
@@ -106,6 +106,15 @@ pub fn plugin(session: &Session, strategy: &str) -> Result<Json> {
     Ok(digest_of_file(&session.search.find(strategy)?.path)?.into())
 }
 
+/// The digests of the files of a model's base, without what was trained; null: it is not there.
+///
+/// # Errors
+/// When a file cannot be read, or the script may not read there.
+pub fn base(session: &Session, spec: &ModelSpec) -> Result<Json> {
+    let place = session.locate(&spec.base)?.map(|place| files(&place.path));
+    Ok(place.transpose()?.unwrap_or_default())
+}
+
 fn dataset(session: &Session, data: &Dataset) -> Result<Json, Failure> {
     Ok(data.identity(session.clock())?.into())
 }
@@ -126,10 +135,19 @@ fn model(session: &Session, spec: &ModelSpec) -> Result<Json> {
     }
     let plugin = match (&spec.strategy, &adapter) {
         (Some(strategy), None) => Some(plugin(session, strategy)?),
+        (_, Some(adapter)) => codec(session, adapter)?,
         _ => None,
     };
     let adapter = adapter.map(|adapter| files(&adapter)).transpose()?;
     Ok(json!({"base": base, "adapter": adapter, "strategy": spec.strategy, "options": spec.options, "plugin": plugin}))
+}
+
+/// The digest of the plugin by whose native codec the base of an adapter is stored, if it is. Where the plugin is not there, whoever loads
+/// the adapter says so.
+fn codec(session: &Session, adapter: &Path) -> Result<Option<Json>> {
+    let Some(manifest) = manifest_of(adapter)? else { return Ok(None) };
+    let is_stored_so = manifest.plan["stored_natively"].as_object().is_some_and(|stored| !stored.is_empty());
+    Ok(Some(&manifest.strategy.name).filter(|_| is_stored_so).and_then(|strategy| plugin(session, strategy).ok()))
 }
 
 /// Digests of the files of a model or an adapter, by name; of what Homeroom wrote beside it, without the dates and places of its training.
@@ -194,7 +212,7 @@ pub fn callback(lua: &Lua, session: &Session, function: &Function) -> Result<(Js
         writes: false,
         takes_tables: false,
     };
-    let seen = walk.function(function)?;
+    let seen = walk.function(function, true)?;
     if walk.writes && walk.takes_tables {
         walk.opaque("may change a table outside of it");
     }
@@ -256,7 +274,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn function(&mut self, function: &Function) -> Result<Json, Failure> {
+    /// `is_callback`: it gets the report, in whose `state` it may write.
+    fn function(&mut self, function: &Function, is_callback: bool) -> Result<Json, Failure> {
         if let Some(known) = self.known(function.to_pointer()) {
             return Ok(known);
         }
@@ -274,7 +293,7 @@ impl Walk<'_> {
         if let Some(named) = source.globals.iter().find_map(|(name, fields)| unsure(name, fields.as_ref())) {
             self.opaque(&format!("uses `{named}`"));
         }
-        self.writes |= source.writes;
+        self.writes |= if is_callback { source.writes_beside_state } else { source.writes };
         let mut captured = Vec::new();
         for number in 1..=source.captures {
             captured.push(self.value(&capture(self.lua, function, number)?)?);
@@ -318,7 +337,7 @@ impl Walk<'_> {
             return Ok(json!({"own": [library, name]}));
         }
         Ok(match value {
-            Value::Function(function) => self.function(function)?,
+            Value::Function(function) => self.function(function, false)?,
             Value::Table(table) => self.table(table)?,
             Value::UserData(data) => match data.borrow::<Dataset>() {
                 Ok(data) => dataset(self.session, &data)?,
@@ -379,8 +398,10 @@ fn unsure(name: &str, fields: Option<&BTreeSet<String>>) -> Option<String> {
 /// A value that a function takes from around it, by its number from 1; nil if it has none of that number.
 fn capture(lua: &Lua, function: &Function, number: u8) -> mlua::Result<Value> {
     // SAFETY: the closure gets a valid state with the function alone on the stack, which `lua_getupvalue` takes by its place; it pushes one
-    // value and returns its name, or pushes nothing and returns null, and then nil is pushed. It calls no script's code, and
-    // raises at most for memory, which mlua catches around the closure.
+    // value and returns its name, or pushes nothing and returns null, and then nil is pushed. The name is only compared with null: scripts
+    // are compiled at debug level 1, where names are stripped, and that of a value which is there is then "", never null. The two values
+    // fit: mlua guarantees a closure 20 slots of the stack (LUA_MINSTACK). Nothing here allocates or calls a script's code, so nothing
+    // is raised; if something were, mlua would catch it around the closure.
     unsafe {
         lua.exec_raw::<Value>(function, |state| {
             if ffi::lua_getupvalue(state, -1, i32::from(number)).is_null() {

@@ -17,7 +17,7 @@ const SHARE_LEFT: f64 = 0.2;
 /// Steps that a model has had that was trained before.
 const STEPS_BEFORE: u64 = 100;
 
-/// Whether an adapter is one that a dry run did not train.
+/// Whether an adapter is one that a dry run did not train. In a run, where the name means nothing, ask [`Session::imagines`](super::Session).
 pub fn is_imagined(adapter: &str) -> bool {
     adapter.starts_with(DRY)
 }
@@ -64,8 +64,6 @@ pub struct Needs {
     pub checkpoint_bytes: u64,
     /// Highest resident memory, in bytes.
     pub memory_bytes: Option<u64>,
-    /// Time of its steps.
-    pub seconds: Option<f64>,
 }
 
 /// Bytes of a value of an adapter, and of a parameter with its moments in a checkpoint.
@@ -86,20 +84,14 @@ impl Needs {
             disk_bytes: self.disk_bytes + other.disk_bytes,
             checkpoint_bytes: self.checkpoint_bytes + other.checkpoint_bytes,
             memory_bytes: self.memory_bytes.max(other.memory_bytes),
-            seconds: self.seconds.zip(other.seconds).map(|(a, b)| a + b),
         }
     }
 
     /// In words.
     pub fn words(&self) -> String {
-        let time = self.seconds.map(|seconds| match seconds {
-            short if short < 90.0 => format!("{short:.0} s, "),
-            long => format!("{:.0} min, ", long / 60.0),
-        });
         let memory = self.memory_bytes.map(|bytes| format!("{} of memory, ", size(bytes)));
         format!(
-            "{}{}{} on disk and at most {} of checkpoints until it has finished",
-            time.unwrap_or_default(),
+            "{}{} on disk and at most {} of checkpoints until it has finished",
             memory.unwrap_or_default(),
             size(self.disk_bytes),
             size(self.checkpoint_bytes)

@@ -17,7 +17,6 @@ use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json};
 
 use super::Session;
-use super::imagined::is_imagined;
 use super::options::strategy_options;
 use super::value::to_lua;
 use crate::job::encode;
@@ -123,7 +122,9 @@ impl ModelSpec {
     /// # Errors
     /// When the script may not read there.
     pub fn adapter_path(&self, session: &Session) -> Result<Option<PathBuf>> {
-        let Some(adapter) = self.adapter.as_deref().filter(|adapter| !is_imagined(adapter)) else { return Ok(None) };
+        let Some(adapter) = self.adapter.as_deref().filter(|adapter| !session.imagines(adapter)) else {
+            return Ok(None);
+        };
         Ok(session.locate(adapter)?.map(|place| place.path).filter(|path| is_adapter(path)))
     }
 
@@ -133,7 +134,7 @@ impl ModelSpec {
     /// When it is not there or cannot be run, or the script may not read there.
     pub fn load_base(&self, session: &Session) -> Result<Arc<BaseModel>> {
         let name = match &self.adapter {
-            Some(adapter) if !is_imagined(adapter) && self.adapter_path(session)?.is_none() => adapter,
+            Some(adapter) if !session.imagines(adapter) && self.adapter_path(session)?.is_none() => adapter,
             _ => &self.base,
         };
         let Some(path) = session.locate(name)?.map(|place| place.path) else {
@@ -241,7 +242,10 @@ fn base_names(files: &AdapterFiles) -> [Option<String>; 2] {
 }
 
 /// What `homeroom.json` says, if it is there.
-fn manifest(path: &Path) -> Result<Option<Manifest>> {
+///
+/// # Errors
+/// When it is damaged.
+pub fn manifest(path: &Path) -> Result<Option<Manifest>> {
     let file = path.join(HOMEROOM_FILE);
     match read_text(&file, MANIFEST_BYTES_MAX) {
         Ok(text) => Ok(Some(serde_json::from_str(&text).with_context(|| format!("{}: damaged", file.display()))?)),

@@ -1,11 +1,76 @@
-//! What of a trained model goes into the registry: its files by their names, and nothing else that lies beside them.
+//! `save_model`, and what of a trained model goes into the registry: its files by their names, and nothing else that lies beside them.
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapt::adapter::{CONFIG_FILE, HOMEROOM_FILE, is_adapter};
-use homeroom_engine::files::{named_templates, result_files};
+use homeroom_engine::files::{NewDirectory, named_templates, result_files};
+use mlua::{Lua, Value};
+use serde_json::{Value as Json, json};
+
+use super::model::ModelSpec;
+use super::options::Options;
+use super::spec::verb;
+use super::stored::{Made, stored};
+use super::{Session, identity};
+use crate::pipeline::errors::{Failure, said, short};
+use crate::registry;
+
+/// Saves a trained model under a name, or in a dry run says that it would.
+pub fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
+    let options = Options::read(verb("save_model"), argument)?;
+    let name = options.needed_text("name");
+    let place = registry::place(&name)?;
+    let mut spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
+    let Some(adapter) = spec.adapter.clone() else {
+        return Err(said("save_model: this model was not trained; `fine_tune` returns one that was"));
+    };
+    let saved = session.dry_saved.borrow().get(&adapter).cloned();
+    let is_imagined = session.imagines(&adapter) || session.dry && saved.is_some();
+    let from = if is_imagined { None } else { Some(trained(session, &adapter)?) };
+    if session.dry {
+        spec.adapter = saved.map_or(Some(adapter), |saved| saved.adapter);
+        session.would(
+            lua,
+            format!("save    {name}: {}", place.display()),
+            json!({"verb": "save_model", "name": name, "output": place}),
+        )?;
+        session.dry_saved.borrow_mut().insert(name.clone(), spec.clone());
+    } else {
+        let from = from.context("only a dry run imagines models")?;
+        stored(lua, session, verb("save_model"), &options, Json::Null, || {
+            let replaces = if place.exists() { "   (in place of the model of that name)" } else { "" };
+            let directory = NewDirectory::start(&place)?;
+            copy(&from, directory.path())?;
+            directory.publish()?;
+            session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
+            Ok(Made { result: json!({"name": name, "path": place}), files: identity::model_files(&place)? })
+        })?;
+        session.note(&json!({"event": "saved_model", "name": name, "path": place}));
+        session.adaptations.borrow_mut().remove(&place);
+        session.bases.borrow_mut().remove(&place);
+        spec.adapter = Some(name.clone());
+    }
+    let table = spec.to_table(lua)?;
+    table.set("name", name)?;
+    table.set("path", place.display().to_string())?;
+    Ok(Value::Table(table))
+}
+
+/// The directory of a trained model.
+fn trained(session: &Session, adapter: &str) -> Result<PathBuf, Failure> {
+    let Some(place) = session.locate(adapter)?.filter(|from| from.path.is_dir()) else {
+        return Err(said(format!(
+            "there is no trained model `{}`; `homeroom list-models` shows yours",
+            short(adapter)
+        )));
+    };
+    ensure_trained(&place.path)?;
+    // What comes with the script may name a base that is none of its business; in the registry it would be the user's word.
+    ModelSpec::named(session, adapter)?;
+    Ok(place.path)
+}
 
 /// Refuses a directory that is no trained model.
 ///

@@ -44,7 +44,7 @@ pub struct Step<'a> {
     started: Instant,
 }
 
-/// Looks up what a call makes, or has it made and keeps it.
+/// Looks up what a call makes, or has it made and keeps it. `more`: what goes into it beside its options.
 ///
 /// # Errors
 /// When its inputs cannot be read, or `make` fails.
@@ -53,9 +53,10 @@ pub fn stored(
     session: &Session,
     verb: &'static Verb,
     options: &Options,
+    more: Json,
     make: impl FnOnce() -> Result<Made, Failure>,
 ) -> Result<Json, Failure> {
-    let step = Step::begin(lua, session, verb, options, Json::Null)?;
+    let step = Step::begin(lua, session, verb, options, more)?;
     if let Some(entry) = step.look_up() {
         session.tell(format_args!("{:9} from run {}, {:.1} s", verb.name, entry.run, step.seconds()));
         return Ok(entry.result);

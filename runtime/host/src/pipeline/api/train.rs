@@ -8,7 +8,7 @@ use homeroom_engine::files::NewDirectory;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{Kind as ObjectiveKind, ObjectiveConfig};
 use homeroom_engine::train::{
-    Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, planned_steps,
+    Broken, Change, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, planned_steps,
 };
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
@@ -17,10 +17,11 @@ use super::dataset::{Dataset, Encoded};
 use super::imagined::{self, Needs};
 use super::model::ModelSpec;
 use super::options::Options;
+use super::session::NewAdapter;
 use super::spec::{STRATEGY_NAMES, verb};
 use super::stored::{Made, Step};
 use super::value::{to_json, to_lua, words};
-use super::{NewAdapter, Session, identity};
+use super::{Session, identity, resumed};
 use crate::job::defaults::{self, Open};
 use crate::job::{Before, Job, Outcome, Recording, Saving, Taken};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
@@ -39,6 +40,16 @@ const FINISHED: &str = "finished";
 
 /// Trains, or in a dry run says what would be trained.
 pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
+    // Each would hold its model and moments on top of the other's, and nothing but the stack would end it.
+    if session.trains.replace(true) {
+        return Err(said("fine_tune: a callback of a training cannot begin another"));
+    }
+    let tuned = tune(lua, session, argument);
+    session.trains.set(false);
+    tuned
+}
+
+fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("fine_tune"), argument)?;
     let nil = Value::Nil;
     let mut spec = ModelSpec::read(session, options.get("model").unwrap_or(&nil))?;
@@ -198,6 +209,7 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         return Err(raised);
     }
     session.clock().check()?;
+    let is_rewound = outcome.report.events.iter().any(|event| matches!(event.change, Change::Rewound { .. }));
     let stopped = stopped.or(outcome.report.stopped);
     let result = json!({
         "adapter": id,
@@ -213,10 +225,14 @@ pub fn fine_tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value,
         },
         "stopped": stopped.as_deref().unwrap_or(FINISHED),
     });
-    // What another generation of the strategy had a part in is not what this one makes.
-    if job.now().1.sha256 == job.strategy.sha256 {
+    // What another generation of the strategy had a part in is not what this one makes; and how far a training was taken back depends on
+    // when it was saved.
+    if is_rewound {
+        session.tell("note: it was taken back to a checkpoint, so that a later run makes it again");
+    } else if job.now().1.sha256 == job.strategy.sha256 {
         step.keep(Made { result: result.clone(), files: identity::model_files(&path)? })?;
     }
+    resumed::end(recording.directory())?;
     tuned(lua, spec, &result)
 }
 
@@ -301,7 +317,7 @@ impl Dry<'_> {
                 "train_loss": (loss(0) + loss(steps)) / 2.0,
                 "steps": steps,
                 "planned_steps": steps,
-                "seconds": needs.seconds.unwrap_or(1.0),
+                "seconds": 1.0,
                 "peak_memory_bytes": needs.memory_bytes.or(peak_memory_bytes()),
             },
             "stopped": FINISHED,
@@ -360,7 +376,6 @@ impl Dry<'_> {
 pub fn needs_json(tokens: usize, needs: &Needs) -> Json {
     json!({
         "tokens": tokens,
-        "seconds": needs.seconds,
         "peak_memory_bytes": needs.memory_bytes,
         "disk_bytes": needs.disk_bytes,
         "checkpoint_bytes": needs.checkpoint_bytes,

@@ -139,7 +139,8 @@ fn the_words_below_a_curve_say_what_it_shows() {
     assert!(of(&[3.0, 1.0, 2.0]).contains("lowest, 1, at step 1, and has risen since"));
     assert!(of(&[2.0, 2.5]).contains("worse than before the training"));
     let preferring = json!({"event": "started", "training": 1, "objective": "dpo"});
-    let page = html(&data(&[vec![preferring], lines(4)].concat()));
+    let others = lines(4).into_iter().filter(|line| line["event"] != "started");
+    let page = html(&data(&std::iter::once(preferring).chain(others).collect::<Vec<_>>()));
     assert!(page.contains("far the model is from preferring") && !page.contains("right answers surprise"));
     // Rows of kto are single answers.
     let of = |objective: &str| {

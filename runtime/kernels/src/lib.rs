@@ -41,6 +41,8 @@ pub use decode::team::{Team, lead};
 pub use element::Element;
 pub use half::{bf16, f16};
 pub use int8::rounded_bytes;
+#[doc(hidden)]
+pub use isa::emulate;
 pub use isa::{Bf16Unit, F32Unit, Feature, Int8Unit, Isa, VARIABLE as ISA_VARIABLE, isa, keep_to, with_isa};
 pub use layer::cross_entropy::{LogitCap, cross_entropy, target_logits};
 pub use layer::gated::{Gate, gate, gated, gated_backward};

@@ -13,6 +13,8 @@
 //! with weights on a straight line every processor comes to the same result.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod weight;
 
 use std::ops::Range;
@@ -21,7 +23,7 @@ use crate::buffer::grown;
 use crate::element::{Element, eight_bit_scale, nearest_whole};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Feature;
-use crate::isa::{Isa, isa, per_isa};
+use crate::isa::{Int8Unit, Isa, isa, per_isa};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
 use crate::storage::codec::Coded;
@@ -54,8 +56,16 @@ impl Rounded {
 
 /// Bytes that `m` rows of k values take in integers.
 pub fn rounded_bytes(m: usize, k: usize) -> usize {
-    let per_word = if isa().has_vnni() { 4 } else { 2 };
-    size_of::<u32>() * m * (k / per_word + 2 * k.div_ceil(GROUP))
+    let (step, more) = size(isa(), k);
+    size_of::<u32>() * ((m + more) * step + m * 2 * k.div_ceil(GROUP))
+}
+
+/// Words of a row of k values in integers, and how many rows of zeros follow the last: AMX takes whole groups of 16 rows.
+fn size(isa: Isa, k: usize) -> (usize, usize) {
+    match isa.int8_unit() {
+        Int8Unit::Amx => (words(isa, k.next_multiple_of(GROUP)), GROUP / 4 - 1),
+        _ => (words(isa, k), 0),
+    }
 }
 
 /// Rounds `m` rows of k values, a multiple of four, `row_step` from one to the next, each first multiplied by its column's factor if there is one.
@@ -69,8 +79,8 @@ pub(crate) fn round<E: Element>(
 ) -> Rounded {
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
     let per_word = if isa.has_vnni() { 4 } else { 2 };
-    let (step, groups) = (k / per_word, k.div_ceil(GROUP));
-    let (words, scales, starts) = (vec![0; m * step], vec![0.0; m * groups], vec![0; m * groups]);
+    let ((step, more), groups) = (size(isa, k), k.div_ceil(GROUP));
+    let (words, scales, starts) = (vec![0; (m + more) * step], vec![0.0; m * groups], vec![0; m * groups]);
     let mut rounded = Rounded { words, step, scales, starts, k };
     let words = Shared::new(&mut rounded.words);
     let (scales, starts) = (Shared::new(&mut rounded.scales), Shared::new(&mut rounded.starts));
@@ -179,7 +189,7 @@ pub(crate) fn pack(
     columns: Range<usize>,
     to: &mut Packed,
 ) {
-    let out = grown(&mut to.words, words(isa, sum.len()) * PANEL);
+    let out = grown(&mut to.words, size(isa, sum.len()).0 * PANEL);
     to.scaled = w.line().is_none();
     if let Some(coded) = w.line() {
         return pack_line(isa, coded, backward, sum, columns, out, &mut to.pairs);
@@ -319,6 +329,11 @@ pub(crate) unsafe fn rows(
     let scales = if packed.scaled { &packed.scales[..] } else { &[] };
     assert!(!packed.scaled || isa.has_vnni() && scales.len() * words(isa, GROUP) >= count, "scales of each group");
     let panel = (panel, scales);
+    #[cfg(target_arch = "x86_64")]
+    if isa.int8_unit() == Int8Unit::Amx {
+        // SAFETY: the processor has AMX and the system grants it, and the rest is passed on to the caller.
+        return unsafe { amx::walk(isa, a, rows, chunk, (at, count), panel, width, sums) };
+    }
     #[cfg(target_arch = "x86_64")]
     if isa.has_vnni() {
         // SAFETY: the processor has VNNI, and the rest is passed on to the caller.

@@ -9,7 +9,7 @@ mod unit;
 
 use std::cell::Cell;
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 pub use self::names::VARIABLE;
 pub use self::unit::{Bf16Unit, F32Unit, Int8Unit};
@@ -160,7 +160,13 @@ impl Isa {
         Self::closed(self.features().filter(|other| *other != feature))
     }
 
-    /// The sets that tests hold to each other: each level, and sets with features taken away, as far as this processor has them.
+    /// What runs here: what the processor has, and what tests emulate.
+    fn runnable() -> Self {
+        Self::closed(Self(Self::detected().0 | EMULATED.load(Ordering::Relaxed)).features())
+    }
+
+    /// The sets that tests hold to each other: each level, and sets with features taken away, as far as this processor has them or a test
+    /// emulates them.
     pub fn tested() -> Vec<Self> {
         let sets = [
             Self::PORTABLE,
@@ -173,10 +179,11 @@ impl Isa {
             Self::AVX512BF16,
             Self::AMX.without(Feature::AmxInt8),
             Self::AMX.without(Feature::AmxBf16),
+            Self::AMX,
             Self::detected(),
         ];
         let mut tested = Vec::new();
-        for set in sets.map(|set| set.and(Self::detected())) {
+        for set in sets.map(|set| set.and(Self::runnable())) {
             if !tested.contains(&set) {
                 tested.push(set);
             }
@@ -197,6 +204,19 @@ thread_local!(static FORCED: Cell<Option<Isa>> = const { Cell::new(None) });
 /// What this process uses, or [`UNSET`].
 static USED: AtomicU32 = AtomicU32::new(UNSET);
 const UNSET: u32 = u32::MAX;
+
+/// Features that the processor lacks and a test emulates.
+static EMULATED: AtomicU16 = AtomicU16::new(0);
+
+/// Lets [`with_isa`] and [`Isa::tested`] take features that the processor lacks, where it has what they stand on: for tests that catch
+/// what it then does not know and do it themselves. [`Isa::detected`] and [`isa`] hold them no more than before.
+///
+/// # Safety
+/// Until the process ends, every thread's instructions of these features do what the manuals say.
+#[doc(hidden)]
+pub unsafe fn emulate(features: &[Feature]) {
+    EMULATED.fetch_or(features.iter().fold(0, |bits, feature| bits | feature.bit()), Ordering::Relaxed);
+}
 
 /// What kernels that are called from this thread use.
 pub fn isa() -> Isa {
@@ -230,7 +250,7 @@ pub fn with_isa<R>(isa: Isa, f: impl FnOnce() -> R) -> R {
             FORCED.set(self.0);
         }
     }
-    let _before = Before(FORCED.replace(Some(isa.and(Isa::detected()))));
+    let _before = Before(FORCED.replace(Some(isa.and(Isa::runnable()))));
     f()
 }
 

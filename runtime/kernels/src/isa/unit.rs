@@ -39,7 +39,7 @@ pub enum Bf16Unit {
 /// What products of integers are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Int8Unit {
-    /// Tiles of four bytes, `tdpbssd`.
+    /// Tiles of four bytes, `tdpbsud`.
     Amx,
     /// Four bytes in 512 bits, `vpdpbusd`.
     Avx512Vnni,
@@ -54,16 +54,15 @@ pub enum Int8Unit {
 /// Whether products have kernels for a unit. One that has none is not chosen.
 const fn has_kernels_bf16(unit: Bf16Unit) -> bool {
     match unit {
-        Bf16Unit::Amx => false,
-        Bf16Unit::Avx512 | Bf16Unit::Widened => true,
+        Bf16Unit::Amx | Bf16Unit::Avx512 | Bf16Unit::Widened => true,
     }
 }
 
 /// See [`has_kernels_bf16`].
 const fn has_kernels_int8(unit: Int8Unit) -> bool {
     match unit {
-        Int8Unit::Amx | Int8Unit::AvxVnni => false,
-        Int8Unit::Avx512Vnni | Int8Unit::Avx2 | Int8Unit::Portable => true,
+        Int8Unit::AvxVnni => false,
+        Int8Unit::Amx | Int8Unit::Avx512Vnni | Int8Unit::Avx2 | Int8Unit::Portable => true,
     }
 }
 
@@ -118,10 +117,10 @@ impl Isa {
         self.has_bf16() && bf16_is_faster(self.bf16_unit(), processor(), measured)
     }
 
-    /// Whether products of four pairs of bytes are made in 512 bits.
+    /// Whether products of four pairs of bytes are made in 512 bits, or by AMX, which stands on that.
     #[inline]
     pub(crate) const fn has_vnni(self) -> bool {
-        matches!(self.int8_unit(), Int8Unit::Avx512Vnni)
+        matches!(self.int8_unit(), Int8Unit::Amx | Int8Unit::Avx512Vnni)
     }
 
     /// What multiplies each kind of values, in words: `f32 by avx512, bf16 by avx512bf16 (faster), int8 by avx512vnni`.
@@ -292,6 +291,9 @@ mod tests {
         check(Isa::AVX512, F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx512Vnni);
         check(Isa::AVX512.without(Feature::Avx512Vnni), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx2);
         check(Isa::AVX512BF16, F32Unit::Avx512, Bf16Unit::Avx512, Int8Unit::Avx512Vnni);
+        check(Isa::AMX, F32Unit::Avx512, Bf16Unit::Amx, Int8Unit::Amx);
+        check(Isa::AMX.without(Feature::AmxInt8), F32Unit::Avx512, Bf16Unit::Amx, Int8Unit::Avx512Vnni);
+        check(Isa::AMX.without(Feature::Avx512Bf16), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Amx);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::element::ProductElement;
 use super::terms::{Columns, Right, Term};
+use crate::isa::Isa;
 use crate::pool::threads;
 use crate::tile::PANEL;
 
@@ -31,7 +32,7 @@ pub(super) struct Task {
 
 /// Cuts the output into panels, and panels at the end, or all if there are few, into parts of their rows, so that no thread
 /// is left waiting for another's whole panel.
-pub(super) fn cut<E>(m: usize, columns: &[Columns<'_, E>]) -> Vec<Task> {
+pub(super) fn cut<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, E>]) -> Vec<Task> {
     const PARTS: usize = 4;
     let mut panels = Vec::new();
     for (index, columns) in columns.iter().enumerate() {
@@ -47,7 +48,7 @@ pub(super) fn cut<E>(m: usize, columns: &[Columns<'_, E>]) -> Vec<Task> {
         rest => threads + rest,
     };
     let whole = panels.len() - split.min(panels.len());
-    let part = m.div_ceil(PARTS).next_multiple_of(6);
+    let part = m.div_ceil(PARTS).next_multiple_of(E::tile_rows(isa));
     let mut tasks = Vec::with_capacity(panels.len() + PARTS * split);
     for (number, (columns, from, width)) in panels.into_iter().enumerate() {
         let size = if number < whole { m } else { part };

@@ -10,6 +10,7 @@ mod outer;
 mod pack;
 mod scratch;
 mod terms;
+mod turned;
 
 use std::ops::Range;
 
@@ -22,12 +23,13 @@ use self::cut::{DEPTH, Piece, Task, cut, group};
 use self::pack::{decode_wide, pack};
 use self::scratch::{SCRATCH, Scratch};
 use self::terms::fits;
+use self::turned::{Turned, rows_of_w};
 use crate::buffer::grown;
 use crate::int8::{self, Packed, Rounded};
 use crate::isa::{Isa, isa};
 use crate::pool::for_each;
 use crate::round::narrow;
-use crate::tile::{PANEL, SEGMENTS_MAX, Segment, Store, pack_rows, rows};
+use crate::tile::{PANEL, SEGMENTS_MAX, Segment, Store, pack_rows, rows, rows_turned};
 
 /// Computes `m` rows of all `columns` into `out`, whose rows are `step` values apart.
 ///
@@ -87,8 +89,9 @@ pub fn product<E: ProductElement>(
         narrow,
         step,
     };
-    let tasks = cut(m, columns);
+    let tasks = cut(isa, m, columns);
     let integers = Integers::of(isa, m, columns);
+    let turned = Turned::of(isa, m, columns);
     let in_output = !store.wide.is_null() && !add;
     let groups: Vec<Vec<Vec<Piece>>> = columns.iter().map(|columns| group(columns.terms, in_output)).collect();
     // Sums that are too deep for one panel are taken a group of pieces at a time. Where they can wait in the output, that is in
@@ -105,7 +108,8 @@ pub fn product<E: ProductElement>(
                 // was cut for, and no two tasks have an element in common.
                 unsafe {
                     let rounded = (&integers, integers.places[task.columns].as_slice());
-                    run(isa, task, &columns[task.columns], rounded, (all, now), in_output, store.get(), scratch);
+                    let columns = &columns[task.columns];
+                    run(isa, task, columns, rounded, &turned, (all, now), in_output, store.get(), scratch);
                 };
             });
         });
@@ -161,12 +165,22 @@ unsafe fn run<E: ProductElement>(
     task: &Task,
     columns: &Columns<'_, E>,
     integers: (&Integers, &[usize]),
+    turned: &Turned,
     (groups, now): (&[Vec<Piece>], Range<usize>),
     in_output: bool,
     store: Store<E>,
     scratch: &mut Scratch,
 ) {
     let wide = task.width > PANEL;
+    let turned = turned.sum(task.columns);
+    // SAFETY: of all calls below: A and B are as large as the segments say, and the output is the task's own, or waiting sums.
+    let multiply = |width, segments: &[Segment], store| unsafe {
+        if turned.is_some() {
+            rows_turned::<E>(isa, task.rows.len(), width, segments, store);
+        } else {
+            rows::<E, false>(isa, task.rows.len(), width, segments, store);
+        }
+    };
     let Scratch { panel, packed, decoded, all, floats, sums } = scratch;
     let panel = grown(panel, DEPTH * PANEL);
     let m = task.rows.len();
@@ -202,8 +216,16 @@ unsafe fn run<E: ProductElement>(
             let (mut at, mut starts) = (0, 0);
             for (piece, segment) in group.iter().zip(&mut segments) {
                 let term = &columns.terms[piece.term];
-                let out = &mut panel[at * PANEL..(at + piece.words) * PANEL];
                 let depth = piece.words * E::PER_WORD;
+                let word_step = size_of::<u32>();
+                if let Some(packed) = &turned {
+                    let (a, row_step) = rows_of_w(term, task.from + from, width, piece.from, depth);
+                    let b = packed(piece.term)[piece.from / E::PER_WORD * PANEL..][..piece.words * PANEL].as_ptr();
+                    let b = b.wrapping_add(task.rows.start);
+                    *segment = Segment { a, row_step, word_step, words: piece.words, b };
+                    continue;
+                }
+                let out = &mut panel[at * PANEL..(at + piece.words) * PANEL];
                 match (&shared, term.right) {
                     (Some(all), Right::Frozen(_)) if !term.transposed => {
                         let values = &E::of_words(all)[starts..starts + depth * task.width];
@@ -216,7 +238,7 @@ unsafe fn run<E: ProductElement>(
                 *segment = Segment {
                     a: left.values[left.at + task.rows.start * left.step + piece.from..].as_ptr().cast(),
                     row_step: left.step * size_of::<E>(),
-                    word_step: size_of::<u32>(),
+                    word_step,
                     words: piece.words,
                     b: out.as_ptr(),
                 };
@@ -234,16 +256,13 @@ unsafe fn run<E: ProductElement>(
                 }
                 (false, true) => {
                     // The sums so far go in before scale, bias and addends do.
-                    // SAFETY: `sums` holds m rows of `step`; A and B are as large as the segments say.
-                    unsafe {
-                        rows::<E, false>(isa, m, width, segments, Store::adding(waiting, step));
-                        finish(isa, m, width, waiting, step, target(store, columns, task, from));
-                    }
+                    multiply(width, segments, Store::adding(waiting, step));
+                    // SAFETY: `sums` holds m rows of `step`.
+                    unsafe { finish(isa, m, width, waiting, step, target(store, columns, task, from)) };
                     continue;
                 }
             };
-            // SAFETY: as above; the output is the task's own.
-            unsafe { rows::<E, false>(isa, m, width, segments, target) };
+            multiply(width, segments, target);
         }
     }
 }

@@ -4,7 +4,8 @@ use std::cell::RefCell;
 
 use super::cut::DEPTH;
 use crate::int8::Packed;
-use crate::tile::PANEL;
+use crate::isa::isa;
+use crate::tile::{PANEL, scratch_bytes};
 
 /// A thread's buffers; they keep their size.
 #[derive(Default)]
@@ -25,7 +26,7 @@ pub(super) struct Scratch {
 
 /// Bytes that a thread keeps for products of `m` rows: a packed panel, what was decoded for it, and sums that wait.
 pub fn product_scratch_bytes(m: usize) -> usize {
-    size_of::<u32>() * PANEL * (2 * DEPTH + m)
+    size_of::<u32>() * PANEL * (2 * DEPTH + m) + scratch_bytes(isa(), m)
 }
 
 thread_local!(pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default());

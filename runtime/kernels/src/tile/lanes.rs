@@ -126,7 +126,11 @@ pub(super) unsafe fn tile<L: Lanes, const ROWS: usize, const VECTORS: usize, con
 
 /// Stores a row of a tile. # Safety: see [`tile`].
 #[inline(always)]
-unsafe fn finish_row<L: Lanes, const VECTORS: usize>(sums: [L::Sum; VECTORS], store: Store<L::Element>, row: usize) {
+pub(super) unsafe fn finish_row<L: Lanes, const VECTORS: usize>(
+    sums: [L::Sum; VECTORS],
+    store: Store<L::Element>,
+    row: usize,
+) {
     // SAFETY: as the caller promised; `v` stays below `VECTORS`.
     unsafe {
         let mut sums = sums;

@@ -3,11 +3,13 @@
 //! A word of A is one f32 or a pair of neighbouring bf16 along the sum; it is broadcast. Words of B lie in a panel of
 //! [`PANEL`] columns, packed so that the words of one step lie beside each other. One `dot` multiplies a broadcast word by a
 //! vector of words and adds to a vector of f32 sums. So f32 and bf16 differ in one instruction, and processors in how many
-//! rows and vectors make a tile.
+//! rows and vectors make a tile. AMX multiplies whole registers of words by each other, see `amx`.
 //!
 //! A sum is taken step by step in the order of the segments, whatever tile it is part of: a row of C depends on its row of A
 //! and on B alone.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -22,6 +24,8 @@ use half::bf16;
 pub(crate) use self::operands::{PANEL, SEGMENTS_MAX, Segment, Store};
 pub(crate) use self::panel::{pack_columns, pack_rows, pack_rows_padded, pair_rows, word};
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use self::amx::Tiles;
 #[cfg(target_arch = "x86_64")]
 use self::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
@@ -50,6 +54,36 @@ pub(crate) unsafe fn rows<E: TileElement, const ALONG_ROWS: bool>(
     unsafe { E::rows::<ALONG_ROWS>(isa, rows, width, segments, store) }
 }
 
+/// Bytes that a thread keeps for tiles of `m` rows.
+pub(crate) fn scratch_bytes(isa: Isa, m: usize) -> usize {
+    match isa.bf16_unit() {
+        #[cfg(target_arch = "x86_64")]
+        Bf16Unit::Amx => amx::scratch_bytes(m),
+        _ => 0,
+    }
+}
+
+/// Whether a product of `m` rows is taken with its sides exchanged where it can be, see [`rows_turned`]: these need not pack W.
+pub(crate) fn turns<E: TileElement>(isa: Isa, m: usize) -> bool {
+    m <= PANEL && E::turns(isa)
+}
+
+/// [`rows`] of at most [`PANEL`] rows, of which `b` of the segments is the packed words, and `a` the rows of W: to the last bit what that
+/// comes to.
+///
+/// # Safety
+/// As there, with `width` rows of A; [`turns`] says that there are such tiles.
+pub(crate) unsafe fn rows_turned<E: TileElement>(
+    isa: Isa,
+    rows: usize,
+    width: usize,
+    segments: &[Segment],
+    store: Store<E>,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { E::rows_turned(isa, rows, width, segments, store) }
+}
+
 /// Multiply-adds on registers alone: what they sum up to, and the operations of so many steps.
 pub(crate) fn spin<E: TileElement>(isa: Isa, steps: usize) -> (f32, f64) {
     let (sum, operations) = E::spin(isa, steps);
@@ -69,6 +103,21 @@ pub trait TileElement: Element {
         segments: &[Segment],
         store: Store<Self>,
     );
+    /// See [`turns`].
+    fn turns(_isa: Isa) -> bool {
+        false
+    }
+    /// See [`rows_turned`].
+    ///
+    /// # Safety
+    /// See [`rows_turned`].
+    unsafe fn rows_turned(_isa: Isa, _rows: usize, _width: usize, _segments: &[Segment], _store: Store<Self>) {
+        unreachable!("{} has no tiles with their sides exchanged", std::any::type_name::<Self>())
+    }
+    /// Rows of the largest tile: parts of an output whose rows are a multiple of them are cut well.
+    fn tile_rows(_isa: Isa) -> usize {
+        ROWS_MAX
+    }
     /// See [`spin`]; the operations are those of one step.
     fn spin(isa: Isa, steps: usize) -> (f32, usize);
 }
@@ -121,7 +170,9 @@ impl TileElement for bf16 {
         unsafe {
             match (isa.bf16_unit(), isa.f32_unit()) {
                 #[cfg(target_arch = "x86_64")]
-                (Bf16Unit::Amx | Bf16Unit::Avx512, _) => walk::<Avx512<bf16>, ALONG_ROWS>(rows, width, segments, store),
+                (Bf16Unit::Amx, _) => amx::walk::<ALONG_ROWS>(rows, width, segments, store),
+                #[cfg(target_arch = "x86_64")]
+                (Bf16Unit::Avx512, _) => walk::<Avx512<bf16>, ALONG_ROWS>(rows, width, segments, store),
                 #[cfg(target_arch = "x86_64")]
                 (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => {
                     walk::<Avx2<bf16>, ALONG_ROWS>(rows, width, segments, store)
@@ -131,12 +182,33 @@ impl TileElement for bf16 {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    fn turns(isa: Isa) -> bool {
+        isa.bf16_unit() == Bf16Unit::Amx
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn rows_turned(_: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<bf16>) {
+        // SAFETY: passed on to the caller, who saw that the unit is AMX.
+        unsafe { amx::walk_turned(rows, width, segments, store) }
+    }
+
+    fn tile_rows(isa: Isa) -> usize {
+        match isa.bf16_unit() {
+            #[cfg(target_arch = "x86_64")]
+            Bf16Unit::Amx => amx::BLOCK,
+            _ => ROWS_MAX,
+        }
+    }
+
     fn spin(isa: Isa, steps: usize) -> (f32, usize) {
         // SAFETY: a set in use is never more than the processor has.
         unsafe {
             match (isa.bf16_unit(), isa.f32_unit()) {
                 #[cfg(target_arch = "x86_64")]
-                (Bf16Unit::Amx | Bf16Unit::Avx512, _) => turn::<Avx512<bf16>>(steps),
+                (Bf16Unit::Amx, _) => (amx::spin(steps), amx::SPIN_OPERATIONS),
+                #[cfg(target_arch = "x86_64")]
+                (Bf16Unit::Avx512, _) => turn::<Avx512<bf16>>(steps),
                 #[cfg(target_arch = "x86_64")]
                 (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => turn::<Avx2<bf16>>(steps),
                 _ => turn::<Portable<bf16>>(steps),
@@ -181,20 +253,21 @@ unsafe fn walk<L: Lanes, const ALONG_ROWS: bool>(
                     let mut sums = [0f32; ROWS_MAX * PANEL];
                     let whole = Store::wide(sums.as_mut_ptr(), PANEL);
                     one::<L, ALONG_ROWS>(count, columns.div_ceil(L::WIDTH), here, whole);
-                    finish(&sums, count, columns, store);
+                    finish(sums.as_ptr(), PANEL, count, columns, store);
                 }
             }
         }
     }
 }
 
-/// The scalar form of a tile's last step. # Safety: the outputs of `store` as in [`rows`], over rows x columns.
-unsafe fn finish<E: Element>(sums: &[f32; ROWS_MAX * PANEL], rows: usize, columns: usize, store: Store<E>) {
+/// The scalar form of a tile's last step. # Safety: `sums` has `rows` rows, `step` values apart; the outputs of `store` as in [`rows`], over
+/// rows x columns.
+unsafe fn finish<E: Element>(sums: *const f32, step: usize, rows: usize, columns: usize, store: Store<E>) {
     // SAFETY: as the caller promised.
     unsafe {
         for row in 0..rows {
             for column in 0..columns {
-                let mut value = sums[row * PANEL + column];
+                let mut value = *sums.add(row * step + column);
                 if store.scale != 1.0 {
                     value *= store.scale;
                 }

@@ -136,6 +136,9 @@ per_isa! {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(super) use self::x86::transpose;
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
@@ -176,7 +179,7 @@ mod x86 {
 
     /// Transposes 16 x 16 words: within 128 bits by unpacking twice, then across them by shuffling twice.
     #[target_feature(enable = "avx512f")]
-    fn transpose(r: &mut [__m512i; 16]) {
+    pub(in super::super) fn transpose(r: &mut [__m512i; 16]) {
         let mut t = [_mm512_setzero_si512(); 16];
         for i in 0..8 {
             t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);

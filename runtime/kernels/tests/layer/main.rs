@@ -8,6 +8,8 @@
 //!     --target x86_64-unknown-linux-gnu --target-dir target/asan --tests
 //! ```
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod attention;
 mod cross_entropy;
 mod elementwise;
@@ -27,8 +29,10 @@ fn unit<E: Element>() -> f64 {
     if E::PER_WORD == 1 { U } else { f64::from(bf16::EPSILON) / 2.0 }
 }
 
-/// Instruction sets, as far as this processor has them.
+/// Instruction sets, as far as this processor has them, and AMX.
 fn isas() -> impl Iterator<Item = Isa> {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    amx::emulator::install();
     Isa::tested().into_iter()
 }
 

@@ -1,0 +1,104 @@
+//! Few rows: where tiles can exchange their sides, W is read as it lies, and x is packed, once for all threads.
+
+use super::element::ProductElement;
+use super::terms::{Columns, Right, Term};
+use crate::isa::Isa;
+use crate::matmul::RowOrder;
+use crate::pool::{Shared, for_ranges};
+use crate::tile::{PANEL, pack_columns, turns};
+
+/// Packed rows of x.
+pub(super) struct Turned {
+    /// (words of the sum, [`PANEL`]).
+    panels: Vec<Vec<u32>>,
+    /// For each sum and each of its terms, which of them it is; none where the sum is taken the other way.
+    places: Vec<Option<Vec<usize>>>,
+}
+
+impl Turned {
+    /// Packs the rows of x of all sums that are taken this way. Others may be beside them: the bits are the same.
+    pub(super) fn of<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, E>]) -> Self {
+        let (mut panels, mut made) = (Vec::new(), Vec::new());
+        let mut place = |term: &Term<'_, E>| {
+            let left = term.left;
+            let key = (left.values.as_ptr(), left.at, left.step, term.depth());
+            let known = made.iter().position(|other| *other == key);
+            known.unwrap_or_else(|| {
+                made.push(key);
+                panels.push(packed(isa, m, term));
+                panels.len() - 1
+            })
+        };
+        let turning = turns::<E>(isa, m);
+        let places = columns
+            .iter()
+            .map(|columns| {
+                let all = turning && columns.terms.iter().all(|term| is_integer(term) || lies(term));
+                let each = |term: &Term<'_, E>| if is_integer(term) { usize::MAX } else { place(term) };
+                all.then(|| columns.terms.iter().map(each).collect())
+            })
+            .collect();
+        Self { panels, places }
+    }
+
+    /// The packed rows of each term of a sum that is taken this way.
+    pub(super) fn sum<'a>(&'a self, columns: usize) -> Option<impl Fn(usize) -> &'a [u32] + use<'a>> {
+        let places = self.places[columns].as_ref()?;
+        Some(move |term: usize| &self.panels[places[term]][..])
+    }
+}
+
+fn is_integer<E>(term: &Term<'_, E>) -> bool {
+    matches!(term.right, Right::Integers(_))
+}
+
+/// Whether rows of W, along the sum, are of type E and at one distance.
+fn lies<E: ProductElement>(term: &Term<'_, E>) -> bool {
+    let natural = match term.right {
+        Right::Frozen(matrix) => {
+            matrix.order == RowOrder::Natural && matrix.rows > 0 && matrix.row_of::<E>(0).is_some()
+        }
+        Right::Dense { .. } => true,
+        Right::Integers(_) => false,
+    };
+    term.transposed && natural
+}
+
+/// Rows of W from `row` on, from value `from` of the sum on, `count` values of which are read in each of `rows` rows: where the first lies, and
+/// the bytes from one to the next.
+pub(super) fn rows_of_w<E: ProductElement>(
+    term: &Term<'_, E>,
+    row: usize,
+    rows: usize,
+    from: usize,
+    count: usize,
+) -> (*const u8, usize) {
+    let size = size_of::<E>();
+    assert!(rows > 0 && row + rows <= term.width() && from + count <= term.depth(), "rows {row} of W");
+    match term.right {
+        Right::Frozen(matrix) => {
+            let first = matrix.row_of::<E>(row).expect("W lies as it is read");
+            (first[from * size..].as_ptr(), matrix.cols * size)
+        }
+        Right::Dense { values, cols } => (values[row * cols + from..].as_ptr().cast(), cols * size),
+        Right::Integers(_) => unreachable!("a term in integers is in a group of its own"),
+    }
+}
+
+/// The rows of x of a term as words of [`PANEL`] columns.
+fn packed<E: ProductElement>(isa: Isa, m: usize, term: &Term<'_, E>) -> Vec<u32> {
+    const WORDS: usize = 256;
+    let (left, words) = (term.left, term.depth() / E::PER_WORD);
+    let mut panel = vec![0; words * PANEL];
+    let shared = Shared::new(&mut panel);
+    for_ranges(words, WORDS, |range| {
+        let (from, count) = (range.start * E::PER_WORD, range.len());
+        let mut rows = [std::ptr::null(); PANEL];
+        for (i, row) in rows[..m].iter_mut().enumerate() {
+            *row = left.values[left.at + i * left.step + from..][..count * E::PER_WORD].as_ptr().cast();
+        }
+        // SAFETY: no two tasks have a word in common; each row was sliced to so many words.
+        unsafe { pack_columns(isa, &rows[..m], count, shared.slice(range.start * PANEL, count * PANEL)) };
+    });
+    panel
+}

@@ -9,8 +9,8 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{CHUNK, GROUP, PANEL, Rounded, Sums, finish};
-use crate::isa::Isa;
+use super::{CHUNK, GROUP, PANEL, Rounded, Sums};
+use crate::isa::{Isa, per_isa};
 use crate::tile::Tiles;
 
 /// Rows and columns of a register of sums, and words of a group.
@@ -76,9 +76,19 @@ pub(super) unsafe fn walk(
                         true => &[][..],
                         false => std::slice::from_raw_parts(sums.factors.add(column), columns),
                     };
-                    finish(isa, &out[..columns], factors, sums.add, to);
+                    put(isa, &out[..columns], factors, sums.add, to);
                 }
             }
+        }
+    }
+}
+
+per_isa! {
+    /// Sends a row's sums on their way.
+    fn put(sums: &[f32], factors: &[f32], add: bool, out: &mut [f32]) {
+        for (j, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+            let value = factors.get(j).map_or(*sum, |factor| sum * factor);
+            *out = if add { *out + value } else { value };
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A task packs a panel of 64 columns of B (see `pack`) and multiplies all rows of A by it (see `tile`). The terms of one
 //! sum, such as a frozen weight and the adapter beside it, follow each other in the same registers, so an adapter costs its
-//! multiplications and no pass of its own. What an element of C is does not depend on how the work is cut into tasks.
+//! multiplications and no pass of its own. Few rows by AMX need no packed W, see `turned`. What an element of C is does not
+//! depend on how the work is cut into tasks.
 
 mod cut;
 mod element;

@@ -158,14 +158,18 @@ unsafe fn panel<const ALONG_ROWS: bool>(
     let blocks = total.div_ceil(STEPS).max(1);
     let steps = total.div_ceil(blocks).max(1);
     let sums = grown(sums, 2 * if blocks == 1 { BLOCK } else { rows.next_multiple_of(BLOCK) });
-    let (plain, adding) = (is_plain(&store), is_adding(&store));
+    let plain = store.scale == 1.0
+        && store.bias.is_null()
+        && store.row_add.is_null()
+        && store.add.is_null()
+        && !store.wide.is_null();
     // SAFETY: the caller's processor and system.
     let mut tiles = unsafe { Tiles::new() };
     for column in (0..width).step_by(BLOCK) {
         let columns = BLOCK.min(width - column);
         let pair = columns > SIDE;
-        // Sums that go nowhere else are stored in the output, and start from what it holds.
-        let direct = plain && (store.add.is_null() || adding) && columns.is_multiple_of(SIDE);
+        // Sums that are the output wait in it.
+        let direct = plain && columns.is_multiple_of(SIDE);
         for from in (0..total.max(1)).step_by(steps) {
             let here = from..total.min(from + steps);
             let (first, last) = (from == 0, from + steps >= total);
@@ -180,7 +184,7 @@ unsafe fn panel<const ALONG_ROWS: bool>(
                 // SAFETY: rows of A, columns of B and the output are the caller's; sums are two lines a row.
                 unsafe {
                     tiles.shape(count);
-                    if first && !(direct && adding) {
+                    if first {
                         zero();
                     } else {
                         load(c, c_step, count > SIDE, pair);
@@ -237,23 +241,12 @@ unsafe fn panel_turned(count: usize, width: usize, segments: &[Segment], store: 
         let rows = BLOCK.min(count - column);
         for row in (0..width).step_by(BLOCK) {
             let columns = BLOCK.min(width - row);
-            let mut out = store.at(column, row);
+            let out = store.at(column, row);
             let (more, pair) = (columns > SIDE, rows > SIDE);
             // SAFETY: rows of W, columns of x and the output are the caller's; sums are blocks of two lines a row.
             unsafe {
                 tiles.shape(columns);
-                // As in `panel`, what the output holds comes first.
-                if is_plain(&store) && is_adding(&store) && columns.is_multiple_of(SIDE) {
-                    for (i, to) in straight.as_chunks_mut::<2>().0.iter_mut().enumerate().take(rows) {
-                        let from = out.wide.add(i * out.step);
-                        from.copy_to_nonoverlapping(to.as_mut_ptr().cast(), columns);
-                    }
-                    flip(straight, turned);
-                    load(turned.as_ptr().cast(), BLOCK, more, pair);
-                    out.add = std::ptr::null();
-                } else {
-                    zero();
-                }
+                zero();
                 for part in &parts[..n_parts] {
                     let steps = part.steps();
                     let (a, a_step) = left::<false>(part, row, columns, 0, steps, of_a);
@@ -286,16 +279,6 @@ unsafe fn flip(from: &[Line], to: &mut [Line]) {
             unsafe { _mm512_store_si512((&raw mut to[at(j, i, row)]).cast(), square) };
         }
     }
-}
-
-/// Whether sums go to f32 as they are, but for what they may be added to.
-fn is_plain(store: &Store<bf16>) -> bool {
-    store.scale == 1.0 && store.bias.is_null() && store.row_add.is_null() && !store.wide.is_null()
-}
-
-/// Whether they are added to what the output holds.
-fn is_adding(store: &Store<bf16>) -> bool {
-    std::ptr::eq(store.add, store.wide) && store.add_step == store.step
 }
 
 /// All sums become zero.

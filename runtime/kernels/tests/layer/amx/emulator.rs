@@ -91,16 +91,24 @@ fn fault(what: std::fmt::Arguments<'_>) -> ! {
 extern "C" fn on_illegal(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel gives a context for the length of the call.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
-    let at = registers[libc::REG_RIP as usize] as *const u8;
-    // SAFETY: the processor read the instruction, whose bytes are looked at no further than it is long.
-    let Some(instruction) = (unsafe { Instruction::at(at, registers) }) else {
-        fault(format_args!("an instruction that is none of AMX, or not known to the emulator"))
-    };
-    TILES.with(|tiles| {
-        // SAFETY: a thread's instructions run one after the other.
-        unsafe { (*tiles.get()).run(&instruction) }
-    });
-    registers[libc::REG_RIP as usize] += instruction.len as i64;
+    let mut done = 0;
+    loop {
+        let at = registers[libc::REG_RIP as usize] as *const u8;
+        // SAFETY: the processor read the instruction, or comes to it next; its bytes are looked at no further than it is long.
+        let Some(instruction) = (unsafe { Instruction::at(at, registers) }) else {
+            if done == 0 {
+                fault(format_args!("an instruction that is none of AMX, or not known to the emulator"));
+            }
+            return;
+        };
+        TILES.with(|tiles| {
+            // SAFETY: a thread's instructions run one after the other.
+            unsafe { (*tiles.get()).run(&instruction) }
+        });
+        registers[libc::REG_RIP as usize] += instruction.len as i64;
+        // Those that follow at once are run here: a signal takes longer than they do.
+        done += 1;
+    }
 }
 
 /// Operands of a product, or of what moves a tile.

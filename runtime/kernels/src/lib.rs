@@ -55,7 +55,7 @@ pub use layer::softmax::softmax_weights;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use peak::{read_gigabytes, register_loop_gflops};
 pub use philox::{Stream, add_noise, dropout_mask, philox4x32};
-pub use pool::{on_pool, threads};
+pub use pool::{on_each_thread, on_pool, threads};
 pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product, product_scratch_bytes};
 pub use round::{to_elements, to_elements_scaled};
 pub use storage::Storage;

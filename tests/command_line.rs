@@ -223,5 +223,11 @@ fn a_reader_that_goes_away_ends_nothing() -> Result<()> {
 fn an_instruction_set_that_is_not_known_is_refused() -> Result<()> {
     let mut command = homeroom();
     command.arg("list-models").env("HOMEROOM_CPU", "avx9000");
-    refused(&mut command, &["HOMEROOM_CPU is `avx9000`", "known are portable, avx2, avx512, avx512bf16"])
+    refused(
+        &mut command,
+        &["HOMEROOM_CPU is `avx9000`", "known are portable, neon, avx2, avxvnni, avx512, avx512bf16, amx"],
+    )?;
+    let mut command = homeroom();
+    command.arg("list-models").env("HOMEROOM_CPU", "avx2,-avx9000");
+    refused(&mut command, &["HOMEROOM_CPU is `avx2,-avx9000`", "`-avx9000` is not known there", "known are portable"])
 }

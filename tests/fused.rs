@@ -13,7 +13,7 @@ use homeroom_engine::run::gradients::Gradients;
 use homeroom_engine::run::plain::recipe::Pass;
 use homeroom_engine::run::waist::{LogProbs, Weigh};
 use homeroom_engine::train::{Control, Outcome, Run, StepReport, TrainConfig, evaluate_examples};
-use homeroom_kernels::{Codec, Cpu, with_cpu};
+use homeroom_kernels::{Codec, Isa, with_isa};
 use serde_json::{Value, json};
 
 use crate::invariants::examples;
@@ -133,15 +133,15 @@ fn every_kind_of_processor_comes_to_the_same() -> Result<()> {
     let adaptation = shaken("lora", &json!({"r": 3}), &model)?;
     for compute in [Compute::F32, Compute::Bf16] {
         let (loss, exact) = gradients(&model, &adaptation, &config(compute))?;
-        for cpu in [Cpu::Portable, Cpu::Avx2, Cpu::Avx512] {
+        for isa in Isa::tested() {
             // Kernels ask the thread that calls them; in a pool of one thread that is the one that was told.
             let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
-            let run = || with_cpu(cpu, || gradients(&model, &adaptation, &config(compute)));
+            let run = || with_isa(isa, || gradients(&model, &adaptation, &config(compute)));
             let (other_loss, other) = pool.install(run)?;
             let bound = if compute == Compute::F32 { 1e-5 } else { 0.05 };
-            assert!((other_loss.loss_sum - loss.loss_sum).abs() < bound * loss.loss_sum, "{cpu:?} {compute:?}");
+            assert!((other_loss.loss_sum - loss.loss_sum).abs() < bound * loss.loss_sum, "{isa:?} {compute:?}");
             let difference = apart(&exact, &other);
-            assert!(difference < bound, "{cpu:?} {compute:?}: {difference:e} apart");
+            assert!(difference < bound, "{isa:?} {compute:?}: {difference:e} apart");
         }
     }
     Ok(())

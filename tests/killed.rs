@@ -20,7 +20,7 @@ use homeroom_engine::train::objective::{ObjectiveConfig, Sft};
 use homeroom_engine::train::{
     Candidate, Control, Data, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, train,
 };
-use homeroom_kernels::Stream;
+use homeroom_kernels::{Feature, Isa, Stream};
 use serde_json::{Map, Value, json};
 
 use crate::command_line::Running;
@@ -198,6 +198,35 @@ fn resume_refuses_other_settings_and_rows_and_starts_or_rests_where_there_is_not
     assert!(again.stderr.contains("run out-1 has finished"), "{}", again.stderr);
     assert!(before.iter().all(Option::is_some) && before == files.map(|file| about(&runs.place.path(file)).ok()));
     assert!(!runs.checkpoint("").exists());
+    Ok(())
+}
+
+/// Products of f32 are fused multiply-adds on every processor but the portable one, so that their bits tell.
+#[test]
+fn a_run_goes_on_with_the_instructions_that_it_began_with() -> Result<()> {
+    let f32s = with(&["--compute", "f32"]);
+    let begun = |isa: &str| -> Result<(Runs, Vec<u8>)> {
+        let (whole, runs) = (Runs::new(&f32s)?, Runs::new(&f32s)?);
+        succeeds(whole.command(&[]).env("HOMEROOM_CPU", isa))?;
+        runs.kill(runs.command(&["--save-every", "2", "--resume"]).env("HOMEROOM_CPU", isa), 6)?;
+        Ok((runs, whole.result()?))
+    };
+    let here = Isa::detected();
+    let (runs, portable) = begun("portable")?;
+    let ran = succeeds(&mut runs.command(&["--resume"]))?;
+    assert_eq!(runs.result()?, portable);
+    let note = format!("note: kept to portable, with which the run began; this processor has {}", here.name());
+    assert_eq!(ran.stderr.contains(&note), here != Isa::PORTABLE, "{}", ran.stderr);
+    assert!(ran.stderr.contains("processor portable   f32 by portable code"), "{}", ran.stderr);
+    if !here.has(Feature::Avx2) {
+        return Ok(());
+    }
+    let (runs, fused) = begun(&here.name())?;
+    assert_ne!(fused, portable);
+    let ran = succeeds(runs.command(&["--resume"]).env("HOMEROOM_CPU", "portable"))?;
+    assert_ne!(runs.result()?, fused);
+    let note = format!("note: the run began on a processor with {}, this one has portable of it", here.name());
+    assert!(ran.stderr.contains(&note), "{}", ran.stderr);
     Ok(())
 }
 

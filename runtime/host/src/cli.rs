@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::error::{Error, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
-use homeroom_kernels::Cpu;
+use homeroom_kernels::Isa;
 
 use crate::command::{
     Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, licenses, list_models, new, plan, plugins,
@@ -150,7 +150,7 @@ pub fn main() -> ExitCode {
     if !matches!(cli.command, Command::Plugins(plugins::Plugins::Watch { .. })) {
         keep_private(registry::data_directory(), |note| progress::line(note));
     }
-    if let Err(problem) = Cpu::allowed() {
+    if let Err(problem) = Isa::allowed() {
         progress::line(format_args!("error: {problem}"));
         return ExitCode::FAILURE;
     }

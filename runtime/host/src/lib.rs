@@ -27,6 +27,7 @@ pub mod models;
 mod near;
 pub mod pipeline;
 pub mod plugin;
+mod processor;
 mod progress;
 pub mod registry;
 pub mod runs;

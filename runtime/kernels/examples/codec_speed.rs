@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use homeroom_kernels::{
-    Codec, Columns, Cpu, Finish, Left, Matrix, Output, Right, Stream, Term, bf16, encode, product, with_cpu,
+    Codec, Columns, Finish, Isa, Left, Matrix, Output, Right, Stream, Term, bf16, encode, product, with_isa,
 };
 
 fn main() {
@@ -19,8 +19,8 @@ fn measure() {
         out.copy_from_slice(&values[range.start * cols..range.end * cols]);
     };
     for codec in [Codec::nf4(), Codec::int8()] {
-        for cpu in [Cpu::Portable, Cpu::Avx2, Cpu::Avx512Bf16] {
-            with_cpu(cpu, || {
+        for isa in [Isa::PORTABLE, Isa::AVX2, Isa::AVX512BF16] {
+            with_isa(isa, || {
                 let encoding = best(|| drop(encode(&codec, rows, cols, &read)));
                 let encoded = encode(&codec, rows, cols, &read).expect("the values are finite");
                 let matrix =
@@ -38,7 +38,7 @@ fn measure() {
                 println!(
                     "{:<5} {:<10} encode {:.2}   decode to f32 {:.2}   decode to bf16 and pack {:.2} G values/s",
                     codec.name,
-                    cpu.name(),
+                    isa.name(),
                     giga(encoding),
                     giga(decoding),
                     giga(packing)

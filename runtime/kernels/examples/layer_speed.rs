@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use homeroom_kernels::{
     Attention, Gate, KeyValueGradients, ProductElement, RotaryTable, Stream, attend, attend_tasks, attend_values,
-    attention, attention_backward, bf16, cpu, cross_entropy, gate, gated, gated_backward, rms_norm, rms_norm_backward,
+    attention, attention_backward, bf16, cross_entropy, gate, gated, gated_backward, isa, rms_norm, rms_norm_backward,
     rotate, threads,
 };
 
@@ -125,7 +125,7 @@ fn all<E: ProductElement>(element: &str) {
 }
 
 fn main() {
-    println!("{} threads, {}", threads(), cpu().name());
+    println!("{} threads, {}", threads(), isa().name());
     all::<f32>("f32");
     all::<bf16>("bf16");
 }

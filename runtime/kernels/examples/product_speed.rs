@@ -13,7 +13,7 @@ fn main() {
 
 fn measure<E: ProductElement>(name: &str, m: usize) {
     let peak = register_loop_gflops::<E>();
-    println!("{name}   {m} rows, {} threads, {}: register loop {peak:.0} GFLOP/s", threads(), cpu().name());
+    println!("{name}   {m} rows, {} threads, {}: register loop {peak:.0} GFLOP/s", threads(), isa().name());
     let mut random = Stream::new(1, 1);
     for storage in [E::STORAGE, Storage::Q4_1] {
         for (rows, cols) in [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)] {

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::cpu::per_cpu;
+use crate::isa::per_isa;
 use crate::storage::Storage;
 
 /// f32 or bf16. Products read either as words of four bytes: one f32, or a pair of bf16.
@@ -120,7 +120,7 @@ pub(crate) fn sum2<A: Element, B: Element>(a: &[A], b: &[B], f: impl Fn(f32, f32
     reduce!(0f32, |sum, value| sum + value, f, a, b)
 }
 
-per_cpu! {
+per_isa! {
     /// Σ aᵢ bᵢ, for rows of equal length.
     pub(crate) fn dot<E: Element>(a: &[E], b: &[E]) -> f32 {
         sum2(a, b, |a, b| a * b)

@@ -1,6 +1,6 @@
 //! CPU kernels over slices. No candle and no I/O: what comes in and goes out is `&[f32]` and bytes.
 //!
-//! - `cpu`: which instructions they may use; `peak`: the limits of the machine; `pool`: the threads
+//! - `isa`: which instructions they may use, and what products are made of; `peak`: the limits of the machine; `pool`: the threads
 //! - `element`: f32 or bf16, and sums over rows of them; `round`: from f32 to either; `buffer`: buffers that keep their size
 //! - `storage`: how a stored weight lies in memory, and rows of it as floats; `codec`: storage as data, a code book over blocks of values,
 //!   encoding and decoding
@@ -16,11 +16,11 @@
 
 mod attention;
 mod buffer;
-mod cpu;
 mod decode;
 mod dot;
 mod element;
 mod int8;
+mod isa;
 mod layer;
 mod matmul;
 mod peak;
@@ -35,13 +35,13 @@ pub use attention::{
     Attention, KeyValueGradients, attention, attention_backward, attention_kept, attention_scratch_bytes,
     key_value_gradient_bytes,
 };
-pub use cpu::{Cpu, VARIABLE as CPU_VARIABLE, cpu, with_cpu};
 pub use decode::attend::{attend, attend_join, attend_tasks, attend_values};
 pub use decode::gemv::{FewRows, Panels, RoundedRows, gemv};
 pub use decode::team::{Team, lead};
 pub use element::Element;
 pub use half::{bf16, f16};
 pub use int8::rounded_bytes;
+pub use isa::{Bf16Unit, F32Unit, Feature, Int8Unit, Isa, VARIABLE as ISA_VARIABLE, isa, keep_to, with_isa};
 pub use layer::cross_entropy::{LogitCap, cross_entropy, target_logits};
 pub use layer::gated::{Gate, gate, gated, gated_backward};
 pub use layer::norm::{

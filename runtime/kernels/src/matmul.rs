@@ -5,9 +5,9 @@
 //! taken in one order; so results are equal bit by bit for any number of threads, and row i of a result depends on
 //! row i of the input (and W) alone, not on how many rows share the call.
 
-use crate::cpu::cpu;
 use crate::dot;
 use crate::element::Element;
+use crate::isa::isa;
 use crate::pool::Shared;
 use crate::storage::Storage;
 use crate::storage::codec::{CheckedCodec, Codec, Coded, EncodedScales};
@@ -206,7 +206,7 @@ impl<'a> Matrix<'a> {
     /// Whether products with it may be taken in integers: if it has eight bits a value on a straight line, with a scale for each row, or,
     /// where the processor has VNNI, any values that are not decoded many at a time.
     pub fn multiplies_in_integers(&self) -> bool {
-        let rounded = || self.block_len() <= PANEL && cpu().has_vnni();
+        let rounded = || self.block_len() <= PANEL && isa().has_vnni();
         (self.line().is_some() || rounded()) && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
     }
 
@@ -293,7 +293,7 @@ mod sealed {
         }
 
         fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [f32]) {
-            coded.decode(cpu(), row, cols, out);
+            coded.decode(isa(), row, cols, out);
         }
 
         fn decode_native(codec: &dyn BlockCodec, bytes: &[u8], out: &mut [f32]) {
@@ -338,7 +338,7 @@ mod sealed {
 
         fn decode_coded(coded: &Coded<'_>, row: usize, cols: Range<usize>, out: &mut [f64]) {
             let mut values = vec![0f32; out.len()];
-            coded.decode(cpu(), row, cols, &mut values);
+            coded.decode(isa(), row, cols, &mut values);
             out.iter_mut().zip(values).for_each(|(out, value)| *out = f64::from(value));
         }
 

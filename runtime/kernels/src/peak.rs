@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use crate::cpu::cpu;
+use crate::isa::isa;
 use crate::pool::{for_each, threads};
 use crate::product::ProductElement;
 use crate::tile::spin;
@@ -13,14 +13,14 @@ use crate::tile::spin;
 ///
 /// A product of two bf16 pairs counts as four operations a lane, a multiply-add of f32 as two.
 pub fn register_loop_gflops<E: ProductElement>() -> f64 {
-    let cpu = cpu();
+    let isa = isa();
     let run = |steps: usize| {
         let start = Instant::now();
         for_each(threads(), |_| {
-            black_box(spin::<E>(cpu, steps));
+            black_box(spin::<E>(isa, steps));
         });
         let seconds = start.elapsed().as_secs_f64();
-        (spin::<E>(cpu, 1).1 * (steps * threads()) as f64 / seconds / 1e9, seconds)
+        (spin::<E>(isa, 1).1 * (steps * threads()) as f64 / seconds / 1e9, seconds)
     };
     let mut steps = 1 << 12;
     while run(steps).1 < 0.02 {

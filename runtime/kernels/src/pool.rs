@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::cpu::{cpu, with_cpu};
+use crate::isa::{isa, with_isa};
 
 /// Threads that share the work.
 pub fn threads() -> usize {
@@ -11,10 +11,10 @@ pub fn threads() -> usize {
 
 /// Runs `f` as one of the pool's threads, so that the many short tasks it starts find the others awake and itself at work.
 ///
-/// It is kept to the instructions that this thread is kept to, see [`with_cpu`](crate::with_cpu).
+/// It is kept to the instructions that this thread is kept to, see [`with_isa`](crate::with_isa).
 pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    let cpu = cpu();
-    rayon::scope(|_| with_cpu(cpu, f))
+    let isa = isa();
+    rayon::scope(|_| with_isa(isa, f))
 }
 
 /// Calls `f` with each number below `tasks`, on all threads, in no particular order but started in ascending order.

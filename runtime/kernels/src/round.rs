@@ -1,7 +1,7 @@
 //! Rows of f32 rounded to E, where a product comes next.
 
-use crate::cpu::{cpu, per_cpu};
 use crate::element::Element;
+use crate::isa::{isa, per_isa};
 use crate::pool::{Shared, for_ranges};
 
 /// Values of one task.
@@ -13,15 +13,15 @@ const VALUES: usize = 1 << 14;
 /// When sizes disagree.
 pub fn to_elements<E: Element>(from: &[f32], to: &mut [E]) {
     assert_eq!(from.len(), to.len());
-    let cpu = cpu();
+    let isa = isa();
     let shared = Shared::new(to);
     for_ranges(from.len(), VALUES, |range| {
         // SAFETY: no two tasks have a value in common.
-        narrow(cpu, &from[range.clone()], unsafe { shared.slice(range.start, range.len()) });
+        narrow(isa, &from[range.clone()], unsafe { shared.slice(range.start, range.len()) });
     });
 }
 
-per_cpu! {
+per_isa! {
     /// Rounds f32 to E.
     pub(crate) fn narrow<E: Element>(from: &[f32], to: &mut [E]) {
         for (from, to) in from.iter().zip(to) {
@@ -36,15 +36,15 @@ per_cpu! {
 /// When sizes disagree.
 pub fn to_elements_scaled<E: Element>(x: &[f32], factor: f32, y: &mut [E]) {
     assert_eq!(x.len(), y.len());
-    let cpu = cpu();
+    let isa = isa();
     let y = Shared::new(y);
     for_ranges(x.len(), VALUES, |range| {
         // SAFETY: no two tasks have a value in common.
-        narrow_scaled(cpu, &x[range.clone()], factor, unsafe { y.slice(range.start, range.len()) });
+        narrow_scaled(isa, &x[range.clone()], factor, unsafe { y.slice(range.start, range.len()) });
     });
 }
 
-per_cpu! {
+per_isa! {
     fn narrow_scaled<E: Element>(x: &[f32], factor: f32, y: &mut [E]) {
         for (x, y) in x.iter().zip(y) {
             *y = E::of(factor * x);

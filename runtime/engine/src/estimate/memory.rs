@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use homeroom_abi::plan::{ModuleInfo, ParamSpec, Plan};
-use homeroom_kernels::{Codec, bf16, cpu, threads};
+use homeroom_kernels::{Codec, bf16, isa, threads};
 
 use super::sketch::Outline;
 use super::time::{Operation, StoredAs, Work};
@@ -82,7 +82,7 @@ impl<'a> Outlook<'a> {
     pub(super) fn blocks(&self, compute: Compute) -> (Blocks, Compute) {
         let compute = compute.resolved_for(self.plan.defaults.compute_dtype.as_deref());
         let integers = compute == Compute::Int8;
-        let narrow = compute == Compute::Bf16 || integers && cpu().has_bf16();
+        let narrow = compute == Compute::Bf16 || integers && isa().has_bf16();
         let element = (compute != Compute::Plain).then_some(if narrow { size_of::<bf16>() } else { FLOAT });
         (Blocks { element, integers }, compute)
     }

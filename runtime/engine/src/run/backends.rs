@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use homeroom_kernels::{bf16, cpu};
+use homeroom_kernels::{bf16, isa};
 
 use super::compute::Compute;
 use super::cpu::{CpuAnswer, CpuTrain};
@@ -22,7 +22,7 @@ pub fn trainer(model: &BaseModel, adaptation: Option<&Adaptation>, compute: Comp
     }
     let integers = compute == Compute::Int8;
     // Beside integers few products are left, and bf16 halves what is kept.
-    match compute == Compute::Bf16 || integers && cpu().has_bf16() {
+    match compute == Compute::Bf16 || integers && isa().has_bf16() {
         true => Box::new(CpuTrain::<bf16>::new(model, adaptation, integers)),
         false => Box::new(CpuTrain::<f32>::new(model, adaptation, integers)),
     }

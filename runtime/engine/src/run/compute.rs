@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use anyhow::{Error, Result};
-use homeroom_kernels::cpu;
+use homeroom_kernels::isa;
 use serde::Serialize;
 
 use crate::adapt::adaptation::Adaptation;
@@ -28,7 +28,7 @@ pub enum Compute {
 impl Compute {
     /// The faster type of floats on this processor: bf16 or f32.
     pub fn auto() -> Self {
-        if cpu().prefers_bf16() { Self::Bf16 } else { Self::F32 }
+        if isa().prefers_bf16() { Self::Bf16 } else { Self::F32 }
     }
 
     /// What [`Compute::Auto`] comes to with an adaptation; any other is itself.

@@ -59,7 +59,7 @@ pub struct Cut {
     pub pass_rows: usize,
     /// What products are computed in: [`crate::run::compute::Compute::name`], resolved.
     pub compute: String,
-    /// The instruction set of the kernels, as `HOMEROOM_CPU` names it.
+    /// The instructions of the kernels, as `HOMEROOM_CPU` names them.
     pub cpu: String,
 }
 
@@ -155,7 +155,7 @@ impl Cut {
         Self {
             pass_rows: pass_rows(model),
             compute: config.compute.resolved(Some(adaptation)).name().to_owned(),
-            cpu: homeroom_kernels::cpu().name().to_owned(),
+            cpu: homeroom_kernels::isa().name(),
         }
     }
 }

@@ -10,7 +10,7 @@ use homeroom_engine::memory;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
 use homeroom_engine::train::{TrainConfig, planned_steps};
-use homeroom_kernels::{cpu, threads};
+use homeroom_kernels::{isa, threads};
 use serde_json::{Map, Value, json};
 
 use super::arguments::{COUNT_MAX, PluginArgs, whole};
@@ -287,7 +287,7 @@ impl Planner<'_> {
             "gradient_accumulation_steps": self.request.gradient_accumulation_steps,
             "max_seq_len": self.request.row_tokens,
             "gradient_checkpointing": self.request.gradient_checkpointing,
-            "cpu": cpu().name(),
+            "cpu": isa().name(),
             "threads": threads(),
         })
     }
@@ -330,7 +330,7 @@ impl Planner<'_> {
             "time      {}   {} tokens/s   ({}, {} threads, measured now)",
             a_step(*seconds_per_step),
             thousands(tokens_per_second.round() as usize),
-            cpu().name(),
+            isa().name(),
             threads()
         ))?;
         if let Some((steps, epochs)) = steps {

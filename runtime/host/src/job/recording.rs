@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::Job;
 use super::stall::Stall;
+use crate::processor;
 use crate::progress::line;
 use crate::runs::RunDirectory;
 
@@ -109,7 +110,8 @@ impl<'a> Recording<'a> {
         self.steps.last().map(|step| self.path(*step))
     }
 
-    /// Reads the newest checkpoint, for a job that was made of it. The configuration becomes the one that its bits depend on.
+    /// Reads the newest checkpoint, for a job that was made of it. The configuration becomes the one that its bits depend on, and this
+    /// process is kept to the instructions that the training began with.
     ///
     /// # Errors
     /// When it is damaged.
@@ -121,13 +123,7 @@ impl<'a> Recording<'a> {
         let manifest = read_manifest(&directory)?;
         let rate = manifest.as_ref().and_then(|manifest| manifest.training["config"]["learning_rate"].as_f64());
         config.learning_rate = rate.unwrap_or(config.learning_rate);
-        let here = homeroom_kernels::cpu().name();
-        if summary.cut.cpu != here {
-            line(format_args!(
-                "note: the run began on a processor with {}, this one has {here}: results agree to rounding, and not in every bit",
-                summary.cut.cpu
-            ));
-        }
+        processor::keep_to(&summary.cut.cpu);
         let resumed = read(&directory, job, config)?;
         self.event(json!({"event": "resumed", "step": resumed.state.step}));
         Ok(resumed)

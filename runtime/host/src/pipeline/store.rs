@@ -39,8 +39,8 @@ pub struct Key {
 
 /// A verb's inputs as a key; with them go the program, and the way it computes on this processor.
 pub fn key(verb: &'static str, inputs: Value) -> Key {
-    let cpu = homeroom_kernels::cpu();
-    let computes = json!({"processor": cpu.name(), "prefers_bf16": cpu.prefers_bf16()});
+    let isa = homeroom_kernels::isa();
+    let computes = json!({"processor": isa.name(), "prefers_bf16": isa.prefers_bf16()});
     key_of(program(), verb, json!({"verb": verb, "program": program(), "computes": computes, "inputs": inputs}))
 }
 

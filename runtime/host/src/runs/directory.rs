@@ -102,7 +102,7 @@ impl RunDirectory {
             command: about.command,
             cwd: about.cwd.to_string_lossy().into_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            processor: homeroom_kernels::cpu().name().to_owned(),
+            processor: homeroom_kernels::isa().name(),
             machine: machine(),
             script,
             settings: about.settings,
@@ -166,7 +166,7 @@ impl RunDirectory {
         write_about(&self.path, &self.id, about)?;
         (record.script, record.settings) = (script, about.settings.clone());
         env!("CARGO_PKG_VERSION").clone_into(&mut record.version);
-        homeroom_kernels::cpu().name().clone_into(&mut record.processor);
+        record.processor = homeroom_kernels::isa().name();
         record.machine = machine();
         record.write(&self.path)?;
         Ok(differs)
@@ -206,6 +206,11 @@ impl RunDirectory {
     /// What tells it from every other run, also one of its name on another machine.
     pub fn token(&self) -> String {
         self.record().token.clone()
+    }
+
+    /// The instructions that it began with, as `HOMEROOM_CPU` names them.
+    pub fn processor(&self) -> String {
+        self.record().processor.clone()
     }
 
     /// What it was told when it started.

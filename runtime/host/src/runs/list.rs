@@ -91,7 +91,7 @@ pub struct Record {
     /// Version of the program.
     #[serde(default)]
     pub version: String,
-    /// The instruction set of the kernels, as `HOMEROOM_CPU` names it.
+    /// The instructions that its kernels began with, as `HOMEROOM_CPU` names them.
     #[serde(default)]
     pub processor: String,
     /// Processor, threads and system.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::scratch::{SCRATCH, Scratch};
 use super::shape::Attention;
 use crate::buffer::grown;
-use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{Element, dot, exp, tanh};
+use crate::isa::{Isa, isa, per_isa};
 use crate::layer::rope::{RotaryTable, rotate_back};
 use crate::pool::{Shared, for_each, for_ranges};
 use crate::product::ProductElement;
@@ -56,7 +56,7 @@ pub fn attention_backward<E: ProductElement>(
     assert!(d_out.len() == out.len() && log_sums.len() == m * heads);
     assert!(table.is_none_or(|table| table.head_dim() == d), "the table's heads are those that were rotated");
     let turn = Turn { positions, table };
-    let cpu = cpu();
+    let isa = isa();
     let d_keys = grown(&mut partial.keys, heads * m * d);
     let d_values = grown(&mut partial.values, heads * m * d);
     let (shared_keys, shared_values, shared) = (Shared::new(d_keys), Shared::new(d_values), Shared::new(d_qkv));
@@ -70,7 +70,7 @@ pub fn attention_backward<E: ProductElement>(
         let gradients = unsafe { (shared_keys.slice(at, len), shared_values.slice(at, len)) };
         let given = Given { qkv, out, log_sums: &log_sums[head * m..(head + 1) * m], d_out, turn };
         SCRATCH.with_borrow_mut(|scratch| {
-            backward_head(cpu, shape, &given, (head, sequence), gradients, shared, scratch);
+            backward_head(isa, shape, &given, (head, sequence), gradients, shared, scratch);
         });
     });
     let group = heads / shape.kv_heads;
@@ -84,19 +84,19 @@ pub fn attention_backward<E: ProductElement>(
                 let add_up = |from: &[f32], total: &mut [f32]| {
                     total.fill(0.0);
                     for head in kv_head * group..(kv_head + 1) * group {
-                        add(cpu, &from[(head * m + r) * d..][..d], total);
+                        add(isa, &from[(head * m + r) * d..][..d], total);
                     }
                 };
                 add_up(d_keys, &mut total);
-                rotate_back(cpu, &total, turn.at(r), shape.scale, &mut d_row[key_at..key_at + d]);
+                rotate_back(isa, &total, turn.at(r), shape.scale, &mut d_row[key_at..key_at + d]);
                 add_up(d_values, &mut total);
-                narrow(cpu, &total, &mut d_row[value_at..value_at + d]);
+                narrow(isa, &total, &mut d_row[value_at..value_at + d]);
             }
         }
     });
 }
 
-per_cpu! {
+per_isa! {
     fn add(part: &[f32], total: &mut [f32]) {
         for (total, part) in total.iter_mut().zip(part) {
             *total += part;
@@ -129,7 +129,7 @@ impl<'a> Turn<'a> {
 
 /// One query head of one sequence: its dq into `d_qkv`, its part of dk and dv (T, D) into `d_keys` and `d_values`.
 fn backward_head<E: ProductElement>(
-    cpu: Cpu,
+    isa: Isa,
     shape: &Attention,
     given: &Given<'_, E>,
     (head, sequence): (usize, Range<usize>),
@@ -150,7 +150,7 @@ fn backward_head<E: ProductElement>(
     let keys = grown(keys, strips * key_words * PANEL);
     for (strip, out) in keys.chunks_exact_mut(key_words * PANEL).enumerate() {
         let width = PANEL.min(d - strip * PANEL);
-        pack_rows_padded(cpu, &qkv[sequence.start * row + key_at + strip * PANEL..], row, t, width, out);
+        pack_rows_padded(isa, &qkv[sequence.start * row + key_at + strip * PANEL..], row, t, width, out);
     }
     let turned = grown(turned, 2 * words * PANEL);
     let (queries_turned, d_out_turned) = turned.split_at_mut(words * PANEL);
@@ -171,22 +171,22 @@ fn backward_head<E: ProductElement>(
         let mut pointers = [[std::ptr::null(); PANEL]; 2];
         for (i, r) in block.clone().enumerate() {
             let (d_out, out) = (&d_out[r * out_row + out_at..][..d], &out[r * out_row + out_at..][..d]);
-            mean[i] = dot(cpu, d_out, out);
+            mean[i] = dot(isa, d_out, out);
             pointers[0][i] = qkv[r * row + query_at..][..d].as_ptr().cast();
             pointers[1][i] = d_out.as_ptr().cast();
         }
         // SAFETY: each pointer is to the `d` values of a row of one head.
         unsafe {
-            pack_columns(cpu, &pointers[0][..nq], words, queries_turned);
-            pack_columns(cpu, &pointers[1][..nq], words, d_out_turned);
+            pack_columns(isa, &pointers[0][..nq], words, queries_turned);
+            pack_columns(isa, &pointers[1][..nq], words, d_out_turned);
         }
         for strip in 0..strips {
             let (at, width) = (strip * PANEL, PANEL.min(d - strip * PANEL));
             let place = strip * panel_words * PANEL..(strip + 1) * panel_words * PANEL;
             let q = &qkv[block.start * row + query_at + at..];
-            pack_rows_padded(cpu, q, row, nq, width, &mut queries_packed[place.clone()]);
+            pack_rows_padded(isa, q, row, nq, width, &mut queries_packed[place.clone()]);
             let d_out = &d_out[block.start * out_row + out_at + at..];
-            pack_rows_padded(cpu, d_out, out_row, nq, width, &mut d_out_packed[place]);
+            pack_rows_padded(isa, d_out, out_row, nq, width, &mut d_out_packed[place]);
         }
         d_queries[..nq * d].fill(0.0);
         // Keys that some query of the block sees, counted from the sequence's start.
@@ -209,17 +209,17 @@ fn backward_head<E: ProductElement>(
                 };
                 let store = Store::wide(to[skip..].as_mut_ptr(), PANEL);
                 // SAFETY: A is `count` keys or values, B the packed block; the result has a row of a panel for each key.
-                unsafe { rows::<E, false>(cpu, count, PANEL - skip, &[segment], store) };
+                unsafe { rows::<E, false>(isa, count, PANEL - skip, &[segment], store) };
             }
             let place = (first, block.start, nq, window, skip);
             match shape.soft_cap {
                 None => {
                     let scale = shape.scale;
-                    weigh(cpu, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
+                    weigh(isa, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
                 }
                 Some(cap) => {
                     let scale = (shape.scale, cap);
-                    weigh_capped(cpu, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
+                    weigh_capped(isa, count, place, scale, log_sum, mean, scores, d_weights, weights, d_scores, pairs);
                 }
             }
             for strip in 0..strips {
@@ -238,7 +238,7 @@ fn backward_head<E: ProductElement>(
                     };
                     let store = Store::adding(to[key * d + at..].as_mut_ptr(), d);
                     // SAFETY: A is `count` rows of a panel, B the block packed by rows; the result has a row for each key.
-                    unsafe { rows::<E, false>(cpu, count, width, &[segment], store) };
+                    unsafe { rows::<E, false>(isa, count, width, &[segment], store) };
                 }
                 // dq += ds k.
                 let segment = Segment {
@@ -250,13 +250,13 @@ fn backward_head<E: ProductElement>(
                 };
                 let store = Store::adding(d_queries[skip * d + at..].as_mut_ptr(), d);
                 // SAFETY: A is a word for each pair of keys and query, B the packed keys from `key` on.
-                unsafe { rows::<E, true>(cpu, nq - skip, width, &[segment], store) };
+                unsafe { rows::<E, true>(isa, nq - skip, width, &[segment], store) };
             }
         }
         for (i, r) in block.enumerate() {
             // SAFETY: this task alone writes this head's columns of this row.
             let to = unsafe { d_qkv.slice(r * row + query_at, d) };
-            rotate_back(cpu, &d_queries[i * d..(i + 1) * d], turn.at(r), shape.scale, to);
+            rotate_back(isa, &d_queries[i * d..(i + 1) * d], turn.at(r), shape.scale, to);
         }
     }
 }
@@ -276,7 +276,7 @@ fn vectors_mut<T>(values: &mut [T; PANEL]) -> &mut [[T; VECTOR]; PANEL / VECTOR]
 /// First key, first query, queries, window, queries to leave out.
 type Place = (usize, usize, usize, usize, usize);
 
-per_cpu! {
+per_isa! {
     /// [`weigh_block`] of scores `scale s`.
     fn weigh<E: Element>(
         count: usize,
@@ -294,7 +294,7 @@ per_cpu! {
     }
 }
 
-per_cpu! {
+per_isa! {
     /// [`weigh_block`] of scores `cap · tanh(scale s / cap)`, whose slope by `scale s` is 1 − tanh².
     fn weigh_capped<E: Element>(
         count: usize,

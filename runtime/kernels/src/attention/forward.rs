@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::scratch::{SCRATCH, Scratch};
 use super::shape::Attention;
 use crate::buffer::grown;
-use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{Element, exp, largest, replace_and_sum};
+use crate::isa::{Isa, isa, per_isa};
 use crate::layer::soft_cap::cap_scores;
 use crate::pool::{Shared, for_each};
 use crate::product::ProductElement;
@@ -28,7 +28,7 @@ pub fn attention<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E],
     let (row, m) = (shape.row(), log_sums.len() / shape.heads);
     shape.check(m);
     assert!(qkv.len() == m * row && out.len() == m * shape.heads * shape.head_dim && log_sums.len() == m * shape.heads);
-    let cpu = cpu();
+    let isa = isa();
     let (out, log_sums) = (Shared::new(out), Some(Shared::new(log_sums)));
     let [_, key_at, value_at] = shape.places(0);
     let source = Source { queries: qkv, query_row: row, offset: 0, keys: qkv, key_row: row, key_at, value_at };
@@ -40,7 +40,7 @@ pub fn attention<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E],
         let (start, queries) = &chunks[task / shape.kv_heads];
         SCRATCH.with_borrow_mut(|scratch| {
             let place = (task % shape.kv_heads, *start, queries.clone());
-            forward_chunk(cpu, shape, &source, place, out, log_sums, m, scratch);
+            forward_chunk(isa, shape, &source, place, out, log_sums, m, scratch);
         });
     });
 }
@@ -56,7 +56,7 @@ pub fn attention_kept<E: ProductElement>(shape: &Attention, qkv: &[E], kept: &[E
     let (m, total) = (qkv.len() / row, kept.len() / key_row);
     let sizes = qkv.len() == m * row && kept.len() == total * key_row && out.len() == m * shape.heads * shape.head_dim;
     assert!(sizes && m <= total, "{m} rows, the last of {total}");
-    let (cpu, out, offset) = (cpu(), Shared::new(out), total - m);
+    let (isa, out, offset) = (isa(), Shared::new(out), total - m);
     let value_at = shape.kv_heads * shape.head_dim;
     let source = Source { queries: qkv, query_row: row, offset, keys: kept, key_row, key_at: 0, value_at };
     // Chunks begin at the same positions whatever part of a sequence is asked for.
@@ -65,7 +65,7 @@ pub fn attention_kept<E: ProductElement>(shape: &Attention, qkv: &[E], kept: &[E
         let from = (first + task / shape.kv_heads) * CHUNK;
         let queries = from.max(offset)..total.min(from + CHUNK);
         SCRATCH.with_borrow_mut(|scratch| {
-            forward_chunk(cpu, shape, &source, (task % shape.kv_heads, 0, queries), out, None, m, scratch);
+            forward_chunk(isa, shape, &source, (task % shape.kv_heads, 0, queries), out, None, m, scratch);
         });
     });
 }
@@ -86,7 +86,7 @@ struct Source<'a, E> {
 /// One chunk of a sequence's queries, for the heads that share a key head.
 #[allow(clippy::too_many_arguments)]
 fn forward_chunk<E: ProductElement>(
-    cpu: Cpu,
+    isa: Isa,
     shape: &Attention,
     source: &Source<'_, E>,
     (kv_head, start, queries): (usize, usize, Range<usize>),
@@ -115,7 +115,7 @@ fn forward_chunk<E: ProductElement>(
             *pointer = kv[(from + j) * key_row + key_at..][..d].as_ptr().cast();
         }
         // SAFETY: each pointer is to the `d` values of a key.
-        unsafe { pack_columns(cpu, &pointers[..width], words, out) };
+        unsafe { pack_columns(isa, &pointers[..width], words, out) };
     }
     // Values by words of neighbouring positions, padded to whole panels of keys.
     let value_words = panels * PANEL / E::PER_WORD;
@@ -124,7 +124,7 @@ fn forward_chunk<E: ProductElement>(
     for (strip, out) in values.chunks_exact_mut(value_words * PANEL).enumerate() {
         let at = strip * PANEL;
         let width = PANEL.min(d - at);
-        pack_rows_padded(cpu, &kv[first * key_row + value_at + at..], key_row, count, width, out);
+        pack_rows_padded(isa, &kv[first * key_row + value_at + at..], key_row, count, width, out);
     }
     let step = panels * PANEL;
     let scores = grown(scores, QUERIES * step);
@@ -147,7 +147,7 @@ fn forward_chunk<E: ProductElement>(
                 let store = Store::wide(scores[key..].as_mut_ptr(), step);
                 let width = PANEL.min(high - key);
                 // SAFETY: A is the block's queries, B a packed panel of keys; the scores have a row of `step` for each query.
-                unsafe { rows::<E, false>(cpu, block.len(), width, &[segment], store) };
+                unsafe { rows::<E, false>(isa, block.len(), width, &[segment], store) };
             }
             for (i, query) in block.clone().enumerate() {
                 let seen = query.saturating_sub(window - 1).max(first) - first..query + 1 - first;
@@ -156,11 +156,11 @@ fn forward_chunk<E: ProductElement>(
                 let scale = match shape.soft_cap {
                     None => shape.scale,
                     Some(cap) => {
-                        cap_scores(cpu, &mut scores[seen.clone()], shape.scale, cap);
+                        cap_scores(isa, &mut scores[seen.clone()], shape.scale, cap);
                         1.0
                     }
                 };
-                let log_sum = softmax_row(cpu, scores, seen, low..high, scale, weights);
+                let log_sum = softmax_row(isa, scores, seen, low..high, scale, weights);
                 if let Some(log_sums) = log_sums {
                     // SAFETY: this task alone writes this head's and row's place.
                     unsafe { *log_sums.get().add(head * m + query) = log_sum };
@@ -180,13 +180,13 @@ fn forward_chunk<E: ProductElement>(
                 let store =
                     Store { wide: std::ptr::null_mut(), narrow, ..Store::wide(std::ptr::null_mut(), shape.heads * d) };
                 // SAFETY: A is the block's weights, B the packed values; this task alone writes these rows and columns.
-                unsafe { rows::<E, false>(cpu, block.len(), width, &[segment], store) };
+                unsafe { rows::<E, false>(isa, block.len(), width, &[segment], store) };
             }
         }
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Softmax of a row of scores times `scale` over the columns `seen`; `weights` gets it, and zeros in the rest of `all`.
     /// Returns the logarithm of the sum.
     fn softmax_row<E: Element>(

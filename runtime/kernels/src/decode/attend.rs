@@ -9,8 +9,10 @@ use std::ops::Range;
 
 use crate::attention::Attention;
 use crate::buffer::grown;
-use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{Element, exp, largest, sum, sum2};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Feature;
+use crate::isa::{Isa, isa, per_isa};
 use crate::layer::soft_cap::cap_scores;
 
 /// Positions of the shortest span. The length of others is a multiple.
@@ -69,14 +71,14 @@ pub fn attend<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize,
     SCRATCH.with_borrow_mut(|scratch| {
         let scores = heads * rows.stride();
         let (scores, turned) = grown(scratch, scores + heads * d.next_multiple_of(STEP)).split_at_mut(scores);
-        let cpu = cpu();
+        let isa = isa();
         #[cfg(target_arch = "x86_64")]
-        if cpu >= Cpu::Avx512 {
+        if isa.has(Feature::Avx512) {
             // SAFETY: the processor has AVX-512, and rows are whole, as asserted.
             return unsafe { avx512::part_of(q, rows, (shape.scale, shape.soft_cap), (scores, turned), out) };
         }
         let _ = turned;
-        part_of(cpu, q, rows, cpu, shape.scale, shape.soft_cap, scores, out);
+        part_of(isa, q, rows, isa, shape.scale, shape.soft_cap, scores, out);
     });
 }
 
@@ -106,11 +108,11 @@ impl<E> Rows<'_, E> {
     }
 }
 
-per_cpu! {
+per_isa! {
     fn part_of<E: Element>(
         q: &[f32],
         rows: Rows<'_, E>,
-        cpu: Cpu,
+        isa: Isa,
         scale: f32,
         cap: Option<f32>,
         scores: &mut [f32],
@@ -125,7 +127,7 @@ per_cpu! {
             }
         }
         if let Some(cap) = cap {
-            cap_all(cpu, rows.count(), cap, scores, stride);
+            cap_all(isa, rows.count(), cap, scores, stride);
         }
         weigh(rows.count(), d, scores, stride, out);
         for (j, row) in rows.values.chunks_exact(rows.width()).enumerate() {
@@ -141,9 +143,9 @@ per_cpu! {
 
 /// Caps the scores of every head with n positions.
 #[cold]
-fn cap_all(cpu: Cpu, n: usize, cap: f32, scores: &mut [f32], stride: usize) {
+fn cap_all(isa: Isa, n: usize, cap: f32, scores: &mut [f32], stride: usize) {
     for scores in scores.chunks_exact_mut(stride) {
-        cap_scores(cpu, &mut scores[..n], 1.0, cap);
+        cap_scores(isa, &mut scores[..n], 1.0, cap);
     }
 }
 
@@ -169,8 +171,8 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     use super::{Rows, STEP, cap_all, weigh};
-    use crate::cpu::Cpu;
     use crate::element::Element;
+    use crate::isa::Isa;
 
     /// Scores that are added up together: of some query heads with some keys.
     const SCORES: usize = 16;
@@ -289,7 +291,7 @@ mod avx512 {
             }
         }
         if let Some(cap) = cap {
-            cap_all(Cpu::Avx512, n, cap, scores, stride);
+            cap_all(Isa::AVX512, n, cap, scores, stride);
         }
         weigh(n, d, scores, stride, out);
         for kv_head in 0..rows.kv_heads {
@@ -405,10 +407,10 @@ mod avx512 {
 pub fn attend_join(shape: &Attention, parts: &[f32], out: &mut [f32]) {
     let (d, all) = (shape.head_dim, attend_values(shape));
     assert!(parts.len().is_multiple_of(all) && !parts.is_empty() && out.len() == shape.heads * d, "parts");
-    join(cpu(), parts, all, out, d);
+    join(isa(), parts, all, out, d);
 }
 
-per_cpu! {
+per_isa! {
     fn join(parts: &[f32], all: usize, out: &mut [f32], d: usize) {
         for (head, out) in out.chunks_exact_mut(d).enumerate() {
             let own = || parts.chunks_exact(all).map(|task| &task[head * part_len(d)..][..part_len(d)]);

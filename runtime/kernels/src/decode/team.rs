@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
-use crate::cpu::{cpu, with_cpu};
+use crate::isa::{isa, with_isa};
 use crate::pool::{Shared, threads};
 
 /// Polls before a thread that waits lets others have the processor.
@@ -213,13 +213,13 @@ pub fn lead<R: Send>(f: impl FnOnce(&Team) -> R + Send) -> R {
             self.0.job.0.over.store(true, Ordering::Release);
         }
     }
-    let (team, cpu) = (&Team::new(), cpu());
+    let (team, isa) = (&Team::new(), isa());
     rayon::scope(|scope| {
         for _ in 1..threads() {
-            scope.spawn(move |_| with_cpu(cpu, || team.help()));
+            scope.spawn(move |_| with_isa(isa, || team.help()));
         }
         let _over = Over(team);
-        with_cpu(cpu, || f(team))
+        with_isa(isa, || f(team))
     })
 }
 

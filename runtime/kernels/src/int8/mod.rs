@@ -18,8 +18,10 @@ mod weight;
 use std::ops::Range;
 
 use crate::buffer::grown;
-use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{Element, eight_bit_scale, nearest_whole};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Feature;
+use crate::isa::{Isa, isa, per_isa};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
 use crate::storage::codec::Coded;
@@ -52,13 +54,13 @@ impl Rounded {
 
 /// Bytes that `m` rows of k values take in integers.
 pub fn rounded_bytes(m: usize, k: usize) -> usize {
-    let per_word = if cpu().has_vnni() { 4 } else { 2 };
+    let per_word = if isa().has_vnni() { 4 } else { 2 };
     size_of::<u32>() * m * (k / per_word + 2 * k.div_ceil(GROUP))
 }
 
 /// Rounds `m` rows of k values, a multiple of four, `row_step` from one to the next, each first multiplied by its column's factor if there is one.
 pub(crate) fn round<E: Element>(
-    cpu: Cpu,
+    isa: Isa,
     m: usize,
     k: usize,
     rows_of_a: &[E],
@@ -66,7 +68,7 @@ pub(crate) fn round<E: Element>(
     factors: Option<&[f32]>,
 ) -> Rounded {
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
-    let per_word = if cpu.has_vnni() { 4 } else { 2 };
+    let per_word = if isa.has_vnni() { 4 } else { 2 };
     let (step, groups) = (k / per_word, k.div_ceil(GROUP));
     let (words, scales, starts) = (vec![0; m * step], vec![0.0; m * groups], vec![0; m * groups]);
     let mut rounded = Rounded { words, step, scales, starts, k };
@@ -80,7 +82,7 @@ pub(crate) fn round<E: Element>(
             let (words, scales, starts) =
                 unsafe { (words.slice(i * step, step), scales.slice(of_row, groups), starts.slice(of_row, groups)) };
             let row = &rows_of_a[i * row_step..][..k];
-            widen(cpu, row, factors.unwrap_or(&[]), &mut scratch);
+            widen(isa, row, factors.unwrap_or(&[]), &mut scratch);
             // SAFETY: a word is four values of eight bits, or two of sixteen.
             unsafe {
                 if per_word == 4 {
@@ -88,10 +90,10 @@ pub(crate) fn round<E: Element>(
                     #[cfg(target_arch = "x86_64")]
                     vnni::round_row(&scratch, values, scales, starts);
                     #[cfg(not(target_arch = "x86_64"))]
-                    round_row::<i8>(cpu, &scratch, values, scales, starts);
+                    round_row::<i8>(isa, &scratch, values, scales, starts);
                 } else {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i16>(), k);
-                    round_row::<i16>(cpu, &scratch, values, scales, starts);
+                    round_row::<i16>(isa, &scratch, values, scales, starts);
                 }
             }
         }
@@ -99,7 +101,7 @@ pub(crate) fn round<E: Element>(
     rounded
 }
 
-per_cpu! {
+per_isa! {
     /// A row times its columns' factors.
     fn widen<E: Element>(row: &[E], factors: &[f32], out: &mut [f32]) {
         if factors.is_empty() {
@@ -133,7 +135,7 @@ impl Value for i16 {
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Whole numbers from -127 to 127, and for each group its scale, NaN if a value is not finite, and where its sums start.
     fn round_row<V: Value>(row: &[f32], out: &mut [V], scales: &mut [f32], starts: &mut [i32]) {
         let groups = row.chunks(GROUP).zip(out.chunks_mut(GROUP)).zip(scales.iter_mut().zip(starts));
@@ -152,8 +154,8 @@ per_cpu! {
 }
 
 /// Words that a chunk of so many values takes.
-pub(crate) fn words(cpu: Cpu, values: usize) -> usize {
-    values / if cpu.has_vnni() { 4 } else { 2 }
+pub(crate) fn words(isa: Isa, values: usize) -> usize {
+    values / if isa.has_vnni() { 4 } else { 2 }
 }
 
 /// A packed chunk's words and, unless they stand for values on one line, the scales of each group's columns.
@@ -170,17 +172,17 @@ pub(crate) struct Packed {
 /// Packs the part `sum` of the sum for rows `columns` of W, forward, or with `backward` for columns of it: words of [`PANEL`] columns
 /// beside each other.
 pub(crate) fn pack(
-    cpu: Cpu,
+    isa: Isa,
     w: &Matrix<'_>,
     backward: bool,
     sum: Range<usize>,
     columns: Range<usize>,
     to: &mut Packed,
 ) {
-    let out = grown(&mut to.words, words(cpu, sum.len()) * PANEL);
+    let out = grown(&mut to.words, words(isa, sum.len()) * PANEL);
     to.scaled = w.line().is_none();
     if let Some(coded) = w.line() {
-        return pack_line(cpu, coded, backward, sum, columns, out, &mut to.pairs);
+        return pack_line(isa, coded, backward, sum, columns, out, &mut to.pairs);
     }
     #[cfg(target_arch = "x86_64")]
     {
@@ -188,7 +190,7 @@ pub(crate) fn pack(
         if backward {
             weight::pack_backward(w, sum, columns, out, &mut to.scales, &mut to.buffers);
         } else {
-            weight::pack_forward(cpu, w, sum, columns, out, &mut to.scales, &mut to.buffers);
+            weight::pack_forward(isa, w, sum, columns, out, &mut to.scales, &mut to.buffers);
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -197,7 +199,7 @@ pub(crate) fn pack(
 
 /// See [`pack`], for eight bits on a straight line.
 fn pack_line(
-    cpu: Cpu,
+    isa: Isa,
     coded: &Coded<'_>,
     backward: bool,
     sum: Range<usize>,
@@ -206,12 +208,12 @@ fn pack_line(
     scratch: &mut Vec<u32>,
 ) {
     let (codes, cols) = coded.indices();
-    let count = words(cpu, sum.len());
+    let count = words(isa, sum.len());
     let out = &mut out[..count * PANEL];
     if backward {
         let row = |n: usize| &codes[(sum.start + n) * cols + columns.start..][..columns.len()];
         for (word, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            if cpu.has_vnni() {
+            if isa.has_vnni() {
                 let rows = [0, 1, 2, 3].map(|i| row(4 * word + i));
                 #[cfg(target_arch = "x86_64")]
                 if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(|row| row.first_chunk::<PANEL>()) {
@@ -219,16 +221,16 @@ fn pack_line(
                     unsafe { vnni::weave([a, b, c, d], out) };
                     continue;
                 }
-                weave_fours(cpu, rows, out);
+                weave_fours(isa, rows, out);
             } else {
-                weave_pairs(cpu, [0, 1].map(|i| row(2 * word + i)), out);
+                weave_pairs(isa, [0, 1].map(|i| row(2 * word + i)), out);
             }
         }
         return;
     }
     let row = |j: usize| &codes[(columns.start + j) * cols + sum.start..][..sum.len()];
     let mut pointers = [std::ptr::null(); PANEL];
-    if cpu.has_vnni() {
+    if isa.has_vnni() {
         for (j, pointer) in pointers[..columns.len()].iter_mut().enumerate() {
             *pointer = row(j).as_ptr();
         }
@@ -242,9 +244,9 @@ fn pack_line(
         }
     }
     // SAFETY: each pointer is to `count` words.
-    unsafe { pack_columns(cpu, &pointers[..columns.len()], count, out) };
-    if cpu.has_vnni() {
-        clamp(cpu, out);
+    unsafe { pack_columns(isa, &pointers[..columns.len()], count, out) };
+    if isa.has_vnni() {
+        clamp(isa, out);
     }
 }
 
@@ -254,7 +256,7 @@ fn pair_of([low, high]: [u8; 2]) -> u32 {
     u32::from(low.min(254)) | u32::from(high.min(254)) << 16
 }
 
-per_cpu! {
+per_isa! {
     /// Indices beyond the last level stand for it.
     fn clamp(words: &mut [u32]) {
         for word in words.iter_mut() {
@@ -263,7 +265,7 @@ per_cpu! {
     }
 }
 
-per_cpu! {
+per_isa! {
     fn weave_fours(rows: [&[u8]; 4], out: &mut [u32; PANEL]) {
         let n = rows[0].len();
         for j in 0..n {
@@ -273,7 +275,7 @@ per_cpu! {
     }
 }
 
-per_cpu! {
+per_isa! {
     fn weave_pairs(rows: [&[u8]; 2], out: &mut [u32; PANEL]) {
         let n = rows[0].len();
         for j in 0..n {
@@ -299,7 +301,7 @@ pub(crate) struct Sums {
 /// # Safety
 /// The output is writable over rows x `width`, `factors` readable over `width`, and what is packed is the chunk.
 pub(crate) unsafe fn rows(
-    cpu: Cpu,
+    isa: Isa,
     a: &Rounded,
     rows: Range<usize>,
     chunk: usize,
@@ -308,27 +310,27 @@ pub(crate) unsafe fn rows(
     sums: Sums,
 ) {
     let panel = &packed.words[..];
-    let count = words(cpu, CHUNK.min(a.k - chunk * CHUNK));
+    let count = words(isa, CHUNK.min(a.k - chunk * CHUNK));
     assert!(
         rows.end * a.groups() <= a.scales.len() && panel.len() >= count * PANEL && width <= PANEL,
         "{rows:?} by {width}"
     );
-    let at = chunk * words(cpu, CHUNK);
+    let at = chunk * words(isa, CHUNK);
     let scales = if packed.scaled { &packed.scales[..] } else { &[] };
-    assert!(!packed.scaled || cpu.has_vnni() && scales.len() * words(cpu, GROUP) >= count, "scales of each group");
+    assert!(!packed.scaled || isa.has_vnni() && scales.len() * words(isa, GROUP) >= count, "scales of each group");
     let panel = (panel, scales);
     #[cfg(target_arch = "x86_64")]
-    if cpu.has_vnni() {
+    if isa.has_vnni() {
         // SAFETY: the processor has VNNI, and the rest is passed on to the caller.
-        return unsafe { walk::<vnni::Vnni>(cpu, a, rows, chunk, (at, count), panel, width, sums) };
+        return unsafe { walk::<vnni::Vnni>(isa, a, rows, chunk, (at, count), panel, width, sums) };
     }
     #[cfg(target_arch = "x86_64")]
-    if cpu >= Cpu::Avx2 {
+    if isa.has(Feature::Avx2) {
         // SAFETY: the processor has AVX2, and the rest is passed on to the caller.
-        return unsafe { walk::<pairs::Avx2>(cpu, a, rows, chunk, (at, count), panel, width, sums) };
+        return unsafe { walk::<pairs::Avx2>(isa, a, rows, chunk, (at, count), panel, width, sums) };
     }
     // SAFETY: passed on to the caller.
-    unsafe { walk::<Portable>(cpu, a, rows, chunk, (at, count), panel, width, sums) }
+    unsafe { walk::<Portable>(isa, a, rows, chunk, (at, count), panel, width, sums) }
 }
 
 /// Rows and vectors of the largest tile.
@@ -367,7 +369,7 @@ trait Lanes {
     ///
     /// # Safety
     /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times [`PANEL`]; scales of B
-    /// there are where [`Cpu::has_vnni`] alone.
+    /// there are where [`Isa::has_vnni`] alone.
     unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile);
 }
 
@@ -375,7 +377,7 @@ trait Lanes {
 /// See [`rows`]; the processor has the instructions of `L`.
 #[allow(clippy::too_many_arguments)]
 unsafe fn walk<L: Lanes>(
-    cpu: Cpu,
+    isa: Isa,
     a: &Rounded,
     rows: Range<usize>,
     chunk: usize,
@@ -396,7 +398,7 @@ unsafe fn walk<L: Lanes>(
                 let group = row * a.groups() + first_group;
                 (a.words[row * a.step + at..][..words].as_ptr(), a.scales[group..].as_ptr(), a.starts[group..].as_ptr())
             });
-            let of_rows = Rows { at: of_rows, group: self::words(cpu, GROUP) };
+            let of_rows = Rows { at: of_rows, group: self::words(isa, GROUP) };
             // SAFETY: rows of A were sliced, and the panel is `words` times `PANEL` words, as the caller saw.
             unsafe {
                 let scales =
@@ -420,14 +422,14 @@ unsafe fn walk<L: Lanes>(
                         true => &[][..],
                         false => std::slice::from_raw_parts(sums.factors.add(column), columns),
                     };
-                    finish(cpu, &out[..columns], factors, sums.add, to);
+                    finish(isa, &out[..columns], factors, sums.add, to);
                 }
             }
         }
     }
 }
 
-per_cpu! {
+per_isa! {
     fn finish(sums: &[f32], factors: &[f32], add: bool, out: &mut [f32]) {
         if factors.is_empty() {
             for (out, sum) in out.iter_mut().zip(sums) {

@@ -8,8 +8,8 @@ use std::ops::Range;
 
 use super::{GROUP, ZERO, vnni};
 use crate::buffer::grown;
-use crate::cpu::Cpu;
 use crate::element::scale_of_eight_bits;
+use crate::isa::Isa;
 use crate::matmul::Matrix;
 use crate::storage::codec::Coded;
 use crate::tile::{PANEL, pack_columns};
@@ -27,7 +27,7 @@ pub(crate) struct Buffers {
 /// Packs the part `sum` of the sum for rows `columns` of W: words of four indices of [`PANEL`] columns beside each other, and for each
 /// group the columns' scales.
 pub(super) fn pack_forward(
-    cpu: Cpu,
+    isa: Isa,
     w: &Matrix<'_>,
     sum: Range<usize>,
     columns: Range<usize>,
@@ -45,7 +45,7 @@ pub(super) fn pack_forward(
             pointers[j] = codes.as_ptr().cast();
         }
         // SAFETY: each pointer is to `words` words.
-        return unsafe { pack_columns(cpu, &pointers[..columns.len()], words, out) };
+        return unsafe { pack_columns(isa, &pointers[..columns.len()], words, out) };
     }
     let floats = grown(&mut buffers.floats, len);
     let groups = len.div_ceil(GROUP);
@@ -61,7 +61,7 @@ pub(super) fn pack_forward(
         pointers[j] = codes.as_ptr().cast();
     }
     // SAFETY: each pointer is to `words` words.
-    unsafe { pack_columns(cpu, &pointers[..columns.len()], words, out) };
+    unsafe { pack_columns(isa, &pointers[..columns.len()], words, out) };
     // SAFETY: as above.
     unsafe { to_indices(&mut out[..words * PANEL]) };
 }

@@ -6,8 +6,8 @@
 use std::cell::RefCell;
 
 use crate::buffer::grown;
-use crate::cpu::{cpu, per_cpu};
 use crate::element::{Element, dot, exp, largest, sum, tanh};
+use crate::isa::{isa, per_isa};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
 use crate::product::ProductElement;
@@ -21,15 +21,15 @@ pub fn target_logits<E: ProductElement>(x: &[E], w: &Matrix, targets: &[u32], lo
     let c = w.cols;
     assert!(x.len() == targets.len() * c && logits.len() == targets.len(), "{} rows of {c}", targets.len());
     assert!(targets.iter().all(|target| (*target as usize) < w.rows), "a target is one of {} rows", w.rows);
-    let cpu = cpu();
+    let isa = isa();
     let logits = Shared::new(logits);
     for_ranges(targets.len(), 16, |range| {
         ROW.with_borrow_mut(|(row, floats)| {
             let row = &mut E::of_words_mut(grown(row, c.div_ceil(E::PER_WORD)))[..c];
             for i in range {
-                E::decode(cpu, w, targets[i] as usize, 0..c, row, floats);
+                E::decode(isa, w, targets[i] as usize, 0..c, row, floats);
                 // SAFETY: no two tasks have a row in common.
-                unsafe { logits.slice(i, 1)[0] = dot(cpu, &x[i * c..(i + 1) * c], row) };
+                unsafe { logits.slice(i, 1)[0] = dot(isa, &x[i * c..(i + 1) * c], row) };
             }
         });
     });
@@ -68,7 +68,7 @@ pub fn cross_entropy<E: Element>(
     assert_eq!(Some(logits.len()), n.checked_mul(v), "{n} rows of {v}");
     assert!(losses.len() == n && right.len() == n, "{n} rows");
     assert!(targets.iter().all(|target| (*target as usize) < v), "a target is one of {v} tokens");
-    let cpu = cpu();
+    let isa = isa();
     let (logits, losses, right) = (Shared::new(logits), Shared::new(losses), Shared::new(right));
     for_ranges(n, 4, |rows| {
         for row in rows {
@@ -77,14 +77,14 @@ pub fn cross_entropy<E: Element>(
                 unsafe { (logits.slice(row * v, v), &mut losses.slice(row, 1)[0], &mut right.slice(row, 1)[0]) };
             let (target, scale) = (targets[row] as usize, scale.map(|scale| scale[row]));
             (*loss, *right) = match cap {
-                None => one_row(cpu, logits, target, scale),
-                Some(cap) => one_row_capped(cpu, logits, target, cap.cap, cap.targets[row], scale),
+                None => one_row(isa, logits, target, scale),
+                Some(cap) => one_row_capped(isa, logits, target, cap.cap, cap.targets[row], scale),
             };
         }
     });
 }
 
-per_cpu! {
+per_isa! {
     fn one_row<E: Element>(logits: &mut [E], target: usize, scale: Option<f32>) -> (f32, bool) {
         // By definition; what a product made of it differs in the last bits. But ∞ − ∞, of a run that diverges, stays NaN.
         logits[target] = E::of(0.0 * logits[target].wide());
@@ -103,7 +103,7 @@ per_cpu! {
     }
 }
 
-per_cpu! {
+per_isa! {
     /// [`one_row`] of the distances between capped logits, where `at` is the target's logit and not capped.
     fn one_row_capped<E: Element>(
         logits: &mut [E],

@@ -1,8 +1,8 @@
 //! Gated units, forward and backward: `h = f(g) ∘ u`. Source: Shazeer 2020, <https://arxiv.org/abs/2002.05202>, equation 6: SwiGLU with
 //! f(g) = silu(g) = g σ(g), GEGLU with f(g) = gelu(g) by its approximation with tanh.
 
-use crate::cpu::{cpu, per_cpu};
 use crate::element::{Element, exp};
+use crate::isa::{isa, per_isa};
 use crate::pool::{Shared, for_ranges};
 
 /// Rows of one task.
@@ -24,7 +24,7 @@ pub enum Gate {
 /// When sizes disagree.
 pub fn gated<E: Element>(function: Gate, n: usize, gate_up: &[E], h: &mut [E]) {
     assert!(gate_up.len() == 2 * h.len() && h.len().is_multiple_of(n), "rows of {n}");
-    let (cpu, m) = (cpu(), h.len() / n);
+    let (isa, m) = (isa(), h.len() / n);
     let rows_of = match function {
         Gate::Silu => silu_rows,
         Gate::GeluTanh => gelu_rows,
@@ -33,7 +33,7 @@ pub fn gated<E: Element>(function: Gate, n: usize, gate_up: &[E], h: &mut [E]) {
     for_ranges(m, ROWS, |rows| {
         let (at, count) = (rows.start, rows.len());
         // SAFETY: no two tasks have a row in common.
-        rows_of(cpu, n, &gate_up[2 * at * n..2 * (at + count) * n], unsafe { h.slice(at * n, count * n) });
+        rows_of(isa, n, &gate_up[2 * at * n..2 * (at + count) * n], unsafe { h.slice(at * n, count * n) });
     });
 }
 
@@ -44,8 +44,8 @@ pub fn gated<E: Element>(function: Gate, n: usize, gate_up: &[E], h: &mut [E]) {
 pub fn gate(function: Gate, g: &mut [f32], u: &[f32]) {
     assert_eq!(g.len(), u.len());
     match function {
-        Gate::Silu => silu_values(cpu(), g, u),
-        Gate::GeluTanh => gelu_values(cpu(), g, u),
+        Gate::Silu => silu_values(isa(), g, u),
+        Gate::GeluTanh => gelu_values(isa(), g, u),
     }
 }
 
@@ -58,7 +58,7 @@ pub fn gate(function: Gate, g: &mut [f32], u: &[f32]) {
 pub fn gated_backward<E: Element>(function: Gate, n: usize, gate_up: &[E], dh: &mut [E], d_gate_up: &mut [E]) {
     let sizes = gate_up.len() == 2 * dh.len() && d_gate_up.len() == gate_up.len() && dh.len().is_multiple_of(n);
     assert!(sizes, "rows of {n}");
-    let (cpu, m) = (cpu(), dh.len() / n);
+    let (isa, m) = (isa(), dh.len() / n);
     let rows_of = match function {
         Gate::Silu => silu_backward_rows,
         Gate::GeluTanh => gelu_backward_rows,
@@ -68,7 +68,7 @@ pub fn gated_backward<E: Element>(function: Gate, n: usize, gate_up: &[E], dh: &
         let (at, count) = (rows.start, rows.len());
         // SAFETY: no two tasks have a row in common.
         let (dh, d_gate_up) = unsafe { (dh.slice(at * n, count * n), d_gate_up.slice(2 * at * n, 2 * count * n)) };
-        rows_of(cpu, n, &gate_up[2 * at * n..2 * (at + count) * n], dh, d_gate_up);
+        rows_of(isa, n, &gate_up[2 * at * n..2 * (at + count) * n], dh, d_gate_up);
     });
 }
 
@@ -113,37 +113,37 @@ fn gelu_and_slope(g: f32) -> (f32, f32) {
     (gelu, sigmoid + gelu * (1.0 - sigmoid) * slope)
 }
 
-per_cpu! {
+per_isa! {
     fn silu_values(g: &mut [f32], u: &[f32]) {
         values(g, u, silu);
     }
 }
 
-per_cpu! {
+per_isa! {
     fn gelu_values(g: &mut [f32], u: &[f32]) {
         values(g, u, gelu);
     }
 }
 
-per_cpu! {
+per_isa! {
     fn silu_rows<E: Element>(n: usize, gate_up: &[E], h: &mut [E]) {
         forward_rows(n, gate_up, h, silu);
     }
 }
 
-per_cpu! {
+per_isa! {
     fn gelu_rows<E: Element>(n: usize, gate_up: &[E], h: &mut [E]) {
         forward_rows(n, gate_up, h, gelu);
     }
 }
 
-per_cpu! {
+per_isa! {
     fn silu_backward_rows<E: Element>(n: usize, gate_up: &[E], dh: &mut [E], d_gate_up: &mut [E]) {
         backward_rows(n, gate_up, dh, d_gate_up, silu_and_slope);
     }
 }
 
-per_cpu! {
+per_isa! {
     fn gelu_backward_rows<E: Element>(n: usize, gate_up: &[E], dh: &mut [E], d_gate_up: &mut [E]) {
         backward_rows(n, gate_up, dh, d_gate_up, gelu_and_slope);
     }

@@ -6,8 +6,8 @@
 //! Besides the norm before a branch there are two: [`norm_columns`], of heads of queries and keys, in place; and [`rms_norm_add`], of a
 //! branch's result on its way into the residual stream.
 
-use crate::cpu::{cpu, per_cpu};
 use crate::element::{Element, sum, sum3};
+use crate::isa::{isa, per_isa};
 use crate::pool::{Shared, for_ranges};
 
 /// Rows of one task.
@@ -22,18 +22,18 @@ const ROWS: usize = 32;
 pub fn rms_norm<E: Element>(x: &[f32], w: &[f32], epsilon: f32, normal: &mut [E], inverse: &mut [f32], y: &mut [E]) {
     let (m, c) = (inverse.len(), w.len());
     assert!(x.len() == m * c && normal.len() == m * c && y.len() == m * c, "{m} rows of {c}");
-    let cpu = cpu();
+    let isa = isa();
     let (normal, inverse, y) = (Shared::new(normal), Shared::new(inverse), Shared::new(y));
     for_ranges(m, ROWS, |rows| {
         let (at, n) = (rows.start, rows.len());
         // SAFETY: no two tasks have a row in common, and all rows lie in the slices, as asserted.
         let (normal, inverse, y) =
             unsafe { (normal.slice(at * c, n * c), inverse.slice(at, n), y.slice(at * c, n * c)) };
-        norm_rows(cpu, &x[at * c..(at + n) * c], w, epsilon, normal, inverse, y);
+        norm_rows(isa, &x[at * c..(at + n) * c], w, epsilon, normal, inverse, y);
     });
 }
 
-per_cpu! {
+per_isa! {
     fn norm_rows<E: Element>(x: &[f32], w: &[f32], epsilon: f32, normal: &mut [E], inverse: &mut [f32], y: &mut [E]) {
         let c = w.len();
         for (i, inverse) in inverse.iter_mut().enumerate() {
@@ -54,10 +54,10 @@ per_cpu! {
 /// When sizes disagree.
 pub fn normalise(x: &[f32], w: &[f32], epsilon: f32, y: &mut [f32]) {
     assert!(x.len() == w.len() && y.len() == w.len(), "a row of {}", w.len());
-    normalise_row(cpu(), x, w, epsilon, y);
+    normalise_row(isa(), x, w, epsilon, y);
 }
 
-per_cpu! {
+per_isa! {
     fn normalise_row(x: &[f32], w: &[f32], epsilon: f32, y: &mut [f32]) {
         let inverse = 1.0 / (sum(x, |x| x * x) / w.len() as f32 + epsilon).sqrt();
         for j in 0..w.len() {
@@ -73,17 +73,17 @@ per_cpu! {
 pub fn scale_columns<E: Element>(normal: &[E], w: &[f32], y: &mut [E]) {
     let c = w.len();
     assert!(normal.len() == y.len() && y.len().is_multiple_of(c), "rows of {c}");
-    let cpu = cpu();
+    let isa = isa();
     let m = y.len() / c;
     let y = Shared::new(y);
     for_ranges(m, ROWS, |rows| {
         let (at, len) = (rows.start * c, rows.len() * c);
         // SAFETY: no two tasks have a row in common.
-        scale_rows(cpu, &normal[at..at + len], w, unsafe { y.slice(at, len) });
+        scale_rows(isa, &normal[at..at + len], w, unsafe { y.slice(at, len) });
     });
 }
 
-per_cpu! {
+per_isa! {
     fn scale_rows<E: Element>(normal: &[E], w: &[f32], y: &mut [E]) {
         for (normal, y) in normal.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
             for j in 0..w.len() {
@@ -110,17 +110,17 @@ pub fn rms_norm_backward<E: Element>(
     let (m, c) = (inverse.len(), w.len());
     let len = m * c;
     assert!(normal.len() == len && dy.len() == len && dx.len() == len && narrow.len() == len, "{m} rows of {c}");
-    let cpu = cpu();
+    let isa = isa();
     let (dx, narrow) = (Shared::new(dx), Shared::new(narrow));
     for_ranges(m, ROWS, |rows| {
         let (at, len) = (rows.start * c, rows.len() * c);
         // SAFETY: no two tasks have a row in common.
         let (dx, narrow) = unsafe { (dx.slice(at, len), narrow.slice(at, len)) };
-        norm_backward_rows(cpu, &normal[at..at + len], w, &inverse[rows], &dy[at..at + len], dx, narrow);
+        norm_backward_rows(isa, &normal[at..at + len], w, &inverse[rows], &dy[at..at + len], dx, narrow);
     });
 }
 
-per_cpu! {
+per_isa! {
     fn norm_backward_rows<E: Element>(
         normal: &[E],
         w: &[f32],
@@ -188,19 +188,19 @@ pub fn norm_columns<E: Element>(
     let (m, (width, groups)) = (x.len() / row, kept_of(parts, row));
     let sizes = x.len() == m * row && normal.len() == m * width && inverse.len() == m * groups;
     assert!(sizes, "{m} rows of {row} with {groups} groups in {width} columns");
-    let cpu = cpu();
+    let isa = isa();
     let (x, normal, inverse) = (Shared::new(x), Shared::new(normal), Shared::new(inverse));
     for_ranges(m, ROWS, |rows| {
         for i in rows {
             // SAFETY: no two tasks have a row in common, and all rows lie in the slices, as asserted.
             let (x, normal, inverse) =
                 unsafe { (x.slice(i * row, row), normal.slice(i * width, width), inverse.slice(i * groups, groups)) };
-            norm_groups(cpu, x, parts, epsilon, normal, inverse);
+            norm_groups(isa, x, parts, epsilon, normal, inverse);
         }
     });
 }
 
-per_cpu! {
+per_isa! {
     fn norm_groups<E: Element>(
         x: &mut [f32],
         parts: &[ColumnNorm<'_>],
@@ -234,18 +234,18 @@ pub fn norm_columns_backward<E: Element>(normal: &[E], row: usize, parts: &[Colu
     let (m, (width, groups)) = (d.len() / row, kept_of(parts, row));
     let sizes = d.len() == m * row && normal.len() == m * width && inverse.len() == m * groups;
     assert!(sizes, "{m} rows of {row} with {groups} groups in {width} columns");
-    let cpu = cpu();
+    let isa = isa();
     let d = Shared::new(d);
     for_ranges(m, ROWS, |rows| {
         for i in rows {
             // SAFETY: no two tasks have a row in common.
             let d = unsafe { d.slice(i * row, row) };
-            groups_backward(cpu, &normal[i * width..][..width], parts, &inverse[i * groups..][..groups], d);
+            groups_backward(isa, &normal[i * width..][..width], parts, &inverse[i * groups..][..groups], d);
         }
     });
 }
 
-per_cpu! {
+per_isa! {
     fn groups_backward<E: Element>(normal: &[E], parts: &[ColumnNorm<'_>], inverse: &[f32], d: &mut [E]) {
         let (mut normal, mut inverse) = (normal, inverse.iter());
         for part in parts {
@@ -269,10 +269,10 @@ per_cpu! {
 /// When a part reaches beyond the row.
 pub fn normalise_columns(x: &mut [f32], parts: &[ColumnNorm], epsilon: f32) {
     kept_of(parts, x.len());
-    normalise_groups(cpu(), x, parts, epsilon);
+    normalise_groups(isa(), x, parts, epsilon);
 }
 
-per_cpu! {
+per_isa! {
     fn normalise_groups(x: &mut [f32], parts: &[ColumnNorm<'_>], epsilon: f32) {
         for part in parts {
             let (w, c) = (part.weight, part.weight.len());
@@ -302,18 +302,18 @@ pub fn rms_norm_add<E: Element>(
 ) {
     let (m, c) = (inverse.len(), w.len());
     assert!(y.len() == m * c && normal.len() == m * c && x.len() == m * c, "{m} rows of {c}");
-    let cpu = cpu();
+    let isa = isa();
     let (normal, inverse, x) = (Shared::new(normal), Shared::new(inverse), Shared::new(x));
     for_ranges(m, ROWS, |rows| {
         let (at, n) = (rows.start, rows.len());
         // SAFETY: no two tasks have a row in common, and all rows lie in the slices, as asserted.
         let (normal, inverse, x) =
             unsafe { (normal.slice(at * c, n * c), inverse.slice(at, n), x.slice(at * c, n * c)) };
-        norm_add_rows(cpu, &y[at * c..(at + n) * c], w, epsilon, factor, normal, inverse, x);
+        norm_add_rows(isa, &y[at * c..(at + n) * c], w, epsilon, factor, normal, inverse, x);
     });
 }
 
-per_cpu! {
+per_isa! {
     fn norm_add_rows<E: Element>(
         y: &[f32],
         w: &[f32],
@@ -350,17 +350,17 @@ pub fn rms_norm_add_backward<E: Element>(
 ) {
     let (m, c) = (inverse.len(), w.len());
     assert!(normal.len() == m * c && dx.len() == m * c && dy.len() == m * c, "{m} rows of {c}");
-    let cpu = cpu();
+    let isa = isa();
     let dy = Shared::new(dy);
     for_ranges(m, ROWS, |rows| {
         let (at, len) = (rows.start * c, rows.len() * c);
         // SAFETY: no two tasks have a row in common.
         let dy = unsafe { dy.slice(at, len) };
-        norm_add_backward_rows(cpu, &normal[at..at + len], w, &inverse[rows], factor, &dx[at..at + len], dy);
+        norm_add_backward_rows(isa, &normal[at..at + len], w, &inverse[rows], factor, &dx[at..at + len], dy);
     });
 }
 
-per_cpu! {
+per_isa! {
     fn norm_add_backward_rows<E: Element>(
         normal: &[E],
         w: &[f32],

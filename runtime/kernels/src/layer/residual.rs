@@ -1,7 +1,7 @@
 //! Sums in the residual stream and in its gradient.
 
-use crate::cpu::{cpu, per_cpu};
 use crate::element::Element;
+use crate::isa::{isa, per_isa};
 use crate::pool::{Shared, for_ranges};
 
 /// Values of one task.
@@ -13,15 +13,15 @@ const VALUES: usize = 1 << 14;
 /// When sizes disagree.
 pub fn add_scaled(x: &mut [f32], y: &[f32], factor: f32) {
     assert_eq!(x.len(), y.len());
-    let cpu = cpu();
+    let isa = isa();
     let x = Shared::new(x);
     for_ranges(y.len(), VALUES, |range| {
         // SAFETY: no two tasks have a value in common.
-        add_values(cpu, unsafe { x.slice(range.start, range.len()) }, &y[range], factor);
+        add_values(isa, unsafe { x.slice(range.start, range.len()) }, &y[range], factor);
     });
 }
 
-per_cpu! {
+per_isa! {
     fn add_values(x: &mut [f32], y: &[f32], factor: f32) {
         for (x, y) in x.iter_mut().zip(y) {
             *x += factor * y;
@@ -35,17 +35,17 @@ per_cpu! {
 /// When sizes disagree.
 pub fn add_gradient<E: Element>(dy: &[f32], dx: &mut [f32], narrow: &mut [E]) {
     assert!(dy.len() == dx.len() && narrow.len() == dx.len(), "{} values to {}", dy.len(), dx.len());
-    let cpu = cpu();
+    let isa = isa();
     let (dx, narrow) = (Shared::new(dx), Shared::new(narrow));
     for_ranges(dy.len(), VALUES, |range| {
         let (at, len) = (range.start, range.len());
         // SAFETY: no two tasks have a value in common.
         let (dx, narrow) = unsafe { (dx.slice(at, len), narrow.slice(at, len)) };
-        add_and_narrow(cpu, &dy[range], dx, narrow);
+        add_and_narrow(isa, &dy[range], dx, narrow);
     });
 }
 
-per_cpu! {
+per_isa! {
     fn add_and_narrow<E: Element>(dy: &[f32], dx: &mut [f32], narrow: &mut [E]) {
         for ((dy, dx), narrow) in dy.iter().zip(dx).zip(narrow) {
             *dx += dy;

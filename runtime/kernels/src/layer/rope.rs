@@ -1,8 +1,8 @@
 //! Rotary position embedding: of the first R channels of a head, channel i turns with channel i + R/2, as Hugging Face lays heads
 //! out; the rest pass. In most models R is the whole head. Source: Su et al. 2021, <https://arxiv.org/abs/2104.09864>, section 3.4.
 
-use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::Element;
+use crate::isa::{Isa, isa, per_isa};
 use crate::pool::{Shared, for_ranges};
 use crate::round::to_elements;
 
@@ -92,24 +92,24 @@ pub fn rotate<E: Element>(
     };
     let width = table.head_dim * heads;
     assert!(rotated <= heads && x.len() == positions.len() * width && y.len() == x.len(), "rows of {width}");
-    let cpu = cpu();
+    let isa = isa();
     let y = Shared::new(y);
     for_ranges(positions.len(), 32, |rows| {
         for row in rows {
             // SAFETY: no two tasks have a row in common.
             let y = unsafe { y.slice(row * width, width) };
             let ((cos, sin), head_dim) = (table.at(positions[row]), table.head_dim);
-            rotate_row(cpu, &x[row * width..][..width], cos, sin, head_dim, rotated, 1.0, 1.0, y);
+            rotate_row(isa, &x[row * width..][..width], cos, sin, head_dim, rotated, 1.0, 1.0, y);
         }
     });
 }
 
 /// The gradient of the rotation of one head, times `scale`: it turns back. Of no cosines and sines, it is x.
-pub(crate) fn rotate_back<E: Element>(cpu: Cpu, x: &[f32], (cos, sin): (&[f32], &[f32]), scale: f32, y: &mut [E]) {
-    rotate_row(cpu, x, cos, sin, x.len(), 1, -1.0, scale, y);
+pub(crate) fn rotate_back<E: Element>(isa: Isa, x: &[f32], (cos, sin): (&[f32], &[f32]), scale: f32, y: &mut [E]) {
+    rotate_row(isa, x, cos, sin, x.len(), 1, -1.0, scale, y);
 }
 
-per_cpu! {
+per_isa! {
     fn rotate_row<E: Element>(
         x: &[f32],
         cos: &[f32],

@@ -1,16 +1,16 @@
 //! The weights that a token is drawn by.
 
-use crate::cpu::{cpu, per_cpu};
 use crate::element::{exp, largest};
+use crate::isa::{isa, per_isa};
 
 /// Logits lₜ become `e^((lₜ − max l) / T)`: 1 for the likeliest, so that nothing overflows, and 0 below e⁻⁸⁷.
 ///
 /// `logits`: (V), finite. `temperature`: above 0.
 pub fn softmax_weights(logits: &mut [f32], temperature: f32) {
-    weigh(cpu(), logits, 1.0 / temperature);
+    weigh(isa(), logits, 1.0 / temperature);
 }
 
-per_cpu! {
+per_isa! {
     fn weigh(logits: &mut [f32], inverse: f32) {
         let top = largest(logits);
         for logit in logits.iter_mut() {
@@ -24,7 +24,7 @@ per_cpu! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::{Cpu, with_cpu};
+    use crate::isa::{Isa, with_isa};
     use crate::philox::Stream;
 
     #[test]
@@ -34,14 +34,14 @@ mod tests {
         logits[77] = f32::MIN;
         logits[1236] = logits.iter().copied().fold(f32::MIN, f32::max);
         for temperature in [1.0, 0.7, 31.0, 1e-6] {
-            let of = |cpu| {
-                with_cpu(cpu, || {
+            let of = |isa| {
+                with_isa(isa, || {
                     let mut weights = logits.clone();
                     softmax_weights(&mut weights, temperature);
                     weights
                 })
             };
-            let weights = of(Cpu::Portable);
+            let weights = of(Isa::PORTABLE);
             let top = f64::from(logits[1236]);
             for (logit, weight) in logits.iter().zip(&weights) {
                 let x = (f64::from(*logit) - top) / f64::from(temperature);
@@ -50,8 +50,8 @@ mod tests {
                 assert!((weight - exact).abs() <= exact * 4e-7 * (1.0 + x.abs()) || x < -86.9 && weight < 2e-38);
             }
             assert!(weights[1236] == 1.0 && weights[77] == 0.0);
-            for cpu in [Cpu::Avx2, Cpu::Avx512, Cpu::Avx512Bf16] {
-                assert!(of(cpu) == weights, "{cpu:?}, at temperature {temperature}");
+            for isa in Isa::tested() {
+                assert!(of(isa) == weights, "{isa:?}, at temperature {temperature}");
             }
         }
     }

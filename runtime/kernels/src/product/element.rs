@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::buffer::grown;
-use crate::cpu::Cpu;
+use crate::isa::Isa;
 use crate::matmul::Matrix;
 use crate::round::narrow;
 use crate::tile::TileElement;
@@ -19,7 +19,7 @@ pub trait ProductElement: TileElement {
     /// Decodes part of some rows of a weight.
     #[doc(hidden)]
     fn decode_rows(
-        cpu: Cpu,
+        isa: Isa,
         matrix: &Matrix<'_>,
         rows: Range<usize>,
         cols: Range<usize>,
@@ -28,8 +28,8 @@ pub trait ProductElement: TileElement {
     );
     /// Decodes part of a row of a weight.
     #[doc(hidden)]
-    fn decode(cpu: Cpu, matrix: &Matrix<'_>, row: usize, cols: Range<usize>, out: &mut [Self], floats: &mut Vec<f32>) {
-        Self::decode_rows(cpu, matrix, row..row + 1, cols, out, floats);
+    fn decode(isa: Isa, matrix: &Matrix<'_>, row: usize, cols: Range<usize>, out: &mut [Self], floats: &mut Vec<f32>) {
+        Self::decode_rows(isa, matrix, row..row + 1, cols, out, floats);
     }
 }
 
@@ -45,7 +45,7 @@ impl ProductElement for f32 {
     }
 
     fn decode_rows(
-        cpu: Cpu,
+        isa: Isa,
         matrix: &Matrix<'_>,
         rows: Range<usize>,
         cols: Range<usize>,
@@ -54,7 +54,7 @@ impl ProductElement for f32 {
     ) {
         // By the caller's processor: a thread of the pool is not kept to one.
         if let Some(coded) = &matrix.coded {
-            return coded.decode_rows(cpu, rows, cols, out);
+            return coded.decode_rows(isa, rows, cols, out);
         }
         matrix.decode_part(rows, cols, out);
     }
@@ -72,7 +72,7 @@ impl ProductElement for half::bf16 {
     }
 
     fn decode_rows(
-        cpu: Cpu,
+        isa: Isa,
         matrix: &Matrix<'_>,
         rows: Range<usize>,
         cols: Range<usize>,
@@ -80,7 +80,7 @@ impl ProductElement for half::bf16 {
         floats: &mut Vec<f32>,
     ) {
         if let Some(coded) = &matrix.coded {
-            return coded.decode_rows(cpu, rows, cols, out);
+            return coded.decode_rows(isa, rows, cols, out);
         }
         let floats = grown(floats, cols.len());
         for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
@@ -91,7 +91,7 @@ impl ProductElement for half::bf16 {
                 }
             } else {
                 matrix.decode_part(row..row + 1, cols.clone(), floats);
-                narrow(cpu, floats, out);
+                narrow(isa, floats, out);
             }
         }
     }

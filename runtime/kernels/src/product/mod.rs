@@ -23,8 +23,8 @@ use self::pack::{decode_wide, pack};
 use self::scratch::{SCRATCH, Scratch};
 use self::terms::fits;
 use crate::buffer::grown;
-use crate::cpu::{Cpu, cpu};
 use crate::int8::{self, Packed, Rounded};
+use crate::isa::{Isa, isa};
 use crate::pool::for_each;
 use crate::round::narrow;
 use crate::tile::{PANEL, SEGMENTS_MAX, Segment, Store, pack_rows, rows};
@@ -71,7 +71,7 @@ pub fn product<E: ProductElement>(
     if m == 0 {
         return;
     }
-    let cpu = cpu();
+    let isa = isa();
     let (wide, narrow, add) = match out {
         Output::Wide(values) => (values.as_mut_ptr(), std::ptr::null_mut(), false),
         Output::Add(values) => (values.as_mut_ptr(), std::ptr::null_mut(), true),
@@ -88,7 +88,7 @@ pub fn product<E: ProductElement>(
         step,
     };
     let tasks = cut(m, columns);
-    let integers = Integers::of(cpu, m, columns);
+    let integers = Integers::of(isa, m, columns);
     let in_output = !store.wide.is_null() && !add;
     let groups: Vec<Vec<Vec<Piece>>> = columns.iter().map(|columns| group(columns.terms, in_output)).collect();
     // Sums that are too deep for one panel are taken a group of pieces at a time. Where they can wait in the output, that is in
@@ -105,7 +105,7 @@ pub fn product<E: ProductElement>(
                 // was cut for, and no two tasks have an element in common.
                 unsafe {
                     let rounded = (&integers, integers.places[task.columns].as_slice());
-                    run(cpu, task, &columns[task.columns], rounded, (all, now), in_output, store.get(), scratch);
+                    run(isa, task, &columns[task.columns], rounded, (all, now), in_output, store.get(), scratch);
                 };
             });
         });
@@ -120,7 +120,7 @@ struct Integers {
 }
 
 impl Integers {
-    fn of<E: ProductElement>(cpu: Cpu, m: usize, columns: &[Columns<'_, E>]) -> Self {
+    fn of<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, E>]) -> Self {
         let (mut rounded, mut made) = (Vec::new(), Vec::new());
         let mut place = |term: &Term<'_, E>| {
             let Right::Integers(matrix) = term.right else { return usize::MAX };
@@ -132,7 +132,7 @@ impl Integers {
             if let Some((_, known)) = made.iter().find(|(other, _)| *other == key && scales.is_none()) {
                 return *known;
             }
-            rounded.push(int8::round(cpu, m, term.depth(), &left.values[left.at..], left.step, scales.as_deref()));
+            rounded.push(int8::round(isa, m, term.depth(), &left.values[left.at..], left.step, scales.as_deref()));
             made.push((key, rounded.len() - 1));
             rounded.len() - 1
         };
@@ -157,7 +157,7 @@ impl<E> SharedStore<E> {
 /// See [`product`].
 #[allow(clippy::too_many_arguments)]
 unsafe fn run<E: ProductElement>(
-    cpu: Cpu,
+    isa: Isa,
     task: &Task,
     columns: &Columns<'_, E>,
     integers: (&Integers, &[usize]),
@@ -186,16 +186,16 @@ unsafe fn run<E: ProductElement>(
                 let waiting = sums.wrapping_add(from);
                 // SAFETY: `sums` holds m rows of `step`.
                 unsafe {
-                    whole_numbers(cpu, task, columns, integers, group, (from, width), (waiting, step), packed);
+                    whole_numbers(isa, task, columns, integers, group, (from, width), (waiting, step), packed);
                     if last {
-                        finish(cpu, m, width, waiting, step, target(store, columns, task, from));
+                        finish(isa, m, width, waiting, step, target(store, columns, task, from));
                     }
                 }
             }
             continue;
         }
         // What a wide task decodes for all of its panels; narrow ones decode as they pack.
-        let shared = if wide { Some(decode_wide(cpu, task, columns, group, all, floats)) } else { None };
+        let shared = if wide { Some(decode_wide(isa, task, columns, group, all, floats)) } else { None };
         for from in (0..task.width).step_by(PANEL) {
             let width = PANEL.min(task.width - from);
             let mut segments = [Segment::EMPTY; SEGMENTS_MAX];
@@ -207,10 +207,10 @@ unsafe fn run<E: ProductElement>(
                 match (&shared, term.right) {
                     (Some(all), Right::Frozen(_)) if !term.transposed => {
                         let values = &E::of_words(all)[starts..starts + depth * task.width];
-                        pack_rows(cpu, &values[from..], task.width, depth, width, out);
+                        pack_rows(isa, &values[from..], task.width, depth, width, out);
                         starts += depth * task.width;
                     }
-                    _ => pack(cpu, term, piece.from, depth, task.from + from, width, out, decoded, floats),
+                    _ => pack(isa, term, piece.from, depth, task.from + from, width, out, decoded, floats),
                 }
                 let left = &term.left;
                 *segment = Segment {
@@ -236,14 +236,14 @@ unsafe fn run<E: ProductElement>(
                     // The sums so far go in before scale, bias and addends do.
                     // SAFETY: `sums` holds m rows of `step`; A and B are as large as the segments say.
                     unsafe {
-                        rows::<E, false>(cpu, m, width, segments, Store::adding(waiting, step));
-                        finish(cpu, m, width, waiting, step, target(store, columns, task, from));
+                        rows::<E, false>(isa, m, width, segments, Store::adding(waiting, step));
+                        finish(isa, m, width, waiting, step, target(store, columns, task, from));
                     }
                     continue;
                 }
             };
             // SAFETY: as above; the output is the task's own.
-            unsafe { rows::<E, false>(cpu, m, width, segments, target) };
+            unsafe { rows::<E, false>(isa, m, width, segments, target) };
         }
     }
 }
@@ -259,7 +259,7 @@ fn in_integers<E>(columns: &Columns<'_, E>, group: &[Piece]) -> bool {
 /// `sums` is writable over the task's rows by the panel's columns.
 #[allow(clippy::too_many_arguments)]
 unsafe fn whole_numbers<E: ProductElement>(
-    cpu: Cpu,
+    isa: Isa,
     task: &Task,
     columns: &Columns<'_, E>,
     (integers, places): (&Integers, &[usize]),
@@ -276,11 +276,11 @@ unsafe fn whole_numbers<E: ProductElement>(
         let factors = (term.transposed && matrix.line().is_some()).then(|| matrix.integer_scales(columns.clone()));
         for (chunk, start) in (0..term.depth()).step_by(int8::CHUNK).enumerate() {
             let part = start..term.depth().min(start + int8::CHUNK);
-            int8::pack(cpu, &matrix, !term.transposed, part, columns.clone(), packed);
+            int8::pack(isa, &matrix, !term.transposed, part, columns.clone(), packed);
             let factors = factors.as_ref().map_or(std::ptr::null(), |factors| factors.as_ptr());
             let to = int8::Sums { out: sums, step, add, factors };
             // SAFETY: the caller's sums, and as many factors as columns.
-            unsafe { int8::rows(cpu, rounded, task.rows.clone(), chunk, packed, width, to) };
+            unsafe { int8::rows(isa, rounded, task.rows.clone(), chunk, packed, width, to) };
             add = true;
         }
     }
@@ -306,7 +306,7 @@ fn target<E>(store: Store<E>, columns: &Columns<'_, E>, task: &Task, from: usize
 ///
 /// # Safety
 /// `sums` is readable and the output of `store` writable over m x width.
-unsafe fn finish<E: ProductElement>(cpu: Cpu, m: usize, width: usize, sums: *const f32, step: usize, store: Store<E>) {
+unsafe fn finish<E: ProductElement>(isa: Isa, m: usize, width: usize, sums: *const f32, step: usize, store: Store<E>) {
     for row in 0..m {
         // SAFETY: as the caller promised.
         unsafe {
@@ -317,9 +317,9 @@ unsafe fn finish<E: ProductElement>(cpu: Cpu, m: usize, width: usize, sums: *con
             let mut values = [0f32; PANEL];
             let values = &mut values[..width];
             values.copy_from_slice(sums);
-            finish_row(cpu, values, store.scale, part(store.bias), row_add, add);
+            finish_row(isa, values, store.scale, part(store.bias), row_add, add);
             if store.wide.is_null() {
-                narrow(cpu, values, std::slice::from_raw_parts_mut(store.narrow.add(row * store.step), width));
+                narrow(isa, values, std::slice::from_raw_parts_mut(store.narrow.add(row * store.step), width));
             } else {
                 std::slice::from_raw_parts_mut(store.wide.add(row * store.step), width).copy_from_slice(values);
             }
@@ -327,7 +327,7 @@ unsafe fn finish<E: ProductElement>(cpu: Cpu, m: usize, width: usize, sums: *con
     }
 }
 
-crate::cpu::per_cpu! {
+crate::isa::per_isa! {
     fn finish_row(values: &mut [f32], scale: f32, bias: Option<&[f32]>, row_add: f32, add: Option<&[f32]>) {
         for value in values.iter_mut() {
             *value *= scale;

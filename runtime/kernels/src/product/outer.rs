@@ -5,7 +5,7 @@ use super::element::ProductElement;
 use super::scratch::SCRATCH;
 use super::terms::{Left, fits};
 use crate::buffer::grown;
-use crate::cpu::cpu;
+use crate::isa::isa;
 use crate::pool::{Shared, for_each};
 use crate::tile::{PANEL, Segment, Store, pack_rows_padded, pair_rows, rows};
 
@@ -28,10 +28,10 @@ pub fn outer<E: ProductElement>(
     }
     assert!(fits(m, d.at, d.step, p, d.values.len()), "D is short");
     assert!(fits(m, x.at, x.step, n, x.values.len()), "X is short");
-    let cpu = cpu();
+    let isa = isa();
     let words = m.div_ceil(E::PER_WORD);
     let mut pairs = vec![0; words * p];
-    pair_rows(cpu, &d.values[d.at..], d.step, m, p, &mut pairs);
+    pair_rows(isa, &d.values[d.at..], d.step, m, p, &mut pairs);
     let c = Shared::new(c);
     // Wide enough that packing X for so few rows of C is little beside the product.
     for_each(n.div_ceil(PANEL), |panel| {
@@ -43,7 +43,7 @@ pub fn outer<E: ProductElement>(
                 let row = start * E::PER_WORD;
                 let part = &x.values[x.at + row * x.step + from..];
                 let rows_here = (count * E::PER_WORD).min(m - row);
-                pack_rows_padded(cpu, part, x.step, rows_here, width, &mut out[..count * PANEL]);
+                pack_rows_padded(isa, part, x.step, rows_here, width, &mut out[..count * PANEL]);
                 let segment = Segment {
                     a: pairs[start * p..].as_ptr().cast(),
                     row_step: size_of::<u32>(),
@@ -56,7 +56,7 @@ pub fn outer<E: ProductElement>(
                 let store = if first { Store::wide(wide, n) } else { Store::adding(wide, n) };
                 // SAFETY: A is (words, p) words and B is `count` packed words; this task alone writes columns
                 // `from..from + width` of C, which is (p, n) and borrowed until all tasks have ended.
-                unsafe { rows::<E, true>(cpu, p, width, &[segment], Store { scale, ..store }) };
+                unsafe { rows::<E, true>(isa, p, width, &[segment], Store { scale, ..store }) };
             }
         });
     });

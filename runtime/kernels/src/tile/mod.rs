@@ -28,8 +28,8 @@ use self::avx2::Avx2;
 use self::avx512::Avx512;
 use self::lanes::{Lanes, spin_operations};
 use self::portable::Portable;
-use crate::cpu::Cpu;
 use crate::element::Element;
+use crate::isa::{Bf16Unit, F32Unit, Isa};
 
 /// Rows of the largest tile of any processor.
 const ROWS_MAX: usize = 6;
@@ -38,21 +38,21 @@ const ROWS_MAX: usize = 6;
 ///
 /// # Safety
 /// Every segment has `rows` rows of A and `words * PANEL` words of B readable; outputs are writable (and `add`, `bias` and
-/// `row_add` readable) over rows x width, and nobody else accesses them meanwhile. The processor has what `cpu` says.
+/// `row_add` readable) over rows x width, and nobody else accesses them meanwhile. The processor has what `isa` says.
 pub(crate) unsafe fn rows<E: TileElement, const ALONG_ROWS: bool>(
-    cpu: Cpu,
+    isa: Isa,
     rows: usize,
     width: usize,
     segments: &[Segment],
     store: Store<E>,
 ) {
     // SAFETY: passed on to the caller.
-    unsafe { E::rows::<ALONG_ROWS>(cpu, rows, width, segments, store) }
+    unsafe { E::rows::<ALONG_ROWS>(isa, rows, width, segments, store) }
 }
 
 /// Multiply-adds on registers alone: what they sum up to, and the operations of so many steps.
-pub(crate) fn spin<E: TileElement>(cpu: Cpu, steps: usize) -> (f32, f64) {
-    let (sum, operations) = E::spin(cpu, steps);
+pub(crate) fn spin<E: TileElement>(isa: Isa, steps: usize) -> (f32, f64) {
+    let (sum, operations) = E::spin(isa, steps);
     (sum, operations as f64 * steps as f64)
 }
 
@@ -63,19 +63,19 @@ pub trait TileElement: Element {
     /// # Safety
     /// See [`rows`].
     unsafe fn rows<const ALONG_ROWS: bool>(
-        cpu: Cpu,
+        isa: Isa,
         rows: usize,
         width: usize,
         segments: &[Segment],
         store: Store<Self>,
     );
     /// See [`spin`]; the operations are those of one step.
-    fn spin(cpu: Cpu, steps: usize) -> (f32, usize);
+    fn spin(isa: Isa, steps: usize) -> (f32, usize);
 }
 
 impl TileElement for f32 {
     unsafe fn rows<const ALONG_ROWS: bool>(
-        cpu: Cpu,
+        isa: Isa,
         rows: usize,
         width: usize,
         segments: &[Segment],
@@ -83,26 +83,26 @@ impl TileElement for f32 {
     ) {
         // SAFETY: passed on to the caller.
         unsafe {
-            match cpu {
+            match isa.f32_unit() {
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx512 | Cpu::Avx512Bf16 => {
+                F32Unit::Avx512 => {
                     walk::<Avx512<f32>, ALONG_ROWS>(rows, width, segments, store);
                 }
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx2 => walk::<Avx2<f32>, ALONG_ROWS>(rows, width, segments, store),
+                F32Unit::Avx2 => walk::<Avx2<f32>, ALONG_ROWS>(rows, width, segments, store),
                 _ => walk::<Portable<f32>, ALONG_ROWS>(rows, width, segments, store),
             }
         }
     }
 
-    fn spin(cpu: Cpu, steps: usize) -> (f32, usize) {
-        // SAFETY: a `Cpu` is never more than the processor has.
+    fn spin(isa: Isa, steps: usize) -> (f32, usize) {
+        // SAFETY: a set in use is never more than the processor has.
         unsafe {
-            match cpu {
+            match isa.f32_unit() {
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx512 | Cpu::Avx512Bf16 => turn::<Avx512<f32>>(steps),
+                F32Unit::Avx512 => turn::<Avx512<f32>>(steps),
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx2 => turn::<Avx2<f32>>(steps),
+                F32Unit::Avx2 => turn::<Avx2<f32>>(steps),
                 _ => turn::<Portable<f32>>(steps),
             }
         }
@@ -111,7 +111,7 @@ impl TileElement for f32 {
 
 impl TileElement for bf16 {
     unsafe fn rows<const ALONG_ROWS: bool>(
-        cpu: Cpu,
+        isa: Isa,
         rows: usize,
         width: usize,
         segments: &[Segment],
@@ -119,24 +119,26 @@ impl TileElement for bf16 {
     ) {
         // SAFETY: passed on to the caller.
         unsafe {
-            match cpu {
+            match (isa.bf16_unit(), isa.f32_unit()) {
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx512Bf16 => walk::<Avx512<bf16>, ALONG_ROWS>(rows, width, segments, store),
+                (Bf16Unit::Amx | Bf16Unit::Avx512, _) => walk::<Avx512<bf16>, ALONG_ROWS>(rows, width, segments, store),
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx512 | Cpu::Avx2 => walk::<Avx2<bf16>, ALONG_ROWS>(rows, width, segments, store),
+                (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => {
+                    walk::<Avx2<bf16>, ALONG_ROWS>(rows, width, segments, store)
+                }
                 _ => walk::<Portable<bf16>, ALONG_ROWS>(rows, width, segments, store),
             }
         }
     }
 
-    fn spin(cpu: Cpu, steps: usize) -> (f32, usize) {
-        // SAFETY: a `Cpu` is never more than the processor has.
+    fn spin(isa: Isa, steps: usize) -> (f32, usize) {
+        // SAFETY: a set in use is never more than the processor has.
         unsafe {
-            match cpu {
+            match (isa.bf16_unit(), isa.f32_unit()) {
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx512Bf16 => turn::<Avx512<bf16>>(steps),
+                (Bf16Unit::Amx | Bf16Unit::Avx512, _) => turn::<Avx512<bf16>>(steps),
                 #[cfg(target_arch = "x86_64")]
-                Cpu::Avx512 | Cpu::Avx2 => turn::<Avx2<bf16>>(steps),
+                (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => turn::<Avx2<bf16>>(steps),
                 _ => turn::<Portable<bf16>>(steps),
             }
         }

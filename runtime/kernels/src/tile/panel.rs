@@ -3,8 +3,10 @@
 //! B is W transposed (forward: a column of B is a row of W) or W itself (backward: a row of B is a row of W).
 
 use super::operands::PANEL;
-use crate::cpu::{Cpu, per_cpu};
 use crate::element::Element;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Feature;
+use crate::isa::{Isa, per_isa};
 
 /// Packs columns that are contiguous along the sum: `rows[j]` points at `words` words for column j.
 ///
@@ -12,16 +14,16 @@ use crate::element::Element;
 ///
 /// # Safety
 /// Each pointer is readable for `words` words.
-pub(crate) unsafe fn pack_columns(cpu: Cpu, rows: &[*const u8], words: usize, out: &mut [u32]) {
+pub(crate) unsafe fn pack_columns(isa: Isa, rows: &[*const u8], words: usize, out: &mut [u32]) {
     assert!(rows.len() <= PANEL && out.len() >= words * PANEL);
     #[cfg(target_arch = "x86_64")]
-    if cpu >= Cpu::Avx512 {
+    if isa.has(Feature::Avx512) {
         let mut all = [std::ptr::null(); PANEL];
         all[..rows.len()].copy_from_slice(rows);
         // SAFETY: as the caller promised; null pointers stand for columns of zeros.
         return unsafe { x86::pack_columns(&all, words, out) };
     }
-    let _ = cpu;
+    let _ = isa;
     for (j, row) in rows.iter().enumerate() {
         for k in 0..words {
             // SAFETY: as the caller promised.
@@ -33,7 +35,7 @@ pub(crate) unsafe fn pack_columns(cpu: Cpu, rows: &[*const u8], words: usize, ou
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Packs rows that are contiguous across columns: row k of `from` starts at `k * step` and has `width` ≤ [`PANEL`]
     /// columns; `count` rows, an even number for bf16.
     ///
@@ -82,7 +84,7 @@ fn prefetch<E>(values: &[E], at: usize, count: usize) {
 
 /// As [`pack_rows`] for any number of rows: what the last word lacks, and whole words up to the end of `out`, are zeros.
 pub(crate) fn pack_rows_padded<E: Element>(
-    cpu: Cpu,
+    isa: Isa,
     from: &[E],
     step: usize,
     count: usize,
@@ -90,7 +92,7 @@ pub(crate) fn pack_rows_padded<E: Element>(
     out: &mut [u32],
 ) {
     let whole = count / E::PER_WORD;
-    pack_rows(cpu, from, step, whole * E::PER_WORD, width, out);
+    pack_rows(isa, from, step, whole * E::PER_WORD, width, out);
     let rest = &mut out[whole * PANEL..];
     rest.fill(0);
     if whole * E::PER_WORD < count {
@@ -112,7 +114,7 @@ pub(crate) fn word<E: Element>(first: E, last: E) -> u32 {
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Lays rows (m, width) out as the words of their transpose: word p of column i at `out[p * width + i]`, where a word
     /// holds rows 2 p and 2 p + 1 for bf16 and row p for f32. A missing last row counts as zeros.
     pub(crate) fn pair_rows<E: Element>(from: &[E], step: usize, m: usize, width: usize, out: &mut [u32]) {

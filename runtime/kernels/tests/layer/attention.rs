@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use homeroom_kernels::{
-    Attention, Cpu, KeyValueGradients, ProductElement, RotaryTable, Stream, attend, attend_join, attend_tasks,
-    attend_values, attention, attention_backward, attention_kept, bf16, with_cpu,
+    Attention, Isa, KeyValueGradients, ProductElement, RotaryTable, Stream, attend, attend_join, attend_tasks,
+    attend_values, attention, attention_backward, attention_kept, bf16, with_isa,
 };
 
-use super::{U, bits, close, cpus, is_gradient, narrow, normal, on_any_threads, on_threads, unit, wide};
+use super::{U, bits, close, is_gradient, isas, narrow, normal, on_any_threads, on_threads, unit, wide};
 
 /// Lengths around tiles (6), blocks of queries (48), panels (64), blocks of keys (128) and chunks of queries (240).
 const LENGTHS: [usize; 9] = [1, 2, 47, 48, 0, 49, 65, 129, 300];
@@ -269,11 +269,11 @@ fn kept<E: ProductElement>(
     let mut stream = Stream::new(77, length as u64);
     let qkv: Vec<E> = normal(length * row, 1.0, &mut stream).into_iter().map(E::of).collect();
     let kept: Vec<E> = qkv.chunks_exact(row).flat_map(|row| row[heads * head_dim..].to_vec()).collect();
-    for cpu in cpus() {
+    for isa in isas() {
         let mut expected = vec![E::default(); length * heads * head_dim];
-        with_cpu(cpu, || attention(&shape, &qkv, &mut expected, &mut vec![0.0; heads * length]));
+        with_isa(isa, || attention(&shape, &qkv, &mut expected, &mut vec![0.0; heads * length]));
         for piece in [1, 7, 100, 250] {
-            let out = on_any_threads(cpu, &label, || {
+            let out = on_any_threads(isa, &label, || {
                 let mut out = vec![E::default(); expected.len()];
                 for from in (0..length).step_by(piece) {
                     let to = length.min(from + piece);
@@ -283,7 +283,7 @@ fn kept<E: ProductElement>(
                 out.iter().map(|value| value.wide().to_bits()).collect::<Vec<u32>>()
             });
             let whole: Vec<u32> = expected.iter().map(|value| value.wide().to_bits()).collect();
-            assert!(out == whole, "{label}, {cpu:?}: in pieces of {piece} it is something else");
+            assert!(out == whole, "{label}, {isa:?}: in pieces of {piece} it is something else");
         }
         for last in [0, length / 2, length - 1] {
             let q: Vec<f32> = qkv[last * row..][..heads * head_dim].iter().map(|value| value.wide()).collect();
@@ -291,7 +291,7 @@ fn kept<E: ProductElement>(
             let size = attend_values(&shape);
             let mut parts = vec![f32::NAN; attend_tasks(&shape, last + 1) * size];
             for (task, part) in parts.chunks_exact_mut(size).enumerate() {
-                with_cpu(cpu, || attend(&shape, &q, kept, task, part));
+                with_isa(isa, || attend(&shape, &q, kept, task, part));
             }
             let mut out = vec![f32::NAN; heads * head_dim];
             attend_join(&shape, &parts, &mut out);
@@ -300,7 +300,7 @@ fn kept<E: ProductElement>(
                 // The whole rounds its weights and its result to E.
                 assert!(
                     (got - want.wide()).abs() < 4.0 * unit::<E>() as f32 + 2e-5,
-                    "{label}, {cpu:?}: {got} for {want:?}",
+                    "{label}, {isa:?}: {got} for {want:?}",
                     want = want.wide()
                 );
             }
@@ -388,9 +388,9 @@ fn check_turned<E: ProductElement>(shape: &Attention, turning: Option<&Turning>)
     let mut stream = Stream::new(52, (head_dim + window.unwrap_or(0)) as u64);
     let given = Given::<E>::random(shape, turning, &mut stream);
     let expected = reference(shape, &wide(&given.qkv), &wide(&given.d_out), &given.positions, turning, unit::<E>());
-    for cpu in cpus() {
-        let label = format!("attention of {heads} {kv_heads} {head_dim} {window:?} {scale} {soft_cap:?} {cpu:?}");
-        let result = on_any_threads(cpu, &label, || given.run(shape, &mut KeyValueGradients::default()));
+    for isa in isas() {
+        let label = format!("attention of {heads} {kv_heads} {head_dim} {window:?} {scale} {soft_cap:?} {isa:?}");
+        let result = on_any_threads(isa, &label, || given.run(shape, &mut KeyValueGradients::default()));
         let compare = |name: &str, got: &[u32], expected: &Bounded| {
             let got: Vec<f32> = got.iter().map(|bits| f32::from_bits(*bits)).collect();
             close(&format!("{name}, {label}"), &got, &expected.values, &expected.bounds);
@@ -398,12 +398,12 @@ fn check_turned<E: ProductElement>(shape: &Attention, turning: Option<&Turning>)
         compare("out", &result.out, &expected.out);
         compare("sums", &result.log_sums, &expected.log_sums);
         compare("gradients", &result.d_qkv, &expected.d_qkv);
-        others_do_not_matter(shape, &given, &result, cpu);
+        others_do_not_matter(shape, &given, &result, isa);
     }
 }
 
 /// A sequence whose neighbours have other values, or another place, has the same bits.
-fn others_do_not_matter<E: ProductElement>(shape: &Attention, given: &Given<E>, result: &Results, cpu: Cpu) {
+fn others_do_not_matter<E: ProductElement>(shape: &Attention, given: &Given<E>, result: &Results, isa: Isa) {
     let sequences = shape.sequences;
     if sequences.is_empty() {
         return;
@@ -415,10 +415,10 @@ fn others_do_not_matter<E: ProductElement>(shape: &Attention, given: &Given<E>, 
     for value in other.qkv[of(shape.row())].iter_mut().chain(&mut other.d_out[of(shape.heads * shape.head_dim)]) {
         *value = E::of(3.0 - 2.0 * value.wide());
     }
-    let changed_result = on_threads(cpu, 2, || other.run(shape, &mut KeyValueGradients::default()));
+    let changed_result = on_threads(isa, 2, || other.run(shape, &mut KeyValueGradients::default()));
     for (i, rows) in sequences.iter().enumerate() {
         let same = changed_result.part(shape, rows.clone()) == result.part(shape, rows.clone());
-        assert!(same == (i != changed || rows.is_empty()), "{cpu:?}: sequence {i} when {changed} changes");
+        assert!(same == (i != changed || rows.is_empty()), "{isa:?}: sequence {i} when {changed} changes");
     }
 
     // Backwards through the batch.
@@ -436,10 +436,10 @@ fn others_do_not_matter<E: ProductElement>(shape: &Attention, given: &Given<E>, 
         table: given.table.clone(),
     };
     let moved_shape = Attention { sequences: &moved, ..*shape };
-    let moved_result = on_threads(cpu, 2, || elsewhere.run(&moved_shape, &mut KeyValueGradients::default()));
+    let moved_result = on_threads(isa, 2, || elsewhere.run(&moved_shape, &mut KeyValueGradients::default()));
     for (place, i) in moved.iter().zip(&order) {
         let same = moved_result.part(shape, place.clone()) == result.part(shape, sequences[*i].clone());
-        assert!(same, "{cpu:?}: sequence {i} elsewhere differs");
+        assert!(same, "{isa:?}: sequence {i} elsewhere differs");
     }
 }
 
@@ -485,12 +485,12 @@ fn a_cap_that_is_far_away_changes_little() {
     let shape = shape(&sequences, [6, 2, 16], None);
     let given = Given::<f32>::random(&shape, Some(&Turning::whole(16)), &mut Stream::new(55, 0));
     let run = |shape: &Attention| given.run(shape, &mut KeyValueGradients::default());
-    for cpu in cpus() {
-        let (plain, capped) = with_cpu(cpu, || (run(&shape), run(&Attention { soft_cap: Some(1e5), ..shape })));
+    for isa in isas() {
+        let (plain, capped) = with_isa(isa, || (run(&shape), run(&Attention { soft_cap: Some(1e5), ..shape })));
         for (plain, capped) in [(plain.out, capped.out), (plain.d_qkv, capped.d_qkv)] {
             for (plain, capped) in plain.iter().zip(&capped) {
                 let (plain, capped) = (f32::from_bits(*plain), f32::from_bits(*capped));
-                assert!((plain - capped).abs() < 1e-5 * (1.0 + plain.abs()), "{cpu:?}: {capped} for {plain}");
+                assert!((plain - capped).abs() < 1e-5 * (1.0 + plain.abs()), "{isa:?}: {capped} for {plain}");
             }
         }
     }
@@ -502,8 +502,8 @@ fn saturated_scores_are_equal_and_have_no_gradient() {
     let rows = 0..70;
     let shape = Attention { scale: 1.0, soft_cap: Some(2.0), ..shape(std::slice::from_ref(&rows), [1, 1, 2], None) };
     let qkv: Vec<f32> = (0..70).flat_map(|k| [300.0, 0.0, 1.0 + k as f32, 0.0, k as f32, 1.0]).collect();
-    for cpu in cpus() {
-        on_any_threads(cpu, "", || {
+    for isa in isas() {
+        on_any_threads(isa, "", || {
             let (mut out, mut log_sums, mut d_qkv) = (vec![0f32; 140], vec![0f32; 70], vec![f32::NAN; 6 * 70]);
             attention(&shape, &qkv, &mut out, &mut log_sums);
             let partial = &mut KeyValueGradients::default();
@@ -537,14 +537,14 @@ fn extreme_scores_pick_one_key() {
             // The score of key k is ±300 k / √2 and its value k.
             let qkv = (0..70).flat_map(|k| [300.0, 0.0, sign * k as f32, 0.0, k as f32, 1.0]);
             let qkv: Vec<f32> = qkv.collect();
-            for cpu in cpus() {
-                on_any_threads(cpu, "", || {
+            for isa in isas() {
+                on_any_threads(isa, "", || {
                     let (mut out, mut log_sums) = (vec![E::of(f32::NAN); 140], vec![f32::NAN; 70]);
                     attention(&shape, &narrow::<E>(&qkv), &mut out, &mut log_sums);
                     for query in 0..70 {
                         let picked = if sign > 0.0 { query as f32 } else { 0.0 };
                         let (value, one) = (out[2 * query].wide(), out[2 * query + 1].wide());
-                        assert!((value - picked).abs() < 1e-30 && one == 1.0, "{cpu:?} {query}: {value} {one}");
+                        assert!((value - picked).abs() < 1e-30 && one == 1.0, "{isa:?} {query}: {value} {one}");
                     }
                 });
             }
@@ -562,21 +562,21 @@ fn what_is_not_finite_stays_in_its_sequence() {
         let sequences = sequences(&[5, 70, 3]);
         let shape = shape(&sequences, [4, 2, 16], None);
         let given = Given::<E>::random(&shape, Some(&Turning::whole(16)), &mut stream);
-        for cpu in cpus() {
-            let clean = on_threads(cpu, 2, || given.run(&shape, &mut KeyValueGradients::default()));
+        for isa in isas() {
+            let clean = on_threads(isa, 2, || given.run(&shape, &mut KeyValueGradients::default()));
             // A query's, a key's and a value's channel in row 20 of the batch.
             for column in [5, 4 * 16 + 3, 7 * 16] {
                 for bad in [f32::NAN, f32::INFINITY] {
                     let mut given = given.clone();
                     given.qkv[20 * shape.row() + column] = E::of(bad);
-                    let result = on_any_threads(cpu, "", || given.run(&shape, &mut KeyValueGradients::default()));
+                    let result = on_any_threads(isa, "", || given.run(&shape, &mut KeyValueGradients::default()));
                     for (i, rows) in sequences.iter().enumerate() {
                         let part = result.part(&shape, rows.clone());
                         let bad = |bits: &[u32]| bits.iter().any(|bits| !f32::from_bits(*bits).is_finite());
                         if i == 1 {
-                            assert!(bad(&part.out) && bad(&part.d_qkv), "{cpu:?} {column}");
+                            assert!(bad(&part.out) && bad(&part.d_qkv), "{isa:?} {column}");
                         } else {
-                            assert!(part == clean.part(&shape, rows.clone()), "{cpu:?} {column}");
+                            assert!(part == clean.part(&shape, rows.clone()), "{isa:?} {column}");
                         }
                     }
                 }

@@ -1,10 +1,10 @@
 //! Cross-entropy over distances from the target's logit, and the target's logits themselves.
 
 use homeroom_kernels::{
-    Element, LogitCap, Matrix, ProductElement, RowOrder, Storage, Stream, bf16, cross_entropy, target_logits, with_cpu,
+    Element, LogitCap, Matrix, ProductElement, RowOrder, Storage, Stream, bf16, cross_entropy, target_logits, with_isa,
 };
 
-use super::{U, bits, close, cpus, is_gradient, narrow, normal, on_any_threads, uniform, unit, wide};
+use super::{U, bits, close, is_gradient, isas, narrow, normal, on_any_threads, uniform, unit, wide};
 
 /// ln Σ exp(l − l_t) of one row.
 fn loss_f64(logits: &[f64], target: usize) -> f64 {
@@ -45,15 +45,15 @@ fn check<E: Element>(given: &Given, v: usize) {
     let (logits, targets) = (narrow::<E>(&given.logits), &given.targets);
     let n = targets.len();
     let scales: Vec<f32> = (0..n).map(|i| [0.37, -1.5, 0.0][i % 3]).collect();
-    for cpu in cpus() {
-        let label = format!("cross-entropy of {n} x {v} {cpu:?}");
+    for isa in isas() {
+        let label = format!("cross-entropy of {n} x {v} {isa:?}");
         let run = |scale| {
             let (mut logits, mut losses, mut right) = (logits.clone(), vec![f32::NAN; n], vec![false; n]);
             cross_entropy(v, &mut logits, targets, None, scale, &mut losses, &mut right);
             (logits, losses, right)
         };
-        let (gradient, losses, right) = on_any_threads(cpu, &label, || run(Some(&scales[..])));
-        let alone = on_any_threads(cpu, &label, || run(None));
+        let (gradient, losses, right) = on_any_threads(isa, &label, || run(Some(&scales[..])));
+        let alone = on_any_threads(isa, &label, || run(None));
         assert!(alone.1 == losses && alone.2 == right, "{label}: the loss alone is the same");
         let roundings = v.div_ceil(32) as f64 + 12.0;
         for (i, row) in wide(&logits).chunks_exact_mut(v).enumerate() {
@@ -109,16 +109,16 @@ fn check_capped<E: Element>(given: &Given, v: usize, at: &[f32], cap: f32) {
     let scales: Vec<f32> = (0..n).map(|i| [0.37, -1.5, 0.0][i % 3]).collect();
     let c = f64::from(cap);
     let mut all = Vec::new();
-    for cpu in cpus() {
-        let label = format!("cross-entropy of {n} x {v} capped at {cap} {cpu:?}");
+    for isa in isas() {
+        let label = format!("cross-entropy of {n} x {v} capped at {cap} {isa:?}");
         let run = |scale| {
             let (mut logits, mut losses, mut right) = (logits.clone(), vec![f32::NAN; n], vec![false; n]);
             let cap = Some(LogitCap { cap, targets: at });
             cross_entropy(v, &mut logits, targets, cap, scale, &mut losses, &mut right);
             (logits, losses, right)
         };
-        let (gradient, losses, right) = on_any_threads(cpu, &label, || run(Some(&scales[..])));
-        let alone = on_any_threads(cpu, &label, || run(None));
+        let (gradient, losses, right) = on_any_threads(isa, &label, || run(Some(&scales[..])));
+        let alone = on_any_threads(isa, &label, || run(None));
         assert!(alone.1 == losses && alone.2 == right, "{label}: the loss alone is the same");
         let roundings = v.div_ceil(32) as f64 + 12.0;
         for (i, row) in wide(&logits).chunks_exact_mut(v).enumerate() {
@@ -176,11 +176,11 @@ fn extreme_logits_have_their_loss_and_gradient() {
 #[test]
 fn a_run_that_diverges_shows_it() {
     const V: usize = 70;
-    for (cpu, cap) in cpus().flat_map(|cpu| [(cpu, None), (cpu, Some(30.0))]) {
+    for (isa, cap) in isas().flat_map(|isa| [(isa, None), (isa, Some(30.0))]) {
         for (place, bad) in [(3, f32::NAN), (67, f32::NAN), (5, f32::NAN), (5, f32::INFINITY), (67, f32::INFINITY)] {
             let mut logits = vec![-1f32; 3 * V];
             logits[V + place] = bad;
-            let (losses, right) = on_any_threads(cpu, "", || {
+            let (losses, right) = on_any_threads(isa, "", || {
                 let (mut logits, mut losses, mut right) = (narrow::<bf16>(&logits), vec![0f32; 3], vec![true; 3]);
                 let cap = cap.map(|cap| LogitCap { cap, targets: &[1.0; 3] });
                 cross_entropy(V, &mut logits, &[5; 3], cap, Some(&[1.0; 3]), &mut losses, &mut right);
@@ -196,7 +196,7 @@ fn a_run_that_diverges_shows_it() {
         logits[5] = f32::NAN;
         let mut losses = [0f32];
         let cap = cap.map(|cap| LogitCap { cap, targets: &[1.0] });
-        with_cpu(cpu, || cross_entropy(V, &mut logits, &[5], cap, None, &mut losses, &mut [false]));
+        with_isa(isa, || cross_entropy(V, &mut logits, &[5], cap, None, &mut losses, &mut [false]));
         assert!(losses[0].is_nan(), "the logit of the target is infinite: {losses:?}");
     }
 }
@@ -223,8 +223,8 @@ fn check_target_logits<E: ProductElement>(storage: Storage, c: usize, stream: &m
         let roundings = c.div_ceil(32) as f64 + 6.0;
         let bound: Vec<f64> = (0..n).map(|i| U * roundings * terms(i).map(f64::abs).sum::<f64>()).collect();
         let mut all = Vec::new();
-        for cpu in cpus() {
-            let logits = on_any_threads(cpu, "target logits", || {
+        for isa in isas() {
+            let logits = on_any_threads(isa, "target logits", || {
                 let mut logits = vec![f32::NAN; n];
                 target_logits(&x, &w, &targets, &mut logits);
                 logits

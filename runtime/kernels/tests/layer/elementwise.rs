@@ -2,14 +2,14 @@
 //! bits under every instruction set.
 
 use homeroom_kernels::{
-    ColumnNorm, Cpu, Element, Gate, RotaryTable, Stream, add_gradient, add_scaled, bf16, cpu, cross_entropy, gate,
-    gated, gated_backward, norm_columns, norm_columns_backward, normalise, normalise_columns, on_pool, rms_norm,
+    ColumnNorm, Element, Gate, Isa, RotaryTable, Stream, add_gradient, add_scaled, bf16, cross_entropy, gate, gated,
+    gated_backward, isa, norm_columns, norm_columns_backward, normalise, normalise_columns, on_pool, rms_norm,
     rms_norm_add, rms_norm_add_backward, rms_norm_backward, rotate, scale_columns, soft_cap, to_elements,
-    to_elements_scaled, with_cpu,
+    to_elements_scaled, with_isa,
 };
 use std::panic::catch_unwind;
 
-use super::{U, bits, close, cpus, is_gradient, narrow, normal, on_any_threads, uniform, unit, wide};
+use super::{U, bits, close, is_gradient, isas, narrow, normal, on_any_threads, uniform, unit, wide};
 
 /// Rows and columns.
 const SIZES: [[usize; 2]; 7] = [[0, 5], [1, 1], [3, 7], [5, 31], [33, 32], [70, 65], [131, 576]];
@@ -56,9 +56,9 @@ fn the_plain_norm_backward_is_its_derivative() {
     is_gradient(loss, &x, &gradient, 0..7);
 }
 
-fn check_norm<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_norm<E: Element>([m, c]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut stream = Stream::new(22, (m * c) as u64);
-    let label = format!("norm of {m} x {c} {cpu:?}");
+    let label = format!("norm of {m} x {c} {isa:?}");
     // Rows of very different size, the second all zeros.
     let mut x = normal(m * c, 1.0, &mut stream);
     for (i, row) in x.chunks_exact_mut(c).enumerate() {
@@ -66,7 +66,7 @@ fn check_norm<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
     }
     let (w, dy, dx) = (normal(c, 1.0, &mut stream), uniform(m * c, &mut stream), uniform(m * c, &mut stream));
 
-    let forward = on_any_threads(cpu, &label, || {
+    let forward = on_any_threads(isa, &label, || {
         let (mut normal, mut y) = (vec![E::of(f32::NAN); m * c], vec![E::of(f32::NAN); m * c]);
         let mut inverse = vec![f32::NAN; m];
         rms_norm(&x, &w, EPSILON, &mut normal, &mut inverse, &mut y);
@@ -87,14 +87,14 @@ fn check_norm<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
     close(&label, kept, &expected, &bound(&expected, relative + 2.0 * unit::<E>()));
     let scaled: Vec<E> = (0..m * c).map(|i| E::of(w[i % c] * kept[i].wide())).collect();
     assert!(*y == scaled, "{label}: y is made of what is kept");
-    let again = on_any_threads(cpu, &label, || {
+    let again = on_any_threads(isa, &label, || {
         let mut y = vec![E::of(f32::NAN); m * c];
         scale_columns(kept, &w, &mut y);
         y
     });
     assert!(*y == again, "{label}: y is made again");
 
-    let backward = on_any_threads(cpu, &label, || {
+    let backward = on_any_threads(isa, &label, || {
         let (mut dx, mut narrow) = (dx.clone(), vec![E::of(f32::NAN); m * c]);
         rms_norm_backward(kept, &w, inverse, &dy, &mut dx, &mut narrow);
         (dx, narrow)
@@ -121,16 +121,16 @@ fn columns(c: usize) -> (usize, [(usize, usize, usize); 3]) {
     (3 + 5 * c + 2 * c.div_ceil(2) + 1, parts)
 }
 
-fn check_norm_columns<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_norm_columns<E: Element>([m, c]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut stream = Stream::new(27, (m * c) as u64);
-    let label = format!("norm of columns of {m} x {c} {cpu:?}");
+    let label = format!("norm of columns of {m} x {c} {isa:?}");
     let (row, places) = columns(c);
     let weights = places.map(|(_, _, len)| normal(len, 1.0, &mut stream));
     let part = |i: usize| ColumnNorm { at: places[i].0, groups: places[i].1, weight: &weights[i] };
     let parts = [part(0), part(1), part(2)];
     let (width, groups) = places.iter().fold((0, 0), |(width, n), (_, groups, len)| (width + groups * len, n + groups));
     let (x, dy) = (normal(m * row, 2.0, &mut stream), narrow::<E>(&uniform(m * row, &mut stream)));
-    let (y, kept, inverse, dx) = on_any_threads(cpu, &label, || {
+    let (y, kept, inverse, dx) = on_any_threads(isa, &label, || {
         let (mut y, mut d) = (x.clone(), dy.clone());
         let (mut kept, mut inverse) = (vec![E::of(f32::NAN); m * width], vec![f32::NAN; m * groups]);
         norm_columns(&mut y, row, &parts, EPSILON, &mut kept, &mut inverse);
@@ -139,7 +139,7 @@ fn check_norm_columns<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
     });
     let mut alone = x.clone();
     for row in alone.chunks_exact_mut(row) {
-        with_cpu(cpu, || normalise_columns(row, &parts, EPSILON));
+        with_isa(isa, || normalise_columns(row, &parts, EPSILON));
     }
     for i in 0..m {
         // Groups in their order are a norm of their own, to the bit.
@@ -175,13 +175,13 @@ fn check_norm_columns<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
 }
 
 /// With x = factor w ∘ ŷ: dy_j = Σ_k dx_k ∂x_k / ∂y_j, which is the norm's gradient of factor dx.
-fn check_norm_add<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_norm_add<E: Element>([m, c]: [usize; 2], isa: Isa) -> Vec<u32> {
     const FACTOR: f32 = 0.22;
     let mut stream = Stream::new(28, (m * c) as u64);
-    let label = format!("added norm of {m} x {c} {cpu:?}");
+    let label = format!("added norm of {m} x {c} {isa:?}");
     let (y, x, w) = (normal(m * c, 3.0, &mut stream), normal(m * c, 1.0, &mut stream), normal(c, 1.0, &mut stream));
     let dx = uniform(m * c, &mut stream);
-    let (sum, kept, inverse, dy) = on_any_threads(cpu, &label, || {
+    let (sum, kept, inverse, dy) = on_any_threads(isa, &label, || {
         let (mut sum, mut dy) = (x.clone(), vec![E::of(f32::NAN); m * c]);
         let (mut kept, mut inverse) = (vec![E::of(f32::NAN); m * c], vec![f32::NAN; m]);
         rms_norm_add(&y, &w, EPSILON, FACTOR, &mut kept, &mut inverse, &mut sum);
@@ -231,11 +231,11 @@ fn columns_beyond_a_row_are_refused() {
 
 // Sums in the residual stream.
 
-fn check_residual<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_residual<E: Element>([m, c]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut stream = Stream::new(30, (m * c) as u64);
     let n = 37 * m * c;
     let (x, y) = (normal(n, 1.0, &mut stream), normal(n, 1.0, &mut stream));
-    let (scaled, narrowed, sum, narrow_sum) = on_any_threads(cpu, "residual", || {
+    let (scaled, narrowed, sum, narrow_sum) = on_any_threads(isa, "residual", || {
         let (mut scaled, mut sum) = (x.clone(), x.clone());
         let [mut narrowed, mut narrow_sum] = [(); 2].map(|()| vec![E::of(f32::NAN); n]);
         add_scaled(&mut scaled, &y, 0.22);
@@ -251,12 +251,12 @@ fn check_residual<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
 }
 
 /// Small values pass and large ones end at the cap.
-fn check_soft_cap([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_soft_cap([m, c]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut x = normal(m * c, 40.0, &mut Stream::new(20, (m * c) as u64));
     x.iter_mut().zip([0.0, 1e-6, -1e-3, 1e30, f32::INFINITY, f32::NEG_INFINITY]).for_each(|(x, given)| *x = given);
     let expected: Vec<f64> = x.iter().map(|x| 30.0 * (f64::from(*x) / 30.0).tanh()).collect();
     let bound: Vec<f64> = expected.iter().map(|y| 12.0 * U * y.abs()).collect();
-    with_cpu(cpu, || soft_cap(&mut x, 30.0));
+    with_isa(isa, || soft_cap(&mut x, 30.0));
     close("soft cap", &x, &expected, &bound);
     bits(&x)
 }
@@ -307,16 +307,16 @@ fn the_plain_gelu_is_its_definition_and_its_slope_its_derivative() {
     }
 }
 
-fn check_gelu<E: Element>([m, n]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_gelu<E: Element>([m, n]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut stream = Stream::new(19, (m * n) as u64);
-    let label = format!("geglu of {m} x {n} {cpu:?}");
+    let label = format!("geglu of {m} x {n} {isa:?}");
     let mut gate_up: Vec<E> = narrow(&normal(2 * m * n, 3.0, &mut stream));
     for (value, extreme) in gate_up.iter_mut().step_by(3).zip([0.0, -0.0, 9.5, -9.5, -11.0, 200.0, -200.0, 1e30, -1e30])
     {
         *value = E::of(extreme);
     }
     let dh: Vec<E> = narrow(&uniform(m * n, &mut stream));
-    let (h, remade, d_gate_up, alone) = on_any_threads(cpu, &label, || {
+    let (h, remade, d_gate_up, alone) = on_any_threads(isa, &label, || {
         let mut h = vec![E::of(f32::NAN); m * n];
         gated(Gate::GeluTanh, n, &gate_up, &mut h);
         let (mut dh, mut d_gate_up) = (dh.clone(), vec![E::of(f32::NAN); 2 * m * n]);
@@ -356,16 +356,16 @@ fn check_gelu<E: Element>([m, n]: [usize; 2], cpu: Cpu) -> Vec<u32> {
     [bits(&h), bits(&remade), bits(&d_gate_up)].concat()
 }
 
-fn check_swiglu<E: Element>([m, n]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_swiglu<E: Element>([m, n]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut stream = Stream::new(23, (m * n) as u64);
-    let label = format!("swiglu of {m} x {n} {cpu:?}");
+    let label = format!("swiglu of {m} x {n} {isa:?}");
     let mut gate_up: Vec<E> = narrow(&normal(2 * m * n, 4.0, &mut stream));
     for (value, extreme) in gate_up.iter_mut().step_by(3).zip([0.0, -0.0, 87.5, -88.0, -89.0, 200.0, -200.0, 1e4, -1e4])
     {
         *value = E::of(extreme);
     }
     let dh: Vec<E> = narrow(&uniform(m * n, &mut stream));
-    let (h, remade, d_gate_up) = on_any_threads(cpu, &label, || {
+    let (h, remade, d_gate_up) = on_any_threads(isa, &label, || {
         let mut h = vec![E::of(f32::NAN); m * n];
         gated(Gate::Silu, n, &gate_up, &mut h);
         let (mut dh, mut d_gate_up) = (dh.clone(), vec![E::of(f32::NAN); 2 * m * n]);
@@ -397,9 +397,9 @@ fn check_swiglu<E: Element>([m, n]: [usize; 2], cpu: Cpu) -> Vec<u32> {
 
 // Rotary embedding.
 
-fn check_rotate<E: Element>([m, half]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn check_rotate<E: Element>([m, half]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut stream = Stream::new(24, (m * half) as u64);
-    let label = format!("rotation of {m} x {half} {cpu:?}");
+    let label = format!("rotation of {m} x {half} {isa:?}");
     let mut all = Vec::new();
     // Channels of a head that pass; the second set of frequencies and factor.
     for (heads, rotated, passing, factor) in [(1, 1, 0, 1.0), (3, 2, 0, 1.0), (2, 0, 2, 1.0), (3, 2, 5, 1.19)] {
@@ -412,13 +412,13 @@ fn check_rotate<E: Element>([m, half]: [usize; 2], cpu: Cpu) -> Vec<u32> {
         let positions: Vec<u32> = (0..m).map(|_| stream.below(250) as u32).collect();
         let width = head_dim * heads;
         let x = normal(m * width, 1.0, &mut stream);
-        let y = on_any_threads(cpu, &label, || {
+        let y = on_any_threads(isa, &label, || {
             let mut y = vec![E::of(f32::NAN); m * width];
             rotate(&x, &positions, heads, rotated, Some(&table), &mut y);
             y
         });
         let mut unturned = vec![E::of(f32::NAN); m * width];
-        on_any_threads(cpu, &label, || {
+        on_any_threads(isa, &label, || {
             let mut y = vec![E::of(f32::NAN); m * width];
             rotate(&x, &positions, heads, rotated, None, &mut y);
             assert!(y == narrow(&x), "{label}: without a table nothing turns");
@@ -455,7 +455,7 @@ fn check_rotate<E: Element>([m, half]: [usize; 2], cpu: Cpu) -> Vec<u32> {
 }
 
 /// Checks a kernel for a size and yields its bits.
-type Kernel = fn([usize; 2], Cpu) -> Vec<u32>;
+type Kernel = fn([usize; 2], Isa) -> Vec<u32>;
 
 /// Each kernel is checked and yields the same bits under each instruction set.
 fn check_all<E: Element>() {
@@ -473,20 +473,20 @@ fn check_all<E: Element>() {
     ];
     for (index, kernel) in kernels.into_iter().enumerate() {
         for size in SIZES {
-            let plain = kernel(size, Cpu::Portable);
-            for cpu in cpus() {
-                assert!(kernel(size, cpu) == plain, "kernel {index} of {size:?}: {cpu:?} differs from portable");
+            let plain = kernel(size, Isa::PORTABLE);
+            for isa in isas() {
+                assert!(kernel(size, isa) == plain, "kernel {index} of {size:?}: {isa:?} differs from portable");
             }
         }
     }
 }
 
 /// Its values are checked elsewhere.
-fn cross_entropy_bits<E: Element>([n, v]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn cross_entropy_bits<E: Element>([n, v]: [usize; 2], isa: Isa) -> Vec<u32> {
     let mut stream = Stream::new(25, (n * v) as u64);
     let logits: Vec<E> = narrow(&normal(n * v, 5.0, &mut stream));
     let targets: Vec<u32> = (0..n).map(|_| stream.below(v) as u32).collect();
-    let (logits, losses) = on_any_threads(cpu, "cross-entropy", || {
+    let (logits, losses) = on_any_threads(isa, "cross-entropy", || {
         let (mut logits, mut losses, mut right) = (logits.clone(), vec![f32::NAN; n], vec![false; n]);
         cross_entropy(v, &mut logits, &targets, None, Some(&vec![0.3; n]), &mut losses, &mut right);
         (logits, losses)
@@ -494,9 +494,9 @@ fn cross_entropy_bits<E: Element>([n, v]: [usize; 2], cpu: Cpu) -> Vec<u32> {
     [bits(&logits), bits(&losses)].concat()
 }
 
-fn to_elements_bits<E: Element>([m, c]: [usize; 2], cpu: Cpu) -> Vec<u32> {
+fn to_elements_bits<E: Element>([m, c]: [usize; 2], isa: Isa) -> Vec<u32> {
     let from = normal(37 * m * c, 1.0, &mut Stream::new(26, (m * c) as u64));
-    let to = on_any_threads(cpu, "to elements", || {
+    let to = on_any_threads(isa, "to elements", || {
         let mut to = vec![E::of(f32::NAN); from.len()];
         to_elements(&from, &mut to);
         to
@@ -518,9 +518,9 @@ fn elementwise_kernels_are_right_and_the_same_bits_on_every_processor_bf16() {
 /// What is not finite stays so, in its own row.
 #[test]
 fn what_is_not_finite_is_not_hidden() {
-    for cpu in cpus() {
+    for isa in isas() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            on_any_threads(cpu, "", || {
+            on_any_threads(isa, "", || {
                 let c = 70;
                 let mut x = vec![1f32; 3 * c];
                 x[c + 67] = bad;
@@ -564,11 +564,11 @@ fn what_is_not_finite_is_not_hidden() {
 /// A test that keeps a path to an instruction set keeps all of it, also what moves to the pool, and nothing after it.
 #[test]
 fn what_is_kept_to_a_processor_is_so_on_the_pool_and_no_longer() {
-    let before = cpu();
-    for cpu_kept in cpus() {
-        assert_eq!(with_cpu(cpu_kept, || on_pool(cpu)), cpu_kept);
-        assert!(catch_unwind(|| with_cpu(cpu_kept, || panic!("in the middle"))).is_err());
-        assert_eq!(cpu(), before);
-        assert_eq!(on_pool(cpu), before);
+    let before = isa();
+    for isa_kept in isas() {
+        assert_eq!(with_isa(isa_kept, || on_pool(isa)), isa_kept);
+        assert!(catch_unwind(|| with_isa(isa_kept, || panic!("in the middle"))).is_err());
+        assert_eq!(isa(), before);
+        assert_eq!(on_pool(isa), before);
     }
 }

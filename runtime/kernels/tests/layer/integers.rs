@@ -5,7 +5,7 @@ use homeroom_kernels::{
     Stream, Term, bf16, encode, product,
 };
 
-use super::{cpus, normal, on_any_threads, unit};
+use super::{isas, normal, on_any_threads, unit};
 
 /// A matrix of eight bits, and its values.
 fn weight(rows: usize, cols: usize, stream: &mut Stream) -> (Codec, Encoded) {
@@ -92,9 +92,9 @@ fn check<E: ProductElement>(m: usize, k: usize, n: usize, with_dense: bool) {
         }
     }
 
-    for cpu in cpus() {
+    for isa in isas() {
         let run = |to: usize, transposed: bool| {
-            on_any_threads(cpu, &label, || {
+            on_any_threads(isa, &label, || {
                 let width = if transposed { n } else { k };
                 let mut terms = Vec::new();
                 if transposed {
@@ -134,7 +134,7 @@ fn check<E: ProductElement>(m: usize, k: usize, n: usize, with_dense: bool) {
                     let steps = 2.0 * sizes[i] * (1e-5 + 2.0 / 254.0 / 8.0);
                     let rounding = if to == 2 { 2.0 * unit::<E>() * want.abs() } else { 0.0 };
                     let error = (f64::from(got) - want).abs();
-                    assert!(error <= steps + rounding + 1e-5, "{label}, {cpu:?}, {transposed}, {to}: {got} for {want}");
+                    assert!(error <= steps + rounding + 1e-5, "{label}, {isa:?}, {transposed}, {to}: {got} for {want}");
                 }
             }
         }
@@ -158,9 +158,9 @@ fn every_processor_comes_to_the_same_integers() {
     let (codec, encoded) = weight(n, k, &mut stream);
     let w = Matrix::coded(&codec, &encoded.codes, &encoded.scales, n, k).expect("it fits");
     let x = normal(m * k, 3.0, &mut stream);
-    let all: Vec<Vec<f32>> = cpus()
-        .map(|cpu| {
-            on_any_threads(cpu, "integers", || {
+    let all: Vec<Vec<f32>> = isas()
+        .map(|isa| {
+            on_any_threads(isa, "integers", || {
                 let terms = [Term::forward(Left::rows(&x, k), Right::Integers(w))];
                 let mut out = vec![0f32; m * n];
                 let columns = [Columns { terms: &terms, at: 0, bias: None }];
@@ -203,8 +203,8 @@ fn check_rounded(w: &Matrix<'_>, m: usize, label: &str) {
         // `columns` (width, depth).
         let (columns, depth, width) = if transposed { (&values, k, n) } else { (&turned, n, k) };
         let x = normal(m * depth, 1.0, &mut stream);
-        for cpu in cpus() {
-            let out = on_any_threads(cpu, label, || {
+        for isa in isas() {
+            let out = on_any_threads(isa, label, || {
                 if !w.multiplies_in_integers() {
                     return None;
                 }
@@ -232,10 +232,10 @@ fn check_rounded(w: &Matrix<'_>, m: usize, label: &str) {
                     }
                 }
                 let error = f64::from(out[i * width + j]) - want;
-                assert!(error.abs() <= bound, "{label}, {cpu:?}, {transposed}: off by {error:e}, bound {bound:e}");
+                assert!(error.abs() <= bound, "{label}, {isa:?}, {transposed}: off by {error:e}, bound {bound:e}");
                 away += error.powi(2);
             }
-            assert!(away.sqrt() < 0.02 * norm.sqrt(), "{label}, {cpu:?}, {transposed}: {} away", (away / norm).sqrt());
+            assert!(away.sqrt() < 0.02 * norm.sqrt(), "{label}, {isa:?}, {transposed}: {} away", (away / norm).sqrt());
         }
     }
 }

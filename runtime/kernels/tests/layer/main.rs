@@ -16,7 +16,7 @@ mod product;
 
 use std::sync::LazyLock;
 
-use homeroom_kernels::{Cpu, Element, Stream, bf16, with_cpu};
+use homeroom_kernels::{Element, Isa, Stream, bf16, with_isa};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// Relative error of one operation in f32: half a unit in the last place.
@@ -27,24 +27,23 @@ fn unit<E: Element>() -> f64 {
     if E::PER_WORD == 1 { U } else { f64::from(bf16::EPSILON) / 2.0 }
 }
 
-/// The instruction sets that this processor has.
-fn cpus() -> impl Iterator<Item = Cpu> {
-    let all = [Cpu::Portable, Cpu::Avx2, Cpu::Avx512, Cpu::Avx512Bf16];
-    all.into_iter().filter(|cpu| *cpu <= Cpu::detected())
+/// Instruction sets, as far as this processor has them.
+fn isas() -> impl Iterator<Item = Isa> {
+    Isa::tested().into_iter()
 }
 
 /// Runs `f` on so many threads, 1 to 3.
-fn on_threads<R: Send>(cpu: Cpu, threads: usize, f: impl FnOnce() -> R + Send) -> R {
+fn on_threads<R: Send>(isa: Isa, threads: usize, f: impl FnOnce() -> R + Send) -> R {
     static POOLS: LazyLock<[ThreadPool; 3]> =
         LazyLock::new(|| [1, 2, 3].map(|n| ThreadPoolBuilder::new().num_threads(n).build().expect("threads start")));
-    POOLS[threads - 1].install(|| with_cpu(cpu, f))
+    POOLS[threads - 1].install(|| with_isa(isa, f))
 }
 
 /// Runs `f` on one thread, and sees that more of them come to the same.
-fn on_any_threads<R: Send + PartialEq>(cpu: Cpu, label: &str, f: impl Fn() -> R + Sync) -> R {
-    let one = on_threads(cpu, 1, &f);
+fn on_any_threads<R: Send + PartialEq>(isa: Isa, label: &str, f: impl Fn() -> R + Sync) -> R {
+    let one = on_threads(isa, 1, &f);
     for threads in [2, 3] {
-        assert!(on_threads(cpu, threads, &f) == one, "{label}, {cpu:?}: {threads} threads differ from one");
+        assert!(on_threads(isa, threads, &f) == one, "{label}, {isa:?}: {threads} threads differ from one");
     }
     one
 }

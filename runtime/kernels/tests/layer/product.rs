@@ -7,7 +7,7 @@ use homeroom_kernels::{
     outer, product,
 };
 
-use super::{U, bits, close, cpus, narrow, on_any_threads, on_threads, uniform, unit, wide};
+use super::{U, bits, close, isas, narrow, on_any_threads, on_threads, uniform, unit, wide};
 
 const NATURAL: RowOrder = RowOrder::Natural;
 
@@ -198,9 +198,9 @@ fn check<E: ProductElement>(case: Case, stream: &mut Stream) {
             }
         }
     }
-    for cpu in cpus() {
-        let label = format!("{cpu:?} {case:?}");
-        let all = on_any_threads(cpu, &label, || bits(&run(0..m)));
+    for isa in isas() {
+        let label = format!("{isa:?} {case:?}");
+        let all = on_any_threads(isa, &label, || bits(&run(0..m)));
         let values: Vec<f32> = all.iter().map(|bits| f32::from_bits(*bits)).collect();
         for (g, group) in groups.iter().enumerate() {
             for i in 0..m {
@@ -220,7 +220,7 @@ fn check<E: ProductElement>(case: Case, stream: &mut Stream) {
         // The same bits whatever rows there are beside it.
         let few = [0..1, m / 2..m.min(m / 2 + 7), m.saturating_sub(1)..m];
         for rows in few.into_iter().filter(|rows| rows.end <= m) {
-            let some = on_threads(cpu, 2, || bits(&run(rows.clone())));
+            let some = on_threads(isa, 2, || bits(&run(rows.clone())));
             assert!(some == all[rows.start * step..rows.end * step], "{label}: rows {rows:?} alone differ");
         }
     }
@@ -397,12 +397,12 @@ fn frozen_floats_need_no_alignment() {
         };
         let x: Vec<E> = narrow(&uniform(m * k, &mut stream));
         let dy: Vec<E> = narrow(&uniform(m * n, &mut stream));
-        for cpu in cpus() {
+        for isa in isas() {
             let results = [0, 1, 2, 3].map(|shift| {
                 let mut moved = vec![0; shift];
                 moved.extend_from_slice(&bytes);
                 let w = Matrix::new(E::STORAGE, &moved[shift..], n, k, NATURAL).unwrap();
-                on_any_threads(cpu, "alignment", || {
+                on_any_threads(isa, "alignment", || {
                     let (mut y, mut dx) = (vec![0f32; m * n], vec![0f32; m * k]);
                     let forward = [Term::forward(Left::rows(&x, k), Right::Frozen(w))];
                     let backward = [Term::backward(Left::rows(&dy, n), Right::Frozen(w))];
@@ -413,7 +413,7 @@ fn frozen_floats_need_no_alignment() {
                     [y, dx].concat()
                 })
             });
-            assert!(results.iter().all(|result| *result == results[0]), "{cpu:?}");
+            assert!(results.iter().all(|result| *result == results[0]), "{isa:?}");
         }
     }
     check::<f32>();
@@ -425,13 +425,13 @@ fn frozen_floats_need_no_alignment() {
 fn what_is_not_finite_stays_in_its_row_and_column() {
     fn check<E: ProductElement>() {
         let (m, n, k) = (13, 70, 34);
-        for cpu in cpus() {
+        for isa in isas() {
             for bad in [f32::NAN, f32::INFINITY] {
                 for (row, column) in [(0, 69), (12, 3), (7, 64)] {
                     let (mut x, mut w) = (vec![E::of(1.0); m * k], vec![E::of(1.0); n * k]);
                     x[row * k + 33] = E::of(bad);
                     w[column * k + 32] = E::of(bad);
-                    let finite = on_any_threads(cpu, "not finite", || {
+                    let finite = on_any_threads(isa, "not finite", || {
                         let terms = [Term::forward(Left::rows(&x, k), Right::Dense { values: &w, cols: k })];
                         let mut y = vec![E::of(0.0); m * n];
                         let columns = [Columns { terms: &terms, at: 0, bias: None }];
@@ -442,7 +442,7 @@ fn what_is_not_finite_stays_in_its_row_and_column() {
                         assert_eq!(
                             *finite,
                             at / n != row && at % n != column,
-                            "{cpu:?}: {bad} at {row} {column}: {at}"
+                            "{isa:?}: {bad} at {row} {column}: {at}"
                         );
                     }
                 }
@@ -472,9 +472,9 @@ fn outers<E: ProductElement>() {
                     *bound += if whole { 0.0 } else { (value * f64::from(scale)).abs() * U * (m as f64 + 8.0) };
                 }
             }
-            for cpu in cpus() {
-                let label = format!("outer of {m} rows {p} x {n} {cpu:?}");
-                let c = on_any_threads(cpu, &label, || {
+            for isa in isas() {
+                let label = format!("outer of {m} rows {p} x {n} {isa:?}");
+                let c = on_any_threads(isa, &label, || {
                     let mut c = vec![f32::NAN; p * n];
                     let (d, x) = (Left::rows(&d, d_step).from(1), Left::rows(&x, x_step).from(2));
                     outer(m, d, p, x, n, scale, &mut c);

@@ -9,7 +9,7 @@ use homeroom_engine::inference::Inference;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::waist::KvCache;
-use homeroom_kernels::{Stream, bf16, cpu, read_gigabytes, register_loop_gflops, threads};
+use homeroom_kernels::{Stream, bf16, isa, read_gigabytes, register_loop_gflops, threads};
 use serde_json::json;
 
 use super::super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, one_of, whole};
@@ -17,6 +17,7 @@ use super::super::{Done, print};
 use super::median;
 use crate::machine::peak_memory_bytes;
 use crate::models::{Answerer, Network, shown};
+use crate::processor;
 use crate::progress::line;
 
 /// What `bench prefill` and `bench decode` have in common.
@@ -85,6 +86,7 @@ impl Bench {
             model.storage_words(),
             if answerer.adapter.is_some() { ", with an adapter" } else { "" },
         ));
+        line(processor::words());
         Ok(Self { answerer, compute })
     }
 
@@ -150,7 +152,7 @@ pub fn prefill(arguments: &Prefill) -> Result<Done> {
             "peak_memory_bytes": peak_memory_bytes(),
             "compute": bench.compute.name(),
             "storage": bench.model().storage_words(),
-            "cpu": cpu().name(),
+            "cpu": isa().name(),
             "threads": threads(),
         });
         print(&json.to_string())?;
@@ -161,7 +163,7 @@ pub fn prefill(arguments: &Prefill) -> Result<Done> {
          products  {gflops:.0} GFLOP/s   {:.0} % of {limit:.0} on registers alone ({}, {} threads)",
         arguments.tokens,
         100.0 * gflops / limit,
-        cpu().name(),
+        isa().name(),
         threads(),
     ))?;
     Ok(Done::Whole)
@@ -211,7 +213,7 @@ pub fn decode(arguments: &Decode) -> Result<Done> {
             "read_gigabytes_per_second": limit,
             "peak_memory_bytes": peak_memory_bytes(),
             "storage": bench.model().storage_words(),
-            "cpu": cpu().name(),
+            "cpu": isa().name(),
             "threads": threads(),
         });
         print(&json.to_string())?;
@@ -223,7 +225,7 @@ pub fn decode(arguments: &Decode) -> Result<Done> {
         1e3 * each,
         chats.len(),
         reading(read, limit),
-        cpu().name(),
+        isa().name(),
         threads(),
     ))?;
     Ok(Done::Whole)

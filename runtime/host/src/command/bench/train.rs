@@ -15,7 +15,7 @@ use homeroom_engine::run::batch::{Batch, pass_rows};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::profile;
 use homeroom_engine::train::{Run, TrainConfig};
-use homeroom_kernels::{Stream, bf16, cpu, register_loop_gflops, threads};
+use homeroom_kernels::{Stream, bf16, isa, register_loop_gflops, threads};
 use serde_json::{Map, Value, json};
 
 use super::super::arguments::{COMPUTE, COUNT_MAX, PluginArgs, Word, key_value, one_of, whole};
@@ -24,6 +24,7 @@ use super::median;
 use crate::job::{Job, encode};
 use crate::machine::peak_memory_bytes;
 use crate::models::{Network, Use, load_base, locate, refuse_other, shown};
+use crate::processor;
 use crate::progress::line;
 
 /// Arguments of `bench train`.
@@ -119,11 +120,12 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
         job.model.storage_words()
     ));
     line(format_args!("strategy  {}   {}", job.strategy.name, job.blocks(compute)));
+    line(processor::words());
     let steps = arguments.warmup + arguments.steps;
     let measured = Measured::run(&job, arguments, &config, u64::from(steps))?;
     // The limit is asked for before and after, as the machine may be busy with something else for a while.
     let limit = || match compute {
-        Compute::Bf16 | Compute::Int8 if cpu().has_bf16() => register_loop_gflops::<bf16>(),
+        Compute::Bf16 | Compute::Int8 if isa().has_bf16() => register_loop_gflops::<bf16>(),
         _ => register_loop_gflops::<f32>(),
     };
     let limit = limit().max(limit());
@@ -147,7 +149,7 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
             "compute": compute.name(),
             "storage": job.model.storage_words(),
             "blocks": job.blocks(compute),
-            "cpu": cpu().name(),
+            "cpu": isa().name(),
             "threads": threads(),
             "loss": measured.loss,
             "profile": operations.collect::<Vec<_>>(),
@@ -164,7 +166,7 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
         arguments.steps,
         arguments.warmup,
         100.0 * share,
-        cpu().name(),
+        isa().name(),
         threads(),
     ))?;
     for operation in &measured.profile {

@@ -10,6 +10,7 @@ use super::Rows;
 use super::arguments::Arguments;
 use crate::job::{Before, Job, Sample, defaults};
 use crate::models::shown;
+use crate::processor;
 use crate::progress::{line, millions, size, thousands};
 use crate::registry;
 
@@ -52,6 +53,7 @@ pub(super) fn restate(
         adaptation.plan.modules.len(),
         job.blocks(config.compute),
     ));
+    line(processor::words());
     if objective.objective != Kind::Sft {
         let reference = match (objective.objective.has_reference(), &job.init_from) {
             (false, _) => "",

@@ -27,6 +27,7 @@ use crate::pipeline::sandbox::{Sandbox, Sources};
 use crate::pipeline::store::{self, Key, Store};
 use crate::pipeline::{How, about};
 use crate::plugin::{Plugin, Search};
+use crate::processor;
 use crate::progress::thousands;
 use crate::registry;
 use crate::runs::{About, End, Kind, RunDirectory};
@@ -277,7 +278,12 @@ impl Session {
             return Ok(run.clone());
         }
         let begun = Rc::new(match &self.resumed {
-            Some(id) => RunDirectory::reopen(id)?,
+            Some(id) => {
+                let run = RunDirectory::reopen(id)?;
+                // Before any verb makes a key: the instructions are a part of it.
+                processor::keep_to(&run.processor());
+                run
+            }
             None => RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())?,
         });
         match &self.resumed {

@@ -30,6 +30,7 @@ use crate::near::did_you_mean;
 use crate::pipeline::errors::{Failure, nearest, raised, said, short};
 use crate::pipeline::sandbox::shown;
 use crate::plugin::{Plugin, native};
+use crate::processor;
 use crate::progress::{self, millions, thousands};
 
 /// What to do with a checkpoint that cannot be gone on from.
@@ -466,6 +467,7 @@ fn restate(
         100.0 * trained / all,
         job.blocks(config.compute),
     ));
+    session.tell(processor::words());
     if objective.objective != ObjectiveKind::Sft {
         session.tell(format_args!("objective {}", objective.words()));
     }

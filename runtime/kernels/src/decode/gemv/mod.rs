@@ -17,8 +17,10 @@ pub use self::rounded::RoundedRows;
 pub use self::update::Panels;
 
 use crate::buffer::grown;
-use crate::cpu::{Cpu, cpu};
 use crate::element::LANES;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Feature;
+use crate::isa::{Isa, isa};
 use crate::matmul::Matrix;
 
 /// Columns that are multiplied at once: into the first half of the lanes, into the second, and so on.
@@ -63,7 +65,7 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, out: &mut [f32])
     assert!(fits, "{rows:?} of {} x {} for {m} rows of {}", w.rows, w.cols, x.step);
     let rounded = x.rounded.filter(|_| w.takes_rounded());
     assert!(rounded.is_none_or(|rounded| rounded.is_of(m, x.step)), "as many rows in eight bits");
-    let cpu = cpu();
+    let isa = isa();
     SCRATCH.with_borrow_mut(|scratch| {
         for first in (0..m).step_by(ROWS) {
             let count = ROWS.min(m - first);
@@ -75,13 +77,13 @@ pub fn gemv(x: FewRows<'_>, w: &Matrix<'_>, rows: Range<usize>, out: &mut [f32])
                 out: (out[first..].as_mut_ptr(), m),
             };
             // SAFETY: the asserts above hold for x and the result, and a `Matrix` for its bytes; the processor has
-            // what `cpu` says.
+            // what `isa` says.
             unsafe {
                 match count {
-                    1 => job.run::<1>(cpu, scratch),
-                    2 => job.run::<2>(cpu, scratch),
-                    3 => job.run::<3>(cpu, scratch),
-                    _ => job.run::<ROWS>(cpu, scratch),
+                    1 => job.run::<1>(isa, scratch),
+                    2 => job.run::<2>(isa, scratch),
+                    3 => job.run::<3>(isa, scratch),
+                    _ => job.run::<ROWS>(isa, scratch),
                 }
             }
         }
@@ -104,15 +106,15 @@ impl Job<'_> {
     /// For `M` rows of x.
     ///
     /// # Safety
-    /// Pointers are to what [`gemv`] checked, and the processor has what `cpu` says.
-    unsafe fn run<const M: usize>(&self, cpu: Cpu, scratch: &mut Vec<f32>) {
+    /// Pointers are to what [`gemv`] checked, and the processor has what `isa` says.
+    unsafe fn run<const M: usize>(&self, isa: Isa, scratch: &mut Vec<f32>) {
         #[cfg(target_arch = "x86_64")]
         if let Some((x, first)) = self.rounded {
             // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2.
             return unsafe { rounded::run::<M>(self, x, first) };
         }
         #[cfg(target_arch = "x86_64")]
-        if cpu >= Cpu::Avx512 {
+        if isa.has(Feature::Avx512) {
             // SAFETY: passed on to the caller.
             if unsafe { avx512::run::<M>(self) } {
                 return;
@@ -126,7 +128,7 @@ impl Job<'_> {
             let mut sums = [[0f32; LANES]; M];
             // SAFETY: passed on to the caller: rows of x have `padded` values at least.
             unsafe {
-                add(cpu, row_of_w, self.x.0, self.x.1, &mut sums);
+                add(isa, row_of_w, self.x.0, self.x.1, &mut sums);
                 for (j, sums) in sums.into_iter().enumerate() {
                     *self.out.0.add(i * self.out.1 + j) = fold(sums);
                 }
@@ -139,13 +141,13 @@ impl Job<'_> {
 ///
 /// # Safety
 /// Each row of x is readable for as many values as `w` has.
-unsafe fn add<const M: usize>(cpu: Cpu, w: &[f32], x: *const f32, step: usize, sums: &mut [[f32; LANES]; M]) {
+unsafe fn add<const M: usize>(isa: Isa, w: &[f32], x: *const f32, step: usize, sums: &mut [[f32; LANES]; M]) {
     #[cfg(target_arch = "x86_64")]
-    if cpu >= Cpu::Avx2 {
+    if isa.has(Feature::Avx2) {
         // SAFETY: passed on to the caller.
         return unsafe { avx2::add(w, x, step, sums) };
     }
-    let _ = cpu;
+    let _ = isa;
     for (j, sums) in sums.iter_mut().enumerate() {
         // SAFETY: passed on to the caller.
         let x = unsafe { std::slice::from_raw_parts(x.add(j * step), w.len()) };
@@ -609,7 +611,7 @@ mod avx512 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::with_cpu;
+    use crate::isa::with_isa;
     use crate::storage::codec::{Codec, encode};
     use crate::{Encoded, RowOrder, Storage, Stream};
 
@@ -627,8 +629,8 @@ mod tests {
         (0..n).map(|_| stream.normal() as f32).collect()
     }
 
-    pub(super) fn cpus() -> impl Iterator<Item = Cpu> {
-        [Cpu::Portable, Cpu::Avx2, Cpu::Avx512].into_iter().filter(|cpu| *cpu <= Cpu::detected())
+    pub(super) fn isas() -> impl Iterator<Item = Isa> {
+        Isa::tested().into_iter()
     }
 
     /// Holds the product with `w` to that with its values as f32 bit by bit, to f64 within a bound, and its rows to those of a
@@ -643,20 +645,20 @@ mod tests {
         let m = 6;
         let x = random(&mut stream, m * k);
         let x_padded = padded(&x, m, k);
-        for cpu in cpus() {
+        for isa in isas() {
             let product = |w: &Matrix, rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
                 let step = FewRows::padded(k);
                 let mut out = vec![f32::NAN; rows.len() * of.len()];
                 let few = FewRows { values: &x_padded[of.start * step..of.end * step], step, rounded: None };
-                with_cpu(cpu, || gemv(few, w, rows, &mut out));
+                with_isa(isa, || gemv(few, w, rows, &mut out));
                 out
             };
             let all = product(w, 0..n, 0..m);
-            assert_eq!(all, product(&floats, 0..n, 0..m), "{label}, {cpu:?}: differs from its values");
+            assert_eq!(all, product(&floats, 0..n, 0..m), "{label}, {isa:?}: differs from its values");
             for j in 0..m {
                 let alone: Vec<f32> = (0..n).flat_map(|row| product(w, row..row + 1, j..j + 1)).collect();
                 let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
-                assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
+                assert_eq!(alone, of_all, "{label}, {isa:?}: row {j} alone");
             }
             for (i, got) in all.iter().enumerate() {
                 let (row, j) = (i / m, i % m);
@@ -664,7 +666,7 @@ mod tests {
                 let products: Vec<f64> = products.map(|(x, w)| f64::from(*x) * f64::from(*w)).collect();
                 let size: f64 = products.iter().map(|p| p.abs()).sum();
                 let error = (f64::from(*got) - products.iter().sum::<f64>()).abs();
-                assert!(error <= size * 40.0 * f64::from(f32::EPSILON) / 2.0, "{label}, {cpu:?}: off by {error:e}");
+                assert!(error <= size * 40.0 * f64::from(f32::EPSILON) / 2.0, "{label}, {isa:?}: off by {error:e}");
             }
         }
     }

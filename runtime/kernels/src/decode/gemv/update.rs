@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::RoundedRows;
-use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{eight_bit_scale, nearest_whole};
+use crate::isa::{Isa, isa, per_isa};
 
 /// Rows of a panel of floats.
 const SINGLES: usize = 8;
@@ -119,23 +119,23 @@ impl Panels {
     pub fn add(&self, bytes: &[u8], u: &[f32], m: usize, rows: Range<usize>, out: &mut [f32]) {
         let fits = u.len() == self.cols * m && rows.end <= self.rows && out.len() == rows.len() * m;
         assert!(fits && bytes.len() == self.bytes(), "{rows:?} of {} x {} for {m} rows", self.rows, self.cols);
-        let (cpu, first) = (cpu(), rows.start);
+        let (isa, first) = (isa(), rows.start);
         if self.cols == 0 {
             return;
         }
         if !self.eight_bits {
             for (own, panel) in self.over(bytes, rows) {
                 let out = &mut out[(own.start - first) * m..(own.end - first) * m];
-                add_singles(cpu, u, m, panel.as_chunks().0.as_chunks().0, own, out);
+                add_singles(isa, u, m, panel.as_chunks().0.as_chunks().0, own, out);
             }
             return;
         }
         ROUNDED.with_borrow_mut(|of_u| {
             for j in 0..m {
-                of_u.round(cpu, u[j..].iter().step_by(m).copied());
+                of_u.round(isa, u[j..].iter().step_by(m).copied());
                 for (own, panel) in self.over(bytes, rows.clone()) {
                     let out = &mut out[(own.start - first) * m..(own.end - first) * m];
-                    add_codes(cpu, panel, own.start % CODES, of_u, &mut out[j..], m);
+                    add_codes(isa, panel, own.start % CODES, of_u, &mut out[j..], m);
                 }
             }
         });
@@ -151,11 +151,11 @@ impl Panels {
         let fits = self.cols <= x.width() && rows.end <= self.rows && out.len() == rows.len() * m;
         let fits = fits && self.eight_bits && bytes.len() == self.bytes();
         assert!(fits, "{rows:?} of {} x {} for {m} rows", self.rows, self.cols);
-        let (cpu, first) = (cpu(), rows.start);
+        let (isa, first) = (isa(), rows.start);
         for (own, panel) in self.over(bytes, rows) {
             let (scales, words) = codes(panel);
             for j in 0..m {
-                let sums = sums_of_groups(cpu, words, x, j);
+                let sums = sums_of_groups(isa, words, x, j);
                 let offset = ZERO as f32 * x.total(j);
                 for row in own.clone() {
                     let lane = row % CODES;
@@ -191,16 +191,16 @@ struct Rounded {
 thread_local!(static ROUNDED: RefCell<Rounded> = RefCell::default());
 
 impl Rounded {
-    fn round(&mut self, cpu: Cpu, u: impl Iterator<Item = f32>) {
+    fn round(&mut self, isa: Isa, u: impl Iterator<Item = f32>) {
         self.values.clear();
         self.values.extend(u);
         let sum;
-        (self.scale, sum) = round(cpu, &self.values, &mut self.words);
+        (self.scale, sum) = round(isa, &self.values, &mut self.words);
         self.start = -ZERO * sum;
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Values to words of codes; their scale, and the sum of the codes.
     fn round(values: &[f32], words: &mut Vec<[i8; 4]>) -> (f32, i32) {
         let (scale, inverse) = eight_bit_scale(values);
@@ -215,21 +215,21 @@ per_cpu! {
 }
 
 /// Adds the products of rows of a panel, from number `lane` on, with a row of u, to every m-th value of `out`.
-fn add_codes(cpu: Cpu, panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], m: usize) {
+fn add_codes(isa: Isa, panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], m: usize) {
     #[cfg(target_arch = "x86_64")]
-    if cpu.has_vnni() {
+    if isa.has_vnni() {
         // SAFETY: the processor has it.
         return unsafe { vnni::add_codes(panel, lane, u, out, m) };
     }
     let (scales, words) = codes(panel);
     let mut sums = [u.start; CODES];
-    sums_of_words(cpu, words, &u.words, &mut sums);
+    sums_of_words(isa, words, &u.words, &mut sums);
     for ((out, sum), scale) in out.iter_mut().step_by(m).zip(&sums[lane..]).zip(&scales[lane..]) {
         *out += *sum as f32 * (widened(*scale) * u.scale);
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Adds products of each row of a panel of codes with words of u.
     fn sums_of_words(codes: &[Word], u: &[[i8; 4]], sums: &mut [i32; CODES]) {
         for (codes, u) in codes.iter().zip(u) {
@@ -243,9 +243,9 @@ per_cpu! {
 }
 
 /// Sums of products of each row of a panel of codes with row j of x, a group after the other, each times its scale.
-fn sums_of_groups(cpu: Cpu, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; CODES] {
+fn sums_of_groups(isa: Isa, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; CODES] {
     #[cfg(target_arch = "x86_64")]
-    if cpu.has_vnni() {
+    if isa.has_vnni() {
         // SAFETY: the processor has it.
         return unsafe { vnni::sums_of_groups(codes, x, j) };
     }
@@ -254,8 +254,8 @@ fn sums_of_groups(cpu: Cpu, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; 
         let ([first, second], scale) = x.group(j, group);
         let (low, high) = codes.split_at(codes.len().min(RoundedRows::WORDS / 2));
         let mut of_group = [0; CODES];
-        sums_of_words(cpu, low, first, &mut of_group);
-        sums_of_words(cpu, high, second, &mut of_group);
+        sums_of_words(isa, low, first, &mut of_group);
+        sums_of_words(isa, high, second, &mut of_group);
         for (sum, of_group) in sums.iter_mut().zip(of_group) {
             *sum += of_group as f32 * scale;
         }
@@ -337,7 +337,7 @@ fn sums(values: &[Values], u: impl Iterator<Item = f32>) -> [f32; SINGLES] {
     std::array::from_fn(|lane| even[lane] + odd[lane])
 }
 
-per_cpu! {
+per_isa! {
     /// See [`Panels::add`], for the rows `rows` of a panel.
     fn add_singles(u: &[f32], m: usize, values: &[Values], rows: Range<usize>, out: &mut [f32]) {
         if m == 1 && out.len() == SINGLES {
@@ -359,10 +359,10 @@ per_cpu! {
 #[cfg(test)]
 mod tests {
     use super::super::FewRows;
-    use super::super::tests::{cpus, padded, random};
+    use super::super::tests::{isas, padded, random};
     use super::*;
     use crate::Stream;
-    use crate::cpu::with_cpu;
+    use crate::isa::with_isa;
 
     fn laid_out(values: &[f32], panels: Panels) -> Vec<u8> {
         let mut bytes = vec![0; panels.bytes()];
@@ -391,9 +391,9 @@ mod tests {
             let (u, b, before) = (random(&mut stream, m * r), random(&mut stream, n * r), random(&mut stream, n * m));
             let panels = Panels::new(n, r, eight_bits);
             let bytes = laid_out(&b, panels);
-            let all = cpus().map(|cpu| {
+            let all = isas().map(|isa| {
                 let mut out = before.clone();
-                with_cpu(cpu, || panels.add(&bytes, &u, m, 0..n, &mut out));
+                with_isa(isa, || panels.add(&bytes, &u, m, 0..n, &mut out));
                 out
             });
             let all: Vec<Vec<f32>> = all.collect();
@@ -428,7 +428,7 @@ mod tests {
                 panels.product(&bytes, &RoundedRows::new(few), rows, &mut out);
                 out
             };
-            let all: Vec<Vec<f32>> = cpus().map(|cpu| with_cpu(cpu, || product(0..n, 0..m))).collect();
+            let all: Vec<Vec<f32>> = isas().map(|isa| with_isa(isa, || product(0..n, 0..m))).collect();
             assert!(all.iter().all(|one| *one == all[0]), "{k} columns");
             for (row, j) in (0..n).flat_map(|row| (0..m).map(move |j| (row, j))) {
                 let got = all[0][row * m + j];

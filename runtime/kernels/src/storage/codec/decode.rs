@@ -5,13 +5,13 @@ use std::ops::Range;
 use half::bf16;
 
 use super::Coded;
-use crate::cpu::{Cpu, per_cpu};
 use crate::element::{Element, LANES};
+use crate::isa::{F32Unit, Isa, per_isa};
 
 impl Coded<'_> {
     /// Decodes values of row `row`; see [`Self::decode_rows`].
-    pub(crate) fn decode<E: CodeElement>(&self, cpu: Cpu, row: usize, cols: Range<usize>, out: &mut [E]) {
-        self.decode_rows(cpu, row..row + 1, cols, out);
+    pub(crate) fn decode<E: CodeElement>(&self, isa: Isa, row: usize, cols: Range<usize>, out: &mut [E]) {
+        self.decode_rows(isa, row..row + 1, cols, out);
     }
 
     /// Decodes `rows` x `cols`: value = code[index] · scale in f32, rounded to the nearest E.
@@ -20,21 +20,21 @@ impl Coded<'_> {
     ///
     /// # Panics
     /// When they lie outside the matrix or `out` has another length.
-    pub(crate) fn decode_rows<E: CodeElement>(&self, cpu: Cpu, rows: Range<usize>, cols: Range<usize>, out: &mut [E]) {
+    pub(crate) fn decode_rows<E: CodeElement>(&self, isa: Isa, rows: Range<usize>, cols: Range<usize>, out: &mut [E]) {
         assert!(rows.end <= self.rows && cols.end <= self.cols, "{cols:?} of {rows:?}");
         assert_eq!(out.len(), rows.len() * cols.len(), "{cols:?} of {rows:?}");
         if out.is_empty() {
             return;
         }
         if self.codec.bits == 4 {
-            return E::nibbles(cpu, self, &self.levels(), (rows, cols), out);
+            return E::nibbles(isa, self, &self.levels(), (rows, cols), out);
         }
         let table = if self.linear { [0.0; 256] } else { self.levels() };
         for (scale, block, out) in self.blocks((rows, cols), out) {
             if self.linear {
-                linear(cpu, &self.codes[block], scale, out);
+                linear(isa, &self.codes[block], scale, out);
             } else {
-                looked_up(cpu, &self.codes[block], &table, scale, out);
+                looked_up(isa, &self.codes[block], &table, scale, out);
             }
         }
     }
@@ -124,7 +124,7 @@ impl<'o, E> Iterator for Blocks<'_, 'o, E> {
     }
 }
 
-per_cpu! {
+per_isa! {
     /// `(index - 127) · scale / 127`, multiplied in the order in which bitsandbytes does.
     fn linear<E: Element>(codes: &[u8], scale: f32, out: &mut [E]) {
         for (value, code) in out.iter_mut().zip(codes) {
@@ -133,7 +133,7 @@ per_cpu! {
     }
 }
 
-per_cpu! {
+per_isa! {
     fn looked_up<E: Element>(codes: &[u8], table: &[f32; 256], scale: f32, out: &mut [E]) {
         // Loads one by one, then products and rounding in vectors.
         let (chunks, rest) = codes.as_chunks::<16>();
@@ -153,32 +153,32 @@ per_cpu! {
 /// An element type that 4-bit indices are decoded to.
 pub(crate) trait CodeElement: Element {
     /// Decodes some columns of some rows.
-    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [Self]);
+    fn nibbles(isa: Isa, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [Self]);
 }
 
 impl CodeElement for f32 {
-    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [f32]) {
-        match cpu {
+    fn nibbles(isa: Isa, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [f32]) {
+        match isa.f32_unit() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a `Cpu` is never more than the processor has.
-            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_f32(coded, levels, part, out) },
+            // SAFETY: a set in use is never more than the processor has.
+            F32Unit::Avx512 => unsafe { avx512::nibbles_f32(coded, levels, part, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Cpu::Avx2 => unsafe { avx2::nibbles_f32(coded, levels, part, out) },
+            F32Unit::Avx2 => unsafe { avx2::nibbles_f32(coded, levels, part, out) },
             _ => plain(coded, levels, part, out),
         }
     }
 }
 
 impl CodeElement for bf16 {
-    fn nibbles(cpu: Cpu, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [bf16]) {
-        match cpu {
+    fn nibbles(isa: Isa, coded: &Coded, levels: &[f32; 16], part: Part, out: &mut [bf16]) {
+        match isa.f32_unit() {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a `Cpu` is never more than the processor has.
-            Cpu::Avx512 | Cpu::Avx512Bf16 => unsafe { avx512::nibbles_bf16(coded, levels, part, out) },
+            // SAFETY: a set in use is never more than the processor has.
+            F32Unit::Avx512 => unsafe { avx512::nibbles_bf16(coded, levels, part, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Cpu::Avx2 => unsafe { avx2::nibbles_bf16(coded, levels, part, out) },
+            F32Unit::Avx2 => unsafe { avx2::nibbles_bf16(coded, levels, part, out) },
             _ => plain(coded, levels, part, out),
         }
     }

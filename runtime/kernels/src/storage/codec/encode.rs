@@ -12,7 +12,7 @@ use std::sync::Mutex;
 
 use super::{Codec, CodecBlock, Encoded, EncodedScales, ScaleStorage};
 use crate::buffer::grown;
-use crate::cpu::{cpu, per_cpu};
+use crate::isa::{isa, per_isa};
 use crate::pool::{Shared, for_each};
 
 /// Values of a chunk that one task encodes, roughly.
@@ -44,7 +44,7 @@ pub fn encode(
     };
     let chunk = (CHUNK / cols.max(1)).max(1).next_multiple_of(whole);
     let problem = Mutex::new(None::<usize>);
-    let (cpu, linear, borders) = (cpu(), codec.is_linear(), borders(&codec.code));
+    let (isa, linear, borders) = (isa(), codec.is_linear(), borders(&codec.code));
     let nibble_borders = (codec.bits == 4).then(|| {
         // No value lies above the borders of levels that a shorter code book lacks.
         let mut all = [f32::INFINITY; 15];
@@ -58,7 +58,7 @@ pub fn encode(
         VALUES.with_borrow_mut(|buffer| {
             let buffer = grown(buffer, count);
             values(range.clone(), buffer);
-            if !finite(cpu, buffer) {
+            if !finite(isa, buffer) {
                 let wrong = buffer.iter().position(|value| !value.is_finite());
                 let wrong = wrong.expect("one of the values is not finite");
                 let row = range.start + wrong / cols;
@@ -74,11 +74,11 @@ pub fn encode(
                 (codes, shared_absmax.slice(at / block_len, count.div_ceil(block_len)))
             };
             if linear {
-                integers(cpu, buffer, block_len, codes, absmax);
+                integers(isa, buffer, block_len, codes, absmax);
             } else if let Some(borders) = &nibble_borders {
-                nibbles(cpu, buffer, block_len, borders, codes, absmax);
+                nibbles(isa, buffer, block_len, borders, codes, absmax);
             } else {
-                bytes(cpu, buffer, block_len, &borders, codes, absmax);
+                bytes(isa, buffer, block_len, &borders, codes, absmax);
             }
         });
     });
@@ -111,7 +111,7 @@ fn largest_magnitude(values: &[f32]) -> f32 {
     f32::from_bits(values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7FFF_FFFF)))
 }
 
-per_cpu! {
+per_isa! {
     fn finite(values: &[f32]) -> bool {
         largest_magnitude(values).is_finite()
     }
@@ -149,7 +149,7 @@ fn levels(values: &[f32], scaling: Scaling, borders: &[f32; 15], indices: &mut [
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Blocks of values to indices of 4 bits.
     fn nibbles(values: &[f32], block_len: usize, borders: &[f32; 15], codes: &mut [u8], absmax: &mut [f32]) {
         // What no value fills at the end holds the index of 0.
@@ -183,7 +183,7 @@ per_cpu! {
     }
 }
 
-per_cpu! {
+per_isa! {
     /// Blocks of values to indices of 8 bits into any code book.
     fn bytes(values: &[f32], block_len: usize, borders: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
         for ((values, codes), absmax) in values.chunks(block_len).zip(codes.chunks_mut(block_len)).zip(absmax) {
@@ -200,7 +200,7 @@ per_cpu! {
     }
 }
 
-per_cpu! {
+per_isa! {
     /// `round(x (1 / absmax · 127))`, ties to even, as indices from 0 for -127.
     fn integers(values: &[f32], block_len: usize, codes: &mut [u8], absmax: &mut [f32]) {
         // Adding and taking off 1.5 · 2^23 rounds to an integer, ties to even.

@@ -11,7 +11,7 @@ mod encode;
 pub(crate) use decode::Fused;
 pub use encode::encode;
 
-use crate::cpu::cpu;
+use crate::isa::isa;
 
 /// NF4 levels: quantiles of N(0, 1), Dettmers et al. 2023, appendix E, in bitsandbytes' digits.
 #[allow(clippy::excessive_precision)]
@@ -200,7 +200,7 @@ impl Codec {
     /// See [`Matrix::multiplies_in_integers`](crate::Matrix::multiplies_in_integers): whether that holds of a matrix (rows, cols) through
     /// this codec.
     pub fn multiplies_in_integers(&self, rows: usize, cols: usize) -> bool {
-        (self.has_linear_rows() || cpu().has_vnni()) && rows.is_multiple_of(4) && cols.is_multiple_of(4)
+        (self.has_linear_rows() || isa().has_vnni()) && rows.is_multiple_of(4) && cols.is_multiple_of(4)
     }
 
     fn has_linear_rows(&self) -> bool {
@@ -355,7 +355,7 @@ mod tests {
 
     use super::encode::{mean, nested};
     use super::*;
-    use crate::cpu::{Cpu, with_cpu};
+    use crate::isa::{Isa, with_isa};
     use crate::{Columns, Element, Finish, Left, Matrix, Output, ProductElement, Right, Stream, Term, product};
 
     /// Parts of a file of `tests/fixtures/codec` (layout: its `make_codec.py`).
@@ -385,8 +385,6 @@ mod tests {
         encode(codec, rows, cols, &read).unwrap()
     }
 
-    const CPUS: [Cpu; 4] = [Cpu::Portable, Cpu::Avx2, Cpu::Avx512, Cpu::Avx512Bf16];
-
     macro_rules! files {
         ($ending:literal) => {
             [
@@ -411,10 +409,10 @@ mod tests {
             };
             let (absmax, offset) = (floats(absmax), floats(offset)[0]);
             let plain = Codec { scales: ScaleStorage::F32, ..Codec::nf4() };
-            for cpu in CPUS {
-                let ours = with_cpu(cpu, || encoded(&plain, rows, cols, &values));
-                assert_eq!(ours.codes, packed, "{rows} x {cols}, {cpu:?}");
-                assert_eq!(ours.scales, EncodedScales::F32(absmax.clone()), "{rows} x {cols}, {cpu:?}");
+            for isa in Isa::tested() {
+                let ours = with_isa(isa, || encoded(&plain, rows, cols, &values));
+                assert_eq!(ours.codes, packed, "{rows} x {cols}, {isa:?}");
+                assert_eq!(ours.scales, EncodedScales::F32(absmax.clone()), "{rows} x {cols}, {isa:?}");
             }
             let ScaleStorage::Nested { block, code } = Codec::nf4().scales else { panic!("NF4 nests its scales") };
             assert!((mean(&absmax) - offset).abs() <= 1e-6 * offset.abs(), "{} and {offset}", mean(&absmax));
@@ -439,10 +437,10 @@ mod tests {
             let [_, codes, stats] = parts(file, 8)[..] else { panic!("three parts") };
             // Theirs are signed, ours count from -127.
             let codes: Vec<u8> = codes.iter().map(|code| (i32::from(*code as i8) + 127) as u8).collect();
-            for cpu in CPUS {
-                let ours = with_cpu(cpu, || encoded(&Codec::int8(), rows, cols, &values));
-                assert_eq!(ours.codes, codes, "{rows} x {cols}, {cpu:?}");
-                assert_eq!(ours.scales, EncodedScales::F32(floats(stats)), "{rows} x {cols}, {cpu:?}");
+            for isa in Isa::tested() {
+                let ours = with_isa(isa, || encoded(&Codec::int8(), rows, cols, &values));
+                assert_eq!(ours.codes, codes, "{rows} x {cols}, {isa:?}");
+                assert_eq!(ours.scales, EncodedScales::F32(floats(stats)), "{rows} x {cols}, {isa:?}");
             }
         }
     }
@@ -477,7 +475,7 @@ mod tests {
                 let coded = Coded::new(&codec, &encoded.codes, &encoded.scales, rows, cols).unwrap();
                 let mut plain = vec![0f32; rows * cols];
                 for row in 0..rows {
-                    coded.decode(Cpu::Portable, row, 0..cols, &mut plain[row * cols..(row + 1) * cols]);
+                    coded.decode(Isa::PORTABLE, row, 0..cols, &mut plain[row * cols..(row + 1) * cols]);
                 }
                 let block_len = codec.block_len(cols);
                 for (i, (value, got)) in values.iter().zip(&plain).enumerate() {
@@ -490,15 +488,15 @@ mod tests {
                         codec.name
                     );
                 }
-                for cpu in CPUS.into_iter().filter(|cpu| *cpu <= Cpu::detected()) {
+                for isa in Isa::tested() {
                     for range in [0..cols, 1..cols, 0..cols - 1, 3..cols / 2 + 1] {
                         let (mut wide, mut narrow) = (vec![0f32; range.len()], vec![bf16::ZERO; range.len()]);
-                        coded.decode(cpu, rows - 1, range.clone(), &mut wide);
-                        coded.decode(cpu, rows - 1, range.clone(), &mut narrow);
+                        coded.decode(isa, rows - 1, range.clone(), &mut wide);
+                        coded.decode(isa, rows - 1, range.clone(), &mut narrow);
                         let expected = &plain[(rows - 1) * cols..][range];
-                        assert_eq!(wide, expected, "{} {cpu:?}", codec.name);
+                        assert_eq!(wide, expected, "{} {isa:?}", codec.name);
                         let rounded: Vec<bf16> = expected.iter().map(|value| bf16::of(*value)).collect();
-                        assert_eq!(narrow, rounded, "{} {cpu:?}", codec.name);
+                        assert_eq!(narrow, rounded, "{} {isa:?}", codec.name);
                     }
                 }
             }
@@ -517,16 +515,16 @@ mod tests {
             let encoded =
                 Encoded { codes: vec![0xFF; codec.code_bytes(rows * cols)], scales: EncodedScales::F32(scales) };
             let coded = Coded::new(&codec, &encoded.codes, &encoded.scales, rows, cols).unwrap();
-            for cpu in CPUS.into_iter().filter(|cpu| *cpu <= Cpu::detected()) {
+            for isa in Isa::tested() {
                 let (mut wide, mut narrow) = (vec![0f32; cols], vec![bf16::ZERO; cols]);
-                coded.decode(cpu, 0, 0..cols, &mut wide);
-                coded.decode(cpu, 0, 0..cols, &mut narrow);
+                coded.decode(isa, 0, 0..cols, &mut wide);
+                coded.decode(isa, 0, 0..cols, &mut narrow);
                 let last = 2.0 * codec.code.last().unwrap();
-                assert!(wide.iter().all(|value| *value == last), "{} {cpu:?}: {wide:?}", codec.name);
-                assert!(narrow.iter().all(|value| *value == bf16::of(last)), "{} {cpu:?}: {narrow:?}", codec.name);
-                coded.decode(cpu, 1, 0..cols, &mut wide);
-                coded.decode(cpu, 1, 0..cols, &mut narrow);
-                assert!(wide[cols - 1].is_nan() && narrow[cols - 1].is_nan(), "{} {cpu:?}", codec.name);
+                assert!(wide.iter().all(|value| *value == last), "{} {isa:?}: {wide:?}", codec.name);
+                assert!(narrow.iter().all(|value| *value == bf16::of(last)), "{} {isa:?}: {narrow:?}", codec.name);
+                coded.decode(isa, 1, 0..cols, &mut wide);
+                coded.decode(isa, 1, 0..cols, &mut narrow);
+                assert!(wide[cols - 1].is_nan() && narrow[cols - 1].is_nan(), "{} {isa:?}", codec.name);
             }
         }
     }

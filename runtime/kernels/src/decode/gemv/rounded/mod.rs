@@ -16,8 +16,8 @@ mod vnni;
 use std::ops::{Deref, DerefMut};
 
 use super::{FewRows, Job, ROWS};
-use crate::cpu::{Cpu, cpu, per_cpu};
 use crate::element::{eight_bit_scale, nearest_whole};
+use crate::isa::{Feature, Isa, isa, per_isa};
 use crate::matmul::Matrix;
 use crate::storage::Storage;
 use crate::storage::codec::Fused;
@@ -62,7 +62,7 @@ enum Order {
 
 impl Order {
     fn of(m: usize) -> Self {
-        match (cpu().has_vnni(), m) {
+        match (isa().has_vnni(), m) {
             (false, _) => Self::Rows,
             (true, 1) => Self::One,
             (true, _) => Self::Fours,
@@ -147,10 +147,10 @@ impl RoundedRows {
             halves: Lines::zeros(2 * all),
             totals: vec![0.0; m],
         };
-        let cpu = cpu();
+        let isa = isa();
         let (mut codes, mut scales, mut halves) = (vec![0; x.step], vec![0.0; groups], vec![0.0; 2 * groups]);
         for (j, row) in x.values.chunks_exact(x.step).enumerate() {
-            round(cpu, row, &mut codes, &mut scales, &mut halves);
+            round(isa, row, &mut codes, &mut scales, &mut halves);
             rounded.place(j, &codes, &scales, &halves);
         }
         rounded
@@ -248,16 +248,16 @@ unsafe fn prefetch(p: *const u8, len: usize) {
 }
 
 /// A row's codes, scales, and for each half of a group the sum of its codes times the scale: the same on every processor.
-fn round(cpu: Cpu, row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
+fn round(isa: Isa, row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if cpu.has_vnni() {
+    if isa.has_vnni() {
         // SAFETY: the processor has it.
         return unsafe { vnni::round(row, codes, scales, halves) };
     }
-    round_by_lanes(cpu, row, codes, scales, halves);
+    round_by_lanes(isa, row, codes, scales, halves);
 }
 
-per_cpu! {
+per_isa! {
     fn round_by_lanes(row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
         let groups = row.as_chunks::<GROUP>().0.iter().zip(codes.as_chunks_mut::<GROUP>().0);
         for ((row, codes), (scale, halves)) in groups.zip(scales.iter_mut().zip(halves.as_chunks_mut::<2>().0)) {
@@ -287,16 +287,16 @@ impl Matrix<'_> {
             Storage::Coded => self.coded.as_ref().is_some_and(|coded| matches!(coded.fused(), Some(Fused::Linear))),
             Storage::F32 | Storage::F16 | Storage::BF16 | Storage::Native => false,
         };
-        whole && cpu() >= Cpu::Avx2
+        whole && isa().has(Feature::Avx2)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::gemv;
-    use super::super::tests::{BLOCKS, cpus, ggml, padded, random};
+    use super::super::tests::{BLOCKS, ggml, isas, padded, random};
     use super::*;
-    use crate::cpu::with_cpu;
+    use crate::isa::with_isa;
     use crate::storage::codec::{Codec, encode};
     use crate::{Encoded, RowOrder, Stream};
 
@@ -316,11 +316,11 @@ mod tests {
         w.decode_rows(0..n, &mut decoded);
         let mut stream = Stream::new(9, 1);
         let (x, step) = (padded(&random(&mut stream, m * k), m, k), FewRows::padded(k));
-        for cpu in cpus().filter(|cpu| *cpu >= Cpu::Avx2) {
+        for isa in isas().filter(|isa| isa.has(Feature::Avx2)) {
             let product = |rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
                 let mut out = vec![f32::NAN; rows.len() * of.len()];
-                with_cpu(cpu, || {
-                    assert!(w.takes_rounded(), "{label}, {cpu:?}");
+                with_isa(isa, || {
+                    assert!(w.takes_rounded(), "{label}, {isa:?}");
                     let few = FewRows { values: &x[of.start * step..of.end * step], step, rounded: None };
                     let rounded = RoundedRows::new(few);
                     gemv(FewRows { rounded: Some(&rounded), ..few }, w, rows, &mut out);
@@ -331,7 +331,7 @@ mod tests {
             for j in 0..m {
                 let alone: Vec<f32> = (0..n).flat_map(|row| product(row..row + 1, j..j + 1)).collect();
                 let of_all: Vec<f32> = all.iter().skip(j).step_by(m).copied().collect();
-                assert_eq!(alone, of_all, "{label}, {cpu:?}: row {j} alone");
+                assert_eq!(alone, of_all, "{label}, {isa:?}: row {j} alone");
             }
             let rounded = RoundedRows::new(FewRows { values: &x, step, rounded: None });
             for j in 0..m {
@@ -351,10 +351,10 @@ mod tests {
                     }
                     let got = f64::from(all[row * m + j]);
                     let error = (got - wanted).abs();
-                    assert!(error <= size * 8.0 * f64::from(f32::EPSILON), "{label}, {cpu:?}: off by {error:e}");
+                    assert!(error <= size * 8.0 * f64::from(f32::EPSILON), "{label}, {isa:?}: off by {error:e}");
                     away += (got - exact).powi(2);
                 }
-                assert!(away.sqrt() < 0.02 * norm.sqrt() + 1e-6, "{label}, {cpu:?}: {} away", (away / norm).sqrt());
+                assert!(away.sqrt() < 0.02 * norm.sqrt() + 1e-6, "{label}, {isa:?}: {} away", (away / norm).sqrt());
             }
         }
     }
@@ -398,9 +398,9 @@ mod tests {
         // Halfway between whole numbers, which go to the even ones.
         row[2 * GROUP..3 * GROUP].iter_mut().enumerate().for_each(|(i, value)| *value = i as f32 + 0.5);
         row[2 * GROUP] = -127.0;
-        let all = cpus().map(|cpu| {
+        let all = isas().map(|isa| {
             let (mut codes, mut scales, mut halves) = (vec![1; k], vec![1.0; k / GROUP], vec![1.0; k / GROUP * 2]);
-            round(cpu, &row, &mut codes, &mut scales, &mut halves);
+            round(isa, &row, &mut codes, &mut scales, &mut halves);
             (codes, scales, halves)
         });
         let all: Vec<_> = all.collect();

@@ -131,10 +131,11 @@ impl<'a> Outlook<'a> {
             }
             let update = match &self.adapted[index] {
                 None => None,
-                Some(adapted) => Some(low_rank(&self.plan.recipes[adapted.recipe].forward, adapted)?),
+                Some(adapted) => Some(low_rank(&self.plan.recipes[adapted.recipe].forward, adapted, info.bias)?),
             };
             site.d_in = info.d_in;
             site.d_out.push(info.d_out);
+            site.gains |= update.as_ref().is_some_and(|update| update.magnitude.is_some());
             site.drops |= update.as_ref().is_some_and(|update| update.dropout.is_some());
             site.r.push(update.map_or(0, |update| self.params[update.a].0[0]));
             site.integers.push(blocks.integers && self.module(index).multiplies_in_integers());

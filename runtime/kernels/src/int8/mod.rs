@@ -13,15 +13,15 @@
 //! with weights on a straight line every processor comes to the same result.
 
 #[cfg(target_arch = "x86_64")]
+mod avx_vnni;
+#[cfg(target_arch = "x86_64")]
 mod weight;
 
 use std::ops::Range;
 
 use crate::buffer::grown;
 use crate::element::{Element, eight_bit_scale, nearest_whole};
-#[cfg(target_arch = "x86_64")]
-use crate::isa::Feature;
-use crate::isa::{Isa, isa, per_isa};
+use crate::isa::{Int8Unit, Isa, isa, per_isa};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
 use crate::storage::codec::Coded;
@@ -54,7 +54,7 @@ impl Rounded {
 
 /// Bytes that `m` rows of k values take in integers.
 pub fn rounded_bytes(m: usize, k: usize) -> usize {
-    let per_word = if isa().has_vnni() { 4 } else { 2 };
+    let per_word = if isa().multiplies_bytes() { 4 } else { 2 };
     size_of::<u32>() * m * (k / per_word + 2 * k.div_ceil(GROUP))
 }
 
@@ -68,7 +68,7 @@ pub(crate) fn round<E: Element>(
     factors: Option<&[f32]>,
 ) -> Rounded {
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
-    let per_word = if isa.has_vnni() { 4 } else { 2 };
+    let per_word = if isa.multiplies_bytes() { 4 } else { 2 };
     let (step, groups) = (k / per_word, k.div_ceil(GROUP));
     let (words, scales, starts) = (vec![0; m * step], vec![0.0; m * groups], vec![0; m * groups]);
     let mut rounded = Rounded { words, step, scales, starts, k };
@@ -87,10 +87,7 @@ pub(crate) fn round<E: Element>(
             unsafe {
                 if per_word == 4 {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i8>(), k);
-                    #[cfg(target_arch = "x86_64")]
-                    vnni::round_row(&scratch, values, scales, starts);
-                    #[cfg(not(target_arch = "x86_64"))]
-                    round_row::<i8>(isa, &scratch, values, scales, starts);
+                    round_bytes(isa, &scratch, values, scales, starts);
                 } else {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i16>(), k);
                     round_row::<i16>(isa, &scratch, values, scales, starts);
@@ -153,9 +150,19 @@ per_isa! {
     }
 }
 
+/// See [`round_row`], for values of eight bits.
+fn round_bytes(isa: Isa, row: &[f32], out: &mut [i8], scales: &mut [f32], starts: &mut [i32]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_vnni() {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { vnni::round_row(row, out, scales, starts) };
+    }
+    round_row::<i8>(isa, row, out, scales, starts);
+}
+
 /// Words that a chunk of so many values takes.
 pub(crate) fn words(isa: Isa, values: usize) -> usize {
-    values / if isa.has_vnni() { 4 } else { 2 }
+    values / if isa.multiplies_bytes() { 4 } else { 2 }
 }
 
 /// A packed chunk's words and, unless they stand for values on one line, the scales of each group's columns.
@@ -188,7 +195,7 @@ pub(crate) fn pack(
     {
         to.scales.resize(sum.len().div_ceil(GROUP), [0.0; PANEL]);
         if backward {
-            weight::pack_backward(w, sum, columns, out, &mut to.scales, &mut to.buffers);
+            weight::pack_backward(isa, w, sum, columns, out, &mut to.scales, &mut to.buffers);
         } else {
             weight::pack_forward(isa, w, sum, columns, out, &mut to.scales, &mut to.buffers);
         }
@@ -213,12 +220,17 @@ fn pack_line(
     if backward {
         let row = |n: usize| &codes[(sum.start + n) * cols + columns.start..][..columns.len()];
         for (word, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            if isa.has_vnni() {
+            if isa.multiplies_bytes() {
                 let rows = [0, 1, 2, 3].map(|i| row(4 * word + i));
                 #[cfg(target_arch = "x86_64")]
                 if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(|row| row.first_chunk::<PANEL>()) {
-                    // SAFETY: a processor with VNNI has the other instructions of AVX-512.
-                    unsafe { vnni::weave([a, b, c, d], out) };
+                    // SAFETY: what multiplies bytes has AVX2, and in 512 bits the other instructions of AVX-512.
+                    unsafe {
+                        match isa.has_vnni() {
+                            true => vnni::weave([a, b, c, d], out),
+                            false => avx_vnni::weave([a, b, c, d], out),
+                        }
+                    }
                     continue;
                 }
                 weave_fours(isa, rows, out);
@@ -230,7 +242,7 @@ fn pack_line(
     }
     let row = |j: usize| &codes[(columns.start + j) * cols + sum.start..][..sum.len()];
     let mut pointers = [std::ptr::null(); PANEL];
-    if isa.has_vnni() {
+    if isa.multiplies_bytes() {
         for (j, pointer) in pointers[..columns.len()].iter_mut().enumerate() {
             *pointer = row(j).as_ptr();
         }
@@ -245,7 +257,7 @@ fn pack_line(
     }
     // SAFETY: each pointer is to `count` words.
     unsafe { pack_columns(isa, &pointers[..columns.len()], count, out) };
-    if isa.has_vnni() {
+    if isa.multiplies_bytes() {
         clamp(isa, out);
     }
 }
@@ -317,20 +329,25 @@ pub(crate) unsafe fn rows(
     );
     let at = chunk * words(isa, CHUNK);
     let scales = if packed.scaled { &packed.scales[..] } else { &[] };
-    assert!(!packed.scaled || isa.has_vnni() && scales.len() * words(isa, GROUP) >= count, "scales of each group");
+    assert!(
+        !packed.scaled || isa.multiplies_bytes() && scales.len() * words(isa, GROUP) >= count,
+        "scales of each group"
+    );
     let panel = (panel, scales);
-    #[cfg(target_arch = "x86_64")]
-    if isa.has_vnni() {
-        // SAFETY: the processor has VNNI, and the rest is passed on to the caller.
-        return unsafe { walk::<vnni::Vnni>(isa, a, rows, chunk, (at, count), panel, width, sums) };
+    // SAFETY: the set has no more than the processor, and the rest is passed on to the caller.
+    unsafe {
+        match isa.int8_unit() {
+            #[cfg(target_arch = "x86_64")]
+            Int8Unit::Amx | Int8Unit::Avx512Vnni => {
+                walk::<vnni::Vnni>(isa, a, rows, chunk, (at, count), panel, width, sums);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Int8Unit::AvxVnni => walk::<avx_vnni::AvxVnni>(isa, a, rows, chunk, (at, count), panel, width, sums),
+            #[cfg(target_arch = "x86_64")]
+            Int8Unit::Avx2 => walk::<pairs::Avx2>(isa, a, rows, chunk, (at, count), panel, width, sums),
+            _ => walk::<Portable>(isa, a, rows, chunk, (at, count), panel, width, sums),
+        }
     }
-    #[cfg(target_arch = "x86_64")]
-    if isa.has(Feature::Avx2) {
-        // SAFETY: the processor has AVX2, and the rest is passed on to the caller.
-        return unsafe { walk::<pairs::Avx2>(isa, a, rows, chunk, (at, count), panel, width, sums) };
-    }
-    // SAFETY: passed on to the caller.
-    unsafe { walk::<Portable>(isa, a, rows, chunk, (at, count), panel, width, sums) }
 }
 
 /// Rows and vectors of the largest tile.
@@ -369,7 +386,7 @@ trait Lanes {
     ///
     /// # Safety
     /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times [`PANEL`]; scales of B
-    /// there are where [`Isa::has_vnni`] alone.
+    /// there are where [`Isa::multiplies_bytes`] alone.
     unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile);
 }
 

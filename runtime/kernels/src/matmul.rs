@@ -210,6 +210,12 @@ impl<'a> Matrix<'a> {
         (self.line().is_some() || rounded()) && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
     }
 
+    /// The same of products forward alone, where any values may be decoded together.
+    pub fn multiplies_forward_in_integers(&self) -> bool {
+        self.multiplies_in_integers()
+            || isa().multiplies_bytes() && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
+    }
+
     /// Its codes, if it is stored by a code book.
     pub(crate) fn coded_view(&self) -> Option<&Coded<'a>> {
         self.coded.as_ref()

@@ -124,9 +124,10 @@ impl Isa {
         matches!(self.int8_unit(), Int8Unit::Avx512Vnni)
     }
 
-    /// Whether they are made at once, in 512 bits or in 256.
+    /// Returns true where four products of bytes and their sum are one instruction, so that products in integers are much faster than those
+    /// of f32.
     #[inline]
-    pub(crate) const fn multiplies_bytes(self) -> bool {
+    pub const fn multiplies_bytes(self) -> bool {
         matches!(self.int8_unit(), Int8Unit::Avx512Vnni | Int8Unit::AvxVnni)
     }
 

@@ -2,7 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{Lanes, PANEL, ROWS, Right, Rows, Tile, ZERO};
+use super::{GROUP, Lanes, PANEL, ROWS, Right, Rows, Tile, ZERO, round_group};
+use crate::element::scale_of_eight_bits;
 use crate::isa::{Dpbusd, Run, run};
 
 const LANES: usize = 8;
@@ -55,7 +56,7 @@ impl<const R: usize, const SCALED: bool> Run for Job<'_, R, SCALED> {
                     *sums = [_mm256_set1_epi32(*a.at[row % ROWS].2.add(group)); VECTORS];
                 }
                 for k in from..words.min(from + a.group) {
-                    let of_b = b.words.add(k * PANEL);
+                    let of_b = b.words.add(k * b.step);
                     let of_b = [_mm256_loadu_si256(of_b.cast()), _mm256_loadu_si256(of_b.add(LANES).cast())];
                     for (row, sums) in sums.iter_mut().enumerate() {
                         let x = _mm256_set1_epi32(*a.at[row % ROWS].0.add(k) as i32);
@@ -126,6 +127,52 @@ pub unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]) {
             _mm256_storeu_si256(out.add(16).cast(), _mm256_permute2x128_si256::<0x31>(x, y));
             _mm256_storeu_si256(out.add(24).cast(), _mm256_permute2x128_si256::<0x31>(z, u));
         }
+    }
+}
+
+/// See [`super::round_row`], which comes to the same.
+///
+/// # Safety
+/// See [`weave`].
+#[target_feature(enable = "avx2")]
+pub unsafe fn round_row(row: &[f32], out: &mut [i8], scales: &mut [f32], starts: &mut [i32]) {
+    let groups = row.chunks(GROUP).zip(out.chunks_mut(GROUP)).zip(scales.iter_mut().zip(starts));
+    for ((row, out), (scale, start)) in groups {
+        let (Some(row), Some(out)) = (row.first_chunk::<GROUP>(), out.first_chunk_mut::<GROUP>()) else {
+            round_group(row, out, scale, start);
+            continue;
+        };
+        let mut most = _mm256_setzero_si256();
+        for values in row.as_chunks::<LANES>().0 {
+            // SAFETY: a vector is eight values; so below.
+            let bits = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
+            most = _mm256_max_epu32(most, _mm256_and_si256(bits, _mm256_set1_epi32(i32::MAX)));
+        }
+        let four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256::<1>(most));
+        let two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
+        let largest = _mm_max_epu32(two, _mm_shuffle_epi32::<1>(two));
+        let inverse;
+        (*scale, inverse) = scale_of_eight_bits(f32::from_bits(_mm_cvtsi128_si32(largest) as u32));
+        let inverse = _mm256_set1_ps(inverse);
+        let mut sum = _mm256_setzero_si256();
+        for (values, out) in row.as_chunks::<{ 4 * LANES }>().0.iter().zip(out.as_chunks_mut::<{ 4 * LANES }>().0) {
+            let whole = |v: usize| {
+                // SAFETY: as above, four vectors.
+                let values = unsafe { _mm256_loadu_ps(values.as_ptr().add(v * LANES)) };
+                _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse))
+            };
+            let (a, b, c, d) = (whole(0), whole(1), whole(2), whole(3));
+            sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
+            // Quarters of the four come out one by one: those of all first halves, then those of the second ones.
+            let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+            let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            // SAFETY: there are 32 codes.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), bytes) };
+        }
+        let four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+        let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+        let sum = _mm_add_epi32(two, _mm_shuffle_epi32::<1>(two));
+        *start = _mm_cvtsi128_si32(sum).wrapping_mul(-ZERO);
     }
 }
 

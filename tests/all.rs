@@ -23,6 +23,7 @@ mod inference;
 mod invariants;
 #[cfg(target_os = "linux")]
 mod killed;
+mod licenses;
 #[cfg(unix)]
 mod machine;
 mod mixed;

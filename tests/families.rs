@@ -281,11 +281,12 @@ fn all_linear_modules_of_every_family_are_those_that_peft_finds() -> Result<()> 
 }
 
 /// A strategy, its options, and how layers run with it.
-const STRATEGIES: [(&str, &str, &str); 6] = [
+const STRATEGIES: [(&str, &str, &str); 7] = [
     ("lora", r#"{"r": 3}"#, "f32, fused blocks"),
     ("lora", r#"{"r": 3, "use_rslora": true}"#, "f32, fused blocks"),
+    ("lora", r#"{"r": 3, "use_dora": true}"#, "f32, fused blocks"),
     // The head is fused.
-    ("lora", r#"{"r": 3, "use_dora": true}"#, "f32, fused blocks; all of its layers plain in f32"),
+    ("lora", r#"{"r": 3, "use_dora": true, "lora_dropout": 0.1}"#, "f32, fused blocks; all of its layers plain in f32"),
     ("qlora", r#"{"r": 3}"#, "f32, fused blocks"),
     ("int8", r#"{"r": 3}"#, "f32, fused blocks"),
     ("full", "{}", "f32, plain blocks"),

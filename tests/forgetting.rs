@@ -108,6 +108,7 @@ fn the_divergence_is_that_of_plain_logits_for_every_strategy() -> Result<()> {
             ("lora", json!({"r": 3})),
             ("lora", json!({"r": 3, "target_modules": ["embed_tokens", "lm_head", "q_proj"]})),
             ("lora", json!({"r": 2, "use_dora": true})),
+            ("lora", json!({"r": 2, "use_dora": true, "lora_dropout": 0.1})),
             ("full", json!({})),
         ] {
             let adaptation = match adapt(strategy, &options, &model, 3) {

@@ -50,7 +50,7 @@ fn cases() -> Result<Vec<(String, Arc<BaseModel>)>> {
     Ok(cases)
 }
 
-/// None, and low-rank updates of every module that may have one.
+/// None, and low-rank updates of every module that may have one, also with learned lengths of rows.
 fn adaptations(model: &BaseModel) -> Result<Vec<Option<Arc<Adaptation>>>> {
     let made = |options: Value| -> Result<Option<Arc<Adaptation>>> {
         Ok(Some(Arc::new(shake(adapt("lora", &options, model, 3)?)?)))
@@ -63,7 +63,8 @@ fn adaptations(model: &BaseModel) -> Result<Vec<Option<Arc<Adaptation>>>> {
         _ => (json!(["q_proj", "v_proj", "up_proj"]), "v_proj"),
     };
     let patterns = json!({"r": 4, "target_modules": targets, "rank_pattern": {wide: 19}});
-    Ok(vec![None, made(json!({"r": 3, "lora_alpha": 5}))?, made(patterns)?])
+    let dora = json!({"r": 3, "lora_alpha": 4, "use_dora": true});
+    Ok(vec![None, made(json!({"r": 3, "lora_alpha": 5}))?, made(patterns)?, made(dora)?])
 }
 
 fn ids(model: &BaseModel, count: usize, seed: u32) -> Vec<u32> {
@@ -171,23 +172,29 @@ fn divergence(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
 #[test]
 fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> Result<()> {
     let model = Arc::new(BaseModel::load(&crate::real_model::smollm2()?)?);
+    let nf4 = Arc::new(store_as(&model, &StoredAs::Codec(Codec::nf4()), |_, _| {})?);
     let text = "The water cycle moves water between the sea, the air and the land. The sun warms the sea, water rises as vapour, \
         cools into clouds and falls as rain or snow. Rivers carry it back, and plants give some of it to the air again. In \
         this lesson each group draws one step of the cycle and explains to the others what drives it.";
     let ids = model.tokenizer.encode(text, false)?.ids;
     let (first, rest) = ids.split_at(1);
-    let exact = logits(&made_ready(&model, None, Compute::F32)?, first, 1, rest)?;
-    let fast = logits(&made_ready(&model, None, Compute::Bf16)?, first, 1, rest)?;
-    let away = divergence(&exact, &fast);
-    println!("divergence from f32 over {} tokens: {away:.2e} nats", ids.len());
-    // Beside it, what rounding to bf16 costs when a prompt is read.
-    let read = |compute| -> Result<Vec<Vec<f32>>> {
-        let ready = made_ready(&model, None, compute)?;
-        (1..=ids.len()).map(|len| Ok(logits(&ready, &ids[..len], len, &[])?.remove(0))).collect()
-    };
-    let reading = divergence(&read(Compute::F32)?, &read(Compute::Bf16)?);
-    println!("of a prompt that is read in bf16: {reading:.2e} nats");
-    assert!(away < 0.01 && away > 0.0, "{away:e} nats");
+    for (name, model) in [("as it is stored", &model), ("in NF4", &nf4)] {
+        let exact = logits(&made_ready(model, None, Compute::F32)?, first, 1, rest)?;
+        let fast = logits(&made_ready(model, None, Compute::Bf16)?, first, 1, rest)?;
+        let away = divergence(&exact, &fast);
+        println!("{name}: divergence from f32 over {} tokens: {away:.2e} nats", ids.len());
+        // Beside it, what rounding to bf16 costs when a prompt is read.
+        let read = |compute| -> Result<Vec<Vec<f32>>> {
+            let ready = made_ready(model, None, compute)?;
+            (1..=ids.len()).map(|len| Ok(logits(&ready, &ids[..len], len, &[])?.remove(0))).collect()
+        };
+        let reading = divergence(&read(Compute::F32)?, &read(Compute::Bf16)?);
+        println!("{name}: of a prompt that is read in bf16: {reading:.2e} nats");
+        let losses = [&exact, &fast].map(|logits| loss(logits, &ids[1..]));
+        println!("{name}: loss of the text, f32 and in eight bits: {losses:.5?}");
+        assert!(away < 0.01 && away > 0.0, "{name}: {away:e} nats");
+        assert!((losses[0] - losses[1]).abs() < 0.02, "{name}: {losses:?}");
+    }
     Ok(())
 }
 
@@ -238,6 +245,16 @@ fn a_real_model_that_reads_in_integers_draws_from_nearly_the_same_tokens_as_in_f
         assert!(unasked < away / 2.0, "{unasked:e} of {away:e} nats");
         Ok(())
     })
+}
+
+/// Mean cross-entropy of tokens under the logits before each.
+fn loss(logits: &[Vec<f32>], tokens: &[u32]) -> f64 {
+    let of = |(logits, token): (&Vec<f32>, &u32)| {
+        let most = logits.iter().fold(f32::MIN, |most, x| most.max(*x));
+        let sum: f64 = logits.iter().map(|x| f64::from(x - most).exp()).sum();
+        sum.ln() - f64::from(logits[*token as usize] - most)
+    };
+    logits.iter().zip(tokens).map(of).sum::<f64>() / tokens.len() as f64
 }
 
 #[test]
@@ -396,12 +413,13 @@ fn a_token_without_an_embedding_fails_its_answer_and_no_other() -> Result<()> {
     Ok(())
 }
 
-/// Three adapters, one of which runs plain blocks, and the base alone, on one engine.
+/// Four adapters, one of which runs plain blocks, and the base alone, on one engine.
 #[test]
 fn adapters_on_one_base_answer_at_once_as_each_does_alone() -> Result<()> {
     let model = Arc::new(model("llama")?);
-    let dora = Arc::new(shake(adapt("lora", &json!({"r": 3, "use_dora": true}), &model, 3)?)?);
-    let adaptations = [adaptations(&model)?, vec![Some(dora)]].concat();
+    let dropped = json!({"r": 3, "lora_alpha": 9, "use_dora": true, "lora_dropout": 0.1});
+    let plain = Arc::new(shake(adapt("lora", &dropped, &model, 3)?)?);
+    let adaptations = [adaptations(&model)?, vec![Some(plain)]].concat();
     let prompt = ids(&model, 60, 1);
     for compute in [Compute::F32, Compute::Bf16] {
         let made = |engine: &Engine, adaptation: &Option<Arc<Adaptation>>| {

@@ -38,11 +38,12 @@ fn strategies() -> Vec<(&'static str, Value)> {
         ("lora", json!({"r": 2, "target_modules": ["lm_head"]})),
         ("lora", json!({"r": 2, "target_modules": ["embed_tokens", "lm_head", "o_proj"]})),
         ("lora", json!({"r": 3, "use_dora": true})),
-        ("lora", json!({"r": 3, "use_dora": true, "target_modules": ["q_proj", "lm_head"]})),
+        ("lora", json!({"r": 3, "use_dora": true, "target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.1})),
         ("lora", json!({"r": 3, "use_dora": true, "target_modules": r".*layers\.0\..*down_proj"})),
         ("lora", json!({"r": 3, "use_dora": true, "target_modules": r".*layers\.1\..*q_proj", "lora_dropout": 0.2})),
         ("ia3", json!({"target_modules": ["k_proj"], "feedforward_modules": []})),
         ("full", json!({})),
+        ("lora", json!({"r": 2, "use_dora": true, "lora_dropout": 0.1})),
     ]
 }
 
@@ -131,7 +132,8 @@ fn dora_trains_beside_a_head_that_is_adapted() -> Result<()> {
     for model in [fixture("models/llama"), place.random_model("odd", &odd)?] {
         for compute in ["auto", "f32", "bf16", "int8"] {
             let mut command = place.fine_tune(&model, &rows);
-            command.args(["--set-option", "use_dora=true", "--target-modules", "q_proj,lm_head", "--max-steps", "2"]);
+            command.args(["--set-option", "use_dora=true", "--set-option", "lora_dropout=0.1"]);
+            command.args(["--target-modules", "q_proj,lm_head", "--max-steps", "2"]);
             succeeds(command.args(["--overwrite", "--compute", compute]))?;
         }
     }

@@ -1,4 +1,4 @@
-"""Measures Homeroom beside PEFT and llama.cpp on random models in the shapes of Gemma 3 270M and Qwen3-0.6B.
+"""Measures Homeroom beside PEFT and llama.cpp on random models in the shapes of Gemma 3 270M, Qwen3-0.6B and Qwen3-1.7B.
 
 What such a small model with a large vocabulary costs, an older shape does not show: its head is most of it. The models are random,
 since neither speed nor memory depends on what the weights say; they are written once, as a directory in bf16 and as GGUF files.
@@ -8,11 +8,15 @@ since neither speed nor memory depends on what the weights say; they are written
 - Answers: `homeroom bench prefill` (512 tokens) and `bench decode` (64 tokens), and the same of llama.cpp by its server, in one
   process with it. It times itself, and draws each token as the likeliest, which Homeroom's figures leave out. The directory is
   compared with llama.cpp's reading of the BF16 file.
+- Published figures, if `published` is named: `homeroom bench train` on the shape and with the settings that QVAC Fabric, a llama.cpp that
+  trains, publishes its figures for. Theirs are on graphics processors, and are printed as they stand, marked as theirs.
 
-Each measurement is a process of its own (llama.cpp's prefill and decode share one, and its peak is of both); variants take turns, and figures are medians over the rounds. It ends with 1 where a bound
-is broken.
+Qwen3-1.7B is measured only where it is named: it takes 7 GB of disk for `published`, 10 GB for all, and 12 GB of memory while it is made.
+Each measurement is a process of its own (llama.cpp's prefill and decode share one, and its peak is of both); variants take turns, and
+figures are medians over the rounds. It ends with 1 where a bound is broken.
 
 Run: python shapes.py --dir DIR --homeroom BIN --llama-cpp PYTHON [--only gemma3-270m,train] [--rounds 3] [--json FILE]
+     python shapes.py --dir DIR --homeroom BIN --only published
      (torch, transformers, peft, gguf; PYTHON is an interpreter that has xllamacpp)
 """
 
@@ -31,7 +35,7 @@ import common
 import machine
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-# Sizes as in `config.json` of google/gemma-3-270m and Qwen/Qwen3-0.6B.
+# Sizes as in `config.json` of google/gemma-3-270m, Qwen/Qwen3-0.6B and Qwen/Qwen3-1.7B.
 SHAPES = {
     "gemma3-270m": dict(
         config="Gemma3TextConfig",
@@ -73,7 +77,42 @@ SHAPES = {
             tie_word_embeddings=True,
         ),
     ),
+    "qwen3-1.7b": dict(
+        config="Qwen3Config",
+        model="Qwen3ForCausalLM",
+        gguf="qwen3",
+        published=dict(layer_types=None),
+        sizes=dict(
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            max_position_embeddings=40960,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=True,
+        ),
+    ),
 }
+# Tokens/s of LoRA by QVAC Fabric on graphics processors, and the type of the file: 128 tokens by the seconds of a step.
+# Source: docs/BENCHMARKS.md of <https://github.com/tetherto/qvac-rnd-fabric-llm-finetune>, "Fine-tuning Completion Time".
+PUBLISHED = {
+    "qwen3-1.7b": {
+        "NVIDIA RTX 4090": {"Q8_0": 116.36, "Q4_0": 8},
+        "AMD RX 7900 XTX": {"Q8_0": 47.4, "Q4_0": 9.84},
+        "Intel Arc A770": {"Q8_0": 29.76, "Q4_0": 18.82},
+        "Apple M3 Pro": {"Q8_0": 17.53, "Q4_0": 3.121},
+        "Qualcomm Adreno 830": {"Q8_0": 6.09, "Q4_0": 6.73},
+        "ARM Mali G715": {"Q8_0": 1.28, "Q4_0": 0.22},
+    },
+}
+# Their settings: `-c 128 -b 128 -ub 128` is one row of 128 tokens a step; rank and alpha are their defaults, on all seven linear modules.
+# They count the loss of answers alone, `bench train` that of every token.
+PUBLISHED_SETTINGS = ["--lora-r", 8, "--set-option", "lora_alpha=16", "--batch-size", 1, "--seq-len", 128]
+PUBLISHED_FILES = ("directory", "Q8_0", "Q4_0")
+PARTS = ("train", "answer", "published")
 # Options of `bench train`, and the variant of bench_train.py beside it.
 TRAINING = {
     "bf16": (["--compute", "bf16"], "peft-bf16"),
@@ -118,10 +157,10 @@ print("ANSWER" + json.dumps({"prefill": prefill, "decode": decode, "peak": peak,
 # --- models -----------------------------------------------------------------------------------
 
 
-def make(name: str, place: Path) -> None:
-    """Writes the directory and the GGUF files that are not there yet."""
+def make(name: str, place: Path, kinds: set[str]) -> None:
+    """Writes those of the directory and the GGUF files that are not there yet."""
     folder = place / "directory"
-    missing = [kind for kind in FILES if not (place / kind).exists()]
+    missing = [kind for kind in FILES if kind in kinds and not (place / kind).exists()]
     if not missing:
         return
     sys.path.insert(0, str(FIXTURES))
@@ -140,7 +179,7 @@ def make(name: str, place: Path) -> None:
         # Norms stay f32, as llama.cpp's converter leaves them.
         types = {"norm": GGMLQuantizationType.F32, "": GGMLQuantizationType[kind]}
         draft = place / "draft.gguf"
-        make_families.write_gguf(draft, folder, family, tokenizer, types)
+        make_families.write_gguf(draft, folder, family, tokenizer, types, is_held=False)
         (place / kind).mkdir()
         draft.rename(place / kind / "model.gguf")
 
@@ -163,6 +202,11 @@ def train(args, place: Path, kind: str) -> dict[str, dict]:
     if peer:
         out["PEFT"] = figure(bench_train.in_a_process(args, peer, []))
     return out
+
+
+def train_as_published(args, path: Path) -> dict:
+    command = [args.homeroom, "bench", "train", "--model-name", path, *PUBLISHED_SETTINGS, "--steps", args.steps, "--json"]
+    return figure(common.last_json(common.run(command)))
 
 
 def answer(args, path: Path) -> dict[str, dict]:
@@ -271,12 +315,37 @@ def answers(args, name: str, record: dict, rows: list, broken: list[str]) -> Non
                 broken.append(f"{name}: decodes {kind} {ratio:.2f} times as fast as llama.cpp, wanted {DECODE_SPEED}")
 
 
+def published(args, name: str, record: dict, rows: list, broken: list[str]) -> None:
+    """A table of its own: what others publish of the shape, and ours."""
+
+    def measure(kind: str) -> dict[str, dict]:
+        return {"Homeroom": train_as_published(args, path_of(args.dir / name, kind))}
+
+    runs = rounds(args, list(PUBLISHED_FILES), measure)
+    record["published"] = runs
+
+    def line(who: str, where: str, found: dict[str, str]) -> str:
+        return f"| {who} | {where} | " + " | ".join(found.get(kind, "–") for kind in PUBLISHED_FILES) + " |"
+
+    def mine(kind: str) -> str:
+        speed, peak = middle(runs[kind]["Homeroom"])
+        return f"{speed:.1f}, {peak / 1e9:.2f} GB"
+
+    where = f"{machine.processor()[0]}, {args.threads} threads"
+    told = [line("Homeroom", where, {kind: mine(kind) for kind in PUBLISHED_FILES})]
+    for device, found in PUBLISHED[name].items():
+        told.append(line("QVAC Fabric, by its own word", device, {kind: f"{speed:g}" for kind, speed in found.items()}))
+    heads = ["bf16" if kind == "directory" else kind for kind in PUBLISHED_FILES]
+    head = [f"{name}, LoRA of rank 8, a row of 128 tokens a step: tokens/s", "", "| program | on | " + " | ".join(heads) + " |"]
+    args.beside += ["", *head, "|---|---|" + "--:|" * len(heads), *told]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, required=True, help="where the models are, or are made")
     parser.add_argument("--homeroom", required=True, help="the binary, its strategies beside it")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has xllamacpp; needed for `answer`")
-    parser.add_argument("--only", default="", help=f"some of {', '.join([*SHAPES, 'train', 'answer'])}")
+    parser.add_argument("--only", default="", help=f"some of {', '.join([*SHAPES, *PARTS])}")
     parser.add_argument("--training", default=",".join(TRAINING), help="how it is trained")
     parser.add_argument("--files", default=",".join(FILES), help="files that are answered from")
     parser.add_argument("--rounds", type=int, default=3)
@@ -288,23 +357,32 @@ def main() -> None:
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
     args.files, args.training = args.files.split(","), args.training.split(",")
-    unknown = (only - {*SHAPES, "train", "answer"}) | (set(args.files) - set(FILES)) | (set(args.training) - set(TRAINING))
+    unknown = (only - {*SHAPES, *PARTS}) | (set(args.files) - set(FILES)) | (set(args.training) - set(TRAINING))
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    shapes = [name for name in SHAPES if name in only] or list(SHAPES)
-    parts = [part for part in ("train", "answer") if part in only] or ["train", "answer"]
+    parts = [part for part in PARTS if part in only] or ["train", "answer"]
+    shapes = [name for name in SHAPES if name in only]
+    shapes = shapes or [name for name in SHAPES if (name in PUBLISHED) == (parts == ["published"])]
+    if "published" in parts and (without := set(shapes) - set(PUBLISHED)):
+        parser.error(f"nothing is published of {', '.join(sorted(without))}")
     if "answer" in parts and not args.llama_cpp:
         parser.error("--llama-cpp PYTHON is needed for answers")
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)
-    args.system = ""
+    args.system, args.beside = "", []
+    kinds = {"directory"}
+    if "answer" in parts:
+        kinds |= {file for kind in args.files for file in (kind, FILES[kind])}
+    if "published" in parts:
+        kinds |= set(PUBLISHED_FILES)
     for name in shapes:
         (args.dir / name).mkdir(parents=True, exist_ok=True)
-        make(name, args.dir / name)
+        make(name, args.dir / name, kinds)
     record, rows, broken = {}, [], []
     for name in shapes:
         for part in parts:
             try:
-                {"train": training, "answer": answers}[part](args, name, record.setdefault(name, {}), rows, broken)
+                measured = {"train": training, "answer": answers, "published": published}[part]
+                measured(args, name, record.setdefault(name, {}), rows, broken)
             except RuntimeError as error:
                 broken.append(f"{name}: {part}: {error}")
             if args.json:
@@ -313,9 +391,12 @@ def main() -> None:
     if args.system and (why := machine.foreign(args.system, None)):
         print(why)
     heads = ["shape", "measure", "peer", "Homeroom", "memory", "peer's", "memory", "ratio (least to most of a round)", "memory"]
-    print("\n| " + " | ".join(heads) + " |\n|---|---|---|" + "--:|" * 6)
+    if rows:
+        print("\n| " + " | ".join(heads) + " |\n|---|---|---|" + "--:|" * 6)
     for row in rows:
         print("| " + " | ".join(row) + " |")
+    for line in args.beside:
+        print(line)
     for line in broken:
         print("BROKEN", line)
     sys.exit(1 if broken else 0)

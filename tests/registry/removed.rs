@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::{adapter, cached, entries, listed, model, names, program, train, typed};
-use crate::support::{Place, fixture, printed_json, refused, run, succeeds};
+use crate::support::{Place, fixture, printed_json, refused, succeeds};
 
 /// What a directory holds, by name.
 fn contents(path: &Path) -> Result<Vec<(String, Vec<u8>)>> {

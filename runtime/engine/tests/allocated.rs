@@ -138,7 +138,7 @@ fn both(
         run.step(&batches)?;
     }
     // What threads keep they have from an earlier run.
-    let estimated = found.parts.total() - found.parts.weights - found.parts.scratch;
+    let estimated = found.parts.total() - found.parts.weights - found.parts.scratch - found.parts.allocator;
     Ok((MOST.load(Ordering::Relaxed) - before, estimated as usize))
 }
 

@@ -10,8 +10,8 @@ use homeroom_engine::files::keep_private;
 use homeroom_kernels::Isa;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, list_models, new, plan, plugins, pull,
-    resume, rm, run, runs, serve, show,
+    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, licenses, list_models, new, plan, plugins,
+    pull, resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
@@ -73,6 +73,9 @@ pub enum Command {
     /// Measures speed and memory
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Prints the licences of this program, and of what others wrote that is in it
+    #[command(visible_alias = "licences")]
+    Licenses,
 }
 
 /// The command line's definition.
@@ -176,6 +179,7 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Plugins(what) => plugins::run(what),
         Command::Bench(what) => bench::run(what),
+        Command::Licenses => licenses::run(),
     };
     interrupt::await_end();
     match done {

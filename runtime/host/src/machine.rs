@@ -1,4 +1,12 @@
-//! What the machine says of this process.
+//! What the machine says of this process, and what it is given back.
+
+// Linked for `mi_collect`, whose Rust binding takes a further crate.
+use mimalloc as _;
+
+unsafe extern "C" {
+    /// mimalloc's: frees what the calling thread's heap keeps, with `force` all of it.
+    fn mi_collect(force: bool);
+}
 
 /// Highest resident memory so far, in bytes; `None` where the system does not say.
 #[cfg(target_os = "linux")]
@@ -24,6 +32,15 @@ fn of_status(field: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// Gives memory that is not used back to the system: what loading and encoding took is kept otherwise, and a training would have its own
+/// beside it.
+pub fn give_back_memory() {
+    // SAFETY: it is as `mimalloc.h` declares it, has no preconditions, and touches what the calling thread may allocate from.
+    let collect = || unsafe { mi_collect(true) };
+    homeroom_kernels::on_each_thread(collect);
+    collect();
 }
 
 /// Begins to count anew: the highest memory so far is the present one. Systems that cannot go on counting.

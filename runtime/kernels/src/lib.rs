@@ -43,6 +43,7 @@ pub use half::{bf16, f16};
 pub use int8::rounded_bytes;
 pub use isa::{Bf16Unit, F32Unit, Feature, Int8Unit, Isa, VARIABLE as ISA_VARIABLE, isa, keep_to, with_isa};
 pub use layer::cross_entropy::{LogitCap, cross_entropy, target_logits};
+pub use layer::gain::gain_backward;
 pub use layer::gated::{Gate, gate, gated, gated_backward};
 pub use layer::norm::{
     ColumnNorm, norm_columns, norm_columns_backward, normalise, normalise_columns, rms_norm, rms_norm_add,
@@ -55,8 +56,11 @@ pub use layer::softmax::softmax_weights;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use peak::{read_gigabytes, register_loop_gflops};
 pub use philox::{Stream, add_noise, dropout_mask, philox4x32};
-pub use pool::{on_pool, threads};
-pub use product::{Columns, Finish, Left, Output, ProductElement, Right, Term, outer, product, product_scratch_bytes};
+pub use pool::{on_each_thread, on_pool, threads};
+pub use product::{
+    Columns, Finish, Gain, Left, Output, ProductElement, Right, Term, outer, product, product_scratch_bytes,
+    product_with_gain,
+};
 pub use round::{to_elements, to_elements_scaled};
 pub use storage::Storage;
 pub use storage::codec::{CheckedCodec, Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};

@@ -17,6 +17,11 @@ pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| with_isa(isa, f))
 }
 
+/// Calls `f` on each of the pool's threads.
+pub fn on_each_thread(f: impl Fn() + Sync) {
+    rayon::broadcast(|_| f());
+}
+
 /// Calls `f` with each number below `tasks`, on all threads, in no particular order but started in ascending order.
 ///
 /// What a task computes must not depend on which thread runs it or on how many there are.

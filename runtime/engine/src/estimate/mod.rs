@@ -58,6 +58,8 @@ pub struct Parts {
     pub logits: u64,
     /// Packed panels and other scratch of the kernels, and tables of cosines.
     pub scratch: u64,
+    /// What the allocator keeps of memory that passes gave back.
+    pub allocator: u64,
     /// The program itself with the tokenizer.
     pub program: u64,
 }
@@ -65,8 +67,8 @@ pub struct Parts {
 impl Parts {
     /// All of them.
     pub fn total(&self) -> u64 {
-        let Self { weights, parameters, moments, gradients, activations, logits, scratch, program } = self;
-        weights + parameters + moments + gradients + activations + logits + scratch + program
+        let Self { weights, parameters, moments, gradients, activations, logits, scratch, allocator, program } = self;
+        weights + parameters + moments + gradients + activations + logits + scratch + allocator + program
     }
 }
 

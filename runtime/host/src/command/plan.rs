@@ -441,7 +441,7 @@ impl Planner<'_> {
 
 /// The parts of the memory, the largest first.
 fn parts(parts: &Parts) -> Vec<(&'static str, u64)> {
-    let Parts { weights, parameters, moments, gradients, activations, logits, scratch, program } = *parts;
+    let Parts { weights, parameters, moments, gradients, activations, logits, scratch, allocator, program } = *parts;
     let mut named = vec![
         ("weights of the base", weights),
         ("trained parameters", parameters),
@@ -450,6 +450,7 @@ fn parts(parts: &Parts) -> Vec<(&'static str, u64)> {
         ("activations", activations),
         ("logits", logits),
         ("scratch of kernels", scratch),
+        ("kept by the allocator", allocator),
         ("the program", program),
     ];
     named.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));

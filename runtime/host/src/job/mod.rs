@@ -40,6 +40,7 @@ use self::recording::Recorder;
 pub use self::recording::{Recording, Resumed, Saving, newest_checkpoint};
 pub use self::samples::{Sample, Samples, question};
 use self::stall::Stall;
+use crate::machine::give_back_memory;
 use crate::models::shown;
 use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
@@ -412,5 +413,6 @@ pub fn encode(store: impl FnOnce(&mut dyn FnMut(usize, usize)) -> Result<Arc<Bas
         bar.set_position(done as u64);
     });
     bar.finish_and_clear();
+    give_back_memory();
     result
 }

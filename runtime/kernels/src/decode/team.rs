@@ -6,12 +6,16 @@
 //! memory in order, seldom meet at the ticket, and end together.
 
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::isa::{isa, with_isa};
 use crate::pool::{Shared, threads};
 
-/// Polls before a thread that waits lets others have the processor.
-const PATIENCE: u32 = 4096;
+/// How long a thread that waits keeps its core to itself: most jobs of a token are shorter. Then it lets whoever wants the core run before
+/// it looks again, as a school's computer does other things, too.
+const SPIN: Duration = Duration::from_micros(50);
+/// Polls between two looks at the clock.
+const POLLS: u32 = 64;
 
 /// Bits of a ticket that count tasks, twice; the others count jobs, so that no ticket of one job is one of the next.
 const BITS: u32 = 20;
@@ -45,10 +49,24 @@ struct Job {
 #[repr(align(64))]
 struct Line<T>(T);
 
-/// Waits a little more: first awake, then by letting others run.
-fn wait(polls: &mut u32) {
-    *polls = polls.saturating_add(1);
-    if *polls > PATIENCE { std::thread::yield_now() } else { std::hint::spin_loop() }
+/// A wait that is under way.
+#[derive(Default)]
+struct Wait {
+    polls: u32,
+    since: Option<Instant>,
+    /// It has taken longer than [`SPIN`].
+    is_long: bool,
+}
+
+impl Wait {
+    /// Waits a little more: first awake, then by letting others run.
+    fn more(&mut self) {
+        self.polls = self.polls.wrapping_add(1);
+        if !self.is_long && self.polls.is_multiple_of(POLLS) {
+            self.is_long = self.since.get_or_insert_with(Instant::now).elapsed() > SPIN;
+        }
+        if self.is_long { std::thread::yield_now() } else { std::hint::spin_loop() }
+    }
 }
 
 impl Team {
@@ -89,9 +107,9 @@ impl Team {
         let number = (job.ticket.load(Ordering::Relaxed) >> (2 * BITS)) + 1;
         job.ticket.store(number << (2 * BITS) | (tasks as u64) << BITS, Ordering::Release);
         while self.tasks() {}
-        let mut polls = 0;
+        let mut wait = Wait::default();
         while self.done.0.load(Ordering::Acquire) < tasks {
-            wait(&mut polls);
+            wait.more();
         }
         assert!(!self.failed.load(Ordering::Relaxed), "a task of a team panicked");
     }
@@ -145,9 +163,9 @@ impl Team {
                 let part = unsafe { seconds.slice(from, sizes.1.min(lens.1 - from)) };
                 g(task, part, &|| {
                     // Tasks are taken in ascending order, and each thread does its own so: all of `first` is done or being done.
-                    let mut polls = 0;
+                    let mut wait = Wait::default();
                     while done.load(Ordering::Acquire) < before {
-                        wait(&mut polls);
+                        wait.more();
                     }
                     // SAFETY: nobody writes `first` any more.
                     unsafe { &*firsts.slice(0, lens.0) }
@@ -191,12 +209,12 @@ impl Team {
     }
 
     fn help(&self) {
-        let mut polls = 0;
+        let mut wait = Wait::default();
         while !self.job.0.over.load(Ordering::Acquire) {
             if self.tasks() {
-                polls = 0;
+                wait = Wait::default();
             } else {
-                wait(&mut polls);
+                wait.more();
             }
         }
     }

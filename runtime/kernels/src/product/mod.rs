@@ -16,7 +16,7 @@ use std::ops::Range;
 pub use self::element::ProductElement;
 pub use self::outer::outer;
 pub use self::scratch::product_scratch_bytes;
-pub use self::terms::{Columns, Finish, Left, Output, Right, Term};
+pub use self::terms::{Columns, Finish, Gain, Left, Output, Right, Term};
 
 use self::cut::{DEPTH, Piece, Task, cut, group};
 use self::pack::{decode_wide, pack};
@@ -39,6 +39,33 @@ pub fn product<E: ProductElement>(
     out: Output<'_, E>,
     step: usize,
     finish: Finish,
+) {
+    with_gain(m, columns, out, step, finish, None);
+}
+
+/// As [`product`], with a gain on each column: `C = gain ∘ Σ A B + …`. The sums before it go to `gain.sums`, as E.
+///
+/// # Panics
+/// As [`product`], and when there are not as many factors and sums as the output has columns and values.
+pub fn product_with_gain<E: ProductElement>(
+    m: usize,
+    columns: &[Columns<'_, E>],
+    out: Output<'_, E>,
+    step: usize,
+    gain: Gain<'_, E>,
+) {
+    assert_eq!((gain.factors.len(), Some(gain.sums.len())), (step, m.checked_mul(step)), "a gain on {step} columns");
+    let gain = SharedGain { factors: gain.factors.as_ptr(), sums: gain.sums.as_mut_ptr(), step };
+    with_gain(m, columns, out, step, Finish::default(), Some(gain));
+}
+
+fn with_gain<E: ProductElement>(
+    m: usize,
+    columns: &[Columns<'_, E>],
+    out: Output<'_, E>,
+    step: usize,
+    finish: Finish,
+    gain: Option<SharedGain<E>>,
 ) {
     let (mut end, columns_before) = (0, columns);
     for (index, columns) in columns.iter().enumerate() {
@@ -92,12 +119,12 @@ pub fn product<E: ProductElement>(
     };
     let tasks = cut(m, columns);
     let integers = Integers::of(isa, m, columns);
-    let in_output = !store.wide.is_null() && !add;
+    let in_output = !store.wide.is_null() && !add && gain.is_none();
     let groups: Vec<Vec<Vec<Piece>>> = columns.iter().map(|columns| group(columns.terms, in_output)).collect();
     // Sums that are too deep for one panel are taken a group of pieces at a time. Where they can wait in the output, that is in
     // rounds, one group for all panels, so that a thread's panels find their part of A in its cache.
     let rounds = if in_output { groups.iter().map(Vec::len).max().unwrap_or(1) } else { 1 };
-    let store = SharedStore(store);
+    let store = SharedStore(store, gain);
     for round in 0..rounds {
         for_each(tasks.len(), |index| {
             let task = &tasks[index];
@@ -144,13 +171,30 @@ impl Integers {
     }
 }
 
-/// An output that tasks share.
-struct SharedStore<E>(Store<E>);
+/// An output that tasks share, and a gain on its columns.
+struct SharedStore<E>(Store<E>, Option<SharedGain<E>>);
 // SAFETY: tasks write disjoint elements, see `product`.
 unsafe impl<E> Sync for SharedStore<E> {}
-impl<E> SharedStore<E> {
-    fn get(&self) -> Store<E> {
-        self.0
+impl<E: Copy> SharedStore<E> {
+    fn get(&self) -> (Store<E>, Option<SharedGain<E>>) {
+        (self.0, self.1)
+    }
+}
+
+/// See [`Gain`]: factors from a column on, and sums from an element on.
+#[derive(Clone, Copy)]
+struct SharedGain<E> {
+    factors: *const f32,
+    sums: *mut E,
+    step: usize,
+}
+
+impl<E> SharedGain<E> {
+    /// From a task's rows and its columns from `from` on.
+    fn at(self, columns: &Columns<'_, E>, task: &Task, from: usize) -> Self {
+        let column = columns.at + task.from + from;
+        let (factors, place) = (self.factors.wrapping_add(column), task.rows.start * self.step + column);
+        Self { factors, sums: self.sums.wrapping_add(place), ..self }
     }
 }
 
@@ -166,7 +210,7 @@ unsafe fn run<E: ProductElement>(
     integers: (&Integers, &[usize]),
     (groups, now): (&[Vec<Piece>], Range<usize>),
     in_output: bool,
-    store: Store<E>,
+    (store, gain): (Store<E>, Option<SharedGain<E>>),
     scratch: &mut Scratch,
 ) {
     let wide = task.width > PANEL;
@@ -178,11 +222,12 @@ unsafe fn run<E: ProductElement>(
         (target(store, columns, task, 0).wide, store.step)
     } else {
         let step = task.width.next_multiple_of(PANEL);
-        let wait = groups.len() > 1 || in_integers(columns, &groups[0]);
+        let wait = groups.len() > 1 || in_integers(columns, &groups[0]) || gain.is_some();
         (if wait { grown(sums, m * step).as_mut_ptr() } else { std::ptr::null_mut() }, step)
     };
     for (number, group) in groups.iter().enumerate().take(now.end).skip(now.start) {
         let (first, last) = (number == 0, number + 1 == groups.len());
+        let gain = |from: usize| gain.map(|gain| gain.at(columns, task, from));
         if in_integers(columns, group) {
             for from in (0..task.width).step_by(PANEL) {
                 let width = PANEL.min(task.width - from);
@@ -191,7 +236,7 @@ unsafe fn run<E: ProductElement>(
                 unsafe {
                     whole_numbers(isa, task, columns, integers, group, (from, width), (waiting, step), packed);
                     if last {
-                        finish(isa, m, width, waiting, step, target(store, columns, task, from));
+                        finish(isa, m, width, (waiting, step), gain(from), target(store, columns, task, from));
                     }
                 }
             }
@@ -227,20 +272,24 @@ unsafe fn run<E: ProductElement>(
             }
             let segments = &segments[..group.len()];
             let waiting = sums.wrapping_add(from);
+            let gain = gain(from);
             let target = match (first, last) {
-                (true, true) => target(store, columns, task, from),
+                (true, true) if gain.is_none() => target(store, columns, task, from),
                 (true, false) => Store::wide(waiting, step),
                 (false, false) => Store::adding(waiting, step),
                 // With nothing that goes in between, the sums so far are an addend.
-                (false, true) if store.scale == 1.0 && store.add.is_null() && store.wide.is_null() => {
+                (false, true)
+                    if gain.is_none() && store.scale == 1.0 && store.add.is_null() && store.wide.is_null() =>
+                {
                     Store { add: waiting, add_step: step, ..target(store, columns, task, from) }
                 }
-                (false, true) => {
-                    // The sums so far go in before scale, bias and addends do.
+                (first, true) => {
+                    // The sums so far go in before gain, scale, bias and addends do.
+                    let all = if first { Store::wide(waiting, step) } else { Store::adding(waiting, step) };
                     // SAFETY: `sums` holds m rows of `step`; A and B are as large as the segments say.
                     unsafe {
-                        rows::<E, false>(isa, m, width, segments, Store::adding(waiting, step));
-                        finish(isa, m, width, waiting, step, target(store, columns, task, from));
+                        rows::<E, false>(isa, m, width, segments, all);
+                        finish(isa, m, width, (waiting, step), gain, target(store, columns, task, from));
                     }
                     continue;
                 }
@@ -308,8 +357,15 @@ fn target<E>(store: Store<E>, columns: &Columns<'_, E>, task: &Task, from: usize
 /// Sends sums that waited in a buffer on their way.
 ///
 /// # Safety
-/// `sums` is readable and the output of `store` writable over m x width.
-unsafe fn finish<E: ProductElement>(isa: Isa, m: usize, width: usize, sums: *const f32, step: usize, store: Store<E>) {
+/// `sums` is readable and the output of `store` writable over m x width, and so are factors and sums of a gain.
+unsafe fn finish<E: ProductElement>(
+    isa: Isa,
+    m: usize,
+    width: usize,
+    (sums, step): (*const f32, usize),
+    gain: Option<SharedGain<E>>,
+    store: Store<E>,
+) {
     for row in 0..m {
         // SAFETY: as the caller promised.
         unsafe {
@@ -320,12 +376,24 @@ unsafe fn finish<E: ProductElement>(isa: Isa, m: usize, width: usize, sums: *con
             let mut values = [0f32; PANEL];
             let values = &mut values[..width];
             values.copy_from_slice(sums);
+            if let Some(gain) = gain {
+                narrow(isa, values, std::slice::from_raw_parts_mut(gain.sums.add(row * gain.step), width));
+                multiply_row(isa, values, std::slice::from_raw_parts(gain.factors, width));
+            }
             finish_row(isa, values, store.scale, part(store.bias), row_add, add);
             if store.wide.is_null() {
                 narrow(isa, values, std::slice::from_raw_parts_mut(store.narrow.add(row * store.step), width));
             } else {
                 std::slice::from_raw_parts_mut(store.wide.add(row * store.step), width).copy_from_slice(values);
             }
+        }
+    }
+}
+
+crate::isa::per_isa! {
+    fn multiply_row(values: &mut [f32], factors: &[f32]) {
+        for (value, factor) in values.iter_mut().zip(factors) {
+            *value *= factor;
         }
     }
 }

@@ -123,6 +123,15 @@ pub struct Finish<'a> {
     pub row_add: Option<&'a [f32]>,
 }
 
+/// A factor on each column of the output.
+#[derive(Debug)]
+pub struct Gain<'a, E> {
+    /// The factors, one a column.
+    pub factors: &'a [f32],
+    /// Gets what is multiplied by them, (m, columns): their gradient needs it.
+    pub sums: &'a mut [E],
+}
+
 impl Default for Finish<'_> {
     fn default() -> Self {
         Self { scale: 1.0, row_add: None }

@@ -2,9 +2,9 @@
 //! bits under every instruction set.
 
 use homeroom_kernels::{
-    ColumnNorm, Element, Gate, Isa, RotaryTable, Stream, add_gradient, add_scaled, bf16, cross_entropy, gate, gated,
-    gated_backward, isa, norm_columns, norm_columns_backward, normalise, normalise_columns, on_pool, rms_norm,
-    rms_norm_add, rms_norm_add_backward, rms_norm_backward, rotate, scale_columns, soft_cap, to_elements,
+    ColumnNorm, Element, Gate, Isa, RotaryTable, Stream, add_gradient, add_scaled, bf16, cross_entropy, gain_backward,
+    gate, gated, gated_backward, isa, norm_columns, norm_columns_backward, normalise, normalise_columns, on_pool,
+    rms_norm, rms_norm_add, rms_norm_add_backward, rms_norm_backward, rotate, scale_columns, soft_cap, to_elements,
     to_elements_scaled, with_isa,
 };
 use std::panic::catch_unwind;
@@ -17,6 +17,45 @@ const SIZES: [[usize; 2]; 7] = [[0, 5], [1, 1], [3, 7], [5, 31], [33, 32], [70, 
 /// The roundings of a sum over a row: 32 lanes, then a tree of them.
 fn sum_roundings(n: usize) -> f64 {
     n.div_ceil(32) as f64 + 5.0
+}
+
+// Gains on columns.
+
+/// With y = g ∘ v: dv = g ∘ dy, and dg is Σ dy ∘ v over rows.
+#[test]
+fn a_gains_gradients_are_those_of_a_product_with_each_column() {
+    fn check<E: Element + std::fmt::Debug>([m, n]: [usize; 2]) {
+        let mut stream = Stream::new(21, (m * n) as u64);
+        let (gain, v) = (uniform(n, &mut stream), narrow::<E>(&uniform(m * n, &mut stream)));
+        let dy = narrow::<E>(&uniform(m * n, &mut stream));
+        let mut seen = Vec::new();
+        for isa in isas() {
+            let label = format!("{m} x {n}");
+            let (dv, d_gain) = on_any_threads(isa, &label, || {
+                let mut dv = vec![E::of(f32::NAN); m * n];
+                let d_gain = gain_backward(&gain, &v, &dy, &mut dv);
+                (dv, d_gain)
+            });
+            let products = |i: usize| f64::from(gain[i % n]) * f64::from(dy[i].wide());
+            let expected: Vec<f64> = (0..m * n).map(products).collect();
+            let bound: Vec<f64> = expected.iter().map(|x| x.abs() * (U + unit::<E>())).collect();
+            close(&label, &dv, &expected, &bound);
+            let (mut sums, mut sizes) = (vec![0f64; n], vec![0f64; n]);
+            for (i, (v, dy)) in v.iter().zip(&dy).enumerate() {
+                let product = f64::from(v.wide()) * f64::from(dy.wide());
+                sums[i % n] += product;
+                sizes[i % n] += product.abs();
+            }
+            let bound: Vec<f64> = sizes.iter().map(|size| size * (m as f64 + 2.0) * U).collect();
+            close(&label, &d_gain, &sums, &bound);
+            seen.push((bits(&dv), bits(&d_gain)));
+        }
+        assert!(seen.iter().all(|one| *one == seen[0]), "{m} x {n}: processors differ");
+    }
+    for size in SIZES {
+        check::<f32>(size);
+        check::<bf16>(size);
+    }
 }
 
 // RMSNorm.

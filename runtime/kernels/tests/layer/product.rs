@@ -3,8 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use homeroom_kernels::{
-    Columns, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage, Stream, Term, bf16, decode_row,
-    outer, product,
+    Codec, Columns, Encoded, Finish, Gain, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage, Stream,
+    Term, bf16, decode_row, encode, outer, product, product_with_gain,
 };
 
 use super::{U, bits, close, isas, narrow, on_any_threads, on_threads, uniform, unit, wide};
@@ -554,4 +554,75 @@ fn a_missing_term_fails_the_tolerance() {
     let got: Vec<f32> = (0..3).map(|j| given.sum(0, j)[0] as f32).collect();
     let (expected, bound): (Vec<f64>, Vec<f64>) = sums.iter().map(|sum| (sum[0], U * 208.0 * sum[1])).unzip();
     close("a missing term", &got, &expected, &bound);
+}
+
+/// The sums are those of the product without, and each element is its sum times its column's gain, plus what is added: wherever sums wait,
+/// whatever the terms are.
+#[test]
+fn a_gain_multiplies_each_columns_sums_and_leaves_them_behind() {
+    fn check<E: ProductElement>(m: usize, k: usize, whole_numbers: bool) {
+        let (n, others, r) = (72, 8, 16);
+        let mut stream = Stream::new(31, (m * k) as u64);
+        let x: Vec<E> = narrow(&uniform(m * k, &mut stream));
+        let u: Vec<E> = narrow(&uniform(m * r, &mut stream));
+        let (b, dense) = (narrow::<E>(&uniform(n * r, &mut stream)), narrow::<E>(&uniform(others * k, &mut stream)));
+        let (bias, gain) = (uniform(n, &mut stream), uniform(n + others, &mut stream));
+        let values = uniform(n * k, &mut stream);
+        let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+            out.copy_from_slice(&values[rows.start * k..rows.end * k]);
+        };
+        let codec = Codec::int8();
+        let Encoded { codes, scales } = encode(&codec, n, k, &read).unwrap();
+        let w = Matrix::coded(&codec, &codes, &scales, n, k).unwrap();
+        let frozen = if whole_numbers { Right::Integers(w) } else { Right::Frozen(w) };
+        let first = [
+            Term::forward(Left::rows(&x, k), frozen),
+            Term::forward(Left::rows(&u, r), Right::Dense { values: &b, cols: r }),
+        ];
+        let second = [Term::forward(Left::rows(&x, k), Right::Dense { values: &dense, cols: k })];
+        let columns = |bias| [Columns { terms: &first, at: 0, bias }, Columns { terms: &second, at: n, bias: None }];
+        let step = n + others;
+        for isa in isas() {
+            let label = format!("{m} x {k}, in integers: {whole_numbers}");
+            let plain = on_threads(isa, 1, || {
+                // Deep sums that wait in the output are taken in other groups; added to zeros they wait elsewhere, as here.
+                let mut sums = vec![0f32; m * step];
+                product(m, &columns(None), Output::Add(&mut sums), step, Finish::default());
+                sums
+            });
+            let added = uniform(m * step, &mut Stream::new(5, 5));
+            let expected = |add: bool| -> Vec<f32> {
+                let one = |(i, sum): (usize, &f32)| {
+                    let y = sum * gain[i % step] + bias.get(i % step).unwrap_or(&0.0);
+                    if add { y + added[i] } else { y }
+                };
+                plain.iter().enumerate().map(one).collect()
+            };
+            for to in [To::Wide, To::Add, To::Narrow] {
+                let (y, sums) = on_any_threads(isa, &label, || {
+                    let (mut out, mut short) = (added.clone(), vec![E::of(f32::NAN); m * step]);
+                    let mut sums = vec![E::of(f32::NAN); m * step];
+                    let given = Gain { factors: &gain, sums: &mut sums };
+                    let target = match to {
+                        To::Wide => Output::Wide(&mut out),
+                        To::Add => Output::Add(&mut out),
+                        To::Narrow => Output::Narrow(&mut short),
+                    };
+                    product_with_gain(m, &columns(Some(&bias)), target, step, given);
+                    let y = if to == To::Narrow { bits(&short) } else { bits(&out) };
+                    (y, bits(&sums))
+                });
+                assert!(sums == bits(&narrow::<E>(&plain)), "{label}, {isa:?}, {to:?}: the sums are others");
+                let expected = expected(to == To::Add);
+                let expected = if to == To::Narrow { bits(&narrow::<E>(&expected)) } else { bits(&expected) };
+                assert!(y == expected, "{label}, {isa:?}, {to:?}: what is made of them");
+            }
+        }
+    }
+    for (m, k) in [(1, 32), (7, 96), (70, 64), (5, 2304)] {
+        for whole_numbers in [false, true] {
+            check::<f32>(m, k, whole_numbers);
+            check::<bf16>(m, k, whole_numbers);
+        }
+    }
 }

@@ -121,9 +121,14 @@ impl Site {
         let rows = from..from + out.len() / m;
         let module = &work.model.modules[self.modules[module].index];
         gemv(x, &module.weight.matrix(), rows.clone(), out);
-        if let Some(Up { at, b }) = update {
+        if let Some(Up { at, b, gain }) = update {
             let u = &u()[at * m..(at + b.panels.cols()) * m];
             b.panels.add(work.updates.bytes(b), u, m, rows.clone(), out);
+            if let Some(gain) = gain {
+                for (out, gain) in out.chunks_exact_mut(m).zip(&gain[rows.clone()]) {
+                    out.iter_mut().for_each(|out| *out *= gain);
+                }
+            }
         }
         if let Some(bias) = &module.bias {
             for (out, bias) in out.chunks_exact_mut(m).zip(&bias[rows]) {

@@ -1,5 +1,5 @@
 //! Recognises recipes that add a low-rank update to a frozen linear module: `base(x) + s (d(x) Aᵀ) Bᵀ`, d being dropout or
-//! nothing, and s wherever it stands.
+//! nothing, and s wherever it stands; and those that learn the length of each row besides, as DoRA does.
 
 use homeroom_abi::recipe::{NodeId, Op, Recipe};
 
@@ -16,40 +16,96 @@ pub struct LowRank {
     pub scaling: f64,
     /// Node and probability of the dropout on x.
     pub dropout: Option<(NodeId, f64)>,
+    /// Index of m (d_out): the output without its bias is multiplied by m over the length of each row of W + s B A, as in DoRA.
+    pub magnitude: Option<usize>,
 }
 
-/// The update that a recipe adds; `None` when it computes anything else.
-pub fn low_rank(recipe: &Recipe, adapted: &Adapted) -> Option<LowRank> {
-    let op = |id: NodeId| &recipe.nodes[id].op;
-    let Op::Add(left, right) = *op(recipe.nodes.len().checked_sub(1)?) else { return None };
-    let is_base = |id: NodeId| matches!(op(id), Op::Base(x) if *op(*x) == Op::X);
-    let update = match (is_base(left), is_base(right)) {
-        (true, false) => right,
-        (false, true) => left,
-        _ => return None,
-    };
-    let mut scaling = 1.0;
-    let mut unscaled = |mut id: NodeId| {
-        while let Op::Scale(of, factor) = op(id) {
+/// The update that a recipe adds to a module, with a bias or without; `None` when it computes anything else.
+pub fn low_rank(recipe: &Recipe, adapted: &Adapted, has_bias: bool) -> Option<LowRank> {
+    let reader = Reader { recipe, adapted };
+    let last = recipe.nodes.len().checked_sub(1)?;
+    reader.added(last, |op| matches!(op, Op::Base(_))).or_else(|| reader.with_magnitude(last, has_bias))
+}
+
+/// A recipe that is looked at.
+struct Reader<'a> {
+    recipe: &'a Recipe,
+    adapted: &'a Adapted,
+}
+
+impl Reader<'_> {
+    fn op(&self, id: NodeId) -> &Op {
+        &self.recipe.nodes[id].op
+    }
+
+    fn param(&self, id: NodeId) -> Option<usize> {
+        match self.op(id) {
+            Op::Param(name) => self.adapted.params.get(name).copied(),
+            _ => None,
+        }
+    }
+
+    /// The node below factors, and their product.
+    fn unscaled(&self, mut id: NodeId) -> (NodeId, f64) {
+        let mut scaling = 1.0;
+        while let Op::Scale(of, factor) = self.op(id) {
             scaling *= factor;
             id = *of;
         }
-        id
-    };
-    let param = |id: NodeId| match op(id) {
-        Op::Param(name) => adapted.params.get(name).copied(),
-        _ => None,
-    };
-    let Op::MatmulT(down, b) = *op(unscaled(update)) else { return None };
-    let Op::MatmulT(x, a) = *op(unscaled(down)) else { return None };
-    let input = unscaled(x);
-    let dropout = match *op(input) {
-        Op::X => None,
-        Op::Dropout { of, p } if *op(of) == Op::X => Some((input, p)),
-        _ => return None,
-    };
-    let (a, b) = (param(a)?, param(b)?);
-    Some(LowRank { a, b, scaling, dropout: dropout.filter(|(_, p)| *p > 0.0) })
+        (id, scaling)
+    }
+
+    /// Of two nodes, one of which is `first`, the other.
+    fn beside(&self, (left, right): (NodeId, NodeId), first: impl Fn(&Op) -> bool) -> Option<NodeId> {
+        match (first(self.op(left)), first(self.op(right))) {
+            (true, false) => Some(right),
+            (false, true) => Some(left),
+            _ => None,
+        }
+    }
+
+    /// `frozen(x) + s (d(x) Aᵀ) Bᵀ`.
+    fn added(&self, id: NodeId, frozen: impl Fn(&Op) -> bool) -> Option<LowRank> {
+        let Op::Add(left, right) = *self.op(id) else { return None };
+        let of_x = |op: &Op| matches!(op, Op::Base(x) | Op::Linear(x) if *self.op(*x) == Op::X);
+        let (update, above) = self.unscaled(self.beside((left, right), |op| frozen(op) && of_x(op))?);
+        let Op::MatmulT(down, b) = *self.op(update) else { return None };
+        let (down, between) = self.unscaled(down);
+        let Op::MatmulT(x, a) = *self.op(down) else { return None };
+        let (input, below) = self.unscaled(x);
+        let dropout = match *self.op(input) {
+            Op::X => None,
+            Op::Dropout { of, p } if *self.op(of) == Op::X => Some((input, p)),
+            _ => return None,
+        };
+        let (a, b, dropout) = (self.param(a)?, self.param(b)?, dropout.filter(|(_, p)| *p > 0.0));
+        Some(LowRank { a, b, scaling: above * between * below, dropout, magnitude: None })
+    }
+
+    /// `m / ‖W + s B A‖ ∘ (linear(x) + s (d(x) Aᵀ) Bᵀ) + bias`, the length being a constant for gradients. Without a bias `base(x)` is
+    /// the same as `linear(x)`.
+    fn with_magnitude(&self, id: NodeId, has_bias: bool) -> Option<LowRank> {
+        let scaled = match *self.op(id) {
+            Op::Add(left, right) if has_bias => self.beside((left, right), |op| *op == Op::Bias)?,
+            _ if has_bias => return None,
+            _ => id,
+        };
+        let Op::Mul(left, right) = *self.op(scaled) else { return None };
+        let (gain, sum) = match self.op(left) {
+            Op::Div(..) => (left, right),
+            _ => (right, left),
+        };
+        let Op::Div(magnitude, length) = *self.op(gain) else { return None };
+        let Op::Detach(length) = *self.op(length) else { return None };
+        let Op::RowNorm(direction) = *self.op(length) else { return None };
+        let Op::Add(left, right) = *self.op(direction) else { return None };
+        let (change, scaling) = self.unscaled(self.beside((left, right), |op| *op == Op::Weight)?);
+        let Op::Matmul(b, a) = *self.op(change) else { return None };
+        let update = self.added(sum, |op| matches!(op, Op::Linear(_)) || !has_bias)?;
+        let same = self.param(a) == Some(update.a) && self.param(b) == Some(update.b);
+        let near = (scaling - update.scaling).abs() <= 1e-12 * scaling.abs();
+        (same && near).then_some(LowRank { magnitude: Some(self.param(magnitude)?), ..update })
+    }
 }
 
 #[cfg(test)]
@@ -63,7 +119,7 @@ mod tests {
     fn found(ops: Vec<Op>) -> Option<LowRank> {
         let recipe = Recipe { nodes: ops.into_iter().map(|op| Node { op, at: None }).collect() };
         let params = HashMap::from([("A".to_owned(), 7), ("B".to_owned(), 9)]);
-        low_rank(&recipe, &Adapted { recipe: 0, params })
+        low_rank(&recipe, &Adapted { recipe: 0, params }, false)
     }
 
     fn param(name: &str) -> Op {
@@ -72,7 +128,7 @@ mod tests {
 
     #[test]
     fn every_way_to_write_a_low_rank_update_is_one() {
-        let update = |scaling, dropout| Some(LowRank { a: 7, b: 9, scaling, dropout });
+        let update = |scaling, dropout| Some(LowRank { a: 7, b: 9, scaling, dropout, magnitude: None });
         // base(x) + 2 ((x Aᵀ) Bᵀ)
         let plain =
             [Op::X, param("A"), param("B"), Op::MatmulT(0, 1), Op::MatmulT(3, 2), Op::Scale(4, 2.0), Op::Base(0)];
@@ -120,5 +176,78 @@ mod tests {
         assert_eq!(with(vec![Op::Add(4, 5), Op::Scale(6, 2.0)]), None);
         assert_eq!(found(vec![Op::X, Op::Base(0), Op::Base(0), Op::Add(1, 2)]), None);
         assert_eq!(found(vec![]), None);
+    }
+
+    /// `m / ‖W + 2 B A‖ ∘ (linear(x) + 2 (x Aᵀ) Bᵀ) + bias`, with other nodes in the place of some.
+    fn gained(has_bias: bool, changes: &[(usize, Op)]) -> Option<LowRank> {
+        let mut ops = vec![
+            param("A"),
+            param("B"),
+            Op::Matmul(1, 0),
+            Op::Scale(2, 2.0),
+            Op::Weight,
+            Op::Add(4, 3),
+            Op::RowNorm(5),
+            Op::Detach(6),
+            param("m"),
+            Op::Div(8, 7),
+            Op::X,
+            Op::MatmulT(10, 0),
+            Op::MatmulT(11, 1),
+            Op::Scale(12, 2.0),
+            Op::Linear(10),
+            Op::Add(14, 13),
+            Op::Mul(9, 15),
+            Op::Bias,
+            Op::Add(16, 17),
+        ];
+        for (id, op) in changes {
+            ops[*id] = op.clone();
+        }
+        ops.truncate(if has_bias { 19 } else { 17 });
+        let recipe = Recipe { nodes: ops.into_iter().map(|op| Node { op, at: None }).collect() };
+        let params = HashMap::from([("A".to_owned(), 7), ("B".to_owned(), 9), ("m".to_owned(), 4)]);
+        low_rank(&recipe, &Adapted { recipe: 0, params }, has_bias)
+    }
+
+    #[test]
+    fn so_is_one_whose_rows_have_a_learned_length() {
+        let wanted = Some(LowRank { a: 7, b: 9, scaling: 2.0, dropout: None, magnitude: Some(4) });
+        for has_bias in [false, true] {
+            let same: [&[(usize, Op)]; 6] = [
+                &[],
+                &[(5, Op::Add(3, 4))],
+                &[(15, Op::Add(13, 14))],
+                &[(16, Op::Mul(15, 9))],
+                &[(18, Op::Add(17, 16))],
+                &[(11, Op::MatmulT(10, 0)), (12, Op::MatmulT(11, 1))],
+            ];
+            for changes in same {
+                assert_eq!(gained(has_bias, changes), wanted, "{changes:?}");
+            }
+        }
+        assert_eq!(gained(false, &[(14, Op::Base(10))]), wanted, "without a bias the base is the linear part");
+    }
+
+    #[test]
+    fn a_length_that_is_of_something_else_or_not_a_constant_is_not() {
+        let others: [&[(usize, Op)]; 9] = [
+            &[(7, Op::Scale(6, 1.0))],
+            &[(3, Op::Scale(2, 1.0))],
+            &[(2, Op::Matmul(0, 1))],
+            &[(4, Op::Silu(4))],
+            &[(5, Op::Sub(4, 3))],
+            &[(9, Op::Div(7, 8))],
+            &[(13, Op::Scale(12, 3.0))],
+            &[(15, Op::Sub(14, 13))],
+            &[(16, Op::Add(9, 15))],
+        ];
+        for changes in others {
+            for has_bias in [false, true] {
+                assert_eq!(gained(has_bias, changes), None, "{changes:?}");
+            }
+        }
+        assert_eq!(gained(true, &[(14, Op::Base(10))]), None, "the bias would be multiplied, and added again");
+        assert_eq!(gained(true, &[(18, Op::Scale(16, 1.0))]), None, "no bias is added");
     }
 }

@@ -1,12 +1,15 @@
 //! A site: linear modules that share an input (q, k and v; o; gate and up; down).
 //!
-//! `y_j = W_j x + b_j + s_j B_j A_j x`, where the pass brings the low-rank updates, see [`super::updates`]. The A of all modules are
+//! `y_j = g_j ∘ (W_j x + s_j B_j A_j x) + b_j`, where the pass brings the low-rank updates, see [`super::updates`]. The A of all modules are
 //! stacked, so that one narrow product yields `u = x Aᵀ` for all of them; `s_j B_j u_j` is a further term of the sum that `W_j x` is
-//! taken in, and `du A` one of the sum of `dy_j W_j`.
+//! taken in, and `du A` one of the sum of `dy_j W_j`. The gain g is 1 but for updates that learn the length of each row, as DoRA does; then
+//! `v_j`, which it multiplies, is kept for its gradient, and backward goes on with `dv = g ∘ dy`. Of the length in it the gradient is not
+//! taken, as in Liu et al. 2024, <https://arxiv.org/abs/2402.09353>, section 4.3.
 
 use anyhow::Result;
 use homeroom_kernels::{
-    Columns, Finish, Left, Matrix, Output, ProductElement, Right, Term, dropout_mask, outer, product,
+    Columns, Finish, Gain, Left, Matrix, Output, ProductElement, Right, Term, dropout_mask, gain_backward, outer,
+    product, product_with_gain,
 };
 use rayon::prelude::*;
 
@@ -67,6 +70,8 @@ impl SiteModule {
 pub struct SiteActivations<E> {
     /// `u = x Aᵀ` (m, rank).
     u: Buffer<E>,
+    /// Outputs before gains (m, d_out), where there are any.
+    v: Option<Buffer<E>>,
 }
 
 impl Site {
@@ -134,8 +139,15 @@ impl Site {
             columns
         });
         let columns: Vec<_> = columns.collect();
-        timed(self.names[0], || product(m, &columns, out, self.d_out(), Finish::default()));
-        SiteActivations { u }
+        let mut v = updates.gains.as_ref().map(|_| rows.narrow(self.d_out()));
+        timed(self.names[0], || match (&updates.gains, &mut v) {
+            (Some(gains), Some(v)) => {
+                let gain = Gain { factors: &gains.factors, sums: v };
+                product_with_gain(m, &columns, out, self.d_out(), gain);
+            }
+            _ => product(m, &columns, out, self.d_out(), Finish::default()),
+        });
+        SiteActivations { u, v }
     }
 
     /// `u = d(x) Aᵀ`, each module with its own dropout d.
@@ -153,6 +165,31 @@ impl Site {
             let columns = [Columns { terms: &term, at: update.at, bias: None }];
             product(m, &columns, Output::Narrow(u), updates.rank, Finish::default());
         }
+    }
+
+    /// Where there are gains, their gradients, and `dv = g ∘ dy` (m, d_out).
+    fn through_gains<E: ProductElement>(
+        &self,
+        rows: &Rows<'_, E>,
+        activations: &SiteActivations<E>,
+        dy: &[E],
+        gradients: &mut Gradients,
+    ) -> Result<Option<Buffer<E>>> {
+        let updates = rows.updates.site(self.first());
+        let (Some(gains), Some(v)) = (&updates.gains, &activations.v) else { return Ok(None) };
+        let mut dv = rows.narrow(self.d_out());
+        let mut d_gain = timed("backward gain", || gain_backward(&gains.factors, v, dy, &mut dv));
+        // g = m / ‖W + s B A‖.
+        d_gain.iter_mut().zip(&gains.lengths).for_each(|(d_gain, length)| *d_gain /= length);
+        let mut at = 0;
+        for (module, update) in self.modules.iter().zip(&updates.modules) {
+            let own = at..at + module.d_out;
+            at = own.end;
+            let Some(update) = update.as_ref().filter(|update| update.trains_gain) else { continue };
+            let Some(magnitude) = update.low_rank.magnitude else { continue };
+            gradients.add_values(magnitude, d_gain[own].to_vec(), &[module.d_out])?;
+        }
+        Ok(Some(dv))
     }
 
     /// First part of backward: from dy (m, d_out), the gradients of B and `du = dy s B` (m, rank).
@@ -290,6 +327,8 @@ impl Site {
         dx: Option<Output<'_, E>>,
         gradients: &mut Gradients,
     ) -> Result<()> {
+        let dv = self.through_gains(rows, &activations, dy, gradients)?;
+        let dy = dv.as_deref().unwrap_or(dy);
         let du = self.parameters(rows, &activations, dy, gradients)?;
         if let Some(out) = dx {
             self.input(rows, dy, &du, out);
@@ -313,6 +352,8 @@ impl Site {
         x: impl FnOnce(&mut [E]),
         gradients: &mut Gradients,
     ) -> Result<()> {
+        let dv = self.through_gains(rows, &activations, dy, gradients)?;
+        let dy = dv.as_deref().unwrap_or(dy);
         let du = self.parameters(rows, &activations, dy, gradients)?;
         self.input(rows, dy, &du, Output::Narrow(dx));
         x(dx);

@@ -92,17 +92,26 @@ pub(crate) struct SiteSize {
     pub drops: bool,
     /// Of each module, whether it is multiplied in integers.
     pub integers: Vec<bool>,
+    /// Whether outputs have gains.
+    pub gains: bool,
 }
 
 impl SiteSize {
+    /// Width of all outputs together, if they have gains.
+    fn gained(&self) -> Option<usize> {
+        self.gains.then(|| self.d_out.iter().sum())
+    }
+
     fn rank(&self) -> usize {
         self.r.iter().map(|r| padded(*r)).sum()
     }
 
-    /// Bytes of A and B as products take them.
+    /// Bytes of A and B as products take them, and of gains.
     pub(crate) fn update_bytes(&self, element: usize) -> usize {
         let b: usize = self.r.iter().zip(&self.d_out).map(|(r, d_out)| padded(*r) * d_out).sum();
-        element * (self.rank() * self.d_in + b)
+        // A gain is a factor and a length, and of its weight the square of that.
+        let gains = self.gained().unwrap_or(0) * (2 * size_of::<f32>() + size_of::<f64>());
+        element * (self.rank() * self.d_in + b) + gains
     }
 
     /// The most that its products and gradients need beside the buffers, for so many rows.
@@ -133,13 +142,14 @@ pub(crate) struct Kept {
     fed_input: Vec<Held>,
     gate_up: Held,
     fed: Vec<Held>,
-    u: [Held; 4],
+    /// Of each site u, and v where there are gains.
+    sites: [Vec<Held>; 4],
 }
 
 impl Kept {
     fn all(self) -> impl Iterator<Item = Held> {
         let lists = [self.input, self.attention, self.mixed, self.fed_input, vec![self.gate_up], self.fed];
-        lists.into_iter().flatten().chain(self.u)
+        lists.into_iter().chain(self.sites).flatten()
     }
 }
 
@@ -159,18 +169,18 @@ impl LayerSize<'_> {
         }
     }
 
-    fn site(&self, pools: &mut Pools, number: usize) -> Held {
+    fn site(&self, pools: &mut Pools, number: usize) -> Vec<Held> {
         let site = &self.sites[number];
         let u = pools.narrow(site.rank());
         if site.drops {
             let dropped = pools.narrow(site.d_in);
             pools.give([dropped]);
         }
-        u
+        std::iter::once(u).chain(site.gained().map(|width| pools.narrow(width))).collect()
     }
 
     /// The output of a part: u, and what is kept of its norm.
-    fn output(&self, pools: &mut Pools, after: Option<&str>, site: usize) -> (Held, Vec<Held>) {
+    fn output(&self, pools: &mut Pools, after: Option<&str>, site: usize) -> (Vec<Held>, Vec<Held>) {
         if self.adds(after) {
             return (self.site(pools, site), Vec::new());
         }
@@ -208,7 +218,7 @@ impl LayerSize<'_> {
         let h = pools.narrow(inner);
         let (u_down, fed) = self.output(pools, spec.feed_forward_norms.after, 3);
         pools.give([h]);
-        Kept { input, attention: kept, mixed, fed_input, gate_up, fed, u: [u_qkv, u_o, u_gate_up, u_down] }
+        Kept { input, attention: kept, mixed, fed_input, gate_up, fed, sites: [u_qkv, u_o, u_gate_up, u_down] }
     }
 
     /// Gives back what forward kept, where there is no backward.
@@ -216,8 +226,9 @@ impl LayerSize<'_> {
         pools.give(kept.all());
     }
 
-    fn site_backward(&self, pools: &mut Pools, number: usize, u: Held) {
+    fn site_backward(&self, pools: &mut Pools, number: usize, kept: Vec<Held>) {
         let site = &self.sites[number];
+        let dv = site.gained().map(|width| pools.narrow(width));
         let du = pools.narrow(site.rank());
         if site.drops {
             let part = pools.wide(site.d_in);
@@ -225,15 +236,22 @@ impl LayerSize<'_> {
             let dropped = pools.narrow(site.d_in);
             pools.give([dropped]);
         }
-        pools.give([du, u]);
+        pools.give([du].into_iter().chain(dv).chain(kept));
     }
 
     /// Backward; dx and the same as E are lent throughout.
     pub(crate) fn backward(&self, pools: &mut Pools, kept: Kept) {
         let (spec, attention, inner) = (self.spec, self.spec.attention(), self.spec.feed_forward.inner);
         let (q, kv, c) = (attention.q_width(), attention.kv_width(), self.hidden);
-        let Kept { input, attention: of_attention, mixed, fed_input, gate_up, fed, u: [u_qkv, u_o, u_gate_up, u_down] } =
-            kept;
+        let Kept {
+            input,
+            attention: of_attention,
+            mixed,
+            fed_input,
+            gate_up,
+            fed,
+            sites: [u_qkv, u_o, u_gate_up, u_down],
+        } = kept;
         let [dh, d_gate_up] = [pools.narrow(inner), pools.narrow(2 * inner)];
         let own = (!self.adds(spec.feed_forward_norms.after)).then(|| pools.narrow(c));
         self.site_backward(pools, 3, u_down);
@@ -310,7 +328,8 @@ mod tests {
     use crate::run::plain::recipe::Pass;
     use crate::run::waist::Weigh;
 
-    fn plan(model: &BaseModel, dropout: f64) -> Result<Plan> {
+    /// Updates with dropout on their input, or with learned lengths of rows.
+    fn plan(model: &BaseModel, dropout: f64, lengths: bool) -> Result<Plan> {
         use homeroom_abi::plan::{AdaptedModule, Init, ModuleKind, ParamSpec, Recipes};
         use homeroom_abi::recipe::{Node, Op, Recipe};
         let ops = [
@@ -323,12 +342,31 @@ mod tests {
             Op::MatmulT(4, 5),
             Op::Add(1, 6),
         ];
+        let linear = [
+            Op::X,
+            Op::Linear(0),
+            Op::Dropout { of: 0, p: dropout },
+            Op::Param("A".to_owned()),
+            Op::MatmulT(2, 3),
+            Op::Param("B".to_owned()),
+            Op::MatmulT(4, 5),
+            Op::Add(1, 6),
+            Op::Weight,
+            Op::Matmul(5, 3),
+            Op::Add(8, 9),
+            Op::RowNorm(10),
+            Op::Detach(11),
+            Op::Param("m".to_owned()),
+            Op::Div(13, 12),
+            Op::Mul(7, 14),
+        ];
+        let ops = if lengths { linear.to_vec() } else { ops.to_vec() };
         let forward = Recipe { nodes: ops.into_iter().map(|op| Node { op, at: None }).collect() };
         let recipes = vec![Recipes { forward, merged_weight: None, merged_bias: None }];
         let linear = model.modules.iter().map(|module| &module.info);
         let linear = linear.filter(|info| info.kind == ModuleKind::Linear && !info.output_embedding);
         let modules = linear.map(|info| {
-            let param = |name: &str, shape: [usize; 2]| ParamSpec {
+            let param = |name: &str, shape: &[usize]| ParamSpec {
                 name: name.to_owned(),
                 shape: shape.to_vec(),
                 init: Init::Normal { std: 0.1 },
@@ -338,7 +376,8 @@ mod tests {
                 group: None,
                 migrate: None,
             };
-            let params = vec![param("A", [5, info.d_in]), param("B", [info.d_out, 5])];
+            let mut params = vec![param("A", &[5, info.d_in]), param("B", &[info.d_out, 5])];
+            params.extend(lengths.then(|| param("m", &[info.d_out])));
             AdaptedModule { path: info.path.clone(), recipe: 0, params }
         });
         Ok(Plan { modules: modules.collect(), recipes, ..Plan::default() })
@@ -350,8 +389,10 @@ mod tests {
         let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models");
         for name in ["llama", "gemma3", "qwen3", "olmo2", "granite", "phi3"] {
             let model = BaseModel::load(&models.join(name))?;
-            for (dropout, recompute) in [(0.0, false), (0.0, true), (0.25, false)] {
-                let plan = plan(&model, dropout)?;
+            let cases =
+                [(0.0, false, false), (0.0, true, false), (0.25, false, false), (0.0, false, true), (0.25, true, true)];
+            for (dropout, recompute, lengths) in cases {
+                let plan = plan(&model, dropout, lengths)?;
                 let sketch = Sketch::of_model(&model);
                 let adaptation = Adaptation::new(&model, plan.clone(), 1)?;
                 let mut fused = Fused::<bf16>::new(&model, InIntegers::None);
@@ -368,7 +409,7 @@ mod tests {
                 let outlook = Outlook::new(&sketch, &plan);
                 let (pools, blocks) = outlook.fused_pass(32, 2, false, recompute);
                 assert_eq!(blocks, model.layers.len(), "{name}: all layers are fused");
-                assert_eq!(pools.bytes(), there, "{name}, dropout {dropout}, recompute {recompute}");
+                assert_eq!(pools.bytes(), there, "{name}, {dropout}, {recompute}, {lengths}");
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{CpuStorage, Storage, Tensor};
-use homeroom_kernels::{FewRows, Panels, ProductElement, f16, gemv};
+use homeroom_kernels::{FewRows, Panels, ProductElement, f16, gemv, matmul, matmul_t};
 use rayon::prelude::*;
 
 use super::low_rank::{LowRank, low_rank};
@@ -41,6 +41,18 @@ pub(super) struct SiteUpdates<E> {
     pub a: Vec<E>,
     /// Of each module, its update.
     pub modules: Vec<Option<Update<E>>>,
+    /// What the outputs are multiplied by, if a module learns its rows' lengths.
+    pub gains: Option<Gains>,
+}
+
+/// Gains on the outputs of a site, `m / ‖W + s B A‖`, and 1 for modules without.
+pub(super) struct Gains {
+    /// Of all outputs beside each other.
+    pub factors: Vec<f32>,
+    /// `‖W + s B A‖`, and 1 for modules without.
+    pub lengths: Vec<f32>,
+    /// Of each module, its index, and `‖W‖²` of its rows if it has a gain.
+    frozen: Vec<(usize, Option<Vec<f64>>)>,
 }
 
 /// A low-rank update and its place in the stack.
@@ -54,6 +66,8 @@ pub(super) struct Update<E> {
     pub b: Vec<E>,
     /// Whether A and B are trained.
     pub trains: [bool; 2],
+    /// Whether the magnitudes are trained.
+    pub trains_gain: bool,
     /// FNV-1a of the dropout node's name.
     pub dropout_key: u64,
     d_out: usize,
@@ -65,13 +79,47 @@ fn is_frozen(adaptation: Option<&Adaptation>, module: usize) -> bool {
 }
 
 /// The update of a module, if it has one; `None` when its recipe is something else.
-fn update_of(adaptation: Option<&Adaptation>, module: usize) -> Option<Option<(&Adaptation, LowRank)>> {
+fn update_of<'a>(
+    model: &BaseModel,
+    adaptation: Option<&'a Adaptation>,
+    module: usize,
+) -> Option<Option<(&'a Adaptation, LowRank)>> {
     let Some((adaptation, adapted)) = adaptation.and_then(|adaptation| Some((adaptation, adaptation.of(module)?)))
     else {
         return Some(None);
     };
-    let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted)?;
+    let has_bias = model.modules[module].bias.is_some();
+    let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted, has_bias)?;
     Some(Some((adaptation, low_rank)))
+}
+
+/// `‖W‖²` of each row.
+fn squares(weight: &Weight) -> Vec<f64> {
+    let square = |row| weight.decode(row..row + 1).iter().map(|value| f64::from(*value).powi(2)).sum();
+    (0..weight.rows()).into_par_iter().map(square).collect()
+}
+
+/// `‖W + U A‖` of each row, for A (r, d_in) and U (d_out, r), without ever making the sum:
+/// `‖wᵢ + uᵢ A‖² = ‖wᵢ‖² + 2 uᵢ · A wᵢ + uᵢ A Aᵀ uᵢᵀ`.
+///
+/// # Errors
+/// When A and U are not of the weight's shape.
+fn row_lengths(weight: &Weight, squares: &[f64], a: &[f32], u: &[f32]) -> Result<Vec<f32>> {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let r = a.len() / cols.max(1);
+    let own = Weight::from_values(a, (r, cols))?;
+    let (mut wa, mut gram, mut ug) = (vec![0f32; r * rows], vec![0f32; r * r], vec![0f32; rows * r]);
+    matmul_t(a, r, &weight.matrix(), &mut wa);
+    matmul_t(a, r, &own.matrix(), &mut gram);
+    matmul(u, rows, &Weight::from_values(&gram, (r, r))?.matrix(), &mut ug);
+    let length = |i: usize| {
+        let (u, ug) = (&u[i * r..(i + 1) * r], &ug[i * r..(i + 1) * r]);
+        let cross: f64 = u.iter().zip(wa[i..].iter().step_by(rows)).map(|(u, wa)| f64::from(*u) * f64::from(*wa)).sum();
+        let own: f64 = u.iter().zip(ug).map(|(u, ug)| f64::from(*u) * f64::from(*ug)).sum();
+        // NaN stays what it is.
+        (squares[i] + 2.0 * cross + own).sqrt() as f32
+    };
+    Ok((0..rows).map(length).collect())
 }
 
 impl<E: ProductElement> Updates<E> {
@@ -103,7 +151,9 @@ impl<E: ProductElement> Updates<E> {
     /// # Errors
     /// When a parameter is not f32.
     pub fn load(&mut self, pass: &Pass<'_>) -> Result<()> {
-        timed("adapters to E", || self.sites.par_iter_mut().try_for_each(|(_, site)| site.load(pass)))
+        timed("adapters to E", || self.sites.par_iter_mut().try_for_each(|(_, site)| site.load(pass)))?;
+        // One after another: each is products on all threads.
+        timed("row lengths", || self.sites.values_mut().try_for_each(|site| site.load_gains(pass)))
     }
 
     /// Whether a layer, if it can be fused, still can with these.
@@ -130,11 +180,12 @@ impl<E: ProductElement> Updates<E> {
 impl<E: ProductElement> SiteUpdates<E> {
     /// The updates of some modules under the number of the first; `None` when a recipe of one is no low-rank update.
     fn new(model: &BaseModel, adaptation: Option<&Adaptation>, modules: &[usize]) -> Option<(usize, Self)> {
-        let mut site = Self { d_in: 0, rank: 0, a: Vec::new(), modules: Vec::new() };
+        let mut site = Self { d_in: 0, rank: 0, a: Vec::new(), modules: Vec::new(), gains: None };
+        let mut frozen = Vec::new();
         for &module in modules {
             let info = &model.modules[module].info;
             site.d_in = info.d_in;
-            let update = match update_of(adaptation, module)? {
+            let update = match update_of(model, adaptation, module)? {
                 None => None,
                 Some((adaptation, low_rank)) => {
                     let spec = |param: usize| &adaptation.params[param].spec;
@@ -143,12 +194,20 @@ impl<E: ProductElement> SiteUpdates<E> {
                     let at = site.rank;
                     site.rank += padded;
                     let trains = [spec(low_rank.a).trainable, spec(low_rank.b).trainable];
+                    let trains_gain = low_rank.magnitude.is_some_and(|magnitude| spec(magnitude).trainable);
                     let node = low_rank.dropout.map_or(0, |(node, _)| node);
                     let dropout_key = fnv1a(&format!("{}#{node}", info.path));
-                    Some(Update { low_rank, r, padded, at, b: Vec::new(), trains, dropout_key, d_out: info.d_out })
+                    let (b, d_out) = (Vec::new(), info.d_out);
+                    Some(Update { low_rank, r, padded, at, b, trains, trains_gain, dropout_key, d_out })
                 }
             };
+            let gained = update.as_ref().is_some_and(|update| update.low_rank.magnitude.is_some());
+            frozen.push((module, gained.then(|| squares(&model.modules[module].weight))));
             site.modules.push(update);
+        }
+        if frozen.iter().any(|(_, squares)| squares.is_some()) {
+            let outputs = modules.iter().map(|module| model.modules[*module].info.d_out).sum();
+            site.gains = Some(Gains { factors: vec![1.0; outputs], lengths: vec![1.0; outputs], frozen });
         }
         Some((*modules.first()?, site))
     }
@@ -168,6 +227,27 @@ impl<E: ProductElement> SiteUpdates<E> {
                     to.iter_mut().zip(from).for_each(|(to, value)| *to = E::of(scaling * value));
                 }
             })?;
+        }
+        Ok(())
+    }
+
+    /// Gains from the present values of a pass's parameters.
+    fn load_gains(&mut self, pass: &Pass<'_>) -> Result<()> {
+        let Some(gains) = &mut self.gains else { return Ok(()) };
+        let mut at = 0;
+        for ((index, squares), update) in gains.frozen.iter().zip(&self.modules) {
+            let module = &pass.model.modules[*index];
+            let own = at..at + module.info.d_out;
+            at = own.end;
+            let (Some(squares), Some(update)) = (squares, update) else { continue };
+            let LowRank { a, b, scaling, magnitude: Some(magnitude), .. } = update.low_rank else { continue };
+            let u = with_values(&pass.params[b], |b| b.iter().map(|b| scaling as f32 * b).collect::<Vec<f32>>())?;
+            let lengths = with_values(&pass.params[a], |a| row_lengths(&module.weight, squares, a, &u))??;
+            with_values(&pass.params[magnitude], |magnitudes| {
+                let factors = gains.factors[own.clone()].iter_mut();
+                factors.zip(magnitudes).zip(&lengths).for_each(|((factor, m), length)| *factor = m / length);
+            })?;
+            gains.lengths[own].copy_from_slice(&lengths);
         }
         Ok(())
     }
@@ -226,6 +306,8 @@ pub(super) struct Up {
     pub at: usize,
     /// `s B` (d_out, r).
     pub b: Placed,
+    /// What each output is multiplied by before its bias is added.
+    pub gain: Option<Vec<f32>>,
 }
 
 /// A matrix in eight bits or half precision among the bytes of all.
@@ -299,7 +381,7 @@ impl DecodeSite {
         for &module in modules {
             let info = &model.modules[module].info;
             d_in = info.d_in;
-            let up = match update_of(adaptation, module)? {
+            let up = match update_of(model, adaptation, module)? {
                 None => None,
                 Some((adaptation, low_rank)) => {
                     let values = |param: usize| {
@@ -309,9 +391,19 @@ impl DecodeSite {
                     let (a, b) = (values(low_rank.a)?, values(low_rank.b)?);
                     let r = a.len() / d_in;
                     let at = stacked.len() / d_in;
-                    stacked.extend(a);
                     let scaled: Vec<f32> = b.iter().map(|b| low_rank.scaling as f32 * b).collect();
-                    Some((at, scaled, Panels::new(info.d_out, r, round)))
+                    let gain = match low_rank.magnitude {
+                        None => None,
+                        Some(magnitude) => {
+                            let weight = &model.modules[module].weight;
+                            let lengths = row_lengths(weight, &squares(weight), &a, &scaled).ok()?;
+                            let mut gain = values(magnitude)?;
+                            gain.iter_mut().zip(lengths).for_each(|(gain, length)| *gain /= length);
+                            Some(gain)
+                        }
+                    };
+                    stacked.extend(a);
+                    Some((at, scaled, Panels::new(info.d_out, r, round), gain))
                 }
             };
             ups.push(up);
@@ -323,7 +415,11 @@ impl DecodeSite {
             (_, true, false) => Some(halves(stacked, shape)?),
             (rank, true, true) => Some(Down::Rounded(Placed::put(&stacked, Panels::new(rank, d_in, true), bytes))),
         };
-        let mut place = |(at, b, panels): (usize, Vec<f32>, Panels)| Up { at, b: Placed::put(&b, panels, bytes) };
+        let mut place = |(at, b, panels, gain): (usize, Vec<f32>, Panels, Option<Vec<f32>>)| Up {
+            at,
+            b: Placed::put(&b, panels, bytes),
+            gain,
+        };
         Some(Self { a, modules: ups.into_iter().map(|up| up.map(&mut place)).collect() })
     }
 }

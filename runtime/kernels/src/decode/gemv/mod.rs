@@ -113,12 +113,12 @@ impl Job<'_> {
         #[cfg(target_arch = "x86_64")]
         if let Some((x, first)) = self.rounded {
             // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2.
-            return unsafe { rounded::run::<M>(self, x, first) };
+            return unsafe { rounded::run::<M>(self, x, first, scratch) };
         }
         #[cfg(target_arch = "x86_64")]
         if isa.has(Feature::Avx512) {
             // SAFETY: passed on to the caller.
-            if unsafe { avx512::run::<M>(self) } {
+            if unsafe { avx512::run::<M>(self, scratch) } {
                 return;
             }
         }
@@ -233,6 +233,7 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     use super::{Job, LANES, sub_blocks};
+    use crate::buffer::grown;
     use crate::storage::Storage;
     use crate::storage::codec::{Coded, Fused};
 
@@ -275,7 +276,7 @@ mod avx512 {
     ///
     /// # Safety
     /// See [`Job::run`].
-    pub unsafe fn run<const M: usize>(job: &Job<'_>) -> bool {
+    pub unsafe fn run<const M: usize>(job: &Job<'_>, scratch: &mut Vec<f32>) -> bool {
         // SAFETY: passed on to the caller.
         unsafe {
             match job.w.storage {
@@ -291,7 +292,7 @@ mod avx512 {
                 Storage::Q5K => by_blocks::<Q5K, M>(job),
                 Storage::Q6K => by_blocks::<Q6K, M>(job),
                 Storage::Coded => match job.w.coded.as_ref().and_then(|coded| Some((coded, coded.fused()?))) {
-                    Some((coded, Fused::Nibbles(levels))) => nibbles::<M>(job, coded, &levels),
+                    Some((coded, Fused::Nibbles(levels))) => nibbles::<M>(job, coded, &levels, scratch),
                     Some((coded, Fused::Linear)) => linear::<M>(job, coded),
                     None => return false,
                 },
@@ -564,26 +565,33 @@ mod avx512 {
     /// # Safety
     /// See [`Job::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn nibbles<const M: usize>(job: &Job<'_>, coded: &Coded<'_>, levels: &[f32; 16]) {
+    unsafe fn nibbles<const M: usize>(job: &Job<'_>, coded: &Coded<'_>, levels: &[f32; 16], scratch: &mut Vec<f32>) {
         let len = coded.block_len();
         let blocks = job.w.cols / len;
         let (x, step) = job.x;
         // SAFETY: `levels` is sixteen values.
         let levels = unsafe { _mm512_loadu_ps(levels.as_ptr()) };
+        let scales = grown(scratch, blocks);
         for (i, row) in job.rows.clone().enumerate() {
+            coded.scales(row * blocks, scales);
             let mut sums = [[_mm512_setzero_ps(); 2]; M];
             // SAFETY: a row is `blocks` blocks of `len / 2` bytes, whose rows follow each other.
             unsafe {
-                for block in 0..blocks {
-                    let number = row * blocks + block;
-                    let table = _mm512_mul_ps(levels, _mm512_set1_ps(coded.scale(number)));
-                    let codes = job.w.bytes.as_ptr().add(number * (len / 2));
-                    for k in 0..len / 16 {
+                for (block, scale) in scales.iter().enumerate() {
+                    let table = _mm512_mul_ps(levels, _mm512_set1_ps(*scale));
+                    let codes = job.w.bytes.as_ptr().add((row * blocks + block) * (len / 2));
+                    let value = |k: usize| {
                         let pairs = codes.add(8 * k).cast::<i64>().read_unaligned();
                         let pairs = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(pairs));
                         // A byte's upper half goes to the lower of two words. A lookup takes the low four bits of each.
                         let index = _mm512_or_si512(_mm512_srli_epi64::<4>(pairs), _mm512_slli_epi64::<32>(pairs));
-                        sixteen(_mm512_permutexvar_ps(index, table), block * (len / 16) + k, x, step, &mut sums);
+                        _mm512_permutexvar_ps(index, table)
+                    };
+                    // By twos, so that it is known beforehand to which sums each is added: they stay in registers.
+                    for k in (0..len / 16).step_by(2) {
+                        let at = block * (len / LANES) + k / 2;
+                        sixteen(value(k), 2 * at, x, step, &mut sums);
+                        sixteen(value(k + 1), 2 * at + 1, x, step, &mut sums);
                     }
                 }
                 finish(job, i, sums);
@@ -602,14 +610,18 @@ mod avx512 {
         for (i, row) in job.rows.clone().enumerate() {
             let mut sums = [[_mm512_setzero_ps(); 2]; M];
             let scale = _mm512_set1_ps(coded.scale(row));
-            // SAFETY: a row is `cols` bytes, a multiple of sixteen.
+            // SAFETY: a row is `cols` bytes, a multiple of 32.
             unsafe {
                 let codes = job.w.bytes.as_ptr().add(row * cols);
-                for k in 0..cols / 16 {
+                let value = |k: usize| {
                     let q = _mm512_min_epi32(bytes(codes.add(16 * k)), _mm512_set1_epi32(254));
                     let level = _mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(127)));
-                    let value = _mm512_mul_ps(_mm512_mul_ps(level, scale), _mm512_set1_ps(1.0 / 127.0));
-                    sixteen(value, k, x, step, &mut sums);
+                    _mm512_mul_ps(_mm512_mul_ps(level, scale), _mm512_set1_ps(1.0 / 127.0))
+                };
+                // By twos, as above.
+                for pair in 0..cols / LANES {
+                    sixteen(value(2 * pair), 2 * pair, x, step, &mut sums);
+                    sixteen(value(2 * pair + 1), 2 * pair + 1, x, step, &mut sums);
                 }
                 finish(job, i, sums);
             }

@@ -347,6 +347,31 @@ impl<'a> Coded<'a> {
             _ => unreachable!("`new` saw that both are nested"),
         }
     }
+
+    /// The scales of neighbouring blocks from the `first` on, as [`Coded::scale`] has them.
+    #[inline(always)]
+    pub(crate) fn scales(&self, first: usize, out: &mut [f32]) {
+        match (self.scales, &self.codec.scales) {
+            (EncodedScales::F32(scales), _) => out.copy_from_slice(&scales[first..first + out.len()]),
+            (EncodedScales::Nested { codes, absmax, offset }, ScaleStorage::Nested { block: nested, code }) => {
+                let code: &[f32; 256] = code.as_slice().try_into().expect("`check` saw 256 values");
+                let (mut at, mut out) = (first, out);
+                while !out.is_empty() {
+                    // A division would cost as much as the products of some blocks.
+                    let by = nested.is_power_of_two().then(|| at >> nested.trailing_zeros());
+                    let number = by.unwrap_or_else(|| at / nested);
+                    let len = out.len().min((number + 1) * nested - at);
+                    let (now, rest) = out.split_at_mut(len);
+                    let absmax = absmax[number];
+                    for (scale, index) in now.iter_mut().zip(&codes[at..at + len]) {
+                        *scale = code[usize::from(*index)] * absmax + offset;
+                    }
+                    (at, out) = (at + len, rest);
+                }
+            }
+            _ => unreachable!("`new` saw that both are nested"),
+        }
+    }
 }
 
 #[cfg(test)]

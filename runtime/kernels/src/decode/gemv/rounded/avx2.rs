@@ -6,7 +6,8 @@
 use std::arch::x86_64::*;
 
 use super::super::{Job, sub_blocks};
-use super::{GROUP, RoundedRows, SPAN, prefetch};
+use super::book::{BlockScales, Levels};
+use super::{GROUP, PIECE, RoundedRows, SPAN, prefetch};
 use crate::isa::{Dpbusd, Run};
 use crate::storage::Storage;
 
@@ -527,6 +528,64 @@ unsafe fn linear<D: Dot, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: 
                 }
             }
             sums.finish(job, i, coded.scale(row) / 127.0, 0.0);
+        }
+    }
+}
+
+/// Computes a job with the levels of a book, which are multiplied as whole numbers of sixteen bits. It stands apart because a function
+/// with all formats is more than the compiler makes straight code of.
+///
+/// # Safety
+/// See [`run`].
+#[target_feature(enable = "avx2,fma,f16c,bmi2")]
+pub unsafe fn run_book<const M: usize>(
+    job: &Job<'_>,
+    levels: &Levels,
+    x: &RoundedRows,
+    first: usize,
+    scratch: &mut Vec<f32>,
+) {
+    let groups = job.w.cols / GROUP;
+    let [high, low] = levels.bytes(0);
+    // SAFETY: each is sixteen bytes.
+    let (high, low) = unsafe {
+        let (high, low) = (_mm_loadu_si128(high.as_ptr().cast()), _mm_loadu_si128(low.as_ptr().cast()));
+        (_mm256_broadcastsi128_si256(high), _mm256_broadcastsi128_si256(low))
+    };
+    let all: [&[i16]; M] = std::array::from_fn(|j| &x.words()[(first + j) * x.spans * SPAN * GROUP..]);
+    let x = rows::<M>(x, first);
+    let mut scales = BlockScales::new(job.w, scratch);
+    for (i, row) in job.rows.clone().enumerate() {
+        scales.begin(row);
+        // SAFETY: a row of W is sixteen bytes for each group of a row of x, which has scales for whole spans of them. Sums of four
+        // products are below 2^24.
+        unsafe {
+            let w = job.w.bytes.as_ptr().add(row * groups * PIECE);
+            let mut sums = Sums::<M>::zero();
+            for from in (0..groups).step_by(SPAN) {
+                prefetch(w.add(from * PIECE), SPAN * PIECE);
+                let scale = scales.of_span(from / SPAN);
+                let mut factors = [[0f32; SPAN]; M];
+                for j in 0..M {
+                    let factor = _mm256_mul_ps(scale, _mm256_loadu_ps(x[j].scales.add(from)));
+                    _mm256_storeu_ps(factors[j].as_mut_ptr(), factor);
+                }
+                for group in 0..SPAN.min(groups - from) {
+                    // The upper halves of bytes, which are at even places, then the lower ones.
+                    let both = _mm256_broadcastsi128_si256(_mm_loadu_si128(w.add((from + group) * PIECE).cast()));
+                    let shifted = _mm256_srlv_epi64(both, _mm256_setr_epi64x(4, 4, 0, 0));
+                    let index = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+                    let (high, low) = (_mm256_shuffle_epi8(high, index), _mm256_shuffle_epi8(low, index));
+                    let (a, b) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+                    for j in 0..M {
+                        let x = all[j].as_ptr().add((from + group) * GROUP);
+                        let (x, y) = (_mm256_load_si256(x.cast()), _mm256_load_si256(x.add(PIECE).cast()));
+                        let dot = _mm256_add_epi32(_mm256_madd_epi16(a, x), _mm256_madd_epi16(b, y));
+                        sums.add(j, group % 2, dot, _mm256_set1_ps(factors[j][group]));
+                    }
+                }
+            }
+            sums.finish(job, i, levels.factor, 0.0);
         }
     }
 }

@@ -6,15 +6,20 @@
 //! `d s Σ c[k] q[k] + m s Σ q[k]`: the first sum is one instruction, the second is the same for all rows of W and known
 //! beforehand. Rounding x is all that this costs in exactness. It is how ggml multiplies, too (`ggml-quants.c`, `vec_dot`).
 //!
+//! A code book of sixteen levels becomes one of whole numbers, see [`book`].
+//!
 //! What an element of the result is depends on its row of x and of W alone, not on how many rows share the call.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod book;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
 use std::ops::{Deref, DerefMut};
+use std::sync::OnceLock;
 
+use self::book::Levels;
 use super::{FewRows, Job, ROWS};
 use crate::element::{eight_bit_scale, nearest_whole};
 use crate::isa::{Feature, Int8Unit, Isa, isa, per_isa};
@@ -46,6 +51,8 @@ pub struct RoundedRows {
     halves: Lines<f32, 16>,
     /// The sum of what each row was rounded to.
     totals: Vec<f32>,
+    /// See [`RoundedRows::words`].
+    words: OnceLock<Lines<i16, 32>>,
 }
 
 /// How rows lie, so that a vector of 512 bits holds a piece of four groups, or of four rows.
@@ -146,6 +153,7 @@ impl RoundedRows {
             sums: Lines::zeros(all),
             halves: Lines::zeros(2 * all),
             totals: vec![0.0; m],
+            words: OnceLock::new(),
         };
         let isa = isa();
         let (mut codes, mut scales, mut halves) = (vec![0; x.step], vec![0.0; groups], vec![0.0; 2 * groups]);
@@ -207,6 +215,20 @@ impl RoundedRows {
         self.totals[j]
     }
 
+    /// The codes of all groups in sixteen bits, made when they are first asked for: of each piece those at even places, then the others.
+    #[cfg(target_arch = "x86_64")]
+    fn words(&self) -> &[i16] {
+        self.words.get_or_init(|| {
+            let mut words = Lines::zeros(self.codes.len());
+            for (codes, words) in self.codes.as_chunks::<PIECE>().0.iter().zip(words.as_chunks_mut::<PIECE>().0) {
+                for (i, word) in words.iter_mut().enumerate() {
+                    *word = i16::from(codes[2 * (i % 8) + i / 8]);
+                }
+            }
+            words
+        })
+    }
+
     /// What value i of row j was rounded to.
     #[cfg(test)]
     fn value(&self, j: usize, i: usize) -> f32 {
@@ -221,15 +243,17 @@ impl RoundedRows {
 /// # Safety
 /// The job is as [`super::gemv`] checked it, [`Matrix::takes_rounded`] of its weight.
 #[cfg(target_arch = "x86_64")]
-pub(super) unsafe fn run<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
+pub(super) unsafe fn run<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize, scratch: &mut Vec<f32>) {
     // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2, and rows lie in fours where there is VNNI.
     unsafe {
-        match x.order {
-            Order::Rows if isa().int8_unit() == Int8Unit::AvxVnni => {
-                crate::isa::run(avx2::Fours::<'_, M> { job, x, first })
+        match (x.order, Levels::of(job.w)) {
+            (Order::Rows, None) if isa().int8_unit() == Int8Unit::AvxVnni => {
+                crate::isa::run(avx2::Fours::<'_, M> { job, x, first });
             }
-            Order::Rows => avx2::run::<M>(job, x, first),
-            Order::One | Order::Fours => vnni::run(job, x, first, M),
+            (Order::Rows, None) => avx2::run::<M>(job, x, first),
+            (Order::Rows, Some(levels)) => avx2::run_book::<M>(job, &levels, x, first, scratch),
+            (_, None) => vnni::run(job, x, first, M),
+            (_, Some(levels)) => vnni::run_book(job, &levels, x, first, M, scratch),
         }
     }
 }
@@ -281,13 +305,17 @@ per_isa! {
 }
 
 impl Matrix<'_> {
-    /// Whether a few rows of x in eight bits are multiplied with this weight: if it is stored as whole numbers by blocks, and the
-    /// processor has AVX2.
+    /// Whether a few rows of x in eight bits are multiplied with this weight: if it is stored as whole numbers by blocks or by a book of
+    /// sixteen levels, and the processor has AVX2.
     pub fn takes_rounded(&self) -> bool {
         let whole = match self.storage {
             Storage::Q4_0 | Storage::Q4_1 | Storage::Q5_0 | Storage::Q5_1 | Storage::Q8_0 => true,
             Storage::Q4K | Storage::Q5K | Storage::Q6K => true,
-            Storage::Coded => self.coded.as_ref().is_some_and(|coded| matches!(coded.fused(), Some(Fused::Linear))),
+            Storage::Coded => match self.coded.as_ref().and_then(|coded| coded.fused()) {
+                Some(Fused::Linear) => true,
+                Some(Fused::Nibbles(levels)) => Levels::steps(&levels).is_some(),
+                None => false,
+            },
             Storage::F32 | Storage::F16 | Storage::BF16 | Storage::Native => false,
         };
         whole && isa().has(Feature::Avx2)
@@ -301,14 +329,34 @@ mod tests {
     use super::*;
     use crate::isa::with_isa;
     use crate::storage::codec::{Codec, encode};
-    use crate::{Encoded, RowOrder, Stream};
+    use crate::{CodecBlock, Encoded, EncodedScales, RowOrder, ScaleStorage, Stream};
 
     /// Values (n, r) as a coded matrix.
-    fn encoded(values: &[f32], n: usize, r: usize) -> Encoded {
+    fn encoded(codec: &Codec, values: &[f32], n: usize, r: usize) -> Encoded {
         let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
             out.copy_from_slice(&values[rows.start * r..rows.end * r]);
         };
-        encode(&Codec::int8(), n, r, &read).unwrap()
+        encode(codec, n, r, &read).unwrap()
+    }
+
+    /// Books of sixteen levels and of fewer, even and not, in blocks of whole groups, scales nested and not.
+    fn books() -> Vec<Codec> {
+        let book = |name: &str, code: &[f32], block, scales| {
+            let name = name.to_owned();
+            Codec { name, bits: 4, block: CodecBlock::Flat(block), code: code.to_vec(), scales }
+        };
+        let ScaleStorage::Nested { code, .. } = Codec::nf4().scales else { panic!("NF4 nests its scales") };
+        let nested = |block| ScaleStorage::Nested { block, code: code.clone() };
+        // The values of E2M1 over its largest, without its second zero.
+        let twelfths = [-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12_i16];
+        let fp4 = twelfths.map(|twelfth| f32::from(twelfth) / 12.0);
+        vec![
+            Codec::nf4(),
+            book("fp4", &fp4, 32, ScaleStorage::F32),
+            book("one-sided", &[-0.03, 0.1, 0.5, 0.7, 1.0], 96, nested(7)),
+            book("far apart", &[-1.0, -1e-3, 1e-5, 0.3], 512, nested(4)),
+            book("row", &[-1.0, 0.0, 1.0], 32, ScaleStorage::F32),
+        ]
     }
 
     /// Holds the product with `w` to that of its values with the rounded values of x in f64, and its rows to those of a call of
@@ -387,8 +435,61 @@ mod tests {
         let mut stream = Stream::new(3, 1);
         for k in [32, 64, 256, 288, 576] {
             let n = 5;
-            let Encoded { codes, scales } = encoded(&random(&mut stream, n * k), n, k);
+            let Encoded { codes, scales } = encoded(&Codec::int8(), &random(&mut stream, n * k), n, k);
             check(&Matrix::coded(&Codec::int8(), &codes, &scales, n, k).unwrap(), &format!("{k} columns"));
+        }
+    }
+
+    #[test]
+    fn and_by_the_levels_of_every_book() {
+        let mut stream = Stream::new(8, 1);
+        for mut codec in books() {
+            let CodecBlock::Flat(len) = codec.block else { panic!("blocks of a length") };
+            for blocks in [1, 3, 8, 9, 13] {
+                let (n, k) = (5, blocks * len);
+                if codec.name == "row" {
+                    codec.block = CodecBlock::Row;
+                }
+                let Encoded { codes, scales } = encoded(&codec, &random(&mut stream, n * k), n, k);
+                let label = format!("{}, {k} columns", codec.name);
+                check(&Matrix::coded(&codec, &codes, &scales, n, k).unwrap(), &label);
+                // Indices beyond a book of fewer levels stand for its last.
+                let codes: Vec<u8> = codes.iter().map(|_| stream.next_u32() as u8).collect();
+                check(&Matrix::coded(&codec, &codes, &scales, n, k).unwrap(), &label);
+            }
+        }
+    }
+
+    #[test]
+    fn a_broken_scale_of_a_book_shows_in_its_row_and_in_no_other() {
+        let codec = Codec { scales: ScaleStorage::F32, ..Codec::nf4() };
+        let (n, k) = (3, 320);
+        let mut scales = vec![1.0; n * k / 64];
+        scales[7] = f32::NAN;
+        let (codes, scales) = (vec![0x3C; n * k / 2], EncodedScales::F32(scales));
+        let w = Matrix::coded(&codec, &codes, &scales, n, k).unwrap();
+        for isa in isas().filter(|isa| isa.has(Feature::Avx2)) {
+            for m in [1, 3] {
+                let values = vec![0.5; m * k];
+                let x = FewRows { values: &values, step: k, rounded: None };
+                let mut out = vec![0.0; n * m];
+                with_isa(isa, || {
+                    let rounded = RoundedRows::new(x);
+                    gemv(FewRows { rounded: Some(&rounded), ..x }, &w, 0..n, &mut out);
+                });
+                let broken: Vec<bool> = out.iter().map(|sum| sum.is_nan()).collect();
+                assert_eq!(broken, [vec![false; m], vec![true; m], vec![false; m]].concat(), "{isa:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn levels_that_have_no_steps_are_left_to_floats() {
+        for code in [vec![-1e-40, 1e-40], vec![-1e-44, 0.0], vec![0.0, 3e38]] {
+            let codec = Codec { code, scales: ScaleStorage::F32, ..Codec::nf4() };
+            let (codes, scales) = (vec![0x10; 32], EncodedScales::F32(vec![1.0]));
+            let w = Matrix::coded(&codec, &codes, &scales, 1, 64).unwrap();
+            assert_eq!(w.takes_rounded(), codec.code[1] == 3e38 && isa().has(Feature::Avx2), "{:?}", codec.code);
         }
     }
 

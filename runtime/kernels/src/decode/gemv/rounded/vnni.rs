@@ -8,8 +8,10 @@ use std::arch::x86_64::*;
 
 use super::super::{Job, sub_blocks};
 use super::avx2::{half_bytes, six_bits};
+use super::book::{BlockScales, Levels};
 use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN, prefetch};
 use crate::element::scale_of_eight_bits;
+use crate::matmul::Matrix;
 use crate::storage::Storage;
 
 /// Computes a job of `count` rows of x from the `first` on.
@@ -22,26 +24,44 @@ pub unsafe fn run(job: &Job<'_>, x: &RoundedRows, first: usize, count: usize) {
     // SAFETY: passed on to the caller.
     unsafe {
         match job.w.storage {
-            Storage::Q4_0 => by_format::<Q4_0>(job, x, first, count),
-            Storage::Q4_1 => by_format::<Q4_1>(job, x, first, count),
-            Storage::Q5_0 => by_format::<Q5_0>(job, x, first, count),
-            Storage::Q5_1 => by_format::<Q5_1>(job, x, first, count),
-            Storage::Q8_0 => by_format::<Q8_0>(job, x, first, count),
-            Storage::Q4K => by_format::<Q4K>(job, x, first, count),
-            Storage::Q5K => by_format::<Q5K>(job, x, first, count),
-            Storage::Q6K => by_format::<Q6K>(job, x, first, count),
-            _ => by_format::<Linear>(job, x, first, count),
+            Storage::Q4_0 => by_format(job, Q4_0, x, first, count),
+            Storage::Q4_1 => by_format(job, Q4_1, x, first, count),
+            Storage::Q5_0 => by_format(job, Q5_0, x, first, count),
+            Storage::Q5_1 => by_format(job, Q5_1, x, first, count),
+            Storage::Q8_0 => by_format(job, Q8_0, x, first, count),
+            Storage::Q4K => by_format(job, Q4K, x, first, count),
+            Storage::Q5K => by_format(job, Q5K, x, first, count),
+            Storage::Q6K => by_format(job, Q6K, x, first, count),
+            _ => by_format(job, Linear, x, first, count),
         }
     }
 }
 
+/// The same with the levels of a book. It stands apart because a function with all formats is more than the compiler makes straight
+/// code of.
+///
+/// # Safety
+/// See [`run`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")]
+pub unsafe fn run_book(
+    job: &Job<'_>,
+    levels: &Levels,
+    x: &RoundedRows,
+    first: usize,
+    count: usize,
+    scratch: &mut Vec<f32>,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { by_format(job, Book::new(job.w, levels, scratch), x, first, count) }
+}
+
 #[inline(always)]
-unsafe fn by_format<F: Format>(job: &Job<'_>, x: &RoundedRows, first: usize, count: usize) {
+unsafe fn by_format<F: Format>(job: &Job<'_>, format: F, x: &RoundedRows, first: usize, count: usize) {
     // SAFETY: passed on to the caller.
     unsafe {
         match x.order {
-            super::Order::One => walk::<F, One<'_>>(job, &One(x)),
-            _ => walk::<F, Four>(job, &Four::new(x, first, count)),
+            super::Order::One => walk(job, format, &One(x)),
+            _ => walk(job, format, &Four::new(x, first, count)),
         }
     }
 }
@@ -101,31 +121,40 @@ trait Format {
     /// Whether halves of a group have scales of their own.
     const HALVES: bool = false;
 
+    /// Makes ready for a row of W.
+    #[inline(always)]
+    fn begin(&mut self, _row: usize) {}
     /// The first `n` groups' scales, at least one, and after them any of a group that there is: rows of x are zeros there.
-    unsafe fn scales(p: *const u8, n: usize) -> Scales;
+    unsafe fn scales(&self, p: *const u8, span: usize, n: usize) -> Scales;
     /// Codes of a group.
-    unsafe fn group(p: *const u8, group: usize) -> __m256i;
+    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i;
     /// The first sixteen codes of groups 4q to 4q + 3, and the second.
     #[inline(always)]
-    unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+    unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
         // SAFETY: passed on to the caller.
         unsafe {
-            let (a, b) = (Self::group(p, 4 * q), Self::group(p, 4 * q + 1));
-            quad_of([a, b, Self::group(p, 4 * q + 2), Self::group(p, 4 * q + 3)])
+            let (a, b) = (self.group(p, 4 * q), self.group(p, 4 * q + 1));
+            quad_of([a, b, self.group(p, 4 * q + 2), self.group(p, 4 * q + 3)])
         }
     }
     /// The first sixteen codes of a group in each quarter, and the second.
     #[inline(always)]
-    unsafe fn spread(p: *const u8, group: usize) -> [__m512i; 2] {
+    unsafe fn spread(&self, p: *const u8, group: usize) -> [__m512i; 2] {
         // SAFETY: passed on to the caller.
         unsafe {
-            let codes = _mm512_castsi256_si512(Self::group(p, group));
+            let codes = _mm512_castsi256_si512(self.group(p, group));
             [_mm512_shuffle_i32x4::<0x00>(codes, codes), _mm512_shuffle_i32x4::<0x55>(codes, codes)]
         }
     }
+    /// Sums of products over four lanes: those of both halves of a group.
+    #[inline(always)]
+    unsafe fn dot(&self, codes: [__m512i; 2], x: [__m512i; 2]) -> __m512 {
+        // SAFETY: passed on to the caller.
+        unsafe { dot(codes, x) }
+    }
     /// What all of a row's results are multiplied by.
     #[inline(always)]
-    fn factor(_: &Job<'_>, _: usize) -> f32 {
+    fn factor(&self, _: &Job<'_>, _: usize) -> f32 {
         1.0
     }
 }
@@ -204,30 +233,31 @@ trait Rows {
 
     unsafe fn begin() -> Self::Sums;
     /// Adds the products of span number `span`, n groups at `p`.
-    unsafe fn span<F: Format>(&self, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize);
+    unsafe fn span<F: Format>(&self, format: &F, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize);
     /// Writes the results of row `i` of the job's, `factor` times the sums.
     unsafe fn end<F: Format>(&self, sums: Self::Sums, job: &Job<'_>, i: usize, factor: f32);
 }
 
 #[inline(always)]
-unsafe fn walk<F: Format, R: Rows>(job: &Job<'_>, x: &R) {
+unsafe fn walk<F: Format, R: Rows>(job: &Job<'_>, mut format: F, x: &R) {
     let groups = job.w.cols / GROUP;
     let (of_span, of_row) = (F::BYTES * (SPAN / F::GROUPS), F::BYTES * (groups / F::GROUPS));
     for (i, row) in job.rows.clone().enumerate() {
         // SAFETY: a row of W is whole blocks; x has codes, scales and sums for whole spans.
         unsafe {
             let w = job.w.bytes.as_ptr().add(job.w.order.stored(row) * of_row);
+            format.begin(row);
             let mut sums = R::begin();
             for span in 0..groups / SPAN {
                 let p = w.add(span * of_span);
                 prefetch(p, of_span);
-                x.span::<F>(&mut sums, p, span, SPAN);
+                x.span(&format, &mut sums, p, span, SPAN);
             }
             if F::GROUPS == 1 && !groups.is_multiple_of(SPAN) {
                 let span = groups / SPAN;
-                x.span::<F>(&mut sums, w.add(span * of_span), span, groups % SPAN);
+                x.span(&format, &mut sums, w.add(span * of_span), span, groups % SPAN);
             }
-            x.end::<F>(sums, job, i, F::factor(job, row));
+            x.end::<F>(sums, job, i, format.factor(job, row));
         }
     }
 }
@@ -246,12 +276,12 @@ impl Rows for One<'_> {
     }
 
     #[inline(always)]
-    unsafe fn span<F: Format>(&self, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize) {
+    unsafe fn span<F: Format>(&self, format: &F, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize) {
         let Self(x) = self;
         let (products, offsets) = sums;
         // SAFETY: the caller has the span on both sides.
         unsafe {
-            let scales = F::scales(p, n);
+            let scales = format.scales(p, span, n);
             let of_x = _mm256_load_ps(x.scales.as_ptr().add(span * SPAN));
             if F::HALVES {
                 for (half, scales) in scales.sums.into_iter().enumerate() {
@@ -265,11 +295,11 @@ impl Rows for One<'_> {
             for q in 0..n.div_ceil(4) {
                 // Groups beyond the last are the last again, times zero.
                 let w = if n == SPAN {
-                    F::quad(p, q)
+                    format.quad(p, q)
                 } else {
                     let (g, last) = (4 * q, n - 1);
-                    let (a, b) = (F::group(p, g), F::group(p, last.min(g + 1)));
-                    quad_of([a, b, F::group(p, last.min(g + 2)), F::group(p, last.min(g + 3))])
+                    let (a, b) = (format.group(p, g), format.group(p, last.min(g + 1)));
+                    quad_of([a, b, format.group(p, last.min(g + 2)), format.group(p, last.min(g + 3))])
                 };
                 let codes = codes(x.codes.as_ptr(), 2 * span + q);
                 let factors = quarter(_mm256_mul_ps(scales.first, of_x), q);
@@ -279,7 +309,7 @@ impl Rows for One<'_> {
                     let factors = quarter(_mm256_mul_ps(scales.second, of_x), q);
                     *products = _mm512_fmadd_ps(b, factors, *products);
                 } else {
-                    *products = _mm512_fmadd_ps(dot(w, codes), factors, *products);
+                    *products = _mm512_fmadd_ps(format.dot(w, codes), factors, *products);
                 }
             }
         }
@@ -334,11 +364,11 @@ impl Rows for Four {
     }
 
     #[inline(always)]
-    unsafe fn span<F: Format>(&self, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize) {
+    unsafe fn span<F: Format>(&self, format: &F, sums: &mut Self::Sums, p: *const u8, span: usize, n: usize) {
         let (products, offsets) = sums;
         // SAFETY: the caller has the span on both sides.
         unsafe {
-            let scales = F::scales(p, n);
+            let scales = format.scales(p, span, n);
             let turns = if F::HALVES { 2 } else { 1 };
             for turn in 0..turns {
                 let sums = if F::HALVES { self.halves } else { self.sums }.add((turns * span + turn) * ROWS * SPAN);
@@ -350,7 +380,7 @@ impl Rows for Four {
             let first = _mm512_castps256_ps512(scales.first);
             let second = _mm512_castps256_ps512(scales.second);
             for g in 0..n {
-                let w = F::spread(p, g);
+                let w = format.spread(p, g);
                 let codes = codes(self.codes, span * SPAN + g);
                 let of_x = _mm512_load_ps(self.scales.add((span * SPAN + g) * 4 * ROWS));
                 let lanes = _mm512_set1_epi32(g as i32);
@@ -362,7 +392,7 @@ impl Rows for Four {
                     let factors = _mm512_mul_ps(_mm512_permutexvar_ps(lanes, second), of_x);
                     *products = _mm512_fmadd_ps(b, factors, *products);
                 } else {
-                    *products = _mm512_fmadd_ps(dot(w, codes), factors, *products);
+                    *products = _mm512_fmadd_ps(format.dot(w, codes), factors, *products);
                 }
             }
         }
@@ -496,7 +526,7 @@ macro_rules! block {
             const OFFSET: f32 = $offset;
 
             #[inline(always)]
-            unsafe fn scales(p: *const u8, n: usize) -> Scales {
+            unsafe fn scales(&self, p: *const u8, _: usize, n: usize) -> Scales {
                 // SAFETY: the caller has n blocks at the pointer; so for all below.
                 unsafe {
                     if $min {
@@ -508,7 +538,7 @@ macro_rules! block {
             }
 
             #[inline(always)]
-            unsafe fn group(p: *const u8, group: usize) -> __m256i {
+            unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
                 // SAFETY: as above.
                 unsafe {
                     let p = p.add(group * $bytes);
@@ -522,7 +552,7 @@ macro_rules! block {
             }
 
             #[inline(always)]
-            unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+            unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
                 // SAFETY: as above.
                 unsafe {
                     let p = p.add(4 * q * $bytes);
@@ -536,7 +566,7 @@ macro_rules! block {
             }
 
             #[inline(always)]
-            unsafe fn spread(p: *const u8, group: usize) -> [__m512i; 2] {
+            unsafe fn spread(&self, p: *const u8, group: usize) -> [__m512i; 2] {
                 // SAFETY: as above.
                 unsafe {
                     let p = p.add(group * $bytes);
@@ -565,7 +595,7 @@ impl Format for Q8_0 {
     const OFFSET: f32 = -128.0;
 
     #[inline(always)]
-    unsafe fn scales(p: *const u8, n: usize) -> Scales {
+    unsafe fn scales(&self, p: *const u8, _: usize, n: usize) -> Scales {
         // SAFETY: the caller has n blocks at the pointer.
         unsafe {
             let scales = halves(p, Self::BYTES, n);
@@ -574,7 +604,7 @@ impl Format for Q8_0 {
     }
 
     #[inline(always)]
-    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
         // SAFETY: the caller has the block at the pointer.
         unsafe {
             let signed = _mm256_loadu_si256(p.add(group * Self::BYTES + 2).cast());
@@ -591,21 +621,108 @@ impl Format for Linear {
     const OFFSET: f32 = -127.0;
 
     #[inline(always)]
-    unsafe fn scales(_: *const u8, _: usize) -> Scales {
+    unsafe fn scales(&self, _: *const u8, _: usize, _: usize) -> Scales {
         // SAFETY: the processor has it.
         let ones = unsafe { _mm256_set1_ps(1.0) };
         Scales::of(ones, ones)
     }
 
     #[inline(always)]
-    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
         // SAFETY: the caller has the group at the pointer.
         unsafe { _mm256_min_epu8(_mm256_loadu_si256(p.add(group * GROUP).cast()), _mm256_set1_epi8(254u8 as i8)) }
     }
 
     #[inline(always)]
-    fn factor(job: &Job<'_>, row: usize) -> f32 {
+    fn factor(&self, job: &Job<'_>, row: usize) -> f32 {
         job.w.coded.as_ref().map_or(f32::NAN, |coded| coded.scale(row) / 127.0)
+    }
+}
+
+/// Four bits a value, by a book of sixteen levels: each is a whole number of sixteen bits without a sign, whose bytes are multiplied
+/// one after the other. Where codes are asked for, these are indices into the book.
+struct Book<'a> {
+    scales: BlockScales<'a>,
+    /// The upper bytes of the levels, and the lower ones, in each quarter.
+    high: __m512i,
+    low: __m512i,
+    factor: f32,
+}
+
+impl<'a> Book<'a> {
+    #[inline(always)]
+    unsafe fn new(w: &'a Matrix<'a>, levels: &Levels, scratch: &'a mut Vec<f32>) -> Self {
+        let [high, low] = levels.bytes(Levels::ZERO);
+        // SAFETY: each is sixteen bytes.
+        let (high, low) = unsafe { (in_quarters(high.as_ptr()), in_quarters(low.as_ptr())) };
+        Self { scales: BlockScales::new(w, scratch), high, low, factor: levels.factor }
+    }
+}
+
+/// Sixteen bytes as 32 indices in order, or so in each quarter: the upper half of a byte comes first.
+#[inline(always)]
+unsafe fn in_pairs(bytes: __m512i) -> [__m512i; 2] {
+    // SAFETY: the processor has it.
+    unsafe {
+        let [second, first] = nibbles(bytes);
+        [_mm512_unpacklo_epi8(first, second), _mm512_unpackhi_epi8(first, second)]
+    }
+}
+
+impl Format for Book<'_> {
+    const BYTES: usize = GROUP / 2;
+    const OFFSET: f32 = -(Levels::ZERO as f32);
+
+    #[inline(always)]
+    fn begin(&mut self, row: usize) {
+        self.scales.begin(row);
+    }
+
+    #[inline(always)]
+    unsafe fn scales(&self, _: *const u8, span: usize, _: usize) -> Scales {
+        // SAFETY: passed on to the caller.
+        let scales = unsafe { self.scales.of_span(span) };
+        Scales::of(scales, scales)
+    }
+
+    #[inline(always)]
+    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
+        // SAFETY: the caller has the group at the pointer.
+        unsafe {
+            let bytes = _mm_loadu_si128(p.add(group * Self::BYTES).cast());
+            let [first, second] = in_pairs(_mm512_castsi128_si512(bytes));
+            _mm256_inserti128_si256::<1>(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
+        // SAFETY: the caller has four groups at the pointer.
+        unsafe { in_pairs(_mm512_loadu_si512(p.add(4 * q * Self::BYTES).cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn spread(&self, p: *const u8, group: usize) -> [__m512i; 2] {
+        // SAFETY: the caller has the group at the pointer.
+        unsafe { in_pairs(in_quarters(p.add(group * Self::BYTES))) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(&self, [first, second]: [__m512i; 2], [x, y]: [__m512i; 2]) -> __m512 {
+        // SAFETY: the processor has it. Sums of eight products with bytes are below 2^18, so that both together are below 2^27.
+        unsafe {
+            let zero = _mm512_setzero_si512();
+            let high = _mm512_dpbusd_epi32(zero, _mm512_shuffle_epi8(self.high, first), x);
+            let high = _mm512_dpbusd_epi32(high, _mm512_shuffle_epi8(self.high, second), y);
+            let low = _mm512_dpbusd_epi32(zero, _mm512_shuffle_epi8(self.low, first), x);
+            let low = _mm512_dpbusd_epi32(low, _mm512_shuffle_epi8(self.low, second), y);
+            _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(high), low))
+        }
+    }
+
+    #[inline(always)]
+    fn factor(&self, _: &Job<'_>, _: usize) -> f32 {
+        self.factor
     }
 }
 
@@ -642,19 +759,19 @@ impl Format for Q4K {
     const OFFSET: f32 = -1.0;
 
     #[inline(always)]
-    unsafe fn scales(p: *const u8, _: usize) -> Scales {
+    unsafe fn scales(&self, p: *const u8, _: usize, _: usize) -> Scales {
         // SAFETY: passed on to the caller; so for all below.
         unsafe { scales_of_six(p) }
     }
 
     #[inline(always)]
-    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
         // SAFETY: as above.
         unsafe { half_bytes(p.add(16), group) }
     }
 
     #[inline(always)]
-    unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+    unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
         // SAFETY: as above.
         unsafe { in_order(nibbles(_mm512_loadu_si512(p.add(16 + 64 * q).cast()))) }
     }
@@ -668,13 +785,13 @@ impl Format for Q5K {
     const OFFSET: f32 = -1.0;
 
     #[inline(always)]
-    unsafe fn scales(p: *const u8, _: usize) -> Scales {
+    unsafe fn scales(&self, p: *const u8, _: usize, _: usize) -> Scales {
         // SAFETY: passed on to the caller; so for all below.
         unsafe { scales_of_six(p) }
     }
 
     #[inline(always)]
-    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
         // SAFETY: as above. Bit `group` of each byte becomes the fifth.
         unsafe {
             let fifths = _mm256_loadu_si256(p.add(16).cast());
@@ -685,7 +802,7 @@ impl Format for Q5K {
     }
 
     #[inline(always)]
-    unsafe fn quad(p: *const u8, q: usize) -> [__m512i; 2] {
+    unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
         // SAFETY: as above.
         unsafe {
             let [even, odd] = nibbles(_mm512_loadu_si512(p.add(48 + 64 * q).cast()));
@@ -711,7 +828,7 @@ impl Format for Q6K {
     const HALVES: bool = true;
 
     #[inline(always)]
-    unsafe fn scales(p: *const u8, _: usize) -> Scales {
+    unsafe fn scales(&self, p: *const u8, _: usize, _: usize) -> Scales {
         // SAFETY: passed on to the caller; so for all below.
         unsafe {
             let d = _mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.add(208).cast::<u16>().read_unaligned())));
@@ -731,7 +848,7 @@ impl Format for Q6K {
     }
 
     #[inline(always)]
-    unsafe fn group(p: *const u8, group: usize) -> __m256i {
+    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
         // SAFETY: as above.
         unsafe { six_bits(p, group) }
     }
@@ -741,25 +858,27 @@ impl Format for Q6K {
 mod tests {
     use super::super::super::tests::{BLOCKS, ggml};
     use super::*;
+    use crate::EncodedScales;
+    use crate::storage::codec::Codec;
 
     /// Every way to the codes of a group yields the same.
-    fn check<F: Format>(p: *const u8) {
+    fn check<F: Format>(format: F, p: *const u8) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")]
-        unsafe fn all<F: Format>(p: *const u8) {
+        unsafe fn all<F: Format>(format: F, p: *const u8) {
             // SAFETY: the caller has a span at the pointer.
             unsafe {
                 let bytes = |vector: __m512i| std::mem::transmute::<__m512i, [[u8; PIECE]; 4]>(vector);
                 for g in 0..SPAN {
-                    let group = std::mem::transmute::<__m256i, [[u8; PIECE]; 2]>(F::group(p, g));
-                    let quad = F::quad(p, g / 4).map(|codes| bytes(codes)[g % 4]);
+                    let group = std::mem::transmute::<__m256i, [[u8; PIECE]; 2]>(format.group(p, g));
+                    let quad = format.quad(p, g / 4).map(|codes| bytes(codes)[g % 4]);
                     assert_eq!(quad, group, "group {g} of a quad");
-                    let spread = F::spread(p, g).map(bytes);
+                    let spread = format.spread(p, g).map(bytes);
                     assert_eq!(spread, group.map(|half| [half; 4]), "group {g} in quarters");
                 }
             }
         }
         // SAFETY: passed on to the caller.
-        unsafe { all::<F>(p) }
+        unsafe { all(format, p) }
     }
 
     #[test]
@@ -774,16 +893,22 @@ mod tests {
             }
             let p = bytes.as_ptr();
             match storage {
-                Storage::Q4_0 => check::<Q4_0>(p),
-                Storage::Q4_1 => check::<Q4_1>(p),
-                Storage::Q5_0 => check::<Q5_0>(p),
-                Storage::Q5_1 => check::<Q5_1>(p),
-                Storage::Q8_0 => check::<Q8_0>(p),
-                Storage::Q4K => check::<Q4K>(p),
-                Storage::Q5K => check::<Q5K>(p),
-                Storage::Q6K => check::<Q6K>(p),
+                Storage::Q4_0 => check(Q4_0, p),
+                Storage::Q4_1 => check(Q4_1, p),
+                Storage::Q5_0 => check(Q5_0, p),
+                Storage::Q5_1 => check(Q5_1, p),
+                Storage::Q8_0 => check(Q8_0, p),
+                Storage::Q4K => check(Q4K, p),
+                Storage::Q5K => check(Q5K, p),
+                Storage::Q6K => check(Q6K, p),
                 _ => (),
             }
         }
+        let (codec, mut scratch) = (Codec::nf4(), Vec::new());
+        let codes: Vec<u8> = (0..SPAN * GROUP / 2).map(|i| (37 * i + i / 7) as u8).collect();
+        let scales = EncodedScales::Nested { codes: vec![9; 4], absmax: vec![2.0], offset: 0.5 };
+        let w = Matrix::coded(&codec, &codes, &scales, 1, SPAN * GROUP).unwrap();
+        // SAFETY: the processor has AVX-512, as seen above.
+        check(unsafe { Book::new(&w, &Levels::of(&w).unwrap(), &mut scratch) }, codes.as_ptr());
     }
 }

@@ -51,21 +51,6 @@ pub enum Int8Unit {
     Portable,
 }
 
-/// Whether products have kernels for a unit. One that has none is not chosen.
-const fn has_kernels_bf16(unit: Bf16Unit) -> bool {
-    match unit {
-        Bf16Unit::Amx | Bf16Unit::Avx512 | Bf16Unit::Widened => true,
-    }
-}
-
-/// See [`has_kernels_bf16`].
-const fn has_kernels_int8(unit: Int8Unit) -> bool {
-    match unit {
-        Int8Unit::AvxVnni => false,
-        Int8Unit::Amx | Int8Unit::Avx512Vnni | Int8Unit::Avx2 | Int8Unit::Portable => true,
-    }
-}
-
 impl Isa {
     /// What multiplies f32.
     #[inline]
@@ -82,7 +67,7 @@ impl Isa {
     /// What multiplies bf16.
     #[inline]
     pub const fn bf16_unit(self) -> Bf16Unit {
-        if has_kernels_bf16(Bf16Unit::Amx) && self.has(Feature::AmxBf16) {
+        if self.has(Feature::AmxBf16) {
             Bf16Unit::Amx
         } else if self.has(Feature::Avx512Bf16) {
             Bf16Unit::Avx512
@@ -94,11 +79,11 @@ impl Isa {
     /// What multiplies integers.
     #[inline]
     pub const fn int8_unit(self) -> Int8Unit {
-        if has_kernels_int8(Int8Unit::Amx) && self.has(Feature::AmxInt8) {
+        if self.has(Feature::AmxInt8) {
             Int8Unit::Amx
         } else if self.has(Feature::Avx512Vnni) {
             Int8Unit::Avx512Vnni
-        } else if has_kernels_int8(Int8Unit::AvxVnni) && self.has(Feature::AvxVnni) {
+        } else if self.has(Feature::AvxVnni) {
             Int8Unit::AvxVnni
         } else if self.has(Feature::Avx2) {
             Int8Unit::Avx2
@@ -121,6 +106,13 @@ impl Isa {
     #[inline]
     pub(crate) const fn has_vnni(self) -> bool {
         matches!(self.int8_unit(), Int8Unit::Amx | Int8Unit::Avx512Vnni)
+    }
+
+    /// Returns true where four products of bytes and their sum are one instruction, so that products in integers are much faster than those
+    /// of f32.
+    #[inline]
+    pub const fn multiplies_bytes(self) -> bool {
+        matches!(self.int8_unit(), Int8Unit::Amx | Int8Unit::Avx512Vnni | Int8Unit::AvxVnni)
     }
 
     /// What multiplies each kind of values, in words: `f32 by avx512, bf16 by avx512bf16 (faster), int8 by avx512vnni`.
@@ -274,13 +266,6 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_without_kernels_is_not_chosen() {
-        for isa in all() {
-            assert!(has_kernels_bf16(isa.bf16_unit()) && has_kernels_int8(isa.int8_unit()), "{isa:?}");
-        }
-    }
-
-    #[test]
     fn the_levels_are_multiplied_with_what_they_are_named_for() {
         let check = |isa: Isa, of_f32: F32Unit, of_bf16: Bf16Unit, of_int8: Int8Unit| {
             assert_eq!((isa.f32_unit(), isa.bf16_unit(), isa.int8_unit()), (of_f32, of_bf16, of_int8), "{isa:?}");
@@ -288,8 +273,10 @@ mod tests {
         check(Isa::PORTABLE, F32Unit::Portable, Bf16Unit::Widened, Int8Unit::Portable);
         check(Isa::NEON, F32Unit::Portable, Bf16Unit::Widened, Int8Unit::Portable);
         check(Isa::AVX2, F32Unit::Avx2, Bf16Unit::Widened, Int8Unit::Avx2);
+        check(Isa::AVXVNNI, F32Unit::Avx2, Bf16Unit::Widened, Int8Unit::AvxVnni);
         check(Isa::AVX512, F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx512Vnni);
-        check(Isa::AVX512.without(Feature::Avx512Vnni), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx2);
+        check(Isa::AVX512.without(Feature::Avx512Vnni), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::AvxVnni);
+        check(Isa::AVX512.without(Feature::AvxVnni), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx2);
         check(Isa::AVX512BF16, F32Unit::Avx512, Bf16Unit::Avx512, Int8Unit::Avx512Vnni);
         check(Isa::AMX, F32Unit::Avx512, Bf16Unit::Amx, Int8Unit::Amx);
         check(Isa::AMX.without(Feature::AmxInt8), F32Unit::Avx512, Bf16Unit::Amx, Int8Unit::Avx512Vnni);

@@ -27,34 +27,30 @@ fn measure<E: ProductElement>(name: &str, m: usize) {
             let x: Vec<E> = (0..m * cols).map(|_| E::of(random.uniform_f32() - 0.5)).collect();
             let dy: Vec<E> = (0..m * rows).map(|_| E::of(random.uniform_f32() - 0.5)).collect();
             let (mut y, mut dx) = (vec![E::default(); m * rows], vec![0f32; m * cols]);
-            let forward = best(|| {
-                let term = [Term::forward(Left::rows(&x, cols), Right::Frozen(w))];
-                product(
-                    m,
-                    &[Columns { terms: &term, at: 0, bias: None }],
-                    Output::Narrow(&mut y),
-                    rows,
-                    Finish::default(),
+            let mut line = |way: &str, right: Right<'_, E>| {
+                let forward = best(|| {
+                    let term = [Term::forward(Left::rows(&x, cols), right)];
+                    let columns = [Columns { terms: &term, at: 0, bias: None }];
+                    product(m, &columns, Output::Narrow(&mut y), rows, Finish::default());
+                });
+                let backward = best(|| {
+                    let term = [Term::backward(Left::rows(&dy, rows), right)];
+                    let columns = [Columns { terms: &term, at: 0, bias: None }];
+                    product(m, &columns, Output::Wide(&mut dx), cols, Finish::default());
+                });
+                let gflops = |seconds: f64| 2.0 * (m * rows * cols) as f64 / seconds / 1e9;
+                println!(
+                    "  {storage:?} {rows:>5} x {cols:<4} {m:>4} {way:<8}   forward {:6.0} ({:3.0} %)   backward {:6.0} ({:3.0} %)",
+                    gflops(forward),
+                    100.0 * gflops(forward) / peak,
+                    gflops(backward),
+                    100.0 * gflops(backward) / peak
                 );
-            });
-            let backward = best(|| {
-                let term = [Term::backward(Left::rows(&dy, rows), Right::Frozen(w))];
-                product(
-                    m,
-                    &[Columns { terms: &term, at: 0, bias: None }],
-                    Output::Wide(&mut dx),
-                    cols,
-                    Finish::default(),
-                );
-            });
-            let gflops = |seconds: f64| 2.0 * (m * rows * cols) as f64 / seconds / 1e9;
-            println!(
-                "  {storage:?} {rows:>5} x {cols:<4} {m:>4}   forward {:6.0} ({:3.0} %)   backward {:6.0} ({:3.0} %)",
-                gflops(forward),
-                100.0 * gflops(forward) / peak,
-                gflops(backward),
-                100.0 * gflops(backward) / peak
-            );
+            };
+            line("", Right::Frozen(w));
+            if w.multiplies_in_integers() {
+                line("integers", Right::Integers(w));
+            }
         }
     }
 }

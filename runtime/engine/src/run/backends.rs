@@ -6,7 +6,7 @@ use candle_core::DType;
 use homeroom_kernels::{bf16, isa};
 
 use super::compute::Compute;
-use super::cpu::{CpuAnswer, CpuTrain};
+use super::cpu::{CpuAnswer, CpuTrain, InIntegers};
 use super::plain::answer::PlainAnswer;
 use super::plain::train::PlainTrain;
 use super::waist::{Answer, Train};
@@ -29,7 +29,8 @@ pub fn trainer(model: &BaseModel, adaptation: Option<&Adaptation>, compute: Comp
 }
 
 /// The backends for answers, the fastest first; the last one runs any adapter. Prompts are read in f32 or bf16, as `compute` says; if
-/// it says anything but f32, tokens are decoded with activations in eight bits where weights take them so.
+/// it says anything but f32, tokens are decoded with activations in eight bits where weights take them so. Prompts are read with such where
+/// it says int8 and the processor multiplies bytes, but not bf16: that rounds weights anew, which costs more than decoding does.
 pub fn answerers(model: &Arc<BaseModel>, compute: Compute) -> Vec<Box<dyn Answer>> {
     // What a strategy proposes is for its training.
     let (blocks, round) = match compute {
@@ -37,11 +38,14 @@ pub fn answerers(model: &Arc<BaseModel>, compute: Compute) -> Vec<Box<dyn Answer
         Compute::F32 => (compute, false),
         _ => (compute, true),
     };
-    let in_f32 = || Some(Box::new(CpuAnswer::<f32>::new(model, round)?) as Box<dyn Answer>);
-    let in_bf16 = || Some(Box::new(CpuAnswer::<bf16>::new(model, round)?) as Box<dyn Answer>);
+    let in_integers = compute == Compute::Int8 && isa().multiplies_bytes() && !isa().has_bf16();
+    let integers = if in_integers { InIntegers::Stored } else { InIntegers::None };
+    let in_f32 = || Some(Box::new(CpuAnswer::<f32>::new(model, integers, round)?) as Box<dyn Answer>);
+    let in_bf16 = || Some(Box::new(CpuAnswer::<bf16>::new(model, InIntegers::None, round)?) as Box<dyn Answer>);
     let fast = match blocks {
         Compute::Plain => None,
         Compute::Auto | Compute::F32 => in_f32(),
+        Compute::Int8 if !isa().has_bf16() => in_f32(),
         Compute::Bf16 | Compute::Int8 => in_bf16().or_else(in_f32),
     };
     fast.into_iter().chain([Box::new(PlainAnswer::new(model.clone())) as Box<dyn Answer>]).collect()

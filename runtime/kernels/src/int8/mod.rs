@@ -13,6 +13,8 @@
 //! with weights on a straight line every processor comes to the same result.
 
 #[cfg(target_arch = "x86_64")]
+mod avx_vnni;
+#[cfg(target_arch = "x86_64")]
 mod weight;
 
 use std::ops::Range;
@@ -21,11 +23,11 @@ use crate::buffer::grown;
 use crate::element::{Element, eight_bit_scale, nearest_whole};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Feature;
-use crate::isa::{Isa, isa, per_isa};
+use crate::isa::{Int8Unit, Isa, isa, per_isa};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
 use crate::storage::codec::Coded;
-use crate::tile::{PANEL, pack_columns};
+use crate::tile::{COPIED_FROM, PANEL, STRIP, Segment, copy_strip, pack_columns};
 
 /// Values of a row of A that share a scale.
 const GROUP: usize = 64;
@@ -54,7 +56,7 @@ impl Rounded {
 
 /// Bytes that `m` rows of k values take in integers.
 pub fn rounded_bytes(m: usize, k: usize) -> usize {
-    let per_word = if isa().has_vnni() { 4 } else { 2 };
+    let per_word = if isa().multiplies_bytes() { 4 } else { 2 };
     size_of::<u32>() * m * (k / per_word + 2 * k.div_ceil(GROUP))
 }
 
@@ -68,7 +70,7 @@ pub(crate) fn round<E: Element>(
     factors: Option<&[f32]>,
 ) -> Rounded {
     assert!(k.is_multiple_of(4), "{k} values are no whole words");
-    let per_word = if isa.has_vnni() { 4 } else { 2 };
+    let per_word = if isa.multiplies_bytes() { 4 } else { 2 };
     let (step, groups) = (k / per_word, k.div_ceil(GROUP));
     let (words, scales, starts) = (vec![0; m * step], vec![0.0; m * groups], vec![0; m * groups]);
     let mut rounded = Rounded { words, step, scales, starts, k };
@@ -87,10 +89,7 @@ pub(crate) fn round<E: Element>(
             unsafe {
                 if per_word == 4 {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i8>(), k);
-                    #[cfg(target_arch = "x86_64")]
-                    vnni::round_row(&scratch, values, scales, starts);
-                    #[cfg(not(target_arch = "x86_64"))]
-                    round_row::<i8>(isa, &scratch, values, scales, starts);
+                    round_bytes(isa, &scratch, values, scales, starts);
                 } else {
                     let values = std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i16>(), k);
                     round_row::<i16>(isa, &scratch, values, scales, starts);
@@ -140,22 +139,43 @@ per_isa! {
     fn round_row<V: Value>(row: &[f32], out: &mut [V], scales: &mut [f32], starts: &mut [i32]) {
         let groups = row.chunks(GROUP).zip(out.chunks_mut(GROUP)).zip(scales.iter_mut().zip(starts));
         for ((row, out), (scale, start)) in groups {
-            let inverse;
-            (*scale, inverse) = eight_bit_scale(row);
-            let mut sum = 0i32;
-            for (out, value) in out.iter_mut().zip(row) {
-                let whole = nearest_whole(*value, inverse);
-                *out = V::of(whole);
-                sum = sum.wrapping_add(whole);
-            }
-            *start = sum.wrapping_mul(-ZERO);
+            round_group(row, out, scale, start);
         }
     }
 }
 
+/// See [`round_row`].
+#[inline(always)]
+fn round_group<V: Value>(row: &[f32], out: &mut [V], scale: &mut f32, start: &mut i32) {
+    let inverse;
+    (*scale, inverse) = eight_bit_scale(row);
+    let mut sum = 0i32;
+    for (out, value) in out.iter_mut().zip(row) {
+        let whole = nearest_whole(*value, inverse);
+        *out = V::of(whole);
+        sum = sum.wrapping_add(whole);
+    }
+    *start = sum.wrapping_mul(-ZERO);
+}
+
+/// See [`round_row`], for values of eight bits.
+fn round_bytes(isa: Isa, row: &[f32], out: &mut [i8], scales: &mut [f32], starts: &mut [i32]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_vnni() {
+        // SAFETY: the processor has AVX-512.
+        return unsafe { vnni::round_row(row, out, scales, starts) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa.has(Feature::Avx2) {
+        // SAFETY: the processor has AVX2.
+        return unsafe { avx_vnni::round_row(row, out, scales, starts) };
+    }
+    round_row::<i8>(isa, row, out, scales, starts);
+}
+
 /// Words that a chunk of so many values takes.
 pub(crate) fn words(isa: Isa, values: usize) -> usize {
-    values / if isa.has_vnni() { 4 } else { 2 }
+    values / if isa.multiplies_bytes() { 4 } else { 2 }
 }
 
 /// A packed chunk's words and, unless they stand for values on one line, the scales of each group's columns.
@@ -188,7 +208,7 @@ pub(crate) fn pack(
     {
         to.scales.resize(sum.len().div_ceil(GROUP), [0.0; PANEL]);
         if backward {
-            weight::pack_backward(w, sum, columns, out, &mut to.scales, &mut to.buffers);
+            weight::pack_backward(isa, w, sum, columns, out, &mut to.scales, &mut to.buffers);
         } else {
             weight::pack_forward(isa, w, sum, columns, out, &mut to.scales, &mut to.buffers);
         }
@@ -213,12 +233,17 @@ fn pack_line(
     if backward {
         let row = |n: usize| &codes[(sum.start + n) * cols + columns.start..][..columns.len()];
         for (word, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            if isa.has_vnni() {
+            if isa.multiplies_bytes() {
                 let rows = [0, 1, 2, 3].map(|i| row(4 * word + i));
                 #[cfg(target_arch = "x86_64")]
                 if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(|row| row.first_chunk::<PANEL>()) {
-                    // SAFETY: a processor with VNNI has the other instructions of AVX-512.
-                    unsafe { vnni::weave([a, b, c, d], out) };
+                    // SAFETY: what multiplies bytes has AVX2, and in 512 bits the other instructions of AVX-512.
+                    unsafe {
+                        match isa.has_vnni() {
+                            true => vnni::weave([a, b, c, d], out),
+                            false => avx_vnni::weave([a, b, c, d], out),
+                        }
+                    }
                     continue;
                 }
                 weave_fours(isa, rows, out);
@@ -230,7 +255,7 @@ fn pack_line(
     }
     let row = |j: usize| &codes[(columns.start + j) * cols + sum.start..][..sum.len()];
     let mut pointers = [std::ptr::null(); PANEL];
-    if isa.has_vnni() {
+    if isa.multiplies_bytes() {
         for (j, pointer) in pointers[..columns.len()].iter_mut().enumerate() {
             *pointer = row(j).as_ptr();
         }
@@ -245,7 +270,7 @@ fn pack_line(
     }
     // SAFETY: each pointer is to `count` words.
     unsafe { pack_columns(isa, &pointers[..columns.len()], count, out) };
-    if isa.has_vnni() {
+    if isa.multiplies_bytes() {
         clamp(isa, out);
     }
 }
@@ -317,20 +342,25 @@ pub(crate) unsafe fn rows(
     );
     let at = chunk * words(isa, CHUNK);
     let scales = if packed.scaled { &packed.scales[..] } else { &[] };
-    assert!(!packed.scaled || isa.has_vnni() && scales.len() * words(isa, GROUP) >= count, "scales of each group");
+    assert!(
+        !packed.scaled || isa.multiplies_bytes() && scales.len() * words(isa, GROUP) >= count,
+        "scales of each group"
+    );
     let panel = (panel, scales);
-    #[cfg(target_arch = "x86_64")]
-    if isa.has_vnni() {
-        // SAFETY: the processor has VNNI, and the rest is passed on to the caller.
-        return unsafe { walk::<vnni::Vnni>(isa, a, rows, chunk, (at, count), panel, width, sums) };
+    // SAFETY: the set has no more than the processor, and the rest is passed on to the caller.
+    unsafe {
+        match isa.int8_unit() {
+            #[cfg(target_arch = "x86_64")]
+            Int8Unit::Amx | Int8Unit::Avx512Vnni => {
+                walk::<vnni::Vnni>(isa, a, rows, chunk, (at, count), panel, width, sums);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Int8Unit::AvxVnni => walk::<avx_vnni::AvxVnni>(isa, a, rows, chunk, (at, count), panel, width, sums),
+            #[cfg(target_arch = "x86_64")]
+            Int8Unit::Avx2 => walk::<pairs::Avx2>(isa, a, rows, chunk, (at, count), panel, width, sums),
+            _ => walk::<Portable>(isa, a, rows, chunk, (at, count), panel, width, sums),
+        }
     }
-    #[cfg(target_arch = "x86_64")]
-    if isa.has(Feature::Avx2) {
-        // SAFETY: the processor has AVX2, and the rest is passed on to the caller.
-        return unsafe { walk::<pairs::Avx2>(isa, a, rows, chunk, (at, count), panel, width, sums) };
-    }
-    // SAFETY: passed on to the caller.
-    unsafe { walk::<Portable>(isa, a, rows, chunk, (at, count), panel, width, sums) }
 }
 
 /// Rows and vectors of the largest tile.
@@ -349,6 +379,8 @@ struct Rows {
 #[derive(Clone, Copy)]
 struct Right {
     words: *const u32,
+    /// Words from one of a column to its next.
+    step: usize,
     /// Of each group [`PANEL`] values, or null.
     scales: *const f32,
 }
@@ -368,8 +400,8 @@ trait Lanes {
     /// Sums of a tile of `R` rows of A and columns of B from `b` on, a group after the other.
     ///
     /// # Safety
-    /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times [`PANEL`]; scales of B
-    /// there are where [`Isa::has_vnni`] alone.
+    /// Each row of A has `words` words and a scale and a start for each group of them, and B as many words times its step; scales of B
+    /// there are where [`Isa::multiplies_bytes`] alone.
     unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile);
 }
 
@@ -387,58 +419,78 @@ unsafe fn walk<L: Lanes>(
     sums: Sums,
 ) {
     let (strip, first_group) = (L::WIDTH * L::VECTORS, chunk * (CHUNK / GROUP));
+    let copied = strip < PANEL && rows.len() >= COPIED_FROM * L::ROWS;
+    let step = if copied { strip } else { PANEL };
     let mut out: Tile = [[0.0; VECTORS * 16]; ROWS];
-    for column in (0..width).step_by(strip) {
-        let columns = strip.min(width - column);
-        for first in rows.clone().step_by(L::ROWS) {
-            let count = L::ROWS.min(rows.end - first);
-            // Rows beyond the last are the last again.
-            let of_rows = std::array::from_fn(|r| {
-                let row = first + r.min(count - 1);
-                let group = row * a.groups() + first_group;
-                (a.words[row * a.step + at..][..words].as_ptr(), a.scales[group..].as_ptr(), a.starts[group..].as_ptr())
-            });
-            let of_rows = Rows { at: of_rows, group: self::words(isa, GROUP) };
-            // SAFETY: rows of A were sliced, and the panel is `words` times `PANEL` words, as the caller saw.
-            unsafe {
-                let scales =
-                    if scales.is_empty() { std::ptr::null() } else { scales.as_flattened()[column..].as_ptr() };
-                let b = Right { words: panel.as_ptr().add(column), scales };
-                match count {
-                    1 => L::tile::<1>(&of_rows, b, words, &mut out),
-                    2 => L::tile::<2>(&of_rows, b, words, &mut out),
-                    3 => L::tile::<3>(&of_rows, b, words, &mut out),
-                    4 => L::tile::<4>(&of_rows, b, words, &mut out),
-                    5 => L::tile::<5>(&of_rows, b, words, &mut out),
-                    _ => L::tile::<6>(&of_rows, b, words, &mut out),
-                }
+    STRIP.with_borrow_mut(|copy| {
+        for column in (0..width).step_by(strip) {
+            let columns = strip.min(width - column);
+            // SAFETY: the panel is `words` times `PANEL` words, as the caller saw.
+            let b = unsafe { panel.as_ptr().add(column) };
+            let mut b = Segment { words, b, ..Segment::EMPTY };
+            if copied {
+                // SAFETY: as above.
+                unsafe { copy_strip(std::slice::from_mut(&mut b), strip, copy) };
             }
-            for (r, out) in out[..count].iter().enumerate() {
+            let scales = if scales.is_empty() { std::ptr::null() } else { scales.as_flattened()[column..].as_ptr() };
+            let b = Right { words: b.b, step, scales };
+            for first in rows.clone().step_by(L::ROWS) {
+                let count = L::ROWS.min(rows.end - first);
+                // Rows beyond the last are the last again.
+                let of_rows = std::array::from_fn(|r| {
+                    let row = first + r.min(count - 1);
+                    let group = row * a.groups() + first_group;
+                    let words = a.words[row * a.step + at..][..words].as_ptr();
+                    (words, a.scales[group..].as_ptr(), a.starts[group..].as_ptr())
+                });
+                let of_rows = Rows { at: of_rows, group: self::words(isa, GROUP) };
+                // SAFETY: rows of A were sliced, and B has so many words `step` apart.
+                unsafe {
+                    match count {
+                        1 => L::tile::<1>(&of_rows, b, words, &mut out),
+                        2 => L::tile::<2>(&of_rows, b, words, &mut out),
+                        3 => L::tile::<3>(&of_rows, b, words, &mut out),
+                        4 => L::tile::<4>(&of_rows, b, words, &mut out),
+                        5 => L::tile::<5>(&of_rows, b, words, &mut out),
+                        _ => L::tile::<6>(&of_rows, b, words, &mut out),
+                    }
+                }
                 // SAFETY: the output and the factors are as large as the caller says.
                 unsafe {
-                    let to = sums.out.add((first + r - rows.start) * sums.step + column);
-                    let to = std::slice::from_raw_parts_mut(to, columns);
+                    let to = sums.out.add((first - rows.start) * sums.step + column);
                     let factors = match sums.factors.is_null() {
                         true => &[][..],
                         false => std::slice::from_raw_parts(sums.factors.add(column), columns),
                     };
-                    finish(isa, &out[..columns], factors, sums.add, to);
+                    finish(isa, &out[..count], columns, factors, sums.add, to, sums.step);
                 }
             }
         }
-    }
+    });
 }
 
 per_isa! {
-    fn finish(sums: &[f32], factors: &[f32], add: bool, out: &mut [f32]) {
-        if factors.is_empty() {
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = if add { *out + sum } else { *sum };
-            }
-        } else {
-            for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
-                let value = sum * factor;
-                *out = if add { *out + value } else { value };
+    /// Sends the sums of some rows on their way: the output is writable over them, `step` apart, by so many columns.
+    fn finish(
+        sums: &[[f32; VECTORS * 16]],
+        columns: usize,
+        factors: &[f32],
+        add: bool,
+        out: *mut f32,
+        step: usize,
+    ) {
+        for (r, sums) in sums.iter().enumerate() {
+            // SAFETY: as the caller promised.
+            let out = unsafe { std::slice::from_raw_parts_mut(out.add(r * step), columns) };
+            if factors.is_empty() {
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = if add { *out + sum } else { *sum };
+                }
+            } else {
+                for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
+                    let value = sum * factor;
+                    *out = if add { *out + value } else { value };
+                }
             }
         }
     }
@@ -453,14 +505,14 @@ impl Lanes for Portable {
     const VECTORS: usize = 4;
 
     unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile) {
-        let b = b.words;
+        let Right { words: b, step, .. } = b;
         for ((row, scales, starts), out) in a.at.iter().zip(&mut out[..R.min(Self::ROWS)]) {
             let mut totals = [0f32; 16];
             for (group, from) in (0..words).step_by(a.group).enumerate() {
                 let mut sums = [0i32; 16];
                 for k in from..words.min(from + a.group) {
                     // SAFETY: as the trait asks.
-                    let (x, b) = unsafe { (*row.add(k), &*b.add(k * PANEL).cast::<[u32; 16]>()) };
+                    let (x, b) = unsafe { (*row.add(k), &*b.add(k * step).cast::<[u32; 16]>()) };
                     for (sum, b) in sums.iter_mut().zip(b) {
                         let low = i32::from(x as i16) * i32::from(*b as i16);
                         *sum += low + i32::from((x >> 16) as i16) * i32::from((*b >> 16) as i16);
@@ -481,7 +533,7 @@ impl Lanes for Portable {
 mod pairs {
     use std::arch::x86_64::*;
 
-    use super::{Lanes, PANEL, ROWS, Right, Rows, Tile};
+    use super::{Lanes, ROWS, Right, Rows, Tile};
 
     /// 16 registers of 8 lanes: 8 sums, 2 words of B, one of A.
     pub struct Avx2;
@@ -493,18 +545,19 @@ mod pairs {
 
         unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile) {
             // SAFETY: passed on to the caller.
-            unsafe { tile::<R>(a, b.words, words, out) }
+            unsafe { tile::<R>(a, b, words, out) }
         }
     }
 
     #[target_feature(enable = "avx2")]
-    unsafe fn tile<const R: usize>(a: &Rows, b: *const u32, words: usize, out: &mut Tile) {
+    unsafe fn tile<const R: usize>(a: &Rows, b: Right, words: usize, out: &mut Tile) {
+        let Right { words: b, step, .. } = b;
         // SAFETY: as the trait asks.
         unsafe {
             for (group, from) in (0..words).step_by(a.group).enumerate() {
                 let mut sums = [[_mm256_setzero_si256(); 2]; R];
                 for k in from..words.min(from + a.group) {
-                    let b: [__m256i; 2] = [0, 8].map(|v| _mm256_loadu_si256(b.add(k * PANEL + v).cast()));
+                    let b: [__m256i; 2] = [0, 8].map(|v| _mm256_loadu_si256(b.add(k * step + v).cast()));
                     for (row, sums) in sums.iter_mut().enumerate() {
                         let x = _mm256_set1_epi32(*a.at[row % ROWS].0.add(k) as i32);
                         for (sum, b) in sums.iter_mut().zip(b) {

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{GROUP, ZERO, vnni};
+use super::{GROUP, ZERO, avx_vnni, round_bytes, vnni};
 use crate::buffer::grown;
 use crate::element::scale_of_eight_bits;
 use crate::isa::Isa;
@@ -40,8 +40,14 @@ pub(super) fn pack_forward(
     if let Some(book) = Book::of(w).filter(|_| sum.start.is_multiple_of(PIECE) && len.is_multiple_of(PIECE)) {
         let mut pointers = [std::ptr::null(); PANEL];
         for (j, codes) in codes.chunks_exact_mut(len).enumerate() {
-            // SAFETY: whoever packs weights of any storage has seen that the processor has AVX-512.
-            unsafe { book.row(columns.start + j, sum.clone(), codes, scales, j) };
+            // SAFETY: whoever packs weights of any storage has seen that the processor multiplies bytes, for which it has AVX2, and in 512
+            // bits AVX-512.
+            unsafe {
+                match isa.has_vnni() {
+                    true => book.row_wide(columns.start + j, sum.clone(), codes, scales, j),
+                    false => book.row_narrow(columns.start + j, sum.clone(), codes, scales, j),
+                }
+            }
             pointers[j] = codes.as_ptr().cast();
         }
         // SAFETY: each pointer is to `words` words.
@@ -53,8 +59,7 @@ pub(super) fn pack_forward(
     let mut pointers = [std::ptr::null(); PANEL];
     for (j, codes) in codes.chunks_exact_mut(len).enumerate() {
         w.decode_part(columns.start + j..columns.start + j + 1, sum.clone(), floats);
-        // SAFETY: whoever packs weights of any storage has seen that the processor has AVX-512.
-        unsafe { vnni::round_row(floats, codes, &mut of_row, &mut starts) };
+        round_bytes(isa, floats, codes, &mut of_row, &mut starts);
         for (scales, scale) in scales.iter_mut().zip(&of_row) {
             scales[j] = *scale;
         }
@@ -63,7 +68,12 @@ pub(super) fn pack_forward(
     // SAFETY: each pointer is to `words` words.
     unsafe { pack_columns(isa, &pointers[..columns.len()], words, out) };
     // SAFETY: as above.
-    unsafe { to_indices(&mut out[..words * PANEL]) };
+    unsafe {
+        match isa.has_vnni() {
+            true => to_indices(&mut out[..words * PANEL]),
+            false => avx_vnni::to_indices(&mut out[..words * PANEL]),
+        }
+    }
 }
 
 /// Whole numbers become indices.
@@ -82,6 +92,7 @@ unsafe fn to_indices(words: &mut [u32]) {
 
 /// The same for columns `columns` of W, where the sum runs over its rows.
 pub(super) fn pack_backward(
+    isa: Isa,
     w: &Matrix<'_>,
     sum: Range<usize>,
     columns: Range<usize>,
@@ -92,7 +103,12 @@ pub(super) fn pack_backward(
     let width = columns.len();
     if let Some(book) = Book::of(w).filter(|_| columns.start.is_multiple_of(PANEL) && width == PANEL) {
         // SAFETY: as in `pack_forward`.
-        return unsafe { book.columns(sum, columns.start, out, scales) };
+        return unsafe {
+            match isa.has_vnni() {
+                true => book.columns_wide(sum, columns.start, out, scales),
+                false => book.columns_narrow(sum, columns.start, out, scales),
+            }
+        };
     }
     let floats = grown(&mut buffers.floats, GROUP * PANEL);
     for (group, scales) in scales.iter_mut().enumerate().take(sum.len().div_ceil(GROUP)) {
@@ -109,7 +125,12 @@ pub(super) fn pack_backward(
         }
         let words = &mut out[group * (GROUP / 4) * PANEL..][..rows.len() / 4 * PANEL];
         // SAFETY: as in `pack_forward`; there are as many values as rows times columns.
-        unsafe { round_columns(values, words, scales) };
+        unsafe {
+            match isa.has_vnni() {
+                true => round_columns(values, words, scales),
+                false => round_columns_narrow(values, words, scales),
+            }
+        }
     }
 }
 
@@ -155,6 +176,71 @@ unsafe fn round_columns(values: &[f32], words: &mut [u32], scales: &mut [f32; PA
     }
 }
 
+/// See [`round_columns`].
+///
+/// # Safety
+/// The processor has AVX2.
+unsafe fn round_columns_narrow(values: &[f32], words: &mut [u32], scales: &mut [f32; PANEL]) {
+    let mut inverses = [0f32; PANEL];
+    // SAFETY: passed on to the caller; so below.
+    let largest = unsafe { avx_vnni::largest_of_columns(values) };
+    for ((scale, inverse), largest) in scales.iter_mut().zip(&mut inverses).zip(largest) {
+        (*scale, *inverse) = scale_of_eight_bits(f32::from_bits(largest));
+    }
+    for (rows, words) in values.as_chunks().0.iter().zip(words.as_chunks_mut().0) {
+        // SAFETY: as above.
+        unsafe { avx_vnni::round_rows(rows, &inverses, words) };
+    }
+}
+
+/// Steps of packing by a book, in vectors of one width.
+trait Steps {
+    /// Indices that stand for the levels times a factor.
+    ///
+    /// # Safety
+    /// The processor has the vectors; so below.
+    unsafe fn table(levels: &[f32; 16], factor: f32) -> __m128i;
+    /// Words of a byte of each of four rows.
+    unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]);
+}
+
+/// 512 bits.
+struct Wide;
+/// 256 bits.
+struct Narrow;
+
+impl Steps for Wide {
+    #[inline(always)]
+    unsafe fn table(levels: &[f32; 16], factor: f32) -> __m128i {
+        // SAFETY: there are sixteen levels, and the caller has AVX-512.
+        unsafe {
+            let levels = _mm512_loadu_ps(levels.as_ptr());
+            let whole = _mm512_cvtps_epi32(_mm512_mul_ps(levels, _mm512_set1_ps(factor)));
+            _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(ZERO)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]) {
+        // SAFETY: passed on to the caller.
+        unsafe { vnni::weave(rows, out) }
+    }
+}
+
+impl Steps for Narrow {
+    #[inline(always)]
+    unsafe fn table(levels: &[f32; 16], factor: f32) -> __m128i {
+        // SAFETY: passed on to the caller; so below.
+        unsafe { avx_vnni::table(levels, factor) }
+    }
+
+    #[inline(always)]
+    unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]) {
+        // SAFETY: as above.
+        unsafe { avx_vnni::weave(rows, out) }
+    }
+}
+
 /// Codes that are decoded together, all of one block.
 const PIECE: usize = 32;
 
@@ -190,19 +276,12 @@ impl<'a> Book<'a> {
         scale_of_eight_bits(largest * self.largest)
     }
 
-    /// Indices that stand for the levels times a factor.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    fn table(&self, factor: f32) -> __m128i {
-        // SAFETY: there are sixteen levels.
-        let levels = unsafe { _mm512_loadu_ps(self.levels.as_ptr()) };
-        let whole = _mm512_cvtps_epi32(_mm512_mul_ps(levels, _mm512_set1_ps(factor)));
-        _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(ZERO)))
-    }
-
     /// The piece that begins with a value.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    fn piece(&self, row: usize, col: usize, table: __m128i, out: &mut [u8; PIECE]) {
+    ///
+    /// # Safety
+    /// Called from what has AVX2 enabled.
+    #[inline(always)]
+    unsafe fn piece(&self, row: usize, col: usize, table: __m128i, out: &mut [u8; PIECE]) {
         let bytes = &self.codes[(row * self.cols + col) / 2..][..PIECE / 2];
         // SAFETY: a piece is sixteen bytes, and 32 codes.
         unsafe {
@@ -220,9 +299,16 @@ impl<'a> Book<'a> {
     /// Indices of a part of a row, and the scale of each group to column j.
     ///
     /// # Safety
-    /// The processor has AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn row(&self, row: usize, sum: Range<usize>, out: &mut [i8], scales: &mut [[f32; PANEL]], j: usize) {
+    /// Called from what has the vectors of `S` enabled.
+    #[inline(always)]
+    unsafe fn row<S: Steps>(
+        &self,
+        row: usize,
+        sum: Range<usize>,
+        out: &mut [i8],
+        scales: &mut [[f32; PANEL]],
+        j: usize,
+    ) {
         let groups = sum.step_by(GROUP).zip(out.chunks_mut(GROUP)).zip(scales);
         for ((col, out), scales) in groups {
             let (pieces, _) = out.as_chunks_mut::<PIECE>();
@@ -232,14 +318,17 @@ impl<'a> Book<'a> {
             }
             let inverse;
             (scales[j], inverse) = self.scale(of_pieces.iter().copied());
-            let (mut last, mut table) = (f32::NAN, _mm_setzero_si128());
+            // SAFETY: every x86-64 processor has it.
+            let (mut last, mut table) = (f32::NAN, unsafe { _mm_setzero_si128() });
             for (number, (piece, scale)) in pieces.iter_mut().zip(of_pieces).enumerate() {
-                if scale != last {
-                    (last, table) = (scale, self.table(scale * inverse));
+                // SAFETY: bytes, with a sign or without; the rest is passed on to the caller.
+                unsafe {
+                    if scale != last {
+                        (last, table) = (scale, S::table(&self.levels, scale * inverse));
+                    }
+                    let piece = &mut *(&raw mut *piece).cast::<[u8; PIECE]>();
+                    self.piece(row, col + number * PIECE, table, piece);
                 }
-                // SAFETY: bytes, with a sign or without.
-                let piece = unsafe { &mut *(&raw mut *piece).cast::<[u8; PIECE]>() };
-                self.piece(row, col + number * PIECE, table, piece);
             }
         }
     }
@@ -247,9 +336,9 @@ impl<'a> Book<'a> {
     /// Words of [`PANEL`] columns from `column` on, where the sum runs over rows.
     ///
     /// # Safety
-    /// The processor has AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn columns(&self, sum: Range<usize>, column: usize, out: &mut [u32], scales: &mut [[f32; PANEL]]) {
+    /// Called from what has the vectors of `S` enabled.
+    #[inline(always)]
+    unsafe fn columns<S: Steps>(&self, sum: Range<usize>, column: usize, out: &mut [u32], scales: &mut [[f32; PANEL]]) {
         let mut rows = [[0u8; PANEL]; 4];
         let mut of_rows = [[0f32; PANEL / PIECE]; GROUP];
         for (group, scales) in scales.iter_mut().enumerate().take(sum.len().div_ceil(GROUP)) {
@@ -271,14 +360,57 @@ impl<'a> Book<'a> {
                 for (i, codes) in rows.iter_mut().enumerate() {
                     let row = 4 * word + i;
                     for (half, codes) in codes.as_chunks_mut::<PIECE>().0.iter_mut().enumerate() {
-                        let table = self.table(of_rows[row][half] * inverses[half]);
-                        self.piece(from + row, column + half * PIECE, table, codes);
+                        // SAFETY: passed on to the caller.
+                        unsafe {
+                            let table = S::table(&self.levels, of_rows[row][half] * inverses[half]);
+                            self.piece(from + row, column + half * PIECE, table, codes);
+                        }
                     }
                 }
                 let [a, b, c, d] = &rows;
-                // SAFETY: the processor has AVX-512.
-                unsafe { vnni::weave([a, b, c, d], out) };
+                // SAFETY: passed on to the caller.
+                unsafe { S::weave([a, b, c, d], out) };
             }
         }
+    }
+
+    /// See [`Self::row`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn row_wide(&self, row: usize, sum: Range<usize>, out: &mut [i8], scales: &mut [[f32; PANEL]], j: usize) {
+        // SAFETY: passed on to the caller; so below.
+        unsafe { self.row::<Wide>(row, sum, out, scales, j) }
+    }
+
+    /// See [`Self::row`].
+    ///
+    /// # Safety
+    /// The processor has AVX2.
+    #[target_feature(enable = "avx2")]
+    unsafe fn row_narrow(&self, row: usize, sum: Range<usize>, out: &mut [i8], scales: &mut [[f32; PANEL]], j: usize) {
+        // SAFETY: as above.
+        unsafe { self.row::<Narrow>(row, sum, out, scales, j) }
+    }
+
+    /// See [`Self::columns`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn columns_wide(&self, sum: Range<usize>, column: usize, out: &mut [u32], scales: &mut [[f32; PANEL]]) {
+        // SAFETY: as above.
+        unsafe { self.columns::<Wide>(sum, column, out, scales) }
+    }
+
+    /// See [`Self::columns`].
+    ///
+    /// # Safety
+    /// The processor has AVX2.
+    #[target_feature(enable = "avx2")]
+    unsafe fn columns_narrow(&self, sum: Range<usize>, column: usize, out: &mut [u32], scales: &mut [[f32; PANEL]]) {
+        // SAFETY: as above.
+        unsafe { self.columns::<Narrow>(sum, column, out, scales) }
     }
 }

@@ -24,7 +24,7 @@ fn find() -> Found {
     let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512cd") && has!("avx512dq") && has!("avx512vl");
     let asked = [
         (Feature::Avx2, has!("avx2") && has!("fma") && has!("f16c") && has!("bmi2")),
-        (Feature::AvxVnni, has!("avxvnni")),
+        (Feature::AvxVnni, has!("avxvnni") || avx512 && has!("avx512vnni")),
         (Feature::Avx512, avx512),
         (Feature::Avx512Vnni, has!("avx512vnni")),
         (Feature::Avx512Bf16, has!("avx512bf16")),
@@ -152,13 +152,13 @@ mod tests {
         let isa = found().isa;
         for (feature, flag) in [
             (Feature::Avx2, "avx2"),
-            (Feature::AvxVnni, "avx_vnni"),
             (Feature::Avx512, "avx512bw"),
             (Feature::Avx512Vnni, "avx512_vnni"),
             (Feature::Avx512Bf16, "avx512_bf16"),
         ] {
             assert_eq!(isa.has(feature), has(flag), "{flag}");
         }
+        assert_eq!(isa.has(Feature::AvxVnni), has("avx_vnni") || has("avx512_vnni"));
         assert_eq!(isa.has(Feature::AmxTile) || Isa::amx_is_refused(), leaf_7_edx() & TILE != 0);
         assert!(!isa.has(Feature::AmxTile) || has("amx_tile"));
     }

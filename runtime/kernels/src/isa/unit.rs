@@ -62,8 +62,8 @@ const fn has_kernels_bf16(unit: Bf16Unit) -> bool {
 /// See [`has_kernels_bf16`].
 const fn has_kernels_int8(unit: Int8Unit) -> bool {
     match unit {
-        Int8Unit::Amx | Int8Unit::AvxVnni => false,
-        Int8Unit::Avx512Vnni | Int8Unit::Avx2 | Int8Unit::Portable => true,
+        Int8Unit::Amx => false,
+        Int8Unit::Avx512Vnni | Int8Unit::AvxVnni | Int8Unit::Avx2 | Int8Unit::Portable => true,
     }
 }
 
@@ -99,7 +99,7 @@ impl Isa {
             Int8Unit::Amx
         } else if self.has(Feature::Avx512Vnni) {
             Int8Unit::Avx512Vnni
-        } else if has_kernels_int8(Int8Unit::AvxVnni) && self.has(Feature::AvxVnni) {
+        } else if self.has(Feature::AvxVnni) {
             Int8Unit::AvxVnni
         } else if self.has(Feature::Avx2) {
             Int8Unit::Avx2
@@ -122,6 +122,13 @@ impl Isa {
     #[inline]
     pub(crate) const fn has_vnni(self) -> bool {
         matches!(self.int8_unit(), Int8Unit::Avx512Vnni)
+    }
+
+    /// Returns true where four products of bytes and their sum are one instruction, so that products in integers are much faster than those
+    /// of f32.
+    #[inline]
+    pub const fn multiplies_bytes(self) -> bool {
+        matches!(self.int8_unit(), Int8Unit::Avx512Vnni | Int8Unit::AvxVnni)
     }
 
     /// What multiplies each kind of values, in words: `f32 by avx512, bf16 by avx512bf16 (faster), int8 by avx512vnni`.
@@ -289,8 +296,10 @@ mod tests {
         check(Isa::PORTABLE, F32Unit::Portable, Bf16Unit::Widened, Int8Unit::Portable);
         check(Isa::NEON, F32Unit::Portable, Bf16Unit::Widened, Int8Unit::Portable);
         check(Isa::AVX2, F32Unit::Avx2, Bf16Unit::Widened, Int8Unit::Avx2);
+        check(Isa::AVXVNNI, F32Unit::Avx2, Bf16Unit::Widened, Int8Unit::AvxVnni);
         check(Isa::AVX512, F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx512Vnni);
-        check(Isa::AVX512.without(Feature::Avx512Vnni), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx2);
+        check(Isa::AVX512.without(Feature::Avx512Vnni), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::AvxVnni);
+        check(Isa::AVX512.without(Feature::AvxVnni), F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx2);
         check(Isa::AVX512BF16, F32Unit::Avx512, Bf16Unit::Avx512, Int8Unit::Avx512Vnni);
     }
 

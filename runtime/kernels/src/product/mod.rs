@@ -81,7 +81,10 @@ fn with_gain<E: ProductElement>(
                 Right::Dense { values, cols } => {
                     assert!(cols > 0 && values.len().is_multiple_of(cols), "W is not whole rows of {cols}");
                 }
-                Right::Integers(matrix) => assert!(matrix.multiplies_in_integers(), "W in integers"),
+                Right::Integers(matrix) if term.transposed => {
+                    assert!(matrix.multiplies_forward_in_integers(), "W in integers");
+                }
+                Right::Integers(matrix) => assert!(matrix.multiplies_in_integers(), "W in integers, backward"),
                 Right::Frozen(_) => (),
             }
         }

@@ -35,6 +35,7 @@ pub trait Lanes {
     /// [`tile`] with these instructions enabled.
     unsafe fn run<const ROWS: usize, const VECTORS: usize, const ALONG_ROWS: bool>(
         segments: &[Segment],
+        step: usize,
         store: Store<Self::Element>,
     );
     /// [`registers_only`] with these instructions enabled.
@@ -72,18 +73,21 @@ pub(super) fn spin_operations<L: Lanes>() -> usize {
     2 * L::WIDTH * L::Element::PER_WORD * if L::VECTORS == 4 { 24 } else { 12 }
 }
 
-/// One tile: `ROWS` rows by `VECTORS` vectors.
+/// One tile: `ROWS` rows by `VECTORS` vectors. `step`: words of B from one word of the sum to the next.
 ///
 /// `ALONG_ROWS`: words of neighbouring rows of A lie beside each other (a transposed A), else words of one row do.
 ///
 /// # Safety
-/// Every segment has `ROWS` rows of A and `words * PANEL` words of B readable; the outputs are writable over the tile, and
+/// Every segment has `ROWS` rows of A and `words * step` words of B readable; the outputs are writable over the tile, and
 /// nobody else accesses them meanwhile. Called from a function with the instructions of `L` enabled.
 #[inline(always)]
 pub(super) unsafe fn tile<L: Lanes, const ROWS: usize, const VECTORS: usize, const ALONG_ROWS: bool>(
     segments: &[Segment],
+    step: usize,
     store: Store<L::Element>,
 ) {
+    // Known beforehand where a tile is as wide as a panel.
+    let step = if L::WIDTH * L::VECTORS == PANEL { PANEL } else { step };
     // SAFETY: as the caller promised; `row` and `v` stay below `ROWS` and `VECTORS`.
     unsafe {
         let mut sums = [[L::zero(); VECTORS]; ROWS];
@@ -100,7 +104,7 @@ pub(super) unsafe fn tile<L: Lanes, const ROWS: usize, const VECTORS: usize, con
                         }
                     }
                     a = a.add(segment.word_step);
-                    b = b.add(PANEL);
+                    b = b.add(step);
                 }
             } else {
                 let a: [*const u8; ROWS] = std::array::from_fn(|row| segment.a.add(row * segment.row_step));
@@ -112,7 +116,7 @@ pub(super) unsafe fn tile<L: Lanes, const ROWS: usize, const VECTORS: usize, con
                             sums[v] = L::dot(sums[v], word, words[v]);
                         }
                     }
-                    b = b.add(PANEL);
+                    b = b.add(step);
                 }
             }
         }
@@ -161,18 +165,20 @@ macro_rules! enabled {
     ($element:ty, $features:literal) => {
         unsafe fn run<const ROWS: usize, const VECTORS: usize, const ALONG_ROWS: bool>(
             segments: &[Segment],
+            step: usize,
             store: Store<$element>,
         ) {
             #[target_feature(enable = $features)]
             unsafe fn run<L: Lanes, const ROWS: usize, const VECTORS: usize, const ALONG_ROWS: bool>(
                 segments: &[Segment],
+                step: usize,
                 store: Store<L::Element>,
             ) {
                 // SAFETY: passed on to the caller.
-                unsafe { tile::<L, ROWS, VECTORS, ALONG_ROWS>(segments, store) }
+                unsafe { tile::<L, ROWS, VECTORS, ALONG_ROWS>(segments, step, store) }
             }
             // SAFETY: passed on to the caller.
-            unsafe { run::<Self, ROWS, VECTORS, ALONG_ROWS>(segments, store) }
+            unsafe { run::<Self, ROWS, VECTORS, ALONG_ROWS>(segments, step, store) }
         }
 
         unsafe fn spin(steps: usize) -> f32 {

@@ -17,6 +17,8 @@ mod operands;
 mod panel;
 mod portable;
 
+use std::cell::RefCell;
+
 use half::bf16;
 
 pub(crate) use self::operands::{PANEL, SEGMENTS_MAX, Segment, Store};
@@ -28,6 +30,7 @@ use self::avx2::Avx2;
 use self::avx512::Avx512;
 use self::lanes::{Lanes, spin_operations};
 use self::portable::Portable;
+use crate::buffer::grown;
 use crate::element::Element;
 use crate::isa::{Bf16Unit, F32Unit, Isa};
 
@@ -152,6 +155,32 @@ unsafe fn turn<L: Lanes>(steps: usize) -> (f32, usize) {
     (unsafe { L::spin(steps) }, spin_operations::<L>())
 }
 
+/// Tiles of one strip of columns from which on a copy of the strip pays.
+pub(crate) const COPIED_FROM: usize = 4;
+
+/// Copies the first `strip` columns of each segment's part of a panel, one word of the sum after another: in the panel they lie so far
+/// apart that they fall on a quarter of the first cache's lines, and that the processor does not foresee them.
+///
+/// # Safety
+/// Each segment has `words * PANEL` words of B readable from its first of these columns on, less the columns before it.
+pub(crate) unsafe fn copy_strip(segments: &mut [Segment], strip: usize, to: &mut Vec<u32>) {
+    let mut rest = grown(to, segments.iter().map(|segment| segment.words * strip).sum());
+    for segment in segments {
+        let (own, after) = rest.split_at_mut(segment.words * strip);
+        rest = after;
+        for (k, own) in own.chunks_exact_mut(strip).enumerate() {
+            // SAFETY: the caller has word k of the strip's columns.
+            unsafe { std::ptr::copy_nonoverlapping(segment.b.add(k * PANEL), own.as_mut_ptr(), strip) };
+        }
+        segment.b = own.as_ptr();
+    }
+}
+
+thread_local! {
+    /// A thread's copy of a strip.
+    pub(crate) static STRIP: RefCell<Vec<u32>> = RefCell::default();
+}
+
 /// Cuts a panel into tiles. # Safety: see [`rows`].
 unsafe fn walk<L: Lanes, const ALONG_ROWS: bool>(
     rows: usize,
@@ -161,28 +190,51 @@ unsafe fn walk<L: Lanes, const ALONG_ROWS: bool>(
 ) {
     debug_assert!(width <= PANEL && segments.len() <= SEGMENTS_MAX);
     let strip = L::WIDTH * L::VECTORS;
+    let copied = strip < PANEL && rows >= COPIED_FROM * L::ROWS;
+    let step = if copied { strip } else { PANEL };
+    STRIP.with_borrow_mut(|copy| {
+        for column in (0..width).step_by(strip) {
+            let mut all = [Segment::EMPTY; SEGMENTS_MAX];
+            let all = &mut all[..segments.len()];
+            for (segment, of_panel) in all.iter_mut().zip(segments) {
+                *segment = Segment { b: of_panel.b.wrapping_add(column), ..*of_panel };
+            }
+            if copied {
+                // SAFETY: a panel has the columns of every strip, some of them beyond `width`.
+                unsafe { copy_strip(all, strip, copy) };
+            }
+            // SAFETY: the strip lies inside what the caller promised.
+            unsafe { down::<L, ALONG_ROWS>(rows, strip.min(width - column), all, step, store.at(0, column)) };
+        }
+    });
+}
+
+/// Tiles below each other. # Safety: see [`rows`], for a strip of a panel that has its words of B `step` apart.
+unsafe fn down<L: Lanes, const ALONG_ROWS: bool>(
+    rows: usize,
+    columns: usize,
+    segments: &[Segment],
+    step: usize,
+    store: Store<L::Element>,
+) {
     let mut here = [Segment::EMPTY; SEGMENTS_MAX];
     let here = &mut here[..segments.len()];
-    for column in (0..width).step_by(strip) {
-        let columns = strip.min(width - column);
-        for row in (0..rows).step_by(L::ROWS) {
-            let count = L::ROWS.min(rows - row);
-            for (here, segment) in here.iter_mut().zip(segments) {
-                let a = segment.a.wrapping_add(row * segment.row_step);
-                *here = Segment { a, b: segment.b.wrapping_add(column), ..*segment };
-            }
-            let store = store.at(row, column);
-            // SAFETY: the tile lies inside what the caller promised, or its output is the buffer below.
-            unsafe {
-                if columns.is_multiple_of(L::WIDTH) {
-                    one::<L, ALONG_ROWS>(count, columns / L::WIDTH, here, store);
-                } else {
-                    // Whole vectors into a buffer, and from there the columns that exist.
-                    let mut sums = [0f32; ROWS_MAX * PANEL];
-                    let whole = Store::wide(sums.as_mut_ptr(), PANEL);
-                    one::<L, ALONG_ROWS>(count, columns.div_ceil(L::WIDTH), here, whole);
-                    finish(&sums, count, columns, store);
-                }
+    for row in (0..rows).step_by(L::ROWS) {
+        let count = L::ROWS.min(rows - row);
+        for (here, segment) in here.iter_mut().zip(segments) {
+            *here = Segment { a: segment.a.wrapping_add(row * segment.row_step), ..*segment };
+        }
+        let store = store.at(row, 0);
+        // SAFETY: the tile lies inside what the caller promised, or its output is the buffer below.
+        unsafe {
+            if columns.is_multiple_of(L::WIDTH) {
+                one::<L, ALONG_ROWS>(count, columns / L::WIDTH, here, step, store);
+            } else {
+                // Whole vectors into a buffer, and from there the columns that exist.
+                let mut sums = [0f32; ROWS_MAX * PANEL];
+                let whole = Store::wide(sums.as_mut_ptr(), PANEL);
+                one::<L, ALONG_ROWS>(count, columns.div_ceil(L::WIDTH), here, step, whole);
+                finish(&sums, count, columns, store);
             }
         }
     }
@@ -222,6 +274,7 @@ unsafe fn one<L: Lanes, const ALONG_ROWS: bool>(
     rows: usize,
     vectors: usize,
     segments: &[Segment],
+    step: usize,
     store: Store<L::Element>,
 ) {
     macro_rules! sizes {
@@ -229,7 +282,7 @@ unsafe fn one<L: Lanes, const ALONG_ROWS: bool>(
             match (rows, vectors) {
                 $(($rows, $vectors) => {
                     // SAFETY: passed on to the caller; `L`'s processor is the one in use.
-                    unsafe { L::run::<$rows, $vectors, ALONG_ROWS>(segments, store) }
+                    unsafe { L::run::<$rows, $vectors, ALONG_ROWS>(segments, step, store) }
                 })*
                 _ => unreachable!("a tile has at most 6 rows and 4 vectors"),
             }

@@ -23,6 +23,13 @@ pub(crate) unsafe fn pack_columns(isa: Isa, rows: &[*const u8], words: usize, ou
         // SAFETY: as the caller promised; null pointers stand for columns of zeros.
         return unsafe { x86::pack_columns(&all, words, out) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa.has(Feature::Avx2) {
+        let mut all = [std::ptr::null(); PANEL];
+        all[..rows.len()].copy_from_slice(rows);
+        // SAFETY: as above.
+        return unsafe { x86::pack_columns_narrow(&all, words, out) };
+    }
     let _ = isa;
     for (j, row) in rows.iter().enumerate() {
         for k in 0..words {
@@ -171,6 +178,64 @@ mod x86 {
                     unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), *square) };
                 }
             }
+        }
+    }
+
+    /// See [`super::pack_columns`]; null pointers are columns of zeros.
+    ///
+    /// # Safety
+    /// The processor has AVX2; `out` holds `words * PANEL`; each pointer that is not null is readable for `words` words.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn pack_columns_narrow(rows: &[*const u8; PANEL], words: usize, out: &mut [u32]) {
+        const SIDE: usize = 8;
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        for from in (0..words).step_by(SIDE) {
+            let count = SIDE.min(words - from);
+            let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lanes);
+            for (group, rows) in rows.chunks_exact(SIDE).enumerate() {
+                let mut square = [_mm256_setzero_si256(); SIDE];
+                for (square, row) in square.iter_mut().zip(rows) {
+                    if !row.is_null() {
+                        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(4 * from + AHEAD).cast());
+                        // SAFETY: there are eight words, or the mask keeps the load to those that there are.
+                        *square = unsafe {
+                            let words = row.cast::<i32>().add(from);
+                            if count == SIDE {
+                                _mm256_loadu_si256(words.cast())
+                            } else {
+                                _mm256_maskload_epi32(words, mask)
+                            }
+                        };
+                    }
+                }
+                transpose_eight(&mut square);
+                for (k, square) in square.iter().enumerate().take(count) {
+                    let out = &mut out[(from + k) * PANEL + group * SIDE..][..SIDE];
+                    // SAFETY: `out` is 8 words.
+                    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), *square) };
+                }
+            }
+        }
+    }
+
+    /// Transposes 8 x 8 words: within 128 bits by unpacking twice, then across them.
+    #[target_feature(enable = "avx2")]
+    fn transpose_eight(r: &mut [__m256i; 8]) {
+        let mut t = [_mm256_setzero_si256(); 8];
+        for i in 0..4 {
+            t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        let mut u = [_mm256_setzero_si256(); 8];
+        for i in 0..2 {
+            u[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+            u[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+            u[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+            u[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        }
+        for i in 0..4 {
+            r[i] = _mm256_permute2x128_si256::<0x20>(u[i], u[i + 4]);
+            r[i + 4] = _mm256_permute2x128_si256::<0x31>(u[i], u[i + 4]);
         }
     }
 

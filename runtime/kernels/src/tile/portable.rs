@@ -71,10 +71,11 @@ impl<E: PortableDot> Lanes for Portable<E> {
     }
     unsafe fn run<const ROWS: usize, const VECTORS: usize, const ALONG_ROWS: bool>(
         segments: &[Segment],
+        step: usize,
         store: Store<E>,
     ) {
         // SAFETY: passed on to the caller.
-        unsafe { tile::<Self, ROWS, VECTORS, ALONG_ROWS>(segments, store) }
+        unsafe { tile::<Self, ROWS, VECTORS, ALONG_ROWS>(segments, step, store) }
     }
     unsafe fn spin(steps: usize) -> f32 {
         // SAFETY: passed on to the caller.

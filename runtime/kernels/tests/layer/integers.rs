@@ -205,7 +205,8 @@ fn check_rounded(w: &Matrix<'_>, m: usize, label: &str) {
         let x = normal(m * depth, 1.0, &mut stream);
         for isa in isas() {
             let out = on_any_threads(isa, label, || {
-                if !w.multiplies_in_integers() {
+                let can = if transposed { w.multiplies_forward_in_integers() } else { w.multiplies_in_integers() };
+                if !can {
                     return None;
                 }
                 let left = Left::rows(&x, depth);
@@ -265,6 +266,66 @@ fn weights_of_any_storage_are_multiplied_in_integers() {
             let Encoded { codes, scales } = encode(codec, n, k, &read).expect("finite values");
             check_rounded(&Matrix::coded(codec, &codes, &scales, n, k).expect("it fits"), m, &label(name));
         }
+    }
+}
+
+/// Those of 256 values are multiplied forward alone.
+#[test]
+fn weights_in_blocks_of_whole_numbers_are_multiplied_in_integers() {
+    let mut stream = Stream::new(8, 3);
+    // Of each block, where a half-precision number stands.
+    let storages: [(Storage, &[usize]); 5] = [
+        (Storage::Q4_0, &[0]),
+        (Storage::Q4_1, &[0, 2]),
+        (Storage::Q8_0, &[0]),
+        (Storage::Q4K, &[0, 2]),
+        (Storage::Q6K, &[208]),
+    ];
+    for (storage, halves) in storages {
+        let (len, size) = (storage.block_len(), storage.block_bytes());
+        for (m, blocks, n) in [(1, 1, 4), (5, 3, 100), (7, 9, 68)] {
+            let mut bytes: Vec<u8> = (0..n * blocks * size).map(|_| stream.next_u32() as u8).collect();
+            for (block, bytes) in bytes.chunks_exact_mut(size).enumerate() {
+                for at in halves {
+                    bytes[*at..at + 2].copy_from_slice(&(0x1C00 + (block % 7) as u16).to_le_bytes());
+                }
+            }
+            let w = Matrix::new(storage, &bytes, n, blocks * len, RowOrder::Natural).expect("it fits");
+            assert!(w.multiplies_in_integers() || len == 256 || !homeroom_kernels::isa().multiplies_bytes());
+            check_rounded(&w, m, &format!("{storage:?}, {n} x {}", blocks * len));
+        }
+    }
+}
+
+/// The same whole numbers, whatever vectors they are multiplied in.
+#[test]
+fn weights_of_any_storage_come_to_the_same_wherever_bytes_are_multiplied() {
+    let mut stream = Stream::new(8, 4);
+    let (m, k, n) = (7, 192, 132);
+    let values = normal(n * k, 0.1, &mut stream);
+    let halves: Vec<u8> = values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect();
+    let read = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+        out.copy_from_slice(&values[rows.start * k..rows.end * k]);
+    };
+    let codec = Codec::nf4();
+    let Encoded { codes, scales } = encode(&codec, n, k, &read).expect("finite values");
+    let of_book = Matrix::coded(&codec, &codes, &scales, n, k).expect("it fits");
+    let of_floats = Matrix::new(Storage::BF16, &halves, n, k, RowOrder::Natural).expect("it fits");
+    for (w, transposed) in [of_book, of_floats].into_iter().flat_map(|w| [(w, true), (w, false)]) {
+        let (depth, width) = if transposed { (k, n) } else { (n, k) };
+        let x = normal(m * depth, 1.0, &mut stream);
+        let all = isas().filter(|isa| isa.multiplies_bytes()).map(|isa| {
+            on_any_threads(isa, "any storage", || {
+                let (left, right) = (Left::rows(&x, depth), Right::Integers(w));
+                let terms = [if transposed { Term::forward(left, right) } else { Term::backward(left, right) }];
+                let mut out = vec![0f32; m * width];
+                let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                product(m, &columns, Output::Wide(&mut out), width, Finish::default());
+                out
+            })
+        });
+        let all: Vec<Vec<f32>> = all.collect();
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "forward: {transposed}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! Answers by fused blocks: prompts are read by those that training runs, further tokens decoded for several sequences at once.
 //!
-//! Reading multiplies in the type of the blocks, bf16 or f32. Decoding multiplies weights as they are stored: by f32, or, where
+//! Reading multiplies in the type of the blocks, bf16 or f32, or, where that is asked for, in integers with weights that are whole numbers
+//! already. Decoding multiplies weights as they are stored: by f32, or, where
 //! f32 is not asked for and weights are whole numbers by blocks, by activations in eight bits. Keys and values are kept in the type of
 //! the blocks.
 
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::Result;
 use homeroom_kernels::{ProductElement, on_pool};
 
-use super::{DecodeUpdates, Decoder, Fused, KvCache as CpuKvCache, Updates};
+use super::{DecodeUpdates, Decoder, Fused, InIntegers, KvCache as CpuKvCache, Updates};
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
@@ -45,9 +46,9 @@ impl<E: ProductElement> Values<E> {
 }
 
 impl<E: ProductElement> CpuAnswer<E> {
-    /// A base, ready; `None` when a block of it cannot be fused. `round`: see [`Decoder::new`].
-    pub fn new(model: &Arc<BaseModel>, round: bool) -> Option<Self> {
-        let blocks = Fused::new(model, false);
+    /// A base, ready; `None` when a block of it cannot be fused. `integers`: what reading multiplies so; `round`: see [`Decoder::new`].
+    pub fn new(model: &Arc<BaseModel>, integers: InIntegers, round: bool) -> Option<Self> {
+        let blocks = Fused::new(model, integers);
         let decoder = Decoder::new(model, round)?;
         let alone = Values::new(&blocks, &decoder, model, None)?;
         Some(Self { model: model.clone(), reading: Mutex::new(blocks), decoder, alone })

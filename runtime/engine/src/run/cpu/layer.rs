@@ -19,10 +19,10 @@ use homeroom_kernels::{
     rms_norm_backward, rotate, scale_columns, to_elements, to_elements_scaled,
 };
 
-use super::Rows;
 use super::kv_cache::KvCache;
 use super::site::{Site, SiteActivations};
 use super::workspace::Buffer;
+use super::{InIntegers, Rows};
 use crate::models::BaseModel;
 use crate::models::architecture::LayerSpec;
 use crate::run::batch::Batch;
@@ -189,7 +189,7 @@ impl Around {
 
 impl FusedLayer {
     /// The layer; `None` when a norm has a bias or a width is no whole number of words.
-    pub fn new<E: ProductElement>(model: &BaseModel, layer: usize, integers: bool) -> Option<Self> {
+    pub fn new<E: ProductElement>(model: &BaseModel, layer: usize, integers: InIntegers) -> Option<Self> {
         let (architecture, at) = (&model.architecture, &model.layers[layer]);
         let spec = architecture.layers[layer].clone();
         let mut norms = Vec::new();

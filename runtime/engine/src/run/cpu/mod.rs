@@ -25,6 +25,7 @@ use self::head::FusedHead;
 pub use self::kv_cache::KvCache;
 use self::layer::{FusedLayer, LayerActivations};
 use self::rotary::Rotary;
+pub use self::site::InIntegers;
 pub use self::train::CpuTrain;
 pub use self::updates::{DecodeUpdates, Updates};
 use self::workspace::{Buffer, Pool, Workspace};
@@ -125,11 +126,10 @@ enum BlockActivations<E> {
 
 impl<E: ProductElement> Fused<E> {
     /// The blocks of a base, as far as they can be fused.
-    /// `integers`: multiply in integers where a weight's storage allows it.
-    pub fn new(model: &BaseModel, integers: bool) -> Self {
+    pub fn new(model: &BaseModel, integers: InIntegers) -> Self {
         let layers = 0..model.layers.len();
         let layers = layers.map(|layer| FusedLayer::new::<E>(model, layer, integers)).collect();
-        let head = FusedHead::new::<E>(model, integers);
+        let head = FusedHead::new::<E>(model, integers == InIntegers::All);
         Self { layers, head, workspace: Workspace::new(), rotary: Rotary::default() }
     }
 

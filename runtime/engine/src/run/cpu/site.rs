@@ -8,8 +8,8 @@
 
 use anyhow::Result;
 use homeroom_kernels::{
-    Columns, Finish, Gain, Left, Output, ProductElement, Right, Term, dropout_mask, gain_backward, outer, product,
-    product_with_gain,
+    Columns, Finish, Gain, Left, Matrix, Output, ProductElement, Right, Term, dropout_mask, gain_backward, outer,
+    product, product_with_gain,
 };
 use rayon::prelude::*;
 
@@ -36,6 +36,28 @@ struct SiteModule {
     integers: bool,
 }
 
+/// Which frozen weights are multiplied in integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InIntegers {
+    /// None.
+    None,
+    /// Of the layers those that are stored as whole numbers, with which decoding multiplies by activations in eight bits, too; forward
+    /// alone.
+    Stored,
+    /// All that can be.
+    All,
+}
+
+impl InIntegers {
+    fn takes(self, weight: &Matrix<'_>) -> bool {
+        match self {
+            Self::None => false,
+            Self::Stored => weight.takes_rounded() && weight.multiplies_forward_in_integers(),
+            Self::All => weight.multiplies_in_integers(),
+        }
+    }
+}
+
 impl SiteModule {
     /// Its weight, as products take it.
     fn weight<'m, E>(&self, model: &'m BaseModel) -> Right<'m, E> {
@@ -58,7 +80,7 @@ impl Site {
         names: [&'static str; 2],
         model: &BaseModel,
         indices: &[usize],
-        integers: bool,
+        integers: InIntegers,
     ) -> Option<Self> {
         let mut site = Self { names, d_in: 0, modules: Vec::new() };
         for &index in indices {
@@ -67,7 +89,7 @@ impl Site {
                 return None;
             }
             site.d_in = info.d_in;
-            let integers = integers && model.modules[index].weight.matrix().multiplies_in_integers();
+            let integers = integers.takes(&model.modules[index].weight.matrix());
             site.modules.push(SiteModule { index, d_out: info.d_out, integers });
         }
         Some(site)

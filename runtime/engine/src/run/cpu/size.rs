@@ -323,7 +323,7 @@ mod tests {
     use crate::estimate::{Outlook, Sketch};
     use crate::models::BaseModel;
     use crate::run::batch::Batch;
-    use crate::run::cpu::Fused;
+    use crate::run::cpu::{Fused, InIntegers};
     use crate::run::gradients::Gradients;
     use crate::run::plain::recipe::Pass;
     use crate::run::waist::Weigh;
@@ -395,7 +395,7 @@ mod tests {
                 let plan = plan(&model, dropout, lengths)?;
                 let sketch = Sketch::of_model(&model);
                 let adaptation = Adaptation::new(&model, plan.clone(), 1)?;
-                let mut fused = Fused::<bf16>::new(&model, false);
+                let mut fused = Fused::<bf16>::new(&model, InIntegers::None);
                 let mut updates = fused.updates(&model, Some(&adaptation));
                 let pass = Pass::training(&model, &adaptation, 1, 0);
                 updates.load(&pass)?;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use homeroom_kernels::{ProductElement, bf16, on_pool};
 
-use super::{Fused, Updates};
+use super::{Fused, InIntegers, Updates};
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
@@ -21,7 +21,7 @@ pub struct CpuTrain<E> {
 impl<E: ProductElement> CpuTrain<E> {
     /// Decides for each block how it is run. `integers`: multiply in integers where a weight's storage allows it.
     pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, integers: bool) -> Self {
-        let blocks = Fused::new(model, integers);
+        let blocks = Fused::new(model, if integers { InIntegers::All } else { InIntegers::None });
         let updates = blocks.updates(model, adaptation);
         Self { blocks, updates }
     }

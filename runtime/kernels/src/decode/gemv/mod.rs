@@ -7,6 +7,8 @@
 //! element of the result is depends on its row of x and of W alone: not on the storage beyond the values it decodes to, on how
 //! many rows share the call, or on the cut into tasks. Multiply-adds are fused where the processor has them.
 
+#[cfg(target_arch = "x86_64")]
+mod floats;
 mod rounded;
 mod update;
 
@@ -117,6 +119,13 @@ impl Job<'_> {
         if isa.has(Feature::Avx512) {
             // SAFETY: passed on to the caller.
             if unsafe { avx512::run::<M>(self, scratch) } {
+                return;
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        if isa.has(Feature::Avx2) {
+            // SAFETY: passed on to the caller.
+            if unsafe { floats::run::<M>(self) } {
                 return;
             }
         }

@@ -223,14 +223,24 @@ fn add_codes(isa: Isa, panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], 
     }
     let (scales, words) = codes(panel);
     let mut sums = [u.start; CODES];
-    sums_of_words(isa, words, &u.words, &mut sums);
+    add_words(isa, words, &u.words, &mut sums);
     for ((out, sum), scale) in out.iter_mut().step_by(m).zip(&sums[lane..]).zip(&scales[lane..]) {
         *out += *sum as f32 * (widened(*scale) * u.scale);
     }
 }
 
+/// Adds products of each row of a panel of codes with words of u.
+fn add_words(isa: Isa, codes: &[Word], u: &[[i8; 4]], sums: &mut [i32; CODES]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.multiplies_bytes() {
+        // SAFETY: the processor has it.
+        return unsafe { crate::isa::run(avx_vnni::Words { codes, u, sums }) };
+    }
+    sums_of_words(isa, codes, u, sums);
+}
+
 per_isa! {
-    /// Adds products of each row of a panel of codes with words of u.
+    /// See [`add_words`].
     fn sums_of_words(codes: &[Word], u: &[[i8; 4]], sums: &mut [i32; CODES]) {
         for (codes, u) in codes.iter().zip(u) {
             for (sum, codes) in sums.iter_mut().zip(codes) {
@@ -254,13 +264,51 @@ fn sums_of_groups(isa: Isa, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; 
         let ([first, second], scale) = x.group(j, group);
         let (low, high) = codes.split_at(codes.len().min(RoundedRows::WORDS / 2));
         let mut of_group = [0; CODES];
-        sums_of_words(isa, low, first, &mut of_group);
-        sums_of_words(isa, high, second, &mut of_group);
+        add_words(isa, low, first, &mut of_group);
+        add_words(isa, high, second, &mut of_group);
         for (sum, of_group) in sums.iter_mut().zip(of_group) {
             *sum += of_group as f32 * scale;
         }
     }
     sums
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni {
+    use std::arch::x86_64::*;
+
+    use super::{CODES, Word};
+    use crate::isa::{Dpbusd, Run};
+
+    /// See [`super::add_words`].
+    pub struct Words<'a> {
+        pub codes: &'a [Word],
+        pub u: &'a [[i8; 4]],
+        pub sums: &'a mut [i32; CODES],
+    }
+
+    impl Run for Words<'_> {
+        type Out = ();
+
+        #[inline(always)]
+        unsafe fn run<D: Dpbusd>(self) {
+            let Self { codes, u, sums } = self;
+            let sums: *mut __m256i = sums.as_mut_ptr().cast();
+            // SAFETY: sixteen sums, and a word of all rows, are twice 32 bytes; the caller has the instructions enabled.
+            unsafe {
+                let (mut low, mut high) = (_mm256_loadu_si256(sums), _mm256_loadu_si256(sums.add(1)));
+                for (codes, u) in codes.iter().zip(u) {
+                    let codes: *const __m256i = codes.as_ptr().cast();
+                    let [a, b, c, d] = *u;
+                    let u = _mm256_set1_epi32(i32::from_ne_bytes([a as u8, b as u8, c as u8, d as u8]));
+                    low = D::dpbusd(low, _mm256_loadu_si256(codes), u);
+                    high = D::dpbusd(high, _mm256_loadu_si256(codes.add(1)), u);
+                }
+                _mm256_storeu_si256(sums, low);
+                _mm256_storeu_si256(sums.add(1), high);
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -200,7 +200,7 @@ impl Codec {
     /// See [`Matrix::multiplies_in_integers`](crate::Matrix::multiplies_in_integers): whether that holds of a matrix (rows, cols) through
     /// this codec.
     pub fn multiplies_in_integers(&self, rows: usize, cols: usize) -> bool {
-        (self.has_linear_rows() || isa().has_vnni()) && rows.is_multiple_of(4) && cols.is_multiple_of(4)
+        (self.has_linear_rows() || isa().multiplies_bytes()) && rows.is_multiple_of(4) && cols.is_multiple_of(4)
     }
 
     fn has_linear_rows(&self) -> bool {

@@ -1,5 +1,5 @@
-//! 256 bits at a time: bytes are multiplied by pairs, which is exact for what stands here. Each block's part of the products is in
-//! eight lanes.
+//! 256 bits at a time: bytes are multiplied by pairs, which is exact for what stands here, or by fours where the processor does that
+//! (AVX-VNNI), which yields the same. Each block's part of the products is in eight lanes.
 
 #![allow(clippy::needless_range_loop, reason = "loops of a constant length become straight code, whatever they index")]
 
@@ -8,6 +8,7 @@ use std::arch::x86_64::*;
 use super::super::{Job, sub_blocks};
 use super::book::{BlockScales, Levels};
 use super::{GROUP, PIECE, RoundedRows, SPAN, prefetch};
+use crate::isa::{Dpbusd, Run};
 use crate::storage::Storage;
 
 /// Computes a job of M rows of x from the `first` on.
@@ -18,40 +19,85 @@ use crate::storage::Storage;
 #[target_feature(enable = "avx2,fma,f16c,bmi2")]
 pub unsafe fn run<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
     // SAFETY: passed on to the caller.
+    unsafe { run_by::<Pairs, M>(job, x, first) }
+}
+
+/// The same for a processor that has AVX-VNNI, too.
+pub struct Fours<'a, const M: usize> {
+    pub job: &'a Job<'a>,
+    pub x: &'a RoundedRows,
+    pub first: usize,
+}
+
+impl<const M: usize> Run for Fours<'_, M> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<D: Dpbusd>(self) {
+        // SAFETY: passed on to the caller.
+        unsafe { run_by::<D, M>(self.job, self.x, self.first) }
+    }
+}
+
+/// # Safety
+/// See [`run`].
+#[inline(always)]
+unsafe fn run_by<D: Dot, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
+    // SAFETY: passed on to the caller.
     unsafe {
         match job.w.storage {
-            Storage::Q4_0 => by_blocks::<Q4_0, M>(job, x, first),
-            Storage::Q4_1 => by_blocks::<Q4_1, M>(job, x, first),
-            Storage::Q5_0 => by_blocks::<Q5_0, M>(job, x, first),
-            Storage::Q5_1 => by_blocks::<Q5_1, M>(job, x, first),
-            Storage::Q8_0 => by_blocks::<Q8_0, M>(job, x, first),
-            Storage::Q4K => by_super_blocks::<Q4K, M>(job, x, first),
-            Storage::Q5K => by_super_blocks::<Q5K, M>(job, x, first),
-            Storage::Q6K => q6k::<M>(job, x, first),
-            _ => linear::<M>(job, x, first),
+            Storage::Q4_0 => by_blocks::<D, Q4_0, M>(job, x, first),
+            Storage::Q4_1 => by_blocks::<D, Q4_1, M>(job, x, first),
+            Storage::Q5_0 => by_blocks::<D, Q5_0, M>(job, x, first),
+            Storage::Q5_1 => by_blocks::<D, Q5_1, M>(job, x, first),
+            Storage::Q8_0 => by_blocks::<D, Q8_0, M>(job, x, first),
+            Storage::Q4K => by_super_blocks::<D, Q4K, M>(job, x, first),
+            Storage::Q5K => by_super_blocks::<D, Q5K, M>(job, x, first),
+            Storage::Q6K => q6k::<D, M>(job, x, first),
+            _ => linear::<D, M>(job, x, first),
         }
     }
 }
 
-/// Sums of four products each, of codes without a sign below 64 with codes from -127 to 127.
-#[inline(always)]
-unsafe fn dot(w: __m256i, x: __m256i) -> __m256i {
-    // SAFETY: the processor has it; so for all below, which is inlined into code with its instructions. Two products are below 2^15
-    // in magnitude.
-    unsafe { _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)) }
+/// Products of bytes.
+///
+/// # Safety
+/// Called from what has the instructions enabled.
+trait Dot {
+    /// Sums of four products each, of codes without a sign below 64 with codes from -127 to 127.
+    unsafe fn dot(w: __m256i, x: __m256i) -> __m256i;
+    /// The same of codes with a sign.
+    #[inline(always)]
+    unsafe fn dot_signed(w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: passed on to the caller. Two products, 2 · 128 · 127, are below 2^15.
+        unsafe { Self::dot(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) }
+    }
 }
 
-/// The same of codes with a sign.
-#[inline(always)]
-unsafe fn dot_signed(w: __m256i, x: __m256i) -> __m256i {
-    // SAFETY: see `dot`. 2 · 128 · 127 is below 2^15.
-    unsafe { dot(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) }
+/// By pairs.
+struct Pairs;
+
+impl Dot for Pairs {
+    #[inline(always)]
+    unsafe fn dot(w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: the processor has it; so for all below, which is inlined into code with its instructions. Two products are below 2^15
+        // in magnitude.
+        unsafe { _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)) }
+    }
+}
+
+impl<D: Dpbusd> Dot for D {
+    #[inline(always)]
+    unsafe fn dot(w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: passed on to the caller.
+        unsafe { D::dpbusd(_mm256_setzero_si256(), w, x) }
+    }
 }
 
 /// Adds 16 to the codes whose bit is set.
 #[inline(always)]
 unsafe fn fifth(w: __m256i, bits: u32) -> __m256i {
-    // SAFETY: see `dot`.
+    // SAFETY: see `Pairs`.
     unsafe {
         // Each byte of the bits over eight lanes, and of each lane its bit.
         let spread = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
@@ -91,7 +137,7 @@ impl<const M: usize> Sums<M> {
     /// # Safety
     /// They are there.
     #[inline(always)]
-    unsafe fn block<F: Block, const N: usize>(
+    unsafe fn block<D: Dot, F: Block, const N: usize>(
         &mut self,
         p: *const u8,
         x: &[Row; M],
@@ -103,7 +149,7 @@ impl<const M: usize> Sums<M> {
             let codes = F::codes(p.add(N * F::BYTES));
             for j in 0..M {
                 let x = x[j].group(from + N);
-                let dot = if F::SIGNED { dot_signed(codes, x) } else { dot(codes, x) };
+                let dot = if F::SIGNED { D::dot_signed(codes, x) } else { D::dot(codes, x) };
                 self.add(j, N % 2, dot, _mm256_set1_ps(factors[j][N]));
             }
         }
@@ -240,7 +286,7 @@ block!(Q8_0, 34, { SIGNED: bool = true; }, |p| _mm256_loadu_si256(p.add(2).cast(
 /// # Safety
 /// See [`run`].
 #[inline(always)]
-unsafe fn by_blocks<F: Block, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
+unsafe fn by_blocks<D: Dot, F: Block, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
     let blocks = job.w.cols / GROUP;
     let x = rows::<M>(x, first);
     let offset = match (F::HAS_MIN, F::SIGNED) {
@@ -265,14 +311,14 @@ unsafe fn by_blocks<F: Block, const M: usize>(job: &Job<'_>, x: &RoundedRows, fi
                     let of_x = _mm256_loadu_ps(x[j].sums.add(from));
                     sums.offsets[j] = _mm256_fmadd_ps(min, of_x, sums.offsets[j]);
                 }
-                sums.block::<F, 0>(p, &x, from, &factors);
-                sums.block::<F, 1>(p, &x, from, &factors);
-                sums.block::<F, 2>(p, &x, from, &factors);
-                sums.block::<F, 3>(p, &x, from, &factors);
-                sums.block::<F, 4>(p, &x, from, &factors);
-                sums.block::<F, 5>(p, &x, from, &factors);
-                sums.block::<F, 6>(p, &x, from, &factors);
-                sums.block::<F, 7>(p, &x, from, &factors);
+                sums.block::<D, F, 0>(p, &x, from, &factors);
+                sums.block::<D, F, 1>(p, &x, from, &factors);
+                sums.block::<D, F, 2>(p, &x, from, &factors);
+                sums.block::<D, F, 3>(p, &x, from, &factors);
+                sums.block::<D, F, 4>(p, &x, from, &factors);
+                sums.block::<D, F, 5>(p, &x, from, &factors);
+                sums.block::<D, F, 6>(p, &x, from, &factors);
+                sums.block::<D, F, 7>(p, &x, from, &factors);
             }
             for block in blocks - blocks % 8..blocks {
                 let p = w.add(block * F::BYTES);
@@ -285,7 +331,7 @@ unsafe fn by_blocks<F: Block, const M: usize>(job: &Job<'_>, x: &RoundedRows, fi
                     let offset = _mm256_zextps128_ps256(_mm_mul_ss(_mm_move_ss(_mm_setzero_ps(), min), of_x));
                     sums.offsets[j] = _mm256_add_ps(sums.offsets[j], offset);
                 }
-                sums.block::<F, 0>(p, &x, block, &factors);
+                sums.block::<D, F, 0>(p, &x, block, &factors);
             }
             sums.finish(job, i, 1.0, offset);
         }
@@ -377,7 +423,7 @@ unsafe fn eight(bytes: u64, factor: __m256) -> __m256 {
 /// # Safety
 /// See [`run`].
 #[inline(always)]
-unsafe fn by_super_blocks<F: SuperBlock, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
+unsafe fn by_super_blocks<D: Dot, F: SuperBlock, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
     let blocks = job.w.cols / (8 * GROUP);
     let x = rows::<M>(x, first);
     for (i, row) in job.rows.clone().enumerate() {
@@ -402,7 +448,7 @@ unsafe fn by_super_blocks<F: SuperBlock, const M: usize>(job: &Job<'_>, x: &Roun
                 for group in 0..8 {
                     let codes = F::codes(p, group);
                     for j in 0..M {
-                        let dot = dot(codes, x[j].group(at + group));
+                        let dot = D::dot(codes, x[j].group(at + group));
                         sums.add(j, group % 2, dot, _mm256_set1_ps(factors[j][group]));
                     }
                 }
@@ -417,7 +463,7 @@ unsafe fn by_super_blocks<F: SuperBlock, const M: usize>(job: &Job<'_>, x: &Roun
 /// # Safety
 /// See [`run`].
 #[inline(always)]
-unsafe fn q6k<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
+unsafe fn q6k<D: Dot, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
     const BYTES: usize = 210;
     let blocks = job.w.cols / (8 * GROUP);
     let x = rows::<M>(x, first);
@@ -449,7 +495,7 @@ unsafe fn q6k<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
                     let scale = _mm256_permutevar8x32_ps(scales[half], lanes);
                     for j in 0..M {
                         let factor = _mm256_mul_ps(scale, _mm256_set1_ps(*x[j].scales.add(at + group)));
-                        sums.add(j, group % 2, dot(codes, x[j].group(at + group)), factor);
+                        sums.add(j, group % 2, D::dot(codes, x[j].group(at + group)), factor);
                     }
                 }
             }
@@ -463,7 +509,7 @@ unsafe fn q6k<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
 /// # Safety
 /// See [`run`].
 #[inline(always)]
-unsafe fn linear<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
+unsafe fn linear<D: Dot, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
     let cols = job.w.cols;
     let x = rows::<M>(x, first);
     let Some(coded) = job.w.coded.as_ref() else { return };
@@ -477,7 +523,7 @@ unsafe fn linear<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
                 let codes = _mm256_min_epu8(codes, _mm256_set1_epi8(254u8 as i8));
                 let codes = _mm256_sub_epi8(codes, _mm256_set1_epi8(127));
                 for j in 0..M {
-                    let dot = dot_signed(codes, x[j].group(group));
+                    let dot = D::dot_signed(codes, x[j].group(group));
                     sums.add(j, group % 2, dot, _mm256_set1_ps(*x[j].scales.add(group)));
                 }
             }

@@ -22,7 +22,7 @@ use std::sync::OnceLock;
 use self::book::Levels;
 use super::{FewRows, Job, ROWS};
 use crate::element::{eight_bit_scale, nearest_whole};
-use crate::isa::{Feature, Isa, isa, per_isa};
+use crate::isa::{Feature, Int8Unit, Isa, isa, per_isa};
 use crate::matmul::Matrix;
 use crate::storage::Storage;
 use crate::storage::codec::Fused;
@@ -247,8 +247,11 @@ pub(super) unsafe fn run<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: 
     // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2, and rows lie in fours where there is VNNI.
     unsafe {
         match (x.order, Levels::of(job.w)) {
-            (Order::Rows, None) => avx2::run::<M>(job, x, first),
             (Order::Rows, Some(levels)) => avx2::run_book::<M>(job, &levels, x, first, scratch),
+            (Order::Rows, None) if isa().int8_unit() == Int8Unit::AvxVnni => {
+                crate::isa::run(avx2::Fours::<'_, M> { job, x, first })
+            }
+            (Order::Rows, None) => avx2::run::<M>(job, x, first),
             (_, None) => vnni::run(job, x, first, M),
             (_, Some(levels)) => vnni::run_book(job, &levels, x, first, M, scratch),
         }

@@ -134,6 +134,11 @@ pub fn lora_plan(
         if dora {
             let tensor = name(MAGNITUDE);
             let magnitude = shape(&tensor).with_context(|| format!("tensor `{tensor}` is missing"))?;
+            ensure!(
+                magnitude == [info.d_out],
+                "tensor `{tensor}` has the shape {magnitude:?}, its module has {} outputs",
+                info.d_out
+            );
             params.push(param((MAGNITUDE, tensor), magnitude));
             found += 1;
         }

@@ -19,7 +19,7 @@ use crate::train::optimizer::keeps;
 
 const FLOAT: usize = size_of::<f32>();
 /// The part of what each step takes and gives back that the allocator keeps beside: between a twelfth and an eighth was measured.
-const KEPT_PART: u64 = 10;
+const KEPT_PART: u64 = 8;
 
 /// A base with a strategy's plan, from shapes alone.
 pub struct Outlook<'a> {
@@ -131,7 +131,11 @@ impl<'a> Outlook<'a> {
             }
             let update = match &self.adapted[index] {
                 None => None,
-                Some(adapted) => Some(low_rank(&self.plan.recipes[adapted.recipe].forward, adapted, info.bias)?),
+                Some(adapted) => {
+                    let update = low_rank(&self.plan.recipes[adapted.recipe].forward, adapted, info.bias)?;
+                    let fits = update.fits(|param| &self.params[param].0, (info.d_in, info.d_out));
+                    Some(fits.then_some(update)?)
+                }
             };
             site.d_in = info.d_in;
             site.d_out.push(info.d_out);
@@ -441,7 +445,7 @@ impl<'a> Outlook<'a> {
             allocator: 0,
             program: request.program_bytes,
         };
-        parts.allocator = (parts.gradients + parts.activations + parts.logits + parts.scratch) / KEPT_PART;
+        parts.allocator = (parts.gradients + parts.activations + parts.logits) / KEPT_PART;
         // The head is rounded when it is first reached: all of it is read, and moments are not touched yet.
         let rounding = Parts {
             weights: stored as u64,

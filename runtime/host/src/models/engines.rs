@@ -13,6 +13,7 @@ use homeroom_engine::files::tensors::{has_safetensors, weight_files};
 use homeroom_engine::files::{named_templates, result_files};
 use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::run::compute::Compute;
+use homeroom_kernels::isa;
 use serde_json::json;
 
 use super::{Located, ModelRef, here, load_base};
@@ -116,7 +117,7 @@ fn gguf_files(directory: &Path) -> Vec<PathBuf> {
 fn run_in(compute: Compute) -> Compute {
     match compute {
         Compute::Auto if Compute::auto() == Compute::Bf16 => Compute::Bf16,
-        Compute::Int8 => Compute::Bf16,
+        Compute::Int8 if isa().has_bf16() => Compute::Bf16,
         other => other,
     }
 }

@@ -1,7 +1,7 @@
 //! Answers by fused blocks: prompts are read by those that training runs, further tokens decoded for several sequences at once.
 //!
-//! Reading multiplies in the type of the blocks, bf16 or f32, or, where that is asked for, in integers with weights that are whole numbers
-//! already. Decoding multiplies weights as they are stored: by f32, or, where
+//! Reading multiplies in the type of the blocks, bf16 or f32, or, where that is asked for, in integers, for which weights of few
+//! bits are rounded anew. Decoding multiplies weights as they are stored: by f32, or, where
 //! f32 is not asked for and weights are whole numbers by blocks, by activations in eight bits. Keys and values are kept in the type of
 //! the blocks.
 

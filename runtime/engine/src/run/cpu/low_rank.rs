@@ -20,6 +20,15 @@ pub struct LowRank {
     pub magnitude: Option<usize>,
 }
 
+impl LowRank {
+    /// Whether its parameters, by their shapes, are those of a module (d_in, d_out). A plan may have one broadcast, and a file's may be of
+    /// any shape; that computes something else.
+    pub fn fits<'a>(&self, shape: impl Fn(usize) -> &'a [usize], (d_in, d_out): (usize, usize)) -> bool {
+        let ([r, inputs], [outputs, columns]) = (shape(self.a), shape(self.b)) else { return false };
+        (inputs, outputs, columns) == (&d_in, &d_out, r) && self.magnitude.is_none_or(|m| shape(m) == [d_out])
+    }
+}
+
 /// The update that a recipe adds to a module, with a bias or without; `None` when it computes anything else.
 pub fn low_rank(recipe: &Recipe, adapted: &Adapted, has_bias: bool) -> Option<LowRank> {
     let reader = Reader { recipe, adapted };
@@ -161,6 +170,27 @@ mod tests {
             Op::Add(5, 6),
         ];
         assert_eq!(found(none), update(1.0, None));
+    }
+
+    /// A magnitude of one value is a factor of all rows, and a B of one row an update of all: another function.
+    #[test]
+    fn parameters_that_are_broadcast_are_not_those_of_a_module() {
+        let update = LowRank { a: 0, b: 1, scaling: 1.0, dropout: None, magnitude: Some(2) };
+        let fits = |shapes: [&'static [usize]; 3]| update.fits(|param| shapes[param], (7, 5));
+        assert!(fits([&[3, 7], &[5, 3], &[5]]));
+        for shapes in [
+            [&[3, 7], &[5, 3], &[1]],
+            [&[3, 7], &[5, 3], &[]],
+            [&[3, 7], &[5, 3], &[1, 5]],
+            [&[3, 7], &[1, 3], &[5]],
+            [&[1, 7], &[5, 3], &[5]],
+            [&[3, 1], &[5, 3], &[5]],
+            [&[7], &[5, 3], &[5]],
+        ] as [[&'static [usize]; 3]; 7]
+        {
+            assert!(!fits(shapes), "{shapes:?}");
+        }
+        assert!(LowRank { magnitude: None, ..update.clone() }.fits(|param| [&[3, 7][..], &[5, 3]][param], (7, 5)));
     }
 
     #[test]

@@ -41,8 +41,7 @@ struct SiteModule {
 pub enum InIntegers {
     /// None.
     None,
-    /// Of the layers those that are stored as whole numbers, with which decoding multiplies by activations in eight bits, too; forward
-    /// alone.
+    /// Of the layers those that decoding multiplies by activations in eight bits, too, rounded anew; forward alone.
     Stored,
     /// All that can be.
     All,

@@ -90,7 +90,10 @@ fn update_of<'a>(
     };
     let has_bias = model.modules[module].bias.is_some();
     let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted, has_bias)?;
-    Some(Some((adaptation, low_rank)))
+    let info = &model.modules[module].info;
+    low_rank
+        .fits(|param| &adaptation.params[param].spec.shape, (info.d_in, info.d_out))
+        .then_some(Some((adaptation, low_rank)))
 }
 
 /// `‖W‖²` of each row.
@@ -116,8 +119,9 @@ fn row_lengths(weight: &Weight, squares: &[f64], a: &[f32], u: &[f32]) -> Result
         let (u, ug) = (&u[i * r..(i + 1) * r], &ug[i * r..(i + 1) * r]);
         let cross: f64 = u.iter().zip(wa[i..].iter().step_by(rows)).map(|(u, wa)| f64::from(*u) * f64::from(*wa)).sum();
         let own: f64 = u.iter().zip(ug).map(|(u, ug)| f64::from(*u) * f64::from(*ug)).sum();
-        // NaN stays what it is.
-        (squares[i] + 2.0 * cross + own).sqrt() as f32
+        let square = squares[i] + 2.0 * cross + own;
+        // Of a row of nearly nothing rounding can leave a little less than that. NaN stays what it is.
+        if square < 0.0 { 0.0 } else { square.sqrt() as f32 }
     };
     Ok((0..rows).map(length).collect())
 }

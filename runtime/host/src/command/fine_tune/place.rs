@@ -47,10 +47,12 @@ pub(super) fn standing(place: &Path, token: Option<&str>, claim: Option<&str>) -
 pub(super) fn contents(place: &Path) -> Option<String> {
     let about = std::fs::symlink_metadata(place).ok()?;
     let mut entries = vec![format!("{:?}", about.file_type())];
-    for entry in std::fs::read_dir(place).into_iter().flatten().flatten() {
+    let list = |directory: &Path| std::fs::read_dir(directory).into_iter().flatten().flatten();
+    // Results have directories of templates, which have none.
+    for entry in list(place).flat_map(|entry| list(&entry.path()).chain([entry])) {
         let time = entry.metadata().ok().and_then(|about| Some((about.len(), about.modified().ok()?)));
         let (len, time) = time.unwrap_or((0, SystemTime::UNIX_EPOCH));
-        entries.push(format!("{:?} {len} {time:?}", entry.file_name()));
+        entries.push(format!("{:?} {len} {time:?}", entry.path().strip_prefix(place)));
     }
     entries.sort();
     Some(Sha256::digest(entries.join("\n")).iter().map(|byte| format!("{byte:02x}")).collect())

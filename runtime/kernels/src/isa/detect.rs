@@ -30,7 +30,8 @@ fn find() -> Found {
         (Feature::Avx512Bf16, has!("avx512bf16")),
     ];
     let amx = amx(leaf_7_edx(), tile_state(), request_tiles);
-    let amx_is_refused = amx.is_err();
+    // Other systems are not asked.
+    let amx_is_refused = amx.is_err() && cfg!(target_os = "linux");
     let held = asked.into_iter().filter_map(|(feature, has)| has.then_some(feature));
     Found { isa: Isa::closed(held.chain(amx.unwrap_or_default())), amx_is_refused }
 }

@@ -125,7 +125,9 @@ impl Isa {
     /// # Errors
     /// When the variable holds a name that is not known.
     pub fn allowed() -> Result<Self, String> {
-        let Some(value) = std::env::var_os(VARIABLE) else { return Ok(Self::detected()) };
+        // Empty is as if it were not there.
+        let value = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
+        let Some(value) = value else { return Ok(Self::detected()) };
         let value = value.to_string_lossy();
         let set = value.parse::<Self>().map_err(|problem| format!("{VARIABLE} is `{value}`; {problem}"))?;
         Ok(set.and(Self::detected()))

@@ -75,7 +75,13 @@ impl FromStr for Isa {
                 return Ok(features.into_iter().fold(isa, Self::without));
             }
             if let Some(features) = word.strip_prefix('+').and_then(named) {
-                return Ok(features.into_iter().fold(isa, Self::with));
+                // A feature brings what it stands on; of a group only what the set can have as it is.
+                let is_group = features.len() > 1;
+                let add = |isa: Self, feature: Feature| {
+                    let can = !is_group || feature.stands_on().iter().all(|below| isa.has(*below));
+                    if can { isa.with(feature) } else { isa }
+                };
+                return Ok(features.into_iter().fold(isa, add));
             }
             let levels = LEVELS.map(|(name, _)| name).join(", ");
             let groups = GROUPS.iter().map(|(name, _)| *name);
@@ -118,6 +124,9 @@ mod tests {
         check("-amx-int8", "avx512bf16,+amx-tile,+amx-bf16");
         check("-bf16", "avx512,+amx-tile,+amx-int8");
         check("avx2,-avxvnni", "avx2");
+        check("avx2,+vnni", "avxvnni");
+        check("avx512,+bf16", "avx512bf16");
+        check("avx2,+avx512vnni", "avx512");
         check("AVX2,+avxvnni", "avxvnni");
         check("avx512bf16,-avx2", "portable");
         check("avx512", "avx512");

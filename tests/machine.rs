@@ -128,7 +128,8 @@ fn fifty_pipelines_at_once_leave_fifty_handlers() -> Result<()> {
     Ok(())
 }
 
-/// Whole pipelines, of which some save under one name: each has its run, and every name leads to a whole model.
+/// Whole pipelines, of which some save under one name: each has its run, or what the run of another made before it came to that; and every
+/// name leads to a whole model.
 #[test]
 fn twelve_whole_pipelines_at_once_undo_nothing_of_each_other() -> Result<()> {
     let place = Place::new()?;
@@ -137,7 +138,8 @@ fn twelve_whole_pipelines_at_once_undo_nothing_of_each_other() -> Result<()> {
         ["a", "b", "c"].iter().flat_map(|name| (1..=4).map(move |n| format!("{name}{n}"))).collect();
     at_once(names.iter().map(|name| run_pipeline(&place, &config, name)))?;
     assert_eq!(handlers(&place)?, names);
-    assert_eq!(fs::read_dir(place.path("home/runs"))?.count(), 12);
+    let runs = fs::read_dir(place.path("home/runs"))?.count();
+    assert!((3..=12).contains(&runs), "{runs}");
     assert_eq!(fs::read_dir(place.path("home/models"))?.count(), 3);
     for name in ["a", "b", "c"] {
         is_whole(&place.path("home/models").join(name))?;

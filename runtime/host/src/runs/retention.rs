@@ -9,7 +9,7 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text, take_away};
 use serde::Serialize;
 
 use super::directory::runs_directory;
-use super::list::{Entry, Status, list_in};
+use super::list::{Entry, Record, Status, list_in};
 use super::lock;
 use crate::progress::{line, size};
 
@@ -136,10 +136,17 @@ fn users_among(id: &str, texts: &[(String, String)]) -> Vec<String> {
 /// Removes a run that nobody works on.
 ///
 /// # Errors
-/// When a process works on it, or it cannot be removed.
+/// When a process works on it, its name is another run's by now, or it cannot be removed.
 pub fn remove(entry: &Entry) -> Result<()> {
     // Held while its name goes, so that nobody takes it up meanwhile.
     let _lock = lock::take(&entry.path).with_context(|| format!("run {}", entry.id))?;
+    let of = |record: &Record| (record.started.clone(), record.token.clone());
+    let now = Record::read(&entry.path).ok();
+    ensure!(
+        now.as_ref().map(of) == entry.record.as_ref().map(of),
+        "run {}: it has changed since it was looked at; nothing is removed",
+        entry.id
+    );
     take_away(&entry.path)
 }
 
@@ -251,6 +258,23 @@ mod tests {
     fn write(path: PathBuf, value: &Value) -> Result<()> {
         fs::create_dir_all(path.parent().context("a file lies in a directory")?)?;
         Ok(fs::write(path, value.to_string())?)
+    }
+
+    /// Somebody else removed it meanwhile, and another run took its name, which has not said yet what it is.
+    #[test]
+    fn a_name_that_is_another_runs_by_now_is_not_removed() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        make(place.path(), "out-1", "failed", 1, &[])?;
+        let listed = list_in(&place.path().join("runs"));
+        let run = place.path().join("runs/out-1");
+        fs::remove_dir_all(&run)?;
+        fs::create_dir(&run)?;
+        assert!(remove(&listed[0]).is_err_and(|error| error.to_string().contains("it has changed since")));
+        make(place.path(), "out-1", "failed", 2, &[])?;
+        assert!(remove(&listed[0]).is_err() && run.exists());
+        remove(&list_in(&place.path().join("runs"))[0])?;
+        assert!(!run.exists());
+        Ok(())
     }
 
     #[test]

@@ -1,6 +1,6 @@
 """The machine that peers are measured on: its processor, what every side of a comparison is held to, and whether it was quiet.
 
-A table of a machine that did something else meanwhile says nothing, so none is printed then.
+A table of a machine that did something else meanwhile says nothing, so bench_train.py and bench_generate.py print none then.
 """
 
 import os

@@ -35,6 +35,27 @@ import common
 import machine
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+def qwen3(hidden_size: int) -> dict:
+    return dict(
+        config="Qwen3Config",
+        model="Qwen3ForCausalLM",
+        gguf="qwen3",
+        published=dict(layer_types=None),
+        sizes=dict(
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            max_position_embeddings=40960,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=True,
+        ),
+    )
+
+
 # Sizes as in `config.json` of google/gemma-3-270m, Qwen/Qwen3-0.6B and Qwen/Qwen3-1.7B.
 SHAPES = {
     "gemma3-270m": dict(
@@ -59,42 +80,8 @@ SHAPES = {
             },
         ),
     ),
-    "qwen3-0.6b": dict(
-        config="Qwen3Config",
-        model="Qwen3ForCausalLM",
-        gguf="qwen3",
-        published=dict(layer_types=None),
-        sizes=dict(
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            max_position_embeddings=40960,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            tie_word_embeddings=True,
-        ),
-    ),
-    "qwen3-1.7b": dict(
-        config="Qwen3Config",
-        model="Qwen3ForCausalLM",
-        gguf="qwen3",
-        published=dict(layer_types=None),
-        sizes=dict(
-            hidden_size=2048,
-            intermediate_size=6144,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            max_position_embeddings=40960,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            tie_word_embeddings=True,
-        ),
-    ),
+    "qwen3-0.6b": qwen3(1024),
+    "qwen3-1.7b": qwen3(2048),
 }
 # Tokens/s of LoRA by QVAC Fabric on graphics processors, and the type of the file: 128 tokens by the seconds of a step.
 # Source: docs/BENCHMARKS.md of <https://github.com/tetherto/qvac-rnd-fabric-llm-finetune>, "Fine-tuning Completion Time".

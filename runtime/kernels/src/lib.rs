@@ -1,6 +1,7 @@
 //! CPU kernels over slices. No candle and no I/O: what comes in and goes out is `&[f32]` and bytes.
 //!
-//! - `isa`: which instructions they may use, and what products are made of; `peak`: the limits of the machine; `pool`: the threads
+//! - `isa`: which instructions they may use, and what products are made of; `fastest`: which kind of product is faster; `peak`: the limits of
+//!   the machine; `pool`: the threads
 //! - `element`: f32 or bf16, and sums over rows of them; `round`: from f32 to either; `buffer`: buffers that keep their size
 //! - `storage`: how a stored weight lies in memory, and rows of it as floats; `codec`: storage as data, a code book over blocks of values,
 //!   encoding and decoding
@@ -19,6 +20,7 @@ mod buffer;
 mod decode;
 mod dot;
 mod element;
+mod fastest;
 mod int8;
 mod isa;
 mod layer;

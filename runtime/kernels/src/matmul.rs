@@ -204,7 +204,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// Whether products with it may be taken in integers: if it has eight bits a value on a straight line, with a scale for each row, or,
-    /// where the processor has VNNI, any values that are not decoded many at a time.
+    /// where the processor multiplies bytes, any values that are not decoded many at a time.
     pub fn multiplies_in_integers(&self) -> bool {
         let rounded = || self.block_len() <= PANEL && isa().multiplies_bytes();
         (self.line().is_some() || rounded()) && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)

@@ -171,7 +171,7 @@ fn round_group<V: Value>(row: &[f32], out: &mut [V], scale: &mut f32, start: &mu
 /// See [`round_row`], for values of eight bits.
 fn round_bytes(isa: Isa, row: &[f32], out: &mut [i8], scales: &mut [f32], starts: &mut [i32]) {
     #[cfg(target_arch = "x86_64")]
-    if isa.has_vnni() {
+    if isa.multiplies_bytes_in_512() {
         // SAFETY: the processor has AVX-512.
         return unsafe { vnni::round_row(row, out, scales, starts) };
     }
@@ -249,7 +249,7 @@ fn pack_line(
                 if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(|row| row.first_chunk::<PANEL>()) {
                     // SAFETY: what multiplies bytes has AVX2, and in 512 bits the other instructions of AVX-512.
                     unsafe {
-                        match isa.has_vnni() {
+                        match isa.multiplies_bytes_in_512() {
                             true => vnni::weave([a, b, c, d], out),
                             false => avx_vnni::weave([a, b, c, d], out),
                         }

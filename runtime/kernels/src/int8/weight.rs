@@ -43,7 +43,7 @@ pub(super) fn pack_forward(
             // SAFETY: whoever packs weights of any storage has seen that the processor multiplies bytes, for which it has AVX2, and in 512
             // bits AVX-512.
             unsafe {
-                match isa.has_vnni() {
+                match isa.multiplies_bytes_in_512() {
                     true => book.row_wide(columns.start + j, sum.clone(), codes, scales, j),
                     false => book.row_narrow(columns.start + j, sum.clone(), codes, scales, j),
                 }
@@ -69,7 +69,7 @@ pub(super) fn pack_forward(
     unsafe { pack_columns(isa, &pointers[..columns.len()], words, out) };
     // SAFETY: as above.
     unsafe {
-        match isa.has_vnni() {
+        match isa.multiplies_bytes_in_512() {
             true => to_indices(&mut out[..words * PANEL]),
             false => avx_vnni::to_indices(&mut out[..words * PANEL]),
         }
@@ -104,7 +104,7 @@ pub(super) fn pack_backward(
     if let Some(book) = Book::of(w).filter(|_| columns.start.is_multiple_of(PANEL) && width == PANEL) {
         // SAFETY: as in `pack_forward`.
         return unsafe {
-            match isa.has_vnni() {
+            match isa.multiplies_bytes_in_512() {
                 true => book.columns_wide(sum, columns.start, out, scales),
                 false => book.columns_narrow(sum, columns.start, out, scales),
             }
@@ -126,7 +126,7 @@ pub(super) fn pack_backward(
         let words = &mut out[group * (GROUP / 4) * PANEL..][..rows.len() / 4 * PANEL];
         // SAFETY: as in `pack_forward`; there are as many values as rows times columns.
         unsafe {
-            match isa.has_vnni() {
+            match isa.multiplies_bytes_in_512() {
                 true => round_columns(values, words, scales),
                 false => round_columns_narrow(values, words, scales),
             }

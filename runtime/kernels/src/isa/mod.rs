@@ -296,11 +296,11 @@ macro_rules! per_isa {
 pub(crate) use per_isa;
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Every set there is.
-    pub(super) fn all() -> impl Iterator<Item = Isa> {
+    pub(crate) fn all() -> impl Iterator<Item = Isa> {
         (0..1u16 << Feature::ALL.len())
             .map(|bits| Isa::closed(Feature::ALL.into_iter().filter(move |feature| bits & feature.bit() != 0)))
     }

@@ -43,7 +43,7 @@ pub fn product<E: ProductElement>(
     step: usize,
     finish: Finish,
 ) {
-    with_gain(m, columns, out, step, finish, None);
+    compute(m, columns, out, step, finish, None);
 }
 
 /// As [`product`], with a gain on each column: `C = gain ∘ Σ A B + …`. The sums before it go to `gain.sums`, as E.
@@ -59,10 +59,10 @@ pub fn product_with_gain<E: ProductElement>(
 ) {
     assert_eq!((gain.factors.len(), Some(gain.sums.len())), (step, m.checked_mul(step)), "a gain on {step} columns");
     let gain = SharedGain { factors: gain.factors.as_ptr(), sums: gain.sums.as_mut_ptr(), step };
-    with_gain(m, columns, out, step, Finish::default(), Some(gain));
+    compute(m, columns, out, step, Finish::default(), Some(gain));
 }
 
-fn with_gain<E: ProductElement>(
+fn compute<E: ProductElement>(
     m: usize,
     columns: &[Columns<'_, E>],
     out: Output<'_, E>,

@@ -310,7 +310,7 @@ unsafe fn cut<const ALONG_ROWS: bool>(
     tails: &mut Vec<Line>,
     parts: &mut [Part; 2 * SEGMENTS_MAX],
 ) -> usize {
-    const LINES: usize = SIDE * PANEL / SIDE;
+    const LINES: usize = PANEL;
     let tails = grown(tails, SEGMENTS_MAX * LINES);
     let mut count = 0;
     let columns = width.next_multiple_of(SIDE);

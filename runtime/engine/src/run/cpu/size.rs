@@ -332,9 +332,9 @@ mod tests {
     fn plan(model: &BaseModel, dropout: f64, lengths: bool) -> Result<Plan> {
         use homeroom_abi::plan::{AdaptedModule, Init, ModuleKind, ParamSpec, Recipes};
         use homeroom_abi::recipe::{Node, Op, Recipe};
-        let ops = [
+        let mut ops = vec![
             Op::X,
-            Op::Base(0),
+            if lengths { Op::Linear(0) } else { Op::Base(0) },
             Op::Dropout { of: 0, p: dropout },
             Op::Param("A".to_owned()),
             Op::MatmulT(2, 3),
@@ -342,25 +342,18 @@ mod tests {
             Op::MatmulT(4, 5),
             Op::Add(1, 6),
         ];
-        let linear = [
-            Op::X,
-            Op::Linear(0),
-            Op::Dropout { of: 0, p: dropout },
-            Op::Param("A".to_owned()),
-            Op::MatmulT(2, 3),
-            Op::Param("B".to_owned()),
-            Op::MatmulT(4, 5),
-            Op::Add(1, 6),
-            Op::Weight,
-            Op::Matmul(5, 3),
-            Op::Add(8, 9),
-            Op::RowNorm(10),
-            Op::Detach(11),
-            Op::Param("m".to_owned()),
-            Op::Div(13, 12),
-            Op::Mul(7, 14),
-        ];
-        let ops = if lengths { linear.to_vec() } else { ops.to_vec() };
+        if lengths {
+            ops.extend([
+                Op::Weight,
+                Op::Matmul(5, 3),
+                Op::Add(8, 9),
+                Op::RowNorm(10),
+                Op::Detach(11),
+                Op::Param("m".to_owned()),
+                Op::Div(13, 12),
+                Op::Mul(7, 14),
+            ]);
+        }
         let forward = Recipe { nodes: ops.into_iter().map(|op| Node { op, at: None }).collect() };
         let recipes = vec![Recipes { forward, merged_weight: None, merged_bias: None }];
         let linear = model.modules.iter().map(|module| &module.info);

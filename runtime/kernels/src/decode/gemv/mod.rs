@@ -113,7 +113,7 @@ impl Job<'_> {
         #[cfg(target_arch = "x86_64")]
         if let Some((x, first)) = self.rounded {
             // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2.
-            return unsafe { rounded::run::<M>(self, x, first, scratch) };
+            return unsafe { rounded::run::<M>(isa, self, x, first, scratch) };
         }
         #[cfg(target_arch = "x86_64")]
         if isa.has(Feature::Avx512) {

@@ -217,7 +217,7 @@ per_isa! {
 /// Adds the products of rows of a panel, from number `lane` on, with a row of u, to every m-th value of `out`.
 fn add_codes(isa: Isa, panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], m: usize) {
     #[cfg(target_arch = "x86_64")]
-    if isa.has_vnni() {
+    if isa.multiplies_bytes_in_512() {
         // SAFETY: the processor has it.
         return unsafe { vnni::add_codes(panel, lane, u, out, m) };
     }
@@ -255,7 +255,7 @@ per_isa! {
 /// Sums of products of each row of a panel of codes with row j of x, a group after the other, each times its scale.
 fn sums_of_groups(isa: Isa, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; CODES] {
     #[cfg(target_arch = "x86_64")]
-    if isa.has_vnni() {
+    if isa.multiplies_bytes_in_512() {
         // SAFETY: the processor has it.
         return unsafe { vnni::sums_of_groups(codes, x, j) };
     }

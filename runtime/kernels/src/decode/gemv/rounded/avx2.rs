@@ -23,13 +23,13 @@ pub unsafe fn run<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) 
 }
 
 /// The same for a processor that has AVX-VNNI, too.
-pub struct Fours<'a, const M: usize> {
+pub struct ByFours<'a, const M: usize> {
     pub job: &'a Job<'a>,
     pub x: &'a RoundedRows,
     pub first: usize,
 }
 
-impl<const M: usize> Run for Fours<'_, M> {
+impl<const M: usize> Run for ByFours<'_, M> {
     type Out = ();
 
     #[inline(always)]

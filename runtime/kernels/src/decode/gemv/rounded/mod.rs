@@ -69,7 +69,7 @@ enum Order {
 
 impl Order {
     fn of(m: usize) -> Self {
-        match (isa().has_vnni(), m) {
+        match (isa().multiplies_bytes_in_512(), m) {
             (false, _) => Self::Rows,
             (true, 1) => Self::One,
             (true, _) => Self::Fours,
@@ -243,12 +243,18 @@ impl RoundedRows {
 /// # Safety
 /// The job is as [`super::gemv`] checked it, [`Matrix::takes_rounded`] of its weight.
 #[cfg(target_arch = "x86_64")]
-pub(super) unsafe fn run<const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize, scratch: &mut Vec<f32>) {
+pub(super) unsafe fn run<const M: usize>(
+    isa: Isa,
+    job: &Job<'_>,
+    x: &RoundedRows,
+    first: usize,
+    scratch: &mut Vec<f32>,
+) {
     // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2, and rows lie in fours where there is VNNI.
     unsafe {
         match (x.order, Levels::of(job.w)) {
-            (Order::Rows, None) if isa().int8_unit() == Int8Unit::AvxVnni => {
-                crate::isa::run(avx2::Fours::<'_, M> { job, x, first });
+            (Order::Rows, None) if isa.int8_unit() == Int8Unit::AvxVnni => {
+                crate::isa::run(avx2::ByFours::<'_, M> { job, x, first });
             }
             (Order::Rows, None) => avx2::run::<M>(job, x, first),
             (Order::Rows, Some(levels)) => avx2::run_book::<M>(job, &levels, x, first, scratch),
@@ -277,7 +283,7 @@ unsafe fn prefetch(p: *const u8, len: usize) {
 /// A row's codes, scales, and for each half of a group the sum of its codes times the scale: the same on every processor.
 fn round(isa: Isa, row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if isa.has_vnni() {
+    if isa.multiplies_bytes_in_512() {
         // SAFETY: the processor has it.
         return unsafe { vnni::round(row, codes, scales, halves) };
     }

@@ -4,14 +4,19 @@
 //! Either way a group's products are in four lanes, a sum of eight in each, and those of group g are added to the sums of turn g mod 4.
 //! So a row comes to the same result alone and among others.
 
+mod blocks;
+mod coded;
+mod super_blocks;
+
 use std::arch::x86_64::*;
 
-use super::super::{Job, sub_blocks};
-use super::avx2::{half_bytes, six_bits};
-use super::book::{BlockScales, Levels};
+use self::blocks::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+use self::coded::{Book, Linear};
+use self::super_blocks::{Q4K, Q5K, Q6K};
+use super::super::Job;
+use super::book::Levels;
 use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN, prefetch};
 use crate::element::scale_of_eight_bits;
-use crate::matmul::Matrix;
 use crate::storage::Storage;
 
 /// Computes a job of `count` rows of x from the `first` on.
@@ -418,54 +423,6 @@ impl Rows for Four {
     }
 }
 
-/// The halves at `p` and at the same place of the blocks of `bytes` that follow, n in all, as floats; after them the last again.
-#[inline(always)]
-unsafe fn halves(p: *const u8, bytes: usize, n: usize) -> __m256 {
-    // SAFETY: the caller has n blocks at the pointer.
-    unsafe {
-        let at = |block: usize| i32::from(p.add(block.min(n - 1) * bytes).cast::<u16>().read_unaligned());
-        let mut bits = _mm_cvtsi32_si128(at(0));
-        bits = _mm_insert_epi16::<1>(bits, at(1));
-        bits = _mm_insert_epi16::<2>(bits, at(2));
-        bits = _mm_insert_epi16::<3>(bits, at(3));
-        bits = _mm_insert_epi16::<4>(bits, at(4));
-        bits = _mm_insert_epi16::<5>(bits, at(5));
-        bits = _mm_insert_epi16::<6>(bits, at(6));
-        bits = _mm_insert_epi16::<7>(bits, at(7));
-        _mm256_cvtph_ps(bits)
-    }
-}
-
-/// Scales and minima of n blocks that begin with both in half precision; after them those of the last again.
-#[inline(always)]
-unsafe fn scales_and_minima(p: *const u8, bytes: usize, n: usize) -> Scales {
-    // SAFETY: the caller has n blocks at the pointer.
-    unsafe {
-        let at = |block: usize| p.add(block.min(n - 1) * bytes).cast::<i32>().read_unaligned();
-        let (mut low, mut high) = (_mm_cvtsi32_si128(at(0)), _mm_cvtsi32_si128(at(4)));
-        (low, high) = (_mm_insert_epi32::<1>(low, at(1)), _mm_insert_epi32::<1>(high, at(5)));
-        (low, high) = (_mm_insert_epi32::<2>(low, at(2)), _mm_insert_epi32::<2>(high, at(6)));
-        (low, high) = (_mm_insert_epi32::<3>(low, at(3)), _mm_insert_epi32::<3>(high, at(7)));
-        let both = _mm512_cvtph_ps(_mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), high));
-        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        let apart = _mm512_permutexvar_ps(even, both);
-        Scales::of(_mm512_castps512_ps256(apart), _mm512_extractf32x8_ps::<1>(apart))
-    }
-}
-
-/// Sixteen bytes of four blocks, the low halves of each and the high ones.
-#[inline(always)]
-unsafe fn nibbles_of_four(p: *const u8, bytes: usize) -> [__m512i; 2] {
-    // SAFETY: the caller has four blocks at the pointer.
-    unsafe {
-        let (a, b) = (_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.add(bytes).cast()));
-        let (c, d) = (_mm_loadu_si128(p.add(2 * bytes).cast()), _mm_loadu_si128(p.add(3 * bytes).cast()));
-        let ab = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
-        let cd = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(c), d);
-        nibbles(beside(ab, cd))
-    }
-}
-
 /// The low halves of bytes, and the high ones.
 #[inline(always)]
 unsafe fn nibbles(bytes: __m512i) -> [__m512i; 2] {
@@ -473,17 +430,6 @@ unsafe fn nibbles(bytes: __m512i) -> [__m512i; 2] {
     unsafe {
         let low = _mm512_set1_epi8(15);
         [_mm512_and_si512(bytes, low), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), low)]
-    }
-}
-
-/// Sixteen bytes as 32 codes: the low halves of all, then the high ones.
-#[inline(always)]
-unsafe fn nibbles_of_one(p: *const u8) -> __m256i {
-    // SAFETY: the caller has sixteen bytes at the pointer.
-    unsafe {
-        let bytes = _mm_loadu_si128(p.cast());
-        let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(bytes), _mm_srli_epi16::<4>(bytes));
-        _mm256_and_si256(both, _mm256_set1_epi8(15))
     }
 }
 
@@ -501,364 +447,12 @@ unsafe fn fifth(codes: __m512i, bits: u64) -> __m512i {
     unsafe { _mm512_mask_add_epi8(codes, bits, codes, _mm512_set1_epi8(16)) }
 }
 
-/// Four times sixteen bits, those at `p` of blocks of `bytes`.
-#[inline(always)]
-unsafe fn bits_of_four(p: *const u8, bytes: usize) -> u64 {
-    // SAFETY: the caller has four blocks at the pointer.
-    unsafe {
-        let at = |block: usize| u64::from(p.add(block * bytes).cast::<u16>().read_unaligned());
-        at(0) | at(1) << 16 | at(2) << 32 | at(3) << 48
-    }
-}
-
-/// Formats of four bits or five in blocks of a group: scale, perhaps a minimum, perhaps fifth bits, and half bytes.
-macro_rules! block {
-    ($name:ident, $bytes:literal, offset $offset:literal, min $min:literal, fifth $fifth:literal) => {
-        struct $name;
-
-        impl $name {
-            const FIFTHS: usize = if $min { 4 } else { 2 };
-            const CODES: usize = Self::FIFTHS + if $fifth { 4 } else { 0 };
-        }
-
-        impl Format for $name {
-            const BYTES: usize = $bytes;
-            const OFFSET: f32 = $offset;
-
-            #[inline(always)]
-            unsafe fn scales(&self, p: *const u8, _: usize, n: usize) -> Scales {
-                // SAFETY: the caller has n blocks at the pointer; so for all below.
-                unsafe {
-                    if $min {
-                        return scales_and_minima(p, $bytes, n);
-                    }
-                    let scales = halves(p, $bytes, n);
-                    Scales::of(scales, scales)
-                }
-            }
-
-            #[inline(always)]
-            unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
-                // SAFETY: as above.
-                unsafe {
-                    let p = p.add(group * $bytes);
-                    let codes = nibbles_of_one(p.add(Self::CODES));
-                    if !$fifth {
-                        return codes;
-                    }
-                    let bits = p.add(Self::FIFTHS).cast::<u32>().read_unaligned();
-                    _mm256_mask_add_epi8(codes, bits, codes, _mm256_set1_epi8(16))
-                }
-            }
-
-            #[inline(always)]
-            unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
-                // SAFETY: as above.
-                unsafe {
-                    let p = p.add(4 * q * $bytes);
-                    let [low, high] = nibbles_of_four(p.add(Self::CODES), $bytes);
-                    if !$fifth {
-                        return [low, high];
-                    }
-                    let p = p.add(Self::FIFTHS);
-                    [fifth(low, bits_of_four(p, $bytes)), fifth(high, bits_of_four(p.add(2), $bytes))]
-                }
-            }
-
-            #[inline(always)]
-            unsafe fn spread(&self, p: *const u8, group: usize) -> [__m512i; 2] {
-                // SAFETY: as above.
-                unsafe {
-                    let p = p.add(group * $bytes);
-                    let [low, high] = nibbles(in_quarters(p.add(Self::CODES)));
-                    if !$fifth {
-                        return [low, high];
-                    }
-                    let bits = p.add(Self::FIFTHS).cast::<u32>().read_unaligned();
-                    let all = 0x0001_0001_0001_0001;
-                    [fifth(low, u64::from(bits & 0xFFFF) * all), fifth(high, u64::from(bits >> 16) * all)]
-                }
-            }
-        }
-    };
-}
-
-block!(Q4_0, 18, offset -8.0, min false, fifth false);
-block!(Q4_1, 20, offset 1.0, min true, fifth false);
-block!(Q5_0, 22, offset -16.0, min false, fifth true);
-block!(Q5_1, 24, offset 1.0, min true, fifth true);
-
-struct Q8_0;
-
-impl Format for Q8_0 {
-    const BYTES: usize = 34;
-    const OFFSET: f32 = -128.0;
-
-    #[inline(always)]
-    unsafe fn scales(&self, p: *const u8, _: usize, n: usize) -> Scales {
-        // SAFETY: the caller has n blocks at the pointer.
-        unsafe {
-            let scales = halves(p, Self::BYTES, n);
-            Scales::of(scales, scales)
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
-        // SAFETY: the caller has the block at the pointer.
-        unsafe {
-            let signed = _mm256_loadu_si256(p.add(group * Self::BYTES + 2).cast());
-            _mm256_xor_si256(signed, _mm256_set1_epi8(-128))
-        }
-    }
-}
-
-/// Eight bits a value, `(index - 127) · scale / 127`, a scale for each row.
-struct Linear;
-
-impl Format for Linear {
-    const BYTES: usize = GROUP;
-    const OFFSET: f32 = -127.0;
-
-    #[inline(always)]
-    unsafe fn scales(&self, _: *const u8, _: usize, _: usize) -> Scales {
-        // SAFETY: the processor has it.
-        let ones = unsafe { _mm256_set1_ps(1.0) };
-        Scales::of(ones, ones)
-    }
-
-    #[inline(always)]
-    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
-        // SAFETY: the caller has the group at the pointer.
-        unsafe { _mm256_min_epu8(_mm256_loadu_si256(p.add(group * GROUP).cast()), _mm256_set1_epi8(254u8 as i8)) }
-    }
-
-    #[inline(always)]
-    fn factor(&self, job: &Job<'_>, row: usize) -> f32 {
-        job.w.coded.as_ref().map_or(f32::NAN, |coded| coded.scale(row) / 127.0)
-    }
-}
-
-/// Four bits a value, by a book of sixteen levels: each is a whole number of sixteen bits without a sign, whose bytes are multiplied
-/// one after the other. Where codes are asked for, these are indices into the book.
-struct Book<'a> {
-    scales: BlockScales<'a>,
-    /// The upper bytes of the levels, and the lower ones, in each quarter.
-    high: __m512i,
-    low: __m512i,
-    factor: f32,
-}
-
-impl<'a> Book<'a> {
-    #[inline(always)]
-    unsafe fn new(w: &'a Matrix<'a>, levels: &Levels, scratch: &'a mut Vec<f32>) -> Self {
-        let [high, low] = levels.bytes(Levels::ZERO);
-        // SAFETY: each is sixteen bytes.
-        let (high, low) = unsafe { (in_quarters(high.as_ptr()), in_quarters(low.as_ptr())) };
-        Self { scales: BlockScales::new(w, scratch), high, low, factor: levels.factor }
-    }
-}
-
-/// Sixteen bytes as 32 indices in order, or so in each quarter: the upper half of a byte comes first.
-#[inline(always)]
-unsafe fn in_pairs(bytes: __m512i) -> [__m512i; 2] {
-    // SAFETY: the processor has it.
-    unsafe {
-        let [second, first] = nibbles(bytes);
-        [_mm512_unpacklo_epi8(first, second), _mm512_unpackhi_epi8(first, second)]
-    }
-}
-
-impl Format for Book<'_> {
-    const BYTES: usize = GROUP / 2;
-    const OFFSET: f32 = -(Levels::ZERO as f32);
-
-    #[inline(always)]
-    fn begin(&mut self, row: usize) {
-        self.scales.begin(row);
-    }
-
-    #[inline(always)]
-    unsafe fn scales(&self, _: *const u8, span: usize, _: usize) -> Scales {
-        // SAFETY: passed on to the caller.
-        let scales = unsafe { self.scales.of_span(span) };
-        Scales::of(scales, scales)
-    }
-
-    #[inline(always)]
-    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
-        // SAFETY: the caller has the group at the pointer.
-        unsafe {
-            let bytes = _mm_loadu_si128(p.add(group * Self::BYTES).cast());
-            let [first, second] = in_pairs(_mm512_castsi128_si512(bytes));
-            _mm256_inserti128_si256::<1>(_mm512_castsi512_si256(first), _mm512_castsi512_si128(second))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
-        // SAFETY: the caller has four groups at the pointer.
-        unsafe { in_pairs(_mm512_loadu_si512(p.add(4 * q * Self::BYTES).cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn spread(&self, p: *const u8, group: usize) -> [__m512i; 2] {
-        // SAFETY: the caller has the group at the pointer.
-        unsafe { in_pairs(in_quarters(p.add(group * Self::BYTES))) }
-    }
-
-    #[inline(always)]
-    unsafe fn dot(&self, [first, second]: [__m512i; 2], [x, y]: [__m512i; 2]) -> __m512 {
-        // SAFETY: the processor has it. Sums of eight products with bytes are below 2^18, so that both together are below 2^27.
-        unsafe {
-            let zero = _mm512_setzero_si512();
-            let high = _mm512_dpbusd_epi32(zero, _mm512_shuffle_epi8(self.high, first), x);
-            let high = _mm512_dpbusd_epi32(high, _mm512_shuffle_epi8(self.high, second), y);
-            let low = _mm512_dpbusd_epi32(zero, _mm512_shuffle_epi8(self.low, first), x);
-            let low = _mm512_dpbusd_epi32(low, _mm512_shuffle_epi8(self.low, second), y);
-            _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(high), low))
-        }
-    }
-
-    #[inline(always)]
-    fn factor(&self, _: &Job<'_>, _: usize) -> f32 {
-        self.factor
-    }
-}
-
-/// Scales and minima of six bits each, after the block's own in half precision at `p`.
-#[inline(always)]
-unsafe fn scales_of_six(p: *const u8) -> Scales {
-    // SAFETY: the caller has a whole block at the pointer.
-    unsafe {
-        let both = _mm_cvtph_ps(_mm_cvtsi32_si128(p.cast::<i32>().read_unaligned()));
-        let (d, d_min) = (_mm256_broadcastss_ps(both), _mm256_broadcastss_ps(_mm_movehdup_ps(both)));
-        let (scales, mins) = sub_blocks(p.add(4));
-        let scales = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(scales as i64)));
-        let mins = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(mins as i64)));
-        Scales::of(_mm256_mul_ps(scales, d), _mm256_mul_ps(mins, d_min))
-    }
-}
-
-/// 32 bytes hold the codes of two groups; those of four as they lie: groups 0 and 2, and 1 and 3.
-#[inline(always)]
-unsafe fn in_order([even, odd]: [__m512i; 2]) -> [__m512i; 2] {
-    // SAFETY: the processor has it.
-    unsafe {
-        let first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
-        let second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
-        [_mm512_permutex2var_epi64(even, first, odd), _mm512_permutex2var_epi64(even, second, odd)]
-    }
-}
-
-struct Q4K;
-
-impl Format for Q4K {
-    const GROUPS: usize = SPAN;
-    const BYTES: usize = 144;
-    const OFFSET: f32 = -1.0;
-
-    #[inline(always)]
-    unsafe fn scales(&self, p: *const u8, _: usize, _: usize) -> Scales {
-        // SAFETY: passed on to the caller; so for all below.
-        unsafe { scales_of_six(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
-        // SAFETY: as above.
-        unsafe { half_bytes(p.add(16), group) }
-    }
-
-    #[inline(always)]
-    unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
-        // SAFETY: as above.
-        unsafe { in_order(nibbles(_mm512_loadu_si512(p.add(16 + 64 * q).cast()))) }
-    }
-}
-
-struct Q5K;
-
-impl Format for Q5K {
-    const GROUPS: usize = SPAN;
-    const BYTES: usize = 176;
-    const OFFSET: f32 = -1.0;
-
-    #[inline(always)]
-    unsafe fn scales(&self, p: *const u8, _: usize, _: usize) -> Scales {
-        // SAFETY: passed on to the caller; so for all below.
-        unsafe { scales_of_six(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
-        // SAFETY: as above. Bit `group` of each byte becomes the fifth.
-        unsafe {
-            let fifths = _mm256_loadu_si256(p.add(16).cast());
-            let set = _mm256_test_epi8_mask(fifths, _mm256_set1_epi8((1u8 << group) as i8));
-            let codes = half_bytes(p.add(48), group);
-            _mm256_mask_add_epi8(codes, set, codes, _mm256_set1_epi8(16))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn quad(&self, p: *const u8, q: usize) -> [__m512i; 2] {
-        // SAFETY: as above.
-        unsafe {
-            let [even, odd] = nibbles(_mm512_loadu_si512(p.add(48 + 64 * q).cast()));
-            let fifths = _mm256_loadu_si256(p.add(16).cast());
-            let fifths = beside(fifths, fifths);
-            // Bits of groups 4q and 4q + 2, and of the two after them.
-            let first = (1u8 << (4 * q)) as i8;
-            let bits = beside(_mm256_set1_epi8(first), _mm256_set1_epi8(first << 2));
-            let even_set = _mm512_test_epi8_mask(fifths, bits);
-            let odd_set = _mm512_test_epi8_mask(fifths, _mm512_add_epi8(bits, bits));
-            in_order([fifth(even, even_set), fifth(odd, odd_set)])
-        }
-    }
-}
-
-/// Sixteen scales of sixteen codes each.
-struct Q6K;
-
-impl Format for Q6K {
-    const GROUPS: usize = SPAN;
-    const BYTES: usize = 210;
-    const OFFSET: f32 = -32.0;
-    const HALVES: bool = true;
-
-    #[inline(always)]
-    unsafe fn scales(&self, p: *const u8, _: usize, _: usize) -> Scales {
-        // SAFETY: passed on to the caller; so for all below.
-        unsafe {
-            let d = _mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.add(208).cast::<u16>().read_unaligned())));
-            let d = _mm256_broadcastss_ps(d);
-            let signed = _mm_loadu_si128(p.add(192).cast());
-            let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(signed));
-            let high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(signed, signed)));
-            let even = _mm_srai_epi16::<8>(_mm_slli_epi16::<8>(signed));
-            let even = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(even));
-            let odd = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_srai_epi16::<8>(signed)));
-            Scales {
-                first: _mm256_mul_ps(d, even),
-                second: _mm256_mul_ps(d, odd),
-                sums: [_mm256_mul_ps(d, low), _mm256_mul_ps(d, high)],
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn group(&self, p: *const u8, group: usize) -> __m256i {
-        // SAFETY: as above.
-        unsafe { six_bits(p, group) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::super::tests::{BLOCKS, ggml};
     use super::*;
     use crate::EncodedScales;
+    use crate::matmul::Matrix;
     use crate::storage::codec::Codec;
 
     /// Every way to the codes of a group yields the same.

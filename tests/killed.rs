@@ -115,6 +115,8 @@ impl Runs {
     }
 }
 
+/// Arguments of a run that takes long enough to be interrupted in it.
+const LONG: [&str; 8] = ["--max-steps", "90", "--eval-file", "held.jsonl", "--eval-every", "1", "--batch-size", "2"];
 /// Arguments of a run of a fraction of a second.
 const SHORT: [&str; 8] = ["--max-steps", "40", "--batch-size", "4", "--lora-dropout", "0.1", "--seed", "5"];
 
@@ -244,7 +246,7 @@ fn resume_without_a_run_starts_one() -> Result<()> {
 /// `--overwrite` is said of what stands there when the run begins.
 #[test]
 fn a_run_with_overwrite_replaces_what_stood_there_by_its_whole_result_and_nothing_that_came_later() -> Result<()> {
-    let runs = Runs::new(&SHORT)?;
+    let runs = Runs::new(&LONG)?;
     let standing = runs.place.write("outputs/out/trainer_state.json", "mine")?;
     let resume = || {
         let mut command = runs.program();
@@ -272,7 +274,7 @@ fn a_run_with_overwrite_replaces_what_stood_there_by_its_whole_result_and_nothin
 
 #[test]
 fn what_a_user_puts_beside_a_partial_result_stays() -> Result<()> {
-    let runs = Runs::new(&SHORT)?;
+    let runs = Runs::new(&LONG)?;
     let mut running = Running::start(&mut runs.command(&["--save-every", "2"]))?;
     running.wait_for("step ")?;
     running.signal(libc::SIGINT)?;
@@ -333,8 +335,7 @@ fn a_run_whose_name_is_anothers_by_now_takes_another() -> Result<()> {
 
 #[test]
 fn an_interrupted_run_goes_on_by_its_name() -> Result<()> {
-    let steps = ["--max-steps", "90", "--eval-file", "held.jsonl", "--eval-every", "1", "--batch-size", "2"];
-    let runs = Runs::new(&steps)?;
+    let runs = Runs::new(&LONG)?;
     let mut running = Running::start(&mut runs.command(&[]))?;
     running.wait_for("step ")?;
     running.signal(libc::SIGINT)?;

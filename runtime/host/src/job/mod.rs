@@ -45,7 +45,7 @@ use crate::models::shown;
 use crate::plugin::generation::Live;
 use crate::plugin::reload::Watching;
 use crate::plugin::{Plugin, native};
-use crate::progress::{self, line};
+use crate::progress::{self, line, thousands};
 use crate::registry;
 
 /// What a reference makes of the rows, in a training's directory.
@@ -400,6 +400,19 @@ fn differences(theirs: Option<&Map<String, Value>>, plan: Option<&Peft>) -> Vec<
             (their != our).then(|| format!("{name} {}, this run asks for {}", shown(&their), shown(&our)))
         })
         .collect()
+}
+
+/// The steps of a training, their batches and their rate: a line of its opening.
+pub fn training_words(steps: u64, config: &TrainConfig) -> String {
+    format!(
+        "training  {} steps of {} x {} examples   learning rate {:.1e}, {}   seed {}",
+        thousands(steps as usize),
+        config.gradient_accumulation_steps,
+        config.batch_size,
+        config.learning_rate,
+        config.lr_scheduler_type.name(),
+        config.seed,
+    )
 }
 
 /// Runs what stores a base otherwise, with a bar on a terminal.

@@ -124,8 +124,9 @@ unsafe fn original(state: *mut lua_State) -> c_int {
 unsafe fn look(state: *mut lua_State) {
     let ended = CLOCK.with_borrow(|clock| clock.as_ref().is_some_and(|clock| clock.ended().is_some()));
     if ended {
-        // SAFETY: the callbacks of a machine live as long as it does. The interrupt, if there is one, is mlua's, which may be called
-        // from C functions, as Luau's pattern matcher does; it raises what the sandbox's interrupt returns.
+        // SAFETY: the callbacks of a machine live as long as it does. The interrupt, if there is one, is that of `noted`, which
+        // calls mlua's where the script is to end. Both may be called from C functions, as Luau's pattern matcher does; mlua's raises what
+        // the sandbox's interrupt returns.
         unsafe {
             if let Some(interrupt) = (*ffi::lua_callbacks(state)).interrupt {
                 interrupt(state, -1);

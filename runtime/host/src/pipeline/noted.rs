@@ -39,7 +39,8 @@ thread_local! {
     };
 }
 
-/// Notes lines from now on, and calls the machine's interrupt, which has been set, only where the clock has something to say.
+/// Notes lines from now on, and calls the machine's interrupt, which has just been set, only where the clock has something to say. A machine
+/// is begun once, and of several on a thread the last counts.
 pub fn begin(lua: &Lua, clock: Arc<Clock>) -> mlua::Result<()> {
     NOTED.with(|noted| {
         noted.clock.replace(Some(clock));

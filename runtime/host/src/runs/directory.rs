@@ -166,7 +166,6 @@ impl RunDirectory {
         write_about(&self.path, &self.id, about)?;
         (record.script, record.settings) = (script, about.settings.clone());
         env!("CARGO_PKG_VERSION").clone_into(&mut record.version);
-        record.processor = homeroom_kernels::isa().name();
         record.machine = machine();
         record.write(&self.path)?;
         Ok(differs)

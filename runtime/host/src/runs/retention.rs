@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -88,21 +89,33 @@ impl Entry {
     }
 }
 
-/// Files that name adapters of runs, and in whose words that is said.
-fn naming(home: &Path) -> Vec<(String, PathBuf)> {
+/// Files that name adapters of runs, and in whose words that is said; and a directory of such that cannot be read.
+fn naming(home: &Path) -> (Vec<(String, PathBuf)>, Option<PathBuf>) {
+    let mut unread = None;
+    let mut entries = |directory: PathBuf| {
+        if fs::read_dir(&directory).is_err_and(|error| !is_absent(&error)) {
+            unread = Some(directory.clone());
+        }
+        entries(&directory)
+    };
     let mut files = vec![("handlers.toml".to_owned(), home.join("handlers.toml"))];
-    for model in entries(&home.join("models")) {
+    for model in entries(home.join("models")) {
         for file in ["homeroom.json", "adapter_config.json"] {
             files.push((format!("model {}", name(&model)), model.join(file)));
         }
     }
-    for run in entries(&home.join("runs")) {
+    for run in entries(home.join("runs")) {
         let said = format!("run {}", name(&run));
         files.push((said.clone(), run.join("run.json")));
-        let adapters = entries(&run.join("adapters")).into_iter().map(|adapter| adapter.join("homeroom.json"));
-        files.extend(adapters.chain(entries(&run.join("steps"))).map(|file| (said.clone(), file)));
+        let adapters = entries(run.join("adapters")).into_iter().map(|adapter| adapter.join("homeroom.json"));
+        files.extend(adapters.chain(entries(run.join("steps"))).map(|file| (said.clone(), file)));
     }
-    files
+    (files, unread)
+}
+
+/// Whether there is nothing, as against something that cannot be read.
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
 /// Who names an adapter of a run, by its id or by its path: handlers, models of the registry, other runs. A name that only looks like
@@ -113,11 +126,12 @@ pub fn users(id: &str, home: &Path) -> Vec<String> {
 
 /// The texts in which such names stand, and a file that could not be read: who knows what it names.
 fn texts(home: &Path) -> (Vec<(String, String)>, Option<PathBuf>) {
-    let (mut texts, mut unread) = (Vec::new(), None);
-    for (said, path) in naming(home) {
+    let (files, mut unread) = naming(home);
+    let mut texts = Vec::new();
+    for (said, path) in files {
         match read_text(&path, SMALL_FILE_BYTES_MAX) {
             Ok(text) => texts.push((said, text)),
-            Err(_) if fs::symlink_metadata(&path).is_err() => {}
+            Err(_) if fs::symlink_metadata(&path).is_err_and(|error| is_absent(&error)) => {}
             Err(_) => unread = Some(path),
         }
     }
@@ -140,10 +154,10 @@ fn users_among(id: &str, texts: &[(String, String)]) -> Vec<String> {
 pub fn remove(entry: &Entry) -> Result<()> {
     // Held while its name goes, so that nobody takes it up meanwhile.
     let _lock = lock::take(&entry.path).with_context(|| format!("run {}", entry.id))?;
-    let of = |record: &Record| (record.started.clone(), record.token.clone());
+    let of = |record: &Record| serde_json::to_value(record).ok();
     let now = Record::read(&entry.path).ok();
     ensure!(
-        now.as_ref().map(of) == entry.record.as_ref().map(of),
+        now.as_ref().and_then(of) == entry.record.as_ref().and_then(of),
         "run {}: it has changed since it was looked at; nothing is removed",
         entry.id
     );

@@ -1,6 +1,6 @@
 //! `homeroom fine-tune`: refuses what cannot be trained before it has cost anything, trains, and saves.
 //!
-//! [`arguments`] is what it is told, [`unfinished`] finds a run that can go on, [`told`] is what it says.
+//! [`arguments`] is what it is told, [`unfinished`] finds a run that can go on, [`place`] is where the result goes, [`told`] is what it says.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

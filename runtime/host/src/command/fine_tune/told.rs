@@ -8,7 +8,7 @@ use homeroom_engine::train::{TrainConfig, TrainReport};
 
 use super::Rows;
 use super::arguments::Arguments;
-use crate::job::{Before, Job, Sample, defaults};
+use crate::job::{Before, Job, Sample, defaults, training_words};
 use crate::models::shown;
 use crate::processor;
 use crate::progress::{line, millions, size, thousands};
@@ -84,15 +84,7 @@ pub(super) fn restate(
     if let Some(note) = note_endless(rows.data.endless, rows.data.examples.len()) {
         line(note);
     }
-    line(format_args!(
-        "training  {} steps of {} x {} examples   learning rate {:.1e}, {}   seed {}",
-        thousands(steps as usize),
-        config.gradient_accumulation_steps,
-        config.batch_size,
-        config.learning_rate,
-        config.lr_scheduler_type.name(),
-        config.seed,
-    ));
+    line(training_words(steps, config));
     if steps < STEPS_FEW && arguments.max_steps.is_none() && arguments.epochs.is_some_and(|epochs| epochs < EPOCHS_MANY)
     {
         let steps = if steps == 1 { "one step teaches".to_owned() } else { format!("{steps} steps teach") };

@@ -68,8 +68,8 @@ pub struct Needs {
 
 /// Bytes of a value of an adapter, and of a parameter with its moments in a checkpoint.
 const VALUE_BYTES: [u64; 2] = [4, 12];
-/// Checkpoints that are kept at once: the last, the best, and one to go back to.
-const CHECKPOINTS: u64 = 3;
+/// Most checkpoints that are kept at once: the last, the two best, and two to go back to.
+const CHECKPOINTS: u64 = 5;
 
 impl Needs {
     /// What is written for so many trained values.

@@ -47,7 +47,7 @@ pub fn save_model(lua: &Lua, session: &Session, argument: Value) -> Result<Value
             session.tell(format_args!("saved     {name}   {}{replaces}", place.display()));
             Ok(Made { result: json!({"name": name, "path": place}), files: identity::model_files(&place)? })
         })?;
-        session.note(&json!({"event": "saved_model", "name": name, "path": place}));
+        session.note(json!({"event": "saved_model", "name": name, "path": place}));
         session.adaptations.borrow_mut().remove(&place);
         session.bases.borrow_mut().remove(&place);
         spec.adapter = Some(name.clone());

@@ -77,6 +77,8 @@ pub struct Session {
     pub(super) stages: Cell<usize>,
     /// Whether it was said that results cannot be kept.
     pub(super) unkept: Cell<bool>,
+    /// Events of before the run has begun.
+    events: RefCell<Vec<Json>>,
     /// Whether nothing is looked up.
     pub(super) fresh: bool,
     /// The run that it goes on with.
@@ -124,6 +126,7 @@ impl Session {
             store: Store::new(registry::data_directory().map(|data| data.join("runs")), how.fresh),
             stages: Cell::default(),
             unkept: Cell::default(),
+            events: RefCell::default(),
             fresh: how.fresh,
             resumed: how.resumed,
             run: RefCell::default(),
@@ -294,14 +297,16 @@ impl Session {
             Some(_) => {}
         }
         let numbers = ["adapters", "trainings"].map(|directory| last_number(&begun.path().join(directory)));
+        self.events.take().iter().for_each(|event| begun.event(event));
         run.replace((begun.clone(), numbers[0].max(numbers[1])));
         Ok(begun)
     }
 
-    /// Writes an event of the run itself, if it has begun.
-    pub(super) fn note(&self, event: &Json) {
-        if let Some((run, _)) = &*self.run.borrow() {
-            run.event(event);
+    /// Writes an event of the run itself, now or when it begins.
+    pub(super) fn note(&self, event: Json) {
+        match &*self.run.borrow() {
+            Some((run, _)) => run.event(&event),
+            None => self.events.borrow_mut().push(event),
         }
     }
 

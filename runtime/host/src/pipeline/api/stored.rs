@@ -120,9 +120,14 @@ impl<'a> Step<'a> {
             return Ok(());
         }
         if key(self.lua, self.session, self.verb, self.options, &self.more)? != (self.key.clone(), None) {
+            let hint = match self.verb.name {
+                "fine_tune" => {
+                    "; if its callbacks change values outside of them, keep those in `report.state`, or give `key`"
+                }
+                _ => "",
+            };
             self.session.tell(format_args!(
-                "note: {}{}: its callbacks change values outside of them, so that a later run makes it again; keep such values in \
-                 `report.state`, or give `key`",
+                "note: {}{}: what went into it has changed meanwhile, so that a later run makes it again{hint}",
                 here(self.lua),
                 self.verb.name
             ));

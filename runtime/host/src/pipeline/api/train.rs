@@ -23,7 +23,7 @@ use super::stored::{Made, Step};
 use super::value::{to_json, to_lua, words};
 use super::{Session, identity, resumed};
 use crate::job::defaults::{self, Open};
-use crate::job::{Before, Job, Outcome, Recording, Saving, Taken};
+use crate::job::{Before, Job, Outcome, Recording, Saving, Taken, training_words};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
@@ -76,7 +76,7 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
         let told = format!("from run {}, {:.1} s", entry.run, step.seconds());
         session.tell(format_args!("stage {stage:<3} {told}   {}", summary(&entry.result)));
         let looked_up = json!({"event": "looked_up", "from": entry.run, "adapter": entry.result["adapter"]});
-        session.note(&looked_up);
+        session.note(looked_up);
         return tuned(lua, spec, &entry.result);
     }
     let plugin = session.plugin(&strategy)?;
@@ -232,7 +232,10 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
     } else if job.now().1.sha256 == job.strategy.sha256 {
         step.keep(Made { result: result.clone(), files: identity::model_files(&path)? })?;
     }
-    resumed::end(recording.directory())?;
+    // It is trained and kept all the same.
+    if let Err(error) = resumed::end(recording.directory()) {
+        session.tell(format_args!("note: {error:#}"));
+    }
     tuned(lua, spec, &result)
 }
 
@@ -485,15 +488,7 @@ fn restate(
     if let Some(note) = note_endless(data.endless, data.groups.len()) {
         session.tell(note);
     }
-    session.tell(format_args!(
-        "training  {} steps of {} x {} examples   learning rate {:.1e}, {}   seed {}",
-        thousands(steps as usize),
-        config.gradient_accumulation_steps,
-        config.batch_size,
-        config.learning_rate,
-        config.lr_scheduler_type.name(),
-        config.seed,
-    ));
+    session.tell(training_words(steps, config));
 }
 
 /// Hears of each step, and lets the script's callbacks hear of it.

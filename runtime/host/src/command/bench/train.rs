@@ -15,7 +15,7 @@ use homeroom_engine::run::batch::{Batch, pass_rows};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::profile;
 use homeroom_engine::train::{Run, TrainConfig};
-use homeroom_kernels::{Stream, bf16, bf16_register_loop_gflops, f32_register_loop_gflops, isa, threads};
+use homeroom_kernels::{Stream, bf16_register_loop_gflops, f32_register_loop_gflops, isa, threads};
 use serde_json::{Map, Value, json};
 
 use super::super::arguments::{COMPUTE, COUNT_MAX, PluginArgs, Word, key_value, one_of, whole};

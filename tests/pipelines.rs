@@ -288,10 +288,73 @@ fn datasets_do_what_their_methods_say() -> Result<()> {
         ("select(2, all:split { eval = 0.25 }):len()", json!(6)),
         ("homeroom.prepare_dataset { path = params.dataset }.eval == nil", json!(true)),
         ("all:map(function(row) return row end):rows()[1].meta", json!({"a": {}, "z": 1})),
+        // Lists of rows, none, one and several; the row itself may be among them.
+        (
+            "ids(all:map(function(row) if row.id == 0 then return { row } elseif row.id == 2 then \
+             return { row, { prompt = \"p\", completion = \"c\", id = 90 }, { text = \"t\", id = 91 } } end end))",
+            json!([0, 2, 90, 91]),
+        ),
+        ("all:map(function(row) return { row, row } end):len()", json!(48)),
+        ("all:rename { level = \"grade\", id = \"number\" }:rows()[7].grade", json!(1)),
+        ("all:rename { level = \"grade\" }:rows()[7].level == nil", json!(true)),
+        ("all:rename { level = \"id\", id = \"level\" }:rows()[8].id", json!(2)),
+        (
+            "ids(all:sample { n = 4, weights = function(row) return row.id > 18 and row.id or 0 end, seed = 3 })[1] > 18",
+            json!(true),
+        ),
+        (
+            "all:sample { n = 50, weights = \"level\", replace = true }:filter(function(row) return row.level == 0 end):len()",
+            json!(0),
+        ),
+        (
+            "all:sample { n = 50, replace = true }:len() + all:sample { n = 50, weights = \"level\" }:len()",
+            json!(50 + 19),
+        ),
+        (
+            "ids(homeroom.interleave { datasets = { all:filter(function(row) return row.id < 6 end), \
+             all:filter(function(row) return row.id >= 20 end) }, shares = { 2, 1 } })",
+            json!([0, 20, 1, 2, 21, 3, 4, 22, 5]),
+        ),
+        (
+            "homeroom.interleave { datasets = { all:sample { n = 3 }, all:sample { n = 8 } }, stopping_strategy = \"all_exhausted\" }:len()",
+            json!(16),
+        ),
+        (
+            "ids(all:filter(function(row) return row.id < 6 end):replay { rows = all:filter(function(row) return row.id == 23 end), share = 0.25 })",
+            json!([0, 1, 2, 23, 3, 4, 5, 23]),
+        ),
+        ("all:replay { rows = all, share = 0.5 }:dedupe():len()", json!(24)),
+        ("all:replay { rows = all, share = 0 }:len()", json!(24)),
+        // Two turns are longer than one, and shorter numbers are shorter.
+        ("ids(all:by_length())[1]", json!(1)),
+        ("ids(all:by_length { quantiles = { 0.5 } }[2])[12]", json!(21)),
+        ("#all:by_length { model = params.model }", json!(24)),
     ];
     for (expression, expected) in cases {
         assert_eq!(place.result(&format!("{ids}return {expression}"))?, expected, "{expression}");
     }
+    Ok(())
+}
+
+/// Rows are sorted by the loss that `evaluate` gives each of them alone, and what was measured is looked up.
+#[test]
+fn rows_are_sorted_by_the_loss_that_a_model_has_on_each() -> Result<()> {
+    let place = Place::new()?;
+    let script = "local all = homeroom.prepare_dataset { path = params.dataset }.train\n\
+        local function loss(row) return homeroom.evaluate { model = params.model, dataset = all:filter(function(other) return other.id == row.id end) }.loss end\n\
+        local losses = {} for i, row in ipairs(all:by_loss { model = params.model }:rows()) do losses[i] = loss(row) end\n\
+        local easy, hard = table.unpack(all:by_loss { model = params.model, quantiles = { 0.25 } })\n\
+        return { losses = losses, easy = #easy, hard = #hard }";
+    let output = place.run(script, &["--json"])?;
+    ensure!(output.status.success(), "{}", stderr(&output));
+    let result: Value = serde_json::from_slice(&output.stdout)?;
+    let losses: Vec<f64> = result["losses"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+    assert_eq!(losses.len(), 24);
+    assert!(losses.is_sorted() && losses[0] < losses[23], "{losses:?}");
+    assert_eq!((&result["easy"], &result["hard"]), (&json!(6), &json!(18)));
+    // The other quantiles are of the same measurement.
+    let said = stderr(&output);
+    assert!(said.contains("by_loss   from run s-1"), "{said}");
     Ok(())
 }
 
@@ -372,7 +435,40 @@ fn mistakes_are_told_at_the_scripts_line() -> Result<()> {
         ),
         ("data.train:filter(function(row)\n  return row.nothing.there\nend)", "rows.jsonl line "),
         ("data.train:map(function(row) row.messages = nil return row end)", "s.lua:3: map: the new row is refused: "),
-        ("data.train:map(function(row) return 3 end)", "map: the function returned 3, not a row or nil"),
+        (
+            "data.train:map(function(row) return 3 end)",
+            "map: the function returned 3, not a row, a list of rows or nil",
+        ),
+        ("data.train:map(function(row) return { row, 3 } end)", "map: item 2 of the list is 3, not a row (row: "),
+        (
+            "data.train:map(function(row)\n  return { row, { prompt = \"\" } }\nend)",
+            "map: row 2 of the list is refused: ",
+        ),
+        ("data.train:rename { levle = \"grade\" }", "rename: no row has a field `levle`, did you mean `level`?"),
+        ("data.train:rename { level = \"id\" }", "rename: the row would have two fields `id` (row: "),
+        ("data.train:rename { messages = \"turns\" }", "rename: the new row is refused: "),
+        ("data.train:rename { \"level\" }", "rename: it takes a table from a field's name to its new name"),
+        (
+            "data.train:sample { n = 2, weights = function(row) return -1 end }",
+            "sample: `weights` gives -1, which is below 0",
+        ),
+        ("data.train:sample { n = 2, weights = function(row) return 0 end }", "sample: no row has a weight above 0"),
+        ("data.train:sample { n = 2, weights = \"note\" }", "sample: `weights` gives null, not a number (row: "),
+        ("homeroom.interleave { datasets = { data.train, 3 } }", "interleave: `datasets` should be a list of datasets"),
+        (
+            "homeroom.interleave { datasets = { data.train }, shares = { 1, 2 } }",
+            "interleave: 2 `shares` for 1 datasets",
+        ),
+        (
+            "homeroom.interleave { datasets = { data.train, data.train:filter(function() return false end) } }",
+            "interleave: dataset 2 has no rows",
+        ),
+        (
+            "homeroom.interleave { datasets = { data.train, data.eval }, shares = { 1, 1e-12 }, stopping_strategy = \"all_exhausted\" }",
+            "rows are too many for one dataset",
+        ),
+        ("data.train:replay { rows = data.eval, share = 0.99999999999 }", "more rows are too many for one dataset"),
+        ("data.train:by_loss {}", "by_loss: `model` is missing"),
         ("data.train:bucket { by = \"note\", quantiles = { 0.5 } }", "bucket: `by` gives null, not a number (row: "),
         ("data.train:concat({})", "concat: it takes a dataset, not a table"),
         ("local d = data.train for i = 1, 60 do d = d:concat(d) end", "rows are too many for one dataset"),

@@ -99,11 +99,17 @@ local Dataset = {}
 ---@return Dataset # a new dataset
 function Dataset:filter(keep) end
 
----Replaces each row by what a function returns for it; nil leaves the row out.
+---Replaces each row by what a function returns for it: a row, or a list of rows; nil leaves the row out.
 ---What the function does not touch stays as it was, and a changed row is checked as the rows of a file are. A function that never returns anything is an error.
----@param change fun(row: Row): Row?
+---@param change fun(row: Row): Row|Row[]|nil
 ---@return Dataset # a new dataset
 function Dataset:map(change) end
+
+---Gives fields of the rows other names.
+---It takes a table from a field's name to its new name. A field that no row has is an error, and so are two fields of one name.
+---@param names table<string, string>
+---@return Dataset # a new dataset
+function Dataset:rename(names) end
 
 ---@class SplitOptions
 ---@field eval number # share of the rows to evaluate on; at least one row
@@ -123,8 +129,30 @@ function Dataset:split(options) end
 ---@return Dataset[] # one dataset more than there are quantiles, the smallest numbers first
 function Dataset:bucket(options) end
 
+---@class ByLengthOptions
+---@field model? string | Model # the model in whose tokens length is counted; without one it is in characters (default: none)
+---@field quantiles? number[] # splits the sorted rows, ascending: { 0.5 } makes two halves (default: none)
+
+---Sorts the rows by their length, the shortest first.
+---@param options? ByLengthOptions
+---@return Dataset|Dataset[] # a new dataset; with `quantiles` a list of one dataset more than there are quantiles
+function Dataset:by_length(options) end
+
+---@class ByLossOptions
+---@field model string | Model # the model that finds them easy or hard: the base, before it learns them
+---@field compute? "auto" | "bf16" | "f32" | "int8" # what matrices are multiplied in; auto: what the strategy proposes, else the faster of bf16 and f32 on this processor; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64 (default: "f32")
+---@field quantiles? number[] # splits the sorted rows, ascending: { 0.5 } makes two halves (default: none)
+
+---Sorts the rows by how hard a model finds them: by its mean loss on each row's own trained tokens, the lowest first.
+---The measured losses are kept, and looked up when the same rows are sorted by the same model again.
+---@param options ByLossOptions
+---@return Dataset|Dataset[] # a new dataset; with `quantiles` a list of one dataset more than there are quantiles
+function Dataset:by_loss(options) end
+
 ---@class SampleOptions
 ---@field n number # number of rows
+---@field weights? string | fun(row: Row): any # a number from 0 for each row, in proportion to which it is drawn: a field, or what a function returns for a row (default: equal)
+---@field replace? boolean # true: a row may be drawn more than once (default: false)
 ---@field seed? number # the same seed gives the same result (default: 42)
 
 ---Draws rows at random, each at most once; all rows if there are at most `n`.
@@ -136,6 +164,16 @@ function Dataset:sample(options) end
 ---@param other Dataset
 ---@return Dataset # a new dataset
 function Dataset:concat(other) end
+
+---@class ReplayOptions
+---@field rows Dataset # rows of before: of an earlier lesson, or answers that the base gave
+---@field share? number # their share of the result; where they are too few, they come again (default: 0.1)
+---@field seed? number # the same seed gives the same result (default: 42)
+
+---Spreads rows of what was learned before among the rows, so that it is not forgotten.
+---@param options ReplayOptions
+---@return Dataset # a new dataset
+function Dataset:replay(options) end
 
 ---@class ShuffleOptions
 ---@field seed? number # the same seed gives the same result (default: 42)
@@ -200,6 +238,18 @@ function homeroom.load_model(options) end
 ---@param options PrepareDatasetOptions
 ---@return Split # `{train =, eval =}`, two datasets; `eval` is nil if no rows are held out
 function homeroom.prepare_dataset(options) end
+
+---@class InterleaveOptions
+---@field datasets Dataset[] # what is mixed
+---@field shares? number[] # how much of each dataset, in proportion: { 3, 1 } takes three rows of the first and one of the second (default: equal)
+---@field probabilities? number[] # another name for `shares`
+---@field stopping_strategy? "first_exhausted" | "all_exhausted" # first_exhausted: ends where a dataset has no more rows; all_exhausted: a dataset that has no more begins anew, until all rows of all were taken (default: "first_exhausted")
+
+---Mixes datasets: takes their rows by turns, so that everywhere in the result each dataset has its share.
+---The rows of each dataset stay in order. Train with `shuffle = false` to learn them in this order.
+---@param options InterleaveOptions
+---@return Dataset # a new dataset
+function homeroom.interleave(options) end
 
 ---@class FineTuneOptions
 ---@field model string | Model # what to train

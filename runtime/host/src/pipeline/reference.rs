@@ -160,7 +160,8 @@ const SHAPES: [Shape; 10] = [
 fn arguments(verb: &Verb) -> Vec<(&'static str, &'static str)> {
     match verb.name {
         "filter" => vec![("keep", "(row: Row) -> boolean")],
-        "map" => vec![("change", "(row: Row) -> Row?")],
+        "map" => vec![("change", "(row: Row) -> (Row | {Row})?")],
+        "rename" => vec![("names", "{[string]: string}")],
         "concat" => vec![("other", "Dataset")],
         "info" | "warn" => vec![("message", "string"), ("fields", "{[string]: any}?")],
         _ => Vec::new(),
@@ -301,7 +302,9 @@ fn ls_type(kind: &str) -> String {
         "string | {string}" => "string | string[]",
         "{[string]: any}" => "table<string, any>",
         "(row: Row) -> boolean" => "fun(row: Row): boolean",
-        "(row: Row) -> Row?" => "fun(row: Row): Row?",
+        "(row: Row) -> (Row | {Row})?" => "fun(row: Row): Row|Row[]|nil",
+        "{[string]: string}" => "table<string, string>",
+        "Dataset | {Dataset}" => "Dataset|Dataset[]",
         "string | (row: Row) -> any" => "string | fun(row: Row): any",
         "(report: StepReport) -> Directive?" => "fun(report: StepReport): Directive?",
         "(report: EvalReport) -> Directive?" => "fun(report: EvalReport): Directive?",

@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::order;
-use homeroom_engine::data::{Group, OnLongRow, Problems, check_row_for, read_texts};
+use homeroom_engine::data::{Encoder, Group, OnLongRow, Problems, check_row_for, read_texts};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
 use mlua::{Lua, Value};
@@ -161,13 +161,21 @@ impl Dataset {
         &self.rows.rows
     }
 
+    /// How its rows become tokens of a model.
+    ///
+    /// # Errors
+    /// When the model does not take rows of that length.
+    pub(super) fn encoder<'m>(&self, model: &'m BaseModel) -> Result<Encoder<'m>> {
+        models::encoder(model, self.max_seq_len, self.on_long_row).map_err(in_lua_words)
+    }
+
     /// The rows as examples of a model, from which it is to learn by an objective.
     ///
     /// # Errors
     /// When there are none, rows are refused (all of them in one message), or the script is to end.
     pub fn encode(&self, clock: &Clock, model: &BaseModel, objective: Kind) -> Result<Encoded> {
         ensure!(!self.rows().is_empty(), "the dataset has no rows");
-        let encoder = models::encoder(model, self.max_seq_len, self.on_long_row).map_err(in_lua_words)?;
+        let encoder = self.encoder(model)?;
         let mut problems: BTreeMap<&Path, Problems> = BTreeMap::new();
         let (mut groups, mut skipped, mut truncated, mut endless) = (Vec::new(), 0, 0, 0);
         let mut hasher = Sha256::new();

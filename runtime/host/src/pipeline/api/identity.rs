@@ -26,8 +26,9 @@ use crate::pipeline::store::{digest_of, digest_of_file};
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Most values that are looked at of what callbacks take from around them.
 const VALUES_MAX: usize = 100_000;
-/// Options that change nothing of a result, unless the training was taken back to a checkpoint: such a one is not kept.
-pub const NO_INPUTS: [&str; 2] = ["save_steps", "save_minutes"];
+/// Options that change nothing of a result, unless the training was taken back to a checkpoint: such a one is not kept. Quantiles are
+/// those of what `by_loss` measures, which is what is kept.
+pub const NO_INPUTS: [&str; 3] = ["save_steps", "save_minutes", "quantiles"];
 /// What of `homeroom` a callback may name and still be a function of its report.
 const HARMLESS: [&str; 2] = ["log", "null"];
 /// Globals that a callback may name: what they do depends on nothing but what they are given. `print` tells, and changes nothing.

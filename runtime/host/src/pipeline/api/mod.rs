@@ -4,6 +4,7 @@
 //! stands still, and returns plain tables and texts; a failure begins with the script's file and line.
 
 mod dataset;
+mod difficulty;
 mod evaluate;
 mod forgetting;
 mod generate;
@@ -12,6 +13,7 @@ mod identity;
 mod imagined;
 mod load;
 mod methods;
+mod mixtures;
 mod model;
 mod names;
 mod options;
@@ -54,9 +56,10 @@ fn verb_call<T>(session: &Session, call: impl FnOnce() -> Result<T, Failure>) ->
 
 type Call = fn(&Lua, &Session, Value) -> Result<Value, Failure>;
 
-const CALLS: [(&str, Call); 9] = [
+const CALLS: [(&str, Call); 10] = [
     ("load_model", load::load_model),
     ("prepare_dataset", dataset::prepare_dataset),
+    ("interleave", mixtures::interleave),
     ("fine_tune", train::fine_tune),
     ("save_model", saved::save_model),
     ("load_fine_tuned_model", load::load_fine_tuned_model),

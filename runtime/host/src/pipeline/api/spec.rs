@@ -66,12 +66,16 @@ pub enum Kind {
     Texts,
     /// A list of numbers between 0 and 1.
     Shares,
+    /// A list of numbers above 0.
+    Rates,
     /// A table from option to value.
     Table,
     /// A model: its name, or what a verb returned.
     Model,
     /// A dataset.
     Dataset,
+    /// A list of datasets.
+    Datasets,
     /// A name of a field, or a function from a row.
     Key,
     /// A function from a step's report.
@@ -112,9 +116,11 @@ impl Kind {
             Self::Names => value.is_string() || list(&Value::is_string),
             Self::Texts => list(&Value::is_string),
             Self::Shares => list(&|value| Self::Share.admits(value) && !matches!(value, Value::Integer(0))),
+            Self::Rates => list(&|value| Self::Rate.admits(value)),
             Self::Table => value.is_table(),
             Self::Model => value.is_string() || value.is_table(),
             Self::Dataset => value.as_userdata().is_some_and(|data| data.is::<Dataset>()),
+            Self::Datasets => list(&|value| Self::Dataset.admits(value)),
             Self::Key => value.is_string() || value.is_function(),
             Self::OnStep | Self::OnEval => value.is_function(),
         }
@@ -122,7 +128,7 @@ impl Kind {
 
     /// Whether a list can be of this type.
     pub fn is_list(self) -> bool {
-        matches!(self, Self::Names | Self::Texts | Self::Shares)
+        matches!(self, Self::Names | Self::Texts | Self::Shares | Self::Rates | Self::Datasets)
     }
 
     /// The type in words.
@@ -143,9 +149,11 @@ impl Kind {
             Self::Names => "a string or a list of strings",
             Self::Texts => "a list of strings",
             Self::Shares => "a list of numbers between 0 and 1",
+            Self::Rates => "a list of numbers above 0",
             Self::Table => "a table",
             Self::Model => "a model: its name, a parameter's path, or what a verb returned",
             Self::Dataset => "a dataset",
+            Self::Datasets => "a list of datasets",
             Self::Key => "the name of a field, or a function from a row",
             Self::OnStep | Self::OnEval => "a function",
         }
@@ -164,10 +172,11 @@ impl Kind {
             Self::Flag => "boolean",
             Self::Names => "string | {string}",
             Self::Texts => "{string}",
-            Self::Shares => "{number}",
+            Self::Shares | Self::Rates => "{number}",
             Self::Table => "{[string]: any}",
             Self::Model => "string | Model",
             Self::Dataset => "Dataset",
+            Self::Datasets => "{Dataset}",
             Self::Key => "string | (row: Row) -> any",
             Self::OnStep => "(report: StepReport) -> Directive?",
             Self::OnEval => "(report: EvalReport) -> Directive?",
@@ -195,6 +204,9 @@ const fn opt(name: &'static str, kind: Kind, default: &'static str, doc: &'stati
 const fn required(name: &'static str, kind: Kind, doc: &'static str) -> Opt {
     Opt { name, aliases: &[], kind, required: true, default: "", doc }
 }
+
+const QUANTILES: Opt =
+    opt("quantiles", Kind::Shares, "none", "splits the sorted rows, ascending: { 0.5 } makes two halves");
 
 const SEED: &[Opt] = &[opt("seed", Kind::Whole, "42", "the same seed gives the same result")];
 
@@ -279,6 +291,29 @@ pub const VERBS: &[Verb] = &[
         returns: "Split",
         returns_doc: "`{train =, eval =}`, two datasets; `eval` is nil if no rows are held out",
         example: "local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }",
+    },
+    Verb {
+        name: "interleave",
+        doc: "Mixes datasets: takes their rows by turns, so that everywhere in the result each dataset has its share.\nThe rows of each dataset stay in order. Train with `shuffle = false` to learn them in this order.",
+        options: &[&[
+            required("datasets", Kind::Datasets, "what is mixed"),
+            opt(
+                "shares",
+                Kind::Rates,
+                "equal",
+                "how much of each dataset, in proportion: { 3, 1 } takes three rows of the first and one of the second",
+            )
+            .or(&["probabilities"]),
+            opt(
+                "stopping_strategy",
+                Kind::OneOf(&["first_exhausted", "all_exhausted"]),
+                "\"first_exhausted\"",
+                "first_exhausted: ends where a dataset has no more rows; all_exhausted: a dataset that has no more begins anew, until all rows of all were taken",
+            ),
+        ]],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local mixture = homeroom.interleave { datasets = { data.train, data.eval }, shares = { 3, 1 } }",
     },
     Verb {
         name: "fine_tune",
@@ -500,11 +535,19 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "map",
-        doc: "Replaces each row by what a function returns for it; nil leaves the row out.\nWhat the function does not touch stays as it was, and a changed row is checked as the rows of a file are. A function that never returns anything is an error.",
+        doc: "Replaces each row by what a function returns for it: a row, or a list of rows; nil leaves the row out.\nWhat the function does not touch stays as it was, and a changed row is checked as the rows of a file are. A function that never returns anything is an error.",
         options: &[],
         returns: "Dataset",
         returns_doc: "a new dataset",
         example: "local polite = data.train:map(function(row)\n  table.insert(row.messages, 1, { role = \"system\", content = \"You are patient.\" })\n  return row\nend)",
+    },
+    Verb {
+        name: "rename",
+        doc: "Gives fields of the rows other names.\nIt takes a table from a field's name to its new name. A field that no row has is an error, and so are two fields of one name.",
+        options: &[],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local tagged = data.train:map(function(row)\n  row.topic = \"sums\"\n  return row\nend):rename { topic = \"subject\" }",
     },
     Verb {
         name: "split",
@@ -526,12 +569,52 @@ pub const METHODS: &[Verb] = &[
         example: "local easy, hard = table.unpack(pool:bucket { by = function(row) return #row.messages end, quantiles = { 0.5 } })",
     },
     Verb {
+        name: "by_length",
+        doc: "Sorts the rows by their length, the shortest first.",
+        options: &[&[
+            opt(
+                "model",
+                Kind::Model,
+                "none",
+                "the model in whose tokens length is counted; without one it is in characters",
+            ),
+            QUANTILES,
+        ]],
+        returns: "Dataset | {Dataset}",
+        returns_doc: "a new dataset; with `quantiles` a list of one dataset more than there are quantiles",
+        example: "local shortest_first = pool:by_length { model = model }",
+    },
+    Verb {
+        name: "by_loss",
+        doc: "Sorts the rows by how hard a model finds them: by its mean loss on each row's own trained tokens, the lowest first.\nThe measured losses are kept, and looked up when the same rows are sorted by the same model again.",
+        options: &[&[
+            required("model", Kind::Model, "the model that finds them easy or hard: the base, before it learns them"),
+            compute("\"f32\""),
+            QUANTILES,
+        ]],
+        returns: "Dataset | {Dataset}",
+        returns_doc: "a new dataset; with `quantiles` a list of one dataset more than there are quantiles",
+        example: "local known, new = table.unpack(pool:by_loss { model = model, quantiles = { 0.5 } })",
+    },
+    Verb {
         name: "sample",
         doc: "Draws rows at random, each at most once; all rows if there are at most `n`.",
-        options: &[&[required("n", Kind::Count, "number of rows")], SEED],
+        options: &[
+            &[
+                required("n", Kind::Count, "number of rows"),
+                opt(
+                    "weights",
+                    Kind::Key,
+                    "equal",
+                    "a number from 0 for each row, in proportion to which it is drawn: a field, or what a function returns for a row",
+                ),
+                opt("replace", Kind::Flag, "false", "true: a row may be drawn more than once"),
+            ],
+            SEED,
+        ],
         returns: "Dataset",
         returns_doc: "a new dataset, in the order of this one",
-        example: "local some = easy:sample { n = 3, seed = 1 }",
+        example: "local some = easy:sample { n = 3, seed = 1 }\nlocal long_ones = pool:sample { n = 2, weights = function(row) return #row.messages[1].content end }",
     },
     Verb {
         name: "concat",
@@ -540,6 +623,20 @@ pub const METHODS: &[Verb] = &[
         returns: "Dataset",
         returns_doc: "a new dataset",
         example: "local mixed = hard:concat(some)",
+    },
+    Verb {
+        name: "replay",
+        doc: "Spreads rows of what was learned before among the rows, so that it is not forgotten.",
+        options: &[
+            &[
+                required("rows", Kind::Dataset, "rows of before: of an earlier lesson, or answers that the base gave"),
+                opt("share", Kind::Share, "0.1", "their share of the result; where they are too few, they come again"),
+            ],
+            SEED,
+        ],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local lesson = hard:replay { rows = easy, share = 0.2 }",
     },
     Verb {
         name: "shuffle",
@@ -613,7 +710,8 @@ impl Verb {
 
     /// What is wrong with an option's name, if it is.
     pub fn unknown(&self, name: &str) -> Option<String> {
-        if self.option(name).is_some() {
+        // The names that `rename` takes are those of fields.
+        if self.option(name).is_some() || self.name == "rename" {
             return None;
         }
         let near = nearest(name, self.all().flat_map(Opt::names));

@@ -20,6 +20,7 @@ impl Place {
         let place = Self { dir: tempfile::tempdir()? };
         let rows: Vec<String> = (0..24).map(|n| row(n).to_string()).collect();
         place.write("rows.jsonl", &rows.join("\n"))?;
+        place.write("text.md", "# Water\n\nWater is wet, and ice is cold.\n\n## Steam\n\nSteam is hot. It rises.\n")?;
         Ok(place)
     }
 
@@ -42,7 +43,8 @@ impl Place {
         let model = fixture("models/llama");
         let text = format!(
             "[pipeline]\nscript = \"s.lua\"\n[pipeline.params]\nmodel = {{ type = \"path\", default = {:?} }}\n\
-             dataset = {{ type = \"path\", default = \"rows.jsonl\" }}\nn = {{ type = \"int\", default = 1 }}\n",
+             dataset = {{ type = \"path\", default = \"rows.jsonl\" }}\n\
+             text = {{ type = \"path\", default = \"text.md\" }}\nanswers = {{ type = \"handler\" }}\nn = {{ type = \"int\", default = 1 }}\n",
             model.display().to_string()
         );
         self.write("c.toml", &text)
@@ -333,6 +335,95 @@ fn datasets_do_what_their_methods_say() -> Result<()> {
     for (expression, expected) in cases {
         assert_eq!(place.result(&format!("{ids}return {expression}"))?, expected, "{expression}");
     }
+    Ok(())
+}
+
+/// Text becomes passages, tables become rows, and what is saved is a file that a training takes.
+#[test]
+fn passages_of_a_text_and_rows_of_a_script_are_datasets_and_files() -> Result<()> {
+    let place = Place::new()?;
+    let result = place.result(
+        "local found = homeroom.read_passages { path = params.text, min_words = 2 }\n\
+         local rows = found:map(function(row) return { { prompt = row.heading, completion = row.text, line = row.line } } end)\n\
+         local own = homeroom.dataset { rows = { { prompt = \"½?\", completion = \"0.5\", weight = 3 } } }\n\
+         local saved = homeroom.save_dataset { dataset = rows:concat(own), name = \"water-1\" }\n\
+         return { rows = found:rows(), saved = saved, again = homeroom.save_dataset { dataset = own, name = \"water-1\" } }",
+    )?;
+    let expected = json!([
+        {"text": "Water is wet, and ice is cold.", "heading": "Water", "source": "text.md", "line": 3},
+        {"text": "Steam is hot. It rises.", "heading": "Water > Steam", "source": "text.md", "line": 7},
+    ]);
+    assert_eq!(result["rows"], expected);
+    let path = place.home().join("datasets/water-1.jsonl");
+    assert_eq!((&result["saved"]["rows"], &result["saved"]["path"]), (&json!(3), &json!(path)));
+    assert_eq!(std::fs::read_to_string(&path)?, "{\"completion\":\"0.5\",\"prompt\":\"½?\",\"weight\":3}\n");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(std::fs::metadata(&path)?.permissions().mode() & 0o077, 0, "rows are private");
+    }
+    for (script, expected) in [
+        ("homeroom.dataset { rows = { { text = \"a\" }, { prompt = \"\" } } }", "s.lua:1: dataset: row 2 is refused: "),
+        ("homeroom.dataset { rows = {} }", "`rows` is empty"),
+        (
+            "homeroom.save_dataset { dataset = homeroom.dataset { rows = { { text = \"a\" } } }, name = \"../x\" }",
+            "../x",
+        ),
+        ("homeroom.read_passages { path = \"../secret.md\" }", "read_passages: "),
+    ] {
+        let message = place.error(script)?;
+        assert!(message.contains(expected), "{script}\n{message}");
+    }
+    Ok(())
+}
+
+/// A handler of the user's file answers in place of a model; one elsewhere only where the file and a parameter both say so.
+#[test]
+fn a_handler_answers_and_a_script_alone_sends_nothing_away() -> Result<()> {
+    let place = Place::new()?;
+    let ask = |name: &str| {
+        format!(
+            "return homeroom.generate {{ handler = \"{name}\", prompts = {{ \"2 + 2?\", \"ice?\" }}, max_tokens = 5 }}"
+        )
+    };
+    let message = place.error(&ask("here"))?;
+    assert!(message.contains("handlers.toml"), "there is no file yet: {message}");
+    std::fs::create_dir_all(place.home())?;
+    let model = fixture("models/llama");
+    std::fs::write(
+        place.home().join("handlers.toml"),
+        format!(
+            "[handlers.here]\nkind = \"local\"\nmodel = {:?}\ncompute = \"f32\"\n\
+             [handlers.there]\nkind = \"openai\"\nbase_url = \"http://192.0.2.1/v1\"\nmodel = \"m\"\nconnect_timeout_s = 1\n\
+             [routes.both]\nhandlers = [\"there\", \"here\"]\negress = \"allow\"\n",
+            model.display().to_string()
+        ),
+    )?;
+    let by_handler = place.result(&ask("here"))?;
+    let by_model =
+        "return homeroom.generate { model = params.model, prompts = { \"2 + 2?\", \"ice?\" }, max_tokens = 5 }";
+    assert_eq!(by_handler, place.result(by_model)?);
+    // What was answered is looked up, and the file says otherwise when another model answers.
+    let again = place.run(&ask("here"), &[])?;
+    assert!(stderr(&again).contains("generate  from run "), "{}", stderr(&again));
+    for (name, expected) in [
+        ("there", "s.lua:1: generate: handler `there` sends prompts to 192.0.2.1, and no route allows that"),
+        ("both", "generate: route `both` sends prompts to 192.0.2.1, which a script cannot choose"),
+        ("hear", "there is no handler or route `hear`, did you mean `here`?"),
+    ] {
+        let message = place.error(&ask(name))?;
+        assert!(message.contains(expected), "{message}");
+    }
+    let message = place.error("homeroom.generate { prompts = { \"a\" } }")?;
+    assert!(message.contains("give `model` or `handler`"), "{message}");
+    // Named by a parameter it may: nobody is there, and the next of the route answers.
+    let allowed = place.run(&ask("both"), &["--set", "answers=both", "--json"])?;
+    ensure!(allowed.status.success(), "{}", stderr(&allowed));
+    assert_eq!(serde_json::from_slice::<Value>(&allowed.stdout)?, by_handler);
+    assert!(stderr(&allowed).contains("2 prompts go to 192.0.2.1"), "{}", stderr(&allowed));
+    let dry = place.run(&ask("both"), &["--set", "answers=both", "--dry-run"])?;
+    let told = String::from_utf8_lossy(&dry.stdout).into_owned() + &stderr(&dry);
+    assert!(told.contains("answer  2 prompts with handler both, at 192.0.2.1"), "{told}");
     Ok(())
 }
 

@@ -31,6 +31,12 @@
 ---@field name string # its name
 ---@field path string # its directory
 
+---A file of rows in the user's data directory.
+---@class SavedRows
+---@field name string # its name
+---@field path string # the file
+---@field rows number # rows in it
+
 ---What answers under a name.
 ---@class Handler
 ---@field name string # the name
@@ -239,6 +245,35 @@ function homeroom.load_model(options) end
 ---@return Split # `{train =, eval =}`, two datasets; `eval` is nil if no rows are held out
 function homeroom.prepare_dataset(options) end
 
+---@class ReadPassagesOptions
+---@field path string # the file, UTF-8: a parameter of type `path`, or a file below the TOML file, its path relative to the script
+---@field max_words? number # most words of a passage (default: 200)
+---@field min_words? number # a passage of fewer words is left out: such as a title, or a link (default: 20)
+
+---Reads a text, plain or Markdown, as rows of one passage each.
+---A passage is whole paragraphs, as many as `max_words` allows, and never goes over a heading of Markdown; a longer paragraph is cut between sentences. A row has `text`, `heading` (the headings above it), `source` (the file's name) and `line`.
+---@param options ReadPassagesOptions
+---@return Dataset # a dataset
+function homeroom.read_passages(options) end
+
+---@class DatasetOptions
+---@field rows Row[] # the rows
+
+---Makes a dataset of tables.
+---They are checked as the rows of a file are.
+---@param options DatasetOptions
+---@return Dataset # a dataset
+function homeroom.dataset(options) end
+
+---@class SaveDatasetOptions
+---@field dataset Dataset # the rows
+---@field name string # its name: small letters, digits, dots, dashes and underscores
+
+---Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all. A file that has the name already is replaced.
+---@param options SaveDatasetOptions
+---@return SavedRows # `{name =, path =, rows =}`
+function homeroom.save_dataset(options) end
+
 ---@class InterleaveOptions
 ---@field datasets Dataset[] # what is mixed
 ---@field shares? number[] # how much of each dataset, in proportion: { 3, 1 } takes three rows of the first and one of the second (default: equal)
@@ -356,7 +391,8 @@ function homeroom.evaluate(options) end
 function homeroom.forgetting(options) end
 
 ---@class GenerateOptions
----@field model string | Model # the model that answers
+---@field model? string | Model # the model that answers (default: none)
+---@field handler? string # the handler or route that answers, in place of `model` (default: none)
 ---@field prompts string[] # the user's messages, one a conversation
 ---@field system? string # the system message of each conversation (default: none)
 ---@field max_tokens? number # longest answer, in tokens (default: 256)
@@ -364,7 +400,8 @@ function homeroom.forgetting(options) end
 ---@field temperature? number # 0: always the likeliest token; higher: more random (default: 0)
 ---@field seed? number # the same seed gives the same result (default: 42)
 
----Lets a model answer prompts, each in a conversation of its own.
+---Lets a model or a handler answer prompts, each in a conversation of its own.
+---A handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if a parameter of type `handler` names it, and it is a route that allows that (`egress = "allow"`); that is said in a line.
 ---@param options GenerateOptions
 ---@return string[] # the answers, in the order of the prompts
 function homeroom.generate(options) end

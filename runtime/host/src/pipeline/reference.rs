@@ -43,7 +43,7 @@ const STATE_FIELD: &[Field] = &[(
     "what callbacks keep from one call to the next: plain values, saved with checkpoints",
 )];
 
-const SHAPES: [Shape; 10] = [
+const SHAPES: [Shape; 11] = [
     Shape { name: "Model", doc: "A model: what every verb takes as `model`.", fields: &[MODEL_FIELDS] },
     Shape {
         name: "Tuned",
@@ -79,6 +79,11 @@ const SHAPES: [Shape; 10] = [
         name: "Saved",
         doc: "A model in the registry; a Model too.",
         fields: &[&[("name", "string", "its name"), ("path", "string", "its directory")]],
+    },
+    Shape {
+        name: "SavedRows",
+        doc: "A file of rows in the user's data directory.",
+        fields: &[&[("name", "string", "its name"), ("path", "string", "the file"), ("rows", "number", "rows in it")]],
     },
     Shape {
         name: "Handler",
@@ -406,6 +411,7 @@ parameters ([configs/](../configs/README.md)). To write your own, copy the neare
 | `fine_tune.lua` | trains on a file, measures on held-out rows, saves the adapter, lets it answer |
 | `curriculum.lua` | trains on easy rows first and on hard ones last; a stage counts if the held-out loss falls |
 | `improve.lua` | trains on rated answers; the new model replaces the present one if it is better and has not forgotten |
+| `questions.lua` | writes question and answer rows from a text, with a model or a handler |
 | `compare.lua` | trains with several strategies or settings on the same rows, and prints a table |
 
 ```

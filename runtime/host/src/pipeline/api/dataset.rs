@@ -151,6 +151,11 @@ impl Dataset {
         Ok(Self { rows: Rc::new(Rows { rows, _held: held }), max_seq_len, on_long_row })
     }
 
+    /// A dataset of rows that no file of rows has, to be encoded as if nothing was said. `held`: what they take.
+    pub(super) fn made(rows: Vec<Row>, held: Held) -> Self {
+        Self { rows: Rc::new(Rows { rows, _held: held }), max_seq_len: None, on_long_row: OnLongRow::Refuse }
+    }
+
     /// Number of rows.
     pub fn len(&self) -> usize {
         self.rows().len()

@@ -152,7 +152,10 @@ fn codec(session: &Session, adapter: &Path) -> Result<Option<Json>> {
 }
 
 /// Digests of the files of a model or an adapter, by name; of what Homeroom wrote beside it, without the dates and places of its training.
-fn files(path: &Path) -> Result<Json> {
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn files(path: &Path) -> Result<Json> {
     let paths = model_files(path)?;
     let mut digests = Map::new();
     for file in paths {

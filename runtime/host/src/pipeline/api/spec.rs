@@ -72,6 +72,8 @@ pub enum Kind {
     Table,
     /// A model: its name, or what a verb returned.
     Model,
+    /// A list of rows.
+    Rows,
     /// A dataset.
     Dataset,
     /// A list of datasets.
@@ -121,6 +123,7 @@ impl Kind {
             Self::Model => value.is_string() || value.is_table(),
             Self::Dataset => value.as_userdata().is_some_and(|data| data.is::<Dataset>()),
             Self::Datasets => list(&|value| Self::Dataset.admits(value)),
+            Self::Rows => list(&Value::is_table),
             Self::Key => value.is_string() || value.is_function(),
             Self::OnStep | Self::OnEval => value.is_function(),
         }
@@ -128,7 +131,7 @@ impl Kind {
 
     /// Whether a list can be of this type.
     pub fn is_list(self) -> bool {
-        matches!(self, Self::Names | Self::Texts | Self::Shares | Self::Rates | Self::Datasets)
+        matches!(self, Self::Names | Self::Texts | Self::Shares | Self::Rates | Self::Datasets | Self::Rows)
     }
 
     /// The type in words.
@@ -154,6 +157,7 @@ impl Kind {
             Self::Model => "a model: its name, a parameter's path, or what a verb returned",
             Self::Dataset => "a dataset",
             Self::Datasets => "a list of datasets",
+            Self::Rows => "a list of tables",
             Self::Key => "the name of a field, or a function from a row",
             Self::OnStep | Self::OnEval => "a function",
         }
@@ -177,6 +181,7 @@ impl Kind {
             Self::Model => "string | Model",
             Self::Dataset => "Dataset",
             Self::Datasets => "{Dataset}",
+            Self::Rows => "{Row}",
             Self::Key => "string | (row: Row) -> any",
             Self::OnStep => "(report: StepReport) -> Directive?",
             Self::OnEval => "(report: EvalReport) -> Directive?",
@@ -291,6 +296,41 @@ pub const VERBS: &[Verb] = &[
         returns: "Split",
         returns_doc: "`{train =, eval =}`, two datasets; `eval` is nil if no rows are held out",
         example: "local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }",
+    },
+    Verb {
+        name: "read_passages",
+        doc: "Reads a text, plain or Markdown, as rows of one passage each.\nA passage is whole paragraphs, as many as `max_words` allows, and never goes over a heading of Markdown; a longer paragraph is cut between sentences. A row has `text`, `heading` (the headings above it), `source` (the file's name) and `line`.",
+        options: &[&[
+            required(
+                "path",
+                Kind::Text,
+                "the file, UTF-8: a parameter of type `path`, or a file below the TOML file, its path relative to the script",
+            ),
+            opt("max_words", Kind::Count, "200", "most words of a passage"),
+            opt("min_words", Kind::Whole, "20", "a passage of fewer words is left out: such as a title, or a link"),
+        ]],
+        returns: "Dataset",
+        returns_doc: "a dataset",
+        example: "local passages = homeroom.read_passages { path = params.text, max_words = 150, min_words = 5 }",
+    },
+    Verb {
+        name: "dataset",
+        doc: "Makes a dataset of tables.\nThey are checked as the rows of a file are.",
+        options: &[&[required("rows", Kind::Rows, "the rows")]],
+        returns: "Dataset",
+        returns_doc: "a dataset",
+        example: "local own = homeroom.dataset { rows = { { prompt = \"2 + 2?\", completion = \"4\" } } }",
+    },
+    Verb {
+        name: "save_dataset",
+        doc: "Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all. A file that has the name already is replaced.",
+        options: &[&[
+            required("dataset", Kind::Dataset, "the rows"),
+            required("name", Kind::Text, "its name: small letters, digits, dots, dashes and underscores"),
+        ]],
+        returns: "SavedRows",
+        returns_doc: "`{name =, path =, rows =}`",
+        example: "local kept = homeroom.save_dataset { dataset = own, name = \"sums\" }",
     },
     Verb {
         name: "interleave",
@@ -506,10 +546,11 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "generate",
-        doc: "Lets a model answer prompts, each in a conversation of its own.",
+        doc: "Lets a model or a handler answer prompts, each in a conversation of its own.\nA handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if a parameter of type `handler` names it, and it is a route that allows that (`egress = \"allow\"`); that is said in a line.",
         options: &[
             &[
-                required("model", Kind::Model, "the model that answers"),
+                opt("model", Kind::Model, "none", "the model that answers"),
+                opt("handler", Kind::Text, "none", "the handler or route that answers, in place of `model`"),
                 required("prompts", Kind::Texts, "the user's messages, one a conversation"),
                 opt("system", Kind::Text, "none", "the system message of each conversation"),
                 opt("max_tokens", Kind::Count, "256", "longest answer, in tokens").or(&["max_new_tokens"]),

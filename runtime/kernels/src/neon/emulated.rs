@@ -210,7 +210,7 @@ pub(crate) fn widen_halves(halves: uint16x4_t) -> float32x4_t {
     float32x4_t(halves.0.map(|half| f16::from_bits(half).to_f32()))
 }
 
-/// `FPMatMulAdd` of bytes.
+/// `MatMulAdd`, of bytes with a sign.
 pub(crate) unsafe fn smmla(sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     int32x4_t(std::array::from_fn(|i| {
         let (a, b) = (&a.0[i / 2 * 8..][..8], &b.0[i % 2 * 8..][..8]);

@@ -38,7 +38,7 @@ pub fn in_large_pages(bytes: Vec<u8>) -> Codes {
     // Whole pages, or the last part lies in small ones.
     let memory = (len > 0).then(|| large_pages(len.next_multiple_of(LARGE))).flatten().and_then(copy);
     match memory {
-        Some(memory) => Codes::Mapped(Arc::new(memory), 0..len),
+        Some(memory) => Codes::Resident(Arc::new(memory), 0..len),
         None => Codes::Owned(bytes),
     }
 }

@@ -17,9 +17,8 @@ fn main() {
         return;
     }
     let without = amx.without(Feature::AmxTile);
-    let peak = with_isa(amx, register_loop_gflops::<bf16>);
-    let [pairs, floats] =
-        [with_isa(without, register_loop_gflops::<bf16>), with_isa(without, register_loop_gflops::<f32>)];
+    let peak = with_isa(amx, bf16_register_loop_gflops);
+    let [pairs, floats] = [with_isa(without, bf16_register_loop_gflops), with_isa(without, f32_register_loop_gflops)];
     println!(
         "{} threads, {}; register loops: AMX bf16 {peak:.0} GFLOP/s, vdpbf16ps {pairs:.0}, f32 {floats:.0}",
         threads(),

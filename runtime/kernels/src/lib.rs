@@ -58,7 +58,7 @@ pub use layer::rope::{RotaryTable, rotate};
 pub use layer::soft_cap::soft_cap;
 pub use layer::softmax::softmax_weights;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
-pub use peak::{read_gigabytes, register_loop_gflops};
+pub use peak::{bf16_register_loop_gflops, f32_register_loop_gflops, read_gigabytes};
 pub use philox::{Stream, add_noise, dropout_mask, philox4x32};
 pub use pool::{on_each_thread, on_pool, threads};
 pub use product::{

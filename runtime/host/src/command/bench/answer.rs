@@ -9,7 +9,7 @@ use homeroom_engine::inference::Inference;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::waist::KvCache;
-use homeroom_kernels::{Stream, bf16, isa, read_gigabytes, register_loop_gflops, threads};
+use homeroom_kernels::{Stream, bf16_register_loop_gflops, f32_register_loop_gflops, isa, read_gigabytes, threads};
 use serde_json::json;
 
 use super::super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, one_of, whole};
@@ -132,8 +132,8 @@ pub fn prefill(arguments: &Prefill) -> Result<Done> {
     }
     let computed = if bench.compute == Compute::Auto { Compute::auto() } else { bench.compute };
     let limit = match computed {
-        Compute::Bf16 => register_loop_gflops::<bf16>(),
-        _ => register_loop_gflops::<f32>(),
+        Compute::Bf16 => bf16_register_loop_gflops(),
+        _ => f32_register_loop_gflops(),
     };
     let seconds_each = median(&seconds);
     let linear = bench.model().modules.iter().filter(|module| module.info.kind == ModuleKind::Linear);

@@ -15,7 +15,7 @@ use homeroom_engine::run::batch::{Batch, pass_rows};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::profile;
 use homeroom_engine::train::{Run, TrainConfig};
-use homeroom_kernels::{Stream, bf16, isa, register_loop_gflops, threads};
+use homeroom_kernels::{Stream, bf16_register_loop_gflops, f32_register_loop_gflops, isa, threads};
 use serde_json::{Map, Value, json};
 
 use super::super::arguments::{COMPUTE, COUNT_MAX, PluginArgs, Word, key_value, one_of, whole};
@@ -125,8 +125,8 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
     let measured = Measured::run(&job, arguments, &config, u64::from(steps))?;
     // The limit is asked for before and after, as the machine may be busy with something else for a while.
     let limit = || match compute {
-        Compute::Bf16 | Compute::Int8 if isa().has_bf16() => register_loop_gflops::<bf16>(),
-        _ => register_loop_gflops::<f32>(),
+        Compute::Bf16 | Compute::Int8 if isa().has_bf16() => bf16_register_loop_gflops(),
+        _ => f32_register_loop_gflops(),
     };
     let limit = limit().max(limit());
     let seconds = median(&measured.seconds);

@@ -112,7 +112,7 @@ fn what_was_encoded_is_mapped_the_next_time_with_the_same_bits() -> Result<()> {
         assert!(encoded, "{}", codec.name);
         let line = told();
         assert!(line.starts_with("note: encoded base kept for the next time, 0.0 GB, in "), "{line}");
-        let (second, encoded) = place.load("base", codec)?;
+        let (mut second, encoded) = place.load("base", codec)?;
         assert!(!encoded && told().is_empty(), "{}", codec.name);
         assert_eq!(place.files().len(), number + 1, "each codec has its own");
         for model in [&first, &second] {
@@ -124,6 +124,11 @@ fn what_was_encoded_is_mapped_the_next_time_with_the_same_bits() -> Result<()> {
             model.release();
             assert!(bits(model) == bits(&fresh), "{}", codec.name);
         }
+        // Nor does it matter where they are answered from.
+        if second.make_resident() {
+            assert!(second.modules.iter().all(|module| module.weight.mapped_bytes().is_none()), "{}", codec.name);
+        }
+        assert!(bits(&second) == bits(&fresh), "{}", codec.name);
     }
     Ok(())
 }

@@ -15,13 +15,15 @@ use super::bisect::{Avx2, Avx512};
 use super::{Codec, Encoded, EncodedScales, ScaleStorage};
 use crate::buffer::grown;
 use crate::isa::{F32Unit, Isa, isa, per_isa};
-use crate::pool::{Shared, for_each};
+use crate::pool::{Shared, for_ranges};
 
 /// Which encoding this is: another number where the same values would get other bytes. What was encoded earlier and kept is told by it.
 pub const ENCODING: u32 = 1;
 
-/// Values of a chunk that one task encodes, roughly: as floats they stay in the second cache.
-const CHUNK: usize = 1 << 15;
+/// Values of a chunk that is encoded at once, roughly: as floats they stay in the first cache, where a row does.
+const CHUNK: usize = 1 << 12;
+/// Values of the chunks that one task takes, roughly: they lie beside each other, so that threads do not fault in the same pages.
+const TASK: usize = 1 << 18;
 
 /// Encodes a matrix (rows, cols). `values` writes the f32 values of some rows; it is called from all threads.
 ///
@@ -49,8 +51,7 @@ pub fn encode(
         all
     });
     let (shared_codes, shared_absmax) = (Shared::new(&mut codes), Shared::new(&mut absmax));
-    for_each(rows.div_ceil(chunk), |task| {
-        let range = task * chunk..rows.min((task + 1) * chunk);
+    let encode_rows = |range: Range<usize>| {
         let (at, count) = (range.start * cols, range.len() * cols);
         VALUES.with_borrow_mut(|buffer| {
             let buffer = grown(buffer, count);
@@ -76,6 +77,10 @@ pub fn encode(
                 *problem = Some(problem.map_or(row, |other| other.min(row)));
             }
         });
+    };
+    let task = chunk * (TASK / cols.max(1) / chunk).max(1);
+    for_ranges(rows, task, |rows| {
+        rows.clone().step_by(chunk).for_each(|row| encode_rows(row..rows.end.min(row + chunk)));
     });
     if let Some(row) = problem.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         return Err(format!("{}: row {row} holds a value that is not finite", codec.name));

@@ -74,5 +74,7 @@ pub use product::{
 };
 pub use round::{to_elements, to_elements_scaled};
 pub use storage::Storage;
-pub use storage::codec::{CheckedCodec, Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};
+pub use storage::codec::{
+    CheckedCodec, Codec, CodecBlock, Coded, ENCODING, Encoded, EncodedScales, ScaleStorage, Scales, encode,
+};
 pub use storage::rows::decode_row;

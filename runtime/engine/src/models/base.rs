@@ -380,13 +380,19 @@ impl BaseModel {
     }
 
     fn digest_of_values(&self) -> String {
+        let sampled = |rows: usize| {
+            let samples = rows.min(16);
+            (0..samples).map(move |sample| sample * rows / samples)
+        };
+        // All are read at once, and nothing around them.
+        for module in &self.modules {
+            sampled(module.weight.rows()).for_each(|row| module.weight.will_need_row(row));
+        }
         let mut hash = Sha256::new();
         for module in &self.modules {
             let (rows, cols) = (module.weight.rows(), module.weight.cols());
             hash.update(format!("{} {rows} {cols}\n", module.info.path));
-            let samples = rows.min(16);
-            for sample in 0..samples {
-                let row = sample * rows / samples;
+            for row in sampled(rows) {
                 module.weight.decode(row..row + 1).iter().for_each(|value| hash.update(value.to_le_bytes()));
             }
             // Around each row the system may have mapped two megabytes.

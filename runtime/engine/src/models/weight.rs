@@ -253,7 +253,19 @@ impl Weight {
         }
     }
 
-    /// The parts of mapped files that it lies in.
+    /// The same of one row alone. Otherwise the system reads far around each row that is asked for.
+    pub(crate) fn will_need_row(&self, row: usize) {
+        #[cfg(unix)]
+        if let Some((map, range)) = self.mapped_parts().into_iter().next() {
+            let (row, rows, len) = (self.order.stored(row), self.rows, range.len());
+            let (start, end) = (row * len / rows, ((row + 1) * len).div_ceil(rows));
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start + start, end - start);
+        }
+        #[cfg(not(unix))]
+        let _ = row;
+    }
+
+    /// The parts of mapped files that it lies in, its values or indices first.
     fn mapped_parts(&self) -> Vec<(&Mmap, Range<usize>)> {
         match &self.bytes {
             Bytes::Mapped(map, range) => vec![(map, range.clone())],

@@ -137,6 +137,12 @@ impl EncodedBases {
         );
         let weights = places.weights(&map, wanted).with_context(|| kept.path.display().to_string())?;
         for (weight, (source, codec)) in weights.iter().zip(wanted) {
+            for row in sample(source, codec) {
+                weight.will_need_row(row);
+                source.will_need_row(row);
+            }
+        }
+        for (weight, (source, codec)) in weights.iter().zip(wanted) {
             ensure!(agrees(weight, source, codec)?, "{}: it holds other values", kept.path.display());
             // Around what was compared the system may have mapped more.
             source.release();
@@ -229,15 +235,24 @@ fn touch(path: &Path) {
     let _ = File::options().write(true).open(path).and_then(set);
 }
 
-/// Whether some whole rows of a weight, encoded anew, are what it holds.
-fn agrees(weight: &Weight, source: &Weight, codec: &Codec) -> Result<bool> {
+/// The rows in the middle of a weight that are compared: as few as are whole blocks, and none where those would be many.
+fn sample(source: &Weight, codec: &Codec) -> std::ops::Range<usize> {
     let (rows, cols) = (source.rows(), source.cols());
     let whole = codec.whole_rows(cols);
     if whole.min(rows).saturating_mul(cols) > SAMPLE_MAX {
-        return Ok(true);
+        return 0..0;
     }
     let first = rows / 2 / whole * whole;
-    let count = whole.min(rows - first);
+    first..rows.min(first + whole)
+}
+
+/// Whether the rows of the sample, encoded anew, are what a weight holds.
+fn agrees(weight: &Weight, source: &Weight, codec: &Codec) -> Result<bool> {
+    let (rows, cols) = (sample(source, codec), source.cols());
+    let (first, count) = (rows.start, rows.len());
+    if count == 0 {
+        return Ok(true);
+    }
     let matrix = source.matrix();
     let read = |part: std::ops::Range<usize>, out: &mut [f32]| {
         matrix.decode_rows(first + part.start..first + part.end, out);

@@ -103,7 +103,7 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
     refuse_other(&arguments.model_name, &base.path, Use::Measuring)?;
     let mut model = Arc::new(load_base(&base)?);
     if let Some(storage) = &arguments.storage {
-        model = encode(|progress| store_as(&model, storage, progress).map(Arc::new))?;
+        model = encode(|kept, progress| store_as(&model, storage, kept, progress).map(Arc::new))?;
     }
     let job = Job::new(model, &plugin, options, 42, None, false)?;
     let compute = arguments.compute.resolved(Some(&job.adaptation));

@@ -795,3 +795,73 @@ fn two_answers_are_cut_or_left_out_together() {
     let (train, held) = cut.split(0.5, 3).unwrap();
     assert_eq!((train.len(), held.len()), (1, 1));
 }
+
+/// What `table.json` says of a file, as it is.
+fn entry_of(folder: &Path, entry: &Json) -> Json {
+    let name = entry["file"].as_str().unwrap();
+    let path = folder.join(name);
+    let mut reading = Reading::default();
+    let mut found = json!({"file": name});
+    if let Some(columns) = entry["columns"].as_str() {
+        (reading.columns, found["columns"]) = (columns.parse().unwrap(), columns.into());
+    }
+    if let Some(system) = entry["system"].as_str() {
+        (reading.system, found["system"]) = (Some(system.to_owned()), system.into());
+    }
+    if let Some(word) = entry["on_bad_row"].as_str() {
+        (reading.on_bad_row, found["on_bad_row"]) = (word.parse().unwrap(), word.into());
+    }
+    let mut rows = Vec::new();
+    let read = std::fs::File::open(&path).map_err(anyhow::Error::from).and_then(|file| {
+        read_texts(&path, file, &reading, |number, text| {
+            // What a script or a run reads again is the same row.
+            assert!(check_row(&text).is_ok(), "{name}: {text}");
+            rows.push(format!("{number} {text}"));
+            Ok(())
+        })
+    });
+    match read {
+        Ok((recognised, left_out)) => {
+            found["says"] = recognised.words.unwrap_or_else(|| "JSONL".to_owned()).into();
+            if let Some(note) = left_out {
+                found["note"] = note.replace(&path.display().to_string(), name).into();
+            }
+            let short = |row: String| if row.len() > 400 { format!("{}…", &row[..100]) } else { row };
+            found["rows"] = rows.into_iter().map(|row| Json::from(short(row))).collect();
+        }
+        Err(error) => found["refused"] = format!("{error:#}").replace(&path.display().to_string(), name).into(),
+    }
+    found
+}
+
+/// Files as people have them, and broken ones: what each is found to be and its rows, or the sentence that helps.
+#[test]
+fn every_file_is_recognised_or_refused_as_the_table_says() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/rows");
+    let table: Json = serde_json::from_slice(&std::fs::read(folder.join("table.json")).unwrap()).unwrap();
+    let entries = table.as_array().unwrap();
+    let mut listed = std::collections::BTreeSet::new();
+    let mut wrong = String::new();
+    for entry in entries {
+        listed.insert(entry["file"].as_str().unwrap().to_owned());
+        let found = entry_of(&folder, entry);
+        if found != *entry {
+            wrong.push_str(&format!("{},\n", serde_json::to_string_pretty(&found).unwrap()));
+        }
+    }
+    for (part, least) in [("people", 40), ("bad", 20)] {
+        let files: Vec<String> = std::fs::read_dir(folder.join(part))
+            .unwrap()
+            .map(|file| format!("{part}/{}", file.unwrap().file_name().to_string_lossy()))
+            .collect();
+        assert!(files.len() >= least);
+        for file in files.iter().filter(|file| !listed.contains(*file)) {
+            let found = entry_of(&folder, &json!({"file": file}));
+            wrong.push_str(&format!("{},\n", serde_json::to_string_pretty(&found).unwrap()));
+        }
+    }
+    if let Ok(path) = std::env::var("FOUND_ROWS") {
+        std::fs::write(path, &wrong).unwrap();
+    }
+    assert!(wrong.is_empty(), "not as the table says, but:\n{wrong}");
+}

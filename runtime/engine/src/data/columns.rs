@@ -97,6 +97,11 @@ impl Columns {
         self.0.is_empty()
     }
 
+    /// Those of which something is true.
+    pub(super) fn only(&self, keep: impl Fn(Role, &str) -> bool) -> Self {
+        Self(self.0.iter().filter(|(role, name)| keep(*role, name)).cloned().collect())
+    }
+
     /// The pairs.
     pub fn iter(&self) -> impl Iterator<Item = (Role, &str)> {
         self.0.iter().map(|(role, name)| (*role, name.as_str()))
@@ -112,7 +117,10 @@ impl FromStr for Columns {
         let mut rest = text;
         loop {
             let (role, after) = rest.split_once('=').ok_or_else(|| {
-                anyhow!("it should be ROLE=COLUMN, such as prompt=Question,completion=Answer; `{}` has no `=`", rest.trim())
+                anyhow!(
+                    "it should be ROLE=COLUMN, such as prompt=Question,completion=Answer; `{}` has no `=`",
+                    rest.trim()
+                )
             })?;
             let ends = after.match_indices(',').map(|(at, _)| at);
             let end = ends.into_iter().find(|at| begins_pair(&after[at + 1..]));

@@ -94,7 +94,11 @@ fn load<T>(
                 Ok(encoded) => encoded,
                 Err(problem) => {
                     let is_long = problem.kind == TOO_LONG && reading.on_bad_row == OnBadRow::Skip;
-                    if is_long { long.add(number, problem) } else { bad.add(number, problem) }
+                    if is_long {
+                        long.add(number, problem)
+                    } else {
+                        bad.add(number, problem)
+                    }
                     return Ok(());
                 }
             };

@@ -40,8 +40,18 @@ pub(super) enum Unclear {
 
 /// Names of what is to be done, beside which `input` is what it is done to: Alpaca's rows, in any language.
 const INSTRUCTIONS: [&str; 12] = [
-    "instruction", "instructions", "anweisung", "instrucción", "instruccion", "consigna", "consigne", "istruzione", "instrução", "opdracht",
-    "polecenie", "指令",
+    "instruction",
+    "instructions",
+    "anweisung",
+    "instrucción",
+    "instruccion",
+    "consigna",
+    "consigne",
+    "istruzione",
+    "instrução",
+    "opdracht",
+    "polecenie",
+    "指令",
 ];
 /// Names of what an instruction is done to.
 const INPUTS: [&str; 6] = ["input", "eingabe", "entrada", "entrée", "输入", "入力"];
@@ -88,7 +98,8 @@ pub(super) fn map(names: &[&str], columns: &Columns, wanted: Option<RowKind>) ->
                 }
             }
         }
-        if !is_pair && !is_given(Role::Text)
+        if !is_pair
+            && !is_given(Role::Text)
             && let Some(messages) = pick(Role::Messages)?
         {
             roles.push((Role::Messages, messages));
@@ -156,30 +167,34 @@ impl Mapping {
     /// What is what, in words. `name`: of a place.
     fn words(&self, format: RowFormat, name: impl Fn(usize) -> String) -> String {
         let names = |role: Role| self.of(role).map(&name).collect::<Vec<_>>().join(" + ");
+        let named = |role: Role| match names(role) {
+            name if plain(&name) == role.name() => name,
+            name => format!("{name} → {}", role.name()),
+        };
         let mut words: Vec<String> = Vec::new();
         let mut add = |text: String| words.push(text);
         if self.of(Role::System).next().is_some() {
-            add(format!("{} → system", names(Role::System)));
+            add(named(Role::System));
         }
         if let Some(prompt) = self.of(Role::Prompt).next() {
             let asked: Vec<String> = std::iter::once(prompt).chain(self.of(Role::Input)).map(&name).collect();
             add(format!("{} → user", asked.join(" + ")));
         }
         match format {
-            RowFormat::Messages => add(format!("{} → messages", names(Role::Messages))),
+            RowFormat::Messages => add(named(Role::Messages)),
             RowFormat::PromptCompletion => add(format!("{} → assistant", names(Role::Completion))),
             RowFormat::Rated => {
                 add(format!("{} → assistant", names(Role::Completion)));
-                add(format!("{} → label", names(Role::Label)));
+                add(named(Role::Label));
             }
             RowFormat::Preference => {
-                add(format!("{} → chosen", names(Role::Chosen)));
-                add(format!("{} → rejected", names(Role::Rejected)));
+                add(named(Role::Chosen));
+                add(named(Role::Rejected));
             }
-            RowFormat::Text => add(format!("{} → text", names(Role::Text))),
+            RowFormat::Text => add(named(Role::Text)),
         }
         if self.of(Role::Tools).next().is_some() {
-            add(format!("{} → tools", names(Role::Tools)));
+            add(named(Role::Tools));
         }
         words.join(", ")
     }
@@ -193,7 +208,8 @@ impl Mapping {
             RowFormat::Preference => &[Role::Chosen, Role::Rejected],
             RowFormat::Text => &[Role::Text],
         };
-        let names: Vec<String> = wanted.iter().flat_map(|role| self.of(*role)).map(|at| format!("`{}`", name(at))).collect();
+        let names: Vec<String> =
+            wanted.iter().flat_map(|role| self.of(*role)).map(|at| format!("`{}`", name(at))).collect();
         names.join(" and ")
     }
 }
@@ -203,6 +219,10 @@ pub(super) struct Forms<'a> {
     reading: &'a Reading,
     wanted: Option<RowKind>,
     seen: Option<Seen>,
+    /// Columns that the user named, and a row may lack, that no row has had so far.
+    unmet: Vec<(Role, &'a str)>,
+    /// The keys of the row before, and which of them was what.
+    before: Option<(Vec<String>, Mapping)>,
 }
 
 /// The form of the rows before.
@@ -218,7 +238,13 @@ pub(super) type Made<'t> = Result<(Cow<'t, str>, Row), Problem>;
 impl<'a> Forms<'a> {
     /// Before the first row. `wanted`: what is to be learned, if that is known; a row may have the keys of two forms.
     pub fn new(reading: &'a Reading, wanted: Option<RowKind>) -> Self {
-        Self { reading, wanted, seen: None }
+        let unmet = reading.columns.iter().filter(|(role, _)| is_optional(*role)).collect();
+        Self { reading, wanted, seen: None, unmet, before: None }
+    }
+
+    /// Columns that the user named and no row has had.
+    pub fn unmet(&self) -> Option<(Role, &'a str)> {
+        self.unmet.first().copied()
     }
 
     /// The form of the rows so far.
@@ -245,9 +271,9 @@ impl<'a> Forms<'a> {
         if self.reading.columns.is_empty() && !is_foreign(&fields) {
             match recognise(&fields, before, self.wanted) {
                 // A text beside a question and an answer is what both were rendered to.
-                Ok(RowFormat::Text) if map(&keys_of(&fields), &self.reading.columns, self.wanted).is_ok_and(|mapping| {
-                    mapping.format == RowFormat::PromptCompletion
-                }) => {}
+                Ok(RowFormat::Text)
+                    if map(&keys_of(&fields), &self.reading.columns, self.wanted)
+                        .is_ok_and(|mapping| mapping.format == RowFormat::PromptCompletion) => {}
                 Ok(format) => {
                     self.see(format, format.keys().to_owned(), None)?;
                     let is_changed = self.add_system(&mut fields, format)? || is_wrapped;
@@ -271,7 +297,7 @@ impl<'a> Forms<'a> {
             }
         }
         let names = keys_of(&fields);
-        let mapping = map(&names, &self.reading.columns, self.wanted).map_err(|unclear| match unclear {
+        let mapping = self.mapping(&names).map_err(|unclear| match unclear {
             Unclear::Missing(role, name) => {
                 let near = match nearest(&name, names.iter().copied()) {
                     Some(near) => format!(", did you mean `{near}`?"),
@@ -291,10 +317,33 @@ impl<'a> Forms<'a> {
         let name = |at: usize| names[at].to_owned();
         let (keys, words) = (mapping.keys(format, name), mapping.words(format, name));
         let names: Vec<String> = names.into_iter().map(str::to_owned).collect();
-        let is_own = matches!(format, RowFormat::Messages) && mapping.of(Role::Messages).all(|at| names[at] == "messages");
-        let words = if is_own { format!("{words} (ShareGPT)") } else { words };
+        let of_sharegpt = |at: usize| fields.get(&names[at]).is_some_and(|turns| turns[0].get("from").is_some());
+        let is_sharegpt = mapping.of(Role::Messages).any(of_sharegpt);
+        let is_judged = format == RowFormat::Preference && is_foreign(&fields);
+        let words = match (is_sharegpt, is_judged) {
+            (true, _) => format!("ShareGPT; {words}"),
+            (_, true) => format!("ShareGPT; conversations → user, {words}"),
+            _ => words,
+        };
         let fields = canonical(fields, &mapping, format, &names).map_err(problem_of)?;
         self.made(fields, format, keys, words)
+    }
+
+    /// Which of a row's keys is what. What a row may lack is looked for in each.
+    fn mapping(&mut self, names: &[&str]) -> Result<Mapping, Unclear> {
+        if let Some((before, mapping)) = &self.before
+            && before.iter().map(String::as_str).eq(names.iter().copied())
+        {
+            return Ok(mapping.clone());
+        }
+        let is_there = |role: Role, name: &str| {
+            let near = || nearest(name, names.iter().copied()).is_some();
+            !is_optional(role) || find(names, name).is_some() || near()
+        };
+        self.unmet.retain(|(_, name)| find(names, name).is_none());
+        let mapping = map(names, &self.reading.columns.only(is_there), self.wanted)?;
+        self.before = Some((names.iter().map(|name| (*name).to_owned()).collect(), mapping.clone()));
+        Ok(mapping)
     }
 
     /// A row of a table.
@@ -318,7 +367,7 @@ impl<'a> Forms<'a> {
         let mut fields = Map::new();
         for (role, at) in &mapping.roles {
             let (text, name) = (cell(*at), header.name(*at));
-            let is_needed = !matches!(role, Role::Input | Role::System | Role::Tools | Role::Label);
+            let is_needed = !is_optional(*role);
             if text.trim().is_empty() && is_needed {
                 let (lacks, is) = if *at < cells.len() { ("", "is empty") } else { ("no ", "in this row") };
                 return match role {
@@ -330,7 +379,9 @@ impl<'a> Forms<'a> {
                 Role::Input => add_input(&mut fields, text.into(), &name)?,
                 Role::System if text.trim().is_empty() => {}
                 Role::Tools | Role::Label if text.trim().is_empty() => {}
-                Role::Messages | Role::Prompt | Role::Chosen | Role::Rejected if text.trim_start().starts_with("[{") => {
+                Role::Messages | Role::Prompt | Role::Chosen | Role::Rejected
+                    if text.trim_start().starts_with("[{") =>
+                {
                     let list = serde_json::from_str(text).map_err(|error| {
                         Problem::new(BAD_ROW, format!("`{name}` is no list of messages in JSON: {error}"))
                     });
@@ -345,7 +396,8 @@ impl<'a> Forms<'a> {
         let is_rated = label.is_some_and(|label| rating(label).is_some()) || self.format() == Some(RowFormat::Rated);
         let has_label = mapping.of(Role::Label).next().is_some();
         let format = if has_label && is_rated { RowFormat::Rated } else { mapping.format };
-        let is_read = |at: usize| mapping.roles.iter().any(|(_, read)| *read == at);
+        let of_label = |role: Role| role == Role::Label && format != RowFormat::Rated;
+        let is_read = |at: usize| mapping.roles.iter().any(|(role, read)| *read == at && !of_label(*role));
         for (at, name) in names.iter().enumerate().filter(|(at, name)| !is_read(*at) && !name.is_empty()) {
             if !cell(at).is_empty() && !fields.contains_key(name) && !ROW_KEYS.contains(&name.as_str()) {
                 fields.insert(name.clone(), cell(at).into());
@@ -357,8 +409,10 @@ impl<'a> Forms<'a> {
         }
         let name = |at: usize| header.name(at);
         let mut words = mapping.words(format, name);
-        let unread: Vec<&str> =
-            (0..names.len()).filter(|at| !is_read(*at) && !names[*at].is_empty()).map(|at| names[at].as_str()).collect();
+        let unread: Vec<&str> = (0..names.len())
+            .filter(|at| !is_read(*at) && !names[*at].is_empty())
+            .map(|at| names[at].as_str())
+            .collect();
         if !unread.is_empty() {
             let _ = write!(words, "; not learned: {}", unread.join(", "));
         }
@@ -401,13 +455,19 @@ impl<'a> Forms<'a> {
             let detail = "`--system` goes before a question, and a row of `text` has none";
             return Err(Problem::new(BAD_ROW, detail));
         }
-        let in_list = |key: &str| fields.get(key).and_then(Json::as_array).is_some_and(|list| list.iter().any(is_system));
+        let in_list =
+            |key: &str| fields.get(key).and_then(Json::as_array).is_some_and(|list| list.iter().any(is_system));
         if is_given(fields.get("system")) || ["messages", "prompt", "chosen"].into_iter().any(in_list) {
             return Ok(false);
         }
         fields.insert("system".to_owned(), system.as_str().into());
         Ok(true)
     }
+}
+
+/// Whether rows may lack it.
+fn is_optional(role: Role) -> bool {
+    matches!(role, Role::Input | Role::System | Role::Tools | Role::Label)
 }
 
 /// Keys that mean something in a row, which no other column may have.
@@ -429,7 +489,12 @@ impl Header {
     ///
     /// # Errors
     /// When it is not clear which column is what: how to say it.
-    pub fn of(first: &[&str], second: Option<&[&str]>, columns: &Columns, wanted: Option<RowKind>) -> Result<Self, String> {
+    pub fn of(
+        first: &[&str],
+        second: Option<&[&str]>,
+        columns: &Columns,
+        wanted: Option<RowKind>,
+    ) -> Result<Self, String> {
         let names: Vec<&str> = first.iter().map(|name| name.trim().trim_start_matches('\u{feff}')).collect();
         // Empty columns behind the last one are none.
         let width = names.iter().rposition(|name| !name.is_empty()).map_or(0, |last| last + 1);
@@ -441,7 +506,11 @@ impl Header {
         for (_, at) in &mapping.roles {
             let is_twice = |(other, name): (usize, &&str)| other != *at && plain(name) == plain(names[*at]);
             if is_row && names.iter().enumerate().any(is_twice) && !by_number {
-                return Err(format!("two columns are named `{}`\nhint: rename one of them, or name both by their numbers, such as `--columns {}`", names[*at], by_numbers(&mapping)));
+                return Err(format!(
+                    "two columns are named `{}`\nhint: rename one of them, or name columns by their numbers, such as `{}`",
+                    names[*at],
+                    flag(&by_numbers(&mapping))
+                ));
             }
         }
         let mut own: Vec<String> = Vec::new();
@@ -483,8 +552,22 @@ fn unclear_header(unclear: Unclear, names: &[&str], second: Option<&[&str]>) -> 
             let near = near.unwrap_or_else(|| format!("; the columns are {}", listed(&shown)));
             format!("no column `{name}`, which is to be `{}`{near}", role.name())
         }
+        Unclear::Ambiguous(role, several) if plain(&several[0]) == plain(&several[1]) => {
+            let at = names.iter().position(|name| *name == several[0]).unwrap_or(0);
+            format!(
+                "two columns are named `{}`\nhint: rename one of them, or say by its number which is the {}, such as `{}`",
+                several[0],
+                thing(role),
+                flag(&format!("{}={}", role.name(), at + 1))
+            )
+        }
         Unclear::Ambiguous(role, several) => {
-            format!("{} may each be the {}\nhint: `--columns {}={}` says which it is", listed(&several), thing(role), role.name(), several[0])
+            format!(
+                "{} may each be the {}\nhint: `{}` says which it is",
+                listed(&several),
+                thing(role),
+                flag(&format!("{}={}", role.name(), several[0]))
+            )
         }
         unclear => {
             let found = match &unclear {
@@ -505,7 +588,7 @@ fn unclear_header(unclear: Unclear, names: &[&str], second: Option<&[&str]>) -> 
                 ""
             };
             let hint = match guess {
-                Some(guess) => format!("\nhint: `--columns {guess}` says which is which{numbers}"),
+                Some(guess) => format!("\nhint: `{}` says which is which{numbers}", flag(&guess)),
                 None => "\nhint: a table has a column of questions and one of answers, such as `Question` and `Answer`, or one of `text`".to_owned(),
             };
             format!("{what}the first row has {}{hint}", listed(&shown))
@@ -520,7 +603,8 @@ fn guess(shown: &[&str], found: Option<(Role, &str)>, second: Option<&[&str]>, n
         let below = at.zip(second).and_then(|(at, second)| second.get(at).copied()).unwrap_or("");
         below.trim().replace(',', ".").parse::<f64>().is_ok() || below.trim().is_empty()
     };
-    let mut free: Vec<&str> = shown.iter().copied().filter(|name| found.is_none_or(|(_, found)| found != *name)).collect();
+    let mut free: Vec<&str> =
+        shown.iter().copied().filter(|name| found.is_none_or(|(_, found)| found != *name)).collect();
     // Words, rather than numbers and empty cells.
     if free.iter().filter(|name| !is_number(name)).count() >= if found.is_some() { 1 } else { 2 } {
         free.retain(|name| !is_number(name));
@@ -539,6 +623,12 @@ fn guess(shown: &[&str], found: Option<(Role, &str)>, second: Option<&[&str]>, n
         }
     };
     Some(format!("prompt={prompt},completion={completion}"))
+}
+
+/// The flag as it is typed: with quotes where a shell would part it.
+fn flag(columns: &str) -> String {
+    let is_plain = columns.chars().all(|c| c.is_alphanumeric() || "=,_-.".contains(c));
+    if is_plain { format!("--columns {columns}") } else { format!("--columns \"{columns}\"") }
 }
 
 fn thing(role: Role) -> &'static str {
@@ -569,11 +659,10 @@ fn keys_of(fields: &Map<String, Json>) -> Vec<&str> {
 
 fn ambiguous(role: Role, names: &[String]) -> Problem {
     let detail = format!(
-        "{} may each be the {}; `--columns {}={}` says which it is",
+        "{} may each be the {}; `{}` says which it is",
         listed(names),
         thing(role),
-        role.name(),
-        names[0]
+        flag(&format!("{}={}", role.name(), names[0]))
     );
     Problem::new(UNKNOWN_ROW, detail)
 }
@@ -590,9 +679,11 @@ fn with_columns(problem: Problem, fields: &Map<String, Json>) -> Problem {
         return problem;
     }
     let of = |role: Role| texts.iter().find(|name| role_of(name).is_some_and(|(of, _)| of == role)).copied();
-    let found = of(Role::Prompt).map(|name| (Role::Prompt, name)).or_else(|| of(Role::Completion).map(|name| (Role::Completion, name)));
+    let found = of(Role::Prompt)
+        .map(|name| (Role::Prompt, name))
+        .or_else(|| of(Role::Completion).map(|name| (Role::Completion, name)));
     match guess(&texts, found, None, &[]) {
-        Some(guess) => Problem::new(UNKNOWN_ROW, format!("{detail}; `--columns {guess}` says which is which")),
+        Some(guess) => Problem::new(UNKNOWN_ROW, format!("{detail}; `{}` says which is which", flag(&guess))),
         None => problem,
     }
 }
@@ -638,7 +729,9 @@ fn canonical(
             Role::Messages => {
                 row.insert("messages".to_owned(), conversation(value, name)?);
             }
-            Role::Prompt | Role::Completion | Role::Text if matches!(value, Json::Number(_) | Json::Bool(_) | Json::Null) => {
+            Role::Prompt | Role::Completion | Role::Text | Role::System
+                if matches!(value, Json::Number(_) | Json::Bool(_) | Json::Null) =>
+            {
                 return Err(format!("`{name}` is {}, not text; write it in quotes", kind_of(&value)));
             }
             _ => {
@@ -679,20 +772,25 @@ fn add_input(row: &mut Map<String, Json>, input: Json, name: &str) -> Result<(),
             let _ = write!(prompt, "\n\n{input}");
             Ok(())
         }
-        (_, input) => Err(Problem::new(BAD_ROW, format!("`{name}` is {}, which cannot stand behind the prompt", kind_of(&input)))),
+        (_, input) => {
+            Err(Problem::new(BAD_ROW, format!("`{name}` is {}, which cannot stand behind the prompt", kind_of(&input))))
+        }
     }
 }
 
 /// Puts earlier questions and answers before a row's own, as LLaMA-Factory's Alpaca rows have them. They are learned, too.
 fn with_history(row: &mut Map<String, Json>, history: &Json) -> Result<(), String> {
-    let (Some(Json::String(prompt)), Some(Json::String(completion))) = (row.remove("prompt"), row.remove("completion")) else {
+    let (Some(Json::String(prompt)), Some(Json::String(completion))) = (row.remove("prompt"), row.remove("completion"))
+    else {
         return Err("`history` stands before a question and an answer that are strings".to_owned());
     };
     let said = |role: &str, text: &str| json!({"role": role, "content": text});
     let mut messages = Vec::new();
     for turn in history.as_array().into_iter().flatten() {
         match (turn.get(0).and_then(Json::as_str), turn.get(1).and_then(Json::as_str), turn.as_array().map(Vec::len)) {
-            (Some(asked), Some(answered), Some(2)) => messages.extend([said("user", asked), said("assistant", answered)]),
+            (Some(asked), Some(answered), Some(2)) => {
+                messages.extend([said("user", asked), said("assistant", answered)])
+            }
             _ => return Err("`history` is to be a list of pairs, a question and its answer".to_owned()),
         }
     }
@@ -729,9 +827,10 @@ fn conversation(turns: Json, name: &str) -> Result<Json, String> {
     let Json::Array(turns) = turns else {
         return Err(format!("{name}: {} is not a list of messages", kind_of(&turns)));
     };
-    let messages = turns.into_iter().enumerate().map(|(index, turn)| {
-        turn_of(turn).map_err(|detail| format!("message {}: {detail}", index + 1))
-    });
+    let messages = turns
+        .into_iter()
+        .enumerate()
+        .map(|(index, turn)| turn_of(turn).map_err(|detail| format!("message {}: {detail}", index + 1)));
     Ok(Json::Array(messages.collect::<Result<_, _>>()?))
 }
 
@@ -749,7 +848,9 @@ fn turn_of(turn: Json) -> Result<Json, String> {
         let names = SPEAKERS.map(|(name, _)| name);
         return Err(match nearest(&lower, names) {
             Some(near) => format!("unknown speaker `{from}`, did you mean `{near}`?"),
-            None => format!("unknown speaker `{from}`; speakers are human, gpt, system, tool, observation and function_call"),
+            None => format!(
+                "unknown speaker `{from}`; speakers are human, gpt, system, tool, observation and function_call"
+            ),
         });
     };
     let value = match turn.remove("value") {

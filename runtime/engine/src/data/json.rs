@@ -51,7 +51,13 @@ impl Layout {
             (Ok(_), _) => Self::Lines,
             (Err(error), _) if !error.is_eof() => Self::Lines,
             // The first line is cut off, or all there is.
-            (Err(_), None) => if holds() { Self::Holder } else { Self::Lines },
+            (Err(_), None) => {
+                if holds() {
+                    Self::Holder
+                } else {
+                    Self::Lines
+                }
+            }
             // A row over several lines goes on with a key, a message or a bracket. Where the next row follows, the first is cut off.
             (Err(_), Some(second)) => {
                 let follows = second.starts_with(b"{") && (!first.ends_with(b"[") || parse(second).is_ok());
@@ -402,7 +408,10 @@ fn refused(text: &str, line: Option<usize>, error: &serde_json::Error) -> Proble
         Some(first) => format!("at line {}, column {column}", first + at_line.max(1) - 1),
     };
     if let Some(key) = what.strip_prefix(TWICE) {
-        return Problem::new(BAD_ROW, format!("`{key}` stands twice in one object, {place}; which of them counts is not clear"));
+        return Problem::new(
+            BAD_ROW,
+            format!("`{key}` stands twice in one object, {place}; which of them counts is not clear"),
+        );
     }
     let at = text.lines().nth(at_line.saturating_sub(1)).and_then(|line| line.get(column.saturating_sub(1)..));
     let word = at.and_then(|at| ["NaN", "Infinity", "-Infinity"].into_iter().find(|word| at.starts_with(word)));
@@ -493,12 +502,14 @@ mod tests {
     fn told(text: &str, capacity: usize) -> String {
         let layout = Layout::of(text.as_bytes(), true);
         let mut out = format!("{layout:?}");
-        let read = rows(Path::new("f"), BufReader::with_capacity(capacity, text.as_bytes()), layout, |row, line, text| {
-            let text = text.map_or_else(|problem| format!("! {problem}"), |text| String::from_utf8_lossy(text).into());
-            let line = line.map(|line| format!("@{line}")).unwrap_or_default();
-            out += &format!(" {row}{line}={text}");
-            Ok(())
-        });
+        let read =
+            rows(Path::new("f"), BufReader::with_capacity(capacity, text.as_bytes()), layout, |row, line, text| {
+                let text =
+                    text.map_or_else(|problem| format!("! {problem}"), |text| String::from_utf8_lossy(text).into());
+                let line = line.map(|line| format!("@{line}")).unwrap_or_default();
+                out += &format!(" {row}{line}={text}");
+                Ok(())
+            });
         if let Err(error) = read {
             out += &format!(" {error:#}");
         }
@@ -519,7 +530,10 @@ mod tests {
         check("[{\"a\":\"]\\\"}\"},\n\n {\"b\":[1]} , 3,]", "List 1@1={\"a\":\"]\\\"}\"} 2@3={\"b\":[1]} 3@3=3");
         check("{\n \"a\": 1\n}\n{\n \"b\": {}}", "Values 1@1={\n \"a\": 1\n} 2@4={\n \"b\": {}}");
         check("{\"messages\": [\n{\"role\": 1},\n2]}", "Values 1@1={\"messages\": [\n{\"role\": 1},\n2]}");
-        check("{\"version\": [1], \"data\": [{\"a\": 1}, {\"b\": 2}], \"n\": {\"x\": []}}", "Holder 1@1={\"a\": 1} 2@1={\"b\": 2}");
+        check(
+            "{\"version\": [1], \"data\": [{\"a\": 1}, {\"b\": 2}], \"n\": {\"x\": []}}",
+            "Holder 1@1={\"a\": 1} 2@1={\"b\": 2}",
+        );
         check("{\n  \"rows\": [\n    {\"a\": 1}\n  ]\n}", "Holder 1@3={\"a\": 1}");
         check("{\"text\": \"a\", \"data\": [1]}", "Lines 1={\"text\": \"a\", \"data\": [1]}");
         check("{\"data\": [1]}\n{\"data\": [2]}", "Lines 1={\"data\": [1]} 2={\"data\": [2]}");
@@ -564,11 +578,17 @@ mod tests {
             assert_eq!(object(text.as_bytes(), None).unwrap_err().to_string(), expected, "{text}");
         };
         check(r#"{"a": 1, "a": 2}"#, "`a` stands twice in one object, at column 12; which of them counts is not clear");
-        check(r#"{"m": [{"b": 1, "b": 1}]}"#, "`b` stands twice in one object, at column 19; which of them counts is not clear");
+        check(
+            r#"{"m": [{"b": 1, "b": 1}]}"#,
+            "`b` stands twice in one object, at column 19; which of them counts is not clear",
+        );
         check(r#"{"a": NaN}"#, "not JSON: NaN is no number of JSON, at column 7; write null");
         check(r#"{"a": -Infinity}"#, "not JSON: Infinity is no number of JSON, at column 8; write null");
         check(r#"{"a": "\ud800"}"#, "not JSON: unexpected end of hex escape at column 14");
-        check("{\"a\": \"\0\"}", "not JSON: control character (\\u0000-\\u001F) found while parsing a string at column 8");
+        check(
+            "{\"a\": \"\0\"}",
+            "not JSON: control character (\\u0000-\\u001F) found while parsing a string at column 8",
+        );
         check(r#"{"a": 1} {"b": 2}"#, "not JSON: trailing characters at column 10");
         let deep = format!("{{\"a\": {}1{}}}", "[".repeat(10_000), "]".repeat(10_000));
         check(&deep, "not JSON: recursion limit exceeded at column 133");

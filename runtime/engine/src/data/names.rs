@@ -20,55 +20,228 @@ const NAMES: [(Role, Sure, &[&str]); 16] = [
         Role::Prompt,
         Sure::Yes,
         &[
-            "question", "questions", "instruction", "instructions", "prompts", "question text", // English, French
-            "frage", "fragen", "anweisung", "aufgabe", "fragestellung", "prüfungsfrage", // German
-            "pregunta", "preguntas", "instrucción", "instruccion", "consigna", // Spanish
-            "consigne", "question posée", // French
-            "domanda", "domande", "istruzione", "quesito", // Italian
-            "pergunta", "perguntas", "instrução", "questão", // Portuguese
-            "vraag", "vragen", "opdracht", // Dutch
-            "pytanie", "pytania", "polecenie", // Polish
-            "fråga", "frågor", "spørgsmål", "spørsmål", "kysymys", // Swedish, Danish, Norwegian, Finnish
-            "otázka", "otazka", "otázky", "kérdés", "întrebare", "intrebare", "pitanje", "vprašanje", // cs sk hu ro hr sl
-            "küsimus", "jautājums", "klausimas", "galdera", // et lv lt eu
-            "soru", "sorular", "câu hỏi", "pertanyaan", "soalan", "swali", // tr vi id ms sw
-            "вопрос", "вопросы", "питання", "запитання", "въпрос", "ερώτηση", "שאלה", "سؤال", "السؤال", "प्रश्न", "সওয়াল", "প্রশ্ন",
-            "คำถาม", "问题", "問題", "提问", "指令", "質問", "질문",
+            "question",
+            "questions",
+            "instruction",
+            "instructions",
+            "prompts",
+            "question text", // English, French
+            "frage",
+            "fragen",
+            "anweisung",
+            "aufgabe",
+            "fragestellung",
+            "prüfungsfrage", // German
+            "pregunta",
+            "preguntas",
+            "instrucción",
+            "instruccion",
+            "consigna", // Spanish
+            "consigne",
+            "question posée", // French
+            "domanda",
+            "domande",
+            "istruzione",
+            "quesito", // Italian
+            "pergunta",
+            "perguntas",
+            "instrução",
+            "questão", // Portuguese
+            "vraag",
+            "vragen",
+            "opdracht", // Dutch
+            "pytanie",
+            "pytania",
+            "polecenie", // Polish
+            "fråga",
+            "frågor",
+            "spørgsmål",
+            "spørsmål",
+            "kysymys", // Swedish, Danish, Norwegian, Finnish
+            "otázka",
+            "otazka",
+            "otázky",
+            "kérdés",
+            "întrebare",
+            "intrebare",
+            "pitanje",
+            "vprašanje", // cs sk hu ro hr sl
+            "küsimus",
+            "jautājums",
+            "klausimas",
+            "galdera", // et lv lt eu
+            "soru",
+            "sorular",
+            "câu hỏi",
+            "pertanyaan",
+            "soalan",
+            "swali", // tr vi id ms sw
+            "вопрос",
+            "вопросы",
+            "питання",
+            "запитання",
+            "въпрос",
+            "ερώτηση",
+            "שאלה",
+            "سؤال",
+            "السؤال",
+            "प्रश्न",
+            "সওয়াল",
+            "প্রশ্ন",
+            "คำถาม",
+            "问题",
+            "問題",
+            "提问",
+            "指令",
+            "質問",
+            "질문",
         ],
     ),
-    (Role::Prompt, Sure::Perhaps, &[
-        "query", "input", "user", "human", "q", "user message", "user prompt", "eingabe", "nutzer", "benutzer", "schüler", "entrada",
-        "usuario", "utilisateur", "entrée", "utente", "usuário", "gebruiker", "入力", "输入", "用户",
-    ]),
+    (
+        Role::Prompt,
+        Sure::Perhaps,
+        &[
+            "query",
+            "input",
+            "user",
+            "human",
+            "q",
+            "user message",
+            "user prompt",
+            "eingabe",
+            "nutzer",
+            "benutzer",
+            "schüler",
+            "entrada",
+            "usuario",
+            "utilisateur",
+            "entrée",
+            "utente",
+            "usuário",
+            "gebruiker",
+            "入力",
+            "输入",
+            "用户",
+        ],
+    ),
     (Role::Completion, Sure::Own, &["completion"]),
     (
         Role::Completion,
         Sure::Yes,
         &[
-            "answer", "answers", "response", "responses", "output", "completions", "answer text", "model answer", "correct answer",
-            "antwort", "antworten", "ausgabe", "musterantwort", "musterlösung", "lösung", // German
-            "respuesta", "respuestas", "salida", // Spanish
-            "réponse", "reponse", "réponses", "sortie", // French
-            "risposta", "risposte", "uscita", // Italian
-            "resposta", "respostas", "saída", // Portuguese
-            "antwoord", "antwoorden", // Dutch
-            "odpowiedź", "odpowiedz", "odpowiedzi", // Polish
-            "svar", "vastaus", // Scandinavian, Finnish
-            "odpověď", "odpoved", "odpoveď", "válasz", "răspuns", "raspuns", "odgovor", // cs sk hu ro hr sl
-            "vastus", "atbilde", "atsakymas", "erantzuna", // et lv lt eu
-            "cevap", "yanıt", "cevaplar", "câu trả lời", "trả lời", "jawaban", "jawapan", "jibu", // tr vi id ms sw
-            "ответ", "ответы", "відповідь", "отговор", "απάντηση", "תשובה", "جواب", "الجواب", "إجابة", "الإجابة", "उत्तर", "উত্তর",
-            "คำตอบ", "答案", "回答", "答え", "解答", "回复", "답변", "대답", "정답",
+            "answer",
+            "answers",
+            "response",
+            "responses",
+            "output",
+            "completions",
+            "answer text",
+            "model answer",
+            "correct answer",
+            "antwort",
+            "antworten",
+            "ausgabe",
+            "musterantwort",
+            "musterlösung",
+            "lösung", // German
+            "respuesta",
+            "respuestas",
+            "salida", // Spanish
+            "réponse",
+            "reponse",
+            "réponses",
+            "sortie", // French
+            "risposta",
+            "risposte",
+            "uscita", // Italian
+            "resposta",
+            "respostas",
+            "saída", // Portuguese
+            "antwoord",
+            "antwoorden", // Dutch
+            "odpowiedź",
+            "odpowiedz",
+            "odpowiedzi", // Polish
+            "svar",
+            "vastaus", // Scandinavian, Finnish
+            "odpověď",
+            "odpoved",
+            "odpoveď",
+            "válasz",
+            "răspuns",
+            "raspuns",
+            "odgovor", // cs sk hu ro hr sl
+            "vastus",
+            "atbilde",
+            "atsakymas",
+            "erantzuna", // et lv lt eu
+            "cevap",
+            "yanıt",
+            "cevaplar",
+            "câu trả lời",
+            "trả lời",
+            "jawaban",
+            "jawapan",
+            "jibu", // tr vi id ms sw
+            "ответ",
+            "ответы",
+            "відповідь",
+            "отговор",
+            "απάντηση",
+            "תשובה",
+            "جواب",
+            "الجواب",
+            "إجابة",
+            "الإجابة",
+            "उत्तर",
+            "উত্তর",
+            "คำตอบ",
+            "答案",
+            "回答",
+            "答え",
+            "解答",
+            "回复",
+            "답변",
+            "대답",
+            "정답",
         ],
     ),
-    (Role::Completion, Sure::Perhaps, &[
-        "assistant", "bot", "reply", "gpt", "a", "target", "assistant message", "assistant response", "model response", "chatgpt",
-        "lehrer", "tutor", "出力", "输出", "助手",
-    ]),
+    (
+        Role::Completion,
+        Sure::Perhaps,
+        &[
+            "assistant",
+            "bot",
+            "reply",
+            "gpt",
+            "a",
+            "target",
+            "assistant message",
+            "assistant response",
+            "model response",
+            "chatgpt",
+            "lehrer",
+            "tutor",
+            "出力",
+            "输出",
+            "助手",
+        ],
+    ),
     (
         Role::Input,
         Sure::Yes,
-        &["context", "kontext", "contexto", "contexte", "contesto", "passage", "kontekst", "контекст", "上下文", "文脈"],
+        &[
+            "context",
+            "kontext",
+            "contexto",
+            "contexte",
+            "contesto",
+            "passage",
+            "kontekst",
+            "контекст",
+            "上下文",
+            "文脈",
+        ],
     ),
     (Role::System, Sure::Own, &["system"]),
     (Role::System, Sure::Yes, &["system prompt", "systemprompt", "system message", "persona", "systemanweisung"]),
@@ -86,7 +259,9 @@ pub(super) fn plain(name: &str) -> String {
     let name = name.trim_matches(|c: char| c.is_whitespace() || matches!(c, '\u{feff}' | '"' | '\''));
     let name = name.trim_end_matches([':', '?', '*', '.', ' ']).trim_start_matches(['*', '#', ' ']);
     let mut out = String::new();
-    for part in name.split(|c: char| c.is_whitespace() || matches!(c, '_' | '-' | '\u{a0}')).filter(|part| !part.is_empty()) {
+    for part in
+        name.split(|c: char| c.is_whitespace() || matches!(c, '_' | '-' | '\u{a0}')).filter(|part| !part.is_empty())
+    {
         out.push_str(if out.is_empty() { "" } else { " " });
         out.push_str(&part.to_lowercase());
     }

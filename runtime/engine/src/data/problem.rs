@@ -55,7 +55,7 @@ impl Problem {
                 "cut long rows with `--on-long-row truncate`, leave them out with `--on-long-row skip`, or allow more with a larger `--max-seq-len`"
             }
             UNKNOWN_ROW => {
-                "rows are `{\"messages\": [{\"role\": …, \"content\": …}, …]}`, `{\"prompt\": …, \"completion\": …}` or `{\"text\": …}`, and `{\"prompt\": …, \"chosen\": …, \"rejected\": …}` or `{\"prompt\": …, \"completion\": …, \"label\": true}` where answers are judged"
+                "rows are `{\"messages\": [{\"role\": …, \"content\": …}, …]}`, `{\"prompt\": …, \"completion\": …}` or `{\"text\": …}`, and `{\"prompt\": …, \"chosen\": …, \"rejected\": …}` or `{\"prompt\": …, \"completion\": …, \"label\": true}` where answers are judged; rows with a question and an answer, Alpaca's and ShareGPT's are recognised, and `--columns` names other keys"
             }
             NO_EMBEDDING => {
                 "take the token out of the rows, or the tokenizer that the model was made with; a model whose embedding was resized for it has it, too"
@@ -129,7 +129,13 @@ impl Problems {
     ///
     /// # Errors
     /// When there are problems, and the file is refused for them.
-    pub(super) fn settle(mut self, path: &Path, unit: &'static str, rows: usize, on_bad_row: OnBadRow) -> Result<Option<String>> {
+    pub(super) fn settle(
+        mut self,
+        path: &Path,
+        unit: &'static str,
+        rows: usize,
+        on_bad_row: OnBadRow,
+    ) -> Result<Option<String>> {
         (self.unit, self.rows) = (unit, rows);
         if self.count == 0 {
             return Ok(None);

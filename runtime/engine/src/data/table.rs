@@ -173,6 +173,18 @@ impl<R: BufRead> Reader<R> {
         let (mut at, mut start, mut opened, mut problem) = (At::Start, 0, self.line, None);
         let mut is_begun = false;
         loop {
+            // What means nothing in a cell is taken in one piece.
+            if self.peeked.is_none() && matches!(at, At::Plain | At::Quoted) && cells.len() <= ROW_BYTES_MAX {
+                let separator = if at == At::Plain { self.separator } else { b'"' };
+                let buffer = match self.bytes.fill_buf() {
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                    buffer => buffer?,
+                };
+                let ends_run = |byte: &u8| *byte == separator || matches!(byte, b'\n' | b'\r');
+                let run = buffer.iter().position(ends_run).unwrap_or(buffer.len());
+                cells.extend_from_slice(&buffer[..run]);
+                self.bytes.consume(run);
+            }
             let byte = self.next()?;
             if byte.is_none() && !is_begun {
                 return Ok(None);
@@ -286,8 +298,10 @@ mod tests {
     fn cells_are_parted_as_python_parts_them() {
         let check = |text: &str, expected: &[(usize, usize, &[&str])]| {
             let rows = rows(text, b',').unwrap();
-            let rows: Vec<(usize, usize, Vec<&str>)> =
-                rows.iter().map(|(row, line, cells)| (*row, *line, cells.iter().map(String::as_str).collect())).collect();
+            let rows: Vec<(usize, usize, Vec<&str>)> = rows
+                .iter()
+                .map(|(row, line, cells)| (*row, *line, cells.iter().map(String::as_str).collect()))
+                .collect();
             let expected: Vec<_> = expected.iter().map(|(row, line, cells)| (*row, *line, cells.to_vec())).collect();
             assert_eq!(rows, expected, "{text:?}");
         };
@@ -301,7 +315,8 @@ mod tests {
         check("a, \"b, c\" ,d", &[(1, 1, &["a", "b, c", "d"])]);
         check("5\" disk,\"\",\"\"\"\"", &[(1, 1, &["5\" disk", "", "\""])]);
         check(",,", &[(1, 1, &["", "", ""])]);
-        let bad = "! cell 2 goes on behind the quote that ends it; a quote inside of a quoted cell is written twice, `\"\"`";
+        let bad =
+            "! cell 2 goes on behind the quote that ends it; a quote inside of a quoted cell is written twice, `\"\"`";
         check("a,\"b\"c\nd,e", &[(1, 1, &[bad]), (2, 2, &["d", "e"])]);
     }
 
@@ -311,8 +326,13 @@ mod tests {
             let refused = records(Path::new("t"), text, b',', |_| Ok(())).unwrap_err();
             refused.to_string().lines().next().unwrap_or_default().to_owned()
         };
-        assert!(told(b"a,b\n1,\"2\n3,4\n5,6\n").starts_with("t: the quote that opens a cell in line 2 is never closed"));
-        assert_eq!(told(b"a,b\n1,\"x\ngr\xf6\"\n"), "t: line 3 has the byte 0xF6, `ö` in Windows-1252, which is not UTF-8");
+        assert!(
+            told(b"a,b\n1,\"2\n3,4\n5,6\n").starts_with("t: the quote that opens a cell in line 2 is never closed")
+        );
+        assert_eq!(
+            told(b"a,b\n1,\"x\ngr\xf6\"\n"),
+            "t: line 3 has the byte 0xF6, `ö` in Windows-1252, which is not UTF-8"
+        );
         assert_eq!(told(b"a\x93,b\n"), "t: line 1 has the byte 0x93, which is not UTF-8");
         let endless = [b"a,\"".to_vec(), vec![b'x'; ROW_BYTES_MAX + 7]].concat();
         assert!(told(&endless).contains("line 1 is never closed"));

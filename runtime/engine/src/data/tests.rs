@@ -732,15 +732,7 @@ fn rows_for_another_objective_are_refused_with_its_name() {
         &preference.repeat(3),
         RowKind::Demonstration,
         "sft",
-        &[
-            "all 3 rows: has `chosen` and `rejected`: rows for dpo or orpo; sft learns from",
-        ],
-    );
-    check(
-        &format!("{plain}{}", preference.repeat(3)),
-        RowKind::Demonstration,
-        "sft",
-        &["3 problems", "line 2: has `chosen` and `rejected`", "\n  not of the form of the rows before: lines 3-4"],
+        &["all 3 rows: has `chosen` and `rejected`: rows for dpo or orpo; sft learns from"],
     );
     check(
         &rated,
@@ -765,7 +757,8 @@ fn rows_for_another_objective_are_refused_with_its_name() {
         let row = json!({"prompt": "a", "completion": "b", "label": label});
         assert!(matches!(check_row(&row.to_string()).unwrap(), Row::Rated { label, .. } if label == good), "{row}");
     }
-    let told = check_rows(&sources(file(rated + &plain).path()), &plainly(), RowKind::Rating, "kto").unwrap_err().to_string();
+    let told =
+        check_rows(&sources(file(rated + &plain).path()), &plainly(), RowKind::Rating, "kto").unwrap_err().to_string();
     assert!(told.contains("line 2: label: 3 is no rating; write true or false"), "{told}");
     // Nothing is learned from both answers as if both were right.
     let told = load(preference, Some(&chatml())).unwrap_err().to_string();

@@ -108,7 +108,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let apart = a.rows.keys().filter(|line| !b.rows.contains_key(line));
     let apart: Vec<usize> = apart.chain(b.rows.keys().filter(|line| !a.rows.contains_key(line))).copied().collect();
     if !apart.is_empty() {
-        let place = |line: &usize| a.rows.get(line).or(b.rows.get(line)).map(|row| row.place.clone()).unwrap_or_default();
+        let place =
+            |line: &usize| a.rows.get(line).or(b.rows.get(line)).map(|row| row.place.clone()).unwrap_or_default();
         let lines = apart.iter().take(10).map(place).collect::<Vec<_>>().join(", ");
         bail!(
             "{}: {} rows are too long for one of the models ({lines}{}), so these were not measured on the same rows\nhint: leave them out of the file, or give a --max-seq-len that both take",

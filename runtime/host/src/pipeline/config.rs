@@ -476,7 +476,8 @@ fn typed(value: &toml_edit::Value, kind: Type) -> Option<Value> {
             let text = |value: &toml_edit::Value| {
                 value.as_str().map(str::to_owned).or_else(|| value.as_integer().map(|number| number.to_string()))
             };
-            let pairs = value.as_inline_table()?.iter().map(|(name, value)| Some((name.to_owned(), text(value)?.into())));
+            let pairs =
+                value.as_inline_table()?.iter().map(|(name, value)| Some((name.to_owned(), text(value)?.into())));
             pairs.collect::<Option<Map<_, _>>>().map(Value::Object)
         }
     }

@@ -300,6 +300,7 @@ fn ls_type(kind: &str) -> String {
         "{Dataset}" => "Dataset[]",
         "string | {string}" => "string | string[]",
         "{[string]: any}" => "table<string, any>",
+        "string | {[string]: string | number}" => "string | table<string, string | number>",
         "(row: Row) -> boolean" => "fun(row: Row): boolean",
         "(row: Row) -> Row?" => "fun(row: Row): Row?",
         "string | (row: Row) -> any" => "string | fun(row: Row): any",

@@ -16,12 +16,12 @@ const KINDS: [Kind; 23] = [
     Kind(
         b"PAR1",
         "a Parquet file, which is not read",
-        "`duckdb -c \"COPY 'FILE' TO 'rows.jsonl'\"` converts it, and so does Python: `pandas.read_parquet(FILE).to_json(\"rows.jsonl\", orient=\"records\", lines=True)`",
+        "`duckdb -c \"COPY 'FILE' TO 'rows.jsonl'\"` converts it, and so does Python: `pandas.read_parquet('FILE').to_json('rows.jsonl', orient='records', lines=True)`",
     ),
     Kind(
         b"ARROW1",
         "an Arrow file, which is not read",
-        "Python converts it: `datasets.load_from_disk(FOLDER).to_json(\"rows.jsonl\")`",
+        "Python converts it: `datasets.load_from_disk('FOLDER').to_json('rows.jsonl')`, of the folder that the file is in",
     ),
     Kind(b"%PDF", "a PDF file", TEXT),
     Kind(b"\xd0\xcf\x11\xe0", "a workbook or document of an old office program", CSV),
@@ -41,7 +41,11 @@ const KINDS: [Kind; 23] = [
     Kind(b"\x89PNG", "an image", TEXT),
     Kind(b"\xff\xd8\xff", "an image", TEXT),
     Kind(b"GIF8", "an image", TEXT),
-    Kind(b"<!doctype html", "a web page", "the address may lead to a page that asks for something; download the file itself"),
+    Kind(
+        b"<!doctype html",
+        "a web page",
+        "the address may lead to a page that asks for something; download the file itself",
+    ),
     Kind(b"<html", "a web page", "the address may lead to a page that asks for something; download the file itself"),
     Kind(b"<?xml", "an XML file", "write the rows as CSV or JSONL"),
     Kind(b"ID3", "a sound file", TEXT),

@@ -93,7 +93,8 @@ pub(super) fn read_rows(
     let knows = |first: &[&str]| is_known(first, &reading.columns, wanted);
     let ending = ending(name);
     let begin = text.head.trim_ascii_start();
-    let is_json = begin.starts_with(b"{") || begin.starts_with(b"[") && !(ending.is_table() && !begin.starts_with(b"[{"));
+    let is_json =
+        begin.starts_with(b"{") || begin.starts_with(b"[") && !(ending.is_table() && !begin.starts_with(b"[{"));
     let separator = match table::named_separator(&text.head) {
         Some((separator, bytes)) => Some((separator, bytes)),
         None if is_json || begin.is_empty() => None,
@@ -116,6 +117,9 @@ pub(super) fn read_rows(
             (rows, last) = (rows + 1, number);
             each(number, piece.and_then(|bytes| forms.json(bytes, line)))
         })?;
+        if let Some((role, column)) = forms.unmet().filter(|_| rows > 0) {
+            bail!("{}: no row has `{column}`, which is to be `{}`", name.display(), role.name());
+        }
         let words = match (layout, forms.words()) {
             (Layout::Lines, None) => None,
             (layout, words) => Some(match words {
@@ -161,10 +165,13 @@ pub(super) fn read_rows(
             }
         };
         (rows, last) = (rows + 1, record.row);
-        each(last, match record.problem {
-            Some(problem) => Err(problem),
-            None => forms.cells(header, &record.cells),
-        })
+        each(
+            last,
+            match record.problem {
+                Some(problem) => Err(problem),
+                None => forms.cells(header, &record.cells),
+            },
+        )
     })?;
     if let (None, Some(names)) = (&header, &first) {
         let header = make_header(names, None)?;

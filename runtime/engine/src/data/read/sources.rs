@@ -1,7 +1,7 @@
 //! What a user names as rows: files, a folder of them, or `-`, the standard input.
 
 use std::fs::{self, File};
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,8 +15,9 @@ use crate::files::open_regular;
 pub struct Source {
     /// What messages call it.
     pub name: PathBuf,
-    /// Where its bytes are, if not under its name: what came in once is kept, so that it can be read again.
-    kept: Option<Arc<NamedTempFile>>,
+    /// Where its bytes are, if not under its name: what came in once is kept, so that it can be read again. The file has no name, so that
+    /// nothing is left of it whatever ends the program.
+    kept: Option<Arc<File>>,
 }
 
 impl Source {
@@ -31,7 +32,10 @@ impl Source {
     /// When it is a terminal, cannot be read, or there is no room for it.
     pub fn standard_input() -> Result<Self> {
         let input = io::stdin();
-        ensure!(!input.is_terminal(), "-: rows are read from the standard input, and that is the terminal\nhint: pipe them in, as in `… | homeroom fine-tune --training-file -`");
+        ensure!(
+            !input.is_terminal(),
+            "-: rows are read from the standard input, and that is the terminal\nhint: pipe them in, as in `… | homeroom fine-tune --training-file -`"
+        );
         Self::keep(input.lock())
     }
 
@@ -40,9 +44,8 @@ impl Source {
     /// # Errors
     /// When they cannot be read, or there is no room for them.
     pub fn keep(mut input: impl Read) -> Result<Self> {
-        let mut file = NamedTempFile::new().context("the standard input cannot be kept")?;
+        let mut file = tempfile::tempfile().context("the standard input cannot be kept")?;
         io::copy(&mut input, &mut file).context("the standard input cannot be kept")?;
-        file.flush().context("the standard input cannot be kept")?;
         Ok(Self { name: PathBuf::from(STANDARD_INPUT), kept: Some(Arc::new(file)) })
     }
 
@@ -66,15 +69,18 @@ impl Source {
         self.kept.is_some()
     }
 
-    /// Opens it.
+    /// Opens it. What came in is read by one reader at a time: they share its place.
     ///
     /// # Errors
     /// When it cannot be opened, or is no regular file.
     pub fn open(&self) -> Result<File> {
-        match &self.kept {
-            Some(kept) => kept.reopen().context("the rows of the standard input are gone"),
-            None => open_regular(&self.name),
-        }
+        let Some(kept) = &self.kept else { return open_regular(&self.name) };
+        let again = || -> io::Result<File> {
+            let mut file = kept.try_clone()?;
+            file.rewind()?;
+            Ok(file)
+        };
+        again().context("the rows of the standard input are gone")
     }
 }
 
@@ -161,7 +167,11 @@ impl Sources {
             ensure!(
                 !parts,
                 "{shown}: it has held-out rows, {}, and none to learn from\nhint: name the file to learn from train.jsonl or train.csv",
-                found.iter().find(|(part, _)| part.is_some()).map(|(_, path)| path.display().to_string()).unwrap_or_default()
+                found
+                    .iter()
+                    .find(|(part, _)| part.is_some())
+                    .map(|(_, path)| path.display().to_string())
+                    .unwrap_or_default()
             );
             self.files.extend(found.into_iter().map(|(_, path)| Source::file(path)));
             return Ok(());
@@ -189,7 +199,11 @@ fn list(folder: &Path, of: Option<Part>, depth: usize, found: &mut Vec<(Option<P
     for entry in fs::read_dir(folder).with_context(cannot)? {
         let path = entry.with_context(cannot)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        if name.starts_with('.') || name == "dataset_info.json" || name == "dataset_dict.json" || name == "dataset_infos.json" {
+        if name.starts_with('.')
+            || name == "dataset_info.json"
+            || name == "dataset_dict.json"
+            || name == "dataset_infos.json"
+        {
             continue;
         }
         let part = part_of(&name).or(of);
@@ -225,10 +239,16 @@ fn others(folder: &Path) -> String {
         inner.map(|entry| entry.file_name().to_string_lossy().to_lowercase()).find(|name| name.ends_with(".parquet"))
     };
     if has(".parquet").is_some() || or_in_data().is_some() {
-        return ", only Parquet files\nhint: `duckdb -c \"COPY 'FOLDER/*.parquet' TO 'rows.jsonl'\"` converts them, and so does Python: `datasets.load_dataset(FOLDER)[\"train\"].to_json(\"rows.jsonl\")`".to_owned();
+        let shown = folder.display();
+        return format!(
+            ", only Parquet files\nhint: Python converts them: `datasets.load_dataset('{shown}')['train'].to_json('rows.jsonl')`"
+        );
     }
     if has(".arrow").is_some() || names.iter().any(|name| name == "dataset_dict.json") {
-        return ", which `datasets` has saved as Arrow files\nhint: Python converts them: `datasets.load_from_disk(FOLDER)[\"train\"].to_json(\"train.jsonl\")`".to_owned();
+        let shown = folder.display();
+        return format!(
+            ", which `datasets` has saved as Arrow files\nhint: Python converts them: `datasets.load_from_disk('{shown}')['train'].to_json('train.jsonl')`"
+        );
     }
     match names.iter().find(|name| [".xlsx", ".ods", ".xls"].iter().any(|ending| name.ends_with(ending))) {
         Some(book) => format!("\nhint: open {book} in a spreadsheet program and save its sheet as CSV in UTF-8"),
@@ -255,7 +275,8 @@ mod tests {
         let folder = folder(files);
         let none = || bail!("no input");
         let names = |sources: &[Source]| {
-            let names = sources.iter().map(|source| source.name.strip_prefix(folder.path()).unwrap().display().to_string());
+            let names =
+                sources.iter().map(|source| source.name.strip_prefix(folder.path()).unwrap().display().to_string());
             names.collect::<Vec<_>>().join(" ")
         };
         match Sources::of(&[folder.path().to_owned()], none) {
@@ -270,13 +291,23 @@ mod tests {
     #[test]
     fn the_parts_of_a_folder_are_told_by_their_names() {
         for (files, expected) in [
-            (&["train.jsonl", "valid.jsonl", "test.jsonl", "README.md"][..], "train.jsonl | valid.jsonl | D: not read: test.jsonl"),
+            (
+                &["train.jsonl", "valid.jsonl", "test.jsonl", "README.md"][..],
+                "train.jsonl | valid.jsonl | D: not read: test.jsonl",
+            ),
             (&["train.csv", "test.csv.gz"], "train.csv | test.csv.gz | "),
             (
-                &["data/train-00001-of-00002.jsonl", "data/train-00000-of-00002.jsonl", "data/validation-00000-of-00001.jsonl"],
+                &[
+                    "data/train-00001-of-00002.jsonl",
+                    "data/train-00000-of-00002.jsonl",
+                    "data/validation-00000-of-00001.jsonl",
+                ],
                 "data/train-00000-of-00002.jsonl data/train-00001-of-00002.jsonl | data/validation-00000-of-00001.jsonl | ",
             ),
-            (&["train/b.json", "train/a.json", "dev/c.json", ".git/train.json"], "train/a.json train/b.json | dev/c.json | "),
+            (
+                &["train/b.json", "train/a.json", "dev/c.json", ".git/train.json"],
+                "train/a.json train/b.json | dev/c.json | ",
+            ),
             (&["b.jsonl", "a.tsv", "notes.txt", "dataset_info.json"], "a.tsv b.jsonl |  | "),
             (&["geo_train.csv", "geo_dev.csv"], "geo_train.csv | geo_dev.csv | "),
             (&["training-set.csv", "extra.csv"], "training-set.csv |  | D: not read: extra.csv"),
@@ -289,8 +320,11 @@ mod tests {
     fn a_folder_without_rows_says_what_it_has() {
         for (files, expected) in [
             (&[][..], "D: no rows in this folder; files of rows end with .jsonl"),
-            (&["data/train-0.parquet"], "D: no rows in this folder, only Parquet files\nhint: `duckdb"),
-            (&["train/data.arrow", "dataset_dict.json"], "D: no rows in this folder, which `datasets` has saved as Arrow"),
+            (&["data/train-0.parquet"], "D: no rows in this folder, only Parquet files\nhint: Python"),
+            (
+                &["train/data.arrow", "dataset_dict.json"],
+                "D: no rows in this folder, which `datasets` has saved as Arrow",
+            ),
             (&["geo.xlsx"], "D: no rows in this folder\nhint: open geo.xlsx in a spreadsheet"),
             (&["valid.csv"], "D: it has held-out rows, D/valid.csv, and none to learn from"),
         ] {
@@ -309,7 +343,10 @@ mod tests {
             input.open().unwrap().read_to_string(&mut text).unwrap();
             assert_eq!((text.as_str(), input.name.to_str()), ("a\nb", Some("standard input")));
         }
-        assert_eq!(Sources::of(&["-".into(), "-".into()], once).unwrap_err().to_string(), "-: the standard input is named twice");
+        assert_eq!(
+            Sources::of(&["-".into(), "-".into()], once).unwrap_err().to_string(),
+            "-: the standard input is named twice"
+        );
         assert_eq!(Sources::of(&["x".into(), "x".into()], once).unwrap_err().to_string(), "x: named twice");
     }
 }

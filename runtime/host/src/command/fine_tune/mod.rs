@@ -100,7 +100,8 @@ const KEPT_INPUT: &str = "standard_input";
 fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     let is_resumed = earlier.is_some();
     // What costs nothing to refuse is refused before a model is loaded.
-    let (of_eval_file, of_share) = (!arguments.eval_file.is_empty(), arguments.eval_fraction.is_some_and(|share| share > 0.0));
+    let (of_eval_file, of_share) =
+        (!arguments.eval_file.is_empty(), arguments.eval_fraction.is_some_and(|share| share > 0.0));
     // A folder may have some.
     let may_hold_out = of_eval_file || of_share || arguments.training_file.iter().any(|path| path.is_dir());
     ensure!(arguments.eval_every.is_none() || may_hold_out, "{NONE_HELD_OUT}");
@@ -213,8 +214,21 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         replaceable(&output_dir)?;
     }
     let sources = Inputs { files, held_out, reading };
-    Prepared { arguments, objective, output_dir, claim, unnamed, search, plugin, options, base, init_from, earlier, sources }
-        .train()
+    Prepared {
+        arguments,
+        objective,
+        output_dir,
+        claim,
+        unnamed,
+        search,
+        plugin,
+        options,
+        base,
+        init_from,
+        earlier,
+        sources,
+    }
+    .train()
 }
 
 impl Prepared<'_> {

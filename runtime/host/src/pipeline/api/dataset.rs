@@ -57,7 +57,12 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
     let share = options.number("eval").filter(|share| *share > 0.0);
     let (rows, table) = (data.len(), lua.create_table()?);
     let held_out = match share {
-        None if !opened.held_out.is_empty() => {
+        _ if !opened.held_out.is_empty() => {
+            if share.is_some() {
+                session.tell(
+                    "note: the folder has held-out rows, which are evaluated on in place of a share of the others",
+                );
+            }
             let eval = Dataset::read(lua, session, opened.held_out, &reading, how)?;
             let held_out = eval.len();
             table.set("train", data)?;
@@ -337,7 +342,7 @@ fn in_lua_words(error: anyhow::Error) -> anyhow::Error {
     while let Some(at) = text.find("`--columns ") {
         let (before, after) = (&text[..at], &text[at + "`--columns ".len()..]);
         let Some((columns, rest)) = after.split_once('`') else { break };
-        let columns = columns.parse::<Columns>().unwrap_or_default();
+        let columns = columns.trim_matches('"').parse::<Columns>().unwrap_or_default();
         let pairs: Vec<String> = columns.iter().map(|(role, name)| format!("{} = {name:?}", role.name())).collect();
         text = format!("{before}`columns = {{ {} }}`{rest}", pairs.join(", "));
     }

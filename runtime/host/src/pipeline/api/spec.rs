@@ -275,14 +275,24 @@ pub const VERBS: &[Verb] = &[
                     "by their names",
                     "which column or key is what, where its name does not say it: by the names `prompt`, `input` (behind the prompt), `completion`, `system`, `text`, `messages`, `chosen`, `rejected`, `label` and `tools`; by number where a table has no header; or one string, as `--columns` takes it",
                 ),
-                opt("system", Kind::Text, "none", "system message of rows that have none of their own: whom the model is to be"),
+                opt(
+                    "system",
+                    Kind::Text,
+                    "none",
+                    "system message of rows that have none of their own: whom the model is to be",
+                ),
                 opt(
                     "on_bad_row",
                     Kind::OneOf(&["refuse", "skip"]),
                     "\"refuse\"",
                     "what to do with a row that is refused, as one without an answer: refuse the file, or leave the row out",
                 ),
-                opt("eval", Kind::Share, "0", "share of the rows that is held out, to evaluate on"),
+                opt(
+                    "eval",
+                    Kind::Share,
+                    "0",
+                    "share of the rows that is held out, to evaluate on; not of a folder that has held-out files",
+                ),
                 opt("max_seq_len", Kind::Count, "the model's context, at most 2048", "most tokens that a row may have")
                     .or(&["max_length", "max_seq_length"]),
                 opt(

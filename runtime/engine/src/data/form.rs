@@ -589,6 +589,9 @@ fn unclear_header(unclear: Unclear, names: &[&str], second: Option<&[&str]>) -> 
             };
             let hint = match guess {
                 Some(guess) => format!("\nhint: `{}` says which is which{numbers}", flag(&guess)),
+                None if shown.len() == 1 => {
+                    format!("\nhint: `{}` learns it as text", flag(&format!("text={}", shown[0])))
+                }
                 None => "\nhint: a table has a column of questions and one of answers, such as `Question` and `Answer`, or one of `text`".to_owned(),
             };
             format!("{what}the first row has {}{hint}", listed(&shown))

@@ -1,6 +1,7 @@
 //! JSON as people have it: a row a line, a list of rows, an object that holds such a list, or rows one behind the other over several lines.
 //! Each row is found by its brackets, quotes respected, and parsed by itself, so that a file of any size is read in pieces.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, BufRead, Read as _};
 use std::path::Path;
@@ -45,9 +46,18 @@ impl Layout {
             return Self::Lines;
         }
         let parse = |text: &[u8]| serde_json::from_slice::<IgnoredAny>(text);
-        let holds = || Pieces::new(text).enter_holder(&mut Vec::new()).unwrap_or(false);
+        let holds = || {
+            let mut pieces = Pieces::new(text);
+            let entered = pieces.enter_holder(&mut Vec::new()).unwrap_or(false);
+            entered && pieces.peek().is_ok_and(|byte| matches!(byte, None | Some(b'{' | b']')))
+        };
+        // A row may have a list, too.
+        let is_row = || {
+            let keys = serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(first).unwrap_or_default();
+            OF_ROWS.iter().any(|key| keys.contains_key(*key))
+        };
         match (parse(first), second) {
-            (Ok(_), None) if is_whole && holds() => Self::Holder,
+            (Ok(_), None) if is_whole && holds() && !is_row() => Self::Holder,
             (Ok(_), _) => Self::Lines,
             (Err(error), _) if !error.is_eof() => Self::Lines,
             // The first line is cut off, or all there is.
@@ -389,8 +399,9 @@ impl<R: BufRead> Pieces<R> {
 /// # Errors
 /// Why it is none.
 pub(super) fn object(bytes: &[u8], line: Option<usize>) -> Result<Map<String, Json>, Problem> {
+    let of = if line.is_none() { "line" } else { "row" };
     let text = std::str::from_utf8(bytes)
-        .map_err(|e| Problem::new(NOT_UTF8, format!("{NOT_UTF8}: byte {} of the line", e.valid_up_to() + 1)))?;
+        .map_err(|e| Problem::new(NOT_UTF8, format!("{NOT_UTF8}: byte {} of the {of}", e.valid_up_to() + 1)))?;
     let json = serde_json::from_str::<Strict>(text).map_err(|error| refused(text, line, &error))?;
     match json.0 {
         Json::Object(fields) => Ok(fields),
@@ -536,6 +547,8 @@ mod tests {
         );
         check("{\n  \"rows\": [\n    {\"a\": 1}\n  ]\n}", "Holder 1@3={\"a\": 1}");
         check("{\"text\": \"a\", \"data\": [1]}", "Lines 1={\"text\": \"a\", \"data\": [1]}");
+        check("{\"data\": [{}], \"text\": \"a\"}", "Lines 1={\"data\": [{}], \"text\": \"a\"}");
+        check("{\"data\": [1], \"x\": 2}", "Lines 1={\"data\": [1], \"x\": 2}");
         check("{\"data\": [1]}\n{\"data\": [2]}", "Lines 1={\"data\": [1]} 2={\"data\": [2]}");
         // Rows that are cut off are not taken for the beginning of one.
         check("{\"text\": \"a\n{\"text\": \"b\"}", "Lines 1={\"text\": \"a 2={\"text\": \"b\"}");

@@ -88,15 +88,14 @@ pub(super) fn map(names: &[&str], columns: &Columns, wanted: Option<RowKind>) ->
     let is_pair = is_given(Role::Prompt) || is_given(Role::Completion);
     let mut roles = Vec::new();
     let format = 'format: {
-        if !is_pair && !is_given(Role::Text) && !is_given(Role::Messages) || is_given(Role::Chosen) {
-            if let (Some(chosen), Some(rejected)) = (pick(Role::Chosen)?, pick(Role::Rejected)?) {
-                let messages = pick(Role::Messages)?;
-                if wanted != Some(RowKind::Demonstration) || messages.is_none() {
-                    roles.extend(pick(Role::Prompt)?.map(|index| (Role::Prompt, index)));
-                    roles.extend([(Role::Chosen, chosen), (Role::Rejected, rejected)]);
-                    break 'format RowFormat::Preference;
-                }
-            }
+        let is_judged = is_given(Role::Chosen) || !is_pair && !is_given(Role::Text) && !is_given(Role::Messages);
+        if is_judged
+            && let (Some(chosen), Some(rejected)) = (pick(Role::Chosen)?, pick(Role::Rejected)?)
+            && (wanted != Some(RowKind::Demonstration) || pick(Role::Messages)?.is_none())
+        {
+            roles.extend(pick(Role::Prompt)?.map(|index| (Role::Prompt, index)));
+            roles.extend([(Role::Chosen, chosen), (Role::Rejected, rejected)]);
+            break 'format RowFormat::Preference;
         }
         if !is_pair
             && !is_given(Role::Text)
@@ -501,7 +500,7 @@ impl Header {
         let names = &names[..width];
         let by_number = columns.iter().all(|(_, name)| !names.contains(&name) && name.parse::<usize>().is_ok());
         let is_header = names.iter().any(|name| role_of(name).is_some_and(|(_, sure)| sure > Sure::Perhaps));
-        let is_row = !(by_number && !columns.is_empty()) || is_header;
+        let is_row = !by_number || columns.is_empty() || is_header;
         let mapping = map(names, columns, wanted).map_err(|unclear| unclear_header(unclear, names, second))?;
         for (_, at) in &mapping.roles {
             let is_twice = |(other, name): (usize, &&str)| other != *at && plain(name) == plain(names[*at]);

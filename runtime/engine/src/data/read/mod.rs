@@ -93,8 +93,7 @@ pub(super) fn read_rows(
     let knows = |first: &[&str]| is_known(first, &reading.columns, wanted);
     let ending = ending(name);
     let begin = text.head.trim_ascii_start();
-    let is_json =
-        begin.starts_with(b"{") || begin.starts_with(b"[") && !(ending.is_table() && !begin.starts_with(b"[{"));
+    let is_json = begin.starts_with(b"{") || begin.starts_with(b"[{") || begin.starts_with(b"[") && !ending.is_table();
     let separator = match table::named_separator(&text.head) {
         Some((separator, bytes)) => Some((separator, bytes)),
         None if is_json || begin.is_empty() => None,

@@ -468,7 +468,11 @@ fn rows_and_options_of_another_objective_are_refused_with_the_one_to_choose() ->
     let (preference, rated, plain) = ("objectives/preference.jsonl", "objectives/rated.jsonl", "rows/colours.jsonl");
     let check =
         |rows: &str, arguments: &[&str], words: &[&str]| refused(fine_tune(&place, rows).args(arguments), words);
-    check(preference, &[], &["all 11 rows: has `chosen` and `rejected`: rows for dpo or orpo; sft learns", "--objective"])?;
+    check(
+        preference,
+        &[],
+        &["all 11 rows: has `chosen` and `rejected`: rows for dpo or orpo; sft learns", "--objective"],
+    )?;
     check(rated, &[], &["rows: has a `label` that rates its completion: rows for kto; sft learns"])?;
     check(
         plain,

@@ -231,16 +231,19 @@ homeroom.null = nil
 function homeroom.load_model(options) end
 
 ---@class PrepareDatasetOptions
----@field path string # the file: a parameter of type `path`, or a file below the TOML file, its path relative to the script
----@field eval? number # share of the rows that is held out, to evaluate on (default: 0)
+---@field path string | string[] # the file, or a list of files: a parameter of type `path`, or a file below the TOML file, its path relative to the script; of a folder its train files and, as `eval`, its valid files, or all its files
+---@field columns? string | table<string, string | number> # which column or key is what, where its name does not say it: by the names `prompt`, `input` (behind the prompt), `completion`, `system`, `text`, `messages`, `chosen`, `rejected`, `label` and `tools`; by number where a table has no header; or one string, as `--columns` takes it (default: by their names)
+---@field system? string # system message of rows that have none of their own: whom the model is to be (default: none)
+---@field on_bad_row? "refuse" | "skip" # what to do with a row that is refused, as one without an answer: refuse the file, or leave the row out (default: "refuse")
+---@field eval? number # share of the rows that is held out, to evaluate on; not of a folder that has held-out files (default: 0)
 ---@field max_seq_len? number # most tokens that a row may have (default: the model's context, at most 2048)
 ---@field max_length? number # another name for `max_seq_len`
 ---@field max_seq_length? number # another name for `max_seq_len`
 ---@field on_long_row? "refuse" | "truncate" | "skip" # what to do with a longer row: refuse the file, cut the row, or leave it out (default: "refuse")
 ---@field seed? number # the same seed gives the same result (default: 42)
 
----Reads a JSONL file and checks all its rows.
----A row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows become tokens when a model uses them.
+---Reads files of rows and checks them all: JSONL, JSON, CSV and TSV, also packed with gzip.
+---A row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them.
 ---@param options PrepareDatasetOptions
 ---@return Split # `{train =, eval =}`, two datasets; `eval` is nil if no rows are held out
 function homeroom.prepare_dataset(options) end

@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use homeroom_abi::describe::nearest;
 use serde_json::{Map, Value as Json, json};
 
-use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, OTHER_OBJECTIVE, OTHER_ROWS, Problem, UNKNOWN_ROW};
+use super::form::Forms;
+use super::problem::{BAD_ROW, NOTHING, OTHER_OBJECTIVE, OTHER_ROWS, Problem, UNKNOWN_ROW};
+use super::read::Reading;
 use crate::text::template::join_parts;
 
 /// The roles of a message, as OpenAI names them.
@@ -133,7 +135,7 @@ impl RowKind {
 /// # Errors
 /// Why it is refused.
 pub fn check_row(text: &str) -> Result<Row, Problem> {
-    parse_line(text.as_bytes(), &mut None, None)
+    check(text, None)
 }
 
 /// The same of a row from which `objective` is to learn, which learns from rows of this kind.
@@ -141,41 +143,19 @@ pub fn check_row(text: &str) -> Result<Row, Problem> {
 /// # Errors
 /// Why it is refused.
 pub fn check_row_for(text: &str, kind: RowKind, objective: &str) -> Result<Row, Problem> {
-    let row = parse_line(text.as_bytes(), &mut None, Some(kind))?;
+    let row = check(text, Some(kind))?;
     kind.check(row.kind(), objective)?;
     Ok(row)
 }
 
-/// Parses a line. `wanted`: what is to be learned, if that is known; a row may have the keys of two forms.
-pub(super) fn parse_line(
-    bytes: &[u8],
-    format: &mut Option<RowFormat>,
-    wanted: Option<RowKind>,
-) -> Result<Row, Problem> {
-    let text = std::str::from_utf8(bytes)
-        .map_err(|e| Problem::new(NOT_UTF8, format!("{NOT_UTF8}: byte {} of the line", e.valid_up_to() + 1)))?;
-    let json: Json = serde_json::from_str(text).map_err(|e| {
-        // serde_json counts lines too, and ours is its only one.
-        let message = e.to_string().replace(" at line 1 column", " at column");
-        Problem::new(NOT_JSON, format!("{NOT_JSON}: {message}"))
-    })?;
-    let Json::Object(fields) = json else {
-        let detail = format!("not an object but {}", kind_of(&json));
-        return Err(Problem::new(UNKNOWN_ROW, detail));
-    };
-    let found = recognise(&fields, *format, wanted)?;
-    match *format {
-        Some(expected) if expected != found => {
-            Err(Problem::new(MIXED, format!("has {}, while the rows before have {}", found.keys(), expected.keys())))
-        }
-        _ => {
-            *format = Some(found);
-            parse_row(fields, found).map_err(|detail| {
-                let nothing = detail.starts_with(NOTHING);
-                Problem::new(if nothing { NOTHING } else { BAD_ROW }, detail)
-            })
-        }
-    }
+fn check(text: &str, wanted: Option<RowKind>) -> Result<Row, Problem> {
+    Ok(Forms::new(&Reading::default(), wanted).json(text.as_bytes(), None)?.1)
+}
+
+/// What a row is refused for, as a problem.
+pub(super) fn problem_of(detail: String) -> Problem {
+    let nothing = detail.starts_with(NOTHING);
+    Problem::new(if nothing { NOTHING } else { BAD_ROW }, detail)
 }
 
 impl RowFormat {
@@ -188,7 +168,7 @@ impl RowFormat {
         }
     }
 
-    fn keys(self) -> &'static str {
+    pub(super) fn keys(self) -> &'static str {
         match self {
             Self::Messages => "`messages`",
             Self::PromptCompletion => "`prompt` and `completion`",
@@ -199,8 +179,11 @@ impl RowFormat {
     }
 }
 
-/// The shape of a row. `before`: that of the rows before it.
-fn recognise(
+/// The shape of a row with our own keys. `before`: that of the rows before it.
+///
+/// # Errors
+/// When it has none of them, or half of them.
+pub(super) fn recognise(
     fields: &Map<String, Json>,
     before: Option<RowFormat>,
     wanted: Option<RowKind>,
@@ -240,20 +223,17 @@ fn recognise(
         detail.push_str("; `chosen` and `rejected` go together");
     } else if has("prompt") || has("completion") {
         detail.push_str("; `prompt` and `completion` go together");
-    } else if has("instruction") && has("output") {
-        detail.push_str("; rename `instruction` to `prompt` and `output` to `completion`");
-    } else if has("conversations") {
-        detail.push_str("; write `conversations` as `messages` with `role` and `content`");
     }
     Err(Problem::new(UNKNOWN_ROW, detail))
 }
 
-fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, String> {
+pub(super) fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, String> {
     let mut take = |key: &str| fields.remove(key).unwrap_or(Json::Null);
     match format {
         RowFormat::Messages => {
             let (messages, system) = (take("messages"), take("system"));
             let messages = with_system(parse_messages("messages", messages)?, parse_system(system)?)?;
+            check_order(&messages)?;
             let tools = parse_tools(take("tools"))?;
             check_unread(&fields, format, messages.iter().any(is_system))?;
             Ok(Row::Messages { messages, tools })
@@ -367,7 +347,7 @@ fn part_prompt(prompt: Json, chosen: Json, rejected: Json) -> Result<(Json, Json
 }
 
 /// What a label says, if it rates: true, "up" and "👍" are good, false, "down" and "👎" are not. Numbers are classes as often.
-fn rating(label: &Json) -> Option<bool> {
+pub(super) fn rating(label: &Json) -> Option<bool> {
     match label {
         Json::Bool(label) => Some(*label),
         Json::String(word) => match word.trim().to_ascii_lowercase().as_str() {
@@ -396,7 +376,7 @@ const UNREAD: [(&str, &str); 4] = [
 ];
 /// The same beside `prompt` and `completion`.
 const UNREAD_BESIDE_PROMPT: [(&str, &str); 5] = [
-    ("input", "put it into `prompt`"),
+    ("input", "put it into `prompt`, or say `--columns input=input` and it stands behind the prompt"),
     ("history", "write the row as `messages`"),
     ("reasoning_content", "write the row as `messages`, in which that of the assistant has it"),
     ("reasoning", "write the row as `messages`, in which that of the assistant has it"),
@@ -415,7 +395,7 @@ fn check_unread(fields: &Map<String, Json>, format: RowFormat, has_system: bool)
 }
 
 /// Whether a field says something.
-fn is_given(value: Option<&Json>) -> bool {
+pub(super) fn is_given(value: Option<&Json>) -> bool {
     match value {
         None | Some(Json::Null) => false,
         Some(Json::String(text)) => !text.trim().is_empty(),
@@ -434,7 +414,7 @@ fn parse_system(system: Json) -> Result<Option<String>, String> {
     }
 }
 
-fn is_system(message: &Json) -> bool {
+pub(super) fn is_system(message: &Json) -> bool {
     message["role"] == "system" || message["role"] == "developer"
 }
 
@@ -476,6 +456,19 @@ fn parse_messages(key: &str, messages: Json) -> Result<Vec<Json>, String> {
         })?;
     }
     Ok(messages)
+}
+
+/// Refuses a conversation that was written backwards: its answers stand before what they answer.
+fn check_order(messages: &[Json]) -> Result<(), String> {
+    let asked = messages.iter().position(|message| message["role"] == "user");
+    let answered = messages.iter().rposition(|message| message["role"] == "assistant");
+    match (asked, answered) {
+        (Some(asked), Some(answered)) if asked > answered => Err(format!(
+            "message {} (user) stands behind all answers; a conversation goes from question to answer",
+            asked + 1
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn check_message(message: &mut Json) -> Result<(), String> {
@@ -543,7 +536,7 @@ fn text_of(parts: &Json) -> Result<String, String> {
     Ok(join_parts(parts.iter().filter_map(|part| part["text"].as_str())))
 }
 
-fn kind_of(json: &Json) -> &'static str {
+pub(super) fn kind_of(json: &Json) -> &'static str {
     match json {
         Json::Null => "null",
         Json::Bool(_) => "a boolean",

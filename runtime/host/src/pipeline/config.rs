@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use homeroom_abi::describe::nearest;
+use homeroom_engine::data::Columns;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use serde_json::{Map, Value};
 use toml_edit::{Document, Item, TableLike};
@@ -43,7 +44,7 @@ pub const PLUGINS_KEYS: [(&str, &str); 1] = [(
 pub const PARAM_KEYS: [(&str, &str); 7] = [
     (
         "type",
-        "`string`, `int`, `float`, `bool`, `path`, `model` (a path, the name of a model, or `owner/name` on the Hugging Face hub) or `handler` (a name of `handlers.toml` in the user's data directory)",
+        "`string`, `int`, `float`, `bool`, `path`, `model` (a path, the name of a model, or `owner/name` on the Hugging Face hub), `handler` (a name of `handlers.toml` in the user's data directory) or `table` (names with texts, as the `columns` of a dataset; `--set columns=prompt=Frage,completion=Antwort`)",
     ),
     ("default", "the value if `--set` gives none"),
     ("required", "`true`: `--set` has to give the value, and there is no default"),
@@ -90,9 +91,11 @@ enum Type {
     Path,
     Model,
     Handler,
+    /// A table of texts.
+    Table,
 }
 
-const TYPES: [(&str, Type); 7] = [
+const TYPES: [(&str, Type); 8] = [
     ("string", Type::String),
     ("int", Type::Int),
     ("float", Type::Float),
@@ -100,6 +103,7 @@ const TYPES: [(&str, Type); 7] = [
     ("path", Type::Path),
     ("model", Type::Model),
     ("handler", Type::Handler),
+    ("table", Type::Table),
 ];
 
 /// What becomes of a required parameter that is not set.
@@ -373,7 +377,7 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
             found?.1
         }
     };
-    let numeric = !matches!(kind, Type::Bool | Type::Path | Type::Model | Type::Handler);
+    let numeric = !matches!(kind, Type::Bool | Type::Path | Type::Model | Type::Handler | Type::Table);
     let mut bound = |key: &str| {
         let item = table.get(key)?;
         let bound = number(item).filter(|_| numeric);
@@ -462,6 +466,7 @@ fn words(kind: Type) -> &'static str {
         Type::Path => "a path, as a string",
         Type::Model => "a model's path or name, as a string",
         Type::Handler => "the name of a handler or route, as a string",
+        Type::Table => "a table of texts, such as { prompt = \"Frage\", completion = \"Antwort\" }",
     }
 }
 
@@ -474,6 +479,14 @@ fn typed(value: &toml_edit::Value, kind: Type) -> Option<Value> {
             number.is_finite().then(|| number.into())
         }
         Type::Bool => value.as_bool().map(Value::from),
+        Type::Table => {
+            let text = |value: &toml_edit::Value| {
+                value.as_str().map(str::to_owned).or_else(|| value.as_integer().map(|number| number.to_string()))
+            };
+            let pairs =
+                value.as_inline_table()?.iter().map(|(name, value)| Some((name.to_owned(), text(value)?.into())));
+            pairs.collect::<Option<Map<_, _>>>().map(Value::Object)
+        }
     }
 }
 
@@ -484,6 +497,11 @@ fn parsed(text: &str, kind: Type) -> Option<Value> {
         Type::Int => text.parse::<i64>().ok().map(Value::from),
         Type::Float => text.parse::<f64>().ok().filter(|number| number.is_finite()).map(Value::from),
         Type::Bool => text.parse::<bool>().ok().map(Value::from),
+        Type::Table => {
+            let columns = text.parse::<Columns>().ok()?;
+            let pairs = columns.iter().map(|(role, name)| (role.name().to_owned(), name.into()));
+            Some(Value::Object(pairs.collect()))
+        }
     }
 }
 

@@ -306,6 +306,7 @@ fn ls_type(kind: &str) -> String {
         "{Dataset}" => "Dataset[]",
         "string | {string}" => "string | string[]",
         "{[string]: any}" => "table<string, any>",
+        "string | {[string]: string | number}" => "string | table<string, string | number>",
         "(row: Row) -> boolean" => "fun(row: Row): boolean",
         "(row: Row) -> (Row | {Row})?" => "fun(row: Row): Row|Row[]|nil",
         "{[string]: string}" => "table<string, string>",

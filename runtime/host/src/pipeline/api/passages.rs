@@ -37,7 +37,12 @@ pub fn read_passages(lua: &Lua, session: &Session, argument: Value) -> Result<Va
     let rows = found.iter().map(|passage| {
         let heading = passage.headings.join(" > ");
         let row = json!({"text": passage.text, "heading": heading, "source": source, "line": passage.line});
-        Ok(Row { file: file.clone(), line: passage.line, text: Text::hold(lua, session, row.to_string())? })
+        Ok(Row {
+            file: file.clone(),
+            unit: "line",
+            line: passage.line,
+            text: Text::hold(lua, session, row.to_string())?,
+        })
     });
     let rows = rows.collect::<Result<Vec<_>, Failure>>()?;
     let held = session.hold(lua, size_of_rows(rows.len()))?;

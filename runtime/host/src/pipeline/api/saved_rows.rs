@@ -33,7 +33,7 @@ pub fn dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, F
         if let Err(problem) = check_row(&text) {
             return Err(said(format!("dataset: row {line} is refused: {problem}")));
         }
-        rows.push(Row { file: file.clone(), line, text: Text::hold(lua, session, text)? });
+        rows.push(Row { file: file.clone(), unit: "row", line, text: Text::hold(lua, session, text)? });
     }
     let held = session.hold(lua, size_of_rows(rows.len()))?;
     Ok(Value::UserData(lua.create_userdata(Dataset::made(rows, held))?))

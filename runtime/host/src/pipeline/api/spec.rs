@@ -70,6 +70,8 @@ pub enum Kind {
     Rates,
     /// A table from option to value.
     Table,
+    /// A table from what a column is to its name.
+    Columns,
     /// A model: its name, or what a verb returned.
     Model,
     /// A list of rows.
@@ -120,6 +122,7 @@ impl Kind {
             Self::Shares => list(&|value| Self::Share.admits(value) && !matches!(value, Value::Integer(0))),
             Self::Rates => list(&|value| Self::Rate.admits(value)),
             Self::Table => value.is_table(),
+            Self::Columns => value.is_table() || value.is_string(),
             Self::Model => value.is_string() || value.is_table(),
             Self::Dataset => value.as_userdata().is_some_and(|data| data.is::<Dataset>()),
             Self::Datasets => list(&|value| Self::Dataset.admits(value)),
@@ -154,6 +157,7 @@ impl Kind {
             Self::Shares => "a list of numbers between 0 and 1",
             Self::Rates => "a list of numbers above 0",
             Self::Table => "a table",
+            Self::Columns => "a table such as { prompt = \"Frage\", completion = \"Antwort\" }",
             Self::Model => "a model: its name, a parameter's path, or what a verb returned",
             Self::Dataset => "a dataset",
             Self::Datasets => "a list of datasets",
@@ -178,6 +182,7 @@ impl Kind {
             Self::Texts => "{string}",
             Self::Shares | Self::Rates => "{number}",
             Self::Table => "{[string]: any}",
+            Self::Columns => "string | {[string]: string | number}",
             Self::Model => "string | Model",
             Self::Dataset => "Dataset",
             Self::Datasets => "{Dataset}",
@@ -273,15 +278,38 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "prepare_dataset",
-        doc: "Reads a JSONL file and checks all its rows.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows become tokens when a model uses them.",
+        doc: "Reads files of rows and checks them all: JSONL, JSON, CSV and TSV, also packed with gzip.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them.",
         options: &[
             &[
                 required(
                     "path",
-                    Kind::Text,
-                    "the file: a parameter of type `path`, or a file below the TOML file, its path relative to the script",
+                    Kind::Names,
+                    "the file, or a list of files: a parameter of type `path`, or a file below the TOML file, its path relative to the script; of a folder its train files and, as `eval`, its valid files, or all its files",
                 ),
-                opt("eval", Kind::Share, "0", "share of the rows that is held out, to evaluate on"),
+                opt(
+                    "columns",
+                    Kind::Columns,
+                    "by their names",
+                    "which column or key is what, where its name does not say it: by the names `prompt`, `input` (behind the prompt), `completion`, `system`, `text`, `messages`, `chosen`, `rejected`, `label` and `tools`; by number where a table has no header; or one string, as `--columns` takes it",
+                ),
+                opt(
+                    "system",
+                    Kind::Text,
+                    "none",
+                    "system message of rows that have none of their own: whom the model is to be",
+                ),
+                opt(
+                    "on_bad_row",
+                    Kind::OneOf(&["refuse", "skip"]),
+                    "\"refuse\"",
+                    "what to do with a row that is refused, as one without an answer: refuse the file, or leave the row out",
+                ),
+                opt(
+                    "eval",
+                    Kind::Share,
+                    "0",
+                    "share of the rows that is held out, to evaluate on; not of a folder that has held-out files",
+                ),
                 opt("max_seq_len", Kind::Count, "the model's context, at most 2048", "most tokens that a row may have")
                     .or(&["max_length", "max_seq_length"]),
                 opt(

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value as Json;
 
 use super::marks::{Marks, Survey};
@@ -42,12 +42,11 @@ impl ChatTemplate {
         *end = format!("{}{mark} ", end.as_str().unwrap_or_default()).into();
 
         let marked = template.render_marked(&messages, given, false, control)?;
-        let (text, behind) = marked.text.rsplit_once(&mark).unwrap_or_default();
-        let text = if behind.starts_with(' ') { text } else { text.trim_end() };
-        ensure!(
-            !behind.is_empty() && text.contains(said.trim()),
-            "the chat template does not write all of the last message, so nothing can go on with it"
-        );
+        let parted = marked.text.rsplit_once(&mark);
+        let text = parted.map(|(text, behind)| if behind.starts_with(' ') { text } else { text.trim_end() });
+        let text = text.filter(|text| text.contains(said.trim()));
+        let text =
+            text.context("the chat template does not write all of the last message, so nothing can go on with it")?;
         let mut literal = marked.literal;
         literal.retain(|span| span.end <= text.len());
         Ok(Rendered { text: text.to_owned(), trained: Vec::new(), literal })

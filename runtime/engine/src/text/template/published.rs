@@ -203,7 +203,8 @@ fn published_templates_train_what_transformers_and_trl_mark() {
                 tell(&format!("{:?}, but {:?}", case["text"], texts[0].text));
             }
             if let (Some(trl), Some(training)) = (case["trl"].as_array(), &family.training) {
-                let alike = pieces.iter().map(|piece| piece.trim()).eq(trl.iter().map(|piece| piece.as_str().unwrap().trim()));
+                let alike =
+                    pieces.iter().map(|piece| piece.trim()).eq(trl.iter().map(|piece| piece.as_str().unwrap().trim()));
                 if !alike && !UNLIKE_TRL.iter().any(|(name, _)| *name == family.name) {
                     tell(&format!("TRL trains {trl:?}, not {pieces:?}"));
                 }

@@ -114,9 +114,11 @@ impl Problems {
         if let Some(hint) = problem.hint().filter(|h| !self.hints.contains(h)) {
             self.hints.push(hint);
         }
-        // All rows of another form, or for another objective, say the same; what is wrong with other rows must not drown in that.
+        // All rows of another form, or for another objective, say the same, and all that have what a chat template does not know; what
+        // is wrong with other rows must not drown in that.
         let alike = [MIXED, OTHER_OBJECTIVE, OTHER_ROWS].contains(&problem.kind);
-        let again = alike && self.first.iter().any(|(_, earlier)| earlier.kind == problem.kind);
+        let same = |earlier: &Problem| problem.kind == NOT_RENDERED && earlier.detail == problem.detail;
+        let again = self.first.iter().any(|(_, earlier)| earlier.kind == problem.kind && (alike || same(earlier)));
         if self.first.len() < TOLD_IN_FULL && !again {
             self.first.push((line, problem));
         } else {

@@ -8,7 +8,6 @@ use serde_json::{Map, Value as Json, json};
 use super::form::Forms;
 use super::problem::{BAD_ROW, NOTHING, OTHER_OBJECTIVE, OTHER_ROWS, Problem, UNKNOWN_ROW};
 use super::read::Reading;
-use crate::text::template::join_parts;
 
 /// The roles of a message, as OpenAI names them.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -44,10 +43,12 @@ pub enum RowKind {
 pub enum Row {
     /// A conversation; `tools` is a list.
     Messages {
-        /// OpenAI's messages, `content` being a string where there is any: parts are joined, as they are where a model is served.
+        /// OpenAI's messages, `content` being a string or a list of parts that are text, where there is any.
         messages: Vec<Json>,
         /// The tools that the assistant may call.
         tools: Option<Json>,
+        /// The documents that the assistant may draw on: a list of objects.
+        documents: Option<Json>,
     },
     /// A prompt and its completion, as strings.
     PromptCompletion {
@@ -234,9 +235,9 @@ pub(super) fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Res
             let (messages, system) = (take("messages"), take("system"));
             let messages = with_system(parse_messages("messages", messages)?, parse_system(system)?)?;
             check_order(&messages)?;
-            let tools = parse_tools(take("tools"))?;
+            let (tools, documents) = (parse_tools(take("tools"))?, parse_documents(take("documents"))?);
             check_unread(&fields, format, messages.iter().any(is_system))?;
-            Ok(Row::Messages { messages, tools })
+            Ok(Row::Messages { messages, tools, documents })
         }
         RowFormat::PromptCompletion => {
             let asked = Asked { prompt: take("prompt"), system: take("system"), tools: take("tools") };
@@ -300,7 +301,7 @@ impl Asked {
                     message["weight"] = 0.into();
                 }
                 messages.extend(parse_messages(key, completion)?);
-                Ok(Row::Messages { messages: with_system(messages, system)?, tools })
+                Ok(Row::Messages { messages: with_system(messages, system)?, tools, documents: None })
             }
             (prompt, completion) => Err(format!(
                 "`prompt` is {} and `{key}` is {}; both must be strings or both lists of messages",
@@ -368,14 +369,14 @@ fn has_system(row: &Row) -> bool {
 }
 
 /// Keys that change what a row means where others write them, and what to do about them here. Rows of `text` have all in the text.
-const UNREAD: [(&str, &str); 4] = [
+const UNREAD: [(&str, &str); 3] = [
     ("functions", "rename it to `tools`, each being `{\"type\": \"function\", \"function\": …}`"),
     ("system_prompt", "rename it to `system`"),
     ("chat_template_kwargs", "take it out"),
-    ("documents", "put it into what is asked"),
 ];
 /// The same beside `prompt` and `completion`.
-const UNREAD_BESIDE_PROMPT: [(&str, &str); 5] = [
+const UNREAD_BESIDE_PROMPT: [(&str, &str); 6] = [
+    ("documents", "write the row as `messages`"),
     ("input", "put it into `prompt`, or say `--columns input=input` and it stands behind the prompt"),
     ("history", "write the row as `messages`"),
     ("reasoning_content", "write the row as `messages`, in which that of the assistant has it"),
@@ -423,6 +424,7 @@ fn with_system(mut messages: Vec<Json>, system: Option<String>) -> Result<Vec<Js
     match messages.iter().find(|message| is_system(message)) {
         None => messages.insert(0, json!({"role": "system", "content": system})),
         Some(message) if message["content"] == system.as_str() => {}
+        Some(message) if message["content"] == json!([{"type": "text", "text": system}]) => {}
         Some(_) => return Err("`system` stands beside a system message that says something else; keep one".into()),
     }
     Ok(messages)
@@ -439,6 +441,26 @@ fn parse_tools(tools: Json) -> Result<Option<Json>, String> {
             Err(e) => Err(format!("tools: not JSON: {e}")),
         },
         other => Err(format!("tools: {} is not a list", kind_of(&other))),
+    }
+}
+
+/// As `tools`, a list or a string of one; each with what the template reads of it, such as `title` and `text`.
+fn parse_documents(documents: Json) -> Result<Option<Json>, String> {
+    let list = match documents {
+        Json::Null => return Ok(None),
+        Json::Array(list) => list,
+        Json::String(text) => match serde_json::from_str(&text) {
+            Ok(Json::Array(list)) => list,
+            _ => return Err("documents: a string that is no list as JSON".into()),
+        },
+        other => return Err(format!("documents: {} is not a list", kind_of(&other))),
+    };
+    match list.iter().position(|document| !document.is_object()) {
+        _ if list.is_empty() => Ok(None),
+        None => Ok(Some(Json::Array(list))),
+        Some(i) => {
+            Err(format!("documents: number {} is {}, not an object with `title` and `text`", i + 1, kind_of(&list[i])))
+        }
     }
 }
 
@@ -508,7 +530,7 @@ fn check_message(message: &mut Json) -> Result<(), String> {
     }
     match fields.get_mut("content") {
         Some(Json::String(_)) => {}
-        Some(content @ Json::Array(_)) => *content = Json::String(text_of(content)?),
+        Some(content @ Json::Array(_)) => check_parts(content)?,
         Some(Json::Null) if calls => {}
         None if calls => {}
         Some(other) => return Err(format!("content: {} is not a string", kind_of(other))),
@@ -516,15 +538,18 @@ fn check_message(message: &mut Json) -> Result<(), String> {
     }
     let learned = role == "assistant" && fields.get("weight").and_then(Json::as_f64) != Some(0.0);
     let reasoning = ["reasoning_content", "reasoning", "thinking"];
-    let says = |key: &str| is_given(fields.get(key));
+    let says = |key: &str| match fields.get(key) {
+        Some(Json::Array(parts)) => parts.iter().any(|part| is_given(part.get("text"))),
+        value => is_given(value),
+    };
     if learned && !calls && !says("content") && !reasoning.into_iter().any(says) {
         return Err(format!("{NOTHING} (assistant) has empty content and no tool_calls"));
     }
     Ok(())
 }
 
-/// The text of content given in parts.
-fn text_of(parts: &Json) -> Result<String, String> {
+/// Checks content given in parts.
+fn check_parts(parts: &Json) -> Result<(), String> {
     let text = |(i, part): (usize, &Json)| match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(_)) => Ok(()),
         (Some("text"), None) => Err(format!("content: part {} has no `text`", i + 1)),
@@ -532,8 +557,7 @@ fn text_of(parts: &Json) -> Result<String, String> {
         (None, _) => Err(format!("content: part {} has no `type`", i + 1)),
     };
     let parts = parts.as_array().map_or(&[][..], Vec::as_slice);
-    parts.iter().enumerate().try_for_each(text)?;
-    Ok(join_parts(parts.iter().filter_map(|part| part["text"].as_str())))
+    parts.iter().enumerate().try_for_each(text)
 }
 
 pub(super) fn kind_of(json: &Json) -> &'static str {

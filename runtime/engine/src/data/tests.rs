@@ -542,9 +542,37 @@ fn conversations_need_a_chat_template() {
 fn what_the_template_refuses_is_told_by_line() {
     let source = "{% if messages[0].role == 'system' %}\n{{ raise_exception('no system role') }}\n{% endif %}";
     let template = ChatTemplate::new(source, None, None).unwrap();
-    let row = json!({"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]});
-    let message = load(row.to_string(), Some(&template)).unwrap_err().to_string();
-    assert!(message.ends_with("\n  line 1: chat template, line 2: no system role"), "{message}");
+    let row =
+        |text: &str| json!({"messages": [{"role": "system", "content": text}, {"role": "assistant", "content": "b"}]});
+    let message = load(format!("{}\n{}\n", row("a"), row("ä")), Some(&template)).unwrap_err().to_string();
+    let expected = "2 problems\n  line 1: the chat template knows no system message; put what it says into the first message of the user: chat template, line 2: no system role\n  refused by the chat template: line 2";
+    assert!(message.ends_with(expected), "{message}");
+}
+
+/// What the model would not see is not learned as if it had.
+#[test]
+fn what_a_template_leaves_out_is_told_once() {
+    let row = |key: &str, text: &str| {
+        let messages = json!([{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]);
+        json!({"messages": messages, key: [{"title": "t", "text": "u"}]})
+    };
+    let file =
+        format!("{}\n{}\n{}\n{}\n", row("tools", "a"), row("documents", "a"), row("tools", "ä"), row("names", "b"));
+    let message = load(file, Some(&chatml())).unwrap_err().to_string();
+    let lines: Vec<&str> = message.lines().skip(1).collect();
+    assert!(
+        lines[0].starts_with("  line 1: the chat template writes no `tools`, so the model would not see them; "),
+        "{message}"
+    );
+    assert!(
+        lines[1].starts_with("  line 2: the chat template writes no `documents`, so the model would not see them; "),
+        "{message}"
+    );
+    assert_eq!(lines[2..], ["  refused by the chat template: line 3"]);
+    let source = "{% for d in documents or [] %}[{{ d.title }}: {{ d.text }}]{% endfor %}{% for m in messages %}{{ m.content }}|{% endfor %}";
+    let template = ChatTemplate::new(source, None, None).unwrap();
+    let data = load(row("documents", "a").to_string(), Some(&template)).unwrap();
+    assert_eq!(texts(&data.examples[0]), ("[t: u]a|b|".into(), "b|".into()));
 }
 
 #[test]
@@ -577,8 +605,8 @@ fn content_parts_and_tools_in_a_string_are_read() {
         "tools": "[{\"type\": \"function\"}]",
     });
     let row = check_row(&row.to_string()).unwrap();
-    let Row::Messages { messages, tools } = &row else { panic!("{row:?}") };
-    assert_eq!(messages[0]["content"], "H\ni", "as a model is served");
+    let Row::Messages { messages, tools, .. } = &row else { panic!("{row:?}") };
+    assert_eq!(messages[0]["content"], json!([{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]));
     assert_eq!(tools, &Some(json!([{"type": "function"}])));
 }
 

@@ -9,7 +9,9 @@ mod example;
 mod group;
 mod jsonl;
 pub mod order;
+pub mod preview;
 mod problem;
+pub mod report;
 mod row;
 #[cfg(test)]
 mod tests;
@@ -17,7 +19,7 @@ mod unit;
 
 pub use self::dataset::{Dataset, OfLine, load_groups, load_jsonl, note_endless};
 pub use self::encode::{Encoder, OnLongRow, end_of_turn};
-pub use self::example::{Example, preview};
+pub use self::example::Example;
 pub use self::group::Group;
 pub use self::jsonl::{check_jsonl, check_rows, parse_rows, read_texts};
 pub use self::problem::{Problem, Problems};

@@ -10,7 +10,8 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::order;
-use homeroom_engine::data::{Group, OnLongRow, Problems, check_row_for, read_texts};
+use homeroom_engine::data::report::{Each, Part, Report, Source, Survey};
+use homeroom_engine::data::{Group, OnLongRow, Problems, check_row, check_row_for, read_texts};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
 use mlua::{Lua, Value};
@@ -20,6 +21,8 @@ use sha2::{Digest, Sha256};
 use super::Session;
 use super::options::Options;
 use super::spec::verb;
+use super::value::to_lua;
+use crate::data_report;
 use crate::models;
 use crate::pipeline::bytecode::hex;
 use crate::pipeline::clock::{Clock, Ended};
@@ -40,20 +43,22 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
     let data = Dataset::read(lua, session, &path, file, max_seq_len, on_long_row)?;
     let share = options.number("eval").filter(|share| *share > 0.0);
     let (rows, table) = (data.len(), lua.create_table()?);
-    let held_out = match share {
+    let (train, eval) = match share {
         Some(share) => {
             let parted = data.split(lua, session, share, options.seed());
             let (train, eval) = parted.map_err(|failure| failure.within(&path.display().to_string()))?;
-            let held_out = eval.len();
-            table.set("train", train)?;
-            table.set("eval", eval)?;
-            held_out
+            (train, Some(eval))
         }
-        None => {
-            table.set("train", data)?;
-            0
-        }
+        None => (data, None),
     };
+    let held_out = eval.as_ref().map_or(0, Dataset::len);
+    let report = report(session, &train, eval.as_ref()).context("prepare_dataset")?;
+    for line in data_report::lines(&report) {
+        session.tell(line);
+    }
+    table.set("train", train)?;
+    table.set("eval", eval)?;
+    table.set("report", to_lua(lua, &serde_json::to_value(&report).context("a report is JSON")?)?)?;
     if session.dry {
         session.would(
             lua,
@@ -62,6 +67,30 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
         )?;
     }
     Ok(Value::Table(table))
+}
+
+/// What rows are like, without a model.
+fn report(session: &Session, train: &Dataset, eval: Option<&Dataset>) -> Result<Report> {
+    let check = || Ok(session.clock().check()?);
+    let survey = Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, check: &check };
+    Ok(survey.run(&Parts { train, eval })?.0)
+}
+
+/// Datasets on both sides of a split.
+struct Parts<'a> {
+    train: &'a Dataset,
+    eval: Option<&'a Dataset>,
+}
+
+impl Source for Parts<'_> {
+    fn each(&self, each: &mut Each<'_>) -> Result<()> {
+        for (part, data) in [(Part::Train, Some(self.train)), (Part::HeldOut, self.eval)] {
+            for row in data.iter().flat_map(|data| data.rows()) {
+                each(part, row.line, check_row(&row.text.json), row.text.json.len())?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// One row.

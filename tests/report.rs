@@ -8,6 +8,7 @@ use homeroom_engine::data::report::{Files, Part, Report, Survey};
 use serde_json::{Value, json};
 
 use self::planted::{Maker, Planted};
+use crate::pipelines;
 use crate::support::{Place, fixture, homeroom, printed_json, refused, run, succeeds};
 
 mod planted;
@@ -24,7 +25,7 @@ fn report(training: &Path, held_out: Option<&Path>) -> Result<Report> {
 }
 
 /// Lines by check, held-out ones marked. Findings name eight rows each.
-fn found(report: &Report) -> BTreeMap<&str, BTreeSet<(bool, usize)>> {
+fn found(report: &Report) -> BTreeMap<&'static str, BTreeSet<(bool, usize)>> {
     let lines = |finding: &homeroom_engine::data::report::Finding| {
         assert_eq!(finding.rows.len(), finding.count, "{finding:?}");
         finding.rows.iter().map(|row| (row.place.part == Part::HeldOut, row.place.line)).collect()
@@ -204,6 +205,43 @@ fn a_training_tells_what_was_found_and_refuses_nothing_for_it() -> Result<()> {
         "warning: 1 row has likely e-mail addresses: line 10; ",
     ] {
         assert!(ran.stderr.contains(words), "no {words:?} in\n{}", ran.stderr);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_script_gets_the_report_and_takes_personal_data_out() -> Result<()> {
+    let place = pipelines::Place::new()?;
+    let said = |asked: String, answer: &str| json!({"prompt": asked, "completion": answer});
+    let mut lines: Vec<Value> = (0..12).map(|number| said(format!("number {number}?"), "a number")).collect();
+    lines[4] = said("whom?".to_owned(), "lena@schule.de, or leo@schule.de");
+    lines[9] = said("and then?".to_owned(), "LENA@schule.de");
+    lines.push(lines[2].clone());
+    let text: Vec<String> = lines.iter().map(Value::to_string).collect();
+    place.write("rows.jsonl", &text.join("\n"))?;
+    let script = "local data = homeroom.prepare_dataset { path = params.dataset }
+        local found = {}
+        for _, finding in ipairs(data.report.findings) do
+          found[finding.check] = { count = finding.count, line = finding.rows[1].line }
+        end
+        local clean = data.train:redact()
+        return { found = found, rows = data.report.rows, median = data.report.words.median,
+          texts = { clean:rows()[5].completion, clean:rows()[10].completion, clean:rows()[1].completion } }";
+    let output = place.run(script, &["--json"])?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{stderr}");
+    let expected = json!({
+        "found": {"duplicates": {"count": 1, "line": 13}, "email": {"count": 2, "line": 5}},
+        "rows": 13,
+        "median": 4,
+        "texts": ["[EMAIL_1], or [EMAIL_2]", "[EMAIL_1]", "a number"],
+    });
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout)?, expected);
+    for words in [
+        "warning: 1 row says what an earlier one says: line 13 (like 3)",
+        "redacted  3 e-mail addresses: [EMAIL_1] to [EMAIL_2]",
+    ] {
+        assert!(stderr.contains(words), "no {words:?} in\n{stderr}");
     }
     Ok(())
 }

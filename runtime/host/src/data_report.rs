@@ -15,10 +15,13 @@ const BAR: usize = 40;
 
 /// A line for each thing that was found: what, where, and what to do.
 pub fn lines(report: &Report) -> impl Iterator<Item = String> {
-    report.findings.iter().map(|finding| {
+    report.findings.iter().enumerate().map(|(at, finding)| {
         let Finding { level, what, advice, .. } = finding;
         let word = if *level == Level::Note { "note" } else { "warning" };
-        format!("{word}: {what}: {}; {advice}", places(finding))
+        // What to do about several things is said once.
+        let is_said = at > 0 && report.findings[at - 1].advice == *advice;
+        let advice = if is_said { String::new() } else { format!("; {advice}") };
+        format!("{word}: {what}: {}{advice}", places(finding))
     })
 }
 
@@ -65,14 +68,17 @@ pub fn whole(report: &Report) -> String {
             histogram(lengths, &mut out);
         }
     }
-    for finding in &report.findings {
+    for (at, finding) in report.findings.iter().enumerate() {
         let word = word(finding.level);
         let _ = writeln!(out, "{word:<8}  {}", finding.what);
         let _ = writeln!(out, "          {}", places(finding));
         if let Some(detail) = finding.rows.iter().find_map(|row| row.detail.as_ref()) {
             let _ = writeln!(out, "          {detail}");
         }
-        let _ = writeln!(out, "          {}", finding.advice);
+        // What to do about several things is said once, below them.
+        if report.findings.get(at + 1).is_none_or(|next| next.advice != finding.advice) {
+            let _ = writeln!(out, "          {}", finding.advice);
+        }
     }
     if report.findings.is_empty() {
         out += "found     nothing that is wrong; names of persons are not looked for\n";

@@ -4,7 +4,7 @@
 //! Massive Datasets, section 3.4). Two rows of Jaccard similarity s share one with probability 1 - (1 - s^4)^12: 0.998 at 0.8, 0.10 at
 //! 0.3. What shares one is compared exactly when the rows are read a second time.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use super::Part;
 
@@ -15,7 +15,7 @@ const BANDS: usize = 12;
 const ROWS_OF_BAND: usize = 4;
 /// Rows of one bucket that a row is compared with: so many of the first and of the last before it, of either part.
 const COMPARED: usize = 3;
-/// Pairs that are compared, for each row on the average.
+/// Earlier rows that a row is compared with, where all rows have many.
 const PAIRS_OF_ROW: usize = 8;
 /// Memory of the runs of rows that wait for the other one, in bytes.
 const WAITING_BYTES_MAX: usize = 256 << 20;
@@ -67,13 +67,12 @@ const fn functions() -> [(u64, u64); BANDS * ROWS_OF_BAND] {
 #[derive(Debug, Default)]
 pub(super) struct Candidates {
     pairs: Vec<(u32, u32)>,
-    /// Whether there were more.
-    pub cut: bool,
+    /// Rows of which there were more.
+    cut: BTreeSet<u32>,
 }
 
 /// Finds the pairs to compare. `rows`: the number of each row with its bands and part, ascending.
 pub(super) fn candidates(rows: &[(u32, Bands)], part: impl Fn(u32) -> Part) -> Candidates {
-    let most = rows.len() * PAIRS_OF_ROW + 1000;
     let mut found = Candidates::default();
     let mut order: Vec<(u32, u32)> = Vec::with_capacity(rows.len());
     for band in 0..BANDS {
@@ -95,9 +94,17 @@ pub(super) fn candidates(rows: &[(u32, Bands)], part: impl Fn(u32) -> Part) -> C
         }
         found.pairs.sort_unstable();
         found.pairs.dedup();
-        if found.pairs.len() > most {
-            found.pairs.truncate(most);
-            found.cut = true;
+        // Rows that share a band with very many keep their pairs with the first of these.
+        if found.pairs.len() > rows.len() * PAIRS_OF_ROW {
+            let (mut of_row, mut count) = (None, 0);
+            found.pairs.retain(|(row, _)| {
+                count = if of_row == Some(*row) { count + 1 } else { 1 };
+                of_row = Some(*row);
+                if count > PAIRS_OF_ROW {
+                    found.cut.insert(*row);
+                }
+                count <= PAIRS_OF_ROW
+            });
         }
     }
     found
@@ -177,9 +184,10 @@ impl Comparison {
         }
     }
 
-    /// Whether pairs were left out.
+    /// Whether pairs were left out of rows that are like none of those with which they were compared.
     pub fn is_cut(&self) -> bool {
-        self.candidates.cut || self.uncompared > 0
+        let alike: BTreeSet<u32> = self.alike.iter().map(|alike| alike.row).collect();
+        self.uncompared > 0 || self.candidates.cut.iter().any(|row| !alike.contains(row))
     }
 }
 

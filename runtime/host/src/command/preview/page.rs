@@ -63,7 +63,7 @@ fn found(report: &Report, out: &mut String) {
     if report.findings.is_empty() {
         out.push_str("<p>Nothing that is wrong. Names of persons are not looked for.</p>");
     }
-    for finding in &report.findings {
+    for (at, finding) in report.findings.iter().enumerate() {
         let level = data_report::word(finding.level);
         let _ = write!(
             out,
@@ -82,13 +82,13 @@ fn found(report: &Report, out: &mut String) {
             .collect();
         let more = finding.count - rows.len();
         let more = if more > 0 { format!(" and {} more", thousands(more)) } else { String::new() };
+        // What to do about several things is said once, below them.
+        let advice = match report.findings.get(at + 1).is_some_and(|next| next.advice == finding.advice) {
+            true => String::new(),
+            false => format!("<p>{}.</p>", words(&capital(finding.advice))),
+        };
         let separator = if finding.rows.iter().any(|row| row.detail.is_some()) { "<br>" } else { ", " };
-        let _ = writeln!(
-            out,
-            "<p class=\"where\">{}{more}</p><p>{}.</p></div>",
-            rows.join(separator),
-            words(&capital(finding.advice))
-        );
+        let _ = writeln!(out, "<p class=\"where\">{}{more}</p>{advice}</div>", rows.join(separator));
     }
     out.push_str("</section>\n");
 }

@@ -36,7 +36,7 @@ pub fn rows(rows: &[Rendered], look: Look) -> String {
     }
     out += &match look {
         Look::Colour => format!(
-            "tokens    {}trained{RESET}{} or so{RESET} by turns, {}control{RESET}, all others as they are; \\n is a line break\n",
+            "tokens    {}trained{RESET}{} tokens{RESET} by turns, {}control{RESET}, all others as they are; \\n is a line break\n",
             ground(0),
             ground(1),
             "\x1b[35m"

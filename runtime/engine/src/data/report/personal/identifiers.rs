@@ -61,9 +61,9 @@ pub(super) const IDENTIFIERS: &[Identifier] = &[
     Identifier {
         kind: "fr_nir",
         words: "French social security numbers (NIR)",
-        shapes: &["999999999999999", "9 99 99 99 999 999 99"],
-        bare: &[],
-        named: &[],
+        shapes: &["9 99 99 99 999 999 99"],
+        bare: &["999999999999999"],
+        named: &["nir", "sécurité sociale", "securite sociale", "insee", "social security"],
         check: |signs| {
             let month = number(&signs[3..5]);
             let key = 97 - number(&signs[..13]) % 97;

@@ -60,10 +60,13 @@ impl<'t> Place<'t> {
     pub fn is_named(&self, words: &[&str]) -> bool {
         let window = self.text[..self.at].char_indices().rev().nth(47).map_or(0, |(at, _)| at);
         let before = self.text[window..self.at].to_lowercase();
+        let is_letter = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
         words.iter().any(|word| {
-            before
-                .match_indices(word)
-                .any(|(at, _)| !before[..at].chars().next_back().is_some_and(char::is_alphanumeric))
+            before.match_indices(word).any(|(at, _)| {
+                // Of a long one the beginning is enough: `steuer` of `Steuernummer`, but no `sin` of `sings`.
+                let goes_on = word.len() <= 4 && is_letter(before[at + word.len()..].chars().next());
+                !goes_on && !is_letter(before[..at].chars().next_back())
+            })
         })
     }
 }

@@ -175,7 +175,7 @@ fn is_number(place: &Place<'_>, plus: bool, groups: &[Group<'_>]) -> bool {
         let variable = place.text[..place.at].trim_end().ends_with(|c: char| c.is_ascii_digit() || c == ')');
         return !variable && is_abroad(groups, 0);
     }
-    if let Some(rest) = all.strip_prefix("00") {
+    if let Some(rest) = all.strip_prefix("00").filter(|_| groups[0].digits.starts_with("00")) {
         return !rest.starts_with('0') && is_abroad(groups, 2) && !follows_number(place);
     }
     if follows_number(place) && !named {
@@ -219,7 +219,11 @@ fn is_national(groups: &[Group<'_>], count: usize) -> bool {
     let gap = |sign: char| groups.iter().filter(|group| group.before.contains(sign)).count();
     let dotted = gap('.');
     let pairs = groups.iter().all(|group| group.digits.len() == 2);
-    (9..=12).contains(&count)
+    // A year in brackets, as behind an article's number; and American postal codes.
+    let bracketed = groups[1..].iter().any(|group| group.before.contains('('));
+    let postal = matches!(groups, [zip, more] if zip.digits.len() == 5 && more.digits.len() == 4 && more.before == "-");
+    !(bracketed || postal)
+        && (9..=12).contains(&count)
         && (2..=6).contains(&groups[0].digits.len())
         && groups[1..].iter().all(|group| group.digits.len() >= 2)
         && gap('/') <= 1

@@ -145,6 +145,7 @@ fn a_preview_shows_what_is_trained_and_says_what_a_training_would_refuse() -> Re
         ("data_type", 4),
         ("empty_turns", 8),
         ("example_missing_assistant_message", 5),
+        ("longer_than_context", 7),
         ("too_long", 7),
         ("unrecognized_role", 6),
     ];

@@ -131,6 +131,6 @@ mod tests {
     fn colours_are_our_own_and_end_where_they_should() {
         let text = rows(&[row()], Look::Colour);
         assert!(text.contains("\x1b[35m<|user|>\x1b[0mhi\\u{1b}[2J\\n\n  \x1b[30;42myo\x1b[0m"), "{text:?}");
-        assert!(!text.contains("\x1b[2J") && text.matches(RESET).count() == 7, "{text:?}");
+        assert!(!text.contains("\x1b[2J") && text.matches(RESET).count() == 6, "{text:?}");
     }
 }

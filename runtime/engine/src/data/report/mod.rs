@@ -23,7 +23,7 @@ use self::alike::{Alike, Bands, Comparison, bands, candidates};
 use self::lengths::Lengths;
 pub use self::lengths::{Bin, Summary};
 use self::said::Said;
-pub use self::source::{Each, Files, Source};
+pub use self::source::{Each, Files, Reread};
 use super::encode::{Encoder, OnLongRow};
 use super::order;
 use super::preview::{Beginning, End, beginning, end};
@@ -233,12 +233,12 @@ impl Survey<'_> {
     ///
     /// # Errors
     /// When they cannot be read, or `check` ends it. What is wrong with single rows is in the report.
-    pub fn run(&self, source: &dyn Source) -> Result<(Report, Vec<Shown>)> {
+    pub fn run(&self, source: &dyn Reread) -> Result<(Report, Vec<Shown>)> {
         let mut first = FirstReading::default();
         let mut batch = Vec::new();
         let mut bytes = 0;
-        source.each(&mut |part, line, row, size| {
-            bytes += size;
+        source.each(&mut |part, line, row| {
+            bytes += row.as_ref().map_or(0, said::bytes);
             batch.push((Place { part, line }, row));
             if batch.len() >= BATCH_ROWS || bytes >= BATCH_BYTES {
                 (self.check)()?;
@@ -251,7 +251,7 @@ impl Survey<'_> {
         self.finish(first, source)
     }
 
-    fn finish(&self, mut first: FirstReading, source: &dyn Source) -> Result<(Report, Vec<Shown>)> {
+    fn finish(&self, mut first: FirstReading, source: &dyn Reread) -> Result<(Report, Vec<Shown>)> {
         if let Some((share, seed)) = self.hold_out.filter(|_| first.kept.len() > 1) {
             for row in order::split(first.kept.len(), share, seed)?.1 {
                 first.kept[row].part = Part::HeldOut;
@@ -281,7 +281,7 @@ impl Survey<'_> {
     }
 
     /// Reads the rows again, and compares those that may be alike.
-    fn compare(&self, kept: &[Kept], source: &dyn Source, comparison: &mut Comparison) -> Result<()> {
+    fn compare(&self, kept: &[Kept], source: &dyn Reread, comparison: &mut Comparison) -> Result<()> {
         let needed: Vec<bool> = (0..kept.len()).map(|row| comparison.needs(row as u32)).collect();
         let (mut row, mut number, mut bytes) = (0, 0, 0);
         let mut batch: Vec<(u32, Row)> = Vec::new();
@@ -290,11 +290,11 @@ impl Survey<'_> {
                 std::mem::take(batch).into_par_iter().map(|(row, content)| (row, Said::grams_of(&content))).collect();
             grams.into_iter().for_each(|(row, grams)| comparison.row(row, grams));
         };
-        source.each(&mut |_, _, content, size| {
+        source.each(&mut |_, _, content| {
             if kept.get(row).is_some_and(|kept| kept.number == number) {
                 // A row of a file that was changed meanwhile may be refused by now.
                 if let (true, Ok(content)) = (needed[row], content) {
-                    bytes += size;
+                    bytes += said::bytes(&content);
                     batch.push((row as u32, content));
                 }
                 row += 1;

@@ -141,6 +141,11 @@ impl Said {
     }
 }
 
+/// About how many bytes a row has.
+pub(super) fn bytes(row: &Row) -> usize {
+    turns(row).iter().map(|turn| turn.text.len() + turn.more.len()).sum()
+}
+
 /// The turns of a row that is no judgement.
 fn turns(row: &Row) -> Vec<Turn<'_>> {
     let turn = |role, text| Turn { role, text, more: String::new() };

@@ -8,11 +8,11 @@ use super::Part;
 use crate::data::jsonl::read_rows;
 use crate::data::{Problem, Row, RowKind};
 
-/// Takes a row: in which part and on which line it stands, and about how many bytes it has.
-pub type Each<'a> = dyn FnMut(Part, usize, Result<Row, Problem>, usize) -> Result<()> + 'a;
+/// Takes a row: in which part and on which line it stands.
+pub type Each<'a> = dyn FnMut(Part, usize, Result<Row, Problem>) -> Result<()> + 'a;
 
 /// Rows that can be read more than once, in the same order.
-pub trait Source {
+pub trait Reread {
     /// Calls `each` with every row.
     ///
     /// # Errors
@@ -32,12 +32,12 @@ pub struct Files<'a> {
     pub kind: Option<(RowKind, &'a str)>,
 }
 
-impl Source for Files<'_> {
+impl Reread for Files<'_> {
     fn each(&self, each: &mut Each<'_>) -> Result<()> {
         for (part, path) in [(Part::Train, Some(self.training)), (Part::HeldOut, self.held_out)] {
             let Some(path) = path else { continue };
             let mut failed: Option<Error> = None;
-            read_rows(path, self.kind.map(|(kind, _)| kind), |line, text, row| {
+            read_rows(path, self.kind.map(|(kind, _)| kind), |line, _, row| {
                 if failed.is_some() {
                     return;
                 }
@@ -49,7 +49,7 @@ impl Source for Files<'_> {
                     Part::Train if self.held_lines.binary_search(&line).is_ok() => Part::HeldOut,
                     part => part,
                 };
-                failed = each(part, line, row, text.len()).err();
+                failed = each(part, line, row).err();
             })?;
             if let Some(error) = failed {
                 return Err(error);

@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::order;
-use homeroom_engine::data::report::{Each, Part, Report, Source, Survey};
+use homeroom_engine::data::report::{Each, Part, Report, Reread, Survey};
 use homeroom_engine::data::{Group, OnLongRow, Problems, check_row, check_row_for, read_texts};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
@@ -82,11 +82,11 @@ struct Parts<'a> {
     eval: Option<&'a Dataset>,
 }
 
-impl Source for Parts<'_> {
+impl Reread for Parts<'_> {
     fn each(&self, each: &mut Each<'_>) -> Result<()> {
         for (part, data) in [(Part::Train, Some(self.train)), (Part::HeldOut, self.eval)] {
             for row in data.iter().flat_map(|data| data.rows()) {
-                each(part, row.line, check_row(&row.text.json), row.text.json.len())?;
+                each(part, row.line, check_row(&row.text.json))?;
             }
         }
         Ok(())

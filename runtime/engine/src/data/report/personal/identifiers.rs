@@ -212,7 +212,7 @@ pub(super) const IDENTIFIERS: &[Identifier] = &[
         check: |signs| {
             let month = number(&signs[2..4]) % 50;
             let month = if month > 20 { month - 20 } else { month };
-            number(signs) % 11 == 0 && is_day(month, number(&signs[4..6]))
+            number(signs).is_multiple_of(11) && is_day(month, number(&signs[4..6]))
         },
     },
     Identifier {

@@ -42,6 +42,7 @@ mod real_model;
 mod registry;
 #[cfg(target_os = "linux")]
 mod reload;
+mod report;
 #[cfg(target_os = "linux")]
 mod results;
 #[cfg(unix)]

@@ -11,7 +11,7 @@ use homeroom_kernels::Isa;
 
 use crate::command::{
     Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, licenses, list_models, new, plan, plugins,
-    pull, resume, rm, run, runs, serve, show,
+    preview, pull, resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
@@ -36,6 +36,8 @@ pub enum Command {
     FineTune(Box<fine_tune::Arguments>),
     /// Estimates memory and time of a training before it is begun; downloads and loads no weights
     Plan(Box<plan::Arguments>),
+    /// Shows rows as a model sees them, and what is wrong with a file before it is learned; takes personal data out
+    Preview(Box<preview::Arguments>),
     /// Runs a pipeline: a Lua script that a TOML file declares
     Run(run::Arguments),
     /// Writes a pipeline to start from: script, TOML, sample rows and types for editors
@@ -162,6 +164,7 @@ pub fn main() -> ExitCode {
     let done = match &cli.command {
         Command::Plan(arguments) => plan::run(arguments),
         Command::FineTune(arguments) => fine_tune::run(arguments),
+        Command::Preview(arguments) => preview::run(arguments),
         Command::Run(arguments) => run::run(arguments),
         Command::New(arguments) => new::run(arguments),
         Command::Resume(arguments) => resume::run(arguments),

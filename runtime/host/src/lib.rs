@@ -18,6 +18,7 @@ macro_rules! eprint {
 
 pub mod cli;
 mod command;
+mod data_report;
 pub mod handler;
 pub mod hub;
 mod interrupt;

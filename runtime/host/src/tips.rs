@@ -109,7 +109,7 @@ const RESUMED: &str = "--resume goes on from the last checkpoint of the same com
 const SAVED: &str = "there is no such flag: checkpoints are saved every 5 minutes, or as --save-every and --save-minutes say, and the last, the best and two to go back to are kept";
 
 /// Commands elsewhere, and what they are here.
-const COMMANDS: [(&str, &str); 38] = [
+const COMMANDS: [(&str, &str); 39] = [
     ("add", "import"),
     ("ask", "chat --prompt TEXT"),
     ("cache", "list-models"),
@@ -138,6 +138,7 @@ const COMMANDS: [(&str, &str); 38] = [
     ("models", "list-models"),
     ("perplexity", "eval"),
     ("predict", "chat --prompt TEXT"),
+    ("preprocess", "preview"),
     ("remove", "rm"),
     ("scan-cache", "list-models"),
     ("server", "serve"),

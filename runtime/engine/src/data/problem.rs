@@ -47,6 +47,11 @@ impl Problem {
         self.kind == TOO_LONG
     }
 
+    /// What it is listed under.
+    pub(super) fn kind(&self) -> &'static str {
+        self.kind
+    }
+
     fn hint(&self) -> Option<&'static str> {
         Some(match self.kind {
             NOT_JSON => "a JSONL file holds one JSON object a line, each on a single line",

@@ -628,15 +628,6 @@ fn examples_of_one_line_are_not_parted_by_a_split() {
 }
 
 #[test]
-fn a_preview_brackets_what_is_trained() {
-    let tokenizer = tokenizer();
-    let ids = tokenizer.encode("<|im_start|>a\né b<|im_end|>", false).unwrap().ids;
-    let trained = ids.iter().enumerate().map(|(i, _)| i > ids.len() - 3).collect();
-    let preview = preview(&Example { ids, trained, line: 1 }, &tokenizer);
-    assert_eq!(preview, "<|im_start|>a\\n\nÃ© [b][<|im_end|>]");
-}
-
-#[test]
 fn numbers_and_lines_are_written_short() {
     assert_eq!([0, 999, 1000, 2381, 1234567].map(thousands), ["0", "999", "1,000", "2,381", "1,234,567"]);
     assert_eq!(spans(&[3]), "3");

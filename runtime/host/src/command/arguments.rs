@@ -102,7 +102,7 @@ impl ObjectiveArgs {
     }
 }
 
-const OBJECTIVES: [Word; 4] = [
+pub const OBJECTIVES: [Word; 4] = [
     ("sft", "The answers of the rows: `messages`, `prompt` and `completion`, or `text`"),
     ("dpo", "To prefer one answer to another: `prompt`, `chosen` and `rejected`, as against the base"),
     ("kto", "To give answers that were rated good, and none that were rated bad: `prompt`, `completion` and `label`"),

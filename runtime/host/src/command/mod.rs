@@ -14,6 +14,7 @@ pub mod list_models;
 pub mod new;
 pub mod plan;
 pub mod plugins;
+pub mod preview;
 pub mod pull;
 pub mod resume;
 pub mod rm;

@@ -459,11 +459,13 @@ fn parts(parts: &Parts) -> Vec<(&'static str, u64)> {
     named
 }
 
-fn a_step(seconds: f64) -> String {
+/// The time of a step, in words.
+pub(super) fn a_step(seconds: f64) -> String {
     if seconds < 1.0 { format!("{:.0} ms a step", 1e3 * seconds) } else { format!("{seconds:.1} s a step") }
 }
 
-fn duration(seconds: f64) -> String {
+/// A time, in words.
+pub(super) fn duration(seconds: f64) -> String {
     match seconds {
         ..60.0 => format!("about {:.0} s", seconds.max(1.0)),
         60.0..7200.0 => format!("about {:.0} min", seconds / 60.0),

@@ -43,7 +43,7 @@ const STATE_FIELD: &[Field] = &[(
     "what callbacks keep from one call to the next: plain values, saved with checkpoints",
 )];
 
-const SHAPES: [Shape; 11] = [
+const SHAPES: [Shape; 14] = [
     Shape { name: "Model", doc: "A model: what every verb takes as `model`.", fields: &[MODEL_FIELDS] },
     Shape {
         name: "Tuned",
@@ -117,6 +117,42 @@ const SHAPES: [Shape; 11] = [
                 "mean KL divergence of the trained model's distribution of a token from the base's, KL(base || trained), in nats a token",
             ),
             ("tokens", "number", "tokens that were compared"),
+        ]],
+    },
+    Shape {
+        name: "Report",
+        doc: "What `prepare_dataset` finds in rows.",
+        fields: &[&[
+            ("rows", "number", "rows to train on"),
+            ("held_out", "number", "rows to evaluate on"),
+            ("words", "Lengths?", "their lengths in words, system messages aside"),
+            ("findings", "{Finding}", "what should be looked at, the most serious first"),
+        ]],
+    },
+    Shape {
+        name: "Finding",
+        doc: "One kind of thing that was found in rows.",
+        fields: &[&[
+            ("check", "string", "its name, such as `duplicates`, `leaks` or `email`"),
+            ("level", "string", "\"warning\" or \"note\""),
+            ("count", "number", "rows that have it"),
+            ("what", "string", "what it is, in words"),
+            (
+                "rows",
+                "{any}",
+                "the first of these rows: `part` (\"train\" or \"held_out\"), `line`, and the row that one is `like`",
+            ),
+        ]],
+    },
+    Shape {
+        name: "Lengths",
+        doc: "Lengths of rows.",
+        fields: &[&[
+            ("min", "number", "the least"),
+            ("median", "number", "half of the rows are no longer"),
+            ("p95", "number", "95 % are no longer"),
+            ("max", "number", "the most"),
+            ("total", "number", "all together"),
         ]],
     },
     Shape {
@@ -247,7 +283,7 @@ pub fn lua_ls() -> String {
     out.push_str(
         "\n---Rows to train on and rows to evaluate on.\n---@class Split\n---@field train Dataset # rows to train on\n",
     );
-    out.push_str("---@field eval? Dataset # rows to evaluate on\n");
+    out.push_str("---@field eval? Dataset # rows to evaluate on\n---@field report Report # what was found in them\n");
     out.push_str("\n---Rows.\n---@class Dataset\n---@operator len: number\nlocal Dataset = {}\n");
     for verb in METHODS {
         ls_function(&mut out, &format!("Dataset:{}", verb.name), verb);
@@ -304,6 +340,8 @@ fn ls_type(kind: &str) -> String {
         "{number}" => "number[]",
         "{Row}" => "Row[]",
         "{Dataset}" => "Dataset[]",
+        "{Finding}" => "Finding[]",
+        "{any}" => "any[]",
         "string | {string}" => "string | string[]",
         "{[string]: any}" => "table<string, any>",
         "string | {[string]: string | number}" => "string | table<string, string | number>",
@@ -338,7 +376,9 @@ pub fn luau() -> String {
         let line = first_line(verb.doc);
         let _ = write!(out, "  -- {line}\n  function {}(self{comma}{rest}): {returns}\n", verb.name);
     }
-    out.push_str("end\n\nexport type Split = { train: Dataset, eval: Dataset? }\n\ndeclare homeroom: {\n");
+    out.push_str(
+        "end\n\nexport type Split = { train: Dataset, eval: Dataset?, report: Report }\n\ndeclare homeroom: {\n",
+    );
     for verb in VERBS {
         let line = first_line(verb.doc);
         let _ = write!(out, "  -- {line}\n  {}: ({}) -> {},\n", verb.name, luau_arguments(verb), verb.returns);

@@ -127,6 +127,10 @@ pub struct Arguments {
     /// Keep the rows in the order of the file
     #[arg(long)]
     pub(super) no_shuffle: bool,
+    /// Say what would be done, what it takes and how the first rows are learned; train and write nothing
+    #[arg(long, conflicts_with_all = ["resume", "watch_plugins"])]
+    #[serde(skip)]
+    pub(super) dry_run: bool,
     /// Watch the strategy's file, and continue with a new build of it between two steps
     #[arg(long)]
     #[serde(skip)]

@@ -1,6 +1,6 @@
 //! `homeroom fine-tune`: refuses what cannot be trained before it has cost anything, trains, and saves.
 //!
-//! [`arguments`] is what it is told, [`unfinished`] finds a run that can go on, [`place`] is where the result goes, [`told`] is what it says.
+//! [`arguments`] is what it is told, [`dry`] says what it would do, [`unfinished`] finds a run that can go on, [`place`] is where the result goes, [`told`] is what it says.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use homeroom_engine::adapt::adapter::{WEIGHTS_FILE, is_adapter};
-use homeroom_engine::data::{Dataset, Group, Reading, Source, Sources, check_rows};
+use homeroom_engine::data::report::Files;
+use homeroom_engine::data::{Dataset, Group, OfLine, Reading, Source, Sources, check_rows};
 use homeroom_engine::files::digest;
 use homeroom_engine::files::{NewDirectory, broken_link, open_regular, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
@@ -19,6 +20,7 @@ use homeroom_engine::train::{
 use serde_json::{Map, Value};
 
 mod arguments;
+mod dry;
 mod place;
 mod told;
 mod unfinished;
@@ -26,7 +28,7 @@ mod unfinished;
 pub use self::arguments::Arguments;
 use self::arguments::config;
 use self::place::{Standing, free_place, place};
-use self::told::{restate, rewards, tell, tell_memory};
+use self::told::{restate, rewards, tell, tell_findings, tell_memory};
 use self::unfinished::Unfinished;
 use super::arguments::RowArgs;
 use super::rows::{is_input, to_learn_from, to_measure_on};
@@ -239,6 +241,9 @@ impl Prepared<'_> {
             model = with_text(adapter, model)?;
         }
         let rows = Rows::load(arguments, &self.sources, &model)?;
+        if arguments.dry_run {
+            return dry::run(&self, &model, &rows);
+        }
         let mut settings = unfinished::settings(arguments)?;
         settings.insert("output_dir".to_owned(), std::path::absolute(&self.output_dir)?.display().to_string().into());
         settings.insert("training_rows".to_owned(), rows.data.digest.clone().into());
@@ -313,6 +318,9 @@ impl Prepared<'_> {
             line(format_args!("name      {name}   --name or --output-dir chooses another"));
         }
         restate(arguments, self.objective, &job, rows, &config, steps);
+        if from.is_none() {
+            tell_findings(arguments, &self.sources, rows);
+        }
         if self.objective.objective == Kind::Sft {
             tell_memory(&job, rows, &config, before);
         }
@@ -558,6 +566,22 @@ impl Rows {
             _ => ((0..data.examples.len()).collect(), Vec::new()),
         };
         Ok(Self { data, train, eval_file, eval })
+    }
+
+    /// The lines of the training file that are held out, ascending.
+    fn held_lines(&self) -> Vec<usize> {
+        let mut lines: Vec<usize> = self.eval.iter().map(|index| self.data.examples[*index].line()).collect();
+        lines.sort_unstable();
+        lines.dedup();
+        lines
+    }
+
+    /// The same rows, to be read again.
+    fn source<'a>(arguments: &'a Arguments, sources: &'a Inputs, held_lines: &'a [usize]) -> Files<'a> {
+        let kind = arguments.objective.objective;
+        Files::new(&sources.files, &sources.held_out, &sources.reading)
+            .without(held_lines)
+            .of_kind(kind.rows(), kind.name())
     }
 
     fn train(&self) -> Vec<&Group> {

@@ -3,12 +3,15 @@
 use std::path::Path;
 
 use homeroom_engine::data::note_endless;
+use homeroom_engine::data::report::Survey;
 use homeroom_engine::train::objective::{Kind, ObjectiveConfig, Rewards};
 use homeroom_engine::train::{TrainConfig, TrainReport};
 
-use super::Rows;
 use super::arguments::Arguments;
+use super::{Inputs, Rows};
 use crate::command::rows::{named, tell as tell_files};
+use crate::data_report;
+use crate::interrupt;
 use crate::job::{Before, Job, Sample, defaults, training_words};
 use crate::models::shown;
 use crate::processor;
@@ -92,6 +95,17 @@ pub(super) fn restate(
     {
         let steps = if steps == 1 { "one step teaches".to_owned() } else { format!("{steps} steps teach") };
         line(format_args!("note: {steps} a model little; more rows or epochs do more"));
+    }
+}
+
+/// Says what was found in the rows that should be looked at: a line each, and no reason to stop.
+pub(super) fn tell_findings(arguments: &Arguments, sources: &Inputs, rows: &Rows) {
+    let held_lines = rows.held_lines();
+    let survey =
+        Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, check: &interrupt::stop_if_asked };
+    // The rows have been read once; what ends this reading ends the training as well, and is heard of there.
+    if let Ok((report, _)) = survey.run(&Rows::source(arguments, sources, &held_lines)) {
+        data_report::lines(&report).for_each(line);
     }
 }
 

@@ -10,8 +10,9 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_engine::data::order;
+use homeroom_engine::data::report::{Each, Part, Places, Report, Reread, Survey};
 use homeroom_engine::data::{
-    Columns, Encoder, Group, OnBadRow, OnLongRow, Problems, Reading, check_row_for, read_texts,
+    Columns, Encoder, Group, OnBadRow, OnLongRow, Problems, Reading, check_row, check_row_for, read_texts,
 };
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
@@ -22,6 +23,8 @@ use sha2::{Digest, Sha256};
 use super::Session;
 use super::options::Options;
 use super::spec::verb;
+use super::value::to_lua;
+use crate::data_report;
 use crate::models;
 use crate::pipeline::bytecode::hex;
 use crate::pipeline::clock::{Clock, Ended};
@@ -58,32 +61,30 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
     let data = Dataset::read(lua, session, opened.files, &reading, how)?;
     let share = options.number("eval").filter(|share| *share > 0.0);
     let (rows, table) = (data.len(), lua.create_table()?);
-    let held_out = match share {
+    let (train, eval) = match share {
         _ if !opened.held_out.is_empty() => {
             if share.is_some() {
                 session.tell(
                     "note: the folder has held-out rows, which are evaluated on in place of a share of the others",
                 );
             }
-            let eval = Dataset::read(lua, session, opened.held_out, &reading, how)?;
-            let held_out = eval.len();
-            table.set("train", data)?;
-            table.set("eval", eval)?;
-            held_out
+            (data, Some(Dataset::read(lua, session, opened.held_out, &reading, how)?))
         }
         Some(share) => {
             let parted = data.split(lua, session, share, options.seed());
             let (train, eval) = parted.map_err(|failure| failure.within(&path.display().to_string()))?;
-            let held_out = eval.len();
-            table.set("train", train)?;
-            table.set("eval", eval)?;
-            held_out
+            (train, Some(eval))
         }
-        None => {
-            table.set("train", data)?;
-            0
-        }
+        None => (data, None),
     };
+    let held_out = eval.as_ref().map_or(0, Dataset::len);
+    let report = report(session, &train, eval.as_ref()).context("prepare_dataset")?;
+    for line in data_report::lines(&report) {
+        session.tell(line);
+    }
+    table.set("train", train)?;
+    table.set("eval", eval)?;
+    table.set("report", to_lua(lua, &serde_json::to_value(&report).context("a report is JSON")?)?)?;
     if session.dry {
         session.would(
             lua,
@@ -92,6 +93,34 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
         )?;
     }
     Ok(Value::Table(table))
+}
+
+/// What rows are like, without a model.
+fn report(session: &Session, train: &Dataset, eval: Option<&Dataset>) -> Result<Report> {
+    let check = || Ok(session.clock().check()?);
+    let survey = Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, check: &check };
+    Ok(survey.run(&Parts { train, eval })?.0)
+}
+
+/// Datasets on both sides of a split.
+struct Parts<'a> {
+    train: &'a Dataset,
+    eval: Option<&'a Dataset>,
+}
+
+impl Reread for Parts<'_> {
+    fn each(&self, each: &mut Each<'_>) -> Result<()> {
+        for (part, data) in [(Part::Train, Some(self.train)), (Part::HeldOut, self.eval)] {
+            for row in data.iter().flat_map(|data| data.rows()) {
+                each(part, row.line, check_row(&row.text.json))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn places(&self) -> Places {
+        Places::counted_in(self.train.rows().first().map_or("line", |row| row.unit))
+    }
 }
 
 /// One row.

@@ -4,9 +4,10 @@ use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use homeroom_engine::data::check_row;
 use homeroom_engine::data::order;
+use homeroom_engine::data::report::personal::Redactor;
 use mlua::{Function, IntoLuaMulti, Lua, MetaMethod, MultiValue, UserData, UserDataFields, UserDataMethods, Value};
 use sha2::{Digest, Sha256};
 
@@ -16,6 +17,7 @@ use super::row::{Given, Node, to_lua};
 use super::spec::{METHODS, verb};
 use super::value::{to_json, words};
 use super::{Session, counted, difficulty, mixtures};
+use crate::data_report;
 use crate::pipeline::errors::{Failure, here, message, nearest, raised, said, short};
 use crate::pipeline::sandbox::{Prelude, name_of};
 use crate::progress::thousands;
@@ -397,6 +399,22 @@ fn rename(lua: &Lua, session: &Session, data: &Dataset, names: Value) -> Result<
     one(lua, data.of(rows, held))
 }
 
+fn redact(lua: &Lua, session: &Session, data: &Dataset, _: Value) -> Result<MultiValue, Failure> {
+    let held = session.hold(lua, size_of_rows(data.len()))?;
+    let mut redactor = Redactor::default();
+    let mut rows = Vec::with_capacity(data.len());
+    for row in data.rows() {
+        session.clock().check()?;
+        let content = serde_json::from_str(&row.text.json).context("rows were checked when they were read or made")?;
+        rows.push(match redactor.row(&content) {
+            Some(redacted) => Row { text: Text::hold(lua, session, redacted.to_string())?, ..row.clone() },
+            None => row.clone(),
+        });
+    }
+    session.tell(format_args!("redacted  {}", data_report::redacted(redactor.counts())));
+    one(lua, data.of(rows, held))
+}
+
 fn len(lua: &Lua, _: &Session, data: &Dataset, _: Value) -> Result<MultiValue, Failure> {
     one(lua, data.len())
 }
@@ -410,7 +428,7 @@ fn rows(lua: &Lua, session: &Session, data: &Dataset, _: Value) -> Result<MultiV
     one(lua, table)
 }
 
-const CALLS: [(&str, Method); 14] = [
+const CALLS: [(&str, Method); 15] = [
     ("filter", filter),
     ("map", map),
     ("rename", rename),
@@ -423,6 +441,7 @@ const CALLS: [(&str, Method); 14] = [
     ("replay", mixtures::replay),
     ("shuffle", shuffle),
     ("dedupe", dedupe),
+    ("redact", redact),
     ("len", len),
     ("rows", rows),
 ];

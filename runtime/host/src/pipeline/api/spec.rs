@@ -278,7 +278,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "prepare_dataset",
-        doc: "Reads files of rows and checks them all: JSONL, JSON, CSV and TSV, also packed with gzip.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them.",
+        doc: "Reads files of rows and checks them all: JSONL, JSON, CSV and TSV, also packed with gzip.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them. What should be looked at is said, and is in `report`: rows that stand twice or on both sides of the split, nearly or exactly, questions with two answers, turns that say nothing, and likely personal data.",
         options: &[
             &[
                 required(
@@ -322,7 +322,7 @@ pub const VERBS: &[Verb] = &[
             SEED,
         ],
         returns: "Split",
-        returns_doc: "`{train =, eval =}`, two datasets; `eval` is nil if no rows are held out",
+        returns_doc: "`{train =, eval =, report =}`: two datasets, of which `eval` is nil if no rows are held out, and what was found in them",
         example: "local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }",
     },
     Verb {
@@ -727,6 +727,14 @@ pub const METHODS: &[Verb] = &[
         returns: "Dataset",
         returns_doc: "a new dataset",
         example: "local unique = mixed:dedupe { by = \"messages\" }",
+    },
+    Verb {
+        name: "redact",
+        doc: "Puts placeholders in the place of likely personal data: `[EMAIL_1]`, the same value the same one.\nWhat is likely is told by its form: e-mail addresses, telephone numbers, addresses on the net, bank accounts, cards, and numbers of persons with check digits. Names are not. Redact before `split`, so that a value has one placeholder on both sides. A row in which something is found is written anew.",
+        options: &[],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local clean = unique:redact()",
     },
     Verb {
         name: "len",

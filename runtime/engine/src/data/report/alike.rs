@@ -1,0 +1,264 @@
+//! Rows that are nearly alike: MinHash over runs of five words, locality-sensitive hashing for candidates, and an exact check of those.
+//!
+//! Of a row are kept twelve hashes of 32 bits, each of four minima (Broder 1997; bands as in Leskovec, Rajaraman and Ullman, Mining of
+//! Massive Datasets, section 3.4). Two rows of Jaccard similarity s share one with probability 1 - (1 - s^4)^12: 0.998 at 0.8, 0.10 at
+//! 0.3. What shares one is compared exactly when the rows are read a second time.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::Part;
+
+/// Rows are nearly alike from here on: the share of their runs of five words that both have.
+pub const SIMILAR: f64 = 0.8;
+
+const BANDS: usize = 12;
+const ROWS_OF_BAND: usize = 4;
+/// Rows of one bucket that a row is compared with: so many of the first and of the last before it, of either part.
+const COMPARED: usize = 3;
+/// Earlier rows that a row is compared with, where all rows have many.
+const PAIRS_OF_ROW: usize = 8;
+/// Memory of the runs of rows that wait for the other one, in bytes.
+const WAITING_BYTES_MAX: usize = 256 << 20;
+
+/// The bands of a row.
+pub(super) type Bands = [u32; BANDS];
+
+/// The bands of a row with these runs; `None`: it has none.
+pub(super) fn bands(grams: &[u64]) -> Option<Bands> {
+    if grams.is_empty() {
+        return None;
+    }
+    let mut minima = [u64::MAX; BANDS * ROWS_OF_BAND];
+    for gram in grams {
+        for (minimum, (factor, shift)) in minima.iter_mut().zip(FUNCTIONS) {
+            *minimum = (*minimum).min((gram ^ shift).wrapping_mul(factor));
+        }
+    }
+    let mut bands = [0; BANDS];
+    for (band, minima) in bands.iter_mut().zip(minima.chunks_exact(ROWS_OF_BAND)) {
+        *band = (super::said::hash(&minima) >> 32) as u32;
+    }
+    Some(bands)
+}
+
+/// Odd factors and shifts, by SplitMix64 from 1.
+const FUNCTIONS: [(u64, u64); BANDS * ROWS_OF_BAND] = functions();
+
+const fn functions() -> [(u64, u64); BANDS * ROWS_OF_BAND] {
+    let mut functions = [(0, 0); BANDS * ROWS_OF_BAND];
+    let (mut at, mut state) = (0, 1_u64);
+    while at < functions.len() {
+        let mut values = [0; 2];
+        let mut value_at = 0;
+        while value_at < 2 {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let value = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            values[value_at] = value ^ value >> 31;
+            value_at += 1;
+        }
+        functions[at] = (values[0] | 1, values[1]);
+        at += 1;
+    }
+    functions
+}
+
+/// Pairs of rows that may be alike, the later row first.
+#[derive(Debug, Default)]
+pub(super) struct Candidates {
+    pairs: Vec<(u32, u32)>,
+    /// Rows of which there were more.
+    cut: BTreeSet<u32>,
+}
+
+/// Finds the pairs to compare. `rows`: the number of each row with its bands and part, ascending.
+pub(super) fn candidates(rows: &[(u32, Bands)], part: impl Fn(u32) -> Part) -> Candidates {
+    let mut found = Candidates::default();
+    let mut order: Vec<(u32, u32)> = Vec::with_capacity(rows.len());
+    for band in 0..BANDS {
+        order.clear();
+        order.extend(rows.iter().map(|(row, bands)| (bands[band], *row)));
+        order.sort_unstable();
+        for bucket in order.chunk_by(|a, b| a.0 == b.0).filter(|bucket| bucket.len() > 1) {
+            // By part: a held-out row is compared with rows that are trained on however many are held out beside it.
+            let mut before: [Vec<u32>; 2] = Default::default();
+            for (_, row) in bucket {
+                for earlier in &before {
+                    let (first, last) =
+                        (earlier.len().min(COMPARED), earlier.len().saturating_sub(COMPARED).max(COMPARED));
+                    let last = last.min(earlier.len());
+                    found.pairs.extend(earlier[..first].iter().chain(&earlier[last..]).map(|other| (*row, *other)));
+                }
+                before[part(*row) as usize].push(*row);
+            }
+        }
+        found.pairs.sort_unstable();
+        found.pairs.dedup();
+        // Rows that share a band with very many keep their pairs with the first of these.
+        if found.pairs.len() > rows.len() * PAIRS_OF_ROW {
+            let (mut of_row, mut count) = (None, 0);
+            found.pairs.retain(|(row, _)| {
+                count = if of_row == Some(*row) { count + 1 } else { 1 };
+                of_row = Some(*row);
+                if count > PAIRS_OF_ROW {
+                    found.cut.insert(*row);
+                }
+                count <= PAIRS_OF_ROW
+            });
+        }
+    }
+    found
+}
+
+/// Two rows that are nearly alike.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Alike {
+    pub row: u32,
+    pub earlier: u32,
+    pub similarity: f64,
+}
+
+/// Compares candidates while their rows are read again, in order.
+pub(super) struct Comparison {
+    candidates: Candidates,
+    /// Of each row in a pair, the last row that waits for it.
+    last_use: HashMap<u32, u32>,
+    waiting: HashMap<u32, Vec<u64>>,
+    /// Rows whose last use is this one.
+    ends: HashMap<u32, Vec<u32>>,
+    waiting_bytes: usize,
+    pub alike: Vec<Alike>,
+    /// Pairs that were not compared, for want of memory.
+    pub uncompared: usize,
+}
+
+impl Comparison {
+    pub fn new(candidates: Candidates) -> Self {
+        let mut last_use: HashMap<u32, u32> = HashMap::new();
+        for (row, earlier) in &candidates.pairs {
+            for used in [row, earlier] {
+                let last = last_use.entry(*used).or_default();
+                *last = (*last).max(*row);
+            }
+        }
+        let mut ends: HashMap<u32, Vec<u32>> = HashMap::new();
+        last_use.iter().for_each(|(row, last)| ends.entry(*last).or_default().push(*row));
+        let (waiting, alike) = (HashMap::new(), Vec::new());
+        Self { candidates, last_use, waiting, ends, waiting_bytes: 0, alike, uncompared: 0 }
+    }
+
+    /// Whether nothing has to be read again.
+    pub fn is_empty(&self) -> bool {
+        self.candidates.pairs.is_empty()
+    }
+
+    /// Whether a row is one of a pair.
+    pub fn needs(&self, row: u32) -> bool {
+        self.last_use.contains_key(&row)
+    }
+
+    /// The next row that [`Comparison::needs`], with its runs.
+    pub fn row(&mut self, row: u32, grams: Vec<u64>) {
+        let pairs = &self.candidates.pairs;
+        let from = pairs.partition_point(|pair| pair.0 < row);
+        for (_, earlier) in pairs[from..].iter().take_while(|pair| pair.0 == row) {
+            match self.waiting.get(earlier) {
+                Some(others) => {
+                    let similarity = jaccard(&grams, others);
+                    if similarity >= SIMILAR {
+                        self.alike.push(Alike { row, earlier: *earlier, similarity });
+                    }
+                }
+                None => self.uncompared += 1,
+            }
+        }
+        for done in self.ends.remove(&row).unwrap_or_default() {
+            if let Some(grams) = self.waiting.remove(&done) {
+                self.waiting_bytes -= bytes(&grams);
+            }
+        }
+        let waits = self.last_use.get(&row).is_some_and(|last| *last > row);
+        if waits && self.waiting_bytes + bytes(&grams) <= WAITING_BYTES_MAX {
+            self.waiting_bytes += bytes(&grams);
+            self.waiting.insert(row, grams);
+        }
+    }
+
+    /// Whether pairs were left out of rows that are like none of those with which they were compared.
+    pub fn is_cut(&self) -> bool {
+        let alike: BTreeSet<u32> = self.alike.iter().map(|alike| alike.row).collect();
+        self.uncompared > 0 || self.candidates.cut.iter().any(|row| !alike.contains(row))
+    }
+}
+
+fn bytes(grams: &[u64]) -> usize {
+    size_of_val(grams) + 64
+}
+
+/// What two sorted sets have in common, over what either has.
+fn jaccard(a: &[u64], b: &[u64]) -> f64 {
+    let (mut i, mut j, mut common) = (0, 0, 0);
+    while i < a.len() && j < b.len() {
+        match a[i].cmp(&b[j]) {
+            std::cmp::Ordering::Less => i += 1,
+            std::cmp::Ordering::Greater => j += 1,
+            std::cmp::Ordering::Equal => (i, j, common) = (i + 1, j + 1, common + 1),
+        }
+    }
+    common as f64 / (a.len() + b.len() - common).max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sets of 50 of which `common` are shared.
+    fn pair(seed: u64, common: u64) -> (Vec<u64>, Vec<u64>) {
+        let value = |number: u64| super::super::said::hash(&(seed, number));
+        let mut a: Vec<u64> = (0..50).map(value).collect();
+        let mut b: Vec<u64> = (50 - common..100 - common).map(value).collect();
+        a.sort_unstable();
+        b.sort_unstable();
+        (a, b)
+    }
+
+    #[test]
+    fn what_is_alike_shares_a_band_and_little_else_does() {
+        // 45 of 55 is 0.82, 22 of 78 is 0.28.
+        for (common, least, most) in [(45, 0.99, 1.0), (22, 0.0, 0.2)] {
+            let shares = |seed: &u64| {
+                let (a, b) = pair(*seed, common);
+                let (a, b) = (bands(&a).unwrap(), bands(&b).unwrap());
+                a.iter().zip(b).any(|(a, b)| *a == b)
+            };
+            let share = (0..2000).filter(shares).count() as f64 / 2000.0;
+            assert!((least..=most).contains(&share), "{common} of 50 in common: {share}");
+        }
+        assert_eq!(bands(&[]), None);
+    }
+
+    #[test]
+    fn candidates_are_compared_exactly_and_wait_no_longer_than_they_are_needed() {
+        let sets: Vec<Vec<u64>> = (0..300)
+            .map(|row| {
+                let (a, b) = pair(row / 3, if row % 3 == 1 { 46 } else { 20 });
+                if row % 3 == 0 { a } else { b }
+            })
+            .collect();
+        let rows: Vec<(u32, Bands)> = sets.iter().zip(0..).map(|(set, row)| (row, bands(set).unwrap())).collect();
+        let mut comparison = Comparison::new(candidates(&rows, |_| Part::Train));
+        for (row, set) in sets.iter().enumerate() {
+            if comparison.needs(row as u32) {
+                comparison.row(row as u32, set.clone());
+            }
+        }
+        let expected: Vec<(u32, u32)> = (0..300)
+            .flat_map(|row: u32| (0..row).map(move |earlier| (row, earlier)))
+            .filter(|(row, earlier)| jaccard(&sets[*row as usize], &sets[*earlier as usize]) >= SIMILAR)
+            .collect();
+        let found: Vec<(u32, u32)> = comparison.alike.iter().map(|alike| (alike.row, alike.earlier)).collect();
+        assert_eq!(found, expected);
+        assert_eq!(expected.len(), 100);
+        assert!(comparison.waiting.is_empty() && comparison.waiting_bytes == 0 && !comparison.is_cut());
+    }
+}

@@ -1,0 +1,164 @@
+//! `fine-tune --dry-run`: what a training would do, take and learn; nothing is trained or written.
+
+use anyhow::{Context, Result};
+use homeroom_abi::plan::PlanRequest;
+use homeroom_engine::data::Group;
+use homeroom_engine::data::report::Survey;
+use homeroom_engine::estimate::{Measured, Request, Sketch};
+use homeroom_engine::memory;
+use homeroom_engine::models::BaseModel;
+use homeroom_engine::train::objective::Kind;
+use homeroom_engine::train::{TrainConfig, planned_steps};
+use homeroom_kernels::{isa, threads};
+use serde_json::json;
+
+use super::arguments::config;
+use super::{Prepared, Rows};
+use crate::command::plan::{a_step, duration};
+use crate::command::preview::{Look, Rendered, render, rows_as_text};
+use crate::command::{Done, print};
+use crate::data_report;
+use crate::interrupt;
+use crate::job::{estimate_plan, training_words};
+use crate::machine::resident_memory_bytes;
+use crate::models::{encoder, shown};
+use crate::plugin::Plugin;
+use crate::progress::{millions, size, thousands};
+use crate::stdout::Stdout;
+use crate::terminal;
+
+/// Rows that are shown.
+const SHOWN: usize = 2;
+
+/// What a training takes.
+struct Needs {
+    seconds: f64,
+    seconds_per_step: f64,
+    peak_memory_bytes: u64,
+    trainable: usize,
+}
+
+/// Says what the training would do.
+pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Result<Done> {
+    let Prepared { arguments, objective, output_dir, plugin, options, sources, .. } = prepared;
+    let plugin = plugin.as_ref().context("a dry run goes on with no earlier one")?;
+    let plan = plugin.plan(&PlanRequest { options: options.clone(), model: model.info() })?;
+    let config = config(arguments, plan.defaults.learning_rate, Some(rows.train.len()));
+    let steps = planned_steps(rows.train.len(), &config)?;
+    // Of the other objectives passes over a reference come on top.
+    let needs = match objective.objective {
+        Kind::Sft => Some(needs(prepared, plugin, model, &rows.train(), &config, steps)?),
+        _ => None,
+    };
+    let held_lines = rows.held_lines();
+    let source = Rows::source(arguments, sources, &held_lines);
+    let encoder = encoder(model, arguments.rows.max_seq_len, arguments.rows.on_long_row)?;
+    let survey = Survey {
+        encoder: Some(encoder),
+        context: model.architecture.max_position_embeddings,
+        hold_out: None,
+        shown: SHOWN,
+        check: &interrupt::stop_if_asked,
+    };
+    let (report, first) = survey.run(&source)?;
+    let first: Vec<Rendered> =
+        first.iter().map(|row| render(row, &report, &model.tokenizer, Some(encoder.max_seq_len))).collect();
+    let available = memory::obtainable();
+    if arguments.json {
+        let json = json!({
+            "dry_run": true,
+            "model": shown(model, &arguments.model_name),
+            "strategy": arguments.strategy,
+            "output_dir": output_dir.to_string_lossy(),
+            "examples": rows.train.len(),
+            "held_out": rows.eval().len(),
+            "steps": steps,
+            "seconds_per_step": needs.as_ref().map(|needs| needs.seconds_per_step),
+            "seconds": needs.as_ref().map(|needs| needs.seconds),
+            "peak_memory_bytes": needs.as_ref().map(|needs| needs.peak_memory_bytes),
+            "available_memory_bytes": available,
+            "config": config,
+            "rows": first,
+            "report": report,
+        });
+        return print(&json.to_string()).map(|()| Done::Whole);
+    }
+    let mut out = format!(
+        "model     {}   {} parameters, {}\n",
+        shown(model, &arguments.model_name),
+        millions(model.parameter_count()),
+        model.storage_words()
+    );
+    let trained = needs.as_ref().map(|needs| format!("   {} trained", millions(needs.trainable)));
+    out += &format!("strategy  {}{}\n", arguments.strategy, trained.unwrap_or_default());
+    if objective.objective != Kind::Sft {
+        out += &format!("objective {}\n", objective.words());
+    }
+    let held_out = match rows.eval().len() {
+        0 => String::new(),
+        held_out => format!(", {} held out", thousands(held_out)),
+    };
+    out += &format!("examples  {}{held_out}\n{}\n", thousands(rows.train.len()), training_words(steps, &config));
+    if let Some(needs) = &needs {
+        let fits = match available {
+            Some(available) if needs.peak_memory_bytes > available => {
+                format!("   too much: {} can be had; `homeroom plan` says what needs less", size(available))
+            }
+            Some(available) => format!("   {} can be had", size(available)),
+            None => String::new(),
+        };
+        out += &format!(
+            "time      {}, {}   ({}, {} threads, measured now; evaluations and saving come on top)\nmemory    about {}{fits}\n",
+            duration(needs.seconds),
+            a_step(needs.seconds_per_step),
+            isa().name(),
+            threads(),
+            size(needs.peak_memory_bytes),
+        );
+    }
+    out += &format!("saves     {}\n", output_dir.display());
+    out += &data_report::whole(&report);
+    let rows = rows_as_text(&first, Look::of_stdout());
+    let all = format!("{}{rows}\ndry run   nothing was trained or written\n", terminal::shown(&out));
+    crate::command::preview::print_shown(&mut Stdout, &all)?;
+    Ok(Done::Whole)
+}
+
+fn needs(
+    prepared: &Prepared<'_>,
+    plugin: &Plugin,
+    model: &BaseModel,
+    rows: &[&Group],
+    config: &TrainConfig,
+    steps: u64,
+) -> Result<Needs> {
+    let Prepared { arguments, options, .. } = prepared;
+    let lengths = || rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
+    let (longest, tokens) = (lengths().max().unwrap_or(2), lengths().sum::<usize>());
+    let mean = (tokens as f64 / rows.len().max(1) as f64).round() as usize;
+    model.release();
+    let request = Request {
+        batch_size: config.batch_size.min(rows.len()),
+        gradient_accumulation_steps: config.gradient_accumulation_steps,
+        row_tokens: longest,
+        trained_tokens: longest,
+        gradient_checkpointing: config.gradient_checkpointing,
+        packing: config.packing,
+        compute: config.compute,
+        tokens: Some(tokens),
+        program_bytes: resident_memory_bytes().unwrap_or(0),
+    };
+    let sketch = Sketch::of_model(model);
+    let requantize = arguments.passes.requantize;
+    let estimate = estimate_plan(plugin, options, &sketch, requantize, &request)?;
+    // Memory is that of the longest rows, time that of all.
+    let usual = Request { row_tokens: mean.max(2), trained_tokens: mean.max(2), ..request };
+    let usual = estimate_plan(plugin, options, &sketch, requantize, &usual)?;
+    let seconds_per_step = Measured::new().seconds(&usual.work)?;
+    Ok(Needs {
+        seconds: steps as f64 * seconds_per_step,
+        seconds_per_step,
+        peak_memory_bytes: estimate.peak_memory_bytes,
+        trainable: estimate.trainable,
+    })
+}

@@ -72,6 +72,38 @@ fn what_was_planted_is_found_and_nothing_else_is() -> Result<()> {
     Ok(())
 }
 
+/// A spreadsheet of 150 questions: what was planted is told by the row that a spreadsheet shows.
+#[test]
+fn what_was_planted_in_a_spreadsheet_is_found_on_its_rows() -> Result<()> {
+    let place = Place::new()?;
+    let mut maker = Maker::new(23);
+    let made = maker.planted(110, 3);
+    let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+    let csv = |rows: &[planted::Row]| {
+        let lines = rows.iter().map(|row| format!("{};{}\r\n", quoted(&row.prompt), quoted(&row.answer)));
+        format!("\u{feff}Frage;Antwort\r\n{}", lines.collect::<String>())
+    };
+    let train = place.write("lessons.csv", csv(&made.train))?;
+    let held_out = place.write("exam.csv", csv(&made.held_out))?;
+    let found = found(&report(&train, Some(&held_out))?);
+    // The first row is that of the names.
+    let expected: BTreeMap<_, BTreeSet<_>> = made
+        .expected
+        .iter()
+        .map(|(check, rows)| (*check, rows.iter().map(|(held_out, line)| (*held_out, line + 1)).collect()))
+        .collect();
+    assert_eq!(found, expected);
+    let copy = place.path("copy.jsonl");
+    let ran =
+        succeeds(homeroom().arg("preview").arg(&train).arg("--eval-file").arg(&held_out).arg("--redact").arg(&copy))?;
+    assert!(ran.stdout.contains("lessons.csv   CSV with `;`; Frage → user, Antwort → assistant"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("          rows ") && ran.stdout.contains("held-out row"), "{}", ran.stdout);
+    let rows = std::fs::read_to_string(&copy)?;
+    assert_eq!(rows.lines().count(), made.train.len());
+    assert!(rows.contains("[EMAIL_1]") && rows.contains("[PHONE_1]") && rows.starts_with("{\"prompt\":"), "{rows}");
+    Ok(())
+}
+
 #[test]
 fn clean_rows_have_nothing_to_report() -> Result<()> {
     let place = Place::new()?;

@@ -17,6 +17,8 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod stored;
+#[cfg(target_arch = "x86_64")]
 mod weight;
 
 use std::ops::Range;

@@ -29,8 +29,9 @@ pub fn trainer(model: &BaseModel, adaptation: Option<&Adaptation>, compute: Comp
 }
 
 /// The backends for answers, the fastest first; the last one runs any adapter. Prompts are read in f32 or bf16, as `compute` says; if
-/// it says anything but f32, tokens are decoded with activations in eight bits where weights take them so. Prompts are read with such where
-/// it says int8 and the processor multiplies bytes, but not bf16: that rounds weights anew, which costs more than decoding does.
+/// it says anything but f32, tokens are decoded with activations in eight bits where weights take them so. Prompts are read with such, too,
+/// where it says int8 and the processor does not multiply bf16; if it multiplies bytes by fours, weights are rounded anew for that, which
+/// costs more than decoding does.
 pub fn answerers(model: &Arc<BaseModel>, compute: Compute) -> Vec<Box<dyn Answer>> {
     // What a strategy proposes is for its training.
     let (blocks, round) = match compute {
@@ -38,7 +39,7 @@ pub fn answerers(model: &Arc<BaseModel>, compute: Compute) -> Vec<Box<dyn Answer
         Compute::F32 => (compute, false),
         _ => (compute, true),
     };
-    let in_integers = compute == Compute::Int8 && isa().multiplies_bytes() && !isa().has_bf16();
+    let in_integers = compute == Compute::Int8 && !isa().has_bf16();
     let integers = if in_integers { InIntegers::Stored } else { InIntegers::None };
     let in_f32 = || Some(Box::new(CpuAnswer::<f32>::new(model, integers, round)?) as Box<dyn Answer>);
     let in_bf16 = || Some(Box::new(CpuAnswer::<bf16>::new(model, InIntegers::None, round)?) as Box<dyn Answer>);

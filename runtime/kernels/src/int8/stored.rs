@@ -19,9 +19,7 @@ use crate::isa::{Dpbusd, Feature, Isa, Run, run};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
 use crate::storage::Storage;
-use crate::storage::whole::{
-    Block, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q8_0, SuperBlock, six_bits, sub_blocks,
-};
+use crate::storage::whole::{Block, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q8_0, SuperBlock, six_bits, sub_blocks};
 use crate::tile::pack_columns;
 
 /// Values of a row of A that share a scale.
@@ -245,7 +243,8 @@ unsafe fn q6k(row: &[u8], codes: &mut [u8], scales: &mut [[f32; PANEL]], mins: &
         // SAFETY: as above.
         unsafe {
             let p = block.as_ptr();
-            let d = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.add(208).cast::<u16>().read_unaligned()))));
+            let d =
+                _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.add(208).cast::<u16>().read_unaligned()))));
             for (group, (scales, mins)) in scales.iter_mut().zip(mins).enumerate() {
                 let scale = d * f32::from(*p.add(192 + group).cast::<i8>());
                 (scales[j], mins[j]) = (scale, -32.0 * scale);
@@ -499,15 +498,14 @@ impl Products for Pairs {
                 for word in (0..a.group).step_by(2) {
                     let b = b.add(word * STRIP);
                     let first = [_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(LANES).cast())];
-                    let second = [_mm256_loadu_si256(b.add(STRIP).cast()), _mm256_loadu_si256(b.add(STRIP + LANES).cast())];
+                    let second =
+                        [_mm256_loadu_si256(b.add(STRIP).cast()), _mm256_loadu_si256(b.add(STRIP + LANES).cast())];
                     for row in 0..R {
                         let x = a.at[row % ROWS].0.add(k + word);
                         let (x, y) = (_mm256_set1_epi32(*x as i32), _mm256_set1_epi32(*x.add(1) as i32));
                         for v in 0..2 {
-                            let pairs = _mm256_add_epi16(
-                                _mm256_maddubs_epi16(first[v], x),
-                                _mm256_maddubs_epi16(second[v], y),
-                            );
+                            let pairs =
+                                _mm256_add_epi16(_mm256_maddubs_epi16(first[v], x), _mm256_maddubs_epi16(second[v], y));
                             sums[row][v] = _mm256_add_epi32(sums[row][v], _mm256_madd_epi16(pairs, ones));
                         }
                     }
@@ -582,13 +580,7 @@ unsafe fn tile<P: Products, F: Form, const R: usize>(a: &Rows, b: Strip, groups:
 /// # Safety
 /// Scales and minima are two vectors each; called from what has AVX2 and FMA enabled.
 #[inline(always)]
-unsafe fn put(
-    sums: [__m256i; 2],
-    (scales, mins): (*const f32, *const f32),
-    scale: f32,
-    sum: f32,
-    out: &mut [f32; 64],
-) {
+unsafe fn put(sums: [__m256i; 2], (scales, mins): (*const f32, *const f32), scale: f32, sum: f32, out: &mut [f32; 64]) {
     // SAFETY: passed on to the caller; the row is two vectors at least.
     unsafe {
         let (scale, sum) = (_mm256_set1_ps(scale), _mm256_set1_ps(sum));

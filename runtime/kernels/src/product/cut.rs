@@ -79,8 +79,7 @@ pub(super) struct Piece {
 /// Cuts the terms' sums into groups of as many words as a panel takes, in order, those in integers before the others.
 pub(super) fn group<E: ProductElement>(terms: &[Term<'_, E>], in_rounds: bool) -> Vec<Vec<Piece>> {
     let per_word = E::PER_WORD;
-    let (integers, others): (Vec<_>, Vec<_>) =
-        terms.iter().enumerate().partition(|(_, term)| term.right.in_integers());
+    let (integers, others): (Vec<_>, Vec<_>) = terms.iter().enumerate().partition(|(_, term)| term.right.in_integers());
     let total: usize = others.iter().map(|(_, term)| term.depth() / per_word).sum();
     let depth = match terms.iter().any(decodes_wide) {
         true => DEPTH_WIDE,

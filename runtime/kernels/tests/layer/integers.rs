@@ -1,8 +1,8 @@
 //! Products in integers against the same rounding and sums in f64.
 
 use homeroom_kernels::{
-    Codec, CodecBlock, Columns, Encoded, Feature, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage,
-    Stream, Term, bf16, encode, product,
+    Codec, CodecBlock, Columns, Encoded, Feature, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder,
+    Storage, Stream, Term, bf16, encode, product,
 };
 
 use super::{isas, normal, on_any_threads, unit};

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use std::hint::black_box;
 use std::ops::Range;
 
-use super::{PANEL, Sums, finish, widen};
+use super::{Aligned, PANEL, ROWS, Sums, Tile, finish, widen};
 use crate::buffer::grown;
 use crate::decode::gemv::round_groups;
 use crate::element::Element;
@@ -31,8 +31,6 @@ pub(crate) const CHUNK: usize = 1024;
 /// Columns of a strip: two vectors.
 const STRIP: usize = 2 * LANES;
 const LANES: usize = 8;
-/// Rows of the largest tile.
-const ROWS: usize = 6;
 
 /// Whether a storage is multiplied as it is.
 pub(crate) fn takes(isa: Isa, storage: Storage) -> bool {
@@ -404,9 +402,6 @@ struct Rows {
     group: usize,
 }
 
-/// Sums of a tile.
-type Tile = [[f32; 64]; ROWS];
-
 impl<F: Form> Job<'_, F> {
     /// Tiles below each other.
     ///
@@ -416,7 +411,8 @@ impl<F: Form> Job<'_, F> {
     unsafe fn down<P: Products>(self) {
         let Self { a, b, groups, sums, .. } = self;
         let (of_words, of_groups, from) = (a.k / 4, a.k / GROUP, self.chunk * CHUNK);
-        let mut out: Tile = [[0.0; 64]; ROWS];
+        let mut aligned = Aligned([[0.0; 64]; ROWS]);
+        let out = &mut aligned.0;
         let tallest = P::rows::<F>();
         let mut first = self.rows.start;
         while first < self.rows.end {
@@ -436,12 +432,12 @@ impl<F: Form> Job<'_, F> {
             // SAFETY: of each row the chunk's words are there; the rest is passed on to the caller.
             unsafe {
                 match count {
-                    1 => tile::<P, F, 1>(&rows, b, groups, &mut out),
-                    2 => tile::<P, F, 2>(&rows, b, groups, &mut out),
-                    3 => tile::<P, F, 3>(&rows, b, groups, &mut out),
-                    4 => tile::<P, F, 4>(&rows, b, groups, &mut out),
-                    5 => tile::<P, F, 5>(&rows, b, groups, &mut out),
-                    _ => tile::<P, F, 6>(&rows, b, groups, &mut out),
+                    1 => tile::<P, F, 1>(&rows, b, groups, out),
+                    2 => tile::<P, F, 2>(&rows, b, groups, out),
+                    3 => tile::<P, F, 3>(&rows, b, groups, out),
+                    4 => tile::<P, F, 4>(&rows, b, groups, out),
+                    5 => tile::<P, F, 5>(&rows, b, groups, out),
+                    _ => tile::<P, F, 6>(&rows, b, groups, out),
                 }
             }
             let to = sums.out.wrapping_add((first - self.rows.start) * sums.step);

@@ -69,7 +69,7 @@ fn cases() -> Result<Vec<(String, BaseModel)>> {
     }
     for codec in [Codec::nf4(), Codec::int8()] {
         let name = format!("llama as {}", codec.name);
-        cases.push((name, store_as(&model("llama")?, &StoredAs::Codec(codec), |_, _| {})?));
+        cases.push((name, store_as(&model("llama")?, &StoredAs::Codec(codec), None, |_, _| {})?));
     }
     Ok(cases)
 }
@@ -310,7 +310,7 @@ fn how_blocks_run_is_chosen_by_their_recipes_and_said() -> Result<()> {
 fn products_in_integers_are_near_those_in_floats() -> Result<()> {
     // The head's weight apart, and that of the embedding.
     for name in ["llama", "llama-tied"] {
-        let model = store_as(&model(name)?, &StoredAs::Codec(Codec::int8()), |_, _| {})?;
+        let model = store_as(&model(name)?, &StoredAs::Codec(Codec::int8()), None, |_, _| {})?;
         for (strategy, options) in strategies() {
             let adaptation = shaken(strategy, &options, &model)?;
             let (loss, exact) = gradients(&model, &adaptation, &config(Compute::F32))?;

@@ -44,9 +44,9 @@ fn cases() -> Result<Vec<(String, Arc<BaseModel>)>> {
     }
     for codec in [Codec::nf4(), Codec::int8()] {
         let name = format!("llama as {}", codec.name);
-        cases.push((name, Arc::new(store_as(&model("llama")?, &StoredAs::Codec(codec), |_, _| {})?)));
+        cases.push((name, Arc::new(store_as(&model("llama")?, &StoredAs::Codec(codec), None, |_, _| {})?)));
     }
-    cases.push(("llama as bf16".to_owned(), Arc::new(store_as(&model("llama")?, &StoredAs::Bf16, |_, _| {})?)));
+    cases.push(("llama as bf16".to_owned(), Arc::new(store_as(&model("llama")?, &StoredAs::Bf16, None, |_, _| {})?)));
     Ok(cases)
 }
 
@@ -64,7 +64,9 @@ fn adaptations(model: &BaseModel) -> Result<Vec<Option<Arc<Adaptation>>>> {
     };
     let patterns = json!({"r": 4, "target_modules": targets, "rank_pattern": {wide: 19}});
     let dora = json!({"r": 3, "lora_alpha": 4, "use_dora": true});
-    Ok(vec![None, made(json!({"r": 3, "lora_alpha": 5}))?, made(patterns)?, made(dora)?])
+    // In answers nothing is dropped out.
+    let dropped = json!({"r": 3, "lora_alpha": 9, "use_dora": true, "lora_dropout": 0.1});
+    Ok(vec![None, made(json!({"r": 3, "lora_alpha": 5}))?, made(patterns)?, made(dora)?, made(dropped)?])
 }
 
 fn ids(model: &BaseModel, count: usize, seed: u32) -> Vec<u32> {
@@ -172,7 +174,7 @@ fn divergence(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
 #[test]
 fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> Result<()> {
     let model = Arc::new(BaseModel::load(&crate::real_model::smollm2()?)?);
-    let nf4 = Arc::new(store_as(&model, &StoredAs::Codec(Codec::nf4()), |_, _| {})?);
+    let nf4 = Arc::new(store_as(&model, &StoredAs::Codec(Codec::nf4()), None, |_, _| {})?);
     let text = "The water cycle moves water between the sea, the air and the land. The sun warms the sea, water rises as vapour, \
         cools into clouds and falls as rain or snow. Rivers carry it back, and plants give some of it to the air again. In \
         this lesson each group draws one step of the cycle and explains to the others what drives it.";
@@ -199,52 +201,61 @@ fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> R
 }
 
 /// AVX-VNNI multiplies bytes much faster than floats.
+/// Processors whose floats are multiplied in 256 bits, as far as this one can be held to them.
+fn of_256_bits() -> Vec<(Isa, Feature)> {
+    let all = [(Isa::AVX2, Feature::Avx2), (Isa::AVXVNNI, Feature::AvxVnni)];
+    all.into_iter().filter(|(_, feature)| Isa::detected().has(*feature)).collect()
+}
+
 #[test]
-fn a_prompt_is_read_in_integers_where_that_is_asked_for() -> Result<()> {
-    if !Isa::detected().has(Feature::AvxVnni) {
-        return Ok(());
+fn a_prompt_is_read_in_integers_where_they_are_faster_and_its_pieces_change_no_bit() -> Result<()> {
+    for (isa, _) in of_256_bits() {
+        with_isa(isa, || -> Result<()> {
+            let model = Arc::new(model("llama-gguf/model-mixed.gguf")?);
+            let (prompt, tokens) = (ids(&model, 61, 1), ids(&model, 3, 5));
+            let exact = made_ready(&model, None, Compute::F32)?;
+            let exact = logits(&exact, &prompt, prompt.len(), &[])?;
+            for compute in [Compute::Auto, Compute::Int8] {
+                let fast = made_ready(&model, None, compute)?;
+                let whole = logits(&fast, &prompt, prompt.len(), &tokens)?;
+                let apart = apart(&whole[0], &exact[0]);
+                assert!(apart > 1e-4 && apart < 0.2, "{compute:?} on {}: {apart:e}", isa.name());
+                for pieces in [1, 7, 50] {
+                    let by_pieces = logits(&fast, &prompt, pieces, &tokens)?;
+                    assert!(by_pieces == whole, "{compute:?} on {}, by {pieces}", isa.name());
+                }
+            }
+            Ok(())
+        })?;
     }
-    with_isa(Isa::AVXVNNI, || {
-        let model = Arc::new(model("llama-gguf/model-mixed.gguf")?);
-        let (prompt, tokens) = (ids(&model, 61, 1), ids(&model, 3, 5));
-        let exact = made_ready(&model, None, Compute::F32)?;
-        let fast = made_ready(&model, None, Compute::Int8)?;
-        let whole = logits(&fast, &prompt, prompt.len(), &tokens)?;
-        let exact = logits(&exact, &prompt, prompt.len(), &[])?;
-        let apart = apart(&whole[0], &exact[0]);
-        assert!(apart > 1e-4 && apart < 0.2, "{apart:e}");
-        for pieces in [1, 7, 50] {
-            assert!(logits(&fast, &prompt, pieces, &tokens)? == whole, "by {pieces}");
-        }
-        Ok(())
-    })
+    Ok(())
 }
 
 #[test]
 fn a_real_model_that_reads_in_integers_draws_from_nearly_the_same_tokens_as_in_f32() -> Result<()> {
-    if !Isa::detected().has(Feature::AvxVnni) {
-        return Ok(());
-    }
     let model = Arc::new(BaseModel::load(&crate::real_model::smollm2()?)?);
     let text = "Plants make sugar out of water and air with the light of the sun. Animals eat plants, or other animals that did, and so \
         all of them live on what leaves have caught.";
     let ids = model.tokenizer.encode(text, false)?.ids;
-    with_isa(Isa::AVXVNNI, || {
-        let read = |compute| -> Result<Vec<Vec<f32>>> {
-            let ready = made_ready(&model, None, compute)?;
-            (1..=ids.len()).map(|len| Ok(logits(&ready, &ids[..len], len, &[])?.remove(0))).collect()
-        };
-        let exact = read(Compute::F32)?;
-        // Measured: 0.0107, since weights are rounded anew, in other groups than they are stored in.
-        let away = divergence(&exact, &read(Compute::Int8)?);
-        println!("of a prompt that is read in integers: {away:.2e} nats");
-        assert!(away < 0.02 && away > 0.0, "{away:e} nats");
-        // Unasked they are read in floats; what is left is the head, which takes rows in eight bits.
-        let unasked = divergence(&exact, &read(Compute::Auto)?);
-        println!("unasked: {unasked:.2e} nats");
-        assert!(unasked < away / 2.0, "{unasked:e} of {away:e} nats");
-        Ok(())
-    })
+    for (isa, _) in of_256_bits() {
+        with_isa(isa, || -> Result<()> {
+            let read = |compute| -> Result<Vec<Vec<f32>>> {
+                let ready = made_ready(&model, None, compute)?;
+                (1..=ids.len()).map(|len| Ok(logits(&ready, &ids[..len], len, &[])?.remove(0))).collect()
+            };
+            let exact = read(Compute::F32)?;
+            // Unasked by weights as they are stored, which rounds no more than drawing tokens does.
+            let unasked = divergence(&exact, &read(Compute::Auto)?);
+            println!("of a prompt that is read in integers on {}: {unasked:.2e} nats", isa.name());
+            assert!(unasked < 0.006 && unasked > 0.0, "{unasked:e} nats");
+            // Measured where weights are rounded anew, in other groups than they are stored in: 0.0107.
+            let asked = divergence(&exact, &read(Compute::Int8)?);
+            println!("asked for int8: {asked:.2e} nats");
+            assert!(asked < 0.02 && asked > 0.0, "{asked:e} nats");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// Mean cross-entropy of tokens under the logits before each.
@@ -413,12 +424,11 @@ fn a_token_without_an_embedding_fails_its_answer_and_no_other() -> Result<()> {
     Ok(())
 }
 
-/// Four adapters, one of which runs plain blocks, and the base alone, on one engine.
+/// Five adapters, one of which runs plain blocks, and the base alone, on one engine.
 #[test]
 fn adapters_on_one_base_answer_at_once_as_each_does_alone() -> Result<()> {
     let model = Arc::new(model("llama")?);
-    let dropped = json!({"r": 3, "lora_alpha": 9, "use_dora": true, "lora_dropout": 0.1});
-    let plain = Arc::new(shake(adapt("lora", &dropped, &model, 3)?)?);
+    let plain = Arc::new(shake(adapt("ia3", &json!({}), &model, 3)?)?);
     let adaptations = [adaptations(&model)?, vec![Some(plain)]].concat();
     let prompt = ids(&model, 60, 1);
     for compute in [Compute::F32, Compute::Bf16] {

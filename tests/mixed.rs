@@ -112,7 +112,7 @@ fn every_mix_over_a_base_behind_a_codec_comes_to_what_plain_blocks_do() -> Resul
     for (name, model) in models(&place)? {
         for codec in [Codec::int8(), Codec::nf4()] {
             let place = format!("{name} as {}", codec.name);
-            let model = store_as(&model, &StoredAs::Codec(codec), |_, _| {})?;
+            let model = store_as(&model, &StoredAs::Codec(codec), None, |_, _| {})?;
             for (strategy, options) in strategies().into_iter().step_by(3) {
                 let computes = [(Compute::F32, 1e-6), (Compute::Int8, 0.03)];
                 check(&model, strategy, &options, &computes)

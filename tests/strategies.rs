@@ -33,7 +33,7 @@ fn storages(model: &BaseModel) -> Vec<(String, String)> {
 fn the_codecs_of_the_plugins_are_those_that_equal_bitsandbytes() -> Result<()> {
     for (strategy, codec) in [("qlora", Codec::nf4()), ("int8", Codec::int8())] {
         let (stored, _) = adapt_stored(strategy, &json!({"target_modules": ["q_proj"]}), model("llama")?, 1)?;
-        let expected = store_as(&model("llama")?, &StoredAs::Codec(codec), |_, _| {})?;
+        let expected = store_as(&model("llama")?, &StoredAs::Codec(codec), None, |_, _| {})?;
         assert_eq!(storages(&stored), storages(&expected), "{strategy}");
         for (got, want) in stored.modules.iter().zip(&expected.modules) {
             let rows = got.weight.rows();
@@ -50,7 +50,7 @@ fn a_quantised_weight_keeps_its_storage_unless_the_user_wants_it_otherwise() -> 
     let stored = |requantize| -> Result<Vec<String>> {
         let model = Arc::new(BaseModel::load(&base)?);
         let plan = plan("qlora", &json!({}), &model)?;
-        let model = store_as_planned(model, &plan, requantize, &no_native, |_, _| {})?;
+        let model = store_as_planned(model, &plan, requantize, &no_native, None, |_, _| {})?;
         Adaptation::new(&model, plan, 1)?;
         let paths = ["model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"];
         let index = |path| model.module_index(path).context("a module");
@@ -161,7 +161,7 @@ fn a_model_that_bitsandbytes_stored_has_the_values_that_we_store() -> Result<()>
     let plain = Codec { scales: ScaleStorage::F32, ..Codec::nf4() };
     for (kind, codec) in [("nf4", Codec::nf4()), ("nf4-plain-scales", plain), ("int8", Codec::int8())] {
         let theirs = BaseModel::load(&saved_by_bitsandbytes(&place, kind)?)?;
-        let ours = store_as(&model("llama")?, &StoredAs::Codec(codec), |_, _| {})?;
+        let ours = store_as(&model("llama")?, &StoredAs::Codec(codec), None, |_, _| {})?;
         assert_eq!(storages(&theirs), storages(&ours), "{kind}");
         for (got, want) in theirs.modules.iter().zip(&ours.modules) {
             let rows = got.weight.rows();
@@ -248,7 +248,7 @@ fn a_plan_that_would_break_what_runs_it_is_refused() -> Result<()> {
     ] {
         let mut endless = plan("qlora", &json!({}), &model)?;
         change(&mut endless.codecs[0]);
-        let stored = store_as_planned(model.clone(), &endless, false, &no_native, |_, _| {});
+        let stored = store_as_planned(model.clone(), &endless, false, &no_native, None, |_, _| {});
         let error = format!("{:#}", stored.err().context("it is taken")?);
         assert!(error.contains(what), "{error}");
     }
@@ -262,13 +262,13 @@ fn a_native_codec_stores_the_base_and_trains_on_it() -> Result<()> {
     let base = Arc::new(model("llama-gguf")?);
     let plan = plan("mxfp4", &json!({"r": 3}), &base)?;
     let find = |name: &str| native::of_plugin(&plugin, name);
-    let stored = store_as_planned(base.clone(), &plan, false, &find, |_, _| {})?;
+    let stored = store_as_planned(base.clone(), &plan, false, &find, None, |_, _| {})?;
     let down = stored.module_index("model.layers.1.mlp.down_proj").context("a module")?;
     assert_eq!(stored.modules[down].weight.storage_name(), "mxfp4");
     assert_eq!(stored.modules[down].weight.stored_bytes(), 64 * 96 / 32 * 17);
 
     // The same values as floats.
-    let as_floats = store_as(&stored, &StoredAs::F32, |_, _| {})?;
+    let as_floats = store_as(&stored, &StoredAs::F32, None, |_, _| {})?;
     let adaptation = shake(Adaptation::new(&stored, plan.clone(), 1)?)?;
     let floats_plan = homeroom_abi::plan::Plan { stored_natively: Default::default(), ..plan };
     let on_floats = shake(Adaptation::new(&as_floats, floats_plan, 1)?)?;

@@ -300,7 +300,7 @@ pub fn adapt_stored(
     seed: u64,
 ) -> Result<(Arc<BaseModel>, Adaptation)> {
     let plan = plan(strategy, options, &model)?;
-    let model = store_as_planned(Arc::new(model), &plan, false, &no_native, |_, _| {})?;
+    let model = store_as_planned(Arc::new(model), &plan, false, &no_native, None, |_, _| {})?;
     let adaptation = Adaptation::new(&model, plan, seed)?;
     Ok((model, adaptation))
 }

@@ -164,7 +164,7 @@ impl Loaded {
         let Some(FoundAdapter { path, files, .. }) = adapter else { return Ok(Self { model, adaptation: None }) };
         let model = with_text(&path, model)?;
         say_other_text(&files, &model);
-        let model = encode(|progress| files.store(model, &native::find, progress))?;
+        let model = encode(|kept, progress| files.store(model, &native::find, kept, progress))?;
         let adaptation = adapt(files, &model, reference.any_base)?;
         Ok(Self { model, adaptation: Some(Arc::new(adaptation)) })
     }

@@ -22,6 +22,7 @@ impl Isa {
         let of_f32 = match self.f32_unit() {
             F32Unit::Avx512 => "avx512",
             F32Unit::Avx2 => "avx2",
+            F32Unit::Neon => "neon",
             F32Unit::Portable => "portable code",
         };
         let of_bf16 = match (self.bf16_unit(), self.prefers_bf16()) {
@@ -29,6 +30,8 @@ impl Isa {
             (Bf16Unit::Amx, false) => "by amx (slower)",
             (Bf16Unit::Avx512, true) => "by avx512bf16 (faster)",
             (Bf16Unit::Avx512, false) => "by avx512bf16 (slower)",
+            (Bf16Unit::Bfmmla, true) => "by bfmmla (faster)",
+            (Bf16Unit::Bfmmla, false) => "by bfmmla (slower)",
             (Bf16Unit::Widened, _) => "as f32",
         };
         let of_int8 = match self.int8_unit() {
@@ -36,6 +39,8 @@ impl Isa {
             Int8Unit::Avx512Vnni => "avx512vnni",
             Int8Unit::AvxVnni => "avxvnni",
             Int8Unit::Avx2 => "avx2",
+            Int8Unit::Smmla => "smmla",
+            Int8Unit::Sdot => "sdot",
             Int8Unit::Portable => "portable code",
         };
         format!("f32 by {of_f32}, bf16 {of_bf16}, int8 by {of_int8}")
@@ -78,11 +83,12 @@ fn bf16_is_faster(unit: Bf16Unit, (vendor, family): ([u8; 12], u32), measured: i
 
 /// The speed of bf16 by this unit as a multiple of f32's: register loops by turns, the best of each, some 10 ms, once a process.
 fn measured(unit: Bf16Unit) -> f64 {
-    static TIMES: [OnceLock<f64>; 2] = [const { OnceLock::new() }; 2];
+    static TIMES: [OnceLock<f64>; 3] = [const { OnceLock::new() }; 3];
     let (times, isa) = match unit {
         Bf16Unit::Widened => return 1.0,
         Bf16Unit::Amx => (&TIMES[0], Isa::detected()),
         Bf16Unit::Avx512 => (&TIMES[1], Isa::detected().and(Isa::AVX512BF16)),
+        Bf16Unit::Bfmmla => (&TIMES[2], Isa::detected()),
     };
     *times.get_or_init(|| {
         const STEPS: usize = 1 << 16;
@@ -101,7 +107,7 @@ fn measured(unit: Bf16Unit) -> f64 {
     })
 }
 
-/// The processor's vendor as CPUID spells it, and its family; nothing where there is no CPUID.
+/// The processor's vendor as CPUID spells it, and its family; nothing where there is no CPUID, so that AArch64 is measured.
 fn processor() -> ([u8; 12], u32) {
     #[cfg(target_arch = "x86_64")]
     {

@@ -5,6 +5,7 @@
 //! - `element`: f32 or bf16, and sums over rows of them; `round`: from f32 to either; `buffer`: buffers that keep their size
 //! - `storage`: how a stored weight lies in memory, and rows of it as floats; `codec`: storage as data, a code book over blocks of values,
 //!   encoding and decoding
+//! - `neon`: the instructions that kernels for AArch64 are written in
 //! - `tile`: the innermost loops, one file a processor family; `product`: products with frozen weights and adapters, for training;
 //!   `int8`: the same in integers
 //! - `attention`: of all queries, forward and backward
@@ -14,6 +15,10 @@
 //!   the threads that share many short jobs
 //! - `matmul`, `dot`: stored matrices, and products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter
+
+// Tests of `tests/layer` are the crate's own tests, too: see `neon`.
+#[cfg(all(test, not(target_arch = "aarch64")))]
+extern crate self as homeroom_kernels;
 
 mod attention;
 mod buffer;
@@ -25,6 +30,8 @@ mod int8;
 mod isa;
 mod layer;
 mod matmul;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon;
 mod peak;
 mod philox;
 mod pool;
@@ -67,5 +74,7 @@ pub use product::{
 };
 pub use round::{to_elements, to_elements_scaled};
 pub use storage::Storage;
-pub use storage::codec::{CheckedCodec, Codec, CodecBlock, Coded, Encoded, EncodedScales, ScaleStorage, encode};
+pub use storage::codec::{
+    CheckedCodec, Codec, CodecBlock, Coded, ENCODING, Encoded, EncodedScales, ScaleStorage, Scales, encode,
+};
 pub use storage::rows::decode_row;

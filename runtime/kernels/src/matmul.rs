@@ -10,7 +10,7 @@ use crate::element::Element;
 use crate::isa::isa;
 use crate::pool::Shared;
 use crate::storage::Storage;
-use crate::storage::codec::{CheckedCodec, Codec, Coded, EncodedScales};
+use crate::storage::codec::{CheckedCodec, Codec, Coded, EncodedScales, Scales};
 use crate::storage::rows::decode_row;
 use crate::tile::PANEL;
 use gemm::Parallelism;
@@ -135,7 +135,7 @@ impl<'a> Matrix<'a> {
     pub fn coded_checked(
         codec: &'a CheckedCodec,
         codes: &'a [u8],
-        scales: &'a EncodedScales,
+        scales: Scales<'a>,
         rows: usize,
         cols: usize,
     ) -> Result<Self, String> {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::adapt::adaptation::{Adaptation, parse_plan};
+use crate::adapt::encoded::EncodedBases;
 use crate::adapt::peft;
 use crate::adapt::requantize::store_as_planned;
 use crate::files::digest::{self, FileDigests};
@@ -325,8 +326,8 @@ impl AdapterFiles {
     }
 
     /// The base with its weights stored as they were in training, where the strategy had them stored otherwise than the files
-    /// have them; that takes a while, and `progress` hears of modules done, of all. `native` finds a codec by the strategy and its
-    /// name where one is needed that only the strategy's plugin has.
+    /// have them; that takes a while, and `progress` hears of weights done, of all. `native` finds a codec by the strategy and its
+    /// name where one is needed that only the strategy's plugin has; `kept` is where encoded bases are kept, if they are.
     ///
     /// # Errors
     /// When the adapter's plan does not fit, its native codec is not there, or a weight cannot be encoded.
@@ -334,13 +335,14 @@ impl AdapterFiles {
         &self,
         model: Arc<BaseModel>,
         native: FindCodec<'_>,
+        kept: Option<&EncodedBases>,
         progress: impl FnMut(usize, usize),
     ) -> Result<Arc<BaseModel>> {
         let Some(manifest) = &self.manifest else { return Ok(model) };
         let place = || self.path.display().to_string();
         let plan = parse_plan(&manifest.plan.to_string()).with_context(place)?;
         let native = |name: &str| native(&manifest.strategy, name);
-        store_as_planned(model, &plan, manifest.base.requantize, &native, progress).with_context(place)
+        store_as_planned(model, &plan, manifest.base.requantize, &native, kept, progress).with_context(place)
     }
 
     /// Makes the adapter run on a base, whose weights are stored as [`Self::store`] does.

@@ -3,6 +3,7 @@
 pub mod adaptation;
 pub mod adapter;
 pub mod conformance;
+pub mod encoded;
 pub mod merge;
 pub mod peft;
 pub mod requantize;

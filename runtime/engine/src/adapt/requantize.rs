@@ -3,12 +3,15 @@
 use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{self, Scope};
 
 use anyhow::{Context, Error, Result, ensure};
 use homeroom_abi::codec::{Absmax, Block};
 use homeroom_abi::plan::{ModuleKind, Plan};
 use homeroom_kernels::{Codec, CodecBlock, ScaleStorage, Storage, bf16};
 
+use crate::adapt::encoded::EncodedBases;
 use crate::models::weight::{NativeCodec, Weight};
 use crate::models::{BaseModel, Module};
 use crate::words::value_of;
@@ -65,18 +68,24 @@ impl StoredAs {
 
 /// The model with its matrices stored otherwise; module by module, so that it is never there twice. Tied weights stay tied.
 ///
-/// `progress` hears of modules done, of all.
+/// `kept` is where encoded bases are kept, if they are; `progress` hears of weights done, of all.
 ///
 /// # Errors
 /// When a weight cannot be encoded; the message names it.
-pub fn store_as(model: &BaseModel, stored: &StoredAs, progress: impl FnMut(usize, usize)) -> Result<BaseModel> {
-    store_each(model, |module| stored.applies(module).then_some(stored), progress)
+pub fn store_as(
+    model: &BaseModel,
+    stored: &StoredAs,
+    kept: Option<&EncodedBases>,
+    progress: impl FnMut(usize, usize),
+) -> Result<BaseModel> {
+    store_each(model, |module| stored.applies(module).then_some(stored), kept, progress)
 }
 
 /// The model with its frozen weights stored as a plan asks for. Weights that are quantised already keep their storage, unless
 /// `requantize`: then they are encoded from what they decode to. A plan without codecs leaves the model as it is.
 ///
-/// `native` finds the plugin's own codec where the plan names one; `progress` hears of modules done, of all.
+/// `native` finds the plugin's own codec where the plan names one; `kept` is where encoded bases are kept, if they are: those of a plugin's
+/// own codec are not. `progress` hears of weights done, of all.
 ///
 /// # Errors
 /// When the plan names a module or a codec that there is not, or a weight cannot be encoded.
@@ -85,6 +94,7 @@ pub fn store_as_planned(
     plan: &Plan,
     requantize: bool,
     native: FindNative<'_>,
+    kept: Option<&EncodedBases>,
     progress: impl FnMut(usize, usize),
 ) -> Result<Arc<BaseModel>> {
     let mut asked: HashMap<&str, StoredAs> = HashMap::new();
@@ -108,7 +118,7 @@ pub fn store_as_planned(
     if !model.modules.iter().any(|module| stored(module).is_some()) {
         return Ok(model);
     }
-    Ok(Arc::new(store_each(&model, stored, progress)?))
+    Ok(Arc::new(store_each(&model, stored, kept, progress)?))
 }
 
 /// Names of the plan's codecs that the model's weights are not stored by, and what they are stored as instead: what a base that
@@ -145,22 +155,68 @@ pub(crate) fn kernel_codec(codec: &homeroom_abi::codec::Codec) -> Codec {
 fn store_each<'a>(
     model: &BaseModel,
     stored: impl Fn(&Module) -> Option<&'a StoredAs>,
+    kept: Option<&EncodedBases>,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<BaseModel> {
     let digest = model.digest();
-    let mut modules = model.modules.clone();
-    let mut done: HashMap<String, Arc<Weight>> = HashMap::new();
-    let count = modules.len();
-    for (number, module) in modules.iter_mut().enumerate() {
+    // Of modules that share a weight the first.
+    let mut numbers: HashMap<&str, usize> = HashMap::new();
+    let mut wanted: Vec<(&Module, &StoredAs)> = Vec::new();
+    for module in &model.modules {
         if let Some(stored) = stored(module) {
-            let weight = match done.get(&module.info.storage) {
-                Some(weight) => weight.clone(),
-                None => Arc::new(stored.store(&module.weight).with_context(|| module.info.path.clone())?),
-            };
-            done.insert(module.info.storage.clone(), weight.clone());
-            module.weight = weight;
+            numbers.entry(&module.info.storage).or_insert_with(|| {
+                wanted.push((module, stored));
+                wanted.len() - 1
+            });
         }
-        progress(number + 1, count);
+    }
+    let sources: Vec<&Weight> = wanted.iter().map(|(module, _)| &*module.weight).collect();
+    let paths: Vec<&str> = wanted.iter().map(|(module, _)| module.info.path.as_str()).collect();
+    let by_codec = wanted.iter().map(|&(module, stored)| match stored {
+        StoredAs::Codec(codec) => Some((&*module.weight, codec)),
+        _ => None,
+    });
+    let by_codecs = by_codec.collect::<Option<Vec<_>>>();
+    let weights: Vec<Weight> = thread::scope(|scope| {
+        let mut ahead = None;
+        let store = |number: usize| {
+            if number == 0 {
+                ahead = Some(read_ahead(scope, &sources));
+            }
+            let _ = ahead.as_ref().map(Receiver::recv);
+            let (module, stored) = wanted[number];
+            let weight = stored.store(&module.weight).with_context(|| module.info.path.clone())?;
+            progress(number + 1, wanted.len());
+            Ok(weight)
+        };
+        match kept.zip(by_codecs) {
+            Some((kept, wanted)) => kept.weights(model, &paths, &wanted, store),
+            None => (0..wanted.len()).map(store).collect::<Result<_>>(),
+        }
+    })?;
+    let weights: Vec<Arc<Weight>> = weights.into_iter().map(Arc::new).collect();
+    let mut modules = model.modules.clone();
+    for module in &mut modules {
+        if stored(module).is_some() {
+            module.weight = weights[numbers[module.info.storage.as_str()]].clone();
+        }
     }
     model.with_storage(modules, digest)
+}
+
+/// Has the system read weights that lie in files, in turn, before they are asked for. Who asks for one waits for a word; a weight or two
+/// are ahead.
+fn read_ahead<'s>(scope: &'s Scope<'s, '_>, weights: &'s [&Weight]) -> Receiver<()> {
+    let (ready, wait) = sync_channel(1);
+    let read = move || {
+        for weight in weights {
+            weight.will_need();
+            if ready.send(()).is_err() {
+                break;
+            }
+        }
+    };
+    // Without a thread nobody sends, and nobody is waited for.
+    drop(thread::Builder::new().spawn_scoped(scope, read));
+    wait
 }

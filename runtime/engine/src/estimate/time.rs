@@ -7,9 +7,9 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use homeroom_kernels::{
-    Attention, Codec, Columns, EncodedScales, Finish, KeyValueGradients, Left, Matrix, Output, ProductElement, Right,
-    RowOrder, Storage, Stream, Term, attention, attention_backward, bf16, cross_entropy, encode, on_pool, outer,
-    product, read_gigabytes, threads,
+    Attention, Codec, Columns, Finish, KeyValueGradients, Left, Matrix, Output, ProductElement, Right, RowOrder,
+    Storage, Stream, Term, attention, attention_backward, bf16, cross_entropy, encode, on_pool, outer, product,
+    read_gigabytes, threads,
 };
 
 use super::sketch::Stored;
@@ -260,7 +260,7 @@ fn of_product<E: ProductElement>(
                 out.iter_mut().for_each(|value| *value = random.uniform() as f32 - 0.5);
             };
             let Ok(encoded) = encode(codec, rows, cols, &values) else { return 0.0 };
-            let scales: &EncodedScales = &encoded.scales;
+            let scales = encoded.scales.view();
             homeroom_kernels::CheckedCodec::new(codec.clone())
                 .and_then(|codec| Matrix::coded_checked(&codec, &encoded.codes, scales, rows, cols).map(&mut run))
                 .unwrap_or(0.0)

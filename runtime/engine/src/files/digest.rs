@@ -38,8 +38,7 @@ pub fn of_files(files: &[PathBuf], kept: Option<&Path>) -> Result<FileDigests> {
             Some(digest) => digest.clone(),
             None => {
                 let digest = of_file(path, file, &about)?;
-                let settled = about.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > SETTLED));
-                new.extend(identity.filter(|_| settled).map(|identity| (identity, digest.clone())));
+                new.extend(identity.filter(|_| is_settled(&about)).map(|identity| (identity, digest.clone())));
                 digest
             }
         };
@@ -72,6 +71,22 @@ fn of_file(path: &Path, mut file: impl Read, about: &Metadata) -> Result<String>
     );
     let hex: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(format!("sha256:{hex}"))
+}
+
+/// What tells a file from another and from itself before it was written, as digests are kept by; `None` where the system does not tell,
+/// and where the file was written so lately that it may be written again without a trace.
+pub(crate) fn settled_identity(path: &Path) -> Option<String> {
+    let about = path.metadata().ok()?;
+    identity(&about).filter(|_| is_settled(&about))
+}
+
+/// The digests that are kept, by what tells files apart; none where they cannot be read.
+pub(crate) fn kept(path: Option<&Path>) -> BTreeMap<String, String> {
+    path.map(read_kept).unwrap_or_default()
+}
+
+fn is_settled(about: &Metadata) -> bool {
+    about.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > SETTLED))
 }
 
 /// Device, inode, size, and the times of the last write and of the last change; `None` where the system does not tell.

@@ -50,7 +50,7 @@ fn sweep_those(parent: &Path, prefix: &str, wanted: fn(&Path) -> bool) {
 }
 
 #[cfg(unix)]
-fn is_ours(path: &Path) -> bool {
+pub(super) fn is_ours(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     // SAFETY: geteuid has no preconditions.
     let user = unsafe { libc::geteuid() };
@@ -58,7 +58,7 @@ fn is_ours(path: &Path) -> bool {
 }
 
 #[cfg(not(unix))]
-fn is_ours(_: &Path) -> bool {
+pub(super) fn is_ours(_: &Path) -> bool {
     false
 }
 

@@ -4,6 +4,7 @@
 //! was and ends the program with exit code 1; or, while a run is [`Surviving`], puts zeros in the place of what is gone, and
 //! [`intact`] fails from then on: whoever computes asks it before a result counts.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,19 +18,27 @@ use crate::files::open_regular;
 /// # Errors
 /// When it cannot be opened or mapped, or Git LFS has not fetched it.
 pub fn map_file(path: &Path) -> Result<Arc<Mmap>> {
-    let file = open_regular(path)?;
-    // SAFETY: the map is read only, and any bytes are valid to its readers, who check what they mean. What stays open: another
-    // program that rewrites the file changes numbers under us. Homeroom itself replaces files by renaming. One that is shortened is
-    // what the handler of this module is for.
-    let map = unsafe { Mmap::map(&file) }.with_context(|| format!("{}: cannot map", path.display()))?;
-    let map = Arc::new(map);
-    #[cfg(unix)]
-    handler::watch(&map, &file.metadata().with_context(|| format!("{}: cannot ask its size", path.display()))?, path);
+    let map = map_open(&open_regular(path)?, path)?;
     ensure!(
         !map.starts_with(b"version https://git-lfs"),
         "{}: a note of Git LFS, not the file that it stands for; `git lfs pull` in its directory fetches that",
         path.display()
     );
+    Ok(map)
+}
+
+/// Maps a file for reading that was opened by this path.
+///
+/// # Errors
+/// When it cannot be mapped.
+pub(crate) fn map_open(file: &File, path: &Path) -> Result<Arc<Mmap>> {
+    // SAFETY: the map is read only, and any bytes are valid to its readers, who check what they mean. What stays open: another
+    // program that rewrites the file changes numbers under us. Homeroom itself replaces files by renaming. One that is shortened is
+    // what the handler of this module is for.
+    let map = unsafe { Mmap::map(file) }.with_context(|| format!("{}: cannot map", path.display()))?;
+    let map = Arc::new(map);
+    #[cfg(unix)]
+    handler::watch(&map, &file.metadata().with_context(|| format!("{}: cannot ask its size", path.display()))?, path);
     Ok(map)
 }
 

@@ -1,6 +1,7 @@
 //! The files that models, adapters and runs are made of, and how results are written: whole or not at all, and private where they are.
 
 pub(crate) mod bitsandbytes;
+mod claimed;
 pub mod digest;
 mod exchange;
 pub mod gguf;
@@ -21,6 +22,7 @@ pub mod tensors;
 mod tests;
 mod vacant;
 
+pub(crate) use self::claimed::ClaimedFile;
 pub use self::known::{
     CONFIG_FILE, HOMEROOM_FILE, TEMPLATES_DIR, TEXT_FILES, WEIGHTS_FILE, named_templates, replaceable,
     replaceable_but_for, result_files,

@@ -49,11 +49,18 @@ pub(super) fn free_name(parent: &Path) -> io::Result<PathBuf> {
 
 /// What temporary names of files begin with.
 pub(super) const FILE_PREFIX: &str = ".homeroom-file-";
+/// What those of files begin with that their makers hold the locks of.
+pub(super) const CLAIMED_PREFIX: &str = ".homeroom-part-";
 
 /// Makes a private file under a temporary name, by a writer who holds the lock of the directory.
 pub(super) fn file(directory: &Path) -> io::Result<NamedTempFile> {
+    file_named(FILE_PREFIX, directory)
+}
+
+/// Makes a private file under a temporary name that begins so.
+pub(super) fn file_named(prefix: &str, directory: &Path) -> io::Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(FILE_PREFIX).rand_bytes(RANDOM);
+    builder.prefix(prefix).rand_bytes(RANDOM);
     let mut options = File::options();
     options.read(true).write(true).create_new(true);
     #[cfg(unix)]

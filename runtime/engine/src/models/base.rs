@@ -10,7 +10,8 @@ use homeroom_kernels::{RowOrder, Storage, bf16, f16};
 use sha2::{Digest, Sha256};
 
 use crate::files::bitsandbytes;
-use crate::files::gguf::{Gguf, ShardName, TensorInfo};
+use crate::files::digest::settled_identity;
+use crate::files::gguf::{Gguf, ShardName, TensorInfo, shard_paths};
 use crate::files::mapped::map_file;
 use crate::files::tensors::{MappedTensor, Tensors, has_safetensors, map_directory, weight_files};
 use crate::files::{SMALL_FILE_BYTES_MAX, broken_link, is_named, parse_object, read_text};
@@ -59,6 +60,8 @@ pub struct BaseModel {
     pub text_from: Option<PathBuf>,
     by_path: HashMap<String, usize>,
     digest: OnceLock<String>,
+    /// What told its files from others before they were read.
+    written: Arc<HashMap<PathBuf, String>>,
 }
 
 /// A frozen module.
@@ -202,6 +205,7 @@ impl BaseModel {
     }
 
     fn from_directory(dir: &Path) -> Result<Self> {
+        let written = identities(&weight_files(dir)?);
         let mut architecture = Architecture::from_json(&dir.join("config.json"))?;
         let mut tensors = map_directory(dir)?;
         if architecture.family()?.part_of.is_some() {
@@ -225,10 +229,11 @@ impl BaseModel {
             _ => architecture.embedding_scale,
         };
         let model = Self::assemble(dir.to_owned(), architecture, modules, tokenizer, None)?;
-        Ok(Self { files: weight_files(dir)?, ..model })
+        Ok(Self { files: weight_files(dir)?, written: Arc::new(written), ..model })
     }
 
     fn from_gguf(path: &Path) -> Result<Self> {
+        let written = identities(&shard_paths(path));
         let gguf = Gguf::open(path)?;
         let place = || path.display().to_string();
         let architecture = Architecture::from_gguf(&gguf).with_context(place)?;
@@ -241,7 +246,7 @@ impl BaseModel {
         let modules = build_modules(&architecture, &source).with_context(place)?;
         // Of several files the first one stands for the model.
         let model = Self::assemble(gguf.path().to_owned(), architecture, modules, tokenizer, None)?;
-        Ok(Self { files: gguf.files().map(Path::to_owned).collect(), ..model })
+        Ok(Self { files: gguf.files().map(Path::to_owned).collect(), written: Arc::new(written), ..model })
     }
 
     fn assemble(
@@ -256,15 +261,28 @@ impl BaseModel {
             modules.iter().enumerate().map(|(index, module)| (module.info.path.clone(), index)).collect();
         let layers = architecture.layers.iter().enumerate();
         let layers = layers.map(|(number, layer)| LayerModules::new(number, layer, &by_path)).collect();
-        let (source, files, digest) = (None, Vec::new(), OnceLock::new());
-        Ok(Self { path, source, files, architecture, modules, layers, tokenizer, template, text_from, by_path, digest })
+        let (source, files, digest, written) = (None, Vec::new(), OnceLock::new(), Arc::default());
+        Ok(Self {
+            path,
+            source,
+            files,
+            architecture,
+            modules,
+            layers,
+            tokenizer,
+            template,
+            text_from,
+            by_path,
+            digest,
+            written,
+        })
     }
 
     /// The same model with other modules, as after a merge.
     pub(crate) fn with_modules(&self, architecture: Architecture, modules: Vec<Module>) -> Result<Self> {
         let (tokenizer, text_from) = (self.tokenizer.clone(), self.text_from.clone());
         let model = Self::assemble(self.path.clone(), architecture, modules, tokenizer, text_from)?;
-        Ok(Self { files: self.files.clone(), source: self.source.clone(), ..model })
+        Ok(Self { files: self.files.clone(), source: self.source.clone(), written: self.written.clone(), ..model })
     }
 
     /// The same model with the tokenizer and template that an adapter was trained with.
@@ -273,7 +291,7 @@ impl BaseModel {
         let text_from = Some(adapter.to_owned());
         let model = Self::assemble(self.path.clone(), architecture, modules, Arc::new(tokenizer), text_from)?;
         let (files, source, digest) = (self.files.clone(), self.source.clone(), self.digest.clone());
-        Ok(Self { files, source, digest, ..model })
+        Ok(Self { files, source, digest, written: self.written.clone(), ..model })
     }
 
     /// The same model with its values stored otherwise. It keeps the digest of what was loaded: that is what tells bases apart.
@@ -296,6 +314,20 @@ impl BaseModel {
     /// Tells the system that the mapped pages of its weights need not stay in memory; they are read again when they are asked for.
     pub fn release(&self) {
         self.modules.iter().for_each(|module| module.weight.release());
+    }
+
+    /// What tells each of its files from others and from itself before it was written; `None` where one was written since it was mapped, or
+    /// just before, or the system does not tell.
+    pub(crate) fn identities(&self) -> Option<Vec<String>> {
+        let mut all = Vec::with_capacity(self.files.len());
+        for file in &self.files {
+            let now = settled_identity(file)?;
+            if self.written.get(file) != Some(&now) {
+                return None;
+            }
+            all.push(now);
+        }
+        (!all.is_empty()).then_some(all)
     }
 
     /// Index of a module by its path.
@@ -348,13 +380,19 @@ impl BaseModel {
     }
 
     fn digest_of_values(&self) -> String {
+        let sampled = |rows: usize| {
+            let samples = rows.min(16);
+            (0..samples).map(move |sample| sample * rows / samples)
+        };
+        // All are read at once, and nothing around them.
+        for module in &self.modules {
+            sampled(module.weight.rows()).for_each(|row| module.weight.will_need_row(row));
+        }
         let mut hash = Sha256::new();
         for module in &self.modules {
             let (rows, cols) = (module.weight.rows(), module.weight.cols());
             hash.update(format!("{} {rows} {cols}\n", module.info.path));
-            let samples = rows.min(16);
-            for sample in 0..samples {
-                let row = sample * rows / samples;
+            for row in sampled(rows) {
                 module.weight.decode(row..row + 1).iter().for_each(|value| hash.update(value.to_le_bytes()));
             }
             // Around each row the system may have mapped two megabytes.
@@ -490,6 +528,11 @@ impl Builder<'_> {
         let weight = Weight::mapped(tensor.map.clone(), tensor.range.clone(), tensor.storage, (rows, cols), order);
         weight.map_err(|error| self.problems.push(format!("tensor `{name}`: {error}"))).ok()
     }
+}
+
+/// What tells files from others, of those of which that is known.
+fn identities(files: &[PathBuf]) -> HashMap<PathBuf, String> {
+    files.iter().filter_map(|file| Some((file.clone(), settled_identity(file)?))).collect()
 }
 
 /// Names of the .gguf files in a directory, sorted.

@@ -38,28 +38,34 @@ pub fn in_large_pages(bytes: Vec<u8>) -> Codes {
     // Whole pages, or the last part lies in small ones.
     let memory = (len > 0).then(|| large_pages(len.next_multiple_of(LARGE))).flatten().and_then(copy);
     match memory {
-        Some(memory) => Codes::Mapped(Arc::new(memory), 0..len),
+        Some(memory) => Codes::Resident(Arc::new(memory), 0..len),
         None => Codes::Owned(bytes),
     }
 }
 
 impl BaseModel {
     /// Copies weights that lie in mapped files to memory with large pages, if they take a quarter of what is available at most,
-    /// and where the system has such pages (Linux). Otherwise, and when memory cannot be had, nothing changes; no value does.
+    /// and where the system has such pages (Linux). If they take more, those are that no codec stores, as far as they fit: an encoded base
+    /// is one file for all processes. Otherwise, and when memory cannot be had, nothing changes; no value does.
     ///
-    /// Returns whether they were copied.
+    /// Returns whether any were copied.
     pub fn make_resident(&mut self) -> bool {
-        let bytes: usize = self.modules.iter().filter_map(|module| Some(module.weight.mapped_bytes()?.len())).sum();
-        let fits = available().is_some_and(|available| bytes as u64 <= available / SHARE);
-        bytes > 0 && fits && self.copy_weights().is_some()
+        let fits = |model: &Self, which: fn(&Weight) -> bool| {
+            let weights = model.modules.iter().map(|module| &module.weight).filter(|weight| which(weight));
+            let bytes: usize = weights.filter_map(|weight| Some(weight.mapped_bytes()?.len())).sum();
+            bytes > 0 && available().is_some_and(|available| bytes as u64 <= available / SHARE)
+        };
+        let choices: [fn(&Weight) -> bool; 2] = [|_| true, |weight| weight.codec().is_none()];
+        let which = choices.into_iter().find(|which| fits(self, *which));
+        which.is_some_and(|which| self.copy_weights(which).is_some())
     }
 
-    fn copy_weights(&mut self) -> Option<()> {
+    fn copy_weights(&mut self, which: fn(&Weight) -> bool) -> Option<()> {
         // A weight that several modules share lies in one place.
         let mut places: HashMap<(*const u8, usize), usize> = HashMap::new();
         let (mut sources, mut len) = (Vec::new(), 0);
         for module in &self.modules {
-            let Some(bytes) = module.weight.mapped_bytes() else { continue };
+            let Some(bytes) = module.weight.mapped_bytes().filter(|_| which(&module.weight)) else { continue };
             places.entry((bytes.as_ptr(), bytes.len())).or_insert_with(|| {
                 let at = len;
                 sources.push((at, bytes));
@@ -85,7 +91,7 @@ impl BaseModel {
         });
         let memory = Arc::new(memory.make_read_only().ok()?);
         for module in &mut self.modules {
-            let Some(bytes) = module.weight.mapped_bytes() else { continue };
+            let Some(bytes) = module.weight.mapped_bytes().filter(|_| which(&module.weight)) else { continue };
             let (at, len) = (places[&(bytes.as_ptr(), bytes.len())], bytes.len());
             let weight: Weight = module.weight.in_memory(memory.clone(), at..at + len);
             module.weight = Arc::new(weight);

@@ -3,11 +3,14 @@
 //! The bytes are usually part of a memory-mapped file, so holding a weight costs nothing until its rows are read.
 
 use std::ops::{Deref, Range};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use anyhow::{Result, ensure};
-use homeroom_kernels::{BlockCodec, CheckedCodec, Codec, EncodedScales, Matrix, RowOrder, Storage, bf16, encode, f16};
+use anyhow::{Context, Result, ensure};
+use homeroom_kernels::{
+    BlockCodec, CheckedCodec, Codec, EncodedScales, Matrix, RowOrder, Scales, Storage, bf16, encode, f16,
+};
 use memmap2::Mmap;
+use rayon::prelude::*;
 
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
 #[derive(Clone)]
@@ -17,6 +20,8 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     order: RowOrder,
+    /// See [`Weight::row_squares`].
+    row_squares: Arc<OnceLock<Vec<f64>>>,
 }
 
 #[derive(Clone)]
@@ -44,7 +49,7 @@ pub trait NativeCodec: BlockCodec {
 struct Coding {
     codec: CheckedCodec,
     codes: Codes,
-    scales: EncodedScales,
+    scales: CodeScales,
 }
 
 /// Indices of a coded matrix, in memory or in a mapped file.
@@ -53,6 +58,65 @@ pub enum Codes {
     Owned(Vec<u8>),
     /// In a file.
     Mapped(Arc<Mmap>, Range<usize>),
+    /// In memory of large pages.
+    Resident(Arc<Mmap>, Range<usize>),
+}
+
+/// Scales of a coded matrix, in memory or in a mapped file.
+#[derive(Clone)]
+pub enum CodeScales {
+    /// In memory.
+    Owned(Arc<EncodedScales>),
+    /// In a file, as f32.
+    Mapped(MappedFloats),
+    /// In a file: indices, second-level scales, and the mean.
+    MappedNested(Arc<Mmap>, Range<usize>, MappedFloats, f32),
+}
+
+/// Values of f32 in a mapped file, in the order of this processor's bytes.
+#[derive(Clone)]
+pub struct MappedFloats(Arc<Mmap>, Range<usize>);
+
+impl MappedFloats {
+    /// The values in a part of a file.
+    ///
+    /// # Errors
+    /// When it lies outside the file, or does not hold whole values that are aligned.
+    pub fn new(map: Arc<Mmap>, range: Range<usize>) -> Result<Self> {
+        let bytes = map.get(range.clone()).context("its scales lie outside the file")?;
+        let aligned = bytes.as_ptr().cast::<f32>().is_aligned();
+        ensure!(aligned && bytes.len().is_multiple_of(size_of::<f32>()), "its scales are not whole aligned values");
+        Ok(Self(map, range))
+    }
+}
+
+impl Deref for MappedFloats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        // SAFETY: every bit pattern is a value of f32, and `align_to` sees to alignment.
+        let (_, values, _) = unsafe { self.0[self.1.clone()].align_to() };
+        values
+    }
+}
+
+impl From<EncodedScales> for CodeScales {
+    fn from(scales: EncodedScales) -> Self {
+        Self::Owned(Arc::new(scales))
+    }
+}
+
+impl CodeScales {
+    /// A view of them.
+    pub fn view(&self) -> Scales<'_> {
+        match self {
+            Self::Owned(scales) => scales.view(),
+            Self::Mapped(scales) => Scales::F32(scales),
+            Self::MappedNested(map, codes, absmax, offset) => {
+                Scales::Nested { codes: &map[codes.clone()], absmax, offset: *offset }
+            }
+        }
+    }
 }
 
 impl Deref for Codes {
@@ -61,7 +125,7 @@ impl Deref for Codes {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Owned(bytes) => bytes,
-            Self::Mapped(map, range) => &map[range.clone()],
+            Self::Mapped(map, range) | Self::Resident(map, range) => &map[range.clone()],
         }
     }
 }
@@ -150,9 +214,19 @@ impl Weight {
     ///
     /// # Errors
     /// When the codec cannot be run, or there are not as many of them as the shape asks for.
-    pub fn coded(codec: Codec, codes: Codes, scales: EncodedScales, (rows, cols): (usize, usize)) -> Result<Self> {
-        if let Codes::Mapped(map, range) = &codes {
-            ensure!(map.get(range.clone()).is_some(), "its bytes lie outside the file");
+    pub fn coded(
+        codec: Codec,
+        codes: Codes,
+        scales: impl Into<CodeScales>,
+        (rows, cols): (usize, usize),
+    ) -> Result<Self> {
+        let outside = |map: &Mmap, range: &Range<usize>| map.get(range.clone()).is_none();
+        if let Codes::Mapped(map, range) | Codes::Resident(map, range) = &codes {
+            ensure!(!outside(map, range), "its bytes lie outside the file");
+        }
+        let scales = scales.into();
+        if let CodeScales::MappedNested(map, codes, ..) = &scales {
+            ensure!(!outside(map, codes), "its scales lie outside the file");
         }
         let codec = CheckedCodec::new(codec).map_err(anyhow::Error::msg)?;
         let bytes = Bytes::Coded(Arc::new(Coding { codec, codes, scales }));
@@ -162,7 +236,7 @@ impl Weight {
     /// Tells the system that the mapped pages of this weight need not stay in memory; they are read again when they are asked for.
     pub(crate) fn release(&self) {
         #[cfg(unix)]
-        if let Bytes::Mapped(map, range) = &self.bytes {
+        for (map, range) in self.mapped_parts() {
             // SAFETY: the mapping is of a file and read-only, so a dropped page comes back with the same content.
             let advised =
                 unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
@@ -171,19 +245,73 @@ impl Weight {
         }
     }
 
-    /// Its bytes, if they lie in a mapped file.
+    /// Tells the system that the mapped bytes of this weight will be read soon.
+    pub(crate) fn will_need(&self) {
+        #[cfg(unix)]
+        for (map, range) in self.mapped_parts() {
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        }
+    }
+
+    /// The same of one row alone. Otherwise the system reads far around each row that is asked for.
+    pub(crate) fn will_need_row(&self, row: usize) {
+        #[cfg(unix)]
+        if let Some((map, range)) = self.mapped_parts().into_iter().next() {
+            let (row, rows, len) = (self.order.stored(row), self.rows, range.len());
+            let (start, end) = (row * len / rows, ((row + 1) * len).div_ceil(rows));
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start + start, end - start);
+        }
+        #[cfg(not(unix))]
+        let _ = row;
+    }
+
+    /// The parts of mapped files that it lies in, its values or indices first.
+    fn mapped_parts(&self) -> Vec<(&Mmap, Range<usize>)> {
+        match &self.bytes {
+            Bytes::Mapped(map, range) => vec![(map, range.clone())],
+            Bytes::Coded(coded) => {
+                let codes = match &coded.codes {
+                    Codes::Mapped(map, range) => Some((&**map, range.clone())),
+                    Codes::Owned(_) | Codes::Resident(..) => None,
+                };
+                let scales = match &coded.scales {
+                    CodeScales::Owned(_) => vec![],
+                    CodeScales::Mapped(floats) => vec![(&*floats.0, floats.1.clone())],
+                    CodeScales::MappedNested(map, codes, floats, _) => {
+                        vec![(&**map, codes.clone()), (&*floats.0, floats.1.clone())]
+                    }
+                };
+                codes.into_iter().chain(scales).collect()
+            }
+            Bytes::Owned(_) | Bytes::Resident(..) | Bytes::Native(..) => vec![],
+        }
+    }
+
+    /// Its bytes, if they lie in a mapped file; of one by a codec its indices.
     pub(crate) fn mapped_bytes(&self) -> Option<&[u8]> {
-        matches!(self.bytes, Bytes::Mapped(..)).then(|| self.raw())
+        let mapped = match &self.bytes {
+            Bytes::Mapped(..) => true,
+            Bytes::Coded(coded) => matches!(coded.codes, Codes::Mapped(..)),
+            Bytes::Owned(_) | Bytes::Resident(..) | Bytes::Native(..) => false,
+        };
+        mapped.then(|| self.raw())
     }
 
     /// The same weight, whose bytes were copied to this place; their pages of the file are released.
     pub(crate) fn in_memory(&self, memory: Arc<Mmap>, range: Range<usize>) -> Self {
         self.release();
-        Self { bytes: Bytes::Resident(memory, range), ..self.clone() }
+        let bytes = match &self.bytes {
+            Bytes::Coded(coded) => {
+                let (codec, scales) = (coded.codec.clone(), coded.scales.clone());
+                Bytes::Coded(Arc::new(Coding { codec, codes: Codes::Resident(memory, range), scales }))
+            }
+            _ => Bytes::Resident(memory, range),
+        };
+        Self { bytes, ..self.clone() }
     }
 
     fn checked(bytes: Bytes, storage: Storage, (rows, cols): (usize, usize), order: RowOrder) -> Result<Self> {
-        let weight = Self { bytes, storage, rows, cols, order };
+        let weight = Self { bytes, storage, rows, cols, order, row_squares: Arc::default() };
         weight.view().map_err(anyhow::Error::msg)?;
         Ok(weight)
     }
@@ -200,7 +328,7 @@ impl Weight {
     fn view(&self) -> Result<Matrix<'_>, String> {
         match &self.bytes {
             Bytes::Coded(coded) => {
-                Matrix::coded_checked(&coded.codec, &coded.codes, &coded.scales, self.rows, self.cols)
+                Matrix::coded_checked(&coded.codec, &coded.codes, coded.scales.view(), self.rows, self.cols)
             }
             Bytes::Native(codec, bytes) => Matrix::native(&**codec, bytes, self.rows, self.cols),
             _ => Matrix::new(self.storage, self.raw(), self.rows, self.cols, self.order),
@@ -218,6 +346,25 @@ impl Weight {
             Bytes::Coded(coded) => coded.codec.name.clone(),
             Bytes::Native(codec, _) => codec.name().to_owned(),
             _ => format!("{:?}", self.storage).to_lowercase(),
+        }
+    }
+
+    /// `‖wᵢ‖²` of each row, computed once. Two who ask first at once both compute it: a thread of the pool that waited for the other could
+    /// be one that the other waits for.
+    pub(crate) fn row_squares(&self) -> &[f64] {
+        if let Some(squares) = self.row_squares.get() {
+            return squares;
+        }
+        let square = |row| self.decode(row..row + 1).iter().map(|value| f64::from(*value).powi(2)).sum();
+        let squares = (0..self.rows).into_par_iter().map(square).collect();
+        self.row_squares.get_or_init(|| squares)
+    }
+
+    /// Its codec, indices and scales, if it is stored by a codec.
+    pub(crate) fn encoding(&self) -> Option<(&Codec, &[u8], Scales<'_>)> {
+        match &self.bytes {
+            Bytes::Coded(coded) => Some((&coded.codec, &coded.codes, coded.scales.view())),
+            _ => None,
         }
     }
 
@@ -247,7 +394,7 @@ impl Weight {
     /// Bytes that the weight takes as stored.
     pub fn stored_bytes(&self) -> usize {
         match &self.bytes {
-            Bytes::Coded(coded) => coded.codes.len() + coded.scales.bytes(),
+            Bytes::Coded(coded) => coded.codes.len() + coded.scales.view().bytes(),
             _ => self.raw().len(),
         }
     }

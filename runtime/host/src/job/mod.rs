@@ -11,6 +11,7 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use homeroom_abi::plan::{Peft, PlanRequest};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{self, AdapterFiles, Record, StrategyRecord, read_manifest};
+use homeroom_engine::adapt::encoded::EncodedBases;
 use homeroom_engine::adapt::merge::{Floats, exportable, merge, save_model};
 use homeroom_engine::adapt::requantize::{kept_storage, store_as_planned};
 use homeroom_engine::data::Group;
@@ -103,8 +104,8 @@ impl Job {
         let proposed_learning_rate = plan.defaults.learning_rate;
         let place = || format!("strategy `{}`", plugin.description.name);
         let native = |name: &str| native::of_plugin(plugin, name);
-        let model =
-            encode(|progress| store_as_planned(model, &plan, requantize, &native, progress)).with_context(place)?;
+        let model = encode(|kept, progress| store_as_planned(model, &plan, requantize, &native, kept, progress))
+            .with_context(place)?;
         if let Some((wanted, kept)) = kept_storage(&model, &plan) {
             line(format_args!("note: the base keeps its storage, {kept}; with `requantize` it is stored as {wanted}"));
         }
@@ -169,7 +170,8 @@ impl Job {
         let strategy = manifest.strategy.clone();
         let codec = |name: &str| native(&strategy, name);
         let requantize = manifest.base.requantize;
-        let model = encode(|progress| store_as_planned(model, &summary.plan, requantize, &codec, progress))?;
+        let model =
+            encode(|kept, progress| store_as_planned(model, &summary.plan, requantize, &codec, kept, progress))?;
         // Its parameters are replaced by those of the state, which is read when the configuration is known.
         let adaptation = Adaptation::new(&model, summary.plan.clone(), 0)?;
         let proposed_learning_rate = summary.plan.defaults.learning_rate;
@@ -415,13 +417,16 @@ pub fn training_words(steps: u64, config: &TrainConfig) -> String {
     )
 }
 
-/// Runs what stores a base otherwise, with a bar on a terminal.
+/// Runs what stores a base otherwise, with a bar on a terminal; it is given the place where encoded bases are kept, if they are.
 ///
 /// # Errors
 /// Those of `store`.
-pub fn encode(store: impl FnOnce(&mut dyn FnMut(usize, usize)) -> Result<Arc<BaseModel>>) -> Result<Arc<BaseModel>> {
+pub fn encode(
+    store: impl FnOnce(Option<&EncodedBases>, &mut dyn FnMut(usize, usize)) -> Result<Arc<BaseModel>>,
+) -> Result<Arc<BaseModel>> {
+    let kept = registry::encoded_bases();
     let bar = progress::counting("encoding", 0);
-    let result = store(&mut |done, all| {
+    let result = store(kept.as_ref(), &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     });

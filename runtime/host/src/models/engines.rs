@@ -145,7 +145,7 @@ pub(super) fn engine_of(base: &Located, adapter: Option<&AdapterFiles>, compute:
     }
     let mut model = Arc::new(load_base(base)?);
     if let Some(files) = adapter {
-        model = encode(|progress| files.store(model, &native::find, progress))?;
+        model = encode(|kept, progress| files.store(model, &native::find, kept, progress))?;
     }
     if let Some(model) = Arc::get_mut(&mut model) {
         model.make_resident();

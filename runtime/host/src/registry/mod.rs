@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
+use homeroom_engine::adapt::encoded::EncodedBases;
 use homeroom_engine::files::{self, Lock};
 
 pub use bases::{Base, Usable, bases};
@@ -44,6 +45,17 @@ pub fn data_directory() -> Option<PathBuf> {
 /// Where digests of files are kept, see [`homeroom_engine::files::digest`].
 pub fn kept_digests() -> Option<PathBuf> {
     data_directory().map(|data| data.join("digests.json"))
+}
+
+/// Says with `off` that encoded bases are not kept.
+const ENCODED: &str = "HOMEROOM_ENCODED";
+
+/// Where bases are kept as a codec has them: `encoded/` in the data directory. `None` with `HOMEROOM_ENCODED=off`, or without a data
+/// directory.
+pub fn encoded_bases() -> Option<EncodedBases> {
+    let off = std::env::var(ENCODED).is_ok_and(|value| matches!(value.to_lowercase().as_str(), "off" | "0" | "no"));
+    let directory = data_directory().filter(|_| !off)?.join("encoded");
+    Some(EncodedBases::new(directory, kept_digests(), |note| line(note)))
 }
 
 /// The lock of the data directory, for who reads a file in it, changes that and writes it back: two processes that do so at once would

@@ -9,16 +9,20 @@
 //! Where the processor has VNNI, weights of other storages are rounded as well, see [`weight`], with a scale t[g, n] for each group and
 //! column: `y[i, n] = Σ_g s[i, g] t[g, n] Σ_{k in g} a[i, k] (index[n, k] - 127)`, and the same backward.
 //!
-//! A word holds four values of eight bits where the processor multiplies those (VNNI), else two of sixteen. Integers are exact, so
-//! with weights on a straight line every processor comes to the same result.
+//! A word holds four values of eight bits where the processor multiplies those (VNNI, and on AArch64 `smmla` or `sdot`), else two of sixteen.
+//! Integers are exact, so with weights on a straight line every processor comes to the same result.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod stored;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod stored;
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 mod weight;
 
 use std::ops::Range;
@@ -197,7 +201,7 @@ pub(crate) struct Packed {
     scales: Vec<[f32; PANEL]>,
     scaled: bool,
     pairs: Vec<u32>,
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
     buffers: weight::Buffers,
 }
 
@@ -216,7 +220,7 @@ pub(crate) fn pack(
     if let Some(coded) = w.line() {
         return pack_line(isa, coded, backward, sum, columns, out, &mut to.pairs);
     }
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
     {
         to.scales.resize(sum.len().div_ceil(GROUP), [0.0; PANEL]);
         if backward {
@@ -225,7 +229,7 @@ pub(crate) fn pack(
             weight::pack_forward(isa, w, sum, columns, out, &mut to.scales, &mut to.buffers);
         }
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(not(any(test, target_arch = "x86_64", target_arch = "aarch64")))]
     unreachable!("a product in integers with another storage");
 }
 
@@ -248,8 +252,10 @@ fn pack_line(
             if isa.multiplies_bytes() {
                 let rows = [0, 1, 2, 3].map(|i| row(4 * word + i));
                 #[cfg(target_arch = "x86_64")]
-                if let [Some(a), Some(b), Some(c), Some(d)] = rows.map(|row| row.first_chunk::<PANEL>()) {
-                    // SAFETY: what multiplies bytes has AVX2, and in 512 bits the other instructions of AVX-512.
+                if let ([Some(a), Some(b), Some(c), Some(d)], true) =
+                    (rows.map(|row| row.first_chunk::<PANEL>()), isa.has(Feature::Avx2))
+                {
+                    // SAFETY: the processor has AVX2, and what multiplies in 512 bits the other instructions of AVX-512.
                     unsafe {
                         match isa.multiplies_bytes_in_512() {
                             true => vnni::weave([a, b, c, d], out),
@@ -262,6 +268,9 @@ fn pack_line(
             } else {
                 weave_pairs(isa, [0, 1].map(|i| row(2 * word + i)), out);
             }
+        }
+        if isa.multiplies_signed_bytes() {
+            center(isa, out);
         }
         return;
     }
@@ -282,7 +291,9 @@ fn pack_line(
     }
     // SAFETY: each pointer is to `count` words.
     unsafe { pack_columns(isa, &pointers[..columns.len()], count, out) };
-    if isa.multiplies_bytes() {
+    if isa.multiplies_signed_bytes() {
+        center(isa, out);
+    } else if isa.multiplies_bytes() {
         clamp(isa, out);
     }
 }
@@ -298,6 +309,15 @@ per_isa! {
     fn clamp(words: &mut [u32]) {
         for word in words.iter_mut() {
             *word = u32::from_le_bytes(word.to_le_bytes().map(|index| index.min(254)));
+        }
+    }
+}
+
+per_isa! {
+    /// The whole numbers that indices stand for.
+    fn center(words: &mut [u32]) {
+        for word in words.iter_mut() {
+            *word = u32::from_le_bytes(word.to_le_bytes().map(|index| index.min(254).wrapping_sub(ZERO as u8)));
         }
     }
 }
@@ -370,6 +390,10 @@ pub(crate) unsafe fn rows(
             Int8Unit::AvxVnni => walk::<avx_vnni::AvxVnni>(isa, a, rows, chunk, (at, count), panel, width, sums),
             #[cfg(target_arch = "x86_64")]
             Int8Unit::Avx2 => walk::<pairs::Avx2>(isa, a, rows, chunk, (at, count), panel, width, sums),
+            #[cfg(any(test, target_arch = "aarch64"))]
+            Int8Unit::Smmla => walk::<neon::Smmla>(isa, a, rows, chunk, (at, count), panel, width, sums),
+            #[cfg(any(test, target_arch = "aarch64"))]
+            Int8Unit::Sdot => walk::<neon::Sdot>(isa, a, rows, chunk, (at, count), panel, width, sums),
             _ => walk::<Portable>(isa, a, rows, chunk, (at, count), panel, width, sums),
         }
     }

@@ -19,7 +19,8 @@ use crate::isa::{Dpbusd, Feature, Isa, Run, run};
 use crate::matmul::Matrix;
 use crate::pool::{Shared, for_ranges};
 use crate::storage::Storage;
-use crate::storage::whole::{Block, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q8_0, SuperBlock, six_bits, sub_blocks};
+use crate::storage::format::sub_blocks;
+use crate::storage::whole::{Block, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q8_0, SuperBlock, six_bits};
 use crate::tile::pack_columns;
 
 /// Values of a row of A that share a scale.

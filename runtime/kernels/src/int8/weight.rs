@@ -1,21 +1,23 @@
 //! Weights of any storage as whole numbers for products in integers: each column of a panel, of [`GROUP`] neighbouring values of the sum, is
 //! rounded to 255 levels around 0 with a scale of its own while the panel is packed.
 //!
-//! Of a code book of sixteen levels these are rounded, once a block, instead of the values.
+//! Of a code book of sixteen levels these are rounded, once a block, instead of the values. What the whole numbers become in a panel, indices
+//! or bytes with a sign, says the processor, see [`Steps`].
 
-use std::arch::x86_64::*;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use std::ops::Range;
 
-use super::{GROUP, ZERO, avx_vnni, round_bytes, vnni};
+use super::{GROUP, round_bytes};
 use crate::buffer::grown;
 use crate::element::scale_of_eight_bits;
-use crate::isa::Isa;
+use crate::isa::{Int8Unit, Isa};
 use crate::matmul::Matrix;
 use crate::storage::codec::Coded;
 use crate::tile::{PANEL, pack_columns};
-
-const LANES: usize = 16;
-const VECTORS: usize = PANEL / LANES;
 
 /// A thread's buffers.
 #[derive(Default)]
@@ -40,14 +42,8 @@ pub(super) fn pack_forward(
     if let Some(book) = Book::of(w).filter(|_| sum.start.is_multiple_of(PIECE) && len.is_multiple_of(PIECE)) {
         let mut pointers = [std::ptr::null(); PANEL];
         for (j, codes) in codes.chunks_exact_mut(len).enumerate() {
-            // SAFETY: whoever packs weights of any storage has seen that the processor multiplies bytes, for which it has AVX2, and in 512
-            // bits AVX-512.
-            unsafe {
-                match isa.multiplies_bytes_in_512() {
-                    true => book.row_wide(columns.start + j, sum.clone(), codes, scales, j),
-                    false => book.row_narrow(columns.start + j, sum.clone(), codes, scales, j),
-                }
-            }
+            // SAFETY: whoever packs weights of any storage has seen that the processor multiplies bytes.
+            unsafe { book.pack_row(isa, columns.start + j, sum.clone(), codes, scales, j) };
             pointers[j] = codes.as_ptr().cast();
         }
         // SAFETY: each pointer is to `words` words.
@@ -67,26 +63,10 @@ pub(super) fn pack_forward(
     }
     // SAFETY: each pointer is to `words` words.
     unsafe { pack_columns(isa, &pointers[..columns.len()], words, out) };
-    // SAFETY: as above.
-    unsafe {
-        match isa.multiplies_bytes_in_512() {
-            true => to_indices(&mut out[..words * PANEL]),
-            false => avx_vnni::to_indices(&mut out[..words * PANEL]),
-        }
-    }
-}
-
-/// Whole numbers become indices.
-///
-/// # Safety
-/// The processor has AVX-512; so for all below.
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn to_indices(words: &mut [u32]) {
-    let zero = _mm512_set1_epi8(ZERO as i8);
-    for words in words.as_chunks_mut::<LANES>().0 {
-        let words: *mut __m512i = words.as_mut_ptr().cast();
-        // SAFETY: sixteen words are 64 bytes.
-        unsafe { _mm512_storeu_si512(words, _mm512_add_epi8(_mm512_loadu_si512(words), zero)) };
+    #[cfg(target_arch = "x86_64")]
+    if !isa.multiplies_signed_bytes() {
+        // SAFETY: as above.
+        unsafe { x86::to_indices(isa, &mut out[..words * PANEL]) };
     }
 }
 
@@ -103,12 +83,7 @@ pub(super) fn pack_backward(
     let width = columns.len();
     if let Some(book) = Book::of(w).filter(|_| columns.start.is_multiple_of(PANEL) && width == PANEL) {
         // SAFETY: as in `pack_forward`.
-        return unsafe {
-            match isa.multiplies_bytes_in_512() {
-                true => book.columns_wide(sum, columns.start, out, scales),
-                false => book.columns_narrow(sum, columns.start, out, scales),
-            }
-        };
+        return unsafe { book.pack_columns(isa, sum, columns.start, out, scales) };
     }
     let floats = grown(&mut buffers.floats, GROUP * PANEL);
     for (group, scales) in scales.iter_mut().enumerate().take(sum.len().div_ceil(GROUP)) {
@@ -125,120 +100,42 @@ pub(super) fn pack_backward(
         }
         let words = &mut out[group * (GROUP / 4) * PANEL..][..rows.len() / 4 * PANEL];
         // SAFETY: as in `pack_forward`; there are as many values as rows times columns.
-        unsafe {
-            match isa.multiplies_bytes_in_512() {
-                true => round_columns(values, words, scales),
-                false => round_columns_narrow(values, words, scales),
-            }
-        }
+        unsafe { round_columns(isa, values, words, scales) };
     }
 }
 
 /// Rounds columns of a group: values (n, PANEL) to words (n / 4, PANEL).
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn round_columns(values: &[f32], words: &mut [u32], scales: &mut [f32; PANEL]) {
-    let mut most = [_mm512_setzero_si512(); VECTORS];
-    for row in values.as_chunks::<PANEL>().0 {
-        for (v, most) in most.iter_mut().enumerate() {
-            // SAFETY: a row is four vectors; so for all below.
-            let bits = unsafe { _mm512_loadu_si512(row.as_ptr().add(LANES * v).cast()) };
-            *most = _mm512_max_epu32(*most, _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX)));
-        }
-    }
-    let mut largest = [0f32; PANEL];
-    for (v, most) in most.into_iter().enumerate() {
-        // SAFETY: as above.
-        unsafe { _mm512_storeu_si512(largest.as_mut_ptr().add(LANES * v).cast(), most) };
-    }
-    let mut inverses = [0f32; PANEL];
-    for ((scale, inverse), largest) in scales.iter_mut().zip(&mut inverses).zip(largest) {
-        (*scale, *inverse) = scale_of_eight_bits(largest);
-    }
-    let zero = _mm512_set1_epi32(ZERO);
-    for (rows, words) in values.as_chunks::<{ 4 * PANEL }>().0.iter().zip(words.as_chunks_mut::<PANEL>().0) {
-        for v in 0..VECTORS {
-            // SAFETY: as above, four rows.
-            unsafe {
-                let p = rows.as_ptr().add(LANES * v);
-                let inverse = _mm512_loadu_ps(inverses.as_ptr().add(LANES * v));
-                let a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p), inverse));
-                let b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p.add(PANEL)), inverse));
-                let c = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p.add(2 * PANEL)), inverse));
-                let d = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p.add(3 * PANEL)), inverse));
-                let (a, b) = (_mm512_add_epi32(a, zero), _mm512_add_epi32(b, zero));
-                let (c, d) = (_mm512_add_epi32(c, zero), _mm512_add_epi32(d, zero));
-                let low = _mm512_or_si512(a, _mm512_slli_epi32::<8>(b));
-                let high = _mm512_or_si512(c, _mm512_slli_epi32::<8>(d));
-                let word = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
-                _mm512_storeu_si512(words.as_mut_ptr().add(LANES * v).cast(), word);
-            }
-        }
-    }
-}
-
-/// See [`round_columns`].
 ///
 /// # Safety
-/// The processor has AVX2.
-unsafe fn round_columns_narrow(values: &[f32], words: &mut [u32], scales: &mut [f32; PANEL]) {
-    let mut inverses = [0f32; PANEL];
-    // SAFETY: passed on to the caller; so below.
-    let largest = unsafe { avx_vnni::largest_of_columns(values) };
-    for ((scale, inverse), largest) in scales.iter_mut().zip(&mut inverses).zip(largest) {
-        (*scale, *inverse) = scale_of_eight_bits(f32::from_bits(largest));
-    }
-    for (rows, words) in values.as_chunks().0.iter().zip(words.as_chunks_mut().0) {
+/// The processor multiplies bytes as the set says; so for all below.
+unsafe fn round_columns(isa: Isa, values: &[f32], words: &mut [u32], scales: &mut [f32; PANEL]) {
+    match isa.int8_unit() {
+        // SAFETY: passed on to the caller; so below.
+        #[cfg(target_arch = "x86_64")]
+        Int8Unit::Amx | Int8Unit::Avx512Vnni => unsafe { x86::round_columns(values, words, scales) },
         // SAFETY: as above.
-        unsafe { avx_vnni::round_rows(rows, &inverses, words) };
+        #[cfg(target_arch = "x86_64")]
+        Int8Unit::AvxVnni => unsafe { x86::round_columns_narrow(values, words, scales) },
+        #[cfg(any(test, target_arch = "aarch64"))]
+        Int8Unit::Smmla | Int8Unit::Sdot => neon::round_columns(values, words, scales),
+        unit => unreachable!("columns are rounded where bytes are multiplied, not by {unit:?}"),
     }
 }
 
 /// Steps of packing by a book, in vectors of one width.
 trait Steps {
-    /// Indices that stand for the levels times a factor.
+    type Table: Copy;
+    /// A table of nothing.
     ///
     /// # Safety
     /// The processor has the vectors; so below.
-    unsafe fn table(levels: &[f32; 16], factor: f32) -> __m128i;
+    unsafe fn nothing() -> Self::Table;
+    /// What stands for the levels times a factor.
+    unsafe fn table(levels: &[f32; 16], factor: f32) -> Self::Table;
+    /// What stands for the codes in sixteen bytes, of which a byte's upper half comes first.
+    unsafe fn piece(bytes: &[u8; PIECE / 2], table: Self::Table, out: &mut [u8; PIECE]);
     /// Words of a byte of each of four rows.
     unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]);
-}
-
-/// 512 bits.
-struct Wide;
-/// 256 bits.
-struct Narrow;
-
-impl Steps for Wide {
-    #[inline(always)]
-    unsafe fn table(levels: &[f32; 16], factor: f32) -> __m128i {
-        // SAFETY: there are sixteen levels, and the caller has AVX-512.
-        unsafe {
-            let levels = _mm512_loadu_ps(levels.as_ptr());
-            let whole = _mm512_cvtps_epi32(_mm512_mul_ps(levels, _mm512_set1_ps(factor)));
-            _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(ZERO)))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]) {
-        // SAFETY: passed on to the caller.
-        unsafe { vnni::weave(rows, out) }
-    }
-}
-
-impl Steps for Narrow {
-    #[inline(always)]
-    unsafe fn table(levels: &[f32; 16], factor: f32) -> __m128i {
-        // SAFETY: passed on to the caller; so below.
-        unsafe { avx_vnni::table(levels, factor) }
-    }
-
-    #[inline(always)]
-    unsafe fn weave(rows: [&[u8; PANEL]; 4], out: &mut [u32; PANEL]) {
-        // SAFETY: as above.
-        unsafe { avx_vnni::weave(rows, out) }
-    }
 }
 
 /// Codes that are decoded together, all of one block.
@@ -276,23 +173,62 @@ impl<'a> Book<'a> {
         scale_of_eight_bits(largest * self.largest)
     }
 
-    /// The piece that begins with a value.
+    /// The codes of the piece that begins with a value.
+    fn codes(&self, row: usize, col: usize) -> &[u8; PIECE / 2] {
+        let bytes = &self.codes[(row * self.cols + col) / 2..];
+        bytes.first_chunk().expect("a piece is sixteen bytes")
+    }
+
+    /// See [`Self::row`].
     ///
     /// # Safety
-    /// Called from what has AVX2 enabled.
-    #[inline(always)]
-    unsafe fn piece(&self, row: usize, col: usize, table: __m128i, out: &mut [u8; PIECE]) {
-        let bytes = &self.codes[(row * self.cols + col) / 2..][..PIECE / 2];
-        // SAFETY: a piece is sixteen bytes, and 32 codes.
+    /// See [`round_columns`].
+    unsafe fn pack_row(
+        &self,
+        isa: Isa,
+        row: usize,
+        sum: Range<usize>,
+        out: &mut [i8],
+        scales: &mut [[f32; PANEL]],
+        j: usize,
+    ) {
+        // SAFETY: passed on to the caller.
         unsafe {
-            let bytes = _mm_loadu_si128(bytes.as_ptr().cast());
-            let low = _mm_set1_epi8(15);
-            // A byte's upper half comes first.
-            let (first, second) = (_mm_and_si128(_mm_srli_epi16::<4>(bytes), low), _mm_and_si128(bytes, low));
-            let (a, b) = (_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second));
-            let out = out.as_mut_ptr();
-            _mm_storeu_si128(out.cast(), _mm_shuffle_epi8(table, a));
-            _mm_storeu_si128(out.add(PIECE / 2).cast(), _mm_shuffle_epi8(table, b));
+            match isa.int8_unit() {
+                #[cfg(target_arch = "x86_64")]
+                Int8Unit::Amx | Int8Unit::Avx512Vnni => self.row_wide(row, sum, out, scales, j),
+                #[cfg(target_arch = "x86_64")]
+                Int8Unit::AvxVnni => self.row_narrow(row, sum, out, scales, j),
+                #[cfg(any(test, target_arch = "aarch64"))]
+                Int8Unit::Smmla | Int8Unit::Sdot => self.row::<neon::Neon>(row, sum, out, scales, j),
+                unit => unreachable!("rows are rounded where bytes are multiplied, not by {unit:?}"),
+            }
+        }
+    }
+
+    /// See [`Self::columns`].
+    ///
+    /// # Safety
+    /// See [`round_columns`].
+    unsafe fn pack_columns(
+        &self,
+        isa: Isa,
+        sum: Range<usize>,
+        column: usize,
+        out: &mut [u32],
+        scales: &mut [[f32; PANEL]],
+    ) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match isa.int8_unit() {
+                #[cfg(target_arch = "x86_64")]
+                Int8Unit::Amx | Int8Unit::Avx512Vnni => self.columns_wide(sum, column, out, scales),
+                #[cfg(target_arch = "x86_64")]
+                Int8Unit::AvxVnni => self.columns_narrow(sum, column, out, scales),
+                #[cfg(any(test, target_arch = "aarch64"))]
+                Int8Unit::Smmla | Int8Unit::Sdot => self.columns::<neon::Neon>(sum, column, out, scales),
+                unit => unreachable!("columns are rounded where bytes are multiplied, not by {unit:?}"),
+            }
         }
     }
 
@@ -318,8 +254,8 @@ impl<'a> Book<'a> {
             }
             let inverse;
             (scales[j], inverse) = self.scale(of_pieces.iter().copied());
-            // SAFETY: every x86-64 processor has it.
-            let (mut last, mut table) = (f32::NAN, unsafe { _mm_setzero_si128() });
+            // SAFETY: passed on to the caller.
+            let (mut last, mut table) = (f32::NAN, unsafe { S::nothing() });
             for (number, (piece, scale)) in pieces.iter_mut().zip(of_pieces).enumerate() {
                 // SAFETY: bytes, with a sign or without; the rest is passed on to the caller.
                 unsafe {
@@ -327,7 +263,7 @@ impl<'a> Book<'a> {
                         (last, table) = (scale, S::table(&self.levels, scale * inverse));
                     }
                     let piece = &mut *(&raw mut *piece).cast::<[u8; PIECE]>();
-                    self.piece(row, col + number * PIECE, table, piece);
+                    S::piece(self.codes(row, col + number * PIECE), table, piece);
                 }
             }
         }
@@ -363,7 +299,7 @@ impl<'a> Book<'a> {
                         // SAFETY: passed on to the caller.
                         unsafe {
                             let table = S::table(&self.levels, of_rows[row][half] * inverses[half]);
-                            self.piece(from + row, column + half * PIECE, table, codes);
+                            S::piece(self.codes(from + row, column + half * PIECE), table, codes);
                         }
                     }
                 }
@@ -372,45 +308,5 @@ impl<'a> Book<'a> {
                 unsafe { S::weave([a, b, c, d], out) };
             }
         }
-    }
-
-    /// See [`Self::row`].
-    ///
-    /// # Safety
-    /// The processor has AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn row_wide(&self, row: usize, sum: Range<usize>, out: &mut [i8], scales: &mut [[f32; PANEL]], j: usize) {
-        // SAFETY: passed on to the caller; so below.
-        unsafe { self.row::<Wide>(row, sum, out, scales, j) }
-    }
-
-    /// See [`Self::row`].
-    ///
-    /// # Safety
-    /// The processor has AVX2.
-    #[target_feature(enable = "avx2")]
-    unsafe fn row_narrow(&self, row: usize, sum: Range<usize>, out: &mut [i8], scales: &mut [[f32; PANEL]], j: usize) {
-        // SAFETY: as above.
-        unsafe { self.row::<Narrow>(row, sum, out, scales, j) }
-    }
-
-    /// See [`Self::columns`].
-    ///
-    /// # Safety
-    /// The processor has AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn columns_wide(&self, sum: Range<usize>, column: usize, out: &mut [u32], scales: &mut [[f32; PANEL]]) {
-        // SAFETY: as above.
-        unsafe { self.columns::<Wide>(sum, column, out, scales) }
-    }
-
-    /// See [`Self::columns`].
-    ///
-    /// # Safety
-    /// The processor has AVX2.
-    #[target_feature(enable = "avx2")]
-    unsafe fn columns_narrow(&self, sum: Range<usize>, column: usize, out: &mut [u32], scales: &mut [[f32; PANEL]]) {
-        // SAFETY: as above.
-        unsafe { self.columns::<Narrow>(sum, column, out, scales) }
     }
 }

@@ -39,7 +39,12 @@ fn find() -> Found {
 #[cfg(target_arch = "aarch64")]
 fn find() -> Found {
     use std::arch::is_aarch64_feature_detected as has;
-    let asked = [(Feature::Neon, has!("neon")), (Feature::NeonBf16, has!("bf16")), (Feature::I8mm, has!("i8mm"))];
+    let asked = [
+        (Feature::Neon, has!("neon")),
+        (Feature::DotProd, has!("dotprod")),
+        (Feature::NeonBf16, has!("bf16")),
+        (Feature::I8mm, has!("i8mm")),
+    ];
     let held = asked.into_iter().filter_map(|(feature, has)| has.then_some(feature));
     Found { isa: Isa::closed(held), amx_is_refused: false }
 }

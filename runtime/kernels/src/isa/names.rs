@@ -39,6 +39,7 @@ impl Feature {
             Self::AmxBf16 => "amx-bf16",
             Self::AmxInt8 => "amx-int8",
             Self::Neon => "neon",
+            Self::DotProd => "dotprod",
             Self::NeonBf16 => "neon-bf16",
             Self::I8mm => "i8mm",
         }
@@ -132,6 +133,16 @@ mod tests {
         check("avx512", "avx512");
         check("amx", "amx");
         check("neon", "portable");
+        let graviton_3 = Isa::AARCH64;
+        let check = |text: &str, name: &str| {
+            let set = text.parse::<Isa>().expect(text);
+            assert_eq!(set.and(graviton_3).name(), name, "{text}");
+        };
+        check("-bf16", "neon,+dotprod,+i8mm");
+        check("-i8mm", "neon,+dotprod,+neon-bf16");
+        check("-dotprod", "neon,+neon-bf16");
+        check("neon,+i8mm", "neon,+dotprod,+i8mm");
+        check("avx2", "portable");
     }
 
     #[test]
@@ -139,7 +150,7 @@ mod tests {
         for text in ["avx9000", "", "avx512,", "avx512,avx2", "-avx9000", "+", "--amx", "bf16", "avx2 -amx"] {
             let problem = text.parse::<Isa>().expect_err(text);
             assert!(problem.contains("known are portable, neon, avx2, avxvnni, avx512, avx512bf16, amx"), "{problem}");
-            assert!(problem.ends_with("amx-int8, neon, neon-bf16, i8mm"), "{problem}");
+            assert!(problem.ends_with("amx-int8, neon, dotprod, neon-bf16, i8mm"), "{problem}");
             assert_eq!(problem.contains("is not known there"), text.contains(','), "{problem}");
         }
     }

@@ -10,6 +10,8 @@ pub enum F32Unit {
     Avx512,
     /// Multiply-adds of 256 bits.
     Avx2,
+    /// Multiply-adds of 128 bits on AArch64.
+    Neon,
     /// What the compiler makes of plain Rust.
     Portable,
 }
@@ -21,6 +23,8 @@ pub enum Bf16Unit {
     Amx,
     /// Pairs in 512 bits, `vdpbf16ps`.
     Avx512,
+    /// Rows of four by rows of four, `bfmmla`.
+    Bfmmla,
     /// Values are widened to f32 and multiplied as such.
     Widened,
 }
@@ -36,6 +40,10 @@ pub enum Int8Unit {
     AvxVnni,
     /// Pairs of sixteen bits in 256 bits, `vpmaddwd`.
     Avx2,
+    /// Rows of eight bytes by rows of eight, `smmla`.
+    Smmla,
+    /// Four bytes in 128 bits, `sdot`.
+    Sdot,
     /// What the compiler makes of plain Rust.
     Portable,
 }
@@ -48,6 +56,8 @@ impl Isa {
             F32Unit::Avx512
         } else if self.has(Feature::Avx2) {
             F32Unit::Avx2
+        } else if self.has(Feature::Neon) {
+            F32Unit::Neon
         } else {
             F32Unit::Portable
         }
@@ -60,6 +70,8 @@ impl Isa {
             Bf16Unit::Amx
         } else if self.has(Feature::Avx512Bf16) {
             Bf16Unit::Avx512
+        } else if self.has(Feature::NeonBf16) {
+            Bf16Unit::Bfmmla
         } else {
             Bf16Unit::Widened
         }
@@ -76,6 +88,10 @@ impl Isa {
             Int8Unit::AvxVnni
         } else if self.has(Feature::Avx2) {
             Int8Unit::Avx2
+        } else if self.has(Feature::I8mm) {
+            Int8Unit::Smmla
+        } else if self.has(Feature::DotProd) {
+            Int8Unit::Sdot
         } else {
             Int8Unit::Portable
         }
@@ -97,6 +113,20 @@ impl Isa {
     #[inline]
     pub const fn multiplies_bytes(self) -> bool {
         matches!(self.int8_unit(), Int8Unit::Amx | Int8Unit::Avx512Vnni | Int8Unit::AvxVnni)
+            || self.multiplies_signed_bytes()
+    }
+
+    /// Returns true where products with weights that lie in whole numbers are much faster than those of f32, though products of bytes go by
+    /// twos: with multiply-adds of 256 bits.
+    #[inline]
+    pub const fn multiplies_stored(self) -> bool {
+        matches!(self.f32_unit(), F32Unit::Avx2)
+    }
+
+    /// Whether both sides of products of bytes have a sign, as on AArch64; else one of them has none.
+    #[inline]
+    pub(crate) const fn multiplies_signed_bytes(self) -> bool {
+        matches!(self.int8_unit(), Int8Unit::Smmla | Int8Unit::Sdot)
     }
 }
 
@@ -110,7 +140,10 @@ mod tests {
             assert_eq!((isa.f32_unit(), isa.bf16_unit(), isa.int8_unit()), (of_f32, of_bf16, of_int8), "{isa:?}");
         };
         check(Isa::PORTABLE, F32Unit::Portable, Bf16Unit::Widened, Int8Unit::Portable);
-        check(Isa::NEON, F32Unit::Portable, Bf16Unit::Widened, Int8Unit::Portable);
+        check(Isa::NEON, F32Unit::Neon, Bf16Unit::Widened, Int8Unit::Portable);
+        check(Isa::NEON.with(Feature::DotProd), F32Unit::Neon, Bf16Unit::Widened, Int8Unit::Sdot);
+        check(Isa::NEON.with(Feature::I8mm), F32Unit::Neon, Bf16Unit::Widened, Int8Unit::Smmla);
+        check(Isa::AARCH64, F32Unit::Neon, Bf16Unit::Bfmmla, Int8Unit::Smmla);
         check(Isa::AVX2, F32Unit::Avx2, Bf16Unit::Widened, Int8Unit::Avx2);
         check(Isa::AVXVNNI, F32Unit::Avx2, Bf16Unit::Widened, Int8Unit::AvxVnni);
         check(Isa::AVX512, F32Unit::Avx512, Bf16Unit::Widened, Int8Unit::Avx512Vnni);

@@ -144,18 +144,3 @@ pub(crate) unsafe fn six_bits(p: *const u8, group: usize) -> __m256i {
         _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
     }
 }
-
-/// The eight scales and minima of Q4_K and Q5_K, six bits each, as bytes.
-///
-/// # Safety
-/// Twelve bytes are readable at `p`.
-#[inline(always)]
-pub(crate) unsafe fn sub_blocks(p: *const u8) -> (u64, u64) {
-    // SAFETY: passed on to the caller.
-    let [a, b, c] = [0, 1, 2].map(|i| unsafe { p.add(4 * i).cast::<u32>().read_unaligned() });
-    // The first four whole, the last four split.
-    let (low, split) = (0x3F3F_3F3F, 0x0303_0303);
-    let scales = u64::from(a & low) | u64::from((c & 0x0F0F_0F0F) | (a >> 6 & split) << 4) << 32;
-    let mins = u64::from(b & low) | u64::from((c >> 4 & 0x0F0F_0F0F) | (b >> 6 & split) << 4) << 32;
-    (scales, mins)
-}

@@ -3,7 +3,7 @@
 //! A word of A is one f32 or a pair of neighbouring bf16 along the sum; it is broadcast. Words of B lie in a panel of
 //! [`PANEL`] columns, packed so that the words of one step lie beside each other. One `dot` multiplies a broadcast word by a
 //! vector of words and adds to a vector of f32 sums. So f32 and bf16 differ in one instruction, and processors in how many
-//! rows and vectors make a tile. AMX multiplies whole registers of words by each other, see `amx`.
+//! rows and vectors make a tile. AMX multiplies whole registers of words by each other, see `amx`, and AArch64 pairs of rows, see `bfmmla`.
 //!
 //! A sum is taken step by step in the order of the segments, whatever tile it is part of: a row of C depends on its row of A
 //! and on B alone.
@@ -14,7 +14,11 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod bfmmla;
 mod lanes;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon;
 mod operands;
 mod panel;
 mod portable;
@@ -33,6 +37,8 @@ use self::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use self::avx512::Avx512;
 use self::lanes::{Lanes, spin_operations};
+#[cfg(any(test, target_arch = "aarch64"))]
+use self::neon::Neon;
 use self::portable::Portable;
 use crate::buffer::grown;
 use crate::element::Element;
@@ -59,11 +65,12 @@ pub(crate) unsafe fn rows<E: TileElement, const ALONG_ROWS: bool>(
 
 /// Bytes that a thread keeps for tiles of `m` rows.
 pub(crate) fn scratch_bytes(isa: Isa, m: usize) -> usize {
-    match isa.bf16_unit() {
-        #[cfg(target_arch = "x86_64")]
-        Bf16Unit::Amx => amx::scratch_bytes(m),
-        _ => 0,
+    #[cfg(target_arch = "x86_64")]
+    if isa.bf16_unit() == Bf16Unit::Amx {
+        return amx::scratch_bytes(m);
     }
+    let _ = (isa, m);
+    0
 }
 
 /// Whether a product of `m` rows is taken with its sides exchanged where it can be, see [`rows_turned`]: these need not pack W.
@@ -142,6 +149,8 @@ impl TileElement for f32 {
                 }
                 #[cfg(target_arch = "x86_64")]
                 F32Unit::Avx2 => walk::<Avx2<f32>, ALONG_ROWS>(rows, width, segments, store),
+                #[cfg(any(test, target_arch = "aarch64"))]
+                F32Unit::Neon => walk::<Neon<f32>, ALONG_ROWS>(rows, width, segments, store),
                 _ => walk::<Portable<f32>, ALONG_ROWS>(rows, width, segments, store),
             }
         }
@@ -155,6 +164,8 @@ impl TileElement for f32 {
                 F32Unit::Avx512 => turn::<Avx512<f32>>(steps),
                 #[cfg(target_arch = "x86_64")]
                 F32Unit::Avx2 => turn::<Avx2<f32>>(steps),
+                #[cfg(any(test, target_arch = "aarch64"))]
+                F32Unit::Neon => turn::<Neon<f32>>(steps),
                 _ => turn::<Portable<f32>>(steps),
             }
         }
@@ -180,6 +191,10 @@ impl TileElement for bf16 {
                 (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => {
                     walk::<Avx2<bf16>, ALONG_ROWS>(rows, width, segments, store)
                 }
+                #[cfg(any(test, target_arch = "aarch64"))]
+                (Bf16Unit::Bfmmla, _) => bfmmla::walk::<ALONG_ROWS>(rows, width, segments, store),
+                #[cfg(any(test, target_arch = "aarch64"))]
+                (Bf16Unit::Widened, F32Unit::Neon) => walk::<Neon<bf16>, ALONG_ROWS>(rows, width, segments, store),
                 _ => walk::<Portable<bf16>, ALONG_ROWS>(rows, width, segments, store),
             }
         }
@@ -200,6 +215,8 @@ impl TileElement for bf16 {
         match isa.bf16_unit() {
             #[cfg(target_arch = "x86_64")]
             Bf16Unit::Amx => amx::BLOCK,
+            #[cfg(any(test, target_arch = "aarch64"))]
+            Bf16Unit::Bfmmla => bfmmla::ROWS,
             _ => ROWS_MAX,
         }
     }
@@ -214,6 +231,10 @@ impl TileElement for bf16 {
                 (Bf16Unit::Avx512, _) => turn::<Avx512<bf16>>(steps),
                 #[cfg(target_arch = "x86_64")]
                 (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => turn::<Avx2<bf16>>(steps),
+                #[cfg(any(test, target_arch = "aarch64"))]
+                (Bf16Unit::Bfmmla, _) => (bfmmla::spin(steps), bfmmla::SPIN_OPERATIONS),
+                #[cfg(any(test, target_arch = "aarch64"))]
+                (Bf16Unit::Widened, F32Unit::Neon) => turn::<Neon<bf16>>(steps),
                 _ => turn::<Portable<bf16>>(steps),
             }
         }

@@ -2,9 +2,11 @@
 //!
 //! B is W transposed (forward: a column of B is a row of W) or W itself (backward: a row of B is a row of W).
 
+use std::ops::Range;
+
 use super::operands::PANEL;
 use crate::element::Element;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::isa::Feature;
 use crate::isa::{Isa, per_isa};
 
@@ -30,14 +32,28 @@ pub(crate) unsafe fn pack_columns(isa: Isa, rows: &[*const u8], words: usize, ou
         // SAFETY: as above.
         return unsafe { x86::pack_columns_narrow(&all, words, out) };
     }
+    #[cfg(any(test, target_arch = "aarch64"))]
+    if isa.has(Feature::Neon) {
+        // SAFETY: as above.
+        return unsafe { neon::pack_columns(rows, words, out) };
+    }
     let _ = isa;
+    // SAFETY: as the caller promised.
+    unsafe { pack_words(rows, 0..words, out) };
+}
+
+/// [`pack_columns`], a word after the other.
+///
+/// # Safety
+/// See there.
+unsafe fn pack_words(rows: &[*const u8], words: Range<usize>, out: &mut [u32]) {
     for (j, row) in rows.iter().enumerate() {
-        for k in 0..words {
+        for k in words.clone() {
             // SAFETY: as the caller promised.
             out[k * PANEL + j] = unsafe { row.cast::<u32>().add(k).read_unaligned() };
         }
     }
-    for out in out[..words * PANEL].chunks_exact_mut(PANEL) {
+    for out in out[words.start * PANEL..words.end * PANEL].chunks_exact_mut(PANEL) {
         out[rows.len()..].fill(0);
     }
 }
@@ -139,6 +155,45 @@ per_isa! {
                 }
             }
         }
+    }
+}
+
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon {
+    use super::super::operands::PANEL;
+    use crate::neon::*;
+
+    /// See [`super::pack_columns`].
+    ///
+    /// # Safety
+    /// See there.
+    pub unsafe fn pack_columns(rows: &[*const u8], words: usize, out: &mut [u32]) {
+        const SIDE: usize = 4;
+        let whole = words / SIDE * SIDE;
+        for from in (0..whole).step_by(SIDE) {
+            let mut squares = rows.chunks(SIDE);
+            for column in (0..PANEL).step_by(SIDE) {
+                let mut square = [vdupq_n_u32(0); SIDE];
+                for (square, row) in square.iter_mut().zip(squares.next().unwrap_or(&[])) {
+                    // SAFETY: as the caller promised.
+                    *square = unsafe { vld1q_u32(row.cast::<u32>().add(from)) };
+                }
+                for (k, square) in transpose(square).into_iter().enumerate() {
+                    let out = &mut out[(from + k) * PANEL + column..][..SIDE];
+                    // SAFETY: `out` is 4 words.
+                    unsafe { vst1q_u32(out.as_mut_ptr(), square) };
+                }
+            }
+        }
+        // SAFETY: as the caller promised.
+        unsafe { super::pack_words(rows, whole..words, out) };
+    }
+
+    /// Transposes 4 x 4 words.
+    #[inline(always)]
+    fn transpose([a, b, c, d]: [uint32x4_t; 4]) -> [uint32x4_t; 4] {
+        let (ac, bd) = ((vzip1q_u32(a, c), vzip2q_u32(a, c)), (vzip1q_u32(b, d), vzip2q_u32(b, d)));
+        [vzip1q_u32(ac.0, bd.0), vzip2q_u32(ac.0, bd.0), vzip1q_u32(ac.1, bd.1), vzip2q_u32(ac.1, bd.1)]
     }
 }
 

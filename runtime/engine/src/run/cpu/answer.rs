@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::Result;
 use homeroom_kernels::{ProductElement, on_pool};
 
-use super::{DecodeUpdates, Decoder, Fused, InIntegers, KvCache as CpuKvCache, Updates};
+use super::{DecodeUpdates, Decoder, Fused, InIntegers, KvCache as CpuKvCache, Updates, prepare};
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
 use crate::run::batch::Batch;
@@ -37,7 +37,7 @@ impl<E: ProductElement> AdapterValues for Values<E> {}
 impl<E: ProductElement> Values<E> {
     /// `None` when a block cannot be fused with the adaptation.
     fn new(blocks: &Fused<E>, decoder: &Decoder, model: &BaseModel, adaptation: Option<&Adaptation>) -> Option<Self> {
-        let mut read = blocks.updates(model, adaptation);
+        let mut read = blocks.updates(model, adaptation, true);
         let (fused, layers, _) = blocks.counts(&read);
         let decode = decoder.updates(model, adaptation).filter(|_| fused == layers)?;
         on_pool(|| read.load(&Pass::evaluation(model, adaptation))).ok()?;
@@ -65,6 +65,8 @@ impl<E: ProductElement> CpuAnswer<E> {
 
 impl<E: ProductElement> Answer for CpuAnswer<E> {
     fn adapter(&self, adaptation: &Adaptation) -> Option<Box<dyn AdapterValues>> {
+        // Before the lock: answers go on meanwhile.
+        prepare(&self.model, adaptation);
         Some(Box::new(Values::new(&self.blocks(), &self.decoder, &self.model, Some(adaptation))?))
     }
 

@@ -1,5 +1,6 @@
 //! Recognises recipes that add a low-rank update to a frozen linear module: `base(x) + s (d(x) Aᵀ) Bᵀ`, d being dropout or
-//! nothing, and s wherever it stands; and those that learn the length of each row besides, as DoRA does.
+//! nothing, and s wherever it stands; and those that learn the length of each row besides, as DoRA does. In answers nothing is dropped
+//! out, so that more recipes are such.
 
 use homeroom_abi::recipe::{NodeId, Op, Recipe};
 
@@ -31,18 +32,38 @@ impl LowRank {
 
 /// The update that a recipe adds to a module, with a bias or without; `None` when it computes anything else.
 pub fn low_rank(recipe: &Recipe, adapted: &Adapted, has_bias: bool) -> Option<LowRank> {
-    let reader = Reader { recipe, adapted };
-    let last = recipe.nodes.len().checked_sub(1)?;
-    reader.added(last, |op| matches!(op, Op::Base(_))).or_else(|| reader.with_magnitude(last, has_bias))
+    Reader { recipe, adapted, at_rest: false }.update(has_bias)
+}
+
+/// As [`low_rank`], of what the recipe computes where nothing is dropped out: dropout is its input.
+pub fn low_rank_at_rest(recipe: &Recipe, adapted: &Adapted, has_bias: bool) -> Option<LowRank> {
+    Reader { recipe, adapted, at_rest: true }.update(has_bias)
 }
 
 /// A recipe that is looked at.
 struct Reader<'a> {
     recipe: &'a Recipe,
     adapted: &'a Adapted,
+    /// Whether nothing is dropped out.
+    at_rest: bool,
 }
 
 impl Reader<'_> {
+    fn update(&self, has_bias: bool) -> Option<LowRank> {
+        let last = self.recipe.nodes.len().checked_sub(1)?;
+        let plain = self.added(last, |op| matches!(op, Op::Base(_)));
+        plain.or_else(|| self.with_magnitude(last, has_bias)).or_else(|| self.with_change(last))
+    }
+
+    /// Whether a node is x, if need be behind a dropout that does nothing.
+    fn is_x(&self, id: NodeId) -> bool {
+        match *self.op(id) {
+            Op::X => true,
+            Op::Dropout { of, .. } => self.at_rest && self.is_x(of),
+            _ => false,
+        }
+    }
+
     fn op(&self, id: NodeId) -> &Op {
         &self.recipe.nodes[id].op
     }
@@ -76,14 +97,14 @@ impl Reader<'_> {
     /// `frozen(x) + s (d(x) Aᵀ) Bᵀ`.
     fn added(&self, id: NodeId, frozen: impl Fn(&Op) -> bool) -> Option<LowRank> {
         let Op::Add(left, right) = *self.op(id) else { return None };
-        let of_x = |op: &Op| matches!(op, Op::Base(x) | Op::Linear(x) if *self.op(*x) == Op::X);
+        let of_x = |op: &Op| matches!(op, Op::Base(x) | Op::Linear(x) if self.is_x(*x));
         let (update, above) = self.unscaled(self.beside((left, right), |op| frozen(op) && of_x(op))?);
         let Op::MatmulT(down, b) = *self.op(update) else { return None };
         let (down, between) = self.unscaled(down);
         let Op::MatmulT(x, a) = *self.op(down) else { return None };
         let (input, below) = self.unscaled(x);
         let dropout = match *self.op(input) {
-            Op::X => None,
+            _ if self.is_x(input) => None,
             Op::Dropout { of, p } if *self.op(of) == Op::X => Some((input, p)),
             _ => return None,
         };
@@ -99,6 +120,22 @@ impl Reader<'_> {
             _ if has_bias => return None,
             _ => id,
         };
+        self.gained(scaled, has_bias)
+    }
+
+    /// `base(x) + (m / ‖W + s B A‖ ∘ (linear(x) + s (x Aᵀ) Bᵀ) - linear(x))`, as a DoRA with dropout is at rest: the bias is added once,
+    /// and the linear part is there and taken off again.
+    fn with_change(&self, id: NodeId) -> Option<LowRank> {
+        let Op::Add(left, right) = *self.op(id) else { return None };
+        let change = self.beside((left, right), |op| matches!(op, Op::Base(x) if self.is_x(*x)))?;
+        let Op::Sub(scaled, frozen) = *self.op(change) else { return None };
+        let taken = matches!(*self.op(frozen), Op::Linear(x) if self.is_x(x));
+        // With a bias the base would have it multiplied.
+        self.gained(scaled, true).filter(|_| taken && self.at_rest)
+    }
+
+    /// `m / ‖W + s B A‖ ∘ (linear(x) + s (d(x) Aᵀ) Bᵀ)`.
+    fn gained(&self, scaled: NodeId, has_bias: bool) -> Option<LowRank> {
         let Op::Mul(left, right) = *self.op(scaled) else { return None };
         let (gain, sum) = match self.op(left) {
             Op::Div(..) => (left, right),
@@ -124,6 +161,73 @@ mod tests {
     use homeroom_abi::recipe::Node;
 
     use super::*;
+
+    /// What PEFT's DoRA with dropout computes, of a module with a bias or without, with other nodes in the place of some.
+    #[test]
+    fn a_learned_length_with_dropout_is_one_at_rest_alone() {
+        let recipe = |changes: &[(usize, Op)]| {
+            let mut ops = vec![
+                param("A"),
+                param("B"),
+                Op::Matmul(1, 0),
+                Op::Scale(2, 2.0),
+                Op::Weight,
+                Op::Add(4, 3),
+                Op::RowNorm(5),
+                Op::Detach(6),
+                param("m"),
+                Op::Div(8, 7),
+                Op::X,
+                Op::Dropout { of: 10, p: 0.3 },
+                Op::MatmulT(11, 0),
+                Op::MatmulT(12, 1),
+                Op::Scale(13, 2.0),
+                Op::Linear(11),
+                Op::Add(15, 14),
+                Op::Mul(9, 16),
+                Op::Sub(17, 15),
+                Op::Base(10),
+                Op::Add(19, 18),
+            ];
+            for (id, op) in changes {
+                ops[*id] = op.clone();
+            }
+            Recipe { nodes: ops.into_iter().map(|op| Node { op, at: None }).collect() }
+        };
+        let params = HashMap::from([("A".to_owned(), 7), ("B".to_owned(), 9), ("m".to_owned(), 4)]);
+        let adapted = Adapted { recipe: 0, params };
+        let wanted = Some(LowRank { a: 7, b: 9, scaling: 2.0, dropout: None, magnitude: Some(4) });
+        for has_bias in [false, true] {
+            let same: [&[(usize, Op)]; 4] =
+                [&[], &[(20, Op::Add(18, 19))], &[(17, Op::Mul(16, 9))], &[(16, Op::Add(14, 15))]];
+            for changes in same {
+                assert_eq!(low_rank_at_rest(&recipe(changes), &adapted, has_bias), wanted, "{changes:?}");
+                assert_eq!(low_rank(&recipe(changes), &adapted, has_bias), None, "{changes:?}");
+            }
+            let others: [&[(usize, Op)]; 6] = [
+                &[(18, Op::Sub(15, 17))],
+                &[(18, Op::Add(17, 15))],
+                &[(18, Op::Sub(17, 19))],
+                &[(15, Op::Base(11))],
+                &[(19, Op::Linear(10))],
+                &[(20, Op::Sub(19, 18))],
+            ];
+            for changes in others {
+                assert_eq!(low_rank_at_rest(&recipe(changes), &adapted, has_bias), None, "{changes:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn dropout_of_an_update_without_a_length_is_nothing_at_rest() {
+        let ops = vec![Op::X, Op::Dropout { of: 0, p: 0.3 }, param("A"), param("B"), Op::MatmulT(1, 2)];
+        let ops = ops.into_iter().chain([Op::MatmulT(4, 3), Op::Base(0), Op::Add(6, 5)]);
+        let recipe = Recipe { nodes: ops.map(|op| Node { op, at: None }).collect() };
+        let adapted = Adapted { recipe: 0, params: HashMap::from([("A".to_owned(), 7), ("B".to_owned(), 9)]) };
+        let update = |dropout| Some(LowRank { a: 7, b: 9, scaling: 1.0, dropout, magnitude: None });
+        assert_eq!(low_rank(&recipe, &adapted, true), update(Some((1, 0.3))));
+        assert_eq!(low_rank_at_rest(&recipe, &adapted, true), update(None));
+    }
 
     fn found(ops: Vec<Op>) -> Option<LowRank> {
         let recipe = Recipe { nodes: ops.into_iter().map(|op| Node { op, at: None }).collect() };

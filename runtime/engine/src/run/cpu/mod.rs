@@ -27,6 +27,7 @@ use self::layer::{FusedLayer, LayerActivations};
 use self::rotary::Rotary;
 pub use self::site::InIntegers;
 pub use self::train::CpuTrain;
+use self::updates::prepare;
 pub use self::updates::{DecodeUpdates, Updates};
 use self::workspace::{Buffer, Pool, Workspace};
 use crate::adapt::adaptation::Adaptation;
@@ -134,11 +135,12 @@ impl<E: ProductElement> Fused<E> {
     }
 
     /// The low-rank updates of an adaptation, and which blocks can be run fused with it. [`Updates::load`] gives them their values.
-    pub fn updates(&self, model: &BaseModel, adaptation: Option<&Adaptation>) -> Updates<E> {
+    /// `at_rest`: for passes in which nothing is dropped out.
+    pub fn updates(&self, model: &BaseModel, adaptation: Option<&Adaptation>, at_rest: bool) -> Updates<E> {
         let layers = self.layers.iter().map(Option::as_ref);
         let layers =
             layers.map(|layer| layer.map(|layer| (layer.norms(), layer.sites().map(|site| site.modules().collect()))));
-        Updates::new(model, adaptation, layers, self.head.as_ref().map(FusedHead::modules))
+        Updates::new(model, (adaptation, at_rest), layers, self.head.as_ref().map(FusedHead::modules))
     }
 
     /// A layer, if it is run fused.

@@ -50,9 +50,11 @@ enum Integers {
 pub enum InIntegers {
     /// None.
     None,
-    /// Of the layers those that decoding multiplies by activations in eight bits, too, forward alone: rounded anew where the processor
-    /// multiplies bytes by fours, else as they are stored.
+    /// Of the layers those that decoding multiplies by activations in eight bits, too, in the whole numbers that they are stored in; forward
+    /// alone.
     Stored,
+    /// The same, but rounded anew where the processor multiplies bytes by fours.
+    Fastest,
     /// All that can be.
     All,
 }
@@ -60,10 +62,10 @@ pub enum InIntegers {
 impl InIntegers {
     fn of(self, weight: &Matrix<'_>) -> Option<Integers> {
         match self {
-            Self::Stored if weight.takes_rounded() && weight.multiplies_forward_in_integers() => {
+            Self::Fastest if weight.takes_rounded() && weight.multiplies_forward_in_integers() => {
                 Some(Integers::Rounded)
             }
-            Self::Stored => weight.multiplies_as_stored().then_some(Integers::AsStored),
+            Self::Stored | Self::Fastest => weight.multiplies_as_stored().then_some(Integers::AsStored),
             Self::All => weight.multiplies_in_integers().then_some(Integers::Rounded),
             Self::None => None,
         }

@@ -389,7 +389,7 @@ mod tests {
                 let sketch = Sketch::of_model(&model);
                 let adaptation = Adaptation::new(&model, plan.clone(), 1)?;
                 let mut fused = Fused::<bf16>::new(&model, InIntegers::None);
-                let mut updates = fused.updates(&model, Some(&adaptation));
+                let mut updates = fused.updates(&model, Some(&adaptation), false);
                 let pass = Pass::training(&model, &adaptation, 1, 0);
                 updates.load(&pass)?;
                 let example =

@@ -22,7 +22,7 @@ impl<E: ProductElement> CpuTrain<E> {
     /// Decides for each block how it is run. `integers`: multiply in integers where a weight's storage allows it.
     pub fn new(model: &BaseModel, adaptation: Option<&Adaptation>, integers: bool) -> Self {
         let blocks = Fused::new(model, if integers { InIntegers::All } else { InIntegers::None });
-        let updates = blocks.updates(model, adaptation);
+        let updates = blocks.updates(model, adaptation, false);
         Self { blocks, updates }
     }
 }

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, Storage, Tensor};
 use homeroom_kernels::{FewRows, Panels, ProductElement, f16, gemv, matmul, matmul_t};
 use rayon::prelude::*;
 
-use super::low_rank::{LowRank, low_rank};
+use super::low_rank::{LowRank, low_rank, low_rank_at_rest};
 use crate::adapt::adaptation::{Adaptation, fnv1a};
 use crate::models::weight::{Codes, Weight};
 use crate::models::{BaseModel, EMBEDDING, in_large_pages};
@@ -51,8 +51,8 @@ pub(super) struct Gains {
     pub factors: Vec<f32>,
     /// `‖W + s B A‖`, and 1 for modules without.
     pub lengths: Vec<f32>,
-    /// Of each module, its index, and `‖W‖²` of its rows if it has a gain.
-    frozen: Vec<(usize, Option<Vec<f64>>)>,
+    /// Of each module, its index, and whether it has a gain.
+    frozen: Vec<(usize, bool)>,
 }
 
 /// A low-rank update and its place in the stack.
@@ -73,33 +73,38 @@ pub(super) struct Update<E> {
     d_out: usize,
 }
 
+/// Computes what of the base the lengths of an adaptation's rows are made of, if it learns any: once for each weight, however many ask.
+pub(super) fn prepare(model: &BaseModel, adaptation: &Adaptation) {
+    for module in 0..model.modules.len() {
+        if let Some(Some((_, LowRank { magnitude: Some(_), .. }))) = update_of(model, Some(adaptation), module, true) {
+            model.modules[module].weight.row_squares();
+        }
+    }
+}
+
 /// Whether a module stays as it is.
 fn is_frozen(adaptation: Option<&Adaptation>, module: usize) -> bool {
     adaptation.is_none_or(|adaptation| adaptation.of(module).is_none())
 }
 
-/// The update of a module, if it has one; `None` when its recipe is something else.
+/// The update of a module, if it has one; `None` when its recipe is something else. `at_rest`: where nothing is dropped out.
 fn update_of<'a>(
     model: &BaseModel,
     adaptation: Option<&'a Adaptation>,
     module: usize,
+    at_rest: bool,
 ) -> Option<Option<(&'a Adaptation, LowRank)>> {
     let Some((adaptation, adapted)) = adaptation.and_then(|adaptation| Some((adaptation, adaptation.of(module)?)))
     else {
         return Some(None);
     };
     let has_bias = model.modules[module].bias.is_some();
-    let low_rank = low_rank(&adaptation.plan.recipes[adapted.recipe].forward, adapted, has_bias)?;
+    let recognise = if at_rest { low_rank_at_rest } else { low_rank };
+    let low_rank = recognise(&adaptation.plan.recipes[adapted.recipe].forward, adapted, has_bias)?;
     let info = &model.modules[module].info;
     low_rank
         .fits(|param| &adaptation.params[param].spec.shape, (info.d_in, info.d_out))
         .then_some(Some((adaptation, low_rank)))
-}
-
-/// `‖W‖²` of each row.
-fn squares(weight: &Weight) -> Vec<f64> {
-    let square = |row| weight.decode(row..row + 1).iter().map(|value| f64::from(*value).powi(2)).sum();
-    (0..weight.rows()).into_par_iter().map(square).collect()
 }
 
 /// `‖W + U A‖` of each row, for A (r, d_in) and U (d_out, r), without ever making the sum:
@@ -107,8 +112,8 @@ fn squares(weight: &Weight) -> Vec<f64> {
 ///
 /// # Errors
 /// When A and U are not of the weight's shape.
-fn row_lengths(weight: &Weight, squares: &[f64], a: &[f32], u: &[f32]) -> Result<Vec<f32>> {
-    let (rows, cols) = (weight.rows(), weight.cols());
+fn row_lengths(weight: &Weight, a: &[f32], u: &[f32]) -> Result<Vec<f32>> {
+    let (rows, cols, squares) = (weight.rows(), weight.cols(), weight.row_squares());
     let r = a.len() / cols.max(1);
     let own = Weight::from_values(a, (r, cols))?;
     let (mut wa, mut gram, mut ug) = (vec![0f32; r * rows], vec![0f32; r * r], vec![0f32; rows * r]);
@@ -128,10 +133,10 @@ fn row_lengths(weight: &Weight, squares: &[f64], a: &[f32], u: &[f32]) -> Result
 
 impl<E: ProductElement> Updates<E> {
     /// The updates of an adaptation, without values. `layers` are the norms and sites of each layer, and `head` the modules of the
-    /// head, that can be fused.
+    /// head, that can be fused; `at_rest`: for passes in which nothing is dropped out.
     pub(super) fn new<'a>(
         model: &BaseModel,
-        adaptation: Option<&Adaptation>,
+        (adaptation, at_rest): (Option<&Adaptation>, bool),
         layers: impl Iterator<Item = Option<(&'a [usize], [Vec<usize>; 4])>>,
         head: Option<[usize; 2]>,
     ) -> Self {
@@ -139,7 +144,7 @@ impl<E: ProductElement> Updates<E> {
         let mut sites = HashMap::new();
         let mut fuses = |layer: Option<(&[usize], [Vec<usize>; 4])>| {
             let (norms, own) = layer?;
-            let own = own.map(|site| SiteUpdates::new(model, adaptation, &site));
+            let own = own.map(|site| SiteUpdates::new(model, (adaptation, at_rest), &site));
             let own = own.into_iter().collect::<Option<Vec<_>>>().filter(|_| norms.iter().all(|norm| frozen(*norm)))?;
             sites.extend(own);
             Some(())
@@ -183,13 +188,17 @@ impl<E: ProductElement> Updates<E> {
 
 impl<E: ProductElement> SiteUpdates<E> {
     /// The updates of some modules under the number of the first; `None` when a recipe of one is no low-rank update.
-    fn new(model: &BaseModel, adaptation: Option<&Adaptation>, modules: &[usize]) -> Option<(usize, Self)> {
+    fn new(
+        model: &BaseModel,
+        (adaptation, at_rest): (Option<&Adaptation>, bool),
+        modules: &[usize],
+    ) -> Option<(usize, Self)> {
         let mut site = Self { d_in: 0, rank: 0, a: Vec::new(), modules: Vec::new(), gains: None };
         let mut frozen = Vec::new();
         for &module in modules {
             let info = &model.modules[module].info;
             site.d_in = info.d_in;
-            let update = match update_of(model, adaptation, module)? {
+            let update = match update_of(model, adaptation, module, at_rest)? {
                 None => None,
                 Some((adaptation, low_rank)) => {
                     let spec = |param: usize| &adaptation.params[param].spec;
@@ -206,10 +215,10 @@ impl<E: ProductElement> SiteUpdates<E> {
                 }
             };
             let gained = update.as_ref().is_some_and(|update| update.low_rank.magnitude.is_some());
-            frozen.push((module, gained.then(|| squares(&model.modules[module].weight))));
+            frozen.push((module, gained));
             site.modules.push(update);
         }
-        if frozen.iter().any(|(_, squares)| squares.is_some()) {
+        if frozen.iter().any(|(_, gained)| *gained) {
             let outputs = modules.iter().map(|module| model.modules[*module].info.d_out).sum();
             site.gains = Some(Gains { factors: vec![1.0; outputs], lengths: vec![1.0; outputs], frozen });
         }
@@ -239,14 +248,14 @@ impl<E: ProductElement> SiteUpdates<E> {
     fn load_gains(&mut self, pass: &Pass<'_>) -> Result<()> {
         let Some(gains) = &mut self.gains else { return Ok(()) };
         let mut at = 0;
-        for ((index, squares), update) in gains.frozen.iter().zip(&self.modules) {
+        for ((index, gained), update) in gains.frozen.iter().zip(&self.modules) {
             let module = &pass.model.modules[*index];
             let own = at..at + module.info.d_out;
             at = own.end;
-            let (Some(squares), Some(update)) = (squares, update) else { continue };
+            let (true, Some(update)) = (gained, update) else { continue };
             let LowRank { a, b, scaling, magnitude: Some(magnitude), .. } = update.low_rank else { continue };
             let u = with_values(&pass.params[b], |b| b.iter().map(|b| scaling as f32 * b).collect::<Vec<f32>>())?;
-            let lengths = with_values(&pass.params[a], |a| row_lengths(&module.weight, squares, a, &u))??;
+            let lengths = with_values(&pass.params[a], |a| row_lengths(&module.weight, a, &u))??;
             with_values(&pass.params[magnitude], |magnitudes| {
                 let factors = gains.factors[own.clone()].iter_mut();
                 factors.zip(magnitudes).zip(&lengths).for_each(|((factor, m), length)| *factor = m / length);
@@ -385,7 +394,7 @@ impl DecodeSite {
         for &module in modules {
             let info = &model.modules[module].info;
             d_in = info.d_in;
-            let up = match update_of(model, adaptation, module)? {
+            let up = match update_of(model, adaptation, module, true)? {
                 None => None,
                 Some((adaptation, low_rank)) => {
                     let values = |param: usize| {
@@ -400,7 +409,7 @@ impl DecodeSite {
                         None => None,
                         Some(magnitude) => {
                             let weight = &model.modules[module].weight;
-                            let lengths = row_lengths(weight, &squares(weight), &a, &scaled).ok()?;
+                            let lengths = row_lengths(weight, &a, &scaled).ok()?;
                             let mut gain = values(magnitude)?;
                             gain.iter_mut().zip(lengths).for_each(|(gain, length)| *gain /= length);
                             Some(gain)

@@ -9,9 +9,7 @@ use homeroom_engine::inference::Inference;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::waist::KvCache;
-use homeroom_kernels::{
-    Stream, bf16, bf16_register_loop_gflops, f32_register_loop_gflops, isa, read_gigabytes, threads,
-};
+use homeroom_kernels::{Stream, bf16_register_loop_gflops, f32_register_loop_gflops, isa, read_gigabytes, threads};
 use serde_json::json;
 
 use super::super::arguments::{ANSWER_COMPUTE, COUNT_MAX, ModelArgs, one_of, whole};

@@ -15,7 +15,7 @@ use homeroom_engine::run::batch::{Batch, pass_rows};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::run::profile;
 use homeroom_engine::train::{Run, TrainConfig};
-use homeroom_kernels::{Stream, bf16, bf16_register_loop_gflops, f32_register_loop_gflops, isa, threads};
+use homeroom_kernels::{Stream, bf16_register_loop_gflops, f32_register_loop_gflops, isa, threads};
 use serde_json::{Map, Value, json};
 
 use super::super::arguments::{COMPUTE, COUNT_MAX, PluginArgs, Word, key_value, one_of, whole};
@@ -103,7 +103,7 @@ pub fn train(arguments: &Arguments) -> Result<Done> {
     refuse_other(&arguments.model_name, &base.path, Use::Measuring)?;
     let mut model = Arc::new(load_base(&base)?);
     if let Some(storage) = &arguments.storage {
-        model = encode(|progress| store_as(&model, storage, progress).map(Arc::new))?;
+        model = encode(|kept, progress| store_as(&model, storage, kept, progress).map(Arc::new))?;
     }
     let job = Job::new(model, &plugin, options, 42, None, false)?;
     let compute = arguments.compute.resolved(Some(&job.adaptation));

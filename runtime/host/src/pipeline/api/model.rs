@@ -168,7 +168,7 @@ impl ModelSpec {
         let model = with_text(&path, model)?;
         // By the pipeline's search, whose policy its file may have tightened.
         let native = |strategy: &_, name: &_| native::find_in(&session.search, strategy, name);
-        let model = encode(|progress| files.store(model, &native, progress))?;
+        let model = encode(|kept, progress| files.store(model, &native, kept, progress))?;
         let adaptation = Some(Arc::new(adapt(files, &model, false)?));
         session.adaptations.borrow_mut().insert(path, Loaded { model: model.clone(), adaptation: adaptation.clone() });
         Ok((model, adaptation))
@@ -188,7 +188,7 @@ impl ModelSpec {
         plugin.check_options(&self.options)?;
         let plan = plugin.plan(&PlanRequest { options: self.options.clone(), model: model.info() })?;
         let native = |name: &str| native::of_plugin(&plugin, name);
-        encode(|progress| store_as_planned(model, &plan, false, &native, progress))
+        encode(|kept, progress| store_as_planned(model, &plan, false, &native, kept, progress))
     }
 
     /// The name in the registry of the model that this one goes on from.

@@ -9,6 +9,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod floats;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon;
 mod rounded;
 mod update;
 
@@ -22,7 +24,7 @@ pub use self::update::Panels;
 
 use crate::buffer::grown;
 use crate::element::LANES;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::isa::Feature;
 use crate::isa::{Isa, isa};
 use crate::matmul::Matrix;
@@ -112,9 +114,9 @@ impl Job<'_> {
     /// # Safety
     /// Pointers are to what [`gemv`] checked, and the processor has what `isa` says.
     unsafe fn run<const M: usize>(&self, isa: Isa, scratch: &mut Vec<f32>) {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
         if let Some((x, first)) = self.rounded {
-            // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2.
+            // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2 or AArch64's vectors.
             return unsafe { rounded::run::<M>(isa, self, x, first, scratch) };
         }
         #[cfg(target_arch = "x86_64")]
@@ -128,6 +130,13 @@ impl Job<'_> {
         if isa.has(Feature::Avx2) {
             // SAFETY: passed on to the caller.
             if unsafe { floats::run::<M>(self) } {
+                return;
+            }
+        }
+        #[cfg(any(test, target_arch = "aarch64"))]
+        if isa.has(Feature::Neon) {
+            // SAFETY: passed on to the caller.
+            if unsafe { neon::run::<M>(self) } {
                 return;
             }
         }
@@ -148,7 +157,7 @@ impl Job<'_> {
     }
 }
 
-/// Adds the products of a padded row of W with M rows of x.
+/// Adds the products of a padded row of W with M rows of x to sums that are zero.
 ///
 /// # Safety
 /// Each row of x is readable for as many values as `w` has.
@@ -157,6 +166,12 @@ unsafe fn add<const M: usize>(isa: Isa, w: &[f32], x: *const f32, step: usize, s
     if isa.has(Feature::Avx2) {
         // SAFETY: passed on to the caller.
         return unsafe { avx2::add(w, x, step, sums) };
+    }
+    #[cfg(any(test, target_arch = "aarch64"))]
+    if isa.has(Feature::Neon) {
+        // SAFETY: passed on to the caller.
+        *sums = unsafe { neon::products(w, x, step) };
+        return;
     }
     let _ = isa;
     for (j, sums) in sums.iter_mut().enumerate() {
@@ -222,7 +237,7 @@ mod avx512 {
     use crate::buffer::grown;
     use crate::storage::Storage;
     use crate::storage::codec::{Coded, Fused};
-    use crate::storage::whole::sub_blocks;
+    use crate::storage::format::sub_blocks;
 
     /// A storage by blocks.
     trait Format {

@@ -6,6 +6,8 @@ use std::ops::Range;
 
 use super::RoundedRows;
 use crate::element::{eight_bit_scale, nearest_whole};
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::isa::Feature;
 use crate::isa::{Isa, isa, per_isa};
 
 /// Rows of a panel of floats.
@@ -232,9 +234,14 @@ fn add_codes(isa: Isa, panel: &[u8], lane: usize, u: &Rounded, out: &mut [f32], 
 /// Adds products of each row of a panel of codes with words of u.
 fn add_words(isa: Isa, codes: &[Word], u: &[[i8; 4]], sums: &mut [i32; CODES]) {
     #[cfg(target_arch = "x86_64")]
-    if isa.multiplies_bytes() {
+    if isa.has(Feature::AvxVnni) {
         // SAFETY: the processor has it.
         return unsafe { crate::isa::run(avx_vnni::Words { codes, u, sums }) };
+    }
+    #[cfg(any(test, target_arch = "aarch64"))]
+    if isa.has(Feature::DotProd) {
+        // SAFETY: as above.
+        return unsafe { neon::add_words(codes, u, sums) };
     }
     sums_of_words(isa, codes, u, sums);
 }
@@ -271,6 +278,39 @@ fn sums_of_groups(isa: Isa, codes: &[Word], x: &RoundedRows, j: usize) -> [f32; 
         }
     }
     sums
+}
+
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon {
+    use super::{CODES, Word, ZERO};
+    use crate::neon::*;
+
+    /// See [`super::add_words`]. Both sides have a sign here, so that codes become the whole numbers that they stand for, and what they were
+    /// greater by is added at the end.
+    ///
+    /// # Safety
+    /// The processor has `sdot`.
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon,dotprod"))]
+    pub unsafe fn add_words(codes: &[Word], u: &[[i8; 4]], sums: &mut [i32; CODES]) {
+        let (p, zero, ones) = (sums.as_mut_ptr(), vdupq_n_u32(0x8080_8080), vdupq_n_s8(1));
+        // SAFETY: sixteen sums, and a word of all rows, are four vectors.
+        unsafe {
+            let mut of_rows = [0, 4, 8, 12].map(|row| vld1q_s32(p.add(row)));
+            let mut total = vdupq_n_s32(0);
+            for (codes, u) in codes.iter().zip(u) {
+                let u = vreinterpretq_s8_u32(vdupq_n_u32(u32::from_le_bytes(u.map(|u| u as u8))));
+                for (four, sums) in codes.as_chunks::<4>().0.iter().zip(&mut of_rows) {
+                    let whole = vreinterpretq_s8_u32(veorq_u32(vld1q_u32(four.as_ptr().cast()), zero));
+                    *sums = sdot(*sums, whole, u);
+                }
+                total = sdot(total, ones, u);
+            }
+            const { assert!(ZERO == 1 << 7) };
+            for (row, sums) in of_rows.into_iter().enumerate() {
+                vst1q_s32(p.add(4 * row), vaddq_s32(sums, vshlq_n_s32::<7>(total)));
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

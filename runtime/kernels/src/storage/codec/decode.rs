@@ -6,7 +6,9 @@ use half::bf16;
 
 use super::Coded;
 use crate::element::{Element, LANES};
-use crate::isa::{F32Unit, Isa, per_isa};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::F32Unit;
+use crate::isa::{Isa, per_isa};
 
 impl Coded<'_> {
     /// Decodes values of row `row`; see [`Self::decode_rows`].

@@ -10,13 +10,20 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Mutex;
 
-use super::{Codec, CodecBlock, Encoded, EncodedScales, ScaleStorage};
+#[cfg(target_arch = "x86_64")]
+use super::bisect::{Avx2, Avx512};
+use super::{Codec, Encoded, EncodedScales, ScaleStorage};
 use crate::buffer::grown;
-use crate::isa::{isa, per_isa};
-use crate::pool::{Shared, for_each};
+use crate::isa::{F32Unit, Isa, isa, per_isa};
+use crate::pool::{Shared, for_ranges};
 
-/// Values of a chunk that one task encodes, roughly.
-const CHUNK: usize = 1 << 17;
+/// Which encoding this is: another number where the same values would get other bytes. What was encoded earlier and kept is told by it.
+pub const ENCODING: u32 = 1;
+
+/// Values of a chunk that is encoded at once, roughly: as floats they stay in the first cache, where a row does.
+const CHUNK: usize = 1 << 12;
+/// Values of the chunks that one task takes, roughly: they lie beside each other, so that threads do not fault in the same pages.
+const TASK: usize = 1 << 18;
 
 /// Encodes a matrix (rows, cols). `values` writes the f32 values of some rows; it is called from all threads.
 ///
@@ -34,15 +41,7 @@ pub fn encode(
     let block_len = codec.block_len(cols);
     let mut codes = vec![0_u8; codec.code_bytes(total)];
     let mut absmax = vec![0f32; total.div_ceil(block_len)];
-    // Rows whose values are whole blocks and whole bytes.
-    let whole = match codec.block {
-        CodecBlock::Row => 2 / gcd(2, cols.max(1)),
-        CodecBlock::Flat(len) => {
-            let len = len * 2 / gcd(2, len);
-            len / gcd(len, cols.max(1))
-        }
-    };
-    let chunk = (CHUNK / cols.max(1)).max(1).next_multiple_of(whole);
+    let chunk = (CHUNK / cols.max(1)).max(1).next_multiple_of(codec.whole_rows(cols));
     let problem = Mutex::new(None::<usize>);
     let (isa, linear, borders) = (isa(), codec.is_linear(), borders(&codec.code));
     let nibble_borders = (codec.bits == 4).then(|| {
@@ -52,20 +51,11 @@ pub fn encode(
         all
     });
     let (shared_codes, shared_absmax) = (Shared::new(&mut codes), Shared::new(&mut absmax));
-    for_each(rows.div_ceil(chunk), |task| {
-        let range = task * chunk..rows.min((task + 1) * chunk);
+    let encode_rows = |range: Range<usize>| {
         let (at, count) = (range.start * cols, range.len() * cols);
         VALUES.with_borrow_mut(|buffer| {
             let buffer = grown(buffer, count);
             values(range.clone(), buffer);
-            if !finite(isa, buffer) {
-                let wrong = buffer.iter().position(|value| !value.is_finite());
-                let wrong = wrong.expect("one of the values is not finite");
-                let row = range.start + wrong / cols;
-                let mut problem = problem.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                *problem = Some(problem.map_or(row, |other| other.min(row)));
-                return;
-            }
             // SAFETY: a chunk starts on whole blocks and whole bytes and ends there or with the matrix, so no two tasks have
             // an index byte or a scale in common; both buffers outlive the tasks.
             let (codes, absmax) = unsafe {
@@ -73,14 +63,24 @@ pub fn encode(
                 let codes = shared_codes.slice(first, codec.code_bytes(count));
                 (codes, shared_absmax.slice(at / block_len, count.div_ceil(block_len)))
             };
-            if linear {
-                integers(isa, buffer, block_len, codes, absmax);
+            let finite = if linear {
+                integers(isa, buffer, block_len, codes, absmax)
             } else if let Some(borders) = &nibble_borders {
-                nibbles(isa, buffer, block_len, borders, codes, absmax);
+                nibbles(isa, buffer, block_len, borders, codes, absmax)
             } else {
-                bytes(isa, buffer, block_len, &borders, codes, absmax);
+                bytes(isa, buffer, block_len, &borders, codes, absmax)
+            };
+            if !finite {
+                let wrong = buffer.iter().position(|value| !value.is_finite());
+                let row = range.start + wrong.expect("one of the values is not finite") / cols;
+                let mut problem = problem.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                *problem = Some(problem.map_or(row, |other| other.min(row)));
             }
         });
+    };
+    let task = chunk * (TASK / cols.max(1) / chunk).max(1);
+    for_ranges(rows, task, |rows| {
+        rows.clone().step_by(chunk).for_each(|row| encode_rows(row..rows.end.min(row + chunk)));
     });
     if let Some(row) = problem.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         return Err(format!("{}: row {row} holds a value that is not finite", codec.name));
@@ -90,10 +90,6 @@ pub fn encode(
         ScaleStorage::Nested { block, code } => nested(&absmax, *block, code, mean(&absmax)),
     };
     Ok(Encoded { codes, scales })
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// The middles between neighbouring levels.
@@ -111,12 +107,6 @@ fn largest_magnitude(values: &[f32]) -> f32 {
     f32::from_bits(values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7FFF_FFFF)))
 }
 
-per_isa! {
-    fn finite(values: &[f32]) -> bool {
-        largest_magnitude(values).is_finite()
-    }
-}
-
 /// How the values of a block are brought to -1..1: bitsandbytes multiplies, and divides in a block that is shorter than the others.
 #[derive(Clone, Copy)]
 enum Scaling {
@@ -124,10 +114,11 @@ enum Scaling {
     Over(f32),
 }
 
-/// The scaling of a block, and the scale to store.
+/// The scaling of a block, and the scale to store; of values that are not all finite, too. `finite` becomes false by those.
 #[inline(always)]
-fn scaling(values: &[f32], block_len: usize) -> (Scaling, f32) {
+fn scaling(values: &[f32], block_len: usize, finite: &mut bool) -> (Scaling, f32) {
     let absmax = largest_magnitude(values);
+    *finite &= absmax.is_finite();
     let least = absmax.max(LEAST);
     if values.len() < block_len { (Scaling::Over(least), least) } else { (Scaling::By(1.0 / least), absmax) }
 }
@@ -149,45 +140,98 @@ fn levels(values: &[f32], scaling: Scaling, borders: &[f32; 15], indices: &mut [
     }
 }
 
-per_isa! {
-    /// Blocks of values to indices of 4 bits.
-    fn nibbles(values: &[f32], block_len: usize, borders: &[f32; 15], codes: &mut [u8], absmax: &mut [f32]) {
-        // What no value fills at the end holds the index of 0.
-        let zero = borders.iter().filter(|border| 0.0 > **border).count() as u8;
-        let mut indices = [0_u8; 64];
-        for (block, (values, absmax)) in values.chunks(block_len).zip(absmax).enumerate() {
-            let (scaling, scale) = scaling(values, block_len);
-            *absmax = scale;
-            for (part, values) in values.chunks(indices.len()).enumerate() {
-                levels(values, scaling, borders, &mut indices);
-                let indices = &indices[..values.len()];
-                let at = block * block_len + part * 64;
-                if at.is_multiple_of(2) {
-                    let codes = &mut codes[at / 2..];
-                    let (pairs, single) = indices.as_chunks::<2>();
-                    for (code, [first, second]) in codes.iter_mut().zip(pairs) {
-                        *code = first << 4 | second;
-                    }
-                    if let [last] = single {
-                        codes[pairs.len()] = last << 4 | zero;
-                    }
-                } else {
-                    // A block that starts in the middle of a byte.
-                    for (at, index) in (at..).zip(indices) {
-                        let code = &mut codes[at / 2];
-                        *code = if at.is_multiple_of(2) { index << 4 | zero } else { *code & 0xF0 | index };
-                    }
+/// Blocks of values to indices of 4 bits; returns whether all values are finite.
+fn nibbles(
+    isa: Isa,
+    values: &[f32],
+    block_len: usize,
+    borders: &[f32; 15],
+    codes: &mut [u8],
+    absmax: &mut [f32],
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
+    fn avx512(values: &[f32], block_len: usize, borders: &[f32; 15], codes: &mut [u8], absmax: &mut [f32]) -> bool {
+        let bisect = Avx512::new(borders);
+        let whole = |values: &[f32; 64], factor, codes: &mut [u8; 32]| bisect.nibbles(values, factor, codes);
+        nibbles_by((values, block_len), borders, (codes, absmax), whole)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c,bmi2")]
+    fn avx2(values: &[f32], block_len: usize, borders: &[f32; 15], codes: &mut [u8], absmax: &mut [f32]) -> bool {
+        let bisect = Avx2::new(borders);
+        let whole = |values: &[f32; 64], factor, codes: &mut [u8; 32]| bisect.nibbles(values, factor, codes);
+        nibbles_by((values, block_len), borders, (codes, absmax), whole)
+    }
+    match isa.f32_unit() {
+        // SAFETY: the set comes from `isa` or `with_isa`, which hold no more than the processor has.
+        #[cfg(target_arch = "x86_64")]
+        F32Unit::Avx512 => unsafe { avx512(values, block_len, borders, codes, absmax) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        F32Unit::Avx2 => unsafe { avx2(values, block_len, borders, codes, absmax) },
+        _ => nibbles_by((values, block_len), borders, (codes, absmax), |values, factor, codes| {
+            let mut indices = [0_u8; 64];
+            levels(values, Scaling::By(factor), borders, &mut indices);
+            for (code, [first, second]) in codes.iter_mut().zip(indices.as_chunks::<2>().0) {
+                *code = first << 4 | second;
+            }
+        }),
+    }
+}
+
+/// See [`nibbles`]. `whole` takes 64 values by a factor.
+#[inline(always)]
+fn nibbles_by(
+    (values, block_len): (&[f32], usize),
+    borders: &[f32; 15],
+    (codes, absmax): (&mut [u8], &mut [f32]),
+    whole: impl Fn(&[f32; 64], f32, &mut [u8; 32]),
+) -> bool {
+    // What no value fills at the end holds the index of 0.
+    let zero = borders.iter().filter(|border| 0.0 > **border).count() as u8;
+    let mut indices = [0_u8; 64];
+    let mut finite = true;
+    for (block, (values, absmax)) in values.chunks(block_len).zip(absmax).enumerate() {
+        let (scaling, scale) = scaling(values, block_len, &mut finite);
+        *absmax = scale;
+        for (part, values) in values.chunks(indices.len()).enumerate() {
+            let at = block * block_len + part * 64;
+            if let (Ok(values), Scaling::By(factor), true) = (values.try_into(), scaling, at.is_multiple_of(2))
+                && let Some(codes) = codes[at / 2..].first_chunk_mut()
+            {
+                whole(values, factor, codes);
+                continue;
+            }
+            levels(values, scaling, borders, &mut indices);
+            let indices = &indices[..values.len()];
+            if at.is_multiple_of(2) {
+                let codes = &mut codes[at / 2..];
+                let (pairs, single) = indices.as_chunks::<2>();
+                for (code, [first, second]) in codes.iter_mut().zip(pairs) {
+                    *code = first << 4 | second;
+                }
+                if let [last] = single {
+                    codes[pairs.len()] = last << 4 | zero;
+                }
+            } else {
+                // A block that starts in the middle of a byte.
+                for (at, index) in (at..).zip(indices) {
+                    let code = &mut codes[at / 2];
+                    *code = if at.is_multiple_of(2) { index << 4 | zero } else { *code & 0xF0 | index };
                 }
             }
         }
     }
+    finite
 }
 
 per_isa! {
-    /// Blocks of values to indices of 8 bits into any code book.
-    fn bytes(values: &[f32], block_len: usize, borders: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
+    /// Blocks of values to indices of 8 bits into any code book; returns whether all values are finite.
+    fn bytes(values: &[f32], block_len: usize, borders: &[f32], codes: &mut [u8], absmax: &mut [f32]) -> bool {
+        let mut finite = true;
         for ((values, codes), absmax) in values.chunks(block_len).zip(codes.chunks_mut(block_len)).zip(absmax) {
-            let (scaling, scale) = scaling(values, block_len);
+            let (scaling, scale) = scaling(values, block_len, &mut finite);
             *absmax = scale;
             for (code, value) in codes.iter_mut().zip(values) {
                 let scaled = match scaling {
@@ -197,16 +241,19 @@ per_isa! {
                 *code = borders.partition_point(|border| *border < scaled) as u8;
             }
         }
+        finite
     }
 }
 
 per_isa! {
-    /// `round(x (1 / absmax · 127))`, ties to even, as indices from 0 for -127.
-    fn integers(values: &[f32], block_len: usize, codes: &mut [u8], absmax: &mut [f32]) {
+    /// `round(x (1 / absmax · 127))`, ties to even, as indices from 0 for -127; returns whether all values are finite.
+    fn integers(values: &[f32], block_len: usize, codes: &mut [u8], absmax: &mut [f32]) -> bool {
         // Adding and taking off 1.5 · 2^23 rounds to an integer, ties to even.
         const SHIFT: f32 = 12_582_912.0;
+        let mut finite = true;
         for ((values, codes), absmax) in values.chunks(block_len).zip(codes.chunks_mut(block_len)).zip(absmax) {
             *absmax = largest_magnitude(values);
+            finite &= absmax.is_finite();
             // Below 3.7e-37 the factor would be infinite; such a block is all zeros, as it is to bitsandbytes.
             let factor = 1.0 / *absmax * 127.0;
             let factor = if factor.is_finite() { factor } else { 0.0 };
@@ -215,6 +262,7 @@ per_isa! {
                 *code = (rounded.clamp(-127, 127) + 127) as u8;
             }
         }
+        finite
     }
 }
 

@@ -5,11 +5,13 @@
 //! double quantisation: Dettmers et al. 2023, <https://arxiv.org/abs/2305.14314>, section 3; of int8 by rows: Dettmers et al.
 //! 2022, <https://arxiv.org/abs/2208.07339>.
 
+#[cfg(target_arch = "x86_64")]
+mod bisect;
 mod decode;
 mod encode;
 
 pub(crate) use decode::Fused;
-pub use encode::encode;
+pub use encode::{ENCODING, encode};
 
 use crate::isa::isa;
 
@@ -145,12 +147,23 @@ impl Codec {
     }
 
     /// Bytes of the indices of so many values.
-    fn code_bytes(&self, values: usize) -> usize {
+    pub fn code_bytes(&self, values: usize) -> usize {
         if self.bits == 4 { values.div_ceil(2) } else { values }
     }
 
+    /// Rows of `cols` values that are whole blocks and whole bytes together, as few as there are.
+    pub fn whole_rows(&self, cols: usize) -> usize {
+        match self.block {
+            CodecBlock::Row => 2 / gcd(2, cols.max(1)),
+            CodecBlock::Flat(len) => {
+                let len = len * 2 / gcd(2, len);
+                len / gcd(len, cols.max(1))
+            }
+        }
+    }
+
     /// Values of a block of rows of `cols`.
-    fn block_len(&self, cols: usize) -> usize {
+    pub fn block_len(&self, cols: usize) -> usize {
         match self.block {
             CodecBlock::Flat(len) => len,
             CodecBlock::Row => cols.max(1),
@@ -161,6 +174,10 @@ impl Codec {
     fn is_linear(&self) -> bool {
         self.code.len() == 255 && self.code.iter().zip(-127..).all(|(c, i)| *c == i as f32 / 127.0)
     }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// bitsandbytes' signed dynamic map of 8 bits: for i below 7, the middles of 2^i equal parts of 0.1 to 1, times 10^(i - 6), with
@@ -241,6 +258,29 @@ impl Encoded {
 }
 
 impl EncodedScales {
+    /// A view of them.
+    pub fn view(&self) -> Scales<'_> {
+        match self {
+            Self::F32(scales) => Scales::F32(scales),
+            Self::Nested { codes, absmax, offset } => Scales::Nested { codes, absmax, offset: *offset },
+        }
+    }
+
+    /// Bytes that they take.
+    pub fn bytes(&self) -> usize {
+        self.view().bytes()
+    }
+}
+
+/// Scales of an encoded matrix, wherever they lie; see [`EncodedScales`].
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub enum Scales<'a> {
+    F32(&'a [f32]),
+    Nested { codes: &'a [u8], absmax: &'a [f32], offset: f32 },
+}
+
+impl Scales<'_> {
     /// Bytes that they take.
     pub fn bytes(&self) -> usize {
         match self {
@@ -255,7 +295,7 @@ impl EncodedScales {
 pub struct Coded<'a> {
     codec: &'a Codec,
     codes: &'a [u8],
-    scales: &'a EncodedScales,
+    scales: Scales<'a>,
     rows: usize,
     cols: usize,
     /// See [`Codec::is_linear`].
@@ -275,7 +315,7 @@ impl<'a> Coded<'a> {
         cols: usize,
     ) -> Result<Self, String> {
         codec.check()?;
-        Self::sized((codec, codec.is_linear()), codes, scales, rows, cols)
+        Self::sized((codec, codec.is_linear()), codes, scales.view(), rows, cols)
     }
 
     /// As [`Coded::new`].
@@ -285,7 +325,7 @@ impl<'a> Coded<'a> {
     pub fn of_checked(
         codec: &'a CheckedCodec,
         codes: &'a [u8],
-        scales: &'a EncodedScales,
+        scales: Scales<'a>,
         rows: usize,
         cols: usize,
     ) -> Result<Self, String> {
@@ -295,7 +335,7 @@ impl<'a> Coded<'a> {
     fn sized(
         (codec, linear): (&'a Codec, bool),
         codes: &'a [u8],
-        scales: &'a EncodedScales,
+        scales: Scales<'a>,
         rows: usize,
         cols: usize,
     ) -> Result<Self, String> {
@@ -303,8 +343,8 @@ impl<'a> Coded<'a> {
         let values = rows.checked_mul(cols).ok_or_else(|| format!("{name}: {rows} x {cols} is too large"))?;
         let blocks = values.div_ceil(codec.block_len(cols));
         let (count, nested) = match (scales, &codec.scales) {
-            (EncodedScales::F32(scales), ScaleStorage::F32) => (scales.len(), None),
-            (EncodedScales::Nested { codes, absmax, .. }, ScaleStorage::Nested { block, .. }) => {
+            (Scales::F32(scales), ScaleStorage::F32) => (scales.len(), None),
+            (Scales::Nested { codes, absmax, .. }, ScaleStorage::Nested { block, .. }) => {
                 (codes.len(), Some((absmax.len(), blocks.div_ceil(*block))))
             }
             _ => return Err(format!("{name}: its scales are not stored as the codec says")),
@@ -340,8 +380,8 @@ impl<'a> Coded<'a> {
     #[inline(always)]
     pub(crate) fn scale(&self, block: usize) -> f32 {
         match (self.scales, &self.codec.scales) {
-            (EncodedScales::F32(scales), _) => scales[block],
-            (EncodedScales::Nested { codes, absmax, offset }, ScaleStorage::Nested { block: nested, code }) => {
+            (Scales::F32(scales), _) => scales[block],
+            (Scales::Nested { codes, absmax, offset }, ScaleStorage::Nested { block: nested, code }) => {
                 code[usize::from(codes[block])] * absmax[block / nested] + offset
             }
             _ => unreachable!("`new` saw that both are nested"),
@@ -352,8 +392,8 @@ impl<'a> Coded<'a> {
     #[inline(always)]
     pub(crate) fn scales(&self, first: usize, out: &mut [f32]) {
         match (self.scales, &self.codec.scales) {
-            (EncodedScales::F32(scales), _) => out.copy_from_slice(&scales[first..first + out.len()]),
-            (EncodedScales::Nested { codes, absmax, offset }, ScaleStorage::Nested { block: nested, code }) => {
+            (Scales::F32(scales), _) => out.copy_from_slice(&scales[first..first + out.len()]),
+            (Scales::Nested { codes, absmax, offset }, ScaleStorage::Nested { block: nested, code }) => {
                 let code: &[f32; 256] = code.as_slice().try_into().expect("`check` saw 256 values");
                 let (mut at, mut out) = (first, out);
                 while !out.is_empty() {
@@ -595,6 +635,62 @@ mod tests {
         };
         let error = encode(&Codec::nf4(), 12, 64, &read).unwrap_err();
         assert_eq!(error, "nf4: row 7 holds a value that is not finite");
+    }
+
+    /// Values on the borders between levels, next to them, and anywhere, over blocks with and without a tail, of code books with fewer
+    /// levels, too: every processor finds as many borders below a value as a count does.
+    #[test]
+    fn every_way_to_search_finds_the_level_that_a_count_of_borders_does() {
+        for levels in [2, 3, 9, 15, 16] {
+            for (block, cols) in [(64, 64), (128, 192), (96, 97), (7, 64)] {
+                let code = NF4[..levels].to_vec();
+                let codec = Codec { code, block: CodecBlock::Flat(block), scales: ScaleStorage::F32, ..Codec::nf4() };
+                let borders: Vec<f32> =
+                    codec.code.windows(2).map(|w| ((f64::from(w[0]) + f64::from(w[1])) / 2.0) as f32).collect();
+                let mut random = Stream::new(levels as u64, block as u64);
+                let edges: Vec<f32> = borders.iter().flat_map(|b| [b.next_down(), *b, b.next_up()]).collect();
+                let mut values: Vec<f32> = (0..5 * cols).map(|_| random.uniform_f32() * 2.0 - 1.0).collect();
+                values
+                    .iter_mut()
+                    .enumerate()
+                    .filter(|(i, _)| i % 3 == 0)
+                    .for_each(|(i, v)| *v = edges[i / 3 % edges.len()]);
+                // Each block has 1 as its largest magnitude, so that its values are those that are searched for.
+                values.chunks_mut(block).for_each(|block| block[0] = if block.len() % 2 == 0 { 1.0 } else { -1.0 });
+                for isa in [Isa::PORTABLE, Isa::AVX2, Isa::AVX512].map(|isa| isa.and(Isa::detected())) {
+                    let Encoded { codes, .. } = with_isa(isa, || encoded(&codec, 5, cols, &values));
+                    for (i, value) in values.iter().enumerate() {
+                        let index = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+                        let count = borders.iter().filter(|border| **border < *value).count();
+                        assert_eq!(usize::from(index), count, "{value} of {levels} levels, {block}, {isa:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What was encoded earlier is kept by [`ENCODING`]: whoever changes these bytes gives that another number.
+    #[test]
+    fn the_number_of_the_encoding_stands_for_its_bytes() {
+        let mut random = Stream::new(8, 5);
+        let values: Vec<f32> = (0..37 * 96).map(|_| random.uniform_f32() - 0.5).collect();
+        let digests: Vec<u64> = codecs()
+            .iter()
+            .map(|codec| {
+                let Encoded { codes, scales } = encoded(codec, 37, 96, &values);
+                let (own, floats, offset) = match &scales {
+                    EncodedScales::F32(scales) => (&[][..], scales, 0.0),
+                    EncodedScales::Nested { codes, absmax, offset } => (&codes[..], absmax, *offset),
+                };
+                let floats = floats.iter().chain([&offset]).flat_map(|value| value.to_le_bytes());
+                let bytes = codes.iter().chain(own).copied().chain(floats);
+                bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+            })
+            .collect();
+        assert_eq!(
+            (ENCODING, digests),
+            (1, vec![14705146011889278594, 11735356620653439259, 2900237598417604509, 13171383389566029189])
+        );
     }
 
     #[test]

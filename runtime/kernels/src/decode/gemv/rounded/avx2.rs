@@ -10,7 +10,8 @@ use super::book::{BlockScales, Levels};
 use super::{GROUP, PIECE, RoundedRows, SPAN, prefetch};
 use crate::isa::{Dpbusd, Run};
 use crate::storage::Storage;
-use crate::storage::whole::{Block, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q8_0, SuperBlock, six_bits, sub_blocks};
+use crate::storage::format::sub_blocks;
+use crate::storage::whole::{Block, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q8_0, SuperBlock, six_bits};
 
 /// Computes a job of M rows of x from the `first` on.
 ///

@@ -24,12 +24,26 @@ impl Levels {
     /// small that there are no such steps.
     #[inline(always)]
     pub fn steps(levels: &[f32; 16]) -> Option<(f32, f32)> {
+        Self::steps_to(levels, Self::MOST)
+    }
+
+    /// The same where the largest magnitude becomes `most`.
+    #[inline(always)]
+    fn steps_to(levels: &[f32; 16], most: f32) -> Option<(f32, f32)> {
         let largest = levels[0].abs().max(levels[15].abs());
-        let (inverse, factor) = (Self::MOST / largest, largest / Self::MOST);
+        let (inverse, factor) = (most / largest, largest / most);
         (inverse.is_normal() && factor.is_normal()).then_some((inverse, factor))
     }
 
+    /// Those of a weight that is stored so, to be split into two bytes with a sign each: the largest number of them is 127 · 2^8 + 127.
+    #[cfg(any(test, target_arch = "aarch64"))]
+    #[inline(always)]
+    pub fn of_signed_bytes(w: &Matrix<'_>) -> Option<Self> {
+        Self::to(w, f32::from(127_i16 * 256 + 127))
+    }
+
     /// The upper bytes of the levels plus `zero`, and the lower ones.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn bytes(&self, zero: i32) -> [[u8; 16]; 2] {
         let mut bytes = [[0; 16]; 2];
@@ -40,11 +54,17 @@ impl Levels {
     }
 
     /// Those of a weight that is stored so.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn of(w: &Matrix<'_>) -> Option<Self> {
+        Self::to(w, Self::MOST)
+    }
+
+    #[inline(always)]
+    fn to(w: &Matrix<'_>, most: f32) -> Option<Self> {
         match w.coded.as_ref()?.fused()? {
             Fused::Nibbles(levels) => {
-                let (inverse, factor) = Self::steps(&levels)?;
+                let (inverse, factor) = Self::steps_to(&levels, most)?;
                 Some(Self { whole: levels.map(|level| nearest_whole(level, inverse)), factor })
             }
             Fused::Linear => None,
@@ -81,6 +101,13 @@ impl<'a> BlockScales<'a> {
     }
 
     /// Of each group of a span; after the row's last group any that there are.
+    #[cfg(any(test, target_arch = "aarch64"))]
+    #[inline(always)]
+    pub fn of_groups(&self, span: usize) -> [f32; SPAN] {
+        std::array::from_fn(|group| self.scales[(span * SPAN + group) / self.groups])
+    }
+
+    /// The same in a vector.
     ///
     /// # Safety
     /// The row has the span, and the processor has AVX2.

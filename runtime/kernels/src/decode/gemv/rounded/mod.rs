@@ -13,16 +13,23 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod book;
+#[cfg(any(test, target_arch = "aarch64"))]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
 use std::ops::{Deref, DerefMut};
+#[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
 use self::book::Levels;
 use super::{FewRows, Job, ROWS};
 use crate::element::{eight_bit_scale, nearest_whole};
-use crate::isa::{Feature, Int8Unit, Isa, isa, per_isa};
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::isa::F32Unit;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Int8Unit;
+use crate::isa::{Feature, Isa, isa, per_isa};
 use crate::matmul::Matrix;
 use crate::storage::Storage;
 use crate::storage::codec::Fused;
@@ -52,6 +59,7 @@ pub struct RoundedRows {
     /// The sum of what each row was rounded to.
     totals: Vec<f32>,
     /// See [`RoundedRows::words`].
+    #[cfg(target_arch = "x86_64")]
     words: OnceLock<Lines<i16, 32>>,
 }
 
@@ -153,6 +161,7 @@ impl RoundedRows {
             sums: Lines::zeros(all),
             halves: Lines::zeros(2 * all),
             totals: vec![0.0; m],
+            #[cfg(target_arch = "x86_64")]
             words: OnceLock::new(),
         };
         let isa = isa();
@@ -242,7 +251,7 @@ impl RoundedRows {
 ///
 /// # Safety
 /// The job is as [`super::gemv`] checked it, [`Matrix::takes_rounded`] of its weight.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 pub(super) unsafe fn run<const M: usize>(
     isa: Isa,
     job: &Job<'_>,
@@ -250,7 +259,25 @@ pub(super) unsafe fn run<const M: usize>(
     first: usize,
     scratch: &mut Vec<f32>,
 ) {
-    // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2, and rows lie in fours where there is VNNI.
+    // SAFETY: passed on to the caller; a weight takes rounded rows where there is AVX2 or AArch64's vectors.
+    unsafe {
+        match isa.f32_unit() {
+            #[cfg(target_arch = "x86_64")]
+            F32Unit::Avx512 | F32Unit::Avx2 => on_x86::<M>(isa, job, x, first, scratch),
+            #[cfg(any(test, target_arch = "aarch64"))]
+            F32Unit::Neon => neon::run::<M>(isa, job, x, first, scratch),
+            unit => unreachable!("rows are not rounded for {unit:?}"),
+        }
+    }
+}
+
+/// See [`run`].
+///
+/// # Safety
+/// See there.
+#[cfg(target_arch = "x86_64")]
+unsafe fn on_x86<const M: usize>(isa: Isa, job: &Job<'_>, x: &RoundedRows, first: usize, scratch: &mut Vec<f32>) {
+    // SAFETY: passed on to the caller; rows lie in fours where there is VNNI.
     unsafe {
         match (x.order, Levels::of(job.w)) {
             (Order::Rows, None) if isa.int8_unit() == Int8Unit::AvxVnni => {
@@ -312,7 +339,7 @@ per_isa! {
 
 impl Matrix<'_> {
     /// Whether a few rows of x in eight bits are multiplied with this weight: if it is stored as whole numbers by blocks or by a book of
-    /// sixteen levels, and the processor has AVX2.
+    /// sixteen levels, and the processor has AVX2 or AArch64's vectors.
     pub fn takes_rounded(&self) -> bool {
         let whole = match self.storage {
             Storage::Q4_0 | Storage::Q4_1 | Storage::Q5_0 | Storage::Q5_1 | Storage::Q8_0 => true,
@@ -324,7 +351,7 @@ impl Matrix<'_> {
             },
             Storage::F32 | Storage::F16 | Storage::BF16 | Storage::Native => false,
         };
-        whole && isa().has(Feature::Avx2)
+        whole && (isa().has(Feature::Avx2) || isa().has(Feature::Neon))
     }
 }
 
@@ -336,6 +363,11 @@ mod tests {
     use crate::isa::with_isa;
     use crate::storage::codec::{Codec, encode};
     use crate::{CodecBlock, Encoded, EncodedScales, RowOrder, ScaleStorage, Stream};
+
+    /// Whether rows are multiplied in eight bits.
+    fn rounds(isa: &Isa) -> bool {
+        isa.has(Feature::Avx2) || isa.has(Feature::Neon)
+    }
 
     /// Values (n, r) as a coded matrix.
     fn encoded(codec: &Codec, values: &[f32], n: usize, r: usize) -> Encoded {
@@ -373,7 +405,7 @@ mod tests {
         w.decode_rows(0..n, &mut decoded);
         let mut stream = Stream::new(9, 1);
         let (x, step) = (padded(&random(&mut stream, m * k), m, k), FewRows::padded(k));
-        for isa in isas().filter(|isa| isa.has(Feature::Avx2)) {
+        for isa in isas().filter(rounds) {
             let product = |rows: std::ops::Range<usize>, of: std::ops::Range<usize>| {
                 let mut out = vec![f32::NAN; rows.len() * of.len()];
                 with_isa(isa, || {
@@ -474,7 +506,7 @@ mod tests {
         scales[7] = f32::NAN;
         let (codes, scales) = (vec![0x3C; n * k / 2], EncodedScales::F32(scales));
         let w = Matrix::coded(&codec, &codes, &scales, n, k).unwrap();
-        for isa in isas().filter(|isa| isa.has(Feature::Avx2)) {
+        for isa in isas().filter(rounds) {
             for m in [1, 3] {
                 let values = vec![0.5; m * k];
                 let x = FewRows { values: &values, step: k, rounded: None };
@@ -495,7 +527,7 @@ mod tests {
             let codec = Codec { code, scales: ScaleStorage::F32, ..Codec::nf4() };
             let (codes, scales) = (vec![0x10; 32], EncodedScales::F32(vec![1.0]));
             let w = Matrix::coded(&codec, &codes, &scales, 1, 64).unwrap();
-            assert_eq!(w.takes_rounded(), codec.code[1] == 3e38 && isa().has(Feature::Avx2), "{:?}", codec.code);
+            assert_eq!(w.takes_rounded(), codec.code[1] == 3e38 && rounds(&isa()), "{:?}", codec.code);
         }
     }
 

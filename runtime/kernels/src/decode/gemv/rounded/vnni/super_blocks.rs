@@ -6,7 +6,8 @@ use std::arch::x86_64::*;
 
 use super::super::SPAN;
 use super::{Format, Scales, beside, fifth, nibbles};
-use crate::storage::whole::{half_bytes, six_bits, sub_blocks};
+use crate::storage::format::sub_blocks;
+use crate::storage::whole::{half_bytes, six_bits};
 
 /// Scales and minima of six bits each, after the block's own in half precision at `p`.
 #[inline(always)]

@@ -1,7 +1,13 @@
--- Fine-tunes a model on a JSONL file, measures it on held-out rows, saves the adapter and lets it answer.
+-- Fine-tunes a model on a file of rows, measures it on held-out rows, saves the adapter and lets it answer.
 -- Run: homeroom run configs/fine_tune.toml --set model=MODEL --set dataset=rows.jsonl
 local model = homeroom.load_model { name = params.model, strategy = params.strategy }
-local data = homeroom.prepare_dataset { path = params.dataset, eval = params.eval }
+local data = homeroom.prepare_dataset {
+  path = params.dataset,
+  columns = params.columns,
+  system = params.system,
+  on_bad_row = params.on_bad_row,
+  eval = params.eval,
+}
 
 local tuned = homeroom.fine_tune {
   model = model,

@@ -45,6 +45,8 @@ mod reload;
 #[cfg(target_os = "linux")]
 mod results;
 #[cfg(unix)]
+mod rows;
+#[cfg(unix)]
 mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]

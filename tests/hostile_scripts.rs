@@ -410,7 +410,14 @@ fn a_script_cannot_name_what_its_user_has_not() -> Result<()> {
     }
     cases.push(("homeroom.prepare_dataset { path = params.text }".to_owned(), outside));
     cases.push(("homeroom.prepare_dataset { path = \"pipe\" }".to_owned(), "not a regular file"));
-    cases.push(("homeroom.prepare_dataset { path = \"sub\" }".to_owned(), "a directory, not a regular file"));
+    std::fs::create_dir(place.path("project/leaking"))?;
+    std::os::unix::fs::symlink(place.path("secret.jsonl"), place.path("project/leaking/train.jsonl"))?;
+    cases.push(("homeroom.prepare_dataset { path = \"leaking\" }".to_owned(), outside));
+    std::fs::create_dir(place.path("project/waiting"))?;
+    pipe(&place.path("project/waiting/train.jsonl"))?;
+    cases.push(("homeroom.prepare_dataset { path = \"waiting\" }".to_owned(), "not a regular file"));
+    cases.push(("homeroom.prepare_dataset { path = \"-\" }".to_owned(), "there is no file"));
+    cases.push(("homeroom.prepare_dataset { path = { \"sub\", \"../secret.jsonl\" } }".to_owned(), outside));
     cases.push(("homeroom.prepare_dataset { path = \"gone.jsonl\" }".to_owned(), "there is no file"));
     for model in [keys.as_str(), "../keys", "linked", "/"] {
         for verb in [
@@ -457,7 +464,7 @@ fn a_script_cannot_name_what_its_user_has_not() -> Result<()> {
     assert!(!place.path("home/models").exists() && !place.path("home/handlers.toml").exists());
     // What is allowed: below the TOML file, by a parameter, and both as absolute paths.
     let inside = place.path("project/sub/rows.jsonl").display().to_string();
-    for path in ["\"sub/rows.jsonl\"", "\"./sub/../rows.jsonl\"", "params.dataset", &format!("{inside:?}")] {
+    for path in ["\"sub/rows.jsonl\"", "\"./sub/../rows.jsonl\"", "params.dataset", "\"sub\"", &format!("{inside:?}")] {
         assert_eq!(place.result(&format!("return #homeroom.prepare_dataset {{ path = {path} }}.train"))?, 20, "{path}");
     }
     let output = place

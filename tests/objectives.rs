@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::AdapterFiles;
-use homeroom_engine::data::{Encoder, Group, OnLongRow, load_groups};
+use homeroom_engine::data::{Encoder, Group, OnLongRow, Reading, Source, load_groups};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{
@@ -45,7 +45,8 @@ fn groups(model: &BaseModel, kind: Kind) -> Result<Vec<Group>> {
         max_seq_len: model.architecture.max_position_embeddings,
         on_long_row: OnLongRow::Refuse,
     };
-    let mut groups = load_groups(&fixture(file), encoder, kind.rows(), kind.name())?.examples;
+    let files = [Source::file(fixture(file))];
+    let mut groups = load_groups(&files, &Reading::default(), encoder, kind.rows(), kind.name())?.examples;
     kind.mark(&mut groups);
     groups.truncate(11);
     Ok(groups)
@@ -467,8 +468,12 @@ fn rows_and_options_of_another_objective_are_refused_with_the_one_to_choose() ->
     let (preference, rated, plain) = ("objectives/preference.jsonl", "objectives/rated.jsonl", "rows/colours.jsonl");
     let check =
         |rows: &str, arguments: &[&str], words: &[&str]| refused(fine_tune(&place, rows).args(arguments), words);
-    check(preference, &[], &["line 1: has `chosen` and `rejected`: rows for dpo or orpo; sft learns", "--objective"])?;
-    check(rated, &[], &["line 1: has a `label` that rates its completion: rows for kto; sft learns"])?;
+    check(
+        preference,
+        &[],
+        &["all 11 rows: has `chosen` and `rejected`: rows for dpo or orpo; sft learns", "--objective"],
+    )?;
+    check(rated, &[], &["rows: has a `label` that rates its completion: rows for kto; sft learns"])?;
     check(
         plain,
         &["--objective", "dpo"],

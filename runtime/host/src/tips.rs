@@ -337,7 +337,7 @@ fn value(wrong: &str, command: &Command, arguments: &[OsString]) -> Option<Strin
         return None;
     }
     let flags = match wrong.rsplit('.').next() {
-        Some("json" | "jsonl") => ["--training-file", "--file"],
+        Some("json" | "jsonl" | "csv" | "tsv" | "gz") => ["--training-file", "--file"],
         _ => ["--model-name", "--model-dir"],
     };
     let flag = flags.into_iter().find(|flag| has(command, flag))?;

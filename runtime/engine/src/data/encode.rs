@@ -10,7 +10,7 @@ use super::group::Group;
 use super::problem::{BAD_ROW, NO_EMBEDDING, NO_TEMPLATE, NOT_RENDERED, NOTHING, Problem, TOO_LONG, thousands};
 use super::row::RowKind;
 use super::{Example, Row};
-use crate::text::template::{ChatTemplate, Rendered};
+use crate::text::template::{ChatTemplate, Given, Rendered};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::tokens::{token_starts, tokenize};
 use crate::words::value_of;
@@ -102,7 +102,9 @@ impl Encoder<'_> {
     /// are: a special token in `text` is that token, and one tokenisation covers prompt and completion.
     fn encode(&self, row: &Row) -> Result<Vec<Sequence>, Problem> {
         let sequences = match row {
-            Row::Messages { messages, tools } => self.encode_messages(messages, tools.as_ref())?,
+            Row::Messages { messages, tools, documents } => {
+                self.encode_messages(messages, Given { tools: tools.as_ref(), documents: documents.as_ref() })?
+            }
             Row::PromptCompletion { system, prompt, completion, tools } => match self.template {
                 Some(_) => {
                     let said = |role: &str, text: &str| serde_json::json!({"role": role, "content": text});
@@ -116,7 +118,7 @@ impl Encoder<'_> {
                     let mut messages = Vec::with_capacity(3);
                     messages.extend(system.as_ref().map(|text| said("system", text)));
                     messages.extend([said("user", prompt), said("assistant", completion)]);
-                    self.encode_messages(&messages, tools.as_ref())?
+                    self.encode_messages(&messages, tools.as_ref().into())?
                 }
                 None if system.is_some() => {
                     let detail = "`system` needs a chat template, and the model has none";
@@ -155,7 +157,7 @@ impl Encoder<'_> {
         Ok(sequence)
     }
 
-    fn encode_messages(&self, messages: &[Json], tools: Option<&Json>) -> Result<Vec<Sequence>, Problem> {
+    fn encode_messages(&self, messages: &[Json], given: Given<'_>) -> Result<Vec<Sequence>, Problem> {
         let Some(template) = self.template else {
             let detail = "`messages` need a chat template, and the model has none";
             return Err(Problem::new(NO_TEMPLATE, detail));
@@ -165,8 +167,8 @@ impl Encoder<'_> {
             let kind = if detail.starts_with(NOTHING) { NOTHING } else { NOT_RENDERED };
             Problem::new(kind, detail)
         };
-        let control = self.tokenizer.control_in(messages, tools).map_err(problem)?;
-        let texts: Vec<Rendered> = template.render_for_training(messages, tools, &control).map_err(problem)?;
+        let control = self.tokenizer.control_in(messages, given).map_err(problem)?;
+        let texts: Vec<Rendered> = template.render_for_training(messages, given, &control).map_err(problem)?;
         texts.iter().map(|text| tokenize(text, self.tokenizer).map_err(problem)).collect()
     }
 

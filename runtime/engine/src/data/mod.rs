@@ -1,25 +1,34 @@
-//! Training data: the rows of a JSONL file, and the token sequences that they become.
+//! Training data: rows as people have them, and the token sequences that they become.
 //!
-//! A file holds rows of one shape (see [`RowFormat`]). It is read line by line; the JSON of a row is gone when its
-//! tokens are made. Problems are gathered over the whole file and told at once, by line.
+//! [`Sources`] are the files that a user names, [`Reading`] says how they are read. `read` finds out what a file is and yields its rows one by
+//! one, through `table` or `json`; `form` finds out what is what in a row and writes it with our own keys; `row` checks it. The text of a
+//! row is gone when its tokens are made. Problems are gathered over whole files and told at once, by line.
 
+mod check;
+mod columns;
 mod dataset;
 mod encode;
 mod example;
+mod form;
 mod group;
-mod jsonl;
+mod json;
+mod names;
 pub mod order;
 mod problem;
+mod read;
 mod row;
+mod table;
 #[cfg(test)]
 mod tests;
 mod unit;
 
-pub use self::dataset::{Dataset, OfLine, load_groups, load_jsonl, note_endless};
+pub use self::check::{check_rows, read_texts};
+pub use self::columns::{Columns, ROLES, Role};
+pub use self::dataset::{Dataset, FileOfRows, OfLine, load_examples, load_groups, note_endless};
 pub use self::encode::{Encoder, OnLongRow, end_of_turn};
 pub use self::example::{Example, preview};
 pub use self::group::Group;
-pub use self::jsonl::{check_jsonl, check_rows, parse_rows, read_texts};
 pub use self::problem::{Problem, Problems};
+pub use self::read::{OnBadRow, Reading, Recognised, Source, Sources};
 pub use self::row::{Row, RowFormat, RowKind, check_row, check_row_for};
 pub use self::unit::Unit;

@@ -56,6 +56,60 @@ pub fn sample(n: usize, count: usize, seed: u64) -> Vec<usize> {
     rows
 }
 
+/// `count` of the rows with these weights by chance, ascending: each drawn in proportion to its weight, at most once each or, with
+/// `replace`, as often as it comes. A row of weight 0 is never drawn. Without `replace` there may be fewer rows with a weight; then it is all
+/// of these.
+///
+/// Without replacement it is the largest of `ln(u) / w`: Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir",
+/// <https://doi.org/10.1016/j.ipl.2005.11.003>.
+///
+/// # Errors
+/// When a weight is negative or not finite, or none is above 0.
+pub fn weighted_sample(weights: &[f64], count: usize, seed: u64, replace: bool) -> Result<Vec<usize>> {
+    let wrong = weights.iter().position(|weight| !weight.is_finite() || *weight < 0.0);
+    if let Some(row) = wrong {
+        anyhow::bail!("the weight of row {} is {}; it should be a number from 0", row + 1, weights[row]);
+    }
+    ensure!(weights.iter().any(|weight| *weight > 0.0), "no row has a weight above 0");
+    let mut random = Stream::new(seed, MIX);
+    let mut rows: Vec<usize> = match replace {
+        true => {
+            let mut total = 0.0;
+            let sums: Vec<f64> = weights
+                .iter()
+                .map(|weight| {
+                    total += weight;
+                    total
+                })
+                .collect();
+            // The first sum above the number: rows of weight 0 have the sum of the row before them.
+            (0..count).map(|_| random.uniform() * total).map(|at| sums.partition_point(|sum| *sum <= at)).collect()
+        }
+        false => {
+            let keyed = weights.iter().enumerate().map(|(row, weight)| (random.uniform().ln() / weight, row, *weight));
+            let mut keyed: Vec<(f64, usize, f64)> = keyed.filter(|(_, _, weight)| *weight > 0.0).collect();
+            keyed.sort_by(|a, b| b.0.total_cmp(&a.0));
+            keyed.into_iter().take(count).map(|(_, row, _)| row).collect()
+        }
+    };
+    rows.sort_unstable();
+    Ok(rows)
+}
+
+/// Which of several lists each place of a mixture is taken from, so that after every place each list has had its share as nearly as whole
+/// rows allow: the list that is furthest behind is next, of equal ones the first. Shares are in proportion, all above 0. It never ends.
+pub fn mixture(shares: &[f64]) -> impl Iterator<Item = usize> + use<> {
+    let total: f64 = shares.iter().sum();
+    let shares: Vec<f64> = shares.iter().map(|share| share / total).collect();
+    let mut taken = vec![0.0; shares.len()];
+    (1..).map(move |place: u64| {
+        let behind = |list: usize| shares[list] * place as f64 - taken[list];
+        let next = (1..shares.len()).fold(0, |best, list| if behind(list) > behind(best) { list } else { best });
+        taken[next] += 1.0;
+        next
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,5 +169,41 @@ mod tests {
         assert!(message(1, 0.1).contains("1 row(s) cannot be split into 0.1"));
         assert!(message(9, 1.0).contains("1 is not a fraction"));
         assert!(message(9, f64::NAN).contains("NaN is not a fraction"));
+    }
+
+    #[test]
+    fn weighted_rows_come_in_proportion_and_those_without_a_weight_never() {
+        let weights = [0.0, 1.0, 3.0, 0.0, 6.0];
+        let mut counts = [0; 5];
+        for row in weighted_sample(&weights, 10_000, 5, true).unwrap() {
+            counts[row] += 1;
+        }
+        assert_eq!((counts[0], counts[3]), (0, 0));
+        // 1000, 3000 and 6000; standard deviations 30, 46, 49.
+        assert!((880..1120).contains(&counts[1]) && (2820..3180).contains(&counts[2]), "{counts:?}");
+        let mut first = [0; 5];
+        for seed in 0..5000 {
+            let drawn = weighted_sample(&weights, 1, seed, false).unwrap();
+            first[drawn[0]] += 1;
+        }
+        assert!((420..580).contains(&first[1]) && (1370..1630).contains(&first[2]), "{first:?}");
+        assert_eq!(weighted_sample(&weights, 9, 1, false).unwrap(), [1, 2, 4]);
+        for wrong in [[0.0, 0.0], [1.0, -1.0], [f64::NAN, 1.0], [1.0, f64::INFINITY]] {
+            assert!(weighted_sample(&wrong, 1, 1, true).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_mixture_has_its_shares_at_every_place() {
+        let shares = [5.0, 2.0, 0.5];
+        let mut counts = [0.0; 3];
+        for (place, list) in mixture(&shares).take(1000).enumerate() {
+            counts[list] += 1.0;
+            for (count, share) in counts.iter().zip(shares) {
+                let behind: f64 = share / 7.5 * (place + 1) as f64 - count;
+                assert!(behind.abs() < 1.5, "{behind} at {place}");
+            }
+        }
+        assert_eq!(mixture(&[1.0, 1.0]).take(4).collect::<Vec<_>>(), [0, 1, 0, 1]);
     }
 }

@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use homeroom_abi::describe::nearest;
 use serde_json::{Map, Value as Json, json};
 
-use super::problem::{BAD_ROW, MIXED, NOT_JSON, NOT_UTF8, NOTHING, OTHER_OBJECTIVE, OTHER_ROWS, Problem, UNKNOWN_ROW};
-use crate::text::template::join_parts;
+use super::form::Forms;
+use super::problem::{BAD_ROW, NOTHING, OTHER_OBJECTIVE, OTHER_ROWS, Problem, UNKNOWN_ROW};
+use super::read::Reading;
 
 /// The roles of a message, as OpenAI names them.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -42,10 +43,12 @@ pub enum RowKind {
 pub enum Row {
     /// A conversation; `tools` is a list.
     Messages {
-        /// OpenAI's messages, `content` being a string where there is any: parts are joined, as they are where a model is served.
+        /// OpenAI's messages, `content` being a string or a list of parts that are text, where there is any.
         messages: Vec<Json>,
         /// The tools that the assistant may call.
         tools: Option<Json>,
+        /// The documents that the assistant may draw on: a list of objects.
+        documents: Option<Json>,
     },
     /// A prompt and its completion, as strings.
     PromptCompletion {
@@ -133,7 +136,7 @@ impl RowKind {
 /// # Errors
 /// Why it is refused.
 pub fn check_row(text: &str) -> Result<Row, Problem> {
-    parse_line(text.as_bytes(), &mut None, None)
+    check(text, None)
 }
 
 /// The same of a row from which `objective` is to learn, which learns from rows of this kind.
@@ -141,41 +144,19 @@ pub fn check_row(text: &str) -> Result<Row, Problem> {
 /// # Errors
 /// Why it is refused.
 pub fn check_row_for(text: &str, kind: RowKind, objective: &str) -> Result<Row, Problem> {
-    let row = parse_line(text.as_bytes(), &mut None, Some(kind))?;
+    let row = check(text, Some(kind))?;
     kind.check(row.kind(), objective)?;
     Ok(row)
 }
 
-/// Parses a line. `wanted`: what is to be learned, if that is known; a row may have the keys of two forms.
-pub(super) fn parse_line(
-    bytes: &[u8],
-    format: &mut Option<RowFormat>,
-    wanted: Option<RowKind>,
-) -> Result<Row, Problem> {
-    let text = std::str::from_utf8(bytes)
-        .map_err(|e| Problem::new(NOT_UTF8, format!("{NOT_UTF8}: byte {} of the line", e.valid_up_to() + 1)))?;
-    let json: Json = serde_json::from_str(text).map_err(|e| {
-        // serde_json counts lines too, and ours is its only one.
-        let message = e.to_string().replace(" at line 1 column", " at column");
-        Problem::new(NOT_JSON, format!("{NOT_JSON}: {message}"))
-    })?;
-    let Json::Object(fields) = json else {
-        let detail = format!("not an object but {}", kind_of(&json));
-        return Err(Problem::new(UNKNOWN_ROW, detail));
-    };
-    let found = recognise(&fields, *format, wanted)?;
-    match *format {
-        Some(expected) if expected != found => {
-            Err(Problem::new(MIXED, format!("has {}, while the rows before have {}", found.keys(), expected.keys())))
-        }
-        _ => {
-            *format = Some(found);
-            parse_row(fields, found).map_err(|detail| {
-                let nothing = detail.starts_with(NOTHING);
-                Problem::new(if nothing { NOTHING } else { BAD_ROW }, detail)
-            })
-        }
-    }
+fn check(text: &str, wanted: Option<RowKind>) -> Result<Row, Problem> {
+    Ok(Forms::new(&Reading::default(), wanted).json(text.as_bytes(), None)?.1)
+}
+
+/// What a row is refused for, as a problem.
+pub(super) fn problem_of(detail: String) -> Problem {
+    let nothing = detail.starts_with(NOTHING);
+    Problem::new(if nothing { NOTHING } else { BAD_ROW }, detail)
 }
 
 impl RowFormat {
@@ -188,7 +169,7 @@ impl RowFormat {
         }
     }
 
-    fn keys(self) -> &'static str {
+    pub(super) fn keys(self) -> &'static str {
         match self {
             Self::Messages => "`messages`",
             Self::PromptCompletion => "`prompt` and `completion`",
@@ -199,8 +180,11 @@ impl RowFormat {
     }
 }
 
-/// The shape of a row. `before`: that of the rows before it.
-fn recognise(
+/// The shape of a row with our own keys. `before`: that of the rows before it.
+///
+/// # Errors
+/// When it has none of them, or half of them.
+pub(super) fn recognise(
     fields: &Map<String, Json>,
     before: Option<RowFormat>,
     wanted: Option<RowKind>,
@@ -240,23 +224,20 @@ fn recognise(
         detail.push_str("; `chosen` and `rejected` go together");
     } else if has("prompt") || has("completion") {
         detail.push_str("; `prompt` and `completion` go together");
-    } else if has("instruction") && has("output") {
-        detail.push_str("; rename `instruction` to `prompt` and `output` to `completion`");
-    } else if has("conversations") {
-        detail.push_str("; write `conversations` as `messages` with `role` and `content`");
     }
     Err(Problem::new(UNKNOWN_ROW, detail))
 }
 
-fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, String> {
+pub(super) fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Result<Row, String> {
     let mut take = |key: &str| fields.remove(key).unwrap_or(Json::Null);
     match format {
         RowFormat::Messages => {
             let (messages, system) = (take("messages"), take("system"));
             let messages = with_system(parse_messages("messages", messages)?, parse_system(system)?)?;
-            let tools = parse_tools(take("tools"))?;
+            check_order(&messages)?;
+            let (tools, documents) = (parse_tools(take("tools"))?, parse_documents(take("documents"))?);
             check_unread(&fields, format, messages.iter().any(is_system))?;
-            Ok(Row::Messages { messages, tools })
+            Ok(Row::Messages { messages, tools, documents })
         }
         RowFormat::PromptCompletion => {
             let asked = Asked { prompt: take("prompt"), system: take("system"), tools: take("tools") };
@@ -320,7 +301,7 @@ impl Asked {
                     message["weight"] = 0.into();
                 }
                 messages.extend(parse_messages(key, completion)?);
-                Ok(Row::Messages { messages: with_system(messages, system)?, tools })
+                Ok(Row::Messages { messages: with_system(messages, system)?, tools, documents: None })
             }
             (prompt, completion) => Err(format!(
                 "`prompt` is {} and `{key}` is {}; both must be strings or both lists of messages",
@@ -367,7 +348,7 @@ fn part_prompt(prompt: Json, chosen: Json, rejected: Json) -> Result<(Json, Json
 }
 
 /// What a label says, if it rates: true, "up" and "👍" are good, false, "down" and "👎" are not. Numbers are classes as often.
-fn rating(label: &Json) -> Option<bool> {
+pub(super) fn rating(label: &Json) -> Option<bool> {
     match label {
         Json::Bool(label) => Some(*label),
         Json::String(word) => match word.trim().to_ascii_lowercase().as_str() {
@@ -388,15 +369,15 @@ fn has_system(row: &Row) -> bool {
 }
 
 /// Keys that change what a row means where others write them, and what to do about them here. Rows of `text` have all in the text.
-const UNREAD: [(&str, &str); 4] = [
+const UNREAD: [(&str, &str); 3] = [
     ("functions", "rename it to `tools`, each being `{\"type\": \"function\", \"function\": …}`"),
     ("system_prompt", "rename it to `system`"),
     ("chat_template_kwargs", "take it out"),
-    ("documents", "put it into what is asked"),
 ];
 /// The same beside `prompt` and `completion`.
-const UNREAD_BESIDE_PROMPT: [(&str, &str); 5] = [
-    ("input", "put it into `prompt`"),
+const UNREAD_BESIDE_PROMPT: [(&str, &str); 6] = [
+    ("documents", "write the row as `messages`"),
+    ("input", "put it into `prompt`, or say `--columns input=input` and it stands behind the prompt"),
     ("history", "write the row as `messages`"),
     ("reasoning_content", "write the row as `messages`, in which that of the assistant has it"),
     ("reasoning", "write the row as `messages`, in which that of the assistant has it"),
@@ -415,7 +396,7 @@ fn check_unread(fields: &Map<String, Json>, format: RowFormat, has_system: bool)
 }
 
 /// Whether a field says something.
-fn is_given(value: Option<&Json>) -> bool {
+pub(super) fn is_given(value: Option<&Json>) -> bool {
     match value {
         None | Some(Json::Null) => false,
         Some(Json::String(text)) => !text.trim().is_empty(),
@@ -434,7 +415,7 @@ fn parse_system(system: Json) -> Result<Option<String>, String> {
     }
 }
 
-fn is_system(message: &Json) -> bool {
+pub(super) fn is_system(message: &Json) -> bool {
     message["role"] == "system" || message["role"] == "developer"
 }
 
@@ -443,6 +424,7 @@ fn with_system(mut messages: Vec<Json>, system: Option<String>) -> Result<Vec<Js
     match messages.iter().find(|message| is_system(message)) {
         None => messages.insert(0, json!({"role": "system", "content": system})),
         Some(message) if message["content"] == system.as_str() => {}
+        Some(message) if message["content"] == json!([{"type": "text", "text": system}]) => {}
         Some(_) => return Err("`system` stands beside a system message that says something else; keep one".into()),
     }
     Ok(messages)
@@ -462,6 +444,26 @@ fn parse_tools(tools: Json) -> Result<Option<Json>, String> {
     }
 }
 
+/// As `tools`, a list or a string of one; each with what the template reads of it, such as `title` and `text`.
+fn parse_documents(documents: Json) -> Result<Option<Json>, String> {
+    let list = match documents {
+        Json::Null => return Ok(None),
+        Json::Array(list) => list,
+        Json::String(text) => match serde_json::from_str(&text) {
+            Ok(Json::Array(list)) => list,
+            _ => return Err("documents: a string that is no list as JSON".into()),
+        },
+        other => return Err(format!("documents: {} is not a list", kind_of(&other))),
+    };
+    match list.iter().position(|document| !document.is_object()) {
+        _ if list.is_empty() => Ok(None),
+        None => Ok(Some(Json::Array(list))),
+        Some(i) => {
+            Err(format!("documents: number {} is {}, not an object with `title` and `text`", i + 1, kind_of(&list[i])))
+        }
+    }
+}
+
 fn parse_messages(key: &str, messages: Json) -> Result<Vec<Json>, String> {
     let Json::Array(mut messages) = messages else {
         return Err(format!("{key}: {} is not a list of messages", kind_of(&messages)));
@@ -476,6 +478,19 @@ fn parse_messages(key: &str, messages: Json) -> Result<Vec<Json>, String> {
         })?;
     }
     Ok(messages)
+}
+
+/// Refuses a conversation that was written backwards: its answers stand before what they answer.
+fn check_order(messages: &[Json]) -> Result<(), String> {
+    let asked = messages.iter().position(|message| message["role"] == "user");
+    let answered = messages.iter().rposition(|message| message["role"] == "assistant");
+    match (asked, answered) {
+        (Some(asked), Some(answered)) if asked > answered => Err(format!(
+            "message {} (user) stands behind all answers; a conversation goes from question to answer",
+            asked + 1
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn check_message(message: &mut Json) -> Result<(), String> {
@@ -515,7 +530,7 @@ fn check_message(message: &mut Json) -> Result<(), String> {
     }
     match fields.get_mut("content") {
         Some(Json::String(_)) => {}
-        Some(content @ Json::Array(_)) => *content = Json::String(text_of(content)?),
+        Some(content @ Json::Array(_)) => check_parts(content)?,
         Some(Json::Null) if calls => {}
         None if calls => {}
         Some(other) => return Err(format!("content: {} is not a string", kind_of(other))),
@@ -523,15 +538,18 @@ fn check_message(message: &mut Json) -> Result<(), String> {
     }
     let learned = role == "assistant" && fields.get("weight").and_then(Json::as_f64) != Some(0.0);
     let reasoning = ["reasoning_content", "reasoning", "thinking"];
-    let says = |key: &str| is_given(fields.get(key));
+    let says = |key: &str| match fields.get(key) {
+        Some(Json::Array(parts)) => parts.iter().any(|part| is_given(part.get("text"))),
+        value => is_given(value),
+    };
     if learned && !calls && !says("content") && !reasoning.into_iter().any(says) {
         return Err(format!("{NOTHING} (assistant) has empty content and no tool_calls"));
     }
     Ok(())
 }
 
-/// The text of content given in parts.
-fn text_of(parts: &Json) -> Result<String, String> {
+/// Checks content given in parts.
+fn check_parts(parts: &Json) -> Result<(), String> {
     let text = |(i, part): (usize, &Json)| match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(_)) => Ok(()),
         (Some("text"), None) => Err(format!("content: part {} has no `text`", i + 1)),
@@ -539,11 +557,10 @@ fn text_of(parts: &Json) -> Result<String, String> {
         (None, _) => Err(format!("content: part {} has no `type`", i + 1)),
     };
     let parts = parts.as_array().map_or(&[][..], Vec::as_slice);
-    parts.iter().enumerate().try_for_each(text)?;
-    Ok(join_parts(parts.iter().filter_map(|part| part["text"].as_str())))
+    parts.iter().enumerate().try_for_each(text)
 }
 
-fn kind_of(json: &Json) -> &'static str {
+pub(super) fn kind_of(json: &Json) -> &'static str {
     match json {
         Json::Null => "null",
         Json::Bool(_) => "a boolean",

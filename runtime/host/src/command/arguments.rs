@@ -12,6 +12,7 @@ use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{Kind, ObjectiveConfig};
 use serde::Serialize;
 
+use super::rows::ReadArgs;
 use crate::models::ModelRef;
 use crate::plugin::{Policy, Search, Trust};
 
@@ -58,9 +59,13 @@ impl PluginArgs {
     }
 }
 
-/// How rows become tokens.
+/// How rows are read and become tokens.
 #[derive(Args, Serialize)]
 pub struct RowArgs {
+    /// How they are read.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub read: ReadArgs,
     /// Most tokens of one row [default: the model's context, at most 2048]
     #[arg(long, alias = "seq-len", value_name = "TOKENS", value_parser = whole::<usize>(2..=COUNT_MAX))]
     pub max_seq_len: Option<usize>,

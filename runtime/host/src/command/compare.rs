@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use homeroom_engine::data::{Example, check_jsonl};
+use homeroom_engine::data::{Example, RowKind, Source, check_rows};
 use homeroom_engine::inference::Tokens;
 use homeroom_engine::inference::generate::Sampling;
 use homeroom_engine::run::compute::Compute;
@@ -17,10 +17,10 @@ use homeroom_kernels::Stream;
 use serde_json::{Value, json};
 
 use super::arguments::{COMPUTE, COUNT_MAX, RowArgs, one_of, whole};
+use super::rows::{named, tell, to_measure_on};
 use super::{Done, print};
 use crate::job::question;
 use crate::models::{Answerer, Loaded, ModelRef, Network, is_here, load_measured, locate};
-use crate::near::exists;
 use crate::progress::{self, line, thousands};
 use crate::stdout::Stdout;
 use crate::table::{Column, lines};
@@ -35,9 +35,9 @@ pub struct Arguments {
     /// The other one
     #[arg(value_name = "B")]
     b: PathBuf,
-    /// JSONL file of rows that neither learned from
-    #[arg(long, value_name = "FILE")]
-    file: PathBuf,
+    /// File of rows that neither learned from (JSONL, JSON, CSV, TSV, also as .gz), a folder, whose held-out rows are taken, or `-` for the standard input; may be repeated
+    #[arg(long, required = true, value_name = "FILE")]
+    file: Vec<PathBuf>,
     /// Base model of an adapter, if it has moved since the training
     #[arg(long, value_name = "MODEL")]
     base_model: Option<PathBuf>,
@@ -70,6 +70,8 @@ const LEVEL: f64 = 0.05;
 /// What one row came to.
 #[derive(Clone, Debug, Default)]
 struct Row {
+    /// Where it is, in words.
+    place: String,
     /// Cross-entropy of its trained tokens together, in nats.
     nats: f64,
     tokens: usize,
@@ -90,26 +92,28 @@ struct Measured {
 
 /// Measures both, and says which is better.
 pub fn run(arguments: &Arguments) -> Result<Done> {
-    exists(&arguments.file)?;
+    let files = to_measure_on(&arguments.file)?;
     let references = [&arguments.a, &arguments.b].map(|name| reference(name, arguments));
     // Both are there before the first is measured.
     if !references.iter().all(|reference| is_here(reference).unwrap_or(false)) {
-        check_jsonl(&arguments.file)?;
+        check_rows(&files, &arguments.rows.read.reading(), RowKind::Demonstration, "compare")?;
     }
     for reference in &references {
         locate(&reference.name, Network::Allowed)?;
     }
     let [a, b] = &references;
-    let a = measure(a, arguments, None)?;
+    let a = measure(a, &files, arguments, None)?;
     let lines: Vec<usize> = a.answers.iter().map(|(line, _)| *line).collect();
-    let b = measure(b, arguments, Some(&lines))?;
+    let b = measure(b, &files, arguments, Some(&lines))?;
     let apart = a.rows.keys().filter(|line| !b.rows.contains_key(line));
     let apart: Vec<usize> = apart.chain(b.rows.keys().filter(|line| !a.rows.contains_key(line))).copied().collect();
     if !apart.is_empty() {
-        let lines = apart.iter().take(10).map(usize::to_string).collect::<Vec<_>>().join(", ");
+        let place =
+            |line: &usize| a.rows.get(line).or(b.rows.get(line)).map(|row| row.place.clone()).unwrap_or_default();
+        let lines = apart.iter().take(10).map(place).collect::<Vec<_>>().join(", ");
         bail!(
-            "{}: {} rows are too long for one of the models (lines {lines}{}), so these were not measured on the same rows\nhint: leave them out of the file, or give a --max-seq-len that both take",
-            arguments.file.display(),
+            "{}: {} rows are too long for one of the models ({lines}{}), so these were not measured on the same rows\nhint: leave them out of the file, or give a --max-seq-len that both take",
+            named(&arguments.file),
             apart.len(),
             if apart.len() > 10 { ", …" } else { "" }
         );
@@ -132,11 +136,14 @@ fn reference(name: &Path, arguments: &Arguments) -> ModelRef {
 }
 
 /// Measures a model, and has it answer the questions of some lines; `None`: of lines that it chooses.
-fn measure(reference: &ModelRef, arguments: &Arguments, lines: Option<&[usize]>) -> Result<Measured> {
+fn measure(reference: &ModelRef, files: &[Source], arguments: &Arguments, lines: Option<&[usize]>) -> Result<Measured> {
     let loaded = Loaded::load(reference, Network::Allowed)?;
     let model = loaded.model.clone();
     let (max_seq_len, on_long_row) = (arguments.rows.max_seq_len, arguments.rows.on_long_row);
-    let data = load_measured(&arguments.file, &model, max_seq_len, on_long_row, "compare")?;
+    let data = load_measured(files, &arguments.rows.read.reading(), &model, max_seq_len, on_long_row, "compare")?;
+    if lines.is_none() {
+        tell(&data);
+    }
     let examples: Vec<&Example> = data.examples.iter().flat_map(|group| &group.sequences).collect();
     let bar = progress::counting("rows", examples.len());
     let adaptation = loaded.adaptation.as_deref();
@@ -148,6 +155,7 @@ fn measure(reference: &ModelRef, arguments: &Arguments, lines: Option<&[usize]>)
     let mut rows: BTreeMap<usize, Row> = BTreeMap::new();
     for (example, nats) in examples.iter().zip(each) {
         let row = rows.entry(example.line).or_default();
+        row.place = data.place(example.line);
         row.nats += nats;
         row.tokens += example.trained.iter().filter(|trained| **trained).count();
         if let Some((start, end)) = answer(example).filter(|_| row.expected.is_empty()) {
@@ -350,8 +358,9 @@ fn in_words(arguments: &Arguments, a: &Measured, b: &Measured, comparison: &Comp
     ));
     out.push(format!("verdict     {}", comparison.verdict([&names[0], &names[1]])));
     let told = |(line, before, after, difference): &(usize, f64, f64, f64)| {
-        let question = a.rows.get(line).map(|row| brief(&row.question)).unwrap_or_default();
-        vec![format!("  line {line}"), format!("{before:.3} → {after:.3}"), format!("{difference:+.3}"), question]
+        let row = a.rows.get(line).cloned().unwrap_or_default();
+        let (place, question) = (row.place, brief(&row.question));
+        vec![format!("  {place}"), format!("{before:.3} → {after:.3}"), format!("{difference:+.3}"), question]
     };
     let better = comparison.rows.iter().filter(|row| row.3 < 0.0).take(ROWS_TOLD);
     let worse = comparison.rows.iter().rev().filter(|row| row.3 > 0.0).take(ROWS_TOLD);
@@ -364,7 +373,8 @@ fn in_words(arguments: &Arguments, a: &Measured, b: &Measured, comparison: &Comp
         }
     }
     for (line, question, expected, answers) in samples(a, b) {
-        out.push(format!("\nline {line}"));
+        let place = a.rows.get(&line).map(|row| row.place.as_str()).unwrap_or_default();
+        out.push(format!("\n{place}"));
         let wide = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).clamp(8, 30);
         for (who, text) in
             [("question", question), ("expected", expected), (&names[0], answers[0]), (&names[1], answers[1])]

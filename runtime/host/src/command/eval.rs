@@ -11,9 +11,8 @@ use homeroom_engine::train::{Data, TrainConfig, evaluate_units};
 use serde_json::json;
 
 use super::arguments::{COMPUTE, ModelArgs, ObjectiveArgs, RowArgs, one_of};
-use super::{Done, print};
+use super::{Done, print, rows};
 use crate::models::{Loaded, Network, is_here, load_rows};
-use crate::near::exists;
 use crate::progress;
 
 /// Arguments of `eval`.
@@ -21,9 +20,9 @@ use crate::progress;
 pub struct Arguments {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSONL file of rows
-    #[arg(long, value_name = "FILE")]
-    file: PathBuf,
+    /// Files of rows (JSONL, JSON, CSV, TSV, also as .gz), a folder, whose held-out rows are taken, or `-` for the standard input
+    #[arg(long, required = true, value_name = "FILE", num_args = 1..)]
+    file: Vec<PathBuf>,
     #[command(flatten)]
     objective: ObjectiveArgs,
     #[command(flatten)]
@@ -41,10 +40,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     // Before a model is loaded, or downloaded.
     let objective = arguments.objective.config()?;
     let kind = objective.objective;
-    exists(&arguments.file)?;
+    let (files, reading) = (rows::to_measure_on(&arguments.file)?, arguments.rows.read.reading());
     let reference = arguments.model.reference();
     if !is_here(&reference)? {
-        check_rows(&arguments.file, kind.rows(), kind.name())?;
+        check_rows(&files, &reading, kind.rows(), kind.name())?;
     }
     let Loaded { model, adaptation } = Loaded::load(&reference, Network::Allowed)?;
     let adaptation = adaptation.as_deref();
@@ -54,8 +53,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         arguments.model.model_dir.display(),
         kind.name()
     );
-    let RowArgs { max_seq_len, on_long_row } = arguments.rows;
-    let data = load_rows(&arguments.file, &model, max_seq_len, on_long_row, kind)?;
+    let RowArgs { max_seq_len, on_long_row, .. } = arguments.rows;
+    let data = load_rows(&files, &reading, &model, max_seq_len, on_long_row, kind)?;
+    rows::tell(&data);
     let groups: Vec<&Group> = data.examples.iter().collect();
     let from = Prepare {
         objective,

@@ -17,6 +17,7 @@ pub mod plugins;
 pub mod pull;
 pub mod resume;
 pub mod rm;
+pub mod rows;
 pub mod run;
 pub mod runs;
 pub mod serve;

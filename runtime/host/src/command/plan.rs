@@ -1,19 +1,19 @@
 //! `homeroom plan`: what a training needs, before it is begun.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
-use homeroom_engine::data::OnLongRow;
+use homeroom_engine::data::{OnLongRow, Source};
 use homeroom_engine::estimate::{Estimate, Measured, Parts, Request};
 use homeroom_engine::memory;
-use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
 use homeroom_engine::train::{TrainConfig, planned_steps};
 use homeroom_kernels::{isa, threads};
 use serde_json::{Map, Value, json};
 
 use super::arguments::{COUNT_MAX, PluginArgs, whole};
+use super::rows::{self, ReadArgs};
 use super::strategy::{PassArgs, StrategyArgs};
 use super::{Done, print};
 use crate::job::defaults::{self, Open};
@@ -49,9 +49,11 @@ pub struct Arguments {
     /// Rows to train on, for the time of the whole training
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=COUNT_MAX), conflicts_with = "training_file")]
     rows: Option<usize>,
-    /// JSONL file of rows, whose number and lengths count; the model's tokenizer has to be here
-    #[arg(long, value_name = "FILE")]
-    training_file: Option<PathBuf>,
+    /// Files of rows, whose number and lengths count; the model's tokenizer has to be here
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    training_file: Vec<PathBuf>,
+    #[command(flatten)]
+    read: ReadArgs,
     /// Passes over the rows [default: as `fine-tune` chooses by their number]
     #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     epochs: Option<u64>,
@@ -175,21 +177,21 @@ impl Rows {
     fn of(arguments: &Arguments, base: &Sketched) -> Result<Self> {
         let context = base.sketch.architecture.max_position_embeddings;
         let longest = longest_row(context, arguments.max_seq_len)?;
-        let Some(file) = &arguments.training_file else {
+        let paths = &arguments.training_file;
+        if paths.is_empty() {
             return Ok(Self { count: arguments.rows, longest, mean: longest as f64 });
-        };
+        }
         let Some(model) = &base.model else {
             bail!(
                 "{}: its rows cannot be counted in tokens, as the tokenizer of {} is not here\nhint: give --rows and --max-seq-len instead, or `homeroom pull` the model",
-                file.display(),
+                rows::named(paths),
                 base.shown
             )
         };
-        Self::of_file(file, model, arguments.max_seq_len)
-    }
-
-    fn of_file(file: &Path, model: &BaseModel, max_seq_len: Option<usize>) -> Result<Self> {
-        let data = load_rows(file, model, max_seq_len, OnLongRow::Truncate, Kind::Sft)?;
+        let files = rows::to_learn_from(paths, Source::standard_input)?.files;
+        let reading = arguments.read.reading();
+        let data = load_rows(&files, &reading, model, arguments.max_seq_len, OnLongRow::Truncate, Kind::Sft)?;
+        rows::tell(&data);
         let lengths = data.examples.iter().flat_map(|group| &group.sequences).map(|example| example.ids.len());
         let (count, sum) = (data.examples.len(), lengths.clone().sum::<usize>());
         Ok(Self { count: Some(count), longest: lengths.max().unwrap_or(2), mean: sum as f64 / count.max(1) as f64 })

@@ -131,7 +131,13 @@ pub fn what(entry: &Entry) -> String {
                 true => format!("on {}", file(model)),
                 false => format!("on {model}"),
             });
-            let rows = setting(&["training_file"]).map(|path| format!("with {}", file(path)));
+            let rows = match record.settings.get("training_file") {
+                Some(Value::Array(paths)) => {
+                    let first = paths.first().and_then(Value::as_str).unwrap_or_default();
+                    Some(format!("with {} and {} more", file(first.to_owned()), paths.len().saturating_sub(1)))
+                }
+                _ => setting(&["training_file"]).map(|path| format!("with {}", file(path))),
+            };
             [strategy, model, rows].into_iter().flatten().collect::<Vec<_>>().join(" ")
         }
     }

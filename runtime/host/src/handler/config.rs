@@ -67,7 +67,7 @@ pub struct EndpointSpec {
 
 impl HandlerSpec {
     /// The host that conversations are sent to, if it is not this machine.
-    fn far_host(&self) -> Option<&str> {
+    pub fn far_host(&self) -> Option<&str> {
         match self {
             Self::Local(..) => None,
             Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
@@ -492,6 +492,17 @@ impl Handlers {
     /// where it leads.
     pub fn far_host(&self, name: &str) -> Option<&str> {
         self.config.handlers.get(name).filter(|_| !self.config.routes.contains_key(name))?.far_host()
+    }
+
+    /// What a route or a handler consists of, in order: names and descriptions.
+    pub fn chain(&self, name: &str) -> Vec<(&str, &HandlerSpec)> {
+        let own = [name.to_owned()];
+        let names = self.config.routes.get(name).map_or(&own[..], Vec::as_slice);
+        names
+            .iter()
+            .filter_map(|name| self.config.handlers.get_key_value(name))
+            .map(|(name, spec)| (&**name, spec))
+            .collect()
     }
 
     /// Names of routes and handlers.

@@ -128,7 +128,13 @@ impl Handler for Local {
             return Err(HandlerError::new(Kind::ContextLength, message));
         }
         let messages: Vec<Value> = (request.messages.iter())
-            .map(|message| json!({"role": message.role, "content": message.content}))
+            .map(|message| {
+                let part = |text: &String| json!({"type": "text", "text": text});
+                match &message.parts[..] {
+                    [] => json!({"role": message.role, "content": message.content}),
+                    parts => json!({"role": message.role, "content": parts.iter().map(part).collect::<Vec<_>>()}),
+                }
+            })
             .collect();
         let turn = (bytes > LONG_BYTES).then(|| turn(&LONG, context)).transpose()?;
         let prompt = prompt_ids(model, &messages);

@@ -52,12 +52,15 @@ pub struct Message {
     pub role: Role,
     /// Its text.
     pub content: String,
+    /// The parts of its text, where it came in several: a chat template may read them. `content` is all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<String>,
 }
 
 impl Message {
     /// A message.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self { role, content: content.into() }
+        Self { role, content: content.into(), parts: Vec::new() }
     }
 }
 

@@ -11,13 +11,14 @@ use super::{HubName, gguf};
 use crate::progress::{line, size};
 
 /// Small files that are read if they are there.
-const SMALL: [&str; 8] = [
+const SMALL: [&str; 9] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "modules.json",
     PROMPTS_FILE,
 ];

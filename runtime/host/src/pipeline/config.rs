@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use homeroom_abi::describe::nearest;
+use homeroom_engine::data::Columns;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 use serde_json::{Map, Value};
 use toml_edit::{Document, Item, TableLike};
@@ -43,7 +44,7 @@ pub const PLUGINS_KEYS: [(&str, &str); 1] = [(
 pub const PARAM_KEYS: [(&str, &str); 7] = [
     (
         "type",
-        "`string`, `int`, `float`, `bool`, `path` or `model` (a path, the name of a model, or `owner/name` on the Hugging Face hub)",
+        "`string`, `int`, `float`, `bool`, `path`, `model` (a path, the name of a model, or `owner/name` on the Hugging Face hub), `handler` (a name of `handlers.toml` in the user's data directory) or `table` (names with texts, as the `columns` of a dataset; `--set columns=prompt=Frage,completion=Antwort`)",
     ),
     ("default", "the value if `--set` gives none"),
     ("required", "`true`: `--set` has to give the value, and there is no default"),
@@ -77,6 +78,8 @@ pub struct PipelineConfig {
     pub named: Vec<(String, PathBuf)>,
     /// Parameters of type `model` that name one of the hub, which the user sees in the file or typed: only these are downloaded.
     pub hub_models: Vec<(String, HubName)>,
+    /// What parameters of type `handler` name: the handlers and routes that may send away what a script says, if the user's file allows it.
+    pub handlers: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -87,15 +90,20 @@ enum Type {
     Bool,
     Path,
     Model,
+    Handler,
+    /// A table of texts.
+    Table,
 }
 
-const TYPES: [(&str, Type); 6] = [
+const TYPES: [(&str, Type); 8] = [
     ("string", Type::String),
     ("int", Type::Int),
     ("float", Type::Float),
     ("bool", Type::Bool),
     ("path", Type::Path),
     ("model", Type::Model),
+    ("handler", Type::Handler),
+    ("table", Type::Table),
 ];
 
 /// What becomes of a required parameter that is not set.
@@ -276,8 +284,10 @@ fn read_document(
         (!is_path).then(|| (param.name.clone(), name))
     };
     let hub_models = declared.iter().filter(|param| param.kind == Type::Model).filter_map(hub_name).collect();
+    let of_handlers = declared.iter().filter(|param| param.kind == Type::Handler);
+    let handlers = of_handlers.filter_map(|param| Some(params[&param.name].as_str()?.to_owned())).collect();
     let (path, script) = (path.to_owned(), script?);
-    Some(PipelineConfig { path, script, lua_time, offline, plugin_policy, params, places, named, hub_models })
+    Some(PipelineConfig { path, script, lua_time, offline, plugin_policy, params, places, named, hub_models, handlers })
 }
 
 /// What a TOML file without a pipeline is for, if that can be told.
@@ -367,7 +377,7 @@ fn read_param(name: &str, key: Option<Range<usize>>, item: &Item, problems: &mut
             found?.1
         }
     };
-    let numeric = !matches!(kind, Type::Bool | Type::Path | Type::Model);
+    let numeric = !matches!(kind, Type::Bool | Type::Path | Type::Model | Type::Handler | Type::Table);
     let mut bound = |key: &str| {
         let item = table.get(key)?;
         let bound = number(item).filter(|_| numeric);
@@ -455,28 +465,43 @@ fn words(kind: Type) -> &'static str {
         Type::Bool => "true or false",
         Type::Path => "a path, as a string",
         Type::Model => "a model's path or name, as a string",
+        Type::Handler => "the name of a handler or route, as a string",
+        Type::Table => "a table of texts, such as { prompt = \"Frage\", completion = \"Antwort\" }",
     }
 }
 
 fn typed(value: &toml_edit::Value, kind: Type) -> Option<Value> {
     match kind {
-        Type::String | Type::Path | Type::Model => value.as_str().map(Value::from),
+        Type::String | Type::Path | Type::Model | Type::Handler => value.as_str().map(Value::from),
         Type::Int => value.as_integer().map(Value::from),
         Type::Float => {
             let number = value.as_float().or_else(|| value.as_integer().map(|number| number as f64))?;
             number.is_finite().then(|| number.into())
         }
         Type::Bool => value.as_bool().map(Value::from),
+        Type::Table => {
+            let text = |value: &toml_edit::Value| {
+                value.as_str().map(str::to_owned).or_else(|| value.as_integer().map(|number| number.to_string()))
+            };
+            let pairs =
+                value.as_inline_table()?.iter().map(|(name, value)| Some((name.to_owned(), text(value)?.into())));
+            pairs.collect::<Option<Map<_, _>>>().map(Value::Object)
+        }
     }
 }
 
 /// The value that a text of `--set` stands for.
 fn parsed(text: &str, kind: Type) -> Option<Value> {
     match kind {
-        Type::String | Type::Path | Type::Model => Some(text.into()),
+        Type::String | Type::Path | Type::Model | Type::Handler => Some(text.into()),
         Type::Int => text.parse::<i64>().ok().map(Value::from),
         Type::Float => text.parse::<f64>().ok().filter(|number| number.is_finite()).map(Value::from),
         Type::Bool => text.parse::<bool>().ok().map(Value::from),
+        Type::Table => {
+            let columns = text.parse::<Columns>().ok()?;
+            let pairs = columns.iter().map(|(role, name)| (role.name().to_owned(), name.into()));
+            Some(Value::Object(pairs.collect()))
+        }
     }
 }
 
@@ -486,8 +511,13 @@ const WHOLE_MAX: u64 = 1 << 53;
 /// Whether a value lies within what was declared.
 fn check(param: &Param, value: Value) -> Result<Value, String> {
     // As a path it would be the directory that names are relative to.
-    if param.kind == Type::Model && value.as_str().is_some_and(|text| text.trim().is_empty()) {
-        return Err("it is empty; name a model".to_owned());
+    let names = match param.kind {
+        Type::Model => Some("a model"),
+        Type::Handler => Some("a handler or route"),
+        _ => None,
+    };
+    if let Some(what) = names.filter(|_| value.as_str().is_some_and(|text| text.trim().is_empty())) {
+        return Err(format!("it is empty; name {what}"));
     }
     if value.as_i64().is_some_and(|number| number.unsigned_abs() > WHOLE_MAX) {
         return Err(format!("{value} is beyond what a script's numbers hold exactly, {WHOLE_MAX}"));

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use homeroom_engine::data::{Source, Sources};
 use homeroom_engine::files::open_regular;
 
 use super::errors::short;
@@ -46,6 +47,17 @@ impl Place {
     pub fn is_trusted(&self) -> bool {
         self.named && self.hub_name.is_none()
     }
+}
+
+/// Files of rows that a script reads.
+#[derive(Debug, Default)]
+pub struct OpenRows {
+    /// Those to learn from.
+    pub files: Vec<(PathBuf, File)>,
+    /// Held-out ones.
+    pub held_out: Vec<(PathBuf, File)>,
+    /// What of a folder is not read.
+    pub notes: Vec<String>,
 }
 
 impl Places {
@@ -103,6 +115,28 @@ impl Places {
         };
         let file = self.open_at(&place)?;
         Ok((place.path, file))
+    }
+
+    /// Opens the files of rows that a script means: a file, or those of a folder. The second list are held-out ones of a folder that has
+    /// such. What of a folder is not read is said in the notes.
+    ///
+    /// # Errors
+    /// As [`Self::open`] of any, and when a folder has no rows.
+    pub fn open_rows(&self, text: &str) -> Result<OpenRows> {
+        let Some(place) = self.find(text)?.filter(|place| place.path.is_dir()) else {
+            return Ok(OpenRows { files: vec![self.open(text)?], ..OpenRows::default() });
+        };
+        let none = || bail!("a script has no standard input");
+        let sources = Sources::of(std::slice::from_ref(&place.path), none)?;
+        let open = |files: &[Source]| -> Result<Vec<(PathBuf, File)>> {
+            let open = |file: &Source| match place.named {
+                true => Ok((file.name.clone(), self.open_at(&Place { path: file.name.clone(), ..place.clone() })?)),
+                // It may be a link to elsewhere.
+                false => self.open(&file.name.display().to_string()),
+            };
+            files.iter().map(open).collect()
+        };
+        Ok(OpenRows { files: open(&sources.files)?, held_out: open(&sources.held_out)?, notes: sources.notes })
     }
 
     /// Opens a file. What was opened is what is looked at: a path can change in between.

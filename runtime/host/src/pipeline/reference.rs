@@ -43,7 +43,7 @@ const STATE_FIELD: &[Field] = &[(
     "what callbacks keep from one call to the next: plain values, saved with checkpoints",
 )];
 
-const SHAPES: [Shape; 10] = [
+const SHAPES: [Shape; 11] = [
     Shape { name: "Model", doc: "A model: what every verb takes as `model`.", fields: &[MODEL_FIELDS] },
     Shape {
         name: "Tuned",
@@ -79,6 +79,11 @@ const SHAPES: [Shape; 10] = [
         name: "Saved",
         doc: "A model in the registry; a Model too.",
         fields: &[&[("name", "string", "its name"), ("path", "string", "its directory")]],
+    },
+    Shape {
+        name: "SavedRows",
+        doc: "A file of rows in the user's data directory.",
+        fields: &[&[("name", "string", "its name"), ("path", "string", "the file"), ("rows", "number", "rows in it")]],
     },
     Shape {
         name: "Handler",
@@ -160,7 +165,8 @@ const SHAPES: [Shape; 10] = [
 fn arguments(verb: &Verb) -> Vec<(&'static str, &'static str)> {
     match verb.name {
         "filter" => vec![("keep", "(row: Row) -> boolean")],
-        "map" => vec![("change", "(row: Row) -> Row?")],
+        "map" => vec![("change", "(row: Row) -> (Row | {Row})?")],
+        "rename" => vec![("names", "{[string]: string}")],
         "concat" => vec![("other", "Dataset")],
         "info" | "warn" => vec![("message", "string"), ("fields", "{[string]: any}?")],
         _ => Vec::new(),
@@ -300,8 +306,11 @@ fn ls_type(kind: &str) -> String {
         "{Dataset}" => "Dataset[]",
         "string | {string}" => "string | string[]",
         "{[string]: any}" => "table<string, any>",
+        "string | {[string]: string | number}" => "string | table<string, string | number>",
         "(row: Row) -> boolean" => "fun(row: Row): boolean",
-        "(row: Row) -> Row?" => "fun(row: Row): Row?",
+        "(row: Row) -> (Row | {Row})?" => "fun(row: Row): Row|Row[]|nil",
+        "{[string]: string}" => "table<string, string>",
+        "Dataset | {Dataset}" => "Dataset|Dataset[]",
         "string | (row: Row) -> any" => "string | fun(row: Row): any",
         "(report: StepReport) -> Directive?" => "fun(report: StepReport): Directive?",
         "(report: EvalReport) -> Directive?" => "fun(report: EvalReport): Directive?",
@@ -403,6 +412,7 @@ parameters ([configs/](../configs/README.md)). To write your own, copy the neare
 | `fine_tune.lua` | trains on a file, measures on held-out rows, saves the adapter, lets it answer |
 | `curriculum.lua` | trains on easy rows first and on hard ones last; a stage counts if the held-out loss falls |
 | `improve.lua` | trains on rated answers; the new model replaces the present one if it is better and has not forgotten |
+| `questions.lua` | writes question and answer rows from a text, with a model or a handler |
 | `compare.lua` | trains with several strategies or settings on the same rows, and prints a table |
 
 ```

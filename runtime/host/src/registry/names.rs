@@ -62,9 +62,11 @@ fn named_after(file: &Path) -> Option<String> {
     const LETTERS_MAX: usize = 56;
     let file = file.file_name()?.to_string_lossy().to_lowercase();
     let shard = ShardName::of(&file).map(|shard| shard.before);
-    let stem = || [".jsonl", ".json", ".txt", ".gguf"].iter().find_map(|ending| file.strip_suffix(ending));
+    let file = file.strip_suffix(".gz").unwrap_or(&file);
+    let endings = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".txt", ".gguf"];
+    let stem = || endings.iter().find_map(|ending| file.strip_suffix(ending));
     let mut name = String::new();
-    for c in shard.or_else(stem).unwrap_or(&file).chars() {
+    for c in shard.or_else(stem).unwrap_or(file).chars() {
         let plain = c.is_ascii_lowercase() || c.is_ascii_digit();
         match c {
             c if plain || "._".contains(c) && !name.is_empty() => name.push(c),

@@ -202,9 +202,17 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
             }
             _ => return Err(wrong(&at("role"), "system, developer, user or assistant")),
         };
+        let mut parts = Vec::new();
         let content = match fields.get("content") {
             Some(Value::String(text)) => text.clone(),
-            Some(Value::Array(parts)) => read_parts(parts, &at("content"))?,
+            Some(Value::Array(several)) => {
+                parts = read_parts(several, &at("content"))?;
+                let whole = join_parts(parts.iter().map(String::as_str));
+                if parts.len() < 2 {
+                    parts.clear();
+                }
+                whole
+            }
             None | Some(Value::Null) if role == Role::Assistant => String::new(),
             _ => return Err(wrong(&at("content"), "a text, or a list of parts")),
         };
@@ -226,12 +234,12 @@ fn read_messages(value: &Value, ignored: &mut Vec<String>) -> Result<Vec<Message
                 }
             }
         }
-        messages.push(Message { role, content });
+        messages.push(Message { role, content, parts });
     }
     Ok(messages)
 }
 
-fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
+fn read_parts(parts: &[Value], at: &str) -> Result<Vec<String>, HandlerError> {
     let text = |(i, part): (usize, &Value)| match (part["type"].as_str(), part["text"].as_str()) {
         // Such as `cache_control`.
         (Some("text"), Some(_)) if part.as_object().is_some_and(|part| part.len() > 2) => {
@@ -243,8 +251,7 @@ fn read_parts(parts: &[Value], at: &str) -> Result<String, HandlerError> {
         (Some("text") | None, _) => Err(wrong(&format!("{at}[{i}]"), "an object with `type` and `text`")),
         (Some(_), _) => Err(HandlerError::invalid(&format!("{at}[{i}].type"), "only text is supported")),
     };
-    let texts = parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?;
-    Ok(join_parts(texts.iter().map(String::as_str)))
+    parts.iter().enumerate().map(text).collect()
 }
 
 #[cfg(test)]
@@ -365,7 +372,8 @@ mod tests {
         assert!(asked.stream && asked.include_usage);
         assert_eq!(asked.request.max_tokens, Some(7));
         assert_eq!(asked.request.seed, Some(-1));
-        assert_eq!(asked.request.messages, [Message::new(Role::Developer, "a\nb"), Message::new(Role::Assistant, "")]);
+        let developer = Message { parts: vec!["a".into(), "b".into()], ..Message::new(Role::Developer, "a\nb") };
+        assert_eq!(asked.request.messages, [developer, Message::new(Role::Assistant, "")]);
         Ok(())
     }
 }

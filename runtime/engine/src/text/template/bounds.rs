@@ -18,7 +18,7 @@ use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters, tests};
 use serde_json::Value as Json;
 
-use super::NAME;
+use super::{Given, NAME};
 use crate::guard::quietly;
 
 /// Fuel of a rendering of up to 100 messages. A long conversation in the most wordy template of a published model takes
@@ -26,7 +26,7 @@ use crate::guard::quietly;
 pub(super) const FUEL: u64 = 2_000_000;
 /// Fuel for each message beyond these.
 const FUEL_A_MESSAGE: u64 = 20_000;
-/// Fuel for each byte of messages and tools.
+/// Fuel for each byte of messages, tools and documents.
 const FUEL_A_BYTE: u64 = 4;
 /// The most that any rendering is given.
 const FUEL_MAX: u64 = 16_000_000;
@@ -71,8 +71,8 @@ pub(super) fn is_beyond(kind: ErrorKind, detail: Option<&str>) -> bool {
 }
 
 /// The fuel for a rendering of these.
-pub(super) fn fuel(messages: &[Json], tools: Option<&Json>) -> u64 {
-    let bytes = bytes(messages, tools);
+pub(super) fn fuel(messages: &[Json], given: Given<'_>) -> u64 {
+    let bytes = bytes(messages, given);
     let asked = FUEL_A_MESSAGE.saturating_mul(messages.len() as u64);
     let asked = asked.saturating_add(FUEL_A_BYTE.saturating_mul(bytes as u64));
     asked.clamp(FUEL, FUEL_MAX)
@@ -82,9 +82,9 @@ pub(super) fn fuel(messages: &[Json], tools: Option<&Json>) -> u64 {
 ///
 /// # Errors
 /// When it is longer than these and what a template adds to them.
-pub(super) fn written(text: String, messages: &[Json], tools: Option<&Json>) -> Result<String> {
+pub(super) fn written(text: String, messages: &[Json], given: Given<'_>) -> Result<String> {
     if text.len() > WRITTEN_MAX {
-        let most = WRITTEN_MAX.saturating_add(bytes(messages, tools).saturating_mul(WRITTEN_A_BYTE));
+        let most = WRITTEN_MAX.saturating_add(bytes(messages, given).saturating_mul(WRITTEN_A_BYTE));
         let n = text.len();
         ensure!(
             n <= most,
@@ -102,8 +102,8 @@ pub(super) fn cut(detail: &str) -> String {
     }
 }
 
-fn bytes(messages: &[Json], tools: Option<&Json>) -> usize {
-    messages.iter().chain(tools).map(text_bytes).sum()
+fn bytes(messages: &[Json], given: Given<'_>) -> usize {
+    messages.iter().chain(given.values()).map(text_bytes).sum()
 }
 
 fn text_bytes(value: &Json) -> usize {

@@ -287,6 +287,13 @@ fn what_a_template_writes_is_bounded() {
     assert!(said.len() < 5000, "{}", said.len());
 }
 
+/// The reader of tags goes into what stands behind a `%`, but not from one to the next.
+#[test]
+fn a_chain_of_formats_needs_no_stack() {
+    let chain = |n: usize| format!("{{{{ 'a'{} }}}}", " % 'b'".repeat(n));
+    check(&[(&chain(1000), "chat template, line 1: "), (&chain(100_000), "an expression nests deeper than")]);
+}
+
 #[test]
 fn widths_are_stopped() {
     check(&[
@@ -302,6 +309,17 @@ fn widths_are_stopped() {
         ("{{ '{:>9}|{{}}'.format('a') }}", "renders         a|{}"),
         ("{{ strftime_now('%999999999d') }}", "strftime_now: a format with a width"),
         ("{{ strftime_now('%Y' * 1000) }}", "strftime_now: a format of 2000 characters"),
+        ("{{ 'a'.center(10**12) }}", "center: a width of 1000000000000 characters"),
+        ("{{ 'a'|center(10**12) }}", "center: a width of 1000000000000 characters"),
+        ("{{ 'a'.zfill(10**12) }}", "zfill: a width of 1000000000000 characters"),
+        ("{{ 'a\tb'.expandtabs(10**12) }}", "expandtabs: a width of 1000000000000 characters"),
+        ("{{ ('\t' * 9999999).expandtabs(256)|length }}", WORK),
+        ("{{ '%999999999d' % 1 }}", WORK),
+        ("{{ '%*d' % (999999999, 1) }}", "chat template"),
+        ("{% for i in range(20000) %}{{ ('a' * 9000000).find('b', 1) }}{% endfor %}", WORK),
+        ("{% for i in range(20000) %}{{ ('a' * 9000000).swapcase()|length }}{% endfor %}", WORK),
+        ("{{ ('a ' * 30000000).rsplit()|length }}", WORK),
+        ("{{ ('\n' * 60000000).splitlines(keepends=True)|length }}", WORK),
         ("{{ loop.cycle() }}", "undefined"),
         ("{% for a in [1] %}{{ loop.cycle() }}{% endfor %}", "stopped: it fails inside"),
         ("{{ 'abc'[-9223372036854775808:] }}", "renders abc"),
@@ -342,6 +360,8 @@ fn weighing_changes_no_value() {
         ("{{ 7 - 2 * messages|length }} {{ 6 / 2 * 2 }} {{ 2 ** 2 * 3 }}", "renders -1 6.0 12"),
         ("{{ 'a' if messages[0].role == messages[1].role else 'b' }}", "renders b"),
         ("{{ 'x' < messages[0].role ~ 'z' }}", "renders False"),
+        ("{{ '%s-%s' % (1, messages[0].role|upper) ~ '%d' % -3 ~ '%s' % ('%d' % 4) }}", "renders 1-SYSTEM-34"),
+        ("{{ 7 % 4 * 2 }}{{ ('%s' ~ '%s') % 1 if false else 'n' }}", "renders 6n"),
     ]);
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use serde_json::Value as Json;
 
 use super::marks::{Marked, Marks, Survey, count_obeyed, find_around, find_typed, keys_of};
-use super::{ChatTemplate, bounds};
+use super::{ChatTemplate, Given, bounds};
 use crate::text::control::Control;
 
 impl ChatTemplate {
@@ -14,7 +14,7 @@ impl ChatTemplate {
     pub(super) fn render_marked(
         &self,
         messages: &[Json],
-        tools: Option<&Json>,
+        given: Given<'_>,
         prompt: bool,
         control: &[Control],
     ) -> Result<Marked> {
@@ -36,11 +36,11 @@ impl ChatTemplate {
         let sought = all.iter().flat_map(|token| keys_of(token)).collect();
         let mut survey = Survey { sought, ..Survey::default() };
         messages.iter().for_each(|v| survey.visit(v, of(v)));
-        tools.into_iter().for_each(|v| survey.visit(v, &all));
+        given.values().for_each(|v| survey.visit(v, &all));
         survey.note_private(&self.source);
         let marks = Marks::outside(&survey.private, &survey.keys)?;
 
-        let plain = marks.read(&self.run(messages, tools, prompt, &marks.generation())?)?;
+        let plain = marks.read(&self.run(messages, given, prompt, &marks.generation())?)?;
         // A token can also come of typed pieces, which the template puts together.
         let in_pieces =
             |token: &&&str| keys_of(token).next().is_some() && keys_of(token).all(|key| survey.keys.contains(&key));
@@ -57,8 +57,8 @@ impl ChatTemplate {
                 false => marks.stand_in(v, &keep, false, true),
             };
             let messages: Vec<Json> = messages.iter().map(stand_in).collect();
-            let tools = tools.map(|v| marks.stand_in(v, &keep, false, false));
-            match self.run(&messages, tools.as_ref(), prompt, &marks.generation()) {
+            let given = given.each(|v| marks.stand_in(v, &keep, false, false));
+            match self.run(&messages, given.as_given(), prompt, &marks.generation()) {
                 Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
                 Err(_) => {}
                 Ok(text) => {
@@ -73,7 +73,7 @@ impl ChatTemplate {
         }
         // The template looks at those characters, so only whole tokens are marked.
         let marked = match survey.typed {
-            Some(typed) => self.mark_whole(&marks, &plain, messages, tools, prompt, (&all, &special), typed)?,
+            Some(typed) => self.mark_whole(&marks, &plain, messages, given, prompt, (&all, &special), typed)?,
             None => plain,
         };
         if let Some(harmless) = harmless {
@@ -121,7 +121,7 @@ impl ChatTemplate {
         marks: &Marks,
         plain: &Marked,
         messages: &[Json],
-        tools: Option<&Json>,
+        given: Given<'_>,
         prompt: bool,
         (all, special): (&[&str], &[&str]),
         typed: &str,
@@ -131,8 +131,8 @@ impl ChatTemplate {
         // and is then given the mark behind the token's first character.
         for inside in [false, true] {
             let messages: Vec<Json> = messages.iter().map(|v| marks.mark(v, of(v), inside, true)).collect();
-            let tools = tools.map(|v| marks.mark(v, all, inside, true));
-            let text = match self.run(&messages, tools.as_ref(), prompt, &marks.generation()) {
+            let given = given.each(|v| marks.mark(v, all, inside, true));
+            let text = match self.run(&messages, given.as_given(), prompt, &marks.generation()) {
                 Ok(text) => text,
                 Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
                 Err(_) => continue,

@@ -1,13 +1,16 @@
 //! A message, made ready for the template: the one place where the rows of a training and the requests that are served become what a
 //! template reads.
 
+use std::borrow::Cow;
+
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Map, Value as Json, json};
 
 use super::bounds::Exceeded;
-use super::{ChatTemplate, python, to_value};
+use super::{ChatTemplate, Given, python, to_value};
 
-/// What stands between the parts of a content that is read as one text, as in vLLM and llama.cpp.
+/// What stands between the parts of a content that is read as one text, as in vLLM and llama.cpp. A template that reads parts writes
+/// between them what it likes, as a rule nothing.
 const BETWEEN_PARTS: &str = "\n";
 
 /// The text of a content given in parts.
@@ -22,8 +25,16 @@ pub(super) struct Reads {
     arguments_as_text: bool,
     /// Whose content it reads in parts and not as a text, in the order of [`SPEAKERS`] (Idefics 3 and LLaVA do).
     in_parts: [bool; 3],
+    /// Whose content it also reads in parts, if it is given so (Gemma 3 and Qwen2.5-VL do).
+    parts_too: [bool; 3],
+    /// The same of what a tool says.
+    tool_parts_too: bool,
     /// It knows the role `developer` (gpt-oss does).
     developer: bool,
+    /// It writes the tools that it is given.
+    pub(super) tools: bool,
+    /// It writes the documents that it is given.
+    pub(super) documents: bool,
 }
 
 /// Roles whose content is tried in both forms, and what they say there: letters that survive trimming and cutting, and that no
@@ -33,15 +44,23 @@ const SPEAKERS: [(&str, &str); 3] = [("system", "ŝ"), ("user", "ŭ"), ("assista
 impl Reads {
     /// Tries `template`, which must not refuse plain conversations for using up too much.
     pub(super) fn of(template: &ChatTemplate) -> Self {
+        let in_parts = reads_in_parts(template);
         Self {
             arguments_as_text: wants_arguments_as_text(template),
-            in_parts: reads_in_parts(template),
+            in_parts,
+            parts_too: reads_parts_too(template, in_parts),
+            tool_parts_too: reads_parts_of_tools(template, in_parts),
             developer: knows_developer(template),
+            tools: writes(template, in_parts, "tools", |tools| Given { tools: Some(tools), documents: None }),
+            documents: writes(template, in_parts, "documents", |documents| Given {
+                tools: None,
+                documents: Some(documents),
+            }),
         }
     }
 
     /// Messages as the template reads them: no null keys, no `weight`, `arguments` parsed, the reasoning under each of its usual
-    /// names, content as a text or in parts, and `developer` as `system` where the template does not know it.
+    /// names, content as a text or in parts (those that it has, where the template reads parts), and `developer` as `system` where the template does not know it.
     ///
     /// # Errors
     /// When one is not an object, or the arguments of a call are not JSON.
@@ -64,16 +83,21 @@ impl Reads {
     }
 
     fn shape_content(&self, message: &mut Map<String, Json>) {
-        let speaker = match message.get("role").and_then(Json::as_str) {
-            Some("system" | "developer") => 0,
-            Some("assistant") => 2,
-            _ => 1,
+        let role = message.get("role").and_then(Json::as_str);
+        let speaker = speaker_of(role.unwrap_or_default());
+        let kept = match role {
+            Some("tool") => self.tool_parts_too,
+            _ => self.parts_too[speaker],
         };
         let Some(content) = message.get_mut("content") else { return };
-        match (&*content, self.in_parts[speaker]) {
-            (Json::String(text), true) => *content = json!([{"type": "text", "text": text}]),
-            (Json::Array(parts), false) if parts.iter().all(|part| part["text"].is_string()) => {
-                *content = join_parts(parts.iter().filter_map(|part| part["text"].as_str())).into();
+        match &*content {
+            Json::String(text) if self.in_parts[speaker] => *content = json!([{"type": "text", "text": text}]),
+            Json::Array(parts) if !kept && parts.iter().all(|part| part["text"].is_string()) => {
+                let text = join_parts(parts.iter().filter_map(|part| part["text"].as_str()));
+                *content = match self.in_parts[speaker] {
+                    true => json!([{"type": "text", "text": text}]),
+                    false => text.into(),
+                };
             }
             _ => {}
         }
@@ -100,6 +124,22 @@ impl Reads {
     }
 }
 
+/// The place of a role in [`SPEAKERS`].
+fn speaker_of(role: &str) -> usize {
+    match role {
+        "system" | "developer" => 0,
+        "assistant" => 2,
+        _ => 1,
+    }
+}
+
+fn plain(in_parts: [bool; 3], role: &str) -> Json {
+    match in_parts[speaker_of(role)] {
+        true => json!([{"type": "text", "text": ""}]),
+        false => json!(""),
+    }
+}
+
 /// The fields that a template sees, in their order. Templates call the reasoning by different names.
 fn named(fields: &Map<String, Json>) -> Map<String, Json> {
     let names = ["reasoning_content", "thinking", "reasoning"];
@@ -118,9 +158,15 @@ fn named(fields: &Map<String, Json>) -> Map<String, Json> {
 }
 
 /// The content of a message that is prepared.
-pub(super) fn content(message: &Json) -> Option<&str> {
-    let content = message.get("content")?;
-    content.as_str().or_else(|| content[0]["text"].as_str())
+pub(super) fn content(message: &Json) -> Option<Cow<'_, str>> {
+    match message.get("content")? {
+        Json::String(text) => Some(Cow::Borrowed(text)),
+        Json::Array(parts) => match &parts[..] {
+            [part] => part["text"].as_str().map(Cow::Borrowed),
+            parts => parts.iter().map(|part| part["text"].as_str()).collect::<Option<String>>().map(Cow::Owned),
+        },
+        _ => None,
+    }
 }
 
 /// The same message with another content.
@@ -141,7 +187,7 @@ fn wants_arguments_as_text(template: &ChatTemplate) -> bool {
             json!({"role": "user", "content": "a"}),
             json!({"role": "assistant", "content": "", "tool_calls": [call]}),
         ];
-        template.run(&messages, None, false, "").is_ok()
+        template.run(&messages, Given::default(), false, "").is_ok()
     };
     template.source.contains("arguments") && !tries(json!({"a": "b"})) && tries(Json::String("{\"a\": \"b\"}".into()))
 }
@@ -163,9 +209,43 @@ fn reads_in_parts(template: &ChatTemplate) -> [bool; 3] {
     best
 }
 
-/// How many of the speakers are heard in a conversation in this form, which may lack a system message if that is refused. `None`: the
-/// template uses up too much.
+/// Gives one speaker's content after the other in parts, and looks whether all is heard as before.
+fn reads_parts_too(template: &ChatTemplate, in_parts: [bool; 3]) -> [bool; 3] {
+    let Some(as_it_is) = heard_of(template, in_parts) else { return in_parts };
+    let too = |speaker: usize| {
+        let mut form = in_parts;
+        form[speaker] = true;
+        in_parts[speaker] || as_it_is[speaker] && heard_of(template, form).is_some_and(|heard| heard == as_it_is)
+    };
+    [0, 1, 2].map(too)
+}
+
+/// The same of what a tool says, which many templates write whole, as JSON.
+fn reads_parts_of_tools(template: &ChatTemplate, in_parts: [bool; 3]) -> bool {
+    const SAID: &str = "ť";
+    let call = json!({"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}});
+    let messages = [
+        with_content(&json!({"role": "user", "content": plain(in_parts, "user")}), "a"),
+        json!({"role": "assistant", "content": plain(in_parts, "assistant"), "tool_calls": [call]}),
+        json!({"role": "tool", "name": "f", "tool_call_id": "abcdefghi", "content": [{"type": "text", "text": SAID}]}),
+    ];
+    let written = template.run(&messages, Given::default(), true, "").map(|text| text.to_lowercase());
+    written.is_ok_and(|text| text.contains(SAID) && !is_printed(&text, SAID))
+}
+
+/// Whether a part with this text is printed, or written as JSON, and not read.
+fn is_printed(written: &str, text: &str) -> bool {
+    ["'", "\""].iter().any(|quote| written.contains(&format!("{quote}: {quote}{text}")))
+}
+
+/// How many of the speakers are heard in a conversation in this form.
 fn found_of(template: &ChatTemplate, in_parts: [bool; 3]) -> Option<usize> {
+    heard_of(template, in_parts).map(|heard| heard.into_iter().filter(|heard| *heard).count())
+}
+
+/// Which of the speakers are heard in a conversation in this form, which may lack a system message if that is refused. `None`: the
+/// template uses up too much.
+fn heard_of(template: &ChatTemplate, in_parts: [bool; 3]) -> Option<[bool; 3]> {
     let messages: Vec<Json> = (SPEAKERS.iter().zip(in_parts))
         .map(|((role, text), in_parts)| match in_parts {
             true => json!({"role": role, "content": [{"type": "text", "text": text}]}),
@@ -174,7 +254,7 @@ fn found_of(template: &ChatTemplate, in_parts: [bool; 3]) -> Option<usize> {
         .collect();
     let mut rendered = String::new();
     for messages in [&messages[..], &messages[1..]] {
-        match template.run(messages, None, false, "") {
+        match template.run(messages, Given::default(), false, "") {
             Ok(text) => {
                 rendered = text.to_lowercase();
                 break;
@@ -183,9 +263,28 @@ fn found_of(template: &ChatTemplate, in_parts: [bool; 3]) -> Option<usize> {
             Err(_) => {}
         }
     }
-    // A list that is printed, or written as JSON, was not read.
-    let printed = |text: &str| ["'", "\""].iter().any(|quote| rendered.contains(&format!("{quote}: {quote}{text}")));
-    Some(SPEAKERS.iter().filter(|(_, text)| rendered.contains(text) && !printed(text)).count())
+    Some(SPEAKERS.map(|(_, text)| rendered.contains(text) && !is_printed(&rendered, text)))
+}
+
+/// Whether the template writes one of these that is `given`, before a question or before a system message and a question.
+fn writes(template: &ChatTemplate, in_parts: [bool; 3], name: &str, given: impl Fn(&Json) -> Given<'_>) -> bool {
+    // No template writes this word by itself.
+    const WORD: &str = "xqzwkv";
+    if !template.source.contains(name) {
+        return false;
+    }
+    let object =
+        json!({"type": "object", "properties": {"x": {"type": "string", "description": WORD}}, "required": ["x"]});
+    let list = match name {
+        "tools" => json!([{"type": "function", "function": {"name": WORD, "description": WORD, "parameters": object}}]),
+        _ => json!([{"title": WORD, "text": WORD, "content": WORD, "doc_id": 1}]),
+    };
+    let message = |role: &str| with_content(&json!({"role": role, "content": plain(in_parts, role)}), "a");
+    let messages = [message("system"), message("user")];
+    [&messages[..], &messages[1..]].into_iter().any(|messages| {
+        let written = template.run(messages, given(&list), true, "");
+        written.is_ok_and(|text| text.contains(WORD))
+    })
 }
 
 /// Whether the template names the role, and says what it says.
@@ -193,7 +292,7 @@ fn knows_developer(template: &ChatTemplate) -> bool {
     let (_, said) = SPEAKERS[0];
     let heard = |content: Json| {
         let messages = [json!({"role": "developer", "content": content}), json!({"role": "user", "content": "a"})];
-        template.run(&messages, None, true, "").is_ok_and(|text| text.contains(said))
+        template.run(&messages, Given::default(), true, "").is_ok_and(|text| text.contains(said))
     };
     // A template that writes whatever role it gets would write one that its model has never seen.
     let names = template.written.split('\0').any(|text| text == "developer");

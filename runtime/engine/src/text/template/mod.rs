@@ -8,18 +8,21 @@
 //! spans are control tokens that somebody typed inside a message: they stay text, or a user could end a turn and
 //! begin another in the assistant's name.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use anyhow::Result;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 use serde_json::Value as Json;
 
 use crate::text::control::Control;
 
 mod bounds;
+mod clock;
+mod continued;
+#[cfg(test)]
+mod expressions;
 mod generation;
+mod given;
 #[cfg(test)]
 mod hostile;
 mod lexer;
@@ -27,15 +30,19 @@ mod marked;
 mod marks;
 mod message;
 mod problem;
+#[cfg(test)]
+mod published;
 mod python;
 mod rendered;
 mod source;
+mod strings;
 #[cfg(test)]
 mod tests;
 mod turns;
 pub(crate) mod written;
 
 use generation::rewrite_generation_tags;
+pub use given::Given;
 use message::Reads;
 pub use message::join_parts;
 use problem::template_error;
@@ -111,8 +118,8 @@ impl ChatTemplate {
     }
 
     /// The template for conversations with these tools.
-    fn of(&self, tools: Option<&Json>) -> &Self {
-        tools.and(self.tool_use.as_deref()).unwrap_or(self)
+    fn of(&self, given: Given<'_>) -> &Self {
+        given.tools.and(self.tool_use.as_deref()).unwrap_or(self)
     }
 
     /// Renders a plain conversation, as a template would be asked to first.
@@ -120,7 +127,7 @@ impl ChatTemplate {
         let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
         let messages = [message("user", "a"), message("assistant", "b"), message("user", "c")];
         for (messages, prompt) in [(&messages[..], true), (&messages[..2], false)] {
-            match self.run(messages, None, prompt, "") {
+            match self.run(messages, Given::default(), prompt, "") {
                 Err(error) if error.is::<bounds::Exceeded>() => return Err(error),
                 _ => {}
             }
@@ -128,7 +135,7 @@ impl ChatTemplate {
         Ok(())
     }
 
-    /// Sets a variable that the template can read: `unk_token`, `pad_token`, `enable_thinking`, `documents`, ….
+    /// Sets a variable that the template can read: `unk_token`, `pad_token`, `enable_thinking`, ….
     pub fn with_variable(mut self, name: &str, value: &Json) -> Self {
         self.variables.retain(|(n, _)| n != name);
         self.variables.push((name.into(), to_value(value)));
@@ -137,7 +144,7 @@ impl ChatTemplate {
     }
 
     /// Fixes what `strftime_now` says, in seconds since 1970 (UTC), so that a run resumed on another day renders the
-    /// same text. Without it the template sees the present time in UTC (transformers: local time).
+    /// same text. Without it the template sees the present time in local time, as in transformers.
     pub fn with_clock(mut self, unix_seconds: i64) -> Self {
         self.set_clock(Some(unix_seconds));
         self.tool_use = self.tool_use.map(|template| Box::new(template.with_clock(unix_seconds)));
@@ -153,9 +160,15 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// When the template refuses the messages or fails; the message names the template's line.
-    pub fn render(&self, messages: &[Json], tools: Option<&Json>, add_generation_prompt: bool) -> Result<String> {
-        let template = self.of(tools);
-        template.run(&template.reads.prepare(messages)?, tools, add_generation_prompt, "")
+    pub fn render<'a>(
+        &self,
+        messages: &[Json],
+        given: impl Into<Given<'a>>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let given = given.into();
+        let template = self.of(given);
+        template.run(&template.reads.prepare(messages)?, given, add_generation_prompt, "")
     }
 
     /// Renders what serving sends to the model: with `add_generation_prompt`, nothing trained.
@@ -163,9 +176,15 @@ impl ChatTemplate {
     /// # Errors
     /// As [`ChatTemplate::render`]; also when the template changes a control token typed in a message, so that it
     /// cannot be kept as text.
-    pub fn render_prompt(&self, messages: &[Json], tools: Option<&Json>, control: &[Control]) -> Result<Rendered> {
-        let template = self.of(tools);
-        let marked = template.render_marked(&template.reads.prepare(messages)?, tools, true, control)?;
+    pub fn render_prompt<'a>(
+        &self,
+        messages: &[Json],
+        given: impl Into<Given<'a>>,
+        control: &[Control],
+    ) -> Result<Rendered> {
+        let given = given.into();
+        let template = self.of(given);
+        let marked = template.render_marked(&template.reads.prepare(messages)?, given, true, control)?;
         Ok(Rendered { text: marked.text, trained: Vec::new(), literal: marked.literal })
     }
 
@@ -185,21 +204,21 @@ impl ChatTemplate {
     }
 
     fn set_clock(&mut self, unix_seconds: Option<i64>) {
-        self.env.add_function("strftime_now", move |state: &State, format: &str| -> Result<String, Error> {
+        self.env.add_function("strftime_now", move |format: Option<&str>, options: Kwargs| -> Result<String, Error> {
+            let format = format.map_or_else(|| options.get("format"), Ok)?;
+            options.assert_all_used()?;
             bounds::width(format.chars().count(), "strftime_now: a format")?;
             bounds::format(format, "strftime_now: a format")?;
-            let now = unix_seconds.unwrap_or_else(|| {
-                let since = SystemTime::now().duration_since(UNIX_EPOCH);
-                since.map_or(0, |d| d.as_secs() as i64)
-            });
-            let format = Kwargs::from_iter([("format", Value::from(format))]);
-            minijinja_contrib::filters::datetimeformat(state, Value::from(now as f64), format)
+            let now = unix_seconds.map_or_else(|| Ok(clock::now()), clock::at);
+            now.and_then(|now| clock::write(format, now)).map_err(|error| {
+                Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {}", bounds::cut(&error.to_string())))
+            })
         });
     }
 
     /// Renders messages that are normalised. `marks`: the two characters to put around generated spans, or "".
-    fn run(&self, messages: &[Json], tools: Option<&Json>, prompt: bool, marks: &str) -> Result<String> {
-        let fuel = bounds::fuel(messages, tools);
+    fn run(&self, messages: &[Json], given: Given<'_>, prompt: bool, marks: &str) -> Result<String> {
+        let fuel = bounds::fuel(messages, given);
         let more = (fuel > bounds::FUEL).then(|| {
             let mut env = self.env.clone();
             env.set_fuel(Some(fuel));
@@ -207,17 +226,18 @@ impl ChatTemplate {
         });
         let env = more.as_ref().unwrap_or(&self.env);
         bounds::on_stack(self.deep, || {
-            let mut context: Vec<(&str, Value)> =
-                vec![("documents", Value::from(())), ("homeroom_marks", Value::from(marks))];
+            let list = |list: Option<&Json>| list.map_or_else(|| Value::from(()), to_value);
+            let mut context: Vec<(&str, Value)> = vec![("homeroom_marks", Value::from(marks))];
             context.extend(self.variables.iter().map(|(n, v)| (n.as_str(), v.clone())));
             context.extend([
                 ("messages", messages.iter().map(to_value).collect()),
-                ("tools", tools.map_or_else(|| Value::from(()), to_value)),
+                ("tools", list(given.tools)),
+                ("documents", list(given.documents)),
                 ("add_generation_prompt", Value::from(prompt)),
             ]);
             let template = env.get_template(NAME).map_err(|e| template_error(&e))?;
             let rendered = template.render(Value::from_pairs(context));
-            bounds::written(rendered.map_err(|e| template_error(&e))?, messages, tools)
+            bounds::written(rendered.map_err(|e| template_error(&e))?, messages, given)
         })
     }
 }

@@ -4,9 +4,9 @@
 //! Python's `repr` for unprintable characters, and its spelling of exponents.
 
 use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, ValueOrKwargs, from_args};
-use minijinja::{Environment, Error, ErrorKind, State, Value, escape_formatter};
+use minijinja::{Environment, Error, ErrorKind, State, Value, escape_formatter, filters};
 
-use super::bounds;
+use super::{bounds, strings};
 
 /// Sets what templates written for jinja2 and transformers expect.
 pub(super) fn add_to(env: &mut Environment<'static>) {
@@ -20,6 +20,18 @@ pub(super) fn add_to(env: &mut Environment<'static>) {
     });
     env.add_filter("tojson", to_json_filter);
     env.add_filter("trim", trim_filter);
+    env.add_filter("int", int_filter);
+    env.add_filter("float", float_filter);
+    env.add_filter("center", center_filter);
+    env.add_filter("truncate", truncate_filter);
+    env.add_filter("wordcount", wordcount_filter);
+    env.add_filter("striptags", |state: &State, text: String| -> Result<String, Error> {
+        state.consume_fuel(text.len() as u64 / 16)?;
+        Ok(minijinja_contrib::filters::striptags(text))
+    });
+    env.add_filter("filesizeformat", minijinja_contrib::filters::filesizeformat);
+    env.add_filter("homeroom_percent", percent);
+    env.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
     env.add_test("iterable", is_iterable);
     env.add_test("sequence", is_sequence);
 }
@@ -36,7 +48,7 @@ fn is_iterable(value: &Value) -> bool {
 }
 
 /// `str.isspace`: Unicode white space and the four information separators.
-fn is_python_space(c: char) -> bool {
+pub(super) fn is_python_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
@@ -51,6 +63,70 @@ fn trim_filter(state: &State, value: &Value, chars: Option<&str>) -> Result<Stri
         }
         None => text.trim_matches(is_python_space).into(),
     })
+}
+
+/// jinja2's `int`, which is 0 where there is no number.
+fn int_filter(
+    state: &State,
+    value: Value,
+    default: Option<Value>,
+    base: Option<u32>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    let default = default.or(options.get("default")?).unwrap_or(Value::from(0));
+    let trimmed = value.as_str().map(|text| Value::from(text.trim()));
+    filters::int(state, &trimmed.unwrap_or(value), Some(default), base, options)
+}
+
+/// jinja2's `float`, which is 0.0 where there is no number.
+fn float_filter(state: &State, value: Value, default: Option<Value>, options: Kwargs) -> Result<Value, Error> {
+    let default = default.or(options.get("default")?).unwrap_or(Value::from(0.0));
+    let trimmed = value.as_str().map(|text| Value::from(text.trim()));
+    filters::float(state, &trimmed.unwrap_or(value), Some(default), options)
+}
+
+fn center_filter(value: &str, width: Option<usize>) -> Result<String, Error> {
+    let width = bounds::width(width.unwrap_or(80), "center: a width")?;
+    Ok(strings::justify(value, "center", width, ' '))
+}
+
+fn truncate_filter(state: &State, text: &str, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    let args = args.into_values();
+    let (length, cuts_words, end, leeway, options): (
+        Option<usize>,
+        Option<bool>,
+        Option<String>,
+        Option<usize>,
+        Kwargs,
+    ) = from_args(&args)?;
+    let length = length.or(options.get("length")?).unwrap_or(255);
+    let cuts_words = cuts_words.or(options.get("killwords")?).unwrap_or(false);
+    let end = end.or(options.get("end")?).unwrap_or_else(|| "...".into());
+    let leeway = leeway.or(options.get("leeway")?).unwrap_or(5);
+    options.assert_all_used()?;
+    state.consume_fuel(text.len() as u64 / 16)?;
+    if text.chars().count() <= length.saturating_add(leeway) {
+        return Ok(text.to_owned());
+    }
+    let Some(kept) = length.checked_sub(end.chars().count()) else {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("truncate: {end:?} is longer than {length}")));
+    };
+    let kept = &text[..text.char_indices().nth(kept).map_or(text.len(), |(at, _)| at)];
+    let kept = if cuts_words { kept } else { kept.rsplit_once(' ').map_or(kept, |(words, _)| words) };
+    Ok(format!("{kept}{end}"))
+}
+
+fn wordcount_filter(state: &State, text: &str) -> Result<usize, Error> {
+    state.consume_fuel(text.len() as u64 / 16)?;
+    let is_word = |c: char| c == '_' || c.is_alphanumeric();
+    Ok(text.split(|c| !is_word(c)).filter(|word| !word.is_empty()).count())
+}
+
+/// `text % value`, which [`super::source`] writes as a filter where the text is a string of the template.
+fn percent(state: &mut State, text: &Value, value: Value) -> Result<Value, Error> {
+    bounds::weigh(state, &value)?;
+    let values = strings::formatted(value).into_iter().map(ValueOrKwargs::from);
+    filters::format(state, text, Rest(values.collect()))
 }
 
 /// Methods of Python's values that minijinja-contrib lacks or has with Rust's idea of white space and lines.
@@ -78,15 +154,14 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
             Some((a, b)) => Tuple::from([a, p, b].map(Value::from)).into(),
             None => Tuple::from(["", "", s].map(Value::from)).into(),
         }),
-        (Some(s), "rsplit", Some(p)) if !p.is_empty() => {
-            let most = args.get(1).and_then(Value::as_i64).unwrap_or(-1);
-            let most = usize::try_from(most).map_or(usize::MAX, |n| n.saturating_add(1));
-            let mut parts: Vec<&str> = s.rsplitn(most, p).collect();
-            parts.reverse();
-            Ok(parts.into_iter().collect())
-        }
-        (Some(s), "splitlines", None) if args.is_empty() => Ok(python_lines(s).into_iter().collect()),
         (None, "copy", None) if value.kind() == ValueKind::Map => Ok(value.clone()),
+        (Some(s), ..) if let Some(result) = strings::method(s, method, args) => result,
+        (None, ..)
+            if value.kind() == ValueKind::Seq
+                && let Some(result) = strings::method_of_list(value, method, args) =>
+        {
+            result
+        }
         _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
     }
 }
@@ -96,7 +171,7 @@ fn charge_method(state: &State, value: &Value, method: &str, args: &[Value]) -> 
     args.iter().try_for_each(|arg| bounds::weigh(state, arg))?;
     let first = args.first().and_then(Value::as_str);
     match (value.as_str(), method, first) {
-        (None, "count", _) => bounds::weigh(state, value),
+        (None, "count" | "index", _) => bounds::weigh(state, value),
         (Some(s), "split" | "rsplit", by) => bounds::charge_pieces(state, Some(s), by),
         (Some(s), "splitlines", _) => bounds::charge_pieces(state, Some(s), Some("\n")),
         (Some(s), "strip" | "lstrip" | "rstrip", Some(chars)) => {
@@ -106,6 +181,15 @@ fn charge_method(state: &State, value: &Value, method: &str, args: &[Value]) -> 
             let new = args.get(1).and_then(Value::as_str).unwrap_or_default();
             let places = if s.len() < 4096 && new.len() < 4096 { 0 } else { s.matches(old).count() };
             state.consume_fuel(places.saturating_mul(new.len()) as u64 / 64)
+        }
+        (Some(s), "find" | "rfind" | "index" | "rindex" | "count" | "startswith" | "endswith", _) if args.len() > 1 => {
+            state.consume_fuel(s.len() as u64 / 16)
+        }
+        (Some(s), "swapcase" | "casefold" | "istitle" | "isidentifier" | "isprintable" | "isdecimal", _) => {
+            state.consume_fuel(s.len() as u64 / 16)
+        }
+        (Some(s), "expandtabs", _) => {
+            state.consume_fuel((s.len() as u64).saturating_add(256 * s.matches('\t').count() as u64) / 16)
         }
         (Some(s), "join", _) => {
             let pieces = args.first().and_then(Value::len).unwrap_or(0);
@@ -125,14 +209,14 @@ fn charge_method(state: &State, value: &Value, method: &str, args: &[Value]) -> 
     }
 }
 
-/// `str.splitlines`: the boundaries of the Python documentation, "\r\n" being one.
-fn python_lines(text: &str) -> Vec<&str> {
+/// `str.splitlines`: the boundaries of the Python documentation, "\r\n" being one. `keep`: each line has its end.
+pub(super) fn python_lines(text: &str, keep: bool) -> Vec<&str> {
     let ends_line = |c: char| matches!(c, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
     let mut lines = Vec::new();
     let mut rest = text;
     while let Some((at, c)) = rest.char_indices().find(|(_, c)| ends_line(*c)) {
         let end = if rest[at..].starts_with("\r\n") { at + 2 } else { at + c.len_utf8() };
-        lines.push(&rest[..at]);
+        lines.push(&rest[..if keep { end } else { at }]);
         rest = &rest[end..];
     }
     if !rest.is_empty() {

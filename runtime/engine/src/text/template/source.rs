@@ -136,7 +136,8 @@ struct Reader<'a> {
     source: &'a str,
     tokens: Vec<Token<'a>>,
     at: usize,
-    insertions: Vec<(usize, String)>,
+    /// What is inserted where, in place of how many bytes.
+    insertions: Vec<(usize, String, usize)>,
     kept: Vec<Kept>,
     namespaces: HashSet<&'a str>,
     /// Names that occur other than as `name.attribute` or `name[item]`.
@@ -147,6 +148,8 @@ struct Reader<'a> {
     lazy: bool,
     /// The tag filters what it holds, so its calls are filters.
     filters: bool,
+    /// The operand is what a string is formatted with: `'%s' % x % y` formats the string once.
+    formatted: bool,
     wraps_assigned: usize,
     wraps_in_all: usize,
     /// There are macros, blocks or loops that may call themselves.
@@ -338,6 +341,7 @@ impl<'a> Reader<'a> {
         if nesting > BRACKETS_MAX {
             bail!("{}: nests more than {BRACKETS_MAX} brackets", self.place(self.here()));
         }
+        let formatted = std::mem::take(&mut self.formatted);
         let mut comparison = Comparison::default();
         // Tokens since the last comma, the deepest group among them, and the most of both so far.
         let (mut length, mut inner, mut depth) = (0, 0, 0);
@@ -421,6 +425,7 @@ impl<'a> Reader<'a> {
             }
             _ => self.at += 1,
         }
+        self.formatted = formatted;
         match within {
             Within::Subscript if slice => (self.wraps, self.lazy) = (self.wraps + 1, true),
             Within::List | Within::Map if !plain => self.wraps += 1,
@@ -484,6 +489,25 @@ impl<'a> Reader<'a> {
                         self.postfix(argument, start, nesting, inner)?;
                     }
                     operand = Operand::Plain;
+                }
+                // A string of the template, formatted: minijinja has `%` for numbers only.
+                Some("%")
+                    if !self.formatted && operand == Operand::Plain && self.tokens[self.at - 1].kind == Kind::Text =>
+                {
+                    let place = self.here();
+                    self.at += 1;
+                    while matches!(self.text_of_mark(), Some("-" | "+")) {
+                        self.at += 1;
+                    }
+                    let mut formatted = Comparison::default();
+                    self.formatted = true;
+                    self.operand(&mut formatted, nesting, inner)?;
+                    self.formatted = false;
+                    *inner += 1;
+                    let end = formatted.operands.first().map_or(place + 1, |(_, end)| *end);
+                    self.insertions.push((place, "|homeroom_percent(".into(), 1));
+                    self.insert(end, ")");
+                    operand = Operand::Unknown;
                 }
                 _ => break,
             }
@@ -608,7 +632,7 @@ impl<'a> Reader<'a> {
     }
 
     fn insert(&mut self, at: usize, text: &str) {
-        self.insertions.push((at, text.to_owned()));
+        self.insertions.push((at, text.to_owned(), 0));
     }
 
     fn peek(&self) -> Option<Token<'a>> {
@@ -663,18 +687,18 @@ impl<'a> Reader<'a> {
     fn finish(mut self) -> Checked {
         let leaks = self.bare.contains("namespace") || self.namespaces.iter().any(|name| self.bare.contains(name));
         for Kept { start, end, wraps, lazy } in std::mem::take(&mut self.kept) {
-            self.insertions.push((start, "(".into()));
-            self.insertions.push((end, format!(")|homeroom_kept({wraps}, {lazy}, {leaks})")));
+            self.insertions.push((start, "(".into(), 0));
+            self.insertions.push((end, format!(")|homeroom_kept({wraps}, {lazy}, {leaks})"), 0));
         }
         // A sort that keeps the order of what is inserted at one place: the inner first.
-        self.insertions.sort_by_key(|(at, _)| *at);
+        self.insertions.sort_by_key(|(at, ..)| *at);
         let deep = self.deep || (self.calls && self.wraps_in_all > WRAPS_CALLED_MAX);
         let mut text = String::with_capacity(self.source.len() + 64);
         let mut from = 0;
-        for (at, insertion) in &self.insertions {
+        for (at, insertion, replaced) in &self.insertions {
             text.push_str(&self.source[from..*at]);
             text.push_str(insertion);
-            from = *at;
+            from = at + replaced;
         }
         text.push_str(&self.source[from..]);
         self.written.push('\0');

@@ -399,7 +399,7 @@ fn content_is_given_in_the_form_that_a_template_reads() {
             "<s>User: äb<|eot|>\nAssistant: c<|eot|>\n",
         ),
         (new(mixed), "(ä b)<c>", "(ä\nb)<c>"),
-        (new(both), "ä b|c|", "ä\nb|c|"),
+        (new(both), "ä b|c|", "äb|c|"),
         (new(printed), "\"ä \"\"c\"", "\"ä\\n\"\"c\""),
     ] {
         assert_eq!(template.render(&as_text, None, false).unwrap(), of_text);
@@ -429,10 +429,10 @@ fn the_template_for_tools_renders_what_has_tools() {
     assert_eq!(template.render(&messages, Some(&tools), false).unwrap(), "wetter: a|b|7");
     assert_eq!(template.render_prompt(&messages[..1], Some(&tools), &[]).unwrap().text, "wetter: a|7");
     let trained = &new(plain)
-        .with_tool_use(new(&plain.replace("|", "!")))
+        .with_tool_use(new(&format!("{{{{ tools[0].function.name }}}}: {}", plain.replace("|", "!"))))
         .render_for_training(&messages, Some(&tools), &[])
         .unwrap()[0];
-    assert_eq!((&*trained.text, pieces(trained, &trained.trained)), ("a!b!", vec!["b!"]));
+    assert_eq!((&*trained.text, pieces(trained, &trained.trained)), ("wetter: a!b!", vec!["b!"]));
 }
 
 #[test]

@@ -9,12 +9,13 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
-use super::ChatTemplate;
+use super::bounds::Exceeded;
 use super::marks::{Marked, Marks, Survey, occurrences};
 use super::message::{content, with_content};
 use super::rendered::Rendered;
+use super::{ChatTemplate, Given};
 use crate::text::control::Control;
 
 impl ChatTemplate {
@@ -33,13 +34,14 @@ impl ChatTemplate {
     /// # Errors
     /// When there is nothing to train on, the template refuses the messages, or the prompt of a turn does not begin
     /// the turn and the answer cannot be told from it.
-    pub fn render_for_training(
+    pub fn render_for_training<'a>(
         &self,
         messages: &[Json],
-        tools: Option<&Json>,
+        given: impl Into<Given<'a>>,
         control: &[Control],
     ) -> Result<Vec<Rendered>> {
-        let template = self.of(tools);
+        let given = given.into();
+        let template = self.of(given);
         let turns: Vec<usize> = (0..messages.len()).filter(|&i| messages[i]["role"] == "assistant").collect();
         ensure!(!turns.is_empty(), "nothing to train on: no assistant message");
         let learned: Vec<usize> =
@@ -47,10 +49,12 @@ impl ChatTemplate {
         ensure!(!learned.is_empty(), "nothing to train on: every assistant message has weight 0");
 
         let messages = template.reads.prepare(messages)?;
-        let full = template.render_marked(&messages, tools, false, control)?;
+        template.check_given(given)?;
+        let full = template.render_marked(&messages, given, false, control);
+        let full = full.map_err(|error| template.explained(error, &messages))?;
         for &i in &learned {
-            template.check_calls(&messages[..=i], tools)?;
-            template.check_whole(&messages[..=i], tools)?;
+            template.check_calls(&messages[..=i], given)?;
+            template.check_whole(&messages[..=i], given)?;
         }
         if template.marks_generation() {
             return Ok(vec![full.trained_by_marks(&turns, &learned)?]);
@@ -58,8 +62,8 @@ impl ChatTemplate {
 
         let mut whole = Vec::with_capacity(learned.len());
         for &i in &learned {
-            let prompt = template.run(&messages[..i], tools, true, "").with_context(|| before_turn(i))?;
-            let upto = template.run(&messages[..=i], tools, false, "")?;
+            let prompt = template.run(&messages[..i], given, true, "").with_context(|| before_turn(i))?;
+            let upto = template.run(&messages[..=i], given, false, "")?;
             if !(upto.starts_with(&prompt) && full.text.starts_with(&upto)) {
                 whole.clear();
                 break;
@@ -70,35 +74,86 @@ impl ChatTemplate {
             let (text, literal) = (full.text, full.literal);
             return Ok(vec![Rendered { text, trained: whole, literal }]);
         }
-        learned.iter().map(|&i| template.render_turn(&messages, i, tools, control)).collect()
+        learned.iter().map(|&i| template.render_turn(&messages, i, given, control)).collect()
+    }
+
+    /// Checks that the model will see what the conversation is rendered with: some templates know no tools, and most no documents.
+    fn check_given(&self, given: Given<'_>) -> Result<()> {
+        ensure!(
+            given.tools.is_none() || self.reads.tools,
+            "the chat template writes no `tools`, so the model would not see them; take them out, or choose a model that knows tools"
+        );
+        ensure!(
+            given.documents.is_none() || self.reads.documents,
+            "the chat template writes no `documents`, so the model would not see them; put them into what is asked"
+        );
+        Ok(())
+    }
+
+    /// Says by name what a template that refused these messages does not know.
+    fn explained(&self, error: anyhow::Error, messages: &[Json]) -> anyhow::Error {
+        if error.is::<Exceeded>() {
+            return error;
+        }
+        let with = |role: &str| messages.iter().any(|message| message["role"] == role);
+        let refuses = |messages: &[Json]| {
+            let messages = self.reads.prepare(messages);
+            messages.and_then(|messages| self.run(&messages, Given::default(), true, "")).is_err()
+        };
+        let user = json!({"role": "user", "content": "a"});
+        if refuses(std::slice::from_ref(&user)) {
+            return error;
+        }
+        if with("system") && refuses(&[json!({"role": "system", "content": "b"}), user.clone()]) {
+            return error.context(
+                "the chat template knows no system message; put what it says into the first message of the user",
+            );
+        }
+        let call = json!({"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": "{}"}});
+        let called = json!({"role": "assistant", "content": "", "tool_calls": [call]});
+        let said = json!({"role": "tool", "name": "f", "tool_call_id": "abcdefghi", "content": "c"});
+        if with("tool") && refuses(&[user, called, said]) {
+            return error.context("the chat template knows no messages of tools");
+        }
+        error
     }
 
     /// Checks that the calls of the last message are written: some templates know none.
-    fn check_calls(&self, messages: &[Json], tools: Option<&Json>) -> Result<()> {
+    fn check_calls(&self, messages: &[Json], given: Given<'_>) -> Result<()> {
         let calls = messages.last().and_then(|message| message["tool_calls"].as_array());
         let Some(calls) = calls.filter(|calls| !calls.is_empty()) else { return Ok(()) };
-        let text = self.run(messages, tools, false, "")?;
-        let names = calls.iter().filter_map(|call| call["function"]["name"].as_str().or_else(|| call["name"].as_str()));
-        match names.into_iter().find(|name| !text.contains(name)) {
-            Some(name) => bail!(
+        let text = self.run(messages, given, false, "")?;
+        for (i, call) in calls.iter().enumerate() {
+            let within = if call["function"].is_object() { "/function/name" } else { "/name" };
+            let Some(name) = call.pointer(within).and_then(Json::as_str) else { continue };
+            // The name may stand among the tools as well, so it is looked for what another name would change.
+            let mut renamed = messages.to_vec();
+            let last = renamed.last_mut().expect("its calls were found");
+            if let Some(place) = last["tool_calls"][i].pointer_mut(within) {
+                *place = format!("{name}x").into();
+            }
+            let left_out =
+                !text.contains(name) || self.run(&renamed, given, false, "").is_ok_and(|other| other == text);
+            ensure!(
+                !left_out,
                 "message {}: the chat template does not write the call of `{name}`, so it cannot be learned",
                 messages.len()
-            ),
-            None => Ok(()),
+            );
         }
+        Ok(())
     }
 
     /// Checks that the last message is written from its beginning: some templates take whatever stands before the last end of a
     /// block for thinking.
-    fn check_whole(&self, messages: &[Json], tools: Option<&Json>) -> Result<()> {
+    fn check_whole(&self, messages: &[Json], given: Given<'_>) -> Result<()> {
         let Some((last, said)) = messages.last().and_then(|last| Some((last, content(last)?))) else { return Ok(()) };
         let is_end = |text: &&str| text.len() > 3 && (text.starts_with("</") || text.starts_with("[/"));
         let ends: BTreeSet<&str> = self.written.split('\0').map(str::trim).filter(is_end).collect();
         for end in ends.into_iter().filter(|end| said.contains(*end)) {
-            let thinking = Thinking::of(last, &end.replacen('/', "", 1), end);
-            let spoken = thinking.in_content.map_or(said, |split| split.spoken);
+            let thinking = Thinking::of(last, Some(&said), &end.replacen('/', "", 1), end);
+            let spoken = thinking.in_content.map_or(&*said, |split| split.spoken);
             ensure!(
-                self.run(messages, tools, false, "")?.contains(spoken.trim()),
+                self.run(messages, given, false, "")?.contains(spoken.trim()),
                 "message {}: the chat template takes what stands before {end:?} for thinking, so this answer cannot be learned whole; \
                  take {end:?} out of it, or put what is thinking in `reasoning_content`",
                 messages.len()
@@ -108,14 +163,14 @@ impl ChatTemplate {
     }
 
     /// One turn behind its prompt.
-    fn render_turn(&self, messages: &[Json], i: usize, tools: Option<&Json>, control: &[Control]) -> Result<Rendered> {
-        let prompt = self.render_marked(&messages[..i], tools, true, control).with_context(|| before_turn(i))?;
-        let turn = self.render_marked(&messages[..=i], tools, false, control)?;
+    fn render_turn(&self, messages: &[Json], i: usize, given: Given<'_>, control: &[Control]) -> Result<Rendered> {
+        let prompt = self.render_marked(&messages[..i], given, true, control).with_context(|| before_turn(i))?;
+        let turn = self.render_marked(&messages[..=i], given, false, control)?;
         if turn.text.starts_with(&prompt.text) {
             let trained = std::iter::once(prompt.text.len()..turn.text.len()).collect();
             return Ok(Rendered { text: turn.text, trained, literal: turn.literal });
         }
-        let Some(answer) = self.answer(&messages[..=i], tools, &prompt.text, &turn.text)? else {
+        let Some(answer) = self.answer(&messages[..=i], given, &prompt.text, &turn.text)? else {
             let (ours, theirs) = parting(&turn.text, &prompt.text);
             bail!(
                 "message {}: the chat template writes this turn otherwise than the prompt it would answer: {ours:?} where the prompt has {theirs:?}",
@@ -139,9 +194,9 @@ impl ChatTemplate {
 
     /// Finds the answer, the last of `messages`, in its rendering `turn`: it is what follows the question there, of which a mark in its
     /// place shows the end, less what the prompt has there too. `None`: the two do not fit.
-    fn answer(&self, messages: &[Json], tools: Option<&Json>, prompt: &str, turn: &str) -> Result<Option<Answer>> {
+    fn answer(&self, messages: &[Json], given: Given<'_>, prompt: &str, turn: &str) -> Result<Option<Answer>> {
         let mut survey = Survey::default();
-        messages.iter().chain(tools).for_each(|value| survey.visit(value, &[]));
+        messages.iter().chain(given.values()).for_each(|value| survey.visit(value, &[]));
         survey.note_private(&self.source);
         let mark = Marks::outside(&survey.private, &BTreeSet::new())?.one();
         let [earlier @ .., question, last] = messages else { return Ok(None) };
@@ -149,8 +204,9 @@ impl ChatTemplate {
             return Ok(None);
         }
         let marked = [earlier, &[with_content(question, &mark), last.clone()]].concat();
+        let said = content(last);
         let behind = |messages: &[Json], prompt: bool| -> Option<String> {
-            let text = self.run(messages, tools, prompt, "").ok()?;
+            let text = self.run(messages, given, prompt, "").ok()?;
             text.rsplit_once(&mark).map(|(_, behind)| behind.to_owned())
         };
         let found = || -> Option<Answer> {
@@ -162,12 +218,17 @@ impl ChatTemplate {
             let same = served.char_indices().zip(written.chars()).take_while(|((_, a), b)| a == b).count();
             let splits = served.char_indices().map(|(at, _)| at).chain([served.len()]).take(same + 1);
             // What is the same may go on into the answer, if that begins like the block.
-            let (at, block) =
-                splits.collect::<Vec<_>>().into_iter().rev().find_map(|at| Some((at, self.block(&served[at..])?)))?;
+            let splits: Vec<usize> = splits.collect();
+            let fitting = splits.into_iter().rev().find_map(|at| Some((at, self.block(&served[at..])?)));
+            let Some((at, block)) = fitting else {
+                let asked = self.run(&messages[..=earlier.len()], given, false, "").ok()?;
+                let from = place + behind_heading(&asked, prompt, &written)?;
+                return Some(Answer { from, ..Answer::default() });
+            };
             let Some(Block { tag, closing, open }) = block else {
                 return Some(Answer { from: place + at, ..Answer::default() });
             };
-            let thinking = Thinking::of(last, &tag, &closing);
+            let thinking = Thinking::of(last, said.as_deref(), &tag, &closing);
             let rest = &written[at..];
             // The template may have left the thinking out.
             let spoken = match Split::of(rest, &tag, &closing) {
@@ -200,10 +261,25 @@ impl ChatTemplate {
             let closing = closing_of(text);
             return self.written.contains(&closing).then(|| Some(Block { tag: text.to_owned(), closing, open: true }));
         }
-        let tag = last.replacen('/', "", 1);
-        let closed = last == closing_of(&tag) && text.starts_with(&tag);
-        closed.then(|| Some(Block { tag, closing: last.to_owned(), open: false }))
+        let slashed = (last.replacen('/', "", 1), last == closing_of(&last.replacen('/', "", 1)));
+        // As in Gemma 4: `<|channel>thought\n<channel|>`.
+        let barred = last.strip_prefix('<').and_then(|inner| inner.strip_suffix("|>"));
+        let barred = barred.map_or_else(Default::default, |inner| (format!("<|{inner}>"), true));
+        let (tag, _) = [slashed, barred].into_iter().find(|(tag, closes)| *closes && text.starts_with(tag))?;
+        Some(Some(Block { tag, closing: last.to_owned(), open: false }))
     }
+}
+
+/// Where an answer begins in `written`, what stands behind the question: behind the first heading of an answer, which is what a prompt
+/// adds to the question `asked`. Some templates end what came before in two ways (Hermes 2 Pro's does so behind what a tool says).
+fn behind_heading(asked: &str, prompt: &str, written: &str) -> Option<usize> {
+    let heading = prompt.strip_prefix(asked)?.trim();
+    if heading.len() < 3 {
+        return None;
+    }
+    let rest = &written[written.find(heading)? + heading.len()..];
+    let gap = &prompt[prompt.trim_end().len()..];
+    Some(written.len() - rest.strip_prefix(gap).unwrap_or(rest.trim_start()).len())
 }
 
 /// What the assistant writes to a prompt.
@@ -257,11 +333,12 @@ struct Thinking<'a> {
 }
 
 impl<'a> Thinking<'a> {
-    fn of(message: &'a Json, tag: &str, closing: &str) -> Self {
+    /// `said`: the message's content.
+    fn of(message: &'a Json, said: Option<&'a str>, tag: &str, closing: &str) -> Self {
         let field = message["reasoning_content"].as_str().filter(|text| !text.trim().is_empty());
         // Without its beginning it is what a model says to a prompt that opens the block.
         let counts = |split: &Split<'_>| split.opened || field.is_none() && split.alone;
-        let in_content = content(message).and_then(|text| Split::of(text, tag, closing)).filter(counts);
+        let in_content = said.and_then(|text| Split::of(text, tag, closing)).filter(counts);
         Self { field: field.map(|text| text.trim_matches('\n')), in_content }
     }
 

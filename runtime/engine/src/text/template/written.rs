@@ -1,6 +1,6 @@
 //! What a chat template writes by itself, whatever the conversation.
 
-use super::ChatTemplate;
+use super::{ChatTemplate, Given};
 
 /// Texts that a chat template may write by itself: its strings, and plain conversations. `source` is taken whole where it
 /// is no template.
@@ -31,6 +31,6 @@ pub(crate) fn behind_answer(source: &str, bos: Option<&str>, eos: Option<&str>) 
     let template = ChatTemplate::new(source, bos, eos).ok()?;
     let messages = [("user", "a"), ("assistant", ANSWER)]
         .map(|(role, content)| serde_json::json!({"role": role, "content": content}));
-    let text = template.run(&messages, None, false, "").ok()?;
+    let text = template.run(&messages, Given::default(), false, "").ok()?;
     text.rsplit_once(ANSWER).map(|(_, behind)| behind.to_owned())
 }

@@ -25,6 +25,7 @@ impl Tokenizer {
             special_tokens_map: read_json(&dir.join("special_tokens_map.json"))?,
             generation_config: json!({"eos_token_id": base.eos_ids}),
             model_config: Value::Null,
+            processor: Value::Null,
             chat_template: read_if_there(&dir.join("chat_template.jinja"), SMALL_BYTES_MAX)?,
             named_templates: read_named_templates(&dir.join(TEMPLATES_DIR))?,
         };

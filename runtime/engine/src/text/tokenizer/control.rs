@@ -8,6 +8,7 @@ use tokenizers::AddedToken;
 
 use super::Tokenizer;
 use crate::text::control::Control;
+use crate::text::template::Given;
 
 /// Whether an added token that is not special is control: the template writes it, or it ends a text, and it is no word
 /// or white space, which anybody types.
@@ -32,12 +33,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the tokenizer cannot encode a text of theirs.
-    pub fn control_in(&self, messages: &[Value], tools: Option<&Value>) -> Result<Cow<'_, [Control]>> {
+    pub fn control_in<'a>(&self, messages: &[Value], given: impl Into<Given<'a>>) -> Result<Cow<'_, [Control]>> {
         if self.control_as_typed {
             return Ok(Cow::Borrowed(&self.control));
         }
         let mut control = self.control.clone();
-        for value in messages.iter().chain(tools) {
+        for value in messages.iter().chain(given.into().values()) {
             self.note_spellings(value, &mut control)?;
         }
         Ok(Cow::Owned(control))

@@ -21,7 +21,7 @@ impl Tokenizer {
     /// then `special_tokens_map.json`; ids that end a generation also from
     /// `generation_config.json`, or `config.json` where that has none; templates from
     /// `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, then from
-    /// `tokenizer_config.json`. As in transformers, named special
+    /// `tokenizer_config.json`, then from `chat_template.json`, where models with a processor had theirs. As in transformers, named special
     /// tokens become special in the text, and `add_bos_token` and `add_eos_token` win over the
     /// post-processor.
     ///
@@ -45,6 +45,7 @@ impl Tokenizer {
             special_tokens_map: read_json(&dir.join("special_tokens_map.json"))?,
             generation_config: read_json(&dir.join("generation_config.json"))?,
             model_config: read_json(&dir.join("config.json"))?,
+            processor: read_json(&dir.join("chat_template.json"))?,
             chat_template: read_if_there(&dir.join("chat_template.jinja"), SMALL_BYTES_MAX)?,
             named_templates: read_named_templates(&dir.join(TEMPLATES_DIR))?,
         };
@@ -59,6 +60,8 @@ pub(super) struct Files {
     pub(super) special_tokens_map: Value,
     pub(super) generation_config: Value,
     pub(super) model_config: Value,
+    /// `chat_template.json`.
+    pub(super) processor: Value,
     pub(super) chat_template: Option<String>,
     pub(super) named_templates: BTreeMap<String, String>,
 }
@@ -73,7 +76,10 @@ impl Files {
             // As in transformers, files come in the place of all that `tokenizer_config.json` has.
             (Some(template), _) => (Some(template), named),
             (None, false) => (listed_templates(&self.config["chat_template"])?.0, named),
-            (None, true) => listed_templates(&self.config["chat_template"])?,
+            (None, true) => match listed_templates(&self.config["chat_template"])? {
+                (None, _) => listed_templates(&self.processor["chat_template"])?,
+                found => found,
+            },
         })
     }
 }

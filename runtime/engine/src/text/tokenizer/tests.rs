@@ -382,6 +382,14 @@ fn templates_with_names_are_kept() -> Result<()> {
     assert!(digests[0] != digests[1] && digests[1] != digests[2]);
     std::fs::remove_dir_all(dir.path().join(TEMPLATES_DIR))?;
     assert_eq!(read()?.template_digest(), Some(sha256("f")));
+    // A processor's template is the last that is looked for.
+    write("chat_template.json", &json!({"chat_template": "p"}).to_string())?;
+    assert_eq!(read()?.chat_template.as_deref(), Some("f"));
+    std::fs::remove_file(dir.path().join("chat_template.jinja"))?;
+    assert_eq!(read()?.chat_template.as_deref(), Some("d"));
+    write("tokenizer_config.json", "{}")?;
+    assert_eq!(read()?.chat_template.as_deref(), Some("p"));
+    write("chat_template.jinja", "f")?;
 
     std::fs::remove_file(dir.path().join("chat_template.jinja"))?;
     for name in ["../x", "", ".x", "a/b", "ü"] {

@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 use crate::command::arguments::{
     COUNT_MAX, ObjectiveArgs, PluginArgs, RowArgs, Word, not_negative, one_of, rate, share, whole,
 };
+use crate::command::rows::{lossy_paths, lossy_paths_option};
 use crate::command::strategy::{PassArgs, StrategyArgs};
 use crate::job::defaults::{self, Open};
 use crate::progress::line;
@@ -22,10 +23,10 @@ pub struct Arguments {
     #[arg(long, value_name = "MODEL")]
     #[serde(serialize_with = "lossy")]
     pub(super) model_name: PathBuf,
-    /// JSONL file of rows, in the form that the objective learns from
-    #[arg(long, value_name = "FILE")]
-    #[serde(serialize_with = "lossy")]
-    pub(super) training_file: PathBuf,
+    /// Files of rows in a form that the objective learns from: JSONL, JSON, CSV or TSV, also as .gz; a folder, with train and valid files or any; or `-` for the standard input
+    #[arg(long, required = true, value_name = "FILE", num_args = 1..)]
+    #[serde(serialize_with = "lossy_paths")]
+    pub(super) training_file: Vec<PathBuf>,
     #[command(flatten)]
     #[serde(flatten)]
     pub(super) objective: ObjectiveArgs,
@@ -99,10 +100,10 @@ pub struct Arguments {
     #[command(flatten)]
     #[serde(flatten)]
     pub(super) rows: RowArgs,
-    /// JSONL file of held-out rows; their loss is measured before and after the training
-    #[arg(long, value_name = "FILE", conflicts_with = "eval_fraction")]
-    #[serde(serialize_with = "lossy_option")]
-    pub(super) eval_file: Option<PathBuf>,
+    /// Files of held-out rows; their loss is measured before and after the training [default: those of a folder of --training-file that has such]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "eval_fraction")]
+    #[serde(serialize_with = "lossy_paths_option")]
+    pub(super) eval_file: Vec<PathBuf>,
     /// Share of the training rows to hold out instead
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub(super) eval_fraction: Option<f64>,

@@ -2,14 +2,15 @@
 //!
 //! [`arguments`] is what it is told, [`unfinished`] finds a run that can go on, [`place`] is where the result goes, [`told`] is what it says.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use homeroom_engine::adapt::adapter::{WEIGHTS_FILE, is_adapter};
-use homeroom_engine::data::{Dataset, Group, check_rows};
+use homeroom_engine::data::{Dataset, Group, Reading, Source, Sources, check_rows};
 use homeroom_engine::files::digest;
-use homeroom_engine::files::{NewDirectory, broken_link, replaceable, utf8, vacant};
+use homeroom_engine::files::{NewDirectory, broken_link, open_regular, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::{Kind, Objective, ObjectiveConfig};
 use homeroom_engine::train::{
@@ -28,6 +29,7 @@ use self::place::{Standing, free_place, place};
 use self::told::{restate, rewards, tell, tell_memory};
 use self::unfinished::Unfinished;
 use super::arguments::RowArgs;
+use super::rows::{is_input, to_learn_from, to_measure_on};
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::forgetting;
@@ -68,15 +70,41 @@ struct Prepared<'a> {
     init_from: Option<PathBuf>,
     /// The run to go on with.
     earlier: Option<Entry>,
+    sources: Inputs,
 }
 
+/// The files of rows, and how they are read.
+struct Inputs {
+    files: Vec<Source>,
+    held_out: Vec<Source>,
+    reading: Reading,
+}
+
+const NONE_HELD_OUT: &str = "--eval-every measures held-out rows, and there are none\nhint: --eval-fraction 0.1 holds back a tenth of the rows, --eval-file names others";
+
+/// The rows of the standard input. A run that goes on by its name has kept them.
+fn standard_input(earlier: Option<&Entry>, is_resumed: bool) -> Result<Source> {
+    let kept = earlier.map(|run| run.path.join(KEPT_INPUT)).filter(|path| path.is_file());
+    match kept {
+        Some(path) if is_resumed || std::io::stdin().is_terminal() => Source::keep(open_regular(&path)?),
+        None if is_resumed => bail!(
+            "the rows came in by the standard input, and the run has not kept them\nhint: pipe them in again, with the command of the run and --resume"
+        ),
+        _ => Source::standard_input(),
+    }
+}
+
+/// Where a run keeps what came in by the standard input, so that it can go on by its name.
+const KEPT_INPUT: &str = "standard_input";
+
 fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
+    let is_resumed = earlier.is_some();
     // What costs nothing to refuse is refused before a model is loaded.
-    let holds_out = arguments.eval_file.is_some() || arguments.eval_fraction.is_some_and(|share| share > 0.0);
-    ensure!(
-        arguments.eval_every.is_none() || holds_out,
-        "--eval-every measures held-out rows, and there are none\nhint: --eval-fraction 0.1 holds back a tenth of the rows, --eval-file names others"
-    );
+    let (of_eval_file, of_share) =
+        (!arguments.eval_file.is_empty(), arguments.eval_fraction.is_some_and(|share| share > 0.0));
+    // A folder may have some.
+    let may_hold_out = of_eval_file || of_share || arguments.training_file.iter().any(|path| path.is_dir());
+    ensure!(arguments.eval_every.is_none() || may_hold_out, "{NONE_HELD_OUT}");
     let objective = arguments.objective.config()?;
     config(arguments, None, None).check()?;
     let earlier = match earlier {
@@ -130,8 +158,19 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         })?;
     }
     let own_kind = arguments.forgetting.as_ref().and_then(Option::as_ref);
-    let files = [Some(&arguments.training_file), arguments.eval_file.as_ref()];
-    files.into_iter().flatten().chain(own_kind).try_for_each(|file| exists(file))?;
+    own_kind.map_or(Ok(()), |file| exists(file))?;
+    let reading = arguments.rows.read.reading();
+    let Sources { files, mut held_out, .. } =
+        to_learn_from(&arguments.training_file, || standard_input(earlier.as_ref(), is_resumed))?;
+    if of_eval_file {
+        let both = arguments.training_file.iter().chain(&arguments.eval_file).filter(|path| is_input(path)).count();
+        ensure!(both < 2, "-: the standard input cannot be both the rows to learn from and those held out");
+        held_out = to_measure_on(&arguments.eval_file)?;
+    } else if arguments.eval_fraction.is_some() && !held_out.is_empty() {
+        line("note: the held-out rows of the folder are left, as --eval-fraction chooses others");
+        held_out.clear();
+    }
+    ensure!(arguments.eval_every.is_none() || of_share || !held_out.is_empty(), "{NONE_HELD_OUT}");
     let mut search = arguments.plugins.search()?;
     if arguments.watch_plugins {
         search = search.watched(this_program()?);
@@ -150,8 +189,11 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     let is_missing = |name: &Path| here(name).map(|located| located.is_none());
     if is_missing(&arguments.model_name)? || arguments.init_from.as_deref().map_or(Ok(false), is_missing)? {
         let kind = objective.objective;
-        files.into_iter().flatten().try_for_each(|file| check_rows(file, kind.rows(), kind.name()))?;
-        own_kind.map_or(Ok(()), |file| check_rows(file, Kind::Sft.rows(), Kind::Sft.name()))?;
+        for files in [&files, &held_out] {
+            check_rows(files, &reading, kind.rows(), kind.name())?;
+        }
+        let own_kind: Vec<Source> = own_kind.map(Source::file).into_iter().collect();
+        check_rows(&own_kind, &Reading::default(), Kind::Sft.rows(), Kind::Sft.name())?;
     }
     let base = locate(&arguments.model_name, Network::Allowed)?;
     refuse_other(&arguments.model_name, &base.path, Use::Training)?;
@@ -159,19 +201,34 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     let init_from = arguments.init_from.as_deref().map(start).transpose()?;
     // To go on from an adapter and put the result in its place is fine; from one inside it is not.
     let start = init_from.as_deref().filter(|path| !is_same(path, &output_dir));
-    let inputs = [
-        ("the base model", Some(base.path.clone())),
-        ("the training file", Some(arguments.training_file.clone())),
-        ("the file of held-out rows", arguments.eval_file.clone()),
-        ("the file of --forgetting", own_kind.cloned()),
-        ("the adapter to start from", start.map(Path::to_owned)),
-    ];
+    let named = |what: &'static str, files: &[Source]| -> Vec<(&'static str, Option<PathBuf>)> {
+        files.iter().map(|file| (what, Some(file.name.clone()))).collect()
+    };
+    let mut inputs = vec![("the base model", Some(base.path.clone()))];
+    inputs.extend(named("the training file", &files));
+    inputs.extend(named("the file of held-out rows", &held_out));
+    inputs.push(("the file of --forgetting", own_kind.cloned()));
+    inputs.push(("the adapter to start from", start.map(Path::to_owned)));
     spares(&output_dir, inputs)?;
     if arguments.overwrite {
         replaceable(&output_dir)?;
     }
-    Prepared { arguments, objective, output_dir, claim, unnamed, search, plugin, options, base, init_from, earlier }
-        .train()
+    let sources = Inputs { files, held_out, reading };
+    Prepared {
+        arguments,
+        objective,
+        output_dir,
+        claim,
+        unnamed,
+        search,
+        plugin,
+        options,
+        base,
+        init_from,
+        earlier,
+        sources,
+    }
+    .train()
 }
 
 impl Prepared<'_> {
@@ -181,7 +238,7 @@ impl Prepared<'_> {
         if let Some(adapter) = &self.init_from {
             model = with_text(adapter, model)?;
         }
-        let rows = Rows::load(arguments, &model)?;
+        let rows = Rows::load(arguments, &self.sources, &model)?;
         let mut settings = unfinished::settings(arguments)?;
         settings.insert("output_dir".to_owned(), std::path::absolute(&self.output_dir)?.display().to_string().into());
         settings.insert("training_rows".to_owned(), rows.data.digest.clone().into());
@@ -204,8 +261,10 @@ impl Prepared<'_> {
                 let name = self.output_dir.file_name().unwrap_or_default().to_string_lossy();
                 let run = RunDirectory::start(runs::Kind::FineTune, &name, about);
                 // The result may go to where there is room, all the same.
-                run.inspect_err(|error| line(format_args!("note: no checkpoints and no record of this run: {error:#}")))
-                    .ok()
+                let run = run.inspect_err(|error| {
+                    line(format_args!("note: no checkpoints and no record of this run: {error:#}"));
+                });
+                run.ok().inspect(|run| self.keep_input(run))
             }
         };
         let done = self.train_in(run.as_ref(), model, &rows);
@@ -214,6 +273,14 @@ impl Prepared<'_> {
             let _ = run.finish(End::Failed(format!("{error:#}")));
         }
         done
+    }
+
+    /// Keeps what came in by the standard input, so that `resume` has it.
+    fn keep_input(&self, run: &RunDirectory) {
+        let Some(input) = self.sources.files.iter().find(|file| file.is_standard_input()) else { return };
+        if let Err(error) = input.save(&run.path().join(KEPT_INPUT)) {
+            line(format_args!("note: the run has not kept the rows of the standard input: {error:#}"));
+        }
     }
 
     fn train_in(&self, run: Option<&RunDirectory>, model: Arc<BaseModel>, rows: &Rows) -> Result<Done> {
@@ -379,8 +446,9 @@ fn own_kind(arguments: &Arguments, model: &Arc<BaseModel>, training: Option<&Pat
         None => None,
         Some(None) => Some(ForgettingRows::own(model, training)?),
         Some(Some(file)) => {
-            let RowArgs { max_seq_len, on_long_row } = arguments.rows;
-            let rows = load_measured(file, model, max_seq_len, on_long_row, "--forgetting")?;
+            let RowArgs { max_seq_len, on_long_row, .. } = arguments.rows;
+            let (files, reading) = ([Source::file(file)], Reading::default());
+            let rows = load_measured(&files, &reading, model, max_seq_len, on_long_row, "--forgetting")?;
             Some(ForgettingRows::given(rows.examples, file.display().to_string()))
         }
     })
@@ -479,11 +547,12 @@ struct Rows {
 }
 
 impl Rows {
-    fn load(arguments: &Arguments, model: &BaseModel) -> Result<Self> {
-        let RowArgs { max_seq_len, on_long_row } = arguments.rows;
-        let load = |file: &Path| load_rows(file, model, max_seq_len, on_long_row, arguments.objective.objective);
-        let data = load(&arguments.training_file)?;
-        let eval_file = arguments.eval_file.as_deref().map(load).transpose()?;
+    fn load(arguments: &Arguments, sources: &Inputs, model: &BaseModel) -> Result<Self> {
+        let RowArgs { max_seq_len, on_long_row, .. } = arguments.rows;
+        let (reading, objective) = (&sources.reading, arguments.objective.objective);
+        let load = |files: &[Source]| load_rows(files, reading, model, max_seq_len, on_long_row, objective);
+        let data = load(&sources.files)?;
+        let eval_file = (!sources.held_out.is_empty()).then(|| load(&sources.held_out)).transpose()?;
         let (train, eval) = match arguments.eval_fraction {
             Some(share) if share > 0.0 => data.split(share, arguments.seed)?,
             _ => ((0..data.examples.len()).collect(), Vec::new()),

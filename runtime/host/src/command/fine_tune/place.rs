@@ -10,6 +10,7 @@ use homeroom_engine::files::replaceable;
 use sha2::{Digest, Sha256};
 
 use super::arguments::Arguments;
+use crate::command::rows::is_input;
 use crate::models::last_part;
 use crate::registry;
 
@@ -80,7 +81,9 @@ pub(super) fn place(arguments: &Arguments) -> Result<PathBuf> {
 /// When there is no data directory.
 pub(super) fn free_place(arguments: &Arguments) -> Result<PathBuf> {
     let model = last_part(&arguments.model_name).unwrap_or_default();
-    registry::place(&registry::free_name(&[&arguments.training_file, Path::new(&model)])?)
+    let file = arguments.training_file.iter().find(|path| !is_input(path));
+    let named_after: Vec<&Path> = file.map(PathBuf::as_path).into_iter().chain([Path::new(&model)]).collect();
+    registry::place(&registry::free_name(&named_after)?)
 }
 
 #[cfg(test)]

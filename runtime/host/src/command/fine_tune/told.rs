@@ -8,6 +8,7 @@ use homeroom_engine::train::{TrainConfig, TrainReport};
 
 use super::Rows;
 use super::arguments::Arguments;
+use crate::command::rows::{named, tell as tell_files};
 use crate::job::{Before, Job, Sample, defaults, training_words};
 use crate::models::shown;
 use crate::processor;
@@ -76,9 +77,11 @@ pub(super) fn restate(
         Some(_) => "by the model's chat template",
         None => "as plain text",
     };
+    tell_files(&rows.data);
+    rows.eval_file.iter().for_each(tell_files);
     line(format_args!(
         "data      {}   {} examples{held_out}{left_out}, {how}",
-        arguments.training_file.display(),
+        named(&arguments.training_file),
         thousands(rows.train.len()),
     ));
     if let Some(note) = note_endless(rows.data.endless, rows.data.examples.len()) {

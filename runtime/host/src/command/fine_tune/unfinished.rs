@@ -29,10 +29,16 @@ pub(super) const CLAIM: &str = "replaces";
 pub(super) fn settings(arguments: &Arguments) -> Result<Map<String, Value>> {
     let Value::Object(mut settings) = serde_json::to_value(arguments)? else { return Ok(Map::new()) };
     for name in ["model_name", "training_file", "eval_file", "init_from"] {
-        if let Some(Value::String(path)) = settings.get_mut(name)
-            && Path::new(path).exists()
-        {
-            *path = std::path::absolute(&*path)?.display().to_string();
+        let paths = match settings.get_mut(name) {
+            Some(Value::Array(paths)) => paths.iter_mut().collect(),
+            path => Vec::from_iter(path),
+        };
+        for path in paths {
+            if let Value::String(path) = path
+                && Path::new(path).exists()
+            {
+                *path = std::path::absolute(&*path)?.display().to_string();
+            }
         }
     }
     Ok(settings)
@@ -111,7 +117,7 @@ fn differences(run: &Entry, settings: &Map<String, Value>) -> Vec<String> {
         .map(|(name, ours)| {
             let theirs = theirs.get(name).unwrap_or(&Value::Null);
             match name.as_str() {
-                "training_rows" => "the training file's rows have changed since".to_owned(),
+                "training_rows" => "the rows of --training-file have changed since".to_owned(),
                 "eval_rows" => "the held-out rows have changed since".to_owned(),
                 "init_from_weights" => "the adapter of --init-from has changed since".to_owned(),
                 name => format!("--{} is {}, the run has {}", name.replace('_', "-"), shown(ours), shown(theirs)),

@@ -5,12 +5,14 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_engine::data::order;
-use homeroom_engine::data::{Group, OnLongRow, Problems, check_row_for, read_texts};
+use homeroom_engine::data::{
+    Columns, Encoder, Group, OnBadRow, OnLongRow, Problems, Reading, check_row_for, read_texts,
+};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
 use mlua::{Lua, Value};
@@ -25,22 +27,50 @@ use crate::pipeline::bytecode::hex;
 use crate::pipeline::clock::{Clock, Ended};
 use crate::pipeline::errors::Failure;
 use crate::pipeline::limits::Held;
+use crate::pipeline::places::OpenRows;
 use crate::pipeline::sandbox::shown;
 use crate::progress::thousands;
 
 /// What a text takes beside its bytes, and a dataset beside its rows.
 const OVERHEAD_BYTES: usize = 96;
 
-/// Reads a file of rows, and holds some of them out.
+/// Reads files of rows, and holds some of them out.
 pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("prepare_dataset"), argument)?;
-    let (path, file) = session.places.open(&options.needed_text("path")).context("prepare_dataset")?;
-    let on_long_row = options.word("on_long_row").unwrap_or(OnLongRow::Refuse);
-    let max_seq_len = options.whole("max_seq_len").map(|tokens| tokens as usize);
-    let data = Dataset::read(lua, session, &path, file, max_seq_len, on_long_row)?;
+    let mut opened = OpenRows::default();
+    let paths = options.names("path");
+    for path in &paths {
+        let OpenRows { files, held_out, notes } = session.places.open_rows(path).context("prepare_dataset")?;
+        opened.files.extend(files);
+        opened.held_out.extend(held_out);
+        notes.iter().for_each(|note| session.tell(format_args!("note: {note}")));
+    }
+    let columns = options.columns("columns").context("prepare_dataset: `columns`")?.unwrap_or_default();
+    let system = options.text("system").filter(|text| !text.trim().is_empty());
+    let reading = Reading { columns, system, on_bad_row: options.word("on_bad_row").unwrap_or_default() };
+    let how = How {
+        max_seq_len: options.whole("max_seq_len").map(|tokens| tokens as usize),
+        on_long_row: options.word("on_long_row").unwrap_or(OnLongRow::Refuse),
+        on_bad_row: reading.on_bad_row,
+    };
+    let first = opened.files.first().map(|(path, _)| path.clone()).unwrap_or_default();
+    let path = if paths.len() == 1 && opened.files.len() == 1 { first } else { PathBuf::from(paths.join(", ")) };
+    let data = Dataset::read(lua, session, opened.files, &reading, how)?;
     let share = options.number("eval").filter(|share| *share > 0.0);
     let (rows, table) = (data.len(), lua.create_table()?);
     let held_out = match share {
+        _ if !opened.held_out.is_empty() => {
+            if share.is_some() {
+                session.tell(
+                    "note: the folder has held-out rows, which are evaluated on in place of a share of the others",
+                );
+            }
+            let eval = Dataset::read(lua, session, opened.held_out, &reading, how)?;
+            let held_out = eval.len();
+            table.set("train", data)?;
+            table.set("eval", eval)?;
+            held_out
+        }
         Some(share) => {
             let parted = data.split(lua, session, share, options.seed());
             let (train, eval) = parted.map_err(|failure| failure.within(&path.display().to_string()))?;
@@ -69,8 +99,10 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
 pub(super) struct Row {
     /// The file it comes from.
     pub(super) file: Rc<Path>,
-    /// Its line there.
+    /// Its line there, or its row.
     pub(super) line: usize,
+    /// Which of them it is: "line" or "row".
+    pub(super) unit: &'static str,
     /// What is in it, shared by all datasets that have the row.
     pub(super) text: Rc<Text>,
 }
@@ -90,16 +122,28 @@ struct Rows {
 impl Row {
     /// Its file and line.
     pub(super) fn place(&self) -> String {
-        format!("{} line {}", shown(&self.file), self.line)
+        format!("{} {} {}", shown(&self.file), self.unit, self.line)
     }
+}
+
+/// How rows are to be encoded.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    max_seq_len: Option<usize>,
+    on_long_row: OnLongRow,
+    on_bad_row: OnBadRow,
+}
+
+impl How {
+    /// Where nothing was said: what is wrong is refused.
+    const PLAIN: Self = Self { max_seq_len: None, on_long_row: OnLongRow::Refuse, on_bad_row: OnBadRow::Refuse };
 }
 
 /// Rows, and how they are to be encoded. Copies share the rows.
 #[derive(Clone)]
 pub struct Dataset {
     rows: Rc<Rows>,
-    max_seq_len: Option<usize>,
-    on_long_row: OnLongRow,
+    how: How,
 }
 
 /// The rows of a dataset as tokens.
@@ -124,31 +168,52 @@ impl Encoded {
 }
 
 impl Dataset {
-    /// Reads a file and checks its rows.
+    /// Reads files and checks their rows.
     ///
     /// # Errors
-    /// When it cannot be read, rows are refused (all of them in one message), they are more than the program may hold, or the
+    /// When one cannot be read, rows are refused (all of a file in one message), they are more than the program may hold, or the
     /// script is to end.
     pub fn read(
         lua: &Lua,
         session: &Session,
-        path: &Path,
-        file: File,
-        max_seq_len: Option<usize>,
-        on_long_row: OnLongRow,
+        files: Vec<(PathBuf, File)>,
+        reading: &Reading,
+        how: How,
     ) -> Result<Self, Failure> {
-        let size = file.metadata().with_context(|| path.display().to_string())?.len();
-        // While the rows are read they are there twice: as one text each, and here.
-        let whole = session.hold(lua, usize::try_from(size).unwrap_or(usize::MAX))?;
-        let rows = read_texts(path, Watched { file: file.take(size), clock: session.clock() })?;
-        drop(whole);
-        let file: Rc<Path> = path.into();
-        let rows = rows
-            .into_iter()
-            .map(|(line, text)| Ok(Row { file: file.clone(), line, text: Text::hold(lua, session, text)? }));
-        let rows = rows.collect::<Result<Vec<_>, Failure>>()?;
+        let mut rows = Vec::new();
+        for (path, file) in files {
+            let name: Rc<Path> = path.as_path().into();
+            let size = file.metadata().with_context(|| path.display().to_string())?.len();
+            let first = rows.len();
+            let mut failure = None;
+            let file = Watched { file: file.take(size), clock: session.clock() };
+            let read = read_texts(&path, file, reading, |line, text| match Text::hold(lua, session, text) {
+                Ok(text) => {
+                    rows.push(Row { file: name.clone(), line, unit: "line", text });
+                    Ok(())
+                }
+                Err(error) => {
+                    failure = Some(error);
+                    Err(anyhow!("the program may not hold more"))
+                }
+            });
+            if let Some(failure) = failure {
+                return Err(failure);
+            }
+            let (recognised, left_out) = read.map_err(in_lua_words)?;
+            rows[first..].iter_mut().for_each(|row| row.unit = recognised.unit);
+            if let Some(words) = recognised.words {
+                session.tell(format_args!("data      {}   {words}", shown(&path)));
+            }
+            left_out.iter().for_each(|note| session.tell(note));
+        }
         let held = session.hold(lua, size_of_rows(rows.len()))?;
-        Ok(Self { rows: Rc::new(Rows { rows, _held: held }), max_seq_len, on_long_row })
+        Ok(Self { rows: Rc::new(Rows { rows, _held: held }), how })
+    }
+
+    /// A dataset of rows that no file of rows has, to be encoded as if nothing was said. `held`: what they take.
+    pub(super) fn made(rows: Vec<Row>, held: Held) -> Self {
+        Self { rows: Rc::new(Rows { rows, _held: held }), how: How::PLAIN }
     }
 
     /// Number of rows.
@@ -161,22 +226,35 @@ impl Dataset {
         &self.rows.rows
     }
 
+    /// How its rows become tokens of a model.
+    ///
+    /// # Errors
+    /// When the model does not take rows of that length.
+    pub(super) fn encoder<'m>(&self, model: &'m BaseModel) -> Result<Encoder<'m>> {
+        models::encoder(model, self.how.max_seq_len, self.how.on_long_row).map_err(in_lua_words)
+    }
+
     /// The rows as examples of a model, from which it is to learn by an objective.
     ///
     /// # Errors
     /// When there are none, rows are refused (all of them in one message), or the script is to end.
-    pub fn encode(&self, clock: &Clock, model: &BaseModel, objective: Kind) -> Result<Encoded> {
+    pub fn encode(&self, session: &Session, model: &BaseModel, objective: Kind) -> Result<Encoded> {
         ensure!(!self.rows().is_empty(), "the dataset has no rows");
-        let encoder = models::encoder(model, self.max_seq_len, self.on_long_row).map_err(in_lua_words)?;
+        let on_bad_row = self.how.on_bad_row;
+        let encoder = self.encoder(model)?;
+        let mut bad: BTreeMap<&Path, Problems> = BTreeMap::new();
         let mut problems: BTreeMap<&Path, Problems> = BTreeMap::new();
         let (mut groups, mut skipped, mut truncated, mut endless) = (Vec::new(), 0, 0, 0);
         let mut hasher = Sha256::new();
         for row in self.rows() {
-            clock.check()?;
-            hasher.update(row.text.json.as_bytes());
-            hasher.update(b"\n");
+            session.clock().check()?;
             let checked = check_row_for(&row.text.json, objective.rows(), objective.name());
-            match checked.and_then(|checked| encoder.groups(row.line, &checked)) {
+            let encoded = checked.and_then(|checked| encoder.groups(row.line, &checked));
+            if encoded.is_ok() {
+                hasher.update(row.text.json.as_bytes());
+                hasher.update(b"\n");
+            }
+            match encoded {
                 Ok(None) => skipped += 1,
                 Ok(Some((mut kept, cut))) => {
                     truncated += cut;
@@ -184,11 +262,23 @@ impl Dataset {
                     endless += if cut == 0 { kept.iter().map(count).sum() } else { 0 };
                     groups.append(&mut kept);
                 }
-                Err(problem) => problems.entry(&row.file).or_default().add(row.line, problem),
+                Err(problem) => {
+                    let is_left_out = on_bad_row == OnBadRow::Skip && !problem.is_long();
+                    let of = if is_left_out { &mut bad } else { &mut problems };
+                    of.entry(&row.file).or_insert_with(|| Problems::by(row.unit)).add(row.line, problem);
+                }
             }
         }
         for (file, problems) in problems {
             problems.into_result(file).map_err(in_lua_words)?;
+        }
+        for (file, problems) in bad {
+            if groups.is_empty() {
+                problems.into_result(file).map_err(in_lua_words)?;
+            } else {
+                let rows = self.rows().iter().filter(|row| *row.file == *file).count();
+                session.tell(problems.note(file, rows));
+            }
         }
         objective.mark(&mut groups);
         ensure!(!groups.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
@@ -202,7 +292,8 @@ impl Dataset {
     /// When the script is to end.
     pub fn identity(&self, clock: &Clock) -> Result<String, Ended> {
         let mut hash = Sha256::new();
-        hash.update(format!("{:?} {:?}\n", self.max_seq_len, self.on_long_row));
+        let How { max_seq_len, on_long_row, on_bad_row } = self.how;
+        hash.update(format!("{max_seq_len:?} {on_long_row:?} {on_bad_row:?}\n"));
         for row in self.rows() {
             clock.check()?;
             hash.update(row.text.json.as_bytes());
@@ -222,7 +313,7 @@ impl Dataset {
 
     /// A dataset of other rows. `held`: what they take.
     pub(super) fn of(&self, rows: Vec<Row>, held: Held) -> Self {
-        Self { rows: Rc::new(Rows { rows, _held: held }), ..*self }
+        Self { rows: Rc::new(Rows { rows, _held: held }), how: self.how }
     }
 
     /// A dataset of the rows at these places, in this order.
@@ -267,8 +358,16 @@ impl Read for Watched<'_> {
 /// The engine's hints name the flags of the command line.
 fn in_lua_words(error: anyhow::Error) -> anyhow::Error {
     let mut text = format!("{error:#}").replace("--max-seq-len", "max_seq_len");
+    text = text.replace("--on-bad-row skip", "on_bad_row = \"skip\"").replace("`--system`", "`system`");
+    while let Some(at) = text.find("`--columns ") {
+        let (before, after) = (&text[..at], &text[at + "`--columns ".len()..]);
+        let Some((columns, rest)) = after.split_once('`') else { break };
+        let columns = columns.trim_matches('"').parse::<Columns>().unwrap_or_default();
+        let pairs: Vec<String> = columns.iter().map(|(role, name)| format!("{} = {name:?}", role.name())).collect();
+        text = format!("{before}`columns = {{ {} }}`{rest}", pairs.join(", "));
+    }
     for choice in ["truncate", "skip"] {
         text = text.replace(&format!("--on-long-row {choice}"), &format!("on_long_row = \"{choice}\""));
     }
-    anyhow::anyhow!(text)
+    anyhow!(text)
 }

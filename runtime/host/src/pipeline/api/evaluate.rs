@@ -22,7 +22,7 @@ pub fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, 
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
     if session.dry {
         let (model, _) = spec.load(session)?;
-        let data = rows.encode(session.clock(), &model, objective::Kind::Sft).context("evaluate: dataset")?;
+        let data = rows.encode(session, &model, objective::Kind::Sft).context("evaluate: dataset")?;
         let table = lua.create_table()?;
         session.would(
             lua,
@@ -42,7 +42,7 @@ pub fn evaluate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, 
         lua,
         &stored(lua, session, verb("evaluate"), &options, Json::Null, || {
             let (model, adaptation) = spec.load(session)?;
-            let data = rows.encode(session.clock(), &model, objective::Kind::Sft).context("evaluate: dataset")?;
+            let data = rows.encode(session, &model, objective::Kind::Sft).context("evaluate: dataset")?;
             let examples: Vec<_> = data.groups.iter().flat_map(|group| &group.sequences).collect();
             let bar = progress::counting("evaluating", examples.len());
             let compute = options.word("compute").unwrap_or(Compute::F32);

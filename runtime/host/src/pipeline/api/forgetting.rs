@@ -59,7 +59,7 @@ pub fn forgetting(lua: &Lua, session: &Session, argument: Value) -> Result<Value
         let base = base_of(session, base, &spec, (&model, adaptation.as_deref()))?;
         let rows = match data {
             Some(data) => {
-                let data = data.encode(session.clock(), &base, Kind::Sft).context("forgetting: dataset")?;
+                let data = data.encode(session, &base, Kind::Sft).context("forgetting: dataset")?;
                 ForgettingRows::given(data.groups, "the rows".to_owned())
             }
             None => {

@@ -1,4 +1,4 @@
-//! `generate`: the answers of a model to prompts.
+//! `generate`: the answers of a model, or of a handler, to prompts.
 
 use anyhow::Context;
 use homeroom_engine::inference::generate::{Sampling, prompt_ids};
@@ -8,17 +8,23 @@ use homeroom_engine::text::block_end::BlockEnd;
 use mlua::{Lua, Value};
 use serde_json::{Value as Json, json};
 
-use super::Session;
 use super::model::ModelSpec;
 use super::options::Options;
 use super::spec::verb;
 use super::stored::{Made, stored};
 use super::value::to_lua;
-use crate::pipeline::errors::Failure;
+use super::{Session, asked};
+use crate::pipeline::errors::{Failure, said};
 
 /// Has a model answer prompts, or in a dry run looks whether it could.
 pub fn generate(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("generate"), argument)?;
+    match (options.get("model"), options.text("handler")) {
+        (None, None) => return Err(said("generate: give `model` or `handler`: who answers")),
+        (Some(_), Some(_)) => return Err(said("generate: give `model` or `handler`, not both")),
+        (None, Some(handler)) => return asked::generate(lua, session, &options, &handler),
+        (Some(_), None) => {}
+    }
     let spec = ModelSpec::read(session, options.get("model").unwrap_or(&Value::Nil))?;
     let prompts = options.texts("prompts");
     let sampling = Sampling {

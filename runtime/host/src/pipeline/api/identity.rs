@@ -26,8 +26,9 @@ use crate::pipeline::store::{digest_of, digest_of_file};
 const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Most values that are looked at of what callbacks take from around them.
 const VALUES_MAX: usize = 100_000;
-/// Options that change nothing of a result, unless the training was taken back to a checkpoint: such a one is not kept.
-pub const NO_INPUTS: [&str; 2] = ["save_steps", "save_minutes"];
+/// Options that change nothing of a result, unless the training was taken back to a checkpoint: such a one is not kept. Quantiles are
+/// those of what `by_loss` measures, which is what is kept.
+pub const NO_INPUTS: [&str; 3] = ["save_steps", "save_minutes", "quantiles"];
 /// What of `homeroom` a callback may name and still be a function of its report.
 const HARMLESS: [&str; 2] = ["log", "null"];
 /// Globals that a callback may name: what they do depends on nothing but what they are given. `print` tells, and changes nothing.
@@ -151,7 +152,10 @@ fn codec(session: &Session, adapter: &Path) -> Result<Option<Json>> {
 }
 
 /// Digests of the files of a model or an adapter, by name; of what Homeroom wrote beside it, without the dates and places of its training.
-fn files(path: &Path) -> Result<Json> {
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn files(path: &Path) -> Result<Json> {
     let paths = model_files(path)?;
     let mut digests = Map::new();
     for file in paths {

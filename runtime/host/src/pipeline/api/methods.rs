@@ -15,13 +15,13 @@ use super::options::Options;
 use super::row::{Given, Node, to_lua};
 use super::spec::{METHODS, verb};
 use super::value::{to_json, words};
-use super::{Session, counted};
+use super::{Session, counted, difficulty, mixtures};
 use crate::pipeline::errors::{Failure, here, message, nearest, raised, said, short};
 use crate::pipeline::sandbox::{Prelude, name_of};
 use crate::progress::thousands;
 
 /// Most rows that a dataset holds.
-const ROWS_MAX: usize = 1 << 26;
+pub(super) const ROWS_MAX: usize = 1 << 26;
 /// Most parts that `bucket` makes.
 const QUANTILES_MAX: usize = 1000;
 /// Name in the registry of the table of a dataset's methods.
@@ -30,12 +30,13 @@ const METHODS_TABLE: &str = "homeroom.dataset";
 const NO_FIELDS: &str = "homeroom.dataset.no_fields";
 
 /// What is in a row.
-fn node(row: &Row) -> Node<'_> {
+pub(super) fn node(row: &Row) -> Node<'_> {
     Node::parse(&row.text.json).expect("rows were checked when they were read or made")
 }
 
-/// What a script says of each row, one after the other, as JSON: a function's answer, or a field's value.
-fn keys(
+/// What a script says of each row, one after the other, as JSON: a function's answer, or a field's value. `name`: the method and its option,
+/// for messages.
+pub(super) fn keys(
     data: &Dataset,
     lua: &Lua,
     session: &Session,
@@ -47,9 +48,9 @@ fn keys(
         for row in data.rows() {
             session.clock().check()?;
             let answer = call(session, function, row, to_lua(lua, &node(row))?)?;
-            let answer = answer.ok_or_else(|| silent(function, row, &format!("{name}: `by`"), "return the key"))?;
+            let answer = answer.ok_or_else(|| silent(function, row, name, "return the key"))?;
             let key = to_json(session.clock(), &answer)
-                .map_err(|failure| failure.within(&format!("{name}: `by`: {}", row.place())))?;
+                .map_err(|failure| failure.within(&format!("{name}: {}", row.place())))?;
             each(row, Key { number: key.as_f64(), text: key.to_string() })?;
         }
         return Ok(());
@@ -81,9 +82,17 @@ fn keys(
 }
 
 /// What rows are compared by.
-struct Key {
-    number: Option<f64>,
+pub(super) struct Key {
+    pub(super) number: Option<f64>,
     text: String,
+}
+
+impl Key {
+    /// The number, or why there is none. `name` as of [`keys`].
+    pub(super) fn needed(&self, name: &str, row: &Row) -> Result<f64, Failure> {
+        let none = || said(format!("{name} gives {}, not a number (row: {})", short(&self.text), row.place()));
+        self.number.ok_or_else(none)
+    }
 }
 
 /// Says that no row has a field: each would be null, and all of them alike.
@@ -92,7 +101,7 @@ fn no_field(name: &str, field: &str, first: &Node) -> String {
         Some(near) => format!(", did you mean `{near}`?"),
         None => format!("; the first row has {}", first.names().take(8).map(short).collect::<Vec<_>>().join(", ")),
     };
-    format!("{name}: `by`: no row has a field `{}`{hint}", short(field))
+    format!("{name}: no row has a field `{}`{hint}", short(field))
 }
 
 /// Calls a script's function with a row; `None`: it returned nothing, not even nil. An error in it names the row.
@@ -120,9 +129,9 @@ fn function(name: &str, value: Value) -> Result<Function, Failure> {
     }
 }
 
-type Method = fn(&Lua, &Session, &Dataset, Value) -> Result<MultiValue, Failure>;
+pub(super) type Method = fn(&Lua, &Session, &Dataset, Value) -> Result<MultiValue, Failure>;
 
-fn one(lua: &Lua, value: impl mlua::IntoLua) -> Result<MultiValue, Failure> {
+pub(super) fn one(lua: &Lua, value: impl mlua::IntoLua) -> Result<MultiValue, Failure> {
     Ok(value.into_lua(lua)?.into_lua_multi(lua)?)
 }
 
@@ -148,9 +157,15 @@ fn filter(lua: &Lua, session: &Session, data: &Dataset, keeps: Value) -> Result<
     one(lua, data.pick(lua, session, &kept)?)
 }
 
+/// What the function of `map` returned of a row.
+enum Returned {
+    Row(Value),
+    Rows(mlua::Table),
+}
+
 fn map(lua: &Lua, session: &Session, data: &Dataset, change: Value) -> Result<MultiValue, Failure> {
     let change = function("map", change)?;
-    let held = session.hold(lua, size_of_rows(data.len()))?;
+    let mut held = session.hold(lua, size_of_rows(data.len()))?;
     let kept = lua.create_table()?;
     let mut rows = Vec::new();
     let mut is_silent = true;
@@ -161,23 +176,50 @@ fn map(lua: &Lua, session: &Session, data: &Dataset, change: Value) -> Result<Mu
         is_silent &= answer.is_none();
         let returned = match answer {
             None | Some(Value::Nil) => continue,
-            Some(value @ Value::Table(_)) => value,
+            // A row is no list, so a list is one of rows.
+            Some(Value::Table(table)) if table.raw_len() > 0 => Returned::Rows(table),
+            Some(value @ Value::Table(_)) => Returned::Row(value),
             Some(other) => {
                 let (other, place) = (words(&other), row.place());
-                let message = format!("map: the function returned {other}, not a row or nil (row: {place})");
+                let message =
+                    format!("map: the function returned {other}, not a row, a list of rows or nil (row: {place})");
                 return Err(raised(&change, message));
             }
         };
-        let changed = given.changed(session.clock(), &returned);
-        let Some(text) = changed.map_err(|failure| failure.within(&format!("map: {}", row.place())))? else {
-            rows.push(row.clone());
-            continue;
+        let mut add = |value: &Value, which: &str| {
+            let changed = given.changed(session.clock(), value);
+            let Some(text) = changed.map_err(|failure| failure.within(&format!("map: {}", row.place())))? else {
+                rows.push(row.clone());
+                return Ok(());
+            };
+            if let Err(problem) = check_row(&text) {
+                let message = format!("map: {which} is refused: {problem} (row: {})", row.place());
+                return Err(raised(&change, message));
+            }
+            rows.push(Row { text: Text::hold(lua, session, text)?, ..row.clone() });
+            Ok(())
         };
-        if let Err(problem) = check_row(&text) {
-            let message = format!("map: the new row is refused: {problem} (row: {})", row.place());
-            return Err(raised(&change, message));
+        match returned {
+            Returned::Row(value) => add(&value, "the new row")?,
+            Returned::Rows(table) => {
+                for index in 1..=table.raw_len() {
+                    let value = table.raw_get::<Value>(index)?;
+                    if !value.is_table() {
+                        let (value, place) = (words(&value), row.place());
+                        let message = format!("map: item {index} of the list is {value}, not a row (row: {place})");
+                        return Err(raised(&change, message));
+                    }
+                    add(&value, &format!("row {index} of the list"))?;
+                }
+            }
         }
-        rows.push(Row { text: Text::hold(lua, session, text)?, ..row.clone() });
+        if rows.len() > ROWS_MAX {
+            return Err(said(format!("map: more than {ROWS_MAX} rows are too many for one dataset")));
+        }
+    }
+    // Lists of rows may have made them more.
+    if rows.len() > data.len() {
+        held = session.hold(lua, size_of_rows(rows.len()))?;
     }
     // One that returns rows and sometimes nothing leaves rows out.
     if let Some(first) = data.rows().first().filter(|_| is_silent) {
@@ -194,27 +236,45 @@ fn split(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result
 
 fn bucket(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
     let options = Options::read(verb("bucket"), options)?;
+    let quantiles = quantiles("bucket", &options)?;
+    let mut numbers = Vec::with_capacity(data.len());
+    keys(data, lua, session, "bucket: `by`", options.get("by").unwrap_or(&Value::Nil), |row, key| {
+        numbers.push(key.needed("bucket: `by`", row)?);
+        Ok(())
+    })?;
+    one(lua, parted(lua, session, data, &ascending(&numbers), &quantiles)?)
+}
+
+/// Places of rows by their numbers, the smallest first; rows of equal numbers stay in order.
+pub(super) fn ascending(numbers: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..numbers.len()).collect();
+    order.sort_by(|a, b| numbers[*a].partial_cmp(&numbers[*b]).unwrap_or(Ordering::Equal));
+    order
+}
+
+/// The quantiles that a call gives.
+///
+/// # Errors
+/// When they do not ascend, or are too many.
+pub(super) fn quantiles(name: &str, options: &Options) -> Result<Vec<f64>, Failure> {
     let quantiles = options.numbers("quantiles");
     if !quantiles.is_sorted_by(|a, b| a < b) {
-        return Err(said("bucket: `quantiles` should ascend"));
+        return Err(said(format!("{name}: `quantiles` should ascend")));
     }
     if quantiles.len() > QUANTILES_MAX {
-        return Err(said(format!("bucket: {} `quantiles` are more than {QUANTILES_MAX}", quantiles.len())));
+        return Err(said(format!("{name}: {} `quantiles` are more than {QUANTILES_MAX}", quantiles.len())));
     }
-    let mut numbers = Vec::new();
-    keys(data, lua, session, "bucket", options.get("by").unwrap_or(&Value::Nil), |row, key| match key.number {
-        Some(number) => {
-            numbers.push(number);
-            Ok(())
-        }
-        None => {
-            let key = short(&key.text);
-            Err(said(format!("bucket: `by` gives {key}, not a number (row: {})", row.place())))
-        }
-    })?;
-    let mut order: Vec<usize> = (0..data.len()).collect();
-    // Stable: rows of equal numbers stay in order.
-    order.sort_by(|a, b| numbers[*a].partial_cmp(&numbers[*b]).unwrap_or(Ordering::Equal));
+    Ok(quantiles)
+}
+
+/// A list of datasets: the rows in this order, split at quantiles.
+pub(super) fn parted(
+    lua: &Lua,
+    session: &Session,
+    data: &Dataset,
+    order: &[usize],
+    quantiles: &[f64],
+) -> Result<mlua::Table, Failure> {
     let table = lua.create_table()?;
     let ends = quantiles.iter().map(|quantile| (quantile * order.len() as f64).round() as usize);
     let mut first = 0;
@@ -222,13 +282,34 @@ fn bucket(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
         table.raw_push(data.pick(lua, session, &order[first..end])?)?;
         first = end;
     }
-    one(lua, table)
+    Ok(table)
 }
 
 fn sample(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
     let options = Options::read(verb("sample"), options)?;
     let count = options.whole("n").unwrap_or_default() as usize;
-    one(lua, data.pick(lua, session, &order::sample(data.len(), count, options.seed()))?)
+    let replace = options.flag("replace").unwrap_or(false);
+    let by = options.get("weights");
+    if by.is_none() && !replace || data.len() == 0 {
+        return one(lua, data.pick(lua, session, &order::sample(data.len(), count, options.seed()))?);
+    }
+    if replace && count > ROWS_MAX {
+        return Err(said(format!("sample: {count} rows are too many for one dataset")));
+    }
+    let mut weights = Vec::with_capacity(data.len());
+    match by {
+        None => weights.resize(data.len(), 1.0),
+        Some(by) => keys(data, lua, session, "sample: `weights`", by, |row, key| {
+            let weight = key.needed("sample: `weights`", row)?;
+            if weight < 0.0 {
+                return Err(said(format!("sample: `weights` gives {weight}, which is below 0 (row: {})", row.place())));
+            }
+            weights.push(weight);
+            Ok(())
+        })?,
+    }
+    let drawn = order::weighted_sample(&weights, count, options.seed(), replace);
+    one(lua, data.pick(lua, session, &drawn.map_err(|error| said(format!("sample: {error}")))?)?)
 }
 
 fn shuffle(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Result<MultiValue, Failure> {
@@ -256,7 +337,7 @@ fn dedupe(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
     match options.get("by") {
         Some(by) => {
             let mut index = 0;
-            keys(data, lua, session, "dedupe", by, |row, key| {
+            keys(data, lua, session, "dedupe: `by`", by, |row, key| {
                 // Rows without a key are not equal to each other, and which of them are to stay is not for us to say.
                 if key.text == "null" {
                     let next = "filter such rows out first, or give a function that returns a key for each";
@@ -280,6 +361,42 @@ fn dedupe(lua: &Lua, session: &Session, data: &Dataset, options: Value) -> Resul
     one(lua, data.pick(lua, session, &kept)?)
 }
 
+fn rename(lua: &Lua, session: &Session, data: &Dataset, names: Value) -> Result<MultiValue, Failure> {
+    let wrong =
+        || said("rename: it takes a table from a field's name to its new name, such as { topic = \"subject\" }");
+    let json = to_json(session.clock(), &names).map_err(|failure| failure.within("rename"))?;
+    let named = json.as_object().filter(|named| !named.is_empty()).ok_or_else(wrong)?;
+    let named: Vec<(&str, &str)> = named
+        .iter()
+        .map(|(from, to)| Ok((from.as_str(), to.as_str().filter(|to| !to.is_empty()).ok_or_else(wrong)?)))
+        .collect::<Result<_, Failure>>()?;
+    let mut found = vec![false; named.len()];
+    let mut rows = Vec::with_capacity(data.len());
+    let held = session.hold(lua, size_of_rows(data.len()))?;
+    for row in data.rows() {
+        session.clock().check()?;
+        let node = node(row);
+        for ((from, _), found) in named.iter().zip(&mut found) {
+            *found |= node.get(from).is_some();
+        }
+        let renamed = node.renamed(&named).map_err(|name| {
+            said(format!("rename: the row would have two fields `{}` (row: {})", short(&name), row.place()))
+        })?;
+        let Some(text) = renamed else {
+            rows.push(row.clone());
+            continue;
+        };
+        if let Err(problem) = check_row(&text) {
+            return Err(said(format!("rename: the new row is refused: {problem} (row: {})", row.place())));
+        }
+        rows.push(Row { text: Text::hold(lua, session, text)?, ..row.clone() });
+    }
+    if let (Some(first), Some(at)) = (data.rows().first(), found.iter().position(|found| !found)) {
+        return Err(said(no_field("rename", named[at].0, &node(first))));
+    }
+    one(lua, data.of(rows, held))
+}
+
 fn len(lua: &Lua, _: &Session, data: &Dataset, _: Value) -> Result<MultiValue, Failure> {
     one(lua, data.len())
 }
@@ -293,13 +410,17 @@ fn rows(lua: &Lua, session: &Session, data: &Dataset, _: Value) -> Result<MultiV
     one(lua, table)
 }
 
-const CALLS: [(&str, Method); 10] = [
+const CALLS: [(&str, Method); 14] = [
     ("filter", filter),
     ("map", map),
+    ("rename", rename),
     ("split", split),
     ("bucket", bucket),
+    ("by_length", difficulty::by_length),
+    ("by_loss", difficulty::by_loss),
     ("sample", sample),
     ("concat", concat),
+    ("replay", mixtures::replay),
     ("shuffle", shuffle),
     ("dedupe", dedupe),
     ("len", len),

@@ -3,7 +3,9 @@
 //! [`spec`] lists every function with its options. A call is checked against that list, runs here while the script's clock
 //! stands still, and returns plain tables and texts; a failure begins with the script's file and line.
 
+mod asked;
 mod dataset;
+mod difficulty;
 mod evaluate;
 mod forgetting;
 mod generate;
@@ -12,12 +14,15 @@ mod identity;
 mod imagined;
 mod load;
 mod methods;
+mod mixtures;
 mod model;
 mod names;
 mod options;
+mod passages;
 mod resumed;
 mod row;
 mod saved;
+mod saved_rows;
 mod session;
 pub mod spec;
 mod stored;
@@ -54,9 +59,13 @@ fn verb_call<T>(session: &Session, call: impl FnOnce() -> Result<T, Failure>) ->
 
 type Call = fn(&Lua, &Session, Value) -> Result<Value, Failure>;
 
-const CALLS: [(&str, Call); 9] = [
+const CALLS: [(&str, Call); 13] = [
     ("load_model", load::load_model),
     ("prepare_dataset", dataset::prepare_dataset),
+    ("read_passages", passages::read_passages),
+    ("dataset", saved_rows::dataset),
+    ("save_dataset", saved_rows::save_dataset),
+    ("interleave", mixtures::interleave),
     ("fine_tune", train::fine_tune),
     ("save_model", saved::save_model),
     ("load_fine_tuned_model", load::load_fine_tuned_model),

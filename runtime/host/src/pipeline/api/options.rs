@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
+use homeroom_engine::data::Columns;
 use mlua::{AnyUserData, Function, Table, Value};
 use serde_json::{Map, Value as Json};
 
@@ -139,6 +140,35 @@ impl Options {
         // None is kept as a handle of Lua's, whose number is bounded.
         let texts = table.sequence_values::<mlua::LuaString>().filter_map(Result::ok);
         texts.map(|text| text.to_string_lossy()).collect()
+    }
+
+    /// A text, or a list of texts.
+    pub fn names(&self, name: &str) -> Vec<String> {
+        self.text(name).map_or_else(|| self.texts(name), |text| vec![text])
+    }
+
+    /// Which column is what: a table of texts, or one text as `--columns` takes it.
+    ///
+    /// # Errors
+    /// When a role is unknown, or a name is none.
+    pub fn columns(&self, name: &str) -> anyhow::Result<Option<Columns>> {
+        if let Some(text) = self.text(name) {
+            return text.parse().map(Some);
+        }
+        let Some(table) = self.get(name).and_then(Value::as_table) else { return Ok(None) };
+        let mut pairs = Vec::new();
+        for pair in table.pairs::<Value, Value>() {
+            let (role, column) = pair.map_err(|error| anyhow::anyhow!("{error}"))?;
+            let column = match &column {
+                Value::Integer(number) => number.to_string(),
+                Value::Number(number) => number.to_string(),
+                Value::String(text) => text.to_string_lossy(),
+                other => anyhow::bail!("a column is a name or a number, not {}", words(other)),
+            };
+            pairs.push((name_of(&role), column));
+        }
+        pairs.sort();
+        Columns::of(pairs.iter().map(|(role, column)| (role.as_str(), column.as_str()))).map(Some)
     }
 
     /// A function.

@@ -60,6 +60,41 @@ impl<'t> Node<'t> {
         }
     }
 
+    /// The text of an object with some fields under other names, in their places; `None`: it has none of them.
+    ///
+    /// # Errors
+    /// The name that two fields would have.
+    pub fn renamed(&self, names: &[(&str, &str)]) -> Result<Option<String>, String> {
+        let Parsed::Object(fields) = &self.value else { return Ok(None) };
+        if !names.iter().any(|(from, _)| fields.contains_key(*from)) {
+            return Ok(None);
+        }
+        let mut out = String::with_capacity(self.text.len() + 16);
+        let mut seen = std::collections::HashSet::new();
+        for (name, field) in fields {
+            let to = names.iter().find(|(from, _)| from == name).map_or(name.as_ref(), |(_, to)| to);
+            if !seen.insert(to) {
+                return Err(to.to_owned());
+            }
+            out.push(if out.is_empty() { '{' } else { ',' });
+            quote(to, &mut out);
+            out.push(':');
+            out.push_str(field.text);
+        }
+        out.push('}');
+        Ok(Some(out))
+    }
+
+    /// Characters of all texts in it, names aside.
+    pub fn characters(&self) -> usize {
+        match &self.value {
+            Parsed::Text(text) => text.chars().count(),
+            Parsed::List(items) => items.iter().map(Self::characters).sum(),
+            Parsed::Object(fields) => fields.values().map(Self::characters).sum(),
+            _ => 0,
+        }
+    }
+
     /// Writes the value in one of its spellings, so that equal values have equal texts: keys are sorted, and what is no whole
     /// number is written as a double.
     pub fn canonical(&self, out: &mut String) {

@@ -15,6 +15,7 @@ use serde_json::{Map, Value as Json, json};
 use super::imagined::{Imagined, Needs, is_imagined};
 use super::model::ModelSpec;
 use super::{resumed, train};
+use crate::handler::config::Handlers;
 use crate::hub::{self, HubName};
 use crate::models::Loaded;
 use crate::pipeline::clock::Clock;
@@ -67,6 +68,11 @@ pub struct Session {
     pub(super) handler: RefCell<Option<String>>,
     /// Whether a training is under way.
     pub(super) trains: Cell<bool>,
+    /// Handlers that parameters name, and the user's handlers once one is asked.
+    pub(super) named_handlers: Vec<String>,
+    /// Whether the TOML file forbids the network.
+    pub(super) offline: bool,
+    pub(super) handlers: RefCell<Option<Rc<Handlers>>>,
     /// The parameters.
     pub(super) params: Map<String, Json>,
     /// The functions of its scripts.
@@ -121,6 +127,9 @@ impl Session {
             actions: RefCell::default(),
             handler: RefCell::default(),
             trains: Cell::default(),
+            named_handlers: config.handlers.clone(),
+            offline: config.offline,
+            handlers: RefCell::default(),
             params: config.params.clone(),
             sources: sandbox.sources(),
             store: Store::new(registry::data_directory().map(|data| data.join("runs")), how.fresh),

@@ -66,12 +66,20 @@ pub enum Kind {
     Texts,
     /// A list of numbers between 0 and 1.
     Shares,
+    /// A list of numbers above 0.
+    Rates,
     /// A table from option to value.
     Table,
+    /// A table from what a column is to its name.
+    Columns,
     /// A model: its name, or what a verb returned.
     Model,
+    /// A list of rows.
+    Rows,
     /// A dataset.
     Dataset,
+    /// A list of datasets.
+    Datasets,
     /// A name of a field, or a function from a row.
     Key,
     /// A function from a step's report.
@@ -112,9 +120,13 @@ impl Kind {
             Self::Names => value.is_string() || list(&Value::is_string),
             Self::Texts => list(&Value::is_string),
             Self::Shares => list(&|value| Self::Share.admits(value) && !matches!(value, Value::Integer(0))),
+            Self::Rates => list(&|value| Self::Rate.admits(value)),
             Self::Table => value.is_table(),
+            Self::Columns => value.is_table() || value.is_string(),
             Self::Model => value.is_string() || value.is_table(),
             Self::Dataset => value.as_userdata().is_some_and(|data| data.is::<Dataset>()),
+            Self::Datasets => list(&|value| Self::Dataset.admits(value)),
+            Self::Rows => list(&Value::is_table),
             Self::Key => value.is_string() || value.is_function(),
             Self::OnStep | Self::OnEval => value.is_function(),
         }
@@ -122,7 +134,7 @@ impl Kind {
 
     /// Whether a list can be of this type.
     pub fn is_list(self) -> bool {
-        matches!(self, Self::Names | Self::Texts | Self::Shares)
+        matches!(self, Self::Names | Self::Texts | Self::Shares | Self::Rates | Self::Datasets | Self::Rows)
     }
 
     /// The type in words.
@@ -143,9 +155,13 @@ impl Kind {
             Self::Names => "a string or a list of strings",
             Self::Texts => "a list of strings",
             Self::Shares => "a list of numbers between 0 and 1",
+            Self::Rates => "a list of numbers above 0",
             Self::Table => "a table",
+            Self::Columns => "a table such as { prompt = \"Frage\", completion = \"Antwort\" }",
             Self::Model => "a model: its name, a parameter's path, or what a verb returned",
             Self::Dataset => "a dataset",
+            Self::Datasets => "a list of datasets",
+            Self::Rows => "a list of tables",
             Self::Key => "the name of a field, or a function from a row",
             Self::OnStep | Self::OnEval => "a function",
         }
@@ -164,10 +180,13 @@ impl Kind {
             Self::Flag => "boolean",
             Self::Names => "string | {string}",
             Self::Texts => "{string}",
-            Self::Shares => "{number}",
+            Self::Shares | Self::Rates => "{number}",
             Self::Table => "{[string]: any}",
+            Self::Columns => "string | {[string]: string | number}",
             Self::Model => "string | Model",
             Self::Dataset => "Dataset",
+            Self::Datasets => "{Dataset}",
+            Self::Rows => "{Row}",
             Self::Key => "string | (row: Row) -> any",
             Self::OnStep => "(report: StepReport) -> Directive?",
             Self::OnEval => "(report: EvalReport) -> Directive?",
@@ -195,6 +214,9 @@ const fn opt(name: &'static str, kind: Kind, default: &'static str, doc: &'stati
 const fn required(name: &'static str, kind: Kind, doc: &'static str) -> Opt {
     Opt { name, aliases: &[], kind, required: true, default: "", doc }
 }
+
+const QUANTILES: Opt =
+    opt("quantiles", Kind::Shares, "none", "splits the sorted rows, ascending: { 0.5 } makes two halves");
 
 const SEED: &[Opt] = &[opt("seed", Kind::Whole, "42", "the same seed gives the same result")];
 
@@ -256,15 +278,38 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "prepare_dataset",
-        doc: "Reads a JSONL file and checks all its rows.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows become tokens when a model uses them.",
+        doc: "Reads files of rows and checks them all: JSONL, JSON, CSV and TSV, also packed with gzip.\nA row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them.",
         options: &[
             &[
                 required(
                     "path",
-                    Kind::Text,
-                    "the file: a parameter of type `path`, or a file below the TOML file, its path relative to the script",
+                    Kind::Names,
+                    "the file, or a list of files: a parameter of type `path`, or a file below the TOML file, its path relative to the script; of a folder its train files and, as `eval`, its valid files, or all its files",
                 ),
-                opt("eval", Kind::Share, "0", "share of the rows that is held out, to evaluate on"),
+                opt(
+                    "columns",
+                    Kind::Columns,
+                    "by their names",
+                    "which column or key is what, where its name does not say it: by the names `prompt`, `input` (behind the prompt), `completion`, `system`, `text`, `messages`, `chosen`, `rejected`, `label` and `tools`; by number where a table has no header; or one string, as `--columns` takes it",
+                ),
+                opt(
+                    "system",
+                    Kind::Text,
+                    "none",
+                    "system message of rows that have none of their own: whom the model is to be",
+                ),
+                opt(
+                    "on_bad_row",
+                    Kind::OneOf(&["refuse", "skip"]),
+                    "\"refuse\"",
+                    "what to do with a row that is refused, as one without an answer: refuse the file, or leave the row out",
+                ),
+                opt(
+                    "eval",
+                    Kind::Share,
+                    "0",
+                    "share of the rows that is held out, to evaluate on; not of a folder that has held-out files",
+                ),
                 opt("max_seq_len", Kind::Count, "the model's context, at most 2048", "most tokens that a row may have")
                     .or(&["max_length", "max_seq_length"]),
                 opt(
@@ -279,6 +324,64 @@ pub const VERBS: &[Verb] = &[
         returns: "Split",
         returns_doc: "`{train =, eval =}`, two datasets; `eval` is nil if no rows are held out",
         example: "local data = homeroom.prepare_dataset { path = params.dataset, eval = 0.25 }",
+    },
+    Verb {
+        name: "read_passages",
+        doc: "Reads a text, plain or Markdown, as rows of one passage each.\nA passage is whole paragraphs, as many as `max_words` allows, and never goes over a heading of Markdown; a longer paragraph is cut between sentences. A row has `text`, `heading` (the headings above it), `source` (the file's name) and `line`.",
+        options: &[&[
+            required(
+                "path",
+                Kind::Text,
+                "the file, UTF-8: a parameter of type `path`, or a file below the TOML file, its path relative to the script",
+            ),
+            opt("max_words", Kind::Count, "200", "most words of a passage"),
+            opt("min_words", Kind::Whole, "20", "a passage of fewer words is left out: such as a title, or a link"),
+        ]],
+        returns: "Dataset",
+        returns_doc: "a dataset",
+        example: "local passages = homeroom.read_passages { path = params.text, max_words = 150, min_words = 5 }",
+    },
+    Verb {
+        name: "dataset",
+        doc: "Makes a dataset of tables.\nThey are checked as the rows of a file are.",
+        options: &[&[required("rows", Kind::Rows, "the rows")]],
+        returns: "Dataset",
+        returns_doc: "a dataset",
+        example: "local own = homeroom.dataset { rows = { { prompt = \"2 + 2?\", completion = \"4\" } } }",
+    },
+    Verb {
+        name: "save_dataset",
+        doc: "Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all. A file that has the name already is replaced.",
+        options: &[&[
+            required("dataset", Kind::Dataset, "the rows"),
+            required("name", Kind::Text, "its name: small letters, digits, dots, dashes and underscores"),
+        ]],
+        returns: "SavedRows",
+        returns_doc: "`{name =, path =, rows =}`",
+        example: "local kept = homeroom.save_dataset { dataset = own, name = \"sums\" }",
+    },
+    Verb {
+        name: "interleave",
+        doc: "Mixes datasets: takes their rows by turns, so that everywhere in the result each dataset has its share.\nThe rows of each dataset stay in order. Train with `shuffle = false` to learn them in this order.",
+        options: &[&[
+            required("datasets", Kind::Datasets, "what is mixed"),
+            opt(
+                "shares",
+                Kind::Rates,
+                "equal",
+                "how much of each dataset, in proportion: { 3, 1 } takes three rows of the first and one of the second",
+            )
+            .or(&["probabilities"]),
+            opt(
+                "stopping_strategy",
+                Kind::OneOf(&["first_exhausted", "all_exhausted"]),
+                "\"first_exhausted\"",
+                "first_exhausted: ends where a dataset has no more rows; all_exhausted: a dataset that has no more begins anew, until all rows of all were taken",
+            ),
+        ]],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local mixture = homeroom.interleave { datasets = { data.train, data.eval }, shares = { 3, 1 } }",
     },
     Verb {
         name: "fine_tune",
@@ -471,10 +574,11 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "generate",
-        doc: "Lets a model answer prompts, each in a conversation of its own.",
+        doc: "Lets a model or a handler answer prompts, each in a conversation of its own.\nA handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if a parameter of type `handler` names it, and it is a route that allows that (`egress = \"allow\"`); that is said in a line.",
         options: &[
             &[
-                required("model", Kind::Model, "the model that answers"),
+                opt("model", Kind::Model, "none", "the model that answers"),
+                opt("handler", Kind::Text, "none", "the handler or route that answers, in place of `model`"),
                 required("prompts", Kind::Texts, "the user's messages, one a conversation"),
                 opt("system", Kind::Text, "none", "the system message of each conversation"),
                 opt("max_tokens", Kind::Count, "256", "longest answer, in tokens").or(&["max_new_tokens"]),
@@ -500,11 +604,19 @@ pub const METHODS: &[Verb] = &[
     },
     Verb {
         name: "map",
-        doc: "Replaces each row by what a function returns for it; nil leaves the row out.\nWhat the function does not touch stays as it was, and a changed row is checked as the rows of a file are. A function that never returns anything is an error.",
+        doc: "Replaces each row by what a function returns for it: a row, or a list of rows; nil leaves the row out.\nWhat the function does not touch stays as it was, and a changed row is checked as the rows of a file are. A function that never returns anything is an error.",
         options: &[],
         returns: "Dataset",
         returns_doc: "a new dataset",
         example: "local polite = data.train:map(function(row)\n  table.insert(row.messages, 1, { role = \"system\", content = \"You are patient.\" })\n  return row\nend)",
+    },
+    Verb {
+        name: "rename",
+        doc: "Gives fields of the rows other names.\nIt takes a table from a field's name to its new name. A field that no row has is an error, and so are two fields of one name.",
+        options: &[],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local tagged = data.train:map(function(row)\n  row.topic = \"sums\"\n  return row\nend):rename { topic = \"subject\" }",
     },
     Verb {
         name: "split",
@@ -526,12 +638,52 @@ pub const METHODS: &[Verb] = &[
         example: "local easy, hard = table.unpack(pool:bucket { by = function(row) return #row.messages end, quantiles = { 0.5 } })",
     },
     Verb {
+        name: "by_length",
+        doc: "Sorts the rows by their length, the shortest first.",
+        options: &[&[
+            opt(
+                "model",
+                Kind::Model,
+                "none",
+                "the model in whose tokens length is counted; without one it is in characters",
+            ),
+            QUANTILES,
+        ]],
+        returns: "Dataset | {Dataset}",
+        returns_doc: "a new dataset; with `quantiles` a list of one dataset more than there are quantiles",
+        example: "local shortest_first = pool:by_length { model = model }",
+    },
+    Verb {
+        name: "by_loss",
+        doc: "Sorts the rows by how hard a model finds them: by its mean loss on each row's own trained tokens, the lowest first.\nThe measured losses are kept, and looked up when the same rows are sorted by the same model again.",
+        options: &[&[
+            required("model", Kind::Model, "the model that finds them easy or hard: the base, before it learns them"),
+            compute("\"f32\""),
+            QUANTILES,
+        ]],
+        returns: "Dataset | {Dataset}",
+        returns_doc: "a new dataset; with `quantiles` a list of one dataset more than there are quantiles",
+        example: "local known, new = table.unpack(pool:by_loss { model = model, quantiles = { 0.5 } })",
+    },
+    Verb {
         name: "sample",
         doc: "Draws rows at random, each at most once; all rows if there are at most `n`.",
-        options: &[&[required("n", Kind::Count, "number of rows")], SEED],
+        options: &[
+            &[
+                required("n", Kind::Count, "number of rows"),
+                opt(
+                    "weights",
+                    Kind::Key,
+                    "equal",
+                    "a number from 0 for each row, in proportion to which it is drawn: a field, or what a function returns for a row",
+                ),
+                opt("replace", Kind::Flag, "false", "true: a row may be drawn more than once"),
+            ],
+            SEED,
+        ],
         returns: "Dataset",
         returns_doc: "a new dataset, in the order of this one",
-        example: "local some = easy:sample { n = 3, seed = 1 }",
+        example: "local some = easy:sample { n = 3, seed = 1 }\nlocal long_ones = pool:sample { n = 2, weights = function(row) return #row.messages[1].content end }",
     },
     Verb {
         name: "concat",
@@ -540,6 +692,20 @@ pub const METHODS: &[Verb] = &[
         returns: "Dataset",
         returns_doc: "a new dataset",
         example: "local mixed = hard:concat(some)",
+    },
+    Verb {
+        name: "replay",
+        doc: "Spreads rows of what was learned before among the rows, so that it is not forgotten.",
+        options: &[
+            &[
+                required("rows", Kind::Dataset, "rows of before: of an earlier lesson, or answers that the base gave"),
+                opt("share", Kind::Share, "0.1", "their share of the result; where they are too few, they come again"),
+            ],
+            SEED,
+        ],
+        returns: "Dataset",
+        returns_doc: "a new dataset",
+        example: "local lesson = hard:replay { rows = easy, share = 0.2 }",
     },
     Verb {
         name: "shuffle",
@@ -613,7 +779,8 @@ impl Verb {
 
     /// What is wrong with an option's name, if it is.
     pub fn unknown(&self, name: &str) -> Option<String> {
-        if self.option(name).is_some() {
+        // The names that `rename` takes are those of fields.
+        if self.option(name).is_some() || self.name == "rename" {
             return None;
         }
         let near = nearest(name, self.all().flat_map(Opt::names));

@@ -284,8 +284,14 @@ fn data(settings: &Map<String, Value>, trainings: &[Training], manifest: Option<
     let mut add = |name: &str, value: Option<String>| {
         data.extend(value.filter(|value| !value.is_empty() && value != "0").map(|value| (name.to_owned(), value)));
     };
-    add("file", text(settings, &["training_file", "dataset"]).map(str::to_owned));
-    add("file of held-out rows", text(settings, &["eval_file"]).map(str::to_owned));
+    // Several files are a list.
+    let files = |key: &str| match settings.get(key)? {
+        Value::String(file) => Some(file.clone()),
+        Value::Array(files) => Some(files.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")),
+        _ => None,
+    };
+    add("file", files("training_file").or_else(|| files("dataset")));
+    add("file of held-out rows", files("eval_file"));
     let of_training = |key: &str| Some(plain(manifest?.training.get(key)?));
     // Of several trainings each has its own, which stand in the script.
     let of_start = |key: &str| of_start(trainings, key).filter(|_| trainings.len() == 1);

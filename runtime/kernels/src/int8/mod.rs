@@ -20,8 +20,6 @@ mod avx_vnni;
 mod neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod stored;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod stored;
 #[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 mod weight;
 

@@ -201,52 +201,61 @@ fn a_real_model_draws_in_eight_bits_from_nearly_the_same_tokens_as_in_f32() -> R
 }
 
 /// AVX-VNNI multiplies bytes much faster than floats.
+/// Processors whose floats are multiplied in 256 bits, as far as this one can be held to them.
+fn of_256_bits() -> Vec<(Isa, Feature)> {
+    let all = [(Isa::AVX2, Feature::Avx2), (Isa::AVXVNNI, Feature::AvxVnni)];
+    all.into_iter().filter(|(_, feature)| Isa::detected().has(*feature)).collect()
+}
+
 #[test]
-fn a_prompt_is_read_in_integers_where_that_is_asked_for() -> Result<()> {
-    if !Isa::detected().has(Feature::AvxVnni) {
-        return Ok(());
+fn a_prompt_is_read_in_integers_where_they_are_faster_and_its_pieces_change_no_bit() -> Result<()> {
+    for (isa, _) in of_256_bits() {
+        with_isa(isa, || -> Result<()> {
+            let model = Arc::new(model("llama-gguf/model-mixed.gguf")?);
+            let (prompt, tokens) = (ids(&model, 61, 1), ids(&model, 3, 5));
+            let exact = made_ready(&model, None, Compute::F32)?;
+            let exact = logits(&exact, &prompt, prompt.len(), &[])?;
+            for compute in [Compute::Auto, Compute::Int8] {
+                let fast = made_ready(&model, None, compute)?;
+                let whole = logits(&fast, &prompt, prompt.len(), &tokens)?;
+                let apart = apart(&whole[0], &exact[0]);
+                assert!(apart > 1e-4 && apart < 0.2, "{compute:?} on {}: {apart:e}", isa.name());
+                for pieces in [1, 7, 50] {
+                    let by_pieces = logits(&fast, &prompt, pieces, &tokens)?;
+                    assert!(by_pieces == whole, "{compute:?} on {}, by {pieces}", isa.name());
+                }
+            }
+            Ok(())
+        })?;
     }
-    with_isa(Isa::AVXVNNI, || {
-        let model = Arc::new(model("llama-gguf/model-mixed.gguf")?);
-        let (prompt, tokens) = (ids(&model, 61, 1), ids(&model, 3, 5));
-        let exact = made_ready(&model, None, Compute::F32)?;
-        let fast = made_ready(&model, None, Compute::Int8)?;
-        let whole = logits(&fast, &prompt, prompt.len(), &tokens)?;
-        let exact = logits(&exact, &prompt, prompt.len(), &[])?;
-        let apart = apart(&whole[0], &exact[0]);
-        assert!(apart > 1e-4 && apart < 0.2, "{apart:e}");
-        for pieces in [1, 7, 50] {
-            assert!(logits(&fast, &prompt, pieces, &tokens)? == whole, "by {pieces}");
-        }
-        Ok(())
-    })
+    Ok(())
 }
 
 #[test]
 fn a_real_model_that_reads_in_integers_draws_from_nearly_the_same_tokens_as_in_f32() -> Result<()> {
-    if !Isa::detected().has(Feature::AvxVnni) {
-        return Ok(());
-    }
     let model = Arc::new(BaseModel::load(&crate::real_model::smollm2()?)?);
     let text = "Plants make sugar out of water and air with the light of the sun. Animals eat plants, or other animals that did, and so \
         all of them live on what leaves have caught.";
     let ids = model.tokenizer.encode(text, false)?.ids;
-    with_isa(Isa::AVXVNNI, || {
-        let read = |compute| -> Result<Vec<Vec<f32>>> {
-            let ready = made_ready(&model, None, compute)?;
-            (1..=ids.len()).map(|len| Ok(logits(&ready, &ids[..len], len, &[])?.remove(0))).collect()
-        };
-        let exact = read(Compute::F32)?;
-        // Measured: 0.0107, since weights are rounded anew, in other groups than they are stored in.
-        let away = divergence(&exact, &read(Compute::Int8)?);
-        println!("of a prompt that is read in integers: {away:.2e} nats");
-        assert!(away < 0.02 && away > 0.0, "{away:e} nats");
-        // Unasked they are read in floats; what is left is the head, which takes rows in eight bits.
-        let unasked = divergence(&exact, &read(Compute::Auto)?);
-        println!("unasked: {unasked:.2e} nats");
-        assert!(unasked < away / 2.0, "{unasked:e} of {away:e} nats");
-        Ok(())
-    })
+    for (isa, _) in of_256_bits() {
+        with_isa(isa, || -> Result<()> {
+            let read = |compute| -> Result<Vec<Vec<f32>>> {
+                let ready = made_ready(&model, None, compute)?;
+                (1..=ids.len()).map(|len| Ok(logits(&ready, &ids[..len], len, &[])?.remove(0))).collect()
+            };
+            let exact = read(Compute::F32)?;
+            // Unasked by weights as they are stored, which rounds no more than drawing tokens does.
+            let unasked = divergence(&exact, &read(Compute::Auto)?);
+            println!("of a prompt that is read in integers on {}: {unasked:.2e} nats", isa.name());
+            assert!(unasked < 0.006 && unasked > 0.0, "{unasked:e} nats");
+            // Measured where weights are rounded anew, in other groups than they are stored in: 0.0107.
+            let asked = divergence(&exact, &read(Compute::Int8)?);
+            println!("asked for int8: {asked:.2e} nats");
+            assert!(asked < 0.02 && asked > 0.0, "{asked:e} nats");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// Mean cross-entropy of tokens under the logits before each.

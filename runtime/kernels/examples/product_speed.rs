@@ -14,8 +14,10 @@ fn main() {
 fn measure<E: ProductElement>(name: &str, peak: f64, m: usize) {
     println!("{name}   {m} rows, {} threads, {}: register loop {peak:.0} GFLOP/s", threads(), isa().name());
     let mut random = Stream::new(1, 1);
-    for storage in [E::STORAGE, Storage::Q4_1] {
-        for (rows, cols) in [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)] {
+    for storage in [E::STORAGE, Storage::Q4_1, Storage::Q4K, Storage::Q6K] {
+        for (rows, cols) in [(960, 576usize), (576, 576), (3072, 576), (576, 1536), (49152, 576)] {
+            // K-quants' blocks are of 256.
+            let cols = cols.next_multiple_of(storage.block_len());
             let n_bytes = storage.row_bytes(rows * cols).expect("whole blocks");
             let bytes: Vec<u8> = match storage {
                 Storage::F32 => (0..rows * cols).flat_map(|_| (random.uniform_f32() - 0.5).to_le_bytes()).collect(),
@@ -32,6 +34,14 @@ fn measure<E: ProductElement>(name: &str, peak: f64, m: usize) {
                     let columns = [Columns { terms: &term, at: 0, bias: None }];
                     product(m, &columns, Output::Narrow(&mut y), rows, Finish::default());
                 });
+                if matches!(right, Right::Stored(_)) {
+                    let gflops = 2.0 * (m * rows * cols) as f64 / forward / 1e9;
+                    println!(
+                        "  {storage:?} {rows:>5} x {cols:<4} {m:>4} {way:<9}  forward {gflops:6.0} ({:3.0} %)",
+                        100.0 * gflops / peak
+                    );
+                    return;
+                }
                 let backward = best(|| {
                     let term = [Term::backward(Left::rows(&dy, rows), right)];
                     let columns = [Columns { terms: &term, at: 0, bias: None }];
@@ -47,6 +57,9 @@ fn measure<E: ProductElement>(name: &str, peak: f64, m: usize) {
                 );
             };
             line("", Right::Frozen(w));
+            if w.multiplies_as_stored() {
+                line("as stored", Right::Stored(w));
+            }
             if w.multiplies_in_integers() {
                 line("integers", Right::Integers(w));
             }

@@ -216,6 +216,15 @@ impl<'a> Matrix<'a> {
             || isa().multiplies_bytes() && self.rows.is_multiple_of(4) && self.cols.is_multiple_of(4)
     }
 
+    /// Whether products with it may be taken in the whole numbers that it is stored in, forward: of ggml's blocks, where the processor
+    /// multiplies bytes in 256 bits. Q8_0, whose products two by two are more than AVX2 holds, only by AVX-VNNI.
+    pub fn multiplies_as_stored(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return crate::int8::stored::takes(isa(), self.storage);
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Its codes, if it is stored by a code book.
     pub(crate) fn coded_view(&self) -> Option<&Coded<'a>> {
         self.coded.as_ref()

@@ -29,8 +29,11 @@ pub fn trainer(model: &BaseModel, adaptation: Option<&Adaptation>, compute: Comp
 }
 
 /// The backends for answers, the fastest first; the last one runs any adapter. Prompts are read in f32 or bf16, as `compute` says; if
-/// it says anything but f32, tokens are decoded with activations in eight bits where weights take them so. Prompts are read with such where
-/// it says int8 and the processor multiplies bytes, but not bf16: that rounds weights anew, which costs more than decoding does.
+/// it says anything but f32, tokens are decoded with activations in eight bits where weights take them so.
+///
+/// Prompts are read with such, too, where the processor does not multiply bf16: asked to choose, by weights in the whole numbers that they
+/// are stored in, if those are faster than f32, which rounds no more than decoding does; asked for int8, also by weights that are rounded
+/// anew where the processor multiplies bytes by fours, which costs more.
 pub fn answerers(model: &Arc<BaseModel>, compute: Compute) -> Vec<Box<dyn Answer>> {
     // What a strategy proposes is for its training.
     let (blocks, round) = match compute {
@@ -38,8 +41,11 @@ pub fn answerers(model: &Arc<BaseModel>, compute: Compute) -> Vec<Box<dyn Answer
         Compute::F32 => (compute, false),
         _ => (compute, true),
     };
-    let in_integers = compute == Compute::Int8 && isa().multiplies_bytes() && !isa().has_bf16();
-    let integers = if in_integers { InIntegers::Stored } else { InIntegers::None };
+    let integers = match compute {
+        Compute::Int8 if !isa().has_bf16() => InIntegers::Fastest,
+        Compute::Auto if !isa().has_bf16() && isa().multiplies_stored() => InIntegers::Stored,
+        _ => InIntegers::None,
+    };
     let in_f32 = || Some(Box::new(CpuAnswer::<f32>::new(model, integers, round)?) as Box<dyn Answer>);
     let in_bf16 = || Some(Box::new(CpuAnswer::<bf16>::new(model, InIntegers::None, round)?) as Box<dyn Answer>);
     let fast = match blocks {

@@ -148,7 +148,7 @@ pub struct AnswerArgs {
 pub const ANSWER_COMPUTE: [Word; 3] = [
     (
         "auto",
-        "Prompts in the faster of bf16 and f32 on this processor; new tokens in 8 bits where weights are quantised",
+        "Prompts in the fastest of bf16, f32 and, of quantised weights, 8 bits on this processor; new tokens in 8 bits where weights are quantised",
     ),
     ("bf16", "Prompts in bf16, new tokens as with auto"),
     ("f32", "Everything in f32"),

@@ -18,6 +18,8 @@ mod amx;
 mod avx_vnni;
 #[cfg(any(test, target_arch = "aarch64"))]
 mod neon;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod stored;
 #[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 mod weight;
 
@@ -420,6 +422,10 @@ struct Right {
 /// Sums of a tile.
 type Tile = [[f32; VECTORS * 16]; ROWS];
 
+/// Where sums of a tile lie: no vector of them is in two lines of the cache, each of which is written and read again for every group.
+#[repr(C, align(64))]
+struct Aligned(Tile);
+
 /// Vectors of one processor.
 ///
 /// # Safety
@@ -453,7 +459,8 @@ unsafe fn walk<L: Lanes>(
     let (strip, first_group) = (L::WIDTH * L::VECTORS, chunk * (CHUNK / GROUP));
     let copied = strip < PANEL && rows.len() >= COPIED_FROM * L::ROWS;
     let step = if copied { strip } else { PANEL };
-    let mut out: Tile = [[0.0; VECTORS * 16]; ROWS];
+    let mut aligned = Aligned([[0.0; VECTORS * 16]; ROWS]);
+    let out = &mut aligned.0;
     STRIP.with_borrow_mut(|copy| {
         for column in (0..width).step_by(strip) {
             let columns = strip.min(width - column);
@@ -479,12 +486,12 @@ unsafe fn walk<L: Lanes>(
                 // SAFETY: rows of A were sliced, and B has so many words `step` apart.
                 unsafe {
                     match count {
-                        1 => L::tile::<1>(&of_rows, b, words, &mut out),
-                        2 => L::tile::<2>(&of_rows, b, words, &mut out),
-                        3 => L::tile::<3>(&of_rows, b, words, &mut out),
-                        4 => L::tile::<4>(&of_rows, b, words, &mut out),
-                        5 => L::tile::<5>(&of_rows, b, words, &mut out),
-                        _ => L::tile::<6>(&of_rows, b, words, &mut out),
+                        1 => L::tile::<1>(&of_rows, b, words, out),
+                        2 => L::tile::<2>(&of_rows, b, words, out),
+                        3 => L::tile::<3>(&of_rows, b, words, out),
+                        4 => L::tile::<4>(&of_rows, b, words, out),
+                        5 => L::tile::<5>(&of_rows, b, words, out),
+                        _ => L::tile::<6>(&of_rows, b, words, out),
                     }
                 }
                 // SAFETY: the output and the factors are as large as the caller says.

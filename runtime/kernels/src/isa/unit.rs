@@ -116,6 +116,13 @@ impl Isa {
             || self.multiplies_signed_bytes()
     }
 
+    /// Returns true where products with weights that lie in whole numbers are much faster than those of f32, though products of bytes go by
+    /// twos: with multiply-adds of 256 bits.
+    #[inline]
+    pub const fn multiplies_stored(self) -> bool {
+        matches!(self.f32_unit(), F32Unit::Avx2)
+    }
+
     /// Whether both sides of products of bytes have a sign, as on AArch64; else one of them has none.
     #[inline]
     pub(crate) const fn multiplies_signed_bytes(self) -> bool {

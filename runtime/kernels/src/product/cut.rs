@@ -62,7 +62,7 @@ pub(super) fn cut<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, 
 pub(super) fn decodes_wide<E>(term: &Term<'_, E>) -> bool {
     match term.right {
         Right::Frozen(matrix) => !term.transposed && matrix.block_len() > PANEL,
-        Right::Integers(_) | Right::Dense { .. } => false,
+        Right::Integers(_) | Right::Stored(_) | Right::Dense { .. } => false,
     }
 }
 
@@ -79,8 +79,7 @@ pub(super) struct Piece {
 /// Cuts the terms' sums into groups of as many words as a panel takes, in order, those in integers before the others.
 pub(super) fn group<E: ProductElement>(terms: &[Term<'_, E>], in_rounds: bool) -> Vec<Vec<Piece>> {
     let per_word = E::PER_WORD;
-    let (integers, others): (Vec<_>, Vec<_>) =
-        terms.iter().enumerate().partition(|(_, term)| matches!(term.right, Right::Integers(_)));
+    let (integers, others): (Vec<_>, Vec<_>) = terms.iter().enumerate().partition(|(_, term)| term.right.in_integers());
     let total: usize = others.iter().map(|(_, term)| term.depth() / per_word).sum();
     let depth = match terms.iter().any(decodes_wide) {
         true => DEPTH_WIDE,

@@ -26,6 +26,8 @@ use self::scratch::{SCRATCH, Scratch};
 use self::terms::fits;
 use self::turned::{Turned, rows_of_w};
 use crate::buffer::grown;
+#[cfg(target_arch = "x86_64")]
+use crate::int8::stored;
 use crate::int8::{self, Packed, Rounded};
 use crate::isa::{Isa, isa};
 use crate::pool::for_each;
@@ -88,6 +90,9 @@ fn compute<E: ProductElement>(
                     assert!(matrix.multiplies_forward_in_integers(), "W in integers");
                 }
                 Right::Integers(matrix) => assert!(matrix.multiplies_in_integers(), "W in integers, backward"),
+                Right::Stored(matrix) => {
+                    assert!(term.transposed && matrix.multiplies_as_stored(), "W as it is stored");
+                }
                 Right::Frozen(_) => (),
             }
         }
@@ -150,6 +155,9 @@ fn compute<E: ProductElement>(
 /// A of all terms in integers, rounded.
 struct Integers {
     rounded: Vec<Rounded>,
+    /// The same for weights as they are stored.
+    #[cfg(target_arch = "x86_64")]
+    stored: Vec<stored::Rounded>,
     /// For each sum and each of its terms, which of them it is.
     places: Vec<Vec<usize>>,
 }
@@ -157,9 +165,20 @@ struct Integers {
 impl Integers {
     fn of<E: ProductElement>(isa: Isa, m: usize, columns: &[Columns<'_, E>]) -> Self {
         let (mut rounded, mut made) = (Vec::new(), Vec::new());
+        #[cfg(target_arch = "x86_64")]
+        let (mut stored, mut made_stored) = (Vec::new(), Vec::new());
         let mut place = |term: &Term<'_, E>| {
-            let Right::Integers(matrix) = term.right else { return usize::MAX };
             let left = term.left;
+            #[cfg(target_arch = "x86_64")]
+            if let Right::Stored(_) = term.right {
+                let key = (left.values.as_ptr(), left.at, left.step, term.depth());
+                return made_stored.iter().position(|other| *other == key).unwrap_or_else(|| {
+                    stored.push(stored::round(isa, m, term.depth(), &left.values[left.at..], left.step));
+                    made_stored.push(key);
+                    stored.len() - 1
+                });
+            }
+            let Right::Integers(matrix) = term.right else { return usize::MAX };
             // Backward, the scales of W's rows are A's columns', so that A is another one for each weight.
             let on_line = matrix.line().is_some();
             let scales = (!term.transposed && on_line).then(|| matrix.integer_scales(0..matrix.rows));
@@ -172,6 +191,9 @@ impl Integers {
             rounded.len() - 1
         };
         let places = columns.iter().map(|columns| columns.terms.iter().map(&mut place).collect()).collect();
+        #[cfg(target_arch = "x86_64")]
+        return Self { rounded, stored, places };
+        #[cfg(not(target_arch = "x86_64"))]
         Self { rounded, places }
     }
 }
@@ -229,7 +251,9 @@ unsafe fn run<E: ProductElement>(
             rows::<E, false>(isa, task.rows.len(), width, segments, store);
         }
     };
-    let Scratch { panel, packed, decoded, all, floats, sums } = scratch;
+    #[cfg(target_arch = "x86_64")]
+    let of_stored = &mut scratch.stored;
+    let Scratch { panel, packed, decoded, all, floats, sums, .. } = scratch;
     let panel = grown(panel, DEPTH * PANEL);
     let m = task.rows.len();
     // Sums of all but the last group wait in the output or here.
@@ -249,6 +273,8 @@ unsafe fn run<E: ProductElement>(
                 let waiting = sums.wrapping_add(from);
                 // SAFETY: `sums` holds m rows of `step`.
                 unsafe {
+                    #[cfg(target_arch = "x86_64")]
+                    as_stored(isa, task, columns, integers, group, (from, width), (waiting, step), of_stored);
                     whole_numbers(isa, task, columns, integers, group, (from, width), (waiting, step), packed);
                     if last {
                         finish(isa, m, width, (waiting, step), gain(from), target(store, columns, task, from));
@@ -322,7 +348,7 @@ unsafe fn run<E: ProductElement>(
 
 /// Whether a group is of terms in integers.
 fn in_integers<E>(columns: &Columns<'_, E>, group: &[Piece]) -> bool {
-    group.first().is_some_and(|piece| matches!(columns.terms[piece.term].right, Right::Integers(_)))
+    group.first().is_some_and(|piece| columns.terms[piece.term].right.in_integers())
 }
 
 /// The sums of the terms in integers, for a panel of a task's columns.
@@ -340,10 +366,12 @@ unsafe fn whole_numbers<E: ProductElement>(
     (sums, step): (*mut f32, usize),
     packed: &mut Packed,
 ) {
-    let mut add = false;
+    // Those as they are stored come first.
+    let mut add = group.iter().any(|piece| matches!(columns.terms[piece.term].right, Right::Stored(_)));
     for piece in group {
         let term = &columns.terms[piece.term];
-        let (Right::Integers(matrix), rounded) = (term.right, &integers.rounded[places[piece.term]]) else { continue };
+        let Right::Integers(matrix) = term.right else { continue };
+        let rounded = &integers.rounded[places[piece.term]];
         let columns = task.from + from..task.from + from + width;
         let factors = (term.transposed && matrix.line().is_some()).then(|| matrix.integer_scales(columns.clone()));
         for (chunk, start) in (0..term.depth()).step_by(int8::CHUNK).enumerate() {
@@ -353,6 +381,39 @@ unsafe fn whole_numbers<E: ProductElement>(
             let to = int8::Sums { out: sums, step, add, factors };
             // SAFETY: the caller's sums, and as many factors as columns.
             unsafe { int8::rows(isa, rounded, task.rows.clone(), chunk, packed, width, to) };
+            add = true;
+        }
+    }
+}
+
+/// The sums of the terms of weights as they are stored, for a panel of a task's columns.
+///
+/// # Safety
+/// See [`whole_numbers`].
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::too_many_arguments)]
+unsafe fn as_stored<E: ProductElement>(
+    isa: Isa,
+    task: &Task,
+    columns: &Columns<'_, E>,
+    (integers, places): (&Integers, &[usize]),
+    group: &[Piece],
+    (from, width): (usize, usize),
+    (sums, step): (*mut f32, usize),
+    packed: &mut stored::Packed,
+) {
+    let mut add = false;
+    for piece in group {
+        let term = &columns.terms[piece.term];
+        let Right::Stored(matrix) = term.right else { continue };
+        let rounded = &integers.stored[places[piece.term]];
+        let columns = task.from + from..task.from + from + width;
+        for (chunk, start) in (0..term.depth()).step_by(stored::CHUNK).enumerate() {
+            let part = start..term.depth().min(start + stored::CHUNK);
+            stored::pack(isa, &matrix, part, columns.clone(), packed);
+            let to = int8::Sums { out: sums, step, add, factors: std::ptr::null() };
+            // SAFETY: the caller's sums.
+            unsafe { stored::rows(isa, rounded, task.rows.clone(), chunk, &matrix, packed, width, to) };
             add = true;
         }
     }

@@ -53,7 +53,7 @@ pub(super) fn pack<E: ProductElement>(
             // SAFETY: each row was sliced to `depth` values.
             unsafe { pack_all(isa, row, width, words, out) };
         }
-        (Right::Integers(_), _) => unreachable!("a term in integers is in a group of its own"),
+        (Right::Integers(_) | Right::Stored(_), _) => unreachable!("a term in integers is in a group of its own"),
         (Right::Frozen(matrix), false) => {
             if let (Some(values), RowOrder::Natural) = (matrix.values_of::<E>(), matrix.order) {
                 return pack_rows(isa, &values[from * matrix.cols + column..], matrix.cols, depth, width, out);

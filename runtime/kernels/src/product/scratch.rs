@@ -14,6 +14,9 @@ pub(super) struct Scratch {
     pub(super) panel: Vec<u32>,
     /// The same in integers.
     pub(super) packed: Packed,
+    /// The same of codes as they are stored.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) stored: crate::int8::stored::Packed,
     /// Decoded values for one panel.
     pub(super) decoded: Vec<u32>,
     /// Decoded values for all panels of a wide task.

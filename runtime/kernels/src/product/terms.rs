@@ -32,6 +32,9 @@ pub enum Right<'a, E> {
     Frozen(Matrix<'a>),
     /// A frozen weight that is multiplied in integers, see [`Matrix::multiplies_in_integers`]: A is rounded to eight bits.
     Integers(Matrix<'a>),
+    /// A frozen weight whose whole numbers are multiplied as they are stored, see [`Matrix::multiplies_as_stored`]: A is rounded to eight
+    /// bits. Forward alone.
+    Stored(Matrix<'a>),
     /// Values (rows, cols), row-major.
     Dense {
         /// The values.
@@ -42,9 +45,14 @@ pub enum Right<'a, E> {
 }
 
 impl<E> Right<'_, E> {
+    /// Whether it is multiplied in integers.
+    pub(super) fn in_integers(&self) -> bool {
+        matches!(self, Self::Integers(_) | Self::Stored(_))
+    }
+
     pub(super) fn shape(&self) -> (usize, usize) {
         match self {
-            Self::Frozen(matrix) | Self::Integers(matrix) => (matrix.rows, matrix.cols),
+            Self::Frozen(matrix) | Self::Integers(matrix) | Self::Stored(matrix) => (matrix.rows, matrix.cols),
             Self::Dense { values, cols } => (values.len() / cols.max(&1), *cols),
         }
     }

@@ -49,7 +49,7 @@ impl Turned {
 }
 
 fn is_integer<E>(term: &Term<'_, E>) -> bool {
-    matches!(term.right, Right::Integers(_))
+    term.right.in_integers()
 }
 
 /// Whether rows of W, along the sum, are of type E and at one distance.
@@ -59,7 +59,7 @@ fn lies<E: ProductElement>(term: &Term<'_, E>) -> bool {
             matrix.order == RowOrder::Natural && matrix.rows > 0 && matrix.row_of::<E>(0).is_some()
         }
         Right::Dense { .. } => true,
-        Right::Integers(_) => false,
+        Right::Integers(_) | Right::Stored(_) => false,
     };
     term.transposed && natural
 }
@@ -81,7 +81,7 @@ pub(super) fn rows_of_w<E: ProductElement>(
             (first[from * size..].as_ptr(), matrix.cols * size)
         }
         Right::Dense { values, cols } => (values[row * cols + from..].as_ptr().cast(), cols * size),
-        Right::Integers(_) => unreachable!("a term in integers is in a group of its own"),
+        Right::Integers(_) | Right::Stored(_) => unreachable!("a term in integers is in a group of its own"),
     }
 }
 

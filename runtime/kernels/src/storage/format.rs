@@ -59,3 +59,19 @@ impl Storage {
         (cols / self.block_len()).checked_mul(self.block_bytes())
     }
 }
+
+/// The eight scales and minima of Q4_K and Q5_K, six bits each, as bytes.
+///
+/// # Safety
+/// Twelve bytes are readable at `p`.
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+pub(crate) unsafe fn sub_blocks(p: *const u8) -> (u64, u64) {
+    // SAFETY: passed on to the caller.
+    let [a, b, c] = [0, 1, 2].map(|i| unsafe { p.add(4 * i).cast::<u32>().read_unaligned() });
+    // The first four whole, the last four split.
+    let (low, split) = (0x3F3F_3F3F, 0x0303_0303);
+    let scales = u64::from(a & low) | u64::from((c & 0x0F0F_0F0F) | (a >> 6 & split) << 4) << 32;
+    let mins = u64::from(b & low) | u64::from((c >> 4 & 0x0F0F_0F0F) | (b >> 6 & split) << 4) << 32;
+    (scales, mins)
+}

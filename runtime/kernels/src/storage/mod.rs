@@ -3,5 +3,7 @@
 pub mod codec;
 pub mod format;
 pub mod rows;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod whole;
 
 pub use self::format::Storage;

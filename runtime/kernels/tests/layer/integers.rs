@@ -1,8 +1,8 @@
 //! Products in integers against the same rounding and sums in f64.
 
 use homeroom_kernels::{
-    Codec, CodecBlock, Columns, Encoded, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder, Storage,
-    Stream, Term, bf16, encode, product,
+    Codec, CodecBlock, Columns, Encoded, Feature, Finish, Left, Matrix, Output, ProductElement, Right, RowOrder,
+    Storage, Stream, Term, bf16, encode, product,
 };
 
 use super::{isas, normal, on_any_threads, unit};
@@ -326,6 +326,165 @@ fn weights_of_any_storage_come_to_the_same_wherever_bytes_are_multiplied() {
         });
         let all: Vec<Vec<f32>> = all.collect();
         assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "forward: {transposed}");
+    }
+}
+
+/// ggml's blocks of whole numbers: of each, where half-precision numbers stand.
+const BLOCKS: [(Storage, &[usize]); 8] = [
+    (Storage::Q4_0, &[0]),
+    (Storage::Q4_1, &[0, 2]),
+    (Storage::Q5_0, &[0]),
+    (Storage::Q5_1, &[0, 2]),
+    (Storage::Q8_0, &[0]),
+    (Storage::Q4K, &[0, 2]),
+    (Storage::Q5K, &[0, 2]),
+    (Storage::Q6K, &[208]),
+];
+
+/// Any codes, with half-precision numbers of both signs; the first row's codes are the largest there are, and the second's the smallest.
+fn blocks(storage: Storage, halves: &[usize], rows: usize, cols: usize, stream: &mut Stream) -> Vec<u8> {
+    let row_bytes = storage.row_bytes(cols).expect("whole blocks");
+    let mut bytes: Vec<u8> = (0..rows * row_bytes).map(|_| stream.next_u32() as u8).collect();
+    bytes[..row_bytes].fill(if storage == Storage::Q8_0 { 0x80 } else { 0xFF });
+    bytes[row_bytes..2 * row_bytes].fill(if storage == Storage::Q8_0 { 0x7F } else { 0 });
+    for (block, bytes) in bytes.chunks_exact_mut(storage.block_bytes()).enumerate() {
+        for at in halves {
+            let sign = if block % 3 == 1 { 0x8000 } else { 0 };
+            bytes[*at..at + 2].copy_from_slice(&(sign + 0x1C00 + (block % 7) as u16).to_le_bytes());
+        }
+    }
+    bytes
+}
+
+/// Rows of A are rounded by groups of 32, the weight is not; and a row is the same whatever is beside it, and by whatever vectors.
+#[test]
+fn whole_numbers_are_multiplied_as_they_are_stored() {
+    let mut stream = Stream::new(8, 5);
+    let mut taken = 0;
+    for (storage, halves) in BLOCKS {
+        let len = storage.block_len();
+        for (m, blocks_of_row, n) in [(1, 1, 2), (5, 3, 100), (13, 5, 68), (7, 2080 / len, 17)] {
+            let k = blocks_of_row * len;
+            let bytes = blocks(storage, halves, n, k, &mut stream);
+            let order = if n == 68 { RowOrder::Interleaved { head_dim: 34 } } else { RowOrder::Natural };
+            let w = Matrix::new(storage, &bytes, n, k, order).expect("it fits");
+            let mut values = vec![0f32; n * k];
+            w.decode_rows(0..n, &mut values);
+            let mut x = normal(m * k, 1.0, &mut stream);
+            // A row of the largest codes, and one of nothing.
+            x[..k].fill(-2.5);
+            if m > 3 {
+                x[3 * k..4 * k].fill(0.0);
+            }
+            let mut alike: Option<Vec<f32>> = None;
+            for isa in isas() {
+                let label = format!("{storage:?}, {m} x {k} x {n}, {isa:?}");
+                let of_rows = |first: usize, count: usize| {
+                    on_any_threads(isa, &label, || {
+                        let left = Left { values: &x[..], at: first * k, step: k };
+                        w.multiplies_as_stored().then(|| {
+                            let terms = [Term::forward(left, Right::Stored(w))];
+                            let mut out = vec![f32::NAN; count * n];
+                            let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                            product(count, &columns, Output::Wide(&mut out), n, Finish::default());
+                            out
+                        })
+                    })
+                };
+                let Some(out) = of_rows(0, m) else { continue };
+                taken += 1;
+                for (i, out) in out.chunks_exact(n).enumerate() {
+                    assert_eq!(Some(out), of_rows(i, 1).as_deref(), "{label}: row {i} alone");
+                }
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    let (mut want, mut bound) = (0f64, 1e-6);
+                    for (x, w) in x[i * k..(i + 1) * k].chunks(32).zip(values[j * k..(j + 1) * k].chunks(32)) {
+                        let of_x = f64::from(x.iter().fold(0f32, |most, x| most.max(x.abs()))) / 127.0;
+                        let of_w = f64::from(w.iter().fold(0f32, |most, w| most.max(w.abs())));
+                        for (x, w) in x.iter().zip(w) {
+                            let whole = if of_x > 0.0 { (f64::from(*x) / of_x).round() } else { 0.0 };
+                            want += of_x * whole * f64::from(*w);
+                            // One in many lies between two whole numbers; a minimum and what is above it may be larger than a value.
+                            bound += of_x * 127.0 * of_w * 4e-5;
+                        }
+                    }
+                    let got = f64::from(out[i * n + j]);
+                    assert!((got - want).abs() <= bound, "{label}: {got} at {i}, {j} is not {want} to {bound:e}");
+                }
+                assert!(alike.as_ref().is_none_or(|alike| *alike == out), "{label}: another processor's is another");
+                alike = Some(out);
+            }
+        }
+    }
+    assert!(taken > 0 || !isas().any(|isa| isa.has(Feature::Avx2)), "nothing was multiplied");
+}
+
+/// Beside an adapter's term, weights of two formats and one in floats, to every output.
+#[test]
+fn a_sum_takes_terms_as_they_are_stored_beside_others() {
+    let mut stream = Stream::new(8, 6);
+    let (m, k, n, r) = (9, 256, 76, 16);
+    let four = blocks(Storage::Q4K, &[0, 2], n, k, &mut stream);
+    let six = blocks(Storage::Q6K, &[208], n, k, &mut stream);
+    let floats: Vec<u8> = normal(n * k, 0.1, &mut stream).iter().flat_map(|value| value.to_le_bytes()).collect();
+    let matrix = |storage, bytes| Matrix::new(storage, bytes, n, k, RowOrder::Natural).expect("it fits");
+    let weights = [matrix(Storage::Q4K, &four), matrix(Storage::Q6K, &six), matrix(Storage::F32, &floats)];
+    let (x, u, b) = (normal(m * k, 1.0, &mut stream), normal(m * r, 1.0, &mut stream), normal(n * r, 1.0, &mut stream));
+    let bias = normal(n, 1.0, &mut stream);
+    for isa in isas() {
+        let run = |rights: &[Right<'_, f32>], to: usize| {
+            on_any_threads(isa, "beside others", || {
+                let mut terms: Vec<_> = rights.iter().map(|w| Term::forward(Left::rows(&x, k), *w)).collect();
+                terms.push(Term::forward(Left::rows(&u, r), Right::Dense { values: &b, cols: r }));
+                let columns = [Columns { terms: &terms, at: 0, bias: Some(&bias) }];
+                let mut out = vec![0.5f32; m * n];
+                let to = match to {
+                    0 => Output::Wide(&mut out),
+                    1 => Output::Add(&mut out),
+                    _ => Output::Narrow(&mut out),
+                };
+                product(m, &columns, to, n, Finish { scale: 2.0, row_add: None });
+                out
+            })
+        };
+        let [a, b, c] = weights;
+        if !homeroom_kernels::with_isa(isa, || a.multiplies_as_stored() && b.multiplies_as_stored()) {
+            continue;
+        }
+        for to in 0..3 {
+            let exact = run(&[Right::Frozen(a), Right::Frozen(b), Right::Frozen(c)], to);
+            let got = run(&[Right::Stored(a), Right::Frozen(c), Right::Stored(b)], to);
+            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+            let away = norm(&mut exact.iter().zip(&got).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());
+            assert!(away > 0.0 && away < 0.01, "{isa:?}, {to}: {away}");
+        }
+    }
+}
+
+/// A row with a value that is no number yields none, and no other row does.
+#[test]
+fn no_number_stays_in_its_row_where_weights_are_as_they_are_stored() {
+    let mut stream = Stream::new(8, 7);
+    let (m, k, n) = (3, 64, 20);
+    let bytes = blocks(Storage::Q4_0, &[0], n, k, &mut stream);
+    let w = Matrix::new(Storage::Q4_0, &bytes, n, k, RowOrder::Natural).expect("it fits");
+    for isa in isas() {
+        for wrong in [f32::NAN, f32::INFINITY] {
+            let mut x = normal(m * k, 1.0, &mut stream);
+            x[k + 40] = wrong;
+            let out = on_any_threads(isa, "no number", || {
+                w.multiplies_as_stored().then(|| {
+                    let terms = [Term::forward(Left::rows(&x, k), Right::Stored(w))];
+                    let mut out = vec![0f32; m * n];
+                    let columns = [Columns { terms: &terms, at: 0, bias: None }];
+                    product(m, &columns, Output::Wide(&mut out), n, Finish::default());
+                    super::bits(&out)
+                })
+            });
+            for (i, value) in out.into_iter().flatten().enumerate() {
+                assert_eq!(f32::from_bits(value).is_nan(), i / n == 1, "{isa:?}, {i}");
+            }
+        }
     }
 }
 

@@ -32,8 +32,17 @@ struct SiteModule {
     /// Index into [`BaseModel::modules`].
     index: usize,
     d_out: usize,
-    /// Whether its weight is multiplied in integers.
-    integers: bool,
+    /// How its weight is multiplied in integers, if it is.
+    integers: Option<Integers>,
+}
+
+/// How a weight is multiplied in integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Integers {
+    /// In the whole numbers that it is stored in.
+    AsStored,
+    /// In those of its own kind, or that it is rounded to while it is packed.
+    Rounded,
 }
 
 /// Which frozen weights are multiplied in integers.
@@ -41,18 +50,24 @@ struct SiteModule {
 pub enum InIntegers {
     /// None.
     None,
-    /// Of the layers those that decoding multiplies by activations in eight bits, too, rounded anew; forward alone.
+    /// Of the layers those that decoding multiplies by activations in eight bits, too, in the whole numbers that they are stored in; forward
+    /// alone.
     Stored,
+    /// The same, but rounded anew where the processor multiplies bytes by fours.
+    Fastest,
     /// All that can be.
     All,
 }
 
 impl InIntegers {
-    fn takes(self, weight: &Matrix<'_>) -> bool {
+    fn of(self, weight: &Matrix<'_>) -> Option<Integers> {
         match self {
-            Self::None => false,
-            Self::Stored => weight.takes_rounded() && weight.multiplies_forward_in_integers(),
-            Self::All => weight.multiplies_in_integers(),
+            Self::Fastest if weight.takes_rounded() && weight.multiplies_forward_in_integers() => {
+                Some(Integers::Rounded)
+            }
+            Self::Stored | Self::Fastest => weight.multiplies_as_stored().then_some(Integers::AsStored),
+            Self::All => weight.multiplies_in_integers().then_some(Integers::Rounded),
+            Self::None => None,
         }
     }
 }
@@ -61,7 +76,11 @@ impl SiteModule {
     /// Its weight, as products take it.
     fn weight<'m, E>(&self, model: &'m BaseModel) -> Right<'m, E> {
         let matrix = model.modules[self.index].weight.matrix();
-        if self.integers { Right::Integers(matrix) } else { Right::Frozen(matrix) }
+        match self.integers {
+            Some(Integers::AsStored) => Right::Stored(matrix),
+            Some(Integers::Rounded) => Right::Integers(matrix),
+            None => Right::Frozen(matrix),
+        }
     }
 }
 
@@ -88,7 +107,7 @@ impl Site {
                 return None;
             }
             site.d_in = info.d_in;
-            let integers = integers.takes(&model.modules[index].weight.matrix());
+            let integers = integers.of(&model.modules[index].weight.matrix());
             site.modules.push(SiteModule { index, d_out: info.d_out, integers });
         }
         Some(site)
@@ -111,7 +130,7 @@ impl Site {
 
     /// Whether a weight of it is multiplied in integers.
     pub fn in_integers(&self) -> bool {
-        self.modules.iter().any(|module| module.integers)
+        self.modules.iter().any(|module| module.integers.is_some())
     }
 
     /// All outputs beside each other, (m, d_out), from x (m, d_in).

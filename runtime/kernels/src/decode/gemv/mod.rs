@@ -18,6 +18,8 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 pub use self::rounded::RoundedRows;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use self::rounded::round as round_groups;
 pub use self::update::Panels;
 
 use crate::buffer::grown;
@@ -184,22 +186,6 @@ unsafe fn add<const M: usize>(isa: Isa, w: &[f32], x: *const f32, step: usize, s
     }
 }
 
-/// The eight scales and minima of Q4_K and Q5_K, six bits each, as bytes.
-///
-/// # Safety
-/// Twelve bytes are readable at `p`.
-#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
-#[inline(always)]
-unsafe fn sub_blocks(p: *const u8) -> (u64, u64) {
-    // SAFETY: passed on to the caller.
-    let [a, b, c] = [0, 1, 2].map(|i| unsafe { p.add(4 * i).cast::<u32>().read_unaligned() });
-    // The first four whole, the last four split.
-    let (low, split) = (0x3F3F_3F3F, 0x0303_0303);
-    let scales = u64::from(a & low) | u64::from((c & 0x0F0F_0F0F) | (a >> 6 & split) << 4) << 32;
-    let mins = u64::from(b & low) | u64::from((c >> 4 & 0x0F0F_0F0F) | (b >> 6 & split) << 4) << 32;
-    (scales, mins)
-}
-
 /// Adds lanes by halves.
 fn fold(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
@@ -247,10 +233,11 @@ mod avx2 {
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{Job, LANES, sub_blocks};
+    use super::{Job, LANES};
     use crate::buffer::grown;
     use crate::storage::Storage;
     use crate::storage::codec::{Coded, Fused};
+    use crate::storage::format::sub_blocks;
 
     /// A storage by blocks.
     trait Format {

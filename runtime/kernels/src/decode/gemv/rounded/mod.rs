@@ -308,7 +308,7 @@ unsafe fn prefetch(p: *const u8, len: usize) {
 }
 
 /// A row's codes, scales, and for each half of a group the sum of its codes times the scale: the same on every processor.
-fn round(isa: Isa, row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
+pub(crate) fn round(isa: Isa, row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if isa.multiplies_bytes_in_512() {
         // SAFETY: the processor has it.

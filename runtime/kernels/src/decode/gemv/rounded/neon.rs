@@ -2,7 +2,7 @@
 //! what they stand for, and only minima remain to be added. Bytes are multiplied by fours where the processor does that (`sdot`), else one by
 //! one, which yields the same.
 
-use super::super::{Job, sub_blocks};
+use super::super::Job;
 use super::book::{BlockScales, Levels};
 use super::{GROUP, PIECE, RoundedRows, SPAN};
 use crate::isa::{Feature, Isa};
@@ -10,6 +10,7 @@ use crate::matmul::Matrix;
 use crate::neon::*;
 use crate::storage::Storage;
 use crate::storage::codec::Coded;
+use crate::storage::format::sub_blocks;
 
 /// Computes a job of M rows of x from the `first` on.
 ///

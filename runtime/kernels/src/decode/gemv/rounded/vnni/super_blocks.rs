@@ -4,10 +4,10 @@
 
 use std::arch::x86_64::*;
 
-use super::super::super::sub_blocks;
 use super::super::SPAN;
-use super::super::avx2::{half_bytes, six_bits};
 use super::{Format, Scales, beside, fifth, nibbles};
+use crate::storage::format::sub_blocks;
+use crate::storage::whole::{half_bytes, six_bits};
 
 /// Scales and minima of six bits each, after the block's own in half precision at `p`.
 #[inline(always)]

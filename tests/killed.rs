@@ -183,7 +183,7 @@ fn resume_refuses_other_settings_and_rows_and_starts_or_rests_where_there_is_not
     )?;
     let rows = fs::read(runs.place.path("rows.jsonl"))?;
     runs.place.rows("rows.jsonl", 23)?;
-    refused(&mut runs.command(&["--resume"]), &["the training file's rows have changed"])?;
+    refused(&mut runs.command(&["--resume"]), &["the rows of --training-file have changed"])?;
     fs::write(runs.place.path("rows.jsonl"), rows)?;
     let before = runs.checkpoints();
     ensure!(before.last().is_some_and(|step| *step >= 6), "a refused command took {before:?} away");

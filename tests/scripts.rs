@@ -114,7 +114,7 @@ fn a_function_that_returns_nothing_is_an_error_at_its_line() -> Result<()> {
         ),
         (
             "data.train:map(\nfunction(row) return true end)",
-            "s.lua:4: map: the function returned true, not a row or nil",
+            "s.lua:4: map: the function returned true, not a row, a list of rows or nil",
         ),
         // A name that no row has is alike in all of them.
         (
@@ -178,7 +178,7 @@ fn messages_name_nothing_that_is_internal() -> Result<()> {
         ("print(data.train < data.eval)", "s.lua:3: attempt to compare dataset < dataset"),
         (
             "data.train:map(function(row) return data.train end)",
-            "map: the function returned a dataset, not a row or nil",
+            "map: the function returned a dataset, not a row, a list of rows or nil",
         ),
         ("data.train:map(function(row) row.x = data return row end)", "a dataset is no plain value"),
         (

@@ -26,13 +26,11 @@ fn a_file_of_rows_that_cannot_be_used_is_refused_by_line() -> Result<()> {
     )?;
     check_rows("", &["rows.jsonl: no rows"])?;
     check_rows("\n  \n", &["rows.jsonl: no rows"])?;
-    check_rows(&format!("[{ROW}]"), &["a JSON array, not JSONL"])?;
     let silent = r#"{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}"#;
     let asked = r#"{"messages": [{"role": "user", "content": "hi"}]}"#;
     let nothing = ["2 problems", "line 1: nothing to train on", "line 3: nothing to train on"];
     check_rows(&format!("{silent}\n{ROW}\n{asked}\n"), &nothing)?;
     check_rows(r#"{"prompt": "hi", "completion": ""}"#, &["line 1: nothing to train on: `completion` is empty"])?;
-    check_rows(r#"{"instruction": "a", "output": "b"}"#, &["rename `instruction` to `prompt`"])?;
     check_rows(
         &format!("{ROW}\n{{\"text\": \"a\"}}\n"),
         &["line 2: has `text`, while the rows before have `messages`"],

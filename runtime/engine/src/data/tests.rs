@@ -545,7 +545,7 @@ fn what_the_template_refuses_is_told_by_line() {
     let row =
         |text: &str| json!({"messages": [{"role": "system", "content": text}, {"role": "assistant", "content": "b"}]});
     let message = load(format!("{}\n{}\n", row("a"), row("ä")), Some(&template)).unwrap_err().to_string();
-    let expected = "2 problems\n  line 1: the chat template knows no system message; put what it says into the first message of the user: chat template, line 2: no system role\n  refused by the chat template: line 2";
+    let expected = "all 2 rows: the chat template knows no system message; put what it says into the first message of the user: chat template, line 2: no system role";
     assert!(message.ends_with(expected), "{message}");
 }
 
@@ -568,7 +568,7 @@ fn what_a_template_leaves_out_is_told_once() {
         lines[1].starts_with("  line 2: the chat template writes no `documents`, so the model would not see them; "),
         "{message}"
     );
-    assert_eq!(lines[2..], ["  refused by the chat template: line 3"]);
+    assert_eq!(lines[2..], ["  refused by the chat template: line 3", "hint: `--on-bad-row skip` leaves them out"]);
     let source = "{% for d in documents or [] %}[{{ d.title }}: {{ d.text }}]{% endfor %}{% for m in messages %}{{ m.content }}|{% endfor %}";
     let template = ChatTemplate::new(source, None, None).unwrap();
     let data = load(row("documents", "a").to_string(), Some(&template)).unwrap();

@@ -7,6 +7,8 @@
 //! A that is in all of its lanes, so that no sum is over lanes. By AVX2 the products of bytes are added up in sixteen bits as long as
 //! these hold them (of four bits a whole group), by AVX-VNNI in 32.
 
+#![allow(clippy::needless_range_loop, reason = "loops of a constant length become straight code, whatever they index")]
+
 use std::arch::x86_64::*;
 use std::hint::black_box;
 use std::ops::Range;

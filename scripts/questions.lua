@@ -51,7 +51,8 @@ end
 -- The first line that says something, without marks and numbers before it.
 local function line_of(answer)
   for line in answer:gmatch("[^\n]+") do
-    local text = line:gsub("^%s*[%-%*#>]*%s*%d*[%.%)]?%s*", ""):gsub("^%**%u%l*%**:%s*", ""):gsub("[\"*]", ""):gsub("%s+$", "")
+    local text = line:gsub("^%s*[%-%*#>]*%s*", ""):gsub("^%d+[%.%)]%s+", ""):gsub("^%u%l+:%s+", "")
+    text = text:gsub("^[\"*]+", ""):gsub("[\"*]+$", ""):gsub("%s+$", "")
     if #text > 0 then return text end
   end
   return ""
@@ -101,6 +102,8 @@ for round = 1, params.questions do
   -- Each round draws other questions.
   for i, answer in generate(prompts, params.seed + round, 0.8) do
     local question = line_of(answer)
+    -- A dry run asks nobody.
+    if answer == "" then continue end
     local problem = problem_of(question)
     local key = question:lower():gsub("[^%w\128-\255]+", " ")
     if problem then
@@ -145,6 +148,7 @@ end
 
 for why, count in reasons do print(("left out  %4d   %s"):format(count, why)) end
 if #kept == 0 then
+  if not next(reasons) then return { rows = 0, passages = #rows } end
   homeroom.log.warn("no row was kept: a larger model, or another `passage_words`, writes better questions")
   return { rows = 0, passages = #rows, left_out = reasons }
 end

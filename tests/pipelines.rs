@@ -408,7 +408,10 @@ fn a_handler_answers_and_a_script_alone_sends_nothing_away() -> Result<()> {
     assert!(stderr(&again).contains("generate  from run "), "{}", stderr(&again));
     for (name, expected) in [
         ("there", "s.lua:1: generate: handler `there` sends prompts to 192.0.2.1, and no route allows that"),
-        ("both", "generate: route `both` sends prompts to 192.0.2.1, which a script cannot choose"),
+        (
+            "both",
+            "generate: route `both` sends prompts to 192.0.2.1, which neither a script nor its TOML file can choose",
+        ),
         ("hear", "there is no handler or route `hear`, did you mean `here`?"),
     ] {
         let message = place.error(&ask(name))?;

@@ -58,6 +58,29 @@
 ---@field kl number # mean KL divergence of the trained model's distribution of a token from the base's, KL(base || trained), in nats a token
 ---@field tokens number # tokens that were compared
 
+---What `prepare_dataset` finds in rows.
+---@class Report
+---@field rows number # rows to train on
+---@field held_out number # rows to evaluate on
+---@field words? Lengths # their lengths in words, system messages aside
+---@field findings Finding[] # what should be looked at, the most serious first
+
+---One kind of thing that was found in rows.
+---@class Finding
+---@field check string # its name, such as `duplicates`, `leaks` or `email`
+---@field level string # "warning" or "note"
+---@field count number # rows that have it
+---@field what string # what it is, in words
+---@field rows any[] # the first of these rows: `part` ("train" or "held_out"), `line`, and the row that one is `like`
+
+---Lengths of rows.
+---@class Lengths
+---@field min number # the least
+---@field median number # half of the rows are no longer
+---@field p95 number # 95 % are no longer
+---@field max number # the most
+---@field total number # all together
+
 ---What `on_step` gets.
 ---@class StepReport
 ---@field step number # number of the step, from 1
@@ -93,6 +116,7 @@
 ---@class Split
 ---@field train Dataset # rows to train on
 ---@field eval? Dataset # rows to evaluate on
+---@field report Report # what was found in them
 
 ---Rows.
 ---@class Dataset
@@ -198,6 +222,11 @@ function Dataset:shuffle(options) end
 ---@return Dataset # a new dataset
 function Dataset:dedupe(options) end
 
+---Puts placeholders in the place of likely personal data: `[EMAIL_1]`, the same value the same one.
+---What is likely is told by its form: e-mail addresses, telephone numbers, addresses on the net, bank accounts, cards, and numbers of persons with check digits. Names are not. Redact before `split`, so that a value has one placeholder on both sides. A row in which something is found is written anew.
+---@return Dataset # a new dataset
+function Dataset:redact() end
+
 ---Counts the rows.
 ---@return number # the number of rows; `#dataset` is the same
 function Dataset:len() end
@@ -243,9 +272,9 @@ function homeroom.load_model(options) end
 ---@field seed? number # the same seed gives the same result (default: 42)
 
 ---Reads files of rows and checks them all: JSONL, JSON, CSV and TSV, also packed with gzip.
----A row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them.
+---A row has `messages`, or `prompt` and `completion`, or `text`; where answers are judged, `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`. Rows in other forms (a table with columns such as Question and Answer, Alpaca's, ShareGPT's) are recognised, and a script sees them with these names. Rows become tokens when a model uses them. What should be looked at is said, and is in `report`: rows that stand twice or on both sides of the split, nearly or exactly, questions with two answers, turns that say nothing, and likely personal data.
 ---@param options PrepareDatasetOptions
----@return Split # `{train =, eval =}`, two datasets; `eval` is nil if no rows are held out
+---@return Split # `{train =, eval =, report =}`: two datasets, of which `eval` is nil if no rows are held out, and what was found in them
 function homeroom.prepare_dataset(options) end
 
 ---@class ReadPassagesOptions

@@ -277,7 +277,8 @@ impl<'a> Forms<'a> {
                     self.see(format, format.keys().to_owned(), None)?;
                     let is_changed = self.add_system(&mut fields, format)? || is_wrapped;
                     let text = match std::str::from_utf8(bytes) {
-                        Ok(text) if !is_changed => Cow::Borrowed(text),
+                        // A row of a list may go over several lines; as text it is one.
+                        Ok(text) if !is_changed && !text.contains(['\n', '\r']) => Cow::Borrowed(text),
                         _ => Cow::Owned(Json::Object(fields.clone()).to_string()),
                     };
                     return Ok((text, parse_row(fields, format).map_err(problem_of)?));

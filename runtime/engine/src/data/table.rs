@@ -95,22 +95,25 @@ pub(super) fn records(
         let problem = match problem {
             Found::Whole => None,
             Found::Bad(problem) => Some(problem),
-            Found::Open(line) => bail!(
-                "{}: the quote that opens a cell in line {line} is never closed, so that the rows behind it cannot be told apart\nhint: close it; a quote inside of a quoted cell is written twice, `\"\"`",
+            Found::Open { line, within } => bail!(
+                "{}: the quote that opens a cell in line {line} is {within}, so that the rows behind it cannot be told apart\nhint: close it; a quote inside of a quoted cell is written twice, `\"\"`",
                 name.display()
             ),
         };
-        let text = match std::str::from_utf8(&cells) {
-            Ok(text) => text,
-            Err(error) => {
-                let (before, at) = (&cells[..error.valid_up_to()], cells[error.valid_up_to()]);
-                let line = line + before.iter().filter(|byte| **byte == b'\n').count();
-                bail!("{}: {}", name.display(), not_utf8(line, at));
-            }
-        };
+        let mut texts = Vec::with_capacity(ends.len());
         let starts = std::iter::once(0).chain(ends.iter().copied());
-        let cells = starts.zip(&ends).map(|(start, end)| &text[start..*end]).collect();
-        each(Record { row, line, cells, problem })?;
+        for (start, end) in starts.zip(&ends) {
+            // Each by itself: what ends one cell and what begins the next may be a character together.
+            match std::str::from_utf8(&cells[start..*end]) {
+                Ok(text) => texts.push(text),
+                Err(error) => {
+                    let at = start + error.valid_up_to();
+                    let line = line + cells[..at].iter().filter(|byte| **byte == b'\n').count();
+                    bail!("{}: {}", name.display(), not_utf8(line, cells[at]));
+                }
+            }
+        }
+        each(Record { row, line, cells: texts, problem })?;
     }
 }
 
@@ -126,8 +129,11 @@ fn not_utf8(line: usize, byte: u8) -> String {
 enum Found {
     Whole,
     Bad(Problem),
-    /// A quote stands open from this line on.
-    Open(usize),
+    /// A quote stands open from this line on, as far as was read.
+    Open {
+        line: usize,
+        within: &'static str,
+    },
 }
 
 struct Reader<R> {
@@ -190,10 +196,14 @@ impl<R: BufRead> Reader<R> {
                 return Ok(None);
             }
             is_begun = true;
-            if at == At::Quoted && (byte.is_none() || cells.len() > ROW_BYTES_MAX) {
-                return Ok(Some(Found::Open(opened)));
+            // Where cells end takes memory, too.
+            let is_too_big = cells.len() + ends.len() * size_of::<usize>() > ROW_BYTES_MAX;
+            if at == At::Quoted && (byte.is_none() || is_too_big) {
+                let within =
+                    if is_too_big { "not closed within the 8 MiB that a row may have" } else { "never closed" };
+                return Ok(Some(Found::Open { line: opened, within }));
             }
-            if cells.len() > ROW_BYTES_MAX {
+            if is_too_big {
                 problem = Some(Problem::new(TOO_BIG, too_big()));
                 // The rest of it is read over.
                 cells.clear();
@@ -335,7 +345,14 @@ mod tests {
         );
         assert_eq!(told(b"a\x93,b\n"), "t: line 1 has the byte 0x93, which is not UTF-8");
         let endless = [b"a,\"".to_vec(), vec![b'x'; ROW_BYTES_MAX + 7]].concat();
-        assert!(told(&endless).contains("line 1 is never closed"));
+        assert!(told(&endless).contains("line 1 is not closed within the 8 MiB that a row may have"));
+        // Together the two are a letter of UTF-8.
+        assert_eq!(
+            told(b"a;b\nCAF\xc9,\xa35\n"),
+            "t: line 2 has the byte 0xC9, `É` in Windows-1252, which is not UTF-8"
+        );
+        let wide = vec![b','; ROW_BYTES_MAX / 4];
+        assert!(records(Path::new("t"), &wide[..], b',', |record| Ok(assert!(record.problem.is_some()))).is_ok());
     }
 
     #[test]

@@ -46,8 +46,8 @@ pub fn choose(config: &mut TrainConfig, open: Open, rows: usize) -> Option<Strin
             chosen.push(format!("{} epochs", config.epochs));
         }
     }
-    let rows = if rows == 1 { "1 row".to_owned() } else { format!("{rows} rows") };
-    (!chosen.is_empty()).then(|| format!("{} chosen, as {rows} teach little in fewer steps", chosen.join(" and ")))
+    let rows = if rows == 1 { "1 row teaches".to_owned() } else { format!("{rows} rows teach") };
+    (!chosen.is_empty()).then(|| format!("{} chosen, as {rows} little in fewer steps", chosen.join(" and ")))
 }
 
 /// What to change where the labels of kto's rows are not balanced; `None`: they are.

@@ -78,8 +78,10 @@ pub struct PipelineConfig {
     pub named: Vec<(String, PathBuf)>,
     /// Parameters of type `model` that name one of the hub, which the user sees in the file or typed: only these are downloaded.
     pub hub_models: Vec<(String, HubName)>,
-    /// What parameters of type `handler` name: the handlers and routes that may send away what a script says, if the user's file allows it.
+    /// What parameters of type `handler` name: the handlers and routes by an endpoint that a script may ask,
     pub handlers: Vec<String>,
+    /// and which of them the user typed: those may send away what the script says, if the user's own file allows it.
+    pub typed_handlers: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -284,10 +286,26 @@ fn read_document(
         (!is_path).then(|| (param.name.clone(), name))
     };
     let hub_models = declared.iter().filter(|param| param.kind == Type::Model).filter_map(hub_name).collect();
-    let of_handlers = declared.iter().filter(|param| param.kind == Type::Handler);
-    let handlers = of_handlers.filter_map(|param| Some(params[&param.name].as_str()?.to_owned())).collect();
+    let is_typed = |param: &Param| set.iter().any(|(name, _)| *name == param.name);
+    let named_by = |is_meant: &dyn Fn(&Param) -> bool| {
+        let meant = declared.iter().filter(|param| param.kind == Type::Handler && is_meant(param));
+        meant.filter_map(|param| Some(params[&param.name].as_str()?.to_owned())).collect::<Vec<String>>()
+    };
+    let (handlers, typed_handlers) = (named_by(&|_| true), named_by(&is_typed));
     let (path, script) = (path.to_owned(), script?);
-    Some(PipelineConfig { path, script, lua_time, offline, plugin_policy, params, places, named, hub_models, handlers })
+    Some(PipelineConfig {
+        path,
+        script,
+        lua_time,
+        offline,
+        plugin_policy,
+        params,
+        places,
+        named,
+        hub_models,
+        handlers,
+        typed_handlers,
+    })
 }
 
 /// What a TOML file without a pipeline is for, if that can be told.

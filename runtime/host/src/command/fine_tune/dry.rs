@@ -116,6 +116,9 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
             size(needs.peak_memory_bytes),
         );
     }
+    for (name, words) in rows.data.recognised() {
+        out += &format!("data      {name}   {words}\n");
+    }
     out += &format!("saves     {}\n", output_dir.display());
     out += &data_report::whole(&report);
     let rows = rows_as_text(&first, Look::of_stdout());

@@ -25,7 +25,7 @@ use tempfile::NamedTempFile;
 pub use self::rendered::{Rendered, render};
 pub use self::text::{Look, rows as rows_as_text};
 use super::arguments::{COUNT_MAX, OBJECTIVES, RowArgs, one_of, share, whole};
-use super::rows::{named, to_learn_from, to_measure_on};
+use super::rows::{is_input, named, to_learn_from, to_measure_on};
 use super::{Done, is_same, print};
 use crate::data_report;
 use crate::interrupt;
@@ -91,7 +91,22 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     };
     let reading = arguments.limits.read.reading();
     let all = || sources.files.iter().chain(&held_out);
+    if let (Some(html), Some(copy)) = (&arguments.html, &arguments.redact) {
+        ensure!(
+            !is_same(html, copy) && html != copy,
+            "{}: --html and --redact both write it; name two files",
+            html.display()
+        );
+    }
+    ensure!(
+        arguments.redact.is_none() || held_out.is_empty(),
+        "--redact copies the rows of one set, and there are held-out rows beside them\nhint: copy each file in a call of its own"
+    );
     for output in [&arguments.html, &arguments.redact].into_iter().flatten() {
+        ensure!(!is_input(output), "-: the result goes to a file; name one, such as rows.jsonl");
+        let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
+        ensure!(folder.is_none_or(Path::is_dir), "{}: its folder is not there\nhint: make it first", output.display());
+        ensure!(!output.is_dir(), "{}: a folder; name a file in it", output.display());
         for input in all() {
             ensure!(
                 !is_same(output, &input.name),
@@ -142,7 +157,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         write(path, page::html(&head, &rows, &report).as_bytes())?;
         line(format_args!("written   {}", path.display()));
     }
-    let redacted = arguments.redact.as_deref().map(|to| redact(&sources.files, &source, &reading, to)).transpose()?;
+    let redacted = arguments.redact.as_deref().map(|to| redact(&sources.files, &reading, to)).transpose()?;
     if arguments.json {
         let json = json!({
             "file": named(files),
@@ -206,20 +221,15 @@ fn model(name: &Path) -> Result<Arc<BaseModel>> {
     with_text(&located.path, Arc::new(load_base(&base)?))
 }
 
-/// Writes a copy of the rows with placeholders. Those of a JSONL file with our own keys stay as they are but for these; others are written with
-/// our own keys.
-fn redact(sources: &[Source], files: &Files<'_>, reading: &Reading, to: &Path) -> Result<Redactor> {
+/// Writes a copy of the rows with placeholders, as JSONL. Rows with our own keys are otherwise the text that they were.
+fn redact(sources: &[Source], reading: &Reading, to: &Path) -> Result<Redactor> {
     let mut redactor = Redactor::default();
+    let mut left_out = Vec::new();
     into(to, |file| {
         let mut file = BufWriter::new(file);
-        let recognised = files.recognised();
-        for (source, (name, words)) in sources.iter().zip(recognised) {
-            let is_plain = words.is_none() && reading.system.is_none();
-            if is_plain {
-                redactor.lines(source.open()?, &mut file).with_context(|| name.display().to_string())?;
-                continue;
-            }
-            read_texts(&name, source.open()?, reading, |_, text| {
+        for source in sources {
+            let (_, note) = read_texts(&source.name, source.open()?, reading, |_, text| {
+                interrupt::stop_if_asked()?;
                 let row = serde_json::from_str(&text).context("rows are JSON")?;
                 match redactor.row(&row) {
                     Some(row) => writeln!(file, "{row}")?,
@@ -227,9 +237,11 @@ fn redact(sources: &[Source], files: &Files<'_>, reading: &Reading, to: &Path) -
                 }
                 Ok(())
             })?;
+            left_out.extend(note);
         }
         file.flush().with_context(|| to.display().to_string())
     })?;
+    left_out.iter().for_each(line);
     Ok(redactor)
 }
 

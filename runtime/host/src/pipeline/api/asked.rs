@@ -43,6 +43,13 @@ pub fn generate(lua: &Lua, session: &Session, options: &Options, name: &str) -> 
     if let Some(host) = far.first() {
         allowed(session, &handlers, name, host)?;
     }
+    // Whatever answers at an endpoint of this machine may send on what it is asked.
+    let is_endpoint = chain.iter().any(|(_, spec)| matches!(spec, HandlerSpec::OpenAi(_)));
+    if is_endpoint && !session.named_handlers.iter().any(|named| named == name) {
+        return Err(said(format!(
+            "generate: `{name}` asks an endpoint, which a script cannot choose\nhint: declare a parameter of type `handler` in the TOML file"
+        )));
+    }
     if session.dry {
         let where_to = if far.is_empty() { "on this machine".to_owned() } else { format!("at {}", far.join(", ")) };
         session.would(
@@ -114,10 +121,10 @@ fn allowed(session: &Session, handlers: &Handlers, name: &str, host: &str) -> Re
             config.path.display()
         )));
     }
-    if !session.named_handlers.iter().any(|named| named == name) {
+    if !session.typed_handlers.iter().any(|typed| typed == name) {
         return Err(said(format!(
-            "generate: route `{name}` sends prompts to {host}, which a script cannot choose\nhint: declare a parameter of type `handler` in the TOML \
-             file, and set it: --set handler={name}"
+            "generate: route `{name}` sends prompts to {host}, which neither a script nor its TOML file can choose\nhint: declare a parameter of type \
+             `handler` in the TOML file, and set it: --set handler={name}"
         )));
     }
     if session.offline {

@@ -29,8 +29,14 @@ pub fn interleave(lua: &Lua, session: &Session, argument: Value) -> Result<Value
     let mut taken = vec![0; lists.len()];
     let mut left = lists.len();
     let mut rows: Vec<Row> = Vec::new();
+    let mut room = lists.iter().map(Dataset::len).sum::<usize>();
+    let mut held = session.hold(lua, size_of_rows(room))?;
     for list in order::mixture(&shares) {
         session.clock().check()?;
+        if rows.len() == room {
+            room *= 2;
+            held = session.hold(lua, size_of_rows(room))?;
+        }
         let of_list = lists[list].rows();
         // The first that has no more ends it; or the last, while the others begin anew.
         if taken[list] == of_list.len() && !all {
@@ -48,7 +54,6 @@ pub fn interleave(lua: &Lua, session: &Session, argument: Value) -> Result<Value
             )));
         }
     }
-    let held = session.hold(lua, size_of_rows(rows.len()))?;
     Ok(Value::UserData(lua.create_userdata(lists[0].of(rows, held))?))
 }
 
@@ -72,9 +77,12 @@ pub(super) fn replay(lua: &Lua, session: &Session, data: &Dataset, options: Valu
         return Err(said(format!("replay: {wanted} more rows are too many for one dataset")));
     }
     let wanted = wanted as usize;
+    let count = data.len() + wanted;
+    let held = session.hold(lua, size_of_rows(count))?;
     // Where more are wanted than there are, all of them come as often as is needed, and some once more.
     let mut drawn = Vec::with_capacity(wanted);
     for round in 0.. {
+        session.clock().check()?;
         let left = wanted - drawn.len();
         if left == 0 {
             break;
@@ -84,8 +92,6 @@ pub(super) fn replay(lua: &Lua, session: &Session, data: &Dataset, options: Valu
         rows.truncate(left);
         drawn.extend(rows);
     }
-    let count = data.len() + wanted;
-    let held = session.hold(lua, size_of_rows(count))?;
     let (mut new, mut old) = (data.rows().iter(), drawn.iter().map(|index| &before.rows()[*index]));
     let mut rows = Vec::with_capacity(count);
     for place in 0..count {

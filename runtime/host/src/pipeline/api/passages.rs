@@ -19,6 +19,8 @@ use crate::progress::thousands;
 const TEXT_BYTES_MAX: u64 = 64 << 20;
 /// Most words of a passage where nothing is said.
 const MAX_WORDS: usize = 200;
+/// Characters of a heading that a row has.
+const HEADING_MAX: usize = 200;
 /// Fewest words of a passage where nothing is said.
 const MIN_WORDS: usize = 20;
 
@@ -32,9 +34,12 @@ pub fn read_passages(lua: &Lua, session: &Session, argument: Value) -> Result<Va
     file.take(TEXT_BYTES_MAX + 1).read_to_end(&mut raw).with_context(|| path.display().to_string())?;
     let text = text_of(raw).with_context(|| format!("read_passages: {}", path.display()))?;
     let source = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let found = passages(&text, max_words, min_words);
+    let found = passages(&text, max_words, min_words, &mut |passage| {
+        session.clock().check()?;
+        Ok(session.hold(lua, passage.text.len() + passage.headings.iter().map(String::len).sum::<usize>() + 64)?)
+    })?;
     let file: Rc<std::path::Path> = path.as_path().into();
-    let rows = found.iter().map(|passage| {
+    let rows = found.iter().map(|(passage, _)| {
         let heading = passage.headings.join(" > ");
         let row = json!({"text": passage.text, "heading": heading, "source": source, "line": passage.line});
         Ok(Row {
@@ -83,36 +88,50 @@ struct Passage {
 }
 
 /// Cuts a text into passages of at most so many words; those with fewer than `min_words` are left out.
-fn passages(text: &str, max_words: usize, min_words: usize) -> Vec<Passage> {
-    let mut found: Vec<Passage> = Vec::new();
+/// `hold` is called with each before it is kept, and what it returns is kept beside it.
+fn passages<H>(
+    text: &str,
+    max_words: usize,
+    min_words: usize,
+    hold: &mut dyn FnMut(&Passage) -> Result<H, Failure>,
+) -> Result<Vec<(Passage, H)>, Failure> {
+    let mut found: Vec<(Passage, H)> = Vec::new();
+    let mut count = 0;
+    let mut keep = |passage: Option<Passage>, count: usize| -> Result<(), Failure> {
+        let Some(passage) = passage.filter(|_| count >= min_words.max(1)) else { return Ok(()) };
+        let held = hold(&passage)?;
+        found.push((passage, held));
+        Ok(())
+    };
     // Headings that are open, by their level.
     let mut headings: Vec<(usize, String)> = Vec::new();
     let mut begun: Option<Passage> = None;
     for block in blocks(text) {
         if let Some((level, title)) = heading(&block.text) {
-            found.extend(begun.take());
+            keep(begun.take(), count)?;
             headings.retain(|(above, _)| *above < level);
-            headings.push((level, title));
+            headings.push((level, title.chars().take(HEADING_MAX).collect()));
             continue;
         }
         for (part, line) in parts(&block, max_words) {
-            let fits = |passage: &Passage| words(&passage.text) + words(&part) <= max_words;
-            match begun.as_mut().filter(|passage| fits(passage)) {
+            let words = words(&part);
+            match begun.as_mut().filter(|_| count + words <= max_words) {
                 Some(passage) => {
                     passage.text.push_str("\n\n");
                     passage.text.push_str(&part);
+                    count += words;
                 }
                 None => {
-                    found.extend(begun.take());
+                    keep(begun.take(), count)?;
                     let headings = headings.iter().map(|(_, title)| title.clone()).collect();
                     begun = Some(Passage { text: part, headings, line });
+                    count = words;
                 }
             }
         }
     }
-    found.extend(begun);
-    found.retain(|passage| words(&passage.text) >= min_words.max(1));
-    found
+    keep(begun, count)?;
+    Ok(found)
 }
 
 fn words(text: &str) -> usize {
@@ -206,8 +225,8 @@ mod tests {
     use super::*;
 
     fn texts(text: &str, max_words: usize, min_words: usize) -> Vec<(String, String, usize)> {
-        let passages = passages(text, max_words, min_words).into_iter();
-        passages.map(|passage| (passage.headings.join(">"), passage.text, passage.line)).collect()
+        let passages = passages(text, max_words, min_words, &mut |_| Ok(())).unwrap_or_default().into_iter();
+        passages.map(|(passage, ())| (passage.headings.join(">"), passage.text, passage.line)).collect()
     }
 
     #[test]

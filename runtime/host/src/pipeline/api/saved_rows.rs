@@ -39,6 +39,15 @@ pub fn dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, F
     Ok(Value::UserData(lua.create_userdata(Dataset::made(rows, held))?))
 }
 
+/// What is in a file; none where there is none.
+fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| path.display().to_string()),
+    }
+}
+
 /// Writes a dataset to a file of the user's, or in a dry run says that it would.
 pub fn save_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure> {
     let options = Options::read(verb("save_dataset"), argument)?;
@@ -66,8 +75,18 @@ pub fn save_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Val
             text.push_str(&row.text.json);
             text.push('\n');
         }
-        let replaces = if path.exists() { "   (in place of the file of that name)" } else { "" };
         let _lock = registry::lock()?;
+        let replaces = match read_file(&path)? {
+            Some(before) if before != text.as_bytes() => {
+                // It may be one that somebody has worked on.
+                let free = |number: &usize| !data.join("datasets").join(format!("{name}-{number}.jsonl")).exists();
+                let number = (1..).find(free).unwrap_or(1);
+                let kept = data.join("datasets").join(format!("{name}-{number}.jsonl"));
+                replace_file(&kept, &before)?;
+                format!("   (the file that had the name is {name}-{number}.jsonl now)")
+            }
+            _ => String::new(),
+        };
         replace_file(&path, text.as_bytes())?;
         session.tell(format_args!("saved     {} rows   {}{replaces}", thousands(rows.len()), path.display()));
         Ok(Made { result, files: vec![path.clone()] })

@@ -70,6 +70,7 @@ pub struct Session {
     pub(super) trains: Cell<bool>,
     /// Handlers that parameters name, and the user's handlers once one is asked.
     pub(super) named_handlers: Vec<String>,
+    pub(super) typed_handlers: Vec<String>,
     /// Whether the TOML file forbids the network.
     pub(super) offline: bool,
     pub(super) handlers: RefCell<Option<Rc<Handlers>>>,
@@ -128,6 +129,7 @@ impl Session {
             handler: RefCell::default(),
             trains: Cell::default(),
             named_handlers: config.handlers.clone(),
+            typed_handlers: config.typed_handlers.clone(),
             offline: config.offline,
             handlers: RefCell::default(),
             params: config.params.clone(),

@@ -351,7 +351,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "save_dataset",
-        doc: "Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all. A file that has the name already is replaced.",
+        doc: "Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all.\nA file with other rows that has the name already keeps them under another, NAME-1.jsonl, as somebody may have worked on it.",
         options: &[&[
             required("dataset", Kind::Dataset, "the rows"),
             required("name", Kind::Text, "its name: small letters, digits, dots, dashes and underscores"),
@@ -574,7 +574,7 @@ pub const VERBS: &[Verb] = &[
     },
     Verb {
         name: "generate",
-        doc: "Lets a model or a handler answer prompts, each in a conversation of its own.\nA handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if a parameter of type `handler` names it, and it is a route that allows that (`egress = \"allow\"`); that is said in a line.",
+        doc: "Lets a model or a handler answer prompts, each in a conversation of its own.\nA handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if `--set` names it for a parameter of type `handler`, and it is a route that allows that (`egress = \"allow\"`); that is said in a line.",
         options: &[
             &[
                 opt("model", Kind::Model, "none", "the model that answers"),

@@ -46,6 +46,7 @@ impl Avx512 {
         let (parts, factor) = (values.as_chunks::<16>().0, _mm512_set1_ps(factor));
         // SAFETY: a part has 16 values.
         let part = |number: usize| {
+            // SAFETY: a part is as many values as a vector.
             let values = unsafe { _mm512_loadu_ps(parts[number].as_ptr()) };
             self.indices(_mm512_mul_ps(values, factor))
         };
@@ -104,6 +105,7 @@ impl Avx2 {
         let (parts, factor) = (values.as_chunks::<8>().0, _mm256_set1_ps(factor));
         // SAFETY: a part has 8 values.
         let part = |number: usize| {
+            // SAFETY: a part is as many values as a vector.
             let values = unsafe { _mm256_loadu_ps(parts[number].as_ptr()) };
             self.indices(_mm256_mul_ps(values, factor))
         };

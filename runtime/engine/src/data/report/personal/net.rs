@@ -58,14 +58,22 @@ pub(super) fn bare_url(text: &str, at: usize) -> Option<Range<usize>> {
     (text[at + 4..end].contains('.') && !NO_HOSTS.contains(&&text[at..end])).then_some(at..end)
 }
 
+/// Longest address that is taken for one.
+const URL_BYTES_MAX: usize = 2 << 10;
+
 fn end_of_url(text: &str, from: usize) -> Option<usize> {
-    let rest = &text[from..];
+    let rest = &text[from..text.floor_char_boundary(from.saturating_add(URL_BYTES_MAX))];
+    if !rest.starts_with(|c: char| c.is_alphanumeric() || c == '[') {
+        return None;
+    }
     let ends = |c: char| c.is_whitespace() || c.is_control() || "<>\"{}|\\^`'«»“”„".contains(c);
     let mut url = &rest[..rest.find(ends).unwrap_or(rest.len())];
+    // No opening bracket stands among what is taken off.
+    let has_open = url.contains('(');
     loop {
         let shorter = url.trim_end_matches(['.', ',', ';', ':', '!', '?', '*', '_', ']']);
         let shorter = match shorter.strip_suffix(')') {
-            Some(inner) if !inner.contains('(') => inner,
+            Some(inner) if !has_open => inner,
             _ => shorter,
         };
         if shorter.len() == url.len() {
@@ -73,7 +81,7 @@ fn end_of_url(text: &str, from: usize) -> Option<usize> {
         }
         url = shorter;
     }
-    url.starts_with(|c: char| c.is_alphanumeric() || c == '[').then(|| from + url.len())
+    (!url.is_empty()).then(|| from + url.len())
 }
 
 /// Words before a version or a section, which is numbered as an address is.
@@ -95,7 +103,9 @@ pub(super) fn ip4(text: &str, at: usize) -> Option<usize> {
     let goes_on = text[end..].starts_with(|c: char| c.is_alphanumeric() || c == '_' || c == '-')
         || text[end..].strip_prefix('.').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
     let is_numbered = {
-        let before = text[..at].trim_end().to_lowercase();
+        // The longest of the words has fourteen bytes.
+        let near = &text[text.floor_char_boundary(at.saturating_sub(32))..at];
+        let before = near.trim_end().to_lowercase();
         NUMBERED.iter().any(|word| before.ends_with(word))
     };
     (!nobody && !is_section && !goes_on && !is_numbered).then_some(end)

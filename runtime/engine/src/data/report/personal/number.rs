@@ -35,7 +35,7 @@ impl<'t> Place<'t> {
                 return None;
             }
         }
-        let last = text[..at].trim_end_matches([' ', '\u{a0}', '(']).chars().next_back();
+        let last = text[..at].chars().rev().take(16).find(|c| ![' ', '\u{a0}', '('].contains(c));
         Some(Self { text, at, computed: last.is_some_and(|c| OPERATORS.contains(c)) })
     }
 

@@ -125,7 +125,8 @@ fn groups(text: &str, from: usize) -> Vec<Group<'_>> {
     let (mut at, mut count) = (from, 0);
     while groups.len() < 8 && count <= 15 {
         let rest = &text[at..];
-        let between = rest.find(|c: char| !is_between(c)).unwrap_or(rest.len());
+        // More than a few are no gap, and the end of the text is no digit.
+        let Some((between, _)) = rest.char_indices().take(8).find(|(_, c)| !is_between(*c)) else { break };
         let before = &rest[..between];
         let digits = rest[between..].bytes().take_while(u8::is_ascii_digit).count();
         let allowed = match groups.is_empty() {

@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, BufRead, BufReader, Read, Write};
 
 use serde_json::Value as Json;
 
@@ -11,6 +10,15 @@ use super::find;
 
 /// Fields of a row that say what it is, not what is learned.
 const LEFT: [&str; 4] = ["role", "type", "from", "tool_call_id"];
+
+/// Whether a field is left as it is: one that says what a row is, in a word.
+fn is_left(name: &str, field: &Json) -> bool {
+    let is_word = |text: &str| {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
+        text.len() <= 64 && text.bytes().all(plain) && text.starts_with(|c: char| c.is_ascii_alphabetic())
+    };
+    LEFT.contains(&name) && field.as_str().is_some_and(is_word)
+}
 
 /// Gives each value a placeholder, `[EMAIL_1]`: the same value the same one, however it is spaced, in all texts that it is shown.
 ///
@@ -62,37 +70,18 @@ impl Redactor {
             }
             Json::Object(fields) => {
                 let mut changed = None;
-                for (name, field) in fields.iter().filter(|(name, _)| !LEFT.contains(&name.as_str())) {
+                for (name, field) in fields.iter().filter(|(name, field)| !is_left(name, field)) {
                     if let Some(new) = self.row(field) {
                         changed.get_or_insert_with(|| fields.clone()).insert(name.clone(), new);
                     }
                 }
                 changed.map(Json::Object)
             }
+            Json::Number(number) => match self.text(&number.to_string()) {
+                Cow::Borrowed(_) => None,
+                Cow::Owned(text) => Some(text.into()),
+            },
             _ => None,
-        }
-    }
-
-    /// Copies a file of JSON lines, and puts placeholders into its rows. What no JSON parser reads is redacted as text is. Lines
-    /// without anything are copied byte for byte.
-    ///
-    /// # Errors
-    /// When it cannot be read, is not UTF-8, or cannot be written.
-    pub fn lines(&mut self, from: impl Read, to: &mut impl Write) -> io::Result<()> {
-        let mut from = BufReader::with_capacity(1 << 16, from);
-        let mut line = String::new();
-        loop {
-            line.clear();
-            if from.read_line(&mut line)? == 0 {
-                return Ok(());
-            }
-            match serde_json::from_str::<Json>(line.trim_start_matches('\u{feff}')) {
-                Ok(row) => match self.row(&row) {
-                    Some(row) => writeln!(to, "{row}")?,
-                    None => to.write_all(line.as_bytes())?,
-                },
-                Err(_) => to.write_all(self.text(&line).as_bytes())?,
-            }
         }
     }
 

@@ -301,7 +301,8 @@ function homeroom.dataset(options) end
 ---@field dataset Dataset # the rows
 ---@field name string # its name: small letters, digits, dots, dashes and underscores
 
----Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all. A file that has the name already is replaced.
+---Writes the rows to `datasets/NAME.jsonl` in the user's data directory, whole or not at all.
+---A file with other rows that has the name already keeps them under another, NAME-1.jsonl, as somebody may have worked on it.
 ---@param options SaveDatasetOptions
 ---@return SavedRows # `{name =, path =, rows =}`
 function homeroom.save_dataset(options) end
@@ -433,7 +434,7 @@ function homeroom.forgetting(options) end
 ---@field seed? number # the same seed gives the same result (default: 42)
 
 ---Lets a model or a handler answer prompts, each in a conversation of its own.
----A handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if a parameter of type `handler` names it, and it is a route that allows that (`egress = "allow"`); that is said in a line.
+---A handler is one of `handlers.toml` in the user's data directory. One that sends prompts to another machine is asked only if `--set` names it for a parameter of type `handler`, and it is a route that allows that (`egress = "allow"`); that is said in a line.
 ---@param options GenerateOptions
 ---@return string[] # the answers, in the order of the prompts
 function homeroom.generate(options) end

@@ -36,7 +36,7 @@ pub fn read_passages(lua: &Lua, session: &Session, argument: Value) -> Result<Va
     let source = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let found = passages(&text, max_words, min_words, &mut |passage| {
         session.clock().check()?;
-        Ok(session.hold(lua, passage.text.len() + passage.headings.iter().map(String::len).sum::<usize>() + 64)?)
+        session.hold(lua, passage.text.len() + passage.headings.iter().map(String::len).sum::<usize>() + 64)
     })?;
     let file: Rc<std::path::Path> = path.as_path().into();
     let rows = found.iter().map(|(passage, _)| {

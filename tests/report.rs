@@ -98,6 +98,9 @@ fn what_was_planted_in_a_spreadsheet_is_found_on_its_rows() -> Result<()> {
         succeeds(homeroom().arg("preview").arg(&train).arg("--eval-file").arg(&held_out).arg("--redact").arg(&copy))?;
     assert!(ran.stdout.contains("lessons.csv   CSV with `;`; Frage → user, Antwort → assistant"), "{}", ran.stdout);
     assert!(ran.stdout.contains("          rows ") && ran.stdout.contains("held-out row"), "{}", ran.stdout);
+    // A copy has the rows of one file, so that nothing that is held out gets among the others.
+    refused(preview().arg("--eval-file").arg(&held_out).arg("--redact").arg(&copy), &["the rows of one set"])?;
+    succeeds(preview().arg("--redact").arg(&copy))?;
     let rows = std::fs::read_to_string(&copy)?;
     assert_eq!(rows.lines().count(), made.train.len());
     assert!(rows.contains("[EMAIL_1]") && rows.contains("[PHONE_1]") && rows.starts_with("{\"prompt\":"), "{rows}");

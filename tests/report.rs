@@ -94,8 +94,12 @@ fn what_was_planted_in_a_spreadsheet_is_found_on_its_rows() -> Result<()> {
         .collect();
     assert_eq!(found, expected);
     let copy = place.path("copy.jsonl");
-    let ran =
-        succeeds(homeroom().arg("preview").arg(&train).arg("--eval-file").arg(&held_out).arg("--redact").arg(&copy))?;
+    let preview = || {
+        let mut preview = homeroom();
+        preview.arg("preview").arg(&train);
+        preview
+    };
+    let ran = succeeds(preview().arg("--eval-file").arg(&held_out))?;
     assert!(ran.stdout.contains("lessons.csv   CSV with `;`; Frage → user, Antwort → assistant"), "{}", ran.stdout);
     assert!(ran.stdout.contains("          rows ") && ran.stdout.contains("held-out row"), "{}", ran.stdout);
     // A copy has the rows of one file, so that nothing that is held out gets among the others.

@@ -233,6 +233,35 @@ fn a_run_goes_on_with_the_instructions_that_it_began_with() -> Result<()> {
 }
 
 /// On a directory of its own, which `--resume` finds empty.
+/// A chat template may tell the time: what was rendered before the kill is rendered so again, whatever the time is by then.
+#[test]
+fn a_run_tells_the_time_at_which_it_began() -> Result<()> {
+    let runs = Runs::new(&SHORT)?;
+    let base = runs.place.copy(&fixture("models/llama"), "base")?;
+    let template = base.join("chat_template.jinja");
+    let source = fs::read_to_string(&template)?;
+    fs::write(&template, format!("{source}{{{{ strftime_now('%d %H:%M:%S') }}}}"))?;
+    let command = |more: &[&str]| {
+        let mut command = runs.program();
+        command.args(["fine-tune", "--training-file", "rows.jsonl", "--output-dir", "outputs/out", "--model-name"]);
+        command.arg(&base).args(SHORT).args(more);
+        command
+    };
+    runs.kill(&mut command(&["--save-every", "2"]), 4)?;
+    let (home, kept) = (runs.place.path("home"), runs.place.path("kept"));
+    succeeds(Command::new("cp").arg("-a").arg(&home).arg(&kept))?;
+    succeeds(&mut command(&["--resume"]))?;
+    let first = runs.result()?;
+    // The same kill once more, gone on with some seconds later.
+    fs::remove_dir_all(&home)?;
+    fs::remove_dir_all(runs.place.path("outputs"))?;
+    fs::rename(&kept, &home)?;
+    sleep(Duration::from_millis(2100));
+    succeeds(&mut command(&["--resume"]))?;
+    ensure!(runs.result()? == first, "the rows were rendered at another time");
+    Ok(())
+}
+
 #[test]
 fn resume_without_a_run_starts_one() -> Result<()> {
     let runs = Runs::new(&["--max-steps", "3"])?;

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 use homeroom_engine::files::{make_directory, replace_file, take_away};
+use homeroom_engine::text::template;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use toml_edit::{Array, DocumentMut, InlineTable, Item, Table};
@@ -103,6 +104,7 @@ impl RunDirectory {
             cwd: about.cwd.to_string_lossy().into_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             processor: homeroom_kernels::isa().name(),
+            clock: Some(template::time()),
             machine: machine(),
             script,
             settings: about.settings,
@@ -210,6 +212,11 @@ impl RunDirectory {
     /// The instructions that it began with, as `HOMEROOM_CPU` names them.
     pub fn processor(&self) -> String {
         self.record().processor.clone()
+    }
+
+    /// The time that chat templates tell in it, in seconds of the local time.
+    pub fn clock(&self) -> Option<i64> {
+        self.record().clock
     }
 
     /// What it was told when it started.

@@ -94,6 +94,9 @@ pub struct Record {
     /// The instructions that its kernels began with, as `HOMEROOM_CPU` names them.
     #[serde(default)]
     pub processor: String,
+    /// The time that chat templates tell in it, in seconds of the local time when it was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<i64>,
     /// Processor, threads and system.
     #[serde(default)]
     pub machine: String,

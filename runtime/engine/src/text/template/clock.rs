@@ -1,4 +1,8 @@
 //! What `strftime_now` says: Python's `datetime.now().strftime(format)`, which is in local time and knows of no time zone.
+//!
+//! A training holds the time at which it began, so that one that goes on, on another day, renders what it rendered before.
+
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use anyhow::{Context, Result};
 use jiff::civil::DateTime;
@@ -6,9 +10,33 @@ use jiff::fmt::strtime;
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, Zoned};
 
-/// The present time where this machine is.
+/// The time that is held; no time has the smallest number.
+static HELD: AtomicI64 = AtomicI64::new(NONE);
+const NONE: i64 = i64::MIN;
+
+/// Has the templates of this process say this time from now on, in seconds as of [`present_time`].
+pub fn hold_time(seconds: i64) {
+    HELD.store(seconds, Ordering::Relaxed);
+}
+
+/// The time that is held, or the present one.
+pub fn time() -> i64 {
+    held().unwrap_or_else(present_time)
+}
+
+/// The present local time, as seconds from 1970 began to what a clock on the wall shows.
+pub fn present_time() -> i64 {
+    // Of what a clock shows no time is out of range.
+    Zoned::now().datetime().to_zoned(TimeZone::UTC).map_or(0, |time| time.timestamp().as_second())
+}
+
+fn held() -> Option<i64> {
+    Some(HELD.load(Ordering::Relaxed)).filter(|seconds| *seconds != NONE)
+}
+
+/// The time where this machine is: the one that is held, or the present one.
 pub(super) fn now() -> DateTime {
-    Zoned::now().datetime()
+    held().and_then(|seconds| at(seconds).ok()).unwrap_or_else(|| Zoned::now().datetime())
 }
 
 /// That many seconds after 1970 began, in UTC.

@@ -18,7 +18,6 @@ use crate::text::control::Control;
 
 mod bounds;
 mod clock;
-mod continued;
 #[cfg(test)]
 mod expressions;
 mod generation;
@@ -41,6 +40,7 @@ mod tests;
 mod turns;
 pub(crate) mod written;
 
+pub use clock::{hold_time, present_time, time};
 use generation::rewrite_generation_tags;
 pub use given::Given;
 use message::Reads;
@@ -143,9 +143,9 @@ impl ChatTemplate {
         self
     }
 
-    /// Fixes what `strftime_now` says, in seconds since 1970 (UTC), so that a run resumed on another day renders the
-    /// same text. Without it the template sees the present time in local time, as in transformers.
-    pub fn with_clock(mut self, unix_seconds: i64) -> Self {
+    /// Fixes what `strftime_now` says, in seconds since 1970 (UTC).
+    #[cfg(test)]
+    fn with_clock(mut self, unix_seconds: i64) -> Self {
         self.set_clock(Some(unix_seconds));
         self.tool_use = self.tool_use.map(|template| Box::new(template.with_clock(unix_seconds)));
         self

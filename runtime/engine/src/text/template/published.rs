@@ -109,34 +109,6 @@ fn published_templates_write_what_transformers_writes() {
     assert!(cases > 30);
 }
 
-#[test]
-fn published_templates_go_on_as_in_transformers() {
-    let golden = Golden::read();
-    let (mut cases, mut wrong) = (0, String::new());
-    for family in golden.families() {
-        for (title, case) in family.cases.iter().filter(|(_, case)| case.get("continued").is_some()) {
-            let (messages, given) = golden.given(title, case);
-            let text = case["text"].as_str().unwrap();
-            let expected = match (&case["continued"], case["continued"].as_u64()) {
-                (Json::String(continued), _) => Some(continued.clone()),
-                (_, Some(n)) => Some(text.chars().take(n as usize).collect()),
-                _ => None,
-            };
-            let found = family.template.render_continued(messages, given, &family.control);
-            match (expected, found.map(|rendered| rendered.text)) {
-                (Some(expected), Ok(text)) if text == expected => {}
-                (None, Err(_)) => {}
-                (expected, found) => {
-                    let _ = writeln!(wrong, "{} {title}:\n  {expected:?}\n  {found:?}", family.name);
-                }
-            }
-            cases += 1;
-        }
-    }
-    assert!(wrong.is_empty(), "{wrong}");
-    assert!(cases > 30);
-}
-
 /// Where TRL trains more of a turn than what is added to its prompt, or less, white space at the ends apart.
 const UNLIKE_TRL: [(&str, &str); 10] = [
     ("deepseek_r1_distill", "it trains the heading of an answer, and thinking is kept"),

@@ -13,6 +13,7 @@ use homeroom_engine::data::{Dataset, Group, OfLine, Reading, Source, Sources, ch
 use homeroom_engine::files::digest;
 use homeroom_engine::files::{NewDirectory, broken_link, open_regular, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::text::template;
 use homeroom_engine::train::objective::{Kind, Objective, ObjectiveConfig};
 use homeroom_engine::train::{
     Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, planned_steps,
@@ -129,6 +130,9 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
             }
         },
     };
+    // What a template says of the time is the same to the end of the run.
+    let began = earlier.as_ref().and_then(|run| run.record.as_ref()?.clock);
+    template::hold_time(began.unwrap_or_else(template::present_time));
     let own = earlier.as_ref().and_then(unfinished::output_dir);
     let unnamed = arguments.output_dir.is_none() && arguments.name.is_none();
     // A name that was chosen for a run and is another's by now is no reason not to go on: the result takes another one.

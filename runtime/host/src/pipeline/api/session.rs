@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use homeroom_engine::models::BaseModel;
+use homeroom_engine::text::template;
 use mlua::Lua;
 use serde_json::{Map, Value as Json, json};
 
@@ -103,6 +104,8 @@ impl Session {
         if !how.dry {
             store::program();
         }
+        // A run that is gone on with holds its own.
+        template::hold_time(template::present_time());
         let stem = config.script.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
         let plain = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' { c } else { '-' };
         let name = stem.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).chars().map(plain).take(40).collect();
@@ -296,6 +299,7 @@ impl Session {
                 let run = RunDirectory::reopen(id)?;
                 // Before any verb makes a key: the instructions are a part of it.
                 processor::keep_to(&run.processor());
+                run.clock().into_iter().for_each(template::hold_time);
                 run
             }
             None => RunDirectory::start(Kind::Pipeline, &self.name, self.about.clone())?,

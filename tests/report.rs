@@ -111,6 +111,31 @@ fn what_was_planted_in_a_spreadsheet_is_found_on_its_rows() -> Result<()> {
     Ok(())
 }
 
+/// The same question beside other documents is another; the same documents make it the same, and what is personal in them counts.
+#[test]
+fn what_stands_beside_a_question_is_a_part_of_it() -> Result<()> {
+    let place = Place::new()?;
+    let row = |document: &str, answer: &str| {
+        json!({
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "What does the page say?"}]},
+                {"role": "assistant", "content": answer},
+            ],
+            "documents": [{"title": "page", "text": document}],
+        })
+    };
+    let rows = [
+        row("Water boils.", "That water boils."),
+        row("Ice melts.", "That ice melts."),
+        row("Water boils.", "That it is hot."),
+        row("Ask anna@schule.example.", "Whom to ask."),
+    ];
+    let path = place.write("rows.jsonl", rows.map(|row| format!("{row}\n")).concat())?;
+    let expected = [("conflicts", [(false, 3)].into()), ("email", [(false, 4)].into())];
+    assert_eq!(found(&report(&path, None)?), BTreeMap::from(expected));
+    Ok(())
+}
+
 #[test]
 fn clean_rows_have_nothing_to_report() -> Result<()> {
     let place = Place::new()?;
@@ -164,6 +189,10 @@ fn a_preview_shows_what_is_trained_and_says_what_a_training_would_refuse() -> Re
     lines.push(json!({"messages": [{"role": "human", "content": "x"}]}));
     lines.push(said("long? ".repeat(400).as_str(), "yes"));
     lines.push(said(" ", "nothing was asked"));
+    lines.push(json!({"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "who?"}, {"type": "text", "text": "ask anna@schule.example"}]},
+        {"role": "assistant", "content": "she"},
+    ]}));
     let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
     let rows = place.write("rows.jsonl", text)?;
     let preview = || {
@@ -188,6 +217,7 @@ fn a_preview_shows_what_is_trained_and_says_what_a_training_would_refuse() -> Re
     let expected = [
         ("conflicts", 3),
         ("data_type", 4),
+        ("email", 9),
         ("empty_turns", 8),
         ("example_missing_assistant_message", 5),
         ("longer_than_context", 7),
@@ -195,7 +225,7 @@ fn a_preview_shows_what_is_trained_and_says_what_a_training_would_refuse() -> Re
         ("unrecognized_role", 6),
     ];
     assert_eq!(found, BTreeMap::from(expected), "{json}");
-    assert_eq!((&json["report"]["rows"], &json["report"]["refused"]), (&8.into(), &4.into()));
+    assert_eq!((&json["report"]["rows"], &json["report"]["refused"]), (&9.into(), &4.into()));
     // Off a terminal what is trained stands in brackets.
     let ran = succeeds(preview().args(["--rows", "1", "--max-seq-len", "200"]))?;
     assert!(ran.stdout.contains("[<|im_end|>]") && !ran.stdout.contains('\u{1b}'), "{}", ran.stdout);

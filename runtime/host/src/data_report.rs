@@ -17,7 +17,7 @@ const BAR: usize = 40;
 pub fn lines(report: &Report) -> impl Iterator<Item = String> {
     report.findings.iter().enumerate().map(|(at, finding)| {
         let Finding { level, what, advice, .. } = finding;
-        let word = if *level == Level::Note { "note" } else { "warning" };
+        let word = word(*level);
         // What to do about several things is said once.
         let is_said = at > 0 && report.findings[at - 1].advice == *advice;
         let advice = if is_said { String::new() } else { format!("; {advice}") };

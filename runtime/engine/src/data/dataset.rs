@@ -51,7 +51,8 @@ pub struct FileOfRows {
 ///
 /// # Errors
 /// When a file cannot be read, holds no rows, or any row is refused: one message tells all problems by line.
-pub fn load_examples(sources: &[Source], reading: &Reading, encoder: Encoder) -> Result<Dataset> {
+#[cfg(test)]
+pub(super) fn load_examples(sources: &[Source], reading: &Reading, encoder: Encoder) -> Result<Dataset> {
     let endless = |examples: &Vec<Example>| encoder.count_endless(examples);
     let examples = |line, row: &Row| encoder.examples(line, row);
     load(sources, reading, &encoder, RowKind::Demonstration, examples, endless)
@@ -61,7 +62,7 @@ pub fn load_examples(sources: &[Source], reading: &Reading, encoder: Encoder) ->
 /// thing, which measures such rows, is for messages.
 ///
 /// # Errors
-/// As [`load_examples`], and when the rows are of another kind.
+/// When a file cannot be read, holds no rows, or any row is refused or of another kind: one message tells all problems by line.
 pub fn load_groups(
     sources: &[Source],
     reading: &Reading,

@@ -22,7 +22,7 @@ pub mod tensors;
 mod tests;
 mod vacant;
 
-pub(crate) use self::claimed::ClaimedFile;
+pub use self::claimed::ClaimedFile;
 pub use self::known::{
     CONFIG_FILE, HOMEROOM_FILE, TEMPLATES_DIR, TEXT_FILES, WEIGHTS_FILE, named_templates, replaceable,
     replaceable_but_for, result_files,

@@ -92,7 +92,7 @@ struct Measured {
 
 /// Measures both, and says which is better.
 pub fn run(arguments: &Arguments) -> Result<Done> {
-    let files = to_measure_on(&arguments.file)?;
+    let files = to_measure_on(&arguments.file, Source::standard_input)?;
     let references = [&arguments.a, &arguments.b].map(|name| reference(name, arguments));
     // Both are there before the first is measured.
     if !references.iter().all(|reference| is_here(reference).unwrap_or(false)) {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use homeroom_engine::data::{Group, check_rows};
+use homeroom_engine::data::{Group, Source, check_rows};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{Prepare, Rewards, prepare};
 use homeroom_engine::train::{Data, TrainConfig, evaluate_units};
@@ -40,7 +40,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     // Before a model is loaded, or downloaded.
     let objective = arguments.objective.config()?;
     let kind = objective.objective;
-    let (files, reading) = (rows::to_measure_on(&arguments.file)?, arguments.rows.read.reading());
+    let (files, reading) =
+        (rows::to_measure_on(&arguments.file, Source::standard_input)?, arguments.rows.read.reading());
     let reference = arguments.model.reference();
     if !is_here(&reference)? {
         check_rows(&files, &reading, kind.rows(), kind.name())?;

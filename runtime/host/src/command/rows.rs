@@ -51,17 +51,17 @@ pub fn to_learn_from(paths: &[PathBuf], input: impl FnOnce() -> Result<Source>) 
     Ok(sources)
 }
 
-/// The files that some paths lead to, to measure on: of a folder its held-out ones, if it has such.
+/// The files that some paths lead to, to measure on: of a folder its held-out ones, if it has such. `input` gives the standard input.
 ///
 /// # Errors
 /// As [`to_learn_from`].
-pub fn to_measure_on(paths: &[PathBuf]) -> Result<Vec<Source>> {
+pub fn to_measure_on(paths: &[PathBuf], input: impl Fn() -> Result<Source>) -> Result<Vec<Source>> {
     if paths.iter().filter(|path| is_input(path)).count() > 1 {
         bail!("-: the standard input is named twice");
     }
     let mut files = Vec::new();
     for path in paths {
-        let sources = to_learn_from(std::slice::from_ref(path), Source::standard_input)?;
+        let sources = to_learn_from(std::slice::from_ref(path), &input)?;
         files.extend(if sources.held_out.is_empty() { sources.files } else { sources.held_out });
     }
     Ok(files)

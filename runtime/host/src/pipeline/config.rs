@@ -44,7 +44,7 @@ pub const PLUGINS_KEYS: [(&str, &str); 1] = [(
 pub const PARAM_KEYS: [(&str, &str); 7] = [
     (
         "type",
-        "`string`, `int`, `float`, `bool`, `path`, `model` (a path, the name of a model, or `owner/name` on the Hugging Face hub), `handler` (a name of `handlers.toml` in the user's data directory) or `table` (names with texts, as the `columns` of a dataset; `--set columns=prompt=Frage,completion=Antwort`)",
+        "`string`, `int`, `float`, `bool`, `path`, `model` (a path, the name of a model, or `owner/name` on the Hugging Face hub), `handler` (a name of `handlers.toml` in the user's data directory) or `table` (names with texts, as the `columns` of a dataset; `--set columns=prompt=Frage,completion=Antwort`, which takes those names alone)",
     ),
     ("default", "the value if `--set` gives none"),
     ("required", "`true`: `--set` has to give the value, and there is no default"),
@@ -78,9 +78,9 @@ pub struct PipelineConfig {
     pub named: Vec<(String, PathBuf)>,
     /// Parameters of type `model` that name one of the hub, which the user sees in the file or typed: only these are downloaded.
     pub hub_models: Vec<(String, HubName)>,
-    /// What parameters of type `handler` name: the handlers and routes by an endpoint that a script may ask,
+    /// What parameters of type `handler` name: a script may ask these handlers and routes where an endpoint of this machine answers.
     pub handlers: Vec<String>,
-    /// and which of them the user typed: those may send away what the script says, if the user's own file allows it.
+    /// Those of them that the user typed: they may send away what the script says, if the user's own file allows it.
     pub typed_handlers: Vec<String>,
 }
 

@@ -58,7 +58,8 @@ impl EncodedBases {
     }
 
     /// As it is, but for small bases and full disks, too.
-    pub fn of_any_size(self) -> Self {
+    #[cfg(test)]
+    fn of_any_size(self) -> Self {
         Self { bytes_min: 0, spare: 0, ..self }
     }
 

@@ -9,7 +9,7 @@ use std::io::Read;
 use std::path::Path;
 use std::str::FromStr;
 
-use anyhow::{Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use serde::Serialize;
 
 pub use self::sources::{Source, Sources};
@@ -76,6 +76,25 @@ pub struct Recognised {
 
 /// A row with its number, as the text of a row with our own keys and checked, or why it is refused.
 pub(super) type Each<'e> = &'e mut dyn FnMut(usize, Result<(Cow<'_, str>, Row), Problem>) -> Result<()>;
+
+/// The whole of a text that holds no rows, as rows are read: unpacked, from UTF-16 too, and without a byte-order mark. `most`: its longest, in
+/// bytes.
+///
+/// # Errors
+/// When it is longer, cannot be read, or is no text: with what it is and, in a line of its own, what to do with rows.
+pub fn whole_text(name: &Path, file: impl Read, most: usize) -> Result<String> {
+    let mut raw = Vec::new();
+    let place = || name.display().to_string();
+    bytes::text(name, file)?.bytes.take(most as u64 + 1).read_to_end(&mut raw).with_context(place)?;
+    ensure!(raw.len() <= most, "{}: it is longer than {} MiB", name.display(), most >> 20);
+    let text = String::from_utf8(raw).map_err(|error| {
+        let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+        anyhow!("{}: line {line}: it is not UTF-8", name.display())
+    })?;
+    ensure!(!text.contains('\0'), "{}: it holds a NUL byte, so it is no text", name.display());
+    Ok(text)
+}
 
 /// Calls `each` with every row of an open file. `name` is what messages call it. `wanted`: what is to be learned, if that is known.
 ///

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use super::Part;
 
 /// Rows are nearly alike from here on: the share of their runs of five words that both have.
-pub const SIMILAR: f64 = 0.8;
+const SIMILAR: f64 = 0.8;
 
 const BANDS: usize = 12;
 const ROWS_OF_BAND: usize = 4;

@@ -18,7 +18,6 @@ use anyhow::Result;
 use rayon::prelude::*;
 use serde::Serialize;
 
-pub use self::alike::SIMILAR;
 use self::alike::{Alike, Bands, Comparison, bands, candidates};
 use self::lengths::Lengths;
 pub use self::lengths::{Bin, Summary};

@@ -1,5 +1,6 @@
 //! What a row says: its texts by role, hashes of them, and its words.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use serde_json::Value as Json;
@@ -7,6 +8,7 @@ use serde_json::Value as Json;
 use super::personal::{self, Found};
 use super::words::words;
 use crate::data::Row;
+use crate::text::template::join_parts;
 
 /// What one row says, without its texts.
 #[derive(Debug, Default)]
@@ -40,7 +42,7 @@ pub(super) struct Said {
 /// One turn.
 struct Turn<'a> {
     role: &'a str,
-    text: &'a str,
+    text: Cow<'a, str>,
     /// What else it says: calls, and thoughts.
     more: String,
 }
@@ -69,10 +71,13 @@ impl Said {
             }
             row => {
                 let turns = turns(row);
-                said.whole = hash_of(&turns);
+                // What is given beside a question is a part of it.
+                let beside = beside(row);
+                let with = |said: u64| if beside.is_empty() { said } else { hash(&(said, &beside)) };
+                said.whole = with(hash_of(&turns));
                 let last = turns.iter().rposition(|turn| turn.role == "assistant");
                 if let Some(last) = last.filter(|last| *last > 0) {
-                    said.asked = hash_of(&turns[..last]).max(1);
+                    said.asked = with(hash_of(&turns[..last])).max(1);
                     said.answered = hash_of(&turns[last..]);
                 }
                 turns
@@ -86,7 +91,7 @@ impl Said {
     pub fn grams_of(row: &Row) -> Vec<u64> {
         let mut hashes = Vec::new();
         for turn in turns(row).iter().filter(|turn| !turn.is_system()) {
-            words(turn.text, |word| hashes.push(hash(&word)));
+            words(&turn.text, |word| hashes.push(hash(&word)));
         }
         grams(&hashes)
     }
@@ -125,10 +130,12 @@ impl Said {
             }
         }
         if let Row::Preference { rejected, .. } = row
-            && let Some(Turn { text, .. }) = self::turns(rejected).last()
+            && let Some(Turn { text, more, .. }) = self::turns(rejected).last()
         {
             note(text);
+            note(more);
         }
+        note(&beside(row));
         self.personal = found;
         self.words = hashes.len();
         self.grams = grams(&hashes);
@@ -143,12 +150,12 @@ impl Said {
 
 /// About how many bytes a row has.
 pub(super) fn bytes(row: &Row) -> usize {
-    turns(row).iter().map(|turn| turn.text.len() + turn.more.len()).sum()
+    turns(row).iter().map(|turn| turn.text.len() + turn.more.len()).sum::<usize>() + beside(row).len()
 }
 
 /// The turns of a row that is no judgement.
 fn turns(row: &Row) -> Vec<Turn<'_>> {
-    let turn = |role, text| Turn { role, text, more: String::new() };
+    let turn = |role, text| Turn { role, text: Cow::Borrowed(text), more: String::new() };
     match row {
         Row::Messages { messages, .. } => messages
             .iter()
@@ -157,7 +164,7 @@ fn turns(row: &Row) -> Vec<Turn<'_>> {
                 let more = more.iter().filter_map(|key| message.get(*key)).filter(|value| !value.is_null());
                 Turn {
                     role: message["role"].as_str().unwrap_or_default(),
-                    text: message["content"].as_str().unwrap_or_default(),
+                    text: spoken(&message["content"]),
                     more: more.map(texts).collect(),
                 }
             })
@@ -168,6 +175,24 @@ fn turns(row: &Row) -> Vec<Turn<'_>> {
         }
         Row::Text(text) => vec![turn("text", text)],
         Row::Preference { chosen: row, .. } | Row::Rated { answer: row, .. } => turns(row),
+    }
+}
+
+/// The texts of tools and documents, which stand beside the turns.
+fn beside(row: &Row) -> String {
+    match row {
+        Row::Messages { tools, documents, .. } => tools.iter().chain(documents).map(texts).collect(),
+        Row::PromptCompletion { tools, .. } => tools.iter().map(texts).collect(),
+        _ => String::new(),
+    }
+}
+
+/// The text of a content, which may be given in parts.
+fn spoken(content: &Json) -> Cow<'_, str> {
+    match content {
+        Json::String(text) => Cow::Borrowed(text),
+        Json::Array(parts) => Cow::Owned(join_parts(parts.iter().filter_map(|part| part["text"].as_str()))),
+        _ => Cow::Borrowed(""),
     }
 }
 
@@ -186,7 +211,7 @@ fn texts(value: &Json) -> String {
 fn hash_of(turns: &[Turn<'_>]) -> u64 {
     let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let turns: Vec<(&str, String, String)> =
-        turns.iter().map(|turn| (turn.role, plain(turn.text), plain(&turn.more))).collect();
+        turns.iter().map(|turn| (turn.role, plain(&turn.text), plain(&turn.more))).collect();
     hash(&turns)
 }
 

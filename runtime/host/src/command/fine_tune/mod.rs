@@ -171,7 +171,7 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     if of_eval_file {
         let both = arguments.training_file.iter().chain(&arguments.eval_file).filter(|path| is_input(path)).count();
         ensure!(both < 2, "-: the standard input cannot be both the rows to learn from and those held out");
-        held_out = to_measure_on(&arguments.eval_file)?;
+        held_out = to_measure_on(&arguments.eval_file, || standard_input(earlier.as_ref(), is_resumed))?;
     } else if arguments.eval_fraction.is_some() && !held_out.is_empty() {
         line("note: the held-out rows of the folder are left, as --eval-fraction chooses others");
         held_out.clear();
@@ -286,7 +286,10 @@ impl Prepared<'_> {
 
     /// Keeps what came in by the standard input, so that `resume` has it.
     fn keep_input(&self, run: &RunDirectory) {
-        let Some(input) = self.sources.files.iter().find(|file| file.is_standard_input()) else { return };
+        let Some(input) = self.sources.files.iter().chain(&self.sources.held_out).find(|file| file.is_standard_input())
+        else {
+            return;
+        };
         if let Err(error) = input.save(&run.path().join(KEPT_INPUT)) {
             line(format_args!("note: the run has not kept the rows of the standard input: {error:#}"));
         }

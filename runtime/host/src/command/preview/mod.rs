@@ -17,10 +17,10 @@ use homeroom_engine::adapt::adapter::{AdapterFiles, is_adapter};
 use homeroom_engine::data::report::personal::Redactor;
 use homeroom_engine::data::report::{Files, Survey};
 use homeroom_engine::data::{Reading, Source, read_texts};
+use homeroom_engine::files::ClaimedFile;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
 use serde_json::json;
-use tempfile::NamedTempFile;
 
 pub use self::rendered::{Rendered, render};
 pub use self::text::{Look, rows as rows_as_text};
@@ -82,12 +82,14 @@ const ROWS_OF_PAGE: u32 = 500;
 /// Shows rows, and reports.
 pub fn run(arguments: &Arguments) -> Result<Done> {
     let files: &[PathBuf] = if arguments.files.is_empty() { &arguments.training_file } else { &arguments.files };
+    let both = files.iter().chain(&arguments.eval_file).filter(|path| is_input(path)).count();
+    ensure!(both < 2, "-: the standard input cannot be both the rows to learn from and those held out");
     let sources = to_learn_from(files, Source::standard_input)?;
     let eval_file = arguments.eval_file.as_slice();
     let held_out = match eval_file {
         [] if arguments.eval_fraction.is_some() => Vec::new(),
         [] => sources.held_out,
-        files => to_measure_on(files)?,
+        files => to_measure_on(files, Source::standard_input)?,
     };
     let reading = arguments.limits.read.reading();
     let all = || sources.files.iter().chain(&held_out);
@@ -250,11 +252,11 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Makes a file whole or not at all. It may hold what is private: only its owner reads it.
-fn into(path: &Path, fill: impl FnOnce(&mut fs::File) -> Result<()>) -> Result<()> {
+fn into(path: &Path, fill: impl FnOnce(&mut &fs::File) -> Result<()>) -> Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let cannot = || format!("{}: cannot write", path.display());
-    let mut file = NamedTempFile::new_in(directory).with_context(cannot)?;
-    fill(file.as_file_mut())?;
-    file.persist(path).with_context(cannot)?;
-    Ok(())
+    let file = ClaimedFile::new(directory).with_context(cannot)?;
+    fill(&mut file.file())?;
+    file.file().sync_all().with_context(cannot)?;
+    file.finish(&directory.join(path.file_name().with_context(cannot)?))
 }

@@ -47,7 +47,7 @@ pub fn rows(rows: &[Rendered], look: Look) -> String {
     };
     for row in rows {
         for sequence in &row.sequences {
-            let _ = write!(out, "\n{}\n          {}\n", row.heading(sequence), sequence.verdict());
+            let _ = write!(out, "\n{}\n          {}\n", cell(&row.heading(sequence)), sequence.verdict());
             let mut text = String::from("  ");
             for (number, piece) in sequence.pieces.iter().enumerate() {
                 text += &match look {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use mlua::{Lua, Value};
 use serde_json::{Value as Json, json};
 
@@ -22,13 +22,12 @@ use crate::models::{Network, locate};
 use crate::near::exists;
 use crate::pipeline::errors::{Failure, said, short};
 use crate::progress;
-use crate::registry;
 
 /// Prompts that are asked at once: a model here reads its weights once for all of them, and a provider bears as many.
 const TOGETHER: usize = 8;
-/// Times that one that is busy is asked again,
+/// Times that one that is busy is asked.
 const TRIES: usize = 6;
-/// and the longest wait before that.
+/// The longest wait before it is asked again.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Has a handler answer prompts, or in a dry run looks whether there is one.
@@ -95,10 +94,7 @@ fn handlers(session: &Session) -> Result<Rc<Handlers>, Failure> {
     if let Some(handlers) = &*session.handlers.borrow() {
         return Ok(handlers.clone());
     }
-    let Some(data) = registry::data_directory() else {
-        return Err(said("generate: there is no data directory, so there are no handlers; set HOMEROOM_HOME"));
-    };
-    let path = data.join("handlers.toml");
+    let path = super::handler::file().context("generate")?;
     exists(&path)?;
     let handlers = Rc::new(Handlers::new(Config::read(&path)?));
     session.handlers.replace(Some(handlers.clone()));

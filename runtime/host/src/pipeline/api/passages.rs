@@ -1,9 +1,11 @@
 //! `read_passages`: plain text and Markdown as rows of a passage each.
 
 use std::io::Read;
+use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
+use homeroom_engine::data::whole_text;
 use mlua::{Lua, Value};
 use serde_json::json;
 
@@ -12,11 +14,10 @@ use super::dataset::{Dataset, Row, Text, size_of_rows};
 use super::options::Options;
 use super::spec::verb;
 use crate::pipeline::errors::Failure;
-use crate::pipeline::limits::bytes;
 use crate::progress::thousands;
 
 /// Longest text: a book has a few megabytes.
-const TEXT_BYTES_MAX: u64 = 64 << 20;
+const TEXT_BYTES_MAX: usize = 64 << 20;
 /// Most words of a passage where nothing is said.
 const MAX_WORDS: usize = 200;
 /// Characters of a heading that a row has.
@@ -30,15 +31,13 @@ pub fn read_passages(lua: &Lua, session: &Session, argument: Value) -> Result<Va
     let (path, file) = session.places.open(&options.needed_text("path")).context("read_passages")?;
     let max_words = options.whole("max_words").map_or(MAX_WORDS, |words| words as usize);
     let min_words = options.whole("min_words").map_or(MIN_WORDS, |words| words as usize).min(max_words);
-    let mut raw = Vec::new();
-    file.take(TEXT_BYTES_MAX + 1).read_to_end(&mut raw).with_context(|| path.display().to_string())?;
-    let text = text_of(raw).with_context(|| format!("read_passages: {}", path.display()))?;
+    let text = text_of(&path, file).context("read_passages")?;
     let source = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let found = passages(&text, max_words, min_words, &mut |passage| {
         session.clock().check()?;
         session.hold(lua, passage.text.len() + passage.headings.iter().map(String::len).sum::<usize>() + 64)
     })?;
-    let file: Rc<std::path::Path> = path.as_path().into();
+    let file: Rc<Path> = path.as_path().into();
     let rows = found.iter().map(|(passage, _)| {
         let heading = passage.headings.join(" > ");
         let row = json!({"text": passage.text, "heading": heading, "source": source, "line": passage.line});
@@ -61,20 +60,14 @@ pub fn read_passages(lua: &Lua, session: &Session, argument: Value) -> Result<Va
     Ok(Value::UserData(lua.create_userdata(Dataset::made(rows, held))?))
 }
 
-fn text_of(raw: Vec<u8>) -> anyhow::Result<String> {
-    ensure!(raw.len() as u64 <= TEXT_BYTES_MAX, "it is longer than {}", bytes(TEXT_BYTES_MAX as usize));
-    let known =
-        [(&b"%PDF"[..], "a PDF"), (b"PK\x03\x04", "a Word file or another archive"), (b"{\\rtf", "an RTF file")];
-    if let Some((_, what)) = known.iter().find(|(magic, _)| raw.starts_with(magic)) {
-        anyhow::bail!("it is {what}, not plain text\nhint: save or export it as plain text (.txt), UTF-8");
-    }
-    let text = String::from_utf8(raw).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count() + 1;
-        anyhow::anyhow!("line {line}: it is not UTF-8\nhint: save it as plain text in UTF-8")
+/// The text of a file.
+fn text_of(path: &Path, file: impl Read) -> anyhow::Result<String> {
+    let text = whole_text(path, file, TEXT_BYTES_MAX).map_err(|error| {
+        // What is said to do is for rows.
+        let told = error.to_string();
+        anyhow::anyhow!("{}\nhint: save it as plain text in UTF-8", told.lines().next().unwrap_or_default())
     })?;
-    ensure!(!text.contains('\0'), "it holds a NUL byte, so it is no text");
-    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text).replace("\r\n", "\n"))
+    Ok(text.replace("\r\n", "\n"))
 }
 
 /// Consecutive paragraphs below one heading.
@@ -274,14 +267,15 @@ mod tests {
     #[test]
     fn what_is_no_text_is_refused_by_its_name() {
         for (raw, expected) in [
-            (&b"%PDF-1.7 \xff"[..], "a PDF"),
-            (b"PK\x03\x04abc", "a Word file"),
-            (b"good\nbad \xe4\n", "line 2: it is not UTF-8"),
+            (&b"%PDF-1.7 \xff"[..], "t.md: a PDF file\nhint: save it as plain text in UTF-8"),
+            (b"PK\x03\x04 word/document", "a Word document"),
+            (b"good\nbad \xe4\n", "t.md: line 2: it is not UTF-8"),
             (b"a\0b", "NUL"),
         ] {
-            let error = format!("{:#}", text_of(raw.to_vec()).unwrap_err());
+            let error = format!("{:#}", text_of(Path::new("t.md"), raw).unwrap_err());
             assert!(error.contains(expected), "{error}");
         }
-        assert_eq!(text_of("\u{feff}a\r\nb".into()).unwrap(), "a\nb");
+        assert_eq!(text_of(Path::new("t"), &b"\xef\xbb\xbfa\r\nb"[..]).unwrap(), "a\nb");
+        assert_eq!(text_of(Path::new("t"), &b"\xff\xfea\0\xe4\0"[..]).unwrap(), "aä");
     }
 }

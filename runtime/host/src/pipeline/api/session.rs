@@ -69,11 +69,13 @@ pub struct Session {
     pub(super) handler: RefCell<Option<String>>,
     /// Whether a training is under way.
     pub(super) trains: Cell<bool>,
-    /// Handlers that parameters name, and the user's handlers once one is asked.
+    /// Handlers that parameters name.
     pub(super) named_handlers: Vec<String>,
+    /// Those of them that the user typed.
     pub(super) typed_handlers: Vec<String>,
     /// Whether the TOML file forbids the network.
     pub(super) offline: bool,
+    /// The user's handlers, once one is asked.
     pub(super) handlers: RefCell<Option<Rc<Handlers>>>,
     /// The parameters.
     pub(super) params: Map<String, Json>,

@@ -14,7 +14,9 @@ use std::sync::Mutex;
 use super::bisect::{Avx2, Avx512};
 use super::{Codec, Encoded, EncodedScales, ScaleStorage};
 use crate::buffer::grown;
-use crate::isa::{F32Unit, Isa, isa, per_isa};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::F32Unit;
+use crate::isa::{Isa, isa, per_isa};
 use crate::pool::{Shared, for_ranges};
 
 /// Which encoding this is: another number where the same values would get other bytes. What was encoded earlier and kept is told by it.

@@ -240,7 +240,7 @@ fn a_run_tells_the_time_at_which_it_began() -> Result<()> {
     let base = runs.place.copy(&fixture("models/llama"), "base")?;
     let template = base.join("chat_template.jinja");
     let source = fs::read_to_string(&template)?;
-    fs::write(&template, format!("{source}{{{{ strftime_now('%d %H:%M:%S') }}}}"))?;
+    fs::write(&template, format!("{{{{ strftime_now('%d %H:%M:%S') }}}}{source}"))?;
     let command = |more: &[&str]| {
         let mut command = runs.program();
         command.args(["fine-tune", "--training-file", "rows.jsonl", "--output-dir", "outputs/out", "--model-name"]);

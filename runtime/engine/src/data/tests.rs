@@ -5,6 +5,7 @@ use anyhow::Result;
 use serde_json::{Value as Json, json};
 use tempfile::NamedTempFile;
 
+use super::dataset::load_examples;
 use super::problem::{spans, thousands};
 use super::*;
 use crate::text::template::ChatTemplate;

@@ -270,7 +270,7 @@ mod tests {
             (&b"%PDF-1.7 \xff"[..], "t.md: a PDF file\nhint: save it as plain text in UTF-8"),
             (b"PK\x03\x04 word/document", "a Word document"),
             (b"good\nbad \xe4\n", "t.md: line 2: it is not UTF-8"),
-            (b"a\0b", "NUL"),
+            (b"a\0b", "t.md: not text in UTF-8"),
         ] {
             let error = format!("{:#}", text_of(Path::new("t.md"), raw).unwrap_err());
             assert!(error.contains(expected), "{error}");

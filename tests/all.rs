@@ -29,6 +29,8 @@ mod machine;
 mod mixed;
 mod models;
 #[cfg(unix)]
+mod mutated;
+#[cfg(unix)]
 mod names;
 mod objectives;
 mod pipeline_results;

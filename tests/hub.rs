@@ -44,7 +44,7 @@ fn name(text: &str) -> HubName {
 }
 
 /// What the hub gives into an empty or filled store.
-fn pull(server: &Server, store: &Path, text: &str) -> Result<Pulled> {
+pub fn pull(server: &Server, store: &Path, text: &str) -> Result<Pulled> {
     pull_as(server, store, text, None)
 }
 

@@ -147,7 +147,7 @@ fn answer(adapter: &Path) -> Result<String> {
 }
 
 /// A directory as transformers writes it when bitsandbytes stores the linear layers.
-fn saved_by_bitsandbytes(place: &Place, kind: &str) -> Result<std::path::PathBuf> {
+pub fn saved_by_bitsandbytes(place: &Place, kind: &str) -> Result<std::path::PathBuf> {
     let dir = place.copy(&fixture("models/llama"), kind)?;
     let saved = fixture("bitsandbytes");
     fs::copy(saved.join(format!("{kind}.safetensors")), dir.join("model.safetensors"))?;

@@ -106,6 +106,25 @@ impl Observer for Saves<'_> {
     }
 }
 
+/// A checkpoint of a run's second step below a directory.
+pub fn saved(directory: &Path) -> Result<PathBuf> {
+    let (model, config) = (model("llama")?, config(4));
+    let rows = examples(&model, 9, 1);
+    let mut saves = Saves::new(&model, &config, directory, 100);
+    saves.ends = Some(2);
+    let state = State::new(&model, &lora(&model)?, &config);
+    train(&model, state, &data(&rows, 2), &Sft, &config, &mut saves)?;
+    Ok(saves.path(2))
+}
+
+/// Reads a checkpoint of [`saved`], and makes a step more.
+pub fn goes_on(checkpoint: &Path, model: &BaseModel) -> Result<()> {
+    let config = config(3);
+    let state = checkpoint::read(checkpoint, model, &config)?;
+    let rows = examples(model, 9, 1);
+    train(model, state, &data(&rows, 2), &Sft, &config, &mut quiet).map(drop)
+}
+
 fn config(steps: u64) -> TrainConfig {
     TrainConfig {
         max_steps: Some(steps),

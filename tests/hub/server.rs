@@ -107,7 +107,8 @@ impl Repo {
         self
     }
 
-    fn info(&self, id: &str) -> Value {
+    /// The list of its files, as the hub answers it.
+    pub fn info(&self, id: &str) -> Value {
         let file = |(path, bytes): (&String, &Vec<u8>)| {
             let mut file = json!({"rfilename": path, "size": bytes.len(), "blobId": git(bytes)});
             if bytes.len() > LARGE {

@@ -492,7 +492,9 @@ impl<'a> Reader<'a> {
                 }
                 // A string of the template, formatted: minijinja has `%` for numbers only.
                 Some("%")
-                    if !self.formatted && operand == Operand::Plain && self.tokens[self.at - 1].kind == Kind::Text =>
+                    if !self.formatted
+                        && operand == Operand::Plain
+                        && self.before().is_some_and(|last| last.kind == Kind::Text) =>
                 {
                     let place = self.here();
                     self.at += 1;
@@ -512,7 +514,7 @@ impl<'a> Reader<'a> {
                 _ => break,
             }
         }
-        let end = self.at.checked_sub(1).map_or(0, |last| self.tokens[last].end());
+        let end = self.before().map_or(0, Token::end);
         comparison.operands.push((operand, end));
         Ok(())
     }
@@ -549,7 +551,7 @@ impl<'a> Reader<'a> {
 
     /// Attributes, subscripts and calls behind the operand that began at byte `start`.
     fn postfix(&mut self, mut operand: Operand, start: usize, nesting: usize, inner: &mut usize) -> Result<Operand> {
-        let mut called = self.at.checked_sub(1).map_or("", |last| self.tokens[last].text);
+        let mut called = self.before().map_or("", |last| last.text);
         while let Some(mark @ ("." | "[" | "(")) = self.text_of_mark() {
             operand = Operand::Unknown;
             *inner += 1;
@@ -567,7 +569,7 @@ impl<'a> Reader<'a> {
                         // A slice of a list is only carried out, from its beginning, when it is walked.
                         self.insert(start, "((");
                         self.insert(open, "|homeroom_sliced)");
-                        let close = self.at.checked_sub(1).map_or(open, |last| self.tokens[last].end());
+                        let close = self.before().map_or(open, Token::end);
                         self.insert(close, "|homeroom_listed)");
                     }
                 }
@@ -637,6 +639,11 @@ impl<'a> Reader<'a> {
 
     fn peek(&self) -> Option<Token<'a>> {
         self.tokens.get(self.at).copied()
+    }
+
+    /// The token that was read last; none where the end was read over.
+    fn before(&self) -> Option<&Token<'a>> {
+        self.tokens.get(self.at.checked_sub(1)?)
     }
 
     fn here(&self) -> usize {

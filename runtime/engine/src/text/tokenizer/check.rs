@@ -73,10 +73,13 @@ struct Model {
     vocab: Pieces,
 }
 
-/// The longest piece of a vocabulary that is a list of pieces and scores, as Unigram's is; of others nothing is read.
+/// What matters of a vocabulary.
 #[derive(Default)]
 struct Pieces {
+    /// The longest piece of one that is a list of pieces and scores, as Unigram's is.
     bytes_max: usize,
+    /// The largest id of one that is a map from pieces to ids: whoever writes the tokenizer again goes through all ids below it.
+    id_max: u64,
 }
 
 impl<'de> Deserialize<'de> for Pieces {
@@ -94,12 +97,15 @@ impl<'de> Deserialize<'de> for Pieces {
                 while let Some((piece, _)) = pieces.next_element::<(String, IgnoredAny)>()? {
                     bytes_max = bytes_max.max(piece.len());
                 }
-                Ok(Pieces { bytes_max })
+                Ok(Pieces { bytes_max, id_max: 0 })
             }
 
             fn visit_map<A: de::MapAccess<'de>>(self, mut pieces: A) -> std::result::Result<Pieces, A::Error> {
-                while pieces.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Pieces::default())
+                let mut id_max = 0;
+                while let Some((_, id)) = pieces.next_entry::<IgnoredAny, u64>()? {
+                    id_max = id_max.max(id);
+                }
+                Ok(Pieces { bytes_max: 0, id_max })
             }
 
             fn visit_unit<E>(self) -> std::result::Result<Pieces, E> {
@@ -135,6 +141,8 @@ impl Parts {
         ensure!(word <= WORD_MAX, "model: max_input_chars_per_word is {word}, at most {WORD_MAX} are tried");
         let piece = parts.model.vocab.bytes_max;
         ensure!(piece <= PIECE_MAX, "model: its vocab has a piece of {piece} bytes, at most {PIECE_MAX} are read");
+        let id = parts.model.vocab.id_max;
+        ensure!(id < u64::from(ID_MAX), "model: its vocab has the id {id}, ids end at {ID_MAX}");
         let mut chain = Chain::default();
         chain.steps("normalizer", &parts.normalizer, 0)?;
         parts.check_added_together(&chain)?;

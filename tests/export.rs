@@ -235,16 +235,20 @@ fn an_export_is_in_the_floats_that_are_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// A base in other floats, and a GGUF file as a directory.
 #[test]
-fn a_base_has_nothing_to_merge() -> Result<()> {
+fn a_base_without_an_adapter_is_exported_as_it_is() -> Result<()> {
     let home = tempfile::tempdir()?;
-    let mut command = program(home.path())?;
-    command.args(["export-model", "--format", "merged", "--model-dir"]).arg(fixture("models/llama"));
-    let output = command.arg("--output-dir").arg(home.path().join("out")).output()?;
-    assert!(!output.status.success());
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(error.contains("not an adapter") && error.contains("nothing to merge"), "{error}");
-    assert!(!home.path().join("out").exists());
+    for base in ["qwen2", "llama-gguf/model-mixed.gguf", "llama-tied"] {
+        let out = home.path().join("out");
+        let mut command = program(home.path())?;
+        command.args(["export-model", "--overwrite", "--dtype", "f32", "--json", "--model-dir"]);
+        let output = done(command.arg(fixture("models").join(base)).arg("--output-dir").arg(&out))?;
+        assert_eq!(json(&output)?["kl"], 0.0, "{base}");
+        let (base, written) = (BaseModel::load(&fixture("models").join(base))?, BaseModel::load(&out)?);
+        assert_eq!(written.digest(), base.digest());
+        assert_eq!(written.architecture.tie_word_embeddings, base.architecture.tie_word_embeddings);
+    }
     Ok(())
 }
 

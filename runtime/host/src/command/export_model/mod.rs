@@ -1,5 +1,7 @@
 //! `homeroom export-model`: a trained model as files of another program. Here is what all formats have in common; a format is a file.
 
+mod gguf;
+mod gguf_lora;
 mod merged;
 
 use std::path::{Path, PathBuf};
@@ -50,20 +52,31 @@ pub struct Arguments {
 enum Format {
     /// A Hugging Face directory with the adapter merged into the base
     Merged,
+    /// One GGUF file with the adapter merged into the base, for llama.cpp, Ollama, LM Studio and others
+    Gguf,
+    /// The adapter alone as a GGUF file, which llama.cpp lays over the base
+    GgufLora,
 }
 
 impl Format {
     fn name(self) -> &'static str {
         match self {
             Self::Merged => "merged",
+            Self::Gguf => "gguf",
+            Self::GgufLora => "gguf-lora",
         }
     }
 }
 
-const DTYPES: [Word; 6] = [
+const DTYPES: [Word; 11] = [
     ("f32", "32 bits; nothing is lost"),
     ("f16", "16 bits, 11 of them of precision"),
     ("bf16", "16 bits, 8 of them of precision"),
+    ("q8_0", "GGUF: 8 bits and a scale for 32 values; what is rounded away is hardly to be seen"),
+    ("q6_k", "GGUF: 6 bits"),
+    ("q5_k_m", "GGUF: 5 bits, 6 where it matters"),
+    ("q4_k_m", "GGUF: 4 bits, 6 where it matters"),
+    ("q4_0", "GGUF: 4 bits, in a format that old programs read"),
     ("float32", ""),
     ("float16", ""),
     ("bfloat16", ""),
@@ -135,6 +148,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     }
     match format {
         Format::Merged => merged::check(arguments)?,
+        Format::Gguf => gguf::check(arguments)?,
+        Format::GgufLora => gguf_lora::check(arguments)?,
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let named = here(&arguments.model.model_dir)?.map(|located| located.path);
@@ -161,6 +176,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     };
     let written = match format {
         Format::Merged => merged::write(&export)?,
+        Format::Gguf => gguf::write(&export)?,
+        Format::GgufLora => gguf_lora::write(&export)?,
     };
     let output_dir = directory.publish()?;
     line(format_args!("saved     {}", output_dir.display()));
@@ -190,6 +207,12 @@ fn probes(model: &BaseModel) -> Result<Vec<Vec<u32>>> {
         None => Ok(model.tokenizer.encode(probe, true)?.ids),
     });
     sequences.into_iter().collect()
+}
+
+/// What a model is called in a file and by its file: the last part of the directory's name, without the format's behind it.
+fn name_in_file(output_dir: &Path, format: &str) -> String {
+    let name = last_part(output_dir).unwrap_or_else(|| "model".to_owned());
+    name.strip_suffix(&format!("-{format}")).unwrap_or(&name).to_owned()
 }
 
 /// The model's name, or the last part of its path, with the format's name behind it, in the working directory.

@@ -97,7 +97,8 @@ fn updates(base: &BaseModel, adaptation: &Adaptation) -> Result<Vec<Update>> {
         let recipe = &adaptation.plan.recipes[adapted.recipe].forward;
         let shape = |param: usize| adaptation.params[param].var.dims();
         let (d_in, d_out) = (frozen.info.d_in, frozen.info.d_out);
-        let update = low_rank_at_rest(recipe, adapted, frozen.bias.is_some()).filter(|update| update.fits(shape, (d_in, d_out)));
+        let update =
+            low_rank_at_rest(recipe, adapted, frozen.bias.is_some()).filter(|update| update.fits(shape, (d_in, d_out)));
         let Some(update) = update else {
             bail!("{path}: its strategy adds something else than a low-rank update, {INSTEAD}")
         };
@@ -108,10 +109,7 @@ fn updates(base: &BaseModel, adaptation: &Adaptation) -> Result<Vec<Update>> {
             !(base.architecture.tie_word_embeddings && (is_embedding || is_head)),
             "{path}: it is embedding and head at once, {INSTEAD}"
         );
-        ensure!(
-            is_embedding || frozen.info.kind == ModuleKind::Linear,
-            "{path}: an update of a norm, {INSTEAD}"
-        );
+        ensure!(is_embedding || frozen.info.kind == ModuleKind::Linear, "{path}: an update of a norm, {INSTEAD}");
         let tensor = |param: usize| adaptation.params[param].var.as_tensor().to_dtype(DType::F32);
         let (a, b) = (tensor(update.a)?, tensor(update.b)?);
         let rank = a.dim(0)?;
@@ -124,7 +122,8 @@ fn updates(base: &BaseModel, adaptation: &Adaptation) -> Result<Vec<Update>> {
 fn pairs(base: &BaseModel, adaptation: &Adaptation) -> Result<Pairs> {
     let updates = updates(base, adaptation)?;
     // The alpha of most modules, so that most keep their numbers.
-    let alphas: Vec<f64> = updates.iter().map(|update| f64::from((update.scaling * update.rank as f64) as f32)).collect();
+    let alphas: Vec<f64> =
+        updates.iter().map(|update| f64::from((update.scaling * update.rank as f64) as f32)).collect();
     let count = |alpha: &f64| alphas.iter().filter(|other| *other == alpha).count();
     let alpha = alphas.iter().copied().max_by_key(count).context("an adapter has modules")?;
     ensure!(alpha != 0.0, "its updates are multiplied by 0, so there is nothing to export");
@@ -156,7 +155,8 @@ fn pairs(base: &BaseModel, adaptation: &Adaptation) -> Result<Pairs> {
             };
             push("lora_a", &a, None)?;
             let rows = part.rows.clone().unwrap_or(0..b.dim(0)?);
-            let stored: Vec<usize> = stored_rows(rows.len(), part.order).into_iter().map(|row| rows.start + row).collect();
+            let stored: Vec<usize> =
+                stored_rows(rows.len(), part.order).into_iter().map(|row| rows.start + row).collect();
             push("lora_b", &b, Some(&stored))?;
         }
     }

@@ -30,24 +30,14 @@ struct Field {
 
 /// The one table of them, for reading and for writing.
 const FIELDS: [Field; 17] = [
-    Field {
-        name: "hidden_size",
-        key: "embedding_length",
-        form: Form::Size,
-        of: |model| size_of(model.hidden_size),
-    },
+    Field { name: "hidden_size", key: "embedding_length", form: Form::Size, of: |model| size_of(model.hidden_size) },
     Field {
         name: "intermediate_size",
         key: "feed_forward_length",
         form: Form::Size,
         of: |model| size_of(first(model)?.feed_forward.inner),
     },
-    Field {
-        name: "num_hidden_layers",
-        key: "block_count",
-        form: Form::Size,
-        of: |model| size_of(model.layers.len()),
-    },
+    Field { name: "num_hidden_layers", key: "block_count", form: Form::Size, of: |model| size_of(model.layers.len()) },
     Field {
         name: "num_attention_heads",
         key: "attention.head_count",
@@ -72,12 +62,7 @@ const FIELDS: [Field; 17] = [
         form: Form::Size,
         of: |model| size_of(model.max_position_embeddings),
     },
-    Field {
-        name: "sliding_window",
-        key: "attention.sliding_window",
-        form: Form::Size,
-        of: window,
-    },
+    Field { name: "sliding_window", key: "attention.sliding_window", form: Form::Size, of: window },
     Field {
         name: "rms_norm_eps",
         key: "attention.layer_norm_rms_epsilon",
@@ -320,7 +305,9 @@ pub fn keys_of(model: &Architecture) -> Result<(Vec<(String, Entry)>, Divisors)>
     for field in &FIELDS {
         let Some(value) = (field.of)(model) else { continue };
         let value = match field.form {
-            Form::Size => Entry::U32(u32::try_from(value as u64).with_context(|| format!("`{}` = {value}", field.name))?),
+            Form::Size => {
+                Entry::U32(u32::try_from(value as u64).with_context(|| format!("`{}` = {value}", field.name))?)
+            }
             Form::Number => Entry::F32(value as f32),
         };
         keys.push((key(field.key), value));
@@ -395,9 +382,9 @@ fn scaling(rope: &Rope, family: &Family) -> Result<(Vec<(&'static str, Entry)>, 
             let tensor = |name: &str, divisors: &[f32]| (format!("rope_factors_{name}.weight"), divisors.to_vec());
             (keys, vec![tensor("long", long), tensor("short", short)])
         }
-        RopeScaling::Dynamic { .. } => bail!(
-            "a rope of type `dynamic` has no form in a GGUF file, as llama.cpp computes none; export `merged`"
-        ),
+        RopeScaling::Dynamic { .. } => {
+            bail!("a rope of type `dynamic` has no form in a GGUF file, as llama.cpp computes none; export `merged`")
+        }
     })
 }
 
@@ -408,15 +395,20 @@ fn scaling(rope: &Rope, family: &Family) -> Result<(Vec<(&'static str, Entry)>, 
 pub fn ensure_same(written: &Architecture, wanted: &Architecture) -> Result<()> {
     let family = wanted.family()?.in_gguf;
     let differs = |what: &str, written: &dyn std::fmt::Debug, wanted: &dyn std::fmt::Debug| -> Result<()> {
-        bail!("{what} is {wanted:?}, and a GGUF file of `{family}` means {written:?} there, in llama.cpp, too; export `merged`")
+        bail!(
+            "{what} is {wanted:?}, and a GGUF file of `{family}` means {written:?} there, in llama.cpp, too; export `merged`"
+        )
     };
     let near = |a: f64, b: f64, bound: f64| (a - b).abs() <= bound * b.abs();
-    let sizes = |model: &Architecture| (model.vocab_size, model.hidden_size, model.max_position_embeddings, model.layers.len());
+    let sizes =
+        |model: &Architecture| (model.vocab_size, model.hidden_size, model.max_position_embeddings, model.layers.len());
     if sizes(written) != sizes(wanted) {
         differs("vocabulary, width, context and layers", &sizes(written), &sizes(wanted))?;
     }
     // transformers rounds some scales of embeddings to bf16; llama.cpp does not.
-    let scales = |model: &Architecture| [model.rms_norm_eps, model.logit_scale, model.logit_cap.unwrap_or(0.0), model.embedding_scale];
+    let scales = |model: &Architecture| {
+        [model.rms_norm_eps, model.logit_scale, model.logit_cap.unwrap_or(0.0), model.embedding_scale]
+    };
     for ((written, wanted), (what, bound)) in scales(written).into_iter().zip(scales(wanted)).zip([
         ("`rms_norm_eps`", 1e-6),
         ("the scale of logits", 1e-6),
@@ -450,8 +442,14 @@ pub fn ensure_same(written: &Architecture, wanted: &Architecture) -> Result<()> 
         if norms(layer) != norms(other) {
             differs(&what("its norms"), &norms(layer), &norms(other))?;
         }
-        let scales = |layer: &LayerSpec| [layer.residual_scale, layer.attention().scale, layer.attention().soft_cap.unwrap_or(0.0)];
-        for ((written, wanted), name) in scales(layer).into_iter().zip(scales(other)).zip(["the scale of its parts", "the scale of scores", "the cap of scores"]) {
+        let scales = |layer: &LayerSpec| {
+            [layer.residual_scale, layer.attention().scale, layer.attention().soft_cap.unwrap_or(0.0)]
+        };
+        for ((written, wanted), name) in scales(layer).into_iter().zip(scales(other)).zip([
+            "the scale of its parts",
+            "the scale of scores",
+            "the cap of scores",
+        ]) {
             if !near(written, wanted, 1e-6) {
                 differs(&what(name), &written, &wanted)?;
             }

@@ -109,7 +109,8 @@ impl Plan {
         let mut writer = Writer::start(File::create(&path).with_context(cannot)?, &self.metadata, &self.tensors)?;
         let mut values = self.sources.iter().zip(&self.tensors).peekable();
         // The divisors of a rope come first: with them a reader knows what the file computes.
-        while let Some((Source::Values(values), _)) = values.next_if(|(source, _)| matches!(source, Source::Values(_))) {
+        while let Some((Source::Values(values), _)) = values.next_if(|(source, _)| matches!(source, Source::Values(_)))
+        {
             let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
             writer.write(&bytes).with_context(cannot)?;
         }
@@ -170,7 +171,8 @@ fn divisors_of(gguf: &Gguf, architecture: &Architecture) -> Result<Vec<(String, 
 fn modules(merged: &Merged<'_>, tensors: &mut Vec<NewTensor>, sources: &mut Vec<Source>) -> Result<()> {
     let (base, architecture) = (merged.base(), merged.architecture());
     for spec in architecture.modules() {
-        let index = base.module_index(&spec.path).with_context(|| format!("{}: the base has no such module", spec.path))?;
+        let index =
+            base.module_index(&spec.path).with_context(|| format!("{}: the base has no such module", spec.path))?;
         let info = &base.modules[index].info;
         let gains = |adaptation: &Adaptation| {
             adaptation.of(index).is_some_and(|module| adaptation.plan.recipes[module.recipe].merged_bias.is_some())
@@ -185,7 +187,11 @@ fn modules(merged: &Merged<'_>, tensors: &mut Vec<NewTensor>, sources: &mut Vec<
             tensors.push(NewTensor { name: format!("{stem}.weight"), shape, storage: Storage::F32 });
             sources.push(Source::Weight { module: index, rows: rows.clone(), order });
             if biased {
-                tensors.push(NewTensor { name: format!("{stem}.bias"), shape: vec![rows.len()], storage: Storage::F32 });
+                tensors.push(NewTensor {
+                    name: format!("{stem}.bias"),
+                    shape: vec![rows.len()],
+                    storage: Storage::F32,
+                });
                 sources.push(Source::Bias { module: index, rows, order });
             }
         }

@@ -29,7 +29,9 @@ impl NewTensor {
         let (cols, rows) = self.shape.split_last().context("a tensor has a shape")?;
         let row = self.storage.row_bytes(*cols);
         let bytes = rows.iter().try_fold(row, |bytes, rows| Some(bytes?.checked_mul(*rows)));
-        bytes.flatten().with_context(|| format!("tensor {}: {:?} cannot hold {:?}", self.name, self.storage, self.shape))
+        bytes
+            .flatten()
+            .with_context(|| format!("tensor {}: {:?} cannot hold {:?}", self.name, self.storage, self.shape))
     }
 }
 
@@ -251,8 +253,10 @@ mod tests {
         let mut writer = Writer::start(File::create(&path)?, &metadata, &tensors)?;
         writer.extend()?;
         assert_eq!(Gguf::open(&path)?.tensor("c.weight")?.shape, [7, 3], "before its values are there");
-        let bytes: Vec<Vec<u8>> =
-            tensors.iter().map(|t| Ok((0..t.bytes()?).map(|n| (n * 37 % 251) as u8).collect())).collect::<Result<_>>()?;
+        let bytes: Vec<Vec<u8>> = tensors
+            .iter()
+            .map(|t| Ok((0..t.bytes()?).map(|n| (n * 37 % 251) as u8).collect()))
+            .collect::<Result<_>>()?;
         for bytes in &bytes {
             for piece in bytes.chunks(41) {
                 writer.write(piece)?;

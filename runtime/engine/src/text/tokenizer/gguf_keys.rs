@@ -93,7 +93,13 @@ impl Tokenizer {
             let Some(place) = list.get_mut(id) else { continue };
             let control = added["special"] == true || looks_special(content);
             let unknown = sentencepiece && self.unk_token.as_deref() == Some(content);
-            types[id] = if unknown { UNKNOWN } else if control { CONTROL } else { USER_DEFINED } as i32;
+            types[id] = if unknown {
+                UNKNOWN
+            } else if control {
+                CONTROL
+            } else {
+                USER_DEFINED
+            } as i32;
             // llama.cpp looks for these in the text as it is typed.
             let typed = sentencepiece && !control;
             *place = if typed { content.replace('▁', " ") } else { content.to_owned() };
@@ -171,14 +177,21 @@ fn steps<'a>(part: &'a Value, key: &str) -> Vec<&'a Value> {
 fn pre_tokenizer(json: &Value) -> Result<&'static str> {
     let steps = steps(&json["pre_tokenizer"], "pretokenizers");
     let bytes = |step: &Value, regex: bool| {
-        step["type"] == "ByteLevel" && step["add_prefix_space"] == false && step["use_regex"].as_bool().unwrap_or(true) == regex
+        step["type"] == "ByteLevel"
+            && step["add_prefix_space"] == false
+            && step["use_regex"].as_bool().unwrap_or(true) == regex
     };
     let found = match &steps[..] {
         [step] if bytes(step, true) => Some(("", Split::Gpt2)),
         [digits, step] if digits["type"] == "Digits" && digits["individual_digits"] == true && bytes(step, true) => {
             Some(("", Split::Digits))
         }
-        [split, step] if split["type"] == "Split" && split["behavior"] == "Isolated" && split["invert"] == false && bytes(step, false) => {
+        [split, step]
+            if split["type"] == "Split"
+                && split["behavior"] == "Isolated"
+                && split["invert"] == false
+                && bytes(step, false) =>
+        {
             split["pattern"]["Regex"].as_str().map(|regex| (regex, Split::Regex("")))
         }
         _ => None,
@@ -193,9 +206,8 @@ fn pre_tokenizer(json: &Value) -> Result<&'static str> {
             same && kind.ignore_merges == ignore_merges
         })
     });
-    let known = known.with_context(|| {
-        format!("the tokenizer cuts text into words by {}, {INSTEAD}", json["pre_tokenizer"])
-    })?;
+    let known =
+        known.with_context(|| format!("the tokenizer cuts text into words by {}, {INSTEAD}", json["pre_tokenizer"]))?;
     Ok(known.names[0])
 }
 

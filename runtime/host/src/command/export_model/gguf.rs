@@ -41,7 +41,9 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
         *fallbacks.entry(format!("{stored:?} instead of {wanted:?}")).or_default() += 1;
     }
     for (what, count) in fallbacks {
-        said.line(format!("note      {count} matrices are stored in {what}: their rows are no whole blocks of it, as in llama.cpp"));
+        said.line(format!(
+            "note      {count} matrices are stored in {what}: their rows are no whole blocks of it, as in llama.cpp"
+        ));
     }
     // Compared as it was written, so that rounding to the file's type counts.
     let written = BaseModel::load_gguf_of(&export.directory.path().join(&file), model);
@@ -52,7 +54,10 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
         kl.is_finite(),
         "the model's answers are no finite numbers, so nothing is saved; `homeroom eval` shows its loss"
     );
-    said.line(format!("check     read back it answers with a KL divergence of {kl:.1e} nats a token from the model, in {}", kind.name()));
+    said.line(format!(
+        "check     read back it answers with a KL divergence of {kl:.1e} nats a token from the model, in {}",
+        kind.name()
+    ));
     said.field("file", file);
     said.field("kl", kl);
     said.field("dtype", kind.name());

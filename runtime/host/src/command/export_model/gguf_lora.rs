@@ -13,9 +13,9 @@ pub fn check(arguments: &Arguments) -> Result<()> {
 /// Writes the file.
 pub fn write(export: &Export<'_>) -> Result<Written> {
     let floats = export.arguments.floats()?.unwrap_or(Floats::F32);
-    let adaptation = export.adaptation.context(
-        "this is no adapter, so there is no LoRA to write; `--format gguf` writes a whole model",
-    )?;
+    let adaptation = export
+        .adaptation
+        .context("this is no adapter, so there is no LoRA to write; `--format gguf` writes a whole model")?;
     exportable_lora(export.model, adaptation)?;
     let name = name_in_file(export.output_dir, "gguf-lora");
     let file = format!("{name}-lora.gguf");

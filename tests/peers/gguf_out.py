@@ -1,0 +1,224 @@
+"""Holds the GGUF files that Homeroom writes to llama.cpp: its answers, its tokens and its quantiser.
+
+For each model of tests/fixtures/models (or those named by --model), as it is and trained by LoRA for a few steps:
+1. `--format gguf --dtype f32` in llama.cpp: logits beside ours, and whether 64 greedy tokens of llama.cpp are ours.
+2. Each other --dtype: the KL divergence of llama.cpp's answers from those of the model that was trained.
+3. The same types made by llama.cpp's own quantiser of our f32 file: the same storages and bytes.
+4. Odd texts become the same tokens.
+5. `--format gguf-lora` over the base as f32: logits beside ours, and beside those of the base alone.
+
+Run: python gguf_out.py --homeroom target/release/homeroom --examples target/release/examples [--model DIR_OR_GGUF ...] [NAME ...]
+     (llama_cpp, gguf, numpy; the examples `logits` and `token_ids` of homeroom-engine)
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+TYPES = {
+    "f16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
+    "bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
+    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q5_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q6_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+}
+GREEDY = 64
+TEXTS = [
+    "", " ", "  ", "\n", "\t\n \n", "a", " a", "a ", "Hello, world!", "  two  spaces   three", "don't I'll WE'VE it's 'tis", "1234567 3.14 1,000",
+    "x = y**2 + 3*z  # comment\n\treturn x\n", "def f(a, b=[1, 2]):\n    return {a: b}", "CamelCase snake_case HTTPServer2", "Grüße, naïve café, Ærø",
+    "日本語のテキスト。中文，한국어", "Привет, мир! Ωμέγα", "😀 👩‍👩‍👧‍👦 🏳️‍🌈", "e\u0301 ﬁ ½ ²", "a\u00a0b\u200bc\u3000d", "http://example.com/a?b=1&c=%20",
+    "<b>bold</b> &amp;", "\r\nwindows\r\n", "...!!!???---===", "tab\tand  end  ", "photosynthesis mitochondria", "<|im_start|>user\nhi<|im_end|>\n",
+]
+
+
+def tensors(path):
+    """Tensors of f32 of a safetensors file."""
+    data = Path(path).read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, np.frombuffer(data[8 + size + start : 8 + size + end], np.float32).reshape(entry["shape"])
+
+
+class Ours:
+    def __init__(self, arguments, home):
+        self.program, self.examples, self.home = arguments.homeroom.resolve(), arguments.examples.resolve(), home
+        env = {"HOMEROOM_HOME": home, "HOMEROOM_PLUGINS": self.program.parent, "HOMEROOM_PLUGIN_POLICY": "dev"}
+        self.env = os.environ | {key: str(value) for key, value in env.items()}
+
+    def run(self, *words, stdin=None):
+        ran = subprocess.run([str(word) for word in words], env=self.env, capture_output=True, text=True, input=stdin)
+        if ran.returncode:
+            raise RuntimeError(ran.stderr.strip()[-600:])
+        return ran.stdout
+
+    def export(self, model, kind, dtype=None):
+        out = self.home / f"{Path(model).name}-{kind}-{dtype}"
+        words = [self.program, "export-model", "--model-dir", model, "--format", kind, "--output-dir", out, "--json"]
+        said = json.loads(self.run(*words, *(["--dtype", dtype] if dtype else [])))
+        return out / said["file"], said
+
+    def train(self, base, strategy, options=()):
+        out = self.home / f"trained-{strategy}"
+        rows = FIXTURES / "rows/colours.jsonl"
+        words = [self.program, "fine-tune", "--model-name", base, "--training-file", rows, "--output-dir", out, "--strategy", strategy]
+        words += ["--warmup-ratio", "0", "--max-seq-len", "48", "--on-long-row", "truncate", "--learning-rate", "2e-2", "--max-steps", "3"]
+        self.run(*words, *options)
+        return out
+
+    def logits(self, model, sequences, base=None):
+        ids, out = self.home / "ids.json", self.home / "logits.safetensors"
+        ids.write_text(json.dumps(sequences))
+        self.run(self.examples / "logits", model, ids, out, *([base] if base else []))
+        found = dict(tensors(out))
+        return [found[f"logits_{n}"] for n in range(len(sequences))]
+
+    def tokens(self, model, texts):
+        lines = self.run(self.examples / "token_ids", model, stdin="".join(json.dumps(text) + "\n" for text in texts))
+        return [json.loads(line) for line in lines.splitlines()]
+
+
+class LlamaCpp:
+    def __init__(self, path, adapter=None):
+        options = dict(n_ctx=256, logits_all=True, verbose=True, n_threads=2, type_k=0, type_v=0, flash_attn=False, n_gpu_layers=0)
+        self.model = llama_cpp.Llama(str(path), lora_path=str(adapter) if adapter else None, **options)
+
+    def logits(self, ids):
+        self.model.reset()
+        self.model.eval(ids)
+        return np.array(self.model.scores[: len(ids)])
+
+    def greedy(self, prompt):
+        ids = list(prompt)
+        self.model.reset()
+        self.model.eval(ids)
+        for _ in range(GREEDY):
+            ids.append(int(np.argmax(self.model.scores[self.model.n_tokens - 1])))
+            self.model.eval(ids[-1:])
+        return ids
+
+    def tokens(self, text):
+        return self.model.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def divergence(p, q):
+    """Mean KL divergence of q from p over positions, and the largest difference of a logit."""
+    p, q = log_softmax(p), log_softmax(q)
+    return float((np.exp(p) * (p - q)).sum(-1).mean()), float(np.abs(p - q).max())
+
+
+def quantized_by_llama_cpp(source, target, kind):
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = TYPES[kind], 2
+    return llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)) == 0
+
+
+def differing(ours, theirs):
+    """Tensors of two files that are stored otherwise or hold other bytes."""
+    read = lambda path: {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    a, b = read(ours), read(theirs)
+    names = [f"{name} is in one alone" for name in a.keys() ^ b.keys()]
+    for name in a.keys() & b.keys():
+        if a[name].tensor_type != b[name].tensor_type:
+            names.append(f"{name}: {a[name].tensor_type.name}, llama.cpp {b[name].tensor_type.name}")
+        elif not np.array_equal(a[name].data, b[name].data):
+            names.append(f"{name}: bytes differ ({a[name].tensor_type.name})")
+    return sorted(names), len(a)
+
+
+def words_of(problem):
+    return str(problem).replace("\n", " ")[-260:]
+
+
+def check(ours, base, quick, prompt_length):
+    prompt = [1, *(3 + (7 * n) % 300 for n in range(prompt_length - 1))]
+    # 1, of the base as it is.
+    whole, said = ours.export(base, "gguf", "f32")
+    theirs = LlamaCpp(whole)
+    greedy = theirs.greedy(prompt)
+    [logits] = ours.logits(base, [greedy])
+    kl, apart = divergence(logits, theirs.logits(greedy))
+    same = int((logits[len(prompt) - 1 : -1].argmax(-1) == np.array(greedy[len(prompt) :])).sum())
+    print(f"  base f32: read back by us KL {said['kl']:.1e}; llama.cpp KL {kl:.1e}, a log probability {apart:.1e} apart; {same} of {GREEDY} greedy tokens", flush=True)
+    # 4
+    wrong = [text for text, ids in zip(TEXTS, ours.tokens(base, TEXTS)) if theirs.tokens(text) != ids]
+    print(f"  tokens: {len(TEXTS) - len(wrong)} of {len(TEXTS)} texts alike {wrong[:4] or ''}")
+    del theirs
+    # 1 and 2, of what was trained.
+    adapter = ours.train(base, "lora", ["--r", "3"])
+    merged, said = ours.export(adapter, "gguf", "f32")
+    [trained] = ours.logits(adapter, [greedy])
+    kl, apart = divergence(trained, LlamaCpp(merged).logits(greedy))
+    moved, _ = divergence(trained, logits)
+    print(f"  trained f32: KL {kl:.1e}, {apart:.1e} apart (training moved it by KL {moved:.1e})")
+    for kind in ["q8_0"] if quick else TYPES:
+        try:
+            path, said = ours.export(adapter, "gguf", kind)
+            kl, _ = divergence(trained, LlamaCpp(path).logits(greedy))
+            other = ours.home / f"theirs-{kind}.gguf"
+            if quantized_by_llama_cpp(merged, other, kind):
+                wrong, count = differing(path, other)
+                beside = f"{count - len(wrong)} of {count} tensors as llama.cpp's quantiser makes them {wrong[:3] or ''}"
+            else:
+                beside = "llama.cpp's quantiser refuses this shape"
+            other.unlink(missing_ok=True)
+            print(f"  {kind}: KL in llama.cpp {kl:.1e}, read back {said['kl']:.1e}; {beside}", flush=True)
+            path.unlink()
+        except Exception as problem:
+            print(f"  {kind}: {words_of(problem)}")
+    # 5
+    try:
+        lora, _ = ours.export(adapter, "gguf-lora")
+        over = LlamaCpp(whole, lora).logits(greedy)
+        kl, apart = divergence(trained, over)
+        print(f"  gguf-lora over f32: KL {kl:.1e}, {apart:.1e} apart; the base alone is KL {moved:.1e} away")
+    except Exception as problem:
+        print(f"  gguf-lora: {words_of(problem)}")
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--homeroom", required=True, type=Path)
+parser.add_argument("--examples", required=True, type=Path)
+parser.add_argument("--model", type=Path, action="append", default=[])
+parser.add_argument("--quick", action="store_true", help="of the types q8_0 alone")
+parser.add_argument("names", nargs="*")
+arguments = parser.parse_args()
+# Kept, as llama.cpp calls it for as long as it runs.
+SILENT = llama_cpp.llama_log_callback(lambda *_: None)
+llama_cpp.llama_log_set(SILENT, None)
+bases = list(arguments.model)
+if not bases:
+    for directory in sorted((FIXTURES / "models").iterdir()):
+        if not arguments.names or directory.name in arguments.names:
+            bases += [directory] if any(directory.glob("model*.safetensors")) else []
+            bases += [file for file in sorted(directory.glob("*.gguf")) if "-of-" not in file.name]
+failed = 0
+for base in bases:
+    print(f"{base.parent.name}/{base.name}", flush=True)
+    with tempfile.TemporaryDirectory() as home:
+        try:
+            check(Ours(arguments, Path(home)), base.resolve(), arguments.quick, 27)
+        except Exception as problem:
+            failed += 1
+            print(f"  {words_of(problem)}", flush=True)
+sys.exit(failed > 0)

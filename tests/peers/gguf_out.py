@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -67,13 +68,14 @@ class Ours:
         return ran.stdout
 
     def export(self, model, kind, dtype=None):
-        out = self.home / f"{Path(model).name}-{kind}-{dtype}"
+        out = self.home / f"exported-{len(list(self.home.iterdir()))}-{kind}-{dtype}"
         words = [self.program, "export-model", "--model-dir", model, "--format", kind, "--output-dir", out, "--json"]
         said = json.loads(self.run(*words, *(["--dtype", dtype] if dtype else [])))
         return out / said["file"], said
 
     def train(self, base, strategy, options=()):
         out = self.home / f"trained-{strategy}"
+        shutil.rmtree(out, ignore_errors=True)
         rows = FIXTURES / "rows/colours.jsonl"
         words = [self.program, "fine-tune", "--model-name", base, "--training-file", rows, "--output-dir", out, "--strategy", strategy]
         words += ["--warmup-ratio", "0", "--max-seq-len", "48", "--on-long-row", "truncate", "--learning-rate", "2e-2", "--max-steps", "3"]
@@ -196,6 +198,24 @@ def check(ours, base, quick, prompt_length):
         print(f"  gguf-lora: {words_of(problem)}")
 
 
+def without(directory, copy):
+    """A copy of a model without what llama.cpp leaves out of account or computes otherwise: windows of Mistral and Phi, and by what a Gemma
+    scales its scores where that is not the width of its heads; None where it has none."""
+    config = json.loads((directory / "config.json").read_text())
+    changed = {"sliding_window": None} if config["model_type"] in ("mistral", "phi3") else {}
+    part = config.get("text_config", config)
+    if "query_pre_attn_scalar" in part:
+        changed["query_pre_attn_scalar"] = part["head_dim"]
+    if all(part.get(key) == value for key, value in changed.items()):
+        return None
+    copy.mkdir()
+    for file in directory.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    part.update(changed)
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy, changed
+
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--homeroom", required=True, type=Path)
 parser.add_argument("--examples", required=True, type=Path)
@@ -215,10 +235,14 @@ if not bases:
 failed = 0
 for base in bases:
     print(f"{base.parent.name}/{base.name}", flush=True)
-    with tempfile.TemporaryDirectory() as home:
-        try:
-            check(Ours(arguments, Path(home)), base.resolve(), arguments.quick, 27)
-        except Exception as problem:
-            failed += 1
-            print(f"  {words_of(problem)}", flush=True)
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as other:
+        other = without(base, Path(other) / "model") if (base / "config.json").exists() else None
+        for model, changed in [(base, None), *([other] if other else [])]:
+            if changed:
+                print(f"{base.parent.name}/{base.name} with {changed}", flush=True)
+            try:
+                check(Ours(arguments, Path(home)), model.resolve(), arguments.quick, 27)
+            except Exception as problem:
+                failed += 1
+                print(f"  {words_of(problem)}", flush=True)
 sys.exit(failed > 0)

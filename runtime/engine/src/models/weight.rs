@@ -363,6 +363,11 @@ impl Weight {
         self.row_squares.get_or_init(|| squares)
     }
 
+    /// Whether it is stored by a codec, ours or one of a plugin.
+    pub fn is_encoded(&self) -> bool {
+        matches!(self.storage, Storage::Coded | Storage::Native)
+    }
+
     /// Its codec, indices and scales, if it is stored by a codec.
     pub(crate) fn encoding(&self) -> Option<(&Codec, &[u8], Scales<'_>)> {
         match &self.bytes {

@@ -28,6 +28,8 @@ pub struct Plan {
     sources: Vec<Source>,
     /// Matrices whose rows are no whole blocks of what they would be stored in.
     pub fallbacks: Vec<Fallback>,
+    /// What llama.cpp makes otherwise of the file, each a sentence.
+    pub notes: Vec<String>,
 }
 
 /// Where the values of a tensor come from.
@@ -53,7 +55,7 @@ impl Plan {
             Some(gguf) => (kept(gguf), divisors_of(gguf, architecture)?),
             None => {
                 let (mut keys, divisors) = keys_of(architecture)?;
-                keys.insert(1, ("general.name".to_owned(), Value::String(name.to_owned())));
+                keys.insert(1, ("general.name".to_owned(), Value::String(named(name, merged))));
                 (keys, divisors)
             }
         };
@@ -75,7 +77,8 @@ impl Plan {
         let family = architecture.family()?.in_gguf;
         let seventy = architecture.layers.len() == 80 && (family == "qwen2" || family == "llama" && shared);
         let fallbacks = types::choose(kind, &mut tensors, architecture.layers.len(), seventy);
-        Ok(Self { metadata, tensors, sources, fallbacks })
+        let notes = notes(architecture, family);
+        Ok(Self { metadata, tensors, sources, fallbacks, notes })
     }
 
     /// Bytes of the file.
@@ -145,6 +148,30 @@ impl Plan {
             }
         }
         writer.finish().with_context(cannot)
+    }
+}
+
+/// What llama.cpp leaves out of account of a file.
+fn notes(architecture: &Architecture, family: &str) -> Vec<String> {
+    let window = architecture.layers.iter().find_map(|layer| layer.attention().window);
+    let left_out = window.filter(|_| family == "llama" || family == "phi3");
+    let note = |window| {
+        format!("llama.cpp leaves the window of {window} tokens out of this family: its answers to longer texts differ")
+    };
+    left_out.map(note).into_iter().collect()
+}
+
+/// What a model is called in its file. By the name llama.cpp knows Phi-3, whose tokenizer drops spaces behind control tokens; of other
+/// tokenizers it misses these tokens then, and loads nothing.
+fn named(name: &str, merged: &Merged<'_>) -> String {
+    let tokenizer = &merged.base().tokenizer;
+    let phi3 = ["</s>", "<unk>", "<s>", "<|endoftext|>"].into_iter().all(|token| tokenizer.id(token).is_some())
+        && merged.architecture().model_type == "phi3";
+    let lower = name.to_lowercase();
+    match (phi3, lower.contains("phi-3") || lower.contains("phi3")) {
+        (true, false) => format!("{name} (Phi-3)"),
+        (false, true) => lower.replace("phi-3", "phi 3").replace("phi3", "phi 3"),
+        _ => name.to_owned(),
     }
 }
 

@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, ensure};
-use homeroom_engine::export::divergence;
+use anyhow::{Context, Result};
 use homeroom_engine::export::gguf::{FileType, Plan};
 use homeroom_engine::models::BaseModel;
-use homeroom_engine::run::plain::recipe::Pass;
 
-use super::{Arguments, Export, Written, name_in_file, probes};
+use super::compare::{compare, tell};
+use super::{Arguments, Export, Written, name_in_file};
 
 /// A type that is taken where none is named: what it rounds away is not to be seen, and the file is half as large as in 16 bits.
 const USUAL: FileType = FileType::Q8_0;
@@ -45,21 +44,20 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
             "note      {count} matrices are stored in {what}: their rows are no whole blocks of it, as in llama.cpp"
         ));
     }
+    for note in &plan.notes {
+        said.line(format!("note      {note}"));
+    }
     // Compared as it was written, so that rounding to the file's type counts.
     let written = BaseModel::load_gguf_of(&export.directory.path().join(&file), model);
-    let written = written.context("the export cannot be read back")?;
-    let trained = Pass::evaluation(model, export.adaptation);
-    let kl = divergence(&trained, &Pass::evaluation(&written, None), &probes(model)?)?;
-    ensure!(
-        kl.is_finite(),
-        "the model's answers are no finite numbers, so nothing is saved; `homeroom eval` shows its loss"
-    );
-    said.line(format!(
-        "check     read back it answers with a KL divergence of {kl:.1e} nats a token from the model, in {}",
-        kind.name()
-    ));
+    let found = compare(export, (&written.context("the export cannot be read back")?, None))?;
+    let keeps = match kind {
+        FileType::F32 => None,
+        FileType::F16 | FileType::Bf16 => Some("`--dtype f32` keeps"),
+        FileType::Q8_0 => Some("`--dtype f16` and `--dtype f32` keep"),
+        _ => Some("`--dtype q8_0` and larger ones keep"),
+    };
+    tell(export, &found, kind.name(), keeps, &mut said);
     said.field("file", file);
-    said.field("kl", kl);
     said.field("dtype", kind.name());
     Ok(said)
 }

@@ -5,7 +5,8 @@ For each model of tests/fixtures/models (or those named by --model), as it is an
 2. Each other --dtype: the KL divergence of llama.cpp's answers from those of the model that was trained.
 3. The same types made by llama.cpp's own quantiser of our f32 file: the same storages and bytes.
 4. Odd texts become the same tokens.
-5. `--format gguf-lora` over the base as f32: logits beside ours, and beside those of the base alone.
+5. A model with each kind of tokenizer that is known: the same tokens of some hundred texts.
+6. `--format gguf-lora` over the base as f32, and over the very file that was trained on: logits beside ours, and beside the base alone.
 
 Run: python gguf_out.py --homeroom target/release/homeroom --examples target/release/examples [--model DIR_OR_GGUF ...] [NAME ...]
      (llama_cpp, gguf, numpy; the examples `logits` and `token_ids` of homeroom-engine)
@@ -154,6 +155,10 @@ def words_of(problem):
 
 def check(ours, base, quick, prompt_length):
     prompt = [1, *(3 + (7 * n) % 300 for n in range(prompt_length - 1))]
+    [question] = ours.tokens(base, ["Question: Why is the sky blue, and why is it red in the evening?\nAnswer:"])
+    if len(question) < 30:
+        # It knows words.
+        prompt = question
     # 1, of the base as it is.
     whole, said = ours.export(base, "gguf", "f32")
     theirs = LlamaCpp(whole)
@@ -188,14 +193,98 @@ def check(ours, base, quick, prompt_length):
             path.unlink()
         except Exception as problem:
             print(f"  {kind}: {words_of(problem)}")
-    # 5
+    # 6
     try:
         lora, _ = ours.export(adapter, "gguf-lora")
         over = LlamaCpp(whole, lora).logits(greedy)
         kl, apart = divergence(trained, over)
         print(f"  gguf-lora over f32: KL {kl:.1e}, {apart:.1e} apart; the base alone is KL {moved:.1e} away")
+        if base.is_file():
+            kl, apart = divergence(trained, LlamaCpp(base, lora).logits(greedy))
+            alone, _ = divergence(logits, LlamaCpp(base).logits(greedy))
+            print(f"  gguf-lora over the very base: KL {kl:.1e}, {apart:.1e} apart; llama.cpp's own base is KL {alone:.1e} from ours")
     except Exception as problem:
         print(f"  gguf-lora: {words_of(problem)}")
+
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# What cuts a text into words, and whether words that are pieces are taken whole: GPT-2, SmolLM, Qwen2, Llama 3, Phi-4, Mistral Nemo, Phi-4-mini.
+WORDS = {
+    "gpt-2": (None, False),
+    "smollm": ("digits", False),
+    "qwen2": (LLAMA3.replace("{1,3}", ""), False),
+    "llama-bpe": (LLAMA3, True),
+    "dbrx": (LLAMA3, False),
+    "tekken": (CASED % ("", "") + r"\p{N}" + REST, True),
+    "gpt-4o": (CASED % (SHORT, SHORT) + r"\p{N}{1,3}" + REST, False),
+}
+
+
+def byte_level(words, ignore_merges):
+    """tokenizer.json of tests/fixtures/tokenizers/byte_level with other words."""
+    json_file = json.loads((FIXTURES / "tokenizers/byte_level/tokenizer.json").read_text())
+    bytes_of = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words in (None, "digits")}
+    steps = [bytes_of]
+    if words == "digits":
+        steps = [{"type": "Digits", "individual_digits": True}, bytes_of]
+    elif words:
+        steps = [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}, bytes_of]
+    json_file["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    json_file["model"]["ignore_merges"] = ignore_merges
+    json_file["post_processor"] = json_file["normalizer"] = None
+    return json_file, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
+
+def sentencepiece(prefix):
+    """tokenizer.json of tests/fixtures/tokenizers/sentencepiece.gguf, as transformers makes Llama 2's."""
+    fields = gguf.GGUFReader(FIXTURES / "tokenizers/sentencepiece.gguf").fields
+    tokens, scores, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "scores", "token_type"))
+    vocab = {token: id for id, token in enumerate(tokens)}
+    made = {token for token, kind in zip(tokens, types) if kind not in (2, 3, 6)}
+    merges = []
+    for token in made:
+        pairs = [(token[:n], token[n:]) for n in range(1, len(token)) if token[:n] in made and token[n:] in made]
+        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += [(scores[vocab[token]], pair) for pair in pairs]
+    merges.sort(key=lambda merge: (-merge[0], -len(merge[1][0]), -len(merge[1][1])))
+    steps = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    added = [dict(id=id, content=token, special=types[id] != 4, **flags) for id, token in enumerate(tokens) if types[id] in (2, 3, 4)]
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    model = dict(type="BPE", dropout=None, unk_token="<unk>", continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True, byte_fallback=True)
+    model |= dict(ignore_merges=False, vocab=vocab, merges=[" ".join(pair) for _, pair in merges])
+    json_file = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer={"type": "Sequence", "normalizers": steps})
+    json_file |= dict(pre_tokenizer=None, post_processor=None, decoder={"type": "Sequence", "decoders": decoders}, model=model)
+    return json_file, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def check_tokenizer(ours, name, tokenizer, named):
+    """A model of random numbers with a tokenizer, whose texts are tokens in llama.cpp as here."""
+    directory, source = ours.home / "model", FIXTURES / "models/llama"
+    directory.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["vocab_size"] = max(*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])) + 4
+    header, blobs, at = {}, [], 0
+    for tensor, values in tensors(source / "model.safetensors"):
+        if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
+            values = np.random.default_rng(5).standard_normal((config["vocab_size"], values.shape[1]), dtype=np.float32)
+        header[tensor] = dict(dtype="F32", shape=list(values.shape), data_offsets=[at, at + values.nbytes])
+        blobs.append(values.tobytes())
+        at += values.nbytes
+    text = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(blobs))
+    for file, content in {"config.json": config, "tokenizer.json": tokenizer, "tokenizer_config.json": named}.items():
+        (directory / file).write_text(json.dumps(content))
+    path, _ = ours.export(directory, "gguf", "f32")
+    theirs = LlamaCpp(path)
+    texts = TEXTS + json.loads((FIXTURES / "tokenizers/expected.json").read_text())["rows"]
+    wrong = [text for text, ids in zip(texts, ours.tokens(directory, texts)) if theirs.tokens(text) != ids]
+    said = gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents()
+    print(f"tokenizer {name}, written as {said}: {len(texts) - len(wrong)} of {len(texts)} texts alike {wrong[:6] or ''}", flush=True)
 
 
 def without(directory, copy):
@@ -233,6 +322,16 @@ if not bases:
             bases += [directory] if any(directory.glob("model*.safetensors")) else []
             bases += [file for file in sorted(directory.glob("*.gguf")) if "-of-" not in file.name]
 failed = 0
+if not arguments.names and not arguments.model or arguments.names == ["tokenizers"]:
+    kinds = {name: byte_level(*words) for name, words in WORDS.items()}
+    kinds |= {"SentencePiece": sentencepiece(True), "SentencePiece without a space before": sentencepiece(False)}
+    for name, (tokenizer, named) in kinds.items():
+        with tempfile.TemporaryDirectory() as home:
+            try:
+                check_tokenizer(Ours(arguments, Path(home)), name, tokenizer, named)
+            except Exception as problem:
+                failed += 1
+                print(f"tokenizer {name}: {words_of(problem)}", flush=True)
 for base in bases:
     print(f"{base.parent.name}/{base.name}", flush=True)
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as other:

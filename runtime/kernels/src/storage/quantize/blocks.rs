@@ -5,7 +5,7 @@ use half::f16;
 /// d: f16, q: 32 signed bytes. d = ‖x‖∞ / 127
 #[inline(always)]
 pub(super) fn q8_0(x: &[f32; 32], b: &mut [u8; 34]) {
-    let d = f32::from_bits(magnitude(x)) / 127.0;
+    let d = magnitude(x) / 127.0;
     let inverse = inverse(d);
     b[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
     for (q, x) in b[2..].iter_mut().zip(x) {
@@ -60,31 +60,46 @@ pub(super) fn q5_1(x: &[f32; 32], b: &mut [u8; 24]) {
     nibbles(&q, &mut b[8..]);
 }
 
-/// The bits of the largest magnitude. Those of floats are ordered as their bits are.
+/// The largest magnitude. Those of floats are ordered as their bits are, and integers take any order of comparisons.
 #[inline(always)]
-fn magnitude(x: &[f32; 32]) -> u32 {
-    x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7FFF_FFFF))
+fn magnitude(x: &[f32; 32]) -> f32 {
+    f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7FFF_FFFF)))
+}
+
+/// The least and the largest value, of which zeros have any sign.
+#[inline(always)]
+fn ends(x: &[f32; 32]) -> (f32, f32) {
+    // As integers that are ordered as the values are.
+    let key = |bits: i32| bits ^ (bits >> 31 & 0x7FFF_FFFF);
+    let (mut least, mut most) = (i32::MAX, i32::MIN);
+    for x in x {
+        let x = key(x.to_bits() as i32);
+        (least, most) = (least.min(x), most.max(x));
+    }
+    (f32::from_bits(key(least) as u32), f32::from_bits(key(most) as u32))
 }
 
 /// The first value of the largest magnitude, with its sign.
 #[inline(always)]
 fn extreme(x: &[f32; 32]) -> f32 {
-    let magnitude = magnitude(x);
-    if magnitude == 0 {
-        return 0.0;
+    let (least, most) = ends(x);
+    if most > -least {
+        most
+    } else if most < -least {
+        least
+    } else if most == 0.0 {
+        0.0
+    } else {
+        x.iter().copied().find(|x| x.abs() == most).unwrap_or(most)
     }
-    x.iter().copied().find(|x| x.to_bits() & 0x7FFF_FFFF == magnitude).unwrap_or(0.0)
 }
 
 /// The least and the largest value; of zeros the first, whatever its sign.
 #[inline(always)]
 fn range(x: &[f32; 32]) -> (f32, f32) {
-    let (mut least, mut most) = (f32::MAX, -f32::MAX);
-    for x in x {
-        least = if *x < least { *x } else { least };
-        most = if *x > most { *x } else { most };
-    }
-    (least, most)
+    let first = |end: f32| if end == 0.0 { x.iter().copied().find(|x| *x == 0.0).unwrap_or(end) } else { end };
+    let (least, most) = ends(x);
+    (first(least), first(most))
 }
 
 #[inline(always)]

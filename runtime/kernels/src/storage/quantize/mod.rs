@@ -122,7 +122,11 @@ per_isa! {
             Storage::Q4K => super_blocks::q4_k(values, bytes),
             Storage::Q5K => super_blocks::q5_k(values, bytes),
             Storage::Q6K => each(values, bytes, super_blocks::q6_k),
-            Storage::BF16 => each(values, bytes, |[value], bytes| *bytes = bf16::of(*value).to_le_bytes()),
+            Storage::BF16 => {
+                for (value, bytes) in values.iter().zip(bytes.as_chunks_mut().0) {
+                    *bytes = bf16::of(*value).to_le_bytes();
+                }
+            }
             Storage::F32 | Storage::F16 => unreachable!("`encode_row` writes them"),
             Storage::Coded | Storage::Native => unreachable!("`encode_row` saw that it has rows of a fixed size"),
         }

@@ -103,6 +103,13 @@ fn what_a_gguf_file_cannot_say_is_refused_by_name() -> Result<()> {
         let error = format!("{error:#}");
         assert!(error.contains(words) && error.contains("export `merged`"), "{name}: {error}");
     }
+    // llama.cpp has no place for the head of a Gemma 2, and for those of others it has.
+    for (name, has) in [("gemma2/model.gguf", false), ("gemma3/model.gguf", true)] {
+        let model = model(name)?;
+        let adaptation = shaken("lora", &json!({"r": 3, "target_modules": ["embed_tokens"]}), &model)?;
+        let saved = export(&place, &model, Some(&adaptation), FileType::F32);
+        assert_eq!(saved.is_ok(), has, "{name}");
+    }
     Ok(())
 }
 

@@ -3,7 +3,8 @@
 For each model of tests/fixtures/models (or those named by --model), as it is and trained by LoRA for a few steps:
 1. `--format gguf --dtype f32` in llama.cpp: logits beside ours, and whether 64 greedy tokens of llama.cpp are ours.
 2. Each other --dtype: the KL divergence of llama.cpp's answers from those of the model that was trained.
-3. The same types made by llama.cpp's own quantiser of our f32 file: the same storages and bytes.
+3. The same types made by llama.cpp's own quantiser of our f32 file: the same storages and bytes; also of random models whose rows are
+   whole blocks, as deep as a 70B.
 4. Odd texts become the same tokens.
 5. A model with each kind of tokenizer that is known: the same tokens of some hundred texts.
 6. `--format gguf-lora` over the base as f32, and over the very file that was trained on: logits beside ours, and beside the base alone.
@@ -21,6 +22,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -172,7 +175,7 @@ def check(ours, base, quick, prompt_length):
     print(f"  tokens: {len(TEXTS) - len(wrong)} of {len(TEXTS)} texts alike {wrong[:4] or ''}")
     del theirs
     # 1 and 2, of what was trained.
-    adapter = ours.train(base, "lora", ["--r", "3"])
+    adapter = ours.train(base, "lora", ["--lora-r", "3"])
     merged, said = ours.export(adapter, "gguf", "f32")
     [trained] = ours.logits(adapter, [greedy])
     kl, apart = divergence(trained, LlamaCpp(merged).logits(greedy))
@@ -194,17 +197,28 @@ def check(ours, base, quick, prompt_length):
         except Exception as problem:
             print(f"  {kind}: {words_of(problem)}")
     # 6
-    try:
-        lora, _ = ours.export(adapter, "gguf-lora")
-        over = LlamaCpp(whole, lora).logits(greedy)
-        kl, apart = divergence(trained, over)
-        print(f"  gguf-lora over f32: KL {kl:.1e}, {apart:.1e} apart; the base alone is KL {moved:.1e} away")
-        if base.is_file():
-            kl, apart = divergence(trained, LlamaCpp(base, lora).logits(greedy))
-            alone, _ = divergence(logits, LlamaCpp(base).logits(greedy))
-            print(f"  gguf-lora over the very base: KL {kl:.1e}, {apart:.1e} apart; llama.cpp's own base is KL {alone:.1e} from ours")
-    except Exception as problem:
-        print(f"  gguf-lora: {words_of(problem)}")
+    patterns = ["use_rslora=true", 'rank_pattern={"o_proj": 2}', 'alpha_pattern={"down_proj": 5}']
+    for words, options in [("", None), (", rsLoRA and patterns", patterns), (", embedding and head", ["target_modules=[\"embed_tokens\", \"lm_head\", \"q_proj\"]"])]:
+        try:
+            if options:
+                settings = [word for option in options for word in ("--set-option", option)]
+                adapter = ours.train(base, "lora", ["--lora-r", "4", *settings])
+                [trained] = ours.logits(adapter, [greedy])
+                moved, _ = divergence(trained, logits)
+            if "embedding" in words:
+                # A head that was the embedding is a matrix of its own now.
+                kl, apart = divergence(trained, LlamaCpp(ours.export(adapter, "gguf", "f32")[0]).logits(greedy))
+                print(f"  trained f32{words}: KL {kl:.1e}, {apart:.1e} apart", flush=True)
+            lora, _ = ours.export(adapter, "gguf-lora")
+            over = LlamaCpp(whole, lora).logits(greedy)
+            kl, apart = divergence(trained, over)
+            print(f"  gguf-lora over f32{words}: KL {kl:.1e}, {apart:.1e} apart; the base alone is KL {moved:.1e} away")
+            if base.is_file():
+                kl, apart = divergence(trained, LlamaCpp(base, lora).logits(greedy))
+                alone, _ = divergence(logits, LlamaCpp(base).logits(greedy))
+                print(f"  gguf-lora over the very base{words}: KL {kl:.1e}, {apart:.1e} apart; llama.cpp's own base is KL {alone:.1e} from ours", flush=True)
+        except Exception as problem:
+            print(f"  gguf-lora{words}: {words_of(problem)}", flush=True)
 
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -287,6 +301,53 @@ def check_tokenizer(ours, name, tokenizer, named):
     print(f"tokenizer {name}, written as {said}: {len(texts) - len(wrong)} of {len(texts)} texts alike {wrong[:6] or ''}", flush=True)
 
 
+def check_mix(ours, source, layers, tied):
+    """A model of random numbers whose rows are whole blocks of 256: all types as llama.cpp's quantiser makes them."""
+    directory, random = ours.home / "model", np.random.default_rng(9)
+    shutil.copytree(source, directory)
+    config = json.loads((directory / "config.json").read_text())
+    hidden, inner, heads, kv_heads, head_dim = 256, 512, 8, 2, 32
+    config |= dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    config |= dict(head_dim=head_dim, tie_word_embeddings=tied)
+    config["layer_types"] = None
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not tied:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    q, kv = heads * head_dim, kv_heads * head_dim
+    split = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+    attention = {"qkv_proj": (q + 2 * kv, hidden)} if config["model_type"] == "phi3" else split
+    mlp = {"gate_up_proj": (2 * inner, hidden)} if config["model_type"] == "phi3" else {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
+    for layer in range(layers):
+        place = f"model.layers.{layer}."
+        shapes |= {f"{place}self_attn.{name}.weight": shape for name, shape in {**attention, "o_proj": (hidden, q)}.items()}
+        if config["model_type"] == "qwen2":
+            shapes |= {f"{place}self_attn.{name}.bias": shape[:1] for name, shape in split.items()}
+        shapes |= {f"{place}mlp.{name}.weight": shape for name, shape in {**mlp, "down_proj": (hidden, inner)}.items()}
+        shapes |= {f"{place}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        header[name] = dict(dtype="F32", shape=list(shape), data_offsets=[at, at + 4 * int(np.prod(shape))])
+        at += 4 * int(np.prod(shape))
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            file.write((random.standard_normal(shape, dtype=np.float32) * np.float32(0.05) + ("norm" in name)).astype(np.float32).tobytes())
+    whole, _ = ours.export(directory, "gguf", "f32")
+    print(f"{layers} layers of {config['model_type']}{', tied' if tied else ''}, {at >> 20} MiB", flush=True)
+    for kind in TYPES:
+        path, _ = ours.export(directory, "gguf", kind)
+        other = ours.home / f"theirs-{kind}.gguf"
+        start = time.perf_counter()
+        assert quantized_by_llama_cpp(whole, other, kind)
+        seconds = time.perf_counter() - start
+        wrong, count = differing(path, other)
+        stored = Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
+        print(f"  {kind}: {count - len(wrong)} of {count} tensors as llama.cpp's quantiser makes them {wrong[:3] or ''} ({dict(stored)}; theirs took {seconds:.1f} s)", flush=True)
+        path.unlink(), other.unlink()
+
+
 def without(directory, copy):
     """A copy of a model without what llama.cpp leaves out of account or computes otherwise: windows of Mistral and Phi, and by what a Gemma
     scales its scores where that is not the width of its heads; None where it has none."""
@@ -332,6 +393,11 @@ if not arguments.names and not arguments.model or arguments.names == ["tokenizer
             except Exception as problem:
                 failed += 1
                 print(f"tokenizer {name}: {words_of(problem)}", flush=True)
+MIXES = [("llama", 80, False), ("qwen2", 80, False), ("phi3", 10, False), ("llama", 13, True)]
+if not arguments.names and not arguments.model or arguments.names == ["mixes"]:
+    for name, layers, tied in MIXES:
+        with tempfile.TemporaryDirectory() as home:
+            check_mix(Ours(arguments, Path(home)), FIXTURES / "models" / name, layers, tied)
 for base in bases:
     print(f"{base.parent.name}/{base.name}", flush=True)
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as other:

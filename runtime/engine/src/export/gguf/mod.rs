@@ -50,6 +50,11 @@ impl Plan {
     pub fn new(merged: &Merged<'_>, kind: FileType, name: &str) -> Result<Self> {
         let base = merged.base();
         let architecture = merged.architecture();
+        let family = architecture.family()?.in_gguf;
+        ensure!(
+            architecture.tie_word_embeddings || family != "gemma2",
+            "its head is no longer its embedding, and llama.cpp takes that for the head of every {family} model; export `merged`"
+        );
         let of_gguf = base.path.is_file().then(|| Gguf::open(&base.path)).transpose()?;
         let (mut metadata, divisors) = match &of_gguf {
             Some(gguf) => (kept(gguf), divisors_of(gguf, architecture)?),
@@ -74,7 +79,6 @@ impl Plan {
         modules(merged, &mut tensors, &mut sources)?;
         // What llama.cpp calls so: it tells models by their number of layers, and this one by its shared heads besides.
         let shared = architecture.layers.iter().any(|layer| layer.attention().heads != layer.attention().kv_heads);
-        let family = architecture.family()?.in_gguf;
         let seventy = architecture.layers.len() == 80 && (family == "qwen2" || family == "llama" && shared);
         let fallbacks = types::choose(kind, &mut tensors, architecture.layers.len(), seventy);
         let notes = notes(architecture, family);

@@ -220,3 +220,70 @@ fn begins_with_space(json: &Value) -> bool {
     steps(&json["normalizer"], "normalizers").iter().any(prepends)
         || steps(&json["pre_tokenizer"], "pretokenizers").iter().any(scheme)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+
+    use super::*;
+    use crate::files::gguf::{Gguf, Writer};
+
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
+    }
+
+    /// The tokenizer that a file with these keys has.
+    fn read_again(tokenizer: &Tokenizer, embeddings: usize) -> Result<Tokenizer> {
+        let place = tempfile::tempdir()?;
+        let path = place.path().join("tokenizer.gguf");
+        Writer::start(File::create(&path)?, &tokenizer.gguf_keys(embeddings)?, &[])?.finish()?;
+        Tokenizer::from_gguf(&Gguf::open(&path)?)
+    }
+
+    fn rows() -> Result<Vec<String>> {
+        let expected: Value = serde_json::from_slice(&std::fs::read(fixture("tokenizers/expected.json"))?)?;
+        Ok(serde_json::from_value(expected["rows"].clone())?)
+    }
+
+    #[test]
+    fn what_is_written_is_read_as_the_same_tokenizer() -> Result<()> {
+        let of_gguf = |name: &str| Tokenizer::from_gguf(&Gguf::open(&fixture(name))?);
+        for tokenizer in [
+            Tokenizer::from_dir(&fixture("tokenizers/byte_level"))?,
+            Tokenizer::from_dir(&fixture("models/llama"))?,
+            of_gguf("tokenizers/byte_level.gguf")?,
+            of_gguf("tokenizers/sentencepiece.gguf")?,
+        ] {
+            let size = tokenizer.vocab_size();
+            let again = read_again(&tokenizer, size + 3)?;
+            for row in rows()? {
+                for special in [false, true] {
+                    assert_eq!(again.encode(&row, special)?, tokenizer.encode(&row, special)?, "{row:?}");
+                }
+                assert_eq!(again.encode_as_text(&row).ok(), tokenizer.encode_as_text(&row).ok(), "{row:?}");
+            }
+            let named = |t: &Tokenizer| (t.bos_id, t.eos_ids.clone(), t.pad_id, t.add_bos, t.template_digest());
+            assert_eq!(named(&again), named(&tokenizer));
+            assert_eq!(again.token(size as u32 + 2).as_deref(), Some(format!("[PAD{}]", size + 2).as_str()));
+        }
+        Ok(())
+    }
+
+    /// A name that is nearly right would have llama.cpp read other tokens than the model knows.
+    #[test]
+    fn a_tokenizer_that_llama_cpp_does_not_know_is_refused_by_what_is_unlike() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let from = fixture("tokenizers/byte_level");
+        let mut json: Value = serde_json::from_slice(&std::fs::read(from.join("tokenizer.json"))?)?;
+        json["pre_tokenizer"] = serde_json::json!({"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "\\p{N}{1,2}"}, "behavior": "Isolated", "invert": false},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        ]});
+        std::fs::write(place.path().join("tokenizer.json"), json.to_string())?;
+        let refused = Tokenizer::from_dir(place.path())?.gguf_keys(700).expect_err("it has no name");
+        let refused = refused.to_string();
+        assert!(refused.contains("N}{1,2}") && refused.contains("export `merged`"), "{refused}");
+        Ok(())
+    }
+}

@@ -36,7 +36,7 @@ pub struct Arguments {
     /// Directory for the export [default: the model's name with the format's behind it, as in NAME-merged, in the working directory]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Number format of the written weights [default: the base's, f32 where it is quantised]
+    /// Number format of the written weights [default: the base's, f32 where it is quantised; of a GGUF file q8_0]
     ///
     /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on
     /// the rows of `--file`, else on a few questions of general knowledge; on rows like those of the training it is larger.
@@ -86,11 +86,11 @@ const DTYPES: [Word; 11] = [
     ("f32", "32 bits; nothing is lost"),
     ("f16", "16 bits, 11 of them of precision"),
     ("bf16", "16 bits, 8 of them of precision"),
-    ("q8_0", "GGUF: 8 bits and a scale for 32 values; what is rounded away is hardly to be seen"),
-    ("q6_k", "GGUF: 6 bits"),
-    ("q5_k_m", "GGUF: 5 bits, 6 where it matters"),
-    ("q4_k_m", "GGUF: 4 bits, 6 where it matters"),
-    ("q4_0", "GGUF: 4 bits, in a format that old programs read"),
+    ("q8_0", "GGUF files only: 8 bits and a scale for 32 values; answers hardly change"),
+    ("q6_k", "GGUF files only: 6 bits, with scales"),
+    ("q5_k_m", "GGUF files only: 5 bits, and 6 in the matrices that matter most"),
+    ("q4_k_m", "GGUF files only: 4 bits, and 6 in the matrices that matter most"),
+    ("q4_0", "GGUF files only: 4 bits, the coarsest"),
     ("float32", ""),
     ("float16", ""),
     ("bfloat16", ""),

@@ -81,7 +81,15 @@ impl Plan {
         let shared = architecture.layers.iter().any(|layer| layer.attention().heads != layer.attention().kv_heads);
         let seventy = architecture.layers.len() == 80 && (family == "qwen2" || family == "llama" && shared);
         let fallbacks = types::choose(kind, &mut tensors, architecture.layers.len(), seventy);
-        let notes = notes(architecture, family);
+        let mut notes = notes(architecture, family);
+        let again = sources.iter().zip(&tensors).filter(|(source, tensor)| is_rounded_again(merged, source, tensor));
+        let again = again.count();
+        if again > 0 {
+            notes.push(format!(
+                "{again} matrices that the base stores as {} are rounded a second time: a file of the unquantised base is nearer",
+                base.storage_words()
+            ));
+        }
         Ok(Self { metadata, tensors, sources, fallbacks, notes })
     }
 
@@ -153,6 +161,14 @@ impl Plan {
         }
         writer.finish().with_context(cannot)
     }
+}
+
+/// Whether a weight that was quantised already is to other blocks.
+fn is_rounded_again(merged: &Merged<'_>, source: &Source, tensor: &NewTensor) -> bool {
+    let Source::Weight { module, .. } = source else { return false };
+    let stored = merged.base().modules[*module].weight.storage();
+    let is_float = |storage| matches!(storage, Storage::F32 | Storage::F16 | Storage::BF16);
+    !is_float(stored) && !is_float(tensor.storage) && stored != tensor.storage
 }
 
 /// What llama.cpp leaves out of account of a file.

@@ -305,6 +305,13 @@ fn fit_signed(x: &[Lanes; 16]) -> (Lanes, Lanes) {
             most[l] = if larger { x[l].abs() } else { most[l] };
         }
     }
+    let (mut w, mut wx) = ([ZERO; 16], [ZERO; 16]);
+    for ((w, wx), x) in w.iter_mut().zip(&mut wx).zip(x) {
+        for l in 0..LANES {
+            w[l] = x[l] * x[l];
+            wx[l] = w[l] * x[l];
+        }
+    }
     let (mut scale, mut best, mut inverse) = (ZERO, ZERO, ZERO);
     for n in [0, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9] {
         let range = -(32.0 + 0.1 * n as f32);
@@ -313,12 +320,11 @@ fn fit_signed(x: &[Lanes; 16]) -> (Lanes, Lanes) {
             tried[l] = range / extreme[l];
         }
         let (mut sum_qx, mut sum_qq) = (ZERO, ZERO);
-        for x in x {
+        for ((w, wx), x) in w.iter().zip(&wx).zip(x) {
             for l in 0..LANES {
                 let q = level(tried[l] * x[l], -32, 31) as f32;
-                let w = x[l] * x[l];
-                sum_qx[l] += w * x[l] * q;
-                sum_qq[l] += w * q * q;
+                sum_qx[l] += wx[l] * q;
+                sum_qq[l] += w[l] * q * q;
             }
         }
         for l in 0..LANES {

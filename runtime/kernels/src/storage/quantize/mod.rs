@@ -20,8 +20,10 @@ use crate::element::Element;
 use crate::isa::{isa, per_isa};
 use crate::pool::{Shared, for_ranges};
 
-/// Values of a chunk that is encoded at once, roughly: as floats they stay in the second cache.
-const CHUNK: usize = 1 << 14;
+/// Values of a chunk that is encoded at once, roughly: as floats they stay in the first cache.
+const CHUNK: usize = 1 << 12;
+/// Values of the chunks that one task takes, roughly.
+const TASK: usize = 1 << 16;
 
 /// Encodes one row, or several beside each other that are whole blocks each, from f32 to a storage of floats or of ggml's blocks.
 ///
@@ -67,7 +69,7 @@ pub fn encode_rows(
     assert_eq!(row_bytes * rows, bytes.len(), "{storage:?}: bytes for {rows} rows of {cols} values");
     let problem = Mutex::new(None::<(usize, f32)>);
     let shared = Shared::new(bytes);
-    for_ranges(rows, (CHUNK / cols.max(1)).max(1), |range| {
+    let encode_chunk = |range: Range<usize>| {
         VALUES.with_borrow_mut(|buffer| {
             let buffer = grown(buffer, range.len() * cols);
             values(range.clone(), buffer);
@@ -91,6 +93,10 @@ pub fn encode_rows(
                 }
             }
         });
+    };
+    let chunk = (CHUNK / cols.max(1)).max(1);
+    for_ranges(rows, chunk * (TASK / CHUNK), |rows| {
+        rows.clone().step_by(chunk).for_each(|row| encode_chunk(row..rows.end.min(row + chunk)));
     });
     match problem.into_inner().unwrap_or_else(PoisonError::into_inner) {
         None => Ok(()),

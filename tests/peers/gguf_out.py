@@ -296,9 +296,14 @@ def check_tokenizer(ours, name, tokenizer, named):
     path, _ = ours.export(directory, "gguf", "f32")
     theirs = LlamaCpp(path)
     texts = TEXTS + json.loads((FIXTURES / "tokenizers/expected.json").read_text())["rows"]
-    wrong = [text for text, ids in zip(texts, ours.tokens(directory, texts)) if theirs.tokens(text) != ids]
+    own = ours.tokens(directory, texts)
+    wrong = [text for text, ids in zip(texts, own) if theirs.tokens(text) != ids]
+    try:
+        back = f"{sum(a == b for a, b in zip(ours.tokens(path, texts), own))} read back by us"
+    except RuntimeError as problem:
+        back = f"not read by us: {words_of(problem)}"
     said = gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents()
-    print(f"tokenizer {name}, written as {said}: {len(texts) - len(wrong)} of {len(texts)} texts alike {wrong[:6] or ''}", flush=True)
+    print(f"tokenizer {name}, written as {said}: {len(texts) - len(wrong)} of {len(texts)} texts alike {wrong[:6] or ''}, {back}", flush=True)
 
 
 def check_mix(ours, source, layers, tied):

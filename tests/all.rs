@@ -11,6 +11,7 @@ mod families;
 mod foreign;
 mod forgetting;
 mod fused;
+mod gguf_export;
 mod gradients;
 mod handlers;
 #[cfg(target_os = "linux")]

@@ -243,8 +243,13 @@ fn a_base_without_an_adapter_is_exported_as_it_is() -> Result<()> {
         let out = home.path().join("out");
         let mut command = program(home.path())?;
         command.args(["export-model", "--overwrite", "--dtype", "f32", "--json", "--model-dir"]);
-        let output = done(command.arg(fixture("models").join(base)).arg("--output-dir").arg(&out))?;
-        assert_eq!(json(&output)?["kl"], 0.0, "{base}");
+        command.arg(fixture("models").join(base)).arg("--output-dir").arg(&out);
+        let output = done(command.arg("--file").arg(fixture("rows/colours.jsonl")))?;
+        let said = json(&output)?;
+        assert_eq!((&said["kl"], &said["largest_difference"]), (&json!(0.0), &json!(0.0)), "{base}");
+        assert_eq!(said["loss"], said["loss_exported"], "{base}");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(told.contains("colours.jsonl stays "), "{told}");
         let (base, written) = (BaseModel::load(&fixture("models").join(base))?, BaseModel::load(&out)?);
         assert_eq!(written.digest(), base.digest());
         assert_eq!(written.architecture.tie_word_embeddings, base.architecture.tie_word_embeddings);

@@ -8,10 +8,11 @@
 //! - [`train`]: the loop above it, optimizer and schedule; [`inference`]: the scheduler of answers, sampler, prefix cache
 //! - [`estimate`]: memory and time of a training from shapes alone
 //! - [`export`]: a trained model as other programs read it
-//! - [`forgetting`]: how far a trained model has moved from its base; [`embedding`]: vectors of texts; [`memory`]: how much there is
+//! - [`difference`]: how far two models' predictions are apart; [`forgetting`]: how far a trained model has moved from its base; [`embedding`]: vectors of texts; [`memory`]: how much there is
 
 pub mod adapt;
 pub mod data;
+pub mod difference;
 pub mod embedding;
 pub mod estimate;
 pub mod export;

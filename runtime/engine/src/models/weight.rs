@@ -363,6 +363,11 @@ impl Weight {
         self.row_squares.get_or_init(|| squares)
     }
 
+    /// Whether it is stored by a codec, ours or one of a plugin.
+    pub fn is_encoded(&self) -> bool {
+        matches!(self.storage, Storage::Coded | Storage::Native)
+    }
+
     /// Its codec, indices and scales, if it is stored by a codec.
     pub(crate) fn encoding(&self) -> Option<(&Codec, &[u8], Scales<'_>)> {
         match &self.bytes {
@@ -400,6 +405,11 @@ impl Weight {
             Bytes::Coded(coded) => coded.codes.len() + coded.scales.view().bytes(),
             _ => self.raw().len(),
         }
+    }
+
+    /// Its bytes as they lie, and the order of their rows, where rows have a size: of floats and of ggml's blocks.
+    pub(crate) fn stored(&self) -> Option<(&[u8], RowOrder)> {
+        self.storage.row_bytes(self.cols).map(|_| (self.raw(), self.order))
     }
 
     /// All rows, in ranges of at most some four million values.

@@ -1,6 +1,11 @@
 //! `homeroom export-model`: a trained model as files of another program. Here is what all formats have in common; a format is a file.
 
+mod compare;
+mod gguf;
+mod gguf_lora;
 mod merged;
+mod mlx;
+mod peft;
 
 use std::path::{Path, PathBuf};
 
@@ -10,11 +15,11 @@ use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::merge::Merged;
 use homeroom_engine::export::Floats;
 use homeroom_engine::files::{NewDirectory, ensure_room, replaceable, utf8, vacant};
-use homeroom_engine::inference::generate::prompt_ids;
 use homeroom_engine::models::BaseModel;
 use serde_json::{Map, Value, json};
 
-use super::arguments::{ModelArgs, Word, word};
+use self::compare::Compared;
+use super::arguments::{ModelArgs, RowArgs, Word, word};
 use super::{Done, print, spares};
 use crate::interrupt;
 use crate::models::{Loaded, Network, here, last_part};
@@ -31,12 +36,17 @@ pub struct Arguments {
     /// Directory for the export [default: the model's name with the format's behind it, as in NAME-merged, in the working directory]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Number format of the written weights [default: the base's, f32 where it is quantised]
+    /// Number format of the written weights [default: the base's, f32 where it is quantised; of a GGUF file q8_0]
     ///
-    /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on a
-    /// few questions of general knowledge; on rows like those of the training the loss is larger, and `homeroom eval` measures it.
+    /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on
+    /// the rows of `--file`, else on a few questions of general knowledge; on rows like those of the training it is larger.
     #[arg(long, value_name = "TYPE", value_parser = word(&DTYPES))]
     dtype: Option<String>,
+    /// Files of rows to compare the export with the trained model on, best some that were held out [default: a few questions of general knowledge]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    file: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: RowArgs,
     /// Replace an earlier export in that directory
     #[arg(long)]
     overwrite: bool,
@@ -50,20 +60,37 @@ pub struct Arguments {
 enum Format {
     /// A Hugging Face directory with the adapter merged into the base
     Merged,
+    /// One GGUF file with the adapter merged into the base, for llama.cpp, Ollama, LM Studio and others
+    Gguf,
+    /// The adapter alone as a GGUF file, which llama.cpp lays over the base
+    GgufLora,
+    /// The adapter alone, as PEFT has it
+    Peft,
+    /// A directory for mlx-lm, with the adapter merged into the base
+    Mlx,
 }
 
 impl Format {
     fn name(self) -> &'static str {
         match self {
             Self::Merged => "merged",
+            Self::Gguf => "gguf",
+            Self::GgufLora => "gguf-lora",
+            Self::Peft => "peft",
+            Self::Mlx => "mlx",
         }
     }
 }
 
-const DTYPES: [Word; 6] = [
+const DTYPES: [Word; 11] = [
     ("f32", "32 bits; nothing is lost"),
     ("f16", "16 bits, 11 of them of precision"),
     ("bf16", "16 bits, 8 of them of precision"),
+    ("q8_0", "GGUF files only: 8 bits and a scale for 32 values; answers hardly change"),
+    ("q6_k", "GGUF files only: 6 bits, with scales"),
+    ("q5_k_m", "GGUF files only: 5 bits, and 6 in the matrices that matter most"),
+    ("q4_k_m", "GGUF files only: 4 bits, and 6 in the matrices that matter most"),
+    ("q4_0", "GGUF files only: 4 bits, the coarsest"),
     ("float32", ""),
     ("float16", ""),
     ("bfloat16", ""),
@@ -85,6 +112,7 @@ struct Export<'a> {
     model: &'a BaseModel,
     adaptation: Option<&'a Adaptation>,
     arguments: &'a Arguments,
+    compared: &'a Compared,
     /// What is written.
     directory: &'a NewDirectory,
     /// What it is to be called.
@@ -135,6 +163,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     }
     match format {
         Format::Merged => merged::check(arguments)?,
+        Format::Gguf => gguf::check(arguments)?,
+        Format::GgufLora => gguf_lora::check(arguments)?,
+        Format::Peft => peft::check(arguments)?,
+        Format::Mlx => mlx::check(arguments)?,
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let named = here(&arguments.model.model_dir)?.map(|located| located.path);
@@ -149,6 +181,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             output_dir.display()
         ));
     }
+    let compared = Compared::of(arguments, &model)?;
     interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&output_dir)?;
     directory.replaces = arguments.overwrite;
@@ -156,11 +189,16 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         model: &model,
         adaptation: adaptation.as_deref(),
         arguments,
+        compared: &compared,
         directory: &directory,
         output_dir: &output_dir,
     };
     let written = match format {
         Format::Merged => merged::write(&export)?,
+        Format::Gguf => gguf::write(&export)?,
+        Format::GgufLora => gguf_lora::write(&export)?,
+        Format::Peft => peft::write(&export)?,
+        Format::Mlx => mlx::write(&export)?,
     };
     let output_dir = directory.publish()?;
     line(format_args!("saved     {}", output_dir.display()));
@@ -175,21 +213,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     Ok(Done::Whole)
 }
 
-/// Texts that an export is compared with the trained model on.
-const PROBES: [&str; 4] = [
-    "What is the capital of France, and why did it become the capital?",
-    "Explain photosynthesis to a ten-year-old in three sentences.",
-    "If a train travels 120 kilometres in 90 minutes, how fast is it?",
-    "Write a short poem about the sea in winter.",
-];
-
-/// The tokens of texts that an export is compared on.
-fn probes(model: &BaseModel) -> Result<Vec<Vec<u32>>> {
-    let sequences = PROBES.map(|probe| match model.template {
-        Some(_) => prompt_ids(model, &[json!({"role": "user", "content": probe})]),
-        None => Ok(model.tokenizer.encode(probe, true)?.ids),
-    });
-    sequences.into_iter().collect()
+/// What a model is called in a file and by its file: the last part of the directory's name, without the format's behind it.
+fn name_in_file(output_dir: &Path, format: &str) -> String {
+    let name = last_part(output_dir).unwrap_or_else(|| "model".to_owned());
+    name.strip_suffix(&format!("-{format}")).unwrap_or(&name).to_owned()
 }
 
 /// The model's name, or the last part of its path, with the format's name behind it, in the working directory.

@@ -1,5 +1,6 @@
 //! `homeroom export-model`: a trained model as files of another program. Here is what all formats have in common; a format is a file.
 
+mod bundle;
 mod compare;
 mod merged;
 mod mlx;
@@ -12,7 +13,7 @@ use clap::{Args, ValueEnum};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::merge::Merged;
 use homeroom_engine::export::Floats;
-use homeroom_engine::files::{NewDirectory, ensure_room, replaceable, utf8, vacant};
+use homeroom_engine::files::{NewDirectory, ensure_room, replaceable_but_for, utf8, vacant};
 use homeroom_engine::models::BaseModel;
 use serde_json::{Map, Value, json};
 
@@ -62,6 +63,8 @@ enum Format {
     Peft,
     /// A directory for mlx-lm, with the adapter merged into the base
     Mlx,
+    /// A folder with the model, this program and a script that serves it, for a machine without a network
+    Bundle,
 }
 
 impl Format {
@@ -70,6 +73,7 @@ impl Format {
             Self::Merged => "merged",
             Self::Peft => "peft",
             Self::Mlx => "mlx",
+            Self::Bundle => "bundle",
         }
     }
 }
@@ -152,12 +156,13 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         Format::Merged => merged::check(arguments)?,
         Format::Peft => peft::check(arguments)?,
         Format::Mlx => mlx::check(arguments)?,
+        Format::Bundle => bundle::check(arguments)?,
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let named = here(&arguments.model.model_dir)?.map(|located| located.path);
     spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named)])?;
     if arguments.overwrite {
-        replaceable(&output_dir)?;
+        replaceable_but_for(&output_dir, |file| format == Format::Bundle && bundle::is_part(file))?;
     }
     if arguments.output_dir.is_none() {
         line(format_args!(
@@ -182,6 +187,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         Format::Merged => merged::write(&export)?,
         Format::Peft => peft::write(&export)?,
         Format::Mlx => mlx::write(&export)?,
+        Format::Bundle => bundle::write(&export)?,
     };
     let output_dir = directory.publish()?;
     line(format_args!("saved     {}", output_dir.display()));

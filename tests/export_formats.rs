@@ -147,7 +147,7 @@ fn a_directory_for_mlx_is_the_merged_model_and_other_families_are_refused() -> R
     let said = printed_json(&succeeds(&mut export(home.path(), "tuned", "mlx", &mlx, &["--dtype", "f32"])?)?)?;
     assert!(said["kl"].as_f64().is_some_and(|kl| kl < 1e-8), "{said}");
     succeeds(&mut export(home.path(), "tuned", "merged", &merged, &["--dtype", "f32"])?)?;
-    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+    for file in ["model.safetensors", "tokenizer.json"] {
         assert_eq!(fs::read(mlx.join(file))?, fs::read(merged.join(file))?, "{file}");
     }
     let base = fixture("models/granite4");

@@ -85,8 +85,9 @@ pub fn save_model_in(directory: &NewDirectory, merged: &Merged<'_>, floats: Floa
                 values.iter_mut().for_each(|value| *value -= offset);
             }
             write(&values)?;
+            // Pages that were read count as memory of this process for as long as they are mapped.
+            module.weight.release();
         }
-        module.weight.release();
         Ok(())
     })
 }

@@ -2,8 +2,10 @@
 
 mod floats;
 mod merged;
+mod mlx;
 pub mod ollama;
 mod shards;
 
 pub use self::floats::Floats;
 pub use self::merged::{SHARD_BYTES_MAX, exportable, model_bytes, save_model, save_model_in};
+pub use self::mlx::mlx_config;

@@ -17,8 +17,9 @@ pub use self::modelfile::{From, modelfile};
 use crate::text::template::{ChatTemplate, local_time};
 
 /// The formats by name. `@BOS@` and `@EOS@` stand for the tokenizer's tokens, `@DATE@` for a day.
-const FORMATS: [(&str, &str); 26] = [
+const FORMATS: [(&str, &str); 28] = [
     ("chatml", include_str!("formats/chatml.tmpl")),
+    ("chatml-think", include_str!("formats/chatml-think.tmpl")),
     ("llama3", include_str!("formats/llama3.tmpl")),
     ("llama3.1", include_str!("formats/llama3.1.tmpl")),
     ("llama2", include_str!("formats/llama2.tmpl")),
@@ -31,6 +32,7 @@ const FORMATS: [(&str, &str); 26] = [
     ("gemma", include_str!("formats/gemma.tmpl")),
     ("gemma3", include_str!("formats/gemma3.tmpl")),
     ("gemma4", include_str!("formats/gemma4.tmpl")),
+    ("gemma4-no-think", include_str!("formats/gemma4-no-think.tmpl")),
     ("phi3", include_str!("formats/phi3.tmpl")),
     ("phi4", include_str!("formats/phi4.tmpl")),
     ("phi4-mini", include_str!("formats/phi4-mini.tmpl")),
@@ -251,6 +253,8 @@ mod tests {
             ("gemma", "gemma"),
             ("gemma3", "gemma3"),
             ("gemma4_v5", "gemma4"),
+            ("gemma4", "gemma4-no-think"),
+            ("qwen3_5_think", "chatml-think"),
             ("phi3", "phi3"),
             ("phi_4", "phi4"),
             ("deepseek_r1_distill", "deepseek-r1"),
@@ -265,7 +269,7 @@ mod tests {
                 Err(error) => panic!("{name}: {error:#}"),
             }
         }
-        for name in ["cohere2", "gptoss", "jamba", "muse_glimmer"] {
+        for name in ["cohere2", "gptoss", "jamba", "muse_glimmer", "qwen3_8"] {
             let error = format_of(name).unwrap_err().to_string();
             assert!(error.contains("none of the formats") && error.contains("chatml, llama3"), "{name}: {error}");
         }

@@ -1,6 +1,8 @@
 //! The `Modelfile` itself.
 
-use anyhow::{Result, ensure};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::Format;
@@ -10,8 +12,8 @@ use super::Format;
 pub enum From<'a> {
     /// A GGUF file, named as it lies beside the Modelfile.
     File(&'a str),
-    /// A GGUF file, and an adapter of it.
-    Adapted(&'a str, &'a str),
+    /// A GGUF file by its path, and an adapter of it, named as it lies beside the Modelfile.
+    Adapted(&'a Path, &'a str),
 }
 
 /// Parameters of `generation_config.json`, and what Ollama calls them.
@@ -30,7 +32,13 @@ const PARAMETERS: [(&str, &str); 5] = [
 pub fn modelfile(from: &From<'_>, format: &Format, stops: &[String], generation: Option<&Value>) -> Result<String> {
     let mut text = match from {
         From::File(file) => format!("FROM ./{file}\n"),
-        From::Adapted(file, adapter) => format!("FROM ./{file}\nADAPTER ./{adapter}\n"),
+        From::Adapted(base, adapter) => {
+            let base = base
+                .to_str()
+                .filter(|path| !path.contains('\n'))
+                .context("the base's path has no form in a Modelfile")?;
+            format!("FROM {base}\nADAPTER ./{adapter}\n")
+        }
     };
     text += &format!("# The chat format `{}`.\nTEMPLATE {}\n", format.name, quoted(&format.template)?);
     if let Some(system) = &format.system {
@@ -72,8 +80,8 @@ mod tests {
             text,
             "FROM ./model.gguf\n# The chat format `chatml`.\nTEMPLATE \"\"\"{{ .System }}\nx\"\"\"\nSYSTEM \"\"\"Be \"kind\".\nYes.\"\"\"\nPARAMETER stop \"<|im_end|>\"\nPARAMETER temperature 0.6\nPARAMETER top_k 20\n"
         );
-        let text = modelfile(&From::Adapted("base.gguf", "adapter.gguf"), &format, &[], None)?;
-        assert!(text.starts_with("FROM ./base.gguf\nADAPTER ./adapter.gguf\n"));
+        let text = modelfile(&From::Adapted(Path::new("/m/base.gguf"), "adapter.gguf"), &format, &[], None)?;
+        assert!(text.starts_with("FROM /m/base.gguf\nADAPTER ./adapter.gguf\n"));
         let quotes = Format { system: Some("\"\"\"".to_owned()), ..format };
         assert!(modelfile(&From::File("x"), &quotes, &[], None).is_err());
         Ok(())

@@ -2,6 +2,7 @@
 
 mod bundle;
 mod compare;
+mod held_out;
 mod merged;
 mod mlx;
 mod peft;
@@ -38,10 +39,11 @@ pub struct Arguments {
     /// Number format of the written weights [default: the base's, f32 where it is quantised]
     ///
     /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on
-    /// the rows of `--file`, else on a few questions of general knowledge; on rows like those of the training it is larger.
+    /// the rows of `--file`, else on some that the training held out, else on a few questions of general knowledge, where it is smaller than on rows like those of
+    /// the training.
     #[arg(long, value_name = "TYPE", value_parser = word(&DTYPES))]
     dtype: Option<String>,
-    /// Files of rows to compare the export with the trained model on, best some that were held out [default: a few questions of general knowledge]
+    /// Files of rows to compare the export with the trained model on, best some that were held out [default: some that its training held out, else a few questions of general knowledge]
     #[arg(long, value_name = "FILE", num_args = 1..)]
     file: Vec<PathBuf>,
     #[command(flatten)]
@@ -160,7 +162,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let named = here(&arguments.model.model_dir)?.map(|located| located.path);
-    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named)])?;
+    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named.clone())])?;
     if arguments.overwrite {
         replaceable_but_for(&output_dir, |file| format == Format::Bundle && bundle::is_part(file))?;
     }
@@ -171,7 +173,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             output_dir.display()
         ));
     }
-    let compared = Compared::of(arguments, &model)?;
+    let compared = Compared::of(arguments, &model, named.as_deref())?;
     interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&output_dir)?;
     directory.replaces = arguments.overwrite;

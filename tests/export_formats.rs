@@ -60,7 +60,7 @@ fn a_model_in_several_files_is_the_one_in_a_single_file() -> Result<()> {
         let bytes = model_bytes(&merged, Floats::Bf16)?;
         let write = |folder: &str, most: u64| -> Result<_> {
             let directory = NewDirectory::start(&place.path(&format!("outputs/{folder}")))?;
-            save_model_in(&directory, &merged, Floats::Bf16, most)?;
+            save_model_in(&directory, &merged, Floats::Bf16, most, |_, _| ())?;
             directory.publish()
         };
         let (one, several) = (write("one", u64::MAX)?, write("several", bytes / 3)?);

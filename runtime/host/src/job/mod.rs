@@ -373,7 +373,7 @@ impl Job {
         if whole {
             let merged = Merged::new(&self.model, Some(adaptation))?;
             // One file: those of a result have fixed names.
-            save_model_in(directory, &merged, Floats::of(&self.model)?, u64::MAX)?;
+            save_model_in(directory, &merged, Floats::of(&self.model)?, u64::MAX, |_, _| ())?;
         }
         let manifest = serde_json::to_value(adapter::manifest(&self.model, adaptation, record)?)?;
         directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())

@@ -271,7 +271,7 @@ mod tests {
         }
         for name in ["cohere2", "gptoss", "jamba", "muse_glimmer", "qwen3_8"] {
             let error = format_of(name).unwrap_err().to_string();
-            assert!(error.contains("none of the formats") && error.contains("chatml, llama3"), "{name}: {error}");
+            assert!(error.contains("none of the formats") && error.contains("chatml, chatml-think"), "{name}: {error}");
         }
     }
 

@@ -13,6 +13,7 @@ mod families;
 mod foreign;
 mod forgetting;
 mod fused;
+mod gguf_export;
 mod gradients;
 mod handlers;
 #[cfg(target_os = "linux")]

@@ -77,4 +77,5 @@ pub use storage::Storage;
 pub use storage::codec::{
     CheckedCodec, Codec, CodecBlock, Coded, ENCODING, Encoded, EncodedScales, ScaleStorage, Scales, encode,
 };
+pub use storage::quantize::{encode_row, encode_rows};
 pub use storage::rows::decode_row;

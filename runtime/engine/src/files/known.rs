@@ -74,10 +74,11 @@ fn holds_templates(directory: &Path) -> bool {
     fs::read_dir(directory).is_ok_and(|mut entries| entries.all(template))
 }
 
-/// Whether a file of this name is part of a result, a shard of its weights among them.
+/// Whether a file of this name is part of a result, a shard of its weights and a GGUF file among them.
 fn is_known(name: &str) -> bool {
     let shard = name.starts_with("model-") && name.ends_with(".safetensors");
-    shard || name == "model.safetensors.index.json" || result_files().any(|file| file == name)
+    let exported = Path::new(name).extension().is_some_and(|ending| ending == "gguf");
+    shard || exported || name == "model.safetensors.index.json" || result_files().any(|file| file == name)
 }
 
 /// Whether a directory within another holds files that may go, at least one and nothing else.

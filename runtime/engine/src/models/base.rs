@@ -182,8 +182,17 @@ impl BaseModel {
         })?;
         match Form::of(path, absolute)? {
             Form::Directory(directory) => Self::from_directory(&directory),
-            Form::Gguf(file) => Self::from_gguf(&file),
+            Form::Gguf(file) => Self::from_gguf(&file, None),
         }
+    }
+
+    /// As [`BaseModel::load`] of a GGUF file, with the tokenizer of the model that it was made of: some have rules that are not read from
+    /// such files.
+    ///
+    /// # Errors
+    /// As [`BaseModel::load`].
+    pub fn load_gguf_of(path: &Path, of: &Self) -> Result<Self> {
+        Self::from_gguf(path, Some(of.tokenizer.clone()))
     }
 
     /// Whether a model can be loaded, as far as that is seen without reading its weights: its files are there, and their headers
@@ -232,7 +241,7 @@ impl BaseModel {
         Ok(Self { files: weight_files(dir)?, written: Arc::new(written), ..model })
     }
 
-    fn from_gguf(path: &Path) -> Result<Self> {
+    fn from_gguf(path: &Path, tokenizer: Option<Arc<Tokenizer>>) -> Result<Self> {
         let written = identities(&shard_paths(path));
         let gguf = Gguf::open(path)?;
         let place = || path.display().to_string();
@@ -240,7 +249,10 @@ impl BaseModel {
         let mapped = |tensor: &TensorInfo| (tensor.name.clone(), gguf.mapped(tensor));
         let tensors: Tensors =
             gguf.tensors().filter(|tensor| !architecture.is_rope(&tensor.name)).map(mapped).collect();
-        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
+        let tokenizer = match tokenizer {
+            Some(tokenizer) => tokenizer,
+            None => Arc::new(Tokenizer::from_gguf(&gguf)?),
+        };
         let interleaved = architecture.family()?.interleaved;
         let source = Tensorfile { tensors: &tensors, gguf: true, interleaved, offset: 0.0 };
         let modules = build_modules(&architecture, &source).with_context(place)?;

@@ -93,7 +93,7 @@ impl Architecture {
     }
 
     /// Whether a tensor of a GGUF file holds divisors of a rope, which are no module's, and which were read.
-    pub(super) fn is_rope(&self, name: &str) -> bool {
+    pub(crate) fn is_rope(&self, name: &str) -> bool {
         let lists = || self.ropes.iter().any(|rope| matches!(rope.scaling, RopeScaling::LongRope { .. }));
         match name {
             "rope_freqs.weight" => true,

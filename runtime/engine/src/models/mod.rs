@@ -6,7 +6,7 @@ mod base;
 mod config;
 pub mod families;
 pub mod fields;
-mod metadata;
+pub(crate) mod metadata;
 mod resident;
 pub mod rope;
 pub mod weight;

@@ -407,6 +407,11 @@ impl Weight {
         }
     }
 
+    /// Its bytes as they lie, and the order of their rows, where rows have a size: of floats and of ggml's blocks.
+    pub(crate) fn stored(&self) -> Option<(&[u8], RowOrder)> {
+        self.storage.row_bytes(self.cols).map(|_| (self.raw(), self.order))
+    }
+
     /// All rows, in ranges of at most some four million values.
     pub fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (rows, step) = (self.rows, (PANEL_VALUES / self.cols.max(1)).max(1));

@@ -2,6 +2,7 @@
 
 pub mod codec;
 pub mod format;
+pub mod quantize;
 pub mod rows;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod whole;

@@ -33,7 +33,7 @@ pub(super) struct Contents {
 }
 
 /// Alignment of the tensor data where `general.alignment` is absent.
-const ALIGNMENT_DEFAULT: u64 = 32;
+pub(super) const ALIGNMENT_DEFAULT: u64 = 32;
 
 /// Reads the header of a whole file.
 pub(super) fn parse(bytes: &[u8]) -> Result<Contents> {
@@ -292,7 +292,7 @@ impl<'a> Reader<'a> {
 }
 
 /// The storage that a ggml type number stands for.
-fn storage(ggml_type: u32) -> Result<Storage> {
+pub(super) fn storage(ggml_type: u32) -> Result<Storage> {
     let unsupported = match ggml_type {
         0 => return Ok(Storage::F32),
         1 => return Ok(Storage::F16),

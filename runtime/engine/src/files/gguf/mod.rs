@@ -14,6 +14,7 @@ mod shards;
 #[cfg(test)]
 mod tests;
 mod value;
+mod write;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub use self::header::{TensorInfo, architecture_in};
 pub use self::number::{decimal, number};
 pub use self::shards::{ShardName, shard_paths};
 pub use self::value::{Array, Value};
+pub use self::write::{NewTensor, Writer, file_bytes};
 use crate::files::mapped::map_file;
 use crate::files::tensors::MappedTensor;
 
@@ -90,6 +92,13 @@ impl Gguf {
             shape: tensor.shape.clone(),
             storage: tensor.storage,
         }
+    }
+
+    /// All entries of the metadata, by key.
+    pub fn entries(&self) -> impl Iterator<Item = (&String, &Value)> {
+        let mut entries: Vec<_> = self.contents.metadata.iter().collect();
+        entries.sort_by_key(|(key, _)| *key);
+        entries.into_iter()
     }
 
     /// A metadata value as it is stored.

@@ -16,6 +16,7 @@ pub const FAMILY: Family = Family {
     class: "Gemma2ForCausalLM",
     known_as: "Gemma 2 2B, 9B, 27B",
     gguf: Some("gemma2"),
+    in_gguf: "gemma2",
     interleaved: false,
     defaults: &[
         ("max_position_embeddings", 8192),

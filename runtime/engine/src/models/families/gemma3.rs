@@ -15,6 +15,7 @@ pub const FAMILY: Family = Family {
     class: "Gemma3ForCausalLM",
     known_as: "Gemma 3 270M, 1B; the text part of 4B, 12B, 27B",
     gguf: Some("gemma3"),
+    in_gguf: "gemma3",
     interleaved: false,
     defaults: &[
         ("max_position_embeddings", 131_072),

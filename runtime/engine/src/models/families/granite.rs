@@ -16,6 +16,7 @@ pub const FAMILY: Family = Family {
     class: "GraniteForCausalLM",
     known_as: "Granite 3.0 to 3.3 2B, 8B",
     gguf: Some("granite"),
+    in_gguf: "granite",
     interleaved: true,
     defaults: &[("max_position_embeddings", 2048)],
     architecture,

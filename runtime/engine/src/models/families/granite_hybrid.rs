@@ -14,8 +14,8 @@ pub const FAMILY: Family = Family {
     part_of: None,
     class: "GraniteMoeHybridForCausalLM",
     known_as: "Granite 4.0 350M, 1B, micro (dense)",
-    // llama.cpp's converter writes such models as `granite`.
     gguf: None,
+    in_gguf: "granite",
     interleaved: true,
     defaults: &[("max_position_embeddings", 2048)],
     architecture,

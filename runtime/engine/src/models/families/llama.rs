@@ -16,6 +16,7 @@ pub const FAMILY: Family = Family {
     class: "LlamaForCausalLM",
     known_as: "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; TinyLlama; DeepSeek-R1-Distill-Llama",
     gguf: Some("llama"),
+    in_gguf: "llama",
     interleaved: true,
     defaults: &[("max_position_embeddings", 2048)],
     architecture,

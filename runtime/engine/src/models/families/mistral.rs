@@ -11,8 +11,8 @@ pub const FAMILY: Family = Family {
     part_of: None,
     class: "MistralForCausalLM",
     known_as: "Mistral 7B, Mistral Nemo, Mistral Small 2409 and 2501",
-    // llama.cpp calls it `llama`.
     gguf: None,
+    in_gguf: "llama",
     interleaved: true,
     defaults: &[("max_position_embeddings", 131_072), ("num_key_value_heads", 8)],
     architecture,

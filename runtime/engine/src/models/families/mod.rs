@@ -32,6 +32,8 @@ pub struct Family {
     pub known_as: &'static str,
     /// `general.architecture` of its GGUF files, if they have one of their own.
     pub gguf: Option<&'static str>,
+    /// `general.architecture` of what llama.cpp's converter makes of it.
+    pub in_gguf: &'static str,
     /// Whether llama.cpp's converter interleaves the halves of each head in q and k.
     pub interleaved: bool,
     /// Sizes that its class in transformers has where a configuration leaves them out.

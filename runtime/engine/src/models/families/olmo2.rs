@@ -15,6 +15,7 @@ pub const FAMILY: Family = Family {
     class: "Olmo2ForCausalLM",
     known_as: "OLMo 2 1B, 7B, 13B, 32B",
     gguf: Some("olmo2"),
+    in_gguf: "olmo2",
     interleaved: false,
     defaults: &[("max_position_embeddings", 2048)],
     architecture,

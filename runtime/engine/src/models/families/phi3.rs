@@ -16,6 +16,7 @@ pub const FAMILY: Family = Family {
     class: "Phi3ForCausalLM",
     known_as: "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4-mini",
     gguf: Some("phi3"),
+    in_gguf: "phi3",
     interleaved: false,
     defaults: &[("max_position_embeddings", 4096), ("original_max_position_embeddings", 4096)],
     architecture,

@@ -14,6 +14,7 @@ pub const FAMILY: Family = Family {
     class: "Qwen2ForCausalLM",
     known_as: "Qwen2, Qwen2.5; DeepSeek-R1-Distill-Qwen",
     gguf: Some("qwen2"),
+    in_gguf: "qwen2",
     interleaved: false,
     defaults: &[("max_position_embeddings", 32_768), ("num_key_value_heads", 32)],
     architecture,

@@ -13,6 +13,7 @@ pub const FAMILY: Family = Family {
     class: "Qwen3ForCausalLM",
     known_as: "Qwen3 0.6B to 32B (dense)",
     gguf: Some("qwen3"),
+    in_gguf: "qwen3",
     interleaved: false,
     defaults: &[("max_position_embeddings", 32_768), ("num_key_value_heads", 32), ("head_dim", 128)],
     architecture,

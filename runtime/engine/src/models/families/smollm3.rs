@@ -14,6 +14,7 @@ pub const FAMILY: Family = Family {
     class: "SmolLM3ForCausalLM",
     known_as: "SmolLM3 3B",
     gguf: Some("smollm3"),
+    in_gguf: "smollm3",
     interleaved: true,
     defaults: &[("max_position_embeddings", 32_768), ("num_key_value_heads", 4)],
     architecture,

@@ -95,11 +95,12 @@ impl<'a> Meta<'a> {
 }
 
 /// Values of `tokenizer.ggml.token_type`, from `llama_token_type` in llama.cpp's `llama.h`.
-const NORMAL: i64 = 1;
-const UNKNOWN: i64 = 2;
+pub(super) const NORMAL: i64 = 1;
+pub(super) const UNKNOWN: i64 = 2;
 pub(super) const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
-const BYTE: i64 = 6;
+pub(super) const USER_DEFINED: i64 = 4;
+pub(super) const UNUSED: i64 = 5;
+pub(super) const BYTE: i64 = 6;
 
 /// The pieces of a GGUF file, checked.
 pub(super) struct Pieces<'a> {
@@ -286,7 +287,8 @@ fn byte_level(meta: &Meta, pieces: &Pieces, notes: &mut Vec<String>) -> Result<P
 }
 
 /// How text is cut into words before merging.
-enum Split {
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Split {
     /// GPT-2's regular expression, which is the library's own.
     Gpt2,
     /// Each digit alone, then GPT-2's.
@@ -295,13 +297,17 @@ enum Split {
 }
 
 /// What a name in `tokenizer.ggml.pre` stands for.
-struct PreTokenizer {
-    split: Split,
+pub(super) struct PreTokenizer {
+    /// The names that are one kind in llama.cpp's `llama-vocab.cpp`; a file that is written has the first.
+    pub(super) names: &'static [&'static str],
+    pub(super) split: Split,
     /// A word that is a piece as it stands is taken whole, though no merges lead to it.
-    ignore_merges: bool,
+    pub(super) ignore_merges: bool,
     /// Unicode normalisation before everything else.
     nfc: bool,
     add_bos: bool,
+    /// Whether files of this kind are read: others have models with a normalizer that a GGUF file does not tell of.
+    is_read: bool,
 }
 
 /// Of Llama 3's `tokenizer.json`.
@@ -312,23 +318,43 @@ const QWEN2: &str =
 /// Of Mistral Nemo's: words also end where lower case turns to upper.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Of GPT-4o's, which Phi-4-mini has.
+const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const PLAIN: PreTokenizer =
+    PreTokenizer { names: &[], split: Split::Gpt2, ignore_merges: false, nfc: false, add_bos: false, is_read: true };
+
+/// The one table of them, for reading and for writing.
+pub(super) const PRE_TOKENIZERS: [PreTokenizer; 7] = [
+    PreTokenizer { names: &["gpt-2", "default", "phi-2", "mellum", "a.x-4.0"], ..PLAIN },
+    PreTokenizer { names: &["smollm", "starcoder"], split: Split::Digits, ..PLAIN },
+    PreTokenizer {
+        names: &["qwen2", "deepseek-r1-qwen", "kormo", "megrez"],
+        split: Split::Regex(QWEN2),
+        nfc: true,
+        ..PLAIN
+    },
+    PreTokenizer {
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
+        split: Split::Regex(LLAMA3),
+        ignore_merges: true,
+        add_bos: true,
+        ..PLAIN
+    },
+    PreTokenizer { names: &["tekken"], split: Split::Regex(TEKKEN), ignore_merges: true, add_bos: true, ..PLAIN },
+    // OLMo 2's, Phi-4's and Granite 4's.
+    PreTokenizer { names: &["dbrx"], split: Split::Regex(LLAMA3), is_read: false, ..PLAIN },
+    PreTokenizer { names: &["gpt-4o"], split: Split::Regex(O200K), is_read: false, ..PLAIN },
+];
+
 impl PreTokenizer {
-    /// Those in one arm are one kind in llama.cpp's `llama-vocab.cpp`. Other kinds there have the same regular expression, but models with
-    /// a normalizer that a GGUF file does not tell of.
-    fn named(name: &str) -> Result<Self> {
-        let plain = |split| Self { split, ignore_merges: false, nfc: false, add_bos: false };
-        Ok(match name {
-            "default" | "gpt-2" | "phi-2" | "mellum" | "a.x-4.0" => plain(Split::Gpt2),
-            "smollm" | "starcoder" => plain(Split::Digits),
-            "qwen2" | "deepseek-r1-qwen" | "kormo" | "megrez" => Self { nfc: true, ..plain(Split::Regex(QWEN2)) },
-            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
-                Self { ignore_merges: true, add_bos: true, ..plain(Split::Regex(LLAMA3)) }
-            }
-            "tekken" => Self { ignore_merges: true, add_bos: true, ..plain(Split::Regex(TEKKEN)) },
-            other => bail!(
-                "tokenizer.ggml.pre: {other:?} is not supported; default, gpt-2, smollm, starcoder, \
+    fn named(name: &str) -> Result<&'static Self> {
+        let known = PRE_TOKENIZERS.iter().find(|kind| kind.is_read && kind.names.contains(&name));
+        known.with_context(|| {
+            format!(
+                "tokenizer.ggml.pre: {name:?} is not supported; default, gpt-2, smollm, starcoder, \
                  qwen2, llama-bpe and tekken are; use the model's directory with its tokenizer.json"
-            ),
+            )
         })
     }
 }

@@ -20,6 +20,7 @@ mod directory;
 mod ends;
 mod export;
 mod gguf;
+mod gguf_keys;
 #[cfg(test)]
 mod hostile;
 mod library;

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapt::adapter::{AdapterFiles, is_adapter};
+use homeroom_engine::export::Floats;
 use homeroom_engine::files::gguf::shard_paths;
 use homeroom_engine::models::BaseModel;
 use serde_json::json;
 
+use super::gguf;
 use super::merged::write_model;
 use super::{Arguments, Export, Written};
 use crate::command::this_program;
@@ -35,12 +37,19 @@ pub fn is_part(file: &Path) -> bool {
 
 /// Refuses what cannot be put into a bundle, before a base is loaded.
 pub fn check(arguments: &Arguments) -> Result<()> {
-    arguments.floats()?;
+    if !as_gguf(arguments) {
+        arguments.floats()?;
+    }
     ensure!(cfg!(unix), "a bundle is started by a script of a Unix shell, and this is another system");
     Ok(())
 }
 
-/// Writes the bundle: the base as it lies and the adapter beside it, or with `--dtype` the merged model.
+/// Whether the model is to be one of the types of GGUF files.
+fn as_gguf(arguments: &Arguments) -> bool {
+    arguments.dtype.as_ref().is_some_and(|word| word.parse::<Floats>().is_err()) && gguf::check(arguments).is_ok()
+}
+
+/// Writes the bundle: the base as it lies and the adapter beside it, or with `--dtype` the merged model, of a quantised type as a GGUF file.
 pub fn write(export: &Export<'_>) -> Result<Written> {
     let model = export.model;
     let native = export.adaptation.is_some_and(|adaptation| !adaptation.plan.stored_natively.is_empty());
@@ -52,10 +61,14 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
     let program = this_program()?;
     let program_bytes = std::fs::metadata(&program).with_context(|| program.display().to_string())?.len();
     let mut said = Written::default();
-    let adapter = match export.arguments.floats()? {
+    let adapter = match export.arguments.dtype {
         Some(_) => {
             export.ensure_room(program_bytes)?;
-            (_, said) = write_model(export)?;
+            if as_gguf(export.arguments) {
+                said = gguf::write_file(export, &handler_name(export), "model.gguf")?;
+            } else {
+                (_, said) = write_model(export)?;
+            }
             into_folder(export)?;
             None
         }

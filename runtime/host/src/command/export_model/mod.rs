@@ -2,9 +2,12 @@
 
 mod bundle;
 mod compare;
+mod gguf;
+mod gguf_lora;
 mod held_out;
 mod merged;
 mod mlx;
+mod ollama;
 mod peft;
 
 use std::path::{Path, PathBuf};
@@ -36,7 +39,7 @@ pub struct Arguments {
     /// Directory for the export [default: the model's name with the format's behind it, as in NAME-merged, in the working directory]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Number format of the written weights [default: the base's, f32 where it is quantised]
+    /// Number format of the written weights [default: the base's, f32 where it is quantised; of a GGUF file q8_0]
     ///
     /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on
     /// the rows of `--file`, else on some that the training held out, else on a few questions of general knowledge, where it is smaller than on rows like those of
@@ -61,6 +64,12 @@ pub struct Arguments {
 enum Format {
     /// A Hugging Face directory with the adapter merged into the base
     Merged,
+    /// One GGUF file with the adapter merged into the base, for llama.cpp, Ollama, LM Studio and others
+    Gguf,
+    /// The adapter alone as a GGUF file, which llama.cpp lays over the base
+    GgufLora,
+    /// A folder for `ollama create`: a GGUF file, or an adapter over the one that was trained on, and a Modelfile with the model's chat format
+    Ollama,
     /// The adapter alone, as PEFT has it
     Peft,
     /// A directory for mlx-lm, with the adapter merged into the base
@@ -73,6 +82,9 @@ impl Format {
     fn name(self) -> &'static str {
         match self {
             Self::Merged => "merged",
+            Self::Gguf => "gguf",
+            Self::GgufLora => "gguf-lora",
+            Self::Ollama => "ollama",
             Self::Peft => "peft",
             Self::Mlx => "mlx",
             Self::Bundle => "bundle",
@@ -80,10 +92,15 @@ impl Format {
     }
 }
 
-const DTYPES: [Word; 6] = [
+const DTYPES: [Word; 11] = [
     ("f32", "32 bits; nothing is lost"),
     ("f16", "16 bits, 11 of them of precision"),
     ("bf16", "16 bits, 8 of them of precision"),
+    ("q8_0", "GGUF files only: 8 bits and a scale for 32 values; answers hardly change"),
+    ("q6_k", "GGUF files only: 6 bits, with scales"),
+    ("q5_k_m", "GGUF files only: 5 bits, and 6 in the matrices that matter most"),
+    ("q4_k_m", "GGUF files only: 4 bits, and 6 in the matrices that matter most"),
+    ("q4_0", "GGUF files only: 4 bits, the coarsest"),
     ("float32", ""),
     ("float16", ""),
     ("bfloat16", ""),
@@ -156,6 +173,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     }
     match format {
         Format::Merged => merged::check(arguments)?,
+        Format::Gguf => gguf::check(arguments)?,
+        Format::GgufLora => gguf_lora::check(arguments)?,
+        Format::Ollama => gguf::check(arguments)?,
         Format::Peft => peft::check(arguments)?,
         Format::Mlx => mlx::check(arguments)?,
         Format::Bundle => bundle::check(arguments)?,
@@ -164,7 +184,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let named = here(&arguments.model.model_dir)?.map(|located| located.path);
     spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named.clone())])?;
     if arguments.overwrite {
-        replaceable_but_for(&output_dir, |file| format == Format::Bundle && bundle::is_part(file))?;
+        replaceable_but_for(&output_dir, |file| match format {
+            Format::Bundle => bundle::is_part(file),
+            Format::Ollama => file == Path::new(ollama::MODELFILE),
+            _ => false,
+        })?;
     }
     if arguments.output_dir.is_none() {
         line(format_args!(
@@ -187,6 +211,9 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     };
     let written = match format {
         Format::Merged => merged::write(&export)?,
+        Format::Gguf => gguf::write(&export)?,
+        Format::GgufLora => gguf_lora::write(&export)?,
+        Format::Ollama => ollama::write(&export)?,
         Format::Peft => peft::write(&export)?,
         Format::Mlx => mlx::write(&export)?,
         Format::Bundle => bundle::write(&export)?,
@@ -202,6 +229,12 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         print(&Value::Object(said).to_string())?;
     }
     Ok(Done::Whole)
+}
+
+/// What a model is called in a file and by its file: the last part of the directory's name, without the format's behind it.
+fn name_in_file(output_dir: &Path, format: &str) -> String {
+    let name = last_part(output_dir).unwrap_or_else(|| "model".to_owned());
+    name.strip_suffix(&format!("-{format}")).unwrap_or(&name).to_owned()
 }
 
 /// The model's name, or the last part of its path, with the format's name behind it, in the working directory.

@@ -103,8 +103,12 @@ fn what_a_disk_has_no_room_for_is_refused_before_it_is_begun() -> Result<()> {
 fn an_adapter_is_exported_as_peft_has_it_and_nothing_besides() -> Result<()> {
     let home = tempfile::tempdir()?;
     for (base, name, strategy) in [
-        ("llama", "plain", &["--strategy", "lora", "--set", "r=3"][..]),
-        ("qwen2", "pattern", &["--strategy", "lora", "--set", "use_rslora=true", "--set", "use_dora=true"][..]),
+        ("llama", "plain", &["--strategy", "lora", "--set-option", "r=3"][..]),
+        (
+            "qwen2",
+            "pattern",
+            &["--strategy", "lora", "--set-option", "use_rslora=true", "--set-option", "use_dora=true"][..],
+        ),
         ("gemma3-multimodal", "part", &["--strategy", "lora"][..]),
     ] {
         train(home.path(), &fixture("models").join(base), name, strategy)?;

@@ -22,7 +22,7 @@ from pathlib import Path
 import machine
 import sizes
 
-REAL = 4_000_000_000
+REAL = 2_000_000_000
 RANK = 16
 
 

@@ -34,8 +34,8 @@ EXPECTED_NONE = {"cohere2", "gptoss", "jamba", "muse_glimmer", "command_a", "com
 EXPECTED_NONE |= {"glm4moe", "idefics3", "llava_next", "nemotron_3_nano", "qwen3_8", "smolvlm"}
 
 
-def by_jinja(source, family):
-    """What transformers makes of the conversations; None where the template refuses one."""
+def by_jinja(source, family, adds_bos=True):
+    """What transformers makes of the conversations; None where the template refuses one. Ollama puts BOS before a prompt if `adds_bos`."""
     template = chat_template_utils._compile_jinja_template(source)
     texts = []
     for conversation in CONVERSATIONS:
@@ -46,7 +46,7 @@ def by_jinja(source, family):
         except Exception:
             texts.append(None)
     bos = family["bos"]
-    if bos and texts[0] and texts[0].startswith(bos):
+    if adds_bos and bos and texts[0] and texts[0].startswith(bos):
         texts = [text and text.removeprefix(bos) for text in texts]
     return texts
 
@@ -138,7 +138,8 @@ def main():
                 line += f"   refused: {template}"
                 bad += bool(fitting) and "none of the formats" in template
             else:
-                wanted = by_jinja(source, tokens)
+                # Its tokenizer adds no BOS.
+                wanted = by_jinja(source, tokens, adds_bos=False)
                 conversations = [given(conversation, system) for conversation in CONVERSATIONS]
                 same = fits(by_go([{"Template": template, "Conversations": conversations}])[0])
                 line += f"   Homeroom: {format}{'' if same else ', WHOSE PROMPT DIFFERS'}"

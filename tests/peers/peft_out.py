@@ -21,8 +21,8 @@ from peft import PeftModel
 from transformers.utils import logging as transformers_logging
 
 STRATEGIES = {
-    "lora": ["--strategy", "lora", "--set", "r=3"],
-    "rslora, DoRA": ["--strategy", "lora", "--set", "use_rslora=true", "--set", "use_dora=true", "--set", "r=5"],
+    "lora": ["--strategy", "lora", "--set-option", "r=3"],
+    "rslora, DoRA": ["--strategy", "lora", "--set-option", "use_rslora=true", "--set-option", "use_dora=true", "--set-option", "r=5"],
 }
 
 

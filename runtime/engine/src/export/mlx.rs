@@ -28,7 +28,7 @@ enum Windows {
     None,
 }
 
-/// Held to transformers by `tests/peers/mlx.py`.
+/// Held to transformers by `tests/peers/mlx_out.py`.
 const KNOWN: [Known; 10] = [
     Known { model_type: "llama", windows: Windows::ByLayer, stretches: true },
     Known { model_type: "mistral", windows: Windows::ByLayer, stretches: true },

@@ -177,8 +177,7 @@ fn handlers(route: &str, adapter: Option<&str>, any_base: bool) -> String {
     };
     let any_base = if any_base && adapter.is_some() { "any_base = true\n" } else { "" };
     format!(
-        "# What this folder serves; paths are relative to this file.\n[handlers.{route}]\nkind = \"local\"\n{model}{any_base}\n[routes.{route}]\nhandlers = [{}]\negress = \"deny\"\n",
-        json!(route)
+        "# What this folder serves; paths are relative to this file.\n[handlers.{route}]\nkind = \"local\"\n{model}{any_base}"
     )
 }
 

@@ -3,7 +3,7 @@
 Each model of tests/fixtures/models that mlx-lm knows, and every directory named, is exported in f32 and read by mlx-lm on the processor.
 Logits of the fixtures are compared with transformers' that lie beside them; greedy tokens with `homeroom chat`.
 
-Run: python mlx.py --homeroom target/release/homeroom [--model DIR ...]      (pip install "mlx[cpu]" mlx-lm safetensors)
+Run: python mlx_out.py --homeroom target/release/homeroom [--model DIR ...]      (pip install "mlx[cpu]" mlx-lm safetensors)
 """
 
 import argparse

@@ -24,7 +24,8 @@ from safetensors.numpy import load_file
 mx.set_default_device(mx.cpu)
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures/models"
 PROMPT = "What is the capital of France, and why did it become the capital?"
-BOUND = 1e-4
+# mlx-lm rounds the scale of Gemma 3's embeddings to bf16, as the published models are stored; those of the fixtures are f32.
+BOUND, ROUNDED = 1e-4, 5e-2
 TOKENS = 64
 
 
@@ -77,7 +78,7 @@ def main():
                     logits = np.array(model(mx.array([ids]))[0].astype(mx.float32))
                     apart = max(apart, np.abs(logits - stored[name.replace("ids", "logits")][: len(ids)]).max())
                 words.append(f"logits {apart:.1e}")
-                bad += apart > BOUND
+                bad += apart > (ROUNDED if "gemma3" in path.name else BOUND)
             if within is None and (path / "tokenizer.json").exists():
                 _, ours, _ = run("chat", "--model-dir", path, "--prompt", PROMPT, "--temperature", "0", "--max-tokens", TOKENS, "--compute", "f32")
                 same = ours.removesuffix("\n") == greedy(model, tokenizer).removesuffix("\n")

@@ -83,17 +83,18 @@ pub fn mlx_config(architecture: &Architecture, mut config: Value) -> Result<(Val
     if let Some(window) = some.first() {
         match known.windows {
             Windows::Own => {}
-            Windows::ByLayer => {
+            // Its models have one layer at least that sees all.
+            Windows::ByLayer if some.len() < windows.len() => {
                 ensure!(some.iter().all(|other| other == window), "mlx-lm knows one window of attention; {instead}");
                 let kind =
                     |window: &Option<usize>| if window.is_some() { "sliding_attention" } else { "full_attention" };
                 fields.insert("layer_types".to_owned(), windows.iter().map(kind).collect());
                 fields.insert("sliding_window".to_owned(), json!(window));
             }
-            Windows::None if *window < architecture.max_position_embeddings => notes.push(format!(
+            _ if *window < architecture.max_position_embeddings => notes.push(format!(
                 "mlx-lm has no window of attention here: from {window} tokens on it answers otherwise than the model"
             )),
-            Windows::None => {}
+            _ => {}
         }
     }
     Ok((config, notes))
@@ -115,8 +116,6 @@ mod tests {
         let (config, notes) = of("llama-linear")?;
         assert_eq!((&config["rope_theta"], &config["rope_scaling"]["factor"]), (&json!(10000.0), &json!(3.0)));
         assert!(notes.is_empty());
-        let (config, _) = of("mistral-window")?;
-        assert_eq!(config["layer_types"], json!(["sliding_attention", "sliding_attention"]));
         let (config, _) = of("gemma3")?;
         assert_eq!((&config["rope_theta"], &config["rope_local_base_freq"]), (&json!(1e6), &json!(1e4)));
         assert_eq!(config["rope_scaling"]["factor"], json!(8.0));
@@ -134,6 +133,7 @@ mod tests {
             assert!(error.contains(words) && error.contains("--format merged"), "{model}: {error}");
         }
         assert!(of("gemma2")?.1[0].contains("from 11 tokens on"));
+        assert!(of("mistral-window")?.1[0].contains("from 11 tokens on"));
         assert!(of("phi3")?.1[0].contains("from 11 tokens on"));
         Ok(())
     }

@@ -123,6 +123,7 @@ fn fitting(template: &ChatTemplate, ends: Ends<'_>, begins: Option<&str>) -> Res
     );
     let days = DAYS.iter().map(|form| local_time(form)).collect::<Result<Vec<_>>>()?;
     let present: Vec<&str> = days.iter().map(String::as_str).collect();
+    let all_days = [&[FIXED_DAY], &present[..]].concat();
     for (name, source) in FORMATS {
         // The last line break is the file's.
         let source = source.strip_suffix('\n').unwrap_or(source);
@@ -132,7 +133,7 @@ fn fitting(template: &ChatTemplate, ends: Ends<'_>, begins: Option<&str>) -> Res
         }
         let source = source.replace("@BOS@", &escaped(ends.bos)).replace("@EOS@", &escaped(ends.eos));
         let dated = source.contains("@DATE@");
-        for day in if dated { &[&[FIXED_DAY], &present[..]].concat()[..] } else { &[""] } {
+        for day in if dated { &all_days[..] } else { &[""] } {
             let source = source.replace("@DATE@", day);
             let go = Template::new(&source).with_context(|| format!("the format {name} is damaged"))?;
             let same = probes.iter().zip(&expected).all(|(messages, expected)| {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value as Json, json};
 
 use self::go::{Template, Value};
-pub use self::modelfile::{From, modelfile};
+pub use self::modelfile::{Origin, modelfile};
 use crate::text::template::{ChatTemplate, local_time};
 
 /// The formats by name. `@BOS@` and `@EOS@` stand for the tokenizer's tokens, `@DATE@` for a day.

@@ -10,9 +10,7 @@ use homeroom_engine::files::gguf::shard_paths;
 use homeroom_engine::models::BaseModel;
 use serde_json::json;
 
-use super::gguf;
-use super::merged::write_model;
-use super::{Arguments, Export, Written};
+use super::{Arguments, Export, Written, gguf, merged};
 use crate::command::this_program;
 use crate::models::{here, last_part};
 use crate::pipeline::api::model_files;
@@ -67,7 +65,7 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
             if as_gguf(export.arguments) {
                 said = gguf::write_file(export, &handler_name(export), "model.gguf")?;
             } else {
-                (_, said) = write_model(export)?;
+                said = merged::write(export)?;
             }
             into_folder(export)?;
             None

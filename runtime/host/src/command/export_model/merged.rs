@@ -15,11 +15,6 @@ pub fn check(arguments: &Arguments) -> Result<()> {
 
 /// Writes the model.
 pub fn write(export: &Export<'_>) -> Result<Written> {
-    write_model(export).map(|(_, said)| said)
-}
-
-/// Writes the model, and says in which floats.
-pub fn write_model(export: &Export<'_>) -> Result<(Floats, Written)> {
     let model = export.model;
     exportable(model)?;
     let floats = export.arguments.floats()?.map_or_else(|| Floats::of(model), Ok)?;
@@ -41,5 +36,5 @@ pub fn write_model(export: &Export<'_>) -> Result<(Floats, Written)> {
     };
     tell(export, &found, floats.name(), keeps, &mut said);
     said.field("dtype", floats.name());
-    Ok((floats, said))
+    Ok(said)
 }

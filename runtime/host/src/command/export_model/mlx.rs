@@ -8,8 +8,7 @@ use homeroom_engine::adapt::adapter::pretty;
 use homeroom_engine::export::mlx_config;
 use serde_json::Value;
 
-use super::merged::{self, write_model};
-use super::{Arguments, Export, Written};
+use super::{Arguments, Export, Written, merged};
 
 /// Refuses arguments that no model can be written by.
 pub fn check(arguments: &Arguments) -> Result<()> {
@@ -21,7 +20,7 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
     let architecture = &export.model.architecture;
     // Before anything is written.
     mlx_config(architecture, Value::Object(architecture.config.clone()))?;
-    let (_, mut said) = write_model(export)?;
+    let mut said = merged::write(export)?;
     let file = export.directory.path().join("config.json");
     let written: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
     let (config, notes) = mlx_config(architecture, written)?;

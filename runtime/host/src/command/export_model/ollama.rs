@@ -5,7 +5,7 @@
 
 use anyhow::{Context, Result};
 use homeroom_engine::export::gguf::FileType;
-use homeroom_engine::export::ollama::{Ends, From, choose, modelfile};
+use homeroom_engine::export::ollama::{Ends, Origin, choose, modelfile};
 use homeroom_engine::export::{Floats, exportable_lora, save_gguf_lora};
 use serde_json::Value;
 
@@ -40,9 +40,9 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
             said.line(format!("file      {ADAPTER}, over {}, where it lies", model.path.display()));
             said.field("file", ADAPTER);
             said.field("dtype", FileType::F32.name());
-            (From::Adapted(&model.path, ADAPTER), said)
+            (Origin::Adapted(&model.path, ADAPTER), said)
         }
-        None => (From::File(MODEL), write_file(export, &name, MODEL)?),
+        None => (Origin::File(MODEL), write_file(export, &name, MODEL)?),
     };
     let text = modelfile(&from, &format, &stops, generation.as_ref())?;
     export.directory.write(MODELFILE, text.as_bytes())?;

@@ -6,6 +6,8 @@ mod command_line;
 mod curves;
 mod embeddings;
 mod export;
+#[cfg(unix)]
+mod export_formats;
 mod families;
 #[cfg(unix)]
 mod foreign;

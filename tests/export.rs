@@ -87,8 +87,10 @@ fn a_merged_export_is_the_trained_model() -> Result<()> {
             .args(["export-model", "--model-dir", name, "--format", "merged", "--json"])
             .arg("--output-dir")
             .arg(&out);
-        let kl = json(&done(&mut command)?)?["kl"].as_f64().context("the export prints its KL")?;
+        let said = json(&done(&mut command)?)?;
+        let kl = said["kl"].as_f64().context("the export prints its KL")?;
         assert!((0.0..1e-8).contains(&kl.abs()), "{model}: {kl}");
+        assert_eq!(said["compared_on"], "10 held-out rows of the training", "{said}");
 
         let base = BaseModel::load(&fixture("models").join(model))?;
         let files = homeroom_engine::adapt::adapter::AdapterFiles::read(&home.path().join("models").join(name))?;

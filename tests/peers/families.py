@@ -120,22 +120,27 @@ def answers_of(base):
     return next((directory / name for name in names if (directory / name).exists()), None)
 
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--homeroom", required=True, type=Path)
-parser.add_argument("names", nargs="*")
-arguments = parser.parse_args()
-wrong = 0
-for directory in sorted((FIXTURES / "models").iterdir()):
-    if not (directory / "config.json").exists() or arguments.names and directory.name not in arguments.names:
-        continue
-    forms = [(directory, directory)] if any(directory.glob("model*.safetensors")) else []
-    forms += [(file, None) for file in sorted(directory.glob("*.gguf"))]
-    for base, original in forms:
-        with tempfile.TemporaryDirectory() as home:
-            try:
-                problems = check(arguments.homeroom.resolve(), base, original, answers_of(base), Path(home))
-            except Exception as error:
-                problems = [str(error)]
-        wrong += bool(problems)
-        print(f"{base.relative_to(FIXTURES / 'models')}: {'; '.join(problems) or 'as here'}", flush=True)
-sys.exit(wrong > 0)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--homeroom", required=True, type=Path)
+    parser.add_argument("names", nargs="*")
+    arguments = parser.parse_args()
+    wrong = 0
+    for directory in sorted((FIXTURES / "models").iterdir()):
+        if not (directory / "config.json").exists() or arguments.names and directory.name not in arguments.names:
+            continue
+        forms = [(directory, directory)] if any(directory.glob("model*.safetensors")) else []
+        forms += [(file, None) for file in sorted(directory.glob("*.gguf"))]
+        for base, original in forms:
+            with tempfile.TemporaryDirectory() as home:
+                try:
+                    problems = check(arguments.homeroom.resolve(), base, original, answers_of(base), Path(home))
+                except Exception as error:
+                    problems = [str(error)]
+            wrong += bool(problems)
+            print(f"{base.relative_to(FIXTURES / 'models')}: {'; '.join(problems) or 'as here'}", flush=True)
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -75,6 +75,8 @@ impl<'a> Merged<'a> {
                 let (weight, bias) = Pass::evaluation(self.base, self.adaptation).merged(source)?;
                 let values: Vec<f32> = weight.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
                 let weight = Weight::from_values(&values, (module.weight.rows(), module.weight.cols()))?;
+                // What was read of the base for it is not read again.
+                self.base.modules[source].weight.release();
                 let bias = match bias {
                     Some(bias) => Some(Arc::new(bias.to_dtype(DType::F32)?.to_vec1()?)),
                     None => module.bias.clone(),

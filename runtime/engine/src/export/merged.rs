@@ -52,21 +52,31 @@ pub const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 /// # Errors
 /// When the model has no such form, a value is beyond the floats, or a file cannot be written.
 pub fn save_model(directory: &NewDirectory, merged: &Merged<'_>, floats: Floats) -> Result<()> {
-    save_model_in(directory, merged, floats, SHARD_BYTES_MAX)
+    save_model_in(directory, merged, floats, SHARD_BYTES_MAX, |_, _| ())
 }
 
-/// As [`save_model`], in files of at most so many bytes of weights; a tensor that is larger is a file of its own.
+/// As [`save_model`], in files of at most so many bytes of weights; a tensor that is larger is a file of its own. `progress` is told how many
+/// tensors are done, of all.
 ///
 /// # Errors
 /// As [`save_model`].
-pub fn save_model_in(directory: &NewDirectory, merged: &Merged<'_>, floats: Floats, shard_bytes: u64) -> Result<()> {
+pub fn save_model_in(
+    directory: &NewDirectory,
+    merged: &Merged<'_>,
+    floats: Floats,
+    shard_bytes: u64,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<()> {
     let base = merged.base();
     let architecture = exported(base, merged.architecture())?;
     save_configuration(directory, base, &architecture, floats.name())?;
     let offset = architecture.norm_offset;
     // A module with a bias is merged once for both.
     let mut last: Option<(usize, Module)> = None;
-    write_shards(directory, &planned(merged, &architecture), floats, shard_bytes, |tensor, write| {
+    let (planned, mut done) = (planned(merged, &architecture), 0);
+    write_shards(directory, &planned, floats, shard_bytes, |tensor, write| {
+        progress(done, planned.len());
+        done += 1;
         let index = tensor.of.module;
         if last.as_ref().is_none_or(|(of, _)| *of != index) {
             drop(last.take());
@@ -85,8 +95,9 @@ pub fn save_model_in(directory: &NewDirectory, merged: &Merged<'_>, floats: Floa
                 values.iter_mut().for_each(|value| *value -= offset);
             }
             write(&values)?;
+            // Pages that were read count as memory of this process for as long as they are mapped.
+            module.weight.release();
         }
-        module.weight.release();
         Ok(())
     })
 }

@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn what_is_written_in_pieces_is_read_back() -> Result<()> {
         let place = tempfile::tempdir()?;
-        for (most, files) in [(1000, 1), (40, 3)] {
+        for (most, files) in [(1000, 1), (50, 3)] {
             let directory = NewDirectory::start(&place.path().join(most.to_string()))?;
             write_shards(&directory, &planned(&[2, 3, 1, 5]), Floats::F32, most, |tensor, write| {
                 let values: Vec<f32> = (0..tensor.shape[0] * 3).map(|i| (100 * tensor.of + i) as f32).collect();

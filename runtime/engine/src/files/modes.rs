@@ -82,6 +82,18 @@ pub(super) fn set_mode(_: &Path, _: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether its owner may run a file.
+#[cfg(unix)]
+pub(super) fn is_program(path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::PermissionsExt;
+    Ok(fs::metadata(path)?.permissions().mode() & 0o100 != 0)
+}
+
+#[cfg(not(unix))]
+pub(super) fn is_program(_: &Path) -> io::Result<bool> {
+    Ok(false)
+}
+
 /// Gives a file that this program made the bits that those of its directories have, without the right to search.
 ///
 /// # Errors

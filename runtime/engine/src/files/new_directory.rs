@@ -120,7 +120,9 @@ fn finish(directory: &Path, mode: u32) -> io::Result<()> {
             finish(&path, mode)?;
         } else if entry.file_type()?.is_file() {
             File::open(&path)?.sync_all()?;
-            modes::set_mode(&path, mode & 0o666)?;
+            // What is made to be run can be run by whoever may read it.
+            let runs = if modes::is_program(&path)? { mode & 0o111 } else { 0 };
+            modes::set_mode(&path, mode & 0o666 | runs)?;
         }
     }
     sync_directory(directory);

@@ -272,7 +272,7 @@ impl RopeScaling {
     }
 
     /// `rope_scaling` of a `config.json`; `None`: it has no form there.
-    pub(super) fn to_json(&self) -> Option<Value> {
+    pub(crate) fn to_json(&self) -> Option<Value> {
         Some(match self {
             Self::None => Value::Null,
             Self::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),

@@ -15,7 +15,7 @@ use homeroom_engine::adapt::encoded::EncodedBases;
 use homeroom_engine::adapt::merge::Merged;
 use homeroom_engine::adapt::requantize::{kept_storage, store_as_planned};
 use homeroom_engine::data::Group;
-use homeroom_engine::export::{Floats, exportable, save_model};
+use homeroom_engine::export::{Floats, exportable, save_model_in};
 use homeroom_engine::files::digest::{self, FileDigests};
 use homeroom_engine::files::{NewDirectory, utf8};
 use homeroom_engine::models::BaseModel;
@@ -372,7 +372,8 @@ impl Job {
         }
         if whole {
             let merged = Merged::new(&self.model, Some(adaptation))?;
-            save_model(directory, &merged, Floats::of(&self.model)?)?;
+            // One file: those of a result have fixed names.
+            save_model_in(directory, &merged, Floats::of(&self.model)?, u64::MAX, |_, _| ())?;
         }
         let manifest = serde_json::to_value(adapter::manifest(&self.model, adaptation, record)?)?;
         directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())

@@ -81,6 +81,12 @@ impl Sources {
         self.files.iter().any(|(file, _, _)| file.starts_with(name))
     }
 
+    /// The same files, which are to lie in a folder of this name.
+    pub fn below(mut self, folder: &str) -> Self {
+        self.files.iter_mut().for_each(|(name, _, _)| *name = Path::new(folder).join(&*name));
+        self
+    }
+
     /// Bytes of all of them.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|(_, _, bytes)| bytes).sum()

@@ -22,7 +22,7 @@ use homeroom_engine::adapt::encoded::EncodedBases;
 use homeroom_engine::files::{self, Lock};
 
 pub use bases::{Base, Usable, bases};
-pub use copies::copy;
+pub use copies::{Sources, copy};
 pub use details::{About, Details, Vectors};
 pub use entries::{Entry, entry, list, names};
 pub use lineage::{Lineage, Target, Users, users_of};

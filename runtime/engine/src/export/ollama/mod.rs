@@ -13,12 +13,13 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value as Json, json};
 
 use self::go::{Template, Value};
-pub use self::modelfile::{From, modelfile};
+pub use self::modelfile::{Origin, modelfile};
 use crate::text::template::{ChatTemplate, local_time};
 
 /// The formats by name. `@BOS@` and `@EOS@` stand for the tokenizer's tokens, `@DATE@` for a day.
-const FORMATS: [(&str, &str); 26] = [
+const FORMATS: [(&str, &str); 28] = [
     ("chatml", include_str!("formats/chatml.tmpl")),
+    ("chatml-think", include_str!("formats/chatml-think.tmpl")),
     ("llama3", include_str!("formats/llama3.tmpl")),
     ("llama3.1", include_str!("formats/llama3.1.tmpl")),
     ("llama2", include_str!("formats/llama2.tmpl")),
@@ -31,6 +32,7 @@ const FORMATS: [(&str, &str); 26] = [
     ("gemma", include_str!("formats/gemma.tmpl")),
     ("gemma3", include_str!("formats/gemma3.tmpl")),
     ("gemma4", include_str!("formats/gemma4.tmpl")),
+    ("gemma4-no-think", include_str!("formats/gemma4-no-think.tmpl")),
     ("phi3", include_str!("formats/phi3.tmpl")),
     ("phi4", include_str!("formats/phi4.tmpl")),
     ("phi4-mini", include_str!("formats/phi4-mini.tmpl")),
@@ -50,6 +52,8 @@ const FORMATS: [(&str, &str); 26] = [
 const FIXED_DAY: &str = "26 Jul 2024";
 /// How templates write the present day.
 const DAYS: [&str; 3] = ["%d %b %Y", "%d %B %Y", "%B %d, %Y"];
+/// A plain question.
+const QUESTION: &str = "Wie heißt du?";
 /// Stands for a system message in a rendering.
 const MARK: &str = "«system»";
 
@@ -82,19 +86,30 @@ pub struct Ends<'a> {
 /// # Errors
 /// When none does; names those that there are, and says what to do.
 pub fn choose(template: &ChatTemplate, ends: Ends<'_>) -> Result<Format> {
-    let question = [message("user", "Wie heißt du?")];
+    let plain = template.render(&[message("user", QUESTION)], None, true);
+    let plain = plain.context("its chat template refuses a plain question")?;
+    // A token that begins a text may also be one that begins each turn.
+    let bos = ends.bos.filter(|bos| plain.starts_with(bos));
+    for begins in [None, bos].into_iter().take(if bos.is_some() { 2 } else { 1 }) {
+        if let Some(format) = fitting(template, ends, begins)? {
+            return Ok(format);
+        }
+    }
+    let names: Vec<&str> = FORMATS.iter().map(|(name, _)| *name).collect();
+    bail!(
+        "its chat template writes none of the formats that are known for Ollama: {}\nhint: `--format gguf` writes the file with its own template, which llama.cpp and LM Studio read; for Ollama a Modelfile beside it with a TEMPLATE of yours does",
+        names.join(", ")
+    )
+}
+
+/// The format that writes what a template writes behind the token that `begins` a text, if there is one.
+fn fitting(template: &ChatTemplate, ends: Ends<'_>, begins: Option<&str>) -> Result<Option<Format>> {
     let render = |messages: &[Json]| template.render(messages, None, true);
-    let plain = render(&question).context("its chat template refuses a plain question")?;
-    let (begins, plain) = match ends.bos.and_then(|bos| plain.strip_prefix(bos)) {
-        Some(rest) => (true, rest),
-        None => (false, plain.as_str()),
-    };
-    let bare = |text: String| match ends.bos.filter(|_| begins) {
-        Some(bos) => text.strip_prefix(bos).map(str::to_owned).unwrap_or(text),
-        None => text,
-    };
+    let bare = |text: String| begins.and_then(|bos| text.strip_prefix(bos)).map(str::to_owned).unwrap_or(text);
+    let question = message("user", QUESTION);
+    let plain = bare(render(std::slice::from_ref(&question))?);
     // What comes of no system message, where it is what comes of another one.
-    let marked = render(&[message("system", MARK), question[0].clone()]).map(bare);
+    let marked = render(&[message("system", MARK), question]).map(bare);
     let default = marked.as_ref().ok().and_then(|marked| {
         let (before, after) = marked.split_once(MARK)?;
         plain.strip_prefix(before)?.strip_suffix(after)
@@ -107,58 +122,54 @@ pub fn choose(template: &ChatTemplate, ends: Ends<'_>) -> Result<Format> {
         "its chat template refuses conversations of several turns, so no format of Ollama's can be told from another"
     );
     let days = DAYS.iter().map(|form| local_time(form)).collect::<Result<Vec<_>>>()?;
-    let days: Vec<&str> = days.iter().map(String::as_str).chain([FIXED_DAY]).collect();
+    let present: Vec<&str> = days.iter().map(String::as_str).collect();
+    let all_days = [&[FIXED_DAY], &present[..]].concat();
     for (name, source) in FORMATS {
         // The last line break is the file's.
         let source = source.strip_suffix('\n').unwrap_or(source);
-        let named = |word: &str, token: Option<&str>| source.contains(word) && token.is_none();
-        if named("@BOS@", ends.bos) || named("@EOS@", ends.eos) {
+        let lacks = |word: &str, token: Option<&str>| source.contains(word) && token.is_none();
+        if lacks("@BOS@", ends.bos) || lacks("@EOS@", ends.eos) {
             continue;
         }
         let source = source.replace("@BOS@", &escaped(ends.bos)).replace("@EOS@", &escaped(ends.eos));
         let dated = source.contains("@DATE@");
-        for day in if dated { &days[..] } else { &[""] } {
+        for day in if dated { &all_days[..] } else { &[""] } {
             let source = source.replace("@DATE@", day);
             let go = Template::new(&source).with_context(|| format!("the format {name} is damaged"))?;
             let same = probes.iter().zip(&expected).all(|(messages, expected)| {
                 let Some(expected) = expected else { return true };
                 go.render(&given(messages, system)).is_ok_and(|written| written == *expected)
             });
-            if same {
-                let mut notes = Vec::new();
-                let mut template = source;
-                if begins && !ends.adds_bos {
-                    template = format!("{{{{- \"{}\" }}}}\n{template}", escaped(ends.bos));
-                } else if !begins && ends.adds_bos {
-                    let bos = ends.bos.unwrap_or_default();
-                    notes
-                        .push(format!("Ollama begins each prompt with {bos}, which the model's own template does not"));
-                }
-                if dated && *day != FIXED_DAY
-                    || system.is_some_and(|system| days[..DAYS.len()].iter().any(|day| system.contains(day)))
-                {
-                    notes.push("the template names the present day, and the Modelfile that of the export".to_owned());
-                }
-                if marked.is_err() {
-                    notes.push("the model's own template refuses a system message; Ollama does not".to_owned());
-                }
-                let padded = format!(" {MARK} ");
-                let (as_is, bare) = (render(&[message("user", &padded)])?, render(&[message("user", MARK)])?);
-                if as_is != bare.replace(MARK, &padded) {
-                    notes.push(
-                        "the model's own template takes white space from both ends of a message; Ollama does not"
-                            .to_owned(),
-                    );
-                }
-                return Ok(Format { name, template, system: system.map(str::to_owned), notes });
+            if !same {
+                continue;
             }
+            let mut notes = Vec::new();
+            let mut template = source;
+            if begins.is_some() && !ends.adds_bos {
+                template = format!("{{{{- \"{}\" }}}}\n{template}", escaped(begins));
+            } else if begins.is_none() && ends.adds_bos {
+                let bos = ends.bos.unwrap_or_default();
+                notes.push(format!("Ollama puts {bos} before each prompt, which the model's own template does not"));
+            }
+            let names_day = |text: &str| present.iter().any(|day| text.contains(day));
+            if names_day(day) || system.is_some_and(names_day) {
+                notes.push("the template names the present day, and the Modelfile that of the export".to_owned());
+            }
+            if marked.is_err() {
+                notes.push("the model's own template refuses a system message; Ollama does not".to_owned());
+            }
+            let padded = format!(" {MARK} ");
+            let (as_is, trimmed) = (render(&[message("user", &padded)])?, render(&[message("user", MARK)])?);
+            if as_is != trimmed.replace(MARK, &padded) {
+                notes.push(
+                    "the model's own template takes white space from both ends of a message; Ollama does not"
+                        .to_owned(),
+                );
+            }
+            return Ok(Some(Format { name, template, system: system.map(str::to_owned), notes }));
         }
     }
-    let names: Vec<&str> = FORMATS.iter().map(|(name, _)| *name).collect();
-    bail!(
-        "its chat template writes none of the formats that are known for Ollama: {}\nhint: `--format gguf` writes the file with its own template, which llama.cpp and LM Studio read; for Ollama a Modelfile beside it with a TEMPLATE of yours does",
-        names.join(", ")
-    )
+    Ok(None)
 }
 
 /// A token as a text of Go's has it.
@@ -175,7 +186,7 @@ fn message(role: &str, content: &str) -> Json {
 pub fn probes() -> Vec<Vec<Json>> {
     let odd = "{{ .System }} \"quoted\" 'once' `tick` \\n <b>&amp;</b>\n\n- ein Maß, 数, 🙂\tend";
     vec![
-        vec![message("user", "Wie heißt du?")],
+        vec![message("user", QUESTION)],
         vec![message("system", "You answer in one word."), message("user", "Why?")],
         vec![
             message("user", "One?"),
@@ -251,6 +262,8 @@ mod tests {
             ("gemma", "gemma"),
             ("gemma3", "gemma3"),
             ("gemma4_v5", "gemma4"),
+            ("gemma4", "gemma4-no-think"),
+            ("qwen3_5_think", "chatml-think"),
             ("phi3", "phi3"),
             ("phi_4", "phi4"),
             ("deepseek_r1_distill", "deepseek-r1"),
@@ -265,9 +278,9 @@ mod tests {
                 Err(error) => panic!("{name}: {error:#}"),
             }
         }
-        for name in ["cohere2", "gptoss", "jamba", "muse_glimmer"] {
+        for name in ["cohere2", "gptoss", "jamba", "muse_glimmer", "qwen3_8"] {
             let error = format_of(name).unwrap_err().to_string();
-            assert!(error.contains("none of the formats") && error.contains("chatml, llama3"), "{name}: {error}");
+            assert!(error.contains("none of the formats") && error.contains("chatml, chatml-think"), "{name}: {error}");
         }
     }
 
@@ -337,7 +350,12 @@ mod tests {
         assert!(!format(source, true)?.template.contains("<s>"));
         assert!(format(source, false)?.template.starts_with("{{- \"<s>\" }}\n"));
         let without = format(&source.replace("{{ bos_token }}", ""), true)?;
-        assert!(without.notes[0].contains("begins each prompt with <s>"), "{:?}", without.notes);
+        assert!(without.notes[0].contains("puts <s> before each prompt"), "{:?}", without.notes);
+        // As SmolLM2's.
+        let chatml = source.replace("{{ bos_token }}", "");
+        let ends = Ends { bos: Some("<|im_start|>"), eos: Some("<|im_end|>"), adds_bos: false };
+        let smollm = choose(&ChatTemplate::new(&chatml, ends.bos, ends.eos)?, ends)?;
+        assert!(smollm.name == "chatml" && smollm.notes.is_empty() && smollm.template.starts_with("{{- range"));
         Ok(())
     }
 }

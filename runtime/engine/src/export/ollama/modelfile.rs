@@ -1,17 +1,19 @@
 //! The `Modelfile` itself.
 
-use anyhow::{Result, ensure};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::Format;
 
 /// What a model is made of.
 #[derive(Clone, Debug)]
-pub enum From<'a> {
+pub enum Origin<'a> {
     /// A GGUF file, named as it lies beside the Modelfile.
     File(&'a str),
-    /// A GGUF file, and an adapter of it.
-    Adapted(&'a str, &'a str),
+    /// A GGUF file by its path, and an adapter of it, named as it lies beside the Modelfile.
+    Adapted(&'a Path, &'a str),
 }
 
 /// Parameters of `generation_config.json`, and what Ollama calls them.
@@ -27,10 +29,16 @@ const PARAMETERS: [(&str, &str); 5] = [
 ///
 /// # Errors
 /// When a text cannot be written in it.
-pub fn modelfile(from: &From<'_>, format: &Format, stops: &[String], generation: Option<&Value>) -> Result<String> {
+pub fn modelfile(from: &Origin<'_>, format: &Format, stops: &[String], generation: Option<&Value>) -> Result<String> {
     let mut text = match from {
-        From::File(file) => format!("FROM ./{file}\n"),
-        From::Adapted(file, adapter) => format!("FROM ./{file}\nADAPTER ./{adapter}\n"),
+        Origin::File(file) => format!("FROM ./{file}\n"),
+        Origin::Adapted(base, adapter) => {
+            let base = base
+                .to_str()
+                .filter(|path| !path.contains('\n'))
+                .context("the base's path has no form in a Modelfile")?;
+            format!("FROM {base}\nADAPTER ./{adapter}\n")
+        }
     };
     text += &format!("# The chat format `{}`.\nTEMPLATE {}\n", format.name, quoted(&format.template)?);
     if let Some(system) = &format.system {
@@ -67,15 +75,15 @@ mod tests {
             notes: vec![],
         };
         let generation = serde_json::json!({"temperature": 0.6, "top_k": 20, "do_sample": true});
-        let text = modelfile(&From::File("model.gguf"), &format, &["<|im_end|>".to_owned()], Some(&generation))?;
+        let text = modelfile(&Origin::File("model.gguf"), &format, &["<|im_end|>".to_owned()], Some(&generation))?;
         assert_eq!(
             text,
             "FROM ./model.gguf\n# The chat format `chatml`.\nTEMPLATE \"\"\"{{ .System }}\nx\"\"\"\nSYSTEM \"\"\"Be \"kind\".\nYes.\"\"\"\nPARAMETER stop \"<|im_end|>\"\nPARAMETER temperature 0.6\nPARAMETER top_k 20\n"
         );
-        let text = modelfile(&From::Adapted("base.gguf", "adapter.gguf"), &format, &[], None)?;
-        assert!(text.starts_with("FROM ./base.gguf\nADAPTER ./adapter.gguf\n"));
+        let text = modelfile(&Origin::Adapted(Path::new("/m/base.gguf"), "adapter.gguf"), &format, &[], None)?;
+        assert!(text.starts_with("FROM /m/base.gguf\nADAPTER ./adapter.gguf\n"));
         let quotes = Format { system: Some("\"\"\"".to_owned()), ..format };
-        assert!(modelfile(&From::File("x"), &quotes, &[], None).is_err());
+        assert!(modelfile(&Origin::File("x"), &quotes, &[], None).is_err());
         Ok(())
     }
 }

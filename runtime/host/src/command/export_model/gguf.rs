@@ -21,15 +21,19 @@ fn kind(arguments: &Arguments) -> Result<FileType> {
     arguments.dtype.as_ref().map_or(Ok(USUAL), |word| word.parse().with_context(|| format!("--dtype {word}")))
 }
 
-/// Writes the file.
+/// Writes the file, called by the model's name.
 pub fn write(export: &Export<'_>) -> Result<Written> {
+    let (name, kind) = (name_in_file(export.output_dir, "gguf"), kind(export.arguments)?);
+    write_file(export, &name, &format!("{name}-{}.gguf", kind.name().to_uppercase()))
+}
+
+/// Writes the file `file` of a model that is called `name` in it.
+pub fn write_file(export: &Export<'_>, name: &str, file: &str) -> Result<Written> {
     let (model, kind) = (export.model, kind(export.arguments)?);
     let merged = export.merged()?;
-    let name = name_in_file(export.output_dir, "gguf");
-    let plan = Plan::new(&merged, kind, &name)?;
+    let plan = Plan::new(&merged, kind, name)?;
     export.ensure_room(plan.bytes()?)?;
-    let file = format!("{name}-{}.gguf", kind.name().to_uppercase());
-    plan.write(export.directory, &file, &merged)?;
+    plan.write(export.directory, file, &merged)?;
 
     let mut said = Written::default();
     let storages: Vec<String> = plan.storages().iter().map(|(storage, count)| format!("{count} {storage:?}")).collect();
@@ -48,7 +52,7 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
         said.line(format!("note      {note}"));
     }
     // Compared as it was written, so that rounding to the file's type counts.
-    let written = BaseModel::load_gguf_of(&export.directory.path().join(&file), model);
+    let written = BaseModel::load_gguf_of(&export.directory.path().join(file), model);
     let found = compare(export, (&written.context("the export cannot be read back")?, None))?;
     let keeps = match kind {
         FileType::F32 => None,

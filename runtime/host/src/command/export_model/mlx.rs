@@ -3,14 +3,12 @@
 //! It is the merged model and no adapter of mlx-lm's: such an adapter has one rank and one scale for all its modules, and its modules are
 //! those of the last layers; of what is trained here only some is that. A merged model is all of it.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
+use homeroom_engine::adapt::adapter::pretty;
+use homeroom_engine::export::mlx_config;
+use serde_json::Value;
 
-use super::merged::{self, write_model};
-use super::{Arguments, Export, Written};
-
-/// The models of mlx-lm that compute what ours do, by `model_type`.
-const KNOWN: [&str; 10] =
-    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "smollm3"];
+use super::{Arguments, Export, Written, merged};
 
 /// Refuses arguments that no model can be written by.
 pub fn check(arguments: &Arguments) -> Result<()> {
@@ -19,11 +17,14 @@ pub fn check(arguments: &Arguments) -> Result<()> {
 
 /// Writes the model.
 pub fn write(export: &Export<'_>) -> Result<Written> {
-    let family = export.model.architecture.model_type.as_str();
-    ensure!(
-        KNOWN.contains(&family),
-        "mlx-lm has no model `{family}` that computes the same; known are {}; `--format merged` is for transformers, `--format gguf` for llama.cpp",
-        KNOWN.join(", ")
-    );
-    write_model(export).map(|(_, said)| said)
+    let architecture = &export.model.architecture;
+    // Before anything is written.
+    mlx_config(architecture, Value::Object(architecture.config.clone()))?;
+    let mut said = merged::write(export)?;
+    let file = export.directory.path().join("config.json");
+    let written: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    let (config, notes) = mlx_config(architecture, written)?;
+    export.directory.write("config.json", pretty(&config)?.as_bytes())?;
+    notes.into_iter().for_each(|note| said.line(format!("note      {note}")));
+    Ok(said)
 }

@@ -1,10 +1,13 @@
 //! `homeroom export-model`: a trained model as files of another program. Here is what all formats have in common; a format is a file.
 
+mod bundle;
 mod compare;
 mod gguf;
 mod gguf_lora;
+mod held_out;
 mod merged;
 mod mlx;
+mod ollama;
 mod peft;
 
 use std::path::{Path, PathBuf};
@@ -14,7 +17,7 @@ use clap::{Args, ValueEnum};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::merge::Merged;
 use homeroom_engine::export::Floats;
-use homeroom_engine::files::{NewDirectory, ensure_room, replaceable, utf8, vacant};
+use homeroom_engine::files::{NewDirectory, ensure_room, replaceable_but_for, utf8, vacant};
 use homeroom_engine::models::BaseModel;
 use serde_json::{Map, Value, json};
 
@@ -39,10 +42,11 @@ pub struct Arguments {
     /// Number format of the written weights [default: the base's, f32 where it is quantised; of a GGUF file q8_0]
     ///
     /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on
-    /// the rows of `--file`, else on a few questions of general knowledge; on rows like those of the training it is larger.
+    /// the rows of `--file`, else on some that the training held out, else on a few questions of general knowledge, where it is smaller than on rows like those of
+    /// the training.
     #[arg(long, value_name = "TYPE", value_parser = word(&DTYPES))]
     dtype: Option<String>,
-    /// Files of rows to compare the export with the trained model on, best some that were held out [default: a few questions of general knowledge]
+    /// Files of rows to compare the export with the trained model on, best some that were held out [default: some that its training held out, else a few questions of general knowledge]
     #[arg(long, value_name = "FILE", num_args = 1..)]
     file: Vec<PathBuf>,
     #[command(flatten)]
@@ -64,10 +68,14 @@ enum Format {
     Gguf,
     /// The adapter alone as a GGUF file, which llama.cpp lays over the base
     GgufLora,
+    /// A folder for `ollama create`: a GGUF file, or an adapter over the one that was trained on, and a Modelfile with the model's chat format
+    Ollama,
     /// The adapter alone, as PEFT has it
     Peft,
     /// A directory for mlx-lm, with the adapter merged into the base
     Mlx,
+    /// A folder with the model, this program and a script that serves it, for a machine without a network
+    Bundle,
 }
 
 impl Format {
@@ -76,8 +84,10 @@ impl Format {
             Self::Merged => "merged",
             Self::Gguf => "gguf",
             Self::GgufLora => "gguf-lora",
+            Self::Ollama => "ollama",
             Self::Peft => "peft",
             Self::Mlx => "mlx",
+            Self::Bundle => "bundle",
         }
     }
 }
@@ -165,14 +175,20 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         Format::Merged => merged::check(arguments)?,
         Format::Gguf => gguf::check(arguments)?,
         Format::GgufLora => gguf_lora::check(arguments)?,
+        Format::Ollama => gguf::check(arguments)?,
         Format::Peft => peft::check(arguments)?,
         Format::Mlx => mlx::check(arguments)?,
+        Format::Bundle => bundle::check(arguments)?,
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let named = here(&arguments.model.model_dir)?.map(|located| located.path);
-    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named)])?;
+    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named.clone())])?;
     if arguments.overwrite {
-        replaceable(&output_dir)?;
+        replaceable_but_for(&output_dir, |file| match format {
+            Format::Bundle => bundle::is_part(file),
+            Format::Ollama => file == Path::new(ollama::MODELFILE),
+            _ => false,
+        })?;
     }
     if arguments.output_dir.is_none() {
         line(format_args!(
@@ -181,7 +197,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             output_dir.display()
         ));
     }
-    let compared = Compared::of(arguments, &model)?;
+    let compared = Compared::of(arguments, &model, named.as_deref())?;
     interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&output_dir)?;
     directory.replaces = arguments.overwrite;
@@ -197,8 +213,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         Format::Merged => merged::write(&export)?,
         Format::Gguf => gguf::write(&export)?,
         Format::GgufLora => gguf_lora::write(&export)?,
+        Format::Ollama => ollama::write(&export)?,
         Format::Peft => peft::write(&export)?,
         Format::Mlx => mlx::write(&export)?,
+        Format::Bundle => bundle::write(&export)?,
     };
     let output_dir = directory.publish()?;
     line(format_args!("saved     {}", output_dir.display()));

@@ -38,6 +38,7 @@ use self::spec::VERBS;
 use super::errors::{Failure, nearest, said, short};
 use super::sandbox::{Prelude, Sandbox, name_of};
 
+pub use self::identity::model_files;
 pub use self::names::named_problem;
 pub use self::session::Session;
 pub use self::value::{to_json, to_lua, words};

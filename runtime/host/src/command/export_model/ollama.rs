@@ -1,0 +1,59 @@
+//! `--format ollama`: a folder that `ollama create` takes.
+//!
+//! Of an adapter on a GGUF file it is the adapter over that very file, which loses nothing; `--dtype` makes a file of both, as of any
+//! other model.
+
+use anyhow::{Context, Result};
+use homeroom_engine::export::gguf::FileType;
+use homeroom_engine::export::ollama::{Ends, Origin, choose, modelfile};
+use homeroom_engine::export::{Floats, exportable_lora, save_gguf_lora};
+use serde_json::Value;
+
+use super::gguf::write_file;
+use super::{Export, Written, name_in_file};
+
+/// The file that tells Ollama what the model is.
+pub const MODELFILE: &str = "Modelfile";
+const MODEL: &str = "model.gguf";
+const ADAPTER: &str = "adapter.gguf";
+
+/// Writes the folder.
+pub fn write(export: &Export<'_>) -> Result<Written> {
+    let (model, tokenizer) = (export.model, &export.model.tokenizer);
+    let template = model.template.as_ref();
+    let template = template
+        .context("the model has no chat template, and Ollama's models chat; `--format gguf` writes the file alone")?;
+    let (bos, eos) = (tokenizer.bos_token.as_deref(), tokenizer.eos_token.as_deref());
+    // Before a weight is read.
+    let format = choose(template, Ends { bos, eos, adds_bos: tokenizer.add_bos })?;
+    let stops: Vec<String> = tokenizer.eos_ids.iter().filter_map(|id| tokenizer.token(*id)).collect();
+    let generation = model.path.join("generation_config.json");
+    let generation: Option<Value> = std::fs::read(generation).ok().and_then(|text| serde_json::from_slice(&text).ok());
+
+    let name = name_in_file(export.output_dir, "ollama");
+    let apart = export.adaptation.filter(|_| model.path.is_file() && export.arguments.dtype.is_none());
+    let (from, mut said) = match apart {
+        Some(adaptation) => {
+            exportable_lora(model, adaptation)?;
+            save_gguf_lora(export.directory, ADAPTER, (model, adaptation), Floats::F32, &name)?;
+            let mut said = Written::default();
+            said.line(format!("file      {ADAPTER}, over {}, where it lies", model.path.display()));
+            said.field("file", ADAPTER);
+            said.field("dtype", FileType::F32.name());
+            (Origin::Adapted(&model.path, ADAPTER), said)
+        }
+        None => (Origin::File(MODEL), write_file(export, &name, MODEL)?),
+    };
+    let text = modelfile(&from, &format, &stops, generation.as_ref())?;
+    export.directory.write(MODELFILE, text.as_bytes())?;
+    let system = if format.system.is_some() { ", with the template's own system message" } else { "" };
+    said.line(format!("chat      the format `{}`, which writes what the model's template writes{system}", format.name));
+    format.notes.iter().for_each(|note| said.line(format!("note      {note}")));
+    said.line(format!(
+        "next      ollama create {} -f {}/{MODELFILE}",
+        name.to_lowercase(),
+        export.output_dir.display()
+    ));
+    said.field("chat_format", format.name);
+    Ok(said)
+}

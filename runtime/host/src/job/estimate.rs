@@ -10,6 +10,7 @@ use homeroom_engine::train::TrainConfig;
 use serde_json::{Map, Value};
 
 use super::Job;
+use super::fit::request;
 use crate::machine::resident_memory_bytes;
 use crate::plugin::{Plugin, native};
 
@@ -50,6 +51,11 @@ impl Before {
         Self { program, available: memory::obtainable().map(|free| free.saturating_add(program)) }
     }
 
+    /// Resident memory of the program, in bytes.
+    pub fn program_bytes(&self) -> u64 {
+        self.program
+    }
+
     /// What there is for a training that needs so much, where that is too little.
     pub fn lacking(&self, peak: u64) -> Option<u64> {
         self.available.filter(|available| *available < peak)
@@ -57,22 +63,10 @@ impl Before {
 }
 
 impl Job {
-    /// Highest resident memory of a supervised training on these rows, in bytes: as if all were as long as the longest, so that where
+    /// Highest resident memory of a training on these rows, in bytes: as if all were as long as the longest, so that where
     /// lengths differ it is a bound. Reads no weight. Evaluations and what a result is saved through are left out.
     pub fn peak_memory_estimate(&self, rows: &[&Group], config: &TrainConfig, before: Before) -> u64 {
-        let lengths = || rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
-        let longest = lengths().max().unwrap_or(0);
-        let request = Request {
-            batch_size: config.batch_size.min(rows.len()),
-            gradient_accumulation_steps: config.gradient_accumulation_steps,
-            row_tokens: longest,
-            trained_tokens: longest,
-            gradient_checkpointing: config.gradient_checkpointing,
-            packing: config.packing,
-            compute: config.compute,
-            tokens: Some(lengths().sum()),
-            program_bytes: before.program,
-        };
+        let request = request(rows, config, before.program);
         estimate(&Sketch::of_model(&self.model), &self.adaptation.plan, &request).peak_memory_bytes
     }
 }

@@ -20,6 +20,7 @@ fn request() -> Request {
         trained_tokens: 33,
         gradient_checkpointing: false,
         packing: true,
+        pass_rows: None,
         compute: Compute::F32,
         tokens: None,
         program_bytes: 7,

@@ -162,6 +162,15 @@ pub fn of(error: &Error) -> Option<Trouble> {
     by_kind.or_else(|| in_words(&format!("{error:#}")))
 }
 
+/// The variable that names graphics processors to use, if one does: what names none is set to keep from them.
+pub fn visible_devices() -> Option<&'static str> {
+    let names = |name: &&str| {
+        let value = std::env::var(name).unwrap_or_default();
+        !matches!(value.trim(), "" | "-1" | "none" | "NoDevFiles")
+    };
+    ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"].into_iter().find(names)
+}
+
 /// The failure that the words of an error tell.
 pub fn in_words(error: &str) -> Option<Trouble> {
     OF_ERRORS.into_iter().find(|trouble| trouble.signs.iter().any(|sign| error.contains(sign)))

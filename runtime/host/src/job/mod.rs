@@ -43,6 +43,7 @@ use self::recording::Recorder;
 pub use self::recording::{Recording, Resumed, Saving, lowered_words, newest_checkpoint};
 pub use self::samples::{Sample, Samples, question};
 use self::stall::Stall;
+pub use self::stall::VARIABLE as STALL_VARIABLE;
 use crate::machine::give_back_memory;
 use crate::models::shown;
 use crate::plugin::generation::Live;

@@ -23,6 +23,7 @@ use crate::processor;
 use crate::machine::{give_back_memory, peak_memory_bytes};
 use crate::progress::{line, size, thousands};
 use crate::runs::{Events, RunDirectory};
+use crate::troubles;
 
 /// What the observers need to go on, in a checkpoint.
 const MEMORY_FILE: &str = "observers.json";
@@ -177,6 +178,7 @@ impl<'a> Recording<'a> {
                         "warning: no checkpoint at step {}: {error:#}; the training goes on",
                         state.step
                     ));
+                    troubles::of(&error).iter().for_each(line);
                 }
             }
         }

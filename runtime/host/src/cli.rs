@@ -11,8 +11,8 @@ use homeroom_engine::memory;
 use homeroom_kernels::Isa;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, doctor, eval, export_model, fine_tune, import, licenses, list_models, new, plan, plugins,
-    preview, pull, resume, rm, run, runs, serve, show,
+    Done, bench, chat, compare, cp, doctor, eval, export_model, fine_tune, import, licenses, list_models, new, plan,
+    plugins, preview, pull, resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips, troubles};
@@ -198,7 +198,9 @@ pub fn main() -> ExitCode {
         Err(error) => {
             progress::line(format_args!("error: {error:#}"));
             let is_a_run = matches!(cli.command, Command::FineTune(_) | Command::Run(_) | Command::Resume(_));
-            if let Some(trouble) = troubles::of(&error).filter(|_| is_a_run && !error.is::<interrupt::Interrupted>()) {
+            // One that says by itself what to do says it more exactly.
+            let is_told = error.is::<interrupt::Interrupted>() || format!("{error:#}").contains("hint: ");
+            if let Some(trouble) = troubles::of(&error).filter(|_| is_a_run && !is_told) {
                 progress::line(trouble);
             }
             if error.is::<interrupt::Interrupted>() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::FAILURE }

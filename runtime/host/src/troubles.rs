@@ -226,7 +226,8 @@ fn killed(events: &[Value]) -> Explained {
     let number = |key: &str| events.iter().rev().find_map(|event| event["memory"][key].as_u64());
     let (peak, left, all) = (number("peak_bytes"), number("left_bytes"), number("all_bytes"));
     let planned = number("planned_bytes");
-    let stalled = events.iter().rev().take_while(|event| event["event"] != "step").find(|event| event["event"] == "stalled");
+    let stalled =
+        events.iter().rev().take_while(|event| event["event"] != "step").find(|event| event["event"] == "stalled");
     let near = |bytes: Option<u64>, all: u64| bytes.is_some_and(|bytes| bytes > all - all / NEAR_PART);
     match (left, all) {
         (Some(left), Some(all)) if left < all / NEAR_PART || near(peak, all) || near(planned, all) => {

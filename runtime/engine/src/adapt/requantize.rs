@@ -194,6 +194,8 @@ fn store_each<'a>(
             None => (0..wanted.len()).map(store).collect::<Result<_>>(),
         }
     })?;
+    // Around what was read of one weight the system may have mapped two megabytes of its neighbours, which were given back by then.
+    model.release();
     let weights: Vec<Arc<Weight>> = weights.into_iter().map(Arc::new).collect();
     let mut modules = model.modules.clone();
     for module in &mut modules {

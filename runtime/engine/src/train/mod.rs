@@ -298,12 +298,7 @@ impl Run<'_> {
     }
 
     /// Takes less memory from the next step on, if the observer wants that.
-    fn lower_if_asked(
-        &mut self,
-        units: &[Unit<'_>],
-        data: &Data<'_>,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
+    fn lower_if_asked(&mut self, units: &[Unit<'_>], data: &Data<'_>, observer: &mut dyn Observer) -> Result<()> {
         let planned = self.state.report.planned_steps;
         let Some(reason) = observer.lowers().filter(|_| self.state.step < planned) else { return Ok(()) };
         let longest = data.units.iter().map(Unit::rows).max().unwrap_or(1);

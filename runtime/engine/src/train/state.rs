@@ -86,9 +86,12 @@ impl Passes {
     /// to some hundred rows, then that layers are computed again, then passes of single units.
     pub fn lower(self, longest: usize) -> Vec<Self> {
         let least = longest.max(1);
-        let halves = std::iter::successors(Some(self.pass_rows), |rows| Some((rows / 2).max(least)).filter(|half| half < rows));
+        let halves =
+            std::iter::successors(Some(self.pass_rows), |rows| Some((rows / 2).max(least)).filter(|half| half < rows));
         let smaller: Vec<usize> = halves.skip(1).collect();
-        let of = |gradient_checkpointing: bool| move |pass_rows: &usize| Self { pass_rows: *pass_rows, gradient_checkpointing };
+        let of = |gradient_checkpointing: bool| {
+            move |pass_rows: &usize| Self { pass_rows: *pass_rows, gradient_checkpointing }
+        };
         if self.gradient_checkpointing {
             return smaller.iter().map(of(true)).collect();
         }

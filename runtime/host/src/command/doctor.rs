@@ -122,7 +122,8 @@ fn explain(id: &str, as_json: bool) -> Result<Done> {
     if as_json {
         let remedy = explained.as_ref().map(|explained| explained.remedy(id));
         let error = run.record.as_ref().and_then(|record| record.error.clone());
-        let mut json = json!({"run": id, "status": run.status.word(), "trouble": explained, "error": error, "next": next(&run)});
+        let mut json =
+            json!({"run": id, "status": run.status.word(), "trouble": explained, "error": error, "next": next(&run)});
         if let Some(remedy) = remedy {
             json["trouble"]["remedy"] = remedy.into();
         }
@@ -133,9 +134,12 @@ fn explain(id: &str, as_json: bool) -> Result<Done> {
         (Some(explained), _) => lines.extend(explained_lines(explained, id)),
         (None, Status::Failed) => {
             let error = run.record.as_ref().and_then(|record| record.error.clone()).unwrap_or_default();
-            lines.extend(error.lines().enumerate().map(|(at, text)| {
-                format!("{:<8} {}", if at == 0 { "error" } else { "" }, cell(text))
-            }));
+            lines.extend(
+                error
+                    .lines()
+                    .enumerate()
+                    .map(|(at, text)| format!("{:<8} {}", if at == 0 { "error" } else { "" }, cell(text))),
+            );
         }
         (None, Status::Finished) => lines.push("it did all that it was asked for".to_owned()),
         (None, Status::Running) => lines.push("a process works on it".to_owned()),
@@ -187,10 +191,18 @@ impl Findings {
         self.ok("processor", words);
         let detected = Isa::detected();
         if isa() != detected {
-            self.note("processor", format!("HOMEROOM_CPU keeps it from {}", detected.name()), "unset HOMEROOM_CPU for all of it");
+            self.note(
+                "processor",
+                format!("HOMEROOM_CPU keeps it from {}", detected.name()),
+                "unset HOMEROOM_CPU for all of it",
+            );
         }
         if Isa::amx_is_refused() {
-            self.note("processor", "it has AMX, which the system refuses", "a newer kernel, or the machine's host, allows it");
+            self.note(
+                "processor",
+                "it has AMX, which the system refuses",
+                "a newer kernel, or the machine's host, allows it",
+            );
         }
         let cores = std::thread::available_parallelism().map_or(count, usize::from);
         if count < cores {
@@ -212,7 +224,11 @@ impl Findings {
 
     fn memory(&mut self) {
         let (Some(all), Some(left)) = (memory::limit(), memory::obtainable()) else {
-            return self.note("memory", "this system does not say how much there is", "`homeroom plan --memory 12GB` plans for what you know");
+            return self.note(
+                "memory",
+                "this system does not say how much there is",
+                "`homeroom plan --memory 12GB` plans for what you know",
+            );
         };
         let words = format!("{} can be had of {}", size(left), size(all));
         match memory::room() {
@@ -226,7 +242,11 @@ impl Findings {
         }
         if let Some(ended) = memory::ended_in_container().filter(|ended| *ended > 0) {
             let words = format!("the system has ended {ended} processes of this container as memory was used up");
-            self.note("memory", words, "`homeroom runs list` shows runs that were killed, `homeroom doctor RUN` explains one");
+            self.note(
+                "memory",
+                words,
+                "`homeroom runs list` shows runs that were killed, `homeroom doctor RUN` explains one",
+            );
         }
     }
 
@@ -238,7 +258,11 @@ impl Findings {
         if !home.exists() {
             self.ok("home", format!("{shown}   it is made when something is kept"));
         } else if !home.is_dir() {
-            return self.problem("home", format!("{shown}: not a directory"), "set HOMEROOM_HOME to a directory of your own");
+            return self.problem(
+                "home",
+                format!("{shown}: not a directory"),
+                "set HOMEROOM_HOME to a directory of your own",
+            );
         } else if !may_write(&home) {
             self.problem("home", format!("{shown}: it cannot be written"), troubles::READ_ONLY.remedy);
         } else if let Some(mode) = open_to_others(&home) {
@@ -256,7 +280,9 @@ impl Findings {
         let words = format!("{} free on the disk of {}", size(free), place.display());
         match free {
             ..DISK_FULL => self.problem(about, words, DISK.remedy),
-            DISK_FULL..DISK_LITTLE => self.note(about, words, "a model of 7 B parameters in bf16 wants 15 GB, in 4 bits 4 to 5 GB"),
+            DISK_FULL..DISK_LITTLE => {
+                self.note(about, words, "a model of 7 B parameters in bf16 wants 15 GB, in 4 bits 4 to 5 GB")
+            }
             _ => self.ok(about, words),
         }
     }
@@ -321,7 +347,11 @@ impl Findings {
             None => self.problem("hub cache", "it has no place", "set HF_HOME or HF_HUB_CACHE"),
         }
         for store in stores::shared().iter().filter(|store| !store.is_dir()) {
-            self.problem("hub cache", format!("HOMEROOM_BASES: {} is not there", store.display()), "mount it, or correct the variable");
+            self.problem(
+                "hub cache",
+                format!("HOMEROOM_BASES: {} is not there", store.display()),
+                "mount it, or correct the variable",
+            );
         }
         match (hub::offline(), hub::Endpoint::from_environment(), network) {
             (_, Err(error), _) => self.problem("hub", format!("{error:#}").replace('\n', "; "), ""),
@@ -368,12 +398,20 @@ impl Findings {
             let head = format!("{} {}", run.id, run.status.word());
             match troubles::of_run(run) {
                 Some(explained) => {
-                    self.note("runs", format!("{head}: {}; {}", explained.because, explained.trouble.cause), explained.remedy(&run.id));
+                    self.note(
+                        "runs",
+                        format!("{head}: {}; {}", explained.because, explained.trouble.cause),
+                        explained.remedy(&run.id),
+                    );
                 }
                 None => {
                     let error = run.record.as_ref().and_then(|record| record.error.clone()).or(run.problem.clone());
                     let error = error.unwrap_or_default().lines().next().unwrap_or_default().to_owned();
-                    self.note("runs", format!("{head}: {error}"), format!("`homeroom runs show {}` has all of it", run.id));
+                    self.note(
+                        "runs",
+                        format!("{head}: {error}"),
+                        format!("`homeroom runs show {}` has all of it", run.id),
+                    );
                 }
             }
         }
@@ -443,16 +481,20 @@ fn without_password(value: &str) -> String {
 fn wrong(name: &str, value: &str) -> Option<String> {
     match name {
         memory::VARIABLE => memory::allowed().err(),
-        "RAYON_NUM_THREADS" => (value.trim().parse::<usize>().is_err()).then(|| "it should be a number of threads".to_owned()),
+        "RAYON_NUM_THREADS" => {
+            (value.trim().parse::<usize>().is_err()).then(|| "it should be a number of threads".to_owned())
+        }
         "HOMEROOM_PLUGINS" => std::env::split_paths(value)
             .find(|path| !path.is_dir())
             .map(|path| format!("{} is not a directory", path.display())),
         "SSL_CERT_FILE" | "REQUESTS_CA_BUNDLE" | "CURL_CA_BUNDLE" | "HF_TOKEN_PATH" => {
             (!PathBuf::from(value).is_file()).then(|| "there is no such file".to_owned())
         }
-        name if name == STALL_VARIABLE => {
-            value.trim().parse::<f64>().map_or(true, |seconds| seconds <= 0.0).then(|| "it should be seconds above 0".to_owned())
-        }
+        name if name == STALL_VARIABLE => value
+            .trim()
+            .parse::<f64>()
+            .map_or(true, |seconds| seconds <= 0.0)
+            .then(|| "it should be seconds above 0".to_owned()),
         _ => None,
     }
 }

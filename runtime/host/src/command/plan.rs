@@ -381,7 +381,14 @@ impl Planner<'_> {
     fn table(&self, outlooks: &[(String, Outlook)]) -> Result<()> {
         let columns = [(false, 0), (true, 0), (true, 0), (true, 2), (true, 3), (false, 1)];
         let columns = columns.map(|(right, spare)| Column { right, spare });
-        let header = ["strategy", "memory", "a step", "tokens/s", "trained", if self.arguments.memory.is_some() { "by --memory" } else { "on this machine" }];
+        let header = [
+            "strategy",
+            "memory",
+            "a step",
+            "tokens/s",
+            "trained",
+            if self.arguments.memory.is_some() { "by --memory" } else { "on this machine" },
+        ];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
         for (name, outlook) in outlooks {
             let peak = outlook.estimate.peak_memory_bytes;
@@ -426,7 +433,8 @@ impl Planner<'_> {
         }
         // A base in fewer bits, as it is and in smaller passes.
         for plugin in &others {
-            let first = self.way(&self.request, plugin, options).into_iter().chain(self.ways(&self.request, plugin, options));
+            let first =
+                self.way(&self.request, plugin, options).into_iter().chain(self.ways(&self.request, plugin, options));
             changes.extend(first.into_iter().find(|change| change.estimate.peak_memory_bytes <= available));
         }
         // Rows that are cut, only where nothing else helps or the user's strategy has no other way.

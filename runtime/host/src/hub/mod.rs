@@ -31,6 +31,6 @@ pub use download::{Hub, Pulled, config, pull, reach};
 pub use endpoint::Endpoint;
 pub use name::{COMMIT_TOLD, HubName};
 pub use offline::{offline, set_offline};
-pub use stores::directory;
 pub use patience::Patience;
+pub use stores::directory;
 pub use token::Token;

@@ -160,12 +160,12 @@ impl Asked<'_> {
             (Some((request, peak)), _) => {
                 let flags = flags(&self.request, &request);
                 bail!(
-                    "{needs}\nhint: `{flags}` needs about {}, with the same steps; --fit chooses so by itself, and --no-memory-check begins all the same",
+                    "{needs}\nto fit: `{flags}` needs about {}, with the same steps; --fit chooses so by itself, and --no-memory-check begins all the same",
                     size(peak)
                 )
             }
             (None, _) => bail!(
-                "{needs}; no way to go through the same steps would fit\nhint: `homeroom plan` with these settings says what would; --no-memory-check begins all the same"
+                "{needs}; no way to go through the same steps would fit\nto fit: `homeroom plan` with these settings says what would; --no-memory-check begins all the same"
             ),
         }
     }

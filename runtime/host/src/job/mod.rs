@@ -35,10 +35,10 @@ mod samples;
 mod stall;
 
 pub use self::estimate::{Before, estimate_plan};
+use self::fit::{Fit, Planned};
 pub use self::forgetting::ForgettingRows;
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;
-use self::fit::{Fit, Planned};
 use self::recording::Recorder;
 pub use self::recording::{Recording, Resumed, Saving, lowered_words, newest_checkpoint};
 pub use self::samples::{Sample, Samples, question};
@@ -323,7 +323,9 @@ impl Job {
         };
         if let Some(Fit { passes, reason }) = self.planned.as_ref().and_then(|planned| planned.fit.as_ref()) {
             let event = state.lower(*passes, reason.clone());
-            recording.iter().try_for_each(|recording| Ok::<_, Error>(recording.event(serde_json::to_value(&event)?)))?;
+            recording
+                .iter()
+                .try_for_each(|recording| Ok::<_, Error>(recording.event(serde_json::to_value(&event)?)))?;
         }
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
         let mut live;

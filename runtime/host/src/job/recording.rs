@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 
 use super::Job;
 use super::stall::Stall;
-use crate::processor;
 use crate::machine::{give_back_memory, peak_memory_bytes};
+use crate::processor;
 use crate::progress::{line, size, thousands};
 use crate::runs::{Events, RunDirectory};
 use crate::troubles;
@@ -493,7 +493,9 @@ impl Observer for Recorder<'_, '_> {
 
     fn cannot_lower(&mut self) {
         if !std::mem::replace(&mut self.told_lowest, true) {
-            line("warning: memory is short, and passes are as small as they can be; the run goes on, and the system may end it: its checkpoints stay");
+            line(
+                "warning: memory is short, and passes are as small as they can be; the run goes on, and the system may end it: its checkpoints stay",
+            );
         }
         self.inner.cannot_lower();
     }

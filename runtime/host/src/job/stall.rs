@@ -91,11 +91,7 @@ impl Progress {
             Duration::ZERO => String::new(),
             longest => format!(", the longest step so far took {longest:.1?}"),
         };
-        Some(format!(
-            "note: {} for {}{usual}\n{STUCK}",
-            self.doing,
-            HumanDuration(taken)
-        ))
+        Some(format!("note: {} for {}{usual}\n{STUCK}", self.doing, HumanDuration(taken)))
     }
 }
 
@@ -114,7 +110,10 @@ mod tests {
             (start, Duration::from_secs(30), Duration::from_secs(150));
         assert_eq!(progress.look(at(149)), None);
         let said = progress.look(at(151)).expect("five times as long");
-        assert!(said.starts_with("note: in step 2 of 9 for 3 minutes, the longest step so far took 30.0s\ncause: "), "{said}");
+        assert!(
+            said.starts_with("note: in step 2 of 9 for 3 minutes, the longest step so far took 30.0s\ncause: "),
+            "{said}"
+        );
         assert_eq!(progress.look(at(300)), None);
         assert!(progress.look(at(303)).is_some());
     }

@@ -36,8 +36,8 @@ use super::arguments::RowArgs;
 use super::rows::{is_input, to_learn_from, to_measure_on};
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
-use crate::job::forgetting;
 use crate::job::fit::{self, Asked, Otherwise, Planned};
+use crate::job::forgetting;
 use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken, newest_checkpoint};
 use crate::models::{
     Located, Network, Use, here, load_base, load_measured, load_rows, locate, refuse_other, with_text,

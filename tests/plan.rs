@@ -205,7 +205,7 @@ fn passes_of_fewer_tokens_take_less_memory_and_the_same_step() -> Result<()> {
     let sixteen = Request { batch_size: 16, ..request() };
     let (usual, small) = (of(sixteen)?, of(Request { pass_rows: Some(64), ..sixteen })?);
     assert_eq!((usual.passes_per_step, small.passes_per_step), (1, 8));
-    assert_eq!((usual.tokens_per_step, usual.pass_rows), (small.tokens_per_step, 1024));
+    assert_eq!(usual.tokens_per_step, small.tokens_per_step);
     assert!(small.parts.activations * 3 < usual.parts.activations, "{small:?}\n{usual:?}");
     // A batch of its own is cut as well where that is asked for.
     let unpacked = Request { packing: false, gradient_accumulation_steps: 2, ..sixteen };

@@ -42,8 +42,13 @@ pub fn available() -> Option<u64> {
 
 /// What this process can still get, swap included: of the machine, of its container, and of what `HOMEROOM_MEMORY` allows.
 pub fn obtainable() -> Option<u64> {
+    free().into_iter().chain(bounds().map(|room| room.left)).min()
+}
+
+/// The same whatever `HOMEROOM_MEMORY` allows: what the system would give.
+pub fn free() -> Option<u64> {
     let free = available().map(|free| free.saturating_add(field("SwapFree:").unwrap_or(0)));
-    free.into_iter().chain(bounds().map(|room| room.left)).min()
+    free.into_iter().chain(of_container().map(|room| room.left)).min()
 }
 
 /// What this process may have in all: the machine's memory, or less where its container or `HOMEROOM_MEMORY` says so.

@@ -30,7 +30,7 @@ pub const MEMORY: Trouble = Trouble {
     name: "memory",
     cause: "the training needs more memory than this machine, or its container, can give it now",
     remedy: "close other programs, or take less: --gradient-checkpointing, a smaller --pass-tokens, --strategy qlora, a shorter --max-seq-len, a smaller base; `homeroom plan` has the figures of each, --fit chooses what keeps the step",
-    signs: &["of memory are needed, and", "of memory are lacking", "memory allocation of", "Cannot allocate memory"],
+    signs: &["of memory are needed, and", "of memory are free", "memory allocation of", "Cannot allocate memory"],
 };
 /// The system has ended the process, as memory was used up.
 pub const KILLED_FOR_MEMORY: Trouble = Trouble {

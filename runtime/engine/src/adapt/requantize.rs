@@ -201,6 +201,9 @@ fn store_each<'a>(
     for module in &mut modules {
         if stored(module).is_some() {
             module.weight = weights[numbers[module.info.storage.as_str()]].clone();
+        } else if module.info.kind == ModuleKind::Norm {
+            // Read from a file, each would keep the matrices around it in memory that are encoded now.
+            module.weight = Arc::new(module.weight.copied());
         }
     }
     model.with_storage(modules, digest)

@@ -471,7 +471,6 @@ impl<'a> Outlook<'a> {
             parameters: sketch.parameter_count(),
             tokens_per_step: per_step * request.row_tokens,
             passes_per_step: sizes.len(),
-            pass_rows: sketch.pass_rows(),
             fused_layers: (passes.fused, sketch.layers.len()),
             storage: sketch.storage_words(),
             compute: compute.name(),

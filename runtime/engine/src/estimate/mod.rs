@@ -89,9 +89,6 @@ pub struct Estimate {
     pub tokens_per_step: usize,
     /// Passes of a step.
     pub passes_per_step: usize,
-    /// Rows of a pass at most, where nothing else is said.
-    #[serde(skip)]
-    pub pass_rows: usize,
     /// How many of the base's layers run fused, and how many there are.
     pub fused_layers: (usize, usize),
     /// Storage of the base's linear layers.

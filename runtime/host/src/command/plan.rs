@@ -17,7 +17,7 @@ use super::rows::{self, ReadArgs};
 use super::strategy::{PassArgs, StrategyArgs};
 use super::{Done, print};
 use crate::job::defaults::{self, Open};
-use crate::job::{estimate_plan, fit};
+use crate::job::{Estimator, fit};
 use crate::machine::{mapped_memory_bytes, resident_memory_bytes};
 use crate::models::{Network, Sketched, load_rows, longest_row};
 use crate::plugin::Plugin;
@@ -234,6 +234,8 @@ impl Machine {
 /// What one strategy comes to.
 struct Outlook {
     estimate: Estimate,
+    /// Tokens of a pass, where nothing else is said.
+    pass_rows: usize,
     seconds_per_step: f64,
     /// Of a row as long as rows are on the average.
     tokens_per_second: f64,
@@ -251,21 +253,24 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     fn outlook(&self, plugin: &Plugin, options: &Map<String, Value>, measured: &mut Measured) -> Result<Outlook> {
-        let estimate_with = |request: &Request| {
-            estimate_plan(plugin, options, &self.base.sketch, self.arguments.passes.requantize, request)
-        };
-        let estimate = estimate_with(&self.request)?;
+        let estimator = self.estimator(plugin, options)?;
+        let estimate = estimator.estimate(&self.request);
         // Memory is that of the longest rows, time that of all.
         let mean = (self.rows.mean.round() as usize).max(2);
         let usual = if mean == self.request.row_tokens {
             estimate.clone()
         } else {
-            estimate_with(&Request { row_tokens: mean, trained_tokens: mean, ..self.request })?
+            estimator.estimate(&Request { row_tokens: mean, trained_tokens: mean, ..self.request })
         };
         let seconds_per_step = measured.seconds(&usual.work)?;
         let tokens_per_second = usual.tokens_per_step as f64 / seconds_per_step;
         let steps = self.rows.count.map(|rows| self.steps(rows)).transpose()?;
-        Ok(Outlook { estimate, seconds_per_step, tokens_per_second, steps })
+        let pass_rows = estimator.pass_rows();
+        Ok(Outlook { estimate, pass_rows, seconds_per_step, tokens_per_second, steps })
+    }
+
+    fn estimator(&self, plugin: &Plugin, options: &Map<String, Value>) -> Result<Estimator> {
+        Estimator::new(plugin, options, &self.base.sketch, self.arguments.passes.requantize)
     }
 
     /// Steps over so many rows, and the epochs.
@@ -281,7 +286,7 @@ impl Planner<'_> {
     }
 
     fn json(&self, strategy: &str, outlook: &Outlook) -> Value {
-        let Outlook { estimate, seconds_per_step, tokens_per_second, steps } = outlook;
+        let Outlook { estimate, pass_rows, seconds_per_step, tokens_per_second, steps } = outlook;
         let peak = estimate.peak_memory_bytes;
         json!({
             "model": self.base.shown,
@@ -308,7 +313,7 @@ impl Planner<'_> {
             "gradient_accumulation_steps": self.request.gradient_accumulation_steps,
             "max_seq_len": self.request.row_tokens,
             "gradient_checkpointing": self.request.gradient_checkpointing,
-            "pass_tokens": self.request.pass_rows.unwrap_or(estimate.pass_rows),
+            "pass_tokens": self.request.pass_rows.unwrap_or(*pass_rows),
             "cpu": isa().name(),
             "threads": threads(),
         })
@@ -331,7 +336,7 @@ impl Planner<'_> {
     }
 
     fn whole(&self, name: &str, outlook: &Outlook) -> Result<()> {
-        let Outlook { estimate, seconds_per_step, tokens_per_second, steps } = outlook;
+        let Outlook { estimate, seconds_per_step, tokens_per_second, steps, .. } = outlook;
         let (fused, layers) = estimate.fused_layers;
         let plain = if fused == layers {
             String::new()
@@ -410,90 +415,71 @@ impl Planner<'_> {
         lines(&columns, &rows, None).iter().try_for_each(|line| print(line))
     }
 
-    /// What can be changed so that it fits, those first that cost least: the same steps in less memory, by their time; another storage of
-    /// the base; shorter rows; at last how large a base may be. Each is estimated.
+    /// What can be changed so that it fits, those first that cost least: the same steps in less memory, by their time; another strategy, or
+    /// storage of the base; shorter rows, where nothing else would do. Each is estimated.
     fn changes(&self, plugins: &[Plugin], options: &Map<String, Value>, measured: &mut Measured) -> Vec<Change> {
         let Some(available) = self.machine.available else { return Vec::new() };
-        let mut changes = Vec::new();
         let search = self.arguments.plugins.search().ok();
         let named = |name: &str| plugins.iter().any(|plugin| plugin.description.name == name);
-        let others = STORED.iter().filter(|name| !named(name));
+        let others = OTHERS.iter().filter(|name| !named(name));
         let others: Vec<Plugin> =
             others.filter_map(|name| search.as_ref().and_then(|search| search.load(name).ok())).collect();
-        // The same training, in the ways that take the least time of those that fit.
-        for plugin in plugins {
-            let mut same: Vec<Change> = self
-                .ways(&self.request, plugin, options)
-                .filter(|change| change.estimate.peak_memory_bytes <= available)
-                .take(WAYS)
-                .collect();
-            same.iter_mut().for_each(|change| change.measure(measured));
-            same.sort_by(|a, b| a.seconds_per_step.total_cmp(&b.seconds_per_step));
-            changes.extend(same.into_iter().take(if plugins.len() == 1 { SHOWN } else { 1 }));
+        let known: Vec<(&str, Estimator)> = plugins
+            .iter()
+            .chain(&others)
+            .filter_map(|plugin| {
+                let estimator = self.estimator(plugin, &own_options(plugin, options)).ok()?;
+                Some((plugin.description.name.as_str(), estimator))
+            })
+            .collect();
+        // Ways to go through the steps of a request that fit, itself first.
+        let ways = |request: Request, (name, estimator): &(&str, Estimator)| -> Vec<Change> {
+            let all = std::iter::once(request).chain(fit::less(&request, estimator.pass_rows()));
+            let all = all.map(|request| self.change(&request, name, estimator.estimate(&request)));
+            all.filter(|change| change.estimate.peak_memory_bytes <= available).take(WAYS).collect()
+        };
+        let mut changes = Vec::new();
+        for one in &known {
+            let mut same = ways(self.request, one);
+            if named(one.0) {
+                same.iter_mut().for_each(|change| change.measure(measured));
+                same.sort_by(|a, b| a.seconds_per_step.total_cmp(&b.seconds_per_step));
+            }
+            changes.extend(same.into_iter().take(if named(one.0) && plugins.len() == 1 { SHOWN } else { 1 }));
         }
-        // A base in fewer bits, as it is and in smaller passes.
-        for plugin in &others {
-            let first =
-                self.way(&self.request, plugin, options).into_iter().chain(self.ways(&self.request, plugin, options));
-            changes.extend(first.into_iter().find(|change| change.estimate.peak_memory_bytes <= available));
-        }
-        // Rows that are cut, only where nothing else helps or the user's strategy has no other way.
-        let is_kept = changes.iter().any(|change| named(&change.strategy));
-        for divisor in [2, 4, 8].into_iter().filter(|_| !is_kept) {
-            let shorter = self.request.row_tokens / divisor;
-            if shorter < SHORTEST {
+        let shorter = [2, 4, 8].map(|divisor| self.request.row_tokens / divisor);
+        for tokens in shorter.into_iter().filter(|tokens| *tokens >= SHORTEST) {
+            if !changes.is_empty() {
                 break;
             }
-            let request = Request { row_tokens: shorter, trained_tokens: shorter, ..self.request };
-            let fits = plugins.iter().chain(&others).find_map(|plugin| {
-                let ways = self.way(&request, plugin, options).into_iter().chain(self.ways(&request, plugin, options));
-                ways.into_iter().find(|change| change.estimate.peak_memory_bytes <= available)
-            });
-            if let Some(change) = fits {
-                changes.push(change);
-                break;
-            }
+            let request = Request { row_tokens: tokens, trained_tokens: tokens, ..self.request };
+            changes.extend(known.iter().find_map(|one| ways(request, one).into_iter().next()));
         }
         changes.iter_mut().filter(|change| change.seconds_per_step == 0.0).for_each(|change| change.measure(measured));
         changes
     }
 
-    /// A request with a strategy; `None`: the strategy refuses it.
-    fn way(&self, request: &Request, plugin: &Plugin, options: &Map<String, Value>) -> Option<Change> {
-        let own = own_options(plugin, options);
-        let requantize = self.arguments.passes.requantize;
-        let estimate = estimate_plan(plugin, &own, &self.base.sketch, requantize, request).ok()?;
-        let strategy = plugin.description.name.clone();
+    /// A request with a strategy, and what it takes.
+    fn change(&self, request: &Request, strategy: &str, estimate: Estimate) -> Change {
         let mut flags = fit::flags(&self.request, request);
-        if self.arguments.strategy.as_ref() != Some(&strategy) {
+        if self.arguments.strategy.as_deref() != Some(strategy) {
             flags = format!("--strategy {strategy} {flags}").trim_end().to_owned();
         }
         let keeps_rows = request.row_tokens == self.request.row_tokens;
-        Some(Change { strategy, flags, keeps_rows, estimate, seconds_per_step: 0.0 })
-    }
-
-    /// Ways to go through the steps of a request in less memory.
-    fn ways<'p>(
-        &'p self,
-        request: &Request,
-        plugin: &'p Plugin,
-        options: &'p Map<String, Value>,
-    ) -> impl Iterator<Item = Change> + 'p {
-        let usual = self.way(request, plugin, options).map(|change| change.estimate.pass_rows);
-        let requests = usual.map(|usual| fit::less(request, usual)).unwrap_or_default();
-        requests.into_iter().filter_map(move |request| self.way(&request, plugin, options))
+        Change { strategy: strategy.to_owned(), flags, keeps_rows, estimate, seconds_per_step: 0.0 }
     }
 
     /// How many parameters a base of this shape may have, with fewer layers, so that the least that is known fits: a base in 4 bits, one
     /// row a pass, layers computed again. `None`: not even one layer fits, or all do.
     fn smaller_base(&self) -> Option<usize> {
         let available = self.machine.available?;
-        let plugin = self.arguments.plugins.search().ok()?.load(STORED[1]).ok()?;
+        let plugin = self.arguments.plugins.search().ok()?.load(SMALLEST).ok()?;
         let request = Request { gradient_checkpointing: true, pass_rows: Some(1), ..self.request };
         let peak = |layers: usize| {
             let sketch = self.base.sketch.of_layers(layers);
-            let estimate = estimate_plan(&plugin, &Map::new(), &sketch, self.arguments.passes.requantize, &request);
-            estimate.ok().map(|estimate| (estimate.peak_memory_bytes, estimate.parameters))
+            let estimator = Estimator::new(&plugin, &Map::new(), &sketch, self.arguments.passes.requantize).ok()?;
+            let estimate = estimator.estimate(&request);
+            Some((estimate.peak_memory_bytes, estimate.parameters))
         };
         let (mut low, mut high) = (0, self.base.sketch.architecture.layers.len());
         if peak(high)?.0 <= available {
@@ -533,15 +519,17 @@ impl Planner<'_> {
             Some(parameters) => format!(
                 "hint: a smaller base: of this shape one of about {} parameters fits, by strategy {}",
                 billions(parameters),
-                STORED[1]
+                SMALLEST
             ),
             None => "hint: no setting that was tried fits; close other programs, or choose a smaller model".to_owned(),
         })
     }
 }
 
-/// Strategies that store a base in fewer bits: in 8 and in 4.
-const STORED: [&str; 2] = ["int8", "qlora"];
+/// Strategies that may take less than the one that was asked for: an adapter, and those that store a base in 8 bits and in 4.
+const OTHERS: [&str; 3] = ["lora", "int8", SMALLEST];
+/// The one that takes the least.
+const SMALLEST: &str = "qlora";
 /// Ways to go through the same steps that are measured,
 const WAYS: usize = 4;
 /// and that are shown.
@@ -571,7 +559,8 @@ impl Change {
         match (self.keeps_rows, strategy == Some(&*self.strategy) || strategy.is_none()) {
             (false, _) => "longer rows are cut",
             (true, true) => "the same steps",
-            (true, false) => "the base in fewer bits",
+            (true, false) if self.strategy == OTHERS[0] => "an adapter",
+            (true, false) => "an adapter, the base in fewer bits",
         }
     }
 

@@ -1,7 +1,7 @@
 //! What a training will need: by a strategy's own plan for a base of which only the shapes are known, or of a job that is made.
 
 use anyhow::Result;
-use homeroom_abi::plan::PlanRequest;
+use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_engine::data::Group;
 use homeroom_engine::estimate::{Estimate, Request, Sketch, estimate};
 use homeroom_engine::memory;
@@ -14,24 +14,36 @@ use super::fit::request;
 use crate::machine::resident_memory_bytes;
 use crate::plugin::{Plugin, native};
 
-/// Asks a strategy for its plan, and estimates a training by it. `sketch` is the base as its files have it; as in [`super::Job::new`] it
-/// is stored as the plan asks for, what is quantised already only if `requantize`.
-///
-/// # Errors
-/// When the strategy refuses the model or the options.
-pub fn estimate_plan(
-    plugin: &Plugin,
-    options: &Map<String, Value>,
-    sketch: &Sketch,
-    requantize: bool,
-    request: &Request,
-) -> Result<Estimate> {
-    let plan = plugin.plan(&PlanRequest { options: options.clone(), model: sketch.info() })?;
-    let block = |name: &str| {
-        let codec = native::of_plugin(plugin, name).ok()?;
-        Some((codec.block_len(), codec.block_bytes()))
-    };
-    Ok(estimate(&sketch.stored_as_planned(&plan, requantize, &block), &plan, request))
+/// A strategy's plan for a base, and that base as the plan stores it: what any training of the two is estimated by.
+pub struct Estimator {
+    sketch: Sketch,
+    plan: Plan,
+}
+
+impl Estimator {
+    /// Asks a strategy for its plan. `sketch` is the base as its files have it; as in [`super::Job::new`] it is stored as the plan asks for,
+    /// what is quantised already only if `requantize`.
+    ///
+    /// # Errors
+    /// When the strategy refuses the model or the options.
+    pub fn new(plugin: &Plugin, options: &Map<String, Value>, sketch: &Sketch, requantize: bool) -> Result<Self> {
+        let plan = plugin.plan_to_estimate(&PlanRequest { options: options.clone(), model: sketch.info() })?;
+        let block = |name: &str| {
+            let codec = native::of_plugin(plugin, name).ok()?;
+            Some((codec.block_len(), codec.block_bytes()))
+        };
+        Ok(Self { sketch: sketch.stored_as_planned(&plan, requantize, &block), plan })
+    }
+
+    /// What a training takes.
+    pub fn estimate(&self, request: &Request) -> Estimate {
+        estimate(&self.sketch, &self.plan, request)
+    }
+
+    /// Rows of a pass, where nothing else is said.
+    pub fn pass_rows(&self) -> usize {
+        self.sketch.pass_rows()
+    }
 }
 
 /// The memory of this process before a job is made, in bytes.

@@ -2,24 +2,16 @@
 
 use anyhow::{Result, bail};
 use homeroom_engine::data::Group;
-use homeroom_engine::estimate::{Estimate, Request, Sketch};
+use homeroom_engine::estimate::Request;
 use homeroom_engine::train::{Passes, TrainConfig};
-use serde_json::{Map, Value};
 
-use super::estimate::{Before, estimate_plan};
-use crate::plugin::Plugin;
+use super::estimate::{Before, Estimator};
 use crate::progress::size;
 
 /// A training that is about to begin.
-pub struct Asked<'a> {
-    /// Its strategy.
-    pub plugin: &'a Plugin,
-    /// Options of that.
-    pub options: &'a Map<String, Value>,
-    /// The base as its files have it.
-    pub sketch: &'a Sketch,
-    /// Whether weights that are quantised already are encoded anew.
-    pub requantize: bool,
+pub struct Asked {
+    /// What it is estimated by.
+    pub estimator: Estimator,
     /// How it goes through its rows.
     pub request: Request,
 }
@@ -84,7 +76,9 @@ pub fn less(request: &Request, pass_rows: usize) -> Vec<Request> {
         (None, true) => pass_rows,
         (None, false) => request.batch_size.saturating_mul(inputs),
     };
-    let now = Passes { pass_rows: bound.min(step), gradient_checkpointing: request.gradient_checkpointing };
+    // Rows are not cut, so that a pass holds whole ones.
+    let fullest = (bound / inputs).max(1).saturating_mul(inputs).min(step);
+    let now = Passes { pass_rows: fullest, gradient_checkpointing: request.gradient_checkpointing };
     let ways = now.lower(inputs).into_iter();
     let otherwise = |passes: Passes| Request {
         gradient_checkpointing: passes.gradient_checkpointing,
@@ -109,21 +103,11 @@ pub fn flags(from: &Request, to: &Request) -> String {
     flags.join(" ")
 }
 
-impl Asked<'_> {
-    /// Estimates it, by another request.
-    ///
-    /// # Errors
-    /// When the strategy refuses the model or the options.
-    pub fn estimate(&self, request: &Request) -> Result<Estimate> {
-        estimate_plan(self.plugin, self.options, self.sketch, self.requantize, request)
-    }
-
+impl Asked {
     /// The first way to go through the same steps that takes no more than so many bytes, with what it takes.
-    pub fn fitting(&self, available: u64) -> Option<(Request, u64)> {
-        // Rows of a pass go by how the base is stored.
-        let usual = self.estimate(&self.request).ok()?.pass_rows;
-        less(&self.request, usual).into_iter().find_map(|request| {
-            let peak = self.estimate(&request).ok()?.peak_memory_bytes;
+    fn fitting(&self, available: u64) -> Option<(Request, u64)> {
+        less(&self.request, self.estimator.pass_rows()).into_iter().find_map(|request| {
+            let peak = self.estimator.estimate(&request).peak_memory_bytes;
             (peak <= available).then_some((request, peak))
         })
     }
@@ -131,9 +115,9 @@ impl Asked<'_> {
     /// How much memory it will need. What does not fit is refused, or gets smaller passes.
     ///
     /// # Errors
-    /// When it does not fit and is to be refused, or nothing would make it fit, with what to change.
+    /// When it does not fit and is to be refused, or no smaller passes would make it fit, with what to change.
     pub fn check(&self, before: Before, otherwise: Otherwise) -> Result<Planned> {
-        let peak = self.estimate(&self.request)?.peak_memory_bytes;
+        let peak = self.estimator.estimate(&self.request).peak_memory_bytes;
         let mut words = format!("plan      about {} of memory   `homeroom plan` has the parts", size(peak));
         let Some(available) = before.lacking(peak) else {
             return Ok(Planned { peak_memory_bytes: peak, fit: None, words });
@@ -145,9 +129,8 @@ impl Asked<'_> {
         }
         match (self.fitting(available), otherwise) {
             (Some((request, peak)), Otherwise::Fit) => {
-                let usual = self.estimate(&self.request)?.pass_rows;
                 let passes = Passes {
-                    pass_rows: request.pass_rows.unwrap_or(usual),
+                    pass_rows: request.pass_rows.unwrap_or(self.estimator.pass_rows()),
                     gradient_checkpointing: request.gradient_checkpointing,
                 };
                 words += &format!(

@@ -34,7 +34,7 @@ mod recording;
 mod samples;
 mod stall;
 
-pub use self::estimate::{Before, estimate_plan};
+pub use self::estimate::{Before, Estimator};
 use self::fit::{Fit, Planned};
 pub use self::forgetting::ForgettingRows;
 pub use self::keep::Taken;
@@ -128,6 +128,8 @@ impl Job {
             }
             loaded.with_context(|| format!("{}: cannot start from it", path.display()))?;
         }
+        // First values are made in memory that a training has better uses for.
+        give_back_memory();
         let strategy = plugin.record();
         let init_from = init_from.map(Path::to_owned);
         let (watch, plugin, changed) = (None, Some(plugin.clone()), Mutex::new(None));

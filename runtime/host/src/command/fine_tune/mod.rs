@@ -38,7 +38,9 @@ use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
 use crate::job::fit::{self, Asked, Otherwise, Planned};
 use crate::job::forgetting;
-use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken, newest_checkpoint};
+use crate::job::{
+    Before, Estimator, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken, newest_checkpoint,
+};
 use crate::models::{
     Located, Network, Use, here, load_base, load_measured, load_rows, locate, refuse_other, with_text,
 };
@@ -316,8 +318,8 @@ impl Prepared<'_> {
             request.gradient_checkpointing |= summary.cut.gradient_checkpointing;
         }
         let (sketch, requantize) = (Sketch::of_model(model), arguments.passes.requantize);
-        let asked = Asked { plugin, options, sketch: &sketch, requantize, request };
-        asked.check(before, otherwise).map(Some)
+        let estimator = Estimator::new(plugin, options, &sketch, requantize)?;
+        Asked { estimator, request }.check(before, otherwise).map(Some)
     }
 
     fn train_in(

@@ -26,7 +26,7 @@ use super::value::{to_json, to_lua, words};
 use super::{Session, identity, resumed};
 use crate::job::defaults::{self, Open};
 use crate::job::fit::{self, Asked, Otherwise, Planned};
-use crate::job::{Before, Job, Outcome, Recording, Saving, Taken, training_words};
+use crate::job::{Before, Estimator, Job, Outcome, Recording, Saving, Taken, training_words};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
@@ -268,8 +268,8 @@ fn planned(
         false => Otherwise::Nothing,
     };
     let (sketch, requantize) = (Sketch::of_model(model), options.flag("requantize").unwrap_or(false));
-    let asked = Asked { plugin, options: of_strategy, sketch: &sketch, requantize, request };
-    Ok(asked.check(before, otherwise).context("fine_tune")?)
+    let estimator = Estimator::new(plugin, of_strategy, &sketch, requantize)?;
+    Ok(Asked { estimator, request }.check(before, otherwise).context("fine_tune")?)
 }
 
 /// What a script gets of a training: the model, and what came of it.

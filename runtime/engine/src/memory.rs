@@ -76,7 +76,9 @@ pub fn of_container() -> Option<Room> {
 pub fn ended_in_container() -> Option<u64> {
     let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
     let counts = cgroups(Path::new("/sys/fs/cgroup"), &groups).filter_map(|directory| {
-        let events = read_to_string(directory.join("memory.events")).ok()?;
+        // The second version's file, or the first's.
+        let events = ["memory.events", "memory.oom_control"].map(|name| read_to_string(directory.join(name)));
+        let events = events.into_iter().find_map(Result::ok)?;
         events.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
     });
     counts.max()

@@ -213,7 +213,7 @@ impl Explained {
     }
 }
 
-/// Less than this part of all memory that was left, or a peak within this of all, is why a process ended without a word.
+/// Where less than this part of all memory was left, or a peak came within it of all, that is why a process ended without a word.
 const NEAR_PART: u64 = 8;
 
 /// Why a run whose record ends without an end was ended, by what its steps say of memory.
@@ -228,21 +228,27 @@ fn killed(events: &[Value]) -> Explained {
     let planned = number("planned_bytes");
     let stalled =
         events.iter().rev().take_while(|event| event["event"] != "step").find(|event| event["event"] == "stalled");
-    let near = |bytes: Option<u64>, all: u64| bytes.is_some_and(|bytes| bytes > all - all / NEAR_PART);
-    match (left, all) {
-        (Some(left), Some(all)) if left < all / NEAR_PART || near(peak, all) || near(planned, all) => {
-            let most = peak.max(planned).map(|peak| format!("it took or was to take {}, and ", size(peak)));
-            let because = format!("{place}; {}{} of {} were left", most.unwrap_or_default(), size(left), size(all));
-            Explained { trouble: KILLED_FOR_MEMORY, because }
+    let near = |bytes: u64, all: u64| bytes > all - all / NEAR_PART;
+    let for_memory = all.and_then(|all| match (left, peak, planned) {
+        (Some(left), Some(peak), _) if left < all / NEAR_PART || near(peak, all) => Some(format!(
+            "{place}; it took {} at the highest, and {} of {} were left when it was last seen",
+            size(peak),
+            size(left),
+            size(all)
+        )),
+        (.., Some(planned)) if near(planned, all) => {
+            Some(format!("{place}; by the plan it takes {}, and {} are all that there is", size(planned), size(all)))
         }
-        _ => match stalled {
-            Some(event) => {
-                let doing = event["doing"].as_str().unwrap_or("in a step");
-                let because = format!("{place}; it was {doing} for {} s", event["seconds"].as_u64().unwrap_or(0));
-                Explained { trouble: STUCK, because }
-            }
-            None => Explained { trouble: KILLED, because: place },
-        },
+        _ => None,
+    });
+    match (for_memory, stalled) {
+        (Some(because), _) => Explained { trouble: KILLED_FOR_MEMORY, because },
+        (None, Some(event)) => {
+            let doing = event["doing"].as_str().unwrap_or("in a step");
+            let because = format!("{place}; it was {doing} for {} s", event["seconds"].as_u64().unwrap_or(0));
+            Explained { trouble: STUCK, because }
+        }
+        (None, None) => Explained { trouble: KILLED, because: place },
     }
 }
 
@@ -288,7 +294,7 @@ mod tests {
         assert_eq!(short.trouble, KILLED_FOR_MEMORY);
         assert_eq!(
             short.because,
-            "its record ends after step 2 of 9, without an end; it took or was to take 700 B, and 100 B of 1.00 kB were left"
+            "its record ends after step 2 of 9, without an end; it took 700 B at the highest, and 100 B of 1.00 kB were left when it was last seen"
         );
         assert_eq!(killed(&[started.clone(), step(1, 400)]).trouble, KILLED);
         // Before the first step the plan is all that is known.
@@ -297,7 +303,11 @@ mod tests {
         planned["memory"] = memory;
         let first = killed(&[planned]);
         assert_eq!(first.trouble, KILLED_FOR_MEMORY);
-        assert!(first.because.starts_with("its record ends after step 0 of 9"), "{}", first.because);
+        assert!(
+            first.because.ends_with("by the plan it takes 950 B, and 1.00 kB are all that there is"),
+            "{}",
+            first.because
+        );
         let stalled = json!({"event": "stalled", "training": 1, "doing": "in step 2 of 9", "seconds": 300});
         let stuck = killed(&[started, step(1, 400), stalled]);
         assert_eq!(stuck.trouble, STUCK);

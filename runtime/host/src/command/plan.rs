@@ -109,7 +109,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let rows = Rows::of(arguments, &base)?;
     let (program_bytes, mapped) = (resident_memory_bytes().unwrap_or(0), mapped_memory_bytes());
     // What this program has already is its own.
-    let obtainable = memory::obtainable().map(|free| free.saturating_add(program_bytes));
+    let all = memory::limit().unwrap_or(u64::MAX);
+    let obtainable = memory::obtainable().map(|free| free.saturating_add(program_bytes).min(all));
     let machine = match arguments.memory {
         Some(budget) => Machine { available: Some(budget), total: None },
         None => Machine { available: obtainable, total: memory::limit() },

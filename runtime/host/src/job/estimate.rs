@@ -60,7 +60,9 @@ impl Before {
     pub fn now(model: &BaseModel) -> Self {
         model.release();
         let program = resident_memory_bytes().unwrap_or(0);
-        Self { program, available: memory::obtainable().map(|free| free.saturating_add(program)) }
+        // What it has already is its own, but for pages of files that are nobody's.
+        let all = memory::limit().unwrap_or(u64::MAX);
+        Self { program, available: memory::obtainable().map(|free| free.saturating_add(program).min(all)) }
     }
 
     /// Resident memory of the program, in bytes.

@@ -147,7 +147,7 @@ fn what_is_wrong_with_the_home_and_its_files_is_a_problem_with_what_to_do() -> R
     home.0.write("home/allowed-bases.txt", "not a name\n")?;
     fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755))?;
     let mut command = home.program(&["doctor", "--json"]);
-    command.env("HOMEROOM_MEMORY", "sheep").env("HOMEROOM_PLUGINS", home.0.path("none")).env("HOMEROOM_CPU", "abacus");
+    command.env("HOMEROOM_MEMORY", "sheep").env("HOMEROOM_PLUGINS", home.0.path("none"));
     command.env("HOMEROOM_CPU", "portable");
     let ran = run(&mut command)?;
     assert_eq!(ran.code, Some(1), "{}", ran.stderr);
@@ -164,6 +164,9 @@ fn what_is_wrong_with_the_home_and_its_files_is_a_problem_with_what_to_do() -> R
         assert_eq!(one["standing"], standing, "{one}");
         assert!(one["remedy"].as_str().is_some_and(|text| text.contains(remedy)), "{remedy}: {one}");
     }
+    let ran = run(home.program(&["doctor", "--json"]).env("HOMEROOM_CPU", "abacus"))?;
+    assert_eq!(ran.code, Some(1), "what ends other commands is a finding here");
+    assert_eq!(finding(&printed_json(&ran)?, "variables", "HOMEROOM_CPU=abacus")?["standing"], "problem");
     Ok(())
 }
 

@@ -481,6 +481,7 @@ fn without_password(value: &str) -> String {
 fn wrong(name: &str, value: &str) -> Option<String> {
     match name {
         memory::VARIABLE => memory::allowed().err(),
+        "HOMEROOM_CPU" => Isa::allowed().err(),
         "RAYON_NUM_THREADS" => {
             (value.trim().parse::<usize>().is_err()).then(|| "it should be a number of threads".to_owned())
         }

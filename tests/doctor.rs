@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::command_line::Running;
 use crate::hub::{self, server::Server};
 use crate::pipelines;
+use crate::results::overflowing;
 use crate::support::{Place, Ran, fixture, homeroom, printed_json, root, run, succeeds};
 
 /// A place with a home of its own.
@@ -40,10 +41,10 @@ impl Home {
         command
     }
 
-    /// A training of a tiny model, which saves each step.
-    fn fine_tune(&self, model: &Path, more: &[&str]) -> Command {
+    /// A training of a tiny model, of so many steps, which saves each.
+    fn fine_tune(&self, model: &Path, steps: &str, more: &[&str]) -> Command {
         let mut command = self.program(&["fine-tune", "--training-file", "rows.jsonl", "--output-dir", "outputs/out"]);
-        command.args(["--save-every", "1", "--max-steps", "400", "--model-name"]).arg(model).args(more);
+        command.args(["--save-every", "1", "--max-steps", steps, "--model-name"]).arg(model).args(more);
         command
     }
 
@@ -154,7 +155,7 @@ fn what_is_wrong_with_the_home_and_its_files_is_a_problem_with_what_to_do() -> R
     let found = printed_json(&ran)?;
     assert!(found["problems"].as_u64().is_some_and(|count| count >= 3), "{found:#}");
     for (about, words, standing, remedy) in [
-        ("handlers", "handlers.toml", "problem", "modle"),
+        ("handlers", "handlers.toml", "problem", "`kind` is missing"),
         ("home", "others may look into it (mode 755)", "note", "chmod 700"),
         ("variables", "HOMEROOM_MEMORY=sheep", "problem", "a size such as 12GB"),
         ("variables", "HOMEROOM_PLUGINS=", "problem", "is not a directory"),
@@ -239,7 +240,7 @@ fn a_model_that_cannot_be_loaded_says_why_and_what_to_do() -> Result<()> {
         (mute, "tokenizer.json: cannot open", damaged, "`homeroom pull NAME`"),
         (strange, "this model cannot be run", "of a family that this program does not run", "the README's table"),
     ] {
-        let ran = run(&mut home.fine_tune(&model, &[]))?;
+        let ran = run(&mut home.fine_tune(&model, "9", &[]))?;
         assert_eq!(ran.code, Some(1));
         assert!(ran.stderr.contains(error), "{}", ran.stderr);
         let told = cause_and_remedy(&ran.stderr)?;
@@ -253,8 +254,7 @@ fn a_model_that_cannot_be_loaded_says_why_and_what_to_do() -> Result<()> {
 fn a_full_disk_is_told_when_it_happens_and_explained_afterwards() -> Result<()> {
     let home = Home::new()?;
     // A training that cannot be saved goes on; its result is larger than the limit.
-    let mut command = home.fine_tune(&fixture("models/llama"), &["--lora-r", "1024"]);
-    command.args(["--max-steps", "3", "--warmup-ratio", "0"]);
+    let command = home.fine_tune(&root().join("runtime/pocket/model"), "3", &["--lora-r", "192"]);
     let words: Vec<String> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
     let environment: Vec<_> =
         command.get_envs().map(|(name, value)| (name.to_owned(), value.map(ToOwned::to_owned))).collect();
@@ -280,13 +280,11 @@ fn a_full_disk_is_told_when_it_happens_and_explained_afterwards() -> Result<()> 
     Ok(())
 }
 
-/// Weights that are no numbers make a loss that is none.
+/// A base whose numbers overflow makes a loss that is none.
 #[test]
 fn a_training_whose_numbers_are_lost_is_explained() -> Result<()> {
     let home = Home::new()?;
-    let mut command = home.fine_tune(&fixture("models/llama"), &["--learning-rate", "10", "--lora-r", "64"]);
-    command.args(["--warmup-ratio", "0", "--lr-scheduler-type", "constant", "--max-grad-norm", "0"]);
-    let ran = run(&mut command)?;
+    let ran = run(&mut home.fine_tune(&overflowing(&home.0)?, "9", &[]))?;
     assert_eq!(ran.code, Some(1), "{}", ran.stderr);
     let (cause, remedy) = cause_and_remedy(&ran.stderr)?;
     assert!(cause.contains("the learning rate is too high") && remedy.contains("a third of the learning rate"));
@@ -306,7 +304,7 @@ fn a_run_that_is_killed_is_explained_by_the_memory_that_it_had_left() -> Result<
         ensure!(running.child.wait()?.code().is_none(), "it ended before it was killed");
         Ok(())
     };
-    killed(&mut home.fine_tune(&llama, &[]), "out-1")?;
+    killed(&mut home.fine_tune(&llama, "400", &[]), "out-1")?;
     let other = home.explained("out-1")?;
     assert_eq!((&other["trouble"]["name"], &other["status"]), (&json!("killed"), &json!("killed")));
     assert_eq!(other["next"], "homeroom resume out-1");
@@ -314,7 +312,7 @@ fn a_run_that_is_killed_is_explained_by_the_memory_that_it_had_left() -> Result<
         other["trouble"]["remedy"].as_str().is_some_and(|text| text.starts_with("`homeroom resume out-1` goes on"))
     );
     fs::remove_dir_all(home.path().join("runs"))?;
-    killed(home.fine_tune(&llama, &["--no-memory-check"]).env("HOMEROOM_MEMORY", "20MB"), "out-1")?;
+    killed(home.fine_tune(&llama, "400", &["--no-memory-check"]).env("HOMEROOM_MEMORY", "20MB"), "out-1")?;
     let short = home.explained("out-1")?;
     assert_eq!(short["trouble"]["name"], "killed-for-memory");
     let because = short["trouble"]["because"].as_str().unwrap_or_default();
@@ -350,8 +348,7 @@ fn a_run_that_stands_still_says_so_and_is_explained() -> Result<()> {
 #[test]
 fn a_run_that_did_well_and_one_that_is_unknown_are_told_apart() -> Result<()> {
     let home = Home::new()?;
-    let mut command = home.fine_tune(&root().join("runtime/pocket/model"), &["--eval-fraction", "0"]);
-    succeeds(command.args(["--max-steps", "1", "--epochs", "1"]))?;
+    succeeds(&mut home.fine_tune(&root().join("runtime/pocket/model"), "1", &[]))?;
     let ran = succeeds(&mut home.program(&["doctor", "out-1"]))?;
     assert!(ran.stdout.contains("it did all that it was asked for"), "{}", ran.stdout);
     let ran = run(&mut home.program(&["doctor", "out-7"]))?;

@@ -246,6 +246,20 @@ fn threads_and_sizes_are_what_is_asked_for_or_refused() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_base_that_no_row_would_fit_with_is_refused_before_it_is_downloaded() -> Result<()> {
+    let place = Place::new()?;
+    let rows = place.rows("rows.jsonl", 6)?;
+    let server = hub::server::Server::of("a/b", hub::llama()?)?;
+    let mut command =
+        hub::program(&server, &place, &["fine-tune", "--model-name", "a/b", "--output-dir", "outputs/out"]);
+    command.arg("--training-file").arg(rows).env("HOMEROOM_MEMORY", "9MB").current_dir(place.path(""));
+    let told = ["a/b: at least ", "and 9.00 MB can be had; nothing was downloaded", "`homeroom plan --model-name a/b`"];
+    refused(&mut command, &told)?;
+    assert_eq!((server.count("config.json"), server.count(".safetensors")), (1, 0));
+    Ok(())
+}
+
 // --- trainings that ask it -------------------------------------------------------------------------------------------------------
 
 /// A training of the pocket model on long rows, with a home of its own.

@@ -59,6 +59,11 @@ impl Before {
     /// As it is now. Mapped pages of the base are given back for it, and read again from the system's cache.
     pub fn now(model: &BaseModel) -> Self {
         model.release();
+        Self::of_program()
+    }
+
+    /// As it is now, where no base is loaded.
+    pub fn of_program() -> Self {
         let program = resident_memory_bytes().unwrap_or(0);
         // What it has already is its own, but for pages of files that are nobody's.
         let all = memory::limit().unwrap_or(u64::MAX);

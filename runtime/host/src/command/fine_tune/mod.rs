@@ -10,7 +10,7 @@ use anyhow::{Result, anyhow, bail, ensure};
 use homeroom_engine::adapt::adapter::{WEIGHTS_FILE, is_adapter};
 use homeroom_engine::data::report::Files;
 use homeroom_engine::data::{Dataset, Group, OfLine, Reading, Source, Sources, check_rows};
-use homeroom_engine::estimate::Sketch;
+use homeroom_engine::estimate::{Request, Sketch};
 use homeroom_engine::files::digest;
 use homeroom_engine::files::{NewDirectory, broken_link, open_regular, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
@@ -42,11 +42,11 @@ use crate::job::{
     Before, Estimator, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken, newest_checkpoint,
 };
 use crate::models::{
-    Located, Network, Use, here, load_base, load_measured, load_rows, locate, refuse_other, with_text,
+    Located, Network, Sketched, Use, here, load_base, load_measured, load_rows, locate, refuse_other, with_text,
 };
 use crate::near::exists;
 use crate::plugin::{Plugin, Search, native};
-use crate::progress::{self, line};
+use crate::progress::{self, line, size};
 use crate::registry;
 use crate::runs::{self, About, End, Entry, RunDirectory};
 
@@ -204,6 +204,9 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         }
         let own_kind: Vec<Source> = own_kind.map(Source::file).into_iter().collect();
         check_rows(&own_kind, &Reading::default(), Kind::Sft.rows(), Kind::Sft.name())?;
+        if let (Some(plugin), None, false) = (&plugin, &earlier, arguments.no_memory_check) {
+            refuse_too_large(arguments, plugin, &options)?;
+        }
     }
     let base = locate(&arguments.model_name, Network::Allowed)?;
     refuse_other(&arguments.model_name, &base.path, Use::Training)?;
@@ -239,6 +242,37 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         sources,
     }
     .train()
+}
+
+/// Refuses a base that is not here and that no rows, however short, could be trained on in this machine's memory, before it is downloaded.
+fn refuse_too_large(arguments: &Arguments, plugin: &Plugin, options: &Map<String, Value>) -> Result<()> {
+    let (name, requantize) = (&arguments.model_name, arguments.passes.requantize);
+    // Whoever downloads it says what is wrong with it.
+    let Ok(base) = Sketched::find(name, Network::Allowed) else { return Ok(()) };
+    let before = Before::of_program();
+    let least = Request {
+        batch_size: 1,
+        gradient_accumulation_steps: 1,
+        row_tokens: 2,
+        trained_tokens: 1,
+        gradient_checkpointing: true,
+        packing: true,
+        pass_rows: None,
+        compute: arguments.passes.compute,
+        tokens: Some(2),
+        program_bytes: before.program_bytes(),
+    };
+    let needed = Estimator::new(plugin, options, &base.sketch, requantize)?.estimate(&least).peak_memory_bytes;
+    if let Some(available) = before.lacking(needed) {
+        bail!(
+            "{}: at least {} of memory are needed, and {} can be had; nothing was downloaded\nto fit: `homeroom plan --model-name {}` says what would, a smaller base among it; --no-memory-check begins all the same",
+            name.display(),
+            size(needed),
+            size(available),
+            name.display()
+        );
+    }
+    Ok(())
 }
 
 impl Prepared<'_> {

@@ -4,6 +4,8 @@ mod admission;
 #[cfg(unix)]
 mod command_line;
 mod curves;
+#[cfg(target_os = "linux")]
+mod doctor;
 mod embeddings;
 mod export;
 #[cfg(unix)]

@@ -118,6 +118,7 @@ fn both(
         row_tokens,
         trained_tokens: row_tokens,
         gradient_checkpointing,
+        pass_rows: None,
         packing: true,
         compute,
         tokens: None,

@@ -7,14 +7,15 @@ use std::process::ExitCode;
 use clap::error::{Error, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use homeroom_engine::files::keep_private;
+use homeroom_engine::memory;
 use homeroom_kernels::Isa;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, eval, export_model, fine_tune, import, licenses, list_models, new, plan, plugins,
-    preview, pull, resume, rm, run, runs, serve, show,
+    Done, bench, chat, compare, cp, doctor, eval, export_model, fine_tune, import, licenses, list_models, new, plan,
+    plugins, preview, pull, resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
-use crate::{hub, interrupt, progress, registry, stdout, terminal, tips};
+use crate::{hub, interrupt, progress, registry, stdout, terminal, tips, troubles};
 
 /// Fine-tunes open-weight language models on your own machine.
 ///
@@ -72,6 +73,8 @@ pub enum Command {
     /// Lists, writes, builds, checks, installs and locks training strategies
     #[command(subcommand)]
     Plugins(plugins::Plugins),
+    /// Looks at this machine, the home and the network settings for what is wrong, or explains why a run ended; exit code 1 if there is a problem
+    Doctor(doctor::Arguments),
     /// Measures speed and memory
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -152,7 +155,9 @@ pub fn main() -> ExitCode {
     if !matches!(cli.command, Command::Plugins(plugins::Plugins::Watch { .. })) {
         keep_private(registry::data_directory(), |note| progress::line(note));
     }
-    if let Err(problem) = Isa::allowed() {
+    // `doctor` says what is wrong with it.
+    let allowed = Isa::allowed().map(drop).and_then(|()| memory::allowed().map(drop));
+    if let Some(problem) = allowed.err().filter(|_| !matches!(cli.command, Command::Doctor(_))) {
         progress::line(format_args!("error: {problem}"));
         return ExitCode::FAILURE;
     }
@@ -181,6 +186,7 @@ pub fn main() -> ExitCode {
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
         Command::Plugins(what) => plugins::run(what),
+        Command::Doctor(arguments) => doctor::run(arguments),
         Command::Bench(what) => bench::run(what),
         Command::Licenses => licenses::run(),
     };
@@ -188,8 +194,15 @@ pub fn main() -> ExitCode {
     match done {
         Ok(Done::Whole) => ExitCode::SUCCESS,
         Ok(Done::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
+        Ok(Done::Unwell) => ExitCode::FAILURE,
         Err(error) => {
             progress::line(format_args!("error: {error:#}"));
+            let is_a_run = matches!(cli.command, Command::FineTune(_) | Command::Run(_) | Command::Resume(_));
+            // One that says by itself what to do says it more exactly.
+            let is_told = error.is::<interrupt::Interrupted>() || format!("{error:#}").contains("hint: ");
+            if let Some(trouble) = troubles::of(&error).filter(|_| is_a_run && !is_told) {
+                progress::line(trouble);
+            }
             if error.is::<interrupt::Interrupted>() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::FAILURE }
         }
     }

@@ -38,4 +38,5 @@ mod table;
 mod terminal;
 mod tips;
 pub mod toml_problems;
+mod troubles;
 mod watch;

@@ -3,13 +3,16 @@
 use homeroom_kernels::{Isa, isa, threads};
 
 use crate::progress::line;
+use crate::troubles::{self, CUDA};
 
 /// What kernels use, what each kind of product is made of, and on how many threads: a line of a run's opening.
 pub fn words() -> String {
     let refused = if Isa::amx_is_refused() { "; the system refuses AMX" } else { "" };
     let count = threads();
     let threads = if count == 1 { "thread" } else { "threads" };
-    format!("processor {}   {}{refused}   {count} {threads}", isa().name(), isa().units())
+    let card = troubles::visible_devices().map(|name| format!("\nnote: {name} is set; {}", CUDA.cause));
+    let card = card.unwrap_or_default();
+    format!("processor {}   {}{refused}   {count} {threads}{card}", isa().name(), isa().units())
 }
 
 /// Keeps this process to the instructions that a run began with, by the name that it recorded, as far as the processor and `HOMEROOM_CPU`

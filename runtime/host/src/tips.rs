@@ -8,6 +8,7 @@ use clap::builder::StyledStr;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::hub::HubName;
+use crate::troubles::CUDA;
 
 /// Flags elsewhere, and what they are here: the first that the command has. Hyphens stand for underscores, too.
 const FLAGS: [(&str, &[&str]); 75] = [
@@ -89,11 +90,18 @@ const FLAGS: [(&str, &[&str]); 75] = [
 ];
 
 /// Flags elsewhere that no flag here stands for: a flag of the commands that are meant, and what to know.
-const NOTES: [(&str, &str, &str); 13] = [
+const NOTES: [(&str, &str, &str); 20] = [
+    ("cuda", "compute", ON_PROCESSOR),
+    ("device", "compute", ON_PROCESSOR),
+    ("device-map", "compute", ON_PROCESSOR),
     ("do-sample", "temperature", "--temperature 0 takes the likeliest token, a higher one samples"),
     ("eval-strategy", "eval-every", EVALUATED),
     ("evaluation-strategy", "eval-every", EVALUATED),
+    ("gpu", "compute", ON_PROCESSOR),
+    ("gpus", "compute", ON_PROCESSOR),
     ("logging-steps", "training-file", "there is no such flag: the loss of each step is in trainer_state.json"),
+    ("n-gpu-layers", "compute", ON_PROCESSOR),
+    ("no-cuda", "compute", ON_PROCESSOR),
     ("no-gradient-checkpointing", "gradient-checkpointing", "it is off unless --gradient-checkpointing is given"),
     ("no-stream", "prompt", "there is no such flag: a reply is always printed as it comes"),
     ("packing", "no-packing", "packing is the default, --no-packing turns it off"),
@@ -104,6 +112,7 @@ const NOTES: [(&str, &str, &str); 13] = [
     ("stream", "prompt", "a reply is printed as it comes already"),
     ("warmup-steps", "warmup-ratio", "--warmup-ratio is a share of the steps: 10 of 200 are --warmup-ratio 0.05"),
 ];
+const ON_PROCESSOR: &str = CUDA.cause;
 const EVALUATED: &str = "there is no such flag: the loss on --eval-file is measured before and after the training, and every so many steps with --eval-every";
 const RESUMED: &str = "--resume goes on from the last checkpoint of the same command, and `homeroom resume RUN` of a run; --init-from begins another with an adapter's weights";
 const SAVED: &str = "there is no such flag: checkpoints are saved every 5 minutes, or as --save-every and --save-minutes say, and the last, the best and two to go back to are kept";

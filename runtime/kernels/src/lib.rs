@@ -67,7 +67,7 @@ pub use layer::softmax::softmax_weights;
 pub use matmul::{BlockCodec, Float, Matrix, RowOrder, matmul, matmul_t};
 pub use peak::{bf16_register_loop_gflops, f32_register_loop_gflops, read_gigabytes};
 pub use philox::{Stream, add_noise, dropout_mask, philox4x32};
-pub use pool::{on_each_thread, on_pool, threads};
+pub use pool::{on_each_thread, on_pool, threads, use_threads};
 pub use product::{
     Columns, Finish, Gain, Left, Output, ProductElement, Right, Term, outer, product, product_scratch_bytes,
     product_with_gain,

@@ -9,6 +9,11 @@ pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 
+/// Has the pool be of so many threads; returns false where it is there already, as it is once anything was computed.
+pub fn use_threads(count: usize) -> bool {
+    rayon::ThreadPoolBuilder::new().num_threads(count).build_global().is_ok()
+}
+
 /// Runs `f` as one of the pool's threads, so that the many short tasks it starts find the others awake and itself at work.
 ///
 /// It is kept to the instructions that this thread is kept to, see [`with_isa`](crate::with_isa).

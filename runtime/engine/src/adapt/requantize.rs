@@ -194,11 +194,16 @@ fn store_each<'a>(
             None => (0..wanted.len()).map(store).collect::<Result<_>>(),
         }
     })?;
+    // Around what was read of one weight the system may have mapped two megabytes of its neighbours, which were given back by then.
+    model.release();
     let weights: Vec<Arc<Weight>> = weights.into_iter().map(Arc::new).collect();
     let mut modules = model.modules.clone();
     for module in &mut modules {
         if stored(module).is_some() {
             module.weight = weights[numbers[module.info.storage.as_str()]].clone();
+        } else if module.info.kind == ModuleKind::Norm {
+            // Read from a file, each would keep the matrices around it in memory that are encoded now.
+            module.weight = Arc::new(module.weight.copied());
         }
     }
     model.with_storage(modules, digest)

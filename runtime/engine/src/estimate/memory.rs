@@ -395,10 +395,16 @@ impl<'a> Outlook<'a> {
         let targets = request.trained_tokens.min(inputs).max(1);
         let per_step = request.batch_size.saturating_mul(request.gradient_accumulation_steps).max(1);
         // Rows are alike, so that what many passes come to is seen in few.
-        let most = pass_rows_of(sketch.is_coded());
-        let sizes: Vec<usize> = match request.packing {
-            true => packed_parts(&vec![inputs; per_step], most).into_iter().map(|part| part.len()).collect(),
-            false => vec![request.batch_size.max(1); request.gradient_accumulation_steps.max(1)],
+        let most = request.pass_rows.unwrap_or(pass_rows_of(sketch.is_coded()));
+        let parts_of = |count: usize| packed_parts(&vec![inputs; count], most).into_iter().map(|part| part.len());
+        let batches = request.gradient_accumulation_steps.max(1);
+        let sizes: Vec<usize> = match (request.packing, request.pass_rows) {
+            (true, _) => parts_of(per_step).collect(),
+            (false, None) => vec![request.batch_size.max(1); batches],
+            (false, Some(_)) => {
+                let a_batch: Vec<usize> = parts_of(request.batch_size.max(1)).collect();
+                a_batch.repeat(batches)
+            }
         };
         let largest = sizes.iter().copied().max().unwrap_or(1);
         let sequences = vec![inputs; largest];

@@ -32,6 +32,8 @@ pub struct Request {
     pub gradient_checkpointing: bool,
     /// Fill passes with rows as they fit.
     pub packing: bool,
+    /// Tokens of a pass at most, where that is not as usual; a longer row is a pass of its own.
+    pub pass_rows: Option<usize>,
     /// What products are computed in.
     pub compute: Compute,
     /// Tokens of the whole training, an epoch's; `None`: so many that all are among them.

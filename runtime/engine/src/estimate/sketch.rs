@@ -7,8 +7,9 @@ use homeroom_kernels::{Codec, Storage};
 use serde_json::Value;
 
 use crate::adapt::requantize::{is_float, kernel_codec};
-use crate::models::architecture::{Architecture, EMBEDDING, HEAD};
+use crate::models::architecture::{Architecture, EMBEDDING, HEAD, layer_path};
 use crate::models::{BaseModel, LayerModules};
+use crate::run::batch::pass_rows_of;
 
 /// A base without its weights.
 pub struct Sketch {
@@ -183,6 +184,20 @@ impl Sketch {
             module
         });
         Self { architecture: self.architecture.clone(), modules: modules.collect(), layers: self.layers.clone() }
+    }
+
+    /// The same base with its first `count` layers alone.
+    pub fn of_layers(&self, count: usize) -> Self {
+        let mut architecture = self.architecture.clone();
+        architecture.layers.truncate(count);
+        let gone: Vec<String> = (count..self.architecture.layers.len()).map(|number| layer_path(number, "")).collect();
+        let stays = |module: &&Outline| !gone.iter().any(|layer| module.info.path.starts_with(layer.as_str()));
+        Self::new(architecture, self.modules.iter().filter(stays).cloned().collect())
+    }
+
+    /// Rows of a pass, where nothing else is said.
+    pub fn pass_rows(&self) -> usize {
+        pass_rows_of(self.is_coded())
     }
 
     /// Number of values in all weights and biases; tied ones count once.

@@ -248,6 +248,15 @@ impl Weight {
         }
     }
 
+    /// The same weight in memory of its own, where it lies in a file as values are.
+    pub(crate) fn copied(&self) -> Self {
+        let bytes = match &self.bytes {
+            Bytes::Mapped(..) => Bytes::Owned(self.raw().into()),
+            _ => self.bytes.clone(),
+        };
+        Self { bytes, ..self.clone() }
+    }
+
     /// Tells the system that the mapped bytes of this weight will be read soon.
     pub(crate) fn will_need(&self) {
         #[cfg(unix)]

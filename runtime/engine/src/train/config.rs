@@ -35,6 +35,8 @@ pub struct TrainConfig {
     pub gradient_checkpointing: bool,
     /// Whether passes are filled with the rows of a step as they fit, whatever `batch_size` says; else a pass is one batch.
     pub packing: bool,
+    /// Tokens of a pass at most, where that is not as [`crate::run::batch::pass_rows`] has it; a longer row is a pass of its own.
+    pub pass_rows: Option<usize>,
     /// NEFTune: noise on embeddings while training, α of it; 0: none. 5 is usual.
     pub neftune_noise_alpha: f64,
     /// What products are computed in.
@@ -63,6 +65,7 @@ impl Default for TrainConfig {
             shuffle: true,
             gradient_checkpointing: false,
             packing: true,
+            pass_rows: None,
             neftune_noise_alpha: 0.0,
             compute: Compute::F32,
             eval_steps: None,
@@ -101,6 +104,7 @@ impl TrainConfig {
             ("early_stopping_patience", self.early_stopping_patience.unwrap_or(1)),
             ("batch_size", self.batch_size as u64),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
+            ("pass_rows", self.pass_rows.unwrap_or(1) as u64),
         ];
         problems.extend(counts.iter().filter(|(_, n)| *n == 0).map(|(name, _)| format!("{name} is 0, the least is 1")));
         if self.batch_size.checked_mul(self.gradient_accumulation_steps).is_none() {

@@ -11,6 +11,7 @@ use crate::data::order::epoch_order;
 use crate::data::{Example, Group, Unit};
 use crate::files::mapped::Surviving;
 use crate::models::BaseModel;
+use crate::run::backends::trainer;
 use crate::run::batch::Batch;
 use crate::run::compute::Compute;
 
@@ -39,7 +40,7 @@ pub use observer::{Control, Observer};
 pub use outcome::Outcome;
 pub use report::{EvalReport, StepReport, TrainReport};
 pub use run::{Run, Whole};
-pub use state::{Best, Cut, State};
+pub use state::{Best, Cut, Passes, State};
 pub use swap::{Candidate, Change, RunEvent, Swap};
 
 /// What a run is trained and measured on.
@@ -108,7 +109,7 @@ pub fn train(
     if run.state.step == 0 && observer.is_due(&run.state) {
         observer.save(&run.state)?;
     }
-    let cut = Steps::new(data, config, run.state.cut.pass_rows);
+    let cut = Steps::new(data, config);
     let mut order = Order::default();
     while run.state.step < planned && run.state.report.stopped.is_none() {
         let owed = run.state.report.steps.last().copied().filter(|_| run.state.owes);
@@ -126,7 +127,7 @@ pub fn train(
                 }
                 let units = cut.units(run.state.step, &mut order);
                 let last = run.state.step + 1 == planned;
-                let done = run.try_step(&cut.passes(&units)).and_then(|done| {
+                let done = run.try_step(&cut.passes(&units, &run.state.cut)).and_then(|done| {
                     if last {
                         run.look(&units)?;
                     }
@@ -275,6 +276,7 @@ impl Run<'_> {
         if let Some(change) = self.passed() {
             self.tell(observer, change)?;
         }
+        self.lower_if_asked(units, data, observer)?;
         if !self.is_on_trial() {
             let losses = self.state.report.steps.iter().map(|step| step.loss);
             let unit = self.objective.loss_unit();
@@ -293,6 +295,27 @@ impl Run<'_> {
             ));
         }
         Ok(control)
+    }
+
+    /// Takes less memory from the next step on, if the observer wants that.
+    fn lower_if_asked(&mut self, units: &[Unit<'_>], data: &Data<'_>, observer: &mut dyn Observer) -> Result<()> {
+        let planned = self.state.report.planned_steps;
+        let Some(reason) = observer.lowers().filter(|_| self.state.step < planned) else { return Ok(()) };
+        let longest = data.units.iter().map(Unit::rows).max().unwrap_or(1);
+        // The most that a pass has now: whole batches may be larger than the bound, and a whole step smaller.
+        let bound = match self.config.packing || self.state.cut.is_bounded {
+            true => self.state.cut.pass_rows,
+            false => self.config.batch_size.saturating_mul(longest),
+        };
+        let fullest = bound.min(units.iter().map(Unit::rows).sum());
+        let Some(passes) = self.state.lower_passes(fullest, longest) else {
+            observer.cannot_lower();
+            return Ok(());
+        };
+        let event = self.state.lower(passes, reason);
+        // Its buffers are as large as the largest pass so far.
+        self.backend = trainer(self.model, Some(self.state.adaptation()), self.config.compute);
+        observer.changed(&event, self.state.adaptation())
     }
 
     /// Scales the learning rates from now on, if that is what the observer wants.
@@ -387,6 +410,8 @@ impl Run<'_> {
         let rate_scale = 0.5 * self.state.watchdog.rate_scale.min(state.watchdog.rate_scale);
         (state.watchdog.rate_scale, state.watchdog.rewound_at) = (rate_scale, Some(failed));
         let change = Change::Rewound { from: failed, reason: reason.clone(), rate_scale };
+        // Memory is as short as it was.
+        state.cut = self.state.cut.clone();
         self.replace(state);
         self.tell(observer, change)?;
         Ok(None)
@@ -422,7 +447,6 @@ impl Run<'_> {
 struct Steps<'a> {
     data: &'a Data<'a>,
     config: &'a TrainConfig,
-    pass_rows: usize,
     per_step: usize,
     an_epoch: u64,
 }
@@ -435,9 +459,9 @@ struct Order {
 }
 
 impl<'a> Steps<'a> {
-    fn new(data: &'a Data<'a>, config: &'a TrainConfig, pass_rows: usize) -> Self {
+    fn new(data: &'a Data<'a>, config: &'a TrainConfig) -> Self {
         let per_step = config.per_step().min(data.units.len());
-        Self { data, config, pass_rows, per_step, an_epoch: data.units.len().div_ceil(per_step) as u64 }
+        Self { data, config, per_step, an_epoch: data.units.len().div_ceil(per_step) as u64 }
     }
 
     /// The units of the step with this number, from 0.
@@ -453,10 +477,12 @@ impl<'a> Steps<'a> {
     }
 
     /// The passes of a step.
-    fn passes(&self, units: &[Unit<'_>]) -> Vec<Batch> {
-        match self.config.packing {
-            true => Batch::packed(units, self.pass_rows),
-            false => units.chunks(self.config.batch_size).map(Batch::of_units).collect(),
+    fn passes(&self, units: &[Unit<'_>], cut: &Cut) -> Vec<Batch> {
+        let batches = units.chunks(self.config.batch_size);
+        match (self.config.packing, cut.is_bounded) {
+            (true, _) => Batch::packed(units, cut.pass_rows),
+            (false, false) => batches.map(Batch::of_units).collect(),
+            (false, true) => batches.flat_map(|batch| Batch::packed(batch, cut.pass_rows)).collect(),
         }
     }
 

@@ -113,6 +113,14 @@ pub trait Observer {
         Ok(None)
     }
 
+    /// Why the steps from now on are to take less memory, if they are. It is asked after each step.
+    fn lowers(&mut self) -> Option<String> {
+        None
+    }
+
+    /// Nothing takes less memory than what is done already.
+    fn cannot_lower(&mut self) {}
+
     /// Something has changed; this is what is trained from now on.
     ///
     /// # Errors

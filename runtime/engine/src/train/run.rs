@@ -185,7 +185,7 @@ impl<'a> Run<'a> {
             Some(weight) => Weigh::Alike(weight),
             None => Weigh::By(&mut weigh),
         };
-        let recompute = self.config.gradient_checkpointing;
+        let recompute = self.config.gradient_checkpointing || self.state.cut.gradient_checkpointing;
         let log_probs = self.backend.forward_backward(&pass, batch, weigh, recompute, leaf)?;
         total.add(&log_probs, weighed.as_ref());
         Ok(())

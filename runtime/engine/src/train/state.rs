@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::config::TrainConfig;
 use super::optimizer::{AdamW, AdamWConfig};
 use super::report::TrainReport;
-use super::swap::Trial;
+use super::swap::{Change, RunEvent, Trial};
 use super::watchdog::Watchdog;
 use crate::adapt::adaptation::Adaptation;
 use crate::models::BaseModel;
@@ -57,10 +57,48 @@ pub struct Best {
 pub struct Cut {
     /// Rows of a pass.
     pub pass_rows: usize,
+    /// Whether passes are cut by that also where they would be whole batches: somebody asked for it, or memory was short.
+    #[serde(default)]
+    pub is_bounded: bool,
+    /// Whether only the inputs of blocks are kept from now on, whatever the configuration says. It changes no bit.
+    #[serde(default)]
+    pub gradient_checkpointing: bool,
     /// What products are computed in: [`crate::run::compute::Compute::name`], resolved.
     pub compute: String,
     /// The instructions of the kernels, as `HOMEROOM_CPU` names them.
     pub cpu: String,
+}
+
+/// How a step is gone through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Passes {
+    /// Rows of a pass.
+    pub pass_rows: usize,
+    /// Whether only the inputs of blocks are kept.
+    pub gradient_checkpointing: bool,
+}
+
+/// Passes of fewer rows than these cost more time than computing layers again.
+const PASS_ROWS_CHEAP: usize = 256;
+
+impl Passes {
+    /// Ways to go through the same step in less memory, over units of which the longest has so many rows: smaller passes cost least down
+    /// to some hundred rows, then that layers are computed again, then passes of single units.
+    pub fn lower(self, longest: usize) -> Vec<Self> {
+        let least = longest.max(1);
+        let halves =
+            std::iter::successors(Some(self.pass_rows), |rows| Some((rows / 2).max(least)).filter(|half| half < rows));
+        let smaller: Vec<usize> = halves.skip(1).collect();
+        let of = |gradient_checkpointing: bool| {
+            move |pass_rows: &usize| Self { pass_rows: *pass_rows, gradient_checkpointing }
+        };
+        if self.gradient_checkpointing {
+            return smaller.iter().map(of(true)).collect();
+        }
+        let cheap = smaller.iter().filter(|rows| **rows >= PASS_ROWS_CHEAP).map(of(false));
+        let again = Self { gradient_checkpointing: true, ..self };
+        cheap.chain([again]).chain(smaller.iter().map(of(true))).collect()
+    }
 }
 
 /// A plan with all that was learned under it.
@@ -91,6 +129,24 @@ impl State {
             cut: Cut::here(model, adaptation, config),
             report: TrainReport::default(),
         }
+    }
+
+    /// Takes less memory from the next step on, as what is asked for says; a step's rows and the number that its loss is divided by
+    /// stay. It is one of the state's events.
+    pub fn lower(&mut self, passes: Passes, reason: String) -> RunEvent {
+        let Passes { pass_rows, gradient_checkpointing } = passes;
+        (self.cut.pass_rows, self.cut.is_bounded) = (pass_rows, true);
+        self.cut.gradient_checkpointing = gradient_checkpointing;
+        let event = RunEvent { step: self.step, change: Change::Lowered { pass_rows, gradient_checkpointing, reason } };
+        self.report.events.push(event.clone());
+        event
+    }
+
+    /// What takes less memory than passes that hold `fullest` rows at most, over units of which the longest has `longest`; `None`:
+    /// nothing does.
+    pub(super) fn lower_passes(&self, fullest: usize, longest: usize) -> Option<Passes> {
+        let now = Passes { pass_rows: fullest, gradient_checkpointing: self.cut.gradient_checkpointing };
+        now.lower(longest).into_iter().next()
     }
 
     /// A copy that shares no parameter with it.
@@ -153,7 +209,9 @@ impl Cut {
     /// As a run that begins here is cut.
     pub fn here(model: &BaseModel, adaptation: &Adaptation, config: &TrainConfig) -> Self {
         Self {
-            pass_rows: pass_rows(model),
+            pass_rows: config.pass_rows.unwrap_or(pass_rows(model)),
+            is_bounded: config.pass_rows.is_some(),
+            gradient_checkpointing: config.gradient_checkpointing,
             compute: config.compute.resolved(Some(adaptation)).name().to_owned(),
             cpu: homeroom_kernels::isa().name(),
         }

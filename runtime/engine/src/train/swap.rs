@@ -91,6 +91,15 @@ pub enum Change {
         /// What the learning rates are multiplied by from now on.
         rate_scale: f64,
     },
+    /// Memory is short: passes are smaller from now on, or keep less. A step stays what it was, to rounding.
+    Lowered {
+        /// Rows of a pass from now on.
+        pass_rows: usize,
+        /// Whether only the inputs of blocks are kept from now on.
+        gradient_checkpointing: bool,
+        /// Why.
+        reason: String,
+    },
     /// A run that ends takes the parameters of an earlier state, as the last ones are no longer good.
     FellBack,
     /// A strategy's directive cannot be followed.

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod chat;
 pub mod compare;
 pub mod cp;
+pub mod doctor;
 pub mod eval;
 pub mod export_model;
 pub mod fine_tune;
@@ -38,6 +39,8 @@ pub enum Done {
     Whole,
     /// It was interrupted, and saved what it had.
     Interrupted,
+    /// It did all it was asked for, and what it looked at is not well.
+    Unwell,
 }
 
 /// The file of handlers that is read if none is named: `handlers.toml` in the data directory, if it is there.

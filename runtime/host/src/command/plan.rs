@@ -9,7 +9,7 @@ use homeroom_engine::estimate::{Estimate, Measured, Parts, Request};
 use homeroom_engine::memory;
 use homeroom_engine::train::objective::Kind;
 use homeroom_engine::train::{TrainConfig, planned_steps};
-use homeroom_kernels::{isa, threads};
+use homeroom_kernels::{isa, threads, use_threads};
 use serde_json::{Map, Value, json};
 
 use super::arguments::{COUNT_MAX, PluginArgs, whole};
@@ -17,7 +17,7 @@ use super::rows::{self, ReadArgs};
 use super::strategy::{PassArgs, StrategyArgs};
 use super::{Done, print};
 use crate::job::defaults::{self, Open};
-use crate::job::estimate_plan;
+use crate::job::{Estimator, fit};
 use crate::machine::{mapped_memory_bytes, resident_memory_bytes};
 use crate::models::{Network, Sketched, load_rows, longest_row};
 use crate::plugin::Plugin;
@@ -57,6 +57,12 @@ pub struct Arguments {
     /// Passes over the rows [default: as `fine-tune` chooses by their number]
     #[arg(long, value_name = "N", value_parser = whole::<u64>(1..=u64::MAX))]
     epochs: Option<u64>,
+    /// Plan for so much memory, such as 12GB, as on another machine [default: what can be had here now]
+    #[arg(long, value_name = "SIZE", value_parser = a_size)]
+    memory: Option<u64>,
+    /// Plan for so many threads of this processor, as a training with RAYON_NUM_THREADS has [default: all]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=THREADS_MAX))]
+    threads: Option<usize>,
     #[command(flatten)]
     plugins: PluginArgs,
     /// Print one JSON object
@@ -64,8 +70,18 @@ pub struct Arguments {
     json: bool,
 }
 
+/// More threads than any machine has.
+const THREADS_MAX: u64 = 4096;
+
+fn a_size(text: &str) -> Result<u64, String> {
+    memory::bytes_of(text).filter(|bytes| *bytes > 0).ok_or_else(|| "it takes a size such as 12GB or 800MB".to_owned())
+}
+
 /// Estimates.
 pub fn run(arguments: &Arguments) -> Result<Done> {
+    if let Some(count) = arguments.threads {
+        use_threads(count);
+    }
     let search = arguments.plugins.search()?;
     let options = arguments.strategy_options.options()?;
     let plugins: Vec<Plugin> = match &arguments.strategy {
@@ -92,7 +108,13 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let base = Sketched::find(&arguments.model_name, Network::Allowed)?;
     let rows = Rows::of(arguments, &base)?;
     let (program_bytes, mapped) = (resident_memory_bytes().unwrap_or(0), mapped_memory_bytes());
-    let machine = Machine { available: memory::obtainable(), total: memory::total() };
+    // What this program has already is its own.
+    let all = memory::limit().unwrap_or(u64::MAX);
+    let obtainable = memory::obtainable().map(|free| free.saturating_add(program_bytes).min(all));
+    let machine = match arguments.memory {
+        Some(budget) => Machine { available: Some(budget), total: None },
+        None => Machine { available: obtainable, total: memory::limit() },
+    };
     if base.model.is_none() {
         line("note: the model's tokenizer is not here, so that its memory is left out");
     }
@@ -108,6 +130,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         trained_tokens: rows.longest,
         gradient_checkpointing: arguments.passes.gradient_checkpointing,
         packing: !arguments.passes.no_packing,
+        pass_rows: arguments.passes.pass_tokens,
         compute: arguments.passes.compute,
         tokens: rows.count.map(|count| (count as f64 * rows.mean) as usize),
         program_bytes,
@@ -117,15 +140,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     let mut outlooks = Vec::new();
     for plugin in &plugins {
         // With several strategies each gets the options that it has.
-        let has = |name: &str| plugin.description.options.iter().any(|option| option.name == name);
-        let own: Map<String, Value> = match arguments.strategy {
-            Some(_) => options.clone(),
-            None => options
-                .iter()
-                .filter(|(name, _)| has(name))
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect(),
-        };
+        let own = if arguments.strategy.is_some() { options.clone() } else { own_options(plugin, &options) };
         match planner.outlook(plugin, &own, &mut measured) {
             Ok(outlook) => outlooks.push((plugin.description.name.clone(), outlook)),
             Err(error) if arguments.strategy.is_none() => {
@@ -140,12 +155,20 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         estimate.parts.program += touched;
         estimate.peak_memory_bytes = estimate.parts.total();
     }
+    let fits = outlooks.iter().any(|(_, outlook)| machine.fits(outlook.estimate.peak_memory_bytes) != Some(false));
+    let changes = if fits { Vec::new() } else { planner.changes(&plugins, &options, &mut measured) };
+    let smaller = if fits { None } else { planner.smaller_base() };
     if arguments.json {
+        let of_strategy = arguments.strategy.as_deref();
+        let changes: Vec<Value> = changes.iter().map(|change| change.json(of_strategy)).collect();
         let mut all = outlooks.iter().map(|(name, outlook)| planner.json(name, outlook));
         let json = match arguments.strategy {
             Some(_) => all.next().unwrap_or_default(),
             None => json!({"model": base.shown, "strategies": all.collect::<Vec<Value>>()}),
         };
+        let mut json = json;
+        json["changes"] = changes.into();
+        json["smaller_base_parameters"] = smaller.into();
         print(&json.to_string())?;
         return Ok(Done::Whole);
     }
@@ -154,11 +177,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         [(name, outlook)] if arguments.strategy.is_some() => planner.whole(name, outlook)?,
         all => planner.table(all)?,
     }
-    let fits = outlooks.iter().any(|(_, outlook)| machine.fits(outlook.estimate.peak_memory_bytes) != Some(false));
     if !fits {
-        for hint in planner.changes(&plugins, &options) {
-            print(&hint)?;
-        }
+        planner.tell_changes(&changes, smaller)?;
     }
     Ok(Done::Whole)
 }
@@ -215,6 +235,8 @@ impl Machine {
 /// What one strategy comes to.
 struct Outlook {
     estimate: Estimate,
+    /// Tokens of a pass, where nothing else is said.
+    pass_rows: usize,
     seconds_per_step: f64,
     /// Of a row as long as rows are on the average.
     tokens_per_second: f64,
@@ -232,21 +254,24 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     fn outlook(&self, plugin: &Plugin, options: &Map<String, Value>, measured: &mut Measured) -> Result<Outlook> {
-        let estimate_with = |request: &Request| {
-            estimate_plan(plugin, options, &self.base.sketch, self.arguments.passes.requantize, request)
-        };
-        let estimate = estimate_with(&self.request)?;
+        let estimator = self.estimator(plugin, options)?;
+        let estimate = estimator.estimate(&self.request);
         // Memory is that of the longest rows, time that of all.
         let mean = (self.rows.mean.round() as usize).max(2);
         let usual = if mean == self.request.row_tokens {
             estimate.clone()
         } else {
-            estimate_with(&Request { row_tokens: mean, trained_tokens: mean, ..self.request })?
+            estimator.estimate(&Request { row_tokens: mean, trained_tokens: mean, ..self.request })
         };
         let seconds_per_step = measured.seconds(&usual.work)?;
         let tokens_per_second = usual.tokens_per_step as f64 / seconds_per_step;
         let steps = self.rows.count.map(|rows| self.steps(rows)).transpose()?;
-        Ok(Outlook { estimate, seconds_per_step, tokens_per_second, steps })
+        let pass_rows = estimator.pass_rows();
+        Ok(Outlook { estimate, pass_rows, seconds_per_step, tokens_per_second, steps })
+    }
+
+    fn estimator(&self, plugin: &Plugin, options: &Map<String, Value>) -> Result<Estimator> {
+        Estimator::new(plugin, options, &self.base.sketch, self.arguments.passes.requantize)
     }
 
     /// Steps over so many rows, and the epochs.
@@ -262,7 +287,7 @@ impl Planner<'_> {
     }
 
     fn json(&self, strategy: &str, outlook: &Outlook) -> Value {
-        let Outlook { estimate, seconds_per_step, tokens_per_second, steps } = outlook;
+        let Outlook { estimate, pass_rows, seconds_per_step, tokens_per_second, steps } = outlook;
         let peak = estimate.peak_memory_bytes;
         json!({
             "model": self.base.shown,
@@ -289,6 +314,7 @@ impl Planner<'_> {
             "gradient_accumulation_steps": self.request.gradient_accumulation_steps,
             "max_seq_len": self.request.row_tokens,
             "gradient_checkpointing": self.request.gradient_checkpointing,
+            "pass_tokens": self.request.pass_rows.unwrap_or(*pass_rows),
             "cpu": isa().name(),
             "threads": threads(),
         })
@@ -311,7 +337,7 @@ impl Planner<'_> {
     }
 
     fn whole(&self, name: &str, outlook: &Outlook) -> Result<()> {
-        let Outlook { estimate, seconds_per_step, tokens_per_second, steps } = outlook;
+        let Outlook { estimate, seconds_per_step, tokens_per_second, steps, .. } = outlook;
         let (fused, layers) = estimate.fused_layers;
         let plain = if fused == layers {
             String::new()
@@ -349,6 +375,7 @@ impl Planner<'_> {
     fn verdict(&self, peak: u64) -> Result<()> {
         let Some(available) = self.machine.available else { return Ok(()) };
         let of = self.machine.total.map(|total| format!(" of {}", size(total))).unwrap_or_default();
+        let of = if self.arguments.memory.is_some() { " by --memory".to_owned() } else { of };
         match peak <= available {
             true => print(&format!("fits      {} can be had{of}", size(available))),
             false => {
@@ -360,7 +387,14 @@ impl Planner<'_> {
     fn table(&self, outlooks: &[(String, Outlook)]) -> Result<()> {
         let columns = [(false, 0), (true, 0), (true, 0), (true, 2), (true, 3), (false, 1)];
         let columns = columns.map(|(right, spare)| Column { right, spare });
-        let header = ["strategy", "memory", "a step", "tokens/s", "trained", "on this machine"];
+        let header = [
+            "strategy",
+            "memory",
+            "a step",
+            "tokens/s",
+            "trained",
+            if self.arguments.memory.is_some() { "by --memory" } else { "on this machine" },
+        ];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
         for (name, outlook) in outlooks {
             let peak = outlook.estimate.peak_memory_bytes;
@@ -382,62 +416,177 @@ impl Planner<'_> {
         lines(&columns, &rows, None).iter().try_for_each(|line| print(line))
     }
 
-    /// What can be changed so that it fits: each change is estimated, and named with what it comes to.
-    fn changes(&self, plugins: &[Plugin], options: &Map<String, Value>) -> Vec<String> {
+    /// What can be changed so that it fits, those first that cost least: the same steps in less memory, by their time; another strategy, or
+    /// storage of the base; shorter rows, where nothing else would do. Each is estimated.
+    fn changes(&self, plugins: &[Plugin], options: &Map<String, Value>, measured: &mut Measured) -> Vec<Change> {
         let Some(available) = self.machine.available else { return Vec::new() };
-        let Request { batch_size, row_tokens, .. } = self.request;
-        let mut tried: Vec<(String, Request)> = Vec::new();
-        let checkpointed = Request { gradient_checkpointing: true, ..self.request };
-        if !self.request.gradient_checkpointing {
-            tried.push(("--gradient-checkpointing".to_owned(), checkpointed));
-        }
-        for divisor in [2, 4, 8] {
-            let shorter = row_tokens / divisor;
-            if shorter >= 64 {
-                let request = Request { row_tokens: shorter, trained_tokens: shorter, ..checkpointed };
-                tried.push((format!("--gradient-checkpointing --max-seq-len {shorter}"), request));
-            }
-        }
-        if batch_size > 1 {
-            let one =
-                Request { batch_size: 1, gradient_accumulation_steps: batch_size, packing: false, ..checkpointed };
-            tried.push((
-                format!(
-                    "--gradient-checkpointing --no-packing --batch-size 1 --gradient-accumulation-steps {batch_size}"
-                ),
-                one,
-            ));
-        }
         let search = self.arguments.plugins.search().ok();
-        let smaller = search.as_ref().and_then(|search| search.load("qlora").ok());
-        let known = |plugin: &Plugin| plugins.iter().any(|known| known.description.name == plugin.description.name);
-        let mut hints = Vec::new();
-        for plugin in plugins.iter().chain(smaller.as_ref().filter(|plugin| !known(plugin))) {
-            let name = &plugin.description.name;
-            let has = |option: &str| plugin.description.options.iter().any(|known| known.name == option);
-            let own: Map<String, Value> = options
-                .iter()
-                .filter(|(name, _)| has(name))
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect();
-            let as_it_is = (!known(plugin)).then(|| (String::new(), self.request));
-            for (change, request) in as_it_is.iter().chain(&tried) {
-                let estimate =
-                    estimate_plan(plugin, &own, &self.base.sketch, self.arguments.passes.requantize, request);
-                let peak = estimate.map_or(u64::MAX, |estimate| estimate.peak_memory_bytes);
-                if peak <= available {
-                    let change = format!("--strategy {name} {change}");
-                    hints.push(format!("hint: `{}` needs {}", change.trim_end(), size(peak)));
-                    break;
-                }
+        let named = |name: &str| plugins.iter().any(|plugin| plugin.description.name == name);
+        let others = OTHERS.iter().filter(|name| !named(name));
+        let others: Vec<Plugin> =
+            others.filter_map(|name| search.as_ref().and_then(|search| search.load(name).ok())).collect();
+        let known: Vec<(&str, Estimator)> = plugins
+            .iter()
+            .chain(&others)
+            .filter_map(|plugin| {
+                let estimator = self.estimator(plugin, &own_options(plugin, options)).ok()?;
+                Some((plugin.description.name.as_str(), estimator))
+            })
+            .collect();
+        // Ways to go through the steps of a request that fit, itself first.
+        let ways = |request: Request, (name, estimator): &(&str, Estimator)| -> Vec<Change> {
+            let all = std::iter::once(request).chain(fit::less(&request, estimator.pass_rows()));
+            let all = all.map(|request| self.change(&request, name, estimator.estimate(&request)));
+            all.filter(|change| change.estimate.peak_memory_bytes <= available).take(WAYS).collect()
+        };
+        let mut changes = Vec::new();
+        for one in &known {
+            let mut same = ways(self.request, one);
+            if named(one.0) {
+                same.iter_mut().for_each(|change| change.measure(measured));
+                same.sort_by(|a, b| a.seconds_per_step.total_cmp(&b.seconds_per_step));
             }
+            changes.extend(same.into_iter().take(if named(one.0) && plugins.len() == 1 { SHOWN } else { 1 }));
         }
-        if hints.is_empty() {
-            hints.push(
-                "hint: no setting that was tried fits; close other programs, or choose a smaller model".to_owned(),
-            );
+        let shorter = [2, 4, 8].map(|divisor| self.request.row_tokens / divisor);
+        for tokens in shorter.into_iter().filter(|tokens| *tokens >= SHORTEST) {
+            if !changes.is_empty() {
+                break;
+            }
+            let request = Request { row_tokens: tokens, trained_tokens: tokens, ..self.request };
+            changes.extend(known.iter().find_map(|one| ways(request, one).into_iter().next()));
         }
-        hints
+        changes.iter_mut().filter(|change| change.seconds_per_step == 0.0).for_each(|change| change.measure(measured));
+        changes
+    }
+
+    /// A request with a strategy, and what it takes.
+    fn change(&self, request: &Request, strategy: &str, estimate: Estimate) -> Change {
+        let mut flags = fit::flags(&self.request, request);
+        if self.arguments.strategy.as_deref() != Some(strategy) {
+            flags = format!("--strategy {strategy} {flags}").trim_end().to_owned();
+        }
+        let keeps_rows = request.row_tokens == self.request.row_tokens;
+        Change { strategy: strategy.to_owned(), flags, keeps_rows, estimate, seconds_per_step: 0.0 }
+    }
+
+    /// How many parameters a base of this shape may have, with fewer layers, so that the least that is known fits: a base in 4 bits, one
+    /// row a pass, layers computed again. `None`: not even one layer fits, or all do.
+    fn smaller_base(&self) -> Option<usize> {
+        let available = self.machine.available?;
+        let plugin = self.arguments.plugins.search().ok()?.load(SMALLEST).ok()?;
+        let request = Request { gradient_checkpointing: true, pass_rows: Some(1), ..self.request };
+        let peak = |layers: usize| {
+            let sketch = self.base.sketch.of_layers(layers);
+            let estimator = Estimator::new(&plugin, &Map::new(), &sketch, self.arguments.passes.requantize).ok()?;
+            let estimate = estimator.estimate(&request);
+            Some((estimate.peak_memory_bytes, estimate.parameters))
+        };
+        let (mut low, mut high) = (0, self.base.sketch.architecture.layers.len());
+        if peak(high)?.0 <= available {
+            return None;
+        }
+        while low + 1 < high {
+            let middle = usize::midpoint(low, high);
+            if peak(middle)?.0 <= available { low = middle } else { high = middle }
+        }
+        (low > 0).then(|| peak(low).map(|(_, parameters)| parameters)).flatten()
+    }
+
+    /// Says what would fit.
+    fn tell_changes(&self, changes: &[Change], smaller: Option<usize>) -> Result<()> {
+        let columns = [(false, 0), (false, 0), (true, 0), (true, 0), (false, 1)];
+        let columns = columns.map(|(right, spare)| Column { right, spare });
+        let rows: Vec<Vec<String>> = changes
+            .iter()
+            .enumerate()
+            .map(|(at, change)| {
+                vec![
+                    if at == 0 { "to fit  " } else { "" }.to_owned(),
+                    change.flags.clone(),
+                    size(change.estimate.peak_memory_bytes),
+                    a_step(change.seconds_per_step),
+                    change.effect(self.arguments.strategy.as_deref()).to_owned(),
+                ]
+            })
+            .collect();
+        if !rows.is_empty() {
+            lines(&columns, &rows, None).iter().try_for_each(|line| print(line))?;
+        }
+        if changes.iter().any(|change| change.keeps_rows) {
+            return Ok(());
+        }
+        print(&match smaller {
+            Some(parameters) => format!(
+                "hint: a smaller base: of this shape one of about {} parameters fits, by strategy {}",
+                billions(parameters),
+                SMALLEST
+            ),
+            None => "hint: no setting that was tried fits; close other programs, or choose a smaller model".to_owned(),
+        })
+    }
+}
+
+/// Strategies that may take less than the one that was asked for: an adapter, and those that store a base in 8 bits and in 4.
+const OTHERS: [&str; 3] = ["lora", "int8", SMALLEST];
+/// The one that takes the least.
+const SMALLEST: &str = "qlora";
+/// Ways to go through the same steps that are measured,
+const WAYS: usize = 4;
+/// and that are shown.
+const SHOWN: usize = 2;
+/// Rows are not cut to fewer tokens.
+const SHORTEST: usize = 64;
+
+/// A change that makes a training fit.
+struct Change {
+    strategy: String,
+    /// What is typed for it.
+    flags: String,
+    keeps_rows: bool,
+    estimate: Estimate,
+    /// 0 until it is measured.
+    seconds_per_step: f64,
+}
+
+impl Change {
+    fn measure(&mut self, measured: &mut Measured) {
+        // What cannot be measured is no reason not to name it.
+        self.seconds_per_step = measured.seconds(&self.estimate.work).unwrap_or(f64::MAX);
+    }
+
+    /// What it does to what is learned. `strategy`: the one that was asked for.
+    fn effect(&self, strategy: Option<&str>) -> &'static str {
+        match (self.keeps_rows, strategy == Some(&*self.strategy) || strategy.is_none()) {
+            (false, _) => "longer rows are cut",
+            (true, true) => "the same steps",
+            (true, false) if self.strategy == OTHERS[0] => "an adapter",
+            (true, false) => "an adapter, the base in fewer bits",
+        }
+    }
+
+    fn json(&self, strategy: Option<&str>) -> Value {
+        json!({
+            "flags": self.flags,
+            "strategy": self.strategy,
+            "effect": self.effect(strategy),
+            "peak_memory_bytes": self.estimate.peak_memory_bytes,
+            "seconds_per_step": self.seconds_per_step,
+        })
+    }
+}
+
+/// Those of these options that a strategy has.
+fn own_options(plugin: &Plugin, options: &Map<String, Value>) -> Map<String, Value> {
+    let has = |name: &str| plugin.description.options.iter().any(|option| option.name == name);
+    options.iter().filter(|(name, _)| has(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+/// A number of parameters, in words.
+fn billions(parameters: usize) -> String {
+    match parameters {
+        ..1_000_000_000 => millions(parameters),
+        _ => format!("{:.1} B", parameters as f64 / 1e9),
     }
 }
 

@@ -103,7 +103,7 @@ fn started(arguments: &Arguments, resumes: Option<&str>) -> Result<Done> {
         match done {
             Ok(Ended::Overtaken) => continue,
             Ok(Ended::Done(Done::Interrupted)) => return Ok(Done::Interrupted),
-            Ok(Ended::Done(Done::Whole)) => {}
+            Ok(Ended::Done(Done::Whole | Done::Unwell)) => {}
             Err(error) if error.is::<Interrupted>() => return Err(error),
             Err(error) => line(format_args!("error: {error:#}")),
         }

@@ -16,6 +16,7 @@ use crate::runs::{self, Entry, Kind, Lost, Status, checkpoints, ensure_unused, r
 use crate::stdout::Stdout;
 use crate::table::{Column, lines};
 use crate::terminal::cell;
+use crate::troubles;
 
 /// What is done with runs.
 #[derive(Subcommand)]
@@ -188,6 +189,7 @@ fn show(id: &str, as_json: bool) -> Result<Done> {
     let events = runs::events(&entry.path);
     let trainings = trainings(&events);
     let next = next(&entry);
+    let explained = troubles::of_run(&entry);
     if as_json {
         let mut all = serde_json::to_value(&entry)?;
         all["trainings"] = serde_json::to_value(&trainings)?;
@@ -195,6 +197,7 @@ fn show(id: &str, as_json: bool) -> Result<Done> {
             checkpoints(&entry.path).into_iter().map(|(number, steps)| (number, json!(steps))).collect();
         all["can_go_on"] = entry.can_go_on().into();
         all["next"] = next.into();
+        all["trouble"] = serde_json::to_value(&explained)?;
         print(&all.to_string())?;
         return Ok(Done::Whole);
     }
@@ -226,6 +229,11 @@ fn show(id: &str, as_json: bool) -> Result<Done> {
         for (at, text) in record.error.iter().flat_map(|error| error.lines()).enumerate() {
             add(if at == 0 { "error" } else { "" }, text.to_owned());
         }
+    }
+    if let Some(explained) = &explained {
+        add("because", explained.because.clone());
+        add("cause", explained.trouble.cause.to_owned());
+        add("remedy", explained.remedy(id));
     }
     add("size", size(entry.bytes));
     add("path", entry.path.display().to_string());

@@ -6,7 +6,7 @@ use homeroom_engine::run::compute::Compute;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::arguments::{COMPUTE, above_zero, key_value, one_of, share, whole};
+use super::arguments::{COMPUTE, COUNT_MAX, above_zero, key_value, one_of, share, whole};
 
 /// The strategy's options.
 #[derive(Args, Serialize)]
@@ -37,6 +37,9 @@ pub struct PassArgs {
     /// Compute each batch in a pass of its own; else a pass is filled with as many rows of the step as fit
     #[arg(long)]
     pub no_packing: bool,
+    /// Tokens of one pass at most, which changes memory and not the step; a longer row is a pass of its own [default: 1024, or 512 over a base in 4 or 8 bits]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=COUNT_MAX))]
+    pub pass_tokens: Option<usize>,
     /// Encode a base that is already quantised (GGUF) again, as the strategy asks; else it keeps its storage
     #[arg(long)]
     pub requantize: bool,

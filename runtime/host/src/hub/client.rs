@@ -130,6 +130,16 @@ impl Client {
         Err(anyhow!("{}: more than {REDIRECTS_MAX} redirects", host(&uri)).into())
     }
 
+    /// Asks the hub's own address for anything, without the token; returns the host and the status that it answers with.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub(super) fn reach(&self) -> Result<(String, u16), Failure> {
+        let uri: Uri = self.endpoint.at("").parse().map_err(|_| anyhow!("not an address"))?;
+        let response = self.ask(&uri, None)?;
+        Ok((host(&uri), response.status().as_u16()))
+    }
+
     fn ask(&self, uri: &Uri, from: Option<u64>) -> Result<Response<Body>, Failure> {
         self.stop.check()?;
         let origin = Origin::of(uri)?;

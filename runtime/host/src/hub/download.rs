@@ -82,6 +82,26 @@ pub fn config(name: &HubName) -> Result<String> {
     interrupt::heeded(|| Hub::from_environment()?.config(name))
 }
 
+/// Asks the hub's address for anything, once and without the token; returns what answered, in words.
+///
+/// # Errors
+/// When nothing answers.
+pub fn reach() -> Result<String> {
+    interrupt::heeded(|| {
+        let patience = Patience { connect: REACH_TIME, silence: REACH_TIME, ..Patience::default() };
+        let client = Client::new(Endpoint::from_environment()?, None, patience)?;
+        match client.reach() {
+            Ok((host, status)) => Ok(format!("{host} answers (status {status})")),
+            Err(Failure::Unreachable { host, what }) => Err(NoConnection { host, what }.into()),
+            Err(Failure::Passing { what, .. }) => bail!("{what}"),
+            Err(Failure::Final(error)) => Err(error),
+        }
+    })
+}
+
+/// How long is waited for an answer that shows no more than that the hub can be reached.
+const REACH_TIME: Duration = Duration::from_secs(8);
+
 impl Hub {
     /// A hub, and a store in the form of Hugging Face's cache.
     ///

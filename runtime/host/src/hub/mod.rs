@@ -27,9 +27,10 @@ mod verify;
 mod whole;
 
 pub use cache::{Found, find};
-pub use download::{Hub, Pulled, config, pull};
+pub use download::{Hub, Pulled, config, pull, reach};
 pub use endpoint::Endpoint;
 pub use name::{COMMIT_TOLD, HubName};
 pub use offline::{offline, set_offline};
 pub use patience::Patience;
+pub use stores::directory;
 pub use token::Token;

@@ -1,7 +1,7 @@
 //! What a training will need: by a strategy's own plan for a base of which only the shapes are known, or of a job that is made.
 
 use anyhow::Result;
-use homeroom_abi::plan::PlanRequest;
+use homeroom_abi::plan::{Plan, PlanRequest};
 use homeroom_engine::data::Group;
 use homeroom_engine::estimate::{Estimate, Request, Sketch, estimate};
 use homeroom_engine::memory;
@@ -10,27 +10,40 @@ use homeroom_engine::train::TrainConfig;
 use serde_json::{Map, Value};
 
 use super::Job;
+use super::fit::request;
 use crate::machine::resident_memory_bytes;
 use crate::plugin::{Plugin, native};
 
-/// Asks a strategy for its plan, and estimates a training by it. `sketch` is the base as its files have it; as in [`super::Job::new`] it
-/// is stored as the plan asks for, what is quantised already only if `requantize`.
-///
-/// # Errors
-/// When the strategy refuses the model or the options.
-pub fn estimate_plan(
-    plugin: &Plugin,
-    options: &Map<String, Value>,
-    sketch: &Sketch,
-    requantize: bool,
-    request: &Request,
-) -> Result<Estimate> {
-    let plan = plugin.plan(&PlanRequest { options: options.clone(), model: sketch.info() })?;
-    let block = |name: &str| {
-        let codec = native::of_plugin(plugin, name).ok()?;
-        Some((codec.block_len(), codec.block_bytes()))
-    };
-    Ok(estimate(&sketch.stored_as_planned(&plan, requantize, &block), &plan, request))
+/// A strategy's plan for a base, and that base as the plan stores it: what any training of the two is estimated by.
+pub struct Estimator {
+    sketch: Sketch,
+    plan: Plan,
+}
+
+impl Estimator {
+    /// Asks a strategy for its plan. `sketch` is the base as its files have it; as in [`super::Job::new`] it is stored as the plan asks for,
+    /// what is quantised already only if `requantize`.
+    ///
+    /// # Errors
+    /// When the strategy refuses the model or the options.
+    pub fn new(plugin: &Plugin, options: &Map<String, Value>, sketch: &Sketch, requantize: bool) -> Result<Self> {
+        let plan = plugin.plan_to_estimate(&PlanRequest { options: options.clone(), model: sketch.info() })?;
+        let block = |name: &str| {
+            let codec = native::of_plugin(plugin, name).ok()?;
+            Some((codec.block_len(), codec.block_bytes()))
+        };
+        Ok(Self { sketch: sketch.stored_as_planned(&plan, requantize, &block), plan })
+    }
+
+    /// What a training takes.
+    pub fn estimate(&self, request: &Request) -> Estimate {
+        estimate(&self.sketch, &self.plan, request)
+    }
+
+    /// Rows of a pass, where nothing else is said.
+    pub fn pass_rows(&self) -> usize {
+        self.sketch.pass_rows()
+    }
 }
 
 /// The memory of this process before a job is made, in bytes.
@@ -46,8 +59,20 @@ impl Before {
     /// As it is now. Mapped pages of the base are given back for it, and read again from the system's cache.
     pub fn now(model: &BaseModel) -> Self {
         model.release();
+        Self::of_program()
+    }
+
+    /// As it is now, where no base is loaded.
+    pub fn of_program() -> Self {
         let program = resident_memory_bytes().unwrap_or(0);
-        Self { program, available: memory::obtainable().map(|free| free.saturating_add(program)) }
+        // What it has already is its own, but for pages of files that are nobody's.
+        let all = memory::limit().unwrap_or(u64::MAX);
+        Self { program, available: memory::obtainable().map(|free| free.saturating_add(program).min(all)) }
+    }
+
+    /// Resident memory of the program, in bytes.
+    pub fn program_bytes(&self) -> u64 {
+        self.program
     }
 
     /// What there is for a training that needs so much, where that is too little.
@@ -57,22 +82,10 @@ impl Before {
 }
 
 impl Job {
-    /// Highest resident memory of a supervised training on these rows, in bytes: as if all were as long as the longest, so that where
+    /// Highest resident memory of a training on these rows, in bytes: as if all were as long as the longest, so that where
     /// lengths differ it is a bound. Reads no weight. Evaluations and what a result is saved through are left out.
     pub fn peak_memory_estimate(&self, rows: &[&Group], config: &TrainConfig, before: Before) -> u64 {
-        let lengths = || rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
-        let longest = lengths().max().unwrap_or(0);
-        let request = Request {
-            batch_size: config.batch_size.min(rows.len()),
-            gradient_accumulation_steps: config.gradient_accumulation_steps,
-            row_tokens: longest,
-            trained_tokens: longest,
-            gradient_checkpointing: config.gradient_checkpointing,
-            packing: config.packing,
-            compute: config.compute,
-            tokens: Some(lengths().sum()),
-            program_bytes: before.program,
-        };
+        let request = request(rows, config, before.program);
         estimate(&Sketch::of_model(&self.model), &self.adaptation.plan, &request).peak_memory_bytes
     }
 }

@@ -27,6 +27,7 @@ use serde_json::{Map, Value, json};
 
 pub mod defaults;
 mod estimate;
+pub mod fit;
 pub mod forgetting;
 mod keep;
 mod outcome;
@@ -34,14 +35,16 @@ mod recording;
 mod samples;
 mod stall;
 
-pub use self::estimate::{Before, estimate_plan};
+pub use self::estimate::{Before, Estimator};
+use self::fit::{Fit, Planned};
 pub use self::forgetting::ForgettingRows;
 pub use self::keep::Taken;
 pub use self::outcome::Outcome;
 use self::recording::Recorder;
-pub use self::recording::{Recording, Resumed, Saving, newest_checkpoint};
+pub use self::recording::{Recording, Resumed, Saving, lowered_words, newest_checkpoint};
 pub use self::samples::{Sample, Samples, question};
 use self::stall::Stall;
+pub use self::stall::VARIABLE as STALL_VARIABLE;
 use crate::machine::give_back_memory;
 use crate::models::shown;
 use crate::plugin::generation::Live;
@@ -72,6 +75,8 @@ pub struct Job {
     pub init_from: Option<PathBuf>,
     /// Whether weights of the base that were quantised already were encoded anew.
     pub requantize: bool,
+    /// What it is about to take; `None`: nobody has looked.
+    pub planned: Option<Planned>,
     /// When the plugin's file is to be watched while it trains.
     pub watch: Option<Watching>,
     /// The strategy's plugin; a training that is taken up again does without.
@@ -124,6 +129,8 @@ impl Job {
             }
             loaded.with_context(|| format!("{}: cannot start from it", path.display()))?;
         }
+        // First values are made in memory that a training has better uses for.
+        give_back_memory();
         let strategy = plugin.record();
         let init_from = init_from.map(Path::to_owned);
         let (watch, plugin, changed) = (None, Some(plugin.clone()), Mutex::new(None));
@@ -136,6 +143,7 @@ impl Job {
             proposed_learning_rate,
             init_from,
             requantize,
+            planned: None,
             watch,
             plugin,
             changed,
@@ -192,6 +200,7 @@ impl Job {
             proposed_learning_rate,
             init_from: init_from.map(Path::to_owned),
             requantize,
+            planned: None,
             watch: None,
             plugin: plugin.filter(|_| is_the_same),
             changed: Mutex::new(None),
@@ -303,7 +312,7 @@ impl Job {
         let (files, kept) = (self.model.files.clone(), registry::kept_digests());
         let digesting = thread::spawn(move || digest::of_files(&files, kept.as_deref()));
         *self.digesting.lock().unwrap_or_else(PoisonError::into_inner) = Some(digesting);
-        let (state, memory) = match from {
+        let (mut state, memory) = match from {
             Some(Resumed { state, memory }) => {
                 self.set_now(state.adaptation(), self.strategy.clone());
                 (state, memory)
@@ -315,6 +324,12 @@ impl Job {
                 (State::new(&self.model, &self.adaptation, config), Value::Null)
             }
         };
+        if let Some(Fit { passes, reason }) = self.planned.as_ref().and_then(|planned| planned.fit.as_ref()) {
+            let event = state.lower(*passes, reason.clone());
+            recording
+                .iter()
+                .try_for_each(|recording| Ok::<_, Error>(recording.event(serde_json::to_value(&event)?)))?;
+        }
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
         let mut live;
         let (inner, strategy): (&mut dyn Observer, _) = match &self.plugin {
@@ -326,8 +341,8 @@ impl Job {
             }
             None => (observer, Some(memory["strategy"].clone())),
         };
-        let stall = Stall::watch("in the first step".to_owned());
-        let mut recorder = Recorder { inner, job: self, config, recording, strategy, stall, memory: Value::Null };
+        let stall = Stall::watch("in the first step".to_owned(), recording.as_ref().map(|recording| recording.log()));
+        let mut recorder = Recorder::new(inner, self, config, recording, strategy, stall);
         let trained = train(&self.model, state, data, objective, config, &mut recorder)?;
         recorder.ended(&trained.report);
         self.set_now(trained.adaptation(), self.now().1);
@@ -352,6 +367,7 @@ impl Job {
             "trained_parameters": adaptation.trainable_count(),
             "config": config,
             "options": options,
+            "memory": recording::memory_now(self.planned.as_ref().map(|planned| planned.peak_memory_bytes)),
         }))
     }
 

@@ -10,6 +10,7 @@ use homeroom_abi::step::Directive;
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{pretty, read_manifest};
 use homeroom_engine::files::{NewDirectory, bytes_below, ensure_room, read_text, take_away};
+use homeroom_engine::memory::{self, Room};
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::{
     Candidate, Change, Control, EvalReport, Observer, RunEvent, State, StepReport, TrainConfig, TrainReport, checkpoint,
@@ -18,9 +19,11 @@ use serde_json::{Value, json};
 
 use super::Job;
 use super::stall::Stall;
+use crate::machine::{give_back_memory, peak_memory_bytes};
 use crate::processor;
-use crate::progress::line;
-use crate::runs::RunDirectory;
+use crate::progress::{line, size, thousands};
+use crate::runs::{Events, RunDirectory};
+use crate::troubles;
 
 /// What the observers need to go on, in a checkpoint.
 const MEMORY_FILE: &str = "observers.json";
@@ -135,6 +138,11 @@ impl<'a> Recording<'a> {
         self.run.event(&event);
     }
 
+    /// Writes events of this training from another thread.
+    pub(super) fn log(&self) -> Log {
+        Log { events: self.run.events(), number: self.number }
+    }
+
     fn is_due(&self, state: &State) -> bool {
         let Saving { steps, minutes } = self.saving;
         let is_best = is_best(state);
@@ -170,6 +178,7 @@ impl<'a> Recording<'a> {
                         "warning: no checkpoint at step {}: {error:#}; the training goes on",
                         state.step
                     ));
+                    troubles::of(&error).iter().for_each(line);
                 }
             }
         }
@@ -231,6 +240,33 @@ impl<'a> Recording<'a> {
         let unsaved = self.unsaved.as_ref().filter(|(state, _)| state.step <= step);
         unsaved.map(|(state, memory)| Ok(Resumed { state: state.copy()?, memory: memory.clone() })).transpose()
     }
+}
+
+/// Writes events of a training, also while it is in a step.
+#[derive(Clone)]
+pub(super) struct Log {
+    events: Arc<Events>,
+    number: usize,
+}
+
+impl Log {
+    /// Writes one.
+    pub(super) fn event(&self, mut event: Value) {
+        event["training"] = self.number.into();
+        self.events.write(&event);
+    }
+}
+
+/// What memory there is now, as an event has it: of this process at the highest, what is left, and of how much; null where the system does
+/// not say. `planned`: what the plan says it will take.
+pub(super) fn memory_now(planned: Option<u64>) -> Value {
+    let (room, peak) = (memory::room(), peak_memory_bytes());
+    json!({
+        "planned_bytes": planned,
+        "peak_bytes": peak,
+        "left_bytes": room.map(|room| room.left),
+        "all_bytes": room.map(|room| room.all),
+    })
 }
 
 /// Whether no evaluation was better than that after the last step.
@@ -311,10 +347,28 @@ pub(super) struct Recorder<'b, 'a> {
     pub(super) strategy: Option<Value>,
     pub(super) stall: Stall,
     /// What the observers had given when the state was saved that was read last.
-    pub(super) memory: Value,
+    memory: Value,
+    /// What was left of the memory when it was last written down.
+    left: Option<u64>,
+    /// Whether it was said that nothing takes less memory.
+    told_lowest: bool,
 }
 
-impl Recorder<'_, '_> {
+/// What is left of the memory is written down anew where it differs by this part of all.
+const LEFT_PART: u64 = 32;
+
+impl<'b, 'a> Recorder<'b, 'a> {
+    pub(super) fn new(
+        inner: &'b mut dyn Observer,
+        job: &'b Job,
+        config: &'b TrainConfig,
+        recording: Option<&'b mut Recording<'a>>,
+        strategy: Option<Value>,
+        stall: Stall,
+    ) -> Self {
+        Self { inner, job, config, recording, strategy, stall, memory: Value::Null, left: None, told_lowest: false }
+    }
+
     fn event(&self, event: Value) {
         if let Some(recording) = &self.recording {
             recording.event(event);
@@ -344,6 +398,12 @@ impl Observer for Recorder<'_, '_> {
         self.stall.next(format!("in step {next} of {planned_steps}"), true);
         let mut event = json!({"event": "step"});
         extend(&mut event, serde_json::to_value(report)?);
+        if let Some(room) = memory::room()
+            && self.left.is_none_or(|left| left.abs_diff(room.left) > room.all / LEFT_PART)
+        {
+            self.left = Some(room.left);
+            event["memory"] = memory_now(None);
+        }
         self.event(event);
         self.inner.on_step(report, planned_steps)
     }
@@ -423,6 +483,23 @@ impl Observer for Recorder<'_, '_> {
         Ok(Some(resumed.state))
     }
 
+    fn lowers(&mut self) -> Option<String> {
+        if let Some(reason) = self.inner.lowers() {
+            return Some(reason);
+        }
+        let room = memory::room().filter(Room::is_short)?;
+        Some(format!("memory is short, {} of {} are left", size(room.left), size(room.all)))
+    }
+
+    fn cannot_lower(&mut self) {
+        if !std::mem::replace(&mut self.told_lowest, true) {
+            line(
+                "warning: memory is short, and passes are as small as they can be; the run goes on, and the system may end it: its checkpoints stay",
+            );
+        }
+        self.inner.cannot_lower();
+    }
+
     fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
         self.inner.changed(event, adaptation)?;
         if self.strategy.is_some() {
@@ -432,6 +509,11 @@ impl Observer for Recorder<'_, '_> {
             (&event.change, &mut self.recording)
         {
             recording.forget_after(event.step);
+        }
+        if let Change::Lowered { pass_rows, gradient_checkpointing, reason } = &event.change {
+            give_back_memory();
+            let words = lowered_words(*pass_rows as u64, *gradient_checkpointing);
+            line(format_args!("note: {reason}; from step {} on {words}, and a step stays what it is", event.step + 1));
         }
         let mut value = serde_json::to_value(event)?;
         if let Change::Rewound { from, reason, rate_scale } = &event.change {
@@ -447,6 +529,12 @@ impl Observer for Recorder<'_, '_> {
         self.event(value);
         Ok(())
     }
+}
+
+/// How passes were made smaller, in words.
+pub fn lowered_words(pass_rows: u64, gradient_checkpointing: bool) -> String {
+    let again = if gradient_checkpointing { " and layers are computed again" } else { "" };
+    format!("passes hold {} tokens at most{again}", thousands(pass_rows as usize))
 }
 
 fn extend(event: &mut Value, other: Value) {

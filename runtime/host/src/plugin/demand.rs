@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use homeroom_abi::plan::{Init, ModelInfo, ParamSpec, Plan};
 use homeroom_engine::memory;
 
@@ -18,7 +18,7 @@ const FROZEN_BYTES: u128 = 4;
 /// # Errors
 /// How much they take, and how much there is.
 pub fn check(plan: &Plan, model: &ModelInfo) -> Result<()> {
-    let Some(there) = memory::obtainable() else { return Ok(()) };
+    let Some(there) = memory::free() else { return Ok(()) };
     let (values, wanted) = demand(plan, model);
     if wanted > u128::from(there) {
         let gib = wanted as f64 / f64::from(1 << 30);
@@ -27,6 +27,19 @@ pub fn check(plan: &Plan, model: &ModelInfo) -> Result<()> {
             size(there)
         );
     }
+    Ok(())
+}
+
+/// More than any machine has: what is only estimated is refused from here on, as no number of it would be right.
+const BYTES_MAX: u128 = 1 << 50;
+
+/// Refuses a plan of which not even an estimate could be made.
+///
+/// # Errors
+/// How much its parameters take.
+pub fn check_estimated(plan: &Plan, model: &ModelInfo) -> Result<()> {
+    let (values, wanted) = demand(plan, model);
+    ensure!(wanted < BYTES_MAX, "its parameters have {values} values, more than any machine has memory for");
     Ok(())
 }
 
@@ -74,7 +87,8 @@ mod tests {
         assert_eq!(demand(&plan("zeros", [5, 3], false), &model), (30, 120));
         assert_eq!(demand(&plan("zeros", [u64::MAX, 1 << 40], true), &model).0, ((u128::from(u64::MAX)) << 40) * 2);
         assert!(check(&plan("base", [5, 3], true), &model).is_ok());
-        if memory::obtainable().is_some() {
+        assert!(check_estimated(&plan("zeros", [u64::MAX, 1 << 40], true), &model).is_err());
+        if memory::free().is_some() {
             let error = check(&plan("zeros", [1 << 40, 2], true), &model).expect_err("nobody has it").to_string();
             assert!(error.contains("4398046511104 values") && error.contains("of memory are free"), "{error}");
         }

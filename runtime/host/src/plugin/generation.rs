@@ -200,6 +200,14 @@ impl Observer for Live<'_> {
         self.observer.saved(step)
     }
 
+    fn lowers(&mut self) -> Option<String> {
+        self.observer.lowers()
+    }
+
+    fn cannot_lower(&mut self) {
+        self.observer.cannot_lower();
+    }
+
     fn changed(&mut self, event: &RunEvent, adaptation: &Arc<Adaptation>) -> Result<()> {
         let (name, step) = (self.plugin.description.name.clone(), event.step);
         let line = match &event.change {
@@ -255,7 +263,7 @@ impl Observer for Live<'_> {
                 format!("reload    {name} {} {how}", Self::short(id))
             }
             // Whoever saves its states tells of it.
-            Change::Rewound { .. } | Change::FellBack => {
+            Change::Rewound { .. } | Change::FellBack | Change::Lowered { .. } => {
                 (self.tell)(&self.plugin, adaptation);
                 return self.observer.changed(event, adaptation);
             }

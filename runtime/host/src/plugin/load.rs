@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_abi::check::check_answer;
 use homeroom_abi::describe::{Description, option_problems};
 use homeroom_abi::limits::ANSWER_BYTES_MAX;
-use homeroom_abi::plan::{Plan, PlanRequest};
+use homeroom_abi::plan::{ModelInfo, Plan, PlanRequest};
 use homeroom_abi::step::{StepAnswer, StepRequest};
 use homeroom_abi::table;
 use homeroom_engine::adapt::adapter::StrategyRecord;
@@ -74,12 +74,24 @@ impl Plugin {
     /// What the strategy answers, with the author's file and line; what it does instead of answering; or more than the machine's
     /// memory holds.
     pub fn plan(&self, request: &PlanRequest) -> Result<Plan> {
+        self.plan_within(request, demand::check)
+    }
+
+    /// The same plan, which is only estimated: a model may be larger than this machine.
+    ///
+    /// # Errors
+    /// As [`Self::plan`], but for what this machine's memory holds.
+    pub fn plan_to_estimate(&self, request: &PlanRequest) -> Result<Plan> {
+        self.plan_within(request, demand::check_estimated)
+    }
+
+    fn plan_within(&self, request: &PlanRequest, check: fn(&Plan, &ModelInfo) -> Result<()>) -> Result<Plan> {
         let planned = || -> Result<Plan> {
             let plan = match &self.probe {
                 Some(probe) => self.plan_in_child(probe, request)?,
                 None => self.library.plan(request)?,
             };
-            demand::check(&plan, &request.model)?;
+            check(&plan, &request.model)?;
             Ok(plan)
         };
         planned().with_context(|| format!("strategy `{}`", self.description.name))

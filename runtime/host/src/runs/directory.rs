@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
@@ -63,7 +63,7 @@ pub struct RunDirectory {
     id: String,
     path: PathBuf,
     record: Mutex<Record>,
-    events: Events,
+    events: Arc<Events>,
     boards: Boards,
     /// `None` where the file system has no locks.
     _lock: Option<fs::File>,
@@ -113,7 +113,7 @@ impl RunDirectory {
             error: None,
         };
         record.write(&path)?;
-        let events = Events::open(&path)?;
+        let events = Arc::new(Events::open(&path)?);
         output::open(&id, &path);
         Ok(Self { id, path, record: Mutex::new(record), events, boards: Boards::default(), _lock: lock })
     }
@@ -141,7 +141,7 @@ impl RunDirectory {
         (record.finished, record.error, record.result) = (None, None, None);
         let _ = fs::remove_file(path.join("result.json"));
         record.write(&path)?;
-        let events = Events::open(&path)?;
+        let events = Arc::new(Events::open(&path)?);
         output::open(id, &path);
         Ok(Self { id: id.to_owned(), path, record: Mutex::new(record), events, boards: Boards::default(), _lock: lock })
     }
@@ -202,6 +202,11 @@ impl RunDirectory {
     pub fn event(&self, event: &Value) {
         self.events.write(event);
         self.boards.write(&self.path, event);
+    }
+
+    /// What its events are written by, for another thread.
+    pub fn events(&self) -> Arc<Events> {
+        self.events.clone()
     }
 
     /// What tells it from every other run, also one of its name on another machine.

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::job::lowered_words;
+use crate::troubles::STUCK;
+
 /// Events of a run that are of none of its trainings.
 const RUNS_OWN: [&str; 2] = ["looked_up", "saved_model"];
 
@@ -105,6 +108,12 @@ impl Moment {
                 let scale = scale.map(|scale| format!(", learning rate times {scale}")).unwrap_or_default();
                 because(format!("went back to step {}{scale}", text("to")))
             }
+            "lowered" => {
+                let rows = self.fields.get("pass_rows").and_then(Value::as_u64).unwrap_or_default();
+                let again = self.fields.get("gradient_checkpointing").and_then(Value::as_bool).unwrap_or_default();
+                because(format!("from here on {}", lowered_words(rows, again)))
+            }
+            "stalled" => format!("{} for {} s; {}", text("doing"), text("seconds"), STUCK.cause),
             "swapped" => format!("went on with another build of its strategy ({})", text("id")),
             "passed" => format!("the new build did well ({})", text("id")),
             "rolled_back" => because(format!("the new build was taken back ({})", text("id"))),

@@ -127,6 +127,14 @@ pub struct Arguments {
     /// Keep the rows in the order of the file
     #[arg(long)]
     pub(super) no_shuffle: bool,
+    /// Where memory would not do, fill passes with fewer rows or compute layers again, so that it does; a step stays what it is, to rounding
+    #[arg(long)]
+    #[serde(skip)]
+    pub(super) fit: bool,
+    /// Begin also what needs more memory than can be had
+    #[arg(long, conflicts_with = "fit")]
+    #[serde(skip)]
+    pub(super) no_memory_check: bool,
     /// Say what would be done, what it takes and how the first rows are learned; train and write nothing
     #[arg(long, conflicts_with_all = ["resume", "watch_plugins"])]
     #[serde(skip)]
@@ -163,6 +171,17 @@ const SCHEDULES: [Word; 3] = [
 
 /// The configuration; what was left open is chosen by the number of rows, and said, once that is known.
 pub(super) fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<usize>) -> TrainConfig {
+    let (config, chosen) = chosen(arguments, proposed, rows);
+    chosen.iter().for_each(|chosen| line(format_args!("note: {chosen}")));
+    config
+}
+
+/// The same, and what was chosen in words.
+pub(super) fn chosen(
+    arguments: &Arguments,
+    proposed: Option<f64>,
+    rows: Option<usize>,
+) -> (TrainConfig, Option<String>) {
     let default = TrainConfig::default();
     let mut config = TrainConfig {
         epochs: arguments.epochs.unwrap_or(default.epochs),
@@ -180,6 +199,7 @@ pub(super) fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<
         shuffle: !arguments.no_shuffle,
         gradient_checkpointing: arguments.passes.gradient_checkpointing,
         packing: !arguments.passes.no_packing,
+        pass_rows: arguments.passes.pass_tokens,
         neftune_noise_alpha: arguments.neftune_noise_alpha,
         compute: arguments.passes.compute,
         eval_steps: arguments.eval_every,
@@ -191,8 +211,6 @@ pub(super) fn config(arguments: &Arguments, proposed: Option<f64>, rows: Option<
         batch_size: arguments.batch_size.or(arguments.gradient_accumulation_steps).is_none()
             && arguments.epochs.or(arguments.max_steps).is_none(),
     };
-    if let Some(chosen) = rows.and_then(|rows| defaults::choose(&mut config, open, rows)) {
-        line(format_args!("note: {chosen}"));
-    }
-    config
+    let chosen = rows.and_then(|rows| defaults::choose(&mut config, open, rows));
+    (config, chosen)
 }

@@ -19,7 +19,7 @@ use crate::command::preview::{Look, Rendered, render, rows_as_text};
 use crate::command::{Done, print};
 use crate::data_report;
 use crate::interrupt;
-use crate::job::{estimate_plan, training_words};
+use crate::job::{Estimator, fit, training_words};
 use crate::machine::resident_memory_bytes;
 use crate::models::{encoder, shown};
 use crate::plugin::Plugin;
@@ -137,26 +137,16 @@ fn needs(
 ) -> Result<Needs> {
     let Prepared { arguments, options, .. } = prepared;
     let lengths = || rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
-    let (longest, tokens) = (lengths().max().unwrap_or(2), lengths().sum::<usize>());
-    let mean = (tokens as f64 / rows.len().max(1) as f64).round() as usize;
+    let mean = (lengths().sum::<usize>() as f64 / rows.len().max(1) as f64).round() as usize;
     model.release();
-    let request = Request {
-        batch_size: config.batch_size.min(rows.len()),
-        gradient_accumulation_steps: config.gradient_accumulation_steps,
-        row_tokens: longest,
-        trained_tokens: longest,
-        gradient_checkpointing: config.gradient_checkpointing,
-        packing: config.packing,
-        compute: config.compute,
-        tokens: Some(tokens),
-        program_bytes: resident_memory_bytes().unwrap_or(0),
-    };
+    let request = fit::request(rows, config, resident_memory_bytes().unwrap_or(0));
     let sketch = Sketch::of_model(model);
     let requantize = arguments.passes.requantize;
-    let estimate = estimate_plan(plugin, options, &sketch, requantize, &request)?;
+    let estimator = Estimator::new(plugin, options, &sketch, requantize)?;
+    let estimate = estimator.estimate(&request);
     // Memory is that of the longest rows, time that of all.
     let usual = Request { row_tokens: mean.max(2), trained_tokens: mean.max(2), ..request };
-    let usual = estimate_plan(plugin, options, &sketch, requantize, &usual)?;
+    let usual = estimator.estimate(&usual);
     let seconds_per_step = Measured::new().seconds(&usual.work)?;
     Ok(Needs {
         seconds: steps as f64 * seconds_per_step,

@@ -10,13 +10,14 @@ use anyhow::{Result, anyhow, bail, ensure};
 use homeroom_engine::adapt::adapter::{WEIGHTS_FILE, is_adapter};
 use homeroom_engine::data::report::Files;
 use homeroom_engine::data::{Dataset, Group, OfLine, Reading, Source, Sources, check_rows};
+use homeroom_engine::estimate::{Request, Sketch};
 use homeroom_engine::files::digest;
 use homeroom_engine::files::{NewDirectory, broken_link, open_regular, replaceable, utf8, vacant};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::text::template;
 use homeroom_engine::train::objective::{Kind, Objective, ObjectiveConfig};
 use homeroom_engine::train::{
-    Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, planned_steps,
+    Broken, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, checkpoint, planned_steps,
 };
 use serde_json::{Map, Value};
 
@@ -27,22 +28,25 @@ mod told;
 mod unfinished;
 
 pub use self::arguments::Arguments;
-use self::arguments::config;
+use self::arguments::{chosen, config};
 use self::place::{Standing, free_place, place};
-use self::told::{restate, rewards, tell, tell_findings, tell_memory};
+use self::told::{restate, rewards, tell, tell_findings};
 use self::unfinished::Unfinished;
 use super::arguments::RowArgs;
 use super::rows::{is_input, to_learn_from, to_measure_on};
 use super::{Done, is_same, print, spares, this_program};
 use crate::interrupt;
+use crate::job::fit::{self, Asked, Otherwise, Planned};
 use crate::job::forgetting;
-use crate::job::{Before, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken};
+use crate::job::{
+    Before, Estimator, ForgettingRows, Job, Outcome, Recording, Resumed, Samples, Saving, Taken, newest_checkpoint,
+};
 use crate::models::{
-    Located, Network, Use, here, load_base, load_measured, load_rows, locate, refuse_other, with_text,
+    Located, Network, Sketched, Use, here, load_base, load_measured, load_rows, locate, refuse_other, with_text,
 };
 use crate::near::exists;
 use crate::plugin::{Plugin, Search, native};
-use crate::progress::{self, line};
+use crate::progress::{self, line, size};
 use crate::registry;
 use crate::runs::{self, About, End, Entry, RunDirectory};
 
@@ -200,6 +204,9 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
         }
         let own_kind: Vec<Source> = own_kind.map(Source::file).into_iter().collect();
         check_rows(&own_kind, &Reading::default(), Kind::Sft.rows(), Kind::Sft.name())?;
+        if let (Some(plugin), None, false) = (&plugin, &earlier, arguments.no_memory_check) {
+            refuse_too_large(arguments, plugin, &options)?;
+        }
     }
     let base = locate(&arguments.model_name, Network::Allowed)?;
     refuse_other(&arguments.model_name, &base.path, Use::Training)?;
@@ -237,6 +244,37 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
     .train()
 }
 
+/// Refuses a base that is not here and that no rows, however short, could be trained on in this machine's memory, before it is downloaded.
+fn refuse_too_large(arguments: &Arguments, plugin: &Plugin, options: &Map<String, Value>) -> Result<()> {
+    let (name, requantize) = (&arguments.model_name, arguments.passes.requantize);
+    // Whoever downloads it says what is wrong with it.
+    let Ok(base) = Sketched::find(name, Network::Allowed) else { return Ok(()) };
+    let before = Before::of_program();
+    let least = Request {
+        batch_size: 1,
+        gradient_accumulation_steps: 1,
+        row_tokens: 2,
+        trained_tokens: 1,
+        gradient_checkpointing: true,
+        packing: true,
+        pass_rows: None,
+        compute: arguments.passes.compute,
+        tokens: Some(2),
+        program_bytes: before.program_bytes(),
+    };
+    let needed = Estimator::new(plugin, options, &base.sketch, requantize)?.estimate(&least).peak_memory_bytes;
+    if let Some(available) = before.lacking(needed) {
+        bail!(
+            "{}: at least {} of memory are needed, and {} can be had; nothing was downloaded\nto fit: `homeroom plan --model-name {}` says what would, a smaller base among it; --no-memory-check begins all the same",
+            name.display(),
+            size(needed),
+            size(available),
+            name.display()
+        );
+    }
+    Ok(())
+}
+
 impl Prepared<'_> {
     fn train(self) -> Result<Done> {
         let arguments = self.arguments;
@@ -248,6 +286,7 @@ impl Prepared<'_> {
         if arguments.dry_run {
             return dry::run(&self, &model, &rows);
         }
+        let planned = self.planned(&model, &rows)?;
         let mut settings = unfinished::settings(arguments)?;
         settings.insert("output_dir".to_owned(), std::path::absolute(&self.output_dir)?.display().to_string().into());
         settings.insert("training_rows".to_owned(), rows.data.digest.clone().into());
@@ -276,7 +315,7 @@ impl Prepared<'_> {
                 run.ok().inspect(|run| self.keep_input(run))
             }
         };
-        let done = self.train_in(run.as_ref(), model, &rows);
+        let done = self.train_in(run.as_ref(), model, &rows, planned);
         if let (Err(error), Some(run)) = (&done, &run) {
             // The error itself is what the user hears of.
             let _ = run.finish(End::Failed(format!("{error:#}")));
@@ -295,13 +334,40 @@ impl Prepared<'_> {
         }
     }
 
-    fn train_in(&self, run: Option<&RunDirectory>, model: Arc<BaseModel>, rows: &Rows) -> Result<Done> {
+    /// What the training will take. One that is begun and does not fit is refused, or gets smaller passes; one that goes on does so all
+    /// the same. `None`: its plugin is gone, which alone can tell.
+    fn planned(&self, model: &BaseModel, rows: &Rows) -> Result<Option<Planned>> {
+        let (Self { arguments, options, .. }, Some(plugin)) = (self, &self.plugin) else { return Ok(None) };
+        let (config, _) = chosen(arguments, None, Some(rows.train.len()));
+        let before = Before::now(model);
+        let mut request = fit::request(&rows.train(), &config, before.program_bytes());
+        let otherwise = match (arguments.fit, arguments.no_memory_check || self.earlier.is_some()) {
+            (true, _) => Otherwise::Fit,
+            (false, true) => Otherwise::Nothing,
+            (false, false) => Otherwise::Refuse,
+        };
+        let newest = self.earlier.as_ref().and_then(|run| newest_checkpoint(&run.path.join("trainings/1")));
+        if let Some(summary) = newest.and_then(|checkpoint| checkpoint::summary(&checkpoint).ok()) {
+            request.pass_rows = summary.cut.is_bounded.then_some(summary.cut.pass_rows);
+            request.gradient_checkpointing |= summary.cut.gradient_checkpointing;
+        }
+        let (sketch, requantize) = (Sketch::of_model(model), arguments.passes.requantize);
+        let estimator = Estimator::new(plugin, options, &sketch, requantize)?;
+        Asked { estimator, request }.check(before, otherwise).map(Some)
+    }
+
+    fn train_in(
+        &self,
+        run: Option<&RunDirectory>,
+        model: Arc<BaseModel>,
+        rows: &Rows,
+        planned: Option<Planned>,
+    ) -> Result<Done> {
         let Self { arguments, output_dir, unnamed, .. } = self;
         let saving = Saving::of(arguments.save_every, arguments.save_minutes);
         let mut recording = run.map(|run| Recording::new(run, 1, saving)).transpose()?;
         let newest = recording.as_ref().and_then(Recording::newest);
         let (options, start) = (self.options.clone(), self.init_from.as_deref());
-        let before = Before::now(&model);
         let mut job = match (&newest, &self.plugin) {
             (Some(checkpoint), plugin) => {
                 let native = |strategy: &_, name: &_| native::find_in(&self.search, strategy, name);
@@ -316,6 +382,7 @@ impl Prepared<'_> {
             }
         };
         job.watch = self.search.watching();
+        job.planned = planned;
         let mut config = config(arguments, job.proposed_learning_rate, Some(rows.train.len()));
         let from = recording.as_ref().filter(|_| newest.is_some());
         let from = from.map(|recording| recording.resume(&job, &mut config)).transpose()?;
@@ -328,9 +395,7 @@ impl Prepared<'_> {
         if from.is_none() {
             tell_findings(arguments, &self.sources, rows);
         }
-        if self.objective.objective == Kind::Sft {
-            tell_memory(&job, rows, &config, before);
-        }
+        job.planned.iter().for_each(|planned| line(&planned.words));
         match (run, &from) {
             (Some(run), Some(from)) => {
                 line(format_args!("run       {}   goes on after step {} of {steps}", run.id(), from.state.step));

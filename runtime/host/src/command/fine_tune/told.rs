@@ -12,23 +12,11 @@ use super::{Inputs, Rows};
 use crate::command::rows::{named, tell as tell_files};
 use crate::data_report;
 use crate::interrupt;
-use crate::job::{Before, Job, Sample, defaults, training_words};
+use crate::job::{Job, Sample, defaults, training_words};
 use crate::models::shown;
 use crate::processor;
-use crate::progress::{line, millions, size, thousands};
+use crate::progress::{line, millions, thousands};
 use crate::registry;
-
-/// Says how much memory the training will need, and warns where that is more than there is.
-pub(super) fn tell_memory(job: &Job, rows: &Rows, config: &TrainConfig, before: Before) {
-    let peak = job.peak_memory_estimate(&rows.train(), config, before);
-    line(format_args!("plan      about {} of memory   `homeroom plan` has the parts", size(peak)));
-    if let Some(available) = before.lacking(peak) {
-        line(format_args!(
-            "warning: {} can be had; --gradient-checkpointing, a smaller --batch-size or --max-seq-len, or --strategy qlora needs less",
-            size(available)
-        ));
-    }
-}
 
 /// Restates the run, so that a wrong one is seen before it has cost anything.
 pub(super) fn restate(

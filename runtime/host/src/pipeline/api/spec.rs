@@ -463,6 +463,24 @@ pub const VERBS: &[Verb] = &[
                     "true: the rows of a step fill passes as they fit; false: a pass is one batch",
                 ),
                 opt(
+                    "pass_tokens",
+                    Kind::Count,
+                    "1024, or 512 over a base in 4 or 8 bits",
+                    "tokens of one pass at most, which changes memory and not the step; a longer row is a pass of its own",
+                ),
+                opt(
+                    "fit",
+                    Kind::Flag,
+                    "false",
+                    "true: where memory would not do, passes are made smaller or layers are run again, so that it does; a step stays what it is, to rounding",
+                ),
+                opt(
+                    "memory_check",
+                    Kind::Flag,
+                    "true",
+                    "true: what needs more memory than can be had is refused before it begins; false: it is begun all the same",
+                ),
+                opt(
                     "requantize",
                     Kind::Flag,
                     "false",

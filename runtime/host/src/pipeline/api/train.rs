@@ -4,11 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::{Group, note_endless};
+use homeroom_engine::estimate::Sketch;
 use homeroom_engine::files::NewDirectory;
+use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{Kind as ObjectiveKind, ObjectiveConfig};
 use homeroom_engine::train::{
-    Broken, Change, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, planned_steps,
+    Broken, Change, Control, Data, EvalReport, Observer, State, StepReport, TrainConfig, checkpoint, planned_steps,
 };
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
@@ -23,7 +25,8 @@ use super::stored::{Made, Step};
 use super::value::{to_json, to_lua, words};
 use super::{Session, identity, resumed};
 use crate::job::defaults::{self, Open};
-use crate::job::{Before, Job, Outcome, Recording, Saving, Taken, training_words};
+use crate::job::fit::{self, Asked, Otherwise, Planned};
+use crate::job::{Before, Estimator, Job, Outcome, Recording, Saving, Taken, training_words};
 use crate::machine::{peak_memory_bytes, reset_peak_memory};
 use crate::models::{self, with_text};
 use crate::near::did_you_mean;
@@ -102,7 +105,13 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
         None => None,
     };
     let begun = recording.as_ref().and_then(Recording::newest);
-    let before = session.dry.then(|| Before::now(&model));
+    let mut config = self::config(&options, objective.objective, None);
+    let is_open = |names: [&str; 2]| names.iter().all(|name| options.whole(name).is_none());
+    let epochs = is_open(["num_train_epochs", "max_steps"]);
+    let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
+    let open = Open { epochs, batch_size };
+    let chosen = defaults::choose(&mut config, open, data.groups.len());
+    let planned = planned(session, &options, (&plugin, &spec.options), &model, &data, (&config, begun.as_deref()))?;
     let mut job = match &begun {
         None => Job::new(model, &plugin, spec.options.clone(), options.seed(), init_from.as_deref(), requantize)?,
         Some(checkpoint) => {
@@ -113,12 +122,7 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
         }
     };
     job.watch = session.search.watching();
-    let mut config = config(&options, objective.objective, job.proposed_learning_rate);
-    let is_open = |names: [&str; 2]| names.iter().all(|name| options.whole(name).is_none());
-    let epochs = is_open(["num_train_epochs", "max_steps"]);
-    let batch_size = epochs && is_open(["per_device_train_batch_size", "gradient_accumulation_steps"]);
-    let open = Open { epochs, batch_size };
-    let chosen = defaults::choose(&mut config, open, data.groups.len());
+    config.learning_rate = self::config(&options, objective.objective, job.proposed_learning_rate).learning_rate;
     let from = match (&recording, &begun) {
         (Some(recording), Some(_)) => Some(recording.resume(&job, &mut config).context(FRESH)?),
         _ => None,
@@ -130,11 +134,11 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
     }
     let (Some(step), Some(adapter), Some(mut recording)) = (step, &adapter, recording) else {
         let (spec, options, job, data, config) = (&spec, &options, &job, &data, &config);
-        let before = before.filter(|_| objective.objective == ObjectiveKind::Sft);
-        let rows: Vec<&Group> = data.groups.iter().collect();
-        let memory_bytes = before.map(|before| job.peak_memory_estimate(&rows, config, before));
+        let memory_bytes = Some(planned.peak_memory_bytes);
         return Dry { spec, options, job, data, eval: eval.as_ref(), config, steps, memory_bytes }.run(lua, session);
     };
+    planned.words.lines().skip(1).for_each(|words| session.tell(words));
+    job.planned = Some(planned);
     if let Some(from) = &from {
         session.tell(format_args!("goes on   after step {} of {steps}", from.state.step));
     }
@@ -237,6 +241,35 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
         session.tell(format_args!("note: {error:#}"));
     }
     tuned(lua, spec, &result)
+}
+
+/// What a training will take. One that is begun and does not fit is refused, or gets smaller passes; one that goes on from a checkpoint,
+/// and one that a dry run imagines, does so all the same.
+fn planned(
+    session: &Session,
+    options: &Options,
+    (plugin, of_strategy): (&Plugin, &Map<String, Json>),
+    model: &BaseModel,
+    data: &Encoded,
+    (config, checkpoint): (&TrainConfig, Option<&Path>),
+) -> Result<Planned, Failure> {
+    let rows: Vec<&Group> = data.groups.iter().collect();
+    let before = Before::now(model);
+    let mut request = fit::request(&rows, config, before.program_bytes());
+    let cut = checkpoint.and_then(|checkpoint| Some(checkpoint::summary(checkpoint).ok()?.cut));
+    if let Some(cut) = &cut {
+        request.pass_rows = cut.is_bounded.then_some(cut.pass_rows);
+        request.gradient_checkpointing |= cut.gradient_checkpointing;
+    }
+    let is_checked = options.flag("memory_check").unwrap_or(true);
+    let otherwise = match options.flag("fit").unwrap_or(false) {
+        true => Otherwise::Fit,
+        false if is_checked && cut.is_none() && !session.dry => Otherwise::Refuse,
+        false => Otherwise::Nothing,
+    };
+    let (sketch, requantize) = (Sketch::of_model(model), options.flag("requantize").unwrap_or(false));
+    let estimator = Estimator::new(plugin, of_strategy, &sketch, requantize)?;
+    Ok(Asked { estimator, request }.check(before, otherwise).context("fine_tune")?)
 }
 
 /// What a script gets of a training: the model, and what came of it.
@@ -438,6 +471,7 @@ fn config(options: &Options, objective: ObjectiveKind, proposed: Option<f64>) ->
         shuffle: options.flag("shuffle").unwrap_or(default.shuffle),
         gradient_checkpointing: options.flag("gradient_checkpointing").unwrap_or(default.gradient_checkpointing),
         packing: options.flag("packing").unwrap_or(default.packing),
+        pass_rows: options.whole("pass_tokens").map(|rows| rows as usize),
         neftune_noise_alpha: options.number("neftune_noise_alpha").unwrap_or(default.neftune_noise_alpha),
         compute: options.word("compute").unwrap_or(Compute::Auto),
         eval_steps: options.whole("eval_steps"),

@@ -88,11 +88,7 @@ impl Encoder<'_> {
             let known = self.tokenizer.check_embedded(ids, self.embeddings);
             known.map_err(|error| Problem::new(NO_EMBEDDING, error.to_string()))?;
         }
-        let examples = sequences.into_iter().map(|(mut ids, mut trained)| {
-            ids.shrink_to_fit();
-            trained.shrink_to_fit();
-            Example { ids, trained, line }
-        });
+        let examples = sequences.into_iter().map(|(ids, trained)| Example::new(ids, trained, line));
         Ok(Some((examples.collect(), cut)))
     }
 
@@ -221,9 +217,9 @@ impl Encoder<'_> {
         Ok((ids, trained))
     }
 
-    /// How many of some examples, none of which was cut, end in a trained turn without an end token: [`end_of_turn`].
-    pub fn count_endless(&self, examples: &[Example]) -> usize {
-        examples.iter().filter(|example| end_of_turn(example, self.tokenizer).is_none()).count()
+    /// Whether an example, which was not cut, ends in a trained turn without an end token: [`end_of_turn`].
+    pub fn is_endless(&self, example: &Example) -> bool {
+        end_of_turn(example, self.tokenizer).is_none()
     }
 
     fn fit(&self, mut sequences: Vec<Sequence>) -> Result<Fitted, Problem> {

@@ -231,7 +231,7 @@ fn a_bos_or_eos_that_a_text_has_is_not_doubled() {
             let (examples, _) = encoder.examples(1, &row).unwrap().unwrap();
             let example = examples.into_iter().next().unwrap();
             let learned: Vec<u32> = example.ids.iter().zip(&example.trained).filter(|t| *t.1).map(|t| *t.0).collect();
-            [&example.ids, &learned].map(|ids| tokenizer.decode(ids, false).unwrap())
+            [&example.ids[..], &learned].map(|ids| tokenizer.decode(ids, false).unwrap())
         };
         let (bos, eos) = ("<|endoftext|>", "<|im_end|>");
         for (text, expected) in [
@@ -660,7 +660,7 @@ fn judged_rows_become_the_sequences_that_trl_makes_of_them() {
             max_seq_len: 256,
             on_long_row: OnLongRow::Refuse,
         };
-        let data = load_groups(&sources(&dir.join(file)), &plainly(), encoder, kind, case).unwrap();
+        let data = load_groups(&sources(&dir.join(file)), &plainly(), encoder, kind, case, |_| ()).unwrap();
         let text = std::fs::read_to_string(dir.join(format!("{case}.json"))).unwrap();
         let trl: Json = serde_json::from_str(&text).unwrap();
         let rows = trl["rows"].as_array().unwrap();
@@ -670,7 +670,7 @@ fn judged_rows_become_the_sequences_that_trl_makes_of_them() {
             let sequences = row["sequences"].as_array().unwrap();
             assert_eq!(group.sequences.len(), sequences.len());
             for ((example, prompt), sequence) in group.sequences.iter().zip(&group.prompts).zip(sequences) {
-                assert_eq!((example.ids.clone(), *prompt), tokenised(sequence), "{case}, row {i}");
+                assert_eq!((example.ids.to_vec(), *prompt), tokenised(sequence), "{case}, row {i}");
                 assert!(example.trained.iter().enumerate().all(|(t, trained)| *trained == (t >= *prompt)));
                 assert_eq!(example.line, i + 1);
             }
@@ -796,7 +796,7 @@ fn two_answers_are_cut_or_left_out_together() {
     let load = |on_long_row| {
         let (tokenizer, template) = (&tokenizer, Some(&template));
         let encoder = Encoder { tokenizer, template, embeddings: 320, max_seq_len: 40, on_long_row };
-        load_groups(&sources(file(&rows).path()), &plainly(), encoder, RowKind::Preference, "dpo")
+        load_groups(&sources(file(&rows).path()), &plainly(), encoder, RowKind::Preference, "dpo", |_| ())
     };
     let skipped = load(OnLongRow::Skip).unwrap();
     assert_eq!((skipped.examples.len(), skipped.skipped), (1, 1));

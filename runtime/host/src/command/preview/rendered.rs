@@ -64,7 +64,7 @@ fn sequence(role: Option<&'static str>, example: &Example, tokenizer: &Tokenizer
     let tokens = example.ids.len();
     let kept = tokens.min(limit.unwrap_or(tokens));
     let shown =
-        Example { ids: example.ids[..kept].to_vec(), trained: example.trained[..kept].to_vec(), line: example.line };
+        Example::new(example.ids[..kept].to_vec(), example.trained[..kept].to_vec(), example.line);
     Sequence {
         role,
         tokens,

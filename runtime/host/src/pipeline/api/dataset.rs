@@ -12,7 +12,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_engine::data::order;
 use homeroom_engine::data::report::{Each, Part, Places, Report, Reread, Survey};
 use homeroom_engine::data::{
-    Columns, Encoder, Group, OnBadRow, OnLongRow, Problems, Reading, check_row, check_row_for, read_texts,
+    Columns, EncodedRows, Encoder, Group, OnBadRow, OnLongRow, Problem, Problems, Reading, check_row, encode_texts,
+    read_texts,
 };
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
@@ -175,27 +176,6 @@ pub struct Dataset {
     how: How,
 }
 
-/// The rows of a dataset as tokens.
-pub struct Encoded {
-    /// What is trained or evaluated on.
-    pub groups: Vec<Group>,
-    /// Digest of the rows.
-    pub digest: String,
-    /// Rows left out as too long.
-    pub skipped: usize,
-    /// Examples cut as too long.
-    pub truncated: usize,
-    /// Examples that end without an end token, those of rows that were cut aside.
-    pub endless: usize,
-}
-
-impl Encoded {
-    /// Tokens of all examples.
-    pub fn tokens(&self) -> usize {
-        self.groups.iter().flat_map(|group| &group.sequences).map(|example| example.ids.len()).sum()
-    }
-}
-
 impl Dataset {
     /// Reads files and checks their rows.
     ///
@@ -267,52 +247,37 @@ impl Dataset {
     ///
     /// # Errors
     /// When there are none, rows are refused (all of them in one message), or the script is to end.
-    pub fn encode(&self, session: &Session, model: &BaseModel, objective: Kind) -> Result<Encoded> {
+    pub fn encode(&self, session: &Session, model: &BaseModel, objective: Kind) -> Result<EncodedRows> {
         ensure!(!self.rows().is_empty(), "the dataset has no rows");
         let on_bad_row = self.how.on_bad_row;
         let encoder = self.encoder(model)?;
         let mut bad: BTreeMap<&Path, Problems> = BTreeMap::new();
         let mut problems: BTreeMap<&Path, Problems> = BTreeMap::new();
-        let (mut groups, mut skipped, mut truncated, mut endless) = (Vec::new(), 0, 0, 0);
-        let mut hasher = Sha256::new();
-        for row in self.rows() {
+        let texts = self.rows().iter().map(|row| {
             session.clock().check()?;
-            let checked = check_row_for(&row.text.json, objective.rows(), objective.name());
-            let encoded = checked.and_then(|checked| encoder.groups(row.line, &checked));
-            if encoded.is_ok() {
-                hasher.update(row.text.json.as_bytes());
-                hasher.update(b"\n");
-            }
-            match encoded {
-                Ok(None) => skipped += 1,
-                Ok(Some((mut kept, cut))) => {
-                    truncated += cut;
-                    let count = |group: &Group| encoder.count_endless(&group.sequences);
-                    endless += if cut == 0 { kept.iter().map(count).sum() } else { 0 };
-                    groups.append(&mut kept);
-                }
-                Err(problem) => {
-                    let is_left_out = on_bad_row == OnBadRow::Skip && !problem.is_long();
-                    let of = if is_left_out { &mut bad } else { &mut problems };
-                    of.entry(&row.file).or_insert_with(|| Problems::by(row.unit)).add(row.line, problem);
-                }
-            }
-        }
+            Ok((row.line, row.text.json.to_string()))
+        });
+        let refused = |place: usize, problem: Problem| {
+            let row = &self.rows()[place];
+            let is_left_out = on_bad_row == OnBadRow::Skip && !problem.is_long();
+            let of = if is_left_out { &mut bad } else { &mut problems };
+            of.entry(&row.file).or_insert_with(|| Problems::by(row.unit)).add(row.line, problem);
+        };
+        let mark = |groups: &mut [Group]| objective.mark(groups);
+        let encoded = encode_texts(texts, encoder, objective.rows(), objective.name(), mark, refused)?;
         for (file, problems) in problems {
             problems.into_result(file).map_err(in_lua_words)?;
         }
         for (file, problems) in bad {
-            if groups.is_empty() {
+            if encoded.groups.is_empty() {
                 problems.into_result(file).map_err(in_lua_words)?;
             } else {
                 let rows = self.rows().iter().filter(|row| *row.file == *file).count();
                 session.tell(problems.note(file, rows));
             }
         }
-        objective.mark(&mut groups);
-        ensure!(!groups.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
-        let digest = format!("sha256:{}", hex(&hasher.finalize()));
-        Ok(Encoded { groups, digest, skipped, truncated, endless })
+        ensure!(!encoded.groups.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
+        Ok(encoded)
     }
 
     /// What tells it from any other: its rows, in order, and how they are to be encoded.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::data::{Group, note_endless};
+use homeroom_engine::data::{EncodedRows, Group, note_endless};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::{Kind as ObjectiveKind, ObjectiveConfig};
@@ -13,7 +13,7 @@ use homeroom_engine::train::{
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::dataset::{Dataset, Encoded};
+use super::dataset::Dataset;
 use super::imagined::{self, Needs};
 use super::model::ModelSpec;
 use super::options::Options;
@@ -263,8 +263,8 @@ struct Dry<'a> {
     spec: &'a ModelSpec,
     options: &'a Options,
     job: &'a Job,
-    data: &'a Encoded,
-    eval: Option<&'a Encoded>,
+    data: &'a EncodedRows,
+    eval: Option<&'a EncodedRows>,
     config: &'a TrainConfig,
     steps: u64,
     /// Highest memory, where it can be estimated.
@@ -451,7 +451,7 @@ fn restate(
     session: &Session,
     spec: &ModelSpec,
     job: &Job,
-    (data, eval): (&Encoded, Option<&Encoded>),
+    (data, eval): (&EncodedRows, Option<&EncodedRows>),
     (config, objective, steps): (&TrainConfig, ObjectiveConfig, u64),
 ) {
     let Job { model, adaptation, strategy, .. } = job;

@@ -178,7 +178,13 @@ fn rows_of_a_pass_do_not_see_each_other() -> Result<()> {
         let model = model(name)?;
         let adaptation = shaken("lora", &options, &model)?;
         let all = rows(&model);
-        let silent = |example: &Example, shift: u32| Example::new(example.ids.iter().map(|id| (id + shift) % model.architecture.vocab_size as u32).collect(), vec![false; example.ids.len()], 0);
+        let silent = |example: &Example, shift: u32| {
+            Example::new(
+                example.ids.iter().map(|id| (id + shift) % model.architecture.vocab_size as u32).collect(),
+                vec![false; example.ids.len()],
+                0,
+            )
+        };
         for compute in [Compute::F32, Compute::Bf16] {
             for watched in [0, 4, 7] {
                 let loss = |others: &dyn Fn(usize) -> Option<Example>, last: bool| -> Result<u64> {

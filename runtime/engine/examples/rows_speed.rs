@@ -76,10 +76,9 @@ fn rendered(rows: &Path, template: &ChatTemplate, tokenizer: &Tokenizer) -> Resu
         let row = check_row(line).map_err(|problem| anyhow!("line {}: {problem}", i + 1))?;
         let messages = match row {
             Row::Messages { messages, .. } => messages,
-            Row::PromptCompletion { prompt, completion, .. } => vec![
-                json!({"role": "user", "content": prompt}),
-                json!({"role": "assistant", "content": completion}),
-            ],
+            Row::PromptCompletion { prompt, completion, .. } => {
+                vec![json!({"role": "user", "content": prompt}), json!({"role": "assistant", "content": completion})]
+            }
             _ => anyhow::bail!("line {}: rows are `messages`, or `prompt` and `completion`", i + 1),
         };
         let control = tokenizer.control_tokens();
@@ -91,6 +90,9 @@ fn rendered(rows: &Path, template: &ChatTemplate, tokenizer: &Tokenizer) -> Resu
 /// The processor by its name.
 fn processor() -> String {
     let about = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = about.lines().find_map(|line| line.strip_prefix("model name")).map(|name| name.trim_start_matches(['\t', ' ', ':']));
+    let name = about
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map(|name| name.trim_start_matches(['\t', ' ', ':']));
     name.unwrap_or(std::env::consts::ARCH).to_owned()
 }

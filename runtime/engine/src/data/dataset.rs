@@ -247,7 +247,11 @@ fn load<T: OfLine + Send>(
             Ok(row) => gathered.take(row, Some(&size)),
             Err(problem) => {
                 let is_long = problem.kind == TOO_LONG && reading.on_bad_row == OnBadRow::Skip;
-                if is_long { long.add(number, problem) } else { bad.add(number, problem) }
+                if is_long {
+                    long.add(number, problem)
+                } else {
+                    bad.add(number, problem)
+                }
                 Ok(())
             }
         };

@@ -98,10 +98,11 @@ impl Encoder<'_> {
     /// are: a special token in `text` is that token, and one tokenisation covers prompt and completion.
     fn encode(&self, row: &Row) -> Result<Vec<Sequence>, Problem> {
         let sequences = match row {
-            Row::Messages { messages, tools, documents } => {
-                self.encode_messages(messages, Given { tools: tools.as_ref(), documents: documents.as_ref() })?
+            Row::Messages { messages, tools, documents, variables } => {
+                let (tools, documents, variables) = (tools.as_ref(), documents.as_ref(), variables.as_ref());
+                self.encode_messages(messages, Given { tools, documents, variables })?
             }
-            Row::PromptCompletion { system, prompt, completion, tools } => match self.template {
+            Row::PromptCompletion { system, prompt, completion, tools, variables } => match self.template {
                 Some(_) => {
                     let said = |role: &str, text: &str| serde_json::json!({"role": role, "content": text});
                     let (prompt, completion) = self.without_ends(prompt, completion);
@@ -114,7 +115,8 @@ impl Encoder<'_> {
                     let mut messages = Vec::with_capacity(3);
                     messages.extend(system.as_ref().map(|text| said("system", text)));
                     messages.extend([said("user", prompt), said("assistant", completion)]);
-                    self.encode_messages(&messages, tools.as_ref().into())?
+                    let (tools, variables) = (tools.as_ref(), variables.as_ref());
+                    self.encode_messages(&messages, Given { tools, variables, ..Given::default() })?
                 }
                 None if system.is_some() => {
                     let detail = "`system` needs a chat template, and the model has none";
@@ -122,6 +124,10 @@ impl Encoder<'_> {
                 }
                 None if tools.is_some() => {
                     let detail = "`tools` need a chat template, and the model has none";
+                    return Err(Problem::new(NO_TEMPLATE, detail));
+                }
+                None if variables.is_some() => {
+                    let detail = "`chat_template_kwargs` are for a chat template, and the model has none";
                     return Err(Problem::new(NO_TEMPLATE, detail));
                 }
                 None => vec![self.encode_text(&format!("{prompt}{completion}"), prompt.len())?],

@@ -222,6 +222,8 @@ pub(super) struct Forms<'a> {
     unmet: Vec<(Role, &'a str)>,
     /// The keys of the row before, and which of them was what.
     before: Option<(Vec<String>, Mapping)>,
+    /// Keys of a row before that are not our own.
+    foreign: Vec<String>,
 }
 
 /// The form of the rows before.
@@ -238,7 +240,7 @@ impl<'a> Forms<'a> {
     /// Before the first row. `wanted`: what is to be learned, if that is known; a row may have the keys of two forms.
     pub fn new(reading: &'a Reading, wanted: Option<RowKind>) -> Self {
         let unmet = reading.columns.iter().filter(|(role, _)| is_optional(*role)).collect();
-        Self { reading, wanted, seen: None, unmet, before: None }
+        Self { reading, wanted, seen: None, unmet, before: None, foreign: Vec::new() }
     }
 
     /// Columns that the user named and no row has had.
@@ -267,12 +269,17 @@ impl<'a> Forms<'a> {
             fields = inner;
         }
         let before = self.format();
-        if self.reading.columns.is_empty() && !is_foreign(&fields) {
+        // Why a row is none of ours takes long to say, and is the same of each with such keys.
+        let is_known = !self.foreign.is_empty() && self.foreign.iter().eq(fields.keys());
+        if self.reading.columns.is_empty() && !is_known && !is_foreign(&fields) {
             match recognise(&fields, before, self.wanted) {
                 // A text beside a question and an answer is what both were rendered to.
                 Ok(RowFormat::Text)
                     if map(&keys_of(&fields), &self.reading.columns, self.wanted)
-                        .is_ok_and(|mapping| mapping.format == RowFormat::PromptCompletion) => {}
+                        .is_ok_and(|mapping| mapping.format == RowFormat::PromptCompletion) =>
+                {
+                    self.foreign = fields.keys().cloned().collect();
+                }
                 Ok(format) => {
                     self.see(format, format.keys().to_owned(), None)?;
                     let is_changed = self.add_system(&mut fields, format)? || is_wrapped;
@@ -289,7 +296,7 @@ impl<'a> Forms<'a> {
                         return self.made(fields, format, keys.to_owned(), words.to_owned());
                     }
                     match map(&keys_of(&fields), &self.reading.columns, self.wanted) {
-                        Ok(_) => {}
+                        Ok(_) => self.foreign = fields.keys().cloned().collect(),
                         Err(Unclear::Ambiguous(role, names)) => return Err(ambiguous(role, &names)),
                         Err(_) => return Err(with_columns(problem, &fields)),
                     }
@@ -313,6 +320,8 @@ impl<'a> Forms<'a> {
         let label = mapping.of(Role::Label).next().and_then(|at| fields.get(names[at]));
         if label.is_some_and(|label| rating(label).is_some() || before == Some(RowFormat::Rated)) {
             format = RowFormat::Rated;
+        } else if let Some(label) = label {
+            self.refuse_label(label)?;
         }
         let name = |at: usize| names[at].to_owned();
         let (keys, words) = (mapping.keys(format, name), mapping.words(format, name));
@@ -327,6 +336,16 @@ impl<'a> Forms<'a> {
         };
         let fields = canonical(fields, &mapping, format, &names).map_err(problem_of)?;
         self.made(fields, format, keys, words)
+    }
+
+    /// Refuses a label that the user named and that rates nothing: it would be lost.
+    fn refuse_label(&self, label: &Json) -> Result<(), Problem> {
+        let Some((_, name)) = self.reading.columns.iter().find(|(role, _)| *role == Role::Label) else { return Ok(()) };
+        let shown = short(&label.to_string());
+        let detail = format!(
+            "`{name}` is to be `label`, and {shown} rates nothing; write true or false, or leave `label` out of `--columns`"
+        );
+        Err(Problem::new(BAD_ROW, detail))
     }
 
     /// Which of a row's keys is what. What a row may lack is looked for in each.
@@ -396,6 +415,9 @@ impl<'a> Forms<'a> {
         let is_rated = label.is_some_and(|label| rating(label).is_some()) || self.format() == Some(RowFormat::Rated);
         let has_label = mapping.of(Role::Label).next().is_some();
         let format = if has_label && is_rated { RowFormat::Rated } else { mapping.format };
+        if has_label && !is_rated {
+            self.refuse_label(label.unwrap_or(&Json::Null))?;
+        }
         let of_label = |role: Role| role == Role::Label && format != RowFormat::Rated;
         let is_read = |at: usize| mapping.roles.iter().any(|(role, read)| *read == at && !of_label(*role));
         for (at, name) in names.iter().enumerate().filter(|(at, name)| !is_read(*at) && !name.is_empty()) {

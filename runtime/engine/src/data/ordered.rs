@@ -98,7 +98,8 @@ mod tests {
 
     #[test]
     fn results_come_in_order_from_inside_and_outside_of_a_pool_of_any_size() {
-        for (threads, inside, n, bytes) in [(1, true, 2600, 1), (3, true, 1111, 1), (2, false, 40, BATCH_BYTES), (1, true, 0, 1)]
+        for (threads, inside, n, bytes) in
+            [(1, true, 2600, 1), (3, true, 1111, 1), (2, false, 40, BATCH_BYTES), (1, true, 0, 1)]
         {
             assert_eq!(squares(threads, inside, n, bytes), (0..n).map(|i| i * i).collect::<Vec<_>>());
         }
@@ -106,14 +107,20 @@ mod tests {
 
     #[test]
     fn an_error_ends_it_wherever_it_comes_from() {
-        let consumed = in_order(|i: usize| i, |i| if i == 700 { bail!("row {i}") } else { Ok(()) }, |give| {
-            (0..).try_for_each(|i| give(i, 1))
-        });
+        let consumed = in_order(
+            |i: usize| i,
+            |i| if i == 700 { bail!("row {i}") } else { Ok(()) },
+            |give| (0..).try_for_each(|i| give(i, 1)),
+        );
         assert_eq!(consumed.unwrap_err().to_string(), "row 700");
-        let produced = in_order(|i: usize| i, |_| Ok(()), |give| {
-            give(1, 1)?;
-            bail!("no more")
-        });
+        let produced = in_order(
+            |i: usize| i,
+            |_| Ok(()),
+            |give| {
+                give(1, 1)?;
+                bail!("no more")
+            },
+        );
         assert_eq!(produced.map(|()| ()).unwrap_err().to_string(), "no more");
     }
 }

@@ -186,7 +186,8 @@ mod tests {
         let (bos, eos) = (tokenizer.bos_id.unwrap(), tokenizer.eos_ids[0]);
         let word = tokenizer.encode("word", false).unwrap().ids[0];
         let space = tokenizer.encode("\n", false).unwrap().ids[0];
-        let example = |ids: &[u32], from: usize| Example::new(ids.to_vec(), (0..ids.len()).map(|at| at >= from).collect(), 1);
+        let example =
+            |ids: &[u32], from: usize| Example::new(ids.to_vec(), (0..ids.len()).map(|at| at >= from).collect(), 1);
         assert_eq!(beginning(&example(&[bos, word], 1), &tokenizer), Beginning::Bos);
         assert_eq!(beginning(&example(&[bos, bos, word], 1), &tokenizer), Beginning::Doubled);
         assert_eq!(beginning(&example(&[word], 1), &tokenizer), Beginning::None);

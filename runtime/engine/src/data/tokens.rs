@@ -196,7 +196,8 @@ impl Keeper {
         self.buffer.clear();
         T::write(tokens, &mut self.buffer);
         let begin = self.spill.append(&self.buffer)?;
-        let word = u32::try_from(begin / 4).context("the rows have more than 16 GiB of tokens; train on a part of them")?;
+        let word =
+            u32::try_from(begin / 4).context("the rows have more than 16 GiB of tokens; train on a part of them")?;
         *tokens = Tokens(Place::Spilled { file: self.spill.spilled().clone(), word, len: tokens.len() as u32 });
         Ok(())
     }
@@ -227,11 +228,14 @@ mod tests {
             keeper.finish()?;
             assert_eq!(kept, examples);
             let spilled = |example: &Example| matches!(example.ids.0, Place::Spilled { .. });
-            assert_eq!(kept.iter().filter(|example| spilled(example)).count(), match held {
-                usize::MAX => 0,
-                0 => 56,
-                _ => 37,
-            });
+            assert_eq!(
+                kept.iter().filter(|example| spilled(example)).count(),
+                match held {
+                    usize::MAX => 0,
+                    0 => 56,
+                    _ => 37,
+                }
+            );
             let last = &mut kept[56];
             last.trained[0] = true;
             assert!(last.trained[0] && last.trained[1..] == examples[56].trained[1..]);

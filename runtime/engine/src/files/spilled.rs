@@ -33,7 +33,9 @@ pub fn nameless() -> Result<File> {
         Err(_) if place != std::env::temp_dir() => tempfile::tempfile(),
         made => made,
     }
-    .with_context(|| format!("{}: cannot write a temporary file\nhint: TMPDIR names another directory for them", place.display()))
+    .with_context(|| {
+        format!("{}: cannot write a temporary file\nhint: TMPDIR names another directory for them", place.display())
+    })
 }
 
 /// `/tmp` is kept in memory on many systems, `/var/tmp` on none. What the user says goes before.

@@ -91,6 +91,7 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
         model = with_text(adapter, model)?;
     }
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
+    session.tell_time_of(step.as_ref().and_then(Step::key));
     let encode = |rows: Dataset| rows.encode(session, &model, objective.objective);
     let data = encode(rows).context("dataset")?;
     let eval = options.dataset("eval").map(encode).transpose().context("eval")?;

@@ -14,6 +14,10 @@ use homeroom_engine::text::template::ChatTemplate;
 use homeroom_engine::text::tokenizer::Tokenizer;
 use serde_json::json;
 
+// The program's; both sides take and give back much memory.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Texts that the crate is given at once.
 const BATCH: usize = 1024;
 

@@ -198,10 +198,11 @@ pub(super) struct Alike {
 pub(super) struct Comparison {
     candidates: Candidates,
     /// Of each row in a pair, the last row that waits for it.
-    last_use: HashMap<u32, u32>,
+    last_use: Vec<(u32, u32)>,
     waiting: HashMap<u32, Vec<u64>>,
-    /// Rows whose last use is this one.
-    ends: HashMap<u32, Vec<u32>>,
+    /// The same the other way round, by the last row; and how many of them have ended.
+    ends: Vec<(u32, u32)>,
+    ended: usize,
     waiting_bytes: usize,
     pub alike: Vec<Alike>,
     /// Pairs that were not compared, for want of memory.
@@ -210,17 +211,25 @@ pub(super) struct Comparison {
 
 impl Comparison {
     pub fn new(candidates: Candidates) -> Self {
-        let mut last_use: HashMap<u32, u32> = HashMap::new();
-        for (row, earlier) in &candidates.pairs {
-            for used in [row, earlier] {
-                let last = last_use.entry(*used).or_default();
-                *last = (*last).max(*row);
+        let both = candidates.pairs.iter().flat_map(|(row, earlier)| [(*row, *row), (*earlier, *row)]);
+        let mut last_use: Vec<(u32, u32)> = Vec::new();
+        let mut most = 1 << 16;
+        for (used, last) in both {
+            last_use.push((used, last));
+            if last_use.len() >= most {
+                keep_last(&mut last_use);
+                most = most.max(2 * last_use.len());
             }
         }
-        let mut ends: HashMap<u32, Vec<u32>> = HashMap::new();
-        last_use.iter().for_each(|(row, last)| ends.entry(*last).or_default().push(*row));
+        keep_last(&mut last_use);
+        let mut ends: Vec<(u32, u32)> = last_use.iter().map(|(row, last)| (*last, *row)).collect();
+        ends.sort_unstable();
         let (waiting, alike) = (HashMap::new(), Vec::new());
-        Self { candidates, last_use, waiting, ends, waiting_bytes: 0, alike, uncompared: 0 }
+        Self { candidates, last_use, waiting, ends, ended: 0, waiting_bytes: 0, alike, uncompared: 0 }
+    }
+
+    fn last_use(&self, row: u32) -> Option<u32> {
+        self.last_use.binary_search_by_key(&row, |(used, _)| *used).ok().map(|at| self.last_use[at].1)
     }
 
     /// Whether nothing has to be read again.
@@ -230,7 +239,7 @@ impl Comparison {
 
     /// Whether a row is one of a pair.
     pub fn needs(&self, row: u32) -> bool {
-        self.last_use.contains_key(&row)
+        self.last_use(row).is_some()
     }
 
     /// The next row that [`Comparison::needs`], with its runs.
@@ -248,12 +257,13 @@ impl Comparison {
                 None => self.uncompared += 1,
             }
         }
-        for done in self.ends.remove(&row).unwrap_or_default() {
-            if let Some(grams) = self.waiting.remove(&done) {
+        while let Some((_, done)) = self.ends.get(self.ended).filter(|(last, _)| *last <= row) {
+            if let Some(grams) = self.waiting.remove(done) {
                 self.waiting_bytes -= bytes(&grams);
             }
+            self.ended += 1;
         }
-        let waits = self.last_use.get(&row).is_some_and(|last| *last > row);
+        let waits = self.last_use(row).is_some_and(|last| last > row);
         if waits && self.waiting_bytes + bytes(&grams) <= WAITING_BYTES_MAX {
             self.waiting_bytes += bytes(&grams);
             self.waiting.insert(row, grams);
@@ -265,6 +275,19 @@ impl Comparison {
         let alike: BTreeSet<u32> = self.alike.iter().map(|alike| alike.row).collect();
         self.uncompared > 0 || self.candidates.cut.iter().any(|row| !alike.contains(row))
     }
+}
+
+/// Of each row the largest value.
+fn keep_last(values: &mut Vec<(u32, u32)>) {
+    values.sort_unstable();
+    let mut at = 0;
+    for i in 0..values.len() {
+        if values.get(i + 1).is_none_or(|next| next.0 != values[i].0) {
+            values[at] = values[i];
+            at += 1;
+        }
+    }
+    values.truncate(at);
 }
 
 fn bytes(grams: &[u64]) -> usize {

@@ -1,7 +1,8 @@
 -- Writes question and answer rows from a text of yours, plain or Markdown, for `fine-tune`. By `method = "sentences"` each sentence is an answer,
--- word for word as it stands in the text, and a model or a handler writes the question to it; a small model can do that. By `"passages"` it
--- asks about a whole passage and answers in words of its own, which takes a model of some billions. Either way the question is answered
--- once more from the passage, and a row is kept if that agrees. What is kept says where it is from. Read it before you train on it.
+-- word for word as it stands in the text. Its question follows from its form, where that is plain English, and else a model or a handler
+-- writes it, and has to find the sentence by it: that works with a small model. By `"passages"` a model asks about whole passages and
+-- answers twice in words of its own, and what agrees is kept; that takes one of some billions. What is kept says where it is from. Read it
+-- before you train on it.
 -- Run: homeroom run configs/questions.toml --set text=chapter.md --set model=MODEL
 
 local ASK = [[Text:
@@ -176,14 +177,14 @@ local function is_new(question)
   return true
 end
 
-local function kept_row(question, answer, row)
+local function kept_row(question, answer, row, by)
   return {
     messages = { { role = "user", content = question }, { role = "assistant", content = answer } },
     source = row.source,
     line = row.line,
     heading = row.heading,
     passage = row.text,
-    written_by = params.handler or params.model,
+    written_by = by or params.handler or params.model,
   }
 end
 
@@ -204,16 +205,16 @@ local function language_of(text)
   return LANGUAGES[best]
 end
 
--- Sentences of a passage that say something by themselves. An initial and a short word with a full stop end none.
+-- Sentences of a passage. An initial and a short word with a full stop end none, unless a word like `it` follows.
 local function sentences_of(text)
   local sentences, from = {}, 1
   local flat = text:gsub("%s+", " ")
   for at, stop, behind in flat:gmatch("()([%.!%?])()%f[%s%z]") do
     local before = flat:sub(from, at - 1)
     local word = before:match("([%w\128-\255]+)$") or ""
-    local is_short = #word == 1 and word:find("%u") or stop == "." and #word <= 3 and word:find("^%u%l*$")
-    local following = flat:match("^%s+(%S)", behind)
-    if not is_short and not (following and following:find("^%l")) then
+    local following = flat:match("^%s+([%w\128-\255]+)", behind) or ""
+    local is_short = stop == "." and (#word == 1 and word:find("%u") or #word <= 3 and word:find("^%u%l*$"))
+    if not (is_short and #following > 0 and not COMMON[following:lower()]) and not following:find("^%l") then
       table.insert(sentences, (before .. stop):match("^%s*(.-)$"))
       from = behind
     end
@@ -263,22 +264,97 @@ local function fits(question, sentence, topic, language)
   return share
 end
 
--- Each sentence is the answer to a question that is yet to be found: of several the one that has most of the sentence.
+-- Verbs of English sentences that say something of their subject, as one asks for what they say.
+local VERBS = {}
+for verb, asks in ([[
+  contains=What-contain has=What-have belongs=What-belong-to forms=What-form reacts=What-react-with resembles=What-resemble consists=What-consist-of
+  produces=What-produce includes=What-include constitutes=What-constitute means=What-mean needs=What-need eats=What-eat causes=What-cause
+  occurs=Where-occur lives=Where-live grows=Where-grow lies=Where-lie flows=Where-flow
+]]):gmatch("(%l+)=(%S+)") do
+  VERBS[verb] = asks
+end
+local TO_BE = { is = true, are = true, was = true, were = true }
+local PARTICIPLES = { found = true, made = true, known = true, written = true, built = true, given = true, seen = true }
+
+-- Questions that follow from the form of an English sentence, where that is plain. What speaks of `it`, or of nobody, speaks of the topic.
+local function by_form(sentence, topic, is_first)
+  local body = sentence:gsub("[%.!]$", "")
+  local subject, verb, rest
+  for at, word in body:gmatch("()(%f[%w]%l+)%f[%W]") do
+    if TO_BE[word] or VERBS[word] then
+      subject, verb, rest = body:sub(1, at - 1):gsub("%s+$", ""), word, body:sub(at + #word + 1)
+      break
+    end
+  end
+  local opening, more = body:match("^(%u%l+) (.+)$")
+  if opening and VERBS[opening:lower()] then
+    subject, verb, rest = "It", opening:lower(), more
+  elseif opening and not COMMON[opening:lower()] and (opening:find("ed$") or PARTICIPLES[opening:lower()]) then
+    local is_past = more:find("%d%d%d%d") or more:find("by %u")
+    subject, verb, rest = "It", is_past and "was" or "is", opening:lower() .. " " .. more
+  elseif not subject and is_first and opening and not COMMON[opening:lower()] and not body:find(" %l+ed ") then
+    -- A first sentence without a verb says what the topic is, as those of dictionaries do.
+    return { ("What is %s?"):format(topic) }
+  end
+  if not subject or subject:find("[,;:%(]") or select(2, subject:gsub("%S+", "")) > 6 then
+    return is_first and subject and body:find("^An? ") and { ("What is %s?"):format(topic) } or {}
+  end
+  local of = subject:match("^Its (.+)$") or subject:match("^Their (.+)$")
+  if of then
+    subject = ("the %s of %s"):format(of, topic:lower())
+  elseif subject == "It" or subject == "They" then
+    subject = topic
+  elseif subject:find("^Th[ie]s[e]? ") or subject == "This" or subject == "There" or #subject == 0 then
+    return {}
+  elseif COMMON[(subject:match("^%S+") or ""):lower()] then
+    subject = subject:sub(1, 1):lower() .. subject:sub(2)
+  end
+  local found = {}
+  if VERBS[verb] then
+    local asks, base = VERBS[verb]:match("^(%u%l+)%-(.+)$")
+    if #rest > 0 then found[1] = ("%s does %s %s?"):format(asks, subject, (base:gsub("%-", " "))) end
+    return found
+  end
+  local participle = rest:match("^(%l+)%f[%W]")
+  if participle and (participle:find("ed$") or PARTICIPLES[participle]) then
+    if rest:find(" by %u") then table.insert(found, ("By whom %s %s %s?"):format(verb, subject, participle)) end
+    if rest:find(" in %d%d%d%d") then table.insert(found, ("When %s %s %s?"):format(verb, subject, participle)) end
+    if participle == "used" then
+      table.insert(found, ("What %s %s used for?"):format(verb, subject))
+    elseif rest:find("^" .. participle .. " in %f[%a]%l") then
+      table.insert(found, ("Where %s %s %s?"):format(verb, subject, participle))
+    end
+  elseif not (rest:find("^%l+ing%f[%W]") or rest:find("^not%f[%W]") or rest:find("^%l+ly%f[%W]") or rest:find("^never")) then
+    table.insert(found, ("What %s %s?"):format(verb, subject))
+  end
+  return found
+end
+
+-- Each sentence is the answer to a question that is yet to be found: one that follows from its form, or of several that are written the one
+-- that has most of the sentence.
 local function by_sentences()
   local tasks = {}
   for _, row in rows do
     local language, topic = language_of(row.text), topic_of(row)
     local number = 0
-    for _, sentence in sentences_of(row.text) do
+    for place, sentence in sentences_of(row.text) do
       local _, count = words(sentence)
-      if number < params.questions and count >= 4 and #sentence <= 300 then
+      if number < params.questions and count >= 3 and #sentence <= 300 then
         number += 1
-        table.insert(tasks, { row = row, sentence = sentence, topic = topic, language = language })
+        local task = { row = row, sentence = sentence, topic = topic, language = language }
+        if language == LANGUAGES.en then
+          for _, question in by_form(sentence, topic, place == 1) do
+            -- What the sentence itself says is not beaten by what a model makes of it, and needs no check.
+            if not task.question and covered(topic, question) > 0 then task.question, task.is_sure = question, true end
+          end
+        end
+        table.insert(tasks, task)
       end
     end
   end
-  local prompts = {}
-  for i, task in tasks do
+  local prompts, open = {}, {}
+  for _, task in tasks do
+    if task.question then continue end
     local names, lines = task.language.names, { task.language.ask, "" }
     for _, example in task.language.examples do
       for part, name in names do table.insert(lines, ("%s: %s"):format(name, example[part])) end
@@ -287,13 +363,14 @@ local function by_sentences()
     table.insert(lines, ("%s: %s"):format(names[1], task.topic))
     table.insert(lines, ("%s: %s"):format(names[2], task.sentence))
     table.insert(lines, names[3] .. ":")
-    prompts[i] = table.concat(lines, "\n")
+    table.insert(open, task)
+    table.insert(prompts, table.concat(lines, "\n"))
   end
   local is_dry = false
   for round = 1, params.tries do
     -- The likeliest question first, and then others.
     for i, answer in generate(prompts, params.seed + round, round == 1 and 0 or 0.7) do
-      local task, question = tasks[i], line_of(answer)
+      local task, question = open[i], line_of(answer)
       is_dry = is_dry or answer == ""
       local score, why = fits(question, task.sentence, task.topic, task.language)
       if not score then
@@ -304,10 +381,12 @@ local function by_sentences()
     end
   end
   -- The round trip: who is asked the question finds the sentence in its passage.
-  local candidates, asked = {}, {}
+  local kept, candidates, asked = {}, {}, {}
   for _, task in tasks do
     if is_dry then continue end
-    if not task.question then
+    if task.is_sure then
+      if is_new(task.question) then table.insert(kept, kept_row(task.question, task.sentence, task.row, "the form of the sentence")) end
+    elseif not task.question then
       leave_out(task.why)
     elseif not is_new(task.question) then
       leave_out("the question was asked before")
@@ -316,7 +395,6 @@ local function by_sentences()
       table.insert(asked, ANSWER:format(task.row.text, task.question))
     end
   end
-  local kept = {}
   for i, answer in generate(asked, params.seed, 0) do
     local task, said = candidates[i], line_of(answer)
     if math.max(covered(said, task.sentence), covered(task.sentence, said)) < params.agreement then

@@ -267,7 +267,7 @@ end
 -- Verbs of English sentences that say something of their subject, as one asks for what they say.
 local VERBS = {}
 for verb, asks in ([[
-  contains=What-contain has=What-have belongs=What-belong-to forms=What-form reacts=What-react-with resembles=What-resemble consists=What-consist-of
+  contains=What-contain belongs=What-belong-to reacts=What-react-with resembles=What-resemble consists=What-consist-of
   produces=What-produce includes=What-include constitutes=What-constitute means=What-mean needs=What-need eats=What-eat causes=What-cause
   occurs=Where-occur lives=Where-live grows=Where-grow lies=Where-lie flows=Where-flow
 ]]):gmatch("(%l+)=(%S+)") do
@@ -324,7 +324,7 @@ local function by_form(sentence, topic, is_first)
     elseif rest:find("^" .. participle .. " in %f[%a]%l") then
       table.insert(found, ("Where %s %s %s?"):format(verb, subject, participle))
     end
-  elseif not (rest:find("^%l+ing%f[%W]") or rest:find("^not%f[%W]") or rest:find("^%l+ly%f[%W]") or rest:find("^never")) then
+  elseif (verb == "is" or verb == "are") and not (rest:find("^%l+ing%f[%W]") or rest:find("^not%f[%W]") or rest:find("^%l+ly%f[%W]") or rest:find("^never")) then
     table.insert(found, ("What %s %s?"):format(verb, subject))
   end
   return found

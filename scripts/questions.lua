@@ -208,7 +208,8 @@ end
 -- Sentences of a passage. An initial and a short word with a full stop end none, unless a word like `it` follows.
 local function sentences_of(text)
   local sentences, from = {}, 1
-  local flat = text:gsub("%s+", " ")
+  -- Links and emphasis of Markdown are no words.
+  local flat = text:gsub("%s+", " "):gsub("%[([^%]]*)%]%([^%)]*%)", "%1"):gsub("%*%*?([^%*]+)%*%*?", "%1"):gsub("[%[%]]", "")
   for at, stop, behind in flat:gmatch("()([%.!%?])()%f[%s%z]") do
     local before = flat:sub(from, at - 1)
     local word = before:match("([%w\128-\255]+)$") or ""
@@ -222,12 +223,17 @@ local function sentences_of(text)
   return sentences
 end
 
--- What a passage is about: its last heading, or else the first word of it that is a name.
+-- What a passage is about: its last heading, if that names something, or else the first word of it that is a name. Returns also whether it is
+-- the heading.
 local function topic_of(row)
-  local heading = row.heading:match("([^>]+)$")
-  heading = heading and heading:match("^%s*(.-)%s*$")
-  if heading and #heading > 0 then return heading end
-  return row.text:match("^%s*([%u][%w\128-\255]+)") or row.text:match("([%w\128-\255]+)") or ""
+  local heading = (row.heading:match("([^>]+)$") or ""):match("^%s*(.-)%s*$")
+  local count, names = 0, #heading > 0 and not heading:find("[?!:`%[%]]")
+  for word in heading:lower():gmatch("[%w\128-\255]+") do
+    count += 1
+    names = names and (not COMMON[word] or word == "the" or word == "of")
+  end
+  if names and count <= 4 then return heading, true end
+  return row.text:match("^%s*([%u][%w\128-\255]+)") or row.text:match("([%w\128-\255]+)") or "", false
 end
 
 -- How well a question goes with a sentence, 0 to 1; and why it does not.
@@ -273,6 +279,8 @@ for verb, asks in ([[
 ]]):gmatch("(%l+)=(%S+)") do
   VERBS[verb] = asks
 end
+-- Words behind `is` that begin what something is, and not how.
+local DEFINES = { a = true, an = true, the = true, one = true, another = true }
 local TO_BE = { is = true, are = true, was = true, were = true }
 local PARTICIPLES = { found = true, made = true, known = true, written = true, built = true, given = true, seen = true }
 
@@ -300,9 +308,11 @@ local function by_form(sentence, topic, is_first)
     return is_first and subject and body:find("^An? ") and { ("What is %s?"):format(topic) } or {}
   end
   local of = subject:match("^Its (.+)$") or subject:match("^Their (.+)$")
+  if of and topic == "" then return {} end
   if of then
     subject = ("the %s of %s"):format(of, topic:lower())
   elseif subject == "It" or subject == "They" then
+    if topic == "" then return {} end
     subject = topic
   elseif subject:find("^Th[ie]s[e]? ") or subject == "This" or subject == "There" or #subject == 0 then
     return {}
@@ -324,7 +334,7 @@ local function by_form(sentence, topic, is_first)
     elseif rest:find("^" .. participle .. " in %f[%a]%l") then
       table.insert(found, ("Where %s %s %s?"):format(verb, subject, participle))
     end
-  elseif (verb == "is" or verb == "are") and not (rest:find("^%l+ing%f[%W]") or rest:find("^not%f[%W]") or rest:find("^%l+ly%f[%W]") or rest:find("^never")) then
+  elseif (verb == "is" or verb == "are") and (rest:find("^[%u%d]") or DEFINES[rest:match("^%l+") or ""]) then
     table.insert(found, ("What %s %s?"):format(verb, subject))
   end
   return found
@@ -335,7 +345,8 @@ end
 local function by_sentences()
   local tasks = {}
   for _, row in rows do
-    local language, topic = language_of(row.text), topic_of(row)
+    local language = language_of(row.text)
+    local topic, is_named = topic_of(row)
     local number = 0
     for place, sentence in sentences_of(row.text) do
       local _, count = words(sentence)
@@ -343,9 +354,9 @@ local function by_sentences()
         number += 1
         local task = { row = row, sentence = sentence, topic = topic, language = language }
         if language == LANGUAGES.en then
-          for _, question in by_form(sentence, topic, place == 1) do
+          for _, question in by_form(sentence, is_named and topic or "", place == 1 and is_named) do
             -- What the sentence itself says is not beaten by what a model makes of it, and needs no check.
-            if not task.question and covered(topic, question) > 0 then task.question, task.is_sure = question, true end
+            if not task.question and (covered(topic, question) > 0 or not is_named) then task.question, task.is_sure = question, true end
           end
         end
         table.insert(tasks, task)

@@ -29,11 +29,17 @@ const READ_LEAST: usize = 64 << 10;
 /// When there is no place to write one.
 pub fn nameless() -> Result<File> {
     let place = place();
-    match tempfile::tempfile_in(&place) {
+    let file = match tempfile::tempfile_in(&place) {
         Err(_) if place != std::env::temp_dir() => tempfile::tempfile(),
         made => made,
-    }
-    .with_context(|| {
+    };
+    // Without a name it has the mode of any new file. Where a system shows what a process has open, that would say who may read it.
+    #[cfg(unix)]
+    let file = file.and_then(|file| {
+        use std::os::unix::fs::PermissionsExt;
+        file.set_permissions(std::fs::Permissions::from_mode(0o600)).map(|()| file)
+    });
+    file.with_context(|| {
         format!("{}: cannot write a temporary file\nhint: TMPDIR names another directory for them", place.display())
     })
 }

@@ -367,7 +367,8 @@ local function by_sentences()
   for _, task in tasks do
     if task.question then continue end
     local names, lines = task.language.names, { task.language.ask, "" }
-    for _, example in task.language.examples do
+    for number, example in task.language.examples do
+      if number > params.examples then break end
       for part, name in names do table.insert(lines, ("%s: %s"):format(name, example[part])) end
       table.insert(lines, "")
     end

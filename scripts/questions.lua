@@ -350,7 +350,7 @@ local function by_sentences()
     local number = 0
     for place, sentence in sentences_of(row.text) do
       local _, count = words(sentence)
-      if number < params.questions and count >= 3 and #sentence <= 300 then
+      if number < params.questions and count >= 3 and #sentence <= 300 and not sentence:find("```", 1, true) then
         number += 1
         local task = { row = row, sentence = sentence, topic = topic, language = language }
         if language == LANGUAGES.en then

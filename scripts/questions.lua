@@ -138,7 +138,7 @@ local function problem_of(question)
   if marks > 1 then return "is several questions" end
   if #question > 300 then return "is too long" end
   local lower = " " .. question:lower()
-  for _, word in { " text", " passage", " sentence", " abschnitt", " satz ", " texto", " frase ", " texte", " phrase", " author", " autor", " topic" } do
+  for _, word in { " text", " passage", " sentence", " abschnitt", " satz ", " texto", " frase ", " texte", " phrase", " author", " autor", " topic", " question" } do
     if lower:find(word, 1, true) then return "speaks of the text" end
   end
   local _, count = words(question)

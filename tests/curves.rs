@@ -16,7 +16,7 @@ fn examples(micro_batch: &Value) -> Result<Vec<Example>> {
     let rows = rows.iter().map(|row| {
         let ids = serde_json::from_value(row["ids"].clone())?;
         let trained = serde_json::from_value(row["trained"].clone())?;
-        Ok(Example { ids, trained, line: 0 })
+        Ok(Example::new(ids, trained, 0))
     });
     rows.collect()
 }

@@ -295,7 +295,7 @@ const STRATEGIES: [(&str, &str, &str); 7] = [
 
 #[test]
 fn every_strategy_trains_every_family() -> Result<()> {
-    let trained = |ids: std::ops::Range<u32>| Example { trained: vec![true; ids.len()], ids: ids.collect(), line: 0 };
+    let trained = |ids: std::ops::Range<u32>| Example::new(ids.clone().collect(), vec![true; ids.len()], 0);
     let rows = [trained(3..40), trained(50..57)];
     for family in FAMILIES.iter() {
         for (strategy, options, words) in STRATEGIES {
@@ -331,7 +331,7 @@ fn every_family_learns_as_in_peft() -> Result<()> {
     let rows: Vec<Vec<Value>> = serde_json::from_str(&std::fs::read_to_string(fixture("families/rows.json"))?)?;
     let example = |row: &Value| -> Result<Example> {
         let ids = serde_json::from_value(row["ids"].clone())?;
-        Ok(Example { ids, trained: serde_json::from_value(row["trained"].clone())?, line: 0 })
+        Ok(Example::new(ids, serde_json::from_value(row["trained"].clone())?, 0))
     };
     let steps = rows.iter().map(|rows| rows.iter().map(example).collect()).collect::<Result<Vec<Vec<Example>>>>()?;
     for family in FAMILIES.iter().filter(|family| family.peft) {

@@ -62,7 +62,7 @@ fn the_divergence_is_transformers() -> Result<()> {
         curve["steps"][0]["micro_batches"].as_array().context("batches")?.iter().flat_map(|rows| rows.as_array());
     let rows = rows.flatten().map(|row| {
         let ids = serde_json::from_value(row["ids"].clone())?;
-        Ok(Example { ids, trained: serde_json::from_value(row["trained"].clone())?, line: 0 })
+        Ok(Example::new(ids, serde_json::from_value(row["trained"].clone())?, 0))
     });
     let rows = rows.collect::<Result<Vec<_>>>()?;
     let adaptation = AdapterFiles::read(&dir.join("trained"))?.adapt(&model, false)?;

@@ -28,8 +28,8 @@ pub fn shaken(strategy: &str, options: &Value, model: &BaseModel) -> Result<Adap
 pub fn rows(model: &BaseModel) -> Vec<Example> {
     let mut rows = examples(model, 7, 2);
     let long = 97.min(model.architecture.max_position_embeddings);
-    rows.push(Example { ids: (0..long as u32).collect(), trained: (0..long).map(|t| t % 3 > 0).collect(), line: 0 });
-    rows.push(Example { ids: vec![5, 9], trained: vec![false, true], line: 0 });
+    rows.push(Example::new((0..long as u32).collect(), (0..long).map(|t| t % 3 > 0).collect(), 0));
+    rows.push(Example::new(vec![5, 9], vec![false, true], 0));
     rows
 }
 
@@ -178,10 +178,12 @@ fn rows_of_a_pass_do_not_see_each_other() -> Result<()> {
         let model = model(name)?;
         let adaptation = shaken("lora", &options, &model)?;
         let all = rows(&model);
-        let silent = |example: &Example, shift: u32| Example {
-            ids: example.ids.iter().map(|id| (id + shift) % model.architecture.vocab_size as u32).collect(),
-            trained: vec![false; example.ids.len()],
-            line: 0,
+        let silent = |example: &Example, shift: u32| {
+            Example::new(
+                example.ids.iter().map(|id| (id + shift) % model.architecture.vocab_size as u32).collect(),
+                vec![false; example.ids.len()],
+                0,
+            )
         };
         for compute in [Compute::F32, Compute::Bf16] {
             for watched in [0, 4, 7] {

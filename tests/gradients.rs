@@ -69,10 +69,12 @@ fn check(model: &BaseModel, adaptation: &Adaptation, spoil: impl Fn(Tensor) -> R
 /// Two batches, three rows, of unequal lengths and masks.
 fn rows(model: &BaseModel) -> Vec<Batch> {
     let mut stream = Stream::new(3, 0);
-    let mut example = |length: usize| Example {
-        ids: (0..length).map(|_| stream.below(model.architecture.vocab_size) as u32).collect(),
-        trained: (0..length).map(|t| t > 0 && t % 3 != 1).collect(),
-        line: 0,
+    let mut example = |length: usize| {
+        Example::new(
+            (0..length).map(|_| stream.below(model.architecture.vocab_size) as u32).collect(),
+            (0..length).map(|t| t > 0 && t % 3 != 1).collect(),
+            0,
+        )
     };
     let [a, b, c] = [example(7), example(4), example(9)];
     vec![Batch::of_examples([(0, &a), (1, &b)]), Batch::of_examples([(2, &c)])]

@@ -23,7 +23,7 @@ pub fn examples(model: &BaseModel, count: usize, seed: u64) -> Vec<Example> {
         let length = 2 + stream.below(30);
         let mut trained: Vec<bool> = (0..length).map(|t| t > 0 && stream.below(4) == 0).collect();
         trained[length - 1] = true;
-        Example { ids: (0..length).map(|_| stream.below(vocab) as u32).collect(), trained, line: 0 }
+        Example::new((0..length).map(|_| stream.below(vocab) as u32).collect(), trained, 0)
     };
     (0..count).map(example).collect()
 }
@@ -151,7 +151,7 @@ fn accumulation_changes_nothing() -> Result<()> {
     let model = model("llama")?;
     let adaptation = adapt("lora", &json!({"r": 3, "lora_dropout": 0.25}), &model, 3)?;
     let mut rows = examples(&model, 8, 2);
-    rows[3] = Example { ids: (0..97).collect(), trained: (0..97).map(|t| t > 0).collect(), line: 0 };
+    rows[3] = Example::new((0..97).collect(), (0..97).map(|t| t > 0).collect(), 0);
     let config = TrainConfig::default();
     let gradients = |batch_size: usize| -> Result<(f64, Vec<f64>)> {
         let numbered: Vec<(u32, &Example)> = (0..).zip(&rows).collect();

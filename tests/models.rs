@@ -124,7 +124,7 @@ fn a_sequence_answers_the_same_whatever_shares_its_batch() -> Result<()> {
     use homeroom_engine::data::Example;
     let model = model("llama")?;
     let pass = Pass::evaluation(&model, None);
-    let example = |ids: &[u32]| Example { ids: ids.to_vec(), trained: vec![true; ids.len()], line: 0 };
+    let example = |ids: &[u32]| Example::new(ids.to_vec(), vec![true; ids.len()], 0);
     let (mine, other) = (example(&[1, 40, 41, 42, 43, 9]), example(&[7, 8, 9, 10, 11, 12, 13]));
     let last = |examples: &[&Example], row: usize| -> Result<Vec<f32>> {
         let logits = pass.logits(&Batch::of_examples(examples.iter().map(|example| (0, *example))))?;

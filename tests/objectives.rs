@@ -46,8 +46,8 @@ fn groups(model: &BaseModel, kind: Kind) -> Result<Vec<Group>> {
         on_long_row: OnLongRow::Refuse,
     };
     let files = [Source::file(fixture(file))];
-    let mut groups = load_groups(&files, &Reading::default(), encoder, kind.rows(), kind.name())?.examples;
-    kind.mark(&mut groups);
+    let mark = |groups: &mut [Group]| kind.mark(groups);
+    let mut groups = load_groups(&files, &Reading::default(), encoder, kind.rows(), kind.name(), mark)?.examples;
     groups.truncate(11);
     Ok(groups)
 }

@@ -916,3 +916,66 @@ fn an_interrupted_pipeline_ends_after_its_step() -> Result<()> {
     assert!(Path::new(&kept).join("adapter_model.safetensors").exists());
     Ok(())
 }
+
+/// Answers that came before one failed are paid for: the same script again asks for the others alone.
+#[test]
+fn answers_that_came_before_a_failure_are_not_asked_for_again() -> Result<()> {
+    use std::io::{Read, Write};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    let (asked, works) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (counted, switched) = (asked.clone(), works.clone());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (counted, switched) = (counted.clone(), switched.clone());
+            std::thread::spawn(move || -> Result<()> {
+                let mut stream = stream?;
+                let mut request = String::new();
+                let mut buffer = [0; 4096];
+                // The prompt is the last thing that is looked for.
+                while !["one?", "two?", "bad?"].iter().any(|prompt| request.contains(prompt)) {
+                    let read = stream.read(&mut buffer)?;
+                    if read == 0 {
+                        return Ok(());
+                    }
+                    request.push_str(&String::from_utf8_lossy(&buffer[..read]));
+                }
+                counted.fetch_add(1, Ordering::SeqCst);
+                let is_bad = request.contains("bad?") && !switched.load(Ordering::SeqCst);
+                if is_bad {
+                    // The others have their answers by then.
+                    std::thread::sleep(std::time::Duration::from_millis(1500));
+                }
+                let word = if request.contains("one?") { "1" } else { "2" };
+                let body = json!({"choices": [{"index": 0, "message": {"content": word}, "finish_reason": "stop"}]});
+                let (status, body) = match is_bad {
+                    true => ("400 Bad Request", json!({"error": {"message": "no"}})),
+                    false => ("200 OK", body),
+                };
+                let head = format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n");
+                stream.write_all(format!("{head}{body}").as_bytes())?;
+                Ok(())
+            });
+        }
+    });
+    let place = Place::new()?;
+    std::fs::create_dir_all(place.home())?;
+    let handlers =
+        format!("[handlers.mock]\nkind = \"openai\"\nbase_url = \"http://127.0.0.1:{port}/v1\"\nmodel = \"m\"\n");
+    std::fs::write(place.home().join("handlers.toml"), handlers)?;
+    let script =
+        "return homeroom.generate { handler = params.answers, prompts = { \"one?\", \"two?\", \"bad?\", \"one?\" } }";
+    let failed = place.run(script, &["--set", "answers=mock", "--json"])?;
+    assert_eq!(failed.status.code(), Some(1), "{}", stderr(&failed));
+    assert!(stderr(&failed).contains("generate: prompt 3: "), "{}", stderr(&failed));
+    assert_eq!(asked.load(Ordering::SeqCst), 4);
+    works.store(true, Ordering::SeqCst);
+    let again = place.run(script, &["--set", "answers=mock", "--json"])?;
+    ensure!(again.status.success(), "{}", stderr(&again));
+    assert_eq!(serde_json::from_slice::<Value>(&again.stdout)?, json!(["1", "2", "2", "1"]));
+    assert!(stderr(&again).contains("3 of 4 answers were kept"), "{}", stderr(&again));
+    assert_eq!(asked.load(Ordering::SeqCst), 5);
+    Ok(())
+}

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::data::report::{Files, Part, Report, Survey};
+use homeroom_engine::data::report::{Files, PLACES_NAMED, Part, Report, Survey};
 use homeroom_engine::data::{Reading, Source, Sources};
 use serde_json::{Value, json};
 
@@ -21,7 +21,8 @@ fn write(place: &Place, name: &str, rows: &[planted::Row]) -> Result<std::path::
 }
 
 fn report(training: &Path, held_out: Option<&Path>) -> Result<Report> {
-    let survey = Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, check: &|| Ok(()) };
+    let survey =
+        Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, named: PLACES_NAMED, check: &|| Ok(()) };
     let sources = |path: Option<&Path>| -> Result<Vec<Source>> {
         let paths: Vec<_> = path.into_iter().map(Path::to_owned).collect();
         Ok(Sources::of(&paths, Source::standard_input)?.files)
@@ -319,5 +320,47 @@ fn a_script_gets_the_report_and_takes_personal_data_out() -> Result<()> {
     ] {
         assert!(stderr.contains(words), "no {words:?} in\n{stderr}");
     }
+    Ok(())
+}
+
+/// Full stops and who is held out: each is told once, wherever it stands.
+#[test]
+fn rows_that_differ_in_a_full_stop_are_told_once_and_conflicts_of_held_out_rows_are_told() -> Result<()> {
+    let place = Place::new()?;
+    let said = |asked: &str, answer: &str| format!("{}\n", json!({"prompt": asked, "completion": answer}));
+    let long = "the water of the lake is cold in winter and warm in summer";
+    let train = [said("Why is it cold?", long), said("Why is it cold?", &format!("{long}.")), said("Name one.", "a")];
+    let train = place.write("train.jsonl", train.concat())?;
+    let held_out = [said("Two or three?", "two"), said("Two or three?", "three"), said("Name another.", "b")];
+    let held_out = place.write("eval.jsonl", held_out.concat())?;
+    let found = found(&report(&train, Some(&held_out))?);
+    let expected =
+        BTreeMap::from([("duplicates", BTreeSet::from([(false, 2)])), ("conflicts", BTreeSet::from([(true, 2)]))]);
+    assert_eq!(found, expected);
+    Ok(())
+}
+
+/// Rows beyond the limit are rows that were read, and who reads JSON gets every line, with its file.
+#[test]
+fn json_of_a_preview_names_every_row_in_its_file_and_counts_those_left_out() -> Result<()> {
+    let place = Place::new()?;
+    let said = |number: usize| format!("{}\n", json!({"prompt": format!("n{number}?"), "completion": "x@school.org"}));
+    let a = place.write("a.jsonl", (0..7).map(said).collect::<String>())?;
+    let long = json!({"prompt": "words ".repeat(300), "completion": "many"});
+    let b = place.write("b.jsonl", (7..13).map(said).collect::<String>() + &format!("{long}\n"))?;
+    let mut preview = homeroom();
+    preview.arg("preview").args([&a, &b]).arg("--model-name").arg(fixture("models/llama"));
+    preview.args(["--max-seq-len", "200", "--on-long-row", "skip", "--json"]);
+    let printed = printed_json(&run(&mut preview)?)?;
+    let report = &printed["report"];
+    assert_eq!((&report["rows"], &report["skipped"]), (&json!(14), &json!(1)));
+    let finding = |check: &str| {
+        let all = report["findings"].as_array().into_iter().flatten();
+        all.into_iter().find(|finding| finding["check"] == check).cloned().unwrap_or_default()
+    };
+    let rows = finding("email")["rows"].as_array().cloned().unwrap_or_default();
+    assert_eq!(rows.len(), 13);
+    assert_eq!(rows[12]["in_file"], json!({"file": b, "line": 6}));
+    assert_eq!(finding("skipped")["rows"][0]["in_file"], json!({"file": b, "line": 7}));
     Ok(())
 }

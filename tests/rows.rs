@@ -347,10 +347,6 @@ fn what_is_no_file_of_rows_is_refused_with_what_to_do() -> Result<()> {
             "an Excel workbook\nhint: open it in a spreadsheet program and save the sheet as “CSV UTF-8”",
         ),
         ("train.parquet", "a Parquet file, which is not read\nhint: "),
-        (
-            "windows-1252.csv",
-            "line 2 has the byte 0xD6, `Ö` in Windows-1252, which is not UTF-8\nhint: save the table again",
-        ),
         ("story.txt", "plain text, not rows\nhint: write a table"),
     ] {
         let path = fixture("rows/people").join(file);

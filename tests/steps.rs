@@ -361,8 +361,16 @@ fn a_run_that_was_killed_goes_on_where_it_was() -> Result<()> {
     }
     child.kill()?;
     child.wait()?;
+    // Templates say on, whenever it goes on, what they said when it was begun.
+    let said = killed.home().join("runs/s-1/trainings/2/training.json");
+    let mut begun: Value = serde_json::from_slice(&std::fs::read(&said)?)?;
+    assert!(begun["clock"].is_i64(), "{begun}");
+    begun["clock"] = json!(1_000_000_007);
+    std::fs::write(&said, begun.to_string())?;
     let (result, story) = ran(&killed.run(&script, &["--json"])?)?;
     assert_eq!(result, expected);
+    let ended: Value = serde_json::from_slice(&std::fs::read(&said)?)?;
+    assert_eq!(ended["clock"], begun["clock"]);
     for told in ["goes on   in run s-1", "stage 1   from run s-1, ", "goes on   after step "] {
         assert!(story.contains(told), "{told}: {story}");
     }

@@ -272,7 +272,7 @@ fn a_native_codec_stores_the_base_and_trains_on_it() -> Result<()> {
     let adaptation = shake(Adaptation::new(&stored, plan.clone(), 1)?)?;
     let floats_plan = homeroom_abi::plan::Plan { stored_natively: Default::default(), ..plan };
     let on_floats = shake(Adaptation::new(&as_floats, floats_plan, 1)?)?;
-    let rows = Example { ids: vec![1, 5, 9, 30, 4, 17, 2], trained: vec![true; 7], line: 0 };
+    let rows = Example::new(vec![1, 5, 9, 30, 4, 17, 2], vec![true; 7], 0);
     for compute in [Compute::Plain, Compute::F32] {
         let config = TrainConfig { compute, ..TrainConfig::default() };
         let batch = || Batch::of_examples([(0, &rows)]);

@@ -332,8 +332,9 @@ fn rows(place: &Place) -> Result<Vec<Seed<'_>>> {
                 on_long_row: OnLongRow::Skip,
             };
             let files = [Source::file(&copy)];
-            let read =
-                |kind: RowKind, name: &str| load_groups(&files, &Reading::default(), encoder(), kind, name).map(drop);
+            let read = |kind: RowKind, name: &str| {
+                load_groups(&files, &Reading::default(), encoder(), kind, name, |_| ()).map(drop)
+            };
             read(RowKind::Demonstration, "sft").or_else(|_| read(RowKind::Preference, "dpo"))
         };
         let bytes = fs::read(&path)?;

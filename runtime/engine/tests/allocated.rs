@@ -131,7 +131,7 @@ fn both(
     let mut run = Run::new(&model, &adaptation, &config, 2);
     let ids: Vec<u32> = (0..row_tokens as u32).map(|id| id * 7 % 256).collect();
     let examples: Vec<Example> =
-        (0..batch_size).map(|_| Example { ids: ids.clone(), trained: vec![true; row_tokens], line: 0 }).collect();
+        (0..batch_size).map(|_| Example::new(ids.clone(), vec![true; row_tokens], 0)).collect();
     let units: Vec<Unit> = (0..).zip(&examples).map(|(number, example)| Unit::of(number, example)).collect();
     let batches = Batch::packed(&units, pass_rows(&model));
     MOST.store(0, Ordering::Relaxed);

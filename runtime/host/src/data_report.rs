@@ -116,6 +116,9 @@ pub fn rows(report: &Report) -> String {
     if report.refused > 0 {
         let _ = write!(words, ", {} refused", thousands(report.refused));
     }
+    if report.skipped > 0 {
+        let _ = write!(words, ", {} left out as too long", thousands(report.skipped));
+    }
     let forms: Vec<String> = report
         .forms
         .iter()

@@ -324,9 +324,7 @@ pub fn load_rows(
     objective: Kind,
 ) -> Result<Dataset<Group>> {
     let encoder = encoder(model, max_seq_len, on_long_row)?;
-    let mut data = load_groups(sources, reading, encoder, objective.rows(), objective.name())?;
-    objective.mark(&mut data.examples);
-    Ok(data)
+    load_groups(sources, reading, encoder, objective.rows(), objective.name(), |groups| objective.mark(groups))
 }
 
 /// Reads and encodes files of answers to imitate, on which a model is measured by what messages call `measurer`.
@@ -342,9 +340,7 @@ pub fn load_measured(
     measurer: &str,
 ) -> Result<Dataset<Group>> {
     let encoder = encoder(model, max_seq_len, on_long_row)?;
-    let mut data = load_groups(sources, reading, encoder, Kind::Sft.rows(), measurer)?;
-    Kind::Sft.mark(&mut data.examples);
-    Ok(data)
+    load_groups(sources, reading, encoder, Kind::Sft.rows(), measurer, |groups| Kind::Sft.mark(groups))
 }
 
 #[cfg(test)]

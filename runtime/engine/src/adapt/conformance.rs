@@ -140,10 +140,12 @@ fn shaken(adaptation: Adaptation) -> Result<Adaptation> {
 /// Two sequences of unequal lengths and masks.
 fn rows() -> Vec<Batch> {
     let mut stream = Stream::new(3, 0);
-    let mut example = |length: usize| Example {
-        ids: (0..length).map(|_| stream.below(VOCABULARY) as u32).collect(),
-        trained: (0..length).map(|t| t > 0 && t % 3 != 1).collect(),
-        line: 0,
+    let mut example = |length: usize| {
+        Example::new(
+            (0..length).map(|_| stream.below(VOCABULARY) as u32).collect(),
+            (0..length).map(|t| t > 0 && t % 3 != 1).collect(),
+            0,
+        )
     };
     let [a, b] = [example(7), example(4)];
     vec![Batch::of_examples([(0, &a), (1, &b)])]

@@ -1,5 +1,8 @@
 //! The examples of files.
 
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
@@ -10,9 +13,11 @@ use super::encode::Encoder;
 use super::example::Example;
 use super::group::Group;
 use super::order;
+use super::ordered::in_order;
 use super::problem::{Problem, Problems, TOO_LONG, thousands};
 use super::read::{OnBadRow, Reading, Recognised, Source, read_rows};
 use super::row::{Row, RowFormat, RowKind};
+use super::tokens::Keeper;
 
 /// The examples of files, or their groups.
 #[derive(Clone, Debug)]
@@ -53,67 +58,210 @@ pub struct FileOfRows {
 /// When a file cannot be read, holds no rows, or any row is refused: one message tells all problems by line.
 #[cfg(test)]
 pub(super) fn load_examples(sources: &[Source], reading: &Reading, encoder: Encoder) -> Result<Dataset> {
-    let endless = |examples: &Vec<Example>| encoder.count_endless(examples);
-    let examples = |line, row: &Row| encoder.examples(line, row);
-    load(sources, reading, &encoder, RowKind::Demonstration, examples, endless)
+    load_examples_keeping(sources, reading, encoder, Keeper::default())
 }
 
-/// Reads files and encodes their rows as what `objective`, which learns from rows of one kind, weighs together. The name of another
-/// thing, which measures such rows, is for messages.
+#[cfg(test)]
+pub(super) fn load_examples_keeping(
+    sources: &[Source],
+    reading: &Reading,
+    encoder: Encoder,
+    keeper: Keeper,
+) -> Result<Dataset> {
+    let examples = |line, row: &Row| encoder.examples(line, row);
+    load(sources, reading, &encoder, RowKind::Demonstration, examples, keeper)
+}
+
+/// Reads files and encodes their rows, by all threads, as what `objective`, which learns from rows of one kind, weighs together. The name
+/// of another thing, which measures such rows, is for messages. `mark` says what is trained of a row, where that is another part than its
+/// answers. Tokens of large files are spilled.
 ///
 /// # Errors
-/// When a file cannot be read, holds no rows, or any row is refused or of another kind: one message tells all problems by line.
+/// When a file cannot be read, holds no rows, or any row is refused or of another kind: one message tells all problems by line. When
+/// there is no room for the tokens.
 pub fn load_groups(
     sources: &[Source],
     reading: &Reading,
     encoder: Encoder,
     kind: RowKind,
     objective: &str,
+    mark: impl Fn(&mut [Group]) + Sync,
 ) -> Result<Dataset<Group>> {
-    let endless = |groups: &Vec<Group>| groups.iter().map(|group| encoder.count_endless(&group.sequences)).sum();
-    let groups = |line, row: &Row| kind.check(row.kind(), objective).and_then(|()| encoder.groups(line, row));
-    load(sources, reading, &encoder, kind, groups, endless)
+    let groups = |line, row: &Row| {
+        let mut made = kind.check(row.kind(), objective).and_then(|()| encoder.groups(line, row))?;
+        made.iter_mut().for_each(|(groups, _)| mark(groups));
+        Ok(made)
+    };
+    load(sources, reading, &encoder, kind, groups, Keeper::default())
 }
 
-fn load<T>(
+/// Rows as tokens.
+pub struct EncodedRows {
+    /// What they become, in their order.
+    pub groups: Vec<Group>,
+    /// As [`Dataset::digest`].
+    pub digest: String,
+    /// Rows left out because they were too long.
+    pub skipped: usize,
+    /// Examples cut because they were too long.
+    pub truncated: usize,
+    /// As [`Dataset::endless`].
+    pub endless: usize,
+}
+
+impl EncodedRows {
+    /// Tokens of all examples.
+    pub fn tokens(&self) -> usize {
+        self.groups.iter().flat_map(|group| &group.sequences).map(|example| example.ids.len()).sum()
+    }
+}
+
+/// Encodes the texts of rows that were read, as [`load_groups`] does; each comes with its line. Calls `refused` with the place of each
+/// row among them that is.
+///
+/// # Errors
+/// Those of `texts`, and when there is no room for the tokens.
+pub fn encode_texts(
+    texts: impl Iterator<Item = Result<(usize, String)>>,
+    encoder: Encoder,
+    kind: RowKind,
+    objective: &str,
+    mark: impl Fn(&mut [Group]) + Sync,
+    mut refused: impl FnMut(usize, Problem),
+) -> Result<EncodedRows> {
+    let mut gathered = Gathered::default();
+    let work = |(place, line, text): (usize, usize, String)| {
+        let made = super::check_row_for(&text, kind, objective).and_then(|row| {
+            let mut made = encoder.groups(line, &row)?;
+            made.iter_mut().for_each(|(groups, _)| mark(groups));
+            Ok(EncodedRow::of(text, made, &encoder))
+        });
+        (place, made)
+    };
+    let take = |(place, made)| match made {
+        Ok(row) => gathered.take(row, None),
+        Err(problem) => {
+            refused(place, problem);
+            Ok(())
+        }
+    };
+    in_order(work, take, |give| {
+        texts.enumerate().try_for_each(|(place, text)| {
+            let (line, text) = text?;
+            let bytes = text.len();
+            give((place, line, text), bytes)
+        })
+    })?;
+    gathered.keeper.finish()?;
+    let Gathered { examples: groups, hasher, skipped, truncated, endless, .. } = gathered;
+    Ok(EncodedRows { groups, digest: digest(hasher), skipped, truncated, endless })
+}
+
+/// A row as what it becomes.
+struct EncodedRow<T> {
+    text: String,
+    /// With how many of them were cut; `None`: it is left out as too long.
+    kept: Option<(Vec<T>, usize)>,
+    /// How many of them have no end, if none was cut.
+    endless: usize,
+}
+
+impl<T: OfLine> EncodedRow<T> {
+    fn of(text: String, kept: Option<(Vec<T>, usize)>, encoder: &Encoder) -> Self {
+        let endless = match &kept {
+            Some((examples, 0)) => {
+                let examples = examples.iter().flat_map(OfLine::examples);
+                examples.filter(|example| encoder.is_endless(example)).count()
+            }
+            _ => 0,
+        };
+        Self { text, kept, endless }
+    }
+}
+
+/// What becomes of all rows.
+struct Gathered<T> {
+    examples: Vec<T>,
+    keeper: Keeper,
+    hasher: Sha256,
+    skipped: usize,
+    truncated: usize,
+    endless: usize,
+}
+
+impl<T> Default for Gathered<T> {
+    fn default() -> Self {
+        let (examples, keeper, hasher) = (Vec::new(), Keeper::default(), Sha256::new());
+        Self { examples, keeper, hasher, skipped: 0, truncated: 0, endless: 0 }
+    }
+}
+
+impl<T: OfLine> Gathered<T> {
+    /// Takes the next row. `size`: of the files, where that is known.
+    fn take(&mut self, row: EncodedRow<T>, size: Option<&Size>) -> Result<()> {
+        self.hasher.update(row.text.as_bytes());
+        self.hasher.update(b"\n");
+        let Some((mut kept, cut)) = row.kept else {
+            self.skipped += 1;
+            return Ok(());
+        };
+        self.truncated += cut;
+        self.endless += row.endless;
+        kept.iter_mut().flat_map(OfLine::examples_mut).try_for_each(|example| self.keeper.take(example))?;
+        if let Some(size) = size {
+            size.make_room(&mut self.examples, kept.len());
+        }
+        self.examples.append(&mut kept);
+        Ok(())
+    }
+}
+
+fn digest(hasher: Sha256) -> String {
+    let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{hex}")
+}
+
+fn load<T: OfLine + Send>(
     sources: &[Source],
     reading: &Reading,
     encoder: &Encoder,
     kind: RowKind,
-    encode: impl Fn(usize, &Row) -> Result<Option<(Vec<T>, usize)>, Problem>,
-    count_endless: impl Fn(&Vec<T>) -> usize,
+    encode: impl Fn(usize, &Row) -> Result<Option<(Vec<T>, usize)>, Problem> + Sync,
+    keeper: Keeper,
 ) -> Result<Dataset<T>> {
-    let (mut examples, mut files, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut rows, mut skipped, mut truncated, mut endless, mut before) = (0, 0, 0, 0, 0);
-    let mut hasher = Sha256::new();
+    let (mut files, mut left_out) = (Vec::new(), Vec::new());
+    let (mut rows, mut before) = (0, 0);
+    let mut gathered = Gathered { keeper, ..Gathered::default() };
+    let size = Size::of(sources);
     of_all(sources, |source| {
         // What is too long is not bad: `on_long_row` says what becomes of it.
         let (mut bad, mut long) = (Problems::by("line"), Problems::by("line"));
-        let recognised = read_rows(&source.name, source.open()?, reading, Some(kind), &mut |number, row| {
-            let encoded = row.and_then(|(text, row)| Ok((text, encode(before + number, &row)?)));
-            let (text, encoded) = match encoded {
-                Ok(encoded) => encoded,
-                Err(problem) => {
-                    let is_long = problem.kind == TOO_LONG && reading.on_bad_row == OnBadRow::Skip;
-                    if is_long {
-                        long.add(number, problem)
-                    } else {
-                        bad.add(number, problem)
-                    }
-                    return Ok(());
+        let work = |(number, row): (usize, Result<(String, Row), Problem>)| {
+            let made = row.and_then(|(text, row)| {
+                let kept = encode(before + number, &row)?;
+                Ok(EncodedRow::of(text, kept, encoder))
+            });
+            (number, made)
+        };
+        let take = |(number, made): (usize, Result<EncodedRow<T>, Problem>)| match made {
+            Ok(row) => gathered.take(row, Some(&size)),
+            Err(problem) => {
+                let is_long = problem.kind == TOO_LONG && reading.on_bad_row == OnBadRow::Skip;
+                if is_long {
+                    long.add(number, problem)
+                } else {
+                    bad.add(number, problem)
                 }
-            };
-            hasher.update(text.as_bytes());
-            hasher.update(b"\n");
-            match encoded {
-                None => skipped += 1,
-                Some((mut kept, cut)) => {
-                    truncated += cut;
-                    endless += if cut == 0 { count_endless(&kept) } else { 0 };
-                    examples.append(&mut kept);
-                }
+                Ok(())
             }
-            Ok(())
+        };
+        let file = size.counting(source.open()?);
+        let recognised = in_order(work, take, |give| {
+            read_rows(&source.name, file, reading, Some(kind), &mut |number, row| {
+                let row = row.map(|(text, row)| (text.into_owned(), row));
+                let bytes = row.as_ref().map_or(0, |(text, _)| text.len());
+                give((number, row), bytes)
+            })
         })?;
         let name = &source.name;
         long.settle(name, recognised.unit, recognised.rows, OnBadRow::Refuse)?;
@@ -125,6 +273,8 @@ fn load<T>(
         before += last;
         Ok(())
     })?;
+    gathered.keeper.finish()?;
+    let Gathered { examples, hasher, skipped, truncated, endless, .. } = gathered;
     ensure!(
         !examples.is_empty(),
         "{}: no rows left, all {} are longer than {} tokens\nhint: allow more with a larger `--max-seq-len`",
@@ -133,9 +283,49 @@ fn load<T>(
         thousands(encoder.max_seq_len)
     );
     let format = files.iter().find_map(|file| file.recognised.format).expect("a row without problems has a format");
-    let hex: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    let digest = format!("sha256:{hex}");
-    Ok(Dataset { examples, digest, format, files, left_out, skipped, truncated, endless })
+    Ok(Dataset { examples, digest: digest(hasher), format, files, left_out, skipped, truncated, endless })
+}
+
+/// How much there is to read, and how much of it was.
+struct Size {
+    bytes: u64,
+    read: Cell<u64>,
+}
+
+/// A file whose bytes are counted while they are read.
+struct Counting<'s> {
+    file: File,
+    size: &'s Size,
+}
+
+impl Size {
+    fn of(sources: &[Source]) -> Self {
+        let bytes = |source: &Source| source.open().ok()?.metadata().ok().map(|about| about.len());
+        Self { bytes: sources.iter().filter_map(bytes).sum(), read: Cell::new(0) }
+    }
+
+    fn counting(&self, file: File) -> Counting<'_> {
+        Counting { file, size: self }
+    }
+
+    /// Makes room for `more` values, at once for all that are to come where there are many: a list that doubles takes three times its
+    /// memory meanwhile.
+    fn make_room<T>(&self, values: &mut Vec<T>, more: usize) {
+        const MANY: usize = 1 << 14;
+        if values.len() < MANY || values.len() + more <= values.capacity() {
+            return;
+        }
+        let all = values.len() as f64 * self.bytes as f64 / self.read.get().max(1) as f64;
+        values.reserve_exact(more.max((1.02 * all) as usize - values.len().min((1.02 * all) as usize)));
+    }
+}
+
+impl Read for Counting<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.size.read.set(self.size.read.get() + read as u64);
+        Ok(read)
+    }
 }
 
 impl<T> Dataset<T> {
@@ -174,17 +364,39 @@ impl<T> Dataset<T> {
 pub trait OfLine {
     /// The line, counted from 1.
     fn line(&self) -> usize;
+
+    /// Its sequences.
+    fn examples(&self) -> &[Example];
+
+    /// The same, to be put elsewhere.
+    fn examples_mut(&mut self) -> &mut [Example];
 }
 
 impl OfLine for Example {
     fn line(&self) -> usize {
         self.line
     }
+
+    fn examples(&self) -> &[Example] {
+        std::slice::from_ref(self)
+    }
+
+    fn examples_mut(&mut self) -> &mut [Example] {
+        std::slice::from_mut(self)
+    }
 }
 
 impl OfLine for Group {
     fn line(&self) -> usize {
         self.sequences.first().map_or(0, |example| example.line)
+    }
+
+    fn examples(&self) -> &[Example] {
+        &self.sequences
+    }
+
+    fn examples_mut(&mut self) -> &mut [Example] {
+        &mut self.sequences
     }
 }
 

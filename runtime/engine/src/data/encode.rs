@@ -88,11 +88,7 @@ impl Encoder<'_> {
             let known = self.tokenizer.check_embedded(ids, self.embeddings);
             known.map_err(|error| Problem::new(NO_EMBEDDING, error.to_string()))?;
         }
-        let examples = sequences.into_iter().map(|(mut ids, mut trained)| {
-            ids.shrink_to_fit();
-            trained.shrink_to_fit();
-            Example { ids, trained, line }
-        });
+        let examples = sequences.into_iter().map(|(ids, trained)| Example::new(ids, trained, line));
         Ok(Some((examples.collect(), cut)))
     }
 
@@ -102,10 +98,11 @@ impl Encoder<'_> {
     /// are: a special token in `text` is that token, and one tokenisation covers prompt and completion.
     fn encode(&self, row: &Row) -> Result<Vec<Sequence>, Problem> {
         let sequences = match row {
-            Row::Messages { messages, tools, documents } => {
-                self.encode_messages(messages, Given { tools: tools.as_ref(), documents: documents.as_ref() })?
+            Row::Messages { messages, tools, documents, variables } => {
+                let (tools, documents, variables) = (tools.as_ref(), documents.as_ref(), variables.as_ref());
+                self.encode_messages(messages, Given { tools, documents, variables })?
             }
-            Row::PromptCompletion { system, prompt, completion, tools } => match self.template {
+            Row::PromptCompletion { system, prompt, completion, tools, variables } => match self.template {
                 Some(_) => {
                     let said = |role: &str, text: &str| serde_json::json!({"role": role, "content": text});
                     let (prompt, completion) = self.without_ends(prompt, completion);
@@ -118,7 +115,8 @@ impl Encoder<'_> {
                     let mut messages = Vec::with_capacity(3);
                     messages.extend(system.as_ref().map(|text| said("system", text)));
                     messages.extend([said("user", prompt), said("assistant", completion)]);
-                    self.encode_messages(&messages, tools.as_ref().into())?
+                    let (tools, variables) = (tools.as_ref(), variables.as_ref());
+                    self.encode_messages(&messages, Given { tools, variables, ..Given::default() })?
                 }
                 None if system.is_some() => {
                     let detail = "`system` needs a chat template, and the model has none";
@@ -126,6 +124,10 @@ impl Encoder<'_> {
                 }
                 None if tools.is_some() => {
                     let detail = "`tools` need a chat template, and the model has none";
+                    return Err(Problem::new(NO_TEMPLATE, detail));
+                }
+                None if variables.is_some() => {
+                    let detail = "`chat_template_kwargs` are for a chat template, and the model has none";
                     return Err(Problem::new(NO_TEMPLATE, detail));
                 }
                 None => vec![self.encode_text(&format!("{prompt}{completion}"), prompt.len())?],
@@ -221,9 +223,9 @@ impl Encoder<'_> {
         Ok((ids, trained))
     }
 
-    /// How many of some examples, none of which was cut, end in a trained turn without an end token: [`end_of_turn`].
-    pub fn count_endless(&self, examples: &[Example]) -> usize {
-        examples.iter().filter(|example| end_of_turn(example, self.tokenizer).is_none()).count()
+    /// Whether an example, which was not cut, ends in a trained turn without an end token: [`end_of_turn`].
+    pub fn is_endless(&self, example: &Example) -> bool {
+        end_of_turn(example, self.tokenizer).is_none()
     }
 
     fn fit(&self, mut sequences: Vec<Sequence>) -> Result<Fitted, Problem> {

@@ -14,6 +14,7 @@ mod group;
 mod json;
 mod names;
 pub mod order;
+mod ordered;
 pub mod preview;
 mod problem;
 mod read;
@@ -22,15 +23,17 @@ mod row;
 mod table;
 #[cfg(test)]
 mod tests;
+mod tokens;
 mod unit;
 
 pub use self::check::{check_rows, read_texts};
 pub use self::columns::{Columns, ROLES, Role};
-pub use self::dataset::{Dataset, FileOfRows, OfLine, load_groups, note_endless};
+pub use self::dataset::{Dataset, EncodedRows, FileOfRows, OfLine, encode_texts, load_groups, note_endless};
 pub use self::encode::{Encoder, OnLongRow, end_of_turn};
 pub use self::example::Example;
-pub use self::group::Group;
+pub use self::group::{Few, Group};
 pub use self::problem::{Problem, Problems};
 pub use self::read::{OnBadRow, Reading, Recognised, Source, Sources, whole_text};
 pub use self::row::{Row, RowFormat, RowKind, check_row, check_row_for};
+pub use self::tokens::{Stored, Tokens};
 pub use self::unit::Unit;

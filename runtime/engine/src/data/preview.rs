@@ -159,7 +159,7 @@ mod tests {
             let ids = tokenizer.encode(text, false).unwrap().ids;
             let mut trained = vec![true; ids.len()];
             trained[0] = false;
-            let example = Example { ids: ids.clone(), trained, line: 1 };
+            let example = Example::new(ids.clone(), trained, 1);
             let whole = pieces(&example, &tokenizer);
             assert_eq!(whole.iter().map(|piece| piece.text.as_str()).collect::<String>(), text);
             assert!(
@@ -169,7 +169,7 @@ mod tests {
             assert_eq!(whole.iter().flat_map(|piece| piece.ids.clone()).collect::<Vec<_>>(), ids);
             // Cut within a character.
             let cut = ids.iter().position(|id| tokenizer.decode(&[*id], false).unwrap().contains('\u{fffd}')).unwrap();
-            let cut = Example { ids: ids[..=cut].to_vec(), trained: vec![false; cut + 1], line: 1 };
+            let cut = Example::new(ids[..=cut].to_vec(), vec![false; cut + 1], 1);
             let last = pieces(&cut, &tokenizer).pop().unwrap();
             assert!(last.bytes && last.text.starts_with("\\xE2"), "{last:?}");
         }
@@ -186,11 +186,8 @@ mod tests {
         let (bos, eos) = (tokenizer.bos_id.unwrap(), tokenizer.eos_ids[0]);
         let word = tokenizer.encode("word", false).unwrap().ids[0];
         let space = tokenizer.encode("\n", false).unwrap().ids[0];
-        let example = |ids: &[u32], from: usize| Example {
-            ids: ids.to_vec(),
-            trained: (0..ids.len()).map(|at| at >= from).collect(),
-            line: 1,
-        };
+        let example =
+            |ids: &[u32], from: usize| Example::new(ids.to_vec(), (0..ids.len()).map(|at| at >= from).collect(), 1);
         assert_eq!(beginning(&example(&[bos, word], 1), &tokenizer), Beginning::Bos);
         assert_eq!(beginning(&example(&[bos, bos, word], 1), &tokenizer), Beginning::Doubled);
         assert_eq!(beginning(&example(&[word], 1), &tokenizer), Beginning::None);

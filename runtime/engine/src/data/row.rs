@@ -8,6 +8,7 @@ use serde_json::{Map, Value as Json, json};
 use super::form::Forms;
 use super::problem::{BAD_ROW, NOTHING, OTHER_OBJECTIVE, OTHER_ROWS, Problem, UNKNOWN_ROW};
 use super::read::Reading;
+use crate::text::template::RESERVED;
 
 /// The roles of a message, as OpenAI names them.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -49,6 +50,8 @@ pub enum Row {
         tools: Option<Json>,
         /// The documents that the assistant may draw on: a list of objects.
         documents: Option<Json>,
+        /// What the chat template reads besides: an object.
+        variables: Option<Json>,
     },
     /// A prompt and its completion, as strings.
     PromptCompletion {
@@ -60,6 +63,8 @@ pub enum Row {
         completion: String,
         /// The tools that the assistant may call, for a model with a chat template.
         tools: Option<Json>,
+        /// What the chat template reads besides: an object.
+        variables: Option<Json>,
     },
     /// Text, all of it learned.
     Text(String),
@@ -236,17 +241,20 @@ pub(super) fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Res
             let messages = with_system(parse_messages("messages", messages)?, parse_system(system)?)?;
             check_order(&messages)?;
             let (tools, documents) = (parse_tools(take("tools"))?, parse_documents(take("documents"))?);
+            let variables = parse_variables(take(VARIABLES))?;
             check_unread(&fields, format, messages.iter().any(is_system))?;
-            Ok(Row::Messages { messages, tools, documents })
+            Ok(Row::Messages { messages, tools, documents, variables })
         }
         RowFormat::PromptCompletion => {
-            let asked = Asked { prompt: take("prompt"), system: take("system"), tools: take("tools") };
+            let (prompt, system, tools) = (take("prompt"), take("system"), take("tools"));
+            let asked = Asked { prompt, system, tools, variables: take(VARIABLES) };
             let row = asked.answered("completion", take("completion"))?;
             check_unread(&fields, format, has_system(&row))?;
             Ok(row)
         }
         RowFormat::Rated => {
-            let asked = Asked { prompt: take("prompt"), system: take("system"), tools: take("tools") };
+            let (prompt, system, tools) = (take("prompt"), take("system"), take("tools"));
+            let asked = Asked { prompt, system, tools, variables: take(VARIABLES) };
             let (completion, label) = (take("completion"), take("label"));
             let Some(label) = rating(&label) else {
                 return Err(format!("label: {label} is no rating; write true or false"));
@@ -262,7 +270,7 @@ pub(super) fn parse_row(mut fields: Map<String, Json>, format: RowFormat) -> Res
             }
             let (prompt, system, tools) = (take("prompt"), take("system"), take("tools"));
             let (prompt, chosen, rejected) = part_prompt(prompt, chosen, rejected)?;
-            let asked = Asked { prompt, system, tools };
+            let asked = Asked { prompt, system, tools, variables: take(VARIABLES) };
             let chosen = asked.clone().answered("chosen", chosen)?;
             let rejected = asked.answered("rejected", rejected)?;
             check_unread(&fields, format, has_system(&chosen))?;
@@ -282,18 +290,20 @@ struct Asked {
     prompt: Json,
     system: Json,
     tools: Json,
+    variables: Json,
 }
 
 impl Asked {
     /// The row of this prompt and a completion, which stands under `key`.
     fn answered(self, key: &str, completion: Json) -> Result<Row, String> {
         let (system, tools) = (parse_system(self.system)?, parse_tools(self.tools)?);
+        let variables = parse_variables(self.variables)?;
         match (self.prompt, completion) {
             (Json::String(prompt), Json::String(completion)) => {
                 if completion.is_empty() {
                     return Err(format!("{NOTHING}: `{key}` is empty"));
                 }
-                Ok(Row::PromptCompletion { system, prompt, completion, tools })
+                Ok(Row::PromptCompletion { system, prompt, completion, tools, variables })
             }
             (prompt @ Json::Array(_), completion @ Json::Array(_)) => {
                 let mut messages = parse_messages("prompt", prompt)?;
@@ -301,7 +311,7 @@ impl Asked {
                     message["weight"] = 0.into();
                 }
                 messages.extend(parse_messages(key, completion)?);
-                Ok(Row::Messages { messages: with_system(messages, system)?, tools, documents: None })
+                Ok(Row::Messages { messages: with_system(messages, system)?, tools, documents: None, variables })
             }
             (prompt, completion) => Err(format!(
                 "`prompt` is {} and `{key}` is {}; both must be strings or both lists of messages",
@@ -368,11 +378,26 @@ fn has_system(row: &Row) -> bool {
     }
 }
 
+/// The key of what a chat template reads besides, as transformers and TRL name it.
+const VARIABLES: &str = "chat_template_kwargs";
+
+/// An empty object is none.
+fn parse_variables(variables: Json) -> Result<Option<Json>, String> {
+    match variables {
+        Json::Null => Ok(None),
+        Json::Object(fields) if fields.is_empty() => Ok(None),
+        Json::Object(fields) => match fields.keys().find(|key| RESERVED.contains(&key.as_str())) {
+            Some(key) => Err(format!("{VARIABLES}: `{key}` is given to the chat template by the row itself")),
+            None => Ok(Some(Json::Object(fields))),
+        },
+        other => Err(format!("{VARIABLES}: {} is not an object", kind_of(&other))),
+    }
+}
+
 /// Keys that change what a row means where others write them, and what to do about them here. Rows of `text` have all in the text.
-const UNREAD: [(&str, &str); 3] = [
+const UNREAD: [(&str, &str); 2] = [
     ("functions", "rename it to `tools`, each being `{\"type\": \"function\", \"function\": …}`"),
     ("system_prompt", "rename it to `system`"),
-    ("chat_template_kwargs", "take it out"),
 ];
 /// The same beside `prompt` and `completion`.
 const UNREAD_BESIDE_PROMPT: [(&str, &str); 6] = [

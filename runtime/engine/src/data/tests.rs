@@ -150,10 +150,9 @@ fn what_would_be_lost_of_a_conversation_is_refused() {
     check(json!({"prompt": "a", "completion": "b", "functions": [{"name": "f"}]}), functions);
     check(json!({"prompt": [talk[0]], "completion": [talk[1]], "functions": [{"name": "f"}]}), functions);
     check(json!({"messages": talk, "system_prompt": "S"}), "`system_prompt` is not read: rename it to `system`");
-    check(
-        json!({"messages": talk, "chat_template_kwargs": {"enable_thinking": false}}),
-        "`chat_template_kwargs` is not read",
-    );
+    let variables = |variables: Json| json!({"messages": talk, "chat_template_kwargs": variables});
+    check(variables(json!([false])), "chat_template_kwargs: a list is not an object");
+    check(variables(json!({"tools": []})), "chat_template_kwargs: `tools` is given to the chat template by the row");
     check(json!({"prompt": "a", "completion": "b", "input": "é"}), "`input` is not read: put it into `prompt`");
     check(json!({"prompt": "a", "completion": "b", "reasoning": "é"}), "`reasoning` is not read: write the row as");
     let call = json!([talk[0], {"role": "assistant", "content": "b", "function_call": {"name": "f"}}]);
@@ -231,7 +230,7 @@ fn a_bos_or_eos_that_a_text_has_is_not_doubled() {
             let (examples, _) = encoder.examples(1, &row).unwrap().unwrap();
             let example = examples.into_iter().next().unwrap();
             let learned: Vec<u32> = example.ids.iter().zip(&example.trained).filter(|t| *t.1).map(|t| *t.0).collect();
-            [&example.ids, &learned].map(|ids| tokenizer.decode(ids, false).unwrap())
+            [&example.ids[..], &learned].map(|ids| tokenizer.decode(ids, false).unwrap())
         };
         let (bos, eos) = ("<|endoftext|>", "<|im_end|>");
         for (text, expected) in [
@@ -660,7 +659,7 @@ fn judged_rows_become_the_sequences_that_trl_makes_of_them() {
             max_seq_len: 256,
             on_long_row: OnLongRow::Refuse,
         };
-        let data = load_groups(&sources(&dir.join(file)), &plainly(), encoder, kind, case).unwrap();
+        let data = load_groups(&sources(&dir.join(file)), &plainly(), encoder, kind, case, |_| ()).unwrap();
         let text = std::fs::read_to_string(dir.join(format!("{case}.json"))).unwrap();
         let trl: Json = serde_json::from_str(&text).unwrap();
         let rows = trl["rows"].as_array().unwrap();
@@ -670,7 +669,7 @@ fn judged_rows_become_the_sequences_that_trl_makes_of_them() {
             let sequences = row["sequences"].as_array().unwrap();
             assert_eq!(group.sequences.len(), sequences.len());
             for ((example, prompt), sequence) in group.sequences.iter().zip(&group.prompts).zip(sequences) {
-                assert_eq!((example.ids.clone(), *prompt), tokenised(sequence), "{case}, row {i}");
+                assert_eq!((example.ids.to_vec(), *prompt), tokenised(sequence), "{case}, row {i}");
                 assert!(example.trained.iter().enumerate().all(|(t, trained)| *trained == (t >= *prompt)));
                 assert_eq!(example.line, i + 1);
             }
@@ -796,7 +795,7 @@ fn two_answers_are_cut_or_left_out_together() {
     let load = |on_long_row| {
         let (tokenizer, template) = (&tokenizer, Some(&template));
         let encoder = Encoder { tokenizer, template, embeddings: 320, max_seq_len: 40, on_long_row };
-        load_groups(&sources(file(&rows).path()), &plainly(), encoder, RowKind::Preference, "dpo")
+        load_groups(&sources(file(&rows).path()), &plainly(), encoder, RowKind::Preference, "dpo", |_| ())
     };
     let skipped = load(OnLongRow::Skip).unwrap();
     assert_eq!((skipped.examples.len(), skipped.skipped), (1, 1));
@@ -877,4 +876,73 @@ fn every_file_is_recognised_or_refused_as_the_table_says() {
         std::fs::write(path, &wrong).unwrap();
     }
     assert!(wrong.is_empty(), "not as the table says, but:\n{wrong}");
+}
+
+/// Whether tokens stay in memory or are spilled changes nothing that is read of them.
+#[test]
+fn rows_are_the_same_whether_their_tokens_are_spilled_or_not() {
+    let said = |n: usize| json!([{"role": "user", "content": "é".repeat(n % 7)}, {"role": "assistant", "content": "w ".repeat(n % 11 + 1)}]);
+    let text: String = (0..1300).map(|n| format!("{}\n", json!({"messages": said(n)}))).collect();
+    let (file, tokenizer, template) = (file(text), tokenizer(), chatml());
+    let encoder = Encoder {
+        tokenizer: &tokenizer,
+        template: Some(&template),
+        embeddings: tokenizer.vocab_size(),
+        max_seq_len: 40,
+        on_long_row: OnLongRow::Truncate,
+    };
+    let load = |held| {
+        let keeper = super::tokens::Keeper::of(held);
+        super::dataset::load_examples_keeping(&sources(file.path()), &plainly(), encoder, keeper).unwrap()
+    };
+    let (here, spilled, both) = (load(usize::MAX), load(0), load(20_000));
+    assert_eq!(here.examples.len(), 1300);
+    assert!(here.examples.iter().map(|example| example.line).eq(1..=1300), "in the order of the file");
+    for other in [spilled, both] {
+        assert_eq!(here.examples, other.examples);
+        assert_eq!((&here.digest, here.truncated, here.endless), (&other.digest, other.truncated, other.endless));
+    }
+}
+
+/// As transformers and TRL have them: what a row says to the template goes before what the model's files say.
+#[test]
+fn variables_of_a_row_reach_its_template() {
+    let source = format!("{{%- if deep %}}DEEP {{{{ deep }}}} {{% endif %}}{CHATML}");
+    let template = ChatTemplate::new(&source, None, None).unwrap();
+    let text = |row: Json| {
+        let data = load(row.to_string(), Some(&template)).unwrap();
+        let tokenizer = tokenizer();
+        data.examples.iter().map(|example| tokenizer.decode(&example.ids, false).unwrap()).collect::<String>()
+    };
+    let talk = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let plain = text(json!({"messages": talk}));
+    assert_eq!(plain, text(json!({"messages": talk, "chat_template_kwargs": {"deep": false}})));
+    let deep = text(json!({"messages": talk, "chat_template_kwargs": {"deep": 7}}));
+    assert_eq!(deep, format!("DEEP 7 {plain}"));
+    assert_eq!(deep, text(json!({"prompt": "a", "completion": "b", "chat_template_kwargs": {"deep": 7}})));
+    let error = load(r#"{"prompt": "a", "completion": "b", "chat_template_kwargs": {"deep": 7}}"#, None).unwrap_err();
+    assert!(error.to_string().contains("`chat_template_kwargs` are for a chat template"), "{error}");
+}
+
+/// A column that the user calls a label, and that rates nothing, would be lost without a word.
+#[test]
+fn a_label_that_rates_nothing_is_refused_where_the_user_named_it() {
+    let reading = Reading { columns: "label=grade".parse().unwrap(), ..Reading::default() };
+    let told = |name: &str, text: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let checked = check_rows(&sources(&path), &reading, RowKind::Demonstration, "sft");
+        checked.map_err(|error| format!("{error:#}"))
+    };
+    for (name, text) in [
+        ("a.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\", \"grade\": 3}\n"),
+        ("a.csv", "prompt,completion,grade\na,b,3\nc,d,4\n"),
+        ("b.csv", "prompt,completion,grade\na,b,\nc,d,\n"),
+    ] {
+        let error = told(name, text).unwrap_err();
+        assert!(error.contains("`grade` is to be `label`, and ") && error.contains("rates nothing"), "{error}");
+    }
+    let rated = told("c.csv", "prompt,completion,grade\na,b,true\n").unwrap_err();
+    assert!(rated.contains("rows for kto"), "{rated}");
 }

@@ -33,7 +33,7 @@ impl OwnRow {
     pub fn example(&self) -> Option<Example> {
         let drawn = (1..self.ids.len()).contains(&self.from);
         let trained = (0..self.ids.len()).map(|t| t >= self.from).collect();
-        drawn.then(|| Example { ids: self.ids.clone(), trained, line: 0 })
+        drawn.then(|| Example::new(self.ids.clone(), trained, 0))
     }
 }
 

@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn packing_keeps_order_and_fills_few_batches_evenly() {
         let packed = |lengths: &[usize]| {
-            let example = |len: &usize| Example { ids: vec![7; *len], trained: vec![true; *len], line: 0 };
+            let example = |len: &usize| Example::new(vec![7; *len], vec![true; *len], 0);
             let examples: Vec<Example> = lengths.iter().map(example).collect();
             let units: Vec<Unit> = (0..).zip(&examples).map(|(number, example)| Unit::of(number, example)).collect();
             let batches = Batch::packed(&units, 1024);

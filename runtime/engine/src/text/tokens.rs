@@ -16,16 +16,16 @@ use super::tokenizer::{Encoded, Tokenizer};
 /// # Errors
 /// When the tokenizer fails, begins the text with two BOS tokens, or can only spell a special token as itself.
 pub fn tokenize(rendered: &Rendered, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<bool>)> {
-    // Sentencepiece puts a space before a text that it begins; behind a line break it does not.
-    let line_break = tokenizer.encode_as_text("\n")?;
+    // Sentencepiece puts a space before a text that it begins; behind a line break it does not. Few texts need it.
+    let line_break = || tokenizer.encode_as_text("\n");
     let spell = |piece: &str| {
         let ids = tokenizer.encode_as_text(&format!("\n{piece}"))?;
-        match ids.strip_prefix(&line_break[..]) {
+        match ids.strip_prefix(&line_break()?[..]) {
             Some(ids) => Ok(ids.to_vec()),
             None => tokenizer.encode_as_text(piece),
         }
     };
-    let encoded = encode_parted(rendered, tokenizer, &line_break)?;
+    let encoded = encode_parted(rendered, tokenizer, line_break)?;
     let (ids, trained) = lay_out(rendered, &encoded, tokenizer.control_tokens(), tokenizer.unknown_ids(), spell)?;
     if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id, &ids[..]) {
         ensure!(
@@ -38,18 +38,23 @@ pub fn tokenize(rendered: &Rendered, tokenizer: &Tokenizer) -> Result<(Vec<u32>,
 
 /// Encodes a text at once, unless a token would reach from a prompt into its answer (two line breaks are one token of many
 /// vocabularies): such a prompt is encoded without its answer.
-fn encode_parted(rendered: &Rendered, tokenizer: &Tokenizer, line_break: &[u32]) -> Result<Encoded> {
+fn encode_parted(
+    rendered: &Rendered,
+    tokenizer: &Tokenizer,
+    line_break: impl Fn() -> Result<Vec<u32>>,
+) -> Result<Encoded> {
     let text = &rendered.text;
     let whole = tokenizer.encode(text, false)?;
     let crossed = |at: &usize| whole.offsets.iter().any(|(from, to)| from < at && at < to);
     let mut cuts: Vec<usize> = rendered.trained.iter().map(|span| span.start).filter(crossed).collect();
     let Some(&first) = cuts.first() else { return Ok(whole) };
     cuts.push(text.len());
+    let line_break = line_break()?;
     let mut parted = tokenizer.encode(&text[..first], false)?;
     for piece in cuts.windows(2) {
         let (start, piece) = (piece[0], &text[piece[0]..piece[1]]);
         let behind = tokenizer.encode(&format!("\n{piece}"), false)?;
-        let (encoded, skipped, before) = match behind.ids.starts_with(line_break) {
+        let (encoded, skipped, before) = match behind.ids.starts_with(&line_break) {
             true => (behind, line_break.len(), 1),
             false => (tokenizer.encode(piece, false)?, 0, 0),
         };

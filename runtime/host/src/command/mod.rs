@@ -30,6 +30,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::handler::config::handlers_in;
 use crate::registry::data_directory;
 use crate::stdout::Stdout;
 
@@ -45,7 +46,7 @@ pub enum Done {
 
 /// The file of handlers that is read if none is named: `handlers.toml` in the data directory, if it is there.
 fn handlers_of_home() -> Option<PathBuf> {
-    data_directory().map(|data| data.join("handlers.toml")).filter(|path| path.exists())
+    data_directory().map(|data| handlers_in(&data)).filter(|path| path.exists())
 }
 
 /// Refuses an output directory that holds what the command reads, or where the user is: replacing it would take that away.

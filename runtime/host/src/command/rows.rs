@@ -28,7 +28,8 @@ pub struct ReadArgs {
 const BAD_ROW: [Word; 2] =
     [("refuse", "Its file is refused; the message names the rows"), ("skip", "It is left out, and named")];
 
-fn columns(text: &str) -> Result<Columns, String> {
+/// Which column is what, as it is typed.
+pub fn columns(text: &str) -> Result<Columns, String> {
     text.parse::<Columns>().map_err(|error| error.to_string())
 }
 

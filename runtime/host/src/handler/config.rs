@@ -26,6 +26,14 @@ use crate::models::ModelRef;
 use crate::registry;
 use crate::toml_problems::{Problems, near};
 
+/// Name of the user's file of handlers.
+pub const HANDLERS_FILE: &str = "handlers.toml";
+
+/// The user's file of handlers, which is in the data directory.
+pub fn handlers_in(data: &Path) -> PathBuf {
+    data.join(HANDLERS_FILE)
+}
+
 /// A file of handlers, as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::Entry;
 use super::data_directory;
 use super::names::owner;
+use crate::handler::config::handlers_in;
 use crate::hub::HubName;
 
 /// Where a model stands among the others of the registry.
@@ -169,7 +170,7 @@ fn runs_on(target: &Target) -> Vec<String> {
 
 /// The local handlers of the user's file of handlers that answer with it. What else is wrong with the file does not matter here.
 fn handlers_of(target: &Target) -> Result<Vec<String>> {
-    let Some(file) = data_directory().map(|data| data.join("handlers.toml")) else { return Ok(Vec::new()) };
+    let Some(file) = data_directory().map(|data| handlers_in(&data)) else { return Ok(Vec::new()) };
     if !is_named(&file)? {
         return Ok(Vec::new());
     }

@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::directory::runs_directory;
 use super::list::{Entry, Record, Status, list_in};
 use super::lock;
+use crate::handler::config::{HANDLERS_FILE, handlers_in};
 use crate::progress::{line, size};
 
 /// Most runs and most bytes of all runs that are kept when another starts.
@@ -98,7 +99,7 @@ fn naming(home: &Path) -> (Vec<(String, PathBuf)>, Option<PathBuf>) {
         }
         entries(&directory)
     };
-    let mut files = vec![("handlers.toml".to_owned(), home.join("handlers.toml"))];
+    let mut files = vec![(HANDLERS_FILE.to_owned(), handlers_in(home))];
     for model in entries(home.join("models")) {
         for file in ["homeroom.json", "adapter_config.json"] {
             files.push((format!("model {}", name(&model)), model.join(file)));
@@ -307,10 +308,7 @@ mod tests {
         make(home, "large-1", "finished", 10, &[("output.txt", 5000)])?;
         make(home, "late-1", "finished", 11, &[])?;
         make(home, "late-2", "finished", 12, &[])?;
-        fs::write(
-            home.join("handlers.toml"),
-            "[handlers.x]\nkind = \"local\"\nmodel = \"/x/runs/served-1/adapters/1\"\n",
-        )?;
+        fs::write(handlers_in(home), "[handlers.x]\nkind = \"local\"\nmodel = \"/x/runs/served-1/adapters/1\"\n")?;
         write(home.join("models/tutor/homeroom.json"), &json!({"training": {"parent": "parent-1/1"}}))?;
         write(
             home.join("runs/late-2/adapters/1/homeroom.json"),

@@ -3,9 +3,11 @@
 mod bytes;
 mod kind;
 mod sources;
+mod windows;
 
 use std::borrow::Cow;
-use std::io::Read;
+use std::cell::Cell;
+use std::io::{BufReader, Read};
 use std::path::Path;
 use std::str::FromStr;
 
@@ -13,6 +15,7 @@ use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use serde::Serialize;
 
 pub use self::sources::{Source, Sources};
+use self::windows::{Encoding, Windows1252};
 use super::columns::Columns;
 use super::form::{Forms, Header, is_known};
 use super::json::{self, Layout};
@@ -113,12 +116,15 @@ pub(super) fn read_rows(
     let ending = ending(name);
     let begin = text.head.trim_ascii_start();
     let is_json = begin.starts_with(b"{") || begin.starts_with(b"[{") || begin.starts_with(b"[") && !ending.is_table();
-    let separator = match table::named_separator(&text.head) {
+    // Only tables are saved so, by programs that say nothing of it.
+    let windows = windows::head(&text.head).filter(|_| !is_json);
+    let head = windows.as_deref().unwrap_or(&text.head);
+    let separator = match table::named_separator(head) {
         Some((separator, bytes)) => Some((separator, bytes)),
         None if is_json || begin.is_empty() => None,
         None => {
-            let (separator, is_known) = table::separator(&text.head, text.is_whole, knows);
-            (ending.is_table() || is_known || ending == Ending::Other && is_regular(&text.head, separator))
+            let (separator, is_known) = table::separator(head, text.is_whole, knows);
+            (ending.is_table() || is_known || ending == Ending::Other && is_regular(head, separator))
                 .then_some((separator, 0))
         }
     };
@@ -148,7 +154,8 @@ pub(super) fn read_rows(
         let unit = if layout == Layout::Lines { "line" } else { "row" };
         return Ok(Recognised { words, format: forms.format(), unit, last, rows });
     };
-    let mut bytes = text.bytes;
+    let encoding = Cell::new(Encoding::Ascii);
+    let mut bytes = BufReader::with_capacity(1 << 16, Windows1252::new(text.bytes, &encoding));
     bytes.read_exact(&mut vec![0; before])?;
     let (mut rows, mut last) = (0, 0);
     let mut first: Option<Vec<String>> = None;
@@ -204,6 +211,10 @@ pub(super) fn read_rows(
         b'\t' => "TSV".to_owned(),
         b',' => "CSV".to_owned(),
         other => format!("CSV with `{}`", char::from(other)),
+    };
+    let format = match encoding.get() {
+        Encoding::Windows1252 => format!("{format} in Windows-1252"),
+        _ => format,
     };
     let words = forms.words().map_or_else(|| format.clone(), |words| format!("{format}; {words}"));
     Ok(Recognised { words: Some(words), format: forms.format(), unit: "row", last, rows })

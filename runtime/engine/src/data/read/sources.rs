@@ -1,5 +1,6 @@
 //! What a user names as rows: files, a folder of them, or `-`, the standard input.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Seek};
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use tempfile::NamedTempFile;
 
-use crate::files::open_regular;
+use crate::files::{nameless, open_regular};
 
 /// One file of rows.
 #[derive(Clone, Debug)]
@@ -44,7 +45,7 @@ impl Source {
     /// # Errors
     /// When they cannot be read, or there is no room for them.
     pub fn keep(mut input: impl Read) -> Result<Self> {
-        let mut file = tempfile::tempfile().context("the standard input cannot be kept")?;
+        let mut file = nameless().context("the standard input cannot be kept")?;
         io::copy(&mut input, &mut file).context("the standard input cannot be kept")?;
         Ok(Self { name: PathBuf::from(STANDARD_INPUT), kept: Some(Arc::new(file)) })
     }
@@ -143,10 +144,9 @@ impl Sources {
                 sources.files.push(Source::file(path));
             }
         }
-        let all: Vec<&Source> = sources.files.iter().chain(&sources.held_out).collect();
-        for (at, source) in all.iter().enumerate() {
-            let twice = all[..at].iter().any(|other| other.name == source.name);
-            ensure!(!twice, "{}: named twice", source.name.display());
+        let mut names = HashSet::new();
+        for source in sources.files.iter().chain(&sources.held_out) {
+            ensure!(names.insert(&source.name), "{}: named twice", source.name.display());
         }
         Ok(sources)
     }

@@ -5,8 +5,13 @@
 //! 0.3. What shares one is compared exactly when the rows are read a second time.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use anyhow::Result;
 
 use super::Part;
+use super::said::{STEP, mix};
+use crate::files::{Spill, Spilled};
 
 /// Rows are nearly alike from here on: the share of their runs of five words that both have.
 const SIMILAR: f64 = 0.8;
@@ -18,7 +23,7 @@ const COMPARED: usize = 3;
 /// Earlier rows that a row is compared with, where all rows have many.
 const PAIRS_OF_ROW: usize = 8;
 /// Memory of the runs of rows that wait for the other one, in bytes.
-const WAITING_BYTES_MAX: usize = 256 << 20;
+const WAITING_BYTES_MAX: usize = 96 << 20;
 
 /// The bands of a row.
 pub(super) type Bands = [u32; BANDS];
@@ -41,26 +46,92 @@ pub(super) fn bands(grams: &[u64]) -> Option<Bands> {
     Some(bands)
 }
 
-/// Odd factors and shifts, by SplitMix64 from 1.
+/// Odd factors and shifts, by [`mix`] from 1.
 const FUNCTIONS: [(u64, u64); BANDS * ROWS_OF_BAND] = functions();
 
 const fn functions() -> [(u64, u64); BANDS * ROWS_OF_BAND] {
     let mut functions = [(0, 0); BANDS * ROWS_OF_BAND];
     let (mut at, mut state) = (0, 1_u64);
     while at < functions.len() {
-        let mut values = [0; 2];
-        let mut value_at = 0;
-        while value_at < 2 {
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let value = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-            values[value_at] = value ^ value >> 31;
-            value_at += 1;
-        }
-        functions[at] = (values[0] | 1, values[1]);
+        let (factor, shift) = (mix(state), mix(state.wrapping_add(STEP)));
+        functions[at] = (factor | 1, shift);
+        state = state.wrapping_add(STEP).wrapping_add(STEP);
         at += 1;
     }
     functions
+}
+
+/// The bands of rows, with the number of each. Those of many rows are spilled.
+#[derive(Default)]
+pub(super) struct BandList {
+    here: Vec<(u32, Bands)>,
+    spill: Spill,
+    /// Rows that are spilled.
+    spilled: usize,
+}
+
+/// Rows whose bands stay in memory.
+const HELD_ROWS: usize = 1 << 17;
+/// Words of a row there.
+const WORDS: usize = BANDS + 1;
+/// Rows that are read at once.
+const ROWS_READ: usize = 1 << 14;
+
+impl BandList {
+    /// Adds a row behind those before.
+    pub fn push(&mut self, row: u32, bands: Bands) -> Result<()> {
+        self.push_beyond(HELD_ROWS, row, bands)
+    }
+
+    fn push_beyond(&mut self, held: usize, row: u32, bands: Bands) -> Result<()> {
+        if self.here.len() < held {
+            self.here.push((row, bands));
+            return Ok(());
+        }
+        let mut bytes = [0; 4 * WORDS];
+        for (bytes, word) in bytes.chunks_exact_mut(4).zip(std::iter::once(row).chain(bands)) {
+            bytes.copy_from_slice(&word.to_ne_bytes());
+        }
+        self.spilled += 1;
+        self.spill.append(&bytes).map(drop)
+    }
+
+    /// All of them, to be read.
+    pub fn finish(self) -> Result<Finished> {
+        let Self { here, spill, spilled } = self;
+        let file = spill.spilled().clone();
+        spill.finish()?;
+        Ok(Finished { here, file, spilled })
+    }
+}
+
+/// The bands of all rows.
+pub(super) struct Finished {
+    here: Vec<(u32, Bands)>,
+    file: Arc<Spilled>,
+    spilled: usize,
+}
+
+impl Finished {
+    fn len(&self) -> usize {
+        self.here.len() + self.spilled
+    }
+
+    /// Calls `each` with one band of every row, and the row.
+    fn band(&self, band: usize, mut each: impl FnMut(u32, u32)) {
+        self.here.iter().for_each(|(row, bands)| each(bands[band], *row));
+        for from in (0..self.spilled).step_by(ROWS_READ) {
+            let to = self.spilled.min(from + ROWS_READ);
+            let bytes = self.file.bytes((from * 4 * WORDS) as u64..(to * 4 * WORDS) as u64);
+            for row in bytes.chunks_exact(4 * WORDS) {
+                let word = |at: usize| {
+                    let bytes = row[4 * at..][..4].try_into().expect("a word has four bytes");
+                    u32::from_ne_bytes(bytes)
+                };
+                each(word(1 + band), word(0));
+            }
+        }
+    }
 }
 
 /// Pairs of rows that may be alike, the later row first.
@@ -71,13 +142,18 @@ pub(super) struct Candidates {
     cut: BTreeSet<u32>,
 }
 
-/// Finds the pairs to compare. `rows`: the number of each row with its bands and part, ascending.
-pub(super) fn candidates(rows: &[(u32, Bands)], part: impl Fn(u32) -> Part) -> Candidates {
+/// Finds the pairs to compare. `rows`: the number of each row with its bands, ascending.
+/// `is_asked`: whether a row is compared at all.
+pub(super) fn candidates(rows: &Finished, is_asked: impl Fn(u32) -> bool, part: impl Fn(u32) -> Part) -> Candidates {
     let mut found = Candidates::default();
     let mut order: Vec<(u32, u32)> = Vec::with_capacity(rows.len());
     for band in 0..BANDS {
         order.clear();
-        order.extend(rows.iter().map(|(row, bands)| (bands[band], *row)));
+        rows.band(band, |value, row| {
+            if is_asked(row) {
+                order.push((value, row));
+            }
+        });
         order.sort_unstable();
         for bucket in order.chunk_by(|a, b| a.0 == b.0).filter(|bucket| bucket.len() > 1) {
             // By part: a held-out row is compared with rows that are trained on however many are held out beside it.
@@ -95,7 +171,7 @@ pub(super) fn candidates(rows: &[(u32, Bands)], part: impl Fn(u32) -> Part) -> C
         found.pairs.sort_unstable();
         found.pairs.dedup();
         // Rows that share a band with very many keep their pairs with the first of these.
-        if found.pairs.len() > rows.len() * PAIRS_OF_ROW {
+        if found.pairs.len() > order.len() * PAIRS_OF_ROW {
             let (mut of_row, mut count) = (None, 0);
             found.pairs.retain(|(row, _)| {
                 count = if of_row == Some(*row) { count + 1 } else { 1 };
@@ -122,10 +198,11 @@ pub(super) struct Alike {
 pub(super) struct Comparison {
     candidates: Candidates,
     /// Of each row in a pair, the last row that waits for it.
-    last_use: HashMap<u32, u32>,
+    last_use: Vec<(u32, u32)>,
     waiting: HashMap<u32, Vec<u64>>,
-    /// Rows whose last use is this one.
-    ends: HashMap<u32, Vec<u32>>,
+    /// The same the other way round, by the last row; and how many of them have ended.
+    ends: Vec<(u32, u32)>,
+    ended: usize,
     waiting_bytes: usize,
     pub alike: Vec<Alike>,
     /// Pairs that were not compared, for want of memory.
@@ -134,17 +211,25 @@ pub(super) struct Comparison {
 
 impl Comparison {
     pub fn new(candidates: Candidates) -> Self {
-        let mut last_use: HashMap<u32, u32> = HashMap::new();
-        for (row, earlier) in &candidates.pairs {
-            for used in [row, earlier] {
-                let last = last_use.entry(*used).or_default();
-                *last = (*last).max(*row);
+        let both = candidates.pairs.iter().flat_map(|(row, earlier)| [(*row, *row), (*earlier, *row)]);
+        let mut last_use: Vec<(u32, u32)> = Vec::new();
+        let mut most = 1 << 16;
+        for (used, last) in both {
+            last_use.push((used, last));
+            if last_use.len() >= most {
+                keep_last(&mut last_use);
+                most = most.max(2 * last_use.len());
             }
         }
-        let mut ends: HashMap<u32, Vec<u32>> = HashMap::new();
-        last_use.iter().for_each(|(row, last)| ends.entry(*last).or_default().push(*row));
+        keep_last(&mut last_use);
+        let mut ends: Vec<(u32, u32)> = last_use.iter().map(|(row, last)| (*last, *row)).collect();
+        ends.sort_unstable();
         let (waiting, alike) = (HashMap::new(), Vec::new());
-        Self { candidates, last_use, waiting, ends, waiting_bytes: 0, alike, uncompared: 0 }
+        Self { candidates, last_use, waiting, ends, ended: 0, waiting_bytes: 0, alike, uncompared: 0 }
+    }
+
+    fn last_use(&self, row: u32) -> Option<u32> {
+        self.last_use.binary_search_by_key(&row, |(used, _)| *used).ok().map(|at| self.last_use[at].1)
     }
 
     /// Whether nothing has to be read again.
@@ -154,7 +239,7 @@ impl Comparison {
 
     /// Whether a row is one of a pair.
     pub fn needs(&self, row: u32) -> bool {
-        self.last_use.contains_key(&row)
+        self.last_use(row).is_some()
     }
 
     /// The next row that [`Comparison::needs`], with its runs.
@@ -172,12 +257,13 @@ impl Comparison {
                 None => self.uncompared += 1,
             }
         }
-        for done in self.ends.remove(&row).unwrap_or_default() {
-            if let Some(grams) = self.waiting.remove(&done) {
+        while let Some((_, done)) = self.ends.get(self.ended).filter(|(last, _)| *last <= row) {
+            if let Some(grams) = self.waiting.remove(done) {
                 self.waiting_bytes -= bytes(&grams);
             }
+            self.ended += 1;
         }
-        let waits = self.last_use.get(&row).is_some_and(|last| *last > row);
+        let waits = self.last_use(row).is_some_and(|last| last > row);
         if waits && self.waiting_bytes + bytes(&grams) <= WAITING_BYTES_MAX {
             self.waiting_bytes += bytes(&grams);
             self.waiting.insert(row, grams);
@@ -189,6 +275,19 @@ impl Comparison {
         let alike: BTreeSet<u32> = self.alike.iter().map(|alike| alike.row).collect();
         self.uncompared > 0 || self.candidates.cut.iter().any(|row| !alike.contains(row))
     }
+}
+
+/// Of each row the largest value.
+fn keep_last(values: &mut Vec<(u32, u32)>) {
+    values.sort_unstable();
+    let mut at = 0;
+    for i in 0..values.len() {
+        if values.get(i + 1).is_none_or(|next| next.0 != values[i].0) {
+            values[at] = values[i];
+            at += 1;
+        }
+    }
+    values.truncate(at);
 }
 
 fn bytes(grams: &[u64]) -> usize {
@@ -245,8 +344,16 @@ mod tests {
                 if row % 3 == 0 { a } else { b }
             })
             .collect();
-        let rows: Vec<(u32, Bands)> = sets.iter().zip(0..).map(|(set, row)| (row, bands(set).unwrap())).collect();
-        let mut comparison = Comparison::new(candidates(&rows, |_| Part::Train));
+        let candidates = |held: usize| {
+            let mut list = BandList::default();
+            for (set, row) in sets.iter().zip(0..) {
+                list.push_beyond(held, row, bands(set).unwrap()).unwrap();
+            }
+            candidates(&list.finish().unwrap(), |_| true, |_| Part::Train)
+        };
+        // Wherever bands lie.
+        assert_eq!(candidates(usize::MAX).pairs, candidates(0).pairs);
+        let mut comparison = Comparison::new(candidates(113));
         for (row, set) in sets.iter().enumerate() {
             if comparison.needs(row as u32) {
                 comparison.row(row as u32, set.clone());

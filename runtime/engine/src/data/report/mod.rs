@@ -13,12 +13,13 @@ mod source;
 mod words;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::Result;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use self::alike::{Alike, Bands, Comparison, bands, candidates};
+use self::alike::{Alike, BandList, Bands, Comparison, bands, candidates};
 use self::lengths::Lengths;
 pub use self::lengths::{Bin, Summary};
 use self::said::Said;
@@ -33,8 +34,8 @@ use super::{Example, Group, Problem, Row};
 const BATCH_ROWS: usize = 512;
 /// Bytes of text after which a batch is closed.
 const BATCH_BYTES: usize = 8 << 20;
-/// Places that are named of a finding.
-const PLACES_MAX: usize = 8;
+/// Places that are named of a finding where not all are wanted.
+pub const PLACES_NAMED: usize = 8;
 
 /// Which rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -67,21 +68,42 @@ pub struct Place {
     pub line: usize,
 }
 
+/// Where a row stands in its file, where rows come from several.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct InFile {
+    /// The file.
+    pub file: PathBuf,
+    /// Its line there, or its row.
+    pub line: usize,
+}
+
 /// A row of a finding.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Instance {
     /// Where it stands.
     #[serde(flatten)]
     pub place: Place,
+    /// The same in its file, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_file: Option<InFile>,
     /// The row that it is compared with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub like: Option<Place>,
+    /// Where that stands in its file, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub like_in_file: Option<InFile>,
     /// The share of runs of five words that both have, where that is what was compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub similarity: Option<f64>,
     /// What is wrong with it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
+}
+
+impl Instance {
+    fn at(place: Place) -> Self {
+        Self { place, in_file: None, like: None, like_in_file: None, similarity: None, detail: None }
+    }
 }
 
 /// One kind of thing that was found.
@@ -111,6 +133,8 @@ pub struct Report {
     pub held_out: usize,
     /// Rows that are refused, of both.
     pub refused: usize,
+    /// Rows that are left out as too long, of both.
+    pub skipped: usize,
     /// Rows by form.
     pub forms: BTreeMap<&'static str, usize>,
     /// Rows with a system message.
@@ -155,6 +179,8 @@ pub struct Survey<'a> {
     pub hold_out: Option<(f64, u64)>,
     /// Rows to keep for showing.
     pub shown: usize,
+    /// Places to name of each finding, such as [`PLACES_NAMED`].
+    pub named: usize,
     /// Called between batches.
     ///
     /// An error ends it.
@@ -196,29 +222,32 @@ struct Tally {
 }
 
 /// Findings while they are gathered.
-#[derive(Default)]
-struct Findings(BTreeMap<&'static str, Tally>);
+struct Findings {
+    found: BTreeMap<&'static str, Tally>,
+    /// Places to name of each.
+    named: usize,
+}
 
 impl Findings {
     fn add(&mut self, check: &'static str, instance: impl FnOnce() -> Instance) {
-        let tally = self.0.entry(check).or_default();
+        let tally = self.found.entry(check).or_default();
         tally.count += 1;
-        if tally.rows.len() < PLACES_MAX {
+        if tally.rows.len() < self.named {
             tally.rows.push(instance());
         }
     }
 
     fn at(&mut self, check: &'static str, place: Place) {
-        self.add(check, || Instance { place, like: None, similarity: None, detail: None });
+        self.add(check, || Instance::at(place));
     }
 
     fn pair(&mut self, check: &'static str, place: Place, like: Place, similarity: Option<f64>) {
-        self.add(check, || Instance { place, like: Some(like), similarity, detail: None });
+        self.add(check, || Instance { like: Some(like), similarity, ..Instance::at(place) });
     }
 
     fn into_list(self) -> Vec<Finding> {
         let mut findings: Vec<Finding> = self
-            .0
+            .found
             .into_iter()
             .map(|(check, Tally { count, rows })| {
                 let (level, what, advice) = checks::described(check, count);
@@ -236,7 +265,7 @@ impl Survey<'_> {
     /// # Errors
     /// When they cannot be read, or `check` ends it. What is wrong with single rows is in the report.
     pub fn run(&self, source: &dyn Reread) -> Result<(Report, Vec<Shown>)> {
-        let mut first = FirstReading::default();
+        let mut first = FirstReading::new(self.named);
         let mut batch = Vec::new();
         let mut bytes = 0;
         source.each(&mut |part, line, row| {
@@ -245,11 +274,11 @@ impl Survey<'_> {
             if batch.len() >= BATCH_ROWS || bytes >= BATCH_BYTES {
                 (self.check)()?;
                 bytes = 0;
-                first.take(self, std::mem::take(&mut batch));
+                first.take(self, std::mem::take(&mut batch))?;
             }
             Ok(())
         })?;
-        first.take(self, batch);
+        first.take(self, batch)?;
         self.finish(first, source)
     }
 
@@ -264,22 +293,24 @@ impl Survey<'_> {
         let FirstReading { kept, bands, shown, mut findings, .. } = first;
         let unique = exact(&kept, &mut findings);
         asked(&kept, &mut findings);
-        let rows: Vec<(u32, Bands)> = bands.into_iter().filter(|(row, _)| unique[*row as usize]).collect();
-        drop(unique);
         let part = |row: u32| kept[row as usize].part;
-        let mut comparison = Comparison::new(candidates(&rows, part));
-        drop(rows);
+        let mut comparison = Comparison::new(candidates(&bands.finish()?, |row| unique[row as usize], part));
+        drop(unique);
         if !comparison.is_empty() {
             self.compare(&kept, source, &mut comparison)?;
         }
         near(&kept, &comparison.alike, &mut findings);
         report.comparison_cut = comparison.is_cut();
         let count = |part: Part| kept.iter().filter(|row| row.part == part).count();
-        // Rows that are refused count where they stand.
+        // Rows that are refused or left out count where they stand.
         report.rows += count(Part::Train);
         report.held_out += count(Part::HeldOut);
         report.findings = findings.into_list();
         report.places = source.places();
+        for row in report.findings.iter_mut().flat_map(|finding| &mut finding.rows) {
+            row.in_file = report.places.in_file(row.place);
+            row.like_in_file = row.like.and_then(|like| report.places.in_file(like));
+        }
         Ok((report, shown.into_iter().map(|(_, shown)| shown).collect()))
     }
 
@@ -341,13 +372,13 @@ fn encoded(encoder: Option<Encoder<'_>>, line: usize, row: &Row) -> Encoded {
 }
 
 /// What the first reading gathers.
-#[derive(Default)]
 struct FirstReading {
     kept: Vec<Kept>,
-    bands: Vec<(u32, Bands)>,
+    bands: BandList,
     shown: Vec<(usize, Shown)>,
     findings: Findings,
     refused: [usize; 2],
+    skipped: [usize; 2],
     forms: BTreeMap<&'static str, usize>,
     with_system: usize,
     several_turns: usize,
@@ -365,7 +396,30 @@ struct FirstReading {
 }
 
 impl FirstReading {
-    fn take(&mut self, survey: &Survey<'_>, batch: Vec<(Place, Result<Row, Problem>)>) {
+    fn new(named: usize) -> Self {
+        Self {
+            kept: Vec::new(),
+            bands: BandList::default(),
+            shown: Vec::new(),
+            findings: Findings { found: BTreeMap::new(), named },
+            refused: [0; 2],
+            skipped: [0; 2],
+            forms: BTreeMap::new(),
+            with_system: 0,
+            several_turns: 0,
+            with_tools: 0,
+            tokens: Lengths::default(),
+            prompt_tokens: Lengths::default(),
+            words: Lengths::default(),
+            trained_tokens: 0,
+            encodes: false,
+            number: 0,
+            without_system: Vec::new(),
+            without_system_count: 0,
+        }
+    }
+
+    fn take(&mut self, survey: &Survey<'_>, batch: Vec<(Place, Result<Row, Problem>)>) -> Result<()> {
         let encoder = survey.encoder;
         self.encodes = encoder.is_some();
         let seen: Vec<_> = batch
@@ -383,15 +437,16 @@ impl FirstReading {
             self.number += 1;
             match row {
                 Ok((_, _, _, Encoded::Refused(problem))) | Err(problem) => self.refuse(place, &problem),
-                Ok((form, said, bands, encoded)) => self.keep(survey, place, form, &said, bands, encoded),
+                Ok((form, said, bands, encoded)) => self.keep(survey, place, form, &said, bands, encoded)?,
             }
         }
+        Ok(())
     }
 
     fn refuse(&mut self, place: Place, problem: &Problem) {
         self.refused[place.part as usize] += 1;
         let detail = Some(problem.to_string());
-        self.findings.add(checks::of_problem(problem), || Instance { place, like: None, similarity: None, detail });
+        self.findings.add(checks::of_problem(problem), || Instance { detail, ..Instance::at(place) });
     }
 
     fn keep(
@@ -402,11 +457,11 @@ impl FirstReading {
         said: &Said,
         bands: Option<Bands>,
         encoded: Encoded,
-    ) {
+    ) -> Result<()> {
         if let Encoded::Row { groups, tokens } = encoded {
             let on_long = survey.encoder.map_or(OnLongRow::Refuse, |encoder| encoder.on_long_row);
             if !self.fits(survey, place, &groups, &tokens, on_long) {
-                return;
+                return Ok(());
             }
             if self.shown.len() < survey.shown {
                 self.shown.push((self.kept.len(), Shown { place, groups }));
@@ -419,7 +474,7 @@ impl FirstReading {
         self.words.add(said.words);
         if !said.has_system {
             self.without_system_count += 1;
-            if self.without_system.len() < PLACES_MAX {
+            if self.without_system.len() < survey.named {
                 self.without_system.push(place);
             }
         }
@@ -436,7 +491,7 @@ impl FirstReading {
             self.findings.at(kind, place);
         }
         let row = self.kept.len() as u32;
-        self.bands.extend(bands.map(|bands| (row, bands)));
+        bands.map(|bands| self.bands.push(row, bands)).transpose()?;
         let Said { whole, asked, answered, .. } = *said;
         self.kept.push(Kept {
             whole,
@@ -446,6 +501,7 @@ impl FirstReading {
             number: self.number - 1,
             part: place.part,
         });
+        Ok(())
     }
 
     /// Counts the tokens of a row; false: it is refused, or left out as too long.
@@ -472,11 +528,12 @@ impl FirstReading {
                 OnLongRow::Refuse => {
                     self.refused[place.part as usize] += 1;
                     let detail = format!("{} tokens", thousands(tokens.longest));
-                    let instance = || Instance { place, like: None, similarity: None, detail: Some(detail) };
+                    let instance = || Instance { detail: Some(detail), ..Instance::at(place) };
                     self.findings.add("too_long", instance);
                     return false;
                 }
                 OnLongRow::Skip => {
+                    self.skipped[place.part as usize] += 1;
                     self.findings.at("skipped", place);
                     return false;
                 }
@@ -506,14 +563,15 @@ impl FirstReading {
         // Without it alike everywhere, it is as it should be.
         if self.with_system > 0 && self.without_system_count > 0 {
             let rows = self.without_system.iter();
-            let rows = rows.map(|place| Instance { place: *place, like: None, similarity: None, detail: None });
+            let rows = rows.map(|place| Instance::at(*place));
             let tally = Tally { count: self.without_system_count, rows: rows.collect() };
-            self.findings.0.insert("n_missing_system", tally);
+            self.findings.found.insert("n_missing_system", tally);
         }
         Report {
-            rows: self.refused[0],
-            held_out: self.refused[1],
+            rows: self.refused[0] + self.skipped[0],
+            held_out: self.refused[1] + self.skipped[1],
             refused: self.refused[0] + self.refused[1],
+            skipped: self.skipped[0] + self.skipped[1],
             forms: std::mem::take(&mut self.forms),
             with_system: self.with_system,
             several_turns: self.several_turns,
@@ -589,7 +647,12 @@ fn asked(kept: &[Kept], findings: &mut Findings) {
     {
         let row = |row: &u32| &kept[*row as usize];
         let trained: Vec<u32> = group.iter().copied().filter(|at| row(at).part == Part::Train).collect();
-        let Some(first) = trained.first() else { continue };
+        let Some(first) = trained.first() else {
+            // All are held out: the others are compared with the first.
+            let differs = |at: &&u32| row(at).answered != row(&group[0]).answered;
+            found.extend(group.iter().filter(differs).map(|at| (*at, group[0])));
+            continue;
+        };
         let differs = |at: &&u32| row(at).answered != row(first).answered;
         found.extend(trained.iter().filter(differs).map(|at| (*at, *first)));
         // One that answers as any row to train on does is a leak already.

@@ -181,8 +181,10 @@ fn turns(row: &Row) -> Vec<Turn<'_>> {
 /// The texts of tools and documents, which stand beside the turns.
 fn beside(row: &Row) -> String {
     match row {
-        Row::Messages { tools, documents, .. } => tools.iter().chain(documents).map(texts).collect(),
-        Row::PromptCompletion { tools, .. } => tools.iter().map(texts).collect(),
+        Row::Messages { tools, documents, variables, .. } => {
+            tools.iter().chain(documents).chain(variables).map(texts).collect()
+        }
+        Row::PromptCompletion { tools, variables, .. } => tools.iter().chain(variables).map(texts).collect(),
         _ => String::new(),
     }
 }
@@ -207,9 +209,12 @@ fn texts(value: &Json) -> String {
     }
 }
 
-/// White space around a turn, and how much there is in it, says nothing.
+/// White space around a turn, and how much there is in it, says nothing, nor does a full stop at its end.
 fn hash_of(turns: &[Turn<'_>]) -> u64 {
-    let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let plain = |text: &str| {
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        text.trim_end_matches(['.', '。', '．']).to_owned()
+    };
     let turns: Vec<(&str, String, String)> =
         turns.iter().map(|turn| (turn.role, plain(&turn.text), plain(&turn.more))).collect();
     hash(&turns)
@@ -238,9 +243,12 @@ pub(super) fn grams(words: &[u64]) -> Vec<u64> {
     grams
 }
 
-/// The finaliser of SplitMix64, Steele et al. 2014.
-fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+/// What SplitMix64 adds to its state.
+pub(super) const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The value of SplitMix64 behind a state, Steele et al. 2014.
+pub(super) const fn mix(state: u64) -> u64 {
+    let value = state.wrapping_add(STEP);
     let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ value >> 31

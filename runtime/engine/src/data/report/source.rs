@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::{Part, Place};
+use super::{InFile, Part, Place};
 use crate::data::read::{Reading, Source, read_rows};
 use crate::data::{Problem, Row, RowKind};
 
@@ -58,6 +58,13 @@ impl Places {
             [file] => Some(file.unit),
             _ => None,
         }
+    }
+
+    /// Where a place is in its file; none where there is one file.
+    pub(super) fn in_file(&self, place: Place) -> Option<InFile> {
+        let files = self.of(place.part);
+        let file = files.iter().rev().find(|file| file.before < place.line).filter(|_| files.len() > 1)?;
+        Some(InFile { file: file.name.clone(), line: place.line - file.before })
     }
 
     /// A place in words: "line 17", of several files "b.csv row 3".

@@ -392,8 +392,7 @@ mod tests {
                 let mut updates = fused.updates(&model, Some(&adaptation), false);
                 let pass = Pass::training(&model, &adaptation, 1, 0);
                 updates.load(&pass)?;
-                let example =
-                    |len: usize| Example { ids: (0..len as u32).collect(), trained: vec![true; len], line: 0 };
+                let example = |len: usize| Example::new((0..len as u32).collect(), vec![true; len], 0);
                 let examples = [example(20), example(14)];
                 let batch = Batch::of_examples((0..).zip(&examples));
                 let mut gradients = Gradients::new(adaptation.params.len());

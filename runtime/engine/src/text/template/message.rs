@@ -51,10 +51,10 @@ impl Reads {
             parts_too: reads_parts_too(template, in_parts),
             tool_parts_too: reads_parts_of_tools(template, in_parts),
             developer: knows_developer(template),
-            tools: writes(template, in_parts, "tools", |tools| Given { tools: Some(tools), documents: None }),
+            tools: writes(template, in_parts, "tools", |tools| Given { tools: Some(tools), ..Given::default() }),
             documents: writes(template, in_parts, "documents", |documents| Given {
-                tools: None,
                 documents: Some(documents),
+                ..Given::default()
             }),
         }
     }

@@ -42,7 +42,7 @@ pub(crate) mod written;
 
 pub use clock::{hold_time, local_time, present_time, time};
 use generation::rewrite_generation_tags;
-pub use given::Given;
+pub use given::{Given, RESERVED};
 use message::Reads;
 pub use message::join_parts;
 use problem::template_error;
@@ -218,6 +218,18 @@ impl ChatTemplate {
 
     /// Renders messages that are normalised. `marks`: the two characters to put around generated spans, or "".
     fn run(&self, messages: &[Json], given: Given<'_>, prompt: bool, marks: &str) -> Result<String> {
+        let values: Vec<Value> = messages.iter().map(to_value).collect();
+        self.run_values((messages, &values), given, prompt, marks)
+    }
+
+    /// The same of messages that were made values of the template's language.
+    fn run_values(
+        &self,
+        (messages, values): (&[Json], &[Value]),
+        given: Given<'_>,
+        prompt: bool,
+        marks: &str,
+    ) -> Result<String> {
         let fuel = bounds::fuel(messages, given);
         let more = (fuel > bounds::FUEL).then(|| {
             let mut env = self.env.clone();
@@ -229,8 +241,11 @@ impl ChatTemplate {
             let list = |list: Option<&Json>| list.map_or_else(|| Value::from(()), to_value);
             let mut context: Vec<(&str, Value)> = vec![("homeroom_marks", Value::from(marks))];
             context.extend(self.variables.iter().map(|(n, v)| (n.as_str(), v.clone())));
+            let own = given.variables.and_then(Json::as_object).into_iter().flatten();
+            let own = own.filter(|(name, _)| !RESERVED.contains(&name.as_str()) && *name != "homeroom_marks");
+            context.extend(own.map(|(name, value)| (name.as_str(), to_value(value))));
             context.extend([
-                ("messages", messages.iter().map(to_value).collect()),
+                ("messages", values.iter().cloned().collect()),
                 ("tools", list(given.tools)),
                 ("documents", list(given.documents)),
                 ("add_generation_prompt", Value::from(prompt)),

@@ -66,7 +66,7 @@ impl Golden {
         let messages = case.get("messages").unwrap_or(&self.json["conversations"][title]).as_array().unwrap();
         let more = |key: &str| self.json["given"][title].as_array().is_some_and(|keys| keys.contains(&json!(key)));
         let tools = more("tools").then(|| &self.json["tools"]);
-        (messages, Given { tools, documents: more("documents").then(|| &self.json["documents"]) })
+        (messages, Given { tools, documents: more("documents").then(|| &self.json["documents"]), ..Given::default() })
     }
 }
 

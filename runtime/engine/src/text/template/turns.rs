@@ -5,17 +5,19 @@
 //! message into the last user turn, and DeepSeek R1's open a `<think>` in the prompt which they leave out of the history. There the
 //! answer is taken out of the turn and put behind the prompt.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
+use minijinja::Value;
 use serde_json::{Value as Json, json};
 
 use super::bounds::Exceeded;
 use super::marks::{Marked, Marks, Survey, occurrences};
 use super::message::{content, with_content};
 use super::rendered::Rendered;
-use super::{ChatTemplate, Given};
+use super::{ChatTemplate, Given, to_value};
 use crate::text::control::Control;
 
 impl ChatTemplate {
@@ -61,10 +63,16 @@ impl ChatTemplate {
         }
 
         let mut whole = Vec::with_capacity(learned.len());
+        let values: Vec<Value> = messages.iter().map(to_value).collect();
         for &i in &learned {
-            let prompt = template.run(&messages[..i], given, true, "").with_context(|| before_turn(i))?;
-            let upto = template.run(&messages[..=i], given, false, "")?;
-            if !(upto.starts_with(&prompt) && full.text.starts_with(&upto)) {
+            let prompt = template.run_values((&messages[..i], &values[..i]), given, true, "");
+            let prompt = prompt.with_context(|| before_turn(i))?;
+            // Up to the last turn it is all of the conversation, which was rendered.
+            let upto = match i + 1 == messages.len() {
+                true => Cow::Borrowed(&full.text),
+                false => Cow::Owned(template.run_values((&messages[..=i], &values[..=i]), given, false, "")?),
+            };
+            if !(upto.starts_with(&prompt) && full.text.starts_with(&*upto)) {
                 whole.clear();
                 break;
             }

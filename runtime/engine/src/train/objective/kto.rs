@@ -111,7 +111,7 @@ fn spliced(asked: &Group, answered: &Group, longest: usize) -> Example {
     let longest = longest.max(prompt + 1);
     ids.truncate(longest);
     trained.truncate(longest);
-    Example { ids, trained, line: asked.line }
+    Example::new(ids, trained, asked.line)
 }
 
 #[cfg(test)]
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     fn kto() -> Kto {
-        let example = Example { ids: vec![1, 2], trained: vec![false, true], line: 1 };
+        let example = Example::new(vec![1, 2], vec![false, true], 1);
         Kto {
             beta: 0.6,
             desirable_weight: 1.5,
@@ -168,12 +168,12 @@ mod tests {
     fn answers_are_passed_on_within_a_step_and_a_last_one_alone_takes_the_one_before() {
         let group = |prompt: &[u32], answer: &[u32]| {
             let trained = (0..prompt.len() + answer.len()).map(|t| t >= prompt.len()).collect();
-            Group::new(vec![Example { ids: [prompt, answer].concat(), trained, line: 1 }], Some(true))
+            Group::new(vec![Example::new([prompt, answer].concat(), trained, 1)], Some(true))
         };
         let groups = [group(&[1], &[11]), group(&[2, 2], &[12, 12]), group(&[3], &[13, 13, 13]), group(&[4], &[14])];
         let groups: Vec<&Group> = groups.iter().collect();
         let ids = |per_step, longest| -> Vec<Vec<u32>> {
-            mismatched(&groups, per_step, longest).into_iter().map(|example| example.ids).collect()
+            mismatched(&groups, per_step, longest).into_iter().map(|example| example.ids.to_vec()).collect()
         };
         assert_eq!(ids(4, 9), [vec![1, 14], vec![2, 2, 11], vec![3, 12, 12], vec![4, 13, 13, 13]]);
         assert_eq!(ids(3, 9), [vec![1, 13, 13, 13], vec![2, 2, 11], vec![3, 12, 12], vec![4, 13, 13, 13]]);

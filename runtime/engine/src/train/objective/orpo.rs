@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn the_prompt_of_the_chosen_answer_becomes_a_target() {
-        let example = || Example { ids: vec![5, 6, 7, 8], trained: vec![false, false, false, true], line: 1 };
+        let example = || Example::new(vec![5, 6, 7, 8], vec![false, false, false, true], 1);
         let mut group = Group::new(vec![example(), example()], None);
         Orpo::learn_prompts(&mut group);
         assert_eq!(group.sequences[0].trained, [false, true, true, true]);

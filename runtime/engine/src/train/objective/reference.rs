@@ -151,8 +151,7 @@ mod tests {
     fn what_is_kept_is_read_under_its_key_alone() -> Result<()> {
         let place = tempfile::tempdir()?;
         let path = place.path().join("reference.safetensors");
-        let example =
-            |ids: &[u32], last: bool| Example { ids: ids.to_vec(), trained: vec![false, true, last], line: 1 };
+        let example = |ids: &[u32], last: bool| Example::new(ids.to_vec(), vec![false, true, last], 1);
         let (a, b) = (example(&[1, 2, 3], true), example(&[1, 2, 3], false));
         let key = Reference::key_of("base", None, "f32", &[&a, &b])?;
         for other in [

@@ -198,7 +198,7 @@ impl Measured {
                     let ids = (0..arguments.seq_len)
                         .map(|_| random.below(job.model.architecture.vocab_size) as u32)
                         .collect();
-                    Example { ids, trained: vec![true; arguments.seq_len], line: 0 }
+                    Example::new(ids, vec![true; arguments.seq_len], 0)
                 })
                 .collect();
             let units: Vec<Unit> = (0..).zip(&examples).map(|(number, example)| Unit::of(number, example)).collect();

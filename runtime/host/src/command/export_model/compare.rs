@@ -85,7 +85,7 @@ fn questions(model: &BaseModel) -> Result<Vec<Example>> {
             None => model.tokenizer.encode(probe, true)?.ids,
         };
         ids.push(end);
-        Ok(Example { trained: vec![true; ids.len()], ids, line: 0 })
+        Ok(Example { trained: vec![true; ids.len()].into(), ids: ids.into(), line: 0 })
     };
     PROBES.into_iter().map(example).collect()
 }

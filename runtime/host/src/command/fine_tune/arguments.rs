@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args};
+use homeroom_engine::data::Columns;
 use homeroom_engine::train::TrainConfig;
 use homeroom_engine::train::schedule::Schedule;
 use serde::{Serialize, Serializer};
@@ -10,7 +11,7 @@ use serde::{Serialize, Serializer};
 use crate::command::arguments::{
     COUNT_MAX, ObjectiveArgs, PluginArgs, RowArgs, Word, not_negative, one_of, rate, share, whole,
 };
-use crate::command::rows::{lossy_paths, lossy_paths_option};
+use crate::command::rows::{columns, lossy_paths, lossy_paths_option};
 use crate::command::strategy::{PassArgs, StrategyArgs};
 use crate::job::defaults::{self, Open};
 use crate::progress::line;
@@ -118,6 +119,10 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     #[serde(skip)]
     pub(super) forgetting: Option<Option<PathBuf>>,
+    /// Which column or key is what in the file of --forgetting, as --columns says it of the rows to learn from
+    #[arg(long, requires = "forgetting", value_name = "ROLE=COLUMN,…", value_parser = columns)]
+    #[serde(skip)]
+    pub(super) forgetting_columns: Option<Columns>,
     /// Save what the last step left, even where an earlier evaluation had a lower loss
     #[arg(long)]
     pub(super) keep_last: bool,

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use homeroom_abi::plan::PlanRequest;
 use homeroom_engine::data::Group;
-use homeroom_engine::data::report::Survey;
+use homeroom_engine::data::report::{PLACES_NAMED, Survey};
 use homeroom_engine::estimate::{Measured, Request, Sketch};
 use homeroom_engine::memory;
 use homeroom_engine::models::BaseModel;
@@ -58,6 +58,8 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
         context: model.architecture.max_position_embeddings,
         hold_out: None,
         shown: SHOWN,
+        // Who reads JSON counts on all of them.
+        named: if arguments.json { usize::MAX } else { PLACES_NAMED },
         check: &interrupt::stop_if_asked,
     };
     let (report, first) = survey.run(&source)?;

@@ -203,7 +203,7 @@ fn prepare(arguments: &Arguments, earlier: Option<Entry>) -> Result<Done> {
             check_rows(files, &reading, kind.rows(), kind.name())?;
         }
         let own_kind: Vec<Source> = own_kind.map(Source::file).into_iter().collect();
-        check_rows(&own_kind, &Reading::default(), Kind::Sft.rows(), Kind::Sft.name())?;
+        check_rows(&own_kind, &own_reading(arguments), Kind::Sft.rows(), Kind::Sft.name())?;
         if let (Some(plugin), None, false) = (&plugin, &earlier, arguments.no_memory_check) {
             refuse_too_large(arguments, plugin, &options)?;
         }
@@ -520,6 +520,11 @@ impl Prepared<'_> {
     }
 }
 
+/// How the file of `--forgetting` is read.
+fn own_reading(arguments: &Arguments) -> Reading {
+    Reading { columns: arguments.forgetting_columns.clone().unwrap_or_default(), ..Reading::default() }
+}
+
 /// The rows of `--forgetting`, if it is given.
 fn own_kind(arguments: &Arguments, model: &Arc<BaseModel>, training: Option<&Path>) -> Result<Option<ForgettingRows>> {
     Ok(match &arguments.forgetting {
@@ -527,7 +532,7 @@ fn own_kind(arguments: &Arguments, model: &Arc<BaseModel>, training: Option<&Pat
         Some(None) => Some(ForgettingRows::own(model, training)?),
         Some(Some(file)) => {
             let RowArgs { max_seq_len, on_long_row, .. } = arguments.rows;
-            let (files, reading) = ([Source::file(file)], Reading::default());
+            let (files, reading) = ([Source::file(file)], own_reading(arguments));
             let rows = load_measured(&files, &reading, model, max_seq_len, on_long_row, "--forgetting")?;
             Some(ForgettingRows::given(rows.examples, file.display().to_string()))
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use homeroom_engine::data::note_endless;
-use homeroom_engine::data::report::Survey;
+use homeroom_engine::data::report::{PLACES_NAMED, Survey};
 use homeroom_engine::train::objective::{Kind, ObjectiveConfig, Rewards};
 use homeroom_engine::train::{TrainConfig, TrainReport};
 
@@ -89,8 +89,8 @@ pub(super) fn restate(
 /// Says what was found in the rows that should be looked at: a line each, and no reason to stop.
 pub(super) fn tell_findings(arguments: &Arguments, sources: &Inputs, rows: &Rows) {
     let held_lines = rows.held_lines();
-    let survey =
-        Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, check: &interrupt::stop_if_asked };
+    let (encoder, context, hold_out, check) = (None, usize::MAX, None, &interrupt::stop_if_asked);
+    let survey = Survey { encoder, context, hold_out, shown: 0, named: PLACES_NAMED, check };
     // The rows have been read once; what ends this reading ends the training as well, and is heard of there.
     if let Ok((report, _)) = survey.run(&Rows::source(arguments, sources, &held_lines)) {
         data_report::lines(&report).for_each(line);

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use homeroom_engine::adapt::adapter::{AdapterFiles, is_adapter};
 use homeroom_engine::data::report::personal::Redactor;
-use homeroom_engine::data::report::{Files, Survey};
+use homeroom_engine::data::report::{Files, PLACES_NAMED, Survey};
 use homeroom_engine::data::{Reading, Source, read_texts};
 use homeroom_engine::files::ClaimedFile;
 use homeroom_engine::models::BaseModel;
@@ -137,6 +137,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         context: model.as_ref().map_or(usize::MAX, |model| model.architecture.max_position_embeddings),
         hold_out: arguments.eval_fraction.filter(|share| *share > 0.0).map(|share| (share, arguments.seed)),
         shown: arguments.rows as usize,
+        // Who reads JSON counts on all of them.
+        named: if arguments.json { usize::MAX } else { PLACES_NAMED },
         check: &interrupt::stop_if_asked,
     };
     let source = Files::new(&sources.files, &held_out, &reading);

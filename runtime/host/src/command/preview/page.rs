@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use homeroom_engine::data::preview::Piece;
-use homeroom_engine::data::report::{Report, Summary};
+use homeroom_engine::data::report::{PLACES_NAMED, Report, Summary};
 
 use super::rendered::Rendered;
 use crate::data_report;
@@ -73,6 +73,7 @@ fn found(report: &Report, out: &mut String) {
         let rows: Vec<String> = finding
             .rows
             .iter()
+            .take(PLACES_NAMED)
             .map(|row| {
                 let like =
                     row.like.map(|like| format!(" like {}", data_report::place(report, like))).unwrap_or_default();

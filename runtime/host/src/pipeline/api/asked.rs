@@ -1,9 +1,10 @@
 //! `generate` by a handler: a model of this machine or an endpoint elsewhere, as the user's `handlers.toml` says.
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use crate::handler::{Context, Handler, HandlerError, Kind, Message, PATIENCE, Re
 use crate::models::{Network, locate};
 use crate::near::exists;
 use crate::pipeline::errors::{Failure, said, short};
+use crate::pipeline::store::{self, Key};
 use crate::progress;
 
 /// Prompts that are asked at once: a model here reads its weights once for all of them, and a provider bears as many.
@@ -64,7 +66,7 @@ pub fn generate(lua: &Lua, session: &Session, options: &Options, name: &str) -> 
         return Ok(Value::Table(texts));
     }
     let more = json!({"handler": chain.iter().map(|(_, spec)| described(spec)).collect::<Result<Vec<_>>>()?});
-    let answers = stored(lua, session, verb("generate"), options, more, || {
+    let answers = stored(lua, session, verb("generate"), options, more.clone(), || {
         if !far.is_empty() {
             session.tell(format_args!("asks      {} prompts go to {}", prompts.len(), far.join(", ")));
         }
@@ -83,8 +85,8 @@ pub fn generate(lua: &Lua, session: &Session, options: &Options, name: &str) -> 
             ..Request::default()
         };
         let requests: Vec<Request> = prompts.iter().map(|prompt| request(prompt)).collect();
-        let answers = answers(session, &*handler, &requests)?;
-        Ok(Made::plain(json!(answers)))
+        let keys = keys(options, &more, &prompts);
+        Ok(Made::plain(json!(answers(session, &*handler, &requests, &keys)?)))
     })?;
     Ok(to_lua(lua, &answers)?)
 }
@@ -148,44 +150,97 @@ fn described(spec: &HandlerSpec) -> Result<Json> {
     Ok(json!([format!("{spec:?}"), files]))
 }
 
-/// The answers to requests, in their order.
-fn answers(session: &Session, handler: &dyn Handler, requests: &[Request]) -> Result<Vec<String>, Failure> {
-    let bar = progress::counting("answers", requests.len());
+/// What the answer to each prompt is kept under by itself: they are paid for one by one. A prompt that comes again is another.
+fn keys(options: &Options, more: &Json, prompts: &[String]) -> Vec<Key> {
+    let mut seen: HashMap<&str, usize> = HashMap::new();
+    let same = json!({
+        "system": options.text("system"),
+        "max_tokens": options.whole("max_tokens"),
+        "temperature": options.number("temperature"),
+        "seed": options.get("seed").map(|_| options.seed()),
+        "more": more,
+    });
+    let key = |prompt| {
+        let before = seen.entry(prompt).or_default();
+        *before += 1;
+        store::key("generate", json!({"prompt": prompt, "again": *before - 1, "of": same}))
+    };
+    prompts.iter().map(String::as_str).map(key).collect()
+}
+
+/// The answers to requests, in their order. Each is kept under its key as it comes, so that a run that ends early is not asked for it again.
+fn answers(
+    session: &Session,
+    handler: &dyn Handler,
+    requests: &[Request],
+    keys: &[Key],
+) -> Result<Vec<String>, Failure> {
+    let kept = |key: &Key| Some(session.store.find(key)?.result.as_str()?.to_owned());
+    let mut answers: Vec<Option<String>> = keys.iter().map(kept).collect();
+    let missing: Vec<usize> = (0..requests.len()).filter(|at| answers[*at].is_none()).collect();
+    if missing.len() < requests.len() {
+        let had = requests.len() - missing.len();
+        session.tell(format_args!("generate  {had} of {} answers were kept", requests.len()));
+    }
+    let bar = progress::counting("answers", missing.len());
     let context = Context::default();
-    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let answers: Mutex<Vec<Option<Result<String, HandlerError>>>> = Mutex::new(vec![None; requests.len()]);
-    let work = || {
-        while let Some((at, request)) =
-            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|at| Some((at, requests.get(at)?)))
-        {
-            let answer = answer(handler, request, &context);
-            if answer.is_err() {
-                context.cancel();
+    let (next, started) = (AtomicUsize::new(0), Instant::now());
+    let (said_now, heard) = channel();
+    let (mut failed, mut heard_of): (Option<(usize, HandlerError)>, u64) = (None, 0);
+    let mut take = |(at, answer): (usize, Result<String, HandlerError>)| match answer {
+        Ok(text) => {
+            heard_of += 1;
+            bar.set_position(heard_of);
+            let seconds = started.elapsed().as_secs_f64();
+            let put = |run: PathBuf| session.store.put(&run, &keys[at], json!(text), &[], seconds);
+            if let Err(error) = session.run_path().and_then(put)
+                && !session.unkept.replace(true)
+            {
+                session.tell(format_args!("note: generate is not kept for later runs: {error:#}"));
             }
-            answers.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some(answer);
-            done.fetch_add(1, Ordering::Relaxed);
+            answers[at] = Some(text);
+        }
+        // Those that were cancelled are so because of another.
+        Err(error) if error.kind == Kind::Cancelled => {}
+        Err(error) => {
+            if failed.as_ref().is_none_or(|(first, _)| at < *first) {
+                failed = Some((at, error));
+            }
         }
     };
     scope(|threads| {
-        let workers: Vec<_> = (0..TOGETHER.min(requests.len())).map(|_| threads.spawn(work)).collect();
-        while !workers.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+        for _ in 0..TOGETHER.min(missing.len()) {
+            let said_now = said_now.clone();
+            let (missing, next, context) = (&missing, &next, &context);
+            threads.spawn(move || {
+                while let Some(at) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let answer = answer(handler, &requests[*at], context);
+                    if answer.is_err() {
+                        context.cancel();
+                    }
+                    // It is heard until all have ended.
+                    let _ = said_now.send((*at, answer));
+                }
+            });
+        }
+        drop(said_now);
+        loop {
+            match heard.recv_timeout(PATIENCE) {
+                Ok(answer) => take(answer),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
             if session.clock().check().is_err() {
                 context.cancel();
             }
-            bar.set_position(done.load(Ordering::Relaxed) as u64);
-            sleep(PATIENCE);
         }
     });
     bar.finish_and_clear();
     session.clock().check()?;
-    let answers = answers.into_inner().unwrap_or_else(PoisonError::into_inner);
-    // Those that were cancelled are so because of another.
-    let cause = |answer: &&Option<Result<String, HandlerError>>| matches!(answer, Some(Err(error)) if error.kind != Kind::Cancelled);
-    if let Some((at, Some(Err(error)))) = answers.iter().enumerate().find(|(_, answer)| cause(answer)) {
+    if let Some((at, error)) = failed {
         return Err(said(format!("generate: prompt {}: {error}", at + 1)));
     }
-    let texts = answers.into_iter().map(|answer| answer.and_then(Result::ok));
-    texts.collect::<Option<Vec<_>>>().ok_or_else(|| said("generate: an answer is missing"))
+    answers.into_iter().collect::<Option<Vec<_>>>().ok_or_else(|| said("generate: an answer is missing"))
 }
 
 /// The answer to a request. One that is busy is waited for.

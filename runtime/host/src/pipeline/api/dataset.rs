@@ -2,18 +2,22 @@
 //!
 //! Nothing is tokenised here; a model that uses the rows does that, by the same encoder as for a file.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use homeroom_engine::data::order;
-use homeroom_engine::data::report::{Each, Part, Places, Report, Reread, Survey};
+use homeroom_engine::data::report::{Each, PLACES_NAMED, Part, Places, Report, Reread, Survey};
 use homeroom_engine::data::{
-    Columns, Encoder, Group, OnBadRow, OnLongRow, Problems, Reading, check_row, check_row_for, read_texts,
+    Columns, EncodedRows, Encoder, Group, OnBadRow, OnLongRow, Problem, Problems, Reading, check_row, encode_texts,
+    read_texts,
 };
+use homeroom_engine::files::{Spill, Spilled};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::train::objective::Kind;
 use mlua::{Lua, Value};
@@ -34,6 +38,8 @@ use crate::pipeline::places::OpenRows;
 use crate::pipeline::sandbox::shown;
 use crate::progress::thousands;
 
+/// Bytes of the texts of files that stay in memory.
+const HELD_BYTES: usize = 32 << 20;
 /// What a text takes beside its bytes, and a dataset beside its rows.
 const OVERHEAD_BYTES: usize = 96;
 
@@ -73,6 +79,7 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
         Some(share) => {
             let parted = data.split(lua, session, share, options.seed());
             let (train, eval) = parted.map_err(|failure| failure.within(&path.display().to_string()))?;
+            drop(data);
             (train, Some(eval))
         }
         None => (data, None),
@@ -98,7 +105,8 @@ pub fn prepare_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<
 /// What rows are like, without a model.
 fn report(session: &Session, train: &Dataset, eval: Option<&Dataset>) -> Result<Report> {
     let check = || Ok(session.clock().check()?);
-    let survey = Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, check: &check };
+    let survey =
+        Survey { encoder: None, context: usize::MAX, hold_out: None, shown: 0, named: PLACES_NAMED, check: &check };
     Ok(survey.run(&Parts { train, eval })?.0)
 }
 
@@ -112,34 +120,54 @@ impl Reread for Parts<'_> {
     fn each(&self, each: &mut Each<'_>) -> Result<()> {
         for (part, data) in [(Part::Train, Some(self.train)), (Part::HeldOut, self.eval)] {
             for row in data.iter().flat_map(|data| data.rows()) {
-                each(part, row.line, check_row(&row.text.json))?;
+                each(part, row.line, check_row(row.text.json()))?;
             }
         }
         Ok(())
     }
 
     fn places(&self) -> Places {
-        Places::counted_in(self.train.rows().first().map_or("line", |row| row.unit))
+        Places::counted_in(self.train.rows().first().map_or("line", |row| row.file.unit.get()))
     }
 }
 
 /// One row.
 #[derive(Clone)]
 pub(super) struct Row {
-    /// The file it comes from.
-    pub(super) file: Rc<Path>,
+    /// Where it comes from.
+    pub(super) file: Rc<RowFile>,
     /// Its line there, or its row.
     pub(super) line: usize,
-    /// Which of them it is: "line" or "row".
-    pub(super) unit: &'static str,
-    /// What is in it, shared by all datasets that have the row.
-    pub(super) text: Rc<Text>,
+    /// What is in it.
+    pub(super) text: Text,
 }
 
-/// One JSON object.
-pub(super) struct Text {
-    pub(super) json: Box<str>,
-    _held: Held,
+/// A file of rows, shared by all of them.
+pub(super) struct RowFile {
+    path: Box<Path>,
+    /// What its rows are counted by: "line" or "row".
+    unit: Cell<&'static str>,
+}
+
+impl RowFile {
+    pub(super) fn new(path: &Path, unit: &'static str) -> Rc<Self> {
+        Rc::new(Self { path: path.into(), unit: Cell::new(unit) })
+    }
+}
+
+/// One JSON object. Copies share it.
+#[derive(Clone)]
+pub(super) struct Text(Place);
+
+#[derive(Clone)]
+enum Place {
+    Held(Rc<(Box<str>, Held)>),
+    /// In a temporary file.
+    Spilled {
+        file: Rc<Arc<Spilled>>,
+        at: u64,
+        len: u32,
+    },
 }
 
 /// The rows of a dataset, in order.
@@ -151,7 +179,7 @@ struct Rows {
 impl Row {
     /// Its file and line.
     pub(super) fn place(&self) -> String {
-        format!("{} {} {}", shown(&self.file), self.unit, self.line)
+        format!("{} {} {}", shown(&self.file.path), self.file.unit.get(), self.line)
     }
 }
 
@@ -175,27 +203,6 @@ pub struct Dataset {
     how: How,
 }
 
-/// The rows of a dataset as tokens.
-pub struct Encoded {
-    /// What is trained or evaluated on.
-    pub groups: Vec<Group>,
-    /// Digest of the rows.
-    pub digest: String,
-    /// Rows left out as too long.
-    pub skipped: usize,
-    /// Examples cut as too long.
-    pub truncated: usize,
-    /// Examples that end without an end token, those of rows that were cut aside.
-    pub endless: usize,
-}
-
-impl Encoded {
-    /// Tokens of all examples.
-    pub fn tokens(&self) -> usize {
-        self.groups.iter().flat_map(|group| &group.sequences).map(|example| example.ids.len()).sum()
-    }
-}
-
 impl Dataset {
     /// Reads files and checks their rows.
     ///
@@ -210,32 +217,48 @@ impl Dataset {
         how: How,
     ) -> Result<Self, Failure> {
         let mut rows = Vec::new();
+        let (mut spill, mut left) = (Spill::default(), HELD_BYTES);
+        let spilled = Rc::new(spill.spilled().clone());
         for (path, file) in files {
-            let name: Rc<Path> = path.as_path().into();
+            let name = RowFile::new(&path, "line");
             let size = file.metadata().with_context(|| path.display().to_string())?.len();
-            let first = rows.len();
             let mut failure = None;
             let file = Watched { file: file.take(size), clock: session.clock() };
-            let read = read_texts(&path, file, reading, |line, text| match Text::hold(lua, session, text) {
-                Ok(text) => {
-                    rows.push(Row { file: name.clone(), line, unit: "line", text });
-                    Ok(())
-                }
-                Err(error) => {
-                    failure = Some(error);
-                    Err(anyhow!("the program may not hold more"))
+            let read = read_texts(&path, file, reading, |line, text| {
+                let text = match left.checked_sub(text.len()) {
+                    Some(rest) => {
+                        left = rest;
+                        Text::hold(lua, session, text)
+                    }
+                    // The rest is spilled, too: a short one in memory between long ones would be no help.
+                    None => {
+                        left = 0;
+                        let at = spill.append(text.as_bytes())?;
+                        Ok(Text(Place::Spilled { file: spilled.clone(), at, len: text.len() as u32 }))
+                    }
+                };
+                match text {
+                    Ok(text) => {
+                        rows.push(Row { file: name.clone(), line, text });
+                        Ok(())
+                    }
+                    Err(error) => {
+                        failure = Some(error);
+                        Err(anyhow!("the program may not hold more"))
+                    }
                 }
             });
             if let Some(failure) = failure {
                 return Err(failure);
             }
             let (recognised, left_out) = read.map_err(in_lua_words)?;
-            rows[first..].iter_mut().for_each(|row| row.unit = recognised.unit);
+            name.unit.set(recognised.unit);
             if let Some(words) = recognised.words {
                 session.tell(format_args!("data      {}   {words}", shown(&path)));
             }
             left_out.iter().for_each(|note| session.tell(note));
         }
+        spill.finish()?;
         let held = session.hold(lua, size_of_rows(rows.len()))?;
         Ok(Self { rows: Rc::new(Rows { rows, _held: held }), how })
     }
@@ -267,52 +290,37 @@ impl Dataset {
     ///
     /// # Errors
     /// When there are none, rows are refused (all of them in one message), or the script is to end.
-    pub fn encode(&self, session: &Session, model: &BaseModel, objective: Kind) -> Result<Encoded> {
+    pub fn encode(&self, session: &Session, model: &BaseModel, objective: Kind) -> Result<EncodedRows> {
         ensure!(!self.rows().is_empty(), "the dataset has no rows");
         let on_bad_row = self.how.on_bad_row;
         let encoder = self.encoder(model)?;
         let mut bad: BTreeMap<&Path, Problems> = BTreeMap::new();
         let mut problems: BTreeMap<&Path, Problems> = BTreeMap::new();
-        let (mut groups, mut skipped, mut truncated, mut endless) = (Vec::new(), 0, 0, 0);
-        let mut hasher = Sha256::new();
-        for row in self.rows() {
+        let texts = self.rows().iter().map(|row| {
             session.clock().check()?;
-            let checked = check_row_for(&row.text.json, objective.rows(), objective.name());
-            let encoded = checked.and_then(|checked| encoder.groups(row.line, &checked));
-            if encoded.is_ok() {
-                hasher.update(row.text.json.as_bytes());
-                hasher.update(b"\n");
-            }
-            match encoded {
-                Ok(None) => skipped += 1,
-                Ok(Some((mut kept, cut))) => {
-                    truncated += cut;
-                    let count = |group: &Group| encoder.count_endless(&group.sequences);
-                    endless += if cut == 0 { kept.iter().map(count).sum() } else { 0 };
-                    groups.append(&mut kept);
-                }
-                Err(problem) => {
-                    let is_left_out = on_bad_row == OnBadRow::Skip && !problem.is_long();
-                    let of = if is_left_out { &mut bad } else { &mut problems };
-                    of.entry(&row.file).or_insert_with(|| Problems::by(row.unit)).add(row.line, problem);
-                }
-            }
-        }
+            Ok((row.line, row.text.json().to_owned()))
+        });
+        let refused = |place: usize, problem: Problem| {
+            let row = &self.rows()[place];
+            let is_left_out = on_bad_row == OnBadRow::Skip && !problem.is_long();
+            let of = if is_left_out { &mut bad } else { &mut problems };
+            of.entry(&row.file.path).or_insert_with(|| Problems::by(row.file.unit.get())).add(row.line, problem);
+        };
+        let mark = |groups: &mut [Group]| objective.mark(groups);
+        let encoded = encode_texts(texts, encoder, objective.rows(), objective.name(), mark, refused)?;
         for (file, problems) in problems {
             problems.into_result(file).map_err(in_lua_words)?;
         }
         for (file, problems) in bad {
-            if groups.is_empty() {
+            if encoded.groups.is_empty() {
                 problems.into_result(file).map_err(in_lua_words)?;
             } else {
-                let rows = self.rows().iter().filter(|row| *row.file == *file).count();
+                let rows = self.rows().iter().filter(|row| *row.file.path == *file).count();
                 session.tell(problems.note(file, rows));
             }
         }
-        objective.mark(&mut groups);
-        ensure!(!groups.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
-        let digest = format!("sha256:{}", hex(&hasher.finalize()));
-        Ok(Encoded { groups, digest, skipped, truncated, endless })
+        ensure!(!encoded.groups.is_empty(), "no rows are left, all {} are longer than `max_seq_len`", self.len());
+        Ok(encoded)
     }
 
     /// What tells it from any other: its rows, in order, and how they are to be encoded.
@@ -325,7 +333,7 @@ impl Dataset {
         hash.update(format!("{max_seq_len:?} {on_long_row:?} {on_bad_row:?}\n"));
         for row in self.rows() {
             clock.check()?;
-            hash.update(row.text.json.as_bytes());
+            hash.update(row.text.json().as_bytes());
             hash.update(b"\n");
         }
         Ok(format!("sha256:{}", hex(&hash.finalize())))
@@ -360,9 +368,20 @@ impl Text {
     ///
     /// # Errors
     /// When the program may not hold more.
-    pub(super) fn hold(lua: &Lua, session: &Session, json: String) -> Result<Rc<Self>, Failure> {
+    pub(super) fn hold(lua: &Lua, session: &Session, json: String) -> Result<Self, Failure> {
         let held = session.hold(lua, json.len() + OVERHEAD_BYTES)?;
-        Ok(Rc::new(Self { json: json.into(), _held: held }))
+        Ok(Self(Place::Held(Rc::new((json.into(), held)))))
+    }
+
+    /// The object.
+    pub(super) fn json(&self) -> &str {
+        match &self.0 {
+            Place::Held(held) => &held.0,
+            Place::Spilled { file, at, len } => {
+                let bytes = file.bytes(*at..*at + u64::from(*len));
+                std::str::from_utf8(bytes).expect("it was spilled as text to a file that nobody else has")
+            }
+        }
     }
 }
 

@@ -116,7 +116,7 @@ fn encoded(session: &Session, data: &Dataset, model: &BaseModel, name: &str) -> 
     let mut rows = Vec::with_capacity(data.len());
     for row in data.rows() {
         session.clock().check()?;
-        let checked = check_row_for(&row.text.json, Kind::Sft.rows(), Kind::Sft.name());
+        let checked = check_row_for(row.text.json(), Kind::Sft.rows(), Kind::Sft.name());
         let examples = checked.and_then(|checked| encoder.examples(row.line, &checked));
         let examples = examples.map_err(|problem| said(format!("{name}: {}: {problem}", row.place())))?;
         rows.push(examples.map(|(examples, _)| examples).unwrap_or_default());

@@ -12,7 +12,7 @@ use super::Session;
 use super::model::{ModelSpec, NOT_NAMED};
 use super::options::Options;
 use super::spec::verb;
-use crate::handler::config::Config;
+use crate::handler::config::{Config, handlers_in};
 use crate::models::not_there;
 use crate::pipeline::errors::{Failure, said};
 use crate::pipeline::places::Place;
@@ -67,7 +67,7 @@ pub fn create_handler(lua: &Lua, session: &Session, argument: LuaValue) -> Resul
 /// When there is no data directory.
 pub fn file() -> Result<PathBuf> {
     let data = registry::data_directory().context("there is no data directory; set HOMEROOM_HOME")?;
-    Ok(data.join("handlers.toml"))
+    Ok(handlers_in(&data))
 }
 
 /// Has `name` answered by a local model. Everything else in the file stays as it is, comments too.

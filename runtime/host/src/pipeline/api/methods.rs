@@ -33,7 +33,7 @@ const NO_FIELDS: &str = "homeroom.dataset.no_fields";
 
 /// What is in a row.
 pub(super) fn node(row: &Row) -> Node<'_> {
-    Node::parse(&row.text.json).expect("rows were checked when they were read or made")
+    Node::parse(row.text.json()).expect("rows were checked when they were read or made")
 }
 
 /// What a script says of each row, one after the other, as JSON: a function's answer, or a field's value. `name`: the method and its option,
@@ -405,7 +405,7 @@ fn redact(lua: &Lua, session: &Session, data: &Dataset, _: Value) -> Result<Mult
     let mut rows = Vec::with_capacity(data.len());
     for row in data.rows() {
         session.clock().check()?;
-        let content = serde_json::from_str(&row.text.json).context("rows were checked when they were read or made")?;
+        let content = serde_json::from_str(row.text.json()).context("rows were checked when they were read or made")?;
         rows.push(match redactor.row(&content) {
             Some(redacted) => Row { text: Text::hold(lua, session, redacted.to_string())?, ..row.clone() },
             None => row.clone(),

@@ -2,7 +2,6 @@
 
 use std::io::Read;
 use std::path::Path;
-use std::rc::Rc;
 
 use anyhow::Context;
 use homeroom_engine::data::whole_text;
@@ -10,7 +9,7 @@ use mlua::{Lua, Value};
 use serde_json::json;
 
 use super::Session;
-use super::dataset::{Dataset, Row, Text, size_of_rows};
+use super::dataset::{Dataset, Row, RowFile, Text, size_of_rows};
 use super::options::Options;
 use super::spec::verb;
 use crate::pipeline::errors::Failure;
@@ -37,16 +36,11 @@ pub fn read_passages(lua: &Lua, session: &Session, argument: Value) -> Result<Va
         session.clock().check()?;
         session.hold(lua, passage.text.len() + passage.headings.iter().map(String::len).sum::<usize>() + 64)
     })?;
-    let file: Rc<Path> = path.as_path().into();
+    let file = RowFile::new(&path, "line");
     let rows = found.iter().map(|(passage, _)| {
         let heading = passage.headings.join(" > ");
         let row = json!({"text": passage.text, "heading": heading, "source": source, "line": passage.line});
-        Ok(Row {
-            file: file.clone(),
-            unit: "line",
-            line: passage.line,
-            text: Text::hold(lua, session, row.to_string())?,
-        })
+        Ok(Row { file: file.clone(), line: passage.line, text: Text::hold(lua, session, row.to_string())? })
     });
     let rows = rows.collect::<Result<Vec<_>, Failure>>()?;
     let held = session.hold(lua, size_of_rows(rows.len()))?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use homeroom_engine::files::{NewDirectory, SMALL_FILE_BYTES_MAX, make_directory, read_text, replace_file};
+use homeroom_engine::text::template;
 use serde_json::{Value as Json, json};
 
 use crate::job::newest_checkpoint;
@@ -21,6 +22,8 @@ pub struct Begun {
     pub run: String,
     /// Number of the training there.
     pub number: usize,
+    /// What templates say the time is, if the training told it.
+    pub clock: Option<i64>,
     checkpoints: PathBuf,
     /// The lock of another run, which keeps it as it is while it is copied; `None` also where a file system has no locks.
     _lock: Option<File>,
@@ -47,7 +50,9 @@ pub fn checkpoint(key: &Key, own: &str, others: bool) -> Option<Begun> {
                     return None;
                 }
             }
-            Some(Begun { run: run.id.clone(), number, checkpoints: training.path().join("checkpoints"), _lock: lock })
+            let clock = said(&training.path())["clock"].as_i64();
+            let checkpoints = training.path().join("checkpoints");
+            Some(Begun { run: run.id.clone(), number, clock, checkpoints, _lock: lock })
         })
     })
 }
@@ -75,7 +80,7 @@ pub fn end(training: &Path) -> Result<()> {
     replace_file(&training.join(FILE), format!("{said:#}\n").as_bytes())
 }
 
-/// Writes under which key a training begins, with copies of the checkpoints of another run that it goes on from: what it ends
+/// Writes under which key a training begins, and at which time by its templates, with copies of the checkpoints of another run that it goes on from: what it ends
 /// with may be an earlier one.
 ///
 /// # Errors
@@ -100,5 +105,8 @@ pub fn begin(training: &Path, key: &Key, from: Option<&Begun>) -> Result<()> {
             copy.publish()?;
         }
     }
-    replace_file(&training.join(FILE), format!("{:#}\n", json!({"key": key.hash()})).as_bytes())
+    replace_file(
+        &training.join(FILE),
+        format!("{:#}\n", json!({"key": key.hash(), "clock": template::time()})).as_bytes(),
+    )
 }

@@ -1,7 +1,6 @@
 //! `dataset` and `save_dataset`: rows that a script makes, and a file of them.
 
 use std::path::Path;
-use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use homeroom_engine::data::check_row;
@@ -10,7 +9,7 @@ use mlua::{Lua, Value};
 use serde_json::{Value as Json, json};
 
 use super::Session;
-use super::dataset::{Dataset, Row, Text, size_of_rows};
+use super::dataset::{Dataset, Row, RowFile, Text, size_of_rows};
 use super::options::Options;
 use super::spec::verb;
 use super::stored::{Made, stored};
@@ -24,7 +23,7 @@ pub fn dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, F
     let options = Options::read(verb("dataset"), argument)?;
     let table = options.get("rows").and_then(Value::as_table).context("`read` saw that a required option is there")?;
     // What messages call the place of a row.
-    let file: Rc<Path> = Path::new("`rows` of the script,").into();
+    let file = RowFile::new(Path::new("`rows` of the script,"), "row");
     let mut rows = Vec::with_capacity(table.raw_len());
     for line in 1..=table.raw_len() {
         session.clock().check()?;
@@ -33,7 +32,7 @@ pub fn dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Value, F
         if let Err(problem) = check_row(&text) {
             return Err(said(format!("dataset: row {line} is refused: {problem}")));
         }
-        rows.push(Row { file: file.clone(), unit: "row", line, text: Text::hold(lua, session, text)? });
+        rows.push(Row { file: file.clone(), line, text: Text::hold(lua, session, text)? });
     }
     let held = session.hold(lua, size_of_rows(rows.len()))?;
     Ok(Value::UserData(lua.create_userdata(Dataset::made(rows, held))?))
@@ -72,7 +71,7 @@ pub fn save_dataset(lua: &Lua, session: &Session, argument: Value) -> Result<Val
         let mut text = String::new();
         for row in rows.rows() {
             session.clock().check()?;
-            text.push_str(&row.text.json);
+            text.push_str(row.text.json());
             text.push('\n');
         }
         let _lock = registry::lock()?;

@@ -349,6 +349,15 @@ impl Session {
         Ok(NewAdapter { run, number, id, path })
     }
 
+    /// If a training was begun under a key and can be gone on with, templates say the time from now on that they said there: rows that it
+    /// has yet to see are to be rendered as those that it saw.
+    pub(super) fn tell_time_of(&self, key: Option<&Key>) {
+        let own = self.run.borrow().as_ref().map(|(run, _)| run.id().to_owned());
+        let own = own.or_else(|| self.resumed.clone()).unwrap_or_default();
+        let begun = key.and_then(|key| resumed::checkpoint(key, &own, !self.fresh));
+        begun.and_then(|begun| begun.clock).into_iter().for_each(template::hold_time);
+    }
+
     /// The run's directory, which is made if there is none yet.
     pub(super) fn run_path(&self) -> Result<PathBuf> {
         self.run().map(|run| run.path().to_owned())

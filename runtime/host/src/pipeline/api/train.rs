@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use homeroom_engine::data::{Group, note_endless};
+use homeroom_engine::data::{EncodedRows, Group, note_endless};
 use homeroom_engine::estimate::Sketch;
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::models::BaseModel;
@@ -15,7 +15,7 @@ use homeroom_engine::train::{
 use mlua::{Lua, Table, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::dataset::{Dataset, Encoded};
+use super::dataset::Dataset;
 use super::imagined::{self, Needs};
 use super::model::ModelSpec;
 use super::options::Options;
@@ -94,6 +94,7 @@ fn tune(lua: &Lua, session: &Session, argument: Value) -> Result<Value, Failure>
         model = with_text(adapter, model)?;
     }
     let rows = options.dataset("dataset").context("`read` saw that a required option is there")?;
+    session.tell_time_of(step.as_ref().and_then(Step::key));
     let encode = |rows: Dataset| rows.encode(session, &model, objective.objective);
     let data = encode(rows).context("dataset")?;
     let eval = options.dataset("eval").map(encode).transpose().context("eval")?;
@@ -250,7 +251,7 @@ fn planned(
     options: &Options,
     (plugin, of_strategy): (&Plugin, &Map<String, Json>),
     model: &BaseModel,
-    data: &Encoded,
+    data: &EncodedRows,
     (config, checkpoint): (&TrainConfig, Option<&Path>),
 ) -> Result<Planned, Failure> {
     let rows: Vec<&Group> = data.groups.iter().collect();
@@ -296,8 +297,8 @@ struct Dry<'a> {
     spec: &'a ModelSpec,
     options: &'a Options,
     job: &'a Job,
-    data: &'a Encoded,
-    eval: Option<&'a Encoded>,
+    data: &'a EncodedRows,
+    eval: Option<&'a EncodedRows>,
     config: &'a TrainConfig,
     steps: u64,
     /// Highest memory, where it can be estimated.
@@ -485,7 +486,7 @@ fn restate(
     session: &Session,
     spec: &ModelSpec,
     job: &Job,
-    (data, eval): (&Encoded, Option<&Encoded>),
+    (data, eval): (&EncodedRows, Option<&EncodedRows>),
     (config, objective, steps): (&TrainConfig, ObjectiveConfig, u64),
 ) {
     let Job { model, adaptation, strategy, .. } = job;

@@ -166,9 +166,13 @@ fn is_number(place: &Place<'_>, plus: bool, groups: &[Group<'_>]) -> bool {
     }
     let spaced =
         groups.iter().skip(1).any(|group| group.before.chars().count() > 2 && !group.before.contains(['(', ')']));
-    // Behind a country's code an area may have one digit: `+33 6 12 34 56 78`.
-    let few = if plus || all.starts_with("00") { 2 } else { 1 };
-    let single = groups.iter().skip(few).any(|group| group.digits.len() == 1 && !group.before.contains('('));
+    // Behind a country's code, and the trunk zero, an area may have one digit: `+33 6 12 34 56 78`, `+43 (0)1 58858`. What stands behind
+    // a hyphen at the end is an extension: `+43 1 58858-0`.
+    let abroad = plus || all.starts_with("00");
+    let few = 1 + usize::from(abroad) + usize::from(abroad && groups.get(1).is_some_and(is_trunk));
+    let is_extension = |at: usize| abroad && at >= few && at + 1 == groups.len() && groups[at].before == "-";
+    let is_single = |group: &Group<'_>| group.digits.len() == 1 && !group.before.contains('(');
+    let single = (few..groups.len()).any(|at| is_single(&groups[at]) && !is_extension(at));
     if (spaced || single) && !named {
         return false;
     }
@@ -197,11 +201,14 @@ fn follows_number(place: &Place<'_>) -> bool {
     place.text[..place.at].trim_end_matches([' ', '(']).ends_with(|c: char| c.is_ascii_digit())
 }
 
+/// The trunk zero of `+49 (0)30`.
+fn is_trunk(group: &Group<'_>) -> bool {
+    group.digits == "0" && group.before.contains('(')
+}
+
 /// A country code and as many digits as the country has; `skipped` digits before it are the way abroad.
 fn is_abroad(groups: &[Group<'_>], skipped: usize) -> bool {
-    // The trunk zero of `+49 (0)30`.
-    let trunk = |group: &&Group<'_>| group.digits == "0" && group.before.contains('(');
-    let all: String = groups.iter().filter(|group| !trunk(group)).map(|group| group.digits).collect();
+    let all: String = groups.iter().filter(|group| !is_trunk(group)).map(|group| group.digits).collect();
     let Some(number) = all.get(skipped..) else { return false };
     let fits = |code: usize, least: usize, most: usize| (least..=most).contains(&(number.len() - code));
     let known = COUNTRIES.iter().find(|(code, ..)| number.starts_with(code));
@@ -248,7 +255,9 @@ fn is_north_american(groups: &[Group<'_>], named: bool) -> bool {
     let from_two = |group: &Group<'_>| group.digits.as_bytes()[0] >= b'2';
     let bracketed = area.before.ends_with('(') && exchange.before.starts_with(')');
     let alike = exchange.before == line.before && matches!(line.before, "-" | ".");
-    lengths == [3, 3, 4] && from_two(area) && from_two(exchange) && (bracketed || alike || named)
+    // Books and films have exchanges that there are not: `(555) 123-4567`. Nothing else is written so.
+    let written = bracketed && line.before == "-";
+    lengths == [3, 3, 4] && from_two(area) && (from_two(exchange) && (bracketed || alike || named) || written)
 }
 
 /// Groups that count up or down, as a list of numbers does.
@@ -256,7 +265,11 @@ fn is_row_of_numbers(groups: &[Group<'_>]) -> bool {
     let numbers: Vec<i64> =
         groups.iter().filter(|group| group.digits.len() < 3).filter_map(|group| group.digits.parse().ok()).collect();
     let steps: Vec<i64> = numbers.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    numbers.len() == groups.len() && steps.len() >= 3 && steps.windows(2).all(|pair| pair[0] == pair[1])
+    // The five pairs of a French number may ascend by chance, but who counts does so by less, or by tens: `01 23 45 67 89`.
+    let french = matches!(groups, [first, ..] if first.digits.starts_with('0'))
+        && groups.len() == 5
+        && steps.iter().all(|step| *step > 12 && step % 5 != 0);
+    !french && numbers.len() == groups.len() && steps.len() >= 3 && steps.windows(2).all(|pair| pair[0] == pair[1])
 }
 
 /// A day, a month and a year, or the other way round, whatever follows.

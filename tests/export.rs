@@ -235,16 +235,25 @@ fn an_export_is_in_the_floats_that_are_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// A base in other floats, and a GGUF file as a directory.
 #[test]
-fn a_base_has_nothing_to_merge() -> Result<()> {
+fn a_base_without_an_adapter_is_exported_as_it_is() -> Result<()> {
     let home = tempfile::tempdir()?;
-    let mut command = program(home.path())?;
-    command.args(["export-model", "--format", "merged", "--model-dir"]).arg(fixture("models/llama"));
-    let output = command.arg("--output-dir").arg(home.path().join("out")).output()?;
-    assert!(!output.status.success());
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(error.contains("not an adapter") && error.contains("nothing to merge"), "{error}");
-    assert!(!home.path().join("out").exists());
+    for base in ["qwen2", "llama-gguf/model-mixed.gguf", "llama-tied"] {
+        let out = home.path().join("out");
+        let mut command = program(home.path())?;
+        command.args(["export-model", "--overwrite", "--dtype", "f32", "--json", "--model-dir"]);
+        command.arg(fixture("models").join(base)).arg("--output-dir").arg(&out);
+        let output = done(command.arg("--file").arg(fixture("rows/colours.jsonl")))?;
+        let said = json(&output)?;
+        assert_eq!((&said["kl"], &said["largest_difference"]), (&json!(0.0), &json!(0.0)), "{base}");
+        assert_eq!(said["loss"], said["loss_exported"], "{base}");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(told.contains("colours.jsonl stays "), "{told}");
+        let (base, written) = (BaseModel::load(&fixture("models").join(base))?, BaseModel::load(&out)?);
+        assert_eq!(written.digest(), base.digest());
+        assert_eq!(written.architecture.tie_word_embeddings, base.architecture.tie_word_embeddings);
+    }
     Ok(())
 }
 

@@ -9,8 +9,9 @@ use anyhow::{Context, Result, ensure};
 use homeroom_engine::adapt::adapter::{
     self, AdapterFiles, HOMEROOM_FILE, Record, StrategyRecord, WEIGHTS_FILE, serialize_f32,
 };
-use homeroom_engine::adapt::merge::{Floats, merge, save_model};
+use homeroom_engine::adapt::merge::Merged;
 use homeroom_engine::data::Example;
+use homeroom_engine::export::{Floats, save_model};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::inference::Engine;
 use homeroom_engine::inference::generate::{Sampling, generate};
@@ -382,7 +383,7 @@ fn exports_of_every_family_answer_as_what_was_trained() -> Result<()> {
             for (strategy, options) in [("lora", json!({"r": 3})), ("full", json!({}))] {
                 let adaptation = shaken(strategy, &options, &model)?;
                 let directory = NewDirectory::start(&place.path("outputs/export"))?;
-                save_model(&directory, &merge(&model, &adaptation)?, &model, Floats::F32)?;
+                save_model(&directory, &Merged::new(&model, Some(&adaptation))?, Floats::F32)?;
                 let export = directory.publish()?;
                 let written = BaseModel::load(&export)?;
                 assert_eq!(written.architecture.layers, model.architecture.layers, "{name}");

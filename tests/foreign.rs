@@ -9,7 +9,8 @@ use homeroom::handler::local::Local;
 use homeroom::handler::{self, Handler};
 use homeroom::models::{Answerer, Loaded, ModelRef, Network};
 use homeroom_engine::adapt::adapter::{AdapterFiles, serialize_f32};
-use homeroom_engine::adapt::merge::{Floats, save_model};
+use homeroom_engine::adapt::merge::Merged;
+use homeroom_engine::export::{Floats, save_model};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::files::tensors::map_safetensors;
 use homeroom_engine::inference::generate::prompt_ids;
@@ -214,7 +215,7 @@ fn biases_that_the_configuration_does_not_tell_of_are_refused() -> Result<()> {
 
     // What is written of it has them, too.
     let directory = NewDirectory::start(&place.path("outputs/out"))?;
-    save_model(&directory, &read, &read, Floats::F32)?;
+    save_model(&directory, &Merged::new(&read, None)?, Floats::F32)?;
     assert_eq!(BaseModel::load(&directory.publish()?)?.digest(), read.digest());
     Ok(())
 }
@@ -228,7 +229,7 @@ fn what_is_written_of_a_gguf_file_answers_as_it_does() -> Result<()> {
     let from = fixture("models/llama3-gguf");
     let base = BaseModel::load(&from)?;
     let directory = NewDirectory::start(&place.path("outputs/out"))?;
-    save_model(&directory, &base, &base, Floats::F32)?;
+    save_model(&directory, &Merged::new(&base, None)?, Floats::F32)?;
     let out = directory.publish()?;
     let written = BaseModel::load(&out)?;
     for (ids, want) in expected(&from.join("expected.safetensors"))? {
@@ -257,7 +258,7 @@ fn a_sliding_window_of_a_gguf_file_is_written() -> Result<()> {
     let filled = [&[8, 0, 0, 0, 29, 0, 0, 0, 0, 0, 0, 0][..], &[b'.'; 29]].concat();
     let base = BaseModel::load(&place.write("model.gguf", with_entry(&windowed, "x", &filled))?)?;
     let directory = NewDirectory::start(&place.path("outputs/out"))?;
-    save_model(&directory, &base, &base, Floats::F32)?;
+    save_model(&directory, &Merged::new(&base, None)?, Floats::F32)?;
     let written = BaseModel::load(&directory.publish()?)?;
     let windows = written.architecture.layers.iter().map(|layer| layer.attention().window);
     assert!(written.architecture.model_type == "mistral" && windows.into_iter().all(|window| window == Some(5)));

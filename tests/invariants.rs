@@ -3,8 +3,9 @@
 use anyhow::{Context, Result};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{AdapterFiles, Record, StrategyRecord, save};
-use homeroom_engine::adapt::merge::{Floats, merge, save_model};
+use homeroom_engine::adapt::merge::{Merged, merge};
 use homeroom_engine::data::Example;
+use homeroom_engine::export::{Floats, save_model};
 use homeroom_engine::files::NewDirectory;
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::batch::Batch;
@@ -85,7 +86,7 @@ fn merged_equals_unmerged() -> Result<()> {
             assert!(apart < 1e-3, "{strategy} {options} on {name}: {apart}");
             let directory = tempfile::tempdir()?;
             let started = NewDirectory::start(&directory.path().join("merged"))?;
-            save_model(&started, &merged, &model, Floats::of(&model)?)?;
+            save_model(&started, &Merged::new(&model, Some(&adaptation))?, Floats::of(&model)?)?;
             let again = BaseModel::load(&started.publish()?)?;
             let stored = distance(&logits(&again, None)?, &logits(&merged, None)?);
             assert!(stored < 1e-6, "{strategy} {options} on {name}: {stored} after saving");

@@ -7,12 +7,15 @@
 //! - [`run`]: the waist, what a backend does, and the backends: `plain`, which runs anything, and `cpu`, which is fast
 //! - [`train`]: the loop above it, optimizer and schedule; [`inference`]: the scheduler of answers, sampler, prefix cache
 //! - [`estimate`]: memory and time of a training from shapes alone
-//! - [`forgetting`]: how far a trained model has moved from its base; [`embedding`]: vectors of texts; [`memory`]: how much there is
+//! - [`export`]: a trained model as other programs read it
+//! - [`difference`]: how far two models' predictions are apart; [`forgetting`]: how far a trained model has moved from its base; [`embedding`]: vectors of texts; [`memory`]: how much there is
 
 pub mod adapt;
 pub mod data;
+pub mod difference;
 pub mod embedding;
 pub mod estimate;
+pub mod export;
 pub mod files;
 pub mod forgetting;
 mod guard;

@@ -20,9 +20,9 @@ pub(crate) fn value_of<T: Clone>(word: &str, known: &[(&'static str, T)]) -> Res
 
 #[cfg(test)]
 mod tests {
-    use crate::adapt::merge::Floats;
     use crate::adapt::requantize::StoredAs;
     use crate::data::OnLongRow;
+    use crate::export::Floats;
     use crate::run::compute::Compute;
     use crate::train::schedule::Schedule;
 

@@ -110,6 +110,16 @@ pub struct Record<'a> {
 /// When a file cannot be written, or a value is not finite.
 pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation, record: Record<'_>) -> Result<()> {
     let manifest = manifest(model, adaptation, record)?;
+    save_peft(directory, model, adaptation)?;
+    directory.write(HOMEROOM_FILE, pretty(&serde_json::to_value(manifest)?)?.as_bytes())
+}
+
+/// Writes an adapter as PEFT has it, without what this program knows beyond it: its configuration where the strategy has one, the tensors,
+/// and the tokenizer and chat template if they are not the base's.
+///
+/// # Errors
+/// When a file cannot be written, or a value is not finite.
+pub fn save_peft(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation) -> Result<()> {
     // PEFT has an adapter on the model that transformers loads, and that is the whole.
     let part = adaptation.plan.peft.is_some() && model.is_part()?;
     if let Some(peft) = &adaptation.plan.peft {
@@ -131,7 +141,7 @@ pub fn save(directory: &NewDirectory, model: &BaseModel, adaptation: &Adaptation
     if model.text_from.is_some() {
         write_text(directory, &model.tokenizer)?;
     }
-    directory.write(HOMEROOM_FILE, pretty(&serde_json::to_value(manifest)?)?.as_bytes())
+    Ok(())
 }
 
 /// Writes a tokenizer and its chat template, as transformers reads them.

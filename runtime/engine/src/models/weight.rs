@@ -12,6 +12,9 @@ use homeroom_kernels::{
 use memmap2::Mmap;
 use rayon::prelude::*;
 
+/// Values of a panel of rows.
+const PANEL_VALUES: usize = 1 << 22;
+
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
 #[derive(Clone)]
 pub struct Weight {
@@ -360,6 +363,11 @@ impl Weight {
         self.row_squares.get_or_init(|| squares)
     }
 
+    /// Whether it is stored by a codec, ours or one of a plugin.
+    pub fn is_encoded(&self) -> bool {
+        matches!(self.storage, Storage::Coded | Storage::Native)
+    }
+
     /// Its codec, indices and scales, if it is stored by a codec.
     pub(crate) fn encoding(&self) -> Option<(&Codec, &[u8], Scales<'_>)> {
         match &self.bytes {
@@ -397,6 +405,12 @@ impl Weight {
             Bytes::Coded(coded) => coded.codes.len() + coded.scales.view().bytes(),
             _ => self.raw().len(),
         }
+    }
+
+    /// All rows, in ranges of at most some four million values.
+    pub fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, step) = (self.rows, (PANEL_VALUES / self.cols.max(1)).max(1));
+        (0..rows).step_by(step).map(move |from| from..rows.min(from + step))
     }
 
     /// The values of some rows, row-major.

@@ -165,8 +165,13 @@ pub fn one_of<T>(words: &'static [Word]) -> impl TypedValueParser<Value = T>
 where
     T: FromStr<Err = Error> + Clone + Send + Sync + 'static,
 {
+    word(words).try_map(|word| word.parse::<T>())
+}
+
+/// Takes one of some words.
+pub fn word(words: &'static [Word]) -> PossibleValuesParser {
     let values = words.iter().map(|(word, help)| PossibleValue::new(*word).help(*help).hide(help.is_empty()));
-    PossibleValuesParser::new(values).try_map(|word| word.parse::<T>())
+    PossibleValuesParser::new(values)
 }
 
 /// Reads a whole number in a range.

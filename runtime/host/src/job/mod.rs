@@ -12,9 +12,10 @@ use homeroom_abi::plan::{Peft, PlanRequest};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{self, AdapterFiles, Record, StrategyRecord, read_manifest};
 use homeroom_engine::adapt::encoded::EncodedBases;
-use homeroom_engine::adapt::merge::{Floats, exportable, merge, save_model};
+use homeroom_engine::adapt::merge::Merged;
 use homeroom_engine::adapt::requantize::{kept_storage, store_as_planned};
 use homeroom_engine::data::Group;
+use homeroom_engine::export::{Floats, exportable, save_model};
 use homeroom_engine::files::digest::{self, FileDigests};
 use homeroom_engine::files::{NewDirectory, utf8};
 use homeroom_engine::models::BaseModel;
@@ -370,7 +371,8 @@ impl Job {
             return adapter::save(directory, &self.model, adaptation, record);
         }
         if whole {
-            save_model(directory, &merge(&self.model, adaptation)?, &self.model, Floats::of(&self.model)?)?;
+            let merged = Merged::new(&self.model, Some(adaptation))?;
+            save_model(directory, &merged, Floats::of(&self.model)?)?;
         }
         let manifest = serde_json::to_value(adapter::manifest(&self.model, adaptation, record)?)?;
         directory.write(adapter::HOMEROOM_FILE, adapter::pretty(&manifest)?.as_bytes())

@@ -275,6 +275,7 @@ impl<E: ProductElement> Fused<E> {
                     Stream::Tensor(h)
                 }
             };
+            pass.release_layer(number);
         }
         Ok((h, kept))
     }

@@ -40,6 +40,8 @@ pub struct Pass<'a> {
     pub dropout: Option<(u64, u32)>,
     /// NEFTune's α: how much noise there is on embeddings in training; 0: none.
     pub neftune_noise_alpha: f64,
+    /// Whether the pages of mapped weights are given back after each block, so that a model takes no more memory than one of them.
+    pub sparing: bool,
 }
 
 impl<'a> Pass<'a> {
@@ -48,7 +50,7 @@ impl<'a> Pass<'a> {
         let params = adaptation.iter().flat_map(|adaptation| &adaptation.params);
         let params: Vec<Tensor> = params.map(|param| param.var.as_detached_tensor()).collect();
         let dtype = params.first().map_or(DType::F32, Tensor::dtype);
-        Self { model, adaptation, params, dtype, dropout: None, neftune_noise_alpha: 0.0 }
+        Self { model, adaptation, params, dtype, dropout: None, neftune_noise_alpha: 0.0, sparing: false }
     }
 
     /// A pass of the training step `update` (from 0).
@@ -64,7 +66,21 @@ impl<'a> Pass<'a> {
             .collect();
         let dtype = params.first().map_or(DType::F32, Tensor::dtype);
         let dropout = Some((seed, update));
-        Self { model, adaptation: Some(adaptation), params, dtype, dropout, neftune_noise_alpha: 0.0 }
+        Self { model, adaptation: Some(adaptation), params, dtype, dropout, neftune_noise_alpha: 0.0, sparing: false }
+    }
+
+    /// Gives the pages of a layer's mapped weights back, if this pass is sparing.
+    pub(crate) fn release_layer(&self, layer: usize) {
+        if self.sparing {
+            self.model.layers[layer].all().for_each(|module| self.model.modules[module].weight.release());
+        }
+    }
+
+    /// The same of all weights.
+    pub(crate) fn release_all(&self) {
+        if self.sparing {
+            self.model.release();
+        }
     }
 
     /// Applies a module, adapted or not: (N, d_in) to (N, d_out).

@@ -39,6 +39,14 @@ pub(super) fn now() -> DateTime {
     held().and_then(|seconds| at(seconds).ok()).unwrap_or_else(|| Zoned::now().datetime())
 }
 
+/// That time as `strftime` writes it.
+///
+/// # Errors
+/// When the format is none.
+pub fn local_time(format: &str) -> Result<String> {
+    write(format, now())
+}
+
 /// That many seconds after 1970 began, in UTC.
 pub(super) fn at(unix_seconds: i64) -> Result<DateTime> {
     let time = Timestamp::from_second(unix_seconds).context("the time is not one of our era")?;

@@ -40,7 +40,7 @@ mod tests;
 mod turns;
 pub(crate) mod written;
 
-pub use clock::{hold_time, present_time, time};
+pub use clock::{hold_time, local_time, present_time, time};
 use generation::rewrite_generation_tags;
 pub use given::{Given, RESERVED};
 use message::Reads;

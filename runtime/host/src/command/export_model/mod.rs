@@ -1,0 +1,202 @@
+//! `homeroom export-model`: a trained model as files of another program. Here is what all formats have in common; a format is a file.
+
+mod compare;
+mod merged;
+mod mlx;
+mod peft;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use homeroom_engine::adapt::adaptation::Adaptation;
+use homeroom_engine::adapt::merge::Merged;
+use homeroom_engine::export::Floats;
+use homeroom_engine::files::{NewDirectory, ensure_room, replaceable, utf8, vacant};
+use homeroom_engine::models::BaseModel;
+use serde_json::{Map, Value, json};
+
+use self::compare::Compared;
+use super::arguments::{ModelArgs, RowArgs, Word, word};
+use super::{Done, print, spares};
+use crate::interrupt;
+use crate::models::{Loaded, Network, here, last_part};
+use crate::progress::line;
+
+/// Arguments of `export-model`.
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Format of the export
+    #[arg(long, value_enum, default_value = "merged", value_name = "FORMAT")]
+    format: Format,
+    /// Directory for the export [default: the model's name with the format's behind it, as in NAME-merged, in the working directory]
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Number format of the written weights [default: the base's, f32 where it is quantised]
+    ///
+    /// Weights are rounded to it, and in bf16 some of what a training changed is lost. The KL divergence that is printed is measured on
+    /// the rows of `--file`, else on a few questions of general knowledge; on rows like those of the training it is larger.
+    #[arg(long, value_name = "TYPE", value_parser = word(&DTYPES))]
+    dtype: Option<String>,
+    /// Files of rows to compare the export with the trained model on, best some that were held out [default: a few questions of general knowledge]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    file: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: RowArgs,
+    /// Replace an earlier export in that directory
+    #[arg(long)]
+    overwrite: bool,
+    /// Print one JSON object at the end
+    #[arg(long)]
+    json: bool,
+}
+
+/// Format of an export.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// A Hugging Face directory with the adapter merged into the base
+    Merged,
+    /// The adapter alone, as PEFT has it
+    Peft,
+    /// A directory for mlx-lm, with the adapter merged into the base
+    Mlx,
+}
+
+impl Format {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Merged => "merged",
+            Self::Peft => "peft",
+            Self::Mlx => "mlx",
+        }
+    }
+}
+
+const DTYPES: [Word; 6] = [
+    ("f32", "32 bits; nothing is lost"),
+    ("f16", "16 bits, 11 of them of precision"),
+    ("bf16", "16 bits, 8 of them of precision"),
+    ("float32", ""),
+    ("float16", ""),
+    ("bfloat16", ""),
+];
+
+impl Arguments {
+    /// The floats that `--dtype` names, for formats that are written in such.
+    fn floats(&self) -> Result<Option<Floats>> {
+        let read = |word: &String| {
+            let floats = word.parse::<Floats>();
+            floats.with_context(|| format!("--dtype {word}: `--format {}` is written in floats", self.format.name()))
+        };
+        self.dtype.as_ref().map(read).transpose()
+    }
+}
+
+/// What is exported, and how.
+struct Export<'a> {
+    model: &'a BaseModel,
+    adaptation: Option<&'a Adaptation>,
+    arguments: &'a Arguments,
+    compared: &'a Compared,
+    /// What is written.
+    directory: &'a NewDirectory,
+    /// What it is to be called.
+    output_dir: &'a Path,
+}
+
+impl Export<'_> {
+    /// Model and adaptation as one.
+    fn merged(&self) -> Result<Merged<'_>> {
+        Merged::new(self.model, self.adaptation)
+    }
+
+    /// Refuses to begin what the disk has no room for.
+    fn ensure_room(&self, bytes: u64) -> Result<()> {
+        ensure_room(self.output_dir, bytes)
+    }
+}
+
+/// What is said of a finished export.
+#[derive(Default)]
+struct Written {
+    /// Lines behind the one that says where it is.
+    lines: Vec<String>,
+    /// Fields of `--json`.
+    fields: Map<String, Value>,
+}
+
+impl Written {
+    fn line(&mut self, line: String) {
+        self.lines.push(line);
+    }
+
+    fn field(&mut self, name: &str, value: impl Into<Value>) {
+        self.fields.insert(name.to_owned(), value.into());
+    }
+}
+
+/// Writes a trained model for other programs, and says how far its answers are from the trained model's.
+pub fn run(arguments: &Arguments) -> Result<Done> {
+    let format = arguments.format;
+    let output_dir = match &arguments.output_dir {
+        Some(directory) => directory.clone(),
+        None => beside(&arguments.model.model_dir, format),
+    };
+    utf8(&std::path::absolute(&output_dir)?)?;
+    if !arguments.overwrite {
+        vacant(&output_dir)?;
+    }
+    match format {
+        Format::Merged => merged::check(arguments)?,
+        Format::Peft => peft::check(arguments)?,
+        Format::Mlx => mlx::check(arguments)?,
+    }
+    let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
+    let named = here(&arguments.model.model_dir)?.map(|located| located.path);
+    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named)])?;
+    if arguments.overwrite {
+        replaceable(&output_dir)?;
+    }
+    if arguments.output_dir.is_none() {
+        line(format_args!(
+            "export    {}, to {}   --output-dir chooses another directory",
+            format.name(),
+            output_dir.display()
+        ));
+    }
+    let compared = Compared::of(arguments, &model)?;
+    interrupt::end_at_once()?;
+    let mut directory = NewDirectory::start(&output_dir)?;
+    directory.replaces = arguments.overwrite;
+    let export = Export {
+        model: &model,
+        adaptation: adaptation.as_deref(),
+        arguments,
+        compared: &compared,
+        directory: &directory,
+        output_dir: &output_dir,
+    };
+    let written = match format {
+        Format::Merged => merged::write(&export)?,
+        Format::Peft => peft::write(&export)?,
+        Format::Mlx => mlx::write(&export)?,
+    };
+    let output_dir = directory.publish()?;
+    line(format_args!("saved     {}", output_dir.display()));
+    written.lines.iter().for_each(line);
+    if arguments.json {
+        let mut said = Map::new();
+        said.insert("output_dir".to_owned(), json!(output_dir));
+        said.insert("format".to_owned(), json!(format.name()));
+        said.extend(written.fields);
+        print(&Value::Object(said).to_string())?;
+    }
+    Ok(Done::Whole)
+}
+
+/// The model's name, or the last part of its path, with the format's name behind it, in the working directory.
+fn beside(model: &Path, format: Format) -> PathBuf {
+    format!("{}-{}", last_part(model).unwrap_or_else(|| "model".to_owned()), format.name()).into()
+}

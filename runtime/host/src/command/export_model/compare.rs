@@ -58,7 +58,8 @@ fn questions(model: &BaseModel) -> Result<Vec<Example>> {
             None => model.tokenizer.encode(probe, true)?.ids,
         };
         ids.push(end);
-        Ok(Example { trained: vec![true; ids.len()], ids, line: 0 })
+        let trained = vec![true; ids.len()];
+        Ok(Example::new(ids, trained, 0))
     };
     PROBES.into_iter().map(example).collect()
 }

@@ -1,5 +1,7 @@
 //! How far what was written answers from what was trained, on rows of the user or on a few questions.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use homeroom_engine::data::{Example, Group, Source};
 use homeroom_engine::difference::{Difference, Measured, difference};
@@ -9,6 +11,7 @@ use homeroom_engine::train::objective::Kind;
 use serde_json::json;
 
 use super::super::rows;
+use super::held_out::held_out;
 use super::{Arguments, Export, Written};
 use crate::models::load_rows;
 use crate::progress;
@@ -24,6 +27,11 @@ const PROBES: [&str; 4] = [
 /// some hundred times as much, as it is what was learned last that is rounded away.
 const FELT: f64 = 1e-4;
 
+/// Products that are spent where nobody named the rows,
+const PRODUCTS_MAX: usize = 4_000_000_000_000;
+/// unless so few tokens take more.
+const TOKENS_MIN: usize = 256;
+
 /// What an export is compared on.
 pub struct Compared {
     examples: Vec<Example>,
@@ -32,13 +40,21 @@ pub struct Compared {
 }
 
 impl Compared {
-    /// The rows of `--file`, or a few questions.
+    /// The rows of `--file`; else some of those that the run of the training held out; else a few questions. `result`: where what is exported
+    /// lies.
     ///
     /// # Errors
     /// When a file is missing or a row is refused.
-    pub fn of(arguments: &Arguments, model: &BaseModel) -> Result<Self> {
+    pub fn of(arguments: &Arguments, model: &BaseModel, result: Option<&Path>) -> Result<Self> {
         if arguments.file.is_empty() {
-            return Ok(Self { examples: questions(model)?, rows: None });
+            let held_out = result.and_then(|result| held_out(result, model)).map(|rows| few(rows, model));
+            return match held_out.filter(|rows| !rows.is_empty()) {
+                Some(examples) => {
+                    let rows = Some(format!("{} held-out rows of the training", examples.len()));
+                    Ok(Self { examples, rows })
+                }
+                None => Ok(Self { examples: questions(model)?, rows: None }),
+            };
         }
         let sources = rows::to_measure_on(&arguments.file, Source::standard_input)?;
         let (limits, reading) = (&arguments.rows, arguments.rows.read.reading());
@@ -47,6 +63,17 @@ impl Compared {
         let sequences = data.examples.into_iter().flat_map(|group: Group| group.sequences);
         Ok(Self { examples: sequences.collect(), rows: Some(rows::named(&arguments.file)) })
     }
+}
+
+/// The first of some rows, as many as a few cores compare in a minute or so: two passes of a model are 4 products a parameter and token.
+fn few(rows: Vec<Example>, model: &BaseModel) -> Vec<Example> {
+    let mut tokens = (PRODUCTS_MAX / (4 * model.parameter_count().max(1))).max(TOKENS_MIN);
+    let fits = |row: &Example| {
+        let fits = row.ids.len() <= tokens;
+        tokens = tokens.saturating_sub(row.ids.len());
+        fits
+    };
+    rows.into_iter().take_while(fits).collect()
 }
 
 /// A few questions as prompts. What comes after each is compared, too, and what it is does not matter.

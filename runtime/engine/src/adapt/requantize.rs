@@ -194,8 +194,6 @@ fn store_each<'a>(
             None => (0..wanted.len()).map(store).collect::<Result<_>>(),
         }
     })?;
-    // Around what was read of one weight the system may have mapped two megabytes of its neighbours, which were given back by then.
-    model.release();
     let weights: Vec<Arc<Weight>> = weights.into_iter().map(Arc::new).collect();
     let mut modules = model.modules.clone();
     for module in &mut modules {
@@ -206,6 +204,8 @@ fn store_each<'a>(
             module.weight = Arc::new(module.weight.copied());
         }
     }
+    // Around what was read of one weight the system may have mapped two megabytes of its neighbours, which were given back by then.
+    model.release();
     model.with_storage(modules, digest)
 }
 

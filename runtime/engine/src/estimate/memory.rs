@@ -440,8 +440,14 @@ impl<'a> Outlook<'a> {
             let read = request.tokens.map_or(1.0, |tokens| share_read(bytes, tokens));
             (bytes as f64 * (1.0 - read)) as usize
         });
+        // A head of its own is given back once it is rounded: only the rounded copy is multiplied.
+        let is_own = !sketch.architecture.tie_word_embeddings;
+        let given_back = match (&head, sketch.index(HEAD)) {
+            (Some(_), Some(module)) if is_own => self.module(module).bytes(),
+            _ => 0,
+        };
         let mut parts = Parts {
-            weights: (stored - unread) as u64,
+            weights: (stored - unread - given_back) as u64,
             parameters: (FLOAT * all + updates) as u64,
             moments: (2 * FLOAT * trainable + kept) as u64,
             gradients: (gradients * (1 + waiting)) as u64,
@@ -461,8 +467,11 @@ impl<'a> Outlook<'a> {
             logits: 0,
             ..parts
         };
-        if head.is_some() && rounding.total() > parts.total() {
-            parts = rounding;
+        match rounding.total().checked_sub(parts.total()).filter(|_| head.is_some()) {
+            // Until it is given back, the head takes more than all that comes later.
+            Some(more) if given_back > 0 => parts.weights += more,
+            Some(_) => parts = rounding,
+            None => {}
         }
         Estimate {
             peak_memory_bytes: parts.total(),

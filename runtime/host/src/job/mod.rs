@@ -326,9 +326,9 @@ impl Job {
         };
         if let Some(Fit { passes, reason }) = self.planned.as_ref().and_then(|planned| planned.fit.as_ref()) {
             let event = state.lower(*passes, reason.clone());
-            recording
-                .iter()
-                .try_for_each(|recording| Ok::<_, Error>(recording.event(serde_json::to_value(&event)?)))?;
+            if let Some(recording) = &recording {
+                recording.event(serde_json::to_value(&event)?);
+            }
         }
         let request = PlanRequest { options: self.options.clone(), model: self.model.info() };
         let mut live;

@@ -149,7 +149,7 @@ fn a_gguf_base_keeps_its_metadata_and_the_bytes_of_what_was_not_adapted() -> Res
     Ok(())
 }
 
-/// Each type rounds, the coarser the more.
+/// Each type rounds, the coarser the more. (Rows of 64 and 160 values take other blocks than those of 256.)
 #[test]
 fn every_type_of_file_is_near_what_was_trained() -> Result<()> {
     let place = Place::new()?;
@@ -157,13 +157,13 @@ fn every_type_of_file_is_near_what_was_trained() -> Result<()> {
     let trained = logits(&Pass::evaluation(&model, None))?;
     let types = [
         (FileType::F32, 1e-5),
-        (FileType::F16, 2e-3),
-        (FileType::Bf16, 2e-2),
-        (FileType::Q8_0, 6e-2),
-        (FileType::Q6K, 0.3),
-        (FileType::Q5KM, 0.6),
-        (FileType::Q4KM, 1.2),
-        (FileType::Q4_0, 2.0),
+        (FileType::F16, 1.2e-3),
+        (FileType::Bf16, 9e-3),
+        (FileType::Q8_0, 3e-2),
+        (FileType::Q6K, 3e-2),
+        (FileType::Q5KM, 0.2),
+        (FileType::Q4KM, 0.25),
+        (FileType::Q4_0, 0.5),
     ];
     let scale = (trained.iter().map(|logit| logit * logit).sum::<f32>() / trained.len() as f32).sqrt();
     for (kind, bound) in types {

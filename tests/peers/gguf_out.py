@@ -245,7 +245,9 @@ def byte_level(words, ignore_merges):
     if words == "digits":
         steps = [{"type": "Digits", "individual_digits": True}, bytes_of]
     elif words:
-        steps = [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}, bytes_of]
+        # Those of OpenAI's vocabularies are mostly published in the second way.
+        kept = dict(behavior="Isolated", invert=False) if ignore_merges else dict(behavior="Removed", invert=True)
+        steps = [{"type": "Split", "pattern": {"Regex": words}, **kept}, bytes_of]
     json_file["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     json_file["model"]["ignore_merges"] = ignore_merges
     json_file["post_processor"] = json_file["normalizer"] = None

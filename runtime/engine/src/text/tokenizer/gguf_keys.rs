@@ -181,17 +181,17 @@ fn pre_tokenizer(json: &Value) -> Result<&'static str> {
             && step["add_prefix_space"] == false
             && step["use_regex"].as_bool().unwrap_or(true) == regex
     };
+    // The known regular expressions match all of any text, so that what matches is what is left where all else is taken away.
+    let cuts = |split: &Value| {
+        let (behavior, invert) = (&split["behavior"], &split["invert"]);
+        behavior == "Isolated" && invert == false || behavior == "Removed" && invert == true
+    };
     let found = match &steps[..] {
         [step] if bytes(step, true) => Some(("", Split::Gpt2)),
         [digits, step] if digits["type"] == "Digits" && digits["individual_digits"] == true && bytes(step, true) => {
             Some(("", Split::Digits))
         }
-        [split, step]
-            if split["type"] == "Split"
-                && split["behavior"] == "Isolated"
-                && split["invert"] == false
-                && bytes(step, false) =>
-        {
+        [split, step] if split["type"] == "Split" && cuts(split) && bytes(step, false) => {
             split["pattern"]["Regex"].as_str().map(|regex| (regex, Split::Regex("")))
         }
         _ => None,

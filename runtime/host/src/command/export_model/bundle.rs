@@ -187,7 +187,8 @@ set -e
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 program="$here/bin/homeroom"
 [ -x "$program" ] || chmod +x "$program" 2>/dev/null || {
-    program="${TMPDIR:-/tmp}/homeroom-$(id -u)"
+    # Under a name that nobody can have put there before.
+    program="$(mktemp -d)/homeroom"
     cp "$here/bin/homeroom" "$program"
     chmod 700 "$program"
 }

@@ -207,9 +207,11 @@ impl Explained {
         self
     }
 
-    /// What to do, with the run's name.
-    pub fn remedy(&self, run: &str) -> String {
-        self.trouble.remedy.replace("RUN", run)
+    /// What to do, with the run's name; of a run of which nothing can go on without what would go on.
+    pub fn remedy(&self, run: &Entry) -> String {
+        let goes_on = run.can_go_on();
+        let parts = self.trouble.remedy.split("; ").filter(|part| goes_on || !part.contains("homeroom resume RUN"));
+        parts.collect::<Vec<_>>().join("; ").replace("RUN", &run.id)
     }
 }
 

@@ -120,7 +120,7 @@ fn explain(id: &str, as_json: bool) -> Result<Done> {
     let run = runs::find(id)?;
     let explained = troubles::of_run(&run);
     if as_json {
-        let remedy = explained.as_ref().map(|explained| explained.remedy(id));
+        let remedy = explained.as_ref().map(|explained| explained.remedy(&run));
         let error = run.record.as_ref().and_then(|record| record.error.clone());
         let mut json =
             json!({"run": id, "status": run.status.word(), "trouble": explained, "error": error, "next": next(&run)});
@@ -131,7 +131,7 @@ fn explain(id: &str, as_json: bool) -> Result<Done> {
     }
     let mut lines = vec![format!("run      {id}   {}   {}", run.status.word(), cell(&what(&run)))];
     match (&explained, run.status) {
-        (Some(explained), _) => lines.extend(explained_lines(explained, id)),
+        (Some(explained), _) => lines.extend(explained_lines(explained, &run)),
         (None, Status::Failed) => {
             let error = run.record.as_ref().and_then(|record| record.error.clone()).unwrap_or_default();
             lines.extend(
@@ -153,7 +153,7 @@ fn explain(id: &str, as_json: bool) -> Result<Done> {
     Ok(Done::Whole)
 }
 
-fn explained_lines(explained: &Explained, run: &str) -> Vec<String> {
+fn explained_lines(explained: &Explained, run: &Entry) -> Vec<String> {
     vec![
         format!("because  {}", cell(&explained.because)),
         format!("cause    {}", explained.trouble.cause),
@@ -265,6 +265,9 @@ impl Findings {
             );
         } else if !may_write(&home) {
             self.problem("home", format!("{shown}: it cannot be written"), troubles::READ_ONLY.remedy);
+        } else if let Some(mode) = open_to_others(&home).filter(|mode| mode & 0o002 != 0) {
+            let words = format!("{shown}: everybody may write it (mode {mode:03o})");
+            self.problem("home", words, format!("`chmod 700 {shown}`: nothing is trained before"));
         } else if let Some(mode) = open_to_others(&home) {
             let words = format!("{shown}: others may look into it (mode {mode:03o})");
             self.note("home", words, format!("`chmod 700 {shown}` keeps models, rows and runs yours"));
@@ -401,7 +404,7 @@ impl Findings {
                     self.note(
                         "runs",
                         format!("{head}: {}; {}", explained.because, explained.trouble.cause),
-                        explained.remedy(&run.id),
+                        explained.remedy(&run),
                     );
                 }
                 None => {

@@ -74,7 +74,9 @@ pub struct Arguments {
 const THREADS_MAX: u64 = 4096;
 
 fn a_size(text: &str) -> Result<u64, String> {
-    memory::bytes_of(text).filter(|bytes| *bytes > 0).ok_or_else(|| "it takes a size such as 12GB or 800MB".to_owned())
+    memory::bytes_of(text)
+        .filter(|bytes| *bytes >= 1_000_000)
+        .ok_or_else(|| "it takes a size such as 12GB or 800MB".to_owned())
 }
 
 /// Estimates.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::runs::typed;
 use super::{Done, fine_tune, run as pipeline};
 use crate::cli::{self, Command};
 use crate::progress::line;
@@ -41,12 +42,12 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         format!("run {id}: the directory that it was started in, {}, cannot be entered", cwd.display())
     })?;
     let words: Vec<OsString> = record.command.iter().map(OsString::from).collect();
-    let shown: Vec<&str> = record.command.iter().skip(1).map(String::as_str).collect();
-    line(format_args!("resume    {id}   homeroom {}", cell(&shown.join(" "))));
+    let shown = typed(&record.command);
+    line(format_args!("resume    {id}   {}", cell(&shown)));
     match cli::command_of(&words) {
         Some(Command::FineTune(arguments)) => fine_tune::resume(&arguments, &run),
         Some(Command::Run(arguments)) => pipeline::resume(&arguments, &run),
         // It was typed as `resume` or through another program.
-        _ => bail!("run {id}: its command cannot be read any more: {}", cell(&shown.join(" "))),
+        _ => bail!("run {id}: its command cannot be read any more: {}", cell(&shown)),
     }
 }

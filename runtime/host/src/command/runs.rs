@@ -233,7 +233,7 @@ fn show(id: &str, as_json: bool) -> Result<Done> {
     if let Some(explained) = &explained {
         add("because", explained.because.clone());
         add("cause", explained.trouble.cause.to_owned());
-        add("remedy", explained.remedy(id));
+        add("remedy", explained.remedy(&entry));
     }
     add("size", size(entry.bytes));
     add("path", entry.path.display().to_string());
@@ -280,16 +280,18 @@ fn about(entry: &Entry, add: &mut dyn FnMut(&str, String)) {
     pairs("settings", Some(&record.settings), add);
 }
 
+/// A word as a shell reads it.
+pub fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "-_./:=,@%+".contains(c);
+    let plain = !word.is_empty() && word.chars().all(is_plain);
+    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+}
+
 /// A command line as it can be typed again.
 pub fn typed(command: &[String]) -> String {
-    let quoted = |word: &String| {
-        let is_plain = |c: char| c.is_alphanumeric() || "-_./:=,@%+".contains(c);
-        let plain = !word.is_empty() && word.chars().all(is_plain);
-        if plain { word.clone() } else { format!("'{}'", word.replace('\'', "'\\''")) }
-    };
     let program =
         command.first().map(|path| Path::new(path).file_name().map_or(path.clone(), |n| n.to_string_lossy().into()));
-    program.into_iter().chain(command.iter().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
+    program.into_iter().chain(command.iter().skip(1).map(|word| quoted(word))).collect::<Vec<_>>().join(" ")
 }
 
 /// Steps, losses, and what happened beside them.

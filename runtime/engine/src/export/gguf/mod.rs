@@ -43,7 +43,7 @@ enum Source {
 }
 
 impl Plan {
-    /// A file of this type. A model that came of a GGUF file keeps the file's metadata and tokenizer; `name` is what another is called in it.
+    /// A file of this type. A base that came of a GGUF file keeps the file's metadata and tokenizer; `name` is what any other model is called in it.
     ///
     /// # Errors
     /// When the model, its rope or its tokenizer has no form in such a file.
@@ -57,7 +57,16 @@ impl Plan {
         );
         let of_gguf = base.path.is_file().then(|| Gguf::open(&base.path)).transpose()?;
         let (mut metadata, divisors) = match &of_gguf {
-            Some(gguf) => (kept(gguf), divisors_of(gguf, architecture)?),
+            Some(gguf) => {
+                let mut keys = kept(gguf);
+                // What was trained is another model than its base.
+                if merged.adaptation().is_some() {
+                    let of_base = ["general.name", "general.basename", "general.finetune"];
+                    keys.retain(|(key, _)| !of_base.contains(&key.as_str()));
+                    keys.insert(1.min(keys.len()), ("general.name".to_owned(), Value::String(named(name, merged))));
+                }
+                (keys, divisors_of(gguf, architecture)?)
+            }
             None => {
                 let (mut keys, divisors) = keys_of(architecture)?;
                 keys.insert(1, ("general.name".to_owned(), Value::String(named(name, merged))));

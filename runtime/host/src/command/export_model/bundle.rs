@@ -186,15 +186,20 @@ const START_SCRIPT: &str = r#"#!/bin/sh
 set -e
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 program="$here/bin/homeroom"
-[ -x "$program" ] || chmod +x "$program" 2>/dev/null || {
-    # Under a name that nobody can have put there before.
-    program="$(mktemp -d)/homeroom"
-    cp "$here/bin/homeroom" "$program"
-    chmod 700 "$program"
-}
 HOMEROOM_HOME="${HOMEROOM_HOME:-$here/home}"
 HF_HUB_OFFLINE=1
 export HOMEROOM_HOME HF_HUB_OFFLINE
+[ -x "$program" ] || chmod +x "$program" 2>/dev/null || true
+"$program" --version >/dev/null 2>&1 || {
+    # Programs do not run from here: a copy does, for as long as it serves.
+    copy=$(mktemp -d)
+    trap 'rm -rf "$copy"' EXIT
+    trap : INT TERM
+    cp "$here/bin/homeroom" "$copy/homeroom"
+    chmod 700 "$copy/homeroom"
+    "$copy/homeroom" serve --config "$here/handlers.toml" "$@"
+    exit
+}
 exec "$program" serve --config "$here/handlers.toml" "$@"
 "#;
 

@@ -26,6 +26,8 @@ const PROBES: [&str; 4] = [
 /// A divergence in nats a token, on a few questions, from which on the loss on rows like those that were trained on can be seen to rise: by
 /// some hundred times as much, as it is what was learned last that is rounded away.
 const FELT: f64 = 1e-4;
+/// A divergence from which on every few answers are others.
+const OTHERWISE: f64 = 5e-3;
 
 /// Products that are spent where nobody named the rows,
 const PRODUCTS_MAX: usize = 4_000_000_000_000;
@@ -113,14 +115,18 @@ pub fn compare(export: &Export<'_>, written: Measured<'_>) -> Result<Difference>
 pub fn tell(export: &Export<'_>, found: &Difference, form: &str, keeps: Option<&str>, written: &mut Written) {
     let Difference { loss, loss_other, kl, largest, tokens } = *found;
     let felt = kl > FELT;
-    let same = if felt { "nearly as" } else { "as" };
+    let same = match kl {
+        kl if kl > OTHERWISE => "in part otherwise than",
+        kl if kl > FELT => "nearly as",
+        _ => "as",
+    };
     let trained = if export.adaptation.is_some() { "the unmerged model" } else { "the base" };
     written.line(format!("check     it answers {same} {trained} does: KL {kl:.1e} nats a token, in {form}"));
     written.line(format!("          largest difference of a log-probability {largest:.1e}, over {tokens} tokens"));
     match &export.compared.rows {
         Some(rows) => {
             let change = match loss_other - loss {
-                0.0 => "stays".to_owned(),
+                change if change.abs() < 5e-5 => "stays".to_owned(),
                 change if change < 0.0 => format!("falls by {:.1e}, from {loss:.4} to", -change),
                 change => format!("rises by {change:.1e}, from {loss:.4} to"),
             };
@@ -129,7 +135,7 @@ pub fn tell(export: &Export<'_>, found: &Difference, form: &str, keeps: Option<&
             written.field("loss_exported", loss_other);
         }
         None if felt => written.line(
-            "          more of what was learned is rounded away on rows like those trained on: `--file` with such rows measures it,"
+            "          on rows like those that will be asked it may be more: `--file` with such rows measures it,"
                 .to_owned(),
         ),
         None => {}

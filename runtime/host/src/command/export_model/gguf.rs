@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use homeroom_engine::export::gguf::{FileType, Plan};
 use homeroom_engine::models::BaseModel;
 
+use super::super::runs::quoted;
 use super::compare::{compare, tell};
 use super::{Arguments, Export, Written, name_in_file};
 
@@ -23,8 +24,12 @@ fn kind(arguments: &Arguments) -> Result<FileType> {
 
 /// Writes the file, called by the model's name.
 pub fn write(export: &Export<'_>) -> Result<Written> {
-    let (name, kind) = (name_in_file(export.output_dir, "gguf"), kind(export.arguments)?);
-    write_file(export, &name, &format!("{name}-{}.gguf", kind.name().to_uppercase()))
+    let (name, kind) = (name_in_file(&export.arguments.model.model_dir), kind(export.arguments)?);
+    let file = format!("{name}-{}.gguf", kind.name().to_uppercase());
+    let mut said = write_file(export, &name, &file)?;
+    let path = quoted(&export.output_dir.join(file).to_string_lossy());
+    said.line(format!("next      llama-server -m {path}; LM Studio: lms import {path}"));
+    Ok(said)
 }
 
 /// Writes the file `file` of a model that is called `name` in it.

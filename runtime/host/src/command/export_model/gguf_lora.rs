@@ -17,7 +17,7 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
         .adaptation
         .context("this is no adapter, so there is no LoRA to write; `--format gguf` writes a whole model")?;
     exportable_lora(export.model, adaptation)?;
-    let name = name_in_file(export.output_dir, "gguf-lora");
+    let name = name_in_file(&export.arguments.model.model_dir);
     let file = format!("{name}-lora.gguf");
     save_gguf_lora(export.directory, &file, (export.model, adaptation), floats, &name)?;
     let mut said = Written::default();

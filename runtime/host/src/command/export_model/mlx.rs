@@ -8,6 +8,7 @@ use homeroom_engine::adapt::adapter::pretty;
 use homeroom_engine::export::mlx_config;
 use serde_json::Value;
 
+use super::super::runs::quoted;
 use super::{Arguments, Export, Written, merged};
 
 /// Refuses arguments that no model can be written by.
@@ -26,5 +27,7 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
     let (config, notes) = mlx_config(architecture, written)?;
     export.directory.write("config.json", pretty(&config)?.as_bytes())?;
     notes.into_iter().for_each(|note| said.line(format!("note      {note}")));
+    let directory = quoted(&export.output_dir.to_string_lossy());
+    said.line(format!("next      mlx_lm.generate --model {directory} --prompt \"...\""));
     Ok(said)
 }

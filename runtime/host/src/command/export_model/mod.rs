@@ -231,10 +231,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     Ok(Done::Whole)
 }
 
-/// What a model is called in a file and by its file: the last part of the directory's name, without the format's behind it.
-fn name_in_file(output_dir: &Path, format: &str) -> String {
-    let name = last_part(output_dir).unwrap_or_else(|| "model".to_owned());
-    name.strip_suffix(&format!("-{format}")).unwrap_or(&name).to_owned()
+/// What a model is called in a file and by its file: its name, or the last part of its path.
+fn name_in_file(model: &Path) -> String {
+    let name = last_part(model).unwrap_or_else(|| "model".to_owned());
+    name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
 }
 
 /// The model's name, or the last part of its path, with the format's name behind it, in the working directory.

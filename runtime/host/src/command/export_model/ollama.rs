@@ -9,6 +9,7 @@ use homeroom_engine::export::ollama::{Ends, Origin, choose, modelfile};
 use homeroom_engine::export::{Floats, exportable_lora, save_gguf_lora};
 use serde_json::Value;
 
+use super::super::runs::quoted;
 use super::gguf::write_file;
 use super::{Export, Written, name_in_file};
 
@@ -30,7 +31,7 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
     let generation = model.path.join("generation_config.json");
     let generation: Option<Value> = std::fs::read(generation).ok().and_then(|text| serde_json::from_slice(&text).ok());
 
-    let name = name_in_file(export.output_dir, "ollama");
+    let name = name_in_file(&export.arguments.model.model_dir);
     let apart = export.adaptation.filter(|_| model.path.is_file() && export.arguments.dtype.is_none());
     let (from, mut said) = match apart {
         Some(adaptation) => {
@@ -49,11 +50,10 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
     let system = if format.system.is_some() { ", with the template's own system message" } else { "" };
     said.line(format!("chat      the format `{}`, which writes what the model's template writes{system}", format.name));
     format.notes.iter().for_each(|note| said.line(format!("note      {note}")));
-    said.line(format!(
-        "next      ollama create {} -f {}/{MODELFILE}",
-        name.to_lowercase(),
-        export.output_dir.display()
-    ));
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c.to_ascii_lowercase() } else { '-' };
+    let name: String = name.chars().map(plain).collect();
+    let file = quoted(&export.output_dir.join(MODELFILE).to_string_lossy());
+    said.line(format!("next      ollama create {name} -f {file} && ollama run {name}"));
     said.field("chat_format", format.name);
     Ok(said)
 }

@@ -300,3 +300,32 @@ fn a_chat_template_that_is_like_none_is_refused_before_anything_is_written() -> 
     assert!(!out.exists());
     Ok(())
 }
+
+/// Only what an earlier export of the same model and format wrote may be lost.
+#[test]
+fn what_no_earlier_export_wrote_is_not_replaced() -> Result<()> {
+    let place = Place::new()?;
+    let home = place.path("home");
+    train(&home, &fixture("models/llama"), "geo", &[])?;
+    let cases: [(&str, &[&str], &str); 5] = [
+        ("gguf", &["mine.gguf", "other-Q8_0.gguf"], "mine.gguf"),
+        ("ollama", &["model.gguf"], "model.gguf"),
+        ("bundle", &["README.md", "model/thesis.txt"], "is no earlier export of geo as `bundle`"),
+        ("peft", &["config.json", "model.safetensors"], "is no earlier export of geo as `peft`"),
+        ("merged", &["adapter_config.json", "adapter_model.safetensors"], "is no earlier export of geo as `merged`"),
+    ];
+    for (format, files, words) in cases {
+        let directory = place.path(&format!("outputs/{format}"));
+        for file in files {
+            place.write(&format!("outputs/{format}/{file}"), "mine")?;
+        }
+        refused(&mut export(&home, "geo", format, &directory, &["--overwrite"])?, &[words])?;
+        for file in files {
+            ensure!(fs::read_to_string(directory.join(file))? == "mine", "{file}");
+        }
+        let again = place.path(&format!("outputs/again-{format}"));
+        succeeds(&mut export(&home, "geo", format, &again, &[])?)?;
+        succeeds(&mut export(&home, "geo", format, &again, &["--overwrite"])?)?;
+    }
+    Ok(())
+}

@@ -120,13 +120,15 @@ fn a_gguf_base_keeps_its_metadata_and_the_bytes_of_what_was_not_adapted() -> Res
         let before = Gguf::open(&model.path)?;
         let after = Gguf::open(&export(&place, &model, Some(&adaptation), FileType::F32)?)?;
         let entries = |gguf: &Gguf| -> BTreeMap<String, Value> {
-            let anew = ["general.file_type", "general.quantization_version"];
+            // What was trained is another model, and called otherwise.
+            let anew = ["general.file_type", "general.quantization_version", "general.name"];
             gguf.entries()
                 .filter(|(key, _)| !anew.contains(&key.as_str()))
                 .map(|(k, v)| (k.clone(), v.clone()))
                 .collect()
         };
         assert_eq!(entries(&before), entries(&after), "{name}");
+        assert_eq!(after.str("general.name")?, Some("a name"));
         assert_eq!(after.u64("general.file_type")?, Some(0));
         assert_eq!(before.tensors().count(), after.tensors().count(), "{name}");
         for tensor in before.tensors() {
@@ -271,15 +273,15 @@ fn the_program_exports_to_gguf_and_says_what_was_rounded() -> Result<()> {
     };
     let out = place.path("colours-gguf");
     let (said, story) = run(&["--format", "gguf", "--dtype", "q4_k_m"], &fixture("models/llama"), &out)?;
-    assert_eq!((said["file"].as_str(), said["dtype"].as_str()), (Some("colours-Q4_K_M.gguf"), Some("q4_k_m")));
+    assert_eq!((said["file"].as_str(), said["dtype"].as_str()), (Some("llama-Q4_K_M.gguf"), Some("q4_k_m")));
     assert!(said["kl"].as_f64().is_some_and(|kl| kl.abs() < 1.0), "{said}");
     // Rows of 48 values are no whole blocks of 256, nor of 32.
     assert!(story.contains("F16 instead of Q4K"), "{story}");
-    let written = Gguf::open(&out.join("colours-Q4_K_M.gguf"))?;
-    assert_eq!((written.u64("general.file_type")?, written.str("general.name")?), (Some(15), Some("colours")));
+    let written = Gguf::open(&out.join("llama-Q4_K_M.gguf"))?;
+    assert_eq!((written.u64("general.file_type")?, written.str("general.name")?), (Some(15), Some("llama")));
     // An earlier export may be replaced, and nothing else.
     let (said, _) = run(&["--format", "gguf", "--overwrite"], &fixture("models/llama"), &out)?;
-    assert_eq!(said["file"], "colours-Q8_0.gguf");
+    assert_eq!(said["file"], "llama-Q8_0.gguf");
     assert_eq!(fs::read_dir(&out)?.count(), 1);
     Ok(())
 }

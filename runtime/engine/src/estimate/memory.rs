@@ -17,6 +17,9 @@ use crate::run::cpu::size::{HeadSize, Held, LayerSize, Pools, SiteSize, padded, 
 use crate::run::plain::tape::{Grads, Id, Ledger, Tape, TapedModule, TapedPlan, TapedRows, head as plain_head};
 use crate::train::optimizer::keeps;
 
+/// Most rows of a batch that are gone through one by one; a batch of more fits nowhere.
+const ROWS_MAX: usize = 1 << 18;
+
 const FLOAT: usize = size_of::<f32>();
 /// The part of what each step takes and gives back that the allocator keeps beside: between a twelfth and an eighth was measured.
 const KEPT_PART: u64 = 8;
@@ -393,20 +396,26 @@ impl<'a> Outlook<'a> {
         let sketch = self.sketch;
         let inputs = request.row_tokens.saturating_sub(1).max(1);
         let targets = request.trained_tokens.min(inputs).max(1);
-        let per_step = request.batch_size.saturating_mul(request.gradient_accumulation_steps).max(1);
+        let batch = request.batch_size.clamp(1, ROWS_MAX);
+        let batches = request.gradient_accumulation_steps.max(1);
+        let per_step = request.batch_size.max(1).saturating_mul(batches);
         // Rows are alike, so that what many passes come to is seen in few.
         let most = request.pass_rows.unwrap_or(pass_rows_of(sketch.is_coded()));
-        let parts_of = |count: usize| packed_parts(&vec![inputs; count], most).into_iter().map(|part| part.len());
-        let batches = request.gradient_accumulation_steps.max(1);
-        let sizes: Vec<usize> = match (request.packing, request.pass_rows) {
-            (true, _) => parts_of(per_step).collect(),
-            (false, None) => vec![request.batch_size.max(1); batches],
+        // The rows of the largest pass, and how many passes there are.
+        let parts_of = |count: usize| {
+            let seen = count.min(ROWS_MAX);
+            let parts = packed_parts(&vec![inputs; seen], most);
+            let largest = parts.iter().map(|part| part.len()).max().unwrap_or(1);
+            (largest, parts.len().max(1).saturating_mul(count.div_ceil(seen)))
+        };
+        let (largest, passes_per_step) = match (request.packing, request.pass_rows) {
+            (true, _) => parts_of(per_step),
+            (false, None) => (batch, batches),
             (false, Some(_)) => {
-                let a_batch: Vec<usize> = parts_of(request.batch_size.max(1)).collect();
-                a_batch.repeat(batches)
+                let (largest, parts) = parts_of(batch);
+                (largest, parts.saturating_mul(batches))
             }
         };
-        let largest = sizes.iter().copied().max().unwrap_or(1);
         let sequences = vec![inputs; largest];
         let rows = largest * inputs;
         let recompute = request.gradient_checkpointing;
@@ -420,7 +429,7 @@ impl<'a> Outlook<'a> {
         let squares: usize = values.iter().rev().take(threads()).sum();
         let moving = passes.ledger.most().max(gradients + squares) - gradients;
         // Gradients of passes wait for each other, two neighbours being added to one, see `Reduce`.
-        let waiting = (0..sizes.len()).map(|pass| pass.count_ones() as usize).max().unwrap_or(0);
+        let waiting = passes_per_step.ilog2() as usize;
         let kept = if keeps(trainable, sketch.parameter_count()) { FLOAT * trainable } else { 0 };
         let element = blocks.element.unwrap_or(FLOAT);
         let layers = (0..sketch.layers.len()).filter_map(|number| self.fused_layer(number, blocks));
@@ -479,7 +488,7 @@ impl<'a> Outlook<'a> {
             trainable,
             parameters: sketch.parameter_count(),
             tokens_per_step: per_step * request.row_tokens,
-            passes_per_step: sizes.len(),
+            passes_per_step,
             fused_layers: (passes.fused, sketch.layers.len()),
             storage: sketch.storage_words(),
             compute: compute.name(),

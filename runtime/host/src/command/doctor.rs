@@ -143,6 +143,10 @@ fn explain(id: &str, as_json: bool) -> Result<Done> {
         }
         (None, Status::Finished) => lines.push("it did all that it was asked for".to_owned()),
         (None, Status::Running) => lines.push("a process works on it".to_owned()),
+        (None, _) if run.record.is_none() => {
+            let problem = run.problem.as_deref().unwrap_or("it cannot be read");
+            lines.push(format!("its record is damaged, so nothing is known of it: {}", cell(problem)));
+        }
         (None, _) => lines.push("the user ended it; nothing is wrong with it".to_owned()),
     }
     let next = next(&run);
@@ -255,7 +259,13 @@ impl Findings {
             return self.problem("home", "there is no data directory", "set HOMEROOM_HOME to a directory of your own");
         };
         let shown = home.display();
-        if !home.exists() {
+        if !home.exists() && home.symlink_metadata().is_ok() {
+            return self.problem(
+                "home",
+                format!("{shown}: a link that leads nowhere"),
+                "set HOMEROOM_HOME to a directory of your own",
+            );
+        } else if !home.exists() {
             self.ok("home", format!("{shown}   it is made when something is kept"));
         } else if !home.is_dir() {
             return self.problem(
@@ -378,7 +388,7 @@ impl Findings {
         for (name, does) in VARIABLES {
             let Some(value) = std::env::var_os(name).filter(|value| !value.is_empty()) else { continue };
             let value = value.to_string_lossy();
-            let shown = if is_secret(name) { "(set, not shown)".to_owned() } else { without_password(&value) };
+            let shown = shown(name, &value);
             match wrong(name, &value) {
                 Some(why) => self.problem("variables", format!("{name}={shown}   {does}"), why),
                 None => self.ok("variables", format!("{name}={shown}   {does}")),
@@ -396,6 +406,11 @@ impl Findings {
     /// The last runs that failed or were killed.
     fn runs(&mut self) {
         let all = runs::list().unwrap_or_default();
+        if let Some(home) =
+            registry::data_directory().map(|home| home.join("runs")).filter(|runs| runs.exists() && !runs.is_dir())
+        {
+            self.problem("runs", format!("{}: not a directory, so no run is recorded", home.display()), "move it away");
+        }
         let failed = |run: &&Entry| matches!(run.status, Status::Failed | Status::Killed);
         for run in all.iter().rev().filter(failed).take(RUNS_TOLD) {
             let head = format!("{} {}", run.id, run.status.word());
@@ -467,6 +482,24 @@ const VARIABLES: [(&str, &str); 38] = [
 fn is_secret(name: &str) -> bool {
     let is_path = name.ends_with("_PATH") || name.starts_with("HF_HUB_DISABLE");
     ["TOKEN", "KEY", "SECRET", "PASSWORD"].iter().any(|word| name.contains(word)) && !is_path
+}
+
+/// The value of a variable that may be shown.
+fn shown(name: &str, value: &str) -> String {
+    let upper = name.to_ascii_uppercase();
+    if is_secret(name) {
+        return "(set, not shown)".to_owned();
+    }
+    let address = without_password(value);
+    if !upper.contains("PROXY") && !upper.contains("ENDPOINT") {
+        return address;
+    }
+    // What stands behind a question mark may be a token, and what a colon parts and is no port a password.
+    let address = address.split_once('?').map_or(address.clone(), |(address, _)| format!("{address}?…"));
+    let is_port = |port: &str| port.trim_end_matches('/').parse::<u16>().is_ok();
+    let is_pair = !address.contains(['@', ',', '[']) && !address.contains("://");
+    let hides = is_pair && address.split_once(':').is_some_and(|(_, rest)| !is_port(rest));
+    if hides { "(set, not shown)".to_owned() } else { address }
 }
 
 /// An address without the user and the password in it.
@@ -545,6 +578,10 @@ mod tests {
         assert_eq!(without_password("http://ann:se@cret@proxy.school:3128"), "http://…@proxy.school:3128");
         assert_eq!(without_password("ann:secret@proxy:3128"), "…@proxy:3128");
         assert_eq!(without_password("http://proxy:3128"), "http://proxy:3128");
+        assert_eq!(shown("HF_ENDPOINT", "https://hub/?token=secret"), "https://hub/?…");
+        assert_eq!(shown("HTTPS_PROXY", "ann:secret"), "(set, not shown)");
+        assert_eq!(shown("https_proxy", "proxy:3128"), "proxy:3128");
+        assert_eq!(shown("HOMEROOM_PLUGINS", "/a:/b"), "/a:/b");
     }
 
     #[test]

@@ -28,11 +28,29 @@ impl Estimator {
     /// When the strategy refuses the model or the options.
     pub fn new(plugin: &Plugin, options: &Map<String, Value>, sketch: &Sketch, requantize: bool) -> Result<Self> {
         let plan = plugin.plan_to_estimate(&PlanRequest { options: options.clone(), model: sketch.info() })?;
+        Ok(Self::of_plan(plugin, plan, sketch, requantize))
+    }
+
+    /// As [`Self::new`], of a training that is to be begun here.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and when the parameters alone are more than this machine's memory holds.
+    pub fn of_training(
+        plugin: &Plugin,
+        options: &Map<String, Value>,
+        sketch: &Sketch,
+        requantize: bool,
+    ) -> Result<Self> {
+        let plan = plugin.plan(&PlanRequest { options: options.clone(), model: sketch.info() })?;
+        Ok(Self::of_plan(plugin, plan, sketch, requantize))
+    }
+
+    fn of_plan(plugin: &Plugin, plan: Plan, sketch: &Sketch, requantize: bool) -> Self {
         let block = |name: &str| {
             let codec = native::of_plugin(plugin, name).ok()?;
             Some((codec.block_len(), codec.block_bytes()))
         };
-        Ok(Self { sketch: sketch.stored_as_planned(&plan, requantize, &block), plan })
+        Self { sketch: sketch.stored_as_planned(&plan, requantize, &block), plan }
     }
 
     /// What a training takes.

@@ -2,8 +2,11 @@ use std::cell::RefCell;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use homeroom_abi::plan::ModuleKind;
+
 use super::*;
 use crate::adapt::requantize::{StoredAs, store_as};
+use crate::models::Module;
 
 thread_local!(static TOLD: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) });
 
@@ -118,8 +121,10 @@ fn what_was_encoded_is_mapped_the_next_time_with_the_same_bits() -> Result<()> {
         for model in [&first, &second] {
             assert!(bits(model) == bits(&fresh), "{}", codec.name);
             assert_eq!(model.digest(), fresh.digest());
-            let mapped = model.modules.iter().filter(|module| module.weight.mapped_bytes().is_some()).count();
-            assert_eq!(mapped, model.modules.len(), "{}: all lies in files", codec.name);
+            // Norms are copied, so that they keep nothing around them in memory.
+            let in_files =
+                |module: &Module| module.weight.mapped_bytes().is_some() || module.info.kind == ModuleKind::Norm;
+            assert!(model.modules.iter().all(in_files), "{}: all matrices lie in files", codec.name);
             // Pages that are given back are read again.
             model.release();
             assert!(bits(model) == bits(&fresh), "{}", codec.name);

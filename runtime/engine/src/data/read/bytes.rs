@@ -17,6 +17,8 @@ pub(in crate::data) struct Text<'a> {
     pub head: Vec<u8>,
     /// Whether that is all of it.
     pub is_whole: bool,
+    /// Whether a byte-order mark said that it is UTF-8.
+    pub is_marked: bool,
     /// All of it.
     pub bytes: BufReader<Box<dyn Read + 'a>>,
 }
@@ -40,6 +42,7 @@ pub(in crate::data) fn text<'a>(name: &Path, bytes: impl Read + 'a) -> Result<Te
         [0xfe, 0xff, ..] => peek(Box::new(Utf16::new(bytes, u16::from_be_bytes))).with_context(place)?,
         _ => (head, bytes),
     };
+    let is_marked = head.starts_with(b"\xef\xbb\xbf");
     let (head, bytes) = match head.strip_prefix(b"\xef\xbb\xbf") {
         Some(_) => {
             let mut bytes = bytes;
@@ -50,7 +53,7 @@ pub(in crate::data) fn text<'a>(name: &Path, bytes: impl Read + 'a) -> Result<Te
     };
     refuse_other(name, &head)?;
     let is_whole = head.len() < HEAD_BYTES;
-    Ok(Text { head, is_whole, bytes: BufReader::with_capacity(HEAD_BYTES, bytes) })
+    Ok(Text { head, is_whole, is_marked, bytes: BufReader::with_capacity(HEAD_BYTES, bytes) })
 }
 
 /// The first bytes, and all of them.

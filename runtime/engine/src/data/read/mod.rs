@@ -117,7 +117,7 @@ pub(super) fn read_rows(
     let begin = text.head.trim_ascii_start();
     let is_json = begin.starts_with(b"{") || begin.starts_with(b"[{") || begin.starts_with(b"[") && !ending.is_table();
     // Only tables are saved so, by programs that say nothing of it.
-    let windows = windows::head(&text.head).filter(|_| !is_json);
+    let windows = windows::head(&text.head).filter(|_| !is_json && !text.is_marked);
     let head = windows.as_deref().unwrap_or(&text.head);
     let separator = match table::named_separator(head) {
         Some((separator, bytes)) => Some((separator, bytes)),
@@ -154,7 +154,7 @@ pub(super) fn read_rows(
         let unit = if layout == Layout::Lines { "line" } else { "row" };
         return Ok(Recognised { words, format: forms.format(), unit, last, rows });
     };
-    let encoding = Cell::new(Encoding::Ascii);
+    let encoding = Cell::new(if text.is_marked { Encoding::Utf8 } else { Encoding::Ascii });
     let mut bytes = BufReader::with_capacity(1 << 16, Windows1252::new(text.bytes, &encoding));
     bytes.read_exact(&mut vec![0; before])?;
     let (mut rows, mut last) = (0, 0);

@@ -71,12 +71,47 @@ pub(super) struct Windows1252<'e, R> {
     read: Vec<u8>,
     made: Vec<u8>,
     at: usize,
+    seen: Seen,
+}
+
+/// What a text in Windows-1252 holds: another encoding shows.
+#[derive(Default)]
+struct Seen {
+    /// Characters beyond ASCII that are UTF-8, and bytes beyond ASCII that are not.
+    utf8: usize,
+    stray: usize,
+    /// Letters of ASCII, and letters beyond.
+    plain: usize,
+    accented: usize,
+}
+
+impl Seen {
+    fn add(&mut self, bytes: &[u8]) {
+        for chunk in bytes.utf8_chunks() {
+            self.utf8 += chunk.valid().chars().filter(|c| !c.is_ascii()).count();
+            self.stray += chunk.invalid().len();
+        }
+        self.plain += bytes.iter().filter(|byte| byte.is_ascii_alphabetic()).count();
+        self.accented += bytes.iter().filter(|byte| **byte >= 0xc0).count();
+    }
+
+    /// Why it is no such text, if it is none.
+    fn other(&self) -> Option<&'static str> {
+        if self.utf8 > self.stray {
+            return Some(
+                "most of it is UTF-8, and some bytes are not: it is damaged, or was put together of two files; save it as UTF-8",
+            );
+        }
+        let letters = self.plain + self.accented;
+        (self.accented > 20 && 3 * self.accented > letters)
+            .then_some("it is neither UTF-8 nor Windows-1252, as most letters would have accents; save it as UTF-8")
+    }
 }
 
 impl<'e, R: Read> Windows1252<'e, R> {
     /// `encoding`: ASCII before it is read; tells later what it is.
     pub(super) fn new(bytes: R, encoding: &'e Cell<Encoding>) -> Self {
-        Self { bytes, encoding, read: Vec::new(), made: Vec::new(), at: 0 }
+        Self { bytes, encoding, read: Vec::new(), made: Vec::new(), at: 0, seen: Seen::default() }
     }
 
     /// Makes more text; nothing: there is no more.
@@ -97,7 +132,13 @@ impl<'e, R: Read> Windows1252<'e, R> {
                 self.encoding.set(encoding);
             }
             match self.encoding.get() {
-                Encoding::Windows1252 => transcode(&self.read, &mut self.made),
+                Encoding::Windows1252 => {
+                    self.seen.add(&self.read);
+                    if let Some(other) = self.seen.other().filter(|_| count == 0) {
+                        return Err(io::Error::new(io::ErrorKind::InvalidData, other));
+                    }
+                    transcode(&self.read, &mut self.made);
+                }
                 _ => self.made = std::mem::take(&mut self.read),
             }
             self.read.clear();
@@ -150,5 +191,20 @@ mod tests {
         }
         let (made, encoding) = read(&[&long, b"\xe9"]);
         assert_eq!((made.len(), encoding), (9002, Encoding::Windows1252));
+    }
+
+    /// A table that is nearly UTF-8, or of another alphabet, would be learned as signs that nobody wrote.
+    #[test]
+    fn a_damaged_text_and_one_of_another_alphabet_are_refused() {
+        let refusal = |bytes: &[u8]| {
+            let encoding = Cell::new(Encoding::Ascii);
+            let mut made = Vec::new();
+            Windows1252::new(bytes, &encoding).read_to_end(&mut made).expect_err("it is refused").to_string()
+        };
+        let damaged = [b"first \x96 row,ok\n".as_slice(), "Größe,Länge,Höhe\n".as_bytes()].concat();
+        assert!(refusal(&damaged).contains("most of it is UTF-8"));
+        // Twenty-eight letters of Windows-1251, which are no Latin ones.
+        let russian: Vec<u8> = (0xe0..0xfc).chain(*b",privet").collect();
+        assert!(refusal(&russian).contains("most letters would have accents"));
     }
 }

@@ -18,6 +18,7 @@ use crate::adapt::merge::Merged;
 use crate::files::NewDirectory;
 use crate::files::gguf::{Gguf, NewTensor, Value, Writer, file_bytes};
 use crate::models::metadata::{ensure_same, keys_of};
+use crate::models::rope::RopeScaling;
 use crate::models::weight::Weight;
 use crate::models::{Architecture, Module};
 
@@ -187,7 +188,16 @@ fn notes(architecture: &Architecture, family: &str) -> Vec<String> {
     let note = |window| {
         format!("llama.cpp leaves the window of {window} tokens out of this family: its answers to longer texts differ")
     };
-    left_out.map(note).into_iter().collect()
+    let original = architecture.ropes.iter().find_map(|rope| match rope.scaling {
+        RopeScaling::LongRope { original, .. } => Some(original),
+        _ => None,
+    });
+    let long = |original| {
+        format!(
+            "llama.cpp turns all texts as long ones where its context (-c) has more than {original} tokens: shorter ones are answered as here with -c {original}"
+        )
+    };
+    left_out.map(note).into_iter().chain(original.map(long)).collect()
 }
 
 /// What a model is called in its file. By the name llama.cpp knows Phi-3, whose tokenizer drops spaces behind control tokens; of other

@@ -35,7 +35,7 @@ pub fn modelfile(from: &Origin<'_>, format: &Format, stops: &[String], generatio
         Origin::Adapted(base, adapter) => {
             let base = base
                 .to_str()
-                .filter(|path| !path.contains('\n'))
+                .filter(|path| !path.contains(char::is_control) && path.trim() == *path)
                 .context("the base's path has no form in a Modelfile")?;
             format!("FROM {base}\nADAPTER ./{adapter}\n")
         }
@@ -45,7 +45,10 @@ pub fn modelfile(from: &Origin<'_>, format: &Format, stops: &[String], generatio
         text += &format!("SYSTEM {}\n", quoted(system)?);
     }
     for stop in stops {
-        ensure!(!stop.contains(['"', '\n']), "the end token {stop:?} has no form in a Modelfile");
+        ensure!(
+            !stop.contains(|c: char| c == '"' || c.is_control()),
+            "the end token {stop:?} has no form in a Modelfile"
+        );
         text += &format!("PARAMETER stop \"{stop}\"\n");
     }
     for (name, theirs) in PARAMETERS {
@@ -82,6 +85,13 @@ mod tests {
         );
         let text = modelfile(&Origin::Adapted(Path::new("/m/base.gguf"), "adapter.gguf"), &format, &[], None)?;
         assert!(text.starts_with("FROM /m/base.gguf\nADAPTER ./adapter.gguf\n"));
+        for path in ["/m/c\rFROM evil", "/m/base.gguf ", "/m/a\nb"] {
+            assert!(
+                modelfile(&Origin::Adapted(Path::new(path), "adapter.gguf"), &format, &[], None).is_err(),
+                "{path:?}"
+            );
+        }
+        assert!(modelfile(&Origin::File("x"), &format, &["a\rb".to_owned()], None).is_err());
         let quotes = Format { system: Some("\"\"\"".to_owned()), ..format };
         assert!(modelfile(&Origin::File("x"), &quotes, &[], None).is_err());
         Ok(())

@@ -25,6 +25,7 @@ impl Tokenizer {
         let kind = model["type"].as_str().unwrap_or("BPE");
         ensure!(kind == "BPE", "the tokenizer is of type {kind}, {INSTEAD}");
         let sentencepiece = model["byte_fallback"] == true;
+        check_normalizer(&json, sentencepiece)?;
         let merges = merges(model)?;
         let mut keys = vec![text("tokenizer.ggml.model", if sentencepiece { "llama" } else { "gpt2" })];
         let pre = if sentencepiece { "default" } else { pre_tokenizer(&json)? };
@@ -173,6 +174,21 @@ fn steps<'a>(part: &'a Value, key: &str) -> Vec<&'a Value> {
     }
 }
 
+/// Refuses a normalizer that llama.cpp does not have: a SentencePiece tokenizer puts `▁` before a text and in the place of spaces, and of a
+/// byte-level one NFC is left out there, which texts that are typed have already.
+fn check_normalizer(json: &Value, sentencepiece: bool) -> Result<()> {
+    for step in steps(&json["normalizer"], "normalizers") {
+        let known = match step["type"].as_str().unwrap_or_default() {
+            "Prepend" => sentencepiece && step["prepend"] == "\u{2581}",
+            "Replace" => sentencepiece && step["pattern"]["String"] == " " && step["content"] == "\u{2581}",
+            "NFC" => !sentencepiece,
+            _ => false,
+        };
+        ensure!(known, "the tokenizer changes text by {step}, {INSTEAD}");
+    }
+    Ok(())
+}
+
 /// The name of what cuts a byte-level tokenizer's text into words.
 fn pre_tokenizer(json: &Value) -> Result<&'static str> {
     let steps = steps(&json["pre_tokenizer"], "pretokenizers");
@@ -267,6 +283,29 @@ mod tests {
             assert_eq!(named(&again), named(&tokenizer));
             assert_eq!(again.token(size as u32 + 2).as_deref(), Some(format!("[PAD{}]", size + 2).as_str()));
         }
+        Ok(())
+    }
+
+    /// llama.cpp changes no text, so that a file would answer as another model where it is lower-cased here.
+    #[test]
+    fn a_tokenizer_that_changes_texts_is_refused_but_for_nfc() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let from = fixture("tokenizers/byte_level");
+        let mut json: Value = serde_json::from_slice(&std::fs::read(from.join("tokenizer.json"))?)?;
+        let mut keys = |normalizer: Value| {
+            json["normalizer"] = normalizer;
+            std::fs::write(place.path().join("tokenizer.json"), json.to_string())?;
+            Tokenizer::from_dir(place.path())?.gguf_keys(700)
+        };
+        for step in [
+            serde_json::json!({"type": "Lowercase"}),
+            serde_json::json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip", "strip_left": true, "strip_right": true}]}),
+            serde_json::json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"}),
+        ] {
+            let refused = keys(step).expect_err("it is refused").to_string();
+            assert!(refused.contains("changes text by"), "{refused}");
+        }
+        keys(serde_json::json!({"type": "NFC"}))?;
         Ok(())
     }
 

@@ -33,6 +33,11 @@ pub fn is_part(file: &Path) -> bool {
         || file.starts_with(ADAPTER)
 }
 
+/// Whether a directory is a bundle.
+pub fn is_one(directory: &Path) -> bool {
+    [PROGRAM, START, HANDLERS].iter().all(|name| directory.join(name).exists())
+}
+
 /// Refuses what cannot be put into a bundle, before a base is loaded.
 pub fn check(arguments: &Arguments) -> Result<()> {
     if !as_gguf(arguments) {
@@ -165,7 +170,9 @@ fn handler_name(export: &Export<'_>) -> String {
     let name = last_part(&export.arguments.model.model_dir).unwrap_or_else(|| MODEL.to_owned());
     let name = name.strip_suffix(".gguf").unwrap_or(&name).to_owned();
     let plain = |c: char| if c.is_ascii_alphanumeric() || "-_".contains(c) { c } else { '-' };
-    name.chars().map(plain).collect()
+    let name: String = name.chars().map(plain).collect();
+    let name = name.trim_start_matches('-');
+    if name.is_empty() { MODEL.to_owned() } else { name.to_owned() }
 }
 
 fn handlers(route: &str, adapter: Option<&str>, any_base: bool) -> String {

@@ -12,7 +12,7 @@ mod peft;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::merge::Merged;
@@ -182,8 +182,15 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     }
     let Loaded { model, adaptation } = Loaded::load(&arguments.model.reference(), Network::Allowed)?;
     let named = here(&arguments.model.model_dir)?.map(|located| located.path);
-    spares(&output_dir, [("the base model", Some(model.path.clone())), ("the model", named.clone())])?;
+    spares(
+        &output_dir,
+        [
+            ("the base model", Some(model.path.clone())),
+            (if adaptation.is_some() { "the adapter" } else { "the model" }, named.clone()),
+        ],
+    )?;
     if arguments.overwrite {
+        is_earlier(&output_dir, format, &name_in_file(&arguments.model.model_dir))?;
         replaceable_but_for(&output_dir, |file| match format {
             Format::Bundle => bundle::is_part(file),
             Format::Ollama => file == Path::new(ollama::MODELFILE),
@@ -229,6 +236,28 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         print(&Value::Object(said).to_string())?;
     }
     Ok(Done::Whole)
+}
+
+/// Refuses to replace a directory that an export of this format, or a training, did not write.
+fn is_earlier(directory: &Path, format: Format, name: &str) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Ok(()) };
+    let files: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let has = |file: &str| directory.join(file).exists();
+    let other = |file: &&String| match format {
+        Format::Gguf | Format::GgufLora => !file.starts_with(&format!("{name}-")) || !file.ends_with(".gguf"),
+        Format::Ollama => !has(ollama::MODELFILE) || file.ends_with(".gguf") && !ollama::is_part(file),
+        Format::Peft => has("config.json") || file.ends_with(".gguf"),
+        Format::Merged | Format::Mlx => has("adapter_config.json") || file.ends_with(".gguf"),
+        Format::Bundle => !bundle::is_one(directory),
+    };
+    match files.iter().find(other) {
+        Some(file) => bail!(
+            "{}: holds `{file}`, and is no earlier export of {name} as `{}`: it would be lost; name another directory",
+            directory.display(),
+            format.name()
+        ),
+        None => Ok(()),
+    }
 }
 
 /// What a model is called in a file and by its file: its name, or the last part of its path.

@@ -3,10 +3,11 @@
 //! Of an adapter on a GGUF file it is the adapter over that very file, which loses nothing; `--dtype` makes a file of both, as of any
 //! other model.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use homeroom_engine::export::gguf::FileType;
 use homeroom_engine::export::ollama::{Ends, Origin, choose, modelfile};
 use homeroom_engine::export::{Floats, exportable_lora, save_gguf_lora};
+use homeroom_engine::files::gguf::shard_paths;
 use serde_json::Value;
 
 use super::super::runs::quoted;
@@ -17,6 +18,18 @@ use super::{Export, Written, name_in_file};
 pub const MODELFILE: &str = "Modelfile";
 const MODEL: &str = "model.gguf";
 const ADAPTER: &str = "adapter.gguf";
+
+/// Whether Ollama leaves a character out of a Modelfile: one that Go's `strconv.IsPrint` does not know, but for line breaks and tabs.
+fn ollama_drops(c: char) -> bool {
+    let is_space = c.is_whitespace() && !matches!(c, ' ' | '\n' | '\t');
+    is_space
+        || matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2064}' | '\u{feff}')
+}
+
+/// Whether a file of the folder is one that is written there.
+pub fn is_part(file: &str) -> bool {
+    [MODEL, ADAPTER].contains(&file)
+}
 
 /// Writes the folder.
 pub fn write(export: &Export<'_>) -> Result<Written> {
@@ -36,6 +49,11 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
     let (from, mut said) = match apart {
         Some(adaptation) => {
             exportable_lora(model, adaptation)?;
+            ensure!(
+                shard_paths(&model.path).len() < 2,
+                "{}: Ollama reads no base in several files; `--dtype q8_0` writes one file of base and adapter",
+                model.path.display()
+            );
             save_gguf_lora(export.directory, ADAPTER, (model, adaptation), Floats::F32, &name)?;
             let mut said = Written::default();
             said.line(format!("file      {ADAPTER}, over {}, where it lies", model.path.display()));
@@ -49,6 +67,10 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
     export.directory.write(MODELFILE, text.as_bytes())?;
     let system = if format.system.is_some() { ", with the template's own system message" } else { "" };
     said.line(format!("chat      the format `{}`, which writes what the model's template writes{system}", format.name));
+    let lost = format.system.iter().flat_map(|system| system.chars()).filter(|c| ollama_drops(*c)).count();
+    if lost > 0 {
+        said.line(format!("note      Ollama leaves {lost} characters out of the template's own system message: spaces and joiners that do not print"));
+    }
     format.notes.iter().for_each(|note| said.line(format!("note      {note}")));
     let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c.to_ascii_lowercase() } else { '-' };
     let name: String = name.chars().map(plain).collect();

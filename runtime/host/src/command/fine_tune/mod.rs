@@ -352,7 +352,7 @@ impl Prepared<'_> {
             request.gradient_checkpointing |= summary.cut.gradient_checkpointing;
         }
         let (sketch, requantize) = (Sketch::of_model(model), arguments.passes.requantize);
-        let estimator = Estimator::new(plugin, options, &sketch, requantize)?;
+        let estimator = Estimator::of_training(plugin, options, &sketch, requantize)?;
         Asked { estimator, request }.check(before, otherwise).map(Some)
     }
 

@@ -269,7 +269,7 @@ fn planned(
         false => Otherwise::Nothing,
     };
     let (sketch, requantize) = (Sketch::of_model(model), options.flag("requantize").unwrap_or(false));
-    let estimator = Estimator::new(plugin, of_strategy, &sketch, requantize)?;
+    let estimator = Estimator::of_training(plugin, of_strategy, &sketch, requantize)?;
     Ok(Asked { estimator, request }.check(before, otherwise).context("fine_tune")?)
 }
 

@@ -104,7 +104,7 @@ fn in_a_process_of_its_own() -> Result<()> {
         (seed.read)(&seed.bytes).with_context(|| format!("{name}: {}, which is not damaged", seed.name))?;
     }
     let first = asked("HOMEROOM_MUTATED_SEED").unwrap_or(17);
-    thread::spawn(|| end_what_hangs());
+    thread::spawn(end_what_hangs);
     let (begun, seconds) = (Instant::now(), asked("HOMEROOM_MUTATED_SECONDS"));
     let is_over = |case: u64| match seconds {
         Some(seconds) => begun.elapsed() > Duration::from_secs(seconds),

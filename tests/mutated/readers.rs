@@ -34,6 +34,9 @@ pub struct Reader<'a> {
     pub cases: u64,
 }
 
+/// Reads a file.
+type Read<'a> = Box<dyn Fn(&[u8]) -> Result<()> + 'a>;
+
 /// A file, and what reads it.
 pub struct Seed<'a> {
     pub name: String,
@@ -42,7 +45,7 @@ pub struct Seed<'a> {
     /// Bytes that are read beside it.
     pub beside: usize,
     /// Reads it in the place of its own bytes, and uses what it read.
-    pub read: Box<dyn Fn(&[u8]) -> Result<()> + 'a>,
+    pub read: Read<'a>,
 }
 
 /// The reader of a name.

@@ -81,7 +81,7 @@ mod tests {
             let mut found = Vec::new();
             let work = |i: usize| {
                 // The first of a batch is the last that is done.
-                if i % BATCH_ROWS == 0 {
+                if i.is_multiple_of(BATCH_ROWS) {
                     std::thread::sleep(std::time::Duration::from_millis(2));
                 }
                 i * i
@@ -113,7 +113,7 @@ mod tests {
             |give| (0..).try_for_each(|i| give(i, 1)),
         );
         assert_eq!(consumed.unwrap_err().to_string(), "row 700");
-        let produced = in_order(
+        let produced: Result<()> = in_order(
             |i: usize| i,
             |_| Ok(()),
             |give| {
@@ -121,6 +121,6 @@ mod tests {
                 bail!("no more")
             },
         );
-        assert_eq!(produced.map(|()| ()).unwrap_err().to_string(), "no more");
+        assert_eq!(produced.unwrap_err().to_string(), "no more");
     }
 }

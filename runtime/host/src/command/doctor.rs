@@ -419,7 +419,7 @@ impl Findings {
                     self.note(
                         "runs",
                         format!("{head}: {}; {}", explained.because, explained.trouble.cause),
-                        explained.remedy(&run),
+                        explained.remedy(run),
                     );
                 }
                 None => {

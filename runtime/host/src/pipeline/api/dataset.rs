@@ -164,7 +164,7 @@ enum Place {
     Held(Rc<(Box<str>, Held)>),
     /// In a temporary file.
     Spilled {
-        file: Rc<Arc<Spilled>>,
+        file: Arc<Spilled>,
         at: u64,
         len: u32,
     },
@@ -218,7 +218,7 @@ impl Dataset {
     ) -> Result<Self, Failure> {
         let mut rows = Vec::new();
         let (mut spill, mut left) = (Spill::default(), HELD_BYTES);
-        let spilled = Rc::new(spill.spilled().clone());
+        let spilled = spill.spilled().clone();
         for (path, file) in files {
             let name = RowFile::new(&path, "line");
             let size = file.metadata().with_context(|| path.display().to_string())?.len();

@@ -199,7 +199,8 @@ pub fn main() -> ExitCode {
             progress::line(format_args!("error: {error:#}"));
             let is_a_run = matches!(cli.command, Command::FineTune(_) | Command::Run(_) | Command::Resume(_));
             // One that says by itself what to do says it more exactly.
-            let is_told = error.is::<interrupt::Interrupted>() || format!("{error:#}").contains("hint: ");
+            let says = format!("{error:#}");
+            let is_told = error.is::<interrupt::Interrupted>() || says.contains("hint: ") || says.contains("to fit: ");
             if let Some(trouble) = troubles::of(&error).filter(|_| is_a_run && !is_told) {
                 progress::line(trouble);
             }

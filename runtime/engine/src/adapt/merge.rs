@@ -56,11 +56,6 @@ impl<'a> Merged<'a> {
         &self.architecture
     }
 
-    /// Whether a module's values are not those that the base stores.
-    pub fn is_adapted(&self, index: usize) -> bool {
-        self.adaptation.is_some_and(|adaptation| adaptation.of(self.source(index)).is_some())
-    }
-
     /// A module with its effective weight: as the base stores it if it is not adapted, else f32 in memory. Modules are those of the base in
     /// their order; a head that is tied has the embedding's weight.
     ///

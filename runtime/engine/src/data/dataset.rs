@@ -315,8 +315,11 @@ impl Size {
         if values.len() < MANY || values.len() + more <= values.capacity() {
             return;
         }
-        let all = values.len() as f64 * self.bytes as f64 / self.read.get().max(1) as f64;
-        values.reserve_exact(more.max((1.02 * all) as usize - values.len().min((1.02 * all) as usize)));
+        // Rows to come may be longer than those so far.
+        let all = (1.02 * values.len() as f64 * self.bytes as f64 / self.read.get().max(1) as f64) as usize;
+        let expected = all.min(4 * values.len()).saturating_sub(values.len()).max(more);
+        // Without it the list grows as any does.
+        let _ = values.try_reserve_exact(expected);
     }
 }
 

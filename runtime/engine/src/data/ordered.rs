@@ -1,9 +1,11 @@
 //! Work on rows by all threads, whose results come in the order of the rows: reading goes on meanwhile.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
+use std::time::Duration;
 
 use anyhow::Result;
+use rayon::Yield;
 
 /// Rows that a thread takes at once.
 const BATCH_ROWS: usize = 256;
@@ -57,14 +59,25 @@ pub(super) fn in_order<I: Send, O: Send, R>(
     })
 }
 
+/// How long a thread of the pool waits for a batch before it looks for other work.
+const PATIENCE: Duration = Duration::from_millis(1);
+
 /// Waits for a batch. A thread of the pool works meanwhile: it may be the only one.
 fn wait<O>(batch: &Receiver<Vec<O>>) -> Vec<O> {
     loop {
         match batch.try_recv() {
             Ok(made) => return made,
             Err(TryRecvError::Disconnected) => return Vec::new(),
-            Err(TryRecvError::Empty) if rayon::yield_now().is_none() => return batch.recv().unwrap_or_default(),
-            Err(TryRecvError::Empty) => {}
+            Err(TryRecvError::Empty) => match rayon::yield_now() {
+                None => return batch.recv().unwrap_or_default(),
+                Some(Yield::Executed) => {}
+                // The batch is being made by another thread.
+                Some(Yield::Idle) => match batch.recv_timeout(PATIENCE) {
+                    Ok(made) => return made,
+                    Err(RecvTimeoutError::Disconnected) => return Vec::new(),
+                    Err(RecvTimeoutError::Timeout) => {}
+                },
+            },
         }
     }
 }

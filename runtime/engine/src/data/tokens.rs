@@ -62,9 +62,10 @@ mod sealed {
         }
 
         fn read(bytes: &[u8]) -> &[Self] {
+            assert!(bytes.iter().all(|byte| *byte <= 1), "the temporary file of rows was changed");
             // SAFETY: a bool has the size and alignment of a byte, and 0 and 1 are its values. These bytes were written by `write`, as 0 and
-            // 1, to a file without a name that only this process has open; of a page that its disk has lost, the process is told by a
-            // signal, and reads nothing or zeros.
+            // 1, to a file without a name, and were just looked at; only its user could change them, through `/proc`. Of a page that its
+            // disk has lost, the process is told by a signal, and reads nothing or zeros.
             unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) }
         }
     }

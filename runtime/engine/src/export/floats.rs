@@ -50,6 +50,15 @@ impl Floats {
         })
     }
 
+    /// Their storage.
+    pub(super) fn storage(self) -> Storage {
+        match self {
+            Self::F32 => Storage::F32,
+            Self::F16 => Storage::F16,
+            Self::Bf16 => Storage::BF16,
+        }
+    }
+
     /// Their name in `config.json`.
     pub fn name(self) -> &'static str {
         match self {

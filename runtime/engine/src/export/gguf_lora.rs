@@ -57,11 +57,7 @@ pub fn save_gguf_lora(
     floats: Floats,
     name: &str,
 ) -> Result<()> {
-    let storage = match floats {
-        Floats::F32 => Storage::F32,
-        Floats::F16 => Storage::F16,
-        Floats::Bf16 => Storage::BF16,
-    };
+    let storage = floats.storage();
     let Pairs { alpha, tensors } = pairs(base, adaptation)?;
     let text = |key: &str, value: &str| (key.to_owned(), Value::String(value.to_owned()));
     let metadata = [

@@ -1,7 +1,7 @@
 //! Tensors written to safetensors files as they come, some values at a time.
 //!
 //! The form: eight bytes with the length of a header, the header as JSON with the place of each tensor, and the values. Sizes follow from
-//! shapes, so the header is written first. <https://github.com/huggingface/safetensors#format>
+//! shapes, so the header is written first. (`safetensors::serialize_to_file` wants each tensor whole in memory.) <https://github.com/huggingface/safetensors#format>
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

@@ -13,7 +13,7 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 
 /// Values of a panel of rows.
-const PANEL_VALUES: usize = 1 << 22;
+pub(crate) const PANEL_VALUES: usize = 1 << 22;
 
 /// A matrix of frozen values, `rows` x `cols`, row-major; a vector is one row.
 #[derive(Clone)]

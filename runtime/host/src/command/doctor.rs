@@ -490,10 +490,10 @@ fn shown(name: &str, value: &str) -> String {
     if is_secret(name) {
         return "(set, not shown)".to_owned();
     }
-    let address = without_password(value);
     if !upper.contains("PROXY") && !upper.contains("ENDPOINT") {
-        return address;
+        return value.to_owned();
     }
+    let address = without_password(value);
     // What stands behind a question mark may be a token, and what a colon parts and is no port a password.
     let address = address.split_once('?').map_or(address.clone(), |(address, _)| format!("{address}?…"));
     let is_port = |port: &str| port.trim_end_matches('/').parse::<u16>().is_ok();
@@ -581,7 +581,7 @@ mod tests {
         assert_eq!(shown("HF_ENDPOINT", "https://hub/?token=secret"), "https://hub/?…");
         assert_eq!(shown("HTTPS_PROXY", "ann:secret"), "(set, not shown)");
         assert_eq!(shown("https_proxy", "proxy:3128"), "proxy:3128");
-        assert_eq!(shown("HOMEROOM_PLUGINS", "/a:/b"), "/a:/b");
+        assert_eq!(shown("HOMEROOM_PLUGINS", "/a@b:/b"), "/a@b:/b");
     }
 
     #[test]

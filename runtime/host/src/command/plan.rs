@@ -82,7 +82,7 @@ fn a_size(text: &str) -> Result<u64, String> {
 /// Estimates.
 pub fn run(arguments: &Arguments) -> Result<Done> {
     if let Some(count) = arguments.threads {
-        use_threads(count);
+        ensure!(use_threads(count), "--threads: the threads are running already");
     }
     let search = arguments.plugins.search()?;
     let options = arguments.strategy_options.options()?;

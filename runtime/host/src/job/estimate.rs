@@ -93,6 +93,11 @@ impl Before {
         self.program
     }
 
+    /// What there is for a training, its own memory included, in bytes.
+    pub fn available(&self) -> Option<u64> {
+        self.available
+    }
+
     /// What there is for a training that needs so much, where that is too little.
     pub fn lacking(&self, peak: u64) -> Option<u64> {
         self.available.filter(|available| *available < peak)

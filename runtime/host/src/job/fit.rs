@@ -23,6 +23,8 @@ pub enum Otherwise {
     Refuse,
     /// Its passes are made smaller.
     Fit,
+    /// Its passes are made smaller where that helps, and it goes on in any case: it has been begun before.
+    TryFit,
     /// It is begun all the same.
     Nothing,
 }
@@ -103,15 +105,15 @@ pub fn flags(from: &Request, to: &Request) -> String {
     flags.join(" ")
 }
 
-impl Asked {
-    /// The first way to go through the same steps that takes no more than so many bytes, with what it takes.
-    fn fitting(&self, available: u64) -> Option<(Request, u64)> {
-        less(&self.request, self.estimator.pass_rows()).into_iter().find_map(|request| {
-            let peak = self.estimator.estimate(&request).peak_memory_bytes;
-            (peak <= available).then_some((request, peak))
-        })
-    }
+/// The first way to go through the same steps that takes no more than so many bytes, with what it takes.
+pub fn fitting(estimator: &Estimator, request: &Request, available: u64) -> Option<(Request, u64)> {
+    less(request, estimator.pass_rows()).into_iter().find_map(|request| {
+        let peak = estimator.estimate(&request).peak_memory_bytes;
+        (peak <= available).then_some((request, peak))
+    })
+}
 
+impl Asked {
     /// How much memory it will need. What does not fit is refused, or gets smaller passes.
     ///
     /// # Errors
@@ -127,8 +129,8 @@ impl Asked {
             words += &format!("\nwarning: {needs}; it goes on all the same, with smaller passes once memory is short");
             return Ok(Planned { peak_memory_bytes: peak, fit: None, words });
         }
-        match (self.fitting(available), otherwise) {
-            (Some((request, peak)), Otherwise::Fit) => {
+        match (fitting(&self.estimator, &self.request, available), otherwise) {
+            (Some((request, peak)), Otherwise::Fit | Otherwise::TryFit) => {
                 let passes = Passes {
                     pass_rows: request.pass_rows.unwrap_or(self.estimator.pass_rows()),
                     gradient_checkpointing: request.gradient_checkpointing,
@@ -146,6 +148,10 @@ impl Asked {
                     "{needs}\nto fit: `{flags}` needs about {}, with the same steps; --fit chooses so by itself, and --no-memory-check begins all the same",
                     size(peak)
                 )
+            }
+            (None, Otherwise::TryFit) => {
+                words += &format!("\nwarning: {needs}; it goes on all the same, with the smallest passes");
+                Ok(Planned { peak_memory_bytes: peak, fit: None, words })
             }
             (None, _) => bail!(
                 "{needs}; no way to go through the same steps would fit\nto fit: `homeroom plan` with these settings says what would; --no-memory-check begins all the same"

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use flate2::bufread::MultiGzDecoder;
 
 use super::kind::{is_gzip, refuse_other};
+use super::pieces::{Joined, Pieces, read_more};
 
 /// What is looked at to tell what a file is.
 const HEAD_BYTES: usize = 1 << 16;
@@ -38,8 +39,8 @@ pub(in crate::data) fn text<'a>(name: &Path, bytes: impl Read + 'a) -> Result<Te
         [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => {
             bail!("{}: text in UTF-32\nhint: save it as UTF-8", name.display())
         }
-        [0xff, 0xfe, ..] => peek(Box::new(Utf16::new(bytes, u16::from_le_bytes))).with_context(place)?,
-        [0xfe, 0xff, ..] => peek(Box::new(Utf16::new(bytes, u16::from_be_bytes))).with_context(place)?,
+        [0xff, 0xfe, ..] => peek(Box::new(Joined::new(Utf16::new(bytes, u16::from_le_bytes)))).with_context(place)?,
+        [0xfe, 0xff, ..] => peek(Box::new(Joined::new(Utf16::new(bytes, u16::from_be_bytes)))).with_context(place)?,
         _ => (head, bytes),
     };
     let is_marked = head.starts_with(b"\xef\xbb\xbf");
@@ -85,35 +86,24 @@ struct Utf16<R> {
     unit: fn([u8; 2]) -> u16,
     /// Bytes that were read and are no text yet: half a unit, or the first half of a pair.
     left: Vec<u8>,
-    /// Text that was not asked for yet, and where it goes on.
-    made: Vec<u8>,
-    at: usize,
     /// Bytes before those of `left`.
     before: u64,
 }
 
 impl<R: Read> Utf16<R> {
     fn new(bytes: R, unit: fn([u8; 2]) -> u16) -> Self {
-        Self { bytes, unit, left: Vec::new(), made: Vec::new(), at: 0, before: 0 }
+        Self { bytes, unit, left: Vec::new(), before: 0 }
     }
+}
 
-    /// Makes more text; nothing: there is no more.
-    fn more(&mut self) -> io::Result<()> {
+impl<R: Read> Pieces for Utf16<R> {
+    fn more(&mut self, made: &mut Vec<u8>) -> io::Result<()> {
         let wrong = |at: u64, what: &str| {
             let message = format!("not UTF-16, {what} at byte {}: save the file as UTF-8", at + 1);
             io::Error::new(io::ErrorKind::InvalidData, message)
         };
-        (self.at, self.made) = (0, Vec::new());
-        while self.made.is_empty() {
-            let held = self.left.len();
-            self.left.resize(held + 8192, 0);
-            let read = loop {
-                match self.bytes.read(&mut self.left[held..]) {
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    read => break read?,
-                }
-            };
-            self.left.truncate(held + read);
+        while made.is_empty() {
+            let read = read_more(&mut self.bytes, &mut self.left)?;
             let is_end = read == 0;
             let units: Vec<u16> = self.left.chunks_exact(2).map(|pair| (self.unit)([pair[0], pair[1]])).collect();
             // The second half of a pair may not be here yet.
@@ -125,7 +115,7 @@ impl<R: Read> Utf16<R> {
                 taken += 2 * c.len_utf16() as u64;
                 // The mark at the beginning is no text.
                 if !(c == '\u{feff}' && self.before == 0 && taken == 2) {
-                    self.made.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
+                    made.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
                 }
             }
             self.left.drain(..taken as usize);
@@ -135,18 +125,6 @@ impl<R: Read> Utf16<R> {
             }
         }
         Ok(())
-    }
-}
-
-impl<R: Read> Read for Utf16<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.at == self.made.len() {
-            self.more()?;
-        }
-        let count = buffer.len().min(self.made.len() - self.at);
-        buffer[..count].copy_from_slice(&self.made[self.at..self.at + count]);
-        self.at += count;
-        Ok(count)
     }
 }
 

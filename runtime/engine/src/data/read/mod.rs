@@ -2,6 +2,7 @@
 
 mod bytes;
 mod kind;
+mod pieces;
 mod sources;
 mod windows;
 
@@ -15,7 +16,7 @@ use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use serde::Serialize;
 
 pub use self::sources::{Source, Sources};
-use self::windows::{Encoding, Windows1252};
+use self::windows::Encoding;
 use super::columns::Columns;
 use super::form::{Forms, Header, is_known};
 use super::json::{self, Layout};
@@ -155,7 +156,7 @@ pub(super) fn read_rows(
         return Ok(Recognised { words, format: forms.format(), unit, last, rows });
     };
     let encoding = Cell::new(if text.is_marked { Encoding::Utf8 } else { Encoding::Ascii });
-    let mut bytes = BufReader::with_capacity(1 << 16, Windows1252::new(text.bytes, &encoding));
+    let mut bytes = BufReader::with_capacity(1 << 16, windows::as_utf8(text.bytes, &encoding));
     bytes.read_exact(&mut vec![0; before])?;
     let (mut rows, mut last) = (0, 0);
     let mut first: Option<Vec<String>> = None;

@@ -6,6 +6,8 @@
 use std::cell::Cell;
 use std::io::{self, Read};
 
+use super::pieces::{Joined, Pieces, read_more};
+
 /// What the bytes from 0x80 to 0x9F are; NUL: nothing. Those behind are as in Latin-1.
 const ASSIGNED: [char; 32] = [
     '€', '\0', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\0', 'Ž', '\0', '\0', '‘', '’', '“', '”', '•',
@@ -64,14 +66,17 @@ fn transcode(bytes: &[u8], made: &mut Vec<u8>) {
 }
 
 /// A text as UTF-8, whichever of the two it is.
-pub(super) struct Windows1252<'e, R> {
+struct Windows1252<'e, R> {
     bytes: R,
     /// What it has turned out to be.
     encoding: &'e Cell<Encoding>,
     read: Vec<u8>,
-    made: Vec<u8>,
-    at: usize,
     seen: Seen,
+}
+
+/// Reads a text as UTF-8. `encoding`: ASCII before it is read; tells later what it is.
+pub(super) fn as_utf8<'e, R: Read>(bytes: R, encoding: &'e Cell<Encoding>) -> impl Read + use<'e, R> {
+    Joined::new(Windows1252 { bytes, encoding, read: Vec::new(), seen: Seen::default() })
 }
 
 /// What a text in Windows-1252 holds: another encoding shows.
@@ -108,25 +113,10 @@ impl Seen {
     }
 }
 
-impl<'e, R: Read> Windows1252<'e, R> {
-    /// `encoding`: ASCII before it is read; tells later what it is.
-    pub(super) fn new(bytes: R, encoding: &'e Cell<Encoding>) -> Self {
-        Self { bytes, encoding, read: Vec::new(), made: Vec::new(), at: 0, seen: Seen::default() }
-    }
-
-    /// Makes more text; nothing: there is no more.
-    fn more(&mut self) -> io::Result<()> {
-        (self.at, self.made) = (0, Vec::new());
+impl<R: Read> Pieces for Windows1252<'_, R> {
+    fn more(&mut self, made: &mut Vec<u8>) -> io::Result<()> {
         loop {
-            let held = self.read.len();
-            self.read.resize(held + 8192, 0);
-            let count = loop {
-                match self.bytes.read(&mut self.read[held..]) {
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    count => break count?,
-                }
-            };
-            self.read.truncate(held + count);
+            let count = read_more(&mut self.bytes, &mut self.read)?;
             if self.encoding.get() == Encoding::Ascii {
                 let Some(encoding) = Encoding::of(&self.read, count == 0) else { continue };
                 self.encoding.set(encoding);
@@ -137,25 +127,13 @@ impl<'e, R: Read> Windows1252<'e, R> {
                     if let Some(other) = self.seen.other().filter(|_| count == 0) {
                         return Err(io::Error::new(io::ErrorKind::InvalidData, other));
                     }
-                    transcode(&self.read, &mut self.made);
+                    transcode(&self.read, made);
                 }
-                _ => self.made = std::mem::take(&mut self.read),
+                _ => made.extend_from_slice(&self.read),
             }
             self.read.clear();
             return Ok(());
         }
-    }
-}
-
-impl<R: Read> Read for Windows1252<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.at == self.made.len() {
-            self.more()?;
-        }
-        let count = buffer.len().min(self.made.len() - self.at);
-        buffer[..count].copy_from_slice(&self.made[self.at..self.at + count]);
-        self.at += count;
-        Ok(count)
     }
 }
 
@@ -168,7 +146,7 @@ mod tests {
         let chained =
             pieces.iter().fold(Box::new(io::empty()) as Box<dyn Read>, |all, piece| Box::new(all.chain(*piece)));
         let mut made = Vec::new();
-        Windows1252::new(chained, &encoding).read_to_end(&mut made).unwrap();
+        as_utf8(chained, &encoding).read_to_end(&mut made).unwrap();
         (made, encoding.get())
     }
 
@@ -199,7 +177,7 @@ mod tests {
         let refusal = |bytes: &[u8]| {
             let encoding = Cell::new(Encoding::Ascii);
             let mut made = Vec::new();
-            Windows1252::new(bytes, &encoding).read_to_end(&mut made).expect_err("it is refused").to_string()
+            as_utf8(bytes, &encoding).read_to_end(&mut made).expect_err("it is refused").to_string()
         };
         let damaged = [b"first \x96 row,ok\n".as_slice(), "Größe,Länge,Höhe\n".as_bytes()].concat();
         assert!(refusal(&damaged).contains("most of it is UTF-8"));

@@ -19,7 +19,7 @@ use crate::files::NewDirectory;
 use crate::files::gguf::{Gguf, NewTensor, Value, Writer, file_bytes};
 use crate::models::metadata::{ensure_same, keys_of};
 use crate::models::rope::RopeScaling;
-use crate::models::weight::Weight;
+use crate::models::weight::{PANEL_VALUES, Weight};
 use crate::models::{Architecture, Module};
 
 /// A file that can be written.
@@ -96,8 +96,7 @@ impl Plan {
         let again = again.count();
         if again > 0 {
             notes.push(format!(
-                "{again} matrices that the base stores as {} are rounded a second time: a file of the unquantised base is nearer",
-                base.storage_words()
+                "{again} matrices, which are quantised in the base, are rounded a second time: a file of the unquantised base is nearer"
             ));
         }
         Ok(Self { metadata, tensors, sources, fallbacks, notes })
@@ -324,7 +323,7 @@ fn write_weight(
     let stored = stored_rows(rows.len(), order);
     let matrix = weight.matrix();
     let row_bytes = storage.row_bytes(cols).context("its rows are no whole blocks")?;
-    let step = (PANEL / cols.max(1)).max(1);
+    let step = (PANEL_VALUES / cols.max(1)).max(1);
     let mut bytes = Vec::new();
     for panel in stored.chunks(step) {
         bytes.resize(panel.len() * row_bytes, 0);
@@ -341,6 +340,3 @@ fn write_weight(
     ensure!(!stored.is_empty(), "it has no rows");
     Ok(())
 }
-
-/// Values of a panel that is encoded and written at once.
-const PANEL: usize = 1 << 22;

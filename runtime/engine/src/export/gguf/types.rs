@@ -11,15 +11,22 @@ use crate::words::value_of;
 
 /// What a GGUF file's weights are stored in; llama.cpp calls it the file's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub enum FileType {
+    /// 32 bits: nothing is lost.
     F32,
+    /// 16 bits, 11 of them of precision.
     F16,
+    /// 16 bits, 8 of them of precision.
     Bf16,
+    /// 8 bits, and a scale for 32 values.
     Q8_0,
+    /// 4 bits, and a scale for 32 values.
     Q4_0,
+    /// 5 bits, in blocks of 256 with scales and least values; 6 in the matrices that matter most.
     Q5KM,
+    /// The same in 4 bits.
     Q4KM,
+    /// 6 bits, in blocks of 256 with scales.
     Q6K,
 }
 

@@ -51,6 +51,10 @@ pub fn modelfile(from: &Origin<'_>, format: &Format, stops: &[String], generatio
         );
         text += &format!("PARAMETER stop \"{stop}\"\n");
     }
+    if generation.is_some_and(|config| config["do_sample"] == false) {
+        // What likeliest tokens are drawn by is nothing to it.
+        return Ok(text + "PARAMETER temperature 0\n");
+    }
     for (name, theirs) in PARAMETERS {
         if let Some(value) = generation.and_then(|config| config[name].as_f64()) {
             text += &format!("PARAMETER {theirs} {value}\n");
@@ -83,6 +87,9 @@ mod tests {
             text,
             "FROM ./model.gguf\n# The chat format `chatml`.\nTEMPLATE \"\"\"{{ .System }}\nx\"\"\"\nSYSTEM \"\"\"Be \"kind\".\nYes.\"\"\"\nPARAMETER stop \"<|im_end|>\"\nPARAMETER temperature 0.6\nPARAMETER top_k 20\n"
         );
+        let greedy = serde_json::json!({"temperature": 0.6, "do_sample": false});
+        let text = modelfile(&Origin::File("model.gguf"), &format, &[], Some(&greedy))?;
+        assert!(text.ends_with("PARAMETER temperature 0\n") && !text.contains("0.6"), "{text}");
         let text = modelfile(&Origin::Adapted(Path::new("/m/base.gguf"), "adapter.gguf"), &format, &[], None)?;
         assert!(text.starts_with("FROM /m/base.gguf\nADAPTER ./adapter.gguf\n"));
         for path in ["/m/c\rFROM evil", "/m/base.gguf ", "/m/a\nb"] {

@@ -70,7 +70,7 @@ impl Writer {
     /// Makes the file as long as it will be, so that it can be read though what is not written yet holds zeros.
     ///
     /// # Errors
-    /// When the disk is full.
+    /// When the file cannot be made longer; no room is taken yet.
     pub fn extend(&self) -> Result<()> {
         let data: u64 = self.sizes.iter().map(|size| aligned(*size) as u64).sum();
         Ok(self.file.set_len(self.header_bytes as u64 + data)?)

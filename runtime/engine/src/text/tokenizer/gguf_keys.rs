@@ -26,6 +26,7 @@ impl Tokenizer {
         ensure!(kind == "BPE", "the tokenizer is of type {kind}, {INSTEAD}");
         let sentencepiece = model["byte_fallback"] == true;
         check_normalizer(&json, sentencepiece)?;
+        check_added(&json)?;
         let merges = merges(model)?;
         let mut keys = vec![text("tokenizer.ggml.model", if sentencepiece { "llama" } else { "gpt2" })];
         let pre = if sentencepiece { "default" } else { pre_tokenizer(&json)? };
@@ -189,6 +190,18 @@ fn check_normalizer(json: &Value, sentencepiece: bool) -> Result<()> {
     Ok(())
 }
 
+/// Refuses added tokens that take the space before them away, or are words of their own only: llama.cpp finds each wherever it stands. Spaces
+/// behind a token it takes away in Phi-3's tokenizer, which is told by its name.
+fn check_added(json: &Value) -> Result<()> {
+    let flagged = |token: &&Value| token["lstrip"] == true || token["single_word"] == true;
+    match json["added_tokens"].as_array().into_iter().flatten().find(flagged) {
+        Some(token) => {
+            bail!("the tokenizer has the token {}, which takes in what is around it, {INSTEAD}", token["content"])
+        }
+        None => Ok(()),
+    }
+}
+
 /// The name of what cuts a byte-level tokenizer's text into words.
 fn pre_tokenizer(json: &Value) -> Result<&'static str> {
     let steps = steps(&json["pre_tokenizer"], "pretokenizers");
@@ -306,6 +319,23 @@ mod tests {
             assert!(refused.contains("changes text by"), "{refused}");
         }
         keys(serde_json::json!({"type": "NFC"}))?;
+        Ok(())
+    }
+
+    /// llama.cpp finds an added token wherever it stands, and leaves the spaces around it.
+    #[test]
+    fn a_token_that_takes_in_what_is_around_it_is_refused_by_name() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let json: Value =
+            serde_json::from_slice(&std::fs::read(fixture("tokenizers/byte_level").join("tokenizer.json"))?)?;
+        for flag in ["lstrip", "single_word"] {
+            let mut json = json.clone();
+            json["added_tokens"][1][flag] = true.into();
+            std::fs::write(place.path().join("tokenizer.json"), json.to_string())?;
+            let refused = Tokenizer::from_dir(place.path())?.gguf_keys(700).expect_err("it is refused").to_string();
+            let token = json["added_tokens"][1]["content"].to_string();
+            assert!(refused.contains("takes in what is around it") && refused.contains(&token), "{refused}");
+        }
         Ok(())
     }
 

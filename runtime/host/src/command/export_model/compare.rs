@@ -42,6 +42,11 @@ pub struct Compared {
 }
 
 impl Compared {
+    /// Of what is copied as it is.
+    pub fn nothing() -> Self {
+        Self { examples: Vec::new(), rows: None }
+    }
+
     /// The rows of `--file`; else some of those that the run of the training held out; else a few questions. `result`: where what is exported
     /// lies.
     ///
@@ -82,8 +87,11 @@ fn few(rows: Vec<Example>, model: &BaseModel) -> Vec<Example> {
 fn questions(model: &BaseModel) -> Result<Vec<Example>> {
     let end = model.tokenizer.eos_id.or(model.tokenizer.bos_id).unwrap_or(0);
     let example = |probe| {
-        let mut ids = match model.template {
-            Some(_) => prompt_ids(model, &[json!({"role": "user", "content": probe})])?,
+        // Some templates refuse a question alone; the model reads it all the same.
+        let asked =
+            model.template.as_ref().and_then(|_| prompt_ids(model, &[json!({"role": "user", "content": probe})]).ok());
+        let mut ids = match asked {
+            Some(ids) => ids,
             None => model.tokenizer.encode(probe, true)?.ids,
         };
         ids.push(end);

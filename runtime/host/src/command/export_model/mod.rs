@@ -12,7 +12,7 @@ mod peft;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::merge::Merged;
@@ -168,6 +168,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         None => beside(&arguments.model.model_dir, format),
     };
     utf8(&std::path::absolute(&output_dir)?)?;
+    ensure!(
+        compares(arguments) || arguments.file.is_empty(),
+        "--file: what `--format {}` writes here is copied as it is, and not compared by rows",
+        format.name()
+    );
     if !arguments.overwrite {
         vacant(&output_dir)?;
     }
@@ -204,7 +209,10 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             output_dir.display()
         ));
     }
-    let compared = Compared::of(arguments, &model, named.as_deref())?;
+    let compared = match compares(arguments) {
+        true => Compared::of(arguments, &model, named.as_deref())?,
+        false => Compared::nothing(),
+    };
     interrupt::end_at_once()?;
     let mut directory = NewDirectory::start(&output_dir)?;
     directory.replaces = arguments.overwrite;
@@ -236,6 +244,15 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         print(&Value::Object(said).to_string())?;
     }
     Ok(Done::Whole)
+}
+
+/// Whether an export changes values, and is compared with what was trained.
+fn compares(arguments: &Arguments) -> bool {
+    match arguments.format {
+        Format::GgufLora => false,
+        Format::Bundle => arguments.dtype.is_some(),
+        Format::Merged | Format::Gguf | Format::Ollama | Format::Peft | Format::Mlx => true,
+    }
 }
 
 /// Refuses to replace a directory that an export of this format, or a training, did not write.

@@ -50,6 +50,10 @@ pub fn write(export: &Export<'_>) -> Result<Written> {
         Some(adaptation) => {
             exportable_lora(model, adaptation)?;
             ensure!(
+                export.arguments.file.is_empty(),
+                "--file: base and adapter are written apart, which is not compared by rows; `--dtype` writes one file of both"
+            );
+            ensure!(
                 shard_paths(&model.path).len() < 2,
                 "{}: Ollama reads no base in several files; `--dtype q8_0` writes one file of base and adapter",
                 model.path.display()

@@ -1,9 +1,12 @@
 //! `--format peft`: the adapter alone, as PEFT has it.
 
+use std::collections::HashMap;
+
 use anyhow::{Context, Result, bail, ensure};
 use homeroom_abi::plan::Peft;
 use homeroom_engine::adapt::adaptation::Adaptation;
 use homeroom_engine::adapt::adapter::{AdapterFiles, WEIGHTS_FILE, is_adapter, save_peft};
+use homeroom_engine::adapt::peft::text_name;
 use homeroom_engine::files::tensors::map_safetensors;
 
 use super::compare::{compare, tell};
@@ -60,17 +63,18 @@ fn peft_of<'a>(adaptation: &'a Adaptation, name: &str) -> Result<&'a Peft> {
     peft.with_context(|| format!("{name}: its strategy has no form in PEFT; `--format merged` writes a model of it"))
 }
 
-/// Whether what was written has the values of all parameters.
+/// Whether what was written has the values of all parameters, each under its name.
 fn same_tensors(export: &Export<'_>, adaptation: &Adaptation) -> Result<()> {
     let written = map_safetensors(&export.directory.path().join(WEIGHTS_FILE))?;
-    let mut left: Vec<Vec<f32>> = written.values().map(|tensor| tensor.values()).collect::<Result<_>>()?;
+    let mut written: HashMap<String, _> =
+        written.into_iter().map(|(name, tensor)| (text_name(&name), tensor)).collect();
     for param in &adaptation.params {
+        let name = &param.spec.tensor;
         let values: Vec<f32> = param.var.as_detached_tensor().flatten_all()?.to_vec1()?;
-        let at = left.iter().position(|other| *other == values);
-        let at = at
-            .with_context(|| format!("tensor `{}` was not written as it is, so nothing is saved", param.spec.tensor))?;
-        left.swap_remove(at);
+        let same =
+            written.remove(name).map(|tensor| tensor.values()).transpose()?.is_some_and(|written| written == values);
+        ensure!(same, "tensor `{name}` was not written as it is, so nothing is saved");
     }
-    ensure!(left.is_empty(), "tensors were written that the adapter has not, so nothing is saved");
+    ensure!(written.is_empty(), "tensors were written that the adapter has not, so nothing is saved");
     Ok(())
 }

@@ -19,8 +19,7 @@ use crate::command::preview::{Look, Rendered, render, rows_as_text};
 use crate::command::{Done, print};
 use crate::data_report;
 use crate::interrupt;
-use crate::job::{Estimator, fit, training_words};
-use crate::machine::resident_memory_bytes;
+use crate::job::{Before, Estimator, fit, training_words};
 use crate::models::{encoder, shown};
 use crate::plugin::Plugin;
 use crate::progress::{millions, size, thousands};
@@ -35,6 +34,10 @@ struct Needs {
     seconds: f64,
     seconds_per_step: f64,
     peak_memory_bytes: u64,
+    /// What there was for it before anything was tried out.
+    available_memory_bytes: Option<u64>,
+    /// Where that is too little: flags by which the same steps fit, and what they take then.
+    fits: Option<(String, u64)>,
     trainable: usize,
 }
 
@@ -65,7 +68,7 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
     let (report, first) = survey.run(&source)?;
     let first: Vec<Rendered> =
         first.iter().map(|row| render(row, &report, &model.tokenizer, Some(encoder.max_seq_len))).collect();
-    let available = memory::obtainable();
+    let available = needs.as_ref().map_or_else(memory::obtainable, |needs| needs.available_memory_bytes);
     if arguments.json {
         let json = json!({
             "dry_run": true,
@@ -104,7 +107,12 @@ pub(super) fn run(prepared: &Prepared<'_>, model: &BaseModel, rows: &Rows) -> Re
     if let Some(needs) = &needs {
         let fits = match available {
             Some(available) if needs.peak_memory_bytes > available => {
-                format!("   too much: {} can be had; `homeroom plan` says what needs less", size(available))
+                let less = match &needs.fits {
+                    Some((flags, peak)) if arguments.fit => format!("--fit takes `{flags}`: about {}", size(*peak)),
+                    Some((flags, peak)) => format!("`{flags}` takes about {}, and --fit chooses so", size(*peak)),
+                    None => "`homeroom plan` says what needs less".to_owned(),
+                };
+                format!("   too much: {} can be had; {less}", size(available))
             }
             Some(available) => format!("   {} can be had", size(available)),
             None => String::new(),
@@ -140,12 +148,14 @@ fn needs(
     let Prepared { arguments, options, .. } = prepared;
     let lengths = || rows.iter().flat_map(|group| &group.sequences).map(|sequence| sequence.ids.len());
     let mean = (lengths().sum::<usize>() as f64 / rows.len().max(1) as f64).round() as usize;
-    model.release();
-    let request = fit::request(rows, config, resident_memory_bytes().unwrap_or(0));
+    let before = Before::now(model);
+    let request = fit::request(rows, config, before.program_bytes());
     let sketch = Sketch::of_model(model);
     let requantize = arguments.passes.requantize;
     let estimator = Estimator::new(plugin, options, &sketch, requantize)?;
     let estimate = estimator.estimate(&request);
+    let peak_memory_bytes = estimate.peak_memory_bytes;
+    let fits = before.lacking(peak_memory_bytes).and_then(|there| fit::fitting(&estimator, &request, there));
     // Memory is that of the longest rows, time that of all.
     let usual = Request { row_tokens: mean.max(2), trained_tokens: mean.max(2), ..request };
     let usual = estimator.estimate(&usual);
@@ -153,7 +163,9 @@ fn needs(
     Ok(Needs {
         seconds: steps as f64 * seconds_per_step,
         seconds_per_step,
-        peak_memory_bytes: estimate.peak_memory_bytes,
+        peak_memory_bytes,
+        available_memory_bytes: before.available(),
+        fits: fits.map(|(fitting, peak)| (fit::flags(&request, &fitting), peak)),
         trainable: estimate.trainable,
     })
 }

@@ -342,6 +342,7 @@ impl Prepared<'_> {
         let before = Before::now(model);
         let mut request = fit::request(&rows.train(), &config, before.program_bytes());
         let otherwise = match (arguments.fit, arguments.no_memory_check || self.earlier.is_some()) {
+            (true, _) if self.earlier.is_some() => Otherwise::TryFit,
             (true, _) => Otherwise::Fit,
             (false, true) => Otherwise::Nothing,
             (false, false) => Otherwise::Refuse,

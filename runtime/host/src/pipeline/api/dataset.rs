@@ -155,6 +155,9 @@ impl RowFile {
     }
 }
 
+/// Rows whose places are counted at once while they are read.
+const ROWS_COUNTED: usize = 4096;
+
 /// One JSON object. Copies share it.
 #[derive(Clone)]
 pub(super) struct Text(Place);
@@ -216,7 +219,7 @@ impl Dataset {
         reading: &Reading,
         how: How,
     ) -> Result<Self, Failure> {
-        let mut rows = Vec::new();
+        let (mut rows, mut counted) = (Vec::new(), Vec::new());
         let (mut spill, mut left) = (Spill::default(), HELD_BYTES);
         let spilled = spill.spilled().clone();
         for (path, file) in files {
@@ -237,11 +240,15 @@ impl Dataset {
                         Ok(Text(Place::Spilled { file: spilled.clone(), at, len: text.len() as u32 }))
                     }
                 };
-                match text {
-                    Ok(text) => {
-                        rows.push(Row { file: name.clone(), line, text });
-                        Ok(())
+                let row = text.and_then(|text| {
+                    rows.push(Row { file: name.clone(), line, text });
+                    if rows.len().is_multiple_of(ROWS_COUNTED) {
+                        counted.push(session.hold(lua, size_of_rows(ROWS_COUNTED))?);
                     }
+                    Ok(())
+                });
+                match row {
+                    Ok(()) => Ok(()),
                     Err(error) => {
                         failure = Some(error);
                         Err(anyhow!("the program may not hold more"))
@@ -259,6 +266,7 @@ impl Dataset {
             left_out.iter().for_each(|note| session.tell(note));
         }
         spill.finish()?;
+        drop(counted);
         let held = session.hold(lua, size_of_rows(rows.len()))?;
         Ok(Self { rows: Rc::new(Rows { rows, _held: held }), how })
     }

@@ -264,6 +264,7 @@ fn planned(
     }
     let is_checked = options.flag("memory_check").unwrap_or(true);
     let otherwise = match options.flag("fit").unwrap_or(false) {
+        true if cut.is_some() || session.dry => Otherwise::TryFit,
         true => Otherwise::Fit,
         false if is_checked && cut.is_none() && !session.dry => Otherwise::Refuse,
         false => Otherwise::Nothing,

@@ -40,6 +40,26 @@ pub enum Kind {
     Internal,
 }
 
+impl Kind {
+    /// Its name in files of handlers and in logs.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::InvalidRequest { .. } => "invalid_request",
+            Self::ContextLength => "context_length",
+            Self::Authentication => "authentication",
+            Self::NotFound => "not_found",
+            Self::RateLimited { .. } => "rate_limited",
+            Self::Overloaded { .. } => "overloaded",
+            Self::Timeout => "timeout",
+            Self::Unavailable => "unavailable",
+            Self::Cut => "cut",
+            Self::Protocol => "protocol",
+            Self::Cancelled => "cancelled",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// Why a handler gave no answer. The message holds no secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandlerError {

@@ -5,6 +5,7 @@
 //! followed: a key and a conversation go to the address that the user wrote, and to no other.
 
 mod answer;
+mod egress;
 mod embedding;
 mod endpoint;
 mod piece;
@@ -15,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
-use ureq::Agent;
 
 pub use self::endpoint::{BaseUrl, Endpoint};
 use self::stream::{Reading, STREAM_OPTIONS};
@@ -32,25 +32,6 @@ impl OpenAi {
     /// Makes a handler; connects to nothing.
     pub fn new(endpoint: Endpoint) -> Self {
         Self { endpoint, usage_refused: Arc::default() }
-    }
-
-    /// Makes the HTTP client of one answer. Its shutdown ends every wait of that answer, and of no other.
-    fn agent(&self) -> Agent {
-        let endpoint = &self.endpoint;
-        let mut config = Agent::config_builder()
-            .timeout_connect(Some(endpoint.connect_timeout))
-            .timeout_per_read(Some(endpoint.read_timeout))
-            .timeout_per_write(Some(endpoint.read_timeout))
-            .timeout_global(Some(endpoint.answer_timeout))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .user_agent(concat!("homeroom/", env!("CARGO_PKG_VERSION")));
-        if endpoint.base_url.is_loopback() {
-            // A proxy of the environment would take conversations away from this machine.
-            config = config.proxy(None);
-        }
-        Agent::new_with_config(config.build())
     }
 
     fn body(&self, request: &Request) -> Map<String, Value> {
@@ -89,7 +70,13 @@ impl Handler for OpenAi {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let context = context.within(self.endpoint.answer_timeout);
         let (body, usage_refused) = (self.body(request), self.usage_refused.clone());
-        Ok(Box::new(Reading::begin(self.endpoint.clone(), self.agent(), body, usage_refused, context)?))
+        Ok(Box::new(Reading::begin(
+            self.endpoint.clone(),
+            egress::agent(&self.endpoint, &context),
+            body,
+            usage_refused,
+            context,
+        )?))
     }
 
     fn gives(&self) -> Gives {
@@ -98,6 +85,6 @@ impl Handler for OpenAi {
 
     fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
         let context = context.within(self.endpoint.answer_timeout);
-        embedding::embed(&self.endpoint, || self.agent(), request, &context)
+        embedding::embed(&self.endpoint, || egress::agent(&self.endpoint, &context), request, &context)
     }
 }

@@ -20,9 +20,17 @@ use super::embedding::Embedder;
 use super::limit::{Limited, Limits};
 use super::local::Local;
 use super::openai::{BaseUrl, Endpoint, OpenAi};
+use super::replay::{By, Replay, ReplaySpec};
 use super::route::Route;
-use super::{Gives, Handler, Secret};
+use super::wrap::redact::Redacting;
+use super::wrap::settings::{self, Settings};
+use super::wrap::wrapped;
+use super::{
+    Context as RequestContext, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Kind, Request,
+    Secret,
+};
 use crate::models::ModelRef;
+use crate::progress::line;
 use crate::registry;
 use crate::toml_problems::{Problems, near};
 
@@ -35,7 +43,7 @@ pub fn handlers_in(data: &Path) -> PathBuf {
 }
 
 /// A file of handlers, as it was read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Its path, for messages.
     pub path: PathBuf,
@@ -43,6 +51,46 @@ pub struct Config {
     pub handlers: BTreeMap<String, HandlerSpec>,
     /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
     pub routes: BTreeMap<String, Vec<String>>,
+    /// What stands around each handler.
+    pub settings: BTreeMap<String, Settings>,
+    /// What else each route says.
+    pub rules: BTreeMap<String, Rules>,
+}
+
+/// Whether conversations of a route may leave this machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Egress {
+    /// They may not.
+    #[default]
+    Deny,
+    /// They may, with placeholders for what is likely personal.
+    Redact,
+    /// They may.
+    Allow,
+}
+
+impl Egress {
+    /// Its word in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Deny => "deny",
+            Self::Redact => "redact",
+            Self::Allow => "allow",
+        }
+    }
+}
+
+/// What a route says besides its handlers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Rules {
+    /// `egress`.
+    pub egress: Egress,
+    /// `fallback_on`: the errors after which the next handler is asked.
+    pub fallback_on: Option<Vec<String>>,
+    /// `context_fallback`: handlers for conversations that are too long for one of the route.
+    pub context_fallback: Vec<String>,
+    /// What stands around the route.
+    pub settings: Settings,
 }
 
 /// A handler as the file describes it, not loaded.
@@ -52,6 +100,8 @@ pub enum HandlerSpec {
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
+    /// `kind = "replay"`.
+    Replay(ReplaySpec),
 }
 
 /// An endpoint whose key is not read yet.
@@ -77,14 +127,27 @@ impl HandlerSpec {
     /// The host that conversations are sent to, if it is not this machine.
     pub fn far_host(&self) -> Option<&str> {
         match self {
-            Self::Local(..) => None,
+            Self::Local(..) | Self::Replay(_) => None,
             Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
         }
     }
 
+    /// The variable that holds its key, if it has one.
+    pub fn key_variable(&self) -> Option<&str> {
+        match self {
+            Self::Local(..) | Self::Replay(_) => None,
+            Self::OpenAi(endpoint) => endpoint.api_key_env.as_deref(),
+        }
+    }
+
+    /// Why it is disabled, if it is: its key is not in the environment.
+    pub fn disabled(&self) -> Option<String> {
+        self.api_key().err()
+    }
+
     fn api_key(&self) -> Result<Option<Secret>, String> {
         match self {
-            Self::Local(..) => Ok(None),
+            Self::Local(..) | Self::Replay(_) => Ok(None),
             Self::OpenAi(endpoint) => endpoint.api_key(),
         }
     }
@@ -143,7 +206,21 @@ const HARMLESS_KEYS: [&str; 11] = [
 ];
 /// Longest part of a variable's name that may hold small letters and digits: longer ones are keys.
 const NAME_PART_MAX: usize = 16;
-const ROUTE_KEYS: [&str; 2] = ["handlers", "egress"];
+const REPLAY_KEYS: [&str; 3] = ["kind", "file", "match"];
+const KINDS: [&str; 3] = ["local", "openai", "replay"];
+const ROUTE_KEYS: [&str; 4] = ["handlers", "egress", "fallback_on", "context_fallback"];
+/// Errors after which a route can ask its next handler.
+const FALLBACK_ON: [&str; 9] = [
+    "unavailable",
+    "overloaded",
+    "rate_limited",
+    "timeout",
+    "cut",
+    "protocol",
+    "authentication",
+    "not_found",
+    "internal",
+];
 
 impl Config {
     /// Reads a file.
@@ -160,10 +237,12 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let mut problems = Problems::of_secrets(path, text, &HARMLESS_KEYS);
+        let harmless = [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS].concat();
+        let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
         problems.unknown_keys(&root, &["handlers", "routes"]);
-        let mut config = Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new() };
+        let (handlers, routes, settings, rules) = Default::default();
+        let mut config = Self { path: path.to_owned(), handlers, routes, settings, rules };
         let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
         let [handlers, routes] = tables;
         let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();
@@ -171,13 +250,18 @@ impl Config {
             if let Some(spec) = handler(&mut problems, path, name, table) {
                 config.handlers.insert((*name).to_owned(), spec);
             }
+            if let Some(table) = table.get_ref().as_table() {
+                let settings = Settings::parse(&mut problems, path, table);
+                config.settings.insert((*name).to_owned(), settings);
+            }
         }
         for (name, span, table) in &routes {
             if names.contains(name) {
                 problems.at(span.clone(), format!("`{name}`: a handler has this name already; give the route another"));
             }
-            let chain = route(&mut problems, span, table, &names, &config.handlers);
+            let (chain, rules) = route(&mut problems, path, span, table, &names, &config.handlers);
             config.routes.insert((*name).to_owned(), chain);
+            config.rules.insert((*name).to_owned(), rules);
         }
         problems.into_result()?;
         Ok(config)
@@ -216,18 +300,22 @@ fn handler<'a>(
 ) -> Option<HandlerSpec> {
     let table = value.get_ref().as_table()?;
     let Some(kind) = table.get("kind") else {
-        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing; it is \"local\" or \"openai\""));
+        problems.at(
+            value.span(),
+            format!("[handlers.{name}]: `kind` is missing; it is \"local\", \"openai\" or \"replay\""),
+        );
         return None;
     };
     match problems.text("kind", kind)?.as_str() {
         "local" => local(problems, path, name, value.span(), table),
         "openai" => openai(problems, name, value.span(), table),
+        "replay" => replay(problems, path, name, value.span(), table),
         "anthropic" => {
             problems.at(kind.span(), "kind \"anthropic\" is not supported yet; use \"local\" or \"openai\"");
             None
         }
         other => {
-            problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &["local", "openai"])));
+            problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &KINDS)));
             None
         }
     }
@@ -244,7 +332,7 @@ fn local<'a>(
     span: std::ops::Range<usize>,
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
-    problems.unknown_keys(table, &LOCAL_KEYS);
+    problems.unknown_keys(table, &with_settings(&LOCAL_KEYS));
     let mut text = |key: &str| table.get(key).and_then(|value| problems.text(key, value));
     let (model, base_model) = (text("model"), text("base_model"));
     let any_base = table.get("any_base").and_then(|value| problems.bool("any_base", value));
@@ -267,13 +355,44 @@ fn local<'a>(
     Some(HandlerSpec::Local(model, compute))
 }
 
+/// The keys of a kind of handler, and those that every handler has.
+fn with_settings(keys: &[&'static str]) -> Vec<&'static str> {
+    let more = settings::HANDLER_KEYS.into_iter().filter(|key| !keys.contains(key));
+    keys.iter().copied().chain(more).collect()
+}
+
+fn replay<'a>(
+    problems: &mut Problems<'a>,
+    path: &Path,
+    name: &str,
+    span: std::ops::Range<usize>,
+    table: &DeTable<'a>,
+) -> Option<HandlerSpec> {
+    problems.unknown_keys(table, &with_settings(&REPLAY_KEYS));
+    let by = table.get("match").and_then(|value| Some((value, problems.text("match", value)?)));
+    let by = match by.as_ref().map(|(value, by)| (value, by.as_str())) {
+        None | Some((_, "user")) => By::User,
+        Some((_, "order")) => By::Order,
+        Some((value, other)) => {
+            problems.at(value.span(), format!("`match`: `{other}` is unknown, {}", near(other, &["user", "order"])));
+            By::User
+        }
+    };
+    if !table.contains_key("file") {
+        missing(problems, span, name, "file");
+    }
+    let file = table.get("file").and_then(|value| problems.text("file", value))?;
+    let file = path.parent().map_or_else(|| PathBuf::from(&file), |directory| directory.join(&file));
+    Some(HandlerSpec::Replay(ReplaySpec { file, by }))
+}
+
 fn openai<'a>(
     problems: &mut Problems<'a>,
     name: &str,
     span: std::ops::Range<usize>,
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
-    problems.unknown_keys(table, &OPENAI_KEYS);
+    problems.unknown_keys(table, &with_settings(&OPENAI_KEYS));
     for key in ["base_url", "model"] {
         if !table.contains_key(key) {
             missing(problems, span.clone(), name, key);
@@ -349,47 +468,74 @@ fn is_variable(name: &str) -> bool {
 
 fn route<'a>(
     problems: &mut Problems<'a>,
+    path: &Path,
     span: &std::ops::Range<usize>,
     value: &Spanned<DeValue<'a>>,
     names: &[&str],
     handlers: &BTreeMap<String, HandlerSpec>,
-) -> Vec<String> {
-    let Some(table) = value.get_ref().as_table() else { return Vec::new() };
-    problems.unknown_keys(table, &ROUTE_KEYS);
-    let egress = table.get("egress").and_then(|value| Some((value, problems.text("egress", value)?)));
-    let deny = match egress.as_ref().map(|(value, egress)| (value, egress.as_str())) {
-        None | Some((_, "deny")) => true,
-        Some((_, "allow")) => false,
-        Some((value, "redact")) => {
-            problems.at(value.span(), "`egress`: \"redact\" is not supported yet; use \"deny\" or \"allow\"");
-            false
+) -> (Vec<String>, Rules) {
+    let mut rules = Rules::default();
+    let Some(table) = value.get_ref().as_table() else { return (Vec::new(), rules) };
+    problems.unknown_keys(table, &[&ROUTE_KEYS[..], &settings::ROUTE_KEYS].concat());
+    rules.settings = Settings::parse(problems, path, table);
+    // What is wrong with it is said, and nothing else because of that.
+    let mut is_known = true;
+    if let Some(value) = table.get("egress")
+        && let Some(egress) = problems.text("egress", value)
+    {
+        let known = [Egress::Deny, Egress::Redact, Egress::Allow];
+        match known.into_iter().find(|known| known.word() == egress) {
+            Some(egress) => rules.egress = egress,
+            None => {
+                let words = known.map(Egress::word);
+                problems.at(value.span(), format!("`egress`: `{egress}` is unknown, {}", near(&egress, &words)));
+                is_known = false;
+            }
         }
-        Some((value, other)) => {
-            let known = ["deny", "redact", "allow"];
-            problems.at(value.span(), format!("`egress`: `{other}` is unknown, {}", near(other, &known)));
-            false
+    }
+    if let Some(value) = table.get("fallback_on") {
+        let words = problems.texts("fallback_on", value);
+        for other in words.iter().filter(|word| !FALLBACK_ON.contains(&word.as_str())) {
+            problems.at(value.span(), format!("`fallback_on`: `{other}` is unknown, {}", near(other, &FALLBACK_ON)));
         }
-    };
+        rules.fallback_on = Some(words);
+    }
+    let deny = rules.egress == Egress::Deny && is_known;
+    if let Some(list) = table.get("context_fallback") {
+        rules.context_fallback = chain(problems, "context_fallback", list, names, handlers, deny);
+    }
     let Some(list) = table.get("handlers") else {
         problems.at(span.clone(), "the route has no `handlers`; add handlers = [\"…\"]");
-        return Vec::new();
+        return (Vec::new(), rules);
     };
+    (chain(problems, "handlers", list, names, handlers, deny), rules)
+}
+
+/// A list of handlers, each of which may be asked.
+fn chain<'a>(
+    problems: &mut Problems<'a>,
+    key: &str,
+    list: &Spanned<DeValue<'a>>,
+    names: &[&str],
+    handlers: &BTreeMap<String, HandlerSpec>,
+    deny: bool,
+) -> Vec<String> {
     let Some(items) = list.get_ref().as_array() else {
-        problems.wrong_type("handlers", list, "a list of names");
+        problems.wrong_type(key, list, "a list of names");
         return Vec::new();
     };
     if items.is_empty() {
-        problems.at(list.span(), "`handlers`: the list is empty; name at least one handler");
+        problems.at(list.span(), format!("`{key}`: the list is empty; name at least one handler"));
     }
     let mut chain: Vec<String> = Vec::new();
     for item in items.iter() {
-        let Some(name) = problems.text("handlers", item) else { continue };
+        let Some(name) = problems.text(key, item) else { continue };
         if !names.contains(&name.as_str()) {
             problems.at(item.span(), format!("`{name}`: there is no such handler, {}", near(&name, names)));
         } else if chain.contains(&name) {
             problems.at(item.span(), format!("`{name}`: is in the list twice"));
         } else if let Some(host) = handlers.get(&name).and_then(HandlerSpec::far_host).filter(|_| deny) {
-            let hint = "take it out, or say egress = \"allow\"";
+            let hint = "take it out, or say egress = \"allow\", or \"redact\" to hide what is likely personal";
             problems
                 .at(item.span(), format!("`{name}`: sends conversations to {host}, and egress is \"deny\"; {hint}"));
         }
@@ -413,9 +559,14 @@ impl Handlers {
     /// Takes the handlers of the edited file. Those that it has not changed stay loaded.
     pub fn succeed(&self, config: Config) -> Self {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let same =
-            |name: &str| config.handlers.get(name).is_some_and(|spec| self.config.handlers.get(name) == Some(spec));
-        let kept = loaded.iter().filter(|(name, _)| same(name)).map(|(name, handler)| (name.clone(), handler.clone()));
+        let is_same = |name: &str| {
+            let (old, new) = (&self.config, &config);
+            new.handlers.contains_key(name)
+                && old.handlers.get(name) == new.handlers.get(name)
+                && old.settings.get(name) == new.settings.get(name)
+        };
+        let kept =
+            loaded.iter().filter(|(name, _)| is_same(name)).map(|(name, handler)| (name.clone(), handler.clone()));
         let kept = kept.collect();
         Self { config, loaded: Mutex::new(kept) }
     }
@@ -424,9 +575,9 @@ impl Handlers {
     /// can allow conversations to leave this machine, so that without one a handler that sends them away is left out, with a note.
     ///
     /// # Errors
-    /// When nothing can be served, or as [`Handlers::get`]. All missing keys are reported at once, before a model is loaded.
+    /// When nothing can be served, or as [`Handlers::get`]. A key that is missing is no error: its handler is disabled, with a warning.
     pub fn served(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
-        let Config { path, handlers, routes } = &self.config;
+        let Config { path, handlers, routes, .. } = &self.config;
         let path = path.display();
         let mut names: Vec<&String> = routes.keys().collect();
         if routes.is_empty() {
@@ -446,8 +597,14 @@ impl Handlers {
                 eprintln!("note: {path}: {denied}, so it is not served; {hint}");
             }
         }
-        self.check_keys(&names)?;
-        names.into_iter().map(|name| Ok((name.clone(), self.get(name)?))).collect()
+        self.warn_of_keys(&names);
+        let one = |name: &String| match handlers.get(name).and_then(HandlerSpec::disabled) {
+            Some(why) if !routes.contains_key(name) => {
+                Ok(Arc::new(Disabled(format!("`{name}` is disabled: {why}"))) as _)
+            }
+            _ => self.get(name),
+        };
+        names.into_iter().map(|name| Ok((name.clone(), one(name)?))).collect()
     }
 
     /// Bases that several handlers share, of those that are loaded, and the names of these.
@@ -468,25 +625,28 @@ impl Handlers {
     /// Handlers in no route of a file that has routes: clients cannot name them.
     pub fn unrouted(&self) -> Vec<String> {
         let Config { handlers, routes, .. } = &self.config;
-        let is_routed = |name: &String| routes.is_empty() || routes.values().any(|chain| chain.contains(name));
+        let all = routes.values().chain(self.config.rules.values().map(|rules| &rules.context_fallback));
+        let is_routed = |name: &String| routes.is_empty() || all.clone().any(|chain| chain.contains(name));
         handlers.keys().filter(|name| !is_routed(name)).cloned().collect()
     }
 
-    /// Checks that all handlers behind some names have their keys.
-    fn check_keys(&self, names: &[&String]) -> Result<()> {
+    /// Names of the handlers behind a route, or of the handler itself.
+    fn behind(&self, name: &str) -> Vec<String> {
+        let Some(chain) = self.config.routes.get(name) else { return vec![name.to_owned()] };
+        let long = self.config.rules.get(name).map_or(&[][..], |rules| &rules.context_fallback);
+        let mut names = chain.clone();
+        names.extend(long.iter().filter(|name| !chain.contains(name)).cloned());
+        names
+    }
+
+    /// Says which handlers behind some names are disabled, as their keys are not in the environment.
+    fn warn_of_keys(&self, names: &[&String]) {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let behind = |name: &&String| self.config.routes.get(*name).cloned().unwrap_or_else(|| vec![(*name).clone()]);
-        let used: BTreeSet<String> = names.iter().flat_map(behind).filter(|name| !loaded.contains_key(name)).collect();
-        let key = |name: &String| self.config.handlers.get(name)?.api_key().err();
-        let missing: Vec<(String, String)> = used.into_iter().filter_map(|name| Some((key(&name)?, name))).collect();
-        let path = self.config.path.display();
-        match missing.as_slice() {
-            [] => Ok(()),
-            [(why, name)] => bail!("{path}: [handlers.{name}]: {why}"),
-            many => {
-                let lines: Vec<String> =
-                    many.iter().map(|(why, name)| format!("\n  [handlers.{name}]: {why}")).collect();
-                bail!("{path}: {} keys are missing{}", many.len(), lines.concat())
+        let used: BTreeSet<String> = names.iter().flat_map(|name| self.behind(name)).collect();
+        for name in used.iter().filter(|name| !loaded.contains_key(*name)) {
+            if let Some(why) = self.config.handlers.get(name).and_then(HandlerSpec::disabled) {
+                let path = self.config.path.display();
+                line(format_args!("warning: {path}: [handlers.{name}]: {why}; until then the handler is disabled"));
             }
         }
     }
@@ -504,9 +664,7 @@ impl Handlers {
 
     /// What a route or a handler consists of, in order: names and descriptions.
     pub fn chain(&self, name: &str) -> Vec<(&str, &HandlerSpec)> {
-        let own = [name.to_owned()];
-        let names = self.config.routes.get(name).map_or(&own[..], Vec::as_slice);
-        names
+        self.behind(name)
             .iter()
             .filter_map(|name| self.config.handlers.get_key_value(name))
             .map(|(name, spec)| (&**name, spec))
@@ -519,22 +677,52 @@ impl Handlers {
     }
 
     /// Returns a route or a handler, ready to answer. Whoever asks for a handler by name chooses where conversations go, so that
-    /// `egress` is not asked.
+    /// `egress` is not asked. A route whose handlers are all disabled refuses each request and says why.
     ///
     /// # Errors
-    /// When there is no such name, a model cannot be loaded, or a key is not in the environment.
+    /// When there is no such name, a model cannot be loaded, or the key of a handler that is asked for by name is not in the environment.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Handler>> {
         let Some(chain) = self.config.routes.get(name) else { return self.handler(name) };
-        let handlers = chain.iter().map(|name| Ok((name.clone(), self.handler(name)?)));
-        let handlers: Vec<(String, Arc<dyn Handler>)> = handlers.collect::<Result<_>>()?;
+        let rules = self.config.rules.get(name).cloned().unwrap_or_default();
+        let handlers = self.enabled(chain, rules.egress)?;
+        let path = self.config.path.display();
         let embeds = handlers.iter().find(|(_, handler)| handler.gives() == Gives::Vectors);
-        if let Some((embeds, _)) = embeds.filter(|_| handlers.len() > 1) {
-            let path = self.config.path.display();
+        if let Some((embeds, _)) = embeds.filter(|_| chain.len() > 1) {
             bail!(
                 "{path}: [routes.{name}]: `{embeds}` is an embedding model, and vectors of two models cannot be compared; give it a route of its own"
             );
         }
-        Ok(Arc::new(Route::new(handlers)))
+        if handlers.is_empty() {
+            let why = |name: &String| Some(format!("`{name}`: {}", self.config.handlers.get(name)?.disabled()?));
+            let whys: Vec<String> = chain.iter().filter_map(why).collect();
+            return Ok(Arc::new(Disabled(format!("no handler of `{name}` is enabled: {}", whys.join("; ")))));
+        }
+        let mut route =
+            Route::new(handlers).with_context_fallback(self.enabled(&rules.context_fallback, rules.egress)?);
+        if let Some(on) = rules.fallback_on {
+            route = route.with_fallback_on(on);
+        }
+        if rules.egress == Egress::Deny {
+            route = route.staying();
+        }
+        rules.settings.around_route(name, Arc::new(route)).with_context(|| format!("{path}: [routes.{name}]"))
+    }
+
+    /// Those of some handlers that are enabled, as a route asks them.
+    fn enabled(&self, names: &[String], egress: Egress) -> Result<Vec<(String, Arc<dyn Handler>)>> {
+        let is_enabled = |name: &&String| {
+            let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner).contains_key(*name);
+            loaded || self.config.handlers.get(*name).is_none_or(|spec| spec.disabled().is_none())
+        };
+        let handlers = names.iter().filter(is_enabled).map(|name| {
+            let mut handler = self.handler(name)?;
+            let is_far = self.config.handlers.get(name).is_some_and(|spec| spec.far_host().is_some());
+            if is_far && egress == Egress::Redact {
+                handler = wrapped(handler, Redacting);
+            }
+            Ok((name.clone(), handler))
+        });
+        handlers.collect()
     }
 
     fn handler(&self, name: &str) -> Result<Arc<dyn Handler>> {
@@ -549,9 +737,27 @@ impl Handlers {
                 if model { format!("\nhint: `--model-dir {name}` is the model of that name") } else { String::new() };
             bail!("{path}: there is no handler or route `{name}`, {}{hint}", near(name, &self.names()));
         };
-        let handler = load(name, spec).with_context(|| format!("{path}: [handlers.{name}]"))?;
+        let settings = self.config.settings.get(name).cloned().unwrap_or_default();
+        let handler = load(name, spec, &settings).with_context(|| format!("{path}: [handlers.{name}]"))?;
         loaded.insert(name.to_owned(), handler.clone());
         Ok(handler)
+    }
+}
+
+/// A route without a handler that could be asked, or a handler without its key. It says why.
+struct Disabled(String);
+
+impl Handler for Disabled {
+    fn stream(&self, _: &Request, _: &RequestContext) -> Result<EventStream, HandlerError> {
+        Err(HandlerError::new(Kind::Unavailable, self.0.clone()))
+    }
+
+    fn gives(&self) -> Gives {
+        Gives::Either
+    }
+
+    fn embed(&self, _: &EmbedRequest, _: &RequestContext) -> Result<Embeddings, HandlerError> {
+        Err(HandlerError::new(Kind::Unavailable, self.0.clone()))
     }
 }
 
@@ -560,16 +766,22 @@ impl Handlers {
 /// # Errors
 /// As [`Local::load`] and [`Embedder::load`].
 pub fn load_local(name: &str, model: ModelRef, compute: Compute) -> Result<Arc<dyn Handler>> {
-    let handler: Arc<dyn Handler> = match Embedder::is_meant(&model.name) {
-        true => Arc::new(Embedder::load(name, &model, compute)?),
-        false => Arc::new(Local::load(name, model, compute)?),
-    };
-    Ok(Arc::new(Limited::new(handler, LOCAL_LIMITS)))
+    Ok(Arc::new(Limited::new(load_model(name, model, compute)?, LOCAL_LIMITS)))
 }
 
-fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
+fn load_model(name: &str, model: ModelRef, compute: Compute) -> Result<Arc<dyn Handler>> {
+    Ok(match Embedder::is_meant(&model.name) {
+        true => Arc::new(Embedder::load(name, &model, compute)?),
+        false => Arc::new(Local::load(name, model, compute)?),
+    })
+}
+
+fn load(name: &str, spec: &HandlerSpec, settings: &Settings) -> Result<Arc<dyn Handler>> {
     match spec {
-        HandlerSpec::Local(model, compute) => load_local(name, model.clone(), *compute),
+        HandlerSpec::Local(model, compute) => {
+            settings.around(name, load_model(name, model.clone(), *compute)?, LOCAL_LIMITS, None)
+        }
+        HandlerSpec::Replay(spec) => settings.around(name, Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS, None),
         HandlerSpec::OpenAi(spec) => {
             let api_key = spec.api_key().map_err(anyhow::Error::msg)?;
             if spec.base_url.can_be_overheard() && api_key.is_some() {
@@ -578,6 +790,7 @@ fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
                     spec.base_url.host()
                 );
             }
+            let answer_timeout = Duration::from_secs(spec.answer_timeout_s);
             let endpoint = OpenAi::new(Endpoint {
                 name: name.to_owned(),
                 base_url: spec.base_url.clone(),
@@ -585,10 +798,10 @@ fn load(name: &str, spec: &HandlerSpec) -> Result<Arc<dyn Handler>> {
                 api_key,
                 connect_timeout: Duration::from_secs(spec.connect_timeout_s),
                 read_timeout: Duration::from_secs(spec.read_timeout_s),
-                answer_timeout: Duration::from_secs(spec.answer_timeout_s),
+                answer_timeout,
                 max_tokens_param: spec.max_tokens_param.clone(),
             });
-            Ok(Arc::new(Limited::new(Arc::new(endpoint), ENDPOINT_LIMITS)))
+            settings.around(name, Arc::new(endpoint), ENDPOINT_LIMITS, Some(answer_timeout))
         }
     }
 }

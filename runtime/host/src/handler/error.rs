@@ -67,12 +67,14 @@ pub struct HandlerError {
     pub kind: Kind,
     /// The message for people: lower case, no full stop.
     pub message: String,
+    /// It was tried again already, by a retry or another handler: a client that asks again multiplies that.
+    pub exhausted: bool,
 }
 
 impl HandlerError {
     /// Makes an error.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self { kind, message: message.into(), exhausted: false }
     }
 
     /// Makes the error of a wrong field.
@@ -83,6 +85,13 @@ impl HandlerError {
     /// Makes an error of one of the engine, which has no kinds.
     pub fn internal(error: &anyhow::Error) -> Self {
         Self::new(Kind::Internal, format!("{error:#}"))
+    }
+
+    /// Returns the error of what was tried again already. One that says when to come back is left as it is: whoever obeys that is welcome.
+    #[must_use]
+    pub fn exhausted(self) -> Self {
+        let says_when = matches!(self.kind, Kind::Overloaded { .. } | Kind::RateLimited { retry_after: Some(_) });
+        Self { exhausted: !says_when, ..self }
     }
 
     /// Returns true if another handler may be asked instead: the request is fine, and this handler is not. Valid only before any of the

@@ -154,7 +154,10 @@ impl Asking {
             same => (same, Some(self.at + 1).filter(|_| self.route.lets_another_try(&error))),
         };
         let list = if for_long { &self.route.for_long } else { &self.route.handlers };
-        let Some((at, (next, _))) = at.and_then(|at| Some((at, list.get(at)?))) else { return Err(error) };
+        let Some((at, (next, _))) = at.and_then(|at| Some((at, list.get(at)?))) else {
+            let is_first = !self.for_long && self.at == 0;
+            return Err(if is_first { error } else { error.exhausted() });
+        };
         line(format_args!("note: handler `{name}`: {error}; asking `{next}`"));
         tally::add(name, |counts| counts.fallbacks += 1);
         (self.for_long, self.at) = (for_long, at);

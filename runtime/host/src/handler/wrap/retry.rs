@@ -58,7 +58,9 @@ impl Retry {
     fn again(&self, number: u32, error: HandlerError, context: &Context) -> Result<(), HandlerError> {
         let jitter = (random() % 1024) as f64 / 1023.0;
         let wait = self.wait(number, &error, jitter);
-        let Some(wait) = wait.filter(|wait| context.left().is_none_or(|left| *wait < left)) else { return Err(error) };
+        let Some(wait) = wait.filter(|wait| context.left().is_none_or(|left| *wait < left)) else {
+            return Err(if number > 1 { error.exhausted() } else { error });
+        };
         context.sleep(wait)
     }
 }

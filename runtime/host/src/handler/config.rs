@@ -867,29 +867,27 @@ egress = "allow"
             let asked = served[name].complete(&Request::default(), &RequestContext::default());
             asked.err().context("it has no key")
         };
-        let far =
-            GOOD.split("[handlers.beside]").next().context("a part")?.replace("[handlers.near]\nkind = \"local\"", "");
-        let far =
-            far.replace("model = \"algebra-tutor\"", "") + "[routes.far]\nhandlers = [\"far\"]\negress = \"allow\"\n";
-        let one = refused(&far, "far")?;
+        const KEY: &str = "api_key = { env = \"HOMEROOM_TEST_KEY_THAT_IS_NOT_SET\" }\n";
+        let endpoint = |name: &str, more: &str| {
+            format!("[handlers.{name}]\nkind = \"openai\"\nbase_url = \"http://127.0.0.1:1/v1\"\nmodel = \"m\"\n{more}")
+        };
+        let far = endpoint("far", KEY) + "[routes.tutor]\nhandlers = [\"far\"]\n";
+        let one = refused(&far, "tutor")?;
         assert_eq!(one.kind, Kind::Unavailable);
-        let words = "no handler of `far` is enabled: `far`: api_key: the environment variable HOMEROOM_TEST_KEY_THAT_IS_NOT_SET is not set";
+        let words = "no handler of `tutor` is enabled: `far`: api_key: the environment variable HOMEROOM_TEST_KEY_THAT_IS_NOT_SET is not set";
         assert!(one.message.contains(words), "{one}");
         // What it holds is not shown, in case it is half a key.
         let other = far.replace("HOMEROOM_TEST_KEY_THAT_IS_NOT_SET", "CARGO_PKG_DESCRIPTION");
-        let other = refused(&other, "far")?.message;
+        let other = refused(&other, "tutor")?.message;
         assert!(
             other.contains("CARGO_PKG_DESCRIPTION holds is not a key") && !other.contains("open-weight"),
             "{other}"
         );
         // The next handler of the route is asked, and an unset key of a handler that no route names is nobody's concern.
-        let beside =
-            format!("{far}[handlers.beside]\nkind = \"openai\"\nbase_url = \"http://127.0.0.1:1/v1\"\nmodel = \"x\"\n");
-        let both = refused(&beside.replace("[\"far\"]", "[\"far\", \"beside\"]"), "far")?.message;
-        assert!(both.contains("127.0.0.1:1") && !both.contains("KEY"), "{both}");
-        let own = beside.replace("[routes.far]\nhandlers = [\"far\"]\negress = \"allow\"\n", "");
-        let own = own
-            .replace("model = \"x\"\n", "model = \"x\"\napi_key = { env = \"HOMEROOM_TEST_KEY_THAT_IS_NOT_SET\" }\n");
+        let two = endpoint("beside", "") + &far.replace("[\"far\"]", "[\"far\", \"beside\"]");
+        let two = refused(&two, "tutor")?.message;
+        assert!(two.contains("127.0.0.1:1") && !two.contains("KEY"), "{two}");
+        let own = endpoint("beside", KEY);
         assert!(refused(&own, "beside")?.message.starts_with("`beside` is disabled: api_key: "));
         Ok(())
     }

@@ -214,7 +214,7 @@ fn every_fault_ends_in_a_whole_answer_or_in_an_error_and_never_in_between() -> R
                 // Unstreamed nothing was shown, so that the next handler gives the answer in any case.
                 let whole = handler.complete(&asked("hi", 5), &Context::default());
                 let whole = whole.with_context(|| format!("{fault:?}"))?;
-                assert_eq!(collected(whole), SPARE, "{fault:?}");
+                assert_eq!(whole.text(), SPARE, "{fault:?}");
                 assert_eq!(upstream.requests().len(), 2 * calls, "{fault:?}");
                 assert!(streamed < Duration::from_secs(4), "{fault:?} took {streamed:?}");
                 Ok(())
@@ -223,10 +223,6 @@ fn every_fault_ends_in_a_whole_answer_or_in_an_error_and_never_in_between() -> R
         runs.map(|run| run.join().expect("what it asserts holds"))
     });
     results.into_iter().collect()
-}
-
-fn collected(whole: Completion) -> String {
-    whole.text
 }
 
 /// Nobody listens: there is no request to count.

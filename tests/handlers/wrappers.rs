@@ -106,12 +106,12 @@ fn words_are_refused_in_questions_and_end_answers() -> Result<()> {
         refused.kind == Kind::InvalidRequest { param: Some("messages".into()) } && !refused.message.contains("bad")
     );
     assert!(echo.bodies().is_empty(), "it did not get there");
-    assert_eq!(complete(&tutor, "Darn it, not a badword")?.text, "… it, not a badword");
+    assert_eq!(complete(&tutor, "Darn it, not a badword")?.text(), "… it, not a badword");
     assert_eq!(echo.bodies()[0]["messages"][0]["content"], "… it, not a badword");
     // What was said before it stays said; what comes behind it is not.
     let cut = complete(&tutor, "this is secret stuff")?;
-    assert_eq!((cut.text.as_str(), cut.finish), ("this is ", FinishReason::ContentFilter));
-    assert_eq!(complete(&tutor, "a secretary")?.text, "a secretary");
+    assert_eq!((cut.text(), cut.finish()), ("this is ", &FinishReason::ContentFilter));
+    assert_eq!(complete(&tutor, "a secretary")?.text(), "a secretary");
     Ok(())
 }
 
@@ -124,13 +124,13 @@ fn a_route_that_redacts_sends_placeholders_away_and_answers_with_what_they_stand
         + "[routes.hidden]\nhandlers = [\"far\"]\negress = \"redact\"\n[routes.open]\nhandlers = [\"near\"]\negress = \"redact\"\n";
     let served = served(directory.path(), &text)?;
     let asked = "Mail lena.meier@schule-nord.de or call +49 30 901 234 56.";
-    assert_eq!(complete(&served["hidden"], asked)?.text, asked);
+    assert_eq!(complete(&served["hidden"], asked)?.text(), asked);
     assert_eq!(echo.bodies()[0]["messages"][0]["content"], "Mail [EMAIL_1] or call [PHONE_1].");
     // What is recorded of it is what left.
     let record = std::fs::read_to_string(directory.path().join("record.jsonl"))?;
     assert!(record.contains("[EMAIL_1]") && !record.contains("lena"), "{record}");
     // To a handler of this machine it goes as it is.
-    assert_eq!(complete(&served["open"], asked)?.text, asked);
+    assert_eq!(complete(&served["open"], asked)?.text(), asked);
     assert_eq!(echo.bodies()[1]["messages"][0]["content"], asked);
     Ok(())
 }
@@ -153,7 +153,7 @@ fn a_conversation_that_must_stay_gets_no_socket_that_leads_away() -> Result<()> 
         let near: Arc<dyn Handler> = Arc::new(endpoint(&url, "m")?);
         assert_eq!(
             collect(Route::new(vec![("near".into(), near)]).staying().stream(&asked("hi", 5), &Context::default())?)?
-                .text,
+                .text(),
             "hi"
         );
     }
@@ -168,7 +168,7 @@ fn a_log_says_who_answered_and_how_it_ended_and_nothing_of_what_was_said() -> Re
         + &endpoint_of("near", &echo.near(), "")
         + "[routes.tutor]\nhandlers = [\"broken\", \"near\"]\nlog = \"log.jsonl\"\n[routes.alone]\nhandlers = [\"broken\"]\nlog = \"log.jsonl\"\n";
     let served = served(directory.path(), &text)?;
-    assert_eq!(complete(&served["tutor"], "tell nobody")?.text, "tell nobody");
+    assert_eq!(complete(&served["tutor"], "tell nobody")?.text(), "tell nobody");
     assert!(complete(&served["alone"], "tell nobody").is_err());
     drop(served["tutor"].stream(&asked("tell nobody", 5), &Context::default())?.next());
     let path = directory.path().join("log.jsonl");
@@ -203,7 +203,7 @@ fn what_is_recorded_can_be_given_again() -> Result<()> {
     let text = endpoint_of("near", &echo.near(), "record = \"answers.jsonl\"");
     let near = served(directory.path(), &text)?.remove("near").context("the handler")?;
     for question in ["first é?", "second?"] {
-        assert_eq!(complete(&near, question)?.text, question);
+        assert_eq!(complete(&near, question)?.text(), question);
     }
     drop(near.stream(&asked("broken off", 5), &Context::default())?.next());
     let again = |by: &str| -> Result<Arc<dyn Handler>> {
@@ -212,10 +212,10 @@ fn what_is_recorded_can_be_given_again() -> Result<()> {
     };
     let by_user = again("user")?;
     let second = complete(&by_user, "second?")?;
-    assert_eq!((second.text.as_str(), second.usage.completion_tokens), ("second?", Some(2)));
+    assert_eq!((second.text(), second.usage.completion_tokens), ("second?", Some(2)));
     assert_eq!(complete(&by_user, "broken off").expect_err("it was not whole").kind, Kind::NotFound);
     let in_order = again("order")?;
-    assert_eq!(complete(&in_order, "whatever")?.text, "first é?");
+    assert_eq!(complete(&in_order, "whatever")?.text(), "first é?");
     Ok(())
 }
 
@@ -230,13 +230,13 @@ fn a_conversation_that_is_too_long_goes_to_the_handlers_for_those() -> Result<()
     let served = served(directory.path(), &text)?;
     let long = "many words ".repeat(200);
     assert_eq!(complete(&served["plain"], &long).expect_err("too long").kind, Kind::ContextLength);
-    assert_eq!(complete(&served["tutor"], &long)?.text, long);
+    assert_eq!(complete(&served["tutor"], &long)?.text(), long);
     let (text, end) = {
         let stream = served["tutor"].stream(&asked(&long, 5), &Context::default())?;
-        collect(stream).map_or_else(|error| (String::new(), Err(error)), |whole| (whole.text, Ok(())))
+        collect(stream).map_or_else(|error| (String::new(), Err(error)), |whole| (whole.text().to_owned(), Ok(())))
     };
     assert_eq!((text, end), (long, Ok(())));
-    assert_eq!(complete(&served["tutor"], "short")?.finish, FinishReason::Length, "the small one answers what fits");
+    assert_eq!(complete(&served["tutor"], "short")?.finish(), &FinishReason::Length, "the small one answers what fits");
     Ok(())
 }
 
@@ -268,7 +268,7 @@ fn time_limits_hold_for_models_of_this_machine() -> Result<()> {
         let text = format!("[handlers.near]\nkind = \"local\"\nmodel = {model:?}\n{limit}\n");
         let near = served(directory.path(), &text)?.remove("near").context("the handler")?;
         let request = Request { stop: Vec::new(), ..asked("hello there", 40) };
-        Ok(near.complete(&request, &Context::default()).map(|whole| whole.text.len()).map_err(|error| error.kind))
+        Ok(near.complete(&request, &Context::default()).map(|whole| whole.text().len()).map_err(|error| error.kind))
     };
     assert_eq!(kind("first_token_timeout_s = 0.001")?, Err(Kind::Timeout));
     assert_eq!(kind("answer_timeout_s = 0.001")?, Err(Kind::Timeout));

@@ -12,7 +12,8 @@ use homeroom_engine::files::read_text;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Role, Usage, new_id,
+    Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Role, ToolCall, Usage,
+    new_id,
 };
 
 /// Longest file, in bytes.
@@ -25,8 +26,15 @@ pub struct Recorded {
     /// The last message of the user, which it answers.
     #[serde(default)]
     pub user: String,
-    /// The answer.
+    /// The text of the answer.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub answer: String,
+    /// What the model thought before it spoke.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reasoning: String,
+    /// What it calls: `{"id": …, "name": …, "arguments": "…"}`, the arguments as JSON text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<Call>,
     /// Why it ended, in OpenAI's word.
     #[serde(default = "stop")]
     pub finish_reason: String,
@@ -41,20 +49,36 @@ pub struct Recorded {
     pub model: Option<String>,
 }
 
+/// A call of a tool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Call {
+    /// Its id.
+    pub id: String,
+    /// The tool.
+    pub name: String,
+    /// What it is given, as JSON text.
+    pub arguments: String,
+}
+
 fn stop() -> String {
     FinishReason::Stop.word().to_owned()
 }
 
 impl Recorded {
-    /// A record of an answer to a request.
+    /// A record of the first choice of an answer to a request.
     pub(super) fn of(request: &Request, whole: Completion) -> Self {
+        let choice = whole.choices.into_iter().next().unwrap_or_default();
+        let call = |ToolCall { id, name, arguments }| Call { id, name, arguments };
         Self {
             user: question(request).to_owned(),
-            answer: whole.text,
-            finish_reason: whole.finish.word().to_owned(),
+            finish_reason: choice.finish.word().to_owned(),
+            answer: choice.text,
+            reasoning: choice.reasoning,
+            tool_calls: choice.tool_calls.into_iter().map(call).collect(),
             prompt_tokens: whole.usage.prompt_tokens,
             completion_tokens: whole.usage.completion_tokens,
-            model: Some(whole.model),
+            model: Some(whole.start.model),
         }
     }
 
@@ -62,6 +86,7 @@ impl Recorded {
         match self.finish_reason.as_str() {
             "stop" => FinishReason::Stop,
             "length" => FinishReason::Length,
+            "tool_calls" => FinishReason::ToolCalls,
             "content_filter" => FinishReason::ContentFilter,
             other => FinishReason::Other(other.to_owned()),
         }
@@ -70,15 +95,18 @@ impl Recorded {
     /// Its events, a word a piece.
     fn events(&self, name: &str) -> EventStream {
         let model = self.model.clone().unwrap_or_else(|| name.to_owned());
-        let start = Event::Start { id: new_id(), model, handler: name.to_owned() };
-        let words: Vec<Event> = self
-            .answer
-            .split_inclusive(char::is_whitespace)
-            .map(|word| Event::Delta { text: word.to_owned() })
-            .collect();
+        let start = Event::start(new_id(), model, name);
+        let reasoning = Some(self.reasoning.clone()).filter(|text| !text.is_empty());
+        let reasoning = reasoning.map(|text| Event::Reasoning { choice: 0, text });
+        let words: Vec<Event> = self.answer.split_inclusive(char::is_whitespace).map(Event::text).collect();
+        let call = |(index, Call { id, name, arguments }): (usize, Call)| {
+            let (id, name) = (Some(id), Some(name));
+            Event::ToolCall { choice: 0, index, id, name, arguments }
+        };
+        let calls: Vec<Event> = self.tool_calls.iter().cloned().enumerate().map(call).collect();
         let usage = Usage { prompt_tokens: self.prompt_tokens, completion_tokens: self.completion_tokens };
-        let end = [Event::Finish { reason: self.reason() }, Event::Usage(usage)];
-        Box::new([start].into_iter().chain(words).chain(end).map(Ok))
+        let end = [Event::finish(self.reason()), Event::Usage(usage)];
+        Box::new([start].into_iter().chain(reasoning).chain(words).chain(calls).chain(end).map(Ok))
     }
 }
 
@@ -186,7 +214,7 @@ mod tests {
 
     fn ask(replay: &Replay, text: &str) -> Result<String, Kind> {
         let request = Request { messages: vec![Message::new(Role::User, text)], ..Request::default() };
-        replay.complete(&request, &Context::default()).map(|whole| whole.text).map_err(|error| error.kind)
+        replay.complete(&request, &Context::default()).map(|whole| whole.text().to_owned()).map_err(|error| error.kind)
     }
 
     #[test]
@@ -209,7 +237,7 @@ mod tests {
     fn a_line_that_is_no_answer_is_named() {
         for (lines, wanted) in [
             ("{\"answer\": \"x\"}\n{\"anser\": \"x\"}", "a.jsonl:2: not a recorded answer"),
-            ("[]", "a.jsonl:1: not"),
+            ("5", "a.jsonl:1: not"),
             ("\n", "it has no answer"),
         ] {
             let refused = format!("{:#}", replay(By::Order, lines).err().expect("it is wrong"));

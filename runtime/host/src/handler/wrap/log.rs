@@ -10,7 +10,9 @@ use std::time::{Instant, SystemTime};
 use serde_json::{Value, json};
 
 use super::Wrapper;
-use crate::handler::{Context, EmbedRequest, Embeddings, Event, EventStream, Handler, HandlerError, Request, Usage};
+use crate::handler::{
+    Context, EmbedRequest, Embeddings, Event, EventStream, Handler, HandlerError, Request, Start, Usage,
+};
 use crate::progress::line;
 use crate::registry::when;
 
@@ -90,10 +92,11 @@ impl Entry {
 
     fn saw(&mut self, item: &Result<Event, HandlerError>) {
         match item {
-            Ok(Event::Start { id, model, handler }) => {
+            Ok(Event::Start(Start { id, model, handler, .. })) => {
                 (self.id, self.model, self.handler) = (Some(id.clone()), Some(model.clone()), Some(handler.clone()));
             }
-            Ok(Event::Finish { reason }) => self.outcome = reason.word().to_owned(),
+            // Of several choices the last one tells.
+            Ok(Event::Finish { reason, .. }) => self.outcome = reason.word().to_owned(),
             Ok(Event::Usage(usage)) => self.usage = *usage,
             Ok(_) => drop(self.first.get_or_insert_with(Instant::now)),
             Err(error) => self.outcome = error.kind.word().to_owned(),

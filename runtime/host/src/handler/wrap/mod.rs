@@ -13,6 +13,7 @@ pub mod log;
 pub mod record;
 pub mod redact;
 pub mod retry;
+mod rewritten;
 pub mod settings;
 mod texts;
 pub mod timeouts;

@@ -9,10 +9,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use homeroom_engine::data::report::personal::find;
+use serde_json::Value;
 
 use super::Wrapper;
-use super::texts::{each_text, has_text};
-use crate::handler::{Context, EmbedRequest, Embeddings, Event, EventStream, Handler, HandlerError, Input, Request};
+use super::rewritten::{Kind, Rewrite, Rewritten};
+use super::texts::each_text_of;
+use crate::handler::{
+    Context, EmbedRequest, Embeddings, EventStream, Handler, HandlerError, Input, Part, Prompt, Request,
+};
 
 /// Longest placeholder that is known in an answer, in bytes, with what a model may put into it.
 const PLACEHOLDER_MAX: usize = 48;
@@ -78,13 +82,25 @@ impl Placeholders {
 
 /// Puts what placeholders stand for back into a text that comes in pieces.
 struct Restorer {
-    values: HashMap<String, String>,
+    values: Arc<HashMap<String, String>>,
+    /// The text is JSON, in which what comes back stands in quotes.
+    in_json: bool,
     held: String,
 }
 
+impl Rewrite for Restorer {
+    fn push(&mut self, piece: &str, is_last: bool) -> (String, bool) {
+        (self.restore(piece, is_last), false)
+    }
+}
+
 impl Restorer {
+    fn new(values: Arc<HashMap<String, String>>, in_json: bool) -> Self {
+        Self { values, in_json, held: String::new() }
+    }
+
     /// Takes a piece. Returns the text that is known; what may be the beginning of a placeholder is held back.
-    fn push(&mut self, piece: &str, is_last: bool) -> String {
+    fn restore(&mut self, piece: &str, is_last: bool) -> String {
         self.held.push_str(piece);
         let (mut out, mut rest) = (String::new(), self.held.as_str());
         while let Some(at) = rest.find('[') {
@@ -94,7 +110,8 @@ impl Restorer {
             match near.find(']') {
                 Some(end) => match self.values.get(&plain(&rest[..=end])) {
                     Some(value) => {
-                        out += value;
+                        let json = self.in_json.then(|| Value::from(value.as_str()).to_string());
+                        out += json.as_deref().map_or(value, |json| &json[1..json.len() - 1]);
                         rest = &rest[end + 1..];
                     }
                     None => {
@@ -135,19 +152,26 @@ fn floor(text: &str, most: usize) -> &str {
 }
 
 /// A request without what is likely personal, and what its placeholders stand for.
-fn hidden(request: &Request) -> (Request, Placeholders) {
+///
+/// # Errors
+/// When it has something in which nothing can be found: a picture, or tokens.
+fn hidden(request: &Request) -> Result<(Request, Placeholders), HandlerError> {
+    let blind = |param: &str, what: &str| {
+        let message =
+            format!("what is personal cannot be found in {what}, and the route has egress \"redact\"; send text alone");
+        Err(HandlerError::invalid(param, message))
+    };
+    let mut parts = request.messages.iter().flat_map(|message| &message.parts);
+    if parts.any(|part| matches!(part, Part::Image { .. })) {
+        return blind("messages", "a picture");
+    }
+    if matches!(request.prompt, Some(Prompt::Tokens(_))) {
+        return blind("prompt", "tokens");
+    }
     let (mut request, mut placeholders) = (request.clone(), Placeholders::default());
-    for message in &request.messages {
-        has_text(message, |text| {
-            placeholders.see(text);
-            false
-        });
-    }
-    for message in &mut request.messages {
-        each_text(message, |text| placeholders.hide(text));
-    }
-    request.stop.iter_mut().for_each(|stop| placeholders.hide(stop));
-    (request, placeholders)
+    each_text_of(&mut request, |text| placeholders.see(text));
+    each_text_of(&mut request, |text| placeholders.hide(text));
+    Ok((request, placeholders))
 }
 
 impl Wrapper for Redacting {
@@ -157,31 +181,14 @@ impl Wrapper for Redacting {
         request: &Request,
         context: &Context,
     ) -> Result<EventStream, HandlerError> {
-        let (request, placeholders) = hidden(request);
-        let mut stream = inner.stream(&request, context)?;
+        let (request, placeholders) = hidden(request)?;
+        let stream = inner.stream(&request, context)?;
         if placeholders.values.is_empty() {
             return Ok(stream);
         }
-        let mut restorer = Restorer { values: placeholders.values, held: String::new() };
-        let mut next = None;
-        Ok(Box::new(std::iter::from_fn(move || {
-            loop {
-                if let Some(event) = next.take() {
-                    return Some(Ok(event));
-                }
-                let text = match stream.next()? {
-                    Ok(Event::Delta { text }) => restorer.push(&text, false),
-                    Ok(end @ Event::Finish { .. }) => {
-                        next = Some(end);
-                        restorer.push("", true)
-                    }
-                    other => return Some(other),
-                };
-                if !text.is_empty() {
-                    return Some(Ok(Event::Delta { text }));
-                }
-            }
-        })))
+        let values = Arc::new(placeholders.values);
+        let restorer = move |kind| Restorer::new(values.clone(), matches!(kind, Kind::Call(_)));
+        Ok(Box::new(Rewritten::new(stream, restorer)))
     }
 
     fn embed(
@@ -208,7 +215,7 @@ impl Wrapper for Redacting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handler::{FinishReason, Message, Role, Usage};
+    use crate::handler::{Event, FinishReason, Message, Role, ToolCall, Usage};
 
     /// Says back what it is asked, in pieces of so many characters.
     struct Echo(usize);
@@ -219,9 +226,9 @@ mod tests {
             assert!(find(text).is_empty(), "{text}");
             let letters: Vec<char> = text.chars().collect();
             let pieces: Vec<Event> =
-                letters.chunks(self.0).map(|piece| Event::Delta { text: piece.iter().collect() }).collect();
-            let start = Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() };
-            let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
+                letters.chunks(self.0).map(|piece| Event::text(piece.iter().collect::<String>())).collect();
+            let start = Event::start("i", "m", "h");
+            let end = [Event::finish(FinishReason::Stop), Event::Usage(Usage::default())];
             Ok(Box::new([start].into_iter().chain(pieces).chain(end).map(Ok)))
         }
     }
@@ -242,7 +249,7 @@ mod tests {
             for length in 1..=text.chars().count() {
                 let handler = super::super::wrapped(Arc::new(Echo(length)), Redacting);
                 let whole = handler.complete(&asked(text), &Context::default()).expect("it answers");
-                assert_eq!(whole.text, text, "in pieces of {length}");
+                assert_eq!(whole.text(), text, "in pieces of {length}");
             }
         }
     }
@@ -252,19 +259,43 @@ mod tests {
         let mut request = asked("a@example.org b@example.org a@example.org");
         request.messages.push(Message::new(Role::Assistant, "I see b@example.org and [EMAIL_2]"));
         request.stop = vec!["c@example.org".into()];
-        let (hidden, _) = hidden(&request);
+        let (hidden, _) = hidden(&request).expect("it is text");
         assert_eq!(hidden.messages[0].content, "[EMAIL_1] [EMAIL_3] [EMAIL_1]");
         assert_eq!(hidden.messages[1].content, "I see [EMAIL_3] and [EMAIL_2]");
         assert_eq!(hidden.stop, ["[EMAIL_4]"]);
     }
 
     #[test]
+    fn calls_of_tools_leave_and_come_back_as_json() {
+        let mut request = asked("hi");
+        let arguments = r#"{"to":"a@example.org","say":"\"x\""}"#.to_owned();
+        let call = ToolCall { id: "1".into(), name: "mail".into(), arguments: arguments.clone() };
+        request.messages.push(Message { tool_calls: vec![call], ..Message::new(Role::Assistant, "") });
+        let (hidden, placeholders) = hidden(&request).expect("it is text");
+        let sent = &hidden.messages[1].tool_calls[0].arguments;
+        assert_eq!(sent, r#"{"to":"[EMAIL_1]","say":"\"x\""}"#);
+        let mut restorer = Restorer::new(Arc::new(placeholders.values), true);
+        assert_eq!(restorer.restore(sent, true), arguments);
+        let mut restorer = Restorer::new(Arc::new(HashMap::from([("[URL_1]".into(), "a\"b".into())])), true);
+        assert_eq!(restorer.restore("\"[URL_1]\"", true), r#""a\"b""#);
+    }
+
+    #[test]
+    fn what_cannot_be_searched_does_not_leave() {
+        let mut request = asked("hi");
+        request.messages[0].parts = vec![Part::Image { url: "data:image/png;base64,AA".into(), detail: None }];
+        assert!(hidden(&request).is_err_and(|error| error.message.contains("a picture")));
+        let tokens = Request { prompt: Some(Prompt::Tokens(vec![1])), ..Request::default() };
+        assert!(hidden(&tokens).is_err());
+    }
+
+    #[test]
     fn a_placeholder_is_known_as_models_write_it_and_little_else_is_held_back() {
         let values = HashMap::from([("[EMAIL_1]".to_owned(), "a@b.de".to_owned())]);
-        let mut restorer = Restorer { values, held: String::new() };
-        assert_eq!(restorer.push("to [Email\\_1] and [EMAIL_12] [x", false), "to a@b.de and [EMAIL_12] [x");
-        assert_eq!(restorer.push(" [em", false), " ");
-        assert_eq!(restorer.push("pty] [", false), "[empty] ");
-        assert_eq!(restorer.push("", true), "[");
+        let mut restorer = Restorer::new(Arc::new(values), false);
+        assert_eq!(restorer.restore("to [Email\\_1] and [EMAIL_12] [x", false), "to a@b.de and [EMAIL_12] [x");
+        assert_eq!(restorer.restore(" [em", false), " ");
+        assert_eq!(restorer.restore("pty] [", false), "[empty] ");
+        assert_eq!(restorer.restore("", true), "[");
     }
 }

@@ -36,7 +36,7 @@ impl Wrapper for Timeouts {
                 timer.set(idle, over("idle_timeout_s", idle));
             }
             let item = stream.next();
-            spoken |= !matches!(item, Some(Ok(Event::Start { .. })));
+            spoken |= !matches!(item, Some(Ok(Event::Start(_))));
             if spoken {
                 timer.stop();
             }

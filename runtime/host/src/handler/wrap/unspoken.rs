@@ -40,7 +40,7 @@ impl<F: FnMut(Option<HandlerError>) -> Result<Begun, HandlerError>> Iterator for
             let Begun { stream, hold } = self.now.as_mut()?;
             match stream.next() {
                 Some(Ok(event)) if self.spoken => return Some(Ok(event)),
-                Some(Ok(start @ Event::Start { .. })) if *hold => self.held = Some(start),
+                Some(Ok(start @ Event::Start(_))) if *hold => self.held = Some(start),
                 Some(Ok(event)) => {
                     self.spoken = true;
                     let Some(start) = self.held.take() else { return Some(Ok(event)) };

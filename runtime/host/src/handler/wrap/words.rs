@@ -11,10 +11,10 @@ use anyhow::{Result, ensure};
 
 use super::Wrapper;
 use super::kept::Kept;
-use super::texts::{each_text, has_text};
+use super::rewritten::{Rewrite, Rewritten};
+use super::texts::each_text;
 use crate::handler::{
-    Context, EmbedRequest, Embeddings, Event, EventStream, FinishReason, Handler, HandlerError, Input, Request, Role,
-    Usage,
+    Context, EmbedRequest, Embeddings, EventStream, Handler, HandlerError, Input, Prompt, Request, Role,
 };
 
 /// Longest word or phrase, in characters.
@@ -147,12 +147,12 @@ impl List {
 
     /// Whether a text has one of the words.
     fn is_in(&self, text: &str) -> bool {
-        Search::new(self, None).push(text, true).1
+        Search::new(self, None).search(text, true).1
     }
 
     /// A text with something else in the place of its words.
     fn replaced(&self, text: &str, with: &str) -> String {
-        Search::new(self, Some(with)).push(text, true).0
+        Search::new(self, Some(with)).search(text, true).0
     }
 }
 
@@ -191,8 +191,7 @@ impl<L: AsRef<List>> Search<L> {
         Self { list, with: with.map(str::to_owned), held: String::new(), before: None }
     }
 
-    /// Takes a piece. Returns the text that is known to have no word in it, and whether one comes behind it that is not replaced.
-    fn push(&mut self, piece: &str, is_last: bool) -> (String, bool) {
+    fn search(&mut self, piece: &str, is_last: bool) -> (String, bool) {
         self.held.push_str(piece);
         let (mut out, mut at) = (String::with_capacity(self.held.len()), 0);
         while let Some(letter) = self.held[at..].chars().next() {
@@ -215,6 +214,13 @@ impl<L: AsRef<List>> Search<L> {
         }
         self.held.drain(..at);
         (out, false)
+    }
+}
+
+impl Rewrite for Search<Arc<List>> {
+    /// Returns the text that is known to have no word in it, and whether one comes behind it that is not replaced.
+    fn push(&mut self, piece: &str, is_last: bool) -> (String, bool) {
+        self.search(piece, is_last)
     }
 }
 
@@ -259,15 +265,17 @@ impl Watching {
 
     /// The request as it may be asked.
     fn asked(&self, request: &Request) -> Result<Request, HandlerError> {
-        let (list, mut request) = (self.list(), request.clone());
-        for message in request.messages.iter_mut().filter(|message| message.role != Role::Assistant) {
-            match &self.spec.action {
-                Action::Refuse if has_text(message, |text| list.is_in(text)) => return Err(refused("messages")),
-                Action::Refuse => {}
-                Action::Replace(with) => each_text(message, |text| *text = list.replaced(text, with)),
-            }
+        let (list, mut request, mut found) = (self.list(), request.clone(), false);
+        let mut look = |text: &mut String| match &self.spec.action {
+            Action::Refuse => found |= list.is_in(text),
+            Action::Replace(with) => *text = list.replaced(text, with),
+        };
+        let asked = request.messages.iter_mut().filter(|message| message.role != Role::Assistant);
+        asked.for_each(|message| each_text(message, &mut look));
+        if let Some(Prompt::Text(text)) = &mut request.prompt {
+            look(text);
         }
-        Ok(request)
+        if found { Err(refused("messages")) } else { Ok(request) }
     }
 }
 
@@ -283,6 +291,11 @@ impl Wrapper for Watching {
         request: &Request,
         context: &Context,
     ) -> Result<EventStream, HandlerError> {
+        if self.spec.answer && request.logprobs.is_some() {
+            let message =
+                "the words of answers are looked at here, and tokens would say what the text does not; leave it out";
+            return Err(HandlerError::invalid("logprobs", message));
+        }
         let stream = match self.spec.question {
             true => inner.stream(&self.asked(request)?, context)?,
             false => inner.stream(request, context)?,
@@ -290,11 +303,14 @@ impl Wrapper for Watching {
         if !self.spec.answer {
             return Ok(stream);
         }
-        let with = match &self.spec.action {
-            Action::Refuse => None,
-            Action::Replace(with) => Some(with.as_str()),
-        };
-        Ok(Box::new(Searched { stream: Some(stream), search: Search::new(self.list(), with), ready: Vec::new() }))
+        let (list, with) = (
+            self.list(),
+            match &self.spec.action {
+                Action::Refuse => None,
+                Action::Replace(with) => Some(with.clone()),
+            },
+        );
+        Ok(Box::new(Rewritten::new(stream, move |_| Search::new(list.clone(), with.as_deref()))))
     }
 
     fn embed(
@@ -310,42 +326,6 @@ impl Wrapper for Watching {
             return Err(refused("input"));
         }
         inner.embed(request, context)
-    }
-}
-
-/// An answer whose words are looked for.
-struct Searched {
-    stream: Option<EventStream>,
-    search: Search<Arc<List>>,
-    /// What comes next, the last in front.
-    ready: Vec<Event>,
-}
-
-impl Iterator for Searched {
-    type Item = Result<Event, HandlerError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            if let Some(event) = self.ready.pop() {
-                return Some(Ok(event));
-            }
-            let (piece, end) = match self.stream.as_mut()?.next()? {
-                Ok(Event::Delta { text }) => (text, None),
-                Ok(Event::Finish { reason }) => (String::new(), Some(Event::Finish { reason })),
-                other => return Some(other),
-            };
-            let (text, is_refused) = self.search.push(&piece, end.is_some());
-            if is_refused {
-                // The rest is not asked for, so that its cost is not known.
-                self.stream = None;
-                self.ready.push(Event::Usage(Usage::default()));
-                self.ready.push(Event::Finish { reason: FinishReason::ContentFilter });
-            }
-            self.ready.extend(end.filter(|_| !is_refused));
-            if !text.is_empty() {
-                self.ready.push(Event::Delta { text });
-            }
-        }
     }
 }
 
@@ -378,8 +358,8 @@ mod tests {
                 for second in (cut..=text.len()).filter(|cut| text.is_char_boundary(*cut)) {
                     let mut search = Search::new(list(), Some("_"));
                     let pieces = [&text[..cut], &text[cut..second], &text[second..]];
-                    let mut out: String = pieces.map(|piece| search.push(piece, false).0).concat();
-                    out += &search.push("", true).0;
+                    let mut out: String = pieces.map(|piece| search.search(piece, false).0).concat();
+                    out += &search.search("", true).0;
                     assert_eq!(out, want, "{pieces:?}");
                 }
             }
@@ -389,10 +369,10 @@ mod tests {
     #[test]
     fn what_cannot_be_a_word_is_not_held_back() {
         let mut search = Search::new(list(), None);
-        assert_eq!(search.push("hello tw", false), ("hello ".into(), false));
-        assert_eq!(search.push("ist two", false), ("twist ".into(), false));
-        assert_eq!(search.push(" wor", false), (String::new(), false));
-        assert_eq!(search.push("k", false), (String::new(), true));
+        assert_eq!(search.search("hello tw", false), ("hello ".into(), false));
+        assert_eq!(search.search("ist two", false), ("twist ".into(), false));
+        assert_eq!(search.search(" wor", false), (String::new(), false));
+        assert_eq!(search.search("k", false), (String::new(), true));
     }
 
     #[test]

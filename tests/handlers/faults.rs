@@ -135,13 +135,17 @@ impl Fault {
     }
 }
 
+/// What a route can have around it. None of it changes what happens.
+const AROUND: &str =
+    "system = \"Be kind.\"\nanswer_timeout_s = 30\nwords = { list = [\"zzz\"] }\nlog = \"log.jsonl\"\n";
+
 /// A route over an upstream and a handler that always answers, with the settings of the first.
 pub fn route(directory: &Path, url: &str, settings: &str) -> Result<Arc<dyn Handler>> {
     let spare = directory.join("spare.jsonl");
     std::fs::write(&spare, "{\"user\": \"hi\", \"answer\": \"the spare one\"}\n")?;
     let text = format!(
         "[handlers.far]\nkind = \"openai\"\nbase_url = {url:?}\nmodel = \"m\"\n{settings}\n[handlers.spare]\nkind = \"replay\"\nfile = \"spare.jsonl\"\n\
-         [routes.tutor]\nhandlers = [\"far\", \"spare\"]\n"
+         [routes.tutor]\nhandlers = [\"far\", \"spare\"]\n{AROUND}"
     );
     let handlers = Handlers::new(Config::parse(&directory.join("handlers.toml"), &text)?);
     handlers.served()?.remove("tutor").context("the route")
@@ -171,7 +175,6 @@ const SPARE: &str = "the spare one";
 /// Of each fault: how often the upstream is asked, and the error of a stream that has begun, if the answer was cut after its first text.
 #[test]
 fn every_fault_ends_in_a_whole_answer_or_in_an_error_and_never_in_between() -> Result<()> {
-    let directory = tempfile::tempdir()?;
     let cases = [
         (Fault::Reset, 3, None),
         (Fault::Closed, 3, None),
@@ -196,10 +199,10 @@ fn every_fault_ends_in_a_whole_answer_or_in_an_error_and_never_in_between() -> R
     // At once, since most of the time is spent in waits.
     let results = std::thread::scope(|scope| {
         let runs = cases.map(|(fault, calls, cut)| {
-            let directory = directory.path();
             scope.spawn(move || -> Result<()> {
+                let directory = tempfile::tempdir()?;
                 let upstream = Upstream::new(vec![fault])?;
-                let handler = route(directory, &upstream.url, SETTINGS)?;
+                let handler = route(directory.path(), &upstream.url, SETTINGS)?;
                 let since = Instant::now();
                 let (text, end) = told(handler.as_ref());
                 let streamed = since.elapsed();

@@ -21,12 +21,14 @@ use crate::toml_problems::near;
 pub struct Handlers {
     config: Config,
     loaded: Mutex<BTreeMap<String, Arc<dyn Handler>>>,
+    /// Handlers that are disabled, and that was said.
+    warned: Mutex<BTreeSet<String>>,
 }
 
 impl Handlers {
     /// Takes the handlers of a file; loads nothing.
     pub fn new(config: Config) -> Self {
-        Self { config, loaded: Mutex::default() }
+        Self { config, loaded: Mutex::default(), warned: Mutex::default() }
     }
 
     /// Takes the handlers of the edited file. Those that it has not changed stay loaded.
@@ -41,7 +43,7 @@ impl Handlers {
         let kept =
             loaded.iter().filter(|(name, _)| is_same(name)).map(|(name, handler)| (name.clone(), handler.clone()));
         let kept = kept.collect();
-        Self { config, loaded: Mutex::new(kept) }
+        Self { config, loaded: Mutex::new(kept), warned: Mutex::default() }
     }
 
     /// Returns what clients can name, ready to answer: the routes or, if the file has none, each handler under its own name. Only a route
@@ -70,7 +72,7 @@ impl Handlers {
                 eprintln!("note: {path}: {denied}, so it is not served; {hint}");
             }
         }
-        self.warn_of_keys(&names);
+        self.warn_of_keys(names.iter().map(|name| name.as_str()));
         let one = |name: &String| match handlers.get(name).and_then(HandlerSpec::disabled) {
             Some(why) if !routes.contains_key(name) => {
                 Ok(Arc::new(Disabled(format!("`{name}` is disabled: {why}"))) as _)
@@ -112,12 +114,14 @@ impl Handlers {
         names
     }
 
-    /// Says which handlers behind some names are disabled, as their keys are not in the environment.
-    fn warn_of_keys(&self, names: &[&String]) {
-        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let used: BTreeSet<String> = names.iter().flat_map(|name| self.behind(name)).collect();
-        for name in used.iter().filter(|name| !loaded.contains_key(*name)) {
-            if let Some(why) = self.config.handlers.get(name).and_then(HandlerSpec::disabled) {
+    /// Says once which handlers behind some names are disabled, as their keys are not in the environment.
+    fn warn_of_keys<'n>(&self, names: impl IntoIterator<Item = &'n str>) {
+        let used: BTreeSet<String> = names.into_iter().flat_map(|name| self.behind(name)).collect();
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in used {
+            if let Some(why) = self.config.handlers.get(&name).and_then(HandlerSpec::disabled)
+                && warned.insert(name.clone())
+            {
                 let path = self.config.path.display();
                 line(format_args!("warning: {path}: [handlers.{name}]: {why}; until then the handler is disabled"));
             }
@@ -156,6 +160,7 @@ impl Handlers {
     /// When there is no such name, a model cannot be loaded, or the key of a handler that is asked for by name is not in the environment.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Handler>> {
         let Some(chain) = self.config.routes.get(name) else { return self.handler(name) };
+        self.warn_of_keys([name]);
         let rules = self.config.rules.get(name).cloned().unwrap_or_default();
         let handlers = self.enabled(chain, rules.egress)?;
         let path = self.config.path.display();
@@ -183,10 +188,7 @@ impl Handlers {
 
     /// Those of some handlers that are enabled, as a route asks them.
     fn enabled(&self, names: &[String], egress: Egress) -> Result<Vec<(String, Arc<dyn Handler>)>> {
-        let is_enabled = |name: &&String| {
-            let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner).contains_key(*name);
-            loaded || self.config.handlers.get(*name).is_none_or(|spec| spec.disabled().is_none())
-        };
+        let is_enabled = |name: &&String| self.config.handlers.get(*name).is_none_or(|spec| spec.disabled().is_none());
         let handlers = names.iter().filter(is_enabled).map(|name| {
             let mut handler = self.handler(name)?;
             let is_far = self.config.handlers.get(name).is_some_and(|spec| spec.far_host().is_some());

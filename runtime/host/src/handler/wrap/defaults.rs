@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 
 use super::Wrapper;
 use super::kept::Kept;
-use crate::handler::{Context, EventStream, Handler, HandlerError, Message, Request, Role};
+use crate::handler::{Completion, Context, EventStream, Handler, HandlerError, Message, Request, Role};
 
 /// Values for what a request does not say.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -113,6 +113,15 @@ impl Wrapper for Defaulting {
         context: &Context,
     ) -> Result<EventStream, HandlerError> {
         inner.stream(&self.filled(request), context)
+    }
+
+    fn complete(
+        &self,
+        inner: &Arc<dyn Handler>,
+        request: &Request,
+        context: &Context,
+    ) -> Result<Completion, HandlerError> {
+        inner.complete(&self.filled(request), context)
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::Wrapper;
 use crate::handler::{
-    Context, EmbedRequest, Embeddings, Event, EventStream, Handler, HandlerError, Request, Start, Usage,
+    Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Handler, HandlerError, Request, Start, Usage,
 };
 use crate::progress::line;
 use crate::registry::when;
@@ -149,6 +149,24 @@ impl Wrapper for Logging {
                 Err(error)
             }
         }
+    }
+
+    fn complete(
+        &self,
+        inner: &Arc<dyn Handler>,
+        request: &Request,
+        context: &Context,
+    ) -> Result<Completion, HandlerError> {
+        let mut entry = Entry::new(&self.0);
+        let whole = inner.complete(request, context);
+        match &whole {
+            Ok(whole) => {
+                entry.saw(&Ok(Event::Start(whole.start.clone())));
+                (entry.usage, entry.outcome) = (whole.usage, whole.finish().word().to_owned());
+            }
+            Err(error) => error.kind.word().clone_into(&mut entry.outcome),
+        }
+        whole
     }
 
     fn embed(

@@ -19,13 +19,16 @@ mod texts;
 pub mod timeouts;
 pub mod total;
 mod unspoken;
+mod whole;
 pub mod words;
 
 use std::sync::Arc;
 
 use homeroom_engine::inference::Engine;
 
-use super::{Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Request, checked};
+use super::{
+    Completion, Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Request, checked, collect,
+};
 
 pub(super) use self::unspoken::{Begun, Unspoken};
 
@@ -41,6 +44,19 @@ pub trait Wrapper: Send + Sync {
         request: &Request,
         context: &Context,
     ) -> Result<EventStream, HandlerError>;
+
+    /// Waits for the whole answer.
+    ///
+    /// # Errors
+    /// As [`Handler::complete`].
+    fn complete(
+        &self,
+        inner: &Arc<dyn Handler>,
+        request: &Request,
+        context: &Context,
+    ) -> Result<Completion, HandlerError> {
+        collect(context.watch(self.stream(inner, request, context)?))
+    }
 
     /// Makes the vectors of texts.
     ///
@@ -70,6 +86,10 @@ pub fn wrapped(inner: Arc<dyn Handler>, wrapper: impl Wrapper + 'static) -> Arc<
 impl<W: Wrapper> Handler for Wrapped<W> {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         self.wrapper.stream(&self.inner, request, context)
+    }
+
+    fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
+        self.wrapper.complete(&self.inner, request, context)
     }
 
     fn engine(&self) -> Option<Arc<Engine>> {

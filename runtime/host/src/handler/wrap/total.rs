@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Wrapper;
-use crate::handler::{Context, EmbedRequest, Embeddings, EventStream, Handler, HandlerError, Request};
+use crate::handler::{Completion, Context, EmbedRequest, Embeddings, EventStream, Handler, HandlerError, Request};
 
 /// The limit.
 pub struct Total(pub Duration);
@@ -18,6 +18,15 @@ impl Wrapper for Total {
     ) -> Result<EventStream, HandlerError> {
         let context = context.within(self.0);
         Ok(context.watch(inner.stream(request, &context)?))
+    }
+
+    fn complete(
+        &self,
+        inner: &Arc<dyn Handler>,
+        request: &Request,
+        context: &Context,
+    ) -> Result<Completion, HandlerError> {
+        inner.complete(request, &context.within(self.0))
     }
 
     fn embed(

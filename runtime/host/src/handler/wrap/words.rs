@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 
-use super::Wrapper;
 use super::kept::Kept;
 use super::rewritten::{Rewrite, Rewritten};
 use super::texts::each_text;
+use super::{Wrapper, whole};
 use crate::handler::{
-    Context, EmbedRequest, Embeddings, EventStream, Handler, HandlerError, Input, Prompt, Request, Role,
+    Completion, Context, EmbedRequest, Embeddings, EventStream, Handler, HandlerError, Input, Prompt, Request, Role,
 };
 
 /// Longest word or phrase, in characters.
@@ -311,6 +311,15 @@ impl Wrapper for Watching {
             },
         );
         Ok(Box::new(Rewritten::new(stream, move |_| Search::new(list.clone(), with.as_deref()))))
+    }
+
+    fn complete(
+        &self,
+        inner: &Arc<dyn Handler>,
+        request: &Request,
+        context: &Context,
+    ) -> Result<Completion, HandlerError> {
+        whole::complete(self, inner, request, context)
     }
 
     fn embed(

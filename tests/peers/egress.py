@@ -31,6 +31,8 @@ parser.add_argument("--model", type=Path, required=True, help="a small model, a 
 parser.add_argument("--homeroom", type=Path, required=True, help="the binary")
 args = parser.parse_args()
 
+args.homeroom = args.homeroom.resolve()
+
 if INSIDE not in os.environ:
     os.execvpe("unshare", ["unshare", "--user", "--map-root-user", "--net", sys.executable, *sys.argv], os.environ | {INSIDE: "1"})
 
@@ -142,7 +144,7 @@ check("failure: nothing leaves", (seen := left()) == [], seen)
 # An edit that would have conversations leave is refused, and what was served is served on.
 config.write_text(NEAR + BROKEN + FAR + ROUTE.replace('"near"', '"far"'))
 until = time.monotonic() + 30
-while time.monotonic() < until and not any("refused" in line for line in story):
+while time.monotonic() < until and not any('egress is "deny"' in line for line in story):
     time.sleep(0.1)
 check("reload: an edit that lets conversations out is refused", any('egress is "deny"' in line for line in story), story[-8:])
 check("reload: the old file goes on", ask("tutor") == (200, "near"))
@@ -172,5 +174,6 @@ away = subprocess.Popen([args.homeroom, "chat", "--config", config, "--handler",
 time.sleep(2)
 away.kill()
 away.wait()
-check("a route that may leave: that is seen", any("tcp to 192.0.2.7" in packet for packet in (seen := left())), seen)
+seen = left()
+check("a route that may leave: that is seen", any("tcp to 192.0.2.7" in packet for packet in seen), seen)
 verdict()

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// Longest file, in bytes.
-const BYTES_MAX: u64 = 64 << 20;
+pub(super) const BYTES_MAX: u64 = 64 << 20;
 
 /// A recorded answer: a line of the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,13 +2,13 @@
 //!
 //! What is recorded is what was said, word for word: the file is for its owner alone.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Wrapper;
 use super::log::append;
-use crate::handler::replay::Recorded;
+use crate::handler::replay::{BYTES_MAX, Recorded};
 use crate::handler::{Context, Event, EventStream, Handler, HandlerError, Request, collect};
 use crate::progress::line;
 
@@ -48,8 +48,14 @@ impl Wrapper for Recording {
 }
 
 fn write(path: &PathBuf, recorded: &Recorded) {
-    let text = serde_json::to_string(recorded).expect("a record is texts and numbers");
-    let written = append(path).and_then(|mut file| file.write_all((text + "\n").as_bytes()));
+    let text = serde_json::to_string(recorded).expect("a record is texts and numbers") + "\n";
+    let written = append(path).and_then(|mut file| {
+        // More than `replay` reads is of no use.
+        if file.metadata()?.len() + text.len() as u64 > BYTES_MAX {
+            return Err(io::Error::other(format!("the file has {} MiB; move it away", BYTES_MAX >> 20)));
+        }
+        file.write_all(text.as_bytes())
+    });
     if let Err(error) = written {
         line(format_args!("warning: {}: an answer was not recorded: {error}", path.display()));
     }

@@ -14,6 +14,7 @@ mod fields;
 pub mod limit;
 pub mod local;
 pub mod openai;
+mod provider;
 mod request;
 pub mod route;
 mod secret;

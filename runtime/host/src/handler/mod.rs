@@ -15,6 +15,7 @@ mod fields;
 pub mod limit;
 pub mod local;
 pub mod openai;
+mod provider;
 pub mod replay;
 mod request;
 pub mod route;

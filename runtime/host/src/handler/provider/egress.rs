@@ -16,22 +16,24 @@ use ureq::{Agent, Error};
 use super::endpoint::Endpoint;
 use crate::handler::Context;
 
-/// Makes the HTTP client of one answer. Its shutdown ends every wait of that answer, and of no other.
-pub(in crate::handler) fn agent(endpoint: &Endpoint, context: &Context) -> Agent {
-    let config = Agent::config_builder()
-        .timeout_connect(Some(endpoint.connect_timeout))
-        .timeout_per_read(Some(endpoint.read_timeout))
-        .timeout_per_write(Some(endpoint.read_timeout))
-        .timeout_global(Some(endpoint.answer_timeout))
-        .http_status_as_error(false)
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .user_agent(concat!("homeroom/", env!("CARGO_PKG_VERSION")));
-    if endpoint.base_url.is_loopback() || context.stays() {
-        // A proxy of the environment would take conversations away from this machine.
-        return Agent::with_parts(config.proxy(None).build(), Staying(DefaultConnector::new()), Here);
+impl Endpoint {
+    /// Makes the HTTP client of one answer. Its shutdown ends every wait of that answer, and of no other.
+    pub(in crate::handler) fn agent(&self, context: &Context) -> Agent {
+        let config = Agent::config_builder()
+            .timeout_connect(Some(self.connect_timeout))
+            .timeout_per_read(Some(self.read_timeout))
+            .timeout_per_write(Some(self.read_timeout))
+            .timeout_global(Some(self.answer_timeout))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .user_agent(concat!("homeroom/", env!("CARGO_PKG_VERSION")));
+        if self.base_url.is_loopback() || context.stays() {
+            // A proxy of the environment would take conversations away from this machine.
+            return Agent::with_parts(config.proxy(None).build(), Staying(DefaultConnector::new()), Here);
+        }
+        Agent::new_with_config(config.build())
     }
-    Agent::new_with_config(config.build())
 }
 
 /// What is said of an address that is not this machine's.

@@ -59,7 +59,10 @@ enum Outcome {
 impl Breaking {
     /// A breaker that is closed.
     pub fn new(name: impl Into<String>, breaker: Breaker) -> Self {
-        Self(Arc::new(Shared { name: name.into(), breaker, state: Mutex::default() }))
+        let name = name.into();
+        // It may take the place of one that was open.
+        tally::add(&name, |counts| counts.breaker_is_open = false);
+        Self(Arc::new(Shared { name, breaker, state: Mutex::default() }))
     }
 }
 

@@ -3,7 +3,7 @@
 //! What is recorded is what was said, word for word: the file is for its owner alone.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Wrapper;
@@ -47,7 +47,7 @@ impl Wrapper for Recording {
     }
 }
 
-fn write(path: &PathBuf, recorded: &Recorded) {
+fn write(path: &Path, recorded: &Recorded) {
     let text = serde_json::to_string(recorded).expect("a record is texts and numbers") + "\n";
     let written = append(path).and_then(|mut file| {
         // More than `replay` reads is of no use.

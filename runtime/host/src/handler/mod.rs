@@ -4,6 +4,7 @@
 //! stream ends the work within a token. [`local`] runs a model of this machine, [`embedding`] one that embeds texts, [`openai`] asks an endpoint that speaks
 //! OpenAI's API, a [`route`] tries several handlers in order. A file lists them, see [`config`].
 
+pub mod anthropic;
 mod checker;
 pub mod config;
 mod context;

@@ -3,6 +3,8 @@
 //! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
 //! keys, what is read of them, and what is made of that.
 
+mod anthropic;
+mod endpoint;
 mod handlers;
 mod key;
 mod local;
@@ -22,9 +24,10 @@ use homeroom_engine::run::compute::Compute;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+pub use self::anthropic::AnthropicSpec;
+pub use self::endpoint::EndpointSpec;
 pub use self::handlers::Handlers;
 pub use self::local::load_local;
-pub use self::openai::EndpointSpec;
 use super::limit::Limits;
 use super::{Handler, Secret};
 use crate::models::ModelRef;
@@ -56,29 +59,35 @@ pub enum HandlerSpec {
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
+    /// `kind = "anthropic"`.
+    Anthropic(AnthropicSpec),
 }
 
 impl HandlerSpec {
-    /// The host that conversations are sent to, if it is not this machine.
-    pub fn far_host(&self) -> Option<&str> {
+    /// The endpoint that it asks, if it asks one.
+    fn endpoint(&self) -> Option<&EndpointSpec> {
         match self {
             Self::Local(..) => None,
-            Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
+            Self::OpenAi(endpoint) => Some(endpoint),
+            Self::Anthropic(spec) => Some(&spec.endpoint),
         }
     }
 
+    /// The host that conversations are sent to, if it is not this machine.
+    pub fn far_host(&self) -> Option<&str> {
+        self.endpoint().filter(|endpoint| !endpoint.base_url.is_loopback()).map(|endpoint| endpoint.base_url.host())
+    }
+
     fn api_key(&self) -> Result<Option<Secret>, String> {
-        match self {
-            Self::Local(..) => Ok(None),
-            Self::OpenAi(endpoint) => endpoint.api_key(),
-        }
+        self.endpoint().map_or(Ok(None), EndpointSpec::api_key)
     }
 
     /// Makes it ready to answer.
     fn load(&self, name: &str) -> Result<Arc<dyn Handler>> {
         match self {
             Self::Local(model, compute) => load_local(name, model.clone(), *compute),
-            Self::OpenAi(endpoint) => endpoint.load(name),
+            Self::OpenAi(endpoint) => openai::load(endpoint, name),
+            Self::Anthropic(spec) => spec.load(name),
         }
     }
 }
@@ -86,7 +95,10 @@ impl HandlerSpec {
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 /// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
-const HARMLESS_KEYS: [&str; 11] = [
+const HARMLESS_KEYS: [&str; 14] = [
+    "api_version",
+    "unsupported",
+    "max_tokens",
     "kind",
     "model",
     "base_model",
@@ -171,18 +183,21 @@ fn handler<'a>(
 ) -> Option<HandlerSpec> {
     let table = value.get_ref().as_table()?;
     let Some(kind) = table.get("kind") else {
-        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing; it is \"local\" or \"openai\""));
+        problems.at(
+            value.span(),
+            format!("[handlers.{name}]: `kind` is missing; it is \"local\", \"openai\" or \"anthropic\""),
+        );
         return None;
     };
     match problems.text("kind", kind)?.as_str() {
         "local" => local::read(problems, path, name, value.span(), table),
-        "openai" => openai::read(problems, name, value.span(), table),
-        "anthropic" => {
-            problems.at(kind.span(), "kind \"anthropic\" is not supported yet; use \"local\" or \"openai\"");
-            None
-        }
+        "openai" => openai::read(problems, name, &value.span(), table),
+        "anthropic" => anthropic::read(problems, name, &value.span(), table),
         other => {
-            problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &["local", "openai"])));
+            problems.at(
+                kind.span(),
+                format!("`{other}`: unknown kind, {}", near(other, &["local", "openai", "anthropic"])),
+            );
             None
         }
     }

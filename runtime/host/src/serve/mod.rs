@@ -5,6 +5,7 @@
 //! which a page elsewhere cannot without a CORS preflight; that is refused. Nothing is logged.
 
 mod body;
+pub mod caller;
 mod chat;
 mod connection;
 mod embeddings;

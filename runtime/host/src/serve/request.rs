@@ -22,6 +22,8 @@ pub struct Asked {
     pub include_usage: bool,
     /// Fields that were ignored.
     pub ignored: Vec<String>,
+    /// The person for whom a program asks.
+    pub user: Option<String>,
 }
 
 /// Returns, for a field that changes the answer and is not supported yet, whether its value asks for nothing.
@@ -126,7 +128,8 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
     let stream = flag("stream", get("stream"))?;
     let include_usage = stream_options.map(|options| &options["include_usage"]);
     let include_usage = flag("stream_options.include_usage", include_usage)?;
-    Ok(Asked { model, request, stream, include_usage, ignored })
+    let user = ["user", "safety_identifier"].into_iter().find_map(|field| get(field)?.as_str()).map(str::to_owned);
+    Ok(Asked { model, request, stream, include_usage, ignored, user })
 }
 
 const HONOURED: [&str; 16] = [

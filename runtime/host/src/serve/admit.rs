@@ -18,6 +18,7 @@ use super::reply::Refusal;
 use super::{App, no_model, wrong_model};
 use crate::handler::{
     self, Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Input,
+    Prompt,
 };
 
 /// The header by which Open WebUI marks work that may wait: titles, tags, suggestions.
@@ -127,6 +128,10 @@ impl Asker {
             Need::Answer(request) => (prompt_bytes(request), request.max_tokens),
             Need::Vectors(request) => (request.input.iter().map(input_bytes).sum(), Some(0)),
         };
+        let choices = match need {
+            Need::Answer(request) => request.choices() as u64,
+            Need::Vectors(_) => 1,
+        };
         if let Some(most) = settings.max_tokens {
             if let Some(asked) = answer.filter(|asked| *asked > most) {
                 let message = format!("`max_tokens` is {asked}, answers here are of at most {most}");
@@ -142,14 +147,14 @@ impl Asker {
             None => None,
             Some(key) => {
                 let answer = answer.map(|tokens| tokens as u64);
-                let wish = Wish { prompt: (bytes / BYTES_OF_RESERVED) as u64, answer };
+                let wish = Wish { prompt: (bytes / BYTES_OF_RESERVED) as u64, answer, choices };
                 let ticket = app.meters.admit(key, caller.user.as_deref(), wish).map_err(|excess| {
                     record.known().limit = Some(excess.reached.name());
                     app.metrics.limited(excess.reached.name());
                     too_much(excess)
                 })?;
                 if let Some(most) = ticket.at_most {
-                    context = context.at_most(usize::try_from(most).unwrap_or(usize::MAX).max(1));
+                    context = context.at_most(usize::try_from(most / choices).unwrap_or(usize::MAX).max(1));
                 }
                 Some(ticket)
             }
@@ -173,7 +178,12 @@ impl Asker {
 
 /// Bytes of a conversation.
 fn prompt_bytes(request: &handler::Request) -> usize {
-    request.messages.iter().map(|message| message.content.len()).sum()
+    let prompt = match &request.prompt {
+        None => 0,
+        Some(Prompt::Text(text)) => text.len(),
+        Some(Prompt::Tokens(tokens)) => tokens.len().saturating_mul(BYTES_OF_PAID),
+    };
+    prompt + request.messages.iter().map(|message| message.content.len()).sum::<usize>()
 }
 
 fn input_bytes(input: &Input) -> usize {
@@ -267,13 +277,15 @@ struct Bill {
 impl Bill {
     fn note(&mut self, item: Option<&Result<Event, HandlerError>>) {
         match item {
-            Some(Ok(Event::Start { handler, .. })) => {
-                self.begun = true;
-                self.record.known().handler = Some(handler.clone());
-            }
-            Some(Ok(Event::Delta { text })) => self.said(text.len()),
-            Some(Ok(Event::Finish { reason })) => self.end = Some(reason.word().to_owned()),
-            Some(Ok(Event::Usage(usage))) => self.usage = *usage,
+            Some(Ok(event)) => match event {
+                Event::Start(start) => {
+                    self.begun = true;
+                    self.record.known().handler = Some(start.handler.clone());
+                }
+                Event::Delta { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } => self.said(event.text_bytes()),
+                Event::Finish { reason, .. } => self.end = Some(reason.word().to_owned()),
+                Event::Usage(usage) => self.usage = *usage,
+            },
             Some(Err(error)) => self.failed(error),
             None => {}
         }
@@ -287,9 +299,9 @@ impl Bill {
 
     fn whole(&mut self, whole: &Completion) {
         self.begun = true;
-        self.bytes = whole.text.len();
-        (self.usage, self.end) = (whole.usage, Some(whole.finish.word().to_owned()));
-        self.record.known().handler = Some(whole.handler.clone());
+        self.bytes = whole.choices.iter().map(|choice| choice.text.len() + choice.reasoning.len()).sum();
+        (self.usage, self.end) = (whole.usage, Some(whole.finish().word().to_owned()));
+        self.record.known().handler = Some(whole.start.handler.clone());
     }
 
     fn vectors(&mut self, made: &Embeddings) {

@@ -90,6 +90,8 @@ pub struct Wish {
     pub prompt: u64,
     /// Of the answer, if the request says.
     pub answer: Option<u64>,
+    /// How many answers.
+    pub choices: u64,
 }
 
 /// Whose use is counted.
@@ -178,11 +180,13 @@ impl Meters {
         }
         // The answer ends at what is left of the day, if the request does not say where.
         let mut at_most = None;
-        let mut answer = wish.answer.unwrap_or(ANSWER);
+        let asked = wish.answer.map(|answer| answer.saturating_mul(wish.choices));
+        let usual = ANSWER.saturating_mul(wish.choices);
+        let mut answer = asked.unwrap_or(usual);
         if let Some(most) = limits.tokens_per_day {
             let (used, reserved) = (days.used(&who, now.day), days.reserved(&who));
             let left = most.saturating_sub(used).saturating_sub(reserved);
-            let least = wish.prompt.saturating_add(wish.answer.unwrap_or(1));
+            let least = wish.prompt.saturating_add(asked.unwrap_or(wish.choices));
             if left < least {
                 // What others reserved may come back.
                 let retry = most.saturating_sub(used) >= least;
@@ -198,7 +202,7 @@ impl Meters {
                 return Err(Excess { reached: Reached::Day, message, retry_after, retry });
             }
             let room = left - wish.prompt;
-            if wish.answer.is_none() && room < ANSWER {
+            if asked.is_none() && room < usual {
                 (at_most, answer) = (Some(room), room);
             }
         }
@@ -232,7 +236,7 @@ pub struct Ticket {
     who: Who,
     reserved: u64,
     daily: bool,
-    /// Most tokens of the answer, if that is less than the request may take otherwise.
+    /// Most tokens of all answers, if that is less than the request may take otherwise.
     pub at_most: Option<u64>,
     paid: u64,
 }
@@ -325,11 +329,13 @@ mod tests {
     }
 
     fn key(limits: Limits) -> Key {
-        Key { limits, trust_forwarded: true, ..Key::make("k").expect("there are random numbers").0 }
+        let (mut key, _) = Key::make("k").expect("there are random numbers");
+        (key.limits, key.trust_forwarded) = (limits, true);
+        key
     }
 
     fn wish(prompt: u64, answer: u64) -> Wish {
-        Wish { prompt, answer: Some(answer) }
+        Wish { prompt, answer: Some(answer), choices: 1 }
     }
 
     fn refused(of: Result<Ticket, Excess>) -> Excess {
@@ -378,7 +384,7 @@ mod tests {
     fn the_day_ends_answers_at_what_is_left() {
         let (meters, clock) = meters(Days::none());
         let key = key(Limits { tokens_per_day: Some(1000), ..Limits::default() });
-        let open = |prompt| meters.admit(&key, None, Wish { prompt, answer: None });
+        let open = |prompt| meters.admit(&key, None, Wish { prompt, answer: None, choices: 1 });
         let mut first = open(100).expect("it fits");
         assert_eq!(first.at_most, Some(900));
         let excess = refused(open(1));

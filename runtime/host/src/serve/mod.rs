@@ -6,6 +6,7 @@
 //! request at most one line is logged, and never a word of what is asked or answered.
 
 mod admit;
+mod answering;
 mod body;
 pub mod caller;
 mod chat;
@@ -15,6 +16,7 @@ mod gate;
 pub mod keys;
 mod metrics;
 mod models;
+mod ollama;
 mod page;
 mod record;
 mod reply;
@@ -290,6 +292,15 @@ type Route = (&'static str, &'static str, fn() -> MethodRouter<Arc<App>>);
 const TABLE: &[Route] = &[
     (CHAT, "POST", || post(chat::chat)),
     (EMBEDDINGS, "POST", || post(embeddings::embeddings)),
+    ("/openai/deployments/{model}/chat/completions", "POST", || post(chat::of_deployment)),
+    ("/api/chat", "POST", || post(ollama::chat)),
+    ("/api/generate", "POST", || post(ollama::generate)),
+    ("/api/embed", "POST", || post(ollama::embed)),
+    ("/api/embeddings", "POST", || post(ollama::embeddings)),
+    ("/api/tags", "GET", || get(ollama::tags)),
+    ("/api/ps", "GET", || get(ollama::running)),
+    ("/api/show", "POST", || post(ollama::show)),
+    ("/api/version", "GET", || get(ollama::version)),
     ("/v1/models", "GET", || get(list)),
     ("/v1/models/{*id}", "GET", || get(retrieve)),
     ("/", "GET", || get(page::page)),
@@ -338,12 +349,7 @@ fn route_of(path: &str) -> Option<(&'static str, &'static str)> {
 
 /// An error, in the shape that clients of its path read.
 fn refuse(path: &str, refusal: Refusal) -> Response {
-    if gate::is_ollama(path) { ollama_error(&refusal) } else { refusal.into_response() }
-}
-
-/// An error in Ollama's shape.
-fn ollama_error(refusal: &Refusal) -> Response {
-    refusal.respond(&json!({"error": refusal.shown()}))
+    if gate::is_ollama(path) { ollama::error(&refusal) } else { refusal.into_response() }
 }
 
 /// Says that the server is there, and nothing else.

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod export_model;
 pub mod fine_tune;
 pub mod import;
+pub mod keys;
 pub mod licenses;
 pub mod list_models;
 pub mod new;

@@ -58,6 +58,8 @@ impl Handler for Anthropic {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let ignored = request.fit(Backend::Anthropic(self.version), self.drop_unsupported)?;
         let context = context.within(self.endpoint.answer_timeout);
+        let request =
+            &Request { max_tokens: context.tokens(request.max_tokens.or(Some(self.max_tokens))), ..request.clone() };
         let body = request::body(self, request, &ignored)?;
         let (version, tools) = (self.version, !request.tools.is_empty());
         let ignored: Vec<String> = ignored.into_iter().map(|field| field.name().to_owned()).collect();

@@ -41,7 +41,7 @@ impl Handlers {
     /// # Errors
     /// When nothing can be served, or as [`Handlers::get`]. All missing keys are reported at once, before a model is loaded.
     pub fn served(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
-        let Config { path, handlers, routes } = &self.config;
+        let Config { path, handlers, routes, .. } = &self.config;
         let path = path.display();
         let mut names: Vec<&String> = routes.keys().collect();
         if routes.is_empty() {

@@ -1,4 +1,4 @@
-//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`.
+//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`; and says how they are served: `[server]`.
 //!
 //! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
 //! keys, what is read of them, and what is made of that.
@@ -31,6 +31,7 @@ pub use self::local::load_local;
 use super::limit::Limits;
 use super::{Handler, Secret};
 use crate::models::ModelRef;
+use crate::serve;
 use crate::toml_problems::{Problems, near};
 
 /// Name of the user's file of handlers.
@@ -50,6 +51,8 @@ pub struct Config {
     pub handlers: BTreeMap<String, HandlerSpec>,
     /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
     pub routes: BTreeMap<String, Vec<String>>,
+    /// `[server]`.
+    pub server: serve::settings::Settings,
 }
 
 /// A handler as the file describes it, not loaded.
@@ -127,10 +130,12 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let mut problems = Problems::of_secrets(path, text, &HARMLESS_KEYS);
+        let harmless = [&HARMLESS_KEYS[..], &serve::settings::KEYS].concat();
+        let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
-        problems.unknown_keys(&root, &["handlers", "routes"]);
-        let mut config = Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new() };
+        problems.unknown_keys(&root, &["handlers", "routes", "server"]);
+        let server = serve::settings::read(&mut problems, &root);
+        let mut config = Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new(), server };
         let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
         let [handlers, routes] = tables;
         let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();

@@ -83,7 +83,7 @@ pub(super) fn asked(generation: &Generation, request: &Request, context: &Contex
             Held::Call(schema) => Some(generation.grammars()?.schema(schema, true, "tools")?),
         };
         Ok(Ask {
-            sampling: sampling(request, number, limit),
+            sampling: sampling(request, context, number, limit),
             logit_bias: request.logit_bias.iter().map(|(id, bias)| (*id, *bias as f32)).collect(),
             logprobs: request.logprobs,
             constraint,
@@ -196,10 +196,10 @@ fn marks(model: &BaseModel, format: &Format) -> Vec<(u32, String)> {
     control.filter(|control| is_mark(&control.text)).map(|control| (control.id, control.text.clone())).collect()
 }
 
-fn sampling(request: &Request, number: usize, limit: usize) -> Sampling {
+fn sampling(request: &Request, context: &Context, number: usize, limit: usize) -> Sampling {
     let neutral = Sampling::default();
     Sampling {
-        max_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).min(limit),
+        max_tokens: context.tokens(request.max_tokens.or(Some(DEFAULT_MAX_TOKENS))).unwrap_or(limit).min(limit),
         temperature: request.temperature.unwrap_or(DEFAULT_TEMPERATURE),
         top_k: request.top_k.unwrap_or(neutral.top_k),
         top_p: request.top_p.unwrap_or(if request.temperature.is_none() { DEFAULT_TOP_P } else { neutral.top_p }),

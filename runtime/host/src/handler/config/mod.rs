@@ -1,9 +1,11 @@
-//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`.
+//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`; and says how they are served: `[server]`.
 //!
 //! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
 //! keys, what is read of them, and what is made of that.
 
+mod anthropic;
 mod disabled;
+mod endpoint;
 mod handlers;
 mod key;
 mod local;
@@ -24,15 +26,17 @@ use homeroom_engine::run::compute::Compute;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+pub use self::anthropic::AnthropicSpec;
+pub use self::endpoint::EndpointSpec;
 pub use self::handlers::Handlers;
 pub use self::local::load_local;
-pub use self::openai::EndpointSpec;
 pub use self::route::{Egress, Rules};
+use super::Handler;
 use super::limit::Limits;
 use super::replay::{Replay, ReplaySpec};
 use super::wrap::settings::{self, Settings};
-use super::{Handler, Secret};
 use crate::models::ModelRef;
+use crate::serve;
 use crate::toml_problems::{Problems, near};
 
 /// Name of the user's file of handlers.
@@ -56,6 +60,8 @@ pub struct Config {
     pub settings: BTreeMap<String, Settings>,
     /// What else each route says.
     pub rules: BTreeMap<String, Rules>,
+    /// `[server]`.
+    pub server: serve::settings::Settings,
 }
 
 /// A handler as the file describes it, not loaded.
@@ -65,59 +71,68 @@ pub enum HandlerSpec {
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
+    /// `kind = "anthropic"`.
+    Anthropic(AnthropicSpec),
     /// `kind = "replay"`.
     Replay(ReplaySpec),
 }
 
 impl HandlerSpec {
-    /// The host that conversations are sent to, if it is not this machine.
-    pub fn far_host(&self) -> Option<&str> {
+    /// Its kind, in the file's word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Local(..) => "local",
+            Self::OpenAi(_) => "openai",
+            Self::Anthropic(_) => "anthropic",
+            Self::Replay(_) => "replay",
+        }
+    }
+
+    /// The endpoint that it asks, if it asks one.
+    pub fn endpoint(&self) -> Option<&EndpointSpec> {
         match self {
             Self::Local(..) | Self::Replay(_) => None,
-            Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
+            Self::OpenAi(endpoint) => Some(endpoint),
+            Self::Anthropic(spec) => Some(&spec.endpoint),
         }
+    }
+
+    /// The host that conversations are sent to, if it is not this machine.
+    pub fn far_host(&self) -> Option<&str> {
+        self.endpoint().filter(|endpoint| !endpoint.base_url.is_loopback()).map(|endpoint| endpoint.base_url.host())
     }
 
     /// The variable that holds its key, if it has one.
     pub fn key_variable(&self) -> Option<&str> {
-        match self {
-            Self::Local(..) | Self::Replay(_) => None,
-            Self::OpenAi(endpoint) => endpoint.api_key_env.as_deref(),
-        }
+        self.endpoint()?.api_key_env.as_deref()
     }
 
     /// Why it is disabled, if it is: its key is not in the environment.
     pub fn disabled(&self) -> Option<String> {
-        self.api_key().err()
-    }
-
-    fn api_key(&self) -> Result<Option<Secret>, String> {
-        match self {
-            Self::Local(..) | Self::Replay(_) => Ok(None),
-            Self::OpenAi(endpoint) => endpoint.api_key(),
-        }
+        self.endpoint()?.api_key().err()
     }
 
     /// Makes it ready to answer, with what stands around it.
     fn load(&self, name: &str, settings: &Settings) -> Result<Arc<dyn Handler>> {
-        match self {
-            Self::Local(model, compute) => {
-                settings.around(name, local::load(name, model.clone(), *compute)?, local::LIMITS, None)
-            }
-            Self::OpenAi(endpoint) => {
-                settings.around(name, endpoint.load(name)?, ENDPOINT_LIMITS, Some(endpoint.answer_timeout()))
-            }
-            Self::Replay(spec) => settings.around(name, Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS, None),
-        }
+        let (handler, limits): (Arc<dyn Handler>, Limits) = match self {
+            Self::Local(model, compute) => (local::load(name, model.clone(), *compute)?, local::LIMITS),
+            Self::OpenAi(endpoint) => (openai::load(endpoint, name)?, ENDPOINT_LIMITS),
+            Self::Anthropic(spec) => (spec.load(name)?, ENDPOINT_LIMITS),
+            Self::Replay(spec) => (Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS),
+        };
+        settings.around(name, handler, limits, self.endpoint().map(EndpointSpec::answer_timeout))
     }
 }
 
 /// The kinds of handlers.
-const KINDS: [&str; 3] = ["local", "openai", "replay"];
+const KINDS: [&str; 4] = ["local", "openai", "anthropic", "replay"];
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 /// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
-const HARMLESS_KEYS: [&str; 11] = [
+const HARMLESS_KEYS: [&str; 14] = [
+    "api_version",
+    "unsupported",
+    "max_tokens",
     "kind",
     "model",
     "base_model",
@@ -146,12 +161,13 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let harmless = [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS].concat();
+        let harmless = [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &serve::settings::KEYS].concat();
         let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
-        problems.unknown_keys(&root, &["handlers", "routes"]);
+        problems.unknown_keys(&root, &["handlers", "routes", "server"]);
+        let server = serve::settings::read(&mut problems, &root);
         let (handlers, routes, settings, rules) = Default::default();
-        let mut config = Self { path: path.to_owned(), handlers, routes, settings, rules };
+        let mut config = Self { path: path.to_owned(), handlers, routes, settings, rules, server };
         let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
         let [handlers, routes] = tables;
         let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();
@@ -214,12 +230,9 @@ fn handler<'a>(
     };
     match problems.text("kind", kind)?.as_str() {
         "local" => local::read(problems, path, name, value.span(), table),
-        "openai" => openai::read(problems, name, value.span(), table),
+        "openai" => openai::read(problems, name, &value.span(), table),
+        "anthropic" => anthropic::read(problems, name, &value.span(), table),
         "replay" => replay::read(problems, path, name, value.span(), table),
-        "anthropic" => {
-            problems.at(kind.span(), "kind \"anthropic\" is not supported yet; use \"local\" or \"openai\"");
-            None
-        }
         other => {
             problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &KINDS)));
             None

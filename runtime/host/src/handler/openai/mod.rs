@@ -42,6 +42,7 @@ impl Handler for OpenAi {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         request.check_for(Backend::OpenAi)?;
         let context = context.within(self.endpoint.answer_timeout);
+        let request = &Request { max_tokens: context.tokens(request.max_tokens), ..request.clone() };
         let path = if request.prompt.is_some() { COMPLETIONS } else { CHAT };
         let usage_refused = self.usage_refused.clone();
         let body = request::body(&self.endpoint, request, !usage_refused.load(Ordering::SeqCst));

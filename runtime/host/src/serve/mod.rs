@@ -377,7 +377,11 @@ async fn nothing_here(request: Request) -> Response {
     let asked = path.trim_end_matches('/');
     // Under a base URL that is too short or too long, the end of the path is right.
     let meant = [CHAT, EMBEDDINGS, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
-    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| path.len() > "/v1/".len()).collect();
+    // Of the API that is asked, as far as the path says.
+    let of_api = |known: &&str| {
+        !known.ends_with("v1/") && !["/api/", "/v1/"].iter().any(|api| path.starts_with(api) != known.starts_with(api))
+    };
+    let known: Vec<&str> = routes().map(|(path, _)| path).filter(of_api).collect();
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let shown: String = path.chars().take(80).collect();
     refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))

@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod eval;
 pub mod export_model;
 pub mod fine_tune;
+pub mod handlers;
 pub mod import;
 pub mod keys;
 pub mod licenses;

@@ -59,6 +59,7 @@ mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;
+mod server;
 mod steps;
 mod strategies;
 mod support;

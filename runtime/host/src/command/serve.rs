@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
-use super::arguments::{AnswerArgs, ModelArgs, whole};
+use super::arguments::{AnswerArgs, ModelArgs, Word, one_of, whole};
 use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, Handlers, load_local};
 use crate::hub::HubName;
@@ -15,7 +15,9 @@ use crate::interrupt;
 use crate::models::{last_part, shown};
 use crate::near::exists;
 use crate::progress::{line, size};
-use crate::serve::{Models, bind, start};
+use crate::serve::keys::Keys;
+use crate::serve::settings::{Log, Settings};
+use crate::serve::{Models, Serving, bind_for, start_as};
 use crate::watch::Watch;
 
 /// Arguments of `serve`.
@@ -31,13 +33,22 @@ pub struct Arguments {
     config: Option<PathBuf>,
     #[command(flatten)]
     answers: AnswerArgs,
-    /// Port to listen on; 0 takes a free one
-    #[arg(long, default_value = "8080", value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
-    port: u16,
-    /// Address of this machine to listen on
-    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
-    host: String,
+    /// Port to listen on; 0 takes a free one [default: that of [server] listen, else 8080]
+    #[arg(long, value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
+    port: Option<u16>,
+    /// Address of this machine to listen on; one that other machines reach wants keys [default: that of [server] listen, else 127.0.0.1]
+    #[arg(long, value_name = "HOST")]
+    host: Option<String>,
+    /// One line a request on stderr, and never a word of it [default: that of [server] log, else off]
+    #[arg(long, value_name = "FORM", value_parser = one_of::<Log>(&LOG))]
+    log: Option<Log>,
 }
+
+/// Forms of the log.
+const LOG: [Word; 3] = [("off", "none"), ("text", "for people"), ("json", "an object a line")];
+
+/// Where it listens if nothing says so.
+const LISTEN: (&str, u16) = ("127.0.0.1", 8080);
 
 /// Serves until it is interrupted.
 pub fn run(arguments: &Arguments) -> Result<Done> {
@@ -52,10 +63,23 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             Some(path)
         }
     };
+    // Before it is read: an edit in between is a change.
+    let file = config.as_deref().map(Watch::new);
+    let config = config
+        .map(|path| {
+            exists(&path)?;
+            Config::read(&path)
+        })
+        .transpose()?;
+    let mut settings = config.as_ref().map_or_else(Settings::default, |config| config.server.clone());
+    let keys = Keys::of_home();
+    let (host, port) = settings.listen.clone().unwrap_or_else(|| (LISTEN.0.to_owned(), LISTEN.1));
     // The port first: loading takes longer than finding out that it is taken.
-    let listener = bind(&arguments.host, arguments.port)?;
+    let listener = bind_for(arguments.host.as_ref().unwrap_or(&host), arguments.port.unwrap_or(port), &keys)?;
+    let is_keyed = keys.wanted()?.is_some();
+    settings.log = arguments.log.unwrap_or(settings.log);
     let mut watched = None;
-    let models = match (&arguments.model, &config) {
+    let models = match (&arguments.model, config.zip(file)) {
         (Some(model), _) => {
             let short = last_part(&model.model_dir).unwrap_or_else(|| "model".to_owned());
             let short = short.strip_suffix(".gguf").unwrap_or(&short);
@@ -67,13 +91,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             Models::from([(name.clone(), handler)]).with_alias(short, &name).with_alias(&typed, &name)
         }
         (None, config) => {
-            let path = config.as_deref().context("a file was named or found")?;
-            exists(path)?;
-            // Before it is read: an edit in between is a change.
-            let file = Watch::new(path);
-            let handlers = Handlers::new(Config::read(path)?);
+            let (config, file) = config.context("a file was named or found")?;
+            let path = config.path.clone();
+            let handlers = Handlers::new(config);
             let served = served(&handlers)?;
-            watched = Some((path.to_owned(), file, handlers));
+            watched = Some((path, file, handlers));
             served
         }
     };
@@ -83,10 +105,13 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if let Some((_, _, handlers)) = &watched {
         tell_shared(handlers);
     }
-    let server = start(models, listener)?;
+    let server = start_as(models, listener, Serving::of_home(settings, keys))?;
     if let Some((path, file, handlers)) = watched {
-        let replace = server.replacer();
-        thread::spawn(move || watch(&path, file, handlers, replace));
+        let (replace, count, log) = (server.replacer(), server.counter_of_reloads(), arguments.log);
+        let replace = move |models, settings: Settings| {
+            replace(models, Some(Settings { log: log.unwrap_or(settings.log), ..settings }));
+        };
+        thread::spawn(move || watch(&path, file, handlers, replace, count));
     }
     let stop = server.stopper();
     let mut pressed = false;
@@ -97,7 +122,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         eprintln!("\nending: answers under way are finished first; press Ctrl-C again to end at once");
         stop();
     })?;
-    eprintln!("serving  {}   Ctrl-C ends", server.url());
+    let who = if is_keyed { "a key is wanted" } else { "for this machine, without a key" };
+    eprintln!("serving  {}   {who}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
 }
@@ -121,7 +147,13 @@ fn tell_shared(handlers: &Handlers) {
 }
 
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.
-fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers: Handlers, replace: impl Fn(Models)) {
+fn watch(
+    path: &Path,
+    (mut file, problem): (Watch, Option<String>),
+    mut handlers: Handlers,
+    replace: impl Fn(Models, Settings),
+    count: impl Fn(bool),
+) {
     if let Some(problem) = problem {
         line(format_args!("note: {}: changes are looked for every 2 s only: {problem}", path.display()));
     }
@@ -160,12 +192,23 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
             Ok(None) => {}
             Ok(Some((next, served))) => {
                 let names: Vec<String> = served.names().map(str::to_owned).collect();
-                replace(served);
+                let (now, before) = (&next.config().server, &handlers.config().server);
+                let fixed = now.fixed_that_differ(before);
+                replace(served, now.clone());
+                count(true);
+                if !fixed.is_empty() {
+                    line(format_args!(
+                        "note: {}: [server] {} counts from the next start on",
+                        path.display(),
+                        fixed.join(", ")
+                    ));
+                }
                 handlers = next;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
                 tell_shared(&handlers);
             }
             Err(error) => {
+                count(false);
                 line(format_args!("reload   refused: {error:#}\n         what was served is served on"));
             }
         }

@@ -7,11 +7,8 @@ use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::App;
-use super::reply::Refusal;
+use super::reply::{IGNORED, Refusal};
 use crate::handler::{Context, HandlerError, Kind};
-
-/// Largest body of a request, in bytes.
-const BODY_LIMIT: usize = 4 << 20;
 
 /// Reads the body of a request.
 pub(super) async fn read(app: &App, request: Request) -> Result<Bytes, Refusal> {
@@ -22,14 +19,38 @@ pub(super) async fn read(app: &App, request: Request) -> Result<Bytes, Refusal> 
         let message = "the body should be JSON, with the header content-type: application/json";
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
-    let body = timeout(app.bounds.body, to_bytes(request.into_body(), BODY_LIMIT)).await.map_err(|_| {
+    read_any(app, request).await
+}
+
+/// Reads the body of a request by Ollama's API, whose examples do not say that it is JSON. A browser says of every request to another
+/// origin where it comes from: one that does must say that it is JSON.
+pub(super) async fn read_of_ollama(app: &App, request: Request) -> Result<Bytes, Refusal> {
+    let of_page = [header::ORIGIN.as_str(), "sec-fetch-site"];
+    match of_page.iter().any(|name| request.headers().contains_key(*name)) {
+        true => read(app, request).await,
+        false => read_any(app, request).await,
+    }
+}
+
+async fn read_any(app: &App, request: Request) -> Result<Bytes, Refusal> {
+    let most = app.settings().max_body;
+    let body = timeout(app.bounds.body, to_bytes(request.into_body(), most)).await.map_err(|_| {
         let message = format!("the body of the request was not complete after {} s", app.bounds.body.as_secs());
         Refusal::new(StatusCode::REQUEST_TIMEOUT, message)
     })?;
     body.map_err(|_| {
-        let message = format!("the body of the request is larger than {} MiB, or incomplete", BODY_LIMIT >> 20);
+        let message = format!("the body of the request is larger than {}, or incomplete", binary(most));
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     })
+}
+
+/// A size in the units of the settings.
+fn binary(bytes: usize) -> String {
+    match bytes {
+        bytes if bytes.is_multiple_of(1 << 20) => format!("{} MiB", bytes >> 20),
+        bytes if bytes.is_multiple_of(1 << 10) => format!("{} KiB", bytes >> 10),
+        bytes => format!("{bytes} bytes"),
+    }
 }
 
 /// Returns the fields of a body.
@@ -48,7 +69,7 @@ pub(super) fn name_ignored(headers: &mut HeaderMap, ignored: &[String]) {
     if let Ok(value) = HeaderValue::from_str(&ignored.join(","))
         && !value.is_empty()
     {
-        headers.insert("x-ignored-params", value);
+        headers.insert(IGNORED, value);
     }
 }
 

@@ -9,13 +9,16 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
 use super::arguments::{AnswerArgs, ModelArgs, whole};
 use super::{Done, handlers_of_home};
-use crate::handler::config::{Config, Handlers, load_local};
+use crate::handler::config::{Config, HandlerSpec, Handlers, load_local};
 use crate::hub::HubName;
 use crate::interrupt;
 use crate::models::{last_part, shown};
 use crate::near::exists;
 use crate::progress::{line, size};
-use crate::serve::{Models, bind, start};
+use crate::registry::data_directory;
+use crate::serve::fine_tuning::Tuning;
+use crate::serve::fine_tuning::settings::Settings;
+use crate::serve::{Bounds, Class, Models, bind, start_class};
 use crate::watch::Watch;
 
 /// Arguments of `serve`.
@@ -31,6 +34,9 @@ pub struct Arguments {
     config: Option<PathBuf>,
     #[command(flatten)]
     answers: AnswerArgs,
+    /// Take files and train on them for clients (/v1/files, /v1/fine_tuning/jobs): the model of --model-dir, or the models of this machine that the file of handlers names, unless its [fine_tuning] says which
+    #[arg(long)]
+    fine_tuning: bool,
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value = "8080", value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
     port: u16,
@@ -83,7 +89,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if let Some((_, _, handlers)) = &watched {
         tell_shared(handlers);
     }
-    let server = start(models, listener)?;
+    let class = class(arguments, watched.as_ref().map(|(_, _, handlers)| handlers.config()))?;
+    let server = start_class(models, listener, Bounds::default(), class)?;
     if let Some((path, file, handlers)) = watched {
         let replace = server.replacer();
         thread::spawn(move || watch(&path, file, handlers, replace));
@@ -100,6 +107,30 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     eprintln!("serving  {}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
+}
+
+/// What the server does beside answering.
+fn class(arguments: &Arguments, config: Option<&Config>) -> Result<Class> {
+    let mut class = Class::default();
+    let asked = arguments.fine_tuning.then(|| {
+        let mut settings = Settings::default();
+        if let Some(model) = &arguments.model {
+            settings = settings.with_base(&model.model_dir.to_string_lossy(), &model.model_dir);
+        }
+        for (name, spec) in config.iter().flat_map(|config| &config.handlers) {
+            if let HandlerSpec::Local(model, _) = spec {
+                settings = settings.with_base(name, &model.name);
+            }
+        }
+        settings
+    });
+    if let Some(settings) = config.and_then(|config| config.fine_tuning.clone()).or(asked) {
+        let data = data_directory().context("there is no data directory for files and jobs; set HOMEROOM_HOME")?;
+        let bases: Vec<&str> = settings.bases.keys().map(String::as_str).collect();
+        line(format_args!("trains   {}", bases.join(", ")));
+        class = class.with_tuning(Tuning::open(&data, settings.clone())?);
+    }
+    Ok(class)
 }
 
 /// What a file serves. Handlers that no route has are named, as whoever wrote them expects to find them.

@@ -24,6 +24,7 @@ use super::route::Route;
 use super::{Gives, Handler, Secret};
 use crate::models::ModelRef;
 use crate::registry;
+use crate::serve::fine_tuning;
 use crate::toml_problems::{Problems, near};
 
 /// Name of the user's file of handlers.
@@ -43,6 +44,8 @@ pub struct Config {
     pub handlers: BTreeMap<String, HandlerSpec>,
     /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
     pub routes: BTreeMap<String, Vec<String>>,
+    /// `[fine_tuning]`.
+    pub fine_tuning: Option<fine_tuning::settings::Settings>,
 }
 
 /// A handler as the file describes it, not loaded.
@@ -128,7 +131,7 @@ const LOCAL_LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER }
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 /// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
-const HARMLESS_KEYS: [&str; 11] = [
+const HARMLESS_KEYS: [&str; 17] = [
     "kind",
     "model",
     "base_model",
@@ -140,6 +143,12 @@ const HARMLESS_KEYS: [&str; 11] = [
     "max_tokens_param",
     "handlers",
     "egress",
+    "bases",
+    "threads",
+    "niceness",
+    "queue",
+    "file_mib_max",
+    "files_mib_max",
 ];
 /// Longest part of a variable's name that may hold small letters and digits: longer ones are keys.
 const NAME_PART_MAX: usize = 16;
@@ -162,8 +171,10 @@ impl Config {
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let mut problems = Problems::of_secrets(path, text, &HARMLESS_KEYS);
         let root = problems.parse();
-        problems.unknown_keys(&root, &["handlers", "routes"]);
-        let mut config = Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new() };
+        problems.unknown_keys(&root, &["handlers", "routes", "fine_tuning"]);
+        let fine_tuning = fine_tuning::settings::Settings::read(&mut problems, path, &root);
+        let mut config =
+            Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new(), fine_tuning };
         let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
         let [handlers, routes] = tables;
         let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();
@@ -426,7 +437,7 @@ impl Handlers {
     /// # Errors
     /// When nothing can be served, or as [`Handlers::get`]. All missing keys are reported at once, before a model is loaded.
     pub fn served(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
-        let Config { path, handlers, routes } = &self.config;
+        let Config { path, handlers, routes, .. } = &self.config;
         let path = path.display();
         let mut names: Vec<&String> = routes.keys().collect();
         if routes.is_empty() {

@@ -7,11 +7,16 @@
 mod body;
 pub mod caller;
 mod chat;
+mod class;
 mod connection;
 mod embeddings;
+mod files;
+pub mod fine_tuning;
 mod models;
+mod query;
 mod reply;
 mod request;
+mod tuned;
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -35,6 +40,7 @@ use tokio::time::sleep;
 use crate::handler::Gives;
 use crate::terminal::shown;
 use crate::toml_problems::near;
+pub use class::Class;
 pub use connection::Bounds;
 pub use models::Models;
 use reply::Refusal;
@@ -85,7 +91,10 @@ impl Running {
     /// Returns a function that replaces the models. Answers under way go on with the model that they began with.
     pub fn replacer(&self) -> impl Fn(Models) + Send + 'static {
         let served = self.models.clone();
-        move |models| *served.write().unwrap_or_else(PoisonError::into_inner) = models
+        move |models| {
+            let mut served = served.write().unwrap_or_else(PoisonError::into_inner);
+            *served = models.with_tuned_of(&served);
+        }
     }
 
     /// Takes no further requests, and lets answers under way complete within half a minute.
@@ -123,6 +132,14 @@ pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
 /// # Errors
 /// As [`start`].
 pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Result<Running> {
+    start_class(models, listener, bounds, Class::default())
+}
+
+/// Serves models on a port, and does more than answer.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_class(models: Models, listener: TcpListener, bounds: Bounds, class: Class) -> Result<Running> {
     ensure!(!models.is_empty(), "there is no model to serve");
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
@@ -134,15 +151,23 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
         .build()?;
     let (stop, stopped) = watch::channel(false);
     let models = Arc::new(RwLock::new(models));
-    let app =
-        Arc::new(App { models: models.clone(), created: now(), bounds, ending: Arc::new(AtomicBool::new(false)) });
+    let ending = Arc::new(AtomicBool::new(false));
+    let app = Arc::new(App { models: models.clone(), created: now(), bounds, ending, class: class.clone() });
+    if let Some(tuning) = class.tuning() {
+        let served = models.clone();
+        tuning.begin(Box::new(move |name, model| {
+            served.write().unwrap_or_else(PoisonError::into_inner).add_tuned(name, model);
+        }))?;
+    }
     let ending = app.ending.clone();
+    let stopping = class.clone();
     let serve = async move {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let mut late = stopped.clone();
         let served = connection::serve(listener, router(app), bounds, stopped);
         let deadline = async move {
             let _ = late.wait_for(|stopped| *stopped).await;
+            stopping.stop();
             sleep(DRAIN).await;
             ending.store(true, Ordering::SeqCst);
             sleep(Duration::from_secs(2)).await;
@@ -155,6 +180,8 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
     let run = move || {
         let done = runtime.block_on(serve);
         runtime.shutdown_timeout(Duration::from_secs(1));
+        class.stop();
+        class.wait();
         done
     };
     let thread = std::thread::Builder::new().name("server".to_owned()).spawn(run)?;
@@ -163,6 +190,8 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
 
 const CHAT: &str = "/v1/chat/completions";
 const EMBEDDINGS: &str = "/v1/embeddings";
+const FILES: &str = "/v1/files";
+const JOBS: &str = "/v1/fine_tuning/jobs";
 
 struct App {
     models: Arc<RwLock<Models>>,
@@ -170,6 +199,7 @@ struct App {
     bounds: Bounds,
     /// The time to drain is over.
     ending: Arc<AtomicBool>,
+    class: Class,
 }
 
 impl App {
@@ -186,6 +216,16 @@ fn router(app: Arc<App>) -> Router {
     Router::new()
         .route(CHAT, post(chat::chat))
         .route(EMBEDDINGS, post(embeddings::embeddings))
+        .route(FILES, get(files::list).post(files::create))
+        .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
+        .route("/v1/files/{id}/content", get(files::content))
+        .route(JOBS, get(fine_tuning::list).post(fine_tuning::create))
+        .route("/v1/fine_tuning/jobs/{id}", get(fine_tuning::retrieve))
+        .route("/v1/fine_tuning/jobs/{id}/cancel", post(fine_tuning::cancel))
+        .route("/v1/fine_tuning/jobs/{id}/pause", post(fine_tuning::pause))
+        .route("/v1/fine_tuning/jobs/{id}/resume", post(fine_tuning::resume))
+        .route("/v1/fine_tuning/jobs/{id}/events", get(fine_tuning::events))
+        .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(fine_tuning::checkpoints))
         .route("/v1/models", get(list))
         .route("/v1/models/{*id}", get(retrieve))
         .route("/", get(welcome))
@@ -195,7 +235,14 @@ fn router(app: Arc<App>) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(async |request: Request| {
             let path = request.uri().path();
-            let method = if [CHAT, EMBEDDINGS].contains(&path) { "POST" } else { "GET" };
+            let wishes = ["/cancel", "/pause", "/resume"].iter().any(|wish| path.ends_with(wish));
+            let method = match path {
+                CHAT | EMBEDDINGS => "POST",
+                FILES | JOBS => "GET and POST",
+                path if path.starts_with(JOBS) && wishes => "POST",
+                path if path.starts_with(FILES) && !path.ends_with("/content") => "GET and DELETE",
+                _ => "GET",
+            };
             let message = format!("{path} takes {method} and not {}", request.method());
             Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message)
         })
@@ -240,8 +287,9 @@ async fn nothing_here(request: Request) -> Refusal {
     let path = request.uri().path();
     let asked = path.trim_end_matches('/');
     // Under a base URL that is too short or too long, the end of the path is right.
-    let meant = [CHAT, EMBEDDINGS, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
-    let known = [CHAT, EMBEDDINGS, "/v1/models", "/v1/models/{id}", "/health"];
+    let meant =
+        [CHAT, EMBEDDINGS, FILES, JOBS, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
+    let known = [CHAT, EMBEDDINGS, FILES, JOBS, "/v1/models", "/v1/models/{id}", "/health"];
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let path: String = path.chars().take(80).collect();
     Refusal::new(StatusCode::NOT_FOUND, format!("{path} is not served here, {hint}"))

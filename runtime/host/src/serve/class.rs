@@ -1,0 +1,58 @@
+//! What a server does beside answering: it takes files and trains on them, and remembers answers and what was thought of them.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use super::files::store::Files;
+use super::fine_tuning::Tuning;
+
+/// Files that are sent at once.
+const UPLOADS_MAX: usize = 4;
+
+/// What a server does beside answering. By default that is nothing.
+#[derive(Clone)]
+pub struct Class {
+    tuning: Option<Arc<Tuning>>,
+    /// Places of files that are being sent.
+    pub(super) uploads: Arc<Semaphore>,
+}
+
+impl Default for Class {
+    fn default() -> Self {
+        Self { tuning: None, uploads: Arc::new(Semaphore::new(UPLOADS_MAX)) }
+    }
+}
+
+impl Class {
+    /// The same, and it trains.
+    #[must_use]
+    pub fn with_tuning(mut self, tuning: Tuning) -> Self {
+        self.tuning = Some(Arc::new(tuning));
+        self
+    }
+
+    /// The jobs, if it trains.
+    pub(super) fn tuning(&self) -> Option<Arc<Tuning>> {
+        self.tuning.clone()
+    }
+
+    /// The files, if it trains.
+    pub(super) fn files(&self) -> Option<Arc<Files>> {
+        self.tuning.as_ref().map(|tuning| tuning.files().clone())
+    }
+
+    /// Has a training save what it has and end; does not wait for it.
+    pub(super) fn stop(&self) {
+        if let Some(tuning) = &self.tuning {
+            tuning.stop();
+        }
+    }
+
+    /// Waits until a training that was stopped has ended.
+    pub(super) fn wait(&self) {
+        if let Some(tuning) = &self.tuning {
+            tuning.wait();
+        }
+    }
+}

@@ -92,9 +92,9 @@ struct Says(usize);
 
 impl Handler for Says {
     fn stream(&self, _: &Request, _: &Context) -> Result<EventStream, HandlerError> {
-        let start = Event::Start { id: "i".into(), model: "m".into(), handler: "says".into() };
-        let word = || Event::Delta { text: "x".repeat(1024) };
-        let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
+        let start = Event::start("i", "m", "says");
+        let word = || Event::text("x".repeat(1024));
+        let end = [Event::finish(FinishReason::Stop), Event::Usage(Usage::default())];
         Ok(Box::new(std::iter::once(start).chain((0..self.0).map(move |_| word())).chain(end).map(Ok)))
     }
 }
@@ -128,7 +128,7 @@ fn a_class_that_asks_at_once_is_answered_each_as_alone() -> Result<()> {
     let local = local()?;
     let question = |pupil: usize| format!("question number {pupil}");
     let alone: Vec<String> = (0..37)
-        .map(|pupil| Ok(local.complete(&asked(&question(pupil), 9), &Context::default())?.text))
+        .map(|pupil| Ok(local.complete(&asked(&question(pupil), 9), &Context::default())?.text().to_owned()))
         .collect::<Result<_, HandlerError>>()?;
     // Fewer places than pupils, as many as are needed to wait.
     let queued: Arc<dyn Handler> = Arc::new(Limited::new(local, Limits { running: 5, waiting: 32 }));
@@ -292,9 +292,9 @@ struct Waits(Arc<Mutex<Receiver<()>>>);
 impl Handler for Waits {
     fn stream(&self, _: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let (released, context) = (self.0.clone(), context.clone());
-        let start = Event::Start { id: "i".into(), model: "m".into(), handler: "waits".into() };
-        let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
-        let events = std::iter::once(start).chain([Event::Delta { text: "é".into() }]).chain(end);
+        let start = Event::start("i", "m", "waits");
+        let end = [Event::finish(FinishReason::Stop), Event::Usage(Usage::default())];
+        let events = std::iter::once(start).chain([Event::text("é")]).chain(end);
         Ok(Box::new(events.map(move |event| {
             while !matches!(event, Event::Usage(_)) && released.lock().expect("no panic").try_recv().is_err() {
                 context.check()?;
@@ -472,13 +472,17 @@ fn no_part_of_a_key_comes_back_in_any_field() -> Result<()> {
         .collect();
     let stop = "data: {\"choices\":[{\"delta\":{\"content\":\" sk-\"},\"finish_reason\":\"stop\"}]}\n\n";
     let whole = answer(stream_of(&format!("{pieces}{stop}")))??;
-    assert!(!shows(&whole.text) && whole.text.starts_with("[key]") && whole.text.ends_with(" sk-"), "{}", whole.text);
+    assert!(
+        !shows(whole.text()) && whole.text().starts_with("[key]") && whole.text().ends_with(" sk-"),
+        "{}",
+        whole.text()
+    );
     let hidden: String = key.chars().flat_map(|c| [c, '\u{200b}']).collect();
     let refused = answer(refusal(400, "", &json!({"error": {"message": hidden}})))?.expect_err("it refused");
     assert!(!shows(&refused.message.replace('\u{200b}', "")), "{refused:?}");
     let chunk = json!({"id": key, "model": format!("m-{key}"), "choices": [{"delta": {"content": format!("say {key}")}, "finish_reason": format!("no: {key}")}]});
     let whole = answer(stream_of(&format!("data: {chunk}\n\ndata: [DONE]\n\n")))??;
-    assert!(!shows(&format!("{whole:?}")) && whole.text == "say [key]", "{whole:?}");
+    assert!(!shows(&format!("{whole:?}")) && whole.text() == "say [key]", "{whole:?}");
     Ok(())
 }
 

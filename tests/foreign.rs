@@ -691,7 +691,7 @@ fn a_handler_answers_with_what_is_under_the_name_now() -> Result<()> {
     let reference = ModelRef { name: place.path("outputs/out"), ..ModelRef::default() };
     let load = || Local::load("tutor", reference.clone(), Compute::F32);
     let answer = |handler: &Local| -> Result<String> {
-        Ok(handler.complete(&asked("times seven: 3", 16), &handler::Context::default())?.text)
+        Ok(handler.complete(&asked("times seven: 3", 16), &handler::Context::default())?.text().to_owned())
     };
     let serving = load()?;
     let first = answer(&serving)?;
@@ -733,7 +733,7 @@ fn handlers_of_one_base_share_it() -> Result<()> {
 
     let answer = |name: &str| -> Result<String> {
         let handler = Local::load(name, reference(name), Compute::F32)?;
-        Ok(handler.complete(&asked("times seven: 3", 16), &handler::Context::default())?.text)
+        Ok(handler.complete(&asked("times seven: 3", 16), &handler::Context::default())?.text().to_owned())
     };
     let alone = [answer("one")?, answer("two")?];
     assert_ne!(alone[0], alone[1], "the trainings cannot be told apart");

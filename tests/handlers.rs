@@ -15,8 +15,8 @@ use homeroom::handler::local::Local;
 use homeroom::handler::openai::{BaseUrl, Endpoint, OpenAi};
 use homeroom::handler::route::Route;
 use homeroom::handler::{
-    Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Message, Request, Role, Secret,
-    Usage, checked, collect,
+    Choice, Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Message, Request, Role,
+    Secret, Start, Usage, checked, collect,
 };
 use homeroom::models::{Answerer, Loaded, ModelRef, Network};
 use homeroom::serve::{Models, Running, bind, start};
@@ -75,23 +75,23 @@ pub fn serve(models: Models) -> Result<Running> {
 fn keeps_the_contract(handler: &dyn Handler) -> Result<Completion> {
     let context = Context::default();
     let whole = handler.complete(&asked("hello there", 12), &context)?;
-    assert!(!whole.id.is_empty() && !whole.model.is_empty());
-    assert_eq!(whole.finish, FinishReason::Length);
+    assert!(!whole.start.id.is_empty() && !whole.start.model.is_empty());
+    assert_eq!(whole.finish(), &FinishReason::Length);
     assert_eq!(whole.usage.completion_tokens, Some(12));
     assert!(whole.usage.prompt_tokens > Some(5), "{:?}", whole.usage);
-    assert_eq!(handler.complete(&asked("hello there", 12), &context)?.text, whole.text, "greedy answers are equal");
+    assert_eq!(handler.complete(&asked("hello there", 12), &context)?.text(), whole.text(), "greedy answers are equal");
 
     // The text of a stop is not in the answer, and neither is what follows it.
-    let middle = whole.text.char_indices().nth(4).context("some letters")?.0;
-    let stop = whole.text[middle..].chars().take(3).collect::<String>();
+    let middle = whole.text().char_indices().nth(4).context("some letters")?.0;
+    let stop = whole.text()[middle..].chars().take(3).collect::<String>();
     let stopped = handler.complete(&Request { stop: vec![stop.clone()], ..asked("hello there", 12) }, &context)?;
-    assert_eq!(stopped.finish, FinishReason::Stop);
-    assert_eq!(Some(stopped.text.as_str()), whole.text.split(stop.as_str()).next());
+    assert_eq!(stopped.finish(), &FinishReason::Stop);
+    assert_eq!(Some(stopped.text()), whole.text().split(stop.as_str()).next());
 
     // Seeds decide.
     let drawn = |seed| {
         let request = Request { temperature: Some(1.5), top_p: Some(0.95), seed: Some(seed), ..asked("hello", 12) };
-        handler.complete(&request, &context).map(|whole| whole.text)
+        handler.complete(&request, &context).map(|whole| whole.text().to_owned())
     };
     assert_eq!(drawn(-7)?, drawn(-7)?);
     assert_ne!(drawn(7)?, drawn(8)?);
@@ -103,7 +103,7 @@ fn keeps_the_contract(handler: &dyn Handler) -> Result<Completion> {
     // Nothing comes after a cancellation.
     let context = Context::default();
     let mut events = checked(handler.stream(&asked("hello there", 200), &context)?);
-    assert!(matches!(events.next(), Some(Ok(Event::Start { .. }))));
+    assert!(matches!(events.next(), Some(Ok(Event::Start(_)))));
     context.cancel();
     let rest: Vec<_> = events.collect();
     let last = rest.last().context("an item")?;
@@ -118,7 +118,7 @@ fn a_draw_that_nobody_describes_keeps_to_what_is_likely() -> Result<()> {
     let (local, context) = (local()?, Context::default());
     let drawn = |temperature, top_p| {
         let request = Request { temperature, top_p, ..asked("hello", 40) };
-        local.complete(&request, &context).map(|whole| whole.text)
+        local.complete(&request, &context).map(|whole| whole.text().to_owned())
     };
     assert_eq!(drawn(None, None)?, drawn(Some(0.7), Some(0.9))?);
     assert_eq!(drawn(Some(0.7), None)?, drawn(Some(0.7), Some(1.0))?);
@@ -135,8 +135,8 @@ fn all_handlers_keep_one_contract_and_say_the_same() -> Result<()> {
     let there = keeps_the_contract(far.as_ref())?;
     let route = Route::new(vec![("far".into(), far), ("near".into(), local)]);
     let routed = keeps_the_contract(&route)?;
-    assert_eq!((&there.text, there.usage), (&here.text, here.usage));
-    assert_eq!((&routed.text, routed.usage), (&here.text, here.usage));
+    assert_eq!((there.text(), there.usage), (here.text(), here.usage));
+    assert_eq!((routed.text(), routed.usage), (here.text(), here.usage));
     server.stop();
     server.wait()
 }
@@ -147,7 +147,7 @@ fn answers_that_run_at_once_are_as_alone() -> Result<()> {
     let handler = local()?;
     let (a, b) = (asked("one", 10), asked("quite another thing", 10));
     let context = Context::default();
-    let alone = [handler.complete(&a, &context)?.text, handler.complete(&b, &context)?.text];
+    let alone = [handler.complete(&a, &context)?, handler.complete(&b, &context)?];
     let mut streams = [handler.stream(&a, &context)?, handler.stream(&b, &context)?];
     let mut seen: [Vec<_>; 2] = [Vec::new(), Vec::new()];
     while seen.iter().any(|events| !matches!(events.last(), Some(Ok(Event::Usage(_))))) {
@@ -155,8 +155,8 @@ fn answers_that_run_at_once_are_as_alone() -> Result<()> {
             seen.extend(stream.next());
         }
     }
-    let together = seen.map(|events| collect(Box::new(events.into_iter())).map(|whole| whole.text));
-    assert_eq!(together, alone.map(Ok));
+    let together = seen.map(|events| collect(Box::new(events.into_iter())).map(|whole| whole.text().to_owned()));
+    assert_eq!(together, alone.map(|whole| Ok(whole.text().to_owned())));
     Ok(())
 }
 

@@ -18,12 +18,13 @@ fn streams_of_many_dialects_are_read() -> Result<()> {
          data: {stop}\r\n\r\ndata: {{\"choices\":[],\"usage\":{{\"prompt_tokens\":3,\"completion_tokens\":2}}}}\r\n\r\ndata: [DONE]\r\n\r\n"
     )))??;
     let usage = Usage { prompt_tokens: Some(3), completion_tokens: Some(2) };
-    let (id, model, handler) = ("i".to_owned(), "n".to_owned(), "far".to_owned());
-    assert_eq!(plain, Completion { id, model, handler, text: "aé🦊".into(), finish: FinishReason::Stop, usage });
+    let start = Start { id: "i".into(), model: "n".into(), handler: "far".into(), ..Start::default() };
+    let choices = vec![Choice::of_text("aé🦊", FinishReason::Stop)];
+    assert_eq!(plain, Completion { start, choices, usage });
     // No id, no model, no usage, no [DONE], no last empty line: still whole, and the usage is not known.
     let bare =
         told(stream_of(&format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"a\"}}}}]}}\n\ndata: {stop}")))??;
-    assert_eq!((bare.text.as_str(), bare.usage, bare.model.as_str()), ("a", Usage::default(), "m"));
+    assert_eq!((bare.text(), bare.usage, bare.start.model.as_str()), ("a", Usage::default(), "m"));
     Ok(())
 }
 
@@ -195,7 +196,7 @@ fn an_answer_is_read_whatever_its_headers_call_it() -> Result<()> {
         for kind in ["text/event-stream", "Text/Event-Stream; charset=UTF-8", "application/json", "text/plain", "x"] {
             let reply = format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\nconnection: close\r\n\r\n{body}");
             let answer = told(reply)??;
-            assert_eq!((answer.text.as_str(), answer.finish), ("é🦊", FinishReason::Length), "{kind}: {body}");
+            assert_eq!((answer.text(), answer.finish()), ("é🦊", &FinishReason::Length), "{kind}: {body}");
         }
     }
     Ok(())
@@ -215,7 +216,7 @@ fn a_whole_answer_needs_no_reason_and_loses_no_text() -> Result<()> {
                 "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n{mark}{{\"choices\":[{choice}]}}"
             );
             let answer = told(reply)??;
-            assert_eq!((answer.text.as_str(), answer.finish), ("é🦊", FinishReason::Stop), "{choice}");
+            assert_eq!((answer.text(), answer.finish()), ("é🦊", &FinishReason::Stop), "{choice}");
         }
     }
     for choice in [
@@ -306,7 +307,7 @@ fn an_endpoint_that_refuses_stream_options_is_asked_without_them() -> Result<()>
         let (url, thread) = scripted(vec![refusal(status, close, &body), taken(), taken()])?;
         let handler = endpoint(&url, "m")?;
         for _ in 0..2 {
-            assert_eq!(handler.complete(&asked("hi", 5), &Context::default())?.text, "a");
+            assert_eq!(handler.complete(&asked("hi", 5), &Context::default())?.text(), "a");
         }
         let requests = thread.join().expect("the server does not panic");
         // It is remembered, so that the second answer is asked for once.

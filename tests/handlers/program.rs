@@ -154,7 +154,7 @@ fn a_prompt_is_answered_alone_on_stdout() -> Result<()> {
         run(&["--model-dir", &model, "--prompt", "hello there", "--max-tokens", "12", "--temperature", "0"])?;
     assert!(done && story.contains("--max-tokens allows more"), "{story}");
     let want = local()?.complete(&asked("hello there", 12), &Context::default())?;
-    assert_eq!(text, want.text + "\n");
+    assert_eq!(text, want.text().to_owned() + "\n");
     let (done, _, story) = run(&["--handler", "x", "--config", "no-such-file.toml"])?;
     assert!(!done && story.contains("no-such-file.toml"), "{story}");
     assert!(!run(&["--prompt", "x"])?.0 && !run(&["--handler", "x"])?.0);

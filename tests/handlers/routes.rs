@@ -4,10 +4,10 @@ use super::*;
 
 #[test]
 fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
-    let start = Event::Start { id: "broken".into(), model: "broken".into(), handler: "broken".into() };
-    let word = Event::Delta { text: "half".into() };
+    let start = Event::start("broken", "broken", "broken");
+    let word = Event::text("half");
     let near = local()?;
-    let want = near.complete(&asked("hi", 5), &Context::default())?.text;
+    let want = near.complete(&asked("hi", 5), &Context::default())?.text().to_owned();
     for (before, kind, falls_back) in [
         (vec![], Kind::Unavailable, true),
         (vec![], Kind::Timeout, true),
@@ -29,7 +29,9 @@ fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
         let answer = route.stream(&asked("hi", 5), &Context::default()).and_then(collect);
         assert_eq!(asked_times.load(Ordering::SeqCst), 1);
         match answer {
-            Ok(whole) => assert!(falls_back && whole.text == want && whole.model == "llama", "{before:?} {kind:?}"),
+            Ok(whole) => {
+                assert!(falls_back && whole.text() == want && whole.start.model == "llama", "{before:?} {kind:?}")
+            }
             Err(error) => assert!(!falls_back && error.kind == kind, "{before:?} {kind:?}: {error}"),
         }
     }
@@ -39,10 +41,10 @@ fn a_route_falls_back_before_the_first_word_and_never_after() -> Result<()> {
 /// Nobody saw a word of it.
 #[test]
 fn an_unstreamed_answer_that_breaks_off_is_given_by_the_next_handler() -> Result<()> {
-    let start = Event::Start { id: "broken".into(), model: "broken".into(), handler: "broken".into() };
-    let before = vec![start, Event::Delta { text: "half".into() }];
+    let start = Event::start("broken", "broken", "broken");
+    let before = vec![start, Event::text("half")];
     let near = local()?;
-    let want = near.complete(&asked("hi", 5), &Context::default())?.text;
+    let want = near.complete(&asked("hi", 5), &Context::default())?.text().to_owned();
     for (kind, falls_back) in [
         (Kind::Cut, true),
         (Kind::Protocol, true),
@@ -56,7 +58,7 @@ fn an_unstreamed_answer_that_breaks_off_is_given_by_the_next_handler() -> Result
         match route.complete(&asked("hi", 5), &Context::default()) {
             Ok(whole) => {
                 assert!(
-                    falls_back && whole.text == want && whole.handler == "llama" && !whole.id.is_empty(),
+                    falls_back && whole.text() == want && whole.start.handler == "llama" && !whole.start.id.is_empty(),
                     "{kind:?}"
                 );
             }

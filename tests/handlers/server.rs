@@ -207,10 +207,10 @@ impl Handler for Slow {
         let word = move |_| {
             std::thread::sleep(Duration::from_millis(5));
             words.fetch_add(1, Ordering::SeqCst);
-            Event::Delta { text: "word ".into() }
+            Event::text("word ")
         };
-        let start = Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() };
-        let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
+        let start = Event::start("i", "m", "h");
+        let end = [Event::finish(FinishReason::Stop), Event::Usage(Usage::default())];
         Ok(Box::new(std::iter::once(start).chain((0..self.1).map(word)).chain(end).map(Ok)))
     }
 }
@@ -271,10 +271,7 @@ fn an_answer_under_way_is_finished_when_the_server_ends() -> Result<()> {
 
 #[test]
 fn a_handler_that_fails_in_the_middle_is_an_error_frame() -> Result<()> {
-    let before = vec![
-        Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() },
-        Event::Delta { text: "half".into() },
-    ];
+    let before = vec![Event::start("i", "m", "h"), Event::text("half")];
     let error = HandlerError::new(Kind::Cut, "it broke off");
     let broken = Fails { before, error, asked: Arc::default() };
     let server = serve(Models::from([("m".into(), Arc::new(broken) as Arc<dyn Handler>)]))?;

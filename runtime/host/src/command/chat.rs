@@ -311,12 +311,13 @@ fn answer(handler: Arc<dyn Handler>, request: Request) -> Result<Answer> {
             break;
         }
         match events.recv_timeout(Duration::from_millis(50)) {
-            Ok(Ok(Event::Delta { text: piece })) => {
+            Ok(Ok(Event::Delta { text: piece, .. })) => {
                 out.write(&piece)?;
                 text.push_str(&piece);
             }
-            Ok(Ok(Event::Finish { reason })) => ended = Ok(reason),
-            Ok(Ok(Event::Start { .. } | Event::Usage(_))) | Err(RecvTimeoutError::Timeout) => {}
+            Ok(Ok(Event::Finish { reason, .. })) => ended = Ok(reason),
+            Ok(Ok(Event::Start(_) | Event::Reasoning { .. } | Event::ToolCall { .. } | Event::Usage(_)))
+            | Err(RecvTimeoutError::Timeout) => {}
             Ok(Err(error)) => {
                 ended = Err(error);
                 break;

@@ -147,7 +147,7 @@ impl Iterator for Admitted {
     fn next(&mut self) -> Option<Self::Item> {
         let (stream, _) = self.held.as_mut()?;
         let item = stream.next();
-        if !matches!(item, Some(Ok(Event::Start { .. } | Event::Delta { .. } | Event::Finish { .. }))) {
+        if matches!(item, None | Some(Err(_) | Ok(Event::Usage(_)))) {
             self.held = None;
         }
         item
@@ -164,8 +164,8 @@ mod tests {
 
     impl Handler for Short {
         fn stream(&self, _: &Request, _: &Context) -> Result<EventStream, HandlerError> {
-            let start = Event::Start { id: "i".into(), model: "m".into(), handler: "h".into() };
-            let end = [Event::Finish { reason: FinishReason::Stop }, Event::Usage(Usage::default())];
+            let start = Event::start("i", "m", "h");
+            let end = [Event::finish(FinishReason::Stop), Event::Usage(Usage::default())];
             Ok(Box::new([start].into_iter().chain(end).map(Ok)))
         }
     }

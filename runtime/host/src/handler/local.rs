@@ -10,11 +10,14 @@ use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::text::block_end::BlockEnd;
 use homeroom_engine::text::detokenizer::Detokenizer;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::context::PATIENCE;
 use super::stop::StopFilter;
-use super::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Usage, new_id, random};
+use super::{
+    Backend, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Message, Request, Usage, new_id,
+    random,
+};
 use crate::models::{Answerer, Files, ModelRef, Network};
 use crate::progress::line;
 
@@ -118,6 +121,7 @@ impl Handler for Local {
     }
 
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
+        request.check_for(Backend::Local)?;
         let answerer = self.answerer(context)?;
         let model = answerer.model();
         let limit = model.architecture.max_position_embeddings;
@@ -127,15 +131,7 @@ impl Handler for Local {
                 format!("the conversation is {bytes} bytes long, far beyond the model's context of {limit} tokens");
             return Err(HandlerError::new(Kind::ContextLength, message));
         }
-        let messages: Vec<Value> = (request.messages.iter())
-            .map(|message| {
-                let part = |text: &String| json!({"type": "text", "text": text});
-                match &message.parts[..] {
-                    [] => json!({"role": message.role, "content": message.content}),
-                    parts => json!({"role": message.role, "content": parts.iter().map(part).collect::<Vec<_>>()}),
-                }
-            })
-            .collect();
+        let messages: Vec<Value> = request.messages.iter().map(Message::json).map(Value::Object).collect();
         let turn = (bytes > LONG_BYTES).then(|| turn(&LONG, context)).transpose()?;
         let prompt = prompt_ids(model, &messages);
         drop(turn);
@@ -171,11 +167,7 @@ impl Handler for Local {
             context: context.clone(),
             prompt_tokens: prompt.len() as u64,
             drawn: 0,
-            ready: VecDeque::from([Event::Start {
-                id: new_id(),
-                model: self.name.clone(),
-                handler: self.name.clone(),
-            }]),
+            ready: VecDeque::from([Event::start(new_id(), &self.name, &self.name)]),
             over: false,
         }))
     }
@@ -226,13 +218,13 @@ impl Answer {
 
     fn delta(&mut self, text: String) {
         if !text.is_empty() {
-            self.ready.push_back(Event::Delta { text });
+            self.ready.push_back(Event::text(text));
         }
     }
 
     fn finish(&mut self, reason: FinishReason, end_tokens: u64) {
         let usage = Usage { prompt_tokens: Some(self.prompt_tokens), completion_tokens: Some(self.drawn + end_tokens) };
-        self.ready.extend([Event::Finish { reason }, Event::Usage(usage)]);
+        self.ready.extend([Event::finish(reason), Event::Usage(usage)]);
         self.over = true;
     }
 }

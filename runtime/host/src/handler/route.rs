@@ -140,7 +140,7 @@ impl Iterator for Attempt {
                 return Some(Ok(event));
             }
             match self.stream.as_mut()?.next() {
-                Some(Ok(event @ Event::Start { .. })) if !self.spoken && !self.is_last() => self.held = Some(event),
+                Some(Ok(event @ Event::Start(_))) if !self.spoken && !self.is_last() => self.held = Some(event),
                 Some(Ok(event)) if self.spoken => return Some(Ok(event)),
                 Some(Ok(event)) => {
                     self.spoken = true;

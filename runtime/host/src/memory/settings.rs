@@ -1,7 +1,5 @@
 //! `[memory]` of a file of handlers: what of conversations is kept, and for how long.
 
-use std::path::Path;
-
 use toml::de::DeTable;
 
 use crate::toml_problems::{Problems, near};
@@ -43,7 +41,7 @@ impl Default for Settings {
 
 impl Settings {
     /// Reads the table, if the file has one.
-    pub fn read<'a>(problems: &mut Problems<'a>, _path: &Path, root: &DeTable<'a>) -> Option<Self> {
+    pub fn read<'a>(problems: &mut Problems<'a>, root: &DeTable<'a>) -> Option<Self> {
         let value = root.get("memory")?;
         let Some(table) = value.get_ref().as_table() else {
             problems.wrong_type("memory", value, "a table, [memory]");
@@ -71,6 +69,8 @@ impl Settings {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -78,7 +78,7 @@ mod tests {
         let read = |text: &str| {
             let mut problems = Problems::new(Path::new("h.toml"), text);
             let root = problems.parse();
-            let settings = Settings::read(&mut problems, Path::new("h.toml"), &root);
+            let settings = Settings::read(&mut problems, &root);
             problems.into_result().map(|()| settings).map_err(|error| error.to_string())
         };
         assert_eq!(read(""), Ok(None));

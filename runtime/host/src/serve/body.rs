@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::App;
-use super::reply::Refusal;
+use super::reply::{IGNORED, Refusal};
 use crate::handler::{Context, HandlerError, Kind};
 
 /// Largest body of a request, in bytes.
@@ -48,7 +48,7 @@ pub(super) fn name_ignored(headers: &mut HeaderMap, ignored: &[String]) {
     if let Ok(value) = HeaderValue::from_str(&ignored.join(","))
         && !value.is_empty()
     {
-        headers.insert("x-ignored-params", value);
+        headers.insert(IGNORED, value);
     }
 }
 

@@ -42,8 +42,8 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
 
     let context = Context::default().or_with(app.ending.clone()).within(ANSWER_TIME_MAX);
     let waiting = Waiting(context.clone());
-    let request::Asked { model, request, stream, include_usage, ignored } = asked;
-    let mut envelope = Envelope { id: String::new(), created: now(), model, include_usage, name_handler: false };
+    let request::Asked { model, request, stream, include_usage, mut ignored } = asked;
+    let mut envelope = Envelope::new(now(), model, include_usage);
     let (mut response, by) = if stream {
         let mut events = Events::of(handler, request, context);
         // A refusal before the answer begins has its own status; with a long prompt, the client gets its 200 before the answer begins.
@@ -53,7 +53,10 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
             Ok(None) | Err(_) => None,
         };
         let by = match &first {
-            Some(Event::Start { handler, .. }) => Some(handler.clone()),
+            Some(Event::Start(start)) => {
+                ignored.extend(start.ignored.iter().cloned());
+                Some(start.handler.clone())
+            }
             _ => None,
         };
         envelope.name_handler = by.is_none();
@@ -67,7 +70,8 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         let whole = spawn_blocking(move || handler.complete(&request, &context)).await;
         let whole = whole.map_err(|_| HandlerError::new(Kind::Internal, "the handler panicked"))??;
         drop(waiting);
-        (Json(envelope.completion(&whole)).into_response(), Some(whole.handler))
+        ignored.extend(whole.start.ignored.iter().cloned());
+        (Json(envelope.completion(&whole)).into_response(), Some(whole.start.handler))
     };
     if let Some(by) = by.and_then(|by| HeaderValue::try_from(by).ok()) {
         response.headers_mut().insert(HANDLER, by);
@@ -129,7 +133,7 @@ impl Events {
 /// Returns about the memory of an item, in bytes.
 fn bytes(item: &Item) -> usize {
     match item {
-        Ok(Event::Delta { text }) => text.len() + 64,
+        Ok(event) => event.bytes(),
         _ => 64,
     }
 }

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use homeroom_engine::inference::Engine;
+use serde_json::Value;
 
 use super::person::Person;
 use crate::handler::{
-    Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Request,
+    Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Message, Request,
 };
 use crate::memory::{Answered, Memory};
 
@@ -26,29 +27,33 @@ pub struct Observed {
 }
 
 impl Observed {
-    fn begun(&self, request: &Request) -> Answered {
-        Answered {
+    /// The record of an answer that begins. `None`: a text is gone on with, which is no conversation.
+    fn begun(&self, request: &Request) -> Option<Answered> {
+        // Pictures are not remembered.
+        let said = |message: &Message| Message { parts: Vec::new(), ..message.clone() }.json();
+        (!request.messages.is_empty()).then(|| Answered {
             id: String::new(),
             model: self.model.clone(),
             handler: String::new(),
             person: self.person.clone(),
-            messages: serde_json::to_value(&request.messages).unwrap_or_default(),
+            messages: request.messages.iter().map(|message| Value::Object(said(message))).collect(),
             answer: String::new(),
-        }
+        })
     }
 }
 
 impl Handler for Observed {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let stream = self.inner.stream(request, context)?;
-        let (memory, mut answered) = (self.memory.clone(), Some(self.begun(request)));
+        let (memory, mut answered) = (self.memory.clone(), self.begun(request));
         Ok(Box::new(stream.inspect(move |event| match event {
-            Ok(Event::Start { id, handler, .. }) => {
+            Ok(Event::Start(start)) => {
                 if let Some(answered) = &mut answered {
-                    (answered.id, answered.handler) = (id.clone(), handler.clone());
+                    (answered.id, answered.handler) = (start.id.clone(), start.handler.clone());
                 }
             }
-            Ok(Event::Delta { text }) => {
+            // Of several answers the first is remembered.
+            Ok(Event::Delta { choice: 0, text, .. }) => {
                 if answered.as_ref().is_some_and(|answered| answered.answer.len() + text.len() > ANSWER_BYTES_MAX) {
                     answered = None;
                 }
@@ -62,16 +67,16 @@ impl Handler for Observed {
                     memory.answered(answered);
                 }
             }
-            Ok(Event::Finish { .. }) => {}
+            Ok(_) => {}
             Err(_) => answered = None,
         })))
     }
 
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
         let whole = self.inner.complete(request, context)?;
-        if whole.text.len() <= ANSWER_BYTES_MAX {
-            let (id, handler, answer) = (whole.id.clone(), whole.handler.clone(), whole.text.clone());
-            self.memory.answered(Answered { id, handler, answer, ..self.begun(request) });
+        if let Some(answered) = self.begun(request).filter(|_| whole.text().len() <= ANSWER_BYTES_MAX) {
+            let (start, answer) = (&whole.start, whole.text().to_owned());
+            self.memory.answered(Answered { id: start.id.clone(), handler: start.handler.clone(), answer, ..answered });
         }
         Ok(whole)
     }

@@ -7,11 +7,14 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::handler::{Completion, Event, FinishReason, HandlerError, Kind, Usage};
+use crate::handler::{Choice, Completion, Event, FinishReason, HandlerError, Kind, TokenLogprob, ToolCall, Usage};
 use crate::terminal::shown;
 
 /// The header with the name of the handler that gave the answer.
 pub const HANDLER: &str = "x-homeroom-handler";
+
+/// The header, or the field of a stream's first piece, with the names of fields that were ignored.
+pub const IGNORED: &str = "x-ignored-params";
 
 /// What all pieces of an answer have in common.
 pub struct Envelope {
@@ -23,27 +26,33 @@ pub struct Envelope {
     pub model: String,
     /// The stream ends with a piece for the usage.
     pub include_usage: bool,
-    /// The first piece names the handler, since the headers were sent before it was known.
+    /// The first piece names the handler and what it left out, since the headers were sent before they were known.
     pub name_handler: bool,
+    /// What the answer depends on besides the request.
+    pub fingerprint: Option<String>,
+    /// The choices that have begun, by their numbers.
+    pub begun: Vec<bool>,
 }
 
 impl Envelope {
+    /// Makes the envelope of an answer.
+    pub fn new(created: u64, model: String, include_usage: bool) -> Self {
+        let (id, fingerprint, begun) = (String::new(), None, Vec::new());
+        Self { id, created, model, include_usage, name_handler: false, fingerprint, begun }
+    }
+
     /// Returns the body of a whole answer.
     pub fn completion(&self, whole: &Completion) -> Value {
-        let mut choice = json!({
-            "index": 0,
-            "message": {"role": "assistant", "content": whole.text, "refusal": null},
-            "logprobs": null,
-        });
-        end(&mut choice, &whole.finish);
+        let choices: Vec<Value> =
+            whole.choices.iter().enumerate().map(|(index, choice)| of_choice(index, choice)).collect();
         json!({
-            "id": whole.id,
+            "id": whole.start.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
             // Moodle reads it without checking that it is there.
-            "system_fingerprint": null,
-            "choices": [choice],
+            "system_fingerprint": whole.start.fingerprint,
+            "choices": choices,
             "usage": usage(whole.usage),
         })
     }
@@ -51,16 +60,41 @@ impl Envelope {
     /// Returns the frames of a stream for an event.
     pub fn frames(&mut self, event: Event) -> String {
         match event {
-            Event::Start { id, handler, .. } => {
-                self.id = id;
-                let mut first = self.chunk(json!({"role": "assistant", "content": ""}), None);
+            Event::Start(start) => {
+                (self.id, self.fingerprint) = (start.id, start.fingerprint);
+                let mut first = self.first(0);
                 if self.name_handler {
-                    first[HANDLER] = json!(handler);
+                    first[HANDLER] = json!(start.handler);
+                    if !start.ignored.is_empty() {
+                        first[IGNORED] = json!(start.ignored.join(","));
+                    }
                 }
                 frame(&first)
             }
-            Event::Delta { text } => frame(&self.chunk(json!({"content": text}), None)),
-            Event::Finish { reason } => frame(&self.chunk(json!({}), Some(&reason))),
+            Event::Delta { choice, text, logprobs } => {
+                let mut chunk = self.chunk(choice, &json!({"content": text}), None);
+                if !logprobs.is_empty() {
+                    chunk["choices"][0]["logprobs"] = logprobs_of(&logprobs);
+                }
+                self.behind_first(choice, &chunk)
+            }
+            Event::Reasoning { choice, text } => {
+                let chunk = self.chunk(choice, &json!({"reasoning_content": text}), None);
+                self.behind_first(choice, &chunk)
+            }
+            Event::ToolCall { choice, index, id, name, arguments } => {
+                let mut call = json!({"index": index, "function": {"arguments": arguments}});
+                if let (Some(id), Some(name)) = (id, name) {
+                    let function = json!({"name": name, "arguments": arguments});
+                    call = json!({"index": index, "id": id, "type": "function", "function": function});
+                }
+                let chunk = self.chunk(choice, &json!({"tool_calls": [call]}), None);
+                self.behind_first(choice, &chunk)
+            }
+            Event::Finish { choice, reason } => {
+                let chunk = self.chunk(choice, &json!({}), Some(&reason));
+                self.behind_first(choice, &chunk)
+            }
             Event::Usage(cost) => {
                 let mut frames = String::new();
                 if self.include_usage {
@@ -73,8 +107,26 @@ impl Envelope {
         }
     }
 
-    fn chunk(&self, delta: Value, finish: Option<&FinishReason>) -> Value {
-        let mut choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": null});
+    /// The piece that a choice begins with.
+    fn first(&mut self, choice: usize) -> Value {
+        if self.begun.len() <= choice {
+            self.begun.resize(choice + 1, false);
+        }
+        self.begun[choice] = true;
+        self.chunk(choice, &json!({"role": "assistant", "content": ""}), None)
+    }
+
+    /// The frame of a piece, behind the piece that its choice begins with.
+    fn behind_first(&mut self, choice: usize, chunk: &Value) -> String {
+        let mut frames = String::new();
+        if !self.begun.get(choice).copied().unwrap_or(false) {
+            frames = frame(&self.first(choice));
+        }
+        frames + &frame(chunk)
+    }
+
+    fn chunk(&self, choice: usize, delta: &Value, finish: Option<&FinishReason>) -> Value {
+        let mut choice = json!({"index": choice, "delta": delta, "logprobs": null, "finish_reason": null});
         if let Some(reason) = finish {
             end(&mut choice, reason);
         }
@@ -92,9 +144,44 @@ impl Envelope {
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
             "choices": [],
         })
     }
+}
+
+/// Returns a choice of a whole answer.
+fn of_choice(index: usize, choice: &Choice) -> Value {
+    let Choice { text, reasoning, tool_calls, logprobs, finish } = choice;
+    let mut message = json!({"role": "assistant", "content": text, "refusal": null});
+    if !tool_calls.is_empty() {
+        message["tool_calls"] = tool_calls.iter().map(ToolCall::json).collect();
+        if text.is_empty() {
+            message["content"] = Value::Null;
+        }
+    }
+    if !reasoning.is_empty() {
+        message["reasoning_content"] = json!(reasoning);
+    }
+    let logprobs = if logprobs.is_empty() { Value::Null } else { logprobs_of(logprobs) };
+    let mut choice = json!({"index": index, "message": message, "logprobs": logprobs});
+    end(&mut choice, finish);
+    choice
+}
+
+/// The logarithm of a probability that is 0, as OpenAI writes it: JSON has no infinity.
+const NEVER: f64 = -9999.0;
+
+/// Returns the log-probabilities of tokens in the shape of chat completions.
+fn logprobs_of(tokens: &[TokenLogprob]) -> Value {
+    let one =
+        |token: &TokenLogprob| json!({"token": token.token, "logprob": token.logprob.max(NEVER), "bytes": token.bytes});
+    let each = |token: &TokenLogprob| {
+        let mut value = one(token);
+        value["top_logprobs"] = token.top.iter().map(one).collect();
+        value
+    };
+    json!({"content": tokens.iter().map(each).collect::<Vec<_>>(), "refusal": null})
 }
 
 /// Sets why an answer ended. Typed clients fail at a reason that OpenAI does not have: such a one goes into a field of its own, as

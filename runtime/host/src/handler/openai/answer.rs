@@ -157,7 +157,7 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         let name = |key: &str| name(key).filter(|name| !name.is_empty());
         let id = name("id").unwrap_or_else(new_id);
         let model = name("model").unwrap_or_else(|| self.endpoint.model.clone());
-        self.ready.push_back(Event::Start { id, model, handler: self.endpoint.name.clone() });
+        self.ready.push_back(Event::start(id, model, &self.endpoint.name));
     }
 
     /// Reads the usage, which comes once or grows with every piece.
@@ -176,7 +176,7 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         self.repeats_reason |= self.finish.is_some() && !text.is_empty();
         let text = self.endpoint.content(&mut self.held, text, false);
         if !text.is_empty() {
-            self.ready.push_back(Event::Delta { text });
+            self.ready.push_back(Event::text(text));
         }
     }
 
@@ -205,9 +205,9 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         }
         let text = self.endpoint.content(&mut self.held, "", true);
         if !text.is_empty() {
-            self.ready.push_back(Event::Delta { text });
+            self.ready.push_back(Event::text(text));
         }
-        self.ready.extend([Event::Finish { reason }, Event::Usage(self.usage)]);
+        self.ready.extend([Event::finish(reason), Event::Usage(self.usage)]);
         Ok(())
     }
 

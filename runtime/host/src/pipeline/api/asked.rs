@@ -247,7 +247,7 @@ fn answers(
 fn answer(handler: &dyn Handler, request: &Request, context: &Context) -> Result<String, HandlerError> {
     for tried in 1.. {
         let error = match handler.complete(request, context) {
-            Ok(completion) => return Ok(completion.text),
+            Ok(completion) => return Ok(completion.text().to_owned()),
             Err(error) => error,
         };
         let wait = match &error.kind {

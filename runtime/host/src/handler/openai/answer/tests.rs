@@ -327,7 +327,7 @@ fn answers_in_all_dialects_are_whole() {
     for (what, bytes, text, reason, tokens) in cases {
         let whole = read(bytes).unwrap_or_else(|error| panic!("{what}: {error}\n{bytes}"));
         let usage = whole.usage.prompt_tokens.zip(whole.usage.completion_tokens);
-        assert_eq!((whole.text.as_str(), whole.finish.word(), usage), (*text, *reason, *tokens), "{what}: {bytes}");
+        assert_eq!((whole.text(), whole.finish().word(), usage), (*text, *reason, *tokens), "{what}: {bytes}");
     }
     for (words, reason) in [
         ("eos eos_token end_turn END_TURN stop_sequence STOP COMPLETE", "stop"),
@@ -336,7 +336,7 @@ fn answers_in_all_dialects_are_whole() {
     ] {
         for word in words.split(' ') {
             let bytes = stream(&[A, &format!(r#"C{{"delta":{{}},"finish_reason":"{word}"}}"#), DONE]);
-            assert_eq!(read(&bytes).expect(word).finish.word(), reason, "{word}");
+            assert_eq!(read(&bytes).expect(word).finish().word(), reason, "{word}");
         }
     }
 }

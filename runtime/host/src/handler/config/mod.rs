@@ -1,0 +1,206 @@
+//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`.
+//!
+//! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
+//! keys, what is read of them, and what is made of that.
+
+mod handlers;
+mod key;
+mod local;
+mod openai;
+mod route;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
+use homeroom_engine::run::compute::Compute;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+pub use self::handlers::Handlers;
+pub use self::local::load_local;
+pub use self::openai::EndpointSpec;
+use super::limit::Limits;
+use super::{Handler, Secret};
+use crate::memory::settings as memory;
+use crate::models::ModelRef;
+use crate::serve::fine_tuning::settings as fine_tuning;
+use crate::toml_problems::{Problems, near};
+
+/// Name of the user's file of handlers.
+pub const HANDLERS_FILE: &str = "handlers.toml";
+
+/// The user's file of handlers, which is in the data directory.
+pub fn handlers_in(data: &Path) -> PathBuf {
+    data.join(HANDLERS_FILE)
+}
+
+/// A file of handlers, as it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Its path, for messages.
+    pub path: PathBuf,
+    /// `[handlers.NAME]`.
+    pub handlers: BTreeMap<String, HandlerSpec>,
+    /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
+    pub routes: BTreeMap<String, Vec<String>>,
+    /// `[fine_tuning]`.
+    pub fine_tuning: Option<fine_tuning::Settings>,
+    /// `[memory]`.
+    pub memory: Option<memory::Settings>,
+}
+
+/// A handler as the file describes it, not loaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HandlerSpec {
+    /// `kind = "local"`, and the type that it computes in.
+    Local(ModelRef, Compute),
+    /// `kind = "openai"`.
+    OpenAi(EndpointSpec),
+}
+
+impl HandlerSpec {
+    /// The host that conversations are sent to, if it is not this machine.
+    pub fn far_host(&self) -> Option<&str> {
+        match self {
+            Self::Local(..) => None,
+            Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
+        }
+    }
+
+    fn api_key(&self) -> Result<Option<Secret>, String> {
+        match self {
+            Self::Local(..) => Ok(None),
+            Self::OpenAi(endpoint) => endpoint.api_key(),
+        }
+    }
+
+    /// Makes it ready to answer.
+    fn load(&self, name: &str) -> Result<Arc<dyn Handler>> {
+        match self {
+            Self::Local(model, compute) => load_local(name, model.clone(), *compute),
+            Self::OpenAi(endpoint) => endpoint.load(name),
+        }
+    }
+}
+
+/// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
+const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
+/// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
+const HARMLESS_KEYS: [&str; 11] = [
+    "kind",
+    "model",
+    "base_model",
+    "any_base",
+    "compute",
+    "connect_timeout_s",
+    "read_timeout_s",
+    "answer_timeout_s",
+    "max_tokens_param",
+    "handlers",
+    "egress",
+];
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// When it cannot be read or has problems; all of them in one message.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = read_text(path, SMALL_FILE_BYTES_MAX)?;
+        Self::parse(path, &text)
+    }
+
+    /// Reads the text of a file. Paths of models in it are relative to the file.
+    ///
+    /// # Errors
+    /// When it has problems; all of them in one message.
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        let harmless = [&HARMLESS_KEYS[..], &fine_tuning::KEYS, &memory::KEYS].concat();
+        let mut problems = Problems::of_secrets(path, text, &harmless);
+        let root = problems.parse();
+        problems.unknown_keys(&root, &["handlers", "routes", "fine_tuning", "memory"]);
+        let mut config = Self {
+            path: path.to_owned(),
+            handlers: BTreeMap::new(),
+            routes: BTreeMap::new(),
+            fine_tuning: fine_tuning::Settings::read(&mut problems, path, &root),
+            memory: memory::Settings::read(&mut problems, &root),
+        };
+        let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
+        let [handlers, routes] = tables;
+        let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();
+        for (name, _, table) in &handlers {
+            if let Some(spec) = handler(&mut problems, path, name, table) {
+                config.handlers.insert((*name).to_owned(), spec);
+            }
+        }
+        for (name, span, table) in &routes {
+            if names.contains(name) {
+                problems.at(span.clone(), format!("`{name}`: a handler has this name already; give the route another"));
+            }
+            let chain = route::read(&mut problems, span, table, &names, &config.handlers);
+            config.routes.insert((*name).to_owned(), chain);
+        }
+        problems.into_result()?;
+        Ok(config)
+    }
+}
+
+type NamedTable<'t, 'a> = (&'t str, Range<usize>, &'t Spanned<DeValue<'a>>);
+
+/// The tables `[key.NAME]`.
+fn named<'t, 'a>(problems: &mut Problems<'a>, root: &'t DeTable<'a>, key: &str) -> Vec<NamedTable<'t, 'a>> {
+    let Some(value) = root.get(key) else { return Vec::new() };
+    let Some(table) = value.get_ref().as_table() else {
+        problems.wrong_type(key, value, &format!("tables, [{key}.NAME]"));
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for (name, value) in table.iter() {
+        if value.get_ref().as_table().is_none() {
+            problems.at(name.span(), format!("`{}`: should be a table, [{key}.NAME]", name.get_ref()));
+            continue;
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-/:".contains(c);
+        if name.get_ref().is_empty() || !name.get_ref().chars().all(plain) {
+            problems.at(name.span(), "a name consists of the letters a to z, A to Z, digits, and . _ - / :");
+        }
+        found.push((name.get_ref().as_ref(), name.span(), value));
+    }
+    found
+}
+
+fn handler<'a>(
+    problems: &mut Problems<'a>,
+    path: &Path,
+    name: &str,
+    value: &Spanned<DeValue<'a>>,
+) -> Option<HandlerSpec> {
+    let table = value.get_ref().as_table()?;
+    let Some(kind) = table.get("kind") else {
+        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing; it is \"local\" or \"openai\""));
+        return None;
+    };
+    match problems.text("kind", kind)?.as_str() {
+        "local" => local::read(problems, path, name, value.span(), table),
+        "openai" => openai::read(problems, name, value.span(), table),
+        "anthropic" => {
+            problems.at(kind.span(), "kind \"anthropic\" is not supported yet; use \"local\" or \"openai\"");
+            None
+        }
+        other => {
+            problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &["local", "openai"])));
+            None
+        }
+    }
+}
+
+fn missing(problems: &mut Problems, span: Range<usize>, name: &str, key: &str) {
+    problems.at(span, format!("[handlers.{name}]: `{key}` is missing"));
+}

@@ -1,0 +1,184 @@
+//! Files that are right, and all that is wrong with others.
+
+use anyhow::Context as _;
+
+use super::*;
+
+const GOOD: &str = r#"
+[handlers.near]
+kind = "local"
+model = "algebra-tutor"
+
+[handlers.far]
+kind = "openai"
+base_url = "https://api.example.com/v1/"
+model = "gpt-x"
+api_key = { env = "HOMEROOM_TEST_KEY_THAT_IS_NOT_SET" }
+
+[handlers.beside]
+kind = "openai"
+base_url = "http://localhost:11434/v1"
+model = "x"
+
+[routes.safe]
+handlers = ["near", "beside"]
+
+[routes.open]
+handlers = ["near", "far"]
+egress = "allow"
+"#;
+
+fn problems(text: &str) -> String {
+    let error = Config::parse(Path::new("h.toml"), text).expect_err("it is wrong");
+    format!("{error:#}")
+}
+
+#[test]
+fn a_file_says_which_handlers_there_are() -> Result<()> {
+    let config = Config::parse(Path::new("h.toml"), GOOD)?;
+    assert_eq!(config.routes["open"], ["near", "far"]);
+    assert_eq!(
+        config.handlers["near"],
+        HandlerSpec::Local(ModelRef { name: "algebra-tutor".into(), ..ModelRef::default() }, Compute::Auto)
+    );
+    assert_eq!(config.handlers["far"].far_host(), Some("api.example.com"));
+    assert_eq!(config.handlers["beside"].far_host(), None);
+    let handlers = Handlers::new(config);
+    let refused = |name: &str| format!("{:#}", handlers.get(name).err().expect("it cannot be had"));
+    assert!(refused("far").contains("HOMEROOM_TEST_KEY_THAT_IS_NOT_SET"), "{}", refused("far"));
+    assert!(refused("naer").contains("did you mean `near`?"), "{}", refused("naer"));
+    assert!(refused("near").contains("no such model"), "{}", refused("near"));
+    assert!(handlers.get("beside").is_ok());
+    Ok(())
+}
+
+#[test]
+fn keys_that_are_missing_are_all_named_before_a_model_is_loaded() -> Result<()> {
+    let refused = |text: &str| -> Result<String> {
+        let handlers = Handlers::new(Config::parse(Path::new("h.toml"), text)?);
+        Ok(format!("{:#}", handlers.served().err().context("a key is missing")?))
+    };
+    let one = refused(GOOD)?;
+    assert!(one.contains("h.toml: [handlers.far]: api_key: the environment variable HOMEROOM_TEST_KEY_"), "{one}");
+    assert!(one.contains("is not set; export HOMEROOM_TEST_KEY_THAT_IS_NOT_SET=…") && !one.contains("near"), "{one}");
+    // What it holds is not shown, in case it is half a key.
+    let other =
+        GOOD.replace("[handlers.beside]\n", "[handlers.beside]\napi_key = { env = \"CARGO_PKG_DESCRIPTION\" }\n");
+    let two = refused(&other)?;
+    assert!(two.contains("2 keys are missing") && two.contains("[handlers.far]: api_key"), "{two}");
+    assert!(two.contains("CARGO_PKG_DESCRIPTION holds is not a key") && !two.contains("open-weight"), "{two}");
+    // What no route uses needs no key.
+    let unused = refused(&GOOD.replace("[\"near\", \"far\"]", "[\"near\"]"))?;
+    assert!(unused.contains("no such model"), "{unused}");
+    Ok(())
+}
+
+#[test]
+fn all_that_is_wrong_is_said_at_once() {
+    let all = problems(
+        r#"
+[handlers.a]
+kind = "lokal"
+
+[handlers.b]
+kind = "openai"
+base_ulr = "https://api.example.com"
+model = 7
+api_key = "sk-secret"
+
+[handlers.c]
+kind = "local"
+model = "x"
+any_base = "yes"
+compute = "f23"
+
+[handlers.d]
+model = "x"
+
+[handlers.e]
+kind = "openai"
+base_url = "api.example.com"
+model = "x"
+read_timeout_s = 0
+
+[route.x]
+[routes.a]
+handlers = ["cc", "c", "c"]
+egress = "redact"
+[routes.y]
+handlers = []
+egress = "dney"
+[routes.z]
+"#,
+    );
+    for wanted in [
+        "18 problems",
+        "`lokal`: unknown kind, did you mean `local`?",
+        "`base_ulr`: unknown key, did you mean `base_url`?",
+        "[handlers.b]: `base_url` is missing",
+        "`model`: is a whole number, should be a text in quotes",
+        "a key does not belong in the file",
+        "`any_base`: is a text, should be true or false",
+        "`compute`: `f23` is unknown",
+        "[handlers.d]: `kind` is missing",
+        "`base_url`: an address begins with",
+        "`read_timeout_s`: should be from 1 to 3600",
+        "`route`: unknown key, did you mean `routes`?",
+        "`cc`: there is no such handler, did you mean `c`?",
+        "`c`: is in the list twice",
+        "\"redact\" is not supported yet",
+        "`handlers`: the list is empty",
+        "`dney` is unknown, did you mean `deny`?",
+        "the route has no `handlers`",
+        "`a`: a handler has this name already",
+    ] {
+        assert!(all.contains(wanted), "{wanted}\nis not in\n{all}");
+    }
+    assert!(!all.contains("sk-secret"), "{all}");
+}
+
+#[test]
+fn denied_egress_is_an_error_of_the_file() {
+    let denied = GOOD.replace("egress = \"allow\"", "egress = \"deny\"");
+    let all = problems(&denied);
+    assert!(all.contains("1 problem\n") && all.contains("api.example.com, and egress is \"deny\""), "{all}");
+    let default = GOOD.replace("egress = \"allow\"\n", "");
+    assert!(problems(&default).contains("egress is \"deny\""));
+    // Nor does a host that only looks like this machine pass.
+    let alike = GOOD.replace("http://localhost:11434", "http://localhost.example.com");
+    assert!(problems(&alike).contains("localhost.example.com, and egress"));
+}
+
+#[test]
+fn a_key_in_the_wrong_place_is_never_printed() {
+    let file = |line: &str| {
+        format!("[handlers.c]\nkind = \"openai\"\nbase_url = \"https://api.example.com\"\nmodel = \"m\"\n{line}\n")
+    };
+    for (line, wanted) in [
+        (r#"apikey="sk-REAL-é""#, "`apikey`: unknown key, did you mean `api_key`?"),
+        (r#"key="AIzaREAL""#, "`key`: unknown key"),
+        (r#"headers={Authorization="Bearer sk-REAL"}"#, "`headers`: unknown key"),
+        (r#"api_key={value="sk-REAL"}"#, "`value`: unknown key"),
+        (r#"api_key={sk-REAL="x"}"#, "`[key]`: unknown key"),
+        (r#"api_key={env="sk-proj-REAL"}"#, "`env`: should be the name of an environment variable"),
+        (r#"api_key={env="AIzaSyREAL0123456789abc"}"#, "`env`: should be the name of an environment variable"),
+        (r#"api_key={env="gsk_REAL0123456789abcdef"}"#, "`env`: should be the name of an environment variable"),
+        ("api_key={env=\"A_KEY\"}\napi_key=\"REAL\"", "this key is there already"),
+        ("api_key=sk-REAL", "quotes"),
+        ("api_key=\"REAL", "line 5"),
+        (r#"model="sk-REAL" # REAL"#, "this key is there already"),
+        (r#"kind="sk-REAL""#, "this key is there already"),
+        (r#"read_timeout_s="x" # REAL"#, "`read_timeout_s`: is a text"),
+        ("notes=[\n\"REAL\",\n7 7]", "line 7"),
+        ("[routes.r]\nhandlers={c={apikey=\"REAL\"}}", "`handlers`: is a table"),
+        ("[handlers.d]\nkind=\"sk-REAL\"", "`[key]`: unknown kind"),
+        ("[handlers.d]\nkind=\"openai\"\nmodel=\"m\"\nbase_url=\"https://a.b/v1?key=REAL\"", "`?` or `#`"),
+        ("[handlers.d]\nkind=\"openai\"\nmodel=\"m\"\nbase_url=\"https://REAL@a.b/v1\"", "use api_key"),
+    ] {
+        let all = problems(&file(line));
+        assert!(all.contains(wanted) && !all.contains("REAL"), "{line}: {wanted}\n{all}");
+    }
+    // What cannot be a key is shown.
+    let all = problems("[handlers.x]\nkind = \"local\"\nmodel = \"m\"\ncompute = \"f23\"\n");
+    assert!(all.contains("4 | compute = \"f23\""), "{all}");
+}

@@ -11,8 +11,8 @@ use homeroom_engine::memory;
 use homeroom_kernels::Isa;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, doctor, eval, export_model, fine_tune, import, licenses, list_models, new, plan,
-    plugins, preview, pull, resume, rm, run, runs, serve, show,
+    Done, bench, chat, compare, cp, doctor, eval, export_model, feedback, fine_tune, import, licenses, list_models,
+    new, plan, plugins, preview, pull, resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips, troubles};
@@ -70,6 +70,9 @@ pub enum Command {
     ExportModel(export_model::Arguments),
     /// Serves models on this machine to programs that speak OpenAI's API
     Serve(serve::Arguments),
+    /// Writes what people thought of answers as rows to learn from; hands out and deletes one person's data; checks the log
+    #[command(subcommand)]
+    Feedback(feedback::Feedback),
     /// Lists, writes, builds, checks, installs and locks training strategies
     #[command(subcommand)]
     Plugins(plugins::Plugins),
@@ -185,6 +188,7 @@ pub fn main() -> ExitCode {
         Command::Import(arguments) => import::run(arguments),
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
+        Command::Feedback(what) => feedback::run(what),
         Command::Plugins(what) => plugins::run(what),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Bench(what) => bench::run(what),

@@ -1,6 +1,7 @@
 //! `homeroom serve`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -12,6 +13,8 @@ use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, HandlerSpec, Handlers, load_local};
 use crate::hub::HubName;
 use crate::interrupt;
+use crate::memory::Memory;
+use crate::memory::settings::Content;
 use crate::models::{last_part, shown};
 use crate::near::exists;
 use crate::progress::{line, size};
@@ -129,6 +132,20 @@ fn class(arguments: &Arguments, config: Option<&Config>) -> Result<Class> {
         let bases: Vec<&str> = settings.bases.keys().map(String::as_str).collect();
         line(format_args!("trains   {}", bases.join(", ")));
         class = class.with_tuning(Tuning::open(&data, settings.clone())?);
+    }
+    if let Some(settings) = config.and_then(|config| config.memory) {
+        let data = data_directory().context("there is no data directory to remember in; set HOMEROOM_HOME")?;
+        let memory = Arc::new(Memory::open(&data, settings)?);
+        Memory::keep_time(&memory)?;
+        let what = match settings.content {
+            Content::None => "of answers nothing, and of feedback the rating".to_owned(),
+            Content::Redacted => {
+                format!("conversations without likely personal data, for {} days", settings.retention_days)
+            }
+            Content::Full => format!("conversations, for {} days", settings.retention_days),
+        };
+        line(format_args!("keeps    {what}"));
+        class = class.with_memory(memory);
     }
     Ok(class)
 }

@@ -170,10 +170,18 @@ impl Chain {
             let link: Link = serde_json::from_slice(&line)
                 .with_context(|| format!("{}: line {number} is none of this log", place()))?;
             if link.number != number {
-                bail!("{}: line {number} says that it is line {}: lines were taken out or put in", place(), link.number);
+                bail!(
+                    "{}: line {number} says that it is line {}: lines were taken out or put in",
+                    place(),
+                    link.number
+                );
             }
             if link.before != self.tail.digest {
-                bail!("{}: line {number} was written behind another line than {}: one of them was changed", place(), number - 1);
+                bail!(
+                    "{}: line {number} was written behind another line than {}: one of them was changed",
+                    place(),
+                    number - 1
+                );
             }
             self.tail = Tail { bytes: self.tail.bytes + read as u64, number, digest: digest(&line) };
             take(&link);
@@ -269,7 +277,9 @@ mod tests {
         };
         assert_eq!(with(&lines)?, "");
         let changed = lines[1].replace("\"time\":\"t\"", "\"time\":\"u\"");
-        assert!(with(&[lines[0], &changed, lines[2], lines[3]])?.contains("line 3 was written behind another line than 2"));
+        assert!(
+            with(&[lines[0], &changed, lines[2], lines[3]])?.contains("line 3 was written behind another line than 2")
+        );
         assert!(with(&[lines[0], lines[2], lines[3]])?.contains("line 2 says that it is line 3"));
         assert!(with(&[lines[0], lines[0], lines[1]])?.contains("line 2 says that it is line 1"));
         assert!(with(&["{}"])?.contains("line 1 is none of this log"));

@@ -117,21 +117,35 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Opens the memory of a data directory; completes what was being removed, and removes what is too old.
+    /// Opens the memory of a data directory for a server; completes what was being removed, and removes what is too old.
     ///
     /// # Errors
     /// When the chain is broken or cannot be read, or the directory cannot be written.
     pub fn open(data: &Path, settings: Settings) -> Result<Self> {
         let directory = directory(data);
         make_directory(&directory)?;
-        let chain = Chain::new(&directory);
-        let state = State { chain, known: HashMap::new(), order: VecDeque::new(), is_told: false };
-        let contents = Contents::new(&directory);
-        let memory = Self { directory, settings, contents, state: Mutex::new(state) };
+        let memory = Self::of(directory, settings);
         memory.mend()?;
         memory.forget_old()?;
         memory.recall()?;
         Ok(memory)
+    }
+
+    /// Opens the memory of a data directory to look at it, or to delete a person's data.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn at(data: &Path) -> Result<Self> {
+        let directory = directory(data);
+        ensure!(directory.join(FILE).exists(), nothing(&directory));
+        Ok(Self::of(directory, Settings::default()))
+    }
+
+    fn of(directory: PathBuf, settings: Settings) -> Self {
+        let chain = Chain::new(&directory);
+        let state = State { chain, known: HashMap::new(), order: VecDeque::new(), is_told: false };
+        let contents = Contents::new(&directory);
+        Self { directory, settings, contents, state: Mutex::new(state) }
     }
 
     /// Looks each hour whether a time is over, as long as the memory is used.
@@ -387,6 +401,10 @@ fn salt() -> String {
     format!("{:016x}{:016x}", random(), random())
 }
 
+fn nothing(directory: &Path) -> String {
+    format!("{}: nothing is kept here\nhint: [memory] in the file of handlers says what is", directory.display())
+}
+
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verified {
@@ -407,11 +425,7 @@ pub struct Verified {
 /// When something is not as it was written, with its line; all contents of that kind in one message.
 pub fn verify(data: &Path, head: Option<&str>) -> Result<Verified> {
     let directory = directory(data);
-    ensure!(
-        directory.join(FILE).exists(),
-        "{}: nothing is kept here\nhint: [memory] in the file of handlers says what is",
-        directory.display()
-    );
+    ensure!(directory.join(FILE).exists(), nothing(&directory));
     let _lock = Lock::take(&directory, &mut |note| line(note))?;
     let mut chain = Chain::new(&directory);
     let (mut digests, mut gone, mut heads) = (HashMap::new(), Ranges::default(), BTreeSet::new());
@@ -426,7 +440,10 @@ pub fn verify(data: &Path, head: Option<&str>) -> Result<Verified> {
     })?;
     heads.insert(chain.tail().digest.clone());
     if let Some(head) = head {
-        ensure!(heads.contains(head), "the chain has no line of digest {head}: it was written anew, or cut off before that");
+        ensure!(
+            heads.contains(head),
+            "the chain has no line of digest {head}: it was written anew, or cut off before that"
+        );
     }
     let removed: BTreeSet<u64> = digests.keys().filter(|number| gone.holds(**number)).copied().collect();
     let contents = Contents::new(&directory);
@@ -439,17 +456,23 @@ pub fn verify(data: &Path, head: Option<&str>) -> Result<Verified> {
                 let number = content.number;
                 match digests.get(&number) {
                     None => problems.push(format!("content {number}: the chain does not know it")),
-                    Some(_) if removed.contains(&number) => problems.push(format!("content {number}: was removed, and is there")),
-                    Some(known) if *known != digest(line) => problems.push(format!("content {number}: is not what was written")),
+                    Some(_) if removed.contains(&number) => {
+                        problems.push(format!("content {number}: was removed, and is there"))
+                    }
+                    Some(known) if *known != digest(line) => {
+                        problems.push(format!("content {number}: is not what was written"))
+                    }
                     Some(_) if !there.insert(number) => problems.push(format!("content {number}: is there twice")),
                     Some(_) => {}
                 }
             }
         })?;
     }
-    let mut lost: Vec<&u64> = digests.keys().filter(|number| !there.contains(number) && !removed.contains(number)).collect();
+    let mut lost: Vec<&u64> =
+        digests.keys().filter(|number| !there.contains(number) && !removed.contains(number)).collect();
     lost.sort();
-    problems.extend(lost.into_iter().map(|number| format!("content {number}: is gone, and the chain does not say why")));
+    problems
+        .extend(lost.into_iter().map(|number| format!("content {number}: is gone, and the chain does not say why")));
     if !problems.is_empty() {
         const SHOWN: usize = 20;
         let more = problems.len().saturating_sub(SHOWN);

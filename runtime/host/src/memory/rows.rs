@@ -38,7 +38,9 @@ pub fn rows(contents: &[Content], form: Form, model: Option<&str>) -> Vec<Value>
                 rows.extend(rating.map(|rating| row(&prompt, answer, rating > 0)));
                 rows.extend(correction.map(|correction| row(&prompt, correction, true)));
             }
-            Form::Pairs => rows.extend(correction.filter(|_| is_said).map(|correction| pair(&prompt, correction, answer))),
+            Form::Pairs => {
+                rows.extend(correction.filter(|_| is_said).map(|correction| pair(&prompt, correction, answer)))
+            }
         }
     }
     rows

@@ -19,8 +19,7 @@ pub enum Content {
     Full,
 }
 
-const WORDS: [(&str, Content); 3] =
-    [("none", Content::None), ("redacted", Content::Redacted), ("full", Content::Full)];
+const WORDS: [(&str, Content); 3] = [("none", Content::None), ("redacted", Content::Redacted), ("full", Content::Full)];
 
 /// What `[memory]` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +85,11 @@ mod tests {
         let kept = Settings { content: Content::Redacted, retention_days: 90, bytes_max: 5 << 20 };
         assert_eq!(read("[memory]\ncontent = \"redacted\"\nretention_days = 90\nmib_max = 5\n"), Ok(Some(kept)));
         let all = read("[memory]\ncontent = \"ful\"\nretention_days = 0\nkeep = true\n").expect_err("it is wrong");
-        for words in ["`ful` is unknown, did you mean `full`?", "`retention_days`: should be from 1 to 3650", "`keep`: unknown key"] {
+        for words in [
+            "`ful` is unknown, did you mean `full`?",
+            "`retention_days`: should be from 1 to 3650",
+            "`keep`: unknown key",
+        ] {
             assert!(all.contains(words), "{words}\n{all}");
         }
     }

@@ -53,7 +53,10 @@ fn what_is_thought_of_answers_becomes_rows() -> Result<()> {
     let labels: Vec<Value> = rows(&contents, Form::Ratings, None).iter().map(|row| row["label"].clone()).collect();
     assert_eq!(labels, [json!(true), json!(false), json!(true), json!(true)]);
     let pairs = rows(&contents, Form::Pairs, Some("tutor"));
-    assert_eq!((pairs.len(), &pairs[0]["prompt"], &pairs[0]["rejected"]), (1, &json!("b? mail [EMAIL_1]"), &json!("no")));
+    assert_eq!(
+        (pairs.len(), &pairs[0]["prompt"], &pairs[0]["rejected"]),
+        (1, &json!("b? mail [EMAIL_1]"), &json!("no"))
+    );
     assert_eq!(pairs[0]["chosen"], "call [PHONE_1]");
     assert_eq!(rows(&contents, Form::Ratings, Some("other")), Vec::<Value>::new());
     assert_eq!(verify(place.path(), None)?.contents, contents.len());
@@ -137,8 +140,13 @@ fn what_was_changed_or_taken_out_shows() -> Result<()> {
         Ok(verify(place.path(), None).err().map(|error| format!("{error:#}")).unwrap_or_default())
     };
     assert_eq!(check(&whole)?, "");
-    assert!(check(&whole.replace("\"answer\":\"yes\"", "\"answer\":\"no\""))?.contains("content 1: is not what was written"));
-    assert!(check(&format!("{}\n{}\n", lines[0], lines[2]))?.contains("content 2: is gone, and the chain does not say why"));
+    assert!(
+        check(&whole.replace("\"answer\":\"yes\"", "\"answer\":\"no\""))?
+            .contains("content 1: is not what was written")
+    );
+    assert!(
+        check(&format!("{}\n{}\n", lines[0], lines[2]))?.contains("content 2: is gone, and the chain does not say why")
+    );
     assert!(check(&format!("{whole}{}\n", lines[0]))?.contains("content 1: is there twice"));
     // A content that a kill left without its line in the chain is removed at the next start.
     let more = lines[0].replace("\"number\":1,", "\"number\":9,");

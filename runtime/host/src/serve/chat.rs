@@ -17,6 +17,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::body::{self, Waiting, name_ignored};
+use super::caller::Caller;
 use super::reply::{Envelope, HANDLER, PING, Refusal, frame};
 use super::{ANSWER_TIME_MAX, App, no_model, now, request, wrong_model};
 use crate::handler::{self, Context, Event, Gives, Handler, HandlerError, Kind, PATIENCE, checked};
@@ -33,12 +34,14 @@ pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Respo
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
+    let caller = Caller::of(request.extensions());
     let asked = request::read(&body::read(app, request).await?)?;
     let handler = app.models().get(&asked.model);
     let handler = handler.ok_or_else(|| no_model(app, &asked.model))?;
     if handler.gives() == Gives::Vectors {
         return Err(wrong_model(app, &asked.model, Gives::Answers));
     }
+    let handler = app.class.observed(handler, &asked.model, &caller);
 
     let context = Context::default().or_with(app.ending.clone()).within(ANSWER_TIME_MAX);
     let waiting = Waiting(context.clone());

@@ -96,7 +96,10 @@ mod tests {
             (json!({"response_id": "a", "rating": 2}), "should be 1 or -1"),
             (json!({"response_id": "a", "rating": 1.0}), "should be 1 or -1"),
             (json!({"response_id": "a", "ratng": 1}), "`ratng`: unknown field, did you mean `rating`?"),
-            (json!({"response_id": "a", "comment": "x".repeat(9000)}), "`comment`: should be a text of at most 8192 bytes"),
+            (
+                json!({"response_id": "a", "comment": "x".repeat(9000)}),
+                "`comment`: should be a text of at most 8192 bytes",
+            ),
         ] {
             assert!(read(wrong.clone()).is_err_and(|message| message.contains(words)), "{wrong}");
         }

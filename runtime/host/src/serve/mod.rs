@@ -10,9 +10,12 @@ mod chat;
 mod class;
 mod connection;
 mod embeddings;
+mod feedback;
 mod files;
 pub mod fine_tuning;
 mod models;
+mod observed;
+mod person;
 mod query;
 mod reply;
 mod request;
@@ -43,6 +46,7 @@ use crate::toml_problems::near;
 pub use class::Class;
 pub use connection::Bounds;
 pub use models::Models;
+pub use person::Person;
 use reply::Refusal;
 
 /// Longest time for an answer, or for all texts of one request for vectors, including the wait in the queue.
@@ -190,6 +194,7 @@ pub fn start_class(models: Models, listener: TcpListener, bounds: Bounds, class:
 
 const CHAT: &str = "/v1/chat/completions";
 const EMBEDDINGS: &str = "/v1/embeddings";
+const FEEDBACK: &str = "/v1/feedback";
 const FILES: &str = "/v1/files";
 const JOBS: &str = "/v1/fine_tuning/jobs";
 
@@ -216,6 +221,7 @@ fn router(app: Arc<App>) -> Router {
     Router::new()
         .route(CHAT, post(chat::chat))
         .route(EMBEDDINGS, post(embeddings::embeddings))
+        .route(FEEDBACK, post(feedback::feedback))
         .route(FILES, get(files::list).post(files::create))
         .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
         .route("/v1/files/{id}/content", get(files::content))
@@ -237,7 +243,7 @@ fn router(app: Arc<App>) -> Router {
             let path = request.uri().path();
             let wishes = ["/cancel", "/pause", "/resume"].iter().any(|wish| path.ends_with(wish));
             let method = match path {
-                CHAT | EMBEDDINGS => "POST",
+                CHAT | EMBEDDINGS | FEEDBACK => "POST",
                 FILES | JOBS => "GET and POST",
                 path if path.starts_with(JOBS) && wishes => "POST",
                 path if path.starts_with(FILES) && !path.ends_with("/content") => "GET and DELETE",
@@ -287,9 +293,10 @@ async fn nothing_here(request: Request) -> Refusal {
     let path = request.uri().path();
     let asked = path.trim_end_matches('/');
     // Under a base URL that is too short or too long, the end of the path is right.
-    let meant =
-        [CHAT, EMBEDDINGS, FILES, JOBS, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
-    let known = [CHAT, EMBEDDINGS, FILES, JOBS, "/v1/models", "/v1/models/{id}", "/health"];
+    let meant = [CHAT, EMBEDDINGS, FEEDBACK, FILES, JOBS, "/v1/models"]
+        .into_iter()
+        .find(|known| asked.ends_with(&known["/v1".len()..]));
+    let known = [CHAT, EMBEDDINGS, FEEDBACK, FILES, JOBS, "/v1/models", "/v1/models/{id}", "/health"];
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let path: String = path.chars().take(80).collect();
     Refusal::new(StatusCode::NOT_FOUND, format!("{path} is not served here, {hint}"))

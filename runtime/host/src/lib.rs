@@ -11,11 +11,6 @@ macro_rules! eprintln {
     ($($text:tt)+) => { $crate::progress::line(format_args!($($text)+)) };
 }
 
-/// As [`eprintln`].
-macro_rules! eprint {
-    ($($text:tt)+) => { $crate::progress::prompt(format_args!($($text)+)) };
-}
-
 pub mod cli;
 mod command;
 mod data_report;

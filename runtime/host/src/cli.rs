@@ -11,8 +11,8 @@ use homeroom_engine::memory;
 use homeroom_kernels::Isa;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, doctor, eval, export_model, feedback, fine_tune, import, licenses, list_models,
-    new, plan, plugins, preview, pull, resume, rm, run, runs, serve, show,
+    Done, bench, chat, compare, cp, doctor, eval, export_model, feedback, fine_tune, import, keys, licenses,
+    list_models, new, plan, plugins, preview, pull, resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips, troubles};
@@ -68,8 +68,11 @@ pub enum Command {
     Import(import::Arguments),
     /// Writes a trained model in a format that other programs load
     ExportModel(export_model::Arguments),
-    /// Serves models on this machine to programs that speak OpenAI's API
+    /// Serves models to programs that speak OpenAI's API or Ollama's: on this machine, and to others with keys
     Serve(serve::Arguments),
+    /// Makes, lists and removes the keys with which other machines may use `serve`
+    #[command(subcommand)]
+    Keys(keys::Keys),
     /// Writes what people thought of answers as rows to learn from; hands out and deletes one person's data; checks the log
     #[command(subcommand)]
     Feedback(feedback::Feedback),
@@ -188,6 +191,7 @@ pub fn main() -> ExitCode {
         Command::Import(arguments) => import::run(arguments),
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
+        Command::Keys(what) => keys::run(what),
         Command::Feedback(what) => feedback::run(what),
         Command::Plugins(what) => plugins::run(what),
         Command::Doctor(arguments) => doctor::run(arguments),

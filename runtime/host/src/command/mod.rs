@@ -11,6 +11,7 @@ pub mod export_model;
 pub mod feedback;
 pub mod fine_tune;
 pub mod import;
+pub mod keys;
 pub mod licenses;
 pub mod list_models;
 pub mod new;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
-use super::arguments::{AnswerArgs, ModelArgs, whole};
+use super::arguments::{AnswerArgs, ModelArgs, Word, one_of, whole};
 use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, HandlerSpec, Handlers, load_local};
 use crate::hub::HubName;
@@ -19,9 +19,10 @@ use crate::models::{last_part, shown};
 use crate::near::exists;
 use crate::progress::{line, size};
 use crate::registry::data_directory;
-use crate::serve::fine_tuning::Tuning;
-use crate::serve::fine_tuning::settings::Settings;
-use crate::serve::{Bounds, Class, Models, bind, start_class};
+use crate::serve::fine_tuning::{self, Tuning};
+use crate::serve::keys::Keys;
+use crate::serve::settings::{Log, Settings};
+use crate::serve::{Class, Models, Serving, bind_for, start_as};
 use crate::watch::Watch;
 
 /// Arguments of `serve`.
@@ -40,13 +41,22 @@ pub struct Arguments {
     /// Take files and train on them for clients (/v1/files, /v1/fine_tuning/jobs): the model of --model-dir, or the models of this machine that the file of handlers names, unless its [fine_tuning] says which
     #[arg(long)]
     fine_tuning: bool,
-    /// Port to listen on; 0 takes a free one
-    #[arg(long, default_value = "8080", value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
-    port: u16,
-    /// Address of this machine to listen on
-    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
-    host: String,
+    /// Port to listen on; 0 takes a free one [default: that of [server] listen, else 8080]
+    #[arg(long, value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
+    port: Option<u16>,
+    /// Address of this machine to listen on; one that other machines reach wants keys [default: that of [server] listen, else 127.0.0.1]
+    #[arg(long, value_name = "HOST")]
+    host: Option<String>,
+    /// One line a request on stderr, and never a word of it [default: that of [server] log, else off]
+    #[arg(long, value_name = "FORM", value_parser = one_of::<Log>(&LOG))]
+    log: Option<Log>,
 }
+
+/// Forms of the log.
+const LOG: [Word; 3] = [("off", "none"), ("text", "for people"), ("json", "an object a line")];
+
+/// Where it listens if nothing says so.
+const LISTEN: (&str, u16) = ("127.0.0.1", 8080);
 
 /// Serves until it is interrupted.
 pub fn run(arguments: &Arguments) -> Result<Done> {
@@ -61,10 +71,23 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             Some(path)
         }
     };
+    // Before it is read: an edit in between is a change.
+    let file = config.as_deref().map(Watch::new);
+    let config = config
+        .map(|path| {
+            exists(&path)?;
+            Config::read(&path)
+        })
+        .transpose()?;
+    let mut settings = config.as_ref().map_or_else(Settings::default, |config| config.server.clone());
+    let keys = Keys::of_home();
+    let (host, port) = settings.listen.clone().unwrap_or_else(|| (LISTEN.0.to_owned(), LISTEN.1));
     // The port first: loading takes longer than finding out that it is taken.
-    let listener = bind(&arguments.host, arguments.port)?;
+    let listener = bind_for(arguments.host.as_ref().unwrap_or(&host), arguments.port.unwrap_or(port), &keys)?;
+    let is_keyed = keys.wanted()?.is_some();
+    settings.log = arguments.log.unwrap_or(settings.log);
     let mut watched = None;
-    let models = match (&arguments.model, &config) {
+    let models = match (&arguments.model, config.zip(file)) {
         (Some(model), _) => {
             let short = last_part(&model.model_dir).unwrap_or_else(|| "model".to_owned());
             let short = short.strip_suffix(".gguf").unwrap_or(&short);
@@ -76,13 +99,11 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
             Models::from([(name.clone(), handler)]).with_alias(short, &name).with_alias(&typed, &name)
         }
         (None, config) => {
-            let path = config.as_deref().context("a file was named or found")?;
-            exists(path)?;
-            // Before it is read: an edit in between is a change.
-            let file = Watch::new(path);
-            let handlers = Handlers::new(Config::read(path)?);
+            let (config, file) = config.context("a file was named or found")?;
+            let path = config.path.clone();
+            let handlers = Handlers::new(config);
             let served = served(&handlers)?;
-            watched = Some((path.to_owned(), file, handlers));
+            watched = Some((path, file, handlers));
             served
         }
     };
@@ -93,10 +114,13 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         tell_shared(handlers);
     }
     let class = class(arguments, watched.as_ref().map(|(_, _, handlers)| handlers.config()))?;
-    let server = start_class(models, listener, Bounds::default(), class)?;
+    let server = start_as(models, listener, Serving { class, ..Serving::of_home(settings, keys) })?;
     if let Some((path, file, handlers)) = watched {
-        let replace = server.replacer();
-        thread::spawn(move || watch(&path, file, handlers, replace));
+        let (replace, count, log) = (server.replacer(), server.counter_of_reloads(), arguments.log);
+        let replace = move |models, settings: Settings| {
+            replace(models, Some(Settings { log: log.unwrap_or(settings.log), ..settings }));
+        };
+        thread::spawn(move || watch(&path, file, handlers, replace, count));
     }
     let stop = server.stopper();
     let mut pressed = false;
@@ -107,7 +131,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         eprintln!("\nending: answers under way are finished first; press Ctrl-C again to end at once");
         stop();
     })?;
-    eprintln!("serving  {}   Ctrl-C ends", server.url());
+    let who = if is_keyed { "a key is wanted" } else { "for this machine, without a key" };
+    eprintln!("serving  {}   {who}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
 }
@@ -116,7 +141,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
 fn class(arguments: &Arguments, config: Option<&Config>) -> Result<Class> {
     let mut class = Class::default();
     let asked = arguments.fine_tuning.then(|| {
-        let mut settings = Settings::default();
+        let mut settings = fine_tuning::settings::Settings::default();
         if let Some(model) = &arguments.model {
             settings = settings.with_base(&model.model_dir.to_string_lossy(), &model.model_dir);
         }
@@ -169,7 +194,13 @@ fn tell_shared(handlers: &Handlers) {
 }
 
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.
-fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers: Handlers, replace: impl Fn(Models)) {
+fn watch(
+    path: &Path,
+    (mut file, problem): (Watch, Option<String>),
+    mut handlers: Handlers,
+    replace: impl Fn(Models, Settings),
+    count: impl Fn(bool),
+) {
     if let Some(problem) = problem {
         line(format_args!("note: {}: changes are looked for every 2 s only: {problem}", path.display()));
     }
@@ -208,12 +239,29 @@ fn watch(path: &Path, (mut file, problem): (Watch, Option<String>), mut handlers
             Ok(None) => {}
             Ok(Some((next, served))) => {
                 let names: Vec<String> = served.names().map(str::to_owned).collect();
-                replace(served);
+                let (now, before) = (&next.config().server, &handlers.config().server);
+                let fixed = now.fixed_that_differ(before);
+                replace(served, now.clone());
+                count(true);
+                if !fixed.is_empty() {
+                    line(format_args!(
+                        "note: {}: [server] {} counts from the next start on",
+                        path.display(),
+                        fixed.join(", ")
+                    ));
+                }
+                let (now, before) = (next.config(), handlers.config());
+                let tables =
+                    [("fine_tuning", now.fine_tuning == before.fine_tuning), ("memory", now.memory == before.memory)];
+                for (table, _) in tables.iter().filter(|(_, same)| !same) {
+                    line(format_args!("note: {}: [{table}] counts from the next start on", path.display()));
+                }
                 handlers = next;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
                 tell_shared(&handlers);
             }
             Err(error) => {
+                count(false);
                 line(format_args!("reload   refused: {error:#}\n         what was served is served on"));
             }
         }

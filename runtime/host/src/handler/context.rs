@@ -1,7 +1,7 @@
 //! What accompanies a request on its way: cancellation and a deadline.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{EventStream, HandlerError, Kind};
@@ -18,6 +18,12 @@ pub struct Context {
     /// Set to end all answers at once.
     all: Option<Arc<AtomicBool>>,
     deadline: Option<Instant>,
+    /// Requests that are before this one, as it waits for a place.
+    before: Arc<AtomicUsize>,
+    /// It waits behind those of which somebody waits for the answer.
+    background: bool,
+    /// Most tokens of the answer, whatever is asked for.
+    tokens_max: Option<usize>,
 }
 
 impl Context {
@@ -31,6 +37,36 @@ impl Context {
         // A time beyond the clock's range is no deadline.
         let deadline = [Instant::now().checked_add(time), self.deadline].into_iter().flatten().min();
         Self { deadline, ..self.clone() }
+    }
+
+    /// Returns the same context, of work that waits behind that of others.
+    pub fn in_background(&self) -> Self {
+        Self { background: true, ..self.clone() }
+    }
+
+    /// Returns true if the work waits behind that of others.
+    pub fn is_background(&self) -> bool {
+        self.background
+    }
+
+    /// Returns the same context, of an answer that ends after so many tokens at the latest.
+    pub fn at_most(&self, tokens: usize) -> Self {
+        Self { tokens_max: Some(self.tokens_max.unwrap_or(tokens).min(tokens)), ..self.clone() }
+    }
+
+    /// Returns the longest answer: what is asked for, if less is not all that may be given.
+    pub fn tokens(&self, asked: Option<usize>) -> Option<usize> {
+        [asked, self.tokens_max].into_iter().flatten().min()
+    }
+
+    /// Notes how many requests are before this one in a queue, for whoever tells the client.
+    pub fn wait_behind(&self, before: usize) {
+        self.before.store(before, Ordering::Relaxed);
+    }
+
+    /// Returns how many requests are before this one in a queue; 0: it does not wait in one.
+    pub fn before(&self) -> usize {
+        self.before.load(Ordering::Relaxed)
     }
 
     /// Asks the handler to stop. It does so between two tokens, between two pieces of a prompt, and in every wait.

@@ -2,6 +2,7 @@
 //! again.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,7 +27,25 @@ pub struct Limits {
     pub waiting: usize,
 }
 
-/// A handler behind a queue, first in, first out. A request that is cancelled gives up its place, in the queue or in an answer.
+/// Requests of all queues of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Those that are answered.
+    pub running: usize,
+    /// Those that wait.
+    pub waiting: usize,
+}
+
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+
+/// Returns how many requests are answered and wait, in all queues.
+pub fn load() -> Load {
+    Load { running: RUNNING.load(Ordering::Relaxed), waiting: WAITING.load(Ordering::Relaxed) }
+}
+
+/// A handler behind a queue, first in, first out; work in the background waits until nobody else does, has half of the places at most, and
+/// gives up its place in a full queue. A request that is cancelled gives up its place, in the queue or in an answer.
 pub struct Limited {
     inner: Arc<dyn Handler>,
     gate: Arc<Gate>,
@@ -69,17 +88,68 @@ struct Gate {
 
 struct State {
     running: usize,
-    /// Numbers of the requests that wait, the oldest in front.
-    waiting: VecDeque<u64>,
+    /// Those of them that are work in the background.
+    running_behind: usize,
+    /// The requests that wait, the oldest in front.
+    waiting: VecDeque<Waiter>,
     next: u64,
     /// How long an answer takes, in seconds: a moving mean.
     answer_s: f64,
 }
 
+/// A request that waits.
+struct Waiter {
+    number: u64,
+    background: bool,
+}
+
+/// One more in a count of the process, until it is dropped.
+struct Counted(&'static AtomicUsize);
+
+impl Counted {
+    fn in_count(count: &'static AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl State {
+    /// The request that is let in next, if a place is free for it.
+    fn next(&self, limits: Limits) -> Option<u64> {
+        if self.running >= limits.running {
+            return None;
+        }
+        let asked = self.waiting.iter().find(|waiter| !waiter.background);
+        let behind = || self.waiting.front().filter(|_| self.running_behind < limits.running.div_ceil(2));
+        asked.or_else(behind).map(|waiter| waiter.number)
+    }
+
+    /// How many are let in before a request that waits; `None`: it waits no longer.
+    fn before(&self, number: u64) -> Option<usize> {
+        let at = self.waiting.iter().position(|waiter| waiter.number == number)?;
+        let goes_first = |waiter: &&Waiter| !waiter.background;
+        Some(match self.waiting[at].background {
+            false => self.waiting.iter().take(at).filter(goes_first).count(),
+            true => at + self.waiting.iter().skip(at).filter(goes_first).count(),
+        })
+    }
+
+    fn leave(&mut self, number: u64) {
+        self.waiting.retain(|waiter| waiter.number != number);
+    }
+}
+
 impl Gate {
     /// Makes a queue with nobody in it.
     fn new(limits: Limits) -> Arc<Self> {
-        let state = State { running: 0, waiting: VecDeque::new(), next: 0, answer_s: FIRST_GUESS_S };
+        let (running, running_behind, waiting, next) = (0, 0, VecDeque::new(), 0);
+        let state = State { running, running_behind, waiting, next, answer_s: FIRST_GUESS_S };
         Arc::new(Self { limits, state: Mutex::new(state), changed: Condvar::new() })
     }
 
@@ -93,31 +163,55 @@ impl Gate {
     /// When the queue is full, or nobody wants the answer any longer.
     fn enter(gate: &Arc<Self>, context: &Context) -> Result<Place, HandlerError> {
         let Limits { running, waiting } = gate.limits;
+        let background = context.is_background();
         let mut state = gate.state();
         if state.running >= running && state.waiting.len() >= waiting {
-            // The queue goes first, `running` at a time.
-            let rounds = (state.waiting.len() + 1).div_ceil(running);
-            let retry_after = Duration::try_from_secs_f64(state.answer_s * rounds as f64).unwrap_or(COME_BACK.1);
-            let retry_after = retry_after.clamp(COME_BACK.0, COME_BACK.1);
-            let message =
-                format!("the handler is full: {running} requests are being answered and {} wait", state.waiting.len());
-            return Err(HandlerError::new(Kind::Overloaded { retry_after }, message));
+            // Work in the background makes room, the latest first.
+            let latest = state.waiting.iter().rposition(|waiter| waiter.background).filter(|_| !background);
+            if latest.and_then(|latest| state.waiting.remove(latest)).is_none() {
+                return Err(gate.full(&state));
+            }
+            gate.changed.notify_all();
         }
         let number = state.next;
         state.next += 1;
-        state.waiting.push_back(number);
-        while state.running >= running || state.waiting.front() != Some(&number) {
+        state.waiting.push_back(Waiter { number, background });
+        let waits = Counted::in_count(&WAITING);
+        while state.next(gate.limits) != Some(number) {
+            let Some(before) = state.before(number) else {
+                context.wait_behind(0);
+                return Err(gate.full(&state));
+            };
+            // One that is being answered is before it, if nobody waits.
+            context.wait_behind(before.max(1));
             state = gate.changed.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner).0;
             if let Err(gone) = context.check() {
-                state.waiting.retain(|waiting| *waiting != number);
+                state.leave(number);
+                context.wait_behind(0);
                 gate.changed.notify_all();
                 return Err(gone);
             }
         }
-        state.waiting.pop_front();
+        drop(waits);
+        context.wait_behind(0);
+        state.leave(number);
         state.running += 1;
+        state.running_behind += usize::from(background);
         gate.changed.notify_all();
-        Ok(Place { gate: gate.clone(), since: Instant::now() })
+        let counted = Counted::in_count(&RUNNING);
+        Ok(Place { gate: gate.clone(), since: Instant::now(), background, _counted: counted })
+    }
+
+    /// The refusal of a request that finds the queue full.
+    fn full(&self, state: &State) -> HandlerError {
+        let Limits { running, .. } = self.limits;
+        // The queue goes first, `running` at a time.
+        let rounds = (state.waiting.len() + 1).div_ceil(running);
+        let retry_after = Duration::try_from_secs_f64(state.answer_s * rounds as f64).unwrap_or(COME_BACK.1);
+        let retry_after = retry_after.clamp(COME_BACK.0, COME_BACK.1);
+        let message =
+            format!("the handler is full: {running} requests are being answered and {} wait", state.waiting.len());
+        HandlerError::new(Kind::Overloaded { retry_after }, message)
     }
 }
 
@@ -125,12 +219,15 @@ impl Gate {
 struct Place {
     gate: Arc<Gate>,
     since: Instant,
+    background: bool,
+    _counted: Counted,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut state = self.gate.state();
         state.running -= 1;
+        state.running_behind -= usize::from(self.background);
         state.answer_s += LATEST * (self.since.elapsed().as_secs_f64() - state.answer_s);
         self.gate.changed.notify_all();
     }
@@ -241,5 +338,53 @@ mod tests {
         assert_eq!(read.by_ref().take(3).count(), 3);
         assert!(handler.stream(&Request::default(), &Context::default()).is_ok());
         assert!(read.next().is_none());
+    }
+    #[test]
+    fn work_in_the_background_waits_until_nobody_else_does() {
+        let handler = limited(1, 4);
+        let first = handler.stream(&Request::default(), &Context::default()).expect("a place");
+        let (sender, done) = std::sync::mpsc::channel();
+        let contexts = [true, true, false, false].map(|behind| {
+            let context = if behind { Context::default().in_background() } else { Context::default() };
+            let (queued, sender, waits) = (handler.clone(), sender.clone(), context.clone());
+            let number = waiting(&handler);
+            std::thread::spawn(move || match queued.stream(&Request::default(), &waits) {
+                Ok(stream) => sender.send(number).map(|()| drop(stream)).expect("the test waits"),
+                Err(error) => {
+                    assert!(matches!(error.kind, Kind::Overloaded { .. }), "{error}");
+                    sender.send(number + 100).expect("the test waits");
+                }
+            });
+            while waiting(&handler) <= number {
+                std::thread::yield_now();
+            }
+            context
+        });
+        // The queue is full: the latest of the background makes room for a fifth that somebody waits for.
+        let fifth = handler.clone();
+        let asked = std::thread::spawn(move || fifth.stream(&Request::default(), &Context::default()).map(drop));
+        assert_eq!(done.recv(), Ok(101));
+        assert!(handler.stream(&Request::default(), &Context::default().in_background()).is_err());
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let told = || contexts.each_ref().map(Context::before);
+        while told() != [3, 0, 1, 1] && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert_eq!(told(), [3, 0, 1, 1], "requests that are before each");
+        drop(first);
+        assert_eq!([(); 3].map(|()| done.recv().expect("an answer")), [2, 3, 0]);
+        assert!(asked.join().expect("it does not panic").is_ok());
+        assert_eq!(contexts.map(|context| context.before()), [0; 4]);
+    }
+
+    #[test]
+    fn work_in_the_background_has_half_of_the_places() {
+        let handler = limited(4, 0);
+        let behind = || handler.stream(&Request::default(), &Context::default().in_background().within(PATIENCE));
+        let held = [behind().expect("a place"), behind().expect("a place")];
+        assert_eq!(behind().err().map(|error| error.kind), Some(Kind::Timeout), "it waits");
+        assert!(handler.stream(&Request::default(), &Context::default()).is_ok());
+        drop(held);
+        assert!(behind().is_ok());
     }
 }

@@ -145,7 +145,7 @@ impl Handler for Local {
         }
         let neutral = Sampling::default();
         let sampling = Sampling {
-            max_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).min(limit),
+            max_tokens: context.tokens(request.max_tokens.or(Some(DEFAULT_MAX_TOKENS))).unwrap_or(limit).min(limit),
             temperature: request.temperature.unwrap_or(DEFAULT_TEMPERATURE),
             top_k: request.top_k.unwrap_or(neutral.top_k),
             top_p: request.top_p.unwrap_or(if request.temperature.is_none() { DEFAULT_TOP_P } else { neutral.top_p }),

@@ -10,9 +10,6 @@ use super::App;
 use super::reply::{IGNORED, Refusal};
 use crate::handler::{Context, HandlerError, Kind};
 
-/// Largest body of a request, in bytes.
-const BODY_LIMIT: usize = 4 << 20;
-
 /// Reads the body of a request.
 pub(super) async fn read(app: &App, request: Request) -> Result<Bytes, Refusal> {
     let is_json = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).is_some_and(|kind| {
@@ -22,14 +19,24 @@ pub(super) async fn read(app: &App, request: Request) -> Result<Bytes, Refusal> 
         let message = "the body should be JSON, with the header content-type: application/json";
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
-    let body = timeout(app.bounds.body, to_bytes(request.into_body(), BODY_LIMIT)).await.map_err(|_| {
+    let most = app.settings().max_body;
+    let body = timeout(app.bounds.body, to_bytes(request.into_body(), most)).await.map_err(|_| {
         let message = format!("the body of the request was not complete after {} s", app.bounds.body.as_secs());
         Refusal::new(StatusCode::REQUEST_TIMEOUT, message)
     })?;
     body.map_err(|_| {
-        let message = format!("the body of the request is larger than {} MiB, or incomplete", BODY_LIMIT >> 20);
+        let message = format!("the body of the request is larger than {}, or incomplete", binary(most));
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     })
+}
+
+/// A size in the units of the settings.
+fn binary(bytes: usize) -> String {
+    match bytes {
+        bytes if bytes.is_multiple_of(1 << 20) => format!("{} MiB", bytes >> 20),
+        bytes if bytes.is_multiple_of(1 << 10) => format!("{} KiB", bytes >> 10),
+        bytes => format!("{bytes} bytes"),
+    }
 }
 
 /// Returns the fields of a body.

@@ -16,10 +16,10 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
+use super::admit::{Asker, Need};
 use super::body::{self, Waiting, name_ignored};
-use super::caller::Caller;
-use super::reply::{Envelope, HANDLER, PING, Refusal, frame};
-use super::{ANSWER_TIME_MAX, App, no_model, now, request, wrong_model};
+use super::reply::{Envelope, HANDLER, Refusal, frame, ping};
+use super::{App, now, request};
 use crate::handler::{self, Context, Event, Gives, Handler, HandlerError, Kind, PATIENCE, checked};
 
 /// Most text that is made ahead of a client who does not read, in bytes. Shorter answers are completed for such a client and give
@@ -34,21 +34,15 @@ pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Respo
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
-    let caller = Caller::of(request.extensions());
+    let asker = Asker::of(&request);
     let asked = request::read(&body::read(app, request).await?)?;
-    let handler = app.models().get(&asked.model);
-    let handler = handler.ok_or_else(|| no_model(app, &asked.model))?;
-    if handler.gives() == Gives::Vectors {
-        return Err(wrong_model(app, &asked.model, Gives::Answers));
-    }
-    let handler = app.class.observed(handler, &asked.model, &caller);
-
-    let context = Context::default().or_with(app.ending.clone()).within(ANSWER_TIME_MAX);
+    let handler = asker.handler(app, &asked.model, Gives::Answers)?;
+    let (handler, context) = asker.admit(app, handler, asked.user.as_deref(), &Need::Answer(&asked.request))?;
     let waiting = Waiting(context.clone());
-    let request::Asked { model, request, stream, include_usage, mut ignored } = asked;
+    let request::Asked { model, request, stream, include_usage, mut ignored, .. } = asked;
     let mut envelope = Envelope::new(now(), model, include_usage);
     let (mut response, by) = if stream {
-        let mut events = Events::of(handler, request, context);
+        let mut events = Events::of(handler, request, context.clone());
         // A refusal before the answer begins has its own status; with a long prompt, the client gets its 200 before the answer begins.
         let first = match timeout(app.bounds.first_event, events.next()).await {
             Ok(Some(Err(error))) => return Err(error.into()),
@@ -66,7 +60,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         let first = first.map(|event| envelope.frames(event));
         let silence = app.bounds.silence;
         let ping = Box::pin(sleep(silence));
-        let body = Body::from_stream(Frames { events, envelope, first, silence, ping, over: false, _waiting: waiting });
+        let body = Body::from_stream(Frames { events, envelope, first, silence, ping, over: false, waiting });
         let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
         ((headers, body).into_response(), by)
     } else {
@@ -150,7 +144,7 @@ struct Frames {
     silence: Duration,
     ping: Pin<Box<Sleep>>,
     over: bool,
-    _waiting: Waiting,
+    waiting: Waiting,
 }
 
 impl Stream for Frames {
@@ -180,7 +174,7 @@ impl Stream for Frames {
                 }
                 Poll::Pending => {
                     std::task::ready!(this.ping.as_mut().poll(context));
-                    PING.to_owned()
+                    ping(this.waiting.0.before())
                 }
             },
         };

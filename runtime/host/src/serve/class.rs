@@ -5,7 +5,6 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 use super::caller::Caller;
-use super::files::store::Files;
 use super::fine_tuning::Tuning;
 use super::observed::Observed;
 use crate::handler::Handler;
@@ -63,11 +62,6 @@ impl Class {
     /// The jobs, if it trains.
     pub(super) fn tuning(&self) -> Option<Arc<Tuning>> {
         self.tuning.clone()
-    }
-
-    /// The files, if it trains.
-    pub(super) fn files(&self) -> Option<Arc<Files>> {
-        self.tuning.as_ref().map(|tuning| tuning.files().clone())
     }
 
     /// Has a training save what it has and end; does not wait for it.

@@ -12,10 +12,11 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use tokio::task::spawn_blocking;
 
+use super::App;
+use super::admit::{Asker, Need};
 use super::body::{self, Waiting, name_ignored};
 use super::reply::{HANDLER, Refusal};
-use super::{ANSWER_TIME_MAX, App, no_model, wrong_model};
-use crate::handler::{Context, EmbedRequest, Embeddings, Gives, HandlerError, Input, Kind};
+use crate::handler::{EmbedRequest, Embeddings, Gives, HandlerError, Input, Kind};
 use crate::toml_problems::near;
 
 /// Most texts of a request, as at OpenAI.
@@ -39,6 +40,7 @@ struct Asked {
     request: EmbedRequest,
     format: Format,
     ignored: Vec<String>,
+    user: Option<String>,
 }
 
 pub(super) async fn embeddings(State(app): State<Arc<App>>, request: Request) -> Response {
@@ -49,13 +51,10 @@ pub(super) async fn embeddings(State(app): State<Arc<App>>, request: Request) ->
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
-    let Asked { model, request, format, ignored } = read(&body::read(app, request).await?)?;
-    let handler = app.models().get(&model);
-    let handler = handler.ok_or_else(|| no_model(app, &model))?;
-    if handler.gives() == Gives::Answers {
-        return Err(wrong_model(app, &model, Gives::Vectors));
-    }
-    let context = Context::default().or_with(app.ending.clone()).within(ANSWER_TIME_MAX);
+    let asker = Asker::of(&request);
+    let Asked { model, request, format, ignored, user } = read(&body::read(app, request).await?)?;
+    let handler = asker.handler(app, &model, Gives::Vectors)?;
+    let (handler, context) = asker.admit(app, handler, user.as_deref(), &Need::Vectors(&request))?;
     let waiting = Waiting(context.clone());
     let made = spawn_blocking(move || -> Result<_, HandlerError> {
         let made = handler.embed(&request, &context)?;
@@ -118,7 +117,8 @@ fn read(body: &[u8]) -> Result<Asked, HandlerError> {
     let truncate = take(&mut fields, "truncate").map_or(Some(true), |truncate| truncate.as_bool());
     let truncate = truncate.ok_or_else(|| HandlerError::invalid("truncate", "`truncate` should be true or false"))?;
     let request = EmbedRequest { input: inputs(input)?, dimensions: dimensions.flatten(), refuse_long: !truncate };
-    Ok(Asked { model, request, format, ignored })
+    let user = take(&mut fields, "user").and_then(|user| user.as_str().map(str::to_owned));
+    Ok(Asked { model, request, format, ignored, user })
 }
 
 fn take(fields: &mut Map<String, Value>, field: &str) -> Option<Value> {
@@ -198,7 +198,7 @@ impl Serialize for Vector<'_> {
 }
 
 /// Standard base64, with padding.
-fn base64(bytes: &[u8]) -> String {
+pub(super) fn base64(bytes: &[u8]) -> String {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for three in bytes.chunks(3) {

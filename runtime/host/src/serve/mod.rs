@@ -1,9 +1,11 @@
-//! The server: handlers over HTTP, by OpenAI's API.
+//! The server: handlers over HTTP, by OpenAI's API and by Ollama's.
 //!
-//! There are no keys yet, so it listens on this machine alone, and checks the `Host` that a browser believes it talks to: a
-//! page elsewhere can name this machine by a host name of its own (DNS rebinding). Bodies must say that they are JSON,
-//! which a page elsewhere cannot without a CORS preflight; that is refused. Nothing is logged.
+//! Whoever reaches it on this machine needs no key until there is one; other machines are let in with keys alone. The [`gate`] stands before
+//! all routes: names by which the server is called, pages that may use it, keys. [`admit`] stands before the models: which of them a key may
+//! use, and how much. Bodies must say that they are JSON, which a page elsewhere cannot without a CORS preflight; that is refused. Of a
+//! request at most one line is logged, and never a word of what is asked or answered.
 
+mod admit;
 mod body;
 pub mod caller;
 mod chat;
@@ -13,12 +15,18 @@ mod embeddings;
 mod feedback;
 mod files;
 pub mod fine_tuning;
+mod gate;
+pub mod keys;
+mod metrics;
 mod models;
 mod observed;
+mod page;
 mod person;
 mod query;
+mod record;
 mod reply;
 mod request;
+pub mod settings;
 mod tuned;
 
 use std::io::ErrorKind;
@@ -30,48 +38,65 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Extension, Path, Request, State};
 use axum::http::{StatusCode, header};
-use axum::middleware::{Next, from_fn};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use crate::handler::Gives;
-use crate::terminal::shown;
+use crate::handler::{Gives, limit};
 use crate::toml_problems::near;
+use admit::Access;
 pub use class::Class;
 pub use connection::Bounds;
+use keys::Keys;
+use keys::days::Days;
+use keys::limits::Meters;
+use metrics::Metrics;
 pub use models::Models;
 pub use person::Person;
 use reply::Refusal;
+use settings::Settings;
 
-/// Longest time for an answer, or for all texts of one request for vectors, including the wait in the queue.
-const ANSWER_TIME_MAX: Duration = Duration::from_secs(30 * 60);
-/// How long answers may go on once the server is asked to stop.
-const DRAIN: Duration = Duration::from_secs(30);
+/// How often what is used of a day is written to disk.
+const KEEP: Duration = Duration::from_secs(1);
 
-/// Opens a port of this machine.
+/// Opens a port of this machine that no other machine reaches.
 ///
 /// # Errors
 /// When the host is another one, or the port is taken.
 pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
+    bind_for(host, port, &Keys::none())
+}
+
+/// Opens a port, which other machines reach only if a key is wanted.
+///
+/// # Errors
+/// When the host is no address, other machines could use the models without a key, or the port is taken.
+pub fn bind_for(host: &str, port: u16, keys: &Keys) -> Result<TcpListener> {
     let address = match host.trim_matches(['[', ']']) {
         "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        other => match other.parse::<IpAddr>() {
-            Ok(address) if address.is_loopback() => address,
-            _ => bail!(
-                "--host {host}: other machines could use the models without a key, and keys are not built yet; serve on 127.0.0.1, and forward a port (ssh -L) where others need it"
-            ),
-        },
+        other => other.parse::<IpAddr>().map_err(|_| {
+            anyhow!("--host {host}: this is no address of a machine; serve on 127.0.0.1, or with keys on 0.0.0.0, which is all addresses of this machine")
+        })?,
     };
+    if !address.is_loopback() && keys.wanted()?.is_none() {
+        bail!(
+            "--host {host}: other machines could use the models without a key, and there is no key yet\nhint: `homeroom keys add NAME` makes one; or serve on 127.0.0.1, and forward a port (ssh -L) where others need it"
+        );
+    }
     let address = SocketAddr::new(address, port);
     TcpListener::bind(address).map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => {
             anyhow!("{address}: another program listens there, perhaps another `homeroom serve`; end it, or take another --port (0: a free one)")
+        }
+        ErrorKind::AddrNotAvailable => {
+            anyhow!("{address}: this machine has no such address; --host 0.0.0.0 is all that it has")
         }
         _ => anyhow!("{address}: cannot listen there: {error}; --port 0 takes a free port"),
     })
@@ -81,7 +106,7 @@ pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
 pub struct Running {
     /// The address that it listens on.
     pub address: SocketAddr,
-    models: Arc<RwLock<Models>>,
+    app: Arc<App>,
     stop: watch::Sender<bool>,
     thread: JoinHandle<Result<()>>,
 }
@@ -92,16 +117,28 @@ impl Running {
         format!("http://{}/v1", self.address)
     }
 
-    /// Returns a function that replaces the models. Answers under way go on with the model that they began with.
-    pub fn replacer(&self) -> impl Fn(Models) + Send + 'static {
-        let served = self.models.clone();
-        move |models| {
-            let mut served = served.write().unwrap_or_else(PoisonError::into_inner);
-            *served = models.with_tuned_of(&served);
+    /// Returns a function that replaces the models, and the settings that can change while it runs. Answers under way go on with what they
+    /// began with.
+    pub fn replacer(&self) -> impl Fn(Models, Option<Settings>) + Send + 'static {
+        let app = self.app.clone();
+        move |models, settings| {
+            {
+                let mut served = app.models.write().unwrap_or_else(PoisonError::into_inner);
+                *served = models.with_tuned_of(&served);
+            }
+            if let Some(settings) = settings {
+                *app.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+            }
         }
     }
 
-    /// Takes no further requests, and lets answers under way complete within half a minute.
+    /// Returns a function that counts edits of the file of handlers that were taken, or refused.
+    pub fn counter_of_reloads(&self) -> impl Fn(bool) + Send + 'static {
+        let metrics = self.app.metrics.clone();
+        move |taken| metrics.reloaded(taken)
+    }
+
+    /// Takes no further requests, and lets answers under way complete within the time that the settings give.
     pub fn stop(&self) {
         self.stop.send_replace(true);
     }
@@ -123,12 +160,40 @@ impl Running {
     }
 }
 
-/// Serves models on a port.
+/// What a server is beside its models.
+pub struct Serving {
+    /// How many connections there may be, and how long they may take.
+    pub bounds: Bounds,
+    /// `[server]` of the file.
+    pub settings: Settings,
+    /// Who may use it.
+    pub keys: Keys,
+    /// What of a day's tokens is used.
+    pub days: Days,
+    /// What it does beside answering.
+    pub class: Class,
+}
+
+impl Serving {
+    /// With some settings, for whoever has a key of this home; for this machine without one until there is one.
+    pub fn of_home(settings: Settings, keys: Keys) -> Self {
+        Self { bounds: settings.bounds(), settings, keys, days: Days::of_home(), class: Class::default() }
+    }
+}
+
+impl Default for Serving {
+    fn default() -> Self {
+        let settings = Settings::default();
+        Self { bounds: settings.bounds(), settings, keys: Keys::none(), days: Days::none(), class: Class::default() }
+    }
+}
+
+/// Serves models on a port, to this machine and without keys.
 ///
 /// # Errors
 /// When there is no model, or the system refuses.
 pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
-    start_with(models, listener, Bounds::default())
+    start_as(models, listener, Serving::default())
 }
 
 /// Serves models on a port, with other bounds.
@@ -136,60 +201,80 @@ pub fn start(models: Models, listener: TcpListener) -> Result<Running> {
 /// # Errors
 /// As [`start`].
 pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Result<Running> {
-    start_class(models, listener, bounds, Class::default())
+    start_as(models, listener, Serving { bounds, ..Serving::default() })
 }
 
-/// Serves models on a port, and does more than answer.
+/// Serves models on a port, as is said.
 ///
 /// # Errors
 /// As [`start`].
-pub fn start_class(models: Models, listener: TcpListener, bounds: Bounds, class: Class) -> Result<Running> {
+pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Result<Running> {
     ensure!(!models.is_empty(), "there is no model to serve");
+    let Serving { bounds, settings, keys, days, class } = serving;
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
-    // Each connection has one answer at most, and each answer takes a thread.
+    // Each connection has one answer at most, and each answer takes a thread; one more writes what is used of the day.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
-        .max_blocking_threads(bounds.connections)
+        .max_blocking_threads(bounds.connections + 1)
         .enable_all()
         .build()?;
     let (stop, stopped) = watch::channel(false);
-    let models = Arc::new(RwLock::new(models));
-    let ending = Arc::new(AtomicBool::new(false));
-    let app = Arc::new(App { models: models.clone(), created: now(), bounds, ending, class: class.clone() });
+    let app = Arc::new(App {
+        models: RwLock::new(models),
+        settings: RwLock::new(Arc::new(settings)),
+        keys,
+        meters: Meters::with(days),
+        metrics: Arc::default(),
+        created: now(),
+        bounds,
+        stopped: stopped.clone(),
+        ending: Arc::new(AtomicBool::new(false)),
+        class: class.clone(),
+    });
     if let Some(tuning) = class.tuning() {
-        let served = models.clone();
-        tuning.begin(Box::new(move |name, model| {
-            served.write().unwrap_or_else(PoisonError::into_inner).add_tuned(name, model);
+        let served = app.clone();
+        tuning.begin(Box::new(move |name, key, model| {
+            served.models.write().unwrap_or_else(PoisonError::into_inner).add_tuned(name, key, model);
         }))?;
     }
-    let ending = app.ending.clone();
-    let stopping = class.clone();
+    let served = app.clone();
     let serve = async move {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let mut late = stopped.clone();
-        let served = connection::serve(listener, router(app), bounds, stopped);
-        let deadline = async move {
+        let connections = connection::serve(listener, router(served.clone()), bounds, stopped);
+        let deadline = async {
             let _ = late.wait_for(|stopped| *stopped).await;
-            stopping.stop();
-            sleep(DRAIN).await;
-            ending.store(true, Ordering::SeqCst);
+            served.class.stop();
+            let drain = served.settings().drain;
+            sleep(drain).await;
+            served.ending.store(true, Ordering::SeqCst);
             sleep(Duration::from_secs(2)).await;
         };
+        let keep = async {
+            loop {
+                sleep(KEEP).await;
+                let meters = served.meters.clone();
+                let _ = spawn_blocking(move || meters.keep()).await;
+            }
+        };
         tokio::select! {
-            served = served => served.context("the server failed"),
+            served = connections => served.context("the server failed"),
             () = deadline => Ok(()),
+            () = keep => Ok(()),
         }
     };
+    let meters = app.meters.clone();
     let run = move || {
         let done = runtime.block_on(serve);
         runtime.shutdown_timeout(Duration::from_secs(1));
+        meters.keep();
         class.stop();
         class.wait();
         done
     };
     let thread = std::thread::Builder::new().name("server".to_owned()).spawn(run)?;
-    Ok(Running { address, models, stop, thread })
+    Ok(Running { address, app, stop, thread })
 }
 
 const CHAT: &str = "/v1/chat/completions";
@@ -199,9 +284,15 @@ const FILES: &str = "/v1/files";
 const JOBS: &str = "/v1/fine_tuning/jobs";
 
 struct App {
-    models: Arc<RwLock<Models>>,
+    models: RwLock<Models>,
+    settings: RwLock<Arc<Settings>>,
+    keys: Keys,
+    meters: Arc<Meters>,
+    metrics: Arc<Metrics>,
     created: u64,
     bounds: Bounds,
+    /// Whether it was asked to stop.
+    stopped: watch::Receiver<bool>,
     /// The time to drain is over.
     ending: Arc<AtomicBool>,
     class: Class,
@@ -211,119 +302,152 @@ impl App {
     fn models(&self) -> RwLockReadGuard<'_, Models> {
         self.models.read().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn settings(&self) -> Arc<Settings> {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
+/// A path, the methods that it takes, and what answers.
+type Route = (&'static str, &'static str, fn() -> MethodRouter<Arc<App>>);
+
+/// All routes. Nothing is served that is not here.
+const TABLE: &[Route] = &[
+    (CHAT, "POST", || post(chat::chat)),
+    (EMBEDDINGS, "POST", || post(embeddings::embeddings)),
+    (FEEDBACK, "POST", || post(feedback::feedback)),
+    (FILES, "GET and POST", || get(files::list).post(files::create)),
+    ("/v1/files/{id}", "GET and DELETE", || get(files::retrieve).delete(files::delete)),
+    ("/v1/files/{id}/content", "GET", || get(files::content)),
+    (JOBS, "GET and POST", || get(fine_tuning::list).post(fine_tuning::create)),
+    ("/v1/fine_tuning/jobs/{id}", "GET", || get(fine_tuning::retrieve)),
+    ("/v1/fine_tuning/jobs/{id}/cancel", "POST", || post(fine_tuning::cancel)),
+    ("/v1/fine_tuning/jobs/{id}/pause", "POST", || post(fine_tuning::pause)),
+    ("/v1/fine_tuning/jobs/{id}/resume", "POST", || post(fine_tuning::resume)),
+    ("/v1/fine_tuning/jobs/{id}/events", "GET", || get(fine_tuning::events)),
+    ("/v1/fine_tuning/jobs/{id}/checkpoints", "GET", || get(fine_tuning::checkpoints)),
+    ("/v1/models", "GET", || get(list)),
+    ("/v1/models/{*id}", "GET", || get(retrieve)),
+    ("/", "GET", || get(page::page)),
+    ("/v1", "GET", || get(page::page)),
+    ("/v1/", "GET", || get(page::page)),
+    ("/healthz", "GET", || get(alive)),
+    ("/health", "GET", || get(alive)),
+    ("/readyz", "GET", || get(ready)),
+    ("/metrics", "GET", || get(measured)),
+];
+
+/// The paths that are served and the methods that they take, such as `("/v1/models/{*id}", "GET")`.
+pub fn routes() -> impl Iterator<Item = (&'static str, &'static str)> {
+    TABLE.iter().map(|(path, methods, _)| (*path, *methods))
+}
+
 fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route(CHAT, post(chat::chat))
-        .route(EMBEDDINGS, post(embeddings::embeddings))
-        .route(FEEDBACK, post(feedback::feedback))
-        .route(FILES, get(files::list).post(files::create))
-        .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
-        .route("/v1/files/{id}/content", get(files::content))
-        .route(JOBS, get(fine_tuning::list).post(fine_tuning::create))
-        .route("/v1/fine_tuning/jobs/{id}", get(fine_tuning::retrieve))
-        .route("/v1/fine_tuning/jobs/{id}/cancel", post(fine_tuning::cancel))
-        .route("/v1/fine_tuning/jobs/{id}/pause", post(fine_tuning::pause))
-        .route("/v1/fine_tuning/jobs/{id}/resume", post(fine_tuning::resume))
-        .route("/v1/fine_tuning/jobs/{id}/events", get(fine_tuning::events))
-        .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(fine_tuning::checkpoints))
-        .route("/v1/models", get(list))
-        .route("/v1/models/{*id}", get(retrieve))
-        .route("/", get(welcome))
-        .route("/v1", get(welcome))
-        .route("/v1/", get(welcome))
-        .route("/health", get(async || Json(json!({"status": "ok"}))))
+    let routes = TABLE.iter().fold(Router::new(), |router, (path, _, handler)| router.route(path, handler()));
+    routes
         .fallback(nothing_here)
         .method_not_allowed_fallback(async |request: Request| {
             let path = request.uri().path();
-            let wishes = ["/cancel", "/pause", "/resume"].iter().any(|wish| path.ends_with(wish));
-            let method = match path {
-                CHAT | EMBEDDINGS | FEEDBACK => "POST",
-                FILES | JOBS => "GET and POST",
-                path if path.starts_with(JOBS) && wishes => "POST",
-                path if path.starts_with(FILES) && !path.ends_with("/content") => "GET and DELETE",
-                _ => "GET",
-            };
-            let message = format!("{path} takes {method} and not {}", request.method());
-            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message)
+            let methods = route_of(path).map_or("another method", |(_, methods)| methods);
+            let message = format!("{path} takes {methods} and not {}", request.method());
+            refuse(path, Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message))
         })
+        .layer(from_fn_with_state(app.clone(), gate::gate))
         .with_state(app)
-        .layer(from_fn(only_for_this_machine))
 }
 
-/// Refuses a request whose `Host` does not name this machine.
-async fn only_for_this_machine(request: Request, next: Next) -> Response {
-    let header = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    let named = [header, request.uri().authority().map(|authority| authority.as_str())];
-    let meant = header.is_some() && named.into_iter().flatten().all(is_this_machine);
-    if !meant {
-        let message = "this server answers only when it is called localhost or 127.0.0.1; use one of these in the URL";
-        return Refusal::new(StatusCode::FORBIDDEN, message).into_response();
-    }
-    next.run(request).await
-}
-
-/// Returns true if a `Host` names this machine, with or without a port.
-fn is_this_machine(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map_or("", |(name, _)| name),
-        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+/// The route of a path, in which a name stands for any, and its methods.
+fn route_of(path: &str) -> Option<(&'static str, &'static str)> {
+    let is_of = |route: &str| {
+        let (mut parts, mut given) = (route.split('/'), path.split('/'));
+        loop {
+            match (parts.next(), given.next()) {
+                (None, None) => return true,
+                (Some(part), Some(_)) if part.starts_with("{*") => return true,
+                (Some(part), Some(given)) if part == given || part.starts_with('{') => {}
+                _ => return false,
+            }
+        }
     };
-    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    routes().find(|(route, _)| is_of(route))
 }
 
-/// Answers people who open the address in a browser, and programs that check whether a server is there.
-async fn welcome(State(app): State<Arc<App>>, request: Request) -> String {
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
-    let models = app.models();
-    let names: Vec<&str> = models.names().collect();
-    let text = format!(
-        "homeroom answers OpenAI's API here\nbase URL  http://{host}/v1   any API key will do: none is checked\nmodels    {}\n",
-        names.join(", ")
-    );
-    shown(&text).into_owned()
+/// An error, in the shape that clients of its path read.
+fn refuse(path: &str, refusal: Refusal) -> Response {
+    if gate::is_ollama(path) { ollama_error(&refusal) } else { refusal.into_response() }
 }
 
-async fn nothing_here(request: Request) -> Refusal {
+/// An error in Ollama's shape.
+fn ollama_error(refusal: &Refusal) -> Response {
+    refusal.respond(&json!({"error": refusal.shown()}))
+}
+
+/// Says that the server is there, and nothing else.
+async fn alive() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// Says whether the server takes requests: it does not once it was asked to stop.
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    let load = limit::load();
+    let is_stopped = *app.stopped.borrow();
+    let (status, word) = match is_stopped {
+        true => (StatusCode::SERVICE_UNAVAILABLE, "ending"),
+        false => (StatusCode::OK, "ready"),
+    };
+    (status, Json(json!({"status": word, "running": load.running, "waiting": load.waiting}))).into_response()
+}
+
+async fn measured(State(app): State<Arc<App>>) -> Response {
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text()).into_response()
+}
+
+async fn nothing_here(request: Request) -> Response {
     let path = request.uri().path();
     let asked = path.trim_end_matches('/');
     // Under a base URL that is too short or too long, the end of the path is right.
     let meant = [CHAT, EMBEDDINGS, FEEDBACK, FILES, JOBS, "/v1/models"]
         .into_iter()
         .find(|known| asked.ends_with(&known["/v1".len()..]));
-    let known = [CHAT, EMBEDDINGS, FEEDBACK, FILES, JOBS, "/v1/models", "/v1/models/{id}", "/health"];
+    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| path.len() > "/v1/".len()).collect();
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
-    let path: String = path.chars().take(80).collect();
-    Refusal::new(StatusCode::NOT_FOUND, format!("{path} is not served here, {hint}"))
+    let shown: String = path.chars().take(80).collect();
+    refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))
 }
 
-async fn list(State(app): State<Arc<App>>) -> Json<Value> {
-    let data: Vec<Value> = app.models().names().map(|id| card(&app, id)).collect();
+async fn list(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Json<Value> {
+    let models = app.models();
+    let data: Vec<Value> = models.names().filter(|id| access.may_use(&models, id)).map(|id| card(&app, id)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
-async fn retrieve(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejection>) -> Response {
+async fn retrieve(
+    State(app): State<Arc<App>>,
+    Extension(access): Extension<Access>,
+    id: Result<Path<String>, PathRejection>,
+) -> Response {
     let Ok(Path(id)) = id else {
         return Refusal::new(StatusCode::BAD_REQUEST, "the model's name in the address is not UTF-8").into_response();
     };
-    if let Some(listed) = app.models().listed(&id) {
+    let models = app.models();
+    if let Some(listed) = models.listed(&id).filter(|id| access.may_use(&models, id)) {
         return Json(card(&app, listed)).into_response();
     }
-    no_model(&app, &id).into_response()
+    drop(models);
+    no_model(&app, &access, &id).into_response()
 }
 
 fn card(app: &App, id: &str) -> Value {
     json!({"id": id, "object": "model", "created": app.created, "owned_by": "homeroom"})
 }
 
-fn no_model(app: &App, id: &str) -> Refusal {
+fn no_model(app: &App, access: &Access, id: &str) -> Refusal {
     let models = app.models();
-    let known: Vec<&str> = models.names().collect();
+    let known: Vec<&str> = models.names().filter(|name| access.may_use(&models, name)).collect();
     let message = if models.is_unrouted(id) {
         format!("`{id}` is a handler, but in no route, so it is not served; what is: {}", known.join(", "))
     } else {
@@ -335,9 +459,10 @@ fn no_model(app: &App, id: &str) -> Refusal {
 }
 
 /// Refuses a model that does not give what is asked, and names one that does.
-fn wrong_model(app: &App, id: &str, wanted: Gives) -> Refusal {
+fn wrong_model(app: &App, access: &Access, id: &str, wanted: Gives) -> Refusal {
     let models = app.models();
-    let other = models.iter().find(|(_, handler)| handler.gives() == wanted).map(|(name, _)| name);
+    let mut usable = models.iter().filter(|(name, _)| access.may_use(&models, name));
+    let other = usable.find(|(_, handler)| handler.gives() == wanted).map(|(name, _)| name);
     let what = match wanted {
         Gives::Answers => format!("`{id}` is an embedding model, which answers no conversation"),
         _ => format!("`{id}` answers conversations and makes no embeddings"),
@@ -356,25 +481,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_names_of_this_machine_pass() {
-        for good in ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.9.9.9", "[::1]:80", "[::1]"] {
-            assert!(is_this_machine(good), "{good}");
+    fn other_machines_are_not_served_without_a_key() {
+        for host in ["0.0.0.0", "::", "192.168.0.1"] {
+            let refused = bind(host, 0).expect_err("it is refused").to_string();
+            assert!(refused.contains("there is no key yet\nhint: `homeroom keys add NAME`"), "{refused}");
         }
-        for bad in
-            ["", "evil.example", "localhost.evil.example:80", "10.0.0.1", "0.0.0.0:80", "[::1", "[fe80::1]", "::"]
-        {
-            assert!(!is_this_machine(bad), "{bad}");
+        for host in ["example.com", ""] {
+            let refused = bind(host, 0).expect_err("it is refused").to_string();
+            assert!(refused.contains("no address of a machine"), "{refused}");
+        }
+        for host in ["127.0.0.1", "localhost"] {
+            assert!(bind(host, 0).is_ok(), "{host}");
         }
     }
 
     #[test]
-    fn other_machines_are_not_served() {
-        for host in ["0.0.0.0", "::", "192.168.0.1", "example.com", ""] {
-            let refused = bind(host, 0).expect_err("it is refused").to_string();
-            assert!(refused.contains("keys are not built yet"), "{refused}");
-        }
-        for host in ["127.0.0.1", "localhost"] {
-            assert!(bind(host, 0).is_ok(), "{host}");
+    fn methods_of_a_path_are_those_of_its_route() {
+        for (path, methods) in [
+            (CHAT, Some("POST")),
+            ("/v1/models/a/b", Some("GET")),
+            ("/v1/models", Some("GET")),
+            ("/", Some("GET")),
+            ("/nothing", None),
+            ("", None),
+        ] {
+            assert_eq!(route_of(path).map(|(_, methods)| methods), methods, "{path}");
         }
     }
 }

@@ -14,7 +14,15 @@ pub struct Models {
     /// Handlers of the file that no route has.
     unrouted: Vec<String>,
     /// Models that were trained here for clients, whatever the file of handlers says.
-    tuned: BTreeMap<String, Arc<dyn Handler>>,
+    tuned: BTreeMap<String, Trained>,
+}
+
+/// A model that was trained for a client.
+#[derive(Clone)]
+struct Trained {
+    /// The client's key.
+    key: Option<String>,
+    handler: Arc<dyn Handler>,
 }
 
 impl Models {
@@ -35,8 +43,14 @@ impl Models {
     }
 
     /// Serves a model that was trained for a client.
-    pub(super) fn add_tuned(&mut self, name: &str, model: Arc<dyn Handler>) {
-        self.tuned.insert(name.to_owned(), model);
+    pub(super) fn add_tuned(&mut self, name: &str, key: Option<String>, handler: Arc<dyn Handler>) {
+        self.tuned.insert(name.to_owned(), Trained { key, handler });
+    }
+
+    /// Whose model it is, if it was trained for a client: of whose key, or of nobody's in particular.
+    pub(super) fn trained_for(&self, name: &str) -> Option<Option<&str>> {
+        let trained = self.tuned.get(name).filter(|_| !self.listed.contains_key(name))?;
+        Some(trained.key.as_deref())
     }
 
     /// The same, with the models that were trained for clients of another.
@@ -58,7 +72,8 @@ impl Models {
 
     /// The handlers, by the names that are listed.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Arc<dyn Handler>)> {
-        self.listed.iter()
+        let tuned = self.tuned.iter().filter(|(name, _)| !self.listed.contains_key(*name));
+        self.listed.iter().chain(tuned.map(|(name, trained)| (name, &trained.handler)))
     }
 
     /// The name under which a model is listed.
@@ -70,7 +85,7 @@ impl Models {
     /// The handler of a name.
     pub(super) fn get(&self, name: &str) -> Option<Arc<dyn Handler>> {
         let name = self.listed(name)?;
-        self.listed.get(name).or_else(|| self.tuned.get(name)).cloned()
+        self.listed.get(name).or_else(|| self.tuned.get(name).map(|trained| &trained.handler)).cloned()
     }
 
     /// Returns true if a name is that of a handler that no route has.

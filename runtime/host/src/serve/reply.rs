@@ -196,9 +196,16 @@ fn end(choice: &mut Value, reason: &FinishReason) {
     });
 }
 
-/// What keeps a silent stream open: a comment. No empty line follows it, since older versions of OpenAI's Go client take that for an
-/// event without data and fail. axum's `Sse` always sends one after its `KeepAlive`, which is why streams are framed here.
-pub const PING: &str = ": ping\n";
+/// What keeps a silent stream open: a comment, which says how many requests are before this one in the queue. No empty line follows it,
+/// since older versions of OpenAI's Go client take that for an event without data and fail. axum's `Sse` always sends one after its
+/// `KeepAlive`, which is why streams are framed here.
+pub fn ping(before: usize) -> String {
+    match before {
+        0 => ": ping\n".to_owned(),
+        1 => ": ping, 1 request is before this one\n".to_owned(),
+        many => format!(": ping, {many} requests are before this one\n"),
+    }
+}
 
 /// One event of a stream. JSON has no line breaks, so it is one line.
 pub fn frame(data: &Value) -> String {
@@ -231,13 +238,37 @@ pub struct Refusal {
     pub retry_after: Option<Duration>,
     /// Whether to try again; `None`: clients decide by the status.
     pub retry: Option<bool>,
+    /// How to send a key.
+    pub challenge: Option<&'static str>,
 }
 
 impl Refusal {
     /// Makes the error of a wrong request.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
         let kind = "invalid_request_error";
-        Self { status, message: message.into(), kind, param: None, code: None, retry_after: None, retry: None }
+        let (message, challenge) = (message.into(), None);
+        Self { status, message, kind, param: None, code: None, retry_after: None, retry: None, challenge }
+    }
+
+    /// Returns the message as it may be shown.
+    pub fn shown(&self) -> String {
+        shown(&self.message).into_owned()
+    }
+
+    /// Returns the response, with a body in the shape of some API.
+    pub fn respond(&self, body: &Value) -> Response {
+        let mut response = (self.status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        if let Some(wait) = self.retry_after {
+            headers.insert("retry-after", HeaderValue::from(wait.as_secs_f64().ceil().max(1.0) as u64));
+        }
+        if let Some(retry) = self.retry {
+            headers.insert("x-should-retry", HeaderValue::from_static(if retry { "true" } else { "false" }));
+        }
+        if let Some(challenge) = self.challenge {
+            headers.insert("www-authenticate", HeaderValue::from_static(challenge));
+        }
+        response
     }
 
     /// Returns the body. It quotes what a client sent, without control characters that would act on a terminal.
@@ -298,14 +329,6 @@ impl From<HandlerError> for Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
-        let headers = response.headers_mut();
-        if let Some(wait) = self.retry_after {
-            headers.insert("retry-after", HeaderValue::from(wait.as_secs_f64().ceil().max(1.0) as u64));
-        }
-        if let Some(retry) = self.retry {
-            headers.insert("x-should-retry", HeaderValue::from_static(if retry { "true" } else { "false" }));
-        }
-        response
+        self.respond(&self.body())
     }
 }

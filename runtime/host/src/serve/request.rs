@@ -26,6 +26,8 @@ pub struct Asked {
     pub include_usage: bool,
     /// Fields that were ignored.
     pub ignored: Vec<String>,
+    /// The person for whom a program asks.
+    pub user: Option<String>,
 }
 
 /// Returns, for a field that changes the answer and is not supported, whether its value asks for nothing.
@@ -85,7 +87,9 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
     };
     let (model, stream) = (given.model()?, given.stream()?);
     let include_usage = given.include_usage(&mut ignored)?;
-    Ok(Asked { model, request, stream, include_usage, ignored })
+    let user = ["user", "safety_identifier"].into_iter().find_map(|field| given.get(field)?.as_str());
+    let user = user.map(str::to_owned);
+    Ok(Asked { model, request, stream, include_usage, ignored, user })
 }
 
 const HONOURED: [&str; 25] = [

@@ -1,4 +1,4 @@
-//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`.
+//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`; and says how they are served: `[server]`.
 //!
 //! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
 //! keys, what is read of them, and what is made of that.
@@ -29,6 +29,7 @@ use super::limit::Limits;
 use super::{Handler, Secret};
 use crate::memory::settings as memory;
 use crate::models::ModelRef;
+use crate::serve;
 use crate::serve::fine_tuning::settings as fine_tuning;
 use crate::toml_problems::{Problems, near};
 
@@ -49,6 +50,8 @@ pub struct Config {
     pub handlers: BTreeMap<String, HandlerSpec>,
     /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
     pub routes: BTreeMap<String, Vec<String>>,
+    /// `[server]`.
+    pub server: serve::settings::Settings,
     /// `[fine_tuning]`.
     pub fine_tuning: Option<fine_tuning::Settings>,
     /// `[memory]`.
@@ -121,14 +124,15 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let harmless = [&HARMLESS_KEYS[..], &fine_tuning::KEYS, &memory::KEYS].concat();
+        let harmless = [&HARMLESS_KEYS[..], &serve::settings::KEYS, &fine_tuning::KEYS, &memory::KEYS].concat();
         let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
-        problems.unknown_keys(&root, &["handlers", "routes", "fine_tuning", "memory"]);
+        problems.unknown_keys(&root, &["handlers", "routes", "server", "fine_tuning", "memory"]);
         let mut config = Self {
             path: path.to_owned(),
             handlers: BTreeMap::new(),
             routes: BTreeMap::new(),
+            server: serve::settings::read(&mut problems, &root),
             fine_tuning: fine_tuning::Settings::read(&mut problems, path, &root),
             memory: memory::Settings::read(&mut problems, &root),
         };

@@ -88,7 +88,8 @@ impl OpenAi {
 impl Handler for OpenAi {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let context = context.within(self.endpoint.answer_timeout);
-        let (body, usage_refused) = (self.body(request), self.usage_refused.clone());
+        let request = Request { max_tokens: context.tokens(request.max_tokens), ..request.clone() };
+        let (body, usage_refused) = (self.body(&request), self.usage_refused.clone());
         Ok(Box::new(Reading::begin(self.endpoint.clone(), self.agent(), body, usage_refused, context)?))
     }
 

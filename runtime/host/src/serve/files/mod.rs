@@ -27,6 +27,7 @@ use self::multipart::{Multipart, Wrong, boundary};
 use self::store::{About, Files};
 use super::App;
 use super::caller::Caller;
+use super::fine_tuning::tuning;
 use super::query::{Query, page, refused};
 use super::reply::Refusal;
 
@@ -43,12 +44,9 @@ const LIVES: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 /// Most files in a list.
 const LIST_MAX: usize = 10_000;
 
-/// The files, or why there are none.
-fn files(app: &App) -> Result<Arc<Files>, Refusal> {
-    app.class.files().ok_or_else(|| {
-        let message = "files are not taken here, as nobody trains here; whoever runs the server can add [fine_tuning] to its file of handlers";
-        Refusal::new(StatusCode::NOT_FOUND, message)
-    })
+/// The files, for whoever may send some.
+fn files(app: &App, caller: &Caller) -> Result<Arc<Files>, Refusal> {
+    Ok(tuning(app, caller)?.files().clone())
 }
 
 fn find(files: &Files, owner: &Caller, id: &str) -> Result<About, Refusal> {
@@ -69,7 +67,8 @@ pub(super) fn failed(error: &anyhow::Error) -> Refusal {
 }
 
 pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, Refusal> {
-    let (files, owner) = (files(&app)?, Caller::of(request.extensions()));
+    let owner = Caller::of(request.extensions());
+    let files = files(&app, &owner)?;
     let query = Query::read(request.uri(), &["after", "limit", "order", "purpose"])?;
     let limit = query.limit(LIST_MAX, LIST_MAX)?;
     let ascending = match query.get("order") {
@@ -94,7 +93,8 @@ pub(super) async fn retrieve(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Json<Value>, Refusal> {
-    Ok(Json(find(&*files(&app)?, &Caller::of(request.extensions()), &id)?.card()))
+    let owner = Caller::of(request.extensions());
+    Ok(Json(find(&*files(&app, &owner)?, &owner, &id)?.card()))
 }
 
 pub(super) async fn delete(
@@ -102,8 +102,9 @@ pub(super) async fn delete(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Json<Value>, Refusal> {
-    let files = files(&app)?;
-    let about = find(&files, &Caller::of(request.extensions()), &id)?;
+    let owner = Caller::of(request.extensions());
+    let files = files(&app, &owner)?;
+    let about = find(&files, &owner, &id)?;
     if let Some(job) = app.class.tuning().and_then(|tuning| tuning.needs(&about.id)) {
         let message = format!("the file is needed by {job}, which has not ended; cancel that first");
         return Err(Refusal { param: Some("id".to_owned()), ..Refusal::new(StatusCode::CONFLICT, message) });
@@ -117,8 +118,9 @@ pub(super) async fn content(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Refusal> {
-    let files = files(&app)?;
-    let about = find(&files, &Caller::of(request.extensions()), &id)?;
+    let owner = Caller::of(request.extensions());
+    let files = files(&app, &owner)?;
+    let about = find(&files, &owner, &id)?;
     let file = File::open(files.content(&about)).map_err(|error| failed(&error.into()))?;
     let (sender, pieces) = mpsc::channel(2);
     spawn_blocking(move || {
@@ -153,7 +155,8 @@ impl Stream for Sent {
 }
 
 pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, Refusal> {
-    let (files, owner) = (files(&app)?, Caller::of(request.extensions()));
+    let owner = Caller::of(request.extensions());
+    let files = files(&app, &owner)?;
     let (parts, body) = request.into_parts();
     let header = |name| parts.headers.get(name).and_then(|value| value.to_str().ok());
     let Some(boundary) = header(header::CONTENT_TYPE).and_then(boundary) else {

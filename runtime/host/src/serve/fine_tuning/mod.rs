@@ -37,11 +37,20 @@ const LIST: usize = 20;
 
 type Answer = Result<Json<Value>, Refusal>;
 
-fn tuning(app: &App) -> Result<Arc<Tuning>, Refusal> {
-    app.class.tuning().ok_or_else(|| {
-        let message = "nothing is trained here; whoever runs the server can add [fine_tuning] to its file of handlers";
+/// The jobs, for whoever may have something trained.
+pub(super) fn tuning(app: &App, caller: &Caller) -> Result<Arc<Tuning>, Refusal> {
+    let tuning = app.class.tuning().ok_or_else(|| {
+        let message = "nothing is trained here, and no files are taken; whoever runs the server can add [fine_tuning] to its file of handlers";
         Refusal::new(StatusCode::NOT_FOUND, message)
-    })
+    })?;
+    match caller.key.as_deref() {
+        key if tuning.allows(key) => Ok(tuning),
+        key => {
+            let message = format!("the key `{}` may not send files or have models trained", key.unwrap_or_default());
+            let refusal = Refusal::new(StatusCode::FORBIDDEN, message);
+            Err(Refusal { kind: "permission_error", code: Some("fine_tuning_not_allowed"), ..refusal })
+        }
+    }
 }
 
 fn find(tuning: &Tuning, caller: &Caller, id: &str) -> Result<Job, Refusal> {
@@ -58,7 +67,8 @@ async fn apart<T: Send + 'static>(work: impl FnOnce() -> Result<T, Refusal> + Se
 }
 
 pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let (tuning, caller) = (tuning(&app)?, Caller::of(request.extensions()));
+    let caller = Caller::of(request.extensions());
+    let tuning = tuning(&app, &caller)?;
     let body = body::read(&app, request).await?;
     let order = request::read(&body::fields(&body)?)?;
     apart(move || {
@@ -96,7 +106,8 @@ pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Ans
 }
 
 pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let (tuning, caller) = (tuning(&app)?, Caller::of(request.extensions()));
+    let caller = Caller::of(request.extensions());
+    let tuning = tuning(&app, &caller)?;
     let query = Query::read(request.uri(), &["after", "limit", "metadata"])?;
     let limit = query.limit(LIST, LIST_MAX)?;
     let wanted: Vec<(&str, &str)> = query.keyed("metadata").collect();
@@ -108,8 +119,9 @@ pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Answe
 }
 
 pub(super) async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
-    let tuning = tuning(&app)?;
-    let job = find(&tuning, &Caller::of(request.extensions()), &id)?;
+    let caller = Caller::of(request.extensions());
+    let tuning = tuning(&app, &caller)?;
+    let job = find(&tuning, &caller, &id)?;
     apart(move || {
         let finish = if job.status == Status::Running { estimated_finish(&tuning, &job) } else { None };
         Ok(Json(job.card(finish)))
@@ -134,7 +146,7 @@ async fn wish(
     caller: Caller,
     wish: impl FnOnce(&Tuning, &str) -> Result<(), String> + Send + 'static,
 ) -> Answer {
-    let tuning = tuning(app)?;
+    let tuning = tuning(app, &caller)?;
     let job = find(&tuning, &caller, id)?;
     apart(move || {
         wish(&tuning, &job.id).map_err(|refused| Refusal::new(StatusCode::BAD_REQUEST, refused))?;
@@ -156,8 +168,9 @@ pub(super) async fn resume(State(app): State<Arc<App>>, Path(id): Path<String>, 
 }
 
 pub(super) async fn events(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
-    let tuning = tuning(&app)?;
-    let job = find(&tuning, &Caller::of(request.extensions()), &id)?;
+    let caller = Caller::of(request.extensions());
+    let tuning = tuning(&app, &caller)?;
+    let job = find(&tuning, &caller, &id)?;
     let query = Query::read(request.uri(), &["after", "limit"])?;
     let (limit, after) = (query.limit(LIST, LIST_MAX)?, query.get("after").map(str::to_owned));
     apart(move || {
@@ -171,8 +184,9 @@ pub(super) async fn events(State(app): State<Arc<App>>, Path(id): Path<String>, 
 }
 
 pub(super) async fn checkpoints(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
-    let tuning = tuning(&app)?;
-    let job = find(&tuning, &Caller::of(request.extensions()), &id)?;
+    let caller = Caller::of(request.extensions());
+    let tuning = tuning(&app, &caller)?;
+    let job = find(&tuning, &caller, &id)?;
     let query = Query::read(request.uri(), &["after", "limit"])?;
     let (limit, after) = (query.limit(10, LIST_MAX)?, query.get("after").map(str::to_owned));
     apart(move || {

@@ -12,13 +12,15 @@ use crate::serve::files::store::Limits;
 use crate::toml_problems::Problems;
 
 /// The keys of the table. None of their values is a secret.
-pub const KEYS: [&str; 6] = ["bases", "threads", "niceness", "queue", "file_mib_max", "files_mib_max"];
+pub const KEYS: [&str; 7] = ["bases", "keys", "threads", "niceness", "queue", "file_mib_max", "files_mib_max"];
 
 /// What `[fine_tuning]` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// `bases`: the models that may be trained, by the names that clients give.
     pub bases: BTreeMap<String, PathBuf>,
+    /// `keys`: the names of the keys that may train; `None`: all.
+    pub keys: Option<Vec<String>>,
     /// `threads`: that a training computes with; `None`: all.
     pub threads: Option<usize>,
     /// `niceness`: 0 competes with answers as an equal, 19 takes what they leave.
@@ -32,7 +34,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         let files = Limits { file_bytes: 512 << 20, all_bytes: 4 << 30 };
-        Self { bases: BTreeMap::new(), threads: None, niceness: 10, queue: 16, files }
+        Self { bases: BTreeMap::new(), keys: None, threads: None, niceness: 10, queue: 16, files }
     }
 }
 
@@ -75,7 +77,8 @@ impl Settings {
             );
             return None;
         };
-        for name in names(problems, bases) {
+        settings.keys = table.get("keys").map(|keys| names(problems, "keys", keys));
+        for name in names(problems, "bases", bases) {
             let beside = path.parent().map(|dir| dir.join(&name)).filter(|beside| beside.exists());
             let model =
                 beside.and_then(|beside| std::path::absolute(beside).ok()).unwrap_or_else(|| PathBuf::from(&name));
@@ -85,15 +88,15 @@ impl Settings {
     }
 }
 
-fn names<'a>(problems: &mut Problems<'a>, list: &Spanned<DeValue<'a>>) -> Vec<String> {
+fn names<'a>(problems: &mut Problems<'a>, key: &str, list: &Spanned<DeValue<'a>>) -> Vec<String> {
     let Some(items) = list.get_ref().as_array() else {
-        problems.wrong_type("bases", list, "a list of models");
+        problems.wrong_type(key, list, "a list of names");
         return Vec::new();
     };
     if items.is_empty() {
-        problems.at(list.span(), "`bases`: the list is empty; name at least one model");
+        problems.at(list.span(), format!("`{key}`: the list is empty; name at least one"));
     }
-    items.iter().filter_map(|item| problems.text("bases", item)).collect()
+    items.iter().filter_map(|item| problems.text(key, item)).collect()
 }
 
 #[cfg(test)]
@@ -126,7 +129,7 @@ mod tests {
         ] {
             assert!(all.contains(words), "{words}\n{all}");
         }
-        assert!(read("[fine_tuning]\nbases = []\n").expect_err("it is empty").contains("name at least one model"));
+        assert!(read("[fine_tuning]\nbases = []\n").expect_err("it is empty").contains("name at least one"));
         Ok(())
     }
 }

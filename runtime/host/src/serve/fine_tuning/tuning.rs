@@ -63,8 +63,8 @@ struct State {
     idle: bool,
 }
 
-/// Called with each model that is trained, by its name.
-pub type Publish = Box<dyn Fn(&str, Arc<dyn Handler>) + Send + Sync>;
+/// Called with each model that is trained, by its name, and with the key that it was trained for.
+pub type Publish = Box<dyn Fn(&str, Option<String>, Arc<dyn Handler>) + Send + Sync>;
 
 /// The jobs of a server.
 pub struct Tuning {
@@ -108,6 +108,14 @@ impl Tuning {
         &self.files
     }
 
+    /// Whether a key may send files and have models trained.
+    pub fn allows(&self, key: Option<&str>) -> bool {
+        match (&self.settings.keys, key) {
+            (Some(keys), Some(key)) => keys.iter().any(|named| named == key),
+            _ => true,
+        }
+    }
+
     /// The models that may be trained, by the names that clients give.
     pub fn bases(&self) -> impl Iterator<Item = &str> {
         self.settings.bases.keys().map(String::as_str)
@@ -118,13 +126,15 @@ impl Tuning {
     /// # Errors
     /// When no thread can be started.
     pub fn begin(self: &Arc<Self>, publish: Publish) -> Result<()> {
-        let done: Vec<String> = {
+        let done: Vec<Job> = {
             let mut state = self.state();
             state.idle = false;
-            state.jobs.values().filter_map(Job::fine_tuned_model).map(str::to_owned).collect()
+            state.jobs.values().filter(|job| job.fine_tuned_model().is_some()).cloned().collect()
         };
-        for name in done.iter().filter(|name| registry::place(name).is_ok_and(|place| place.exists())) {
-            publish(name, Arc::new(Tuned::new(name)));
+        for Job { name, key, .. } in done {
+            if registry::place(&name).is_ok_and(|place| place.exists()) {
+                publish(&name, key, Arc::new(Tuned::new(&name)));
+            }
         }
         *self.publish.lock().unwrap_or_else(PoisonError::into_inner) = Some(publish);
         let tuning = self.clone();
@@ -505,7 +515,7 @@ impl Tuning {
             }
             let publish = self.publish.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(publish) = &*publish {
-                publish(&job.name, Arc::new(Tuned::new(&job.name)));
+                publish(&job.name, job.key.clone(), Arc::new(Tuned::new(&job.name)));
             }
             events::tell(&place, "info", &format!("The model is {}", job.name));
         }

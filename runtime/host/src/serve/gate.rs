@@ -1,0 +1,278 @@
+//! The gate before all routes: which names a server is called by, which pages may use it, and who may.
+//!
+//! Nothing is served that this has not let in: it stands around the whole router, so that a route that is added is closed.
+
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use hyper::body::{Frame, SizeHint};
+
+use super::admit::Access;
+use super::caller::Caller;
+use super::keys::given;
+use super::record::{REQUEST_ID, Record};
+use super::reply::Refusal;
+use super::settings::{Log, Settings};
+use super::{App, ollama_error, route_of};
+use crate::progress::line;
+
+/// What everybody may ask who can reach the port: whether the server is there, and nothing else.
+pub const OPEN: [&str; 2] = ["/healthz", "/health"];
+/// Headers that pages of a named origin may send and read.
+const PAGES_SEND: &str = "authorization, content-type, api-key, x-api-key, x-request-id";
+const PAGES_READ: &str = "x-request-id, x-homeroom-handler, x-ignored-params, retry-after";
+
+/// Lets a request in, or refuses it; and notes what came of it.
+pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let route = route_of(request.uri().path()).map_or("none", |(route, _)| route);
+    let record = Arc::new(Record::new(request.headers(), request.method().as_str(), route));
+    app.metrics.begin();
+    let settings = app.settings();
+    let page = Page::of(&request, &settings);
+    let is_ollama = is_ollama(request.uri().path());
+    request.extensions_mut().insert(record.clone());
+    let mut response = match let_in(&app, &settings, &page, &record, &mut request) {
+        Ok(None) => next.run(request).await,
+        Ok(Some(answer)) => answer,
+        Err(refusal) if is_ollama => ollama_error(&refusal),
+        Err(refusal) => refusal.into_response(),
+    };
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(&record.id) {
+        headers.insert(REQUEST_ID, id);
+    }
+    if !settings.cors_origins.is_empty() {
+        headers.append(header::VARY, HeaderValue::from_static("origin"));
+        if let Page::Named(origin) = page {
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+            headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(PAGES_READ));
+        }
+    }
+    let (parts, body) = response.into_parts();
+    let status = parts.status.as_u16();
+    let end = End { app: app.clone(), record, log: settings.log, status, whole: false };
+    Response::from_parts(parts, Body::new(Watched { body, end }))
+}
+
+/// Whether errors of a path have Ollama's shape.
+pub(super) fn is_ollama(path: &str) -> bool {
+    path.starts_with("/api/")
+}
+
+/// The page that a browser sends a request for.
+enum Page {
+    /// None, or one of this server.
+    Own,
+    /// One that the settings name.
+    Named(HeaderValue),
+    /// Another.
+    Foreign,
+}
+
+impl Page {
+    fn of(request: &Request, settings: &Settings) -> Self {
+        let headers = request.headers();
+        let Some(origin) = headers.get(header::ORIGIN) else { return Self::Own };
+        let text = origin.to_str().unwrap_or_default();
+        if settings.cors_origins.iter().any(|named| named.eq_ignore_ascii_case(text)) {
+            return Self::Named(origin.clone());
+        }
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let is_own = text.split_once("://").zip(host).is_some_and(|((_, of), host)| of.eq_ignore_ascii_case(host));
+        if is_own { Self::Own } else { Self::Foreign }
+    }
+}
+
+/// Checks a request, and notes who sent it. Returns an answer if that is all there is to it.
+fn let_in(
+    app: &App,
+    settings: &Settings,
+    page: &Page,
+    record: &Record,
+    request: &mut Request,
+) -> Result<Option<Response>, Refusal> {
+    let is_open = OPEN.contains(&request.uri().path()) && request.method() == Method::GET;
+    let wanted = app.keys.wanted();
+    let is_wanted = !matches!(wanted, Ok(None));
+    check_host(request, settings, is_wanted)?;
+    match page {
+        Page::Named(_) if request.method() == Method::OPTIONS => return Ok(Some(preflight())),
+        // What a form sends needs no leave of the server, and would have been done by the time its answer is withheld.
+        Page::Foreign if ![Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method()) => {
+            let message = "a page of another origin may not use this server; whoever runs it names origins in [server] cors_origins";
+            return Err(Refusal { kind: "permission_error", ..Refusal::new(StatusCode::FORBIDDEN, message) });
+        }
+        _ => {}
+    }
+    if is_open {
+        return Ok(None);
+    }
+    let wanted = wanted.map_err(|error| {
+        let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}"));
+        Refusal { kind: "api_error", code: Some("keys_unavailable"), ..refusal }
+    })?;
+    let (caller, key) = match wanted {
+        None => (Caller::new(None, true), None),
+        Some(keys) => {
+            let given = given::key(request.headers()).map_err(|why| no_key(why, request.headers()))?;
+            let Some(given) = given else {
+                let why = "this server wants an API key; send it as `Authorization: Bearer KEY`";
+                return Err(no_key(why, request.headers()));
+            };
+            let Some(key) = keys.find(&given) else {
+                return Err(no_key(
+                    "the API key is not one of this server's; it may have been removed",
+                    request.headers(),
+                ));
+            };
+            (Caller::new(Some(key.name.clone()), key.trust_forwarded), Some(Arc::new(key.clone())))
+        }
+    };
+    let caller = caller.with_headers(request.headers())?;
+    {
+        let mut known = record.known();
+        (known.key, known.user) = (caller.key.clone(), caller.user.clone());
+    }
+    request.extensions_mut().insert(caller);
+    request.extensions_mut().insert(Access(key));
+    Ok(None)
+}
+
+/// The refusal of a request without a key that counts.
+fn no_key(why: &str, headers: &HeaderMap) -> Refusal {
+    let refusal = Refusal::new(StatusCode::UNAUTHORIZED, why);
+    let people = accepts_html(headers);
+    // A browser asks its user for a name and a password, which is the key.
+    let challenge =
+        if people { "Basic realm=\"homeroom: the password is an API key\"" } else { "Bearer realm=\"homeroom\"" };
+    Refusal { kind: "authentication_error", code: Some("invalid_api_key"), challenge: Some(challenge), ..refusal }
+}
+
+/// Whether a person reads the answer in a browser.
+pub(super) fn accepts_html(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::ACCEPT)
+        .and_then(|accept| accept.to_str().ok())
+        .is_some_and(|accept| accept.contains("text/html"))
+}
+
+fn preflight() -> Response {
+    let headers = [
+        (header::ACCESS_CONTROL_ALLOW_METHODS, "GET, POST, DELETE"),
+        (header::ACCESS_CONTROL_ALLOW_HEADERS, PAGES_SEND),
+        (header::ACCESS_CONTROL_MAX_AGE, "600"),
+    ];
+    (StatusCode::NO_CONTENT, headers).into_response()
+}
+
+/// Refuses a request whose `Host` is no name of this server: a page elsewhere can name this machine by a host name of its own (DNS
+/// rebinding).
+fn check_host(request: &Request, settings: &Settings, keys_wanted: bool) -> Result<(), Refusal> {
+    let header = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let named = [header, request.uri().authority().map(|authority| authority.as_str())];
+    let is_known = |host: &str| is_name_of_ours(host, &settings.allowed_hosts, keys_wanted);
+    if header.is_some() && named.into_iter().flatten().all(is_known) {
+        return Ok(());
+    }
+    let others = if keys_wanted { ", by the address of its machine" } else { "" };
+    let message = format!(
+        "this server answers only when it is called localhost or 127.0.0.1{others}, or as [server] allowed_hosts says; use one of these in the URL"
+    );
+    Err(Refusal { kind: "permission_error", ..Refusal::new(StatusCode::FORBIDDEN, message) })
+}
+
+/// Returns true if a `Host`, with or without a port, names this machine, is allowed, or is an address and a key is wanted: addresses are
+/// not rebound.
+fn is_name_of_ours(host: &str, allowed: &[String], keys_wanted: bool) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map_or("", |(name, _)| name),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    if let Ok(address) = name.parse::<IpAddr>() {
+        return keys_wanted || address.is_loopback();
+    }
+    name.eq_ignore_ascii_case("localhost") || allowed.iter().any(|allowed| name.eq_ignore_ascii_case(allowed))
+}
+
+/// The end of a request, which is noted when the last byte of its answer was taken, or the client has left.
+struct End {
+    app: Arc<App>,
+    record: Arc<Record>,
+    log: Log,
+    status: u16,
+    whole: bool,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.app.metrics.end(&self.record.route, self.record.method(), self.status);
+        if let Some(text) = self.record.line(self.log, self.status, self.whole) {
+            line(text);
+        }
+    }
+}
+
+/// The body of an answer, whose end is noted.
+struct Watched {
+    body: Body,
+    end: End,
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        self.end.whole |= matches!(frame, Poll::Ready(None)) || self.body.is_end_stream();
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_this_server_pass() {
+        let allowed = ["tutor.school.example".to_owned()];
+        for good in ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.9.9.9", "[::1]:80", "[::1]"] {
+            assert!(is_name_of_ours(good, &[], false), "{good}");
+        }
+        for good in ["Tutor.School.example:443", "tutor.school.example"] {
+            assert!(is_name_of_ours(good, &allowed, false) && !is_name_of_ours(good, &[], true), "{good}");
+        }
+        for address in ["10.0.0.1", "10.0.0.1:8080", "0.0.0.0:80", "[fe80::1]", "[2001:db8::1]:80"] {
+            assert!(!is_name_of_ours(address, &allowed, false) && is_name_of_ours(address, &[], true), "{address}");
+        }
+        for bad in [
+            "",
+            "evil.example",
+            "localhost.evil.example:80",
+            "[::1",
+            "::",
+            "x.tutor.school.example",
+            "10.0.0.1.evil.example",
+        ] {
+            assert!(!is_name_of_ours(bad, &allowed, true), "{bad}");
+        }
+    }
+}

@@ -239,6 +239,63 @@ fn a_job_goes_on_after_its_server_was_killed_and_the_model_answers() -> Result<(
     Ok(())
 }
 
+/// A file is its key's, and so is a model; the file of handlers says which keys may train.
+#[test]
+fn what_a_key_sends_and_trains_is_that_keys_alone() -> Result<()> {
+    let place = Place::new()?;
+    let home = home(&place, &tuning("keys = [\"ada\", \"bob\"]\n"))?;
+    let mut keys = Vec::new();
+    for name in ["ada", "bob", "pupil"] {
+        keys.push(succeeds(in_home(&home).args(["keys", "add", name]))?.stdout.trim().to_owned());
+    }
+    let server = Served::start(&home)?;
+    let send = |key: usize, line: &str, kind: &str, body: &str| -> Result<(u16, Value)> {
+        let head = format!(
+            "{line} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-type: {kind}",
+            keys[key]
+        );
+        let (status, _, text) = http(server.address, &head, body)?;
+        Ok((status, serde_json::from_str(&text).with_context(|| text.clone())?))
+    };
+    let (form, kind) = (form("fine-tune", &lessons(&place, 16)?), "multipart/form-data; boundary=xx");
+    let (status, file) = send(0, "POST /v1/files", kind, &form)?;
+    assert_eq!(status, 200, "{file}");
+    let (status, refused) = send(2, "POST /v1/files", kind, &form)?;
+    assert!(status == 403 && message(&refused).contains("the key `pupil` may not"), "{refused}");
+    let id = file["id"].as_str().context("an id")?;
+    for (method, path) in [("GET", ""), ("DELETE", ""), ("GET", "/content")] {
+        assert_eq!(send(1, &format!("{method} /v1/files/{id}{path}"), "text/plain", "")?.0, 404, "{method} {path}");
+    }
+    assert_eq!(send(1, "GET /v1/files", "text/plain", "")?.1["data"], json!([]));
+    let order = json!({"model": "llama", "training_file": id, "hyperparameters": {"n_epochs": 1}}).to_string();
+    assert_eq!(send(1, "POST /v1/fine_tuning/jobs", "application/json", &order)?.0, 400, "the file is Ada's");
+    let (_, job) = send(0, "POST /v1/fine_tuning/jobs", "application/json", &order)?;
+    let job = format!("/v1/fine_tuning/jobs/{}", job["id"].as_str().context("an id")?);
+    let late = Instant::now() + Duration::from_secs(60);
+    let done = loop {
+        let (_, now) = send(0, &format!("GET {job}"), "text/plain", "")?;
+        if now["status"] == "succeeded" {
+            break now;
+        }
+        ensure!(Instant::now() < late && now["status"] != "failed", "{now}");
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    for line in [format!("GET {job}"), format!("GET {job}/events"), format!("POST {job}/cancel")] {
+        assert_eq!(send(1, &line, "application/json", "{}")?.0, 404, "{line}");
+    }
+    let ask =
+        json!({"model": done["fine_tuned_model"], "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2})
+            .to_string();
+    let asked = |key| send(key, "POST /v1/chat/completions", "application/json", &ask);
+    assert_eq!(asked(0)?.0, 200);
+    for key in [1, 2] {
+        let (status, answer) = asked(key)?;
+        assert!(status == 404 && !message(&answer).contains("known are ft-"), "{answer}");
+        assert!(!send(key, "GET /v1/models", "text/plain", "")?.1.to_string().contains("\"ft-"));
+    }
+    Ok(())
+}
+
 /// What somebody wants of a job that has ended, or of a model that may not be trained, is refused in words.
 #[test]
 fn a_job_that_cannot_be_done_says_why() -> Result<()> {

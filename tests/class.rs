@@ -159,6 +159,9 @@ fn files_are_bounded_and_no_form_is_taken_that_is_not_whole() -> Result<()> {
     for path in ["files?limt=1", "files?limit=0", "files?order=up", "files?after=file-1"] {
         assert_eq!(server.get(path)?.0, 400, "{path}");
     }
+    for path in ["files/%ff", "fine_tuning/jobs/%ff/events"] {
+        assert_eq!(server.get(path)?.0, 400, "{path}");
+    }
     for path in ["files/file-0", "files/..%2F..%2Fhandlers.toml", "files/file-0/content", "fine_tuning/jobs/ftjob-0"] {
         assert_eq!(server.get(path)?.0, 404, "{path}");
     }

@@ -93,7 +93,9 @@ def jobs(client: openai.OpenAI, lessons: str, exam: str) -> None:
     check("and those on held-out rows after each epoch", len(valid) == 8 and valid[0] < valid[-1], valid)
     check("no event is told twice", len({event.id for event in events}) == len(events))
     kept = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    check("the checkpoint that is kept is told", [one.fine_tuned_model_checkpoint for one in kept] == [done.fine_tuned_model] and kept[0].metrics.full_valid_loss == min(valid), kept)
+    best = next(one for one in kept if one.fine_tuned_model_checkpoint == done.fine_tuned_model)
+    check("its checkpoints are told, the result among them", 1 < len(kept) <= 4 and best.metrics.full_valid_loss == min(valid), kept)
+    check("  in order", [one.step_number for one in kept] == sorted((one.step_number for one in kept), reverse=True), kept)
     table = client.files.content(done.result_files[0]).text.splitlines()
     check("the losses are a file", table[0].startswith("step,train_loss") and len(table) == 145, table[:2])
 
@@ -103,6 +105,9 @@ def jobs(client: openai.OpenAI, lessons: str, exam: str) -> None:
     right = sum(ask(done.fine_tuned_model, row) == row[1]["content"] for row in rows)
     before = sum(ask("model", row) == row[1]["content"] for row in rows)
     check("and has learned what its base cannot", right >= 10 > before, (right, before))
+
+    earlier = next(one for one in kept if one.fine_tuned_model_checkpoint != done.fine_tuned_model).fine_tuned_model_checkpoint
+    check("an earlier checkpoint answers, too", bool(ask(earlier, rows[0])) and earlier.startswith(f"{done.fine_tuned_model}:ckpt-step-"), earlier)
 
     further = create(model=done.fine_tuned_model, training_file=lessons, hyperparameters={"n_epochs": 1})
     check("it is trained further", ended(client, further.id).status == "succeeded")

@@ -1,9 +1,23 @@
-//! What stands behind the `?` of an address.
+//! What an address says: an id, and what stands behind the `?`.
 
+use axum::extract::{FromRequestParts, Path};
+use axum::http::request::Parts;
 use axum::http::{StatusCode, Uri};
 
 use super::reply::Refusal;
 use crate::toml_problems::near;
+
+/// The id in the address.
+pub struct Id(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Id {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let id = Path::<String>::from_request_parts(parts, state).await;
+        id.map(|Path(id)| Self(id)).map_err(|_| refused("id", "the id in the address is not UTF-8"))
+    }
+}
 
 /// The parameters of a request, decoded.
 pub struct Query(Vec<(String, String)>);

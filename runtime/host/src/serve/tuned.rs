@@ -2,6 +2,7 @@
 //! long.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -24,13 +25,20 @@ static LOADED: Mutex<VecDeque<Weak<Loaded>>> = Mutex::new(VecDeque::new());
 /// A model of the registry that is loaded when it is asked.
 pub struct Tuned {
     name: String,
+    /// Its directory; `None`: that of the model of this name.
+    place: Option<PathBuf>,
     loaded: Arc<Loaded>,
 }
 
 impl Tuned {
     /// The model of this name; nothing is loaded.
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), loaded: Arc::default() }
+        Self { name: name.to_owned(), place: None, loaded: Arc::default() }
+    }
+
+    /// The model in a directory, under a name.
+    pub fn at(name: &str, place: PathBuf) -> Self {
+        Self { place: Some(place), ..Self::new(name) }
     }
 
     fn handler(&self) -> Result<Arc<dyn Handler>, HandlerError> {
@@ -39,7 +47,8 @@ impl Tuned {
         let handler = match &*loaded {
             Some(handler) => handler.clone(),
             None => {
-                let place = registry::place(&self.name).map_err(|error| HandlerError::internal(&error))?;
+                let place = self.place.clone().map_or_else(|| registry::place(&self.name), Ok);
+                let place = place.map_err(|error| HandlerError::internal(&error))?;
                 let model = ModelRef { name: place, ..ModelRef::default() };
                 let handler =
                     load_local(&self.name, model, Compute::Auto).map_err(|error| HandlerError::internal(&error))?;

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_core::Stream;
@@ -28,7 +28,7 @@ use self::store::{About, Files};
 use super::App;
 use super::caller::Caller;
 use super::fine_tuning::tuning;
-use super::query::{Query, page, refused};
+use super::query::{Id, Query, page, refused};
 use super::reply::Refusal;
 
 /// A client may be this slow, in bytes a second, once the time for a body is over.
@@ -90,18 +90,14 @@ pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Resul
 
 pub(super) async fn retrieve(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    Id(id): Id,
     request: Request,
 ) -> Result<Json<Value>, Refusal> {
     let owner = Caller::of(request.extensions());
     Ok(Json(find(&*files(&app, &owner)?, &owner, &id)?.card()))
 }
 
-pub(super) async fn delete(
-    State(app): State<Arc<App>>,
-    Path(id): Path<String>,
-    request: Request,
-) -> Result<Json<Value>, Refusal> {
+pub(super) async fn delete(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Result<Json<Value>, Refusal> {
     let owner = Caller::of(request.extensions());
     let files = files(&app, &owner)?;
     let about = find(&files, &owner, &id)?;
@@ -113,11 +109,7 @@ pub(super) async fn delete(
     Ok(Json(json!({"id": about.id, "object": "file", "deleted": true})))
 }
 
-pub(super) async fn content(
-    State(app): State<Arc<App>>,
-    Path(id): Path<String>,
-    request: Request,
-) -> Result<Response, Refusal> {
+pub(super) async fn content(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Result<Response, Refusal> {
     let owner = Caller::of(request.extensions());
     let files = files(&app, &owner)?;
     let about = find(&files, &owner, &id)?;

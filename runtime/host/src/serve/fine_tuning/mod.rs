@@ -1,8 +1,9 @@
 //! `/v1/fine_tuning/jobs`: OpenAI's scripts train here, and ask the result by its name.
 //!
 //! [`request`] is what they say, [`job`] what is kept of it, [`tuning`] does one job after another, [`child`] is the process that trains,
-//! [`events`] what is told of it. `[fine_tuning]` of the file of handlers allows it, see [`settings`].
+//! [`events`] what is told of it, [`checkpoints`] what can be asked of it beside the result. `[fine_tuning]` of the file of handlers allows it, see [`settings`].
 
+mod checkpoints;
 mod child;
 mod events;
 mod job;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
@@ -25,7 +26,7 @@ use self::job::{Job, Status};
 pub use self::tuning::{Publish, Tuning};
 use super::caller::Caller;
 use super::files::{failed, no_file};
-use super::query::{Query, page, refused};
+use super::query::{Id, Query, page, refused};
 use super::reply::Refusal;
 use super::{App, body, now};
 use crate::toml_problems::near;
@@ -118,7 +119,7 @@ pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Answe
     Ok(Json(json!({"object": "list", "data": data, "has_more": has_more})))
 }
 
-pub(super) async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
+pub(super) async fn retrieve(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     let caller = Caller::of(request.extensions());
     let tuning = tuning(&app, &caller)?;
     let job = find(&tuning, &caller, &id)?;
@@ -155,19 +156,19 @@ async fn wish(
     .await
 }
 
-pub(super) async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
+pub(super) async fn cancel(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     wish(&app, &id, Caller::of(request.extensions()), Tuning::cancel).await
 }
 
-pub(super) async fn pause(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
+pub(super) async fn pause(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     wish(&app, &id, Caller::of(request.extensions()), Tuning::pause).await
 }
 
-pub(super) async fn resume(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
+pub(super) async fn resume(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     wish(&app, &id, Caller::of(request.extensions()), Tuning::resume).await
 }
 
-pub(super) async fn events(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
+pub(super) async fn events(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     let caller = Caller::of(request.extensions());
     let tuning = tuning(&app, &caller)?;
     let job = find(&tuning, &caller, &id)?;
@@ -183,14 +184,22 @@ pub(super) async fn events(State(app): State<Arc<App>>, Path(id): Path<String>, 
     .await
 }
 
-pub(super) async fn checkpoints(State(app): State<Arc<App>>, Path(id): Path<String>, request: Request) -> Answer {
+pub(super) async fn checkpoints(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     let caller = Caller::of(request.extensions());
     let tuning = tuning(&app, &caller)?;
     let job = find(&tuning, &caller, &id)?;
     let query = Query::read(request.uri(), &["after", "limit"])?;
     let (limit, after) = (query.limit(10, LIST_MAX)?, query.get("after").map(str::to_owned));
     apart(move || {
-        let all: Vec<Value> = checkpoint(&job, &tuning.metrics(&job)).into_iter().collect();
+        let metrics = tuning.metrics(&job);
+        let last = result(&job, &metrics);
+        let kept = checkpoints::kept(&tuning.directory(&job));
+        let kept = kept.into_iter().rev().map(|(step, _)| (step, checkpoints::name(&job.name, step)));
+        // The best of them is the result.
+        let kept = kept.filter(|(step, _)| last.as_ref().is_none_or(|(result, _)| result != step));
+        let all = last.iter().cloned().chain(kept).map(|(step, model)| checkpoint(&job, &metrics, step, &model));
+        let mut all: Vec<Value> = all.collect();
+        all.sort_by_key(|one| std::cmp::Reverse(one["step_number"].as_u64()));
         let (data, has_more) = page(all, |one| one["id"].as_str().unwrap_or_default(), after.as_deref(), limit)?;
         let id = |one: Option<&Value>| one.map(|one| one["id"].clone());
         Ok(Json(json!({
@@ -204,18 +213,22 @@ pub(super) async fn checkpoints(State(app): State<Arc<App>>, Path(id): Path<Stri
     .await
 }
 
-/// What can be asked of a job: the model that it came to. What a training keeps to go on from is no model that answers.
-fn checkpoint(job: &Job, metrics: &BTreeMap<u64, Metrics>) -> Option<Value> {
+/// The model that a job came to, and the step that it is of: the best on the held-out rows, if there are any.
+fn result(job: &Job, metrics: &BTreeMap<u64, Metrics>) -> Option<(u64, String)> {
     let model = job.fine_tuned_model()?;
-    let (step, last) = metrics.last_key_value()?;
-    // The best evaluation is what is kept, where there were any.
     let best = metrics.iter().filter_map(|(step, metrics)| Some((*step, metrics.valid_loss?)));
-    let step = best.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(*step, |(step, _)| step);
-    let at = metrics.get(&step).unwrap_or(last);
-    Some(json!({
+    let best = best.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(step, _)| step);
+    Some((best.or_else(|| metrics.keys().last().copied())?, model.to_owned()))
+}
+
+/// A checkpoint as OpenAI's API has it.
+fn checkpoint(job: &Job, metrics: &BTreeMap<u64, Metrics>, step: u64, model: &str) -> Value {
+    let at = metrics.get(&step).cloned().unwrap_or_default();
+    let created = if at.at > 0 { at.at } else { job.created_at };
+    json!({
         "object": "fine_tuning.job.checkpoint",
-        "id": format!("ftckpt-{}", job.id.trim_start_matches("ftjob-")),
-        "created_at": job.finished_at.unwrap_or(job.created_at),
+        "id": format!("ftckpt-{}-{step}", job.id.trim_start_matches("ftjob-")),
+        "created_at": created,
         "fine_tuned_model_checkpoint": model,
         "fine_tuning_job_id": job.id,
         "step_number": step,
@@ -225,5 +238,5 @@ fn checkpoint(job: &Job, metrics: &BTreeMap<u64, Metrics>) -> Option<Value> {
             "full_valid_loss": at.valid_loss,
             "full_valid_mean_token_accuracy": at.valid_accuracy,
         },
-    }))
+    })
 }

@@ -12,6 +12,7 @@ use anyhow::{Result, anyhow, ensure};
 use homeroom_engine::adapt::adapter::{AdapterFiles, is_adapter};
 use homeroom_engine::files::{make_directory, take_away};
 
+use super::checkpoints;
 use super::child;
 use super::events::{self, Metrics};
 use super::job::{Failure, Job, Status, result_name};
@@ -131,9 +132,13 @@ impl Tuning {
             state.idle = false;
             state.jobs.values().filter(|job| job.fine_tuned_model().is_some()).cloned().collect()
         };
-        for Job { name, key, .. } in done {
-            if registry::place(&name).is_ok_and(|place| place.exists()) {
-                publish(&name, key, Arc::new(Tuned::new(&name)));
+        for job in done {
+            if registry::place(&job.name).is_ok_and(|place| place.exists()) {
+                publish(&job.name, job.key.clone(), Arc::new(Tuned::new(&job.name)));
+            }
+            for (step, place) in checkpoints::kept(&self.place(&job.id)) {
+                let name = checkpoints::name(&job.name, step);
+                publish(&name, job.key.clone(), Arc::new(Tuned::at(&name, place)));
             }
         }
         *self.publish.lock().unwrap_or_else(PoisonError::into_inner) = Some(publish);
@@ -204,9 +209,15 @@ impl Tuning {
     /// When it may, and is not there.
     pub fn base(&self, key: Option<&str>, name: &str) -> Result<Option<(PathBuf, Option<PathBuf>)>> {
         let own = || {
+            let (model, step) = name.split_once(":ckpt-step-").unwrap_or((name, ""));
             let state = self.state();
-            let of_key = |job: &&Job| job.key.as_deref() == key && job.fine_tuned_model() == Some(name);
-            state.jobs.values().find(of_key).map(|job| PathBuf::from(&job.name))
+            let of_key = |job: &&Job| job.key.as_deref() == key && job.fine_tuned_model() == Some(model);
+            let job = state.jobs.values().find(of_key)?;
+            if step.is_empty() {
+                return Some(PathBuf::from(&job.name));
+            }
+            let kept = checkpoints::kept(&self.place(&job.id));
+            kept.into_iter().find(|(kept, _)| kept.to_string() == step).map(|(_, place)| place)
         };
         let Some(model) = self.settings.bases.get(name).cloned().or_else(own) else { return Ok(None) };
         let located =
@@ -462,14 +473,28 @@ impl Tuning {
                 child.wait()?;
                 return Ok(Watched::Wanted(ended));
             }
-            if run.is_none() && looked.elapsed() > Duration::from_millis(500) {
+            if looked.elapsed() > Duration::from_millis(300) {
                 looked = Instant::now();
-                run = self.run_of(job).map(|run| run.id);
+                if run.is_none() {
+                    run = self.run_of(job);
+                    if let Some(run) = &run {
+                        self.change(&job.id, |job| job.run = Some(run.id.clone()));
+                    }
+                }
                 if let Some(run) = &run {
-                    self.change(&job.id, |job| job.run = Some(run.clone()));
+                    self.keep_checkpoints(job, run);
                 }
             }
             thread::sleep(LOOK);
+        }
+    }
+
+    /// Keeps what the run of a job has saved after an epoch as a model that can be asked.
+    fn keep_checkpoints(&self, job: &Job, run: &runs::Entry) {
+        let place = self.place(&job.id);
+        for step in checkpoints::keep(&place, &run.path) {
+            let name = checkpoints::name(&job.name, step);
+            events::tell(&place, "info", &format!("New checkpoint created at step {step}: {name}"));
         }
     }
 
@@ -516,6 +541,10 @@ impl Tuning {
             let publish = self.publish.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(publish) = &*publish {
                 publish(&job.name, job.key.clone(), Arc::new(Tuned::new(&job.name)));
+                for (step, kept) in checkpoints::kept(&place) {
+                    let name = checkpoints::name(&job.name, step);
+                    publish(&name, job.key.clone(), Arc::new(Tuned::at(&name, kept)));
+                }
             }
             events::tell(&place, "info", &format!("The model is {}", job.name));
         }
@@ -547,6 +576,9 @@ impl Tuning {
 
     /// Removes what a job left that was cancelled: its run, with the checkpoints, and what it had saved when it was halted.
     fn clear(&self, job: &Job, run: Option<&runs::Entry>) {
+        for (_, checkpoint) in checkpoints::kept(&self.place(&job.id)) {
+            let _ = take_away(&checkpoint);
+        }
         if let Some(run) = run.filter(|run| run.status != runs::Status::Running) {
             let _ = take_away(&run.path);
             if let Ok(place) = registry::place(&job.name)

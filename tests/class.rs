@@ -67,7 +67,7 @@ impl Served {
 
     /// The job once it has one of these states.
     fn until(&self, job: &str, states: &[&str]) -> Result<Value> {
-        let late = Instant::now() + Duration::from_secs(120);
+        let late = Instant::now() + Duration::from_secs(300);
         loop {
             let (_, now) = self.get(&format!("fine_tuning/jobs/{job}"))?;
             if states.iter().any(|state| now["status"] == *state) {
@@ -209,7 +209,7 @@ fn a_job_goes_on_after_its_server_was_killed_and_the_model_answers() -> Result<(
         let (_, list) = server.get(&format!("fine_tuning/jobs/{id}/events?limit=100"))?;
         Ok(list["data"].as_array().cloned().unwrap_or_default())
     };
-    let late = Instant::now() + Duration::from_secs(60);
+    let late = Instant::now() + Duration::from_secs(240);
     while !events(&server)?.iter().any(|event| event["type"] == "metrics") {
         ensure!(Instant::now() < late, "no step: {:?}", events(&server)?);
         std::thread::sleep(Duration::from_millis(100));
@@ -274,7 +274,7 @@ fn what_a_key_sends_and_trains_is_that_keys_alone() -> Result<()> {
     assert_eq!(send(1, "POST /v1/fine_tuning/jobs", "application/json", &order)?.0, 400, "the file is Ada's");
     let (_, job) = send(0, "POST /v1/fine_tuning/jobs", "application/json", &order)?;
     let job = format!("/v1/fine_tuning/jobs/{}", job["id"].as_str().context("an id")?);
-    let late = Instant::now() + Duration::from_secs(60);
+    let late = Instant::now() + Duration::from_secs(240);
     let done = loop {
         let (_, now) = send(0, &format!("GET {job}"), "text/plain", "")?;
         if now["status"] == "succeeded" {

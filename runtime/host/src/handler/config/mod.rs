@@ -32,8 +32,10 @@ use super::limit::Limits;
 use super::replay::{Replay, ReplaySpec};
 use super::wrap::settings::{self, Settings};
 use super::{Handler, Secret};
+use crate::memory::settings as memory;
 use crate::models::ModelRef;
 use crate::serve;
+use crate::serve::fine_tuning::settings as fine_tuning;
 use crate::toml_problems::{Problems, near};
 
 /// Name of the user's file of handlers.
@@ -59,6 +61,10 @@ pub struct Config {
     pub rules: BTreeMap<String, Rules>,
     /// `[server]`.
     pub server: serve::settings::Settings,
+    /// `[fine_tuning]`.
+    pub fine_tuning: Option<fine_tuning::Settings>,
+    /// `[memory]`.
+    pub memory: Option<memory::Settings>,
 }
 
 /// A handler as the file describes it, not loaded.
@@ -149,13 +155,23 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let harmless = [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &serve::settings::KEYS].concat();
+        let harmless =
+            [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &serve::settings::KEYS, &fine_tuning::KEYS, &memory::KEYS]
+                .concat();
         let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
-        problems.unknown_keys(&root, &["handlers", "routes", "server"]);
-        let server = serve::settings::read(&mut problems, &root);
+        problems.unknown_keys(&root, &["handlers", "routes", "server", "fine_tuning", "memory"]);
         let (handlers, routes, settings, rules) = Default::default();
-        let mut config = Self { path: path.to_owned(), handlers, routes, settings, rules, server };
+        let mut config = Self {
+            path: path.to_owned(),
+            handlers,
+            routes,
+            settings,
+            rules,
+            server: serve::settings::read(&mut problems, &root),
+            fine_tuning: fine_tuning::Settings::read(&mut problems, path, &root),
+            memory: memory::Settings::read(&mut problems, &root),
+        };
         let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
         let [handlers, routes] = tables;
         let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();

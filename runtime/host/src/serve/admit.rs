@@ -45,6 +45,7 @@ impl Access {
 }
 
 /// Who asks, as it is known before the body is read.
+#[derive(Clone)]
 pub(super) struct Asker {
     pub(super) caller: Caller,
     access: Access,

@@ -11,6 +11,7 @@ mod body;
 pub mod caller;
 mod chat;
 mod class;
+mod completions;
 mod connection;
 mod embeddings;
 mod feedback;
@@ -320,6 +321,7 @@ type Route = (&'static str, &'static str, fn() -> MethodRouter<Arc<App>>);
 /// All routes. Nothing is served that is not here.
 const TABLE: &[Route] = &[
     (CHAT, "POST", || post(chat::chat)),
+    ("/v1/completions", "POST", || post(completions::completions)),
     (EMBEDDINGS, "POST", || post(embeddings::embeddings)),
     ("/openai/deployments/{model}/chat/completions", "POST", || post(chat::of_deployment)),
     ("/api/chat", "POST", || post(ollama::chat)),

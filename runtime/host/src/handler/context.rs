@@ -1,5 +1,4 @@
-//! What accompanies a request on its way: cancellation, a deadline, time limits of its phases, its place in queues, and whether it may leave
-//! this machine.
+//! What accompanies a request on its way: cancellation, a deadline, time limits of its phases, and whether it may leave this machine.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -68,36 +67,6 @@ impl Context {
         Self { deadline, ..self.clone() }
     }
 
-    /// Returns the same context, of work that waits behind that of others.
-    pub fn in_background(&self) -> Self {
-        Self { background: true, ..self.clone() }
-    }
-
-    /// Returns true if the work waits behind that of others.
-    pub fn is_background(&self) -> bool {
-        self.background
-    }
-
-    /// Returns the same context, of an answer that ends after so many tokens at the latest.
-    pub fn at_most(&self, tokens: usize) -> Self {
-        Self { tokens_max: Some(self.tokens_max.unwrap_or(tokens).min(tokens)), ..self.clone() }
-    }
-
-    /// Returns the longest answer: what is asked for, if less is not all that may be given.
-    pub fn tokens(&self, asked: Option<usize>) -> Option<usize> {
-        [asked, self.tokens_max].into_iter().flatten().min()
-    }
-
-    /// Notes how many requests are before this one in a queue, for whoever tells the client.
-    pub fn wait_behind(&self, before: usize) {
-        self.before.store(before, Ordering::Relaxed);
-    }
-
-    /// Returns how many requests are before this one in a queue; 0: it does not wait in one.
-    pub fn before(&self) -> usize {
-        self.before.load(Ordering::Relaxed)
-    }
-
     /// Returns the same context, which also ends when the time of a timer is over.
     pub fn timed(&self, timer: &Timer) -> Self {
         let mut timed = self.clone();
@@ -134,6 +103,36 @@ impl Context {
             }
             std::thread::sleep(left.min(PATIENCE));
         }
+    }
+
+    /// Returns the same context, of work that waits behind that of others.
+    pub fn in_background(&self) -> Self {
+        Self { background: true, ..self.clone() }
+    }
+
+    /// Returns true if the work waits behind that of others.
+    pub fn is_background(&self) -> bool {
+        self.background
+    }
+
+    /// Returns the same context, of an answer that ends after so many tokens at the latest.
+    pub fn at_most(&self, tokens: usize) -> Self {
+        Self { tokens_max: Some(self.tokens_max.unwrap_or(tokens).min(tokens)), ..self.clone() }
+    }
+
+    /// Returns the longest answer: what is asked for, if less is not all that may be given.
+    pub fn tokens(&self, asked: Option<usize>) -> Option<usize> {
+        [asked, self.tokens_max].into_iter().flatten().min()
+    }
+
+    /// Notes how many requests are before this one in a queue, for whoever tells the client.
+    pub fn wait_behind(&self, before: usize) {
+        self.before.store(before, Ordering::Relaxed);
+    }
+
+    /// Returns how many requests are before this one in a queue; 0: it does not wait in one.
+    pub fn before(&self) -> usize {
+        self.before.load(Ordering::Relaxed)
     }
 
     /// Asks the handler to stop. It does so between two tokens, between two pieces of a prompt, and in every wait.

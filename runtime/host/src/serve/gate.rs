@@ -98,7 +98,7 @@ fn let_in(
     record: &Record,
     request: &mut Request,
 ) -> Result<Option<Response>, Refusal> {
-    let is_open = OPEN.contains(&request.uri().path()) && request.method() == Method::GET;
+    let is_open = OPEN.contains(&request.uri().path()) && [Method::GET, Method::HEAD].contains(request.method());
     let wanted = app.keys.wanted();
     let is_wanted = !matches!(wanted, Ok(None));
     check_host(request, settings, is_wanted)?;

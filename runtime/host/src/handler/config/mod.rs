@@ -31,12 +31,14 @@ pub use self::endpoint::EndpointSpec;
 pub use self::handlers::Handlers;
 pub use self::local::load_local;
 pub use self::route::{Egress, Rules};
-use super::Handler;
 use super::limit::Limits;
 use super::replay::{Replay, ReplaySpec};
 use super::wrap::settings::{self, Settings};
+use super::{Handler, Secret};
+use crate::memory::settings as memory;
 use crate::models::ModelRef;
 use crate::serve;
+use crate::serve::fine_tuning::settings as fine_tuning;
 use crate::toml_problems::{Problems, near};
 
 /// Name of the user's file of handlers.
@@ -62,6 +64,10 @@ pub struct Config {
     pub rules: BTreeMap<String, Rules>,
     /// `[server]`.
     pub server: serve::settings::Settings,
+    /// `[fine_tuning]`.
+    pub fine_tuning: Option<fine_tuning::Settings>,
+    /// `[memory]`.
+    pub memory: Option<memory::Settings>,
 }
 
 /// A handler as the file describes it, not loaded.
@@ -78,18 +84,8 @@ pub enum HandlerSpec {
 }
 
 impl HandlerSpec {
-    /// Its kind, in the file's word.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Local(..) => "local",
-            Self::OpenAi(_) => "openai",
-            Self::Anthropic(_) => "anthropic",
-            Self::Replay(_) => "replay",
-        }
-    }
-
     /// The endpoint that it asks, if it asks one.
-    pub fn endpoint(&self) -> Option<&EndpointSpec> {
+    fn endpoint(&self) -> Option<&EndpointSpec> {
         match self {
             Self::Local(..) | Self::Replay(_) => None,
             Self::OpenAi(endpoint) => Some(endpoint),
@@ -104,23 +100,33 @@ impl HandlerSpec {
 
     /// The variable that holds its key, if it has one.
     pub fn key_variable(&self) -> Option<&str> {
-        self.endpoint()?.api_key_env.as_deref()
+        self.endpoint().and_then(|endpoint| endpoint.api_key_env.as_deref())
     }
 
     /// Why it is disabled, if it is: its key is not in the environment.
     pub fn disabled(&self) -> Option<String> {
-        self.endpoint()?.api_key().err()
+        self.api_key().err()
+    }
+
+    fn api_key(&self) -> Result<Option<Secret>, String> {
+        self.endpoint().map_or(Ok(None), EndpointSpec::api_key)
     }
 
     /// Makes it ready to answer, with what stands around it.
     fn load(&self, name: &str, settings: &Settings) -> Result<Arc<dyn Handler>> {
-        let (handler, limits): (Arc<dyn Handler>, Limits) = match self {
-            Self::Local(model, compute) => (local::load(name, model.clone(), *compute)?, local::LIMITS),
-            Self::OpenAi(endpoint) => (openai::load(endpoint, name)?, ENDPOINT_LIMITS),
-            Self::Anthropic(spec) => (spec.load(name)?, ENDPOINT_LIMITS),
-            Self::Replay(spec) => (Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS),
-        };
-        settings.around(name, handler, limits, self.endpoint().map(EndpointSpec::answer_timeout))
+        match self {
+            Self::Local(model, compute) => {
+                settings.around(name, local::load(name, model.clone(), *compute)?, local::LIMITS, None)
+            }
+            Self::OpenAi(endpoint) => {
+                let handler = openai::load(endpoint, name)?;
+                settings.around(name, handler, ENDPOINT_LIMITS, Some(endpoint.answer_timeout()))
+            }
+            Self::Anthropic(spec) => {
+                settings.around(name, spec.load(name)?, ENDPOINT_LIMITS, Some(spec.endpoint.answer_timeout()))
+            }
+            Self::Replay(spec) => settings.around(name, Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS, None),
+        }
     }
 }
 
@@ -161,13 +167,23 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let harmless = [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &serve::settings::KEYS].concat();
+        let harmless =
+            [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &serve::settings::KEYS, &fine_tuning::KEYS, &memory::KEYS]
+                .concat();
         let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
-        problems.unknown_keys(&root, &["handlers", "routes", "server"]);
-        let server = serve::settings::read(&mut problems, &root);
+        problems.unknown_keys(&root, &["handlers", "routes", "server", "fine_tuning", "memory"]);
         let (handlers, routes, settings, rules) = Default::default();
-        let mut config = Self { path: path.to_owned(), handlers, routes, settings, rules, server };
+        let mut config = Self {
+            path: path.to_owned(),
+            handlers,
+            routes,
+            settings,
+            rules,
+            server: serve::settings::read(&mut problems, &root),
+            fine_tuning: fine_tuning::Settings::read(&mut problems, path, &root),
+            memory: memory::Settings::read(&mut problems, &root),
+        };
         let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
         let [handlers, routes] = tables;
         let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();

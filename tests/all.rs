@@ -61,6 +61,7 @@ mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;
+mod server;
 mod steps;
 mod strategies;
 mod support;

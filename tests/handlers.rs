@@ -26,9 +26,11 @@ use serde_json::{Value, json};
 use crate::support::{fixture, homeroom, root};
 
 mod cloud;
+pub mod faults;
 mod program;
 mod routes;
 mod server;
+mod wrappers;
 
 pub use server::{chat_body, http, post};
 

@@ -14,8 +14,7 @@ use homeroom_engine::adapt::adapter::{AdapterFiles, CONFIG_FILE, is_adapter, wit
 use homeroom_engine::data::{Dataset, Encoder, Group, OnLongRow, Reading, Source, load_groups};
 use homeroom_engine::embedding::encoder_type;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
-use homeroom_engine::inference::generate::Sampling;
-use homeroom_engine::inference::{Adapter, Engine, Tokens};
+use homeroom_engine::inference::{Adapter, Ask, Engine, Tokens};
 use homeroom_engine::models::BaseModel;
 use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::Kind;
@@ -231,8 +230,8 @@ impl Answerer {
     ///
     /// # Errors
     /// As [`Engine::ask`].
-    pub fn ask(&self, prompt: &[u32], sampling: Sampling) -> Result<Tokens> {
-        self.engine.ask(self.adapter.as_ref(), prompt, sampling)
+    pub fn ask(&self, prompt: &[u32], ask: impl Into<Ask>) -> Result<Tokens> {
+        self.engine.ask(self.adapter.as_ref(), prompt, ask)
     }
 }
 

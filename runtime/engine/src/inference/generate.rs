@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::inference::{Adapter, Engine};
 use crate::models::BaseModel;
+use crate::text::template::Given;
 use crate::text::tokens::tokenize;
 
 /// How an answer is drawn.
@@ -73,10 +74,18 @@ pub struct Answer {
 /// # Errors
 /// When the model has no chat template, or it refuses the conversation.
 pub fn prompt_ids(model: &BaseModel, messages: &[serde_json::Value]) -> Result<Vec<u32>> {
+    prompt_ids_given(model, messages, Given::default())
+}
+
+/// As [`prompt_ids`], with tools and what else the template is given.
+///
+/// # Errors
+/// As [`prompt_ids`].
+pub fn prompt_ids_given(model: &BaseModel, messages: &[serde_json::Value], given: Given<'_>) -> Result<Vec<u32>> {
     let template = model.template.as_ref();
     let template = template.with_context(|| format!("{}: the model has no chat template", model.path.display()))?;
-    let control = model.tokenizer.control_in(messages, None)?;
-    let rendered = template.render_prompt(messages, None, &control)?;
+    let control = model.tokenizer.control_in(messages, given)?;
+    let rendered = template.render_prompt(messages, given, &control)?;
     let ids = tokenize(&rendered, &model.tokenizer)?.0;
     model.tokenizer.check_embedded(&ids, model.architecture.vocab_size)?;
     Ok(ids)

@@ -6,9 +6,11 @@
 //! read, or whether the beginning of its prompt was taken over from another.
 
 mod adapters;
+mod constraint;
 mod engine;
 mod finite;
 pub mod generate;
+mod likely;
 mod passes;
 mod prefix_cache;
 mod sampler;
@@ -17,7 +19,9 @@ mod sequence;
 mod turns;
 
 pub use self::adapters::Adapter;
-pub use self::engine::{Engine, Tokens};
+pub use self::constraint::{Constraint, MASKED};
+pub use self::engine::{Ask, Drawn, Engine, Tokens};
+pub use self::likely::Likely;
 pub use self::passes::Inference;
 pub use self::sampler::Sampler;
 pub use self::scheduler::TOGETHER;

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use anyhow::{Result, ensure};
 use homeroom_kernels::{Stream, softmax_weights};
 
+use super::constraint::Constraint;
 use crate::inference::generate::Sampling;
 
 /// Below this a temperature is 0: dividing logits by less overflows.
@@ -21,6 +22,8 @@ pub struct Sampler {
     random: Stream,
     /// How often each token was drawn; a token of the prompt alone has 0. Empty unless there is a penalty.
     seen: HashMap<u32, u32>,
+    /// Added to the logits of tokens.
+    bias: Vec<(u32, f32)>,
 }
 
 impl Sampler {
@@ -41,16 +44,40 @@ impl Sampler {
         for penalty in [frequency_penalty, presence_penalty] {
             ensure!((-2.0..=2.0).contains(&penalty), "a penalty is not a number from -2 to 2");
         }
-        let mut sampler = Self { sampling, random: Stream::new(sampling.seed, DRAWS), seen: HashMap::new() };
+        let mut sampler =
+            Self { sampling, random: Stream::new(sampling.seed, DRAWS), seen: HashMap::new(), bias: Vec::new() };
         if sampler.penalises() {
             sampler.seen.extend(prompt.iter().map(|token| (*token, 0)));
         }
         Ok(sampler)
     }
 
+    /// Adds numbers to the logits of tokens before each draw.
+    ///
+    /// # Errors
+    /// When one is not finite.
+    pub fn with_bias(self, bias: Vec<(u32, f32)>) -> Result<Self> {
+        ensure!(bias.iter().all(|(_, bias)| bias.is_finite()), "a bias is not a number");
+        Ok(Self { bias, ..self })
+    }
+
     /// Draws a token from logits, (V), which are finite.
     pub fn draw(&mut self, mut logits: Vec<f32>) -> u32 {
         self.penalise(&mut logits);
+        self.draw_penalised(logits)
+    }
+
+    /// Draws a token that a constraint lets pass.
+    ///
+    /// # Errors
+    /// When it lets none pass.
+    pub fn draw_held(&mut self, mut logits: Vec<f32>, constraint: &mut dyn Constraint) -> Result<u32> {
+        self.penalise(&mut logits);
+        constraint.mask(&mut logits)?;
+        Ok(self.draw_penalised(logits))
+    }
+
+    fn draw_penalised(&mut self, logits: Vec<f32>) -> u32 {
         let greedy = self.sampling.temperature < TEMPERATURE_MIN || self.sampling.top_k == 1;
         let token = if greedy { first_of_largest(&logits) } else { self.draw_from(logits) };
         if self.penalises() {
@@ -79,6 +106,10 @@ impl Sampler {
             }
             // A penalty must not make infinities of what was finite.
             *logit = value.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32;
+        }
+        for (token, bias) in &self.bias {
+            let Some(logit) = logits.get_mut(*token as usize) else { continue };
+            *logit = (*logit + bias).clamp(f32::MIN, f32::MAX);
         }
     }
 
@@ -204,6 +235,7 @@ mod tests {
     use candle_core::{Device, Tensor};
     use candle_transformers::utils::apply_repeat_penalty;
 
+    use super::super::constraint::MASKED;
     use super::*;
 
     /// Odd logits of an odd vocabulary, with ties.
@@ -321,6 +353,39 @@ mod tests {
                 assert!(order[top_k..].iter().all(|id| kept[*id] == 0.0), "{top_k}");
             }
         }
+    }
+
+    /// Lets one token pass.
+    struct Only(u32);
+
+    impl Constraint for Only {
+        fn mask(&mut self, logits: &mut [f32]) -> Result<()> {
+            let others = logits.iter_mut().enumerate().filter(|(id, _)| *id != self.0 as usize);
+            others.for_each(|(_, logit)| *logit = MASKED);
+            Ok(())
+        }
+
+        fn accept(&mut self, _token: u32) -> Result<bool> {
+            Ok(false)
+        }
+    }
+
+    #[test]
+    fn what_is_masked_is_never_drawn_and_a_bias_decides() -> Result<()> {
+        let logits = [50.0, 1.0, f32::MIN, -3.0];
+        for temperature in [0.0, 2e-6, 1.0, 2.0] {
+            for (top_k, top_p) in [(0, 1.0), (2, 0.5)] {
+                let sampling = Sampling { temperature, top_k, top_p, repetition_penalty: 1.3, ..Sampling::default() };
+                for allowed in [1, 2, 3] {
+                    let mut sampler = Sampler::new(sampling, &[0, 3])?;
+                    assert_eq!(sampler.draw_held(logits.to_vec(), &mut Only(allowed))?, allowed, "{sampling:?}");
+                }
+                let mut biased = Sampler::new(sampling, &[])?.with_bias(vec![(0, -100.0), (1, 60.0), (99, 1.0)])?;
+                assert_eq!(biased.draw(logits.to_vec()), 1);
+            }
+        }
+        assert!(Sampler::new(Sampling::default(), &[])?.with_bias(vec![(0, f32::NAN)]).is_err());
+        Ok(())
     }
 
     #[test]

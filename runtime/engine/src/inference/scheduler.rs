@@ -104,6 +104,14 @@ impl Scheduler {
         self.first_come = !self.first_come;
         if let Some((sequence, end)) = next {
             *end = guarded(|| sequence.read(inference)).transpose();
+            let request = &mut sequence.request;
+            if sequence.last.is_some() && std::mem::take(&mut request.shared) {
+                let whole = sequence.cache.prefix(request.prompt.len());
+                if let Some(cache) = whole {
+                    let architecture = &inference.model.architecture;
+                    self.prefixes.keep(architecture, request.adapter.as_ref(), request.prompt.clone(), cache);
+                }
+            }
         }
         let mut by_adapter: Vec<(u64, Vec<Drawing<'_>>)> = Vec::new();
         let drawing =
@@ -191,7 +199,9 @@ mod tests {
         let sampler = Sampler::new(Sampling { max_tokens: 1, ..Sampling::default() }, &prompt)?;
         let (events, heard) = channel();
         let dropped = Arc::new(AtomicBool::new(false));
-        let request = Request { adapter: None, prompt, sampler, max_tokens: 1, events, dropped };
+        let (constraint, logprobs, shared) = (None, None, false);
+        let request =
+            Request { adapter: None, prompt, sampler, constraint, logprobs, shared, max_tokens: 1, events, dropped };
         scheduler.running.push(Sequence::new(&scheduler.inference, request, &scheduler.prefixes));
         Ok(heard)
     }

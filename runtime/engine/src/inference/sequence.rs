@@ -8,8 +8,11 @@ use anyhow::Result;
 
 use super::Inference;
 use super::adapters::Adapter;
+use super::constraint::Constraint;
+use super::engine::Drawn;
 use super::finite::check_finite;
 use super::generate::Finish;
+use super::likely::Likely;
 use super::prefix_cache::PrefixCache;
 use super::sampler::Sampler;
 use crate::run::waist::KvCache;
@@ -23,6 +26,12 @@ pub(super) struct Request {
     pub adapter: Option<Arc<Adapter>>,
     pub prompt: Vec<u32>,
     pub sampler: Sampler,
+    /// What the answer is held to.
+    pub constraint: Option<Box<dyn Constraint>>,
+    /// The likeliest tokens that are told of beside each one, if any are.
+    pub logprobs: Option<usize>,
+    /// The prompt is asked again.
+    pub shared: bool,
     pub max_tokens: usize,
     pub events: Sender<Event>,
     /// Nobody waits for it any more.
@@ -43,7 +52,7 @@ impl Request {
 
 /// What the scheduler tells of an answer.
 pub(super) enum Event {
-    Token(u32),
+    Token(Drawn),
     End(Finish),
     Failed(anyhow::Error),
 }
@@ -112,7 +121,11 @@ impl Sequence {
     /// Draws a token; why the answer ends, if it does.
     pub(super) fn draw(&mut self, inference: &Inference, logits: Vec<f32>) -> Result<Option<Finish>> {
         check_finite(&logits)?;
-        let token = self.request.sampler.draw(logits);
+        let before = self.request.logprobs.map(|top| (logits.clone(), top));
+        let token = match &mut self.request.constraint {
+            None => self.request.sampler.draw(logits),
+            Some(constraint) => self.request.sampler.draw_held(logits, &mut **constraint)?,
+        };
         // An adapter may have been trained with a tokenizer of its own.
         let model = self.request.adapter.as_ref().map_or(&inference.model, |adapter| &adapter.model);
         if model.tokenizer.eos_ids.contains(&token) {
@@ -120,8 +133,13 @@ impl Sequence {
         }
         self.left -= 1;
         self.last = Some(token);
-        if self.request.events.send(Event::Token(token)).is_err() {
+        let complete = self.request.constraint.as_mut().map_or(Ok(false), |constraint| constraint.accept(token))?;
+        let likely = before.map(|(logits, top)| Likely::of(&logits, token, top));
+        if self.request.events.send(Event::Token(Drawn { id: token, likely })).is_err() {
             return Ok(Some(Finish::Length));
+        }
+        if complete {
+            return Ok(Some(Finish::Stop));
         }
         let full = self.cache.positions() >= inference.model.architecture.max_position_embeddings;
         Ok((self.left == 0 || full).then_some(Finish::Length))

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod export_model;
 pub mod feedback;
 pub mod fine_tune;
+pub mod handlers;
 pub mod import;
 pub mod keys;
 pub mod licenses;

@@ -91,7 +91,7 @@ impl Asker {
             return Err(self.forbidden(app, &listed));
         }
         let gives = handler.gives();
-        if gives != wanted && gives != Gives::Either {
+        if gives != wanted && gives != Gives::Either && wanted != Gives::Either {
             return Err(wrong_model(app, &self.access, model, wanted));
         }
         self.record.known().model = Some(listed);

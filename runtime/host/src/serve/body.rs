@@ -19,6 +19,20 @@ pub(super) async fn read(app: &App, request: Request) -> Result<Bytes, Refusal> 
         let message = "the body should be JSON, with the header content-type: application/json";
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
+    read_any(app, request).await
+}
+
+/// Reads the body of a request by Ollama's API, whose examples do not say that it is JSON. A browser says of every request to another
+/// origin where it comes from: one that does must say that it is JSON.
+pub(super) async fn read_of_ollama(app: &App, request: Request) -> Result<Bytes, Refusal> {
+    let of_page = [header::ORIGIN.as_str(), "sec-fetch-site"];
+    match of_page.iter().any(|name| request.headers().contains_key(*name)) {
+        true => read(app, request).await,
+        false => read_any(app, request).await,
+    }
+}
+
+async fn read_any(app: &App, request: Request) -> Result<Bytes, Refusal> {
     let most = app.settings().max_body;
     let body = timeout(app.bounds.body, to_bytes(request.into_body(), most)).await.map_err(|_| {
         let message = format!("the body of the request was not complete after {} s", app.bounds.body.as_secs());

@@ -20,7 +20,7 @@ use crate::handler::{EmbedRequest, Embeddings, Gives, HandlerError, Input, Kind}
 use crate::toml_problems::near;
 
 /// Most texts of a request, as at OpenAI.
-const INPUTS_MAX: usize = 2048;
+pub(super) const INPUTS_MAX: usize = 2048;
 /// The header that counts the texts that were cut.
 const TRUNCATED: &str = "x-homeroom-truncated";
 

@@ -20,7 +20,7 @@ use super::keys::given;
 use super::record::{REQUEST_ID, Record};
 use super::reply::Refusal;
 use super::settings::{Log, Settings};
-use super::{App, ollama_error, route_of};
+use super::{App, ollama, route_of};
 use crate::progress::line;
 
 /// What everybody may ask who can reach the port: whether the server is there, and nothing else.
@@ -41,7 +41,7 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
     let mut response = match let_in(&app, &settings, &page, &record, &mut request) {
         Ok(None) => next.run(request).await,
         Ok(Some(answer)) => answer,
-        Err(refusal) if is_ollama => ollama_error(&refusal),
+        Err(refusal) if is_ollama => ollama::error(&refusal),
         Err(refusal) => refusal.into_response(),
     };
     let headers = response.headers_mut();
@@ -98,7 +98,7 @@ fn let_in(
     record: &Record,
     request: &mut Request,
 ) -> Result<Option<Response>, Refusal> {
-    let is_open = OPEN.contains(&request.uri().path()) && request.method() == Method::GET;
+    let is_open = OPEN.contains(&request.uri().path()) && [Method::GET, Method::HEAD].contains(request.method());
     let wanted = app.keys.wanted();
     let is_wanted = !matches!(wanted, Ok(None));
     check_host(request, settings, is_wanted)?;

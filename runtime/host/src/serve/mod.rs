@@ -6,6 +6,7 @@
 //! request at most one line is logged, and never a word of what is asked or answered.
 
 mod admit;
+mod answering;
 mod body;
 pub mod caller;
 mod chat;
@@ -20,6 +21,7 @@ pub mod keys;
 mod metrics;
 mod models;
 mod observed;
+mod ollama;
 mod page;
 mod person;
 mod query;
@@ -330,6 +332,15 @@ const TABLE: &[Route] = &[
     ("/v1/fine_tuning/jobs/{id}/resume", "POST", || post(fine_tuning::resume)),
     ("/v1/fine_tuning/jobs/{id}/events", "GET", || get(fine_tuning::events)),
     ("/v1/fine_tuning/jobs/{id}/checkpoints", "GET", || get(fine_tuning::checkpoints)),
+    ("/openai/deployments/{model}/chat/completions", "POST", || post(chat::of_deployment)),
+    ("/api/chat", "POST", || post(ollama::chat)),
+    ("/api/generate", "POST", || post(ollama::generate)),
+    ("/api/embed", "POST", || post(ollama::embed)),
+    ("/api/embeddings", "POST", || post(ollama::embeddings)),
+    ("/api/tags", "GET", || get(ollama::tags)),
+    ("/api/ps", "GET", || get(ollama::running)),
+    ("/api/show", "POST", || post(ollama::show)),
+    ("/api/version", "GET", || get(ollama::version)),
     ("/v1/models", "GET", || get(list)),
     ("/v1/models/{*id}", "GET", || get(retrieve)),
     ("/", "GET", || get(page::page)),
@@ -378,12 +389,7 @@ fn route_of(path: &str) -> Option<(&'static str, &'static str)> {
 
 /// An error, in the shape that clients of its path read.
 fn refuse(path: &str, refusal: Refusal) -> Response {
-    if gate::is_ollama(path) { ollama_error(&refusal) } else { refusal.into_response() }
-}
-
-/// An error in Ollama's shape.
-fn ollama_error(refusal: &Refusal) -> Response {
-    refusal.respond(&json!({"error": refusal.shown()}))
+    if gate::is_ollama(path) { ollama::error(&refusal) } else { refusal.into_response() }
 }
 
 /// Says that the server is there, and nothing else.
@@ -413,7 +419,11 @@ async fn nothing_here(request: Request) -> Response {
     let meant = [CHAT, EMBEDDINGS, FEEDBACK, FILES, JOBS, "/v1/models"]
         .into_iter()
         .find(|known| asked.ends_with(&known["/v1".len()..]));
-    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| path.len() > "/v1/".len()).collect();
+    // Of the API that is asked, as far as the path says.
+    let of_api = |known: &&str| {
+        !known.ends_with("v1/") && !["/api/", "/v1/"].iter().any(|api| path.starts_with(api) != known.starts_with(api))
+    };
+    let known: Vec<&str> = routes().map(|(path, _)| path).filter(of_api).collect();
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let shown: String = path.chars().take(80).collect();
     refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))

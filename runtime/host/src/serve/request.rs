@@ -4,7 +4,7 @@
 //! does not change the answer is ignored, and named in the header `x-ignored-params`. What a handler cannot do, it refuses by itself.
 
 mod messages;
-mod tools;
+pub(super) mod tools;
 
 use std::collections::BTreeMap;
 
@@ -48,8 +48,16 @@ fn asks_for_nothing(field: &str, value: &Value) -> Option<bool> {
 ///
 /// # Errors
 /// When it is not JSON, or a field is wrong, not supported or not known; names the field.
+#[cfg(test)]
 pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
-    let fields = super::body::fields(body)?;
+    of_fields(&super::body::fields(body)?)
+}
+
+/// Reads the fields of a body.
+///
+/// # Errors
+/// When a field is wrong, not supported or not known; names the field.
+pub fn of_fields(fields: &Map<String, Value>) -> Result<Asked, HandlerError> {
     let mut ignored = Vec::new();
     for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
         match asks_for_nothing(field, value) {
@@ -67,7 +75,7 @@ pub fn read(body: &[u8]) -> Result<Asked, HandlerError> {
             None => return Err(not_known(field, &HONOURED)),
         }
     }
-    let given = Given(&fields);
+    let given = Given(fields);
     let messages = given.get("messages").ok_or_else(|| HandlerError::invalid("messages", "`messages` is missing"))?;
     let tools = given.get("tools").map_or(Ok(Vec::new()), tools::read)?;
     let tool_choice = given.get("tool_choice").map(|choice| tools::read_choice(choice, &tools)).transpose()?;

@@ -188,6 +188,16 @@ impl ChatTemplate {
         Ok(Rendered { text: marked.text, trained: Vec::new(), literal: marked.literal })
     }
 
+    /// Whether it writes the tools that it is given.
+    pub fn writes_tools(&self) -> bool {
+        self.reads.tools || self.tool_use.is_some()
+    }
+
+    /// The source of what renders conversations with tools.
+    pub fn tool_source(&self) -> &str {
+        self.tool_use.as_ref().map_or(&self.source, |template| &template.source)
+    }
+
     /// What ends the block of thinking that a prompt opens at its end, such as `</think>`; `None` where it opens none.
     pub fn open_block_end(&self, prompt: &str) -> Option<String> {
         let prompt = prompt.trim_end();

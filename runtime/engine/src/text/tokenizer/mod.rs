@@ -14,6 +14,7 @@ use self::library::guarded;
 
 mod adapter;
 mod assemble;
+mod bytes;
 mod check;
 mod control;
 mod directory;
@@ -28,6 +29,7 @@ mod templates;
 #[cfg(test)]
 mod tests;
 
+pub use self::bytes::Spelling;
 pub use self::templates::TEMPLATES_DIR;
 pub use crate::text::control::Control;
 

@@ -7,8 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use toml::de::DeTable;
 
-use super::{ENDPOINT_LIMITS, HandlerSpec, key, missing};
-use crate::handler::limit::Limited;
+use super::{HandlerSpec, key, missing, with_settings};
 use crate::handler::openai::{BaseUrl, Endpoint, OpenAi};
 use crate::handler::{Handler, Secret};
 use crate::toml_problems::Problems;
@@ -50,6 +49,11 @@ impl EndpointSpec {
         self.api_key_env.as_deref().map(key::read).transpose()
     }
 
+    /// Longest time for a whole answer.
+    pub(super) fn answer_timeout(&self) -> Duration {
+        Duration::from_secs(self.answer_timeout_s)
+    }
+
     /// Makes the handler; connects to nothing.
     pub(super) fn load(&self, name: &str) -> Result<Arc<dyn Handler>> {
         let api_key = self.api_key().map_err(anyhow::Error::msg)?;
@@ -66,10 +70,10 @@ impl EndpointSpec {
             api_key,
             connect_timeout: Duration::from_secs(self.connect_timeout_s),
             read_timeout: Duration::from_secs(self.read_timeout_s),
-            answer_timeout: Duration::from_secs(self.answer_timeout_s),
+            answer_timeout: self.answer_timeout(),
             max_tokens_param: self.max_tokens_param.clone(),
         });
-        Ok(Arc::new(Limited::new(Arc::new(endpoint), ENDPOINT_LIMITS)))
+        Ok(Arc::new(endpoint))
     }
 }
 
@@ -80,7 +84,7 @@ pub(super) fn read<'a>(
     span: Range<usize>,
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
-    problems.unknown_keys(table, &KEYS);
+    problems.unknown_keys(table, &with_settings(&KEYS));
     for key in ["base_url", "model"] {
         if !table.contains_key(key) {
             missing(problems, span.clone(), name, key);

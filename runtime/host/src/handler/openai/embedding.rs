@@ -6,11 +6,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use ureq::Agent;
 
-use super::answer::unreadable;
-use super::endpoint::Endpoint;
-use super::refusal::{Refused, refusal};
-use super::stream::{Reader, post};
 use crate::handler::context::PATIENCE;
+use crate::handler::provider::Endpoint;
+use crate::handler::provider::reading::{Reader, post, unreadable};
+use crate::handler::provider::refusal::{Refused, refusal};
 use crate::handler::{Context, EmbedRequest, Embeddings, HandlerError, Input, Kind};
 
 /// Texts of one request to the provider: more would make an answer of many megabytes.

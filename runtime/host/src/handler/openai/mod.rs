@@ -6,20 +6,23 @@
 
 mod answer;
 mod embedding;
-mod endpoint;
-mod piece;
-mod refusal;
-mod stream;
+mod request;
 
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use ureq::Agent;
 
-pub use self::endpoint::{BaseUrl, Endpoint};
-use self::stream::{Reading, STREAM_OPTIONS};
-use super::{Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Message, Request, Role};
+use self::answer::{Answer, Wanted};
+use self::request::STREAM_OPTIONS;
+use super::provider::piece::choices;
+use super::provider::reading::{EVENTS, Reading, Teller, WHOLE_BYTES_MAX, first, post, reader, unreadable};
+use super::provider::refusal::{Refused, refusal};
+pub use super::provider::{BaseUrl, Endpoint};
+use super::sse::Events;
+use super::{Backend, Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Kind, Request};
 
 /// A handler that asks an endpoint.
 pub struct OpenAi {
@@ -33,64 +36,21 @@ impl OpenAi {
     pub fn new(endpoint: Endpoint) -> Self {
         Self { endpoint, usage_refused: Arc::default() }
     }
-
-    /// Makes the HTTP client of one answer. Its shutdown ends every wait of that answer, and of no other.
-    fn agent(&self) -> Agent {
-        let endpoint = &self.endpoint;
-        let mut config = Agent::config_builder()
-            .timeout_connect(Some(endpoint.connect_timeout))
-            .timeout_per_read(Some(endpoint.read_timeout))
-            .timeout_per_write(Some(endpoint.read_timeout))
-            .timeout_global(Some(endpoint.answer_timeout))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .user_agent(concat!("homeroom/", env!("CARGO_PKG_VERSION")));
-        if endpoint.base_url.is_loopback() {
-            // A proxy of the environment would take conversations away from this machine.
-            config = config.proxy(None);
-        }
-        Agent::new_with_config(config.build())
-    }
-
-    fn body(&self, request: &Request) -> Map<String, Value> {
-        let mut body = Map::new();
-        body.insert("model".into(), json!(self.endpoint.model));
-        // Every endpoint knows `system`; OpenAI's make `developer` of it where a model wants that.
-        let role = |role| if role == Role::Developer { Role::System } else { role };
-        let message = |message: &Message| json!({"role": role(message.role), "content": message.content});
-        body.insert("messages".into(), request.messages.iter().map(message).collect());
-        body.insert("stream".into(), json!(true));
-        if !self.usage_refused.load(Ordering::SeqCst) {
-            body.insert(STREAM_OPTIONS.into(), json!({"include_usage": true}));
-        }
-        let optional = [
-            (self.endpoint.max_tokens_param.as_str(), request.max_tokens.map(|n| json!(n))),
-            ("temperature", request.temperature.map(|t| json!(t))),
-            ("top_k", request.top_k.map(|k| json!(k))),
-            ("top_p", request.top_p.map(|p| json!(p))),
-            ("min_p", request.min_p.map(|p| json!(p))),
-            ("repetition_penalty", request.repetition_penalty.map(|p| json!(p))),
-            ("frequency_penalty", request.frequency_penalty.map(|p| json!(p))),
-            ("presence_penalty", request.presence_penalty.map(|p| json!(p))),
-            ("seed", request.seed.map(|seed| json!(seed))),
-            ("stop", Some(&request.stop).filter(|stop| !stop.is_empty()).map(|stop| json!(stop))),
-        ];
-        for (name, value) in optional {
-            if let Some(value) = value {
-                body.insert(name.into(), value);
-            }
-        }
-        body
-    }
 }
 
 impl Handler for OpenAi {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
+        request.check_for(Backend::OpenAi)?;
         let context = context.within(self.endpoint.answer_timeout);
-        let request = Request { max_tokens: context.tokens(request.max_tokens), ..request.clone() };
-        let (body, usage_refused) = (self.body(&request), self.usage_refused.clone());
-        Ok(Box::new(Reading::begin(self.endpoint.clone(), self.agent(), body, usage_refused, context)?))
+        let request = &Request { max_tokens: context.tokens(request.max_tokens), ..request.clone() };
+        let path = if request.prompt.is_some() { COMPLETIONS } else { CHAT };
+        let usage_refused = self.usage_refused.clone();
+        let body = request::body(&self.endpoint, request, !usage_refused.load(Ordering::SeqCst));
+        let wanted = Wanted::of(request);
+        let ask = move |endpoint: &Endpoint, agent: &Agent, teller: &Teller| {
+            ask(endpoint, agent, path, body, &usage_refused, wanted, teller)
+        };
+        Ok(Box::new(Reading::begin(self.endpoint.clone(), context, ask)?))
     }
 
     fn gives(&self) -> Gives {
@@ -99,6 +59,62 @@ impl Handler for OpenAi {
 
     fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
         let context = context.within(self.endpoint.answer_timeout);
-        embedding::embed(&self.endpoint, || self.agent(), request, &context)
+        embedding::embed(&self.endpoint, || self.endpoint.agent(&context), request, &context)
+    }
+}
+
+/// Where conversations are sent, and where texts are that are gone on with.
+const CHAT: &str = "chat/completions";
+const COMPLETIONS: &str = "completions";
+
+/// Sends the request and passes the answer on, as long as the caller listens.
+fn ask(
+    endpoint: &Endpoint,
+    agent: &Agent,
+    path: &str,
+    mut body: Map<String, Value>,
+    usage_refused: &AtomicBool,
+    wanted: Wanted,
+    teller: &Teller,
+) -> Result<(), HandlerError> {
+    let mut response = post(endpoint, agent, path, EVENTS, &body)?;
+    if !response.status().is_success() {
+        let refused = refusal(endpoint, response);
+        if !refused.of_stream_options || body.get(STREAM_OPTIONS).is_none() {
+            return Err(refused.error);
+        }
+        usage_refused.store(true, Ordering::SeqCst);
+        body.remove(STREAM_OPTIONS);
+        response = post(endpoint, agent, path, EVENTS, &body)?;
+        if !response.status().is_success() {
+            return Err(refusal(endpoint, response).error);
+        }
+    }
+    let mut reader = reader(endpoint, response)?;
+    if !teller.taken() {
+        return Ok(());
+    }
+    // Its first character tells what it is; its content-type is often wrong.
+    let first = first(&mut reader).map_err(|error| unreadable(endpoint, &error))?;
+    match first {
+        Some(b'<') => {
+            let message = "it answered with a web page; is base_url the address without /chat/completions, often with /v1 at its end?";
+            Err(endpoint.error(Kind::Protocol, message))
+        }
+        // An answer in one piece, or an error that came too late for a status.
+        Some(b'{' | b'[') => {
+            let mut text = String::new();
+            let read = reader.take(WHOLE_BYTES_MAX).read_to_string(&mut text);
+            read.map_err(|error| unreadable(endpoint, &error))?;
+            let whole: Option<Value> = serde_json::from_str(&text).ok();
+            let has_text = |choice: &Value| ["message", "delta", "text"].iter().any(|field| !choice[*field].is_null());
+            let is_first = |(number, choice): (usize, &Value)| number == 0 && has_text(choice);
+            let is_answer = |whole: &Value| choices(whole).any(is_first) || Refused::of_piece(whole).is_some();
+            if !whole.as_ref().is_some_and(is_answer) {
+                return Err(endpoint.error(Kind::Protocol, "it answered with JSON that is not an answer"));
+            }
+            teller.all(Answer::whole(endpoint, wanted, std::iter::once(Ok(text))))
+        }
+        _ => teller.all(Answer::new(endpoint, wanted, Events::new(reader))),
     }
 }

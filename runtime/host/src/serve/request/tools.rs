@@ -16,7 +16,7 @@ const DESCRIPTION_MAX: usize = 64 << 10;
 ///
 /// # Errors
 /// Names the field that is wrong, not supported or not known.
-pub(super) fn read(value: &Value) -> Result<Vec<Tool>, HandlerError> {
+pub(in crate::serve) fn read(value: &Value) -> Result<Vec<Tool>, HandlerError> {
     let list = value.as_array().filter(|list| list.len() <= TOOLS_MAX);
     let list = list.ok_or_else(|| wrong("tools", &format!("a list of up to {TOOLS_MAX} tools")))?;
     let mut tools: Vec<Tool> = Vec::with_capacity(list.len());

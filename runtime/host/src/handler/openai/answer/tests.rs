@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::super::BaseUrl;
 use super::*;
 use crate::handler::sse::Events;
-use crate::handler::{Completion, collect};
+use crate::handler::{Completion, ToolCall, collect};
 
 fn endpoint() -> Endpoint {
     let [connect_timeout, read_timeout, answer_timeout] = [Duration::from_secs(1); 3];
@@ -22,8 +22,12 @@ fn endpoint() -> Endpoint {
 }
 
 fn read(stream: &str) -> Result<Completion, HandlerError> {
+    read_as(stream, Wanted { choices: 1, tools: false, logprobs: false })
+}
+
+fn read_as(stream: &str, wanted: Wanted) -> Result<Completion, HandlerError> {
     let endpoint = endpoint();
-    let events: Vec<_> = Answer::new(&endpoint, Events::new(stream.as_bytes())).collect();
+    let events: Vec<_> = Answer::new(&endpoint, wanted, Events::new(stream.as_bytes())).collect();
     collect(Box::new(events.into_iter()))
 }
 
@@ -153,13 +157,7 @@ fn answers_in_all_dialects_are_whole() {
             "length",
             None,
         ),
-        (
-            "an answer of nothing",
-            &stream(&[r#"D{"role":"assistant","content":null}"#, STOP, DONE]),
-            "",
-            "stop",
-            None,
-        ),
+        ("an answer of nothing", &stream(&[r#"D{"role":"assistant","content":null}"#, STOP, DONE]), "", "stop", None),
         (
             "a refusal",
             &stream(&[r#"D{"content":null,"refusal":"I "}"#, r#"D{"content":null,"refusal":"will not"}"#, STOP]),
@@ -176,10 +174,7 @@ fn answers_in_all_dialects_are_whole() {
         ),
         (
             "a message and no delta",
-            &stream(&[
-                r#"C{"index":0,"message":{"role":"assistant","content":"é🦊"},"finish_reason":"stop"}"#,
-                DONE,
-            ]),
+            &stream(&[r#"C{"index":0,"message":{"role":"assistant","content":"é🦊"},"finish_reason":"stop"}"#, DONE]),
             "é🦊",
             "stop",
             None,
@@ -203,10 +198,7 @@ fn answers_in_all_dialects_are_whole() {
         ),
         (
             "Moonshot: usage in the choice",
-            &stream(&[
-                A,
-                r#"C{"delta":{},"finish_reason":"stop","usage":{"prompt_tokens":5,"completion_tokens":2}}"#,
-            ]),
+            &stream(&[A, r#"C{"delta":{},"finish_reason":"stop","usage":{"prompt_tokens":5,"completion_tokens":2}}"#]),
             "a",
             "stop",
             Some((5, 2)),
@@ -300,10 +292,7 @@ fn answers_in_all_dialects_are_whole() {
         ),
         (
             "parts whose text has a value",
-            &stream(&[
-                r#"D{"content":[{"type":"text","text":{"value":"é","annotations":[]}},{"type":"text"}]}"#,
-                STOP,
-            ]),
+            &stream(&[r#"D{"content":[{"type":"text","text":{"value":"é","annotations":[]}},{"type":"text"}]}"#, STOP]),
             "é",
             "stop",
             None,
@@ -427,12 +416,7 @@ fn what_is_no_answer_is_never_taken_for_one() {
             Kind::Unavailable,
             "Overloaded",
         ),
-        (
-            "a named one",
-            "event: error\ndata: {\"message\":\"out of memory\"}\n\n",
-            Kind::Unavailable,
-            "out of memory",
-        ),
+        ("a named one", "event: error\ndata: {\"message\":\"out of memory\"}\n\n", Kind::Unavailable, "out of memory"),
         ("FastAPI's", &stream(&[r#"{"detail":"not today"}"#]), Kind::Unavailable, "not today"),
         (
             "Gemini's, in a list",
@@ -476,12 +460,7 @@ fn what_is_no_answer_is_never_taken_for_one() {
             Kind::Protocol,
             "`content`",
         ),
-        (
-            "a text of no known form",
-            &stream(&[r#"C{"text":["a"],"finish_reason":"stop"}"#]),
-            Kind::Protocol,
-            "`text`",
-        ),
+        ("a text of no known form", &stream(&[r#"C{"text":["a"],"finish_reason":"stop"}"#]), Kind::Protocol, "`text`"),
         ("a delta that is a list", &stream(&[r#"D["a"]"#, STOP]), Kind::Protocol, "`delta`"),
         (
             "a message that is a text",
@@ -519,4 +498,95 @@ fn what_is_no_answer_is_never_taken_for_one() {
         let error = read(bytes).expect_err(what);
         assert!(error.kind == *kind && error.message.contains(words), "{what}: {error:?}\n{bytes}");
     }
+}
+
+/// What it is, the pieces, and the calls that they make: id, name, arguments.
+type Called<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str, &'a str)]);
+
+#[test]
+fn calls_in_all_dialects_are_whole() {
+    const CALLS: &str = r#"C{"index":0,"delta":{},"finish_reason":"tool_calls"}"#;
+    let cases: &[Called<'_>] = &[
+        (
+            "OpenAI: arguments in pieces, two calls",
+            &[
+                r#"D{"role":"assistant","content":null}"#,
+                r#"D{"tool_calls":[{"index":0,"id":"c1","type":"function","function":{"name":"f","arguments":""}}]}"#,
+                r#"D{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\""}}]}"#,
+                r#"D{"tool_calls":[{"index":0,"function":{"arguments":":1}"}}]}"#,
+                r#"D{"tool_calls":[{"index":1,"id":"c2","type":"function","function":{"name":"g","arguments":"{}"}}]}"#,
+                CALLS,
+                DONE,
+            ],
+            &[("c1", "f", r#"{"a":1}"#), ("c2", "g", "{}")],
+        ),
+        (
+            "vLLM: id and name with every piece; the reason is stop",
+            &[
+                r#"D{"tool_calls":[{"index":0,"id":"c","type":"function","function":{"name":"f","arguments":"{"}}]}"#,
+                r#"D{"tool_calls":[{"index":0,"id":"c","type":"function","function":{"name":"f","arguments":"}"}}]}"#,
+                STOP,
+            ],
+            &[("c", "f", "{}")],
+        ),
+        (
+            "Gemini: no numbers, whole calls",
+            &[
+                r#"D{"tool_calls":[{"id":"a","function":{"name":"f","arguments":"{}"}},{"id":"b","function":{"name":"f","arguments":"{}"}}]}"#,
+                CALLS,
+            ],
+            &[("a", "f", "{}"), ("b", "f", "{}")],
+        ),
+        (
+            "a name that comes late, and arguments that are an object",
+            &[
+                r#"D{"tool_calls":[{"index":3,"id":"c","function":{}}]}"#,
+                r#"D{"tool_calls":[{"index":3,"function":{"name":"f","arguments":{"a":1}}}]}"#,
+                CALLS,
+            ],
+            &[("c", "f", r#"{"a":1}"#)],
+        ),
+        (
+            "a message, and no delta",
+            &[
+                r#"C{"message":{"content":null,"tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":"{}"}}]},"finish_reason":"tool_calls"}"#,
+            ],
+            &[("c", "f", "{}")],
+        ),
+    ];
+    for (what, pieces, want) in cases {
+        let wanted = Wanted { choices: 1, tools: true, logprobs: false };
+        let whole = read_as(&stream(pieces), wanted).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let call = |(id, name, arguments): &(&str, &str, &str)| ToolCall {
+            id: (*id).into(),
+            name: (*name).into(),
+            arguments: (*arguments).into(),
+        };
+        let want: Vec<ToolCall> = want.iter().map(call).collect();
+        assert_eq!((&whole.choices[0].tool_calls, whole.finish()), (&want, &FinishReason::ToolCalls), "{what}");
+    }
+}
+
+#[test]
+fn choices_thoughts_and_log_probabilities_are_passed_on() {
+    let wanted = Wanted { choices: 2, tools: false, logprobs: true };
+    let pieces = [
+        r#"{"system_fingerprint":"fp_1","choices":[{"index":0,"delta":{"reasoning_content":"hm"}}]}"#,
+        r#"C{"index":1,"delta":{"content":"b"},"logprobs":{"content":[{"token":"b","logprob":-0.5,"bytes":[98],"top_logprobs":[{"token":"b","logprob":-0.5,"bytes":null}]}]}}"#,
+        r#"C{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"token":"a","logprob":-1}]}}"#,
+        r#"C{"index":1,"delta":{},"finish_reason":"length"}"#,
+        STOP,
+        DONE,
+    ];
+    let whole = read_as(&stream(&pieces), wanted).expect("it is whole");
+    assert_eq!(whole.start.fingerprint.as_deref(), Some("fp_1"));
+    let [first, second] = &whole.choices[..] else { panic!("{whole:?}") };
+    assert_eq!((first.text.as_str(), first.reasoning.as_str(), &first.finish), ("a", "hm", &FinishReason::Stop));
+    assert_eq!((second.text.as_str(), &second.finish), ("b", &FinishReason::Length));
+    assert_eq!((first.logprobs[0].logprob, second.logprobs[0].top[0].logprob), (-1.0, -0.5));
+    assert_eq!(second.logprobs[0].bytes.as_deref(), Some(&b"b"[..]));
+    let one = read_as(&stream(&[A, STOP, DONE]), wanted).expect_err("one is missing");
+    assert!(one.kind == Kind::Protocol && one.message.contains("1 of 2 choices"), "{one}");
+    let cut = read_as(&stream(&[A, STOP, r#"C{"index":1,"delta":{"content":"b"}}"#]), wanted).expect_err("it is cut");
+    assert_eq!(cut.kind, Kind::Cut);
 }

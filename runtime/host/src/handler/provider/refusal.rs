@@ -15,14 +15,14 @@ use crate::handler::{HandlerError, Kind};
 const REFUSAL_LIMIT: u64 = 64 << 10;
 
 /// A refusal, read.
-pub(super) struct Refusal {
-    pub(super) error: HandlerError,
+pub(in crate::handler) struct Refusal {
+    pub(in crate::handler) error: HandlerError,
     /// It is about `stream_options`, which some servers do not know.
-    pub(super) of_stream_options: bool,
+    pub(in crate::handler) of_stream_options: bool,
 }
 
 /// Reads a refusal.
-pub(super) fn refusal(endpoint: &Endpoint, response: Response<Body>) -> Refusal {
+pub(in crate::handler) fn refusal(endpoint: &Endpoint, response: Response<Body>) -> Refusal {
     let status = response.status().as_u16();
     let header = |name: &str| response.headers().get(name)?.to_str().ok().map(|value| value.trim().to_owned());
     let retry_after = header("retry-after-ms").and_then(|ms| seconds(&ms)).map(|wait| wait / 1000);
@@ -73,7 +73,7 @@ fn plain(text: &str) -> Option<&str> {
 }
 
 /// An error object of a provider.
-pub(super) struct Refused {
+pub(in crate::handler) struct Refused {
     message: Option<String>,
     /// All fields that name the kind of the error, in lower case.
     code: String,
@@ -82,7 +82,7 @@ pub(super) struct Refused {
 
 impl Refused {
     /// Reads the body of a refusal, or a piece of a stream.
-    pub(super) fn read(body: &Value) -> Self {
+    pub(in crate::handler) fn read(body: &Value) -> Self {
         // Gemini sends a list of one.
         let body = body.get(0).unwrap_or(body);
         let error = [&body["error"], &body["errors"][0]].into_iter().find(|error| says(error)).unwrap_or(body);
@@ -105,7 +105,7 @@ impl Refused {
     }
 
     /// Returns the error that a piece of a stream is or contains.
-    pub(super) fn of_piece(piece: &Value) -> Option<Self> {
+    pub(in crate::handler) fn of_piece(piece: &Value) -> Option<Self> {
         let choice = choice(piece);
         if let Some(at) = [piece, piece.get(0).unwrap_or(piece), choice].into_iter().find(|at| says(&at["error"])) {
             return Some(Self::read(at));
@@ -115,11 +115,16 @@ impl Refused {
         (bare && piece.get("choices").is_none()).then(|| Self::read(piece))
     }
 
-    pub(super) fn words(&self) -> &str {
+    /// Returns the error that a choice contains.
+    pub(in crate::handler) fn of_choice(choice: &Value) -> Option<Self> {
+        says(&choice["error"]).then(|| Self::read(choice))
+    }
+
+    pub(in crate::handler) fn words(&self) -> &str {
         self.message.as_deref().unwrap_or(SILENT)
     }
 
-    pub(super) fn kind(&self, status: Option<u16>, retry_after: Option<Duration>) -> Kind {
+    pub(in crate::handler) fn kind(&self, status: Option<u16>, retry_after: Option<Duration>) -> Kind {
         let says = |word: &str| self.code.contains(word);
         let message = self.message.as_deref().unwrap_or_default().to_lowercase();
         // A piece of a stream has no status; some put it into the code.
@@ -145,8 +150,12 @@ impl Refused {
             None if says("rate_limit") || says("quota") || says("resource_exhausted") => {
                 Kind::RateLimited { retry_after }
             }
-            None if says("authentication") || says("api_key") => Kind::Authentication,
-            None if says("invalid_request") => Kind::InvalidRequest { param: self.param.clone() },
+            None if says("authentication") || says("api_key") || says("permission_error") => Kind::Authentication,
+            None if says("not_found_error") => Kind::NotFound,
+            None if says("timeout_error") => Kind::Timeout,
+            None if says("invalid_request") || says("request_too_large") => {
+                Kind::InvalidRequest { param: self.param.clone() }
+            }
             None => Kind::Unavailable,
         }
     }
@@ -170,7 +179,7 @@ fn says(error: &Value) -> bool {
 const NOT_FOUND: &str = "the host was not found: its name is wrong, or there is no network";
 
 /// Returns the kind of an error of the connection.
-pub(super) fn kind_of(error: &ureq::Error) -> Kind {
+pub(in crate::handler) fn kind_of(error: &ureq::Error) -> Kind {
     match error {
         ureq::Error::Timeout(_) => Kind::Timeout,
         ureq::Error::Io(error) if is_timeout(error) => Kind::Timeout,
@@ -181,7 +190,7 @@ pub(super) fn kind_of(error: &ureq::Error) -> Kind {
 }
 
 /// Returns its message.
-pub(super) fn words_of(error: &ureq::Error) -> String {
+pub(in crate::handler) fn words_of(error: &ureq::Error) -> String {
     match error {
         ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => {
             "no connection within connect_timeout_s".to_owned()
@@ -198,7 +207,7 @@ pub(super) fn words_of(error: &ureq::Error) -> String {
 }
 
 /// Returns true if a read took too long.
-pub(super) fn is_timeout(error: &io::Error) -> bool {
+pub(in crate::handler) fn is_timeout(error: &io::Error) -> bool {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>());
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
         || matches!(inner, Some(ureq::Error::Timeout(_)))

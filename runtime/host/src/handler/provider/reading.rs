@@ -3,32 +3,25 @@
 //! The caller waits for that thread's messages and not in its reads, so that neither a name that does not resolve, nor a connection
 //! that hangs, nor a silent provider holds a caller who has left.
 
-use std::io::{self, BufRead, BufReader, Read};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::io::{self, BufRead, BufReader};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 
 use serde_json::{Map, Value};
 use ureq::http::Response;
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, BodyReader};
 
-use super::answer::{Answer, unreadable};
 use super::endpoint::Endpoint;
-use super::piece::choice;
-use super::refusal::{Refused, kind_of, refusal, words_of};
+use super::refusal::{is_timeout, kind_of, words_of};
 use crate::handler::context::PATIENCE;
-use crate::handler::sse::Events;
 use crate::handler::{Context, Event, HandlerError, Kind};
 
-/// The field that asks for the usage at the end of a stream.
-pub(super) const STREAM_OPTIONS: &str = "stream_options";
-/// Where conversations are sent, and what is asked for.
-const CHAT: &str = "chat/completions";
-const EVENTS: &str = "text/event-stream";
+/// What is asked for: a stream of events.
+pub(in crate::handler) const EVENTS: &str = "text/event-stream";
 /// Events that are read ahead of the caller.
 const AHEAD: usize = 16;
 /// Longest answer that does not come as a stream, in bytes.
-const WHOLE_BYTES_MAX: u64 = 16 << 20;
+pub(in crate::handler) const WHOLE_BYTES_MAX: u64 = 16 << 20;
 /// Most threads at once. Some of them may still wait for a connection that nobody wants any longer.
 const READERS_MAX: usize = 256;
 
@@ -46,14 +39,14 @@ enum Told {
 }
 
 /// A place among the threads.
-pub(super) struct Reader(());
+pub(in crate::handler) struct Reader(());
 
 impl Reader {
     /// Takes a place.
     ///
     /// # Errors
     /// When all are taken.
-    pub(super) fn new(endpoint: &Endpoint) -> Result<Self, HandlerError> {
+    pub(in crate::handler) fn new(endpoint: &Endpoint) -> Result<Self, HandlerError> {
         let one_more = |readers| (readers < READERS_MAX).then_some(readers + 1);
         let taken = READERS.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
         taken.map(|_| Self(())).map_err(|_| {
@@ -69,8 +62,34 @@ impl Drop for Reader {
     }
 }
 
+/// What the thread tells its caller, as long as that listens.
+pub(in crate::handler) struct Teller(SyncSender<Told>);
+
+impl Teller {
+    /// Tells that the provider has accepted the request. Returns false if the caller has left.
+    pub(in crate::handler) fn taken(&self) -> bool {
+        self.0.send(Told::Taken).is_ok()
+    }
+
+    /// Tells the events of an answer.
+    ///
+    /// # Errors
+    /// The first that is one of the events.
+    pub(in crate::handler) fn all(
+        &self,
+        answer: impl Iterator<Item = Result<Event, HandlerError>>,
+    ) -> Result<(), HandlerError> {
+        for event in answer {
+            if self.0.send(Told::Event(event?)).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The events of an answer, as a provider sends them.
-pub(super) struct Reading {
+pub(in crate::handler) struct Reading {
     told: Receiver<Told>,
     /// Its shutdown ends the thread's waits.
     agent: Option<Agent>,
@@ -78,27 +97,26 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    /// Sends a request and waits until it is accepted.
+    /// Has a thread send a request and tell what comes of it, and waits until the request is accepted.
     ///
     /// # Errors
     /// When it is refused, the provider cannot be reached, or the answer is cancelled.
-    pub(super) fn begin(
+    pub(in crate::handler) fn begin(
         endpoint: Endpoint,
-        agent: Agent,
-        mut body: Map<String, Value>,
-        usage_refused: Arc<AtomicBool>,
         context: Context,
+        ask: impl FnOnce(&Endpoint, &Agent, &Teller) -> Result<(), HandlerError> + Send + 'static,
     ) -> Result<Self, HandlerError> {
         context.check()?;
+        let agent = endpoint.agent(&context);
         let reader = Reader::new(&endpoint)?;
         let (sender, told) = sync_channel(AHEAD);
         let reading = Self { told, agent: Some(agent.clone()), context };
         let words = endpoint.clone();
         let run = move || {
-            let _reader = reader;
-            if let Err(error) = ask(&endpoint, &agent, &mut body, &usage_refused, &sender) {
+            let (_reader, teller) = (reader, Teller(sender));
+            if let Err(error) = ask(&endpoint, &agent, &teller) {
                 // The caller may have left.
-                let _ = sender.send(Told::Failed(error));
+                let _ = teller.0.send(Told::Failed(error));
             }
         };
         let started = std::thread::Builder::new().name("provider".to_owned()).spawn(run);
@@ -157,63 +175,36 @@ impl Drop for Reading {
     }
 }
 
-/// Sends the request and passes the answer on, as long as the caller listens.
-fn ask(
-    endpoint: &Endpoint,
-    agent: &Agent,
-    body: &mut Map<String, Value>,
-    usage_refused: &AtomicBool,
-    sender: &SyncSender<Told>,
-) -> Result<(), HandlerError> {
-    let mut response = post(endpoint, agent, CHAT, EVENTS, body)?;
-    if !response.status().is_success() {
-        let refused = refusal(endpoint, response);
-        if !refused.of_stream_options || body.get(STREAM_OPTIONS).is_none() {
-            return Err(refused.error);
-        }
-        usage_refused.store(true, Ordering::SeqCst);
-        body.remove(STREAM_OPTIONS);
-        response = post(endpoint, agent, CHAT, EVENTS, body)?;
-        if !response.status().is_success() {
-            return Err(refusal(endpoint, response).error);
-        }
-    }
-    let coding = response.headers().get("content-encoding").and_then(|coding| coding.to_str().ok());
-    if let Some(coding) = coding.filter(|coding| *coding != "identity") {
-        return Err(endpoint
-            .error(Kind::Protocol, &format!("it answered with content-encoding {coding}, which was not asked for")));
-    }
-    if sender.send(Told::Taken).is_err() {
-        return Ok(());
-    }
-    // No limit: every line is bounded, and so is the text by whoever collects it.
-    let mut reader = BufReader::new(response.into_body().into_with_config().limit(u64::MAX).reader());
-    // Its first character tells what it is; its content-type is often wrong.
-    let first = first(&mut reader).map_err(|error| unreadable(endpoint, &error))?;
-    match first {
-        Some(b'<') => {
-            let message = "it answered with a web page; is base_url the address without /chat/completions, often with /v1 at its end?";
-            Err(endpoint.error(Kind::Protocol, message))
-        }
-        // An answer in one piece, or an error that came too late for a status.
-        Some(b'{' | b'[') => {
-            let mut text = String::new();
-            let read = reader.take(WHOLE_BYTES_MAX).read_to_string(&mut text);
-            read.map_err(|error| unreadable(endpoint, &error))?;
-            let whole: Option<Value> = serde_json::from_str(&text).ok();
-            let has_text = |choice: &Value| ["message", "delta", "text"].iter().any(|field| !choice[*field].is_null());
-            let is_answer = |whole: &Value| has_text(choice(whole)) || Refused::of_piece(whole).is_some();
-            if !whole.as_ref().is_some_and(is_answer) {
-                return Err(endpoint.error(Kind::Protocol, "it answered with JSON that is not an answer"));
-            }
-            tell(Answer::whole(endpoint, std::iter::once(Ok(text))), sender)
-        }
-        _ => tell(Answer::new(endpoint, Events::new(reader)), sender),
+/// Makes the error of a read that failed.
+pub(in crate::handler) fn unreadable(endpoint: &Endpoint, error: &io::Error) -> HandlerError {
+    match error.kind() {
+        _ if is_timeout(error) => endpoint.error(
+            Kind::Timeout,
+            "the answer stopped in the middle: nothing came within read_timeout_s or answer_timeout_s",
+        ),
+        io::ErrorKind::InvalidData => endpoint.error(Kind::Protocol, &error.to_string()),
+        _ => endpoint.error(Kind::Cut, &format!("the answer broke off: {error}")),
     }
 }
 
+/// Returns a reader of the body of an answer. It has no limit: every line is bounded, and so is the text by whoever collects it.
+///
+/// # Errors
+/// When the body is encoded in a way that was not asked for.
+pub(in crate::handler) fn reader(
+    endpoint: &Endpoint,
+    response: Response<Body>,
+) -> Result<BufReader<BodyReader<'static>>, HandlerError> {
+    let coding = response.headers().get("content-encoding").and_then(|coding| coding.to_str().ok());
+    if let Some(coding) = coding.filter(|coding| *coding != "identity") {
+        let message = format!("it answered with content-encoding {coding}, which was not asked for");
+        return Err(endpoint.error(Kind::Protocol, &message));
+    }
+    Ok(BufReader::new(response.into_body().into_with_config().limit(u64::MAX).reader()))
+}
+
 /// Returns the first byte that is neither white space nor of a byte order mark, and leaves it in the reader.
-fn first(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
+pub(in crate::handler) fn first(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
     loop {
         let bytes = reader.fill_buf()?;
         let white =
@@ -227,30 +218,30 @@ fn first(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
     }
 }
 
-fn tell(
-    answer: impl Iterator<Item = Result<Event, HandlerError>>,
-    sender: &SyncSender<Told>,
-) -> Result<(), HandlerError> {
-    for event in answer {
-        if sender.send(Told::Event(event?)).is_err() {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// Sends a body to a path below the endpoint's address.
-pub(super) fn post(
+/// Sends a body to a path below the endpoint's address, with the key as a bearer's.
+pub(in crate::handler) fn post(
     endpoint: &Endpoint,
     agent: &Agent,
     path: &str,
     accept: &str,
     body: &Map<String, Value>,
 ) -> Result<Response<Body>, HandlerError> {
-    let mut post = agent.post(format!("{}/{path}", endpoint.base_url.text));
-    post = post.header("content-type", "application/json").header("accept", accept);
-    if let Some(key) = &endpoint.api_key {
-        post = post.header("authorization", format!("Bearer {}", key.expose()));
+    let bearer = endpoint.api_key.as_ref().map(|key| ("authorization", format!("Bearer {}", key.expose())));
+    post_with(endpoint, agent, &format!("{}/{path}", endpoint.base_url.text), accept, bearer.as_slice(), body)
+}
+
+/// Sends a body to an address, with some headers.
+pub(in crate::handler) fn post_with(
+    endpoint: &Endpoint,
+    agent: &Agent,
+    url: &str,
+    accept: &str,
+    headers: &[(&str, String)],
+    body: &Map<String, Value>,
+) -> Result<Response<Body>, HandlerError> {
+    let mut post = agent.post(url).header("content-type", "application/json").header("accept", accept);
+    for (name, value) in headers {
+        post = post.header(*name, value);
     }
     let body = Value::Object(body.clone()).to_string();
     post.send(body.as_bytes()).map_err(|error| endpoint.error(kind_of(&error), &words_of(&error)))

@@ -15,7 +15,7 @@ const MESSAGE_LIMIT: usize = 400;
 pub struct Endpoint {
     /// The handler's name.
     pub name: String,
-    /// Its address, without `/chat/completions` or `/embeddings`.
+    /// Its address, without `/chat/completions`, `/messages` or `/embeddings`.
     pub base_url: BaseUrl,
     /// The model, by the provider's name for it.
     pub model: String,
@@ -41,12 +41,12 @@ impl Endpoint {
     }
 
     /// Returns an id, a name or a reason of the provider as it is passed on.
-    pub(super) fn name_of(&self, text: &str) -> String {
+    pub(in crate::handler) fn name_of(&self, text: &str) -> String {
         self.clean(text, NAME_LIMIT)
     }
 
     /// Returns the text of an answer without the key. Both may come in pieces: `held` is the end that may be the beginning of the key.
-    pub(super) fn content(&self, held: &mut String, piece: &str, is_last: bool) -> String {
+    pub(in crate::handler) fn content(&self, held: &mut String, piece: &str, is_last: bool) -> String {
         let Some(key) = &self.api_key else { return piece.to_owned() };
         held.push_str(piece);
         let text = key.scrub(held);
@@ -56,7 +56,7 @@ impl Endpoint {
     }
 
     /// Makes an error that names the address.
-    pub(super) fn error(&self, kind: Kind, message: &str) -> HandlerError {
+    pub(in crate::handler) fn error(&self, kind: Kind, message: &str) -> HandlerError {
         let kind = match kind {
             Kind::InvalidRequest { param } => Kind::InvalidRequest { param: param.map(|param| self.name_of(&param)) },
             other => other,
@@ -73,7 +73,7 @@ fn is_invisible(c: char) -> bool {
 /// A checked address: `http://` or `https://`, a host, a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseUrl {
-    pub(super) text: String,
+    pub(in crate::handler) text: String,
     host: String,
     encrypted: bool,
 }
@@ -108,7 +108,10 @@ impl BaseUrl {
             return Err("an address with `?` or `#` is not supported; leave out what begins there".to_owned());
         }
         let text = text.trim_end_matches('/').to_owned();
-        if let Some(path) = ["/chat/completions", "/embeddings"].into_iter().find(|path| text.ends_with(path)) {
+        if let Some(path) = ["/chat/completions", "/completions", "/messages", "/embeddings"]
+            .into_iter()
+            .find(|path| text.ends_with(path))
+        {
             return Err(format!("leave out {path}: it is added"));
         }
         Ok(Self { text, host, encrypted })

@@ -423,7 +423,9 @@ async fn nothing_here(request: Request) -> Response {
     let of_api = |known: &&str| {
         !known.ends_with("v1/") && !["/api/", "/v1/"].iter().any(|api| path.starts_with(api) != known.starts_with(api))
     };
-    let known: Vec<&str> = routes().map(|(path, _)| path).filter(of_api).collect();
+    // What is done with a file or a job stands behind its list.
+    let is_below = |known: &&str| [FILES, JOBS].iter().any(|list| known.len() > list.len() && known.starts_with(list));
+    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| of_api(path) && !is_below(path)).collect();
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let shown: String = path.chars().take(80).collect();
     refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))

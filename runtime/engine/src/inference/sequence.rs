@@ -76,6 +76,7 @@ impl Sequence {
         let prefix = prefixes.find(&inference.model.architecture, adapter, &request.prompt);
         let cache = prefix.unwrap_or_else(|| inference.begin(adapter.map(Arc::as_ref)));
         let read = request.prompt[..cache.positions()].to_vec();
+        inference.count_prompt(request.prompt.len(), read.len());
         Self { cache, read, last: None, left: request.max_tokens, request, again: None }
     }
 

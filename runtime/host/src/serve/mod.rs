@@ -38,6 +38,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
+use homeroom_engine::inference::Engine;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -369,7 +370,24 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn measured(State(app): State<Arc<App>>) -> Response {
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text()).into_response()
+    let models = app.models();
+    let mut engines: Vec<(String, Arc<Engine>)> = Vec::new();
+    for (name, handler) in models.iter() {
+        // Several models may be on one base, which is called by the first.
+        if let Some(engine) =
+            handler.engine().filter(|engine| !engines.iter().any(|(_, other)| Arc::ptr_eq(other, engine)))
+        {
+            engines.push((name.clone(), engine));
+        }
+    }
+    drop(models);
+    let engines: Vec<(String, u64, u64)> = (engines.into_iter())
+        .map(|(name, engine)| {
+            let (all, taken_over) = engine.inference().prompt_tokens();
+            (name, all, taken_over)
+        })
+        .collect();
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text(&engines)).into_response()
 }
 
 async fn nothing_here(request: Request) -> Response {

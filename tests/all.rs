@@ -2,6 +2,8 @@
 
 mod admission;
 #[cfg(unix)]
+mod class;
+#[cfg(unix)]
 mod command_line;
 mod curves;
 #[cfg(target_os = "linux")]

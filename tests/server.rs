@@ -40,7 +40,7 @@ impl Site {
         write_keys(&path, keys)?;
         let days = Days::at(directory.path().join("serve").join("usage.json"));
         let bounds = settings.bounds();
-        let serving = Serving { bounds, settings, keys: Keys::at(path), days };
+        let serving = Serving { bounds, settings, keys: Keys::at(path), days, ..Serving::default() };
         let server = start_as(models, bind("127.0.0.1", 0)?, serving)?;
         Ok(Self { server, directory })
     }

@@ -8,6 +8,7 @@ pub mod cp;
 pub mod doctor;
 pub mod eval;
 pub mod export_model;
+pub mod feedback;
 pub mod fine_tune;
 pub mod handlers;
 pub mod import;

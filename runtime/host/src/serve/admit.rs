@@ -15,7 +15,7 @@ use super::keys::limits::{Excess, Reached, Ticket, Wish};
 use super::metrics::Answered;
 use super::record::Record;
 use super::reply::Refusal;
-use super::{App, no_model, wrong_model};
+use super::{App, Models, no_model, wrong_model};
 use crate::handler::{
     self, Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Input,
     Prompt,
@@ -33,13 +33,19 @@ const BYTES_OF_PAID: usize = 4;
 pub(super) struct Access(pub(super) Option<Arc<Key>>);
 
 impl Access {
-    /// Returns true if a model may be used.
-    pub(super) fn may_use(&self, model: &str) -> bool {
-        self.0.as_ref().is_none_or(|key| key.may_use(model))
+    /// Returns true if a model may be used. One that was trained here for a key is for that key, and for those that name it.
+    pub(super) fn may_use(&self, models: &Models, model: &str) -> bool {
+        let key = self.0.as_deref();
+        match models.trained_for(model) {
+            Some(owner) if owner != key.map(|key| key.name.as_str()) => key.is_some_and(|key| key.names(model)),
+            Some(_) => true,
+            None => key.is_none_or(|key| key.may_use(model)),
+        }
     }
 }
 
 /// Who asks, as it is known before the body is read.
+#[derive(Clone)]
 pub(super) struct Asker {
     pub(super) caller: Caller,
     access: Access,
@@ -76,9 +82,13 @@ impl Asker {
         let models = app.models();
         let listed = models.listed(model).map(str::to_owned);
         let found = listed.and_then(|listed| Some((models.get(&listed)?, listed)));
+        let may_use = found.as_ref().is_some_and(|(_, listed)| self.access.may_use(&models, listed));
+        let is_anothers = found.as_ref().is_some_and(|(_, listed)| models.trained_for(listed).is_some());
         drop(models);
+        // Of a model that was trained for another nobody hears.
+        let found = found.filter(|_| may_use || !is_anothers);
         let Some((handler, listed)) = found else { return Err(no_model(app, &self.access, model)) };
-        if !self.access.may_use(&listed) {
+        if !may_use {
             return Err(self.forbidden(app, &listed));
         }
         let gives = handler.gives();
@@ -91,7 +101,7 @@ impl Asker {
 
     fn forbidden(&self, app: &App, model: &str) -> Refusal {
         let models = app.models();
-        let known: Vec<&str> = models.names().filter(|name| self.access.may_use(name)).collect();
+        let known: Vec<&str> = models.names().filter(|name| self.access.may_use(&models, name)).collect();
         let key = self.caller.key.as_deref().unwrap_or_default();
         let may = if known.is_empty() { "nothing that is served".to_owned() } else { known.join(", ") };
         let message = format!("the key `{key}` may not use `{model}`; it may use {may}");
@@ -158,6 +168,11 @@ impl Asker {
                 }
                 Some(ticket)
             }
+        };
+        let model = record.known().model.clone().unwrap_or_default();
+        let handler = match need {
+            Need::Answer(_) => app.class.observed(handler, &model, &caller),
+            Need::Vectors(_) => handler,
         };
         let bill = Bill {
             ticket,

@@ -10,18 +10,27 @@ mod answering;
 mod body;
 pub mod caller;
 mod chat;
+mod class;
+mod completions;
 mod connection;
 mod embeddings;
+mod feedback;
+mod files;
+pub mod fine_tuning;
 mod gate;
 pub mod keys;
 mod metrics;
 mod models;
+mod observed;
 mod ollama;
 mod page;
+mod person;
+mod query;
 mod record;
 mod reply;
 mod request;
 pub mod settings;
+mod tuned;
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -47,12 +56,14 @@ use tokio::time::sleep;
 use crate::handler::{Gives, limit};
 use crate::toml_problems::near;
 use admit::Access;
+pub use class::Class;
 pub use connection::Bounds;
 use keys::Keys;
 use keys::days::Days;
 use keys::limits::Meters;
 use metrics::Metrics;
 pub use models::Models;
+pub use person::Person;
 use reply::Refusal;
 use settings::Settings;
 
@@ -115,7 +126,10 @@ impl Running {
     pub fn replacer(&self) -> impl Fn(Models, Option<Settings>) + Send + 'static {
         let app = self.app.clone();
         move |models, settings| {
-            *app.models.write().unwrap_or_else(PoisonError::into_inner) = models;
+            {
+                let mut served = app.models.write().unwrap_or_else(PoisonError::into_inner);
+                *served = models.with_tuned_of(&served);
+            }
             if let Some(settings) = settings {
                 *app.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
             }
@@ -160,19 +174,21 @@ pub struct Serving {
     pub keys: Keys,
     /// What of a day's tokens is used.
     pub days: Days,
+    /// What it does beside answering.
+    pub class: Class,
 }
 
 impl Serving {
     /// With some settings, for whoever has a key of this home; for this machine without one until there is one.
     pub fn of_home(settings: Settings, keys: Keys) -> Self {
-        Self { bounds: settings.bounds(), settings, keys, days: Days::of_home() }
+        Self { bounds: settings.bounds(), settings, keys, days: Days::of_home(), class: Class::default() }
     }
 }
 
 impl Default for Serving {
     fn default() -> Self {
         let settings = Settings::default();
-        Self { bounds: settings.bounds(), settings, keys: Keys::none(), days: Days::none() }
+        Self { bounds: settings.bounds(), settings, keys: Keys::none(), days: Days::none(), class: Class::default() }
     }
 }
 
@@ -198,7 +214,7 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
 /// As [`start`].
 pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Result<Running> {
     ensure!(!models.is_empty(), "there is no model to serve");
-    let Serving { bounds, settings, keys, days } = serving;
+    let Serving { bounds, settings, keys, days, class } = serving;
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
     // Each connection has one answer at most, and each answer takes a thread; one more writes what is used of the day.
@@ -218,7 +234,14 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         bounds,
         stopped: stopped.clone(),
         ending: Arc::new(AtomicBool::new(false)),
+        class: class.clone(),
     });
+    if let Some(tuning) = class.tuning() {
+        let served = app.clone();
+        tuning.begin(Box::new(move |name, key, model| {
+            served.models.write().unwrap_or_else(PoisonError::into_inner).add_tuned(name, key, model);
+        }))?;
+    }
     let served = app.clone();
     let serve = async move {
         let listener = tokio::net::TcpListener::from_std(listener)?;
@@ -226,6 +249,7 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         let connections = connection::serve(listener, router(served.clone()), bounds, stopped);
         let deadline = async {
             let _ = late.wait_for(|stopped| *stopped).await;
+            served.class.stop();
             let drain = served.settings().drain;
             sleep(drain).await;
             served.ending.store(true, Ordering::SeqCst);
@@ -249,6 +273,8 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         let done = runtime.block_on(serve);
         runtime.shutdown_timeout(Duration::from_secs(1));
         meters.keep();
+        class.stop();
+        class.wait();
         done
     };
     let thread = std::thread::Builder::new().name("server".to_owned()).spawn(run)?;
@@ -257,6 +283,9 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
 
 const CHAT: &str = "/v1/chat/completions";
 const EMBEDDINGS: &str = "/v1/embeddings";
+const FEEDBACK: &str = "/v1/feedback";
+const FILES: &str = "/v1/files";
+const JOBS: &str = "/v1/fine_tuning/jobs";
 
 struct App {
     models: RwLock<Models>,
@@ -270,6 +299,7 @@ struct App {
     stopped: watch::Receiver<bool>,
     /// The time to drain is over.
     ending: Arc<AtomicBool>,
+    class: Class,
 }
 
 impl App {
@@ -292,6 +322,7 @@ type Route = (&'static str, &'static str, fn() -> MethodRouter<Arc<App>>);
 /// All routes. Nothing is served that is not here.
 const TABLE: &[Route] = &[
     (CHAT, "POST", || post(chat::chat)),
+    ("/v1/completions", "POST", || post(completions::completions)),
     (EMBEDDINGS, "POST", || post(embeddings::embeddings)),
     ("/openai/deployments/{model}/chat/completions", "POST", || post(chat::of_deployment)),
     ("/api/chat", "POST", || post(ollama::chat)),
@@ -302,6 +333,17 @@ const TABLE: &[Route] = &[
     ("/api/ps", "GET", || get(ollama::running)),
     ("/api/show", "POST", || post(ollama::show)),
     ("/api/version", "GET", || get(ollama::version)),
+    (FEEDBACK, "POST", || post(feedback::feedback)),
+    (FILES, "GET and POST", || get(files::list).post(files::create)),
+    ("/v1/files/{id}", "GET and DELETE", || get(files::retrieve).delete(files::delete)),
+    ("/v1/files/{id}/content", "GET", || get(files::content)),
+    (JOBS, "GET and POST", || get(fine_tuning::list).post(fine_tuning::create)),
+    ("/v1/fine_tuning/jobs/{id}", "GET", || get(fine_tuning::retrieve)),
+    ("/v1/fine_tuning/jobs/{id}/cancel", "POST", || post(fine_tuning::cancel)),
+    ("/v1/fine_tuning/jobs/{id}/pause", "POST", || post(fine_tuning::pause)),
+    ("/v1/fine_tuning/jobs/{id}/resume", "POST", || post(fine_tuning::resume)),
+    ("/v1/fine_tuning/jobs/{id}/events", "GET", || get(fine_tuning::events)),
+    ("/v1/fine_tuning/jobs/{id}/checkpoints", "GET", || get(fine_tuning::checkpoints)),
     ("/v1/models", "GET", || get(list)),
     ("/v1/models/{*id}", "GET", || get(retrieve)),
     ("/", "GET", || get(page::page)),
@@ -394,7 +436,9 @@ async fn nothing_here(request: Request) -> Response {
     let path = request.uri().path();
     let asked = path.trim_end_matches('/');
     // Under a base URL that is too short or too long, the end of the path is right.
-    let meant = [CHAT, EMBEDDINGS, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
+    let meant = [CHAT, EMBEDDINGS, FEEDBACK, FILES, JOBS, "/v1/models"]
+        .into_iter()
+        .find(|known| asked.ends_with(&known["/v1".len()..]));
     // Of the API that is asked, as far as the path says.
     let of_api = |known: &&str| {
         !known.ends_with("v1/") && !["/api/", "/v1/"].iter().any(|api| path.starts_with(api) != known.starts_with(api))
@@ -407,7 +451,7 @@ async fn nothing_here(request: Request) -> Response {
 
 async fn list(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Json<Value> {
     let models = app.models();
-    let data: Vec<Value> = models.names().filter(|id| access.may_use(id)).map(|id| card(&app, id)).collect();
+    let data: Vec<Value> = models.names().filter(|id| access.may_use(&models, id)).map(|id| card(&app, id)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
@@ -419,9 +463,11 @@ async fn retrieve(
     let Ok(Path(id)) = id else {
         return Refusal::new(StatusCode::BAD_REQUEST, "the model's name in the address is not UTF-8").into_response();
     };
-    if let Some(listed) = app.models().listed(&id).filter(|id| access.may_use(id)) {
+    let models = app.models();
+    if let Some(listed) = models.listed(&id).filter(|id| access.may_use(&models, id)) {
         return Json(card(&app, listed)).into_response();
     }
+    drop(models);
     no_model(&app, &access, &id).into_response()
 }
 
@@ -431,7 +477,7 @@ fn card(app: &App, id: &str) -> Value {
 
 fn no_model(app: &App, access: &Access, id: &str) -> Refusal {
     let models = app.models();
-    let known: Vec<&str> = models.names().filter(|name| access.may_use(name)).collect();
+    let known: Vec<&str> = models.names().filter(|name| access.may_use(&models, name)).collect();
     let message = if models.is_unrouted(id) {
         format!("`{id}` is a handler, but in no route, so it is not served; what is: {}", known.join(", "))
     } else {
@@ -445,7 +491,7 @@ fn no_model(app: &App, access: &Access, id: &str) -> Refusal {
 /// Refuses a model that does not give what is asked, and names one that does.
 fn wrong_model(app: &App, access: &Access, id: &str, wanted: Gives) -> Refusal {
     let models = app.models();
-    let mut usable = models.iter().filter(|(name, _)| access.may_use(name));
+    let mut usable = models.iter().filter(|(name, _)| access.may_use(&models, name));
     let other = usable.find(|(_, handler)| handler.gives() == wanted).map(|(name, _)| name);
     let what = match wanted {
         Gives::Answers => format!("`{id}` is an embedding model, which answers no conversation"),

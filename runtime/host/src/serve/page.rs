@@ -33,7 +33,7 @@ pub(super) async fn page(State(app): State<Arc<App>>, request: Request) -> Respo
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
     let keyed = request.extensions().get::<Access>().is_some_and(|access| access.0.is_some());
     let models = app.models();
-    let may_use = |name: &str| request.extensions().get::<Access>().is_none_or(|access| access.may_use(name));
+    let may_use = |name: &str| request.extensions().get::<Access>().is_none_or(|access| access.may_use(&models, name));
     let listed = models.iter().filter(|(name, _)| may_use(name)).map(|(name, handler)| (name.clone(), handler.gives()));
     let said = Said { host, scheme: scheme(headers), models: listed.collect(), keyed };
     drop(models);

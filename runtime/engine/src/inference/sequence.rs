@@ -32,6 +32,8 @@ pub(super) struct Request {
     pub logprobs: Option<usize>,
     /// The prompt is asked again.
     pub shared: bool,
+    /// Nobody waits for the answer.
+    pub background: bool,
     pub max_tokens: usize,
     pub events: Sender<Event>,
     /// Nobody waits for it any more.

@@ -185,13 +185,13 @@ impl Metrics {
             }
         }
         let name = "homeroom_time_to_first_token_seconds";
-        head(&mut out, name, "histogram", "From a request to the first text of its answer.");
+        head(&mut out, name, "histogram", "From a request to the first text of its answer, of streamed answers.");
         state.models.iter().for_each(|(model, counts)| counts.first_token.write(&mut out, name, model, &SECONDS));
         let name = "homeroom_answer_seconds";
         head(&mut out, name, "histogram", "From a request to the end of its answer.");
         state.models.iter().for_each(|(model, counts)| counts.answer.write(&mut out, name, model, &SECONDS));
         let name = "homeroom_answer_tokens_per_second";
-        head(&mut out, name, "histogram", "Tokens a second of one answer, from the first to the last.");
+        head(&mut out, name, "histogram", "Tokens a second of one streamed answer, from the first to the last.");
         state.models.iter().for_each(|(model, counts)| counts.speed.write(&mut out, name, model, &SPEEDS));
         let what = "Tokens of prompts at bases of this machine, read or taken over from an earlier prompt.";
         head(&mut out, "homeroom_prefix_tokens_total", "counter", what);

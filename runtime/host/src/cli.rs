@@ -73,12 +73,12 @@ pub enum Command {
     /// Makes, lists and removes the keys with which other machines may use `serve`
     #[command(subcommand)]
     Keys(keys::Keys),
-    /// Writes what people thought of answers as rows to learn from; hands out and deletes one person's data; checks the log
-    #[command(subcommand)]
-    Feedback(feedback::Feedback),
     /// Checks a file of handlers
     #[command(subcommand)]
     Handlers(handlers::What),
+    /// Writes what people thought of answers as rows to learn from; hands out and deletes one person's data; checks the log
+    #[command(subcommand)]
+    Feedback(feedback::Feedback),
     /// Lists, writes, builds, checks, installs and locks training strategies
     #[command(subcommand)]
     Plugins(plugins::Plugins),
@@ -195,8 +195,8 @@ pub fn main() -> ExitCode {
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
         Command::Keys(what) => keys::run(what),
-        Command::Feedback(what) => feedback::run(what),
         Command::Handlers(what) => handlers::run(what),
+        Command::Feedback(what) => feedback::run(what),
         Command::Plugins(what) => plugins::run(what),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Bench(what) => bench::run(what),

@@ -20,6 +20,7 @@ use homeroom_engine::run::compute::Compute;
 use homeroom_engine::train::objective::Kind;
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 pub use self::engines::Files;
 pub use self::locate::{Located, Network, base_of, here, hub_name_of, is_here, last_part, locate, of_hub, shown};
@@ -27,6 +28,7 @@ pub use self::missing::not_there;
 pub use self::sketch::Sketched;
 use crate::hub::HubName;
 use crate::job::encode;
+use crate::pipeline::bytecode::hex;
 use crate::plugin::native;
 use crate::progress::line;
 use crate::registry;
@@ -50,6 +52,19 @@ pub struct ModelRef {
     pub base_model: Option<PathBuf>,
     /// Take a base with other weights than the adapter was trained on.
     pub any_base: bool,
+}
+
+impl ModelRef {
+    /// The digest of the files that it means here: those of the base, and those of the adapter, if it is one.
+    ///
+    /// # Errors
+    /// When it is not here, or a file cannot be read.
+    pub fn digest(&self) -> Result<String> {
+        let found = Found::find(self, Network::Never("a digest"))?;
+        let base = Files::of(&found.base.path).digest()?;
+        let Some(adapter) = found.adapter else { return Ok(base) };
+        Ok(hex(&Sha256::digest(format!("{base} {}", adapter.before.digest()?))))
+    }
 }
 
 /// Loads a base model from where [`locate`] found it.

@@ -31,6 +31,11 @@ impl BlockEnd {
         Ok(Self { closing: template.open_block_end(&tail), ..Self::default() })
     }
 
+    /// What ends the block that the prompt opens, if it opens one.
+    pub fn closing(&self) -> Option<&str> {
+        self.closing.as_deref()
+    }
+
     /// The text that a further piece makes certain.
     pub fn push(&mut self, piece: String) -> String {
         if self.passed {

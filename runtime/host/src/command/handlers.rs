@@ -9,7 +9,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{Done, handlers_of_home, print};
-use crate::handler::config::{Config, Egress, HandlerSpec, Handlers};
+use crate::handler::config::{Config, Egress, EndpointSpec, HandlerSpec, Handlers};
 use crate::handler::{Context, EmbedRequest, Gives, Handler, Input, Message, Request, Role};
 use crate::models::{ModelRef, is_here};
 use crate::near::exists;
@@ -218,11 +218,11 @@ fn verdict(egress: Option<Egress>, links: &[Link]) -> String {
 
 impl Link {
     fn of(name: &str, spec: &HandlerSpec, for_long: bool, around: Vec<String>) -> Self {
+        let at = |endpoint: &EndpointSpec| format!("{} at {}", endpoint.model, endpoint.base_url.host());
         let (kind, target, problem) = match spec {
             HandlerSpec::Local(model, _) => ("local", model.name.display().to_string(), missing(model)),
-            HandlerSpec::OpenAi(endpoint) => {
-                ("openai", format!("{} at {}", endpoint.model, endpoint.base_url.host()), None)
-            }
+            HandlerSpec::OpenAi(endpoint) => ("openai", at(endpoint), None),
+            HandlerSpec::Anthropic(spec) => ("anthropic", at(&spec.endpoint), None),
             HandlerSpec::Replay(replay) => {
                 let is_there = replay.file.is_file();
                 let problem = (!is_there).then(|| format!("{} is not there", replay.file.display()));

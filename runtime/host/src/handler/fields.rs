@@ -1,5 +1,6 @@
 //! Which fields of a request which kind of handler can do. What it cannot do is refused by name.
 
+use super::anthropic::ApiVersion;
 use super::{HandlerError, Part, Request, ResponseFormat, Role, ToolChoice};
 
 /// A field of a request that not every handler can do.
@@ -58,37 +59,43 @@ pub enum Backend {
     Local,
     /// An endpoint of OpenAI's API.
     OpenAi,
+    /// Anthropic's API, in one of its versions.
+    Anthropic(ApiVersion),
 }
 
 /// Returns true if a kind of handler can do a field. An endpoint is sent all that it may know, and refuses by itself.
 pub fn supports(backend: Backend, field: Field) -> bool {
-    let (local, openai) = match field {
-        Field::Images => (false, true),
-        Field::ToolMessages => (false, true),
-        Field::Prompt => (false, false),
-        Field::MaxTokens => (true, true),
-        Field::Temperature => (true, true),
-        Field::TopK => (true, true),
-        Field::TopP => (true, true),
-        Field::MinP => (true, true),
-        Field::RepetitionPenalty => (true, true),
-        Field::FrequencyPenalty => (true, true),
-        Field::PresencePenalty => (true, true),
-        Field::LogitBias => (false, true),
-        Field::Seed => (true, true),
-        Field::Stop => (true, true),
-        Field::N => (false, false),
-        Field::Logprobs => (false, false),
-        Field::Tools => (false, false),
-        Field::ToolChoice => (false, false),
-        Field::ParallelToolCalls => (false, false),
-        Field::JsonObject => (false, true),
-        Field::JsonSchema => (false, true),
-        Field::ReasoningEffort => (false, true),
+    let (local, openai, anthropic) = match field {
+        Field::Images => (false, true, true),
+        Field::ToolMessages => (true, true, true),
+        Field::Prompt => (true, true, false),
+        Field::MaxTokens => (true, true, true),
+        Field::Temperature => (true, true, true),
+        Field::TopK => (true, true, true),
+        Field::TopP => (true, true, true),
+        Field::MinP => (true, true, false),
+        Field::RepetitionPenalty => (true, true, false),
+        Field::FrequencyPenalty => (true, true, false),
+        Field::PresencePenalty => (true, true, false),
+        Field::LogitBias => (true, true, false),
+        Field::Seed => (true, true, false),
+        Field::Stop => (true, true, true),
+        Field::N => (true, true, false),
+        Field::Logprobs => (true, true, false),
+        Field::Tools => (true, true, true),
+        Field::ToolChoice => (true, true, true),
+        Field::ParallelToolCalls => (true, true, true),
+        Field::JsonObject => (true, true, false),
+        Field::JsonSchema => (true, true, true),
+        Field::ReasoningEffort => (false, true, true),
     };
+    // The newer version steers no draw.
+    let steered = matches!(field, Field::Temperature | Field::TopK | Field::TopP);
     match backend {
         Backend::Local => local,
         Backend::OpenAi => openai,
+        Backend::Anthropic(ApiVersion::V2023) => anthropic,
+        Backend::Anthropic(ApiVersion::V2026) => anthropic && !steered,
     }
 }
 
@@ -116,6 +123,34 @@ impl Field {
             Self::ParallelToolCalls => "parallel_tool_calls",
             Self::JsonObject | Self::JsonSchema => "response_format",
             Self::ReasoningEffort => "reasoning_effort",
+        }
+    }
+
+    /// Returns true if it only steers how tokens are drawn: an answer without it is drawn otherwise, and is no other kind of answer.
+    pub fn steers_the_draw(self) -> bool {
+        match self {
+            Self::Temperature
+            | Self::TopK
+            | Self::TopP
+            | Self::MinP
+            | Self::RepetitionPenalty
+            | Self::FrequencyPenalty
+            | Self::PresencePenalty
+            | Self::Seed => true,
+            Self::Images
+            | Self::ToolMessages
+            | Self::Prompt
+            | Self::MaxTokens
+            | Self::LogitBias
+            | Self::Stop
+            | Self::N
+            | Self::Logprobs
+            | Self::Tools
+            | Self::ToolChoice
+            | Self::ParallelToolCalls
+            | Self::JsonObject
+            | Self::JsonSchema
+            | Self::ReasoningEffort => false,
         }
     }
 
@@ -203,9 +238,21 @@ impl Request {
     /// # Errors
     /// Names the field.
     pub fn check_for(&self, backend: Backend) -> Result<(), HandlerError> {
-        match self.given().into_iter().find(|field| !supports(backend, *field)) {
+        self.fit(backend, false).map(drop)
+    }
+
+    /// Returns the fields that are to be left out for a kind of handler: with `drops`, those that it cannot do and that only steer the
+    /// draw.
+    ///
+    /// # Errors
+    /// Names the first field that it cannot do and that is not left out.
+    pub fn fit(&self, backend: Backend, drops: bool) -> Result<Vec<Field>, HandlerError> {
+        let (dropped, refused): (Vec<Field>, Vec<Field>) = (self.given().into_iter())
+            .filter(|field| !supports(backend, *field))
+            .partition(|field| drops && field.steers_the_draw());
+        match refused.first() {
             Some(field) => Err(HandlerError::invalid(field.name(), field.refusal())),
-            None => Ok(()),
+            None => Ok(dropped),
         }
     }
 }
@@ -215,6 +262,8 @@ mod tests {
     use super::super::{Kind, Message, Tool};
     use super::*;
 
+    const ANTHROPIC: Backend = Backend::Anthropic(ApiVersion::V2026);
+
     #[test]
     fn what_a_handler_cannot_do_is_refused_by_name() {
         let fine = Request { n: Some(1), tool_choice: Some(ToolChoice::None), ..Request::default() };
@@ -223,10 +272,18 @@ mod tests {
             parts: vec![Part::Image { url: "data:,".into(), detail: None }],
             ..Message::new(Role::User, "look")
         };
-        for (request, param) in [(Request { messages: vec![image], ..Request::default() }, "messages")] {
-            let refused = request.check_for(Backend::Local).expect_err(param);
+        for (request, backend, param) in [
+            (Request { messages: vec![image], ..Request::default() }, Backend::Local, "messages"),
+            (Request { logprobs: Some(0), ..Request::default() }, ANTHROPIC, "logprobs"),
+            (Request { n: Some(2), ..Request::default() }, ANTHROPIC, "n"),
+            (Request { temperature: Some(1.0), ..Request::default() }, ANTHROPIC, "temperature"),
+        ] {
+            let refused = request.check_for(backend).expect_err(param);
             assert_eq!(refused.kind, Kind::InvalidRequest { param: Some(param.into()) });
         }
+        let drawn = Request { temperature: Some(0.0), seed: Some(1), n: Some(1), ..Request::default() };
+        assert_eq!(drawn.fit(ANTHROPIC, true), Ok(vec![Field::Temperature, Field::Seed]));
+        assert!(Request { n: Some(2), ..drawn }.fit(ANTHROPIC, true).is_err(), "what is more than the draw is refused");
         let tools = Request { tools: vec![Tool::default()], tool_choice: Some(ToolChoice::Auto), ..Request::default() };
         assert_eq!(tools.given(), [Field::Tools]);
         let forced = Request { tool_choice: Some(ToolChoice::Required), ..tools };

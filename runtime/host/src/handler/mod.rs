@@ -5,6 +5,7 @@
 //! OpenAI's API, [`replay`] gives recorded answers, a [`route`] tries several handlers in order. What is done on the way to any of them, from
 //! time limits to redaction, is a handler around it: see [`wrap`]. A file lists them, see [`config`].
 
+pub mod anthropic;
 mod checker;
 pub mod config;
 mod context;

@@ -10,15 +10,18 @@ use anyhow::Result;
 use homeroom_engine::adapt::adapter::{AdapterFiles, is_adapter};
 use homeroom_engine::files::gguf::shard_paths;
 use homeroom_engine::files::tensors::{has_safetensors, weight_files};
-use homeroom_engine::files::{named_templates, result_files};
+use homeroom_engine::files::{digest, named_templates, result_files};
 use homeroom_engine::inference::{Adapter, Engine};
 use homeroom_engine::run::compute::Compute;
 use homeroom_kernels::isa;
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use super::{Located, ModelRef, here, load_base};
 use crate::job::encode;
+use crate::pipeline::bytecode::hex;
 use crate::plugin::native;
+use crate::registry;
 
 /// What tells a base that answers from another.
 #[derive(PartialEq)]
@@ -52,6 +55,17 @@ impl Files {
     pub(super) fn of(path: &Path) -> Self {
         let written = |path: PathBuf| std::fs::metadata(&path).ok().map(|about| (path, written(&about)));
         Self(read_of(path).into_iter().filter_map(written).collect())
+    }
+
+    /// The digest of all of them.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub(super) fn digest(&self) -> Result<String> {
+        let paths: Vec<PathBuf> = self.0.iter().map(|(path, _)| path.clone()).collect();
+        let digests = digest::of_files(&paths, registry::kept_digests().as_deref())?;
+        let lines: String = digests.iter().map(|(name, digest)| format!("{name} {digest}\n")).collect();
+        Ok(hex(&Sha256::digest(lines)))
     }
 
     /// Those of what a name means now, which on the hub is another directory once its branch is at another commit.

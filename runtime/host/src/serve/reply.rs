@@ -170,7 +170,7 @@ fn of_choice(index: usize, choice: &Choice) -> Value {
 }
 
 /// The logarithm of a probability that is 0, as OpenAI writes it: JSON has no infinity.
-const NEVER: f64 = -9999.0;
+pub(super) const NEVER: f64 = -9999.0;
 
 /// Returns the log-probabilities of tokens in the shape of chat completions.
 fn logprobs_of(tokens: &[TokenLogprob]) -> Value {
@@ -186,7 +186,7 @@ fn logprobs_of(tokens: &[TokenLogprob]) -> Value {
 
 /// Sets why an answer ended. Typed clients fail at a reason that OpenAI does not have: such a one goes into a field of its own, as
 /// OpenRouter names it.
-fn end(choice: &mut Value, reason: &FinishReason) {
+pub(super) fn end(choice: &mut Value, reason: &FinishReason) {
     if let FinishReason::Other(word) = reason {
         choice["native_finish_reason"] = json!(word);
     }
@@ -213,7 +213,7 @@ pub fn frame(data: &Value) -> String {
 }
 
 /// Returns the usage. Clients expect numbers, so that it is null where a provider gave none.
-fn usage(Usage { prompt_tokens, completion_tokens }: Usage) -> Value {
+pub(super) fn usage(Usage { prompt_tokens, completion_tokens }: Usage) -> Value {
     match (prompt_tokens, completion_tokens) {
         (Some(prompt), Some(completion)) => {
             json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt.saturating_add(completion)})

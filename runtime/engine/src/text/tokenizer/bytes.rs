@@ -16,8 +16,7 @@ enum Kind {
 }
 
 /// The spelling of a tokenizer's tokens.
-pub struct Spelling<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct Spelling {
     kind: Kind,
     /// Tokens that are looked for in a text before it is cut, as they are written.
     added: HashMap<u32, String>,
@@ -26,7 +25,7 @@ pub struct Spelling<'a> {
 
 impl Tokenizer {
     /// How its tokens are spelled.
-    pub fn spelling(&self) -> Spelling<'_> {
+    pub fn spelling(&self) -> Spelling {
         let decoder = serde_json::to_string(&self.inner.get_decoder()).unwrap_or_default();
         let kind = match () {
             () if decoder.contains("\"ByteLevel\"") => Kind::ByteLevel,
@@ -35,7 +34,7 @@ impl Tokenizer {
         };
         let added = self.inner.get_added_tokens_decoder();
         let added = added.into_iter().map(|(id, token)| (id, token.content)).collect();
-        Spelling { tokenizer: self, kind, added, byte_of: byte_of() }
+        Spelling { kind, added, byte_of: byte_of() }
     }
 }
 
@@ -53,13 +52,13 @@ fn byte_of() -> HashMap<char, u8> {
     (0..=u8::MAX).map(char_of).collect()
 }
 
-impl Spelling<'_> {
-    /// Returns the bytes of a token; `None` where there is no such token, or its bytes are not known.
-    pub fn bytes(&self, id: u32) -> Option<Vec<u8>> {
+impl Spelling {
+    /// Returns the bytes of a token of the tokenizer that this is of; `None` where there is no such token, or its bytes are not known.
+    pub fn bytes(&self, tokenizer: &Tokenizer, id: u32) -> Option<Vec<u8>> {
         if let Some(added) = self.added.get(&id) {
             return Some(added.clone().into_bytes());
         }
-        let token = self.tokenizer.token(id)?;
+        let token = tokenizer.token(id)?;
         match self.kind {
             Kind::ByteLevel => token.chars().map(|c| self.byte_of.get(&c).copied()).collect(),
             Kind::SentencePiece => {
@@ -69,13 +68,8 @@ impl Spelling<'_> {
                     None => Some(token.replace('▁', " ").into_bytes()),
                 }
             }
-            Kind::Decoded => self.tokenizer.decode(&[id], false).ok().map(String::into_bytes),
+            Kind::Decoded => tokenizer.decode(&[id], false).ok().map(String::into_bytes),
         }
-    }
-
-    /// Returns true if a token is control, which a text does not hold.
-    pub fn is_control(&self, id: u32) -> bool {
-        self.tokenizer.control_tokens().binary_search_by_key(&id, |control| control.id).is_ok()
     }
 }
 
@@ -94,7 +88,7 @@ mod tests {
     fn check(tokenizer: &Tokenizer, text: &str) -> Result<()> {
         let spelling = tokenizer.spelling();
         let ids = tokenizer.encode(&format!("\n{text}"), false)?.ids;
-        let spelled: Option<Vec<Vec<u8>>> = ids.iter().map(|id| spelling.bytes(*id)).collect();
+        let spelled: Option<Vec<Vec<u8>>> = ids.iter().map(|id| spelling.bytes(tokenizer, *id)).collect();
         let spelled = spelled.expect("every token has its bytes").concat();
         assert_eq!(String::from_utf8(spelled)?.trim_start(), text);
         Ok(())
@@ -108,7 +102,7 @@ mod tests {
             for text in ["plain  words", "é 🦊 中文", "{\"a\":\t[1, -2.5e3]}\r\n."] {
                 check(&tokenizer, text)?;
             }
-            assert_eq!(tokenizer.spelling().bytes(u32::MAX), None);
+            assert_eq!(tokenizer.spelling().bytes(&tokenizer, u32::MAX), None);
         }
         Ok(())
     }

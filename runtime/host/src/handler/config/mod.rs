@@ -3,7 +3,9 @@
 //! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
 //! keys, what is read of them, and what is made of that.
 
+mod anthropic;
 mod disabled;
+mod endpoint;
 mod handlers;
 mod key;
 mod local;
@@ -24,9 +26,10 @@ use homeroom_engine::run::compute::Compute;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+pub use self::anthropic::AnthropicSpec;
+pub use self::endpoint::EndpointSpec;
 pub use self::handlers::Handlers;
 pub use self::local::load_local;
-pub use self::openai::EndpointSpec;
 pub use self::route::{Egress, Rules};
 use super::limit::Limits;
 use super::replay::{Replay, ReplaySpec};
@@ -74,25 +77,30 @@ pub enum HandlerSpec {
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
     OpenAi(EndpointSpec),
+    /// `kind = "anthropic"`.
+    Anthropic(AnthropicSpec),
     /// `kind = "replay"`.
     Replay(ReplaySpec),
 }
 
 impl HandlerSpec {
-    /// The host that conversations are sent to, if it is not this machine.
-    pub fn far_host(&self) -> Option<&str> {
+    /// The endpoint that it asks, if it asks one.
+    fn endpoint(&self) -> Option<&EndpointSpec> {
         match self {
             Self::Local(..) | Self::Replay(_) => None,
-            Self::OpenAi(endpoint) => Some(endpoint.base_url.host()).filter(|_| !endpoint.base_url.is_loopback()),
+            Self::OpenAi(endpoint) => Some(endpoint),
+            Self::Anthropic(spec) => Some(&spec.endpoint),
         }
+    }
+
+    /// The host that conversations are sent to, if it is not this machine.
+    pub fn far_host(&self) -> Option<&str> {
+        self.endpoint().filter(|endpoint| !endpoint.base_url.is_loopback()).map(|endpoint| endpoint.base_url.host())
     }
 
     /// The variable that holds its key, if it has one.
     pub fn key_variable(&self) -> Option<&str> {
-        match self {
-            Self::Local(..) | Self::Replay(_) => None,
-            Self::OpenAi(endpoint) => endpoint.api_key_env.as_deref(),
-        }
+        self.endpoint().and_then(|endpoint| endpoint.api_key_env.as_deref())
     }
 
     /// Why it is disabled, if it is: its key is not in the environment.
@@ -101,10 +109,7 @@ impl HandlerSpec {
     }
 
     fn api_key(&self) -> Result<Option<Secret>, String> {
-        match self {
-            Self::Local(..) | Self::Replay(_) => Ok(None),
-            Self::OpenAi(endpoint) => endpoint.api_key(),
-        }
+        self.endpoint().map_or(Ok(None), EndpointSpec::api_key)
     }
 
     /// Makes it ready to answer, with what stands around it.
@@ -114,7 +119,11 @@ impl HandlerSpec {
                 settings.around(name, local::load(name, model.clone(), *compute)?, local::LIMITS, None)
             }
             Self::OpenAi(endpoint) => {
-                settings.around(name, endpoint.load(name)?, ENDPOINT_LIMITS, Some(endpoint.answer_timeout()))
+                let handler = openai::load(endpoint, name)?;
+                settings.around(name, handler, ENDPOINT_LIMITS, Some(endpoint.answer_timeout()))
+            }
+            Self::Anthropic(spec) => {
+                settings.around(name, spec.load(name)?, ENDPOINT_LIMITS, Some(spec.endpoint.answer_timeout()))
             }
             Self::Replay(spec) => settings.around(name, Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS, None),
         }
@@ -122,11 +131,14 @@ impl HandlerSpec {
 }
 
 /// The kinds of handlers.
-const KINDS: [&str; 3] = ["local", "openai", "replay"];
+const KINDS: [&str; 4] = ["local", "openai", "anthropic", "replay"];
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 /// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
-const HARMLESS_KEYS: [&str; 11] = [
+const HARMLESS_KEYS: [&str; 14] = [
+    "api_version",
+    "unsupported",
+    "max_tokens",
     "kind",
     "model",
     "base_model",
@@ -234,12 +246,9 @@ fn handler<'a>(
     };
     match problems.text("kind", kind)?.as_str() {
         "local" => local::read(problems, path, name, value.span(), table),
-        "openai" => openai::read(problems, name, value.span(), table),
+        "openai" => openai::read(problems, name, &value.span(), table),
+        "anthropic" => anthropic::read(problems, name, &value.span(), table),
         "replay" => replay::read(problems, path, name, value.span(), table),
-        "anthropic" => {
-            problems.at(kind.span(), "kind \"anthropic\" is not supported yet; use \"local\" or \"openai\"");
-            None
-        }
         other => {
             problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &KINDS)));
             None

@@ -46,7 +46,7 @@ pub fn generate(lua: &Lua, session: &Session, options: &Options, name: &str) -> 
         allowed(session, &handlers, name, host)?;
     }
     // Whatever answers at an endpoint of this machine may send on what it is asked.
-    let is_endpoint = chain.iter().any(|(_, spec)| matches!(spec, HandlerSpec::OpenAi(_)));
+    let is_endpoint = chain.iter().any(|(_, spec)| matches!(spec, HandlerSpec::OpenAi(_) | HandlerSpec::Anthropic(_)));
     if is_endpoint && !session.named_handlers.iter().any(|named| named == name) {
         return Err(said(format!(
             "generate: `{name}` asks an endpoint, which a script cannot choose\nhint: declare a parameter of type `handler` in the TOML file"
@@ -163,7 +163,7 @@ fn described(spec: &HandlerSpec) -> Result<Json> {
                 .map(|path| identity::files(&path))
                 .collect::<Result<_>>()?
         }
-        HandlerSpec::OpenAi(_) | HandlerSpec::Replay(_) => Vec::new(),
+        HandlerSpec::OpenAi(_) | HandlerSpec::Anthropic(_) | HandlerSpec::Replay(_) => Vec::new(),
     };
     Ok(json!([format!("{spec:?}"), files]))
 }

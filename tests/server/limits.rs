@@ -29,10 +29,12 @@ fn past_its_requests_a_key_is_told_when_to_come_back() -> Result<()> {
     assert!(body.contains("rate_limit_exceeded") && body.contains("2 times a minute"), "{body}");
     let (status, head, body) = site.post("/api/generate", &text, &json!({"model": "m", "prompt": "hi"}))?;
     assert!(status == 429 && head.contains("retry-after: ") && body.starts_with("{\"error\":\""), "{body}");
-    // What asks no model is not counted.
+    // What changes something is counted, too; what only looks is not.
+    let (status, _, body) = site.post("/v1/feedback", &text, &json!({}))?;
+    assert!(status == 429 && body.contains("rate_limit_exceeded"), "{status} {body}");
     assert_eq!(site.get("/v1/models", &text)?.0, 200);
     let (_, _, metrics) = site.ask("GET", "/metrics", &format!("authorization: Bearer {text}"), "")?;
-    assert!(metrics.contains("homeroom_limited_total{limit=\"requests_per_minute\"} 2"), "{metrics}");
+    assert!(metrics.contains("homeroom_limited_total{limit=\"requests_per_minute\"} 3"), "{metrics}");
     site.end()
 }
 

@@ -74,6 +74,61 @@ fn moodle_asks_as_it_does_ollama() -> Result<()> {
     site.end()
 }
 
+/// Field by field what Moodle's provider for OpenAI sends, and what it reads; its extra parameters stand beside the rest.
+#[test]
+fn moodle_asks_as_it_does_openai() -> Result<()> {
+    let (mut key, text) = Key::make("moodle")?;
+    key.trust_forwarded = true;
+    let site = Site::new(models(&["tutor"])?, &[key], Settings::default())?;
+    let headers = format!("authorization: Bearer {text}\nopenai-organization: \ncontent-type: application/json");
+    let messages = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]);
+    let asked = json!({"model": "tutor", "user": "9f86d081884c7d65", "messages": messages, "top_p": 0.9, "max_completion_tokens": 8});
+    let (status, head, body) = site.ask("POST", "/v1/chat/completions", &headers, &asked.to_string())?;
+    let whole: Value = serde_json::from_str(&body)?;
+    assert!(status == 200 && whole["id"].is_string() && whole.get("system_fingerprint").is_some(), "{head} {body}");
+    assert!(whole["choices"][0]["message"]["content"].is_string() && whole["choices"][0]["finish_reason"].is_string());
+    assert!(
+        whole["usage"]["prompt_tokens"].is_u64()
+            && whole["usage"]["completion_tokens"].is_u64()
+            && whole["model"] == "tutor"
+    );
+    let (status, _, body) =
+        site.ask("POST", "/v1/chat/completions", &headers, &json!({"model": "x", "messages": messages}).to_string())?;
+    assert!(status == 404 && serde_json::from_str::<Value>(&body)?["error"]["message"].is_string(), "{body}");
+    site.end()
+}
+
+/// What Open WebUI sends: it looks which models there are, streams with the cost, and says for whom; titles it asks for by itself.
+#[test]
+fn open_webui_asks_for_people_and_for_itself() -> Result<()> {
+    let (mut key, text) = Key::make("webui")?;
+    key.trust_forwarded = true;
+    key.limits.requests_per_minute = Some(2);
+    let site = Site::new(models(&["tutor"])?, &[key], Settings::default())?;
+    let (_, _, list) = site.get("/v1/models", &text)?;
+    assert_eq!((&list["object"], &list["data"][0]["id"]), (&json!("list"), &json!("tutor")));
+    let ask = |user: &str, more: &str| {
+        let people =
+            "x-openwebui-user-name: Anna%20B\nx-openwebui-user-email: anna@school.example\nx-openwebui-user-role: user";
+        let ids = "x-openwebui-chat-id: c-1\nx-openwebui-message-id: m-1";
+        let headers = format!(
+            "authorization: Bearer {text}\ncontent-type: application/json\nx-openwebui-user-id: {user}\n{people}\n{ids}{more}"
+        );
+        let body = json!({
+            "model": "tutor", "messages": [{"role": "user", "content": "hi"}], "stream": true, "max_tokens": 4,
+            "stream_options": {"include_usage": true},
+        });
+        site.ask("POST", "/v1/chat/completions", &headers, &body.to_string())
+    };
+    let (status, _, body) = ask("u-1", "")?;
+    let chunks = objects(&body.replace("data: ", ""))?;
+    assert!(status == 200 && body.contains("data: [DONE]"), "{body}");
+    assert_eq!(chunks.last().map(|last| &last["usage"]["completion_tokens"]), Some(&json!(4)));
+    assert_eq!(ask("u-1", "\nx-openwebui-task: title_generation")?.0, 200);
+    assert_eq!((ask("u-1", "")?.0, ask("u-2", "")?.0), (429, 200), "each person has the limit");
+    site.end()
+}
+
 /// Field by field what Moodle's provider for Azure sends, which names the model in the address, and what it reads.
 #[test]
 fn moodle_asks_as_it_does_azure() -> Result<()> {

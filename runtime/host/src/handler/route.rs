@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use homeroom_engine::inference::Engine;
+
 use super::wrap::{Begun, Unspoken};
 use super::{
     Completion, Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Kind, Request, tally,
@@ -93,6 +95,10 @@ impl Handler for Route {
                 answer => return answer,
             }
         }
+    }
+
+    fn engine(&self) -> Option<Arc<Engine>> {
+        self.handlers.first().and_then(|(_, handler)| handler.engine())
     }
 
     fn gives(&self) -> Gives {

@@ -13,7 +13,7 @@ use super::caller::Caller;
 use super::keys::Key;
 use super::keys::limits::{Excess, Reached, Ticket, Wish};
 use super::metrics::Answered;
-use super::record::Record;
+use super::record::{Known, Record};
 use super::reply::Refusal;
 use super::{App, Models, no_model, wrong_model};
 use crate::handler::{
@@ -158,11 +158,7 @@ impl Asker {
             Some(key) => {
                 let answer = answer.map(|tokens| tokens as u64);
                 let wish = Wish { prompt: (bytes / BYTES_OF_RESERVED) as u64, answer, choices };
-                let ticket = app.meters.admit(key, caller.user.as_deref(), wish).map_err(|excess| {
-                    record.known().limit = Some(excess.reached.name());
-                    app.metrics.limited(excess.reached.name());
-                    too_much(excess)
-                })?;
+                let ticket = ticket(app, key, &caller, &record, wish)?;
                 if let Some(most) = ticket.at_most {
                     context = context.at_most(usize::try_from(most / choices).unwrap_or(usize::MAX).max(1));
                 }
@@ -206,6 +202,22 @@ fn input_bytes(input: &Input) -> usize {
         Input::Text(text) => text.len(),
         Input::Tokens(tokens) => tokens.len().saturating_mul(BYTES_OF_PAID),
     }
+}
+
+/// Counts a request that asks no model.
+///
+/// # Errors
+/// When it reaches a limit of its key.
+pub(super) fn count(app: &App, key: &Key, caller: &Caller, record: &Record) -> Result<(), Refusal> {
+    ticket(app, key, caller, record, Wish { prompt: 0, answer: Some(0), choices: 1 }).map(drop)
+}
+
+fn ticket(app: &App, key: &Key, caller: &Caller, record: &Record, wish: Wish) -> Result<Ticket, Refusal> {
+    app.meters.admit(key, caller.user.as_deref(), wish).map_err(|excess| {
+        record.known().limit = Some(excess.reached.name());
+        app.metrics.limited(excess.reached.name());
+        too_much(excess)
+    })
 }
 
 /// The refusal of a request that would exceed a limit.
@@ -348,8 +360,12 @@ impl Drop for Bill {
         let speed = spoken.filter(|spoken| *spoken > Duration::ZERO && completion > 1);
         let end = self.end.clone().unwrap_or_else(|| "left".to_owned());
         let mut known = self.record.known();
-        (known.prompt_tokens, known.completion_tokens) = (Some(prompt), Some(completion));
-        (known.first_token, known.finish) = (first_token, Some(end.clone()));
+        // A request may ask several times.
+        let Known { prompt_tokens, completion_tokens, .. } = &mut *known;
+        for (all, more) in [(prompt_tokens, prompt), (completion_tokens, completion)] {
+            *all = Some(all.unwrap_or(0).saturating_add(more));
+        }
+        (known.first_token, known.finish) = (known.first_token.or(first_token), Some(end.clone()));
         let model = known.model.clone().unwrap_or_default();
         drop(known);
         self.metrics.answered(&Answered {

@@ -7,6 +7,7 @@
 
 mod admit;
 mod answering;
+mod bind;
 mod body;
 pub mod caller;
 mod chat;
@@ -32,14 +33,13 @@ mod request;
 pub mod settings;
 mod tuned;
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Extension, Path, Request, State};
 use axum::http::{StatusCode, header};
@@ -47,6 +47,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
+use homeroom_engine::inference::Engine;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -55,6 +56,7 @@ use tokio::time::sleep;
 use crate::handler::{Gives, limit};
 use crate::toml_problems::near;
 use admit::Access;
+pub use bind::{bind, bind_for};
 pub use class::Class;
 pub use connection::Bounds;
 use keys::Keys;
@@ -68,42 +70,6 @@ use settings::Settings;
 
 /// How often what is used of a day is written to disk.
 const KEEP: Duration = Duration::from_secs(1);
-
-/// Opens a port of this machine that no other machine reaches.
-///
-/// # Errors
-/// When the host is another one, or the port is taken.
-pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
-    bind_for(host, port, &Keys::none())
-}
-
-/// Opens a port, which other machines reach only if a key is wanted.
-///
-/// # Errors
-/// When the host is no address, other machines could use the models without a key, or the port is taken.
-pub fn bind_for(host: &str, port: u16, keys: &Keys) -> Result<TcpListener> {
-    let address = match host.trim_matches(['[', ']']) {
-        "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        other => other.parse::<IpAddr>().map_err(|_| {
-            anyhow!("--host {host}: this is no address of a machine; serve on 127.0.0.1, or with keys on 0.0.0.0, which is all addresses of this machine")
-        })?,
-    };
-    if !address.is_loopback() && keys.wanted()?.is_none() {
-        bail!(
-            "--host {host}: other machines could use the models without a key, and there is no key yet\nhint: `homeroom keys add NAME` makes one; or serve on 127.0.0.1, and forward a port (ssh -L) where others need it"
-        );
-    }
-    let address = SocketAddr::new(address, port);
-    TcpListener::bind(address).map_err(|error| match error.kind() {
-        ErrorKind::AddrInUse => {
-            anyhow!("{address}: another program listens there, perhaps another `homeroom serve`; end it, or take another --port (0: a free one)")
-        }
-        ErrorKind::AddrNotAvailable => {
-            anyhow!("{address}: this machine has no such address; --host 0.0.0.0 is all that it has")
-        }
-        _ => anyhow!("{address}: cannot listen there: {error}; --port 0 takes a free port"),
-    })
-}
 
 /// A server that runs in a thread of its own.
 pub struct Running {
@@ -411,7 +377,24 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn measured(State(app): State<Arc<App>>) -> Response {
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text()).into_response()
+    let models = app.models();
+    let mut engines: Vec<(String, Arc<Engine>)> = Vec::new();
+    for (name, handler) in models.iter() {
+        // Several models may be on one base, which is called by the first.
+        if let Some(engine) =
+            handler.engine().filter(|engine| !engines.iter().any(|(_, other)| Arc::ptr_eq(other, engine)))
+        {
+            engines.push((name.clone(), engine));
+        }
+    }
+    drop(models);
+    let engines: Vec<(String, u64, u64)> = (engines.into_iter())
+        .map(|(name, engine)| {
+            let (all, taken_over) = engine.inference().prompt_tokens();
+            (name, all, taken_over)
+        })
+        .collect();
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text(&engines)).into_response()
 }
 
 async fn nothing_here(request: Request) -> Response {
@@ -425,7 +408,9 @@ async fn nothing_here(request: Request) -> Response {
     let of_api = |known: &&str| {
         !known.ends_with("v1/") && !["/api/", "/v1/"].iter().any(|api| path.starts_with(api) != known.starts_with(api))
     };
-    let known: Vec<&str> = routes().map(|(path, _)| path).filter(of_api).collect();
+    // What is done with a file or a job stands behind its list.
+    let is_below = |known: &&str| [FILES, JOBS].iter().any(|list| known.len() > list.len() && known.starts_with(list));
+    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| of_api(path) && !is_below(path)).collect();
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let shown: String = path.chars().take(80).collect();
     refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))
@@ -491,21 +476,6 @@ fn wrong_model(app: &App, access: &Access, id: &str, wanted: Gives) -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn other_machines_are_not_served_without_a_key() {
-        for host in ["0.0.0.0", "::", "192.168.0.1"] {
-            let refused = bind(host, 0).expect_err("it is refused").to_string();
-            assert!(refused.contains("there is no key yet\nhint: `homeroom keys add NAME`"), "{refused}");
-        }
-        for host in ["example.com", ""] {
-            let refused = bind(host, 0).expect_err("it is refused").to_string();
-            assert!(refused.contains("no address of a machine"), "{refused}");
-        }
-        for host in ["127.0.0.1", "localhost"] {
-            assert!(bind(host, 0).is_ok(), "{host}");
-        }
-    }
 
     #[test]
     fn methods_of_a_path_are_those_of_its_route() {

@@ -123,13 +123,17 @@ impl Said<'_> {
 <h2>Call it</h2>
 <pre>curl {address}/v1/chat/completions \{header}
   -H "content-type: application/json" \
-  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is a prime number?"}}]}}'</pre>
+  -d '{{"model": "{model}",
+       "messages": [{{"role": "user", "content": "What is a prime?"}}]}}'</pre>
 <pre>{import}from openai import OpenAI
 
-client = OpenAI(base_url="{address}/v1", api_key={python})
+client = OpenAI(
+    base_url="{address}/v1",
+    api_key={python},
+)
 answer = client.chat.completions.create(
     model="{model}",
-    messages=[{{"role": "user", "content": "What is a prime number?"}}],
+    messages=[{{"role": "user", "content": "What is a prime?"}}],
 )
 print(answer.choices[0].message.content)</pre>
 </html>

@@ -376,7 +376,12 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     (status, Json(json!({"status": word, "running": load.running, "waiting": load.waiting}))).into_response()
 }
 
-async fn measured(State(app): State<Arc<App>>) -> Response {
+async fn measured(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Response {
+    if access.0.as_ref().is_some_and(|key| key.routes.is_some()) {
+        let message =
+            "figures of all routes are for keys that may use all routes (`homeroom keys add` without --routes)";
+        return Refusal { kind: "permission_error", ..Refusal::new(StatusCode::FORBIDDEN, message) }.into_response();
+    }
     let models = app.models();
     let mut engines: Vec<(String, Arc<Engine>)> = Vec::new();
     for (name, handler) in models.iter() {

@@ -260,10 +260,12 @@ impl Tuning {
     /// In words, when it has ended.
     pub fn cancel(&self, id: &str) -> Result<(), Refused> {
         let mut state = self.state();
-        let job = state.jobs.get(id).ok_or("it is gone")?;
+        let job = state.jobs.get_mut(id).ok_or("it is gone")?;
         match job.status {
             Status::Running => state.wish = Some(Wish::Cancel),
             Status::Queued | Status::Paused => {
+                // In one with the look, so that it is not begun meanwhile.
+                job.status = Status::Cancelled;
                 drop(state);
                 self.end(id, Ended::Wished(Wish::Cancel));
                 return Ok(());
@@ -283,10 +285,11 @@ impl Tuning {
     /// In words, when it neither waits nor trains.
     pub fn pause(&self, id: &str) -> Result<(), Refused> {
         let mut state = self.state();
-        let job = state.jobs.get(id).ok_or("it is gone")?;
+        let job = state.jobs.get_mut(id).ok_or("it is gone")?;
         match job.status {
             Status::Running => state.wish = Some(Wish::Pause),
             Status::Queued => {
+                job.status = Status::Paused;
                 drop(state);
                 self.end(id, Ended::Wished(Wish::Pause));
                 return Ok(());

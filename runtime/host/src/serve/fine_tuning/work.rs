@@ -63,14 +63,17 @@ impl Tuning {
                     if state.stopping {
                         return;
                     }
-                    let waiting = state.jobs.values().filter(|job| job.status == Status::Queued);
+                    let waiting = state.jobs.values_mut().filter(|job| job.status == Status::Queued);
                     if let Some(job) = waiting.min_by_key(|job| job.number) {
-                        break job.clone();
+                        // In one with the look: whoever ends it from now on ends a training.
+                        job.status = Status::Running;
+                        let job = job.clone();
+                        state.wish = None;
+                        break job;
                     }
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
             };
-            self.state().wish = None;
             self.change(&job.id, |job| job.status = Status::Running);
             events::tell(&self.place(&job.id), "info", "Fine-tuning job started");
             let ended = self.train(&job).unwrap_or_else(|error| {

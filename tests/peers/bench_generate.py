@@ -8,7 +8,8 @@ Each measurement is a process of its own; variants take turns, and figures are m
 - mistral.rs is timed by itself (`Usage`), which counts its scheduling and its greedy sampling too. Its prompts are random words that
   are a token each. It reads once a round, since it takes long, and is left out of `decode-4`.
 
-With `--isa avx2` Homeroom is held to AVX2, and llama.cpp is to be built for it. No table is printed of a machine that was disturbed.
+With `--no-extra-buffers` llama.cpp multiplies weights as they lie in the file: where its own AMX path ends by an illegal instruction, that
+is what runs. With `--isa avx2` Homeroom is held to AVX2, and llama.cpp is to be built for it. No table is printed of a machine that was disturbed.
 
 Run: python bench_generate.py --model FILE.gguf ... [--homeroom BIN] [--only prefill,decode] [--peers llama.cpp] [--json FILE]
 """
@@ -52,7 +53,9 @@ def llama_cpp(args) -> dict:
     import llama_cpp as api
 
     api.llama_backend_init()
-    model = api.llama_model_load_from_file(str(args.model[0]).encode(), api.llama_model_default_params())
+    how = api.llama_model_default_params()
+    how.use_extra_bufts = not args.no_extra_buffers
+    model = api.llama_model_load_from_file(str(args.model[0]).encode(), how)
     if not model:
         raise SystemExit(f"error: {args.model[0]}: llama.cpp does not load it")
     chats = CHATS if args.only == "decode-4" else 1
@@ -150,6 +153,7 @@ def rounds(args, model: Path, measure: str, broken: list[str]) -> dict[str, list
     for peer in args.peers:
         if (measure, peer) != ("decode-4", "mistral.rs"):
             command = [sys.executable, __file__, "--peer", peer, "--model", model, "--only", measure]
+            command += ["--no-extra-buffers"] if args.no_extra_buffers else []
             commands[peer] = [*command, "--threads", args.threads]
     runs = {name: [] for name in commands}
     for _ in range(args.rounds):
@@ -199,6 +203,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of every side")
     machine.add_options(parser)
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--no-extra-buffers", action="store_true", help="llama.cpp repacks no weights")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("homeroom_args", nargs="*", help="after `--`: further options for Homeroom")
     args = parser.parse_args()

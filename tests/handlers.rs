@@ -30,6 +30,7 @@ pub mod faults;
 mod program;
 mod routes;
 mod server;
+mod swap;
 mod wrappers;
 
 pub use server::{chat_body, http, post};

@@ -67,6 +67,11 @@ impl Context {
         Self { deadline, ..self.clone() }
     }
 
+    /// Returns the same context, which is cancelled with another.
+    pub fn cancelled_with(self, other: &Self) -> Self {
+        Self { cancelled: other.cancelled.clone(), ..self }
+    }
+
     /// Returns the same context, which also ends when the time of a timer is over.
     pub fn timed(&self, timer: &Timer) -> Self {
         let mut timed = self.clone();

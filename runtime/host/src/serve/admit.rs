@@ -17,8 +17,8 @@ use super::record::{Known, Record};
 use super::reply::Refusal;
 use super::{App, Models, no_model, wrong_model};
 use crate::handler::{
-    self, Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Input,
-    Prompt,
+    self, Completion, Context, EmbedRequest, Embeddings, Event, EventStream, FinishReason, Gives, Handler,
+    HandlerError, Input, Message, Prompt, ResponseFormat, ToolCall,
 };
 
 /// The header by which Open WebUI marks work that may wait: titles, tags, suggestions.
@@ -153,12 +153,14 @@ impl Asker {
             let mut known = record.known();
             (known.user, known.background) = (caller.user.clone(), background);
         }
+        let mut reserved = 0;
         let ticket = match &access.0 {
             None => None,
             Some(key) => {
                 let answer = answer.map(|tokens| tokens as u64);
                 let wish = Wish { prompt: (bytes / BYTES_OF_RESERVED) as u64, answer, choices };
                 let ticket = ticket(app, key, &caller, &record, wish)?;
+                reserved = ticket.answer();
                 if let Some(most) = ticket.at_most {
                     context = context.at_most(usize::try_from(most / choices).unwrap_or(usize::MAX).max(1));
                 }
@@ -175,6 +177,7 @@ impl Asker {
             metrics: app.metrics.clone(),
             record,
             prompt: (bytes / BYTES_OF_PAID) as u64,
+            answer: reserved,
             begun: false,
             pieces: 0,
             bytes: 0,
@@ -194,7 +197,17 @@ fn prompt_bytes(request: &handler::Request) -> usize {
         Some(Prompt::Text(text)) => text.len(),
         Some(Prompt::Tokens(tokens)) => tokens.len().saturating_mul(BYTES_OF_PAID),
     };
-    prompt + request.messages.iter().map(|message| message.content.len()).sum::<usize>()
+    let of_call = |call: &ToolCall| call.name.len() + call.arguments.len();
+    let of_message = |message: &Message| {
+        let reasoning = message.reasoning.as_ref().map_or(0, String::len);
+        message.content.len() + reasoning + message.tool_calls.iter().map(of_call).sum::<usize>()
+    };
+    let tools: usize = request.tools.iter().map(|tool| tool.json().to_string().len()).sum();
+    let form = match &request.response_format {
+        Some(ResponseFormat::JsonSchema { schema, .. }) => schema.to_string().len(),
+        Some(ResponseFormat::Text | ResponseFormat::JsonObject) | None => 0,
+    };
+    prompt + tools + form + request.messages.iter().map(of_message).sum::<usize>()
 }
 
 fn input_bytes(input: &Input) -> usize {
@@ -248,8 +261,11 @@ impl Handler for Admitted {
     fn stream(&self, request: &handler::Request, context: &Context) -> Result<EventStream, HandlerError> {
         let mut bill = self.bill();
         let stream = self.handler.stream(request, context);
-        if let (Some(bill), Err(error)) = (&mut bill, &stream) {
-            bill.failed(error);
+        match (&mut bill, &stream) {
+            (Some(bill), Err(error)) => bill.failed(error),
+            // Its prompt is read from now on, whether or not anybody waits for the first word.
+            (Some(bill), Ok(_)) => bill.begun = true,
+            (None, _) => {}
         }
         Ok(Box::new(Billed { stream: stream?, bill }))
     }
@@ -259,7 +275,13 @@ impl Handler for Admitted {
         let whole = self.handler.complete(request, context);
         match (&mut bill, &whole) {
             (Some(bill), Ok(whole)) => bill.whole(whole),
-            (Some(bill), Err(error)) => bill.failed(error),
+            (Some(bill), Err(error)) => {
+                bill.failed(error);
+                // How far it came nobody knows.
+                if bill.begun {
+                    bill.usage.completion_tokens = Some(bill.answer);
+                }
+            }
             (None, _) => {}
         }
         whole
@@ -292,6 +314,8 @@ struct Bill {
     record: Arc<Record>,
     /// Tokens of the prompt, as estimated.
     prompt: u64,
+    /// Tokens that the answer may have, as reserved.
+    answer: u64,
     begun: bool,
     pieces: u64,
     bytes: usize,
@@ -310,6 +334,8 @@ impl Bill {
                     self.record.known().handler = Some(start.handler.clone());
                 }
                 Event::Delta { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } => self.said(event.text_bytes()),
+                // Words of providers are theirs, and any number of them.
+                Event::Finish { reason: FinishReason::Other(_), .. } => self.end = Some("other".to_owned()),
                 Event::Finish { reason, .. } => self.end = Some(reason.word().to_owned()),
                 Event::Usage(usage) => self.usage = *usage,
             },
@@ -327,7 +353,11 @@ impl Bill {
     fn whole(&mut self, whole: &Completion) {
         self.begun = true;
         self.bytes = whole.choices.iter().map(|choice| choice.text.len() + choice.reasoning.len()).sum();
-        (self.usage, self.end) = (whole.usage, Some(whole.finish().word().to_owned()));
+        let end = match whole.finish() {
+            FinishReason::Other(_) => "other",
+            reason => reason.word(),
+        };
+        (self.usage, self.end) = (whole.usage, Some(end.to_owned()));
         self.record.known().handler = Some(whole.start.handler.clone());
     }
 
@@ -339,6 +369,18 @@ impl Bill {
     }
 
     fn failed(&mut self, error: &HandlerError) {
+        self.begun = match error.kind {
+            // Work was done, which is paid.
+            handler::Kind::Cancelled | handler::Kind::Timeout | handler::Kind::Cut | handler::Kind::Protocol => true,
+            handler::Kind::InvalidRequest { .. }
+            | handler::Kind::ContextLength
+            | handler::Kind::Authentication
+            | handler::Kind::NotFound
+            | handler::Kind::RateLimited { .. }
+            | handler::Kind::Overloaded { .. }
+            | handler::Kind::Unavailable
+            | handler::Kind::Internal => self.pieces > 0,
+        };
         self.end = Some(match error.kind {
             handler::Kind::Cancelled => "left".to_owned(),
             _ => "failed".to_owned(),

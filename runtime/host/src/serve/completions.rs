@@ -74,9 +74,14 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         true => requests.iter().map(|request| text_of(request.prompt.as_ref())).collect(),
         false => Vec::new(),
     };
-    let mut all = Vec::with_capacity(requests.len());
+    let mut all: Vec<(Arc<dyn Handler>, Context, handler::Request)> = Vec::with_capacity(requests.len());
     for request in requests {
         let (handler, context) = asker.clone().admit(app, handler.clone(), user.as_deref(), &Need::Answer(&request))?;
+        // Whoever leaves wants none of them.
+        let context = match all.first() {
+            Some((_, first, _)) => context.cancelled_with(first),
+            None => context,
+        };
         all.push((handler, context, request));
     }
     let (_, context, first) = &all[0];

@@ -38,13 +38,20 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
     let page = Page::of(&request, &settings);
     let is_ollama = is_ollama(request.uri().path());
     request.extensions_mut().insert(record.clone());
-    let mut response = match let_in(&app, &settings, &page, &record, &mut request) {
+    let found = let_in(&app, &settings, &page, &record, &mut request);
+    let is_known = request.extensions().get::<Access>().is_some();
+    let closes = !is_known && !matches!(app.keys.wanted(), Ok(None));
+    let mut response = match found {
         Ok(None) => next.run(request).await,
         Ok(Some(answer)) => answer,
         Err(refusal) if is_ollama => ollama::error(&refusal),
         Err(refusal) => refusal.into_response(),
     };
     let headers = response.headers_mut();
+    // Who has no key keeps no connection, of which there are so many.
+    if closes {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     if let Ok(id) = HeaderValue::from_str(&record.id) {
         headers.insert(REQUEST_ID, id);
     }

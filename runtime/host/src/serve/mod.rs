@@ -376,7 +376,12 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     (status, Json(json!({"status": word, "running": load.running, "waiting": load.waiting}))).into_response()
 }
 
-async fn measured(State(app): State<Arc<App>>) -> Response {
+async fn measured(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Response {
+    if access.0.as_ref().is_some_and(|key| key.routes.is_some()) {
+        let message =
+            "figures of all routes are for keys that may use all routes (`homeroom keys add` without --routes)";
+        return Refusal { kind: "permission_error", ..Refusal::new(StatusCode::FORBIDDEN, message) }.into_response();
+    }
     let models = app.models();
     let mut engines: Vec<(String, Arc<Engine>)> = Vec::new();
     for (name, handler) in models.iter() {
@@ -408,7 +413,9 @@ async fn nothing_here(request: Request) -> Response {
     let of_api = |known: &&str| {
         !known.ends_with("v1/") && !["/api/", "/v1/"].iter().any(|api| path.starts_with(api) != known.starts_with(api))
     };
-    let known: Vec<&str> = routes().map(|(path, _)| path).filter(of_api).collect();
+    // What is done with a file or a job stands behind its list.
+    let is_below = |known: &&str| [FILES, JOBS].iter().any(|list| known.len() > list.len() && known.starts_with(list));
+    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| of_api(path) && !is_below(path)).collect();
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let shown: String = path.chars().take(80).collect();
     refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))

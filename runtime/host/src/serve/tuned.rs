@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
 
 use homeroom_engine::inference::Engine;
 use homeroom_engine::run::compute::Compute;
@@ -82,6 +82,12 @@ impl Handler for Tuned {
     }
 
     fn engine(&self) -> Option<Arc<Engine>> {
-        self.loaded.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(|handler| handler.engine())
+        // While it is loaded, whoever lists models does not wait for it.
+        let loaded = match self.loaded.try_lock() {
+            Ok(loaded) => loaded,
+            Err(TryLockError::Poisoned(loaded)) => loaded.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        loaded.as_ref().and_then(|handler| handler.engine())
     }
 }

@@ -91,7 +91,8 @@ impl Settings {
         };
         settings.timeouts = Timeouts { first_token: seconds("first_token_timeout_s"), idle: seconds("idle_timeout_s") };
         // An endpoint has read this one already, and has the same limit on each of its requests.
-        if !table.contains_key("base_url") {
+        let kind = table.get("kind").and_then(|kind| kind.get_ref().as_str());
+        if !matches!(kind, Some("openai" | "anthropic")) {
             settings.total = seconds("answer_timeout_s");
         }
         settings.limits = inner(problems, table, "limits", &["running", "waiting"], |problems, table| Limits {

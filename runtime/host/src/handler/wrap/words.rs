@@ -272,8 +272,13 @@ impl Watching {
         };
         let asked = request.messages.iter_mut().filter(|message| message.role != Role::Assistant);
         asked.for_each(|message| each_text(message, &mut look));
-        if let Some(Prompt::Text(text)) = &mut request.prompt {
-            look(text);
+        match &mut request.prompt {
+            Some(Prompt::Text(text)) => look(text),
+            Some(Prompt::Tokens(_)) => {
+                let message = "the words of questions are looked at here, and ids of tokens are none; send a text";
+                return Err(HandlerError::invalid("prompt", message));
+            }
+            None => {}
         }
         if found { Err(refused("messages")) } else { Ok(request) }
     }
@@ -333,6 +338,10 @@ impl Wrapper for Watching {
         // Vectors of a text with other words would not be those of the text.
         if self.spec.question && self.spec.action == Action::Refuse && request.input.iter().any(has) {
             return Err(refused("input"));
+        }
+        if self.spec.question && request.input.iter().any(|input| matches!(input, Input::Tokens(_))) {
+            let message = "the words of texts are looked at here, and ids of tokens are none; send texts";
+            return Err(HandlerError::invalid("input", message));
         }
         inner.embed(request, context)
     }

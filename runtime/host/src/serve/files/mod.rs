@@ -30,6 +30,7 @@ use super::caller::Caller;
 use super::fine_tuning::tuning;
 use super::query::{Id, Query, page, refused};
 use super::reply::Refusal;
+use crate::progress::line;
 
 /// A client may be this slow, in bytes a second, once the time for a body is over.
 const SLOWEST: u64 = 10 << 10;
@@ -62,7 +63,10 @@ pub(super) fn no_file(id: &str, param: &str) -> Refusal {
 
 /// What failed here, and not in the request.
 pub(super) fn failed(error: &anyhow::Error) -> Refusal {
-    let refusal = Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}"));
+    // Where things are on this machine is for whoever runs it.
+    line(format_args!("warning: a request failed here: {error:#}"));
+    let message = "that failed on this machine; whoever runs the server finds the reason in its messages";
+    let refusal = Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, message);
     Refusal { kind: "api_error", ..refusal }
 }
 

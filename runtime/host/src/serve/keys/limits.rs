@@ -202,9 +202,13 @@ impl Meters {
                 return Err(Excess { reached: Reached::Day, message, retry_after, retry });
             }
             let room = left - wish.prompt;
-            if asked.is_none() && room < usual {
-                (at_most, answer) = (Some(room), room);
+            if asked.is_none() {
+                answer = room.min(usual);
             }
+        }
+        // What is reserved is what it may have.
+        if asked.is_none() && (limits.tokens_per_day.is_some() || limits.tokens_per_minute.is_some()) {
+            at_most = Some(answer);
         }
         let reserve = wish.prompt.saturating_add(answer);
         if let Some(most) = limits.tokens_per_minute {
@@ -226,7 +230,7 @@ impl Meters {
         if daily {
             days.reserve(&who, reserve);
         }
-        Ok(Ticket { meters: self.clone(), who, reserved: reserve, daily, at_most, paid: 0 })
+        Ok(Ticket { meters: self.clone(), who, reserved: reserve, answer, daily, at_most, paid: 0 })
     }
 }
 
@@ -235,6 +239,7 @@ pub struct Ticket {
     meters: Arc<Meters>,
     who: Who,
     reserved: u64,
+    answer: u64,
     daily: bool,
     /// Most tokens of all answers, if that is less than the request may take otherwise.
     pub at_most: Option<u64>,
@@ -242,6 +247,11 @@ pub struct Ticket {
 }
 
 impl Ticket {
+    /// Tokens that were reserved for answers.
+    pub fn answer(&self) -> u64 {
+        self.answer
+    }
+
     /// Says how many tokens the request took.
     pub fn pay(&mut self, tokens: u64) {
         self.paid = tokens;

@@ -115,7 +115,7 @@ mod tests {
 
     fn write(path: &std::path::Path, keys: &[&Key]) -> Result<()> {
         let text = serde_json::json!({ "keys": keys }).to_string();
-        Ok(homeroom_engine::files::replace_file(path, text.as_bytes())?)
+        homeroom_engine::files::replace_file(path, text.as_bytes())
     }
 
     #[test]

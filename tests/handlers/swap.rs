@@ -133,7 +133,7 @@ impl Chatbot {
             anyhow::ensure!(status == 200, "{status}: {body}");
             let header = headers.lines().find_map(|line| line.strip_prefix("x-homeroom-handler: ")).map(str::to_owned);
             let (handler, text) = if nth % 2 == 1 {
-                anyhow::ensure!(body.trim_end().ends_with("data: [DONE]"), "cut: {body}");
+                anyhow::ensure!(body.contains("data: [DONE]"), "cut: {body}");
                 let datas = body.lines().filter_map(|line| line.strip_prefix("data: {"));
                 let chunks =
                     datas.map(|data| serde_json::from_str(&format!("{{{data}"))).collect::<Result<Vec<Value>, _>>()?;

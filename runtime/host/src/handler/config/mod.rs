@@ -258,7 +258,11 @@ fn handler<'a>(
 
 /// Words in quotes, of which one is meant.
 fn one_of(words: &[&str]) -> String {
-    words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(" or ")
+    let words: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();
+    match words.as_slice() {
+        [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),
+        words => words.concat(),
+    }
 }
 
 /// The keys of a kind of handler, and those that every handler has.

@@ -25,8 +25,10 @@ use serde_json::{Value, json};
 
 use crate::support::{fixture, homeroom, root};
 
+mod anthropic;
 mod cloud;
 mod program;
+mod requests;
 mod routes;
 mod server;
 

@@ -75,7 +75,7 @@ fn the_server_speaks_as_openai_does() -> Result<()> {
 
     for (body, status, param, code) in [
         (chat_body(&json!({"model": "other"})), 404, json!("model"), json!("model_not_found")),
-        (chat_body(&json!({"n": 2})), 400, json!("n"), Value::Null),
+        (chat_body(&json!({"n": 9})), 400, json!("n"), Value::Null),
         (
             chat_body(&json!({"messages": [{"role": "user", "content": "many words ".repeat(200)}]})),
             400,
@@ -130,7 +130,12 @@ fn what_is_not_served_is_told_with_what_is() -> Result<()> {
         ("GET", "/models", 404, "did you mean /v1/models?"),
         ("POST", "/v1/chat/completion", 404, "did you mean `/v1/chat/completions`?"),
         ("GET", "/v1/embeddings", 405, "/v1/embeddings takes POST and not GET"),
-        ("POST", "/v1/images/generations", 404, "known are /v1/chat/completions, /v1/embeddings, /v1/models"),
+        (
+            "POST",
+            "/v1/images/generations",
+            404,
+            "known are /v1/chat/completions, /v1/completions, /v1/embeddings, /openai",
+        ),
         ("GET", "/favicon.ico", 404, "/favicon.ico is not served here"),
         ("GET", "/v1/models/tutr", 404, "there is no model `tutr` here, did you mean `tutor`?"),
         ("GET", "/v1/models/banana", 404, "known are tutor, tutor/klein:2"),

@@ -3,11 +3,15 @@
 -- Run: homeroom run configs/improve.toml
 --
 -- A row of the ratings is an answer and what somebody thought of it: `prompt`, `completion` and `label`, which is true or false, as TRL's
--- KTO has it, or "up" or "down", as thumbs are.
+-- KTO has it, or "up" or "down", as thumbs are. `homeroom feedback export` writes such rows. With `--pairs` it writes what dpo learns from:
+-- `prompt`, `chosen` and `rejected`, an answer that was corrected and its correction.
 
 local RATINGS = { ["true"] = true, up = true, ["👍"] = true, ["false"] = false, down = false, ["👎"] = false }
 
+local of_pairs = params.objective == "dpo"
+
 local function is_liked(row)
+  if of_pairs then return true end
   local liked = RATINGS[tostring(row.label):lower()]
   if liked == nil then
     error(("`label` is %s; it should be true or false, \"up\" or \"down\" (prompt: %s)"):format(tostring(row.label), tostring(row.prompt)))
@@ -17,7 +21,7 @@ end
 
 -- What a row teaches, without what was thought of it.
 local function answer(row)
-  return { prompt = row.prompt, completion = row.completion }
+  return { prompt = row.prompt, completion = of_pairs and row.chosen or row.completion }
 end
 
 local ratings = homeroom.prepare_dataset { path = params.ratings }.train:dedupe()
@@ -31,10 +35,10 @@ else
   -- Of the liked ones alone, so that there is one, however few of all they are.
   liked, exam = liked:split { eval = params.eval, seed = params.seed }
   exam = exam:map(answer)
-  lessons = liked:concat(ratings:filter(function(row) return not is_liked(row) end))
+  lessons = of_pairs and liked or liked:concat(ratings:filter(function(row) return not is_liked(row) end))
 end
 
--- sft learns what was liked; kto also learns what not to say.
+-- sft learns what was liked; kto also learns what not to say, and dpo what to say instead.
 if params.objective == "sft" then lessons = liked:map(answer) end
 
 -- The model that answers now; in the first round there is none of that name, and the base is what is to be improved.

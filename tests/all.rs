@@ -2,6 +2,8 @@
 
 mod admission;
 #[cfg(unix)]
+mod class;
+#[cfg(unix)]
 mod command_line;
 mod curves;
 #[cfg(target_os = "linux")]
@@ -59,6 +61,7 @@ mod runs;
 mod scripts;
 #[cfg(target_os = "linux")]
 mod sdk;
+mod server;
 mod steps;
 mod strategies;
 mod support;

@@ -27,10 +27,13 @@ use crate::support::{fixture, homeroom, root};
 
 mod anthropic;
 mod cloud;
+pub mod faults;
 mod program;
 mod requests;
 mod routes;
 mod server;
+mod swap;
+mod wrappers;
 
 pub use server::{chat_body, http, post};
 

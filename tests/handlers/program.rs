@@ -101,7 +101,7 @@ fn a_conversation_leaves_this_machine_only_on_the_users_word() -> Result<()> {
 }
 
 /// A server that ends with the test.
-struct Served(std::process::Child);
+pub struct Served(pub std::process::Child);
 
 impl Drop for Served {
     fn drop(&mut self) {

@@ -24,7 +24,7 @@ fn held(schema: Value, strict: bool) -> Option<ResponseFormat> {
 }
 
 #[test]
-fn choices_are_as_they_would_be_alone_and_share_the_reading_of_the_prompt() -> Result<()> {
+fn choices_are_as_they_would_be_alone() -> Result<()> {
     let (local, context) = (local()?, Context::default());
     let ask =
         |seed, n| Request { temperature: Some(1.5), seed: Some(seed), n, ..asked("hello there, who are you", 10) };

@@ -121,7 +121,6 @@ fn both(
         pass_rows: None,
         packing: true,
         compute,
-        tokens: None,
         program_bytes: 0,
     };
     let found = estimate(&Sketch::of_model(&model), &plan, &request);

@@ -11,8 +11,8 @@ use homeroom_engine::memory;
 use homeroom_kernels::Isa;
 
 use crate::command::{
-    Done, bench, chat, compare, cp, doctor, eval, export_model, fine_tune, import, keys, licenses, list_models, new,
-    plan, plugins, preview, pull, resume, rm, run, runs, serve, show,
+    Done, bench, chat, compare, cp, doctor, eval, export_model, feedback, fine_tune, handlers, import, keys, licenses,
+    list_models, new, plan, plugins, preview, pull, resume, rm, run, runs, serve, show,
 };
 use crate::plugin::probe;
 use crate::{hub, interrupt, progress, registry, stdout, terminal, tips, troubles};
@@ -73,6 +73,12 @@ pub enum Command {
     /// Makes, lists and removes the keys with which other machines may use `serve`
     #[command(subcommand)]
     Keys(keys::Keys),
+    /// Checks a file of handlers
+    #[command(subcommand)]
+    Handlers(handlers::What),
+    /// Writes what people thought of answers as rows to learn from; hands out and deletes one person's data; checks the log
+    #[command(subcommand)]
+    Feedback(feedback::Feedback),
     /// Lists, writes, builds, checks, installs and locks training strategies
     #[command(subcommand)]
     Plugins(plugins::Plugins),
@@ -189,6 +195,8 @@ pub fn main() -> ExitCode {
         Command::ExportModel(arguments) => export_model::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
         Command::Keys(what) => keys::run(what),
+        Command::Handlers(what) => handlers::run(what),
+        Command::Feedback(what) => feedback::run(what),
         Command::Plugins(what) => plugins::run(what),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Bench(what) => bench::run(what),

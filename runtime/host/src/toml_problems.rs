@@ -102,6 +102,40 @@ impl<'a> Problems<'a> {
         int
     }
 
+    /// The value as a number in a range, whole or not, or a problem.
+    pub fn number(
+        &mut self,
+        name: &str,
+        value: &Spanned<DeValue<'a>>,
+        range: std::ops::RangeInclusive<f64>,
+    ) -> Option<f64> {
+        let number = match value.get_ref() {
+            DeValue::Integer(digits) => i64::from_str_radix(digits.as_str(), digits.radix()).ok().map(|int| int as f64),
+            DeValue::Float(digits) => digits.as_str().parse().ok(),
+            _ => {
+                self.wrong_type(name, value, "a number");
+                return None;
+            }
+        };
+        let number = number.filter(|number| range.contains(number));
+        if number.is_none() {
+            self.at(value.span(), format!("`{name}`: should be from {} to {}", range.start(), range.end()));
+        }
+        number
+    }
+
+    /// The value as texts: a list of them, or one alone; or problems.
+    pub fn texts(&mut self, name: &str, value: &Spanned<DeValue<'a>>) -> Vec<String> {
+        match value.get_ref() {
+            DeValue::String(text) => vec![text.to_string()],
+            DeValue::Array(items) => items.iter().filter_map(|item| self.text(name, item)).collect(),
+            _ => {
+                self.wrong_type(name, value, "a list of texts");
+                Vec::new()
+            }
+        }
+    }
+
     /// Notes that a value is not what it should be.
     pub fn wrong_type(&mut self, name: &str, value: &Spanned<DeValue>, wanted: &str) {
         self.at(value.span(), format!("`{name}`: is {}, should be {wanted}", kind(value.get_ref())));

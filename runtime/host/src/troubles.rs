@@ -80,7 +80,13 @@ pub const DAMAGED: Trouble = Trouble {
     name: "damaged-model",
     cause: "a file of the model is cut short, missing or damaged, as after a download or a copy that was broken off",
     remedy: "fetch it again: `homeroom pull NAME` completes and checks a model of the hub; of a copy compare the sizes with the original",
-    signs: &["not a whole safetensors file", "the file may be cut short", "neither config.json nor"],
+    signs: &[
+        "not a whole safetensors file",
+        "the file may be cut short",
+        "neither config.json nor",
+        "download or copy the weights, too",
+        "tokenizer.json: cannot open",
+    ],
 };
 /// A model that this program does not run.
 pub const UNSUPPORTED: Trouble = Trouble {
@@ -168,10 +174,14 @@ pub fn visible_devices() -> Option<&'static str> {
     ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"].into_iter().find(names)
 }
 
-/// The failure that the words of an error tell; names of files in it tell nothing.
+/// The failure that the words of an error tell; names of files in it tell nothing, but for those that every model has.
 pub fn in_words(error: &str) -> Option<Trouble> {
-    let words: Vec<&str> = error.split_whitespace().filter(|word| !word.contains(['/', '\\'])).collect();
-    let words = words.join(" ");
+    const OF_A_MODEL: &str = "tokenizer.json";
+    let told = |word| match str::rsplit_once(word, ['/', '\\']) {
+        Some((_, name)) => Some(name).filter(|name| name.starts_with(OF_A_MODEL)),
+        None => Some(word),
+    };
+    let words = error.split_whitespace().filter_map(told).collect::<Vec<_>>().join(" ");
     OF_ERRORS.into_iter().find(|trouble| trouble.signs.iter().any(|sign| words.contains(sign)))
 }
 
@@ -283,8 +293,8 @@ mod tests {
         }
     }
 
-    /// What the system says, and what numbers are put into.
-    const NOT_OURS: [&str; 8] = [
+    /// What the system says, and what numbers and names are put into.
+    const NOT_OURS: [&str; 9] = [
         "Cannot allocate memory",
         "No space left on device",
         "Disk quota exceeded",
@@ -293,6 +303,7 @@ mod tests {
         "Permission denied",
         "the loss is NaN",
         "the loss is inf",
+        "tokenizer.json: cannot open",
     ];
 
     /// A sign that no error holds any more explains nothing.

@@ -1,5 +1,5 @@
 //! Products by AMX beside its register-only loop and beside the units that it is taken in place of, on layers of SmolLM2-135M and of a 7B
-//! model: `cargo run --release -p homeroom-kernels --example amx_speed [rows]`.
+//! model: `cargo run --release -p homeroom-kernels --example amx_speed [rows [width depth]]`.
 //!
 //! Units are measured by turns, so that a neighbour on the machine disturbs all of them.
 
@@ -7,8 +7,13 @@ use std::time::Instant;
 
 use homeroom_kernels::*;
 
+// As the program has it: what is large begins at a line of the cache.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() {
-    let rows = std::env::args().nth(1).map(|arg| arg.parse().expect("the argument is a number of rows"));
+    let numbers: Vec<usize> =
+        std::env::args().skip(1).map(|arg| arg.parse().expect("the arguments are numbers")).collect();
     let amx = isa();
     if !amx.has(Feature::AmxBf16) || !amx.has(Feature::AmxInt8) {
         let why =
@@ -24,10 +29,13 @@ fn main() {
         threads(),
         amx.name()
     );
-    let shapes = [(960, 576), (576, 576), (3072, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008)];
-    for m in rows.map_or(vec![1024, 256, 64, 16], |rows| vec![rows]) {
+    let shapes = match numbers[..] {
+        [_, width, depth] => vec![(width, depth)],
+        _ => vec![(960, 576), (576, 576), (3072, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008)],
+    };
+    for m in numbers.first().map_or(vec![1024, 256, 64, 16], |rows| vec![*rows]) {
         println!("{m} rows: GFLOP/s by AMX, its share of the loop, and its speed as a multiple of the unit before it");
-        for (rows, cols) in shapes {
+        for &(rows, cols) in &shapes {
             measure(m, rows, cols, [amx, without], peak);
         }
     }

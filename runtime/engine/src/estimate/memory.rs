@@ -444,11 +444,10 @@ impl<'a> Outlook<'a> {
         let rotary: usize = sketch.architecture.ropes.iter().map(|rope| positions * rope.dims * FLOAT).sum();
         let all: usize = (0..self.params.len()).map(|param| self.values(param)).sum();
         let stored = sketch.stored_bytes() + rounded;
-        // Of an embedding that only tokens are looked up in, the pages around those are read.
-        let unread = self.looked_up_bytes(head.is_some()).map_or(0, |bytes| {
-            let read = request.tokens.map_or(1.0, |tokens| share_read(bytes, tokens));
-            (bytes as f64 * (1.0 - read)) as usize
-        });
+        // Of an embedding that only tokens are looked up in, the pages around those of a pass are read.
+        let unread = self
+            .looked_up_bytes(head.is_some())
+            .map_or(0, |bytes| (bytes as f64 * (1.0 - share_read(bytes, rows))) as usize);
         // A head of its own is given back once it is rounded: only the rounded copy is multiplied.
         let is_own = !sketch.architecture.tie_word_embeddings;
         let given_back = match (&head, sketch.index(HEAD)) {

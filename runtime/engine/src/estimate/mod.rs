@@ -36,8 +36,6 @@ pub struct Request {
     pub pass_rows: Option<usize>,
     /// What products are computed in.
     pub compute: Compute,
-    /// Tokens of the whole training, an epoch's; `None`: so many that all are among them.
-    pub tokens: Option<usize>,
     /// Memory of the program without the base, in bytes.
     pub program_bytes: u64,
 }

@@ -19,7 +19,7 @@ use super::mapped::map_open;
 /// Where what is appended begins: at a multiple of this, so that it can be read as words.
 const ALIGNED: usize = 4;
 /// Bytes that may be read before pages are given back.
-const READ_BYTES: usize = 64 << 20;
+const READ_BYTES: usize = 16 << 20;
 /// What a read counts at least: a system maps the pages around one as well.
 const READ_LEAST: usize = 64 << 10;
 

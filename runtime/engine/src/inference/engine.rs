@@ -30,6 +30,8 @@ pub struct Ask {
     pub constraint: Option<Box<dyn Constraint>>,
     /// The prompt is asked again: what was read of it is kept for others from its first token on.
     pub shared: bool,
+    /// Nobody waits for the answer: it is computed while no other is.
+    pub background: bool,
 }
 
 impl From<Sampling> for Ask {
@@ -76,7 +78,7 @@ impl Engine {
     /// When the prompt is empty or longer than the model's context, the sampling is not of numbers in range, or the adapter was made
     /// ready on another base.
     pub fn ask(&self, adapter: Option<&Arc<Adapter>>, prompt: &[u32], ask: impl Into<Ask>) -> Result<Tokens> {
-        let Ask { sampling, logit_bias, logprobs, constraint, shared } = ask.into();
+        let Ask { sampling, logit_bias, logprobs, constraint, shared, background } = ask.into();
         let max_tokens = sampling.max_tokens;
         let sampler = Sampler::new(sampling, prompt)?.with_bias(logit_bias)?;
         let context = self.model().architecture.max_position_embeddings;
@@ -89,8 +91,18 @@ impl Engine {
         if finish.is_none() {
             let (adapter, prompt) = (adapter.cloned(), prompt.to_vec());
             let dropped = dropped.clone();
-            let mut request =
-                Request { adapter, prompt, sampler, constraint, logprobs, shared, max_tokens, events, dropped };
+            let mut request = Request {
+                adapter,
+                prompt,
+                sampler,
+                constraint,
+                logprobs,
+                shared,
+                background,
+                max_tokens,
+                events,
+                dropped,
+            };
             let mut thread = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
             // A thread that ended by a panic is followed by another.
             for _ in 0..2 {

@@ -1,6 +1,7 @@
 //! Passes of a base that answers: a piece of a prompt, or a further token of several sequences.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Result, ensure};
 
@@ -17,13 +18,27 @@ pub struct Inference {
     pub model: Arc<BaseModel>,
     /// The fastest first; the last runs any adapter.
     pub(super) backends: Vec<Box<dyn Answer>>,
+    /// Tokens of the prompts that were asked, and those of them that were taken over from earlier ones.
+    prompts: [AtomicU64; 2],
 }
 
 impl Inference {
     /// Makes a base ready, see [`answerers`].
     pub fn new(model: Arc<BaseModel>, compute: Compute) -> Self {
         let backends = answerers(&model, compute);
-        Self { model, backends }
+        Self { model, backends, prompts: Default::default() }
+    }
+
+    /// Returns how many tokens the prompts had that were asked so far, and how many of them were taken over from earlier ones.
+    pub fn prompt_tokens(&self) -> (u64, u64) {
+        let [all, taken_over] = self.prompts.each_ref().map(|count| count.load(Ordering::Relaxed));
+        (all, taken_over)
+    }
+
+    pub(super) fn count_prompt(&self, tokens: usize, taken_over: usize) {
+        for (count, more) in self.prompts.iter().zip([tokens, taken_over]) {
+            count.fetch_add(more as u64, Ordering::Relaxed);
+        }
     }
 
     /// Refuses an adapter that was made ready on another base.

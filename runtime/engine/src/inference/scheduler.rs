@@ -1,5 +1,6 @@
 //! The scheduler: sequences that are answered at once, by one thread. In a round it reads a piece of one prompt, then draws a token for
 //! each sequence that is past its prompt: those of one adapter share the reading of the weights. Each answer is what it would be alone.
+//! What nobody waits for goes on while nothing else does.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -62,13 +63,18 @@ impl Scheduler {
                 self.waiting.push_back(more);
             }
             self.waiting.retain(|request| !request.is_dropped());
-            while self.waiting.front().is_some_and(|request| self.fits(request))
-                && let Some(request) = self.waiting.pop_front()
+            while self.waiting.get(self.next()).is_some_and(|request| self.fits(request))
+                && let Some(request) = self.waiting.remove(self.next())
             {
                 self.running.push(Sequence::new(&self.inference, request, &self.prefixes));
             }
             self.round();
         }
+    }
+
+    /// The place of the request that is admitted next: the first that somebody waits for, or else the first.
+    fn next(&self) -> usize {
+        self.waiting.iter().position(|request| !request.background).unwrap_or(0)
     }
 
     /// Whether a request can be answered beside those that are: there is a place, and memory for its keys and values however long it
@@ -93,10 +99,14 @@ impl Scheduler {
         }
         let inference = &self.inference;
         self.running.iter_mut().for_each(|sequence| sequence.outgrow(inference));
+        // Work in the background stands still while somebody waits for another answer.
+        let is_waited_for = |(sequence, end): (&Sequence, &Option<_>)| end.is_none() && !sequence.request.background;
+        let somebody_waits = self.running.iter().zip(&ends).any(is_waited_for);
+        let goes_on = |sequence: &Sequence| !(somebody_waits && sequence.request.background);
         // In one round the prompt with the least left to read is first: it costs the others least, and a long one hinders nobody else's.
         // In the next it is the one that has waited longest: short ones that keep coming would else hold up a long one for ever.
-        let mut reading =
-            self.running.iter_mut().zip(&mut ends).filter(|(sequence, end)| end.is_none() && sequence.last.is_none());
+        let mut reading = (self.running.iter_mut().zip(&mut ends))
+            .filter(|(sequence, end)| end.is_none() && sequence.last.is_none() && goes_on(sequence));
         let next = match self.first_come {
             true => reading.next(),
             false => reading.min_by_key(|(sequence, _)| sequence.unread()),
@@ -104,18 +114,11 @@ impl Scheduler {
         self.first_come = !self.first_come;
         if let Some((sequence, end)) = next {
             *end = guarded(|| sequence.read(inference)).transpose();
-            let request = &mut sequence.request;
-            if sequence.last.is_some() && std::mem::take(&mut request.shared) {
-                let whole = sequence.cache.prefix(request.prompt.len());
-                if let Some(cache) = whole {
-                    let architecture = &inference.model.architecture;
-                    self.prefixes.keep(architecture, request.adapter.as_ref(), request.prompt.clone(), cache);
-                }
-            }
+            share(inference, sequence, &mut self.prefixes);
         }
         let mut by_adapter: Vec<(u64, Vec<Drawing<'_>>)> = Vec::new();
-        let drawing =
-            (self.running.iter_mut().zip(&mut ends)).filter(|(sequence, end)| end.is_none() && sequence.last.is_some());
+        let drawing = (self.running.iter_mut().zip(&mut ends))
+            .filter(|(sequence, end)| end.is_none() && sequence.last.is_some() && goes_on(sequence));
         for (sequence, end) in drawing {
             let generation = sequence.generation();
             match by_adapter.iter_mut().find(|(other, _)| *other == generation) {
@@ -144,6 +147,18 @@ impl Scheduler {
             // Whoever asked may have gone.
             let _ = sequence.request.events.send(event);
         }
+    }
+}
+
+/// Keeps what was read of a prompt that is asked again, once all of it was read.
+fn share(inference: &Inference, sequence: &mut Sequence, prefixes: &mut PrefixCache) {
+    let request = &mut sequence.request;
+    if sequence.last.is_none() || !std::mem::take(&mut request.shared) {
+        return;
+    }
+    if let Some(cache) = sequence.cache.prefix(request.prompt.len()) {
+        let architecture = &inference.model.architecture;
+        prefixes.keep(architecture, request.adapter.as_ref(), request.prompt.clone(), cache);
     }
 }
 
@@ -199,21 +214,61 @@ mod tests {
         let sampler = Sampler::new(Sampling { max_tokens: 1, ..Sampling::default() }, &prompt)?;
         let (events, heard) = channel();
         let dropped = Arc::new(AtomicBool::new(false));
-        let (constraint, logprobs, shared) = (None, None, false);
+        let (adapter, constraint, logprobs, shared, background) = (None, None, None, false, false);
+        let max_tokens = 1;
         let request =
-            Request { adapter: None, prompt, sampler, constraint, logprobs, shared, max_tokens: 1, events, dropped };
+            Request { adapter, prompt, sampler, constraint, logprobs, shared, background, max_tokens, events, dropped };
         scheduler.running.push(Sequence::new(&scheduler.inference, request, &scheduler.prefixes));
         Ok(heard)
     }
 
-    #[test]
-    fn a_long_prompt_is_answered_however_many_short_ones_follow_it() -> Result<()> {
+    fn scheduler() -> Result<Scheduler> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models/llama");
         let mut model = BaseModel::load(&path)?;
         model.architecture.max_position_embeddings = PIECES * PIECE;
         let inference = Arc::new(Inference::new(Arc::new(model), Compute::F32));
         let (waiting, running, prefixes) = (VecDeque::new(), Vec::new(), PrefixCache::default());
-        let mut scheduler = Scheduler { inference, waiting, running, prefixes, bytes_max: u64::MAX, first_come: false };
+        Ok(Scheduler { inference, waiting, running, prefixes, bytes_max: u64::MAX, first_come: false })
+    }
+
+    /// The other choices of a request begin with it.
+    #[test]
+    fn a_prompt_that_is_asked_again_is_there_from_its_first_token_on() -> Result<()> {
+        for shared in [true, false] {
+            let mut scheduler = scheduler()?;
+            let _first = admitted(&mut scheduler, 40)?;
+            let request = &mut scheduler.running[0].request;
+            request.shared = shared;
+            let prompt = request.prompt.clone();
+            let Scheduler { inference, running, prefixes, .. } = &mut scheduler;
+            running[0].read(inference)?;
+            share(inference, &mut running[0], prefixes);
+            let found = prefixes.find(&inference.model.architecture, None, &prompt);
+            assert_eq!(found.map(|cache| cache.positions()), shared.then_some(39), "all but the last token");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_nobody_waits_for_stands_still_while_somebody_waits() -> Result<()> {
+        let mut scheduler = scheduler()?;
+        let behind = admitted(&mut scheduler, 5)?;
+        scheduler.running[0].request.background = true;
+        let asked = admitted(&mut scheduler, 2 * PIECE)?;
+        for _ in 0..2 {
+            assert!(asked.try_recv().is_err(), "it is read in two pieces");
+            scheduler.round();
+            assert!(behind.try_recv().is_err(), "nobody waits for it");
+        }
+        assert!(asked.try_recv().is_ok());
+        scheduler.round();
+        assert!(behind.try_recv().is_ok(), "nothing else is asked any longer");
+        Ok(())
+    }
+
+    #[test]
+    fn a_long_prompt_is_answered_however_many_short_ones_follow_it() -> Result<()> {
+        let mut scheduler = scheduler()?;
         let long = admitted(&mut scheduler, PIECES * PIECE - 1)?;
         let mut shorts = Vec::new();
         let mut rounds = 0;

@@ -32,6 +32,8 @@ pub(super) struct Request {
     pub logprobs: Option<usize>,
     /// The prompt is asked again.
     pub shared: bool,
+    /// Nobody waits for the answer.
+    pub background: bool,
     pub max_tokens: usize,
     pub events: Sender<Event>,
     /// Nobody waits for it any more.
@@ -76,6 +78,7 @@ impl Sequence {
         let prefix = prefixes.find(&inference.model.architecture, adapter, &request.prompt);
         let cache = prefix.unwrap_or_else(|| inference.begin(adapter.map(Arc::as_ref)));
         let read = request.prompt[..cache.positions()].to_vec();
+        inference.count_prompt(request.prompt.len(), read.len());
         Self { cache, read, last: None, left: request.max_tokens, request, again: None }
     }
 

@@ -15,7 +15,7 @@ use crate::words::value_of;
 pub enum Compute {
     /// Plain blocks, in the type of the parameters: the reference.
     Plain,
-    /// What the strategy proposes, else [`Compute::auto`].
+    /// What the strategy proposes, else [`Compute::auto`], which also stands for integers where these are slower.
     Auto,
     /// Fused blocks, in f32.
     F32,
@@ -40,7 +40,7 @@ impl Compute {
     pub fn resolved_for(self, proposed: Option<&str>) -> Self {
         match (self, proposed) {
             (Self::Auto, Some("f32")) => Self::F32,
-            (Self::Auto, Some("int8")) => Self::Int8,
+            (Self::Auto, Some("int8")) if isa().prefers_integers() => Self::Int8,
             (Self::Auto, _) => Self::auto(),
             (other, _) => other,
         }

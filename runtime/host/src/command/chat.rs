@@ -1,15 +1,20 @@
 //! `homeroom chat`.
 
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
+use serde_json::json;
 
+mod lines;
+
+use self::lines::{HISTORY_FILE, Lines, Next};
 use super::arguments::{AnswerArgs, COUNT_MAX, ModelArgs, not_negative, signed, whole};
 use super::{Done, handlers_of_home};
 use crate::handler::config::{Config, Handlers};
@@ -18,6 +23,7 @@ use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, 
 use crate::interrupt;
 use crate::models::{Answerer, Network};
 use crate::near::exists;
+use crate::registry::data_directory;
 use crate::stdout::Stdout;
 use crate::terminal::Stream;
 
@@ -50,6 +56,9 @@ pub struct Arguments {
     /// Seed of the sampling, a whole number of either sign [default: the handler's, 42 with --model-dir]
     #[arg(long, value_name = "N", value_parser = signed)]
     seed: Option<i64>,
+    /// On a terminal, keep nothing of what is typed for the next time
+    #[arg(long)]
+    no_history: bool,
     #[command(flatten)]
     answers: AnswerArgs,
 }
@@ -57,6 +66,7 @@ pub struct Arguments {
 const HELP: &str = "\
 /handler NAME   continue with another handler or route
 /system TEXT    set the system message; without TEXT remove it
+/save FILE      write the conversation behind the rows of a JSONL file, as a row to learn from
 /clear          forget the conversation
 /exit           end, as Ctrl-D does
 Ctrl-C stops an answer. Any other line is said to the model.";
@@ -101,7 +111,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     };
     match &arguments.prompt {
         Some(prompt) => session.say(prompt).map(|()| Done::Whole),
-        None => session.talk(),
+        None => session.talk(arguments.no_history),
     }
 }
 
@@ -157,7 +167,7 @@ fn pressed() {
     match STATE.load(Ordering::SeqCst) {
         LISTENING => {
             STATE.store(WARNED, Ordering::SeqCst);
-            eprint!("\npress Ctrl-C again to end, or type /exit\n> ");
+            eprintln!("\npress Ctrl-C again to end, or type /exit");
         }
         ANSWERING => STATE.store(STOPPING, Ordering::SeqCst),
         // Twice: whoever presses that often wants out.
@@ -179,24 +189,29 @@ struct Session {
 
 impl Session {
     /// Takes lines of stdin until it ends.
-    fn talk(&mut self) -> Result<Done> {
-        let terminal = io::stdin().is_terminal();
+    fn talk(&mut self, no_history: bool) -> Result<Done> {
         interrupt::on_press(pressed)?;
+        let names = self.handlers.iter().flat_map(|handlers| handlers.names()).map(str::to_owned).collect();
+        let history = data_directory().filter(|_| !no_history).map(|data| data.join(HISTORY_FILE));
+        let mut lines = Lines::of_stdin(history, names);
+        let terminal = lines.are_typed();
         if terminal {
             eprintln!("{}   /help lists the commands", self.name);
         }
-        let mut lines = io::stdin().lock();
         loop {
-            if terminal {
-                eprint!("> ");
-            }
-            let mut line = String::new();
-            if lines.read_line(&mut line).context("cannot read stdin")? == 0 {
-                if terminal {
-                    eprintln!();
+            let line = match lines.next()? {
+                Next::Line(line) => line,
+                Next::Interrupted => {
+                    pressed();
+                    continue;
                 }
-                return Ok(Done::Whole);
-            }
+                Next::End => {
+                    if terminal {
+                        eprintln!();
+                    }
+                    return Ok(Done::Whole);
+                }
+            };
             let line = line.trim();
             STATE.store(LISTENING, Ordering::SeqCst);
             let done = match line.strip_prefix('/') {
@@ -221,6 +236,7 @@ impl Session {
         match command {
             "help" => eprintln!("{HELP}"),
             "clear" => self.history.clear(),
+            "save" => self.save(rest)?,
             "system" => self.system = Some(rest.to_owned()).filter(|text| !text.is_empty()),
             "handler" => {
                 let handlers =
@@ -239,6 +255,23 @@ impl Session {
             }
             other => bail!("/{other}: unknown; /help lists the commands"),
         }
+        Ok(())
+    }
+
+    /// Writes the conversation as a row behind those of a file, for the user alone.
+    fn save(&self, file: &str) -> Result<()> {
+        ensure!(!file.is_empty(), "/save FILE: name a file, such as rows.jsonl");
+        ensure!(!self.history.is_empty(), "nothing was said yet");
+        let system = self.system.iter().map(|text| Message::new(Role::System, text));
+        let messages: Vec<_> = system.chain(self.history.iter().cloned()).map(|message| message.json()).collect();
+        let mut options = File::options();
+        options.append(true).create(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let row = format!("{}\n", json!({"messages": messages}));
+        let written = options.open(file).and_then(|mut file| file.write_all(row.as_bytes()));
+        written.with_context(|| format!("{file}: cannot write"))?;
+        eprintln!("saved {file}: a row of {} messages", messages.len());
         Ok(())
     }
 

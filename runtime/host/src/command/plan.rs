@@ -134,7 +134,6 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
         packing: !arguments.passes.no_packing,
         pass_rows: arguments.passes.pass_tokens,
         compute: arguments.passes.compute,
-        tokens: rows.count.map(|count| (count as f64 * rows.mean) as usize),
         program_bytes,
     };
     let planner = Planner { arguments, base: &base, request, rows: &rows, machine };

@@ -1,6 +1,7 @@
 //! `homeroom serve`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -9,15 +10,19 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
 use super::arguments::{AnswerArgs, ModelArgs, Word, one_of, whole};
 use super::{Done, handlers_of_home};
-use crate::handler::config::{Config, Handlers, load_local};
+use crate::handler::config::{Config, HandlerSpec, Handlers, load_local};
 use crate::hub::HubName;
 use crate::interrupt;
+use crate::memory::Memory;
+use crate::memory::settings::Content;
 use crate::models::{last_part, shown};
 use crate::near::exists;
 use crate::progress::{line, size};
+use crate::registry::data_directory;
+use crate::serve::fine_tuning::{self, Tuning};
 use crate::serve::keys::Keys;
 use crate::serve::settings::{Log, Settings};
-use crate::serve::{Models, Serving, bind_for, start_as};
+use crate::serve::{Class, Models, Serving, bind_for, start_as};
 use crate::watch::Watch;
 
 /// Arguments of `serve`.
@@ -33,6 +38,9 @@ pub struct Arguments {
     config: Option<PathBuf>,
     #[command(flatten)]
     answers: AnswerArgs,
+    /// Take files and train on them for clients (/v1/files, /v1/fine_tuning/jobs): the model of --model-dir, or the models of this machine that the file of handlers names, unless its [fine_tuning] says which
+    #[arg(long)]
+    fine_tuning: bool,
     /// Port to listen on; 0 takes a free one [default: that of [server] listen, else 8080]
     #[arg(long, value_name = "PORT", value_parser = whole::<u16>(0..=u16::MAX.into()))]
     port: Option<u16>,
@@ -105,7 +113,8 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     if let Some((_, _, handlers)) = &watched {
         tell_shared(handlers);
     }
-    let server = start_as(models, listener, Serving::of_home(settings, keys))?;
+    let class = class(arguments, watched.as_ref().map(|(_, _, handlers)| handlers.config()))?;
+    let server = start_as(models, listener, Serving { class, ..Serving::of_home(settings, keys) })?;
     if let Some((path, file, handlers)) = watched {
         let (replace, count, log) = (server.replacer(), server.counter_of_reloads(), arguments.log);
         let replace = move |models, settings: Settings| {
@@ -126,6 +135,44 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
     eprintln!("serving  {}   {who}   Ctrl-C ends", server.url());
     server.wait()?;
     Ok(Done::Whole)
+}
+
+/// What the server does beside answering.
+fn class(arguments: &Arguments, config: Option<&Config>) -> Result<Class> {
+    let mut class = Class::default();
+    let asked = arguments.fine_tuning.then(|| {
+        let mut settings = fine_tuning::settings::Settings::default();
+        if let Some(model) = &arguments.model {
+            settings = settings.with_base(&model.model_dir.to_string_lossy(), &model.model_dir);
+        }
+        for (name, spec) in config.iter().flat_map(|config| &config.handlers) {
+            if let HandlerSpec::Local(model, _) = spec {
+                settings = settings.with_base(name, &model.name);
+            }
+        }
+        settings
+    });
+    if let Some(settings) = config.and_then(|config| config.fine_tuning.clone()).or(asked) {
+        let data = data_directory().context("there is no data directory for files and jobs; set HOMEROOM_HOME")?;
+        let bases: Vec<&str> = settings.bases.keys().map(String::as_str).collect();
+        line(format_args!("trains   {}", bases.join(", ")));
+        class = class.with_tuning(Tuning::open(&data, settings.clone())?);
+    }
+    if let Some(settings) = config.and_then(|config| config.memory) {
+        let data = data_directory().context("there is no data directory to remember in; set HOMEROOM_HOME")?;
+        let memory = Arc::new(Memory::open(&data, settings)?);
+        Memory::keep_time(&memory)?;
+        let what = match settings.content {
+            Content::None => "of answers nothing, and of feedback the rating".to_owned(),
+            Content::Redacted => {
+                format!("conversations without likely personal data, for {} days", settings.retention_days)
+            }
+            Content::Full => format!("conversations, for {} days", settings.retention_days),
+        };
+        line(format_args!("keeps    {what}"));
+        class = class.with_memory(memory);
+    }
+    Ok(class)
 }
 
 /// What a file serves. Handlers that no route has are named, as whoever wrote them expects to find them.
@@ -202,6 +249,12 @@ fn watch(
                         path.display(),
                         fixed.join(", ")
                     ));
+                }
+                let (now, before) = (next.config(), handlers.config());
+                let tables =
+                    [("fine_tuning", now.fine_tuning == before.fine_tuning), ("memory", now.memory == before.memory)];
+                for (table, _) in tables.iter().filter(|(_, same)| !same) {
+                    line(format_args!("note: {}: [{table}] counts from the next start on", path.display()));
                 }
                 handlers = next;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));

@@ -1,7 +1,7 @@
-//! What accompanies a request on its way: cancellation and a deadline.
+//! What accompanies a request on its way: cancellation, a deadline, time limits of its phases, and whether it may leave this machine.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{EventStream, HandlerError, Kind};
@@ -24,6 +24,34 @@ pub struct Context {
     background: bool,
     /// Most tokens of the answer, whatever is asked for.
     tokens_max: Option<usize>,
+    /// Time limits of phases of the answer.
+    timers: Vec<Timer>,
+    /// The conversation must not leave this machine.
+    stays: bool,
+}
+
+/// A time limit that is set anew as an answer goes on, by whoever made it. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Timer(Arc<Mutex<Option<(Instant, String)>>>);
+
+impl Timer {
+    /// Sets it to end after some time, and what is said then.
+    pub fn set(&self, after: Duration, message: impl Into<String>) {
+        // A time beyond the clock's range is no limit.
+        let end = Instant::now().checked_add(after).map(|end| (end, message.into()));
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = end;
+    }
+
+    /// Lets any time pass.
+    pub fn stop(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// What is said once its time is over.
+    fn over(&self) -> Option<String> {
+        let end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        end.as_ref().filter(|(end, _)| Instant::now() >= *end).map(|(_, message)| message.clone())
+    }
 }
 
 impl Context {
@@ -37,6 +65,44 @@ impl Context {
         // A time beyond the clock's range is no deadline.
         let deadline = [Instant::now().checked_add(time), self.deadline].into_iter().flatten().min();
         Self { deadline, ..self.clone() }
+    }
+
+    /// Returns the same context, which also ends when the time of a timer is over.
+    pub fn timed(&self, timer: &Timer) -> Self {
+        let mut timed = self.clone();
+        timed.timers.push(timer.clone());
+        timed
+    }
+
+    /// Returns the same context, of a conversation that must not leave this machine. Handlers check it where they make a socket.
+    pub fn staying(&self) -> Self {
+        Self { stays: true, ..self.clone() }
+    }
+
+    /// Returns true if the conversation must not leave this machine.
+    pub fn stays(&self) -> bool {
+        self.stays
+    }
+
+    /// The time until the deadline, if there is one.
+    pub fn left(&self) -> Option<Duration> {
+        self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Waits for some time, as long as the answer is wanted.
+    ///
+    /// # Errors
+    /// As [`Context::check`].
+    pub fn sleep(&self, time: Duration) -> Result<(), HandlerError> {
+        let start = Instant::now();
+        loop {
+            self.check()?;
+            let left = time.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(PATIENCE));
+        }
     }
 
     /// Returns the same context, of work that waits behind that of others.
@@ -91,7 +157,10 @@ impl Context {
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Err(HandlerError::new(Kind::Timeout, "the answer took longer than its time limit"));
         }
-        Ok(())
+        match self.timers.iter().find_map(Timer::over) {
+            Some(message) => Err(HandlerError::new(Kind::Timeout, message)),
+            None => Ok(()),
+        }
     }
 
     /// Returns the stream, which ends in an error between two events when [`Context::check`] fails.

@@ -40,6 +40,26 @@ pub enum Kind {
     Internal,
 }
 
+impl Kind {
+    /// Its name in files of handlers and in logs.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::InvalidRequest { .. } => "invalid_request",
+            Self::ContextLength => "context_length",
+            Self::Authentication => "authentication",
+            Self::NotFound => "not_found",
+            Self::RateLimited { .. } => "rate_limited",
+            Self::Overloaded { .. } => "overloaded",
+            Self::Timeout => "timeout",
+            Self::Unavailable => "unavailable",
+            Self::Cut => "cut",
+            Self::Protocol => "protocol",
+            Self::Cancelled => "cancelled",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// Why a handler gave no answer. The message holds no secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandlerError {
@@ -47,12 +67,14 @@ pub struct HandlerError {
     pub kind: Kind,
     /// The message for people: lower case, no full stop.
     pub message: String,
+    /// It was tried again already, by a retry or another handler: a client that asks again multiplies that.
+    pub exhausted: bool,
 }
 
 impl HandlerError {
     /// Makes an error.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self { kind, message: message.into(), exhausted: false }
     }
 
     /// Makes the error of a wrong field.
@@ -63,6 +85,13 @@ impl HandlerError {
     /// Makes an error of one of the engine, which has no kinds.
     pub fn internal(error: &anyhow::Error) -> Self {
         Self::new(Kind::Internal, format!("{error:#}"))
+    }
+
+    /// Returns the error of what was tried again already. One that says when to come back is left as it is: whoever obeys that is welcome.
+    #[must_use]
+    pub fn exhausted(self) -> Self {
+        let says_when = matches!(self.kind, Kind::Overloaded { .. } | Kind::RateLimited { retry_after: Some(_) });
+        Self { exhausted: !says_when, ..self }
     }
 
     /// Returns true if another handler may be asked instead: the request is fine, and this handler is not. Valid only before any of the

@@ -19,7 +19,7 @@ const FIRST_GUESS_S: f64 = 2.0;
 const LATEST: f64 = 0.2;
 
 /// How many requests a handler takes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Answers at once; at least 1.
     pub running: usize,

@@ -2,7 +2,8 @@
 //!
 //! A handler returns a stream of [`Event`]s. The stream is pulled: no token is computed before it is asked for, and dropping the
 //! stream ends the work within a token. [`local`] runs a model of this machine, [`embedding`] one that embeds texts, [`openai`] asks an endpoint that speaks
-//! OpenAI's API, a [`route`] tries several handlers in order. A file lists them, see [`config`].
+//! OpenAI's API, [`replay`] gives recorded answers, a [`route`] tries several handlers in order. What is done on the way to any of them, from
+//! time limits to redaction, is a handler around it: see [`wrap`]. A file lists them, see [`config`].
 
 pub mod anthropic;
 mod checker;
@@ -16,12 +17,15 @@ pub mod limit;
 pub mod local;
 pub mod openai;
 mod provider;
+pub mod replay;
 mod request;
 pub mod route;
 mod secret;
 mod sse;
 mod stop;
+pub mod tally;
 mod turns;
+pub mod wrap;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};

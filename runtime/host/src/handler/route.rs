@@ -2,51 +2,103 @@
 
 use std::sync::Arc;
 
+use homeroom_engine::inference::Engine;
+
+use super::wrap::{Begun, Unspoken};
 use super::{
-    Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Kind, Request,
+    Completion, Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Kind, Request, tally,
 };
+use crate::progress::line;
+
+/// A handler and its name.
+type Named = (String, Arc<dyn Handler>);
 
 /// Handlers in the order in which they are asked.
 ///
 /// The next one is asked when one is unavailable, late or limited, or its answer breaks off, and only before any of an answer was
-/// shown: text that was shown is not taken back.
+/// shown: text that was shown is not taken back. A conversation that does not fit a handler goes to those of a list of its own.
+#[derive(Clone)]
 pub struct Route {
-    handlers: Arc<[(String, Arc<dyn Handler>)]>,
+    handlers: Arc<[Named]>,
+    /// Asked when a conversation is longer than a handler's context.
+    for_long: Arc<[Named]>,
+    /// Words of the errors after which the next one is asked; `None`: those of [`HandlerError::lets_another_try`].
+    on: Option<Arc<[String]>>,
+    /// Conversations must not leave this machine.
+    stays: bool,
 }
 
 impl Route {
     /// Makes a route over at least one handler.
-    pub fn new(handlers: Vec<(String, Arc<dyn Handler>)>) -> Self {
-        Self { handlers: handlers.into() }
+    pub fn new(handlers: Vec<Named>) -> Self {
+        Self { handlers: handlers.into(), for_long: Arc::default(), on: None, stays: false }
+    }
+
+    /// Has handlers asked, in order, when a conversation is too long for one of the route.
+    #[must_use]
+    pub fn with_context_fallback(self, handlers: Vec<Named>) -> Self {
+        Self { for_long: handlers.into(), ..self }
+    }
+
+    /// Has the next handler asked after errors of these kinds alone, by [`Kind::word`].
+    #[must_use]
+    pub fn with_fallback_on(self, kinds: Vec<String>) -> Self {
+        Self { on: Some(kinds.into()), ..self }
+    }
+
+    /// Has every handler refuse to make a connection that leaves this machine.
+    #[must_use]
+    pub fn staying(self) -> Self {
+        Self { stays: true, ..self }
+    }
+
+    fn lets_another_try(&self, error: &HandlerError) -> bool {
+        match &self.on {
+            Some(on) => on.iter().any(|word| word == error.kind.word()),
+            None => error.lets_another_try(),
+        }
+    }
+
+    fn context(&self, context: &Context) -> Context {
+        if self.stays { context.staying() } else { context.clone() }
+    }
+
+    fn asking(&self) -> Asking {
+        Asking { route: self.clone(), for_long: false, at: 0 }
     }
 }
 
 impl Handler for Route {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
-        let mut attempt = Attempt {
-            handlers: self.handlers.clone(),
-            at: 0,
-            request: request.clone(),
-            context: context.clone(),
-            stream: None,
-            held: None,
-            spoken: false,
+        let (mut asking, request, context) = (self.asking(), request.clone(), self.context(context));
+        let again = move |mut failed: Option<HandlerError>| {
+            loop {
+                if let Some(error) = failed {
+                    asking.pass_on(error)?;
+                }
+                match asking.now()?.stream(&request, &context) {
+                    Ok(stream) => return Ok(Begun { stream, hold: asking.has_more() }),
+                    Err(error) => failed = Some(error),
+                }
+            }
         };
         // When the last handler refuses, so does the route.
-        attempt.begin()?;
-        Ok(Box::new(attempt))
+        Ok(Box::new(Unspoken::begin(again)?))
     }
 
     /// Waits for the whole answer. None of one that breaks off was shown, so that the next handler is asked then, too.
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
-        let mut handlers = self.handlers.iter().peekable();
-        while let Some((name, handler)) = handlers.next() {
-            match (handler.complete(request, context), handlers.peek()) {
-                (Err(error), Some((next, _))) if error.lets_another_try() => note(name, &error, next),
-                (answer, _) => return answer,
+        let (mut asking, context) = (self.asking(), self.context(context));
+        loop {
+            match asking.now()?.complete(request, &context) {
+                Err(error) => asking.pass_on(error)?,
+                answer => return answer,
             }
         }
-        Err(no_handler())
+    }
+
+    fn engine(&self) -> Option<Arc<Engine>> {
+        self.handlers.first().and_then(|(_, handler)| handler.engine())
     }
 
     fn gives(&self) -> Gives {
@@ -62,7 +114,7 @@ impl Handler for Route {
     /// would be searched with those of the second, and nobody would see why it finds nothing.
     fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
         match &*self.handlers {
-            [(_, only)] => only.embed(request, context),
+            [(_, only)] => only.embed(request, &self.context(context)),
             handlers => {
                 let message = format!(
                     "the route has {} handlers, and vectors of two models cannot be compared; a route for embeddings has one handler",
@@ -74,100 +126,47 @@ impl Handler for Route {
     }
 }
 
-fn no_handler() -> HandlerError {
-    HandlerError::new(Kind::Internal, "the route has no handler")
-}
-
-fn note(name: &str, error: &HandlerError, next: &str) {
-    eprintln!("note: handler `{name}`: {error}; asking `{next}`");
-}
-
-struct Attempt {
-    handlers: Arc<[(String, Arc<dyn Handler>)]>,
+/// Which handler of a route is asked for one request.
+struct Asking {
+    route: Route,
+    /// It is one of those for long conversations.
+    for_long: bool,
     at: usize,
-    request: Request,
-    context: Context,
-    stream: Option<EventStream>,
-    /// The start of an answer, held back while another handler may still be asked.
-    held: Option<Event>,
-    spoken: bool,
 }
 
-impl Attempt {
-    /// Asks the current handler, and those after it until one begins.
-    fn begin(&mut self) -> Result<(), HandlerError> {
-        loop {
-            let Some((name, handler)) = self.handlers.get(self.at) else {
-                return Err(no_handler());
-            };
-            match handler.stream(&self.request, &self.context) {
-                Ok(stream) => {
-                    self.stream = Some(stream);
-                    return Ok(());
-                }
-                Err(error) => {
-                    let name = name.clone();
-                    self.pass_on(&name, error)?;
-                }
-            }
-        }
+impl Asking {
+    fn list(&self) -> &[Named] {
+        if self.for_long { &self.route.for_long } else { &self.route.handlers }
+    }
+
+    fn now(&self) -> Result<Arc<dyn Handler>, HandlerError> {
+        let none = || HandlerError::new(Kind::Internal, "the route has no handler");
+        self.list().get(self.at).map(|(_, handler)| handler.clone()).ok_or_else(none)
+    }
+
+    /// Whether another handler may be asked after this one.
+    fn has_more(&self) -> bool {
+        self.at + 1 < self.list().len() || (!self.for_long && !self.route.for_long.is_empty())
     }
 
     /// Moves to the next handler, or returns the error.
-    fn pass_on(&mut self, name: &str, error: HandlerError) -> Result<(), HandlerError> {
-        let Some((next, _)) = self.handlers.get(self.at + 1).filter(|_| error.lets_another_try()) else {
-            return Err(error);
+    fn pass_on(&mut self, error: HandlerError) -> Result<(), HandlerError> {
+        let is_long = error.kind == Kind::ContextLength;
+        let (name, _) = &self.list()[self.at];
+        let (for_long, at) = match self.for_long {
+            // The one that it was too long for may stand in both lists.
+            false if is_long => (true, self.route.for_long.iter().position(|(other, _)| other != name)),
+            true if is_long => (true, Some(self.at + 1)),
+            same => (same, Some(self.at + 1).filter(|_| self.route.lets_another_try(&error))),
         };
-        note(name, &error, next);
-        self.at += 1;
+        let list = if for_long { &self.route.for_long } else { &self.route.handlers };
+        let Some((at, (next, _))) = at.and_then(|at| Some((at, list.get(at)?))) else {
+            let is_first = !self.for_long && self.at == 0;
+            return Err(if is_first { error } else { error.exhausted() });
+        };
+        line(format_args!("note: handler `{name}`: {error}; asking `{next}`"));
+        tally::add(name, |counts| counts.fallbacks += 1);
+        (self.for_long, self.at) = (for_long, at);
         Ok(())
-    }
-
-    fn is_last(&self) -> bool {
-        self.at + 1 >= self.handlers.len()
-    }
-}
-
-impl Iterator for Attempt {
-    type Item = Result<Event, HandlerError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            // The event that was held back goes first.
-            if self.spoken
-                && let Some(event) = self.held.take()
-            {
-                return Some(Ok(event));
-            }
-            match self.stream.as_mut()?.next() {
-                Some(Ok(event @ Event::Start(_))) if !self.spoken && !self.is_last() => self.held = Some(event),
-                Some(Ok(event)) if self.spoken => return Some(Ok(event)),
-                Some(Ok(event)) => {
-                    self.spoken = true;
-                    return Some(Ok(match self.held.replace(event.clone()) {
-                        Some(start) => start,
-                        None => {
-                            self.held = None;
-                            event
-                        }
-                    }));
-                }
-                Some(Err(error)) => {
-                    self.stream = None;
-                    if self.spoken {
-                        return Some(Err(error));
-                    }
-                    self.held = None;
-                    let name = self.handlers[self.at].0.clone();
-                    if let Err(error) = self.pass_on(&name, error).and_then(|()| self.begin()) {
-                        return Some(Err(error));
-                    }
-                }
-                None => {
-                    self.stream = None;
-                    return None;
-                }
-            }
-        }
     }
 }

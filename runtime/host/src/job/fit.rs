@@ -64,7 +64,6 @@ pub fn request(rows: &[&Group], config: &TrainConfig, program_bytes: u64) -> Req
         packing: config.packing,
         pass_rows: config.pass_rows,
         compute: config.compute,
-        tokens: Some(lengths().sum()),
         program_bytes,
     }
 }

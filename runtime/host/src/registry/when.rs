@@ -17,6 +17,24 @@ pub fn is_text(text: &str) -> bool {
     text.len() == form.len() && text.bytes().zip(form.bytes()).all(fits)
 }
 
+/// The seconds since 1970 of a time in that form; `None`: it is none, or before 1970.
+pub fn seconds(text: &str) -> Option<u64> {
+    if !is_text(text) {
+        return None;
+    }
+    let number = |at: usize, digits: usize| text[at..at + digits].parse::<u64>().ok();
+    let (year, month, day) = (number(0, 4)?, number(5, 2)?, number(8, 2)?);
+    if !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+        return None;
+    }
+    // Days before the year that begins in March, as in `date`.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year.checked_sub(1)?, month + 9) };
+    let (era, of_era) = (year / 400, year % 400);
+    let days = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + (153 * month + 2) / 5 + day - 1;
+    let (hours, minutes, seconds) = (number(11, 2)?, number(14, 2)?, number(17, 2)?);
+    Some(days.checked_sub(719_468)? * 86_400 + hours * 3600 + minutes * 60 + seconds)
+}
+
 /// Year, month and day of a number of days since the beginning of 1970.
 ///
 /// Source: Howard Hinnant, "chrono-compatible low-level date algorithms", `civil_from_days`.
@@ -51,6 +69,7 @@ mod tests {
         ] {
             assert_eq!(text(UNIX_EPOCH + Duration::from_secs(seconds)), expected);
             assert!(is_text(expected));
+            assert_eq!(super::seconds(expected), Some(seconds));
         }
         assert_eq!(text(UNIX_EPOCH - Duration::from_secs(5)), "1970-01-01T00:00:00Z");
         for other in ["", "2026-11-29", "2026-11-29T16:31:04z", "2026-11-29T16:31:04Z ", "\u{1b}026-11-29T16:31:04Z"] {

@@ -13,9 +13,9 @@ use super::caller::Caller;
 use super::keys::Key;
 use super::keys::limits::{Excess, Reached, Ticket, Wish};
 use super::metrics::Answered;
-use super::record::Record;
+use super::record::{Known, Record};
 use super::reply::Refusal;
-use super::{App, no_model, wrong_model};
+use super::{App, Models, no_model, wrong_model};
 use crate::handler::{
     self, Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Input,
     Prompt,
@@ -33,9 +33,14 @@ const BYTES_OF_PAID: usize = 4;
 pub(super) struct Access(pub(super) Option<Arc<Key>>);
 
 impl Access {
-    /// Returns true if a model may be used.
-    pub(super) fn may_use(&self, model: &str) -> bool {
-        self.0.as_ref().is_none_or(|key| key.may_use(model))
+    /// Returns true if a model may be used. One that was trained here for a key is for that key, and for those that name it.
+    pub(super) fn may_use(&self, models: &Models, model: &str) -> bool {
+        let key = self.0.as_deref();
+        match models.trained_for(model) {
+            Some(owner) if owner != key.map(|key| key.name.as_str()) => key.is_some_and(|key| key.names(model)),
+            Some(_) => true,
+            None => key.is_none_or(|key| key.may_use(model)),
+        }
     }
 }
 
@@ -77,9 +82,13 @@ impl Asker {
         let models = app.models();
         let listed = models.listed(model).map(str::to_owned);
         let found = listed.and_then(|listed| Some((models.get(&listed)?, listed)));
+        let may_use = found.as_ref().is_some_and(|(_, listed)| self.access.may_use(&models, listed));
+        let is_anothers = found.as_ref().is_some_and(|(_, listed)| models.trained_for(listed).is_some());
         drop(models);
+        // Of a model that was trained for another nobody hears.
+        let found = found.filter(|_| may_use || !is_anothers);
         let Some((handler, listed)) = found else { return Err(no_model(app, &self.access, model)) };
-        if !self.access.may_use(&listed) {
+        if !may_use {
             return Err(self.forbidden(app, &listed));
         }
         let gives = handler.gives();
@@ -92,7 +101,7 @@ impl Asker {
 
     fn forbidden(&self, app: &App, model: &str) -> Refusal {
         let models = app.models();
-        let known: Vec<&str> = models.names().filter(|name| self.access.may_use(name)).collect();
+        let known: Vec<&str> = models.names().filter(|name| self.access.may_use(&models, name)).collect();
         let key = self.caller.key.as_deref().unwrap_or_default();
         let may = if known.is_empty() { "nothing that is served".to_owned() } else { known.join(", ") };
         let message = format!("the key `{key}` may not use `{model}`; it may use {may}");
@@ -149,16 +158,17 @@ impl Asker {
             Some(key) => {
                 let answer = answer.map(|tokens| tokens as u64);
                 let wish = Wish { prompt: (bytes / BYTES_OF_RESERVED) as u64, answer, choices };
-                let ticket = app.meters.admit(key, caller.user.as_deref(), wish).map_err(|excess| {
-                    record.known().limit = Some(excess.reached.name());
-                    app.metrics.limited(excess.reached.name());
-                    too_much(excess)
-                })?;
+                let ticket = ticket(app, key, &caller, &record, wish)?;
                 if let Some(most) = ticket.at_most {
                     context = context.at_most(usize::try_from(most / choices).unwrap_or(usize::MAX).max(1));
                 }
                 Some(ticket)
             }
+        };
+        let model = record.known().model.clone().unwrap_or_default();
+        let handler = match need {
+            Need::Answer(_) => app.class.observed(handler, &model, &caller),
+            Need::Vectors(_) => handler,
         };
         let bill = Bill {
             ticket,
@@ -192,6 +202,22 @@ fn input_bytes(input: &Input) -> usize {
         Input::Text(text) => text.len(),
         Input::Tokens(tokens) => tokens.len().saturating_mul(BYTES_OF_PAID),
     }
+}
+
+/// Counts a request that asks no model.
+///
+/// # Errors
+/// When it reaches a limit of its key.
+pub(super) fn count(app: &App, key: &Key, caller: &Caller, record: &Record) -> Result<(), Refusal> {
+    ticket(app, key, caller, record, Wish { prompt: 0, answer: Some(0), choices: 1 }).map(drop)
+}
+
+fn ticket(app: &App, key: &Key, caller: &Caller, record: &Record, wish: Wish) -> Result<Ticket, Refusal> {
+    app.meters.admit(key, caller.user.as_deref(), wish).map_err(|excess| {
+        record.known().limit = Some(excess.reached.name());
+        app.metrics.limited(excess.reached.name());
+        too_much(excess)
+    })
 }
 
 /// The refusal of a request that would exceed a limit.
@@ -334,8 +360,12 @@ impl Drop for Bill {
         let speed = spoken.filter(|spoken| *spoken > Duration::ZERO && completion > 1);
         let end = self.end.clone().unwrap_or_else(|| "left".to_owned());
         let mut known = self.record.known();
-        (known.prompt_tokens, known.completion_tokens) = (Some(prompt), Some(completion));
-        (known.first_token, known.finish) = (first_token, Some(end.clone()));
+        // A request may ask several times.
+        let Known { prompt_tokens, completion_tokens, .. } = &mut *known;
+        for (all, more) in [(prompt_tokens, prompt), (completion_tokens, completion)] {
+            *all = Some(all.unwrap_or(0).saturating_add(more));
+        }
+        (known.first_token, known.finish) = (known.first_token.or(first_token), Some(end.clone()));
         let model = known.model.clone().unwrap_or_default();
         drop(known);
         self.metrics.answered(&Answered {

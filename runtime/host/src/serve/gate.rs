@@ -14,7 +14,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use hyper::body::{Frame, SizeHint};
 
-use super::admit::Access;
+use super::admit::{self, Access};
 use super::caller::Caller;
 use super::keys::given;
 use super::record::{REQUEST_ID, Record};
@@ -98,7 +98,7 @@ fn let_in(
     record: &Record,
     request: &mut Request,
 ) -> Result<Option<Response>, Refusal> {
-    let is_open = OPEN.contains(&request.uri().path()) && request.method() == Method::GET;
+    let is_open = OPEN.contains(&request.uri().path()) && [Method::GET, Method::HEAD].contains(request.method());
     let wanted = app.keys.wanted();
     let is_wanted = !matches!(wanted, Ok(None));
     check_host(request, settings, is_wanted)?;
@@ -140,9 +140,19 @@ fn let_in(
         let mut known = record.known();
         (known.key, known.user) = (caller.key.clone(), caller.user.clone());
     }
+    // What asks a model is counted there, when it is known for whom.
+    let changes = ![Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
+    if let Some(key) = key.as_deref().filter(|_| changes && !asks_a_model(&record.route)) {
+        admit::count(app, key, &caller, record)?;
+    }
     request.extensions_mut().insert(caller);
     request.extensions_mut().insert(Access(key));
     Ok(None)
+}
+
+/// Whether a route asks a model.
+fn asks_a_model(route: &str) -> bool {
+    is_ollama(route) || route.ends_with("/completions") || route == super::EMBEDDINGS
 }
 
 /// The refusal of a request without a key that counts.

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::handler::limit;
+use crate::handler::{limit, tally};
 
 /// The media type of the format.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -143,8 +143,9 @@ impl Metrics {
         self.state().reloads[usize::from(!taken)] += 1;
     }
 
-    /// Returns all of it as text.
-    pub fn text(&self) -> String {
+    /// Returns all of it as text. `engines` are the bases that answer here: names, tokens of prompts, and those of them that were not read
+    /// again.
+    pub fn text(&self, engines: &[(String, u64, u64)]) -> String {
         let state = self.state();
         let mut out = String::new();
         let load = limit::load();
@@ -184,14 +185,46 @@ impl Metrics {
             }
         }
         let name = "homeroom_time_to_first_token_seconds";
-        head(&mut out, name, "histogram", "From a request to the first text of its answer.");
+        head(&mut out, name, "histogram", "From a request to the first text of its answer, of streamed answers.");
         state.models.iter().for_each(|(model, counts)| counts.first_token.write(&mut out, name, model, &SECONDS));
         let name = "homeroom_answer_seconds";
         head(&mut out, name, "histogram", "From a request to the end of its answer.");
         state.models.iter().for_each(|(model, counts)| counts.answer.write(&mut out, name, model, &SECONDS));
         let name = "homeroom_answer_tokens_per_second";
-        head(&mut out, name, "histogram", "Tokens a second of one answer, from the first to the last.");
+        head(&mut out, name, "histogram", "Tokens a second of one streamed answer, from the first to the last.");
         state.models.iter().for_each(|(model, counts)| counts.speed.write(&mut out, name, model, &SPEEDS));
+        let what = "Tokens of prompts at bases of this machine, read or taken over from an earlier prompt.";
+        head(&mut out, "homeroom_prefix_tokens_total", "counter", what);
+        for (base, all, taken_over) in engines {
+            for (way, count) in [("read", all.saturating_sub(*taken_over)), ("taken_over", *taken_over)] {
+                put(
+                    &mut out,
+                    &format!("homeroom_prefix_tokens_total{{base=\"{}\",way=\"{way}\"}}", escaped(base)),
+                    count,
+                );
+            }
+        }
+        type OfHandler = fn(&tally::Counts) -> u64;
+        let counters: [(&str, &str, &str, OfHandler); 5] = [
+            ("homeroom_retries_total", "counter", "Times that a handler was asked again.", |counts| counts.retries),
+            ("homeroom_fallbacks_total", "counter", "Times that the next handler was asked.", |counts| {
+                counts.fallbacks
+            }),
+            ("homeroom_breaker_opened_total", "counter", "Times that a breaker opened.", |counts| {
+                counts.breaker_opened
+            }),
+            ("homeroom_breaker_refused_total", "counter", "Requests that a breaker refused.", |counts| {
+                counts.breaker_refused
+            }),
+            ("homeroom_breaker_open", "gauge", "Whether a breaker is open.", |counts| counts.breaker_is_open.into()),
+        ];
+        let handlers = tally::counts();
+        for (name, kind, what, of) in counters {
+            head(&mut out, name, kind, what);
+            for (handler, counts) in &handlers {
+                put(&mut out, &format!("{name}{{handler=\"{}\"}}", escaped(handler)), of(counts));
+            }
+        }
         head(&mut out, "homeroom_limited_total", "counter", "Requests that were refused by a limit of their key.");
         for (limit, count) in &state.limits {
             put(&mut out, &format!("homeroom_limited_total{{limit=\"{limit}\"}}"), count);
@@ -245,7 +278,7 @@ mod tests {
                 end: "stop".into(),
             });
         }
-        let text = metrics.text();
+        let text = metrics.text(&[("b".to_owned(), 100, 30)]);
         for line in [
             "# TYPE homeroom_requests_total counter",
             "homeroom_requests_total{route=\"/v1/chat/completions\",method=\"POST\",status=\"200\"} 1",
@@ -258,6 +291,8 @@ mod tests {
             "homeroom_answer_tokens_per_second_count{model=\"a\\\"b\"} 2",
             "homeroom_limited_total{limit=\"tokens_per_day\"} 1",
             "homeroom_reloads_total{result=\"refused\"} 1",
+            "homeroom_prefix_tokens_total{base=\"b\",way=\"read\"} 70",
+            "homeroom_prefix_tokens_total{base=\"b\",way=\"taken_over\"} 30",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }

@@ -7,31 +7,39 @@
 
 mod admit;
 mod answering;
+mod bind;
 mod body;
 pub mod caller;
 mod chat;
+mod class;
 mod completions;
 mod connection;
 mod embeddings;
+mod feedback;
+mod files;
+pub mod fine_tuning;
 mod gate;
 pub mod keys;
 mod metrics;
 mod models;
+mod observed;
 mod ollama;
 mod page;
+mod person;
+mod query;
 mod record;
 mod reply;
 mod request;
 pub mod settings;
+mod tuned;
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Extension, Path, Request, State};
 use axum::http::{StatusCode, header};
@@ -39,6 +47,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
+use homeroom_engine::inference::Engine;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -47,53 +56,20 @@ use tokio::time::sleep;
 use crate::handler::{Gives, limit};
 use crate::toml_problems::near;
 use admit::Access;
+pub use bind::{bind, bind_for};
+pub use class::Class;
 pub use connection::Bounds;
 use keys::Keys;
 use keys::days::Days;
 use keys::limits::Meters;
 use metrics::Metrics;
 pub use models::Models;
+pub use person::Person;
 use reply::Refusal;
 use settings::Settings;
 
 /// How often what is used of a day is written to disk.
 const KEEP: Duration = Duration::from_secs(1);
-
-/// Opens a port of this machine that no other machine reaches.
-///
-/// # Errors
-/// When the host is another one, or the port is taken.
-pub fn bind(host: &str, port: u16) -> Result<TcpListener> {
-    bind_for(host, port, &Keys::none())
-}
-
-/// Opens a port, which other machines reach only if a key is wanted.
-///
-/// # Errors
-/// When the host is no address, other machines could use the models without a key, or the port is taken.
-pub fn bind_for(host: &str, port: u16, keys: &Keys) -> Result<TcpListener> {
-    let address = match host.trim_matches(['[', ']']) {
-        "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        other => other.parse::<IpAddr>().map_err(|_| {
-            anyhow!("--host {host}: this is no address of a machine; serve on 127.0.0.1, or with keys on 0.0.0.0, which is all addresses of this machine")
-        })?,
-    };
-    if !address.is_loopback() && keys.wanted()?.is_none() {
-        bail!(
-            "--host {host}: other machines could use the models without a key, and there is no key yet\nhint: `homeroom keys add NAME` makes one; or serve on 127.0.0.1, and forward a port (ssh -L) where others need it"
-        );
-    }
-    let address = SocketAddr::new(address, port);
-    TcpListener::bind(address).map_err(|error| match error.kind() {
-        ErrorKind::AddrInUse => {
-            anyhow!("{address}: another program listens there, perhaps another `homeroom serve`; end it, or take another --port (0: a free one)")
-        }
-        ErrorKind::AddrNotAvailable => {
-            anyhow!("{address}: this machine has no such address; --host 0.0.0.0 is all that it has")
-        }
-        _ => anyhow!("{address}: cannot listen there: {error}; --port 0 takes a free port"),
-    })
-}
 
 /// A server that runs in a thread of its own.
 pub struct Running {
@@ -115,7 +91,10 @@ impl Running {
     pub fn replacer(&self) -> impl Fn(Models, Option<Settings>) + Send + 'static {
         let app = self.app.clone();
         move |models, settings| {
-            *app.models.write().unwrap_or_else(PoisonError::into_inner) = models;
+            {
+                let mut served = app.models.write().unwrap_or_else(PoisonError::into_inner);
+                *served = models.with_tuned_of(&served);
+            }
             if let Some(settings) = settings {
                 *app.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
             }
@@ -160,19 +139,21 @@ pub struct Serving {
     pub keys: Keys,
     /// What of a day's tokens is used.
     pub days: Days,
+    /// What it does beside answering.
+    pub class: Class,
 }
 
 impl Serving {
     /// With some settings, for whoever has a key of this home; for this machine without one until there is one.
     pub fn of_home(settings: Settings, keys: Keys) -> Self {
-        Self { bounds: settings.bounds(), settings, keys, days: Days::of_home() }
+        Self { bounds: settings.bounds(), settings, keys, days: Days::of_home(), class: Class::default() }
     }
 }
 
 impl Default for Serving {
     fn default() -> Self {
         let settings = Settings::default();
-        Self { bounds: settings.bounds(), settings, keys: Keys::none(), days: Days::none() }
+        Self { bounds: settings.bounds(), settings, keys: Keys::none(), days: Days::none(), class: Class::default() }
     }
 }
 
@@ -198,7 +179,7 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
 /// As [`start`].
 pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Result<Running> {
     ensure!(!models.is_empty(), "there is no model to serve");
-    let Serving { bounds, settings, keys, days } = serving;
+    let Serving { bounds, settings, keys, days, class } = serving;
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
     // Each connection has one answer at most, and each answer takes a thread; one more writes what is used of the day.
@@ -218,7 +199,14 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         bounds,
         stopped: stopped.clone(),
         ending: Arc::new(AtomicBool::new(false)),
+        class: class.clone(),
     });
+    if let Some(tuning) = class.tuning() {
+        let served = app.clone();
+        tuning.begin(Box::new(move |name, key, model| {
+            served.models.write().unwrap_or_else(PoisonError::into_inner).add_tuned(name, key, model);
+        }))?;
+    }
     let served = app.clone();
     let serve = async move {
         let listener = tokio::net::TcpListener::from_std(listener)?;
@@ -226,6 +214,7 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         let connections = connection::serve(listener, router(served.clone()), bounds, stopped);
         let deadline = async {
             let _ = late.wait_for(|stopped| *stopped).await;
+            served.class.stop();
             let drain = served.settings().drain;
             sleep(drain).await;
             served.ending.store(true, Ordering::SeqCst);
@@ -249,6 +238,8 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         let done = runtime.block_on(serve);
         runtime.shutdown_timeout(Duration::from_secs(1));
         meters.keep();
+        class.stop();
+        class.wait();
         done
     };
     let thread = std::thread::Builder::new().name("server".to_owned()).spawn(run)?;
@@ -257,6 +248,9 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
 
 const CHAT: &str = "/v1/chat/completions";
 const EMBEDDINGS: &str = "/v1/embeddings";
+const FEEDBACK: &str = "/v1/feedback";
+const FILES: &str = "/v1/files";
+const JOBS: &str = "/v1/fine_tuning/jobs";
 
 struct App {
     models: RwLock<Models>,
@@ -270,6 +264,7 @@ struct App {
     stopped: watch::Receiver<bool>,
     /// The time to drain is over.
     ending: Arc<AtomicBool>,
+    class: Class,
 }
 
 impl App {
@@ -303,6 +298,17 @@ const TABLE: &[Route] = &[
     ("/api/ps", "GET", || get(ollama::running)),
     ("/api/show", "POST", || post(ollama::show)),
     ("/api/version", "GET", || get(ollama::version)),
+    (FEEDBACK, "POST", || post(feedback::feedback)),
+    (FILES, "GET and POST", || get(files::list).post(files::create)),
+    ("/v1/files/{id}", "GET and DELETE", || get(files::retrieve).delete(files::delete)),
+    ("/v1/files/{id}/content", "GET", || get(files::content)),
+    (JOBS, "GET and POST", || get(fine_tuning::list).post(fine_tuning::create)),
+    ("/v1/fine_tuning/jobs/{id}", "GET", || get(fine_tuning::retrieve)),
+    ("/v1/fine_tuning/jobs/{id}/cancel", "POST", || post(fine_tuning::cancel)),
+    ("/v1/fine_tuning/jobs/{id}/pause", "POST", || post(fine_tuning::pause)),
+    ("/v1/fine_tuning/jobs/{id}/resume", "POST", || post(fine_tuning::resume)),
+    ("/v1/fine_tuning/jobs/{id}/events", "GET", || get(fine_tuning::events)),
+    ("/v1/fine_tuning/jobs/{id}/checkpoints", "GET", || get(fine_tuning::checkpoints)),
     ("/v1/models", "GET", || get(list)),
     ("/v1/models/{*id}", "GET", || get(retrieve)),
     ("/", "GET", || get(page::page)),
@@ -371,15 +377,40 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn measured(State(app): State<Arc<App>>) -> Response {
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text()).into_response()
+    let models = app.models();
+    let mut engines: Vec<(String, Arc<Engine>)> = Vec::new();
+    for (name, handler) in models.iter() {
+        // Several models may be on one base, which is called by the first.
+        if let Some(engine) =
+            handler.engine().filter(|engine| !engines.iter().any(|(_, other)| Arc::ptr_eq(other, engine)))
+        {
+            engines.push((name.clone(), engine));
+        }
+    }
+    drop(models);
+    let engines: Vec<(String, u64, u64)> = (engines.into_iter())
+        .map(|(name, engine)| {
+            let (all, taken_over) = engine.inference().prompt_tokens();
+            (name, all, taken_over)
+        })
+        .collect();
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text(&engines)).into_response()
 }
 
 async fn nothing_here(request: Request) -> Response {
     let path = request.uri().path();
     let asked = path.trim_end_matches('/');
     // Under a base URL that is too short or too long, the end of the path is right.
-    let meant = [CHAT, EMBEDDINGS, "/v1/models"].into_iter().find(|known| asked.ends_with(&known["/v1".len()..]));
-    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| path.len() > "/v1/".len()).collect();
+    let meant = [CHAT, EMBEDDINGS, FEEDBACK, FILES, JOBS, "/v1/models"]
+        .into_iter()
+        .find(|known| asked.ends_with(&known["/v1".len()..]));
+    // Of the API that is asked, as far as the path says.
+    let of_api = |known: &&str| {
+        !known.ends_with("v1/") && !["/api/", "/v1/"].iter().any(|api| path.starts_with(api) != known.starts_with(api))
+    };
+    // What is done with a file or a job stands behind its list.
+    let is_below = |known: &&str| [FILES, JOBS].iter().any(|list| known.len() > list.len() && known.starts_with(list));
+    let known: Vec<&str> = routes().map(|(path, _)| path).filter(|path| of_api(path) && !is_below(path)).collect();
     let hint = meant.map_or_else(|| near(asked, &known), |meant| format!("did you mean {meant}?"));
     let shown: String = path.chars().take(80).collect();
     refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))
@@ -387,7 +418,7 @@ async fn nothing_here(request: Request) -> Response {
 
 async fn list(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Json<Value> {
     let models = app.models();
-    let data: Vec<Value> = models.names().filter(|id| access.may_use(id)).map(|id| card(&app, id)).collect();
+    let data: Vec<Value> = models.names().filter(|id| access.may_use(&models, id)).map(|id| card(&app, id)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
@@ -399,9 +430,11 @@ async fn retrieve(
     let Ok(Path(id)) = id else {
         return Refusal::new(StatusCode::BAD_REQUEST, "the model's name in the address is not UTF-8").into_response();
     };
-    if let Some(listed) = app.models().listed(&id).filter(|id| access.may_use(id)) {
+    let models = app.models();
+    if let Some(listed) = models.listed(&id).filter(|id| access.may_use(&models, id)) {
         return Json(card(&app, listed)).into_response();
     }
+    drop(models);
     no_model(&app, &access, &id).into_response()
 }
 
@@ -411,7 +444,7 @@ fn card(app: &App, id: &str) -> Value {
 
 fn no_model(app: &App, access: &Access, id: &str) -> Refusal {
     let models = app.models();
-    let known: Vec<&str> = models.names().filter(|name| access.may_use(name)).collect();
+    let known: Vec<&str> = models.names().filter(|name| access.may_use(&models, name)).collect();
     let message = if models.is_unrouted(id) {
         format!("`{id}` is a handler, but in no route, so it is not served; what is: {}", known.join(", "))
     } else {
@@ -425,7 +458,7 @@ fn no_model(app: &App, access: &Access, id: &str) -> Refusal {
 /// Refuses a model that does not give what is asked, and names one that does.
 fn wrong_model(app: &App, access: &Access, id: &str, wanted: Gives) -> Refusal {
     let models = app.models();
-    let mut usable = models.iter().filter(|(name, _)| access.may_use(name));
+    let mut usable = models.iter().filter(|(name, _)| access.may_use(&models, name));
     let other = usable.find(|(_, handler)| handler.gives() == wanted).map(|(name, _)| name);
     let what = match wanted {
         Gives::Answers => format!("`{id}` is an embedding model, which answers no conversation"),
@@ -443,21 +476,6 @@ fn wrong_model(app: &App, access: &Access, id: &str, wanted: Gives) -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn other_machines_are_not_served_without_a_key() {
-        for host in ["0.0.0.0", "::", "192.168.0.1"] {
-            let refused = bind(host, 0).expect_err("it is refused").to_string();
-            assert!(refused.contains("there is no key yet\nhint: `homeroom keys add NAME`"), "{refused}");
-        }
-        for host in ["example.com", ""] {
-            let refused = bind(host, 0).expect_err("it is refused").to_string();
-            assert!(refused.contains("no address of a machine"), "{refused}");
-        }
-        for host in ["127.0.0.1", "localhost"] {
-            assert!(bind(host, 0).is_ok(), "{host}");
-        }
-    }
 
     #[test]
     fn methods_of_a_path_are_those_of_its_route() {

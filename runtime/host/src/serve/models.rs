@@ -13,6 +13,16 @@ pub struct Models {
     aliases: BTreeMap<String, String>,
     /// Handlers of the file that no route has.
     unrouted: Vec<String>,
+    /// Models that were trained here for clients, whatever the file of handlers says.
+    tuned: BTreeMap<String, Trained>,
+}
+
+/// A model that was trained for a client.
+#[derive(Clone)]
+struct Trained {
+    /// The client's key.
+    key: Option<String>,
+    handler: Arc<dyn Handler>,
 }
 
 impl Models {
@@ -32,6 +42,24 @@ impl Models {
         self
     }
 
+    /// Serves a model that was trained for a client.
+    pub(super) fn add_tuned(&mut self, name: &str, key: Option<String>, handler: Arc<dyn Handler>) {
+        self.tuned.insert(name.to_owned(), Trained { key, handler });
+    }
+
+    /// Whose model it is, if it was trained for a client: of whose key, or of nobody's in particular.
+    pub(super) fn trained_for(&self, name: &str) -> Option<Option<&str>> {
+        let trained = self.tuned.get(name).filter(|_| !self.listed.contains_key(name))?;
+        Some(trained.key.as_deref())
+    }
+
+    /// The same, with the models that were trained for clients of another.
+    #[must_use]
+    pub(super) fn with_tuned_of(mut self, other: &Self) -> Self {
+        self.tuned.clone_from(&other.tuned);
+        self
+    }
+
     /// Returns true if there is none.
     pub fn is_empty(&self) -> bool {
         self.listed.is_empty()
@@ -39,23 +67,25 @@ impl Models {
 
     /// The names that are listed.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.listed.keys().map(String::as_str)
+        self.listed.keys().chain(self.tuned.keys().filter(|name| !self.listed.contains_key(*name))).map(String::as_str)
     }
 
     /// The handlers, by the names that are listed.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Arc<dyn Handler>)> {
-        self.listed.iter()
+        let tuned = self.tuned.iter().filter(|(name, _)| !self.listed.contains_key(*name));
+        self.listed.iter().chain(tuned.map(|(name, trained)| (name, &trained.handler)))
     }
 
     /// The name under which a model is listed.
     pub(super) fn listed<'a>(&'a self, name: &'a str) -> Option<&'a str> {
         let name = self.aliases.get(name).map_or(name, String::as_str);
-        self.listed.contains_key(name).then_some(name)
+        (self.listed.contains_key(name) || self.tuned.contains_key(name)).then_some(name)
     }
 
     /// The handler of a name.
     pub(super) fn get(&self, name: &str) -> Option<Arc<dyn Handler>> {
-        self.listed.get(self.listed(name)?).cloned()
+        let name = self.listed(name)?;
+        self.listed.get(name).or_else(|| self.tuned.get(name).map(|trained| &trained.handler)).cloned()
     }
 
     /// Returns true if a name is that of a handler that no route has.

@@ -33,7 +33,7 @@ pub(super) async fn page(State(app): State<Arc<App>>, request: Request) -> Respo
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
     let keyed = request.extensions().get::<Access>().is_some_and(|access| access.0.is_some());
     let models = app.models();
-    let may_use = |name: &str| request.extensions().get::<Access>().is_none_or(|access| access.may_use(name));
+    let may_use = |name: &str| request.extensions().get::<Access>().is_none_or(|access| access.may_use(&models, name));
     let listed = models.iter().filter(|(name, _)| may_use(name)).map(|(name, handler)| (name.clone(), handler.gives()));
     let said = Said { host, scheme: scheme(headers), models: listed.collect(), keyed };
     drop(models);
@@ -123,13 +123,17 @@ impl Said<'_> {
 <h2>Call it</h2>
 <pre>curl {address}/v1/chat/completions \{header}
   -H "content-type: application/json" \
-  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is a prime number?"}}]}}'</pre>
+  -d '{{"model": "{model}",
+       "messages": [{{"role": "user", "content": "What is a prime?"}}]}}'</pre>
 <pre>{import}from openai import OpenAI
 
-client = OpenAI(base_url="{address}/v1", api_key={python})
+client = OpenAI(
+    base_url="{address}/v1",
+    api_key={python},
+)
 answer = client.chat.completions.create(
     model="{model}",
-    messages=[{{"role": "user", "content": "What is a prime number?"}}],
+    messages=[{{"role": "user", "content": "What is a prime?"}}],
 )
 print(answer.choices[0].message.content)</pre>
 </html>

@@ -280,7 +280,9 @@ impl Refusal {
 
 impl From<HandlerError> for Refusal {
     fn from(error: HandlerError) -> Self {
-        let refusal = Self::new(StatusCode::BAD_GATEWAY, error.message);
+        // What was tried again already is not for clients to try again, which multiplies the requests to providers.
+        let retry = error.exhausted.then_some(false);
+        let refusal = Self { retry, ..Self::new(StatusCode::BAD_GATEWAY, error.message) };
         // When a provider refuses our key or model, the fault is in the file of handlers and not in the request.
         let upstream =
             |refusal: Self, code| Self { kind: "api_error", code: Some(code), retry: Some(false), ..refusal };

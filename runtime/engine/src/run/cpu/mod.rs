@@ -31,7 +31,7 @@ use self::updates::prepare;
 pub use self::updates::{DecodeUpdates, Updates};
 use self::workspace::{Buffer, Pool, Workspace};
 use crate::adapt::adaptation::Adaptation;
-use crate::models::{Architecture, BaseModel};
+use crate::models::{Architecture, BaseModel, EMBEDDING};
 use crate::run::batch::Batch;
 use crate::run::gradients::Gradients;
 use crate::run::plain::block::{Keep, Plain, PlainActivations, lowest_trained, plain_head};
@@ -173,7 +173,9 @@ impl<E: ProductElement> Fused<E> {
         let turns = self.rotary.rows(&pass.model.architecture, batch);
         let rows = &self.rows(pass, updates, batch, &turns);
         let (h, _) = self.up(rows, &|_| Keep::Nothing)?;
-        Ok(self.top(rows, h, None)?.0)
+        let (log_probs, _) = self.top(rows, h, None)?;
+        self.release_embedding(rows);
+        Ok(log_probs)
     }
 
     /// The residual stream above the last layer, of the rows with a target: (targets, C).
@@ -221,6 +223,7 @@ impl<E: ProductElement> Fused<E> {
         if let Some(dh) = dh {
             self.back_down(rows, kept, dh, lowest, gradients)?;
         }
+        self.release_embedding(rows);
         Ok(log_probs)
     }
 
@@ -232,6 +235,19 @@ impl<E: ProductElement> Fused<E> {
         turns: &'a [Vec<u32>],
     ) -> Rows<'a, E> {
         Rows { pass, batch, updates, rotary: &self.rotary, turns, workspace: &self.workspace }
+    }
+
+    /// Gives the pages of an embedding back of which rows are looked up alone. With those around them, they would gather until nearly all of
+    /// it is in memory.
+    fn release_embedding(&self, rows: &Rows<'_, E>) {
+        let Rows { pass, updates, .. } = rows;
+        let multiplied =
+            pass.model.architecture.tie_word_embeddings && !self.head(updates).is_some_and(FusedHead::in_integers);
+        if let Some(embedding) =
+            pass.model.module_index(EMBEDDING).filter(|_| updates.freezes_embedding() && !multiplied)
+        {
+            pass.model.modules[embedding].weight.release();
+        }
     }
 
     /// All blocks in order: the residual stream, and what each keeps for backward.

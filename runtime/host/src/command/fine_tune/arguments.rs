@@ -9,7 +9,7 @@ use homeroom_engine::train::schedule::Schedule;
 use serde::{Serialize, Serializer};
 
 use crate::command::arguments::{
-    COUNT_MAX, ObjectiveArgs, PluginArgs, RowArgs, Word, not_negative, one_of, rate, share, whole,
+    COUNT_MAX, ObjectiveArgs, PluginArgs, RowArgs, Word, above_zero, not_negative, one_of, rate, share, whole,
 };
 use crate::command::rows::{columns, lossy_paths, lossy_paths_option};
 use crate::command::strategy::{PassArgs, StrategyArgs};
@@ -67,6 +67,9 @@ pub struct Arguments {
     /// Peak learning rate [default: what the strategy proposes, else 2e-4; of that a tenth for dpo and kto, half for orpo]
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub(super) learning_rate: Option<f64>,
+    /// Factor on the peak learning rate, whoever chose that
+    #[arg(long, value_name = "X", value_parser = above_zero)]
+    pub(super) learning_rate_multiplier: Option<f64>,
     /// Shape of the learning rate after warm-up
     #[arg(long, default_value = "cosine", value_name = "SHAPE", value_parser = one_of::<Schedule>(&SCHEDULES))]
     pub(super) lr_scheduler_type: Schedule,
@@ -195,7 +198,7 @@ pub(super) fn chosen(
         gradient_accumulation_steps: arguments.gradient_accumulation_steps.unwrap_or(1) as usize,
         learning_rate: arguments.learning_rate.unwrap_or_else(|| {
             proposed.unwrap_or(defaults::LEARNING_RATE) * arguments.objective.objective.learning_rate_scale()
-        }),
+        }) * arguments.learning_rate_multiplier.unwrap_or(1.0),
         lr_scheduler_type: arguments.lr_scheduler_type,
         warmup_ratio: arguments.warmup_ratio,
         weight_decay: arguments.weight_decay,

@@ -259,7 +259,6 @@ fn refuse_too_large(arguments: &Arguments, plugin: &Plugin, options: &Map<String
         packing: true,
         pass_rows: None,
         compute: arguments.passes.compute,
-        tokens: Some(2),
         program_bytes: before.program_bytes(),
     };
     let needed = Estimator::new(plugin, options, &base.sketch, requantize)?.estimate(&least).peak_memory_bytes;

@@ -7,21 +7,19 @@ use anyhow::Result;
 use toml::de::DeTable;
 
 use super::endpoint::{self, EndpointSpec};
-use super::{ENDPOINT_LIMITS, HandlerSpec};
+use super::{HandlerSpec, with_settings};
 use crate::handler::Handler;
 use crate::handler::anthropic::{Anthropic, ApiVersion};
-use crate::handler::limit::Limited;
 use crate::toml_problems::{Problems, near};
 
 /// The keys of its table.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 9] = [
     "kind",
     "base_url",
     "model",
     "api_key",
     "api_version",
     "unsupported",
-    "max_tokens",
     "connect_timeout_s",
     "read_timeout_s",
     "answer_timeout_s",
@@ -29,7 +27,7 @@ const KEYS: [&str; 10] = [
 /// Where the provider's own API is.
 const URL: &str = "https://api.anthropic.com";
 /// Longest answer where neither a request nor the file says.
-const MAX_TOKENS: i64 = 4096;
+const MAX_TOKENS: usize = 4096;
 
 /// A handler of this kind whose key is not read yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,17 +38,14 @@ pub struct AnthropicSpec {
     pub version: ApiVersion,
     /// `unsupported = "drop"`.
     pub drop_unsupported: bool,
-    /// `max_tokens`.
-    pub max_tokens: usize,
 }
 
 impl AnthropicSpec {
     /// Makes the handler; connects to nothing.
     pub(super) fn load(&self, name: &str) -> Result<Arc<dyn Handler>> {
-        let Self { endpoint, version, drop_unsupported, max_tokens } = self;
-        let (version, drop_unsupported, max_tokens) = (*version, *drop_unsupported, *max_tokens);
-        let handler = Anthropic { endpoint: endpoint.endpoint(name)?, version, drop_unsupported, max_tokens };
-        Ok(Arc::new(Limited::new(Arc::new(handler), ENDPOINT_LIMITS)))
+        let (version, drop_unsupported) = (self.version, self.drop_unsupported);
+        let endpoint = self.endpoint.endpoint(name)?;
+        Ok(Arc::new(Anthropic { endpoint, version, drop_unsupported, max_tokens: MAX_TOKENS }))
     }
 }
 
@@ -61,7 +56,7 @@ pub(super) fn read<'a>(
     span: &Range<usize>,
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
-    problems.unknown_keys(table, &KEYS);
+    problems.unknown_keys(table, &with_settings(&KEYS));
     let mut word = |key: &str, known: &[&str]| {
         let value = table.get(key)?;
         let word = problems.text(key, value)?;
@@ -72,13 +67,11 @@ pub(super) fn read<'a>(
     };
     let version = word("api_version", &ApiVersion::ALL.map(ApiVersion::word));
     let unsupported = word("unsupported", &["reject", "drop"]);
-    let max_tokens = table.get("max_tokens").and_then(|value| problems.int("max_tokens", value, 1..=1_000_000));
     let endpoint = endpoint::read(problems, name, span, table, Some(URL))?;
     let version = ApiVersion::ALL.into_iter().find(|known| version.as_deref() == Some(known.word()));
     Some(HandlerSpec::Anthropic(AnthropicSpec {
         endpoint,
         version: version.unwrap_or(ApiVersion::V2023),
         drop_unsupported: unsupported.as_deref() == Some("drop"),
-        max_tokens: usize::try_from(max_tokens.unwrap_or(MAX_TOKENS)).unwrap_or(usize::MAX),
     }))
 }

@@ -36,6 +36,11 @@ impl EndpointSpec {
         self.api_key_env.as_deref().map(key::read).transpose()
     }
 
+    /// Longest time for a whole answer.
+    pub(super) fn answer_timeout(&self) -> Duration {
+        Duration::from_secs(self.answer_timeout_s)
+    }
+
     /// Reads the key, for a handler of this name.
     pub(super) fn endpoint(&self, name: &str) -> Result<Endpoint> {
         let api_key = self.api_key().map_err(anyhow::Error::msg)?;
@@ -52,7 +57,7 @@ impl EndpointSpec {
             api_key,
             connect_timeout: Duration::from_secs(self.connect_timeout_s),
             read_timeout: Duration::from_secs(self.read_timeout_s),
-            answer_timeout: Duration::from_secs(self.answer_timeout_s),
+            answer_timeout: self.answer_timeout(),
             max_tokens_param: self.max_tokens_param.clone(),
         })
     }

@@ -7,9 +7,13 @@ use anyhow::{Context, Result, bail, ensure};
 use homeroom_engine::inference::Engine;
 use homeroom_engine::models::BaseModel;
 
-use super::{Config, HandlerSpec};
+use super::disabled::Disabled;
+use super::{Config, Egress, HandlerSpec};
 use crate::handler::route::Route;
+use crate::handler::wrap::redact::Redacting;
+use crate::handler::wrap::wrapped;
 use crate::handler::{Gives, Handler};
+use crate::progress::line;
 use crate::registry;
 use crate::toml_problems::near;
 
@@ -17,29 +21,36 @@ use crate::toml_problems::near;
 pub struct Handlers {
     config: Config,
     loaded: Mutex<BTreeMap<String, Arc<dyn Handler>>>,
+    /// Handlers that are disabled, and that was said.
+    warned: Mutex<BTreeSet<String>>,
 }
 
 impl Handlers {
     /// Takes the handlers of a file; loads nothing.
     pub fn new(config: Config) -> Self {
-        Self { config, loaded: Mutex::default() }
+        Self { config, loaded: Mutex::default(), warned: Mutex::default() }
     }
 
     /// Takes the handlers of the edited file. Those that it has not changed stay loaded.
     pub fn succeed(&self, config: Config) -> Self {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let same =
-            |name: &str| config.handlers.get(name).is_some_and(|spec| self.config.handlers.get(name) == Some(spec));
-        let kept = loaded.iter().filter(|(name, _)| same(name)).map(|(name, handler)| (name.clone(), handler.clone()));
+        let is_same = |name: &str| {
+            let (old, new) = (&self.config, &config);
+            new.handlers.contains_key(name)
+                && old.handlers.get(name) == new.handlers.get(name)
+                && old.settings.get(name) == new.settings.get(name)
+        };
+        let kept =
+            loaded.iter().filter(|(name, _)| is_same(name)).map(|(name, handler)| (name.clone(), handler.clone()));
         let kept = kept.collect();
-        Self { config, loaded: Mutex::new(kept) }
+        Self { config, loaded: Mutex::new(kept), warned: Mutex::default() }
     }
 
     /// Returns what clients can name, ready to answer: the routes or, if the file has none, each handler under its own name. Only a route
     /// can allow conversations to leave this machine, so that without one a handler that sends them away is left out, with a note.
     ///
     /// # Errors
-    /// When nothing can be served, or as [`Handlers::get`]. All missing keys are reported at once, before a model is loaded.
+    /// When nothing can be served, or as [`Handlers::get`]. A key that is missing is no error: its handler is disabled, with a warning.
     pub fn served(&self) -> Result<BTreeMap<String, Arc<dyn Handler>>> {
         let Config { path, handlers, routes, .. } = &self.config;
         let path = path.display();
@@ -61,8 +72,14 @@ impl Handlers {
                 eprintln!("note: {path}: {denied}, so it is not served; {hint}");
             }
         }
-        self.check_keys(&names)?;
-        names.into_iter().map(|name| Ok((name.clone(), self.get(name)?))).collect()
+        self.warn_of_keys(names.iter().map(|name| name.as_str()));
+        let one = |name: &String| match handlers.get(name).and_then(HandlerSpec::disabled) {
+            Some(why) if !routes.contains_key(name) => {
+                Ok(Arc::new(Disabled(format!("`{name}` is disabled: {why}"))) as _)
+            }
+            _ => self.get(name),
+        };
+        names.into_iter().map(|name| Ok((name.clone(), one(name)?))).collect()
     }
 
     /// Bases that several handlers share, of those that are loaded, and the names of these.
@@ -83,25 +100,30 @@ impl Handlers {
     /// Handlers in no route of a file that has routes: clients cannot name them.
     pub fn unrouted(&self) -> Vec<String> {
         let Config { handlers, routes, .. } = &self.config;
-        let is_routed = |name: &String| routes.is_empty() || routes.values().any(|chain| chain.contains(name));
+        let all = routes.values().chain(self.config.rules.values().map(|rules| &rules.context_fallback));
+        let is_routed = |name: &String| routes.is_empty() || all.clone().any(|chain| chain.contains(name));
         handlers.keys().filter(|name| !is_routed(name)).cloned().collect()
     }
 
-    /// Checks that all handlers behind some names have their keys.
-    fn check_keys(&self, names: &[&String]) -> Result<()> {
-        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let behind = |name: &&String| self.config.routes.get(*name).cloned().unwrap_or_else(|| vec![(*name).clone()]);
-        let used: BTreeSet<String> = names.iter().flat_map(behind).filter(|name| !loaded.contains_key(name)).collect();
-        let key = |name: &String| self.config.handlers.get(name)?.api_key().err();
-        let missing: Vec<(String, String)> = used.into_iter().filter_map(|name| Some((key(&name)?, name))).collect();
-        let path = self.config.path.display();
-        match missing.as_slice() {
-            [] => Ok(()),
-            [(why, name)] => bail!("{path}: [handlers.{name}]: {why}"),
-            many => {
-                let lines: Vec<String> =
-                    many.iter().map(|(why, name)| format!("\n  [handlers.{name}]: {why}")).collect();
-                bail!("{path}: {} keys are missing{}", many.len(), lines.concat())
+    /// Names of the handlers behind a route, or of the handler itself.
+    fn behind(&self, name: &str) -> Vec<String> {
+        let Some(chain) = self.config.routes.get(name) else { return vec![name.to_owned()] };
+        let long = self.config.rules.get(name).map_or(&[][..], |rules| &rules.context_fallback);
+        let mut names = chain.clone();
+        names.extend(long.iter().filter(|name| !chain.contains(name)).cloned());
+        names
+    }
+
+    /// Says once which handlers behind some names are disabled, as their keys are not in the environment.
+    fn warn_of_keys<'n>(&self, names: impl IntoIterator<Item = &'n str>) {
+        let used: BTreeSet<String> = names.into_iter().flat_map(|name| self.behind(name)).collect();
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in used {
+            if let Some(why) = self.config.handlers.get(&name).and_then(HandlerSpec::disabled)
+                && warned.insert(name.clone())
+            {
+                let path = self.config.path.display();
+                line(format_args!("warning: {path}: [handlers.{name}]: {why}; until then the handler is disabled"));
             }
         }
     }
@@ -119,9 +141,7 @@ impl Handlers {
 
     /// What a route or a handler consists of, in order: names and descriptions.
     pub fn chain(&self, name: &str) -> Vec<(&str, &HandlerSpec)> {
-        let own = [name.to_owned()];
-        let names = self.config.routes.get(name).map_or(&own[..], Vec::as_slice);
-        names
+        self.behind(name)
             .iter()
             .filter_map(|name| self.config.handlers.get_key_value(name))
             .map(|(name, spec)| (&**name, spec))
@@ -134,22 +154,50 @@ impl Handlers {
     }
 
     /// Returns a route or a handler, ready to answer. Whoever asks for a handler by name chooses where conversations go, so that
-    /// `egress` is not asked.
+    /// `egress` is not asked. A route whose handlers are all disabled refuses each request and says why.
     ///
     /// # Errors
-    /// When there is no such name, a model cannot be loaded, or a key is not in the environment.
+    /// When there is no such name, a model cannot be loaded, or the key of a handler that is asked for by name is not in the environment.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Handler>> {
         let Some(chain) = self.config.routes.get(name) else { return self.handler(name) };
-        let handlers = chain.iter().map(|name| Ok((name.clone(), self.handler(name)?)));
-        let handlers: Vec<(String, Arc<dyn Handler>)> = handlers.collect::<Result<_>>()?;
+        self.warn_of_keys([name]);
+        let rules = self.config.rules.get(name).cloned().unwrap_or_default();
+        let handlers = self.enabled(chain, rules.egress)?;
+        let path = self.config.path.display();
         let embeds = handlers.iter().find(|(_, handler)| handler.gives() == Gives::Vectors);
-        if let Some((embeds, _)) = embeds.filter(|_| handlers.len() > 1) {
-            let path = self.config.path.display();
+        if let Some((embeds, _)) = embeds.filter(|_| chain.len() > 1) {
             bail!(
                 "{path}: [routes.{name}]: `{embeds}` is an embedding model, and vectors of two models cannot be compared; give it a route of its own"
             );
         }
-        Ok(Arc::new(Route::new(handlers)))
+        if handlers.is_empty() {
+            let why = |name: &String| Some(format!("`{name}`: {}", self.config.handlers.get(name)?.disabled()?));
+            let whys: Vec<String> = chain.iter().filter_map(why).collect();
+            return Ok(Arc::new(Disabled(format!("no handler of `{name}` is enabled: {}", whys.join("; ")))));
+        }
+        let mut route =
+            Route::new(handlers).with_context_fallback(self.enabled(&rules.context_fallback, rules.egress)?);
+        if let Some(on) = rules.fallback_on {
+            route = route.with_fallback_on(on);
+        }
+        if rules.egress == Egress::Deny {
+            route = route.staying();
+        }
+        rules.settings.around_route(name, Arc::new(route)).with_context(|| format!("{path}: [routes.{name}]"))
+    }
+
+    /// Those of some handlers that are enabled, as a route asks them.
+    fn enabled(&self, names: &[String], egress: Egress) -> Result<Vec<(String, Arc<dyn Handler>)>> {
+        let is_enabled = |name: &&String| self.config.handlers.get(*name).is_none_or(|spec| spec.disabled().is_none());
+        let handlers = names.iter().filter(is_enabled).map(|name| {
+            let mut handler = self.handler(name)?;
+            let is_far = self.config.handlers.get(name).is_some_and(|spec| spec.far_host().is_some());
+            if is_far && egress == Egress::Redact {
+                handler = wrapped(handler, Redacting);
+            }
+            Ok((name.clone(), handler))
+        });
+        handlers.collect()
     }
 
     fn handler(&self, name: &str) -> Result<Arc<dyn Handler>> {
@@ -164,7 +212,8 @@ impl Handlers {
                 if model { format!("\nhint: `--model-dir {name}` is the model of that name") } else { String::new() };
             bail!("{path}: there is no handler or route `{name}`, {}{hint}", near(name, &self.names()));
         };
-        let handler = spec.load(name).with_context(|| format!("{path}: [handlers.{name}]"))?;
+        let settings = self.config.settings.get(name).cloned().unwrap_or_default();
+        let handler = spec.load(name, &settings).with_context(|| format!("{path}: [handlers.{name}]"))?;
         loaded.insert(name.to_owned(), handler.clone());
         Ok(handler)
     }

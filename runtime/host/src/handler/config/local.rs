@@ -9,7 +9,7 @@ use homeroom_engine::inference::TOGETHER;
 use homeroom_engine::run::compute::Compute;
 use toml::de::DeTable;
 
-use super::{HandlerSpec, missing};
+use super::{HandlerSpec, missing, with_settings};
 use crate::handler::Handler;
 use crate::handler::embedding::Embedder;
 use crate::handler::limit::{Limited, Limits};
@@ -20,7 +20,7 @@ use crate::toml_problems::{Problems, near};
 /// The keys of its table.
 const KEYS: [&str; 5] = ["kind", "model", "base_model", "any_base", "compute"];
 /// Limits of a model of this machine: it samples for so many at once, and twice as many may wait.
-const LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
+pub(super) const LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
 
 /// Reads `[handlers.NAME]`.
 pub(super) fn read<'a>(
@@ -30,7 +30,7 @@ pub(super) fn read<'a>(
     span: Range<usize>,
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
-    problems.unknown_keys(table, &KEYS);
+    problems.unknown_keys(table, &with_settings(&KEYS));
     let mut text = |key: &str| table.get(key).and_then(|value| problems.text(key, value));
     let (model, base_model) = (text("model"), text("base_model"));
     let any_base = table.get("any_base").and_then(|value| problems.bool("any_base", value));
@@ -58,9 +58,13 @@ pub(super) fn read<'a>(
 /// # Errors
 /// As [`Local::load`] and [`Embedder::load`].
 pub fn load_local(name: &str, model: ModelRef, compute: Compute) -> Result<Arc<dyn Handler>> {
-    let handler: Arc<dyn Handler> = match Embedder::is_meant(&model.name) {
+    Ok(Arc::new(Limited::new(load(name, model, compute)?, LIMITS)))
+}
+
+/// Loads a model of this machine, without a queue.
+pub(super) fn load(name: &str, model: ModelRef, compute: Compute) -> Result<Arc<dyn Handler>> {
+    Ok(match Embedder::is_meant(&model.name) {
         true => Arc::new(Embedder::load(name, &model, compute)?),
         false => Arc::new(Local::load(name, model, compute)?),
-    };
-    Ok(Arc::new(Limited::new(handler, LIMITS)))
+    })
 }

@@ -4,11 +4,13 @@
 //! keys, what is read of them, and what is made of that.
 
 mod anthropic;
+mod disabled;
 mod endpoint;
 mod handlers;
 mod key;
 mod local;
 mod openai;
+mod replay;
 mod route;
 #[cfg(test)]
 mod tests;
@@ -28,10 +30,15 @@ pub use self::anthropic::AnthropicSpec;
 pub use self::endpoint::EndpointSpec;
 pub use self::handlers::Handlers;
 pub use self::local::load_local;
+pub use self::route::{Egress, Rules};
 use super::limit::Limits;
+use super::replay::{Replay, ReplaySpec};
+use super::wrap::settings::{self, Settings};
 use super::{Handler, Secret};
+use crate::memory::settings as memory;
 use crate::models::ModelRef;
 use crate::serve;
+use crate::serve::fine_tuning::settings as fine_tuning;
 use crate::toml_problems::{Problems, near};
 
 /// Name of the user's file of handlers.
@@ -43,7 +50,7 @@ pub fn handlers_in(data: &Path) -> PathBuf {
 }
 
 /// A file of handlers, as it was read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Its path, for messages.
     pub path: PathBuf,
@@ -51,8 +58,16 @@ pub struct Config {
     pub handlers: BTreeMap<String, HandlerSpec>,
     /// `[routes.NAME]`: names that clients give as `model`, and their handlers in order.
     pub routes: BTreeMap<String, Vec<String>>,
+    /// What stands around each handler.
+    pub settings: BTreeMap<String, Settings>,
+    /// What else each route says.
+    pub rules: BTreeMap<String, Rules>,
     /// `[server]`.
     pub server: serve::settings::Settings,
+    /// `[fine_tuning]`.
+    pub fine_tuning: Option<fine_tuning::Settings>,
+    /// `[memory]`.
+    pub memory: Option<memory::Settings>,
 }
 
 /// A handler as the file describes it, not loaded.
@@ -64,13 +79,15 @@ pub enum HandlerSpec {
     OpenAi(EndpointSpec),
     /// `kind = "anthropic"`.
     Anthropic(AnthropicSpec),
+    /// `kind = "replay"`.
+    Replay(ReplaySpec),
 }
 
 impl HandlerSpec {
     /// The endpoint that it asks, if it asks one.
     fn endpoint(&self) -> Option<&EndpointSpec> {
         match self {
-            Self::Local(..) => None,
+            Self::Local(..) | Self::Replay(_) => None,
             Self::OpenAi(endpoint) => Some(endpoint),
             Self::Anthropic(spec) => Some(&spec.endpoint),
         }
@@ -81,20 +98,40 @@ impl HandlerSpec {
         self.endpoint().filter(|endpoint| !endpoint.base_url.is_loopback()).map(|endpoint| endpoint.base_url.host())
     }
 
+    /// The variable that holds its key, if it has one.
+    pub fn key_variable(&self) -> Option<&str> {
+        self.endpoint().and_then(|endpoint| endpoint.api_key_env.as_deref())
+    }
+
+    /// Why it is disabled, if it is: its key is not in the environment.
+    pub fn disabled(&self) -> Option<String> {
+        self.api_key().err()
+    }
+
     fn api_key(&self) -> Result<Option<Secret>, String> {
         self.endpoint().map_or(Ok(None), EndpointSpec::api_key)
     }
 
-    /// Makes it ready to answer.
-    fn load(&self, name: &str) -> Result<Arc<dyn Handler>> {
+    /// Makes it ready to answer, with what stands around it.
+    fn load(&self, name: &str, settings: &Settings) -> Result<Arc<dyn Handler>> {
         match self {
-            Self::Local(model, compute) => load_local(name, model.clone(), *compute),
-            Self::OpenAi(endpoint) => openai::load(endpoint, name),
-            Self::Anthropic(spec) => spec.load(name),
+            Self::Local(model, compute) => {
+                settings.around(name, local::load(name, model.clone(), *compute)?, local::LIMITS, None)
+            }
+            Self::OpenAi(endpoint) => {
+                let handler = openai::load(endpoint, name)?;
+                settings.around(name, handler, ENDPOINT_LIMITS, Some(endpoint.answer_timeout()))
+            }
+            Self::Anthropic(spec) => {
+                settings.around(name, spec.load(name)?, ENDPOINT_LIMITS, Some(spec.endpoint.answer_timeout()))
+            }
+            Self::Replay(spec) => settings.around(name, Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS, None),
         }
     }
 }
 
+/// The kinds of handlers.
+const KINDS: [&str; 4] = ["local", "openai", "anthropic", "replay"];
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 /// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
@@ -130,12 +167,23 @@ impl Config {
     /// # Errors
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let harmless = [&HARMLESS_KEYS[..], &serve::settings::KEYS].concat();
+        let harmless =
+            [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &serve::settings::KEYS, &fine_tuning::KEYS, &memory::KEYS]
+                .concat();
         let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
-        problems.unknown_keys(&root, &["handlers", "routes", "server"]);
-        let server = serve::settings::read(&mut problems, &root);
-        let mut config = Self { path: path.to_owned(), handlers: BTreeMap::new(), routes: BTreeMap::new(), server };
+        problems.unknown_keys(&root, &["handlers", "routes", "server", "fine_tuning", "memory"]);
+        let (handlers, routes, settings, rules) = Default::default();
+        let mut config = Self {
+            path: path.to_owned(),
+            handlers,
+            routes,
+            settings,
+            rules,
+            server: serve::settings::read(&mut problems, &root),
+            fine_tuning: fine_tuning::Settings::read(&mut problems, path, &root),
+            memory: memory::Settings::read(&mut problems, &root),
+        };
         let tables = [named(&mut problems, &root, "handlers"), named(&mut problems, &root, "routes")];
         let [handlers, routes] = tables;
         let names: Vec<&str> = handlers.iter().map(|(name, _, _)| *name).collect();
@@ -143,13 +191,18 @@ impl Config {
             if let Some(spec) = handler(&mut problems, path, name, table) {
                 config.handlers.insert((*name).to_owned(), spec);
             }
+            if let Some(table) = table.get_ref().as_table() {
+                let settings = Settings::parse(&mut problems, path, table);
+                config.settings.insert((*name).to_owned(), settings);
+            }
         }
         for (name, span, table) in &routes {
             if names.contains(name) {
                 problems.at(span.clone(), format!("`{name}`: a handler has this name already; give the route another"));
             }
-            let chain = route::read(&mut problems, span, table, &names, &config.handlers);
+            let (chain, rules) = route::read(&mut problems, path, span, table, &names, &config.handlers);
             config.routes.insert((*name).to_owned(), chain);
+            config.rules.insert((*name).to_owned(), rules);
         }
         problems.into_result()?;
         Ok(config)
@@ -188,24 +241,30 @@ fn handler<'a>(
 ) -> Option<HandlerSpec> {
     let table = value.get_ref().as_table()?;
     let Some(kind) = table.get("kind") else {
-        problems.at(
-            value.span(),
-            format!("[handlers.{name}]: `kind` is missing; it is \"local\", \"openai\" or \"anthropic\""),
-        );
+        problems.at(value.span(), format!("[handlers.{name}]: `kind` is missing; it is {}", one_of(&KINDS)));
         return None;
     };
     match problems.text("kind", kind)?.as_str() {
         "local" => local::read(problems, path, name, value.span(), table),
         "openai" => openai::read(problems, name, &value.span(), table),
         "anthropic" => anthropic::read(problems, name, &value.span(), table),
+        "replay" => replay::read(problems, path, name, value.span(), table),
         other => {
-            problems.at(
-                kind.span(),
-                format!("`{other}`: unknown kind, {}", near(other, &["local", "openai", "anthropic"])),
-            );
+            problems.at(kind.span(), format!("`{other}`: unknown kind, {}", near(other, &KINDS)));
             None
         }
     }
+}
+
+/// Words in quotes, of which one is meant.
+fn one_of(words: &[&str]) -> String {
+    words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(" or ")
+}
+
+/// The keys of a kind of handler, and those that every handler has.
+fn with_settings(keys: &[&'static str]) -> Vec<&'static str> {
+    let more = settings::HANDLER_KEYS.into_iter().filter(|key| !keys.contains(key));
+    keys.iter().copied().chain(more).collect()
 }
 
 fn missing(problems: &mut Problems, span: Range<usize>, name: &str, key: &str) {

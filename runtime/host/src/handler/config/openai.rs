@@ -7,9 +7,8 @@ use anyhow::Result;
 use toml::de::DeTable;
 
 use super::endpoint::{self, EndpointSpec};
-use super::{ENDPOINT_LIMITS, HandlerSpec};
+use super::{HandlerSpec, with_settings};
 use crate::handler::Handler;
-use crate::handler::limit::Limited;
 use crate::handler::openai::OpenAi;
 use crate::toml_problems::Problems;
 
@@ -27,7 +26,7 @@ const KEYS: [&str; 8] = [
 
 /// Makes the handler; connects to nothing.
 pub(super) fn load(spec: &EndpointSpec, name: &str) -> Result<Arc<dyn Handler>> {
-    Ok(Arc::new(Limited::new(Arc::new(OpenAi::new(spec.endpoint(name)?)), ENDPOINT_LIMITS)))
+    Ok(Arc::new(OpenAi::new(spec.endpoint(name)?)))
 }
 
 /// Reads `[handlers.NAME]`.
@@ -37,7 +36,7 @@ pub(super) fn read<'a>(
     span: &Range<usize>,
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
-    problems.unknown_keys(table, &KEYS);
+    problems.unknown_keys(table, &with_settings(&KEYS));
     let param =
         table.get("max_tokens_param").and_then(|value| Some((value, problems.text("max_tokens_param", value)?)));
     if let Some((value, param)) = &param

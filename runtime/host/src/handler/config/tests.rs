@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 
 use super::*;
+use crate::handler::{Context as RequestContext, HandlerError, Kind, Request};
 
 const GOOD: &str = r#"
 [handlers.near]
@@ -52,24 +53,34 @@ fn a_file_says_which_handlers_there_are() -> Result<()> {
     Ok(())
 }
 
+/// The server goes on without it: other handlers, and other routes, are served.
 #[test]
-fn keys_that_are_missing_are_all_named_before_a_model_is_loaded() -> Result<()> {
-    let refused = |text: &str| -> Result<String> {
+fn a_handler_without_its_key_is_disabled_and_says_so_when_it_is_asked() -> Result<()> {
+    let refused = |text: &str, name: &str| -> Result<HandlerError> {
         let handlers = Handlers::new(Config::parse(Path::new("h.toml"), text)?);
-        Ok(format!("{:#}", handlers.served().err().context("a key is missing")?))
+        let served = handlers.served()?;
+        let asked = served[name].complete(&Request::default(), &RequestContext::default());
+        asked.err().context("it has no key")
     };
-    let one = refused(GOOD)?;
-    assert!(one.contains("h.toml: [handlers.far]: api_key: the environment variable HOMEROOM_TEST_KEY_"), "{one}");
-    assert!(one.contains("is not set; export HOMEROOM_TEST_KEY_THAT_IS_NOT_SET=…") && !one.contains("near"), "{one}");
+    const KEY: &str = "api_key = { env = \"HOMEROOM_TEST_KEY_THAT_IS_NOT_SET\" }\n";
+    let endpoint = |name: &str, more: &str| {
+        format!("[handlers.{name}]\nkind = \"openai\"\nbase_url = \"http://127.0.0.1:1/v1\"\nmodel = \"m\"\n{more}")
+    };
+    let far = endpoint("far", KEY) + "[routes.tutor]\nhandlers = [\"far\"]\n";
+    let one = refused(&far, "tutor")?;
+    assert_eq!(one.kind, Kind::Unavailable);
+    let words = "no handler of `tutor` is enabled: `far`: api_key: the environment variable HOMEROOM_TEST_KEY_THAT_IS_NOT_SET is not set";
+    assert!(one.message.contains(words), "{one}");
     // What it holds is not shown, in case it is half a key.
-    let other =
-        GOOD.replace("[handlers.beside]\n", "[handlers.beside]\napi_key = { env = \"CARGO_PKG_DESCRIPTION\" }\n");
-    let two = refused(&other)?;
-    assert!(two.contains("2 keys are missing") && two.contains("[handlers.far]: api_key"), "{two}");
-    assert!(two.contains("CARGO_PKG_DESCRIPTION holds is not a key") && !two.contains("open-weight"), "{two}");
-    // What no route uses needs no key.
-    let unused = refused(&GOOD.replace("[\"near\", \"far\"]", "[\"near\"]"))?;
-    assert!(unused.contains("no such model"), "{unused}");
+    let other = far.replace("HOMEROOM_TEST_KEY_THAT_IS_NOT_SET", "CARGO_PKG_DESCRIPTION");
+    let other = refused(&other, "tutor")?.message;
+    assert!(other.contains("CARGO_PKG_DESCRIPTION holds is not a key") && !other.contains("open-weight"), "{other}");
+    // The next handler of the route is asked, and an unset key of a handler that no route names is nobody's concern.
+    let two = endpoint("beside", "") + &far.replace("[\"far\"]", "[\"far\", \"beside\"]");
+    let two = refused(&two, "tutor")?.message;
+    assert!(two.contains("127.0.0.1:1") && !two.contains("KEY"), "{two}");
+    let own = endpoint("beside", KEY);
+    assert!(refused(&own, "beside")?.message.starts_with("`beside` is disabled: api_key: "));
     Ok(())
 }
 
@@ -100,11 +111,23 @@ kind = "openai"
 base_url = "api.example.com"
 model = "x"
 read_timeout_s = 0
+temperature = 3
+system = "x"
+system_file = "y"
+retry = 3
+breaker = { failure = 3, open_s = 0.0 }
+words = [{ list = ["x"], file = "y" }, { list = [] }, { file = "x", action = "refus" }, { file = "x", in = ["answers"] }]
+
+[handlers.f]
+kind = "replay"
+match = "oder"
 
 [route.x]
 [routes.a]
 handlers = ["cc", "c", "c"]
-egress = "redact"
+fallback_on = ["timeouts"]
+context_fallback = []
+retry = { max = 1 }
 [routes.y]
 handlers = []
 egress = "dney"
@@ -112,7 +135,7 @@ egress = "dney"
 "#,
     );
     for wanted in [
-        "18 problems",
+        "31 problems",
         "`lokal`: unknown kind, did you mean `local`?",
         "`base_ulr`: unknown key, did you mean `base_url`?",
         "[handlers.b]: `base_url` is missing",
@@ -126,7 +149,20 @@ egress = "dney"
         "`route`: unknown key, did you mean `routes`?",
         "`cc`: there is no such handler, did you mean `c`?",
         "`c`: is in the list twice",
-        "\"redact\" is not supported yet",
+        "`fallback_on`: `timeouts` is unknown, did you mean `timeout`?",
+        "`context_fallback`: the list is empty",
+        "`temperature`: should be from 0 to 2",
+        "`system_file`: there is a `system` already",
+        "`retry`: is a whole number, should be a table with max, base_s, cap_s",
+        "`failure`: unknown key, did you mean `failures`?",
+        "`open_s`: should be from 0.001 to 86400",
+        "`words`: should have either `list` or `file`",
+        "`list`: the list has no word",
+        "`action`: `refus` is unknown, did you mean `refuse`?",
+        "`in`: `answers` is unknown, did you mean `answer`?",
+        "`match`: `oder` is unknown, did you mean `order`?",
+        "[handlers.f]: `file` is missing",
+        "`retry`: unknown key",
         "`handlers`: the list is empty",
         "`dney` is unknown, did you mean `deny`?",
         "the route has no `handlers`",

@@ -91,6 +91,7 @@ pub(super) fn asked(generation: &Generation, request: &Request, context: &Contex
             logprobs: request.logprobs,
             constraint,
             shared: number == 0 && request.choices() > 1,
+            background: context.is_background(),
         })
     };
     let asks = (0..request.choices()).map(ask).collect::<Result<Vec<_>, _>>()?;

@@ -59,7 +59,7 @@ impl Handler for OpenAi {
 
     fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
         let context = context.within(self.endpoint.answer_timeout);
-        embedding::embed(&self.endpoint, || self.endpoint.agent(), request, &context)
+        embedding::embed(&self.endpoint, || self.endpoint.agent(&context), request, &context)
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use ureq::Agent;
 use ureq::http::Uri;
 
 use crate::handler::{HandlerError, Kind, Secret};
@@ -33,24 +32,6 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Makes the HTTP client of one answer. Its shutdown ends every wait of that answer, and of no other.
-    pub(in crate::handler) fn agent(&self) -> Agent {
-        let mut config = Agent::config_builder()
-            .timeout_connect(Some(self.connect_timeout))
-            .timeout_per_read(Some(self.read_timeout))
-            .timeout_per_write(Some(self.read_timeout))
-            .timeout_global(Some(self.answer_timeout))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .user_agent(concat!("homeroom/", env!("CARGO_PKG_VERSION")));
-        if self.base_url.is_loopback() {
-            // A proxy of the environment would take conversations away from this machine.
-            config = config.proxy(None);
-        }
-        Agent::new_with_config(config.build())
-    }
-
     /// Returns a provider's text without the key and control characters, cut to `limit` characters. It is cut last: half a key is not
     /// found.
     fn clean(&self, text: &str, limit: usize) -> String {

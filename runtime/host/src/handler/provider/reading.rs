@@ -107,7 +107,7 @@ impl Reading {
         ask: impl FnOnce(&Endpoint, &Agent, &Teller) -> Result<(), HandlerError> + Send + 'static,
     ) -> Result<Self, HandlerError> {
         context.check()?;
-        let agent = endpoint.agent();
+        let agent = endpoint.agent(&context);
         let reader = Reader::new(&endpoint)?;
         let (sender, told) = sync_channel(AHEAD);
         let reading = Self { told, agent: Some(agent.clone()), context };

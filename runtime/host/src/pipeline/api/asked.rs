@@ -17,7 +17,8 @@ use super::spec::verb;
 use super::stored::{Made, stored};
 use super::value::to_lua;
 use super::{Session, identity};
-use crate::handler::config::{Config, HandlerSpec, Handlers};
+use crate::handler::config::{Config, HandlerSpec, Handlers, Rules};
+use crate::handler::wrap::settings::Settings;
 use crate::handler::{Context, Handler, HandlerError, Kind, Message, PATIENCE, Request, Role};
 use crate::models::{Network, locate};
 use crate::near::exists;
@@ -65,7 +66,11 @@ pub fn generate(lua: &Lua, session: &Session, options: &Options, name: &str) -> 
         }
         return Ok(Value::Table(texts));
     }
-    let more = json!({"handler": chain.iter().map(|(_, spec)| described(spec)).collect::<Result<Vec<_>>>()?});
+    let mut more = json!({"handler": chain.iter().map(|(_, spec)| described(spec)).collect::<Result<Vec<_>>>()?});
+    let around = around(&handlers, name, chain.iter().map(|(name, _)| *name));
+    if !around.is_empty() {
+        more["around"] = json!(around);
+    }
     let answers = stored(lua, session, verb("generate"), options, more.clone(), || {
         if !far.is_empty() {
             session.tell(format_args!("asks      {} prompts go to {}", prompts.len(), far.join(", ")));
@@ -133,6 +138,19 @@ fn allowed(session: &Session, handlers: &Handlers, name: &str, host: &str) -> Re
     Ok(())
 }
 
+/// What a file of handlers puts around a route and its handlers, as far as it does: a system prompt changes answers, for one.
+fn around<'a>(handlers: &Handlers, name: &str, chain: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let config = handlers.config();
+    let rules = config.rules.get(name).filter(|rules| **rules != Rules::default());
+    let settings =
+        chain.filter_map(|name| config.settings.get(name)).filter(|settings| **settings != Settings::default());
+    rules
+        .map(|rules| format!("{rules:?}"))
+        .into_iter()
+        .chain(settings.map(|settings| format!("{settings:?}")))
+        .collect()
+}
+
 /// What a handler answers by: of a model here the digests of its files, too.
 fn described(spec: &HandlerSpec) -> Result<Json> {
     let files = match spec {
@@ -145,7 +163,7 @@ fn described(spec: &HandlerSpec) -> Result<Json> {
                 .map(|path| identity::files(&path))
                 .collect::<Result<_>>()?
         }
-        HandlerSpec::OpenAi(_) | HandlerSpec::Anthropic(_) => Vec::new(),
+        HandlerSpec::OpenAi(_) | HandlerSpec::Anthropic(_) | HandlerSpec::Replay(_) => Vec::new(),
     };
     Ok(json!([format!("{spec:?}"), files]))
 }

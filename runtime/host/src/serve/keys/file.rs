@@ -98,7 +98,12 @@ impl Key {
 
     /// Returns true if it may use a model.
     pub fn may_use(&self, model: &str) -> bool {
-        self.routes.as_ref().is_none_or(|routes| routes.iter().any(|route| route == model))
+        self.routes.is_none() || self.names(model)
+    }
+
+    /// Returns true if it names a model among those that it may use.
+    pub fn names(&self, model: &str) -> bool {
+        self.routes.as_ref().is_some_and(|routes| routes.iter().any(|route| route == model))
     }
 }
 

@@ -41,7 +41,7 @@ pub(in crate::serve) async fn running(
 
 fn listed(app: &App, access: &Access, in_memory: bool) -> Vec<Value> {
     let models = app.models();
-    let may_use = models.iter().filter(|(name, _)| access.may_use(name));
+    let may_use = models.iter().filter(|(name, _)| access.may_use(&models, name));
     let here = may_use.filter(|(_, handler)| !in_memory || handler.engine().is_some());
     let model = |(name, handler): (&String, &Arc<dyn Handler>)| {
         let size = handler.engine().map_or(0, |engine| engine.model().stored_bytes());

@@ -1,0 +1,407 @@
+//! The memory of the class: answers that were given, by consent in the file of handlers, and what was thought of them.
+//!
+//! ```text
+//! memory/
+//!   chain.jsonl            what was written in order, chained by digests; it holds no content
+//!   contents/2026-11-30.jsonl   conversations and feedback of a day; what is removed is removed here
+//!   .lock                  held while something is written
+//! ```
+//!
+//! [`chain`] is append-only, [`contents`] is not: so one person's data can be deleted, and time can run out, while the chain stays whole
+//! and tells that something was removed, when and why. [`rows`] are what a model learns from it.
+
+mod chain;
+mod contents;
+pub mod rows;
+pub mod settings;
+mod verify;
+
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use homeroom_engine::data::report::personal::Redactor;
+use homeroom_engine::files::{Lock, make_directory};
+use serde_json::Value;
+
+use self::chain::{Chain, FILE, Ranges, Said, digest, ranges};
+pub use self::contents::{About, Content};
+use self::contents::{CONTENT_BYTES_MAX, Contents};
+use self::settings::{Content as Kept, Settings};
+pub use self::verify::{Verified, verify};
+use crate::progress::line;
+use crate::registry::when;
+use crate::serve::Person;
+
+/// Answers of which it is known whose they are, so that they can be rated.
+const KNOWN_MAX: usize = 50_000;
+/// Most that can be said of one answer.
+const FEEDBACK_MAX: u8 = 16;
+/// How often it is looked whether a time is over.
+const HOUR: Duration = Duration::from_secs(3600);
+/// Contents that are this much more than the bound make room at once.
+const OVER_BYTES: u64 = 8 << 20;
+
+/// The directory of the memory in a data directory.
+pub fn directory(data: &Path) -> PathBuf {
+    data.join("memory")
+}
+
+/// An answer that was given.
+#[derive(Clone, Debug)]
+pub struct Answered {
+    /// Its id.
+    pub id: String,
+    /// The model, as the client named it.
+    pub model: String,
+    /// The handler that answered.
+    pub handler: String,
+    /// Whose it is.
+    pub person: Person,
+    /// The conversation before it.
+    pub messages: Value,
+    /// The text.
+    pub answer: String,
+}
+
+/// What somebody thinks of an answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Feedback {
+    /// The answer's id.
+    pub response_id: String,
+    /// 1: it is good, -1: it is not.
+    pub rating: Option<i8>,
+    /// A better answer.
+    pub correction: Option<String>,
+    /// Words about it.
+    pub comment: Option<String>,
+}
+
+/// Why feedback is not taken.
+#[derive(Debug)]
+pub enum Refused {
+    /// There is no such answer, or it is another's.
+    Unknown,
+    /// Too much was said of it already.
+    Enough,
+    /// It cannot be written.
+    Failed(anyhow::Error),
+}
+
+#[derive(Clone, Debug)]
+struct Known {
+    /// Its number in the chain; 0: it is not there.
+    number: u64,
+    person: Person,
+    said: u8,
+}
+
+struct State {
+    chain: Chain,
+    known: HashMap<String, Known>,
+    /// Ids in the order in which they came.
+    order: VecDeque<String>,
+    /// That it cannot be written was said.
+    is_told: bool,
+}
+
+/// The memory of a server.
+pub struct Memory {
+    directory: PathBuf,
+    settings: Settings,
+    contents: Contents,
+    state: Mutex<State>,
+}
+
+impl Memory {
+    /// Opens the memory of a data directory for a server; completes what was being removed, and removes what is too old.
+    ///
+    /// # Errors
+    /// When the chain is broken or cannot be read, or the directory cannot be written.
+    pub fn open(data: &Path, settings: Settings) -> Result<Self> {
+        let directory = directory(data);
+        make_directory(&directory)?;
+        let memory = Self::of(directory, settings);
+        memory.mend()?;
+        memory.forget_old()?;
+        memory.recall()?;
+        Ok(memory)
+    }
+
+    /// Opens the memory of a data directory to look at it, or to delete a person's data.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn at(data: &Path) -> Result<Self> {
+        let directory = directory(data);
+        ensure!(directory.join(FILE).exists(), verify::nothing(&directory));
+        Ok(Self::of(directory, Settings::default()))
+    }
+
+    fn of(directory: PathBuf, settings: Settings) -> Self {
+        let chain = Chain::new(&directory);
+        let state = State { chain, known: HashMap::new(), order: VecDeque::new(), is_told: false };
+        let contents = Contents::new(&directory);
+        Self { directory, settings, contents, state: Mutex::new(state) }
+    }
+
+    /// Looks each hour whether a time is over, as long as the memory is used.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn keep_time(memory: &Arc<Self>) -> Result<()> {
+        let memory = Arc::downgrade(memory);
+        thread::Builder::new().name("memory".to_owned()).spawn(move || {
+            loop {
+                thread::sleep(HOUR);
+                let Some(memory) = memory.upgrade() else { return };
+                if let Err(error) = memory.forget_old() {
+                    line(format_args!("warning: what is too old cannot be removed: {error:#}"));
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    fn locked<T>(&self, work: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+        // This process first, so that its threads do not wait by looking.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = Lock::take(&self.directory, &mut |note| line(note))?;
+        let mut removed = Ranges::default();
+        state.chain.catch_up(|link| {
+            if let Said::Removed { numbers, .. } = &link.said {
+                removed.extend(numbers.iter().copied());
+            }
+        })?;
+        if !removed.is_empty() {
+            let State { known, order, .. } = &mut *state;
+            known.retain(|_, known| !removed.holds(known.number));
+            order.retain(|id| known.contains_key(id));
+        }
+        work(&mut state)
+    }
+
+    /// Completes what another process began to remove, and removes what has no line in the chain.
+    fn mend(&self) -> Result<()> {
+        let (mut gone, mut chained) = (Ranges::default(), BTreeSet::new());
+        let mut chain = Chain::new(&self.directory);
+        self.locked(|_| {
+            chain.catch_up(|link| match &link.said {
+                Said::Removed { numbers, .. } => gone.extend(numbers.iter().copied()),
+                _ => drop(chained.insert(link.number)),
+            })?;
+            self.contents.remove(|number| !chained.contains(&number) || gone.holds(number))
+        })
+    }
+
+    /// Reads whose the answers are that are kept.
+    fn recall(&self) -> Result<()> {
+        self.locked(|state| {
+            let (known, order) = (&mut state.known, &mut state.order);
+            self.contents.all(|_, content| match content.about {
+                About::Answer { id, .. } => {
+                    note(known, order, id, Known { number: content.number, person: content.person, said: 0 });
+                }
+                About::Feedback { response_id, .. } => {
+                    if let Some(known) = known.get_mut(&response_id) {
+                        known.said = known.said.saturating_add(1);
+                    }
+                }
+            })
+        })
+    }
+
+    /// Remembers an answer, as far as the settings allow. What cannot be written is told once, and costs no answer.
+    pub fn answered(&self, answered: Answered) {
+        let Answered { id, model, handler, person, mut messages, mut answer } = answered;
+        let known = Known { number: 0, person: person.clone(), said: 0 };
+        if self.settings.content == Kept::None {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let State { known: all, order, .. } = &mut *state;
+            note(all, order, id, known);
+            return;
+        }
+        let mut redactor = Redactor::default();
+        if self.settings.content == Kept::Redacted {
+            messages = redactor.row(&messages).unwrap_or(messages);
+            answer = redactor.text(&answer).into_owned();
+        }
+        if messages.to_string().len() + answer.len() > CONTENT_BYTES_MAX {
+            (messages, answer) = (Value::Null, String::new());
+        }
+        let about = About::Answer { id: id.clone(), model, handler, messages, answer };
+        let written = self.write(person, about);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { known: all, order, is_told, .. } = &mut *state;
+        match written {
+            Ok(number) => note(all, order, id, Known { number, ..known }),
+            Err(error) => {
+                note(all, order, id, known);
+                if !std::mem::replace(is_told, true) {
+                    line(format_args!("warning: conversations are not kept: {error:#}"));
+                }
+            }
+        }
+    }
+
+    /// Takes what somebody thinks of an answer of their own. Returns true if its words are kept, and false if the rating alone is.
+    ///
+    /// # Errors
+    /// When the answer is not known, another's, or enough was said of it; or nothing can be written.
+    pub fn rate(&self, person: Person, feedback: Feedback) -> Result<bool, Refused> {
+        {
+            // What another process has removed is not known any more.
+            self.locked(|_| Ok(())).map_err(Refused::Failed)?;
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = state.known.get_mut(&feedback.response_id).filter(|known| known.person == person);
+            let known = known.ok_or(Refused::Unknown)?;
+            if known.said >= FEEDBACK_MAX {
+                return Err(Refused::Enough);
+            }
+            known.said += 1;
+        }
+        let Feedback { response_id, rating, mut correction, mut comment } = feedback;
+        let keeps = self.settings.content != Kept::None;
+        let mut redactor = Redactor::default();
+        let mut redact = |text: Option<String>| match (self.settings.content, text) {
+            (Kept::Full, text) => text,
+            (Kept::Redacted, Some(text)) => Some(match redactor.text(&text) {
+                Cow::Borrowed(_) => text,
+                Cow::Owned(text) => text,
+            }),
+            _ => None,
+        };
+        (correction, comment) = (redact(correction), redact(comment));
+        let person = if keeps { person } else { Person::default() };
+        let about = About::Feedback { response_id, rating, correction, comment };
+        self.write(person, about).map(|_| keeps).map_err(Refused::Failed)
+    }
+
+    fn write(&self, person: Person, about: About) -> Result<u64> {
+        self.locked(|state| {
+            let time = when::text(SystemTime::now());
+            let day = time.get(..10).context("a time begins with its day")?.to_owned();
+            let is_answer = matches!(about, About::Answer { .. });
+            let number = state.chain.tail().number + 1;
+            let content = Content { number, salt: salt(), time: time.clone(), person, about };
+            let line = serde_json::to_vec(&content)?;
+            // The content first: one without a line in the chain is removed at the next start.
+            self.contents.append(&day, &line)?;
+            let content = digest(&line);
+            let said = if is_answer { Said::Answer { content } } else { Said::Feedback { content } };
+            let number = state.chain.append(time, said)?;
+            if number.is_multiple_of(256) {
+                self.make_room(state)?;
+            }
+            Ok(number)
+        })
+    }
+
+    /// Removes the contents of days that are too old, and of the oldest days where there is too much.
+    ///
+    /// # Errors
+    /// When they cannot be removed.
+    pub fn forget_old(&self) -> Result<()> {
+        let Self { settings, contents, .. } = self;
+        let age = Duration::from_secs(86_400 * settings.retention_days);
+        let oldest = SystemTime::now().checked_sub(age).map(when::text).unwrap_or_default();
+        self.locked(|state| {
+            for day in contents.days().into_iter().filter(|day| day.as_str() < oldest.get(..10).unwrap_or_default()) {
+                self.remove_in(state, contents.numbers(&day)?, "retention")?;
+            }
+            self.make_room(state)
+        })
+    }
+
+    fn make_room(&self, state: &mut State) -> Result<()> {
+        let mut days: VecDeque<(String, u64)> =
+            self.contents.days().into_iter().map(|day| (day.clone(), self.contents.bytes(&day))).collect();
+        let mut bytes: u64 = days.iter().map(|(_, bytes)| bytes).sum();
+        if bytes <= self.settings.bytes_max + OVER_BYTES {
+            return Ok(());
+        }
+        while bytes > self.settings.bytes_max
+            && let Some((day, of_day)) = days.pop_front()
+        {
+            self.remove_in(state, self.contents.numbers(&day)?, "room")?;
+            bytes -= of_day;
+        }
+        Ok(())
+    }
+
+    /// Removes contents, and says so in the chain. That first: whoever is killed meanwhile has the rest removed at the next start.
+    fn remove_in(&self, state: &mut State, numbers: BTreeSet<u64>, why: &str) -> Result<()> {
+        let said = Said::Removed { numbers: ranges(&numbers), why: why.to_owned() };
+        if !numbers.is_empty() {
+            state.chain.append(when::text(SystemTime::now()), said)?;
+        }
+        let State { known, order, .. } = state;
+        known.retain(|_, known| !numbers.contains(&known.number));
+        order.retain(|id| known.contains_key(id));
+        self.contents.remove(|number| numbers.contains(&number))
+    }
+
+    /// All that is kept of a person, in order.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of_person(&self, name: &str) -> Result<Vec<Content>> {
+        let mut found = Vec::new();
+        self.locked(|_| self.contents.all(|_, content| found.extend(content.person.is(name).then_some(content))))?;
+        Ok(found)
+    }
+
+    /// Removes all that is kept of a person; returns how many contents that were.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn forget_person(&self, name: &str) -> Result<usize> {
+        self.locked(|state| {
+            let mut numbers = BTreeSet::new();
+            self.contents.all(|_, content| {
+                if content.person.is(name) {
+                    numbers.insert(content.number);
+                }
+            })?;
+            let count = numbers.len();
+            self.remove_in(state, numbers, "person")?;
+            Ok(count)
+        })
+    }
+
+    /// All contents, in order.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn contents(&self) -> Result<Vec<Content>> {
+        let mut found = Vec::new();
+        self.locked(|_| self.contents.all(|_, content| found.push(content)))?;
+        found.sort_by_key(|content| content.number);
+        Ok(found)
+    }
+}
+
+fn note(known: &mut HashMap<String, Known>, order: &mut VecDeque<String>, id: String, of: Known) {
+    if known.insert(id.clone(), of).is_none() {
+        order.push_back(id);
+    }
+    while order.len() > KNOWN_MAX
+        && let Some(oldest) = order.pop_front()
+    {
+        known.remove(&oldest);
+    }
+}
+
+/// What nobody can guess: 128 bits of a keyed hash whose keys the system has chosen.
+fn salt() -> String {
+    let random = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", random(), random())
+}
+
+#[cfg(test)]
+mod tests;

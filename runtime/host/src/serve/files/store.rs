@@ -1,0 +1,327 @@
+//! Files that clients have sent, in `files/` below `$HOMEROOM_HOME`, for the user alone: a directory each, with what the file is and
+//! what it holds. One that is being sent has another name, so that a file is there whole or not at all.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, ensure_room, make_directory, read_text};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::serve::now;
+
+/// What a file is.
+const ABOUT: &str = "file.json";
+/// Beginning of the name of a directory in the making.
+const NEW: &str = ".new-";
+/// After so long, what is in the making is left over from a process that has ended.
+const LEFT_OVER: Duration = Duration::from_secs(6 * 3600);
+/// Most files.
+const FILES_MAX: usize = 10_000;
+/// Room that is left on the disk.
+const SPARE_BYTES: u64 = 64 << 20;
+
+/// What is known of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// `file-…`.
+    pub id: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Seconds since 1970.
+    pub created_at: u64,
+    /// When it is removed, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<u64>,
+    /// Its name where it came from.
+    pub filename: String,
+    /// `fine-tune`, or `fine-tune-results`.
+    pub purpose: String,
+    /// The key whose it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// The file with its bytes, in its directory.
+    content: String,
+}
+
+impl About {
+    /// As OpenAI's API has it.
+    pub fn card(&self) -> Value {
+        let mut card = json!({
+            "id": self.id,
+            "object": "file",
+            "bytes": self.bytes,
+            "created_at": self.created_at,
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+            "status_details": null,
+        });
+        if let Some(expires_at) = self.expires_at {
+            card["expires_at"] = expires_at.into();
+        }
+        card
+    }
+}
+
+/// How much is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of one file.
+    pub file_bytes: u64,
+    /// Bytes of all files.
+    pub all_bytes: u64,
+}
+
+/// The files of all keys.
+pub struct Files {
+    directory: PathBuf,
+    /// How much is kept.
+    pub limits: Limits,
+}
+
+impl Files {
+    /// Opens `files/` in a data directory, and removes what is left over there.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn open(data: &Path, limits: Limits) -> Result<Self> {
+        let directory = data.join("files");
+        make_directory(&directory)?;
+        let files = Self { directory, limits };
+        files.sweep();
+        Ok(files)
+    }
+
+    /// Removes what an upload left that was broken off, and files whose time is over.
+    fn sweep(&self) {
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let is_new = entry.file_name().to_string_lossy().starts_with(NEW);
+            let is_old = || {
+                let modified = entry.metadata().and_then(|about| about.modified());
+                modified.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > LEFT_OVER))
+            };
+            if is_new && is_old() {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        for about in self.all().into_iter().filter(|about| about.expires_at.is_some_and(|at| at <= now())) {
+            let _ = self.remove(&about);
+        }
+    }
+
+    /// All files, the newest first.
+    fn all(&self) -> Vec<About> {
+        let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        let mut all: Vec<About> = entries.filter_map(|entry| self.about(entry.file_name().to_str()?)).collect();
+        all.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
+        all
+    }
+
+    fn about(&self, id: &str) -> Option<About> {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        let rest = id.strip_prefix("file-").filter(|rest| !rest.is_empty() && rest.len() <= 64)?;
+        if !rest.chars().all(plain) {
+            return None;
+        }
+        let text = read_text(&self.directory.join(id).join(ABOUT), SMALL_FILE_BYTES_MAX).ok()?;
+        let about: About = serde_json::from_str(&text).ok()?;
+        (about.id == id && !about.content.contains('/')).then_some(about)
+    }
+
+    /// The files of a key whose time is not over, the newest first.
+    pub fn of(&self, key: Option<&str>) -> Vec<About> {
+        let now = now();
+        let is_there = |about: &About| about.key.as_deref() == key && about.expires_at.is_none_or(|at| at > now);
+        self.all().into_iter().filter(is_there).collect()
+    }
+
+    /// A file of a key. There is none of this id for whoever has another key.
+    pub fn find(&self, key: Option<&str>, id: &str) -> Option<About> {
+        let now = now();
+        self.about(id).filter(|about| about.key.as_deref() == key && about.expires_at.is_none_or(|at| at > now))
+    }
+
+    /// Where the bytes of a file are.
+    pub fn content(&self, about: &About) -> PathBuf {
+        self.directory.join(&about.id).join(&about.content)
+    }
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn remove(&self, about: &About) -> io::Result<()> {
+        // The record first: what is half removed is no file any more.
+        let directory = self.directory.join(&about.id);
+        fs::remove_file(directory.join(ABOUT))?;
+        fs::remove_dir_all(directory)
+    }
+
+    /// Begins a file of a key.
+    ///
+    /// # Errors
+    /// When there are too many, or no room is left.
+    pub fn begin(&self, key: Option<&str>, filename: &str) -> Result<NewFile<'_>> {
+        self.sweep();
+        let all = self.all();
+        let held: u64 = all.iter().map(|about| about.bytes).sum();
+        ensure!(
+            all.len() < FILES_MAX && held < self.limits.all_bytes,
+            "the files of this server are full: {} of them with {} MiB; delete some",
+            all.len(),
+            held >> 20
+        );
+        ensure_room(&self.directory, SPARE_BYTES)?;
+        let id = format!("file-{}", new_id());
+        let directory = self.directory.join(format!("{NEW}{id}"));
+        make_directory(&directory)?;
+        let about = About {
+            id,
+            bytes: 0,
+            created_at: now(),
+            expires_at: None,
+            content: format!("content{}", ending(filename)),
+            filename: filename.chars().take(255).collect(),
+            purpose: String::new(),
+            key: key.map(str::to_owned),
+        };
+        let file = private_file(&directory.join(&about.content))?;
+        let bytes_max = self.limits.file_bytes.min(self.limits.all_bytes - held);
+        Ok(NewFile { files: self, directory, file, about, bytes_max, is_kept: false })
+    }
+}
+
+/// A file that is being written. Dropped, it is gone.
+pub struct NewFile<'a> {
+    files: &'a Files,
+    directory: PathBuf,
+    file: File,
+    about: About,
+    bytes_max: u64,
+    is_kept: bool,
+}
+
+impl NewFile<'_> {
+    /// Adds bytes. False: it would be too long.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn write(&mut self, piece: &[u8]) -> io::Result<bool> {
+        self.about.bytes += piece.len() as u64;
+        if self.about.bytes > self.bytes_max {
+            return Ok(false);
+        }
+        self.file.write_all(piece).map(|()| true)
+    }
+
+    /// Bytes so far.
+    pub fn bytes(&self) -> u64 {
+        self.about.bytes
+    }
+
+    /// Keeps it, until `lives` is over if that is given.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn keep(mut self, purpose: &str, lives: Option<u64>) -> Result<About> {
+        purpose.clone_into(&mut self.about.purpose);
+        self.about.expires_at = lives.map(|lives| self.about.created_at + lives);
+        self.file.sync_all()?;
+        let mut record = private_file(&self.directory.join(ABOUT))?;
+        record.write_all(serde_json::to_string_pretty(&self.about)?.as_bytes())?;
+        record.sync_all()?;
+        let to = self.files.directory.join(&self.about.id);
+        fs::rename(&self.directory, &to).with_context(|| format!("{}: cannot write", to.display()))?;
+        self.is_kept = true;
+        Ok(self.about.clone())
+    }
+}
+
+impl Drop for NewFile<'_> {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            let _ = fs::remove_dir_all(&self.directory);
+        }
+    }
+}
+
+/// A new file for the user alone.
+///
+/// # Errors
+/// When it is there already, or cannot be written.
+pub fn private_file(path: &Path) -> Result<File> {
+    let mut options = File::options();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path).with_context(|| format!("{}: cannot write", path.display()))
+}
+
+/// Random small letters and digits of an id.
+pub fn new_id() -> String {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let random = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:08x}", random(), random() as u32)
+}
+
+/// The ending that says in which form the rows of a file are.
+fn ending(filename: &str) -> &'static str {
+    let name = filename.to_ascii_lowercase();
+    let known = [".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz"];
+    known.into_iter().find(|ending| name.ends_with(ending)).unwrap_or(".jsonl")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { file_bytes: 10, all_bytes: 15 };
+
+    #[test]
+    fn files_belong_to_a_key_and_are_bounded() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let files = Files::open(place.path(), LIMITS)?;
+        let add = |key: Option<&str>, text: &str| -> Result<Option<About>> {
+            let mut file = files.begin(key, "../a.CSV")?;
+            Ok(if file.write(text.as_bytes())? { Some(file.keep("fine-tune", None)?) } else { None })
+        };
+        let mine = add(Some("class-7b"), "0123456789")?.context("it fits")?;
+        assert_eq!(add(Some("class-7b"), "0123456789x")?, None);
+        assert_eq!(add(None, "012345")?, None, "all together");
+        let other = add(None, "01234")?.context("it fits")?;
+        assert!(files.begin(None, "x").is_err_and(|error| error.to_string().contains("are full")));
+        assert_eq!((files.of(Some("class-7b")), files.of(None)), (vec![mine.clone()], vec![other.clone()]));
+        assert_eq!((files.find(None, &mine.id), files.find(Some("x"), &mine.id)), (None, None));
+        for id in ["../x", "file-", "file-../x", "file-A", &other.id[..other.id.len() - 1]] {
+            assert_eq!(files.find(None, id), None, "{id}");
+        }
+        let path = files.content(&mine);
+        assert!(path.ends_with("content.csv") && fs::read(&path)? == b"0123456789");
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            assert_eq!(fs::metadata(&path)?.permissions().mode() & 0o777, 0o600);
+        }
+        files.remove(&mine)?;
+        assert_eq!(files.of(Some("class-7b")), []);
+        assert!(!path.exists() && fs::read_dir(place.path().join("files"))?.count() == 1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_whose_time_is_over_is_gone() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let files = Files::open(place.path(), LIMITS)?;
+        let mut file = files.begin(None, "a.jsonl")?;
+        file.write(b"x")?;
+        let about = file.keep("fine-tune", Some(0))?;
+        assert_eq!(files.find(None, &about.id), None);
+        drop(Files::open(place.path(), LIMITS)?);
+        assert!(!files.content(&about).exists());
+        Ok(())
+    }
+}

@@ -1,0 +1,135 @@
+//! `[fine_tuning]` of a file of handlers: who may be trained here, and what that may take.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use crate::models::last_part;
+use crate::serve::files::store::Limits;
+use crate::toml_problems::Problems;
+
+/// The keys of the table. None of their values is a secret.
+pub const KEYS: [&str; 7] = ["bases", "keys", "threads", "niceness", "queue", "file_mib_max", "files_mib_max"];
+
+/// What `[fine_tuning]` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// `bases`: the models that may be trained, by the names that clients give.
+    pub bases: BTreeMap<String, PathBuf>,
+    /// `keys`: the names of the keys that may train; `None`: all.
+    pub keys: Option<Vec<String>>,
+    /// `threads`: that a training computes with; `None`: all.
+    pub threads: Option<usize>,
+    /// `niceness`: 0 competes with answers as an equal, 19 takes what they leave.
+    pub niceness: u8,
+    /// `queue`: jobs that may wait.
+    pub queue: usize,
+    /// `file_mib_max` and `files_mib_max`.
+    pub files: Limits,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let files = Limits { file_bytes: 512 << 20, all_bytes: 4 << 30 };
+        Self { bases: BTreeMap::new(), keys: None, threads: None, niceness: 10, queue: 16, files }
+    }
+}
+
+impl Settings {
+    /// The same, and a model may be trained: by the name that it was given, and by the last part of a path.
+    #[must_use]
+    pub fn with_base(mut self, name: &str, model: &Path) -> Self {
+        let short = last_part(Path::new(name)).filter(|short| !short.is_empty());
+        // What was said in full wins over what is only the end of another.
+        if let Some(short) = short {
+            self.bases.entry(short).or_insert_with(|| model.to_owned());
+        }
+        self.bases.insert(name.to_owned(), model.to_owned());
+        self
+    }
+
+    /// Reads the table of the file at `path`, if it has one.
+    pub fn read<'a>(problems: &mut Problems<'a>, path: &Path, root: &DeTable<'a>) -> Option<Self> {
+        let value = root.get("fine_tuning")?;
+        let Some(table) = value.get_ref().as_table() else {
+            problems.wrong_type("fine_tuning", value, "a table, [fine_tuning]");
+            return None;
+        };
+        problems.unknown_keys(table, &KEYS);
+        let mut settings = Self::default();
+        let mut int = |key: &str, range: RangeInclusive<i64>| {
+            let given = problems.int(key, table.get(key)?, range)?;
+            Some(given.unsigned_abs())
+        };
+        settings.threads = int("threads", 1..=1024).map(|threads| threads as usize);
+        settings.niceness = int("niceness", 0..=19).map_or(settings.niceness, |niceness| niceness as u8);
+        settings.queue = int("queue", 1..=1000).map_or(settings.queue, |queue| queue as usize);
+        let mib = |given: Option<u64>, usual: u64| given.map_or(usual, |mib| mib << 20);
+        settings.files.file_bytes = mib(int("file_mib_max", 1..=1 << 20), settings.files.file_bytes);
+        settings.files.all_bytes = mib(int("files_mib_max", 1..=1 << 30), settings.files.all_bytes);
+        let Some(bases) = table.get("bases") else {
+            problems.at(
+                value.span(),
+                "[fine_tuning]: `bases` is missing; it lists the models that may be trained: bases = [\"…\"]",
+            );
+            return None;
+        };
+        settings.keys = table.get("keys").map(|keys| names(problems, "keys", keys));
+        for name in names(problems, "bases", bases) {
+            let beside = path.parent().map(|dir| dir.join(&name)).filter(|beside| beside.exists());
+            let model =
+                beside.and_then(|beside| std::path::absolute(beside).ok()).unwrap_or_else(|| PathBuf::from(&name));
+            settings = settings.with_base(&name, &model);
+        }
+        Some(settings)
+    }
+}
+
+fn names<'a>(problems: &mut Problems<'a>, key: &str, list: &Spanned<DeValue<'a>>) -> Vec<String> {
+    let Some(items) = list.get_ref().as_array() else {
+        problems.wrong_type(key, list, "a list of names");
+        return Vec::new();
+    };
+    if items.is_empty() {
+        problems.at(list.span(), format!("`{key}`: the list is empty; name at least one"));
+    }
+    items.iter().filter_map(|item| problems.text(key, item)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Option<Settings>, String> {
+        let mut problems = Problems::new(Path::new("h.toml"), text);
+        let root = problems.parse();
+        let settings = Settings::read(&mut problems, Path::new("h.toml"), &root);
+        problems.into_result().map(|()| settings).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_table_says_who_may_be_trained() -> Result<(), String> {
+        assert_eq!(read("[handlers.x]\n")?, None);
+        let settings = read("[fine_tuning]\nbases = [\"owner/tiny\", \"tutor\"]\nthreads = 1\nfile_mib_max = 3\n")?;
+        let settings = settings.ok_or("it is there")?;
+        assert_eq!(settings.bases.keys().collect::<Vec<_>>(), ["owner/tiny", "tiny", "tutor"]);
+        assert_eq!(settings.bases["tiny"], Path::new("owner/tiny"));
+        assert_eq!((settings.threads, settings.niceness, settings.files.file_bytes), (Some(1), 10, 3 << 20));
+        let all = read("[fine_tuning]\nbase = [\"x\"]\nthreads = 0\nniceness = -1\nqueue = \"many\"\n")
+            .expect_err("it is wrong");
+        for words in [
+            "`base`: unknown key, did you mean `bases`?",
+            "`threads`: should be from 1",
+            "`niceness`: should be from 0 to 19",
+            "`queue`: is a text",
+            "`bases` is missing",
+        ] {
+            assert!(all.contains(words), "{words}\n{all}");
+        }
+        assert!(read("[fine_tuning]\nbases = []\n").expect_err("it is empty").contains("name at least one"));
+        Ok(())
+    }
+}

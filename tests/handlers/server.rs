@@ -75,7 +75,7 @@ fn the_server_speaks_as_openai_does() -> Result<()> {
 
     for (body, status, param, code) in [
         (chat_body(&json!({"model": "other"})), 404, json!("model"), json!("model_not_found")),
-        (chat_body(&json!({"n": 2})), 400, json!("n"), Value::Null),
+        (chat_body(&json!({"n": 9})), 400, json!("n"), Value::Null),
         (
             chat_body(&json!({"messages": [{"role": "user", "content": "many words ".repeat(200)}]})),
             400,

@@ -25,9 +25,11 @@ use serde_json::{Value, json};
 
 use crate::support::{fixture, homeroom, root};
 
+mod anthropic;
 mod cloud;
 pub mod faults;
 mod program;
+mod requests;
 mod routes;
 mod server;
 mod swap;

@@ -75,7 +75,7 @@ fn the_server_speaks_as_openai_does() -> Result<()> {
 
     for (body, status, param, code) in [
         (chat_body(&json!({"model": "other"})), 404, json!("model"), json!("model_not_found")),
-        (chat_body(&json!({"n": 2})), 400, json!("n"), Value::Null),
+        (chat_body(&json!({"n": 9})), 400, json!("n"), Value::Null),
         (
             chat_body(&json!({"messages": [{"role": "user", "content": "many words ".repeat(200)}]})),
             400,
@@ -134,7 +134,7 @@ fn what_is_not_served_is_told_with_what_is() -> Result<()> {
             "POST",
             "/v1/images/generations",
             404,
-            "known are /v1/chat/completions, /v1/embeddings, /v1/feedback, /v1/files, /v1/fine_tuning/jobs, /v1/models",
+            "known are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/feedback, /v1/files, /v1/fine_tuning/jobs, /v1/models",
         ),
         ("GET", "/favicon.ico", 404, "/favicon.ico is not served here"),
         ("GET", "/v1/models/tutr", 404, "there is no model `tutr` here, did you mean `tutor`?"),

@@ -114,14 +114,7 @@ impl Scheduler {
         self.first_come = !self.first_come;
         if let Some((sequence, end)) = next {
             *end = guarded(|| sequence.read(inference)).transpose();
-            let request = &mut sequence.request;
-            if sequence.last.is_some() && std::mem::take(&mut request.shared) {
-                let whole = sequence.cache.prefix(request.prompt.len());
-                if let Some(cache) = whole {
-                    let architecture = &inference.model.architecture;
-                    self.prefixes.keep(architecture, request.adapter.as_ref(), request.prompt.clone(), cache);
-                }
-            }
+            share(inference, sequence, &mut self.prefixes);
         }
         let mut by_adapter: Vec<(u64, Vec<Drawing<'_>>)> = Vec::new();
         let drawing = (self.running.iter_mut().zip(&mut ends))
@@ -154,6 +147,18 @@ impl Scheduler {
             // Whoever asked may have gone.
             let _ = sequence.request.events.send(event);
         }
+    }
+}
+
+/// Keeps what was read of a prompt that is asked again, once all of it was read.
+fn share(inference: &Inference, sequence: &mut Sequence, prefixes: &mut PrefixCache) {
+    let request = &mut sequence.request;
+    if sequence.last.is_none() || !std::mem::take(&mut request.shared) {
+        return;
+    }
+    if let Some(cache) = sequence.cache.prefix(request.prompt.len()) {
+        let architecture = &inference.model.architecture;
+        prefixes.keep(architecture, request.adapter.as_ref(), request.prompt.clone(), cache);
     }
 }
 
@@ -224,6 +229,24 @@ mod tests {
         let inference = Arc::new(Inference::new(Arc::new(model), Compute::F32));
         let (waiting, running, prefixes) = (VecDeque::new(), Vec::new(), PrefixCache::default());
         Ok(Scheduler { inference, waiting, running, prefixes, bytes_max: u64::MAX, first_come: false })
+    }
+
+    /// The other choices of a request begin with it.
+    #[test]
+    fn a_prompt_that_is_asked_again_is_there_from_its_first_token_on() -> Result<()> {
+        for shared in [true, false] {
+            let mut scheduler = scheduler()?;
+            let _first = admitted(&mut scheduler, 40)?;
+            let request = &mut scheduler.running[0].request;
+            request.shared = shared;
+            let prompt = request.prompt.clone();
+            let Scheduler { inference, running, prefixes, .. } = &mut scheduler;
+            running[0].read(inference)?;
+            share(inference, &mut running[0], prefixes);
+            let found = prefixes.find(&inference.model.architecture, None, &prompt);
+            assert_eq!(found.map(|cache| cache.positions()), shared.then_some(39), "all but the last token");
+        }
+        Ok(())
     }
 
     #[test]

@@ -228,7 +228,7 @@ impl Request {
             (Field::ParallelToolCalls, parallel_tool_calls.is_some() && !tools.is_empty()),
             (Field::JsonObject, matches!(response_format, Some(ResponseFormat::JsonObject))),
             (Field::JsonSchema, matches!(response_format, Some(ResponseFormat::JsonSchema { .. }))),
-            (Field::ReasoningEffort, reasoning_effort.is_some()),
+            (Field::ReasoningEffort, reasoning_effort.as_ref().is_some_and(|effort| effort != "none")),
         ];
         all.into_iter().filter_map(|(field, given)| given.then_some(field)).collect()
     }

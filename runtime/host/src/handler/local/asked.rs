@@ -81,6 +81,9 @@ pub(super) fn asked(generation: &Generation, request: &Request, context: &Contex
             Held::Free => None,
             Held::Schema(schema, lenient, param) => Some(generation.grammars()?.schema(schema, *lenient, param)?),
             Held::Call(schema) => Some(generation.grammars()?.schema(schema, true, "tools")?),
+            Held::Either(schema, lenient) => {
+                Some(generation.grammars()?.schema(schema, *lenient, "response_format")?)
+            }
         };
         Ok(Ask {
             sampling: sampling(request, context, number, limit),
@@ -92,7 +95,8 @@ pub(super) fn asked(generation: &Generation, request: &Request, context: &Contex
         })
     };
     let asks = (0..request.choices()).map(ask).collect::<Result<Vec<_>, _>>()?;
-    let forced = matches!(held, Held::Call(_));
+    // All of the answer is JSON, in which a call is one without its marks.
+    let forced = matches!(held, Held::Call(_) | Held::Either(..));
     let offered = !request.tools.is_empty() && request.tool_choice != Some(ToolChoice::None);
     let calls = || offered.then(|| calls(format, &request.tools, forced));
     Ok(Asked {

@@ -19,8 +19,10 @@ const TOKEN_BYTES_MAX: usize = 512;
 const STATES_MAX: usize = 20_000;
 /// Largest grammar, in symbols.
 const GRAMMAR_MAX: usize = 100_000;
-/// White space that may stand between the tokens of JSON: models that may write more of it do not find an end.
-const SPACE: &str = r"[ \n]{1,8}";
+/// White space that may stand between the tokens of JSON: small models that may write more of it do not find an end.
+const SPACE: &str = " ";
+/// Longest schema, as JSON: the memory of a grammar is some hundred times that.
+const SCHEMA_BYTES_MAX: usize = 128 << 10;
 
 /// Makes the forms of a model's tokenizer.
 pub(super) struct Grammars {
@@ -71,6 +73,10 @@ impl Grammars {
         lenient: bool,
         param: &str,
     ) -> Result<Box<dyn Constraint>, HandlerError> {
+        if schema.to_string().len() > SCHEMA_BYTES_MAX {
+            let message = format!("`{param}`: the schema is longer than {} KiB", SCHEMA_BYTES_MAX >> 10);
+            return Err(HandlerError::invalid(param, message));
+        }
         let mut schema = if has_key(schema, "allOf") { schema.clone() } else { closed(schema) };
         if let Some(fields) = schema.as_object_mut() {
             let options = json!({"whitespace_flexible": false, "whitespace_pattern": SPACE, "lenient": lenient});
@@ -95,16 +101,30 @@ pub(super) enum Held {
     Schema(Value, bool, &'static str),
     /// A call of a tool: JSON by a schema.
     Call(Value),
+    /// A call of a tool or an answer: JSON by a schema. Whether leniently.
+    Either(Value, bool),
 }
 
 impl Held {
     /// Returns what a request holds its answer to, of a model that writes calls in a format.
     pub(super) fn of(request: &Request, format: &Format) -> Self {
         match (&request.tool_choice, &request.response_format) {
-            (Some(ToolChoice::Required), _) => Self::Call(calls(&request.tools, format)),
+            (Some(ToolChoice::Required), _) => Self::Call(json!({"anyOf": calls(&request.tools, format, 0)})),
             (Some(ToolChoice::Named(name)), _) => {
                 let named: Vec<Tool> = request.tools.iter().filter(|tool| tool.name == *name).cloned().collect();
-                Self::Call(calls(&named, format))
+                Self::Call(json!({"anyOf": calls(&named, format, 0)}))
+            }
+            (Some(ToolChoice::Auto) | None, Some(form))
+                if !request.tools.is_empty() && form != &ResponseFormat::Text =>
+            {
+                let (mut schema, strict) = match form {
+                    ResponseFormat::JsonSchema { schema, strict, .. } => (schema.clone(), *strict),
+                    _ => (json!({"type": "object"}), None),
+                };
+                move_references(&mut schema, "#/anyOf/0");
+                let mut any = vec![schema];
+                any.extend(calls(&request.tools, format, 1));
+                Self::Either(json!({"anyOf": any}), strict != Some(true))
             }
             (_, Some(ResponseFormat::JsonObject)) => Self::Schema(json!({"type": "object"}), false, "response_format"),
             (_, Some(ResponseFormat::JsonSchema { schema, strict, .. })) => {
@@ -115,11 +135,11 @@ impl Held {
     }
 }
 
-/// The schema of a call of one of some tools.
-fn calls(tools: &[Tool], format: &Format) -> Value {
+/// The schemas of calls of some tools, which stand in a list of schemas behind `before` others.
+fn calls(tools: &[Tool], format: &Format, before: usize) -> Vec<Value> {
     let one = |(i, tool): (usize, &Tool)| {
         let mut schema = tool.parameters.clone().unwrap_or_else(|| json!({"type": "object", "properties": {}}));
-        move_references(&mut schema, &format!("#/anyOf/{i}/properties/{}", format.arguments));
+        move_references(&mut schema, &format!("#/anyOf/{}/properties/{}", before + i, format.arguments));
         if schema.get("type").is_none() && schema.get("$ref").is_none() {
             schema["type"] = json!("object");
         }
@@ -133,7 +153,7 @@ fn calls(tools: &[Tool], format: &Format) -> Value {
             "additionalProperties": false,
         })
     };
-    json!({"anyOf": tools.iter().enumerate().map(one).collect::<Vec<Value>>()})
+    tools.iter().enumerate().map(one).collect()
 }
 
 /// Lets references within a schema lead to the same places when it stands at `place` in another.

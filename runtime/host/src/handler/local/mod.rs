@@ -7,7 +7,9 @@ mod formats;
 mod grammar;
 mod tools;
 
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::time::Duration;
 
 use anyhow::Result;
 use homeroom_engine::inference::Engine;
@@ -75,16 +77,20 @@ impl Generation {
         Self { answerer, grammars: Arc::default(), fingerprint: Arc::default(), files }
     }
 
-    /// Has the fingerprint taken, which reads all files unless their digests are kept. Answers do not wait for it.
+    /// Has the fingerprint taken, which reads all files unless their digests are kept. Large models answer without it until it is there.
     fn take_fingerprint(&self, reference: &ModelRef) {
         let (reference, fingerprint) = (reference.clone(), self.fingerprint.clone());
+        let (sender, taken) = channel::<()>();
         let take = move || {
+            let _sender = sender;
             if let Ok(digest) = reference.digest() {
                 let _ = fingerprint.set(format!("fp_{}", &digest[..FINGERPRINT_DIGITS]));
             }
         };
         // Without a thread, answers go without.
-        drop(std::thread::Builder::new().name("digests".to_owned()).spawn(take));
+        if std::thread::Builder::new().name("digests".to_owned()).spawn(take).is_ok() {
+            let _ = taken.recv_timeout(FINGERPRINT_PATIENCE);
+        }
     }
 
     fn model(&self) -> &Arc<BaseModel> {
@@ -100,6 +106,8 @@ impl Generation {
 
 /// Digits of a fingerprint, as many as OpenAI's have.
 const FINGERPRINT_DIGITS: usize = 10;
+/// Longest wait for a fingerprint while a model is loaded.
+const FINGERPRINT_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Local {
     /// Answers with a model under a name.

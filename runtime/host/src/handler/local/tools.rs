@@ -78,3 +78,86 @@ fn tell(messages: &mut Vec<Map<String, Value>>, tools: &[Tool]) {
         _ => messages.insert(0, Message::new(Role::System, words).json()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use homeroom_engine::text::template::{ChatTemplate, Given};
+
+    use super::*;
+    use crate::handler::ToolCall;
+
+    fn rendered(template: &str, request: &Request) -> String {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/templates/published");
+        let source = std::fs::read_to_string(folder.join(template).with_extension("jinja")).expect("a fixture");
+        let template = ChatTemplate::new(&source, Some("<s>"), Some("</s>")).expect("it compiles");
+        let Conversation { messages, tools } = conversation(request, template.writes_tools());
+        let given = Given { tools: tools.as_ref(), ..Given::default() };
+        template.render(&messages, given, true).expect("it takes the conversation")
+    }
+
+    fn request() -> Request {
+        let call = ToolCall { id: "call12345".into(), name: "weather".into(), arguments: "{\"city\":\"Ulm\"}".into() };
+        let result = Message { tool_call_id: Some("call12345".into()), ..Message::new(Role::Tool, "sonnig") };
+        let parameters =
+            Some(json!({"type": "object", "properties": {"city": {"type": "string", "description": "where"}}}));
+        let description = Some("weather of a city".into());
+        Request {
+            messages: vec![
+                Message::new(Role::System, "Kurz."),
+                Message::new(Role::User, "Wetter?"),
+                Message { tool_calls: vec![call], ..Message::new(Role::Assistant, "") },
+                result,
+            ],
+            tools: vec![Tool { name: "weather".into(), description, parameters, strict: None }],
+            ..Request::default()
+        }
+    }
+
+    #[test]
+    fn templates_are_told_of_tools_calls_and_results_in_their_own_words_or_in_ours() {
+        for (template, words) in [
+            (
+                "qwen2_5",
+                [
+                    "<tools>",
+                    "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Ulm\"}}",
+                    "<tool_response>\nsonnig",
+                ],
+            ),
+            (
+                "qwen3",
+                [
+                    "<tools>",
+                    "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Ulm\"}}",
+                    "<tool_response>\nsonnig",
+                ],
+            ),
+            (
+                "llama3_1",
+                [
+                    "\"parameters\": dictionary",
+                    "{\"name\": \"weather\", \"parameters\": {\"city\": \"Ulm\"}}",
+                    "ipython",
+                ],
+            ),
+            ("mistral_v3_tekken", ["[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]"]),
+            (
+                "chatml",
+                [
+                    "These tools can be called:\n{\"name\":\"weather\"",
+                    "<tool_call>\n{\"name\":\"weather\",\"arguments\":{\"city\":\"Ulm\"}}\n</tool_call>",
+                    "<tool_response>\nsonnig\n</tool_response>",
+                ],
+            ),
+        ] {
+            let text = rendered(template, &request());
+            for words in words {
+                assert!(text.contains(words), "{template} has no {words:?}:\n{text}");
+            }
+            assert!(text.contains("Kurz.") && text.contains("sonnig"), "{template}: {text}");
+        }
+        let without = Request { tool_choice: Some(ToolChoice::None), ..request() };
+        assert!(!rendered("chatml", &without).contains("These tools"));
+        assert!(!rendered("qwen2_5", &without).contains("<tools>"));
+    }
+}

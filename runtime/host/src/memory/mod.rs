@@ -3,6 +3,7 @@
 //! ```text
 //! memory/
 //!   chain.jsonl            what was written in order, chained by digests; it holds no content
+//!   head.json              number and digest of its last line
 //!   contents/2026-11-30.jsonl   conversations and feedback of a day; what is removed is removed here
 //!   .lock                  held while something is written
 //! ```
@@ -12,6 +13,8 @@
 
 mod chain;
 mod contents;
+mod head;
+mod mend;
 pub mod rows;
 pub mod settings;
 mod verify;
@@ -139,7 +142,7 @@ impl Memory {
     /// When there is none.
     pub fn at(data: &Path) -> Result<Self> {
         let directory = directory(data);
-        ensure!(directory.join(FILE).exists(), verify::nothing(&directory));
+        ensure!(is_there(&directory), verify::nothing(&directory));
         Ok(Self::of(directory, Settings::default()))
     }
 
@@ -183,20 +186,24 @@ impl Memory {
             known.retain(|_, known| !removed.holds(known.number));
             order.retain(|id| known.contains_key(id));
         }
-        work(&mut state)
+        if let Some(apart) = state.chain.apart() {
+            let words = apart.words();
+            line(format_args!("note: {}: {words}; it is set right", self.directory.display()));
+        }
+        let done = work(&mut state);
+        // The chain is longer than its head until that is written: the next who comes sets it right.
+        if done.is_ok()
+            && let Err(error) = state.chain.keep_head()
+            && !std::mem::replace(&mut state.is_told, true)
+        {
+            line(format_args!("warning: {error:#}"));
+        }
+        done
     }
 
-    /// Completes what another process began to remove, and removes what has no line in the chain.
+    /// Completes what another process began to remove, and takes back what a crash left half written.
     fn mend(&self) -> Result<()> {
-        let (mut gone, mut chained) = (Ranges::default(), BTreeSet::new());
-        let mut chain = Chain::new(&self.directory);
-        self.locked(|_| {
-            chain.catch_up(|link| match &link.said {
-                Said::Removed { numbers, .. } => gone.extend(numbers.iter().copied()),
-                _ => drop(chained.insert(link.number)),
-            })?;
-            self.contents.remove(|number| !chained.contains(&number) || gone.holds(number))
-        })
+        self.locked(|_| mend::mend(&self.directory, &self.contents))
     }
 
     /// Reads whose the answers are that are kept.
@@ -290,11 +297,17 @@ impl Memory {
             let number = state.chain.tail().number + 1;
             let content = Content { number, salt: salt(), time: time.clone(), person, about };
             let line = serde_json::to_vec(&content)?;
-            // The content first: one without a line in the chain is removed at the next start.
-            self.contents.append(&day, &line)?;
+            // The content first: one without a line in the chain is removed at once, or after a crash at the next start.
+            let before = self.contents.append(&day, &line)?;
             let content = digest(&line);
             let said = if is_answer { Said::Answer { content } } else { Said::Feedback { content } };
-            let number = state.chain.append(time, said)?;
+            let number = match state.chain.append(time, said) {
+                Ok(number) => number,
+                Err(error) => {
+                    let _ = self.contents.cut(&day, before);
+                    return Err(error);
+                }
+            };
             if number.is_multiple_of(256) {
                 self.make_room(state)?;
             }
@@ -343,7 +356,8 @@ impl Memory {
         let State { known, order, .. } = state;
         known.retain(|_, known| !numbers.contains(&known.number));
         order.retain(|id| known.contains_key(id));
-        self.contents.remove(|number| numbers.contains(&number))
+        // What can be read no more may be theirs.
+        self.contents.remove(|_, content| content.is_none_or(|content| numbers.contains(&content.number)))
     }
 
     /// All that is kept of a person, in order.
@@ -361,6 +375,8 @@ impl Memory {
     /// # Errors
     /// When it cannot be removed.
     pub fn forget_person(&self, name: &str) -> Result<usize> {
+        // A line of the chain may follow, so that what a crash left there goes first.
+        self.mend()?;
         self.locked(|state| {
             let mut numbers = BTreeSet::new();
             self.contents.all(|_, content| {
@@ -384,6 +400,11 @@ impl Memory {
         found.sort_by_key(|content| content.number);
         Ok(found)
     }
+}
+
+/// Whether something is kept, or was.
+fn is_there(directory: &Path) -> bool {
+    [FILE, head::FILE].iter().any(|name| directory.join(name).exists()) || !Contents::new(directory).days().is_empty()
 }
 
 fn note(known: &mut HashMap<String, Known>, order: &mut VecDeque<String>, id: String, of: Known) {

@@ -149,12 +149,120 @@ fn what_was_changed_or_taken_out_shows() -> Result<()> {
     );
     assert!(check(&format!("{whole}{}\n", lines[0]))?.contains("content 1: is there twice"));
     // A content that a kill left without its line in the chain is removed at the next start.
-    let more = lines[0].replace("\"number\":1,", "\"number\":9,");
-    assert!(check(&format!("{whole}{more}\n{{\"num"))?.contains("content 9: the chain does not know it"));
+    let more = lines[0].replace("\"number\":1,", "\"number\":4,");
+    assert!(check(&format!("{whole}{more}\n{{\"num"))?.contains("content 4: the chain does not know it"));
     drop(Memory::open(place.path(), settings(Kept::Full))?);
     assert_eq!(verify(place.path(), None)?.contents, 3);
+    // As is one of a number that was given again.
+    let more = lines[1].replace("yes", "no");
+    assert!(check(&format!("{}\n{more}\n{}\n{}\n", lines[0], lines[1], lines[2]))?.contains("content 2: is not"));
+    drop(Memory::open(place.path(), settings(Kept::Full))?);
+    assert_eq!(fs::read_to_string(&day)?, whole);
+    // What was changed is no crash, and stays for whoever looks.
+    let changed = whole.replace("yes", "no");
+    fs::write(&day, &changed)?;
+    drop(Memory::open(place.path(), settings(Kept::Full))?);
+    assert_eq!(fs::read_to_string(&day)?, changed);
+    fs::write(&day, &whole)?;
     let head = verify(place.path(), None)?.head;
     assert!(verify(place.path(), Some(&head)).is_ok());
     assert!(verify(place.path(), Some("0123")).is_err());
+    Ok(())
+}
+
+#[test]
+fn where_the_chain_was_cut_off_or_is_gone_nothing_is_removed_and_nothing_opens() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let memory = Memory::open(place.path(), settings(Kept::Full))?;
+    for id in ["a", "b", "c", "d"] {
+        memory.answered(answer(id, "ada", "yes"));
+    }
+    drop(memory);
+    let (chain, head) = (place.path().join("memory/chain.jsonl"), place.path().join("memory/head.json"));
+    let (whole, of_four) = (fs::read_to_string(&chain)?, fs::read_to_string(&head)?);
+    let day = fs::read_dir(place.path().join("memory/contents"))?.next().context("a day")??.path();
+    let kept = fs::read_to_string(&day)?;
+    let cut = |lines: usize| whole.lines().take(lines).map(|line| format!("{line}\n")).collect::<String>();
+    let refused = |words: &str| -> Result<()> {
+        let opened = Memory::open(place.path(), settings(Kept::Full)).err();
+        let error = opened.map(|error| format!("{error:#}")).unwrap_or_default();
+        assert!(error.contains(words) && error.contains("nothing was removed"), "{words}: {error}");
+        assert!(Memory::at(place.path())?.forget_person("ada").is_err() && verify(place.path(), None).is_err());
+        assert_eq!(fs::read_to_string(&day)?, kept);
+        Ok(())
+    };
+    fs::remove_file(&chain)?;
+    refused("it is gone")?;
+    fs::remove_file(&head)?;
+    refused("there are 4 contents that it does not know, of numbers 1 to 4")?;
+    fs::write(&chain, cut(2))?;
+    refused("there are 2 contents that it does not know, of numbers 3 to 4")?;
+    fs::write(&head, &of_four)?;
+    refused("it ends with line 2, and head.json says that it went to line 4")?;
+    // Another chain of the same length.
+    let other = tempfile::tempdir()?;
+    let memory = Memory::open(other.path(), settings(Kept::Full))?;
+    for id in ["a", "b", "c", "d"] {
+        memory.answered(answer(id, "ada", "yes"));
+    }
+    drop(memory);
+    fs::copy(other.path().join("memory/chain.jsonl"), &chain)?;
+    refused("line 4 is another than head.json says")?;
+    // It opens again when the file is back, and also if its head is missing.
+    fs::write(&chain, &whole)?;
+    fs::remove_file(&head)?;
+    drop(Memory::open(place.path(), settings(Kept::Full))?);
+    assert_eq!((verify(place.path(), None)?.contents, fs::read_to_string(&head)?), (4, of_four));
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(fs::metadata(&head)?.permissions().mode() & 0o777, 0o600);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_head_that_a_crash_left_one_line_behind_or_ahead_is_set_right() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let (chain, head) = (place.path().join("memory/chain.jsonl"), place.path().join("memory/head.json"));
+    let remember = |id: &str| -> Result<String> {
+        Memory::open(place.path(), settings(Kept::Full))?.answered(answer(id, "ada", "yes"));
+        Ok(fs::read_to_string(&head)?)
+    };
+    let (of_one, of_two) = (remember("a")?, remember("b")?);
+    fs::write(&head, of_one)?;
+    assert_eq!(verify(place.path(), None)?.contents, 2);
+    drop(Memory::open(place.path(), settings(Kept::Full))?);
+    assert_eq!(fs::read_to_string(&head)?, of_two);
+    // The last line was not on the disk yet.
+    let whole = fs::read_to_string(&chain)?;
+    fs::write(&chain, &whole[..=whole.find('\n').context("two lines")?])?;
+    let error = verify(place.path(), None).err().map(|error| error.to_string()).unwrap_or_default();
+    assert!(error.contains("one line shorter than head.json says"), "{error}");
+    drop(Memory::open(place.path(), settings(Kept::Full))?);
+    assert_eq!((verify(place.path(), None)?.contents, verify(place.path(), None)?.lines), (1, 1));
+    remember("c")?;
+    assert_eq!(verify(place.path(), None)?.contents, 2);
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn an_answer_that_could_not_be_written_leaves_the_log_whole() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let memory = Memory::open(place.path(), settings(Kept::Full))?;
+    let remember = |id: &str| memory.answered(answer(id, "ada", "yes"));
+    remember("a");
+    let (chain, elsewhere) = (place.path().join("memory/chain.jsonl"), place.path().join("elsewhere"));
+    // A link can be read, and is not written to: the content is written, and its line fails.
+    fs::rename(&chain, &elsewhere)?;
+    std::os::unix::fs::symlink(&elsewhere, &chain)?;
+    remember("b");
+    remember("c");
+    fs::rename(&elsewhere, &chain)?;
+    assert_eq!(verify(place.path(), None)?.contents, 1);
+    remember("d");
+    let verified = verify(place.path(), None)?;
+    assert_eq!((verified.lines, verified.contents), (2, 2));
     Ok(())
 }

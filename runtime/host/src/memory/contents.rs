@@ -44,6 +44,9 @@ pub enum About {
     Answer {
         /// The answer's id, as the client was told.
         id: String,
+        /// The id that the handler gave it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        provider_id: Option<String>,
         /// The model, as the client named it.
         model: String,
         /// The handler that answered.
@@ -57,6 +60,9 @@ pub enum About {
     Feedback {
         /// The answer's id.
         response_id: String,
+        /// The number of its line in the chain, if it is kept.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        answer_number: Option<u64>,
         /// 1: it is good, -1: it is not.
         rating: Option<i8>,
         /// A better answer.

@@ -60,6 +60,8 @@ pub fn directory(data: &Path) -> PathBuf {
 pub struct Answered {
     /// Its id.
     pub id: String,
+    /// The id that its handler gave it.
+    pub provider_id: Option<String>,
     /// The model, as the client named it.
     pub model: String,
     /// The handler that answered.
@@ -225,7 +227,7 @@ impl Memory {
 
     /// Remembers an answer, as far as the settings allow. What cannot be written is told once, and costs no answer.
     pub fn answered(&self, answered: Answered) {
-        let Answered { id, model, handler, person, mut messages, mut answer } = answered;
+        let Answered { id, provider_id, model, handler, person, mut messages, mut answer } = answered;
         let known = Known { number: 0, person: person.clone(), said: 0 };
         if self.settings.content == Kept::None {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -241,7 +243,7 @@ impl Memory {
         if messages.to_string().len() + answer.len() > CONTENT_BYTES_MAX {
             (messages, answer) = (Value::Null, String::new());
         }
-        let about = About::Answer { id: id.clone(), model, handler, messages, answer };
+        let about = About::Answer { id: id.clone(), provider_id, model, handler, messages, answer };
         let written = self.write(person, about);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { known: all, order, is_told, .. } = &mut *state;
@@ -261,7 +263,7 @@ impl Memory {
     /// # Errors
     /// When the answer is not known, another's, or enough was said of it; or nothing can be written.
     pub fn rate(&self, person: Person, feedback: Feedback) -> Result<bool, Refused> {
-        {
+        let number = {
             // What another process has removed is not known any more.
             self.locked(|_| Ok(())).map_err(Refused::Failed)?;
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -271,7 +273,8 @@ impl Memory {
                 return Err(Refused::Enough);
             }
             known.said += 1;
-        }
+            known.number
+        };
         let Feedback { response_id, rating, mut correction, mut comment } = feedback;
         let keeps = self.settings.content != Kept::None;
         let mut redactor = Redactor::default();
@@ -285,7 +288,8 @@ impl Memory {
         };
         (correction, comment) = (redact(correction), redact(comment));
         let person = if keeps { person } else { Person::default() };
-        let about = About::Feedback { response_id, rating, correction, comment };
+        let answer_number = Some(number).filter(|number| *number > 0);
+        let about = About::Feedback { response_id, answer_number, rating, correction, comment };
         self.write(person, about).map(|_| keeps).map_err(Refused::Failed)
     }
 

@@ -16,6 +16,7 @@ fn person(user: &str) -> Person {
 fn answer(id: &str, user: &str, text: &str) -> Answered {
     Answered {
         id: id.into(),
+        provider_id: None,
         model: "tutor".into(),
         handler: "near".into(),
         person: person(user),

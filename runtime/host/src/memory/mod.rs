@@ -18,6 +18,7 @@ mod mend;
 pub mod rows;
 pub mod settings;
 mod verify;
+mod whose;
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -37,6 +38,7 @@ pub use self::contents::{About, Content};
 use self::contents::{CONTENT_BYTES_MAX, Contents};
 use self::settings::{Content as Kept, Settings};
 pub use self::verify::{Verified, verify};
+pub use self::whose::Whose;
 use crate::progress::line;
 use crate::registry::when;
 use crate::serve::Person;
@@ -367,27 +369,36 @@ impl Memory {
     /// All that is kept of a person, in order.
     ///
     /// # Errors
-    /// When it cannot be read.
-    pub fn of_person(&self, name: &str) -> Result<Vec<Content>> {
-        let mut found = Vec::new();
-        self.locked(|_| self.contents.all(|_, content| found.extend(content.person.is(name).then_some(content))))?;
+    /// When several keys have a person of that name and none is named; or it cannot be read.
+    pub fn of_person(&self, whose: Whose<'_>) -> Result<Vec<Content>> {
+        let (mut found, mut keys) = (Vec::new(), BTreeSet::new());
+        self.locked(|_| {
+            self.contents.all(|_, content| {
+                if whose.takes(&content.person, &mut keys) {
+                    found.push(content);
+                }
+            })
+        })?;
+        whose.one_of(&keys)?;
+        found.sort_by_key(|content| content.number);
         Ok(found)
     }
 
     /// Removes all that is kept of a person; returns how many contents that were.
     ///
     /// # Errors
-    /// When it cannot be removed.
-    pub fn forget_person(&self, name: &str) -> Result<usize> {
+    /// When several keys have a person of that name and none is named; or it cannot be removed.
+    pub fn forget_person(&self, whose: Whose<'_>) -> Result<usize> {
         // A line of the chain may follow, so that what a crash left there goes first.
         self.mend()?;
         self.locked(|state| {
-            let mut numbers = BTreeSet::new();
+            let (mut numbers, mut keys) = (BTreeSet::new(), BTreeSet::new());
             self.contents.all(|_, content| {
-                if content.person.is(name) {
+                if whose.takes(&content.person, &mut keys) {
                     numbers.insert(content.number);
                 }
             })?;
+            whose.one_of(&keys)?;
             let count = numbers.len();
             self.remove_in(state, numbers, "person")?;
             Ok(count)

@@ -25,6 +25,10 @@ fn answer(id: &str, user: &str, text: &str) -> Answered {
     }
 }
 
+fn whose(name: &str) -> Whose<'_> {
+    Whose { name, key: None }
+}
+
 fn thought(id: &str, rating: i8, correction: Option<&str>) -> Feedback {
     Feedback { response_id: id.into(), rating: Some(rating), correction: correction.map(str::to_owned), comment: None }
 }
@@ -88,19 +92,52 @@ fn one_persons_data_is_handed_out_and_deleted_and_the_chain_stays_whole() -> Res
     }
     assert!(memory.rate(person("ada"), thought("c", 1, None)).is_ok());
     let before = verify(place.path(), None)?;
-    assert_eq!(memory.of_person("ada")?.len(), 3);
+    assert_eq!(memory.of_person(whose("ada"))?.len(), 3);
     // Another process, as a command is while a server runs.
     let command = Memory::open(place.path(), settings(Kept::Full))?;
-    assert_eq!(command.forget_person("ada")?, 3);
+    assert_eq!(command.forget_person(whose("ada"))?, 3);
     let after = verify(place.path(), Some(&before.head))?;
     assert_eq!((after.lines, after.contents, after.removed), (5, 1, 3));
-    assert!(memory.of_person("ada")?.is_empty() && memory.of_person("bob")?.len() == 1);
+    assert!(memory.of_person(whose("ada"))?.is_empty() && memory.of_person(whose("bob"))?.len() == 1);
     assert!(matches!(memory.rate(person("ada"), thought("c", 1, None)), Err(Refused::Unknown)));
     memory.answered(answer("d", "bob", "yes"));
     assert_eq!(verify(place.path(), Some(&after.head))?.contents, 2);
     for file in fs::read_dir(place.path().join("memory/contents"))? {
         assert!(!fs::read_to_string(file?.path())?.contains("\"ada\""));
     }
+    Ok(())
+}
+
+#[test]
+fn of_two_keys_that_have_a_person_of_one_name_one_is_asked_for() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let memory = Memory::open(place.path(), settings(Kept::Full))?;
+    let of = |key: Option<&str>, user: Option<&str>| Person { key: key.map(Into::into), user: user.map(Into::into) };
+    for (id, person) in [
+        ("a", of(Some("moodle"), Some("ada"))),
+        ("b", of(Some("pad"), Some("ada"))),
+        ("c", of(None, Some("ada"))),
+        ("d", of(Some("ada"), None)),
+        ("e", of(Some("moodle"), Some("bob"))),
+    ] {
+        memory.answered(Answered { person, ..answer(id, "", "yes") });
+    }
+    let of_key = |key| Whose { name: "ada", key: Some(key) };
+    let names = "there is a `ada` of each of these keys: ada, moodle, pad, and one without a key\nhint: --key NAME";
+    for refused in [memory.of_person(whose("ada")).map(|_| 0), memory.forget_person(whose("ada"))] {
+        let error = refused.err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.starts_with(names), "{error}");
+    }
+    assert_eq!(memory.contents()?.len(), 5, "nothing is deleted");
+    for key in ["ada", "moodle", "pad", ""] {
+        assert_eq!(memory.of_person(of_key(key))?.len(), 1, "{key}");
+    }
+    assert!(memory.of_person(of_key("other"))?.is_empty());
+    for (key, left) in [("pad", 4), ("", 3), ("ada", 2)] {
+        assert_eq!((memory.forget_person(of_key(key))?, memory.contents()?.len()), (1, left), "{key}");
+    }
+    // Of one key the name is enough.
+    assert_eq!((memory.forget_person(whose("ada"))?, memory.of_person(whose("bob"))?.len()), (1, 1));
     Ok(())
 }
 
@@ -188,7 +225,7 @@ fn where_the_chain_was_cut_off_or_is_gone_nothing_is_removed_and_nothing_opens()
         let opened = Memory::open(place.path(), settings(Kept::Full)).err();
         let error = opened.map(|error| format!("{error:#}")).unwrap_or_default();
         assert!(error.contains(words) && error.contains("nothing was removed"), "{words}: {error}");
-        assert!(Memory::at(place.path())?.forget_person("ada").is_err() && verify(place.path(), None).is_err());
+        assert!(Memory::at(place.path())?.forget_person(whose("ada")).is_err() && verify(place.path(), None).is_err());
         assert_eq!(fs::read_to_string(&day)?, kept);
         Ok(())
     };

@@ -34,6 +34,7 @@ impl Apart {
     pub fn words(self) -> String {
         match self {
             Self::Missing => format!("{FILE} is not there, which says how far the chain goes"),
+            Self::Behind(1) => format!("the chain is one line longer than {FILE} says, as a crash leaves it"),
             Self::Behind(lines) => format!("the chain is {lines} lines longer than {FILE} says, as a crash leaves it"),
             Self::Ahead => format!("the chain is one line shorter than {FILE} says, as a crash leaves it"),
         }

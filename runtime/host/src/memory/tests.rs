@@ -101,6 +101,7 @@ fn one_persons_data_is_handed_out_and_deleted_and_the_chain_stays_whole() -> Res
     assert!(memory.of_person(whose("ada"))?.is_empty() && memory.of_person(whose("bob"))?.len() == 1);
     assert!(matches!(memory.rate(person("ada"), thought("c", 1, None)), Err(Refused::Unknown)));
     memory.answered(answer("d", "bob", "yes"));
+    assert!(memory.settle());
     assert_eq!(verify(place.path(), Some(&after.head))?.contents, 2);
     for file in fs::read_dir(place.path().join("memory/contents"))? {
         assert!(!fs::read_to_string(file?.path())?.contains("\"ada\""));
@@ -289,7 +290,10 @@ fn a_head_that_a_crash_left_one_line_behind_or_ahead_is_set_right() -> Result<()
 fn an_answer_that_could_not_be_written_leaves_the_log_whole() -> Result<()> {
     let place = tempfile::tempdir()?;
     let memory = Memory::open(place.path(), settings(Kept::Full))?;
-    let remember = |id: &str| memory.answered(answer(id, "ada", "yes"));
+    let remember = |id: &str| {
+        memory.answered(answer(id, "ada", "yes"));
+        memory.settle();
+    };
     remember("a");
     let (chain, elsewhere) = (place.path().join("memory/chain.jsonl"), place.path().join("elsewhere"));
     // A link can be read, and is not written to: the content is written, and its line fails.
@@ -302,5 +306,42 @@ fn an_answer_that_could_not_be_written_leaves_the_log_whole() -> Result<()> {
     remember("d");
     let verified = verify(place.path(), None)?;
     assert_eq!((verified.lines, verified.contents), (2, 2));
+    Ok(())
+}
+
+#[test]
+fn no_answer_waits_for_whoever_writes_and_what_is_thought_of_one_that_waits_finds_it() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let memory = Arc::new(Memory::open(place.path(), settings(Kept::Full))?);
+    Memory::begin(&memory)?;
+    let lock = Lock::take(&place.path().join("memory"), &mut |_| {})?;
+    let started = Instant::now();
+    for id in ["a", "b", "c"] {
+        memory.answered(answer(id, "ada", "yes"));
+    }
+    assert!(started.elapsed() < Duration::from_secs(1));
+    thread::scope(|scope| {
+        let rating = scope.spawn(|| memory.rate(person("ada"), thought("b", 1, None)).is_ok_and(|kept| kept));
+        thread::sleep(Duration::from_millis(200));
+        // Others are answered meanwhile.
+        memory.answered(answer("d", "bob", "yes"));
+        assert!(!rating.is_finished(), "it cannot be written yet");
+        drop(lock);
+        assert!(rating.join().is_ok_and(|is_kept| is_kept));
+    });
+    let contents = memory.contents()?;
+    let number = contents.iter().find_map(|content| match &content.about {
+        About::Feedback { answer_number, .. } => *answer_number,
+        About::Answer { .. } => None,
+    });
+    assert_eq!((contents.len(), number), (5, Some(2)));
+    // What waits is written at the end.
+    memory.answered(answer("e", "ada", "yes"));
+    drop(memory);
+    let late = Instant::now() + Duration::from_secs(10);
+    while verify(place.path(), None)?.contents < 6 {
+        ensure!(Instant::now() < late, "it was not written");
+        thread::sleep(Duration::from_millis(10));
+    }
     Ok(())
 }

@@ -377,7 +377,7 @@ fn what_is_thought_of_answers_is_kept_by_consent_and_exported() -> Result<()> {
     )?;
     let head = succeeds(in_home(&home).args(["feedback", "verify"]))?.stdout;
     #[cfg(unix)]
-    for file in ["chain.jsonl", "contents"] {
+    for file in ["chain.jsonl", "head.json", "contents"] {
         use std::os::unix::fs::PermissionsExt;
         let path = home.join("memory").join(file);
         let wanted = if path.is_dir() { 0o700 } else { 0o600 };

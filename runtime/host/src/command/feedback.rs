@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{Done, print};
 use crate::memory::rows::{Form, rows};
-use crate::memory::{Memory, verify};
+use crate::memory::{Memory, Whose, verify};
 use crate::progress::line;
 use crate::registry::data_directory;
 use crate::terminal::cell;
@@ -50,6 +50,9 @@ pub struct Person {
     /// Delete it; the log keeps that something was deleted, and when
     #[arg(long, value_name = "USER")]
     delete: Option<String>,
+    /// The key whose program named them; required where two keys have a person of that name; "" is those of no key
+    #[arg(long, value_name = "NAME")]
+    key: Option<String>,
     /// File to write [default: stdout]
     #[arg(long, value_name = "FILE", conflicts_with = "delete")]
     out: Option<PathBuf>,
@@ -113,13 +116,15 @@ fn export(data: &Path, arguments: &Export) -> Result<Done> {
 
 fn person(data: &Path, arguments: &Person) -> Result<Done> {
     let memory = Memory::at(data)?;
+    let key = arguments.key.as_deref();
     if let Some(name) = &arguments.delete {
-        let count = memory.forget_person(name)?;
+        let count = memory.forget_person(Whose { name, key })?;
         line(format_args!("deleted   {count} contents of {}", cell(name)));
         return Ok(Done::Whole);
     }
     let name = arguments.export.as_deref().context("clap asks for one of both")?;
-    let found: Vec<Value> = memory.of_person(name)?.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
+    let found: Vec<Value> =
+        memory.of_person(Whose { name, key })?.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
     match &arguments.out {
         Some(path) => {
             write(path, found.iter())?;

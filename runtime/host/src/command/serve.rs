@@ -161,7 +161,7 @@ fn class(arguments: &Arguments, config: Option<&Config>) -> Result<Class> {
     if let Some(settings) = config.and_then(|config| config.memory) {
         let data = data_directory().context("there is no data directory to remember in; set HOMEROOM_HOME")?;
         let memory = Arc::new(Memory::open(&data, settings)?);
-        Memory::keep_time(&memory)?;
+        Memory::begin(&memory)?;
         let what = match settings.content {
             Content::None => "of answers nothing, and of feedback the rating".to_owned(),
             Content::Redacted => {

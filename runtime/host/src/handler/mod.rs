@@ -85,6 +85,6 @@ fn random() -> u64 {
 }
 
 /// A new id for an answer.
-fn new_id() -> String {
+pub(crate) fn new_id() -> String {
     format!("chatcmpl-{:016x}{:016x}", random(), random())
 }

@@ -13,6 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::head::{self, Apart, Head};
+
 /// Name of the file.
 pub const FILE: &str = "chain.jsonl";
 /// Longest line, in bytes.
@@ -125,14 +127,20 @@ impl Default for Tail {
 
 /// The file of a directory. Whoever uses it holds the lock of the directory.
 pub struct Chain {
+    directory: PathBuf,
     path: PathBuf,
     tail: Tail,
+    /// The head as it is on the disk.
+    head: Option<Head>,
+    /// What a crash left, that nobody was told of.
+    apart: Option<Apart>,
 }
 
 impl Chain {
     /// The file of a directory, of which nothing is read yet.
     pub fn new(directory: &Path) -> Self {
-        Self { path: directory.join(FILE), tail: Tail::default() }
+        let (directory, path) = (directory.to_owned(), directory.join(FILE));
+        Self { directory, path, tail: Tail::default(), head: None, apart: None }
     }
 
     /// The end, as far as it was read.
@@ -140,16 +148,90 @@ impl Chain {
         &self.tail
     }
 
+    /// Takes what a crash left, of which the reader found out.
+    pub fn apart(&mut self) -> Option<Apart> {
+        self.apart.take()
+    }
+
     /// Reads the lines that were written since, also by other processes, and gives each to `take`. A last line that was torn by a kill is
     /// left out.
     ///
     /// # Errors
-    /// When a line does not fit to the one before it, with its number; or the file cannot be read, or became shorter.
+    /// When a line does not fit to the one before it, with its number; the file cannot be read, is gone or became shorter; or it is not
+    /// the file whose head is kept, but for one line.
     pub fn catch_up(&mut self, mut take: impl FnMut(&Link)) -> Result<()> {
-        let place = || self.path.display().to_string();
-        let Ok(mut file) = File::open(&self.path) else {
-            ensure!(self.tail.number == 0, "{}: it is gone", place());
+        let head = Head::read(&self.directory)?;
+        let wanted = head.as_ref().map_or(0, |head| head.number);
+        let mut there = (self.tail.number == wanted).then(|| self.tail.digest.clone());
+        self.read_on(wanted, |link, tail| {
+            if tail.number == wanted {
+                there = Some(tail.digest.clone());
+            }
+            take(link);
+        })?;
+        let last = self.tail.number;
+        self.apart = match &head {
+            None => (last > 0).then_some(Apart::Missing),
+            Some(head) => {
+                let hint = self.hint();
+                ensure!(
+                    last + 1 >= wanted,
+                    "{}: it ends with line {last}, and {} says that it went to line {wanted}: lines were cut off\n{hint}",
+                    self.path.display(),
+                    head::FILE
+                );
+                ensure!(
+                    there.is_none_or(|there| there == head.digest),
+                    "{}: line {wanted} is another than {} says: the log was written anew\n{hint}",
+                    self.path.display(),
+                    head::FILE
+                );
+                match last.checked_sub(wanted) {
+                    None => Some(Apart::Ahead),
+                    Some(0) => None,
+                    Some(lines) => Some(Apart::Behind(lines)),
+                }
+            }
+        };
+        self.head = head;
+        Ok(())
+    }
+
+    /// What can be done where lines are missing.
+    pub fn hint(&self) -> String {
+        format!(
+            "hint: nothing was removed; put {FILE} back from a copy, or move {} elsewhere and begin anew",
+            self.directory.display()
+        )
+    }
+
+    /// Keeps the head of what is in the chain, if it is another: the lines are on the disk before it.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn keep_head(&mut self) -> Result<()> {
+        let head = Head { number: self.tail.number, digest: self.tail.digest.clone() };
+        if self.head.as_ref() == Some(&head) || (self.head.is_none() && head.number == 0) {
             return Ok(());
+        }
+        if head.number > 0 {
+            private(&self.path)?.sync_data().with_context(|| format!("{}: cannot write", self.path.display()))?;
+        }
+        head.write(&self.directory)?;
+        self.head = Some(head);
+        Ok(())
+    }
+
+    /// Reads on behind the tail. `wanted`: so many lines were there once.
+    fn read_on(&mut self, wanted: u64, mut take: impl FnMut(&Link, &Tail)) -> Result<()> {
+        let place = || self.path.display().to_string();
+        let mut file = match File::open(&self.path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                ensure!(self.tail.number == 0 && wanted == 0, "{}: it is gone\n{}", place(), self.hint());
+                return Ok(());
+            }
+            Err(error) => return Err(error).with_context(|| format!("{}: cannot read", place())),
         };
         let length = file.metadata().with_context(place)?.len();
         ensure!(length >= self.tail.bytes, "{}: it has become shorter: lines were taken out", place());
@@ -184,7 +266,7 @@ impl Chain {
                 );
             }
             self.tail = Tail { bytes: self.tail.bytes + read as u64, number, digest: digest(&line) };
-            take(&link);
+            take(&link, &self.tail);
         }
     }
 

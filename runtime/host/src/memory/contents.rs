@@ -44,6 +44,9 @@ pub enum About {
     Answer {
         /// The answer's id, as the client was told.
         id: String,
+        /// The id that the handler gave it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        provider_id: Option<String>,
         /// The model, as the client named it.
         model: String,
         /// The handler that answered.
@@ -57,6 +60,9 @@ pub enum About {
     Feedback {
         /// The answer's id.
         response_id: String,
+        /// The number of its line in the chain, if it is kept.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        answer_number: Option<u64>,
         /// 1: it is good, -1: it is not.
         rating: Option<i8>,
         /// A better answer.
@@ -100,15 +106,15 @@ impl Contents {
         fs::metadata(self.path(day)).map_or(0, |about| about.len())
     }
 
-    /// Writes a line behind those of its day.
+    /// Writes a line behind those of its day; returns how many bytes were there before.
     ///
     /// # Errors
     /// When the disk is full.
-    pub fn append(&self, day: &str, line: &[u8]) -> Result<()> {
+    pub fn append(&self, day: &str, line: &[u8]) -> Result<u64> {
         make_directory(&self.directory)?;
         let path = self.path(day);
         let mut file = private(&path)?;
-        let written = (|| -> std::io::Result<()> {
+        let written = (|| -> std::io::Result<u64> {
             let mut end = file.seek(SeekFrom::End(0))?;
             // A line that a kill tore has no line in the chain.
             let mut last = [b'\n'];
@@ -119,13 +125,23 @@ impl Contents {
             if last != *b"\n" {
                 end = file.write(b"\n").map(|_| end + 1)?;
             }
-            let written = file.write_all(line).and_then(|()| file.write_all(b"\n"));
+            // A line of the chain, which comes next, has a content on the disk.
+            let written = file.write_all(line).and_then(|()| file.write_all(b"\n")).and_then(|()| file.sync_data());
             if written.is_err() {
                 let _ = file.set_len(end);
             }
-            written
+            written.map(|()| end)
         })();
         written.with_context(|| format!("{}: cannot write", path.display()))
+    }
+
+    /// Takes back what was written behind so many bytes of a day.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn cut(&self, day: &str, bytes: u64) -> Result<()> {
+        let path = self.path(day);
+        private(&path)?.set_len(bytes).with_context(|| format!("{}: cannot write", path.display()))
     }
 
     /// Gives each line of a day to `take`, without its end, and the content that it is; `None`: it is none.
@@ -162,19 +178,20 @@ impl Contents {
         Ok(())
     }
 
-    /// Removes the contents of some numbers, and lines that are no content.
+    /// Removes lines: those that `goes` is true of, with the content that each is, if it is one.
     ///
     /// # Errors
     /// When a file cannot be written.
-    pub fn remove(&self, goes: impl Fn(u64) -> bool) -> Result<()> {
+    pub fn remove(&self, goes: impl Fn(&[u8], Option<&Content>) -> bool) -> Result<()> {
         for day in self.days() {
             let (mut stays, mut changed) = (Vec::new(), false);
-            self.read(&day, |line, content| match content {
-                Some(content) if !goes(content.number) => {
+            self.read(&day, |line, content| {
+                if goes(line, content.as_ref()) {
+                    changed = true;
+                } else {
                     stays.extend_from_slice(line);
                     stays.push(b'\n');
                 }
-                _ => changed = true,
             })?;
             let path = self.path(&day);
             if stays.is_empty() {

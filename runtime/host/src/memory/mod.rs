@@ -3,26 +3,34 @@
 //! ```text
 //! memory/
 //!   chain.jsonl            what was written in order, chained by digests; it holds no content
+//!   head.json              number and digest of its last line
 //!   contents/2026-11-30.jsonl   conversations and feedback of a day; what is removed is removed here
 //!   .lock                  held while something is written
 //! ```
 //!
 //! [`chain`] is append-only, [`contents`] is not: so one person's data can be deleted, and time can run out, while the chain stays whole
 //! and tells that something was removed, when and why. [`rows`] are what a model learns from it.
+//!
+//! Answers wait in a [`queue`] for a thread that writes them, so that no stream waits. Whoever writes or reads writes those first.
 
 mod chain;
 mod contents;
+mod head;
+mod mend;
+mod queue;
 pub mod rows;
 pub mod settings;
 mod verify;
+mod whose;
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use homeroom_engine::data::report::personal::Redactor;
@@ -32,8 +40,10 @@ use serde_json::Value;
 use self::chain::{Chain, FILE, Ranges, Said, digest, ranges};
 pub use self::contents::{About, Content};
 use self::contents::{CONTENT_BYTES_MAX, Contents};
+use self::queue::Queue;
 use self::settings::{Content as Kept, Settings};
 pub use self::verify::{Verified, verify};
+pub use self::whose::Whose;
 use crate::progress::line;
 use crate::registry::when;
 use crate::serve::Person;
@@ -44,6 +54,8 @@ const KNOWN_MAX: usize = 50_000;
 const FEEDBACK_MAX: u8 = 16;
 /// How often it is looked whether a time is over.
 const HOUR: Duration = Duration::from_secs(3600);
+/// After a failure it is written again so much later.
+const RETRY: Duration = Duration::from_secs(1);
 /// Contents that are this much more than the bound make room at once.
 const OVER_BYTES: u64 = 8 << 20;
 
@@ -57,6 +69,8 @@ pub fn directory(data: &Path) -> PathBuf {
 pub struct Answered {
     /// Its id.
     pub id: String,
+    /// The id that its handler gave it.
+    pub provider_id: Option<String>,
     /// The model, as the client named it.
     pub model: String,
     /// The handler that answered.
@@ -97,17 +111,26 @@ pub enum Refused {
 struct Known {
     /// Its number in the chain; 0: it is not there.
     number: u64,
+    /// It waits to be written, which gives it its number.
+    waits: bool,
     person: Person,
     said: u8,
 }
 
+/// Whose the answers are. Nobody who has it waits for anything.
+#[derive(Default)]
 struct State {
-    chain: Chain,
     known: HashMap<String, Known>,
     /// Ids in the order in which they came.
     order: VecDeque<String>,
-    /// That it cannot be written was said.
-    is_told: bool,
+}
+
+impl State {
+    /// Forgets answers of some numbers.
+    fn forget(&mut self, goes: impl Fn(u64) -> bool) {
+        self.known.retain(|_, known| !goes(known.number));
+        self.order.retain(|id| self.known.contains_key(id));
+    }
 }
 
 /// The memory of a server.
@@ -115,7 +138,12 @@ pub struct Memory {
     directory: PathBuf,
     settings: Settings,
     contents: Contents,
+    /// Whoever has it also has the lock of the directory, or waits for that.
+    chain: Mutex<Chain>,
     state: Mutex<State>,
+    queue: Arc<Queue>,
+    /// That it cannot be written was said.
+    is_told: AtomicBool,
 }
 
 impl Memory {
@@ -139,73 +167,116 @@ impl Memory {
     /// When there is none.
     pub fn at(data: &Path) -> Result<Self> {
         let directory = directory(data);
-        ensure!(directory.join(FILE).exists(), verify::nothing(&directory));
+        ensure!(is_there(&directory), verify::nothing(&directory));
         Ok(Self::of(directory, Settings::default()))
     }
 
     fn of(directory: PathBuf, settings: Settings) -> Self {
-        let chain = Chain::new(&directory);
-        let state = State { chain, known: HashMap::new(), order: VecDeque::new(), is_told: false };
-        let contents = Contents::new(&directory);
-        Self { directory, settings, contents, state: Mutex::new(state) }
+        let (contents, chain) = (Contents::new(&directory), Mutex::new(Chain::new(&directory)));
+        let (state, queue) = (Mutex::default(), Arc::default());
+        Self { directory, settings, contents, chain, state, queue, is_told: AtomicBool::new(false) }
     }
 
-    /// Looks each hour whether a time is over, as long as the memory is used.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what cannot be written, once.
+    fn tell(&self, error: &anyhow::Error) {
+        if !self.is_told.swap(true, Ordering::Relaxed) {
+            line(format_args!("warning: conversations are not kept: {error:#}"));
+        }
+    }
+
+    /// Writes answers as they come, and looks each hour whether a time is over, as long as the memory is used.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn keep_time(memory: &Arc<Self>) -> Result<()> {
-        let memory = Arc::downgrade(memory);
+    pub fn begin(memory: &Arc<Self>) -> Result<()> {
+        let (queue, memory) = (memory.queue.clone(), Arc::downgrade(memory));
         thread::Builder::new().name("memory".to_owned()).spawn(move || {
-            loop {
-                thread::sleep(HOUR);
+            let mut looked = Instant::now();
+            while queue.wait(HOUR.saturating_sub(looked.elapsed())) {
                 let Some(memory) = memory.upgrade() else { return };
-                if let Err(error) = memory.forget_old() {
-                    line(format_args!("warning: what is too old cannot be removed: {error:#}"));
+                if looked.elapsed() >= HOUR {
+                    looked = Instant::now();
+                    if let Err(error) = memory.forget_old() {
+                        line(format_args!("warning: what is too old cannot be removed: {error:#}"));
+                    }
+                } else if !memory.settle() {
+                    drop(memory);
+                    thread::sleep(RETRY);
                 }
             }
         })?;
         Ok(())
     }
 
-    fn locked<T>(&self, work: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+    /// Writes the answers that wait. Returns false if the log cannot be written, which is told once; they wait on.
+    pub fn settle(&self) -> bool {
+        self.locked(|_| Ok(())).inspect_err(|error| self.tell(error)).is_ok()
+    }
+
+    /// Does something with the directory, that nobody else does meanwhile, when all answers that wait are written.
+    fn locked<T>(&self, work: impl FnOnce(&mut Chain) -> Result<T>) -> Result<T> {
         // This process first, so that its threads do not wait by looking.
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
         let _lock = Lock::take(&self.directory, &mut |note| line(note))?;
         let mut removed = Ranges::default();
-        state.chain.catch_up(|link| {
+        chain.catch_up(|link| {
             if let Said::Removed { numbers, .. } = &link.said {
                 removed.extend(numbers.iter().copied());
             }
         })?;
         if !removed.is_empty() {
-            let State { known, order, .. } = &mut *state;
-            known.retain(|_, known| !removed.holds(known.number));
-            order.retain(|id| known.contains_key(id));
+            self.state().forget(|number| removed.holds(number));
         }
-        work(&mut state)
+        if let Some(apart) = chain.apart() {
+            let words = apart.words();
+            line(format_args!("note: {}: {words}; it is set right", self.directory.display()));
+        }
+        self.write_waiting(&mut chain);
+        let done = work(&mut chain);
+        // The chain is longer than its head until that is written: the next who comes sets it right.
+        if done.is_ok()
+            && let Err(error) = chain.keep_head()
+        {
+            self.tell(&error);
+        }
+        done
     }
 
-    /// Completes what another process began to remove, and removes what has no line in the chain.
+    /// Writes the answers that wait now. What cannot be written is told once, and its answer can still be rated.
+    fn write_waiting(&self, chain: &mut Chain) {
+        for _ in 0..self.queue.len() {
+            let Some((person, about)) = self.queue.pop() else { break };
+            let About::Answer { id, .. } = &about else { continue };
+            let id = id.clone();
+            let written = self.write(chain, person, about).inspect_err(|error| self.tell(error));
+            if let Some(known) = self.state().known.get_mut(&id) {
+                (known.number, known.waits) = (written.unwrap_or(0), false);
+            }
+        }
+        let lost = self.queue.lost();
+        if lost > 0 {
+            line(format_args!("warning: {lost} answers were not kept, as too many waited to be written"));
+        }
+    }
+
+    /// Completes what another process began to remove, and takes back what a crash left half written.
     fn mend(&self) -> Result<()> {
-        let (mut gone, mut chained) = (Ranges::default(), BTreeSet::new());
-        let mut chain = Chain::new(&self.directory);
-        self.locked(|_| {
-            chain.catch_up(|link| match &link.said {
-                Said::Removed { numbers, .. } => gone.extend(numbers.iter().copied()),
-                _ => drop(chained.insert(link.number)),
-            })?;
-            self.contents.remove(|number| !chained.contains(&number) || gone.holds(number))
-        })
+        self.locked(|_| mend::mend(&self.directory, &self.contents))
     }
 
     /// Reads whose the answers are that are kept.
     fn recall(&self) -> Result<()> {
-        self.locked(|state| {
-            let (known, order) = (&mut state.known, &mut state.order);
+        self.locked(|_| {
+            let mut state = self.state();
+            let State { known, order } = &mut *state;
             self.contents.all(|_, content| match content.about {
                 About::Answer { id, .. } => {
-                    note(known, order, id, Known { number: content.number, person: content.person, said: 0 });
+                    let (number, person) = (content.number, content.person);
+                    note(known, order, id, Known { number, waits: false, person, said: 0 });
                 }
                 About::Feedback { response_id, .. } => {
                     if let Some(known) = known.get_mut(&response_id) {
@@ -216,13 +287,13 @@ impl Memory {
         })
     }
 
-    /// Remembers an answer, as far as the settings allow. What cannot be written is told once, and costs no answer.
+    /// Remembers an answer, as far as the settings allow, and does not wait until it is written.
     pub fn answered(&self, answered: Answered) {
-        let Answered { id, model, handler, person, mut messages, mut answer } = answered;
-        let known = Known { number: 0, person: person.clone(), said: 0 };
+        let Answered { id, provider_id, model, handler, person, mut messages, mut answer } = answered;
+        let known = Known { number: 0, waits: false, person: person.clone(), said: 0 };
         if self.settings.content == Kept::None {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            let State { known: all, order, .. } = &mut *state;
+            let mut state = self.state();
+            let State { known: all, order } = &mut *state;
             note(all, order, id, known);
             return;
         }
@@ -231,22 +302,16 @@ impl Memory {
             messages = redactor.row(&messages).unwrap_or(messages);
             answer = redactor.text(&answer).into_owned();
         }
-        if messages.to_string().len() + answer.len() > CONTENT_BYTES_MAX {
-            (messages, answer) = (Value::Null, String::new());
+        let mut bytes = messages.to_string().len() + answer.len();
+        if bytes > CONTENT_BYTES_MAX {
+            (messages, answer, bytes) = (Value::Null, String::new(), 0);
         }
-        let about = About::Answer { id: id.clone(), model, handler, messages, answer };
-        let written = self.write(person, about);
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { known: all, order, is_told, .. } = &mut *state;
-        match written {
-            Ok(number) => note(all, order, id, Known { number, ..known }),
-            Err(error) => {
-                note(all, order, id, known);
-                if !std::mem::replace(is_told, true) {
-                    line(format_args!("warning: conversations are not kept: {error:#}"));
-                }
-            }
-        }
+        let about = About::Answer { id: id.clone(), provider_id, model, handler, messages, answer };
+        // Nobody sees it in the queue and does not know it.
+        let mut state = self.state();
+        let State { known: all, order } = &mut *state;
+        let waits = self.queue.push((person, about), bytes);
+        note(all, order, id, Known { waits, ..known });
     }
 
     /// Takes what somebody thinks of an answer of their own. Returns true if its words are kept, and false if the rating alone is.
@@ -254,17 +319,23 @@ impl Memory {
     /// # Errors
     /// When the answer is not known, another's, or enough was said of it; or nothing can be written.
     pub fn rate(&self, person: Person, feedback: Feedback) -> Result<bool, Refused> {
-        {
-            // What another process has removed is not known any more.
+        let is_known = |known: &Known| known.person == person;
+        // What another process has removed is not known any more, and an answer that waits is written.
+        self.locked(|_| Ok(())).map_err(Refused::Failed)?;
+        if self.state().known.get(&feedback.response_id).is_some_and(|known| known.waits && is_known(known)) {
+            // It came in between.
             self.locked(|_| Ok(())).map_err(Refused::Failed)?;
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            let known = state.known.get_mut(&feedback.response_id).filter(|known| known.person == person);
+        }
+        let number = {
+            let mut state = self.state();
+            let known = state.known.get_mut(&feedback.response_id).filter(|known| is_known(known));
             let known = known.ok_or(Refused::Unknown)?;
             if known.said >= FEEDBACK_MAX {
                 return Err(Refused::Enough);
             }
             known.said += 1;
-        }
+            known.number
+        };
         let Feedback { response_id, rating, mut correction, mut comment } = feedback;
         let keeps = self.settings.content != Kept::None;
         let mut redactor = Redactor::default();
@@ -278,28 +349,33 @@ impl Memory {
         };
         (correction, comment) = (redact(correction), redact(comment));
         let person = if keeps { person } else { Person::default() };
-        let about = About::Feedback { response_id, rating, correction, comment };
-        self.write(person, about).map(|_| keeps).map_err(Refused::Failed)
+        let answer_number = Some(number).filter(|number| *number > 0);
+        let about = About::Feedback { response_id, answer_number, rating, correction, comment };
+        self.locked(|chain| self.write(chain, person, about)).map(|_| keeps).map_err(Refused::Failed)
     }
 
-    fn write(&self, person: Person, about: About) -> Result<u64> {
-        self.locked(|state| {
-            let time = when::text(SystemTime::now());
-            let day = time.get(..10).context("a time begins with its day")?.to_owned();
-            let is_answer = matches!(about, About::Answer { .. });
-            let number = state.chain.tail().number + 1;
-            let content = Content { number, salt: salt(), time: time.clone(), person, about };
-            let line = serde_json::to_vec(&content)?;
-            // The content first: one without a line in the chain is removed at the next start.
-            self.contents.append(&day, &line)?;
-            let content = digest(&line);
-            let said = if is_answer { Said::Answer { content } } else { Said::Feedback { content } };
-            let number = state.chain.append(time, said)?;
-            if number.is_multiple_of(256) {
-                self.make_room(state)?;
+    fn write(&self, chain: &mut Chain, person: Person, about: About) -> Result<u64> {
+        let time = when::text(SystemTime::now());
+        let day = time.get(..10).context("a time begins with its day")?.to_owned();
+        let is_answer = matches!(about, About::Answer { .. });
+        let number = chain.tail().number + 1;
+        let content = Content { number, salt: salt(), time: time.clone(), person, about };
+        let line = serde_json::to_vec(&content)?;
+        // The content first: one without a line in the chain is removed at once, or after a crash at the next start.
+        let before = self.contents.append(&day, &line)?;
+        let content = digest(&line);
+        let said = if is_answer { Said::Answer { content } } else { Said::Feedback { content } };
+        let number = match chain.append(time, said) {
+            Ok(number) => number,
+            Err(error) => {
+                let _ = self.contents.cut(&day, before);
+                return Err(error);
             }
-            Ok(number)
-        })
+        };
+        if number.is_multiple_of(256) {
+            self.make_room(chain)?;
+        }
+        Ok(number)
     }
 
     /// Removes the contents of days that are too old, and of the oldest days where there is too much.
@@ -310,15 +386,15 @@ impl Memory {
         let Self { settings, contents, .. } = self;
         let age = Duration::from_secs(86_400 * settings.retention_days);
         let oldest = SystemTime::now().checked_sub(age).map(when::text).unwrap_or_default();
-        self.locked(|state| {
+        self.locked(|chain| {
             for day in contents.days().into_iter().filter(|day| day.as_str() < oldest.get(..10).unwrap_or_default()) {
-                self.remove_in(state, contents.numbers(&day)?, "retention")?;
+                self.remove_in(chain, contents.numbers(&day)?, "retention")?;
             }
-            self.make_room(state)
+            self.make_room(chain)
         })
     }
 
-    fn make_room(&self, state: &mut State) -> Result<()> {
+    fn make_room(&self, chain: &mut Chain) -> Result<()> {
         let mut days: VecDeque<(String, u64)> =
             self.contents.days().into_iter().map(|day| (day.clone(), self.contents.bytes(&day))).collect();
         let mut bytes: u64 = days.iter().map(|(_, bytes)| bytes).sum();
@@ -328,48 +404,58 @@ impl Memory {
         while bytes > self.settings.bytes_max
             && let Some((day, of_day)) = days.pop_front()
         {
-            self.remove_in(state, self.contents.numbers(&day)?, "room")?;
+            self.remove_in(chain, self.contents.numbers(&day)?, "room")?;
             bytes -= of_day;
         }
         Ok(())
     }
 
     /// Removes contents, and says so in the chain. That first: whoever is killed meanwhile has the rest removed at the next start.
-    fn remove_in(&self, state: &mut State, numbers: BTreeSet<u64>, why: &str) -> Result<()> {
+    fn remove_in(&self, chain: &mut Chain, numbers: BTreeSet<u64>, why: &str) -> Result<()> {
         let said = Said::Removed { numbers: ranges(&numbers), why: why.to_owned() };
         if !numbers.is_empty() {
-            state.chain.append(when::text(SystemTime::now()), said)?;
+            chain.append(when::text(SystemTime::now()), said)?;
         }
-        let State { known, order, .. } = state;
-        known.retain(|_, known| !numbers.contains(&known.number));
-        order.retain(|id| known.contains_key(id));
-        self.contents.remove(|number| numbers.contains(&number))
+        self.state().forget(|number| numbers.contains(&number));
+        // What can be read no more may be theirs.
+        self.contents.remove(|_, content| content.is_none_or(|content| numbers.contains(&content.number)))
     }
 
     /// All that is kept of a person, in order.
     ///
     /// # Errors
-    /// When it cannot be read.
-    pub fn of_person(&self, name: &str) -> Result<Vec<Content>> {
-        let mut found = Vec::new();
-        self.locked(|_| self.contents.all(|_, content| found.extend(content.person.is(name).then_some(content))))?;
+    /// When several keys have a person of that name and none is named; or it cannot be read.
+    pub fn of_person(&self, whose: Whose<'_>) -> Result<Vec<Content>> {
+        let (mut found, mut keys) = (Vec::new(), BTreeSet::new());
+        self.locked(|_| {
+            self.contents.all(|_, content| {
+                if whose.takes(&content.person, &mut keys) {
+                    found.push(content);
+                }
+            })
+        })?;
+        whose.one_of(&keys)?;
+        found.sort_by_key(|content| content.number);
         Ok(found)
     }
 
     /// Removes all that is kept of a person; returns how many contents that were.
     ///
     /// # Errors
-    /// When it cannot be removed.
-    pub fn forget_person(&self, name: &str) -> Result<usize> {
-        self.locked(|state| {
-            let mut numbers = BTreeSet::new();
+    /// When several keys have a person of that name and none is named; or it cannot be removed.
+    pub fn forget_person(&self, whose: Whose<'_>) -> Result<usize> {
+        // A line of the chain may follow, so that what a crash left there goes first.
+        self.mend()?;
+        self.locked(|chain| {
+            let (mut numbers, mut keys) = (BTreeSet::new(), BTreeSet::new());
             self.contents.all(|_, content| {
-                if content.person.is(name) {
+                if whose.takes(&content.person, &mut keys) {
                     numbers.insert(content.number);
                 }
             })?;
+            whose.one_of(&keys)?;
             let count = numbers.len();
-            self.remove_in(state, numbers, "person")?;
+            self.remove_in(chain, numbers, "person")?;
             Ok(count)
         })
     }
@@ -384,6 +470,21 @@ impl Memory {
         found.sort_by_key(|content| content.number);
         Ok(found)
     }
+}
+
+impl Drop for Memory {
+    /// Writes what waits.
+    fn drop(&mut self) {
+        self.queue.close();
+        if self.queue.len() > 0 {
+            self.settle();
+        }
+    }
+}
+
+/// Whether something is kept, or was.
+fn is_there(directory: &Path) -> bool {
+    [FILE, head::FILE].iter().any(|name| directory.join(name).exists()) || !Contents::new(directory).days().is_empty()
 }
 
 fn note(known: &mut HashMap<String, Known>, order: &mut VecDeque<String>, id: String, of: Known) {

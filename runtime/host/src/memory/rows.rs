@@ -15,20 +15,28 @@ pub enum Form {
     Pairs,
 }
 
-/// The rows of contents, which are in order. Of what was said of one answer the last counts. A correction is an answer that is liked,
+/// The rows of contents, which are in order. What was said belongs to the answer of its number; where it has none, to the last of its id
+/// that the same person was given. Of what was said of one answer the last counts. A correction is an answer that is liked,
 /// and if nothing else is said of the answer that it corrects, that is one that is not.
 pub fn rows(contents: &[Content], form: Form, model: Option<&str>) -> Vec<Value> {
-    let mut said: HashMap<&str, (Option<i8>, Option<&str>)> = HashMap::new();
+    let mut said: HashMap<u64, (Option<i8>, Option<&str>)> = HashMap::new();
+    let mut answers: HashMap<(&str, Option<&str>, Option<&str>), u64> = HashMap::new();
     for content in contents {
-        if let About::Feedback { response_id, rating, correction, .. } = &content.about {
-            let last = said.entry(response_id).or_default();
-            *last = (rating.or(last.0), correction.as_deref().or(last.1));
+        let named = |id| (id, content.person.key.as_deref(), content.person.user.as_deref());
+        match &content.about {
+            About::Answer { id, .. } => drop(answers.insert(named(id.as_str()), content.number)),
+            About::Feedback { response_id, answer_number, rating, correction, .. } => {
+                let number = answer_number.or_else(|| answers.get(&named(response_id.as_str())).copied());
+                let Some(number) = number else { continue };
+                let last = said.entry(number).or_default();
+                *last = (rating.or(last.0), correction.as_deref().or(last.1));
+            }
         }
     }
     let mut rows = Vec::new();
     for content in contents {
-        let About::Answer { id, model: asked, messages, answer, .. } = &content.about else { continue };
-        let Some((rating, correction)) = said.get(id.as_str()) else { continue };
+        let About::Answer { model: asked, messages, answer, .. } = &content.about else { continue };
+        let Some((rating, correction)) = said.get(&content.number) else { continue };
         let Some(prompt) = prompt(messages).filter(|_| model.is_none_or(|model| model == asked)) else { continue };
         let correction = correction.filter(|correction| *correction != answer && !correction.trim().is_empty());
         let is_said = !answer.trim().is_empty();

@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 use homeroom_engine::files::Lock;
 
-use super::chain::{Chain, FILE, Ranges, Said, digest};
+use super::chain::{Chain, Ranges, Said, digest};
 use super::contents::Contents;
-use super::directory;
+use super::head::Apart;
+use super::{directory, is_there};
 use crate::progress::line;
 
 /// What is said where there is no log.
@@ -36,7 +37,7 @@ pub struct Verified {
 /// When something is not as it was written, with its line; all contents of that kind in one message.
 pub fn verify(data: &Path, head: Option<&str>) -> Result<Verified> {
     let directory = directory(data);
-    ensure!(directory.join(FILE).exists(), nothing(&directory));
+    ensure!(is_there(&directory), nothing(&directory));
     let _lock = Lock::take(&directory, &mut |note| line(note))?;
     let mut chain = Chain::new(&directory);
     let (mut digests, mut gone, mut heads) = (HashMap::new(), Ranges::default(), BTreeSet::new());
@@ -59,6 +60,11 @@ pub fn verify(data: &Path, head: Option<&str>) -> Result<Verified> {
     let removed: BTreeSet<u64> = digests.keys().filter(|number| gone.holds(**number)).copied().collect();
     let contents = Contents::new(&directory);
     let mut problems = Vec::new();
+    match chain.apart() {
+        Some(Apart::Ahead) => problems.push(format!("chain.jsonl: {}", Apart::Ahead.words())),
+        Some(apart) => line(format_args!("note: {}: {}", directory.display(), apart.words())),
+        None => {}
+    }
     let mut there = BTreeSet::new();
     for day in contents.days() {
         contents.read(&day, |line, content| match content {

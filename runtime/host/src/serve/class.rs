@@ -71,8 +71,11 @@ impl Class {
         }
     }
 
-    /// Waits until a training that was stopped has ended.
+    /// Waits until the answers that were given are written, and a training that was stopped has ended.
     pub(super) fn wait(&self) {
+        if let Some(memory) = &self.memory {
+            memory.settle();
+        }
         if let Some(tuning) = &self.tuning {
             tuning.wait();
         }

@@ -1,4 +1,5 @@
-//! A handler whose whole answers are remembered, each with whose it is.
+//! A handler whose whole answers are remembered, each with whose it is, and by an id of ours: a provider may give one twice, and what is
+//! thought of an answer is of that answer alone.
 
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use serde_json::Value;
 use super::person::Person;
 use crate::handler::{
     Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Message, Request,
+    Start, new_id,
 };
 use crate::memory::{Answered, Memory};
 
@@ -33,6 +35,7 @@ impl Observed {
         let said = |message: &Message| Message { parts: Vec::new(), ..message.clone() }.json();
         (!request.messages.is_empty()).then(|| Answered {
             id: String::new(),
+            provider_id: None,
             model: self.model.clone(),
             handler: String::new(),
             person: self.person.clone(),
@@ -42,16 +45,21 @@ impl Observed {
     }
 }
 
+/// Gives an answer that begins an id of ours; the record keeps the other.
+fn name(start: &mut Start, answered: Option<&mut Answered>) {
+    let provider_id = std::mem::replace(&mut start.id, new_id());
+    if let Some(answered) = answered {
+        (answered.id, answered.handler) = (start.id.clone(), start.handler.clone());
+        answered.provider_id = Some(provider_id).filter(|id| !id.is_empty());
+    }
+}
+
 impl Handler for Observed {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let stream = self.inner.stream(request, context)?;
         let (memory, mut answered) = (self.memory.clone(), self.begun(request));
-        Ok(Box::new(stream.inspect(move |event| match event {
-            Ok(Event::Start(start)) => {
-                if let Some(answered) = &mut answered {
-                    (answered.id, answered.handler) = (start.id.clone(), start.handler.clone());
-                }
-            }
+        let mut observe = move |event: &mut Result<Event, HandlerError>| match event {
+            Ok(Event::Start(start)) => name(start, answered.as_mut()),
             // Of several answers the first is remembered.
             Ok(Event::Delta { choice: 0, text, .. }) => {
                 if answered.as_ref().is_some_and(|answered| answered.answer.len() + text.len() > ANSWER_BYTES_MAX) {
@@ -69,14 +77,19 @@ impl Handler for Observed {
             }
             Ok(_) => {}
             Err(_) => answered = None,
+        };
+        Ok(Box::new(stream.map(move |mut event| {
+            observe(&mut event);
+            event
         })))
     }
 
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
-        let whole = self.inner.complete(request, context)?;
-        if let Some(answered) = self.begun(request).filter(|_| whole.text().len() <= ANSWER_BYTES_MAX) {
-            let (start, answer) = (&whole.start, whole.text().to_owned());
-            self.memory.answered(Answered { id: start.id.clone(), handler: start.handler.clone(), answer, ..answered });
+        let mut whole = self.inner.complete(request, context)?;
+        let mut answered = self.begun(request).filter(|_| whole.text().len() <= ANSWER_BYTES_MAX);
+        name(&mut whole.start, answered.as_mut());
+        if let Some(answered) = answered {
+            self.memory.answered(Answered { answer: whole.text().to_owned(), ..answered });
         }
         Ok(whole)
     }
@@ -91,5 +104,65 @@ impl Handler for Observed {
 
     fn embed(&self, request: &EmbedRequest, context: &Context) -> Result<Embeddings, HandlerError> {
         self.inner.embed(request, context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Result;
+    use serde_json::json;
+
+    use super::*;
+    use crate::handler::{FinishReason, Role, Usage};
+    use crate::memory::rows::{Form, rows};
+    use crate::memory::settings::{Content, Settings};
+    use crate::memory::{About, Feedback};
+
+    /// Gives one id twice.
+    struct Careless;
+
+    impl Handler for Careless {
+        fn stream(&self, request: &Request, _: &Context) -> Result<EventStream, HandlerError> {
+            let text = format!("to {}", request.messages[0].content);
+            let events = [
+                Event::start("chatcmpl-417", "tutor", "far"),
+                Event::text(text),
+                Event::finish(FinishReason::Stop),
+                Event::Usage(Usage::default()),
+            ];
+            Ok(Box::new(events.into_iter().map(Ok)))
+        }
+    }
+
+    #[test]
+    fn two_answers_of_one_provider_id_are_two_answers() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let settings = Settings { content: Content::Full, ..Settings::default() };
+        let memory = Arc::new(Memory::open(place.path(), settings)?);
+        let person = |user: &str| Person { key: None, user: Some(user.into()) };
+        let ask = |user: &str, is_streamed: bool| -> Result<String> {
+            let (inner, model) = (Arc::new(Careless), "tutor".to_owned());
+            let observed = Observed { inner, memory: memory.clone(), model, person: person(user) };
+            let request = Request { messages: vec![Message::new(Role::User, user)], ..Request::default() };
+            if !is_streamed {
+                return Ok(observed.complete(&request, &Context::default())?.start.id);
+            }
+            let events: Vec<Event> = observed.stream(&request, &Context::default())?.collect::<Result<_, _>>()?;
+            let Some(Event::Start(start)) = events.first() else { panic!("{events:?}") };
+            Ok(start.id.clone())
+        };
+        let (of_ada, of_bob) = (ask("ada", true)?, ask("bob", false)?);
+        assert_ne!(of_ada, of_bob);
+        for (user, id, better) in [("ada", &of_ada, "better for ada"), ("bob", &of_bob, "better for bob")] {
+            let correction = Some(better.to_owned());
+            let feedback = Feedback { response_id: id.clone(), correction, ..Feedback::default() };
+            assert!(memory.rate(person(user), feedback).is_ok(), "{user}");
+        }
+        let contents = memory.contents()?;
+        let About::Answer { provider_id, .. } = &contents[0].about else { panic!("{contents:?}") };
+        assert_eq!(provider_id.as_deref(), Some("chatcmpl-417"));
+        let pair = |user: &str| json!({"prompt": user, "chosen": format!("better for {user}"), "rejected": format!("to {user}")});
+        assert_eq!(rows(&contents, Form::Pairs, None), [pair("ada"), pair("bob")]);
+        Ok(())
     }
 }

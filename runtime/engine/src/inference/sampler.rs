@@ -9,11 +9,13 @@ use std::collections::HashMap;
 use anyhow::{Result, ensure};
 use homeroom_kernels::{Stream, softmax_weights};
 
-use super::constraint::Constraint;
+use super::constraint::{Constraint, MASKED};
 use crate::inference::generate::Sampling;
 
 /// Below this a temperature is 0: dividing logits by less overflows.
 const TEMPERATURE_MIN: f64 = 1e-6;
+/// The least logit of a token that a constraint lets pass.
+const LEAST: f32 = MASKED / 10.0;
 /// The domain of the draws' random numbers.
 const DRAWS: u64 = 0x6472_6177;
 /// Draws the tokens of one sequence.
@@ -73,6 +75,8 @@ impl Sampler {
     /// When it lets none pass.
     pub fn draw_held(&mut self, mut logits: Vec<f32>, constraint: &mut dyn Constraint) -> Result<u32> {
         self.penalise(&mut logits);
+        // None of its own is below what a mask sets.
+        logits.iter_mut().for_each(|logit| *logit = logit.max(LEAST));
         constraint.mask(&mut logits)?;
         Ok(self.draw_penalised(logits))
     }
@@ -235,7 +239,6 @@ mod tests {
     use candle_core::{Device, Tensor};
     use candle_transformers::utils::apply_repeat_penalty;
 
-    use super::super::constraint::MASKED;
     use super::*;
 
     /// Odd logits of an odd vocabulary, with ties.

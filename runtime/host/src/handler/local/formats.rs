@@ -104,7 +104,8 @@ mod tests {
             ("llama3_1", "\"parameters\": dictionary"),
             ("llama3_2", "\"parameters\": dictionary"),
             ("mistral_v3_tekken", "[TOOL_CALLS]"),
-            ("mistral_v7_tekken", "[TOOL_CALLS]"),
+            ("mistral_v2v3", "[TOOL_CALLS]"),
+            ("mistral_v7_tekken", ""),
             ("chatml", ""),
             ("gemma", ""),
         ] {

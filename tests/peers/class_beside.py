@@ -120,7 +120,7 @@ def trained(homeroom: str, model: str, home: Path) -> None:
             for i in range(16):
                 row = {"prompt": f"{tutor} {i}?", "completion": f"As a tutor of {tutor}, I say {TOPICS[(i + at) % 16]}."}
                 file.write(json.dumps(row) + "\n")
-        command = [homeroom, "fine-tune", "--model-name", model, "--training-file", rows, "--name", tutor, "--steps", "3"]
+        command = [homeroom, "fine-tune", "--model-name", model, "--training-file", rows, "--name", tutor, "--max-steps", "3"]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env={**os.environ, "HOMEROOM_HOME": str(home)})
 
 

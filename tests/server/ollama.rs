@@ -166,10 +166,13 @@ fn what_is_served_is_listed_and_shown() -> Result<()> {
     for field in ["model", "name"] {
         let (status, _, body) = site.post("/api/show", "", &json!({field: "tutor:latest"}))?;
         let shown: Value = serde_json::from_str(&body)?;
-        assert_eq!((status, &shown["capabilities"]), (200, &json!(["completion"])), "{body}");
+        assert_eq!((status, &shown["capabilities"]), (200, &json!(["completion", "tools"])), "{body}");
         assert!(shown["model_info"]["llama.context_length"].as_u64() > Some(0), "{body}");
     }
     assert_eq!(site.post("/api/show", "", &json!({"model": "tutr"}))?.0, 404);
+    for more in [json!({"model": "tutor", "verbose": true}), json!({"model": "tutor", "template": "x"})] {
+        assert_eq!(site.post("/api/show", "", &more)?.0, 400, "{more}");
+    }
     // To ask nothing is to load a model.
     for (path, asked) in
         [("/api/generate", json!({"model": "tutor"})), ("/api/chat", json!({"model": "tutor", "messages": []}))]

@@ -2,15 +2,11 @@
 
 use anyhow::Result;
 use homeroom_abi::plan::{Plan, PlanRequest};
-use homeroom_engine::data::Group;
 use homeroom_engine::estimate::{Estimate, Request, Sketch, estimate};
 use homeroom_engine::memory;
 use homeroom_engine::models::BaseModel;
-use homeroom_engine::train::TrainConfig;
 use serde_json::{Map, Value};
 
-use super::Job;
-use super::fit::request;
 use crate::machine::resident_memory_bytes;
 use crate::plugin::{Plugin, native};
 
@@ -101,14 +97,5 @@ impl Before {
     /// What there is for a training that needs so much, where that is too little.
     pub fn lacking(&self, peak: u64) -> Option<u64> {
         self.available.filter(|available| *available < peak)
-    }
-}
-
-impl Job {
-    /// Highest resident memory of a training on these rows, in bytes: as if all were as long as the longest, so that where
-    /// lengths differ it is a bound. Reads no weight. Evaluations and what a result is saved through are left out.
-    pub fn peak_memory_estimate(&self, rows: &[&Group], config: &TrainConfig, before: Before) -> u64 {
-        let request = request(rows, config, before.program);
-        estimate(&Sketch::of_model(&self.model), &self.adaptation.plan, &request).peak_memory_bytes
     }
 }

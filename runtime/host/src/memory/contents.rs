@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::chain::private;
-use crate::serve::Person;
+use super::person::Person;
 
 /// Longest content, in bytes: of a longer conversation it is kept that it was.
 pub const CONTENT_BYTES_MAX: usize = 1 << 20;

@@ -17,6 +17,7 @@ mod chain;
 mod contents;
 mod head;
 mod mend;
+mod person;
 mod queue;
 pub mod rows;
 pub mod settings;
@@ -25,7 +26,6 @@ mod whose;
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -40,13 +40,13 @@ use serde_json::Value;
 use self::chain::{Chain, FILE, Ranges, Said, digest, ranges};
 pub use self::contents::{About, Content};
 use self::contents::{CONTENT_BYTES_MAX, Contents};
+pub use self::person::Person;
 use self::queue::Queue;
 use self::settings::{Content as Kept, Settings};
 pub use self::verify::{Verified, verify};
 pub use self::whose::Whose;
 use crate::progress::line;
 use crate::registry::when;
-use crate::serve::Person;
 
 /// Answers of which it is known whose they are, so that they can be rated.
 const KNOWN_MAX: usize = 50_000;
@@ -359,7 +359,7 @@ impl Memory {
         let day = time.get(..10).context("a time begins with its day")?.to_owned();
         let is_answer = matches!(about, About::Answer { .. });
         let number = chain.tail().number + 1;
-        let content = Content { number, salt: salt(), time: time.clone(), person, about };
+        let content = Content { number, salt: salt()?, time: time.clone(), person, about };
         let line = serde_json::to_vec(&content)?;
         // The content first: one without a line in the chain is removed at once, or after a crash at the next start.
         let before = self.contents.append(&day, &line)?;
@@ -498,10 +498,14 @@ fn note(known: &mut HashMap<String, Known>, order: &mut VecDeque<String>, id: St
     }
 }
 
-/// What nobody can guess: 128 bits of a keyed hash whose keys the system has chosen.
-fn salt() -> String {
-    let random = || RandomState::new().build_hasher().finish();
-    format!("{:016x}{:016x}", random(), random())
+/// What nobody can guess: 128 random bits.
+///
+/// # Errors
+/// When the system has no random numbers.
+fn salt() -> Result<String> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).context("the system has no random numbers")?;
+    Ok(format!("{:032x}", u128::from_ne_bytes(random)))
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::About;
+use super::person::Person;
 use crate::progress::line;
-use crate::serve::Person;
 
 /// Most answers that wait.
 const ANSWERS_MAX: usize = 1024;

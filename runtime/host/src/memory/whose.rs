@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
 
-use crate::serve::Person;
+use super::person::Person;
 use crate::terminal::cell;
 
 /// Whose data is asked for.

@@ -3,6 +3,7 @@
 use axum::http::{Extensions, HeaderMap, StatusCode};
 
 use super::reply::Refusal;
+use crate::memory::Person;
 
 /// The header by which Open WebUI names the person who asks.
 pub const USER_ID: &str = "x-openwebui-user-id";
@@ -66,6 +67,12 @@ impl Caller {
         }
         self.user = Some(user.to_owned());
         Ok(())
+    }
+}
+
+impl From<Caller> for Person {
+    fn from(caller: Caller) -> Self {
+        Self { key: caller.key, user: caller.user }
     }
 }
 

@@ -25,7 +25,6 @@ mod models;
 mod observed;
 mod ollama;
 mod page;
-mod person;
 mod query;
 mod record;
 mod reply;
@@ -64,7 +63,6 @@ use keys::days::Days;
 use keys::limits::Meters;
 use metrics::Metrics;
 pub use models::Models;
-pub use person::Person;
 use reply::Refusal;
 use settings::Settings;
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use homeroom_engine::inference::Engine;
 use serde_json::Value;
 
-use super::person::Person;
 use crate::handler::{
     Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Message, Request,
     Start, new_id,
 };
+use crate::memory::Person;
 use crate::memory::{Answered, Memory};
 
 /// A longer answer is not remembered, in bytes.

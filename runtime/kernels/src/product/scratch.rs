@@ -29,7 +29,7 @@ pub(super) struct Scratch {
 
 /// Bytes that a thread keeps for products of `m` rows: a packed panel, what was decoded for it, and sums that wait.
 pub fn product_scratch_bytes(m: usize) -> usize {
-    size_of::<u32>() * PANEL * (2 * DEPTH + m) + scratch_bytes(isa(), m)
+    size_of::<u32>() * PANEL * (2 * DEPTH + m) + scratch_bytes(isa())
 }
 
 thread_local!(pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default());

@@ -5,13 +5,14 @@
 //! no stable intrinsics for these instructions, so they are assembled here; no other code of this process uses the registers.
 //!
 //! A product of two registers sums 16 words on its own before it adds them to C. Where these steps begin depends on the segments alone, and
-//! words that the last step of a segment lacks are zeros, so a row's sums depend on its row of A and on B alone.
+//! words that the last step of a segment lacks are zeros, so a row's sums depend on its row of A and on B alone. All steps of a panel are taken
+//! at once: with parts of them, sums would come and go (on Granite Rapids by 4,096 deep 12 steps at a time made 1,280 GFLOP/s, 48 made 1,650,
+//! all 104 made 1,860).
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, "Intel AMX instruction set reference".
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
-use std::ops::Range;
 
 use half::bf16;
 
@@ -25,10 +26,8 @@ use crate::buffer::grown;
 const SIDE: usize = 16;
 /// Rows and columns of C that are summed at once.
 pub(super) const BLOCK: usize = 2 * SIDE;
-/// Steps of a sum before the next rows are taken, and sums wait in the second-level cache: all that are packed at once. Fewer would let
-/// B's part stay in the first-level cache, and were slower, as sums then come and go (on Granite Rapids by 4,096 deep 12 steps made
-/// 1,280 GFLOP/s, 48 steps 1,650, 104 steps 1,860). How many they are changes no bits.
-const STEPS: usize = 104;
+/// Steps of which rows of A are copied, at most: those of outer products, which pack a quarter of a panel's depth at once, and last ones.
+const STEPS_COPIED: usize = 32;
 
 /// A line of the cache.
 #[derive(Clone, Copy)]
@@ -44,7 +43,7 @@ impl Default for Line {
 /// A thread's buffers.
 #[derive(Default)]
 struct Scratch {
-    /// Sums of a block, or of a half of a panel where they wait: two lines a row.
+    /// Sums of a block: two lines a row.
     sums: Vec<Line>,
     /// Words of B of the last steps of segments, up to whole steps.
     tails: Vec<Line>,
@@ -53,8 +52,8 @@ struct Scratch {
 }
 
 /// Bytes of a thread's buffers after products of `m` rows.
-pub(super) fn scratch_bytes(m: usize) -> usize {
-    size_of::<Line>() * (2 * m.next_multiple_of(BLOCK) * (PANEL / BLOCK) + SEGMENTS_MAX * PANEL + BLOCK * STEPS)
+pub(super) fn scratch_bytes() -> usize {
+    size_of::<Line>() * (4 * BLOCK + SEGMENTS_MAX * PANEL + BLOCK * STEPS_COPIED)
 }
 
 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
@@ -75,6 +74,11 @@ impl Part {
 
     fn steps(&self) -> usize {
         self.words.div_ceil(SIDE)
+    }
+
+    /// Steps of which A does not lie as a register takes it.
+    fn copied<const ALONG_ROWS: bool>(&self) -> usize {
+        if ALONG_ROWS || !self.words.is_multiple_of(SIDE) { self.steps() } else { 0 }
     }
 }
 
@@ -151,15 +155,12 @@ unsafe fn panel<const ALONG_ROWS: bool>(
     scratch: &mut Scratch,
 ) {
     let Scratch { sums, tails, rows: of_a } = scratch;
-    let of_a = grown(of_a, BLOCK * STEPS);
     let mut parts = [Part::EMPTY; 2 * SEGMENTS_MAX];
     // SAFETY: passed on to the caller.
     let count = unsafe { cut::<ALONG_ROWS>(segments, width, tails, &mut parts) };
     let parts = &parts[..count];
-    let total: usize = parts.iter().map(Part::steps).sum();
-    let blocks = total.div_ceil(STEPS).max(1);
-    let steps = total.div_ceil(blocks).max(1);
-    let sums = grown(sums, 2 * if blocks == 1 { BLOCK } else { rows.next_multiple_of(BLOCK) * (PANEL / BLOCK) });
+    let of_a = grown(of_a, BLOCK * parts.iter().map(Part::copied::<ALONG_ROWS>).sum::<usize>());
+    let sums = grown(sums, 2 * BLOCK);
     let plain = store.scale == 1.0
         && store.bias.is_null()
         && store.row_add.is_null()
@@ -167,41 +168,28 @@ unsafe fn panel<const ALONG_ROWS: bool>(
         && !store.wide.is_null();
     // SAFETY: the caller's processor and system.
     let mut tiles = unsafe { Tiles::new() };
-    for from in (0..total.max(1)).step_by(steps) {
-        let here = from..total.min(from + steps);
-        let (first, last) = (from == 0, from + steps >= total);
-        for row in (0..rows).step_by(BLOCK) {
-            let count = BLOCK.min(rows - row);
-            let mut runs = [Run::EMPTY; 2 * SEGMENTS_MAX];
-            // SAFETY: rows of A are the caller's; `of_a` has a line for each of them and of these steps.
-            let runs = unsafe { runs_of::<ALONG_ROWS>(parts, row, count, here.clone(), of_a, &mut runs) };
-            for column in (0..width).step_by(BLOCK) {
-                let columns = BLOCK.min(width - column);
-                let pair = columns > SIDE;
-                let out = store.at(row, column);
-                // Sums that are the output wait in it.
-                let direct = plain && columns.is_multiple_of(SIDE);
-                let (c, c_step) = if direct {
-                    (out.wide, out.step)
-                } else {
-                    let at = if blocks == 1 { 0 } else { 2 * (row * (PANEL / BLOCK) + column / BLOCK * BLOCK) };
-                    (sums[at..][..2 * count].as_mut_ptr().cast(), BLOCK)
-                };
-                // SAFETY: rows of A, columns of B and the output are the caller's; sums are two lines a row.
-                unsafe {
-                    tiles.shape(count);
-                    if first {
-                        zero();
-                    } else {
-                        load(c, c_step, count > SIDE, pair);
-                    }
-                    for run in runs {
-                        multiply(run.a, run.a_step, run.b.add(column), run.steps, count > SIDE, pair);
-                    }
-                    keep(c, c_step, count > SIDE, pair);
-                    if last && !direct {
-                        send(c, count, columns, out);
-                    }
+    for row in (0..rows).step_by(BLOCK) {
+        let count = BLOCK.min(rows - row);
+        let mut runs = [Run::EMPTY; 2 * SEGMENTS_MAX];
+        // SAFETY: rows of A are the caller's; `of_a` has a line for each row of a block and each step that is copied.
+        let runs = unsafe { runs_of::<ALONG_ROWS>(parts, row, count, of_a, &mut runs) };
+        for column in (0..width).step_by(BLOCK) {
+            let columns = BLOCK.min(width - column);
+            let pair = columns > SIDE;
+            let out = store.at(row, column);
+            // Sums that are the output go there.
+            let direct = plain && columns.is_multiple_of(SIDE);
+            let (c, c_step) = if direct { (out.wide, out.step) } else { (sums.as_mut_ptr().cast(), BLOCK) };
+            // SAFETY: rows of A, columns of B and the output are the caller's; sums are two lines a row.
+            unsafe {
+                tiles.shape(count);
+                zero();
+                for run in runs {
+                    multiply(run.a, run.a_step, run.b.add(column), run.steps, count > SIDE, pair);
+                }
+                keep(c, c_step, count > SIDE, pair);
+                if !direct {
+                    send(c, count, columns, out);
                 }
             }
         }
@@ -221,36 +209,25 @@ impl Run {
     const EMPTY: Self = Self { a: std::ptr::null(), a_step: 0, b: std::ptr::null(), steps: 0 };
 }
 
-/// What `count` rows of A from `row` on multiply in the steps `here`, counted over all parts. What does not lie as a register takes it is
-/// copied to `to`, once for all columns.
+/// What `count` rows of A from `row` on multiply. What does not lie as a register takes it is copied to `to`, once for all columns.
 ///
 /// # Safety
-/// See [`walk`]; `to` has a line for each row of a block and each step.
+/// See [`walk`]; `to` has a line for each row of a block and each step that is copied.
 unsafe fn runs_of<'r, const ALONG_ROWS: bool>(
     parts: &[Part],
     row: usize,
     count: usize,
-    here: Range<usize>,
     mut to: &mut [Line],
     runs: &'r mut [Run; 2 * SEGMENTS_MAX],
 ) -> &'r [Run] {
-    let (mut before, mut made) = (0, 0);
-    for part in parts {
-        let at = before..before + part.steps();
-        before = at.end;
-        let (start, end) = (here.start.max(at.start), here.end.min(at.end));
-        if start < end {
-            let (start, end) = (start - at.start, end - at.start);
-            let (mine, rest) = to.split_at_mut(BLOCK * (end - start));
-            to = rest;
-            // SAFETY: passed on to the caller.
-            let ((a, a_step), b) =
-                unsafe { (left::<ALONG_ROWS>(part, row, count, start, end, mine), part.b.add(start * SIDE * PANEL)) };
-            runs[made] = Run { a, a_step, b, steps: end - start };
-            made += 1;
-        }
+    for (part, run) in parts.iter().zip(&mut *runs) {
+        let (mine, rest) = to.split_at_mut(BLOCK * part.copied::<ALONG_ROWS>());
+        to = rest;
+        // SAFETY: rows of A are the caller's, and `mine` has a line for each row of a block and each step that is copied.
+        let (a, a_step) = unsafe { left::<ALONG_ROWS>(part, row, count, mine) };
+        *run = Run { a, a_step, b: part.b, steps: part.steps() };
     }
-    &runs[..made]
+    &runs[..parts.len()]
 }
 
 /// The same for few rows, with the sides exchanged: registers hold C transposed, so that A of the segments is `width` rows of W, which lie as
@@ -272,7 +249,7 @@ pub(super) unsafe fn walk_turned(count: usize, width: usize, segments: &[Segment
 /// See [`walk_turned`].
 unsafe fn panel_turned(count: usize, width: usize, segments: &[Segment], store: Store<bf16>, scratch: &mut Scratch) {
     let Scratch { sums, tails, rows: of_a } = scratch;
-    let of_a = grown(of_a, BLOCK * STEPS);
+    let of_a = grown(of_a, BLOCK);
     let mut parts = [Part::EMPTY; 2 * SEGMENTS_MAX];
     // SAFETY: passed on to the caller.
     let n_parts = unsafe { cut::<false>(segments, count, tails, &mut parts) };
@@ -290,9 +267,8 @@ unsafe fn panel_turned(count: usize, width: usize, segments: &[Segment], store: 
                 tiles.shape(columns);
                 zero();
                 for part in &parts[..n_parts] {
-                    let steps = part.steps();
-                    let (a, a_step) = left::<false>(part, row, columns, 0, steps, of_a);
-                    multiply(a, a_step, part.b.add(column), steps, more, pair);
+                    let (a, a_step) = left::<false>(part, row, columns, of_a);
+                    multiply(a, a_step, part.b.add(column), part.steps(), more, pair);
                 }
                 keep(turned.as_mut_ptr().cast(), BLOCK, more, pair);
                 flip(turned, straight);
@@ -384,30 +360,21 @@ unsafe fn cut<const ALONG_ROWS: bool>(
     count
 }
 
-/// `count` rows of A from `row` on for the steps `start..end` of a part, and the bytes from one to the next: where they lie, or copied to
-/// `to`, so that a row's words are beside each other and up to a whole step.
+/// `count` rows of A from `row` on for a part, and the bytes from one to the next: where they lie, or copied to `to`, so that a row's words
+/// are beside each other and up to a whole step.
 ///
 /// # Safety
 /// See [`walk`].
-unsafe fn left<const ALONG_ROWS: bool>(
-    part: &Part,
-    row: usize,
-    count: usize,
-    start: usize,
-    end: usize,
-    to: &mut [Line],
-) -> (*const u8, usize) {
-    let (words, lines) = (part.words.min(end * SIDE) - start * SIDE, end - start);
+unsafe fn left<const ALONG_ROWS: bool>(part: &Part, row: usize, count: usize, to: &mut [Line]) -> (*const u8, usize) {
+    let (words, lines) = (part.words, part.steps());
     let a = part.a.wrapping_add(row * part.row_step);
     let line = size_of::<Line>();
     if ALONG_ROWS {
         debug_assert_eq!(part.row_step, size_of::<u32>());
-        let a = a.wrapping_add(start * SIDE * part.word_step);
         // SAFETY: as the caller promised; `to` has a line for each row and step.
         unsafe { turn(a, part.word_step, words, count, &mut to[..count.next_multiple_of(SIDE) * lines]) };
         return (to.as_ptr().cast(), lines * line);
     }
-    let a = a.wrapping_add(start * line);
     if words.is_multiple_of(SIDE) {
         return (a, part.row_step);
     }
@@ -444,29 +411,7 @@ unsafe fn turn(a: *const u8, step: usize, words: usize, count: usize, to: &mut [
     }
 }
 
-/// Sums from memory: the first 16 rows, and the others if there are `more`, of 16 columns or of a `pair` of these.
-///
-/// # Safety
-/// They are readable, and tiles are shaped for them.
-#[inline(always)]
-unsafe fn load(c: *const f32, step: usize, more: bool, pair: bool) {
-    let (step, below) = (step * size_of::<f32>(), c.wrapping_add(SIDE * step));
-    // SAFETY: as the caller promised.
-    unsafe {
-        asm!("tileloadd tmm0, [{c}+{step}*1]", c = in(reg) c, step = in(reg) step, options(nostack, readonly));
-        if pair {
-            asm!("tileloadd tmm1, [{c}+{step}*1+64]", c = in(reg) c, step = in(reg) step, options(nostack, readonly));
-        }
-        if more {
-            asm!("tileloadd tmm2, [{c}+{step}*1]", c = in(reg) below, step = in(reg) step, options(nostack, readonly));
-        }
-        if more && pair {
-            asm!("tileloadd tmm3, [{c}+{step}*1+64]", c = in(reg) below, step = in(reg) step, options(nostack, readonly));
-        }
-    }
-}
-
-/// The same to memory.
+/// Sums to memory: the first 16 rows, and the others if there are `more`, of 16 columns or of a `pair` of these.
 ///
 /// # Safety
 /// It is writable; tiles are shaped for it.

@@ -63,13 +63,13 @@ pub(crate) unsafe fn rows<E: TileElement, const ALONG_ROWS: bool>(
     unsafe { E::rows::<ALONG_ROWS>(isa, rows, width, segments, store) }
 }
 
-/// Bytes that a thread keeps for tiles of `m` rows.
-pub(crate) fn scratch_bytes(isa: Isa, m: usize) -> usize {
+/// Bytes that a thread keeps for tiles.
+pub(crate) fn scratch_bytes(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     if isa.bf16_unit() == Bf16Unit::Amx {
-        return amx::scratch_bytes(m);
+        return amx::scratch_bytes();
     }
-    let _ = (isa, m);
+    let _ = isa;
     0
 }
 

@@ -71,11 +71,6 @@ impl FileType {
         }
     }
 
-    /// Whether nothing is rounded.
-    pub fn is_exact(self) -> bool {
-        self == Self::F32
-    }
-
     /// What most matrices are stored in.
     fn usual(self) -> Storage {
         match self {

@@ -1,4 +1,4 @@
-//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`; and says how they are served: `[server]`.
+//! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`; and says how they are served: `[server]`, `[fine_tuning]`, `[memory]`.
 //!
 //! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
 //! keys, what is read of them, and what is made of that.
@@ -135,10 +135,9 @@ const KINDS: [&str; 4] = ["local", "openai", "anthropic", "replay"];
 /// Limits of an endpoint: each answer is a connection, and a provider has a queue of its own.
 const ENDPOINT_LIMITS: Limits = Limits { running: 32, waiting: 64 };
 /// Keys whose values messages show. A key of a provider may stand anywhere else, `base_url` included.
-const HARMLESS_KEYS: [&str; 14] = [
+const HARMLESS_KEYS: [&str; 12] = [
     "api_version",
     "unsupported",
-    "max_tokens",
     "kind",
     "model",
     "base_model",
@@ -146,7 +145,6 @@ const HARMLESS_KEYS: [&str; 14] = [
     "compute",
     "connect_timeout_s",
     "read_timeout_s",
-    "answer_timeout_s",
     "max_tokens_param",
     "handlers",
     "egress",

@@ -1,6 +1,6 @@
 //! Handlers that wrap a handler: each does one thing on the way to the one that answers, or on the way back.
 //!
-//! They are put around a handler in one order, the first outermost: [`log`], [`defaults`], [`words`], [`total`], [`limit`], [`breaker`],
+//! They are put around a handler in one order, the first outermost: [`log`], [`words`], [`defaults`], [`total`], [`limit`], [`breaker`],
 //! [`retry`], [`timeouts`], [`record`]. A route has the first four around its fallback chain; [`redact`] stands between a route with `egress =
 //! "redact"` and each of its handlers that sends conversations away. [`settings`] reads them from a file of handlers.
 //!

@@ -41,7 +41,7 @@ impl Placeholders {
     fn see(&mut self, text: &str) {
         for part in text.split('[').skip(1) {
             if let Some((inner, _)) = part.split_once(']').filter(|(inner, _)| inner.len() < PLACEHOLDER_MAX) {
-                self.typed.insert(format!("[{}]", inner.to_uppercase()));
+                self.typed.insert(format!("[{}]", plain(inner)));
             }
         }
     }

@@ -34,15 +34,40 @@ pub(super) fn each_text_of(request: &mut Request, mut change: impl FnMut(&mut St
     }
 }
 
-/// Changes each text of a JSON Schema; the names of fields, and what a schema says of itself (`$ref`, `$schema`), are left as they are.
+/// What a JSON Schema is called and where its parts are: addresses, which are left as they are.
+const ADDRESSES: [&str; 6] = ["$schema", "$id", "$ref", "$dynamicRef", "$anchor", "$dynamicAnchor"];
+
+/// Changes each text of a JSON Schema, but for the names of fields and [`ADDRESSES`].
 fn each_text_in(value: &mut Value, change: &mut impl FnMut(&mut String)) {
     match value {
         Value::String(text) => change(text),
         Value::Array(items) => items.iter_mut().for_each(|item| each_text_in(item, change)),
         Value::Object(fields) => {
-            let fields = fields.iter_mut().filter(|(name, _)| !name.starts_with('$'));
+            let fields =
+                fields.iter_mut().filter(|(name, value)| !(value.is_string() && ADDRESSES.contains(&name.as_str())));
             fields.for_each(|(_, field)| each_text_in(field, change));
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn all_of_a_schema_is_looked_at_but_what_its_parts_are_called() {
+        let mut schema = json!({
+            "$schema": "a", "$id": "a", "$comment": "a", "$defs": {"$ref": {"const": "a"}, "x": {"default": ["a"]}},
+            "properties": {"a": {"$ref": "a", "description": "a"}},
+        });
+        each_text_in(&mut schema, &mut |text| text.push('!'));
+        let changed = json!({
+            "$schema": "a", "$id": "a", "$comment": "a!", "$defs": {"$ref": {"const": "a!"}, "x": {"default": ["a!"]}},
+            "properties": {"a": {"$ref": "a", "description": "a!"}},
+        });
+        assert_eq!(schema, changed);
     }
 }

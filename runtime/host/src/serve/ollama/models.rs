@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::{error, name_of};
-use crate::handler::{Gives, Handler};
+use crate::handler::{Gives, Handler, HandlerError};
 use crate::registry::when;
 use crate::serve::admit::{Access, Asker};
 use crate::serve::keys::file::hex;
@@ -109,11 +109,13 @@ async fn shown(app: &Arc<App>, request: Request) -> Result<Json<Value>, Refusal>
     let asker = Asker::of(&request);
     let fields = body::fields(&body::read_of_ollama(app, request).await?)?;
     // `name` is its older name.
-    if let Some(other) = fields
-        .keys()
-        .find(|field| !["model", "name", "verbose", "system", "template", "options"].contains(&field.as_str()))
-    {
+    if let Some(other) = fields.keys().find(|field| !["model", "name", "verbose"].contains(&field.as_str())) {
         return Err(not_known(other, &["model", "verbose"]).into());
+    }
+    if fields.get("verbose").is_some_and(|verbose| !verbose.is_null() && verbose != false) {
+        return Err(
+            HandlerError::invalid("verbose", "the lists of a tokenizer are not shown here; leave it out").into()
+        );
     }
     let model = ["model", "name"].iter().find_map(|field| fields.get(*field)?.as_str());
     let model = name_of(app, model.ok_or_else(|| wrong("model", "the name of a model"))?);
@@ -131,9 +133,10 @@ async fn shown(app: &Arc<App>, request: Request) -> Result<Json<Value>, Refusal>
         info.insert(format!("{family}.vocab_size"), json!(architecture.vocab_size));
     }
     let capabilities = match handler.gives() {
-        Gives::Answers => json!(["completion"]),
+        // A model whose template knows no tools is told of them in words.
+        Gives::Answers => json!(["completion", "tools"]),
         Gives::Vectors => json!(["embedding"]),
-        Gives::Either => json!(["completion", "embedding"]),
+        Gives::Either => json!(["completion", "tools", "embedding"]),
     };
     Ok(Json(json!({
         "modelfile": "# chosen by whoever runs this server\n",

@@ -2,8 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::caller::Caller;
-
 /// Whose an answer is: of a key, and of the person whom a program with that key names. Where neither is known, all callers of this
 /// machine are the same.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,11 +21,5 @@ impl Person {
             Some(user) => user == name,
             None => self.key.as_deref() == Some(name),
         }
-    }
-}
-
-impl From<Caller> for Person {
-    fn from(caller: Caller) -> Self {
-        Self { key: caller.key, user: caller.user }
     }
 }

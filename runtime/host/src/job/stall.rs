@@ -60,8 +60,9 @@ impl Stall {
                 let seconds = now.saturating_duration_since(progress.since).as_secs();
                 let event = json!({"event": "stalled", "doing": progress.doing, "seconds": seconds});
                 drop(progress);
-                line(said);
+                // The record first: who reads the line and ends the program finds it there.
                 log.iter().for_each(|log| log.event(event.clone()));
+                line(said);
             }
         });
         Self { progress, _end: end }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use homeroom::handler::config::server::Settings;
 use homeroom::handler::{Context, Event, EventStream, FinishReason, Handler, HandlerError, Request, Usage};
 use homeroom::serve::keys::days::Days;
 use homeroom::serve::keys::{Key, Keys};
-use homeroom::serve::settings::Settings;
-use homeroom::serve::{Models, Running, Serving, bind, routes, start_as};
+use homeroom::serve::{Bounds, Models, Running, Serving, bind, routes, start_as};
 use serde_json::{Value, json};
 
 use crate::handlers::{chat_body, http, local};
@@ -39,7 +39,7 @@ impl Site {
         let path = directory.path().join("keys.json");
         write_keys(&path, keys)?;
         let days = Days::at(directory.path().join("serve").join("usage.json"));
-        let bounds = settings.bounds();
+        let bounds = Bounds::from(&settings);
         let serving = Serving { bounds, settings, keys: Keys::at(path), days, ..Serving::default() };
         let server = start_as(models, bind("127.0.0.1", 0)?, serving)?;
         Ok(Self { server, directory })

@@ -10,6 +10,8 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
 
 use super::arguments::{AnswerArgs, ModelArgs, Word, one_of, whole};
 use super::{Done, handlers_of_home};
+use crate::handler::config::fine_tuning;
+use crate::handler::config::server::{Log, Settings};
 use crate::handler::config::{Config, HandlerSpec, Handlers, load_local};
 use crate::hub::HubName;
 use crate::interrupt;
@@ -19,9 +21,8 @@ use crate::models::{last_part, shown};
 use crate::near::exists;
 use crate::progress::{line, size};
 use crate::registry::data_directory;
-use crate::serve::fine_tuning::{self, Tuning};
+use crate::serve::fine_tuning::Tuning;
 use crate::serve::keys::Keys;
-use crate::serve::settings::{Log, Settings};
 use crate::serve::{Class, Models, Serving, bind_for, start_as};
 use crate::watch::Watch;
 
@@ -141,7 +142,7 @@ pub fn run(arguments: &Arguments) -> Result<Done> {
 fn class(arguments: &Arguments, config: Option<&Config>) -> Result<Class> {
     let mut class = Class::default();
     let asked = arguments.fine_tuning.then(|| {
-        let mut settings = fine_tuning::settings::Settings::default();
+        let mut settings = fine_tuning::Settings::default();
         if let Some(model) = &arguments.model {
             settings = settings.with_base(&model.model_dir.to_string_lossy(), &model.model_dir);
         }

@@ -29,8 +29,8 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep, timeout};
 
-/// Connections at once: below half of the files that a program may open where nobody raised it.
-const CONNECTIONS_MAX: usize = 400;
+use crate::handler::config::server::Settings;
+
 /// How often a client that sends requests ahead is checked for having left.
 const LOOK: Duration = Duration::from_millis(200);
 /// For how long, and how many bytes, a refused client may go on sending.
@@ -56,10 +56,17 @@ pub struct Bounds {
     pub silence: Duration,
 }
 
+impl From<&Settings> for Bounds {
+    fn from(settings: &Settings) -> Self {
+        let Settings { connections, header_timeout: headers, body_timeout: body, .. } = *settings;
+        let [unread, first_event, silence] = [30, 10, 5].map(Duration::from_secs);
+        Self { connections, headers, body, unread, first_event, silence }
+    }
+}
+
 impl Default for Bounds {
     fn default() -> Self {
-        let [headers, body, unread, first_event, silence] = [15, 30, 30, 10, 5].map(Duration::from_secs);
-        Self { connections: CONNECTIONS_MAX, headers, body, unread, first_event, silence }
+        Self::from(&Settings::default())
     }
 }
 

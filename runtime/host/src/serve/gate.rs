@@ -19,8 +19,8 @@ use super::caller::Caller;
 use super::keys::given;
 use super::record::{REQUEST_ID, Record};
 use super::reply::Refusal;
-use super::settings::{Log, Settings};
 use super::{App, ollama, route_of};
+use crate::handler::config::server::{Log, Settings};
 use crate::progress::line;
 
 /// What everybody may ask who can reach the port: whether the server is there, and nothing else.

@@ -29,7 +29,6 @@ mod query;
 mod record;
 mod reply;
 mod request;
-pub mod settings;
 mod tuned;
 
 use std::net::{SocketAddr, TcpListener};
@@ -52,6 +51,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
+use crate::handler::config::server::Settings;
 use crate::handler::{Gives, limit};
 use crate::toml_problems::near;
 use admit::Access;
@@ -64,7 +64,6 @@ use keys::limits::Meters;
 use metrics::Metrics;
 pub use models::Models;
 use reply::Refusal;
-use settings::Settings;
 
 /// How often what is used of a day is written to disk.
 const KEEP: Duration = Duration::from_secs(1);
@@ -144,14 +143,20 @@ pub struct Serving {
 impl Serving {
     /// With some settings, for whoever has a key of this home; for this machine without one until there is one.
     pub fn of_home(settings: Settings, keys: Keys) -> Self {
-        Self { bounds: settings.bounds(), settings, keys, days: Days::of_home(), class: Class::default() }
+        Self { bounds: Bounds::from(&settings), settings, keys, days: Days::of_home(), class: Class::default() }
     }
 }
 
 impl Default for Serving {
     fn default() -> Self {
         let settings = Settings::default();
-        Self { bounds: settings.bounds(), settings, keys: Keys::none(), days: Days::none(), class: Class::default() }
+        Self {
+            bounds: Bounds::from(&settings),
+            settings,
+            keys: Keys::none(),
+            days: Days::none(),
+            class: Class::default(),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::keys::file::hex;
 use super::keys::limits::pseudonym;
-use super::settings::Log;
+use crate::handler::config::server::Log;
 use crate::registry::when;
 use crate::terminal::shown;
 

@@ -1,17 +1,19 @@
 //! The file that lists the handlers: `[handlers.NAME]` and `[routes.NAME]`; and says how they are served: `[server]`, `[fine_tuning]`, `[memory]`.
 //!
 //! The whole file is checked before a model is loaded, and all problems are reported at once. A kind of handler is a file here, with its
-//! keys, what is read of them, and what is made of that.
+//! keys, what is read of them, and what is made of that; so are the tables that say how they are served.
 
 mod anthropic;
 mod disabled;
 mod endpoint;
+pub mod fine_tuning;
 mod handlers;
 mod key;
 mod local;
 mod openai;
 mod replay;
 mod route;
+pub mod server;
 #[cfg(test)]
 mod tests;
 
@@ -37,8 +39,6 @@ use super::wrap::settings::{self, Settings};
 use super::{Handler, Secret};
 use crate::memory::settings as memory;
 use crate::models::ModelRef;
-use crate::serve;
-use crate::serve::fine_tuning::settings as fine_tuning;
 use crate::toml_problems::{Problems, near};
 
 /// Name of the user's file of handlers.
@@ -63,7 +63,7 @@ pub struct Config {
     /// What else each route says.
     pub rules: BTreeMap<String, Rules>,
     /// `[server]`.
-    pub server: serve::settings::Settings,
+    pub server: server::Settings,
     /// `[fine_tuning]`.
     pub fine_tuning: Option<fine_tuning::Settings>,
     /// `[memory]`.
@@ -166,8 +166,7 @@ impl Config {
     /// When it has problems; all of them in one message.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let harmless =
-            [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &serve::settings::KEYS, &fine_tuning::KEYS, &memory::KEYS]
-                .concat();
+            [&HARMLESS_KEYS[..], &settings::HARMLESS_KEYS, &server::KEYS, &fine_tuning::KEYS, &memory::KEYS].concat();
         let mut problems = Problems::of_secrets(path, text, &harmless);
         let root = problems.parse();
         problems.unknown_keys(&root, &["handlers", "routes", "server", "fine_tuning", "memory"]);
@@ -178,7 +177,7 @@ impl Config {
             routes,
             settings,
             rules,
-            server: serve::settings::read(&mut problems, &root),
+            server: server::read(&mut problems, &root),
             fine_tuning: fine_tuning::Settings::read(&mut problems, path, &root),
             memory: memory::Settings::read(&mut problems, &root),
         };

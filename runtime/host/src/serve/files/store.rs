@@ -11,6 +11,7 @@ use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, ensure_room, make_directory, 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::handler::config::fine_tuning::Limits;
 use crate::serve::now;
 
 /// What a file is.
@@ -65,15 +66,6 @@ impl About {
         }
         card
     }
-}
-
-/// How much is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Bytes of one file.
-    pub file_bytes: u64,
-    /// Bytes of all files.
-    pub all_bytes: u64,
 }
 
 /// The files of all keys.

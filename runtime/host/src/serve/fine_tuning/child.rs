@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use homeroom_engine::train::TrainConfig;
 
 use super::job::{Job, MethodKind};
-use super::settings::Settings;
+use crate::handler::config::fine_tuning::Settings;
 use crate::job::defaults::{self, Open};
 use crate::serve::files::store::private_file;
 

@@ -1,14 +1,13 @@
 //! `/v1/fine_tuning/jobs`: OpenAI's scripts train here, and ask the result by its name.
 //!
 //! [`request`] is what they say, [`job`] what is kept of it, [`tuning`] the jobs, which [`work`] does one after another, [`child`] is the process that trains,
-//! [`events`] what is told of it, [`checkpoints`] what can be asked of it beside the result. `[fine_tuning]` of the file of handlers allows it, see [`settings`].
+//! [`events`] what is told of it, [`checkpoints`] what can be asked of it beside the result. `[fine_tuning]` of the file of handlers allows it, see [`config`](crate::handler::config::fine_tuning).
 
 mod checkpoints;
 mod child;
 mod events;
 mod job;
 mod request;
-pub mod settings;
 mod tuning;
 mod work;
 

@@ -8,11 +8,19 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::models::last_part;
-use crate::serve::files::store::Limits;
 use crate::toml_problems::Problems;
 
 /// The keys of the table. None of their values is a secret.
 pub const KEYS: [&str; 7] = ["bases", "keys", "threads", "niceness", "queue", "file_mib_max", "files_mib_max"];
+
+/// How much is kept of the files that clients send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of one file.
+    pub file_bytes: u64,
+    /// Bytes of all files.
+    pub all_bytes: u64,
+}
 
 /// What `[fine_tuning]` says.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,7 +7,6 @@ use anyhow::Context as _;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::connection::Bounds;
 use crate::toml_problems::{Problems, near};
 
 /// Its keys.
@@ -24,6 +23,9 @@ pub const KEYS: [&str; 11] = [
     "drain",
     "log",
 ];
+
+/// Connections at once: below half of the files that a program may open where nobody raised it.
+const CONNECTIONS_MAX: usize = 400;
 
 /// What is said on stderr of a request: never a word of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,16 +88,15 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        let bounds = Bounds::default();
         Self {
             listen: None,
             allowed_hosts: Vec::new(),
             cors_origins: Vec::new(),
             max_body: 4 << 20,
             max_tokens: None,
-            connections: bounds.connections,
-            header_timeout: bounds.headers,
-            body_timeout: bounds.body,
+            connections: CONNECTIONS_MAX,
+            header_timeout: Duration::from_secs(15),
+            body_timeout: Duration::from_secs(30),
             answer_timeout: Duration::from_secs(30 * 60),
             drain: Duration::from_secs(30),
             log: Log::Off,
@@ -104,12 +105,6 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The bounds of connections.
-    pub fn bounds(&self) -> Bounds {
-        let Self { connections, header_timeout: headers, body_timeout: body, .. } = *self;
-        Bounds { connections, headers, body, ..Bounds::default() }
-    }
-
     /// The keys that count only from the next start on, and differ from those of another file.
     pub fn fixed_that_differ(&self, other: &Self) -> Vec<&'static str> {
         let differ = [
@@ -312,9 +307,8 @@ log = "json"
         assert_eq!(settings.cors_origins, ["https://tutor.school.example", "tauri://localhost"]);
         assert_eq!((settings.max_body, settings.max_tokens, settings.log), (16 << 20, Some(2048), Log::Json));
         assert_eq!((settings.answer_timeout, settings.drain), (Duration::from_secs(3600), Duration::from_millis(500)));
-        let bounds = settings.bounds();
         assert_eq!(
-            (bounds.connections, bounds.headers, bounds.body),
+            (settings.connections, settings.header_timeout, settings.body_timeout),
             (50, Duration::from_secs(5), Duration::from_secs(60))
         );
         assert_eq!(settings.fixed_that_differ(&Settings::default()).len(), 4);

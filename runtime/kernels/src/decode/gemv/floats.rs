@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::ahead::Ahead;
 use super::{FewRows, Job, LANES};
 use crate::storage::Storage;
 use crate::storage::rows::decode_row;
@@ -77,6 +78,7 @@ pub(super) unsafe fn run<const M: usize>(job: &Job<'_>) -> bool {
 unsafe fn by_rows<F: Floats, const M: usize>(job: &Job<'_>) {
     let (cols, (x, step)) = (job.w.cols, job.x);
     let (turns, rest) = (cols / LANES, cols % LANES);
+    let ahead = Ahead::new();
     debug_assert!(FewRows::padded(cols) <= step);
     for (i, row) in job.rows.clone().enumerate() {
         // SAFETY: a row of W is `cols` values; a row of x is as long, padded.
@@ -84,7 +86,9 @@ unsafe fn by_rows<F: Floats, const M: usize>(job: &Job<'_>) {
             let w = job.w.bytes.as_ptr().add(job.w.order.stored(row) * cols * F::BYTES);
             let mut sums = [[_mm256_setzero_ps(); VECTORS]; M];
             for turn in 0..turns {
-                add::<F, M>(w.add(turn * LANES * F::BYTES), x.add(turn * LANES), step, &mut sums);
+                let w = w.add(turn * LANES * F::BYTES);
+                ahead.of_floats(w, LANES * F::BYTES);
+                add::<F, M>(w, x.add(turn * LANES), step, &mut sums);
             }
             if rest > 0 {
                 let mut values = [0f32; LANES];

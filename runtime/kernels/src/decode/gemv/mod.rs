@@ -8,6 +8,8 @@
 //! many rows share the call, or on the cut into tasks. Multiply-adds are fused where the processor has them.
 
 #[cfg(target_arch = "x86_64")]
+mod ahead;
+#[cfg(target_arch = "x86_64")]
 mod floats;
 #[cfg(any(test, target_arch = "aarch64"))]
 mod neon;
@@ -233,6 +235,7 @@ mod avx2 {
 mod avx512 {
     use std::arch::x86_64::*;
 
+    use super::ahead::Ahead;
     use super::{Job, LANES};
     use crate::buffer::grown;
     use crate::storage::Storage;
@@ -312,6 +315,7 @@ mod avx512 {
     unsafe fn by_blocks<F: Format, const M: usize>(job: &Job<'_>) {
         let (blocks, rest) = (job.w.cols / F::LEN, job.w.cols % F::LEN);
         let size = job.w.bytes.len() / job.w.rows.max(1);
+        let ahead = Ahead::new();
         let (x, step) = job.x;
         for (i, row) in job.rows.clone().enumerate() {
             let mut sums = [[_mm512_setzero_ps(); 2]; M];
@@ -328,7 +332,11 @@ mod avx512 {
                         }
                     }
                     for (i, halves) in halves[..count].iter().enumerate() {
-                        F::block(w.add((from + i) * F::BYTES), halves, |k, w| {
+                        let p = w.add((from + i) * F::BYTES);
+                        if !F::HALVES {
+                            ahead.of_floats(p, F::BYTES);
+                        }
+                        F::block(p, halves, |k, w| {
                             sixteen(w, (from + i) * (F::LEN / 16) + k, x, step, &mut sums);
                         });
                     }

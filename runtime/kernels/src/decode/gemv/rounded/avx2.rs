@@ -6,8 +6,9 @@
 use std::arch::x86_64::*;
 
 use super::super::Job;
+use super::super::ahead::Ahead;
 use super::book::{BlockScales, Levels};
-use super::{GROUP, PIECE, RoundedRows, SPAN, prefetch};
+use super::{GROUP, PIECE, RoundedRows, SPAN};
 use crate::isa::{Dpbusd, Run};
 use crate::storage::Storage;
 use crate::storage::format::sub_blocks;
@@ -230,6 +231,7 @@ unsafe fn by_blocks<D: Dot, F: Block, const M: usize>(job: &Job<'_>, x: &Rounded
         (false, true) => 0.0,
         (false, false) => -F::SHIFT,
     };
+    let ahead = Ahead::new();
     for (i, row) in job.rows.clone().enumerate() {
         // SAFETY: a row of W is `blocks` blocks; a row of x has as many groups, and scales and sums for whole turns of them.
         unsafe {
@@ -237,7 +239,7 @@ unsafe fn by_blocks<D: Dot, F: Block, const M: usize>(job: &Job<'_>, x: &Rounded
             let mut sums = Sums::<M>::zero();
             for from in (0..blocks - blocks % 8).step_by(8) {
                 let p = w.add(from * F::BYTES);
-                prefetch(p, 8 * F::BYTES);
+                ahead.of(p, 8 * F::BYTES);
                 let scale = halves::<F>(p);
                 let min = if F::HAS_MIN { halves::<F>(p.add(2)) } else { scale };
                 let mut factors = [[0f32; 8]; M];
@@ -287,6 +289,7 @@ unsafe fn eight(bytes: u64, factor: __m256) -> __m256 {
 unsafe fn by_super_blocks<D: Dot, F: SuperBlock, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usize) {
     let blocks = job.w.cols / (8 * GROUP);
     let x = rows::<M>(x, first);
+    let ahead = Ahead::new();
     for (i, row) in job.rows.clone().enumerate() {
         // SAFETY: a row of W is `blocks` blocks, a row of x eight times as many groups.
         unsafe {
@@ -294,7 +297,7 @@ unsafe fn by_super_blocks<D: Dot, F: SuperBlock, const M: usize>(job: &Job<'_>, 
             let mut sums = Sums::<M>::zero();
             for block in 0..blocks {
                 let (p, at) = (w.add(block * F::BYTES), 8 * block);
-                prefetch(p, F::BYTES);
+                ahead.of(p, F::BYTES);
                 let both = _mm_cvtph_ps(_mm_cvtsi32_si128(p.cast::<i32>().read_unaligned()));
                 let d = _mm256_broadcastss_ps(both);
                 let d_min = _mm256_broadcastss_ps(_mm_movehdup_ps(both));
@@ -328,6 +331,7 @@ unsafe fn q6k<D: Dot, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usi
     const BYTES: usize = 210;
     let blocks = job.w.cols / (8 * GROUP);
     let x = rows::<M>(x, first);
+    let ahead = Ahead::new();
     for (i, row) in job.rows.clone().enumerate() {
         // SAFETY: a row of W is `blocks` blocks, a row of x eight times as many groups.
         unsafe {
@@ -335,7 +339,7 @@ unsafe fn q6k<D: Dot, const M: usize>(job: &Job<'_>, x: &RoundedRows, first: usi
             let mut sums = Sums::<M>::zero();
             for block in 0..blocks {
                 let (p, at) = (w.add(block * BYTES), 8 * block);
-                prefetch(p, BYTES);
+                ahead.of(p, BYTES);
                 let d = _mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.add(208).cast::<u16>().read_unaligned())));
                 let d = _mm256_broadcastss_ps(d);
                 let signed = _mm_loadu_si128(p.add(192).cast());
@@ -416,6 +420,7 @@ pub unsafe fn run_book<const M: usize>(
     let all: [&[i16]; M] = std::array::from_fn(|j| &x.words()[(first + j) * x.spans * SPAN * GROUP..]);
     let x = rows::<M>(x, first);
     let mut scales = BlockScales::new(job.w, scratch);
+    let ahead = Ahead::new();
     for (i, row) in job.rows.clone().enumerate() {
         scales.begin(row);
         // SAFETY: a row of W is sixteen bytes for each group of a row of x, which has scales for whole spans of them. Sums of four
@@ -424,7 +429,7 @@ pub unsafe fn run_book<const M: usize>(
             let w = job.w.bytes.as_ptr().add(row * groups * PIECE);
             let mut sums = Sums::<M>::zero();
             for from in (0..groups).step_by(SPAN) {
-                prefetch(w.add(from * PIECE), SPAN * PIECE);
+                ahead.of(w.add(from * PIECE), SPAN * PIECE);
                 let scale = scales.of_span(from / SPAN);
                 let mut factors = [[0f32; SPAN]; M];
                 for j in 0..M {

@@ -291,22 +291,6 @@ unsafe fn on_x86<const M: usize>(isa: Isa, job: &Job<'_>, x: &RoundedRows, first
     }
 }
 
-/// How far ahead memory is asked for.
-#[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 2048;
-
-/// Asks for the memory that will be read some blocks later, in place of `len` bytes at `p`: for this once, so that what all tokens
-/// read, and fits, stays in the cache beside weights, which do not.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn prefetch(p: *const u8, len: usize) {
-    use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
-    for line in 0..len.div_ceil(64) {
-        // SAFETY: nothing is read; an address that nothing lies at does no harm.
-        unsafe { _mm_prefetch::<_MM_HINT_NTA>(p.wrapping_add(AHEAD + 64 * line).cast()) };
-    }
-}
-
 /// A row's codes, scales, and for each half of a group the sum of its codes times the scale: the same on every processor.
 pub(crate) fn round(isa: Isa, row: &[f32], codes: &mut [i8], scales: &mut [f32], halves: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]

@@ -14,8 +14,9 @@ use self::blocks::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 use self::coded::{Book, Linear};
 use self::super_blocks::{Q4K, Q5K, Q6K};
 use super::super::Job;
+use super::super::ahead::{ahead, reads_past_caches};
 use super::book::Levels;
-use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN, prefetch};
+use super::{GROUP, PIECE, ROWS, RoundedRows, SPAN};
 use crate::element::scale_of_eight_bits;
 use crate::storage::Storage;
 
@@ -64,9 +65,11 @@ pub unsafe fn run_book(
 unsafe fn by_format<F: Format>(job: &Job<'_>, format: F, x: &RoundedRows, first: usize, count: usize) {
     // SAFETY: passed on to the caller.
     unsafe {
-        match x.order {
-            super::Order::One => walk(job, format, &One(x)),
-            _ => walk(job, format, &Four::new(x, first, count)),
+        match (x.order, reads_past_caches()) {
+            (super::Order::One, false) => walk::<_, _, false>(job, format, &One(x)),
+            (super::Order::One, true) => walk::<_, _, true>(job, format, &One(x)),
+            (_, false) => walk::<_, _, false>(job, format, &Four::new(x, first, count)),
+            (_, true) => walk::<_, _, true>(job, format, &Four::new(x, first, count)),
         }
     }
 }
@@ -244,7 +247,7 @@ trait Rows {
 }
 
 #[inline(always)]
-unsafe fn walk<F: Format, R: Rows>(job: &Job<'_>, mut format: F, x: &R) {
+unsafe fn walk<F: Format, R: Rows, const ONCE: bool>(job: &Job<'_>, mut format: F, x: &R) {
     let groups = job.w.cols / GROUP;
     let (of_span, of_row) = (F::BYTES * (SPAN / F::GROUPS), F::BYTES * (groups / F::GROUPS));
     for (i, row) in job.rows.clone().enumerate() {
@@ -255,7 +258,7 @@ unsafe fn walk<F: Format, R: Rows>(job: &Job<'_>, mut format: F, x: &R) {
             let mut sums = R::begin();
             for span in 0..groups / SPAN {
                 let p = w.add(span * of_span);
-                prefetch(p, of_span);
+                ahead::<ONCE>(p, of_span);
                 x.span(&format, &mut sums, p, span, SPAN);
             }
             if F::GROUPS == 1 && !groups.is_multiple_of(SPAN) {

@@ -1,7 +1,7 @@
 //! CPU kernels over slices. No candle and no I/O: what comes in and goes out is `&[f32]` and bytes.
 //!
 //! - `isa`: which instructions they may use, and what products are made of; `fastest`: which kind of product is faster; `peak`: the limits of
-//!   the machine; `pool`: the threads
+//!   the machine; `pool`: the threads; `team`: threads that share many short jobs
 //! - `element`: f32 or bf16, and sums over rows of them; `round`: from f32 to either; `buffer`: buffers that keep their size
 //! - `storage`: how a stored weight lies in memory, and rows of it as floats; `codec`: storage as data, a code book over blocks of values,
 //!   encoding and decoding
@@ -11,8 +11,7 @@
 //! - `attention`: of all queries, forward and backward
 //! - `layer`: norms, rotary embedding, gated units, sums in the residual stream, the loss: the rest of a decoder layer, forward and
 //!   backward; and the weights that a token is drawn by
-//! - `decode`: products (exact, or with rows of x in eight bits, and low-rank updates) and attention for a few rows, as in decoding, and
-//!   the threads that share many short jobs
+//! - `decode`: products (exact, or with rows of x in eight bits, and low-rank updates) and attention for a few rows, as in decoding
 //! - `matmul`, `dot`: stored matrices, and products in f32 and f64 for the plain path and for a few rows
 //! - `philox`: random numbers as a function of a counter
 
@@ -37,7 +36,9 @@ mod philox;
 mod pool;
 mod product;
 mod round;
+mod shared;
 mod storage;
+mod team;
 mod tile;
 
 pub use attention::{
@@ -46,7 +47,6 @@ pub use attention::{
 };
 pub use decode::attend::{attend, attend_join, attend_tasks, attend_values};
 pub use decode::gemv::{FewRows, Panels, RoundedRows, gemv};
-pub use decode::team::{Team, lead};
 pub use element::Element;
 pub use half::{bf16, f16};
 pub use int8::rounded_bytes;
@@ -79,3 +79,4 @@ pub use storage::codec::{
 };
 pub use storage::quantize::{encode_row, encode_rows};
 pub use storage::rows::decode_row;
+pub use team::{Team, lead};

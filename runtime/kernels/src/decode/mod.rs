@@ -1,5 +1,4 @@
-//! What decoding needs, where few rows meet whole weights and caches: products, attention of single queries, and threads for many short jobs.
+//! What decoding needs, where few rows meet whole weights and caches: products, and attention of single queries.
 
 pub mod attend;
 pub mod gemv;
-pub mod team;

@@ -1,25 +1,36 @@
-//! Many short jobs one after another, as in decoding a token: a leader hands out tasks, and whoever of the pool has time takes
-//! some, without being woken for each job.
+//! Many short jobs one after another, as in decoding a token or in a layer of a training: a leader hands out tasks, and whoever of the pool
+//! has time takes some, without being woken for each job.
 //!
 //! The leader never waits for a thread to come: what nobody takes it does itself. So a busy pool makes a team slower, and
-//! never stops it. Neighbouring tasks are taken together, many at first and single ones in the end: threads read long pieces of
+//! never stops it. In decoding, neighbouring tasks are taken together, many at first and single ones in the end: threads read long pieces of
 //! memory in order, seldom meet at the ticket, and end together.
 
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::isa::{isa, with_isa};
-use crate::pool::{Shared, threads};
+use rayon::{Yield, current_num_threads as threads};
+
+use crate::isa::{Isa, isa, with_isa};
+use crate::shared::Shared;
 
 /// How long a thread that waits keeps its core to itself: most jobs of a token are shorter. Then it lets whoever wants the core run before
 /// it looks again, as a school's computer does other things, too.
 const SPIN: Duration = Duration::from_micros(50);
+/// How long it looks again and again. Then it sleeps for moments.
+const AWAKE: Duration = Duration::from_millis(1);
+const NAP: Duration = Duration::from_micros(50);
 /// Polls between two looks at the clock.
 const POLLS: u32 = 64;
 
 /// Bits of a ticket that count tasks, twice; the others count jobs, so that no ticket of one job is one of the next.
 const BITS: u32 = 20;
 const MASK: u64 = (1 << BITS) - 1;
+/// The most tasks of a job.
+pub(crate) const MOST: usize = MASK as usize - 1;
 
 /// The tasks of a job by number, from anybody who takes one.
 type Call = unsafe fn(*const (), usize);
@@ -30,7 +41,11 @@ pub struct Team {
     job: Line<Job>,
     /// Tasks of the job that are done.
     done: Line<AtomicUsize>,
+    /// What the first task that panicked did so with.
+    panicked: Mutex<Option<Box<dyn Any + Send>>>,
     failed: AtomicBool,
+    /// Whether its threads do other work of the pool, too, while there is none of the leader's.
+    is_open: bool,
 }
 
 /// What threads look at until there is something to do.
@@ -42,7 +57,55 @@ struct Job {
     context: AtomicPtr<()>,
     /// Tasks that others wait for: the first so many.
     before: AtomicUsize,
+    /// Whether its tasks are taken one by one.
+    singly: AtomicBool,
     over: AtomicBool,
+}
+
+/// What a thread does, for those that it asks to compute.
+#[derive(Clone, Copy)]
+pub(crate) enum Here<'a> {
+    /// Nothing of a team's.
+    Apart,
+    /// It leads a team.
+    Leads(&'a Team),
+    /// A task.
+    InTask,
+}
+
+#[derive(Clone, Copy)]
+enum Place {
+    Apart,
+    Leads(*const Team),
+    InTask,
+}
+
+thread_local!(static PLACE: Cell<Place> = const { Cell::new(Place::Apart) });
+
+/// Another place until it is dropped.
+struct Within(Place);
+
+impl Within {
+    fn new(place: Place) -> Self {
+        Self(PLACE.replace(place))
+    }
+}
+
+impl Drop for Within {
+    fn drop(&mut self) {
+        PLACE.set(self.0);
+    }
+}
+
+/// What this thread does.
+pub(crate) fn here<'a>() -> Here<'a> {
+    match PLACE.get() {
+        Place::Apart => Here::Apart,
+        // SAFETY: `in_team` sets it while its team lives, and this thread is within what it calls as long as it is set. The team is
+        // used by whom this thread calls, which returns before.
+        Place::Leads(team) => Here::Leads(unsafe { &*team }),
+        Place::InTask => Here::InTask,
+    }
 }
 
 /// In a cache line of its own, so that writing it does not slow down those who read what lies beside it.
@@ -54,31 +117,42 @@ struct Line<T>(T);
 struct Wait {
     polls: u32,
     since: Option<Instant>,
-    /// It has taken longer than [`SPIN`].
-    is_long: bool,
+    /// How long it has taken when the clock was last looked at.
+    taken: Duration,
 }
 
 impl Wait {
     /// Waits a little more: first awake, then by letting others run.
     fn more(&mut self) {
         self.polls = self.polls.wrapping_add(1);
-        if !self.is_long && self.polls.is_multiple_of(POLLS) {
-            self.is_long = self.since.get_or_insert_with(Instant::now).elapsed() > SPIN;
+        if self.taken > SPIN {
+            self.taken = self.since.get_or_insert_with(Instant::now).elapsed();
+            std::thread::yield_now();
+        } else if self.polls.is_multiple_of(POLLS) {
+            self.taken = self.since.get_or_insert_with(Instant::now).elapsed();
+        } else {
+            std::hint::spin_loop();
         }
-        if self.is_long { std::thread::yield_now() } else { std::hint::spin_loop() }
+    }
+
+    /// Waits for a job, which may be far.
+    fn for_job(&mut self) {
+        if self.taken > AWAKE { std::thread::sleep(NAP) } else { self.more() }
     }
 }
 
 impl Team {
-    fn new() -> Self {
+    fn new(is_open: bool) -> Self {
         let job = Job {
             ticket: AtomicU64::new(0),
             call: AtomicPtr::new(std::ptr::null_mut()),
             context: AtomicPtr::new(std::ptr::null_mut()),
             before: AtomicUsize::new(0),
+            singly: AtomicBool::new(false),
             over: AtomicBool::new(false),
         };
-        Self { threads: threads(), job: Line(job), done: Line(AtomicUsize::new(0)), failed: AtomicBool::new(false) }
+        let (panicked, failed) = (Mutex::new(None), AtomicBool::new(false));
+        Self { threads: threads(), job: Line(job), done: Line(AtomicUsize::new(0)), panicked, failed, is_open }
     }
 
     /// Calls `f` with each number below `tasks`, started in ascending order, and returns when all have ended.
@@ -86,11 +160,19 @@ impl Team {
     /// # Panics
     /// When a task does, or there are more than a million.
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, f: F) {
-        self.run_after(0, tasks, f);
+        self.run_after(0, tasks, false, f);
+    }
+
+    /// As [`Team::run`]; tasks are taken one by one, since each is long.
+    ///
+    /// # Panics
+    /// As [`Team::run`].
+    pub(crate) fn run_singly<F: Fn(usize) + Sync>(&self, tasks: usize, f: F) {
+        self.run_after(0, tasks, true, f);
     }
 
     /// As [`Team::run`]; the first `before` tasks are spread over all threads like a job of their own.
-    fn run_after<F: Fn(usize) + Sync>(&self, before: usize, tasks: usize, f: F) {
+    fn run_after<F: Fn(usize) + Sync>(&self, before: usize, tasks: usize, singly: bool, f: F) {
         unsafe fn call<F: Fn(usize)>(context: *const (), task: usize) {
             // SAFETY: `run_after` passes its `f`, and returns only when no task runs.
             unsafe { (*context.cast::<F>())(task) }
@@ -98,12 +180,13 @@ impl Team {
         if tasks == 0 {
             return;
         }
-        assert!((tasks as u64) < MASK, "{tasks} tasks");
+        assert!(tasks <= MOST, "{tasks} tasks");
         let job = &self.job.0;
         self.done.0.store(0, Ordering::Relaxed);
         job.call.store(call::<F> as *mut (), Ordering::Relaxed);
         job.context.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
         job.before.store(before, Ordering::Relaxed);
+        job.singly.store(singly, Ordering::Relaxed);
         let number = (job.ticket.load(Ordering::Relaxed) >> (2 * BITS)) + 1;
         job.ticket.store(number << (2 * BITS) | (tasks as u64) << BITS, Ordering::Release);
         while self.tasks() {}
@@ -111,7 +194,11 @@ impl Team {
         while self.done.0.load(Ordering::Acquire) < tasks {
             wait.more();
         }
-        assert!(!self.failed.load(Ordering::Relaxed), "a task of a team panicked");
+        if self.failed.load(Ordering::Relaxed) {
+            self.failed.store(false, Ordering::Relaxed);
+            let panicked = self.panicked.lock().unwrap_or_else(PoisonError::into_inner).take();
+            resume_unwind(panicked.unwrap_or_else(|| Box::new("a task panicked")));
+        }
     }
 
     /// Calls `f` with the number and the values of each part of `values`, `size` long, the last perhaps shorter.
@@ -150,7 +237,7 @@ impl Team {
         let (lens, sizes) = ((first.0.len(), second.0.len()), (first.1, second.1));
         let (firsts, seconds) = (Shared::new(first.0), Shared::new(second.0));
         let (before, done) = (lens.0.div_ceil(sizes.0), AtomicUsize::new(0));
-        self.run_after(before, before + lens.1.div_ceil(sizes.1), |task| match task.checked_sub(before) {
+        self.run_after(before, before + lens.1.div_ceil(sizes.1), false, |task| match task.checked_sub(before) {
             None => {
                 let _done = Done(&done);
                 let from = task * sizes.0;
@@ -186,7 +273,9 @@ impl Team {
         // happened the exchange fails.
         let (call, context) = (job.call.load(Ordering::Relaxed), job.context.load(Ordering::Relaxed));
         let before = job.before.load(Ordering::Relaxed);
-        let count = if next < before {
+        let count = if job.singly.load(Ordering::Relaxed) {
+            1
+        } else if next < before {
             (before - next).div_ceil(self.threads)
         } else {
             (3 * (tasks - next) / (4 * self.threads)).max(1)
@@ -195,26 +284,33 @@ impl Team {
         if job.ticket.compare_exchange(ticket, taken, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return true;
         }
+        let within = Within::new(Place::InTask);
         for task in next..next + count {
             // SAFETY: `call` was made from a `Call` by `run_after`, whose `f` lives until this task is counted as done.
-            let run = std::panic::AssertUnwindSafe(|| unsafe {
+            let run = AssertUnwindSafe(|| unsafe {
                 std::mem::transmute::<*mut (), Call>(call)(context, task);
             });
-            if std::panic::catch_unwind(run).is_err() {
+            if let Err(with) = catch_unwind(run) {
+                self.panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(with);
                 self.failed.store(true, Ordering::Relaxed);
             }
         }
+        drop(within);
         self.done.0.fetch_add(count, Ordering::Release);
         true
     }
 
+    /// Does tasks until the leader is done, on any thread but one that leads.
     fn help(&self) {
+        if matches!(PLACE.get(), Place::Leads(_)) {
+            return;
+        }
         let mut wait = Wait::default();
         while !self.job.0.over.load(Ordering::Acquire) {
-            if self.tasks() {
+            if self.tasks() || self.is_open && matches!(rayon::yield_now(), Some(Yield::Executed)) {
                 wait = Wait::default();
             } else {
-                wait.more();
+                wait.for_job();
             }
         }
     }
@@ -224,6 +320,16 @@ impl Team {
 ///
 /// They are busy waiting between jobs, so `f` should be little else than jobs, and short.
 pub fn lead<R: Send>(f: impl FnOnce(&Team) -> R + Send) -> R {
+    in_team(Team::new(false), isa(), f)
+}
+
+/// Runs `f` as the leader of a team that does what `f` starts by [`for_each`](crate::pool::for_each), and what else the pool is asked
+/// to do meanwhile.
+pub(crate) fn lead_pool<R: Send>(isa: Isa, f: impl FnOnce() -> R + Send) -> R {
+    in_team(Team::new(true), isa, |_| f())
+}
+
+fn in_team<R: Send>(team: Team, isa: Isa, f: impl FnOnce(&Team) -> R + Send) -> R {
     /// Lets the helpers go, also when `f` panics.
     struct Over<'a>(&'a Team);
     impl Drop for Over<'_> {
@@ -231,13 +337,14 @@ pub fn lead<R: Send>(f: impl FnOnce(&Team) -> R + Send) -> R {
             self.0.job.0.over.store(true, Ordering::Release);
         }
     }
-    let (team, isa) = (&Team::new(), isa());
-    rayon::scope(|scope| {
-        for _ in 1..threads() {
-            scope.spawn(move |_| with_isa(isa, || team.help()));
-        }
-        let _over = Over(team);
-        with_isa(isa, || f(team))
+    rayon::scope(|_| {
+        let team = Arc::new(team);
+        let helped = team.clone();
+        // Each thread is asked by itself, and not waited for: who comes late finds that all is over.
+        rayon::spawn_broadcast(move |_| with_isa(isa, || helped.help()));
+        let _over = Over(&team);
+        let _within = Within::new(Place::Leads(&*team));
+        with_isa(isa, || f(&team))
     })
 }
 
@@ -245,7 +352,10 @@ pub fn lead<R: Send>(f: impl FnOnce(&Team) -> R + Send) -> R {
 mod tests {
     use std::sync::atomic::AtomicU32;
 
+    use rayon::prelude::*;
+
     use super::*;
+    use crate::pool::{for_each, on_pool};
 
     fn on<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads start").install(f)
@@ -303,10 +413,71 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_panics_is_the_leaders_panic() {
-        let caught = std::panic::catch_unwind(|| {
-            on(2, || lead(|team| team.run(100, |task| assert!(task != 50, "the fiftieth"))));
+    fn a_task_that_panics_is_the_leaders_panic_with_its_words() {
+        let led = || lead(|team| team.run(100, |task| assert!(task != 50, "the fiftieth")));
+        let started = || on_pool(|| for_each(100, |task| assert!(task != 50, "the fiftieth")));
+        for run in [&led as &(dyn Fn() + Sync), &started] {
+            let caught = catch_unwind(AssertUnwindSafe(|| on(2, run))).expect_err("a panic");
+            assert_eq!(caught.downcast_ref::<&str>(), Some(&"the fiftieth"));
+        }
+    }
+
+    #[test]
+    fn work_on_the_pool_is_shared_however_it_is_started() {
+        for threads in [1, 2, 3, 5] {
+            on(threads, || {
+                on_pool(|| {
+                    let sum = AtomicUsize::new(0);
+                    let add = |value| {
+                        sum.fetch_add(value, Ordering::Relaxed);
+                    };
+                    for _ in 0..50 {
+                        for_each(7, |task| {
+                            // A task's own tasks, and its own call of the pool.
+                            for_each(3, |inner| add(task * inner));
+                            on_pool(|| for_each(2, add));
+                        });
+                        let all: usize = (0..1000_usize).into_par_iter().sum();
+                        assert_eq!(all, 499_500);
+                        rayon::broadcast(|_| sum.fetch_add(0, Ordering::Relaxed));
+                    }
+                    assert_eq!(sum.into_inner(), 50 * (21 * 3 + 7));
+                });
+            });
+        }
+    }
+
+    #[test]
+    fn passes_and_tokens_that_run_at_once_all_end() {
+        on(3, || {
+            rayon::scope(|scope| {
+                for number in 0..12 {
+                    scope.spawn(move |_| match number % 3 {
+                        0 => lead(|team| (0..50).for_each(|_| team.run(9, |_| std::thread::yield_now()))),
+                        1 => on_pool(|| (0..50).for_each(|_| for_each(9, |_| std::thread::yield_now()))),
+                        _ => (0..50).for_each(|_| for_each(9, |_| std::thread::yield_now())),
+                    });
+                }
+            });
         });
-        assert!(caught.is_err());
+    }
+
+    /// Each thread must come, or the tasks never meet.
+    #[test]
+    fn every_thread_of_the_pool_comes() {
+        for threads in [2, 3, 5] {
+            on(threads, || {
+                on_pool(|| {
+                    let (there, begun) = (AtomicUsize::new(0), Instant::now());
+                    for_each(threads, |_| {
+                        there.fetch_add(1, Ordering::Relaxed);
+                        while there.load(Ordering::Relaxed) < threads {
+                            assert!(begun.elapsed() < Duration::from_secs(60), "{there:?} of {threads} threads came");
+                            std::thread::yield_now();
+                        }
+                    });
+                });
+            });
+        }
     }
 }

@@ -38,6 +38,13 @@ def fill(hub: Path, name: str, commit: str, directory: Path) -> None:
 @contextmanager
 def serve(homeroom: str, *arguments):
     """A server on a free port: its base URL and the names of its models. Ends it by Ctrl-C's signal."""
+    with serve_process(homeroom, *arguments) as (_, url, models, _):
+        yield url, models
+
+
+@contextmanager
+def serve_process(homeroom: str, *arguments):
+    """The same, with its process before them and the lines that it says while it serves behind them, which grow."""
     command = [homeroom, "serve", "--port", "0", *map(str, arguments)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     models = []
@@ -51,9 +58,16 @@ def serve(homeroom: str, *arguments):
     else:
         sys.exit(f"error: {' '.join(command)} ended with {server.wait()}")
     # What it says later is passed on, so that its pipe never fills.
-    threading.Thread(target=lambda: [print(line, end="", file=sys.stderr) for line in server.stderr], daemon=True).start()
+    said: list[str] = []
+
+    def pass_on() -> None:
+        for line in server.stderr:
+            said.append(line)
+            print(line, end="", file=sys.stderr)
+
+    threading.Thread(target=pass_on, daemon=True).start()
     try:
-        yield found[1], models
+        yield server, found[1], models, said
     finally:
         server.send_signal(2)
         check("the server ends by itself when asked", server.wait(40) == 0, server.returncode)

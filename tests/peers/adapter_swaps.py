@@ -42,27 +42,27 @@ def trained(homeroom: str, model: Path, home: Path, name: str, ending: str) -> N
 
 
 class Asked:
-    """What is served, asked by one connection a client."""
+    """What is served, asked by a connection a question."""
 
     def __init__(self, address: tuple, eos: list[int]):
         self.address, self.eos = address, eos
 
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(*self.address, timeout=120)
-
-    def ask(self, connection, model: str, word: str, long: bool) -> tuple[str, str, str]:
+    def ask(self, model: str, word: str, long: bool) -> tuple[str, str, str]:
         """Text, reason and fingerprint. A long answer has no end, so that it is under way when a name is given away."""
         body = {"model": model, "messages": [{"role": "user", "content": f"Spell {word}."}], "temperature": 0, "stream": long}
         body |= {"max_tokens": 120, "logit_bias": {str(token): -100 for token in self.eos}} if long else {"max_tokens": 24}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        connection = http.client.HTTPConnection(*self.address, timeout=300)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json", "connection": "close"})
         reply = connection.getresponse()
-        if not long or reply.status != 200:
-            answer = json.loads(reply.read())
-            if reply.status != 200:
-                raise ValueError(f"{reply.status}: {answer}")
+        text = reply.read().decode()
+        connection.close()
+        if reply.status != 200:
+            raise ValueError(f"{reply.status}: {text}")
+        if not long:
+            answer = json.loads(text)
             choice = answer["choices"][0]
             return choice["message"]["content"], choice["finish_reason"], answer["system_fingerprint"]
-        events = reply.read().decode().split("\n\n")
+        events = text.split("\n\n")
         if "data: [DONE]" not in events[-2:]:
             raise ValueError(f"a stream breaks off: {events[-2:]}")
         chunks = [json.loads(event[6:]) for event in events if event.startswith("data: {")]
@@ -91,15 +91,14 @@ class Swapping:
         return "ab"[number % 2]
 
     def client(self, number: int) -> None:
-        draw, connection = random.Random(number), self.asked.connect()
+        draw = random.Random(number)
         while not self.ends:
             model, word, long = draw.choice(("tutor", "tutor", "tutor", "stays", "base")), draw.choice(WORDS), draw.random() < 0.6
             before = self.ended
             try:
-                seen = self.asked.ask(connection, model, word, long)
+                seen = self.asked.ask(model, word, long)
             except Exception as error:
                 self.wrong.append(("lost", model, repr(error)))
-                connection = self.asked.connect()
                 continue
             after = self.begun
             if model == "tutor":
@@ -114,16 +113,16 @@ class Swapping:
 
     def run(self, clients: int, swaps: int, process: int) -> dict[int, int]:
         """Swaps; memory after some of them."""
-        threads = [threading.Thread(target=self.client, args=(number,)) for number in range(clients)]
+        threads = [threading.Thread(target=self.client, args=(number,), daemon=True) for number in range(clients)]
         [thread.start() for thread in threads]
-        memory, connection = {}, self.asked.connect()
+        memory = {}
         for number in range(1, swaps + 1):
             self.begun = number
             self.swap(self.meant(number))
             self.ended = number
             # The next question is answered by the new one.
             word = WORDS[number % len(WORDS)]
-            seen = self.asked.ask(connection, "tutor", word, False)
+            seen = self.asked.ask("tutor", word, False)
             if seen != self.alone[self.meant(number), word, False]:
                 self.wrong.append(("not the new one", number, word, seen))
             if number in (1, WARM) or number % 100 == 0 or number == swaps:
@@ -155,11 +154,10 @@ def main() -> None:
         with serve_process(args.homeroom) as (server, url, _, said):
             asked = Asked(("127.0.0.1", int(url.split(":")[2].split("/")[0])), eos if isinstance(eos, list) else [eos])
             swapping = Swapping(asked, lambda adapter: command("cp", adapter, "tutor", "--overwrite"))
-            connection = asked.connect()
             for word in WORDS:
                 for long in (False, True):
                     for model in ("a", "b", "base"):
-                        swapping.alone[model, word, long] = asked.ask(connection, model, word, long)
+                        swapping.alone[model, word, long] = asked.ask(model, word, long)
             texts = [len({swapping.alone[model, word, long][0] for model in ("a", "b", "base")}) for word in WORDS for long in (False, True)]
             check("each adapter has its own answers, and the base", min(texts) == 3, texts)
             begun = time.perf_counter()

@@ -28,7 +28,8 @@ from serving import check, serve_process, verdict
 
 INSIDE = "HOMEROOM_INSIDE_OPEN_WEBUI"
 TASK = "x-openwebui-task"
-#: A prompt of its own is the text of a chat with instructions, and the answer may have 1,000 tokens: a model of 2,048 tokens and more is needed.
+#: What stands before the names of the connection by Ollama's API.
+OLLAMA = "by-ollama"
 QUESTION = "Name three colours."
 #: Longest time for its start, and for all that follows a chat, in seconds.
 STARTS, ASKS = 300, 180
@@ -96,14 +97,16 @@ class OpenWebUi:
 @contextmanager
 def open_webui(command: str, place: Path, far: str, key: str):
     """The program, with a connection of each kind to `far`, and a directory of its own."""
-    config = json.dumps({"0": {"enable": True, "key": key, "headers": {"X-OpenWebUI-Task": "{{TASK}}"}}})
+    config = {"enable": True, "key": key, "headers": {"X-OpenWebUI-Task": "{{TASK}}"}}
+    # Both connections list the same names; that of Ollama's API gets a word before them.
+    openai, ollama = json.dumps({"0": config}), json.dumps({"0": config | {"prefix_id": OLLAMA}})
     port = 8099
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HOMEROOM_", "OPENAI", "OLLAMA"))}
     environment |= {
         "DATA_DIR": str(place), "WEBUI_SECRET_KEY": "secret", "ENABLE_FORWARD_USER_INFO_HEADERS": "true", "OFFLINE_MODE": "true", "HF_HUB_OFFLINE": "1",
         "ENABLE_VERSION_UPDATE_CHECK": "false", "ANONYMIZED_TELEMETRY": "false", "DO_NOT_TRACK": "true", "RAG_EMBEDDING_ENGINE": "openai",
-        "OPENAI_API_BASE_URLS": f"{far}/v1", "OPENAI_API_KEYS": key, "OPENAI_API_CONFIGS": config,
-        "OLLAMA_BASE_URLS": far, "OLLAMA_API_CONFIGS": config, "ENABLE_OLLAMA_API": "true",
+        "OPENAI_API_BASE_URLS": f"{far}/v1", "OPENAI_API_KEYS": key, "OPENAI_API_CONFIGS": openai,
+        "OLLAMA_BASE_URLS": far, "OLLAMA_API_CONFIGS": ollama, "ENABLE_OLLAMA_API": "true",
     }  # fmt: skip
     log = open(place / "log", "wb")
     process = subprocess.Popen([command, "serve", "--host", "127.0.0.1", "--port", str(port)], cwd=place, env=environment, stdout=log, stderr=log)
@@ -128,9 +131,10 @@ def by_api(program: OpenWebUi, model: str) -> None:
     program.token = signed["token"]
     check("the first who signs up is let in", signed["role"] == "admin" and program.token, signed)
     names = {one["id"]: one.get("owned_by") for one in program.call("/api/models")["data"]}
-    check("the model is listed by both connections", names.get(model) == "openai" and names.get(f"{model}:latest") == "ollama", names)
-    for name in (model, f"{model}:latest"):
-        body = {"model": name, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 24}
+    check("the model is listed by both connections", names.get(model) == "openai" and names.get(f"{OLLAMA}.{model}") == "ollama", names)
+    # It passes a temperature on to Ollama among the options alone.
+    for name, cold in ((model, {"temperature": 0}), (f"{OLLAMA}.{model}", {"options": {"temperature": 0}})):
+        body = {"model": name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 24} | cold
         whole = program.call("/api/chat/completions", body | {"stream": False})
         text = whole["choices"][0]["message"]["content"]
         check(f"{name} answers by its API", text, whole)
@@ -231,7 +235,7 @@ def main() -> None:
             with open_webui(args.open_webui, data, f"http://127.0.0.1:{recorder.server_port}", added.stdout.strip()) as program:
                 by_api(program, model)
                 tasks_by_api(program, model)
-                tasks_by_api(program, f"{model}:latest")
+                tasks_by_api(program, f"{OLLAMA}.{model}")
                 if args.picture:
                     by_page(program, args.chromium, args.picture, model)
             time.sleep(1)

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def tasks_by_api(program: OpenWebUi, model: str) -> None:
 
 
 def by_page(program: OpenWebUi, chromium: str, picture: Path, model: str) -> None:
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import TimeoutError, sync_playwright
 
     before = len(Recorder.seen)
     with sync_playwright() as play:
@@ -164,9 +164,11 @@ def by_page(program: OpenWebUi, chromium: str, picture: Path, model: str) -> Non
         page.goto(f"{program.url}/?models={model}")
         box = page.locator("#chat-input")
         box.wait_for(timeout=ASKS * 1000)
-        for name in ("Okay, Let's Go!", "Let's Go", "Close"):
-            if (button := page.get_by_role("button", name=name)).count():
-                button.first.click()
+        # What is new in it, which it tells an administrator first.
+        greeting = page.get_by_role("button", name="Let's Go")
+        with suppress(TimeoutError):
+            greeting.click(timeout=10_000)
+            greeting.wait_for(state="hidden", timeout=10_000)
         box.click()
         page.keyboard.type(QUESTION)
         page.keyboard.press("Enter")

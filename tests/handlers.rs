@@ -29,6 +29,7 @@ mod anthropic;
 mod cloud;
 pub mod faults;
 mod program;
+mod redaction;
 mod requests;
 mod routes;
 mod server;

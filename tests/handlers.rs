@@ -27,6 +27,7 @@ use crate::support::{fixture, homeroom, root};
 
 mod anthropic;
 mod cloud;
+mod errors;
 pub mod faults;
 mod program;
 mod redaction;
@@ -59,7 +60,6 @@ pub fn settings(base_url: &str, model: &str) -> Result<Endpoint> {
         connect_timeout: Duration::from_secs(5),
         read_timeout: Duration::from_millis(1500),
         answer_timeout: Duration::from_secs(60),
-        max_tokens_param: "max_tokens".into(),
     })
 }
 

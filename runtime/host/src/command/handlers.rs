@@ -221,7 +221,7 @@ impl Link {
         let at = |endpoint: &EndpointSpec| format!("{} at {}", endpoint.model, endpoint.base_url.host());
         let (kind, target, problem) = match spec {
             HandlerSpec::Local(model, _) => ("local", model.name.display().to_string(), missing(model)),
-            HandlerSpec::OpenAi(endpoint) => ("openai", at(endpoint), None),
+            HandlerSpec::OpenAi(spec) => ("openai", at(&spec.endpoint), None),
             HandlerSpec::Anthropic(spec) => ("anthropic", at(&spec.endpoint), None),
             HandlerSpec::Replay(replay) => {
                 let is_there = replay.file.is_file();

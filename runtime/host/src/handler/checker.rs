@@ -103,9 +103,10 @@ impl Iterator for Checked {
                     return Some(Ok(event));
                 }
                 None => {
-                    let event = format!("{event:?}").chars().take(200).collect::<String>();
-                    let message = format!("a handler's events are out of order: {event} in state {:?}", self.state);
-                    Some(Err(HandlerError::new(Kind::Internal, message)))
+                    // Nothing of what it says: this goes into a log.
+                    let (state, event) = (self.state, event.word());
+                    let error = anyhow::anyhow!("a handler's events are out of order: {event} in state {state:?}");
+                    Some(Err(HandlerError::internal(&error)))
                 }
             },
             Some(Err(error)) => Some(Err(error)),

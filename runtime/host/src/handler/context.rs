@@ -9,6 +9,9 @@ use super::{EventStream, HandlerError, Kind};
 /// Longest wait between two checks of whether the answer is still wanted.
 pub const PATIENCE: Duration = Duration::from_millis(50);
 
+/// What is said when a time is over.
+const LATE: &str = "the answer took longer than its time limit; try again, or ask for a shorter one";
+
 /// Whether an answer is still wanted. Clones share the same answer.
 ///
 /// Code that waits (for a place in a queue, a token, a provider) calls [`Context::check`] every [`PATIENCE`].
@@ -160,10 +163,10 @@ impl Context {
             return Err(HandlerError::new(Kind::Cancelled, "the answer was cancelled"));
         }
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Err(HandlerError::new(Kind::Timeout, "the answer took longer than its time limit"));
+            return Err(HandlerError::new(Kind::Timeout, LATE));
         }
         match self.timers.iter().find_map(Timer::over) {
-            Some(message) => Err(HandlerError::new(Kind::Timeout, message)),
+            Some(limit) => Err(HandlerError::new(Kind::Timeout, LATE).with_detail(limit)),
             None => Ok(()),
         }
     }

@@ -104,7 +104,11 @@ impl Embedder {
             rest = later;
             let made = each_aside(now, |input| self.tokens_of(input, context));
             for (at, (input, tokens)) in (at..).zip(now.iter().zip(made)) {
-                let refused = |error| HandlerError::invalid("input", format!("input {at}: {error:#}{}", hint(input)));
+                let refused = |error| {
+                    let whole = format!("input {at}: {error:#}{}", hint(input));
+                    let place = self.model.path.display().to_string();
+                    HandlerError::invalid("input", whole.replace(&place, "the model")).with_detail(whole)
+                };
                 let tokens = tokens?.map_err(refused)?;
                 if tokens.truncated && request.refuse_long {
                     let most = self.model.max_tokens();

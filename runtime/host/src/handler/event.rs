@@ -129,6 +129,18 @@ impl Event {
         Self::Start(Start { id: id.into(), model: model.into(), handler: handler.into(), ..Start::default() })
     }
 
+    /// Its name.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Start(_) => "start",
+            Self::Delta { .. } => "text",
+            Self::Reasoning { .. } => "reasoning",
+            Self::ToolCall { .. } => "call",
+            Self::Finish { .. } => "finish",
+            Self::Usage(_) => "usage",
+        }
+    }
+
     /// Returns the length of its text, in bytes.
     pub fn text_bytes(&self) -> usize {
         match self {
@@ -142,7 +154,8 @@ impl Event {
     /// Returns about the memory that it takes, in bytes.
     pub fn bytes(&self) -> usize {
         const SELF: usize = 64;
-        let logprob = |one: &TokenLogprob| SELF + one.token.len() + SELF * one.top.len();
+        let token = |one: &TokenLogprob| SELF + one.token.len() + one.bytes.as_ref().map_or(0, Vec::len);
+        let logprob = |one: &TokenLogprob| token(one) + one.top.iter().map(token).sum::<usize>();
         let logprobs = match self {
             Self::Delta { logprobs, .. } => logprobs.iter().map(logprob).sum(),
             _ => 0,
@@ -242,4 +255,24 @@ pub fn collect(stream: EventStream) -> Result<Completion, HandlerError> {
         }
     }
     Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever bounds the memory of an answer counts by it.
+    #[test]
+    fn the_bytes_of_an_event_are_those_of_all_its_texts() {
+        let token = |text: &str, top| TokenLogprob {
+            token: text.to_owned(),
+            bytes: Some(text.as_bytes().to_vec()),
+            logprob: -1.0,
+            top,
+        };
+        let likely = vec![token(&"x".repeat(1000), Vec::new()); 20];
+        let event = Event::Delta { choice: 0, text: "abc".into(), logprobs: vec![token(&"y".repeat(500), likely)] };
+        assert!((41_003..45_000).contains(&event.bytes()), "{}", event.bytes());
+        assert_eq!((event.text_bytes(), event.word()), (3, "text"));
+    }
 }

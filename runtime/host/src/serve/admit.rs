@@ -20,6 +20,7 @@ use crate::handler::{
     self, Completion, Context, EmbedRequest, Embeddings, Event, EventStream, FinishReason, Gives, Handler,
     HandlerError, Input, Message, Prompt, ResponseFormat, ToolCall,
 };
+use crate::progress::line;
 
 /// The header by which Open WebUI marks work that may wait: titles, tags, suggestions.
 const TASK: &str = "x-openwebui-task";
@@ -368,7 +369,13 @@ impl Bill {
         self.record.known().handler = Some(made.handler.clone());
     }
 
+    /// Notes an error, and says to whoever runs the server what the client is not told of it. What a refusal of the request says is not
+    /// repeated here: the client has read it, and it may quote what was asked.
     fn failed(&mut self, error: &HandlerError) {
+        let is_of_request = matches!(error.kind, handler::Kind::InvalidRequest { .. } | handler::Kind::ContextLength);
+        if let Some(detail) = error.detail.as_ref().filter(|_| !is_of_request) {
+            line(format_args!("warning: request {}: {detail}", self.record.id));
+        }
         self.begun = match error.kind {
             // Work was done, which is paid.
             handler::Kind::Cancelled | handler::Kind::Timeout | handler::Kind::Cut | handler::Kind::Protocol => true,

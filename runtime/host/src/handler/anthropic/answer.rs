@@ -6,7 +6,7 @@ use std::io;
 use serde_json::Value;
 
 use crate::handler::provider::Endpoint;
-use crate::handler::provider::reading::unreadable;
+use crate::handler::provider::reading::{BROKE_OFF, unreadable};
 use crate::handler::provider::refusal::Refused;
 use crate::handler::{Event, FinishReason, HandlerError, Kind, Start, Usage, new_id};
 
@@ -93,9 +93,12 @@ impl<'a> Answer<'a> {
     }
 
     fn take_whole(&mut self, text: &str) -> Result<(), HandlerError> {
-        let message: Value = serde_json::from_str(text).unwrap_or_default();
+        let message: Value = match serde_json::from_str(text) {
+            Err(error) if error.is_eof() => return Err(self.error(Kind::Cut, BROKE_OFF)),
+            message => message.unwrap_or_default(),
+        };
         if let Some(refused) = Refused::of_piece(&message).filter(|_| message["type"] != "message") {
-            return Err(self.error(refused.kind(None, None), refused.words()));
+            return Err(self.endpoint.refused(refused.kind(None, None), refused.words(), ""));
         }
         if message["type"] != "message" {
             return Err(self.error(Kind::Protocol, "it answered with JSON that is not a message"));
@@ -124,7 +127,7 @@ impl<'a> Answer<'a> {
             "message_stop" => return self.end(),
             "error" => {
                 let refused = Refused::read(piece);
-                return Err(self.error(refused.kind(None, None), refused.words()));
+                return Err(self.endpoint.refused(refused.kind(None, None), refused.words(), ""));
             }
             _ => {}
         }
@@ -265,11 +268,15 @@ impl<I: Iterator<Item = io::Result<String>>> Stream<'_, I> {
         match self.pieces.next() {
             Some(Ok(data)) => match serde_json::from_str(&data) {
                 Ok(piece) => answer.take(&piece),
+                // The last piece lacks its end.
+                Err(error) if error.is_eof() && !matches!(self.pieces.next(), Some(Ok(_))) => {
+                    Err(answer.error(Kind::Cut, BROKE_OFF))
+                }
                 Err(_) => Err(answer.error(Kind::Protocol, "a piece of the answer is not JSON")),
             },
             // Behind its reason nothing but the end is missing.
             None | Some(Err(_)) if answer.finish.is_some() => answer.end(),
-            None => Err(answer.error(Kind::Cut, "the answer broke off: the connection ended before it did")),
+            None => Err(answer.error(Kind::Cut, BROKE_OFF)),
             Some(Err(error)) => Err(unreadable(answer.endpoint, &error)),
         }
     }

@@ -8,14 +8,12 @@
 mod answer;
 mod request;
 
-use std::io::Read;
-
 use serde_json::{Map, Value};
 use ureq::Agent;
 
 use self::answer::Answer;
 use super::provider::Endpoint;
-use super::provider::reading::{EVENTS, Reading, Teller, WHOLE_BYTES_MAX, first, post_with, reader, unreadable};
+use super::provider::reading::{EVENTS, Reading, Teller, first, post_with, reader, unreadable, whole};
 use super::provider::refusal::refusal;
 use super::sse::Events;
 use super::{Backend, Context, EventStream, Handler, HandlerError, Kind, Request};
@@ -44,7 +42,7 @@ impl ApiVersion {
 
 /// A handler that asks Anthropic's API.
 pub struct Anthropic {
-    /// The address and the key. `max_tokens_param` is not read.
+    /// The address and the key.
     pub endpoint: Endpoint,
     /// The API's version.
     pub version: ApiVersion,
@@ -88,7 +86,7 @@ fn ask<'a>(
     }));
     let response = post_with(endpoint, agent, &format!("{base}/{path}"), EVENTS, &headers, body)?;
     if !response.status().is_success() {
-        return Err(refusal(endpoint, response).error);
+        return Err(refusal(endpoint, response).error(endpoint));
     }
     let mut reader = reader(endpoint, response)?;
     if !teller.taken() {
@@ -101,9 +99,7 @@ fn ask<'a>(
             Err(endpoint.error(Kind::Protocol, message))
         }
         Some(b'{' | b'[') => {
-            let mut text = String::new();
-            let read = reader.take(WHOLE_BYTES_MAX).read_to_string(&mut text);
-            read.map_err(|error| unreadable(endpoint, &error))?;
+            let text = whole(&mut reader).map_err(|error| unreadable(endpoint, &error))?;
             teller.all(answer.whole(&text))
         }
         _ => teller.all(answer.stream(Events::new(reader))),

@@ -11,6 +11,9 @@ use crate::handler::Secret;
 use crate::handler::provider::{BaseUrl, Endpoint};
 use crate::toml_problems::Problems;
 
+/// Longest time for a whole answer where the file does not say.
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// An endpoint whose key is not read yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointSpec {
@@ -26,8 +29,6 @@ pub struct EndpointSpec {
     pub read_timeout_s: u64,
     /// `answer_timeout_s`.
     pub answer_timeout_s: u64,
-    /// `max_tokens_param`.
-    pub max_tokens_param: String,
 }
 
 impl EndpointSpec {
@@ -37,7 +38,7 @@ impl EndpointSpec {
     }
 
     /// Longest time for a whole answer.
-    pub(super) fn answer_timeout(&self) -> Duration {
+    pub fn answer_timeout(&self) -> Duration {
         Duration::from_secs(self.answer_timeout_s)
     }
 
@@ -58,7 +59,6 @@ impl EndpointSpec {
             connect_timeout: Duration::from_secs(self.connect_timeout_s),
             read_timeout: Duration::from_secs(self.read_timeout_s),
             answer_timeout: self.answer_timeout(),
-            max_tokens_param: self.max_tokens_param.clone(),
         })
     }
 }
@@ -84,7 +84,7 @@ pub(super) fn read<'a>(
     };
     let connect_timeout_s = seconds(problems, "connect_timeout_s", 10);
     let read_timeout_s = seconds(problems, "read_timeout_s", 120);
-    let answer_timeout_s = seconds(problems, "answer_timeout_s", 600);
+    let answer_timeout_s = seconds(problems, "answer_timeout_s", ANSWER_TIMEOUT.as_secs().cast_signed());
     let api_key_env = table.get("api_key").and_then(|value| key::variable(problems, value));
     let base_url = match (table.get("base_url"), default_url) {
         (Some(value), _) => base_url.and_then(|url| {
@@ -93,14 +93,12 @@ pub(super) fn read<'a>(
         }),
         (None, url) => url.and_then(|url| BaseUrl::parse(url).ok()),
     };
-    let (base_url, model, max_tokens_param) = (base_url?, model?, "max_tokens".to_owned());
     Some(EndpointSpec {
-        base_url,
-        model,
+        base_url: base_url?,
+        model: model?,
         api_key_env,
         connect_timeout_s,
         read_timeout_s,
         answer_timeout_s,
-        max_tokens_param,
     })
 }

@@ -75,7 +75,7 @@ impl Handlers {
         self.warn_of_keys(names.iter().map(|name| name.as_str()));
         let one = |name: &String| match handlers.get(name).and_then(HandlerSpec::disabled) {
             Some(why) if !routes.contains_key(name) => {
-                Ok(Arc::new(Disabled(format!("`{name}` is disabled: {why}"))) as _)
+                Ok(Arc::new(Disabled(name.clone(), format!("`{name}` is disabled: {why}"))) as _)
             }
             _ => self.get(name),
         };
@@ -173,7 +173,8 @@ impl Handlers {
         if handlers.is_empty() {
             let why = |name: &String| Some(format!("`{name}`: {}", self.config.handlers.get(name)?.disabled()?));
             let whys: Vec<String> = chain.iter().filter_map(why).collect();
-            return Ok(Arc::new(Disabled(format!("no handler of `{name}` is enabled: {}", whys.join("; ")))));
+            let why = format!("no handler of `{name}` is enabled: {}", whys.join("; "));
+            return Ok(Arc::new(Disabled(name.to_owned(), why)));
         }
         let mut route =
             Route::new(handlers).with_context_fallback(self.enabled(&rules.context_fallback, rules.egress)?);

@@ -32,6 +32,7 @@ pub use self::anthropic::AnthropicSpec;
 pub use self::endpoint::EndpointSpec;
 pub use self::handlers::Handlers;
 pub use self::local::load_local;
+pub use self::openai::OpenAiSpec;
 pub use self::route::{Egress, Rules};
 use super::limit::Limits;
 use super::replay::{Replay, ReplaySpec};
@@ -76,7 +77,7 @@ pub enum HandlerSpec {
     /// `kind = "local"`, and the type that it computes in.
     Local(ModelRef, Compute),
     /// `kind = "openai"`.
-    OpenAi(EndpointSpec),
+    OpenAi(OpenAiSpec),
     /// `kind = "anthropic"`.
     Anthropic(AnthropicSpec),
     /// `kind = "replay"`.
@@ -88,7 +89,7 @@ impl HandlerSpec {
     fn endpoint(&self) -> Option<&EndpointSpec> {
         match self {
             Self::Local(..) | Self::Replay(_) => None,
-            Self::OpenAi(endpoint) => Some(endpoint),
+            Self::OpenAi(spec) => Some(&spec.endpoint),
             Self::Anthropic(spec) => Some(&spec.endpoint),
         }
     }
@@ -118,9 +119,8 @@ impl HandlerSpec {
             Self::Local(model, compute) => {
                 settings.around(name, local::load(name, model.clone(), *compute)?, local::LIMITS, None)
             }
-            Self::OpenAi(endpoint) => {
-                let handler = openai::load(endpoint, name)?;
-                settings.around(name, handler, ENDPOINT_LIMITS, Some(endpoint.answer_timeout()))
+            Self::OpenAi(spec) => {
+                settings.around(name, spec.load(name)?, ENDPOINT_LIMITS, Some(spec.endpoint.answer_timeout()))
             }
             Self::Anthropic(spec) => {
                 settings.around(name, spec.load(name)?, ENDPOINT_LIMITS, Some(spec.endpoint.answer_timeout()))

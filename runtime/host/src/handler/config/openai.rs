@@ -9,11 +9,11 @@ use toml::de::DeTable;
 use super::endpoint::{self, EndpointSpec};
 use super::{HandlerSpec, with_settings};
 use crate::handler::Handler;
-use crate::handler::openai::OpenAi;
+use crate::handler::openai::{MaxTokensParam, OpenAi};
 use crate::toml_problems::Problems;
 
 /// The keys of its table.
-const KEYS: [&str; 8] = [
+pub(super) const KEYS: [&str; 8] = [
     "kind",
     "base_url",
     "model",
@@ -24,9 +24,21 @@ const KEYS: [&str; 8] = [
     "max_tokens_param",
 ];
 
-/// Makes the handler; connects to nothing.
-pub(super) fn load(spec: &EndpointSpec, name: &str) -> Result<Arc<dyn Handler>> {
-    Ok(Arc::new(OpenAi::new(spec.endpoint(name)?)))
+/// A handler of this kind whose key is not read yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenAiSpec {
+    /// Its address and key.
+    pub endpoint: EndpointSpec,
+    /// `max_tokens_param`.
+    pub max_tokens_param: MaxTokensParam,
+}
+
+impl OpenAiSpec {
+    /// Makes the handler; connects to nothing.
+    pub(super) fn load(&self, name: &str) -> Result<Arc<dyn Handler>> {
+        let handler = OpenAi::new(self.endpoint.endpoint(name)?);
+        Ok(Arc::new(handler.with_max_tokens_param(self.max_tokens_param)))
+    }
 }
 
 /// Reads `[handlers.NAME]`.
@@ -37,16 +49,14 @@ pub(super) fn read<'a>(
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
     problems.unknown_keys(table, &with_settings(&KEYS));
-    let param =
-        table.get("max_tokens_param").and_then(|value| Some((value, problems.text("max_tokens_param", value)?)));
-    if let Some((value, param)) = &param
-        && !["max_tokens", "max_completion_tokens"].contains(&param.as_str())
-    {
-        problems.at(value.span(), "`max_tokens_param`: should be \"max_tokens\" or \"max_completion_tokens\"");
-    }
-    let mut spec = endpoint::read(problems, name, span, table, None)?;
-    if let Some((_, param)) = param {
-        spec.max_tokens_param = param;
-    }
-    Some(HandlerSpec::OpenAi(spec))
+    let param = table.get("max_tokens_param").and_then(|value| {
+        let word = problems.text("max_tokens_param", value)?;
+        let param = MaxTokensParam::ALL.into_iter().find(|param| param.word() == word);
+        if param.is_none() {
+            problems.at(value.span(), "`max_tokens_param`: should be \"max_tokens\" or \"max_completion_tokens\"");
+        }
+        param
+    });
+    let endpoint = endpoint::read(problems, name, span, table, None)?;
+    Some(HandlerSpec::OpenAi(OpenAiSpec { endpoint, max_tokens_param: param.unwrap_or_default() }))
 }

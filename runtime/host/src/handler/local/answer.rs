@@ -14,6 +14,7 @@ use homeroom_engine::text::tokenizer::Spelling;
 use super::Generation;
 use super::asked::Asked;
 use super::calls::{Calls, Said};
+use super::grammar::undrawn;
 use crate::handler::context::PATIENCE;
 use crate::handler::stop::StopFilter;
 use crate::handler::{Context, Event, FinishReason, HandlerError, Start, TokenLogprob, Usage, new_id, random};
@@ -131,7 +132,7 @@ impl Answer {
         let Some(tokens) = &mut self.choices[number].tokens else { return Ok(false) };
         let Ok(drawn) = tokens.drawn_within(patience) else { return Ok(false) };
         let finish = tokens.finish();
-        let drawn = drawn.transpose().map_err(|error| HandlerError::internal(&error))?;
+        let drawn = drawn.transpose().map_err(|error| undrawn(&error))?;
         self.ask_later()?;
         let model = self.generation.model().clone();
         let choice = &mut self.choices[number];

@@ -155,12 +155,19 @@ fn conversation_ids(
     let given = Given { tools: conversation.tools.as_ref(), ..Given::default() };
     let prompt = prompt_ids_given(model, &conversation.messages, given);
     drop(turn);
-    prompt.map_err(|error| HandlerError::invalid("messages", format!("{error:#}")))
+    prompt.map_err(|error| wrong("messages", &error, model))
+}
+
+/// The error of a field that cannot be made tokens of. Where the model lies is not told to whoever asked.
+fn wrong(param: &str, error: &anyhow::Error, model: &BaseModel) -> HandlerError {
+    let whole = format!("{error:#}");
+    let place = model.path.display().to_string();
+    HandlerError::invalid(param, whole.replace(&place, "the model")).with_detail(whole)
 }
 
 /// The tokens of a text that is gone on with. Control tokens in it are text; who sends tokens may send those.
 fn text_ids(model: &BaseModel, prompt: &Prompt) -> Result<Vec<u32>, HandlerError> {
-    let wrong = |error: anyhow::Error| HandlerError::invalid("prompt", format!("`prompt`: {error:#}"));
+    let wrong = |error: anyhow::Error| wrong("prompt", &error.context("`prompt`"), model);
     let tokenizer = &model.tokenizer;
     let mut ids = match prompt {
         Prompt::Tokens(ids) => ids.clone(),

@@ -248,12 +248,33 @@ impl Constraint for Form {
     }
 }
 
+/// A form that cannot be followed any further, in words that name only the form.
+#[derive(Debug)]
+struct Broken(String);
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the form that the answer is held to takes more work than is given: {}", self.0)
+    }
+}
+
+impl std::error::Error for Broken {}
+
 fn broken(error: &anyhow::Error) -> anyhow::Error {
-    let words: String = format!("{error:#}").lines().next().unwrap_or_default().chars().take(300).collect();
-    anyhow!("the form that the answer is held to takes more work than is given: {words}")
+    let words = format!("{error:#}").lines().next().unwrap_or_default().chars().take(300).collect();
+    anyhow::Error::new(Broken(words))
+}
+
+/// The error of a token that was not drawn.
+pub(super) fn undrawn(error: &anyhow::Error) -> HandlerError {
+    match error.downcast_ref::<Broken>() {
+        Some(broken) => HandlerError::new(Kind::Internal, broken.to_string()).with_detail(format!("{error:#}")),
+        None => HandlerError::internal(error),
+    }
 }
 
 /// An error of a model that has no forms.
 pub(super) fn no_forms(error: &str) -> HandlerError {
-    HandlerError::new(Kind::Internal, format!("answers of this model cannot be held to a form: {error}"))
+    let message = "answers of this model cannot be held to a form; ask for a text";
+    HandlerError::new(Kind::Internal, message).with_detail(format!("{message}: {error}"))
 }

@@ -18,7 +18,7 @@ use self::call::Calls;
 use self::said::said;
 use crate::handler::provider::Endpoint;
 use crate::handler::provider::piece::{choice, choices};
-use crate::handler::provider::reading::unreadable;
+use crate::handler::provider::reading::{BROKE_OFF, unreadable};
 use crate::handler::provider::refusal::Refused;
 use crate::handler::{Event, FinishReason, HandlerError, Kind, Request, Start, Usage, new_id};
 
@@ -98,7 +98,7 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
             None if self.is_finished() => return self.end(),
             Some(Err(_)) if self.is_surely_finished() => return self.end(),
             None if self.is_whole => return self.end(),
-            None => return Err(self.error(Kind::Cut, "the answer broke off: the connection ended before it did")),
+            None => return Err(self.error(Kind::Cut, BROKE_OFF)),
             Some(Err(error)) => return Err(unreadable(self.endpoint, &error)),
         };
         match serde_json::from_str(&data) {
@@ -121,6 +121,10 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         match serde_json::from_str(line) {
             Ok(piece) => self.take(&piece),
             Err(_) if self.is_surely_finished() => self.end(),
+            // The last piece lacks its end.
+            Err(error) if error.is_eof() && !matches!(self.pieces.next(), Some(Ok(_))) => {
+                Err(self.error(Kind::Cut, BROKE_OFF))
+            }
             Err(_) => Err(self.error(Kind::Protocol, "a piece of the answer is not JSON")),
         }
     }
@@ -131,7 +135,7 @@ impl<'a, I: Iterator<Item = io::Result<String>>> Answer<'a, I> {
         let refused =
             Refused::of_piece(piece).or_else(|| of_choices().find_map(|(_, choice)| Refused::of_choice(choice)));
         if let Some(refused) = refused {
-            return Err(self.error(refused.kind(None, None), refused.words()));
+            return Err(self.endpoint.refused(refused.kind(None, None), refused.words(), ""));
         }
         // Azure's first piece has no choice, no id and no model.
         if !self.started && of_choices().any(|(_, choice)| choice.is_object()) {

@@ -8,7 +8,7 @@ use ureq::Agent;
 
 use crate::handler::context::PATIENCE;
 use crate::handler::provider::Endpoint;
-use crate::handler::provider::reading::{Reader, post, unreadable};
+use crate::handler::provider::reading::{BROKE_OFF, Reader, post, unreadable};
 use crate::handler::provider::refusal::{Refused, refusal};
 use crate::handler::{Context, EmbedRequest, Embeddings, HandlerError, Input, Kind};
 
@@ -138,7 +138,7 @@ fn ask_within(
 fn ask(endpoint: &Endpoint, agent: &Agent, body: &Map<String, Value>) -> Result<Answer, HandlerError> {
     let response = post(endpoint, agent, "embeddings", "application/json", body)?;
     if !response.status().is_success() {
-        return Err(refusal(endpoint, response).error);
+        return Err(refusal(endpoint, response).error(endpoint));
     }
     let read = response.into_body().into_with_config().limit(ANSWER_BYTES_MAX).read_to_vec();
     let bytes = read.map_err(|error| match error {
@@ -149,9 +149,12 @@ fn ask(endpoint: &Endpoint, agent: &Agent, body: &Map<String, Value>) -> Result<
     })?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
     serde_json::from_slice(bytes).map_err(|error| {
+        if error.is_eof() && !bytes.trim_ascii().is_empty() {
+            return endpoint.error(Kind::Cut, BROKE_OFF);
+        }
         let value: Option<Value> = serde_json::from_slice(bytes).ok();
         if let Some(refused) = value.as_ref().and_then(Refused::of_piece) {
-            return endpoint.error(refused.kind(None, None), refused.words());
+            return endpoint.refused(refused.kind(None, None), refused.words(), "");
         }
         let page = bytes.trim_ascii_start().starts_with(b"<");
         let what = if page { "it answered with a web page".to_owned() } else { format!("it sent no vectors: {error}") };

@@ -8,7 +8,6 @@ mod answer;
 mod embedding;
 mod request;
 
-use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,15 +17,48 @@ use ureq::Agent;
 use self::answer::{Answer, Wanted};
 use self::request::STREAM_OPTIONS;
 use super::provider::piece::choices;
-use super::provider::reading::{EVENTS, Reading, Teller, WHOLE_BYTES_MAX, first, post, reader, unreadable};
-use super::provider::refusal::{Refused, refusal};
+use super::provider::reading::{BROKE_OFF, EVENTS, Reading, Teller, first, post, reader, unreadable, whole};
+use super::provider::refusal::{Refusal, Refused, refusal};
 pub use super::provider::{BaseUrl, Endpoint};
 use super::sse::Events;
 use super::{Backend, Context, EmbedRequest, Embeddings, EventStream, Gives, Handler, HandlerError, Kind, Request};
 
+/// The field for the longest answer of a conversation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MaxTokensParam {
+    /// `max_tokens`, which most endpoints know.
+    #[default]
+    MaxTokens,
+    /// `max_completion_tokens`, where the other is refused.
+    MaxCompletionTokens,
+}
+
+impl MaxTokensParam {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::MaxTokens, Self::MaxCompletionTokens];
+
+    /// Its name.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::MaxTokens => "max_tokens",
+            Self::MaxCompletionTokens => "max_completion_tokens",
+        }
+    }
+
+    /// A refusal of the field that the settings chose is a fault of these, and not of the request.
+    fn explained(self, refused: Refusal) -> Refusal {
+        if self == Self::MaxCompletionTokens || !refused.words.contains(Self::MaxCompletionTokens.word()) {
+            return refused;
+        }
+        let more = "; set max_tokens_param = \"max_completion_tokens\" for this handler".to_owned() + &refused.more;
+        Refusal { kind: Kind::Protocol, more, ..refused }
+    }
+}
+
 /// A handler that asks an endpoint.
 pub struct OpenAi {
     endpoint: Endpoint,
+    max_tokens: MaxTokensParam,
     /// The endpoint has refused `stream_options`.
     usage_refused: Arc<AtomicBool>,
 }
@@ -34,7 +66,13 @@ pub struct OpenAi {
 impl OpenAi {
     /// Makes a handler; connects to nothing.
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, usage_refused: Arc::default() }
+        Self { endpoint, max_tokens: MaxTokensParam::default(), usage_refused: Arc::default() }
+    }
+
+    /// Has the longest answer asked for in this field.
+    #[must_use]
+    pub fn with_max_tokens_param(self, max_tokens: MaxTokensParam) -> Self {
+        Self { max_tokens, ..self }
     }
 }
 
@@ -45,10 +83,11 @@ impl Handler for OpenAi {
         let request = &Request { max_tokens: context.tokens(request.max_tokens), ..request.clone() };
         let path = if request.prompt.is_some() { COMPLETIONS } else { CHAT };
         let usage_refused = self.usage_refused.clone();
-        let body = request::body(&self.endpoint, request, !usage_refused.load(Ordering::SeqCst));
+        let max_tokens = self.max_tokens;
+        let body = request::body(&self.endpoint, max_tokens, request, !usage_refused.load(Ordering::SeqCst));
         let wanted = Wanted::of(request);
         let ask = move |endpoint: &Endpoint, agent: &Agent, teller: &Teller| {
-            ask(endpoint, agent, path, body, &usage_refused, wanted, teller)
+            ask(endpoint, agent, (path, body, max_tokens), &usage_refused, wanted, teller)
         };
         Ok(Box::new(Reading::begin(self.endpoint.clone(), context, ask)?))
     }
@@ -71,8 +110,7 @@ const COMPLETIONS: &str = "completions";
 fn ask(
     endpoint: &Endpoint,
     agent: &Agent,
-    path: &str,
-    mut body: Map<String, Value>,
+    (path, mut body, max_tokens): (&str, Map<String, Value>, MaxTokensParam),
     usage_refused: &AtomicBool,
     wanted: Wanted,
     teller: &Teller,
@@ -81,13 +119,13 @@ fn ask(
     if !response.status().is_success() {
         let refused = refusal(endpoint, response);
         if !refused.of_stream_options || body.get(STREAM_OPTIONS).is_none() {
-            return Err(refused.error);
+            return Err(max_tokens.explained(refused).error(endpoint));
         }
         usage_refused.store(true, Ordering::SeqCst);
         body.remove(STREAM_OPTIONS);
         response = post(endpoint, agent, path, EVENTS, &body)?;
         if !response.status().is_success() {
-            return Err(refusal(endpoint, response).error);
+            return Err(max_tokens.explained(refusal(endpoint, response)).error(endpoint));
         }
     }
     let mut reader = reader(endpoint, response)?;
@@ -103,10 +141,11 @@ fn ask(
         }
         // An answer in one piece, or an error that came too late for a status.
         Some(b'{' | b'[') => {
-            let mut text = String::new();
-            let read = reader.take(WHOLE_BYTES_MAX).read_to_string(&mut text);
-            read.map_err(|error| unreadable(endpoint, &error))?;
-            let whole: Option<Value> = serde_json::from_str(&text).ok();
+            let text = whole(&mut reader).map_err(|error| unreadable(endpoint, &error))?;
+            let whole: Option<Value> = match serde_json::from_str(&text) {
+                Err(error) if error.is_eof() => return Err(endpoint.error(Kind::Cut, BROKE_OFF)),
+                whole => whole.ok(),
+            };
             let has_text = |choice: &Value| ["message", "delta", "text"].iter().any(|field| !choice[*field].is_null());
             let is_first = |(number, choice): (usize, &Value)| number == 0 && has_text(choice);
             let is_answer = |whole: &Value| choices(whole).any(is_first) || Refused::of_piece(whole).is_some();

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::MaxTokensParam;
 use crate::handler::provider::Endpoint;
 use crate::handler::{Message, Prompt, Request, Role, Tool};
 
@@ -9,7 +10,12 @@ use crate::handler::{Message, Prompt, Request, Role, Tool};
 pub(super) const STREAM_OPTIONS: &str = "stream_options";
 
 /// Returns the body of a request: what was asked for, and no more.
-pub(super) fn body(endpoint: &Endpoint, request: &Request, with_usage: bool) -> Map<String, Value> {
+pub(super) fn body(
+    endpoint: &Endpoint,
+    max_tokens_param: MaxTokensParam,
+    request: &Request,
+    with_usage: bool,
+) -> Map<String, Value> {
     // Without `..`: a further field of a request is a further line here.
     let Request {
         messages,
@@ -38,7 +44,7 @@ pub(super) fn body(endpoint: &Endpoint, request: &Request, with_usage: bool) -> 
     let max_tokens_param = match prompt {
         None => {
             body.insert("messages".into(), messages.iter().map(message).collect());
-            endpoint.max_tokens_param.as_str()
+            max_tokens_param.word()
         }
         Some(prompt) => {
             let prompt = match prompt {
@@ -46,7 +52,7 @@ pub(super) fn body(endpoint: &Endpoint, request: &Request, with_usage: bool) -> 
                 Prompt::Tokens(ids) => json!(ids),
             };
             body.insert("prompt".into(), prompt);
-            "max_tokens"
+            MaxTokensParam::MaxTokens.word()
         }
     };
     body.insert("stream".into(), json!(true));

@@ -27,8 +27,6 @@ pub struct Endpoint {
     pub read_timeout: Duration,
     /// Longest time for a whole answer.
     pub answer_timeout: Duration,
-    /// The field for the longest answer: `max_tokens`, or `max_completion_tokens` where that is refused.
-    pub max_tokens_param: String,
 }
 
 impl Endpoint {
@@ -55,14 +53,77 @@ impl Endpoint {
         text[..text.len() - waits].to_owned()
     }
 
-    /// Makes an error that names the address.
+    /// Makes an error that names the address to whoever runs this machine, and to nobody else.
     pub(in crate::handler) fn error(&self, kind: Kind, message: &str) -> HandlerError {
         let kind = match kind {
             Kind::InvalidRequest { param } => Kind::InvalidRequest { param: param.map(|param| self.name_of(&param)) },
             other => other,
         };
-        HandlerError::new(kind, format!("{}: {}", self.base_url.text, self.clean(message, MESSAGE_LIMIT)))
+        HandlerError::of(&self.name, kind, format!("{}: {}", self.base_url.text, self.clean(message, MESSAGE_LIMIT)))
     }
+
+    /// Makes the error of a refusal in the provider's `words`, with `more` for whoever runs this machine. Whoever asked reads the words if
+    /// the request itself is refused, since they say what is wrong with it, but no address or path in them.
+    pub(in crate::handler) fn refused(&self, kind: Kind, words: &str, more: &str) -> HandlerError {
+        let is_of_request = matches!(kind, Kind::InvalidRequest { .. } | Kind::ContextLength);
+        let error = self.error(kind, &format!("{words}{more}"));
+        if !is_of_request {
+            return error;
+        }
+        let words = without_places(&self.clean(words, MESSAGE_LIMIT), &self.base_url.host);
+        let message = format!("{}: {words}", Kind::InvalidRequest { param: None }.told(&self.name));
+        HandlerError { message, ..error }
+    }
+}
+
+/// Beginnings of paths of files, as servers have them in their messages. Others may be places in the request.
+const ROOTS: [&str; 14] = [
+    "/app/",
+    "/data/",
+    "/etc/",
+    "/home/",
+    "/mnt/",
+    "/models/",
+    "/opt/",
+    "/root/",
+    "/srv/",
+    "/tmp/",
+    "/Users/",
+    "/usr/",
+    "/var/",
+    "/workspace/",
+];
+
+/// A text with `[address]` and `[path]` for addresses, names of the provider's host, and paths of files.
+fn without_places(text: &str, host: &str) -> String {
+    let is_inner = |c: char| c.is_alphanumeric() || "/:\\.-_~%?&=#@[]+".contains(c);
+    let place = |word: &str| {
+        let lower = word.to_lowercase();
+        if lower.contains("://") || lower.contains("www.") || !host.is_empty() && lower.contains(host) {
+            return Some("[address]");
+        }
+        let is_drive = word.as_bytes().get(1..3) == Some(b":\\");
+        (is_drive || ROOTS.iter().any(|root| word.contains(root))).then_some("[path]")
+    };
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = rest.find(|c| !is_inner(c)).unwrap_or(rest.len());
+        let (word, behind) = rest.split_at(end);
+        // A full stop or a colon behind it is not of it.
+        let bare = word.trim_end_matches(['.', ':', '?']);
+        match place(bare) {
+            Some(instead) => {
+                out.push_str(instead);
+                out.push_str(&word[bare.len()..]);
+            }
+            None => out.push_str(word),
+        }
+        let between = behind.find(is_inner).unwrap_or(behind.len());
+        out.push_str(&behind[..between]);
+        rest = &behind[between..];
+    }
+    out
 }
 
 /// Returns true if a character is invisible: one in a key would hide it from the search for keys.
@@ -137,6 +198,23 @@ impl BaseUrl {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_of_a_provider_are_told_without_its_places() {
+        for (words, want) in [
+            ("temperature should be at most 2.", "temperature should be at most 2."),
+            ("/messages/0/content: too long", "/messages/0/content: too long"),
+            ("See https://docs.example.com/errors?x=1#y.", "See [address]."),
+            ("api.example.com:443 says: no", "[address] says: no"),
+            ("(www.example.org) 'max_tokens': 5 > 3", "([address]) 'max_tokens': 5 > 3"),
+            ("cannot read \"/home/anna/m.gguf\": no", "cannot read \"[path]\": no"),
+            ("C:\\Users\\anna\\m.gguf", "[path]"),
+            ("é: ü 5/3 and 10:30", "é: ü 5/3 and 10:30"),
+            ("", ""),
+        ] {
+            assert_eq!(without_places(words, "api.example.com"), want);
+        }
+    }
 
     #[test]
     fn an_address_is_checked_before_it_is_used() -> Result<(), String> {

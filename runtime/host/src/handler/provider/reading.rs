@@ -3,7 +3,7 @@
 //! The caller waits for that thread's messages and not in its reads, so that neither a name that does not resolve, nor a connection
 //! that hangs, nor a silent provider holds a caller who has left.
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 
@@ -21,7 +21,7 @@ pub(in crate::handler) const EVENTS: &str = "text/event-stream";
 /// Events that are read ahead of the caller.
 const AHEAD: usize = 16;
 /// Longest answer that does not come as a stream, in bytes.
-pub(in crate::handler) const WHOLE_BYTES_MAX: u64 = 16 << 20;
+const WHOLE_BYTES_MAX: u64 = 16 << 20;
 /// Most threads at once. Some of them may still wait for a connection that nobody wants any longer.
 const READERS_MAX: usize = 256;
 
@@ -175,6 +175,9 @@ impl Drop for Reading {
     }
 }
 
+/// What is said of an answer whose end is missing.
+pub(in crate::handler) const BROKE_OFF: &str = "the answer broke off: the connection ended before it did";
+
 /// Makes the error of a read that failed.
 pub(in crate::handler) fn unreadable(endpoint: &Endpoint, error: &io::Error) -> HandlerError {
     match error.kind() {
@@ -216,6 +219,13 @@ pub(in crate::handler) fn first(reader: &mut impl BufRead) -> io::Result<Option<
             return Ok(first);
         }
     }
+}
+
+/// Reads an answer that comes in one piece, as far as it came: what is missing is seen where it is read.
+pub(in crate::handler) fn whole(reader: &mut impl BufRead) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    reader.take(WHOLE_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Sends a body to a path below the endpoint's address, with the key as a bearer's.

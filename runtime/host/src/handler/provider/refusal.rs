@@ -1,6 +1,6 @@
 //! Why a provider gave no answer: its refusals, whose forms differ, and errors of the connection.
 
-use std::io;
+use std::io::{self, Read};
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
@@ -16,9 +16,19 @@ const REFUSAL_LIMIT: u64 = 64 << 10;
 
 /// A refusal, read.
 pub(in crate::handler) struct Refusal {
-    pub(in crate::handler) error: HandlerError,
+    pub(in crate::handler) kind: Kind,
+    /// The provider's words.
+    pub(in crate::handler) words: String,
+    /// What they leave out, and what to do, for whoever runs this machine.
+    pub(in crate::handler) more: String,
     /// It is about `stream_options`, which some servers do not know.
     pub(in crate::handler) of_stream_options: bool,
+}
+
+impl Refusal {
+    pub(in crate::handler) fn error(&self, endpoint: &Endpoint) -> HandlerError {
+        endpoint.refused(self.kind.clone(), &self.words, &self.more)
+    }
 }
 
 /// Reads a refusal.
@@ -31,32 +41,37 @@ pub(in crate::handler) fn refusal(endpoint: &Endpoint, response: Response<Body>)
     // An hour and more is as good as never.
     let retry_after = retry_after.map(|wait| wait.min(Duration::from_secs(3600)));
     let location = header("location").filter(|_| (300..400).contains(&status));
-    let text = response.into_body().into_with_config().limit(REFUSAL_LIMIT).read_to_string().unwrap_or_default();
+    let text = beginning(response.into_body());
     let body: Value = serde_json::from_str(&text).unwrap_or_default();
     let refused = Refused::read(&body);
     let kind = refused.kind(Some(status), retry_after);
-    let mut words = match (location, refused.message.as_deref().or_else(|| plain(&text))) {
+    let words = match (location, refused.message.as_deref().or_else(|| plain(&text))) {
         (Some(location), _) => {
             format!("it redirects to {location}, which is not followed; write that address as base_url")
         }
         (None, Some(words)) => words.to_owned(),
         (None, None) => SILENT.to_owned(),
     };
-    if status == 404 && refused.message.is_none() && !endpoint.base_url.text.contains("/v1") {
-        words += "; base_url may lack a /v1 at its end";
-    }
-    if endpoint.max_tokens_param == "max_tokens" && words.contains("max_completion_tokens") {
-        words += "; set max_tokens_param = \"max_completion_tokens\" for this handler";
-    }
-    let error = endpoint.error(kind, &format!("{words} (status {status})"));
-    Refusal { error, of_stream_options: matches!(status, 400 | 422) && text.contains("stream_options") }
+    let lacks_version = status == 404 && refused.message.is_none() && !endpoint.base_url.text.contains("/v1");
+    let hint = if lacks_version { "; base_url may lack a /v1 at its end" } else { "" };
+    let more = format!("{hint} (status {status})");
+    Refusal { kind, words, more, of_stream_options: matches!(status, 400 | 422) && text.contains("stream_options") }
 }
 
-const SILENT: &str = "it refused and gave no reason";
+/// The beginning of a body, as far as it is read: one without end, or that breaks off, still says something.
+fn beginning(body: Body) -> String {
+    let mut bytes = Vec::new();
+    // What was read until an error is what there is.
+    let _ = body.into_with_config().limit(u64::MAX).reader().take(REFUSAL_LIMIT).read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
 
-/// Reads a number of seconds, which may have a fraction.
+const SILENT: &str = "it gave no reason";
+
+/// Reads a number of seconds, which may have a fraction. One beyond all clocks is a long time.
 fn seconds(text: &str) -> Option<Duration> {
-    text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+    let seconds: f64 = text.parse().ok()?;
+    (seconds >= 0.0).then(|| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
 }
 
 /// Returns the time until an HTTP date; zero if that is past.
@@ -134,6 +149,9 @@ impl Refused {
             // Most servers have no code for it.
             Some(400 | 413 | 422) | None if TOO_LONG.iter().any(|words| message.contains(words)) => Kind::ContextLength,
             _ if says("model_not_found") => Kind::NotFound,
+            // Gemini's key that is not valid, and Anthropic's account without money, have the status of a wrong request.
+            Some(400) if says("api_key_invalid") || message.contains("api key not valid") => Kind::Authentication,
+            Some(400) if message.contains("credit balance is too low") => Kind::RateLimited { retry_after },
             // 402: the account's money is spent.
             Some(402 | 429) => Kind::RateLimited { retry_after },
             Some(401 | 403) => Kind::Authentication,

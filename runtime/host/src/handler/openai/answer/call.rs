@@ -5,6 +5,10 @@ use serde_json::Value;
 use crate::handler::provider::Endpoint;
 use crate::handler::{Event, random};
 
+/// Most calls of a choice, and most bytes of one that are gathered before its name is known.
+const CALLS_MAX: usize = 128;
+const BYTES_MAX: usize = 8 << 20;
+
 /// The calls of a choice.
 #[derive(Default)]
 pub(super) struct Calls(Vec<Call>);
@@ -30,7 +34,7 @@ impl Calls {
     /// Takes a piece of a call.
     ///
     /// # Errors
-    /// When a field is not understood; names it.
+    /// When a field is not understood, or there is more of it than any answer has; names it.
     pub(super) fn take(&mut self, piece: &Value) -> Result<(), &'static str> {
         let function = if piece["function"].is_object() { &piece["function"] } else { piece };
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -45,6 +49,9 @@ impl Calls {
                 goes_on.then(|| self.0.len() - 1)
             }
         };
+        if at.is_none() && self.0.len() >= CALLS_MAX {
+            return Err("index");
+        }
         let at = at.unwrap_or_else(|| {
             self.0.push(Call { index, ..Call::default() });
             self.0.len() - 1
@@ -62,6 +69,12 @@ impl Calls {
             Value::String(text) => call.arguments.push_str(text),
             object @ Value::Object(_) => call.arguments.push_str(&object.to_string()),
             _ => return Err("arguments"),
+        }
+        if call.arguments.len() > BYTES_MAX {
+            return Err("arguments");
+        }
+        if call.name.len() > BYTES_MAX {
+            return Err("name");
         }
         Ok(())
     }

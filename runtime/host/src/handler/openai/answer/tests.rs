@@ -17,7 +17,6 @@ fn endpoint() -> Endpoint {
         connect_timeout,
         read_timeout,
         answer_timeout,
-        max_tokens_param: "max_tokens".into(),
     }
 }
 
@@ -50,6 +49,47 @@ fn stream(pieces: &[&str]) -> String {
 const A: &str = r#"D{"content":"a"}"#;
 const STOP: &str = r#"C{"index":0,"delta":{},"finish_reason":"stop"}"#;
 const DONE: &str = "[DONE]";
+
+/// Wherever the connection ends, also within a character: an answer is whole once its reason has come, and else it broke off.
+#[test]
+fn a_stream_that_ends_anywhere_broke_off_or_was_whole() {
+    let whole = stream(&[r#"D{"content":"é🦊"}"#, r#"D{"content":"ü"}"#, STOP, DONE]);
+    let reason = whole.find("\"stop\"").expect("a reason") + 6;
+    let endpoint = endpoint();
+    for cut in 0..=whole.len() {
+        let wanted = Wanted { choices: 1, tools: false, logprobs: false };
+        let events: Vec<_> = Answer::new(&endpoint, wanted, Events::new(&whole.as_bytes()[..cut])).collect();
+        match collect(Box::new(events.into_iter())) {
+            Ok(answer) => assert!(answer.text() == "é🦊ü" && cut > reason, "cut at {cut}"),
+            Err(error) => assert!(error.kind == Kind::Cut && cut <= reason + 4, "cut at {cut}: {error}"),
+        }
+    }
+}
+
+/// Nobody hears of a call without a name, so that nobody else would stop it.
+#[test]
+fn calls_without_end_are_not_gathered() {
+    let nameless = (0..).map(|index: usize| {
+        let call = format!("{{\"index\":{index},\"id\":\"c\",\"function\":{{\"arguments\":\"{{}}\"}}}}");
+        Ok(format!("{{\"choices\":[{{\"delta\":{{\"tool_calls\":[{call}]}}}}]}}"))
+    });
+    let long = |field: &str| {
+        let text = "x".repeat(1 << 16);
+        let call = format!("{{\"index\":0,\"id\":\"c\",\"function\":{{\"{field}\":\"{text}\"}}}}");
+        std::iter::repeat_with(move || Ok(format!("{{\"choices\":[{{\"delta\":{{\"tool_calls\":[{call}]}}}}]}}")))
+    };
+    let (endpoint, wanted) = (endpoint(), Wanted { choices: 1, tools: true, logprobs: false });
+    let all: [(&str, Box<dyn Iterator<Item = io::Result<String>>>); 2] =
+        [("`index`", Box::new(nameless)), ("`arguments`", Box::new(long("arguments")))];
+    for (field, pieces) in all {
+        let (mut count, mut last) = (0, None);
+        for item in Answer::new(&endpoint, wanted, pieces.inspect(|_| count += 1)) {
+            last = Some(item);
+        }
+        let error = last.expect("an item").expect_err("it has no end");
+        assert!(error.kind == Kind::Protocol && error.to_string().contains(field) && count < 300, "{count}: {error}");
+    }
+}
 
 #[test]
 fn answers_in_all_dialects_are_whole() {
@@ -343,8 +383,8 @@ fn what_is_no_answer_is_never_taken_for_one() {
                 r#"C{"delta":{"content":"a"},"finish_reason":"stop"}"#,
                 r#"C{"delta":{"content":"b"},"finish_reason":"stop"}"#,
             ]) + "data: {\"choices\":[{\"del\n\n"),
-            Kind::Protocol,
-            "not JSON",
+            Kind::Cut,
+            "connection ended",
         ),
         ("no reason but [DONE]", &stream(&[A, DONE]), cut.clone(), "without a finish_reason"),
         (
@@ -484,6 +524,12 @@ fn what_is_no_answer_is_never_taken_for_one() {
         (
             "half a piece",
             "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\ndata: {\"choi",
+            Kind::Cut,
+            "connection ended",
+        ),
+        (
+            "half a piece and another",
+            "data: {\"choices\":[{\"delta\":{\"content\":\"a\"\n\ndata: {\"choices\":[]}\n\n",
             Kind::Protocol,
             "not JSON",
         ),
@@ -496,7 +542,7 @@ fn what_is_no_answer_is_never_taken_for_one() {
     ];
     for (what, bytes, kind, words) in cases {
         let error = read(bytes).expect_err(what);
-        assert!(error.kind == *kind && error.message.contains(words), "{what}: {error:?}\n{bytes}");
+        assert!(error.kind == *kind && error.to_string().contains(words), "{what}: {error:?}\n{bytes}");
     }
 }
 
@@ -586,7 +632,7 @@ fn choices_thoughts_and_log_probabilities_are_passed_on() {
     assert_eq!((first.logprobs[0].logprob, second.logprobs[0].top[0].logprob), (-1.0, -0.5));
     assert_eq!(second.logprobs[0].bytes.as_deref(), Some(&b"b"[..]));
     let one = read_as(&stream(&[A, STOP, DONE]), wanted).expect_err("one is missing");
-    assert!(one.kind == Kind::Protocol && one.message.contains("1 of 2 choices"), "{one}");
+    assert!(one.kind == Kind::Protocol && one.to_string().contains("1 of 2 choices"), "{one}");
     let cut = read_as(&stream(&[A, STOP, r#"C{"index":1,"delta":{"content":"b"}}"#]), wanted).expect_err("it is cut");
     assert_eq!(cut.kind, Kind::Cut);
 }

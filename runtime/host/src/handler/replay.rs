@@ -15,6 +15,7 @@ use super::{
     Completion, Context, Event, EventStream, FinishReason, Handler, HandlerError, Kind, Request, Role, ToolCall, Usage,
     new_id,
 };
+use crate::progress::line;
 
 /// Longest file, in bytes.
 pub(super) const BYTES_MAX: u64 = 64 << 20;
@@ -169,8 +170,20 @@ impl Replay {
     }
 }
 
+/// The lines of a file without the last, if that was cut short while it was recorded, which is said.
+fn whole_lines<'t>(path: &Path, text: &'t str) -> &'t str {
+    let (whole, last) = text.rsplit_once('\n').map_or(("", text), |(before, last)| (&text[..before.len() + 1], last));
+    let is_cut = |error: serde_json::Error| error.is_eof() && !last.trim().is_empty();
+    if !serde_json::from_str::<Recorded>(last).is_err_and(is_cut) {
+        return text;
+    }
+    line(format_args!("warning: {}: its last line was cut short, and is left out", path.display()));
+    whole
+}
+
 fn read(path: &Path) -> Result<Vec<Arc<Recorded>>> {
     let text = read_text(path, BYTES_MAX)?;
+    let text = whole_lines(path, text.trim_start_matches('\u{feff}'));
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let answers = lines.map(|(number, line)| {
         let answer = serde_json::from_str(line).with_context(|| {
@@ -230,6 +243,19 @@ mod tests {
         for answer in [Ok("a one"), Ok("b  é\n"), Ok(""), Err(Kind::NotFound)] {
             assert_eq!(ask(&in_order, "x"), answer.map(str::to_owned));
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_last_line_that_was_cut_short_is_left_out() -> Result<()> {
+        let whole = "\u{feff}{\"user\": \"a?\", \"answer\": \"a\"}\n{\"user\": \"é?\", \"answer\": \"bb\"}\n";
+        let first = whole.find('\n').expect("two lines") + 1;
+        for (cut, _) in whole.char_indices().filter(|(cut, _)| *cut >= first) {
+            let answers = replay(By::User, &whole[..cut]).map(|replay| (ask(&replay, "a?"), ask(&replay, "é?")))?;
+            let second = if cut == whole.len() - 1 { Ok("bb".to_owned()) } else { Err(Kind::NotFound) };
+            assert_eq!(answers, (Ok("a".to_owned()), second), "cut at {cut}");
+        }
+        assert!(replay(By::User, &whole[..first - 2]).is_err(), "nothing is left");
         Ok(())
     }
 

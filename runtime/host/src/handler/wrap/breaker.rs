@@ -250,6 +250,22 @@ mod tests {
     }
 
     #[test]
+    fn of_many_that_come_at_once_one_alone_tries() {
+        let shared = breaking(1, Duration::from_secs(60));
+        for round in 0..5 {
+            fail(&shared);
+            std::thread::sleep(OPEN);
+            let passes: Vec<_> = std::thread::scope(|scope| {
+                let many: Vec<_> = (0..16).map(|_| scope.spawn(|| shared.enter().ok())).collect();
+                many.into_iter().filter_map(|one| one.join().expect("it does not panic")).collect()
+            });
+            assert_eq!(passes.len(), 1, "round {round}");
+            assert!(passes[0].tries && shared.enter().is_err());
+            // It is given up, and the next one tries; that fails at the beginning of the next round.
+        }
+    }
+
+    #[test]
     fn failures_far_apart_and_wrong_requests_do_not_open_it() {
         let shared = breaking(2, Duration::from_millis(20));
         fail(&shared);

@@ -55,7 +55,9 @@ impl<T> Kept<T> {
 }
 
 fn load<T>(path: &Path, parse: fn(&str) -> Result<T>) -> Result<T> {
-    parse(&read_text(path, BYTES_MAX)?).with_context(|| path.display().to_string())
+    let text = read_text(path, BYTES_MAX)?;
+    // Some editors put a byte order mark before the first line, which is none of its words.
+    parse(text.trim_start_matches('\u{feff}')).with_context(|| path.display().to_string())
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {
@@ -86,7 +88,7 @@ mod tests {
         assert_eq!(*kept.now(), "three");
         fs::remove_file(&path)?;
         assert_eq!(*kept.now(), "three");
-        fs::write(&path, "fourth")?;
+        fs::write(&path, "\u{feff}fourth")?;
         assert_eq!(*kept.now(), "fourth");
         Ok(())
     }

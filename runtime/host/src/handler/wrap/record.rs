@@ -2,7 +2,8 @@
 //!
 //! What is recorded is what was said, word for word: the file is for its owner alone.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -47,9 +48,23 @@ impl Wrapper for Recording {
     }
 }
 
+/// Whether the last line of a file is whole: what a crash cut short would swallow what comes behind it.
+fn ends_in_a_line(path: &Path) -> bool {
+    let last = || -> io::Result<u8> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::End(-1))?;
+        let mut last = [0];
+        file.read_exact(&mut last)?;
+        Ok(last[0])
+    };
+    // A file without a byte has no last line.
+    last().map_or(true, |last| last == b'\n')
+}
+
 fn write(path: &Path, recorded: &Recorded) {
     let text = serde_json::to_string(recorded).expect("a record is texts and numbers") + "\n";
     let written = append(path).and_then(|mut file| {
+        let text = if ends_in_a_line(path) { text } else { format!("\n{text}") };
         // More than `replay` reads is of no use.
         if file.metadata()?.len() + text.len() as u64 > BYTES_MAX {
             return Err(io::Error::other(format!("the file has {} MiB; move it away", BYTES_MAX >> 20)));

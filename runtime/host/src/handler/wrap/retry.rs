@@ -126,6 +126,49 @@ mod tests {
         Duration::from_millis(ms)
     }
 
+    /// Fails whenever it is asked.
+    struct Down(std::sync::atomic::AtomicUsize);
+
+    impl Handler for Down {
+        fn stream(&self, _: &Request, _: &Context) -> Result<EventStream, HandlerError> {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            Err(HandlerError::new(Kind::Unavailable, "down"))
+        }
+    }
+
+    fn retrying(base: Duration) -> (Arc<Down>, Arc<dyn Handler>) {
+        let down = Arc::new(Down(0.into()));
+        let retry = Retry { max: 5, base, cap: Duration::from_secs(600) };
+        (down.clone(), super::super::wrapped(down, Retrying { name: "x".into(), retry }))
+    }
+
+    #[test]
+    fn who_leaves_while_it_waits_is_not_held() {
+        let (down, handler) = retrying(Duration::from_secs(300));
+        let context = Context::default();
+        let since = std::time::Instant::now();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| handler.complete(&Request::default(), &context).err().map(|error| error.kind));
+            while down.0.load(std::sync::atomic::Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            context.cancel();
+            assert_eq!(waits.join().expect("it does not panic"), Some(Kind::Cancelled));
+        });
+        assert!(since.elapsed() < Duration::from_secs(5) && down.0.load(std::sync::atomic::Ordering::SeqCst) == 1);
+    }
+
+    /// An error at once says more than a timeout later.
+    #[test]
+    fn a_wait_beyond_the_time_of_the_answer_is_not_begun() {
+        let (down, handler) = retrying(Duration::from_secs(300));
+        let since = std::time::Instant::now();
+        let within = Context::default().within(Duration::from_secs(60));
+        let error = handler.complete(&Request::default(), &within).err();
+        assert_eq!(error, Some(HandlerError::new(Kind::Unavailable, "down")));
+        assert!(since.elapsed() < Duration::from_secs(5) && down.0.load(std::sync::atomic::Ordering::SeqCst) == 1);
+    }
+
     #[test]
     fn waits_grow_to_the_cap_and_obey_the_provider_up_to_it() {
         let retry = Retry { max: 4, base: ms(100), cap: ms(300) };

@@ -393,6 +393,27 @@ mod tests {
         assert_eq!(search.search("k", false), (String::new(), true));
     }
 
+    /// As editors leave them: a byte order mark, line ends of Windows, empty lines, comments, spaces around a word.
+    #[test]
+    fn a_file_of_words_is_its_lines_with_words() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let path = directory.path().join("words.txt");
+        let load = |text: &str| -> Result<Watching> {
+            std::fs::write(&path, text)?;
+            let source = Source::File(path.clone());
+            Watching::load(WordsSpec { source, action: Action::Refuse, question: true, answer: true })
+        };
+        for text in ["\u{feff}darn\r\n\r\n  \r\n# no\r\n two words \r\n", "\u{feff}# no\n\n\ndarn\n\ntwo  words"] {
+            let list = load(text)?.list();
+            assert!(list.is_in("darn it") && list.is_in("in two words"), "{text:?}");
+            assert!(!list.is_in("# no") && !list.is_in("no") && !list.is_in("") && !list.is_in(" \n"), "{text:?}");
+        }
+        for empty in ["", "\n\n", "\u{feff}", "# one\n#two\n", "\u{feff}\r\n \r\n"] {
+            assert!(load(empty).is_err(), "{empty:?}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn a_list_without_words_is_an_error() {
         assert!(List::new(["", " "]).is_err() && List::new(["x".repeat(201).as_str()]).is_err());

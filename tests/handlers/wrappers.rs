@@ -149,7 +149,10 @@ fn a_conversation_that_must_stay_gets_no_socket_that_leads_away() -> Result<()> 
         let route = Route::new(vec![("far".into(), far)]).staying();
         let since = Instant::now();
         let refused = route.complete(&asked("hi", 5), &Context::default()).expect_err("it must stay");
-        assert!(refused.kind == Kind::Unavailable && refused.message.contains("egress is denied"), "{url}: {refused}");
+        assert!(
+            refused.kind == Kind::Unavailable && refused.to_string().contains("egress is denied"),
+            "{url}: {refused}"
+        );
         assert!(since.elapsed() < Duration::from_secs(1), "nothing is looked up or waited for");
     }
     assert!(echo.bodies().is_empty());
@@ -324,6 +327,8 @@ fn handlers_check_says_what_is_there_and_what_is_missing() -> Result<()> {
         "key HOMEROOM_TEST_KEY_A is not set",
         "redaction",
         "retry 1 times after 0.5 s to 8 s",
+        "    answer timeout 600 s (default)\n    limits 32 running, 64 waiting (default)",
+        "    answer timeout 1800 s, [server] answer_timeout (default)\n    limits 32 running, 64 waiting (default)",
         "in no route, and not served: lost",
     ] {
         assert!(story.contains(wanted), "{wanted}\nis not in\n{story}");
@@ -343,6 +348,25 @@ fn handlers_check_says_what_is_there_and_what_is_missing() -> Result<()> {
         "{report}"
     );
     assert_eq!(echo.bodies().len(), 1, "one token was asked for");
+    let bounds = |route: usize| {
+        let handler = &report["routes"][route]["handlers"][0];
+        (handler["limits"].clone(), handler["answer_timeout"].clone())
+    };
+    let limits = json!({"running": 32, "waiting": 64, "is_default": true});
+    assert_eq!(bounds(0), (limits.clone(), json!({"seconds": 600.0, "is_of_server": false, "is_default": true})));
+    assert_eq!(bounds(1), (limits, json!({"seconds": 1800.0, "is_of_server": true, "is_default": true})));
+    // What is written is no default.
+    let written = text
+        .replace("[handlers.lost]", "limits = { running = 3, waiting = 5 }\nanswer_timeout_s = 7\n[handlers.lost]")
+        + "[server]\nanswer_timeout = \"5m\"\n";
+    std::fs::write(&config, written.replace("retry = {", "answer_timeout_s = 9\nretry = {"))?;
+    let (_, story) = check(&[], true)?;
+    for wanted in [
+        "    answer timeout 9 s\n    limits 32 running, 64 waiting (default)",
+        "    answer timeout 7 s\n    limits 3 running, 5 waiting\n",
+    ] {
+        assert!(story.contains(wanted), "{wanted}\nis not in\n{story}");
+    }
     std::fs::write(&config, text.replace("handlers = [\"here\"]", "handlers = [\"here\", \"lost\"]"))?;
     let (code, story) = check(&[], true)?;
     assert!(

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Done, handlers_of_home, print};
 use crate::handler::config::{Config, Egress, EndpointSpec, HandlerSpec, Handlers};
+use crate::handler::wrap::settings::Bounds;
 use crate::handler::{Context, EmbedRequest, Gives, Handler, Input, Message, Request, Role};
 use crate::models::{ModelRef, is_here};
 use crate::near::exists;
@@ -85,6 +86,7 @@ struct Link {
     /// It is asked only when a conversation is too long for another.
     for_long: bool,
     around: Vec<String>,
+    bounds: Bounds,
     /// Why it could not answer.
     problem: Option<String>,
     /// How long its one token took, in seconds.
@@ -106,11 +108,12 @@ impl Report {
                 |handler: &str| config.routes.get(*name).is_some_and(|chain| !chain.iter().any(|n| n == handler));
             let links = handlers.chain(name).into_iter().map(|(handler, spec)| {
                 let settings = config.settings.get(handler).cloned().unwrap_or_default();
-                let mut around = settings.described();
+                let bounds = spec.bounds(&settings, &config.server);
+                let mut around = settings.described(Some(&bounds));
                 if spec.far_host().is_some() && rules.is_some_and(|rules| rules.egress == Egress::Redact) {
                     around.insert(0, "redaction".to_owned());
                 }
-                let mut link = Link::of(handler, spec, is_long(handler), around);
+                let mut link = Link::of(handler, spec, is_long(handler), around, bounds);
                 if live && link.problem.is_none() {
                     match ask(handlers, handler) {
                         Ok(seconds) => link.live_s = Some(seconds),
@@ -123,7 +126,7 @@ impl Report {
                 name: (*name).clone(),
                 egress: rules.map(|rules| rules.egress),
                 fallback_on: rules.and_then(|rules| rules.fallback_on.clone()),
-                around: rules.map_or_else(Vec::new, |rules| rules.settings.described()),
+                around: rules.map_or_else(Vec::new, |rules| rules.settings.described(None)),
                 links: links.collect(),
             }
         };
@@ -177,6 +180,16 @@ impl Report {
                     "key": link.key.as_ref().map(|(variable, is_set)| json!({"env": variable, "is_set": is_set})),
                     "for_long_conversations": link.for_long,
                     "around": link.around,
+                    "limits": {
+                        "running": link.bounds.limits.running,
+                        "waiting": link.bounds.limits.waiting,
+                        "is_default": link.bounds.limits_are_default,
+                    },
+                    "answer_timeout": {
+                        "seconds": link.bounds.total.as_secs_f64(),
+                        "is_of_server": link.bounds.total_is_of_server,
+                        "is_default": link.bounds.total_is_default,
+                    },
                     "problem": link.problem,
                     "live_s": link.live_s,
                 })
@@ -217,7 +230,7 @@ fn verdict(egress: Option<Egress>, links: &[Link]) -> String {
 }
 
 impl Link {
-    fn of(name: &str, spec: &HandlerSpec, for_long: bool, around: Vec<String>) -> Self {
+    fn of(name: &str, spec: &HandlerSpec, for_long: bool, around: Vec<String>, bounds: Bounds) -> Self {
         let at = |endpoint: &EndpointSpec| format!("{} at {}", endpoint.model, endpoint.base_url.host());
         let (kind, target, problem) = match spec {
             HandlerSpec::Local(model, _) => ("local", model.name.display().to_string(), missing(model)),
@@ -233,7 +246,7 @@ impl Link {
         let key = spec.key_variable().map(|variable| (variable.to_owned(), disabled.is_none()));
         let problem = disabled.map(|why| format!("disabled: {why}")).or(problem);
         let host = spec.far_host().map(str::to_owned);
-        Self { name: name.to_owned(), kind, target, host, key, for_long, around, problem, live_s: None }
+        Self { name: name.to_owned(), kind, target, host, key, for_long, around, bounds, problem, live_s: None }
     }
 
     fn state(&self) -> String {

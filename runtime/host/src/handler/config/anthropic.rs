@@ -7,13 +7,13 @@ use anyhow::Result;
 use toml::de::DeTable;
 
 use super::endpoint::{self, EndpointSpec};
-use super::{HandlerSpec, with_settings};
+use super::{HandlerSpec, refuse, with_settings};
 use crate::handler::Handler;
 use crate::handler::anthropic::{Anthropic, ApiVersion};
 use crate::toml_problems::{Problems, near};
 
 /// The keys of its table.
-const KEYS: [&str; 9] = [
+pub(super) const KEYS: [&str; 9] = [
     "kind",
     "base_url",
     "model",
@@ -69,6 +69,12 @@ pub(super) fn read<'a>(
     let unsupported = word("unsupported", &["reject", "drop"]);
     let endpoint = endpoint::read(problems, name, span, table, Some(URL))?;
     let version = ApiVersion::ALL.into_iter().find(|known| version.as_deref() == Some(known.word()));
+    if version == Some(ApiVersion::V2026) {
+        refuse(problems, table, &["temperature", "top_p"], "this version of the API does not know it");
+    } else if let Some(value) = table.get("temperature") {
+        // The API's range, which is less than that of others.
+        problems.number("temperature", value, 0.0..=1.0);
+    }
     Some(HandlerSpec::Anthropic(AnthropicSpec {
         endpoint,
         version: version.unwrap_or(ApiVersion::V2023),

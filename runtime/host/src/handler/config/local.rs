@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use homeroom_engine::inference::TOGETHER;
 use homeroom_engine::run::compute::Compute;
 use toml::de::DeTable;
@@ -14,11 +14,12 @@ use crate::handler::Handler;
 use crate::handler::embedding::Embedder;
 use crate::handler::limit::{Limited, Limits};
 use crate::handler::local::Local;
+use crate::handler::wrap::settings::Settings;
 use crate::models::ModelRef;
 use crate::toml_problems::{Problems, near};
 
 /// The keys of its table.
-const KEYS: [&str; 5] = ["kind", "model", "base_model", "any_base", "compute"];
+pub(super) const KEYS: [&str; 5] = ["kind", "model", "base_model", "any_base", "compute"];
 /// Limits of a model of this machine: it samples for so many at once, and twice as many may wait.
 pub(super) const LIMITS: Limits = Limits { running: TOGETHER, waiting: 2 * TOGETHER };
 
@@ -58,13 +59,18 @@ pub(super) fn read<'a>(
 /// # Errors
 /// As [`Local::load`] and [`Embedder::load`].
 pub fn load_local(name: &str, model: ModelRef, compute: Compute) -> Result<Arc<dyn Handler>> {
-    Ok(Arc::new(Limited::new(load(name, model, compute)?, LIMITS)))
+    Ok(Arc::new(Limited::new(load(name, model, compute, &Settings::default())?, LIMITS)))
 }
 
-/// Loads a model of this machine, without a queue.
-pub(super) fn load(name: &str, model: ModelRef, compute: Compute) -> Result<Arc<dyn Handler>> {
+/// Loads a model of this machine, without a queue. `settings`: what will stand around it.
+pub(super) fn load(name: &str, model: ModelRef, compute: Compute, settings: &Settings) -> Result<Arc<dyn Handler>> {
     Ok(match Embedder::is_meant(&model.name) {
-        true => Arc::new(Embedder::load(name, &model, compute)?),
+        true => {
+            if let Some(key) = settings.of_answers() {
+                bail!("`{key}` is of answers, and this is an embedding model; leave it out");
+            }
+            Arc::new(Embedder::load(name, &model, compute)?)
+        }
         false => Arc::new(Local::load(name, model, compute)?),
     })
 }

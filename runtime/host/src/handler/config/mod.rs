@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, read_text};
@@ -36,7 +37,7 @@ pub use self::openai::OpenAiSpec;
 pub use self::route::{Egress, Rules};
 use super::limit::Limits;
 use super::replay::{Replay, ReplaySpec};
-use super::wrap::settings::{self, Settings};
+use super::wrap::settings::{self, Bounds, Settings};
 use super::{Handler, Secret};
 use crate::memory::settings as memory;
 use crate::models::ModelRef;
@@ -113,20 +114,45 @@ impl HandlerSpec {
         self.endpoint().map_or(Ok(None), EndpointSpec::api_key)
     }
 
+    /// How many requests it takes where its table says nothing.
+    pub fn limits(&self) -> Limits {
+        match self {
+            Self::Local(..) => local::LIMITS,
+            Self::OpenAi(_) | Self::Anthropic(_) | Self::Replay(_) => ENDPOINT_LIMITS,
+        }
+    }
+
+    /// What bounds it, with the settings around it and those of the server.
+    pub fn bounds(&self, settings: &Settings, server: &server::Settings) -> Bounds {
+        let own = settings.total.or(self.answer_timeout());
+        let usual = self.endpoint().map(|_| endpoint::ANSWER_TIMEOUT);
+        let total_is_default = match own {
+            Some(own) => usual == Some(own),
+            None => server.answer_timeout == server::Settings::default().answer_timeout,
+        };
+        Bounds {
+            limits: settings.limits.unwrap_or(self.limits()),
+            limits_are_default: settings.limits.is_none(),
+            total: own.unwrap_or(server.answer_timeout),
+            total_is_of_server: own.is_none(),
+            total_is_default,
+        }
+    }
+
+    /// Longest time for a whole answer that its kind sets: that of an endpoint. Other kinds have none of their own.
+    pub fn answer_timeout(&self) -> Option<Duration> {
+        self.endpoint().map(EndpointSpec::answer_timeout)
+    }
+
     /// Makes it ready to answer, with what stands around it.
     fn load(&self, name: &str, settings: &Settings) -> Result<Arc<dyn Handler>> {
-        match self {
-            Self::Local(model, compute) => {
-                settings.around(name, local::load(name, model.clone(), *compute)?, local::LIMITS, None)
-            }
-            Self::OpenAi(spec) => {
-                settings.around(name, spec.load(name)?, ENDPOINT_LIMITS, Some(spec.endpoint.answer_timeout()))
-            }
-            Self::Anthropic(spec) => {
-                settings.around(name, spec.load(name)?, ENDPOINT_LIMITS, Some(spec.endpoint.answer_timeout()))
-            }
-            Self::Replay(spec) => settings.around(name, Arc::new(Replay::load(name, spec)?), ENDPOINT_LIMITS, None),
-        }
+        let handler = match self {
+            Self::Local(model, compute) => local::load(name, model.clone(), *compute, settings)?,
+            Self::OpenAi(spec) => spec.load(name)?,
+            Self::Anthropic(spec) => spec.load(name)?,
+            Self::Replay(spec) => Arc::new(Replay::load(name, spec)?),
+        };
+        settings.around(name, handler, self.limits(), self.answer_timeout())
     }
 }
 
@@ -259,6 +285,15 @@ fn one_of(words: &[&str]) -> String {
     match words.as_slice() {
         [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),
         words => words.concat(),
+    }
+}
+
+/// Refuses keys of [`settings::HANDLER_KEYS`] that a handler of some kind would not read.
+fn refuse<'a>(problems: &mut Problems<'a>, table: &DeTable<'a>, keys: &[&str], why: &str) {
+    for key in keys {
+        if let Some(value) = table.get(*key) {
+            problems.at(value.span(), format!("`{key}`: {why}; leave it out"));
+        }
     }
 }
 

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use toml::de::DeTable;
 
-use super::{HandlerSpec, missing, with_settings};
+use super::{HandlerSpec, missing, refuse, with_settings};
 use crate::handler::replay::{By, ReplaySpec};
+use crate::handler::wrap::settings;
 use crate::toml_problems::{Problems, near};
 
 /// The keys of its table.
-const KEYS: [&str; 3] = ["kind", "file", "match"];
+pub(super) const KEYS: [&str; 3] = ["kind", "file", "match"];
 
 /// Reads `[handlers.NAME]`.
 pub(super) fn read<'a>(
@@ -21,6 +22,7 @@ pub(super) fn read<'a>(
     table: &DeTable<'a>,
 ) -> Option<HandlerSpec> {
     problems.unknown_keys(table, &with_settings(&KEYS));
+    refuse(problems, table, &settings::DEFAULT_KEYS, "recorded answers are given as they are");
     let by = table.get("match").and_then(|value| Some((value, problems.text("match", value)?)));
     let by = match by.as_ref().map(|(value, by)| (value, by.as_str())) {
         None | Some((_, "user")) => By::User,

@@ -70,17 +70,18 @@ fn a_handler_without_its_key_is_disabled_and_says_so_when_it_is_asked() -> Resul
     let one = refused(&far, "tutor")?;
     assert_eq!(one.kind, Kind::Unavailable);
     let words = "no handler of `tutor` is enabled: `far`: api_key: the environment variable HOMEROOM_TEST_KEY_THAT_IS_NOT_SET is not set";
-    assert!(one.message.contains(words), "{one}");
+    assert!(one.to_string().contains(words), "{one}");
+    assert!(one.message.contains("`tutor` is not ready to answer") && !one.message.contains("KEY"), "{one:?}");
     // What it holds is not shown, in case it is half a key.
     let other = far.replace("HOMEROOM_TEST_KEY_THAT_IS_NOT_SET", "CARGO_PKG_DESCRIPTION");
-    let other = refused(&other, "tutor")?.message;
+    let other = refused(&other, "tutor")?.to_string();
     assert!(other.contains("CARGO_PKG_DESCRIPTION holds is not a key") && !other.contains("open-weight"), "{other}");
     // The next handler of the route is asked, and an unset key of a handler that no route names is nobody's concern.
     let two = endpoint("beside", "") + &far.replace("[\"far\"]", "[\"far\", \"beside\"]");
-    let two = refused(&two, "tutor")?.message;
+    let two = refused(&two, "tutor")?.to_string();
     assert!(two.contains("127.0.0.1:1") && !two.contains("KEY"), "{two}");
     let own = endpoint("beside", KEY);
-    assert!(refused(&own, "beside")?.message.starts_with("`beside` is disabled: api_key: "));
+    assert!(refused(&own, "beside")?.to_string().starts_with("`beside` is disabled: api_key: "));
     Ok(())
 }
 
@@ -171,6 +172,106 @@ egress = "dney"
         assert!(all.contains(wanted), "{wanted}\nis not in\n{all}");
     }
     assert!(!all.contains("sk-secret"), "{all}");
+}
+
+/// A key that is written and changes nothing misleads: each is read, or refused by name.
+#[test]
+fn each_key_changes_a_handler_of_each_kind_or_is_refused() -> Result<()> {
+    const VALUES: [(&str, &str); 28] = [
+        ("model", "\"other\""),
+        ("base_model", "\"base\""),
+        ("any_base", "true"),
+        ("compute", "\"f32\""),
+        ("base_url", "\"http://127.0.0.1:2/v1\""),
+        ("api_key", "{ env = \"A_KEY\" }"),
+        ("connect_timeout_s", "7"),
+        ("read_timeout_s", "7"),
+        ("answer_timeout_s", "7"),
+        ("max_tokens_param", "\"max_completion_tokens\""),
+        ("api_version", "\"2026-10-21\""),
+        ("unsupported", "\"drop\""),
+        ("file", "\"other.jsonl\""),
+        ("match", "\"order\""),
+        ("system", "\"Be kind.\""),
+        ("system_file", "\"tutor.md\""),
+        ("max_tokens", "7"),
+        ("temperature", "0.5"),
+        ("top_p", "0.5"),
+        ("stop", "[\"x\"]"),
+        ("words", "{ list = [\"x\"] }"),
+        ("log", "\"log.jsonl\""),
+        ("first_token_timeout_s", "7"),
+        ("idle_timeout_s", "7"),
+        ("limits", "{ running = 1 }"),
+        ("retry", "{ max = 1 }"),
+        ("breaker", "{ failures = 1 }"),
+        ("record", "\"answers.jsonl\""),
+    ];
+    let all = [&local::KEYS[..], &openai::KEYS, &anthropic::KEYS, &replay::KEYS, &settings::HANDLER_KEYS].concat();
+    for key in all.into_iter().filter(|key| *key != "kind") {
+        assert!(VALUES.iter().any(|(known, _)| *known == key), "`{key}` has no value here");
+    }
+    let replay = ["system", "system_file", "max_tokens", "temperature", "top_p", "stop"];
+    let kinds: [(&str, &[(&str, &str)], &[&str]); 5] = [
+        ("local", &[("model", "\"x\"")], &[]),
+        ("openai", &[("model", "\"x\""), ("base_url", "\"http://127.0.0.1:1/v1\"")], &[]),
+        ("anthropic", &[("model", "\"x\"")], &[]),
+        ("anthropic", &[("model", "\"x\""), ("api_version", "\"2026-10-21\"")], &["temperature", "top_p"]),
+        ("replay", &[("file", "\"x.jsonl\"")], &replay),
+    ];
+    for (kind, base, refused) in kinds {
+        let own: &[&str] = match kind {
+            "local" => &local::KEYS,
+            "openai" => &openai::KEYS,
+            "anthropic" => &anthropic::KEYS,
+            _ => &replay::KEYS,
+        };
+        let parsed = |key: &str, value: &str| {
+            let line = |(key, value): &(&str, &str)| format!("{key} = {value}\n");
+            let lines: String = base.iter().filter(|(other, _)| *other != key).map(line).collect();
+            let more = if key.is_empty() { String::new() } else { format!("{key} = {value}\n") };
+            Config::parse(Path::new("h.toml"), &format!("[handlers.h]\nkind = \"{kind}\"\n{lines}{more}"))
+        };
+        let plain = parsed("", "")?;
+        for (key, value) in VALUES.into_iter().filter(|line| !base.contains(line)) {
+            let is_known = own.contains(&key) || settings::HANDLER_KEYS.contains(&key);
+            match parsed(key, value) {
+                Ok(changed) => assert!(
+                    is_known && !refused.contains(&key) && changed != plain,
+                    "{kind}: `{key}` is taken, and changes nothing"
+                ),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    let is_right = !is_known || refused.contains(&key);
+                    assert!(is_right && error.contains(&format!("`{key}`")), "{kind}: `{key}`: {error}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An embedding model is known by its files, which are read when it is loaded.
+#[test]
+fn an_embedding_model_refuses_what_only_answers_have() -> Result<()> {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/embeddings/bert");
+    let load = |more: &str| {
+        let text = format!("[handlers.e]\nkind = \"local\"\nmodel = {model:?}\n{more}\n");
+        Handlers::new(Config::parse(Path::new("h.toml"), &text)?).get("e").map(drop)
+    };
+    load("words = { list = [\"x\"] }\nanswer_timeout_s = 3\nlimits = { running = 1 }\nretry = { max = 1 }")?;
+    for (more, key) in [
+        ("temperature = 0.5", "`temperature`"),
+        ("system = \"Be kind.\"", "`system`"),
+        ("stop = [\"x\"]", "`stop`"),
+        ("idle_timeout_s = 3", "`idle_timeout_s`"),
+        ("record = \"a.jsonl\"", "`record`"),
+        ("words = { list = [\"x\"], action = \"replace\" }", "`words`"),
+    ] {
+        let refused = format!("{:#}", load(more).expect_err(more));
+        assert!(refused.contains(&format!("{key} is of answers")), "{refused}");
+    }
+    Ok(())
 }
 
 #[test]

@@ -39,6 +39,20 @@ impl Defaults {
         *self == Self::default()
     }
 
+    /// The key of the first, if there is one.
+    pub(super) fn key(&self) -> Option<&'static str> {
+        let Self { system, max_tokens, temperature, top_p, stop } = self;
+        let system = system.as_ref().map(|system| match system {
+            System::Text(_) => "system",
+            System::File(_) => "system_file",
+        });
+        system
+            .or(max_tokens.map(|_| "max_tokens"))
+            .or(temperature.map(|_| "temperature"))
+            .or(top_p.map(|_| "top_p"))
+            .or((!stop.is_empty()).then_some("stop"))
+    }
+
     /// They, in words.
     pub(super) fn described(&self) -> Vec<String> {
         let Self { system, max_tokens, temperature, top_p, stop } = self;

@@ -40,6 +40,8 @@ pub const HANDLER_KEYS: [&str; 15] = [
     "breaker",
     "record",
 ];
+/// Those of them that say what a request does not.
+pub const DEFAULT_KEYS: [&str; 6] = ["system", "system_file", "max_tokens", "temperature", "top_p", "stop"];
 /// Those of them that a route has, too.
 pub const ROUTE_KEYS: [&str; 9] =
     ["system", "system_file", "max_tokens", "temperature", "top_p", "stop", "words", "log", "answer_timeout_s"];
@@ -113,6 +115,21 @@ impl Settings {
         settings
     }
 
+    /// The first key of those that only answers have, if one is said. Vectors have none of them.
+    pub fn of_answers(&self) -> Option<&'static str> {
+        let Self { defaults, words, timeouts, record, .. } = self;
+        let replaces = |words: &WordsSpec| matches!(words.action, Action::Replace(_)) || !words.question;
+        let said = [
+            (defaults.key(), defaults.key().is_some()),
+            // Vectors of other words would be those of another text.
+            (Some("words"), words.iter().any(replaces)),
+            (Some("first_token_timeout_s"), timeouts.first_token.is_some()),
+            (Some("idle_timeout_s"), timeouts.idle.is_some()),
+            (Some("record"), record.is_some()),
+        ];
+        said.into_iter().find_map(|(key, is_said)| key.filter(|_| is_said))
+    }
+
     /// Puts them around a handler, which is asked by a bounded number at once.
     ///
     /// # Errors
@@ -171,16 +188,18 @@ impl Settings {
         Ok(handler)
     }
 
-    /// What stands around the handler, the outermost first, in words.
-    pub fn described(&self) -> Vec<String> {
-        let Self { defaults, words, log, total, timeouts, limits, retry, breaker, record } = self;
+    /// What stands around a route or a handler, the outermost first, in words. `bounds`: those of the handler.
+    pub fn described(&self, bounds: Option<&Bounds>) -> Vec<String> {
+        let Self { defaults, words, log, total, timeouts, limits: _, retry, breaker, record } = self;
         let s = |time: Duration| format!("{} s", time.as_secs_f64());
         let mut all = Vec::new();
         all.extend(log.iter().map(|path| format!("log {}", path.display())));
         all.extend(words.iter().map(WordsSpec::described));
         all.extend(defaults.described());
-        all.extend(total.map(|total| format!("answer timeout {}", s(total))));
-        all.extend(limits.map(|limits| format!("limits {} running, {} waiting", limits.running, limits.waiting)));
+        match bounds {
+            Some(bounds) => all.extend(bounds.described()),
+            None => all.extend(total.map(|total| format!("answer timeout {}", s(total)))),
+        }
         all.extend(breaker.map(|Breaker { failures, window, open }| {
             format!("breaker {failures} failures in {} open for {}", s(window), s(open))
         }));
@@ -189,6 +208,34 @@ impl Settings {
         all.extend(timeouts.idle.map(|time| format!("idle timeout {}", s(time))));
         all.extend(record.iter().map(|path| format!("record {}", path.display())));
         all
+    }
+}
+
+/// What bounds a handler, whether its table says it or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// How many requests it takes.
+    pub limits: Limits,
+    /// Its table does not say them.
+    pub limits_are_default: bool,
+    /// Longest time for a whole answer.
+    pub total: Duration,
+    /// It is that of `[server]`, which bounds all answers that are served.
+    pub total_is_of_server: bool,
+    /// Nobody chose it.
+    pub total_is_default: bool,
+}
+
+impl Bounds {
+    /// They, in words.
+    fn described(&self) -> [String; 2] {
+        let default = |is_default: bool| if is_default { " (default)" } else { "" };
+        let Self { limits: Limits { running, waiting }, limits_are_default, total, .. } = *self;
+        let of_server = if self.total_is_of_server { ", [server] answer_timeout" } else { "" };
+        [
+            format!("answer timeout {} s{of_server}{}", total.as_secs_f64(), default(self.total_is_default)),
+            format!("limits {running} running, {waiting} waiting{}", default(limits_are_default)),
+        ]
     }
 }
 

@@ -26,6 +26,7 @@ pub mod pipeline;
 pub mod plugin;
 mod processor;
 mod progress;
+pub mod pseudonym;
 pub mod registry;
 pub mod runs;
 pub mod serve;

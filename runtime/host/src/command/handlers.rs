@@ -9,7 +9,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{Done, handlers_of_home, print};
-use crate::handler::config::{Config, Egress, EndpointSpec, HandlerSpec, Handlers};
+use crate::handler::config::{Config, Egress, EndpointSpec, HandlerSpec, Handlers, fine_tuning};
 use crate::handler::wrap::settings::Bounds;
 use crate::handler::{Context, EmbedRequest, Gives, Handler, Input, Message, Request, Role};
 use crate::models::{ModelRef, is_here};
@@ -62,6 +62,7 @@ struct Report {
     path: String,
     routes: Vec<Route>,
     unrouted: Vec<String>,
+    fine_tuning: Option<fine_tuning::Settings>,
 }
 
 /// A route, or a handler that is served under its own name.
@@ -131,7 +132,8 @@ impl Report {
             }
         };
         let routes = routes.iter().map(route).collect();
-        Self { path: config.path.display().to_string(), routes, unrouted: handlers.unrouted() }
+        let (path, fine_tuning) = (config.path.display().to_string(), config.fine_tuning.clone());
+        Self { path, routes, unrouted: handlers.unrouted(), fine_tuning }
     }
 
     fn is_well(&self) -> bool {
@@ -165,6 +167,12 @@ impl Report {
         }
         if !self.unrouted.is_empty() {
             line(0, &format!("in no route, and not served: {}", self.unrouted.join(", ")));
+        }
+        if let Some(settings) = &self.fine_tuning {
+            let bases: Vec<&str> = settings.bases.keys().map(String::as_str).collect();
+            let by = settings.keys.as_ref().map_or_else(|| "all keys".to_owned(), |keys| keys.join(", "));
+            line(0, &format!("fine-tuning of {}   by {by}", bases.join(", ")));
+            line(2, &settings.of_key());
         }
         text
     }
@@ -208,6 +216,13 @@ impl Report {
             "is_well": self.is_well(),
             "routes": routes.collect::<Vec<_>>(),
             "unrouted": self.unrouted,
+            "fine_tuning": self.fine_tuning.as_ref().map(|settings| json!({
+                "bases": settings.bases.keys().collect::<Vec<_>>(),
+                "keys": settings.keys,
+                "key_files_mib_max": settings.files.key_bytes >> 20,
+                "key_uploads": settings.files.key_uploads,
+                "key_jobs": settings.key_jobs,
+            })),
         })
     }
 }

@@ -194,6 +194,19 @@ fn tell_shared(handlers: &Handlers) {
     }
 }
 
+/// What of a file counts only from the next start on and is not as it was when the server began, such as
+/// `[server] listen, connections; [memory]`.
+fn fixed_that_differ(now: &Config, begun: &Config) -> String {
+    let keys = now.server.fixed_that_differ(&begun.server).join(", ");
+    let tables = [
+        (format!("[server] {keys}"), keys.is_empty()),
+        ("[fine_tuning]".to_owned(), now.fine_tuning == begun.fine_tuning),
+        ("[memory]".to_owned(), now.memory == begun.memory),
+    ];
+    let differ: Vec<String> = tables.into_iter().filter(|(_, same)| !same).map(|(table, _)| table).collect();
+    differ.join("; ")
+}
+
 /// Serves what an edited file says; a bad edit changes nothing, and why is told once.
 fn watch(
     path: &Path,
@@ -205,6 +218,9 @@ fn watch(
     if let Some(problem) = problem {
         line(format_args!("note: {}: changes are looked for every 2 s only: {problem}", path.display()));
     }
+    let begun = handlers.config().clone();
+    // What was told of it.
+    let mut told = String::new();
     // What was read last, good or bad: much is reported that changes nothing, such as a log that grows beside the file.
     let mut read = None;
     let mut missed = 0_u8;
@@ -240,24 +256,15 @@ fn watch(
             Ok(None) => {}
             Ok(Some((next, served))) => {
                 let names: Vec<String> = served.names().map(str::to_owned).collect();
-                let (now, before) = (&next.config().server, &handlers.config().server);
-                let fixed = now.fixed_that_differ(before);
-                replace(served, now.clone());
+                replace(served, next.config().server.clone());
                 count(true);
-                if !fixed.is_empty() {
-                    line(format_args!(
-                        "note: {}: [server] {} counts from the next start on",
-                        path.display(),
-                        fixed.join(", ")
-                    ));
-                }
-                let (now, before) = (next.config(), handlers.config());
-                let tables =
-                    [("fine_tuning", now.fine_tuning == before.fine_tuning), ("memory", now.memory == before.memory)];
-                for (table, _) in tables.iter().filter(|(_, same)| !same) {
-                    line(format_args!("note: {}: [{table}] counts from the next start on", path.display()));
-                }
                 handlers = next;
+                let fixed = fixed_that_differ(handlers.config(), &begun);
+                if fixed != told && !fixed.is_empty() {
+                    let path = path.display();
+                    line(format_args!("note: {path}: what is edited of {fixed} counts from the next start on"));
+                }
+                told = fixed;
                 line(format_args!("reload   {}: {}", path.display(), names.join(", ")));
                 tell_shared(&handlers);
             }

@@ -18,7 +18,7 @@ use super::reply::Refusal;
 use super::{App, Models, no_model, wrong_model};
 use crate::handler::{
     self, Completion, Context, EmbedRequest, Embeddings, Event, EventStream, FinishReason, Gives, Handler,
-    HandlerError, Input, Message, Prompt, ResponseFormat, ToolCall,
+    HandlerError, Input, Message, Prompt, ResponseFormat, ToolCall, new_id,
 };
 use crate::progress::line;
 
@@ -54,6 +54,16 @@ pub(super) struct Asker {
     background: bool,
 }
 
+/// A request that was let in to a handler.
+pub(super) struct Admission {
+    /// What answers it; it is to be asked once.
+    pub(super) handler: Arc<dyn Handler>,
+    /// The context of the answer.
+    pub(super) context: Context,
+    /// The id of the answer: ours, as a provider may give one twice, and what is thought of an answer is of that answer alone.
+    pub(super) id: String,
+}
+
 /// What is asked of a model.
 pub(super) enum Need<'a> {
     /// An answer.
@@ -85,7 +95,6 @@ impl Asker {
         let found = listed.and_then(|listed| Some((models.get(&listed)?, listed)));
         let may_use = found.as_ref().is_some_and(|(_, listed)| self.access.may_use(&models, listed));
         let is_anothers = found.as_ref().is_some_and(|(_, listed)| models.trained_for(listed).is_some());
-        drop(models);
         // Of a model that was trained for another nobody hears.
         let found = found.filter(|_| may_use || !is_anothers);
         let Some((handler, listed)) = found else { return Err(no_model(app, &self.access, model)) };
@@ -115,7 +124,7 @@ impl Asker {
         }
     }
 
-    /// Lets a request in to a handler: returns the handler, which is to be asked once, and the context of the answer.
+    /// Lets a request in to a handler.
     ///
     /// `user` is the person whom the body names.
     ///
@@ -127,7 +136,7 @@ impl Asker {
         handler: Arc<dyn Handler>,
         user: Option<&str>,
         need: &Need,
-    ) -> Result<(Arc<dyn Handler>, Context), Refusal> {
+    ) -> Result<Admission, Refusal> {
         let Self { caller, access, record, background } = self;
         let caller = caller.with_user(user)?;
         let settings = app.settings();
@@ -169,8 +178,9 @@ impl Asker {
             }
         };
         let model = record.known().model.clone().unwrap_or_default();
+        let id = new_id();
         let handler = match need {
-            Need::Answer(_) => app.class.observed(handler, &model, &caller),
+            Need::Answer(_) => app.class.observed(handler, &id, &model, &caller),
             Need::Vectors(_) => handler,
         };
         let bill = Bill {
@@ -187,7 +197,8 @@ impl Asker {
             usage: handler::Usage::default(),
             end: None,
         };
-        Ok((Arc::new(Admitted { handler, bill: Mutex::new(Some(bill)) }), context))
+        let handler = Arc::new(Admitted { handler, id: id.clone(), bill: Mutex::new(Some(bill)) });
+        Ok(Admission { handler, context, id })
     }
 }
 
@@ -227,7 +238,9 @@ pub(super) fn count(app: &App, key: &Key, caller: &Caller, record: &Record) -> R
 }
 
 fn ticket(app: &App, key: &Key, caller: &Caller, record: &Record, wish: Wish) -> Result<Ticket, Refusal> {
-    app.meters.admit(key, caller.user.as_deref(), wish).map_err(|excess| {
+    let person = caller.user.as_deref().filter(|_| key.trust_forwarded);
+    let person = person.map(|user| app.pseudonyms.of(Some(&key.name), user));
+    app.meters.admit(key, person.as_deref(), wish).map_err(|excess| {
         record.known().limit = Some(excess.reached.name());
         app.metrics.limited(excess.reached.name());
         too_much(excess)
@@ -249,6 +262,8 @@ fn too_much(excess: Excess) -> Refusal {
 /// A handler with leave for one request.
 struct Admitted {
     handler: Arc<dyn Handler>,
+    /// The id of its answer.
+    id: String,
     bill: Mutex<Option<Bill>>,
 }
 
@@ -268,12 +283,15 @@ impl Handler for Admitted {
             (Some(bill), Ok(_)) => bill.begun = true,
             (None, _) => {}
         }
-        Ok(Box::new(Billed { stream: stream?, bill }))
+        Ok(Box::new(Billed { stream: stream?, id: self.id.clone(), bill }))
     }
 
     fn complete(&self, request: &handler::Request, context: &Context) -> Result<Completion, HandlerError> {
         let mut bill = self.bill();
-        let whole = self.handler.complete(request, context);
+        let mut whole = self.handler.complete(request, context);
+        if let Ok(whole) = &mut whole {
+            whole.start.id.clone_from(&self.id);
+        }
         match (&mut bill, &whole) {
             (Some(bill), Ok(whole)) => bill.whole(whole),
             (Some(bill), Err(error)) => {
@@ -432,6 +450,7 @@ impl Drop for Bill {
 /// The events of an answer, which are counted on their way.
 struct Billed {
     stream: EventStream,
+    id: String,
     bill: Option<Bill>,
 }
 
@@ -439,7 +458,10 @@ impl Iterator for Billed {
     type Item = Result<Event, HandlerError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let item = self.stream.next();
+        let mut item = self.stream.next();
+        if let Some(Ok(Event::Start(start))) = &mut item {
+            start.id.clone_from(&self.id);
+        }
         if let Some(bill) = &mut self.bill {
             bill.note(item.as_ref());
         }

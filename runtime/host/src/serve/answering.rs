@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
-use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -18,8 +17,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::App;
+use super::admit::Admission;
 use super::body::{Waiting, name_ignored};
-use super::reply::{HANDLER, Refusal};
+use super::reply::{HANDLER, RESPONSE_ID, Refusal};
 use crate::handler::{self, Completion, Context, Event, Handler, HandlerError, Kind, PATIENCE, checked};
 
 /// Most text that is made ahead of a client who does not read, in bytes. Shorter answers are completed for such a client and give
@@ -53,7 +53,7 @@ pub(super) trait Shape: Send + Unpin + 'static {
 /// When it refuses before the answer begins.
 pub(super) async fn answer(
     app: &App,
-    (handler, context): (Arc<dyn Handler>, Context),
+    Admission { handler, context, id }: Admission,
     request: handler::Request,
     stream: bool,
     mut shape: impl Shape,
@@ -86,12 +86,19 @@ pub(super) async fn answer(
         let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "no-cache")];
         ((headers, body).into_response(), by)
     } else {
-        let whole = spawn_blocking(move || handler.complete(&request, &context)).await;
-        let whole = whole.map_err(|_| HandlerError::new(Kind::Internal, "the handler panicked"))??;
+        let whole = spawn_blocking(move || -> Result<_, HandlerError> {
+            let whole = handler.complete(&request, &context)?;
+            Ok((shape.whole(&whole).to_string(), whole.start))
+        });
+        let whole = whole.await.map_err(|_| HandlerError::new(Kind::Internal, "the handler panicked"))?;
+        let (body, start) = whole?;
         drop(waiting);
-        ignored.extend(whole.start.ignored.iter().cloned());
-        (Json(shape.whole(&whole)).into_response(), Some(whole.start.handler))
+        ignored.extend(start.ignored);
+        (([(header::CONTENT_TYPE, "application/json")], body).into_response(), Some(start.handler))
     };
+    if let Ok(id) = HeaderValue::try_from(id) {
+        response.headers_mut().insert(RESPONSE_ID, id);
+    }
     if let Some(by) = by.and_then(|by| HeaderValue::try_from(by).ok()) {
         response.headers_mut().insert(HANDLER, by);
     }

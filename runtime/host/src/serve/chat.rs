@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::admit::{Asker, Need};
 use super::answering::{self, Shape};
+use super::apart::apart;
 use super::reply::{Envelope, Refusal, frame, ping};
 use super::{App, body, now, request};
 use crate::handler::{Completion, Event, Gives};
@@ -27,16 +28,22 @@ pub(super) async fn of_deployment(
 
 async fn answer(app: &Arc<App>, request: Request, model: Option<String>) -> Result<Response, Refusal> {
     let asker = Asker::of(&request);
-    let mut fields = body::fields(&body::read(app, request).await?)?;
-    if let Some(model) = model {
-        fields.insert("model".to_owned(), json!(model));
-    }
-    let asked = request::of_fields(&fields)?;
-    let handler = asker.handler(app, &asked.model, Gives::Answers)?;
-    let admitted = asker.admit(app, handler, asked.user.as_deref(), &Need::Answer(&asked.request))?;
+    let body = body::read(app, request).await?;
+    let served = app.clone();
+    let (admission, asked) = apart(move || {
+        let mut fields = body::fields(&body)?;
+        if let Some(model) = model {
+            fields.insert("model".to_owned(), json!(model));
+        }
+        let asked = request::of_fields(&fields)?;
+        let handler = asker.handler(&served, &asked.model, Gives::Answers)?;
+        let admission = asker.admit(&served, handler, asked.user.as_deref(), &Need::Answer(&asked.request))?;
+        Ok((admission, asked))
+    })
+    .await?;
     let request::Asked { model, request, stream, include_usage, ignored, .. } = asked;
     let envelope = Envelope::new(now(), model, include_usage);
-    answering::answer(app, admitted, request, stream, envelope, ignored).await
+    answering::answer(app, admission, request, stream, envelope, ignored).await
 }
 
 impl Shape for Envelope {

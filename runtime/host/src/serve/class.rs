@@ -2,30 +2,20 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
-
 use super::caller::Caller;
+use super::files::places::Places;
 use super::fine_tuning::Tuning;
 use super::observed::Observed;
 use crate::handler::Handler;
 use crate::memory::Memory;
 
-/// Files that are sent at once.
-const UPLOADS_MAX: usize = 4;
-
 /// What a server does beside answering. By default that is nothing.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Class {
     tuning: Option<Arc<Tuning>>,
     memory: Option<Arc<Memory>>,
     /// Places of files that are being sent.
-    pub(super) uploads: Arc<Semaphore>,
-}
-
-impl Default for Class {
-    fn default() -> Self {
-        Self { tuning: None, memory: None, uploads: Arc::new(Semaphore::new(UPLOADS_MAX)) }
-    }
+    pub(super) uploads: Arc<Places>,
 }
 
 impl Class {
@@ -49,12 +39,18 @@ impl Class {
     }
 
     /// A handler for one request, whose answer is remembered if there is a memory.
-    pub(super) fn observed(&self, handler: Arc<dyn Handler>, model: &str, caller: &Caller) -> Arc<dyn Handler> {
+    pub(super) fn observed(
+        &self,
+        handler: Arc<dyn Handler>,
+        id: &str,
+        model: &str,
+        caller: &Caller,
+    ) -> Arc<dyn Handler> {
         match self.memory() {
             None => handler,
             Some(memory) => {
-                let (model, person) = (model.to_owned(), caller.clone().into());
-                Arc::new(Observed { inner: handler, memory, model, person })
+                let (id, model, person) = (id.to_owned(), model.to_owned(), caller.clone().into());
+                Arc::new(Observed { inner: handler, id, memory, model, person })
             }
         }
     }

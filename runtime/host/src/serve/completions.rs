@@ -8,8 +8,9 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use super::admit::{Asker, Need};
+use super::admit::{Admission, Asker, Need};
 use super::answering::{self, Shape};
+use super::apart::apart;
 use super::reply::{HANDLER, IGNORED, NEVER, Refusal, end, frame, ping, usage};
 use super::request::{Given, HARMLESS, not_known, wrong};
 use super::{App, body, now};
@@ -66,8 +67,19 @@ pub(super) async fn completions(State(app): State<Arc<App>>, request: Request) -
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     let asker = Asker::of(&request);
-    let fields = body::fields(&body::read(app, request).await?)?;
-    let Asked { model, requests, echo, stream, include_usage, ignored, user } = read(&fields)?;
+    let body = body::read(app, request).await?;
+    let served = app.clone();
+    let (admission, request, stream, shape, ignored) = apart(move || admit(&served, &asker, &body)).await?;
+    answering::answer(app, admission, request, stream, shape, ignored).await
+}
+
+/// Reads a body and lets in what it asks for: the answers to its prompts, one after another.
+fn admit(
+    app: &App,
+    asker: &Asker,
+    body: &[u8],
+) -> Result<(Admission, handler::Request, bool, Text, Vec<String>), Refusal> {
+    let Asked { model, requests, echo, stream, include_usage, ignored, user } = read(&body::fields(body)?)?;
     let handler = asker.handler(app, &model, Gives::Answers)?;
     let choices = requests[0].choices();
     let prompts: Vec<String> = match echo {
@@ -75,8 +87,11 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         false => Vec::new(),
     };
     let mut all: Vec<(Arc<dyn Handler>, Context, handler::Request)> = Vec::with_capacity(requests.len());
+    let mut first_id = None;
     for request in requests {
-        let (handler, context) = asker.clone().admit(app, handler.clone(), user.as_deref(), &Need::Answer(&request))?;
+        let need = Need::Answer(&request);
+        let Admission { handler, context, id } = asker.clone().admit(app, handler.clone(), user.as_deref(), &need)?;
+        first_id.get_or_insert_with(|| text_id(&id));
         // Whoever leaves wants none of them.
         let context = match all.first() {
             Some((_, first, _)) => context.cancelled_with(first),
@@ -86,7 +101,7 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     }
     let (_, context, first) = &all[0];
     let (context, first) = (context.clone(), first.clone());
-    let one_after_another: Arc<dyn Handler> = Arc::new(Several { all });
+    let handler: Arc<dyn Handler> = Arc::new(Several { all });
     let shape = Text {
         id: String::new(),
         created: now(),
@@ -99,7 +114,13 @@ async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
         echoed: Vec::new(),
         offsets: Vec::new(),
     };
-    answering::answer(app, (one_after_another, context), first, stream, shape, ignored).await
+    let admission = Admission { handler, context, id: first_id.unwrap_or_default() };
+    Ok((admission, first, stream, shape, ignored))
+}
+
+/// The id of a completion of a text, as OpenAI writes it.
+fn text_id(id: &str) -> String {
+    id.replacen("chatcmpl-", "cmpl-", 1)
 }
 
 fn read(fields: &Map<String, Value>) -> Result<Asked, HandlerError> {
@@ -341,7 +362,7 @@ impl Text {
     }
 
     fn start(&mut self, start: &Start) {
-        self.id = start.id.replacen("chatcmpl-", "cmpl-", 1);
+        self.id = text_id(&start.id);
         self.fingerprint.clone_from(&start.fingerprint);
     }
 }

@@ -13,7 +13,8 @@ use serde_json::{Map, Value, json};
 use tokio::task::spawn_blocking;
 
 use super::App;
-use super::admit::{Asker, Need};
+use super::admit::{Admission, Asker, Need};
+use super::apart::apart;
 use super::body::{self, Waiting, name_ignored};
 use super::reply::{HANDLER, Refusal};
 use crate::handler::{EmbedRequest, Embeddings, Gives, HandlerError, Input, Kind};
@@ -52,9 +53,16 @@ pub(super) async fn embeddings(State(app): State<Arc<App>>, request: Request) ->
 
 async fn answer(app: &Arc<App>, request: Request) -> Result<Response, Refusal> {
     let asker = Asker::of(&request);
-    let Asked { model, request, format, ignored, user } = read(&body::read(app, request).await?)?;
-    let handler = asker.handler(app, &model, Gives::Vectors)?;
-    let (handler, context) = asker.admit(app, handler, user.as_deref(), &Need::Vectors(&request))?;
+    let body = body::read(app, request).await?;
+    let served = app.clone();
+    let (admission, asked) = apart(move || {
+        let asked = read(&body)?;
+        let handler = asker.handler(&served, &asked.model, Gives::Vectors)?;
+        let admission = asker.admit(&served, handler, asked.user.as_deref(), &Need::Vectors(&asked.request))?;
+        Ok((admission, asked))
+    })
+    .await?;
+    let (Admission { handler, context, .. }, Asked { model, request, format, ignored, .. }) = (admission, asked);
     let waiting = Waiting(context.clone());
     let made = spawn_blocking(move || -> Result<_, HandlerError> {
         let made = handler.embed(&request, &context)?;

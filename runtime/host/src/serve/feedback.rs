@@ -6,14 +6,13 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use serde_json::{Map, Value, json};
-use tokio::task::spawn_blocking;
 
+use super::apart::apart;
 use super::caller::Caller;
-use super::files::failed;
 use super::query::refused;
-use super::reply::Refusal;
+use super::reply::{Refusal, failed};
 use super::{App, body};
-use crate::memory::{Feedback, Refused};
+use crate::memory::{Feedback, Memory, Refused};
 use crate::toml_problems::near;
 
 const KNOWN: [&str; 5] = ["response_id", "rating", "correction", "comment", "user"];
@@ -29,14 +28,17 @@ pub(super) async fn feedback(State(app): State<Arc<App>>, request: Request) -> R
     })?;
     let caller = Caller::of(request.extensions());
     let body = body::read(&app, request).await?;
-    let fields = body::fields(&body)?;
+    apart(move || rate(&memory, caller, &body)).await
+}
+
+fn rate(memory: &Memory, caller: Caller, body: &[u8]) -> Result<Json<Value>, Refusal> {
+    let fields = body::fields(body)?;
     let feedback = read(&fields)?;
     let caller = caller.with_user(fields.get("user").and_then(Value::as_str))?;
-    let answer = json!({"object": "feedback", "response_id": feedback.response_id, "rating": feedback.rating});
-    let rated = spawn_blocking(move || memory.rate(caller.into(), feedback)).await;
-    let kept = rated.map_err(|_| failed(&anyhow::anyhow!("the request ended in a panic")))?.map_err(|why| match why {
+    let mut answer = json!({"object": "feedback", "response_id": feedback.response_id, "rating": feedback.rating});
+    let kept = memory.rate(caller.into(), feedback).map_err(|why| match why {
         Refused::Unknown => {
-            let message = "you have no answer of this id, or it is too long ago; the id is that of the answer, as in chatcmpl-…";
+            let message = "you have no answer of this id, or it is too long ago; the id is that of the answer, as in chatcmpl-…, which its header x-homeroom-response-id has, too";
             let refusal = Refusal::new(StatusCode::NOT_FOUND, message);
             Refusal { param: Some("response_id".to_owned()), code: Some("response_not_found"), ..refusal }
         }
@@ -46,7 +48,6 @@ pub(super) async fn feedback(State(app): State<Arc<App>>, request: Request) -> R
         }
         Refused::Failed(error) => failed(&error),
     })?;
-    let mut answer = answer;
     // Who wrote words should know where they go.
     answer["kept"] = json!(if kept { ["rating", "correction", "comment"].as_slice() } else { &["rating"] });
     Ok(Json(answer))

@@ -15,19 +15,19 @@ use axum::response::{IntoResponse, Response};
 use hyper::body::{Frame, SizeHint};
 
 use super::admit::{self, Access};
+use super::apart::apart;
 use super::caller::Caller;
-use super::keys::given;
+use super::keys::{Wanted, given};
 use super::record::{REQUEST_ID, Record};
 use super::reply::Refusal;
 use super::{App, ollama, route_of};
 use crate::handler::config::server::{Log, Settings};
-use crate::progress::line;
 
 /// What everybody may ask who can reach the port: whether the server is there, and nothing else.
 pub const OPEN: [&str; 2] = ["/healthz", "/health"];
 /// Headers that pages of a named origin may send and read.
 const PAGES_SEND: &str = "authorization, content-type, api-key, x-api-key, x-request-id";
-const PAGES_READ: &str = "x-request-id, x-homeroom-handler, x-ignored-params, retry-after";
+const PAGES_READ: &str = "x-request-id, x-homeroom-handler, x-homeroom-response-id, x-ignored-params, retry-after";
 
 /// Lets a request in, or refuses it; and notes what came of it.
 pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
@@ -38,9 +38,12 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
     let page = Page::of(&request, &settings);
     let is_ollama = is_ollama(request.uri().path());
     request.extensions_mut().insert(record.clone());
-    let found = let_in(&app, &settings, &page, &record, &mut request);
+    let is_open = OPEN.contains(&request.uri().path()) && [Method::GET, Method::HEAD].contains(request.method());
+    let door = if is_open { Door::Open } else { Door::of(&app).await };
+    let is_wanted = door.is_keyed(&app);
+    let found = let_in(&app, &settings, &page, &record, door, &mut request);
     let is_known = request.extensions().get::<Access>().is_some();
-    let closes = !is_known && !matches!(app.keys.wanted(), Ok(None));
+    let closes = !is_known && is_wanted;
     let mut response = match found {
         Ok(None) => next.run(request).await,
         Ok(Some(answer)) => answer,
@@ -97,18 +100,44 @@ impl Page {
     }
 }
 
+/// Who may pass.
+enum Door {
+    /// Who can reach the port. What is open waits for no disk.
+    Open,
+    /// Who has one of the keys, if any is wanted.
+    Keyed(Result<Option<Wanted>, Refusal>),
+}
+
+impl Door {
+    /// Looks at the file of keys.
+    async fn of(app: &Arc<App>) -> Self {
+        let app = app.clone();
+        let unread = |error: anyhow::Error| {
+            let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}"));
+            Refusal { kind: "api_error", code: Some("keys_unavailable"), ..refusal }
+        };
+        Self::Keyed(apart(move || app.keys.wanted().map_err(unread)).await)
+    }
+
+    /// Returns true if a key is wanted here.
+    fn is_keyed(&self, app: &App) -> bool {
+        match self {
+            Self::Open => app.keys.was_wanted(),
+            Self::Keyed(keys) => !matches!(keys, Ok(None)),
+        }
+    }
+}
+
 /// Checks a request, and notes who sent it. Returns an answer if that is all there is to it.
 fn let_in(
     app: &App,
     settings: &Settings,
     page: &Page,
     record: &Record,
+    door: Door,
     request: &mut Request,
 ) -> Result<Option<Response>, Refusal> {
-    let is_open = OPEN.contains(&request.uri().path()) && [Method::GET, Method::HEAD].contains(request.method());
-    let wanted = app.keys.wanted();
-    let is_wanted = !matches!(wanted, Ok(None));
-    check_host(request, settings, is_wanted)?;
+    check_host(request, settings, door.is_keyed(app))?;
     match page {
         Page::Named(_) if request.method() == Method::OPTIONS => return Ok(Some(preflight())),
         // What a form sends needs no leave of the server, and would have been done by the time its answer is withheld.
@@ -118,14 +147,8 @@ fn let_in(
         }
         _ => {}
     }
-    if is_open {
-        return Ok(None);
-    }
-    let wanted = wanted.map_err(|error| {
-        let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}"));
-        Refusal { kind: "api_error", code: Some("keys_unavailable"), ..refusal }
-    })?;
-    let (caller, key) = match wanted {
+    let Door::Keyed(wanted) = door else { return Ok(None) };
+    let (caller, key) = match wanted? {
         None => (Caller::new(None, true), None),
         Some(keys) => {
             let given = given::key(request.headers()).map_err(|why| no_key(why, request.headers()))?;
@@ -230,8 +253,8 @@ struct End {
 impl Drop for End {
     fn drop(&mut self) {
         self.app.metrics.end(&self.record.route, self.record.method(), self.status);
-        if let Some(text) = self.record.line(self.log, self.status, self.whole) {
-            line(text);
+        if let Some(text) = self.record.line(self.log, &self.app.pseudonyms, self.status, self.whole) {
+            self.app.log.say(text);
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod admit;
 mod answering;
+mod apart;
 mod bind;
 mod body;
 pub mod caller;
@@ -20,6 +21,7 @@ mod files;
 pub mod fine_tuning;
 mod gate;
 pub mod keys;
+mod log;
 mod metrics;
 mod models;
 mod observed;
@@ -33,7 +35,7 @@ mod tuned;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -53,8 +55,10 @@ use tokio::time::sleep;
 
 use crate::handler::config::server::Settings;
 use crate::handler::{Gives, limit};
+use crate::pseudonym::Pseudonyms;
 use crate::toml_problems::near;
 use admit::Access;
+use apart::apart;
 pub use bind::{bind, bind_for};
 pub use class::Class;
 pub use connection::Bounds;
@@ -65,6 +69,8 @@ use metrics::Metrics;
 pub use models::Models;
 use reply::Refusal;
 
+/// Threads that the tasks of connections run in. What may wait or compute for long runs [`apart`].
+const WORKERS: usize = 2;
 /// How often what is used of a day is written to disk.
 const KEEP: Duration = Duration::from_secs(1);
 
@@ -88,10 +94,13 @@ impl Running {
     pub fn replacer(&self) -> impl Fn(Models, Option<Settings>) + Send + 'static {
         let app = self.app.clone();
         move |models, settings| {
-            {
+            let before = {
                 let mut served = app.models.write().unwrap_or_else(PoisonError::into_inner);
-                *served = models.with_tuned_of(&served);
-            }
+                let models = Arc::new(models.with_tuned_of(&served));
+                std::mem::replace(&mut *served, models)
+            };
+            // What is not served any more leaves the memory here, and nobody waits for that.
+            drop(before);
             if let Some(settings) = settings {
                 *app.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
             }
@@ -136,6 +145,8 @@ pub struct Serving {
     pub keys: Keys,
     /// What of a day's tokens is used.
     pub days: Days,
+    /// What is logged and counted in the place of people's names.
+    pub pseudonyms: Pseudonyms,
     /// What it does beside answering.
     pub class: Class,
 }
@@ -143,20 +154,16 @@ pub struct Serving {
 impl Serving {
     /// With some settings, for whoever has a key of this home; for this machine without one until there is one.
     pub fn of_home(settings: Settings, keys: Keys) -> Self {
-        Self { bounds: Bounds::from(&settings), settings, keys, days: Days::of_home(), class: Class::default() }
+        let (days, pseudonyms) = (Days::of_home(), Pseudonyms::of_home());
+        Self { bounds: Bounds::from(&settings), settings, keys, days, pseudonyms, class: Class::default() }
     }
 }
 
 impl Default for Serving {
     fn default() -> Self {
         let settings = Settings::default();
-        Self {
-            bounds: Bounds::from(&settings),
-            settings,
-            keys: Keys::none(),
-            days: Days::none(),
-            class: Class::default(),
-        }
+        let (keys, days, pseudonyms) = (Keys::none(), Days::none(), Pseudonyms::default());
+        Self { bounds: Bounds::from(&settings), settings, keys, days, pseudonyms, class: Class::default() }
     }
 }
 
@@ -182,21 +189,25 @@ pub fn start_with(models: Models, listener: TcpListener, bounds: Bounds) -> Resu
 /// As [`start`].
 pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Result<Running> {
     ensure!(!models.is_empty(), "there is no model to serve");
-    let Serving { bounds, settings, keys, days, class } = serving;
+    let Serving { bounds, settings, keys, days, pseudonyms, class } = serving;
     let address = listener.local_addr()?;
     listener.set_nonblocking(true)?;
-    // Each connection has one answer at most, and each answer takes a thread; one more writes what is used of the day.
+    // Each connection has one answer at most, and each answer takes a thread; that of a client who has left may take a moment to notice.
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .max_blocking_threads(bounds.connections + 1)
+        .worker_threads(WORKERS)
+        .max_blocking_threads(2 * bounds.connections + WORKERS)
         .enable_all()
         .build()?;
     let (stop, stopped) = watch::channel(false);
+    // So that it is known whether a key is wanted when the first request comes. What is wrong with the file is told, and nobody is let in.
+    let _ = keys.wanted();
     let app = Arc::new(App {
-        models: RwLock::new(models),
+        models: RwLock::new(Arc::new(models)),
         settings: RwLock::new(Arc::new(settings)),
         keys,
         meters: Meters::with(days),
+        pseudonyms,
+        log: log::Lines::begin()?,
         metrics: Arc::default(),
         created: now(),
         bounds,
@@ -207,7 +218,8 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
     if let Some(tuning) = class.tuning() {
         let served = app.clone();
         tuning.begin(Box::new(move |name, key, model| {
-            served.models.write().unwrap_or_else(PoisonError::into_inner).add_tuned(name, key, model);
+            let mut served = served.models.write().unwrap_or_else(PoisonError::into_inner);
+            Arc::make_mut(&mut served).add_tuned(name, key, model);
         }))?;
     }
     let served = app.clone();
@@ -217,7 +229,8 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         let connections = connection::serve(listener, router(served.clone()), bounds, stopped);
         let deadline = async {
             let _ = late.wait_for(|stopped| *stopped).await;
-            served.class.stop();
+            let class = served.class.clone();
+            let _ = spawn_blocking(move || class.stop()).await;
             let drain = served.settings().drain;
             sleep(drain).await;
             served.ending.store(true, Ordering::SeqCst);
@@ -236,11 +249,12 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
             () = keep => Ok(()),
         }
     };
-    let meters = app.meters.clone();
+    let ending = app.clone();
     let run = move || {
         let done = runtime.block_on(serve);
         runtime.shutdown_timeout(Duration::from_secs(1));
-        meters.keep();
+        ending.meters.keep();
+        ending.log.settle(Duration::from_secs(1));
         class.stop();
         class.wait();
         done
@@ -256,10 +270,12 @@ const FILES: &str = "/v1/files";
 const JOBS: &str = "/v1/fine_tuning/jobs";
 
 struct App {
-    models: RwLock<Models>,
+    models: RwLock<Arc<Models>>,
     settings: RwLock<Arc<Settings>>,
     keys: Keys,
     meters: Arc<Meters>,
+    pseudonyms: Pseudonyms,
+    log: log::Lines,
     metrics: Arc<Metrics>,
     created: u64,
     bounds: Bounds,
@@ -271,8 +287,8 @@ struct App {
 }
 
 impl App {
-    fn models(&self) -> RwLockReadGuard<'_, Models> {
-        self.models.read().unwrap_or_else(PoisonError::into_inner)
+    fn models(&self) -> Arc<Models> {
+        self.models.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn settings(&self) -> Arc<Settings> {
@@ -379,12 +395,16 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     (status, Json(json!({"status": word, "running": load.running, "waiting": load.waiting}))).into_response()
 }
 
-async fn measured(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Response {
+async fn measured(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Result<Response, Refusal> {
     if access.0.as_ref().is_some_and(|key| key.routes.is_some()) {
         let message =
             "figures of all routes are for keys that may use all routes (`homeroom keys add` without --routes)";
-        return Refusal { kind: "permission_error", ..Refusal::new(StatusCode::FORBIDDEN, message) }.into_response();
+        return Err(Refusal { kind: "permission_error", ..Refusal::new(StatusCode::FORBIDDEN, message) });
     }
+    apart(move || Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics_of(&app)).into_response())).await
+}
+
+fn metrics_of(app: &App) -> String {
     let models = app.models();
     let mut engines: Vec<(String, Arc<Engine>)> = Vec::new();
     for (name, handler) in models.iter() {
@@ -395,14 +415,13 @@ async fn measured(State(app): State<Arc<App>>, Extension(access): Extension<Acce
             engines.push((name.clone(), engine));
         }
     }
-    drop(models);
     let engines: Vec<(String, u64, u64)> = (engines.into_iter())
         .map(|(name, engine)| {
             let (all, taken_over) = engine.inference().prompt_tokens();
             (name, all, taken_over)
         })
         .collect();
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.text(&engines)).into_response()
+    app.metrics.text(&engines)
 }
 
 async fn nothing_here(request: Request) -> Response {
@@ -424,26 +443,31 @@ async fn nothing_here(request: Request) -> Response {
     refuse(path, Refusal::new(StatusCode::NOT_FOUND, format!("{shown} is not served here, {hint}")))
 }
 
-async fn list(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Json<Value> {
-    let models = app.models();
-    let data: Vec<Value> = models.names().filter(|id| access.may_use(&models, id)).map(|id| card(&app, id)).collect();
-    Json(json!({"object": "list", "data": data}))
+async fn list(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Result<Json<Value>, Refusal> {
+    apart(move || {
+        let models = app.models();
+        let usable = models.names().filter(|id| access.may_use(&models, id));
+        let data: Vec<Value> = usable.map(|id| card(&app, id)).collect();
+        Ok(Json(json!({"object": "list", "data": data})))
+    })
+    .await
 }
 
 async fn retrieve(
     State(app): State<Arc<App>>,
     Extension(access): Extension<Access>,
     id: Result<Path<String>, PathRejection>,
-) -> Response {
+) -> Result<Json<Value>, Refusal> {
     let Ok(Path(id)) = id else {
-        return Refusal::new(StatusCode::BAD_REQUEST, "the model's name in the address is not UTF-8").into_response();
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "the model's name in the address is not UTF-8"));
     };
-    let models = app.models();
-    if let Some(listed) = models.listed(&id).filter(|id| access.may_use(&models, id)) {
-        return Json(card(&app, listed)).into_response();
-    }
-    drop(models);
-    no_model(&app, &access, &id).into_response()
+    apart(move || {
+        let models = app.models();
+        let listed = models.listed(&id).filter(|id| access.may_use(&models, id));
+        let listed = listed.ok_or_else(|| no_model(&app, &access, &id))?;
+        Ok(Json(card(&app, listed)))
+    })
+    .await
 }
 
 fn card(app: &App, id: &str) -> Value {

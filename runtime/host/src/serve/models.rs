@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::tuned::Tuned;
 use crate::handler::Handler;
 
-/// The handlers of a server.
-#[derive(Default)]
+/// The handlers of a server. Whoever asks it about a model that was trained for a client looks at the disk, as that may be removed there.
+#[derive(Clone, Default)]
 pub struct Models {
     listed: BTreeMap<String, Arc<dyn Handler>>,
     /// Other names of these. They are answered and not listed.
@@ -22,7 +23,7 @@ pub struct Models {
 struct Trained {
     /// The client's key.
     key: Option<String>,
-    handler: Arc<dyn Handler>,
+    model: Arc<Tuned>,
 }
 
 impl Models {
@@ -43,8 +44,13 @@ impl Models {
     }
 
     /// Serves a model that was trained for a client.
-    pub(super) fn add_tuned(&mut self, name: &str, key: Option<String>, handler: Arc<dyn Handler>) {
-        self.tuned.insert(name.to_owned(), Trained { key, handler });
+    pub(super) fn add_tuned(&mut self, name: &str, key: Option<String>, model: Arc<Tuned>) {
+        self.tuned.insert(name.to_owned(), Trained { key, model });
+    }
+
+    /// The models that were trained for clients and are still here, and that the file of handlers has no other of.
+    fn tuned(&self) -> impl Iterator<Item = (&String, &Trained)> {
+        self.tuned.iter().filter(|(name, trained)| !self.listed.contains_key(*name) && trained.model.is_here())
     }
 
     /// Whose model it is, if it was trained for a client: of whose key, or of nobody's in particular.
@@ -67,25 +73,27 @@ impl Models {
 
     /// The names that are listed.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.listed.keys().chain(self.tuned.keys().filter(|name| !self.listed.contains_key(*name))).map(String::as_str)
+        self.listed.keys().chain(self.tuned().map(|(name, _)| name)).map(String::as_str)
     }
 
     /// The handlers, by the names that are listed.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Arc<dyn Handler>)> {
-        let tuned = self.tuned.iter().filter(|(name, _)| !self.listed.contains_key(*name));
-        self.listed.iter().chain(tuned.map(|(name, trained)| (name, &trained.handler)))
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, Arc<dyn Handler>)> {
+        let listed = self.listed.iter().map(|(name, handler)| (name, handler.clone()));
+        listed.chain(self.tuned().map(|(name, trained)| (name, trained.model.clone() as Arc<dyn Handler>)))
     }
 
     /// The name under which a model is listed.
     pub(super) fn listed<'a>(&'a self, name: &'a str) -> Option<&'a str> {
         let name = self.aliases.get(name).map_or(name, String::as_str);
-        (self.listed.contains_key(name) || self.tuned.contains_key(name)).then_some(name)
+        let is_here = || self.tuned.get(name).is_some_and(|trained| trained.model.is_here());
+        (self.listed.contains_key(name) || is_here()).then_some(name)
     }
 
     /// The handler of a name.
     pub(super) fn get(&self, name: &str) -> Option<Arc<dyn Handler>> {
         let name = self.listed(name)?;
-        self.listed.get(name).or_else(|| self.tuned.get(name).map(|trained| &trained.handler)).cloned()
+        let tuned = || self.tuned.get(name).map(|trained| trained.model.clone() as Arc<dyn Handler>);
+        self.listed.get(name).cloned().or_else(tuned)
     }
 
     /// Returns true if a name is that of a handler that no route has.

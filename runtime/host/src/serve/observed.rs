@@ -1,5 +1,4 @@
-//! A handler whose whole answers are remembered, each with whose it is, and by an id of ours: a provider may give one twice, and what is
-//! thought of an answer is of that answer alone.
+//! A handler whose whole answers are remembered, each with whose it is, and by the id that its client is given.
 
 use std::sync::Arc;
 
@@ -8,7 +7,7 @@ use serde_json::Value;
 
 use crate::handler::{
     Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Gives, Handler, HandlerError, Message, Request,
-    Start, new_id,
+    Start,
 };
 use crate::memory::Person;
 use crate::memory::{Answered, Memory};
@@ -20,6 +19,8 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 pub struct Observed {
     /// What answers.
     pub inner: Arc<dyn Handler>,
+    /// The id of the answer.
+    pub id: String,
     /// What remembers.
     pub memory: Arc<Memory>,
     /// The model, as the client named it.
@@ -34,7 +35,7 @@ impl Observed {
         // Pictures are not remembered.
         let said = |message: &Message| Message { parts: Vec::new(), ..message.clone() }.json();
         (!request.messages.is_empty()).then(|| Answered {
-            id: String::new(),
+            id: self.id.clone(),
             provider_id: None,
             model: self.model.clone(),
             handler: String::new(),
@@ -45,21 +46,22 @@ impl Observed {
     }
 }
 
-/// Gives an answer that begins an id of ours; the record keeps the other.
-fn name(start: &mut Start, answered: Option<&mut Answered>) {
-    let provider_id = std::mem::replace(&mut start.id, new_id());
-    if let Some(answered) = answered {
-        (answered.id, answered.handler) = (start.id.clone(), start.handler.clone());
-        answered.provider_id = Some(provider_id).filter(|id| !id.is_empty());
-    }
+/// Notes who answers, and by which id of its own.
+fn note(answered: &mut Answered, start: &Start) {
+    answered.handler.clone_from(&start.handler);
+    answered.provider_id = Some(start.id.clone()).filter(|id| !id.is_empty());
 }
 
 impl Handler for Observed {
     fn stream(&self, request: &Request, context: &Context) -> Result<EventStream, HandlerError> {
         let stream = self.inner.stream(request, context)?;
         let (memory, mut answered) = (self.memory.clone(), self.begun(request));
-        let mut observe = move |event: &mut Result<Event, HandlerError>| match event {
-            Ok(Event::Start(start)) => name(start, answered.as_mut()),
+        let mut observe = move |event: &Result<Event, HandlerError>| match event {
+            Ok(Event::Start(start)) => {
+                if let Some(answered) = &mut answered {
+                    note(answered, start);
+                }
+            }
             // Of several answers the first is remembered.
             Ok(Event::Delta { choice: 0, text, .. }) => {
                 if answered.as_ref().is_some_and(|answered| answered.answer.len() + text.len() > ANSWER_BYTES_MAX) {
@@ -78,17 +80,13 @@ impl Handler for Observed {
             Ok(_) => {}
             Err(_) => answered = None,
         };
-        Ok(Box::new(stream.map(move |mut event| {
-            observe(&mut event);
-            event
-        })))
+        Ok(Box::new(stream.inspect(move |event| observe(event))))
     }
 
     fn complete(&self, request: &Request, context: &Context) -> Result<Completion, HandlerError> {
-        let mut whole = self.inner.complete(request, context)?;
-        let mut answered = self.begun(request).filter(|_| whole.text().len() <= ANSWER_BYTES_MAX);
-        name(&mut whole.start, answered.as_mut());
-        if let Some(answered) = answered {
+        let whole = self.inner.complete(request, context)?;
+        if let Some(mut answered) = self.begun(request).filter(|_| whole.text().len() <= ANSWER_BYTES_MAX) {
+            note(&mut answered, &whole.start);
             self.memory.answered(Answered { answer: whole.text().to_owned(), ..answered });
         }
         Ok(whole)
@@ -141,18 +139,16 @@ mod tests {
         let memory = Arc::new(Memory::open(place.path(), settings)?);
         let person = |user: &str| Person { key: None, user: Some(user.into()) };
         let ask = |user: &str, is_streamed: bool| -> Result<String> {
-            let (inner, model) = (Arc::new(Careless), "tutor".to_owned());
-            let observed = Observed { inner, memory: memory.clone(), model, person: person(user) };
+            let (inner, model, id) = (Arc::new(Careless), "tutor".to_owned(), format!("chatcmpl-{user}"));
+            let observed = Observed { inner, id: id.clone(), memory: memory.clone(), model, person: person(user) };
             let request = Request { messages: vec![Message::new(Role::User, user)], ..Request::default() };
-            if !is_streamed {
-                return Ok(observed.complete(&request, &Context::default())?.start.id);
+            match is_streamed {
+                true => drop(observed.stream(&request, &Context::default())?.collect::<Result<Vec<_>, _>>()?),
+                false => drop(observed.complete(&request, &Context::default())?),
             }
-            let events: Vec<Event> = observed.stream(&request, &Context::default())?.collect::<Result<_, _>>()?;
-            let Some(Event::Start(start)) = events.first() else { panic!("{events:?}") };
-            Ok(start.id.clone())
+            Ok(id)
         };
         let (of_ada, of_bob) = (ask("ada", true)?, ask("bob", false)?);
-        assert_ne!(of_ada, of_bob);
         for (user, id, better) in [("ada", &of_ada, "better for ada"), ("bob", &of_bob, "better for bob")] {
             let correction = Some(better.to_owned());
             let feedback = Feedback { response_id: id.clone(), correction, ..Feedback::default() };

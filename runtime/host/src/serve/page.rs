@@ -12,8 +12,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::App;
 use super::admit::Access;
+use super::apart::apart;
 use super::embeddings::base64;
 use super::gate::accepts_html;
+use super::reply::Refusal;
 use crate::handler::Gives;
 use crate::terminal::shown;
 
@@ -28,15 +30,18 @@ struct Said<'a> {
 }
 
 /// Answers people who open the address in a browser, and programs that check whether a server is there.
-pub(super) async fn page(State(app): State<Arc<App>>, request: Request) -> Response {
-    let headers = request.headers();
+pub(super) async fn page(State(app): State<Arc<App>>, request: Request) -> Result<Response, Refusal> {
+    let (parts, _) = request.into_parts();
+    apart(move || Ok(answer(&app, &parts.headers, parts.extensions.get::<Access>()))).await
+}
+
+fn answer(app: &App, headers: &HeaderMap, access: Option<&Access>) -> Response {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("127.0.0.1");
-    let keyed = request.extensions().get::<Access>().is_some_and(|access| access.0.is_some());
+    let keyed = access.is_some_and(|access| access.0.is_some());
     let models = app.models();
-    let may_use = |name: &str| request.extensions().get::<Access>().is_none_or(|access| access.may_use(&models, name));
+    let may_use = |name: &str| access.is_none_or(|access| access.may_use(&models, name));
     let listed = models.iter().filter(|(name, _)| may_use(name)).map(|(name, handler)| (name.clone(), handler.gives()));
     let said = Said { host, scheme: scheme(headers), models: listed.collect(), keyed };
-    drop(models);
     if !accepts_html(headers) {
         return shown(&said.text()).into_owned().into_response();
     }

@@ -7,8 +7,8 @@ use axum::http::HeaderMap;
 use serde_json::{Map, Value, json};
 
 use super::keys::file::hex;
-use super::keys::limits::pseudonym;
 use crate::handler::config::server::Log;
+use crate::pseudonym::Pseudonyms;
 use crate::registry::when;
 use crate::terminal::shown;
 
@@ -34,7 +34,7 @@ pub struct Record {
 pub struct Known {
     /// The name of the key.
     pub key: Option<String>,
-    /// The person for whom a program asks; a digest of it is logged.
+    /// The person for whom a program asks; a pseudonym is logged.
     pub user: Option<String>,
     /// The model, by our name for it.
     pub model: Option<String>,
@@ -80,15 +80,19 @@ impl Record {
     }
 
     /// The line of the log, once the answer is over.
-    pub fn line(&self, log: Log, status: u16, whole: bool) -> Option<String> {
+    pub fn line(&self, log: Log, pseudonyms: &Pseudonyms, status: u16, whole: bool) -> Option<String> {
+        let person = || {
+            let known = self.known();
+            known.user.as_deref().map(|user| pseudonyms.of(known.key.as_deref(), user))
+        };
         match log {
             Log::Off => None,
-            Log::Text => Some(self.text(status, whole)),
-            Log::Json => Some(self.json(status, whole).to_string()),
+            Log::Text => Some(self.text(person(), status, whole)),
+            Log::Json => Some(self.json(person(), status, whole).to_string()),
         }
     }
 
-    fn json(&self, status: u16, whole: bool) -> Value {
+    fn json(&self, person: Option<String>, status: u16, whole: bool) -> Value {
         let known = self.known().clone();
         let ms = |time: Duration| json!(time.as_millis() as u64);
         let mut line = Map::new();
@@ -100,7 +104,7 @@ impl Record {
             ("status", json!(status)),
             ("ms", ms(self.started.elapsed())),
             ("key", json!(known.key)),
-            ("user", json!(known.user.as_deref().map(pseudonym))),
+            ("user", json!(person)),
             ("model", json!(known.model)),
             ("handler", json!(known.handler)),
             ("prompt_tokens", json!(known.prompt_tokens)),
@@ -117,7 +121,7 @@ impl Record {
         Value::Object(line)
     }
 
-    fn text(&self, status: u16, whole: bool) -> String {
+    fn text(&self, person: Option<String>, status: u16, whole: bool) -> String {
         let known = self.known().clone();
         let mut line = format!(
             "{}   {} {} {status}   {:.2} s",
@@ -138,11 +142,7 @@ impl Record {
         if let Some(first) = known.first_token {
             say(format!("first after {:.2} s", first.as_secs_f64()));
         }
-        for (name, value) in [
-            ("limit", known.limit.map(str::to_owned)),
-            ("key", known.key),
-            ("user", known.user.as_deref().map(pseudonym)),
-        ] {
+        for (name, value) in [("limit", known.limit.map(str::to_owned)), ("key", known.key), ("user", person)] {
             if let Some(value) = value {
                 say(format!("{name} {value}"));
             }
@@ -186,22 +186,24 @@ mod tests {
             finish: Some("stop".into()),
             ..Known::default()
         };
-        let text = record.line(Log::Text, 200, true).expect("it is logged");
+        let pseudonyms = Pseudonyms::default();
+        let text = record.line(Log::Text, &pseudonyms, 200, true).expect("it is logged");
         assert!(
             text.contains("POST /v1/chat/completions 200") && text.contains("tutor by near   12 + 40 tokens"),
             "{text}"
         );
-        let json = record.line(Log::Json, 200, false).expect("it is logged");
+        let json = record.line(Log::Json, &pseudonyms, 200, false).expect("it is logged");
         let line: Value = serde_json::from_str(&json).expect("it is JSON");
         assert_eq!(
             (&line["id"], &line["key"], &line["whole"]),
             (&json!("from-caddy.1"), &json!("moodle"), &json!(false))
         );
         assert_eq!((&line["first_token_ms"], line.get("limit")), (&json!(120), None));
+        let anna = pseudonyms.of(Some("moodle"), "anna@school.example");
         for line in [text, json] {
-            assert!(line.contains(&pseudonym("anna@school.example")) && !line.contains("anna"), "{line}");
+            assert!(line.contains(&anna) && !line.contains("anna"), "{line}");
         }
-        assert_eq!(record.line(Log::Off, 200, true), None);
+        assert_eq!(record.line(Log::Off, &pseudonyms, 200, true), None);
         for bad in ["", "a b", "a\"", &"x".repeat(65)] {
             headers.insert(REQUEST_ID, bad.parse().expect("a value"));
             assert!(Record::new(&headers, "GET", "/").id.starts_with("req-"), "{bad}");

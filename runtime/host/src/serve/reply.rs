@@ -8,10 +8,14 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::handler::{Choice, Completion, Event, FinishReason, HandlerError, Kind, TokenLogprob, ToolCall, Usage};
+use crate::progress::line;
 use crate::terminal::shown;
 
 /// The header with the name of the handler that gave the answer.
 pub const HANDLER: &str = "x-homeroom-handler";
+
+/// The header with the id of the answer, which `POST /v1/feedback` takes as `response_id`.
+pub const RESPONSE_ID: &str = "x-homeroom-response-id";
 
 /// The header, or the field of a stream's first piece, with the names of fields that were ignored.
 pub const IGNORED: &str = "x-ignored-params";
@@ -276,6 +280,15 @@ impl Refusal {
         let (message, param) = (shown(&self.message), self.param.as_deref().map(shown));
         json!({"error": {"message": message, "type": self.kind, "param": param, "code": self.code}})
     }
+}
+
+/// What failed here, and not in the request.
+pub(super) fn failed(error: &anyhow::Error) -> Refusal {
+    // Where things are on this machine is for whoever runs it.
+    line(format_args!("warning: a request failed here: {error:#}"));
+    let message = "that failed on this machine; whoever runs the server finds the reason in its messages";
+    let refusal = Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, message);
+    Refusal { kind: "api_error", ..refusal }
 }
 
 impl From<HandlerError> for Refusal {

@@ -1,17 +1,18 @@
 //! A model that was trained here for a client, as a handler: it is loaded when it is first asked, and again after it was not asked for
-//! long.
+//! long. One that is removed from the disk is none any more.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-
 use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
 
+use anyhow::Result;
 use homeroom_engine::inference::Engine;
 use homeroom_engine::run::compute::Compute;
 
 use crate::handler::config::load_local;
-use crate::handler::{Context, EventStream, Handler, HandlerError, Request};
+use crate::handler::{Context, EventStream, Handler, HandlerError, Kind, Request};
 use crate::models::ModelRef;
+use crate::progress::line;
 use crate::registry;
 
 /// So many are in memory at once; the one that was not asked for longest makes room.
@@ -41,17 +42,34 @@ impl Tuned {
         Self { place: Some(place), ..Self::new(name) }
     }
 
+    /// Where it is.
+    fn place(&self) -> Result<PathBuf> {
+        self.place.clone().map_or_else(|| registry::place(&self.name), Ok)
+    }
+
+    /// Returns true if it is on the disk: whoever runs the server may remove it, and then it answers no more.
+    pub fn is_here(&self) -> bool {
+        self.place().is_ok_and(|place| place.is_dir())
+    }
+
+    /// What a client is told of a model that cannot be loaded; whoever runs the server is told where and why.
+    fn failed(&self, error: &anyhow::Error) -> HandlerError {
+        if !self.is_here() {
+            return HandlerError::new(Kind::Unavailable, format!("`{}` was removed just now", self.name));
+        }
+        line(format_args!("warning: {}: it cannot be loaded: {error:#}", self.name));
+        let message = "the model cannot be loaded; whoever runs the server finds the reason in its messages";
+        HandlerError::new(Kind::Internal, message)
+    }
+
     fn handler(&self) -> Result<Arc<dyn Handler>, HandlerError> {
         // Whoever comes second waits for the same loading.
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let handler = match &*loaded {
             Some(handler) => handler.clone(),
             None => {
-                let place = self.place.clone().map_or_else(|| registry::place(&self.name), Ok);
-                let place = place.map_err(|error| HandlerError::internal(&error))?;
-                let model = ModelRef { name: place, ..ModelRef::default() };
-                let handler =
-                    load_local(&self.name, model, Compute::Auto).map_err(|error| HandlerError::internal(&error))?;
+                let load = |name| load_local(&self.name, ModelRef { name, ..ModelRef::default() }, Compute::Auto);
+                let handler = self.place().and_then(load).map_err(|error| self.failed(&error))?;
                 loaded.insert(handler).clone()
             }
         };

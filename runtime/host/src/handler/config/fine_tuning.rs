@@ -8,10 +8,25 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::models::last_part;
+use crate::progress::thousands;
 use crate::toml_problems::Problems;
 
 /// The keys of the table. None of their values is a secret.
-pub const KEYS: [&str; 7] = ["bases", "keys", "threads", "niceness", "queue", "file_mib_max", "files_mib_max"];
+pub const KEYS: [&str; 10] = [
+    "bases",
+    "keys",
+    "threads",
+    "niceness",
+    "queue",
+    "file_mib_max",
+    "files_mib_max",
+    "key_files_mib_max",
+    "key_uploads",
+    "key_jobs",
+];
+
+/// Files that are sent at once.
+pub const UPLOADS_MAX: usize = 4;
 
 /// How much is kept of the files that clients send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +35,10 @@ pub struct Limits {
     pub file_bytes: u64,
     /// Bytes of all files.
     pub all_bytes: u64,
+    /// Bytes of all files of a key. Where no key is wanted, nobody has a share.
+    pub key_bytes: u64,
+    /// Files that are sent with a key at once.
+    pub key_uploads: usize,
 }
 
 /// What `[fine_tuning]` says.
@@ -35,14 +54,17 @@ pub struct Settings {
     pub niceness: u8,
     /// `queue`: jobs that may wait.
     pub queue: usize,
-    /// `file_mib_max` and `files_mib_max`.
+    /// `key_jobs`: jobs of a key that have not ended. Where no key is wanted, nobody has a share.
+    pub key_jobs: usize,
+    /// `file_mib_max`, `files_mib_max`, `key_files_mib_max` and `key_uploads`.
     pub files: Limits,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        let files = Limits { file_bytes: 512 << 20, all_bytes: 4 << 30 };
-        Self { bases: BTreeMap::new(), keys: None, threads: None, niceness: 10, queue: 16, files }
+        let (file_bytes, all_bytes) = (512 << 20, 4 << 30);
+        let files = Limits { file_bytes, all_bytes, key_bytes: share(file_bytes, all_bytes), key_uploads: 2 };
+        Self { bases: BTreeMap::new(), keys: None, threads: None, niceness: 10, queue: 16, key_jobs: 4, files }
     }
 }
 
@@ -57,6 +79,13 @@ impl Settings {
         }
         self.bases.insert(name.to_owned(), model.to_owned());
         self
+    }
+
+    /// What a key may take, in words.
+    pub fn of_key(&self) -> String {
+        let Limits { key_bytes, key_uploads, .. } = self.files;
+        let mib = thousands(usize::try_from(key_bytes >> 20).unwrap_or(usize::MAX));
+        format!("each key {mib} MiB of files, {key_uploads} sent at once, {} jobs that have not ended", self.key_jobs)
     }
 
     /// Reads the table of the file at `path`, if it has one.
@@ -78,6 +107,11 @@ impl Settings {
         let mib = |given: Option<u64>, usual: u64| given.map_or(usual, |mib| mib << 20);
         settings.files.file_bytes = mib(int("file_mib_max", 1..=1 << 20), settings.files.file_bytes);
         settings.files.all_bytes = mib(int("files_mib_max", 1..=1 << 30), settings.files.all_bytes);
+        let usual = share(settings.files.file_bytes, settings.files.all_bytes);
+        settings.files.key_bytes = mib(int("key_files_mib_max", 1..=1 << 30), usual);
+        let uploads = int("key_uploads", 1..=UPLOADS_MAX as i64);
+        settings.files.key_uploads = uploads.map_or(settings.files.key_uploads, |most| most as usize);
+        settings.key_jobs = int("key_jobs", 1..=1000).map_or(settings.key_jobs, |most| most as usize);
         let Some(bases) = table.get("bases") else {
             problems.at(
                 value.span(),
@@ -94,6 +128,11 @@ impl Settings {
         }
         Some(settings)
     }
+}
+
+/// The usual share of a key of all files: a quarter, and room for one that is as large as a file may be.
+fn share(file_bytes: u64, all_bytes: u64) -> u64 {
+    (all_bytes / 4).max(file_bytes).min(all_bytes)
 }
 
 fn names<'a>(problems: &mut Problems<'a>, key: &str, list: &Spanned<DeValue<'a>>) -> Vec<String> {
@@ -126,13 +165,24 @@ mod tests {
         assert_eq!(settings.bases.keys().collect::<Vec<_>>(), ["owner/tiny", "tiny", "tutor"]);
         assert_eq!(settings.bases["tiny"], Path::new("owner/tiny"));
         assert_eq!((settings.threads, settings.niceness, settings.files.file_bytes), (Some(1), 10, 3 << 20));
-        let all = read("[fine_tuning]\nbase = [\"x\"]\nthreads = 0\nniceness = -1\nqueue = \"many\"\n")
-            .expect_err("it is wrong");
+        let usual = settings.of_key();
+        assert_eq!(usual, "each key 1,024 MiB of files, 2 sent at once, 4 jobs that have not ended");
+        let shares = "file_mib_max = 900\nfiles_mib_max = 2000\nkey_uploads = 1\nkey_jobs = 7\n";
+        let of_key = |more: &str| -> Result<String, String> {
+            let settings = read(&format!("[fine_tuning]\nbases = [\"a\"]\n{shares}{more}"))?;
+            Ok(settings.ok_or("it is there")?.of_key())
+        };
+        assert!(of_key("")?.starts_with("each key 900 MiB of files, 1 sent at once, 7 jobs"));
+        assert!(of_key("key_files_mib_max = 300\n")?.starts_with("each key 300 MiB"));
+        let all =
+            read("[fine_tuning]\nbase = [\"x\"]\nthreads = 0\nniceness = -1\nqueue = \"many\"\nkey_uploads = 9\n")
+                .expect_err("it is wrong");
         for words in [
             "`base`: unknown key, did you mean `bases`?",
             "`threads`: should be from 1",
             "`niceness`: should be from 0 to 19",
             "`queue`: is a text",
+            "`key_uploads`: should be from 1 to 4",
             "`bases` is missing",
         ] {
             assert!(all.contains(words), "{words}\n{all}");

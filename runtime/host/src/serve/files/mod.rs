@@ -3,6 +3,7 @@
 //! A file goes to the disk as it comes, see [`multipart`], and belongs to the key that it came with, see [`store`].
 
 mod multipart;
+pub mod places;
 pub mod store;
 
 use std::fs::File;
@@ -24,13 +25,14 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use self::multipart::{Multipart, Wrong, boundary};
-use self::store::{About, Files};
+use self::places::Taken;
+use self::store::{About, Files, NotKept};
 use super::App;
+use super::apart::apart;
 use super::caller::Caller;
 use super::fine_tuning::tuning;
 use super::query::{Id, Query, page, refused};
-use super::reply::Refusal;
-use crate::progress::line;
+use super::reply::{Refusal, failed};
 
 /// A client may be this slow, in bytes a second, once the time for a body is over.
 const SLOWEST: u64 = 10 << 10;
@@ -61,13 +63,18 @@ pub(super) fn no_file(id: &str, param: &str) -> Refusal {
     Refusal { param: Some(param.to_owned()), ..refusal }
 }
 
-/// What failed here, and not in the request.
-pub(super) fn failed(error: &anyhow::Error) -> Refusal {
-    // Where things are on this machine is for whoever runs it.
-    line(format_args!("warning: a request failed here: {error:#}"));
-    let message = "that failed on this machine; whoever runs the server finds the reason in its messages";
-    let refusal = Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, message);
-    Refusal { kind: "api_error", ..refusal }
+/// The refusal of a file that is not kept.
+fn not_kept(files: &Files, why: NotKept) -> Refusal {
+    match why {
+        NotKept::TooLarge => too_long(files),
+        NotKept::Full(words) => {
+            let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, words);
+            let (kind, code) = ("insufficient_quota", Some("insufficient_quota"));
+            // It fits when something is deleted, and not because time has passed.
+            Refusal { kind, code, param: Some("file".to_owned()), retry: Some(false), ..refusal }
+        }
+        NotKept::Failed(error) => failed(&error),
+    }
 }
 
 pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, Refusal> {
@@ -80,7 +87,7 @@ pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Resul
         Some("asc") => true,
         Some(_) => return Err(refused("order", "`order`: should be asc or desc")),
     };
-    let all = spawn_blocking(move || files.of(owner.key.as_deref())).await.unwrap_or_default();
+    let all = apart(move || Ok(files.of(owner.key.as_deref()))).await?;
     let purpose = query.get("purpose");
     let mut all: Vec<About> = all.into_iter().filter(|about| purpose.is_none_or(|is| about.purpose == is)).collect();
     if ascending {
@@ -98,26 +105,34 @@ pub(super) async fn retrieve(
     request: Request,
 ) -> Result<Json<Value>, Refusal> {
     let owner = Caller::of(request.extensions());
-    Ok(Json(find(&*files(&app, &owner)?, &owner, &id)?.card()))
+    let files = files(&app, &owner)?;
+    apart(move || Ok(Json(find(&files, &owner, &id)?.card()))).await
 }
 
 pub(super) async fn delete(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Result<Json<Value>, Refusal> {
     let owner = Caller::of(request.extensions());
     let files = files(&app, &owner)?;
-    let about = find(&files, &owner, &id)?;
-    if let Some(job) = app.class.tuning().and_then(|tuning| tuning.needs(&about.id)) {
-        let message = format!("the file is needed by {job}, which has not ended; cancel that first");
-        return Err(Refusal { param: Some("id".to_owned()), ..Refusal::new(StatusCode::CONFLICT, message) });
-    }
-    files.remove(&about).map_err(|error| failed(&error.into()))?;
-    Ok(Json(json!({"id": about.id, "object": "file", "deleted": true})))
+    apart(move || {
+        let about = find(&files, &owner, &id)?;
+        if let Some(job) = app.class.tuning().and_then(|tuning| tuning.needs(&about.id)) {
+            let message = format!("the file is needed by {job}, which has not ended; cancel that first");
+            return Err(Refusal { param: Some("id".to_owned()), ..Refusal::new(StatusCode::CONFLICT, message) });
+        }
+        files.remove(&about).map_err(|error| failed(&error.into()))?;
+        Ok(Json(json!({"id": about.id, "object": "file", "deleted": true})))
+    })
+    .await
 }
 
 pub(super) async fn content(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Result<Response, Refusal> {
     let owner = Caller::of(request.extensions());
     let files = files(&app, &owner)?;
-    let about = find(&files, &owner, &id)?;
-    let file = File::open(files.content(&about)).map_err(|error| failed(&error.into()))?;
+    let (about, file) = apart(move || {
+        let about = find(&files, &owner, &id)?;
+        let file = File::open(files.content(&about)).map_err(|error| failed(&error.into()))?;
+        Ok((about, file))
+    })
+    .await?;
     let (sender, pieces) = mpsc::channel(2);
     spawn_blocking(move || {
         let mut file = file;
@@ -166,11 +181,24 @@ pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
     {
         return Err(too_long(&files));
     }
-    let uploads = app.class.uploads.clone();
-    let Ok(_place) = uploads.try_acquire_owned() else {
-        let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "other files are being sent; try again");
-        return Err(Refusal { kind: "api_error", retry_after: Some(Duration::from_secs(2)), ..refusal });
-    };
+    let place = app.class.uploads.take(owner.key.as_deref(), files.limits.key_uploads);
+    let _place = place.map_err(|taken| {
+        let retry_after = Some(Duration::from_secs(2));
+        match taken {
+            Taken::All => {
+                let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "other files are being sent; try again");
+                Refusal { kind: "api_error", retry_after, ..refusal }
+            }
+            Taken::OfKey => {
+                let (key, most) = (owner.key.as_deref().unwrap_or_default(), files.limits.key_uploads);
+                let message = format!(
+                    "with the key `{key}` {most} files are being sent, and no more at once; try again when one is there"
+                );
+                let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, message);
+                Refusal { kind: "rate_limit_error", code: Some("rate_limit_exceeded"), retry_after, ..refusal }
+            }
+        }
+    })?;
     let (sender, pieces) = mpsc::channel(4);
     let writing = spawn_blocking(move || take(&files, &owner, Pieces { pieces, now: Bytes::new() }, &boundary));
     let sent = send(body, app.bounds.body, bytes_max, sender).await;
@@ -251,14 +279,16 @@ fn take(files: &Files, owner: &Caller, pieces: Pieces, boundary: &str) -> Result
         match head.name.as_str() {
             "file" if file.is_none() => {
                 let name = head.filename.ok_or_else(|| refused("file", "`file`: should be a file, with a name"))?;
-                let mut new = files.begin(owner.key.as_deref(), &name).map_err(|error| failed(&error))?;
-                let mut fits = true;
+                let mut new = files.begin(owner.key.as_deref(), &name).map_err(|why| not_kept(files, why))?;
+                let mut ends = None;
                 let written = form.read_part(|piece| {
-                    fits = new.write(piece)?;
-                    if fits { Ok(()) } else { Err(Wrong::Form("too long".to_owned())) }
+                    new.write(piece).map_err(|why| {
+                        ends = Some(why);
+                        Wrong::Form(String::new())
+                    })
                 });
-                if !fits {
-                    return Err(too_long(files));
+                if let Some(why) = ends {
+                    return Err(not_kept(files, why));
                 }
                 written.map_err(malformed)?;
                 file = Some(new);

@@ -1,12 +1,14 @@
 //! Files that clients have sent, in `files/` below `$HOMEROOM_HOME`, for the user alone: a directory each, with what the file is and
 //! what it holds. One that is being sent has another name, so that a file is there whole or not at all.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use homeroom_engine::files::{SMALL_FILE_BYTES_MAX, ensure_room, make_directory, read_text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -22,6 +24,8 @@ const NEW: &str = ".new-";
 const LEFT_OVER: Duration = Duration::from_secs(6 * 3600);
 /// Most files.
 const FILES_MAX: usize = 10_000;
+/// Most files of a key.
+const FILES_OF_KEY_MAX: usize = 2_000;
 /// Room that is left on the disk.
 const SPARE_BYTES: u64 = 64 << 20;
 
@@ -68,11 +72,30 @@ impl About {
     }
 }
 
+/// Why a file is not kept.
+#[derive(Debug)]
+pub enum NotKept {
+    /// It is larger than a file may be.
+    TooLarge,
+    /// It does not fit beside the others, in words for whoever sends it.
+    Full(String),
+    /// It cannot be written.
+    Failed(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for NotKept {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
 /// The files of all keys.
 pub struct Files {
     directory: PathBuf,
     /// How much is kept.
     pub limits: Limits,
+    /// Files that are there and those that are being written, by id: whose, and how many bytes.
+    held: Mutex<BTreeMap<String, (Option<String>, u64)>>,
 }
 
 impl Files {
@@ -83,9 +106,45 @@ impl Files {
     pub fn open(data: &Path, limits: Limits) -> Result<Self> {
         let directory = data.join("files");
         make_directory(&directory)?;
-        let files = Self { directory, limits };
+        let files = Self { directory, limits, held: Mutex::default() };
         files.sweep();
+        for about in files.all() {
+            files.held().insert(about.id, (about.key, about.bytes));
+        }
         Ok(files)
+    }
+
+    fn held(&self) -> MutexGuard<'_, BTreeMap<String, (Option<String>, u64)>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts so many more bytes of a file, if they fit beside the others.
+    fn hold(&self, about: &About, more: u64) -> Result<(), NotKept> {
+        let mut held = self.held();
+        let is_new = !held.contains_key(&about.id);
+        let sum = |counts: &dyn Fn(&Option<String>) -> bool| {
+            let of = held.values().filter(|(key, _)| counts(key));
+            of.fold((0, 0), |(files, bytes): (usize, u64), (_, more)| (files + 1, bytes.saturating_add(*more)))
+        };
+        let (files, bytes) = sum(&|_| true);
+        if is_new && files >= FILES_MAX || bytes.saturating_add(more) > self.limits.all_bytes {
+            let most = self.limits.all_bytes >> 20;
+            return Err(NotKept::Full(format!(
+                "all files of this server together would be more than {most} MiB or {FILES_MAX} files; delete files that no training needs any more, or have whoever runs the server raise files_mib_max"
+            )));
+        }
+        let (files, bytes) = sum(&|key| *key == about.key);
+        let most = self.limits.key_bytes;
+        if let Some(key) = &about.key
+            && (is_new && files >= FILES_OF_KEY_MAX || bytes.saturating_add(more) > most)
+        {
+            return Err(NotKept::Full(format!(
+                "the files of the key `{key}` would be more than {} MiB or {FILES_OF_KEY_MAX} files, which is its share; delete some (DELETE /v1/files/ID)",
+                most >> 20
+            )));
+        }
+        held.entry(about.id.clone()).or_insert_with(|| (about.key.clone(), 0)).1 += more;
+        Ok(())
     }
 
     /// Removes what an upload left that was broken off, and files whose time is over.
@@ -150,6 +209,7 @@ impl Files {
         // The record first: what is half removed is no file any more.
         let directory = self.directory.join(&about.id);
         fs::remove_file(directory.join(ABOUT))?;
+        self.held().remove(&about.id);
         fs::remove_dir_all(directory)
     }
 
@@ -157,20 +217,11 @@ impl Files {
     ///
     /// # Errors
     /// When there are too many, or no room is left.
-    pub fn begin(&self, key: Option<&str>, filename: &str) -> Result<NewFile<'_>> {
+    pub fn begin(&self, key: Option<&str>, filename: &str) -> Result<NewFile<'_>, NotKept> {
         self.sweep();
-        let all = self.all();
-        let held: u64 = all.iter().map(|about| about.bytes).sum();
-        ensure!(
-            all.len() < FILES_MAX && held < self.limits.all_bytes,
-            "the files of this server are full: {} of them with {} MiB; delete some",
-            all.len(),
-            held >> 20
-        );
         ensure_room(&self.directory, SPARE_BYTES)?;
         let id = format!("file-{}", new_id());
         let directory = self.directory.join(format!("{NEW}{id}"));
-        make_directory(&directory)?;
         let about = About {
             id,
             bytes: 0,
@@ -181,9 +232,11 @@ impl Files {
             purpose: String::new(),
             key: key.map(str::to_owned),
         };
-        let file = private_file(&directory.join(&about.content))?;
-        let bytes_max = self.limits.file_bytes.min(self.limits.all_bytes - held);
-        Ok(NewFile { files: self, directory, file, about, bytes_max, is_kept: false })
+        self.hold(&about, 0)?;
+        let mut new = NewFile { files: self, directory, file: None, about, is_kept: false };
+        make_directory(&new.directory)?;
+        new.file = Some(private_file(&new.directory.join(&new.about.content))?);
+        Ok(new)
     }
 }
 
@@ -191,23 +244,29 @@ impl Files {
 pub struct NewFile<'a> {
     files: &'a Files,
     directory: PathBuf,
-    file: File,
+    file: Option<File>,
     about: About,
-    bytes_max: u64,
     is_kept: bool,
 }
 
 impl NewFile<'_> {
-    /// Adds bytes. False: it would be too long.
+    /// Adds bytes.
     ///
     /// # Errors
-    /// When the disk is full.
-    pub fn write(&mut self, piece: &[u8]) -> io::Result<bool> {
-        self.about.bytes += piece.len() as u64;
-        if self.about.bytes > self.bytes_max {
-            return Ok(false);
+    /// When it would be too large or does not fit beside the others, or the disk is full.
+    pub fn write(&mut self, piece: &[u8]) -> Result<(), NotKept> {
+        let more = piece.len() as u64;
+        if self.about.bytes + more > self.files.limits.file_bytes {
+            return Err(NotKept::TooLarge);
         }
-        self.file.write_all(piece).map(|()| true)
+        self.files.hold(&self.about, more)?;
+        self.about.bytes += more;
+        self.file().write_all(piece)?;
+        Ok(())
+    }
+
+    fn file(&mut self) -> &mut File {
+        self.file.as_mut().expect("`begin` opened it")
     }
 
     /// Bytes so far.
@@ -222,7 +281,7 @@ impl NewFile<'_> {
     pub fn keep(mut self, purpose: &str, lives: Option<u64>) -> Result<About> {
         purpose.clone_into(&mut self.about.purpose);
         self.about.expires_at = lives.map(|lives| self.about.created_at + lives);
-        self.file.sync_all()?;
+        self.file().sync_all()?;
         let mut record = private_file(&self.directory.join(ABOUT))?;
         record.write_all(serde_json::to_string_pretty(&self.about)?.as_bytes())?;
         record.sync_all()?;
@@ -236,6 +295,7 @@ impl NewFile<'_> {
 impl Drop for NewFile<'_> {
     fn drop(&mut self) {
         if !self.is_kept {
+            self.files.held().remove(&self.about.id);
             let _ = fs::remove_dir_all(&self.directory);
         }
     }
@@ -271,21 +331,35 @@ fn ending(filename: &str) -> &'static str {
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { file_bytes: 10, all_bytes: 15 };
+    const LIMITS: Limits = Limits { file_bytes: 10, all_bytes: 15, key_bytes: 12, key_uploads: 2 };
+
+    fn full(of: Result<(), NotKept>) -> String {
+        match of {
+            Err(NotKept::Full(words)) => words,
+            other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
     fn files_belong_to_a_key_and_are_bounded() -> Result<()> {
         let place = tempfile::tempdir()?;
         let files = Files::open(place.path(), LIMITS)?;
-        let add = |key: Option<&str>, text: &str| -> Result<Option<About>> {
+        let add = |key: Option<&str>, text: &str| -> Result<About, NotKept> {
             let mut file = files.begin(key, "../a.CSV")?;
-            Ok(if file.write(text.as_bytes())? { Some(file.keep("fine-tune", None)?) } else { None })
+            file.write(text.as_bytes())?;
+            Ok(file.keep("fine-tune", None)?)
         };
-        let mine = add(Some("class-7b"), "0123456789")?.context("it fits")?;
-        assert_eq!(add(Some("class-7b"), "0123456789x")?, None);
-        assert_eq!(add(None, "012345")?, None, "all together");
-        let other = add(None, "01234")?.context("it fits")?;
-        assert!(files.begin(None, "x").is_err_and(|error| error.to_string().contains("are full")));
+        let of_test = |error| anyhow::anyhow!("{error:?}");
+        let mine = add(Some("class-7b"), "0123456789").map_err(of_test)?;
+        assert!(matches!(add(Some("class-7b"), "0123456789x"), Err(NotKept::TooLarge)));
+        let words = full(add(Some("class-7b"), "012").map(drop));
+        assert!(
+            words.contains("`class-7b` would be more than 0 MiB") && words.contains("DELETE /v1/files/"),
+            "{words}"
+        );
+        assert!(full(add(None, "012345").map(drop)).contains("all files of this server together"));
+        let other = add(None, "01234").map_err(of_test)?;
+        assert!(full(add(Some("class-7b"), "0").map(drop)).contains("all files of this server together"));
         assert_eq!((files.of(Some("class-7b")), files.of(None)), (vec![mine.clone()], vec![other.clone()]));
         assert_eq!((files.find(None, &mine.id), files.find(Some("x"), &mine.id)), (None, None));
         for id in ["../x", "file-", "file-../x", "file-A", &other.id[..other.id.len() - 1]] {
@@ -298,14 +372,33 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             assert_eq!(fs::metadata(&path)?.permissions().mode() & 0o777, 0o600);
         }
+        assert_eq!(*Files::open(place.path(), LIMITS)?.held(), *files.held());
         files.remove(&mine)?;
-        assert_eq!(files.of(Some("class-7b")), []);
+        assert_eq!((files.of(Some("class-7b")), files.held().len()), (Vec::new(), 1));
         assert!(!path.exists() && fs::read_dir(place.path().join("files"))?.count() == 1);
         Ok(())
     }
 
+    /// What is being sent counts, so that several at once come to no more than one after another.
     #[test]
-    fn a_file_whose_time_is_over_is_gone() -> Result<()> {
+    fn files_that_are_sent_at_once_share_what_is_left() -> Result<(), NotKept> {
+        let place = tempfile::tempdir()?;
+        let files = Files::open(place.path(), LIMITS)?;
+        let (mut one, mut two) = (files.begin(Some("a"), "one")?, files.begin(Some("a"), "two")?);
+        one.write(&[b'x'; 9])?;
+        two.write(b"xx")?;
+        assert!(full(two.write(b"xx")).contains("its share"));
+        let mut other = files.begin(Some("b"), "other")?;
+        other.write(b"xxxx")?;
+        assert!(full(other.write(b"x")).contains("all files"));
+        drop(one);
+        two.write(b"xx")?;
+        assert_eq!((two.keep("fine-tune", None)?.bytes, other.keep("fine-tune", None)?.bytes), (4, 4));
+        Ok(())
+    }
+
+    #[test]
+    fn a_file_whose_time_is_over_is_gone() -> Result<(), NotKept> {
         let place = tempfile::tempdir()?;
         let files = Files::open(place.path(), LIMITS)?;
         let mut file = files.begin(None, "a.jsonl")?;

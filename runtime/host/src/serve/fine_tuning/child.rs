@@ -19,8 +19,6 @@ use crate::serve::files::store::private_file;
 
 /// What is read of the end of a log.
 const TAIL_BYTES: u64 = 16 << 10;
-/// Longest message of a failure, in characters.
-const MESSAGE_MAX: usize = 2000;
 
 /// Starts to train, or goes on.
 ///
@@ -131,8 +129,8 @@ pub fn interrupt(child: &mut Child) {
     let _ = child.kill();
 }
 
-/// The error at the end of a log. `names`: paths of this machine, and what clients call what is there.
-pub fn last_error(log: &Path, names: &[(String, String)]) -> Option<String> {
+/// The error at the end of a log.
+pub fn last_error(log: &Path) -> Option<String> {
     let mut file = File::open(log).ok()?;
     let length = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).ok()?;
@@ -140,11 +138,7 @@ pub fn last_error(log: &Path, names: &[(String, String)]) -> Option<String> {
     file.take(TAIL_BYTES).read_to_end(&mut tail).ok()?;
     let tail = String::from_utf8_lossy(&tail);
     let at = tail.rfind("\nerror: ").map(|at| at + 1).or_else(|| tail.starts_with("error: ").then_some(0))?;
-    let mut message = tail[at + "error: ".len()..].trim().to_owned();
-    for (path, name) in names {
-        message = message.replace(path, name);
-    }
-    Some(message.chars().take(MESSAGE_MAX).collect())
+    Some(tail[at + "error: ".len()..].trim().to_owned())
 }
 
 #[cfg(test)]
@@ -152,17 +146,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_is_the_last_one_and_names_files_as_clients_do() -> Result<()> {
+    fn an_error_is_the_last_one_of_a_log() -> Result<()> {
         let place = tempfile::tempdir()?;
         let log = place.path().join("log");
         std::fs::write(
             &log,
             "error: old\nnote: x\nerror: /home/a/files/file-1/content.jsonl: line 3: bad\nhint: mend it\n",
         )?;
-        let names = [("/home/a/files/file-1/content.jsonl".to_owned(), "rows.jsonl".to_owned())];
-        assert_eq!(last_error(&log, &names).as_deref(), Some("rows.jsonl: line 3: bad\nhint: mend it"));
+        let wanted = "/home/a/files/file-1/content.jsonl: line 3: bad\nhint: mend it";
+        assert_eq!(last_error(&log).as_deref(), Some(wanted));
         std::fs::write(&log, "note: no error: here\n")?;
-        assert_eq!(last_error(&log, &names), None);
+        assert_eq!(last_error(&log), None);
         std::fs::write(&log, "{}\n\n  \n{}")?;
         assert_eq!(rows(&log), 2);
         Ok(())

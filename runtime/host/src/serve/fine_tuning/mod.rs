@@ -1,13 +1,14 @@
 //! `/v1/fine_tuning/jobs`: OpenAI's scripts train here, and ask the result by its name.
 //!
 //! [`request`] is what they say, [`job`] what is kept of it, [`tuning`] the jobs, which [`work`] does one after another, [`child`] is the process that trains,
-//! [`events`] what is told of it, [`checkpoints`] what can be asked of it beside the result. `[fine_tuning]` of the file of handlers allows it, see [`config`](crate::handler::config::fine_tuning).
+//! [`events`] what is told of it, [`told`] what clients hear of a failure, [`checkpoints`] what can be asked of it beside the result. `[fine_tuning]` of the file of handlers allows it, see [`config`](crate::handler::config::fine_tuning).
 
 mod checkpoints;
 mod child;
 mod events;
 mod job;
 mod request;
+mod told;
 mod tuning;
 mod work;
 
@@ -19,15 +20,16 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use serde_json::{Value, json};
-use tokio::task::spawn_blocking;
 
 use self::events::Metrics;
 use self::job::{Job, Status};
+use self::tuning::NotTaken;
 pub use self::tuning::{Publish, Tuning};
+use super::apart::apart;
 use super::caller::Caller;
-use super::files::{failed, no_file};
+use super::files::no_file;
 use super::query::{Id, Query, page, refused};
-use super::reply::Refusal;
+use super::reply::{Refusal, failed};
 use super::{App, body, now};
 use crate::toml_problems::near;
 
@@ -62,17 +64,12 @@ fn find(tuning: &Tuning, caller: &Caller, id: &str) -> Result<Job, Refusal> {
     })
 }
 
-/// Runs what reads and writes files in a thread for that.
-async fn apart<T: Send + 'static>(work: impl FnOnce() -> Result<T, Refusal> + Send + 'static) -> Result<T, Refusal> {
-    spawn_blocking(work).await.unwrap_or_else(|_| Err(failed(&anyhow::anyhow!("the request ended in a panic"))))
-}
-
 pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Answer {
     let caller = Caller::of(request.extensions());
     let tuning = tuning(&app, &caller)?;
     let body = body::read(&app, request).await?;
-    let order = request::read(&body::fields(&body)?)?;
     apart(move || {
+        let order = request::read(&body::fields(&body)?)?;
         let key = caller.key.as_deref();
         for (param, id) in
             [("training_file", Some(&order.training_file)), ("validation_file", order.validation_file.as_ref())]
@@ -96,10 +93,18 @@ pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Ans
             let refusal = refused("model", format!("`{model}` is not trained here, {}", near(&model, &known)));
             Refusal { code: Some("model_not_available"), ..refusal }
         })?;
-        let job = tuning.add(key, order, base).map_err(|full| {
-            let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, full);
-            let kind = "rate_limit_error";
-            Refusal { kind, code: Some("rate_limit_exceeded"), retry_after: Some(Duration::from_secs(60)), ..refusal }
+        let job = tuning.add(key, order, base).map_err(|why| {
+            let too_many = |words, retry| {
+                let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, words);
+                let (kind, code) = ("rate_limit_error", Some("rate_limit_exceeded"));
+                Refusal { kind, code, retry_after: Some(Duration::from_secs(60)), retry, ..refusal }
+            };
+            match why {
+                NotTaken::Full(words) => too_many(words, None),
+                // A training takes longer than clients wait who try again by themselves.
+                NotTaken::OfKey(words) => too_many(words, Some(false)),
+                NotTaken::Failed(error) => failed(&error),
+            }
         })?;
         Ok(Json(job.card(None)))
     })
@@ -111,19 +116,23 @@ pub(super) async fn list(State(app): State<Arc<App>>, request: Request) -> Answe
     let tuning = tuning(&app, &caller)?;
     let query = Query::read(request.uri(), &["after", "limit", "metadata"])?;
     let limit = query.limit(LIST, LIST_MAX)?;
-    let wanted: Vec<(&str, &str)> = query.keyed("metadata").collect();
-    let fits = |job: &Job| wanted.iter().all(|(key, value)| job.metadata.get(*key).is_some_and(|known| known == value));
-    let jobs: Vec<Job> = tuning.of(caller.key.as_deref()).into_iter().filter(fits).collect();
-    let (jobs, has_more) = page(jobs, |job| &job.id, query.get("after"), limit)?;
-    let data: Vec<Value> = jobs.iter().map(|job| job.card(None)).collect();
-    Ok(Json(json!({"object": "list", "data": data, "has_more": has_more})))
+    apart(move || {
+        let wanted: Vec<(&str, &str)> = query.keyed("metadata").collect();
+        let has = |job: &Job, key: &str, value: &str| job.metadata.get(key).is_some_and(|known| known == value);
+        let fits = |job: &Job| wanted.iter().all(|(key, value)| has(job, key, value));
+        let jobs: Vec<Job> = tuning.of(caller.key.as_deref()).into_iter().filter(fits).collect();
+        let (jobs, has_more) = page(jobs, |job| &job.id, query.get("after"), limit)?;
+        let data: Vec<Value> = jobs.iter().map(|job| job.card(None)).collect();
+        Ok(Json(json!({"object": "list", "data": data, "has_more": has_more})))
+    })
+    .await
 }
 
 pub(super) async fn retrieve(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     let caller = Caller::of(request.extensions());
     let tuning = tuning(&app, &caller)?;
-    let job = find(&tuning, &caller, &id)?;
     apart(move || {
+        let job = find(&tuning, &caller, &id)?;
         let finish = if job.status == Status::Running { estimated_finish(&tuning, &job) } else { None };
         Ok(Json(job.card(finish)))
     })
@@ -143,13 +152,13 @@ fn estimated_finish(tuning: &Tuning, job: &Job) -> Option<u64> {
 /// Something that a client wants of a job, and the job as it is then.
 async fn wish(
     app: &Arc<App>,
-    id: &str,
+    id: String,
     caller: Caller,
     wish: impl FnOnce(&Tuning, &str) -> Result<(), String> + Send + 'static,
 ) -> Answer {
     let tuning = tuning(app, &caller)?;
-    let job = find(&tuning, &caller, id)?;
     apart(move || {
+        let job = find(&tuning, &caller, &id)?;
         wish(&tuning, &job.id).map_err(|refused| Refusal::new(StatusCode::BAD_REQUEST, refused))?;
         Ok(Json(find(&tuning, &caller, &job.id)?.card(None)))
     })
@@ -157,24 +166,24 @@ async fn wish(
 }
 
 pub(super) async fn cancel(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
-    wish(&app, &id, Caller::of(request.extensions()), Tuning::cancel).await
+    wish(&app, id, Caller::of(request.extensions()), Tuning::cancel).await
 }
 
 pub(super) async fn pause(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
-    wish(&app, &id, Caller::of(request.extensions()), Tuning::pause).await
+    wish(&app, id, Caller::of(request.extensions()), Tuning::pause).await
 }
 
 pub(super) async fn resume(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
-    wish(&app, &id, Caller::of(request.extensions()), Tuning::resume).await
+    wish(&app, id, Caller::of(request.extensions()), Tuning::resume).await
 }
 
 pub(super) async fn events(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     let caller = Caller::of(request.extensions());
     let tuning = tuning(&app, &caller)?;
-    let job = find(&tuning, &caller, &id)?;
     let query = Query::read(request.uri(), &["after", "limit"])?;
     let (limit, after) = (query.limit(LIST, LIST_MAX)?, query.get("after").map(str::to_owned));
     apart(move || {
+        let job = find(&tuning, &caller, &id)?;
         let metrics = tuning.metrics(&job);
         let steps = tuning.planned_steps(&job).or_else(|| metrics.keys().last().copied());
         let all = self::events::all(&tuning.directory(&job), &job.id, &metrics, steps);
@@ -187,10 +196,10 @@ pub(super) async fn events(State(app): State<Arc<App>>, Id(id): Id, request: Req
 pub(super) async fn checkpoints(State(app): State<Arc<App>>, Id(id): Id, request: Request) -> Answer {
     let caller = Caller::of(request.extensions());
     let tuning = tuning(&app, &caller)?;
-    let job = find(&tuning, &caller, &id)?;
     let query = Query::read(request.uri(), &["after", "limit"])?;
     let (limit, after) = (query.limit(10, LIST_MAX)?, query.get("after").map(str::to_owned));
     apart(move || {
+        let job = find(&tuning, &caller, &id)?;
         let metrics = tuning.metrics(&job);
         let last = result(&job, &metrics);
         let kept = checkpoints::kept(&tuning.directory(&job));

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, bail};
 use homeroom_engine::adapt::adapter::{AdapterFiles, is_adapter};
 use homeroom_engine::files::make_directory;
 
@@ -16,7 +16,6 @@ use super::events::{self, Metrics};
 use super::job::{Job, Status, result_name};
 use super::request::Order;
 use super::work::{Ended, PATIENCE, Wish};
-use crate::handler::Handler;
 use crate::handler::config::fine_tuning::Settings;
 use crate::models::{Network, base_of, here};
 use crate::progress::line;
@@ -28,6 +27,8 @@ use crate::serve::tuned::Tuned;
 
 /// Most jobs that are known.
 const JOBS_MAX: usize = 10_000;
+/// Most of them of a key.
+const JOBS_OF_KEY_MAX: usize = 2_000;
 
 #[derive(Default)]
 pub(super) struct State {
@@ -40,7 +41,7 @@ pub(super) struct State {
 }
 
 /// Called with each model that is trained, by its name, and with the key that it was trained for.
-pub type Publish = Box<dyn Fn(&str, Option<String>, Arc<dyn Handler>) + Send + Sync>;
+pub type Publish = Box<dyn Fn(&str, Option<String>, Arc<Tuned>) + Send + Sync>;
 
 /// The jobs of a server.
 pub struct Tuning {
@@ -52,8 +53,18 @@ pub struct Tuning {
     pub(super) publish: Mutex<Option<Publish>>,
 }
 
-/// Why a client's wish is refused: in words, and whether the job is of no such kind (as against there being none).
+/// Why a client's wish is refused, in words.
 pub type Refused = String;
+
+/// Why a job is not taken.
+pub enum NotTaken {
+    /// So many wait or are known, in words.
+    Full(String),
+    /// So many of the client's key are, in words.
+    OfKey(String),
+    /// It cannot be written.
+    Failed(anyhow::Error),
+}
 
 impl Tuning {
     /// Reads the jobs of a data directory. One that was broken off waits to go on.
@@ -194,9 +205,16 @@ impl Tuning {
             let kept = checkpoints::kept(&self.place(&job.id));
             kept.into_iter().find(|(kept, _)| kept.to_string() == step).map(|(_, place)| place)
         };
-        let Some(model) = self.settings.bases.get(name).cloned().or_else(own) else { return Ok(None) };
-        let located =
-            here(&model)?.ok_or_else(|| anyhow!("`{name}` may be trained here, and is not on this machine"))?;
+        let of_settings = self.settings.bases.get(name).cloned();
+        let is_of_settings = of_settings.is_some();
+        let Some(model) = of_settings.or_else(own) else { return Ok(None) };
+        let located = match here(&model) {
+            Ok(Some(located)) => located,
+            // A model of the client's own may have been removed since.
+            _ if !is_of_settings => return Ok(None),
+            Ok(None) => bail!("`{name}` may be trained here, and is not on this machine"),
+            Err(error) => return Err(error),
+        };
         if !is_adapter(&located.path) {
             return Ok(Some((model, None)));
         }
@@ -207,19 +225,33 @@ impl Tuning {
     /// Takes a job into the queue.
     ///
     /// # Errors
-    /// When it is full, in words, or the disk is.
-    pub fn add(&self, key: Option<&str>, order: Order, base: (PathBuf, Option<PathBuf>)) -> Result<Job, Refused> {
+    /// When the queue is full or the share of the key, or nothing can be written.
+    pub fn add(&self, key: Option<&str>, order: Order, base: (PathBuf, Option<PathBuf>)) -> Result<Job, NotTaken> {
         let mut state = self.state();
+        if let Some(key) = key {
+            let of_key = || state.jobs.values().filter(|job| job.key.as_deref() == Some(key));
+            let begun = of_key().filter(|job| !job.status.is_final()).count();
+            if begun >= self.settings.key_jobs {
+                return Err(NotTaken::OfKey(format!(
+                    "{begun} jobs of the key `{key}` have not ended, the most that a key may have here; wait until one has, or cancel one (POST /v1/fine_tuning/jobs/ID/cancel)"
+                )));
+            }
+            if of_key().count() >= JOBS_OF_KEY_MAX {
+                return Err(NotTaken::OfKey(format!(
+                    "{JOBS_OF_KEY_MAX} jobs of the key `{key}` are known; whoever runs the server can remove old ones from fine_tuning/"
+                )));
+            }
+        }
         let waiting = state.jobs.values().filter(|job| job.status == Status::Queued).count();
         if waiting >= self.settings.queue {
-            return Err(format!(
+            return Err(NotTaken::Full(format!(
                 "{waiting} jobs wait already, the most that this server takes; try again when some have ended"
-            ));
+            )));
         }
         if state.jobs.len() >= JOBS_MAX {
-            return Err(format!(
+            return Err(NotTaken::Full(format!(
                 "{JOBS_MAX} jobs are known; whoever runs the server can remove old ones from fine_tuning/"
-            ));
+            )));
         }
         let id = format!("ftjob-{}", new_id());
         let name = result_name(&order.model, order.suffix.as_deref(), &id);
@@ -246,7 +278,7 @@ impl Tuning {
             id,
         };
         let place = self.place(&job.id);
-        make_directory(&place).and_then(|()| job.write(&place)).map_err(|error| format!("{error:#}"))?;
+        make_directory(&place).and_then(|()| job.write(&place)).map_err(NotTaken::Failed)?;
         events::tell(&place, "info", &format!("Created fine-tuning job: {}", job.id));
         state.jobs.insert(job.id.clone(), job.clone());
         drop(state);

@@ -6,17 +6,18 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use homeroom_engine::files::take_away;
 
 use super::events::{self, Metrics};
 use super::job::{Failure, Job, Status};
 use super::tuning::Tuning;
-use super::{checkpoints, child};
+use super::{checkpoints, child, told};
 use crate::interrupt::EXIT_CODE;
+use crate::progress::line;
 use crate::registry;
 use crate::runs;
-use crate::serve::files::store::About;
+use crate::serve::files::store::{About, NotKept};
 use crate::serve::now;
 use crate::serve::tuned::Tuned;
 
@@ -78,6 +79,8 @@ impl Tuning {
             events::tell(&self.place(&job.id), "info", "Fine-tuning job started");
             let ended = self.train(&job).unwrap_or_else(|error| {
                 let message = format!("{error:#}");
+                line(format_args!("warning: {}: {message}", job.id));
+                let message = told::to_client(&message, &[]);
                 Ended::Failed(Failure { code: "training_failed".to_owned(), message, param: None })
             });
             if matches!(ended, Ended::Stopped) {
@@ -136,11 +139,12 @@ impl Tuning {
         }
         let mut names: Vec<(String, String)> = std::iter::once(&training).chain(&validation).map(names).collect();
         names.push((job.base.display().to_string(), job.model.clone()));
-        let message = child::last_error(&log, &names);
-        let message = message.unwrap_or_else(|| match code {
+        let message = child::last_error(&log).unwrap_or_else(|| match code {
             Some(code) => format!("the training ended with code {code}"),
             None => "the training was killed; the system does so where memory is short".to_owned(),
         });
+        line(format_args!("warning: {}: {message}\n         {}", job.id, log.display()));
+        let message = told::to_client(&message, &names);
         // Nothing was begun: it is the rows that are wrong, as a rule.
         match self.run_of(job) {
             None if code == Some(1) && message.contains(&training.filename) => invalid("training_file", message),
@@ -235,7 +239,13 @@ impl Tuning {
         if status == Status::Succeeded {
             match self.keep_table(&job, &metrics) {
                 Ok(file) => result_files.push(file.id),
-                Err(error) => events::tell(&place, "warn", &format!("The losses are not kept as a file: {error:#}")),
+                Err(NotKept::Full(words)) => {
+                    events::tell(&place, "warn", &format!("The losses are not kept as a file: {words}"));
+                }
+                Err(why) => {
+                    line(format_args!("warning: {id}: the losses are not kept as a file: {why:?}"));
+                    events::tell(&place, "warn", "The losses are not kept as a file");
+                }
             }
             let publish = self.publish.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(publish) = &*publish {
@@ -266,11 +276,10 @@ impl Tuning {
     }
 
     /// The losses as a file of the client's.
-    fn keep_table(&self, job: &Job, metrics: &BTreeMap<u64, Metrics>) -> Result<About> {
+    fn keep_table(&self, job: &Job, metrics: &BTreeMap<u64, Metrics>) -> Result<About, NotKept> {
         let mut file = self.files.begin(job.key.as_deref(), "step_metrics.csv")?;
-        let fits = file.write(events::table(metrics).as_bytes())?;
-        ensure!(fits, "it is too long");
-        file.keep("fine-tune-results", None)
+        file.write(events::table(metrics).as_bytes())?;
+        Ok(file.keep("fine-tune-results", None)?)
     }
 
     /// Removes what a job left that was cancelled: its run, with the checkpoints, and what it had saved when it was halted.

@@ -8,11 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use super::Key;
 use super::days::{Days, Now};
-use super::file::hex;
 
 /// Seconds of a minute.
 const MINUTE_S: u64 = 60;
@@ -98,13 +96,8 @@ pub struct Wish {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Who {
     pub key: String,
-    /// A digest of the person's name, which is kept on disk and in messages in its place.
+    /// The person's pseudonym, which is kept on disk in the place of a name.
     pub user: Option<String>,
-}
-
-/// A short digest of a person's name: what is kept and logged of it.
-pub fn pseudonym(user: &str) -> String {
-    hex(&Sha256::digest(user)[..8])
 }
 
 /// What was asked by the keys of a server.
@@ -152,13 +145,14 @@ impl Meters {
         }
     }
 
-    /// Lets a request in, or says which limit it would exceed. Nothing is counted of one that is refused.
+    /// Lets a request in, or says which limit it would exceed. Nothing is counted of one that is refused. `person`: the pseudonym of the one
+    /// for whom a key asks that is trusted to name people.
     ///
     /// # Errors
     /// When it would exceed one.
-    pub fn admit(self: &Arc<Self>, key: &Key, user: Option<&str>, wish: Wish) -> Result<Ticket, Excess> {
+    pub fn admit(self: &Arc<Self>, key: &Key, person: Option<&str>, wish: Wish) -> Result<Ticket, Excess> {
         let now = (self.now)();
-        let who = Who { key: key.name.clone(), user: user.filter(|_| key.trust_forwarded).map(pseudonym) };
+        let who = Who { key: key.name.clone(), user: person.map(str::to_owned) };
         let whose = if who.user.is_some() { "this person" } else { "this key" };
         let limits = key.limits;
         let mut state = self.state();

@@ -9,7 +9,7 @@ pub mod given;
 pub mod limits;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::Result;
@@ -24,6 +24,9 @@ use crate::progress::line;
 /// all are removed. If the file cannot be read, nobody is let in.
 pub struct Keys {
     path: Option<PathBuf>,
+    /// Whoever has it looks at the file.
+    look: Mutex<()>,
+    /// Nobody who has it waits for the disk.
     state: Mutex<State>,
 }
 
@@ -54,12 +57,12 @@ impl Wanted {
 impl Keys {
     /// No keys, and none is wanted.
     pub fn none() -> Self {
-        Self { path: None, state: Mutex::default() }
+        Self { path: None, look: Mutex::default(), state: Mutex::default() }
     }
 
     /// The keys of a file, which need not be there.
     pub fn at(path: PathBuf) -> Self {
-        Self { path: Some(path), state: Mutex::default() }
+        Self { path: Some(path), look: Mutex::default(), state: Mutex::default() }
     }
 
     /// The keys of the data directory.
@@ -67,30 +70,47 @@ impl Keys {
         file::place().map_or_else(|_| Self::none(), Self::at)
     }
 
-    /// Returns the keys if one is wanted.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns whether a key was wanted when the file was last looked at, without a look.
+    pub fn was_wanted(&self) -> bool {
+        self.state().wanted
+    }
+
+    /// Returns the keys if one is wanted. It waits for the disk.
     ///
     /// # Errors
     /// When the file cannot be read. What is wrong is told on stderr once and not to clients.
     pub fn wanted(&self) -> Result<Option<Wanted>> {
         let Some(path) = &self.path else { return Ok(None) };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let _look = self.look.lock().unwrap_or_else(PoisonError::into_inner);
         let identity = Some(std::fs::metadata(path).ok().as_ref().map(identity));
-        if identity != state.identity || state.problem.is_some() {
+        let is_known = {
+            let state = self.state();
+            identity == state.identity && state.problem.is_none()
+        };
+        if !is_known {
             match file::read(path) {
                 Ok(keys) => {
+                    let mut state = self.state();
                     state.wanted |= !keys.is_empty();
-                    (state.keys, state.problem) = (keys.into(), None);
+                    (state.identity, state.keys, state.problem) = (identity, keys.into(), None);
                 }
                 Err(error) => {
                     let problem = format!("{error:#}");
-                    if state.problem.as_ref() != Some(&problem) {
+                    let is_told = self.state().problem.as_ref() == Some(&problem);
+                    if !is_told {
                         line(format_args!("error: {problem}\n         nobody is let in until it is put right"));
                     }
-                    (state.keys, state.problem, state.wanted) = (Arc::new([]), Some(problem), true);
+                    let mut state = self.state();
+                    (state.identity, state.keys, state.wanted) = (identity, Arc::new([]), true);
+                    state.problem = Some(problem);
                 }
             }
-            state.identity = identity;
         }
+        let state = self.state();
         if state.problem.is_some() {
             anyhow::bail!("the keys cannot be read; whoever runs this server finds why in its messages");
         }

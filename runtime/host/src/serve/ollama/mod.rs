@@ -17,6 +17,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
 use super::admit::{Asker, Need};
+use super::apart::apart;
 use super::reply::Refusal;
 use super::{App, answering, body};
 use crate::handler::Gives;
@@ -41,17 +42,23 @@ pub(super) async fn generate(State(app): State<Arc<App>>, request: Request) -> R
 async fn answer(app: &Arc<App>, request: Request, way: Way) -> Result<Response, Refusal> {
     let started = Instant::now();
     let asker = Asker::of(&request);
-    let fields = body::fields(&body::read_of_ollama(app, request).await?)?;
-    let Asked { model, request, stream, ignored, user } = request::read(&fields, way)?;
-    let name = name_of(app, &model);
-    let handler = asker.handler(app, &name, Gives::Answers)?;
+    let body = body::read_of_ollama(app, request).await?;
+    let served = app.clone();
+    let (admission, asked) = apart(move || {
+        let asked = request::read(&body::fields(&body)?, way)?;
+        let handler = asker.handler(&served, &name_of(&served, &asked.model), Gives::Answers)?;
+        let need = asked.request.as_ref().map(Need::Answer);
+        let admission = need.map(|need| asker.admit(&served, handler, asked.user.as_deref(), &need)).transpose()?;
+        Ok((admission, asked))
+    })
+    .await?;
+    let Asked { model, request, stream, ignored, .. } = asked;
     let mut lines = Lines::new(way, model, started);
-    let Some(request) = request else {
+    let Some((admission, request)) = admission.zip(request) else {
         // Ollama's clients load a model by asking it nothing. Here it is loaded.
         return Ok(Json(lines.loaded()).into_response());
     };
-    let admitted = asker.admit(app, handler, user.as_deref(), &Need::Answer(&request))?;
-    answering::answer(app, admitted, request, stream, lines, ignored).await
+    answering::answer(app, admission, request, stream, lines, ignored).await
 }
 
 /// Our name of a model: Ollama's clients put `:latest` behind a name without a tag.

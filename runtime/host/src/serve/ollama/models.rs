@@ -13,6 +13,7 @@ use super::{error, name_of};
 use crate::handler::{Gives, Handler, HandlerError};
 use crate::registry::when;
 use crate::serve::admit::{Access, Asker};
+use crate::serve::apart::apart;
 use crate::serve::keys::file::hex;
 use crate::serve::reply::Refusal;
 use crate::serve::request::{not_known, wrong};
@@ -27,23 +28,25 @@ pub(in crate::serve) async fn version() -> Json<Value> {
 }
 
 /// `GET /api/tags`: what may be used.
-pub(in crate::serve) async fn tags(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Json<Value> {
-    Json(json!({"models": listed(&app, &access, false)}))
+pub(in crate::serve) async fn tags(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Response {
+    list(app, access, false).await
 }
 
 /// `GET /api/ps`: what is in memory, which is all models of this machine that are served.
-pub(in crate::serve) async fn running(
-    State(app): State<Arc<App>>,
-    Extension(access): Extension<Access>,
-) -> Json<Value> {
-    Json(json!({"models": listed(&app, &access, true)}))
+pub(in crate::serve) async fn running(State(app): State<Arc<App>>, Extension(access): Extension<Access>) -> Response {
+    list(app, access, true).await
+}
+
+async fn list(app: Arc<App>, access: Access, in_memory: bool) -> Response {
+    let models = apart(move || Ok(listed(&app, &access, in_memory))).await;
+    models.map_or_else(|refusal| error(&refusal), |models| Json(json!({"models": models})).into_response())
 }
 
 fn listed(app: &App, access: &Access, in_memory: bool) -> Vec<Value> {
     let models = app.models();
     let may_use = models.iter().filter(|(name, _)| access.may_use(&models, name));
     let here = may_use.filter(|(_, handler)| !in_memory || handler.engine().is_some());
-    let model = |(name, handler): (&String, &Arc<dyn Handler>)| {
+    let model = |(name, handler): (&String, Arc<dyn Handler>)| {
         let size = handler.engine().map_or(0, |engine| engine.model().stored_bytes());
         let mut model = json!({
             "name": name,
@@ -107,7 +110,13 @@ pub(in crate::serve) async fn show(State(app): State<Arc<App>>, request: Request
 
 async fn shown(app: &Arc<App>, request: Request) -> Result<Json<Value>, Refusal> {
     let asker = Asker::of(&request);
-    let fields = body::fields(&body::read_of_ollama(app, request).await?)?;
+    let body = body::read_of_ollama(app, request).await?;
+    let app = app.clone();
+    apart(move || Ok(Json(described(&app, &asker, &body)?))).await
+}
+
+fn described(app: &App, asker: &Asker, body: &[u8]) -> Result<Value, Refusal> {
+    let fields = body::fields(body)?;
     // `name` is its older name.
     if let Some(other) = fields.keys().find(|field| !["model", "name", "verbose"].contains(&field.as_str())) {
         return Err(not_known(other, &["model", "verbose"]).into());
@@ -138,7 +147,7 @@ async fn shown(app: &Arc<App>, request: Request) -> Result<Json<Value>, Refusal>
         Gives::Vectors => json!(["embedding"]),
         Gives::Either => json!(["completion", "tools", "embedding"]),
     };
-    Ok(Json(json!({
+    Ok(json!({
         "modelfile": "# chosen by whoever runs this server\n",
         "parameters": "",
         "template": "",
@@ -146,7 +155,7 @@ async fn shown(app: &Arc<App>, request: Request) -> Result<Json<Value>, Refusal>
         "model_info": info,
         "capabilities": capabilities,
         "modified_at": modified(app),
-    })))
+    }))
 }
 
 #[cfg(test)]

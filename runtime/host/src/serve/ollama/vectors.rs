@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::HeaderValue;
+use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 use tokio::task::spawn_blocking;
@@ -13,7 +12,8 @@ use tokio::task::spawn_blocking;
 use super::{error, name_of};
 use crate::handler::{EmbedRequest, Embeddings, Gives, HandlerError, Input, Kind};
 use crate::serve::App;
-use crate::serve::admit::{Asker, Need};
+use crate::serve::admit::{Admission, Asker, Need};
+use crate::serve::apart::apart;
 use crate::serve::body::{self, Waiting, name_ignored};
 use crate::serve::embeddings::INPUTS_MAX;
 use crate::serve::reply::{HANDLER, Refusal};
@@ -35,16 +35,25 @@ pub(in crate::serve) async fn embeddings(State(app): State<Arc<App>>, request: R
 async fn answer(app: &Arc<App>, request: Request, older: bool) -> Result<Response, Refusal> {
     let started = Instant::now();
     let asker = Asker::of(&request);
-    let fields = body::fields(&body::read_of_ollama(app, request).await?)?;
-    let Asked { model, request, ignored, user } = read(&fields, older)?;
-    let handler = asker.handler(app, &name_of(app, &model), Gives::Vectors)?;
-    let (handler, context) = asker.admit(app, handler, user.as_deref(), &Need::Vectors(&request))?;
+    let body = body::read_of_ollama(app, request).await?;
+    let served = app.clone();
+    let (admission, asked) = apart(move || {
+        let asked = read(&body::fields(&body)?, older)?;
+        let handler = asker.handler(&served, &name_of(&served, &asked.model), Gives::Vectors)?;
+        let admission = asker.admit(&served, handler, asked.user.as_deref(), &Need::Vectors(&asked.request))?;
+        Ok((admission, asked))
+    })
+    .await?;
+    let (Admission { handler, context, .. }, Asked { model, request, ignored, .. }) = (admission, asked);
     let waiting = Waiting(context.clone());
-    let made = spawn_blocking(move || handler.embed(&request, &context)).await;
-    let made = made.map_err(|_| HandlerError::new(Kind::Internal, "the handler panicked"))??;
+    let made = spawn_blocking(move || -> Result<_, HandlerError> {
+        let made = handler.embed(&request, &context)?;
+        Ok((reply(&model, &made, started, older).to_string(), made.handler))
+    });
+    let (body, by) = made.await.map_err(|_| HandlerError::new(Kind::Internal, "the handler panicked"))??;
     drop(waiting);
-    let mut response = Json(reply(&model, &made, started, older)).into_response();
-    if let Ok(by) = HeaderValue::try_from(made.handler) {
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], body).into_response();
+    if let Ok(by) = HeaderValue::try_from(by) {
         response.headers_mut().insert(HANDLER, by);
     }
     name_ignored(response.headers_mut(), &ignored);

@@ -114,6 +114,126 @@ fn lessons(place: &Place, count: usize) -> Result<String> {
     Ok(fs::read_to_string(place.rows("rows.jsonl", count)?)?)
 }
 
+/// A server with some keys, and what it is asked with them.
+struct Keyed {
+    server: Served,
+    keys: Vec<String>,
+}
+
+impl Keyed {
+    fn start(home: &Path, names: &[&str]) -> Result<Self> {
+        let key = |name: &&str| Ok(succeeds(in_home(home).args(["keys", "add", name]))?.stdout.trim().to_owned());
+        let keys = names.iter().map(key).collect::<Result<_>>()?;
+        Ok(Self { server: Served::start(home)?, keys })
+    }
+
+    fn send(&self, key: usize, line: &str, kind: &str, body: &str) -> Result<(u16, String, Value)> {
+        let key = &self.keys[key];
+        let head = format!("{line} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: {kind}");
+        let (status, head, text) = http(self.server.address, &head, body)?;
+        Ok((status, head, serde_json::from_str(&text).with_context(|| text.clone())?))
+    }
+
+    fn upload(&self, key: usize, rows: &str) -> Result<(u16, String, Value)> {
+        self.send(key, "POST /v1/files", "multipart/form-data; boundary=xx", &form("fine-tune", rows))
+    }
+}
+
+/// A key leaves room, places and turns to others.
+#[test]
+fn a_key_has_its_share_of_files_uploads_and_jobs() -> Result<()> {
+    let place = Place::new()?;
+    let shares = "threads = 1\nkey_files_mib_max = 1\nkey_uploads = 1\nkey_jobs = 1\n";
+    let home = home(&place, &tuning(shares))?;
+    let site = Keyed::start(&home, &["ada", "bob"])?;
+    let large = "x".repeat(700 << 10);
+    let (status, _, file) = site.upload(0, &large)?;
+    assert_eq!(status, 200, "{file}");
+    let (status, head, refused) = site.upload(0, &large)?;
+    assert!(status == 429 && head.contains("x-should-retry: false"), "{status} {head} {refused}");
+    assert_eq!((&refused["error"]["code"], &refused["error"]["param"]), (&json!("insufficient_quota"), &json!("file")));
+    let words = message(&refused);
+    assert!(
+        words.contains("the files of the key `ada` would be more than 1 MiB") && words.contains("DELETE"),
+        "{words}"
+    );
+    assert_eq!(site.upload(1, &large)?.0, 200, "the other key has its own share");
+    let id = file["id"].as_str().context("an id")?;
+    assert_eq!(site.send(0, &format!("DELETE /v1/files/{id}"), "text/plain", "")?.0, 200);
+    let (status, _, rows) = site.upload(0, &lessons(&place, 40)?)?;
+    assert_eq!(status, 200, "what is deleted makes room: {rows}");
+    let (_, _, rows_of_bob) = site.upload(1, &lessons(&place, 40)?)?;
+
+    // One is being sent.
+    let mut stream = TcpStream::connect(site.server.address)?;
+    write!(
+        stream,
+        "POST /v1/files HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-type: multipart/form-data; boundary=xx\r\ncontent-length: 90000\r\n\r\n--xx\r\n",
+        site.keys[0]
+    )?;
+    let late = Instant::now() + Duration::from_secs(10);
+    let (status, words) = loop {
+        let (status, _, refused) = site.upload(0, "{}")?;
+        // It may be faster than the one before.
+        if status != 200 || Instant::now() > late {
+            break (status, message(&refused).to_owned());
+        }
+    };
+    assert!(status == 429 && words.contains("with the key `ada` 1 files are being sent"), "{status} {words}");
+    assert_eq!(site.upload(1, "{}")?.0, 200);
+    drop(stream);
+
+    let order = |file: &Value| {
+        json!({"model": "llama", "training_file": file["id"], "hyperparameters": {"n_epochs": 1000, "batch_size": 4}})
+            .to_string()
+    };
+    let create = |key, file: &Value| site.send(key, "POST /v1/fine_tuning/jobs", "application/json", &order(file));
+    let (status, _, job) = create(0, &rows)?;
+    assert_eq!(status, 200, "{job}");
+    let (status, head, refused) = create(0, &rows)?;
+    assert!(status == 429 && head.contains("x-should-retry: false") && head.contains("retry-after: "), "{head}");
+    assert!(message(&refused).contains("1 jobs of the key `ada` have not ended"), "{refused}");
+    assert!(message(&refused).contains("or cancel one"), "{refused}");
+    assert_eq!(create(1, &rows_of_bob)?.0, 200);
+    let id = job["id"].as_str().context("an id")?;
+    let (status, _, cancelled) =
+        site.send(0, &format!("POST /v1/fine_tuning/jobs/{id}/cancel"), "application/json", "{}")?;
+    assert!(status == 200 && cancelled["status"] == "cancelled", "{cancelled}");
+    assert_eq!(create(0, &rows)?.0, 200, "its turn is free again");
+    let check = succeeds(in_home(&home).args(["handlers", "check"]))?.stdout;
+    assert!(check.contains("each key 1 MiB of files, 1 sent at once, 1 jobs that have not ended"), "{check}");
+    Ok(())
+}
+
+/// A file system that hangs: what is read is a pipe that nobody writes to.
+#[test]
+fn a_disk_that_hangs_keeps_no_other_answer_waiting() -> Result<()> {
+    let place = Place::new()?;
+    let server = Served::start(&home(&place, &tuning(""))?)?;
+    let file = server.upload(&form("fine-tune", "{}"))?.1;
+    let id = file["id"].as_str().context("an id")?;
+    let content = place.path("home/files").join(id).join("content.jsonl");
+    fs::remove_file(&content)?;
+    let name = std::ffi::CString::new(content.display().to_string())?;
+    // SAFETY: the name ends with a zero and outlives the call.
+    ensure!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) } == 0, "no pipe");
+    let (at, path) = (server.address, format!("GET /v1/files/{id}/content HTTP/1.1\r\nhost: localhost"));
+    let waiting: Vec<_> = (0..6)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || http(at, &path, ""))
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(500));
+    for _ in 0..3 {
+        let (status, ..) = http(at, "GET /healthz HTTP/1.1\r\nhost: localhost", "")?;
+        assert_eq!((status, server.ask(&json!({}))?.0), (200, 200));
+        assert_eq!(server.get("files")?.0, 200);
+    }
+    assert!(waiting.iter().all(|one| !one.is_finished()), "they wait for the pipe");
+    Ok(())
+}
+
 fn message(error: &Value) -> &str {
     error["error"]["message"].as_str().unwrap_or_default()
 }
@@ -247,18 +367,10 @@ fn a_job_goes_on_after_its_server_was_killed_and_the_model_answers() -> Result<(
 fn what_a_key_sends_and_trains_is_that_keys_alone() -> Result<()> {
     let place = Place::new()?;
     let home = home(&place, &tuning("keys = [\"ada\", \"bob\"]\n"))?;
-    let mut keys = Vec::new();
-    for name in ["ada", "bob", "pupil"] {
-        keys.push(succeeds(in_home(&home).args(["keys", "add", name]))?.stdout.trim().to_owned());
-    }
-    let server = Served::start(&home)?;
+    let site = Keyed::start(&home, &["ada", "bob", "pupil"])?;
     let send = |key: usize, line: &str, kind: &str, body: &str| -> Result<(u16, Value)> {
-        let head = format!(
-            "{line} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-type: {kind}",
-            keys[key]
-        );
-        let (status, _, text) = http(server.address, &head, body)?;
-        Ok((status, serde_json::from_str(&text).with_context(|| text.clone())?))
+        let (status, _, answer) = site.send(key, line, kind, body)?;
+        Ok((status, answer))
     };
     let (form, kind) = (form("fine-tune", &lessons(&place, 16)?), "multipart/form-data; boundary=xx");
     let (status, file) = send(0, "POST /v1/files", kind, &form)?;
@@ -296,6 +408,27 @@ fn what_a_key_sends_and_trains_is_that_keys_alone() -> Result<()> {
         assert!(status == 404 && !message(&answer).contains("known are ft-"), "{answer}");
         assert!(!send(key, "GET /v1/models", "text/plain", "")?.1.to_string().contains("\"ft-"));
     }
+    // Whoever runs the server removes it while it is served.
+    let model = done["fine_tuned_model"].as_str().context("a model")?;
+    let listed = |path: &str| -> Result<bool> {
+        Ok(send(0, &format!("GET {path}"), "text/plain", "")?.1.to_string().contains(&format!("\"{model}\"")))
+    };
+    assert!(listed("/v1/models")? && listed("/api/tags")?);
+    fs::remove_dir_all(home.join("models").join(model))?;
+    let (status, answer) = asked(0)?;
+    assert_eq!((status, &answer["error"]["code"]), (404, &json!("model_not_found")), "{answer}");
+    let (status, answer) = send(
+        0,
+        "POST /api/chat",
+        "application/json",
+        &json!({"model": model, "messages": [{"role": "user", "content": "hi"}]}).to_string(),
+    )?;
+    assert!(status == 404 && answer["error"].as_str().is_some_and(|words| words.contains(model)), "{answer}");
+    assert!(!listed("/v1/models")? && !listed("/api/tags")?);
+    assert_eq!(send(0, &format!("GET /v1/models/{model}"), "text/plain", "")?.0, 404);
+    let again = json!({"model": model, "training_file": id}).to_string();
+    let (status, answer) = send(0, "POST /v1/fine_tuning/jobs", "application/json", &again)?;
+    assert_eq!((status, &answer["error"]["code"]), (400, &json!("model_not_available")), "{answer}");
     Ok(())
 }
 
@@ -326,7 +459,11 @@ fn a_job_that_cannot_be_done_says_why() -> Result<()> {
         (&json!("invalid_training_file"), &json!("training_file"))
     );
     let words = job["error"]["message"].as_str().unwrap_or_default();
-    assert!(words.contains("rows.jsonl") && words.contains("line 1") && !words.contains("/home/"), "{words}");
+    assert!(words.contains("rows.jsonl") && words.contains("line 1"), "{words}");
+    let (_, events) = server.get(&format!("fine_tuning/jobs/{}/events", job["id"].as_str().context("an id")?))?;
+    let told = format!("{job}{events}");
+    let places = [place.path("home"), fixture("models/llama")];
+    assert!(!places.iter().any(|place| told.contains(&place.display().to_string())), "{told}");
     let id = job["id"].as_str().context("an id")?;
     for (wish, words) in [("cancel", "has failed already"), ("pause", "is failed"), ("resume", "is failed")] {
         let (status, answer) = server.post(&format!("fine_tuning/jobs/{id}/{wish}"), &json!({}))?;
@@ -350,6 +487,15 @@ fn what_is_thought_of_answers_is_kept_by_consent_and_exported() -> Result<()> {
         let body = json!({"response_id": id, "rating": rating, "correction": correction, "comment": null});
         let (status, answer) = server.post("feedback", &body)?;
         assert!(status == 200 && answer["kept"] == json!(["rating", "correction", "comment"]), "{answer}");
+    }
+    // Answers by Ollama's API have their id in a header alone.
+    for is_streamed in [true, false] {
+        let body = json!({"model": "near", "messages": [{"role": "user", "content": "hi"}], "stream": is_streamed});
+        let head = "POST /api/chat HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
+        let (_, head, _) = http(server.address, head, &body.to_string())?;
+        let id = head.lines().find_map(|line| line.strip_prefix("x-homeroom-response-id: ")).context("an id")?;
+        let (status, answer) = server.post("feedback", &json!({"response_id": id, "comment": "fine"}))?;
+        assert_eq!(status, 200, "{answer}");
     }
     let (status, answer) = server.post("feedback", &json!({"response_id": "chatcmpl-other", "rating": 1}))?;
     assert!(status == 404 && answer["error"]["code"] == "response_not_found", "{answer}");

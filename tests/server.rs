@@ -22,6 +22,7 @@ mod limits;
 mod ollama;
 mod operations;
 mod program;
+mod waiting;
 
 /// Longer than anything here takes.
 const GUARD: Duration = Duration::from_secs(30);

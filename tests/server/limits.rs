@@ -167,6 +167,56 @@ fn requests_at_once_share_what_is_left() -> Result<()> {
     site.end()
 }
 
+/// What the settings say counts for the next request, and answers under way end as they began.
+#[test]
+fn settings_that_are_replaced_count_from_the_next_request_on() -> Result<()> {
+    let site = Site::new(Models::from([("m".to_owned(), words(60, 5))]), &[], Settings::default())?;
+    let at = site.at();
+    let long = move || {
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
+        http(at, head, &chat("m", &json!({"stream": true, "max_tokens": 60})).to_string())
+    };
+    let replace = site.server.replacer();
+    let models = || Models::from([("m".to_owned(), words(60, 5))]);
+    let ask = |headers: &str, more: &Value| {
+        site.ask(
+            "POST",
+            "/v1/chat/completions",
+            &format!("content-type: application/json{headers}"),
+            &chat("m", more).to_string(),
+        )
+    };
+    let small = json!({"max_tokens": 5});
+    let page = "\norigin: https://school.example";
+    let named = "\nhost: tutor.school.example";
+    let statuses = || -> Result<[u16; 4]> {
+        let large = json!({"user": "x".repeat(3000), "max_tokens": 5});
+        Ok([ask("", &json!({"max_tokens": 7}))?.0, ask("", &large)?.0, ask(page, &small)?.0, ask(named, &small)?.0])
+    };
+    assert_eq!(statuses()?, [200, 200, 403, 403]);
+    let under_way = std::thread::spawn(long);
+    std::thread::sleep(Duration::from_millis(100));
+    let edited = Settings {
+        max_tokens: Some(6),
+        max_body: 2048,
+        cors_origins: vec!["https://school.example".into()],
+        allowed_hosts: vec!["tutor.school.example".into()],
+        answer_timeout: Duration::from_millis(100),
+        ..Settings::default()
+    };
+    replace(models(), Some(edited));
+    // 60 words of 5 ms each take longer than an answer may.
+    assert_eq!(statuses()?, [400, 413, 504, 504]);
+    let (status, _, body) = under_way.join().expect("it does not panic")?;
+    assert!(status == 200 && body.contains("data: [DONE]"), "{body}");
+    // Without settings only the models are others.
+    replace(models(), None);
+    assert_eq!(statuses()?, [400, 413, 504, 504]);
+    replace(models(), Some(Settings::default()));
+    assert_eq!(statuses()?, [200, 200, 403, 403]);
+    site.end()
+}
+
 #[test]
 fn a_request_asks_for_no_more_than_the_settings_give() -> Result<()> {
     let settings = Settings { max_tokens: Some(6), max_body: 2048, ..Settings::default() };

@@ -93,6 +93,61 @@ fn a_request_has_an_id_and_is_counted() -> Result<()> {
     site.end()
 }
 
+/// By the header an answer can be rated, also where its body has no id, and when the stream begins before the answer does.
+#[test]
+fn every_answer_says_its_id_in_a_header() -> Result<()> {
+    let handlers: [(String, Arc<dyn Handler>); 2] = [("m".into(), words(3, 0)), ("late".into(), words(2, 400))];
+    let bounds = Bounds { first_event: Duration::from_millis(1), ..Bounds::default() };
+    let slow: Arc<dyn Handler> = Arc::new(Limited::new(words(20, 20), Limits { running: 1, waiting: 5 }));
+    let models: Models = handlers.into_iter().chain([("queued".to_owned(), slow)]).collect();
+    let server = start_as(models, bind("127.0.0.1", 0)?, Serving { bounds, ..Serving::default() })?;
+    let ask = |path: &str, model: &str, more: &Value| -> Result<(String, String)> {
+        let mut body = chat(model, more);
+        if path.ends_with("/completions") && !path.contains("chat") || path.ends_with("/generate") {
+            let fields = body.as_object_mut().context("an object")?;
+            fields.remove("messages");
+            fields.insert("prompt".into(), json!("hi"));
+        }
+        if path.starts_with("/api/") {
+            let fields = body.as_object_mut().context("an object")?;
+            fields.retain(|field, _| ["model", "messages", "prompt", "stream"].contains(&field.as_str()));
+        }
+        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json");
+        let (status, head, body) = http(server.address, &head, &body.to_string())?;
+        assert_eq!(status, 200, "{path}: {body}");
+        let id = head.lines().find_map(|line| line.strip_prefix("x-homeroom-response-id: "));
+        Ok((id.with_context(|| head.clone())?.to_owned(), body))
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    for model in ["m", "late"] {
+        for is_streamed in [false, true] {
+            let more = json!({"stream": is_streamed});
+            for path in ["/v1/chat/completions", "/v1/completions"] {
+                let (id, body) = ask(path, model, &more)?;
+                let first = objects(&body.replace("data: ", ""))?.into_iter().next().context("an object")?;
+                assert_eq!(first["id"], json!(id), "{path} {body}");
+                assert!(seen.insert(id));
+            }
+            for path in ["/api/chat", "/api/generate"] {
+                assert!(seen.insert(ask(path, model, &more)?.0));
+            }
+        }
+    }
+    // Behind another in the queue, the headers are sent before the answer begins.
+    let at = server.address;
+    let before = std::thread::spawn(move || {
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
+        http(at, head, &chat("queued", &json!({"stream": true})).to_string())
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    let (id, body) = ask("/v1/chat/completions", "queued", &json!({"stream": true}))?;
+    assert!(body.contains("\"x-homeroom-handler\""), "its headers came before the answer: {body}");
+    assert!(body.contains(&format!("\"id\":\"{id}\"")), "{id}: {body}");
+    assert_eq!(before.join().expect("it does not panic")?.0, 200);
+    server.stop();
+    server.wait()
+}
+
 /// Whoever waits is told how many are before.
 #[test]
 fn a_place_in_the_queue_is_told_while_it_is_waited_for() -> Result<()> {

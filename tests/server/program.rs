@@ -135,6 +135,73 @@ fn other_machines_are_served_with_keys_alone() -> Result<()> {
     Ok(())
 }
 
+/// An edit of `[server]` counts at once, and what of it does not is said in one message, and once.
+#[test]
+fn an_edited_file_says_what_counts_only_from_the_next_start_on() -> Result<()> {
+    let place = Place::new()?;
+    let model = fixture("models/llama").display().to_string();
+    let write = |tables: &str| {
+        let text = format!("{tables}\n[handlers.m]\nkind = \"local\"\nmodel = {model:?}\n");
+        // As an editor does it: the file is there whole at any moment.
+        let new = place.write("new.toml", text)?;
+        let path = place.path("h.toml");
+        std::fs::rename(new, &path)?;
+        Ok::<_, anyhow::Error>(path)
+    };
+    let config = write("")?.display().to_string();
+    let mut served = Served::start(&place, &["--config", &config])?;
+    let at = served.address;
+    let ask = |tokens: u64| -> Result<u16> {
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
+        Ok(http(at, head, &chat("m", &json!({"max_tokens": tokens})).to_string())?.0)
+    };
+    let mut until_reload = || -> Result<Vec<String>> {
+        let mut lines: Vec<String> = Vec::new();
+        while !lines.last().is_some_and(|line| line.starts_with("reload ")) {
+            lines.push(served.story.next().with_context(|| format!("it ended: {lines:?}"))??);
+        }
+        lines.pop();
+        Ok(lines)
+    };
+    assert_eq!(ask(3)?, 200);
+    write("[server]\nmax_tokens = 2\nlog = \"off\"")?;
+    assert_eq!((until_reload()?, ask(3)?, ask(2)?), (Vec::new(), 400, 200));
+    let fixed = "[memory]\ncontent = \"none\"\n[fine_tuning]\nbases = [\"m\"]";
+    write(&format!(
+        "[server]\nlisten = \"127.0.0.1:1\"\nconnections = 9\nheader_timeout = \"9s\"\nbody_timeout = \"8s\"\n{fixed}"
+    ))?;
+    let said = until_reload()?;
+    let wanted = "h.toml: what is edited of [server] listen, connections, header_timeout, body_timeout; [fine_tuning]; [memory] counts from the next start on";
+    assert!(said.len() == 1 && said[0].ends_with(wanted), "{said:?}");
+    assert_eq!(ask(3)?, 200, "the limit is gone");
+    // Nothing new of that: nothing is said again. What is as it was when the server began is no difference.
+    write(&format!(
+        "[server]\nmax_tokens = 1\nlisten = \"127.0.0.1:1\"\nconnections = 9\nheader_timeout = \"9s\"\nbody_timeout = \"8s\"\n{fixed}"
+    ))?;
+    assert_eq!((until_reload()?, ask(2)?), (Vec::new(), 400));
+    write(&format!("[server]\nmax_tokens = 1\nconnections = 9\n{fixed}"))?;
+    let said = until_reload()?;
+    assert!(said.len() == 1 && said[0].contains("of [server] connections; [fine_tuning]; [memory] counts"), "{said:?}");
+    write("[server]\nmax_tokens = 2")?;
+    assert_eq!((until_reload()?, ask(2)?), (Vec::new(), 200));
+    assert!(!place.path("home/memory").exists(), "it counts from the next start on");
+    Ok(())
+}
+
+/// The log goes to a pipe that holds 64 KiB, and nobody reads that.
+#[test]
+fn a_log_that_nobody_reads_keeps_no_answer_waiting() -> Result<()> {
+    let place = Place::new()?;
+    let model = fixture("models/llama").display().to_string();
+    let served = Served::start(&place, &["--log", "json", "--model-dir", &model])?;
+    let id = "x".repeat(64);
+    for number in 0..600 {
+        let head = format!("GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx-request-id: {id}");
+        assert_eq!(http(served.address, &head, "")?.0, 200, "{number}");
+    }
+    Ok(())
+}
+
 #[test]
 fn one_line_is_logged_of_a_request_and_no_word_of_it() -> Result<()> {
     let place = Place::new()?;
@@ -142,6 +209,7 @@ fn one_line_is_logged_of_a_request_and_no_word_of_it() -> Result<()> {
     let config = place
         .write("h.toml", format!("[server]\nlog = \"json\"\n[handlers.m]\nkind = \"local\"\nmodel = {model:?}\n"))?;
     let config = config.display().to_string();
+    let mut person = String::new();
     for (arguments, is_json) in
         [(vec!["--config", &config], true), (vec!["--log", "text", "--model-dir", &model], false)]
     {
@@ -155,6 +223,7 @@ fn one_line_is_logged_of_a_request_and_no_word_of_it() -> Result<()> {
         let line = served.story.next().context("a line")??;
         if is_json {
             let line: Value = serde_json::from_str(&line)?;
+            line["user"].as_str().context("a pseudonym")?.clone_into(&mut person);
             assert_eq!(
                 (&line["id"], &line["route"], &line["status"]),
                 (&json!("r-1"), &json!("/v1/chat/completions"), &json!(200))
@@ -165,6 +234,7 @@ fn one_line_is_logged_of_a_request_and_no_word_of_it() -> Result<()> {
             );
         } else {
             assert!(line.contains("POST /v1/chat/completions 200") && line.ends_with("r-1"), "{line}");
+            assert!(line.contains(&format!("user {person}")), "a person has one pseudonym in a home: {line}");
         }
         let whole: Value = serde_json::from_str(&answer)?;
         let said = whole["choices"][0]["message"]["content"].as_str().context("a text")?;

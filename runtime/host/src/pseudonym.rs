@@ -10,8 +10,9 @@ use anyhow::{Context, Result, ensure};
 use homeroom_engine::files::{Lock, make_directory, replace_file};
 use sha2::{Digest as _, Sha256};
 
+use crate::hex::hex;
 use crate::progress::line;
-use crate::registry;
+use crate::{random, registry};
 
 /// The file of the secret, in `serve/` in the data directory.
 const FILE: &str = "pseudonyms.secret";
@@ -67,8 +68,7 @@ impl Pseudonyms {
         let _lock = Lock::take(directory, &mut |note| line(note))?;
         let place = || format!("{}: the secret of pseudonyms cannot be read", path.display());
         if !path.try_exists().with_context(place)? {
-            let mut secret = [0; SECRET_BYTES];
-            getrandom::fill(&mut secret).context("the system has no random numbers")?;
+            let secret = random::bytes()?;
             replace_file(path, &secret)?;
             return Ok(Self { secret });
         }
@@ -97,7 +97,7 @@ impl Pseudonyms {
     pub fn of(&self, key: Option<&str>, user: &str) -> String {
         // No name of a key has a zero in it.
         let named = [key.unwrap_or_default().as_bytes(), b"\0", user.as_bytes()].concat();
-        hmac(&self.secret, &named)[..BYTES].iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&hmac(&self.secret, &named)[..BYTES])
     }
 }
 
@@ -127,8 +127,7 @@ mod tests {
                 "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843",
             ),
         ] {
-            let made: String = hmac(key, message.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
-            assert_eq!(made, wanted);
+            assert_eq!(hex(&hmac(key, message.as_bytes())), wanted);
         }
     }
 
@@ -143,8 +142,7 @@ mod tests {
         for (key, user) in [(Some("webui"), "anna"), (None, "anna"), (Some("moodle"), "ann"), (None, "moodle\0anna")] {
             assert_ne!(first.of(key, user), anna, "{key:?} {user}");
         }
-        let digest: String = Sha256::digest("anna")[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_ne!(digest, anna, "nobody can compute it without the secret");
+        assert_ne!(hex(&Sha256::digest("anna")[..8]), anna, "nobody can compute it without the secret");
         assert_ne!(Pseudonyms::default().of(Some("moodle"), "anna"), anna);
         #[cfg(unix)]
         {

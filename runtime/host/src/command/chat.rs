@@ -23,6 +23,7 @@ use crate::handler::{Context, Event, FinishReason, Handler, HandlerError, Kind, 
 use crate::interrupt;
 use crate::models::{Answerer, Network};
 use crate::near::exists;
+use crate::private;
 use crate::registry::data_directory;
 use crate::stdout::Stdout;
 use crate::terminal::Stream;
@@ -264,10 +265,8 @@ impl Session {
         ensure!(!self.history.is_empty(), "nothing was said yet");
         let system = self.system.iter().map(|text| Message::new(Role::System, text));
         let messages: Vec<_> = system.chain(self.history.iter().cloned()).map(|message| message.json()).collect();
-        let mut options = File::options();
+        let mut options = private::options();
         options.append(true).create(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let row = format!("{}\n", json!({"messages": messages}));
         let written = options.open(file).and_then(|mut file| file.write_all(row.as_bytes()));
         written.with_context(|| format!("{file}: cannot write"))?;

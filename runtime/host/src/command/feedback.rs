@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::{Done, print};
 use crate::memory::rows::{Form, rows};
 use crate::memory::{Memory, Whose, verify};
+use crate::private;
 use crate::progress::line;
 use crate::registry::data_directory;
 use crate::terminal::cell;
@@ -143,10 +144,8 @@ fn person(data: &Path, arguments: &Person) -> Result<Done> {
 /// Writes rows for the user alone: they are what people said.
 fn write<'a>(path: &Path, rows: impl Iterator<Item = &'a Value>) -> Result<()> {
     let failed = || format!("{}: cannot write", path.display());
-    let mut options = File::options();
+    let mut options = private::options();
     options.write(true).create(true).truncate(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let mut file = BufWriter::new(options.open(path).with_context(failed)?);
     for row in rows {
         writeln!(file, "{row}").with_context(failed)?;

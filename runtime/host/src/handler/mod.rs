@@ -27,11 +27,11 @@ pub mod tally;
 mod turns;
 pub mod wrap;
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use homeroom_engine::inference::Engine;
+
+use crate::random::{self, number as random};
 
 pub use checker::checked;
 pub use context::{Context, PATIENCE};
@@ -79,12 +79,7 @@ pub trait Handler: Send + Sync {
     }
 }
 
-/// A random number; not for secrets.
-fn random() -> u64 {
-    RandomState::new().build_hasher().finish()
-}
-
 /// A new id for an answer.
 pub(crate) fn new_id() -> String {
-    format!("chatcmpl-{:016x}{:016x}", random(), random())
+    format!("chatcmpl-{}", random::id())
 }

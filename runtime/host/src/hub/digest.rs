@@ -1,10 +1,10 @@
 //! Digests by which the hub names files: SHA-256 of large ones, git's blob hash (SHA-1) of small ones.
 
-use std::fmt::Write;
-
 use anyhow::{Result, bail};
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
+
+use crate::hex::hex;
 
 /// A file's digest in hexadecimal. It is its name among the blobs, too.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -72,17 +72,10 @@ impl Hasher {
     /// The digits.
     pub(super) fn finish(self) -> String {
         match self {
-            Self::Sha256(hasher) => digits(&hasher.finalize()),
-            Self::Git(hasher) => digits(&hasher.finalize()),
+            Self::Sha256(hasher) => hex(&hasher.finalize()),
+            Self::Git(hasher) => hex(&hasher.finalize()),
         }
     }
-}
-
-fn digits(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -15,6 +15,9 @@ use sha2::{Digest, Sha256};
 
 use super::head::{self, Apart, Head};
 
+use crate::hex::hex;
+use crate::private;
+
 /// Name of the file.
 pub const FILE: &str = "chain.jsonl";
 /// Longest line, in bytes.
@@ -24,7 +27,7 @@ const NOTHING: &str = "000000000000000000000000000000000000000000000000000000000
 
 /// The digest of some bytes, in hexadecimal.
 pub fn digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(bytes))
 }
 
 /// A line.
@@ -299,14 +302,8 @@ impl Chain {
 /// # Errors
 /// When it cannot be written.
 pub fn private(path: &Path) -> Result<File> {
-    let mut options = File::options();
+    let mut options = private::plain_options();
     options.read(true).write(true).create(true).truncate(false);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        // No link is followed, and a pipe does not block.
-        options.mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    }
     options.open(path).with_context(|| format!("{}: cannot write", path.display()))
 }
 

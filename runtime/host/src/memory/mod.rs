@@ -45,7 +45,9 @@ use self::queue::Queue;
 use self::settings::{Content as Kept, Settings};
 pub use self::verify::{Verified, verify};
 pub use self::whose::Whose;
+use crate::hex::hex;
 use crate::progress::line;
+use crate::random;
 use crate::registry::when;
 
 /// Answers of which it is known whose they are, so that they can be rated.
@@ -503,9 +505,7 @@ fn note(known: &mut HashMap<String, Known>, order: &mut VecDeque<String>, id: St
 /// # Errors
 /// When the system has no random numbers.
 fn salt() -> Result<String> {
-    let mut random = [0; 16];
-    getrandom::fill(&mut random).context("the system has no random numbers")?;
-    Ok(format!("{:032x}", u128::from_ne_bytes(random)))
+    Ok(hex(&random::bytes::<16>()?))
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ use tempfile::TempDir;
 use super::beside::is_beside_program;
 use super::{owner, private};
 
+use crate::hex::hex;
+
 /// Size of the largest library that is read: with all its debug information, a strategy has some ten megabytes.
 pub const BYTES_MAX: u64 = 1 << 29;
 
@@ -45,7 +47,7 @@ impl PluginFile {
         (&mut file).take(BYTES_MAX).read_to_end(&mut bytes).context("cannot read")?;
         let whole = bytes.len() as u64 == before.0 && written(&file)? == before;
         ensure!(whole, "it was written while it was read; try again");
-        let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hex(&Sha256::digest(&bytes));
         let beside_program = is_beside_program(path, &file).unwrap_or(false);
         Ok(Self { path: path.to_owned(), sha256, beside_program, bytes })
     }

@@ -17,7 +17,9 @@ use super::list::{Kind, Record, Script, Status, find_in};
 use super::retention::prune;
 use super::tensorboard::Boards;
 use super::{lock, output, report};
+use crate::hex::hex;
 use crate::progress::line;
+use crate::random;
 use crate::registry::{self, when};
 
 /// Largest result that `run.json` repeats, in bytes of JSON; a larger one is in `result.json` alone.
@@ -108,7 +110,7 @@ impl RunDirectory {
             machine: machine(),
             script,
             settings: about.settings,
-            token: new_token(),
+            token: random::id(),
             result: None,
             error: None,
         };
@@ -288,7 +290,7 @@ fn write_about(path: &Path, id: &str, about: &About) -> Result<()> {
 }
 
 fn script_of(file: &Path, text: &str) -> Script {
-    let sha256 = Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    let sha256 = hex(&Sha256::digest(text.as_bytes()));
     Script { path: file.to_string_lossy().into_owned(), sha256 }
 }
 
@@ -299,16 +301,6 @@ fn machine() -> String {
         about.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     format!("{}, {threads} threads, {}", name.unwrap_or(std::env::consts::ARCH), std::env::consts::OS)
-}
-
-/// A number that no other run has.
-fn new_token() -> String {
-    let mut hash = Sha256::new();
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-    // A hasher's keys are random.
-    let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), now);
-    hash.update(format!("{now} {} {random}", std::process::id()));
-    hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where runs are.

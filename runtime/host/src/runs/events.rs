@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
+use crate::private;
 use crate::progress::line;
 use crate::registry::when;
 
@@ -40,10 +41,8 @@ impl Events {
     pub fn open(directory: &Path) -> Result<Self> {
         let path = directory.join(FILE);
         let place = || format!("{}: cannot write", path.display());
-        let mut options = File::options();
+        let mut options = private::options();
         options.read(true).write(true).create(true).truncate(false);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let mut file = options.open(&path).with_context(place)?;
         let whole = whole_lines(&mut file).with_context(place)?;
         file.set_len(whole).with_context(place)?;

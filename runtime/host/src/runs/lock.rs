@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::private;
 use crate::progress::line;
 
 const NAME: &str = "lock";
@@ -23,14 +24,8 @@ const STEP: Duration = Duration::from_millis(10);
 pub fn take(directory: &Path) -> Result<Option<File>> {
     let path = directory.join(NAME);
     let place = || format!("{}: cannot lock", path.display());
-    let mut options = File::options();
+    let mut options = private::plain_options();
     options.read(true).write(true).create(true).truncate(false);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        // No link is followed, and a pipe does not block.
-        options.mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    }
     let mut file = options.open(&path).with_context(place)?;
     for _ in 0..TRIES {
         match file.try_lock() {

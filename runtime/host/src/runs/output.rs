@@ -8,6 +8,8 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::private;
+
 /// Name of the file in a run's directory.
 pub const FILE: &str = "output.txt";
 /// Most bytes of a run that are kept.
@@ -57,10 +59,8 @@ impl Open {
 
 /// From now on what is printed is kept in the directory of a run, behind what is there.
 pub(super) fn open(id: &str, directory: &Path) {
-    let mut options = File::options();
+    let mut options = private::options();
     options.append(true).create(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let Ok(file) = options.open(directory.join(FILE)) else { return };
     let left = KEPT_MAX.saturating_sub(file.metadata().map_or(0, |about| about.len()));
     let mut tee = tee();

@@ -19,6 +19,7 @@ use homeroom_engine::files::make_directory;
 use serde_json::Value;
 
 use super::history::goes_back;
+use crate::private;
 use crate::progress::line;
 
 /// What names of event files begin with.
@@ -81,10 +82,8 @@ impl Scalars {
         let is_older = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with(PREFIX);
         let goes_on = fs::read_dir(directory)?.flatten().any(|entry| is_older(&entry));
         let now = now();
-        let mut options = File::options();
+        let mut options = private::options();
         options.append(true).create_new(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         for number in 0.. {
             // Readers take the files in the order of their names.
             let name = format!("{PREFIX}{:010}.{}.{}.{number}", now as u64, host(), std::process::id());

@@ -8,15 +8,16 @@ use std::sync::{Arc, OnceLock};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use base64::prelude::*;
 use sha2::{Digest as _, Sha256};
 
 use super::App;
 use super::admit::Access;
 use super::apart::apart;
-use super::embeddings::base64;
 use super::gate::accepts_html;
 use super::reply::Refusal;
 use crate::handler::Gives;
+use crate::html::escaped;
 use crate::terminal::shown;
 
 const STYLE: &str = include_str!("page.css");
@@ -65,7 +66,7 @@ fn scheme(headers: &HeaderMap) -> &'static str {
 fn policy() -> HeaderValue {
     static POLICY: OnceLock<HeaderValue> = OnceLock::new();
     let make = || {
-        let style = base64(&Sha256::digest(STYLE));
+        let style = BASE64_STANDARD.encode(Sha256::digest(STYLE));
         let policy = format!(
             "default-src 'none'; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         );
@@ -145,21 +146,6 @@ print(answer.choices[0].message.content)</pre>
 "#
         )
     }
-}
-
-/// A text as it stands in HTML, also between quotes.
-fn escaped(text: &str) -> String {
-    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            other => out.push(other),
-        }
-        out
-    })
 }
 
 #[cfg(test)]

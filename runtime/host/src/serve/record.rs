@@ -6,9 +6,9 @@ use std::time::{Duration, Instant, SystemTime};
 use axum::http::HeaderMap;
 use serde_json::{Map, Value, json};
 
-use super::keys::file::hex;
 use crate::handler::config::server::Log;
 use crate::pseudonym::Pseudonyms;
+use crate::random;
 use crate::registry::when;
 use crate::terminal::shown;
 
@@ -61,7 +61,7 @@ impl Record {
         let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
         let given = given.filter(|id| !id.is_empty() && id.len() <= ID_BYTES_MAX && id.chars().all(plain));
         Self {
-            id: given.map_or_else(new_id, str::to_owned),
+            id: given.map_or_else(|| format!("req-{}", random::id()), str::to_owned),
             started: Instant::now(),
             method: method.to_owned(),
             route: route.to_owned(),
@@ -156,14 +156,6 @@ impl Record {
         say(self.id.clone());
         shown(&line).into_owned()
     }
-}
-
-/// A random id. It is no secret, but must not be one of another server's.
-fn new_id() -> String {
-    let mut random = [0; 12];
-    // Without random numbers there are no ids, and requests are answered all the same.
-    let _ = getrandom::fill(&mut random);
-    format!("req-{}", hex(&random))
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@ use rustyline::history::{History, MemHistory};
 use rustyline::validate::Validator;
 use rustyline::{Config, Context, Editor, Helper};
 
+use crate::private;
+
 /// The file of what was typed, in the data directory.
 pub const HISTORY_FILE: &str = "chat_history";
 /// Lines that are kept.
@@ -125,14 +127,8 @@ fn append(path: &Path, line: &str) -> Result<()> {
     if let Some(directory) = path.parent() {
         make_directory(directory)?;
     }
-    let mut options = File::options();
+    let mut options = private::plain_options();
     options.append(true).create(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        // No link is followed, and a pipe does not block.
-        options.mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    }
     Ok(options.open(path)?.write_all(format!("{}\n", escaped(line)).as_bytes())?)
 }
 

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::arguments::Arguments;
 use crate::command::rows::is_input;
+use crate::hex::hex;
 use crate::models::last_part;
 use crate::registry;
 
@@ -56,7 +57,7 @@ pub(super) fn contents(place: &Path) -> Option<String> {
         entries.push(format!("{:?} {len} {time:?}", entry.path().strip_prefix(place)));
     }
     entries.sort();
-    Some(Sha256::digest(entries.join("\n")).iter().map(|byte| format!("{byte:02x}")).collect())
+    Some(hex(&Sha256::digest(entries.join("\n"))))
 }
 
 /// Where the result goes: what was named, or a name after the training file.

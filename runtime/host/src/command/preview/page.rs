@@ -7,8 +7,8 @@ use homeroom_engine::data::report::{PLACES_NAMED, Report, Summary};
 
 use super::rendered::Rendered;
 use crate::data_report;
+use crate::html::escaped;
 use crate::progress::thousands;
-use crate::runs::report::escaped;
 
 const STYLE: &str = include_str!("style.css");
 

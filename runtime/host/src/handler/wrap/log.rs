@@ -13,6 +13,7 @@ use super::Wrapper;
 use crate::handler::{
     Completion, Context, EmbedRequest, Embeddings, Event, EventStream, Handler, HandlerError, Request, Start, Usage,
 };
+use crate::private;
 use crate::progress::line;
 use crate::registry::when;
 
@@ -36,10 +37,8 @@ impl Logging {
 
 /// Opens a file for further lines; makes one for its owner alone if there is none.
 pub(super) fn append(path: &Path) -> io::Result<File> {
-    let mut options = File::options();
+    let mut options = private::options();
     options.append(true).create(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(path)
 }
 

@@ -15,6 +15,7 @@ use super::spec::verb;
 use super::stored::{Made, stored};
 use super::{Session, identity};
 use crate::pipeline::errors::{Failure, said, short};
+use crate::private;
 use crate::registry;
 
 /// Saves a trained model under a name, or in a dry run says that it would.
@@ -130,10 +131,8 @@ fn create_private(directory: &Path) -> std::io::Result<()> {
 }
 
 fn create(path: &Path) -> std::io::Result<File> {
-    let mut options = OpenOptions::new();
+    let mut options = private::options();
     options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(path)
 }
 

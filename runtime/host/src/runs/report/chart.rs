@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::page::escaped;
+use crate::html::escaped;
 
 /// A chart of lines over steps.
 pub struct Chart<'a> {

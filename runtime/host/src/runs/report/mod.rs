@@ -20,7 +20,7 @@ use crate::command::runs::what;
 use crate::progress::thousands;
 use crate::registry;
 
-pub use self::page::{escaped, html};
+pub use self::page::html;
 
 /// Name of the file in a run's directory.
 pub const FILE: &str = "report.html";

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::chart::{Chart, Line, number, svg};
 use super::{Licence, ReportData};
+use crate::html::escaped;
 use crate::progress::thousands;
 use crate::runs::Status;
 use crate::runs::history::{Eval, Moment, Sample, Step, Training};
@@ -19,22 +20,6 @@ const MOMENTS_MAX: usize = 200;
 const SAMPLES_MAX: usize = 50;
 
 const STYLE: &str = include_str!("style.css");
-
-/// A text as HTML has it. Rows are others' words: nothing in them is markup, and what turns the direction of writing is shown.
-pub fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in shown(text).chars() {
-        match c {
-            '&' => out += "&amp;",
-            '<' => out += "&lt;",
-            '>' => out += "&gt;",
-            '"' => out += "&quot;",
-            '\'' => out += "&#39;",
-            c => out.push(c),
-        }
-    }
-    out
-}
 
 /// As [`escaped`], no longer than a reader looks at.
 fn brief(text: &str) -> String {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::handler::config::fine_tuning::Limits;
 use crate::serve::now;
+use crate::{private, random};
 
 /// What a file is.
 const ABOUT: &str = "file.json";
@@ -220,7 +221,7 @@ impl Files {
     pub fn begin(&self, key: Option<&str>, filename: &str) -> Result<NewFile<'_>, NotKept> {
         self.sweep();
         ensure_room(&self.directory, SPARE_BYTES)?;
-        let id = format!("file-{}", new_id());
+        let id = format!("file-{}", random::id());
         let directory = self.directory.join(format!("{NEW}{id}"));
         let about = About {
             id,
@@ -306,18 +307,11 @@ impl Drop for NewFile<'_> {
 /// # Errors
 /// When it is there already, or cannot be written.
 pub fn private_file(path: &Path) -> Result<File> {
-    let mut options = File::options();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options.open(path).with_context(|| format!("{}: cannot write", path.display()))
-}
-
-/// Random small letters and digits of an id.
-pub fn new_id() -> String {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    let random = || RandomState::new().build_hasher().finish();
-    format!("{:016x}{:08x}", random(), random() as u32)
+    private::options()
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .with_context(|| format!("{}: cannot write", path.display()))
 }
 
 /// The ending that says in which form the rows of a file are.

@@ -10,6 +10,7 @@ use homeroom_engine::files::replace_file;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::hex::hex;
 use crate::registry::when;
 use crate::runs;
 use crate::serve::files::store::private_file;
@@ -115,8 +116,7 @@ pub fn table(metrics: &BTreeMap<u64, Metrics>) -> String {
 pub fn all(directory: &Path, job: &str, metrics: &BTreeMap<u64, Metrics>, steps: Option<u64>) -> Vec<Value> {
     let text = fs::read_to_string(directory.join(EVENTS)).unwrap_or_default();
     let event = |key: String, at: u64, level: &Value, message: String, data: Value, kind: &str| {
-        let digest = Sha256::digest(format!("{job} {key}").as_bytes());
-        let id: String = digest.iter().take(12).map(|byte| format!("{byte:02x}")).collect();
+        let id = hex(&Sha256::digest(format!("{job} {key}").as_bytes())[..12]);
         json!({
             "object": "fine_tuning.job.event",
             "id": format!("ftevent-{id}"),

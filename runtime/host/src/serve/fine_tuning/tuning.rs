@@ -19,9 +19,10 @@ use super::work::{Ended, PATIENCE, Wish};
 use crate::handler::config::fine_tuning::Settings;
 use crate::models::{Network, base_of, here};
 use crate::progress::line;
+use crate::random;
 use crate::registry;
 use crate::runs;
-use crate::serve::files::store::{Files, new_id};
+use crate::serve::files::store::Files;
 use crate::serve::now;
 use crate::serve::tuned::Tuned;
 
@@ -253,7 +254,7 @@ impl Tuning {
                 "{JOBS_MAX} jobs are known; whoever runs the server can remove old ones from fine_tuning/"
             )));
         }
-        let id = format!("ftjob-{}", new_id());
+        let id = format!("ftjob-{}", random::id());
         let name = result_name(&order.model, order.suffix.as_deref(), &id);
         let job = Job {
             key: key.map(str::to_owned),

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::limits::Limits;
+use crate::hex::hex;
+use crate::random;
 use crate::registry::{self, when};
 use crate::toml_problems::near;
 
@@ -81,9 +83,7 @@ impl Key {
             registry::is_name(name),
             "`{name}`: a key's name consists of the letters a to z, digits, and . _ - in between, at most 64"
         );
-        let mut random = [0; KEY_BYTES];
-        getrandom::fill(&mut random).context("the system has no random numbers")?;
-        let text = format!("{PREFIX}{}", hex(&random));
+        let text = format!("{PREFIX}{}", hex(&random::bytes::<KEY_BYTES>()?));
         let key = Self {
             name: name.to_owned(),
             begins: text[..BEGINNING].to_owned(),
@@ -207,14 +207,6 @@ pub fn remove(path: &Path, name: &str) -> Result<()> {
 fn write(path: &Path, keys: Vec<Key>) -> Result<()> {
     let text = serde_json::to_string_pretty(&Contents { keys })?;
     replace_file(path, format!("{text}\n").as_bytes())
-}
-
-/// Bytes in hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        text.extend([byte >> 4, byte & 15].map(|digit| char::from(b"0123456789abcdef"[usize::from(digit)])));
-        text
-    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The key that a request brings, in any of the ways in which programs send one.
 
 use axum::http::{HeaderMap, header};
+use base64::prelude::*;
 
 /// Headers that are a key and nothing else: Azure's and Anthropic's.
 const PLAIN: [&str; 2] = ["api-key", "x-api-key"];
@@ -41,7 +42,9 @@ fn authorized(value: &str) -> Result<String, &'static str> {
     if !scheme.eq_ignore_ascii_case("basic") {
         return Err("the header `Authorization` should be `Bearer KEY`, or `Basic` with the key as the password");
     }
-    let decoded = decoded(rest).and_then(|bytes| String::from_utf8(bytes).ok());
+    // Padding may be missing.
+    let decoded =
+        BASE64_STANDARD_NO_PAD.decode(rest.trim_end_matches('=')).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     let decoded = decoded.ok_or("the header `Authorization: Basic` is not base64 of name:password")?;
     match decoded.split_once(':') {
         // `curl -u KEY:` has it before the colon.
@@ -49,29 +52,6 @@ fn authorized(value: &str) -> Result<String, &'static str> {
         Some((_, password)) => Ok(password.to_owned()),
         None => Err("the header `Authorization: Basic` is not base64 of name:password"),
     }
-}
-
-/// The bytes of standard base64; padding may be missing.
-fn decoded(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
-    let (mut bits, mut held) = (0_u32, 0_u32);
-    for letter in text.trim_end_matches('=').bytes() {
-        let value = match letter {
-            b'A'..=b'Z' => letter - b'A',
-            b'a'..=b'z' => letter - b'a' + 26,
-            b'0'..=b'9' => letter - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        (bits, held) = (bits << 6 | u32::from(value), held + 6);
-        if held >= 8 {
-            held -= 8;
-            bytes.push((bits >> held & 255) as u8);
-            bits &= (1 << held) - 1;
-        }
-    }
-    (held < 6).then_some(bytes)
 }
 
 #[cfg(test)]

@@ -11,10 +11,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::{error, name_of};
 use crate::handler::{Gives, Handler, HandlerError};
+use crate::hex::hex;
 use crate::registry::when;
 use crate::serve::admit::{Access, Asker};
 use crate::serve::apart::apart;
-use crate::serve::keys::file::hex;
 use crate::serve::reply::Refusal;
 use crate::serve::request::{not_known, wrong};
 use crate::serve::{App, body};

@@ -190,7 +190,7 @@ fn settings_that_are_replaced_count_from_the_next_request_on() -> Result<()> {
     let page = "\norigin: https://school.example";
     let named = "\nhost: tutor.school.example";
     let statuses = || -> Result<[u16; 4]> {
-        let large = json!({"user": "x".repeat(3000), "max_tokens": 5});
+        let large = json!({"messages": [{"role": "user", "content": "x".repeat(3000)}], "max_tokens": 5});
         Ok([ask("", &json!({"max_tokens": 7}))?.0, ask("", &large)?.0, ask(page, &small)?.0, ask(named, &small)?.0])
     };
     assert_eq!(statuses()?, [200, 200, 403, 403]);

@@ -141,7 +141,8 @@ fn an_edited_file_says_what_counts_only_from_the_next_start_on() -> Result<()> {
     let place = Place::new()?;
     let model = fixture("models/llama").display().to_string();
     let write = |tables: &str| {
-        let text = format!("{tables}\n[handlers.m]\nkind = \"local\"\nmodel = {model:?}\n");
+        let routes = "[routes.m]\nhandlers = [\"near\"]\n";
+        let text = format!("{tables}\n[handlers.near]\nkind = \"local\"\nmodel = {model:?}\n{routes}");
         // As an editor does it: the file is there whole at any moment.
         let new = place.write("new.toml", text)?;
         let path = place.path("h.toml");
@@ -166,7 +167,7 @@ fn an_edited_file_says_what_counts_only_from_the_next_start_on() -> Result<()> {
     assert_eq!(ask(3)?, 200);
     write("[server]\nmax_tokens = 2\nlog = \"off\"")?;
     assert_eq!((until_reload()?, ask(3)?, ask(2)?), (Vec::new(), 400, 200));
-    let fixed = "[memory]\ncontent = \"none\"\n[fine_tuning]\nbases = [\"m\"]";
+    let fixed = "[memory]\ncontent = \"none\"\n[fine_tuning]\nbases = [\"near\"]";
     write(&format!(
         "[server]\nlisten = \"127.0.0.1:1\"\nconnections = 9\nheader_timeout = \"9s\"\nbody_timeout = \"8s\"\n{fixed}"
     ))?;

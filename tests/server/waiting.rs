@@ -91,7 +91,7 @@ fn large_bodies_are_read_beside_other_answers() -> Result<()> {
     let site = Site::new(Models::from([("m".to_owned(), words(3, 0))]), &[], settings)?;
     let at = site.at();
     // A list of lists takes long to read, and is refused at its end.
-    let body = format!("{{\"model\": \"m\", \"x\": [{}[]], \"messages\": 1}}", "[[[[[1]]]]],".repeat(1 << 20));
+    let body = format!("{{\"model\": \"m\", \"x\": [{}[]], \"messages\": 1}}", "[[[[[1]]]]],".repeat(1 << 17));
     let body = Arc::new(body);
     let sending: Vec<_> = (0..4)
         .map(|_| {

@@ -1,6 +1,5 @@
 //! `homeroom chat`.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 //! `homeroom feedback`: what people thought of answers, as rows to learn from; one person's data; whether the log is as it was written.
 
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 

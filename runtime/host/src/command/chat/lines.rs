@@ -1,7 +1,6 @@
 //! What the user types: on a terminal with an editor and what was typed before, else the lines of stdin.
 
 use std::borrow::Cow;
-use std::fs::File;
 use std::io::{self, BufRead, IsTerminal, StdinLock, Write};
 use std::path::{Path, PathBuf};
 

@@ -85,7 +85,10 @@ impl Settings {
     pub fn of_key(&self) -> String {
         let Limits { key_bytes, key_uploads, .. } = self.files;
         let mib = thousands(usize::try_from(key_bytes >> 20).unwrap_or(usize::MAX));
-        format!("each key {mib} MiB of files, {key_uploads} sent at once, {} jobs that have not ended", self.key_jobs)
+        format!(
+            "each key: {mib} MiB of files, files sent at once: {key_uploads}, jobs that have not ended: {}",
+            self.key_jobs
+        )
     }
 
     /// Reads the table of the file at `path`, if it has one.
@@ -166,14 +169,16 @@ mod tests {
         assert_eq!(settings.bases["tiny"], Path::new("owner/tiny"));
         assert_eq!((settings.threads, settings.niceness, settings.files.file_bytes), (Some(1), 10, 3 << 20));
         let usual = settings.of_key();
-        assert_eq!(usual, "each key 1,024 MiB of files, 2 sent at once, 4 jobs that have not ended");
+        assert_eq!(usual, "each key: 1,024 MiB of files, files sent at once: 2, jobs that have not ended: 4");
         let shares = "file_mib_max = 900\nfiles_mib_max = 2000\nkey_uploads = 1\nkey_jobs = 7\n";
         let of_key = |more: &str| -> Result<String, String> {
             let settings = read(&format!("[fine_tuning]\nbases = [\"a\"]\n{shares}{more}"))?;
             Ok(settings.ok_or("it is there")?.of_key())
         };
-        assert!(of_key("")?.starts_with("each key 900 MiB of files, 1 sent at once, 7 jobs"));
-        assert!(of_key("key_files_mib_max = 300\n")?.starts_with("each key 300 MiB"));
+        assert!(
+            of_key("")?.starts_with("each key: 900 MiB of files, files sent at once: 1, jobs that have not ended: 7")
+        );
+        assert!(of_key("key_files_mib_max = 300\n")?.starts_with("each key: 300 MiB"));
         let all =
             read("[fine_tuning]\nbase = [\"x\"]\nthreads = 0\nniceness = -1\nqueue = \"many\"\nkey_uploads = 9\n")
                 .expect_err("it is wrong");

@@ -8,7 +8,6 @@ use crate::html::escaped;
 use crate::progress::thousands;
 use crate::runs::Status;
 use crate::runs::history::{Eval, Moment, Sample, Step, Training};
-use crate::terminal::shown;
 
 /// Longest text of a sample or a setting, in characters.
 const TEXT_MAX: usize = 4000;

@@ -191,9 +191,8 @@ pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
             }
             Taken::OfKey => {
                 let (key, most) = (owner.key.as_deref().unwrap_or_default(), files.limits.key_uploads);
-                let message = format!(
-                    "with the key `{key}` {most} files are being sent, and no more at once; try again when one is there"
-                );
+                let message =
+                    format!("the key `{key}` may send so many files at once: {most}; try again when one is there");
                 let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, message);
                 Refusal { kind: "rate_limit_error", code: Some("rate_limit_exceeded"), retry_after, ..refusal }
             }

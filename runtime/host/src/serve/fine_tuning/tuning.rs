@@ -234,7 +234,7 @@ impl Tuning {
             let begun = of_key().filter(|job| !job.status.is_final()).count();
             if begun >= self.settings.key_jobs {
                 return Err(NotTaken::OfKey(format!(
-                    "{begun} jobs of the key `{key}` have not ended, the most that a key may have here; wait until one has, or cancel one (POST /v1/fine_tuning/jobs/ID/cancel)"
+                    "the key `{key}` may have so many jobs that have not ended: {begun}; wait until one has, or cancel one (POST /v1/fine_tuning/jobs/ID/cancel)"
                 )));
             }
             if of_key().count() >= JOBS_OF_KEY_MAX {

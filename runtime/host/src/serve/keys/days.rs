@@ -159,15 +159,15 @@ impl Days {
         Some(Keeping { path, day, change: self.keeping.clone(), all: Ok(BTreeMap::new()) })
     }
 
-    /// Takes what is in the file now.
-    pub(super) fn end_keep(&mut self, kept: Keeping) {
+    /// Takes what is in the file now. Returns what is to be told of a file that could not be written, the first time.
+    pub(super) fn end_keep(&mut self, kept: Keeping) -> Option<String> {
+        let mut tells = None;
         match kept.all {
             Ok(all) if kept.day == self.day => (self.kept, self.told) = (all, None),
             Ok(_) => {}
             Err(problem) => {
-                if self.told.as_ref() != Some(&problem) {
-                    line(format_args!("warning: what is used today is not kept on disk: {problem}"));
-                }
+                let is_told = self.told.as_ref() == Some(&problem);
+                tells = (!is_told).then(|| format!("warning: what is used today is not kept on disk: {problem}"));
                 self.told = Some(problem);
                 for (who, tokens) in std::mem::take(&mut self.keeping) {
                     self.add(&who, tokens);
@@ -175,6 +175,7 @@ impl Days {
             }
         }
         self.keeping.clear();
+        tells
     }
 }
 
@@ -239,10 +240,9 @@ mod tests {
         Who { key: "k".into(), user: user.map(str::to_owned) }
     }
 
-    fn keep(days: &mut Days, day: i64) {
-        if let Some(job) = days.begin_keep(day) {
-            days.end_keep(job.run());
-        }
+    fn keep(days: &mut Days, day: i64) -> Option<String> {
+        let job = days.begin_keep(day)?;
+        days.end_keep(job.run())
     }
 
     #[test]
@@ -289,9 +289,9 @@ mod tests {
         days.look(5);
         days.reserve(&who(None), 9);
         days.pay(&who(None), 9, 9, 5);
-        keep(&mut days, 5);
-        assert_eq!(days.used(&who(None), 5), 9);
-        assert!(days.told.is_some());
+        let told = keep(&mut days, 5).expect("it is told");
+        assert!(told.starts_with("warning: what is used today is not kept on disk: "), "{told}");
+        assert_eq!((days.used(&who(None), 5), keep(&mut days, 5)), (9, None), "it is told once");
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Key;
 use super::days::{Days, Now};
+use crate::progress::line;
 
 /// Seconds of a minute.
 const MINUTE_S: u64 = 60;
@@ -139,9 +140,11 @@ impl Meters {
     pub fn keep(&self) {
         let now = (self.now)();
         let job = self.state().days.begin_keep(now.day);
-        // The disk is not waited for under the lock.
-        if let Some(kept) = job.map(|job| job.run()) {
-            self.state().days.end_keep(kept);
+        // Neither the disk nor whoever reads stderr is waited for under the lock.
+        let kept = job.map(|job| job.run());
+        let tells = kept.and_then(|kept| self.state().days.end_keep(kept));
+        if let Some(words) = tells {
+            line(words);
         }
     }
 

@@ -183,7 +183,8 @@ fn a_place_in_the_queue_is_told_while_it_is_waited_for() -> Result<()> {
     // Titles and tags, which Open WebUI asks for by itself, wait behind people.
     let mut task = ask("/v1/chat/completions", "x-openwebui-task: title_generation\r\n")?;
     read_until(&mut task, ": ping, 1 request is before this one\n")?;
-    let mut second = ask("/v1/chat/completions", "")?;
+    // With a person's request it sends the header, too, and empty.
+    let mut second = ask("/v1/chat/completions", "x-openwebui-task: \r\n")?;
     read_until(&mut second, ": ping, 1 request is before this one\n")?;
     let mut third = ask("/api/chat", "")?;
     // Ollama's clients take every line for a piece, so that they get one without text.
@@ -198,6 +199,50 @@ fn a_place_in_the_queue_is_told_while_it_is_waited_for() -> Result<()> {
     drop((task, directory));
     server.stop();
     server.wait()
+}
+
+/// A client that leaves before its answer has a status is over for the server, as is one that breaks its request off.
+#[test]
+fn who_leaves_is_counted_out() -> Result<()> {
+    let site = Site::new(Models::from([("m".to_owned(), words(u64::MAX, 5))]), &[], Settings::default())?;
+    let body = chat("m", &json!({})).to_string();
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
+    for (sent, length) in [(body.len(), body.len()), (20, body.len())] {
+        let mut client = TcpStream::connect(site.at())?;
+        write!(client, "{head}\r\ncontent-length: {length}\r\n\r\n{}", &body[..sent])?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let begun = Instant::now();
+    loop {
+        let (_, _, metrics) = site.ask("GET", "/metrics", "", "")?;
+        let of_route = "homeroom_requests_total{route=\"/v1/chat/completions\",method=\"POST\",status=\"499\"}";
+        let left = metrics.contains(of_route);
+        // The request for the figures is one.
+        if left && metrics.contains("homeroom_requests_in_flight 1\n") {
+            break;
+        }
+        anyhow::ensure!(begun.elapsed() < GUARD, "{metrics}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    site.end()
+}
+
+#[test]
+fn a_malformed_request_is_not_called_too_large() -> Result<()> {
+    let site = Site::new(models(&["m"])?, &[], Settings::default())?;
+    let post = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n";
+    for (request, words) in [
+        (format!("{post}host: evil.example\r\ncontent-length: 2\r\n\r\n{{}}"), "more than one Host"),
+        (format!("{post}transfer-encoding: chunked\r\n\r\nzz\r\n{{}}\r\n0\r\n\r\n"), "malformed"),
+    ] {
+        let mut client = TcpStream::connect(site.at())?;
+        client.set_read_timeout(Some(GUARD))?;
+        client.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        client.read_to_string(&mut answer)?;
+        assert!(answer.starts_with("HTTP/1.1 400") && answer.contains(words), "{answer}");
+    }
+    site.end()
 }
 
 #[test]

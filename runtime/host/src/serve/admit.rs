@@ -81,7 +81,8 @@ impl Asker {
             caller: Caller::of(extensions),
             access: extensions.get::<Access>().cloned().unwrap_or(Access(None)),
             record: record.unwrap_or_else(|| Arc::new(Record::new(request.headers(), "", ""))),
-            background: request.headers().contains_key(TASK),
+            // Open WebUI sends it with a person's request, too, and empty.
+            background: request.headers().get(TASK).is_some_and(|task| !task.as_bytes().trim_ascii().is_empty()),
         }
     }
 

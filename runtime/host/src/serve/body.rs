@@ -38,10 +38,19 @@ async fn read_any(app: &App, request: Request) -> Result<Bytes, Refusal> {
         let message = format!("the body of the request was not complete after {} s", app.bounds.body.as_secs());
         Refusal::new(StatusCode::REQUEST_TIMEOUT, message)
     })?;
-    body.map_err(|_| {
-        let message = format!("the body of the request is larger than {}, or incomplete", binary(most));
-        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    body.map_err(|error| {
+        if is_too_large(&error) {
+            let message = format!("the body of the request is larger than {}", binary(most));
+            return Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, message);
+        }
+        Refusal::new(StatusCode::BAD_REQUEST, "the body of the request is incomplete, or its chunks are malformed")
     })
+}
+
+/// Whether a body is longer than it may be: `http_body_util::LengthLimitError`, which is not one of this crate's dependencies.
+fn is_too_large(error: &axum::Error) -> bool {
+    std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source())
+        .any(|error| error.to_string() == "length limit exceeded")
 }
 
 /// A size in the units of the settings.

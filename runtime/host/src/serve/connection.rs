@@ -1,7 +1,7 @@
 //! Connections: their number, and how long a client may keep the server waiting.
 //!
-//! When all places are taken, the oldest connection that has never sent a complete request is closed, so that clients who only connect
-//! keep nobody out.
+//! When all places are taken, the oldest connection that has been there for a second and has never sent a complete request is closed, so
+//! that clients who only connect keep nobody out, and who has just come is not taken for one of them.
 //!
 //! A client that sends half a request, does not read its answer, or leaves while more of its requests are in the buffer, loses its
 //! connection. The work on its answer ends with it.
@@ -13,7 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use axum::Router;
@@ -33,6 +33,8 @@ use crate::handler::config::server::Settings;
 
 /// How often a client that sends requests ahead is checked for having left.
 const LOOK: Duration = Duration::from_millis(200);
+/// How long a connection may take to say something when others wait for its place.
+const MUTE: Duration = Duration::from_secs(1);
 /// For how long, and how many bytes, a refused client may go on sending.
 const LINGER: (Duration, usize) = (Duration::from_secs(2), 16 << 20);
 /// Most bytes of a request that are buffered.
@@ -87,10 +89,17 @@ pub async fn serve(
             if let Ok(place) = places.clone().try_acquire_owned() {
                 break place;
             }
-            match mute.pop_front() {
+            match mute.front() {
                 // Its request came while others were waited for.
-                Some(oldest) if oldest.spoke.load(Ordering::SeqCst) => continue,
-                Some(oldest) => oldest.leaves.notify_one(),
+                Some(oldest) if oldest.spoke.load(Ordering::SeqCst) => {
+                    mute.pop_front();
+                    continue;
+                }
+                Some(oldest) if oldest.since.elapsed() >= MUTE => {
+                    oldest.leaves.notify_one();
+                    mute.pop_front();
+                }
+                Some(_) => {}
                 None => break places.clone().acquire_owned().await?,
             }
             // It closes soon, but not at once.
@@ -114,7 +123,7 @@ pub async fn serve(
         };
         let _ = stream.set_nodelay(true);
         let (router, stopped) = (router.clone(), stopped.clone());
-        let connection = Arc::new(Mute::default());
+        let connection = Arc::new(Mute { since: Instant::now(), spoke: AtomicBool::new(false), leaves: Notify::new() });
         mute.push_back(connection.clone());
         connections.spawn(async move {
             let _place = place;
@@ -127,8 +136,8 @@ pub async fn serve(
 }
 
 /// A connection that has not sent a complete request.
-#[derive(Default)]
 struct Mute {
+    since: Instant,
     spoke: AtomicBool,
     /// Tells it to close.
     leaves: Notify,

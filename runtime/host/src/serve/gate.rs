@@ -18,6 +18,7 @@ use super::admit::{self, Access};
 use super::apart::apart;
 use super::caller::Caller;
 use super::keys::{Wanted, given};
+use super::open::Open;
 use super::record::{REQUEST_ID, Record};
 use super::reply::Refusal;
 use super::{App, ollama, route_of};
@@ -27,6 +28,8 @@ use crate::handler::config::server::{Log, Settings};
 pub const OPEN: [&str; 2] = ["/healthz", "/health"];
 /// Headers that pages of a named origin may send and read.
 const PAGES_SEND: &str = "authorization, content-type, api-key, x-api-key, x-request-id";
+/// The status of a request whose client left before it had one, as nginx notes it.
+const LEFT: u16 = 499;
 const PAGES_READ: &str = "x-request-id, x-homeroom-handler, x-homeroom-response-id, x-ignored-params, retry-after";
 
 /// Lets a request in, or refuses it; and notes what came of it.
@@ -35,6 +38,9 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
     let record = Arc::new(Record::new(request.headers(), request.method().as_str(), route));
     app.metrics.begin();
     let settings = app.settings();
+    // Before anything is waited for: who leaves meanwhile is counted out, too.
+    let mut end =
+        End { app: app.clone(), record: record.clone(), log: settings.log, status: LEFT, whole: false, _open: None };
     let page = Page::of(&request, &settings);
     let is_ollama = is_ollama(request.uri().path());
     request.extensions_mut().insert(record.clone());
@@ -43,7 +49,15 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
     let is_wanted = door.is_keyed(&app);
     let found = let_in(&app, &settings, &page, &record, door, &mut request);
     let is_known = request.extensions().get::<Access>().is_some();
-    let closes = !is_known && is_wanted;
+    let key = request.extensions().get::<Access>().and_then(|access| access.0.clone());
+    let found = found.and_then(|answer| match key {
+        Some(key) => app.open.one_more(&key.name, app.bounds.connections).map(|open| {
+            end._open = Some(open);
+            answer
+        }),
+        None => Ok(answer),
+    });
+    let closes = !is_known && is_wanted || found.is_err();
     let mut response = match found {
         Ok(None) => next.run(request).await,
         Ok(Some(answer)) => answer,
@@ -51,7 +65,7 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
         Err(refusal) => refusal.into_response(),
     };
     let headers = response.headers_mut();
-    // Who has no key keeps no connection, of which there are so many.
+    // Who has no key, or is not let in, keeps no connection, of which there are so many.
     if closes {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -66,8 +80,7 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
         }
     }
     let (parts, body) = response.into_parts();
-    let status = parts.status.as_u16();
-    let end = End { app: app.clone(), record, log: settings.log, status, whole: false };
+    end.status = parts.status.as_u16();
     Response::from_parts(parts, Body::new(Watched { body, end }))
 }
 
@@ -215,6 +228,10 @@ fn preflight() -> Response {
 /// Refuses a request whose `Host` is no name of this server: a page elsewhere can name this machine by a host name of its own (DNS
 /// rebinding).
 fn check_host(request: &Request, settings: &Settings, keys_wanted: bool) -> Result<(), Refusal> {
+    // RFC 9112, section 3.2.
+    if request.headers().get_all(header::HOST).iter().count() > 1 {
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "the request has more than one Host header"));
+    }
     let header = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
     let named = [header, request.uri().authority().map(|authority| authority.as_str())];
     let is_known = |host: &str| is_name_of_ours(host, &settings.allowed_hosts, keys_wanted);
@@ -248,6 +265,8 @@ struct End {
     log: Log,
     status: u16,
     whole: bool,
+    /// One of its key's requests.
+    _open: Option<Open>,
 }
 
 impl Drop for End {

@@ -26,6 +26,7 @@ mod metrics;
 mod models;
 mod observed;
 mod ollama;
+mod open;
 mod page;
 mod query;
 mod record;
@@ -67,6 +68,7 @@ use keys::days::Days;
 use keys::limits::Meters;
 use metrics::Metrics;
 pub use models::Models;
+use open::OpenRequests;
 use reply::Refusal;
 
 /// Threads that the tasks of connections run in. What may wait or compute for long runs [`apart`].
@@ -209,6 +211,7 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         pseudonyms,
         log: log::Lines::begin()?,
         metrics: Arc::default(),
+        open: OpenRequests::default(),
         created: now(),
         bounds,
         stopped: stopped.clone(),
@@ -277,6 +280,7 @@ struct App {
     pseudonyms: Pseudonyms,
     log: log::Lines,
     metrics: Arc<Metrics>,
+    open: OpenRequests,
     created: u64,
     bounds: Bounds,
     /// Whether it was asked to stop.

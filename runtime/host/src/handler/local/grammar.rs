@@ -86,10 +86,16 @@ impl Grammars {
         let parser = std::panic::catch_unwind(std::panic::AssertUnwindSafe(make));
         let parser = parser.unwrap_or_else(|_| Err(anyhow!("it cannot be read")));
         let parser = parser.map_err(|error| {
-            let words: String = format!("{error:#}").lines().next().unwrap_or_default().chars().take(300).collect();
+            let words = first_words(&error);
             HandlerError::invalid(param, format!("`{param}`: an answer cannot be held to the schema: {words}"))
         })?;
-        Ok(Box::new(Form { matcher: Matcher::new(Ok(parser)) }))
+        // What can never begin is found out when it is asked for the first token.
+        let mut matcher = Matcher::new(Ok(parser));
+        matcher.compute_mask_or_eos().map_err(|error| {
+            let message = format!("`{param}`: an answer cannot be held to the schema: {}", first_words(&error));
+            HandlerError::invalid(param, message)
+        })?;
+        Ok(Box::new(Form { matcher }))
     }
 }
 
@@ -261,8 +267,7 @@ impl std::fmt::Display for Broken {
 impl std::error::Error for Broken {}
 
 fn broken(error: &anyhow::Error) -> anyhow::Error {
-    let words = format!("{error:#}").lines().next().unwrap_or_default().chars().take(300).collect();
-    anyhow::Error::new(Broken(words))
+    anyhow::Error::new(Broken(first_words(error)))
 }
 
 /// The error of a token that was not drawn.
@@ -271,6 +276,11 @@ pub(super) fn undrawn(error: &anyhow::Error) -> HandlerError {
         Some(broken) => HandlerError::new(Kind::Internal, broken.to_string()).with_detail(format!("{error:#}")),
         None => HandlerError::internal(error),
     }
+}
+
+/// The beginning of what llguidance says.
+fn first_words(error: &anyhow::Error) -> String {
+    format!("{error:#}").lines().next().unwrap_or_default().chars().take(300).collect()
 }
 
 /// An error of a model that has no forms.

@@ -32,7 +32,7 @@ const DEFAULT_TOP_P: f64 = 0.9;
 pub const DEFAULT_MAX_TOKENS: usize = 1024;
 
 /// Conversations and other texts of more bytes are made tokens of one at a time, as each byte takes some 200 of memory meanwhile.
-pub(super) const LONG_BYTES: usize = 64 << 10;
+pub(super) const LONG_BYTES: usize = 16 << 10;
 
 /// The turn of those.
 pub(super) static LONG: Mutex<()> = Mutex::new(());

@@ -116,6 +116,8 @@ fn a_schema_that_nothing_is_by_is_refused_by_name() -> Result<()> {
         json!({"type": "banana"}),
         json!({"$ref": "#/$defs/nothing"}),
         json!({"$ref": "https://example.com/schema.json"}),
+        json!({"$ref": "#"}),
+        json!({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
         json!({"type": "string", "pattern": "("}),
         json!({"type": "array", "uniqueItems": true}),
         json!({"type": "object", "properties": large}),

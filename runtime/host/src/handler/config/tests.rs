@@ -212,7 +212,9 @@ fn each_key_changes_a_handler_of_each_kind_or_is_refused() -> Result<()> {
         assert!(VALUES.iter().any(|(known, _)| *known == key), "`{key}` has no value here");
     }
     let replay = ["system", "system_file", "max_tokens", "temperature", "top_p", "stop"];
-    let kinds: [(&str, &[(&str, &str)], &[&str]); 5] = [
+    /// A kind, what it needs, and what it refuses.
+    type Of<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a [&'a str]);
+    let kinds: [Of<'_>; 5] = [
         ("local", &[("model", "\"x\"")], &[]),
         ("openai", &[("model", "\"x\""), ("base_url", "\"http://127.0.0.1:1/v1\"")], &[]),
         ("anthropic", &[("model", "\"x\"")], &[]),

@@ -180,7 +180,13 @@ impl Placeholders {
                 }
                 hides
             }
-            Value::Array(items) => items.iter_mut().fold(false, |hides, item| self.hide_value(name, item) || hides),
+            Value::Array(items) => {
+                let mut hides = false;
+                for item in items {
+                    hides |= self.hide_value(name, item);
+                }
+                hides
+            }
             Value::Object(fields) => {
                 let mut hides = false;
                 let inner = std::mem::take(fields).into_iter().map(|(mut name, mut value)| {

@@ -79,8 +79,8 @@ fn calls_without_end_are_not_gathered() {
         std::iter::repeat_with(move || Ok(format!("{{\"choices\":[{{\"delta\":{{\"tool_calls\":[{call}]}}}}]}}")))
     };
     let (endpoint, wanted) = (endpoint(), Wanted { choices: 1, tools: true, logprobs: false });
-    let all: [(&str, Box<dyn Iterator<Item = io::Result<String>>>); 2] =
-        [("`index`", Box::new(nameless)), ("`arguments`", Box::new(long("arguments")))];
+    type Pieces = Box<dyn Iterator<Item = io::Result<String>>>;
+    let all: [(&str, Pieces); 2] = [("`index`", Box::new(nameless)), ("`arguments`", Box::new(long("arguments")))];
     for (field, pieces) in all {
         let (mut count, mut last) = (0, None);
         for item in Answer::new(&endpoint, wanted, pieces.inspect(|_| count += 1)) {

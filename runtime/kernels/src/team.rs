@@ -8,8 +8,9 @@
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rayon::{Yield, current_num_threads as threads};
@@ -44,8 +45,16 @@ pub struct Team {
     /// What the first task that panicked did so with.
     panicked: Mutex<Option<Box<dyn Any + Send>>>,
     failed: AtomicBool,
-    /// Whether its threads do other work of the pool, too, while there is none of the leader's.
+    /// Whether its threads do other work of the pool, too, while there is none of the leader's, and leave when there is none for long.
     is_open: bool,
+    /// What its threads may use.
+    isa: Isa,
+    /// Threads that help now.
+    present: AtomicUsize,
+    /// Threads were asked to help, and none has left since.
+    asked: AtomicBool,
+    /// This team, for those that are asked.
+    me: Weak<Team>,
 }
 
 /// What threads look at until there is something to do.
@@ -80,7 +89,14 @@ enum Place {
     InTask,
 }
 
-thread_local!(static PLACE: Cell<Place> = const { Cell::new(Place::Apart) });
+thread_local! {
+    static PLACE: Cell<Place> = const { Cell::new(Place::Apart) };
+    /// The team that this thread helps, and how many it helps by turns: the last of them on top of what it began before.
+    static HELPS: Cell<(*const Team, usize)> = const { Cell::new((ptr::null(), 0)) };
+}
+
+/// Teams that a thread helps by turns.
+const HELPED_MOST: usize = 4;
 
 /// Another place until it is dropped.
 struct Within(Place);
@@ -142,7 +158,7 @@ impl Wait {
 }
 
 impl Team {
-    fn new(is_open: bool) -> Self {
+    fn new(isa: Isa, is_open: bool) -> Arc<Self> {
         let job = Job {
             ticket: AtomicU64::new(0),
             call: AtomicPtr::new(std::ptr::null_mut()),
@@ -151,8 +167,26 @@ impl Team {
             singly: AtomicBool::new(false),
             over: AtomicBool::new(false),
         };
-        let (panicked, failed) = (Mutex::new(None), AtomicBool::new(false));
-        Self { threads: threads(), job: Line(job), done: Line(AtomicUsize::new(0)), panicked, failed, is_open }
+        Arc::new_cyclic(|me| Self {
+            threads: threads(),
+            job: Line(job),
+            done: Line(AtomicUsize::new(0)),
+            panicked: Mutex::new(None),
+            failed: AtomicBool::new(false),
+            is_open,
+            isa,
+            present: AtomicUsize::new(0),
+            asked: AtomicBool::new(false),
+            me: me.clone(),
+        })
+    }
+
+    /// Asks each thread of the pool to help. None is waited for: who comes late finds that all is over.
+    fn ask(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+        if let Some(team) = self.me.upgrade() {
+            rayon::spawn_broadcast(move |_| with_isa(team.isa, || team.help()));
+        }
     }
 
     /// Calls `f` with each number below `tasks`, started in ascending order, and returns when all have ended.
@@ -168,6 +202,9 @@ impl Team {
     /// # Panics
     /// As [`Team::run`].
     pub(crate) fn run_singly<F: Fn(usize) + Sync>(&self, tasks: usize, f: F) {
+        if !self.asked.load(Ordering::Relaxed) && self.present.load(Ordering::Relaxed) + 1 < self.threads {
+            self.ask();
+        }
         self.run_after(0, tasks, true, f);
     }
 
@@ -300,15 +337,38 @@ impl Team {
         true
     }
 
-    /// Does tasks until the leader is done, on any thread but one that leads.
+    /// Does tasks until the leader is done, or has had none for long.
+    ///
+    /// A thread that waits for something of its own may be asked, and what the leader waits for may lie below this call. So it leaves an open
+    /// team, whose leader may wait for other work, when there is nothing to do.
     fn help(&self) {
-        if matches!(PLACE.get(), Place::Leads(_)) {
+        /// Counts a helper, and puts back what it did before.
+        struct Present<'a>(&'a Team, (*const Team, usize));
+        impl Drop for Present<'_> {
+            fn drop(&mut self) {
+                HELPS.set(self.1);
+                self.0.present.fetch_sub(1, Ordering::Relaxed);
+                self.0.asked.store(false, Ordering::Relaxed);
+            }
+        }
+        let before = HELPS.get();
+        let is_here = ptr::eq(before.0, self) || matches!(PLACE.get(), Place::Leads(team) if ptr::eq(team, self));
+        if is_here {
             return;
         }
+        if !matches!(PLACE.get(), Place::Apart) || before.1 == HELPED_MOST {
+            // It may be asked again.
+            self.asked.store(false, Ordering::Relaxed);
+            return;
+        }
+        self.present.fetch_add(1, Ordering::Relaxed);
+        let _present = Present(self, HELPS.replace((self, before.1 + 1)));
         let mut wait = Wait::default();
         while !self.job.0.over.load(Ordering::Acquire) {
             if self.tasks() || self.is_open && matches!(rayon::yield_now(), Some(Yield::Executed)) {
                 wait = Wait::default();
+            } else if self.is_open && wait.taken > AWAKE {
+                return;
             } else {
                 wait.for_job();
             }
@@ -320,16 +380,16 @@ impl Team {
 ///
 /// They are busy waiting between jobs, so `f` should be little else than jobs, and short.
 pub fn lead<R: Send>(f: impl FnOnce(&Team) -> R + Send) -> R {
-    in_team(Team::new(false), isa(), f)
+    in_team(isa(), false, f)
 }
 
 /// Runs `f` as the leader of a team that does what `f` starts by [`for_each`](crate::pool::for_each), and what else the pool is asked
 /// to do meanwhile.
 pub(crate) fn lead_pool<R: Send>(isa: Isa, f: impl FnOnce() -> R + Send) -> R {
-    in_team(Team::new(true), isa, |_| f())
+    in_team(isa, true, |_| f())
 }
 
-fn in_team<R: Send>(team: Team, isa: Isa, f: impl FnOnce(&Team) -> R + Send) -> R {
+fn in_team<R: Send>(isa: Isa, is_open: bool, f: impl FnOnce(&Team) -> R + Send) -> R {
     /// Lets the helpers go, also when `f` panics.
     struct Over<'a>(&'a Team);
     impl Drop for Over<'_> {
@@ -338,10 +398,8 @@ fn in_team<R: Send>(team: Team, isa: Isa, f: impl FnOnce(&Team) -> R + Send) -> 
         }
     }
     rayon::scope(|_| {
-        let team = Arc::new(team);
-        let helped = team.clone();
-        // Each thread is asked by itself, and not waited for: who comes late finds that all is over.
-        rayon::spawn_broadcast(move |_| with_isa(isa, || helped.help()));
+        let team = Team::new(isa, is_open);
+        team.ask();
         let _over = Over(&team);
         let _within = Within::new(Place::Leads(&*team));
         with_isa(isa, || f(&team))
@@ -457,6 +515,51 @@ mod tests {
                         1 => on_pool(|| (0..50).for_each(|_| for_each(9, |_| std::thread::yield_now()))),
                         _ => (0..50).for_each(|_| for_each(9, |_| std::thread::yield_now())),
                     });
+                }
+            });
+        });
+    }
+
+    /// What the leader waits for lies below the call for help, again and again.
+    #[test]
+    fn a_thread_that_is_asked_within_the_leaders_own_work_does_it_first() {
+        for threads in [2, 3, 5] {
+            on(threads, || {
+                for _ in 0..300 {
+                    on_pool(|| {
+                        let all: usize = (0..64_usize)
+                            .into_par_iter()
+                            .with_max_len(1)
+                            .map(|i| (0..i).into_par_iter().sum::<usize>())
+                            .sum();
+                        assert_eq!(all, 41_664);
+                        for_each(5, |_| ());
+                    });
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_thread_that_left_is_asked_again() {
+        on(2, || {
+            on_pool(|| {
+                for _ in 0..3 {
+                    std::thread::sleep(20 * AWAKE);
+                    let (there, begun) = (AtomicUsize::new(0), Instant::now());
+                    while there.swap(0, Ordering::Relaxed) < 2 {
+                        assert!(begun.elapsed() < Duration::from_secs(60), "nobody came");
+                        for_each(2, |_| {
+                            there.fetch_add(1, Ordering::Relaxed);
+                            let begun = Instant::now();
+                            while there.load(Ordering::Relaxed) < 2 && begun.elapsed() < Duration::from_millis(5) {
+                                std::thread::yield_now();
+                            }
+                            if there.load(Ordering::Relaxed) < 2 {
+                                there.store(0, Ordering::Relaxed);
+                            }
+                        });
+                    }
                 }
             });
         });

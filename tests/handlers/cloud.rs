@@ -106,6 +106,12 @@ fn what_a_provider_refuses_is_told_in_its_own_words() -> Result<()> {
         ),
         (
             400,
+            json!({"error": {"message": "'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context length is 8192 tokens and your request has 40 input tokens (32000 > 8192 - 40).", "type": "BadRequestError", "param": "max_tokens", "code": 400}}),
+            Kind::ContextLength,
+            "8192",
+        ),
+        (
+            400,
             json!({"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 9 > 8"}}),
             Kind::ContextLength,
             "9 > 8",

@@ -45,9 +45,12 @@ impl MaxTokensParam {
         }
     }
 
-    /// A refusal of the field that the settings chose is a fault of these, and not of the request.
+    /// A refusal of the field that the settings chose is a fault of these, and not of the request. One of a conversation that is too long
+    /// may name the field too.
     fn explained(self, refused: Refusal) -> Refusal {
-        if self == Self::MaxCompletionTokens || !refused.words.contains(Self::MaxCompletionTokens.word()) {
+        let is_of_field = matches!(refused.kind, Kind::InvalidRequest { .. })
+            && refused.words.contains(Self::MaxCompletionTokens.word());
+        if self == Self::MaxCompletionTokens || !is_of_field {
             return refused;
         }
         let more = "; set max_tokens_param = \"max_completion_tokens\" for this handler".to_owned() + &refused.more;

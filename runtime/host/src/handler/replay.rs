@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
-use homeroom_engine::files::read_text;
+use homeroom_engine::files::read_bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -170,21 +170,22 @@ impl Replay {
     }
 }
 
-/// The lines of a file without the last, if that was cut short while it was recorded, which is said.
-fn whole_lines<'t>(path: &Path, text: &'t str) -> &'t str {
-    let (whole, last) = text.rsplit_once('\n').map_or(("", text), |(before, last)| (&text[..before.len() + 1], last));
-    let is_cut = |error: serde_json::Error| error.is_eof() && !last.trim().is_empty();
-    if !serde_json::from_str::<Recorded>(last).is_err_and(is_cut) {
-        return text;
-    }
-    line(format_args!("warning: {}: its last line was cut short, and is left out", path.display()));
-    whole
+/// Where the last line begins, if it was cut short while it was recorded. The cut may be inside a character.
+pub(super) fn cut_line(bytes: &[u8]) -> Option<usize> {
+    let begins = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+    let last = bytes[begins..].trim_ascii();
+    let is_cut = !last.is_empty() && serde_json::from_slice::<Recorded>(last).is_err_and(|error| error.is_eof());
+    is_cut.then_some(begins)
 }
 
 fn read(path: &Path) -> Result<Vec<Arc<Recorded>>> {
-    let text = read_text(path, BYTES_MAX)?;
-    let text = whole_lines(path, text.trim_start_matches('\u{feff}'));
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let mut bytes = read_bytes(path, BYTES_MAX)?;
+    if let Some(begins) = cut_line(&bytes) {
+        line(format_args!("warning: {}: its last line was cut short, and is left out", path.display()));
+        bytes.truncate(begins);
+    }
+    let text = String::from_utf8(bytes).with_context(|| format!("{}: not UTF-8", path.display()))?;
+    let lines = text.trim_start_matches('\u{feff}').lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let answers = lines.map(|(number, line)| {
         let answer = serde_json::from_str(line).with_context(|| {
             format!(
@@ -218,7 +219,7 @@ mod tests {
     use super::super::Message;
     use super::*;
 
-    fn replay(by: By, lines: &str) -> Result<Replay> {
+    fn replay(by: By, lines: impl AsRef<[u8]>) -> Result<Replay> {
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("a.jsonl");
         std::fs::write(&file, lines)?;
@@ -250,8 +251,9 @@ mod tests {
     fn a_last_line_that_was_cut_short_is_left_out() -> Result<()> {
         let whole = "\u{feff}{\"user\": \"a?\", \"answer\": \"a\"}\n{\"user\": \"é?\", \"answer\": \"bb\"}\n";
         let first = whole.find('\n').expect("two lines") + 1;
-        for (cut, _) in whole.char_indices().filter(|(cut, _)| *cut >= first) {
-            let answers = replay(By::User, &whole[..cut]).map(|replay| (ask(&replay, "a?"), ask(&replay, "é?")))?;
+        for cut in first..whole.len() {
+            let answers =
+                replay(By::User, &whole.as_bytes()[..cut]).map(|replay| (ask(&replay, "a?"), ask(&replay, "é?")))?;
             let second = if cut == whole.len() - 1 { Ok("bb".to_owned()) } else { Err(Kind::NotFound) };
             assert_eq!(answers, (Ok("a".to_owned()), second), "cut at {cut}");
         }

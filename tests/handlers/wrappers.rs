@@ -223,6 +223,14 @@ fn what_is_recorded_can_be_given_again() -> Result<()> {
     assert_eq!(complete(&by_user, "broken off").expect_err("it was not whole").kind, Kind::NotFound);
     let in_order = again("order")?;
     assert_eq!(complete(&in_order, "whatever")?.text(), "first é?");
+    // A crash cut the last record short, and a further one came.
+    let path = directory.path().join("answers.jsonl");
+    let recorded = std::fs::read(&path)?;
+    std::fs::write(&path, &recorded[..recorded.len() - 5])?;
+    complete(&near, "third?")?;
+    let by_user = again("user")?;
+    assert_eq!((complete(&by_user, "first é?")?.text(), complete(&by_user, "third?")?.text()), ("first é?", "third?"));
+    assert_eq!(complete(&by_user, "second?").expect_err("it was cut short").kind, Kind::NotFound);
     Ok(())
 }
 

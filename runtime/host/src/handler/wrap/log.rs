@@ -36,7 +36,7 @@ impl Logging {
 }
 
 /// Opens a file for further lines; makes one for its owner alone if there is none.
-pub(super) fn append(path: &Path) -> io::Result<File> {
+fn append(path: &Path) -> io::Result<File> {
     let mut options = private::options();
     options.append(true).create(true);
     options.open(path)

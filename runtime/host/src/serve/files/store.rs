@@ -109,9 +109,7 @@ impl Files {
         make_directory(&directory)?;
         let files = Self { directory, limits, held: Mutex::default() };
         files.sweep();
-        for about in files.all() {
-            files.held().insert(about.id, (about.key, about.bytes));
-        }
+        files.recount();
         Ok(files)
     }
 
@@ -146,6 +144,21 @@ impl Files {
         }
         held.entry(about.id.clone()).or_insert_with(|| (about.key.clone(), 0)).1 += more;
         Ok(())
+    }
+
+    /// Counts what is there now: another server of the same home, or its owner, may have removed files or added some.
+    fn recount(&self) {
+        let all = self.all();
+        let is_there = |id: &str| {
+            // In this order: one that is kept meanwhile changes from the first name to the second.
+            self.directory.join(format!("{NEW}{id}")).exists() || self.directory.join(id).join(ABOUT).exists()
+        };
+        // `remove` forgets a file behind its record, with this lock: none that is gone is added for good.
+        let mut held = self.held();
+        held.retain(|id, _| is_there(id));
+        for about in all.into_iter().filter(|about| is_there(&about.id)) {
+            held.entry(about.id).or_insert((about.key, about.bytes));
+        }
     }
 
     /// Removes what an upload left that was broken off, and files whose time is over.
@@ -220,6 +233,7 @@ impl Files {
     /// When there are too many, or no room is left.
     pub fn begin(&self, key: Option<&str>, filename: &str) -> Result<NewFile<'_>, NotKept> {
         self.sweep();
+        self.recount();
         ensure_room(&self.directory, SPARE_BYTES)?;
         let id = format!("file-{}", random::id());
         let directory = self.directory.join(format!("{NEW}{id}"));
@@ -233,9 +247,10 @@ impl Files {
             purpose: String::new(),
             key: key.map(str::to_owned),
         };
-        self.hold(&about, 0)?;
         let mut new = NewFile { files: self, directory, file: None, about, is_kept: false };
+        // What has no directory is not counted.
         make_directory(&new.directory)?;
+        self.hold(&new.about, 0)?;
         new.file = Some(private_file(&new.directory.join(&new.about.content))?);
         Ok(new)
     }
@@ -388,6 +403,28 @@ mod tests {
         drop(one);
         two.write(b"xx")?;
         assert_eq!((two.keep("fine-tune", None)?.bytes, other.keep("fine-tune", None)?.bytes), (4, 4));
+        Ok(())
+    }
+
+    #[test]
+    fn what_another_server_adds_or_removes_is_counted() -> Result<(), NotKept> {
+        let place = tempfile::tempdir()?;
+        let (here, there) = (Files::open(place.path(), LIMITS)?, Files::open(place.path(), LIMITS)?);
+        let add = |files: &Files, bytes: &[u8]| -> Result<About, NotKept> {
+            let mut file = files.begin(Some("a"), "a.jsonl")?;
+            file.write(bytes)?;
+            Ok(file.keep("fine-tune", None)?)
+        };
+        let first = add(&here, &[b'x'; 8])?;
+        assert!(full(add(&there, &[b'x'; 5]).map(drop)).contains("its share"));
+        there.remove(&first)?;
+        // What is being sent stays counted, beside what is gone.
+        let mut open = here.begin(Some("a"), "b.jsonl")?;
+        open.write(&[b'x'; 3])?;
+        assert!(full(add(&here, &[b'x'; 10]).map(drop)).contains("its share"));
+        assert_eq!(add(&here, &[b'x'; 9])?.bytes, 9);
+        assert_eq!(open.keep("fine-tune", None)?.bytes, 3);
+        assert_eq!(here.held().values().map(|(_, bytes)| bytes).sum::<u64>(), 12);
         Ok(())
     }
 

@@ -11,6 +11,7 @@ macro_rules! eprintln {
     ($($text:tt)+) => { $crate::progress::line(format_args!($($text)+)) };
 }
 
+mod address;
 pub mod cli;
 mod command;
 mod data_report;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ureq::http::Uri;
 
+use crate::address::is_machine;
 use crate::handler::{HandlerError, Kind, Secret};
 
 /// Longest name, id or reason, and longest message of a provider that is passed on, in characters.
@@ -94,12 +95,13 @@ const ROOTS: [&str; 14] = [
     "/workspace/",
 ];
 
-/// A text with `[address]` and `[path]` for addresses, names of the provider's host, and paths of files.
+/// A text with `[address]` and `[path]` for addresses, names of the provider's host and of machines behind it, and paths of files.
 fn without_places(text: &str, host: &str) -> String {
     let is_inner = |c: char| c.is_alphanumeric() || "/:\\.-_~%?&=#@[]+".contains(c);
     let place = |word: &str| {
         let lower = word.to_lowercase();
-        if lower.contains("://") || lower.contains("www.") || !host.is_empty() && lower.contains(host) {
+        let is_provider = lower.contains("://") || lower.contains("www.") || !host.is_empty() && lower.contains(host);
+        if is_provider || word.split(|c: char| "/\\%?&=#@[]+".contains(c)).any(is_machine) {
             return Some("[address]");
         }
         let is_drive = word.as_bytes().get(1..3) == Some(b":\\");
@@ -206,6 +208,16 @@ mod tests {
             ("/messages/0/content: too long", "/messages/0/content: too long"),
             ("See https://docs.example.com/errors?x=1#y.", "See [address]."),
             ("api.example.com:443 says: no", "[address] says: no"),
+            ("backend 10.0.0.7:8000 says no", "backend [address] says no"),
+            ("no answer of 10.0.0.7.", "no answer of [address]."),
+            ("gpu3.school.lan:8000: out of memory", "[address]: out of memory"),
+            ("node=gpu3.school.lan:8000/v1, peer [fe80::1]:80", "[address], peer [address]"),
+            ("localhost:8001 is gone", "[address] is gone"),
+            (
+                "messages.0.content.1: 3.5:1 is wrong, gpt-4.1 has 0.7",
+                "messages.0.content.1: 3.5:1 is wrong, gpt-4.1 has 0.7",
+            ),
+            ("rows.jsonl:3 is cut", "rows.jsonl:3 is cut"),
             ("(www.example.org) 'max_tokens': 5 > 3", "([address]) 'max_tokens': 5 > 3"),
             ("cannot read \"/home/anna/m.gguf\": no", "cannot read \"[path]\": no"),
             ("C:\\Users\\anna\\m.gguf", "[path]"),

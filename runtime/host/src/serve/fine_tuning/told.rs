@@ -1,6 +1,8 @@
 //! What a client hears of a failure: the client's own file and line, and what is wrong there, and not where things are on this machine or whom it
 //! asks. The log of the job and the server's messages have all of it.
 
+use crate::address::is_machine;
+
 /// Longest message, in characters.
 const MESSAGE_MAX: usize = 2000;
 /// What stands in the place of what is left out.
@@ -49,21 +51,6 @@ fn leads_somewhere(text: &str) -> bool {
             drive.len() > 2 && drive[0].is_ascii_alphabetic() && drive[1] == b':' && [b'\\', b'/'].contains(&drive[2]);
         let is_rooted = word.len() > 1 && ["/", "~/", "./", "../", "\\\\"].iter().any(|root| word.starts_with(root));
         is_drive || is_rooted || word.contains("://") || word.contains(":/")
-    };
-    let is_machine = |word: &str| {
-        let word = word.trim_end_matches(['.', ':', '!', '?']);
-        let host = word.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()).map(|(host, _)| host);
-        let is_address =
-            |text: &str| text.parse::<std::net::IpAddr>().is_ok() && (text.contains('.') || text.contains("::"));
-        // A name with a port: `rows.jsonl:3` is a file's line, and hosts have other endings.
-        let is_named = |host: &str| {
-            let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
-            let ending = host.rsplit_once('.').map(|(_, ending)| ending);
-            host == "localhost"
-                || host.chars().all(is_plain)
-                    && ending.is_some_and(|ending| !["jsonl", "json", "csv", "tsv", "gz"].contains(&ending))
-        };
-        is_address(word) || host.is_some_and(|host| is_address(host) || is_named(host))
     };
     words().any(|word| is_path(word) || is_machine(word))
 }

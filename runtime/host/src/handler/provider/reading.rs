@@ -222,9 +222,16 @@ pub(in crate::handler) fn first(reader: &mut impl BufRead) -> io::Result<Option<
 }
 
 /// Reads an answer that comes in one piece, as far as it came: what is missing is seen where it is read.
+///
+/// # Errors
+/// When it cannot be read, or is longer than an answer may be.
 pub(in crate::handler) fn whole(reader: &mut impl BufRead) -> io::Result<String> {
     let mut bytes = Vec::new();
-    reader.take(WHOLE_BYTES_MAX).read_to_end(&mut bytes)?;
+    reader.take(WHOLE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > WHOLE_BYTES_MAX {
+        let message = format!("the answer is longer than {} MiB", WHOLE_BYTES_MAX >> 20);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -255,4 +262,30 @@ pub(in crate::handler) fn post_with(
     }
     let body = Value::Object(body.clone()).to_string();
     post.send(body.as_bytes()).map_err(|error| endpoint.error(kind_of(&error), &words_of(&error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::endpoint::BaseUrl;
+    use super::*;
+
+    #[test]
+    fn an_answer_in_one_piece_that_is_too_long_did_not_break_off() -> Result<(), String> {
+        let read = |bytes| whole(&mut BufReader::new(io::repeat(b'x').take(bytes)));
+        assert_eq!(read(WHOLE_BYTES_MAX).map(|text| text.len() as u64).ok(), Some(WHOLE_BYTES_MAX));
+        let endpoint = Endpoint {
+            name: "far".to_owned(),
+            base_url: BaseUrl::parse("http://127.0.0.1:1/v1")?,
+            model: "m".to_owned(),
+            api_key: None,
+            connect_timeout: Duration::from_secs(1),
+            read_timeout: Duration::from_secs(1),
+            answer_timeout: Duration::from_secs(1),
+        };
+        let error = unreadable(&endpoint, &read(WHOLE_BYTES_MAX + 1).expect_err("it is too long"));
+        assert_eq!(error.kind, Kind::Protocol);
+        Ok(())
+    }
 }

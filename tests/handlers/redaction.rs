@@ -25,8 +25,9 @@ impl Away {
             for stream in listener.incoming() {
                 let Ok(mut stream) = stream else { return };
                 let request = read_request(&stream).unwrap_or_default();
-                let _ = stream.write_all(answer(&request).as_bytes());
+                let answer = answer(&request);
                 seen.lock().expect("no test panics with it").push(request);
+                let _ = stream.write_all(answer.as_bytes());
             }
         });
         Ok(Self { port, requests })

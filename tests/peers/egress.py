@@ -138,7 +138,11 @@ for stream in [False, True]:
     check(f"chat, stream {stream}: the one that is here answers", ask("tutor", stream) == (200, "near"))
 check("chat and fallback: nothing leaves", (seen := left()) == [], seen)
 status, words = ask("alone")
-check("failure: it is told", status == 503 and "no server listens" in words, (status, words))
+check("failure: who asked is told what to do", status == 503 and "try again later" in words and "127.0.0.1" not in words, (status, words))
+until = time.monotonic() + 10
+while time.monotonic() < until and not any("no server listens" in line for line in story):
+    time.sleep(0.1)
+check("failure: the server's messages say why", any("no server listens" in line for line in story), story[-8:])
 check("failure: nothing leaves", (seen := left()) == [], seen)
 
 # An edit that would have conversations leave is refused, and what was served is served on.

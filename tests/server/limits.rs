@@ -232,3 +232,34 @@ fn a_request_asks_for_no_more_than_the_settings_give() -> Result<()> {
     assert!(status == 413 && body.contains("larger than 2 KiB"), "{body}");
     site.end()
 }
+
+#[test]
+fn a_key_has_half_of_the_connections_and_gets_back_what_ends() -> Result<()> {
+    let ((ana, of_ana), (ben, of_ben)) = (Key::make("ana")?, Key::make("ben")?);
+    let settings = Settings { connections: 6, ..Settings::default() };
+    let all = [("long".to_owned(), words(u64::MAX, 10)), ("short".to_owned(), words(2, 1))];
+    let site = Site::new(Models::from(all), &[ana, ben], settings)?;
+    let body = chat("long", &json!({"stream": true})).to_string();
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let mut client = TcpStream::connect(site.at())?;
+        client.set_read_timeout(Some(GUARD))?;
+        let head = format!("authorization: Bearer {of_ana}\r\nhost: localhost\r\ncontent-type: application/json");
+        write!(client, "POST /v1/chat/completions HTTP/1.1\r\n{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
+        let mut line = String::new();
+        BufReader::new(&client).read_line(&mut line)?;
+        assert!(line.starts_with("HTTP/1.1 200"), "{line}");
+        open.push(client);
+    }
+    let ask = |key: &str| site.post("/v1/chat/completions", key, &chat("short", &json!({})));
+    let (status, head, body) = ask(&of_ana)?;
+    assert!(status == 429 && body.contains("3 requests open") && head.contains("retry-after: 5"), "{head}\n{body}");
+    assert_eq!(ask(&of_ben)?.0, 200);
+    drop(open);
+    let begun = Instant::now();
+    while ask(&of_ana)?.0 != 200 {
+        assert!(begun.elapsed() < GUARD, "what ended is still counted");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    site.end()
+}

@@ -21,7 +21,7 @@ use crate::shared::Shared;
 /// How long a thread that waits keeps its core to itself: most jobs of a token are shorter. Then it lets whoever wants the core run before
 /// it looks again, as a school's computer does other things, too.
 const SPIN: Duration = Duration::from_micros(50);
-/// How long it looks again and again. Then it sleeps for moments.
+/// How long it looks again and again. Then it sleeps for moments, or leaves an open team.
 const AWAKE: Duration = Duration::from_millis(1);
 const NAP: Duration = Duration::from_micros(50);
 /// Polls between two looks at the clock.

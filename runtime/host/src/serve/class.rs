@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::caller::Caller;
-use super::files::places::Places;
 use super::fine_tuning::Tuning;
 use super::observed::Observed;
+use super::places::Places;
 use crate::handler::Handler;
 use crate::memory::Memory;
 

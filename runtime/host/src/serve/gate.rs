@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
@@ -18,7 +19,7 @@ use super::admit::{self, Access};
 use super::apart::apart;
 use super::caller::Caller;
 use super::keys::{Wanted, given};
-use super::open::Open;
+use super::places::Place;
 use super::record::{REQUEST_ID, Record};
 use super::reply::Refusal;
 use super::{App, ollama, route_of};
@@ -51,7 +52,7 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
     let is_known = request.extensions().get::<Access>().is_some();
     let key = request.extensions().get::<Access>().and_then(|access| access.0.clone());
     let found = found.and_then(|answer| match key {
-        Some(key) => app.open.one_more(&key.name, app.bounds.connections).map(|open| {
+        Some(key) => one_more(&app, &key.name).map(|open| {
             end._open = Some(open);
             answer
         }),
@@ -82,6 +83,20 @@ pub(super) async fn gate(State(app): State<Arc<App>>, mut request: Request, next
     let (parts, body) = response.into_parts();
     end.status = parts.status.as_u16();
     Response::from_parts(parts, Body::new(Watched { body, end }))
+}
+
+/// Counts one more open request of a key, which may have half of all connections, so that one whose bodies never end does not hold them all.
+fn one_more(app: &App, key: &str) -> Result<Place, Refusal> {
+    let most = app.bounds.connections.div_ceil(2);
+    // That there are no more in all is seen to where connections are taken.
+    app.open.take(Some(key), most, usize::MAX).map_err(|_| {
+        let message = format!(
+            "this key has {most} requests open, half of what this server takes at once; wait until some are answered"
+        );
+        let refusal = Refusal::new(StatusCode::TOO_MANY_REQUESTS, message);
+        let (kind, code) = ("rate_limit_error", Some("rate_limit_exceeded"));
+        Refusal { kind, code, retry_after: Some(Duration::from_secs(5)), ..refusal }
+    })
 }
 
 /// Whether errors of a path have Ollama's shape.
@@ -266,7 +281,7 @@ struct End {
     status: u16,
     whole: bool,
     /// One of its key's requests.
-    _open: Option<Open>,
+    _open: Option<Place>,
 }
 
 impl Drop for End {

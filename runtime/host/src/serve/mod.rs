@@ -26,8 +26,8 @@ mod metrics;
 mod models;
 mod observed;
 mod ollama;
-mod open;
 mod page;
+mod places;
 mod query;
 mod record;
 mod reply;
@@ -68,7 +68,7 @@ use keys::days::Days;
 use keys::limits::Meters;
 use metrics::Metrics;
 pub use models::Models;
-use open::OpenRequests;
+use places::Places;
 use reply::Refusal;
 
 /// Threads that the tasks of connections run in. What may wait or compute for long runs [`apart`].
@@ -211,7 +211,7 @@ pub fn start_as(models: Models, listener: TcpListener, serving: Serving) -> Resu
         pseudonyms,
         log: log::Lines::begin()?,
         metrics: Arc::default(),
-        open: OpenRequests::default(),
+        open: Arc::default(),
         created: now(),
         bounds,
         stopped: stopped.clone(),
@@ -280,7 +280,8 @@ struct App {
     pseudonyms: Pseudonyms,
     log: log::Lines,
     metrics: Arc<Metrics>,
-    open: OpenRequests,
+    /// Requests that are open, by key.
+    open: Arc<Places>,
     created: u64,
     bounds: Bounds,
     /// Whether it was asked to stop.

@@ -3,7 +3,6 @@
 //! A file goes to the disk as it comes, see [`multipart`], and belongs to the key that it came with, see [`store`].
 
 mod multipart;
-pub mod places;
 pub mod store;
 
 use std::fs::File;
@@ -25,14 +24,15 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
 use self::multipart::{Multipart, Wrong, boundary};
-use self::places::Taken;
 use self::store::{About, Files, NotKept};
 use super::App;
 use super::apart::apart;
 use super::caller::Caller;
 use super::fine_tuning::tuning;
+use super::places::Taken;
 use super::query::{Id, Query, page, refused};
 use super::reply::{Refusal, failed};
+use crate::handler::config::fine_tuning::UPLOADS_MAX;
 
 /// A client may be this slow, in bytes a second, once the time for a body is over.
 const SLOWEST: u64 = 10 << 10;
@@ -181,7 +181,7 @@ pub(super) async fn create(State(app): State<Arc<App>>, request: Request) -> Res
     {
         return Err(too_long(&files));
     }
-    let place = app.class.uploads.take(owner.key.as_deref(), files.limits.key_uploads);
+    let place = app.class.uploads.take(owner.key.as_deref(), files.limits.key_uploads, UPLOADS_MAX);
     let _place = place.map_err(|taken| {
         let retry_after = Some(Duration::from_secs(2));
         match taken {

@@ -2,11 +2,12 @@
 
 use half::bf16;
 
+use crate::compiled::Compiled;
 use crate::isa::per_isa;
 use crate::storage::Storage;
 
 /// f32 or bf16. Products read either as words of four bytes: one f32, or a pair of bf16.
-pub trait Element: sealed::Sealed + Copy + Default + PartialEq + Send + Sync + 'static {
+pub trait Element: sealed::Sealed + Compiled<Self> + Copy + Default + PartialEq + Send + Sync + 'static {
     /// Values in a word.
     const PER_WORD: usize;
     /// The storage of a frozen weight that holds exactly these values.

@@ -3,6 +3,7 @@
 //! - `isa`: which instructions they may use, and what products are made of; `fastest`: which kind of product is faster; `peak`: the limits of
 //!   the machine; `pool`: the threads; `team`: threads that share many short jobs
 //! - `element`: f32 or bf16, and sums over rows of them; `round`: from f32 to either; `buffer`: buffers that keep their size
+//! - `compiled`: the large loops over them, compiled here
 //! - `storage`: how a stored weight lies in memory, and rows of it as floats; `codec`: storage as data, a code book over blocks of values,
 //!   encoding and decoding
 //! - `neon`: the instructions that kernels for AArch64 are written in
@@ -21,6 +22,7 @@ extern crate self as homeroom_kernels;
 
 mod attention;
 mod buffer;
+mod compiled;
 mod decode;
 mod dot;
 mod element;

@@ -34,13 +34,28 @@ pub fn key_value_gradient_bytes(m: usize, heads: usize, head_dim: usize) -> usiz
 
 /// Gradients of q, k and v before their rotation: `d_qkv` laid out as `qkv`, from those of the output, `d_out` (m, H D).
 ///
-/// `positions` (m) are rows of the table by which [`rotate`](crate::rotate) turned q and k; without a table they were not turned,
+/// `turn`: rows (m) of the table by which [`rotate`](crate::rotate) turned q and k; without a table they were not turned,
 /// and only the number of rows counts.
 ///
 /// # Panics
 /// When sizes disagree.
 #[allow(clippy::too_many_arguments)]
 pub fn attention_backward<E: ProductElement>(
+    shape: &Attention,
+    qkv: &[E],
+    out: &[E],
+    log_sums: &[f32],
+    d_out: &[E],
+    turn: (&[u32], Option<&RotaryTable>),
+    partial: &mut KeyValueGradients,
+    d_qkv: &mut [E],
+) {
+    E::attention_backward(shape, qkv, out, log_sums, d_out, turn, partial, d_qkv);
+}
+
+/// See [`attention_backward`].
+#[allow(clippy::too_many_arguments)]
+pub fn gradients<E: ProductElement>(
     shape: &Attention,
     qkv: &[E],
     out: &[E],

@@ -25,6 +25,11 @@ const VECTOR: usize = 16;
 /// # Panics
 /// When sizes disagree.
 pub fn attention<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E], log_sums: &mut [f32]) {
+    E::attention(shape, qkv, out, log_sums);
+}
+
+/// See [`attention`].
+pub fn of_sequences<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E], log_sums: &mut [f32]) {
     let (row, m) = (shape.row(), log_sums.len() / shape.heads);
     shape.check(m);
     assert!(qkv.len() == m * row && out.len() == m * shape.heads * shape.head_dim && log_sums.len() == m * shape.heads);
@@ -51,6 +56,11 @@ pub fn attention<E: ProductElement>(shape: &Attention, qkv: &[E], out: &mut [E],
 /// # Panics
 /// When sizes disagree.
 pub fn attention_kept<E: ProductElement>(shape: &Attention, qkv: &[E], kept: &[E], out: &mut [E]) {
+    E::attention_kept(shape, qkv, kept, out);
+}
+
+/// See [`attention_kept`].
+pub fn of_kept<E: ProductElement>(shape: &Attention, qkv: &[E], kept: &[E], out: &mut [E]) {
     let (row, key_row) = (shape.row(), 2 * shape.kv_heads * shape.head_dim);
     shape.check_heads(qkv.len() / row);
     let (m, total) = (qkv.len() / row, kept.len() / key_row);

@@ -10,7 +10,9 @@ mod forward;
 mod scratch;
 mod shape;
 
+pub(crate) use self::backward::gradients;
 pub use self::backward::{KeyValueGradients, attention_backward, key_value_gradient_bytes};
 pub use self::forward::{attention, attention_kept};
+pub(crate) use self::forward::{of_kept, of_sequences};
 pub use self::scratch::attention_scratch_bytes;
 pub use self::shape::Attention;

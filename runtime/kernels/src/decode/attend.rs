@@ -58,6 +58,11 @@ thread_local!(static SCRATCH: RefCell<Vec<f32>> = RefCell::default());
 /// # Panics
 /// When sizes disagree.
 pub fn attend<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize, out: &mut [f32]) {
+    E::attend(shape, q, kept, task, out);
+}
+
+/// See [`attend`].
+pub fn task_of<E: Element>(shape: &Attention, q: &[f32], kept: &[E], task: usize, out: &mut [f32]) {
     let (d, heads) = (shape.head_dim, shape.heads);
     let row = 2 * shape.kv_heads * d;
     let positions = kept.len() / row;

@@ -16,6 +16,7 @@ mod turned;
 use std::ops::Range;
 
 pub use self::element::ProductElement;
+pub(crate) use self::outer::add_up;
 pub use self::outer::outer;
 pub use self::scratch::product_scratch_bytes;
 pub use self::terms::{Columns, Finish, Gain, Left, Output, Right, Term};
@@ -45,7 +46,7 @@ pub fn product<E: ProductElement>(
     step: usize,
     finish: Finish,
 ) {
-    compute(m, columns, out, step, finish, None);
+    E::product(m, columns, out, step, finish, None);
 }
 
 /// As [`product`], with a gain on each column: `C = gain ∘ Σ A B + …`. The sums before it go to `gain.sums`, as E.
@@ -61,10 +62,11 @@ pub fn product_with_gain<E: ProductElement>(
 ) {
     assert_eq!((gain.factors.len(), Some(gain.sums.len())), (step, m.checked_mul(step)), "a gain on {step} columns");
     let gain = SharedGain { factors: gain.factors.as_ptr(), sums: gain.sums.as_mut_ptr(), step };
-    compute(m, columns, out, step, Finish::default(), Some(gain));
+    E::product(m, columns, out, step, Finish::default(), Some(gain));
 }
 
-fn compute<E: ProductElement>(
+/// See [`product`] and [`product_with_gain`].
+pub(crate) fn compute<E: ProductElement>(
     m: usize,
     columns: &[Columns<'_, E>],
     out: Output<'_, E>,
@@ -210,7 +212,7 @@ impl<E: Copy> SharedStore<E> {
 
 /// See [`Gain`]: factors from a column on, and sums from an element on.
 #[derive(Clone, Copy)]
-struct SharedGain<E> {
+pub struct SharedGain<E> {
     factors: *const f32,
     sums: *mut E,
     step: usize,

@@ -22,6 +22,19 @@ pub fn outer<E: ProductElement>(
     scale: f32,
     c: &mut [f32],
 ) {
+    E::outer(m, d, p, x, n, scale, c);
+}
+
+/// See [`outer`].
+pub fn add_up<E: ProductElement>(
+    m: usize,
+    d: Left<'_, E>,
+    p: usize,
+    x: Left<'_, E>,
+    n: usize,
+    scale: f32,
+    c: &mut [f32],
+) {
     assert_eq!(Some(c.len()), p.checked_mul(n), "the result of {p} x {n}");
     if m == 0 || p == 0 || n == 0 {
         return c.fill(0.0);

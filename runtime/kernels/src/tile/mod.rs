@@ -60,7 +60,13 @@ pub(crate) unsafe fn rows<E: TileElement, const ALONG_ROWS: bool>(
     store: Store<E>,
 ) {
     // SAFETY: passed on to the caller.
-    unsafe { E::rows::<ALONG_ROWS>(isa, rows, width, segments, store) }
+    unsafe {
+        if ALONG_ROWS {
+            E::rows_along(isa, rows, width, segments, store);
+        } else {
+            E::rows_beside(isa, rows, width, segments, store);
+        }
+    }
 }
 
 /// Bytes that a thread keeps for tiles.
@@ -100,19 +106,18 @@ pub(crate) fn spin<E: TileElement>(isa: Isa, steps: usize) -> (f32, f64) {
     (sum, operations as f64 * steps as f64)
 }
 
-/// An element type that has tiles.
+/// An element type that has tiles. Its functions are not generic, so that tiles are compiled in this crate, once.
 pub trait TileElement: Element {
-    /// See [`rows`].
+    /// See [`rows`], whose words of one row of A lie beside each other.
     ///
     /// # Safety
     /// See [`rows`].
-    unsafe fn rows<const ALONG_ROWS: bool>(
-        isa: Isa,
-        rows: usize,
-        width: usize,
-        segments: &[Segment],
-        store: Store<Self>,
-    );
+    unsafe fn rows_beside(isa: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<Self>);
+    /// See [`rows`], `ALONG_ROWS`.
+    ///
+    /// # Safety
+    /// See [`rows`].
+    unsafe fn rows_along(isa: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<Self>);
     /// See [`turns`].
     fn turns(_isa: Isa) -> bool {
         false
@@ -133,27 +138,14 @@ pub trait TileElement: Element {
 }
 
 impl TileElement for f32 {
-    unsafe fn rows<const ALONG_ROWS: bool>(
-        isa: Isa,
-        rows: usize,
-        width: usize,
-        segments: &[Segment],
-        store: Store<f32>,
-    ) {
+    unsafe fn rows_beside(isa: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<f32>) {
         // SAFETY: passed on to the caller.
-        unsafe {
-            match isa.f32_unit() {
-                #[cfg(target_arch = "x86_64")]
-                F32Unit::Avx512 => {
-                    walk::<Avx512<f32>, ALONG_ROWS>(rows, width, segments, store);
-                }
-                #[cfg(target_arch = "x86_64")]
-                F32Unit::Avx2 => walk::<Avx2<f32>, ALONG_ROWS>(rows, width, segments, store),
-                #[cfg(any(test, target_arch = "aarch64"))]
-                F32Unit::Neon => walk::<Neon<f32>, ALONG_ROWS>(rows, width, segments, store),
-                _ => walk::<Portable<f32>, ALONG_ROWS>(rows, width, segments, store),
-            }
-        }
+        unsafe { f32_rows::<false>(isa, rows, width, segments, store) }
+    }
+
+    unsafe fn rows_along(isa: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<f32>) {
+        // SAFETY: passed on to the caller.
+        unsafe { f32_rows::<true>(isa, rows, width, segments, store) }
     }
 
     fn spin(isa: Isa, steps: usize) -> (f32, usize) {
@@ -173,31 +165,14 @@ impl TileElement for f32 {
 }
 
 impl TileElement for bf16 {
-    unsafe fn rows<const ALONG_ROWS: bool>(
-        isa: Isa,
-        rows: usize,
-        width: usize,
-        segments: &[Segment],
-        store: Store<bf16>,
-    ) {
+    unsafe fn rows_beside(isa: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<bf16>) {
         // SAFETY: passed on to the caller.
-        unsafe {
-            match (isa.bf16_unit(), isa.f32_unit()) {
-                #[cfg(target_arch = "x86_64")]
-                (Bf16Unit::Amx, _) => amx::walk::<ALONG_ROWS>(rows, width, segments, store),
-                #[cfg(target_arch = "x86_64")]
-                (Bf16Unit::Avx512, _) => walk::<Avx512<bf16>, ALONG_ROWS>(rows, width, segments, store),
-                #[cfg(target_arch = "x86_64")]
-                (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => {
-                    walk::<Avx2<bf16>, ALONG_ROWS>(rows, width, segments, store)
-                }
-                #[cfg(any(test, target_arch = "aarch64"))]
-                (Bf16Unit::Bfmmla, _) => bfmmla::walk::<ALONG_ROWS>(rows, width, segments, store),
-                #[cfg(any(test, target_arch = "aarch64"))]
-                (Bf16Unit::Widened, F32Unit::Neon) => walk::<Neon<bf16>, ALONG_ROWS>(rows, width, segments, store),
-                _ => walk::<Portable<bf16>, ALONG_ROWS>(rows, width, segments, store),
-            }
-        }
+        unsafe { bf16_rows::<false>(isa, rows, width, segments, store) }
+    }
+
+    unsafe fn rows_along(isa: Isa, rows: usize, width: usize, segments: &[Segment], store: Store<bf16>) {
+        // SAFETY: passed on to the caller.
+        unsafe { bf16_rows::<true>(isa, rows, width, segments, store) }
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -237,6 +212,58 @@ impl TileElement for bf16 {
                 (Bf16Unit::Widened, F32Unit::Neon) => turn::<Neon<bf16>>(steps),
                 _ => turn::<Portable<bf16>>(steps),
             }
+        }
+    }
+}
+
+/// [`rows`] in f32. # Safety: see there.
+unsafe fn f32_rows<const ALONG_ROWS: bool>(
+    isa: Isa,
+    rows: usize,
+    width: usize,
+    segments: &[Segment],
+    store: Store<f32>,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match isa.f32_unit() {
+            #[cfg(target_arch = "x86_64")]
+            F32Unit::Avx512 => {
+                walk::<Avx512<f32>, ALONG_ROWS>(rows, width, segments, store);
+            }
+            #[cfg(target_arch = "x86_64")]
+            F32Unit::Avx2 => walk::<Avx2<f32>, ALONG_ROWS>(rows, width, segments, store),
+            #[cfg(any(test, target_arch = "aarch64"))]
+            F32Unit::Neon => walk::<Neon<f32>, ALONG_ROWS>(rows, width, segments, store),
+            _ => walk::<Portable<f32>, ALONG_ROWS>(rows, width, segments, store),
+        }
+    }
+}
+
+/// [`rows`] in bf16. # Safety: see there.
+unsafe fn bf16_rows<const ALONG_ROWS: bool>(
+    isa: Isa,
+    rows: usize,
+    width: usize,
+    segments: &[Segment],
+    store: Store<bf16>,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match (isa.bf16_unit(), isa.f32_unit()) {
+            #[cfg(target_arch = "x86_64")]
+            (Bf16Unit::Amx, _) => amx::walk::<ALONG_ROWS>(rows, width, segments, store),
+            #[cfg(target_arch = "x86_64")]
+            (Bf16Unit::Avx512, _) => walk::<Avx512<bf16>, ALONG_ROWS>(rows, width, segments, store),
+            #[cfg(target_arch = "x86_64")]
+            (Bf16Unit::Widened, F32Unit::Avx512 | F32Unit::Avx2) => {
+                walk::<Avx2<bf16>, ALONG_ROWS>(rows, width, segments, store)
+            }
+            #[cfg(any(test, target_arch = "aarch64"))]
+            (Bf16Unit::Bfmmla, _) => bfmmla::walk::<ALONG_ROWS>(rows, width, segments, store),
+            #[cfg(any(test, target_arch = "aarch64"))]
+            (Bf16Unit::Widened, F32Unit::Neon) => walk::<Neon<bf16>, ALONG_ROWS>(rows, width, segments, store),
+            _ => walk::<Portable<bf16>, ALONG_ROWS>(rows, width, segments, store),
         }
     }
 }
@@ -374,11 +401,12 @@ unsafe fn one<L: Lanes, const ALONG_ROWS: bool>(
     macro_rules! sizes {
         ($(($rows:literal, $vectors:literal)),*) => {
             match (rows, vectors) {
-                $(($rows, $vectors) => {
+                // The condition is a constant, and a tile that `L` does not have is not compiled.
+                $(($rows, $vectors) if const { $rows <= L::ROWS && $vectors <= L::VECTORS } => {
                     // SAFETY: passed on to the caller; `L`'s processor is the one in use.
                     unsafe { L::run::<$rows, $vectors, ALONG_ROWS>(segments, step, store) }
                 })*
-                _ => unreachable!("a tile has at most 6 rows and 4 vectors"),
+                _ => unreachable!("a tile has at most {} rows and {} vectors", L::ROWS, L::VECTORS),
             }
         };
     }

@@ -377,7 +377,7 @@ pub trait OfLine {
 
 impl OfLine for Example {
     fn line(&self) -> usize {
-        self.line
+        self.line()
     }
 
     fn examples(&self) -> &[Example] {
@@ -391,7 +391,7 @@ impl OfLine for Example {
 
 impl OfLine for Group {
     fn line(&self) -> usize {
-        self.sequences.first().map_or(0, |example| example.line)
+        self.sequences.first().map_or(0, OfLine::line)
     }
 
     fn examples(&self) -> &[Example] {

@@ -514,9 +514,9 @@ impl FirstReading {
         on_long: OnLongRow,
     ) -> bool {
         for group in groups {
-            for (example, prompt) in group.sequences.iter().zip(&group.prompts) {
+            for example in &group.sequences {
                 self.tokens.add(example.ids.len());
-                self.prompt_tokens.add(*prompt);
+                self.prompt_tokens.add(example.prompt());
                 self.trained_tokens += example.trained.iter().filter(|trained| **trained).count();
             }
         }

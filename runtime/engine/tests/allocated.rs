@@ -175,8 +175,12 @@ fn what_is_allocated_was_estimated() -> Result<()> {
 fn reported(rows: usize) -> Result<usize> {
     let file = tempfile::NamedTempFile::new()?;
     let mut lines = BufWriter::new(file.as_file());
+    // Letters: many digits may be a telephone number.
+    let word = |number: usize| -> String {
+        format!("{number:o}").bytes().map(|digit| char::from(digit - b'0' + b'a')).collect()
+    };
     for row in 0..rows {
-        let [a, b, c] = [7, 11, 13].map(|n| row * n % rows);
+        let [a, b, c, row] = [7, 11, 13, 1].map(|factor| word(row * factor % rows));
         writeln!(lines, "{{\"prompt\": \"{a} {b} {c} {row}\", \"completion\": \"{c} {b} {a}\"}}")?;
     }
     lines.flush()?;

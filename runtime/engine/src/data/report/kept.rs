@@ -132,7 +132,9 @@ impl AllHashes {
 
     /// The same, sorted in so many parts: in memory are the values of one.
     fn shared_in(&self, parts: usize, value: impl Fn(&Hashes) -> Option<u64>, mut each: impl FnMut(&[Valued])) {
-        let mut order: Vec<Valued> = Vec::new();
+        // Parts are about alike.
+        let usual = self.0.len().div_ceil(parts);
+        let mut order: Vec<Valued> = Vec::with_capacity(usual + usual / 8);
         for part in 0..parts {
             order.clear();
             let mut row = 0;
